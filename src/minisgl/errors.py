@@ -1,0 +1,60 @@
+"""Typed errors. Each knows its HTTP status and how OpenAI's error object names it."""
+
+from __future__ import annotations
+
+
+class MinisglError(Exception):
+    """Base of every error raised on purpose. `param` names the request field at fault, if one is."""
+
+    status = 500
+    type = "server_error"
+    code: str | None = None
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        if code is not None:
+            self.code = code
+
+
+class ConfigError(MinisglError):
+    """A flag or a combination of flags that cannot be honoured."""
+
+
+class ModelError(MinisglError):
+    """A model that cannot be found, read or served; the message names file and tensor where there is one."""
+
+
+class InvalidRequestError(MinisglError):
+    """A request that can never be served as it is."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_value"
+
+
+class ContextLengthError(InvalidRequestError):
+    """The prompt, or the prompt and the tokens asked for, exceed what the model or the cache can hold."""
+
+    code = "context_length_exceeded"
+
+
+class UnsupportedParameterError(InvalidRequestError):
+    """A field that is known but not implemented; refused by name rather than ignored."""
+
+    code = "unsupported_parameter"
+
+
+class ModelNotFoundError(InvalidRequestError):
+    """The request names a model that this server does not serve."""
+
+    status = 404
+    code = "model_not_found"
+
+
+class EngineDeadError(MinisglError):
+    """The engine ended; nothing can be generated any more."""
+
+    status = 503
+    code = "engine_unavailable"

@@ -1,0 +1,113 @@
+"""Values that travel between the faces (HTTP, shell, offline API) and the engine.
+
+Everything here is a msgspec struct: it validates, compares and serialises itself, so the very same
+objects go through a function call (offline) and through a socket (server).
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+
+import msgspec
+
+from minisgl.errors import InvalidRequestError
+
+MAX_STOP_TOKEN_IDS = 32
+"""Stop ids a request may hold, EOS ids included; the width of the device table that masks them."""
+
+
+class FinishReason(enum.StrEnum):
+    """Why a request ended. The values are OpenAI's where OpenAI has one."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How to choose the tokens of one request, and when to end it.
+
+    `temperature` 0 is greedy. `top_k` 0 or -1 keeps the whole vocabulary. `seed` None draws one when the
+    request is accepted. `max_tokens` None means "up to the model's limit". `stop` is matched on text and
+    cut from it; `stop_token_ids` end the request beside the model's EOS ids; neither acts before
+    `min_tokens` tokens were generated.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+
+    def validate(self) -> SamplingParams:
+        """Return self; raise InvalidRequestError naming the first parameter that is out of range."""
+
+        def check(ok: bool, param: str, rule: str) -> None:
+            if not ok:
+                raise InvalidRequestError(f"{param} must be {rule}, got {getattr(self, param)!r}", param=param)
+
+        check(math.isfinite(self.temperature) and 0.0 <= self.temperature <= 100.0, "temperature", "between 0 and 100")
+        check(math.isfinite(self.top_p) and 0.0 < self.top_p <= 1.0, "top_p", "in (0, 1]")
+        check(-1 <= self.top_k < 2**31, "top_k", "-1 or 0 (off), or a positive 32-bit integer")
+        check(math.isfinite(self.min_p) and 0.0 <= self.min_p <= 1.0, "min_p", "between 0 and 1")
+        check(self.seed is None or -(2**63) <= self.seed < 2**64, "seed", "a 64-bit integer")
+        check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1")
+        check(self.min_tokens >= 0, "min_tokens", "at least 0")
+        check(self.max_tokens is None or self.min_tokens <= self.max_tokens, "min_tokens", "at most max_tokens")
+        check(all(self.stop), "stop", "made of non-empty strings")
+        check(all(0 <= t < 2**31 for t in self.stop_token_ids), "stop_token_ids", "made of token ids")
+        return self
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """A tokenised request as the engine takes it. `prompt` holds token ids; `id` is unique among live requests."""
+
+    id: str
+    prompt: list[int]
+    params: SamplingParams
+
+
+class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """What one step did for one request: new tokens, and in the last event of the request why it ended.
+
+    Every accepted request ends with exactly one event whose `finish` is set; no event follows it.
+    `cached_tokens` counts the prompt tokens whose KV came from the prefix cache.
+    """
+
+    id: str
+    tokens: tuple[int, ...] = ()
+    finish: FinishReason | None = None
+    cached_tokens: int = 0
+    error: str | None = None
+
+
+class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a face must know of the model behind the engine, to check requests at the door."""
+
+    name: str
+    vocab_size: int
+    max_seq_len: int
+    eos_token_ids: tuple[int, ...]
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot of the engine's counts; pages are KV pages."""
+
+    running: int = 0
+    waiting: int = 0
+    pages_total: int = 0
+    pages_free: int = 0
+    pages_cached: int = 0
+    steps: int = 0
+    retracted: int = 0
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    generated_tokens: int = 0
