@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Sequence
 
 import msgspec
 
-from minisgl.errors import InvalidRequestError
+from minisgl.errors import ContextLengthError, InvalidRequestError
 
 MAX_STOP_TOKEN_IDS = 32
 """Stop ids a request may hold, EOS ids included; the width of the device table that masks them."""
@@ -96,6 +97,27 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     vocab_size: int
     max_seq_len: int
     eos_token_ids: tuple[int, ...]
+
+    def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
+        """Raise InvalidRequestError or ContextLengthError when this model can never serve such a request."""
+        params.validate()
+        if not prompt:
+            raise InvalidRequestError("the prompt must hold at least one token", param="prompt")
+        if min(prompt) < 0 or max(prompt) >= self.vocab_size:
+            raise InvalidRequestError(f"token ids must be between 0 and {self.vocab_size - 1}", param="prompt")
+        if any(token >= self.vocab_size for token in params.stop_token_ids):
+            raise InvalidRequestError(f"stop_token_ids must be below {self.vocab_size}", param="stop_token_ids")
+        if len(set(params.stop_token_ids) | set(self.eos_token_ids)) > MAX_STOP_TOKEN_IDS:
+            allowed = MAX_STOP_TOKEN_IDS - len(self.eos_token_ids)
+            raise InvalidRequestError(f"at most {allowed} stop_token_ids are allowed", param="stop_token_ids")
+        limit = f"this model's maximum context length is {self.max_seq_len} tokens"
+        if len(prompt) >= self.max_seq_len:
+            raise ContextLengthError(f"{limit}, but the prompt has {len(prompt)} and leaves no room", param="prompt")
+        if params.max_tokens is not None and len(prompt) + params.max_tokens > self.max_seq_len:
+            total = f"{len(prompt)} in the prompt and max_tokens {params.max_tokens}"
+            raise ContextLengthError(
+                f"{limit}, but {len(prompt) + params.max_tokens} were asked for ({total})", param="max_tokens"
+            )
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

@@ -26,9 +26,10 @@ class Ping(msgspec.Struct, frozen=True, tag="ping"):
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
-    """From the engine, once: the model is loaded. `notes` says what was chosen, a line each."""
+    """From the engine, once: the model is loaded, its tokenizer is in `folder`, and `notes` says what was chosen."""
 
     model: ModelInfo
+    folder: str
     notes: list[str]
 
 

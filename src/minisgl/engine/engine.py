@@ -1,0 +1,126 @@
+"""The engine: takes requests, runs steps, returns events. The overlap of host and device lives here."""
+
+from __future__ import annotations
+
+import secrets
+from collections import deque
+from collections.abc import Iterable
+
+from minisgl.cache.manager import CacheManager
+from minisgl.config import Config
+from minisgl.engine.plan import Executor, StepPlan
+from minisgl.engine.policy import make_policy
+from minisgl.engine.scheduler import Scheduler
+from minisgl.engine.table import Entry, RequestTable
+from minisgl.errors import EngineDeadError, InvalidRequestError
+from minisgl.types import EngineStats, FinishReason, ModelInfo, Request, TokenEvent
+
+
+class Engine:
+    """One model behind one executor. Not thread-safe: one thread adds, aborts and steps.
+
+    With `config.overlap` a step is planned and launched while the one before it runs, and the older one's tokens
+    are taken in afterwards (NanoFlow, Zhu et al. 2024): a request that ends on a stop token is found out one
+    step late, and what that step computed for it is dropped.
+    """
+
+    def __init__(self, executor: Executor, model: ModelInfo, config: Config) -> None:
+        assert config.max_running_requests is not None
+        assert config.max_prefill_length is not None
+        rows, max_pages = config.max_running_requests, -(-model.max_seq_len // config.page_size)
+        self.executor = executor
+        self.model = model
+        self.overlap = config.overlap
+        self.cache = CacheManager(executor.num_pages, config.page_size, config.cache, rows, max_pages)
+        self.table = RequestTable(rows, model.max_seq_len)
+        policy = make_policy(config.schedule_policy)
+        self.scheduler = Scheduler(self.table, self.cache, policy, config.max_prefill_length)
+        self._launched: deque[StepPlan] = deque()
+        self._events: list[TokenEvent] = []
+        self._arrivals = 0
+        self._failed = False
+        self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
+
+    def add(self, request: Request) -> None:
+        """Accept a request; raises InvalidRequestError or ContextLengthError when it can never be served."""
+        if self._failed:
+            raise EngineDeadError("the engine failed in an earlier step")
+        self.model.check(request.prompt, request.params)
+        if request.id in self.scheduler.live:
+            raise InvalidRequestError(f"a request with id {request.id!r} is running already", param="id")
+        params, room = request.params, self.model.max_seq_len
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        limit = room if params.max_tokens is None else len(request.prompt) + params.max_tokens
+        entry = Entry(
+            request,
+            arrival=self._arrivals,
+            step=self.scheduler.step,
+            seed=seed,
+            limit=limit,
+            eos=self.model.eos_token_ids,
+        )
+        self._arrivals += 1
+        self._prompt_tokens += len(request.prompt)
+        self.scheduler.add(entry)
+
+    def abort(self, ids: Iterable[str]) -> None:
+        """End these requests; each that is live gets its terminal event from the next `step`."""
+        for request_id in ids:
+            if (event := self.scheduler.abort(request_id)) is not None:
+                self._events.append(event)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do."""
+        return bool(self.scheduler.live or self._launched or self._events) and not self._failed
+
+    def step(self) -> list[TokenEvent]:
+        """Launch the next step if there is one, and take in a result that is due.
+
+        Raises what the executor raised; the engine cannot go on after that.
+        """
+        try:
+            self._advance()
+        except BaseException:
+            self._failed = True
+            raise
+        events, self._events = self._events, []
+        self._count(events)
+        return events
+
+    def _advance(self) -> None:
+        plan = self.scheduler.plan()
+        if plan is not None:
+            self.executor.launch(plan)
+            self._launched.append(plan)
+        in_shadow = self.overlap and plan is not None and len(self._launched) == 1
+        if self._launched and not in_shadow:
+            oldest = self._launched.popleft()
+            self._events += self.scheduler.commit(oldest, self.executor.collect())
+
+    def _count(self, events: list[TokenEvent]) -> None:
+        for event in events:
+            self._generated_tokens += len(event.tokens)
+            if event.finish is not None and event.finish is not FinishReason.ABORT:
+                self._cached_tokens += event.cached_tokens
+
+    def stats(self) -> EngineStats:
+        """The counts of this moment."""
+        live = len(self.scheduler.live)
+        waiting = len(self.scheduler.waiting)
+        return EngineStats(
+            running=live - waiting,
+            waiting=waiting,
+            pages_total=self.executor.num_pages,
+            pages_free=self.cache.num_free,
+            pages_cached=self.cache.num_cached,
+            steps=self.scheduler.step,
+            retracted=self.scheduler.retracted,
+            prompt_tokens=self._prompt_tokens,
+            cached_prompt_tokens=self._cached_tokens,
+            generated_tokens=self._generated_tokens,
+        )
+
+    def close(self) -> None:
+        """Wait for launched steps and release the device."""
+        self.executor.close()

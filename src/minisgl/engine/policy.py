@@ -1,0 +1,54 @@
+"""Scheduling policies: in which order waiting requests are admitted. A policy is a class with one method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from typing import Protocol
+
+from minisgl.engine.table import Entry
+
+
+class Policy(Protocol):
+    """Orders the waiting requests. Admission stops at the first that does not fit: nobody is overtaken for size."""
+
+    def order(self, waiting: Sequence[Entry], cached: Callable[[Entry], int], step: int) -> Iterable[Entry]:
+        """Yield candidates, the next to admit first.
+
+        `waiting` is in order of arrival, retracted requests in front; `cached(entry)` counts the prompt tokens that
+        the prefix cache holds now; `step` is the number of the step being planned.
+        """
+
+
+class FirstComeFirstServed:
+    """Order of arrival."""
+
+    def order(self, waiting: Sequence[Entry], cached: Callable[[Entry], int], step: int) -> Iterable[Entry]:
+        """Yield `waiting` as it is."""
+        return waiting
+
+
+class LongestPrefixMatch:
+    """Longest cached prefix first, so that a prefix is used while it is still cached (the order of RadixAttention).
+
+    A request that waited `patience` steps goes before all younger ones, so nobody starves. Only the first
+    `window` requests of the queue are compared, which bounds the cost of a step.
+    """
+
+    def __init__(self, patience: int = 64, window: int = 128) -> None:
+        self.patience = patience
+        self.window = window
+
+    def order(self, waiting: Sequence[Entry], cached: Callable[[Entry], int], step: int) -> Iterable[Entry]:
+        """Yield the aged in order of arrival, then the others by cached tokens."""
+
+        def key(entry: Entry) -> tuple[bool, int, int]:
+            young = step - entry.queued_step < self.patience
+            return (young, -cached(entry) if young else 0, entry.arrival)
+
+        return sorted(islice(waiting, self.window), key=key)
+
+
+def make_policy(name: str) -> Policy:
+    """The policy that `--schedule-policy` names."""
+    return {"fcfs": FirstComeFirstServed, "lpm": LongestPrefixMatch}[name]()

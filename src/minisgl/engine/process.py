@@ -1,0 +1,116 @@
+"""The engine process: the engine behind two sockets. Started by the server, one line of JSON on its stdin.
+
+The line is `{"config": {...}, "to_engine": address, "from_engine": address}`. Stdin stays open for as long as the
+parent lives; its end means that nobody is left to serve, and the process goes too.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from typing import IO
+
+import msgspec
+import zmq
+
+from minisgl.config import Config
+from minisgl.engine.build import build_engine
+from minisgl.engine.engine import Engine
+from minisgl.engine.messages import Abort, Add, Events, Failed, FromEngine, Ping, Pong, Ready, ToEngine
+from minisgl.errors import InvalidRequestError, MinisglError
+from minisgl.types import FinishReason, TokenEvent
+
+IDLE_POLL_MS = 200
+GRACE_SECONDS = 1.5
+
+
+class StartLine(msgspec.Struct, frozen=True):
+    """What the parent says first."""
+
+    config: Config
+    to_engine: str
+    from_engine: str
+
+
+class EngineServer:
+    """Moves messages in, steps the engine, moves events out, in one thread."""
+
+    def __init__(self, start: StartLine, parent_gone: threading.Event) -> None:
+        self.config = start.config
+        self.parent_gone = parent_gone
+        context = zmq.Context.instance()
+        self.inbox: zmq.Socket[bytes] = context.socket(zmq.PULL)
+        self.outbox: zmq.Socket[bytes] = context.socket(zmq.PUSH)
+        for socket, address in ((self.inbox, start.to_engine), (self.outbox, start.from_engine)):
+            socket.setsockopt(zmq.RCVHWM, 0)
+            socket.setsockopt(zmq.SNDHWM, 0)
+            socket.setsockopt(zmq.LINGER, 1000)
+            socket.connect(address)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(ToEngine)
+
+    def run(self) -> int:
+        """Serve until the parent goes; the exit status."""
+        try:
+            built = build_engine(self.config, progress=sys.stderr.isatty())
+            self._send(Ready(built.engine.model, str(built.folder), list(built.notes)))
+            self._serve(built.engine)
+        except MinisglError as error:
+            self._send(Failed(error.message))
+            return 1
+        except Exception as error:
+            self._send(Failed(f"{type(error).__name__}: {error}"))
+            raise
+        finally:
+            self.inbox.close()
+            self.outbox.close()
+        return 0
+
+    def _send(self, message: FromEngine) -> None:
+        self.outbox.send(self._encoder.encode(message))
+
+    def _serve(self, engine: Engine) -> None:
+        while not self.parent_gone.is_set():
+            self._receive(engine, wait=not engine.has_work)
+            if engine.has_work and (events := engine.step()):
+                self._send(Events(events))
+        engine.close()
+
+    def _receive(self, engine: Engine, wait: bool) -> None:
+        """Take in every message that is there; with nothing to compute, sleep until there is one."""
+        if wait and not self.inbox.poll(IDLE_POLL_MS):
+            return
+        while self.inbox.poll(0):
+            message = self._decoder.decode(self.inbox.recv())
+            match message:
+                case Add(request):
+                    try:
+                        engine.add(request)
+                    except InvalidRequestError as error:
+                        event = TokenEvent(id=request.id, finish=FinishReason.ERROR, error=error.message)
+                        self._send(Events([event]))
+                case Abort(ids):
+                    engine.abort(ids)
+                case Ping(nonce):
+                    self._send(Pong(nonce, engine.stats()))
+
+
+def watch_parent(stdin: IO[bytes], gone: threading.Event) -> None:
+    """Set `gone` at the end of stdin; a step that runs on for longer than the grace ends with the process."""
+    stdin.read()
+    gone.set()
+    threading.Event().wait(GRACE_SECONDS)
+    os._exit(0)
+
+
+def main() -> int:
+    """Entry point of `python -m minisgl.engine.process`."""
+    start = msgspec.json.decode(sys.stdin.buffer.readline(), type=StartLine)
+    gone = threading.Event()
+    threading.Thread(target=watch_parent, args=(sys.stdin.buffer, gone), daemon=True).start()
+    return EngineServer(start, gone).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

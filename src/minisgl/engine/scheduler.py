@@ -1,0 +1,262 @@
+"""The scheduler: decides what the next step does, and takes in what a step did. No torch, no clock, no I/O.
+
+A step decodes every running request and, beside them, prefills chunks of prompts under a token budget
+(Sarathi-Serve, Agrawal et al. 2024), so a long prompt stalls nobody. Pages are taken as they are needed. When they
+run out, the youngest request is retracted: it gives back its row and pages, waits in front of the queue, and
+is prefilled again later, mostly from the prefix cache.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from itertools import chain
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minisgl.cache.manager import CacheManager
+from minisgl.engine.plan import Int32, StepPlan, StepResult
+from minisgl.engine.policy import Policy
+from minisgl.engine.table import Entry, RequestTable, State
+from minisgl.types import FinishReason, TokenEvent
+
+Slots = NDArray[np.intp]
+PageWrites = tuple[Int32, Int32, Int32]
+
+
+class Scheduler:
+    """Owns the waiting queue and the request table; the cache manager owns the pages."""
+
+    def __init__(self, table: RequestTable, cache: CacheManager, policy: Policy, max_prefill_length: int) -> None:
+        self.table = table
+        self.cache = cache
+        self.policy = policy
+        self.max_prefill_length = max_prefill_length
+        self.waiting: deque[Entry] = deque()
+        self.live: dict[str, Entry] = {}
+        self.step = 0
+        self.retracted = 0
+
+    def add(self, entry: Entry) -> None:
+        """Queue an accepted request."""
+        self.live[entry.request.id] = entry
+        self.waiting.append(entry)
+
+    def abort(self, request_id: str) -> TokenEvent | None:
+        """End a request in whatever state it is; None when it is not live. Its pages may be freed later."""
+        entry = self.live.get(request_id)
+        if entry is None:
+            return None
+        if entry.slot < 0:
+            self.waiting.remove(entry)
+            del self.live[request_id]
+        else:
+            self._end(entry.slot)
+            self._settle([entry.slot])
+        return TokenEvent(id=request_id, finish=FinishReason.ABORT, cached_tokens=max(entry.cached_tokens, 0))
+
+    # Planning
+
+    def plan(self) -> StepPlan | None:
+        """Plan the next step and account for it as launched; None when no row can do anything now."""
+        while True:
+            decode, decode_writes = self._plan_decode()
+            chunks, admitted, chunk_writes = self._plan_prefill()
+            if len(decode) or chunks:
+                return self._build(decode, chunks, admitted, [*decode_writes, *chunk_writes])
+            stuck = self.table.rows_in(State.PREFILL, State.DECODE)
+            if len(stuck) == 0 or self.table.in_flight.any() or not self._starved(stuck):
+                return None
+            self._retract(int(stuck[-1]))
+
+    def _starved(self, slots: Slots) -> bool:
+        """Whether some of these rows still have work to launch."""
+        table = self.table
+        return bool(np.any((table.state[slots] == State.PREFILL) | (table.computed[slots] + 1 < table.limit[slots])))
+
+    def _plan_decode(self) -> tuple[Slots, list[PageWrites]]:
+        """Rows that decode in this step, with pages for their next token; retracts the youngest when pages run out."""
+        table, cache = self.table, self.cache
+        slots = np.flatnonzero((table.state == State.DECODE) & (table.computed + 1 < table.limit))
+        if len(slots) == 0:
+            return slots, []
+        need = cache.pages_needed(slots, table.computed[slots] + 1)
+        if int(need.sum()) > cache.available:
+            slots = self._make_room(slots)
+            need = cache.pages_needed(slots, table.computed[slots] + 1)
+        grown = slots[need > 0]
+        writes = [cache.extend(grown, table.computed[grown] + 1)] if len(grown) else []
+        return slots, writes
+
+    def _make_room(self, slots: Slots) -> Slots:
+        """The decode rows that can go on, oldest first, after retracting as many of the youngest as it takes."""
+        table, cache = self.table, self.cache
+        slots = slots[np.argsort(table.arrival[slots], kind="stable")]
+        need = cache.pages_needed(slots, table.computed[slots] + 1)
+        while len(slots) and int(need.sum()) > cache.available + self._pages_leaving():
+            victim = int(table.rows_in(State.PREFILL, State.DECODE)[-1])
+            self._retract(victim)
+            keep = slots != victim
+            slots, need = slots[keep], need[keep]
+        return slots[np.cumsum(need) <= cache.available]
+
+    def _pages_leaving(self) -> int:
+        """Pages of rows that leave as soon as the step in flight is collected."""
+        leaving = (self.table.state == State.RETRACTING) | (self.table.state == State.ENDED)
+        return int(self.cache.row_pages[: len(leaving)][leaving].sum())
+
+    def _plan_prefill(self) -> tuple[list[tuple[int, int]], list[int], list[PageWrites]]:
+        """Chunks as (slot, tokens), the slots admitted, and the page-table writes of both."""
+        chunks: list[tuple[int, int]] = []
+        admitted: list[int] = []
+        writes: list[PageWrites] = []
+        budget = self.max_prefill_length
+        slots: Iterable[int] = self.table.rows_in(State.PREFILL).tolist()
+        for slot in chain(slots, self._admissions(admitted, writes)):
+            length = self._chunk(slot, budget)
+            if length == 0:
+                break
+            done = int(self.table.computed[slot]) + length
+            writes.append(self.cache.extend(np.array([slot]), np.array([done])))
+            self.table.computed[slot] = done
+            self.cache.publish(slot, self.table.tokens[slot, : self.table.known[slot]], done)
+            chunks.append((slot, length))
+            budget -= length
+            if budget == 0:
+                break
+        return chunks, admitted, writes
+
+    def _chunk(self, slot: int, budget: int) -> int:
+        """Tokens of this row to prefill now: what is left, the budget and the available pages allow."""
+        table, cache = self.table, self.cache
+        computed = int(table.computed[slot])
+        room = (int(cache.row_pages[slot]) + cache.available) * cache.page_size - computed
+        return max(0, min(int(table.prefill_len[slot]) - computed, budget, room))
+
+    def _admissions(self, admitted: list[int], writes: list[PageWrites]) -> Iterable[int]:
+        """Admit waiting requests one by one, in the policy's order, as long as rows and pages last."""
+        if not self.waiting or not self.table.has_free_row:
+            return
+        candidates = list(self.policy.order(self.waiting, lambda e: self.cache.match_len(e.tokens), self.step))
+        for entry in candidates:
+            if not self.table.has_free_row:
+                return
+            slot = self._admit(entry)
+            if slot is None:
+                return
+            admitted.append(slot)
+            writes.append(self.cache.writes(slot))
+            yield slot
+
+    def _admit(self, entry: Entry) -> int | None:
+        """Give the request a row if its whole prompt fits beside what running rows will soon need, else None."""
+        table, cache = self.table, self.cache
+        slot = table.peek_row()
+        cached = cache.acquire(slot, entry.tokens)
+        need = int(cache.pages_needed(np.array([slot]), np.array([len(entry.tokens)]))[0])
+        if need + self._promised() > cache.available:
+            cache.release(slot, entry.tokens, cached)
+            return None
+        table.admit(entry, cached)
+        self.waiting.remove(entry)
+        return slot
+
+    def _promised(self) -> int:
+        """Pages that running rows will take: the rest of each prompt, and one more for each row."""
+        rows = self.table.rows_in(State.PREFILL, State.DECODE)
+        goal = np.maximum(self.table.prefill_len[rows], self.table.computed[rows])
+        return int(self.cache.pages_needed(rows, goal).sum()) + len(rows)
+
+    def _build(
+        self, decode: Slots, chunks: list[tuple[int, int]], admitted: list[int], writes: list[PageWrites]
+    ) -> StepPlan:
+        """Turn the decisions into a plan and move the rows on, as if the step had been launched."""
+        table = self.table
+        prefill = np.array([slot for slot, _ in chunks], np.int32)
+        lens = np.array([length for _, length in chunks], np.int32)
+        starts = table.computed[prefill] - lens
+        final = table.computed[prefill] == table.prefill_len[prefill]
+        decode_lens = table.computed[decode]
+        table.computed[decode] += 1
+        table.state[prefill[final]] = State.DECODE
+        table.in_flight[decode] += 1
+        table.in_flight[prefill] += 1
+        sampled = np.concatenate([decode, prefill[final]])
+        pages = [np.concatenate(part) for part in zip(*writes, strict=True)] if writes else [np.empty(0, np.int32)] * 3
+        ends = starts + lens
+        tokens = [table.tokens[slot, start:end] for slot, start, end in zip(prefill, starts, ends, strict=True)]
+        self.step += 1
+        return StepPlan(
+            step=self.step,
+            init=table.init_rows(admitted),
+            page_slots=pages[0],
+            page_indices=pages[1],
+            page_ids=pages[2],
+            decode_slots=decode.astype(np.int32),
+            decode_lens=decode_lens,
+            prefill_slots=prefill,
+            prefill_starts=starts,
+            prefill_lens=lens,
+            prefill_final=final,
+            prefill_tokens=np.concatenate(tokens) if tokens else np.empty(0, np.int32),
+            all_greedy=bool(table.greedy[sampled].all()),
+            any_filter=bool(table.filtered[sampled].any()),
+            any_min_len=bool((table.computed[sampled] < table.min_len[sampled]).any()),
+        )
+
+    # Taking in a result
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
+        """Append the step's tokens, end the requests that are done, free what no launched step touches."""
+        table = self.table
+        touched = np.concatenate([plan.decode_slots, plan.prefill_slots])
+        table.in_flight[touched] -= 1
+        going = table.state[plan.sampled_slots] != State.ENDED
+        slots, tokens = plan.sampled_slots[going], result.tokens[going]
+        lengths = table.known[slots] + 1
+        table.tokens[slots, lengths - 1] = tokens
+        table.known[slots] = lengths
+        hit = (table.stop_ids[slots] == tokens[:, None]).any(axis=1) & (lengths > table.min_len[slots])
+        full = lengths >= table.limit[slots]
+        events = []
+        for slot, token, stop, end in zip(slots.tolist(), tokens.tolist(), hit.tolist(), full.tolist(), strict=True):
+            entry = table.entry(slot)
+            finish = FinishReason.STOP if stop else FinishReason.LENGTH if end else None
+            event = TokenEvent(
+                id=entry.request.id, tokens=(token,), finish=finish, cached_tokens=max(entry.cached_tokens, 0)
+            )
+            events.append(event)
+        for slot in slots[hit | full].tolist():
+            self._end(slot)
+        leaving = (table.state[touched] == State.ENDED) | (table.state[touched] == State.RETRACTING)
+        self._settle(touched[leaving].tolist())
+        return events
+
+    def _end(self, slot: int) -> None:
+        """Mark a request as ended: it is live no more, and its row leaves when nothing launched touches it."""
+        del self.live[self.table.entry(slot).request.id]
+        self.table.state[slot] = State.ENDED
+
+    def _retract(self, slot: int) -> None:
+        """Send a running request back to the queue, now or when the step in flight is collected."""
+        self.retracted += 1
+        self.table.state[slot] = State.RETRACTING
+        self._settle([slot])
+
+    def _settle(self, slots: Iterable[int]) -> None:
+        """Release the rows among these, all leaving, that no launched step touches."""
+        table = self.table
+        for slot in slots:
+            if table.in_flight[slot]:
+                continue
+            entry, again = table.entry(slot), table.state[slot] == State.RETRACTING
+            self.cache.release(slot, table.tokens[slot, : table.known[slot]], table.written(slot))
+            table.vacate(slot)
+            if again:
+                self._requeue(entry)
+
+    def _requeue(self, entry: Entry) -> None:
+        """Put a retracted request back before everything that arrived after it."""
+        index = next((i for i, other in enumerate(self.waiting) if other.arrival > entry.arrival), len(self.waiting))
+        self.waiting.insert(index, entry)

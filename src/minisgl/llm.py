@@ -1,0 +1,230 @@
+"""The offline API: the engine in this process, prompts in, texts out."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from minisgl.config import Config, from_environment
+from minisgl.engine.build import build_engine
+from minisgl.errors import InvalidRequestError
+from minisgl.tokenizer.detokenize import TextStream
+from minisgl.tokenizer.tokenizer import Tokenizer
+from minisgl.types import FinishReason, Request, SamplingParams, TokenEvent
+
+Message = dict[str, Any]
+Prompt = str | Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Completion:
+    """The answer to one prompt: `finish_reason` is "stop" or "length"; `cached_tokens` of its prompt were cached."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    prompt_token_ids: list[int]
+    cached_tokens: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Delta:
+    """A piece of an answer being generated; the last one carries `finish_reason`."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None = None
+
+
+class Answer:
+    """Collects what the engine says of one request, with the text cut at stop strings."""
+
+    def __init__(self, request: Request, stream: TextStream | None) -> None:
+        self.request = request
+        self.stream = stream
+        self.token_ids: list[int] = []
+        self.finish: FinishReason | None = None
+        self.cached_tokens = 0
+
+    def take(self, event: TokenEvent) -> str:
+        """Take in an event; returns the new text. A stop string sets `finish` before the engine knows."""
+        if self.finish is not None:
+            return ""
+        self.token_ids += event.tokens
+        self.cached_tokens = event.cached_tokens
+        self.finish = event.finish
+        if self.stream is None:
+            return ""
+        text = self.stream.push(shown_tokens(event))
+        if self.stream.stopped:
+            self.finish = FinishReason.STOP
+        elif self.finish is not None:
+            text += self.stream.finish()
+        return text
+
+
+def shown_tokens(event: TokenEvent) -> tuple[int, ...]:
+    """The event's tokens without the stop token that ended the request: it is not part of the text."""
+    return event.tokens[:-1] if event.finish is FinishReason.STOP else event.tokens
+
+
+class LLM:
+    """A model, loaded and ready. Keyword arguments are the fields of `Config`; or `config` gives them all.
+
+    Not thread-safe. Raises ConfigError or ModelError when the model cannot be served as asked.
+
+        with LLM("Qwen/Qwen3-0.6B") as llm:
+            print(llm.generate(["The capital of France is"])[0].text)
+    """
+
+    def __init__(
+        self, model: str | None = None, *, config: Config | None = None, progress: bool = True, **settings: Any
+    ) -> None:
+        self.config = config or from_environment(Config(model=model, **settings))
+        built = build_engine(self.config, progress=progress)
+        self.engine = built.engine
+        self.notes = built.notes
+        self.model = self.engine.model
+        self.tokenizer = Tokenizer.load(built.folder) if Tokenizer.exists(built.folder) else None
+        self._ids = itertools.count()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the device."""
+        self.engine.close()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = True,
+    ) -> list[Completion]:
+        """Answer every prompt (texts, or lists of token ids), in their order; all run together.
+
+        One `SamplingParams` serves all prompts, a sequence gives each its own. Raises InvalidRequestError before
+        anything is generated when one of them cannot be served.
+        """
+        if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+            prompts = [prompts]  # type: ignore[list-item]
+        self._require_idle()
+        params = sampling_params or SamplingParams()
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise InvalidRequestError(f"{len(prompts)} prompts, but {len(each)} sampling_params")
+        requests = [self._request(prompt, p) for prompt, p in zip(prompts, each, strict=True)]  # type: ignore[arg-type]
+        answers = {r.id: Answer(r, self._text_stream(r.params) if r.params.stop else None) for r in requests}
+        self._run(answers, progress)
+        return [self._completion(answers[request.id]) for request in requests]
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        progress: bool = True,
+        **template: Any,
+    ) -> list[Completion]:
+        """Answer one conversation, or several, through the model's chat template; `template` goes to it."""
+        single = len(messages) == 0 or isinstance(messages[0], dict)
+        conversations: Any = [messages] if single else messages
+        prompts = [self.text.encode_chat(list(conversation), **template) for conversation in conversations]
+        return self.generate(prompts, sampling_params, progress=progress)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[Delta]:
+        """Answer one prompt piece by piece. Closing the iterator early aborts the request."""
+        self._require_idle()
+        request = self._request(prompt, sampling_params or SamplingParams())
+        answer = Answer(request, self._text_stream(request.params))
+        self.engine.add(request)
+        try:
+            while answer.finish is None:
+                for event in self.engine.step():
+                    text = answer.take(event)
+                    yield Delta(text=text, token_ids=event.tokens, finish_reason=answer.finish)
+        finally:
+            self._drain([request.id])
+
+    @property
+    def text(self) -> Tokenizer:
+        """The tokenizer; raises InvalidRequestError when the model has none."""
+        if self.tokenizer is None:
+            raise InvalidRequestError("this model's folder has no tokenizer: give prompts as token ids")
+        return self.tokenizer
+
+    def _require_idle(self) -> None:
+        if self.engine.has_work:
+            raise InvalidRequestError("another answer is still being streamed: finish or close it first")
+
+    def _text_stream(self, params: SamplingParams) -> TextStream:
+        return self.text.stream(params)
+
+    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
+        ids = self.text.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        self.model.check(ids, params)
+        return Request(id=str(next(self._ids)), prompt=ids, params=params)
+
+    def _run(self, answers: dict[str, Answer], progress: bool) -> None:
+        """Run all to their end; whatever interrupts it, nothing stays in the engine."""
+        columns = (
+            TextColumn("generating"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[rate]}"),
+        )
+        with Progress(*columns, disable=not progress) as bar:
+            task = bar.add_task("", total=len(answers), rate="")
+            try:
+                for answer in answers.values():
+                    self.engine.add(answer.request)
+                generated, done = 0, 0
+                while done < len(answers):
+                    for event in self.engine.step():
+                        answer = answers[event.id]
+                        ended = answer.finish is not None
+                        answer.take(event)
+                        generated += len(event.tokens)
+                        if answer.finish is not None and not ended:
+                            done += 1
+                            if event.finish is None:
+                                self.engine.abort([event.id])
+                    elapsed = bar.tasks[task].elapsed or 0.0
+                    rate = f"{generated / elapsed:,.0f} tok/s" if elapsed > 0 else ""
+                    bar.update(task, completed=done, rate=rate)
+            finally:
+                self._drain(answers)
+
+    def _drain(self, ids: Sequence[str] | dict[str, Answer]) -> None:
+        """Abort what is left of these and take the launched steps in."""
+        self.engine.abort(ids)
+        while self.engine.has_work:
+            self.engine.step()
+
+    def _completion(self, answer: Answer) -> Completion:
+        text = ""
+        if answer.stream is not None:
+            text = answer.stream.text
+        elif self.tokenizer is not None:
+            ids = answer.token_ids[:-1] if answer.finish is FinishReason.STOP else answer.token_ids
+            text = self.tokenizer.decode(ids, answer.request.params.skip_special_tokens)
+        assert answer.finish is not None
+        return Completion(
+            text=text,
+            token_ids=answer.token_ids,
+            finish_reason=str(answer.finish),
+            prompt_token_ids=answer.request.prompt,
+            cached_tokens=answer.cached_tokens,
+        )
