@@ -1,0 +1,10 @@
+"""`python -m minisgl`."""
+
+from __future__ import annotations
+
+import sys
+
+from minisgl.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""The command line: flags made from the fields of `Config`, and the three things they start.
+
+`minisgl [flags]` serves HTTP, with `--shell` it chats, and `minisgl bench NAME [flags]` runs a benchmark.
+Exit status: 0 done, 1 could not start or ended with an error, 2 a bad command line, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NoReturn
+
+from minisgl import __version__, log
+from minisgl.config import Config, check, from_environment
+from minisgl.errors import ConfigError, MinisglError
+
+GROUPS: Final = (
+    ("model", ("model", "model_source", "dummy_weight", "dtype", "device", "max_seq_len_override")),
+    ("parallelism", ("tp", "disable_pynccl")),
+    ("scheduling", ("max_running_requests", "max_prefill_length", "schedule_policy", "overlap")),
+    ("KV cache", ("page_size", "num_pages", "memory_ratio", "cache")),
+    ("kernels", ("attn", "cuda_graph_max_bs")),
+    ("interface", ("host", "port", "shell", "log_level")),
+)
+"""Sections of `--help`, and the fields of `Config` in each."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, and which takes no abbreviated flag."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the line and exit with status 2."""
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> Parser:
+    """The parser of `minisgl`. A flag that was not given leaves nothing in the namespace."""
+    parser = Parser(prog="minisgl", description="Serve a language model over OpenAI's HTTP API, or chat with it.")
+    parser.add_argument("--version", action="version", version=f"minisgl {__version__}")
+    add_config_flags(parser)
+    switches = [environment_help(field) for field in dataclasses.fields(Config) if field.metadata["env"]]
+    parser.epilog = "\n  ".join(["environment:", *switches]) + "\n\nbenchmark:\n  minisgl bench offline --help"
+    return parser
+
+
+def environment_help(field: dataclasses.Field[Any]) -> str:
+    """A line for the environment switch of a field; a switch for a bool turns it off."""
+    name, text = field.metadata["env"], field.metadata["help"]
+    return f"{name}=1  do not {text}" if field.default is True else f"{name}=VALUE  {text} (default: {field.default})"
+
+
+def add_config_flags(parser: argparse.ArgumentParser, *, without: Sequence[str] = ()) -> None:
+    """Add the flags of `Config`, group by group, with their defaults in the help; `without` names groups to skip."""
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    hints = typing.get_type_hints(Config)
+    for title, names in GROUPS:
+        if title in without:
+            continue
+        group = parser.add_argument_group(title)
+        for name in names:
+            if fields[name].metadata["flags"]:
+                add_flag(group, fields[name], hints[name])
+
+
+def add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], hint: Any) -> None:
+    """Add one field's flag with all its spellings. A bool is a switch; `hint` T | None parses as T."""
+    text = field.metadata["help"]
+    options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
+    if hint is bool:
+        group.add_argument(*field.metadata["flags"], action="store_true", help=text, **options)
+        return
+    if isinstance(hint, types.UnionType):
+        (hint,) = (part for part in typing.get_args(hint) if part is not types.NoneType)
+    if field.default is not None:
+        text += f" (default: {field.default})"
+    choices = field.metadata["choices"] or None
+    metavar = None if choices else {int: "N", float: "X", str: "NAME"}[hint]
+    text = text.replace("%", "%%")
+    group.add_argument(*field.metadata["flags"], type=hint, choices=choices, metavar=metavar, help=text, **options)
+
+
+def config_from(parser: argparse.ArgumentParser, namespace: argparse.Namespace) -> Config:
+    """The configuration that the flags and the environment say; a value out of range is the parser's error."""
+    names = {field.name for field in dataclasses.fields(Config)}
+    said = {name: value for name, value in vars(namespace).items() if name in names}
+    try:
+        config = from_environment(Config()).replace(**said)
+        check(config)
+    except ConfigError as error:
+        parser.error(error.message)
+    return config
+
+
+def parse(arguments: Sequence[str]) -> Config:
+    """The configuration that a command line asks for; exits with status 2 and one line when it cannot be read."""
+    parser = build_parser()
+    return config_from(parser, parser.parse_args(arguments))
+
+
+def guarded(run: Callable[[], int], debug: bool) -> int:
+    """Run; an error raised on purpose becomes one line on standard error, with a traceback when debugging."""
+    try:
+        return run()
+    except MinisglError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error.message}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def start(config: Config) -> int:
+    """Serve or chat until the end; the exit status."""
+    if config.shell:
+        from minisgl.shell import run_shell
+
+        run_shell(config)
+        return 0
+    from minisgl.server.launch import serve
+
+    return serve(config)
+
+
+def bench(arguments: Sequence[str]) -> int:
+    """Run the benchmark that the first argument names; the exit status."""
+    parser = Parser(prog="minisgl bench", description="Measure, and print the command that measures it again.")
+    parser.add_argument("name", choices=("offline",), help="offline: a batch of requests through the offline API")
+    parser.parse_args(arguments[:1])
+    from minisgl.bench import offline
+
+    return offline.main(arguments[1:])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of `minisgl` and `python -m minisgl`; the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["bench"]:
+        return bench(arguments[1:])
+    config = parse(arguments)
+    log.configure(config.log_level)
+    return guarded(lambda: start(config), debug=config.log_level == "DEBUG")
