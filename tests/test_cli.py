@@ -1,0 +1,316 @@
+"""The command line: every published command and every spelling parses to what it says; errors are one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import subprocess
+import sys
+import time
+import types
+from typing import Any
+
+import pytest
+
+from minisgl import __version__, cli
+from minisgl.config import Config, Machine, resolve
+from minisgl.errors import ModelError
+
+QWEN = "Qwen/Qwen3-0.6B"
+LLAMA_70B = "meta-llama/Llama-3.1-70B-Instruct"
+
+COMMANDS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("python -m minisgl", {}),
+    ('python -m minisgl --model "Qwen/Qwen3-0.6B"', {"model": QWEN}),
+    ('python -m minisgl --model "Qwen/Qwen3-0.6B" --shell', {"model": QWEN, "shell": True}),
+    (
+        'python -m minisgl --model "meta-llama/Llama-3.1-70B-Instruct" --tp 4 --port 30000',
+        {"model": LLAMA_70B, "tp": 4, "port": 30000},
+    ),
+    ('python -m minisgl --model "meta-llama/Llama-3.1-70B-Instruct" --tp 4', {"model": LLAMA_70B, "tp": 4}),
+    (
+        'python -m minisgl --model "Qwen/Qwen3-32B" --tp 4 --cache naive',
+        {"model": "Qwen/Qwen3-32B", "tp": 4, "cache": "naive"},
+    ),
+    ('python -m minisgl --model "Qwen/Qwen3-0.6B" --memory-ratio 0.85', {"model": QWEN, "memory_ratio": 0.85}),
+    ('python -m minisgl --model "Qwen/Qwen3-0.6B" --page-size 256', {"model": QWEN, "page_size": 256}),
+    ('python -m minisgl --model "Qwen/Qwen3-0.6B" --num-pages 10000', {"model": QWEN, "num_pages": 10000}),
+    (
+        'python -m minisgl --model "Qwen/Qwen3-0.6B" --max-prefill-length 8192',
+        {"model": QWEN, "max_prefill_length": 8192},
+    ),
+    (
+        'python -m minisgl --model "Qwen/Qwen3-0.6B" --cuda-graph-max-bs 256',
+        {"model": QWEN, "cuda_graph_max_bs": 256},
+    ),
+    ('python -m minisgl --model "Qwen/Qwen3-0.6B" --cuda-graph-max-bs 0', {"model": QWEN, "cuda_graph_max_bs": 0}),
+    ('python -m minisgl --model "Qwen/Qwen3-0.6B" --attn fa', {"model": QWEN, "attn": "fa"}),
+    ('python -m minisgl --model "Qwen/Qwen3-0.6B" --attn fa,fi', {"model": QWEN, "attn": "fa,fi"}),
+    ('python -m minisgl --model "Qwen/Qwen3-0.6B" --attn trtllm', {"model": QWEN, "attn": "trtllm"}),
+    ('python -m minisgl --model "Qwen/Qwen3-0.6B" --cache-type radix', {"model": QWEN, "cache": "radix"}),
+    ('python -m minisgl --model "Qwen/Qwen3-0.6B" --cache-type naive', {"model": QWEN, "cache": "naive"}),
+    (
+        'MINISGL_DISABLE_OVERLAP_SCHEDULING=1 python -m minisgl --model "Qwen/Qwen3-0.6B"',
+        {"model": QWEN, "overlap": False},
+    ),
+    (
+        'python -m minisgl --model "Qwen/Qwen3-0.6B" --max-running-requests 128',
+        {"model": QWEN, "max_running_requests": 128},
+    ),
+    (
+        'python -m minisgl --model "Qwen/Qwen3-0.6B" --max-seq-len-override 8192',
+        {"model": QWEN, "max_seq_len_override": 8192},
+    ),
+    ('python -m minisgl --model "Qwen/Qwen3-0.6B" --dtype bfloat16', {"model": QWEN, "dtype": "bfloat16"}),
+    ('LOG_LEVEL=DEBUG python -m minisgl --model "Qwen/Qwen3-0.6B"', {"model": QWEN, "log_level": "DEBUG"}),
+    ('nsys profile -o profile.qdrep python -m minisgl --model "Qwen/Qwen3-0.6B"', {"model": QWEN}),
+    (
+        """python -m minisgl --model "Qwen/Qwen3-32B" --tp 4 \\
+            --cuda-graph-max-bs 256 \\
+            --max-prefill-length 16384 \\
+            --attn fa,fi \\
+            --memory-ratio 0.9 \\
+            --cache-type radix""",
+        {
+            "model": "Qwen/Qwen3-32B",
+            "tp": 4,
+            "cuda_graph_max_bs": 256,
+            "max_prefill_length": 16384,
+            "attn": "fa,fi",
+            "memory_ratio": 0.9,
+        },
+    ),
+    (
+        """python -m minisgl --model "Qwen/Qwen3-0.6B" \\
+            --memory-ratio 0.7 \\
+            --cuda-graph-max-bs 64 \\
+            --max-prefill-length 4096 \\
+            --page-size 16""",
+        {"model": QWEN, "memory_ratio": 0.7, "cuda_graph_max_bs": 64, "max_prefill_length": 4096, "page_size": 16},
+    ),
+    (
+        """python -m minisgl --model "Qwen/Qwen3-14B" \\
+            --max-seq-len-override 32768 \\
+            --max-prefill-length 16384 \\
+            --page-size 256 \\
+            --memory-ratio 0.95 \\
+            --cache-type radix""",
+        {
+            "model": "Qwen/Qwen3-14B",
+            "max_seq_len_override": 32768,
+            "max_prefill_length": 16384,
+            "page_size": 256,
+            "memory_ratio": 0.95,
+        },
+    ),
+    (
+        """MINISGL_DISABLE_OVERLAP_SCHEDULING=1 LOG_LEVEL=DEBUG \\
+            python -m minisgl --model "Qwen/Qwen3-0.6B" \\
+            --cuda-graph-max-bs 0 \\
+            --shell""",
+        {"model": QWEN, "overlap": False, "log_level": "DEBUG", "cuda_graph_max_bs": 0, "shell": True},
+    ),
+)
+"""Published commands, and the fields that each sets; the others keep their defaults."""
+
+SPELLINGS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("--model a/b", {"model": "a/b"}),
+    ("--model-path a/b", {"model": "a/b"}),
+    ("--model-source huggingface", {}),
+    ("--model-source modelscope", {"model_source": "modelscope"}),
+    ("--tp 2", {"tp": 2}),
+    ("--tp-size 2", {"tp": 2}),
+    ("--tensor-parallel-size 2", {"tp": 2}),
+    ("--host 0.0.0.0", {"host": "0.0.0.0"}),
+    ("--port 8000", {"port": 8000}),
+    ("--shell", {"shell": True}),
+    ("--shell-mode", {"shell": True}),
+    ("--max-prefill-length 64", {"max_prefill_length": 64}),
+    ("--max-extend-length 64", {"max_prefill_length": 64}),
+    ("--page-size 64", {"page_size": 64}),
+    ("--num-pages 10", {"num_pages": 10}),
+    ("--memory-ratio 0.5", {"memory_ratio": 0.5}),
+    ("--attn auto", {}),
+    ("--attn fi", {"attn": "fi"}),
+    ("--attention-backend triton,torch", {"attn": "triton,torch"}),
+    ("--cuda-graph-max-bs 8", {"cuda_graph_max_bs": 8}),
+    ("--graph 0", {"cuda_graph_max_bs": 0}),
+    ("--cache radix", {}),
+    ("--cache-type naive", {"cache": "naive"}),
+    ("--max-running-requests 4", {"max_running_requests": 4}),
+    ("--max-seq-len-override 99", {"max_seq_len_override": 99}),
+    ("--dtype auto", {}),
+    ("--dtype float16", {"dtype": "float16"}),
+    ("--dtype float32", {"dtype": "float32"}),
+    ("--disable-pynccl", {"disable_pynccl": True}),
+    ("--dummy-weight", {"dummy_weight": True}),
+    ("--dummy-weights", {"dummy_weight": True}),
+    ("--device cpu", {"device": "cpu"}),
+    ("--schedule-policy lpm", {"schedule_policy": "lpm"}),
+    ("--page-size=32", {"page_size": 32}),
+)
+
+BAD_LINES = (
+    ("--no-such-flag", "unrecognized arguments: --no-such-flag"),
+    ("--page 16", "unrecognized arguments: --page 16"),
+    ("stray", "unrecognized arguments: stray"),
+    ("--page-size", "expected one argument"),
+    ("--page-size x", "invalid int value: 'x'"),
+    ("--page-size 0", "--page-size must be between 1 and 256, got 0"),
+    ("--port 65536", "--port must be between 0 and 65535, got 65536"),
+    ("--memory-ratio nan", "--memory-ratio must be in (0, 1], got nan"),
+    ("--dtype int8", "invalid choice: 'int8'"),
+    ("--cache lru", "invalid choice: 'lru'"),
+    ("--attn fa,fi,fa", "--attn must be auto, one of fa, fi, trtllm, triton, torch, or two"),
+    ("--tp 0", "--tp must be at least 1, got 0"),
+    ("bench", "required: name"),
+    ("bench online", "invalid choice: 'online'"),
+    ("bench offline --port 1", "unrecognized arguments: --port 1"),
+    ("bench offline --input-len 9:3", "the smaller one first"),
+    ("bench offline --input-len x", "not a length N or a range A:B"),
+    ("bench offline --page-size 0", "--page-size must be between 1 and 256"),
+)
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MINISGL_DISABLE_OVERLAP_SCHEDULING", "LOG_LEVEL"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Config]]:
+    """What `main` started, with the shell and the server replaced by recorders."""
+    calls: list[tuple[str, Config]] = []
+    for module, function in (("minisgl.shell", "run_shell"), ("minisgl.server.launch", "serve")):
+        fake = types.ModuleType(module)
+
+        def record(config: Config, name: str = function) -> int:
+            calls.append((name, config))
+            return 0
+
+        setattr(fake, function, record)
+        monkeypatch.setitem(sys.modules, module, fake)
+    return calls
+
+
+@pytest.mark.parametrize(("command", "expected"), COMMANDS)
+def test_published_command_parses_as_written(
+    command: str, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = shlex.split(command.replace("\\\n", " "))
+    for word in words[: words.index("python")]:
+        if "=" in word:
+            monkeypatch.setenv(*word.split("="))
+    config = cli.parse(words[words.index("minisgl") + 1 :])
+    assert dataclasses.asdict(config) == dataclasses.asdict(Config()) | expected
+
+
+@pytest.mark.parametrize(("line", "expected"), SPELLINGS)
+def test_every_spelling_sets_its_field(line: str, expected: dict[str, Any]) -> None:
+    assert dataclasses.asdict(cli.parse(line.split())) == dataclasses.asdict(Config()) | expected
+
+
+def test_every_flag_of_the_configuration_is_in_the_tables() -> None:
+    used = {word.partition("=")[0] for line, _ in SPELLINGS for word in line.split() if word.startswith("--")}
+    assert used == {flag for field in dataclasses.fields(Config) for flag in field.metadata["flags"]}
+
+
+def test_every_field_is_in_exactly_one_help_group() -> None:
+    grouped = [name for _, names in cli.GROUPS for name in names]
+    assert sorted(grouped) == sorted(field.name for field in dataclasses.fields(Config))
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_LINES)
+def test_bad_command_line_is_one_line_and_status_2(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(line.split())
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_explicit_flags_win_over_the_shells_defaults(started: list[tuple[str, Config]]) -> None:
+    assert cli.main(["--shell", "--max-running-requests", "7"]) == 0
+    assert cli.main(["--shell"]) == 0
+    assert [name for name, _ in started] == ["run_shell", "run_shell"]
+    rows = [resolve(config, Machine()).config.max_running_requests for _, config in started]
+    assert rows == [7, 1]
+
+
+def test_without_shell_the_server_starts_and_gives_the_exit_status(
+    started: list[tuple[str, Config]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli.main(["--port", "8080"]) == 0
+    assert [(name, config.port) for name, config in started] == [("serve", 8080)]
+    monkeypatch.setattr(sys.modules["minisgl.server.launch"], "serve", lambda config: 3)
+    assert cli.main([]) == 3
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_startup_error_is_one_line_without_traceback_unless_debugging(
+    debug: bool,
+    started: list[tuple[str, Config]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def serve(config: Config) -> int:
+        raise ModelError("/nowhere: no config.json there")
+
+    monkeypatch.setattr(sys.modules["minisgl.server.launch"], "serve", serve)
+    monkeypatch.setenv("LOG_LEVEL", "debug" if debug else "INFO")
+    assert cli.main([]) == 1
+    error = capsys.readouterr().err
+    assert error.endswith("error: /nowhere: no config.json there\n")
+    assert ("Traceback" in error) is debug
+
+
+def test_interrupt_is_status_130_without_traceback(
+    started: list[tuple[str, Config]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def serve(config: Config) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["minisgl.server.launch"], "serve", serve)
+    assert cli.main([]) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_help_names_every_flag_default_and_switch(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert exit_.value.code == 0
+    for field in dataclasses.fields(Config):
+        assert all(flag in text for flag in field.metadata["flags"])
+        assert field.metadata["env"] is None or field.metadata["env"] in text
+    assert "tokens in a KV page (default: 16)" in text
+    assert "(default: 1919)" in text
+
+
+def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["--version"])
+    assert (exit_.value.code, capsys.readouterr().out) == (0, f"minisgl {__version__}\n")
+
+
+@pytest.mark.parametrize("arguments", ["['--help']", "['bench', 'offline', '--help']"])
+def test_help_answers_quickly_and_without_heavy_imports(arguments: str) -> None:
+    code = (
+        f"import sys\nfrom minisgl.cli import main\ntry:\n    main({arguments})\nexcept SystemExit: pass\n"
+        "bad = {'torch', 'transformers', 'fastapi', 'numpy'} & set(sys.modules)\nsys.exit(str(bad) if bad else 0)"
+    )
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        seconds.append(time.perf_counter() - started)
+        assert done.returncode == 0, done.stderr
+    assert min(seconds) < 0.5
+
+
+def test_module_and_console_command_are_the_same_program() -> None:
+    done = subprocess.run([sys.executable, "-m", "minisgl", "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"minisgl {__version__}\n")

@@ -1,0 +1,148 @@
+"""The configuration: what is refused, what is filled in, what the environment says."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from minisgl.config import Config, Machine, cache_folder, check, from_environment, resolve
+from minisgl.errors import ConfigError
+
+CPU = Machine()
+HOPPER = Machine(True, "NVIDIA H200", (9, 0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tp": 4}, "--tp 4: tensor parallelism is not available in this version; use --tp 1"),
+        ({"disable_pynccl": True}, "--disable-pynccl concerns tensor parallelism"),
+        ({"attn": "fa"}, "--attn fa: fa needs a GPU; on the CPU use torch or auto"),
+        ({"attn": "fa,fi"}, "--attn fa,fi: fa needs a GPU"),
+        ({"attn": "torch,trtllm"}, "--attn torch,trtllm: trtllm needs a GPU"),
+        ({"cuda_graph_max_bs": 256}, "--cuda-graph-max-bs 256: CUDA graphs need a GPU; leave it out or give 0"),
+        ({"device": "cuda"}, "--device cuda: torch sees no CUDA card; use --device cpu"),
+    ],
+)
+def test_what_only_a_gpu_can_honour_is_refused_on_the_cpu(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        resolve(Config(**settings), CPU)
+    assert message in error.value.message
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"attn": "torch"},
+        {"attn": "torch,torch"},
+        {"cuda_graph_max_bs": 0},
+        {"tp": 1},
+        {"dtype": "bfloat16"},
+        {"page_size": 256, "max_prefill_length": 16384, "memory_ratio": 0.95, "max_seq_len_override": 32768},
+        {"cache": "naive", "schedule_policy": "lpm", "overlap": False},
+    ],
+)
+def test_explicit_values_are_kept(settings: dict[str, Any]) -> None:
+    config = resolve(Config(**settings), CPU).config
+    expected = settings | ({"attn": "torch,torch"} if "attn" in settings else {})
+    assert {name: getattr(config, name) for name in settings} == expected
+
+
+@pytest.mark.parametrize("machine", [CPU, HOPPER])
+@pytest.mark.parametrize("shell", [False, True])
+def test_resolving_leaves_nothing_open_but_what_memory_and_model_decide(machine: Machine, shell: bool) -> None:
+    config = resolve(Config(shell=shell), machine).config
+    open_ended = {field.name for field in dataclasses.fields(config) if getattr(config, field.name) in (None, "auto")}
+    assert open_ended == {"model", "max_seq_len_override", "num_pages", "memory_ratio"}
+    assert config.max_running_requests == (1 if shell else 256)
+
+
+@pytest.mark.parametrize(
+    ("machine", "checkpoint", "dtype"),
+    [
+        (CPU, "bfloat16", "float32"),
+        (HOPPER, "bfloat16", "bfloat16"),
+        (HOPPER, "float16", "float16"),
+        (HOPPER, "float32", "float16"),
+    ],
+)
+def test_auto_dtype_follows_device_and_checkpoint(machine: Machine, checkpoint: str, dtype: str) -> None:
+    assert resolve(Config(), machine, checkpoint).config.dtype == dtype
+
+
+def test_every_chosen_value_has_a_note_and_said_values_have_none() -> None:
+    notes = resolve(Config(), CPU).notes
+    chosen = {note.partition(" = ")[0] for note in notes}
+    assert chosen == {"device", "dtype", "attn", "cuda_graph_max_bs", "max_running_requests", "max_prefill_length"}
+    said = Config(
+        device="cpu", dtype="float32", cuda_graph_max_bs=0, max_running_requests=2, max_prefill_length=9, attn="torch"
+    )
+    assert resolve(said, CPU).notes == ()
+
+
+def test_resolving_is_pure() -> None:
+    config = Config()
+    assert resolve(config, CPU) == resolve(config, CPU)
+    assert config == Config()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"page_size": 0}, "--page-size must be between 1 and 256, got 0"),
+        ({"page_size": 257}, "--page-size must be between 1 and 256, got 257"),
+        ({"num_pages": 0}, "--num-pages must be at least 1"),
+        ({"max_running_requests": 0}, "--max-running-requests must be at least 1"),
+        ({"max_prefill_length": -1}, "--max-prefill-length must be at least 1"),
+        ({"max_seq_len_override": 0}, "--max-seq-len-override must be at least 1"),
+        ({"memory_ratio": 0.0}, "--memory-ratio must be in (0, 1]"),
+        ({"memory_ratio": 1.5}, "--memory-ratio must be in (0, 1]"),
+        ({"memory_ratio": float("nan")}, "--memory-ratio must be in (0, 1]"),
+        ({"cuda_graph_max_bs": -1}, "--cuda-graph-max-bs must be at least 0"),
+        ({"port": -1}, "--port must be between 0 and 65535"),
+        ({"tp": 0}, "--tp must be at least 1"),
+        ({"attn": "fa,"}, "--attn must be auto"),
+        ({"attn": "auto,fa"}, "--attn must be auto"),
+        ({"attn": "cudnn"}, "fa, fi, trtllm, triton, torch"),
+    ],
+)
+def test_value_out_of_range_names_the_flag_and_the_rule(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        check(Config(**settings))
+    assert message in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("environ", "overlap", "level"),
+    [
+        ({}, True, "INFO"),
+        ({"MINISGL_DISABLE_OVERLAP_SCHEDULING": "1"}, False, "INFO"),
+        ({"MINISGL_DISABLE_OVERLAP_SCHEDULING": "0"}, True, "INFO"),
+        ({"MINISGL_DISABLE_OVERLAP_SCHEDULING": ""}, True, "INFO"),
+        ({"LOG_LEVEL": "DEBUG"}, True, "DEBUG"),
+        ({"LOG_LEVEL": "warning"}, True, "WARNING"),
+        ({"LOG_LEVEL": ""}, True, "INFO"),
+    ],
+)
+def test_environment_switches(environ: dict[str, str], overlap: bool, level: str) -> None:
+    config = from_environment(Config(), environ)
+    assert (config.overlap, config.log_level) == (overlap, level)
+
+
+@pytest.mark.parametrize("environ", [{"MINISGL_DISABLE_OVERLAP_SCHEDULING": "yes"}, {"LOG_LEVEL": "LOUD"}])
+def test_unknown_value_of_a_switch_is_refused_by_name(environ: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(environ))):
+        from_environment(Config(), environ)
+
+
+def test_cache_folder_follows_the_users_settings() -> None:
+    assert cache_folder({"MINISGL_CACHE": "/a", "XDG_CACHE_HOME": "/b"}) == "/a"
+    assert cache_folder({"XDG_CACHE_HOME": "/b"}) == "/b/minisgl"
+    assert cache_folder({}).endswith("/.cache/minisgl")
+
+
+def test_config_cannot_be_changed_in_place() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().port = 1  # type: ignore[misc]
