@@ -1,0 +1,130 @@
+"""Chat templates: a conversation becomes the text the model was trained on.
+
+Templates come with checkpoints and are not trusted: they run in jinja2's immutable sandbox and see plain JSON
+values only. What a template may use is what the `transformers` documentation on writing chat templates promises.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+from minisgl.errors import InvalidRequestError, ModelError
+
+NO_TEMPLATE = "this model has no chat template: it is a base model, use /v1/completions with a plain prompt"
+
+
+class GenerationTag(Extension):
+    """`{% generation %}…{% endgeneration %}` marks what to train on; here it is its content."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """Replace the block by its body."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class PublicNamespace(Namespace):
+    """jinja2's `namespace` without underscored names, which reach into the interpreter."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        self, *rest = args
+        for name in dict(*rest, **kwargs):
+            refuse_private(name)
+        Namespace.__init__(self, *rest, **kwargs)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        refuse_private(name)
+        super().__setitem__(name, value)
+
+
+def refuse_private(name: object) -> None:
+    """Raise SecurityError for a name with a leading underscore."""
+    if str(name).startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace attribute must not start with an underscore: {name!r}")
+
+
+def raise_exception(message: str) -> None:
+    """How a template refuses a conversation."""
+    raise jinja2.TemplateError(message)
+
+
+def strftime_now(pattern: str) -> str:
+    """The local time."""
+    return datetime.datetime.now().strftime(pattern)
+
+
+def make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+    """`dict(…)` without the type's other attributes."""
+    return dict(*args, **kwargs)
+
+
+def to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as it is, where jinja2's own filter would escape HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def make_environment() -> ImmutableSandboxedEnvironment:
+    """The sandbox a template runs in."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals.update(
+        raise_exception=raise_exception, strftime_now=strftime_now, dict=make_dict, namespace=PublicNamespace
+    )
+    return environment
+
+
+class ChatTemplate:
+    """A compiled template. `tokens` are the named special tokens it may print, as `bos_token`.
+
+    Raises ModelError when the source is no valid template.
+    """
+
+    def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
+        self._tokens = dict(tokens)
+        try:
+            self._template = make_environment().from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ModelError(f"the model's chat template is broken: line {error.lineno}: {error.message}") from error
+
+    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, **variables: Any) -> str:
+        """The conversation as text. Raises InvalidRequestError when the template refuses it."""
+        fixed = {"messages", "add_generation_prompt", *self._tokens}
+        if taken := sorted(fixed & variables.keys()):
+            raise InvalidRequestError(f"{taken[0]} cannot be set here", param="chat_template_kwargs")
+        values = {"tools": None, "documents": None, **self._tokens, **variables}
+        try:
+            return self._template.render(messages=list(messages), add_generation_prompt=add_generation_prompt, **values)
+        except Exception as error:  # the template is foreign code run on the user's values
+            reason = str(error) or type(error).__name__
+            raise InvalidRequestError(f"the model's chat template refuses this: {reason}", param="messages") from error
+
+
+def read_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
+    """The source of a checkpoint's chat template: its own file, or the configuration's single or "default" one."""
+    if (file := folder / "chat_template.jinja").is_file():
+        return file.read_text("utf-8")
+    source = tokenizer_config.get("chat_template")
+    if isinstance(source, list):
+        named = {entry["name"]: entry["template"] for entry in source}
+        source = named.get("default") or next(iter(named.values()), None)
+    return source if isinstance(source, str) and source else None
