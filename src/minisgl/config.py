@@ -75,7 +75,7 @@ class Config:
     num_pages: int | None = setting(None, "--num-pages", help="KV pages; default: measured from free memory")
     memory_ratio: float | None = setting(
         None, "--memory-ratio",
-        help="share of the free memory for weights, activations and KV (default 0.9; on the CPU KV takes 2 GiB at most)",
+        help="share of the free memory for weights, activations and KV (default 0.9; on the CPU at most 2 GiB of KV)",
     )  # fmt: skip
     cache: str = setting(
         "radix", "--cache", "--cache-type", choices=("radix", "naive"), help="share the KV of common prefixes, or not"

@@ -1,0 +1,145 @@
+"""Random arrivals, lengths, aborts and settings against the scheduler; DESIGN's invariants after every step.
+
+Planted by hand once, each caught by this file or by test_scheduler.py, besides the six of tests/cache/test_manager.py:
+
+PLANTED_BUGS
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from helpers.simulation import VOCAB, expected_tokens, request, simulated_engine, tokens_of
+from minisgl.engine.engine import Engine
+from minisgl.engine.table import State
+from minisgl.types import FinishReason, Request, TokenEvent
+
+MAX_SEQ_LEN = 40
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """A user who adds, aborts and waits; the device is simulated, so every token is checked."""
+
+    engine: Engine
+
+    @initialize(
+        page_size=st.sampled_from([1, 2, 5, 8]),
+        spare=st.integers(0, 60),
+        cache=st.sampled_from(["radix", "naive"]),
+        overlap=st.booleans(),
+        rows=st.integers(1, 5),
+        chunk=st.integers(1, 30),
+        policy=st.sampled_from(["fcfs", "lpm"]),
+    )
+    def start(self, page_size: int, spare: int, cache: str, overlap: bool, rows: int, chunk: int, policy: str) -> None:
+        self.engine = simulated_engine(
+            page_size=page_size,
+            num_pages=-(-(MAX_SEQ_LEN + spare) // page_size),
+            max_seq_len=MAX_SEQ_LEN,
+            cache=cache,
+            overlap=overlap,
+            max_running_requests=rows,
+            max_prefill_length=chunk,
+            schedule_policy=policy,
+        )
+        self.requests: dict[str, Request] = {}
+        self.events: dict[str, list[TokenEvent]] = {}
+        self.aborted: set[str] = set()
+
+    @rule(
+        shared=st.integers(0, 12),
+        own=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=20),
+        max_tokens=st.none() | st.integers(1, 8),
+        ignore_eos=st.booleans(),
+        seed=st.integers(-5, 5),
+        temperature=st.sampled_from([0.0, 0.8]),
+    )
+    def add(
+        self, shared: int, own: list[int], max_tokens: int | None, ignore_eos: bool, seed: int, temperature: float
+    ) -> None:
+        name = str(len(self.requests))
+        new = request(
+            name,
+            [*range(shared), *own],
+            max_tokens=max_tokens,
+            ignore_eos=ignore_eos,
+            seed=seed,
+            temperature=temperature,
+        )
+        self.engine.add(new)
+        self.requests[name] = new
+        self.events[name] = []
+
+    @precondition(lambda self: bool(self.requests))
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.requests)))
+        if name in self.engine.scheduler.live:
+            self.aborted.add(name)
+        self.engine.abort([name])
+
+    @rule(steps=st.integers(1, 6))
+    def step(self, steps: int) -> None:
+        for _ in range(steps):
+            for event in self.engine.step():
+                self.take(event)
+
+    @rule()
+    def flush(self) -> None:
+        self.engine.cache.flush()
+
+    def take(self, event: TokenEvent) -> None:
+        mine = self.events[event.id]
+        assert not mine or mine[-1].finish is None, "an event after the terminal one"
+        mine.append(event)
+
+    @invariant()
+    def pages_are_in_one_place(self) -> None:
+        if hasattr(self, "engine"):
+            self.engine.cache.check()
+
+    @invariant()
+    def rows_keep_their_order(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        table = self.engine.table
+        used = table.state != State.FREE
+        going = (table.state == State.PREFILL) | (table.state == State.DECODE)
+        assert (table.computed[used] <= table.known[used] + 1).all()
+        assert (table.known[used] <= table.limit[used]).all()
+        assert (table.in_flight[used] <= 2).all()
+        held = self.engine.cache.row_pages[: len(table.state)]
+        assert (held[~used] == 0).all()
+        needed = -(-table.computed // self.engine.cache.page_size)
+        assert np.array_equal(held[going], needed[going])
+
+    def teardown(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        for _ in range(20_000):
+            if not self.engine.has_work:
+                break
+            for event in self.engine.step():
+                self.take(event)
+        assert not self.engine.has_work, f"still busy: {self.engine.stats()}"
+        for name, wanted in self.requests.items():
+            expected = expected_tokens(wanted, MAX_SEQ_LEN)
+            got = tokens_of(self.events[name])
+            assert self.events[name][-1].finish is not None
+            if self.events[name][-1].finish is FinishReason.ABORT:
+                assert name in self.aborted
+                assert got == expected[: len(got)]
+            else:
+                assert got == expected
+        cache = self.engine.cache
+        cache.check()
+        assert cache.num_owned == 0
+        cache.flush()
+        assert cache.num_free == self.engine.executor.num_pages
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(max_examples=150, stateful_step_count=30, deadline=None, derandomize=True)

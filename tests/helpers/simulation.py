@@ -1,0 +1,102 @@
+"""An engine over the simulated device, and what each request must get from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from minisgl.config import Config
+from minisgl.engine.engine import Engine
+from minisgl.engine.plan import RowInit, StepPlan
+from minisgl.engine.simulated import SimulatedExecutor
+from minisgl.types import MAX_STOP_TOKEN_IDS, ModelInfo, Request, SamplingParams, TokenEvent
+
+VOCAB = 50
+EOS = 7
+
+
+def model_info(max_seq_len: int) -> ModelInfo:
+    """A model of `VOCAB` tokens with one EOS id."""
+    return ModelInfo(name="simulated", vocab_size=VOCAB, max_seq_len=max_seq_len, eos_token_ids=(EOS,))
+
+
+def simulated_engine(*, num_pages: int = 64, max_seq_len: int = 128, page_size: int = 4, **settings: object) -> Engine:
+    """An engine whose device is simulated; settings are fields of Config."""
+    defaults: dict[str, object] = {"max_running_requests": 8, "max_prefill_length": 16}
+    config = Config(page_size=page_size, **{**defaults, **settings})  # type: ignore[arg-type]
+    assert config.max_running_requests is not None
+    rows = config.max_running_requests
+    length = min(max_seq_len, num_pages * page_size)
+    executor = SimulatedExecutor(num_pages, page_size, rows, length, VOCAB)
+    return Engine(executor, model_info(length), config)
+
+
+def expected_tokens(request: Request, max_seq_len: int) -> list[int]:
+    """The request's tokens on a simulated device of its own: one page a token, no cache, no batch mates."""
+    params, prompt = request.params, request.prompt
+    limit = max_seq_len if params.max_tokens is None else min(max_seq_len, len(prompt) + params.max_tokens)
+    device = SimulatedExecutor(limit, 1, 1, limit, VOCAB)
+    none, one = np.empty(0, np.int32), np.zeros(1, np.int32)
+    stops = [*params.stop_token_ids, *([] if params.ignore_eos else [EOS])]
+    init = RowInit(
+        slots=one,
+        temperatures=np.array([params.temperature], np.float32),
+        top_ps=np.ones(1, np.float32),
+        min_ps=np.zeros(1, np.float32),
+        top_ks=one,
+        seeds=np.array([params.seed or 0], np.int64),
+        min_lens=np.array([len(prompt) + params.min_tokens], np.int32),
+        stop_ids=np.array([stops + [-1] * (MAX_STOP_TOKEN_IDS - len(stops))], np.int32),
+    )
+    out: list[int] = []
+    while True:
+        tokens = np.array(prompt if not out else out[-1:], np.int32)
+        start = len(prompt) + len(out) - len(tokens)
+        end = start + len(tokens)
+        plan = StepPlan(
+            step=len(out),
+            init=None if out else init,
+            page_slots=np.zeros(end - start, np.int32),
+            page_indices=np.arange(start, end, dtype=np.int32),
+            page_ids=np.arange(start, end, dtype=np.int32),
+            decode_slots=none,
+            decode_lens=none,
+            prefill_slots=one,
+            prefill_starts=np.array([start], np.int32),
+            prefill_lens=np.array([len(tokens)], np.int32),
+            prefill_final=np.ones(1, np.bool_),
+            prefill_tokens=tokens,
+            all_greedy=False,
+            any_filter=False,
+            any_min_len=False,
+        )
+        device.launch(plan)
+        out.append(int(device.collect().tokens[0]))
+        stopped = out[-1] in stops and len(out) > params.min_tokens
+        if stopped or len(prompt) + len(out) >= limit:
+            return out
+
+
+def run(engine: Engine, requests: Sequence[Request], max_steps: int = 10_000) -> dict[str, list[TokenEvent]]:
+    """Add all requests, step until nothing is left, and check the cache after every step."""
+    for request in requests:
+        engine.add(request)
+    events: dict[str, list[TokenEvent]] = {request.id: [] for request in requests}
+    for _ in range(max_steps):
+        if not engine.has_work:
+            return events
+        for event in engine.step():
+            events[event.id].append(event)
+        engine.cache.check()
+    raise RuntimeError(f"still busy after {max_steps} steps: {engine.stats()}")
+
+
+def tokens_of(events: Sequence[TokenEvent]) -> list[int]:
+    """All tokens of one request's events."""
+    return [token for event in events for token in event.tokens]
+
+
+def request(name: str, prompt: Sequence[int], **params: object) -> Request:
+    """A request with sampling parameters by name; greedy unless said otherwise."""
+    return Request(id=name, prompt=list(prompt), params=SamplingParams(**{"temperature": 0.0, **params}))  # type: ignore[arg-type]
