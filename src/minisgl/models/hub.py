@@ -1,0 +1,81 @@
+"""Fetching a model from a hub: only safetensors and small text files, never code and never pickles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from minisgl.errors import ModelError
+
+SMALL_FILES = ("*.json", "*.jinja", "tokenizer.model", "*.txt")
+WEIGHT_FILES = ("*.safetensors",)
+LEFT_OUT = ("*/*", "consolidated*")
+"""Files in sub-folders, and the second copy of the weights that some repositories hold in another layout."""
+
+
+def fetch(model: str, source: str, *, weights: bool, progress: bool) -> Path:
+    """The local folder of a hub's model, fetched where it is not there yet; `source` as for `locate_model`.
+
+    Raises ModelError in one sentence where the hub or the model cannot be reached.
+    """
+    patterns = [*SMALL_FILES, *(WEIGHT_FILES if weights else ())]
+    if source == "modelscope":
+        return _modelscope(model, patterns)
+    if source != "huggingface":
+        raise ModelError(f"model source {source!r} is not known; huggingface and modelscope are")
+    return _huggingface(model, patterns, progress)
+
+
+def _huggingface(model: str, patterns: list[str], progress: bool) -> Path:
+    import httpx
+    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class Silent(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs | {"disable": True})  # type: ignore[no-untyped-call]
+
+    try:
+        folder = snapshot_download(
+            model, allow_patterns=patterns, ignore_patterns=list(LEFT_OUT), tqdm_class=tqdm if progress else Silent
+        )
+    except errors.HFValidationError:
+        raise ModelError(f"{model}: neither a file nor a folder here, nor the id of a model on Hugging Face") from None
+    except errors.GatedRepoError as error:
+        raise ModelError(
+            f"{model}: Hugging Face gives this model only to accounts that accepted its terms; accept them there "
+            "and log in with `hf auth login`"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelError(
+            f"{model}: no such model on Hugging Face, or it is private and you are not logged in"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise ModelError(f"{model}: not fetched before, and Hugging Face cannot be reached from here") from error
+    except (errors.HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        raise ModelError(f"{model}: fetching it from Hugging Face failed: {_first_line(error)}") from error
+    return _checked(model, Path(folder))
+
+
+def _modelscope(model: str, patterns: list[str]) -> Path:
+    try:
+        from modelscope import snapshot_download
+    except ImportError as error:
+        raise ModelError(
+            "--model-source modelscope needs the package modelscope, which is not installed: pip install modelscope"
+        ) from error
+    try:
+        folder = snapshot_download(model, allow_patterns=patterns, ignore_patterns=list(LEFT_OUT))
+    except Exception as error:  # the package has no common base for its errors
+        raise ModelError(f"{model}: fetching it from ModelScope failed: {_first_line(error)}") from error
+    return _checked(model, Path(folder))
+
+
+def _checked(model: str, folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{model}: the repository holds no config.json")
+    return folder
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
