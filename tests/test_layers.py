@@ -17,7 +17,7 @@ MODULES = {
 }
 
 LAYERS = (
-    {"errors", "log"},
+    {"errors"},
     {"types"},
     {"config"},
     {"ops", "tokenizer"},

@@ -15,7 +15,7 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NoReturn
 
-from minisgl import __version__, log
+from minisgl import __version__
 from minisgl.config import Config, check, from_environment
 from minisgl.errors import ConfigError, MinisglError
 
@@ -124,10 +124,11 @@ def start(config: Config) -> int:
         from minisgl.shell import run_shell
 
         run_shell(config)
-        return 0
-    from minisgl.server.launch import serve
+    else:
+        from minisgl.server.launch import serve
 
-    return serve(config)
+        serve(config)
+    return 0
 
 
 def bench(arguments: Sequence[str]) -> int:
@@ -146,5 +147,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["bench"]:
         return bench(arguments[1:])
     config = parse(arguments)
-    log.configure(config.log_level)
     return guarded(lambda: start(config), debug=config.log_level == "DEBUG")

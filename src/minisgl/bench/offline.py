@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from minisgl import log
 from minisgl.bench.workload import WorkloadSpec
 from minisgl.cli import Parser, add_config_flags, config_from, guarded
 
@@ -67,7 +66,6 @@ def main(arguments: Sequence[str]) -> int:
     parser = build_parser()
     namespace = parser.parse_args(arguments)
     config = config_from(parser, namespace)
-    log.configure(config.log_level)
 
     def start() -> int:
         from minisgl.bench import throughput

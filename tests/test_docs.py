@@ -1,0 +1,35 @@
+"""The documentation names every flag and switch, and its links lead somewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from minisgl.config import Config
+from minisgl.models.spec import ARCHITECTURES
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+def test_features_name_every_flag_spelling_switch_and_choice() -> None:
+    text = (ROOT / "docs" / "features.md").read_text()
+    for field in dataclasses.fields(Config):
+        words = [*field.metadata["flags"], *field.metadata["choices"], *filter(None, [field.metadata["env"]])]
+        missing = [word for word in words if not re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", text)]
+        assert not missing, field.name
+
+
+def test_features_name_every_architecture() -> None:
+    text = (ROOT / "docs" / "features.md").read_text()
+    assert [name for name in ARCHITECTURES if f"`{name}`" not in text] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_relative_links_lead_to_files(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)", page.read_text())
+    broken = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert broken == []
