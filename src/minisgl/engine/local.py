@@ -1,0 +1,121 @@
+"""The executor for one device: a GPU's stream, or a thread that stands in for one on the CPU."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minisgl.config import Config
+from minisgl.engine.memory import available_memory, measure_pages
+from minisgl.engine.plan import StepPlan, StepResult
+from minisgl.engine.runner import Runner
+from minisgl.errors import ConfigError
+from minisgl.models.decoder import Decoder, pack_weights
+from minisgl.models.spec import ModelSpec
+from minisgl.models.weights import Weights, dummy_weights, load_weights
+from minisgl.ops.attention.base import Attention, AttentionBackend
+from minisgl.ops.attention.torch_backend import TorchAttention
+from minisgl.ops.kv import allocate_kv
+
+TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class LocalExecutor:
+    """Runs plans on `config.device` with weights that lie there. `config` is resolved and says `num_pages`."""
+
+    def __init__(self, spec: ModelSpec, weights: Weights, config: Config, max_seq_len: int) -> None:
+        assert config.num_pages is not None
+        assert config.max_running_requests is not None
+        self.device = torch.device(config.device)
+        dtype = TORCH_DTYPES[config.dtype]
+        max_seq_len = min(max_seq_len, config.num_pages * config.page_size)
+        kv = allocate_kv(
+            spec.num_layers, config.num_pages, config.page_size, spec.num_kv_heads, spec.head_dim, dtype, self.device
+        )
+        decoder = Decoder(spec, weights, make_attention(config.attn), max_seq_len)
+        self.runner = Runner(decoder, kv, config.max_running_requests, max_seq_len, self.device)
+        self._num_pages = config.num_pages
+        self._worker = ThreadPoolExecutor(1, "minisgl-step") if self.device.type == "cpu" else None
+        self._results: deque[Callable[[], StepResult]] = deque()
+
+    @property
+    def num_pages(self) -> int:
+        """KV pages the scheduler may hand out."""
+        return self._num_pages
+
+    def launch(self, plan: StepPlan) -> None:
+        """Start a step behind those already started."""
+        if self._worker is not None:
+            tokens = self._worker.submit(self.runner.run, plan)
+            self._results.append(lambda: StepResult(step=plan.step, tokens=tokens.result().numpy()))
+            return
+        try:
+            self._results.append(_fetch(plan.step, self.runner.run(plan)))
+        except Exception as error:
+            self._results.append(_raiser(error))
+
+    def collect(self) -> StepResult:
+        """Wait for the oldest step and return its tokens, or raise what it raised."""
+        return self._results.popleft()()
+
+    def close(self) -> None:
+        """Wait for every launched step."""
+        if self._worker is not None:
+            self._worker.shutdown()
+        else:
+            torch.cuda.synchronize(self.device)
+
+
+def _fetch(step: int, tokens: Tensor) -> Callable[[], StepResult]:
+    """Start the copy of a step's tokens to the host; the function returned waits for it."""
+    host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+    host.copy_(tokens, non_blocking=True)
+    done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    done.record()
+
+    def wait() -> StepResult:
+        done.synchronize()
+        return StepResult(step=step, tokens=host.numpy())
+
+    return wait
+
+
+def _raiser(error: Exception) -> Callable[[], StepResult]:
+    def fail() -> StepResult:
+        raise error
+
+    return fail
+
+
+def make_attention(pair: str) -> Attention:
+    """The backends that a resolved `config.attn` names: prefill, then decode."""
+    backends: dict[str, Callable[[], AttentionBackend]] = {"torch": TorchAttention}
+    names = pair.split(",")
+    for name in names:
+        if name not in backends:
+            raise ConfigError(f"--attn {pair}: {name} is not available in this version; use torch or auto")
+    return Attention(backends[names[0]](), backends[names[-1]]())
+
+
+def build_local_executor(
+    config: Config, folder: Path, spec: ModelSpec, max_seq_len: int, progress: bool = False
+) -> LocalExecutor:
+    """Load the model in `folder`, or make weights up where `config.dummy_weight`, and size the KV cache.
+
+    `config` is resolved. Raises ModelError for weights that cannot be read, ConfigError when memory does not suffice.
+    """
+    device, dtype = torch.device(config.device), TORCH_DTYPES[config.dtype]
+    before = available_memory(device)
+    if config.dummy_weight:
+        weights = dummy_weights(spec, dtype, device)
+    else:
+        weights = load_weights(folder, spec, dtype, device, progress)
+    pack_weights(weights)
+    attention = make_attention(config.attn)
+    num_pages = measure_pages(config, spec, weights, attention, dtype, max_seq_len, before)
+    return LocalExecutor(spec, weights, config.replace(num_pages=num_pages), max_seq_len)

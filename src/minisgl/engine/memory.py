@@ -1,0 +1,146 @@
+"""How many KV pages the device's memory holds beside weights and activations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minisgl.config import Config
+from minisgl.engine.plan import RowInit, StepPlan
+from minisgl.engine.runner import Runner
+from minisgl.errors import ConfigError
+from minisgl.models.decoder import Decoder
+from minisgl.models.spec import ModelSpec
+from minisgl.models.weights import Weights
+from minisgl.ops.attention.base import Attention
+from minisgl.ops.kv import allocate_kv, page_bytes
+from minisgl.types import MAX_STOP_TOKEN_IDS
+
+GIB = 2**30
+CPU_KV_BYTES = 2 * GIB
+DEFAULT_RATIO = 0.9
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that may still be taken: on a GPU what is free, else what the system and the control group leave."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return min(_system_memory(), _group_memory())
+
+
+def _system_memory() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise ConfigError("/proc/meminfo does not say how much memory is available; give --num-pages")
+
+
+def _group_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """What a limit of control groups, version 2, leaves; without one, more than there is."""
+    limit, current = group / "memory.max", group / "memory.current"
+    if not limit.exists() or not current.exists() or (most := limit.read_text().strip()) == "max":
+        return 2**63 - 1
+    return max(0, int(most) - int(current.read_text()))
+
+
+def measure_pages(
+    config: Config,
+    spec: ModelSpec,
+    weights: Weights,
+    attention: Attention,
+    dtype: torch.dtype,
+    max_seq_len: int,
+    before: int,
+) -> int:
+    """Pages for `config`: those it asks for, or what fits. `before` is the memory available before the weights came.
+
+    Weights and activations and pages share `memory_ratio` of it. On the CPU the pages take no more than CPU_KV_BYTES
+    nor than `max_running_requests` sequences of full length use, and activations are not counted. Raises
+    ConfigError with the numbers when that leaves no page, or not the pages asked for.
+    """
+    device = torch.device(config.device)
+    size = page_bytes(spec.num_layers, config.page_size, spec.num_kv_heads, spec.head_dim, dtype)
+    ratio = DEFAULT_RATIO if config.memory_ratio is None else config.memory_ratio
+    taken = before - available_memory(device)
+    if device.type == "cuda":
+        taken += _forward_peak(config, spec, weights, attention, dtype, max_seq_len)
+    room = int(before * ratio) - taken
+    what = "and activations take" if device.type == "cuda" else "take"
+    numbers = (
+        f"{before / GIB:.2f} GiB of memory were free, of which {ratio:g} may be used (--memory-ratio), and weights "
+        f"{what} {taken / GIB:.2f}; a page of {config.page_size} tokens takes {size / GIB:.4f}"
+    )
+    if config.num_pages is not None:
+        if config.num_pages * size > before - taken:
+            raise ConfigError(
+                f"--num-pages {config.num_pages} needs {config.num_pages * size / GIB:.2f} GiB: {numbers}"
+            )
+        return config.num_pages
+    if device.type == "cpu":
+        assert config.max_running_requests is not None
+        useful = config.max_running_requests * -(-max_seq_len // config.page_size) * size
+        room = min(room, CPU_KV_BYTES, useful)
+    pages = room // size - (1 if device.type == "cuda" else 0)  # the scratch page
+    if pages * config.page_size < 2:
+        raise ConfigError(f"no KV page fits: {numbers}")
+    return pages
+
+
+def _forward_peak(
+    config: Config, spec: ModelSpec, weights: Weights, attention: Attention, dtype: torch.dtype, max_seq_len: int
+) -> int:
+    """Bytes above the present that the largest prefill step takes, with sampling for as many rows as can end in it.
+
+    Runs that step on scratch pages, so what attention over a long context takes is not in it.
+    """
+    device = torch.device(config.device)
+    assert config.max_running_requests is not None
+    assert config.max_prefill_length is not None
+    rows = min(config.max_running_requests, config.max_prefill_length)
+    length = min(config.max_prefill_length // rows, max_seq_len)
+    kv = allocate_kv(spec.num_layers, 0, config.page_size, spec.num_kv_heads, spec.head_dim, dtype, device)
+    runner = Runner(Decoder(spec, weights, attention, max_seq_len), kv, rows, max_seq_len, device)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    present = torch.cuda.memory_allocated(device)
+    runner.run(prefill_plan(rows, length))
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - present
+    del runner, kv
+    torch.cuda.empty_cache()
+    return peak
+
+
+def prefill_plan(rows: int, length: int) -> StepPlan:
+    """A step that prefills and samples `rows` prompts of `length` tokens with every filter on, on scratch pages."""
+    none, slots = np.empty(0, np.int32), np.arange(rows, dtype=np.int32)
+    ones, zeros = np.ones(rows, np.float32), np.zeros(rows, np.int32)
+    init = RowInit(
+        slots=slots,
+        temperatures=ones,
+        top_ps=ones * np.float32(0.9),
+        min_ps=ones * np.float32(0.01),
+        top_ks=zeros,
+        seeds=np.zeros(rows, np.int64),
+        min_lens=zeros + length + 1,
+        stop_ids=np.zeros((rows, MAX_STOP_TOKEN_IDS), np.int32),
+    )
+    return StepPlan(
+        step=0,
+        init=init,
+        page_slots=none,
+        page_indices=none,
+        page_ids=none,
+        decode_slots=none,
+        decode_lens=none,
+        prefill_slots=slots,
+        prefill_starts=zeros,
+        prefill_lens=zeros + length,
+        prefill_final=np.ones(rows, np.bool_),
+        prefill_tokens=np.zeros(rows * length, np.int32),
+        all_greedy=False,
+        any_filter=True,
+        any_min_len=True,
+    )

@@ -1,0 +1,133 @@
+"""From a step's plan to its tokens, on one device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minisgl.engine.plan import RowInit, StepPlan
+from minisgl.engine.tables import DeviceTables
+from minisgl.engine.upload import upload
+from minisgl.models.decoder import Decoder, ForwardBatch
+from minisgl.ops.attention.base import Geometry, Rows
+from minisgl.ops.kv import KVCache
+from minisgl.ops.sampling import sample
+
+
+class Runner:
+    """Runs plans in order against its tables and its cache. The host never waits for the device here."""
+
+    def __init__(self, decoder: Decoder, kv: KVCache, rows: int, max_seq_len: int, device: torch.device) -> None:
+        self.decoder = decoder
+        self.kv = kv
+        self.device = device
+        self.tables = DeviceTables(rows, -(-max_seq_len // kv.page_size), kv.num_pages, device)
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> Tensor:
+        """Do what the plan says; return the sampled tokens in its order, int32 (len(sampled_slots),) on the device."""
+        if plan.init is not None:
+            self._admit(plan.init)
+        step = upload_step(plan, self.device)
+        if len(plan.page_ids):
+            self.tables.write_pages(step.page_slots, step.page_indices, step.page_ids)
+        hidden = self.decoder.forward(self._batch(plan, step), self.kv)
+        if len(step.sampled) == 0:
+            return torch.empty(0, dtype=torch.int32, device=self.device)
+        tokens = sample(
+            self.decoder.logits(hidden),
+            self.tables.sampling.select(step.sampled),
+            self.tables.length.index_select(0, step.sampled),
+            all_greedy=plan.all_greedy,
+            any_filter=plan.any_filter,
+            any_min_len=plan.any_min_len,
+        )
+        self.tables.last_token.index_copy_(0, step.sampled, tokens)
+        return tokens
+
+    def _admit(self, init: RowInit) -> None:
+        """Write the sampling parameters of rows that start."""
+        arrays = {
+            "slots": init.slots.astype(np.int64),
+            "temperature": init.temperatures,
+            "top_p": init.top_ps,
+            "min_p": init.min_ps,
+            "top_k": init.top_ks,
+            "seed": init.seeds,
+            "min_len": init.min_lens,
+            "stop_ids": init.stop_ids,
+        }
+        values = upload(arrays, self.device)
+        self.tables.write_sampling(values.pop("slots"), values)
+
+    def _batch(self, plan: StepPlan, step: StepTensors) -> ForwardBatch:
+        """The step's tokens, decode rows first; advances the rows' lengths by what the step writes."""
+        tables, decodes = self.tables, step.decode_slots
+        ids, slots, positions = step.prefill_tokens, step.token_slots, step.token_positions
+        if len(decodes):
+            lengths = tables.length.index_select(0, decodes)
+            ids = torch.cat([tables.last_token.index_select(0, decodes), ids])
+            slots = torch.cat([decodes, slots])
+            positions = torch.cat([lengths, positions])
+            tables.length.index_copy_(0, decodes, lengths + 1)
+        if len(step.prefill_slots):
+            tables.length.index_copy_(0, step.prefill_slots, step.prefill_ends)
+        return ForwardBatch(
+            ids=ids,
+            positions=positions,
+            locations=tables.locations(slots, positions, self.kv.page_size),
+            geometry=self._geometry(plan),
+            rows=step.wanted if len(step.prefill_slots) else None,
+        )
+
+    def _geometry(self, plan: StepPlan) -> Geometry:
+        decode = prefill = None
+        table = self.tables.page_table
+        if len(slots := plan.decode_slots):
+            lens = plan.decode_lens + 1
+            decode = Rows(page_table=table, slots=slots, query_lens=np.ones_like(lens), kv_lens=lens)
+        if len(slots := plan.prefill_slots):
+            ends = plan.prefill_starts + plan.prefill_lens
+            prefill = Rows(page_table=table, slots=slots, query_lens=plan.prefill_lens, kv_lens=ends)
+        return Geometry(decode=decode, prefill=prefill)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTensors:
+    """A plan's integers on the device. Indices are int64, contents of the tables int32."""
+
+    page_slots: Tensor  # (p,)
+    page_indices: Tensor  # (p,)
+    page_ids: Tensor  # (p,)
+    decode_slots: Tensor  # (d,)
+    prefill_slots: Tensor  # (c,)
+    prefill_ends: Tensor  # (c,)
+    prefill_tokens: Tensor  # (t,)
+    token_slots: Tensor  # (t,) the row of each prefill token
+    token_positions: Tensor  # (t,)
+    wanted: Tensor  # (n,) where the sampled rows' last tokens are among the step's d + t
+    sampled: Tensor  # (n,) the slots they belong to
+
+
+def upload_step(plan: StepPlan, device: torch.device) -> StepTensors:
+    """Work out where each prefill token goes, and send everything over."""
+    lens, decodes = plan.prefill_lens, len(plan.decode_slots)
+    ends = np.cumsum(lens)  # of each chunk, among the prefill tokens
+    positions = np.arange(len(plan.prefill_tokens)) + np.repeat(plan.prefill_starts - (ends - lens), lens)
+    arrays = {
+        "page_slots": plan.page_slots.astype(np.int64),
+        "page_indices": plan.page_indices.astype(np.int64),
+        "page_ids": plan.page_ids,
+        "decode_slots": plan.decode_slots.astype(np.int64),
+        "prefill_slots": plan.prefill_slots.astype(np.int64),
+        "prefill_ends": plan.prefill_starts + lens,
+        "prefill_tokens": plan.prefill_tokens,
+        "token_slots": np.repeat(plan.prefill_slots, lens).astype(np.int64),
+        "token_positions": positions.astype(np.int32),
+        "wanted": np.concatenate([np.arange(decodes), decodes + ends[plan.prefill_final] - 1]).astype(np.int64),
+        "sampled": plan.sampled_slots.astype(np.int64),
+    }
+    return StepTensors(**upload(arrays, device))

@@ -1,0 +1,80 @@
+"""What each operation of the decoder computes, in plain torch: the CPU's implementation and every kernel's oracle.
+
+T tokens, D hidden size, N heads, hd head size, I MLP width, E experts. Reductions and rotations are in float32
+whatever the dtype of the arguments, and results have the dtype of the activations.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root mean square norm over the last dimension (Zhang and Sennrich, arXiv 1910.07467).
+
+    x (..., D), weight (D,) -> (..., D). The normalised value is rounded to the dtype of x before it is scaled.
+    """
+    if x.dtype == torch.float32:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return (wide * scale).to(x.dtype) * weight
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Add x to the residual stream in place, and return the stream's `rms_norm`. x, residual (T, D)."""
+    residual += x
+    return rms_norm(residual, weight, eps)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """The gated activation of SwiGLU (Shazeer, arXiv 2002.05202). gate_up (..., 2I), gate first -> (..., I)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def apply_rope(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """Rotate heads by their token's angles, pairing dimension i with i + hd/2 (RoFormer, arXiv 2104.09864).
+
+    x (T, N, hd); cos_sin float32 (T, hd), the hd/2 cosines first -> (T, N, hd).
+    """
+    cos, sin = cos_sin.unsqueeze(1).chunk(2, dim=-1)  # (T, 1, hd/2)
+    first, second = x.float().chunk(2, dim=-1)
+    rotated = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    low, high = rotated.chunk(2, dim=-1)
+    torch.mul(first, cos, out=low).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=high).addcmul_(first, sin)
+    return rotated.to(x.dtype)
+
+
+def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, locations: Tensor) -> None:
+    """Write keys and values of T tokens to their places in one layer's pages.
+
+    k, v (T, K, hd); k_cache, v_cache (pages, page_size, K, hd); locations int64 (T,) = page * page_size + offset.
+    """
+    k_cache.view(-1, *k.shape[1:]).index_copy_(0, locations, k)
+    v_cache.view(-1, *v.shape[1:]).index_copy_(0, locations, v)
+
+
+def moe(
+    x: Tensor, router: Tensor, expert_gate_up: Tensor, expert_down: Tensor, top_k: int, norm_topk_prob: bool
+) -> Tensor:
+    """A sparse SwiGLU layer: each token goes through its `top_k` experts, weighted by the router's softmax.
+
+    x (T, D), router (E, D), expert_gate_up (E, 2I, D), expert_down (E, D, I) -> (T, D). The softmax is float32 over
+    all experts; `norm_topk_prob` scales the chosen probabilities to sum 1. Waits for the device: which experts
+    are hit must be known on the host.
+    """
+    probs = F.linear(x, router).float().softmax(dim=-1)
+    weights, chosen = probs.topk(top_k, dim=-1)  # (T, top_k)
+    if norm_topk_prob:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    weights = weights.to(x.dtype)
+    out = torch.zeros_like(x)
+    for expert in sorted(set(chosen.flatten().tolist())):
+        tokens, rank = torch.where(chosen == expert)
+        hidden = F.linear(silu_mul(F.linear(x[tokens], expert_gate_up[expert])), expert_down[expert])
+        out.index_add_(0, tokens, hidden * weights[tokens, rank, None])
+    return out

@@ -1,0 +1,157 @@
+"""Choosing tokens from logits: filters, and noise that is a function of seed, position and token.
+
+A token is drawn by the Gumbel-max trick: argmax of logit / T - log E, E exponential noise, is distributed as
+softmax(logit / T). E comes from a counter-based hash (as in Salmon et al., "Parallel random numbers: as easy as 1, 2,
+3", 2011) of (seed, position, token id), so neither batch mates nor the order of steps can change what is drawn.
+The mixers are the finalisers of SplitMix64 (Steele et al., 2014) and MurmurHash3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FEW = (64, 1024)
+"""How many of the highest logits a filter looks at before it sorts the whole vocabulary, on the CPU."""
+
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+SPLITMIX = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
+MURMUR = ((16, 0x85EBCA6B - 2**32), (13, 0xC2B2AE35 - 2**32))
+LARGEST_UNIFORM = 1.0 - 2.0**-24
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingRows:
+    """Sampling parameters of n rows, as tensors (n,) on the device. `top_k` 0 is off; `stop_ids` is padded with -1.
+
+    A row with temperature 0 or top_k 1 is greedy.
+    """
+
+    temperature: Tensor  # float32
+    top_p: Tensor  # float32
+    min_p: Tensor  # float32
+    top_k: Tensor  # int32
+    seed: Tensor  # int64, the 64 bits of the seed
+    min_len: Tensor  # int32
+    stop_ids: Tensor  # int32 (n, stops)
+
+    def select(self, index: Tensor) -> SamplingRows:
+        """The rows with these numbers."""
+        return SamplingRows(**{name: value.index_select(0, index) for name, value in vars(self).items()})
+
+
+def sample(
+    logits: Tensor,
+    rows: SamplingRows,
+    positions: Tensor,
+    *,
+    all_greedy: bool = False,
+    any_filter: bool = True,
+    any_min_len: bool = True,
+) -> Tensor:
+    """Choose a token for each row: logits (n, V), positions int32 (n,) of the chosen tokens -> int32 (n,).
+
+    Stop ids cannot be chosen below `min_len`. Greedy rows take the highest logit, of equal ones the lowest id. Others
+    divide by the temperature, keep the `top_k` highest, of those the fewest whose share of the probability
+    reaches `top_p`, and of those the ones at least `min_p` times as probable as the first; tokens as probable as the
+    last one kept are kept too. The flags say what no row needs; they change the work, never the result.
+    """
+    if any_min_len:
+        logits = mask_stop_ids(logits, rows, positions)
+    greedy_tokens = logits.argmax(dim=-1).to(torch.int32)
+    if all_greedy:
+        return greedy_tokens
+    is_greedy = (rows.temperature == 0) | (rows.top_k == 1)
+    if logits.device.type == "cpu":
+        random = torch.nonzero(~is_greedy).squeeze(1)  # free here, a wait for the device elsewhere
+        if len(random):
+            drawn = _draw(logits.index_select(0, random), rows.select(random), positions[random], any_filter)
+            greedy_tokens.index_copy_(0, random, drawn)
+        return greedy_tokens
+    return torch.where(is_greedy, greedy_tokens, _draw(logits, rows, positions, any_filter))
+
+
+def mask_stop_ids(logits: Tensor, rows: SamplingRows, positions: Tensor) -> Tensor:
+    """Logits with -inf at the stop ids of the rows whose token would come before `min_len`."""
+    masked = (positions < rows.min_len).unsqueeze(1) & (rows.stop_ids >= 0)  # (n, stops)
+    # A column of its own takes what is not masked.
+    column = torch.where(masked, rows.stop_ids, logits.shape[1]).long()
+    wide = torch.cat([logits, logits.new_zeros(len(logits), 1)], dim=1)
+    return wide.scatter_(1, column, float("-inf"))[:, :-1]
+
+
+def _draw(logits: Tensor, rows: SamplingRows, positions: Tensor, any_filter: bool) -> Tensor:
+    scaled = logits.float()
+    scaled = scaled - scaled.amax(dim=-1, keepdim=True)  # so that no temperature overflows what counts
+    scaled /= rows.temperature.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)
+    if any_filter:
+        scaled = scaled.masked_fill(scaled < threshold(scaled, rows), float("-inf"))
+    noise = gumbel_noise(rows.seed, positions, scaled.shape[1])
+    return noise.add_(scaled).argmax(dim=-1).to(torch.int32)
+
+
+def threshold(scaled: Tensor, rows: SamplingRows) -> Tensor:
+    """The lowest value that top_k, top_p and min_p keep. scaled float32 (n, V), highest of each row 0 -> (n, 1)."""
+    vocab, by_min_p = scaled.shape[1], rows.min_p.log()
+    for width in FEW if scaled.device.type == "cpu" else ():
+        if width < vocab:
+            lowest, complete = _top_threshold(scaled, rows, width)
+            if bool(complete.all()):
+                return torch.maximum(lowest, by_min_p).unsqueeze(1)
+    return torch.maximum(_top_threshold(scaled, rows, vocab)[0], by_min_p).unsqueeze(1)
+
+
+def _top_threshold(scaled: Tensor, rows: SamplingRows, width: int) -> tuple[Tensor, Tensor]:
+    """What top_k and top_p keep of the `width` highest, and whether that is what they keep of all; both (n,)."""
+    top = scaled.topk(width, dim=-1).values if width < scaled.shape[1] else scaled.sort(dim=-1, descending=True).values
+    limit = torch.where(rows.top_k > 0, rows.top_k, scaled.shape[1]).unsqueeze(1)
+    top_p = rows.top_p.unsqueeze(1)
+    survives = torch.arange(width, device=scaled.device) < limit
+    mass = top.exp() * survives
+    limited = limit <= width
+    total = torch.where(limited, mass.sum(dim=-1, keepdim=True), scaled.exp().sum(dim=-1, keepdim=True))
+    reached = mass.cumsum(dim=-1) / total  # probability of a token and those above it
+    keeps = survives & ((reached - mass / total < top_p) | (top_p >= 1))
+    keeps[:, 0] = True
+    lowest = top.gather(1, keeps.sum(dim=-1, keepdim=True) - 1)
+    unlimited = (top_p >= 1) & (rows.top_k == 0).unsqueeze(1)
+    complete = unlimited | limited | ((top_p < 1) & (limit >= scaled.shape[1]) & (reached[:, -1:] >= top_p))
+    return lowest.masked_fill(unlimited, float("-inf")).squeeze(1), complete.squeeze(1)
+
+
+def gumbel_noise(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
+    """-log E with E exponential, for every token. seed int64 (n,), position int32 (n,) -> float32 (n, vocab_size)."""
+    bits = token_hash(seed, position, torch.arange(vocab_size, dtype=torch.int32, device=seed.device))
+    uniform = bits.view(torch.uint32).to(torch.float32)
+    uniform.add_(0.5).mul_(2.0**-32).clamp_(max=LARGEST_UNIFORM)
+    return uniform.neg_().log1p_().neg_().log_().neg_()
+
+
+def token_hash(seed: Tensor, position: Tensor, token: Tensor) -> Tensor:
+    """32 random-looking bits for each (seed, position, token): int64 (n,), int32 (n,), int32 (V,) -> int32 (n, V).
+
+    Integers wrap. Seed and position give two 32-bit keys (SplitMix64); a token is mixed with the one and then,
+    again, with the other (MurmurHash3's finaliser).
+    """
+    key = seed + (position.long() + 1) * GOLDEN
+    for shift, factor in SPLITMIX:
+        key = (key ^ _shift_right(key, shift, 64)) * factor
+    key = key ^ _shift_right(key, 31, 64)
+    low, high = key.to(torch.int32), _shift_right(key, 32, 64).to(torch.int32)
+    bits = token ^ low.unsqueeze(1)
+    return _finalise(_finalise(bits) ^ high.unsqueeze(1))
+
+
+def _finalise(bits: Tensor) -> Tensor:
+    for shift, factor in MURMUR:
+        bits ^= _shift_right(bits, shift, 32)
+        bits *= factor
+    bits ^= _shift_right(bits, 16, 32)
+    return bits
+
+
+def _shift_right(bits: Tensor, shift: int, width: int) -> Tensor:
+    """Logical shift; torch's own copies the sign."""
+    return (bits >> shift).bitwise_and_((1 << (width - shift)) - 1)
