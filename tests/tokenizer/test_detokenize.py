@@ -9,7 +9,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.tokenizers import byte_fallback_json, byte_level_json
+from helpers.tiny_tokenizers import byte_fallback_json, byte_level_json
 from minisgl.tokenizer.detokenize import TextStream, shown_tokens
 from minisgl.tokenizer.tokenizer import Tokenizer
 from minisgl.types import FinishReason, SamplingParams, TokenEvent

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from helpers.tokenizers import byte_level_json, write_tokenizer
+from helpers.tiny_tokenizers import byte_level_json, write_tokenizer
 from minisgl.config import cache_folder
 from minisgl.errors import InvalidRequestError, ModelError
 from minisgl.tokenizer.tokenizer import Tokenizer

@@ -106,14 +106,16 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(f"the model's chat template is broken: line {error.lineno}: {error.message}") from error
 
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, **variables: Any) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, /, **variables: Any) -> str:
         """The conversation as text. Raises InvalidRequestError when the template refuses it."""
         fixed = {"messages", "add_generation_prompt", *self._tokens}
         if taken := sorted(fixed & variables.keys()):
             raise InvalidRequestError(f"{taken[0]} cannot be set here", param="chat_template_kwargs")
         values = {"tools": None, "documents": None, **self._tokens, **variables}
         try:
-            return self._template.render(messages=list(messages), add_generation_prompt=add_generation_prompt, **values)
+            return self._template.render(
+                {**values, "messages": list(messages), "add_generation_prompt": add_generation_prompt}
+            )
         except Exception as error:  # the template is foreign code run on the user's values
             reason = str(error) or type(error).__name__
             raise InvalidRequestError(f"the model's chat template refuses this: {reason}", param="messages") from error

@@ -78,7 +78,7 @@ class Tokenizer:
         return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **template_kwargs: Any
+        self, messages: Sequence[Mapping[str, Any]], /, *, add_generation_prompt: bool = True, **template_kwargs: Any
     ) -> str:
         """A conversation as the model's text. Raises InvalidRequestError when there is no template or it refuses."""
         if self._chat is None:
@@ -86,7 +86,7 @@ class Tokenizer:
         return self._chat.render(messages, add_generation_prompt, **template_kwargs)
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **template_kwargs: Any
+        self, messages: Sequence[Mapping[str, Any]], /, *, add_generation_prompt: bool = True, **template_kwargs: Any
     ) -> list[int]:
         """Token ids of a conversation. The template alone says which special tokens it has, so BOS never doubles."""
         text = self.render_chat(messages, add_generation_prompt=add_generation_prompt, **template_kwargs)
@@ -103,7 +103,8 @@ class Tokenizer:
             raise InvalidRequestError(
                 f"the text is not valid Unicode: a lone surrogate at character {error.start}"
             ) from error
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        # `encode` can hold the interpreter's lock for seconds on a long text; the batch form does not.
+        return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
 
 def load_backend(folder: Path) -> tokenizers.Tokenizer:

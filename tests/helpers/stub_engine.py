@@ -1,0 +1,131 @@
+"""An engine that echoes: its n-th token is the prompt's n-th, over and over. It speaks the real engine's protocol.
+
+Runs as a task beside the server under test, or as a process that is started as the real one is. There `--model` is the
+folder of the tokenizer, and the environment's STUB_MODE (`fail`, `exit`, `deaf` or nothing) says how it misbehaves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from minisgl.engine.messages import Abort, Add, Events, Failed, FromEngine, Ping, Pong, Ready, ToEngine
+from minisgl.tokenizer.tokenizer import Tokenizer
+from minisgl.types import EngineStats, FinishReason, ModelInfo, Request, TokenEvent
+
+DEADLY_PROMPT = "die now"
+"""A prompt with this text ends a stub process in the middle of the answer."""
+
+
+class StubEngine:
+    """`delay` is the time of a step in s; each step gives every live request one token."""
+
+    def __init__(self, to_engine: str, from_engine: str, model: ModelInfo, folder: Path, delay: float = 0.0) -> None:
+        self.model = model
+        self.folder = folder
+        self.delay = delay
+        self.live: dict[str, tuple[Request, int]] = {}
+        self.seen: list[Request] = []
+        self.aborted: list[str] = []
+        self.refuse: str | None = None
+        self.deaf = False
+        self.die_on: tuple[int, ...] = ()
+        self._changed = asyncio.Event()
+        self._context = zmq.asyncio.Context()
+        self._inbox = self._context.socket(zmq.PULL)
+        self._outbox = self._context.socket(zmq.PUSH)
+        self._inbox.connect(to_engine)
+        self._outbox.connect(from_engine)
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        await self.send(Ready(self.model, str(self.folder), ["stub = on: it echoes"]))
+        try:
+            await asyncio.gather(self._listen(), self._steps())
+        finally:
+            self._context.destroy(linger=500)
+
+    async def send(self, message: FromEngine) -> None:
+        """Say something to the server."""
+        await self._outbox.send(msgspec.msgpack.encode(message))
+
+    async def _listen(self) -> None:
+        decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+        while True:
+            match decoder.decode(await self._inbox.recv()):
+                case Add(request):
+                    self.seen.append(request)
+                    if self.refuse is not None:
+                        event = TokenEvent(id=request.id, finish=FinishReason.ERROR, error=self.refuse)
+                        await self.send(Events([event]))
+                    else:
+                        self.live[request.id] = (request, 0)
+                        self._changed.set()
+                case Abort(ids):
+                    for request_id in ids:
+                        if self.live.pop(request_id, None) is not None:
+                            self.aborted.append(request_id)
+                            event = TokenEvent(id=request_id, finish=FinishReason.ABORT)
+                            await self.send(Events([event]))
+                case Ping(nonce):
+                    if not self.deaf:
+                        await self.send(Pong(nonce, EngineStats(running=len(self.live))))
+
+    async def _steps(self) -> None:
+        while True:
+            if not self.live:
+                self._changed.clear()
+                await self._changed.wait()
+            await asyncio.sleep(self.delay)
+            if events := [self._advance(request_id) for request_id in list(self.live)]:
+                await self.send(Events(events))
+
+    def _advance(self, request_id: str) -> TokenEvent:
+        request, done = self.live[request_id]
+        params = request.params
+        token = request.prompt[done % len(request.prompt)]
+        done += 1
+        limit = self.model.max_seq_len - len(request.prompt)
+        finish = FinishReason.LENGTH if done >= min(limit, params.max_tokens or limit) else None
+        stops = () if params.ignore_eos else self.model.eos_token_ids
+        if token in (*params.stop_token_ids, *stops) and done > params.min_tokens:
+            finish = FinishReason.STOP
+        if finish is None:
+            self.live[request_id] = (request, done)
+        else:
+            del self.live[request_id]
+        if self.die_on and done == 3 and self.die_on == tuple(request.prompt[-len(self.die_on) :]):
+            os._exit(7)
+        return TokenEvent(id=request_id, tokens=(token,), finish=finish, cached_tokens=len(request.prompt) // 2)
+
+
+async def serve_process() -> None:
+    """What `python -m minisgl.engine.process` does, with a stub."""
+    start = msgspec.json.decode(sys.stdin.buffer.readline())
+    folder = Path(start["config"]["model"])
+    mode = os.environ.get("STUB_MODE", "")
+    if mode == "exit":
+        sys.exit(3)
+    tokenizer = Tokenizer.load(folder)
+    model = ModelInfo(name="stub", vocab_size=tokenizer.vocab_size, max_seq_len=512, eos_token_ids=(1,))
+    engine = StubEngine(start["to_engine"], start["from_engine"], model, folder, delay=0.01)
+    engine.deaf = mode == "deaf"
+    engine.die_on = tuple(tokenizer.encode(DEADLY_PROMPT))
+    if mode == "fail":
+        await engine.send(Failed("no such model, says the stub"))
+        await asyncio.sleep(0.2)
+        sys.exit(1)
+    serving = asyncio.create_task(engine.run())
+    await asyncio.to_thread(sys.stdin.buffer.read)
+    serving.cancel()
+    await asyncio.gather(serving, return_exceptions=True)
+
+
+if __name__ == "__main__":
+    asyncio.run(serve_process())

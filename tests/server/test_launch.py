@@ -1,0 +1,201 @@
+"""The server as a process of its own, with an engine that is one too."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from helpers.serving import CHAT_TEMPLATE
+from helpers.stub_engine import DEADLY_PROMPT
+from helpers.tiny_tokenizers import write_tokenizer
+from minisgl.config import Config
+from minisgl.errors import ConfigError, EngineDeadError, ModelError
+from minisgl.server.child import launch_engine
+from minisgl.server.launch import address, listen_socket, serve
+
+STUB = [sys.executable, "-m", "helpers.stub_engine"]
+MAIN = """
+import sys
+from minisgl.config import Config
+from minisgl.errors import MinisglError
+from minisgl.server.launch import serve
+folder, port, *command = sys.argv[1:]
+try:
+    serve(Config(model=folder, port=int(port)), command)
+except MinisglError as error:
+    sys.exit(f"error: {error.message}")
+"""
+
+
+@contextmanager
+def server(folder: Path, temporary: Path, mode: str = "") -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server that is ready, and its URL."""
+    write_tokenizer(folder, template=CHAT_TEMPLATE)
+    temporary.mkdir()
+    tests = str(Path(__file__).parent.parent)
+    environment = {**os.environ, "STUB_MODE": mode, "TMPDIR": str(temporary), "PYTHONPATH": tests}
+    command = [sys.executable, "-c", MAIN, str(folder), "0", *STUB]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=folder
+    )
+    try:
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(7)]
+        url = lines[1].rpartition(" on ")[2].strip().removesuffix("/v1")
+        assert "is ready after" in lines[1], (lines, process.stderr)
+        assert lines[3].strip() == "stub = on: it echoes"
+        assert lines[5].startswith(f"curl {url}/v1/chat/completions")
+        yield process, url
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in text.split()]
+
+
+def gone(pid: int, within: float) -> bool:
+    """Whether a process ends in time (s)."""
+    deadline = time.monotonic() + within
+    while time.monotonic() < deadline:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.02)
+    return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_server_and_engine_and_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    with server(tmp_path / "model", tmp_path / "tmp") as (process, url):
+        body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body)
+        assert answer.json()["usage"]["completion_tokens"] == 4
+        (engine,) = children(process.pid)
+        assert next((tmp_path / "tmp").iterdir()).stat().st_mode & 0o777 == 0o700
+        process.send_signal(number)
+        assert process.wait(5) == 0
+        assert gone(engine, 0.5)
+        assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_the_engine_has_a_session_of_its_own(tmp_path: Path) -> None:
+    with server(tmp_path / "model", tmp_path / "tmp") as (process, _):
+        (engine,) = children(process.pid)
+        assert os.getsid(engine) == engine
+        assert os.getsid(process.pid) != engine
+
+
+def test_a_running_answer_is_finished_after_the_first_signal(tmp_path: Path) -> None:
+    with server(tmp_path / "model", tmp_path / "tmp") as (process, url):
+        body = {"prompt": "hello", "max_tokens": 100, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            rest = list(lines)
+        assert '"finish_reason":"length"' in rest[-4]
+        assert rest[-2] == "data: [DONE]"
+        assert process.wait(5) == 0
+
+
+def test_when_the_engine_dies_clients_are_told_and_the_server_goes(tmp_path: Path) -> None:
+    with server(tmp_path / "model", tmp_path / "tmp") as (process, url):
+        answer = httpx.post(f"{url}/v1/completions", json={"prompt": DEADLY_PROMPT, "max_tokens": 50}, timeout=5)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_unavailable")
+        answered = time.monotonic()
+        assert process.wait(5) == 1
+        assert time.monotonic() - answered < 2.0
+        assert process.stderr is not None
+        assert "error: the engine process ended with exit status 7" in process.stderr.read()
+
+
+def test_when_the_server_is_killed_the_engine_goes(tmp_path: Path) -> None:
+    with server(tmp_path / "model", tmp_path / "tmp") as (process, _):
+        (engine,) = children(process.pid)
+        process.kill()
+        assert gone(engine, 2.0)
+
+
+def launch(folder: Path, **environment: str) -> None:
+    """Start an engine, and stop it when it is ready."""
+
+    async def main() -> None:
+        command = ["env", *(f"{k}={v}" for k, v in environment.items()), *STUB]
+        engine, _ = await launch_engine(Config(model=str(folder)), lambda _: None, command)
+        await engine.stop()
+
+    asyncio.run(main())
+
+
+def test_what_the_engine_cannot_start_for_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    write_tokenizer(tmp_path)
+    launch(tmp_path)
+    with pytest.raises(ModelError, match="no such model, says the stub"):
+        launch(tmp_path, STUB_MODE="fail")
+    with pytest.raises(EngineDeadError, match="ended with exit status 3 before it was ready"):
+        launch(tmp_path, STUB_MODE="exit")
+
+
+def test_waiting_for_a_slow_engine_is_told_about(tmp_path: Path) -> None:
+    async def main() -> list[float]:
+        told: list[float] = []
+        sleeper = [sys.executable, "-c", "import sys, time; time.sleep(0.5); sys.exit(4)"]
+        from minisgl.server.child import EngineProcess
+
+        engine = await EngineProcess.start(Config(), sleeper)
+        with pytest.raises(EngineDeadError):
+            await engine.ready(told.append, every=0.1)
+        assert await engine.stop() == 4
+        return told
+
+    told = asyncio.run(main())
+    assert len(told) >= 3
+    assert told == sorted(told)
+
+
+def test_a_port_in_use_is_an_error_before_anything_is_loaded() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"cannot listen on 127\.0\.0\.1:{port}: Address already in use"):
+            serve(Config(port=port), ["/nothing/that/could/start"])
+    with pytest.raises(ConfigError, match="--host no-such-host"):
+        listen_socket("no-such-host.invalid", 1919)
+
+
+@pytest.mark.parametrize(("host", "shown"), [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::1", "[::1]")])
+def test_the_url_is_one_that_can_be_opened(host: str, shown: str) -> None:
+    try:
+        listener = listen_socket(host, 0)
+    except ConfigError:
+        pytest.skip(f"no {host} here")
+    with listener:
+        assert address(listener) == f"http://{shown}:{listener.getsockname()[1]}"
+
+
+def test_neither_torch_nor_transformers_is_imported() -> None:
+    code = (
+        "import sys, minisgl.server.app, minisgl.server.http, minisgl.server.launch, minisgl.tokenizer.tokenizer\n"
+        "print(sorted({'torch', 'transformers', 'minisgl.models', 'minisgl.ops'} & set(sys.modules)))"
+    )
+    result: Any = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
