@@ -68,7 +68,7 @@ class Scheduler:
             stuck = self.table.rows_in(State.PREFILL, State.DECODE)
             if len(stuck) == 0 or self.table.in_flight.any() or not self._starved(stuck):
                 return None
-            self._retract(int(stuck[-1]))
+            self.retract_youngest()
 
     def _starved(self, slots: Slots) -> bool:
         """Whether some of these rows still have work to launch."""
@@ -95,8 +95,7 @@ class Scheduler:
         slots = slots[np.argsort(table.arrival[slots], kind="stable")]
         need = cache.pages_needed(slots, table.computed[slots] + 1)
         while len(slots) and int(need.sum()) > cache.available + self._pages_leaving():
-            victim = int(table.rows_in(State.PREFILL, State.DECODE)[-1])
-            self._retract(victim)
+            victim = self.retract_youngest()
             keep = slots != victim
             slots, need = slots[keep], need[keep]
         return slots[np.cumsum(need) <= cache.available]
@@ -238,11 +237,16 @@ class Scheduler:
         del self.live[self.table.entry(slot).request.id]
         self.table.state[slot] = State.ENDED
 
-    def _retract(self, slot: int) -> None:
-        """Send a running request back to the queue, now or when the step in flight is collected."""
+    def retract_youngest(self) -> int:
+        """Send the youngest running request back to the queue, now or when the step in flight is collected.
+
+        Returns its slot. There must be a running request.
+        """
+        slot = int(self.table.rows_in(State.PREFILL, State.DECODE)[-1])
         self.retracted += 1
         self.table.state[slot] = State.RETRACTING
         self._settle([slot])
+        return slot
 
     def _settle(self, slots: Iterable[int]) -> None:
         """Release the rows among these, all leaving, that no launched step touches."""

@@ -1,0 +1,140 @@
+"""Turning an optimisation off, or any knob anywhere, changes no token of a real model.
+
+The product of cache, chunk, overlap, page size, batch and retraction, each run with greedy and seeded requests at
+temperature 0.8, against one request at a time without any of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from minisgl.config import Config
+from minisgl.engine.engine import Engine
+from minisgl.engine.local import LocalExecutor
+from minisgl.engine.table import State
+from minisgl.models.rope import Rope
+from minisgl.models.spec import ModelSpec
+from minisgl.models.weights import Weights, dummy_weights
+from minisgl.types import ModelInfo, Request, SamplingParams
+
+MAX_SEQ_LEN = 128
+REQUESTS = 64
+SPEC = ModelSpec(
+    architecture="Qwen3ForCausalLM",
+    vocab_size=211,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    intermediate_size=48,
+    rms_eps=1e-6,
+    tie_embeddings=False,
+    qkv_bias=False,
+    o_bias=False,
+    mlp_bias=False,
+    qk_norm=True,
+    rope=Rope(kind="default", theta=10000.0),
+    windows=(0, 24),
+    moe=None,
+    max_position=MAX_SEQ_LEN,
+    eos_token_ids=(5,),
+    checkpoint_dtype="float32",
+)
+
+
+@functools.cache
+def weights() -> Weights:
+    return dummy_weights(SPEC, torch.float32, torch.device("cpu"))
+
+
+def requests() -> list[Request]:
+    """Half greedy, half sampled; half share a prefix; long and short, some that stop on EOS."""
+    rng = np.random.default_rng(1)
+    shared = rng.integers(0, SPEC.vocab_size, 40).tolist()
+    made = []
+    for i in range(REQUESTS):
+        own = rng.integers(0, SPEC.vocab_size, rng.integers(1, 30)).tolist()
+        params = SamplingParams(
+            temperature=0.8 * (i % 2),
+            top_p=(1.0, 0.9, 1.0)[i % 3],
+            top_k=(0, 0, 20)[i % 3],
+            seed=i,
+            max_tokens=6 + i % 7,
+            ignore_eos=i % 4 != 0,
+        )
+        made.append(Request(id=str(i), prompt=(shared if i % 4 < 2 else []) + own, params=params))
+    return made
+
+
+def generate(config: Config, wanted: list[Request], retractions: int = 0) -> tuple[list[list[int]], Engine]:
+    """Every request's tokens, all added at once; every fifth step one is retracted, up to `retractions` times."""
+    executor = LocalExecutor(SPEC, weights(), config, MAX_SEQ_LEN)
+    model = ModelInfo(
+        name="tiny", vocab_size=SPEC.vocab_size, max_seq_len=MAX_SEQ_LEN, eos_token_ids=SPEC.eos_token_ids
+    )
+    engine = Engine(executor, model, config)
+    tokens: dict[str, list[int]] = {request.id: [] for request in wanted}
+    for request in wanted:
+        engine.add(request)
+    while engine.has_work:
+        for event in engine.step():
+            tokens[event.id] += event.tokens
+        going = np.isin(engine.table.state, (State.PREFILL, State.DECODE)).any()
+        if going and engine.scheduler.retracted < retractions and engine.scheduler.step % 5 == 4:
+            engine.scheduler.retract_youngest()
+    engine.cache.check()
+    assert engine.cache.num_owned == 0
+    engine.close()
+    return [tokens[request.id] for request in wanted], engine
+
+
+def config(**settings: object) -> Config:
+    """A resolved configuration for the CPU."""
+    base = Config(
+        device="cpu", dtype="float32", attn="torch,torch", cuda_graph_max_bs=0, max_running_requests=8,
+        max_prefill_length=8192, memory_ratio=0.9, num_pages=1024,
+    )  # fmt: skip
+    return base.replace(**settings)
+
+
+@functools.cache
+def alone() -> list[list[int]]:
+    """The tokens of each request when it has the engine to itself, with everything off."""
+    plain = config(cache="naive", overlap=False, page_size=16, max_running_requests=1, num_pages=8)
+    return generate(plain, requests())[0]
+
+
+COMBINATIONS = list(
+    itertools.product(["radix", "naive"], [7, 64, 8192], [True, False], [1, 16, 64], [1, 8, 64], [False, True])
+)
+
+
+@pytest.mark.parametrize(("cache", "chunk", "overlap", "page_size", "batch", "retract"), COMBINATIONS)
+def test_no_setting_changes_a_token(
+    cache: str, chunk: int, overlap: bool, page_size: int, batch: int, retract: bool
+) -> None:
+    torch.set_num_threads(1)
+    count = {1: 8, 8: 24, 64: REQUESTS}[batch]
+    settings = config(
+        cache=cache, max_prefill_length=chunk, overlap=overlap, page_size=page_size, max_running_requests=batch,
+        num_pages=(2 * MAX_SEQ_LEN if retract else MAX_SEQ_LEN * batch) // page_size,
+    )  # fmt: skip
+    tokens, engine = generate(settings, requests()[:count], retractions=12 if retract else 0)
+    assert tokens == alone()[:count]
+    assert (engine.stats().retracted >= 4) == retract
+
+
+def test_seeds_matter_at_a_temperature() -> None:
+    wanted = [
+        Request(id=str(i), prompt=[1, 2, 3], params=SamplingParams(temperature=0.8, seed=i // 2, max_tokens=12))
+        for i in range(8)
+    ]
+    tokens, _ = generate(config(), wanted)
+    assert all(tokens[2 * i] == tokens[2 * i + 1] for i in range(4))
+    assert len({tuple(t) for t in tokens}) == 4
