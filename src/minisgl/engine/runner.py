@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from minisgl.engine.plan import RowInit, StepPlan
@@ -50,7 +52,7 @@ class Runner:
 
     def _admit(self, init: RowInit) -> None:
         """Write the sampling parameters of rows that start."""
-        arrays = {
+        arrays: dict[str, NDArray[Any]] = {
             "slots": init.slots.astype(np.int64),
             "temperature": init.temperatures,
             "top_p": init.top_ps,

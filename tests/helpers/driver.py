@@ -1,0 +1,142 @@
+"""Drives a runner with hand-made plans, one row at a time or several together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minisgl.engine.plan import RowInit, StepPlan
+from minisgl.engine.runner import Runner
+from minisgl.models.decoder import Decoder, ForwardBatch
+from minisgl.models.spec import ModelSpec
+from minisgl.models.weights import Weights
+from minisgl.ops.attention.base import Attention
+from minisgl.ops.attention.torch_backend import TorchAttention
+from minisgl.ops.kv import KVCache, allocate_kv
+from minisgl.types import MAX_STOP_TOKEN_IDS
+
+CPU = torch.device("cpu")
+
+
+class RecordingDecoder(Decoder):
+    """Keeps the logits of every token of every step, sampled or not."""
+
+    last: Tensor  # (T, V)
+
+    def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
+        hidden = super().forward(dataclasses.replace(batch, rows=None), kv)
+        self.last = self.logits(hidden)
+        return hidden if batch.rows is None else hidden.index_select(0, batch.rows)
+
+
+class Driver:
+    """A runner and what a scheduler would know: which pages a row has and how many of its tokens are cached."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Weights,
+        *,
+        rows: int = 4,
+        page_size: int = 4,
+        num_pages: int = 256,
+        max_seq_len: int = 256,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device = CPU,
+    ) -> None:
+        attention = Attention(TorchAttention(), TorchAttention())
+        self.decoder = RecordingDecoder(spec, weights, attention, max_seq_len)
+        kv = allocate_kv(spec.num_layers, num_pages, page_size, spec.num_kv_heads, spec.head_dim, dtype, device)
+        self.runner = Runner(self.decoder, kv, rows, max_seq_len, device)
+        self.page_size = page_size
+        self.free = np.random.default_rng(0).permutation(num_pages).tolist()
+        self.pages: dict[int, list[int]] = {slot: [] for slot in range(rows)}
+        self.length = dict.fromkeys(range(rows), 0)
+        self.steps = 0
+
+    @property
+    def logits(self) -> Tensor:
+        """Logits (T, V) of the last step's tokens: decode rows first, then chunks."""
+        return self.decoder.last
+
+    def share(self, slot: int, owner: int, tokens: int) -> list[tuple[int, int, int]]:
+        """Start a row on the first `tokens` tokens of another, whole pages of it; the writes for the next step."""
+        count = tokens // self.page_size
+        self.pages[slot] = self.pages[owner][:count]
+        self.length[slot] = count * self.page_size
+        return [(slot, index, page) for index, page in enumerate(self.pages[slot])]
+
+    def step(
+        self,
+        decode: Sequence[int] = (),
+        chunks: Mapping[int, Sequence[int]] | None = None,
+        *,
+        unfinished: Sequence[int] = (),
+        init: RowInit | None = None,
+        writes: Sequence[tuple[int, int, int]] = (),
+        greedy: bool = True,
+    ) -> list[int]:
+        """Decode rows and prefill chunks in one step; the sampled tokens. Chunks of `unfinished` rows are not final."""
+        chunks = chunks or {}
+        lens = {slot: len(tokens) for slot, tokens in chunks.items()}
+        starts = [self.length[slot] for slot in chunks]
+        decode_lens = [self.length[slot] for slot in decode]
+        writes = [*writes, *(write for slot in decode for write in self._grow(slot, 1))]
+        writes += [write for slot in chunks for write in self._grow(slot, lens[slot])]
+        columns = np.array(writes, np.int32).reshape(-1, 3).T.copy()
+        self.steps += 1
+        plan = StepPlan(
+            step=self.steps,
+            init=init,
+            page_slots=columns[0],
+            page_indices=columns[1],
+            page_ids=columns[2],
+            decode_slots=np.array(decode, np.int32),
+            decode_lens=np.array(decode_lens, np.int32),
+            prefill_slots=np.array(list(chunks), np.int32),
+            prefill_starts=np.array(starts, np.int32),
+            prefill_lens=np.array(list(lens.values()), np.int32),
+            prefill_final=np.array([slot not in unfinished for slot in chunks], np.bool_),
+            prefill_tokens=np.array([token for tokens in chunks.values() for token in tokens], np.int32),
+            all_greedy=greedy,
+            any_filter=not greedy,
+            any_min_len=not greedy,
+        )
+        tokens: list[int] = self.runner.run(plan).tolist()
+        return tokens
+
+    def _grow(self, slot: int, count: int) -> list[tuple[int, int, int]]:
+        self.length[slot] += count
+        pages, writes = self.pages[slot], []
+        while len(pages) * self.page_size < self.length[slot]:
+            writes.append((slot, len(pages), self.free[0]))
+            pages.append(self.free.pop(0))
+        return writes
+
+
+def row_init(
+    slot: int,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    seed: int = 0,
+    min_len: int = 0,
+    stop_ids: Sequence[int] = (),
+) -> RowInit:
+    """Sampling parameters of one row."""
+    return RowInit(
+        slots=np.array([slot], np.int32),
+        temperatures=np.array([temperature], np.float32),
+        top_ps=np.array([top_p], np.float32),
+        min_ps=np.array([min_p], np.float32),
+        top_ks=np.array([top_k], np.int32),
+        seeds=np.array([seed], np.int64),
+        min_lens=np.array([min_len], np.int32),
+        stop_ids=np.array([[*stop_ids, *[-1] * (MAX_STOP_TOKEN_IDS - len(stop_ids))]], np.int32),
+    )
