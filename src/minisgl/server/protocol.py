@@ -13,7 +13,6 @@ import pydantic_core
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from minisgl.errors import InvalidRequestError, UnsupportedParameterError
-from minisgl.server.errors import invalid_field
 from minisgl.types import SamplingParams
 
 MAX_STOP_STRINGS = 16
@@ -234,6 +233,19 @@ class CompletionRequest(Sampling):
 
 
 T = TypeVar("T")
+
+
+def invalid_field(error: ValidationError) -> InvalidRequestError:
+    """The first complaint of pydantic, naming the field as the user wrote it: `messages.0.role`."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    # Between the fields, `loc` names the members of unions: "str", "constrained-str", "list[TextPart]".
+    parts = [str(part) for part in first["loc"]]
+    param = ".".join(part for part in parts if part != "str" and (part.isidentifier() or part.isdigit()))
+    if first["type"] == "extra_forbidden":
+        return InvalidRequestError(f"unknown field: {param}", param=param, code="unknown_parameter")
+    if first["type"] == "missing":
+        return InvalidRequestError(f"{param} is required", param=param, code="missing_required_parameter")
+    return InvalidRequestError(f"{param}: {first['msg']}", param=param)
 
 
 def is_list_of(kind: type[T], value: object) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import msgspec
+from starlette.responses import Response
 
 from minisgl.types import FinishReason
 
@@ -102,6 +103,11 @@ class ModelList(msgspec.Struct, frozen=True):
 
     data: list[ModelCard]
     object: Literal["list"] = "list"
+
+
+def json_response(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A response with `value` as JSON."""
+    return Response(msgspec.json.encode(value), status, headers, media_type="application/json")
 
 
 def sse(value: object) -> bytes:

@@ -10,10 +10,10 @@ from starlette.responses import Response
 
 from minisgl.server.answers import Answer, ChatAnswer, TextAnswer
 from minisgl.server.api import Api
-from minisgl.server.errors import BODY_LIMIT, BodyTooLargeError, json_response
+from minisgl.server.errors import BODY_LIMIT, BodyTooLargeError
 from minisgl.server.generation import Generation
 from minisgl.server.protocol import Sampling
-from minisgl.server.responses import ModelCard, ModelList
+from minisgl.server.responses import ModelCard, ModelList, json_response
 from minisgl.server.streaming import stream_response, unless_disconnected
 
 DRAIN_LIMIT = 4 * BODY_LIMIT
