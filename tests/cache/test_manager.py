@@ -1,0 +1,349 @@
+"""Rows that come, grow, publish and go: no page in two places, and what a row reads is its own prefix.
+
+Planted by hand once in the cache, each caught by `TestManager` and most by a test with a name as well (R: caught by
+test_radix.py too):
+
+1. `release` forgets to unlock its row's node.
+2. Eviction takes pages of locked leaves (R).
+3. A split gives the lower node pages shifted by one (R).
+4. `unlock` counts a node as evictable each time, not only when its last lock goes (R).
+5. `publish` rounds up and offers a page that is written in part.
+6. `release` frees borrowed pages beside its own.
+7. The upper half of a split forgets its locks (R).
+8. Duplicates that a row keeps are marked as borrowed, so nobody frees them.
+9. A row that is used again keeps the flags of the row before.
+10. A parent that became a leaf is not queued for eviction (R).
+
+One more, a use that does not renew `last_used`, is caught by the tests of eviction order alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from minisgl.cache.allocator import Int32, OutOfPages
+from minisgl.cache.manager import CacheManager
+from minisgl.errors import ConfigError
+
+
+def ids(*values: int) -> Int32:
+    return np.array(values, np.int32)
+
+
+def grow(cache: CacheManager, slot: int, length: int) -> Int32:
+    """Extend one row; return the pages that it gained."""
+    return cache.extend(ids(slot), ids(length))[2]
+
+
+def test_an_unknown_kind_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="radix or naive, got 'lru'"):
+        CacheManager(4, 1, "lru", 1, 4)
+
+
+def test_the_last_token_of_a_prompt_is_never_taken_from_the_cache() -> None:
+    cache = CacheManager(8, 2, "radix", 2, 4)
+    prompt = ids(1, 2, 3, 4)
+    assert cache.acquire(0, prompt) == 0
+    grow(cache, 0, 4)
+    cache.release(0, prompt, 4)
+    assert cache.num_cached == 2
+    assert cache.match_len(prompt) == cache.acquire(0, prompt) == 2
+    assert cache.match_len(ids(1, 2, 3, 4, 5)) == 4
+    assert cache.match_len(ids()) == 0
+
+
+def test_extend_gives_each_row_what_it_lacks_and_says_so() -> None:
+    cache = CacheManager(16, 4, "radix", 3, 4)
+    for slot in range(3):
+        cache.acquire(slot, ids(slot))
+    grow(cache, 1, 4)
+    slots, indices, pages = cache.extend(ids(2, 1, 0), ids(9, 4, 5))
+    assert cache.pages_needed(ids(2, 1, 0), ids(13, 9, 1)).tolist() == [1, 2, 0]
+    assert slots.tolist() == [2, 2, 2, 0, 0]
+    assert indices.tolist() == [0, 1, 2, 0, 1]
+    assert pages.tolist() == [1, 2, 3, 4, 5]
+    assert cache.row_pages.tolist() == [2, 1, 3]
+    assert [part.tolist() for part in cache.writes(2)] == [[2, 2, 2], [0, 1, 2], [1, 2, 3]]
+    assert all(part.dtype == np.int32 for part in (slots, indices, pages))
+
+
+def test_published_pages_are_shared_while_their_row_runs() -> None:
+    cache = CacheManager(8, 2, "radix", 2, 4)
+    prompt = ids(1, 2, 3, 4, 5)
+    cache.acquire(0, prompt)
+    mine = grow(cache, 0, 5)
+    cache.publish(0, prompt, 3)
+    assert (cache.num_cached, cache.num_owned, cache.available) == (1, 2, 5)
+    cache.publish(0, prompt, 5)
+    assert (cache.num_cached, cache.num_owned, cache.available) == (2, 1, 5)
+    assert cache.acquire(1, prompt) == 4
+    assert cache.writes(1)[2].tolist() == mine[:2].tolist()
+    cache.release(0, prompt, 5)
+    assert cache.flush() == 0
+    assert cache.available == 6
+    cache.release(1, prompt, 4)
+    assert cache.flush() == 2
+    assert cache.num_free == 8
+
+
+def test_a_row_keeps_its_duplicates_until_its_release_and_publishes_what_follows() -> None:
+    cache = CacheManager(16, 1, "radix", 2, 8)
+    for slot in range(2):
+        cache.acquire(slot, ids(1, 2, 3, 4))
+        grow(cache, slot, 4)
+    cache.publish(0, ids(1, 2), 2)
+    before = cache.writes(1)[2].tolist()
+    cache.publish(1, ids(1, 2, 3, 4), 3)
+    assert cache.writes(1)[2].tolist() == before
+    assert (cache.num_cached, cache.num_owned) == (3, 5)
+    cache.check()
+    cache.release(1, ids(1, 2, 3, 4), 4)
+    assert (cache.num_cached, cache.num_owned, cache.num_free) == (4, 2, 10)
+    cache.check()
+
+
+def test_a_token_that_the_host_does_not_know_yet_is_not_cached() -> None:
+    cache = CacheManager(8, 2, "radix", 1, 4)
+    cache.acquire(0, ids(1, 2, 3))
+    grow(cache, 0, 4)
+    cache.release(0, ids(1, 2, 3), 4)
+    assert (cache.num_cached, cache.num_free) == (1, 7)
+
+
+def test_a_partial_page_is_never_published() -> None:
+    cache = CacheManager(8, 4, "radix", 1, 4)
+    cache.acquire(0, ids(*range(8)))
+    grow(cache, 0, 7)
+    cache.publish(0, ids(*range(8)), 7)
+    assert cache.num_cached == 1
+
+
+def test_extend_evicts_the_least_recently_used_prefix_and_never_a_borrowed_one() -> None:
+    cache = CacheManager(6, 1, "radix", 2, 6)
+    for first in (1, 2, 3):
+        cache.acquire(0, ids(first, first))
+        grow(cache, 0, 2)
+        cache.release(0, ids(first, first), 2)
+    assert cache.acquire(0, ids(1, 1, 9)) == 2
+    assert cache.available == 4
+    cache.acquire(1, ids(7))
+    grow(cache, 1, 2)
+    assert [cache.match_len(ids(n, n, 0)) for n in (1, 2, 3)] == [2, 0, 2]
+    with pytest.raises(OutOfPages, match="3 pages are needed and 2 are available"):
+        grow(cache, 1, 5)
+    grow(cache, 1, 4)
+    assert [cache.match_len(ids(n, n, 0)) for n in (1, 2, 3)] == [2, 0, 0]
+    cache.check()
+
+
+def test_match_len_is_no_use_of_a_prefix_and_acquire_is() -> None:
+    cache = CacheManager(3, 1, "radix", 1, 3)
+    for first in (1, 2, 3):
+        cache.acquire(0, ids(first))
+        grow(cache, 0, 1)
+        cache.release(0, ids(first), 1)
+    assert cache.match_len(ids(2, 0)) == 1
+    cache.acquire(0, ids(1, 0))
+    cache.release(0, ids(1, 0), 1)
+    cache.acquire(0, ids(9))
+    grow(cache, 0, 1)
+    assert [cache.match_len(ids(n, 0)) for n in (1, 2, 3)] == [1, 0, 1]
+
+
+def test_the_naive_cache_shares_nothing() -> None:
+    cache = CacheManager(4, 1, "naive", 2, 4)
+    cache.acquire(0, ids(1, 2))
+    grow(cache, 0, 2)
+    cache.publish(0, ids(1, 2), 2)
+    assert cache.match_len(ids(1, 2, 3)) == cache.acquire(1, ids(1, 2, 3)) == 0
+    cache.release(0, ids(1, 2), 2)
+    assert (cache.num_cached, cache.num_free, cache.flush()) == (0, 4, 0)
+
+
+class Row:
+    """A running request as its scheduler sees it: `tokens[:known]` are seen, KV below `written` is computed."""
+
+    def __init__(self, tokens: Int32, cached: int) -> None:
+        self.tokens = tokens
+        self.known = len(tokens)
+        self.written = cached
+
+
+class ManagerMachine(RuleBasedStateMachine):
+    """A scheduler that acts at random, and a device whose page slots hold which prefix was written there.
+
+    A prefix is an integer: prefix 0 is empty, and each (prefix, token) makes the next one.
+    """
+
+    rows: dict[int, Row]
+
+    @initialize(
+        page_size=st.sampled_from([1, 2, 16]),
+        pages=st.integers(4, 32),
+        kind=st.sampled_from(["radix", "radix", "radix", "naive"]),
+    )
+    def start(self, page_size: int, pages: int, kind: str) -> None:
+        self.kind = kind
+        self.size = page_size
+        self.cache = CacheManager(pages, page_size, kind, 4, 16)
+        self.content = np.full((pages, page_size), -1, np.int64)
+        self.prefixes: dict[tuple[int, int], int] = {}
+        self.rows = {}
+
+    def prefix_ids(self, tokens: Int32) -> list[int]:
+        """The prefix that ends with each token."""
+        out, prefix = [], 0
+        for token in tokens.tolist():
+            prefix = self.prefixes.setdefault((prefix, token), len(self.prefixes) + 1)
+            out.append(prefix)
+        return out
+
+    def read(self, slot: int, length: int) -> list[int]:
+        """What the row's first `length` positions hold."""
+        positions = np.arange(length)
+        pages = self.cache.page_table[slot, positions // self.size]
+        found: list[int] = self.content[pages, positions % self.size].tolist()
+        return found
+
+    @precondition(lambda self: len(self.rows) < 4)
+    @rule(
+        blocks=st.lists(st.integers(0, 1), min_size=1, max_size=6),
+        odd=st.integers(0, 15),
+        parts=st.sampled_from([0, 1, 2, 4, 4]),
+        share=st.booleans(),
+    )
+    def acquire(self, blocks: list[int], odd: int, parts: int, share: bool) -> None:
+        """A row starts, prefills some quarters of what is not cached, and may publish them."""
+        slot = next(slot for slot in range(4) if slot not in self.rows)
+        whole = [token for block in blocks for token in [*range(self.size - 1), block]]
+        tokens = np.array(whole[: len(whole) - odd % self.size], np.int32)
+        expected, available = self.cache.match_len(tokens), self.cache.available
+        cached = self.cache.acquire(slot, tokens)
+        assert cached == expected
+        assert cached % self.size == 0
+        assert cached < len(tokens)
+        assert self.cache.available >= available - cached // self.size
+        assert self.cache.row_pages[slot] == cached // self.size
+        if self.kind == "naive":
+            assert cached == 0
+        row = self.rows[slot] = Row(tokens, cached)
+        self.compute([slot], [row.written + (row.known - row.written) * parts // 4])
+        if share:
+            self.offer(slot)
+
+    @precondition(lambda self: bool(self.rows))
+    @rule(which=st.integers(0, 3), parts=st.integers(1, 4), share=st.booleans())
+    def prefill(self, which: int, parts: int, share: bool) -> None:
+        """One row computes some quarters of the tokens it knows and has not computed."""
+        slot = self.pick(which)
+        row = self.rows[slot]
+        self.compute([slot], [row.written + max(0, row.known - row.written) * parts // 4])
+        if share:
+            self.offer(slot)
+
+    @rule(rounds=st.integers(1, 4), late=st.booleans(), token=st.integers(0, 1))
+    def decode(self, rounds: int, late: bool, token: int) -> None:
+        """All rows that are through their prompts go on together; the host may learn the last tokens later."""
+        for last in range(rounds)[::-1]:
+            room = 16 * self.size
+            slots = [slot for slot, row in self.rows.items() if row.known <= row.written < room]
+            for slot in slots:
+                self.rows[slot].tokens = np.append(self.rows[slot].tokens, token).astype(np.int32)
+            if slots and not self.compute(slots, [self.rows[slot].written + 1 for slot in slots]):
+                for slot in slots:
+                    self.rows[slot].tokens = self.rows[slot].tokens[:-1]
+            for row in self.rows.values():
+                unseen = late and last == 0 and row.known <= row.written
+                row.known = max(row.known, len(row.tokens) - unseen)
+
+    def pick(self, which: int) -> int:
+        """A row that is running."""
+        return sorted(self.rows)[which % len(self.rows)]
+
+    def compute(self, chosen: list[int], lens: list[int]) -> bool:
+        """A step: rows get pages and KV up to these lengths; False when there are not enough pages."""
+        slots, new_lens = np.array(chosen), np.array(lens)
+        need = self.cache.pages_needed(slots, new_lens)
+        assert need.tolist() == [
+            max(0, -(-n // self.size) - int(self.cache.row_pages[s])) for s, n in zip(chosen, lens, strict=True)
+        ]
+        table, counts, available = self.cache.page_table.copy(), self.cache.row_pages.copy(), self.cache.available
+        state = (self.cache.num_free, self.cache.num_cached)
+        if need.sum() > available:
+            with pytest.raises(OutOfPages):
+                self.cache.extend(slots, new_lens)
+            assert np.array_equal(table, self.cache.page_table)
+            assert np.array_equal(counts, self.cache.row_pages)
+            assert state == (self.cache.num_free, self.cache.num_cached)
+            return False
+        where, indices, pages = self.cache.extend(slots, new_lens)
+        assert self.cache.available == available - need.sum()
+        table[where, indices] = pages
+        counts[slots] += need
+        assert np.array_equal(table, self.cache.page_table)
+        assert np.array_equal(counts, self.cache.row_pages)
+        for slot, length in zip(chosen, lens, strict=True):
+            row = self.rows[slot]
+            positions = np.arange(row.written, length)
+            pages = table[slot, positions // self.size]
+            self.content[pages, positions % self.size] = self.prefix_ids(row.tokens[:length])[row.written :]
+            row.written = length
+        return True
+
+    def offer(self, slot: int) -> None:
+        """The row publishes what it has computed; its page table stays."""
+        row, before = self.rows[slot], self.cache.page_table.copy()
+        self.cache.publish(slot, row.tokens[: row.known], row.written)
+        assert np.array_equal(before, self.cache.page_table)
+        self.finds(row)
+
+    @precondition(lambda self: bool(self.rows))
+    @rule(which=st.integers(0, 3))
+    def release(self, which: int) -> None:
+        slot = self.pick(which)
+        row = self.rows.pop(slot)
+        self.cache.release(slot, row.tokens[: row.known], row.written)
+        assert self.cache.row_pages[slot] == 0
+        self.finds(row)
+
+    def finds(self, row: Row) -> None:
+        """What was just offered is in the cache, whole pages of it, and nothing behind."""
+        if self.kind == "radix":
+            whole = min(row.known, row.written) // self.size * self.size
+            assert self.cache.match_len(np.append(row.tokens[:whole], 99).astype(np.int32)) == whole
+
+    @rule(often=st.integers(0, 4))
+    def flush(self, often: int) -> None:
+        if often:
+            return
+        evictable = self.cache.available - self.cache.num_free
+        assert self.cache.flush() == evictable
+        assert self.cache.available == self.cache.num_free
+
+    @invariant()
+    def each_page_is_in_one_place(self) -> None:
+        if hasattr(self, "cache"):
+            self.cache.check()
+            assert self.cache.num_free + self.cache.num_cached + self.cache.num_owned == self.cache.num_pages
+
+    @invariant()
+    def each_row_reads_its_own_prefix(self) -> None:
+        for slot, row in getattr(self, "rows", {}).items():
+            assert self.read(slot, row.written) == self.prefix_ids(row.tokens[: row.written])
+
+    def teardown(self) -> None:
+        for slot, row in getattr(self, "rows", {}).items():
+            self.cache.release(slot, row.tokens[: row.known], row.written)
+        if hasattr(self, "cache"):
+            assert self.cache.num_owned == 0
+            self.cache.flush()
+            self.cache.check()
+            assert self.cache.num_free == self.cache.num_pages
+
+
+TestManager = ManagerMachine.TestCase
+TestManager.settings = settings(max_examples=200, stateful_step_count=40, deadline=None, derandomize=True)
