@@ -12,7 +12,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
-from helpers.tokenizers import byte_level_json
+from helpers.tiny_tokenizers import byte_level_json
 from minisgl.models.gguf import gguf_name
 
 SIZES = {

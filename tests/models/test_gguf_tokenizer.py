@@ -14,7 +14,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from helpers.gguf_files import TEMPLATE, tokenizer_metadata, write_gguf
-from helpers.tokenizers import CORPUS, byte_level_json
+from helpers.tiny_tokenizers import CORPUS, byte_level_json
 from minisgl.errors import ModelError
 from minisgl.models.gguf_file import GgufFile
 from minisgl.models.gguf_tokenizer import SPLITS, GgufTokenizer, pre_tokenizer
@@ -78,6 +78,16 @@ def test_adding_a_token_that_is_not_named_is_refused(tmp_path: Path) -> None:
         read(tmp_path, metadata)
 
 
+@pytest.mark.parametrize(("rule", "whole"), [("llama-bpe", True), ("tekken", True), ("qwen2", False), ("gpt-2", False)])
+def test_a_word_that_no_merge_makes_is_a_token_where_the_rule_ignores_merges(
+    tmp_path: Path, rule: str, whole: bool
+) -> None:
+    metadata = tokenizer_metadata(rule)
+    metadata["tokenizer.ggml.tokens"] = [*metadata["tokenizer.ggml.tokens"], "zqzq"]
+    metadata["tokenizer.ggml.token_type"] = [*metadata["tokenizer.ggml.token_type"], 1]
+    assert ("zqzq" in read(tmp_path, metadata).tokenizer.encode("zqzq").tokens) == whole
+
+
 def test_names_template_and_every_eos_id_are_kept(tmp_path: Path) -> None:
     found = read(tmp_path, tokenizer_metadata())
     assert found.eos_token_ids() == [1, 3]
@@ -101,13 +111,15 @@ def sentence_piece_metadata() -> dict[str, Any]:
     backend.train_from_iterator(CORPUS * 3, trainers.BpeTrainer(vocab_size=250, show_progress=False))
     vocab = backend.get_vocab()
     pieces = sorted(vocab, key=vocab.__getitem__)
+    age = {piece: -float(at) for at, piece in enumerate(pieces)}
+    pieces.sort()  # the order of ids tells nothing
     special = ["<unk>", "<s>", "</s>"]
     tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
     return {
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * len(pieces)],
-        "tokenizer.ggml.scores": [0.0] * 259 + [-float(age) for age in range(len(pieces))],
+        "tokenizer.ggml.scores": [0.0] * 259 + [age[piece] for piece in pieces],
         "tokenizer.ggml.unknown_token_id": 0,
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
@@ -137,6 +149,17 @@ def test_sentence_piece_vocabularies_give_sentence_pieces_ids(tmp_path: Path, te
     ours = read(tmp_path, metadata).tokenizer
     assert ours.encode(text).ids == [1, *sentence_piece_ids(text, metadata)]
     assert ours.decode(ours.encode(text).ids) == text
+
+
+def test_the_piece_with_the_higher_score_wins_whatever_its_id(tmp_path: Path) -> None:
+    metadata = {
+        **sentence_piece_metadata(),
+        "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", "▁", "a", "b", "c", "ab", "bc", "▁a"],
+        "tokenizer.ggml.token_type": [2, 3, 3, *[1] * 7],
+        "tokenizer.ggml.scores": [0.0, 0.0, 0.0, -9.0, -9.0, -9.0, -9.0, -3.0, -1.0, -2.0],
+    }
+    assert sentence_piece_ids("abc", metadata) == [9, 8]
+    assert read(tmp_path, metadata).tokenizer.encode("abc").tokens == ["<s>", "▁a", "bc"]
 
 
 def test_the_space_in_front_can_be_off(tmp_path: Path) -> None:
