@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from helpers.tokenizers import byte_level_json
+from helpers.tiny_tokenizers import byte_level_json
 from minisgl import cli
 from minisgl.bench.offline import build_parser, length_range
 
