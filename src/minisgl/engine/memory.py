@@ -27,17 +27,18 @@ def available_memory(device: torch.device) -> int:
     """Bytes that may still be taken: on a GPU what is free, else what the system and the control group leave."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return min(_system_memory(), _group_memory())
+    return min(system_memory(), group_memory())
 
 
-def _system_memory() -> int:
+def system_memory() -> int:
+    """Bytes that Linux says a new program can take without swapping."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     raise ConfigError("/proc/meminfo does not say how much memory is available; give --num-pages")
 
 
-def _group_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
+def group_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
     """What a limit of control groups, version 2, leaves; without one, more than there is."""
     limit, current = group / "memory.max", group / "memory.current"
     if not limit.exists() or not current.exists() or (most := limit.read_text().strip()) == "max":

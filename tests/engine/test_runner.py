@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from helpers.driver import CPU, Driver, row_init
+from minisgl.config import Config
+from minisgl.engine import memory
+from minisgl.engine.local import LocalExecutor, build_local_executor, make_attention
+from minisgl.engine.memory import GIB, group_memory, measure_pages, prefill_plan
+from minisgl.engine.plan import StepPlan
+from minisgl.engine.upload import upload
+from minisgl.errors import ConfigError
+from minisgl.models.rope import Rope
+from minisgl.models.spec import ModelSpec
+from minisgl.models.weights import dummy_weights
+
+SPEC = ModelSpec(
+    architecture="LlamaForCausalLM",
+    vocab_size=97,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    intermediate_size=48,
+    rms_eps=1e-6,
+    tie_embeddings=False,
+    qkv_bias=False,
+    o_bias=False,
+    mlp_bias=False,
+    qk_norm=False,
+    rope=Rope(kind="default", theta=10000.0),
+    windows=(0, 0),
+    moe=None,
+    max_position=64,
+    eos_token_ids=(0,),
+    checkpoint_dtype="float32",
+)
+PAGE_BYTES = 2 * SPEC.num_layers * 16 * SPEC.num_kv_heads * SPEC.head_dim * 4
+
+
+def make_driver(page_size: int = 4) -> Driver:
+    torch.set_num_threads(1)
+    return Driver(SPEC, dummy_weights(SPEC, torch.float32, CPU), page_size=page_size)
+
+
+def config(**settings: object) -> Config:
+    """A resolved configuration for the CPU."""
+    base = Config(
+        dummy_weight=True, device="cpu", dtype="float32", attn="torch,torch", cuda_graph_max_bs=0,
+        max_running_requests=4, max_prefill_length=32,
+    )  # fmt: skip
+    return base.replace(**settings)
+
+
+def test_tables_follow_the_steps() -> None:
+    driver = make_driver()
+    tables = driver.runner.tables
+    driver.step(chunks={0: [1, 2, 3, 4, 5], 2: [6, 7]}, unfinished=[0])
+    assert tables.length.tolist() == [5, 0, 2, 0, 0]
+    assert int(tables.last_token[0]) == 0
+    first = driver.step(decode=[2], chunks={0: [8]})
+    assert tables.length.tolist() == [6, 0, 3, 0, 0]
+    assert tables.last_token[[2, 0]].tolist() == first
+    assert tables.page_table[0, :2].tolist() == driver.pages[0]
+    assert tables.page_table[2, :1].tolist() == driver.pages[2]
+
+
+def test_a_step_that_finishes_nothing_samples_nothing() -> None:
+    driver = make_driver()
+    assert driver.step(chunks={0: [1, 2, 3]}, unfinished=[0]) == []
+
+
+def test_a_step_writes_only_its_rows_pages() -> None:
+    driver = make_driver()
+    driver.step(chunks={0: [1, 2, 3, 4, 5], 1: [1, 2]})
+    kv = driver.runner.kv
+    touched = torch.nonzero(kv.k.abs().sum(dim=(0, 2, 3, 4))).flatten().tolist()
+    assert touched == sorted(driver.pages[0] + driver.pages[1])
+
+
+def test_min_tokens_and_seed_reach_the_sampler() -> None:
+    driver = make_driver()
+    greedy = driver.step(chunks={0: [1, 2, 3]})[0]
+    stopped = row_init(1, min_len=5, stop_ids=[greedy])
+    other = driver.step(chunks={1: [1, 2, 3]}, init=stopped, greedy=False)[0]
+    assert other != greedy
+    drawn = [
+        driver.step(chunks={slot: [1, 2, 3]}, init=row_init(slot, temperature=3.0, seed=seed), greedy=False)[0]
+        for slot, seed in ((2, 5), (3, 6))
+    ]
+    again = make_driver(page_size=1)
+    init = row_init(0, temperature=3.0, seed=5)
+    assert again.step(chunks={0: [1, 2, 3]}, init=init, greedy=False)[0] == drawn[0] != drawn[1]
+
+
+def test_a_row_used_again_starts_afresh() -> None:
+    driver = make_driver()
+    first = driver.step(chunks={0: [1, 2, 3]}) + driver.step(decode=[0]) + driver.step(decode=[0])
+    driver.step(decode=[0])
+    driver.length[0], driver.pages[0] = 0, []
+    assert driver.step(chunks={0: [1, 2, 3]}) + driver.step(decode=[0]) + driver.step(decode=[0]) == first
+
+
+def test_upload_keeps_values_shapes_and_dtypes() -> None:
+    arrays = {
+        "seeds": np.array([2**63 - 1, -5]),
+        "empty": np.empty(0, np.int32),
+        "table": np.arange(6, dtype=np.int32).reshape(2, 3),
+        "odd": np.array([0.5, 1.5, 2.5], np.float32),
+    }
+    for name, tensor in upload(arrays, CPU).items():
+        assert np.array_equal(tensor.numpy(), arrays[name])
+        assert tensor.numpy().dtype == arrays[name].dtype
+
+
+def step_plan(step: int, slot: int = 0) -> StepPlan:
+    """A step that prefills and samples one row on scratch pages."""
+    plan = prefill_plan(1, 3)
+    return msgspec.structs.replace(plan, step=step, init=None, prefill_slots=np.array([slot], np.int32))
+
+
+def test_executor_returns_steps_in_order() -> None:
+    executor = LocalExecutor(SPEC, dummy_weights(SPEC, torch.float32, CPU), config(num_pages=20), 64)
+    for step in range(3):
+        executor.launch(step_plan(step))
+    results = [executor.collect() for _ in range(3)]
+    assert [result.step for result in results] == [0, 1, 2]
+    assert all(result.tokens.dtype == np.int32 and result.tokens.shape == (1,) for result in results)
+    executor.close()
+
+
+def test_an_error_in_a_step_is_raised_by_its_collect() -> None:
+    executor = LocalExecutor(SPEC, dummy_weights(SPEC, torch.float32, CPU), config(num_pages=20), 64)
+    executor.launch(step_plan(1))
+    executor.launch(step_plan(2, slot=99))
+    assert executor.collect().step == 1
+    with pytest.raises(IndexError):
+        executor.collect()
+    executor.close()
+
+
+def test_building_with_made_up_weights_sizes_the_cache(tmp_path: Path) -> None:
+    executor = build_local_executor(config(), tmp_path, SPEC, 64)
+    assert executor.num_pages == 4 * 4  # all that 4 rows of 64 tokens can use, in pages of 16
+    executor.launch(step_plan(1))
+    assert 0 <= int(executor.collect().tokens[0]) < SPEC.vocab_size
+    executor.close()
+    executor = build_local_executor(config(num_pages=3), tmp_path, SPEC, 64)
+    assert executor.num_pages == 3
+    executor.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "left", "pages"),
+    [
+        ({}, GIB, 16),  # what the rows can use
+        ({"max_running_requests": 10**6}, 100 * GIB, 2 * GIB // PAGE_BYTES),
+        ({"max_running_requests": 10**6}, GIB // 2, int(0.9 * GIB - GIB // 2) // PAGE_BYTES),
+        ({"max_running_requests": 10**6, "memory_ratio": 0.75}, GIB // 2, GIB // 4 // PAGE_BYTES),
+        ({"num_pages": 7}, GIB // 2, 7),
+    ],
+)
+def test_pages_share_the_memory_with_the_weights(
+    settings: dict[str, object], left: int, pages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda device: left)
+    assert measure(config(**settings), before=max(GIB, left)) == pages
+
+
+@pytest.mark.parametrize(
+    ("settings", "left", "message"),
+    [
+        ({}, GIB // 20, r"no KV page fits: 1.00 GiB .* 0.9 may be used .* weights take 0.95"),
+        ({"num_pages": 10**6}, GIB // 2, r"--num-pages 1000000 needs 3\.81 GiB: 1.00 GiB"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_numbers(
+    settings: dict[str, object], left: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available_memory", lambda device: left)
+    with pytest.raises(ConfigError, match=message):
+        measure(config(**settings), before=GIB)
+
+
+def measure(config: Config, before: int) -> int:
+    weights = dummy_weights(SPEC, torch.float32, CPU)
+    return measure_pages(config, SPEC, weights, make_attention(config.attn), torch.float32, 64, before)
+
+
+def test_a_control_group_limits_the_memory(tmp_path: Path) -> None:
+    assert group_memory(tmp_path) > 2**60
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("1000\n")
+    assert group_memory(tmp_path) > 2**60
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert group_memory(tmp_path) == 4000
+
+
+def test_an_attention_backend_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ConfigError, match="fa is not available"):
+        make_attention("fa,torch")
