@@ -144,6 +144,9 @@ def check(config: Config) -> None:
             field = next(f for f in dataclasses.fields(config) if f.name == name)
             raise ConfigError(f"{field.metadata['flags'][0]} must be {rule}, got {getattr(config, name)!r}")
 
+    for field in dataclasses.fields(config):
+        if choices := field.metadata["choices"]:
+            need(getattr(config, field.name) in choices, field.name, f"one of {', '.join(choices)}")
     for name in ("max_running_requests", "max_prefill_length", "max_seq_len_override", "num_pages"):
         value = getattr(config, name)
         need(value is None or value >= 1, name, "at least 1")

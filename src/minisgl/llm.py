@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -13,12 +13,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from minisgl.config import Config, from_environment
 from minisgl.engine.build import build_engine
 from minisgl.errors import InvalidRequestError
-from minisgl.tokenizer.detokenize import TextStream
+from minisgl.tokenizer.detokenize import TextStream, shown_tokens
 from minisgl.tokenizer.tokenizer import Tokenizer
 from minisgl.types import FinishReason, Request, SamplingParams, TokenEvent
 
 Message = dict[str, Any]
 Prompt = str | Sequence[int]
+Prompts = Prompt | Sequence[str] | Sequence[Sequence[int]] | Sequence[Prompt]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,16 +62,19 @@ class Answer:
         if self.stream is None:
             return ""
         text = self.stream.push(shown_tokens(event))
+        if self.finish is not None and not self.stream.stopped:
+            text += self.stream.finish()
         if self.stream.stopped:
             self.finish = FinishReason.STOP
-        elif self.finish is not None:
-            text += self.stream.finish()
         return text
 
 
-def shown_tokens(event: TokenEvent) -> tuple[int, ...]:
-    """The event's tokens without the stop token that ended the request: it is not part of the text."""
-    return event.tokens[:-1] if event.finish is FinishReason.STOP else event.tokens
+def separate(prompts: Prompts) -> list[Prompt]:
+    """One prompt or several as a list."""
+    if isinstance(prompts, str):
+        return [prompts]
+    several: list[Any] = list(prompts)
+    return [several] if several and isinstance(several[0], int) else several
 
 
 class LLM:
@@ -107,7 +111,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompts,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: bool = True,
@@ -117,15 +121,14 @@ class LLM:
         One `SamplingParams` serves all prompts, a sequence gives each its own. Raises InvalidRequestError before
         anything is generated when one of them cannot be served.
         """
-        if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
-            prompts = [prompts]  # type: ignore[list-item]
+        several = separate(prompts)
         self._require_idle()
         params = sampling_params or SamplingParams()
-        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        if len(each) != len(prompts):
-            raise InvalidRequestError(f"{len(prompts)} prompts, but {len(each)} sampling_params")
-        requests = [self._request(prompt, p) for prompt, p in zip(prompts, each, strict=True)]  # type: ignore[arg-type]
-        answers = {r.id: Answer(r, self._text_stream(r.params) if r.params.stop else None) for r in requests}
+        each = [params] * len(several) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(several):
+            raise InvalidRequestError(f"{len(several)} prompts, but {len(each)} sampling_params")
+        requests = [self._request(prompt, p) for prompt, p in zip(several, each, strict=True)]
+        answers = {r.id: Answer(r, self.text.stream(r.params) if r.params.stop else None) for r in requests}
         self._run(answers, progress)
         return [self._completion(answers[request.id]) for request in requests]
 
@@ -143,11 +146,11 @@ class LLM:
         prompts = [self.text.encode_chat(list(conversation), **template) for conversation in conversations]
         return self.generate(prompts, sampling_params, progress=progress)
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[Delta]:
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Generator[Delta, None, None]:
         """Answer one prompt piece by piece. Closing the iterator early aborts the request."""
         self._require_idle()
         request = self._request(prompt, sampling_params or SamplingParams())
-        answer = Answer(request, self._text_stream(request.params))
+        answer = Answer(request, None if self.tokenizer is None else self.tokenizer.stream(request.params))
         self.engine.add(request)
         try:
             while answer.finish is None:
@@ -167,9 +170,6 @@ class LLM:
     def _require_idle(self) -> None:
         if self.engine.has_work:
             raise InvalidRequestError("another answer is still being streamed: finish or close it first")
-
-    def _text_stream(self, params: SamplingParams) -> TextStream:
-        return self.text.stream(params)
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
         ids = self.text.encode(prompt) if isinstance(prompt, str) else list(prompt)

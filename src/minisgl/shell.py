@@ -34,7 +34,7 @@ class Shell:
 
     def run(self) -> None:
         """Talk until the user leaves."""
-        self.console.print(f"[bold]{self.llm.model.name}[/bold]  {HELP}")
+        self.console.print(f"[bold]{self.llm.model.name}[/bold]", HELP, highlight=False)
         while True:
             try:
                 line = self.read().strip()
@@ -55,7 +55,9 @@ class Shell:
             self.messages.clear()
             self.console.print("the conversation starts anew")
         else:
-            self.console.print(HELP if line == "/help" else f"unknown command {line}; {HELP}", markup=False)
+            self.console.print(
+                HELP if line == "/help" else f"unknown command {line}; {HELP}", markup=False, highlight=False
+            )
 
     def ask(self, line: str) -> None:
         """Stream an answer; whatever was said of it before Ctrl-C stays in the conversation."""
@@ -82,7 +84,7 @@ class Shell:
                 self.console.out(delta.text, end="", highlight=False)
                 self.console.file.flush()
                 if interrupted():
-                    deltas.close()  # type: ignore[attr-defined]
+                    deltas.close()
                     break
             stopped = " (stopped)" if interrupted() else ""
         self.console.print("\n" + speed(tokens, started, first) + stopped, style="dim", highlight=False)

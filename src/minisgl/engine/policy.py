@@ -51,4 +51,4 @@ class LongestPrefixMatch:
 
 def make_policy(name: str) -> Policy:
     """The policy that `--schedule-policy` names."""
-    return {"fcfs": FirstComeFirstServed, "lpm": LongestPrefixMatch}[name]()
+    return LongestPrefixMatch() if name == "lpm" else FirstComeFirstServed()

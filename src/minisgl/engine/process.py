@@ -6,6 +6,7 @@ parent lives; its end means that nobody is left to serve, and the process goes t
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -39,9 +40,9 @@ class EngineServer:
     def __init__(self, start: StartLine, parent_gone: threading.Event) -> None:
         self.config = start.config
         self.parent_gone = parent_gone
-        context = zmq.Context.instance()
-        self.inbox: zmq.Socket[bytes] = context.socket(zmq.PULL)
-        self.outbox: zmq.Socket[bytes] = context.socket(zmq.PUSH)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        self.inbox = context.socket(zmq.PULL)
+        self.outbox = context.socket(zmq.PUSH)
         for socket, address in ((self.inbox, start.to_engine), (self.outbox, start.from_engine)):
             socket.setsockopt(zmq.RCVHWM, 0)
             socket.setsockopt(zmq.SNDHWM, 0)
@@ -107,6 +108,7 @@ def watch_parent(stdin: IO[bytes], gone: threading.Event) -> None:
 def main() -> int:
     """Entry point of `python -m minisgl.engine.process`."""
     start = msgspec.json.decode(sys.stdin.buffer.readline(), type=StartLine)
+    logging.basicConfig(level=start.config.log_level, format="%(asctime)s %(levelname)s engine %(name)s: %(message)s")
     gone = threading.Event()
     threading.Thread(target=watch_parent, args=(sys.stdin.buffer, gone), daemon=True).start()
     return EngineServer(start, gone).run()

@@ -135,11 +135,11 @@ class Scheduler:
 
     def _admissions(self, admitted: list[int], writes: list[PageWrites]) -> Iterable[int]:
         """Admit waiting requests one by one, in the policy's order, as long as rows and pages last."""
-        if not self.waiting or not self.table.has_free_row:
+        if not self.waiting or self.table.free_rows == 0:
             return
         candidates = list(self.policy.order(self.waiting, lambda e: self.cache.match_len(e.tokens), self.step))
         for entry in candidates:
-            if not self.table.has_free_row:
+            if self.table.free_rows == 0:
                 return
             slot = self._admit(entry)
             if slot is None:

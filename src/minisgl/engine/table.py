@@ -72,9 +72,9 @@ class RequestTable:
         self._free = deque(range(rows))
 
     @property
-    def has_free_row(self) -> bool:
-        """Whether another request can run."""
-        return bool(self._free)
+    def free_rows(self) -> int:
+        """How many more requests can run."""
+        return len(self._free)
 
     def peek_row(self) -> int:
         """The row that `admit` will take next."""

@@ -1,0 +1,153 @@
+"""`python -m minisgl` as a user starts it: the real engine process, the bundled model, the openai client."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from openai.types.chat import ChatCompletionMessageParam
+
+
+@contextmanager
+def server(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server on a free port, and its URL, once it is ready."""
+    command = [sys.executable, "-m", "minisgl", "--port", "0", "--num-pages", "256", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            if match := re.search(r"is ready.*(http://\S+)/v1", line):
+                yield process, match[1]
+                break
+        else:
+            pytest.fail(f"the server ended with {process.wait()} before it was ready")
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.stdout.close()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+
+
+def children(pid: int) -> list[int]:
+    """Processes whose parent is `pid`."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = (entry / "stat").read_text()
+            except OSError:
+                continue
+            if int(stat.rpartition(")")[2].split()[1]) == pid:
+                found.append(int(entry.name))
+    return found
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    with server() as (_, address):
+        yield address
+
+
+def test_the_capital_of_france_is_paris(url: str) -> None:
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    model = client.models.list().data[0].id
+    messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is the capital of France?"}]
+    answer = client.chat.completions.create(model=model, messages=messages, temperature=0)
+    assert "Paris" in (answer.choices[0].message.content or "")
+    assert answer.choices[0].finish_reason == "stop"
+    chunks = list(
+        client.chat.completions.create(
+            model=model,
+            messages=messages,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == answer.choices[0].message.content
+    assert chunks[-1].usage is not None
+    assert answer.usage is not None
+    assert chunks[-1].usage.completion_tokens == answer.usage.completion_tokens
+
+
+def test_a_seed_makes_an_answer_repeatable_among_others(url: str) -> None:
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+    def sampled(prompts: list[str]) -> list[str]:
+        answer = client.completions.create(
+            model="SmolLM2-135M-Instruct", prompt=prompts, max_tokens=12, temperature=0.9, top_p=0.9, seed=7
+        )
+        return [choice.text for choice in answer.choices]
+
+    assert sampled(["The sea", "The sky", "A tree"])[0] == sampled(["The sea"])[0]
+
+
+def test_a_client_that_leaves_frees_everything(url: str) -> None:
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    stream = client.completions.create(
+        model="SmolLM2-135M-Instruct", prompt="Tell me", max_tokens=2000, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    stream.close()
+    deadline = time.monotonic() + 10
+    while httpx.get(f"{url}/health").json()["running"]:
+        assert time.monotonic() < deadline, "the request still runs"
+        time.sleep(0.05)
+
+
+def test_a_killed_engine_answers_with_503_and_ends_the_server() -> None:
+    with server() as (process, url):
+        (engine,) = children(process.pid)
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        stream = client.completions.create(
+            model="SmolLM2-135M-Instruct", prompt="Tell me", max_tokens=2000, stream=True,
+            extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        next(iter(stream))
+        os.kill(engine, signal.SIGKILL)
+        started = time.monotonic()
+        with pytest.raises(openai.APIError):
+            list(stream)
+        assert process.wait(5) != 0
+        assert time.monotonic() - started < 5
+
+
+def test_a_killed_server_takes_its_engine_along() -> None:
+    with server() as (process, _):
+        (engine,) = children(process.pid)
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 4
+        while alive(engine):
+            assert time.monotonic() < deadline, "the engine is an orphan"
+            time.sleep(0.05)
+
+
+def test_what_cannot_start_says_why_in_one_line() -> None:
+    command = [sys.executable, "-m", "minisgl", "--model", "/nowhere/at/all", "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "/nowhere/at/all" in done.stderr
+    assert "Traceback" not in done.stderr

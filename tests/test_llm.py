@@ -1,0 +1,135 @@
+"""The offline API on the bundled model, the answers held against transformers in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from minisgl import LLM, SamplingParams
+from minisgl.errors import ConfigError, ContextLengthError, InvalidRequestError
+from minisgl.models.locate import locate_model
+
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time, in a village by the sea,",
+    "def fibonacci(n):\n",
+    "Water boils at",
+    "The three primary colours are",
+    "Dear Sir or Madam,",
+    "In 1969, two astronauts",
+    "1, 1, 2, 3, 5, 8, 13,",
+    "The opposite of hot is",
+    "Photosynthesis is the process by which",
+    "To make an omelette, first",
+    "Q: How many legs does a spider have?\nA:",
+    "SELECT name, age FROM",
+    "Shakespeare wrote",
+    "The quick brown fox",
+    "Il était une fois",
+    "Newton's second law states that",
+    "<|im_start|>user\nName a fruit.<|im_end|>\n<|im_start|>assistant\n",
+    "My favourite season is winter because",
+    "The Pacific Ocean",
+]
+GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM(progress=False, max_running_requests=32, num_pages=512) as model:
+        yield model
+
+
+def test_greedy_tokens_are_those_of_transformers_in_float32(llm: LLM) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(locate_model(None), dtype=torch.float32)
+    ours = llm.generate(PROMPTS, GREEDY, progress=False)
+    for completion in ours:
+        prompt = torch.tensor([completion.prompt_token_ids])
+        whole = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24, do_sample=False, pad_token_id=2
+        )
+        assert completion.token_ids == whole[0, prompt.shape[1] :].tolist()
+
+
+def test_chat_knows_the_capital_of_france(llm: LLM) -> None:
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    (answer,) = llm.chat(question, SamplingParams(temperature=0.0, max_tokens=30), progress=False)
+    assert "Paris" in answer.text
+    assert answer.finish_reason == "stop"
+    again, other = llm.chat([question, [{"role": "user", "content": "Hi!"}]], GREEDY, progress=False)
+    assert again.text == answer.text
+    assert again.cached_tokens > 0
+    assert other.text != again.text
+
+
+def test_a_single_prompt_may_be_text_or_token_ids(llm: LLM) -> None:
+    (as_text,) = llm.generate("The capital of France is", GREEDY, progress=False)
+    (as_ids,) = llm.generate(as_text.prompt_token_ids, GREEDY, progress=False)
+    assert as_ids == as_text or as_ids.token_ids == as_text.token_ids
+    assert as_text.text.startswith(" Paris")
+
+
+def test_every_prompt_may_have_its_own_parameters(llm: LLM) -> None:
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=3),
+        SamplingParams(temperature=0.0, max_tokens=20, stop=(".",)),
+        SamplingParams(temperature=1.0, seed=1, max_tokens=8, ignore_eos=True),
+        SamplingParams(temperature=1.0, seed=1, max_tokens=8, ignore_eos=True),
+    ]
+    short, stopped, sampled, same = llm.generate([PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]], params)
+    assert (len(short.token_ids), short.finish_reason) == (3, "length")
+    assert stopped.finish_reason == "stop"
+    assert "." not in stopped.text
+    assert sampled.token_ids == same.token_ids
+    assert len(sampled.token_ids) == 8
+
+
+def test_stop_strings_cut_the_text_and_leave_nothing_in_the_engine(llm: LLM) -> None:
+    (whole,) = llm.generate(PROMPTS[1], GREEDY, progress=False)
+    stop = whole.text[20:26]
+    (cut,) = llm.generate(PROMPTS[1], SamplingParams(temperature=0.0, max_tokens=24, stop=(stop,)), progress=False)
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    assert cut.finish_reason == "stop"
+    assert not llm.engine.has_work
+    assert llm.engine.cache.num_owned == 0
+
+
+def test_streaming_gives_the_same_text_in_pieces_and_closing_it_aborts(llm: LLM) -> None:
+    (whole,) = llm.generate(PROMPTS[1], GREEDY, progress=False)
+    pieces = list(llm.stream(PROMPTS[1], GREEDY))
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert [token for piece in pieces for token in piece.token_ids] == whole.token_ids
+    assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["length"]
+    stream = llm.stream(PROMPTS[1], SamplingParams(max_tokens=500, ignore_eos=True))
+    next(stream)
+    with pytest.raises(InvalidRequestError, match="still being streamed"):
+        llm.generate("hello", GREEDY, progress=False)
+    stream.close()
+    assert not llm.engine.has_work
+    assert llm.engine.cache.num_owned == 0
+
+
+def test_a_bad_prompt_is_refused_before_anything_is_generated(llm: LLM) -> None:
+    with pytest.raises(InvalidRequestError, match="at least one token"):
+        llm.generate([[1, 2], []], GREEDY, progress=False)
+    with pytest.raises(ContextLengthError):
+        llm.generate([[1] * 9000], GREEDY, progress=False)
+    with pytest.raises(InvalidRequestError, match="sampling_params"):
+        llm.generate(["a", "b"], [GREEDY], progress=False)
+    assert not llm.engine.has_work
+    assert llm.generate("a", GREEDY, progress=False)[0].token_ids
+
+
+def test_no_prompts_give_no_completions(llm: LLM) -> None:
+    assert llm.generate([], GREEDY, progress=False) == []
+
+
+def test_a_setting_that_a_cpu_cannot_honour_is_refused_by_name() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ConfigError, match="fa needs a GPU"):
+        LLM(attn="fa,fi")

@@ -1,0 +1,89 @@
+"""The shell in a pseudo-terminal, as a person uses it."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pexpect
+import pytest
+
+from minisgl.config import cache_folder
+
+PROMPT = ">(\x08| )"  # the terminal may be told to step over the space
+SPEED = re.compile(r"\d+ tokens, ([\d.]+ tokens/s, )?first after [\d.]+ s")
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Iterator[pexpect.spawn[str]]:
+    """A shell that is ready, with a history of its own and the converted model of the user."""
+    models = Path(cache_folder())
+    (tmp_path / "minisgl").mkdir()
+    for entry in models.iterdir() if models.exists() else ():
+        if entry.is_dir():
+            (tmp_path / "minisgl" / entry.name).symlink_to(entry)
+    environment = {
+        **os.environ,
+        "MINISGL_CACHE": str(tmp_path / "minisgl"),
+        "TERM": "xterm",
+        "PROMPT_TOOLKIT_NO_CPR": "1",
+    }
+    child = pexpect.spawn(
+        sys.executable,
+        ["-m", "minisgl", "--shell", "--max-seq-len-override", "600"],
+        env=environment,
+        encoding="utf-8",
+        timeout=60,
+        dimensions=(40, 200),
+    )
+    child.expect("/reset forgets")
+    child.expect(PROMPT)
+    yield child
+    child.close(force=True)
+
+
+def test_a_session_of_chat(shell: pexpect.spawn[str]) -> None:
+    shell.sendline("What is the capital of France? Answer in one word.")
+    shell.expect(SPEED)
+    shell.expect(PROMPT)
+
+    shell.sendline("Write a very long story about the sea.")
+    shell.expect("the sea")
+    shell.expect("[A-Za-z]+ [a-z]+ [a-z]+ [a-z]+ ")  # behind the question: the answer has begun
+    shell.sendintr()
+    shell.expect(r"\(stopped\)")
+    shell.expect(PROMPT)
+
+    shell.sendline("/reset")
+    shell.expect("starts anew")
+    shell.expect(PROMPT)
+    shell.sendline("/nonsense")
+    shell.expect("unknown command /nonsense")
+    shell.expect(PROMPT)
+
+    shell.send("\x1b[A\x1b[A\x1b[A\x1b[A")  # arrow up, to the first question
+    shell.expect("capital of France")
+    shell.sendline("")
+    shell.expect(SPEED)
+
+    shell.sendline("word " * 700)
+    shell.expect("maximum context length")
+
+    shell.sendline("/exit")
+    shell.expect(pexpect.EOF)
+    shell.close()
+    assert shell.exitstatus == 0
+
+
+def test_without_a_terminal_lines_come_from_standard_input() -> None:
+    text, status = pexpect.run(
+        f"""sh -c "printf 'What is the capital of France?\\n/exit\\n' | {sys.executable} -m minisgl --shell" """,
+        withexitstatus=True,
+        timeout=60,
+        encoding="utf-8",
+    )
+    assert SPEED.search(text)
+    assert status == 0
