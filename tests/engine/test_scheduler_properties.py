@@ -1,8 +1,24 @@
 """Random arrivals, lengths, aborts and settings against the scheduler; DESIGN's invariants after every step.
 
-Planted by hand once, each caught by this file or by test_scheduler.py, besides the six of tests/cache/test_manager.py:
+Bugs planted by hand once in the scheduler and its table, each caught by this file or by test_scheduler.py (those of the
+cache are listed in tests/cache/test_manager.py):
 
-PLANTED_BUGS
+1. a row is freed while a launched step still touches it
+2. a retracted request is not queued again
+3. a retracted request forgets the tokens it had generated
+4. tokens are emitted after the terminal event
+5. pages are published before they are computed
+6. chunks are not charged to the prefill budget
+7. a request ends one token late
+8. the oldest request is retracted instead of the youngest
+9. an aborted request stays in the queue
+10. a row decodes past its limit
+11. a row is released as if all its known tokens were computed
+12. the device is told of one admitted row only
+13. a token that is no stop token ends a request
+
+One more that survived, a check of `min_tokens` off by one, showed that the check was not needed: stop tokens are masked
+until then.
 """
 
 from __future__ import annotations

@@ -216,7 +216,7 @@ class Scheduler:
         lengths = table.known[slots] + 1
         table.tokens[slots, lengths - 1] = tokens
         table.known[slots] = lengths
-        hit = (table.stop_ids[slots] == tokens[:, None]).any(axis=1) & (lengths > table.min_len[slots])
+        hit = (table.stop_ids[slots] == tokens[:, None]).any(axis=1)  # never before min_tokens: masked
         full = lengths >= table.limit[slots]
         events = []
         for slot, token, stop, end in zip(slots.tolist(), tokens.tolist(), hit.tolist(), full.tolist(), strict=True):
