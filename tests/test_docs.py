@@ -33,3 +33,9 @@ def test_relative_links_lead_to_files(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)", page.read_text())
     broken = [link for link in links if "://" not in link and not (page.parent / link).exists()]
     assert broken == []
+
+
+def test_the_architecture_page_names_every_file() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    files = [path for path in (ROOT / "src" / "minisgl").rglob("*.py") if path.name != "__init__.py"]
+    assert [str(path.relative_to(ROOT)) for path in files if f"| `{path.name}` |" not in text] == []
