@@ -1,0 +1,51 @@
+"""The counter-based noise of `ops/sampling.py` as device functions: the same bits, the same Gumbel variates."""
+
+from __future__ import annotations
+
+import triton.language as tl
+
+from minisgl.ops.kernels.jit import jit
+from minisgl.ops.sampling import LARGEST_UNIFORM
+
+LARGEST = tl.constexpr(LARGEST_UNIFORM)
+SERIES_BELOW = tl.constexpr(0.0625)
+"""Below this the exponential is taken from its power series: 1 - u has lost the digits of a small u."""
+
+
+@jit
+def row_keys(seed: tl.tensor, position: tl.tensor) -> tl.tensor:
+    """The two 32-bit keys of a row, from its int64 seed and int32 position (SplitMix64's finaliser)."""
+    key = seed.to(tl.uint64, bitcast=True) + (position + 1).to(tl.uint64) * 0x9E3779B97F4A7C15
+    key = (key ^ (key >> 30)) * 0xBF58476D1CE4E5B9
+    key = (key ^ (key >> 27)) * 0x94D049BB133111EB
+    key = key ^ (key >> 31)
+    return (key & 0xFFFFFFFF).to(tl.uint32), (key >> 32).to(tl.uint32)
+
+
+@jit
+def _finalise(bits: tl.tensor) -> tl.tensor:
+    bits = (bits ^ (bits >> 16)) * 0x85EBCA6B
+    bits = (bits ^ (bits >> 13)) * 0xC2B2AE35
+    return bits ^ (bits >> 16)
+
+
+@jit
+def token_hash(keys: tl.tensor, tokens: tl.tensor) -> tl.tensor:
+    """32 bits for each of int32 token ids, under a row's keys (MurmurHash3's finaliser, twice) -> uint32."""
+    low, high = keys
+    return _finalise(_finalise(tokens.to(tl.uint32, bitcast=True) ^ low) ^ high)
+
+
+@jit
+def uniform(keys: tl.tensor, tokens: tl.tensor) -> tl.tensor:
+    """The hash as float32 in (0, 1)."""
+    return tl.minimum((token_hash(keys, tokens).to(tl.float32) + 0.5) * (2.0**-32), LARGEST)
+
+
+@jit
+def exponential(u: tl.tensor) -> tl.tensor:
+    """-log(1 - u), to 1e-6 of itself for every u of `uniform`; never below u."""
+    # The series' next term is u^7 / 7, at most 9e-9 of the sum.
+    sixth = 1.0 / 4 + u * (1.0 / 5 + u * (1.0 / 6))
+    series = u * (1.0 + u * (1.0 / 2 + u * (1.0 / 3 + u * sixth)))
+    return tl.where(u < SERIES_BELOW, series, -tl.log(1.0 - u))

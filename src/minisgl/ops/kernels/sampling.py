@@ -1,0 +1,152 @@
+"""Sampling straight from the logits, in one pass over the vocabulary where no filter is asked for.
+
+Two launches. In the first, every row's vocabulary is split over many programs, each of which finds its split's winner
+(highest logit, or highest logit / T + noise) and, for rows with a filter, the sum of its exponentials and the highest
+logit of every strand of 64 tokens. In the second, one program a row picks the winner of winners; a row with a filter
+looks for the filter's threshold among the few strands that can matter (`filtering.py`). What a row needs is decided on
+the device. Splits do not depend on the batch, so neither does the result.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minisgl.ops.kernels.filtering import LOWEST, STRAND, filtered_winner, mask_stops
+from minisgl.ops.kernels.jit import jit
+from minisgl.ops.kernels.noise import exponential, row_keys, uniform
+from minisgl.ops.sampling import SamplingRows
+
+SPLIT = 4096
+"""Tokens that a program of the first launch takes; a multiple of STRAND."""
+KEY_SHIFT = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
+"""Low bits that are zero in every logit of the dtype once it is float32."""
+SMALLEST_TEMPERATURE = tl.constexpr(1e-30)
+SLACK = tl.constexpr(1.0 + 1e-5)
+LARGEST_EXPONENT = tl.constexpr(80.0)
+
+
+@jit
+def _row_kind(parameters: tl.tensor, slot: tl.tensor, vocab: tl.tensor) -> tl.tensor:
+    """Whether a row is drawn rather than greedy, whether it has a filter, 1 / T, and top_k (or vocab), top_p, min_p."""
+    temperature, top_p, min_p, top_k = parameters[0], parameters[1], parameters[2], parameters[3]
+    heat, p, minimum, k = (
+        tl.load(temperature + slot),
+        tl.load(top_p + slot),
+        tl.load(min_p + slot),
+        tl.load(top_k + slot),
+    )
+    drawn = (heat > 0.0) & (k != 1)
+    limit = tl.where((k > 0) & (k < vocab), k, vocab)
+    filtered = drawn & ((limit < vocab) | (p < 1.0) | (minimum > 0.0))
+    return drawn, filtered, 1.0 / tl.maximum(heat, SMALLEST_TEMPERATURE), limit, p, minimum
+
+
+@jit
+def _split_kernel(
+    logits: tl.tensor, stride: tl.tensor, slots: tl.tensor, positions: tl.tensor, parameters: tl.tensor,
+    stop_ids: tl.tensor,
+    winners: tl.tensor, maxima: tl.tensor, masses: tl.tensor, strand_maxima: tl.tensor, vocab: tl.tensor,
+    STOPS: tl.constexpr, SPLIT: tl.constexpr, STRAND: tl.constexpr,
+) -> None:  # fmt: skip
+    split, row = tl.program_id(0), tl.program_id(1)
+    tokens = split * SPLIT + tl.arange(0, SPLIT)
+    x = tl.load(logits + row.to(tl.int64) * stride + tokens, mask=tokens < vocab, other=float("-inf")).to(tl.float32)
+    slot = tl.load(slots + row).to(tl.int64)
+    position = tl.load(positions + row)
+    seed, min_len = parameters[4], parameters[5]
+    kind = _row_kind(parameters, slot, vocab)
+    drawn, filtered, inverse = kind[0], kind[1], kind[2]
+    if position < tl.load(min_len + slot):
+        x = mask_stops(x, tokens, stop_ids + slot * STOPS, STOPS)
+    highest, winner = tl.max(x, axis=0, return_indices=True)
+    place = row * tl.num_programs(0) + split
+    if drawn:
+        scaled = (x - tl.where(highest > LOWEST, highest, 0.0)) * inverse
+        keys = row_keys(tl.load(seed + slot), position)
+        # The winner has the least E / exp(scaled). E is at least u, and nearly u where u is small: the token with the
+        # least u / exp(scaled) wins unless another comes within E / u of it. Only then do logarithms pay.
+        u = uniform(keys, tokens)
+        ratio = u * tl.exp(tl.minimum(-scaled, LARGEST_EXPONENT))
+        least, winner = tl.min(ratio, axis=0, return_indices=True)
+        u_winner = uniform(keys, split * SPLIT + winner)
+        rivals = ratio <= least * (exponential(u_winner) / u_winner) * SLACK
+        if tl.sum(rivals.to(tl.int32), axis=0) > 1:
+            winner = tl.argmax(scaled - tl.log(exponential(u)), axis=0)
+        if filtered:
+            tl.store(masses + place, tl.sum(tl.exp(scaled), axis=0))
+            strands = tl.max(tl.reshape(x, (SPLIT // STRAND, STRAND)), axis=1)
+            tl.store(strand_maxima + place * (SPLIT // STRAND) + tl.arange(0, SPLIT // STRAND), strands)
+    tl.store(maxima + place, highest)
+    tl.store(winners + place, split * SPLIT + winner)
+
+
+@jit
+def _choose_kernel(
+    logits: tl.tensor, stride: tl.tensor, slots: tl.tensor, positions: tl.tensor, parameters: tl.tensor,
+    stop_ids: tl.tensor,
+    winners: tl.tensor, maxima: tl.tensor, masses: tl.tensor, strand_maxima: tl.tensor, strand_lists: tl.tensor,
+    out: tl.tensor, vocab: tl.tensor, splits: tl.tensor,
+    STOPS: tl.constexpr, STRANDS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_STRANDS: tl.constexpr,
+    SHIFT: tl.constexpr,
+) -> None:  # fmt: skip
+    row = tl.program_id(0)
+    slot = tl.load(slots + row).to(tl.int64)
+    position = tl.load(positions + row)
+    seed, min_len = parameters[4], parameters[5]
+    drawn, filtered, inverse, limit, p, min_p = _row_kind(parameters, slot, vocab)
+    split = tl.arange(0, BLOCK_SPLITS)
+    exists = split < splits
+    candidates = tl.load(winners + row * splits + split, mask=exists, other=0)
+    tops = tl.load(maxima + row * splits + split, mask=exists, other=float("-inf"))
+    top = tl.max(tops, axis=0)
+    row_logits = logits + row.to(tl.int64) * stride
+    keys = row_keys(tl.load(seed + slot), position)
+    score = tops
+    if drawn:
+        scaled = (tl.load(row_logits + candidates).to(tl.float32) - top) * inverse
+        score = tl.where(tops > LOWEST, scaled - tl.log(exponential(uniform(keys, candidates))), float("-inf"))
+    best = tl.argmax(score, axis=0)
+    winner = tl.sum(tl.where(split == best, candidates, 0), axis=0)
+    if filtered:
+        share = tl.exp(tl.maximum((tops - top) * inverse, -LARGEST_EXPONENT))
+        mass = tl.sum(tl.load(masses + row * splits + split, mask=exists & (tops > LOWEST), other=0.0) * share, axis=0)
+        masked = position < tl.load(min_len + slot)
+        winner = filtered_winner(
+            winner, (row_logits, vocab, stop_ids + slot * STOPS, masked, top, inverse), keys, limit, p, min_p, mass,
+            strand_maxima + row * STRANDS, strand_lists + row * STRANDS, STOPS, STRANDS, BLOCK_STRANDS, SHIFT,
+        )  # fmt: skip
+    tl.store(out + row, winner)
+
+
+def sample(logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor) -> Tensor:
+    """`ops.sampling.sample` of the rows `slots` of a table: the same tokens, up to the rounding of scores.
+
+    logits (n, V), rows contiguous in themselves, float32, float16 or bfloat16; table rows as the engine's device
+    tables hold them; slots int32 or int64 (n,); positions int32 (n,) of the chosen tokens -> int32 (n,).
+    """
+    rows, vocab = logits.shape
+    assert logits.stride(1) == 1
+    device = logits.device
+    out = torch.empty(rows, dtype=torch.int32, device=device)
+    if not rows:
+        return out
+    splits = triton.cdiv(vocab, SPLIT)
+    strands = splits * (SPLIT // STRAND)
+    winners = torch.empty((rows, splits), dtype=torch.int32, device=device)
+    maxima, masses = torch.empty((2, rows, splits), dtype=torch.float32, device=device)
+    strand_maxima = torch.empty((rows, strands), dtype=torch.float32, device=device)
+    strand_lists = torch.empty((rows, strands), dtype=torch.int32, device=device)
+    parameters = (table.temperature, table.top_p, table.min_p, table.top_k, table.seed, table.min_len)
+    inputs = (logits, logits.stride(0), slots, positions, parameters, table.stop_ids)
+    partial = (winners, maxima, masses, strand_maxima)
+    stops = table.stop_ids.shape[1]
+    _split_kernel[(splits, rows)](*inputs, *partial, vocab, STOPS=stops, SPLIT=SPLIT, STRAND=STRAND, num_warps=16)
+    _choose_kernel[(rows,)](
+        *inputs, *partial, strand_lists, out, vocab, splits, STOPS=stops, STRANDS=strands,
+        BLOCK_SPLITS=triton.next_power_of_2(splits), BLOCK_STRANDS=triton.next_power_of_2(strands),
+        SHIFT=KEY_SHIFT[logits.dtype], num_warps=16,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,19 @@
+"""Where the kernels' tests run, and in which dtypes: the interpreter computes in numpy, which has no bfloat16."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The CUDA card if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(params=["float32", "float16", pytest.param("bfloat16", marks=pytest.mark.gpu)])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """Each dtype that a model may have."""
+    chosen: torch.dtype = getattr(torch, request.param)
+    return chosen
