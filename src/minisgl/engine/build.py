@@ -10,7 +10,6 @@ import torch
 from minisgl.config import BUNDLED_MODEL, Config, Machine, Resolved, resolve
 from minisgl.engine.engine import Engine
 from minisgl.engine.local import build_local_executor
-from minisgl.errors import ConfigError
 from minisgl.models.locate import locate_model
 from minisgl.models.spec import ModelSpec, read_spec
 from minisgl.types import ModelInfo
@@ -72,15 +71,9 @@ def describe(resolved: Resolved, spec: ModelSpec, num_pages: int, fits: int) -> 
     for field in dataclasses.fields(config):
         if field.name in ("num_pages", "max_seq_len_override", "host", "port", "shell", "model"):
             continue
-        lines.append(chosen.get(field.name, f"{field.name} = {getattr(config, field.name)}"))
+        if field.name in chosen or getattr(config, field.name) is not None:
+            lines.append(chosen.get(field.name, f"{field.name} = {getattr(config, field.name)}"))
     lines.append(f"num_pages = {num_pages}: {num_pages * config.page_size} tokens of KV in pages of {config.page_size}")
-    lines.append(
-        f"max_seq_len = {fits}" + (" : all that the KV pages can hold" if fits < max_seq_len(config, spec) else "")
-    )
+    why = "all that the KV pages hold" if fits < max_seq_len(config, spec) else "as asked for"
+    lines.append(f"max_seq_len = {fits}: {why if fits != spec.max_position else 'what the model was made for'}")
     return tuple(lines)
-
-
-def require_pages(num_pages: int, page_size: int) -> None:
-    """Raise ConfigError when the pool cannot hold even the shortest request."""
-    if num_pages * page_size < 2:
-        raise ConfigError(f"{num_pages} KV pages of {page_size} tokens hold no request; raise --num-pages")

@@ -57,9 +57,9 @@ def measure_pages(
 ) -> int:
     """Pages for `config`: those it asks for, or what fits. `before` is the memory available before the weights came.
 
-    Weights and activations and pages share `memory_ratio` of it. On the CPU the pages take no more than CPU_KV_BYTES
-    nor than `max_running_requests` sequences of full length use, and activations are not counted. Raises
-    ConfigError with the numbers when that leaves no page, or not the pages asked for.
+    Weights and activations and pages share `memory_ratio` of it. On the CPU activations are not counted, the pages take no
+    more than `max_running_requests` sequences of full length use, and where no ratio was given no more than CPU_KV_BYTES.
+    Raises ConfigError with the numbers when that leaves no page, or not the pages asked for.
     """
     device = torch.device(config.device)
     size = page_bytes(spec.num_layers, config.page_size, spec.num_kv_heads, spec.head_dim, dtype)
@@ -74,6 +74,8 @@ def measure_pages(
         f"{what} {taken / GIB:.2f}; a page of {config.page_size} tokens takes {size / GIB:.4f}"
     )
     if config.num_pages is not None:
+        if config.num_pages * config.page_size < 2:
+            raise ConfigError(f"--num-pages {config.num_pages} of {config.page_size} token holds no request; give more")
         if config.num_pages * size > before - taken:
             raise ConfigError(
                 f"--num-pages {config.num_pages} needs {config.num_pages * size / GIB:.2f} GiB: {numbers}"
@@ -82,7 +84,7 @@ def measure_pages(
     if device.type == "cpu":
         assert config.max_running_requests is not None
         useful = config.max_running_requests * -(-max_seq_len // config.page_size) * size
-        room = min(room, CPU_KV_BYTES, useful)
+        room = min(room, useful, room if config.memory_ratio is not None else CPU_KV_BYTES)
     pages = room // size - (1 if device.type == "cuda" else 0)  # the scratch page
     if pages * config.page_size < 2:
         raise ConfigError(f"no KV page fits: {numbers}")
