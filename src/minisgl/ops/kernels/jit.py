@@ -25,5 +25,5 @@ def jit(function: Callable[..., Any]) -> Kernel:
 
 
 def warps_for(elements: int) -> int:
-    """Warps that give each thread 8 elements of a tile, 16 bytes of a 16-bit dtype; from 1 to 16, a power of two."""
-    return max(1, min(16, 1 << (elements // (32 * 8)).bit_length() - 1)) if elements >= 32 * 8 else 1
+    """Warps, 1 to 16, that give each thread 8 elements (16 bytes of a 16-bit dtype) of a tile of a power of two."""
+    return max(1, min(16, elements // (32 * 8)))
