@@ -177,10 +177,7 @@ def test_rows_take_their_parameters_by_slot_and_ignore_their_batch(device: torch
     rows = table(9, device, temperature=[0.5, 0.0, 1.5], top_k=[0, 0, 7, 30], top_p=[0.8, 1.0], min_p=[0, 0, 0, 0, 0.1])
     slots = torch.tensor([8, 2, 5, 0, 7], dtype=torch.int32, device=device)
     positions = torch.tensor([4, 900, 33, 1, 70], dtype=torch.int32, device=device)
-    last_token = torch.full((9,), -7, dtype=torch.int32, device=device)
-    together = sampling.sample(logits, rows, slots, positions, last_token)
-    assert torch.equal(last_token[slots.long()], together)
-    assert last_token[[1, 3, 4, 6]].tolist() == [-7] * 4
+    together = sampling.sample(logits, rows, slots, positions)
     assert torch.equal(together, reference_sample(logits, rows.select(slots.long()), positions))
     for index in range(5):
         alone = sampling.sample(logits[index : index + 1], rows, slots[index : index + 1], positions[index : index + 1])

@@ -47,8 +47,8 @@ def _row_kind(parameters: tl.tensor, slot: tl.tensor, vocab: tl.tensor) -> tl.te
 @jit
 def _split_kernel(
     logits: tl.tensor, stride: tl.tensor, slots: tl.tensor, positions: tl.tensor, parameters: tl.tensor,
-    stop_ids: tl.tensor,
-    winners: tl.tensor, maxima: tl.tensor, masses: tl.tensor, strand_maxima: tl.tensor, vocab: tl.tensor,
+    stop_ids: tl.tensor, winners: tl.tensor, maxima: tl.tensor, masses: tl.tensor, strand_maxima: tl.tensor,
+    vocab: tl.tensor,
     STOPS: tl.constexpr, SPLIT: tl.constexpr, STRAND: tl.constexpr,
 ) -> None:  # fmt: skip
     split, row = tl.program_id(0), tl.program_id(1)
@@ -87,7 +87,7 @@ def _split_kernel(
 def _choose_kernel(
     logits: tl.tensor, stride: tl.tensor, slots: tl.tensor, positions: tl.tensor, parameters: tl.tensor,
     stop_ids: tl.tensor, winners: tl.tensor, maxima: tl.tensor, masses: tl.tensor, strand_maxima: tl.tensor,
-    strand_lists: tl.tensor, last_token: tl.tensor, out: tl.tensor, vocab: tl.tensor, splits: tl.tensor,
+    strand_lists: tl.tensor, out: tl.tensor, vocab: tl.tensor, splits: tl.tensor,
     STOPS: tl.constexpr, STRANDS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_STRANDS: tl.constexpr,
     SHIFT: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -118,18 +118,13 @@ def _choose_kernel(
             strand_maxima + row * STRANDS, strand_lists + row * STRANDS, STOPS, STRANDS, BLOCK_STRANDS, SHIFT,
         )  # fmt: skip
     tl.store(out + row, winner)
-    if last_token is not None:
-        tl.store(last_token + slot, winner)
 
 
-def sample(
-    logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor, last_token: Tensor | None = None
-) -> Tensor:
+def sample(logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor) -> Tensor:
     """`ops.sampling.sample` of the rows `slots` of a table: the same tokens, up to the rounding of scores.
 
     logits (n, V), rows contiguous in themselves, float32, float16 or bfloat16; table rows as the engine's device
     tables hold them; slots int32 or int64 (n,); positions int32 (n,) of the chosen tokens -> int32 (n,).
-    The tokens are written to last_token[slots] as well, where that int32 table is given.
     """
     rows, vocab = logits.shape
     assert logits.stride(1) == 1
@@ -149,7 +144,7 @@ def sample(
     stops = table.stop_ids.shape[1]
     _split_kernel[(splits, rows)](*inputs, *partial, vocab, STOPS=stops, SPLIT=SPLIT, STRAND=STRAND, num_warps=16)
     _choose_kernel[(rows,)](
-        *inputs, *partial, strand_lists, last_token, out, vocab, splits, STOPS=stops, STRANDS=strands,
+        *inputs, *partial, strand_lists, out, vocab, splits, STOPS=stops, STRANDS=strands,
         BLOCK_SPLITS=triton.next_power_of_2(splits), BLOCK_STRANDS=triton.next_power_of_2(strands),
         SHIFT=KEY_SHIFT[logits.dtype], num_warps=16,
     )  # fmt: skip
