@@ -21,12 +21,17 @@ class Rows:
 
     All but the page table is known to the host, so that nobody waits for the device. Page-table entries past a
     row's last page are any valid page. Queries lie row after row: T = sum(query_lens).
+
+    On CUDA the last three are given, and no backend copies anything from the host; elsewhere they may be None.
     """
 
     page_table: Tensor  # int32 (slots, max_pages), on the device
     slots: Int32  # (rows,) on the host: which lines of the page table
     query_lens: Int32  # (rows,) on the host
     kv_lens: Int32  # (rows,) on the host, the new tokens included
+    slots_device: Tensor | None = None  # int64 (rows,): slots on the device
+    cu_query_lens: Tensor | None = None  # int32 (rows + 1,) on the device: where each row's queries begin, and T
+    kv_lens_device: Tensor | None = None  # int32 (rows,): kv_lens on the device
 
 
 @dataclass(frozen=True, kw_only=True)

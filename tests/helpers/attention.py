@@ -1,0 +1,70 @@
+"""Random paged caches with rows over them, for comparing attention backends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minisgl.ops.attention.base import Rows
+from minisgl.ops.kv import KVCache
+
+
+@dataclass
+class Case:
+    """Queries of some rows over a cache of two layers; `decode` when each row has one query."""
+
+    q: Tensor
+    kv: KVCache
+    rows: Rows
+    decode: bool
+
+
+def random_case(
+    kv_lens: Sequence[int],
+    query_lens: Sequence[int] | None,
+    kv_heads: int,
+    group: int,
+    head_dim: int,
+    page_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int = 0,
+) -> Case:
+    """Rows of these lengths on shuffled pages of their own, with slots out of order; NaN wherever nobody may look."""
+    generator = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    lens = np.array(kv_lens, np.int32)
+    queries = np.ones_like(lens) if query_lens is None else np.array(query_lens, np.int32)
+    counts = -(-lens // page_size)
+    used = int(counts.sum())
+    pages = generator.permutation(used + 3).astype(np.int32)
+    table = np.full((len(lens) + 2, int(counts.max()) + 20), used + 3, np.int32)  # the scratch page
+    slots = generator.permutation(len(lens) + 2)[: len(lens)].astype(np.int32)
+    shape = (2, used + 4, page_size, kv_heads, head_dim)
+    k, v = (torch.full(shape, torch.nan, dtype=dtype, device=device) for _ in range(2))
+    place = 0
+    for slot, count, length in zip(slots, counts, lens, strict=True):
+        mine = torch.from_numpy(pages[place : place + count].astype(np.int64)).to(device)
+        table[slot, :count] = pages[place : place + count]
+        for cache in (k, v):
+            tokens = torch.zeros(2, count * page_size, kv_heads, head_dim, dtype=dtype, device=device)
+            tokens[:, :length] = torch.randn(2, int(length), kv_heads, head_dim, device=device).to(dtype)
+            cache[:, mine] = tokens.view(2, count, page_size, kv_heads, head_dim)
+        place += count
+    k[:, -1], v[:, -1] = 0, 0
+    q = torch.randn(int(queries.sum()), kv_heads * group, head_dim, device=device).to(dtype)
+    starts = torch.from_numpy(np.concatenate([[0], np.cumsum(queries)]).astype(np.int32)).to(device)
+    rows = Rows(
+        page_table=torch.from_numpy(table).to(device),
+        slots=slots,
+        query_lens=queries,
+        kv_lens=lens,
+        slots_device=torch.from_numpy(slots.astype(np.int64)).to(device),
+        cu_query_lens=starts,
+        kv_lens_device=torch.from_numpy(lens).to(device),
+    )
+    return Case(q, KVCache(k, v), rows, query_lens is None)
