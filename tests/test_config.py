@@ -11,7 +11,7 @@ from minisgl.config import Config, Machine, cache_folder, check, from_environmen
 from minisgl.errors import ConfigError
 
 CPU = Machine()
-HOPPER = Machine(True, "NVIDIA H200", (9, 0))
+HOPPER = Machine(True, "NVIDIA H200", 140 * 2**30)
 
 
 @pytest.mark.parametrize(
@@ -46,8 +46,7 @@ def test_what_only_a_gpu_can_honour_is_refused_on_the_cpu(settings: dict[str, An
 )
 def test_explicit_values_are_kept(settings: dict[str, Any]) -> None:
     config = resolve(Config(**settings), CPU).config
-    expected = settings | ({"attn": "torch,torch"} if "attn" in settings else {})
-    assert {name: getattr(config, name) for name in settings} == expected
+    assert {name: getattr(config, name) for name in settings} == settings
 
 
 @pytest.mark.parametrize("machine", [CPU, HOPPER])
@@ -55,7 +54,8 @@ def test_explicit_values_are_kept(settings: dict[str, Any]) -> None:
 def test_resolving_leaves_nothing_open_but_what_memory_and_model_decide(machine: Machine, shell: bool) -> None:
     config = resolve(Config(shell=shell), machine).config
     open_ended = {field.name for field in dataclasses.fields(config) if getattr(config, field.name) in (None, "auto")}
-    assert open_ended == {"model", "max_seq_len_override", "num_pages", "memory_ratio"}
+    by_packages = {"attn"} if machine.has_cuda else set()
+    assert open_ended == {"model", "max_seq_len_override", "num_pages", "memory_ratio"} | by_packages
     assert config.max_running_requests == (1 if shell else 256)
 
 
@@ -70,6 +70,24 @@ def test_resolving_leaves_nothing_open_but_what_memory_and_model_decide(machine:
 )
 def test_auto_dtype_follows_device_and_checkpoint(machine: Machine, checkpoint: str, dtype: str) -> None:
     assert resolve(Config(), machine, checkpoint).config.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("settings", "gibibytes", "largest"),
+    [
+        ({}, 140, 256),
+        ({}, 40, 128),
+        ({}, 16, 64),
+        ({}, 8, 16),
+        ({"shell": True}, 140, 1),
+        ({"max_running_requests": 20}, 140, 20),
+        ({"cuda_graph_max_bs": 7}, 140, 7),
+        ({"cuda_graph_max_bs": 0}, 140, 0),
+    ],
+)
+def test_the_largest_graph_follows_the_cards_memory(settings: dict[str, Any], gibibytes: int, largest: int) -> None:
+    machine = Machine(True, "a card", gibibytes * 2**30)
+    assert resolve(Config(**settings), machine).config.cuda_graph_max_bs == largest
 
 
 def test_every_chosen_value_has_a_note_and_said_values_have_none() -> None:

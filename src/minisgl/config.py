@@ -101,11 +101,11 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What `resolve` needs to know of the machine. `packages` are the importable attention packages."""
+    """What `resolve` needs to know of the machine; `memory` is the card's, in bytes."""
 
     has_cuda: bool = False
     device_name: str = "CPU"
-    capability: tuple[int, int] = (0, 0)
+    memory: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,31 +196,37 @@ def resolve(config: Config, machine: Machine, checkpoint_dtype: str = "float32")
         raise ConfigError(
             f"--cuda-graph-max-bs {config.cuda_graph_max_bs}: CUDA graphs need a GPU; leave it out or give 0 on the CPU"
         )
-    if config.cuda_graph_max_bs:
-        raise ConfigError("--cuda-graph-max-bs: CUDA graphs are not available in this version; leave it out or give 0")
-    if config.cuda_graph_max_bs is None:
-        choose("cuda_graph_max_bs", 0, "the CPU has no CUDA graphs" if device == "cpu" else "not available yet")
     if config.max_running_requests is None:
         choose(
             "max_running_requests", 1 if config.shell else 256, "the shell has one user" if config.shell else "default"
         )
+    if config.cuda_graph_max_bs is None:
+        running: int = config.max_running_requests or changes["max_running_requests"]
+        if device == "cpu":
+            choose("cuda_graph_max_bs", 0, "the CPU has no CUDA graphs")
+        else:
+            largest = graph_batch(machine.memory)
+            why = f"{machine.memory / 2**30:.0f} GiB on the card" if largest <= running else "as many as may run"
+            choose("cuda_graph_max_bs", min(largest, running), why)
     if config.max_prefill_length is None:
         length = 8192 if device == "cuda" else CPU_PREFILL_LENGTH
         choose("max_prefill_length", length, "default" if device == "cuda" else "keeps a step on the CPU to seconds")
     return Resolved(config.replace(**changes), tuple(notes))
 
 
+def graph_batch(memory: int) -> int:
+    """The largest decode batch worth a CUDA graph on a card with this many bytes: graphs and padding take memory."""
+    return next(size for limit, size in ((64, 256), (30, 128), (15, 64), (0, 16)) if memory >= limit * 2**30)
+
+
 def resolve_attention(config: Config, device: str, notes: list[str]) -> str:
-    """The backend pair `prefill,decode` for this machine; appends why to `notes`."""
+    """The backend, pair or `auto` to ask for: on a GPU what is installed decides later; appends why to `notes`."""
+    if device == "cuda":
+        return config.attn
     if config.attn == "auto":
-        notes.append(
-            "attn = torch,torch: " + ("the CPU's backend" if device == "cpu" else "the only one in this version")
-        )
-        return "torch,torch"
-    pair = config.attn.split(",") * (1 if "," in config.attn else 2)
-    for backend in pair:
-        if backend != "torch" and device == "cpu":
-            raise ConfigError(f"--attn {config.attn}: {backend} needs a GPU; on the CPU use torch or auto")
+        notes.append("attn = torch: the CPU's backend")
+        return "torch"
+    for backend in config.attn.split(","):
         if backend != "torch":
-            raise ConfigError(f"--attn {config.attn}: {backend} is not available in this version; use torch or auto")
-    return ",".join(pair)
+            raise ConfigError(f"--attn {config.attn}: {backend} needs a GPU; on the CPU use torch or auto")
+    return config.attn

@@ -10,14 +10,17 @@ import torch
 from helpers.driver import CPU, Driver, row_init
 from minisgl.config import Config
 from minisgl.engine import memory
-from minisgl.engine.local import LocalExecutor, build_local_executor, make_attention
+from minisgl.engine.local import LocalExecutor, build_local_executor
 from minisgl.engine.memory import GIB, group_memory, measure_pages, prefill_plan
 from minisgl.engine.plan import StepPlan
 from minisgl.engine.upload import upload
 from minisgl.errors import ConfigError
+from minisgl.models.decoder import Decoder
 from minisgl.models.rope import Rope
 from minisgl.models.spec import ModelSpec
 from minisgl.models.weights import dummy_weights
+from minisgl.ops.attention.base import Attention
+from minisgl.ops.attention.torch_backend import TorchAttention
 
 SPEC = ModelSpec(
     architecture="LlamaForCausalLM",
@@ -189,8 +192,9 @@ def test_what_does_not_fit_is_refused_with_the_numbers(
 
 
 def measure(config: Config, before: int) -> int:
-    weights = dummy_weights(SPEC, torch.float32, CPU)
-    return measure_pages(config, SPEC, weights, make_attention(config.attn), torch.float32, 64, before)
+    attention = Attention(TorchAttention(), TorchAttention())
+    decoder = Decoder(SPEC, dummy_weights(SPEC, torch.float32, CPU), attention, 64)
+    return measure_pages(config, decoder, torch.float32, 64, before)
 
 
 def test_a_control_group_limits_the_memory(tmp_path: Path) -> None:
@@ -200,8 +204,3 @@ def test_a_control_group_limits_the_memory(tmp_path: Path) -> None:
     assert group_memory(tmp_path) > 2**60
     (tmp_path / "memory.max").write_text("5000\n")
     assert group_memory(tmp_path) == 4000
-
-
-def test_an_attention_backend_that_is_not_there_is_refused() -> None:
-    with pytest.raises(ConfigError, match="fa is not available"):
-        make_attention("fa,torch")

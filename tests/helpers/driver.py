@@ -14,7 +14,7 @@ from minisgl.engine.runner import Runner
 from minisgl.models.decoder import Decoder, ForwardBatch
 from minisgl.models.spec import ModelSpec
 from minisgl.models.weights import Weights
-from minisgl.ops.attention.base import Attention
+from minisgl.ops.attention.base import Attention, PlannedAttention
 from minisgl.ops.attention.torch_backend import TorchAttention
 from minisgl.ops.kv import KVCache, allocate_kv
 from minisgl.types import MAX_STOP_TOKEN_IDS
@@ -27,8 +27,8 @@ class RecordingDecoder(Decoder):
 
     last: Tensor  # (T, V)
 
-    def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
-        hidden = super().forward(dataclasses.replace(batch, rows=None), kv)
+    def forward(self, batch: ForwardBatch, attention: PlannedAttention, kv: KVCache) -> Tensor:
+        hidden = super().forward(dataclasses.replace(batch, rows=None), attention, kv)
         self.last = self.logits(hidden)
         return hidden if batch.rows is None else hidden.index_select(0, batch.rows)
 

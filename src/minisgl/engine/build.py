@@ -9,7 +9,7 @@ import torch
 
 from minisgl.config import BUNDLED_MODEL, Config, Machine, Resolved, resolve
 from minisgl.engine.engine import Engine
-from minisgl.engine.local import build_local_executor
+from minisgl.engine.local import LocalExecutor, build_local_executor
 from minisgl.models.locate import locate_model
 from minisgl.models.spec import ModelSpec, read_spec
 from minisgl.types import ModelInfo
@@ -28,7 +28,7 @@ def probe_machine() -> Machine:
     """What there is to run on."""
     if not torch.cuda.is_available():
         return Machine()
-    return Machine(True, torch.cuda.get_device_name(0), torch.cuda.get_device_capability(0))
+    return Machine(True, torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory)
 
 
 def build_engine(config: Config, progress: bool = False) -> Built:
@@ -46,7 +46,7 @@ def build_engine(config: Config, progress: bool = False) -> Built:
     model = ModelInfo(
         name=model_name(config), vocab_size=spec.vocab_size, max_seq_len=fits, eos_token_ids=spec.eos_token_ids
     )
-    return Built(Engine(executor, model, resolved.config), folder, describe(resolved, spec, executor.num_pages, fits))
+    return Built(Engine(executor, model, resolved.config), folder, describe(resolved, spec, executor, fits))
 
 
 def max_seq_len(config: Config, spec: ModelSpec) -> int:
@@ -61,13 +61,15 @@ def model_name(config: Config) -> str:
     return config.model
 
 
-def describe(resolved: Resolved, spec: ModelSpec, num_pages: int, fits: int) -> tuple[str, ...]:
+def describe(resolved: Resolved, spec: ModelSpec, executor: LocalExecutor, fits: int) -> tuple[str, ...]:
     """The effective configuration, a line each."""
     config = resolved.config
     chosen = {note.split(" = ")[0]: note for note in resolved.notes}
     lines = [
         f"architecture = {spec.architecture}: {spec.num_layers} layers, {spec.vocab_size} tokens in the vocabulary"
     ]
+    chosen["attn"] = f"attn = {config.attn}: {executor.attention_choice}"
+    num_pages = executor.num_pages
     for field in dataclasses.fields(config):
         if field.name in ("num_pages", "max_seq_len_override", "host", "port", "shell", "model"):
             continue

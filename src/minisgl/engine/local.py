@@ -14,13 +14,12 @@ from minisgl.config import Config
 from minisgl.engine.memory import available_memory, measure_pages
 from minisgl.engine.plan import StepPlan, StepResult
 from minisgl.engine.runner import Runner
-from minisgl.errors import ConfigError
 from minisgl.models.decoder import Decoder, pack_weights
 from minisgl.models.spec import ModelSpec
 from minisgl.models.weights import Weights, dummy_weights, load_weights
-from minisgl.ops.attention.base import Attention, AttentionBackend
-from minisgl.ops.attention.torch_backend import TorchAttention
+from minisgl.ops.attention.select import Shape, make_attention
 from minisgl.ops.kv import allocate_kv
+from minisgl.ops.operations import operations_for
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -37,8 +36,12 @@ class LocalExecutor:
         kv = allocate_kv(
             spec.num_layers, config.num_pages, config.page_size, spec.num_kv_heads, spec.head_dim, dtype, self.device
         )
-        decoder = Decoder(spec, weights, make_attention(config.attn), max_seq_len)
+        attention, choice = make_attention(config.attn, attention_shape(spec, config), self.device)
+        decoder = Decoder(spec, weights, attention, max_seq_len, operations_for(self.device, spec.hidden_size))
         self.runner = Runner(decoder, kv, config.max_running_requests, max_seq_len, self.device)
+        self.attention_choice = str(choice)
+        if config.cuda_graph_max_bs:
+            self.runner.capture_graphs(config.cuda_graph_max_bs, max_seq_len)
         self._num_pages = config.num_pages
         self._worker = ThreadPoolExecutor(1, "minisgl-step") if self.device.type == "cpu" else None
         self._results: deque[Callable[[], StepResult]] = deque()
@@ -92,14 +95,15 @@ def _raiser(error: Exception) -> Callable[[], StepResult]:
     return fail
 
 
-def make_attention(pair: str) -> Attention:
-    """The backends that a resolved `config.attn` names: prefill, then decode."""
-    backends: dict[str, Callable[[], AttentionBackend]] = {"torch": TorchAttention}
-    names = pair.split(",")
-    for name in names:
-        if name not in backends:
-            raise ConfigError(f"--attn {pair}: {name} is not available in this version; use torch or auto")
-    return Attention(backends[names[0]](), backends[names[-1]]())
+def attention_shape(spec: ModelSpec, config: Config) -> Shape:
+    """What the attention backends must be able to compute."""
+    return Shape(
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        dtype=TORCH_DTYPES[config.dtype],
+        page_size=config.page_size,
+    )
 
 
 def build_local_executor(
@@ -116,6 +120,7 @@ def build_local_executor(
     else:
         weights = load_weights(folder, spec, dtype, device, progress)
     pack_weights(weights)
-    attention = make_attention(config.attn)
-    num_pages = measure_pages(config, spec, weights, attention, dtype, max_seq_len, before)
+    attention, _ = make_attention(config.attn, attention_shape(spec, config), device)
+    decoder = Decoder(spec, weights, attention, max_seq_len, operations_for(device, spec.hidden_size))
+    num_pages = measure_pages(config, decoder, dtype, max_seq_len, before)
     return LocalExecutor(spec, weights, config.replace(num_pages=num_pages), max_seq_len)

@@ -12,9 +12,6 @@ from minisgl.engine.plan import RowInit, StepPlan
 from minisgl.engine.runner import Runner
 from minisgl.errors import ConfigError
 from minisgl.models.decoder import Decoder
-from minisgl.models.spec import ModelSpec
-from minisgl.models.weights import Weights
-from minisgl.ops.attention.base import Attention
 from minisgl.ops.kv import allocate_kv, page_bytes
 from minisgl.types import MAX_STOP_TOKEN_IDS
 
@@ -46,27 +43,19 @@ def group_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
     return max(0, int(most) - int(current.read_text()))
 
 
-def measure_pages(
-    config: Config,
-    spec: ModelSpec,
-    weights: Weights,
-    attention: Attention,
-    dtype: torch.dtype,
-    max_seq_len: int,
-    before: int,
-) -> int:
+def measure_pages(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_len: int, before: int) -> int:
     """Pages for `config`: those it asks for, or what fits. `before` is the memory available before the weights came.
 
-    Weights and activations and pages share `memory_ratio` of it. On the CPU activations are not counted, the pages take no
-    more than `max_running_requests` sequences of full length use, and where no ratio was given no more than CPU_KV_BYTES.
-    Raises ConfigError with the numbers when that leaves no page, or not the pages asked for.
+    Weights, activations and pages share `memory_ratio` of it. On the CPU activations are not counted, the pages take
+    no more than `max_running_requests` sequences of full length use, and where no ratio was given no more than
+    CPU_KV_BYTES. Raises ConfigError with the numbers when that leaves no page, or not the pages asked for.
     """
-    device = torch.device(config.device)
+    device, spec = torch.device(config.device), decoder.spec
     size = page_bytes(spec.num_layers, config.page_size, spec.num_kv_heads, spec.head_dim, dtype)
     ratio = DEFAULT_RATIO if config.memory_ratio is None else config.memory_ratio
     taken = before - available_memory(device)
     if device.type == "cuda":
-        taken += _forward_peak(config, spec, weights, attention, dtype, max_seq_len)
+        taken += _forward_peak(config, decoder, dtype, max_seq_len)
     room = int(before * ratio) - taken
     what = "and activations take" if device.type == "cuda" else "take"
     numbers = (
@@ -91,20 +80,18 @@ def measure_pages(
     return pages
 
 
-def _forward_peak(
-    config: Config, spec: ModelSpec, weights: Weights, attention: Attention, dtype: torch.dtype, max_seq_len: int
-) -> int:
+def _forward_peak(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_len: int) -> int:
     """Bytes above the present that the largest prefill step takes, with sampling for as many rows as can end in it.
 
     Runs that step on scratch pages, so what attention over a long context takes is not in it.
     """
-    device = torch.device(config.device)
+    device, spec = torch.device(config.device), decoder.spec
     assert config.max_running_requests is not None
     assert config.max_prefill_length is not None
     rows = min(config.max_running_requests, config.max_prefill_length)
     length = min(config.max_prefill_length // rows, max_seq_len)
     kv = allocate_kv(spec.num_layers, 0, config.page_size, spec.num_kv_heads, spec.head_dim, dtype, device)
-    runner = Runner(Decoder(spec, weights, attention, max_seq_len), kv, rows, max_seq_len, device)
+    runner = Runner(decoder, kv, rows, max_seq_len, device)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     present = torch.cuda.memory_allocated(device)

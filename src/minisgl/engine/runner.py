@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,7 +16,9 @@ from minisgl.engine.upload import upload
 from minisgl.models.decoder import Decoder, ForwardBatch
 from minisgl.ops.attention.base import Geometry, Rows
 from minisgl.ops.kv import KVCache
-from minisgl.ops.sampling import sample
+
+if TYPE_CHECKING:
+    from minisgl.engine.graphs import DecodeGraphs
 
 
 class Runner:
@@ -28,24 +30,37 @@ class Runner:
         self.device = device
         self.tables = DeviceTables(rows, -(-max_seq_len // kv.page_size), kv.num_pages, device)
 
+        self.graphs: DecodeGraphs | None = None
+
+    def capture_graphs(self, largest: int, max_seq_len: int) -> None:
+        """From here on, decode steps of up to `largest` rows are graph replays."""
+        from minisgl.engine.graphs import DecodeGraphs, graph_sizes
+
+        sizes = graph_sizes(largest)
+        self.graphs = DecodeGraphs(self.decoder, self.kv, self.tables, sizes, max_seq_len)
+
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> Tensor:
         """Do what the plan says; return the sampled tokens in its order, int32 (len(sampled_slots),) on the device."""
+        if self.graphs is not None and self.graphs.takes(plan):
+            return self.graphs.run(plan)
         if plan.init is not None:
             self._admit(plan.init)
         step = upload_step(plan, self.device)
         if len(plan.page_ids):
             self.tables.write_pages(step.page_slots, step.page_indices, step.page_ids)
-        hidden = self.decoder.forward(self._batch(plan, step), self.kv)
+        attention = self.decoder.attention.plan(self._geometry(plan, step), self.kv)
+        hidden = self.decoder.forward(self._batch(step), attention, self.kv)
         if len(step.sampled) == 0:
             return torch.empty(0, dtype=torch.int32, device=self.device)
-        tokens = sample(
+        tokens = self.decoder.ops.sample(
             self.decoder.logits(hidden),
-            self.tables.sampling.select(step.sampled),
+            self.tables.sampling,
+            step.sampled,
             self.tables.length.index_select(0, step.sampled),
-            all_greedy=plan.all_greedy,
-            any_filter=plan.any_filter,
-            any_min_len=plan.any_min_len,
+            plan.all_greedy,
+            plan.any_filter,
+            plan.any_min_len,
         )
         self.tables.last_token.index_copy_(0, step.sampled, tokens)
         return tokens
@@ -65,7 +80,7 @@ class Runner:
         values = upload(arrays, self.device)
         self.tables.write_sampling(values.pop("slots"), values)
 
-    def _batch(self, plan: StepPlan, step: StepTensors) -> ForwardBatch:
+    def _batch(self, step: StepTensors) -> ForwardBatch:
         """The step's tokens, decode rows first; advances the rows' lengths by what the step writes."""
         tables, decodes = self.tables, step.decode_slots
         ids, slots, positions = step.prefill_tokens, step.token_slots, step.token_positions
@@ -81,19 +96,32 @@ class Runner:
             ids=ids,
             positions=positions,
             locations=tables.locations(slots, positions, self.kv.page_size),
-            geometry=self._geometry(plan),
             rows=step.wanted if len(step.prefill_slots) else None,
         )
 
-    def _geometry(self, plan: StepPlan) -> Geometry:
+    def _geometry(self, plan: StepPlan, step: StepTensors) -> Geometry:
         decode = prefill = None
-        table = self.tables.page_table
-        if len(slots := plan.decode_slots):
+        if len(plan.decode_slots):
             lens = plan.decode_lens + 1
-            decode = Rows(page_table=table, slots=slots, query_lens=np.ones_like(lens), kv_lens=lens)
-        if len(slots := plan.prefill_slots):
-            ends = plan.prefill_starts + plan.prefill_lens
-            prefill = Rows(page_table=table, slots=slots, query_lens=plan.prefill_lens, kv_lens=ends)
+            decode = Rows(
+                page_table=self.tables.page_table,
+                slots=plan.decode_slots,
+                query_lens=np.ones_like(lens),
+                kv_lens=lens,
+                slots_device=step.decode_slots,
+                cu_query_lens=step.decode_starts,
+                kv_lens_device=step.decode_ends,
+            )
+        if len(plan.prefill_slots):
+            prefill = Rows(
+                page_table=self.tables.page_table,
+                slots=plan.prefill_slots,
+                query_lens=plan.prefill_lens,
+                kv_lens=plan.prefill_starts + plan.prefill_lens,
+                slots_device=step.prefill_slots,
+                cu_query_lens=step.prefill_query_starts,
+                kv_lens_device=step.prefill_ends,
+            )
         return Geometry(decode=decode, prefill=prefill)
 
 
@@ -110,6 +138,9 @@ class StepTensors:
     prefill_tokens: Tensor  # (t,)
     token_slots: Tensor  # (t,) the row of each prefill token
     token_positions: Tensor  # (t,)
+    decode_starts: Tensor  # int32 (d + 1,) where each decode row's query begins: 0, 1, 2, …
+    decode_ends: Tensor  # int32 (d,) tokens in the cache, the new one included
+    prefill_query_starts: Tensor  # int32 (c + 1,) where each chunk begins among the t prefill tokens, and t
     wanted: Tensor  # (n,) where the sampled rows' last tokens are among the step's d + t
     sampled: Tensor  # (n,) the slots they belong to
 
@@ -129,6 +160,9 @@ def upload_step(plan: StepPlan, device: torch.device) -> StepTensors:
         "prefill_tokens": plan.prefill_tokens,
         "token_slots": np.repeat(plan.prefill_slots, lens).astype(np.int64),
         "token_positions": positions.astype(np.int32),
+        "decode_starts": np.arange(decodes + 1, dtype=np.int32),
+        "decode_ends": plan.decode_lens + 1,
+        "prefill_query_starts": np.concatenate([[0], ends]).astype(np.int32),
         "wanted": np.concatenate([np.arange(decodes), decodes + ends[plan.prefill_final] - 1]).astype(np.int64),
         "sampled": plan.sampled_slots.astype(np.int64),
     }

@@ -58,6 +58,35 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, locations: 
     v_cache.view(-1, *v.shape[1:]).index_copy_(0, locations, v)
 
 
+def rope_store_kv(
+    qkv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    cos_sin: Tensor,
+    positions: Tensor,
+    locations: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+) -> Tensor:
+    """Norm each head of q and k where there are weights, rotate them, store k and v in one layer's pages; return q.
+
+    qkv (T, (H + 2K) * hd); q_norm, k_norm (hd,); cos_sin float32 (max_seq_len, hd); positions int32 (T,); locations
+    int64 (T,); k_cache, v_cache (pages, page_size, K, hd) -> (T, H, hd).
+    """
+    kv_heads, head_dim = k_cache.shape[2:]
+    parts = qkv.view(len(qkv), -1, head_dim)
+    heads = parts.shape[1] - 2 * kv_heads
+    angles = cos_sin.index_select(0, positions)  # (T, hd)
+    if q_norm is not None and k_norm is not None:
+        q = apply_rope(rms_norm(parts[:, :heads], q_norm, eps), angles)
+        k = apply_rope(rms_norm(parts[:, heads:-kv_heads], k_norm, eps), angles)
+    else:
+        q, k = apply_rope(parts[:, :-kv_heads], angles).tensor_split([heads], dim=1)
+    store_kv(k, parts[:, -kv_heads:], k_cache, v_cache, locations)
+    return q
+
+
 def moe(
     x: Tensor, router: Tensor, expert_gate_up: Tensor, expert_down: Tensor, top_k: int, norm_topk_prob: bool
 ) -> Tensor:
