@@ -24,6 +24,20 @@ def jit(function: Callable[..., Any]) -> Kernel:
     return kernel
 
 
+def jit_varying(*names: str) -> Callable[[Callable[..., Any]], Kernel]:
+    """`jit` that compiles only once whatever these arguments are: token counts, and tensors that start anywhere.
+
+    Otherwise whether an integer is 1 or a multiple of 16, and whether a tensor starts at one, makes another kernel, and
+    the first step to meet it waits for the compiler.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Kernel:
+        kernel: Kernel = triton.jit(function, do_not_specialize=list(names))
+        return kernel
+
+    return decorate
+
+
 def warps_for(elements: int) -> int:
     """Warps, 1 to 16, that give each thread 8 elements (16 bytes of a 16-bit dtype) of a tile of a power of two."""
     return max(1, min(16, elements // (32 * 8)))

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minisgl.ops.kernels.activation import gated
-from minisgl.ops.kernels.jit import jit, warps_for
+from minisgl.ops.kernels.jit import jit, jit_varying, warps_for
 
 ROUTED = 8
 """Tokens that a program of the routing takes."""
@@ -50,7 +50,7 @@ def tile_for(pairs: int, experts: int) -> Tile:
     return next((tile for tile in TILES if 2 * tile.rows * experts >= 3 * pairs), TILES[-1])
 
 
-@jit
+@jit_varying("tokens")
 def _route_kernel(
     logits: tl.tensor, weights: tl.tensor, lists: tl.tensor, counts: tl.tensor, tokens: tl.tensor,
     EXPERTS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -99,7 +99,7 @@ def _block_rows(
     return mine, pair, real
 
 
-@jit
+@jit_varying("tokens")
 def _gate_up_kernel(
     x: tl.tensor, weight: tl.tensor, lists: tl.tensor, counts: tl.tensor, hidden: tl.tensor, tokens: tl.tensor,
     dim: tl.tensor, width: tl.tensor, TOP_K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr,
@@ -124,7 +124,7 @@ def _gate_up_kernel(
         tl.store(target, gated(gate.to(dtype), up.to(dtype)), mask=real[:, None] & (column < width)[None, :])
 
 
-@jit
+@jit_varying("tokens")
 def _down_kernel(
     hidden: tl.tensor, weight: tl.tensor, shares: tl.tensor, lists: tl.tensor, counts: tl.tensor, parts: tl.tensor,
     tokens: tl.tensor, dim: tl.tensor, width: tl.tensor, EXPERTS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr,
@@ -185,7 +185,8 @@ def moe(
     tile = tile_for(pairs, experts)
     blocks = (pairs + min(experts, pairs) * (tile.rows - 1)) // tile.rows
     sizes = {"EXPERTS": experts, "BLOCK_EXPERTS": triton.next_power_of_2(experts)}
-    cut = {"ROWS": tile.rows, "INNER": tile.inner, "num_warps": tile.warps, "num_stages": tile.stages}
+    stages = tile.stages if x.element_size() == 2 else 2  # what fits in shared memory
+    cut = {"ROWS": tile.rows, "INNER": tile.inner, "num_warps": tile.warps, "num_stages": stages}
     _route_kernel[(triton.cdiv(tokens, ROUTED),)](
         logits, shares, lists, counts, tokens, TOP_K=top_k, BLOCK_K=triton.next_power_of_2(top_k),
         NORMALISE=norm_topk_prob, ROWS=ROUTED, **sizes,

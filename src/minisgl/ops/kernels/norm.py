@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minisgl.ops.kernels.jit import jit, warps_for
+from minisgl.ops.kernels.jit import jit_varying, warps_for
 
 MAX_DIM = 8192
 TILE = 2048
@@ -16,7 +16,7 @@ FILLING_ROWS = 2048
 """From this many rows on every multiprocessor has work even when a program takes several."""
 
 
-@jit
+@jit_varying("rows")
 def _norm_kernel(
     x: tl.tensor, residual: tl.tensor, weight: tl.tensor, out: tl.tensor, x_stride: tl.tensor, rows: tl.tensor,
     dim: tl.tensor, eps: tl.tensor,

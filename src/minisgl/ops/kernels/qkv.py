@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minisgl.ops.kernels.jit import jit, warps_for
+from minisgl.ops.kernels.jit import jit, jit_varying, warps_for
 
 TILE = 1024
 """Elements a program takes: 8 heads of 128."""
@@ -33,7 +33,7 @@ def _head_norm(
     return normed_low.to(low.dtype), normed_high.to(low.dtype)
 
 
-@jit
+@jit_varying("positions", "locations")
 def _qkv_kernel(
     qkv: tl.tensor, q_norm: tl.tensor, k_norm: tl.tensor, cos_sin: tl.tensor, positions: tl.tensor,
     locations: tl.tensor, q_out: tl.tensor, k_cache: tl.tensor,

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minisgl.ops.kernels.filtering import LOWEST, STRAND, filtered_winner, mask_stops
-from minisgl.ops.kernels.jit import jit
+from minisgl.ops.kernels.jit import jit, jit_varying
 from minisgl.ops.kernels.noise import exponential, row_keys, uniform
 from minisgl.ops.sampling import SamplingRows
 
@@ -44,7 +44,7 @@ def _row_kind(parameters: tl.tensor, slot: tl.tensor, vocab: tl.tensor) -> tl.te
     return drawn, filtered, 1.0 / tl.maximum(heat, SMALLEST_TEMPERATURE), limit, p, minimum
 
 
-@jit
+@jit_varying("slots", "positions")
 def _split_kernel(
     logits: tl.tensor, stride: tl.tensor, slots: tl.tensor, positions: tl.tensor, parameters: tl.tensor,
     stop_ids: tl.tensor, winners: tl.tensor, maxima: tl.tensor, masses: tl.tensor, strand_maxima: tl.tensor,
@@ -83,7 +83,7 @@ def _split_kernel(
     tl.store(winners + place, split * SPLIT + winner)
 
 
-@jit
+@jit_varying("slots", "positions")
 def _choose_kernel(
     logits: tl.tensor, stride: tl.tensor, slots: tl.tensor, positions: tl.tensor, parameters: tl.tensor,
     stop_ids: tl.tensor, winners: tl.tensor, maxima: tl.tensor, masses: tl.tensor, strand_maxima: tl.tensor,
