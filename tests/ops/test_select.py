@@ -22,12 +22,12 @@ def without(*names: str) -> dict[str, str | None]:
 
 def test_pair_names_prefill_then_decode() -> None:
     choice = choose("fa,fi", SHAPE, ALL, 90)
-    assert (choice.prefill, choice.few, choice.many) == ("fa", "fi", "fi")
+    assert (choice.prefill, choice.decode) == ("fa", "fi")
 
 
 def test_single_name_serves_both() -> None:
     choice = choose("triton", SHAPE, ALL, 90)
-    assert (choice.prefill, choice.few, choice.many) == ("triton", "triton", "triton")
+    assert (choice.prefill, choice.decode) == ("triton", "triton")
 
 
 def test_missing_package_is_an_error_that_names_what_works() -> None:
@@ -63,23 +63,23 @@ def test_any_page_size_suits_flash_attention_triton_and_torch(page_size: int) ->
 
 def test_auto_never_picks_what_the_shape_forbids() -> None:
     choice = choose("auto", dataclasses.replace(SHAPE, dtype=torch.float32), ALL, 90)
-    assert {choice.prefill, choice.few, choice.many} == {"triton"}
+    assert {choice.prefill, choice.decode} == {"triton"}
 
 
-def test_auto_on_hopper_splits_decode_by_rows_and_says_so() -> None:
-    choice = choose("auto", SHAPE, ALL, 90)
-    assert str(choice) == ("prefill fa, decode triton below 32 rows and fa from there: the fastest measured on Hopper")
-    assert choose("auto", dataclasses.replace(SHAPE, num_kv_heads=2), ALL, 90).many_rows == 128
-    assert {(c := choose("auto", SHAPE, without("fa"), 90)).few, c.many} == {"triton"}
+def test_auto_on_hopper_says_what_it_chose() -> None:
+    assert str(choose("auto", SHAPE, ALL, 90)) == "prefill fa, decode triton: the fastest measured on Hopper"
+    assert choose("auto", SHAPE, without("fa"), 90).decode == "triton"
+    assert choose("auto", SHAPE, without("triton"), 90).decode == "fa"
 
 
 def test_auto_elsewhere_decodes_by_the_best_of_flashinfer() -> None:
-    assert (choose("auto", SHAPE, ALL, 100).few, choose("auto", SHAPE, without("trtllm"), 80).few) == ("trtllm", "fi")
+    assert choose("auto", SHAPE, ALL, 100).decode == "trtllm"
+    assert choose("auto", SHAPE, without("trtllm"), 80).decode == "fi"
 
 
 def test_auto_falls_back_to_torch_alone() -> None:
     choice = choose("auto", SHAPE, without("fa", "fi", "trtllm", "triton"), 75)
-    assert {choice.prefill, choice.few, choice.many} == {"torch"}
+    assert {choice.prefill, choice.decode} == {"torch"}
     assert "fa is out, it is not installed" in str(choice)
 
 

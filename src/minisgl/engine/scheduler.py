@@ -76,7 +76,10 @@ class Scheduler:
         return bool(np.any((table.state[slots] == State.PREFILL) | (table.computed[slots] + 1 < table.limit[slots])))
 
     def _plan_decode(self) -> tuple[Slots, list[PageWrites]]:
-        """Rows that decode in this step, with pages for their next token; retracts the youngest when pages run out."""
+        """Rows that decode in this step, with pages for their next token; retracts the youngest when pages run out.
+
+        Longest first: attention then ends with short rows, and few multiprocessors wait for the last (Graham's rule).
+        """
         table, cache = self.table, self.cache
         slots = np.flatnonzero((table.state == State.DECODE) & (table.computed + 1 < table.limit))
         if len(slots) == 0:
@@ -85,6 +88,8 @@ class Scheduler:
         if int(need.sum()) > cache.available:
             slots = self._make_room(slots)
             need = cache.pages_needed(slots, table.computed[slots] + 1)
+        order = np.argsort(-table.computed[slots], kind="stable")
+        slots, need = slots[order], need[order]
         grown = slots[need > 0]
         writes = [cache.extend(grown, table.computed[grown] + 1)] if len(grown) else []
         return slots, writes

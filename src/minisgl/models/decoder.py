@@ -58,7 +58,7 @@ class Decoder:
             x = self._mlp(layer, x)
         assert x is not None
         if batch.rows is not None:
-            x, residual = x.index_select(0, batch.rows), residual.index_select(0, batch.rows)
+            x, residual = x.index_select(-2, batch.rows), residual.index_select(0, batch.rows)
         return ops.add_rms_norm(x, residual, self.weights.norm, eps)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class Decoder:
     ) -> Tensor:
         spec = self.spec
         q = self.ops.rope_store_kv(
-            linear(x, layer.qkv, layer.qkv_bias),
+            self.ops.linear(x, layer.qkv, layer.qkv_bias),
             layer.q_norm,
             layer.k_norm,
             spec.rms_eps,
@@ -87,13 +87,14 @@ class Decoder:
             kv.v[index],
         )
         out = attention.run(q, index, spec.windows[index])
-        return linear(out.reshape(len(x), spec.num_heads * spec.head_dim), layer.o, layer.o_bias)
+        return self.ops.project(out.reshape(len(x), spec.num_heads * spec.head_dim), layer.o, layer.o_bias)
 
     def _mlp(self, layer: LayerWeights, x: Tensor) -> Tensor:
         if layer.router is None:
             assert layer.gate_up is not None
             assert layer.down is not None
-            return linear(self.ops.silu_mul(linear(x, layer.gate_up, layer.gate_up_bias)), layer.down, layer.down_bias)
+            hidden = self.ops.gated(x, layer.gate_up, layer.gate_up_bias)
+            return self.ops.project(hidden, layer.down, layer.down_bias)
         assert self.spec.moe is not None
         assert layer.expert_gate_up is not None
         assert layer.expert_down is not None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from minisgl.ops import reference
+from minisgl.ops.linear import linear
 from minisgl.ops.sampling import SamplingRows, sample
 
 MAX_FUSED_DIM = 8192
@@ -19,13 +20,17 @@ MAX_FUSED_DIM = 8192
 class Operations:
     """The decoder's operations, each as its namesake in `ops/reference.py` describes it, and sampling.
 
+    `linear(x, weight, bias)` is a product; `project` one whose result only `add_rms_norm` reads, and may be parts of a
+    sum (parts, T, N); `gated(x, weight, bias)` the `silu_mul` of a product.
     `sample(logits, table, slots, positions, all_greedy, any_filter, any_min_len)` chooses tokens for rows of a table.
     """
 
     name: str
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
-    silu_mul: Callable[[Tensor], Tensor]
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    project: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    gated: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     rope_store_kv: Callable[
         [Tensor, Tensor | None, Tensor | None, float, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor
     ]
@@ -50,7 +55,9 @@ PLAIN = Operations(
     name="torch",
     rms_norm=reference.rms_norm,
     add_rms_norm=reference.add_rms_norm,
-    silu_mul=reference.silu_mul,
+    linear=linear,
+    project=linear,
+    gated=lambda x, weight, bias: reference.silu_mul(linear(x, weight, bias)),
     rope_store_kv=reference.rope_store_kv,
     moe=reference.moe,
     sample=_sample_plain,
@@ -60,12 +67,28 @@ PLAIN = Operations(
 def fused_operations() -> Operations:
     """The Triton kernels. What a row needs of sampling they find out on the device, so the flags are not looked at."""
     from minisgl.ops.kernels import activation, moe, norm, qkv, sampling
+    from minisgl.ops.kernels import linear as small
+
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return small.linear(x, weight, bias) if small.fits(x, weight, small.MAX_ROWS) else linear(x, weight, bias)
+
+    def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if bias is None and small.fits(x, weight, small.MAX_ROWS_PARTS):
+            return small.linear_parts(x, weight)
+        return linear(x, weight, bias)
+
+    def gated(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if bias is None and small.fits(x, weight, small.MAX_ROWS):
+            return small.gated_linear(x, weight)
+        return activation.silu_mul(linear(x, weight, bias))
 
     return Operations(
         name="triton",
         rms_norm=norm.rms_norm,
         add_rms_norm=norm.add_rms_norm,
-        silu_mul=activation.silu_mul,
+        linear=product,
+        project=project,
+        gated=gated,
         rope_store_kv=qkv.rope_store_kv,
         moe=moe.moe,
         sample=lambda logits, table, slots, positions, *flags: sampling.sample(logits, table, slots, positions),

@@ -7,18 +7,13 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor
 
 from minisgl.errors import ConfigError
-from minisgl.ops.attention.base import Attention, AttentionBackend, PlannedAttention, Rows
-from minisgl.ops.attention.device import GraphBackend, GraphDecode
+from minisgl.ops.attention.base import Attention, AttentionBackend
 from minisgl.ops.attention.torch_backend import TorchAttention
-from minisgl.ops.kv import KVCache
 
 BACKENDS = ("fa", "fi", "trtllm", "triton", "torch")
 HALF = (torch.float16, torch.bfloat16)
-MANY_PAIRS = 256
-"""Pairs of decode row and KV head from which FlashAttention 3, without splits, is the fastest on Hopper."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,18 +29,14 @@ class Shape:
 
 @dataclass(frozen=True)
 class Choice:
-    """A backend for prefill, one for decode of fewer than `many_rows` rows, one for more; and why."""
+    """A backend for prefill and one for decode, and why."""
 
     prefill: str
-    few: str
-    many: str
-    many_rows: int
+    decode: str
     why: str
 
     def __str__(self) -> str:
-        split = f"{self.few} below {self.many_rows} rows and {self.many} from there"
-        decode = self.few if self.few == self.many else split
-        return f"prefill {self.prefill}, decode {decode}: {self.why}"
+        return f"prefill {self.prefill}, decode {self.decode}: {self.why}"
 
 
 def capability(device: torch.device) -> int:
@@ -118,51 +109,26 @@ def choose(pair: str, shape: Shape, available: Mapping[str, str | None], card: i
     """
     reasons = {name: available[name] or refusal(name, shape) for name in BACKENDS}
     if pair == "auto":
-        return _automatic(reasons, card, max(1, MANY_PAIRS // shape.num_kv_heads))
+        return _automatic(reasons, card)
     prefill, decode = pair.split(",") if "," in pair else (pair, pair)
     for name in (prefill, decode):
         if reason := reasons[name]:
             works = ", ".join(other for other in BACKENDS if reasons[other] is None)
             raise ConfigError(f"--attn {pair}: {name} cannot be used, {reason}; what works here: {works}")
-    return Choice(prefill, decode, decode, 0, "as asked for")
+    return Choice(prefill, decode, "as asked for")
 
 
-def _automatic(reasons: Mapping[str, str | None], card: int, many_rows: int) -> Choice:
+def _automatic(reasons: Mapping[str, str | None], card: int) -> Choice:
     works = [name for name in BACKENDS if reasons[name] is None]
     missing = "; ".join(f"{name} is out, {reason}" for name, reason in reasons.items() if reason and card)
     prefill: str = next(name for name in ("fa", "fi", "triton", "torch") if name in works)
     if card // 10 == 9:  # as benchmark/attention.py measures; triton's decode needs no work on the host
-        few = many = "triton" if "triton" in works else prefill
-        many = prefill if prefill == "fa" else many
+        decode = "triton" if "triton" in works else prefill
         why = "the fastest measured on Hopper"
     else:
-        few = many = next((name for name in ("trtllm", "fi") if name in works), prefill)
+        decode = next((name for name in ("trtllm", "fi") if name in works), prefill)
         why = f"what works best on compute capability {card / 10}" if card else "the CPU's backend"
-    return Choice(prefill, few, many, many_rows, f"{why}; {missing}" if missing else why)
-
-
-class ByRows:
-    """Decode by one backend for few rows and by another for many; prefill by the second."""
-
-    def __init__(self, few: GraphBackend, many: GraphBackend, many_rows: int) -> None:
-        self.few = few
-        self.many = many
-        self.many_rows = many_rows
-
-    def plan_decode(self, rows: Rows, kv: KVCache) -> PlannedAttention:
-        """Prepare rows by the backend for their number."""
-        return self._by(len(rows.kv_lens)).plan_decode(rows, kv)
-
-    def plan_prefill(self, rows: Rows, kv: KVCache) -> PlannedAttention:
-        """Prepare chunks."""
-        return self.many.plan_prefill(rows, kv)
-
-    def graph_decode(self, page_table: Tensor, kv_lens: Tensor, kv: KVCache, max_seq_len: int) -> GraphDecode:
-        """Decode for a graph by the backend for its rows."""
-        return self._by(len(kv_lens)).graph_decode(page_table, kv_lens, kv, max_seq_len)
-
-    def _by(self, rows: int) -> GraphBackend:
-        return self.few if rows < self.many_rows else self.many
+    return Choice(prefill, decode, f"{why}; {missing}" if missing else why)
 
 
 def make_attention(pair: str, shape: Shape, device: torch.device) -> tuple[Attention, Choice]:
@@ -180,12 +146,7 @@ def make_attention(pair: str, shape: Shape, device: torch.device) -> tuple[Atten
             return make("fi")
         return made[name]
 
-    prefill, few, many = make(choice.prefill, for_prefill=True), make(choice.few), make(choice.many)
-    if few is many:
-        return Attention(prefill, many), choice
-    assert isinstance(few, GraphBackend)
-    assert isinstance(many, GraphBackend)
-    return Attention(prefill, ByRows(few, many, choice.many_rows)), choice
+    return Attention(make(choice.prefill, for_prefill=True), make(choice.decode)), choice
 
 
 def _make(name: str, shape: Shape, device: torch.device, card: int) -> AttentionBackend:

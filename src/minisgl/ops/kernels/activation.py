@@ -7,13 +7,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minisgl.ops.kernels.jit import jit, warps_for
+from minisgl.ops.kernels.jit import jit, launch_options, warps_for
+from minisgl.ops.kernels.pdl import after_previous
 
 BLOCK = 1024
 
 
 @jit
-def _silu_mul_kernel(gate_up: tl.tensor, out: tl.tensor, width: tl.tensor, BLOCK: tl.constexpr) -> None:
+def _silu_mul_kernel(
+    gate_up: tl.tensor, out: tl.tensor, width: tl.tensor, BLOCK: tl.constexpr, PDL: tl.constexpr
+) -> None:
+    after_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < width
@@ -36,8 +40,9 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     assert gate_up.is_contiguous()
     out = torch.empty((rows, width), dtype=gate_up.dtype, device=gate_up.device)
     if rows:
+        pdl = launch_options()
         block = min(BLOCK, triton.next_power_of_2(width))
         _silu_mul_kernel[(rows, triton.cdiv(width, block))](
-            gate_up, out, width, BLOCK=block, num_warps=warps_for(block)
+            gate_up, out, width, BLOCK=block, PDL=bool(pdl), num_warps=warps_for(block), **pdl
         )
     return out

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 import triton
 
 
@@ -36,6 +38,12 @@ def jit_varying(*names: str) -> Callable[[Callable[..., Any]], Kernel]:
         return kernel
 
     return decorate
+
+
+@functools.cache
+def launch_options() -> dict[str, bool]:
+    """What every launch adds: programmatic dependent launch where the card has it (see `pdl.py`)."""
+    return {"launch_pdl": True} if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9 else {}
 
 
 def warps_for(elements: int) -> int:

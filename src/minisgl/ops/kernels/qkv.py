@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minisgl.ops.kernels.jit import jit, jit_varying, warps_for
+from minisgl.ops.kernels.jit import jit, jit_varying, launch_options, warps_for
+from minisgl.ops.kernels.pdl import after_previous
 
 TILE = 1024
 """Elements a program takes: 8 heads of 128."""
@@ -38,8 +39,9 @@ def _qkv_kernel(
     qkv: tl.tensor, q_norm: tl.tensor, k_norm: tl.tensor, cos_sin: tl.tensor, positions: tl.tensor,
     locations: tl.tensor, q_out: tl.tensor, k_cache: tl.tensor,
     v_cache: tl.tensor, eps: tl.tensor, heads: tl.tensor, kv_heads: tl.tensor, half: tl.tensor,
-    NORM: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    NORM: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
+    after_previous(PDL)
     # Programs of a token: blocks of query heads first, then of key heads, then of value heads.
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
@@ -109,12 +111,13 @@ def rope_store_kv(
     assert v_cache.is_contiguous()
     q = torch.empty((tokens, heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     if tokens:
+        pdl = launch_options()
         half = triton.next_power_of_2(head_dim // 2)
         block = min(max(1, TILE // (2 * half)), triton.next_power_of_2(max(heads, kv_heads)))
         programs = triton.cdiv(heads, block) + 2 * triton.cdiv(kv_heads, block)
         _qkv_kernel[(tokens, programs)](
             qkv, q_norm, k_norm, cos_sin, positions, locations, q, k_cache, v_cache, eps, heads, kv_heads,
             head_dim // 2, NORM=q_norm is not None, BLOCK_HEADS=block, BLOCK_HALF=half,
-            num_warps=warps_for(block * half),
+            num_warps=warps_for(block * half), PDL=bool(pdl), **pdl,
         )  # fmt: skip
     return q

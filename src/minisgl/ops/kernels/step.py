@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minisgl.ops.kernels.jit import jit
+from minisgl.ops.kernels.jit import jit, launch_options
+from minisgl.ops.kernels.pdl import after_previous
 from minisgl.ops.step import StepInputs, TableTensors
 
 BLOCK = 1024
@@ -20,8 +21,9 @@ def _gather_kernel(
     changes: tl.tensor, last_token: tl.tensor, length: tl.tensor, page_table: tl.tensor, ids: tl.tensor,
     positions: tl.tensor, kv_lens: tl.tensor, locations: tl.tensor, pages: tl.tensor, batch: tl.tensor,
     width: tl.tensor, page_size: tl.tensor,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
+    after_previous(PDL)
     row = tl.program_id(0)
     slot = tl.load(changes + row).to(tl.int64)
     new_index = tl.load(changes + batch + row)
@@ -45,10 +47,10 @@ def _gather_kernel(
 
 def gather_rows(changes: Tensor, tables: TableTensors, inputs: StepInputs, page_size: int) -> None:
     """`ops.step.gather_rows`, in one launch."""
-    batch, width = inputs.page_table.shape
+    (batch, width), pdl = inputs.page_table.shape, launch_options()
     _gather_kernel[(batch,)](
         changes, tables.last_token, tables.length, tables.page_table, inputs.ids, inputs.positions, inputs.kv_lens,
-        inputs.locations, inputs.page_table, batch, width, page_size, BLOCK=BLOCK, num_warps=4,
+        inputs.locations, inputs.page_table, batch, width, page_size, BLOCK=BLOCK, PDL=bool(pdl), num_warps=4, **pdl,
     )  # fmt: skip
 
 
@@ -56,8 +58,9 @@ def gather_rows(changes: Tensor, tables: TableTensors, inputs: StepInputs, page_
 def _commit_kernel(
     changes: tl.tensor, tokens: tl.tensor, kv_lens: tl.tensor, last_token: tl.tensor, length: tl.tensor,
     batch: tl.tensor, padding: tl.tensor,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
+    after_previous(PDL)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     within = row < batch
     slot = tl.load(changes + row, mask=within, other=0).to(tl.int64)
@@ -68,7 +71,8 @@ def _commit_kernel(
 
 def commit_rows(changes: Tensor, tokens: Tensor, tables: TableTensors, inputs: StepInputs) -> None:
     """`ops.step.commit_rows`, in one launch."""
-    batch = len(tokens)
+    batch, pdl = len(tokens), launch_options()
     _commit_kernel[(triton.cdiv(batch, BLOCK),)](
-        changes, tokens, inputs.kv_lens, tables.last_token, tables.length, batch, len(tables.length) - 1, BLOCK=BLOCK
-    )
+        changes, tokens, inputs.kv_lens, tables.last_token, tables.length, batch, len(tables.length) - 1,
+        BLOCK=BLOCK, PDL=bool(pdl), **pdl,
+    )  # fmt: skip
