@@ -47,7 +47,9 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"minisgl {__version__}")
     add_config_flags(parser)
     switches = [environment_help(field) for field in dataclasses.fields(Config) if field.metadata["env"]]
-    parser.epilog = "\n  ".join(["environment:", *switches]) + "\n\nbenchmark:\n  minisgl bench offline --help"
+    parser.epilog = (
+        "\n  ".join(["environment:", *switches]) + "\n\nbenchmark:\n  minisgl bench {offline,ablation,compare} --help"
+    )
     return parser
 
 
@@ -134,8 +136,21 @@ def start(config: Config) -> int:
 def bench(arguments: Sequence[str]) -> int:
     """Run the benchmark that the first argument names; the exit status."""
     parser = Parser(prog="minisgl bench", description="Measure, and print the command that measures it again.")
-    parser.add_argument("name", choices=("offline",), help="offline: a batch of requests through the offline API")
-    parser.parse_args(arguments[:1])
+    parser.add_argument(
+        "name",
+        choices=("offline", "ablation", "compare"),
+        help="offline: a batch of requests through the offline API; ablation: each setting against the default; "
+        "compare: the batch through another engine too",
+    )
+    name = parser.parse_args(arguments[:1]).name
+    if name == "ablation":
+        from minisgl.bench import ablation
+
+        return ablation.main(arguments[1:])
+    if name == "compare":
+        from minisgl.bench import peers
+
+        return peers.main(arguments[1:])
     from minisgl.bench import offline
 
     return offline.main(arguments[1:])

@@ -13,7 +13,10 @@ import transformers
 
 from helpers.tiny_tokenizers import byte_level_json
 from minisgl import cli
+from minisgl.bench import profile, throughput
 from minisgl.bench.offline import build_parser, length_range
+from minisgl.bench.report import slug
+from minisgl.bench.trace import Activity
 
 WORKLOAD = ["--num-requests", "3", "--input-len", "4:8", "--output-len", "6", "--seed", "3"]
 
@@ -58,6 +61,79 @@ def test_figures_are_printed_and_written(folder: Path, tmp_path: Path, capsys: p
     assert report["command"].endswith(f"--output-len 6 --seed 3 --json {path}")
     assert "dtype = float32" in " ".join(report["config"])
     assert "output tokens per second" in capsys.readouterr().out
+
+
+def test_given_ceilings_make_a_floor(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "report.json"
+    assert bench(folder, "--ceilings", "read=1e9,flops=2e9", "--json", str(path)) == 0
+    report = json.loads(path.read_text())
+    figures, least = report["figures"], report["floor"]
+    assert least["output_tokens"] == 18
+    assert least["decode_steps"] == 5
+    parts = least["prefill_seconds"] + least["kv_seconds"] + least["product_seconds"]
+    assert least["seconds"] == pytest.approx(parts)
+    assert figures["share_of_floor"] == pytest.approx(least["seconds"] / figures["seconds"])
+    assert report["ceilings"] == {"read": 1e9, "flops": 2e9, "copy": None}
+    assert "floor: " in capsys.readouterr().out
+
+
+def test_steps_and_the_start_are_timed(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    assert bench(folder, "--json", str(path)) == 0
+    report = json.loads(path.read_text())
+    figures = report["figures"]
+    assert figures["steps"] == 6
+    assert figures["steps_with_prefill"] == 1
+    assert figures["largest_decode_batch"] == 3
+    assert 0 < figures["decode_step_at_largest_batch_ms"] < 1e3 * figures["seconds"]
+    assert figures["start_to_first_token_seconds"] > figures["seconds"]
+    assert "floor" not in report
+    assert "split" not in report
+
+
+class NoProfiler:
+    """Sees a device that does nothing."""
+
+    def start(self) -> None:
+        """Nothing to do."""
+
+    def stop(self) -> list[Activity]:
+        return []
+
+
+def test_what_a_gpu_is_measured_for_goes_to_the_default_place(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(throughput, "device", lambda config: "cuda")
+    monkeypatch.setattr(profile, "TorchProfiler", NoProfiler)
+    monkeypatch.chdir(tmp_path)
+    assert bench(folder, "--ceilings", "read=1e9,flops=2e9") == 0
+    report = json.loads((tmp_path / "benchmark" / "results" / f"{slug(str(folder))}-CPU-offline.json").read_text())
+    assert report["figures"]["decode_step_at_batch_1_ms"] > 0
+    assert report["split"]["seconds"] == dict.fromkeys(profile.PARTS, 0.0)
+    assert report["split"]["measured_seconds"] == report["figures"]["seconds"]
+    assert report["split"]["traced_steps"] == 1
+    assert report["figures"]["cached_input_tokens"] == 0
+    assert "decode attention" in capsys.readouterr().out
+
+
+def test_a_trace_that_fails_leaves_the_figures(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(self: NoProfiler) -> list[Activity]:
+        raise RuntimeError("no CUPTI")
+
+    monkeypatch.setattr(throughput, "device", lambda config: "cuda")
+    monkeypatch.setattr(profile, "TorchProfiler", NoProfiler)
+    monkeypatch.setattr(NoProfiler, "stop", fail)
+    path = tmp_path / "report.json"
+    assert bench(folder, "--ceilings", "read=1e9,flops=2e9", "--json", str(path)) == 0
+    report = json.loads(path.read_text())
+    assert report["split"] == {"error": "no CUPTI"}
+    assert report["figures"]["output_tokens"] == 18
+    assert "no split of the time: RuntimeError: no CUPTI" in capsys.readouterr().out
+    assert bench(folder, "--ceilings", "read=1e9,flops=2e9", "--no-profile", "--json", str(path)) == 0
+    assert "split" not in json.loads(path.read_text())
 
 
 def test_comparison_finds_the_same_greedy_tokens_as_transformers(folder: Path, tmp_path: Path) -> None:

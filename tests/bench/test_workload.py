@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from minisgl.bench.workload import HIGHEST_TOKEN, WorkloadSpec, make_workload
+from minisgl.bench.workload import HIGHEST_TOKEN, WorkloadSpec, make_workload, redraw, shorten
 
 
 def test_default_workload_has_the_published_token_counts() -> None:
@@ -37,3 +37,13 @@ def test_the_seed_decides_the_workload() -> None:
     other = make_workload(dataclasses.replace(spec, seed=1), 1000)
     assert first == again
     assert first.prompts != other.prompts
+
+
+def test_other_tokens_and_shorter_answers_keep_the_prompt_lengths() -> None:
+    first = make_workload(WorkloadSpec(num_requests=5, input_len=(20, 30), output_len=(2, 9)), 1000)
+    other = shorten(redraw(first, 1000, seed=9), 4)
+    assert [len(prompt) for prompt in other.prompts] == [len(prompt) for prompt in first.prompts]
+    assert not [1 for a, b in zip(first.prompts, other.prompts, strict=True) if a == b]
+    limits = [(a.max_tokens or 0, b.max_tokens) for a, b in zip(first.params, other.params, strict=True)]
+    assert all(short == min(full, 4) for full, short in limits)
+    assert [params.seed for params in other.params] == [params.seed for params in first.params]

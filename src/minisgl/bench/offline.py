@@ -6,9 +6,16 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
+from minisgl.bench.ceilings import parse_ceilings
 from minisgl.bench.workload import WorkloadSpec
 from minisgl.cli import Parser, add_config_flags, config_from, guarded
+
+JSON_HELP: Final = (
+    "write figures, hardware, versions and command here (default: benchmark/results/MODEL-CARD-NAME.json on a GPU; "
+    "nowhere on a CPU)"
+)
 
 
 def length_range(text: str) -> tuple[int, int]:
@@ -37,6 +44,26 @@ def build_parser() -> Parser:
         description="Throughput of a batch of random prompts, EOS ignored. Defaults: the published workload of 256 "
         "requests on a GPU, a smaller one on a CPU.",
     )
+    group = add_workload_flags(parser)
+    group.add_argument(
+        "--compare",
+        choices=("transformers",),
+        help="then compare with it on the same prompts, greedy, float32: one request alone, and eight",
+    )
+    group.add_argument(
+        "--ceilings", type=parse_ceilings, metavar="read=X,flops=X",
+        help="bytes/s and flop/s that the floor is computed from (default: measured on the GPU; no floor on a CPU)",
+    )  # fmt: skip
+    group.add_argument(
+        "--no-profile", dest="profile", action="store_false", help="skip the second, traced run that splits the time"
+    )
+    group.add_argument("--json", type=Path, metavar="FILE", help=JSON_HELP)
+    add_config_flags(parser, without=("interface",))
+    return parser
+
+
+def add_workload_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the fields of WorkloadSpec, and return their group."""
     group = parser.add_argument_group("workload")
     group.add_argument("--num-requests", type=positive, metavar="N", help="requests (default: 256; 16 on a CPU)")
     ranges = "(default: 100:1024; 32:128 on a CPU)"
@@ -44,14 +71,7 @@ def build_parser() -> Parser:
     group.add_argument("--output-len", type=length_range, metavar="A:B", help=f"tokens generated {ranges}")
     group.add_argument("--seed", type=int, metavar="N", help="of the workload (default: 0)")
     group.add_argument("--temperature", type=float, metavar="X", help="of the sampling (default: 0.6)")
-    group.add_argument(
-        "--compare",
-        choices=("transformers",),
-        help="then compare with it on the same prompts, greedy, float32: one request alone, and eight",
-    )
-    group.add_argument("--json", type=Path, metavar="FILE", help="write figures, hardware, versions and command here")
-    add_config_flags(parser, without=("interface",))
-    return parser
+    return group
 
 
 def workload_spec(namespace: argparse.Namespace, default: WorkloadSpec) -> WorkloadSpec:
@@ -70,7 +90,10 @@ def main(arguments: Sequence[str]) -> int:
     def start() -> int:
         from minisgl.bench import throughput
 
+        options = throughput.Options(
+            against=namespace.compare, ceilings=namespace.ceilings, profile=namespace.profile, json=namespace.json
+        )
         spec = workload_spec(namespace, throughput.default_spec(config))
-        return throughput.run(config, spec, namespace.compare, namespace.json, arguments)
+        return throughput.run(config, spec, options, arguments)
 
     return guarded(start, debug=config.log_level == "DEBUG")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shlex
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +18,10 @@ import torch
 
 from minisgl.errors import ConfigError
 
-PACKAGES: Final = ("minisgl", "torch", "numpy", "transformers", "triton", "flashinfer-python")
+PACKAGES: Final = (
+    "minisgl", "torch", "numpy", "transformers", "triton", "flashinfer-python", "flash-attn-3", "flash-attn", "vllm",
+)  # fmt: skip
+RESULTS: Final = Path("benchmark/results")
 
 
 def cpu_name() -> str:
@@ -33,6 +38,7 @@ def hardware() -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "torch_threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
 
@@ -48,9 +54,38 @@ def versions() -> dict[str, str]:
     return found
 
 
+def card_name() -> str:
+    """The GPU's name without its maker's, or `CPU`; fit for a file name."""
+    name = torch.cuda.get_device_name(0).removeprefix("NVIDIA ") if torch.cuda.is_available() else "CPU"
+    return slug(name)
+
+
+def slug(name: str) -> str:
+    """The last part of a path or id, in letters, digits, dots and dashes."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", name.rstrip("/").rpartition("/")[2]).strip("-")
+
+
+def default_path(model: str, benchmark: str) -> Path:
+    """Where a benchmark on a GPU writes its figures unless told otherwise: under the present folder."""
+    return RESULTS / f"{slug(model)}-{card_name()}-{benchmark}.json"
+
+
+def process_seconds() -> float:
+    """Seconds since this process started, by Linux's account (proc(5), field 22 of /proc/self/stat)."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+
+
 def require_writable(path: Path | None) -> None:
-    """Raise ConfigError before minutes of measuring when the report could not be written."""
-    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+    """Make the report's folder where it is RESULTS; raise ConfigError before minutes of measuring if it is in vain."""
+    if path is None:
+        return
+    try:
+        if path.parent == RESULTS:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{path.parent}: {error.strerror}; give --json FILE") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise ConfigError(f"--json {path}: not a file that can be written")
 
 

@@ -6,6 +6,8 @@ import random
 from dataclasses import dataclass
 from typing import Final
 
+import msgspec
+
 from minisgl.types import SamplingParams
 
 HIGHEST_TOKEN: Final = 10_000
@@ -60,3 +62,18 @@ def make_workload(spec: WorkloadSpec, vocab_size: int) -> Workload:
         for index in range(spec.num_requests)
     ]
     return Workload(prompts=prompts, params=params)
+
+
+def redraw(workload: Workload, vocab_size: int, seed: int) -> Workload:
+    """The same lengths with other tokens, which no cache knows."""
+    draw = random.Random(seed)
+    highest = min(HIGHEST_TOKEN, vocab_size - 1)
+    prompts = [[draw.randint(0, highest) for _ in prompt] for prompt in workload.prompts]
+    return Workload(prompts=prompts, params=workload.params)
+
+
+def shorten(workload: Workload, max_tokens: int) -> Workload:
+    """The same prompts with answers of at most `max_tokens`."""
+    limits = [min(params.max_tokens or max_tokens, max_tokens) for params in workload.params]
+    params = [msgspec.structs.replace(p, max_tokens=limit) for p, limit in zip(workload.params, limits, strict=True)]
+    return Workload(prompts=workload.prompts, params=params)
