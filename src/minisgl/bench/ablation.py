@@ -87,12 +87,12 @@ def run(config: Config, groups: Sequence[str], json: Path | None, arguments: Seq
                 if path is not None:
                     rows = [{**dataclasses.asdict(item), "of_default": ratio(item, measured)} for item in measured]
                     write_report(path, "ablation", arguments, {**report, "measurements": rows})
+        title = f"{slug(loaded.model.name)} on {card_name() if gpu else 'CPU'}"
+        console.print(ablation_table(title, measured))
+        if path is not None:
+            picture = path.with_suffix(".png")
+            drawn = draw_chart(picture, title, measured)
+            console.print(f"written to {path}" + (f" and {picture}" if drawn else "; a picture needs minisgl[plot]"))
     finally:
         trials.close()
-    title = f"{slug(loaded.model.name)} on {card_name() if gpu else 'CPU'}"
-    console.print(ablation_table(title, measured))
-    if path is not None:
-        picture = path.with_suffix(".png")
-        drawn = draw_chart(picture, title, measured)
-        console.print(f"written to {path}" + (f" and {picture}" if drawn else "; a picture needs minisgl[plot]"))
     return 1 if any(item.error is not None for item in measured) else 0

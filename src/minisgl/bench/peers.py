@@ -9,13 +9,17 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from minisgl.bench.offline import JSON_HELP, add_workload_flags, workload_spec
 from minisgl.bench.workload import Workload, WorkloadSpec, make_workload
 from minisgl.cli import Parser, add_config_flags, config_from, guarded
 from minisgl.config import Config
 from minisgl.errors import ConfigError, MinisglError
+
+FIGURES: Final = '{"version"'
+"""How the line with the figures begins, among whatever else vLLM prints."""
+TAIL: Final = 30
 
 
 def build_parser() -> Parser:
@@ -72,10 +76,10 @@ def vllm_settings(config: Config, model: str) -> dict[str, Any]:
     }
 
 
-def run_vllm(settings: Mapping[str, Any], workload: Workload, seed: int) -> dict[str, float]:
+def run_vllm(settings: Mapping[str, Any], workload: Workload, seed: int) -> dict[str, Any]:
     """Output tokens and seconds of vLLM in a process of its own, in our process group.
 
-    Raises MinisglError with the end of what it printed when it fails.
+    Raises MinisglError when it fails, after printing the end of what it said.
     """
     order = {
         "settings": settings,
@@ -86,10 +90,12 @@ def run_vllm(settings: Mapping[str, Any], workload: Workload, seed: int) -> dict
     }
     command = [sys.executable, "-m", "minisgl.bench.vllm_child"]
     done = subprocess.run(command, input=json.dumps(order), stdout=subprocess.PIPE, text=True, check=False)
-    lines = done.stdout.strip().splitlines() or [""]
-    if done.returncode != 0 or not lines[-1].startswith("{"):
-        raise MinisglError(f"vllm ended with status {done.returncode}: {lines[-1] or 'see above'}")
-    figures: dict[str, float] = json.loads(lines[-1])
+    lines = done.stdout.strip().splitlines()
+    found = [line for line in lines if line.startswith(FIGURES)]
+    if done.returncode != 0 or not found:
+        print("\n".join(lines[-TAIL:]), file=sys.stderr)  # it logs to stdout
+        raise MinisglError(f"vllm ended with status {done.returncode}: see above")
+    figures: dict[str, Any] = json.loads(found[-1])
     return figures
 
 
