@@ -68,7 +68,7 @@ def describe(resolved: Resolved, spec: ModelSpec, executor: LocalExecutor, fits:
     lines = [
         f"architecture = {spec.architecture}: {spec.num_layers} layers, {spec.vocab_size} tokens in the vocabulary"
     ]
-    chosen["attn"] = f"attn = {config.attn}: {executor.attention_choice}"
+    chosen.setdefault("attn", f"attn = {config.attn}: {executor.attention_choice}")
     num_pages = executor.num_pages
     for field in dataclasses.fields(config):
         if field.name in ("num_pages", "max_seq_len_override", "host", "port", "shell", "model"):

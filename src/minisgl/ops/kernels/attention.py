@@ -160,16 +160,16 @@ class Cut(NamedTuple):
     stages: int
 
 
-def decode_cut(pairs: int, splits: int) -> Cut:
+def decode_cut(pairs: int, group: int, splits: int) -> Cut:
     """What reads the cache fastest for so many pairs of row and KV head, measured on an H200 with pages of 16.
 
-    Many pairs fill the card with small programs; few need more in flight each.
+    Many pairs fill the card with small programs; few need more in flight each. `group` query heads share a KV head.
     """
     if splits > 1 or pairs < 256:
         return Cut(DECODE_TILE, 4, 2)
     if pairs < 768:
         return Cut(2 * DECODE_TILE, 4, 2)
-    return Cut(DECODE_TILE, 2, 3) if pairs < 1400 else Cut(DECODE_TILE // 2, 2, 2)
+    return Cut(DECODE_TILE // 2, 2, 2) if pairs >= 1400 and group <= 2 else Cut(DECODE_TILE, 2, 3)
 
 
 def decode_attention(
@@ -192,7 +192,7 @@ def decode_attention(
     if splits > 1:
         partial = torch.empty((rows, query_heads, splits, head_dim), dtype=torch.float32, device=q.device)
         sums = torch.empty((rows, query_heads, splits), dtype=torch.float32, device=q.device)
-    cut = decode_cut(rows * kv_heads, splits)
+    cut = decode_cut(rows * kv_heads, group, splits)
     dims, pdl = triton.next_power_of_2(head_dim), launch_options()
     reach = window or 1 << 30
     _decode_kernel[(kv_heads, splits, rows)](
