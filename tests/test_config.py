@@ -90,6 +90,12 @@ def test_the_largest_graph_follows_the_cards_memory(settings: dict[str, Any], gi
     assert resolve(Config(**settings), machine).config.cuda_graph_max_bs == largest
 
 
+def test_torch_attention_and_graphs_exclude_each_other_on_a_gpu() -> None:
+    assert resolve(Config(attn="fa,torch"), HOPPER).config.cuda_graph_max_bs == 0
+    with pytest.raises(ConfigError, match="--cuda-graph-max-bs 0"):
+        resolve(Config(attn="torch", cuda_graph_max_bs=8), HOPPER)
+
+
 def test_every_chosen_value_has_a_note_and_said_values_have_none() -> None:
     notes = resolve(Config(), CPU).notes
     chosen = {note.partition(" = ")[0] for note in notes}

@@ -200,7 +200,12 @@ def resolve(config: Config, machine: Machine, checkpoint_dtype: str = "float32")
         choose(
             "max_running_requests", 1 if config.shell else 256, "the shell has one user" if config.shell else "default"
         )
-    if config.cuda_graph_max_bs is None:
+    if device == "cuda" and changes["attn"].split(",")[-1] == "torch":
+        if config.cuda_graph_max_bs:
+            raise ConfigError(f"--attn {config.attn}: torch decodes without CUDA graphs; give --cuda-graph-max-bs 0")
+        if config.cuda_graph_max_bs is None:
+            choose("cuda_graph_max_bs", 0, "decode through torch cannot be captured")
+    elif config.cuda_graph_max_bs is None:
         running: int = config.max_running_requests or changes["max_running_requests"]
         if device == "cpu":
             choose("cuda_graph_max_bs", 0, "the CPU has no CUDA graphs")

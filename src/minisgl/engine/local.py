@@ -17,6 +17,7 @@ from minisgl.engine.runner import Runner
 from minisgl.models.decoder import Decoder, pack_weights
 from minisgl.models.spec import ModelSpec
 from minisgl.models.weights import Weights, dummy_weights, load_weights
+from minisgl.ops.attention.device import GraphBackend
 from minisgl.ops.attention.select import Shape, make_attention
 from minisgl.ops.kv import allocate_kv
 from minisgl.ops.operations import operations_for
@@ -40,8 +41,10 @@ class LocalExecutor:
         decoder = Decoder(spec, weights, attention, max_seq_len, operations_for(self.device, spec.hidden_size))
         self.runner = Runner(decoder, kv, config.max_running_requests, max_seq_len, self.device)
         self.attention_choice = str(choice)
-        if config.cuda_graph_max_bs:
+        if config.cuda_graph_max_bs and isinstance(attention.decode, GraphBackend):
             self.runner.capture_graphs(config.cuda_graph_max_bs, max_seq_len)
+        elif config.cuda_graph_max_bs:
+            self.attention_choice += "; its decode cannot be captured, so there are no CUDA graphs"
         self._num_pages = config.num_pages
         self._worker = ThreadPoolExecutor(1, "minisgl-step") if self.device.type == "cpu" else None
         self._results: deque[Callable[[], StepResult]] = deque()
