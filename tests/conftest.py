@@ -1,10 +1,26 @@
-"""Set before anything imports triton: without a CUDA card its kernels run in its interpreter."""
+"""Set before anything imports triton: without a CUDA card its kernels run in its interpreter. And `--record FILE`."""
 
 from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--record`."""
+    parser.addoption(
+        "--record", metavar="FILE", help="write outcomes, hardware and versions as JSON; {card} is its name"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Begin to record if asked to."""
+    if name := config.getoption("--record"):
+        from helpers.record import record_to
+
+        record_to(config, name)

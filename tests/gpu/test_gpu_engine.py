@@ -1,0 +1,367 @@
+"""The engine on the card: what it says, that no switch changes it, and what it may touch, wait for and take."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from helpers.gpu import (
+    DEVICE,
+    SPEC,
+    Built,
+    agreement,
+    build,
+    compare_greedy,
+    gpu_config,
+    greedy,
+    random_prompts,
+    random_weights,
+    reference_driver,
+    to_float32,
+)
+from minisgl.config import Config
+from minisgl.engine.engine import Engine
+from minisgl.engine.local import TORCH_DTYPES, build_local_executor
+from minisgl.errors import ConfigError
+from minisgl.models.spec import ModelSpec, Moe, read_spec
+from minisgl.models.weights import Weights
+from minisgl.ops.attention.select import available_backends
+from minisgl.types import FinishReason, ModelInfo, Request, SamplingParams
+
+pytestmark = pytest.mark.gpu
+
+MODELS = Path(__file__).parents[2] / "benchmark" / "models"
+MARGINS = {"bfloat16": 0.1, "float16": 0.02, "float32": 1e-3}
+"""By how much the best logit, of logits with standard deviation 1, must lead for its token to be certain.
+
+That is seven standard deviations of a logit's error, 0.013 in bfloat16 and 0.0016 in float16.
+"""
+BIASED = dataclasses.replace(
+    SPEC, architecture="LlamaForCausalLM", num_heads=16, head_dim=64, qk_norm=False, qkv_bias=True, o_bias=True,
+    mlp_bias=True,
+)  # fmt: skip
+ALL_EXPERTS = Moe(num_experts=4, top_k=4, width=256, norm_topk_prob=True, layers=(True, True))
+"""No expert is left out, so that rounding cannot change which are chosen."""
+SPECS = {
+    "qwen3": SPEC,
+    "qwen3-group5-dim64": dataclasses.replace(SPEC, num_heads=10, head_dim=64),
+    "qwen3-group5": dataclasses.replace(SPEC, num_heads=10),
+    "llama-biased-group8-dim64": BIASED,
+    "qwen3-moe": dataclasses.replace(SPEC, moe=ALL_EXPERTS),
+    "qwen3-moe-sparse": dataclasses.replace(
+        SPEC, moe=Moe(num_experts=8, top_k=2, width=256, norm_topk_prob=False, layers=(False, True))
+    ),
+    "qwen3-window": dataclasses.replace(SPEC, windows=(0, 24)),
+}
+CASES = [
+    *(("qwen3", "bfloat16", pair) for pair in ("auto", "fa,fi", "fa", "fi", "trtllm", "fa,trtllm", "triton", "torch")),
+    *(("qwen3-group5-dim64", "bfloat16", pair) for pair in ("auto", "fa,fi", "fi,fa", "triton,fa")),
+    *(("qwen3-group5", "bfloat16", pair) for pair in ("fa,trtllm", "fi,triton")),
+    *(("llama-biased-group8-dim64", "float16", pair) for pair in ("fa", "triton")),
+    ("qwen3-moe", "bfloat16", "auto"),
+    ("qwen3-moe-sparse", "float32", "triton"),
+    ("qwen3-window", "float16", "fa"),
+    ("qwen3-window", "float32", "triton"),
+]
+
+
+@functools.cache
+def weights(name: str, dtype: str) -> tuple[ModelSpec, Weights, Weights]:
+    """A model, its weights in a dtype, and the same in float32."""
+    made = random_weights(SPECS[name], TORCH_DTYPES[dtype])
+    return SPECS[name], made, to_float32(made)
+
+
+def require(pair: str) -> None:
+    """Skip where a backend cannot run."""
+    reasons = available_backends(DEVICE)
+    for name in pair.split(","):
+        if reason := reasons.get(name):
+            pytest.skip(f"{name}: {reason}")
+
+
+@pytest.mark.parametrize(("name", "dtype", "pair"), CASES)
+def test_greedy_tokens_are_those_of_float32_wherever_it_is_certain(
+    name: str, dtype: str, pair: str, record_property: Callable[[str, object], None]
+) -> None:
+    """Graphs of padded batches beside eager steps, chunks beside decodes, pages of 16."""
+    require(pair)
+    spec, rough, exact = weights(name, dtype)
+    graphs = 0 if pair == "torch" else 8
+    built = build(spec, rough, gpu_config(dtype=dtype, attn=pair, cuda_graph_max_bs=graphs, max_prefill_length=200))
+    prompts = random_prompts((1, 17, 64, 150, 300, 5, 33))
+    answers = built.answer(greedy(prompts, 24))
+    agreed = compare_greedy(spec, exact, prompts, answers, MARGINS[dtype])
+    record_property("largest lead of a token that differs", round(agreed.largest, 4))
+    assert agreed.wrong == 0, agreed
+    assert agreed.sure > 0.5 * agreed.tokens, agreed
+
+
+# No switch changes a token
+
+
+def mixed_requests() -> list[Request]:
+    """Half greedy, half sampled from seeds; half share a prefix; some may stop on EOS."""
+    shared = random_prompts([40], seed=1)[0]
+    own = random_prompts([1 + 7 * i % 30 for i in range(20)], seed=2)
+    made = []
+    for i, tokens in enumerate(own):
+        params = SamplingParams(
+            temperature=0.8 * (i % 2), top_p=(1.0, 0.9, 1.0)[i % 3], top_k=(0, 0, 20)[i % 3], seed=i,
+            max_tokens=6 + i % 9, ignore_eos=i % 4 != 0,
+        )  # fmt: skip
+        made.append(Request(id=str(i), prompt=(shared if i % 4 < 2 else []) + tokens, params=params))
+    return made
+
+
+def full_precision(**settings: object) -> Built:
+    """float32, in which no batch shape and no order of sums can be seen in a token."""
+    spec, _, exact = weights("qwen3-window", "bfloat16")
+    return build(spec, exact, gpu_config(dtype="float32", attn="triton", num_pages=64, **settings), max_seq_len=128)
+
+
+@functools.cache
+def alone() -> list[list[int]]:
+    """Each request with the engine to itself and everything off."""
+    built = full_precision(cache="naive", overlap=False, max_running_requests=1, cuda_graph_max_bs=0)
+    return built.answer(mixed_requests())
+
+
+@pytest.mark.parametrize(
+    ("graphs", "overlap", "cache", "retract"), list(itertools.product([8, 3, 0], [1, 0], [1, 0], [1, 0]))
+)
+def test_no_switch_changes_a_token(graphs: int, overlap: int, cache: int, retract: int) -> None:
+    built = full_precision(
+        cuda_graph_max_bs=graphs, overlap=bool(overlap), cache="radix" if cache else "naive",
+        max_prefill_length=8192 if overlap == retract else 7,
+    )  # fmt: skip
+    assert built.answer(mixed_requests(), retractions=8 if retract else 0) == alone()
+    assert (built.engine.stats().retracted >= 4) == bool(retract)
+
+
+def test_pages_running_out_under_graphs_change_no_token() -> None:
+    built = full_precision(max_prefill_length=64)
+    small = build(
+        SPECS["qwen3-window"], weights("qwen3-window", "bfloat16")[2],
+        gpu_config(dtype="float32", attn="triton", num_pages=12), max_seq_len=128,
+    )  # fmt: skip
+    requests = greedy(random_prompts([20] * 8, seed=3), 40)
+    assert small.answer(requests) == built.answer(requests)
+    assert small.engine.stats().retracted > 0
+
+
+@pytest.mark.parametrize("pair", ["auto", "fa", "fi", "fa,trtllm", "triton"])
+def test_switches_change_no_bit_at_fixed_batch_shapes(pair: str) -> None:
+    """bfloat16: every step has the same rows, a graph of that very size, and rows too short to be split."""
+    require(pair)
+    spec, rough, _ = weights("qwen3", "bfloat16")
+    requests = greedy(random_prompts([3 + i for i in range(8)], seed=4), 40)
+    answers = [
+        build(spec, rough, gpu_config(attn=pair, **settings), max_seq_len=64).answer(requests)
+        for settings in (
+            {"cuda_graph_max_bs": 0, "overlap": False, "cache": "naive"},
+            {"cuda_graph_max_bs": 8, "overlap": False, "cache": "naive"},
+            {"cuda_graph_max_bs": 0, "overlap": True},
+            {"cuda_graph_max_bs": 8, "overlap": True},
+        )
+    ]
+    assert all(answer == answers[0] for answer in answers)
+
+
+def test_padding_a_batch_changes_no_certain_token(record_property: Callable[[str, object], None]) -> None:
+    """Five rows in a graph of eight: another shape of matrix products, so equal only where float32 is certain."""
+    spec, rough, exact = weights("qwen3", "bfloat16")
+    prompts = random_prompts([20 + i for i in range(5)], seed=5)
+    eager = build(spec, rough, gpu_config(cuda_graph_max_bs=0)).answer(greedy(prompts, 48))
+    padded = build(spec, rough, gpu_config()).answer(greedy(prompts, 48))
+    pairs = [(a, b) for one, other in zip(eager, padded, strict=True) for a, b in zip(one, other, strict=True)]
+    record_property("equal tokens, 5 rows eager and in a graph of 8", sum(a == b for a, b in pairs))
+    record_property("tokens", len(pairs))
+    for answers in (eager, padded):
+        assert compare_greedy(spec, exact, prompts, answers, MARGINS["bfloat16"]).wrong == 0
+
+
+def test_a_seed_says_the_same_alone_and_among_others() -> None:
+    prompt = random_prompts([9], seed=6)[0]
+    params = SamplingParams(temperature=1.0, seed=11, max_tokens=24, ignore_eos=True)
+    wanted = Request(id="wanted", prompt=prompt, params=params)
+    others = mixed_requests()[:7]
+    by_itself = full_precision().answer([wanted])[0]
+    assert full_precision().answer([*others, wanted])[-1] == by_itself
+    unlike = Request(id="unlike", prompt=prompt, params=msgspec.structs.replace(params, seed=12))
+    assert full_precision().answer([unlike])[0] != by_itself
+
+
+# Graphs: which there are, and what a replay touches
+
+
+@pytest.mark.parametrize("largest", [1, 3, 8, 13])
+def test_graphs_go_exactly_up_to_the_batch_asked_for(largest: int) -> None:
+    spec, rough, _ = weights("qwen3", "bfloat16")
+    built = build(spec, rough, gpu_config(cuda_graph_max_bs=largest, max_running_requests=16, overlap=False))
+    graphs = built.runner.graphs
+    assert graphs is not None
+    assert graphs.sizes[-1] == largest
+    for rows, replayed in ((largest, True), (largest + 1, False)):
+        built.answer(greedy(random_prompts([4] * rows, seed=7), 3))
+        plan = next(plan for plan in reversed(built.executor.plans) if len(plan.decode_slots) == rows)
+        assert graphs.takes(plan) == replayed
+
+
+def test_graph_batch_zero_captures_nothing() -> None:
+    spec, rough, _ = weights("qwen3", "bfloat16")
+    assert build(spec, rough, gpu_config(cuda_graph_max_bs=0)).runner.graphs is None
+
+
+@pytest.mark.parametrize("pair", ["auto", "triton"])
+def test_a_padded_replay_writes_only_its_rows_next_place_and_scratch(pair: str) -> None:
+    require(pair)
+    spec, rough, _ = weights("qwen3", "bfloat16")
+    built = build(spec, rough, gpu_config(attn=pair, page_size=16, num_pages=64, overlap=False))
+    engine, kv, tables = built.engine, built.runner.kv, built.runner.tables
+    for request in greedy(random_prompts((5, 30, 16, 90, 47), seed=8), 24):
+        engine.add(request)
+    engine.step()  # all prompts
+    for _ in range(20):
+        torch.cuda.synchronize()
+        before, lengths = (kv.k.clone(), kv.v.clone()), tables.length.clone()
+        engine.step()
+        torch.cuda.synchronize()
+        plan = built.executor.plans[-1]
+        assert (len(plan.decode_slots), len(plan.prefill_slots)) == (5, 0)
+        pages = tables.page_table.cpu()[torch.from_numpy(plan.decode_slots).long(), plan.decode_lens // 16]
+        expected = set(zip(pages.tolist(), (plan.decode_lens % 16).tolist(), strict=True))
+        for old, new in zip(before, (kv.k, kv.v), strict=True):
+            places = changed_places(old, new)
+            assert {place for place in places if place[0] != kv.num_pages} == expected
+        grown = (tables.length - lengths).cpu().numpy()
+        assert sorted(np.flatnonzero(grown).tolist()) == sorted(plan.decode_slots.tolist())
+        assert grown.max() == 1
+        assert int(tables.length[-1]) == 0
+
+
+def changed_places(old: Tensor, new: Tensor) -> set[tuple[int, int]]:
+    """(page, offset) wherever any layer's keys or values differ."""
+    differs = (old != new).any(dim=-1).any(dim=-1).any(dim=0)
+    return {(page, offset) for page, offset in differs.nonzero().tolist()}
+
+
+# The host does not wait
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("graphs", [8, 0])
+@pytest.mark.parametrize("pair", ["auto", "fa", "fi", "fa,trtllm", "triton"])
+def test_launching_a_step_waits_for_nothing(pair: str, graphs: int) -> None:
+    require(pair)
+    spec, rough, _ = weights("qwen3", "bfloat16")
+    built = build(spec, rough, gpu_config(attn=pair, cuda_graph_max_bs=graphs, max_prefill_length=100))
+    built.answer(greedy(random_prompts((5, 120, 64, 9, 33, 70), seed=8), 20))  # compiles what is not yet compiled
+    built.executor.strict = True
+    answers = built.answer(greedy(random_prompts((5, 120, 64, 9, 33, 70), seed=9), 20))
+    assert [len(tokens) for tokens in answers] == [20] * 6
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_experts_are_chosen_without_waiting() -> None:
+    spec, rough, _ = weights("qwen3-moe", "bfloat16")
+    built = build(spec, rough, gpu_config())
+    requests = mixed_requests()
+    built.answer(requests)
+    built.executor.strict = True
+    assert all(built.answer(requests))
+
+
+# Memory
+
+
+def test_a_prompt_of_128k_tokens_beside_a_full_cache_is_answered_as_in_float32() -> None:
+    length, said = 2**17, 8
+    spec, rough, exact = weights("qwen3-group5-dim64", "bfloat16")
+    pages = -(-(length + said) // 16)
+    built = build(spec, rough, gpu_config(num_pages=pages), max_seq_len=length + said)
+    built.answer(greedy(random_prompts([8000] * 20, seed=9), 2))
+    assert built.engine.cache.num_cached > 0.9 * pages
+    prompt = random_prompts([length], seed=10)[0]
+    answer = built.answer(greedy([prompt], said))[0]
+    assert len(answer) == said
+    assert sum(len(plan.prefill_tokens) > 0 for plan in built.executor.plans) >= 16 + 20
+    driver = reference_driver(spec, exact, length + said)
+    for start in range(0, length, 8192):
+        driver.step(chunks={0: prompt[start : start + 8192]})
+    first = driver.logits[-1:]
+    driver.step(chunks={0: answer[:-1]})
+    assert agreement(torch.cat([first, driver.logits]), answer, MARGINS["bfloat16"]).wrong == 0
+
+
+def test_a_prompt_of_128k_tokens_fits_beside_what_is_measured_for_a_real_shape() -> None:
+    """Qwen3-0.6B in default settings: the pages that --memory-ratio leaves, and no memory runs out."""
+    folder = MODELS / "Qwen3-0.6B"
+    spec, limit = read_spec(folder), 2**17 + 16
+    config = gpu_config(dummy_weight=True, num_pages=None, cuda_graph_max_bs=4, max_running_requests=256)
+    executor = build_local_executor(config, folder, spec, limit)
+    try:
+        assert executor.num_pages * config.page_size > 2**19
+        model = ModelInfo(name="qwen", vocab_size=spec.vocab_size, max_seq_len=limit, eos_token_ids=(0,))
+        engine = Engine(executor, model, config)
+        params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+        engine.add(Request(id="long", prompt=[7, 11, 13, 17] * 2**15, params=params))
+        events = []
+        while engine.has_work:
+            events += engine.step()
+        assert sum(len(event.tokens) for event in events) == 8
+        assert events[-1].finish is FinishReason.LENGTH
+    finally:
+        executor.close()
+
+
+def local(config: Config, spec: ModelSpec = SPEC) -> int:
+    """Pages of an executor with made-up weights."""
+    executor = build_local_executor(config.replace(dummy_weight=True), Path(), spec, 512)
+    executor.close()
+    return executor.num_pages
+
+
+def test_pages_are_as_many_as_asked_for_or_as_fit() -> None:
+    torch.cuda.empty_cache()
+    assert local(gpu_config(num_pages=77)) == 77
+    free = torch.cuda.mem_get_info(DEVICE)[0]
+    page = 2 * SPEC.num_layers * 16 * SPEC.num_kv_heads * SPEC.head_dim * 2
+    pages = local(gpu_config(num_pages=None, memory_ratio=0.05, cuda_graph_max_bs=0))
+    assert 0.04 * free < pages * page < 0.05 * free
+
+
+def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
+    torch.cuda.empty_cache()
+    with pytest.raises(
+        ConfigError, match=r"--num-pages 100000000 needs \d+\.\d+ GiB: \d+\.\d+ GiB of memory were free"
+    ):
+        local(gpu_config(num_pages=10**8))
+    with pytest.raises(
+        ConfigError, match=r"no KV page fits: .* GiB .* \(--memory-ratio\), and weights and activations"
+    ):
+        local(gpu_config(num_pages=None, memory_ratio=1e-5))
+
+
+def test_weights_that_do_not_fit_are_refused_with_the_numbers() -> None:
+    """The largest model in the repository, thrice as deep."""
+    spec = read_spec(MODELS / "Qwen3-32B")
+    deep = dataclasses.replace(spec, num_layers=3 * spec.num_layers, windows=spec.windows * 3)
+    refusal = ""
+    try:
+        local(gpu_config(num_pages=None), deep)
+    except ConfigError as error:
+        refusal = str(error)
+    except torch.OutOfMemoryError:  # held by a traceback, the weights would take the next test's memory
+        refusal = "out of memory"
+    assert re.search(r"\d+\.\d+ GiB", refusal), refusal

@@ -1,0 +1,239 @@
+"""Random models on the card: engines over them, the plain float32 reference, and what the two must agree on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from helpers.driver import Driver, RecordingDecoder
+from minisgl.config import Config
+from minisgl.engine.engine import Engine
+from minisgl.engine.local import TORCH_DTYPES, LocalExecutor, attention_shape
+from minisgl.engine.plan import StepPlan, StepResult
+from minisgl.engine.runner import Runner
+from minisgl.engine.table import State
+from minisgl.models.rope import Rope
+from minisgl.models.spec import ModelSpec
+from minisgl.models.weights import Weights, dummy_weights
+from minisgl.ops.attention.select import make_attention
+from minisgl.ops.operations import operations_for
+from minisgl.types import ModelInfo, Request, SamplingParams
+
+DEVICE = torch.device("cuda")
+EOS = 5
+SPEC = ModelSpec(
+    architecture="Qwen3ForCausalLM",
+    vocab_size=1024,
+    hidden_size=256,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=128,
+    intermediate_size=512,
+    rms_eps=1e-6,
+    tie_embeddings=False,
+    qkv_bias=False,
+    o_bias=False,
+    mlp_bias=False,
+    qk_norm=True,
+    rope=Rope(kind="default", theta=1e6),
+    windows=(0, 0),
+    moe=None,
+    max_position=2**18,
+    eos_token_ids=(EOS,),
+    checkpoint_dtype="bfloat16",
+)
+"""Qwen3 in small: two query heads on a KV head."""
+
+
+def random_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device = DEVICE) -> Weights:
+    """Noise in every tensor; norms are not all 1, and biases matter."""
+    weights = dummy_weights(spec, dtype, device)
+    generator = torch.Generator(device).manual_seed(1)
+    for layer in weights.layers:
+        for name, value in vars(layer).items():
+            if value is not None and name.endswith("norm"):
+                value.normal_(1.0, 0.2, generator=generator)
+            elif value is not None and name.endswith("bias"):
+                value.mul_(10)
+    weights.norm.normal_(1.0, 0.2, generator=generator)
+    return weights
+
+
+def to_float32(weights: Weights) -> Weights:
+    """The same values in full precision."""
+    layers = []
+    for layer in weights.layers:
+        wide = dataclasses.replace(layer)
+        for name, value in vars(layer).items():
+            if value is not None:
+                setattr(wide, name, value.float())
+        layers.append(wide)
+    embedding = weights.embedding.float()
+    head = embedding if weights.head is weights.embedding else weights.head.float()
+    return Weights(embedding, layers, weights.norm.float(), head)
+
+
+def gpu_config(**settings: object) -> Config:
+    """A resolved configuration for the card."""
+    base = Config(
+        device="cuda", dtype="bfloat16", attn="auto", cuda_graph_max_bs=8, max_running_requests=8,
+        max_prefill_length=8192, memory_ratio=0.9, num_pages=512,
+    )  # fmt: skip
+    return base.replace(**settings)
+
+
+class Watched:
+    """An executor that notes its plans; while `strict`, a launch that waits for the device is an error."""
+
+    def __init__(self, inner: LocalExecutor) -> None:
+        self.inner = inner
+        self.plans: list[StepPlan] = []
+        self.strict = False
+
+    @property
+    def num_pages(self) -> int:
+        return self.inner.num_pages
+
+    def launch(self, plan: StepPlan) -> None:
+        self.plans.append(plan)
+        if not self.strict:
+            self.inner.launch(plan)
+            return
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            self.inner.launch(plan)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def collect(self) -> StepResult:
+        return self.inner.collect()
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+@dataclass(frozen=True)
+class Built:
+    """An engine and what is under it."""
+
+    engine: Engine
+    executor: Watched
+
+    @property
+    def runner(self) -> Runner:
+        return self.executor.inner.runner
+
+    def answer(self, requests: Iterable[Request], retractions: int = 0) -> list[list[int]]:
+        """Every request's tokens, all added at once; every fifth step one is retracted, up to `retractions` times."""
+        engine, tokens = self.engine, {}
+        for request in requests:
+            tokens[request.id] = list[int]()
+            engine.add(request)
+        while engine.has_work:
+            for event in engine.step():
+                tokens[event.id] += event.tokens
+            going = np.isin(engine.table.state, (State.PREFILL, State.DECODE)).any()
+            if going and engine.scheduler.retracted < retractions and engine.scheduler.step % 5 == 4:
+                engine.scheduler.retract_youngest()
+        engine.cache.check()
+        assert engine.cache.num_owned == 0
+        return list(tokens.values())
+
+
+def build(spec: ModelSpec, weights: Weights, config: Config, max_seq_len: int = 512) -> Built:
+    """An engine on the card over weights that lie there."""
+    executor = Watched(LocalExecutor(spec, weights, config, max_seq_len))
+    fits = min(max_seq_len, executor.num_pages * config.page_size)
+    model = ModelInfo(name="small", vocab_size=spec.vocab_size, max_seq_len=fits, eos_token_ids=spec.eos_token_ids)
+    return Built(Engine(executor, model, config), executor)
+
+
+def greedy(prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Request]:
+    """Greedy requests of one length of answer."""
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+    return [Request(id=str(i), prompt=list(prompt), params=params) for i, prompt in enumerate(prompts)]
+
+
+def random_prompts(lengths: Iterable[int], seed: int = 0) -> list[list[int]]:
+    """Prompts of these lengths for SPEC's vocabulary."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, SPEC.vocab_size, length).tolist() for length in lengths]
+
+
+def reference_driver(spec: ModelSpec, exact: Weights, tokens: int, rows: int = 1) -> Driver:
+    """Plain torch operations in float32 on the card, with room for so many tokens in all."""
+    pages = -(-tokens // 16) + rows
+    return Driver(spec, exact, rows=rows, page_size=16, num_pages=pages, max_seq_len=tokens, device=DEVICE)
+
+
+def reference_logits(spec: ModelSpec, exact: Weights, tokens: Sequence[int]) -> Tensor:
+    """float32 logits (T, V) of a whole sequence."""
+    driver = reference_driver(spec, exact, len(tokens))
+    driver.step(chunks={0: tokens})
+    return driver.logits
+
+
+def fused_driver(spec: ModelSpec, weights: Weights, config: Config, max_seq_len: int) -> Driver:
+    """A driver that records the logits of the fused operations and the attention backends of `config`."""
+    dtype, rows, num_pages = TORCH_DTYPES[config.dtype], config.max_running_requests, config.num_pages
+    assert rows is not None
+    assert num_pages is not None
+    driver = Driver(
+        spec, weights, rows=rows, page_size=config.page_size, num_pages=num_pages, max_seq_len=max_seq_len,
+        dtype=dtype, device=DEVICE,
+    )  # fmt: skip
+    attention, _ = make_attention(config.attn, attention_shape(spec, config), DEVICE)
+    ops = operations_for(DEVICE, spec.hidden_size)
+    driver.decoder = RecordingDecoder(spec, weights, attention, max_seq_len, ops)
+    driver.runner = Runner(driver.decoder, driver.runner.kv, rows, max_seq_len, DEVICE)
+    return driver
+
+
+def graph_driver(spec: ModelSpec, weights: Weights, config: Config, max_seq_len: int) -> Driver:
+    """A driver over the engine's own runner, graphs and all; it records no logits."""
+    driver = fused_driver(spec, weights, config, max_seq_len)
+    driver.runner = LocalExecutor(spec, weights, config, max_seq_len).runner
+    return driver
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How an answer fared against float32: tokens, those that are certain, those of them that differ.
+
+    `largest` is the most by which float32 preferred its own token wherever another was said.
+    """
+
+    tokens: int
+    sure: int
+    wrong: int
+    largest: float
+
+    def __add__(self, other: Agreement) -> Agreement:
+        tokens, sure, wrong = self.tokens + other.tokens, self.sure + other.sure, self.wrong + other.wrong
+        return Agreement(tokens, sure, wrong, max(self.largest, other.largest))
+
+
+def agreement(logits: Tensor, answer: Sequence[int], margin: float) -> Agreement:
+    """Compare tokens with the best of float32 logits (n, V): certain where that leads the second by over `margin`."""
+    best = logits.topk(2, dim=-1)
+    lead = best.values[:, 0] - best.values[:, 1]
+    differs = best.indices[:, 0] != torch.tensor(answer, device=logits.device)
+    largest = float(lead[differs].max()) if differs.any() else 0.0
+    return Agreement(len(answer), int((lead > margin).sum()), int((differs & (lead > margin)).sum()), largest)
+
+
+def compare_greedy(
+    spec: ModelSpec, exact: Weights, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], margin: float
+) -> Agreement:
+    """The agreement of all answers with the reference, each judged along its own tokens."""
+    total = Agreement(0, 0, 0, 0.0)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        logits = reference_logits(spec, exact, [*prompt, *answer[:-1]])
+        total += agreement(logits[len(prompt) - 1 :], answer, margin)
+    return total
