@@ -35,10 +35,11 @@ def graph_sizes(largest: int) -> list[int]:
 
 @dataclass(frozen=True)
 class CapturedStep:
-    """A graph for B rows, what it reads and what it leaves."""
+    """A graph for B rows, and the tensors it reads and leaves: it knows their addresses only, so they live as long."""
 
     graph: torch.cuda.CUDAGraph
     changes: Tensor  # int32 (3, B), on the device
+    inputs: StepInputs
     tokens: Tensor  # int32 (B,)
     attention: GraphDecode
 
@@ -111,7 +112,7 @@ class DecodeGraphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
             tokens = self._step(changes, inputs, attention)
-        return CapturedStep(graph, changes, tokens, attention)
+        return CapturedStep(graph, changes, inputs, tokens, attention)
 
     def _step(self, changes: Tensor, inputs: StepInputs, attention: GraphDecode) -> Tensor:
         gather_rows(changes, self.tables, inputs, self.kv.page_size)

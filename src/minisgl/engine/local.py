@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from minisgl.config import Config
-from minisgl.engine.memory import available_memory, measure_pages
+from minisgl.engine.memory import available_memory, measure_pages, require_weights_fit
 from minisgl.engine.plan import StepPlan, StepResult
 from minisgl.engine.runner import Runner
 from minisgl.models.decoder import Decoder, pack_weights
@@ -118,6 +118,7 @@ def build_local_executor(
     """
     device, dtype = torch.device(config.device), TORCH_DTYPES[config.dtype]
     before = available_memory(device)
+    require_weights_fit(spec, dtype, device)
     if config.dummy_weight:
         weights = dummy_weights(spec, dtype, device)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from minisgl.engine.plan import RowInit, StepPlan
 from minisgl.engine.runner import Runner
 from minisgl.errors import ConfigError
 from minisgl.models.decoder import Decoder
+from minisgl.models.parameters import parameters
+from minisgl.models.spec import ModelSpec
 from minisgl.ops.kv import allocate_kv, page_bytes
 from minisgl.types import MAX_STOP_TOKEN_IDS
 
@@ -41,6 +44,17 @@ def group_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
     if not limit.exists() or not current.exists() or (most := limit.read_text().strip()) == "max":
         return 2**63 - 1
     return max(0, int(most) - int(current.read_text()))
+
+
+def require_weights_fit(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise ConfigError with the numbers when the weights alone need more than a GPU has free."""
+    needed = sum(math.prod(parameter.shape) for parameter in parameters(spec)) * dtype.itemsize
+    if device.type == "cuda" and needed > (free := available_memory(device)):
+        name = str(dtype).removeprefix("torch.")
+        raise ConfigError(
+            f"the model does not fit: its weights take {needed / GIB:.2f} GiB in {name}, and {free / GIB:.2f} GiB of "
+            "memory are free"
+        )
 
 
 def measure_pages(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_len: int, before: int) -> int:
