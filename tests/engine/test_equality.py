@@ -13,39 +13,17 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.models import tiny_spec
 from minisgl.config import Config
 from minisgl.engine.engine import Engine
 from minisgl.engine.local import LocalExecutor
 from minisgl.engine.table import State
-from minisgl.models.rope import Rope
-from minisgl.models.spec import ModelSpec
 from minisgl.models.weights import Weights, dummy_weights
 from minisgl.types import ModelInfo, Request, SamplingParams
 
 MAX_SEQ_LEN = 128
 REQUESTS = 64
-SPEC = ModelSpec(
-    architecture="Qwen3ForCausalLM",
-    vocab_size=211,
-    hidden_size=32,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    intermediate_size=48,
-    rms_eps=1e-6,
-    tie_embeddings=False,
-    qkv_bias=False,
-    o_bias=False,
-    mlp_bias=False,
-    qk_norm=True,
-    rope=Rope(kind="default", theta=10000.0),
-    windows=(0, 24),
-    moe=None,
-    max_position=MAX_SEQ_LEN,
-    eos_token_ids=(5,),
-    checkpoint_dtype="float32",
-)
+SPEC = tiny_spec(windows=(0, 24))
 
 
 @functools.cache

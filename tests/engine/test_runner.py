@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from helpers.driver import CPU, Driver, row_init
+from helpers.models import tiny_spec
 from minisgl.config import Config
 from minisgl.engine import memory
 from minisgl.engine.local import LocalExecutor, build_local_executor
@@ -16,33 +17,12 @@ from minisgl.engine.plan import StepPlan
 from minisgl.engine.upload import upload
 from minisgl.errors import ConfigError
 from minisgl.models.decoder import Decoder
-from minisgl.models.rope import Rope
-from minisgl.models.spec import ModelSpec
 from minisgl.models.weights import dummy_weights
 from minisgl.ops.attention.base import Attention
 from minisgl.ops.attention.torch_backend import TorchAttention
 
-SPEC = ModelSpec(
-    architecture="LlamaForCausalLM",
-    vocab_size=97,
-    hidden_size=32,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    intermediate_size=48,
-    rms_eps=1e-6,
-    tie_embeddings=False,
-    qkv_bias=False,
-    o_bias=False,
-    mlp_bias=False,
-    qk_norm=False,
-    rope=Rope(kind="default", theta=10000.0),
-    windows=(0, 0),
-    moe=None,
-    max_position=64,
-    eos_token_ids=(0,),
-    checkpoint_dtype="float32",
+SPEC = tiny_spec(
+    architecture="LlamaForCausalLM", vocab_size=97, head_dim=8, qk_norm=False, max_position=64, eos_token_ids=(0,)
 )
 PAGE_BYTES = 2 * SPEC.num_layers * 16 * SPEC.num_kv_heads * SPEC.head_dim * 4
 

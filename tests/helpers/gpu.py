@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from helpers.driver import Driver, RecordingDecoder
+from helpers.models import tiny_spec
 from minisgl.config import Config
 from minisgl.engine.engine import Engine
 from minisgl.engine.local import TORCH_DTYPES, LocalExecutor, attention_shape
@@ -26,24 +27,12 @@ from minisgl.types import ModelInfo, Request, SamplingParams
 
 DEVICE = torch.device("cuda")
 EOS = 5
-SPEC = ModelSpec(
-    architecture="Qwen3ForCausalLM",
+SPEC = tiny_spec(
     vocab_size=1024,
     hidden_size=256,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
     head_dim=128,
     intermediate_size=512,
-    rms_eps=1e-6,
-    tie_embeddings=False,
-    qkv_bias=False,
-    o_bias=False,
-    mlp_bias=False,
-    qk_norm=True,
     rope=Rope(kind="default", theta=1e6),
-    windows=(0, 0),
-    moe=None,
     max_position=2**18,
     eos_token_ids=(EOS,),
     checkpoint_dtype="bfloat16",

@@ -125,6 +125,15 @@ def test_tokens_as_probable_as_the_last_kept_are_kept(filters: dict[str, Any], d
     assert len(set(tokens.tolist())) > 4
 
 
+@pytest.mark.parametrize("filters", [{"top_k": 2}, {"top_p": 0.7}], ids=str)
+def test_the_last_token_kept_is_kept_below_zero_too(
+    filters: dict[str, Any], dtype: torch.dtype, device: torch.device
+) -> None:
+    logits = torch.tensor([-1.0, -1.125, -3.0], device=device).to(dtype).repeat(16, 1)
+    tokens = check(logits, table(16, device, **filters))
+    assert set(tokens.tolist()) == {0, 1}
+
+
 def test_of_equal_logits_greedy_takes_the_lowest_id(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     monkeypatch.setattr(sampling, "SPLIT", 64)
     logits = torch.zeros(2, 300, device=device)
