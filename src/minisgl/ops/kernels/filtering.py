@@ -35,9 +35,9 @@ def float_key(x: tl.tensor, SHIFT: tl.constexpr) -> tl.tensor:
 
 @jit
 def key_float(key: tl.tensor, SHIFT: tl.constexpr) -> tl.tensor:
-    """The float32 of a key."""
+    """The float32 of a key, its SHIFT low bits zero, below zero too."""
     bits = key << SHIFT
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return (bits ^ ((bits >> 31) & ((0x7FFFFFFF >> SHIFT) << SHIFT))).to(tl.float32, bitcast=True)
 
 
 @jit
