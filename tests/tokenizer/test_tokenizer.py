@@ -8,8 +8,8 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from helpers.tiny_tokenizers import byte_level_json, write_tokenizer
-from minisgl.config import cache_folder
 from minisgl.errors import InvalidRequestError, ModelError
+from minisgl.models.locate import locate_model
 from minisgl.tokenizer.tokenizer import Tokenizer
 from minisgl.types import SamplingParams
 
@@ -201,12 +201,8 @@ def test_without_tokenizer_json_the_folder_is_converted(tmp_path: Path) -> None:
     assert tokenizer.vocab_size >= len(model["vocab"])
 
 
-BUNDLED = sorted(Path(cache_folder()).glob("**/tokenizer.json"))
-
-
-@pytest.mark.skipif(not BUNDLED, reason="no converted model in the cache folder")
 def test_the_bundled_tokenizer_streams_what_it_decodes() -> None:
-    tokenizer = Tokenizer.load(BUNDLED[0].parent)
+    tokenizer = Tokenizer.load(locate_model(None))
     ids = tokenizer.encode("Größe 123 世界 😀👩‍👩‍👧  two  spaces\n\tdef f(): pass")
     stream = tokenizer.stream(SamplingParams())
     assert "".join(stream.push([token]) for token in ids) + stream.finish() == tokenizer.decode(ids)
