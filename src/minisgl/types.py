@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import msgspec
 
@@ -16,6 +17,10 @@ from minisgl.errors import ContextLengthError, InvalidRequestError
 
 MAX_STOP_TOKEN_IDS = 32
 """Stop ids a request may hold, EOS ids included; the width of the device table that masks them."""
+MAX_LOGPROBS = 20
+"""Most probable tokens whose log-probabilities a request may ask for at each position."""
+MAX_LOGIT_BIAS = 1024
+"""Tokens a request may bias."""
 
 
 class FinishReason(enum.StrEnum):
@@ -27,6 +32,16 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"
 
 
+class Grammar(msgspec.Struct, frozen=True, kw_only=True):
+    """What an answer's text must be. `source` is a JSON schema, a regular expression, a JSON list of texts, or Lark.
+
+    `json_object` is any JSON object, and its source is empty.
+    """
+
+    kind: Literal["json_object", "json_schema", "regex", "choice", "lark"]
+    source: str = ""
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How to choose the tokens of one request, and when to end it.
 
@@ -34,6 +49,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     request is accepted. `max_tokens` None means "up to the model's limit". `stop` is matched on text and
     cut from it; `stop_token_ids` end the request beside the model's EOS ids; neither acts before
     `min_tokens` tokens were generated.
+
+    Logits are changed in this order, before temperature and filters: `repetition_penalty` (of tokens in the prompt or
+    the answer, Keskar et al. 2019: a positive logit is divided by it, a negative one multiplied), `frequency_penalty`
+    times a token's count in the answer and `presence_penalty` once for it, both subtracted (OpenAI), `logit_bias`
+    added; then what `grammar` forbids is masked. `logprobs` asks for the log-probability of each token generated and
+    of that many most probable ones, by the model's own logits; `prompt_logprobs` for the same of the prompt.
     """
 
     temperature: float = 1.0
@@ -47,6 +68,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
 
     def validate(self) -> SamplingParams:
         """Return self; raise InvalidRequestError naming the first parameter that is out of range."""
@@ -65,22 +93,46 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         check(self.max_tokens is None or self.min_tokens <= self.max_tokens, "min_tokens", "at most max_tokens")
         check(all(self.stop), "stop", "made of non-empty strings")
         check(all(0 <= t < 2**31 for t in self.stop_token_ids), "stop_token_ids", "made of token ids")
+        check(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "between -2 and 2")
+        check(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "between -2 and 2")
+        check(0.0 < self.repetition_penalty <= 100.0, "repetition_penalty", "above 0, at most 100")
+        check(len(self.logit_bias) <= MAX_LOGIT_BIAS, "logit_bias", f"of at most {MAX_LOGIT_BIAS} tokens")
+        check(all(0 <= t < 2**31 for t in self.logit_bias), "logit_bias", "a map from token ids")
+        check(all(-100.0 <= b <= 100.0 for b in self.logit_bias.values()), "logit_bias", "between -100 and 100 each")
+        for name in ("logprobs", "prompt_logprobs"):
+            asked = getattr(self, name)
+            check(asked is None or 0 <= asked <= MAX_LOGPROBS, name, f"between 0 and {MAX_LOGPROBS}")
         return self
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """A tokenised request as the engine takes it. `prompt` holds token ids; `id` is unique among live requests."""
+    """A tokenised request as the engine takes it. `prompt` holds token ids; `id` is unique among live requests.
+
+    Of waiting requests those with the lowest `priority` are admitted first, and of running ones those with the highest
+    retracted first; arrival decides between equals.
+    """
 
     id: str
     prompt: list[int]
     params: SamplingParams
+    priority: int = 0
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """The natural log-probability of a token, and the most probable ones at its position, highest first."""
+
+    logprob: float
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
 
 
 class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     """What one step did for one request: new tokens, and in the last event of the request why it ended.
 
     Every accepted request ends with exactly one event whose `finish` is set; no event follows it.
-    `cached_tokens` counts the prompt tokens whose KV came from the prefix cache.
+    `cached_tokens` counts the prompt tokens whose KV came from the prefix cache. Where a request asked for them,
+    `logprobs` has an entry for each of `tokens`, and the first event with tokens has one for each prompt token in
+    `prompt_logprobs`, None for the first, which nothing precedes.
     """
 
     id: str
@@ -88,6 +140,8 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     finish: FinishReason | None = None
     cached_tokens: int = 0
     error: str | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,6 +164,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
         if len(set(params.stop_token_ids) | set(self.eos_token_ids)) > MAX_STOP_TOKEN_IDS:
             allowed = MAX_STOP_TOKEN_IDS - len(self.eos_token_ids)
             raise InvalidRequestError(f"at most {allowed} stop_token_ids are allowed", param="stop_token_ids")
+        if any(token >= self.vocab_size for token in params.logit_bias):
+            raise InvalidRequestError(f"logit_bias must be of tokens below {self.vocab_size}", param="logit_bias")
         limit = f"this model's maximum context length is {self.max_seq_len} tokens"
         if len(prompt) >= self.max_seq_len:
             raise ContextLengthError(f"{limit}, but the prompt has {len(prompt)} and leaves no room", param="prompt")
@@ -121,15 +177,17 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
-    """A snapshot of the engine's counts; pages are KV pages."""
+    """A snapshot of the engine's counts; pages are KV pages, `waiting_tokens` those of waiting prompts."""
 
     running: int = 0
     waiting: int = 0
+    waiting_tokens: int = 0
     pages_total: int = 0
     pages_free: int = 0
     pages_cached: int = 0
     steps: int = 0
     retracted: int = 0
+    aborted: int = 0
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     generated_tokens: int = 0
