@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from helpers.attention import Case, random_case
+from minisgl.ops.attention.base import Projection
 from minisgl.ops.attention.torch_backend import TorchAttention
 from minisgl.ops.attention.triton_backend import TritonAttention
-from minisgl.ops.kernels.attention import decode_attention, decode_splits, flatten_pages
+from minisgl.ops.kernels.attention import flatten_pages
+from minisgl.ops.kernels.decode import Cut, Decode, Workspaces
+from minisgl.ops.reference import rope_store_kv
 
 pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -90,22 +93,68 @@ def test_graph_decode_follows_lengths_and_pages_written_later() -> None:
     torch.testing.assert_close(graph.attention.run(case.q, 0, 0), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 16, 64])
-def test_splits_do_not_change_the_answer(splits: int) -> None:
-    case = random_case((1, 64, 65, 300, 1300), None, 1, 2, 16, 16, torch.float32, DEVICE)
+def decode(case: Case, cut: Cut, processors: int = 8) -> Decode:
     table = case.rows.page_table[torch.from_numpy(case.rows.slots.astype(np.int64))]
     lens = torch.from_numpy(case.rows.kv_lens).to(DEVICE)
-    out = decode_attention(case.q, case.kv.k[0], case.kv.v[0], table, lens, window=0, splits=splits)
+    return Decode(table, lens, case.kv, Workspaces(DEVICE), processors, cut)
+
+
+@pytest.mark.parametrize("tile", [16, 64])
+@pytest.mark.parametrize("programs", [0, 1, 2, 3, 7, 30, 200])
+def test_where_the_line_of_tiles_is_cut_does_not_change_the_answer(programs: int, tile: int) -> None:
+    case = random_case((1, 64, 65, 300, 2, 700), None, 1, 2, 16, 16, torch.float32, DEVICE)
     expected = TorchAttention().plan_decode(case.rows, case.kv).run(case.q, 0, 0)
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    plan = decode(case, Cut(tile, 4, 2, programs), processors=1)
+    for _ in range(2):  # the second launch finds the counters as the first one did
+        torch.testing.assert_close(plan.run(case.q, 0, 0), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_splits_fill_the_card_for_few_rows_and_vanish_for_many() -> None:
-    assert decode_splits(1, 8, 40960, 132) == 32
-    assert decode_splits(1, 2, 40960, 132) == 64
-    assert decode_splits(1, 8, 600, 132) == 16
-    assert decode_splits(8, 8, 40960, 132) == 8
-    assert decode_splits(256, 8, 40960, 132) == 1
+def test_layers_with_and_without_a_window_alternate() -> None:
+    case = random_case((40, 3, 150), None, 2, 2, 16, 16, torch.float32, DEVICE)
+    plan, reference = decode(case, Cut(16, 4, 2, 3)), TorchAttention().plan_decode(case.rows, case.kv)
+    for layer, window in ((0, 0), (1, 33), (0, 33), (1, 0)):
+        expected = reference.run(case.q, layer, window)
+        torch.testing.assert_close(plan.run(case.q, layer, window), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("programs", [0, 3])
+@pytest.mark.parametrize(
+    ("page_size", "group", "head_dim", "dtype", "lens", "window", "norm"),
+    [
+        (16, 2, 128, torch.float16, (300, 16, 17, 1), 0, True),
+        (1, 5, 64, torch.float32, (1, 2, 65, 130), 0, True),
+        (64, 1, 80, torch.float32, (64, 129, 65), 0, False),
+        (16, 8, 64, torch.float32, (300, 100, 5), 70, True),
+        (3, 2, 16, torch.float32, (31, 4, 1), 1, False),
+    ],
+)
+def test_decode_from_the_qkv_product_equals_rope_store_and_attention(
+    page_size: int,
+    group: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    lens: tuple[int, ...],
+    window: int,
+    norm: bool,
+    programs: int,
+) -> None:
+    case = random_case(lens, None, 2, group, head_dim, page_size, dtype, DEVICE)
+    plan, layer = decode(case, Cut(16, 4, 2, programs)), 1
+    positions = plan.kv_lens - 1
+    pages = plan.page_table.gather(1, (positions // page_size).long().unsqueeze(1)).squeeze(1).long()
+    locations = pages * page_size + positions % page_size
+    qkv = torch.randn(len(lens), (2 * group + 4) * head_dim, device=DEVICE).to(dtype)
+    q_norm, k_norm = (torch.randn(head_dim, device=DEVICE).to(dtype) if norm else None for _ in range(2))
+    cos_sin = torch.randn(320, head_dim, device=DEVICE)
+    k, v = case.kv.k[layer].clone(), case.kv.v[layer].clone()
+    projection = Projection(q_norm=q_norm, k_norm=k_norm, eps=1e-6, cos_sin=cos_sin)
+    plan.begin(2 * group, [0, window])
+    out = plan.project(qkv, projection, layer, window)
+    q = rope_store_kv(qkv, q_norm, k_norm, 1e-6, cos_sin, positions, locations, k, v)
+    torch.testing.assert_close(case.kv.k[layer], k, equal_nan=True)
+    torch.testing.assert_close(case.kv.v[layer], v, equal_nan=True, rtol=0, atol=0)
+    expected = TorchAttention().plan_decode(case.rows, case.kv).run(q, layer, window)
+    assert torch.linalg.vector_norm(out - expected) <= TOLERANCE[dtype] * torch.linalg.vector_norm(expected)
 
 
 def test_flattened_pages_name_each_row_in_turn() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from minisgl.models.rotary import rope_table
 from minisgl.models.spec import ModelSpec
 from minisgl.models.weights import LayerWeights, Weights
-from minisgl.ops.attention.base import Attention, PlannedAttention
+from minisgl.ops.attention.base import Attention, PlannedAttention, ProjectingAttention, Projection
 from minisgl.ops.kv import KVCache
 from minisgl.ops.linear import linear, pack
 from minisgl.ops.operations import PLAIN, Operations
@@ -46,6 +46,8 @@ class Decoder:
         step fills.
         """
         ops, eps = self.ops, self.spec.rms_eps
+        if isinstance(attention, ProjectingAttention):
+            attention.begin(self.spec.num_heads, self.spec.windows)
         residual = self.weights.embedding.index_select(0, batch.ids)
         x: Tensor | None = None
         for index, layer in enumerate(self.weights.layers):
@@ -75,8 +77,13 @@ class Decoder:
         kv: KVCache,
     ) -> Tensor:
         spec = self.spec
+        qkv = self.ops.linear(x, layer.qkv, layer.qkv_bias)
+        if isinstance(attention, ProjectingAttention):
+            projection = Projection(q_norm=layer.q_norm, k_norm=layer.k_norm, eps=spec.rms_eps, cos_sin=self.rope)
+            out = attention.project(qkv, projection, index, spec.windows[index])
+            return self.ops.project(out.reshape(len(x), spec.num_heads * spec.head_dim), layer.o, layer.o_bias)
         q = self.ops.rope_store_kv(
-            self.ops.linear(x, layer.qkv, layer.qkv_bias),
+            qkv,
             layer.q_norm,
             layer.k_norm,
             spec.rms_eps,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -51,6 +52,27 @@ class PlannedAttention(Protocol):
         Query head h reads KV head h // (H / K); scores are scaled by hd ** -0.5. With a window w > 0 a token sees
         itself and the w - 1 before it. The new tokens' keys and values are in the cache already.
         """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projection:
+    """What makes rotated queries and keys of a layer's QKV product: the arguments of `rope_store_kv` of these names."""
+
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    eps: float
+    cos_sin: Tensor | None
+
+
+@runtime_checkable
+class ProjectingAttention(PlannedAttention, Protocol):
+    """Attention of decode rows that does the work of `rope_store_kv` too."""
+
+    def begin(self, heads: int, windows: Sequence[int]) -> None:
+        """Prepare a step of layers with so many query heads and these windows, before anything else of the step."""
+
+    def project(self, qkv: Tensor, projection: Projection, layer: int, window: int) -> Tensor:
+        """`run` of what `rope_store_kv` makes of qkv (B, (H + 2K) * hd), with each row's last token its new one."""
 
 
 class AttentionBackend(Protocol):

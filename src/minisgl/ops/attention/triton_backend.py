@@ -22,45 +22,31 @@ class TritonAttention:
 
     def __init__(self, device: torch.device) -> None:
         try:
-            from minisgl.ops.kernels import attention
+            from minisgl.ops.kernels import attention, decode
         except ImportError as error:
             raise ConfigError(f"the attention backend triton needs the package triton: {error}") from error
         self.kernels: ModuleType = attention
+        self.decode: ModuleType = decode
+        self.workspaces = decode.Workspaces(device)
         # The interpreter has no processors; a few make it split rows as a card would.
         self.processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
     def plan_decode(self, rows: Rows, kv: KVCache) -> PlannedAttention:
         """Fetch the rows' pages and lengths."""
         there = to_device(rows, kv.page_size)
-        return self._decode(there.page_table, there.kv_lens, kv, there.max_kv_len)
+        return self._decode(there.page_table, there.kv_lens, kv)
 
     def plan_prefill(self, rows: Rows, kv: KVCache) -> PlannedAttention:
         """Fetch the chunks' pages and lengths."""
         return _Prefill(self.kernels, to_device(rows, kv.page_size), kv)
 
     def graph_decode(self, page_table: Tensor, kv_lens: Tensor, kv: KVCache, max_seq_len: int) -> GraphDecode:
-        """Decode whose launch depends on the batch and the longest length possible."""
-        return StaticDecode(self._decode(page_table, kv_lens, kv, max_seq_len))
+        """Decode whose launch depends on the batch alone."""
+        return StaticDecode(self._decode(page_table, kv_lens, kv))
 
-    def _decode(self, page_table: Tensor, kv_lens: Tensor, kv: KVCache, max_kv_len: int) -> PlannedAttention:
-        splits = self.kernels.decode_splits(len(kv_lens), kv.k.shape[3], max_kv_len, self.processors)
-        return _Decode(self.kernels, page_table, kv_lens, kv, splits)
-
-
-@dataclass(frozen=True)
-class _Decode:
-    kernels: ModuleType
-    page_table: Tensor
-    kv_lens: Tensor
-    kv: KVCache
-    splits: int
-
-    def run(self, q: Tensor, layer: int, window: int) -> Tensor:
-        k, v = self.kv.k[layer], self.kv.v[layer]
-        out: Tensor = self.kernels.decode_attention(
-            q, k, v, self.page_table, self.kv_lens, window=window, splits=self.splits
-        )
-        return out
+    def _decode(self, page_table: Tensor, kv_lens: Tensor, kv: KVCache) -> PlannedAttention:
+        decode: PlannedAttention = self.decode.Decode(page_table, kv_lens, kv, self.workspaces, self.processors)
+        return decode
 
 
 @dataclass(frozen=True)

@@ -23,23 +23,35 @@ def row_keys(seed: tl.tensor, position: tl.tensor) -> tl.tensor:
 
 
 @jit
-def _finalise(bits: tl.tensor) -> tl.tensor:
-    bits = (bits ^ (bits >> 16)) * 0x85EBCA6B
-    bits = (bits ^ (bits >> 13)) * 0xC2B2AE35
-    return bits ^ (bits >> 16)
+def _multiplied(bits: tl.tensor) -> tl.tensor:
+    bits = bits * 0x85EBCA6B
+    return (bits ^ (bits >> 13)) * 0xC2B2AE35
 
 
 @jit
 def token_hash(keys: tl.tensor, tokens: tl.tensor) -> tl.tensor:
-    """32 bits for each of int32 token ids, under a row's keys (MurmurHash3's finaliser, twice) -> uint32."""
+    """32 bits for each of int32 token ids, under a row's keys (MurmurHash3's finaliser, twice) -> uint32.
+
+    x ^ (x >> 16) is linear and its own inverse: that which ends the first finaliser and that which begins the second
+    leave of each other only what the second key adds between them, and a key's part is one scalar.
+    """
     low, high = keys
-    return _finalise(_finalise(tokens.to(tl.uint32, bitcast=True) ^ low) ^ high)
+    ids = tokens.to(tl.uint32, bitcast=True)
+    bits = _multiplied(ids ^ (ids >> 16) ^ (low ^ (low >> 16)))
+    bits = _multiplied(bits ^ (high ^ (high >> 16)))
+    return bits ^ (bits >> 16)
+
+
+@jit
+def scaled_uniform(keys: tl.tensor, tokens: tl.tensor) -> tl.tensor:
+    """The hash as float32 in (0, 2^32]."""
+    return token_hash(keys, tokens).to(tl.float32) + 0.5
 
 
 @jit
 def uniform(keys: tl.tensor, tokens: tl.tensor) -> tl.tensor:
     """The hash as float32 in (0, 1)."""
-    return tl.minimum((token_hash(keys, tokens).to(tl.float32) + 0.5) * (2.0**-32), LARGEST)
+    return tl.minimum(scaled_uniform(keys, tokens) * (2.0**-32), LARGEST)
 
 
 @jit

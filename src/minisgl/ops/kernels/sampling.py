@@ -16,15 +16,23 @@ from torch import Tensor
 
 from minisgl.ops.kernels.filtering import LOWEST, STRAND, filtered_winner, mask_stops
 from minisgl.ops.kernels.jit import jit, jit_varying
-from minisgl.ops.kernels.noise import exponential, row_keys, uniform
+from minisgl.ops.kernels.noise import exponential, row_keys, scaled_uniform, uniform
 from minisgl.ops.sampling import SamplingRows
 
 SPLIT = 4096
-"""Tokens that a program of the first launch takes; a multiple of STRAND."""
+"""Tokens that a program of the first launch takes; a power of two from STRAND up."""
+SPLIT_WARPS = 8
+"""Two loads of 16 bytes a thread, and four programs a multiprocessor."""
 KEY_SHIFT = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 """Low bits that are zero in every logit of the dtype once it is float32."""
 SMALLEST_TEMPERATURE = tl.constexpr(1e-30)
+LOG2_E = tl.constexpr(1.4426950408889634)
 SLACK = tl.constexpr(1.0 + 1e-5)
+LARGEST_INT = tl.constexpr(2**31 - 1)
+FARTHEST = tl.constexpr(90.0)
+"""Factors of two by which a token can be less probable than the highest; the noise makes up for at most 56 of them."""
+FARTHEST_RANK = tl.constexpr((88 + 127) << 23)
+"""The bits of 2^88, less than any u * 2^90 for u from 0.5 up."""
 LARGEST_EXPONENT = tl.constexpr(80.0)
 
 
@@ -44,6 +52,48 @@ def _row_kind(parameters: tl.tensor, slot: tl.tensor, vocab: tl.tensor) -> tl.te
     return drawn, filtered, 1.0 / tl.maximum(heat, SMALLEST_TEMPERATURE), limit, p, minimum
 
 
+@jit
+def _beaten_by(ranked: tl.tensor, u: tl.tensor, PLACE: tl.constexpr) -> tl.tensor:
+    """The highest rank that a token with a higher score than this one can have; never that of a masked token."""
+    # E / u = 1 + u/2 + u^2/3 + u^3/4 + ... is at most (1 - u/2) / (1 - u) = 1 + u/2 + u^2/2 + u^3/2 + ...
+    highest = (ranked | PLACE).to(tl.float32, bitcast=True) * ((1.0 - 0.5 * u) / (1.0 - u) * SLACK)
+    return tl.minimum(highest.to(tl.int32, bitcast=True) | PLACE, FARTHEST_RANK)
+
+
+@jit
+def _drawn(
+    x: tl.tensor, logits: tl.tensor, keys: tl.tensor, first: tl.tensor, reference: tl.tensor, inverse: tl.tensor,
+    SPLIT: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """The place of the highest score (x - reference) / T - log E among the SPLIT logits x from token `first` on.
+
+    That is the least E / exp((x - reference) / T). E is at least u, and nearly u where u is small: the token with the
+    least u / exp(...) wins unless others come within E / u of it. Only they, one after the other, need logarithms.
+    A token's rank is the bits of that ratio, ordered as it is for it is positive, the low ones giving way to its place.
+    """
+    PLACE: tl.constexpr = SPLIT - 1
+    places = tl.arange(0, SPLIT)
+    near = (keys[0] ^ first.to(tl.uint32), keys[1])  # token first + place is first ^ place, first a multiple of SPLIT
+    ratio = scaled_uniform(near, places) * tl.exp2(tl.minimum((reference - x) * (inverse * LOG2_E), FARTHEST))
+    ranks = (ratio.to(tl.int32, bitcast=True) & (LARGEST_INT - PLACE)) | places
+    rank = tl.min(ranks, axis=0)
+    winner = rank & PLACE
+    limit = _beaten_by(rank, uniform(near, winner), PLACE)
+    if tl.min(tl.where(ranks > rank, ranks, LARGEST_INT), axis=0) <= limit:
+        best = tl.full((), float("-inf"), tl.float32)
+        while rank <= limit:
+            place = rank & PLACE
+            u = uniform(near, place)
+            scaled = (tl.load(logits + first + place).to(tl.float32) - reference) * inverse
+            score = scaled - tl.log(exponential(u))
+            better = (score > best) | ((score == best) & (place < winner))
+            winner = tl.where(better, place, winner)
+            best = tl.maximum(best, score)
+            limit = tl.minimum(limit, _beaten_by(rank, u, PLACE))
+            rank = tl.min(tl.where(ranks > rank, ranks, LARGEST_INT), axis=0)
+    return winner
+
+
 @jit_varying("slots", "positions")
 def _split_kernel(
     logits: tl.tensor, stride: tl.tensor, slots: tl.tensor, positions: tl.tensor, parameters: tl.tensor,
@@ -52,35 +102,32 @@ def _split_kernel(
     STOPS: tl.constexpr, SPLIT: tl.constexpr, STRAND: tl.constexpr,
 ) -> None:  # fmt: skip
     split, row = tl.program_id(0), tl.program_id(1)
-    tokens = split * SPLIT + tl.arange(0, SPLIT)
-    x = tl.load(logits + row.to(tl.int64) * stride + tokens, mask=tokens < vocab, other=float("-inf")).to(tl.float32)
+    places = tl.arange(0, SPLIT)
+    first = split * SPLIT
+    row_logits = logits + row.to(tl.int64) * stride
+    x = tl.load(row_logits + first + places, mask=first + places < vocab, other=float("-inf")).to(tl.float32)
     slot = tl.load(slots + row).to(tl.int64)
     position = tl.load(positions + row)
     seed, min_len = parameters[4], parameters[5]
     kind = _row_kind(parameters, slot, vocab)
     drawn, filtered, inverse = kind[0], kind[1], kind[2]
     if position < tl.load(min_len + slot):
-        x = mask_stops(x, tokens, stop_ids + slot * STOPS, STOPS)
-    highest, winner = tl.max(x, axis=0, return_indices=True)
+        x = mask_stops(x, first + places, stop_ids + slot * STOPS, STOPS)
+    highest = tl.max(x, axis=0)
     place = row * tl.num_programs(0) + split
     if drawn:
-        scaled = (x - tl.where(highest > LOWEST, highest, 0.0)) * inverse
         keys = row_keys(tl.load(seed + slot), position)
-        # The winner has the least E / exp(scaled). E is at least u, and nearly u where u is small: the token with the
-        # least u / exp(scaled) wins unless another comes within E / u of it. Only then do logarithms pay.
-        u = uniform(keys, tokens)
-        ratio = u * tl.exp(tl.minimum(-scaled, LARGEST_EXPONENT))
-        least, winner = tl.min(ratio, axis=0, return_indices=True)
-        u_winner = uniform(keys, split * SPLIT + winner)
-        rivals = ratio <= least * (exponential(u_winner) / u_winner) * SLACK
-        if tl.sum(rivals.to(tl.int32), axis=0) > 1:
-            winner = tl.argmax(scaled - tl.log(exponential(u)), axis=0)
+        reference = tl.where(highest > LOWEST, highest, 0.0)
+        winner = _drawn(x, row_logits, keys, first, reference, inverse, SPLIT)
         if filtered:
-            tl.store(masses + place, tl.sum(tl.exp(scaled), axis=0))
+            tl.store(masses + place, tl.sum(tl.exp((x - reference) * inverse), axis=0))
             strands = tl.max(tl.reshape(x, (SPLIT // STRAND, STRAND)), axis=1)
             tl.store(strand_maxima + place * (SPLIT // STRAND) + tl.arange(0, SPLIT // STRAND), strands)
+    else:
+        winner = tl.min(tl.where(x == highest, places, SPLIT - 1), axis=0)
+    winner = tl.where(highest > LOWEST, winner, 0)  # always within the vocabulary
     tl.store(maxima + place, highest)
-    tl.store(winners + place, split * SPLIT + winner)
+    tl.store(winners + place, first + winner)
 
 
 @jit_varying("slots", "positions")
@@ -142,7 +189,9 @@ def sample(logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor
     inputs = (logits, logits.stride(0), slots, positions, parameters, table.stop_ids)
     partial = (winners, maxima, masses, strand_maxima)
     stops = table.stop_ids.shape[1]
-    _split_kernel[(splits, rows)](*inputs, *partial, vocab, STOPS=stops, SPLIT=SPLIT, STRAND=STRAND, num_warps=16)
+    _split_kernel[(splits, rows)](
+        *inputs, *partial, vocab, STOPS=stops, SPLIT=SPLIT, STRAND=STRAND, num_warps=SPLIT_WARPS
+    )
     _choose_kernel[(rows,)](
         *inputs, *partial, strand_lists, out, vocab, splits, STOPS=stops, STRANDS=strands,
         BLOCK_SPLITS=triton.next_power_of_2(splits), BLOCK_STRANDS=triton.next_power_of_2(strands),
