@@ -68,8 +68,8 @@ class Projection:
 class ProjectingAttention(PlannedAttention, Protocol):
     """Attention of decode rows that does the work of `rope_store_kv` too."""
 
-    def begin(self, heads: int, windows: Sequence[int]) -> None:
-        """Prepare a step of layers with so many query heads and these windows, before anything else of the step."""
+    def begin(self, windows: Sequence[int]) -> None:
+        """Prepare a step of layers with these windows, before anything else of the step."""
 
     def project(self, qkv: Tensor, projection: Projection, layer: int, window: int) -> Tensor:
         """`run` of what `rope_store_kv` makes of qkv (B, (H + 2K) * hd), with each row's last token its new one."""

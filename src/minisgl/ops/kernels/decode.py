@@ -28,15 +28,9 @@ from minisgl.ops.kv import KVCache
 
 ROWS_BLOCK = 256
 """Rows looked at together, at least; one kernel serves all batches up to it."""
-WHOLE_PAIRS = 1400
-"""Pairs of row and KV head from which each gets a program of its own."""
-PREFETCH_ROWS = 64
-"""Rows up to which the QKV product lets this kernel start early, so that it can ask for its first tile."""
 NO_WINDOW = 1 << 30
-LINE_BYTES = 128
-"""Of a line of the L2 cache."""
-PARTS_BLOCK = tl.constexpr(16)
-"""Parts of a row put together at a time."""
+TOKEN_BYTES = 256
+"""Of a key head in the measurements behind `decode_cut`; where it has more, tiles are of fewer tokens."""
 
 
 class Cut(NamedTuple):
@@ -95,50 +89,27 @@ def _rotated(
 
 
 @jit
-def _merge(
-    partial: tl.tensor, sums: tl.tensor, out: tl.tensor, first: tl.tensor, last: tl.tensor, second: tl.tensor,
-    dims: tl.tensor, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
-) -> None:  # fmt: skip
+def _merged(
+    partial: tl.tensor, sums: tl.tensor, first: tl.tensor, last: tl.tensor, second: tl.tensor,
+    mine: tl.tensor, inner: tl.tensor, member: tl.tensor, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    M: tl.constexpr, D: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
     # The parts of a row in programs first … last, that of the first in its place `second` (0 or 1), else in place 0.
     # Other multiprocessors wrote them: they are not read from this one's own cache.
-    inside = dims < HEAD_DIM
-    for member in tl.static_range(GROUP):
-        best = tl.full([1], float("-inf"), tl.float32)
-        total = tl.zeros([1], tl.float32)
-        acc = tl.zeros([D], tl.float32)
-        for low in range(first, last + 1, BLOCK):
-            program = low + tl.arange(0, BLOCK)
-            place = (2 * program + tl.where(program == first, second, 0)) * GROUP + member
-            there = program <= last
-            log_sum = tl.load(sums + place, mask=there, other=float("-inf"), cache_modifier=".cg")
-            part = tl.load(
-                partial + place[:, None] * HEAD_DIM + dims[None, :], mask=there[:, None] & inside[None, :], other=0.0,
-                cache_modifier=".cg",
-            )  # fmt: skip
-            peak = tl.maximum(best, tl.max(log_sum, 0))
-            weight = tl.exp2(log_sum - peak)
-            shrink = tl.exp2(best - peak)
-            acc = acc * shrink + tl.sum(part * weight[:, None], 0)
-            total = total * shrink + tl.sum(weight, 0)
-            best = peak
-        tl.store(out + member * HEAD_DIM + dims, (acc / total).to(out.dtype.element_ty), mask=inside)
-
-
-@jit
-def _prefetch(
-    k: tl.tensor, v: tl.tensor, line: tl.tensor, start: tl.tensor, high: tl.tensor, base: tl.tensor,
-    PAGE: tl.constexpr, TOKEN: tl.constexpr, LINES: tl.constexpr, LINE: tl.constexpr, TILE: tl.constexpr,
-) -> None:  # fmt: skip
-    # Ask the L2 cache for a tile of one KV head, LINES lines of LINE elements a token.
-    tokens = tl.minimum(start + tl.arange(0, TILE), tl.maximum(high - 1, 0))
-    page = tl.load(line + tokens // PAGE).to(tl.int64)
-    offsets = (page * PAGE + tokens % PAGE) * TOKEN + base
-    lines = tl.arange(0, LINES) * LINE
-    for cache in tl.static_range(2):
-        address = (v if cache else k) + offsets[:, None] + lines[None, :]
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
-        )
+    best = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, D], tl.float32)
+    for program in range(first, last + 1):
+        place = 2 * program + tl.where(program == first, second, 0)
+        part = tl.load(partial + place * (GROUP * HEAD_DIM) + inner, mask=mine, other=0.0, cache_modifier=".cg")
+        log_sum = tl.load(sums + place * GROUP + member, mask=member < GROUP, other=float("-inf"), cache_modifier=".cg")
+        peak = tl.maximum(best, log_sum)
+        base = tl.where(peak == float("-inf"), 0.0, peak)
+        shrink, weight = tl.exp2(best - base), tl.exp2(log_sum - base)
+        acc = acc * shrink[:, None] + part * weight[:, None]
+        total = total * shrink + weight
+        best = peak
+    return acc / tl.where(member < GROUP, total, 1.0)[:, None]
 
 
 @jit_varying("rows")
@@ -149,8 +120,7 @@ def _decode_kernel(
     eps: tl.tensor, q_stride: tl.tensor, rows: tl.tensor, table_stride: tl.tensor, window: tl.tensor, scale: tl.tensor,
     PROJECT: tl.constexpr, NORM: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     PAGE: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
-    WHOLE: tl.constexpr, PREFETCH: tl.constexpr, LINES: tl.constexpr, LINE: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    WHOLE: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     NEW: tl.constexpr = 1 if PROJECT else 0  # tokens of a row that are not in the cache yet
     head, program = tl.program_id(0), tl.program_id(1)
@@ -169,14 +139,6 @@ def _decode_kernel(
         if program >= programs:
             return
     begin_of_stretch = tile
-    if PREFETCH:
-        length = tl.load(lens + row)
-        first = tl.maximum(length - window, 0) // TILE * TILE
-        start = first if WHOLE else first + (tile - tl.load(starts + row)) * TILE
-        _prefetch(
-            k, v, table + row.to(tl.int64) * table_stride, start, length - NEW, head * HEAD_DIM,
-            PAGE, HEADS * HEAD_DIM, LINES, LINE, TILE,
-        )  # fmt: skip
     if PROJECT and PDL:
         after_previous(PDL)
 
@@ -233,7 +195,7 @@ def _decode_kernel(
         if WHOLE or ((begin >= begin_of_stretch) & (end <= stop)):
             tl.store(result + inner, acc.to(out.dtype.element_ty), mask=mine)
         else:
-            place = 2 * program + (tile > begin_of_stretch).to(tl.int32)
+            place = 2 * program + tl.where(tile > begin_of_stretch, 1, 0)
             tl.store(partial + place * (GROUP * HEAD_DIM) + inner, acc, mask=mine)
             tl.store(sums + place * GROUP + member, best + tl.log2(total), mask=member < GROUP)
             first_program = ((begin + 1) * programs - 1) // tiles
@@ -241,23 +203,27 @@ def _decode_kernel(
             tl.debug_barrier()  # every thread's part is written before the program says so
             before = tl.atomic_add(arrived + row * HEADS + head, 1, sem="acq_rel")
             if before == last_program - first_program:
-                second = (first_program * tiles // programs < begin).to(tl.int32)
-                _merge(partial, sums, result, first_program, last_program, second, dims, GROUP, HEAD_DIM, D, BLOCK)
+                second = tl.where(first_program * tiles // programs < begin, 1, 0)
+                acc = _merged(
+                    partial, sums, first_program, last_program, second, mine, inner, member, GROUP, HEAD_DIM, M, D
+                )
+                tl.store(result + inner, acc.to(out.dtype.element_ty), mask=mine)
                 tl.store(arrived + row * HEADS + head, 0)
         tile = until
         row += 1
 
 
-def decode_cut(pairs: int, group: int) -> Cut:
+def decode_cut(pairs: int, token_bytes: int) -> Cut:
     """What reads the cache fastest for so many pairs of row and KV head, measured on an H200 with pages of 16.
 
-    `group` query heads share a KV head.
+    A token's key has `token_bytes` in a KV head. Five loads in flight are two tiles, seven are three: the pages' ids
+    take the first.
     """
-    if pairs >= WHOLE_PAIRS:
-        return Cut(32, 2, 2, 0) if group <= 2 else Cut(64, 2, 3, 0)
-    if pairs >= 400:
-        return Cut(32, 1, 3, 8)
-    return Cut(64, 2, 2, 4) if pairs >= 80 else Cut(128, 4, 2, 3)
+    if pairs >= 1100:
+        cut = Cut(16, 1, 7, 0)
+    else:
+        cut = Cut(16, 1, 5, 8) if pairs >= 200 else Cut(128, 4, 2, 2)
+    return cut._replace(tile=max(16, min(cut.tile, cut.tile * TOKEN_BYTES // triton.next_power_of_2(token_bytes))))
 
 
 class Workspaces:
@@ -309,10 +275,10 @@ class Decode:
         self._starts: dict[tuple[int, bool], Tensor] = {}
         self._counted: set[tuple[int, bool]] = set()
 
-    def begin(self, heads: int, windows: Sequence[int]) -> None:
-        """Count the rows' tiles for `project` in layers of these windows and H query heads."""
+    def begin(self, windows: Sequence[int]) -> None:
+        """Count the rows' tiles for `project` in layers of these windows."""
         self._counted.clear()
-        cut = self._cut(heads)
+        cut = self._cut()
         for window in dict.fromkeys(windows if cut.programs else ()):
             self._tiles(cut.tile, window, new=True)
 
@@ -332,14 +298,14 @@ class Decode:
         kv_heads, head_dim = self.kv.k.shape[3:]
         return self._launch(qkv, qkv.shape[1] // head_dim - 2 * kv_heads, projection, layer, window)
 
-    def _cut(self, heads: int) -> Cut:
-        kv_heads = self.kv.k.shape[3]
-        return self.cut or decode_cut(len(self.kv_lens) * kv_heads, heads // kv_heads)
+    def _cut(self) -> Cut:
+        kv_heads, head_dim = self.kv.k.shape[3:]
+        return self.cut or decode_cut(len(self.kv_lens) * kv_heads, head_dim * self.kv.k.element_size())
 
     def _launch(self, q: Tensor, heads: int, projection: Projection | None, layer: int, window: int) -> Tensor:
         k, v = self.kv.k[layer], self.kv.v[layer]
         page_size, kv_heads, head_dim = k.shape[1:]
-        rows, group, pdl, cut = len(self.kv_lens), heads // kv_heads, launch_options(), self._cut(heads)
+        rows, group, pdl, cut = len(self.kv_lens), heads // kv_heads, launch_options(), self._cut()
         whole = cut.programs == 0
         programs = rows if whole else max(1, cut.programs * self.processors // kv_heads)
         out = torch.empty((rows, heads, head_dim), dtype=q.dtype, device=q.device)
@@ -350,8 +316,6 @@ class Decode:
             arrived = self.workspaces.arrived(rows * kv_heads)
             starts = self._tiles(cut.tile, window, projection is not None)
         made = projection or Projection(q_norm=None, k_norm=None, eps=0.0, cos_sin=None)
-        line = LINE_BYTES // k.element_size()
-        prefetch = bool(pdl) and projection is not None and rows <= PREFETCH_ROWS and head_dim % line == 0
         _decode_kernel[(kv_heads, programs)](
             q, made.q_norm, made.k_norm, made.cos_sin, k, v, self.page_table, self.kv_lens, starts, out,
             partial, sums, arrived, made.eps, q.stride(0), rows, self.page_table.stride(0), window or NO_WINDOW,
@@ -359,8 +323,7 @@ class Decode:
             PROJECT=projection is not None, NORM=made.q_norm is not None, HEADS=kv_heads, GROUP=group,
             HEAD_DIM=head_dim, PAGE=page_size, ROWS=max(ROWS_BLOCK, triton.next_power_of_2(rows)),
             M=max(MIN_DOT, triton.next_power_of_2(group)), D=triton.next_power_of_2(head_dim), TILE=cut.tile,
-            WHOLE=whole, PREFETCH=prefetch, LINES=triton.next_power_of_2(head_dim // line) if prefetch else 1,
-            LINE=line, BLOCK=PARTS_BLOCK, PDL=bool(pdl), num_warps=cut.warps, num_stages=cut.stages, **pdl,
+            WHOLE=whole, PDL=bool(pdl), num_warps=cut.warps, num_stages=cut.stages, **pdl,
         )  # fmt: skip
         return out
 
