@@ -60,29 +60,6 @@ def test_the_norm_adds_up_the_parts_of_a_product(
     assert error(got, wanted.float()) < 5e-3
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("parts", [False, True])
-@pytest.mark.parametrize("gated", [False, True])
-def test_a_normed_product_is_the_norm_and_the_product(
-    rows: int, parts: bool, gated: bool, half: torch.dtype, device: torch.device
-) -> None:
-    delta, inner, _ = matrices(rows, 512, 1024, half, device)
-    stream, weight, offset = matrices(rows, 256, 512, half, device)
-    gain, before = torch.randn(512, device=device).to(half), stream.clone()
-    added = (delta.float() @ inner.float().T).to(half)
-    x = linear.linear_parts(delta, inner) if parts else added
-    if gated:
-        got, after = linear.normed_gated(x, stream, gain, 1e-6, weight)
-    else:
-        got, after = linear.normed_linear(x, stream, gain, 1e-6, weight, offset)
-    assert torch.equal(stream, before)
-    wanted_stream = before.float() + added.float()
-    normed = reference.rms_norm(wanted_stream, gain.float(), 1e-6)
-    product = normed @ weight.float().T
-    assert error(after, wanted_stream) < 2e-3
-    assert error(got, reference.silu_mul(product) if gated else product + offset.float()) < 5e-3
-
-
 def test_only_few_rows_and_small_matrices_fit() -> None:
     x, weight, _ = matrices(64, 128, 512, torch.float16, torch.device("cpu"))
     assert linear.fits(x, weight, 64)

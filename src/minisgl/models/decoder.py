@@ -52,11 +52,12 @@ class Decoder:
         x: Tensor | None = None
         for index, layer in enumerate(self.weights.layers):
             if x is None:
-                qkv = ops.linear(ops.rms_norm(residual, layer.input_norm, eps), layer.qkv, layer.qkv_bias)
+                x = ops.rms_norm(residual, layer.input_norm, eps)
             else:
-                qkv, residual = ops.normed_linear(x, residual, layer.input_norm, eps, layer.qkv, layer.qkv_bias)
-            x = self._attend(index, layer, qkv, batch, attention, kv)
-            x, residual = self._mlp(layer, x, residual)
+                x = ops.add_rms_norm(x, residual, layer.input_norm, eps)
+            x = self._attend(index, layer, x, batch, attention, kv)
+            x = ops.add_rms_norm(x, residual, layer.post_norm, eps)
+            x = self._mlp(layer, x)
         assert x is not None
         if batch.rows is not None:
             x, residual = x.index_select(-2, batch.rows), residual.index_select(0, batch.rows)
@@ -70,16 +71,17 @@ class Decoder:
         self,
         index: int,
         layer: LayerWeights,
-        qkv: Tensor,
+        x: Tensor,
         batch: ForwardBatch,
         attention: PlannedAttention,
         kv: KVCache,
     ) -> Tensor:
         spec = self.spec
+        qkv = self.ops.linear(x, layer.qkv, layer.qkv_bias)
         if isinstance(attention, ProjectingAttention):
             projection = Projection(q_norm=layer.q_norm, k_norm=layer.k_norm, eps=spec.rms_eps, cos_sin=self.rope)
             out = attention.project(qkv, projection, index, spec.windows[index])
-            return self.ops.project(out.reshape(len(qkv), spec.num_heads * spec.head_dim), layer.o, layer.o_bias)
+            return self.ops.project(out.reshape(len(x), spec.num_heads * spec.head_dim), layer.o, layer.o_bias)
         q = self.ops.rope_store_kv(
             qkv,
             layer.q_norm,
@@ -92,22 +94,19 @@ class Decoder:
             kv.v[index],
         )
         out = attention.run(q, index, spec.windows[index])
-        return self.ops.project(out.reshape(len(qkv), spec.num_heads * spec.head_dim), layer.o, layer.o_bias)
+        return self.ops.project(out.reshape(len(x), spec.num_heads * spec.head_dim), layer.o, layer.o_bias)
 
-    def _mlp(self, layer: LayerWeights, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Add x to the residual stream; return what the layer adds next, and the stream."""
-        ops, eps = self.ops, self.spec.rms_eps
+    def _mlp(self, layer: LayerWeights, x: Tensor) -> Tensor:
         if layer.router is None:
             assert layer.gate_up is not None
             assert layer.down is not None
-            hidden, residual = ops.normed_gated(x, residual, layer.post_norm, eps, layer.gate_up, layer.gate_up_bias)
-            return ops.project(hidden, layer.down, layer.down_bias), residual
+            hidden = self.ops.gated(x, layer.gate_up, layer.gate_up_bias)
+            return self.ops.project(hidden, layer.down, layer.down_bias)
         assert self.spec.moe is not None
         assert layer.expert_gate_up is not None
         assert layer.expert_down is not None
-        x = ops.add_rms_norm(x, residual, layer.post_norm, eps)
         top_k, norm = self.spec.moe.top_k, self.spec.moe.norm_topk_prob
-        return ops.moe(x, layer.router, layer.expert_gate_up, layer.expert_down, top_k, norm), residual
+        return self.ops.moe(x, layer.router, layer.expert_gate_up, layer.expert_down, top_k, norm)
 
 
 def pack_weights(weights: Weights) -> None:

@@ -21,8 +21,7 @@ class Operations:
     """The decoder's operations, each as its namesake in `ops/reference.py` describes it, and sampling.
 
     `linear(x, weight, bias)` is a product; `project` one whose result only `add_rms_norm` reads, and may be parts of a
-    sum (parts, T, N); `gated(x, weight, bias)` the `silu_mul` of a product. `normed_linear` and `normed_gated` (x,
-    residual, norm weight, eps, weight, bias) put `add_rms_norm` before them and return the residual stream too.
+    sum (parts, T, N); `gated(x, weight, bias)` the `silu_mul` of a product.
     `sample(logits, table, slots, positions, all_greedy, any_filter, any_min_len)` chooses tokens for rows of a table.
     """
 
@@ -32,8 +31,6 @@ class Operations:
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     project: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     gated: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-    normed_linear: Callable[[Tensor, Tensor, Tensor, float, Tensor, Tensor | None], tuple[Tensor, Tensor]]
-    normed_gated: Callable[[Tensor, Tensor, Tensor, float, Tensor, Tensor | None], tuple[Tensor, Tensor]]
     rope_store_kv: Callable[
         [Tensor, Tensor | None, Tensor | None, float, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor
     ]
@@ -54,31 +51,13 @@ def _sample_plain(
     return sample(logits, rows, positions, all_greedy=all_greedy, any_filter=any_filter, any_min_len=any_min_len)
 
 
-def _gated_plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return reference.silu_mul(linear(x, weight, bias))
-
-
-def _normed_linear_plain(
-    x: Tensor, residual: Tensor, gain: Tensor, eps: float, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return linear(reference.add_rms_norm(x, residual, gain, eps), weight, bias), residual
-
-
-def _normed_gated_plain(
-    x: Tensor, residual: Tensor, gain: Tensor, eps: float, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return _gated_plain(reference.add_rms_norm(x, residual, gain, eps), weight, bias), residual
-
-
 PLAIN = Operations(
     name="torch",
     rms_norm=reference.rms_norm,
     add_rms_norm=reference.add_rms_norm,
     linear=linear,
     project=linear,
-    gated=_gated_plain,
-    normed_linear=_normed_linear_plain,
-    normed_gated=_normed_gated_plain,
+    gated=lambda x, weight, bias: reference.silu_mul(linear(x, weight, bias)),
     rope_store_kv=reference.rope_store_kv,
     moe=reference.moe,
     sample=_sample_plain,
@@ -103,20 +82,6 @@ def fused_operations() -> Operations:
             return small.gated_linear(x, weight)
         return activation.silu_mul(linear(x, weight, bias))
 
-    def normed_linear(
-        x: Tensor, residual: Tensor, gain: Tensor, eps: float, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        if small.fits(residual, weight, small.MAX_ROWS_NORMED):
-            return small.normed_linear(x, residual, gain, eps, weight, bias)
-        return product(norm.add_rms_norm(x, residual, gain, eps), weight, bias), residual
-
-    def normed_gated(
-        x: Tensor, residual: Tensor, gain: Tensor, eps: float, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        if bias is None and small.fits(residual, weight, small.MAX_ROWS_NORMED):
-            return small.normed_gated(x, residual, gain, eps, weight)
-        return gated(norm.add_rms_norm(x, residual, gain, eps), weight, bias), residual
-
     return Operations(
         name="triton",
         rms_norm=norm.rms_norm,
@@ -124,8 +89,6 @@ def fused_operations() -> Operations:
         linear=product,
         project=project,
         gated=gated,
-        normed_linear=normed_linear,
-        normed_gated=normed_gated,
         rope_store_kv=qkv.rope_store_kv,
         moe=moe.moe,
         sample=lambda logits, table, slots, positions, *flags: sampling.sample(logits, table, slots, positions),

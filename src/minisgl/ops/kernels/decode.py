@@ -29,6 +29,8 @@ from minisgl.ops.kv import KVCache
 ROWS_BLOCK = 256
 """Rows looked at together, at least; one kernel serves all batches up to it."""
 NO_WINDOW = 1 << 30
+MERGED = tl.constexpr(4)
+"""Parts of a row put together at a time."""
 TOKEN_BYTES = 256
 """Of a key head in the measurements behind `decode_cut`; where it has more, tiles are of fewer tokens."""
 
@@ -99,16 +101,23 @@ def _merged(
     best = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, D], tl.float32)
-    for program in range(first, last + 1):
-        place = 2 * program + tl.where(program == first, second, 0)
-        part = tl.load(partial + place * (GROUP * HEAD_DIM) + inner, mask=mine, other=0.0, cache_modifier=".cg")
-        log_sum = tl.load(sums + place * GROUP + member, mask=member < GROUP, other=float("-inf"), cache_modifier=".cg")
-        peak = tl.maximum(best, log_sum)
-        base = tl.where(peak == float("-inf"), 0.0, peak)
-        shrink, weight = tl.exp2(best - base), tl.exp2(log_sum - base)
-        acc = acc * shrink[:, None] + part * weight[:, None]
-        total = total * shrink + weight
-        best = peak
+    for low in range(first, last + 1, MERGED):
+        for offset in tl.static_range(MERGED):  # unrolled, so that their loads are in flight together
+            program = low + offset
+            place = 2 * program + tl.where(program == first, second, 0)
+            there = program <= last
+            part = tl.load(
+                partial + place * (GROUP * HEAD_DIM) + inner, mask=mine & there, other=0.0, cache_modifier=".cg"
+            )
+            log_sum = tl.load(
+                sums + place * GROUP + member, mask=(member < GROUP) & there, other=float("-inf"), cache_modifier=".cg"
+            )
+            peak = tl.maximum(best, log_sum)
+            base = tl.where(peak == float("-inf"), 0.0, peak)
+            shrink, weight = tl.exp2(best - base), tl.exp2(log_sum - base)
+            acc = acc * shrink[:, None] + part * weight[:, None]
+            total = total * shrink + weight
+            best = peak
     return acc / tl.where(member < GROUP, total, 1.0)[:, None]
 
 

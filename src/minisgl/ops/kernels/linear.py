@@ -2,8 +2,7 @@
 
 A program takes a strip of the output's columns and, where that leaves multiprocessors idle, one of several parts of the
 inner dimension. Before it waits for the kernel ahead of it (programmatic dependent launch) it asks the L2 cache for its
-weights, which depend on nobody. For very few rows each program makes the norm that it multiplies itself: that costs
-less than a launch.
+weights, which depend on nobody.
 """
 
 from __future__ import annotations
@@ -23,8 +22,6 @@ MAX_ROWS = 64
 """From here on cuBLAS is as fast or faster, for `linear` and `gated_linear`."""
 MAX_ROWS_PARTS = 128
 """The same for `linear_parts`."""
-MAX_ROWS_NORMED = 4
-"""The same for `normed_linear` and `normed_gated`, against the norm in a launch of its own."""
 MAX_WEIGHTS = 8 << 20
 LINE = 64
 """16-bit elements in a cache line of 128 bytes."""
@@ -52,25 +49,9 @@ def _prefetch(weight: tl.tensor, row: tl.tensor, start: tl.tensor, inner: tl.ten
 
 
 @jit
-def _stream(
-    x: tl.tensor, residual: tl.tensor, rows: tl.tensor, row: tl.tensor, k: tl.tensor, INNER: tl.constexpr,
-    PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    # The residual stream with x added, (ROWS, BLOCK), rounded as `add_rms_norm` rounds.
-    mask = row[:, None] < rows
-    place = row[:, None] * INNER + k[None, :]
-    added = tl.zeros((ROWS, BLOCK), tl.float32)
-    for part in tl.static_range(PARTS):
-        added += tl.load(x + part * rows * INNER + place, mask=mask, other=0.0).to(tl.float32)
-    old = tl.load(residual + place, mask=mask, other=0.0)
-    return (added.to(old.dtype).to(tl.float32) + old.to(tl.float32)).to(old.dtype)
-
-
-@jit
 def _linear_kernel(
-    x: tl.tensor, weight: tl.tensor, bias: tl.tensor, out: tl.tensor, residual: tl.tensor, gain: tl.tensor,
-    stream: tl.tensor, rows: tl.tensor, columns: tl.tensor, x_stride: tl.tensor, eps: tl.tensor,
-    INNER: tl.constexpr, LENGTH: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, ADDED: tl.constexpr,
+    x: tl.tensor, weight: tl.tensor, bias: tl.tensor, out: tl.tensor, rows: tl.tensor, columns: tl.tensor,
+    x_stride: tl.tensor, INNER: tl.constexpr, LENGTH: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PREFETCH: tl.constexpr, LINES: tl.constexpr,
     LINE: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -87,26 +68,10 @@ def _linear_kernel(
     k = start + tl.arange(0, BLOCK)
     x_tile = x + row[:, None] * x_stride + k[None, :]
     w_tile = weight + column[None, :].to(tl.int64) * INNER + k[:, None]
-    if ADDED:  # parts of x, which is added to the residual stream and normed before it is multiplied
-        square = tl.zeros((ROWS,), tl.float32)
-        for low in range(0, INNER, BLOCK):
-            column_k = low + tl.arange(0, BLOCK)
-            part_of_stream = _stream(x, residual, rows, row, column_k, INNER, ADDED, ROWS, BLOCK)
-            wide = part_of_stream.to(tl.float32)
-            square += tl.sum(wide * wide, axis=1)
-            if first == 0:
-                tl.store(stream + row[:, None] * INNER + column_k[None, :], part_of_stream, mask=row[:, None] < rows)
-        scale = tl.rsqrt(square / INNER + eps)[:, None]
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     up = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for low in range(0, LENGTH, BLOCK):
-        if ADDED:
-            inner_k = low + tl.arange(0, BLOCK)
-            added = _stream(x, residual, rows, row, inner_k, INNER, ADDED, ROWS, BLOCK)
-            normed = (added.to(tl.float32) * scale).to(added.dtype).to(tl.float32)
-            tile = (normed * tl.load(gain + inner_k).to(tl.float32)[None, :]).to(added.dtype)
-        else:
-            tile = tl.load(x_tile, mask=row[:, None] < rows, other=0.0)
+    for _ in range(0, LENGTH, BLOCK):
+        tile = tl.load(x_tile, mask=row[:, None] < rows, other=0.0)
         total = tl.dot(tile, tl.load(w_tile), total)
         if GATED:
             up = tl.dot(tile, tl.load(w_tile + columns * INNER), up)
@@ -115,7 +80,7 @@ def _linear_kernel(
     if BIAS:
         total += tl.load(bias + column).to(tl.float32)[None, :]
     if GATED:
-        total = gated(total.to(out.dtype.element_ty), up.to(out.dtype.element_ty))
+        total = gated(total.to(x.dtype.element_ty), up.to(x.dtype.element_ty))
     place = out + (part * rows + row)[:, None].to(tl.int64) * columns + column[None, :]
     tl.store(place, total.to(out.dtype.element_ty), mask=row[:, None] < rows)
 
@@ -145,30 +110,14 @@ FEW = Tile(64, 256, 1, 4, 5)
 MANY = Tile(32, 128, 1, 4, 5)
 FEW_GATED = Tile(32, 256, 1, 4, 5)
 MANY_GATED = Tile(32, 128, 1, 4, 4)
-NORMED = Tile(64, 128, 1, 4, 3)
-NORMED_GATED = Tile(32, 128, 1, 4, 3)
 
 
-class Norm(NamedTuple):
-    """The norm before a product: the stream that x is added to, its successor, the norm's weight and epsilon."""
-
-    residual: Tensor
-    stream: Tensor
-    gain: Tensor
-    eps: float
-
-
-def _launch(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, columns: int, tile: Tile, gated: bool,
-    norm: Norm | None = None,
-) -> None:  # fmt: skip
-    rows, inner = x.shape[-2:]
+def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, columns: int, tile: Tile, gated: bool) -> None:
+    rows, inner = x.shape
     pdl = launch_options()
-    added = 0 if norm is None else len(x) if x.dim() == 3 else 1
     _linear_kernel[(columns // tile.columns, tile.parts)](
-        x, weight, bias, out, norm and norm.residual, norm and norm.gain, norm and norm.stream, rows, columns,
-        x.stride(-2), norm.eps if norm else 0.0, INNER=inner, LENGTH=inner // tile.parts,
-        BIAS=bias is not None, GATED=gated, ADDED=added, ROWS=padded_rows(rows), COLUMNS=tile.columns, BLOCK=tile.inner,
+        x, weight, bias, out, rows, columns, x.stride(0), INNER=inner, LENGTH=inner // tile.parts,
+        BIAS=bias is not None, GATED=gated, ROWS=padded_rows(rows), COLUMNS=tile.columns, BLOCK=tile.inner,
         PREFETCH=bool(pdl), LINES=triton.next_power_of_2(inner // tile.parts // LINE), LINE=LINE, PDL=bool(pdl),
         num_warps=tile.warps, num_stages=tile.stages, **pdl,
     )  # fmt: skip
@@ -199,30 +148,3 @@ def gated_linear(x: Tensor, weight: Tensor, tile: Tile | None = None) -> Tensor:
     out = torch.empty((x.shape[0], columns), dtype=x.dtype, device=x.device)
     _launch(x, weight, None, out, columns, tile, gated=True)
     return out
-
-
-def normed_linear(
-    x: Tensor, residual: Tensor, gain: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The product of `add_rms_norm(x, residual, gain, eps)` by weight (N, K), and the new stream, both new tensors.
-
-    residual (T, K); x (T, K), or float32 (parts, T, K) from `linear_parts`, contiguous -> (T, N), (T, K).
-    """
-    return _normed(x, residual, gain, eps, weight, bias, NORMED, gated=False)
-
-
-def normed_gated(x: Tensor, residual: Tensor, gain: Tensor, eps: float, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """`normed_linear` with the activation of `gated_linear` behind it: weight (2I, K) -> (T, I), (T, K)."""
-    return _normed(x, residual, gain, eps, weight, None, NORMED_GATED, gated=True)
-
-
-def _normed(
-    x: Tensor, residual: Tensor, gain: Tensor, eps: float, weight: Tensor, bias: Tensor | None, tile: Tile, gated: bool
-) -> tuple[Tensor, Tensor]:
-    assert x.is_contiguous()
-    assert residual.is_contiguous()
-    columns = weight.shape[0] // 2 if gated else weight.shape[0]
-    out = torch.empty((len(residual), columns), dtype=residual.dtype, device=residual.device)
-    stream = torch.empty_like(residual)
-    _launch(x, weight, bias, out, columns, tile, gated, Norm(residual, stream, gain, eps))
-    return out, stream
