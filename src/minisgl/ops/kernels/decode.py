@@ -105,13 +105,14 @@ def _merged(
         for offset in tl.static_range(MERGED):  # unrolled, so that their loads are in flight together
             program = low + offset
             place = 2 * program + tl.where(program == first, second, 0)
-            there = program <= last
+            there = (member < GROUP) & (program + 0 * member <= last)
             part = tl.load(
-                partial + place * (GROUP * HEAD_DIM) + inner, mask=mine & there, other=0.0, cache_modifier=".cg"
+                partial + place * (GROUP * HEAD_DIM) + inner,
+                mask=mine & there[:, None],
+                other=0.0,
+                cache_modifier=".cg",
             )
-            log_sum = tl.load(
-                sums + place * GROUP + member, mask=(member < GROUP) & there, other=float("-inf"), cache_modifier=".cg"
-            )
+            log_sum = tl.load(sums + place * GROUP + member, mask=there, other=float("-inf"), cache_modifier=".cg")
             peak = tl.maximum(best, log_sum)
             base = tl.where(peak == float("-inf"), 0.0, peak)
             shrink, weight = tl.exp2(best - base), tl.exp2(log_sum - base)
