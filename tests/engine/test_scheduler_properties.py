@@ -16,6 +16,8 @@ cache are listed in tests/cache/test_manager.py):
 11. a row is released as if all its known tokens were computed
 12. the device is told of one admitted row only
 13. a token that is no stop token ends a request
+14. a prompt whose scores are wanted starts on more of the prefix cache than is scored
+15. a mask allows stop tokens before `min_tokens`
 
 One more that survived, a check of `min_tokens` off by one, showed that the check was not needed: stop tokens are masked
 until then.

@@ -69,3 +69,4 @@ def test_masked_logits_have_scores_too() -> None:
 
     assert scores([-1e38, float("-inf"), 3e38]).tolist() == [[2, 0]]
     assert token_scores(torch.tensor([[0.0, 0.0]]), torch.tensor([1]), 0).top_ids.shape == (1, 0)
+    assert token_scores(torch.tensor([[0.0, 0.0]]), torch.tensor([1]), 20).top_ids.tolist() == [[0, 1]]

@@ -60,6 +60,8 @@ class Engine:
         self.model.check(request.prompt, request.params)
         if request.id in self.scheduler.live:
             raise InvalidRequestError(f"a request with id {request.id!r} is running already", param="id")
+        if not -(2**31) <= request.priority < 2**31:
+            raise InvalidRequestError(f"priority must be a 32-bit integer, got {request.priority}", param="priority")
         params, room = request.params, self.model.max_seq_len
         if params.grammar is None:
             constraint = None

@@ -66,8 +66,8 @@ class DecodeGraphs:
         self.steps: dict[int, CapturedStep] = {}
         pool = torch.cuda.graph_pool_handle()
         sizes = sorted(sizes, reverse=True)
-        head, hidden = decoder.weights.head, decoder.weights.norm
-        self.logits = torch.empty((sizes[0], len(head)), dtype=hidden.dtype, device=head.device)
+        head = decoder.weights.head
+        self.logits = torch.empty((sizes[0], decoder.spec.vocab_size), dtype=head.dtype, device=head.device)
         for size in sizes:
             self.steps[size] = self._capture(size, pool)
         self.sizes = sorted(self.steps)

@@ -92,8 +92,11 @@ class Scheduler:
         if not self.waiting:
             return
         first = self.waiting[0]
+        priority = first.request.priority
+        if not (table.priority > priority).any():  # rows that are free may be among them
+            return
         running = table.rows_in(State.PREFILL, State.DECODE)
-        worse = running[table.priority[running] > first.request.priority]
+        worse = running[table.priority[running] > priority]
         if len(worse) == 0:
             return
         rows = table.free_rows + int(np.isin(table.state, (State.RETRACTING, State.ENDED)).sum())

@@ -48,6 +48,7 @@ def forbid(logits: Tensor, masks: Tensor) -> Tensor:
 
 def token_scores(logits: Tensor, tokens: Tensor, top: int) -> TokenScores:
     """The scores of tokens int64 (n,) by logits (n, V), and of the `top` highest; of equal ones the lowest ids."""
+    top = min(top, logits.shape[1])
     exact = logits.float()
     total = exact.logsumexp(dim=-1, keepdim=True)
     chosen = exact.gather(1, tokens.unsqueeze(1)).sub_(total).squeeze(1)
