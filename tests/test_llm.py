@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from helpers.constraints import Cycle, cycle
 from minisgl import LLM, SamplingParams
 from minisgl.errors import ConfigError, ContextLengthError, InvalidRequestError
 from minisgl.models.locate import locate_model
+from minisgl.types import Grammar
 
 PROMPTS = [
     "The capital of France is",
@@ -133,3 +136,60 @@ def test_a_setting_that_a_cpu_cannot_honour_is_refused_by_name() -> None:
         pytest.skip("this machine has a GPU")
     with pytest.raises(ConfigError, match="fa needs a GPU"):
         LLM(attn="fa,fi")
+
+
+def test_logprobs_come_with_completions_and_are_those_of_transformers(llm: LLM) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(locate_model(None), dtype=torch.float32)
+    params = SamplingParams(temperature=0.0, max_tokens=8, logprobs=3, prompt_logprobs=2)
+    plain, scored = llm.generate([PROMPTS[0], PROMPTS[0]], [GREEDY, params], progress=False)
+    assert plain.logprobs is None
+    assert plain.prompt_logprobs is None
+    assert scored.logprobs is not None
+    assert scored.prompt_logprobs is not None
+    assert scored.token_ids == plain.token_ids[:8]
+    whole = torch.tensor([scored.prompt_token_ids + scored.token_ids])
+    with torch.inference_mode():
+        right = model(whole).logits[0].log_softmax(dim=-1)
+    assert scored.prompt_logprobs[0] is None
+    given = [score for score in scored.prompt_logprobs[1:] + scored.logprobs if score is not None]
+    assert len(given) == whole.shape[1] - 1
+    for position, score in enumerate(given):
+        assert score.logprob == pytest.approx(float(right[position, whole[0, position + 1]]), abs=1e-3)
+        best = right[position].topk(len(score.top_ids))
+        assert score.top_logprobs == pytest.approx(best.values.tolist(), abs=1e-3)
+
+
+def test_penalties_and_biases_change_what_is_said(llm: LLM) -> None:
+    loop = "again and again and again and again and"
+    params = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
+    strong = msgspec.structs.replace(params, frequency_penalty=2.0, presence_penalty=2.0)
+    plain, varied = llm.generate([loop, loop], [params, strong], progress=False)
+    assert len(set(varied.token_ids)) > len(set(plain.token_ids))
+    (again,) = llm.text.encode(" Paris")[:1]
+    never = msgspec.structs.replace(params, logit_bias={again: -100.0})
+    (answer,) = llm.generate(PROMPTS[0], never, progress=False)
+    assert again not in answer.token_ids
+
+
+def test_a_grammar_without_structured_output_is_refused(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm.engine, "constraints", None)
+    params = SamplingParams(grammar=Grammar(kind="json_object"))
+    with pytest.raises(InvalidRequestError, match="without structured output"):
+        llm.generate("a", params, progress=False)
+    assert not llm.engine.has_work
+
+
+def test_a_grammar_is_obeyed_and_its_end_is_the_end(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    eos = llm.model.eos_token_ids[0]
+    monkeypatch.setattr(llm.engine, "constraints", lambda grammar: Cycle(grammar, llm.model.vocab_size, eos))
+    params = SamplingParams(temperature=1.0, seed=3, grammar=cycle(50, 6), ignore_eos=True)
+    breaks = msgspec.structs.replace(params, grammar=Grammar(kind="lark", source="breaks"))
+    answer, other, bad = llm.generate([PROMPTS[0]] * 3, [params, GREEDY, breaks], progress=False)
+    assert answer.finish_reason == "stop"
+    assert [7 * i <= t < 7 * i + 50 for i, t in enumerate(answer.token_ids[:6])] == [True] * 6
+    assert answer.token_ids[6:] == [eos]
+    assert other.text.startswith(" Paris")
+    assert (bad.finish_reason, len(bad.token_ids)) == ("error", 3)
+    assert bad.error is not None
+    assert "no fourth mask" in bad.error
+    assert llm.engine.cache.num_owned == 0

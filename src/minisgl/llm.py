@@ -15,7 +15,7 @@ from minisgl.engine.build import build_engine
 from minisgl.errors import InvalidRequestError
 from minisgl.tokenizer.detokenize import TextStream, shown_tokens
 from minisgl.tokenizer.tokenizer import Tokenizer
-from minisgl.types import FinishReason, Request, SamplingParams, TokenEvent
+from minisgl.types import FinishReason, Request, SamplingParams, TokenEvent, TokenLogprobs
 
 Message = dict[str, Any]
 Prompt = str | Sequence[int]
@@ -24,13 +24,20 @@ Prompts = Prompt | Sequence[str] | Sequence[Sequence[int]] | Sequence[Prompt]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Completion:
-    """The answer to one prompt: `finish_reason` is "stop" or "length"; `cached_tokens` of its prompt were cached."""
+    """The answer to one prompt: `finish_reason` is "stop" or "length"; `cached_tokens` of its prompt were cached.
+
+    It is "error" when the grammar failed, and `error` says how. Where they were asked for, `logprobs` has an entry for
+    each of `token_ids` and `prompt_logprobs` one for each of `prompt_token_ids`, None for the first.
+    """
 
     text: str
     token_ids: list[int]
     finish_reason: str
     prompt_token_ids: list[int]
     cached_tokens: int
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    error: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +56,10 @@ class Answer:
         self.request = request
         self.stream = stream
         self.token_ids: list[int] = []
+        self.shown_ids: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
+        self.prompt_logprobs: list[TokenLogprobs | None] = []
+        self.error: str | None = None
         self.finish: FinishReason | None = None
         self.cached_tokens = 0
 
@@ -57,8 +68,11 @@ class Answer:
         if self.finish is not None:
             return ""
         self.token_ids += event.tokens
+        self.shown_ids += shown_tokens(event)
+        self.logprobs += event.logprobs
+        self.prompt_logprobs += event.prompt_logprobs
         self.cached_tokens = event.cached_tokens
-        self.finish = event.finish
+        self.finish, self.error = event.finish, event.error
         if self.stream is None:
             return ""
         text = self.stream.push(shown_tokens(event))
@@ -218,13 +232,16 @@ class LLM:
         if answer.stream is not None:
             text = answer.stream.text
         elif self.tokenizer is not None:
-            ids = answer.token_ids[:-1] if answer.finish is FinishReason.STOP else answer.token_ids
-            text = self.tokenizer.decode(ids, answer.request.params.skip_special_tokens)
+            text = self.tokenizer.decode(answer.shown_ids, answer.request.params.skip_special_tokens)
         assert answer.finish is not None
+        params = answer.request.params
         return Completion(
             text=text,
             token_ids=answer.token_ids,
             finish_reason=str(answer.finish),
             prompt_token_ids=answer.request.prompt,
             cached_tokens=answer.cached_tokens,
+            logprobs=None if params.logprobs is None else answer.logprobs,
+            prompt_logprobs=None if params.prompt_logprobs is None else answer.prompt_logprobs,
+            error=answer.error,
         )

@@ -20,6 +20,7 @@ from minisgl.models.decoder import Decoder
 from minisgl.models.weights import dummy_weights
 from minisgl.ops.attention.base import Attention
 from minisgl.ops.attention.torch_backend import TorchAttention
+from minisgl.types import MAX_LOGPROBS
 
 SPEC = tiny_spec(
     architecture="LlamaForCausalLM", vocab_size=97, head_dim=8, qk_norm=False, max_position=64, eos_token_ids=(0,)
@@ -100,6 +101,18 @@ def test_upload_keeps_values_shapes_and_dtypes() -> None:
     for name, tensor in upload(arrays, CPU).items():
         assert np.array_equal(tensor.numpy(), arrays[name])
         assert tensor.numpy().dtype == arrays[name].dtype
+
+
+def test_the_step_that_is_measured_asks_for_everything_a_request_can() -> None:
+    driver = make_driver()
+    output = driver.runner.run(prefill_plan(4, 3, everything=True))
+    assert output.scores is not None
+    assert output.prompt_scores is not None
+    assert output.scores.top_ids.shape == (4, MAX_LOGPROBS)
+    assert output.prompt_scores.top_ids.shape == (12, MAX_LOGPROBS)
+    special = driver.runner.tail.special
+    assert special.seen is not None
+    assert special.bias_ids is not None
 
 
 def step_plan(step: int, slot: int = 0) -> StepPlan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -13,7 +14,7 @@ from minisgl.engine.plan import StepPlan, StepResult
 from minisgl.engine.policy import LongestPrefixMatch
 from minisgl.engine.table import Entry, State
 from minisgl.errors import ContextLengthError, EngineDeadError, InvalidRequestError
-from minisgl.types import FinishReason, Request, TokenEvent
+from minisgl.types import FinishReason, Grammar, Request, TokenEvent
 
 
 def prompts(count: int, low: int, high: int, shared: int = 0, seed: int = 0) -> list[list[int]]:
@@ -226,6 +227,15 @@ def test_a_request_fills_the_last_page_and_ends_by_length() -> None:
         (request("x", [1], stop_token_ids=(VOCAB,)), InvalidRequestError),
         (request("x", [1], stop_token_ids=tuple(range(40))), InvalidRequestError),
         (request("x", [1], seed=2**70), InvalidRequestError),
+        (request("x", [1], presence_penalty=2.5), InvalidRequestError),
+        (request("x", [1], frequency_penalty=float("nan")), InvalidRequestError),
+        (request("x", [1], repetition_penalty=0.0), InvalidRequestError),
+        (request("x", [1], logit_bias={VOCAB: 1.0}), InvalidRequestError),
+        (request("x", [1], logit_bias={1: float("nan")}), InvalidRequestError),
+        (request("x", [1], logprobs=21), InvalidRequestError),
+        (request("x", [1], prompt_logprobs=-1), InvalidRequestError),
+        (request("x", [1], grammar=Grammar(kind="regex", source="unknown")), InvalidRequestError),
+        (msgspec.structs.replace(request("x", [1]), priority=2**70), InvalidRequestError),
     ],
 )
 def test_what_cannot_be_served_is_refused_at_the_door(bad: Request, error: type[Exception]) -> None:

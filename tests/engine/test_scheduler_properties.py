@@ -16,6 +16,8 @@ cache are listed in tests/cache/test_manager.py):
 11. a row is released as if all its known tokens were computed
 12. the device is told of one admitted row only
 13. a token that is no stop token ends a request
+14. a prompt whose scores are wanted starts on more of the prefix cache than is scored
+15. a mask allows stop tokens before `min_tokens`
 
 One more that survived, a check of `min_tokens` off by one, showed that the check was not needed: stop tokens are masked
 until then.
@@ -23,15 +25,17 @@ until then.
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from helpers.constraints import cycle
 from helpers.simulation import VOCAB, expected_tokens, request, simulated_engine, tokens_of
 from minisgl.engine.engine import Engine
 from minisgl.engine.table import State
-from minisgl.types import FinishReason, Request, TokenEvent
+from minisgl.types import FinishReason, Grammar, Request, TokenEvent
 
 MAX_SEQ_LEN = 40
 
@@ -72,9 +76,23 @@ class SchedulerMachine(RuleBasedStateMachine):
         ignore_eos=st.booleans(),
         seed=st.integers(-5, 5),
         temperature=st.sampled_from([0.0, 0.8]),
+        priority=st.integers(-1, 1),
+        scores=st.tuples(*[st.none() | st.integers(0, 3)] * 2),
+        grammar=st.none() | st.builds(cycle, st.integers(1, VOCAB), st.integers(0, 8)),
+        min_tokens=st.integers(0, 1),
     )
     def add(
-        self, shared: int, own: list[int], max_tokens: int | None, ignore_eos: bool, seed: int, temperature: float
+        self,
+        shared: int,
+        own: list[int],
+        max_tokens: int | None,
+        ignore_eos: bool,
+        seed: int,
+        temperature: float,
+        priority: int,
+        scores: tuple[int | None, int | None],
+        grammar: Grammar | None,
+        min_tokens: int,
     ) -> None:
         name = str(len(self.requests))
         new = request(
@@ -84,7 +102,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             ignore_eos=ignore_eos,
             seed=seed,
             temperature=temperature,
+            min_tokens=min_tokens,
+            grammar=grammar,
+            logprobs=scores[0],
+            prompt_logprobs=scores[1],
         )
+        new = msgspec.structs.replace(new, priority=priority)
         self.engine.add(new)
         self.requests[name] = new
         self.events[name] = []
@@ -111,11 +134,29 @@ class SchedulerMachine(RuleBasedStateMachine):
         mine = self.events[event.id]
         assert not mine or mine[-1].finish is None, "an event after the terminal one"
         mine.append(event)
+        wanted = self.requests[event.id]
+        if wanted.params.logprobs is not None:
+            assert [score.logprob for score in event.logprobs] == [-token for token in event.tokens]
+            assert {score.top_ids for score in event.logprobs} <= {tuple(range(wanted.params.logprobs))}
+        else:
+            assert not event.logprobs
+        first = event.tokens and not any(other.tokens for other in mine[:-1])
+        if first and wanted.params.prompt_logprobs is not None:
+            scored = [None if score is None else -score.logprob for score in event.prompt_logprobs]
+            assert scored == [None, *wanted.prompt[1:]]
+        else:
+            assert not event.prompt_logprobs
 
     @invariant()
     def pages_are_in_one_place(self) -> None:
         if hasattr(self, "engine"):
             self.engine.cache.check()
+
+    @invariant()
+    def the_queue_is_in_order_of_rank(self) -> None:
+        if hasattr(self, "engine"):
+            ranks = [entry.rank for entry in self.engine.scheduler.waiting]
+            assert ranks == sorted(ranks)
 
     @invariant()
     def rows_keep_their_order(self) -> None:

@@ -106,7 +106,7 @@ class Driver:
             any_filter=not greedy,
             any_min_len=not greedy,
         )
-        tokens: list[int] = self.runner.run(plan).tolist()
+        tokens: list[int] = self.runner.run(plan).tokens.tolist()
         return tokens
 
     def _grow(self, slot: int, count: int) -> list[tuple[int, int, int]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ from helpers.models import tiny_spec
 from minisgl.config import Config
 from minisgl.engine.engine import Engine
 from minisgl.engine.local import TORCH_DTYPES, LocalExecutor, attention_shape
-from minisgl.engine.plan import StepPlan, StepResult
+from minisgl.engine.plan import Masks, StepPlan, StepResult
 from minisgl.engine.runner import Runner
 from minisgl.engine.table import State
 from minisgl.models.rope import Rope
@@ -91,12 +92,19 @@ class Watched:
 
     def launch(self, plan: StepPlan) -> None:
         self.plans.append(plan)
-        if not self.strict:
+        with self._watch():
             self.inner.launch(plan)
-            return
-        torch.cuda.set_sync_debug_mode("error")
+
+    def finish(self, masks: Masks) -> None:
+        with self._watch():
+            self.inner.finish(masks)
+
+    @contextmanager
+    def _watch(self) -> Iterator[None]:
+        if self.strict:
+            torch.cuda.set_sync_debug_mode("error")
         try:
-            self.inner.launch(plan)
+            yield
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

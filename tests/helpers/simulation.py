@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from helpers.constraints import Cycle
 from minisgl.config import Config
 from minisgl.engine.engine import Engine
 from minisgl.engine.plan import RowInit, StepPlan
@@ -29,7 +30,7 @@ def simulated_engine(*, num_pages: int = 64, max_seq_len: int = 128, page_size: 
     rows = config.max_running_requests
     length = min(max_seq_len, num_pages * page_size)
     executor = SimulatedExecutor(num_pages, page_size, rows, length, VOCAB)
-    return Engine(executor, model_info(length), config)
+    return Engine(executor, model_info(length), config, lambda grammar: Cycle(grammar, VOCAB, EOS))
 
 
 def expected_tokens(request: Request, max_seq_len: int) -> list[int]:
@@ -50,7 +51,12 @@ def expected_tokens(request: Request, max_seq_len: int) -> list[int]:
         stop_ids=np.array([stops + [-1] * (MAX_STOP_TOKEN_IDS - len(stops))], np.int32),
     )
     out: list[int] = []
+    constraint = None if params.grammar is None else Cycle(params.grammar, VOCAB, EOS)
     while True:
+        allowed = set(range(VOCAB) if constraint is None else constraint.allowed())
+        allowed -= set(stops if len(out) < params.min_tokens else [])
+        if not allowed:
+            return out
         tokens = np.array(prompt if not out else out[-1:], np.int32)
         start = len(prompt) + len(out) - len(tokens)
         end = start + len(tokens)
@@ -72,7 +78,10 @@ def expected_tokens(request: Request, max_seq_len: int) -> list[int]:
             any_min_len=False,
         )
         device.launch(plan)
-        out.append(int(device.collect().tokens[0]))
+        token = int(device.collect().tokens[0])
+        out.append(min(allowed, key=lambda t: (t - token) % VOCAB))
+        if constraint is not None:
+            constraint.said += 1
         stopped = out[-1] in stops and len(out) > params.min_tokens
         if stopped or len(prompt) + len(out) >= limit:
             return out

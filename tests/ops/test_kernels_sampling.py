@@ -173,6 +173,22 @@ def test_a_whole_split_of_masked_tokens_never_wins(device: torch.device, monkeyp
     assert int(check(logits, table(4, device, temperature=[0.0, 2.0])).min()) >= 128
 
 
+@pytest.mark.filterwarnings("ignore:overflow")  # the bound is the least float32: over T it is -inf, and its share 0
+@pytest.mark.parametrize("allowed", [1, 2, 9])
+def test_of_a_vocabulary_masked_but_for_a_few_only_those_are_drawn(
+    allowed: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a grammar leaves it: whole strands and splits of -inf, fewer tokens than top_k."""
+    monkeypatch.setattr(sampling, "SPLIT", 128)
+    torch.manual_seed(12)
+    logits = (3 * torch.randn(len(FILTERS), 703, device=device)).to(dtype)
+    few = torch.randperm(703, device=device)[:allowed]
+    masked = torch.full_like(logits, float("-inf"))
+    masked[:, few] = logits[:, few]
+    tokens = check(masked, table(len(FILTERS), device, temperature=[0.8, 0.0, 3.0, 1.3], **filter_columns()))
+    assert set(tokens.tolist()) <= set(few.tolist())
+
+
 def test_tiny_temperature_is_nearly_greedy(device: torch.device) -> None:
     torch.manual_seed(10)
     logits = torch.randn(4, 3000, device=device)

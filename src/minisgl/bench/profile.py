@@ -19,7 +19,7 @@ import torch
 
 from minisgl.bench.steps import Step, full_decodes
 from minisgl.bench.trace import Activity, StepTime, by_step, read_trace, step_times
-from minisgl.engine.plan import Executor, StepPlan, StepResult
+from minisgl.engine.plan import Executor, Masks, StepPlan, StepResult
 
 STRETCHES: Final = {True: 12, False: 6}
 """Into how many stretches the steps are cut that only decode, and those that do not."""
@@ -109,13 +109,17 @@ class Tracer:
         if index in self.chosen:
             self._indices.append(index)
             if index + 1 not in self.chosen:
-                self.finish()
+                self.end_trace()
 
-    def finish(self) -> None:
+    def end_trace(self) -> None:
         """End a trace that runs."""
         if self._indices:
             self.traced.append(Traced(self._indices, self.profiler.stop()))
             self._indices = []
+
+    def finish(self, masks: Masks) -> None:
+        """Finish the step launched last."""
+        self.executor.finish(masks)
 
     def collect(self) -> StepResult:
         """The oldest step's tokens."""
@@ -212,5 +216,5 @@ def profile(
     chosen = sample_steps(steps)
     tracer = Tracer(executor, chosen, profiler or TorchProfiler())
     run(tracer)
-    tracer.finish()
+    tracer.end_trace()
     return split([account(traced, tracer.steps, chosen) for traced in tracer.traced], tracer.steps)

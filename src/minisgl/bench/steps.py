@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 
-from minisgl.engine.plan import Executor, StepPlan, StepResult
+from minisgl.engine.plan import Executor, Masks, StepPlan, StepResult
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,10 @@ class Recorder:
         """Note the step and start it."""
         self.steps.append(Step.of(plan))
         self.executor.launch(plan)
+
+    def finish(self, masks: Masks) -> None:
+        """Finish the step launched last."""
+        self.executor.finish(masks)
 
     def collect(self) -> StepResult:
         """The oldest step's tokens; note how long the host waited for them."""

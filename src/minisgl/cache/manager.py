@@ -77,6 +77,15 @@ class CacheManager:
         self._borrowed[slot, : len(pages)] = True
         return len(pages) * self.page_size
 
+    def admission_cost(self, tokens: Int32, reusable: Int32) -> int:
+        """Pages of `available` that a new row for `tokens` takes when it starts on what is cached of `reusable`."""
+        node, pages = self._cache.match(self._usable(reusable))
+        before = self.available
+        self._cache.lock(node)
+        locked = before - self.available
+        self._cache.unlock(node)
+        return -(-len(tokens) // self.page_size) - len(pages) + locked
+
     def writes(self, slot: int) -> PageWrites:
         """The row's whole page table as (slots, indices, page ids), for a device that knows nothing of it."""
         count = int(self.row_pages[slot])

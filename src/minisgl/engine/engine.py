@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from minisgl.cache.manager import CacheManager
 from minisgl.config import Config
+from minisgl.engine.constraint import Constraint, ConstraintFactory, make_constraint
 from minisgl.engine.plan import Executor, StepPlan
 from minisgl.engine.policy import make_policy
 from minisgl.engine.scheduler import Scheduler
@@ -22,14 +23,21 @@ class Engine:
     With `config.overlap` a step is planned and launched while the one before it runs, and the older one's tokens
     are taken in afterwards (NanoFlow, Zhu et al. 2024): a request that ends on a stop token is found out one
     step late, and what that step computed for it is dropped.
+
+    A mask depends on the token before it. So where rows follow a grammar, the older step's tokens are taken in first,
+    and the masks computed while the device runs the newer step's forward pass; then the step is finished with them.
+    `constraints` makes a constraint of a grammar; without it grammars are refused.
     """
 
-    def __init__(self, executor: Executor, model: ModelInfo, config: Config) -> None:
+    def __init__(
+        self, executor: Executor, model: ModelInfo, config: Config, constraints: ConstraintFactory | None = None
+    ) -> None:
         assert config.max_running_requests is not None
         assert config.max_prefill_length is not None
         rows, max_pages = config.max_running_requests, -(-model.max_seq_len // config.page_size)
         self.executor = executor
         self.model = model
+        self.constraints = constraints
         self.overlap = config.overlap
         self.cache = CacheManager(executor.num_pages, config.page_size, config.cache, rows, max_pages)
         self.table = RequestTable(rows, model.max_seq_len)
@@ -39,16 +47,26 @@ class Engine:
         self._events: list[TokenEvent] = []
         self._arrivals = 0
         self._failed = False
-        self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
+        self._prompt_tokens = self._cached_tokens = self._generated_tokens = self._aborted = 0
 
-    def add(self, request: Request) -> None:
-        """Accept a request; raises InvalidRequestError or ContextLengthError when it can never be served."""
+    def add(self, request: Request, constraint: Constraint | None = None) -> None:
+        """Accept a request; raises InvalidRequestError or ContextLengthError when it can never be served.
+
+        Its grammar's `constraint` may come ready, made elsewhere; otherwise it is made here, and no step is launched
+        for as long as that takes.
+        """
         if self._failed:
             raise EngineDeadError("the engine failed in an earlier step")
         self.model.check(request.prompt, request.params)
         if request.id in self.scheduler.live:
             raise InvalidRequestError(f"a request with id {request.id!r} is running already", param="id")
+        if not -(2**31) <= request.priority < 2**31:
+            raise InvalidRequestError(f"priority must be a 32-bit integer, got {request.priority}", param="priority")
         params, room = request.params, self.model.max_seq_len
+        if params.grammar is None:
+            constraint = None
+        elif constraint is None:
+            constraint = make_constraint(self.constraints, params.grammar)
         seed = secrets.randbits(63) if params.seed is None else params.seed
         limit = room if params.max_tokens is None else len(request.prompt) + params.max_tokens
         entry = Entry(
@@ -58,6 +76,7 @@ class Engine:
             seed=seed,
             limit=limit,
             eos=self.model.eos_token_ids,
+            constraint=constraint,
         )
         self._arrivals += 1
         self._prompt_tokens += len(request.prompt)
@@ -68,6 +87,7 @@ class Engine:
         for request_id in ids:
             if (event := self.scheduler.abort(request_id)) is not None:
                 self._events.append(event)
+                self._aborted += 1
 
     @property
     def has_work(self) -> bool:
@@ -90,13 +110,24 @@ class Engine:
 
     def _advance(self) -> None:
         plan = self.scheduler.plan()
-        if plan is not None:
-            self.executor.launch(plan)
-            self._launched.append(plan)
-        in_shadow = self.overlap and plan is not None and len(self._launched) == 1
-        if self._launched and not in_shadow:
-            oldest = self._launched.popleft()
-            self._events += self.scheduler.commit(oldest, self.executor.collect())
+        if plan is None:
+            if self._launched:
+                self._take_in()
+            return
+        self.executor.launch(plan)
+        self._launched.append(plan)
+        if len(self._launched) > 1:
+            self._take_in()
+        if len(plan.constrained_slots):
+            masks, ended = self.scheduler.masks(plan, self.model.vocab_size)
+            self._events += ended
+            self.executor.finish(masks)
+        if not self.overlap:
+            self._take_in()
+
+    def _take_in(self) -> None:
+        oldest = self._launched.popleft()
+        self._events += self.scheduler.commit(oldest, self.executor.collect())
 
     def _count(self, events: list[TokenEvent]) -> None:
         for event in events:
@@ -111,11 +142,13 @@ class Engine:
         return EngineStats(
             running=live - waiting,
             waiting=waiting,
+            waiting_tokens=sum(len(entry.request.prompt) for entry in self.scheduler.waiting),
             pages_total=self.executor.num_pages,
             pages_free=self.cache.num_free,
             pages_cached=self.cache.num_cached,
             steps=self.scheduler.step,
             retracted=self.scheduler.retracted,
+            aborted=self._aborted,
             prompt_tokens=self._prompt_tokens,
             cached_prompt_tokens=self._cached_tokens,
             generated_tokens=self._generated_tokens,

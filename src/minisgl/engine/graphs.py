@@ -17,6 +17,7 @@ from torch import Tensor
 
 from minisgl.engine.plan import Int32, StepPlan
 from minisgl.engine.tables import DeviceTables
+from minisgl.engine.tail import StepOutput
 from minisgl.models.decoder import Decoder, ForwardBatch
 from minisgl.ops.attention.device import GraphBackend, GraphDecode
 from minisgl.ops.kernels.step import commit_rows, gather_rows
@@ -45,7 +46,11 @@ class CapturedStep:
 
 
 class DecodeGraphs:
-    """Graphs over one runner's tables and cache, captured when this is made, largest first into one memory pool."""
+    """Graphs over one runner's tables and cache, captured when this is made, largest first into one memory pool.
+
+    All sizes write their logits to one buffer outside the pool, where a tail finds them: the product lands there
+    directly, and the pool need not hold it.
+    """
 
     def __init__(
         self, decoder: Decoder, kv: KVCache, tables: DeviceTables, sizes: Iterable[int], max_seq_len: int
@@ -60,7 +65,10 @@ class DecodeGraphs:
         self.padding = len(tables.length) - 1
         self.steps: dict[int, CapturedStep] = {}
         pool = torch.cuda.graph_pool_handle()
-        for size in sorted(sizes, reverse=True):
+        sizes = sorted(sizes, reverse=True)
+        head = decoder.weights.head
+        self.logits = torch.empty((sizes[0], decoder.spec.vocab_size), dtype=head.dtype, device=head.device)
+        for size in sizes:
             self.steps[size] = self._capture(size, pool)
         self.sizes = sorted(self.steps)
         hosts = (torch.zeros((3, self.sizes[-1]), dtype=torch.int32).pin_memory() for _ in range(IN_FLIGHT))
@@ -71,8 +79,8 @@ class DecodeGraphs:
         rows = len(plan.decode_slots)
         return plan.init is None and len(plan.prefill_slots) == 0 and 0 < rows <= self.sizes[-1]
 
-    def run(self, plan: StepPlan) -> Tensor:
-        """Replay the plan's step; its tokens, int32 (rows,) on the device, good until the next step of this size."""
+    def run(self, plan: StepPlan) -> StepOutput:
+        """Replay the plan's step; what it leaves is good until the next step."""
         rows = len(plan.decode_slots)
         size = self.sizes[int(np.searchsorted(self.sizes, rows))]
         step = self.steps[size]
@@ -81,7 +89,7 @@ class DecodeGraphs:
         lens[:rows] = plan.decode_lens + 1
         step.attention.prepare(lens)
         step.graph.replay()
-        return step.tokens[:rows]
+        return StepOutput(step.tokens[:rows], self.logits[:rows])
 
     def _write_changes(self, plan: StepPlan, rows: int, size: int) -> Tensor:
         host = next(self._hosts).reshape(-1)[: 3 * size].reshape(3, size)
@@ -117,7 +125,8 @@ class DecodeGraphs:
     def _step(self, changes: Tensor, inputs: StepInputs, attention: GraphDecode) -> Tensor:
         gather_rows(changes, self.tables, inputs, self.kv.page_size)
         batch = ForwardBatch(ids=inputs.ids, positions=inputs.positions, locations=inputs.locations, rows=None)
-        logits = self.decoder.logits(self.decoder.forward(batch, attention.attention, self.kv))
+        hidden = self.decoder.forward(batch, attention.attention, self.kv)
+        logits = self.decoder.logits(hidden, self.logits[: len(hidden)])
         tokens = self.decoder.ops.sample(logits, self.tables.sampling, changes[0], inputs.kv_lens, False, True, True)
         commit_rows(changes, tokens, self.tables, inputs)
         return tokens

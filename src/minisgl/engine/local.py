@@ -6,20 +6,23 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from minisgl.config import Config
 from minisgl.engine.memory import available_memory, measure_pages, require_weights_fit
-from minisgl.engine.plan import StepPlan, StepResult
+from minisgl.engine.plan import Masks, Scores, StepPlan, StepResult
 from minisgl.engine.runner import Runner
+from minisgl.engine.tail import StepOutput
 from minisgl.models.decoder import Decoder, pack_weights
 from minisgl.models.spec import ModelSpec
 from minisgl.models.weights import Weights, dummy_weights, load_weights
 from minisgl.ops.attention.device import GraphBackend
 from minisgl.ops.attention.select import Shape, make_attention
 from minisgl.ops.kv import allocate_kv
+from minisgl.ops.logits import TokenScores
 from minisgl.ops.operations import operations_for
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -48,6 +51,7 @@ class LocalExecutor:
         self._num_pages = config.num_pages
         self._worker = ThreadPoolExecutor(1, "minisgl-step") if self.device.type == "cpu" else None
         self._results: deque[Callable[[], StepResult]] = deque()
+        self._half: tuple[StepPlan, Callable[[], StepOutput]] | None = None  # launched, and to be finished
 
     @property
     def num_pages(self) -> int:
@@ -56,14 +60,40 @@ class LocalExecutor:
 
     def launch(self, plan: StepPlan) -> None:
         """Start a step behind those already started."""
+        assert self._half is None, "the step before waits for its masks"
+        output = self._start(lambda: self.runner.run(plan))
+        if len(plan.constrained_slots):
+            self._half = plan, output
+        else:
+            self._results.append(self._fetch(plan.step, output))
+
+    def finish(self, masks: Masks) -> None:
+        """Start the tail of the step launched last."""
+        assert self._half is not None, "no step waits for masks"
+        (plan, first), self._half = self._half, None
+        self._results.append(self._fetch(plan.step, self._start(lambda: self.runner.finish(plan, first(), masks))))
+
+    def _start(self, work: Callable[[], StepOutput]) -> Callable[[], StepOutput]:
+        """Have the device do this; the function returned gives what it leaves there, or raises what it raised.
+
+        It is for later work and for `collect`: on the CPU it waits.
+        """
         if self._worker is not None:
-            tokens = self._worker.submit(self.runner.run, plan)
-            self._results.append(lambda: StepResult(step=plan.step, tokens=tokens.result().numpy()))
-            return
+            return self._worker.submit(work).result
         try:
-            self._results.append(_fetch(plan.step, self.runner.run(plan)))
+            output = work()
         except Exception as error:
-            self._results.append(_raiser(error))
+            return _raiser(error)
+        return lambda: output
+
+    def _fetch(self, step: int, output: Callable[[], StepOutput]) -> Callable[[], StepResult]:
+        """Start the copy of a step's results to the host; the function returned waits for it."""
+        if self._worker is not None:
+            return lambda: _result(step, output())
+        try:
+            return _copy(step, output())
+        except Exception as error:
+            return _raiser(error)
 
     def collect(self) -> StepResult:
         """Wait for the oldest step and return its tokens, or raise what it raised."""
@@ -77,22 +107,44 @@ class LocalExecutor:
             torch.cuda.synchronize(self.device)
 
 
-def _fetch(step: int, tokens: Tensor) -> Callable[[], StepResult]:
-    """Start the copy of a step's tokens to the host; the function returned waits for it."""
-    host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-    host.copy_(tokens, non_blocking=True)
+def _copy(step: int, output: StepOutput) -> Callable[[], StepResult]:
+    """Start copies to pinned memory, with an event behind them that the function returned waits for."""
+
+    def pinned(tensor: Tensor) -> Tensor:
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
+
+    def scores(there: TokenScores | None) -> TokenScores | None:
+        return None if there is None else TokenScores(*map(pinned, there))
+
+    no_logits = output.tokens[:0]  # the next step may take their memory
+    here = StepOutput(pinned(output.tokens), no_logits, scores(output.scores), scores(output.prompt_scores))
     done = torch.cuda.Event()  # type: ignore[no-untyped-call]
     done.record()
 
     def wait() -> StepResult:
         done.synchronize()
-        return StepResult(step=step, tokens=host.numpy())
+        return _result(step, here)
 
     return wait
 
 
-def _raiser(error: Exception) -> Callable[[], StepResult]:
-    def fail() -> StepResult:
+def _result(step: int, output: StepOutput) -> StepResult:
+    """The numbers of an output on the host."""
+
+    def numbers(scores: TokenScores | None) -> Scores | None:
+        return None if scores is None else Scores(*(tensor.numpy() for tensor in scores))
+
+    return StepResult(
+        step=step,
+        tokens=output.tokens.numpy(),
+        scores=numbers(output.scores),
+        prompt_scores=numbers(output.prompt_scores),
+    )
+
+
+def _raiser(error: Exception) -> Callable[[], Any]:
+    def fail() -> Any:
         raise error
 
     return fail

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 
 from minisgl.config import Config
-from minisgl.engine.plan import RowInit, StepPlan
+from minisgl.engine.plan import RowInit, SpecialInit, SpecialRows, StepPlan
 from minisgl.engine.runner import Runner
 from minisgl.errors import ConfigError
 from minisgl.models.decoder import Decoder
 from minisgl.models.parameters import parameters
 from minisgl.models.spec import ModelSpec
 from minisgl.ops.kv import allocate_kv, page_bytes
-from minisgl.types import MAX_STOP_TOKEN_IDS
+from minisgl.types import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
 
 GIB = 2**30
 CPU_KV_BYTES = 2 * GIB
@@ -97,7 +97,9 @@ def measure_pages(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_
 def _forward_peak(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_len: int) -> int:
     """Bytes above the present that the largest prefill step takes, with sampling for as many rows as can end in it.
 
-    Runs that step on scratch pages, so what attention over a long context takes is not in it.
+    Every row asks for everything, so the tables that penalties and biases need later have their memory too, and the
+    first such request finds it. The step runs on scratch pages, so what attention over a long context takes is not in
+    it.
     """
     device, spec = torch.device(config.device), decoder.spec
     assert config.max_running_requests is not None
@@ -109,7 +111,7 @@ def _forward_peak(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     present = torch.cuda.memory_allocated(device)
-    runner.run(prefill_plan(rows, length))
+    runner.run(prefill_plan(rows, length, everything=True))
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - present
     del runner, kv
@@ -117,8 +119,11 @@ def _forward_peak(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_
     return peak
 
 
-def prefill_plan(rows: int, length: int) -> StepPlan:
-    """A step that prefills and samples `rows` prompts of `length` tokens with every filter on, on scratch pages."""
+def prefill_plan(rows: int, length: int, everything: bool = False) -> StepPlan:
+    """A step that prefills and samples `rows` prompts of `length` tokens with every filter on, on scratch pages.
+
+    With `everything` each row also has penalties and a bias, and asks for all log-probabilities it can.
+    """
     none, slots = np.empty(0, np.int32), np.arange(rows, dtype=np.int32)
     ones, zeros = np.ones(rows, np.float32), np.zeros(rows, np.int32)
     init = RowInit(
@@ -130,6 +135,7 @@ def prefill_plan(rows: int, length: int) -> StepPlan:
         seeds=np.zeros(rows, np.int64),
         min_lens=zeros + length + 1,
         stop_ids=np.zeros((rows, MAX_STOP_TOKEN_IDS), np.int32),
+        special=special_init(rows) if everything else None,
     )
     return StepPlan(
         step=0,
@@ -147,4 +153,34 @@ def prefill_plan(rows: int, length: int) -> StepPlan:
         all_greedy=False,
         any_filter=True,
         any_min_len=True,
+        special=special_rows(rows, rows * length) if everything else None,
+    )
+
+
+def special_init(rows: int) -> SpecialInit:
+    """Rows that each hold one token and bias one."""
+    slots = np.arange(rows, dtype=np.int32)
+    bias_values = np.ones((rows, 1), np.float32)
+    zeros, ones = np.zeros(rows, np.int32), np.ones(rows, np.int32)
+    return SpecialInit(
+        slots=slots, seen_slots=slots, seen_tokens=zeros, seen=ones, bias_ids=zeros[:, None], bias_values=bias_values
+    )
+
+
+def special_rows(rows: int, tokens: int) -> SpecialRows:
+    """All of a step's rows penalised, biased and scored, and all its prompt tokens scored."""
+    slots = np.arange(rows, dtype=np.int32)
+    return SpecialRows(
+        changed=slots,
+        penalties=np.ones((3, rows), np.float32),
+        penalised=True,
+        bias_width=1,
+        constrained=np.empty(0, np.int32),
+        scored=slots,
+        top=MAX_LOGPROBS,
+        prompt_rows=np.arange(tokens, dtype=np.int32),
+        prompt_targets=np.zeros(tokens, np.int32),
+        prompt_slots=slots,
+        prompt_counts=np.full(rows, tokens // rows, np.int32),
+        prompt_top=MAX_LOGPROBS,
     )

@@ -15,13 +15,14 @@ class Policy(Protocol):
     def order(self, waiting: Sequence[Entry], cached: Callable[[Entry], int], step: int) -> Iterable[Entry]:
         """Yield candidates, the next to admit first.
 
-        `waiting` is in order of arrival, retracted requests in front; `cached(entry)` counts the prompt tokens that
-        the prefix cache holds now; `step` is the number of the step being planned.
+        `waiting` is in order of priority and of arrival; a policy decides among equals of priority only.
+        `cached(entry)` counts the prompt tokens that the prefix cache holds now; `step` is the number of the step
+        being planned.
         """
 
 
 class FirstComeFirstServed:
-    """Order of arrival."""
+    """Order of priority, then of arrival."""
 
     def order(self, waiting: Sequence[Entry], cached: Callable[[Entry], int], step: int) -> Iterable[Entry]:
         """Yield `waiting` as it is."""
@@ -31,8 +32,8 @@ class FirstComeFirstServed:
 class LongestPrefixMatch:
     """Longest cached prefix first, so that a prefix is used while it is still cached (the order of RadixAttention).
 
-    A request that waited `patience` steps goes before all younger ones, so nobody starves. Only the first
-    `window` requests of the queue are compared, which bounds the cost of a step.
+    A request that waited `patience` steps goes before all younger ones of its priority, so none of equals starves.
+    Only the first `window` requests of the queue are compared, which bounds the cost of a step.
     """
 
     def __init__(self, patience: int = 64, window: int = 128) -> None:
@@ -40,11 +41,11 @@ class LongestPrefixMatch:
         self.window = window
 
     def order(self, waiting: Sequence[Entry], cached: Callable[[Entry], int], step: int) -> Iterable[Entry]:
-        """Yield the aged in order of arrival, then the others by cached tokens."""
+        """Yield, of each priority, the aged in order of arrival, then the others by cached tokens."""
 
-        def key(entry: Entry) -> tuple[bool, int, int]:
+        def key(entry: Entry) -> tuple[int, bool, int, int]:
             young = step - entry.queued_step < self.patience
-            return (young, -cached(entry) if young else 0, entry.arrival)
+            return (entry.request.priority, young, -cached(entry) if young else 0, entry.arrival)
 
         return sorted(islice(waiting, self.window), key=key)
 

@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minisgl.engine.plan import RowInit, StepPlan
+from minisgl.engine.plan import Masks, RowInit, StepPlan
 from minisgl.engine.tables import DeviceTables
+from minisgl.engine.tail import StepOutput, Tail
 from minisgl.engine.upload import upload
 from minisgl.models.decoder import Decoder, ForwardBatch
 from minisgl.ops.attention.base import Geometry, Rows
@@ -29,7 +30,7 @@ class Runner:
         self.kv = kv
         self.device = device
         self.tables = DeviceTables(rows, -(-max_seq_len // kv.page_size), kv.num_pages, device)
-
+        self.tail = Tail(decoder, self.tables, device)
         self.graphs: DecodeGraphs | None = None
 
     def capture_graphs(self, largest: int, max_seq_len: int) -> None:
@@ -40,8 +41,21 @@ class Runner:
         self.graphs = DecodeGraphs(self.decoder, self.kv, self.tables, sizes, max_seq_len)
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> Tensor:
-        """Do what the plan says; return the sampled tokens in its order, int32 (len(sampled_slots),) on the device."""
+    def run(self, plan: StepPlan) -> StepOutput:
+        """Do what the plan says; what is left for `finish` where rows wait for masks is their tail."""
+        output = self._forward(plan)
+        if plan.special is not None and len(plan.special.constrained) == 0:
+            self.tail.run(plan, output, None)
+        return output
+
+    @torch.inference_mode()
+    def finish(self, plan: StepPlan, output: StepOutput, masks: Masks) -> StepOutput:
+        """The second half of the step that ran last, for rows that follow a grammar."""
+        self.tail.run(plan, output, masks)
+        return output
+
+    def _forward(self, plan: StepPlan) -> StepOutput:
+        """Run the model, draw a token for each sampled row from its own logits, and score prompts."""
         if self.graphs is not None and self.graphs.takes(plan):
             return self.graphs.run(plan)
         if plan.init is not None:
@@ -51,10 +65,18 @@ class Runner:
             self.tables.write_pages(step.page_slots, step.page_indices, step.page_ids)
         attention = self.decoder.attention.plan(self._geometry(plan, step), self.kv)
         hidden = self.decoder.forward(self._batch(step), attention, self.kv)
-        if len(step.sampled) == 0:
-            return torch.empty(0, dtype=torch.int32, device=self.device)
+        output = self._sample(plan, step, hidden[: len(step.sampled)])
+        if len(hidden) > len(step.sampled):
+            self.tail.score_prompts(plan, hidden[len(step.sampled) :], output)
+        return output
+
+    def _sample(self, plan: StepPlan, step: StepTensors, hidden: Tensor) -> StepOutput:
+        """Draw a token for each sampled row from hidden states (n, D)."""
+        if len(hidden) == 0:
+            return StepOutput(torch.empty(0, dtype=torch.int32, device=self.device), hidden)
+        logits = self.decoder.logits(hidden)
         tokens = self.decoder.ops.sample(
-            self.decoder.logits(hidden),
+            logits,
             self.tables.sampling,
             step.sampled,
             self.tables.length.index_select(0, step.sampled),
@@ -63,7 +85,7 @@ class Runner:
             plan.any_min_len,
         )
         self.tables.last_token.index_copy_(0, step.sampled, tokens)
-        return tokens
+        return StepOutput(tokens, logits)
 
     def _admit(self, init: RowInit) -> None:
         """Write the sampling parameters of rows that start."""
@@ -79,6 +101,8 @@ class Runner:
         }
         values = upload(arrays, self.device)
         self.tables.write_sampling(values.pop("slots"), values)
+        if init.special is not None:
+            self.tail.special.admit(init.special)
 
     def _batch(self, step: StepTensors) -> ForwardBatch:
         """The step's tokens, decode rows first; advances the rows' lengths by what the step writes."""
@@ -141,7 +165,7 @@ class StepTensors:
     decode_starts: Tensor  # int32 (d + 1,) where each decode row's query begins: 0, 1, 2, …
     decode_ends: Tensor  # int32 (d,) tokens in the cache, the new one included
     prefill_query_starts: Tensor  # int32 (c + 1,) where each chunk begins among the t prefill tokens, and t
-    wanted: Tensor  # (n,) where the sampled rows' last tokens are among the step's d + t
+    wanted: Tensor  # (n + q,) where the sampled rows' last tokens, and scored ones, are among the step's d + t
     sampled: Tensor  # (n,) the slots they belong to
 
 
@@ -149,6 +173,8 @@ def upload_step(plan: StepPlan, device: torch.device) -> StepTensors:
     """Work out where each prefill token goes, and send everything over."""
     lens, decodes = plan.prefill_lens, len(plan.decode_slots)
     ends = np.cumsum(lens)  # of each chunk, among the prefill tokens
+    last = [np.arange(decodes), decodes + ends[plan.prefill_final] - 1]
+    prompts = [] if plan.special is None else [plan.special.prompt_rows]
     positions = np.arange(len(plan.prefill_tokens)) + np.repeat(plan.prefill_starts - (ends - lens), lens)
     arrays = {
         "page_slots": plan.page_slots.astype(np.int64),
@@ -163,7 +189,7 @@ def upload_step(plan: StepPlan, device: torch.device) -> StepTensors:
         "decode_starts": np.arange(decodes + 1, dtype=np.int32),
         "decode_ends": plan.decode_lens + 1,
         "prefill_query_starts": np.concatenate([[0], ends]).astype(np.int32),
-        "wanted": np.concatenate([np.arange(decodes), decodes + ends[plan.prefill_final] - 1]).astype(np.int64),
+        "wanted": np.concatenate([*last, *prompts]).astype(np.int64),
         "sampled": plan.sampled_slots.astype(np.int64),
     }
     return StepTensors(**upload(arrays, device))

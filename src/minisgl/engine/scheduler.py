@@ -2,12 +2,18 @@
 
 A step decodes every running request and, beside them, prefills chunks of prompts under a token budget
 (Sarathi-Serve, Agrawal et al. 2024), so a long prompt stalls nobody. Pages are taken as they are needed. When they
-run out, the youngest request is retracted: it gives back its row and pages, waits in front of the queue, and
-is prefilled again later, mostly from the prefix cache.
+run out, a request is retracted: it gives back its row and pages, waits in the queue before all that arrived after it,
+and is prefilled again later, mostly from the prefix cache.
+
+Requests are ranked by (priority, arrival), lower first. The last is retracted first. A waiting request also retracts
+running ones, but only of strictly worse priority, and only if that makes room for it; so no two can take turns in
+displacing each other, the first in rank is never retracted, and among equals each becomes the first in the end. Of
+worse priority a request waits for as long as better ones keep coming: that is what a priority says.
 """
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections import deque
 from collections.abc import Iterable
 from itertools import chain
@@ -16,8 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minisgl.cache.manager import CacheManager
-from minisgl.engine.plan import Int32, StepPlan, StepResult
+from minisgl.engine.constraint import forbid_tokens, usable_words
+from minisgl.engine.plan import Int32, Masks, StepPlan, StepResult
 from minisgl.engine.policy import Policy
+from minisgl.engine.special import init_special, plan_special, take_scores
 from minisgl.engine.table import Entry, RequestTable, State
 from minisgl.types import FinishReason, TokenEvent
 
@@ -41,7 +49,14 @@ class Scheduler:
     def add(self, entry: Entry) -> None:
         """Queue an accepted request."""
         self.live[entry.request.id] = entry
-        self.waiting.append(entry)
+        self._queue(entry)
+
+    def _queue(self, entry: Entry) -> None:
+        """Put a new or a retracted request in its place; the queue is in order of rank."""
+        if not self.waiting or self.waiting[-1].rank < entry.rank:
+            self.waiting.append(entry)
+        else:
+            self.waiting.insert(bisect(self.waiting, entry.rank, key=lambda other: other.rank), entry)
 
     def abort(self, request_id: str) -> TokenEvent | None:
         """End a request in whatever state it is; None when it is not live. Its pages may be freed later."""
@@ -60,6 +75,7 @@ class Scheduler:
 
     def plan(self) -> StepPlan | None:
         """Plan the next step and account for it as launched; None when no row can do anything now."""
+        self._make_way()
         while True:
             decode, decode_writes = self._plan_decode()
             chunks, admitted, chunk_writes = self._plan_prefill()
@@ -70,13 +86,40 @@ class Scheduler:
                 return None
             self.retract_youngest()
 
+    def _make_way(self) -> None:
+        """Where the first waiting request finds no row or no pages, retract running ones of worse priority for it."""
+        table, cache = self.table, self.cache
+        if not self.waiting:
+            return
+        first = self.waiting[0]
+        priority = first.request.priority
+        if not (table.priority > priority).any():  # rows that are free may be among them
+            return
+        running = table.rows_in(State.PREFILL, State.DECODE)
+        worse = running[table.priority[running] > priority]
+        if len(worse) == 0:
+            return
+        rows = table.free_rows + int(np.isin(table.state, (State.RETRACTING, State.ENDED)).sum())
+        pages = cache.admission_cost(first.tokens, first.reusable) + self._promised(running)
+        short = pages - cache.available - self._pages_leaving()
+        victims = 0
+        for slot in worse[::-1]:
+            if rows > 0 and short <= 0:
+                break
+            rows += 1
+            short -= int(cache.row_pages[slot]) + self._promised(np.array([slot]))
+            victims += 1
+        if rows > 0 and short <= 0:
+            for _ in range(victims):
+                self.retract_youngest()
+
     def _starved(self, slots: Slots) -> bool:
         """Whether some of these rows still have work to launch."""
         table = self.table
         return bool(np.any((table.state[slots] == State.PREFILL) | (table.computed[slots] + 1 < table.limit[slots])))
 
     def _plan_decode(self) -> tuple[Slots, list[PageWrites]]:
-        """Rows that decode in this step, with pages for their next token; retracts the youngest when pages run out.
+        """Rows that decode in this step, with pages for their next token; retracts the last when pages run out.
 
         Longest first: attention then ends with short rows, and few multiprocessors wait for the last (Graham's rule).
         """
@@ -95,9 +138,9 @@ class Scheduler:
         return slots, writes
 
     def _make_room(self, slots: Slots) -> Slots:
-        """The decode rows that can go on, oldest first, after retracting as many of the youngest as it takes."""
+        """The decode rows that can go on, in order of rank, after retracting as many of the last as it takes."""
         table, cache = self.table, self.cache
-        slots = slots[np.argsort(table.arrival[slots], kind="stable")]
+        slots = table.ranked(slots)
         need = cache.pages_needed(slots, table.computed[slots] + 1)
         while len(slots) and int(need.sum()) > cache.available + self._pages_leaving():
             victim = self.retract_youngest()
@@ -142,7 +185,7 @@ class Scheduler:
         """Admit waiting requests one by one, in the policy's order, as long as rows and pages last."""
         if not self.waiting or self.table.free_rows == 0:
             return
-        candidates = list(self.policy.order(self.waiting, lambda e: self.cache.match_len(e.tokens), self.step))
+        candidates = list(self.policy.order(self.waiting, lambda e: self.cache.match_len(e.reusable), self.step))
         for entry in candidates:
             if self.table.free_rows == 0:
                 return
@@ -157,18 +200,17 @@ class Scheduler:
         """Give the request a row if its whole prompt fits beside what running rows will soon need, else None."""
         table, cache = self.table, self.cache
         slot = table.peek_row()
-        cached = cache.acquire(slot, entry.tokens)
+        cached = cache.acquire(slot, entry.reusable)
         need = int(cache.pages_needed(np.array([slot]), np.array([len(entry.tokens)]))[0])
-        if need + self._promised() > cache.available:
+        if need + self._promised(table.rows_in(State.PREFILL, State.DECODE)) > cache.available:
             cache.release(slot, entry.tokens, cached)
             return None
         table.admit(entry, cached)
         self.waiting.remove(entry)
         return slot
 
-    def _promised(self) -> int:
-        """Pages that running rows will take: the rest of each prompt, and one more for each row."""
-        rows = self.table.rows_in(State.PREFILL, State.DECODE)
+    def _promised(self, rows: Slots) -> int:
+        """Pages that these running rows will take: the rest of each prompt, and one more for each row."""
         goal = np.maximum(self.table.prefill_len[rows], self.table.computed[rows])
         return int(self.cache.pages_needed(rows, goal).sum()) + len(rows)
 
@@ -186,14 +228,14 @@ class Scheduler:
         table.state[prefill[final]] = State.DECODE
         table.in_flight[decode] += 1
         table.in_flight[prefill] += 1
-        sampled = np.concatenate([decode, prefill[final]])
+        sampled = np.concatenate([decode, prefill[final]]).astype(np.int32)
         pages = [np.concatenate(part) for part in zip(*writes, strict=True)] if writes else [np.empty(0, np.int32)] * 3
         ends = starts + lens
         tokens = [table.tokens[slot, start:end] for slot, start, end in zip(prefill, starts, ends, strict=True)]
         self.step += 1
         return StepPlan(
             step=self.step,
-            init=table.init_rows(admitted),
+            init=table.init_rows(admitted, init_special(table, admitted)),
             page_slots=pages[0],
             page_indices=pages[1],
             page_ids=pages[2],
@@ -207,6 +249,7 @@ class Scheduler:
             all_greedy=bool(table.greedy[sampled].all()),
             any_filter=bool(table.filtered[sampled].any()),
             any_min_len=bool((table.computed[sampled] < table.min_len[sampled]).any()),
+            special=plan_special(table, sampled, (prefill, starts, lens), len(decode)),
         )
 
     # Taking in a result
@@ -216,6 +259,7 @@ class Scheduler:
         table = self.table
         touched = np.concatenate([plan.decode_slots, plan.prefill_slots])
         table.in_flight[touched] -= 1
+        scores = take_scores(table, plan, result)
         going = table.state[plan.sampled_slots] != State.ENDED
         slots, tokens = plan.sampled_slots[going], result.tokens[going]
         lengths = table.known[slots] + 1
@@ -226,16 +270,70 @@ class Scheduler:
         events = []
         for slot, token, stop, end in zip(slots.tolist(), tokens.tolist(), hit.tolist(), full.tolist(), strict=True):
             entry = table.entry(slot)
+            if entry.constraint is not None and not stop and (error := self._follow(entry, token)):
+                events.append(self._fail(slot, error))
+                continue
             finish = FinishReason.STOP if stop else FinishReason.LENGTH if end else None
             event = TokenEvent(
-                id=entry.request.id, tokens=(token,), finish=finish, cached_tokens=max(entry.cached_tokens, 0)
+                id=entry.request.id,
+                tokens=(token,),
+                finish=finish,
+                cached_tokens=max(entry.cached_tokens, 0),
+                logprobs=(scores[slot],) if slot in scores else (),
+                prompt_logprobs=tuple(entry.prompt_scores),
             )
+            if entry.prompt_scores:
+                entry.prompt_scores = []
             events.append(event)
-        for slot in slots[hit | full].tolist():
-            self._end(slot)
+            if finish is not None:
+                self._end(slot)
         leaving = (table.state[touched] == State.ENDED) | (table.state[touched] == State.RETRACTING)
         self._settle(touched[leaving].tolist())
         return events
+
+    def _follow(self, entry: Entry, token: int) -> str | None:
+        """Tell the constraint of its token; what is wrong, if anything is."""
+        assert entry.constraint is not None
+        try:
+            return None if entry.constraint.accept(token) else f"token {token} breaks the grammar"
+        except Exception as error:
+            return f"the grammar failed: {error}"
+
+    def masks(self, plan: StepPlan, vocab_size: int) -> tuple[Masks, list[TokenEvent]]:
+        """The masks of the step launched last, all before it being taken in, and the ends of those that cannot go on.
+
+        A row whose constraint allows nothing more ends there, as by a stop token that is not seen.
+        """
+        table, slots = self.table, plan.constrained_slots
+        masks: Masks = np.full((len(slots), -(-vocab_size // 32)), -1, np.int32)
+        events = []
+        for slot, mask in zip(slots.tolist(), masks, strict=True):
+            if table.state[slot] == State.ENDED:
+                continue
+            entry = table.entry(slot)
+            assert entry.constraint is not None
+            try:
+                entry.constraint.fill(mask)
+            except Exception as error:
+                mask[:] = -1
+                events.append(self._fail(slot, f"the grammar failed: {error}"))
+                continue
+            usable_words(mask[None], vocab_size)
+            if table.known[slot] < table.min_len[slot]:
+                forbid_tokens(mask, table.stop_ids[slot])
+            if not mask.any():
+                events.append(self._leave(slot, FinishReason.STOP))
+        return masks, events
+
+    def _fail(self, slot: int, error: str) -> TokenEvent:
+        return self._leave(slot, FinishReason.ERROR, error)
+
+    def _leave(self, slot: int, finish: FinishReason, error: str | None = None) -> TokenEvent:
+        """End a request without a token."""
+        entry = self.table.entry(slot)
+        self._end(slot)
+        cached = max(entry.cached_tokens, 0)
+        return TokenEvent(id=entry.request.id, finish=finish, cached_tokens=cached, error=error)
 
     def _end(self, slot: int) -> None:
         """Mark a request as ended: it is live no more, and its row leaves when nothing launched touches it."""
@@ -243,9 +341,9 @@ class Scheduler:
         self.table.state[slot] = State.ENDED
 
     def retract_youngest(self) -> int:
-        """Send the youngest running request back to the queue, now or when the step in flight is collected.
+        """Send the running request that is last in rank back to the queue, now or when its step is collected.
 
-        Returns its slot. There must be a running request.
+        Returns its slot: the youngest of the worst priority. There must be a running request.
         """
         slot = int(self.table.rows_in(State.PREFILL, State.DECODE)[-1])
         self.retracted += 1
@@ -263,9 +361,4 @@ class Scheduler:
             self.cache.release(slot, table.tokens[slot, : table.known[slot]], table.written(slot))
             table.vacate(slot)
             if again:
-                self._requeue(entry)
-
-    def _requeue(self, entry: Entry) -> None:
-        """Put a retracted request back before everything that arrived after it."""
-        index = next((i for i, other in enumerate(self.waiting) if other.arrival > entry.arrival), len(self.waiting))
-        self.waiting.insert(index, entry)
+                self._queue(entry)

@@ -3,6 +3,9 @@
 It keeps its tables and pages exactly as a real device would, and makes the next token a hash of the whole prefix
 *as read through the page table*. So a page handed out twice, freed too early or shared wrongly changes the tokens,
 and the scheduler, the cache and their policies can be studied in milliseconds a step.
+
+Masks are obeyed: the token is the next one that is allowed. A token's log-probability is minus its id, and the most
+probable tokens are 0, 1, 2, …; penalties and biases change nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from collections import deque
 
 import numpy as np
 
-from minisgl.engine.plan import StepPlan, StepResult
+from minisgl.engine.plan import Int32, Masks, Scores, StepPlan, StepResult
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +57,7 @@ class SimulatedExecutor:
         self.min_len = np.zeros(rows, np.int32)
         self.kv = np.full((num_pages, page_size), -1, np.int32)
         self._results: deque[StepResult] = deque()
+        self._half: tuple[StepPlan, Int32] | None = None  # launched, and to be finished
 
     @property
     def num_pages(self) -> int:
@@ -62,6 +66,8 @@ class SimulatedExecutor:
 
     def launch(self, plan: StepPlan) -> None:
         """Execute the plan at once, and advance the clock by what it would have cost."""
+        if self._half is not None:
+            raise RuntimeError(f"step {plan.step}: the step before waits for its masks")
         if (init := plan.init) is not None:
             self.seed[init.slots] = np.where(init.temperatures > 0, init.seeds, 0)
             self.min_len[init.slots] = init.min_lens
@@ -78,10 +84,30 @@ class SimulatedExecutor:
             self._write(slot, int(start), chunk)
         slots = plan.sampled_slots
         tokens = np.array([self._next(slot) for slot in slots], np.int32)
-        self.last_token[slots] = tokens
         cached = int(plan.decode_lens.sum()) + int(plan.prefill_starts.sum())
         self.clock += self.cost.seconds(plan.num_tokens, cached)
-        self._results.append(StepResult(step=plan.step, tokens=tokens))
+        if len(plan.constrained_slots):
+            self._half = plan, tokens
+        else:
+            self._complete(plan, tokens)
+
+    def finish(self, masks: Masks) -> None:
+        """Move the tokens of constrained rows on to allowed ones."""
+        if self._half is None:
+            raise RuntimeError("no step waits for masks")
+        (plan, tokens), self._half = self._half, None
+        assert plan.special is not None
+        allowed = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")[:, : self.vocab_size]
+        for row, bits in zip(plan.special.changed[plan.special.constrained], allowed, strict=True):
+            tokens[row] = (tokens[row] + np.argmax(np.roll(bits, -tokens[row]))) % self.vocab_size
+        self._complete(plan, tokens)
+
+    def _complete(self, plan: StepPlan, tokens: Int32) -> None:
+        self.last_token[plan.sampled_slots] = tokens
+        special = plan.special
+        scores = None if special is None else made_up(tokens[special.scored], special.top)
+        prompt = None if special is None else made_up(special.prompt_targets, special.prompt_top)
+        self._results.append(StepResult(step=plan.step, tokens=tokens, scores=scores, prompt_scores=prompt))
 
     def collect(self) -> StepResult:
         """The oldest result."""
@@ -108,3 +134,9 @@ class SimulatedExecutor:
         while length < self.min_len[slot] and token in self.stop_ids[slot]:
             token = (token + 1) % self.vocab_size
         return token
+
+
+def made_up(tokens: Int32, top: int) -> Scores:
+    """The simulated model's log-probabilities."""
+    ids = np.tile(np.arange(top, dtype=np.int32), (len(tokens), 1))
+    return Scores(-tokens.astype(np.float32), ids, -ids.astype(np.float32))

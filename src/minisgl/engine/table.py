@@ -13,8 +13,9 @@ from collections import deque
 import numpy as np
 from numpy.typing import NDArray
 
-from minisgl.engine.plan import Int32, RowInit
-from minisgl.types import MAX_STOP_TOKEN_IDS, Request
+from minisgl.engine.constraint import Constraint
+from minisgl.engine.plan import Int32, RowInit, SpecialInit
+from minisgl.types import MAX_STOP_TOKEN_IDS, Request, TokenLogprobs
 
 
 class State(enum.IntEnum):
@@ -28,12 +29,27 @@ class State(enum.IntEnum):
 
 
 class Entry:
-    """A request from its acceptance to its terminal event; its tokens live here while it has no row."""
+    """A request from its acceptance to its terminal event; its tokens live here while it has no row.
 
-    __slots__ = ("arrival", "cached_tokens", "limit", "queued_step", "request", "seed", "slot", "stop_ids", "tokens")
+    `prompt_scores` collects the prompt's log-probabilities until they are delivered; `scored` of its positions are
+    in launched steps.
+    """
+
+    __slots__ = (
+        "arrival", "cached_tokens", "constraint", "limit", "prompt_scores", "queued_step", "request", "scored", "seed",
+        "slot", "stop_ids", "tokens",
+    )  # fmt: skip
 
     def __init__(
-        self, request: Request, *, arrival: int, step: int, seed: int, limit: int, eos: tuple[int, ...]
+        self,
+        request: Request,
+        *,
+        arrival: int,
+        step: int,
+        seed: int,
+        limit: int,
+        eos: tuple[int, ...],
+        constraint: Constraint | None = None,
     ) -> None:
         params = request.params
         self.request = request
@@ -43,8 +59,23 @@ class Entry:
         self.limit = limit
         self.stop_ids = tuple(dict.fromkeys(params.stop_token_ids + (() if params.ignore_eos else eos)))
         self.tokens: Int32 = np.asarray(request.prompt, np.int32)
+        self.constraint = constraint
+        self.prompt_scores: list[TokenLogprobs | None] = [] if params.prompt_logprobs is None else [None]
+        self.scored = 0
         self.cached_tokens = -1
         self.slot = -1
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """What comes first is admitted first and retracted last."""
+        return self.request.priority, self.arrival
+
+    @property
+    def reusable(self) -> Int32:
+        """Tokens that may come from the prefix cache: a position whose log-probabilities are missing is computed."""
+        if self.request.params.prompt_logprobs is None or self.scored >= len(self.request.prompt) - 1:
+            return self.tokens
+        return self.tokens[: self.scored + 1]
 
     @property
     def min_len(self) -> int:
@@ -58,6 +89,7 @@ class RequestTable:
     def __init__(self, rows: int, max_seq_len: int) -> None:
         self.state = np.zeros(rows, np.int8)
         self.arrival = np.zeros(rows, np.int64)
+        self.priority = np.zeros(rows, np.int64)
         self.prefill_len = np.zeros(rows, np.int32)
         self.computed = np.zeros(rows, np.int32)
         self.known = np.zeros(rows, np.int32)
@@ -67,6 +99,13 @@ class RequestTable:
         self.filtered = np.zeros(rows, np.bool_)
         self.min_len = np.zeros(rows, np.int32)
         self.stop_ids = np.full((rows, MAX_STOP_TOKEN_IDS), -1, np.int32)
+        self.penalties = np.zeros((3, rows), np.float32)  # repetition, frequency, presence
+        self.penalised = np.zeros(rows, np.bool_)
+        self.biases = np.zeros(rows, np.int32)
+        self.constrained = np.zeros(rows, np.bool_)
+        self.top = np.zeros(rows, np.int32)  # log-probabilities beside the token's own; -1: none at all
+        self.scores_prompt = np.zeros(rows, np.bool_)
+        self.special = np.zeros(rows, np.bool_)  # any of these
         self.tokens = np.zeros((rows, max_seq_len), np.int32)
         self.entries: list[Entry | None] = [None] * rows
         self._free = deque(range(rows))
@@ -86,6 +125,7 @@ class RequestTable:
         params, length = entry.request.params, len(entry.tokens)
         self.state[slot] = State.PREFILL
         self.arrival[slot] = entry.arrival
+        self.priority[slot] = entry.request.priority
         self.prefill_len[slot] = self.known[slot] = length
         self.computed[slot] = cached
         self.limit[slot] = entry.limit
@@ -94,6 +134,14 @@ class RequestTable:
         self.min_len[slot] = entry.min_len
         self.stop_ids[slot] = -1
         self.stop_ids[slot, : len(entry.stop_ids)] = entry.stop_ids
+        self.penalties[:, slot] = params.repetition_penalty, params.frequency_penalty, params.presence_penalty
+        self.penalised[slot] = tuple(self.penalties[:, slot]) != (1.0, 0.0, 0.0)
+        self.biases[slot] = len(params.logit_bias)
+        self.constrained[slot] = entry.constraint is not None
+        self.top[slot] = -1 if params.logprobs is None else params.logprobs
+        self.scores_prompt[slot] = params.prompt_logprobs is not None
+        changed = self.penalised[slot] or self.biases[slot] or self.constrained[slot]
+        self.special[slot] = changed or self.top[slot] >= 0 or self.scores_prompt[slot]
         self.tokens[slot, :length] = entry.tokens
         self.entries[slot] = entry
         entry.slot = slot
@@ -117,16 +165,19 @@ class RequestTable:
         return entry
 
     def rows_in(self, *states: State) -> NDArray[np.intp]:
-        """Slots in any of these states, oldest request first."""
-        slots = np.flatnonzero(np.isin(self.state, states) if len(states) > 1 else self.state == states[0])
-        return slots[np.argsort(self.arrival[slots], kind="stable")]
+        """Slots in any of these states, the best priority first and of equals the oldest."""
+        return self.ranked(np.flatnonzero(np.isin(self.state, states) if len(states) > 1 else self.state == states[0]))
+
+    def ranked(self, slots: NDArray[np.intp]) -> NDArray[np.intp]:
+        """These slots, the best priority first and of equals the oldest: the last is the first to be retracted."""
+        return slots[np.lexsort((self.arrival[slots], self.priority[slots]))]
 
     def written(self, slot: int) -> int:
         """Tokens of the row that the host knows and whose KV a launched step has written."""
         return int(min(self.computed[slot], self.known[slot]))
 
-    def init_rows(self, slots: list[int]) -> RowInit | None:
-        """What the device must know of newly admitted rows; None when there are none."""
+    def init_rows(self, slots: list[int], special: SpecialInit | None = None) -> RowInit | None:
+        """What the device must know of newly admitted rows, `special` included; None when there are none."""
         if not slots:
             return None
         entries = [self.entry(slot) for slot in slots]
@@ -140,4 +191,5 @@ class RequestTable:
             seeds=np.array([e.seed & (2**64 - 1) for e in entries], np.uint64).view(np.int64),
             min_lens=self.min_len[slots],
             stop_ids=self.stop_ids[slots],
+            special=special,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from minisgl.models.rotary import rope_table
@@ -63,9 +64,11 @@ class Decoder:
             x, residual = x.index_select(-2, batch.rows), residual.index_select(0, batch.rows)
         return ops.add_rms_norm(x, residual, self.weights.norm, eps)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (n, V) of hidden states (n, D), in their dtype."""
-        return linear(hidden, self.weights.head)
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Logits (n, V) of hidden states (n, D), in their dtype; on a GPU the product can be written to `out`."""
+        if out is None:
+            return linear(hidden, self.weights.head)
+        return torch.mm(hidden, self.weights.head.t(), out=out)
 
     def _attend(
         self,

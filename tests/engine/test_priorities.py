@@ -1,0 +1,161 @@
+"""Who goes first and who gives way, over the simulated device."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from helpers.simulation import expected_tokens, request, simulated_engine, tokens_of
+from minisgl.engine.engine import Engine
+from minisgl.engine.plan import StepPlan
+from minisgl.types import FinishReason, Request, TokenEvent
+
+
+def asked(name: str, priority: int, prompt: int = 8, max_tokens: int = 20) -> Request:
+    """A request that runs to its length."""
+    made = request(name, [len(name) + ord(name[0]) % 40] * prompt, max_tokens=max_tokens, ignore_eos=True)
+    return msgspec.structs.replace(made, priority=priority)
+
+
+def running(engine: Engine) -> str:
+    """Names of the requests that have a row, sorted."""
+    return "".join(sorted(name for name, entry in engine.scheduler.live.items() if entry.slot >= 0))
+
+
+def finish(engine: Engine) -> list[str]:
+    """Run to the end; names in the order in which they ended."""
+    ends = []
+    while engine.has_work:
+        ends += [event.id for event in engine.step() if event.finish is FinishReason.LENGTH]
+        engine.cache.check()
+    return ends
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "lpm"])
+def test_the_lowest_number_is_admitted_first_and_of_equals_the_oldest(policy: str) -> None:
+    engine = simulated_engine(max_running_requests=1, schedule_policy=policy)
+    for name, priority in zip("abcdef", (0, 2, 0, -1, 2, -5), strict=True):
+        engine.add(asked(name, priority))
+    assert finish(engine) == list("fdacbe")
+    assert engine.stats().retracted == 0
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_better_priority_takes_the_row_of_the_worst_and_youngest(overlap: bool) -> None:
+    engine = simulated_engine(max_running_requests=3, overlap=overlap)
+    wanted = [asked(name, priority) for name, priority in zip("abcd", (1, 2, 2, 0), strict=True)]
+    events: dict[str, list[TokenEvent]] = {r.id: [] for r in wanted}
+
+    def step(count: int) -> None:
+        for _ in range(count):
+            for event in engine.step():
+                events[event.id].append(event)
+
+    for r in wanted[:3]:
+        engine.add(r)
+    step(5)
+    assert running(engine) == "abc"
+    engine.add(wanted[3])
+    step(3)
+    assert running(engine) == "abd"
+    assert engine.stats().retracted == 1
+    while engine.has_work:
+        step(1)
+    for r in wanted:
+        assert tokens_of(events[r.id]) == expected_tokens(r, engine.model.max_seq_len)
+    assert engine.stats().retracted == 1
+    assert engine.cache.num_owned == 0
+
+
+def test_equals_displace_nobody() -> None:
+    engine = simulated_engine(max_running_requests=2)
+    for name in "abcd":
+        engine.add(asked(name, 3))
+    assert finish(engine) == list("abcd")
+    assert engine.stats().retracted == 0
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_pages_are_taken_from_worse_priorities_only_if_that_makes_room(overlap: bool) -> None:
+    """10 pages: `a` fills 6 and more, `b` holds 2; `c` needs 8 and a page for each that runs."""
+    engine = simulated_engine(num_pages=10, page_size=4, max_seq_len=40, overlap=overlap, max_prefill_length=64)
+    engine.add(asked("a", 0, prompt=22, max_tokens=12))
+    engine.add(asked("b", 2, prompt=5, max_tokens=10))
+    for _ in range(3):
+        engine.step()
+    assert running(engine) == "ab"
+    engine.add(asked("c", 1, prompt=30, max_tokens=4))
+    engine.step()
+    assert running(engine) == "ab"  # even without b there is no room for c
+    assert finish(engine)[0] in "ab"
+
+    engine = simulated_engine(num_pages=10, page_size=4, max_seq_len=40, overlap=overlap, max_prefill_length=64)
+    engine.add(asked("a", 5, prompt=22, max_tokens=12))
+    engine.add(asked("b", 2, prompt=5, max_tokens=10))
+    for _ in range(3):
+        engine.step()
+    engine.add(asked("c", 1, prompt=22, max_tokens=4))
+    for _ in range(2):
+        engine.step()
+    assert running(engine) == "bc"
+    assert engine.stats().retracted == 1
+    assert finish(engine)[-1] == "a"
+
+
+def test_pages_running_out_retract_the_worst_priority_and_not_the_youngest() -> None:
+    engine = simulated_engine(num_pages=24, page_size=4, max_seq_len=96, cache="naive", overlap=False)
+    for name, priority in zip("abcd", (3, 1, 2, 0), strict=True):
+        engine.add(asked(name, priority, max_tokens=40))
+    ends, away = [], set()
+    while engine.has_work:
+        ends += [event.id for event in engine.step() if event.finish]
+        away |= {entry.request.id for entry in engine.scheduler.waiting}
+    assert engine.stats().retracted > 0
+    assert "a" in away
+    assert "d" not in away
+    assert ends == list("dbca")
+
+
+def test_a_flood_of_better_ones_displaces_each_row_once() -> None:
+    engine = simulated_engine(max_running_requests=4, num_pages=128)
+    for name in "abcd":
+        engine.add(asked(name, 1, max_tokens=60))
+    for _ in range(3):
+        engine.step()
+    for name in "klmnopqr":
+        engine.add(asked(name, 0))
+    ends = finish(engine)
+    assert sorted(ends[:8]) == list("klmnopqr")
+    assert engine.stats().retracted == 4
+
+
+def test_eight_equal_prompts_are_computed_once() -> None:
+    """n answers to one prompt: the others compute only what is behind its last whole page."""
+    engine = simulated_engine(num_pages=64, page_size=4, max_prefill_length=8192)
+    plans: list[StepPlan] = []
+    launch = engine.executor.launch
+
+    def record(plan: StepPlan) -> None:
+        plans.append(plan)
+        launch(plan)
+
+    engine.executor.launch = record  # type: ignore[method-assign]
+    for i in range(8):
+        engine.add(request(str(i), list(range(41)), max_tokens=3, temperature=0.8, seed=i))
+    cached = {event.id: event.cached_tokens for _ in range(4) for event in engine.step() if event.tokens}
+    assert cached == {str(i): 40 if i else 0 for i in range(8)}
+    assert sum(len(plan.prefill_tokens) for plan in plans) == 41 + 7
+    assert engine.cache.num_cached == 10
+
+
+def test_stats_count_aborts_and_waiting_prompts() -> None:
+    engine = simulated_engine(max_running_requests=1)
+    for name, length in zip("abc", (3, 5, 7), strict=True):
+        engine.add(asked(name, 0, prompt=length))
+    engine.step()
+    assert (engine.stats().waiting, engine.stats().waiting_tokens) == (2, 12)
+    engine.abort(["a", "b", "unknown", "b"])
+    assert engine.stats().aborted == 2
+    assert engine.stats().waiting_tokens == 7
+    finish(engine)
+    assert (engine.stats().aborted, engine.stats().waiting_tokens) == (2, 0)

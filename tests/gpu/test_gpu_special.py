@@ -1,0 +1,154 @@
+"""Special rows on the card: what graphs leave for the tail, what the tail makes of it, and that nobody waits for it."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import time
+from collections.abc import Callable
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from helpers.constraints import Cycle, cycle
+from helpers.gpu import DEVICE, EOS, SPEC, Built, build, gpu_config, random_prompts, random_weights, to_float32
+from helpers.models import tiny_spec
+from helpers.special import Answer, SlowAnswer, slow_answer, special_requests
+from minisgl.engine.memory import prefill_plan
+from minisgl.engine.table import State
+from minisgl.models.weights import Weights, dummy_weights
+from minisgl.types import Request, SamplingParams
+
+pytestmark = pytest.mark.gpu
+
+LIMIT = 128
+VOCAB = SPEC.vocab_size
+
+
+@functools.cache
+def weights(dtype: torch.dtype) -> Weights:
+    rough = random_weights(SPEC, torch.bfloat16)
+    return rough if dtype == torch.bfloat16 else to_float32(rough)
+
+
+def make(dtype: str = "float32", **settings: object) -> Built:
+    config = gpu_config(dtype=dtype, **{"attn": "triton", "num_pages": 64, **settings})
+    built = build(SPEC, weights(getattr(torch, dtype)), config, max_seq_len=LIMIT)
+    built.engine.constraints = lambda grammar: Cycle(grammar, VOCAB, EOS)
+    return built
+
+
+def answers(built: Built, requests: list[Request], retractions: int = 0) -> dict[str, Answer]:
+    """All added at once; every fourth step one is retracted, up to `retractions` times."""
+    engine, out = built.engine, {request.id: Answer() for request in requests}
+    for request in requests:
+        engine.add(request)
+    while engine.has_work:
+        for event in engine.step():
+            assert event.error is None
+            out[event.id].tokens += event.tokens
+            out[event.id].logprobs += event.logprobs
+            out[event.id].prompt_logprobs += event.prompt_logprobs
+        going = np.isin(engine.table.state, (State.PREFILL, State.DECODE)).any()
+        if going and engine.scheduler.retracted < retractions and engine.scheduler.step % 4 == 3:
+            engine.scheduler.retract_youngest()
+    engine.cache.check()
+    return out
+
+
+@functools.cache
+def right() -> dict[str, SlowAnswer]:
+    exact = weights(torch.float32)
+    return {r.id: slow_answer(SPEC, exact, r, LIMIT, DEVICE) for r in special_requests(VOCAB)}
+
+
+@pytest.mark.parametrize(
+    ("graphs", "overlap", "retract"), list(itertools.product([8, 3, 0], [True, False], [False, True]))
+)
+def test_special_answers_are_those_of_the_slow_computation(graphs: int, overlap: bool, retract: bool) -> None:
+    requests = special_requests(VOCAB)
+    built = make(
+        cuda_graph_max_bs=graphs, overlap=overlap, max_prefill_length=8192 if overlap else 7,
+        num_pages=24 if retract else 64,
+    )  # fmt: skip
+    got = answers(built, requests, retractions=12 if retract else 0)
+    for request in requests:
+        right()[request.id].check(got[request.id], request.params, tolerance=2e-3)
+    if graphs:
+        assert built.runner.graphs is not None
+        replayed = [plan for plan in built.executor.plans if built.runner.graphs.takes(plan)]
+        assert any(plan.special is not None and len(plan.constrained_slots) for plan in replayed)
+
+
+def test_graphs_change_no_bit_of_scores_at_fixed_batch_shapes() -> None:
+    """bfloat16: every step has the same rows and a graph of that very size."""
+    params = SamplingParams(
+        temperature=0.8, max_tokens=40, ignore_eos=True, logprobs=20, frequency_penalty=0.5, logit_bias={7: 3.0}
+    )
+    prompts = random_prompts([3 + i for i in range(8)], seed=4)
+    requests = [
+        Request(id=str(i), prompt=prompt, params=msgspec.structs.replace(params, seed=i))
+        for i, prompt in enumerate(prompts)
+    ]
+    on, off = (answers(make("bfloat16", cuda_graph_max_bs=n), requests) for n in (8, 0))
+    assert on == off
+    assert all(len(answer.logprobs) == 40 for answer in on.values())
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("graphs", [8, 0])
+def test_special_steps_wait_for_nothing(graphs: int) -> None:
+    built = make("bfloat16", cuda_graph_max_bs=graphs, max_prefill_length=100)
+    requests = special_requests(VOCAB)
+    answers(built, requests)
+    built.executor.strict = True
+    got = answers(built, requests)
+    assert all(answer.tokens for answer in got.values())
+
+
+def test_the_profile_reserves_what_special_rows_take() -> None:
+    """The step that is measured allocates the tables that the first special request needs."""
+    built = make("bfloat16", cuda_graph_max_bs=0)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated(DEVICE)
+    built.runner.run(prefill_plan(8, 4, everything=True))
+    torch.cuda.synchronize()
+    seen = built.runner.tail.special.seen
+    assert seen is not None
+    assert seen.shape == (9, VOCAB)
+    assert torch.cuda.memory_allocated(DEVICE) - before >= seen.nbytes
+
+
+def test_the_cost_of_special_rows(record_property: Callable[[str, object], None]) -> None:
+    """Milliseconds a decode step of 64 rows with Qwen3's vocabulary, on a model of two small layers."""
+    spec = tiny_spec(vocab_size=151936, hidden_size=1024, head_dim=128, intermediate_size=1024, max_position=512)
+    made = dummy_weights(spec, torch.bfloat16, DEVICE)
+    kinds: dict[str, dict[str, object]] = {
+        "ordinary": {},
+        "logprobs 0": {"logprobs": 0},
+        "logprobs 20": {"logprobs": 20},
+        "penalties": {"presence_penalty": 0.5, "repetition_penalty": 1.1},
+        "bias": {"logit_bias": {1: 1.0}},
+        "grammar": {"grammar": cycle(100, 10**6)},
+    }
+    for kind, changes in kinds.items():
+        config = gpu_config(attn="triton", num_pages=2048, max_running_requests=64, cuda_graph_max_bs=64)
+        built = build(spec, made, config, max_seq_len=256)
+        built.engine.constraints = lambda grammar: Cycle(grammar, spec.vocab_size, 5)
+        params = SamplingParams(temperature=0.6, seed=1, max_tokens=200, ignore_eos=True, **changes)  # type: ignore[arg-type]
+        for i in range(64):
+            built.engine.add(Request(id=str(i), prompt=[i + 1] * 8, params=params))
+        for _ in range(20):
+            built.engine.step()
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(100):
+            built.engine.step()
+        torch.cuda.synchronize()
+        record_property(f"ms a step, {kind}", round(10 * (time.perf_counter() - started), 3))
+        assert built.engine.stats().running == 64
+        built.engine.abort([str(i) for i in range(64)])
+        while built.engine.has_work:
+            built.engine.step()

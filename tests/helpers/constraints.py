@@ -1,0 +1,48 @@
+"""A grammar that is easy to foresee, and two that fail."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minisgl.types import Grammar
+
+BREAKS = "breaks"
+"""A grammar's source: its constraint raises at the fourth mask."""
+REFUSES = "refuses"
+"""Its constraint accepts no third token."""
+
+
+def cycle(width: int, length: int) -> Grammar:
+    """An answer of `length` tokens, the i-th one of the `width` from 7 i on, and then the end."""
+    return Grammar(kind="regex", source=f"{width},{length}")
+
+
+class Cycle:
+    """The constraint of `cycle`."""
+
+    def __init__(self, grammar: Grammar, vocab_size: int, eos: int) -> None:
+        self.fails = grammar.source if grammar.source in (BREAKS, REFUSES) else None
+        self.width, self.length = (5, 100) if self.fails else map(int, grammar.source.split(","))
+        self.vocab_size = vocab_size
+        self.eos = eos
+        self.said = 0
+
+    def allowed(self) -> list[int]:
+        """The tokens that may come next; none but the end behind the last, and nothing at all behind that."""
+        if self.said < self.length:
+            return [(7 * self.said + i) % self.vocab_size for i in range(self.width)]
+        return [self.eos] if self.said == self.length else []
+
+    def fill(self, mask: NDArray[np.int32]) -> None:
+        if self.fails == BREAKS and self.said == 3:
+            raise RuntimeError("no fourth mask")
+        bits = np.zeros(32 * len(mask), np.uint8)
+        bits[self.vocab_size :] = 1  # not to be looked at
+        bits[self.allowed()] = 1
+        mask[:] = np.packbits(bits, bitorder="little").view(np.int32)
+
+    def accept(self, token: int) -> bool:
+        ok = token in self.allowed() and not (self.fails == REFUSES and self.said == 2)
+        self.said += 1
+        return ok
