@@ -1,4 +1,4 @@
-"""A tokenizer for a model of random weights that comes without one: its answers mean nothing, and yet can be streamed."""
+"""A tokenizer for a model of random weights that comes without one: its answers mean nothing, but can be streamed."""
 
 from __future__ import annotations
 
