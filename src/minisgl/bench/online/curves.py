@@ -11,7 +11,6 @@ import numpy as np
 from minisgl.bench.online.metrics import LATENCIES
 from minisgl.bench.online.tables import NAMES
 
-
 LEAST: Final = 1e-3
 """Where an axis begins, in ms: events that come together are 0 apart, which a logarithm cannot show."""
 

@@ -30,6 +30,8 @@ from minisgl.bench.report import RESULTS, default_path, require_writable, slug, 
 from minisgl.models.progress import progress_bar
 
 NAME: Final = "online"
+WIDTH: Final = 130
+"""Columns of a table; a terminal that has fewer wraps lines."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,7 @@ def run(options: Options, arguments: Sequence[str]) -> int:
         small=options.server is not None and not on_gpu,
         salt=secrets.randbits(32) if options.salt is None else options.salt,
     )
-    console = Console(soft_wrap=True)
+    console = Console(width=max(WIDTH, Console().width), soft_wrap=True)
     with contextlib.ExitStack() as stack:
         served = None
         if options.server is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
-from typing import IO, Final
+from types import FrameType
+from typing import IO, Final, NoReturn
 
 from minisgl.errors import EngineDeadError
 
@@ -47,7 +49,7 @@ def own_server(flags: Sequence[str], key: str | None) -> Iterator[Served]:
     command = [sys.executable, "-m", "minisgl", *flags, "--host", "127.0.0.1", "--port", str(port)]
     environment = {**os.environ, **({"MINISGL_API_KEY": key} if key else {})}
     started = time.perf_counter()
-    with tempfile.TemporaryFile() as log:
+    with tempfile.TemporaryFile() as log, ended_by_sigterm():
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
         )
@@ -61,6 +63,20 @@ def own_server(flags: Sequence[str], key: str | None) -> Iterator[Served]:
                 raise EngineDeadError(f"the server ended with status {process.returncode}: {last_words(log)}")
         finally:
             stop(process)
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """While inside, SIGTERM unwinds the stack as Ctrl-C does, so that the server does not outlive the benchmark."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def answers(port: int) -> bool:

@@ -73,7 +73,7 @@ def server_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     said = []
     for row in rows:
         busy = row["busiest_thread"] >= BOUND
-        note = " and has no more to give" if busy else ""
+        note = ", busy all the time" if busy else ""
         text = f"server process {row['pid']} ({row['name']}): {row['cores']:.2f} cores"
         said.append(f"{text}, its busiest thread takes {row['busiest_thread']:.2f}{note}")
     return said
