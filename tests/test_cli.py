@@ -164,7 +164,17 @@ BAD_LINES = (
     ("--attn fa,fi,fa", "--attn must be auto, one of fa, fi, trtllm, triton, torch, or two"),
     ("--tp 0", "--tp must be at least 1, got 0"),
     ("bench", "required: name"),
-    ("bench online", "invalid choice: 'online'"),
+    ("bench nonsense", "invalid choice: 'nonsense'"),
+    ("bench online", "one of --trace, --rate, --concurrency is required"),
+    ("bench online --rate 1 --scale 2", "--rate does not go with --scale"),
+    ("bench online --trace x --input-len 5", "--input-len does not go with --trace"),
+    ("bench online --rate 1 --turns 3", "--turns needs --chats"),
+    ("bench online --rate 1 --page-size 16", "unrecognized arguments: --page-size 16"),
+    ("bench online --rate 1 --serve --page-size 0", "--page-size must be between 1 and 256"),
+    ("bench online --rate 1 --serve --url x", "--serve starts the server: it does not go with --url"),
+    ("bench online --rate 0", "'0' is not a number above 0"),
+    ("bench online --rate 1 --slo itl=3", "not one of ttft, tpot, e2e with a limit"),
+    ("bench online --rate 1 --tokens 9:3", "not a range LOW:HIGH of token ids"),
     ("bench offline --port 1", "unrecognized arguments: --port 1"),
     ("bench offline --input-len 9:3", "the smaller one first"),
     ("bench offline --input-len x", "not a length N or a range A:B"),
@@ -291,7 +301,7 @@ def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
     assert (exit_.value.code, capsys.readouterr().out) == (0, f"minisgl {__version__}\n")
 
 
-@pytest.mark.parametrize("arguments", ["['--help']", "['bench', 'offline', '--help']"])
+@pytest.mark.parametrize("arguments", ["['--help']", "['bench', 'offline', '--help']", "['bench', 'online', '--help']"])
 def test_help_answers_quickly_and_without_heavy_imports(arguments: str) -> None:
     code = (
         f"import sys\nfrom minisgl.cli import main\ntry:\n    main({arguments})\nexcept SystemExit: pass\n"

@@ -48,7 +48,8 @@ def build_parser() -> Parser:
     add_config_flags(parser)
     switches = [environment_help(field) for field in dataclasses.fields(Config) if field.metadata["env"]]
     parser.epilog = (
-        "\n  ".join(["environment:", *switches]) + "\n\nbenchmark:\n  minisgl bench {offline,ablation,compare} --help"
+        "\n  ".join(["environment:", *switches])
+        + "\n\nbenchmark:\n  minisgl bench NAME --help: offline, online, ablation, compare"
     )
     return parser
 
@@ -138,11 +139,16 @@ def bench(arguments: Sequence[str]) -> int:
     parser = Parser(prog="minisgl bench", description="Measure, and print the command that measures it again.")
     parser.add_argument(
         "name",
-        choices=("offline", "ablation", "compare"),
-        help="offline: a batch of requests through the offline API; ablation: each setting against the default; "
+        choices=("offline", "online", "ablation", "compare"),
+        help="offline: a batch of requests through the offline API; online: requests to a server at the times of a "
+        "trace, or others; ablation: each setting against the default; "
         "compare: the batch through another engine too",
     )
     name = parser.parse_args(arguments[:1]).name
+    if name == "online":
+        from minisgl.bench.online import command
+
+        return command.main(arguments[1:])
     if name == "ablation":
         from minisgl.bench import ablation
 

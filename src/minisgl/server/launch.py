@@ -74,9 +74,15 @@ async def serve_engine(
     """Put HTTP in front of an engine that is ready; `started` is when start-up began, on the performance counter."""
     from minisgl.server.app import create_app
     from minisgl.server.http import HttpServer, serve_http
+    from minisgl.tokenizer.standin import make_standin
     from minisgl.tokenizer.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.load(Path(ready.folder))
+    folder = Path(ready.folder)
+    if config.dummy_weight and not Tokenizer.exists(folder):
+        tell(f"{folder} has no tokenizer: text is bytes, and any other token reads as its number")
+        tokenizer = make_standin(ready.model.vocab_size)
+    else:
+        tokenizer = Tokenizer.load(folder)
 
     def on_listening() -> None:
         announce(address(listener), ready, tokenizer.has_chat_template, time.perf_counter() - started)
