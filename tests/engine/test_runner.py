@@ -12,7 +12,7 @@ from helpers.models import tiny_spec
 from minisgl.config import Config
 from minisgl.engine import memory
 from minisgl.engine.local import LocalExecutor, build_local_executor
-from minisgl.engine.memory import GIB, group_memory, measure_pages, prefill_plan
+from minisgl.engine.memory import GIB, group_memory, measure_pages, prefill_plan, warm_up
 from minisgl.engine.plan import StepPlan
 from minisgl.engine.upload import upload
 from minisgl.errors import ConfigError
@@ -197,3 +197,12 @@ def test_a_control_group_limits_the_memory(tmp_path: Path) -> None:
     assert group_memory(tmp_path) > 2**60
     (tmp_path / "memory.max").write_text("5000\n")
     assert group_memory(tmp_path) == 4000
+
+
+def test_a_warm_up_runs_a_prompt_beside_each_number_of_decodes_on_scratch_pages() -> None:
+    driver = make_driver(page_size=16)
+    before = driver.runner.kv.k[:, :-1].clone()
+    warm_up(driver.runner, 4)
+    tables = driver.runner.tables
+    assert tables.length.tolist() == [3, 2, 1, 1, 16]  # once in each of the counts 1, 2 and 4 that hold the row
+    assert torch.equal(driver.runner.kv.k[:, :-1], before)

@@ -76,10 +76,17 @@ def test_special_answers_are_those_of_the_slow_computation(graphs: int, overlap:
     got = answers(built, requests, retractions=12 if retract else 0)
     for request in requests:
         right()[request.id].check(got[request.id], request.params, tolerance=2e-3)
-    if graphs:
-        assert built.runner.graphs is not None
-        replayed = [plan for plan in built.executor.plans if built.runner.graphs.takes(plan)]
-        assert any(plan.special is not None and len(plan.constrained_slots) for plan in replayed)
+
+
+def test_masks_reach_steps_that_are_replays() -> None:
+    requests = [request for request in special_requests(VOCAB) if request.params.grammar is not None][:8]
+    built = make(cuda_graph_max_bs=8)
+    got = answers(built, requests)
+    for request in requests:
+        right()[request.id].check(got[request.id], request.params, tolerance=2e-3)
+    assert built.runner.graphs is not None
+    replayed = [plan for plan in built.executor.plans if built.runner.graphs.takes(plan)]
+    assert any(len(plan.constrained_slots) for plan in replayed)
 
 
 def test_graphs_change_no_bit_of_scores_at_fixed_batch_shapes() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 
@@ -108,6 +109,7 @@ def _forward_peak(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_
     length = min(config.max_prefill_length // rows, max_seq_len)
     kv = allocate_kv(spec.num_layers, 0, config.page_size, spec.num_kv_heads, spec.head_dim, dtype, device)
     runner = Runner(decoder, kv, rows, max_seq_len, device)
+    warm_up(runner, rows)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     present = torch.cuda.memory_allocated(device)
@@ -117,6 +119,25 @@ def _forward_peak(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_
     del runner, kv
     torch.cuda.empty_cache()
     return peak
+
+
+def warm_up(runner: Runner, rows: int) -> None:
+    """Run a short prompt beside 1, 2, 4, … up to `rows` decodes, on scratch pages.
+
+    What kernels are chosen or compiled by such counts is there before the first request is.
+    """
+    prompt = prefill_plan(1, 16)
+    for count in [2**power for power in range(rows.bit_length())]:
+        slots = np.arange(count, dtype=np.int32)
+        runner.run(
+            msgspec.structs.replace(
+                prompt,
+                init=None,
+                prefill_slots=prompt.prefill_slots + rows,  # the row for padding
+                decode_slots=slots,
+                decode_lens=np.ones_like(slots),
+            )
+        )
 
 
 def prefill_plan(rows: int, length: int, everything: bool = False) -> StepPlan:

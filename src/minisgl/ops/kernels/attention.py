@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minisgl.ops.kernels.jit import jit
+from minisgl.ops.kernels.jit import jit, jit_varying
 
 MIN_DOT = 16
 """Rows that a matrix product on tensor cores takes at least."""
@@ -63,7 +63,7 @@ def online(
     return acc, peak, total * shrink + tl.sum(weights, 1)
 
 
-@jit
+@jit_varying("rows", "starts", "lens", "table_stride")
 def _prefill_kernel(
     q: tl.tensor, k: tl.tensor, v: tl.tensor, table: tl.tensor, starts: tl.tensor, lens: tl.tensor, out: tl.tensor,
     rows: tl.tensor, q_stride: tl.tensor, table_stride: tl.tensor, window: tl.tensor, scale: tl.tensor,
@@ -148,7 +148,7 @@ def prefill_attention(
     return out
 
 
-@jit
+@jit_varying("rows", "lens", "table_stride")
 def _flatten_kernel(
     table: tl.tensor, lens: tl.tensor, starts: tl.tensor,
     pages: tl.tensor, filled: tl.tensor, rows: tl.tensor, table_stride: tl.tensor,

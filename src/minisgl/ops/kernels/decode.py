@@ -47,7 +47,7 @@ class Cut(NamedTuple):
     programs: int
 
 
-@jit_varying("rows")
+@jit_varying("rows", "lens")
 def _tiles_kernel(
     lens: tl.tensor, starts: tl.tensor, rows: tl.tensor, window: tl.tensor, NEW: tl.constexpr, TILE: tl.constexpr,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
@@ -122,7 +122,7 @@ def _merged(
     return acc / tl.where(member < GROUP, total, 1.0)[:, None]
 
 
-@jit_varying("rows")
+@jit_varying("rows", "lens", "table_stride")
 def _decode_kernel(
     q: tl.tensor, q_norm: tl.tensor, k_norm: tl.tensor, cos_sin: tl.tensor, k: tl.tensor, v: tl.tensor,
     table: tl.tensor, lens: tl.tensor, starts: tl.tensor, out: tl.tensor,

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minisgl.ops.kernels.activation import gated
-from minisgl.ops.kernels.jit import jit, launch_options
+from minisgl.ops.kernels.jit import jit, jit_varying, launch_options
 from minisgl.ops.kernels.pdl import after_previous
 
 MAX_ROWS = 64
@@ -48,7 +48,7 @@ def _prefetch(weight: tl.tensor, row: tl.tensor, start: tl.tensor, inner: tl.ten
     )
 
 
-@jit
+@jit_varying("rows")
 def _linear_kernel(
     x: tl.tensor, weight: tl.tensor, bias: tl.tensor, out: tl.tensor, rows: tl.tensor, columns: tl.tensor,
     x_stride: tl.tensor, INNER: tl.constexpr, LENGTH: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
