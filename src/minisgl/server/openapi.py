@@ -1,0 +1,101 @@
+"""The OpenAPI document: bodies as they are validated, responses as they are encoded, and every status there can be."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from minisgl.server.native import DetokenizeRequest, GenerateRequest, TokenizeConversation, TokenizeText
+from minisgl.server.native_answer import NativeResult
+from minisgl.server.protocol import ChatRequest, CompletionRequest
+from minisgl.server.responses import ErrorBody, Health, ModelCard, ModelList, Result
+from minisgl.server.tokens import Text, Tokens
+
+REF = "#/components/schemas/"
+RESPONSE = "Response"
+"""What the names of response schemas begin with: some are those of a body's parts too."""
+
+BODIES: Mapping[str, tuple[type[BaseModel], ...]] = {
+    "chat": (ChatRequest,),
+    "completion": (CompletionRequest,),
+    "generate": (GenerateRequest,),
+    "tokenize": (TokenizeText, TokenizeConversation),
+    "detokenize": (DetokenizeRequest,),
+}
+RESULTS: Mapping[str, type[msgspec.Struct]] = {
+    "chat": Result,
+    "completion": Result,
+    "generate": NativeResult,
+    "tokenize": Tokens,
+    "detokenize": Text,
+    "models": ModelList,
+    "model": ModelCard,
+    "health": Health,
+}
+STREAMS = frozenset({"chat", "completion", "generate"})
+ERRORS: Mapping[int, str] = {
+    400: "The request can never be served as it is; `param` names the field.",
+    401: "The API key is missing or wrong.",
+    404: "There is no such model, or no such endpoint.",
+    413: "The body is too large.",
+    429: "Too much is waiting; come again after Retry-After seconds.",
+    431: "The headers are too large.",
+    499: "The operator ended the request.",
+    500: "A fault of the server; its log says more.",
+    503: "The engine is gone, the server is shutting down, or too many requests are live.",
+    504: "The request took longer than the server allows.",
+}
+
+
+def described(name: str) -> dict[str, Any]:
+    """What the document says of one endpoint, as arguments of FastAPI's route decorators."""
+    result: dict[str, Any] = {"$ref": f"{REF}{RESPONSE}{RESULTS[name].__name__}"}
+    if name == "generate":
+        result = {"anyOf": [result, {"type": "array", "items": result}]}
+    content: dict[str, Any] = {"application/json": {"schema": result}}
+    if name in STREAMS:
+        content["text/event-stream"] = {"schema": {"type": "string"}}
+    error = {"application/json": {"schema": {"$ref": f"{REF}{RESPONSE}{ErrorBody.__name__}"}}}
+    responses: dict[int, Any] = {200: {"description": "The answer.", "content": content}}
+    responses |= {status: {"description": text, "content": error} for status, text in ERRORS.items()}
+    described: dict[str, Any] = {"responses": responses}
+    if name in BODIES:
+        schemas = [{"$ref": REF + model.__name__} for model in BODIES[name]]
+        schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
+        body = {"required": True, "content": {"application/json": {"schema": schema}}}
+        described["openapi_extra"] = {"requestBody": body}
+    return described
+
+
+def schemas() -> dict[str, Any]:
+    """Every schema that the document refers to."""
+    models = [(model, "validation") for several in BODIES.values() for model in several]
+    _, bodies = models_json_schema(models, ref_template=REF + "{model}")  # type: ignore[arg-type]
+    structs = [*dict.fromkeys(RESULTS.values()), ErrorBody]
+    _, results = msgspec.json.schema_components(structs, ref_template=REF + RESPONSE + "{name}")
+    return {**bodies["$defs"], **{RESPONSE + name: schema for name, schema in results.items()}}
+
+
+def document(app: FastAPI) -> dict[str, Any]:
+    """The whole document. FastAPI's own 422 never happens here: a parameter of a path is any text."""
+    made = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    for operations in made["paths"].values():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
+    kept = made.setdefault("components", {}).setdefault("schemas", {})
+    for name in ("HTTPValidationError", "ValidationError"):
+        kept.pop(name, None)
+    kept |= schemas()
+    return made
+
+
+def install_document(app: FastAPI) -> None:
+    """Have `app` serve this document; it is made once, when it is first asked for."""
+    app.openapi = functools.cache(lambda: document(app))  # type: ignore[method-assign]
