@@ -6,12 +6,12 @@ import abc
 import time
 from collections.abc import Sequence
 from contextlib import aclosing
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
 from minisgl.server.generation import Generation, Piece
-from minisgl.server.responses import ChatChoice, Choice, ChunkChoice, Result, TextChoice, Usage, sse
+from minisgl.server.responses import ChatChoice, ChunkChoice, Result, TextChoice, Usage, sse
 from minisgl.server.sampling import Sampling
 from minisgl.server.streaming import Chunks
 
@@ -41,7 +41,7 @@ class Answer(abc.ABC):
     def parts(self, piece: Piece) -> Sequence[ChunkChoice] | Sequence[TextChoice]:
         """A piece of text, as one choice a chunk."""
 
-    async def whole(self) -> Result:
+    async def whole(self) -> Result[Any]:
         """Generate all of it."""
         await self.generation.whole()
         return Result(
@@ -64,15 +64,14 @@ class Answer(abc.ABC):
         if self.include_usage:
             yield self.chunk([], self.generation.usage())
 
-    def chunk(self, choices: Sequence[Choice], usage: Usage | None) -> bytes:
+    def chunk(self, choices: Sequence[ChunkChoice | TextChoice], usage: Usage | None) -> bytes:
         """One event."""
-        return sse(
-            Result(
-                id=self.id,
-                object=self.chunk_object,
-                created=self.created,
-                model=self.model,
-                choices=choices,
-                usage=usage if self.include_usage else msgspec.UNSET,
-            )
+        result: Result[Any] = Result(
+            id=self.id,
+            object=self.chunk_object,
+            created=self.created,
+            model=self.model,
+            choices=choices,
+            usage=usage if self.include_usage else msgspec.UNSET,
         )
+        return sse(result)

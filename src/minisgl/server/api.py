@@ -7,7 +7,8 @@ import functools
 import secrets
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import msgspec
 
@@ -53,12 +54,13 @@ class Api:
         check_structured_with_tools(chat, grammar)
         if chat.must_call:
             grammar = forced_grammar(chat)
-        params = chat.params(self.checked(grammar, "tools" if chat.must_call else None))
+        params = chat.params(self.checked(grammar, "tools" if chat.must_call else field_of(chat.structured)))
         prompt = render(self.tokenizer, self.template, chat, chat.offered_tools)
         reading = self.reading(chat, prompt, grammar)
         try:
             ids = self.tokenizer.encode(prompt, add_special_tokens=False)
-            requests = self.requests("chatcmpl", [ids], params, chat.num_choices, chat.priority)
+            with chat.named_limit():
+                requests = self.requests("chatcmpl", [ids], params, chat.num_choices, chat.priority)
         except InvalidRequestError as error:
             if error.param in (None, "prompt"):
                 error.param = "messages"
@@ -88,7 +90,9 @@ class Api:
         completion = CompletionRequest.parse(body)
         completion.check()
         self.check_model(completion.model)
-        params = completion.params(self.checked(grammar_from_request(completion.structured)))
+        params = completion.params(
+            self.checked(grammar_from_request(completion.structured), field_of(completion.structured))
+        )
         prompts = completion.prompts()
         try:
             ids = [self.tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
@@ -116,7 +120,8 @@ class Api:
         """A request to /generate and what goes to the engine for it; raises InvalidRequestError."""
         asked = GenerateRequest.parse(body)
         asked.check()
-        params = asked.params(self.checked(grammar_from_request(asked.sampling.structured)))
+        structured = asked.sampling.structured
+        params = asked.params(self.checked(grammar_from_request(structured), "sampling_params"))
         field = "text" if asked.text is not None else "input_ids"
         try:
             ids = [self.tokenizer.encode(p) if isinstance(p, str) else p for p in asked.prompts()]
@@ -131,8 +136,8 @@ class Api:
         if name is not None and name != self.model.name:
             raise ModelNotFoundError(f"the model {name!r} is not served here; {self.model.name!r} is", param="model")
 
-    def checked(self, grammar: Grammar | None, param: str | None = None) -> Grammar | None:
-        """The grammar, which can be enforced; `param` names the field it comes from if the error does not."""
+    def checked(self, grammar: Grammar | None, param: str | None) -> Grammar | None:
+        """The grammar, which can be enforced; errors name `param`, the field that it comes from."""
         if grammar is None:
             return None
         if self.check_grammar is None:
@@ -140,7 +145,7 @@ class Api:
         try:
             self.check_grammar(grammar)
         except InvalidRequestError as error:
-            error.param = param or error.param
+            error.param = param
             raise
         return grammar
 
@@ -168,6 +173,11 @@ class Api:
             for index, prompt in enumerate(prompts)
             for copy in range(copies)
         ]
+
+
+def field_of(structured: Mapping[str, Any]) -> str | None:
+    """The field that asks for a form of the answer; there is at most one that is not about plain text."""
+    return next((name for name, value in structured.items() if value != {"type": "text"}), None)
 
 
 def nth_seed(seed: int | None, n: int) -> int:

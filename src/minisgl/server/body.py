@@ -13,6 +13,10 @@ from minisgl.errors import InvalidRequestError, UnsupportedParameterError
 Number = Annotated[float, Field(allow_inf_nan=False)]
 MAPS = frozenset({"logit_bias", "metadata", "chat_template_kwargs"})
 """Fields whose keys are the user's: an error names the field, not the key."""
+MEMBERS = frozenset({"str", "int", "NamedTool"})
+"""Members of unions, which pydantic names where fields are named; those with brackets in their name are no field."""
+MANY_ERRORS = 1000
+"""A body with more errors is not worth listing them."""
 
 T = TypeVar("T")
 
@@ -65,13 +69,16 @@ class Neutral:
 
 
 def invalid_field(error: ValidationError) -> InvalidRequestError:
-    """The first complaint of pydantic, naming the field as the user wrote it: `messages.0.role`."""
-    first = error.errors(include_url=False, include_context=False)[0]
+    """The most exact complaint of pydantic, naming the field as the user wrote it: `messages.0.role`."""
+    if error.error_count() > MANY_ERRORS:
+        return InvalidRequestError(f"the body has {error.error_count()} errors")
+    complaints = error.errors(include_url=False, include_context=False, include_input=False)
+    first = max(complaints, key=lambda complaint: len(complaint["loc"]))
     # Between the fields, `loc` names the members of unions: "str", "constrained-str", "list[TextPart]".
     parts = [str(part) for part in first["loc"]]
     if parts and parts[0] in MAPS:
         parts = parts[:1]
-    param = ".".join(part for part in parts if part not in ("str", "int") and (part.isidentifier() or part.isdigit()))
+    param = ".".join(part for part in parts if part not in MEMBERS and (part.isidentifier() or part.isdigit()))
     if first["type"] == "extra_forbidden":
         unknown = parts[-1]
         param = param if unknown.isidentifier() or unknown.isdigit() else ".".join(filter(None, (param, unknown)))

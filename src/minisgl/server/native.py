@@ -28,7 +28,7 @@ class NativeSampling(Body):
     min_p: Number | None = None
     sampling_seed: int | None = None
     stop: NonEmpty | Annotated[list[NonEmpty], Field(max_length=MAX_STOP_STRINGS)] | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Annotated[list[int], Field(fail_fast=True)] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     presence_penalty: Penalty | None = None
@@ -179,6 +179,6 @@ class TokenizeConversation(Conversation):
 class DetokenizeRequest(Body):
     """Tokens to be written as text by /detokenize."""
 
-    tokens: list[int]
+    tokens: Annotated[list[int], Field(fail_fast=True)]
     model: str | None = None
     skip_special_tokens: bool = False

@@ -15,12 +15,13 @@ from pydantic.json_schema import models_json_schema
 from minisgl.server.native import DetokenizeRequest, GenerateRequest, TokenizeConversation, TokenizeText
 from minisgl.server.native_answer import NativeResult
 from minisgl.server.protocol import ChatRequest, CompletionRequest
-from minisgl.server.responses import ErrorBody, Health, ModelCard, ModelList, Result
+from minisgl.server.responses import ChatChoice, ErrorBody, Health, ModelCard, ModelList, Result, TextChoice
 from minisgl.server.tokens import Text, Tokens
 
 REF = "#/components/schemas/"
 RESPONSE = "Response"
 """What the names of response schemas begin with: some are those of a body's parts too."""
+RESPONSE_REF = REF + RESPONSE + "{name}"
 
 BODIES: Mapping[str, tuple[type[BaseModel], ...]] = {
     "chat": (ChatRequest,),
@@ -29,9 +30,9 @@ BODIES: Mapping[str, tuple[type[BaseModel], ...]] = {
     "tokenize": (TokenizeText, TokenizeConversation),
     "detokenize": (DetokenizeRequest,),
 }
-RESULTS: Mapping[str, type[msgspec.Struct]] = {
-    "chat": Result,
-    "completion": Result,
+RESULTS: Mapping[str, Any] = {
+    "chat": Result[ChatChoice],
+    "completion": Result[TextChoice],
     "generate": NativeResult,
     "tokenize": Tokens,
     "detokenize": Text,
@@ -56,13 +57,13 @@ ERRORS: Mapping[int, str] = {
 
 def described(name: str) -> dict[str, Any]:
     """What the document says of one endpoint, as arguments of FastAPI's route decorators."""
-    result: dict[str, Any] = {"$ref": f"{REF}{RESPONSE}{RESULTS[name].__name__}"}
+    result = response_schema(RESULTS[name])
     if name == "generate":
         result = {"anyOf": [result, {"type": "array", "items": result}]}
     content: dict[str, Any] = {"application/json": {"schema": result}}
     if name in STREAMS:
         content["text/event-stream"] = {"schema": {"type": "string"}}
-    error = {"application/json": {"schema": {"$ref": f"{REF}{RESPONSE}{ErrorBody.__name__}"}}}
+    error = {"application/json": {"schema": response_schema(ErrorBody)}}
     responses: dict[int, Any] = {200: {"description": "The answer.", "content": content}}
     responses |= {status: {"description": text, "content": error} for status, text in ERRORS.items()}
     described: dict[str, Any] = {"responses": responses}
@@ -74,12 +75,18 @@ def described(name: str) -> dict[str, Any]:
     return described
 
 
+def response_schema(struct: Any) -> dict[str, Any]:
+    """A reference to the schema of what an endpoint answers."""
+    (found,), _ = msgspec.json.schema_components([struct], ref_template=RESPONSE_REF)
+    return found
+
+
 def schemas() -> dict[str, Any]:
     """Every schema that the document refers to."""
     models = [(model, "validation") for several in BODIES.values() for model in several]
     _, bodies = models_json_schema(models, ref_template=REF + "{model}")  # type: ignore[arg-type]
     structs = [*dict.fromkeys(RESULTS.values()), ErrorBody]
-    _, results = msgspec.json.schema_components(structs, ref_template=REF + RESPONSE + "{name}")
+    _, results = msgspec.json.schema_components(structs, ref_template=RESPONSE_REF)
     return {**bodies["$defs"], **{RESPONSE + name: schema for name, schema in results.items()}}
 
 

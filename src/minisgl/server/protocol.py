@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -113,7 +115,19 @@ class ChatRequest(Conversation, Sampling):
         if len(limits) > 1:
             raise InvalidRequestError("max_tokens and max_completion_tokens differ; give one", param="max_tokens")
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
-        return self.sampling_params(limits.pop() if limits else None, logprobs, None, grammar)
+        with self.named_limit():
+            return self.sampling_params(limits.pop() if limits else None, logprobs, None, grammar)
+
+    @contextlib.contextmanager
+    def named_limit(self) -> Iterator[None]:
+        """Errors of the limit name the field that the request has for it."""
+        try:
+            yield
+        except InvalidRequestError as error:
+            if error.param == "max_tokens" and self.max_tokens is None:
+                error.param = "max_completion_tokens"
+                error.message = error.message.replace("max_tokens", error.param)
+            raise
 
 
 class CompletionRequest(Sampling):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import msgspec
 from starlette.responses import Response
@@ -129,10 +129,10 @@ class TextChoice(msgspec.Struct, frozen=True):
     logprobs: TextLogprobs | None = None
 
 
-Choice = ChatChoice | ChunkChoice | TextChoice
+Choice = TypeVar("Choice", ChatChoice, ChunkChoice, TextChoice)
 
 
-class Result(msgspec.Struct, frozen=True, kw_only=True):
+class Result(msgspec.Struct, Generic[Choice], frozen=True, kw_only=True):
     """The envelope of every answer. `usage` is unset in the chunks of a stream that was not asked for it."""
 
     id: str
