@@ -16,6 +16,8 @@ from minisgl.types import MAX_LOGPROBS, Grammar, SamplingParams
 
 COMPLETION_MAX_TOKENS = 16
 """The default of `max_tokens` in /v1/completions."""
+MAX_MESSAGES = 16384
+"""Messages of a conversation; a template takes a time for each."""
 
 Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 
@@ -23,7 +25,7 @@ Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 class Conversation(Body):
     """What becomes a prompt through the chat template."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
