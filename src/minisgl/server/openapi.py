@@ -63,10 +63,7 @@ def described(name: str) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": result}}
     if name in STREAMS:
         content["text/event-stream"] = {"schema": {"type": "string"}}
-    error = {"application/json": {"schema": response_schema(ErrorBody)}}
-    responses: dict[int, Any] = {200: {"description": "The answer.", "content": content}}
-    responses |= {status: {"description": text, "content": error} for status, text in ERRORS.items()}
-    described: dict[str, Any] = {"responses": responses}
+    described: dict[str, Any] = {"responses": {200: {"description": "The answer.", "content": content}}}
     if name in BODIES:
         schemas = [{"$ref": REF + model.__name__} for model in BODIES[name]]
         schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
@@ -91,11 +88,18 @@ def schemas() -> dict[str, Any]:
 
 
 def document(app: FastAPI) -> dict[str, Any]:
-    """The whole document. FastAPI's own 422 never happens here: a parameter of a path is any text."""
+    """The whole document. Every endpoint can answer with every error but FastAPI's own 422.
+
+    That never happens here: a parameter of a path is any text.
+    """
     made = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    content = {"application/json": {"schema": response_schema(ErrorBody)}}
     for operations in made["paths"].values():
         for operation in operations.values():
-            operation["responses"].pop("422", None)
+            responses = operation["responses"]
+            responses.pop("422", None)
+            for status, text in ERRORS.items():
+                responses.setdefault(str(status), {"description": text, "content": content})
     kept = made.setdefault("components", {}).setdefault("schemas", {})
     for name in ("HTTPValidationError", "ValidationError"):
         kept.pop(name, None)
