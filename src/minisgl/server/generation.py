@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 
 from minisgl.errors import EngineDeadError, InvalidRequestError
 from minisgl.server.logprobs import Scored
@@ -22,9 +22,6 @@ class Piece:
     text: str
     finish: FinishReason | None
     scored: Sequence[Scored] = ()
-
-    def __add__(self, later: Piece) -> Piece:
-        return Piece(self.index, self.text + later.text, later.finish, (*self.scored, *later.scored))
 
 
 class Choice:
@@ -56,8 +53,9 @@ class Choice:
         """Tokens so far; the one that ended the text is among them."""
         return len(self.token_ids)
 
-    def take(self, event: TokenEvent) -> Piece:
-        """Take in an event; raises what the engine refused the request for."""
+    def take(self, events: Sequence[TokenEvent]) -> Piece:
+        """Take in events that came together, at least one; raises what the engine refused the request for."""
+        event = events[0] if len(events) == 1 else joined(events)
         if event.finish is FinishReason.ERROR:
             raise InvalidRequestError(event.error or "the engine refused the request")
         if event.finish is FinishReason.ABORT:
@@ -115,18 +113,25 @@ class Generation:
         """
         with self._service.submit([choice.request for choice in self.choices]) as submission:
             async for events in submission.batches():
-                pieces: dict[int, Piece] = {}
-                for event in events:
-                    choice = self._by_id[event.id]
+                pieces = []
+                for request_id, own in self._by_request(events):
+                    choice = self._by_id[request_id]
                     if choice.finish is not None:
                         continue
-                    piece = choice.take(event)
-                    earlier = pieces.get(piece.index)
-                    pieces[piece.index] = piece if earlier is None else earlier + piece
-                    if piece.finish is not None and event.finish is None:
-                        submission.abort([event.id])
+                    piece = choice.take(own)
+                    pieces.append(piece)
+                    if piece.finish is not None and own[-1].finish is None:
+                        submission.abort([request_id])
                 if pieces:
-                    yield list(pieces.values())
+                    yield pieces
+
+    def _by_request(self, events: Sequence[TokenEvent]) -> Iterable[tuple[str, Sequence[TokenEvent]]]:
+        if len(self.choices) == 1:
+            return [(events[0].id, events)]
+        own: dict[str, list[TokenEvent]] = {}
+        for event in events:
+            own.setdefault(event.id, []).append(event)
+        return own.items()
 
     async def whole(self) -> None:
         """Run to the end; the texts are in `choices`."""
@@ -141,3 +146,17 @@ class Generation:
             sum(choice.num_tokens for choice in self.choices),
             sum(choice.cached_tokens for choice in firsts),
         )
+
+
+def joined(events: Sequence[TokenEvent]) -> TokenEvent:
+    """Successive events of one request as one."""
+    last = events[-1]
+    return TokenEvent(
+        id=last.id,
+        tokens=tuple(token for event in events for token in event.tokens),
+        finish=last.finish,
+        cached_tokens=last.cached_tokens,
+        error=last.error,
+        logprobs=tuple(entry for event in events for entry in event.logprobs),
+        prompt_logprobs=next((event.prompt_logprobs for event in events if event.prompt_logprobs), ()),
+    )
