@@ -258,12 +258,12 @@ SINGLE: dict[str, tuple[str, str | bytes, int, str, str | None]] = {
     "json mode": (CHAT, chat(response_format={"type": "json_object"}), 400, UNSUPPORTED, "response_format"),
     "format without type": (CHAT, chat(response_format={}), 400, VALUE, "response_format.type"),
     "schema missing": (
-        CHAT, chat(response_format={"type": "json_schema"}), 400, VALUE, "response_format.json_schema.schema",
+        CHAT, chat(response_format={"type": "json_schema"}), 400, VALUE, "response_format.json_schema",
     ),
     "choice without function": (
         CHAT, chat(tool_choice={"type": "function"}), 400, MISSING, "tool_choice.function",
     ),
-    "two forms": (CHAT, chat(guided_regex="a", guided_choice=["b"]), 400, VALUE, "guided_regex"),
+    "two forms": (CHAT, chat(guided_regex="a", guided_choice=["b"]), 400, VALUE, "guided_choice"),
     "no form": (CHAT, chat(structured_outputs={}), 400, VALUE, "structured_outputs"),
     "unknown form": (
         CHAT, chat(structured_outputs={"poem": 1}), 400, UNSUPPORTED, "structured_outputs.poem",
@@ -297,8 +297,12 @@ SINGLE: dict[str, tuple[str, str | bytes, int, str, str | None]] = {
     "generate no ids": (GENERATE, '{"input_ids": []}', 400, VALUE, "input_ids"),
     "generate bad ids": (GENERATE, '{"input_ids": [-1]}', 400, VALUE, "input_ids"),
     "generate an image": (GENERATE, '{"text": "x", "image_data": "y"}', 400, UNKNOWN, "image_data"),
-    "generate ebnf": (
-        GENERATE, '{"text": "x", "sampling_params": {"ebnf": "root ::= x"}}', 400, UNSUPPORTED, "sampling_params.ebnf",
+    "generate a tag": (
+        GENERATE, '{"text": "x", "sampling_params": {"structural_tag": "x"}}',
+        400, UNSUPPORTED, "sampling_params.structural_tag",
+    ),
+    "generate two forms": (
+        GENERATE, '{"text": "x", "sampling_params": {"regex": "x", "ebnf": "x"}}', 400, VALUE, "sampling_params",
     ),
     "generate an unknown parameter": (
         GENERATE, '{"text": "x", "sampling_params": {"heat": 1}}', 400, UNKNOWN, "sampling_params.heat",

@@ -121,7 +121,12 @@ class Api:
         asked = GenerateRequest.parse(body)
         asked.check()
         structured = asked.sampling.structured
-        params = asked.params(self.checked(grammar_from_request(structured), "sampling_params"))
+        try:
+            grammar = grammar_from_request(structured)
+        except InvalidRequestError as error:
+            error.param = "sampling_params"
+            raise
+        params = asked.params(self.checked(grammar, "sampling_params"))
         field = "text" if asked.text is not None else "input_ids"
         try:
             ids = [self.tokenizer.encode(p) if isinstance(p, str) else p for p in asked.prompts()]

@@ -37,7 +37,7 @@ class NativeSampling(Body):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     json_schema: str | None = None
     regex: str | None = None
-    ebnf: Annotated[Any, Neutral()] = None
+    ebnf: str | None = None
     structural_tag: Annotated[Any, Neutral()] = None
     spaces_between_special_tokens: Annotated[Any, Neutral(True)] = None
     no_stop_trim: Annotated[Any, Neutral(False)] = None
@@ -46,7 +46,7 @@ class NativeSampling(Body):
     @property
     def structured(self) -> dict[str, Any]:
         """What asks for a form of the answer, under the names that chats and completions have for it."""
-        fields = {"guided_json": self.json_schema, "guided_regex": self.regex}
+        fields = {"guided_json": self.json_schema, "guided_regex": self.regex, "guided_grammar": self.ebnf}
         return {name: value for name, value in fields.items() if value is not None}
 
     def params(self, logprobs: int | None, prompt_logprobs: int | None, grammar: Grammar | None) -> SamplingParams:
