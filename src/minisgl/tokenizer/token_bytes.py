@@ -15,12 +15,17 @@ SPACE = "▁"
 """U+2581, a space in SentencePiece's vocabularies."""
 
 
+def byte_characters() -> list[str]:
+    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2, Radford et al. 2019)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
 @functools.cache
 def byte_of_character() -> Mapping[str, int]:
-    """How byte-level BPE (GPT-2) writes bytes: printable ones as themselves, the others as characters from U+0100."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
+    """The byte that each of those characters stands for."""
+    return {character: byte for byte, character in enumerate(byte_characters())}
 
 
 class TokenBytes:
