@@ -19,7 +19,7 @@ from minisgl.server.child import socket_folder
 from minisgl.server.http import HttpServer
 from minisgl.server.service import EngineService
 from minisgl.tokenizer.tokenizer import Tokenizer
-from minisgl.types import ModelInfo
+from minisgl.types import Grammar, ModelInfo
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -39,6 +39,11 @@ class Serving:
     openai: AsyncOpenAI
     port: int
 
+    def speak(self, text: str) -> None:
+        """From now on the engine says this, then EOS."""
+        ids = self.tokenizer.encode(text)
+        self.engine.say = lambda request: ids
+
     async def until(self, condition: Callable[[], bool], timeout: float = 5.0) -> None:
         """Wait until something is so."""
         async with asyncio.timeout(timeout):
@@ -48,21 +53,30 @@ class Serving:
 
 @contextlib.asynccontextmanager
 async def serving(
-    folder: Path, *, delay: float = 0.0, template: str | None = CHAT_TEMPLATE, health_timeout: float = 5.0
+    folder: Path,
+    *,
+    delay: float = 0.0,
+    template: str | None = CHAT_TEMPLATE,
+    health_timeout: float = 5.0,
+    check_grammar: Callable[[Grammar], None] | None = None,
+    max_seq_len: int = 128,
 ) -> AsyncIterator[Serving]:
-    """Serve a model of 128 positions whose engine echoes."""
+    """Serve a model whose engine echoes."""
     tokenizer = Tokenizer.load(write_tokenizer(folder, template=template))
-    model = ModelInfo(name=MODEL, vocab_size=tokenizer.vocab_size, max_seq_len=128, eos_token_ids=(1,))
+    model = ModelInfo(name=MODEL, vocab_size=tokenizer.vocab_size, max_seq_len=max_seq_len, eos_token_ids=(1,))
     sockets = socket_folder()
     to_engine, from_engine = f"ipc://{sockets}/to", f"ipc://{sockets}/from"
     service = EngineService(to_engine, from_engine, max_live=8)
     engine = StubEngine(to_engine, from_engine, model, folder, delay)
     echoing = asyncio.create_task(engine.run())
     await service.ready()
-    listener = socket.create_server(("127.0.0.1", 0))
+    # With the protocol named asyncio switches off Nagle's delay on each connection, as it does in production.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
     port = listener.getsockname()[1]
     listening = asyncio.Event()
-    app = create_app(service, model, tokenizer, health_timeout=health_timeout)
+    app = create_app(service, model, tokenizer, health_timeout=health_timeout, check_grammar=check_grammar)
     server = HttpServer(app, listening.set, debug=False)
     running = asyncio.create_task(server.serve([listener]))
     await listening.wait()
@@ -86,11 +100,13 @@ async def serving(
         sockets.rmdir()
 
 
-def serve_and(folder: Path, check: Callable[[Serving], Awaitable[None]], **settings: float | str | None) -> None:
-    """Run `check` against a server; the whole takes at most 60 s."""
+def serve_and(
+    folder: Path, check: Callable[[Serving], Awaitable[None]], *, limit: float = 60, **settings: object
+) -> None:
+    """Run `check` against a server; the whole takes at most `limit` s."""
 
     async def main() -> None:
-        async with asyncio.timeout(60), serving(folder, **settings) as server:  # type: ignore[arg-type]
+        async with asyncio.timeout(limit), serving(folder, **settings) as server:  # type: ignore[arg-type]
             await check(server)
 
     asyncio.run(main())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -17,14 +18,17 @@ import zmq.asyncio
 
 from minisgl.engine.messages import Abort, Add, Events, Failed, FromEngine, Ping, Pong, Ready, ToEngine
 from minisgl.tokenizer.tokenizer import Tokenizer
-from minisgl.types import EngineStats, FinishReason, ModelInfo, Request, TokenEvent
+from minisgl.types import EngineStats, FinishReason, ModelInfo, Request, TokenEvent, TokenLogprobs
 
 DEADLY_PROMPT = "die now"
 """A prompt with this text ends a stub process in the middle of the answer."""
 
 
 class StubEngine:
-    """`delay` is the time of a step in s; each step gives every live request one token."""
+    """`delay` is the time of a step in s; each step gives every live request one token.
+
+    Where `say` is set it gives a request's tokens, and after them comes EOS.
+    """
 
     def __init__(self, to_engine: str, from_engine: str, model: ModelInfo, folder: Path, delay: float = 0.0) -> None:
         self.model = model
@@ -36,6 +40,7 @@ class StubEngine:
         self.refuse: str | None = None
         self.deaf = False
         self.die_on: tuple[int, ...] = ()
+        self.say: Callable[[Request], Sequence[int]] | None = None
         self._changed = asyncio.Event()
         self._context = zmq.asyncio.Context()
         self._inbox = self._context.socket(zmq.PULL)
@@ -89,7 +94,7 @@ class StubEngine:
     def _advance(self, request_id: str) -> TokenEvent:
         request, done = self.live[request_id]
         params = request.params
-        token = request.prompt[done % len(request.prompt)]
+        token = self._token(request, done)
         done += 1
         limit = self.model.max_seq_len - len(request.prompt)
         finish = FinishReason.LENGTH if done >= min(limit, params.max_tokens or limit) else None
@@ -102,7 +107,34 @@ class StubEngine:
             del self.live[request_id]
         if self.die_on and done == 3 and self.die_on == tuple(request.prompt[-len(self.die_on) :]):
             os._exit(7)
-        return TokenEvent(id=request_id, tokens=(token,), finish=finish, cached_tokens=len(request.prompt) // 2)
+        return TokenEvent(
+            id=request_id,
+            tokens=(token,),
+            finish=finish,
+            cached_tokens=len(request.prompt) // 2,
+            logprobs=() if params.logprobs is None else (scored(token, done - 1, params.logprobs),),
+            prompt_logprobs=prompt_scored(request) if done == 1 else (),
+        )
+
+    def _token(self, request: Request, done: int) -> int:
+        if self.say is None:
+            return request.prompt[done % len(request.prompt)]
+        said = self.say(request)
+        return said[done] if done < len(said) else self.model.eos_token_ids[0]
+
+
+def scored(token: int, position: int, top: int) -> TokenLogprobs:
+    """Log-probabilities that a test can compute too: the token is the second of the likeliest."""
+    ids = (token + 1, token, *range(token + 2, token + top))[:top]
+    return TokenLogprobs(-1.0 - position, ids, tuple(-0.5 - position - 0.5 * i for i in range(top)))
+
+
+def prompt_scored(request: Request) -> tuple[TokenLogprobs | None, ...]:
+    """The same for a prompt."""
+    top = request.params.prompt_logprobs
+    if top is None:
+        return ()
+    return (None, *(scored(token, i + 1, top) for i, token in enumerate(request.prompt[1:])))
 
 
 async def serve_process() -> None:

@@ -142,14 +142,19 @@ def test_every_sampling_field_reaches_the_engine(tmp_path: Path) -> None:
         body = {
             "model": MODEL, "prompt": "hi there", "max_tokens": 5, "temperature": 0, "top_p": 0.5, "top_k": 7,
             "min_p": 0.1, "seed": -3, "stop": "zz", "stop_token_ids": [4, 5], "ignore_eos": True, "min_tokens": 2,
-            "skip_special_tokens": False, "user": "u", "metadata": {"a": "b"}, "store": True, "n": 1, "best_of": 1,
-            "echo": False, "suffix": None, "logprobs": None, "logit_bias": {}, "presence_penalty": 0.0,
+            "skip_special_tokens": False, "presence_penalty": -1, "frequency_penalty": 1.5, "repetition_penalty": 1.1,
+            "logit_bias": {"7": -100, "12": 3}, "logprobs": 2, "priority": 4, "user": "u", "metadata": {"a": "b"},
+            "store": True, "n": 1, "best_of": 1,
+            "echo": True, "suffix": None, "service_tier": "auto",
         }  # fmt: skip
         assert (await server.http.post("/v1/completions", json=body)).status_code == 200
         params = server.engine.seen[0].params
+        assert server.engine.seen[0].priority == 4
         assert {name: getattr(params, name) for name in params.__struct_fields__} == {
             "temperature": 0.0, "top_p": 0.5, "top_k": 7, "min_p": 0.1, "seed": -3, "max_tokens": 5, "min_tokens": 2,
             "stop": ("zz",), "stop_token_ids": (4, 5), "ignore_eos": True, "skip_special_tokens": False,
+            "presence_penalty": -1.0, "frequency_penalty": 1.5, "repetition_penalty": 1.1,
+            "logit_bias": {7: -100.0, 12: 3.0}, "logprobs": 2, "prompt_logprobs": 2, "grammar": None,
         }  # fmt: skip
 
     serve_and(tmp_path, check)

@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from fastapi import FastAPI
 
 from minisgl import __version__
 from minisgl.server.api import Api
 from minisgl.server.handlers import install_error_handlers
+from minisgl.server.openapi import install_document
 from minisgl.server.routes import make_router
 from minisgl.server.service import EngineService
 from minisgl.tokenizer.tokenizer import Tokenizer
-from minisgl.types import ModelInfo
+from minisgl.types import Grammar, ModelInfo
 
 
 def create_app(
-    service: EngineService, model: ModelInfo, tokenizer: Tokenizer, *, health_timeout: float = 5.0
+    service: EngineService,
+    model: ModelInfo,
+    tokenizer: Tokenizer,
+    *,
+    health_timeout: float = 5.0,
+    check_grammar: Callable[[Grammar], None] | None = None,
 ) -> FastAPI:
-    """The OpenAI-compatible server of one model; `/health` waits for the engine for `health_timeout` s."""
-    app = FastAPI(title="Mini-SGLang", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    """The OpenAI-compatible server of one model; `/health` waits for the engine for `health_timeout` s.
+
+    Without `check_grammar` structured output is refused by name.
+    """
+    app = FastAPI(title="Mini-SGLang", version=__version__, docs_url=None, redoc_url=None)
+    install_document(app)
     install_error_handlers(app)
-    app.include_router(
-        make_router(Api(service=service, model=model, tokenizer=tokenizer, health_timeout=health_timeout))
+    api = Api(
+        service=service,
+        model=model,
+        tokenizer=tokenizer,
+        health_timeout=health_timeout,
+        check_grammar=check_grammar,
     )
+    app.include_router(make_router(api))
     return app

@@ -1,262 +1,201 @@
-"""What a request may say, and how each endpoint's words become `SamplingParams`.
-
-The fields are OpenAI's (API reference, chat/completions and completions) plus the sampling fields that engines
-commonly add. What is known but not implemented yet is accepted in its neutral value only.
-"""
+"""The bodies of /v1/chat/completions and /v1/completions: what they may say, and what is refused by name."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, TypeVar
+import contextlib
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
-import pydantic_core
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from minisgl.errors import InvalidRequestError, UnsupportedParameterError
-from minisgl.types import SamplingParams
+from minisgl.server.body import Body, Neutral, is_list_of
+from minisgl.server.messages import MAX_TOOLS, Message, NamedTool, Tool, refuse_other_messages
+from minisgl.server.sampling import MAX_CHOICES, Sampling
+from minisgl.types import MAX_LOGPROBS, Grammar, SamplingParams
 
-MAX_STOP_STRINGS = 16
-MAX_STOP_LENGTH = 1024
 COMPLETION_MAX_TOKENS = 16
 """The default of `max_tokens` in /v1/completions."""
+MAX_MESSAGES = 16384
+"""Messages of a conversation; a template takes a time for each."""
 
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "reasoning_effort": (),
-    "verbosity": ("medium",),
-    "web_search_options": (),
-    "service_tier": ("auto", "default"),
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": ("",),
-}
-"""Known fields that are not implemented, each with the values that ask for nothing; null is always one."""
-
-NEUTRAL_IN_MESSAGE: Mapping[str, tuple[Any, ...]] = {
-    "refusal": (),
-    "annotations": ([],),
-    "audio": (),
-    "function_call": (),
-    "tool_calls": ([],),
-    "tool_call_id": (),
-    "reasoning_content": ("",),
-}
-"""The same for the fields of a message, so that an answer can be sent back as it came."""
-
-Number = Annotated[float, Field(allow_inf_nan=False)]
-NonEmpty = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 
 
-class Body(BaseModel):
-    """Values keep their JSON type ("5" is no number), and an unknown field is an error."""
+class Conversation(Body):
+    """What becomes a prompt through the chat template."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-
-class StreamOptions(Body):
-    """`include_usage`: a last chunk says how many tokens it took."""
-
-    include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None
-
-
-class Sampling(Body):
-    """What both endpoints share. `user` and the fields beside it label a request and change nothing in the answer."""
-
-    model: str | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: int | None = None
-    temperature: Number | None = None
-    top_p: Number | None = None
-    top_k: int | None = None
-    min_p: Number | None = None
-    seed: int | None = None
-    stop: NonEmpty | Annotated[list[NonEmpty], Field(max_length=MAX_STOP_STRINGS)] | None = None
-    stop_token_ids: list[int] | None = None
-    ignore_eos: bool | None = None
-    min_tokens: int | None = None
-    skip_special_tokens: bool | None = None
-    user: str | None = None
-    metadata: dict[str, str] | None = None
-    store: bool | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-
-    @classmethod
-    def parse(cls, body: bytes) -> Self:
-        """Read a request's body; raises InvalidRequestError or UnsupportedParameterError naming the field."""
-        try:
-            value = pydantic_core.from_json(body)
-        except ValueError as error:
-            raise InvalidRequestError(f"the body is not valid JSON: {error}", code="invalid_json") from error
-        if not isinstance(value, dict):
-            raise InvalidRequestError("the body must be a JSON object", code="invalid_json")
-        drop_neutral(value, NEUTRAL)
-        cls.prepare(value)
-        try:
-            request = cls.model_validate(value)
-        except ValidationError as error:
-            raise invalid_field(error) from error
-        if request.stream_options is not None and not request.stream:
-            raise InvalidRequestError("stream_options is only allowed with stream", param="stream_options")
-        return request
-
-    @classmethod
-    def prepare(cls, value: dict[str, Any]) -> None:
-        """Change what an endpoint needs changed before validation."""
-
-    @property
-    def include_usage(self) -> bool:
-        """Whether a stream ends with a chunk that has the usage."""
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
-
-    def sampling_params(self, max_tokens: int | None) -> SamplingParams:
-        """The engine's parameters, with this limit; raises InvalidRequestError naming the field out of range."""
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        return SamplingParams(
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            top_k=self.top_k or 0,
-            min_p=self.min_p or 0.0,
-            seed=self.seed,
-            max_tokens=max_tokens,
-            min_tokens=self.min_tokens or 0,
-            stop=stop,
-            stop_token_ids=tuple(self.stop_token_ids or ()),
-            ignore_eos=bool(self.ignore_eos),
-            skip_special_tokens=self.skip_special_tokens is not False,
-        ).validate()
-
-
-class TextPart(Body):
-    """A piece of a message; text is the only kind."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(Body):
-    """One turn of a conversation. `developer` is OpenAI's newer word for `system`, the one templates know."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart] | None = None
-    name: str | None = None
-
-    def for_template(self) -> dict[str, Any]:
-        """The message as chat templates take it; text parts become lines."""
-        content = self.content if isinstance(self.content, str) else "\n".join(p.text for p in self.content or ())
-        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
-        if self.name is not None:
-            message["name"] = self.name
-        return message
-
-
-class ChatRequest(Sampling):
-    """The body of /v1/chat/completions."""
-
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: int | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     @classmethod
     def prepare(cls, value: dict[str, Any]) -> None:
-        """Refuse what messages can hold elsewhere but not here, by name."""
-        messages = value.get("messages")
-        for index, message in enumerate(messages if isinstance(messages, list) else ()):
-            if not isinstance(message, dict):
-                continue
-            where = f"messages.{index}."
-            if message.get("role") in ("tool", "function"):
-                raise UnsupportedParameterError("tool messages are not supported yet", param=f"{where}role")
-            drop_neutral(message, NEUTRAL_IN_MESSAGE, where)
-            if message.get("content") is None and message.get("role") != "assistant":
-                raise InvalidRequestError(f"{where}content is required", param=f"{where}content")
-            parts = message.get("content")
-            for part in parts if isinstance(parts, list) else ():
-                if isinstance(part, dict) and part.get("type") in ("image_url", "input_audio", "file", "refusal"):
-                    raise UnsupportedParameterError(f"{part['type']} is not supported yet", param=f"{where}content")
+        """Refuse kinds of messages that are known and not supported."""
+        refuse_other_messages(value)
+
+    def check_continuation(self) -> None:
+        """Raise InvalidRequestError when the last message cannot be continued as asked."""
+        if not self.continue_final_message:
+            return
+        if self.add_generation_prompt:
+            raise InvalidRequestError(
+                "continue_final_message and add_generation_prompt exclude each other", param="continue_final_message"
+            )
+        if self.messages[-1].role != "assistant" or self.messages[-1].tool_calls:
+            raise InvalidRequestError(
+                "continue_final_message needs a last message of the assistant's, without tool calls",
+                param="continue_final_message",
+            )
 
     def template_variables(self) -> dict[str, Any]:
-        """What the chat template gets beside the messages."""
+        """What the chat template gets beside messages and tools."""
         variables = dict(self.chat_template_kwargs or {})
-        if "add_generation_prompt" in variables:
-            raise InvalidRequestError("add_generation_prompt is a field of its own", param="chat_template_kwargs")
-        return {"add_generation_prompt": self.add_generation_prompt is not False, **variables}
+        for name in ("add_generation_prompt", "continue_final_message", "tools"):
+            if name in variables:
+                raise InvalidRequestError(f"{name} is a field of its own", param="chat_template_kwargs")
+        return variables
 
-    def params(self) -> SamplingParams:
+
+class ChatRequest(Conversation, Sampling):
+    """The body of /v1/chat/completions."""
+
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: Logprobs | None = None
+    tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    separate_reasoning: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    functions: Annotated[Any, Neutral([])] = None
+    function_call: Annotated[Any, Neutral("none", "auto")] = None
+    modalities: Annotated[Any, Neutral(["text"])] = None
+    audio: Annotated[Any, Neutral()] = None
+    prediction: Annotated[Any, Neutral()] = None
+    verbosity: Annotated[Any, Neutral("medium")] = None
+    web_search_options: Annotated[Any, Neutral()] = None
+
+    def check(self) -> None:
+        """Raise InvalidRequestError for fields that do not go together."""
+        self.check_stream_options()
+        self.check_continuation()
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequestError("top_logprobs is only allowed with logprobs", param="top_logprobs")
+        if not self.tools and self.tool_choice not in (None, "auto", "none"):
+            raise InvalidRequestError("tool_choice needs tools", param="tool_choice")
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise InvalidRequestError("two tools have the same name", param="tools")
+        if self.forced_tool is not None and self.forced_tool not in names:
+            raise InvalidRequestError(f"tool_choice names {self.forced_tool!r}, which is no tool", param="tool_choice")
+        if self.offered_tools and self.continue_final_message:
+            raise InvalidRequestError(
+                "continue_final_message does not go with tools, unless tool_choice is none",
+                param="continue_final_message",
+            )
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """The tools that the model may call; none when `tool_choice` says so."""
+        return [] if self.tool_choice == "none" else list(self.tools or ())
+
+    @property
+    def forced_tool(self) -> str | None:
+        """The one function that must be called, if one is named."""
+        return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer has to be a call."""
+        return self.tool_choice == "required" or self.forced_tool is not None
+
+    def params(self, grammar: Grammar | None = None) -> SamplingParams:
         """Sampling parameters; without a limit the answer may go on to the model's."""
         limits = {n for n in (self.max_tokens, self.max_completion_tokens) if n is not None}
         if len(limits) > 1:
             raise InvalidRequestError("max_tokens and max_completion_tokens differ; give one", param="max_tokens")
-        return self.sampling_params(limits.pop() if limits else None)
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        with self.named_limit():
+            return self.sampling_params(limits.pop() if limits else None, logprobs, None, grammar)
+
+    @contextlib.contextmanager
+    def named_limit(self) -> Iterator[None]:
+        """Errors of the limit name the field that the request has for it."""
+        try:
+            yield
+        except InvalidRequestError as error:
+            if error.param == "max_tokens" and self.max_tokens is None:
+                error.param = "max_completion_tokens"
+                error.message = error.message.replace("max_tokens", error.param)
+            raise
 
 
 class CompletionRequest(Sampling):
     """The body of /v1/completions. `prompt` is checked by `prompts`."""
 
-    prompt: Any
+    prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: Logprobs | None = None
+    echo: bool | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    suffix: Annotated[Any, Neutral("")] = None
 
-    def params(self) -> SamplingParams:
-        """Sampling parameters; without a limit 16 tokens are generated, as OpenAI does."""
-        return self.sampling_params(COMPLETION_MAX_TOKENS if self.max_tokens is None else self.max_tokens)
+    @classmethod
+    def prepare(cls, value: dict[str, Any]) -> None:
+        """Check the prompts here: what a union of their types says of a bad one helps nobody."""
+        if "prompt" in value:
+            check_prompts(value["prompt"])
+
+    @property
+    def drawn(self) -> int:
+        """Answers that are generated for each prompt; the best of them are returned."""
+        return self.num_choices if self.best_of is None else self.best_of
+
+    @property
+    def scores_only(self) -> bool:
+        """Whether only the prompt is wanted: `echo` with a `max_tokens` of 0."""
+        return bool(self.echo) and self.max_tokens == 0
+
+    def check(self) -> None:
+        """Raise InvalidRequestError for fields that do not go together."""
+        self.check_stream_options()
+        if self.drawn < self.num_choices:
+            raise InvalidRequestError("best_of must be at least n", param="best_of")
+        if self.drawn > self.num_choices and self.stream:
+            raise InvalidRequestError("best_of above n cannot be streamed: which is best shows last", param="best_of")
+
+    def params(self, grammar: Grammar | None = None) -> SamplingParams:
+        """Sampling parameters; without a limit 16 tokens are generated, as OpenAI does.
+
+        An answer of no tokens is one token to the engine. The best answers are found by their log-probabilities.
+        """
+        limit = COMPLETION_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+        logprobs = 0 if self.logprobs is None and self.drawn > self.num_choices else self.logprobs
+        prompt_logprobs = self.logprobs if self.echo else None
+        return self.sampling_params(1 if self.scores_only else limit, logprobs, prompt_logprobs, grammar)
 
     def prompts(self) -> list[str | list[int]]:
-        """Every prompt, a text or token ids: one choice each, in this order."""
-        value = self.prompt
-        if isinstance(value, str) or (is_list_of(int, value) and value):
-            value = [value]
-        texts, ids = is_list_of(str, value), isinstance(value, list) and all(is_list_of(int, p) for p in value)
-        if not (texts or ids):
-            rule = "prompt must be a string, a list of strings, token ids or a list of lists of token ids"
-            raise InvalidRequestError(rule, param="prompt")
-        if not value or not all(value):
-            raise InvalidRequestError("prompt must not be empty", param="prompt")
-        return list(value)
+        """Every prompt, a text or token ids, in this order."""
+        value: Any = self.prompt
+        return [value] if isinstance(value, str) or isinstance(value[0], int) else list(value)
 
 
-T = TypeVar("T")
+def check_prompts(value: Any) -> None:
+    """Raise InvalidRequestError unless this is a prompt or several, none of them empty."""
+    single = isinstance(value, str) or (is_list_of(int, value) and bool(value))
+    several = is_list_of(str, value) or (isinstance(value, list) and all(is_list_of(int, p) for p in value))
+    if not (single or several):
+        rule = "prompt must be a string, a list of strings, token ids or a list of lists of token ids"
+        raise InvalidRequestError(rule, param="prompt")
+    if not value or (not single and not all(value)):
+        raise InvalidRequestError("prompt must not be empty", param="prompt")
 
 
-def invalid_field(error: ValidationError) -> InvalidRequestError:
-    """The first complaint of pydantic, naming the field as the user wrote it: `messages.0.role`."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    # Between the fields, `loc` names the members of unions: "str", "constrained-str", "list[TextPart]".
-    parts = [str(part) for part in first["loc"]]
-    param = ".".join(part for part in parts if part != "str" and (part.isidentifier() or part.isdigit()))
-    if first["type"] == "extra_forbidden":
-        return InvalidRequestError(f"unknown field: {param}", param=param, code="unknown_parameter")
-    if first["type"] == "missing":
-        return InvalidRequestError(f"{param} is required", param=param, code="missing_required_parameter")
-    return InvalidRequestError(f"{param}: {first['msg']}", param=param)
-
-
-def is_list_of(kind: type[T], value: object) -> bool:
-    """Whether `value` is a list of exactly this type (a bool is no int)."""
-    return isinstance(value, list) and all(type(item) is kind for item in value)
-
-
-def drop_neutral(value: dict[str, Any], neutral: Mapping[str, tuple[Any, ...]], where: str = "") -> None:
-    """Remove known fields that ask for nothing; raises UnsupportedParameterError for one that asks for something."""
-    for name in neutral.keys() & value.keys():
-        given = value.pop(name)
-        same = any(given == ok and isinstance(given, bool) == isinstance(ok, bool) for ok in neutral[name])
-        if given is not None and not same:
-            raise UnsupportedParameterError(f"{where}{name} is not supported yet", param=where + name)
+def check_structured_with_tools(chat: ChatRequest, grammar: Grammar | None) -> None:
+    """Raise UnsupportedParameterError when an answer has to be of a form and may call tools too."""
+    if grammar is not None and chat.offered_tools:
+        field = next(iter(chat.structured))
+        raise UnsupportedParameterError(
+            f"{field} together with tools is not supported: give tool_choice none, or no {field}", param=field
+        )

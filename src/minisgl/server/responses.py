@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Generic, Literal, TypeVar
 
 import msgspec
 from starlette.responses import Response
-
-from minisgl.types import FinishReason
 
 Unset = msgspec.UnsetType
 
@@ -32,12 +31,30 @@ class Usage(msgspec.Struct, frozen=True):
         return cls(prompt, completion, prompt + completion, PromptTokensDetails(cached))
 
 
-class AssistantMessage(msgspec.Struct, frozen=True):
-    """A whole answer."""
+class FunctionCall(msgspec.Struct, frozen=True):
+    """Whom a call calls, and with what: the text of a JSON object."""
 
-    content: str
+    arguments: str
+    name: str | Unset = msgspec.UNSET
+
+
+class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
+    """A call; in a stream its first piece has id, type and name, the others only more arguments."""
+
+    index: int | Unset = msgspec.UNSET
+    id: str | Unset = msgspec.UNSET
+    type: Literal["function"] | Unset = msgspec.UNSET
+    function: FunctionCall
+
+
+class AssistantMessage(msgspec.Struct, frozen=True):
+    """A whole answer; `content` is null when it is nothing but calls."""
+
+    content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
+    reasoning_content: str | Unset = msgspec.UNSET
+    tool_calls: list[ToolCall] | Unset = msgspec.UNSET
 
 
 class Delta(msgspec.Struct, frozen=True):
@@ -45,6 +62,44 @@ class Delta(msgspec.Struct, frozen=True):
 
     role: str | Unset = msgspec.UNSET
     content: str | Unset = msgspec.UNSET
+    reasoning_content: str | Unset = msgspec.UNSET
+    tool_calls: list[ToolCall] | Unset = msgspec.UNSET
+
+
+class TopLogprob(msgspec.Struct, frozen=True):
+    """A token that might have come; `bytes` is exact where `token`, as text, cannot be."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """A token of the answer, and the likeliest at its place."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct, frozen=True):
+    """The tokens of a chat answer or of a piece of it."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+class TextLogprobs(msgspec.Struct, frozen=True):
+    """The tokens of a completion or of a piece of it; `text_offset` in characters from the beginning of its text."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+FinishWord = Literal["stop", "length", "tool_calls"]
 
 
 class ChatChoice(msgspec.Struct, frozen=True):
@@ -52,8 +107,8 @@ class ChatChoice(msgspec.Struct, frozen=True):
 
     index: int
     message: AssistantMessage
-    finish_reason: FinishReason | None
-    logprobs: None = None
+    finish_reason: FinishWord | None
+    logprobs: ChatLogprobs | None = None
 
 
 class ChunkChoice(msgspec.Struct, frozen=True):
@@ -61,8 +116,8 @@ class ChunkChoice(msgspec.Struct, frozen=True):
 
     index: int
     delta: Delta
-    finish_reason: FinishReason | None = None
-    logprobs: None = None
+    finish_reason: FinishWord | None = None
+    logprobs: ChatLogprobs | None = None
 
 
 class TextChoice(msgspec.Struct, frozen=True):
@@ -70,21 +125,21 @@ class TextChoice(msgspec.Struct, frozen=True):
 
     index: int
     text: str
-    finish_reason: FinishReason | None = None
-    logprobs: None = None
+    finish_reason: FinishWord | None = None
+    logprobs: TextLogprobs | None = None
 
 
-Choice = ChatChoice | ChunkChoice | TextChoice
+Choice = TypeVar("Choice", ChatChoice, ChunkChoice, TextChoice)
 
 
-class Result(msgspec.Struct, frozen=True, kw_only=True):
+class Result(msgspec.Struct, Generic[Choice], frozen=True, kw_only=True):
     """The envelope of every answer. `usage` is unset in the chunks of a stream that was not asked for it."""
 
     id: str
     object: Literal["chat.completion", "chat.completion.chunk", "text_completion"]
     created: int
     model: str
-    choices: list[ChatChoice] | list[ChunkChoice] | list[TextChoice]
+    choices: Sequence[Choice]
     usage: Usage | Unset | None = msgspec.UNSET
 
 
@@ -103,6 +158,29 @@ class ModelList(msgspec.Struct, frozen=True):
 
     data: list[ModelCard]
     object: Literal["list"] = "list"
+
+
+class Health(msgspec.Struct, frozen=True):
+    """What /health says when all is well: requests that run and wait."""
+
+    running: int
+    waiting: int
+    status: Literal["ok"] = "ok"
+
+
+class ErrorObject(msgspec.Struct, frozen=True):
+    """An error; `param` is the field of the request that is at fault, if one is."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    """The body of every response that is no success."""
+
+    error: ErrorObject
 
 
 def json_response(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -1,23 +1,38 @@
-"""The endpoints."""
+"""The endpoints that generate, and those around them."""
 
 from __future__ import annotations
 
 import asyncio
+from typing import Any, Protocol
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from minisgl.server.answers import Answer, ChatAnswer, TextAnswer
 from minisgl.server.api import Api
+from minisgl.server.chat_answer import ChatAnswer
 from minisgl.server.errors import BODY_LIMIT, BodyTooLargeError
 from minisgl.server.generation import Generation
-from minisgl.server.protocol import Sampling
-from minisgl.server.responses import ModelCard, ModelList, json_response
-from minisgl.server.streaming import stream_response, unless_disconnected
+from minisgl.server.native_answer import NativeAnswer
+from minisgl.server.openapi import described
+from minisgl.server.responses import Health, ModelCard, ModelList, json_response
+from minisgl.server.streaming import Chunks, stream_response, unless_disconnected
+from minisgl.server.text_answer import TextAnswer
+from minisgl.server.tokens import detokenize, tokenize
+from minisgl.server.unsupported import add_unsupported
 
 DRAIN_LIMIT = 4 * BODY_LIMIT
 """Bytes of a body that is too large are read up to here, so that the client gets to read the answer."""
+
+
+class AnyAnswer(Protocol):
+    """An answer of any endpoint."""
+
+    async def whole(self) -> Any:
+        """Generate all of it; what JSON is made of."""
+
+    def chunks(self) -> Chunks:
+        """Generate it piece by piece, as server-sent events."""
 
 
 async def read_body(request: Request) -> bytes:
@@ -35,9 +50,9 @@ async def read_body(request: Request) -> bytes:
     return b"".join(parts)
 
 
-async def respond(request: Request, body: Sampling, answer: Answer) -> Response:
+async def respond(request: Request, stream: bool | None, answer: AnyAnswer) -> Response:
     """The answer as the request wants it, whole or streamed. The requests end when the client leaves."""
-    if body.stream:
+    if stream:
         return await stream_response(request, answer.chunks())
     return json_response(await unless_disconnected(request.receive, answer.whole()))
 
@@ -46,40 +61,59 @@ def make_router(api: Api) -> APIRouter:
     """The endpoints of one served model."""
     router = APIRouter()
 
-    @router.post("/v1/chat/completions")
+    @router.post("/v1/chat/completions", **described("chat"))
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation."""
         raw = await read_body(request)
-        body, requests = await asyncio.to_thread(api.prepare_chat, raw)
-        generation = Generation(api.service, api.tokenizer, requests)
-        return await respond(request, body, ChatAnswer(generation, api.model.name, body.include_usage))
+        body, requests, reading = await asyncio.to_thread(api.prepare_chat, raw)
+        generation = Generation(api.service, api.tokenizer, requests, copies=body.num_choices, keep=reading.keep)
+        return await respond(request, body.stream, ChatAnswer(generation, api.model.name, body, reading))
 
-    @router.post("/v1/completions")
+    @router.post("/v1/completions", **described("completion"))
     async def completions(request: Request) -> Response:
         """Continue one text, or several."""
         raw = await read_body(request)
-        body, requests = await asyncio.to_thread(api.prepare_completion, raw)
-        generation = Generation(api.service, api.tokenizer, requests)
-        return await respond(request, body, TextAnswer(generation, api.model.name, body.include_usage))
+        body, requests, echoes = await asyncio.to_thread(api.prepare_completion, raw)
+        generation = Generation(api.service, api.tokenizer, requests, copies=body.drawn, hidden=body.scores_only)
+        return await respond(request, body.stream, TextAnswer(generation, api.model.name, body, echoes))
+
+    @router.post("/generate", **described("generate"))
+    async def generate(request: Request) -> Response:
+        """Continue one text, or several, in SGLang's own words."""
+        raw = await read_body(request)
+        body, requests = await asyncio.to_thread(api.prepare_generate, raw)
+        generation = Generation(api.service, api.tokenizer, requests, copies=body.num_choices)
+        return await respond(request, body.stream, NativeAnswer(generation, body))
+
+    @router.post("/tokenize", **described("tokenize"))
+    async def tokenize_text(request: Request) -> Response:
+        """The tokens of a text or of a conversation."""
+        return json_response(await asyncio.to_thread(tokenize, api, await read_body(request)))
+
+    @router.post("/detokenize", **described("detokenize"))
+    async def detokenize_tokens(request: Request) -> Response:
+        """The text of tokens."""
+        return json_response(await asyncio.to_thread(detokenize, api, await read_body(request)))
 
     def card() -> ModelCard:
         return ModelCard(id=api.model.name, created=api.created, max_model_len=api.model.max_seq_len)
 
-    @router.get("/v1/models")
+    @router.get("/v1/models", **described("models"))
     async def list_models() -> Response:
         """The one model served."""
         return json_response(ModelList([card()]))
 
-    @router.get("/v1/models/{name:path}")
+    @router.get("/v1/models/{name:path}", **described("model"))
     async def get_model(name: str) -> Response:
         """The model served, by its id."""
         api.check_model(name)
         return json_response(card())
 
-    @router.get("/health")
+    @router.get("/health", **described("health"))
     async def health() -> Response:
         """200 when the engine answers between two of its steps, 503 when it does not."""
         stats = await api.service.ping(api.health_timeout)
-        return json_response({"status": "ok", "running": stats.running, "waiting": stats.waiting})
+        return json_response(Health(running=stats.running, waiting=stats.waiting))
 
+    add_unsupported(router)
     return router

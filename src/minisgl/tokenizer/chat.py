@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.meta
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -100,9 +101,13 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
+        self.source = source
         self._tokens = dict(tokens)
         try:
-            self._template = make_environment().from_string(source)
+            environment = make_environment()
+            self._template = environment.from_string(source)
+            self.variables = frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
+            """Names that the template takes from outside."""
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(f"the model's chat template is broken: line {error.lineno}: {error.message}") from error
 
@@ -119,6 +124,19 @@ class ChatTemplate:
         except Exception as error:  # the template is foreign code run on the user's values
             reason = str(error) or type(error).__name__
             raise InvalidRequestError(f"the model's chat template refuses this: {reason}", param="messages") from error
+
+
+def cut_after(text: str, content: str) -> str:
+    """A rendered conversation up to the end of its last message's content, whose outer blanks the template may strip.
+
+    Raises InvalidRequestError when the content is empty or the template does not show it.
+    """
+    bare = content.strip()
+    start = text.rfind(bare) if bare else -1
+    if start < 0:
+        raise InvalidRequestError("the last message has no content that can be continued", param="messages")
+    whole = content.lstrip()
+    return text[: start + len(whole if text.startswith(whole, start) else bare)]
 
 
 def read_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:

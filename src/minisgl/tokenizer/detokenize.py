@@ -24,11 +24,12 @@ class TextStream:
 
     The texts that `push` and `finish` return, joined, are what `Tokenizer.decode` says of all tokens, cut where the
     stop string that is completed first begins. `hidden` are token ids that have no text. `num_tokens` counts the tokens
-    taken in, the one that completed the stop string included.
+    taken in, the one that completed the stop string included; `starts` says how many characters came before each.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, hidden: frozenset[int], params: SamplingParams) -> None:
         self.num_tokens = 0
+        self.starts: list[int] = []
         self.matched: str | None = None
         self._backend = backend
         self._hidden = hidden
@@ -48,6 +49,11 @@ class TextStream:
         return self.matched is not None
 
     @property
+    def num_characters(self) -> int:
+        """Characters decoded so far, those held back included."""
+        return self._decoded
+
+    @property
     def text(self) -> str:
         """All that was shown so far."""
         return "".join(self._shown)
@@ -59,6 +65,7 @@ class TextStream:
             if self.stopped:
                 break
             self.num_tokens += 1
+            self.starts.append(self._decoded)
             if token not in self._hidden and (piece := self._decode(token)):
                 self._take(piece)
         return "".join(self._shown[before:])

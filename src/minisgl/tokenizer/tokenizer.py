@@ -11,8 +11,9 @@ from typing import Any
 import tokenizers
 
 from minisgl.errors import InvalidRequestError, ModelError
-from minisgl.tokenizer.chat import NO_TEMPLATE, ChatTemplate, read_template
+from minisgl.tokenizer.chat import NO_TEMPLATE, ChatTemplate, cut_after, read_template
 from minisgl.tokenizer.detokenize import TextStream
+from minisgl.tokenizer.token_bytes import TokenBytes
 from minisgl.types import SamplingParams
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -37,7 +38,7 @@ class Tokenizer:
         backend.no_padding()
         self.backend = backend
         self.eos_token_ids = eos_token_ids
-        self._special = frozenset(i for i, t in backend.get_added_tokens_decoder().items() if t.special)
+        self._special = {i: t.content for i, t in backend.get_added_tokens_decoder().items() if t.special}
         self._chat = None if template is None else ChatTemplate(template, tokens)
 
     @classmethod
@@ -61,17 +62,27 @@ class Tokenizer:
         """The highest token id plus one."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
+    @functools.cached_property
+    def token_bytes(self) -> TokenBytes:
+        """The bytes of single tokens."""
+        return TokenBytes(self.backend)
+
     @property
     def has_chat_template(self) -> bool:
         """Whether conversations can be rendered."""
         return self._chat is not None
 
-    def encode(self, text: str) -> list[int]:
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        """The chat template, if the model has one."""
+        return self._chat
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a plain prompt, with BOS where the model's post-processor adds one.
 
         Raises InvalidRequestError for text that is no valid Unicode.
         """
-        return self._encode(text, add_special_tokens=True)
+        return self._encode(text, add_special_tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; ids outside the vocabulary have none."""
@@ -81,9 +92,13 @@ class Tokenizer:
         self, messages: Sequence[Mapping[str, Any]], /, *, add_generation_prompt: bool = True, **template_kwargs: Any
     ) -> str:
         """A conversation as the model's text. Raises InvalidRequestError when there is no template or it refuses."""
-        if self._chat is None:
-            raise InvalidRequestError(NO_TEMPLATE, param="messages")
-        return self._chat.render(messages, add_generation_prompt, **template_kwargs)
+        return self._require_chat().render(messages, add_generation_prompt, **template_kwargs)
+
+    def render_continued(self, messages: Sequence[Mapping[str, Any]], /, **template_kwargs: Any) -> str:
+        """A conversation that ends within its last message, for the model to go on there; raises as `render_chat`."""
+        return cut_after(
+            self._require_chat().render(messages, False, **template_kwargs), str(messages[-1].get("content") or "")
+        )
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], /, *, add_generation_prompt: bool = True, **template_kwargs: Any
@@ -92,9 +107,22 @@ class Tokenizer:
         text = self.render_chat(messages, add_generation_prompt=add_generation_prompt, **template_kwargs)
         return self._encode(text, add_special_tokens=False)
 
-    def stream(self, params: SamplingParams) -> TextStream:
-        """An incremental decoder for one request."""
-        return TextStream(self.backend, self._special if params.skip_special_tokens else frozenset(), params)
+    def stream(self, params: SamplingParams, keep: Sequence[str] = ()) -> TextStream:
+        """An incremental decoder for one request; the special tokens in `keep` are shown even where others are not."""
+        hidden = (i for i, text in self._special.items() if text not in keep) if params.skip_special_tokens else ()
+        return TextStream(self.backend, frozenset(hidden), params)
+
+    def starts(self, ids: Sequence[int], text: str) -> list[int]:
+        """Where in `text`, that these tokens were made of, the text of each begins, in characters."""
+        hidden = frozenset(i for i, content in self._special.items() if content not in text)
+        stream = TextStream(self.backend, hidden, SamplingParams())
+        stream.push(ids)
+        return [min(start, len(text)) for start in stream.starts]
+
+    def _require_chat(self) -> ChatTemplate:
+        if self._chat is None:
+            raise InvalidRequestError(NO_TEMPLATE, param="messages")
+        return self._chat
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         try:

@@ -1,0 +1,184 @@
+"""The bodies of /generate, which is SGLang's, and of /tokenize and /detokenize, which are vLLM's."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from minisgl.errors import InvalidRequestError
+from minisgl.server.body import Body, Neutral, Number
+from minisgl.server.messages import refuse_other_messages
+from minisgl.server.protocol import Conversation, Logprobs, check_prompts
+from minisgl.server.sampling import MAX_CHOICES, MAX_STOP_STRINGS, NonEmpty, Penalty, Priority
+from minisgl.types import Grammar, SamplingParams
+
+GENERATE_MAX_TOKENS = 128
+"""The default of `max_new_tokens` in /generate."""
+
+
+class NativeSampling(Body):
+    """`sampling_params` of /generate."""
+
+    max_new_tokens: int | None = None
+    min_new_tokens: int | None = None
+    temperature: Number | None = None
+    top_p: Number | None = None
+    top_k: int | None = None
+    min_p: Number | None = None
+    sampling_seed: int | None = None
+    stop: NonEmpty | Annotated[list[NonEmpty], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    stop_token_ids: Annotated[list[int], Field(fail_fast=True)] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Number | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    json_schema: str | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    structural_tag: Annotated[Any, Neutral()] = None
+    spaces_between_special_tokens: Annotated[Any, Neutral(True)] = None
+    no_stop_trim: Annotated[Any, Neutral(False)] = None
+    custom_params: Annotated[Any, Neutral()] = None
+
+    @property
+    def structured(self) -> dict[str, Any]:
+        """What asks for a form of the answer, under the names that chats and completions have for it."""
+        fields = {"guided_json": self.json_schema, "guided_regex": self.regex, "guided_grammar": self.ebnf}
+        return {name: value for name, value in fields.items() if value is not None}
+
+    def params(self, logprobs: int | None, prompt_logprobs: int | None, grammar: Grammar | None) -> SamplingParams:
+        """The engine's parameters; raises InvalidRequestError naming the field out of range as it is called here."""
+        try:
+            return SamplingParams(
+                temperature=1.0 if self.temperature is None else self.temperature,
+                top_p=1.0 if self.top_p is None else self.top_p,
+                top_k=self.top_k or 0,
+                min_p=self.min_p or 0.0,
+                seed=self.sampling_seed,
+                max_tokens=GENERATE_MAX_TOKENS if self.max_new_tokens is None else self.max_new_tokens,
+                min_tokens=self.min_new_tokens or 0,
+                stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+                stop_token_ids=tuple(self.stop_token_ids or ()),
+                ignore_eos=bool(self.ignore_eos),
+                skip_special_tokens=self.skip_special_tokens is not False,
+                presence_penalty=self.presence_penalty or 0.0,
+                frequency_penalty=self.frequency_penalty or 0.0,
+                repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+                logprobs=logprobs,
+                prompt_logprobs=prompt_logprobs,
+                grammar=grammar,
+            ).validate()
+        except InvalidRequestError as error:
+            raise native_names(error) from error
+
+
+NATIVE_NAMES = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens", "seed": "sampling_seed"}
+
+
+def native_names(error: InvalidRequestError) -> InvalidRequestError:
+    """The same error with a sampling field named as /generate does."""
+    if error.param in SamplingParams.__struct_fields__:
+        name = NATIVE_NAMES.get(error.param, error.param)
+        error.message = error.message.replace(error.param, name)
+        error.param = f"sampling_params.{name}"
+    return error
+
+
+class GenerateRequest(Body):
+    """The body of /generate. `logprob_start_len` -1 gives no prompt log-probabilities, else those from there on."""
+
+    text: str | list[str] | None = None
+    input_ids: list[int] | list[list[int]] | None = None
+    sampling_params: NativeSampling | None = None
+    stream: bool | None = None
+    return_logprob: bool | None = None
+    logprob_start_len: Annotated[int, Field(ge=-1)] | None = None
+    top_logprobs_num: Logprobs | None = None
+    return_text_in_logprobs: bool | None = None
+    priority: Priority | None = None
+
+    @classmethod
+    def prepare(cls, value: dict[str, Any]) -> None:
+        """Exactly one of `text` and `input_ids` has prompts."""
+        given = [name for name in ("text", "input_ids") if value.get(name) is not None]
+        if len(given) != 1:
+            message = "text or input_ids is required" if not given else "give text or input_ids, not both"
+            raise InvalidRequestError(message, param="text")
+        try:
+            check_prompts(value[given[0]])
+        except InvalidRequestError as error:
+            error.param = given[0]
+            error.message = error.message.replace("prompt", given[0], 1)
+            raise
+
+    def check(self) -> None:
+        """Raise InvalidRequestError for fields that do not go together."""
+        for name in ("logprob_start_len", "top_logprobs_num", "return_text_in_logprobs"):
+            if getattr(self, name) not in (None, False) and not self.return_logprob:
+                raise InvalidRequestError(f"{name} is only allowed with return_logprob", param=name)
+
+    @property
+    def sampling(self) -> NativeSampling:
+        """The sampling parameters; none given are the defaults."""
+        return self.sampling_params or NativeSampling()
+
+    @property
+    def is_batch(self) -> bool:
+        """Whether the answer is a list: there are several prompts, or several answers to one."""
+        value: Any = self.text if self.text is not None else self.input_ids
+        single = isinstance(value, str) or isinstance(value[0], int)
+        return not single or self.num_choices > 1
+
+    @property
+    def num_choices(self) -> int:
+        """Answers to each prompt."""
+        return self.sampling.n or 1
+
+    @property
+    def prompt_logprobs_from(self) -> int | None:
+        """The prompt position from which log-probabilities are wanted, None for none."""
+        wanted = self.return_logprob and self.logprob_start_len is not None and self.logprob_start_len >= 0
+        return self.logprob_start_len if wanted else None
+
+    def params(self, grammar: Grammar | None) -> SamplingParams:
+        """The engine's parameters."""
+        top = (self.top_logprobs_num or 0) if self.return_logprob else None
+        return self.sampling.params(top, None if self.prompt_logprobs_from is None else top, grammar)
+
+    def prompts(self) -> list[str | list[int]]:
+        """Every prompt, in this order."""
+        value: Any = self.text if self.text is not None else self.input_ids
+        return [value] if isinstance(value, str) or isinstance(value[0], int) else list(value)
+
+
+class TokenizeText(Body):
+    """A text to be tokenised by /tokenize."""
+
+    prompt: str
+    model: str | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class TokenizeConversation(Conversation):
+    """A conversation to be tokenised by /tokenize; its template writes the special tokens itself."""
+
+    model: str | None = None
+    add_special_tokens: bool = False
+    return_token_strs: bool = False
+
+    @classmethod
+    def prepare(cls, value: dict[str, Any]) -> None:
+        """As in a chat."""
+        refuse_other_messages(value)
+
+
+class DetokenizeRequest(Body):
+    """Tokens to be written as text by /detokenize."""
+
+    tokens: Annotated[list[int], Field(fail_fast=True)]
+    model: str | None = None
+    skip_special_tokens: bool = False

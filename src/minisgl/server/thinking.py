@@ -1,0 +1,75 @@
+"""Splitting an answer into what the model thought and what it said, while it is coming."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from minisgl.server.parts import Content, Part, Reasoning, merged, partial_end
+
+OPEN, CLOSE = "<think>", "</think>"
+
+
+class ThinkSplitter:
+    """`<think>…</think>` at the beginning of an answer is reasoning, what follows is content.
+
+    `opened` says that the prompt has opened the block. Blanks around the tags are dropped. However the text is cut into
+    pieces, the parts are the same once neighbours are joined.
+    """
+
+    def __init__(self, opened: bool) -> None:
+        self._opened = opened
+        self._buffer = ""
+        self._state: Callable[[list[Part]], bool] = self._start
+
+    def push(self, text: str) -> list[Part]:
+        """Take in text; the parts that are certain now."""
+        self._buffer += text
+        parts: list[Part] = []
+        while self._state(parts):
+            pass
+        return merged(parts)
+
+    def finish(self) -> list[Part]:
+        """What was held back, at the end of the text."""
+        rest, self._buffer = self._buffer, ""
+        if self._state == self._inside or (self._state == self._start and self._opened):
+            return merged([Reasoning(rest.rstrip())])
+        return merged([Content(rest)]) if self._state in (self._start, self._content) else []
+
+    def _start(self, parts: list[Part]) -> bool:
+        text = self._buffer.lstrip()
+        if OPEN.startswith(text) and text != OPEN:
+            return False
+        if text.startswith(OPEN):
+            self._buffer = text[len(OPEN) :]
+        self._state = self._before if self._opened or text.startswith(OPEN) else self._content
+        return True
+
+    def _before(self, parts: list[Part]) -> bool:
+        self._buffer = self._buffer.lstrip()
+        if self._buffer:
+            self._state = self._inside
+        return bool(self._buffer)
+
+    def _inside(self, parts: list[Part]) -> bool:
+        end = self._buffer.find(CLOSE)
+        if end >= 0:
+            parts.append(Reasoning(self._buffer[:end].rstrip()))
+            self._buffer = self._buffer[end + len(CLOSE) :]
+            self._state = self._after
+            return True
+        safe = len(self._buffer[: len(self._buffer) - partial_end(self._buffer, CLOSE)].rstrip())
+        parts.append(Reasoning(self._buffer[:safe]))
+        self._buffer = self._buffer[safe:]
+        return False
+
+    def _after(self, parts: list[Part]) -> bool:
+        self._buffer = self._buffer.lstrip()
+        if self._buffer:
+            self._state = self._content
+        return bool(self._buffer)
+
+    def _content(self, parts: list[Part]) -> bool:
+        parts.append(Content(self._buffer))
+        self._buffer = ""
+        return False

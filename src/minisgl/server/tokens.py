@@ -1,0 +1,66 @@
+"""/tokenize and /detokenize: what the model's tokenizer makes of a text, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pydantic_core
+
+from minisgl.errors import InvalidRequestError
+from minisgl.server.api import Api
+from minisgl.server.native import DetokenizeRequest, TokenizeConversation, TokenizeText
+from minisgl.server.prompts import render
+
+
+class Tokens(msgspec.Struct, frozen=True, kw_only=True):
+    """A text's tokens; `token_strs` are their names in the vocabulary, where they were asked for."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str | None] | None
+
+
+class Text(msgspec.Struct, frozen=True, kw_only=True):
+    """What tokens say."""
+
+    prompt: str
+
+
+def tokenize(api: Api, body: bytes) -> Tokens:
+    """The tokens of a text or a conversation; raises InvalidRequestError."""
+    asked: TokenizeConversation | TokenizeText
+    if has_messages(body):
+        asked = TokenizeConversation.parse(body)
+        asked.check_continuation()
+        text, field = render(api.tokenizer, api.template, asked, list(asked.tools or ())), "messages"
+    else:
+        asked = TokenizeText.parse(body)
+        text, field = asked.prompt, "prompt"
+    api.check_model(asked.model)
+    try:
+        ids = api.tokenizer.encode(text, asked.add_special_tokens)
+    except InvalidRequestError as error:
+        error.param = error.param or field
+        raise
+    names = [api.tokenizer.backend.id_to_token(token) for token in ids] if asked.return_token_strs else None
+    return Tokens(count=len(ids), max_model_len=api.model.max_seq_len, tokens=ids, token_strs=names)
+
+
+def detokenize(api: Api, body: bytes) -> Text:
+    """The text of tokens; raises InvalidRequestError."""
+    asked = DetokenizeRequest.parse(body)
+    api.check_model(asked.model)
+    if any(not 0 <= token < api.model.vocab_size for token in asked.tokens):
+        raise InvalidRequestError(f"token ids must be between 0 and {api.model.vocab_size - 1}", param="tokens")
+    return Text(prompt=api.tokenizer.decode(asked.tokens, asked.skip_special_tokens))
+
+
+def has_messages(body: bytes) -> bool:
+    """Whether this is a JSON object with messages; what is no JSON is found out later."""
+    try:
+        value: Any = pydantic_core.from_json(body)
+    except ValueError:
+        return False
+    return isinstance(value, dict) and "messages" in value

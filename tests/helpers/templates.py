@@ -1,0 +1,22 @@
+"""Small chat templates with what the large ones have: tools, calls in the history, reasoning."""
+
+from __future__ import annotations
+
+QWEN = (
+    "{% if tools %}# Tools\n{% for t in tools %}{{ t | tojson }}\n{% endfor %}"
+    'Answer with <tool_call>{"name": …, "arguments": …}</tool_call>\n{% endif %}'
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }}:{{ c.function.arguments.items() | list }}"
+    "</tool_call>{% endfor %}{% if m.tool_call_id %}[{{ m.tool_call_id }}]{% endif %}<|im_end|>\n{% endfor %}"
+)
+OPENING = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+QWEN_TOOLS = QWEN + OPENING
+"""Hermes' form of calls, no reasoning."""
+QWEN_THINKING = QWEN_TOOLS + "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+"""The model opens the block that it thinks in."""
+DEEPSEEK = QWEN + "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}{# </think> #}"
+"""The template opens it."""
+LLAMA = QWEN_TOOLS.replace("<tool_call>", "<|python_tag|>").replace("</tool_call>", "")
+MISTRAL = QWEN_TOOLS.replace("<tool_call>", "[TOOL_CALLS]").replace("</tool_call>", "")
+NEITHER = "{% for t in tools or [] %}{{ t }}{% endfor %}{% for m in messages %}{{ m.content }}{% endfor %}"
+"""Takes tools, but says in no known way how they are called."""
