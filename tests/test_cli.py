@@ -148,6 +148,20 @@ SPELLINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--device cpu", {"device": "cpu"}),
     ("--schedule-policy lpm", {"schedule_policy": "lpm"}),
     ("--page-size=32", {"page_size": 32}),
+    ("--served-model-name a b", {"served_model_name": ("a", "b")}),
+    ("--served-model-name a,b", {"served_model_name": ("a", "b")}),
+    ("--api-key one,two three", {"api_key": ("one", "two", "three")}),
+    ("--allow-public", {"allow_public": True}),
+    ("--cors-origins https://a.example *", {"cors_origins": ("https://a.example", "*")}),
+    (
+        "--ssl-certfile c.pem --ssl-keyfile k.pem",
+        {"ssl_certfile": "c.pem", "ssl_keyfile": "k.pem"},
+    ),
+    ("--max-queued-requests 7", {"max_queued_requests": 7}),
+    ("--max-queued-tokens 9000", {"max_queued_tokens": 9000}),
+    ("--request-timeout 1.5", {"request_timeout": 1.5}),
+    ("--write-timeout 5", {"write_timeout": 5.0}),
+    ("--drain-timeout 0", {"drain_timeout": 0.0}),
 )
 
 BAD_LINES = (
@@ -163,6 +177,13 @@ BAD_LINES = (
     ("--cache lru", "invalid choice: 'lru'"),
     ("--attn fa,fi,fa", "--attn must be auto, one of fa, fi, trtllm, triton, torch, or two"),
     ("--tp 0", "--tp must be at least 1, got 0"),
+    ("--api-key ,", "argument --api-key: expected at least one value"),
+    ("--api-key schlüssel", "--api-key must be made of printable ASCII"),
+    ("--ssl-certfile c.pem", "--ssl-certfile and --ssl-keyfile go together"),
+    ("--max-queued-requests 0", "--max-queued-requests must be at least 1, got 0"),
+    ("--request-timeout 0", "--request-timeout must be above 0 s and at most a year, got 0.0"),
+    ("--write-timeout nan", "--write-timeout must be above 0 s and at most a year, got nan"),
+    ("--drain-timeout -1", "--drain-timeout must be at least 0 s and at most a year, got -1.0"),
     ("bench", "required: name"),
     ("bench nonsense", "invalid choice: 'nonsense'"),
     ("bench online", "one of --trace, --rate, --concurrency is required"),
@@ -184,7 +205,7 @@ BAD_LINES = (
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MINISGL_DISABLE_OVERLAP_SCHEDULING", "LOG_LEVEL"):
+    for name in ("MINISGL_DISABLE_OVERLAP_SCHEDULING", "LOG_LEVEL", "MINISGL_API_KEY"):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -55,7 +55,8 @@ def test_resolving_leaves_nothing_open_but_what_memory_and_model_decide(machine:
     config = resolve(Config(shell=shell), machine).config
     open_ended = {field.name for field in dataclasses.fields(config) if getattr(config, field.name) in (None, "auto")}
     by_packages = {"attn"} if machine.has_cuda else set()
-    assert open_ended == {"model", "max_seq_len_override", "num_pages", "memory_ratio"} | by_packages
+    no_limit = {"max_queued_requests", "max_queued_tokens", "request_timeout", "ssl_certfile", "ssl_keyfile"}
+    assert open_ended == {"model", "max_seq_len_override", "num_pages", "memory_ratio"} | by_packages | no_limit
     assert config.max_running_requests == (1 if shell else 256)
 
 
@@ -170,3 +171,8 @@ def test_cache_folder_follows_the_users_settings() -> None:
 def test_config_cannot_be_changed_in_place() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().port = 1  # type: ignore[misc]
+
+
+def test_keys_come_from_the_environment_too() -> None:
+    assert from_environment(Config(), {"MINISGL_API_KEY": "one, two,,"}).api_key == ("one", "two")
+    assert from_environment(Config(), {"MINISGL_API_KEY": ""}).api_key == ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from minisgl.config import Config
 from minisgl.models.spec import ARCHITECTURES
+from minisgl.server.exposition import COUNTERS, GAUGES, HISTOGRAMS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -39,3 +41,22 @@ def test_the_architecture_page_names_every_file() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text()
     files = [path for path in (ROOT / "src" / "minisgl").rglob("*.py") if path.name != "__init__.py"]
     assert [str(path.relative_to(ROOT)) for path in files if f"| `{path.name}` |" not in text] == []
+
+
+def test_operation_and_the_dashboard_name_the_metrics_there_are() -> None:
+    text = (ROOT / "docs" / "operation.md").read_text()
+    names = [name for name, *_ in (*GAUGES, *HISTOGRAMS)] + [f"{name}_total" for name, *_ in COUNTERS]
+    assert [name for name in names if f"`{name}`" not in text] == []
+    others = ["kv_cache_usage_perc", "kv_cache_owned_perc", "num_requests_queued", "num_queued_tokens", "engine_up"]
+    labelled = ["request_success_total", "request_rejected_total", "http_requests_total"]
+    known = {*names, *others, *labelled, *(f"{name}_bucket" for name, *_ in HISTOGRAMS)}
+    dashboard = json.loads((ROOT / "docs" / "grafana-dashboard.json").read_text())
+    used = {
+        name
+        for panel in dashboard["panels"]
+        for target in panel["targets"]
+        for name in re.findall(r"minisgl:(\w+)", target["expr"])
+    }
+    assert len(dashboard["panels"]) == 12
+    assert used <= known
+    assert {"num_requests_running", "time_to_first_token_seconds_bucket", "request_success_total"} <= used

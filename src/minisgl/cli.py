@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, NoReturn
 
 from minisgl import __version__
-from minisgl.config import Config, check, from_environment
+from minisgl.config import Config, check, from_environment, split_words
 from minisgl.errors import ConfigError, MinisglError
 
 GROUPS: Final = (
@@ -25,9 +25,26 @@ GROUPS: Final = (
     ("scheduling", ("max_running_requests", "max_prefill_length", "schedule_policy", "overlap")),
     ("KV cache", ("page_size", "num_pages", "memory_ratio", "cache")),
     ("kernels", ("attn", "cuda_graph_max_bs")),
-    ("interface", ("host", "port", "shell", "log_level")),
+    ("interface", ("host", "port", "served_model_name", "shell", "log_level")),
+    ("access", ("api_key", "allow_public", "cors_origins", "ssl_certfile", "ssl_keyfile")),
+    (
+        "limits",
+        ("max_queued_requests", "max_queued_tokens", "request_timeout", "write_timeout", "drain_timeout"),
+    ),
 )
 """Sections of `--help`, and the fields of `Config` in each."""
+SERVER_GROUPS: Final = ("interface", "access", "limits")
+"""Sections that concern the server and the shell; a benchmark has none of them."""
+
+
+class Words(argparse.Action):
+    """Values of a flag that takes several, separated by blanks or commas."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        """Store them as one tuple."""
+        if not (words := split_words(values)):
+            parser.error(f"argument {option}: expected at least one value")
+        setattr(namespace, self.dest, words)
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,7 +74,9 @@ def build_parser() -> Parser:
 def environment_help(field: dataclasses.Field[Any]) -> str:
     """A line for the environment switch of a field; a switch for a bool turns it off."""
     name, text = field.metadata["env"], field.metadata["help"]
-    return f"{name}=1  do not {text}" if field.default is True else f"{name}=VALUE  {text} (default: {field.default})"
+    if field.default is True:
+        return f"{name}=1  do not {text}"
+    return f"{name}=VALUE  {text}" + (f" (default: {field.default})" if field.default else "")
 
 
 def add_config_flags(parser: argparse.ArgumentParser, *, without: Sequence[str] = ()) -> None:
@@ -79,6 +98,9 @@ def add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], hint
     options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
     if hint is bool:
         group.add_argument(*field.metadata["flags"], action="store_true", help=text, **options)
+        return
+    if typing.get_origin(hint) is tuple:
+        group.add_argument(*field.metadata["flags"], action=Words, nargs="+", metavar="NAME", help=text, **options)
         return
     if isinstance(hint, types.UnionType):
         (hint,) = (part for part in typing.get_args(hint) if part is not types.NoneType)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from minisgl.errors import ConfigError
@@ -19,6 +19,7 @@ BUNDLED_MODEL = "smollm2"
 ATTENTION_BACKENDS = ("fa", "fi", "trtllm", "triton", "torch")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 CPU_PREFILL_LENGTH = 512
+MAX_SECONDS = 366 * 86400.0
 
 
 def setting(default: Any, *flags: str, help: str, env: str | None = None, choices: tuple[str, ...] = ()) -> Any:
@@ -91,8 +92,42 @@ class Config:
 
     host: str = setting("127.0.0.1", "--host", help="address the server listens on")
     port: int = setting(1919, "--port", help="port the server listens on; 0 takes a free one")
+    served_model_name: tuple[str, ...] = setting(
+        (),
+        "--served-model-name",
+        help="names clients may use for the model, the first one in answers; default: --model",
+    )
     shell: bool = setting(False, "--shell", "--shell-mode", help="chat in this terminal instead of serving HTTP")
     log_level: str = setting("INFO", help="DEBUG, INFO, WARNING or ERROR", env="LOG_LEVEL")
+
+    api_key: tuple[str, ...] = setting(
+        (), "--api-key", help="keys of which clients must send one; the environment hides them from ps",
+        env="MINISGL_API_KEY",
+    )  # fmt: skip
+    allow_public: bool = setting(
+        False, "--allow-public", help="listen on an address that other machines reach even without --api-key"
+    )
+    cors_origins: tuple[str, ...] = setting(
+        (), "--cors-origins", help="origins whose web pages may call the server; * for all"
+    )
+    ssl_certfile: str | None = setting(None, "--ssl-certfile", help="PEM certificate chain; the server speaks TLS")
+    ssl_keyfile: str | None = setting(None, "--ssl-keyfile", help="PEM private key of --ssl-certfile")
+
+    max_queued_requests: int | None = setting(
+        None, "--max-queued-requests", help="requests that may wait for their first token; more get 429"
+    )
+    max_queued_tokens: int | None = setting(
+        None, "--max-queued-tokens", help="prompt tokens that may wait for their first token; more get 429"
+    )
+    request_timeout: float | None = setting(
+        None, "--request-timeout", help="seconds a request may take, queue included; then it ends with 504"
+    )
+    write_timeout: float = setting(
+        30.0, "--write-timeout", help="seconds a client may leave its full receive buffer unread before it is cut off"
+    )
+    drain_timeout: float = setting(
+        30.0, "--drain-timeout", help="seconds running requests may go on after SIGTERM or Ctrl-C"
+    )
 
     def replace(self, **changes: Any) -> Config:
         """A copy with these fields changed."""
@@ -127,7 +162,14 @@ def from_environment(config: Config, environ: Mapping[str, str] = os.environ) ->
         if value.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
             raise ConfigError(f"LOG_LEVEL must be DEBUG, INFO, WARNING or ERROR, got {value!r}")
         changes["log_level"] = value.upper()
+    if value := environ.get("MINISGL_API_KEY"):
+        changes["api_key"] = split_words([value])
     return config.replace(**changes)
+
+
+def split_words(values: Iterable[str]) -> tuple[str, ...]:
+    """The parts of comma-separated lists, without blanks around them; empty parts are left out."""
+    return tuple(word for value in values for part in value.split(",") if (word := part.strip()))
 
 
 def cache_folder(environ: Mapping[str, str] = os.environ) -> str:
@@ -147,7 +189,8 @@ def check(config: Config) -> None:
     for field in dataclasses.fields(config):
         if choices := field.metadata["choices"]:
             need(getattr(config, field.name) in choices, field.name, f"one of {', '.join(choices)}")
-    for name in ("max_running_requests", "max_prefill_length", "max_seq_len_override", "num_pages"):
+    counts = ("max_running_requests", "max_prefill_length", "max_seq_len_override", "num_pages")
+    for name in (*counts, "max_queued_requests", "max_queued_tokens"):
         value = getattr(config, name)
         need(value is None or value >= 1, name, "at least 1")
     need(1 <= config.page_size <= 256, "page_size", "between 1 and 256")
@@ -155,6 +198,14 @@ def check(config: Config) -> None:
     need(config.memory_ratio is None or 0.0 < config.memory_ratio <= 1.0, "memory_ratio", "in (0, 1]")
     need(config.cuda_graph_max_bs is None or config.cuda_graph_max_bs >= 0, "cuda_graph_max_bs", "at least 0")
     need(0 <= config.port < 65536, "port", "between 0 and 65535")
+    for name in ("request_timeout", "write_timeout"):
+        value = getattr(config, name)
+        need(value is None or 0 < value <= MAX_SECONDS, name, "above 0 s and at most a year")
+    need(0 <= config.drain_timeout <= MAX_SECONDS, "drain_timeout", "at least 0 s and at most a year")
+    if any(not key.isascii() or not key.isprintable() for key in config.api_key):
+        raise ConfigError("--api-key must be made of printable ASCII: it travels in a header")
+    if (config.ssl_certfile is None) != (config.ssl_keyfile is None):
+        raise ConfigError("--ssl-certfile and --ssl-keyfile go together; give both or neither")
     backends = config.attn.split(",")
     known = all(b in ATTENTION_BACKENDS for b in backends) and len(backends) <= 2
     need(

@@ -6,17 +6,23 @@ import asyncio
 import contextlib
 import dataclasses
 import socket
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 from openai import AsyncOpenAI
 
 from helpers.stub_engine import StubEngine
 from helpers.tiny_tokenizers import write_tokenizer
+from minisgl.config import Config
+from minisgl.server.admin import Setup
 from minisgl.server.app import create_app
 from minisgl.server.child import socket_folder
+from minisgl.server.door import with_door
 from minisgl.server.http import HttpServer
+from minisgl.server.limits import Limits
 from minisgl.server.service import EngineService
 from minisgl.tokenizer.tokenizer import Tokenizer
 from minisgl.types import Grammar, ModelInfo
@@ -51,62 +57,101 @@ class Serving:
                 await asyncio.sleep(0.005)
 
 
+@dataclasses.dataclass
+class Web:
+    """The HTTP side of a server, on a port of its own, and clients for it."""
+
+    service: EngineService
+    tokenizer: Tokenizer
+    http: httpx.AsyncClient
+    openai: AsyncOpenAI
+    port: int
+
+
+StartEngine = Callable[[str, str], contextlib.AbstractAsyncContextManager[object]]
+"""Runs an engine behind two addresses, to it and from it, for as long as the context lasts."""
+
+
 @contextlib.asynccontextmanager
-async def serving(
+async def web(
     folder: Path,
+    model: ModelInfo,
+    start_engine: StartEngine,
     *,
-    delay: float = 0.0,
     template: str | None = CHAT_TEMPLATE,
     health_timeout: float = 5.0,
+    max_live: int = 8,
     check_grammar: Callable[[Grammar], None] | None = None,
-    max_seq_len: int = 128,
-) -> AsyncIterator[Serving]:
-    """Serve a model whose engine echoes."""
+    **flags: Any,
+) -> AsyncIterator[Web]:
+    """Serve `model` over HTTP; `flags` are fields of Config."""
+    config = Config(**flags)
     tokenizer = Tokenizer.load(write_tokenizer(folder, template=template))
-    model = ModelInfo(name=MODEL, vocab_size=tokenizer.vocab_size, max_seq_len=max_seq_len, eos_token_ids=(1,))
     sockets = socket_folder()
     to_engine, from_engine = f"ipc://{sockets}/to", f"ipc://{sockets}/from"
-    service = EngineService(to_engine, from_engine, max_live=8)
-    engine = StubEngine(to_engine, from_engine, model, folder, delay)
-    echoing = asyncio.create_task(engine.run())
-    await service.ready()
+    service = EngineService(to_engine, from_engine, dataclasses.replace(Limits.of(config), live=max_live))
     # With the protocol named asyncio switches off Nagle's delay on each connection, as it does in production.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
     listener.listen()
     port = listener.getsockname()[1]
     listening = asyncio.Event()
-    app = create_app(service, model, tokenizer, health_timeout=health_timeout, check_grammar=check_grammar)
-    server = HttpServer(app, listening.set, debug=False)
-    running = asyncio.create_task(server.serve([listener]))
-    await listening.wait()
+    setup = Setup(config, ["stub = on"], str(folder))
+    app = create_app(service, model, tokenizer, health_timeout=health_timeout, setup=setup, check_grammar=check_grammar)
+    server = HttpServer(with_door(app, service.metrics, config), listening.set, config)
+    url = f"http://127.0.0.1:{port}" if config.ssl_certfile is None else f"https://127.0.0.1:{port}"
+    verify = config.ssl_certfile is None or ssl.create_default_context(cafile=config.ssl_certfile)
     try:
-        url = f"http://127.0.0.1:{port}"
-        async with (
-            httpx.AsyncClient(base_url=url, timeout=20.0) as http,
-            AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20.0) as openai,
-        ):
-            yield Serving(service, engine, tokenizer, http, openai, port)
+        async with start_engine(to_engine, from_engine):
+            await service.ready()
+            running = asyncio.create_task(server.serve([listener]))
+            await listening.wait()
+            try:
+                async with (
+                    httpx.AsyncClient(base_url=url, timeout=20.0, verify=verify) as http,
+                    AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20.0) as openai,
+                ):
+                    yield Web(service, tokenizer, http, openai, port)
+            finally:
+                service.fail("the test is over")
+                server.should_exit = True
+                await running
     finally:
-        service.fail("the test is over")
-        server.should_exit = True
-        await running
         listener.close()
-        echoing.cancel()
-        await asyncio.gather(echoing, return_exceptions=True)
         await service.close()
         for path in sockets.iterdir():
             path.unlink()
         sockets.rmdir()
 
 
-def serve_and(
-    folder: Path, check: Callable[[Serving], Awaitable[None]], *, limit: float = 60, **settings: object
-) -> None:
+@contextlib.asynccontextmanager
+async def serving(
+    folder: Path, *, delay: float = 0.0, max_seq_len: int = 128, **settings: Any
+) -> AsyncIterator[Serving]:
+    """Serve a model whose engine echoes; `settings` are those of `web`."""
+    vocab_size = Tokenizer.load(write_tokenizer(folder)).vocab_size
+    model = ModelInfo(name=MODEL, vocab_size=vocab_size, max_seq_len=max_seq_len, eos_token_ids=(1,))
+    engines: list[StubEngine] = []
+
+    @contextlib.asynccontextmanager
+    async def echoing(to_engine: str, from_engine: str) -> AsyncIterator[None]:
+        engines.append(StubEngine(to_engine, from_engine, model, folder, delay))
+        task = asyncio.create_task(engines[0].run())
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async with web(folder, model, echoing, **settings) as side:
+        yield Serving(side.service, engines[0], side.tokenizer, side.http, side.openai, side.port)
+
+
+def serve_and(folder: Path, check: Callable[[Serving], Awaitable[None]], *, limit: float = 60, **settings: Any) -> None:
     """Run `check` against a server; the whole takes at most `limit` s."""
 
     async def main() -> None:
-        async with asyncio.timeout(limit), serving(folder, **settings) as server:  # type: ignore[arg-type]
+        async with asyncio.timeout(limit), serving(folder, **settings) as server:
             await check(server)
 
     asyncio.run(main())

@@ -16,7 +16,19 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from minisgl.engine.messages import Abort, Add, Events, Failed, FromEngine, Ping, Pong, Ready, ToEngine
+from minisgl.engine.messages import (
+    Abort,
+    Add,
+    Events,
+    Failed,
+    Flush,
+    Flushed,
+    FromEngine,
+    Ping,
+    Pong,
+    Ready,
+    ToEngine,
+)
 from minisgl.tokenizer.tokenizer import Tokenizer
 from minisgl.types import EngineStats, FinishReason, ModelInfo, Request, TokenEvent, TokenLogprobs
 
@@ -39,6 +51,9 @@ class StubEngine:
         self.aborted: list[str] = []
         self.refuse: str | None = None
         self.deaf = False
+        self.steps = 0
+        self.generated = 0
+        self.given: dict[str, int] = {}
         self.die_on: tuple[int, ...] = ()
         self.say: Callable[[Request], Sequence[int]] | None = None
         self._changed = asyncio.Event()
@@ -80,7 +95,9 @@ class StubEngine:
                             await self.send(Events([event]))
                 case Ping(nonce):
                     if not self.deaf:
-                        await self.send(Pong(nonce, EngineStats(running=len(self.live))))
+                        await self.send(Pong(nonce, self.stats()))
+                case Flush(nonce):
+                    await self.send(Flushed(nonce, 7))
 
     async def _steps(self) -> None:
         while True:
@@ -88,12 +105,31 @@ class StubEngine:
                 self._changed.clear()
                 await self._changed.wait()
             await asyncio.sleep(self.delay)
+            admitted = [request_id for request_id, (_, done) in self.live.items() if done == 0]
             if events := [self._advance(request_id) for request_id in list(self.live)]:
-                await self.send(Events(events))
+                self.steps += 1
+                await self.send(Events(events, admitted))
+
+    def stats(self) -> EngineStats:
+        """What a real engine would say of itself."""
+        return EngineStats(
+            running=len(self.live),
+            pages_total=100,
+            pages_free=60,
+            pages_cached=10,
+            steps=self.steps,
+            retracted=2,
+            aborted=len(self.aborted),
+            prompt_tokens=sum(len(request.prompt) for request in self.seen),
+            cached_prompt_tokens=sum(len(request.prompt) // 2 for request in self.seen),
+            generated_tokens=self.generated,
+        )
 
     def _advance(self, request_id: str) -> TokenEvent:
         request, done = self.live[request_id]
         params = request.params
+        self.generated += 1
+        self.given[request_id] = done + 1
         token = self._token(request, done)
         done += 1
         limit = self.model.max_seq_len - len(request.prompt)

@@ -95,3 +95,14 @@ def test_only_what_gains_is_packed() -> None:
     assert not can_pack(torch.randn(2, 4, 4))
     packed = pack(torch.randn(4, 4))
     assert pack(packed) is packed
+
+
+@pytest.mark.parametrize("rows", [1, 2, 63, 64, 65, 79, 80, 81, 200])
+def test_a_packed_product_is_the_plain_one_for_any_number_of_rows(rows: int) -> None:
+    torch.manual_seed(rows)
+    weight, bias, x = torch.randn(48, 32), torch.randn(48), torch.randn(rows, 32)
+    packed = pack(weight)
+    for b in (None, bias):
+        product = linear(x, packed, b)
+        assert product.shape == (rows, 48)
+        torch.testing.assert_close(product, torch.nn.functional.linear(x, weight, b), rtol=1e-5, atol=1e-4)

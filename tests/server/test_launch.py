@@ -9,78 +9,20 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from helpers.serving import CHAT_TEMPLATE
+from helpers.server_process import STUB, children, gone, server
 from helpers.stub_engine import DEADLY_PROMPT
 from helpers.tiny_tokenizers import write_tokenizer
 from minisgl.config import Config
 from minisgl.errors import ConfigError, EngineDeadError, ModelError
 from minisgl.server.child import launch_engine
-from minisgl.server.launch import address, listen_socket, serve
-
-STUB = [sys.executable, "-m", "helpers.stub_engine"]
-MAIN = """
-import sys
-from minisgl.config import Config
-from minisgl.errors import MinisglError
 from minisgl.server.launch import serve
-folder, port, *command = sys.argv[1:]
-try:
-    serve(Config(model=folder, port=int(port)), command)
-except MinisglError as error:
-    sys.exit(f"error: {error.message}")
-"""
-
-
-@contextmanager
-def server(folder: Path, temporary: Path, mode: str = "") -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server that is ready, and its URL."""
-    write_tokenizer(folder, template=CHAT_TEMPLATE)
-    temporary.mkdir()
-    tests = str(Path(__file__).parent.parent)
-    environment = {**os.environ, "STUB_MODE": mode, "TMPDIR": str(temporary), "PYTHONPATH": tests}
-    command = [sys.executable, "-c", MAIN, str(folder), "0", *STUB]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=folder
-    )
-    try:
-        assert process.stdout is not None
-        lines = [process.stdout.readline() for _ in range(7)]
-        url = lines[1].rpartition(" on ")[2].strip().removesuffix("/v1")
-        assert "is ready after" in lines[1], (lines, process.stderr)
-        assert lines[3].strip() == "stub = on: it echoes"
-        assert lines[5].startswith(f"curl {url}/v1/chat/completions")
-        yield process, url
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def children(pid: int) -> list[int]:
-    """The processes that a process has started."""
-    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    return [int(child) for child in text.split()]
-
-
-def gone(pid: int, within: float) -> bool:
-    """Whether a process ends in time (s)."""
-    deadline = time.monotonic() + within
-    while time.monotonic() < deadline:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        if state == "Z":
-            return True
-        time.sleep(0.02)
-    return False
+from minisgl.server.listen import address, listen_socket
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -147,7 +89,7 @@ def launch(folder: Path, **environment: str) -> None:
 
 
 def test_what_the_engine_cannot_start_for_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent), prepend=os.pathsep)
     write_tokenizer(tmp_path)
     launch(tmp_path)
     with pytest.raises(ModelError, match="no such model, says the stub"):
@@ -189,7 +131,7 @@ def test_the_url_is_one_that_can_be_opened(host: str, shown: str) -> None:
     except ConfigError:
         pytest.skip(f"no {host} here")
     with listener:
-        assert address(listener) == f"http://{shown}:{listener.getsockname()[1]}"
+        assert address(listener, Config()) == f"http://{shown}:{listener.getsockname()[1]}"
 
 
 def test_neither_torch_nor_transformers_is_imported() -> None:

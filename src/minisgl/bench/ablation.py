@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from minisgl.bench.offline import JSON_HELP
 from minisgl.bench.variants import CPU_SCENARIOS, GPU_SCENARIOS, GROUPS, make_variants
-from minisgl.cli import Parser, add_config_flags, config_from, guarded
+from minisgl.cli import SERVER_GROUPS, Parser, add_config_flags, config_from, guarded
 from minisgl.config import Config
 from minisgl.errors import ConfigError
 
@@ -37,7 +37,7 @@ def build_parser() -> Parser:
         "--only", type=group_list, default=GROUPS, metavar="A,B", help=f"of {', '.join(GROUPS)} (default: all)"
     )
     group.add_argument("--json", type=Path, metavar="FILE", help=JSON_HELP + "; a picture goes beside it")
-    add_config_flags(parser, without=("interface",))
+    add_config_flags(parser, without=SERVER_GROUPS)
     return parser
 
 

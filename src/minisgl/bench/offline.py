@@ -10,7 +10,7 @@ from typing import Final
 
 from minisgl.bench.ceilings import parse_ceilings
 from minisgl.bench.workload import WorkloadSpec
-from minisgl.cli import Parser, add_config_flags, config_from, guarded
+from minisgl.cli import SERVER_GROUPS, Parser, add_config_flags, config_from, guarded
 
 JSON_HELP: Final = (
     "write figures, hardware, versions and command here (default: benchmark/results/MODEL-CARD-NAME.json on a GPU; "
@@ -58,7 +58,7 @@ def build_parser() -> Parser:
         "--no-profile", dest="profile", action="store_false", help="skip the second, traced run that splits the time"
     )
     group.add_argument("--json", type=Path, metavar="FILE", help=JSON_HELP)
-    add_config_flags(parser, without=("interface",))
+    add_config_flags(parser, without=SERVER_GROUPS)
     return parser
 
 

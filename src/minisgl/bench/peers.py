@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from minisgl.bench.offline import JSON_HELP, add_workload_flags, workload_spec
 from minisgl.bench.workload import Workload, WorkloadSpec, make_workload
-from minisgl.cli import Parser, add_config_flags, config_from, guarded
+from minisgl.cli import SERVER_GROUPS, Parser, add_config_flags, config_from, guarded
 from minisgl.config import Config
 from minisgl.errors import ConfigError, MinisglError
 
@@ -32,7 +32,7 @@ def build_parser() -> Parser:
     group = add_workload_flags(parser)
     group.add_argument("--with", dest="peer", choices=("vllm",), required=True, help="the other engine")
     group.add_argument("--json", type=Path, metavar="FILE", help=JSON_HELP)
-    add_config_flags(parser, without=("interface",))
+    add_config_flags(parser, without=SERVER_GROUPS)
     return parser
 
 

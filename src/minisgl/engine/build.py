@@ -73,7 +73,7 @@ def describe(resolved: Resolved, spec: ModelSpec, executor: LocalExecutor, fits:
     for field in dataclasses.fields(config):
         if field.name in ("num_pages", "max_seq_len_override", "host", "port", "shell", "model"):
             continue
-        if field.name in chosen or getattr(config, field.name) is not None:
+        if field.name in chosen or getattr(config, field.name) not in (None, ()):
             lines.append(chosen.get(field.name, f"{field.name} = {getattr(config, field.name)}"))
     lines.append(f"num_pages = {num_pages}: {num_pages * config.page_size} tokens of KV in pages of {config.page_size}")
     why = "all that the KV pages hold" if fits < max_seq_len(config, spec) else "as asked for"

@@ -45,6 +45,8 @@ class Engine:
         self.scheduler = Scheduler(self.table, self.cache, policy, config.max_prefill_length)
         self._launched: deque[StepPlan] = deque()
         self._events: list[TokenEvent] = []
+        self.admitted: list[str] = []
+        """Requests that the last `step` gave a row, retracted ones once more."""
         self._arrivals = 0
         self._failed = False
         self._prompt_tokens = self._cached_tokens = self._generated_tokens = self._aborted = 0
@@ -108,7 +110,12 @@ class Engine:
         self._count(events)
         return events
 
+    def flush_cache(self) -> int:
+        """Drop every cached page that no request uses; how many those were."""
+        return self.cache.flush()
+
     def _advance(self) -> None:
+        self.admitted = []
         plan = self.scheduler.plan()
         if plan is None:
             if self._launched:
@@ -116,6 +123,8 @@ class Engine:
             return
         self.executor.launch(plan)
         self._launched.append(plan)
+        if plan.init is not None:
+            self.admitted = [self.table.entry(slot).request.id for slot in plan.init.slots.tolist()]
         if len(self._launched) > 1:
             self._take_in()
         if len(plan.constrained_slots):

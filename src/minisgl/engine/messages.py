@@ -25,6 +25,12 @@ class Ping(msgspec.Struct, frozen=True, tag="ping"):
     nonce: int
 
 
+class Flush(msgspec.Struct, frozen=True, tag="flush"):
+    """To the engine: drop every cached page that no request uses, and answer with `Flushed`."""
+
+    nonce: int
+
+
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
     """From the engine, once: the model is loaded, its tokenizer is in `folder`, and `notes` says what was chosen."""
 
@@ -40,9 +46,10 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
 
 
 class Events(msgspec.Struct, frozen=True, tag="events"):
-    """From the engine: what a step did."""
+    """From the engine: what a step did. `admitted` are requests that have a row now, retracted ones once more."""
 
     events: list[TokenEvent]
+    admitted: list[str] = []
 
 
 class Pong(msgspec.Struct, frozen=True, tag="pong"):
@@ -52,5 +59,12 @@ class Pong(msgspec.Struct, frozen=True, tag="pong"):
     stats: EngineStats
 
 
-ToEngine = Add | Abort | Ping
-FromEngine = Ready | Failed | Events | Pong
+class Flushed(msgspec.Struct, frozen=True, tag="flushed"):
+    """From the engine: so many pages were dropped from the prefix cache."""
+
+    nonce: int
+    pages: int
+
+
+ToEngine = Add | Abort | Ping | Flush
+FromEngine = Ready | Failed | Events | Pong | Flushed

@@ -18,7 +18,7 @@ import zmq
 from minisgl.config import Config
 from minisgl.engine.build import build_engine
 from minisgl.engine.engine import Engine
-from minisgl.engine.messages import Abort, Add, Events, Failed, FromEngine, Ping, Pong, Ready, ToEngine
+from minisgl.engine.messages import Abort, Add, Events, Failed, Flush, Flushed, FromEngine, Ping, Pong, Ready, ToEngine
 from minisgl.errors import InvalidRequestError, MinisglError
 from minisgl.types import FinishReason, TokenEvent
 
@@ -74,8 +74,11 @@ class EngineServer:
     def _serve(self, engine: Engine) -> None:
         while not self.parent_gone.is_set():
             self._receive(engine, wait=not engine.has_work)
-            if engine.has_work and (events := engine.step()):
-                self._send(Events(events))
+            if not engine.has_work:
+                continue
+            events = engine.step()
+            if events or engine.admitted:
+                self._send(Events(events, engine.admitted))
         engine.close()
 
     def _receive(self, engine: Engine, wait: bool) -> None:
@@ -95,6 +98,8 @@ class EngineServer:
                     engine.abort(ids)
                 case Ping(nonce):
                     self._send(Pong(nonce, engine.stats()))
+                case Flush(nonce):
+                    self._send(Flushed(nonce, engine.flush_cache()))
 
 
 def watch_parent(stdin: IO[bytes], gone: threading.Event) -> None:

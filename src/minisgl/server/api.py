@@ -28,7 +28,7 @@ from minisgl.types import Grammar, ModelInfo, Request, SamplingParams
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Api:
-    """One served model. `created` is a Unix time in s, `health_timeout` in s.
+    """One served model, and further `names` for it. `created` is a Unix time in s, `health_timeout` in s.
 
     `check_grammar` raises InvalidRequestError for a grammar that cannot be enforced; without it none can be.
     """
@@ -37,6 +37,7 @@ class Api:
     model: ModelInfo
     tokenizer: Tokenizer
     health_timeout: float = 5.0
+    names: tuple[str, ...] = ()
     check_grammar: Callable[[Grammar], None] | None = None
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
@@ -138,7 +139,7 @@ class Api:
 
     def check_model(self, name: str | None) -> None:
         """Raise ModelNotFoundError for any other model than the one served; none named means that one."""
-        if name is not None and name != self.model.name:
+        if name is not None and name != self.model.name and name not in self.names:
             raise ModelNotFoundError(f"the model {name!r} is not served here; {self.model.name!r} is", param="model")
 
     def checked(self, grammar: Grammar | None, param: str | None) -> Grammar | None:

@@ -17,6 +17,7 @@ import msgspec
 from minisgl.config import Config
 from minisgl.engine.messages import Ready
 from minisgl.errors import EngineDeadError
+from minisgl.server.limits import Limits
 from minisgl.server.service import EngineService
 
 ENGINE_COMMAND = (sys.executable, "-m", "minisgl.engine.process")
@@ -43,11 +44,11 @@ class EngineProcess:
         """Start the process. It has its own session, so that Ctrl-C in the terminal reaches the parent alone."""
         folder = socket_folder()
         to_engine, from_engine = f"ipc://{folder}/to_engine", f"ipc://{folder}/from_engine"
-        service = EngineService(to_engine, from_engine)
+        service = EngineService(to_engine, from_engine, Limits.of(config))
         try:
             process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, start_new_session=True)
             assert process.stdin is not None
-            start = {"config": config, "to_engine": to_engine, "from_engine": from_engine}
+            start = {"config": config.replace(api_key=()), "to_engine": to_engine, "from_engine": from_engine}
             process.stdin.write(msgspec.json.encode(start) + b"\n")
         except BaseException:
             await service.close()

@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from minisgl.errors import MinisglError
-from minisgl.server.errors import error_body, internal_error
+from minisgl.server.errors import error_body, error_headers, internal_error
 from minisgl.server.responses import json_response
 from minisgl.server.streaming import ClientGoneError
 
@@ -18,7 +18,7 @@ from minisgl.server.streaming import ClientGoneError
 async def on_minisgl_error(request: Request, error: Exception) -> Response:
     """An error raised on purpose."""
     assert isinstance(error, MinisglError)
-    return json_response(error_body(error), error.status)
+    return json_response(error_body(error), error.status, error_headers(error))
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:

@@ -13,11 +13,14 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import msgspec
+
 from minisgl import __version__
 from minisgl.config import BUNDLED_MODEL, Config, check
 from minisgl.engine.messages import Ready
-from minisgl.errors import ConfigError, EngineDeadError
+from minisgl.errors import EngineDeadError
 from minisgl.server.child import ENGINE_COMMAND, EngineProcess, describe_status, launch_engine
+from minisgl.server.listen import address, check_certificate, check_public, listen_socket
 
 
 def serve(config: Config, command: Sequence[str] = ENGINE_COMMAND) -> None:
@@ -27,7 +30,10 @@ def serve(config: Config, command: Sequence[str] = ENGINE_COMMAND) -> None:
     engine dies.
     """
     check(config)
+    check_certificate(config)
     logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    if config.log_level == "INFO":
+        logging.getLogger("uvicorn").setLevel("WARNING")  # it would say what we say ourselves
     asyncio.run(run(config, command))
 
 
@@ -35,6 +41,7 @@ async def run(config: Config, command: Sequence[str]) -> None:
     """The whole life of a server, in one event loop."""
     stop, hurry = asyncio.Event(), asyncio.Event()
     with listen_socket(config.host, config.port) as listener, handle_signals(stop, hurry):
+        check_public(config, listener)
         started = time.perf_counter()
         tell(f"loading {config.model or BUNDLED_MODEL} …")
         launching = asyncio.create_task(launch_engine(config, still_loading, command))
@@ -59,6 +66,7 @@ async def run(config: Config, command: Sequence[str]) -> None:
 def import_http() -> None:
     """Import what `serve_engine` needs; it takes a good part of a second."""
     import minisgl.server.app
+    import minisgl.server.door
     import minisgl.server.http  # noqa: F401
 
 
@@ -72,8 +80,11 @@ async def serve_engine(
     hurry: asyncio.Event,
 ) -> None:
     """Put HTTP in front of an engine that is ready; `started` is when start-up began, on the performance counter."""
+    from minisgl.server.admin import Setup
     from minisgl.server.app import create_app
+    from minisgl.server.door import with_door
     from minisgl.server.http import HttpServer, serve_http
+    from minisgl.server.status import report_status
     from minisgl.tokenizer.standin import make_standin
     from minisgl.tokenizer.tokenizer import Tokenizer
 
@@ -83,32 +94,20 @@ async def serve_engine(
         tokenizer = make_standin(ready.model.vocab_size)
     else:
         tokenizer = Tokenizer.load(folder)
+    model = ready.model
+    if config.served_model_name:
+        model = msgspec.structs.replace(model, name=config.served_model_name[0])
 
     def on_listening() -> None:
-        announce(address(listener), ready, tokenizer.has_chat_template, time.perf_counter() - started)
+        announce(config, address(listener, config), ready.notes, model.name, tokenizer.has_chat_template, started)
 
-    app = create_app(engine.service, ready.model, tokenizer)
-    server = HttpServer(app, on_listening, debug=config.log_level == "DEBUG")
-    await serve_http(server, listener, engine.service, engine.ended, stop, hurry)
-
-
-def listen_socket(host: str, port: int) -> socket.socket:
-    """A socket bound to the address and not listening yet: taken before the model is loaded, answering after.
-
-    Raises ConfigError when the address cannot be had.
-    """
+    app = create_app(engine.service, model, tokenizer, setup=Setup(config, ready.notes, ready.folder))
+    server = HttpServer(with_door(app, engine.service.metrics, config), on_listening, config)
+    status = asyncio.create_task(report_status(engine.service))
     try:
-        family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise ConfigError(f"--host {host}: {error.strerror}") from error
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(where)
-    except OSError as error:
-        listener.close()
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
-    return listener
+        await serve_http(server, listener, engine.service, engine.ended, stop, hurry, config.drain_timeout)
+    finally:
+        status.cancel()
 
 
 @contextlib.contextmanager
@@ -133,25 +132,23 @@ def handle_signals(stop: asyncio.Event, hurry: asyncio.Event) -> Iterator[None]:
             loop.remove_signal_handler(number)
 
 
-def address(listener: socket.socket) -> str:
-    """The URL to reach a bound socket from this machine."""
-    host, port = listener.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def announce(url: str, ready: Ready, chats: bool, seconds: float) -> None:
-    """The ready line, the effective configuration and a request to paste; start-up took `seconds`."""
+def announce(config: Config, url: str, notes: Sequence[str], model: str, chats: bool, started: float) -> None:
+    """The ready line, the effective configuration and a request to paste; `started` is on the performance counter."""
     question = "What is the capital of France?"
     path, body = (
         ("chat/completions", {"messages": [{"role": "user", "content": question}]})
         if chats
         else ("completions", {"prompt": "The capital of France is"})
     )
-    print(f"\nMini-SGLang {__version__} is ready after {seconds:.1f} s: {ready.model.name} on {url}/v1\n")
-    for note in ready.notes:
+    seconds = time.perf_counter() - started
+    print(f"\nMini-SGLang {__version__} is ready after {seconds:.1f} s: {model} on {url}/v1\n")
+    for note in notes:
         print(f"  {note}")
-    print(f"\ncurl {url}/v1/{path} -H 'Content-Type: application/json' \\\n  -d '{json.dumps(body)}'\n", flush=True)
+    headers = "-H 'Content-Type: application/json'"
+    if config.api_key:
+        print(f"  api_key = {len(config.api_key)} set: clients send one as 'Authorization: Bearer KEY'")
+        headers += ' -H "Authorization: Bearer $MINISGL_API_KEY"'
+    print(f"\ncurl {url}/v1/{path} {headers} \\\n  -d '{json.dumps(body)}'\n", flush=True)
 
 
 def still_loading(seconds: float) -> None:

@@ -15,6 +15,7 @@ from pydantic.json_schema import models_json_schema
 from minisgl.server.native import DetokenizeRequest, GenerateRequest, TokenizeConversation, TokenizeText
 from minisgl.server.native_answer import NativeResult
 from minisgl.server.protocol import ChatRequest, CompletionRequest
+from minisgl.server.reports import Aborted, AbortOrder, Flush, IsReady, ModelFacts, ServerInfo, Version
 from minisgl.server.responses import ChatChoice, ErrorBody, Health, ModelCard, ModelList, Result, TextChoice
 from minisgl.server.tokens import Text, Tokens
 
@@ -39,7 +40,15 @@ RESULTS: Mapping[str, Any] = {
     "models": ModelList,
     "model": ModelCard,
     "health": Health,
+    "ready": IsReady,
+    "version": Version,
+    "server_info": ServerInfo,
+    "model_info": ModelFacts,
+    "flush_cache": Flush,
+    "abort_request": Aborted,
 }
+ORDERS: Mapping[str, Any] = {"abort_request": AbortOrder}
+"""Bodies that msgspec reads."""
 STREAMS = frozenset({"chat", "completion", "generate"})
 ERRORS: Mapping[int, str] = {
     400: "The request can never be served as it is; `param` names the field.",
@@ -57,15 +66,18 @@ ERRORS: Mapping[int, str] = {
 
 def described(name: str) -> dict[str, Any]:
     """What the document says of one endpoint, as arguments of FastAPI's route decorators."""
-    result = response_schema(RESULTS[name])
-    if name == "generate":
-        result = {"anyOf": [result, {"type": "array", "items": result}]}
-    content: dict[str, Any] = {"application/json": {"schema": result}}
+    content: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}}
+    if name in RESULTS:
+        result = response_schema(RESULTS[name])
+        if name == "generate":
+            result = {"anyOf": [result, {"type": "array", "items": result}]}
+        content = {"application/json": {"schema": result}}
     if name in STREAMS:
         content["text/event-stream"] = {"schema": {"type": "string"}}
     described: dict[str, Any] = {"responses": {200: {"description": "The answer.", "content": content}}}
-    if name in BODIES:
-        schemas = [{"$ref": REF + model.__name__} for model in BODIES[name]]
+    if name in BODIES or name in ORDERS:
+        schemas = [{"$ref": REF + model.__name__} for model in BODIES.get(name, ())]
+        schemas += [response_schema(ORDERS[name])] if name in ORDERS else []
         schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
         body = {"required": True, "content": {"application/json": {"schema": schema}}}
         described["openapi_extra"] = {"requestBody": body}
@@ -82,7 +94,7 @@ def schemas() -> dict[str, Any]:
     """Every schema that the document refers to."""
     models = [(model, "validation") for several in BODIES.values() for model in several]
     _, bodies = models_json_schema(models, ref_template=REF + "{model}")  # type: ignore[arg-type]
-    structs = [*dict.fromkeys(RESULTS.values()), ErrorBody]
+    structs = [*dict.fromkeys(RESULTS.values()), *ORDERS.values(), ErrorBody]
     _, results = msgspec.json.schema_components(structs, ref_template=RESPONSE_REF)
     return {**bodies["$defs"], **{RESPONSE + name: schema for name, schema in results.items()}}
 

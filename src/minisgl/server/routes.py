@@ -15,7 +15,7 @@ from minisgl.server.errors import BODY_LIMIT, BodyTooLargeError
 from minisgl.server.generation import Generation
 from minisgl.server.native_answer import NativeAnswer
 from minisgl.server.openapi import described
-from minisgl.server.responses import Health, ModelCard, ModelList, json_response
+from minisgl.server.responses import ModelCard, ModelList, json_response
 from minisgl.server.streaming import Chunks, stream_response, unless_disconnected
 from minisgl.server.text_answer import TextAnswer
 from minisgl.server.tokens import detokenize, tokenize
@@ -95,25 +95,19 @@ def make_router(api: Api) -> APIRouter:
         """The text of tokens."""
         return json_response(await asyncio.to_thread(detokenize, api, await read_body(request)))
 
-    def card() -> ModelCard:
-        return ModelCard(id=api.model.name, created=api.created, max_model_len=api.model.max_seq_len)
+    def card(name: str) -> ModelCard:
+        return ModelCard(id=name, created=api.created, max_model_len=api.model.max_seq_len)
 
     @router.get("/v1/models", **described("models"))
     async def list_models() -> Response:
-        """The one model served."""
-        return json_response(ModelList([card()]))
+        """The one model served, under each of its names."""
+        return json_response(ModelList([card(name) for name in api.names or (api.model.name,)]))
 
     @router.get("/v1/models/{name:path}", **described("model"))
     async def get_model(name: str) -> Response:
         """The model served, by its id."""
         api.check_model(name)
-        return json_response(card())
-
-    @router.get("/health", **described("health"))
-    async def health() -> Response:
-        """200 when the engine answers between two of its steps, 503 when it does not."""
-        stats = await api.service.ping(api.health_timeout)
-        return json_response(Health(running=stats.running, waiting=stats.waiting))
+        return json_response(card(name))
 
     add_unsupported(router)
     return router

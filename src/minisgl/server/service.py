@@ -6,90 +6,63 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import AsyncIterator, Iterable, Sequence
-from types import TracebackType
-from typing import Any
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import msgspec
 import zmq
 import zmq.asyncio
 
-from minisgl.engine.messages import Abort, Add, Events, Failed, FromEngine, Ping, Pong, Ready, ToEngine
-from minisgl.errors import EngineDeadError, InvalidRequestError, ModelError
-from minisgl.server.errors import OverloadedError
-from minisgl.types import EngineStats, Request, TokenEvent
-
-MAX_LIVE_REQUESTS = 4096
-"""Requests that wait or run at a time; more are turned away rather than queued without bound."""
+from minisgl.engine.messages import (
+    Abort,
+    Add,
+    Events,
+    Failed,
+    Flush,
+    Flushed,
+    FromEngine,
+    Ping,
+    Pong,
+    Ready,
+    ToEngine,
+)
+from minisgl.errors import EngineDeadError, ModelError
+from minisgl.server.errors import DrainingError, RequestAbortedError, RetryLaterError
+from minisgl.server.limits import Limits, Queue
+from minisgl.server.metrics import Metrics
+from minisgl.server.records import EXCHANGE, Live
+from minisgl.server.submission import Submission
+from minisgl.types import EngineStats, Request
 
 ENGINE_DIED = "the engine ended; nothing can be generated until the server is started again"
+DRAIN_RETRY_SECONDS = 5
+"""When a client that is turned away by a server going down is told to try again: another one may answer then."""
+
+T = TypeVar("T", Pong, Flushed)
 
 logger = logging.getLogger(__name__)
-
-
-class Submission:
-    """Requests in the engine that answer one HTTP request. Leaving the `with` block aborts what is still live."""
-
-    def __init__(self, service: EngineService, requests: Sequence[Request]) -> None:
-        self._service = service
-        self._live = {request.id for request in requests}
-        self._events: list[TokenEvent] = []
-        self._wake = asyncio.Event()
-
-    def __enter__(self) -> Submission:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.abort(list(self._live))
-
-    def put(self, event: TokenEvent) -> None:
-        """Take in an event; called by the service."""
-        self._events.append(event)
-        if event.finish is not None:
-            self._live.discard(event.id)
-        self._wake.set()
-
-    def wake(self) -> None:
-        """Let the reader look at the service's state."""
-        self._wake.set()
-
-    def abort(self, ids: Iterable[str]) -> None:
-        """End these requests in the engine; no event of them comes any more."""
-        live = self._live.intersection(ids)
-        self._live -= live
-        self._events = [event for event in self._events if event.id not in live]
-        self._service.release(sorted(live))
-        self._wake.set()
-
-    async def batches(self) -> AsyncIterator[list[TokenEvent]]:
-        """Whatever has come since the last look, until every request has ended or was aborted.
-
-        Raises EngineDeadError when the engine dies first.
-        """
-        while self._live or self._events:
-            await self._wake.wait()
-            self._wake.clear()
-            events, self._events = self._events, []
-            if events:
-                yield events
-            if self._live and not self._events and self._service.dead is not None:
-                raise self._service.dead
 
 
 class EngineService:
     """Both sockets, the requests that are live, and whether the engine is. Belongs to one event loop.
 
     It binds the sockets and the engine's process connects, so either may be first. No queue here is without bound:
-    `max_live` requests at most are live, and none has more than its `max_tokens` tokens waiting.
+    `limits.live` requests at most are live, and none has more than its `max_tokens` tokens waiting.
     """
 
-    def __init__(self, to_engine: str, from_engine: str, max_live: int = MAX_LIVE_REQUESTS) -> None:
+    def __init__(self, to_engine: str, from_engine: str, limits: Limits | None = None) -> None:
         self.dead: EngineDeadError | None = None
-        self.max_live = max_live
-        self._submissions: dict[str, Submission] = {}
-        self._pings: dict[int, asyncio.Future[EngineStats]] = {}
+        self.draining = False
+        self.limits = limits or Limits()
+        self.queue = Queue(self.limits)
+        self.metrics = Metrics()
+        self.stats = EngineStats()
+        """The engine's counts when it last answered."""
+        self._live: dict[str, Live] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._answers: dict[int, asyncio.Future[Any]] = {}
         self._nonces = itertools.count(1)
         self._ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -108,50 +81,94 @@ class EngineService:
     @property
     def num_live(self) -> int:
         """Requests that have not ended."""
-        return len(self._submissions)
+        return len(self._live)
+
+    @property
+    def max_live(self) -> int:
+        """Requests that may be live at a time."""
+        return self.limits.live
 
     def submit(self, requests: Sequence[Request]) -> Submission:
-        """Give requests to the engine, all or none. Raises EngineDeadError, OverloadedError, InvalidRequestError."""
+        """Give requests to the engine, all or none.
+
+        Raises EngineDeadError, DrainingError, OverloadedError, QueueFullError or InvalidRequestError.
+        """
         if self.dead is not None:
             raise self.dead
-        if len(requests) > self.max_live:
-            raise InvalidRequestError(f"at most {self.max_live} prompts fit in one request", param="prompt")
-        if self.num_live + len(requests) > self.max_live:
-            raise OverloadedError(f"{self.num_live} requests are live already; try again later")
-        submission = Submission(self, requests)
+        try:
+            if self.draining:
+                raise DrainingError("the server is shutting down", DRAIN_RETRY_SECONDS)
+            self.queue.check(requests, self.num_live)
+        except RetryLaterError as error:
+            self.metrics.on_rejected(str(error.code))
+            raise
+        exchange = EXCHANGE.get()
+        arrived = time.monotonic() if exchange is None else exchange.started
+        submission = Submission(self, requests, self.limits.request_timeout)
         for request in requests:
-            self._submissions[request.id] = submission
+            live = self._live[request.id] = Live(request, submission, arrived)
+            self.queue.enter(live.prompt_tokens)
+            if exchange is not None:
+                exchange.choices.append(live)
+        self._idle.clear()
         try:
             for request in requests:
                 self._send(Add(request))
-        except BaseException:
-            submission.abort([request.id for request in requests])
+        except EngineDeadError as error:
+            submission.fail(error, "error")
             raise
         return submission
 
-    def release(self, ids: list[str]) -> None:
-        """Forget these requests and have the engine end them."""
+    def release(self, ids: list[str], finish: str) -> None:
+        """Forget these requests and have the engine end them; `finish` is why, for the metrics."""
+        now = time.monotonic()
         for request_id in ids:
-            self._submissions.pop(request_id, None)
+            if (live := self._live.get(request_id)) is not None:
+                self._end(live, finish, now)
         if ids and self.dead is None:
             with contextlib.suppress(EngineDeadError):  # then there is nothing left to abort
                 self._send(Abort(ids))
 
+    def abort(self, answer_id: str | None) -> int:
+        """End the requests of the answer with this id, or all (None); how many those were."""
+        found = [
+            live
+            for live in self._live.values()
+            if answer_id is None or live.id == answer_id or live.id.rpartition("-")[0] == answer_id
+        ]
+        error = RequestAbortedError("the operator ended this request")
+        for submission in {live.submission for live in found}:
+            submission.fail(error, "abort")
+        return len(found)
+
+    async def drain(self) -> None:
+        """Take no request any more, and wait until the last one has ended."""
+        self.draining = True
+        await self._idle.wait()
+
     async def ping(self, timeout: float) -> EngineStats:
         """The engine's counts, from between two steps; raises EngineDeadError when they do not come in time (s)."""
+        self.stats = (await self._ask(Ping, Pong, timeout)).stats
+        return self.stats
+
+    async def flush_cache(self, timeout: float) -> int:
+        """Drop what no request uses from the prefix cache; the pages freed. Raises EngineDeadError as `ping` does."""
+        return (await self._ask(Flush, Flushed, timeout)).pages
+
+    async def _ask(self, question: Callable[[int], ToEngine], kind: type[T], timeout: float) -> T:
         if self.dead is not None:
             raise self.dead
         nonce = next(self._nonces)
-        answer: asyncio.Future[EngineStats] = asyncio.get_running_loop().create_future()
-        self._pings[nonce] = answer
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._answers[nonce] = answer
         try:
-            self._send(Ping(nonce))
+            self._send(question(nonce))
             async with asyncio.timeout(timeout):
                 return await answer
         except TimeoutError as error:
             raise EngineDeadError(f"the engine did not answer within {timeout:g} s") from error
         finally:
-            del self._pings[nonce]
+            del self._answers[nonce]
 
     async def ready(self) -> Ready:
         """Wait for the engine to have loaded its model; raises ModelError with what it says when it cannot.
@@ -168,11 +185,9 @@ class EngineService:
         if self.dead is not None:
             return
         self.dead = EngineDeadError(message)
-        for submission in set(self._submissions.values()):
-            submission.wake()
-        self._submissions.clear()
-        waiters: list[asyncio.Future[Any]] = [self._ready, *self._pings.values()]
-        for waiter in waiters:
+        for submission in {live.submission for live in self._live.values()}:
+            submission.fail(self.dead, "error")
+        for waiter in (self._ready, *self._answers.values()):
             if not waiter.done():
                 waiter.set_exception(self.dead)
 
@@ -194,6 +209,15 @@ class EngineService:
             self.fail()
             raise EngineDeadError(ENGINE_DIED) from None
 
+    def _end(self, live: Live, finish: str, now: float) -> None:
+        """Forget a request."""
+        if live.first is None:
+            self.queue.leave(live.prompt_tokens)
+        self.metrics.on_end(live, finish, now)
+        del self._live[live.id]
+        if not self._live:
+            self._idle.set()
+
     async def _receive(self) -> None:
         try:
             while True:
@@ -204,23 +228,35 @@ class EngineService:
 
     def _dispatch(self, message: FromEngine) -> None:
         match message:
-            case Events(events):
-                for event in events:
-                    if event.finish is not None:
-                        submission = self._submissions.pop(event.id, None)
-                    else:
-                        submission = self._submissions.get(event.id)
-                    if submission is not None:
-                        submission.put(event)
-            case Pong(nonce, stats):
-                answer = self._pings.get(nonce)
+            case Events():
+                self._on_events(message, time.monotonic())
+            case Pong(nonce) | Flushed(nonce):
+                answer = self._answers.get(nonce)
                 if answer is not None and not answer.done():
-                    answer.set_result(stats)
+                    answer.set_result(message)
             case Ready():
                 if not self._ready.done():
                     self._ready.set_result(message)
             case Failed(error):
                 self._on_failed(error)
+
+    def _on_events(self, message: Events, now: float) -> None:
+        """Count what a step did, and hand it to those who wait for it."""
+        lives, metrics = self._live, self.metrics
+        for request_id in message.admitted:
+            if (live := lives.get(request_id)) is not None:
+                metrics.on_admitted(live, now)
+        for event in message.events:
+            if (live := lives.get(event.id)) is None:
+                continue
+            if event.tokens:
+                if live.first is None:
+                    self.queue.leave(live.prompt_tokens, now - live.arrived)
+                    live.cached_tokens = event.cached_tokens
+                metrics.on_tokens(live, len(event.tokens), now)
+            live.submission.put(event)
+            if event.finish is not None:
+                self._end(live, event.finish.value, now)
 
     def _on_failed(self, error: str) -> None:
         if self._ready.done():

@@ -1,0 +1,140 @@
+"""The operator's endpoints: whether the server works, what it runs with, what it counts, and two levers."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from minisgl import __version__
+from minisgl.config import Config
+from minisgl.errors import EngineDeadError, InvalidRequestError
+from minisgl.server.api import Api
+from minisgl.server.errors import DrainingError
+from minisgl.server.exposition import CONTENT_TYPE, make_registry, render
+from minisgl.server.openapi import described
+from minisgl.server.reports import (
+    Aborted,
+    AbortOrder,
+    Flush,
+    IsReady,
+    ModelFacts,
+    Queued,
+    ServerInfo,
+    Version,
+)
+from minisgl.server.responses import Health, json_response
+from minisgl.server.service import DRAIN_RETRY_SECONDS
+
+SCRAPE_TIMEOUT = 1.0
+"""Seconds that /metrics waits for the engine's counts; an engine in a longer step shows those it gave last."""
+BODY_LIMIT = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What the server was started with, and what the engine made of it: a line for each value."""
+
+    config: Config = dataclasses.field(default_factory=Config)
+    notes: Sequence[str] = ()
+    folder: str = ""
+    started: float = dataclasses.field(default_factory=time.monotonic)
+
+    def shown(self) -> dict[str, Any]:
+        """The configuration without secrets: of the keys only how many there are."""
+        return {**dataclasses.asdict(self.config), "api_key": f"{len(self.config.api_key)} set"}
+
+
+def make_admin_router(api: Api, setup: Setup) -> APIRouter:
+    """The operator's endpoints of one server."""
+    router = APIRouter()
+    service = api.service
+    registry = make_registry(service, api.model.name)
+
+    @router.get("/health", **described("health"))
+    async def health() -> Response:
+        """200 when the engine answers between two of its steps, 503 when it does not."""
+        stats = await service.ping(api.health_timeout)
+        return json_response(Health(running=stats.running, waiting=stats.waiting))
+
+    @router.get("/ready", **described("ready"))
+    async def ready() -> Response:
+        """200 when new requests are taken, 503 when the server is going down or the engine is gone."""
+        if service.dead is not None:
+            raise service.dead
+        if service.draining:
+            raise DrainingError("the server is shutting down", DRAIN_RETRY_SECONDS)
+        return json_response(IsReady())
+
+    @router.get("/version", **described("version"))
+    async def version() -> Response:
+        """The version of this program."""
+        return json_response(Version(__version__))
+
+    @router.get("/server_info", **described("server_info"))
+    async def server_info() -> Response:
+        """Configuration, the engine's choices, its counts, and how long the server runs (s)."""
+        stats = await service.ping(api.health_timeout)
+        return json_response(
+            ServerInfo(
+                version=__version__,
+                config=setup.shown(),
+                effective=list(setup.notes),
+                stats=stats,
+                queued=Queued(service.queue.requests, service.queue.tokens),
+                draining=service.draining,
+                uptime=round(time.monotonic() - setup.started, 3),
+            )
+        )
+
+    @router.get("/model_info", **described("model_info"))
+    async def model_info() -> Response:
+        """The model: its names, where its files are, and what it can take."""
+        model = api.model
+        return json_response(
+            ModelFacts(
+                id=model.name,
+                served_names=list(api.names) or [model.name],
+                model_path=setup.folder,
+                vocab_size=model.vocab_size,
+                max_model_len=model.max_seq_len,
+                eos_token_ids=list(model.eos_token_ids),
+                has_chat_template=api.tokenizer.has_chat_template,
+            )
+        )
+
+    @router.get("/metrics", **described("metrics"))
+    async def metrics() -> Response:
+        """Prometheus' page. It never fails: without the engine it has the engine's last counts."""
+        with contextlib.suppress(EngineDeadError):
+            await service.ping(SCRAPE_TIMEOUT)
+        return Response(render(registry), media_type=CONTENT_TYPE)
+
+    @router.post("/flush_cache", **described("flush_cache"))
+    async def flush_cache() -> Response:
+        """Drop every cached page that no request uses."""
+        return json_response(Flush(await service.flush_cache(api.health_timeout)))
+
+    @router.post("/abort_request", **described("abort_request"))
+    async def abort_request(request: Request) -> Response:
+        """End the requests of one answer, or all."""
+        body = b""
+        async for part in request.stream():
+            if len(body := body + part) > BODY_LIMIT:
+                raise InvalidRequestError(f"the body must have at most {BODY_LIMIT} bytes")
+        try:
+            order = msgspec.json.decode(body, type=AbortOrder)
+        except msgspec.DecodeError as error:
+            raise InvalidRequestError(f"the body cannot be read: {error}", code="invalid_json") from error
+        if order.abort_all is (order.rid is not None):
+            raise InvalidRequestError("give the answer's id as rid, or abort_all", param="rid")
+        return json_response(Aborted(service.abort(order.rid)))
+
+    return router

@@ -1,0 +1,99 @@
+"""The engine process's own loop in a thread, over a simulated device: real scheduler, cache and messages."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+from helpers.serving import Web, web
+from helpers.simulation import simulated_engine
+from minisgl.config import Config
+from minisgl.engine import process
+from minisgl.engine.build import Built
+from minisgl.engine.engine import Engine
+from minisgl.engine.plan import Executor, Masks, StepPlan, StepResult
+from minisgl.engine.process import EngineServer, StartLine
+
+
+class FailingExecutor:
+    """Passes everything on, and raises when step `n` is collected."""
+
+    def __init__(self, executor: Executor, n: int) -> None:
+        self.executor = executor
+        self.n = n
+
+    @property
+    def num_pages(self) -> int:
+        """The device's."""
+        return self.executor.num_pages
+
+    def launch(self, plan: StepPlan) -> None:
+        """Launch."""
+        self.executor.launch(plan)
+
+    def finish(self, masks: Masks) -> None:
+        """Give the masks of constrained rows."""
+        self.executor.finish(masks)
+
+    def collect(self) -> StepResult:
+        """Collect, or fail as a forward pass does."""
+        result = self.executor.collect()
+        if result.step == self.n:
+            raise RuntimeError(f"forward pass {self.n} failed, says the test")
+        return result
+
+    def close(self) -> None:
+        """Close."""
+        self.executor.close()
+
+
+class EngineThread:
+    """An engine on a thread; `failure` is what ended it, if something did."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.failure: BaseException | None = None
+        self.gone = threading.Event()
+        self.thread: threading.Thread | None = None
+
+    def run(self, to_engine: str, from_engine: str) -> None:
+        """Serve until `gone`."""
+        try:
+            EngineServer(StartLine(Config(), to_engine, from_engine), self.gone).run()
+        except RuntimeError as error:
+            self.failure = error
+
+    @contextlib.asynccontextmanager
+    async def start(self, to_engine: str, from_engine: str) -> AsyncIterator[None]:
+        """Run for as long as the context lasts."""
+        self.thread = threading.Thread(target=self.run, args=(to_engine, from_engine))
+        self.thread.start()
+        try:
+            yield
+        finally:
+            self.gone.set()
+            await asyncio.to_thread(self.thread.join, 10)
+            assert not self.thread.is_alive()
+
+
+@contextlib.asynccontextmanager
+async def simulated(
+    folder: Path,
+    patch: Callable[[object, str, object], None],
+    *,
+    fail_at: int | None = None,
+    flags: dict[str, Any] | None = None,
+    **settings: object,
+) -> AsyncIterator[tuple[Web, EngineThread]]:
+    """Serve an engine over a simulated device; `patch` is monkeypatch.setattr, `settings` are the engine's."""
+    engine = simulated_engine(**settings)  # type: ignore[arg-type]
+    if fail_at is not None:
+        engine.executor = FailingExecutor(engine.executor, fail_at)
+    patch(process, "build_engine", lambda config, progress: Built(engine, folder, ()))
+    thread = EngineThread(engine)
+    async with web(folder, engine.model, thread.start, max_live=4096, **(flags or {})) as side:
+        yield side, thread

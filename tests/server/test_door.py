@@ -1,0 +1,127 @@
+"""What every request passes: keys, CORS, the request's id and its line in the log."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.datastructures import Headers
+
+from helpers.serving import Serving, serve_and
+from minisgl.server.door import Guarded
+
+TEXT: dict[str, Any] = {"prompt": "hello there", "max_tokens": 3}
+GUARDED = (
+    "/v1/models",
+    "/metrics",
+    "/server_info",
+    "/model_info",
+    "/version",
+    "/v1/completions",
+    "/abort_request",
+    "/flush_cache",
+    "/nothing/here",
+)
+
+
+def test_a_key_is_asked_for_everywhere_but_at_the_load_balancers_endpoints(tmp_path: Path) -> None:
+    async def check(server: Serving) -> None:
+        for path in GUARDED:
+            for headers in (
+                {},
+                {"Authorization": "Bearer wrong"},
+                {"Authorization": "Basic one"},
+                {"Authorization": "one"},
+                {"Authorization": "Bearer onetwo"},
+                {"Authorization": b"Bearer \xff\xfe"},
+            ):
+                for method in ("GET", "POST"):
+                    answer = await server.http.request(method, path, headers=headers)  # type: ignore[arg-type]
+                    assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key"), path
+                    assert answer.headers["www-authenticate"] == "Bearer"
+        assert server.engine.seen == []
+        for path in ("/health", "/ready"):
+            assert (await server.http.get(path)).status_code == 200
+        for key in ("one", "two"):
+            answer = await server.http.post("/v1/completions", json=TEXT, headers={"Authorization": f"Bearer {key}"})
+            assert answer.status_code == 200
+
+    serve_and(tmp_path, check, api_key=("one", "two"))
+
+
+def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[tuple[bytes, bytes]] = []
+    real = hmac.compare_digest
+
+    def compare(a: bytes, b: bytes) -> bool:
+        compared.append((a, b))
+        return real(a, b)
+
+    monkeypatch.setattr(hmac, "compare_digest", compare)
+    guard = Guarded(lambda *_: None, ["one", "two", "three"])  # type: ignore[arg-type]
+    for key, right in (("one", True), ("three", True), ("o", False), ("", False)):
+        compared.clear()
+        assert guard.allows(Headers({"authorization": f"Bearer {key}"})) is right
+        assert len(compared) == 3, "all keys are compared, whichever is right"
+        assert {(len(a), len(b)) for a, b in compared} == {(32, 32)}, "lengths do not show"
+
+
+def test_only_the_origins_named_may_call_from_a_web_page(tmp_path: Path) -> None:
+    async def check(server: Serving) -> None:
+        ask = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+        good = await server.http.options("/v1/completions", headers={"Origin": "https://a.example", **ask})
+        assert (good.status_code, good.headers["access-control-allow-origin"]) == (200, "https://a.example")
+        bad = await server.http.options("/v1/completions", headers={"Origin": "https://b.example", **ask})
+        assert bad.status_code == 400
+        assert "access-control-allow-origin" not in bad.headers
+        refused = await server.http.get("/v1/models", headers={"Origin": "https://a.example"})
+        assert refused.status_code == 401
+        assert refused.headers["access-control-allow-origin"] == "https://a.example", "the page may read why"
+
+    serve_and(tmp_path, check, cors_origins=("https://a.example",), api_key=("secret",))
+
+
+def test_without_origins_no_web_page_is_let_in(tmp_path: Path) -> None:
+    async def check(server: Serving) -> None:
+        answer = await server.http.get("/v1/models", headers={"Origin": "https://a.example"})
+        assert "access-control-allow-origin" not in answer.headers
+
+    serve_and(tmp_path, check)
+
+
+def test_a_request_has_an_id_its_own_or_the_clients(tmp_path: Path) -> None:
+    async def check(server: Serving) -> None:
+        mine = await server.http.post("/v1/completions", json=TEXT, headers={"X-Request-Id": "trace-7"})
+        assert mine.headers["x-request-id"] == "trace-7"
+        for bad in ("", "x" * 200, "a b"):
+            answer = await server.http.get("/version", headers={"X-Request-Id": bad})
+            assert len(answer.headers["x-request-id"]) == 32
+        assert len((await server.http.get("/nowhere")).headers["x-request-id"]) == 32
+
+    serve_and(tmp_path, check)
+
+
+def test_each_request_has_one_line_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def check(server: Serving) -> None:
+        prompt = server.tokenizer.encode(TEXT["prompt"])
+        for stream in (False, True):
+            body = {**TEXT, "stream": stream}
+            await server.http.post("/v1/completions", json=body, headers={"X-Request-Id": "abc"})
+        await server.http.post("/v1/completions", json={"prompt": ""})
+        await server.http.get("/health")
+        lines = [r.getMessage() for r in caplog.records if r.name == "minisgl.access"]
+        assert len(lines) == 3, lines
+        for line in lines[:2]:
+            assert '"POST /v1/completions" 200 id=abc ' in line
+            assert f"prompt={len(prompt)} cached={len(prompt) // 2} generated=3 queue=" in line
+            assert "ttft=" in line
+            assert "finish=length total=" in line
+        assert '"POST /v1/completions" 400 id=' in lines[2]
+        assert "prompt=" not in lines[2]
+        assert TEXT["prompt"] not in "".join(lines), "what users write is not logged"
+
+    with caplog.at_level(logging.INFO, "minisgl"):
+        serve_and(tmp_path, check)

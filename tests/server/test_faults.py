@@ -1,0 +1,119 @@
+"""What goes wrong: forward passes that fail, clients that vanish, an engine that hangs. Nothing may stay behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+from pathlib import Path
+
+import httpx
+import pytest
+
+from helpers.engine_thread import simulated
+from helpers.serving import Serving, Web, serve_and
+from helpers.simulation import VOCAB
+from minisgl.engine.engine import Engine
+
+
+def body(length: int, max_tokens: int, stream: bool, seed: int) -> dict[str, object]:
+    """A request of random tokens that runs to its limit."""
+    prompt = random.Random(seed).choices(range(8, VOCAB), k=length)
+    return {"prompt": prompt, "max_tokens": max_tokens, "stream": stream, "ignore_eos": True, "seed": seed}
+
+
+@pytest.mark.parametrize("n", range(1, 21))
+def test_an_exception_in_the_nth_forward_pass_is_told_to_all_who_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int
+) -> None:
+    async def main() -> None:
+        async with asyncio.timeout(30), simulated(tmp_path, monkeypatch.setattr, fail_at=n) as (side, thread):
+            path = "/v1/completions"
+            whole = [side.http.post(path, json=body(10, 60, False, i)) for i in range(3)]
+            streams = [side.http.post(path, json=body(10, 60, True, i)) for i in range(3)]
+            answers: list[httpx.Response] = await asyncio.gather(*whole, *streams)
+            for answer in answers[:3]:
+                assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_unavailable")
+            for answer in answers[3:]:
+                lines = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
+                told = json.loads(lines[-2]) if answer.status_code == 200 else answer.json()
+                assert told["error"]["code"] == "engine_unavailable"
+            assert (await side.http.get("/health")).status_code == 503
+            assert (await side.http.get("/ready")).status_code == 503
+            assert (await side.http.post(path, json=body(3, 1, False, 0))).status_code == 503
+            assert (side.service.num_live, side.service.queue.requests, side.service.queue.tokens) == (0, 0, 0)
+            assert str(thread.failure) == f"forward pass {n} failed, says the test"
+
+    asyncio.run(main())
+
+
+async def vanish(side: Web, rng: random.Random, gate: asyncio.Semaphore) -> None:
+    """Ask for an answer and leave after some of it, or before it begins."""
+    async with gate:
+        reader, writer = await asyncio.open_connection("127.0.0.1", side.port)
+        data = json.dumps(body(rng.randint(1, 40), 80, rng.random() < 0.8, rng.randrange(1000))).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+        writer.write(head.encode() + data)
+        with contextlib.suppress(TimeoutError, asyncio.IncompleteReadError):
+            async with asyncio.timeout(rng.choice((0, 0.01, 0.2))):
+                for _ in range(rng.randint(0, 20)):
+                    await reader.readuntil(b"data: ")
+        if rng.random() < 0.5:
+            writer.transport.abort()
+        writer.close()
+
+
+def nothing_left(side: Web, engine: Engine) -> bool:
+    """Whether every count is back to zero."""
+    service, queue = side.service, side.service.queue
+    return not (service.num_live or queue.requests or queue.tokens or engine.scheduler.live or engine.cache.num_owned)
+
+
+def test_a_thousand_clients_that_vanish_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        rng = random.Random(0)
+        settings = {"num_pages": 200, "max_running_requests": 24, "max_prefill_length": 64}
+        async with asyncio.timeout(200), simulated(tmp_path, monkeypatch.setattr, **settings) as (side, thread):  # type: ignore[arg-type]
+            gate = asyncio.Semaphore(32)
+            await asyncio.gather(*(vanish(side, rng, gate) for _ in range(1000)))
+            async with asyncio.timeout(30):
+                while not nothing_left(side, thread.engine) or thread.engine.has_work:
+                    await asyncio.sleep(0.01)
+            thread.engine.cache.check()
+            assert thread.engine.cache.available == 200
+            answer = await side.http.post("/v1/completions", json=body(10, 5, False, 1))
+            assert answer.json()["usage"]["completion_tokens"] == 5
+            aborted = side.service.metrics.finished["abort"]
+            assert 200 < aborted <= 1000
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_hangs_turns_health_red_and_green_again(tmp_path: Path) -> None:
+    async def check(server: Serving) -> None:
+        server.engine.deaf = True
+        assert (await server.http.get("/health")).json()["error"]["code"] == "engine_unavailable"
+        server.engine.deaf = False
+        assert (await server.http.get("/health")).status_code == 200
+
+    serve_and(tmp_path, check, health_timeout=0.1)
+
+
+def test_the_cache_is_flushed_of_what_nobody_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with asyncio.timeout(30), simulated(tmp_path, monkeypatch.setattr, num_pages=100) as (side, thread):
+            await side.http.post("/v1/completions", json=body(40, 2, False, 1))
+            cached = thread.engine.cache.num_cached
+            assert cached == 10
+            running = asyncio.create_task(side.http.post("/v1/completions", json=body(20, 100, False, 2)))
+            while not thread.engine.cache.num_owned:
+                await asyncio.sleep(0.001)
+            flushed = (await side.http.post("/flush_cache")).json()["flushed_pages"]
+            assert flushed >= cached, "what the running request uses stays"
+            assert (await running).json()["usage"]["completion_tokens"] == 100
+            thread.engine.cache.check()
+            again = (await side.http.post("/v1/completions", json=body(40, 2, False, 1))).json()
+            assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+
+    asyncio.run(main())

@@ -1,0 +1,216 @@
+"""What bounds a server: its queue, the time of a request, the size of a head, readers and writers that stall."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from helpers.serving import Serving, serve_and
+from minisgl.errors import InvalidRequestError
+from minisgl.server import wire
+from minisgl.server.errors import OverloadedError, QueueFullError
+from minisgl.server.limits import Limits, Queue
+from minisgl.server.protocol import MAX_MESSAGES
+from minisgl.types import Request, SamplingParams
+
+TEXT: dict[str, Any] = {"prompt": "hello there", "max_tokens": 3}
+
+
+def requests(count: int, tokens: int = 10) -> list[Request]:
+    return [Request(id=str(i), prompt=[5] * tokens, params=SamplingParams()) for i in range(count)]
+
+
+def test_the_queue_takes_what_its_limits_allow_and_no_more() -> None:
+    queue = Queue(Limits(live=8, max_queued_requests=2, max_queued_tokens=30))
+    queue.check(requests(3), live=0)  # nothing waits: whatever the server can keep
+    queue.enter(10)
+    queue.check(requests(1), live=1)
+    with pytest.raises(QueueFullError, match="1 requests are waiting"):
+        queue.check(requests(2), live=1)
+    with pytest.raises(QueueFullError, match="prompts of 10 tokens"):
+        queue.check(requests(1, tokens=21), live=1)
+    with pytest.raises(OverloadedError, match="8 requests are live"):
+        queue.check(requests(1), live=8)
+    with pytest.raises(InvalidRequestError, match="at most 8 prompts"):
+        queue.check(requests(9), live=0)
+    queue.leave(10, waited=3.0)
+    assert (queue.requests, queue.tokens) == (0, 0)
+
+
+def test_who_is_turned_away_is_told_to_wait_as_long_as_others_did() -> None:
+    queue = Queue(Limits())
+    assert queue.retry_after == 1
+    for _ in range(50):
+        queue.enter(1)
+        queue.leave(1, waited=4.0)
+    assert queue.retry_after == 4
+    for _ in range(50):
+        queue.enter(1)
+        queue.leave(1, waited=1e6)
+    assert queue.retry_after == 60
+
+
+@pytest.mark.parametrize("flags", [{"max_queued_requests": 2}, {"max_queued_tokens": 20}])
+def test_a_full_queue_answers_429_and_takes_requests_again_later(tmp_path: Path, flags: dict[str, int]) -> None:
+    async def check(server: Serving) -> None:
+        body = {"prompt": [5] * 10, "max_tokens": 2}
+        waiting = [asyncio.create_task(server.http.post("/v1/completions", json=body)) for _ in range(2)]
+        await server.until(lambda: server.service.queue.requests == 2)
+        answer = await server.http.post("/v1/completions", json=body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
+        assert 1 <= int(answer.headers["retry-after"]) <= 60
+        assert server.service.metrics.rejected == {"queue_full": 1}
+        assert [r.status_code for r in await asyncio.gather(*waiting)] == [200, 200]
+        assert (server.service.queue.requests, server.service.queue.tokens) == (0, 0)
+        assert (await server.http.post("/v1/completions", json=body)).status_code == 200
+
+    serve_and(tmp_path, check, delay=0.3, **flags)
+
+
+def test_a_request_that_takes_too_long_ends_with_504_and_frees_what_it_held(tmp_path: Path) -> None:
+    async def check(server: Serving) -> None:
+        body = {"prompt": "hello there", "max_tokens": 100}
+        answer = await server.http.post("/v1/completions", json=body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "request_timeout")
+        stream = await server.http.post("/v1/completions", json={**body, "stream": True})
+        events = [json.loads(line[6:]) for line in stream.text.splitlines() if line.startswith("data: {")]
+        assert stream.status_code == 200
+        assert len(events) > 2
+        assert events[-1]["error"]["code"] == "request_timeout"
+        assert stream.text.endswith("data: [DONE]\n\n")
+        await server.until(lambda: not server.engine.live)
+        assert len(server.engine.aborted) == 2
+        assert server.service.num_live == 0
+        assert server.service.metrics.finished["timeout"] == 2
+        assert (await server.http.post("/v1/completions", json={**body, "max_tokens": 2})).status_code == 200
+
+    serve_and(tmp_path, check, delay=0.02, request_timeout=0.3)
+
+
+def test_a_conversation_has_a_limit_of_messages(tmp_path: Path) -> None:
+    async def check(server: Serving) -> None:
+        messages = [{"role": "user", "content": ""}] * (MAX_MESSAGES + 1)
+        answer = await server.http.post("/v1/chat/completions", json={"messages": messages})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages")
+        assert server.engine.seen == []
+
+    serve_and(tmp_path, check)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_too_large_a_head_is_refused(tmp_path: Path, whole: bool) -> None:
+    async def check(server: Serving) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(b"GET /version HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * (wire.HEAD_LIMIT * 8))
+        if whole:
+            writer.write(b"\r\n\r\n")
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 431 "), head
+        writer.close()
+        assert (await server.http.get("/version")).status_code == 200
+
+    serve_and(tmp_path, check)
+
+
+def test_what_is_not_http_is_answered_in_openais_form(tmp_path: Path) -> None:
+    async def check(server: Serving) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(b"\x16\x03\x01 hello\r\n\r\n")
+        answer = await reader.read()
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400 ")
+        assert json.loads(body)["error"]["code"] == "invalid_http"
+        writer.close()
+
+    serve_and(tmp_path, check)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"POST /v1/comp", b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{"],
+    ids=["nothing", "half a head", "half a body"],
+)
+def test_a_client_that_falls_silent_is_cut_off(tmp_path: Path, data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "READ_TIMEOUT", 0.2)
+
+    async def check(server: Serving) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(data)
+        with contextlib.suppress(ConnectionResetError):
+            assert await reader.read() == b""
+        writer.close()
+
+    serve_and(tmp_path, check)
+
+
+def test_a_client_that_works_slowly_is_not_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "READ_TIMEOUT", 0.2)
+
+    async def check(server: Serving) -> None:
+        answer = await server.http.post("/v1/completions", json={"prompt": "hi", "max_tokens": 20})
+        assert answer.status_code == 200, "generating took longer than a client may be silent"
+        assert (await server.http.get("/version")).status_code == 200
+
+    serve_and(tmp_path, check, delay=0.04)
+
+
+def test_a_client_that_does_not_read_its_answer_frees_its_pages(tmp_path: Path) -> None:
+    async def check(server: Serving) -> None:
+        slow = socket.socket()
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(slow, ("127.0.0.1", server.port))
+        body = json.dumps({"prompt": ["hello there"] * 8, "max_tokens": 30_000, "stream": True}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        await loop.sock_sendall(slow, head.encode() + body)
+        await server.until(lambda: server.service.num_live == 8)
+        for _ in range(5):
+            await loop.sock_recv(slow, 1)  # a byte now and then is no reading
+            await asyncio.sleep(0.05)
+        await server.until(lambda: server.service.num_live == 0, timeout=30)
+        await server.until(lambda: not server.engine.live)
+        assert len(server.engine.aborted) == 8
+        assert max(server.engine.given.values()) < 30_000
+        slow.close()
+        assert (await server.http.post("/v1/completions", json=TEXT)).status_code == 200
+
+    serve_and(tmp_path, check, write_timeout=0.5, max_seq_len=40_000)
+
+
+def test_a_client_that_reads_is_not_cut_off(tmp_path: Path) -> None:
+    async def check(server: Serving) -> None:
+        body = {"prompt": "hello there", "max_tokens": 3000, "stream": True}
+        async with server.http.stream("POST", "/v1/completions", json=body) as answer:
+            lines = [line async for line in answer.aiter_lines() if line]
+        assert '"finish_reason":"length"' in lines[-2]
+        assert lines[-1] == "data: [DONE]"
+        assert max(server.engine.given.values()) == 3000
+
+    serve_and(tmp_path, check, write_timeout=0.2, max_seq_len=4096)
+
+
+def test_a_draining_server_finishes_what_it_has_and_refuses_the_rest(tmp_path: Path) -> None:
+    async def check(server: Serving) -> None:
+        body = {"prompt": "hello there", "max_tokens": 40}
+        running = asyncio.create_task(server.http.post("/v1/completions", json=body))
+        await server.until(lambda: server.service.num_live == 1)
+        draining = asyncio.create_task(server.service.drain())
+        await asyncio.sleep(0)
+        for path, method in (("/v1/completions", "POST"), ("/ready", "GET")):
+            refused: httpx.Response = await server.http.request(method, path, json=body)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+            assert refused.headers["retry-after"] == "5"
+        assert (await server.http.get("/health")).status_code == 200
+        assert not draining.done()
+        assert (await running).json()["usage"]["completion_tokens"] == 40
+        await asyncio.wait_for(draining, 5)
+
+    serve_and(tmp_path, check, delay=0.02)

@@ -1,0 +1,121 @@
+"""The address: who may reach it, over TLS or not; what is wrong with it is said before anything is loaded."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import ssl
+from pathlib import Path
+
+import httpx
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from helpers.serving import Serving, serve_and
+from minisgl.config import Config
+from minisgl.errors import ConfigError
+from minisgl.server.launch import serve
+from minisgl.server.listen import address, check_certificate, check_public, listen_socket
+
+
+def write_certificate(folder: Path) -> tuple[str, str]:
+    """A self-signed certificate for 127.0.0.1 and its key, as files."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "minisgl test")])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(minutes=5))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
+        .sign(key, hashes.SHA256())
+    )
+    files = folder / "cert.pem", folder / "key.pem"
+    files[0].write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    files[1].write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return str(files[0]), str(files[1])
+
+
+def test_tls_with_the_operators_certificate(tmp_path: Path) -> None:
+    certfile, keyfile = write_certificate(tmp_path)
+
+    async def check(server: Serving) -> None:
+        assert str(server.http.base_url).startswith("https://")
+        answer = await server.http.post("/v1/completions", json={"prompt": "hi", "max_tokens": 4})
+        assert answer.json()["usage"]["completion_tokens"] == 4
+        streamed = await server.http.post("/v1/completions", json={"prompt": "hi", "max_tokens": 4, "stream": True})
+        assert streamed.text.endswith("data: [DONE]\n\n")
+        async with httpx.AsyncClient() as stranger:
+            with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+                await stranger.get(f"https://127.0.0.1:{server.port}/ready")
+            with pytest.raises(httpx.TransportError):
+                await stranger.get(f"http://127.0.0.1:{server.port}/ready")
+
+    serve_and(tmp_path / "model", check, ssl_certfile=certfile, ssl_keyfile=keyfile)
+
+
+def test_tls_files_that_cannot_be_used_are_an_error_before_anything_is_loaded(tmp_path: Path) -> None:
+    certfile, keyfile = write_certificate(tmp_path)
+    check_certificate(Config(ssl_certfile=certfile, ssl_keyfile=keyfile))
+    other = tmp_path / "other"
+    other.mkdir()
+    _, stranger = write_certificate(other)
+    for cert, key in ((certfile, "/no/such"), (certfile, stranger), (keyfile, certfile)):
+        with pytest.raises(ConfigError, match=r"--ssl-certfile .*: ."):
+            serve(Config(ssl_certfile=cert, ssl_keyfile=key), ["/nothing/that/could/start"])
+    with pytest.raises(ConfigError, match="give both or neither"):
+        serve(Config(ssl_certfile=certfile), ["/nothing/that/could/start"])
+
+
+def test_an_encrypted_key_does_not_stop_to_ask_for_a_password(tmp_path: Path) -> None:
+    certfile, keyfile = write_certificate(tmp_path)
+    key = serialization.load_pem_private_key(Path(keyfile).read_bytes(), None)
+    locked = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.BestAvailableEncryption(b"x")
+    )
+    Path(keyfile).write_bytes(locked)
+    with pytest.raises(ConfigError, match="--ssl-keyfile"):
+        check_certificate(Config(ssl_certfile=certfile, ssl_keyfile=keyfile))
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_a_public_address_without_a_key_is_refused_unless_told_to(host: str) -> None:
+    try:
+        listener = listen_socket(host, 0)
+    except ConfigError:
+        pytest.skip(f"no {host} here")
+    with listener:
+        with pytest.raises(ConfigError, match=r"nobody needs a key: set --api-key or MINISGL_API_KEY, or give --allow"):
+            check_public(Config(host=host), listener)
+        check_public(Config(host=host, allow_public=True), listener)
+        check_public(Config(host=host, api_key=("secret",)), listener)
+    with pytest.raises(ConfigError, match="nobody needs a key"):
+        serve(Config(host=host, port=0), ["/nothing/that/could/start"])
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.0.0.2"])
+def test_this_machine_alone_needs_no_key(host: str) -> None:
+    try:
+        listener = listen_socket(host, 0)
+    except ConfigError:
+        pytest.skip(f"no {host} here")
+    with listener:
+        check_public(Config(host=host), listener)
+
+
+def test_the_url_says_tls() -> None:
+    with listen_socket("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+        assert address(listener, Config()) == f"http://127.0.0.1:{port}"
+        assert address(listener, Config(ssl_certfile="c", ssl_keyfile="k")) == f"https://127.0.0.1:{port}"
+    assert ssl.HAS_TLSv1_3
