@@ -54,7 +54,7 @@ class EngineServer:
     def run(self) -> int:
         """Serve until the parent goes; the exit status."""
         try:
-            built = build_engine(self.config, progress=sys.stderr.isatty())
+            built = build_engine(self.config, progress=sys.stderr.isatty(), when_gone=leave_soon)
             self._send(Ready(built.engine.model, str(built.folder), list(built.notes)))
             self._serve(built.engine)
         except MinisglError as error:
@@ -103,6 +103,13 @@ def watch_parent(stdin: IO[bytes], gone: threading.Event) -> None:
     gone.set()
     threading.Event().wait(GRACE_SECONDS)
     os._exit(0)
+
+
+def leave_soon() -> None:
+    """A rank is gone: say so to whoever waits, and end even if a collective never does."""
+    timer = threading.Timer(GRACE_SECONDS, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
 
 
 def main() -> int:
