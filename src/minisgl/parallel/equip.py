@@ -6,7 +6,7 @@ Every rank goes the same way: what fails on one is left by all, and the choice i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from minisgl.parallel.symmetric import SymmetricCollectives
 
 T = TypeVar("T")
+TRIAL_EPS = 1e-6
 TOLERANCE = 0.05
 """By how much the sum of a few numbers of order one may differ in 16 bits, by the order of its terms."""
 
@@ -65,7 +66,7 @@ def equip(config: Config, group: TPGroup, spec: ModelSpec, ops: Operations, dtyp
     notes.insert(0, f"sums through symmetric memory up to {reached.crossovers.two_shot // 1024} KiB, beyond")
     fusion: Fusion | None = None
     if config.all_reduce != "symmetric":
-        fusion, why = attempt(group, lambda: fuse(group, reached, spec.hidden_size, ops, shard, dtype))
+        fusion, why = attempt(group, lambda: fuse(group, reached, spec.hidden_size, ops, shard))
         if fusion is None and config.all_reduce == "fused":
             raise ConfigError(f"--all-reduce fused does not work here: {why}")
         notes.append("; in decode steps together with the norm" if fusion else f"; not together with the norm: {why}")
@@ -115,23 +116,16 @@ def reach(
     collectives = SymmetricCollectives(
         group.collectives, Stages(max(one_shot, two_shot), dtype, device), Crossovers(one_shot, two_shot)
     )
-    try_sums(group.collectives, collectives, hidden, dtype, device)
+    try_sums(group.rank, group.collectives, collectives, hidden)
     return collectives
 
 
-def fuse(
-    group: TPGroup,
-    collectives: SymmetricCollectives,
-    hidden: int,
-    ops: Operations,
-    shard: VocabShard,
-    dtype: torch.dtype,
-) -> Fusion:
+def fuse(group: TPGroup, collectives: SymmetricCollectives, hidden: int, ops: Operations, shard: VocabShard) -> Fusion:
     """Sums in one launch with the norm, tried out, and sampling from shards; raises whatever stands against it."""
     from minisgl.parallel.fused import make_fusion
 
     fusion = make_fusion(group, collectives, hidden, shard)
-    try_norm(group.collectives, fusion.norm, ops, hidden, dtype)
+    try_norm(group.collectives, fusion.norm, ops, hidden)
     return fusion
 
 
@@ -155,37 +149,36 @@ def require_peers(group: TPGroup) -> None:
         raise ConfigError(f"card {own} cannot reach the memory of card {unreached[0]}")
 
 
-def try_sums(
-    trusted: Collectives, collectives: Collectives, hidden: int, dtype: torch.dtype, device: torch.device
-) -> None:
+def try_sums(rank: int, trusted: Collectives, collectives: SymmetricCollectives, hidden: int) -> None:
     """Raise RuntimeError when a sum of any size class is not what the trusted collectives say."""
+    own = collectives.stages.first.own
     for rows in (1, 8, 64, 512):
-        x = noise(rows, hidden, dtype, device)
+        x = noise(rank, rows, hidden, own)
         expect_close(collectives.all_reduce(x.clone()), trusted.all_reduce(x.clone()), f"a sum of {rows} rows")
 
 
-def try_norm(trusted: Collectives, norm: FusedNorm, ops: Operations, hidden: int, dtype: torch.dtype) -> None:
+def try_norm(
+    trusted: Collectives, norm: FusedNorm, ops: Operations, hidden: int, sizes: Sequence[int] = (1, 5, 64, 256)
+) -> None:
     """Raise RuntimeError when the fused sums differ from a sum and a norm."""
-    device = norm.ranks.epochs.device
-    weight = torch.ones(hidden, dtype=dtype, device=device)
-    for rows in (1, 5, 64, 256):
+    own = norm.normed.own
+    weight = torch.ones(hidden, dtype=own.dtype, device=own.device)
+    for rows in sizes:
         norm.begin(whole=True)
         for _ in range(2):
-            x = noise(rows, hidden, dtype, device)
-            residual = torch.zeros_like(x)
-            staged = norm.stages.take(rows, hidden)
-            assert staged is not None
-            staged.copy_(x)
-            found = norm.add_rms_norm(staged, residual, weight, 1e-6)
+            if (staged := norm.stages.take(rows, hidden)) is None:
+                continue
+            x = noise(norm.ranks.rank, rows, hidden, own)
+            found = norm.add_rms_norm(staged.copy_(x), torch.zeros_like(x), weight, TRIAL_EPS)
             assert found is not None
-            expected = ops.add_rms_norm(trusted.all_reduce(x), torch.zeros_like(x), weight, 1e-6)
+            expected = ops.add_rms_norm(trusted.all_reduce(x), torch.zeros_like(x), weight, TRIAL_EPS)
             expect_close(found, expected, f"the fused sum of {rows} rows")
 
 
-def noise(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers of order one, other ones on every rank of a host."""
-    generator = torch.Generator(device).manual_seed(torch.cuda.current_device())
-    return torch.randn(rows, columns, device=device, generator=generator).to(dtype)
+def noise(rank: int, rows: int, columns: int, like: Tensor) -> Tensor:
+    """Numbers of order one, other ones on every rank."""
+    generator = torch.Generator(like.device).manual_seed(rank)
+    return torch.randn(rows, columns, device=like.device, generator=generator).to(like.dtype)
 
 
 def expect_close(found: Tensor, expected: Tensor, what: str) -> None:
