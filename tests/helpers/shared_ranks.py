@@ -19,6 +19,7 @@ from helpers.ranked import MAX_SEQ_LEN, SPECS, config, generate
 from minisgl.config import Config
 from minisgl.engine.local import build_local_executor
 from minisgl.models.spec import ModelSpec
+from minisgl.ops.kernels import ranks
 from minisgl.ops.kernels.sharded_sampling import ShardedSampling
 from minisgl.ops.operations import Operations
 from minisgl.parallel import fused, symmetric
@@ -73,11 +74,11 @@ def main() -> None:
         mock.patch.object(fused, "allocate", allocate),
         mock.patch("minisgl.engine.local.equip", equip),
         mock.patch("minisgl.engine.local.pack_weights"),
-        mock.patch.object(fused, "one_shot_add_rms_norm", wraps=fused.one_shot_add_rms_norm) as one_shot,
-        mock.patch.object(fused, "two_shot_add_rms_norm", wraps=fused.two_shot_add_rms_norm) as two_shot,
+        mock.patch.object(fused, "one_shot_add_rms_norm", wraps=ranks.one_shot_add_rms_norm) as one_shot,
+        mock.patch.object(fused, "two_shot_add_rms_norm", wraps=ranks.two_shot_add_rms_norm) as two_shot,
         mock.patch.object(ShardedSampling, "sample", autospec=True, side_effect=ShardedSampling.sample) as sample,
     ):
-        settings = config(max_running_requests=5, max_prefill_length=20)
+        settings = config(max_prefill_length=200)
         executor = build_local_executor(settings, folder, SPECS[model], MAX_SEQ_LEN, group=group)
         answers = generate(executor, SPECS[model], settings, count=8)
     launches = [operation.call_count for operation in (one_shot, two_shot, sample)]
