@@ -93,9 +93,9 @@ def build_group_executor(
     device = torch.device("cpu" if config.device == "cpu" else f"cuda:{launched.local_rank if launched else 0}")
     use_device(device, config.tp if launched is None else launched.local_size)
     group, members = meet_here(config, device) if launched is None else meet_launched(launched, device)
-    members.when_gone(group.collectives.abort)
     if when_gone is not None:
         members.when_gone(when_gone)
+    members.when_gone(group.collectives.abort)
     try:
         members.send(Assign(config, str(folder), max_seq_len))
         local = build_local_executor(config, folder, spec, max_seq_len, progress, group, members.check)

@@ -118,7 +118,11 @@ def main() -> int:
     logging.basicConfig(level=start.config.log_level, format="%(asctime)s %(levelname)s engine %(name)s: %(message)s")
     gone = threading.Event()
     threading.Thread(target=watch_parent, args=(sys.stdin.buffer, gone), daemon=True).start()
-    return EngineServer(start, gone).run()
+    status = EngineServer(start, gone).run()
+    if start.config.tp > 1:  # what a broken group left on the device may hold up the interpreter's end
+        zmq.Context.instance().term()
+        os._exit(status)
+    return status
 
 
 if __name__ == "__main__":

@@ -95,10 +95,15 @@ def prefer_bindings(group: TPGroup, device: torch.device) -> tuple[TPGroup, str]
     usual = "NCCL through torch.distributed"
     if not group.least(int(pynccl.available())):
         return group, f"{usual} (nccl4py is not installed)"
-    bound, why = attempt(group, lambda: pynccl.NcclCollectives(group))
-    if bound is None:
+
+    def bind() -> tuple[Collectives, float]:
+        bound = pynccl.NcclCollectives(group)
+        return bound, pynccl.seconds(bound, device)
+
+    tried, why = attempt(group, bind)
+    if tried is None:
         return group, f"{usual} (nccl4py: {why})"
-    ours, theirs = pynccl.seconds(bound, device), pynccl.seconds(group.collectives, device)
+    (bound, ours), theirs = tried, pynccl.seconds(group.collectives, device)
     figures = f"{ours * 1e6:.1f} us a sum against {theirs * 1e6:.1f}"
     if group.least(int(ours <= pynccl.SLOWER * theirs)):
         return dataclasses.replace(group, collectives=bound), f"NCCL through nccl4py ({figures})"

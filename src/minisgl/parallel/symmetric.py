@@ -44,9 +44,12 @@ def allocate(count: int, dtype: torch.dtype, device: torch.device) -> Buffer:
 
     own: Tensor = symmetric.empty(count, dtype=dtype, device=device)
     own.zero_()
+    torch.cuda.synchronize(device)  # nobody reaches it before it is zero
     assert dist.group.WORLD is not None
     handle: Any = symmetric.rendezvous(own, dist.group.WORLD.group_name)
-    return Buffer(own, torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64, device=device))
+    within = own.data_ptr() - handle.buffer_ptrs[handle.rank]  # of what was allocated together, alike on every rank
+    addresses = [address + within for address in handle.buffer_ptrs]
+    return Buffer(own, torch.tensor(addresses, dtype=torch.int64, device=device))
 
 
 class Stages:
