@@ -143,6 +143,8 @@ SPELLINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--dtype float16", {"dtype": "float16"}),
     ("--dtype float32", {"dtype": "float32"}),
     ("--disable-pynccl", {"disable_pynccl": True}),
+    ("--all-reduce symmetric", {"all_reduce": "symmetric"}),
+    ("--all-reduce-crossovers 64,8192", {"all_reduce_crossovers": "64,8192"}),
     ("--dummy-weight", {"dummy_weight": True}),
     ("--dummy-weights", {"dummy_weight": True}),
     ("--device cpu", {"device": "cpu"}),

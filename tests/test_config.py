@@ -7,7 +7,16 @@ from typing import Any
 
 import pytest
 
-from minisgl.config import Config, Machine, cache_folder, check, from_environment, resolve
+from minisgl.config import (
+    Config,
+    Launcher,
+    Machine,
+    cache_folder,
+    check,
+    from_environment,
+    launcher,
+    resolve,
+)
 from minisgl.errors import ConfigError
 
 CPU = Machine()
@@ -17,8 +26,12 @@ HOPPER = Machine(True, "NVIDIA H200", 140 * 2**30)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"tp": 4}, "--tp 4: tensor parallelism is not available in this version; use --tp 1"),
-        ({"disable_pynccl": True}, "--disable-pynccl concerns tensor parallelism"),
+        (
+            {"tp": 2, "disable_pynccl": True},
+            "--disable-pynccl is about sums over several cards; give --tp 2 or more on",
+        ),
+        ({"tp": 2, "all_reduce": "fused"}, "--all-reduce is about sums over several cards"),
+        ({"tp": 2, "all_reduce_crossovers": "1,2"}, "--all-reduce-crossovers is about sums over several cards"),
         ({"attn": "fa"}, "--attn fa: fa needs a GPU; on the CPU use torch or auto"),
         ({"attn": "fa,fi"}, "--attn fa,fi: fa needs a GPU"),
         ({"attn": "torch,trtllm"}, "--attn torch,trtllm: trtllm needs a GPU"),
@@ -56,7 +69,8 @@ def test_resolving_leaves_nothing_open_but_what_memory_and_model_decide(machine:
     open_ended = {field.name for field in dataclasses.fields(config) if getattr(config, field.name) in (None, "auto")}
     by_packages = {"attn"} if machine.has_cuda else set()
     no_limit = {"max_queued_requests", "max_queued_tokens", "request_timeout", "ssl_certfile", "ssl_keyfile"}
-    assert open_ended == {"model", "max_seq_len_override", "num_pages", "memory_ratio"} | by_packages | no_limit
+    measured = {"num_pages", "memory_ratio", "all_reduce"}
+    assert open_ended == {"model", "max_seq_len_override"} | measured | by_packages | no_limit
     assert config.max_running_requests == (1 if shell else 256)
 
 
@@ -128,6 +142,8 @@ def test_resolving_is_pure() -> None:
         ({"cuda_graph_max_bs": -1}, "--cuda-graph-max-bs must be at least 0"),
         ({"port": -1}, "--port must be between 0 and 65535"),
         ({"tp": 0}, "--tp must be at least 1"),
+        ({"all_reduce": "ring"}, "--all-reduce must be one of auto, fused, symmetric, nccl"),
+        ({"all_reduce_crossovers": "96"}, "--all-reduce-crossovers must be two numbers of KiB: one shot,two shots"),
         ({"attn": "fa,"}, "--attn must be auto"),
         ({"attn": "auto,fa"}, "--attn must be auto"),
         ({"attn": "cudnn"}, "fa, fi, trtllm, triton, torch"),
@@ -160,6 +176,45 @@ def test_environment_switches(environ: dict[str, str], overlap: bool, level: str
 def test_unknown_value_of_a_switch_is_refused_by_name(environ: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match=next(iter(environ))):
         from_environment(Config(), environ)
+
+
+def test_ranks_need_a_card_each() -> None:
+    four = dataclasses.replace(HOPPER, cards=4)
+    assert resolve(Config(tp=4), four).config.tp == 4
+    with pytest.raises(ConfigError, match=r"--tp 8: torch sees 4 CUDA cards$"):
+        resolve(Config(tp=8), four)
+    with pytest.raises(ConfigError, match=r"--tp 2: torch sees 1 CUDA card$"):
+        resolve(Config(tp=2), HOPPER)
+    with pytest.raises(ConfigError, match="--disable-pynccl is about sums over several cards"):
+        resolve(Config(disable_pynccl=True), four)
+    assert resolve(Config(tp=3), CPU).config.tp == 3
+
+
+def test_the_launcher_says_which_rank_this_is() -> None:
+    alone: list[dict[str, str]] = [{}, {"WORLD_SIZE": "1", "RANK": "0"}]
+    assert [launcher(1, environ) for environ in alone] == [None, None]
+    here = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "ten"}
+    assert launcher(4, here) == Launcher(1, 4, 1, 4, "ten")
+    assert Launcher(1, 4, 1, 4, "ten").listen == "127.0.0.1"
+    apart = launcher(4, {**here, "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"})
+    assert apart == Launcher(3, 4, 1, 2, "ten")
+    assert apart is not None
+    assert (apart.one_host, apart.listen) == (False, "*")
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is '2', so RANK and MASTER_ADDR must be set as torchrun does: 'RANK'"),
+        ({"WORLD_SIZE": "two", "RANK": "0", "MASTER_ADDR": "a"}, "WORLD_SIZE is 'two'"),
+        ({"WORLD_SIZE": "4", "RANK": "0", "MASTER_ADDR": "a"}, "--tp 2: WORLD_SIZE says that there are 4 ranks"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "a"}, "RANK 2, WORLD_SIZE 2"),
+    ],
+)
+def test_what_a_launcher_says_wrongly_is_refused(environ: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        launcher(2, environ)
+    assert message in error.value.message
 
 
 def test_cache_folder_follows_the_users_settings() -> None:

@@ -22,6 +22,7 @@ LAYERS = (
     {"config"},
     {"ops", "tokenizer"},
     {"cache", "models"},
+    {"parallel"},
     {"engine"},
     {"llm", "server"},
     {"shell"},

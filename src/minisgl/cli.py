@@ -16,12 +16,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, NoReturn
 
 from minisgl import __version__
-from minisgl.config import Config, check, from_environment, split_words
+from minisgl.config import Config, check, from_environment, launcher, split_words
 from minisgl.errors import ConfigError, MinisglError
 
 GROUPS: Final = (
     ("model", ("model", "model_source", "dummy_weight", "dtype", "device", "max_seq_len_override")),
-    ("parallelism", ("tp", "disable_pynccl")),
+    ("parallelism", ("tp", "disable_pynccl", "all_reduce", "all_reduce_crossovers")),
     ("scheduling", ("max_running_requests", "max_prefill_length", "schedule_policy", "overlap")),
     ("KV cache", ("page_size", "num_pages", "memory_ratio", "cache")),
     ("kernels", ("attn", "cuda_graph_max_bs")),
@@ -145,6 +145,11 @@ def guarded(run: Callable[[], int], debug: bool) -> int:
 
 def start(config: Config) -> int:
     """Serve or chat until the end; the exit status."""
+    launched = launcher(config.tp)
+    if launched is not None and launched.rank > 0:
+        from minisgl.engine.rank import serve_rank
+
+        return serve_rank(launched)
     if config.shell:
         from minisgl.shell import run_shell
 

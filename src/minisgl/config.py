@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -56,6 +57,14 @@ class Config:
 
     tp: int = setting(1, "--tp", "--tp-size", "--tensor-parallel-size", help="devices that share each layer")
     disable_pynccl: bool = setting(False, "--disable-pynccl", help="use torch.distributed for the collectives")
+    all_reduce: str = setting(
+        "auto", "--all-reduce", choices=("auto", "fused", "symmetric", "nccl"),
+        help="sums over cards: through each other's memory, fused with the norm or not, or by NCCL; auto: what works",
+    )  # fmt: skip
+    all_reduce_crossovers: str = setting(
+        "96,16384", "--all-reduce-crossovers",
+        help="KiB up to which sums through each other's memory take one shot, and two; beyond it is NCCL's",
+    )  # fmt: skip
 
     max_running_requests: int | None = setting(
         None, "--max-running-requests", help="requests decoded together (default 256; 1 in the shell)"
@@ -136,11 +145,33 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What `resolve` needs to know of the machine; `memory` is the card's, in bytes."""
+    """What `resolve` needs to know of the machine; `memory` is the card's, in bytes, and `cards` those of all hosts."""
 
     has_cuda: bool = False
     device_name: str = "CPU"
     memory: int = 0
+    cards: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Launcher:
+    """This process' place among those that torchrun started; `address` is where the others find rank 0."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    address: str
+
+    @property
+    def one_host(self) -> bool:
+        """Whether all ranks are on one host."""
+        return self.local_size == self.size
+
+    @property
+    def listen(self) -> str:
+        """Where rank 0 listens for the others: on loopback, or on every interface where they are on other hosts."""
+        return "127.0.0.1" if self.one_host else "*"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +201,29 @@ def from_environment(config: Config, environ: Mapping[str, str] = os.environ) ->
 def split_words(values: Iterable[str]) -> tuple[str, ...]:
     """The parts of comma-separated lists, without blanks around them; empty parts are left out."""
     return tuple(word for value in values for part in value.split(",") if (word := part.strip()))
+
+
+def launcher(tp: int, environ: Mapping[str, str] = os.environ) -> Launcher | None:
+    """What torchrun, or who sets the same variables, says of this process; None for one that runs alone.
+
+    RANK, WORLD_SIZE and MASTER_ADDR are needed; without LOCAL_RANK and LOCAL_WORLD_SIZE there is one host. Raises
+    ConfigError when there are not `tp` ranks.
+    """
+    if environ.get("WORLD_SIZE", "1") == "1":
+        return None
+    try:
+        rank, size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
+        local_rank, local_size = int(environ.get("LOCAL_RANK", rank)), int(environ.get("LOCAL_WORLD_SIZE", size))
+        address = environ["MASTER_ADDR"]
+    except (KeyError, ValueError) as error:
+        raise ConfigError(
+            f"WORLD_SIZE is {environ['WORLD_SIZE']!r}, so RANK and MASTER_ADDR must be set as torchrun does: {error}"
+        ) from error
+    if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
+        raise ConfigError(f"RANK {rank}, WORLD_SIZE {size}, LOCAL_RANK {local_rank} and LOCAL_WORLD_SIZE {local_size}")
+    if size != tp:
+        raise ConfigError(f"--tp {tp}: WORLD_SIZE says that there are {size} ranks; give --tp {size}")
+    return Launcher(rank, size, local_rank, local_size, address)
 
 
 def cache_folder(environ: Mapping[str, str] = os.environ) -> str:
@@ -206,6 +260,11 @@ def check(config: Config) -> None:
         raise ConfigError("--api-key must be made of printable ASCII: it travels in a header")
     if (config.ssl_certfile is None) != (config.ssl_keyfile is None):
         raise ConfigError("--ssl-certfile and --ssl-keyfile go together; give both or neither")
+    need(
+        re.fullmatch(r"\d{1,9},\d{1,9}", config.all_reduce_crossovers) is not None,
+        "all_reduce_crossovers",
+        "two numbers of KiB: one shot,two shots",
+    )
     backends = config.attn.split(",")
     known = all(b in ATTENTION_BACKENDS for b in backends) and len(backends) <= 2
     need(
@@ -232,10 +291,13 @@ def resolve(config: Config, machine: Machine, checkpoint_dtype: str = "float32")
         raise ConfigError("--device cuda: torch sees no CUDA card; use --device cpu or leave it out")
     if config.device == "auto":
         choose("device", device, machine.device_name if device == "cuda" else "torch sees no CUDA card")
-    if config.tp > 1:
-        raise ConfigError(f"--tp {config.tp}: tensor parallelism is not available in this version; use --tp 1")
-    if config.disable_pynccl:
-        raise ConfigError("--disable-pynccl concerns tensor parallelism, which is not available in this version")
+    if device == "cuda" and config.tp > machine.cards:
+        raise ConfigError(f"--tp {config.tp}: torch sees {machine.cards} CUDA card{'s'[: machine.cards - 1]}")
+    for name in ("disable_pynccl", "all_reduce", "all_reduce_crossovers"):
+        field = next(field for field in dataclasses.fields(config) if field.name == name)
+        if getattr(config, name) != field.default and (config.tp == 1 or device == "cpu"):
+            flag = field.metadata["flags"][0]
+            raise ConfigError(f"{flag} is about sums over several cards; give --tp 2 or more on GPUs, or leave it out")
     if config.dtype == "auto":
         if device == "cpu":
             choose("dtype", "float32", "the CPU computes in full precision")

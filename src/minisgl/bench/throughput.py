@@ -22,6 +22,7 @@ from minisgl.bench.report import default_path, require_writable, write_report
 from minisgl.bench.steps import Recorder, Step, step_figures
 from minisgl.bench.workload import Workload, WorkloadSpec, make_workload, redraw, shorten
 from minisgl.config import BUNDLED_MODEL, Config
+from minisgl.engine.group import GroupExecutor
 from minisgl.engine.local import LocalExecutor
 from minisgl.llm import LLM
 from minisgl.models.locate import locate_model
@@ -132,8 +133,10 @@ def run(config: Config, spec: WorkloadSpec, options: Options, arguments: Sequenc
 
 
 def local(llm: LLM) -> LocalExecutor:
-    """The executor of an LLM that runs in this process."""
+    """What an LLM runs in this process: all of it, or rank 0's share."""
     executor = llm.engine.executor
+    if isinstance(executor, GroupExecutor):
+        return executor.local
     assert isinstance(executor, LocalExecutor)
     return executor
 
@@ -145,10 +148,11 @@ def measured_ceilings(llm: LLM) -> Ceilings:
 
 
 def workload_floor(llm: LLM, config: Config, workload: Workload, ceilings: Ceilings) -> Floor:
-    """The floor of this model and workload."""
+    """The floor of this model and workload; of several ranks, that of one's share, as if they added up in no time."""
     runner = local(llm).runner
     running = len(runner.tables.length) - 1
-    return floor(runner.decoder.spec, workload, running, runner.kv.k.dtype.itemsize, ceilings)
+    share = dataclasses.replace(runner.decoder.spec, vocab_size=runner.decoder.spec.vocab_size // config.tp)
+    return floor(share, workload, running, runner.kv.k.dtype.itemsize, ceilings)
 
 
 def floor_line(least: Floor, ceilings: Ceilings) -> str:

@@ -21,6 +21,7 @@ from minisgl.config import Config, resolve
 from minisgl.engine.build import build_engine, max_seq_len, probe_machine
 from minisgl.engine.engine import Engine
 from minisgl.engine.local import LocalExecutor
+from minisgl.errors import ConfigError
 from minisgl.models.spec import ModelSpec
 from minisgl.models.weights import Weights
 from minisgl.types import ModelInfo, Request, SamplingParams
@@ -67,6 +68,8 @@ def load(config: Config, most_tokens: int) -> Loaded:
 
     `most_tokens` is the most KV that a trial uses. Raises ConfigError or ModelError.
     """
+    if config.tp > 1:
+        raise ConfigError("an ablation runs on one device; with --tp, run bench offline once for each setting")
     machine = probe_machine()
     gpu = resolve(config, machine).config.device == "cuda"
     built = build_engine(config.replace(cuda_graph_max_bs=0) if gpu else config, progress=True)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from minisgl.config import BUNDLED_MODEL, Config, Machine, Resolved, resolve
+from minisgl.config import BUNDLED_MODEL, Config, Launcher, Machine, Resolved, launcher, resolve
 from minisgl.engine.engine import Engine
+from minisgl.engine.group import GroupExecutor, build_group_executor
 from minisgl.engine.local import LocalExecutor, build_local_executor
+from minisgl.errors import ConfigError
 from minisgl.models.locate import locate_model
 from minisgl.models.spec import ModelSpec, read_spec
 from minisgl.types import ModelInfo
@@ -24,16 +28,30 @@ class Built:
     notes: tuple[str, ...]
 
 
-def probe_machine() -> Machine:
+def probe_machine(launched: Launcher | None = None) -> Machine:
     """What there is to run on."""
     if not torch.cuda.is_available():
         return Machine()
-    return Machine(True, torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory)
+    cards = torch.cuda.device_count() if launched is None else launched.size
+    if launched is not None and launched.local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"LOCAL_RANK is {launched.local_rank}: torch sees {torch.cuda.device_count()} CUDA cards here"
+        )
+    return Machine(True, torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory, cards)
 
 
-def build_engine(config: Config, progress: bool = False) -> Built:
-    """Load the model that `config` names. Raises ConfigError or ModelError with what to change."""
-    machine = probe_machine()
+def build_engine(config: Config, progress: bool = False, when_gone: Callable[[], None] | None = None) -> Built:
+    """Load the model that `config` names. Raises ConfigError or ModelError with what to change.
+
+    `when_gone` is called, from another thread, when one of several ranks is gone. A process that torchrun started as
+    another rank than 0 stays here until rank 0 is done, and ends.
+    """
+    launched = launcher(config.tp)
+    if launched is not None and launched.rank > 0:
+        from minisgl.engine.rank import serve_rank
+
+        sys.exit(serve_rank(launched))
+    machine = probe_machine(launched)
     guess = resolve(config, machine).config
     folder = locate_model(
         config.model, config.model_source, dtype=guess.dtype, weights=not config.dummy_weight, progress=progress
@@ -41,7 +59,11 @@ def build_engine(config: Config, progress: bool = False) -> Built:
     spec = read_spec(folder)
     resolved = resolve(config, machine, spec.checkpoint_dtype)
     wanted = max_seq_len(resolved.config, spec)
-    executor = build_local_executor(resolved.config, folder, spec, wanted, progress=progress)
+    executor: LocalExecutor | GroupExecutor
+    if config.tp == 1:
+        executor = build_local_executor(resolved.config, folder, spec, wanted, progress=progress)
+    else:
+        executor = build_group_executor(resolved.config, folder, spec, wanted, progress, launched, when_gone)
     fits = min(wanted, executor.num_pages * config.page_size)
     model = ModelInfo(
         name=model_name(config), vocab_size=spec.vocab_size, max_seq_len=fits, eos_token_ids=spec.eos_token_ids
@@ -61,7 +83,9 @@ def model_name(config: Config) -> str:
     return config.model
 
 
-def describe(resolved: Resolved, spec: ModelSpec, executor: LocalExecutor, fits: int) -> tuple[str, ...]:
+def describe(
+    resolved: Resolved, spec: ModelSpec, executor: LocalExecutor | GroupExecutor, fits: int
+) -> tuple[str, ...]:
     """The effective configuration, a line each."""
     config = resolved.config
     chosen = {note.split(" = ")[0]: note for note in resolved.notes}
@@ -69,9 +93,13 @@ def describe(resolved: Resolved, spec: ModelSpec, executor: LocalExecutor, fits:
         f"architecture = {spec.architecture}: {spec.num_layers} layers, {spec.vocab_size} tokens in the vocabulary"
     ]
     chosen.setdefault("attn", f"attn = {config.attn}: {executor.attention_choice}")
+    if isinstance(executor, GroupExecutor):
+        chosen["all_reduce"] = f"all_reduce = {config.all_reduce}: {executor.collectives}"
     num_pages = executor.num_pages
     for field in dataclasses.fields(config):
         if field.name in ("num_pages", "max_seq_len_override", "host", "port", "shell", "model"):
+            continue
+        if config.tp == 1 and field.name in ("disable_pynccl", "all_reduce", "all_reduce_crossovers"):
             continue
         if field.name in chosen or getattr(config, field.name) not in (None, ()):
             lines.append(chosen.get(field.name, f"{field.name} = {getattr(config, field.name)}"))

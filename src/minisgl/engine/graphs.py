@@ -67,7 +67,7 @@ class DecodeGraphs:
         pool = torch.cuda.graph_pool_handle()
         sizes = sorted(sizes, reverse=True)
         head = decoder.weights.head
-        self.logits = torch.empty((sizes[0], decoder.spec.vocab_size), dtype=head.dtype, device=head.device)
+        self.logits = torch.empty((sizes[0], len(head)), dtype=head.dtype, device=head.device)
         for size in sizes:
             self.steps[size] = self._capture(size, pool)
         self.sizes = sorted(self.steps)
@@ -118,7 +118,8 @@ class DecodeGraphs:
         self._step(changes, inputs, attention)  # compiles what is not yet compiled
         torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # Other threads may ask about events meanwhile: those that watch over collectives, or collect.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             tokens = self._step(changes, inputs, attention)
         return CapturedStep(graph, changes, inputs, tokens, attention)
 

@@ -1,10 +1,15 @@
-"""The executor for one device: a GPU's stream, or a thread that stands in for one on the CPU."""
+"""The executor for one device: a GPU's stream, or a thread that stands in for one on the CPU.
+
+The device may be one of a tensor-parallel group: then `spec` and weights are its share, and the decoder's operations
+add up what the ranks computed.
+"""
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +28,33 @@ from minisgl.ops.attention.device import GraphBackend
 from minisgl.ops.attention.select import Shape, make_attention
 from minisgl.ops.kv import allocate_kv
 from minisgl.ops.logits import TokenScores
-from minisgl.ops.operations import operations_for
+from minisgl.ops.operations import Operations, operations_for
+from minisgl.parallel.equip import Equipment, equip
+from minisgl.parallel.group import TPGroup
+from minisgl.parallel.shard import cutter, local_spec
 
+ALIVE_SECONDS = 0.1
+"""How often a rank that waits for a step on the CPU asks whether the others are alive."""
+POLL_SECONDS = 2e-5
+"""The same on a GPU, where a step of some milliseconds is waited for; the next one is in its stream already."""
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class LocalExecutor:
-    """Runs plans on `config.device` with weights that lie there. `config` is resolved and says `num_pages`."""
+    """Runs plans on `config.device` with weights that lie there. `config` is resolved and says `num_pages`.
 
-    def __init__(self, spec: ModelSpec, weights: Weights, config: Config, max_seq_len: int) -> None:
+    On one rank of several `alive` raises when the group is broken; it is asked while a result is waited for.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Weights,
+        config: Config,
+        max_seq_len: int,
+        ops: Operations | None = None,
+        alive: Callable[[], None] | None = None,
+    ) -> None:
         assert config.num_pages is not None
         assert config.max_running_requests is not None
         self.device = torch.device(config.device)
@@ -41,7 +64,10 @@ class LocalExecutor:
             spec.num_layers, config.num_pages, config.page_size, spec.num_kv_heads, spec.head_dim, dtype, self.device
         )
         attention, choice = make_attention(config.attn, attention_shape(spec, config), self.device)
-        decoder = Decoder(spec, weights, attention, max_seq_len, operations_for(self.device, spec.hidden_size))
+        ops = ops or operations_for(self.device, spec.hidden_size)
+        decoder = Decoder(spec, weights, attention, max_seq_len, ops)
+        self.equipment: Equipment | None = None
+        self._alive = alive
         self.runner = Runner(decoder, kv, config.max_running_requests, max_seq_len, self.device)
         self.attention_choice = str(choice)
         if config.cuda_graph_max_bs and isinstance(attention.decode, GraphBackend):
@@ -79,7 +105,8 @@ class LocalExecutor:
         It is for later work and for `collect`: on the CPU it waits.
         """
         if self._worker is not None:
-            return self._worker.submit(work).result
+            future = self._worker.submit(work)
+            return lambda: _await(future, self._alive)
         try:
             output = work()
         except Exception as error:
@@ -91,7 +118,7 @@ class LocalExecutor:
         if self._worker is not None:
             return lambda: _result(step, output())
         try:
-            return _copy(step, output())
+            return _copy(step, output(), self._alive)
         except Exception as error:
             return _raiser(error)
 
@@ -107,7 +134,13 @@ class LocalExecutor:
             torch.cuda.synchronize(self.device)
 
 
-def _copy(step: int, output: StepOutput) -> Callable[[], StepResult]:
+def _await(output: Future[StepOutput], alive: Callable[[], None] | None) -> StepOutput:
+    while alive is not None and not wait([output], ALIVE_SECONDS).done:
+        alive()
+    return output.result()
+
+
+def _copy(step: int, output: StepOutput, alive: Callable[[], None] | None) -> Callable[[], StepResult]:
     """Start copies to pinned memory, with an event behind them that the function returned waits for."""
 
     def pinned(tensor: Tensor) -> Tensor:
@@ -122,11 +155,14 @@ def _copy(step: int, output: StepOutput) -> Callable[[], StepResult]:
     done = torch.cuda.Event()  # type: ignore[no-untyped-call]
     done.record()
 
-    def wait() -> StepResult:
+    def fetch() -> StepResult:
+        while alive is not None and not done.query():  # type: ignore[no-untyped-call]
+            alive()
+            time.sleep(POLL_SECONDS)
         done.synchronize()
         return _result(step, here)
 
-    return wait
+    return fetch
 
 
 def _result(step: int, output: StepOutput) -> StepResult:
@@ -162,21 +198,38 @@ def attention_shape(spec: ModelSpec, config: Config) -> Shape:
 
 
 def build_local_executor(
-    config: Config, folder: Path, spec: ModelSpec, max_seq_len: int, progress: bool = False
+    config: Config,
+    folder: Path,
+    spec: ModelSpec,
+    max_seq_len: int,
+    progress: bool = False,
+    group: TPGroup | None = None,
+    alive: Callable[[], None] | None = None,
 ) -> LocalExecutor:
     """Load the model in `folder`, or make weights up where `config.dummy_weight`, and size the KV cache.
 
-    `config` is resolved. Raises ModelError for weights that cannot be read, ConfigError when memory does not suffice.
+    `config` is resolved. On a rank of a group only its share is loaded, and every rank gets the pages that fit on all.
+    Raises ModelError for weights that cannot be read, ConfigError when memory does not suffice.
     """
     device, dtype = torch.device(config.device), TORCH_DTYPES[config.dtype]
+    rank, size = (0, 1) if group is None else (group.rank, group.size)
+    share, cut = local_spec(spec, size), None if group is None else cutter(spec, rank, size)
+    ops, equipment = operations_for(device, spec.hidden_size), None
+    if group is not None:
+        equipment = equip(config, group, spec, ops, dtype)
+        ops = equipment.operations
     before = available_memory(device)
-    require_weights_fit(spec, dtype, device)
+    require_weights_fit(spec, dtype, device, cut)
     if config.dummy_weight:
-        weights = dummy_weights(spec, dtype, device)
+        weights = dummy_weights(spec, dtype, device, cut=cut)
     else:
-        weights = load_weights(folder, spec, dtype, device, progress)
+        weights = load_weights(folder, spec, dtype, device, progress, cut)
     pack_weights(weights)
-    attention, _ = make_attention(config.attn, attention_shape(spec, config), device)
-    decoder = Decoder(spec, weights, attention, max_seq_len, operations_for(device, spec.hidden_size))
+    attention, _ = make_attention(config.attn, attention_shape(share, config), device)
+    decoder = Decoder(share, weights, attention, max_seq_len, ops)
     num_pages = measure_pages(config, decoder, dtype, max_seq_len, before)
-    return LocalExecutor(spec, weights, config.replace(num_pages=num_pages), max_seq_len)
+    if group is not None:
+        num_pages = group.least(num_pages)
+    executor = LocalExecutor(share, weights, config.replace(num_pages=num_pages), max_seq_len, ops, alive)
+    executor.equipment = equipment
+    return executor

@@ -15,6 +15,7 @@ from minisgl.engine.runner import Runner
 from minisgl.errors import ConfigError
 from minisgl.models.decoder import Decoder
 from minisgl.models.parameters import parameters
+from minisgl.models.slices import Cut
 from minisgl.models.spec import ModelSpec
 from minisgl.ops.kv import allocate_kv, page_bytes
 from minisgl.types import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
@@ -47,9 +48,10 @@ def group_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
     return max(0, int(most) - int(current.read_text()))
 
 
-def require_weights_fit(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
-    """Raise ConfigError with the numbers when the weights alone need more than a GPU has free."""
-    needed = sum(math.prod(parameter.shape) for parameter in parameters(spec)) * dtype.itemsize
+def require_weights_fit(spec: ModelSpec, dtype: torch.dtype, device: torch.device, cut: Cut | None = None) -> None:
+    """Raise ConfigError with the numbers when the weights, or what `cut` keeps, need more than a GPU has free."""
+    keeps = [(parameter.shape, cut(parameter) if cut else None) for parameter in parameters(spec)]
+    needed = sum(math.prod(keep.shape(shape) if keep else shape) for shape, keep in keeps) * dtype.itemsize
     if device.type == "cuda" and needed > (free := available_memory(device)):
         name = str(dtype).removeprefix("torch.")
         raise ConfigError(

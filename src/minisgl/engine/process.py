@@ -54,7 +54,7 @@ class EngineServer:
     def run(self) -> int:
         """Serve until the parent goes; the exit status."""
         try:
-            built = build_engine(self.config, progress=sys.stderr.isatty())
+            built = build_engine(self.config, progress=sys.stderr.isatty(), when_gone=leave_soon)
             self._send(Ready(built.engine.model, str(built.folder), list(built.notes)))
             self._serve(built.engine)
         except MinisglError as error:
@@ -110,13 +110,24 @@ def watch_parent(stdin: IO[bytes], gone: threading.Event) -> None:
     os._exit(0)
 
 
+def leave_soon() -> None:
+    """A rank is gone: say so to whoever waits, and end even if a collective never does."""
+    timer = threading.Timer(GRACE_SECONDS, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
+
+
 def main() -> int:
     """Entry point of `python -m minisgl.engine.process`."""
     start = msgspec.json.decode(sys.stdin.buffer.readline(), type=StartLine)
     logging.basicConfig(level=start.config.log_level, format="%(asctime)s %(levelname)s engine %(name)s: %(message)s")
     gone = threading.Event()
     threading.Thread(target=watch_parent, args=(sys.stdin.buffer, gone), daemon=True).start()
-    return EngineServer(start, gone).run()
+    status = EngineServer(start, gone).run()
+    if start.config.tp > 1:  # what a broken group left on the device may hold up the interpreter's end
+        zmq.Context.instance().term()
+        os._exit(status)
+    return status
 
 
 if __name__ == "__main__":

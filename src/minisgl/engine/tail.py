@@ -90,7 +90,7 @@ class Tail:
         targets = upload({"targets": special.prompt_targets.astype(np.int64)}, self.device)["targets"]
         output.prompt_scores = join(
             [
-                token_scores(self.decoder.logits(hidden[part]), targets[part], special.prompt_top)
+                token_scores(self._whole(self.decoder.logits(hidden[part])), targets[part], special.prompt_top)
                 for part in self._pieces(len(hidden))
             ]
         )
@@ -105,9 +105,13 @@ class Tail:
             index = upload({"scored": special.scored.astype(np.int64)}, self.device)["scored"]
             scores = []
             for part in self._pieces(len(index)):
-                logits = output.logits.index_select(0, index[part])
+                logits = self._whole(output.logits.index_select(0, index[part]))
                 scores.append(token_scores(logits, output.tokens.index_select(0, index[part]).long(), special.top))
             output.scores = join(scores)
+
+    def _whole(self, logits: Tensor) -> Tensor:
+        """These rows' logits of all tokens, where a rank has those of its own."""
+        return self.decoder.ops.whole_logits(logits)
 
     def _pieces(self, rows: int) -> list[slice]:
         """Rows cut so that the logits of each piece are no more than PIECE."""
@@ -127,10 +131,11 @@ class Tail:
         there = upload(arrays, self.device)
         for part in self._pieces(len(special.changed)):
             changed, slots = there["changed"][part], there["slots"][part]
-            logits = self._change(special, output.logits.index_select(0, changed), slots, there, part)
+            own = self._whole(output.logits.index_select(0, changed))
+            logits = self._change(special, own, slots, there, part)
             positions = self.tables.length.index_select(0, slots)
             flags = plan.all_greedy, plan.any_filter, plan.any_min_len
-            tokens = self.decoder.ops.sample(logits, self.tables.sampling, slots, positions, *flags)
+            tokens = self.decoder.ops.sample_whole(logits, self.tables.sampling, slots, positions, *flags)
             output.tokens.index_copy_(0, changed, tokens)
             self.tables.last_token.index_copy_(0, slots, tokens)
             if special.penalised:

@@ -68,11 +68,11 @@ class Checkpoint:
             if kind in ("weight", "bias") and module in modules and name not in used:
                 raise ModelError(f"{self.folder / file}: tensor {name} has no place in the model the config describes")
 
-    def read_into(self, name: str, destination: Tensor) -> None:
-        """Copy a tensor into `destination`, converting dtype and device."""
+    def read_into(self, name: str, destination: Tensor, take: tuple[slice, ...]) -> None:
+        """Copy a part of a tensor into `destination`, converting dtype and device; nothing else of it is read."""
         path, file = self._find(name)
         try:
-            destination.copy_(file.get_tensor(name))
+            destination.copy_(file.get_slice(name)[take])
         except SafetensorError as error:
             raise ModelError(f"{path}: tensor {name}: {error}") from error
 

@@ -29,7 +29,10 @@ class ForwardBatch:
 
 
 class Decoder:
-    """A decoder-only transformer: D hidden size, H heads, K KV heads, hd head size, V vocabulary."""
+    """A decoder-only transformer: D hidden size, H heads, K KV heads, hd head size, V vocabulary.
+
+    On one rank of several `spec` and `weights` are that rank's share, and `ops` adds up what the ranks computed.
+    """
 
     def __init__(
         self, spec: ModelSpec, weights: Weights, attention: Attention, max_seq_len: int, ops: Operations = PLAIN
@@ -49,7 +52,7 @@ class Decoder:
         ops, eps = self.ops, self.spec.rms_eps
         if isinstance(attention, ProjectingAttention):
             attention.begin(self.spec.windows)
-        residual = self.weights.embedding.index_select(0, batch.ids)
+        residual = ops.embed(batch.ids, self.weights.embedding, batch.rows is None)
         x: Tensor | None = None
         for index, layer in enumerate(self.weights.layers):
             if x is None:
@@ -65,7 +68,10 @@ class Decoder:
         return ops.add_rms_norm(x, residual, self.weights.norm, eps)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """Logits (n, V) of hidden states (n, D), in their dtype; on a GPU the product can be written to `out`."""
+        """Logits (n, V) of hidden states (n, D), in their dtype; on a GPU the product can be written to `out`.
+
+        On one rank of several they are those of its own tokens (`Operations.whole_logits`).
+        """
         if out is None:
             return linear(hidden, self.weights.head)
         return torch.mm(hidden, self.weights.head.t(), out=out)

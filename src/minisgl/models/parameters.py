@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from minisgl.models.spec import ModelSpec
 
 
@@ -18,11 +16,6 @@ class Source:
     shape: tuple[int, ...]
     start: int = 0
     expert: int | None = None
-
-    def region(self, parameter: Tensor) -> Tensor:
-        """The view of `parameter` that this tensor fills."""
-        whole = parameter if self.expert is None else parameter[self.expert]
-        return whole.narrow(0, self.start, self.shape[0])
 
 
 @dataclass(frozen=True)

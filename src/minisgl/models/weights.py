@@ -12,6 +12,7 @@ from torch import Tensor
 from minisgl.models.checkpoint import Checkpoint
 from minisgl.models.parameters import Parameter, Source, parameters
 from minisgl.models.progress import progress_bar
+from minisgl.models.slices import Cut, Keep, pieces
 from minisgl.models.spec import ModelSpec
 
 BIAS_STD = 0.02
@@ -53,11 +54,17 @@ class Weights:
 
 
 def load_weights(
-    folder: Path, spec: ModelSpec, dtype: torch.dtype, device: torch.device, progress: bool = False
+    folder: Path,
+    spec: ModelSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: bool = False,
+    cut: Cut | None = None,
 ) -> Weights:
     """Read a folder's safetensors into tensors of `dtype` on `device`, one checkpoint tensor at a time.
 
-    Everything is checked against `spec` before anything is allocated. Raises ModelError naming file and tensor.
+    With `cut` only what it keeps of each is read. Everything is checked against `spec` before anything is allocated.
+    Raises ModelError naming file and tensor.
     """
     with Checkpoint(folder) as checkpoint:
         plan = [(parameter, _sources(parameter, checkpoint)) for parameter in parameters(spec)]
@@ -66,15 +73,26 @@ def load_weights(
                 checkpoint.check(source.name, source.shape)
         checkpoint.check_complete({source.name for _, sources in plan for source in sources})
         tensors: dict[tuple[int | None, str], Tensor] = {}
-        total = sum(math.prod(parameter.shape) for parameter, _ in plan)
+        total = sum(math.prod(_shape(parameter, _keep(parameter, cut))) for parameter, _ in plan)
         with progress_bar("Loading weights", total, enabled=progress) as advance:
             for parameter, sources in plan:
-                destination = torch.empty(parameter.shape, dtype=dtype, device=device)
+                keep = _keep(parameter, cut)
+                make = torch.zeros if keep is not None and keep.padding else torch.empty
+                shard = make(_shape(parameter, keep), dtype=dtype, device=device)
                 for source in sources:
-                    checkpoint.read_into(source.name, source.region(destination))
-                    advance(math.prod(source.shape))
-                tensors[parameter.layer, parameter.field] = destination
+                    for piece in pieces(source, keep):
+                        checkpoint.read_into(source.name, shard[piece.region], piece.take)
+                        advance(piece.numel)
+                tensors[parameter.layer, parameter.field] = shard
     return assemble(spec, tensors)
+
+
+def _keep(parameter: Parameter, cut: Cut | None) -> Keep | None:
+    return None if cut is None else cut(parameter)
+
+
+def _shape(parameter: Parameter, keep: Keep | None) -> tuple[int, ...]:
+    return parameter.shape if keep is None else keep.shape(parameter.shape)
 
 
 def _sources(parameter: Parameter, checkpoint: Checkpoint) -> tuple[Source, ...]:
@@ -84,21 +102,24 @@ def _sources(parameter: Parameter, checkpoint: Checkpoint) -> tuple[Source, ...]
 
 
 def assemble(spec: ModelSpec, tensors: dict[tuple[int | None, str], Tensor]) -> Weights:
-    """Weights from tensors keyed by (layer, field), as `parameters` names them."""
+    """Weights from tensors keyed by (layer, field), as `parameters` names them; one without elements is left out."""
     layers: list[dict[str, Tensor]] = [{} for _ in range(spec.num_layers)]
     for (layer, name), tensor in tensors.items():
-        if layer is not None:
+        if layer is not None and tensor.numel():
             layers[layer][name] = tensor
     embedding = tensors[None, "embedding"]
     head = embedding if spec.tie_embeddings else tensors[None, "head"]
     return Weights(embedding, [LayerWeights(**layer) for layer in layers], tensors[None, "norm"], head)
 
 
-def dummy_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Weights:
+def dummy_weights(
+    spec: ModelSpec, dtype: torch.dtype, device: torch.device, seed: int = 0, cut: Cut | None = None
+) -> Weights:
     """Seeded noise under which activations stay finite, of order one, at any depth and in any dtype.
 
     Norms are 1. Matrices have standard deviation 1 / sqrt(fan in), those that add to the residual stream a further
-    1 / sqrt(2 layers), so that its variance does not grow with depth (as GPT-2 does at initialisation).
+    1 / sqrt(2 layers), so that its variance does not grow with depth (as GPT-2 does at initialisation). With `cut`
+    each tensor is made whole and then cut, so that the ranks' shards are those of one model.
     """
     generator = torch.Generator(device).manual_seed(seed)
     tensors = {}
@@ -108,7 +129,8 @@ def dummy_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device, see
             tensor.fill_(1.0)
         else:
             tensor.normal_(0.0, _std(parameter, spec), generator=generator)
-        tensors[parameter.layer, parameter.field] = tensor
+        keep = _keep(parameter, cut)
+        tensors[parameter.layer, parameter.field] = tensor if keep is None else keep.of(tensor)
     return assemble(spec, tensors)
 
 

@@ -10,32 +10,49 @@ import torch
 from torch import Tensor
 
 from minisgl.ops import reference
-from minisgl.ops.linear import linear
+from minisgl.ops.linear import linear, linear_into
 from minisgl.ops.sampling import SamplingRows, sample
 
 MAX_FUSED_DIM = 8192
+Sample = Callable[[Tensor, SamplingRows, Tensor, Tensor, bool, bool, bool], Tensor]
 
 
 @dataclass(frozen=True)
 class Operations:
     """The decoder's operations, each as its namesake in `ops/reference.py` describes it, and sampling.
 
-    `linear(x, weight, bias)` is a product; `project` one whose result only `add_rms_norm` reads, and may be parts of a
-    sum (parts, T, N); `gated(x, weight, bias)` the `silu_mul` of a product.
-    `sample(logits, table, slots, positions, all_greedy, any_filter, any_min_len)` chooses tokens for rows of a table.
+    `embed(ids, table, whole)` begins a forward pass, which is `whole` when the hidden states of all its tokens are
+    wanted. `linear(x, weight, bias)` is a product; `project` one whose result only `add_rms_norm` reads, and may be
+    parts of a sum (parts, T, N); `gated(x, weight, bias)` the `silu_mul` of a product.
+    `linear_into(x, weight, bias, out)` writes a product to `out`. On one rank of several logits are those of its own
+    tokens: `sample(logits, table, slots, positions, all_greedy, any_filter, any_min_len)` chooses tokens from them for
+    rows of a table; `whole_logits` makes them those of all tokens, on all ranks alike, and `sample_whole` chooses from
+    such.
     """
 
     name: str
+    embed: Callable[[Tensor, Tensor, bool], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    linear_into: Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
     project: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     gated: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     rope_store_kv: Callable[
         [Tensor, Tensor | None, Tensor | None, float, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor
     ]
     moe: Callable[[Tensor, Tensor, Tensor, Tensor, int, bool], Tensor]
-    sample: Callable[[Tensor, SamplingRows, Tensor, Tensor, bool, bool, bool], Tensor]
+    whole_logits: Callable[[Tensor], Tensor]
+    sample: Sample
+    sample_whole: Sample
+
+
+def _embed(ids: Tensor, table: Tensor, whole: bool) -> Tensor:
+    return table.index_select(0, ids)
+
+
+def _whole(logits: Tensor) -> Tensor:
+    return logits
 
 
 def _sample_plain(
@@ -53,14 +70,18 @@ def _sample_plain(
 
 PLAIN = Operations(
     name="torch",
+    embed=_embed,
     rms_norm=reference.rms_norm,
     add_rms_norm=reference.add_rms_norm,
     linear=linear,
+    linear_into=linear_into,
     project=linear,
     gated=lambda x, weight, bias: reference.silu_mul(linear(x, weight, bias)),
     rope_store_kv=reference.rope_store_kv,
     moe=reference.moe,
+    whole_logits=_whole,
     sample=_sample_plain,
+    sample_whole=_sample_plain,
 )
 
 
@@ -72,6 +93,12 @@ def fused_operations() -> Operations:
     def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return small.linear(x, weight, bias) if small.fits(x, weight, small.MAX_ROWS) else linear(x, weight, bias)
 
+    def product_into(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        if small.fits(x, weight, small.MAX_ROWS):
+            small.linear(x, weight, bias, out=out)
+        else:
+            linear_into(x, weight, bias, out)
+
     def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if bias is None and small.fits(x, weight, small.MAX_ROWS_PARTS):
             return small.linear_parts(x, weight)
@@ -82,16 +109,23 @@ def fused_operations() -> Operations:
             return small.gated_linear(x, weight)
         return activation.silu_mul(linear(x, weight, bias))
 
+    def choose(logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor, *flags: bool) -> Tensor:
+        return sampling.sample(logits, table, slots, positions)
+
     return Operations(
         name="triton",
+        embed=_embed,
         rms_norm=norm.rms_norm,
         add_rms_norm=norm.add_rms_norm,
         linear=product,
+        linear_into=product_into,
         project=project,
         gated=gated,
         rope_store_kv=qkv.rope_store_kv,
         moe=moe.moe,
-        sample=lambda logits, table, slots, positions, *flags: sampling.sample(logits, table, slots, positions),
+        whole_logits=_whole,
+        sample=choose,
+        sample_whole=choose,
     )
 
 

@@ -106,24 +106,37 @@ def threshold(scaled: Tensor, rows: SamplingRows) -> Tensor:
 def _top_threshold(scaled: Tensor, rows: SamplingRows, width: int) -> tuple[Tensor, Tensor]:
     """What top_k and top_p keep of the `width` highest, and whether that is what they keep of all; both (n,)."""
     top = scaled.topk(width, dim=-1).values if width < scaled.shape[1] else scaled.sort(dim=-1, descending=True).values
-    limit = torch.where(rows.top_k > 0, rows.top_k, scaled.shape[1]).unsqueeze(1)
+    return lowest_kept(top, scaled.exp().sum(dim=-1, keepdim=True), rows, scaled.shape[1])
+
+
+def lowest_kept(top: Tensor, total: Tensor, rows: SamplingRows, vocab: int) -> tuple[Tensor, Tensor]:
+    """What top_k and top_p keep of the highest w values, and whether that is what they keep of all; both (n,).
+
+    top float32 (n, w) descending, the first 0; total (n, 1) the sum of the exponentials of all `vocab` values.
+    """
+    width = top.shape[1]
+    limit = torch.where(rows.top_k > 0, rows.top_k, vocab).unsqueeze(1)
     top_p = rows.top_p.unsqueeze(1)
-    survives = torch.arange(width, device=scaled.device) < limit
+    survives = torch.arange(width, device=top.device) < limit
     mass = top.exp() * survives
     limited = limit <= width
-    total = torch.where(limited, mass.sum(dim=-1, keepdim=True), scaled.exp().sum(dim=-1, keepdim=True))
+    total = torch.where(limited, mass.sum(dim=-1, keepdim=True), total)
     reached = mass.cumsum(dim=-1) / total  # probability of a token and those above it
     keeps = survives & ((reached - mass / total < top_p) | (top_p >= 1))
     keeps[:, 0] = True
     lowest = top.gather(1, keeps.sum(dim=-1, keepdim=True) - 1)
     unlimited = (top_p >= 1) & (rows.top_k == 0).unsqueeze(1)
-    complete = unlimited | limited | ((top_p < 1) & (limit >= scaled.shape[1]) & (reached[:, -1:] >= top_p))
+    complete = unlimited | limited | ((top_p < 1) & (limit >= vocab) & (reached[:, -1:] >= top_p))
     return lowest.masked_fill(unlimited, float("-inf")).squeeze(1), complete.squeeze(1)
 
 
-def gumbel_noise(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
-    """-log E with E exponential, for every token. seed int64 (n,), position int32 (n,) -> float32 (n, vocab_size)."""
-    bits = token_hash(seed, position, torch.arange(vocab_size, dtype=torch.int32, device=seed.device))
+def gumbel_noise(seed: Tensor, position: Tensor, vocab_size: int, first: int = 0) -> Tensor:
+    """-log E with E exponential, for each token from `first` on.
+
+    seed int64 (n,), position int32 (n,) -> float32 (n, vocab_size).
+    """
+    tokens = torch.arange(first, first + vocab_size, dtype=torch.int32, device=seed.device)
+    bits = token_hash(seed, position, tokens)
     uniform = bits.view(torch.uint32).to(torch.float32)
     uniform.add_(0.5).mul_(2.0**-32).clamp_(max=LARGEST_UNIFORM)
     return uniform.neg_().log1p_().neg_().log_().neg_()

@@ -123,11 +123,14 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, columns
     )  # fmt: skip
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, tile: Tile | None = None) -> Tensor:
-    """x (T, K) by weight (N, K), plus bias (N,) -> (T, N)."""
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, tile: Tile | None = None, out: Tensor | None = None
+) -> Tensor:
+    """x (T, K) by weight (N, K), plus bias (N,) -> (T, N), contiguous and, where it is given, `out`."""
     columns = weight.shape[0]
     tile = tile or (FEW if len(x) <= 16 else MANY)
-    out = torch.empty((x.shape[0], columns), dtype=x.dtype, device=x.device)
+    if out is None:
+        out = torch.empty((x.shape[0], columns), dtype=x.dtype, device=x.device)
     _launch(x, weight, bias, out, columns, tile, gated=False)
     return out
 

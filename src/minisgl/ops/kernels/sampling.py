@@ -37,7 +37,7 @@ LARGEST_EXPONENT = tl.constexpr(80.0)
 
 
 @jit
-def _row_kind(parameters: tl.tensor, slot: tl.tensor, vocab: tl.tensor) -> tl.tensor:
+def row_kind(parameters: tl.tensor, slot: tl.tensor, vocab: tl.tensor) -> tl.tensor:
     """Whether a row is drawn rather than greedy, whether it has a filter, 1 / T, and top_k (or vocab), top_p, min_p."""
     temperature, top_p, min_p, top_k = parameters[0], parameters[1], parameters[2], parameters[3]
     heat, p, minimum, k = (
@@ -98,18 +98,18 @@ def _drawn(
 def _split_kernel(
     logits: tl.tensor, stride: tl.tensor, slots: tl.tensor, positions: tl.tensor, parameters: tl.tensor,
     stop_ids: tl.tensor, winners: tl.tensor, maxima: tl.tensor, masses: tl.tensor, strand_maxima: tl.tensor,
-    vocab: tl.tensor,
+    vocab: tl.tensor, origin: tl.tensor,
     STOPS: tl.constexpr, SPLIT: tl.constexpr, STRAND: tl.constexpr,
 ) -> None:  # fmt: skip
     split, row = tl.program_id(0), tl.program_id(1)
     places = tl.arange(0, SPLIT)
-    first = split * SPLIT
-    row_logits = logits + row.to(tl.int64) * stride
+    first = origin + split * SPLIT
+    row_logits = logits + row.to(tl.int64) * stride - origin  # by token id
     x = tl.load(row_logits + first + places, mask=first + places < vocab, other=float("-inf")).to(tl.float32)
     slot = tl.load(slots + row).to(tl.int64)
     position = tl.load(positions + row)
     seed, min_len = parameters[4], parameters[5]
-    kind = _row_kind(parameters, slot, vocab)
+    kind = row_kind(parameters, slot, vocab)
     drawn, filtered, inverse = kind[0], kind[1], kind[2]
     if position < tl.load(min_len + slot):
         x = mask_stops(x, first + places, stop_ids + slot * STOPS, STOPS)
@@ -142,7 +142,7 @@ def _choose_kernel(
     slot = tl.load(slots + row).to(tl.int64)
     position = tl.load(positions + row)
     seed, min_len = parameters[4], parameters[5]
-    drawn, filtered, inverse, limit, p, min_p = _row_kind(parameters, slot, vocab)
+    drawn, filtered, inverse, limit, p, min_p = row_kind(parameters, slot, vocab)
     split = tl.arange(0, BLOCK_SPLITS)
     exists = split < splits
     candidates = tl.load(winners + row * splits + split, mask=exists, other=0)
@@ -174,27 +174,54 @@ def sample(logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor
     tables hold them; slots int32 or int64 (n,); positions int32 (n,) of the chosen tokens -> int32 (n,).
     """
     rows, vocab = logits.shape
-    assert logits.stride(1) == 1
     device = logits.device
-    out = torch.empty(rows, dtype=torch.int32, device=device)
-    if not rows:
-        return out
     splits = triton.cdiv(vocab, SPLIT)
-    strands = splits * (SPLIT // STRAND)
     winners = torch.empty((rows, splits), dtype=torch.int32, device=device)
     maxima, masses = torch.empty((2, rows, splits), dtype=torch.float32, device=device)
-    strand_maxima = torch.empty((rows, strands), dtype=torch.float32, device=device)
-    strand_lists = torch.empty((rows, strands), dtype=torch.int32, device=device)
-    parameters = (table.temperature, table.top_p, table.min_p, table.top_k, table.seed, table.min_len)
-    inputs = (logits, logits.stride(0), slots, positions, parameters, table.stop_ids)
+    strand_maxima = torch.empty((rows, splits * (SPLIT // STRAND)), dtype=torch.float32, device=device)
     partial = (winners, maxima, masses, strand_maxima)
-    stops = table.stop_ids.shape[1]
-    _split_kernel[(splits, rows)](
-        *inputs, *partial, vocab, STOPS=stops, SPLIT=SPLIT, STRAND=STRAND, num_warps=SPLIT_WARPS
-    )
-    _choose_kernel[(rows,)](
-        *inputs, *partial, strand_lists, out, vocab, splits, STOPS=stops, STRANDS=strands,
-        BLOCK_SPLITS=triton.next_power_of_2(splits), BLOCK_STRANDS=triton.next_power_of_2(strands),
-        SHIFT=KEY_SHIFT[logits.dtype], num_warps=16,
-    )  # fmt: skip
+    split_winners(logits, table, slots, positions, partial, vocab=vocab, split=SPLIT)
+    return choose(logits, table, slots, positions, partial, vocab=vocab)
+
+
+Partial = tuple[Tensor, Tensor, Tensor, Tensor]
+"""What the first launch leaves: winners int32, maxima and masses float32 (n, splits), strand maxima float32."""
+
+
+def split_winners(
+    logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor, partial: Partial, *, vocab: int,
+    split: int, origin: int = 0,
+) -> None:  # fmt: skip
+    """The first launch, over the columns of logits: the tokens from `origin` on, of which those below `vocab` count.
+
+    `split` is a power of two from STRAND up, of which `origin` is a multiple.
+    """
+    rows, columns = logits.shape
+    assert logits.stride(1) == 1
+    if rows:
+        _split_kernel[(triton.cdiv(columns, split), rows)](
+            logits, logits.stride(0), slots, positions, _parameters(table), table.stop_ids, *partial, vocab, origin,
+            STOPS=table.stop_ids.shape[1], SPLIT=split, STRAND=STRAND, num_warps=max(1, SPLIT_WARPS * split // SPLIT),
+        )  # fmt: skip
+
+
+def choose(
+    logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor, partial: Partial, *, vocab: int
+) -> Tensor:
+    """The second launch: tokens int32 (n,), by what the first one left of logits (n, at least vocab)."""
+    rows, splits = partial[0].shape
+    strands = partial[3].shape[1]
+    out = torch.empty(rows, dtype=torch.int32, device=logits.device)
+    if rows:
+        strand_lists = torch.empty((rows, strands), dtype=torch.int32, device=logits.device)
+        _choose_kernel[(rows,)](
+            logits, logits.stride(0), slots, positions, _parameters(table), table.stop_ids, *partial, strand_lists,
+            out, vocab, splits, STOPS=table.stop_ids.shape[1], STRANDS=strands,
+            BLOCK_SPLITS=triton.next_power_of_2(splits), BLOCK_STRANDS=triton.next_power_of_2(strands),
+            SHIFT=KEY_SHIFT[logits.dtype], num_warps=16,
+        )  # fmt: skip
     return out
+
+
+def _parameters(table: SamplingRows) -> tuple[Tensor, ...]:
+    return table.temperature, table.top_p, table.min_p, table.top_k, table.seed, table.min_len

@@ -1,0 +1,130 @@
+"""Sampling when each GPU of a group has the logits of its own tokens: `sampling.py`'s two launches, one between them.
+
+The first launch runs over a rank's own tokens. Then `_pull_kernel` brings together, on every rank, what the second one
+reads: each rank's winners, maxima and masses, the winners' logits and, for rows with a filter alone, all logits. So
+what crosses between the GPUs is a few hundred bytes a row, and the second launch, on the same numbers everywhere,
+chooses the same token. What a row needs is decided on the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minisgl.ops.kernels.filtering import LOWEST, STRAND
+from minisgl.ops.kernels.jit import jit, jit_varying
+from minisgl.ops.kernels.ranks import MAX_PROGRAMS, PULL, Ranks, meet, slot
+from minisgl.ops.kernels.sampling import SPLIT, choose, row_kind, split_winners
+from minisgl.ops.sampling import SamplingRows
+
+ROWS = 8
+"""Rows whose partials a program of the pull takes at a time."""
+COPY_BLOCK = 2048
+
+
+@jit_varying("slots", "rows")
+def _pull_kernel(
+    shards: tl.tensor, partials: tl.tensor, flags: tl.tensor, epochs: tl.tensor, slots: tl.tensor,
+    parameters: tl.tensor, logits: tl.tensor, winners: tl.tensor, maxima: tl.tensor, masses: tl.tensor,
+    strand_maxima: tl.tensor, rows: tl.tensor, capacity: tl.tensor, vocab: tl.tensor, width: tl.tensor,
+    splits: tl.tensor, strands: tl.tensor,
+    SLOT: tl.constexpr, RANK: tl.constexpr, WORLD: tl.constexpr, PEERS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    program = tl.program_id(0)
+    meet(flags, epochs, SLOT + program, RANK, WORLD, PEERS)
+    size = capacity.to(tl.int64) * splits  # of winners, maxima and masses, which lie one behind the other
+    for job in range(program, tl.cdiv(rows, ROWS) * WORLD, tl.num_programs(0)):
+        peer = job % WORLD
+        shard = tl.load(shards + peer).to(tl.pointer_type(logits.dtype.element_ty))
+        ints = tl.load(partials + peer).to(tl.pointer_type(tl.int32))
+        floats = tl.load(partials + peer).to(tl.pointer_type(tl.float32))
+        first = (job // WORLD) * ROWS
+        row = (first + tl.arange(0, ROWS)[:, None]).to(tl.int64)  # (ROWS, 1)
+        split = tl.arange(0, BLOCK_SPLITS)[None, :]
+        exists = (row < rows) & (split < splits)
+        there, here = row * splits + split, (row * WORLD + peer) * splits + split
+        winner = tl.load(ints + there, mask=exists, other=0, cache_modifier=".cg")
+        top = tl.load(floats + size + there, mask=exists, other=float("-inf"), cache_modifier=".cg")
+        mass = tl.load(floats + 2 * size + there, mask=exists, other=0.0, cache_modifier=".cg")
+        live = exists & (top > LOWEST)
+        x = tl.load(shard + row * width + winner - peer * width, mask=live, other=0.0, cache_modifier=".cg")
+        tl.store(winners + here, winner, mask=exists)
+        tl.store(maxima + here, top, mask=exists)
+        tl.store(masses + here, mass, mask=exists)
+        tl.store(logits + row * WORLD * width + winner, x, mask=live)
+        for index in range(first, tl.minimum(first + ROWS, rows)):
+            kind = row_kind(parameters, tl.load(slots + index).to(tl.int64), vocab)
+            if kind[1]:
+                whole = (index * WORLD + peer) * strands
+                _copy(floats + 3 * size + index * strands, strand_maxima + whole, strands, BLOCK)
+                whole = (index * WORLD + peer) * width
+                _copy(shard + index * width, logits + whole, width, BLOCK)
+
+
+@jit
+def _copy(source: tl.tensor, target: tl.tensor, length: tl.tensor, BLOCK: tl.constexpr) -> None:
+    for start in range(0, length, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        within = index < length
+        tl.store(target + index, tl.load(source + index, mask=within, cache_modifier=".cg"), mask=within)
+
+
+def split_for(width: int) -> int:
+    """Tokens that a program of the first launch takes: the largest power of two that divides a shard, up to SPLIT."""
+    return min(SPLIT, width & -width)
+
+
+def partial_words(rows: int, width: int) -> int:
+    """32-bit words of one rank's partials for so many rows."""
+    return rows * (3 * (width // split_for(width)) + width // STRAND)
+
+
+@dataclass(frozen=True)
+class ShardedSampling:
+    """The memory that a group samples in, for up to `rows` rows: this rank's, and where the others' is.
+
+    `own_logits` (rows, width) and `own_partials` int32 (partial_words,) are read by the others, whose addresses, int64
+    (WORLD,), are `logits` and `partials`. `gathered` (rows, WORLD * width) is this rank's alone.
+    """
+
+    ranks: Ranks
+    vocab: int
+    width: int
+    rows: int
+    own_logits: Tensor
+    own_partials: Tensor
+    logits: Tensor
+    partials: Tensor
+    gathered: Tensor
+
+    def sample(self, count: int, table: SamplingRows, slots: Tensor, positions: Tensor) -> Tensor:
+        """`sampling.sample` of the first `count` rows of every rank's `own_logits` -> int32 (count,), on all alike."""
+        world, width, device = self.ranks.world, self.width, self.own_logits.device
+        split = split_for(width)
+        splits, strands = width // split, width // STRAND
+        size = self.rows * splits
+        winners, rest = self.own_partials[:size].view(self.rows, splits), self.own_partials[size:].view(torch.float32)
+        maxima, masses = rest[: 2 * size].view(2, self.rows, splits)
+        origin = self.ranks.rank * width
+        split_winners(
+            self.own_logits[:count], table, slots, positions, (winners, maxima, masses, rest[2 * size :]),
+            vocab=self.vocab, origin=origin, split=split,
+        )  # fmt: skip
+        found = torch.empty((count, world * splits), dtype=torch.int32, device=device)
+        tops, shares = torch.empty((2, count, world * splits), dtype=torch.float32, device=device)
+        strand_maxima = torch.empty((count, world * strands), dtype=torch.float32, device=device)
+        parameters = (table.temperature, table.top_p, table.min_p, table.top_k)
+        _pull_kernel[(min(triton.cdiv(count, ROWS) * world, MAX_PROGRAMS),)](
+            self.logits, self.partials, self.ranks.flags, self.ranks.epochs, slots, parameters, self.gathered, found,
+            tops, shares, strand_maxima, count, self.rows, self.vocab, width, splits, strands,
+            SLOT=slot(PULL), ROWS=ROWS, BLOCK_SPLITS=triton.next_power_of_2(splits), BLOCK=COPY_BLOCK, num_warps=8,
+            **self.ranks.constants,
+        )  # fmt: skip
+        return choose(
+            self.gathered[:count], table, slots, positions, (found, tops, shares, strand_maxima), vocab=self.vocab
+        )

@@ -1,0 +1,134 @@
+"""What GPUs do through each other's memory, the ranks all on one device: streams of a GPU, or one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from minisgl.ops.kernels import ranks as kernels
+from minisgl.ops.kernels.ranks import Ranks, flags_size, one_shot_add_rms_norm, two_shot_add_rms_norm
+from minisgl.ops.kernels.sharded_sampling import ShardedSampling, partial_words
+from minisgl.ops.reference import rms_norm
+from minisgl.ops.sampling import SamplingRows
+from minisgl.ops.sampling import sample as reference_sample
+
+EPS = 1e-6
+
+
+def addresses(tensors: list[Tensor]) -> Tensor:
+    return torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64, device=tensors[0].device)
+
+
+class Group:
+    """The ranks of a group, and a way to launch a kernel on each as if it had a device of its own."""
+
+    def __init__(self, world: int, device: torch.device) -> None:
+        self.flags = [torch.zeros(flags_size(world), dtype=torch.int32, device=device) for _ in range(world)]
+        shared = addresses(self.flags)
+        self.ranks = [Ranks(rank, world, shared, device) for rank in range(world)]
+        on_gpu = device.type == "cuda"
+        self.streams = [torch.cuda.Stream() for _ in range(world if on_gpu else 0)]  # type: ignore[no-untyped-call]
+
+    def run(self, launch: Callable[[Ranks], Any]) -> list[Any]:
+        if not self.streams:
+            found = []
+            for ranks in self.ranks:  # nobody waits: every other rank is there already
+                for flags in self.flags:
+                    flags.fill_(2**30)
+                found.append(launch(ranks))
+            return found
+        torch.cuda.synchronize()
+        found = []
+        for ranks, stream in zip(self.ranks, self.streams, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(launch(ranks))
+        torch.cuda.synchronize()
+        return found
+
+
+def launch_own(operation: Callable[..., None], calls: list[tuple[Any, ...]], ranks: Ranks) -> None:
+    operation(ranks, *calls[ranks.rank])
+
+
+@pytest.mark.parametrize(("world", "rows", "dim"), [(2, 1, 64), (3, 7, 40), (4, 37, 32)])
+@pytest.mark.parametrize("shots", [1, 2])
+def test_sums_over_ranks_are_added_and_normed_as_the_reference_does(
+    world: int, rows: int, dim: int, shots: int, dtype: torch.dtype, device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(kernels, "MAX_PROGRAMS", 3 if device.type == "cpu" else 16)
+    torch.manual_seed(0)
+    group = Group(world, device)
+    weight = torch.randn(dim, device=device).to(dtype)
+    start = torch.randn(rows, dim, device=device).to(dtype)
+    residuals = [start.clone() for _ in range(world)]
+    outs = [torch.empty_like(start) for _ in range(world)]
+    expected = start.clone()
+    share = -(-rows // world)
+    for _ in range(2):
+        parts = [torch.randn(rows, dim, device=device).to(dtype) for _ in range(world)]
+        expected = (expected.float() + torch.stack(parts).float().sum(0).to(dtype).float()).to(dtype)
+        places, out_places = addresses(parts), addresses(outs)
+        if shots == 1:
+            calls = [(places, residuals[rank], weight, EPS, outs[rank]) for rank in range(world)]
+            group.run(partial(launch_own, one_shot_add_rms_norm, calls))
+        else:
+            calls = [(places, residuals[rank], weight, EPS, out_places) for rank in range(world)]
+            group.run(partial(launch_own, two_shot_add_rms_norm, calls))
+        for rank in range(world):
+            own = slice(0, rows) if shots == 1 else slice(rank * share, (rank + 1) * share)
+            torch.testing.assert_close(residuals[rank][own], expected[own])
+            torch.testing.assert_close(outs[rank], rms_norm(expected, weight, EPS), rtol=2e-2, atol=1e-2)
+            assert torch.equal(outs[rank], outs[0])
+
+
+def parameters(rows: int, device: torch.device) -> SamplingRows:
+    """Greedy, free, and every filter; one that keeps most, and one whose stop ids are masked."""
+
+    def column(values: list[float], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype).repeat(rows)[:rows].to(device)
+
+    return SamplingRows(
+        temperature=column([0.0, 0.6, 1.0, 1.3, 0.8, 2.0, 1.0], torch.float32),
+        top_p=column([1.0, 1.0, 0.9, 0.5, 1.0, 0.999, 1.0], torch.float32),
+        min_p=column([0.0, 0.0, 0.0, 0.0, 0.1, 0.0, 0.0], torch.float32),
+        top_k=column([0, 0, 0, 7, 0, 0, 300], torch.int32),
+        seed=torch.arange(rows, device=device),
+        min_len=column([0, 0, 0, 100, 0, 0, 0], torch.int32),
+        stop_ids=torch.arange(rows * 2, dtype=torch.int32, device=device).view(rows, 2) * 5 % 64,
+    )
+
+
+@pytest.mark.parametrize(("world", "vocab"), [(2, 200), (3, 64)])
+def test_shards_choose_the_references_tokens_on_every_rank(
+    world: int, vocab: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    torch.manual_seed(vocab)
+    count, capacity, width = 7, 9, -(-vocab // (64 * world)) * 64
+    logits = (torch.randn(count, vocab, device=device) * 2).to(dtype)
+    table, slots = parameters(count, device), torch.arange(count, dtype=torch.int32, device=device).flip(0).contiguous()
+    positions = 10 + slots
+    group = Group(world, device)
+    shards = [torch.zeros(capacity, width, dtype=dtype, device=device) for _ in range(world)]
+    for rank, shard in enumerate(shards):
+        own = logits[:, rank * width : (rank + 1) * width]
+        shard[:count, : own.shape[1]] = own
+    partials = [torch.zeros(partial_words(capacity, width), dtype=torch.int32, device=device) for _ in range(world)]
+    sampling = [
+        ShardedSampling(
+            ranks=ranks, vocab=vocab, width=width, rows=capacity, own_logits=shards[ranks.rank],
+            own_partials=partials[ranks.rank], logits=addresses(shards), partials=addresses(partials),
+            gathered=torch.full((capacity, world * width), float("nan"), dtype=dtype, device=device),
+        )
+        for ranks in group.ranks
+    ]  # fmt: skip
+    for _ in range(2):  # one after the other, a rank finds all partials only the second time
+        tokens = group.run(lambda r: sampling[r.rank].sample(count, table, slots, positions))
+    expected = reference_sample(logits, table.select(slots.long()), positions)
+    for found in tokens:
+        assert torch.equal(found, expected)

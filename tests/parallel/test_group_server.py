@@ -1,0 +1,96 @@
+"""A server over several ranks: one that dies mid-stream, a server that dies, and ranks that torchrun starts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import openai
+import pytest
+
+from helpers.processes import children, descendants, server, wait_until_gone
+from helpers.tiny_models import save_model
+
+BOUND = 10.0
+"""Seconds; the promise is 2, this machine may be busy."""
+
+
+def client(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+def long_stream(url: str) -> openai.Stream[openai.types.Completion]:
+    model = client(url).models.list().data[0].id
+    stream = client(url).completions.create(
+        model=model, prompt=[2, 3, 4], max_tokens=3000, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    return stream
+
+
+def test_a_rank_killed_mid_stream_fails_every_answer_and_leaves_nobody(tmp_path: Path) -> None:
+    save_model(tmp_path)
+    with server("--model", str(tmp_path), "--tp", "2") as (process, url):
+        everyone = descendants(process.pid)
+        (engine,) = children(process.pid)
+        (rank,) = children(engine)
+        streams = [long_stream(url) for _ in range(3)]
+        started = time.monotonic()
+        os.kill(rank, signal.SIGKILL)
+        for stream in streams:
+            with pytest.raises(openai.APIError):
+                list(stream)
+        assert process.wait(BOUND) != 0
+        assert time.monotonic() - started < BOUND
+        wait_until_gone(everyone)
+
+
+def test_an_idle_server_ends_with_its_rank(tmp_path: Path) -> None:
+    save_model(tmp_path)
+    with server("--model", str(tmp_path), "--tp", "2") as (process, _):
+        everyone = descendants(process.pid)
+        os.kill(everyone[-1], signal.SIGKILL)
+        assert process.wait(BOUND) != 0
+        wait_until_gone(everyone)
+
+
+def test_a_killed_server_takes_every_rank_along(tmp_path: Path) -> None:
+    save_model(tmp_path)
+    with server("--model", str(tmp_path), "--tp", "2") as (process, _):
+        everyone = descendants(process.pid)
+        assert len(everyone) == 2
+        process.kill()
+        process.wait()
+        wait_until_gone(everyone)
+
+
+def test_ranks_that_torchrun_starts_answer_as_one_does(tmp_path: Path) -> None:
+    save_model(tmp_path, "qwen3")
+
+    def answer(url: str) -> str:
+        model = client(url).models.list().data[0].id
+        said = client(url).completions.create(model=model, prompt=[5, 6, 7], max_tokens=24, seed=3, temperature=0.9)
+        return said.choices[0].text
+
+    with server("--model", str(tmp_path)) as (_, url):
+        alone = answer(url)
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "minisgl")
+    with server("--model", str(tmp_path), "--tp", "2", command=torchrun) as (process, url):
+        everyone = descendants(process.pid)
+        assert answer(url) == alone
+    wait_until_gone(everyone)
+
+
+def test_torchrun_with_another_number_of_ranks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import subprocess
+
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    done = subprocess.run(
+        [sys.executable, "-m", "minisgl", "--tp", "2"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    assert "--tp 2: WORLD_SIZE says that there are 4 ranks; give --tp 4" in done.stderr
