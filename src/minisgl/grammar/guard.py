@@ -10,7 +10,7 @@ import threading
 import msgspec
 
 from minisgl.errors import InvalidRequestError, MinisglError, UnsupportedParameterError
-from minisgl.grammar.helper import WALL_SECONDS, Verdict, read_all
+from minisgl.grammar.helper import HERE, WALL_SECONDS, Verdict, read_all
 from minisgl.grammar.source import invalid
 from minisgl.grammar.vocabulary import VocabularySource
 from minisgl.types import Grammar
@@ -42,13 +42,14 @@ class Guard:
     def judge(self, grammar: Grammar) -> None:
         """Raise InvalidRequestError when a grammar cannot be followed, or not in time; HelperError for our faults."""
         with self._slots:
-            try:
+            reply = self._ask(grammar)
+            if not reply.startswith(HERE):  # the helper had died; the next one is new
                 reply = self._ask(grammar)
-            except ConnectionError:  # the helper had died; the next one is new
-                reply = self._ask(grammar)
-        if not reply:
+        if not reply.startswith(HERE):
+            raise HelperError("the process that checks grammars died")
+        if reply == HERE:
             raise invalid(grammar, "it takes too much time or memory")
-        raise_verdict(msgspec.json.decode(reply, type=Verdict))
+        raise_verdict(msgspec.json.decode(reply.removeprefix(HERE), type=Verdict))
 
     def close(self) -> None:
         """End the helper."""
@@ -56,27 +57,32 @@ class Guard:
             self._stop()
 
     def _ask(self, grammar: Grammar) -> bytes:
-        """The child's answer, empty when it died before it gave one. Raises ConnectionError when there is no child."""
+        """What the child said. Without HERE there was no child, and the helper is replaced the next time."""
+        with self._lock:
+            helper = self._started()
         ours, theirs = socket.socketpair()
         with ours:
-            with theirs, self._lock:
-                helper = self._started()
-                try:
-                    socket.send_fds(helper, [b"g"], [theirs.fileno()])
-                except ConnectionError:
-                    self._stop()
-                    raise
             ours.settimeout(WALL_SECONDS + GRACE_SECONDS)
             try:
+                with theirs:
+                    socket.send_fds(helper, [b"g"], [theirs.fileno()])
                 ours.sendall(msgspec.json.encode(grammar))
                 ours.shutdown(socket.SHUT_WR)
-                return read_all(ours)
+                reply = read_all(ours)
             except TimeoutError:
-                with self._lock:
-                    self._stop()
+                self._replace(helper)
                 raise HelperError("the process that checks grammars does not answer") from None
-            except ConnectionError:
-                return b""
+            except OSError:  # broken or reset; closed by another thread that found it broken
+                reply = b""
+        if not reply.startswith(HERE):
+            self._replace(helper)
+        return reply
+
+    def _replace(self, helper: socket.socket) -> None:
+        """End the helper behind a socket, if it is not another one by now."""
+        with self._lock:
+            if self._control is helper:
+                self._stop()
 
     def _started(self) -> socket.socket:
         """The helper's socket; whoever calls holds the lock."""
@@ -101,7 +107,10 @@ class Guard:
             self._stop()
             raise HelperError("the process that checks grammars did not start")
         ours.settimeout(None)
-        raise_verdict(msgspec.json.decode(reply, type=Verdict))
+        verdict = msgspec.json.decode(reply, type=Verdict)
+        if verdict.error is not None and not verdict.unsupported:
+            raise HelperError(verdict.error)
+        raise_verdict(verdict)
         return ours
 
     def _stop(self) -> None:

@@ -1,9 +1,9 @@
 """A process that tries grammars out, each in a child of its own that ends when its time or memory is used up.
 
 It is `python -m minisgl.grammar.helper FD SOURCE`: a socket, and a `VocabularySource` as JSON. It loads the vocabulary
-once, writes one byte, and then takes a connection for each grammar through the socket (SCM_RIGHTS), whose end ends it.
-The child answers on its connection with a `Verdict`, or dies: the kernel's timers and limits bound also what library
-code does without ever coming back to Python.
+once, says so with a `Verdict`, and then takes a connection for each grammar through the socket (SCM_RIGHTS), whose end ends it.
+The child says on its connection that it is there (`HERE`), then its `Verdict`, or it dies: the kernel's timers and
+limits bound also what library code does without ever coming back to Python.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ MEMORY_BYTES = 1 << 30
 """What a grammar may add to the process, as address space."""
 PROBE_STEPS = 32
 CHUNK = 1 << 16
+HERE = b"+"
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,6 +66,7 @@ def main() -> None:
 
 def try_out(connection: socket.socket, vocabulary: Vocabulary) -> None:
     """Read a grammar, compile it and walk through it, and say how that went."""
+    connection.sendall(HERE)
     bound_this_process()
     grammar = msgspec.json.decode(read_all(connection), type=Grammar)
     verdict = Verdict()

@@ -49,6 +49,8 @@ class MatcherConstraint:
             mask[:] = self._scratch[: len(mask)]
             if rest := self.vocabulary.vocab_size % 32:
                 mask[-1] &= np.int32((1 << rest) - 1)
+        if (token := self.vocabulary.stand_in) is not None and token < self.vocabulary.vocab_size:
+            mask[token // 32 : token // 32 + 1].view(np.uint32)[0] &= np.uint32(~(1 << token % 32) & 0xFFFFFFFF)
 
     def accept(self, token: int) -> bool:
         """Take in the token that follows; False when it may not, and from then on."""
