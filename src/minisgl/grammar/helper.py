@@ -1,7 +1,8 @@
 """A process that tries grammars out, each in a child of its own that ends when its time or memory is used up.
 
 It is `python -m minisgl.grammar.helper FD SOURCE`: a socket, and a `VocabularySource` as JSON. It loads the vocabulary
-once, says so with a `Verdict`, and then takes a connection for each grammar through the socket (SCM_RIGHTS), whose end ends it.
+once, says so with a `Verdict`, and then takes a connection for each grammar through the socket (SCM_RIGHTS), whose end
+ends it.
 The child says on its connection that it is there (`HERE`), then its `Verdict`, or it dies: the kernel's timers and
 limits bound also what library code does without ever coming back to Python.
 """
@@ -14,6 +15,7 @@ import resource
 import signal
 import socket
 import sys
+import warnings
 
 import msgspec
 
@@ -46,6 +48,8 @@ def main() -> None:
     source = msgspec.json.decode(sys.argv[2], type=VocabularySource)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    # Threads there may be are numpy's; they idle, and the children use none.
+    warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
     try:
         vocabulary = Vocabulary(source)
     except MinisglError as error:
