@@ -32,6 +32,12 @@ def follow_last(constraint: MatcherConstraint, steps: int) -> None:
         constraint.accept(allowed(constraint)[-1])
 
 
+def follow_one(constraint: MatcherConstraint, token: int, steps: int) -> None:
+    for _ in range(steps):
+        assert token in allowed(constraint)
+        assert constraint.accept(token)
+
+
 def regex(source: str) -> Grammar:
     return Grammar(kind="regex", source=source)
 
@@ -197,7 +203,7 @@ def test_a_grammar_that_becomes_too_complex_says_so(vocabulary: Vocabulary) -> N
     constraint = compile_grammar(grammar, vocabulary)
     with pytest.raises(GrammarError, match="items"):
         follow_last(constraint, 50)
-    with pytest.raises(InvalidRequestError, match="too complex"):
+    with pytest.raises(InvalidRequestError, match="too expensive"):
         probe(grammar, compile_grammar(grammar, vocabulary), 32)
 
 
@@ -226,3 +232,10 @@ def test_a_grammar_cannot_name_special_tokens_or_stops(source: str, vocabulary: 
 @pytest.mark.parametrize("source", ['start: "<|im_end|>"', "start: /<s>/", "start: /a/ // <s>", 'start: "a" # <s>'])
 def test_angle_brackets_in_texts_and_remarks_are_no_special_tokens(source: str, vocabulary: Vocabulary) -> None:
     compile_grammar(Grammar(kind="lark", source=source), vocabulary)
+
+
+def test_an_ambiguous_grammar_runs_out_of_time(vocabulary: Vocabulary, pieces: list[bytes]) -> None:
+    constraint = compile_grammar(Grammar(kind="lark", source='start: start start | "a"'), vocabulary)
+    token = pieces.index(b"a")
+    with pytest.raises(GrammarError, match="s a token"):
+        follow_one(constraint, token, 5000)

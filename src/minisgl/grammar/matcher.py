@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits
 from numpy.typing import NDArray
@@ -13,10 +15,15 @@ from minisgl.types import Grammar
 STEP_LEXER_FUEL = 100_000
 STEP_ITEMS = 20_000
 LEXER_STATES = 50_000
+BURST_SECONDS = 0.25
+TOKEN_SECONDS = 0.005
+"""CPU time that one answer may take: this much at once, and this much for each of its tokens. An ordinary schema takes
+a hundredth of it; an ambiguous grammar, whose tokens take the longer the more there are, does not hold up its batch.
+"""
 
 
 class GrammarError(Exception):
-    """A grammar that compiled, but became too complex on the way."""
+    """A grammar that compiled, but became too complex or too slow on the way."""
 
 
 class MatcherConstraint:
@@ -32,12 +39,16 @@ class MatcherConstraint:
         self.vocabulary = vocabulary
         padded = vocabulary.size != vocabulary.vocab_size
         self._scratch = np.zeros(-(-vocabulary.size // 32), np.int32) if padded else None
+        self._left = BURST_SECONDS
 
     def fill(self, mask: NDArray[np.int32]) -> None:
         """Overwrite mask (ceil(V / 32),): bit t % 32 of word t // 32 says whether token t may come next.
 
-        Raises GrammarError when the library's limits of one step are exceeded.
+        Raises GrammarError when the library's limits of one step are exceeded, or the answer's time is used up.
         """
+        if self._left < 0:
+            raise GrammarError(f"more than {BURST_SECONDS} s beyond {TOKEN_SECONDS} s a token")
+        begun = time.thread_time()
         assert mask.shape == (self.vocabulary.num_words,)
         assert mask.dtype == np.int32
         assert mask.flags.c_contiguous
@@ -45,6 +56,7 @@ class MatcherConstraint:
         self._matcher.unsafe_compute_mask_ptr(target.ctypes.data, target.nbytes)
         if self._matcher.is_error():
             raise GrammarError(self.error)
+        self._left += TOKEN_SECONDS + begun - time.thread_time()
         if self._scratch is not None:
             mask[:] = self._scratch[: len(mask)]
             if rest := self.vocabulary.vocab_size % 32:
@@ -54,7 +66,10 @@ class MatcherConstraint:
 
     def accept(self, token: int) -> bool:
         """Take in the token that follows; False when it may not, and from then on."""
-        return self._matcher.consume_token(token)
+        begun = time.thread_time()
+        accepted = self._matcher.consume_token(token)
+        self._left += begun - time.thread_time()
+        return accepted
 
     def copy(self) -> MatcherConstraint:
         """Another one at the same place, which shares what was computed of the grammar so far."""
@@ -99,10 +114,10 @@ def probe(grammar: Grammar, constraint: MatcherConstraint, steps: int) -> None:
             constraint.fill(mask)
         except GrammarError as error:
             nothing = step == 0 and "NoExtension" in str(error)
-            raise invalid(grammar, NOTHING_MATCHES if nothing else f"too complex: {error}") from error
+            raise invalid(grammar, NOTHING_MATCHES if nothing else f"too expensive: {error}") from error
         bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
         bits[eos] = 0
         if not len(allowed := np.flatnonzero(bits)):
             return
         if not constraint.accept(int(random.choice(allowed))):
-            raise invalid(grammar, f"too complex: {constraint.error}")
+            raise invalid(grammar, f"too expensive: {constraint.error}")
