@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -102,6 +103,28 @@ def test_a_seed_makes_an_answer_repeatable_among_others(url: str) -> None:
         return [choice.text for choice in answer.choices]
 
     assert sampled(["The sea", "The sky", "A tree"])[0] == sampled(["The sea"])[0]
+
+
+def test_an_answer_follows_a_schema_and_a_hostile_one_is_refused(url: str) -> None:
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+    def answer(schema: dict[str, object]) -> str:
+        chat = client.chat.completions.create(
+            model="SmolLM2-135M-Instruct",
+            messages=[{"role": "user", "content": "Where is the Louvre? Answer as JSON."}],
+            response_format={"type": "json_schema", "json_schema": {"name": "place", "schema": schema}},
+            max_tokens=100,
+        )
+        assert chat.choices[0].finish_reason == "stop"
+        return chat.choices[0].message.content or ""
+
+    city = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 20}}, "required": ["city"]}
+    assert list(json.loads(answer({**city, "additionalProperties": False}))) == ["city"]
+    with pytest.raises(openai.BadRequestError, match="too much time or memory") as caught:
+        answer({"type": "integer", "multipleOf": 1_000_003})
+    assert caught.value.param == "response_format"
+    with pytest.raises(openai.BadRequestError, match="uniqueItems"):
+        answer({"type": "array", "uniqueItems": True})
 
 
 def test_a_client_that_leaves_frees_everything(url: str) -> None:

@@ -21,6 +21,7 @@ LAYERS = (
     {"types"},
     {"config"},
     {"ops", "tokenizer"},
+    {"grammar"},
     {"cache", "models"},
     {"parallel"},
     {"engine"},
@@ -33,7 +34,8 @@ LAYERS = (
 SIDEWAYS = {("cli", "bench"), ("bench", "cli")}
 """`cli` starts a benchmark, whose flags are made by `cli`."""
 
-TORCHLESS = ("minisgl.cache", "minisgl.tokenizer", "minisgl.server", "minisgl.types", "minisgl.config", "minisgl.cli")
+TORCHLESS_PACKAGES = ("cache", "tokenizer", "grammar", "server", "types", "config", "cli")
+TORCHLESS = tuple(f"minisgl.{part}" for part in TORCHLESS_PACKAGES)
 TORCHLESS_ENGINE = tuple(f"minisgl.engine.{m}" for m in ("plan", "messages", "table", "policy", "scheduler", "engine"))
 
 MUTABLE_CALLS = {"list", "dict", "set", "bytearray", "defaultdict", "deque", "Counter", "OrderedDict"}

@@ -14,6 +14,7 @@ from minisgl.engine.engine import Engine
 from minisgl.engine.group import GroupExecutor, build_group_executor
 from minisgl.engine.local import LocalExecutor, build_local_executor
 from minisgl.errors import ConfigError
+from minisgl.grammar.compiler import build_constraints
 from minisgl.models.locate import locate_model
 from minisgl.models.spec import ModelSpec, read_spec
 from minisgl.types import ModelInfo
@@ -68,7 +69,8 @@ def build_engine(config: Config, progress: bool = False, when_gone: Callable[[],
     model = ModelInfo(
         name=model_name(config), vocab_size=spec.vocab_size, max_seq_len=fits, eos_token_ids=spec.eos_token_ids
     )
-    return Built(Engine(executor, model, resolved.config), folder, describe(resolved, spec, executor, fits))
+    engine = Engine(executor, model, resolved.config, build_constraints(folder, model))
+    return Built(engine, folder, describe(resolved, spec, executor, fits))
 
 
 def max_seq_len(config: Config, spec: ModelSpec) -> int:

@@ -80,6 +80,7 @@ async def serve_engine(
     hurry: asyncio.Event,
 ) -> None:
     """Put HTTP in front of an engine that is ready; `started` is when start-up began, on the performance counter."""
+    from minisgl.grammar.compiler import GrammarCompiler
     from minisgl.server.admin import Setup
     from minisgl.server.app import create_app
     from minisgl.server.door import with_door
@@ -101,13 +102,17 @@ async def serve_engine(
     def on_listening() -> None:
         announce(config, address(listener, config), ready.notes, model.name, tokenizer.has_chat_template, started)
 
-    app = create_app(engine.service, model, tokenizer, setup=Setup(config, ready.notes, ready.folder))
+    grammars = GrammarCompiler(folder, model.vocab_size, model.eos_token_ids)
+    check = grammars.check if Tokenizer.exists(folder) else None
+    setup = Setup(config, ready.notes, ready.folder)
+    app = create_app(engine.service, model, tokenizer, setup=setup, check_grammar=check)
     server = HttpServer(with_door(app, engine.service.metrics, config), on_listening, config)
     status = asyncio.create_task(report_status(engine.service))
     try:
         await serve_http(server, listener, engine.service, engine.ended, stop, hurry, config.drain_timeout)
     finally:
         status.cancel()
+        grammars.close()
 
 
 @contextlib.contextmanager

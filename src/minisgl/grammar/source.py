@@ -1,0 +1,149 @@
+"""A request's grammar in the form that llguidance compiles; what it cannot promise is refused by name.
+
+llguidance's own forms: https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md and docs/json_schema.md.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import msgspec
+from llguidance import LLMatcher
+from llguidance.gbnf_to_lark import any_to_lark
+
+from minisgl.errors import InvalidRequestError, UnsupportedParameterError
+from minisgl.types import Grammar
+
+MAX_SOURCE_BYTES = 1 << 20
+"""UTF-8 bytes of a grammar's source."""
+MAX_CHOICES = 10_000
+WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
+"""Between the parts of a JSON text. Bounded: a model that falls into repeating newlines must go on with its text."""
+JSON_OBJECT = '{"type":"object"}'
+FIELDS = {
+    "json_object": "response_format",
+    "json_schema": "response_format",
+    "regex": "guided_regex",
+    "choice": "guided_choice",
+    "lark": "guided_grammar",
+}
+"""The request field that usually carries a kind of grammar; who knows better sets the error's `param`."""
+LARK_TEXT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|#[^\n]*|/(?:\\.|[^/\\\n])+/')
+"""Strings, comments and regular expressions of a Lark source."""
+STOP_OPTION = re.compile(r"\[[^\]\n]*\bstop\b")
+NOT_DONE = re.compile(
+    r"unimplemented|not supported|unsupported|unknown format|not disjoint|look-?around", re.IGNORECASE
+)
+MAX_MESSAGE = 300
+NOTHING_MATCHES = "no text matches it"
+
+
+def check_size(grammar: Grammar) -> None:
+    """Raise InvalidRequestError for a source that is too large or no valid Unicode."""
+    try:
+        size = len(grammar.source.encode())
+    except UnicodeEncodeError as error:
+        raise invalid(grammar, f"a lone surrogate at character {error.start}") from error
+    if size > MAX_SOURCE_BYTES:
+        raise invalid(grammar, f"{size} bytes, at most {MAX_SOURCE_BYTES} are allowed")
+
+
+def library_form(grammar: Grammar) -> str:
+    """What `LLMatcher` takes. Raises InvalidRequestError, or UnsupportedParameterError for what cannot be enforced."""
+    check_size(grammar)
+    match grammar.kind:
+        case "json_object":
+            return schema_form(JSON_OBJECT)
+        case "json_schema":
+            schema = read_json(grammar)
+            if not isinstance(schema, (dict, bool)):
+                raise invalid(grammar, "a JSON schema is an object, true or false")
+            if isinstance(schema, dict) and "x-guidance" in schema:
+                raise unsupported(grammar, "x-guidance")
+            if schema is False:
+                raise invalid(grammar, NOTHING_MATCHES)
+            return schema_form("{}" if schema is True else grammar.source)
+        case "regex":
+            return LLMatcher.grammar_from_regex(grammar.source)
+        case "choice":
+            return LLMatcher.grammar_from_lark(choice_lark(grammar))
+        case "lark":
+            return LLMatcher.grammar_from_lark(checked_lark(grammar))
+
+
+def schema_form(schema: str) -> str:
+    """A JSON schema, its text with bounded whitespace and nothing ignored that cannot be enforced.
+
+    Raises ValueError when it is nested too deeply.
+    """
+    return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITESPACE, "lenient": False})
+
+
+def read_json(grammar: Grammar) -> Any:
+    """The source as JSON; duplicate keys and numbers out of range are the library's to judge."""
+    try:
+        return msgspec.json.decode(grammar.source)
+    except msgspec.DecodeError as error:
+        raise invalid(grammar, f"not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise invalid(grammar, "nested too deeply") from error
+
+
+def choice_lark(grammar: Grammar) -> str:
+    """One terminal of all the texts, so that their common beginnings are shared."""
+    try:
+        choices = msgspec.json.decode(grammar.source, type=list[str])
+    except msgspec.DecodeError as error:
+        raise invalid(grammar, f"not a JSON list of texts: {error}") from error
+    if not 1 <= len(choices) <= MAX_CHOICES or not all(choices):
+        raise invalid(grammar, f"between 1 and {MAX_CHOICES} non-empty texts are allowed")
+    return "start: CHOICE\nCHOICE: " + " | ".join(
+        json.dumps(text, ensure_ascii=False) for text in dict.fromkeys(choices)
+    )
+
+
+def checked_lark(grammar: Grammar) -> str:
+    """A Lark source, or one of GBNF turned into Lark, that names no special token and no stop of its own."""
+    source = grammar.source
+    if "::=" in LARK_TEXT.sub('""', source):
+        try:
+            source = any_to_lark(source)
+        except Exception as error:  # the converter raises nothing more exact
+            raise invalid(grammar, f"not GBNF: {error}") from error
+    rules = LARK_TEXT.sub('""', source)
+    if "<" in rules:
+        raise unsupported(grammar, "a special token in a grammar")
+    if STOP_OPTION.search(rules):
+        raise unsupported(grammar, "the option stop of a rule (suffix and lazy are)")
+    if "x-guidance" in source:
+        raise unsupported(grammar, "x-guidance")
+    return source
+
+
+def invalid(grammar: Grammar, reason: str) -> InvalidRequestError:
+    """An error that says what is wrong with a grammar."""
+    return InvalidRequestError(f"invalid {name(grammar)}: {reason[:MAX_MESSAGE]}", param=FIELDS[grammar.kind])
+
+
+def unsupported(grammar: Grammar, what: str) -> UnsupportedParameterError:
+    """An error that names what a grammar asks for and cannot have."""
+    return UnsupportedParameterError(f"{what} is not supported", param=FIELDS[grammar.kind])
+
+
+def refusal(grammar: Grammar, message: str) -> InvalidRequestError:
+    """The library's message as an error of ours, without what repeats the source."""
+    if "oneOf" in message:
+        message = "oneOf whose cases may overlap is not supported; use anyOf"
+    if grammar.kind == "regex":
+        message = message.rpartition("error:")[2].partition("\n   1 |")[0]
+    text = " ".join(message.replace("<non-verbose/>", "").split())[:MAX_MESSAGE]
+    if NOT_DONE.search(text):
+        return UnsupportedParameterError(f"unsupported {name(grammar)}: {text}", param=FIELDS[grammar.kind])
+    return invalid(grammar, text)
+
+
+def name(grammar: Grammar) -> str:
+    """What to call a grammar in a message."""
+    return {"lark": "grammar", "regex": "regular expression"}.get(grammar.kind, grammar.kind.replace("_", " "))

@@ -1,0 +1,142 @@
+"""Texts walked at random from the masks, over a table of schemas of rising difficulty: each validates."""
+
+from __future__ import annotations
+
+import json
+import re
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from helpers.grammars import matches, tiny_vocabulary, token_bytes, walk
+from minisgl.grammar.matcher import compile_grammar
+from minisgl.grammar.vocabulary import Vocabulary
+from minisgl.types import Grammar
+
+SCHEMAS: dict[str, Any] = json.loads(Path(__file__).with_name("schemas.json").read_text("utf-8"), parse_float=Decimal)
+WALKS = 6
+TIME = r"([01]\d|2[0-3]):[0-5]\d:([0-5]\d|60)(\.\d+)?([zZ]|[+-]([01]\d|2[0-3]):[0-5]\d)"
+LABEL = "[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
+FORMATS = {
+    "time": TIME,
+    "date-time": rf"\d{{4}}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])[tT]{TIME}",
+    "duration": r"P(?=.)(\d+W|(\d+Y)?(\d+M)?(\d+D)?(T(?=\d)(\d+H)?(\d+M)?(\d+S)?)?)",
+    "hostname": rf"(?=.{{1,253}}$){LABEL}(\.{LABEL})*",
+    "uri": r"[a-zA-Z][a-zA-Z0-9+.-]*:[!-~]*",
+}
+"""RFC 3339 and its appendix A, RFC 1123, RFC 3986 in outline."""
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
+    return tiny_vocabulary(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def pieces(vocabulary: Vocabulary) -> list[bytes]:
+    return token_bytes(vocabulary)
+
+
+def schema_grammar(schema: Any) -> Grammar:
+    return Grammar(kind="json_schema", source=json.dumps(schema, default=float))
+
+
+def format_checker() -> jsonschema.FormatChecker:
+    """jsonschema's own checks where they are complete without further packages, plain patterns for the others."""
+    checker = jsonschema.FormatChecker(("date", "ipv4", "ipv6", "uuid", "email"))
+    for name, pattern in FORMATS.items():
+
+        def check(value: object, pattern: str = pattern) -> bool:
+            return not isinstance(value, str) or re.fullmatch(pattern, value) is not None
+
+        checker.checks(name)(check)
+    return checker
+
+
+def validate(text: str, schema: Any) -> None:
+    """Decimals, so that multipleOf is exact."""
+    value = json.loads(text, parse_float=Decimal)
+    jsonschema.Draft202012Validator(schema, format_checker=format_checker()).validate(value)
+
+
+def test_the_table_has_a_hundred_schemas_that_are_valid() -> None:
+    assert len(SCHEMAS) >= 100
+    for schema in SCHEMAS.values():
+        jsonschema.Draft202012Validator.check_schema(json.loads(json.dumps(schema, default=float)))
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_every_walk_through_the_masks_ends_in_a_text_that_validates(
+    name: str, vocabulary: Vocabulary, pieces: list[bytes]
+) -> None:
+    start = compile_grammar(schema_grammar(SCHEMAS[name]), vocabulary)
+    for seed in range(WALKS):
+        validate(walk(start.copy(), pieces, seed, wander=(0, 5, 20, 40, 80, 160)[seed]), SCHEMAS[name])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_json_object_is_any_object(seed: int, vocabulary: Vocabulary, pieces: list[bytes]) -> None:
+    start = compile_grammar(Grammar(kind="json_object"), vocabulary)
+    assert isinstance(json.loads(walk(start, pieces, seed, wander=8 * seed)), dict)
+
+
+@pytest.mark.parametrize(
+    ("text", "good"),
+    [
+        ('{"a": 1, "b": [true, null, {"c": "x"}]}', True),
+        ('{\n  "a": 1\n}', True),
+        ('{"a":' + " " * 64 + "1}", True),
+        ('{"a":' + " " * 65 + "1}", False),
+        ('{"é": "日本 😀 \\u0001 \\n"}', True),
+        ("[]", False),
+        ("{'a': 1}", False),
+        ('{"a": 01}', False),
+        ('{"a": 1,}', False),
+        ('{"a": "\n"}', False),
+        (' {"a": 1}', False),
+        ('{"a": 1} ', False),
+        ('{"a": NaN}', False),
+        ('{"a": 1', False),
+    ],
+)
+def test_what_counts_as_a_json_object(text: str, good: bool, vocabulary: Vocabulary) -> None:
+    assert matches(vocabulary, Grammar(kind="json_object"), text) is good
+
+
+INSTANCES: tuple[tuple[Any, tuple[str, ...], tuple[str, ...]], ...] = (
+    ({"type": "integer", "minimum": 3, "maximum": 12}, ("3", "7", "12"), ("2", "13", "-3", "3.5", "03")),
+    ({"type": "number", "exclusiveMinimum": 0}, ("0.5", "1", "100000"), ("0", "-1", "abc")),
+    ({"type": "string", "minLength": 2, "maxLength": 3}, ('"ab"', '"日本語"', '"a\\n"'), ('"a"', '"abcd"', "ab")),
+    ({"type": "string", "pattern": "b"}, ('"abc"', '"b"'), ('"ac"', '""')),
+    ({"type": "string", "format": "date"}, ('"2024-02-29"',), ('"2024-13-01"', '"2024-04-32"', '"yesterday"')),
+    ({"type": "string", "format": "ipv4"}, ('"127.0.0.1"',), ('"256.0.0.1"', '"1.2.3"')),
+    ({"enum": ["a", 1, None]}, ('"a"', "1", "null"), ('"b"', "2", "true")),
+    (
+        {"type": "array", "items": {"type": "integer"}, "minItems": 1, "maxItems": 2},
+        ("[1]", "[1, 2]"),
+        ("[]", "[1,2,3]"),
+    ),
+    (
+        {"properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False, "type": "object"},
+        ('{"a": 1}',),
+        ("{}", '{"a": "x"}', '{"a": 1, "b": 2}', '{"a": 1, "a": 1}'),
+    ),
+    ({"anyOf": [{"type": "integer"}, {"const": "x"}]}, ("5", '"x"'), ('"y"', "null")),
+    ({"allOf": [{"type": "integer", "minimum": 5}, {"maximum": 6}]}, ("5", "6"), ("4", "7")),
+    ({"type": "integer", "multipleOf": 7}, ("0", "14", "-7", "21"), ("1", "20")),
+)
+
+
+@pytest.mark.parametrize("case", INSTANCES, ids=lambda case: json.dumps(case[0])[:60])
+def test_a_schema_lets_valid_values_through_and_no_others(
+    case: tuple[Any, tuple[str, ...], tuple[str, ...]], vocabulary: Vocabulary
+) -> None:
+    schema, good, bad = case
+    for text in good:
+        validate(text, schema)
+        assert matches(vocabulary, schema_grammar(schema), text), text
+    for text in bad:
+        assert not matches(vocabulary, schema_grammar(schema), text), text

@@ -1,0 +1,107 @@
+"""What of a request asks for a form of the answer."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from minisgl.errors import InvalidRequestError, UnsupportedParameterError
+from minisgl.server.structured import grammar_from_request
+from minisgl.types import Grammar
+
+SCHEMA = {"type": "object", "properties": {"größe": {"type": "integer"}}}
+SCHEMA_GRAMMAR = Grammar(kind="json_schema", source=json.dumps(SCHEMA, ensure_ascii=False))
+
+
+def openai(**inner: Any) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": inner}}
+
+
+GOOD: tuple[tuple[dict[str, Any], Grammar | None], ...] = (
+    ({}, None),
+    ({"response_format": None, "guided_json": None}, None),
+    ({"response_format": {"type": "text"}}, None),
+    ({"response_format": {"type": "json_object"}}, Grammar(kind="json_object")),
+    (openai(name="x", schema=SCHEMA), SCHEMA_GRAMMAR),
+    (openai(name="x", description="d", strict=True, schema=SCHEMA), SCHEMA_GRAMMAR),
+    (openai(name="x", strict=None, schema=True), Grammar(kind="json_schema", source="true")),
+    ({"guided_json": SCHEMA}, SCHEMA_GRAMMAR),
+    ({"guided_json": json.dumps(SCHEMA)}, Grammar(kind="json_schema", source=json.dumps(SCHEMA))),
+    ({"guided_regex": "a+"}, Grammar(kind="regex", source="a+")),
+    ({"guided_choice": ["ja", "né"]}, Grammar(kind="choice", source='["ja", "né"]')),
+    ({"guided_grammar": 'start: "a"'}, Grammar(kind="lark", source='start: "a"')),
+    ({"structured_outputs": {"json": SCHEMA}}, SCHEMA_GRAMMAR),
+    ({"structured_outputs": {"regex": "a", "json": None}}, Grammar(kind="regex", source="a")),
+    ({"structured_outputs": {"choice": ["a"]}}, Grammar(kind="choice", source='["a"]')),
+    ({"structured_outputs": {"grammar": "root ::= x"}}, Grammar(kind="lark", source="root ::= x")),
+    ({"structured_outputs": {"json_object": True}}, Grammar(kind="json_object")),
+    ({"response_format": {"type": "text"}, "guided_regex": "a"}, Grammar(kind="regex", source="a")),
+)
+
+
+@pytest.mark.parametrize(("fields", "grammar"), GOOD, ids=lambda value: str(value)[:60])
+def test_fields_become_a_grammar(fields: dict[str, Any], grammar: Grammar | None) -> None:
+    assert grammar_from_request(fields) == grammar
+
+
+def nested(depth: int) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for _ in range(depth):
+        value = {"items": value}
+    return value
+
+
+INNER = "response_format.json_schema"
+BAD: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"response_format": "json"}, "response_format"),
+    ({"response_format": {}}, "response_format.type"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
+    ({"response_format": {"type": "json_object", "schema": SCHEMA}}, "response_format.schema"),
+    ({"response_format": {"type": "json_schema"}}, INNER),
+    (openai(name="x"), f"{INNER}.schema"),
+    (openai(name="x", schema=[1]), f"{INNER}.schema"),
+    (openai(name="x", schema="{}"), f"{INNER}.schema"),
+    (openai(name="", schema=SCHEMA), f"{INNER}.name"),
+    (openai(name="x" * 65, schema=SCHEMA), f"{INNER}.name"),
+    (openai(name="x", schema=SCHEMA, strict="yes"), f"{INNER}.strict"),
+    (openai(name="x", schema=SCHEMA, description=1), f"{INNER}.description"),
+    (openai(name="x", schema=SCHEMA, extra=1), f"{INNER}.extra"),
+    (openai(name="x", schema={"minimum": float("inf")}), f"{INNER}.schema"),
+    (openai(name="x", schema=nested(100_000)), f"{INNER}.schema"),
+    ({"guided_json": 1}, "guided_json"),
+    ({"guided_regex": ["a"]}, "guided_regex"),
+    ({"guided_choice": []}, "guided_choice"),
+    ({"guided_choice": ["a", 1]}, "guided_choice"),
+    ({"guided_choice": ["a", ""]}, "guided_choice"),
+    ({"guided_choice": "a"}, "guided_choice"),
+    ({"guided_grammar": "  "}, "guided_grammar"),
+    ({"structured_outputs": []}, "structured_outputs"),
+    ({"structured_outputs": {}}, "structured_outputs"),
+    ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
+    ({"structured_outputs": {"json_object": False}}, "structured_outputs.json_object"),
+    ({"guided_regex": "a", "guided_json": SCHEMA}, "guided_json"),
+    ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex"),
+)
+
+
+@pytest.mark.parametrize(("fields", "param"), BAD, ids=[str(i) for i in range(len(BAD))])
+def test_a_malformed_field_is_named(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        grammar_from_request(fields)
+    assert caught.value.param == param
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag"),
+        ({"guided_decoding_backend": "xgrammar"}, "guided_decoding_backend"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(UnsupportedParameterError) as caught:
+        grammar_from_request(fields)
+    assert caught.value.param == param
