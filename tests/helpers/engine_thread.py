@@ -14,6 +14,7 @@ from helpers.simulation import simulated_engine
 from minisgl.config import Config
 from minisgl.engine import process
 from minisgl.engine.build import Built
+from minisgl.engine.constraint import ConstraintFactory
 from minisgl.engine.engine import Engine
 from minisgl.engine.plan import Executor, Masks, StepPlan, StepResult
 from minisgl.engine.process import EngineServer, StartLine
@@ -86,14 +87,16 @@ async def simulated(
     patch: Callable[[object, str, object], None],
     *,
     fail_at: int | None = None,
+    constraints: ConstraintFactory | None = None,
     flags: dict[str, Any] | None = None,
     **settings: object,
 ) -> AsyncIterator[tuple[Web, EngineThread]]:
     """Serve an engine over a simulated device; `patch` is monkeypatch.setattr, `settings` are the engine's."""
     engine = simulated_engine(**settings)  # type: ignore[arg-type]
+    engine.constraints = constraints
     if fail_at is not None:
         engine.executor = FailingExecutor(engine.executor, fail_at)
-    patch(process, "build_engine", lambda config, progress: Built(engine, folder, ()))
+    patch(process, "build_engine", lambda config, **options: Built(engine, folder, ()))
     thread = EngineThread(engine)
     async with web(folder, engine.model, thread.start, max_live=4096, **(flags or {})) as side:
         yield side, thread

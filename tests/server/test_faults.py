@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import random
+import threading
 from pathlib import Path
 
 import httpx
@@ -14,7 +15,10 @@ import pytest
 from helpers.engine_thread import simulated
 from helpers.serving import Serving, Web, serve_and
 from helpers.simulation import VOCAB
+from minisgl.engine.constraint import Constraint
 from minisgl.engine.engine import Engine
+from minisgl.errors import InvalidRequestError
+from minisgl.types import FinishReason, Grammar, Request, SamplingParams
 
 
 def body(length: int, max_tokens: int, stream: bool, seed: int) -> dict[str, object]:
@@ -86,6 +90,34 @@ def test_a_thousand_clients_that_vanish_leave_nothing(tmp_path: Path, monkeypatc
             assert answer.json()["usage"]["completion_tokens"] == 5
             aborted = side.service.metrics.finished["abort"]
             assert 200 < aborted <= 1000
+
+    asyncio.run(main())
+
+
+def test_nobody_waits_for_somebody_elses_grammar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+
+    def factory(grammar: Grammar) -> Constraint:
+        assert gate.wait(20)
+        raise InvalidRequestError(f"{grammar.source} cannot be followed")
+
+    async def main() -> None:
+        serving = simulated(tmp_path, monkeypatch.setattr, constraints=factory)
+        async with asyncio.timeout(30), serving as (side, thread):
+            requests = [
+                Request(id=name, prompt=[9, 10], params=SamplingParams(max_tokens=3, seed=1, grammar=grammar))
+                for name, grammar in (("a", Grammar(kind="regex", source="x")), ("b", None))
+            ]
+            constrained, free = (side.service.submit([request]) for request in requests)
+            with free:
+                tokens = [token async for events in free.batches() for e in events for token in e.tokens]
+                assert len(tokens) == 3
+            assert (await side.service.ping(5)).waiting == 1
+            gate.set()
+            with constrained:
+                (event,) = [e async for events in constrained.batches() for e in events]
+            assert (event.finish, event.error) == (FinishReason.ERROR, "x cannot be followed")
+            assert nothing_left(side, thread.engine)
 
     asyncio.run(main())
 

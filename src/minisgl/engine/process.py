@@ -17,12 +17,16 @@ import zmq
 
 from minisgl.config import Config
 from minisgl.engine.build import build_engine
+from minisgl.engine.constraint import Constraint
 from minisgl.engine.engine import Engine
 from minisgl.engine.messages import Abort, Add, Events, Failed, Flush, Flushed, FromEngine, Ping, Pong, Ready, ToEngine
+from minisgl.engine.preparing import Preparing
 from minisgl.errors import InvalidRequestError, MinisglError
-from minisgl.types import FinishReason, TokenEvent
+from minisgl.types import FinishReason, Request, TokenEvent
 
 IDLE_POLL_MS = 200
+PREPARING_POLL_MS = 2
+"""While nothing but constraints is being made."""
 GRACE_SECONDS = 1.5
 
 
@@ -72,34 +76,61 @@ class EngineServer:
         self.outbox.send(self._encoder.encode(message))
 
     def _serve(self, engine: Engine) -> None:
-        while not self.parent_gone.is_set():
-            self._receive(engine, wait=not engine.has_work)
-            if not engine.has_work:
-                continue
-            events = engine.step()
-            if events or engine.admitted:
-                self._send(Events(events, engine.admitted))
+        preparing = Preparing(engine.constraints)
+        try:
+            while not self.parent_gone.is_set():
+                self._receive(engine, preparing, wait=not engine.has_work)
+                for request, made in preparing.ready():
+                    if isinstance(made, InvalidRequestError):
+                        self._refuse(request, made)
+                    else:
+                        self._add(engine, request, made)
+                if not engine.has_work:
+                    continue
+                events = engine.step()
+                if events or engine.admitted:
+                    self._send(Events(events, engine.admitted))
+        finally:
+            preparing.close()
         engine.close()
 
-    def _receive(self, engine: Engine, wait: bool) -> None:
+    def _receive(self, engine: Engine, preparing: Preparing, wait: bool) -> None:
         """Take in every message that is there; with nothing to compute, sleep until there is one."""
-        if wait and not self.inbox.poll(IDLE_POLL_MS):
+        if wait and not self.inbox.poll(PREPARING_POLL_MS if preparing else IDLE_POLL_MS):
             return
         while self.inbox.poll(0):
             message = self._decoder.decode(self.inbox.recv())
             match message:
                 case Add(request):
-                    try:
-                        engine.add(request)
-                    except InvalidRequestError as error:
-                        event = TokenEvent(id=request.id, finish=FinishReason.ERROR, error=error.message)
-                        self._send(Events([event]))
+                    grammar = request.params.grammar
+                    if grammar is None:
+                        self._add(engine, request)
+                    elif request.id in preparing:
+                        self._refuse(
+                            request, InvalidRequestError(f"a request with id {request.id!r} is running already")
+                        )
+                    else:
+                        preparing.start(request, grammar)
                 case Abort(ids):
+                    dropped = preparing.drop(ids)
+                    if dropped:
+                        self._send(Events([TokenEvent(id=gone, finish=FinishReason.ABORT) for gone in dropped]))
                     engine.abort(ids)
                 case Ping(nonce):
-                    self._send(Pong(nonce, engine.stats()))
+                    stats = engine.stats()
+                    stats = msgspec.structs.replace(stats, waiting=stats.waiting + len(preparing))
+                    self._send(Pong(nonce, stats))
                 case Flush(nonce):
                     self._send(Flushed(nonce, engine.flush_cache()))
+
+    def _add(self, engine: Engine, request: Request, constraint: Constraint | None = None) -> None:
+        try:
+            engine.add(request, constraint)
+        except InvalidRequestError as error:
+            self._refuse(request, error)
+
+    def _refuse(self, request: Request, error: InvalidRequestError) -> None:
+        self._send(Events([TokenEvent(id=request.id, finish=FinishReason.ERROR, error=error.message)]))
 
 
 def watch_parent(stdin: IO[bytes], gone: threading.Event) -> None:
