@@ -285,3 +285,20 @@ def test_longest_prefix_first_prefers_cached_prompts_until_others_have_waited_to
     entries[0].queued_step = -1
     assert order(9) == ["0", "1", "3", "2"]
     assert order(10) == ["0", "1", "2", "3"]
+
+
+def test_prompt_tokens_are_counted_with_what_was_cached_of_them_when_a_row_is_given() -> None:
+    engine = simulated_engine(max_running_requests=2, num_pages=8)
+    prompt = prompts(1, 12, 12)[0]
+    for i in range(4):
+        engine.add(request(str(i), prompt, max_tokens=12))
+    assert engine.stats().prompt_tokens == 0
+    seen = set()
+    while engine.has_work:
+        engine.step()
+        stats = engine.stats()
+        assert stats.cached_prompt_tokens <= stats.prompt_tokens
+        seen.add(stats.prompt_tokens)
+    assert seen >= {24, 48}
+    assert stats.retracted
+    assert (stats.prompt_tokens, stats.cached_prompt_tokens) == (48, 3 * 8)

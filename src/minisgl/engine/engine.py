@@ -14,7 +14,7 @@ from minisgl.engine.policy import make_policy
 from minisgl.engine.scheduler import Scheduler
 from minisgl.engine.table import Entry, RequestTable
 from minisgl.errors import EngineDeadError, InvalidRequestError
-from minisgl.types import EngineStats, FinishReason, ModelInfo, Request, TokenEvent
+from minisgl.types import EngineStats, ModelInfo, Request, TokenEvent
 
 
 class Engine:
@@ -81,7 +81,6 @@ class Engine:
             constraint=constraint,
         )
         self._arrivals += 1
-        self._prompt_tokens += len(request.prompt)
         self.scheduler.add(entry)
 
     def abort(self, ids: Iterable[str]) -> None:
@@ -124,7 +123,13 @@ class Engine:
         self.executor.launch(plan)
         self._launched.append(plan)
         if plan.init is not None:
-            self.admitted = [self.table.entry(slot).request.id for slot in plan.init.slots.tolist()]
+            entries = [self.table.entry(slot) for slot in plan.init.slots.tolist()]
+            self.admitted = [entry.request.id for entry in entries]
+            for entry in entries:
+                if not entry.counted:
+                    entry.counted = True
+                    self._prompt_tokens += len(entry.request.prompt)
+                    self._cached_tokens += entry.cached_tokens
         if len(self._launched) > 1:
             self._take_in()
         if len(plan.constrained_slots):
@@ -139,10 +144,7 @@ class Engine:
         self._events += self.scheduler.commit(oldest, self.executor.collect())
 
     def _count(self, events: list[TokenEvent]) -> None:
-        for event in events:
-            self._generated_tokens += len(event.tokens)
-            if event.finish is not None and event.finish is not FinishReason.ABORT:
-                self._cached_tokens += event.cached_tokens
+        self._generated_tokens += sum(len(event.tokens) for event in events)
 
     def stats(self) -> EngineStats:
         """The counts of this moment."""

@@ -36,8 +36,8 @@ class Entry:
     """
 
     __slots__ = (
-        "arrival", "cached_tokens", "constraint", "limit", "prompt_scores", "queued_step", "request", "scored", "seed",
-        "slot", "stop_ids", "tokens",
+        "arrival", "cached_tokens", "constraint", "counted", "limit", "prompt_scores", "queued_step", "request", "scored",
+        "seed", "slot", "stop_ids", "tokens",
     )  # fmt: skip
 
     def __init__(
@@ -64,6 +64,7 @@ class Entry:
         self.scored = 0
         self.cached_tokens = -1
         self.slot = -1
+        self.counted = False
 
     @property
     def rank(self) -> tuple[int, int]:
