@@ -36,8 +36,8 @@ class Entry:
     """
 
     __slots__ = (
-        "arrival", "cached_tokens", "constraint", "counted", "limit", "prompt_scores", "queued_step", "request", "scored",
-        "seed", "slot", "stop_ids", "tokens",
+        "arrival", "cached_tokens", "constraint", "counted", "limit", "prompt_scores", "queued_step", "request",
+        "scored", "seed", "slot", "stop_ids", "tokens",
     )  # fmt: skip
 
     def __init__(
