@@ -17,7 +17,7 @@ from minisgl.engine.local import build_local_executor
 SECONDS = 240
 
 
-@pytest.mark.parametrize(("model", "size"), [("qwen3", 2), ("qwen3-moe", 2), ("llama-biased", 2)])
+@pytest.mark.parametrize(("model", "size"), [("qwen3-moe", 2), ("llama-biased", 2)])
 def test_fused_ranks_say_what_one_device_says(tmp_path: Path, model: str, size: int) -> None:
     torch.set_num_threads(1)
     alone = build_local_executor(config(), NOWHERE, SPECS[model], MAX_SEQ_LEN)

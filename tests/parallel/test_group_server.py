@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import openai
@@ -22,6 +24,19 @@ def client(url: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
 
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder for temporary files of the processes of a test, with a path short enough for sockets."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        yield Path(folder)
+
+
+def folders(temporary: Path) -> list[Path]:
+    """Where groups have their sockets."""
+    return list(temporary.glob("minisgl-ranks-*"))
+
+
 def long_stream(url: str) -> openai.Stream[openai.types.Completion]:
     model = client(url).models.list().data[0].id
     stream = client(url).completions.create(
@@ -31,7 +46,7 @@ def long_stream(url: str) -> openai.Stream[openai.types.Completion]:
     return stream
 
 
-def test_a_rank_killed_mid_stream_fails_every_answer_and_leaves_nobody(tmp_path: Path) -> None:
+def test_a_rank_killed_mid_stream_fails_every_answer_and_leaves_nobody(tmp_path: Path, temporary: Path) -> None:
     save_model(tmp_path)
     with server("--model", str(tmp_path), "--tp", "2") as (process, url):
         everyone = descendants(process.pid)
@@ -46,6 +61,7 @@ def test_a_rank_killed_mid_stream_fails_every_answer_and_leaves_nobody(tmp_path:
         assert process.wait(BOUND) != 0
         assert time.monotonic() - started < BOUND
         wait_until_gone(everyone)
+        assert folders(temporary) == []
 
 
 def test_an_idle_server_ends_with_its_rank(tmp_path: Path) -> None:
@@ -57,14 +73,16 @@ def test_an_idle_server_ends_with_its_rank(tmp_path: Path) -> None:
         wait_until_gone(everyone)
 
 
-def test_a_killed_server_takes_every_rank_along(tmp_path: Path) -> None:
+def test_a_killed_server_takes_every_rank_along(tmp_path: Path, temporary: Path) -> None:
     save_model(tmp_path)
     with server("--model", str(tmp_path), "--tp", "2") as (process, _):
         everyone = descendants(process.pid)
         assert len(everyone) == 2
+        assert len(folders(temporary)) == 1
         process.kill()
         process.wait()
         wait_until_gone(everyone)
+        assert folders(temporary) == []
 
 
 def test_ranks_that_torchrun_starts_answer_as_one_does(tmp_path: Path) -> None:

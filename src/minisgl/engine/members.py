@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import subprocess
@@ -30,11 +31,17 @@ HEARTBEAT_MS = 2000
 SILENCE_MS = 15_000
 """A host that says nothing for so long is gone; between processes of one host the kernel says so at once."""
 
+MAX_FOLDER = 70
+"""Characters; the path of a Unix socket has at most 107."""
+
 log = logging.getLogger(__name__)
 
 
 class RankStart(msgspec.Struct, frozen=True):
-    """The line on the stdin of a rank that was started here; its end means that rank 0 is gone."""
+    """The line on the stdin of a rank that was started here; its end means that rank 0 is gone.
+
+    `folder` holds what they met by: who is left behind removes it.
+    """
 
     rank: int
     size: int
@@ -42,6 +49,7 @@ class RankStart(msgspec.Struct, frozen=True):
     rendezvous: str
     plans: str
     word: str
+    folder: str
 
 
 class Members:
@@ -85,7 +93,8 @@ class Members:
 
         The sockets lie in a folder that only this user can enter. `device` is "cpu" or "cuda".
         """
-        folder = Path(tempfile.mkdtemp(prefix="minisgl-ranks-", dir="/tmp"))
+        base = tempfile.gettempdir()
+        folder = Path(tempfile.mkdtemp(prefix="minisgl-ranks-", dir=base if len(base) <= MAX_FOLDER else "/tmp"))
         members = cls(size, f"ipc://{folder}/*")
         members._folder = folder
         rendezvous = f"file://{folder}/meeting"
@@ -98,12 +107,13 @@ class Members:
                     rendezvous=rendezvous,
                     plans=plans,
                     word=members.addresses[-1],
+                    folder=str(folder),
                 )
-                process = subprocess.Popen(RANK_COMMAND, stdin=subprocess.PIPE, start_new_session=True)
+                process = subprocess.Popen(RANK_COMMAND, stdin=subprocess.PIPE, bufsize=0, start_new_session=True)
                 members._processes.append(process)
                 assert process.stdin is not None
-                process.stdin.write(msgspec.json.encode(line) + b"\n")
-                process.stdin.flush()
+                with contextlib.suppress(BrokenPipeError):  # it has ended: `wait` says how
+                    process.stdin.write(msgspec.json.encode(line) + b"\n")
             members.wait()
         except BaseException:
             members.close(at_once=True)
@@ -180,6 +190,9 @@ class Members:
         for box in self._outboxes:
             box.disable_monitor()
         self._context.destroy(linger=0 if self._processes or at_once else int(STOP_SECONDS * 1000))
+        self._remove_folder()
+
+    def _remove_folder(self) -> None:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -210,15 +223,19 @@ class Members:
                 self._fail(kind(f"rank {rank} of {self.size}: {error}"))
 
     def _fail(self, failure: MinisglError) -> None:
-        if self._closing.is_set():
+        """A rank is gone: end the others, which may wait for it in a collective for ever, and let everybody know.
+
+        That comes last: who knows may end this process at once.
+        """
+        if self._closing.is_set() or self._failure is not None:
             return
-        with self._changed:
-            if self._failure is not None:
-                return
-            self._failure = failure
-            self._changed.notify_all()
         log.error("%s", failure.message)
-        for process in self._processes:  # the others may wait for it in a collective for ever
+        for process in self._processes:
             process.kill()
-        for callback in self._when_gone:
+        self._remove_folder()
+        with self._changed:
+            self._failure = failure
+            callbacks = list(self._when_gone)
+            self._changed.notify_all()
+        for callback in callbacks:
             callback()

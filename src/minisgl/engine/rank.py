@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import shutil
 import signal
 import sys
 import threading
@@ -171,6 +172,7 @@ def main() -> int:
     def follow_parent() -> None:
         while os.read(sys.stdin.fileno(), 1):  # not through the buffer, whose lock would be held at the normal end
             pass
+        shutil.rmtree(start.folder, ignore_errors=True)
         os._exit(1)
 
     threading.Thread(target=follow_parent, daemon=True).start()
