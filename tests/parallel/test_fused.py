@@ -23,10 +23,11 @@ def test_fused_ranks_say_what_one_device_says(tmp_path: Path, model: str, size: 
     alone = build_local_executor(config(), NOWHERE, SPECS[model], MAX_SEQ_LEN)
     expected = [answer.tokens for answer in generate(alone, SPECS[model], config(), count=8)]
     command = [sys.executable, "-m", "helpers.shared_ranks"]
+    here = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
     ranks = [
         subprocess.Popen(
             [*command, str(rank), str(size), str(tmp_path), model],
-            stdout=subprocess.PIPE, text=True, env={**os.environ, "TRITON_INTERPRET": "1"},
+            stdout=subprocess.PIPE, text=True, env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": here},
         )
         for rank in range(size)
     ]  # fmt: skip
