@@ -19,7 +19,7 @@ from helpers.serving import CHAT_TEMPLATE
 from helpers.tiny_tokenizers import write_tokenizer
 from minisgl.errors import InvalidRequestError, MinisglError, ModelError
 from minisgl.server import tokenizer_pool
-from minisgl.server.errors import TokenizerDeadError
+from minisgl.server.errors import OverloadedError, TokenizerDeadError
 from minisgl.server.prepared import Converted, Kind, Prepared
 from minisgl.server.tokenizer_messages import TokenizerSetup
 from minisgl.server.tokenizer_pool import TokenizerPool
@@ -134,7 +134,7 @@ def test_processes_prepare_what_threads_do(setup: TokenizerSetup) -> None:
 
 def test_many_at_once_are_shared_and_each_gets_its_own(setup: TokenizerSetup) -> None:
     async def check(pool: TokenizerPool) -> None:
-        bodies = [body_of({"prompt": [i + 1] * (i + 1), "priority": i}) for i in range(60)]
+        bodies = [body_of({"prompt": [i + 1] * (i + 1), "priority": i}) for i in range(16)]
         outcomes = asyncio.gather(*(pool.prepare("completion", body) for body in bodies))
         await asyncio.sleep(0)
         assert [len(worker.held) for worker in pool.workers] == [4, 4]
@@ -164,6 +164,21 @@ def test_what_a_killed_process_held_fails_and_the_rest_goes_on(setup: TokenizerS
         assert victim not in pool.workers
 
     with_pool(setup, 2, check)
+
+
+def test_no_more_wait_than_may_be_live(setup: TokenizerSetup) -> None:
+    async def check(pool: TokenizerPool) -> None:
+        (worker,) = pool.workers
+        os.kill(worker.pid, signal.SIGSTOP)
+        body = body_of({"prompt": "hello"})
+        jobs = [asyncio.create_task(pool.prepare("tokenize", body)) for _ in range(4 + setup.max_live)]
+        await asyncio.sleep(0)
+        with pytest.raises(OverloadedError, match="8 requests wait to be tokenised"):
+            await pool.prepare("tokenize", body)
+        os.kill(worker.pid, signal.SIGCONT)
+        assert len(await asyncio.gather(*jobs)) == 12
+
+    with_pool(setup, 1, check)
 
 
 def test_a_process_that_goes_on_after_a_stop_loses_nothing(setup: TokenizerSetup) -> None:

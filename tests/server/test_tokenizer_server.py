@@ -72,9 +72,14 @@ def test_sigkill_of_a_tokenizer_fails_what_it_held_and_nothing_else(tmp_path: Pa
             assert ask(url, prompt="hello there") == (200, "length")
             assert httpx.get(f"{url}/health").status_code == 200
             assert {future.result(20) for future in running} == {(200, "length")}
+            page = httpx.get(f"{url}/metrics").text
+            assert f'request_rejected_total{{model_name="stub",reason="tokenizer_unavailable"}} {len(failed)}.0' in page
+            assert 'num_requests_preparing{model_name="stub"} 0.0' in page
         while len(children(process.pid)) < 3:
             time.sleep(0.02)
         assert tokenizers[0] not in children(process.pid)
+        while 'tokenizer_processes{model_name="stub"} 2.0' not in httpx.get(f"{url}/metrics").text:
+            time.sleep(0.02)
         assert httpx.get(f"{url}/health").json()["running"] == 0
         every = children(process.pid)
         process.terminate()

@@ -56,7 +56,7 @@ def make_admin_router(api: Api, setup: Setup) -> APIRouter:
     """The operator's endpoints of one server."""
     router = APIRouter()
     service = api.service
-    registry = make_registry(service, api.model.name)
+    registry = make_registry(service, api.model.name, lambda: api.preparer.num_processes)
 
     @router.get("/health", **described("health"))
     async def health() -> Response:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from minisgl.errors import InvalidRequestError, UnsupportedParameterError
+from minisgl.server.errors import RetryLaterError
 from minisgl.server.preparation import Preparation
 from minisgl.server.prepared import Converted, Kind, Prepared
 from minisgl.server.service import EngineService
@@ -17,7 +18,11 @@ from minisgl.types import Grammar, ModelInfo
 
 
 class Preparer(Protocol):
-    """Does what `Preparation` does, off the event loop."""
+    """Does what `Preparation` does, off the event loop. `num_processes` of its own are ready."""
+
+    @property
+    def num_processes(self) -> int:
+        """Processes that do nothing else."""
 
     async def prepare(self, kind: Kind, body: bytes) -> Prepared | Converted:
         """What a body asks for; raises InvalidRequestError."""
@@ -31,6 +36,7 @@ class ThreadPreparer:
 
     def __init__(self, preparation: Preparation) -> None:
         self._preparation = preparation
+        self.num_processes = 0
 
     async def prepare(self, kind: Kind, body: bytes) -> Prepared | Converted:
         """What a body asks for; raises InvalidRequestError."""
@@ -71,7 +77,7 @@ class Api:
 
     async def prepare(self, kind: Kind, body: bytes) -> Prepared:
         """A request that generates; raises InvalidRequestError."""
-        prepared = await self.preparer.prepare(kind, body)
+        prepared = await self._prepare(kind, body)
         assert isinstance(prepared, Prepared)
         grammar = prepared.requests[0].params.grammar
         if grammar is not None:
@@ -80,9 +86,20 @@ class Api:
 
     async def convert(self, kind: Kind, body: bytes) -> bytes:
         """The JSON that answers a request that generates nothing; raises InvalidRequestError."""
-        converted = await self.preparer.prepare(kind, body)
+        converted = await self._prepare(kind, body)
         assert isinstance(converted, Converted)
         return converted.json
+
+    async def _prepare(self, kind: Kind, body: bytes) -> Prepared | Converted:
+        metrics = self.service.metrics
+        metrics.preparing += 1
+        try:
+            return await self.preparer.prepare(kind, body)
+        except RetryLaterError as error:
+            metrics.on_rejected(str(error.code))
+            raise
+        finally:
+            metrics.preparing -= 1
 
     def require_grammar(self, grammar: Grammar, param: str | None) -> None:
         """Raise InvalidRequestError for a grammar that cannot be enforced; errors name `param`, where it comes from."""

@@ -59,7 +59,9 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True, tag="refused"):
     @classmethod
     def of(cls, error: MinisglError) -> Refused:
         """The parts of an error."""
-        return cls(status=error.status, error_type=error.type, code=error.code, message=error.message, param=error.param)
+        return cls(
+            status=error.status, error_type=error.type, code=error.code, message=error.message, param=error.param
+        )
 
     def error(self) -> MinisglError:
         """An error of these parts."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 
 from minisgl.errors import ModelError
 from minisgl.server.child import describe_status
-from minisgl.server.errors import TokenizerDeadError, internal_error
+from minisgl.server.errors import OverloadedError, TokenizerDeadError, internal_error
 from minisgl.server.prepared import Converted, Kind, Prepared
 from minisgl.server.tokenizer_messages import (
     JOBS_EACH,
@@ -64,13 +64,20 @@ class TokenizerPool:
         return pool
 
     async def prepare(self, kind: Kind, body: bytes) -> Prepared | Converted:
-        """What a body asks for; raises InvalidRequestError or TokenizerDeadError."""
+        """What a body asks for; raises InvalidRequestError, OverloadedError or TokenizerDeadError."""
+        if len(self._pending) >= self._setup.max_live:
+            raise OverloadedError(f"{len(self._pending)} requests wait to be tokenised; try again later", RETRY_SECONDS)
         job = PendingJob(kind, body)
         self._pending.append(job)
         self._hand_out()
         if not self.workers:
             self._fail_later((job,))
         return await job.outcome
+
+    @property
+    def num_processes(self) -> int:
+        """Processes that are ready."""
+        return len(self.workers)
 
     def check(self) -> None:
         """Raise TokenizerDeadError while there is no process."""
