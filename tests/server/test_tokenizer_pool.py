@@ -197,6 +197,18 @@ def test_a_process_that_goes_on_after_a_stop_loses_nothing(setup: TokenizerSetup
     with_pool(setup, 1, check)
 
 
+def test_closing_ends_a_process_that_does_not_react(setup: TokenizerSetup) -> None:
+    async def check(pool: TokenizerPool) -> None:
+        os.kill(pool.workers[0].pid, signal.SIGSTOP)
+        jobs = [asyncio.create_task(pool.prepare("tokenize", body_of({"prompt": "hello"}))) for _ in range(6)]
+        await asyncio.sleep(0)
+        await pool.close()
+        outcomes = await asyncio.gather(*jobs, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [TokenizerDeadError] * 6
+
+    with_pool(setup, 1, check)
+
+
 def test_with_no_process_left_requests_fail_and_the_next_process_serves(
     setup: TokenizerSetup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,6 +48,7 @@ class TokenizerPool:
         self._command = command
         self._pending: deque[PendingJob] = deque()
         self._closing = False
+        self._stopping: set[asyncio.Task[int]] = set()
         loop = asyncio.get_running_loop()
         self._started: list[asyncio.Future[None]] = [loop.create_future() for _ in range(size)]
         self._tasks = [asyncio.create_task(self._keep(started)) for started in self._started]
@@ -90,6 +91,7 @@ class TokenizerPool:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._stopping)
         fail(self._pending, "the server is shutting down")
         for started in self._started:
             if started.done() and not started.cancelled():
@@ -120,16 +122,19 @@ class TokenizerPool:
         try:
             async for message in worker.messages():
                 self._take(worker, message, started)
-                served = served or worker in self.workers
         except Exception:
             logger.exception("what a tokenizer process says cannot be read")
         finally:
-            if served:
+            if worker in self.workers:
+                served = True
                 self.workers.remove(worker)
             fail(worker.held.values(), "the tokenizer process ended; the request may be tried again")
             if not self.workers:
                 self._fail_later(self._pending)
-            status = await worker.stop()
+            stopping = asyncio.create_task(worker.stop())
+            self._stopping.add(stopping)
+            stopping.add_done_callback(self._stopping.discard)
+            status = await asyncio.shield(stopping)  # `close` may come in between
         return served, status
 
     def _take(self, worker: TokenizerWorker, message: FromTokenizer, started: asyncio.Future[None]) -> None:
