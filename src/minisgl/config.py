@@ -128,6 +128,9 @@ class Config:
     max_queued_tokens: int | None = setting(
         None, "--max-queued-tokens", help="prompt tokens that may wait for their first token; more get 429"
     )
+    num_tokenizer: int = setting(
+        0, "--num-tokenizer", help="processes that template and tokenise requests; 0: threads of the API process"
+    )
     request_timeout: float | None = setting(
         None, "--request-timeout", help="seconds a request may take, queue included; then it ends with 504"
     )
@@ -251,6 +254,7 @@ def check(config: Config) -> None:
     need(config.tp >= 1, "tp", "at least 1")
     need(config.memory_ratio is None or 0.0 < config.memory_ratio <= 1.0, "memory_ratio", "in (0, 1]")
     need(config.cuda_graph_max_bs is None or config.cuda_graph_max_bs >= 0, "cuda_graph_max_bs", "at least 0")
+    need(0 <= config.num_tokenizer <= 64, "num_tokenizer", "between 0 and 64")
     need(0 <= config.port < 65536, "port", "between 0 and 65535")
     for name in ("request_timeout", "write_timeout"):
         value = getattr(config, name)

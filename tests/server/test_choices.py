@@ -7,7 +7,7 @@ import pytest
 
 from helpers.serving import MODEL, Serving, serve_and
 from helpers.stub_engine import scored
-from minisgl.server.api import nth_seed
+from minisgl.server.preparation import nth_seed
 
 USER: list[Any] = [{"role": "user", "content": "hello"}]
 TEXT = "/v1/completions"

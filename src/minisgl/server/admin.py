@@ -56,11 +56,12 @@ def make_admin_router(api: Api, setup: Setup) -> APIRouter:
     """The operator's endpoints of one server."""
     router = APIRouter()
     service = api.service
-    registry = make_registry(service, api.model.name)
+    registry = make_registry(service, api.model.name, lambda: api.preparer.num_processes)
 
     @router.get("/health", **described("health"))
     async def health() -> Response:
-        """200 when the engine answers between two of its steps, 503 when it does not."""
+        """200 when the engine answers between two of its steps and prompts can be tokenised, else 503."""
+        api.preparer.check()
         stats = await service.ping(api.health_timeout)
         return json_response(Health(running=stats.running, waiting=stats.waiting))
 
@@ -71,6 +72,7 @@ def make_admin_router(api: Api, setup: Setup) -> APIRouter:
             raise service.dead
         if service.draining:
             raise DrainingError("the server is shutting down", DRAIN_RETRY_SECONDS)
+        api.preparer.check()
         return json_response(IsReady())
 
     @router.get("/version", **described("version"))

@@ -11,13 +11,13 @@ from typing import Any, Literal
 import msgspec
 
 from minisgl.server.generation import Generation, Piece
+from minisgl.server.prepared import Wanted
 from minisgl.server.responses import ChatChoice, ChunkChoice, Result, TextChoice, Usage, sse
-from minisgl.server.sampling import Sampling
 from minisgl.server.streaming import Chunks
 
 
 class Answer(abc.ABC):
-    """One answer, as `request` wants it. Without usage in a stream the field is absent, else null in all but the last.
+    """One answer, as it is `wanted`. Without usage in a stream the field is absent, else null in all but the last.
 
     With `continuous_usage` every chunk has it.
     """
@@ -25,11 +25,11 @@ class Answer(abc.ABC):
     whole_object: Literal["chat.completion", "text_completion"]
     chunk_object: Literal["chat.completion.chunk", "text_completion"]
 
-    def __init__(self, generation: Generation, model: str, request: Sampling) -> None:
+    def __init__(self, generation: Generation, model: str, wanted: Wanted) -> None:
         self.generation = generation
         self.model = model
-        self.include_usage = request.include_usage
-        self.continuous_usage = request.continuous_usage
+        self.include_usage = wanted.include_usage
+        self.continuous_usage = wanted.continuous_usage
         self.id = generation.choices[0].request.id.rpartition("-")[0]
         self.created = int(time.time())
 

@@ -11,7 +11,7 @@ from minisgl.server.answers import Answer
 from minisgl.server.generation import Choice, Generation, Piece
 from minisgl.server.logprobs import LogprobWriter, Scored
 from minisgl.server.parts import CallArguments, CallBroken, CallEnd, CallStart, Content, Part, Reasoning
-from minisgl.server.protocol import ChatRequest
+from minisgl.server.prepared import Wanted
 from minisgl.server.reading import Reading
 from minisgl.server.responses import (
     AssistantMessage,
@@ -32,11 +32,11 @@ class ChatAnswer(Answer):
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, generation: Generation, model: str, request: ChatRequest, reading: Reading) -> None:
-        super().__init__(generation, model, request)
+    def __init__(self, generation: Generation, model: str, wanted: Wanted, reading: Reading) -> None:
+        super().__init__(generation, model, wanted)
         self.reading = reading
-        writer = LogprobWriter(generation.tokenizer, bool(request.return_tokens_as_token_ids))
-        self._logprobs = writer if request.logprobs else None
+        writer = LogprobWriter(generation.tokenizer, wanted.token_ids)
+        self._logprobs = writer if wanted.logprobs else None
         self._streams = [ChoiceStream(choice, reading, self._logprobs) for choice in generation.choices]
 
     def whole_choices(self) -> list[ChatChoice]:

@@ -53,6 +53,12 @@ class QueueFullError(RetryLaterError):
     code = "queue_full"
 
 
+class TokenizerDeadError(RetryLaterError):
+    """The process that prepared the request ended, or there is none; another one is being started."""
+
+    code = "tokenizer_unavailable"
+
+
 class DrainingError(RetryLaterError):
     """The server finishes what it has and takes nothing new."""
 

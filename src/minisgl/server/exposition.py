@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -52,11 +52,12 @@ COUNTERS = (
 
 
 class ServiceCollector(Collector):
-    """Reads a service's counts when it is asked; nothing is kept here."""
+    """Reads a service's counts, and how many tokenizer processes there are, when it is asked; nothing is kept here."""
 
-    def __init__(self, service: EngineService, model: str) -> None:
+    def __init__(self, service: EngineService, model: str, tokenizers: Callable[[], int]) -> None:
         self.service = service
         self.model = model
+        self.tokenizers = tokenizers
 
     def collect(self) -> Iterator[Metric]:
         """Every metric of this moment; the engine's are those of its last answer."""
@@ -76,6 +77,8 @@ class ServiceCollector(Collector):
         yield gauge("kv_cache_owned_perc", "share of the KV pages no other may have", share(held, stats.pages_total))
         yield gauge("num_requests_queued", "requests without their first token", service.queue.requests)
         yield gauge("num_queued_tokens", "prompt tokens of requests without their first token", service.queue.tokens)
+        yield gauge("num_requests_preparing", "requests that are being tokenised", metrics.preparing)
+        yield gauge("tokenizer_processes", "tokenizer processes that are ready", self.tokenizers())
         yield gauge("engine_up", "1 while the engine lives", float(service.dead is None))
         for name, attribute, text in COUNTERS:
             counter = CounterMetricFamily(PREFIX + name, text, labels=labels)
@@ -120,10 +123,10 @@ def buckets(histogram: Histogram) -> list[tuple[str, float]]:
     return found
 
 
-def make_registry(service: EngineService, model: str) -> CollectorRegistry:
+def make_registry(service: EngineService, model: str, tokenizers: Callable[[], int]) -> CollectorRegistry:
     """A registry of its own with the service's metrics and those of this process."""
     registry = CollectorRegistry()
-    registry.register(ServiceCollector(service, model))
+    registry.register(ServiceCollector(service, model, tokenizers))
     ProcessCollector(registry=registry)
     return registry
 

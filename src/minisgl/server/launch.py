@@ -86,26 +86,33 @@ async def serve_engine(
     from minisgl.server.door import with_door
     from minisgl.server.http import HttpServer, serve_http
     from minisgl.server.status import report_status
-    from minisgl.tokenizer.standin import make_standin
+    from minisgl.server.tokenizer_messages import TokenizerSetup
+    from minisgl.server.tokenizer_pool import TokenizerPool
     from minisgl.tokenizer.tokenizer import Tokenizer
 
-    folder = Path(ready.folder)
-    if config.dummy_weight and not Tokenizer.exists(folder):
-        tell(f"{folder} has no tokenizer: text is bytes, and any other token reads as its number")
-        tokenizer = make_standin(ready.model.vocab_size)
-    else:
-        tokenizer = Tokenizer.load(folder)
     model = ready.model
     if config.served_model_name:
         model = msgspec.structs.replace(model, name=config.served_model_name[0])
+    tokenizing = TokenizerSetup(
+        model=model,
+        folder=ready.folder,
+        standin=config.dummy_weight and not Tokenizer.exists(Path(ready.folder)),
+        max_live=engine.service.max_live,
+        names=config.served_model_name,
+        log_level=config.log_level,
+    )
+    if tokenizing.standin:
+        tell(f"{ready.folder} has no tokenizer: text is bytes, and any other token reads as its number")
+    tokenizer = tokenizing.tokenizer()
+    pool = await TokenizerPool.start(tokenizing, config.num_tokenizer) if config.num_tokenizer else None
 
     def on_listening() -> None:
         announce(config, address(listener, config), ready.notes, model.name, tokenizer.has_chat_template, started)
 
-    grammars = GrammarCompiler(folder, model.vocab_size, model.eos_token_ids)
-    check = grammars.check if Tokenizer.exists(folder) else None
+    grammars = GrammarCompiler(Path(ready.folder), model.vocab_size, model.eos_token_ids)
+    check = None if tokenizing.standin else grammars.check
     setup = Setup(config, ready.notes, ready.folder)
-    app = create_app(engine.service, model, tokenizer, setup=setup, check_grammar=check)
+    app = create_app(engine.service, model, tokenizer, setup=setup, check_grammar=check, preparer=pool)
     server = HttpServer(with_door(app, engine.service.metrics, config), on_listening, config)
     status = asyncio.create_task(report_status(engine.service))
     try:
@@ -113,6 +120,8 @@ async def serve_engine(
     finally:
         status.cancel()
         grammars.close()
+        if pool is not None:
+            await pool.close()
 
 
 @contextlib.contextmanager

@@ -71,6 +71,8 @@ class Metrics:
         self.finished: dict[str, int] = dict.fromkeys(("stop", "length", "abort", "timeout", "error"), 0)
         self.rejected: dict[str, int] = {}
         self.responses: dict[tuple[str, str, int], int] = {}
+        self.preparing = 0
+        """Requests that are being tokenised."""
 
     def on_admitted(self, live: Live, now: float) -> None:
         """A request has a row in the engine; only the first time counts."""
@@ -103,7 +105,7 @@ class Metrics:
                 self.time_per_output_token.observe((live.last - live.first) / (live.tokens - 1))
 
     def on_rejected(self, code: str) -> None:
-        """A request was turned away: too much is waiting, or the server is going down."""
+        """A request was turned away: too much is waiting, or what it needs is gone or going down."""
         self.rejected[code] = self.rejected.get(code, 0) + 1
 
     def on_response(self, exchange: Exchange, route: str) -> None:

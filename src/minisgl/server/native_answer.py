@@ -11,7 +11,7 @@ import msgspec
 
 from minisgl.server.generation import Choice, Generation
 from minisgl.server.logprobs import LogprobWriter, Scored, finite
-from minisgl.server.native import GenerateRequest
+from minisgl.server.prepared import Wanted
 from minisgl.server.responses import sse
 from minisgl.server.streaming import Chunks
 from minisgl.types import FinishReason
@@ -47,9 +47,9 @@ class NativeResult(msgspec.Struct, frozen=True, kw_only=True):
 class NativeAnswer:
     """The answer to one request, alone or as a list."""
 
-    def __init__(self, generation: Generation, request: GenerateRequest) -> None:
+    def __init__(self, generation: Generation, wanted: Wanted) -> None:
         self.generation = generation
-        self.request = request
+        self.wanted = wanted
         self._writer = LogprobWriter(generation.tokenizer, False)
         self._started = time.monotonic()
         self._texts = [""] * len(generation.choices)
@@ -58,7 +58,7 @@ class NativeAnswer:
         """Generate all of it."""
         await self.generation.whole()
         results = [self._result(choice, choice.text) for choice in self.generation.choices]
-        return results if self.request.is_batch else results[0]
+        return results if self.wanted.is_batch else results[0]
 
     async def chunks(self) -> Chunks:
         """Generate it piece by piece, as server-sent events."""
@@ -70,7 +70,7 @@ class NativeAnswer:
                 yield b"".join(events)
 
     def _result(self, choice: Choice, text: str) -> NativeResult:
-        asked = self.request
+        asked = self.wanted
         meta = NativeMeta(
             id=choice.request.id,
             finish_reason=finish_of(choice),
@@ -79,11 +79,11 @@ class NativeAnswer:
             cached_tokens=choice.cached_tokens,
             e2e_latency=round(time.monotonic() - self._started, 6),
         )
-        if asked.return_logprob:
+        if asked.logprobs:
             meta = msgspec.structs.replace(
                 meta,
                 output_token_logprobs=self._entries(choice.scored),
-                output_top_logprobs=self._tops(choice.scored) if asked.top_logprobs_num else msgspec.UNSET,
+                output_top_logprobs=self._tops(choice.scored) if asked.top_logprobs else msgspec.UNSET,
             )
         if (start := asked.prompt_logprobs_from) is not None:
             prompt = [
@@ -93,13 +93,13 @@ class NativeAnswer:
             meta = msgspec.structs.replace(
                 meta,
                 input_token_logprobs=self._entries(prompt),
-                input_top_logprobs=self._tops(prompt) if asked.top_logprobs_num else msgspec.UNSET,
+                input_top_logprobs=self._tops(prompt) if asked.top_logprobs else msgspec.UNSET,
             )
-        index = choice.index if self.request.is_batch else msgspec.UNSET
+        index = choice.index if self.wanted.is_batch else msgspec.UNSET
         return NativeResult(text=text, output_ids=list(choice.token_ids), meta_info=meta, index=index)
 
     def _text(self, token: int) -> str | None:
-        return self._writer.text(token) if self.request.return_text_in_logprobs else None
+        return self._writer.text(token) if self.wanted.logprob_texts else None
 
     def _entries(self, scored: Iterable[Scored]) -> list[TokenEntry]:
         return [(None if f is None else finite(f.logprob), token, self._text(token)) for token, f, _ in scored]

@@ -59,7 +59,7 @@ ERRORS: Mapping[int, str] = {
     431: "The headers are too large.",
     499: "The operator ended the request.",
     500: "A fault of the server; its log says more.",
-    503: "The engine is gone, the server is shutting down, or too many requests are live.",
+    503: "The engine or a tokenizer is gone, the server is shutting down, or too many requests are live.",
     504: "The request took longer than the server allows.",
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any, Protocol
 
 from fastapi import APIRouter
@@ -15,10 +14,10 @@ from minisgl.server.errors import BODY_LIMIT, BodyTooLargeError
 from minisgl.server.generation import Generation
 from minisgl.server.native_answer import NativeAnswer
 from minisgl.server.openapi import described
+from minisgl.server.prepared import Prepared
 from minisgl.server.responses import ModelCard, ModelList, json_response
 from minisgl.server.streaming import Chunks, stream_response, unless_disconnected
 from minisgl.server.text_answer import TextAnswer
-from minisgl.server.tokens import detokenize, tokenize
 from minisgl.server.unsupported import add_unsupported
 
 DRAIN_LIMIT = 4 * BODY_LIMIT
@@ -50,7 +49,7 @@ async def read_body(request: Request) -> bytes:
     return b"".join(parts)
 
 
-async def respond(request: Request, stream: bool | None, answer: AnyAnswer) -> Response:
+async def respond(request: Request, stream: bool, answer: AnyAnswer) -> Response:
     """The answer as the request wants it, whole or streamed. The requests end when the client leaves."""
     if stream:
         return await stream_response(request, answer.chunks())
@@ -61,39 +60,45 @@ def make_router(api: Api) -> APIRouter:
     """The endpoints of one served model."""
     router = APIRouter()
 
+    def generation(asked: Prepared) -> Generation:
+        return Generation(
+            api.service,
+            api.tokenizer,
+            asked.requests,
+            copies=asked.wanted.copies,
+            keep=asked.reading.keep,
+            hidden=asked.wanted.hidden,
+        )
+
     @router.post("/v1/chat/completions", **described("chat"))
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation."""
-        raw = await read_body(request)
-        body, requests, reading = await asyncio.to_thread(api.prepare_chat, raw)
-        generation = Generation(api.service, api.tokenizer, requests, copies=body.num_choices, keep=reading.keep)
-        return await respond(request, body.stream, ChatAnswer(generation, api.model.name, body, reading))
+        asked = await api.prepare("chat", await read_body(request))
+        answer = ChatAnswer(generation(asked), api.model.name, asked.wanted, asked.reading)
+        return await respond(request, asked.wanted.stream, answer)
 
     @router.post("/v1/completions", **described("completion"))
     async def completions(request: Request) -> Response:
         """Continue one text, or several."""
-        raw = await read_body(request)
-        body, requests, echoes = await asyncio.to_thread(api.prepare_completion, raw)
-        generation = Generation(api.service, api.tokenizer, requests, copies=body.drawn, hidden=body.scores_only)
-        return await respond(request, body.stream, TextAnswer(generation, api.model.name, body, echoes))
+        asked = await api.prepare("completion", await read_body(request))
+        answer = TextAnswer(generation(asked), api.model.name, asked.wanted, asked.echoes)
+        return await respond(request, asked.wanted.stream, answer)
 
     @router.post("/generate", **described("generate"))
     async def generate(request: Request) -> Response:
         """Continue one text, or several, in SGLang's own words."""
-        raw = await read_body(request)
-        body, requests = await asyncio.to_thread(api.prepare_generate, raw)
-        generation = Generation(api.service, api.tokenizer, requests, copies=body.num_choices)
-        return await respond(request, body.stream, NativeAnswer(generation, body))
+        asked = await api.prepare("generate", await read_body(request))
+        return await respond(request, asked.wanted.stream, NativeAnswer(generation(asked), asked.wanted))
 
     @router.post("/tokenize", **described("tokenize"))
     async def tokenize_text(request: Request) -> Response:
         """The tokens of a text or of a conversation."""
-        return json_response(await asyncio.to_thread(tokenize, api, await read_body(request)))
+        return Response(await api.convert("tokenize", await read_body(request)), media_type="application/json")
 
     @router.post("/detokenize", **described("detokenize"))
     async def detokenize_tokens(request: Request) -> Response:
         """The text of tokens."""
-        return json_response(await asyncio.to_thread(detokenize, api, await read_body(request)))
+        return Response(await api.convert("detokenize", await read_body(request)), media_type="application/json")
 
     def card(name: str) -> ModelCard:
         return ModelCard(id=name, created=api.created, max_model_len=api.model.max_seq_len)
@@ -106,7 +111,7 @@ def make_router(api: Api) -> APIRouter:
     @router.get("/v1/models/{name:path}", **described("model"))
     async def get_model(name: str) -> Response:
         """The model served, by its id."""
-        api.check_model(name)
+        api.preparation.check_model(name)
         return json_response(card(name))
 
     add_unsupported(router)

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 from minisgl.server.answers import Answer
 from minisgl.server.chat_answer import finish_word
 from minisgl.server.generation import Choice, Generation, Piece
 from minisgl.server.logprobs import LogprobWriter, Scored, mean_logprob
-from minisgl.server.protocol import CompletionRequest
+from minisgl.server.prepared import Echo, Wanted
 from minisgl.server.responses import TextChoice
-
-
-@dataclasses.dataclass(frozen=True)
-class Echo:
-    """A prompt as text, and where in it the text of each of its tokens begins, in characters."""
-
-    text: str
-    starts: Sequence[int]
 
 
 class TextAnswer(Answer):
@@ -27,14 +18,12 @@ class TextAnswer(Answer):
     whole_object = "text_completion"
     chunk_object = "text_completion"
 
-    def __init__(
-        self, generation: Generation, model: str, request: CompletionRequest, echoes: Sequence[Echo] = ()
-    ) -> None:
-        super().__init__(generation, model, request)
-        self.num_choices = request.num_choices
+    def __init__(self, generation: Generation, model: str, wanted: Wanted, echoes: Sequence[Echo] = ()) -> None:
+        super().__init__(generation, model, wanted)
+        self.num_choices = wanted.num_choices
         self.echoes = echoes
-        writer = LogprobWriter(generation.tokenizer, bool(request.return_tokens_as_token_ids))
-        self._logprobs = writer if request.logprobs is not None else None
+        writer = LogprobWriter(generation.tokenizer, wanted.token_ids)
+        self._logprobs = writer if wanted.logprobs else None
         self._opened: set[int] = set()
         self._scored: dict[int, list[Scored]] = {choice.index: [] for choice in generation.choices}
 

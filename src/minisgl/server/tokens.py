@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pydantic_core
 
 from minisgl.errors import InvalidRequestError
-from minisgl.server.api import Api
 from minisgl.server.native import DetokenizeRequest, TokenizeConversation, TokenizeText
 from minisgl.server.prompts import render
+
+if TYPE_CHECKING:
+    from minisgl.server.preparation import Preparation
 
 
 class Tokens(msgspec.Struct, frozen=True, kw_only=True):
@@ -28,33 +30,33 @@ class Text(msgspec.Struct, frozen=True, kw_only=True):
     prompt: str
 
 
-def tokenize(api: Api, body: bytes) -> Tokens:
+def tokenize(preparation: Preparation, body: bytes) -> Tokens:
     """The tokens of a text or a conversation; raises InvalidRequestError."""
     asked: TokenizeConversation | TokenizeText
     if has_messages(body):
         asked = TokenizeConversation.parse(body)
         asked.check_continuation()
-        text, field = render(api.tokenizer, api.template, asked, list(asked.tools or ())), "messages"
+        text, field = render(preparation.tokenizer, preparation.template, asked, list(asked.tools or ())), "messages"
     else:
         asked = TokenizeText.parse(body)
         text, field = asked.prompt, "prompt"
-    api.check_model(asked.model)
+    preparation.check_model(asked.model)
     try:
-        ids = api.tokenizer.encode(text, asked.add_special_tokens)
+        ids = preparation.tokenizer.encode(text, asked.add_special_tokens)
     except InvalidRequestError as error:
         error.param = error.param or field
         raise
-    names = [api.tokenizer.backend.id_to_token(token) for token in ids] if asked.return_token_strs else None
-    return Tokens(count=len(ids), max_model_len=api.model.max_seq_len, tokens=ids, token_strs=names)
+    names = [preparation.tokenizer.backend.id_to_token(token) for token in ids] if asked.return_token_strs else None
+    return Tokens(count=len(ids), max_model_len=preparation.model.max_seq_len, tokens=ids, token_strs=names)
 
 
-def detokenize(api: Api, body: bytes) -> Text:
+def detokenize(preparation: Preparation, body: bytes) -> Text:
     """The text of tokens; raises InvalidRequestError."""
     asked = DetokenizeRequest.parse(body)
-    api.check_model(asked.model)
-    if any(not 0 <= token < api.model.vocab_size for token in asked.tokens):
-        raise InvalidRequestError(f"token ids must be between 0 and {api.model.vocab_size - 1}", param="tokens")
-    return Text(prompt=api.tokenizer.decode(asked.tokens, asked.skip_special_tokens))
+    preparation.check_model(asked.model)
+    if any(not 0 <= token < preparation.model.vocab_size for token in asked.tokens):
+        raise InvalidRequestError(f"token ids must be between 0 and {preparation.model.vocab_size - 1}", param="tokens")
+    return Text(prompt=preparation.tokenizer.decode(asked.tokens, asked.skip_special_tokens))
 
 
 def has_messages(body: bytes) -> bool:
