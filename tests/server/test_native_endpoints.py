@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from helpers.serving import MODEL, Serving, serve_and
+from helpers.serving import CHAT_TEMPLATE, MODEL, Serving, serve_and
 from minisgl.server.unsupported import UNSUPPORTED
 
 
@@ -97,6 +97,16 @@ def test_texts_and_conversations_are_tokenised_and_written_back(tmp_path: Path) 
     serve_and(tmp_path, check)
 
 
+def test_the_tokenizer_is_described_for_clients_that_render_themselves(tmp_path: Path) -> None:
+    async def check(server: Serving) -> None:
+        assert (await server.http.get("/tokenizer_info")).json() == {
+            "bos_token": "<s>", "eos_token": "</s>", "pad_token": None, "unk_token": None,
+            "chat_template": CHAT_TEMPLATE, "vocab_size": server.tokenizer.vocab_size, "model_max_length": 128,
+        }  # fmt: skip
+
+    serve_and(tmp_path, check)
+
+
 def test_bos_is_added_to_a_text_unless_told_otherwise(tmp_path: Path) -> None:
     async def check(server: Serving) -> None:
         with_bos = (await server.http.post("/tokenize", json={"prompt": "hi"})).json()["tokens"]
@@ -130,6 +140,19 @@ def test_the_openapi_document_describes_bodies_answers_and_errors(tmp_path: Path
         assert references <= set(schemas)
         assert "logit_bias" in schemas["ChatRequest"]["properties"]
         assert schemas["ChatRequest"]["additionalProperties"] is False
+        (event,) = (
+            content["schema"]["properties"]["data"]
+            for kind, content in paths["/v1/chat/completions"]["post"]["responses"]["200"]["content"].items()
+            if kind == "text/event-stream"
+        )
+        assert event["contentSchema"]["$ref"].split("/")[-1] in schemas
+        message = schemas["Message"]["oneOf"]
+        assert [role["required"] for role in message] == [
+            ["role", "content"],
+            ["role"],
+            ["role", "content", "tool_call_id"],
+        ]
+        assert schemas["GenerateRequest"]["oneOf"][0]["required"] == ["text"]
         for operations in paths.values():
             for operation in operations.values():
                 assert "422" not in operation["responses"]
