@@ -4,64 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import httpx
 import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
-
-@contextmanager
-def server(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server on a free port, and its URL, once it is ready."""
-    command = [sys.executable, "-m", "minisgl", "--port", "0", "--num-pages", "256", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert process.stdout is not None
-    try:
-        for line in process.stdout:
-            if match := re.search(r"is ready.*(http://\S+)/v1", line):
-                yield process, match[1]
-                break
-        else:
-            pytest.fail(f"the server ended with {process.wait()} before it was ready")
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.stdout.close()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            raise
-
-
-def children(pid: int) -> list[int]:
-    """Processes whose parent is `pid`."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                stat = (entry / "stat").read_text()
-            except OSError:
-                continue
-            if int(stat.rpartition(")")[2].split()[1]) == pid:
-                found.append(int(entry.name))
-    return found
-
-
-def alive(pid: int) -> bool:
-    """Whether the process runs; a zombie does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+from helpers.processes import alive, children, server
 
 
 @pytest.fixture(scope="module")
