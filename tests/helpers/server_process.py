@@ -32,10 +32,15 @@ except MinisglError as error:
 
 @contextmanager
 def server(
-    folder: Path, temporary: Path, mode: str = "", environ: dict[str, str] | None = None, **flags: Any
+    folder: Path,
+    temporary: Path,
+    mode: str = "",
+    environ: dict[str, str] | None = None,
+    template: str = CHAT_TEMPLATE,
+    **flags: Any,
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server that is ready, and its URL; `flags` are fields of Config."""
-    write_tokenizer(folder, template=CHAT_TEMPLATE)
+    write_tokenizer(folder, template=template)
     temporary.mkdir()
     here = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "STUB_MODE": mode, "TMPDIR": str(temporary), "PYTHONPATH": here, **(environ or {})}

@@ -1,7 +1,8 @@
 """An engine that echoes: its n-th token is the prompt's n-th, over and over. It speaks the real engine's protocol.
 
 Runs as a task beside the server under test, or as a process that is started as the real one is. There `--model` is the
-folder of the tokenizer, and the environment's STUB_MODE (`fail`, `exit`, `deaf` or nothing) says how it misbehaves.
+folder of the tokenizer, and the environment's STUB_MODE (`fail`, `exit`, `deaf` or nothing) says how it misbehaves,
+STUB_DELAY how long its steps take (s), STUB_CONTEXT how many tokens a sequence may have.
 """
 
 from __future__ import annotations
@@ -180,9 +181,10 @@ async def serve_process() -> None:
     mode = os.environ.get("STUB_MODE", "")
     if mode == "exit":
         sys.exit(3)
+    delay, context = float(os.environ.get("STUB_DELAY", "0.01")), int(os.environ.get("STUB_CONTEXT", "512"))
     tokenizer = Tokenizer.load(folder)
-    model = ModelInfo(name="stub", vocab_size=tokenizer.vocab_size, max_seq_len=512, eos_token_ids=(1,))
-    engine = StubEngine(start["to_engine"], start["from_engine"], model, folder, delay=0.01)
+    model = ModelInfo(name="stub", vocab_size=tokenizer.vocab_size, max_seq_len=context, eos_token_ids=(1,))
+    engine = StubEngine(start["to_engine"], start["from_engine"], model, folder, delay)
     engine.deaf = mode == "deaf"
     engine.die_on = tuple(tokenizer.encode(DEADLY_PROMPT))
     if mode == "fail":

@@ -1,0 +1,99 @@
+"""A session of LangChain's client for OpenAI: `python langchain_session.py BASE_URL MODEL`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any, Literal
+
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_openai import ChatOpenAI, OpenAI
+from pydantic import BaseModel, Field
+
+QUESTION = "What is the capital of France?"
+
+
+class GetWeather(BaseModel):
+    """The weather in a city."""
+
+    city: Literal["Paris", "Rome"]
+    unit: Literal["C", "F"]
+
+
+class Answer(BaseModel):
+    """An answer about a capital."""
+
+    capital: str = Field(max_length=20)
+    large: bool
+
+
+def report(step: str, seen: Any) -> None:
+    """Say what a step saw."""
+    print(json.dumps({"step": step, "seen": seen}), flush=True)
+
+
+def main(url: str, model: str) -> None:
+    """Everything that an application may do with a chat model."""
+
+    def chat(limit: int = 8, **settings: Any) -> Any:
+        return ChatOpenAI(
+            base_url=url, api_key="none", model=model, max_tokens=limit, temperature=0, max_retries=0, **settings
+        )
+
+    message = chat().invoke([SystemMessage("Be brief."), HumanMessage(QUESTION)])
+    assert message.content
+    assert message.usage_metadata["output_tokens"] <= 8
+    assert message.response_metadata["finish_reason"] in ("stop", "length")
+    report("chat", message.content)
+
+    one = chat().invoke(QUESTION).content
+    chunks = list(chat(stream_usage=True).stream(QUESTION))
+    whole = chunks[0]
+    for chunk in chunks[1:]:
+        whole += chunk
+    assert whole.content == one
+    assert whole.usage_metadata["output_tokens"] <= 8
+    report("stream", [len(chunks), whole.content])
+
+    answers = chat().batch([QUESTION, "Count to three.", "Name a colour."])
+    assert answers[0].content == one
+    assert len(answers) == 3
+    report("batch", [answer.content for answer in answers])
+
+    scored = chat(logprobs=True, top_logprobs=2).invoke(QUESTION)
+    tokens = scored.response_metadata["logprobs"]["content"]
+    assert "".join(token["token"] for token in tokens) == scored.content
+    report("logprobs", len(tokens))
+
+    bound = chat(64).bind_tools([GetWeather], tool_choice="any", parallel_tool_calls=False)
+    called = bound.invoke("How is the weather in Rome?")
+    (call,) = called.tool_calls
+    assert call["name"] == "GetWeather"
+    report("required tool", GetWeather.model_validate(call["args"]).model_dump())
+
+    pieces = None
+    for chunk in bound.stream("How is the weather in Rome?"):
+        pieces = chunk if pieces is None else pieces + chunk
+    assert pieces is not None
+    (streamed,) = pieces.tool_calls
+    assert streamed["args"] == call["args"]
+    report("streamed tool", streamed["args"])
+
+    history = [HumanMessage("How is the weather?"), called, ToolMessage("21 C", tool_call_id=call["id"])]
+    answer = chat().bind_tools([GetWeather], tool_choice="none").invoke(history)
+    assert isinstance(answer, AIMessage)
+    assert not answer.tool_calls
+    report("tool answer", answer.content)
+
+    for method in ("json_schema", "function_calling"):
+        structured = chat(64).with_structured_output(Answer, method=method).invoke(QUESTION)
+        assert isinstance(structured, Answer)
+        report(f"structured by {method}", structured.model_dump())
+
+    text = OpenAI(base_url=url, api_key="none", model=model, max_tokens=4, temperature=0, max_retries=0)
+    report("completion", text.invoke("One, two, three,"))
+    assert "".join(text.stream("One, two, three,")) == text.invoke("One, two, three,")
+    report("completion stream", True)
+
+
+main(*sys.argv[1:3])

@@ -1,0 +1,64 @@
+"""Third-party clients in an environment of their own, as `make test-clients` makes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MODEL = "smollm2-with-tools"
+CLIENT_TESTS = Path(__file__).parent.parent / "clients"
+
+
+@dataclasses.dataclass(frozen=True)
+class Clients:
+    """The environment that `make test-clients` made: Python's clients in `bin`, Node's in `node/node_modules`."""
+
+    folder: Path
+    home: Path
+
+    def run(
+        self,
+        program: str,
+        *arguments: str,
+        environ: Mapping[str, str] | None = None,
+        text: str = "",
+        seconds: float = 240,
+    ) -> str:
+        """What a program of it prints; it fails with what it said when it exits with anything but 0."""
+        path = self.folder / "bin" / program
+        command = [str(path) if path.exists() else program, *arguments]
+        environment = {**self.environment(), **(environ or {})}
+        done = subprocess.run(
+            command, env=environment, cwd=self.home, input=text, capture_output=True, text=True, timeout=seconds
+        )
+        print(done.stdout)
+        if done.returncode:
+            pytest.fail(f"{program} exits with {done.returncode}:\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}")
+        return done.stdout
+
+    def environment(self) -> dict[str, str]:
+        """A home of its own, no proxy, and no hub to be asked."""
+        return {
+            "HOME": str(self.home),
+            "PATH": os.environ["PATH"],
+            "OPENAI_API_KEY": "none",
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_OFFLINE": "1",
+            "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+            "NO_PROXY": "*",
+            "CLIENTS_NODE": str(self.folder / "node"),
+        }
+
+    def session(self, name: str, url: str) -> dict[str, Any]:
+        """Run a session's script against a server; each line that it prints says which step it did and what it saw."""
+        program = "node" if name.endswith(".mjs") else "python"
+        printed = self.run(program, str(CLIENT_TESTS / "sessions" / name), f"{url}/v1", MODEL)
+        lines = [json.loads(line) for line in printed.splitlines() if line.startswith('{"step"')]
+        return {line["step"]: line["seen"] for line in lines}
