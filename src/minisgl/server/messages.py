@@ -23,10 +23,14 @@ class TextPart(Body):
 
 
 class CalledFunction(Body):
-    """The function of a call; `arguments` is the text of a JSON object."""
+    """The function of a call; `arguments` is the text of a JSON object.
+
+    `parsed_arguments` says the same again: OpenAI's clients add it to answers that they parse, and send it back.
+    """
 
     name: str
     arguments: str
+    parsed_arguments: Any = None
 
 
 class ToolCall(Body):
@@ -39,7 +43,10 @@ class ToolCall(Body):
 
 
 class Message(Body):
-    """One turn of a conversation. `developer` is OpenAI's newer word for `system`, the one templates know."""
+    """One turn of a conversation. `developer` is OpenAI's newer word for `system`, the one templates know.
+
+    `parsed` says again what `content` says, as `parsed_arguments` does.
+    """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
@@ -47,6 +54,7 @@ class Message(Body):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    parsed: Any = None
     refusal: Annotated[Any, Neutral()] = None
     annotations: Annotated[Any, Neutral([])] = None
     audio: Annotated[Any, Neutral()] = None

@@ -17,7 +17,7 @@ from minisgl.server.native_answer import NativeResult
 from minisgl.server.protocol import ChatRequest, CompletionRequest
 from minisgl.server.reports import Aborted, AbortOrder, Flush, IsReady, ModelFacts, ServerInfo, Version
 from minisgl.server.responses import ChatChoice, ErrorBody, Health, ModelCard, ModelList, Result, TextChoice
-from minisgl.server.tokens import Text, Tokens
+from minisgl.server.tokens import Text, TokenizerInfo, Tokens
 
 REF = "#/components/schemas/"
 RESPONSE = "Response"
@@ -37,6 +37,7 @@ RESULTS: Mapping[str, Any] = {
     "generate": NativeResult,
     "tokenize": Tokens,
     "detokenize": Text,
+    "tokenizer_info": TokenizerInfo,
     "models": ModelList,
     "model": ModelCard,
     "health": Health,

@@ -18,6 +18,7 @@ from minisgl.server.prepared import Prepared
 from minisgl.server.responses import ModelCard, ModelList, json_response
 from minisgl.server.streaming import Chunks, stream_response, unless_disconnected
 from minisgl.server.text_answer import TextAnswer
+from minisgl.server.tokens import tokenizer_info
 from minisgl.server.unsupported import add_unsupported
 
 DRAIN_LIMIT = 4 * BODY_LIMIT
@@ -99,6 +100,11 @@ def make_router(api: Api) -> APIRouter:
     async def detokenize_tokens(request: Request) -> Response:
         """The text of tokens."""
         return Response(await api.convert("detokenize", await read_body(request)), media_type="application/json")
+
+    @router.get("/tokenizer_info", **described("tokenizer_info"))
+    async def get_tokenizer_info() -> Response:
+        """The special tokens and the chat template."""
+        return json_response(tokenizer_info(api.preparation))
 
     def card(name: str) -> ModelCard:
         return ModelCard(id=name, created=api.created, max_model_len=api.model.max_seq_len)

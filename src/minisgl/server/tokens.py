@@ -1,4 +1,4 @@
-"""/tokenize and /detokenize: what the model's tokenizer makes of a text, and back."""
+"""/tokenize, /detokenize and /tokenizer_info: what the model's tokenizer makes of a text, and back."""
 
 from __future__ import annotations
 
@@ -22,6 +22,18 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int
     tokens: list[int]
     token_strs: list[str | None] | None
+
+
+class TokenizerInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What clients need to know of the tokenizer to work with /tokenize: special tokens, and the chat template."""
+
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    chat_template: str | None
+    vocab_size: int
+    model_max_length: int
 
 
 class Text(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,6 +69,18 @@ def detokenize(preparation: Preparation, body: bytes) -> Text:
     if any(not 0 <= token < preparation.model.vocab_size for token in asked.tokens):
         raise InvalidRequestError(f"token ids must be between 0 and {preparation.model.vocab_size - 1}", param="tokens")
     return Text(prompt=preparation.tokenizer.decode(asked.tokens, asked.skip_special_tokens))
+
+
+def tokenizer_info(preparation: Preparation) -> TokenizerInfo:
+    """The tokenizer, as its configuration file names things."""
+    template = preparation.tokenizer.chat_template
+    named = {name: preparation.tokenizer.tokens.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    return TokenizerInfo(
+        **named,
+        chat_template=None if template is None else template.source,
+        vocab_size=preparation.model.vocab_size,
+        model_max_length=preparation.model.max_seq_len,
+    )
 
 
 def has_messages(body: bytes) -> bool:

@@ -37,6 +37,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self.backend = backend
+        self.tokens = tokens
         self.eos_token_ids = eos_token_ids
         self._special = {i: t.content for i, t in backend.get_added_tokens_decoder().items() if t.special}
         self._chat = None if template is None else ChatTemplate(template, tokens)

@@ -14,6 +14,7 @@ assert.deepEqual(models, [model]);
 report("models", models);
 
 const chat = await client.chat.completions.create({ model, messages, max_completion_tokens: 8, temperature: 0 });
+assert.equal(chat.model, model);
 assert.equal(chat.choices[0].message.role, "assistant");
 assert.ok(chat.choices[0].message.content.length > 0);
 assert.ok(chat.usage.completion_tokens <= 8);
