@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from minisgl.errors import InvalidRequestError, UnsupportedParameterError
 from minisgl.server.body import Body, Neutral
@@ -42,11 +42,31 @@ class ToolCall(Body):
     index: int | None = None
 
 
+GIVEN: dict[str, Any] = {"not": {"type": "null"}}
+ABSENT: dict[str, Any] = {"type": "null"}
+NO_CALLS: dict[str, Any] = {"tool_calls": {"enum": [None, []]}, "reasoning_content": {"enum": [None, ""]}}
+ROLES: list[Any] = [
+    {
+        "properties": {"role": {"enum": ["system", "developer", "user"]}, "content": GIVEN, "tool_call_id": ABSENT}
+        | NO_CALLS,
+        "required": ["role", "content"],
+    },
+    {"properties": {"role": {"const": "assistant"}, "tool_call_id": ABSENT}, "required": ["role"]},
+    {
+        "properties": {"role": {"const": "tool"}, "content": GIVEN, "tool_call_id": GIVEN} | NO_CALLS,
+        "required": ["role", "content", "tool_call_id"],
+    },
+]
+"""What `Message.check` asks of each role, for the document."""
+
+
 class Message(Body):
     """One turn of a conversation. `developer` is OpenAI's newer word for `system`, the one templates know.
 
     `parsed` says again what `content` says, as `parsed_arguments` does.
     """
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": ROLES})
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None

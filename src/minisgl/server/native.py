@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from minisgl.errors import InvalidRequestError
-from minisgl.server.body import Body, Neutral, Number
+from minisgl.server.body import Body, Neutral
 from minisgl.server.messages import refuse_other_messages
-from minisgl.server.protocol import Conversation, Logprobs, check_prompts
-from minisgl.server.sampling import MAX_CHOICES, MAX_STOP_STRINGS, NonEmpty, Penalty, Priority
+from minisgl.server.protocol import Conversation, Logprobs, Texts, TokenIds, check_prompts
+from minisgl.server.sampling import (
+    MAX_CHOICES,
+    MAX_STOP_STRINGS,
+    MaxTokens,
+    MinP,
+    NonEmpty,
+    Penalty,
+    Priority,
+    Repetition,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+)
 from minisgl.types import Grammar, SamplingParams
 
 GENERATE_MAX_TOKENS = 128
@@ -20,20 +33,20 @@ GENERATE_MAX_TOKENS = 128
 class NativeSampling(Body):
     """`sampling_params` of /generate."""
 
-    max_new_tokens: int | None = None
-    min_new_tokens: int | None = None
-    temperature: Number | None = None
-    top_p: Number | None = None
-    top_k: int | None = None
-    min_p: Number | None = None
-    sampling_seed: int | None = None
+    max_new_tokens: Annotated[int, Field(json_schema_extra={"minimum": 1})] | None = None
+    min_new_tokens: MaxTokens | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
+    sampling_seed: Seed | None = None
     stop: NonEmpty | Annotated[list[NonEmpty], Field(max_length=MAX_STOP_STRINGS)] | None = None
     stop_token_ids: Annotated[list[int], Field(fail_fast=True)] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    repetition_penalty: Number | None = None
+    repetition_penalty: Repetition | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     json_schema: str | None = None
     regex: str | None = None
@@ -90,8 +103,17 @@ def native_names(error: InvalidRequestError) -> InvalidRequestError:
 class GenerateRequest(Body):
     """The body of /generate. `logprob_start_len` -1 gives no prompt log-probabilities, else those from there on."""
 
-    text: str | list[str] | None = None
-    input_ids: list[int] | list[list[int]] | None = None
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": [given], "properties": {given: {"not": {"type": "null"}}, other: {"type": "null"}}}
+                for given, other in (("text", "input_ids"), ("input_ids", "text"))
+            ]
+        }
+    )
+
+    text: Texts | None = None
+    input_ids: TokenIds | None = None
     sampling_params: NativeSampling | None = None
     stream: bool | None = None
     return_logprob: bool | None = None

@@ -11,7 +11,7 @@ from pydantic import Field
 from minisgl.errors import InvalidRequestError, UnsupportedParameterError
 from minisgl.server.body import Body, Neutral, is_list_of
 from minisgl.server.messages import MAX_TOOLS, Message, NamedTool, Tool, refuse_other_messages
-from minisgl.server.sampling import MAX_CHOICES, Sampling
+from minisgl.server.sampling import MAX_CHOICES, MaxTokens, Sampling
 from minisgl.types import MAX_LOGPROBS, Grammar, SamplingParams
 
 COMPLETION_MAX_TOKENS = 16
@@ -20,6 +20,12 @@ MAX_MESSAGES = 16384
 """Messages of a conversation; a template takes a time for each."""
 
 Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+
+
+NonEmptyText = Annotated[str, Field(min_length=1)]
+Texts = NonEmptyText | Annotated[list[NonEmptyText], Field(min_length=1)]
+Ids = Annotated[list[int], Field(min_length=1, json_schema_extra={"items": {"type": "integer", "minimum": 0}})]
+TokenIds = Ids | Annotated[list[Ids], Field(min_length=1)]
 
 
 class Conversation(Body):
@@ -62,7 +68,7 @@ class Conversation(Body):
 class ChatRequest(Conversation, Sampling):
     """The body of /v1/chat/completions."""
 
-    max_completion_tokens: int | None = None
+    max_completion_tokens: MaxTokens | None = None
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
     tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
@@ -135,7 +141,7 @@ class ChatRequest(Conversation, Sampling):
 class CompletionRequest(Sampling):
     """The body of /v1/completions. `prompt` is checked by `prompts`."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: Texts | TokenIds
     logprobs: Logprobs | None = None
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None

@@ -20,8 +20,19 @@ MAX_CHOICES = 128
 
 NonEmpty = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 TokenIdText = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
-Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+LogitBias = Annotated[
+    dict[TokenIdText, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]],
+    Field(max_length=MAX_LOGIT_BIAS, json_schema_extra={"additionalProperties": False}),
+]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+MaxTokens = Annotated[int, Field(json_schema_extra={"minimum": 0})]
+"""The bounds of these are `SamplingParams`' to check; the document has them too."""
+Temperature = Annotated[Number, Field(json_schema_extra={"minimum": 0, "maximum": 100})]
+TopP = Annotated[Number, Field(json_schema_extra={"exclusiveMinimum": 0, "maximum": 1})]
+TopK = Annotated[int, Field(json_schema_extra={"minimum": -1, "exclusiveMaximum": 2**31})]
+MinP = Annotated[Number, Field(json_schema_extra={"minimum": 0, "maximum": 1})]
+Repetition = Annotated[Number, Field(json_schema_extra={"exclusiveMinimum": 0, "maximum": 100})]
+Seed = Annotated[int, Field(json_schema_extra={"minimum": -(2**63), "exclusiveMaximum": 2**64})]
 Priority = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 
 STRUCTURED_FIELDS = (
@@ -50,21 +61,21 @@ class Sampling(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    max_tokens: int | None = None
-    temperature: Number | None = None
-    top_p: Number | None = None
-    top_k: int | None = None
-    min_p: Number | None = None
-    seed: int | None = None
+    max_tokens: MaxTokens | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
+    seed: Seed | None = None
     stop: NonEmpty | Annotated[list[NonEmpty], Field(max_length=MAX_STOP_STRINGS)] | None = None
     stop_token_ids: Annotated[list[int], Field(fail_fast=True)] | None = None
     ignore_eos: bool | None = None
-    min_tokens: int | None = None
+    min_tokens: MaxTokens | None = None
     skip_special_tokens: bool | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    repetition_penalty: Number | None = None
-    logit_bias: Annotated[dict[TokenIdText, Bias], Field(max_length=MAX_LOGIT_BIAS)] | None = None
+    repetition_penalty: Repetition | None = None
+    logit_bias: LogitBias | None = None
     return_tokens_as_token_ids: bool | None = None
     priority: Priority | None = None
     response_format: dict[str, Any] | None = None
