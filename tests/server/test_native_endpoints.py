@@ -140,6 +140,19 @@ def test_the_openapi_document_describes_bodies_answers_and_errors(tmp_path: Path
         assert references <= set(schemas)
         assert "logit_bias" in schemas["ChatRequest"]["properties"]
         assert schemas["ChatRequest"]["additionalProperties"] is False
+        (event,) = (
+            content["schema"]["properties"]["data"]
+            for kind, content in paths["/v1/chat/completions"]["post"]["responses"]["200"]["content"].items()
+            if kind == "text/event-stream"
+        )
+        assert event["contentSchema"]["$ref"].split("/")[-1] in schemas
+        message = schemas["Message"]["oneOf"]
+        assert [role["required"] for role in message] == [
+            ["role", "content"],
+            ["role"],
+            ["role", "content", "tool_call_id"],
+        ]
+        assert schemas["GenerateRequest"]["oneOf"][0]["required"] == ["text"]
         for operations in paths.values():
             for operation in operations.values():
                 assert "422" not in operation["responses"]

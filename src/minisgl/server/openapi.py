@@ -16,7 +16,16 @@ from minisgl.server.native import DetokenizeRequest, GenerateRequest, TokenizeCo
 from minisgl.server.native_answer import NativeResult
 from minisgl.server.protocol import ChatRequest, CompletionRequest
 from minisgl.server.reports import Aborted, AbortOrder, Flush, IsReady, ModelFacts, ServerInfo, Version
-from minisgl.server.responses import ChatChoice, ErrorBody, Health, ModelCard, ModelList, Result, TextChoice
+from minisgl.server.responses import (
+    ChatChoice,
+    ChunkChoice,
+    ErrorBody,
+    Health,
+    ModelCard,
+    ModelList,
+    Result,
+    TextChoice,
+)
 from minisgl.server.tokens import Text, TokenizerInfo, Tokens
 
 REF = "#/components/schemas/"
@@ -50,7 +59,12 @@ RESULTS: Mapping[str, Any] = {
 }
 ORDERS: Mapping[str, Any] = {"abort_request": AbortOrder}
 """Bodies that msgspec reads."""
-STREAMS = frozenset({"chat", "completion", "generate"})
+STREAMS: Mapping[str, Any] = {
+    "chat": Result[ChunkChoice],
+    "completion": Result[TextChoice],
+    "generate": NativeResult,
+}
+"""What the events of a stream hold."""
 ERRORS: Mapping[int, str] = {
     400: "The request can never be served as it is; `param` names the field.",
     401: "The API key is missing or wrong.",
@@ -74,7 +88,7 @@ def described(name: str) -> dict[str, Any]:
             result = {"anyOf": [result, {"type": "array", "items": result}]}
         content = {"application/json": {"schema": result}}
     if name in STREAMS:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": event_schema(STREAMS[name])}
     described: dict[str, Any] = {"responses": {200: {"description": "The answer.", "content": content}}}
     if name in BODIES or name in ORDERS:
         schemas = [{"$ref": REF + model.__name__} for model in BODIES.get(name, ())]
@@ -83,6 +97,17 @@ def described(name: str) -> dict[str, Any]:
         body = {"required": True, "content": {"application/json": {"schema": schema}}}
         described["openapi_extra"] = {"requestBody": body}
     return described
+
+
+def event_schema(struct: Any) -> dict[str, Any]:
+    """A server-sent event of a stream, as OpenAPI 3.2 describes them: its data is JSON, but the last."""
+    data = {
+        "type": "string",
+        "description": "JSON; of the last event [DONE]",
+        "contentMediaType": "application/json",
+        "contentSchema": response_schema(struct),
+    }
+    return {"type": "object", "properties": {"data": data}, "required": ["data"]}
 
 
 def response_schema(struct: Any) -> dict[str, Any]:
@@ -95,7 +120,7 @@ def schemas() -> dict[str, Any]:
     """Every schema that the document refers to."""
     models = [(model, "validation") for several in BODIES.values() for model in several]
     _, bodies = models_json_schema(models, ref_template=REF + "{model}")  # type: ignore[arg-type]
-    structs = [*dict.fromkeys(RESULTS.values()), *ORDERS.values(), ErrorBody]
+    structs = [*dict.fromkeys([*RESULTS.values(), *STREAMS.values()]), *ORDERS.values(), ErrorBody]
     _, results = msgspec.json.schema_components(structs, ref_template=RESPONSE_REF)
     return {**bodies["$defs"], **{RESPONSE + name: schema for name, schema in results.items()}}
 
