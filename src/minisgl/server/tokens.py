@@ -74,7 +74,9 @@ def detokenize(preparation: Preparation, body: bytes) -> Text:
 def tokenizer_info(preparation: Preparation) -> TokenizerInfo:
     """The tokenizer, as its configuration file names things."""
     template = preparation.tokenizer.chat_template
-    named = {name: preparation.tokenizer.tokens.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    named = {
+        name: preparation.tokenizer.tokens.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+    }
     return TokenizerInfo(
         **named,
         chat_template=None if template is None else template.source,
