@@ -48,7 +48,8 @@ $(VENV)/.ready-dev: pyproject.toml
 $(CLIENTS_VENV)/.ready: tests/clients/requirements.txt tests/clients/package.json
 	@command -v npm >/dev/null || { echo "error: npm (Node.js 20 or newer) is needed for OpenAI's Node client" >&2; exit 1; }
 	@echo "installing other people's clients into $(CLIENTS_VENV): a few minutes, once"
-	@$(PYTHON) -m venv $(CLIENTS_VENV)
+	@$(PYTHON) -m venv --clear $(CLIENTS_VENV)
+	@$(CLIENTS_VENV)/bin/python -m pip install --quiet --upgrade 'pip>=25'  # older ones find no versions that fit together
 	@$(CLIENTS_VENV)/bin/python -m pip install --quiet -r tests/clients/requirements.txt
 	@mkdir -p $(CLIENTS_VENV)/node
 	@cp tests/clients/package.json $(CLIENTS_VENV)/node

@@ -100,13 +100,10 @@ def described(name: str) -> dict[str, Any]:
 
 
 def event_schema(struct: Any) -> dict[str, Any]:
-    """A server-sent event of a stream, as OpenAPI 3.2 describes them: its data is JSON, but the last."""
-    data = {
-        "type": "string",
-        "description": "JSON; of the last event [DONE]",
-        "contentMediaType": "application/json",
-        "contentSchema": response_schema(struct),
-    }
+    """A server-sent event of a stream, as OpenAPI 3.2 describes them; the last is [DONE], or an error."""
+    json = {"anyOf": [response_schema(struct), response_schema(ErrorBody)]}
+    told = {"contentMediaType": "application/json", "contentSchema": json}
+    data = {"type": "string", "anyOf": [{"const": "[DONE]"}, told]}
     return {"type": "object", "properties": {"data": data}, "required": ["data"]}
 
 

@@ -104,7 +104,7 @@ def make_router(api: Api) -> APIRouter:
     @router.get("/tokenizer_info", **described("tokenizer_info"))
     async def get_tokenizer_info() -> Response:
         """The special tokens and the chat template."""
-        return json_response(tokenizer_info(api.tokenizer, api.model))
+        return json_response(tokenizer_info(api.preparation))
 
     def card(name: str) -> ModelCard:
         return ModelCard(id=name, created=api.created, max_model_len=api.model.max_seq_len)

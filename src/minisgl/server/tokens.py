@@ -10,8 +10,6 @@ import pydantic_core
 from minisgl.errors import InvalidRequestError
 from minisgl.server.native import DetokenizeRequest, TokenizeConversation, TokenizeText
 from minisgl.server.prompts import render
-from minisgl.tokenizer.tokenizer import Tokenizer
-from minisgl.types import ModelInfo
 
 if TYPE_CHECKING:
     from minisgl.server.preparation import Preparation
@@ -73,15 +71,17 @@ def detokenize(preparation: Preparation, body: bytes) -> Text:
     return Text(prompt=preparation.tokenizer.decode(asked.tokens, asked.skip_special_tokens))
 
 
-def tokenizer_info(tokenizer: Tokenizer, model: ModelInfo) -> TokenizerInfo:
+def tokenizer_info(preparation: Preparation) -> TokenizerInfo:
     """The tokenizer, as its configuration file names things."""
-    template = tokenizer.chat_template
-    named = {name: tokenizer.tokens.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    template = preparation.tokenizer.chat_template
+    named = {
+        name: preparation.tokenizer.tokens.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+    }
     return TokenizerInfo(
         **named,
         chat_template=None if template is None else template.source,
-        vocab_size=model.vocab_size,
-        model_max_length=model.max_seq_len,
+        vocab_size=preparation.model.vocab_size,
+        model_max_length=preparation.model.max_seq_len,
     )
 
 
