@@ -11,18 +11,10 @@ from minisgl.server.body import Body, Neutral
 from minisgl.server.messages import refuse_other_messages
 from minisgl.server.protocol import Conversation, Logprobs, Texts, TokenIds, check_prompts
 from minisgl.server.sampling import (
-    MAX_CHOICES,
-    MAX_STOP_STRINGS,
+    Drawing,
     MaxTokens,
-    MinP,
-    NonEmpty,
-    Penalty,
     Priority,
-    Repetition,
     Seed,
-    Temperature,
-    TopK,
-    TopP,
 )
 from minisgl.types import Grammar, SamplingParams
 
@@ -30,24 +22,12 @@ GENERATE_MAX_TOKENS = 128
 """The default of `max_new_tokens` in /generate."""
 
 
-class NativeSampling(Body):
+class NativeSampling(Drawing):
     """`sampling_params` of /generate."""
 
     max_new_tokens: Annotated[int, Field(json_schema_extra={"minimum": 1})] | None = None
     min_new_tokens: MaxTokens | None = None
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
-    top_k: TopK | None = None
-    min_p: MinP | None = None
     sampling_seed: Seed | None = None
-    stop: NonEmpty | Annotated[list[NonEmpty], Field(max_length=MAX_STOP_STRINGS)] | None = None
-    stop_token_ids: Annotated[list[int], Field(fail_fast=True)] | None = None
-    ignore_eos: bool | None = None
-    skip_special_tokens: bool | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    repetition_penalty: Repetition | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     json_schema: str | None = None
     regex: str | None = None
     ebnf: str | None = None
@@ -66,20 +46,10 @@ class NativeSampling(Body):
         """The engine's parameters; raises InvalidRequestError naming the field out of range as it is called here."""
         try:
             return SamplingParams(
-                temperature=1.0 if self.temperature is None else self.temperature,
-                top_p=1.0 if self.top_p is None else self.top_p,
-                top_k=self.top_k or 0,
-                min_p=self.min_p or 0.0,
+                **self.drawing(),
                 seed=self.sampling_seed,
                 max_tokens=GENERATE_MAX_TOKENS if self.max_new_tokens is None else self.max_new_tokens,
                 min_tokens=self.min_new_tokens or 0,
-                stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
-                stop_token_ids=tuple(self.stop_token_ids or ()),
-                ignore_eos=bool(self.ignore_eos),
-                skip_special_tokens=self.skip_special_tokens is not False,
-                presence_penalty=self.presence_penalty or 0.0,
-                frequency_penalty=self.frequency_penalty or 0.0,
-                repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
                 logprobs=logprobs,
                 prompt_logprobs=prompt_logprobs,
                 grammar=grammar,
