@@ -134,8 +134,8 @@ def _decode_kernel(
 ) -> None:  # fmt: skip
     NEW: tl.constexpr = 1 if PROJECT else 0  # tokens of a row that are not in the cache yet
     head, program = tl.program_id(0), tl.program_id(1)
-    # Where to work depends on lengths, pages and `starts`, which are there before the step's embedding is looked up. That
-    # is a kernel of torch's own, which nothing overtakes: so they may be read ahead of the kernel before this one.
+    # Where to work depends on lengths, pages and `starts`, which are there before the step's embedding is looked up.
+    # That is a kernel of torch's own, which nothing overtakes: so they may be read ahead of the kernel before this one.
     if not (PROJECT and PDL):
         after_previous(PDL)
     if WHOLE:
