@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import signal
 import socket
@@ -21,7 +22,7 @@ from helpers.tiny_tokenizers import write_tokenizer
 from minisgl.config import Config
 from minisgl.errors import ConfigError, EngineDeadError, ModelError
 from minisgl.server.child import launch_engine
-from minisgl.server.launch import serve
+from minisgl.server.launch import handle_signals, serve
 from minisgl.server.listen import address, listen_socket
 
 
@@ -141,3 +142,25 @@ def test_neither_torch_nor_transformers_is_imported() -> None:
     )
     result: Any = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+class Gone(io.TextIOBase):
+    """A terminal that was closed."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+    def flush(self) -> None:
+        raise BrokenPipeError
+
+
+def test_signals_are_heard_when_nobody_reads_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        stop, hurry = asyncio.Event(), asyncio.Event()
+        with handle_signals(stop, hurry):
+            monkeypatch.setattr(sys, "stderr", Gone())
+            for heard in (stop, hurry):
+                os.kill(os.getpid(), signal.SIGTERM)
+                await asyncio.wait_for(heard.wait(), 10)
+
+    asyncio.run(main())

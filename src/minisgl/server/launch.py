@@ -132,8 +132,8 @@ def handle_signals(stop: asyncio.Event, hurry: asyncio.Event) -> Iterator[None]:
         if stop.is_set():
             hurry.set()
         else:
-            tell("stopping; once more to stop at once")
             stop.set()
+            tell("stopping; once more to stop at once")
 
     loop = asyncio.get_running_loop()
     numbers = (signal.SIGINT, signal.SIGTERM)
@@ -171,5 +171,6 @@ def still_loading(seconds: float) -> None:
 
 
 def tell(line: str) -> None:
-    """A line about what is going on, to stderr: stdout is for what the user asked for."""
-    print(line, file=sys.stderr, flush=True)
+    """A line about what is going on, to stderr: stdout is for what the user asked for. Nobody need be there to read."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
