@@ -23,6 +23,8 @@ from minisgl.types import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
 GIB = 2**30
 CPU_KV_BYTES = 2 * GIB
 DEFAULT_RATIO = 0.9
+WARM_UP_TOKENS = 16
+"""Of a prompt in `warm_up`, and more than its decodes reach."""
 
 
 def available_memory(device: torch.device) -> int:
@@ -111,7 +113,8 @@ def _forward_peak(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_
     length = min(config.max_prefill_length // rows, max_seq_len)
     kv = allocate_kv(spec.num_layers, 0, config.page_size, spec.num_kv_heads, spec.head_dim, dtype, device)
     runner = Runner(decoder, kv, rows, max_seq_len, device)
-    warm_up(runner, rows)
+    if max_seq_len >= WARM_UP_TOKENS:
+        warm_up(runner, rows)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     present = torch.cuda.memory_allocated(device)
@@ -128,7 +131,7 @@ def warm_up(runner: Runner, rows: int) -> None:
 
     What kernels are chosen or compiled by such counts is there before the first request is.
     """
-    prompt = prefill_plan(1, 16)
+    prompt = prefill_plan(1, WARM_UP_TOKENS)
     for count in [2**power for power in range(rows.bit_length())]:
         slots = np.arange(count, dtype=np.int32)
         runner.run(
