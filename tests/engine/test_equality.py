@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from helpers.models import tiny_spec
+from helpers.retract import events_of
 from minisgl.config import Config
 from minisgl.engine.engine import Engine
 from minisgl.engine.local import LocalExecutor
-from minisgl.engine.table import State
 from minisgl.models.weights import Weights, dummy_weights
 from minisgl.types import ModelInfo, Request, SamplingParams
 
@@ -58,15 +58,8 @@ def generate(config: Config, wanted: list[Request], retractions: int = 0) -> tup
     )
     engine = Engine(executor, model, config)
     tokens: dict[str, list[int]] = {request.id: [] for request in wanted}
-    for request in wanted:
-        engine.add(request)
-    while engine.has_work:
-        for event in engine.step():
-            tokens[event.id] += event.tokens
-        going = np.isin(engine.table.state, (State.PREFILL, State.DECODE)).any()
-        if going and engine.scheduler.retracted < retractions and engine.scheduler.step % 5 == 4:
-            engine.scheduler.retract_youngest()
-    engine.cache.check()
+    for event in events_of(engine, wanted, retractions):
+        tokens[event.id] += event.tokens
     assert engine.cache.num_owned == 0
     engine.close()
     return [tokens[request.id] for request in wanted], engine

@@ -8,16 +8,15 @@ import time
 from collections.abc import Callable
 
 import msgspec
-import numpy as np
 import pytest
 import torch
 
 from helpers.constraints import Cycle, cycle
 from helpers.gpu import DEVICE, EOS, SPEC, Built, build, gpu_config, random_prompts, random_weights, to_float32
 from helpers.models import tiny_spec
+from helpers.retract import events_of
 from helpers.special import Answer, SlowAnswer, slow_answer, special_requests
 from minisgl.engine.memory import prefill_plan
-from minisgl.engine.table import State
 from minisgl.models.weights import Weights, dummy_weights
 from minisgl.types import Request, SamplingParams
 
@@ -43,18 +42,8 @@ def make(dtype: str = "float32", **settings: object) -> Built:
 def answers(built: Built, requests: list[Request], retractions: int = 0) -> dict[str, Answer]:
     """All added at once; every fourth step one is retracted, up to `retractions` times."""
     engine, out = built.engine, {request.id: Answer() for request in requests}
-    for request in requests:
-        engine.add(request)
-    while engine.has_work:
-        for event in engine.step():
-            assert event.error is None
-            out[event.id].tokens += event.tokens
-            out[event.id].logprobs += event.logprobs
-            out[event.id].prompt_logprobs += event.prompt_logprobs
-        going = np.isin(engine.table.state, (State.PREFILL, State.DECODE)).any()
-        if going and engine.scheduler.retracted < retractions and engine.scheduler.step % 4 == 3:
-            engine.scheduler.retract_youngest()
-    engine.cache.check()
+    for event in events_of(engine, requests, retractions, every=4):
+        out[event.id].take(event)
     return out
 
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from helpers.driver import Driver, RecordingDecoder
 from helpers.models import tiny_spec
+from helpers.retract import events_of
 from minisgl.config import Config
 from minisgl.engine.engine import Engine
 from minisgl.engine.local import TORCH_DTYPES, LocalExecutor, attention_shape
 from minisgl.engine.plan import Masks, StepPlan, StepResult
 from minisgl.engine.runner import Runner
-from minisgl.engine.table import State
 from minisgl.models.rope import Rope
 from minisgl.models.spec import ModelSpec
 from minisgl.models.weights import Weights, dummy_weights
@@ -130,17 +130,10 @@ class Built:
 
     def answer(self, requests: Iterable[Request], retractions: int = 0) -> list[list[int]]:
         """Every request's tokens, all added at once; every fifth step one is retracted, up to `retractions` times."""
-        engine, tokens = self.engine, {}
-        for request in requests:
-            tokens[request.id] = list[int]()
-            engine.add(request)
-        while engine.has_work:
-            for event in engine.step():
-                tokens[event.id] += event.tokens
-            going = np.isin(engine.table.state, (State.PREFILL, State.DECODE)).any()
-            if going and engine.scheduler.retracted < retractions and engine.scheduler.step % 5 == 4:
-                engine.scheduler.retract_youngest()
-        engine.cache.check()
+        engine, asked = self.engine, list(requests)
+        tokens: dict[str, list[int]] = {request.id: [] for request in asked}
+        for event in events_of(engine, asked, retractions):
+            tokens[event.id] += event.tokens
         assert engine.cache.num_owned == 0
         return list(tokens.values())
 

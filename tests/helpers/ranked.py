@@ -9,11 +9,11 @@ import numpy as np
 
 from helpers.constraints import Cycle
 from helpers.models import tiny_spec
+from helpers.retract import events_of
 from helpers.special import Answer
 from minisgl.config import Config
 from minisgl.engine.engine import Engine
 from minisgl.engine.plan import Executor
-from minisgl.engine.table import State
 from minisgl.models.spec import ModelSpec, Moe
 from minisgl.types import ModelInfo, Request, SamplingParams
 
@@ -84,18 +84,8 @@ def generate(
     )
     engine = Engine(executor, model, settings, lambda grammar: Cycle(grammar, spec.vocab_size, spec.eos_token_ids[0]))
     answers = {request.id: Answer() for request in asked}
-    for request in asked:
-        engine.add(request)
-    while engine.has_work:
-        for event in engine.step():
-            assert event.error is None
-            answers[event.id].tokens += event.tokens
-            answers[event.id].logprobs += event.logprobs
-            answers[event.id].prompt_logprobs += event.prompt_logprobs
-        going = np.isin(engine.table.state, (State.PREFILL, State.DECODE)).any()
-        if going and engine.scheduler.retracted < retractions and engine.scheduler.step % 5 == 4:
-            engine.scheduler.retract_youngest()
-    engine.cache.check()
+    for event in events_of(engine, asked, retractions):
+        answers[event.id].take(event)
     assert engine.scheduler.retracted >= min(retractions, 4)
     engine.close()
     return list(answers.values())

@@ -14,7 +14,7 @@ from helpers.driver import CPU, Driver
 from minisgl.models.spec import ModelSpec
 from minisgl.models.weights import Weights
 from minisgl.ops.sampling import SamplingRows, sample
-from minisgl.types import Request, SamplingParams, TokenLogprobs
+from minisgl.types import Request, SamplingParams, TokenEvent, TokenLogprobs
 
 
 @dataclass
@@ -24,6 +24,13 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+
+    def take(self, event: TokenEvent) -> None:
+        """Take in what a step did, which was no error."""
+        assert event.error is None
+        self.tokens += event.tokens
+        self.logprobs += event.logprobs
+        self.prompt_logprobs += event.prompt_logprobs
 
 
 @dataclass

@@ -90,19 +90,19 @@ class Decoder:
         if isinstance(attention, ProjectingAttention):
             projection = Projection(q_norm=layer.q_norm, k_norm=layer.k_norm, eps=spec.rms_eps, cos_sin=self.rope)
             out = attention.project(qkv, projection, index, spec.windows[index])
-            return self.ops.project(out.reshape(len(x), spec.num_heads * spec.head_dim), layer.o, layer.o_bias)
-        q = self.ops.rope_store_kv(
-            qkv,
-            layer.q_norm,
-            layer.k_norm,
-            spec.rms_eps,
-            self.rope,
-            batch.positions,
-            batch.locations,
-            kv.k[index],
-            kv.v[index],
-        )
-        out = attention.run(q, index, spec.windows[index])
+        else:
+            q = self.ops.rope_store_kv(
+                qkv,
+                layer.q_norm,
+                layer.k_norm,
+                spec.rms_eps,
+                self.rope,
+                batch.positions,
+                batch.locations,
+                kv.k[index],
+                kv.v[index],
+            )
+            out = attention.run(q, index, spec.windows[index])
         return self.ops.project(out.reshape(len(x), spec.num_heads * spec.head_dim), layer.o, layer.o_bias)
 
     def _mlp(self, layer: LayerWeights, x: Tensor) -> Tensor:

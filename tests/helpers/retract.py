@@ -1,0 +1,25 @@
+"""An engine run to its end, with retractions on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from minisgl.engine.engine import Engine
+from minisgl.engine.table import State
+from minisgl.types import Request, TokenEvent
+
+
+def events_of(
+    engine: Engine, requests: Iterable[Request], retractions: int = 0, every: int = 5
+) -> Iterator[TokenEvent]:
+    """Every event, all requests added at once; behind each `every`-th step one is retracted, up to `retractions`."""
+    for request in requests:
+        engine.add(request)
+    while engine.has_work:
+        yield from engine.step()
+        going = np.isin(engine.table.state, (State.PREFILL, State.DECODE)).any()
+        if going and engine.scheduler.retracted < retractions and engine.scheduler.step % every == every - 1:
+            engine.scheduler.retract_youngest()
+    engine.cache.check()
