@@ -46,9 +46,10 @@ def meet(
     tl.atomic_xchg(theirs + slot * WORLD + RANK, arrival, mask=exists, sem="release", scope="sys")
     mine = tl.load(flags + RANK).to(tl.pointer_type(tl.int32)) + slot * WORLD + peer
     zero = tl.full((PEERS,), 0, tl.int32)
-    seen = tl.atomic_add(mine, zero, mask=exists, sem="acquire", scope="sys")
-    while tl.min(tl.where(exists, seen - epoch, 0), axis=0) < 0:
+    behind = 1
+    while behind > 0:  # a number, as Triton 3.6 cannot compile a loop that carries the tensor
         seen = tl.atomic_add(mine, zero, mask=exists, sem="acquire", scope="sys")
+        behind = tl.max(tl.where(exists, epoch - seen, 0), axis=0)
     tl.store(epochs + slot, epoch)
     tl.debug_barrier()
 
