@@ -30,7 +30,7 @@ class Group:
     def __init__(self, world: int, device: torch.device) -> None:
         self.flags = [torch.zeros(flags_size(world), dtype=torch.int32, device=device) for _ in range(world)]
         shared = addresses(self.flags)
-        self.ranks = [Ranks(rank, world, shared, device) for rank in range(world)]
+        self.ranks = [Ranks(rank, world, own, shared) for rank, own in enumerate(self.flags)]
         on_gpu = device.type == "cuda"
         self.streams = [torch.cuda.Stream() for _ in range(world if on_gpu else 0)]  # type: ignore[no-untyped-call]
 

@@ -70,7 +70,8 @@ class Fusion:
 def make_fusion(group: TPGroup, collectives: SymmetricCollectives, hidden: int, shard: VocabShard) -> Fusion:
     """The kernels' memory: every rank calls this."""
     dtype, device = collectives.stages.dtype, collectives.stages.first.own.device
-    ranks = Ranks(group.rank, group.size, allocate(flags_size(group.size), torch.int32, device).addresses, device)
+    flags = allocate(flags_size(group.size), torch.int32, device)
+    ranks = Ranks(group.rank, group.size, flags.own, flags.addresses)
     return Fusion(FusedNorm(collectives, ranks, hidden), make_sampling(ranks, shard, dtype))
 
 

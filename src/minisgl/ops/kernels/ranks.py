@@ -120,12 +120,13 @@ def _two_shot_kernel(
 class Ranks:
     """Who this is among the ranks, and the flags by which they meet: the same for every kernel of a group."""
 
-    def __init__(self, rank: int, world: int, flags: Tensor, device: torch.device) -> None:
-        """`flags`: the addresses of every rank's zeroed int32 (flags_size(world),), int64 (world,) on the device."""
+    def __init__(self, rank: int, world: int, own: Tensor, flags: Tensor) -> None:
+        """`own`: this rank's zeroed int32 (flags_size(world),); `flags`: the addresses of every rank's, int64 (world,)."""
         self.rank = rank
         self.world = world
+        self.own = own  # only its address is used, by all ranks: it must live as long as they do
         self.flags = flags
-        self.epochs = torch.zeros(PHASES * MAX_PROGRAMS, dtype=torch.int32, device=device)
+        self.epochs = torch.zeros(PHASES * MAX_PROGRAMS, dtype=torch.int32, device=own.device)
         self.constants = {"RANK": rank, "WORLD": world, "PEERS": triton.next_power_of_2(world)}
 
 
