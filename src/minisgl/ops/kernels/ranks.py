@@ -121,7 +121,7 @@ class Ranks:
     """Who this is among the ranks, and the flags by which they meet: the same for every kernel of a group."""
 
     def __init__(self, rank: int, world: int, own: Tensor, flags: Tensor) -> None:
-        """`own`: this rank's zeroed int32 (flags_size(world),); `flags`: the addresses of every rank's, int64 (world,)."""
+        """`own`: this rank's zeroed int32 (flags_size(world),); `flags`: the addresses of every rank's, int64."""
         self.rank = rank
         self.world = world
         self.own = own  # only its address is used, by all ranks: it must live as long as they do
