@@ -47,8 +47,11 @@ class DistributedCollectives:
             distributed_c10d._abort_process_group()
 
     def close(self) -> None:
-        """Leave the group."""
-        if not self._aborted and dist.is_initialized():
+        """Leave the group, in which nobody does anything any more."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            self.abort()  # NCCL's own end waits for ever for captured graphs that hold a collective
+        elif dist.is_initialized():
             dist.destroy_process_group()
 
 

@@ -15,9 +15,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minisgl.ops.kernels.jit import jit, jit_varying, warps_for
+from minisgl.ops.kernels.jit import jit, jit_varying, launch_options, warps_for
+from minisgl.ops.kernels.pdl import after_previous
 
 MAX_PROGRAMS = 128
+ROW_PROGRAMS = 32
+"""Programs of a sum: beyond that more rows each take less time than more meetings."""
+LINE = 32
+"""int32 flags from one slot to the next, a cache line, so that who waits in one does not hold up the others'."""
 PHASES = 4
 """Groups of flags, for kernels that meet more than once and kernels that follow each other."""
 ONE_SHOT, TWO_SHOT, TWO_SHOT_END, PULL = range(PHASES)
@@ -25,17 +30,19 @@ ONE_SHOT, TWO_SHOT, TWO_SHOT_END, PULL = range(PHASES)
 
 def flags_size(world: int) -> int:
     """int32 flags that each rank needs, zero at the start."""
-    return PHASES * MAX_PROGRAMS * world
+    assert world <= LINE
+    return PHASES * MAX_PROGRAMS * LINE
 
 
 @jit
 def meet(
-    flags: tl.tensor, epochs: tl.tensor, slot: tl.tensor, RANK: tl.constexpr, WORLD: tl.constexpr, PEERS: tl.constexpr
-) -> None:
+    flags: tl.tensor, epochs: tl.tensor, slot: tl.tensor, RANK: tl.constexpr, WORLD: tl.constexpr,
+    PEERS: tl.constexpr, LINE: tl.constexpr,
+) -> None:  # fmt: skip
     """Wait until the programs with this slot of every rank have come here, and see what they wrote before.
 
-    flags: addresses of every rank's int32 (slots, WORLD); epochs int32 (slots,): how often this rank met in each slot,
-    whose wrapping around does no harm.
+    flags: addresses of every rank's int32 (slots, LINE), of which WORLD are used; epochs int32 (slots,): how often this
+    rank met in each slot, whose wrapping around does no harm.
     """
     epoch = tl.load(epochs + slot) + 1
     tl.debug_barrier()  # all of the program has written what it had to write, and has read the epoch
@@ -43,8 +50,8 @@ def meet(
     exists = peer < WORLD
     theirs = tl.load(flags + peer, mask=exists, other=0).to(tl.pointer_type(tl.int32))
     arrival = tl.full((PEERS,), 0, tl.int32) + epoch
-    tl.atomic_xchg(theirs + slot * WORLD + RANK, arrival, mask=exists, sem="release", scope="sys")
-    mine = tl.load(flags + RANK).to(tl.pointer_type(tl.int32)) + slot * WORLD + peer
+    tl.atomic_xchg(theirs + slot * LINE + RANK, arrival, mask=exists, sem="release", scope="sys")
+    mine = tl.load(flags + RANK).to(tl.pointer_type(tl.int32)) + slot * LINE + peer
     zero = tl.full((PEERS,), 0, tl.int32)
     behind = 1
     while behind > 0:  # a number, as Triton 3.6 cannot compile a loop that carries the tensor
@@ -55,13 +62,19 @@ def meet(
 
 
 @jit
+def tensor_of(addresses: tl.tensor, peer: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
+    """A rank's tensor. It starts at a multiple of 16 bytes: did the compiler not know, elements would go one by one."""
+    return tl.multiple_of(tl.load(addresses + peer).to(tl.pointer_type(DTYPE)), 16)
+
+
+@jit
 def _summed(
     parts: tl.tensor, place: tl.tensor, mask: tl.tensor, out: tl.tensor, WORLD: tl.constexpr, BLOCK: tl.constexpr
 ) -> tl.tensor:
     """The sum over ranks of a row's parts, in the order of ranks, in float32 and rounded once."""
     total = tl.zeros((BLOCK,), tl.float32)
     for peer in tl.static_range(WORLD):
-        base = tl.load(parts + peer).to(tl.pointer_type(out.dtype.element_ty))
+        base = tensor_of(parts, peer, out.dtype.element_ty)
         total += tl.load(base + place, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
     return total.to(out.dtype.element_ty)
 
@@ -82,12 +95,14 @@ def _added_and_normed(
 def _one_shot_kernel(
     parts: tl.tensor, flags: tl.tensor, epochs: tl.tensor, residual: tl.tensor, weight: tl.tensor, out: tl.tensor,
     rows: tl.tensor, dim: tl.tensor, eps: tl.tensor,
-    SLOT: tl.constexpr, RANK: tl.constexpr, WORLD: tl.constexpr, PEERS: tl.constexpr, BLOCK: tl.constexpr,
+    SLOT: tl.constexpr, RANK: tl.constexpr, WORLD: tl.constexpr, PEERS: tl.constexpr, LINE: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     program, column = tl.program_id(0), tl.arange(0, BLOCK)
     mask = column < dim
     gain = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
-    meet(flags, epochs, SLOT + program, RANK, WORLD, PEERS)
+    after_previous(PDL)
+    meet(flags, epochs, SLOT + program, RANK, WORLD, PEERS, LINE)
     for row in range(program, rows, tl.num_programs(0)):
         place = row * dim + column
         x = _summed(parts, place, mask, out, WORLD, BLOCK)
@@ -99,22 +114,21 @@ def _two_shot_kernel(
     parts: tl.tensor, outs: tl.tensor, flags: tl.tensor, epochs: tl.tensor, residual: tl.tensor, weight: tl.tensor,
     rows: tl.tensor, dim: tl.tensor, eps: tl.tensor,
     SLOT: tl.constexpr, END: tl.constexpr, RANK: tl.constexpr, WORLD: tl.constexpr, PEERS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    LINE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     program, column = tl.program_id(0), tl.arange(0, BLOCK)
     mask = column < dim
     gain = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
     share = (rows + WORLD - 1) // WORLD
     first = RANK * share
-    meet(flags, epochs, SLOT + program, RANK, WORLD, PEERS)
+    meet(flags, epochs, SLOT + program, RANK, WORLD, PEERS, LINE)
     for row in range(first + program, tl.minimum(first + share, rows), tl.num_programs(0)):
         place = row * dim + column
         x = _summed(parts, place, mask, residual, WORLD, BLOCK)
         normed = _added_and_normed(x, residual + place, gain, mask, dim, eps)
         for peer in tl.static_range(WORLD):
-            base = tl.load(outs + peer).to(tl.pointer_type(residual.dtype.element_ty))
-            tl.store(base + place, normed, mask=mask)
-    meet(flags, epochs, END + program, RANK, WORLD, PEERS)
+            tl.store(tensor_of(outs, peer, residual.dtype.element_ty) + place, normed, mask=mask)
+    meet(flags, epochs, END + program, RANK, WORLD, PEERS, LINE)
 
 
 class Ranks:
@@ -127,7 +141,7 @@ class Ranks:
         self.own = own  # only its address is used, by all ranks: it must live as long as they do
         self.flags = flags
         self.epochs = torch.zeros(PHASES * MAX_PROGRAMS, dtype=torch.int32, device=own.device)
-        self.constants = {"RANK": rank, "WORLD": world, "PEERS": triton.next_power_of_2(world)}
+        self.constants = {"RANK": rank, "WORLD": world, "PEERS": triton.next_power_of_2(world), "LINE": LINE}
 
 
 def slot(phase: int) -> int:
@@ -144,10 +158,12 @@ def one_shot_add_rms_norm(
     (D,).
     """
     rows, dim = residual.shape
+    pdl = launch_options()
     block = triton.next_power_of_2(dim)
-    _one_shot_kernel[(min(rows, MAX_PROGRAMS),)](
+    _one_shot_kernel[(min(rows, ROW_PROGRAMS),)](
         parts, ranks.flags, ranks.epochs, residual, weight, out, rows, dim, eps,
-        SLOT=slot(ONE_SHOT), BLOCK=block, num_warps=warps_for(block), **ranks.constants,
+        SLOT=slot(ONE_SHOT), BLOCK=block, PDL=bool(pdl), num_warps=warps_for(block),
+        **ranks.constants, **pdl,
     )  # fmt: skip
 
 
@@ -160,9 +176,11 @@ def two_shot_add_rms_norm(
     outs: the addresses of every rank's (T, D).
     """
     rows, dim = residual.shape
+    pdl = launch_options()
     block = triton.next_power_of_2(dim)
     share = triton.cdiv(rows, ranks.world)
-    _two_shot_kernel[(min(share, MAX_PROGRAMS),)](
+    _two_shot_kernel[(min(share, ROW_PROGRAMS),)](
         parts, outs, ranks.flags, ranks.epochs, residual, weight, rows, dim, eps,
-        SLOT=slot(TWO_SHOT), END=slot(TWO_SHOT_END), BLOCK=block, num_warps=warps_for(block), **ranks.constants,
+        SLOT=slot(TWO_SHOT), END=slot(TWO_SHOT_END), BLOCK=block, PDL=bool(pdl), num_warps=warps_for(block),
+        **ranks.constants, **pdl,
     )  # fmt: skip

@@ -17,13 +17,15 @@ from torch import Tensor
 
 from minisgl.ops.kernels.filtering import LOWEST, STRAND
 from minisgl.ops.kernels.jit import jit, jit_varying
-from minisgl.ops.kernels.ranks import MAX_PROGRAMS, PULL, Ranks, meet, slot
+from minisgl.ops.kernels.ranks import MAX_PROGRAMS, PULL, Ranks, meet, slot, tensor_of
 from minisgl.ops.kernels.sampling import SPLIT, choose, row_kind, split_winners
 from minisgl.ops.sampling import SamplingRows
 
 ROWS = 8
 """Rows whose partials a program of the pull takes at a time."""
 COPY_BLOCK = 2048
+COPIERS = 4
+"""Programs that share the copying of a row's logits from one rank."""
 
 
 @jit_varying("slots", "rows")
@@ -32,43 +34,47 @@ def _pull_kernel(
     parameters: tl.tensor, logits: tl.tensor, winners: tl.tensor, maxima: tl.tensor, masses: tl.tensor,
     strand_maxima: tl.tensor, rows: tl.tensor, capacity: tl.tensor, vocab: tl.tensor, width: tl.tensor,
     splits: tl.tensor, strands: tl.tensor,
-    SLOT: tl.constexpr, RANK: tl.constexpr, WORLD: tl.constexpr, PEERS: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    SLOT: tl.constexpr, RANK: tl.constexpr, WORLD: tl.constexpr, PEERS: tl.constexpr, LINE: tl.constexpr,
+    ROWS: tl.constexpr, COPIERS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     program = tl.program_id(0)
-    meet(flags, epochs, SLOT + program, RANK, WORLD, PEERS)
+    meet(flags, epochs, SLOT + program, RANK, WORLD, PEERS, LINE)
     size = capacity.to(tl.int64) * splits  # of winners, maxima and masses, which lie one behind the other
-    for job in range(program, tl.cdiv(rows, ROWS) * WORLD, tl.num_programs(0)):
-        peer = job % WORLD
-        shard = tl.load(shards + peer).to(tl.pointer_type(logits.dtype.element_ty))
-        ints = tl.load(partials + peer).to(tl.pointer_type(tl.int32))
-        floats = tl.load(partials + peer).to(tl.pointer_type(tl.float32))
-        first = (job // WORLD) * ROWS
-        row = (first + tl.arange(0, ROWS)[:, None]).to(tl.int64)  # (ROWS, 1)
-        split = tl.arange(0, BLOCK_SPLITS)[None, :]
-        exists = (row < rows) & (split < splits)
-        there, here = row * splits + split, (row * WORLD + peer) * splits + split
-        winner = tl.load(ints + there, mask=exists, other=0, cache_modifier=".cg")
-        top = tl.load(floats + size + there, mask=exists, other=float("-inf"), cache_modifier=".cg")
-        mass = tl.load(floats + 2 * size + there, mask=exists, other=0.0, cache_modifier=".cg")
-        live = exists & (top > LOWEST)
-        x = tl.load(shard + row * width + winner - peer * width, mask=live, other=0.0, cache_modifier=".cg")
-        tl.store(winners + here, winner, mask=exists)
-        tl.store(maxima + here, top, mask=exists)
-        tl.store(masses + here, mass, mask=exists)
-        tl.store(logits + row * WORLD * width + winner, x, mask=live)
+    groups = tl.cdiv(rows, ROWS)
+    for job in range(program, groups * WORLD * COPIERS, tl.num_programs(0)):
+        copier, peer = job // WORLD % COPIERS, job % WORLD
+        first = job // (WORLD * COPIERS) * ROWS
+        shard = tensor_of(shards, peer, logits.dtype.element_ty)
+        ints = tensor_of(partials, peer, tl.int32)
+        floats = tensor_of(partials, peer, tl.float32)
+        if copier == 0:
+            row = (first + tl.arange(0, ROWS)[:, None]).to(tl.int64)  # (ROWS, 1)
+            split = tl.arange(0, BLOCK_SPLITS)[None, :]
+            exists = (row < rows) & (split < splits)
+            there, here = row * splits + split, (row * WORLD + peer) * splits + split
+            winner = tl.load(ints + there, mask=exists, other=0, cache_modifier=".cg")
+            top = tl.load(floats + size + there, mask=exists, other=float("-inf"), cache_modifier=".cg")
+            mass = tl.load(floats + 2 * size + there, mask=exists, other=0.0, cache_modifier=".cg")
+            live = exists & (top > LOWEST)
+            x = tl.load(shard + row * width + winner - peer * width, mask=live, other=0.0, cache_modifier=".cg")
+            tl.store(winners + here, winner, mask=exists)
+            tl.store(maxima + here, top, mask=exists)
+            tl.store(masses + here, mass, mask=exists)
+            tl.store(logits + row * WORLD * width + winner, x, mask=live)
         for index in range(first, tl.minimum(first + ROWS, rows)):
             kind = row_kind(parameters, tl.load(slots + index).to(tl.int64), vocab)
             if kind[1]:
-                whole = (index * WORLD + peer) * strands
-                _copy(floats + 3 * size + index * strands, strand_maxima + whole, strands, BLOCK)
-                whole = (index * WORLD + peer) * width
-                _copy(shard + index * width, logits + whole, width, BLOCK)
+                there, here = 3 * size + index * strands, (index * WORLD + peer) * strands
+                _copy(floats + there, strand_maxima + here, strands, copier, COPIERS, BLOCK)
+                _copy(shard + index * width, logits + (index * WORLD + peer) * width, width, copier, COPIERS, BLOCK)
 
 
 @jit
-def _copy(source: tl.tensor, target: tl.tensor, length: tl.tensor, BLOCK: tl.constexpr) -> None:
-    for start in range(0, length, BLOCK):
+def _copy(
+    source: tl.tensor, target: tl.tensor, length: tl.tensor, copier: tl.tensor, COPIERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    for start in range(copier * BLOCK, length, COPIERS * BLOCK):
         index = start + tl.arange(0, BLOCK)
         within = index < length
         tl.store(target + index, tl.load(source + index, mask=within, cache_modifier=".cg"), mask=within)
@@ -119,11 +125,11 @@ class ShardedSampling:
         tops, shares = torch.empty((2, count, world * splits), dtype=torch.float32, device=device)
         strand_maxima = torch.empty((count, world * strands), dtype=torch.float32, device=device)
         parameters = (table.temperature, table.top_p, table.min_p, table.top_k)
-        _pull_kernel[(min(triton.cdiv(count, ROWS) * world, MAX_PROGRAMS),)](
+        _pull_kernel[(min(triton.cdiv(count, ROWS) * world * COPIERS, MAX_PROGRAMS),)](
             self.logits, self.partials, self.ranks.flags, self.ranks.epochs, slots, parameters, self.gathered, found,
             tops, shares, strand_maxima, count, self.rows, self.vocab, width, splits, strands,
-            SLOT=slot(PULL), ROWS=ROWS, BLOCK_SPLITS=triton.next_power_of_2(splits), BLOCK=COPY_BLOCK, num_warps=8,
-            **self.ranks.constants,
+            SLOT=slot(PULL), ROWS=ROWS, COPIERS=COPIERS, BLOCK_SPLITS=triton.next_power_of_2(splits), BLOCK=COPY_BLOCK,
+            num_warps=8, **self.ranks.constants,
         )  # fmt: skip
         return choose(
             self.gathered[:count], table, slots, positions, (found, tops, shares, strand_maxima), vocab=self.vocab
