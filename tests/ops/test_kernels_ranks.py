@@ -61,7 +61,7 @@ def test_sums_over_ranks_are_added_and_normed_as_the_reference_does(
     world: int, rows: int, dim: int, shots: int, dtype: torch.dtype, device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(kernels, "MAX_PROGRAMS", 3 if device.type == "cpu" else 16)
+    monkeypatch.setattr(kernels, "ROW_PROGRAMS", 3 if device.type == "cpu" else 16)
     torch.manual_seed(0)
     group = Group(world, device)
     weight = torch.randn(dim, device=device).to(dtype)
