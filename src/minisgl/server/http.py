@@ -7,7 +7,8 @@ import contextlib
 import functools
 import logging
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -64,9 +65,9 @@ class HttpServer(uvicorn.Server):
 
 async def serve_http(
     server: HttpServer,
-    listener: socket.socket,
+    listeners: Sequence[socket.socket],
     service: EngineService,
-    engine_ended: asyncio.Future[int],
+    engine_ended: asyncio.Future[Any],
     stop: asyncio.Event,
     hurry: asyncio.Event,
     drain_timeout: float,
@@ -76,7 +77,7 @@ async def serve_http(
     After `stop` they may go on for `drain_timeout` s, or until `hurry`, while new ones get 503; then they end with 503.
     """
     loop = asyncio.get_running_loop()
-    serving = asyncio.create_task(server.serve([listener]))
+    serving = asyncio.create_task(server.serve(list(listeners)))
     stopped, hurried = asyncio.create_task(stop.wait()), asyncio.create_task(hurry.wait())
     drained: asyncio.Task[None] | None = None
     try:

@@ -11,9 +11,6 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-
-import msgspec
 
 from minisgl import __version__
 from minisgl.config import BUNDLED_MODEL, Config, check
@@ -42,7 +39,7 @@ async def run(config: Config, command: Sequence[str]) -> None:
     stop, hurry = asyncio.Event(), asyncio.Event()
     with listen_socket(config.host, config.port) as listener, handle_signals(stop, hurry):
         check_public(config, listener)
-        started = time.perf_counter()
+        started = time.monotonic()
         tell(f"loading {config.model or BUNDLED_MODEL} …")
         launching = asyncio.create_task(launch_engine(config, still_loading, command))
         stopped = asyncio.create_task(stop.wait())
@@ -65,8 +62,7 @@ async def run(config: Config, command: Sequence[str]) -> None:
 
 def import_http() -> None:
     """Import what `serve_engine` needs; it takes a good part of a second."""
-    import minisgl.server.app
-    import minisgl.server.door
+    import minisgl.server.front
     import minisgl.server.http  # noqa: F401
 
 
@@ -79,49 +75,25 @@ async def serve_engine(
     stop: asyncio.Event,
     hurry: asyncio.Event,
 ) -> None:
-    """Put HTTP in front of an engine that is ready; `started` is when start-up began, on the performance counter."""
-    from minisgl.grammar.compiler import GrammarCompiler
-    from minisgl.server.admin import Setup
-    from minisgl.server.app import create_app
-    from minisgl.server.door import with_door
+    """Put HTTP in front of an engine that is ready; `started` is when start-up began, on the monotonic clock."""
+    from minisgl.server.front import open_front
     from minisgl.server.http import HttpServer, serve_http
     from minisgl.server.status import report_status
-    from minisgl.server.tokenizer_messages import TokenizerSetup
-    from minisgl.server.tokenizer_pool import TokenizerPool
-    from minisgl.tokenizer.tokenizer import Tokenizer
 
-    model = ready.model
-    if config.served_model_name:
-        model = msgspec.structs.replace(model, name=config.served_model_name[0])
-    tokenizing = TokenizerSetup(
-        model=model,
-        folder=ready.folder,
-        standin=config.dummy_weight and not Tokenizer.exists(Path(ready.folder)),
-        max_live=engine.service.max_live,
-        names=config.served_model_name,
-        log_level=config.log_level,
-    )
-    if tokenizing.standin:
-        tell(f"{ready.folder} has no tokenizer: text is bytes, and any other token reads as its number")
-    tokenizer = tokenizing.tokenizer()
-    pool = await TokenizerPool.start(tokenizing, config.num_tokenizer) if config.num_tokenizer else None
+    service = engine.service
+    async with open_front(config, service, ready, tokenizers=config.num_tokenizer, started=started) as front:
+        if front.standin:
+            tell_of_standin(ready.folder)
 
-    def on_listening() -> None:
-        announce(config, address(listener, config), ready.notes, model.name, tokenizer.has_chat_template, started)
+        def on_listening() -> None:
+            announce(config, address(listener, config), ready.notes, front.api.model.name, front.chats, started)
 
-    grammars = GrammarCompiler(Path(ready.folder), model.vocab_size, model.eos_token_ids)
-    check = None if tokenizing.standin else grammars.check
-    setup = Setup(config, ready.notes, ready.folder)
-    app = create_app(engine.service, model, tokenizer, setup=setup, check_grammar=check, preparer=pool)
-    server = HttpServer(with_door(app, engine.service.metrics, config), on_listening, config)
-    status = asyncio.create_task(report_status(engine.service))
-    try:
-        await serve_http(server, listener, engine.service, engine.ended, stop, hurry, config.drain_timeout)
-    finally:
-        status.cancel()
-        grammars.close()
-        if pool is not None:
-            await pool.close()
+        server = HttpServer(front.app, on_listening, config)
+        status = asyncio.create_task(report_status(service))
+        try:
+            await serve_http(server, [listener], service, engine.ended, stop, hurry, config.drain_timeout)
+        finally:
+            status.cancel()
 
 
 @contextlib.contextmanager
@@ -147,14 +119,14 @@ def handle_signals(stop: asyncio.Event, hurry: asyncio.Event) -> Iterator[None]:
 
 
 def announce(config: Config, url: str, notes: Sequence[str], model: str, chats: bool, started: float) -> None:
-    """The ready line, the effective configuration and a request to paste; `started` is on the performance counter."""
+    """The ready line, the effective configuration and a request to paste; `started` is on the monotonic clock."""
     question = "What is the capital of France?"
     path, body = (
         ("chat/completions", {"messages": [{"role": "user", "content": question}]})
         if chats
         else ("completions", {"prompt": "The capital of France is"})
     )
-    seconds = time.perf_counter() - started
+    seconds = time.monotonic() - started
     print(f"\nMini-SGLang {__version__} is ready after {seconds:.1f} s: {model} on {url}/v1\n")
     for note in notes:
         print(f"  {note}")
@@ -163,6 +135,11 @@ def announce(config: Config, url: str, notes: Sequence[str], model: str, chats: 
         print(f"  api_key = {len(config.api_key)} set: clients send one as 'Authorization: Bearer KEY'")
         headers += ' -H "Authorization: Bearer $MINISGL_API_KEY"'
     print(f"\ncurl {url}/v1/{path} {headers} \\\n  -d '{json.dumps(body)}'\n", flush=True)
+
+
+def tell_of_standin(folder: str) -> None:
+    """Tell what text is where the model has no tokenizer."""
+    tell(f"{folder} has no tokenizer: text is bytes, and any other token reads as its number")
 
 
 def still_loading(seconds: float) -> None:
