@@ -14,7 +14,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from minisgl.config import Config
-from minisgl.errors import ConfigError
+from minisgl.server.listen import listen
 from minisgl.server.service import EngineService
 from minisgl.server.wire import HEAD_LIMIT, BoundedProtocol
 
@@ -43,18 +43,15 @@ class HttpServer(uvicorn.Server):
                 server_header=False,
             )
         )
-        self._write_timeout = config.write_timeout
+        self.write_timeout = config.write_timeout
+        """Seconds a client may leave unread what it was sent."""
         self._on_listening = on_listening
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say so. Raises ConfigError when another process took the port while the model loaded."""
         for listener in sockets or ():
-            # Connections inherit it: what a vanished client has not acknowledged by then is given up (RFC 5482).
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(self._write_timeout * 1000))
-        try:
-            await super().startup(sockets)
-        except OSError as error:
-            raise ConfigError(f"cannot listen on the port any more: {error.strerror}") from error
+            listen(listener, self.write_timeout)
+        await super().startup(sockets)
         self._on_listening()
 
     @contextlib.contextmanager

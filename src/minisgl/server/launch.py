@@ -17,7 +17,7 @@ from minisgl.config import BUNDLED_MODEL, Config, check
 from minisgl.engine.messages import Ready
 from minisgl.errors import EngineDeadError
 from minisgl.server.child import ENGINE_COMMAND, EngineProcess, describe_status, launch_engine
-from minisgl.server.listen import address, check_certificate, check_public, listen_socket
+from minisgl.server.listen import address, check_certificate, check_public, listen, listen_socket
 
 
 def serve(config: Config, command: Sequence[str] = ENGINE_COMMAND) -> None:
@@ -43,8 +43,8 @@ async def run(config: Config, command: Sequence[str]) -> None:
         tell(f"loading {config.model or BUNDLED_MODEL} …")
         launching = asyncio.create_task(launch_engine(config, still_loading, command))
         stopped = asyncio.create_task(stop.wait())
-        # The HTTP side is imported while the engine's process loads.
-        await asyncio.to_thread(import_http)
+        if config.api_workers == 1:  # the HTTP side is imported while the engine's process loads
+            await asyncio.to_thread(import_http)
         await asyncio.wait((launching, stopped), return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
         if not launching.done():
@@ -53,7 +53,8 @@ async def run(config: Config, command: Sequence[str]) -> None:
             return
         engine, ready = launching.result()
         try:
-            await serve_engine(config, listener, engine, ready, started, stop, hurry)
+            serve_ready = serve_engine if config.api_workers == 1 else serve_fleet
+            await serve_ready(config, listener, engine, ready, started, stop, hurry)
         finally:
             status = await engine.stop()
         if not stop.is_set():
@@ -94,6 +95,49 @@ async def serve_engine(
             await serve_http(server, [listener], service, engine.ended, stop, hurry, config.drain_timeout)
         finally:
             status.cancel()
+
+
+async def serve_fleet(
+    config: Config,
+    listener: socket.socket,
+    engine: EngineProcess,
+    ready: Ready,
+    started: float,
+    stop: asyncio.Event,
+    hurry: asyncio.Event,
+) -> None:
+    """Put several API processes in front of an engine that is ready; `started` as above. Raises ApiProcessError."""
+    from minisgl.server.fleet import Fleet
+    from minisgl.server.status import report_status
+
+    starting = asyncio.create_task(Fleet.start(config, engine, started))
+    stopped = asyncio.create_task(stop.wait())
+    await asyncio.wait((starting, stopped, engine.ended), return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        starting.cancel()
+        stopped.cancel()
+        await asyncio.wait((starting,))
+        return
+    fleet, serving = starting.result()
+    status = asyncio.create_task(report_status(engine.service, live=lambda: fleet.num_live))
+    listener.setblocking(False)
+    listen(listener, config.write_timeout)
+    placing = asyncio.create_task(fleet.place(listener))
+    try:
+        if serving.standin:
+            tell_of_standin(ready.folder)
+        announce(config, address(listener, config), ready.notes, serving.model, serving.chats, started)
+        await asyncio.wait((stopped, engine.ended, fleet.failed), return_when=asyncio.FIRST_COMPLETED)
+        if stopped.done() and not engine.ended.done():
+            await fleet.drain(hurry, config.drain_timeout)
+        else:
+            await fleet.give_up()
+        if fleet.failed.done():
+            fleet.failed.result()
+    finally:
+        for task in (placing, status, stopped):
+            task.cancel()
+        await fleet.close()
 
 
 @contextlib.contextmanager
