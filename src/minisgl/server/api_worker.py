@@ -48,7 +48,7 @@ class ApiWorker:
         self._process = process
         self._end = end
         self._numbers = itertools.count(1)
-        self._questions: dict[int, asyncio.Future[Counted | AbortedHere]] = {}
+        self._questions: dict[int, asyncio.Future[Counted | AbortedHere | None]] = {}
         self._decoder: msgspec.msgpack.Decoder[FromApi] = msgspec.msgpack.Decoder(FromApi)
 
     @classmethod
@@ -82,9 +82,9 @@ class ApiWorker:
         self._process.stdin.write(framed(message))
 
     async def ask(self, kind: type[T], question: Callable[[int], ToApi], timeout: float) -> T | None:
-        """What it answers, or None when nothing comes in time (s)."""
+        """What it answers, or None when nothing comes in time (s), or it has ended."""
         number = next(self._numbers)
-        answer: asyncio.Future[Counted | AbortedHere] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Counted | AbortedHere | None] = asyncio.get_running_loop().create_future()
         self._questions[number] = answer
         try:
             self.send(question(number))
@@ -95,7 +95,7 @@ class ApiWorker:
             return None
         finally:
             del self._questions[number]
-        assert isinstance(said, kind)
+        assert said is None or isinstance(said, kind)
         return said
 
     def take(self, said: Counted | AbortedHere) -> None:
@@ -120,6 +120,9 @@ class ApiWorker:
     async def stop(self) -> int:
         """End the process: its stdin is closed, and then it is made to; its exit status."""
         assert self._process.stdin is not None
+        for answer in self._questions.values():
+            if not answer.done():
+                answer.set_result(None)
         self._process.stdin.close()
         self._end.close()
         ended = asyncio.ensure_future(self._process.wait())
