@@ -156,9 +156,9 @@ def test_an_answer_is_aborted_whichever_process_is_asked(tmp_path: Path, everyth
 
 
 def test_limits_hold_for_the_whole_server(tmp_path: Path) -> None:
-    flags = {"max_queued_requests": 3, "api_workers": 3}
+    slow = {"STUB_DELAY": "1.0"}
     with (
-        server(tmp_path / "model", tmp_path / "tmp", environ={"STUB_DELAY": "1.0"}, **flags) as (_, url),
+        server(tmp_path / "model", tmp_path / "tmp", environ=slow, api_workers=3, max_queued_requests=3) as (_, url),
         ThreadPoolExecutor(8) as pool,
     ):
         waiting = [pool.submit(ask, url, 1) for _ in range(3)]
@@ -304,9 +304,11 @@ def test_keys_reach_every_process_and_no_command_line(tmp_path: Path) -> None:
 
 def test_tls_is_spoken_by_every_process(tmp_path: Path) -> None:
     certfile, keyfile = write_certificate(tmp_path)
-    flags = {"ssl_certfile": certfile, "ssl_keyfile": keyfile}
     context = ssl.create_default_context(cafile=certfile)
-    with server(tmp_path / "model", tmp_path / "tmp", api_workers=2, **flags) as (_, url):
+    with server(tmp_path / "model", tmp_path / "tmp", api_workers=2, ssl_certfile=certfile, ssl_keyfile=keyfile) as (
+        _,
+        url,
+    ):
         host, port = url.removeprefix("https://").split(":")
         for _ in range(4):
             assert httpx.get(f"{url}/version", verify=context).status_code == 200

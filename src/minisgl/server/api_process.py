@@ -168,7 +168,9 @@ def main() -> int:
     stdout = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     stdin = os.fdopen(os.dup(sys.stdin.fileno()), "rb", buffering=0)
-    setup = msgspec.json.decode(stdin.readline(), type=ApiSetup)
+    if not (line := stdin.readline()):
+        return 0  # it was never needed
+    setup = msgspec.json.decode(line, type=ApiSetup)
     level, form = setup.config.log_level, f"%(asctime)s %(levelname)s api-{setup.row} %(name)s: %(message)s"
     logging.basicConfig(level=level, format=form)
     if level == "INFO":

@@ -36,9 +36,9 @@ T = TypeVar("T", Counted, AbortedHere)
 class ApiWorker:
     """A running API process. Make one with `start`, end it with `stop`. Belongs to one event loop."""
 
-    def __init__(self, process: Process, row: int, link: int, end: socket.socket) -> None:
-        self.row = row
-        self.link = link
+    def __init__(self, process: Process, ours: socket.socket, theirs: int) -> None:
+        self.row = -1
+        self.link = -1
         self.tally: Tally = NOTHING
         """What it had counted when it was last asked."""
         self.silent = False
@@ -46,16 +46,17 @@ class ApiWorker:
         self.given = 0
         """Connections that it was given."""
         self._process = process
-        self._end = end
+        self._end = ours
+        self._their_end = theirs
         self._numbers = itertools.count(1)
         self._questions: dict[int, asyncio.Future[Counted | AbortedHere | None]] = {}
         self._decoder: msgspec.msgpack.Decoder[FromApi] = msgspec.msgpack.Decoder(FromApi)
 
     @classmethod
-    async def start(cls, setup: ApiSetup, command: Sequence[str] = API_COMMAND) -> ApiWorker:
-        """Start the process, in a session of its own, so that Ctrl-C in the terminal reaches the launcher alone.
+    async def start(cls, command: Sequence[str] = API_COMMAND) -> ApiWorker:
+        """Start a process that gets ready to `begin`. Raises OSError when the system has no room for it.
 
-        Raises OSError when the system has no room for it.
+        It has a session of its own, so that Ctrl-C in the terminal reaches the launcher alone.
         """
         ours, theirs = channel()
         try:
@@ -63,13 +64,17 @@ class ApiWorker:
                 process = await asyncio.create_subprocess_exec(
                     *command, stdin=PIPE, stdout=PIPE, start_new_session=True, pass_fds=[theirs.fileno()]
                 )
-                setup = msgspec.structs.replace(setup, connections=theirs.fileno())
+                return cls(process, ours, theirs.fileno())
         except BaseException:
             ours.close()
             raise
-        assert process.stdin is not None
-        process.stdin.write(msgspec.json.encode(setup) + b"\n")
-        return cls(process, setup.row, setup.link, ours)
+
+    def begin(self, setup: ApiSetup) -> None:
+        """Have it serve."""
+        assert self._process.stdin is not None
+        self.row, self.link = setup.row, setup.link
+        setup = msgspec.structs.replace(setup, connections=self._their_end)
+        self._process.stdin.write(msgspec.json.encode(setup) + b"\n")
 
     @property
     def pid(self) -> int:

@@ -6,12 +6,12 @@ Tokens never pass through here: the engine talks to each process directly (`engi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import socket
 import time
 from collections import deque
-from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -36,7 +36,7 @@ from minisgl.server.api_messages import (
     ToApi,
     Unable,
 )
-from minisgl.server.api_worker import API_COMMAND, ApiWorker
+from minisgl.server.api_worker import ApiWorker
 from minisgl.server.board import Board
 from minisgl.server.child import EngineProcess, describe_status
 from minisgl.server.errors import ApiProcessError
@@ -57,12 +57,12 @@ logger = logging.getLogger(__name__)
 class Fleet:
     """`config.api_workers` processes. Make one with `start`, end it with `close`. Belongs to one event loop."""
 
-    def __init__(self, config: Config, engine: EngineProcess, started: float, command: Sequence[str]) -> None:
+    def __init__(self, config: Config, engine: EngineProcess, started: float, spares: list[ApiWorker]) -> None:
         self.board = Board.create(engine.folder / "board", config.api_workers)
         self._config = config
         self._engine = engine
         self._began = started
-        self._command = command
+        self._spares = spares
         self._workers: dict[int, ApiWorker] = {}
         """Those that serve, by row."""
         self._some = asyncio.Event()
@@ -81,13 +81,14 @@ class Fleet:
 
     @classmethod
     async def start(
-        cls, config: Config, engine: EngineProcess, started: float, command: Sequence[str] = API_COMMAND
+        cls, config: Config, engine: EngineProcess, started: float, spares: list[ApiWorker]
     ) -> tuple[Fleet, Serving]:
-        """Start them for an engine that is ready, and wait until all serve. Raises ModelError when one cannot.
+        """Have them serve an engine that is ready, and wait until all do. Raises ModelError when one cannot.
 
-        `started` is when the server was, on the monotonic clock.
+        `spares` are processes that have been started already; those that are used are taken out. `started` is when the
+        server was, on the monotonic clock.
         """
-        fleet = cls(config, engine, started, command)
+        fleet = cls(config, engine, started, spares)
         try:
             serving = await asyncio.gather(*fleet._serving)
         except BaseException:
@@ -196,7 +197,8 @@ class Fleet:
             connections=-1,
             started=self._began,
         )
-        worker = await ApiWorker.start(setup, self._command)
+        worker = self._spares.pop() if self._spares else await ApiWorker.start()
+        worker.begin(setup)
         self._engine.service.send(Attach(link, setup.to_engine, setup.from_engine))
         try:
             async for message in worker.messages():
@@ -259,3 +261,10 @@ class Fleet:
         while True:
             await asyncio.sleep(COUNT_SECONDS)
             await asyncio.gather(*(self._count(worker, COUNT_SECONDS) for worker in list(self._workers.values())))
+
+
+async def start_spares(count: int, spares: list[ApiWorker]) -> None:
+    """Start processes that will be needed, while the engine loads; if that fails, a `Fleet` will say so."""
+    with contextlib.suppress(OSError):
+        for _ in range(count):
+            spares.append(await ApiWorker.start())

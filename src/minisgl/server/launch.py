@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from minisgl import __version__
 from minisgl.config import BUNDLED_MODEL, Config, check
@@ -18,6 +19,9 @@ from minisgl.engine.messages import Ready
 from minisgl.errors import EngineDeadError
 from minisgl.server.child import ENGINE_COMMAND, EngineProcess, describe_status, launch_engine
 from minisgl.server.listen import address, check_certificate, check_public, listen, listen_socket
+
+if TYPE_CHECKING:
+    from minisgl.server.api_worker import ApiWorker
 
 
 def serve(config: Config, command: Sequence[str] = ENGINE_COMMAND) -> None:
@@ -42,23 +46,36 @@ async def run(config: Config, command: Sequence[str]) -> None:
         started = time.monotonic()
         tell(f"loading {config.model or BUNDLED_MODEL} …")
         launching = asyncio.create_task(launch_engine(config, still_loading, command))
-        stopped = asyncio.create_task(stop.wait())
-        if config.api_workers == 1:  # the HTTP side is imported while the engine's process loads
-            await asyncio.to_thread(import_http)
-        await asyncio.wait((launching, stopped), return_when=asyncio.FIRST_COMPLETED)
-        stopped.cancel()
-        if not launching.done():
+        spares: list[ApiWorker] = []
+        try:
+            # What speaks HTTP gets ready while the engine's process loads.
+            await (asyncio.to_thread(import_http) if config.api_workers == 1 else start_spares(config, spares))
+            stopped = asyncio.create_task(stop.wait())
+            await asyncio.wait((launching, stopped), return_when=asyncio.FIRST_COMPLETED)
+            stopped.cancel()
+            if not launching.done():
+                return
+            engine, ready = launching.result()
+            try:
+                if config.api_workers == 1:
+                    await serve_engine(config, listener, engine, ready, started, stop, hurry)
+                else:
+                    await serve_fleet(config, listener, engine, ready, started, stop, hurry, spares)
+            finally:
+                status = await engine.stop()
+            if not stop.is_set():
+                raise EngineDeadError(f"the engine process ended with {describe_status(status)}")
+        finally:
             launching.cancel()
             await asyncio.wait((launching,))
-            return
-        engine, ready = launching.result()
-        try:
-            serve_ready = serve_engine if config.api_workers == 1 else serve_fleet
-            await serve_ready(config, listener, engine, ready, started, stop, hurry)
-        finally:
-            status = await engine.stop()
-        if not stop.is_set():
-            raise EngineDeadError(f"the engine process ended with {describe_status(status)}")
+            await asyncio.gather(*(spare.stop() for spare in spares))
+
+
+async def start_spares(config: Config, spares: list[ApiWorker]) -> None:
+    """Start the API processes of a server that has several."""
+    from minisgl.server import fleet
+
+    await fleet.start_spares(config.api_workers, spares)
 
 
 def import_http() -> None:
@@ -105,12 +122,16 @@ async def serve_fleet(
     started: float,
     stop: asyncio.Event,
     hurry: asyncio.Event,
+    spares: list[ApiWorker],
 ) -> None:
-    """Put several API processes in front of an engine that is ready; `started` as above. Raises ApiProcessError."""
+    """Put several API processes in front of an engine that is ready; `spares` are some that run already.
+
+    `started` is as above. Raises ApiProcessError.
+    """
     from minisgl.server.fleet import Fleet
     from minisgl.server.status import report_status
 
-    starting = asyncio.create_task(Fleet.start(config, engine, started))
+    starting = asyncio.create_task(Fleet.start(config, engine, started, spares))
     stopped = asyncio.create_task(stop.wait())
     await asyncio.wait((starting, stopped, engine.ended), return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
