@@ -274,17 +274,24 @@ def test_sigterm_under_load_drains_all_processes(tmp_path: Path) -> None:
         assert list((tmp_path / "tmp").iterdir()) == []
 
 
-@pytest.mark.parametrize("how", ["drain timeout", "second signal"])
+@pytest.mark.parametrize("how", ["drain timeout", "second signal", "a process hangs"])
 def test_a_drain_has_an_end(tmp_path: Path, how: str) -> None:
-    timeout = 0.2 if how == "drain timeout" else 30.0
+    timeout = 30.0 if how == "second signal" else 0.2
     with server(tmp_path / "model", tmp_path / "tmp", api_workers=2, drain_timeout=timeout) as (process, url):
+        every, hung = children(process.pid), api_processes(process.pid)[0]
         futures = load(url, 4, 490)
+        if how == "a process hangs":
+            os.kill(hung, signal.SIGSTOP)
         process.send_signal(signal.SIGTERM)
         if how == "second signal":
             wait_for(lambda: httpx.get(f"{url}/ready").status_code == 503)
             process.send_signal(signal.SIGTERM)
-        assert {future.result(10)[1] for future in futures} == {"engine_unavailable"}
-        assert process.wait(BOUND) == 0
+        codes = {future.result(10)[1] for future in futures}
+        assert codes == {"engine_unavailable", *(("closed",) if how == "a process hangs" else ())}
+        assert process.wait(2 * BOUND) == 0
+        assert all(gone(pid, 1.0) for pid in every)
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()
 
 
 def test_what_cannot_be_served_is_said_by_the_launcher(tmp_path: Path) -> None:

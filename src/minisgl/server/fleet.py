@@ -128,7 +128,7 @@ class Fleet:
         """Have all answer what they have, for `timeout` s, or until `hurry` or the engine's end, and wait for it."""
         self._tell(Stop())
         hurried = asyncio.create_task(hurry.wait())
-        over = asyncio.gather(*self._keeping)
+        over = asyncio.ensure_future(asyncio.wait(self._keeping))
         await asyncio.wait(
             (over, hurried, self._engine.ended),
             timeout=timeout + LAST_SECONDS,
@@ -136,7 +136,8 @@ class Fleet:
         )
         self._tell(EngineGone() if self._engine.ended.done() else Stop(hurry=True))
         await asyncio.wait((over,), timeout=LAST_SECONDS)
-        hurried.cancel()
+        for task in (over, hurried):
+            task.cancel()
 
     async def give_up(self) -> None:
         """Have all tell those who wait that there is no engine, and wait until they are gone."""
