@@ -1,15 +1,17 @@
-"""Streamed tokens/s through one API process, with an engine that costs nothing: what HTTP alone can carry.
+"""Streamed tokens/s through one or more API processes, with an engine that costs nothing: what HTTP alone can carry.
 
-Three processes on the machine's cores: the server as `minisgl` starts it, in place of its engine one that gives every
-running request a token each step, and clients on plain sockets that count events.
+On the machine's cores: the server as `minisgl` starts it, in place of its engine a process that gives every running
+request a token each step, and clients on plain sockets that count events, in a process for each API process.
 
-    python benchmark/streaming.py [--clients 64] [--step 0.003] [--tokens 200] [--seconds 10] [--profile FILE]
+    python benchmark/streaming.py [--api-workers 1] [--clients 64] [--step 0.003] [--tokens 200] [--seconds 10]
+                                  [--profile FILE]
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -21,52 +23,100 @@ from pathlib import Path
 import msgspec
 import zmq
 
+from minisgl.engine.messages import (
+    Abort,
+    Add,
+    Attach,
+    Detach,
+    Events,
+    FromEngine,
+    Ping,
+    Pong,
+    Ready,
+    ToEngine,
+)
+from minisgl.types import EngineStats, FinishReason, ModelInfo, TokenEvent
+
 BACKLOG = 4
 """Steps the engine may be ahead of what the server has read from its socket."""
 
 
-def engine() -> None:
-    """Speak the engine's protocol: tokens of the prompt, over and over, one a step for every request."""
-    from minisgl.engine.messages import Abort, Add, Events, Ping, Pong, Ready, ToEngine
-    from minisgl.types import EngineStats, FinishReason, ModelInfo, TokenEvent
+class Stub:
+    """Speaks the engine's protocol: tokens of the prompt, over and over, one a step for every request."""
 
-    start = msgspec.json.decode(sys.stdin.buffer.readline())
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
-    inbox.connect(start["to_engine"])
-    outbox.setsockopt(zmq.SNDHWM, BACKLOG)
-    outbox.connect(start["from_engine"])
-    encoder, decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(ToEngine)
-    folder = start["config"]["model"]
-    model = ModelInfo(name="stub", vocab_size=49152, max_seq_len=1 << 20, eos_token_ids=(0,))
-    outbox.send(encoder.encode(Ready(model, folder, [])))
-    live: dict[str, tuple[list[int], int, int]] = {}
-    step = float(os.environ.get("STEP_SECONDS", "0.003"))
-    due = time.perf_counter()
-    while True:
-        while inbox.poll(0 if live else 1000):
-            match decoder.decode(inbox.recv()):
-                case Add(request):
-                    live[request.id] = (request.prompt, 0, request.params.max_tokens or 16)
-                case Abort(ids):
+    def __init__(self, to_engine: str, from_engine: str, folder: str) -> None:
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.inbox = self.context.socket(zmq.PULL)
+        self.outboxes: dict[int, zmq.Socket[bytes]] = {}
+        self.live: dict[int, dict[str, tuple[list[int], int, int]]] = {}
+        model = ModelInfo(name="stub", vocab_size=49152, max_seq_len=1 << 20, eos_token_ids=(0,))
+        self.ready = Ready(model, folder, [])
+        self.attach(Attach(0, to_engine, from_engine))
+
+    def attach(self, order: Attach) -> None:
+        """Begin to serve a process."""
+        outbox = self.outboxes[order.link] = self.context.socket(zmq.PUSH)
+        outbox.setsockopt(zmq.SNDHWM, BACKLOG)
+        outbox.connect(order.from_engine)
+        self.inbox.connect(order.to_engine)
+        self.live[order.link] = {}
+        self.send(order.link, self.ready)
+
+    def send(self, link: int, message: FromEngine) -> None:
+        """Say something; a process that is `BACKLOG` steps behind is waited for."""
+        self.outboxes[link].send(msgspec.msgpack.encode(message))
+
+    def take(self, message: ToEngine) -> None:
+        """Do what a process asks."""
+        match message:
+            case Add(request, link):
+                self.live[link][request.id] = (request.prompt, 0, request.params.max_tokens or 16)
+            case Abort(ids):
+                for live in self.live.values():
                     for name in ids:
                         live.pop(name, None)
-                case Ping(nonce):
-                    outbox.send(encoder.encode(Pong(nonce, EngineStats(running=len(live)))))
-        if not live:
-            due = time.perf_counter()
-            continue
-        due = max(due + step, time.perf_counter() - step)
-        time.sleep(max(0.0, due - time.perf_counter()))
-        events = []
-        for name, (prompt, done, limit) in list(live.items()):
-            finish = FinishReason.LENGTH if done + 1 >= limit else None
-            events.append(TokenEvent(id=name, tokens=(prompt[done % len(prompt)],), finish=finish))
-            if finish is None:
-                live[name] = (prompt, done + 1, limit)
-            else:
-                del live[name]
-        outbox.send(encoder.encode(Events(events)))
+            case Ping(nonce, link):
+                self.send(link, Pong(nonce, EngineStats(running=sum(map(len, self.live.values())))))
+            case Attach():
+                self.attach(message)
+            case Detach(link):
+                self.outboxes.pop(link).close(linger=0)
+                del self.live[link]
+
+    def step(self) -> None:
+        """Give every request a token."""
+        for link, live in self.live.items():
+            events = []
+            for name, (prompt, done, limit) in list(live.items()):
+                finish = FinishReason.LENGTH if done + 1 >= limit else None
+                events.append(TokenEvent(id=name, tokens=(prompt[done % len(prompt)],), finish=finish))
+                if finish is None:
+                    live[name] = (prompt, done + 1, limit)
+                else:
+                    del live[name]
+            if events:
+                self.send(link, Events(events))
+
+    def run(self, step: float) -> None:
+        """Serve for ever, a step each `step` s while there is something to do."""
+        decoder = msgspec.msgpack.Decoder(ToEngine)
+        due = time.perf_counter()
+        while True:
+            while self.inbox.poll(0 if any(self.live.values()) else 1000):
+                self.take(decoder.decode(self.inbox.recv()))
+            if not any(self.live.values()):
+                due = time.perf_counter()
+                continue
+            due = max(due + step, time.perf_counter() - step)
+            time.sleep(max(0.0, due - time.perf_counter()))
+            self.step()
+
+
+def engine() -> None:
+    """Be the engine's process."""
+    start = msgspec.json.decode(sys.stdin.buffer.readline())
+    stub = Stub(start["to_engine"], start["from_engine"], start["config"]["model"])
+    stub.run(float(os.environ.get("STEP_SECONDS", "0.003")))
 
 
 class Client(asyncio.Protocol):
@@ -109,12 +159,31 @@ async def load(port: int, clients: int, tokens: int, seconds: float, warm: float
     return answers * tokens / took, events / took
 
 
-def serve(folder: str) -> None:
+def drive(port: int, options: argparse.Namespace) -> tuple[float, float]:
+    """The load of all clients, from as many processes as serve them: tokens/s and events/s."""
+    count = options.api_workers
+    shares = [options.clients // count + (i < options.clients % count) for i in range(count)]
+    flags = ["--tokens", str(options.tokens), "--seconds", str(options.seconds), "--drive", str(port)]
+    with contextlib.ExitStack() as stack:
+        drivers = [
+            stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, __file__, *flags, "--clients", str(share)], stdout=subprocess.PIPE, text=True
+                )
+            )
+            for share in shares
+        ]
+        figures = [json.loads(driver.communicate()[0]) for driver in drivers]
+    return sum(tokens for tokens, _ in figures), sum(events for _, events in figures)
+
+
+def serve(folder: str, api_workers: int) -> None:
     """The server under test, in a process of its own."""
     from minisgl.config import Config
     from minisgl.server import launch
 
-    launch.serve(Config(model=folder, port=0, log_level="WARNING"), [sys.executable, __file__, "--engine"])
+    config = Config(model=folder, port=0, log_level="WARNING", api_workers=api_workers)
+    launch.serve(config, [sys.executable, __file__, "--engine"])
 
 
 def cpu_seconds(pid: int) -> float:
@@ -123,33 +192,45 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def api_processes(pid: int) -> list[int]:
+    """The processes of a server that speak HTTP."""
+    started = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [c for c in started if b"api_process" in Path(f"/proc/{c}/cmdline").read_bytes()] or [pid]
+
+
 def measure(options: argparse.Namespace) -> None:
     """Start everything, and print what came through."""
     from minisgl.models.locate import locate_model
 
     profile = ["-m", "cProfile", "-o", options.profile] if options.profile else []
-    command = [sys.executable, *profile, __file__, "--server", str(locate_model(None, "huggingface"))]
+    flags = ["--server", str(locate_model(None, "huggingface")), "--api-workers", str(options.api_workers)]
     environment = {**os.environ, "STEP_SECONDS": str(options.step)}
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    server = subprocess.Popen(
+        [sys.executable, *profile, __file__, *flags], stdout=subprocess.PIPE, text=True, env=environment
+    )
     try:
         assert server.stdout is not None
         port = next(int(found[1]) for line in server.stdout if (found := re.search(r"http://.*:(\d+)/v1\n", line)))
-        before, started = cpu_seconds(server.pid), time.perf_counter()
-        tokens, events = asyncio.run(load(port, options.clients, options.tokens, options.seconds))
-        busy = (cpu_seconds(server.pid) - before) / (time.perf_counter() - started)
+        pids = api_processes(server.pid)
+        before, started = [cpu_seconds(pid) for pid in pids], time.perf_counter()
+        tokens, events = drive(port, options)
+        took = time.perf_counter() - started
+        busy = [(cpu_seconds(pid) - used) / took for pid, used in zip(pids, before, strict=True)]
     finally:
         server.terminate()
         server.wait()
     offered = options.clients / options.step
     print(
         f"{tokens:,.0f} streamed tokens/s of {offered:,.0f} offered, {events:,.0f} events/s, "
-        f"{options.clients} clients, {options.tokens} tokens an answer; the API process was busy {busy:.0%}"
+        f"{options.clients} clients, {options.tokens} tokens an answer; "
+        f"API processes were busy {', '.join(f'{share:.0%}' for share in busy)}"
     )
 
 
 def main() -> None:
     """Measure, or be one of the processes that it takes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--api-workers", type=int, default=1, help="API processes of the server")
     parser.add_argument("--clients", type=int, default=64, help="connections, each with one answer at a time")
     parser.add_argument("--tokens", type=int, default=200, help="tokens of an answer")
     parser.add_argument("--seconds", type=float, default=10.0, help="time measured, after 2 s to warm up")
@@ -157,11 +238,14 @@ def main() -> None:
     parser.add_argument("--profile", help="write a cProfile of the server process to this file")
     parser.add_argument("--engine", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--server", help=argparse.SUPPRESS)
+    parser.add_argument("--drive", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.engine:
         engine()
     elif options.server:
-        serve(options.server)
+        serve(options.server, options.api_workers)
+    elif options.drive:
+        print(json.dumps(asyncio.run(load(options.drive, options.clients, options.tokens, options.seconds))))
     else:
         measure(options)
 

@@ -123,6 +123,7 @@ SPELLINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--tensor-parallel-size 2", {"tp": 2}),
     ("--host 0.0.0.0", {"host": "0.0.0.0"}),
     ("--port 8000", {"port": 8000}),
+    ("--api-workers 3", {"api_workers": 3}),
     ("--num-tokenizer 2", {"num_tokenizer": 2}),
     ("--shell", {"shell": True}),
     ("--shell-mode", {"shell": True}),

@@ -142,6 +142,12 @@ def test_resolving_is_pure() -> None:
         ({"cuda_graph_max_bs": -1}, "--cuda-graph-max-bs must be at least 0"),
         ({"port": -1}, "--port must be between 0 and 65535"),
         ({"tp": 0}, "--tp must be at least 1"),
+        ({"api_workers": 0}, "--api-workers must be between 1 and 64, got 0"),
+        ({"api_workers": 65}, "--api-workers must be between 1 and 64, got 65"),
+        (
+            {"api_workers": 3, "num_tokenizer": 2},
+            "--num-tokenizer 2 is shared among --api-workers 3: give each at least",
+        ),
         ({"all_reduce": "ring"}, "--all-reduce must be one of auto, fused, symmetric, nccl"),
         ({"all_reduce_crossovers": "96"}, "--all-reduce-crossovers must be two numbers of KiB: one shot,two shots"),
         ({"attn": "fa,"}, "--attn must be auto"),

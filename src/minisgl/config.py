@@ -128,9 +128,11 @@ class Config:
     max_queued_tokens: int | None = setting(
         None, "--max-queued-tokens", help="prompt tokens that may wait for their first token; more get 429"
     )
+    api_workers: int = setting(1, "--api-workers", help="processes that speak HTTP, in front of one engine")
     num_tokenizer: int = setting(
-        0, "--num-tokenizer", help="processes that template and tokenise requests; 0: threads of the API process"
-    )
+        0, "--num-tokenizer",
+        help="processes that template and tokenise requests, shared among the API processes; 0: threads of those",
+    )  # fmt: skip
     request_timeout: float | None = setting(
         None, "--request-timeout", help="seconds a request may take, queue included; then it ends with 504"
     )
@@ -254,7 +256,13 @@ def check(config: Config) -> None:
     need(config.tp >= 1, "tp", "at least 1")
     need(config.memory_ratio is None or 0.0 < config.memory_ratio <= 1.0, "memory_ratio", "in (0, 1]")
     need(config.cuda_graph_max_bs is None or config.cuda_graph_max_bs >= 0, "cuda_graph_max_bs", "at least 0")
+    need(1 <= config.api_workers <= 64, "api_workers", "between 1 and 64")
     need(0 <= config.num_tokenizer <= 64, "num_tokenizer", "between 0 and 64")
+    if 0 < config.num_tokenizer < config.api_workers:
+        raise ConfigError(
+            f"--num-tokenizer {config.num_tokenizer} is shared among --api-workers {config.api_workers}: "
+            "give each at least one, or 0 for threads"
+        )
     need(0 <= config.port < 65536, "port", "between 0 and 65535")
     for name in ("request_timeout", "write_timeout"):
         value = getattr(config, name)

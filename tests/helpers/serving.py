@@ -22,7 +22,7 @@ from minisgl.server.app import create_app
 from minisgl.server.child import socket_folder
 from minisgl.server.door import with_door
 from minisgl.server.http import HttpServer
-from minisgl.server.limits import Limits
+from minisgl.server.limits import Limits, Queue
 from minisgl.server.service import EngineService
 from minisgl.tokenizer.tokenizer import Tokenizer
 from minisgl.types import Grammar, ModelInfo
@@ -89,7 +89,7 @@ async def web(
     tokenizer = Tokenizer.load(write_tokenizer(folder, template=template))
     sockets = socket_folder()
     to_engine, from_engine = f"ipc://{sockets}/to", f"ipc://{sockets}/from"
-    service = EngineService(to_engine, from_engine, dataclasses.replace(Limits.of(config), live=max_live))
+    service = EngineService(to_engine, from_engine, Queue(dataclasses.replace(Limits.of(config), live=max_live)))
     # With the protocol named asyncio switches off Nagle's delay on each connection, as it does in production.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))

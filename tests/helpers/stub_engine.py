@@ -20,6 +20,8 @@ import zmq.asyncio
 from minisgl.engine.messages import (
     Abort,
     Add,
+    Attach,
+    Detach,
     Events,
     Failed,
     Flush,
@@ -57,48 +59,69 @@ class StubEngine:
         self.given: dict[str, int] = {}
         self.die_on: tuple[int, ...] = ()
         self.say: Callable[[Request], Sequence[int]] | None = None
+        self.ready = Ready(model, str(folder), ["stub = on: it echoes"])
         self._changed = asyncio.Event()
         self._context = zmq.asyncio.Context()
         self._inbox = self._context.socket(zmq.PULL)
-        self._outbox = self._context.socket(zmq.PUSH)
-        self._inbox.connect(to_engine)
-        self._outbox.connect(from_engine)
+        self._outboxes: dict[int, zmq.asyncio.Socket] = {}
+        self._owners: dict[str, int] = {}
+        self._connect(0, to_engine, from_engine)
 
     async def run(self) -> None:
         """Serve until cancelled."""
-        await self.send(Ready(self.model, str(self.folder), ["stub = on: it echoes"]))
+        await self.send(self.ready)
         try:
             await asyncio.gather(self._listen(), self._steps())
         finally:
             self._context.destroy(linger=500)
 
-    async def send(self, message: FromEngine) -> None:
+    def _connect(self, link: int, to_engine: str, from_engine: str) -> None:
+        self._inbox.connect(to_engine)
+        self._outboxes[link] = self._context.socket(zmq.PUSH)
+        self._outboxes[link].connect(from_engine)
+
+    async def send(self, message: FromEngine, link: int = 0) -> None:
         """Say something to the server."""
-        await self._outbox.send(msgspec.msgpack.encode(message))
+        await self._outboxes[link].send(msgspec.msgpack.encode(message))
+
+    async def _send_events(self, events: list[TokenEvent], admitted: list[str]) -> None:
+        for link in list(self._outboxes):
+            own = [event for event in events if self._owners.get(event.id) == link]
+            if own:
+                await self.send(Events(own, [name for name in admitted if self._owners.get(name) == link]), link)
 
     async def _listen(self) -> None:
         decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
         while True:
             match decoder.decode(await self._inbox.recv()):
-                case Add(request):
+                case Add(request, link):
                     self.seen.append(request)
+                    self._owners[request.id] = link
                     if self.refuse is not None:
                         event = TokenEvent(id=request.id, finish=FinishReason.ERROR, error=self.refuse)
-                        await self.send(Events([event]))
+                        await self._send_events([event], [])
                     else:
                         self.live[request.id] = (request, 0)
                         self._changed.set()
                 case Abort(ids):
-                    for request_id in ids:
-                        if self.live.pop(request_id, None) is not None:
-                            self.aborted.append(request_id)
-                            event = TokenEvent(id=request_id, finish=FinishReason.ABORT)
-                            await self.send(Events([event]))
-                case Ping(nonce):
+                    await self._abort(ids)
+                case Ping(nonce, link):
                     if not self.deaf:
-                        await self.send(Pong(nonce, self.stats()))
-                case Flush(nonce):
-                    await self.send(Flushed(nonce, 7))
+                        await self.send(Pong(nonce, self.stats()), link)
+                case Flush(nonce, link):
+                    await self.send(Flushed(nonce, 7), link)
+                case Attach(link, to_engine, from_engine):
+                    self._connect(link, to_engine, from_engine)
+                    await self.send(self.ready, link)
+                case Detach(link):
+                    self._outboxes.pop(link).close(linger=0)
+                    await self._abort([name for name, owner in self._owners.items() if owner == link])
+
+    async def _abort(self, ids: Sequence[str]) -> None:
+        for request_id in ids:
+            if self.live.pop(request_id, None) is not None:
+                self.aborted.append(request_id)
+                await self._send_events([TokenEvent(id=request_id, finish=FinishReason.ABORT)], [])
 
     async def _steps(self) -> None:
         while True:
@@ -109,7 +132,7 @@ class StubEngine:
             admitted = [request_id for request_id, (_, done) in self.live.items() if done == 0]
             if events := [self._advance(request_id) for request_id in list(self.live)]:
                 self.steps += 1
-                await self.send(Events(events, admitted))
+                await self._send_events(events, admitted)
 
     def stats(self) -> EngineStats:
         """What a real engine would say of itself."""

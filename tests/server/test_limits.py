@@ -15,6 +15,7 @@ import pytest
 from helpers.serving import Serving, serve_and
 from minisgl.errors import InvalidRequestError
 from minisgl.server import wire
+from minisgl.server.board import Held
 from minisgl.server.errors import OverloadedError, QueueFullError
 from minisgl.server.limits import Limits, Queue
 from minisgl.server.protocol import MAX_MESSAGES
@@ -29,19 +30,22 @@ def requests(count: int, tokens: int = 10) -> list[Request]:
 
 def test_the_queue_takes_what_its_limits_allow_and_no_more() -> None:
     queue = Queue(Limits(live=8, max_queued_requests=2, max_queued_tokens=30))
-    queue.check(requests(3), live=0)  # nothing waits: whatever the server can keep
+    queue.check(requests(3))  # nothing waits: whatever the server can keep
     queue.enter(10)
-    queue.check(requests(1), live=1)
+    queue.check(requests(1))
     with pytest.raises(QueueFullError, match="1 requests are waiting"):
-        queue.check(requests(2), live=1)
+        queue.check(requests(2))
     with pytest.raises(QueueFullError, match="prompts of 10 tokens"):
-        queue.check(requests(1, tokens=21), live=1)
-    with pytest.raises(OverloadedError, match="8 requests are live"):
-        queue.check(requests(1), live=8)
-    with pytest.raises(InvalidRequestError, match="at most 8 prompts"):
-        queue.check(requests(9), live=0)
+        queue.check(requests(1, tokens=21))
     queue.leave(10, waited=3.0)
-    assert (queue.requests, queue.tokens) == (0, 0)
+    assert queue.whole == Held(requests=0, tokens=0, live=1)
+    for _ in range(7):
+        queue.enter(1)
+        queue.leave(1)
+    with pytest.raises(OverloadedError, match="8 requests are live"):
+        queue.check(requests(1))
+    with pytest.raises(InvalidRequestError, match="at most 8 prompts"):
+        queue.check(requests(9))
 
 
 def test_who_is_turned_away_is_told_to_wait_as_long_as_others_did() -> None:

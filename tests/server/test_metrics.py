@@ -22,7 +22,7 @@ def test_a_histogram_counts_up_to_and_including_each_bound() -> None:
     for value in (0.5, 1.0, 1.5, 4.0, 5.0):
         histogram.observe(value)
     histogram.observe(3.0, times=10)
-    assert buckets(histogram) == [("1.0", 2.0), ("2.0", 3.0), ("4.0", 14.0), ("+Inf", 15.0)]
+    assert buckets(histogram.bounds, histogram.counts) == [("1.0", 2.0), ("2.0", 3.0), ("4.0", 14.0), ("+Inf", 15.0)]
     assert (histogram.count, histogram.sum) == (15, 42.0)
 
 

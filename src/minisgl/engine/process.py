@@ -1,4 +1,4 @@
-"""The engine process: the engine behind two sockets. Started by the server, one line of JSON on its stdin.
+"""The engine process: the engine behind sockets. Started by the server, one line of JSON on its stdin.
 
 The line is `{"config": {...}, "to_engine": address, "from_engine": address}`. Stdin stays open for as long as the
 parent lives; its end means that nobody is left to serve, and the process goes too.
@@ -19,7 +19,8 @@ from minisgl.config import Config
 from minisgl.engine.build import build_engine
 from minisgl.engine.constraint import Constraint
 from minisgl.engine.engine import Engine
-from minisgl.engine.messages import Abort, Add, Events, Failed, Flush, Flushed, FromEngine, Ping, Pong, Ready, ToEngine
+from minisgl.engine.links import Links
+from minisgl.engine.messages import Abort, Add, Attach, Detach, Failed, Flush, Flushed, Ping, Pong, Ready, ToEngine
 from minisgl.engine.preparing import Preparing
 from minisgl.errors import InvalidRequestError, MinisglError
 from minisgl.types import FinishReason, Request, TokenEvent
@@ -44,36 +45,25 @@ class EngineServer:
     def __init__(self, start: StartLine, parent_gone: threading.Event) -> None:
         self.config = start.config
         self.parent_gone = parent_gone
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
-        self.inbox = context.socket(zmq.PULL)
-        self.outbox = context.socket(zmq.PUSH)
-        for socket, address in ((self.inbox, start.to_engine), (self.outbox, start.from_engine)):
-            socket.setsockopt(zmq.RCVHWM, 0)
-            socket.setsockopt(zmq.SNDHWM, 0)
-            socket.setsockopt(zmq.LINGER, 1000)
-            socket.connect(address)
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(ToEngine)
+        self.links = Links(start.to_engine, start.from_engine)
+        self.ready: Ready | None = None
 
     def run(self) -> int:
         """Serve until the parent goes; the exit status."""
         try:
             built = build_engine(self.config, progress=sys.stderr.isatty(), when_gone=leave_soon)
-            self._send(Ready(built.engine.model, str(built.folder), list(built.notes)))
+            self.ready = Ready(built.engine.model, str(built.folder), list(built.notes))
+            self.links.send(self.ready)
             self._serve(built.engine)
         except MinisglError as error:
-            self._send(Failed(error.message))
+            self.links.send(Failed(error.message))
             return 1
         except Exception as error:
-            self._send(Failed(f"{type(error).__name__}: {error}"))
+            self.links.send(Failed(f"{type(error).__name__}: {error}"))
             raise
         finally:
-            self.inbox.close()
-            self.outbox.close()
+            self.links.close()
         return 0
-
-    def _send(self, message: FromEngine) -> None:
-        self.outbox.send(self._encoder.encode(message))
 
     def _serve(self, engine: Engine) -> None:
         preparing = Preparing(engine.constraints)
@@ -89,39 +79,48 @@ class EngineServer:
                     continue
                 events = engine.step()
                 if events or engine.admitted:
-                    self._send(Events(events, engine.admitted))
+                    self.links.send_events(events, engine.admitted)
         finally:
             preparing.close()
         engine.close()
 
     def _receive(self, engine: Engine, preparing: Preparing, wait: bool) -> None:
         """Take in every message that is there; with nothing to compute, sleep until there is one."""
-        if wait and not self.inbox.poll(PREPARING_POLL_MS if preparing else IDLE_POLL_MS):
+        if wait and not self.links.poll(PREPARING_POLL_MS if preparing else IDLE_POLL_MS):
             return
-        while self.inbox.poll(0):
-            message = self._decoder.decode(self.inbox.recv())
-            match message:
-                case Add(request):
-                    grammar = request.params.grammar
-                    if grammar is None:
-                        self._add(engine, request)
-                    elif request.id in preparing:
-                        self._refuse(
-                            request, InvalidRequestError(f"a request with id {request.id!r} is running already")
-                        )
-                    else:
-                        preparing.start(request, grammar)
-                case Abort(ids):
-                    dropped = preparing.drop(ids)
-                    if dropped:
-                        self._send(Events([TokenEvent(id=gone, finish=FinishReason.ABORT) for gone in dropped]))
-                    engine.abort(ids)
-                case Ping(nonce):
-                    stats = engine.stats()
-                    stats = msgspec.structs.replace(stats, waiting=stats.waiting + len(preparing))
-                    self._send(Pong(nonce, stats))
-                case Flush(nonce):
-                    self._send(Flushed(nonce, engine.flush_cache()))
+        while self.links.poll(0):
+            if (message := self.links.receive()) is not None:
+                self._take(message, engine, preparing)
+
+    def _take(self, message: ToEngine, engine: Engine, preparing: Preparing) -> None:
+        match message:
+            case Add(request):
+                grammar = request.params.grammar
+                if grammar is None:
+                    self._add(engine, request)
+                elif request.id in preparing:
+                    self._refuse(request, InvalidRequestError(f"a request with id {request.id!r} is running already"))
+                else:
+                    preparing.start(request, grammar)
+            case Abort(ids):
+                self._abort(ids, engine, preparing)
+            case Ping(nonce, link):
+                stats = engine.stats()
+                stats = msgspec.structs.replace(stats, waiting=stats.waiting + len(preparing))
+                self.links.send(Pong(nonce, stats), link)
+            case Flush(nonce, link):
+                self.links.send(Flushed(nonce, engine.flush_cache()), link)
+            case Attach(link):
+                self.links.attach(message)
+                assert self.ready is not None
+                self.links.send(self.ready, link)
+            case Detach(link):
+                self._abort(self.links.detach(link), engine, preparing)
+
+    def _abort(self, ids: list[str], engine: Engine, preparing: Preparing) -> None:
+        if dropped := preparing.drop(ids):
+            self.links.send_events([TokenEvent(id=gone, finish=FinishReason.ABORT) for gone in dropped])
+        engine.abort(ids)
 
     def _add(self, engine: Engine, request: Request, constraint: Constraint | None = None) -> None:
         try:
@@ -130,7 +129,7 @@ class EngineServer:
             self._refuse(request, error)
 
     def _refuse(self, request: Request, error: InvalidRequestError) -> None:
-        self._send(Events([TokenEvent(id=request.id, finish=FinishReason.ERROR, error=error.message)]))
+        self.links.send_events([TokenEvent(id=request.id, finish=FinishReason.ERROR, error=error.message)])
 
 
 def watch_parent(stdin: IO[bytes], gone: threading.Event) -> None:

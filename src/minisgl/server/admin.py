@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
 import time
@@ -18,7 +19,7 @@ from minisgl.config import Config
 from minisgl.errors import EngineDeadError, InvalidRequestError
 from minisgl.server.api import Api
 from minisgl.server.errors import DrainingError
-from minisgl.server.exposition import CONTENT_TYPE, make_registry, render
+from minisgl.server.exposition import CONTENT_TYPE, render
 from minisgl.server.openapi import described
 from minisgl.server.reports import (
     Aborted,
@@ -56,13 +57,12 @@ def make_admin_router(api: Api, setup: Setup) -> APIRouter:
     """The operator's endpoints of one server."""
     router = APIRouter()
     service = api.service
-    registry = make_registry(service, api.model.name, lambda: api.preparer.num_processes)
 
     @router.get("/health", **described("health"))
     async def health() -> Response:
-        """200 when the engine answers between two of its steps and prompts can be tokenised, else 503."""
+        """200 when engine and API processes answer in time and prompts can be tokenised, else 503."""
         api.preparer.check()
-        stats = await service.ping(api.health_timeout)
+        stats, _ = await asyncio.gather(service.ping(api.health_timeout), api.peers.check(api.health_timeout))
         return json_response(Health(running=stats.running, waiting=stats.waiting))
 
     @router.get("/ready", **described("ready"))
@@ -84,13 +84,14 @@ def make_admin_router(api: Api, setup: Setup) -> APIRouter:
     async def server_info() -> Response:
         """Configuration, the engine's choices, its counts, and how long the server runs (s)."""
         stats = await service.ping(api.health_timeout)
+        held = service.queue.whole
         return json_response(
             ServerInfo(
                 version=__version__,
                 config=setup.shown(),
                 effective=list(setup.notes),
                 stats=stats,
-                queued=Queued(service.queue.requests, service.queue.tokens),
+                queued=Queued(held.requests, held.tokens),
                 draining=service.draining,
                 uptime=round(time.monotonic() - setup.started, 3),
             )
@@ -115,9 +116,14 @@ def make_admin_router(api: Api, setup: Setup) -> APIRouter:
     @router.get("/metrics", **described("metrics"))
     async def metrics() -> Response:
         """Prometheus' page. It never fails: without the engine it has the engine's last counts."""
-        with contextlib.suppress(EngineDeadError):
-            await service.ping(SCRAPE_TIMEOUT)
-        return Response(render(registry), media_type=CONTENT_TYPE)
+
+        async def ask_engine() -> None:
+            with contextlib.suppress(EngineDeadError):
+                await service.ping(SCRAPE_TIMEOUT)
+
+        others, _ = await asyncio.gather(api.peers.tally(SCRAPE_TIMEOUT), ask_engine())
+        page = render(api.tally.plus(others), service.stats, service.dead is None, api.model.name)
+        return Response(page, media_type=CONTENT_TYPE)
 
     @router.post("/flush_cache", **described("flush_cache"))
     async def flush_cache() -> Response:
@@ -137,6 +143,6 @@ def make_admin_router(api: Api, setup: Setup) -> APIRouter:
             raise InvalidRequestError(f"the body cannot be read: {error}", code="invalid_json") from error
         if order.abort_all is (order.rid is not None):
             raise InvalidRequestError("give the answer's id as rid, or abort_all", param="rid")
-        return json_response(Aborted(service.abort(order.rid)))
+        return json_response(Aborted(service.abort(order.rid) + await api.peers.abort(order.rid)))
 
     return router

@@ -10,9 +10,11 @@ from typing import Protocol
 
 from minisgl.errors import InvalidRequestError, UnsupportedParameterError
 from minisgl.server.errors import RetryLaterError
+from minisgl.server.peers import Alone, Peers
 from minisgl.server.preparation import Preparation
 from minisgl.server.prepared import Converted, Kind, Prepared
 from minisgl.server.service import EngineService
+from minisgl.server.tally import Tally
 from minisgl.tokenizer.tokenizer import Tokenizer
 from minisgl.types import Grammar, ModelInfo
 
@@ -50,12 +52,14 @@ class ThreadPreparer:
 class Api:
     """One served model. `created` is a Unix time in s, `health_timeout` in s.
 
-    `check_grammar` raises InvalidRequestError for a grammar that cannot be enforced; without it none can be.
+    `peers` are the API processes beside this one. `check_grammar` raises InvalidRequestError for a grammar that cannot
+    be enforced; without it none can be.
     """
 
     service: EngineService
     preparation: Preparation
     preparer: Preparer
+    peers: Peers = dataclasses.field(default_factory=Alone)
     health_timeout: float = 5.0
     check_grammar: Callable[[Grammar], None] | None = None
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
@@ -83,6 +87,11 @@ class Api:
         if grammar is not None:
             await asyncio.to_thread(self.require_grammar, grammar, prepared.grammar_field)
         return prepared
+
+    @property
+    def tally(self) -> Tally:
+        """What this process has counted."""
+        return Tally.of(self.service.metrics, self.service.queue, self.preparer.num_processes)
 
     async def convert(self, kind: Kind, body: bytes) -> bytes:
         """The JSON that answers a request that generates nothing; raises InvalidRequestError."""

@@ -33,9 +33,6 @@ def create_app(
     Without `check_grammar` structured output is refused by name; without a `preparer` requests are read in threads.
     """
     setup = setup or Setup()
-    app = FastAPI(title="Mini-SGLang", version=__version__, docs_url=None, redoc_url=None)
-    install_document(app)
-    install_error_handlers(app)
     preparation = Preparation(model, tokenizer, service.max_live, setup.config.served_model_name)
     api = Api(
         service=service,
@@ -44,6 +41,14 @@ def create_app(
         health_timeout=health_timeout,
         check_grammar=check_grammar,
     )
+    return make_app(api, setup)
+
+
+def make_app(api: Api, setup: Setup) -> FastAPI:
+    """All endpoints, with their document and their errors."""
+    app = FastAPI(title="Mini-SGLang", version=__version__, docs_url=None, redoc_url=None)
+    install_document(app)
+    install_error_handlers(app)
     app.include_router(make_router(api))
     app.include_router(make_admin_router(api, setup))
     return app

@@ -17,7 +17,7 @@ import msgspec
 from minisgl.config import Config
 from minisgl.engine.messages import Ready
 from minisgl.errors import EngineDeadError
-from minisgl.server.limits import Limits
+from minisgl.server.limits import Limits, Queue
 from minisgl.server.service import EngineService
 
 ENGINE_COMMAND = (sys.executable, "-m", "minisgl.engine.process")
@@ -34,8 +34,9 @@ class EngineProcess:
 
     def __init__(self, process: Process, service: EngineService, folder: Path) -> None:
         self.service = service
+        self.folder = folder
+        """Where the sockets are; only this user can enter it."""
         self._process = process
-        self._folder = folder
         self.ended = asyncio.create_task(self._watch())
         """Done when the process has ended and everyone who waited knows; its exit status."""
 
@@ -44,7 +45,7 @@ class EngineProcess:
         """Start the process. It has its own session, so that Ctrl-C in the terminal reaches the parent alone."""
         folder = socket_folder()
         to_engine, from_engine = f"ipc://{folder}/to_engine", f"ipc://{folder}/from_engine"
-        service = EngineService(to_engine, from_engine, Limits.of(config))
+        service = EngineService(to_engine, from_engine, Queue(Limits.of(config)))
         try:
             process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, start_new_session=True)
             assert process.stdin is not None
@@ -85,7 +86,7 @@ class EngineProcess:
                 end()
         status = await self.ended
         await self.service.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
         return status
 
     async def _watch(self) -> int:

@@ -59,6 +59,13 @@ class TokenizerDeadError(RetryLaterError):
     code = "tokenizer_unavailable"
 
 
+class ApiProcessError(MinisglError):
+    """An API process does not answer, cannot be started, or dies again and again."""
+
+    status = 503
+    code = "api_process_unavailable"
+
+
 class DrainingError(RetryLaterError):
     """The server finishes what it has and takes nothing new."""
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 
-from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from minisgl.server.metrics import Histogram
-from minisgl.server.service import EngineService
+from minisgl.server.metrics import Metrics
+from minisgl.server.tally import Tally, process_families
+from minisgl.types import EngineStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIX = "minisgl:"
@@ -51,17 +52,18 @@ COUNTERS = (
 """Name without `_total`, attribute of `EngineStats`, and what is counted."""
 
 
-class ServiceCollector(Collector):
-    """Reads a service's counts, and how many tokenizer processes there are, when it is asked; nothing is kept here."""
+class Page(Collector):
+    """Everything there is to show at one moment; the engine's counts are those of its last answer."""
 
-    def __init__(self, service: EngineService, model: str, tokenizers: Callable[[], int]) -> None:
-        self.service = service
+    def __init__(self, tally: Tally, stats: EngineStats, engine_up: bool, model: str) -> None:
+        self.tally = tally
+        self.stats = stats
+        self.engine_up = engine_up
         self.model = model
-        self.tokenizers = tokenizers
 
     def collect(self) -> Iterator[Metric]:
-        """Every metric of this moment; the engine's are those of its last answer."""
-        service, metrics, stats = self.service, self.service.metrics, self.service.stats
+        """Every metric."""
+        tally, stats, shape = self.tally, self.stats, Metrics()
         labels, values = ["model_name"], [self.model]
 
         def gauge(name: str, text: str, value: float) -> Metric:
@@ -75,11 +77,12 @@ class ServiceCollector(Collector):
         held = used - stats.pages_cached
         yield gauge("kv_cache_usage_perc", "share of the KV pages that hold something", share(used, stats.pages_total))
         yield gauge("kv_cache_owned_perc", "share of the KV pages no other may have", share(held, stats.pages_total))
-        yield gauge("num_requests_queued", "requests without their first token", service.queue.requests)
-        yield gauge("num_queued_tokens", "prompt tokens of requests without their first token", service.queue.tokens)
-        yield gauge("num_requests_preparing", "requests that are being tokenised", metrics.preparing)
-        yield gauge("tokenizer_processes", "tokenizer processes that are ready", self.tokenizers())
-        yield gauge("engine_up", "1 while the engine lives", float(service.dead is None))
+        yield gauge("num_requests_queued", "requests without their first token", tally.queued_requests)
+        yield gauge("num_queued_tokens", "prompt tokens of requests without their first token", tally.queued_tokens)
+        yield gauge("num_requests_preparing", "requests that are being tokenised", tally.preparing)
+        yield gauge("tokenizer_processes", "tokenizer processes that are ready", tally.tokenizers)
+        yield gauge("api_processes", "API processes that answer", tally.processes)
+        yield gauge("engine_up", "1 while the engine lives", float(self.engine_up))
         for name, attribute, text in COUNTERS:
             counter = CounterMetricFamily(PREFIX + name, text, labels=labels)
             counter.add_metric(values, getattr(stats, attribute))
@@ -87,26 +90,30 @@ class ServiceCollector(Collector):
         success = CounterMetricFamily(
             PREFIX + "request_success", "requests by how they ended", labels=[*labels, "finished_reason"]
         )
-        for reason, count in metrics.finished.items():
+        for reason, count in tally.finished.items():
             success.add_metric([*values, reason], count)
         yield success
         rejected = CounterMetricFamily(
             PREFIX + "request_rejected", "requests turned away by a limit", labels=[*labels, "reason"]
         )
-        for reason, count in metrics.rejected.items():
+        for reason, count in tally.rejected.items():
             rejected.add_metric([*values, reason], count)
         yield rejected
         responses = CounterMetricFamily(
             PREFIX + "http_requests", "HTTP requests answered", labels=["method", "route", "status"]
         )
-        for (method, route, status), count in metrics.responses.items():
+        for (method, route, status), count in tally.responses.items():
             responses.add_metric([method, route, str(status)], count)
         yield responses
         for name, attribute, text in HISTOGRAMS:
+            bounds = getattr(shape, attribute).bounds
             family = HistogramMetricFamily(PREFIX + name, text, labels=labels)
-            histogram: Histogram = getattr(metrics, attribute)
-            family.add_metric(values, buckets(histogram), histogram.sum)
+            counts, total = tally.histograms[attribute]
+            family.add_metric(values, buckets(bounds, counts), total)
             yield family
+        for shown in process_families():
+            shown.samples = [sample._replace(value=tally.process[sample.name]) for sample in shown.samples]
+            yield shown
 
 
 def share(part: int, whole: int) -> float:
@@ -114,23 +121,17 @@ def share(part: int, whole: int) -> float:
     return part / whole if whole else 0.0
 
 
-def buckets(histogram: Histogram) -> list[tuple[str, float]]:
+def buckets(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, float]]:
     """The counts as Prometheus wants them: up to each bound, and `+Inf`."""
     found, total = [], 0
-    for bound, count in zip((*histogram.bounds, float("inf")), histogram.counts, strict=True):
+    for bound, count in zip((*bounds, float("inf")), counts, strict=True):
         total += count
         found.append(("+Inf" if bound == float("inf") else repr(bound), float(total)))
     return found
 
 
-def make_registry(service: EngineService, model: str, tokenizers: Callable[[], int]) -> CollectorRegistry:
-    """A registry of its own with the service's metrics and those of this process."""
-    registry = CollectorRegistry()
-    registry.register(ServiceCollector(service, model, tokenizers))
-    ProcessCollector(registry=registry)
-    return registry
-
-
-def render(registry: CollectorRegistry) -> bytes:
+def render(tally: Tally, stats: EngineStats, engine_up: bool, model: str) -> bytes:
     """The page that Prometheus reads."""
+    registry = CollectorRegistry()
+    registry.register(Page(tally, stats, engine_up, model))
     return generate_latest(registry)

@@ -7,13 +7,14 @@ import contextlib
 import functools
 import logging
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from minisgl.config import Config
-from minisgl.errors import ConfigError
+from minisgl.server.listen import listen
 from minisgl.server.service import EngineService
 from minisgl.server.wire import HEAD_LIMIT, BoundedProtocol
 
@@ -42,18 +43,15 @@ class HttpServer(uvicorn.Server):
                 server_header=False,
             )
         )
-        self._write_timeout = config.write_timeout
+        self.write_timeout = config.write_timeout
+        """Seconds a client may leave unread what it was sent."""
         self._on_listening = on_listening
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say so. Raises ConfigError when another process took the port while the model loaded."""
         for listener in sockets or ():
-            # Connections inherit it: what a vanished client has not acknowledged by then is given up (RFC 5482).
-            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(self._write_timeout * 1000))
-        try:
-            await super().startup(sockets)
-        except OSError as error:
-            raise ConfigError(f"cannot listen on the port any more: {error.strerror}") from error
+            listen(listener, self.write_timeout)
+        await super().startup(sockets)
         self._on_listening()
 
     @contextlib.contextmanager
@@ -64,9 +62,9 @@ class HttpServer(uvicorn.Server):
 
 async def serve_http(
     server: HttpServer,
-    listener: socket.socket,
+    listeners: Sequence[socket.socket],
     service: EngineService,
-    engine_ended: asyncio.Future[int],
+    engine_ended: asyncio.Future[Any],
     stop: asyncio.Event,
     hurry: asyncio.Event,
     drain_timeout: float,
@@ -76,7 +74,7 @@ async def serve_http(
     After `stop` they may go on for `drain_timeout` s, or until `hurry`, while new ones get 503; then they end with 503.
     """
     loop = asyncio.get_running_loop()
-    serving = asyncio.create_task(server.serve([listener]))
+    serving = asyncio.create_task(server.serve(list(listeners)))
     stopped, hurried = asyncio.create_task(stop.wait()), asyncio.create_task(hurry.wait())
     drained: asyncio.Task[None] | None = None
     try:

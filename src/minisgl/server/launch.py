@@ -11,16 +11,17 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-
-import msgspec
+from typing import TYPE_CHECKING
 
 from minisgl import __version__
 from minisgl.config import BUNDLED_MODEL, Config, check
 from minisgl.engine.messages import Ready
 from minisgl.errors import EngineDeadError
 from minisgl.server.child import ENGINE_COMMAND, EngineProcess, describe_status, launch_engine
-from minisgl.server.listen import address, check_certificate, check_public, listen_socket
+from minisgl.server.listen import address, check_certificate, check_public, listen, listen_socket
+
+if TYPE_CHECKING:
+    from minisgl.server.api_worker import ApiWorker
 
 
 def serve(config: Config, command: Sequence[str] = ENGINE_COMMAND) -> None:
@@ -42,31 +43,44 @@ async def run(config: Config, command: Sequence[str]) -> None:
     stop, hurry = asyncio.Event(), asyncio.Event()
     with listen_socket(config.host, config.port) as listener, handle_signals(stop, hurry):
         check_public(config, listener)
-        started = time.perf_counter()
+        started = time.monotonic()
         tell(f"loading {config.model or BUNDLED_MODEL} …")
         launching = asyncio.create_task(launch_engine(config, still_loading, command))
-        stopped = asyncio.create_task(stop.wait())
-        # The HTTP side is imported while the engine's process loads.
-        await asyncio.to_thread(import_http)
-        await asyncio.wait((launching, stopped), return_when=asyncio.FIRST_COMPLETED)
-        stopped.cancel()
-        if not launching.done():
+        spares: list[ApiWorker] = []
+        try:
+            # What speaks HTTP gets ready while the engine's process loads.
+            await (asyncio.to_thread(import_http) if config.api_workers == 1 else start_spares(config, spares))
+            stopped = asyncio.create_task(stop.wait())
+            await asyncio.wait((launching, stopped), return_when=asyncio.FIRST_COMPLETED)
+            stopped.cancel()
+            if not launching.done():
+                return
+            engine, ready = launching.result()
+            try:
+                if config.api_workers == 1:
+                    await serve_engine(config, listener, engine, ready, started, stop, hurry)
+                else:
+                    await serve_fleet(config, listener, engine, ready, started, stop, hurry, spares)
+            finally:
+                status = await engine.stop()
+            if not stop.is_set():
+                raise EngineDeadError(f"the engine process ended with {describe_status(status)}")
+        finally:
             launching.cancel()
             await asyncio.wait((launching,))
-            return
-        engine, ready = launching.result()
-        try:
-            await serve_engine(config, listener, engine, ready, started, stop, hurry)
-        finally:
-            status = await engine.stop()
-        if not stop.is_set():
-            raise EngineDeadError(f"the engine process ended with {describe_status(status)}")
+            await asyncio.gather(*(spare.stop() for spare in spares))
+
+
+async def start_spares(config: Config, spares: list[ApiWorker]) -> None:
+    """Start the API processes of a server that has several."""
+    from minisgl.server import fleet
+
+    await fleet.start_spares(config.api_workers, spares)
 
 
 def import_http() -> None:
     """Import what `serve_engine` needs; it takes a good part of a second."""
-    import minisgl.server.app
-    import minisgl.server.door
+    import minisgl.server.front
     import minisgl.server.http  # noqa: F401
 
 
@@ -79,49 +93,72 @@ async def serve_engine(
     stop: asyncio.Event,
     hurry: asyncio.Event,
 ) -> None:
-    """Put HTTP in front of an engine that is ready; `started` is when start-up began, on the performance counter."""
-    from minisgl.grammar.compiler import GrammarCompiler
-    from minisgl.server.admin import Setup
-    from minisgl.server.app import create_app
-    from minisgl.server.door import with_door
+    """Put HTTP in front of an engine that is ready; `started` is when start-up began, on the monotonic clock."""
+    from minisgl.server.front import open_front
     from minisgl.server.http import HttpServer, serve_http
     from minisgl.server.status import report_status
-    from minisgl.server.tokenizer_messages import TokenizerSetup
-    from minisgl.server.tokenizer_pool import TokenizerPool
-    from minisgl.tokenizer.tokenizer import Tokenizer
 
-    model = ready.model
-    if config.served_model_name:
-        model = msgspec.structs.replace(model, name=config.served_model_name[0])
-    tokenizing = TokenizerSetup(
-        model=model,
-        folder=ready.folder,
-        standin=config.dummy_weight and not Tokenizer.exists(Path(ready.folder)),
-        max_live=engine.service.max_live,
-        names=config.served_model_name,
-        log_level=config.log_level,
-    )
-    if tokenizing.standin:
-        tell(f"{ready.folder} has no tokenizer: text is bytes, and any other token reads as its number")
-    tokenizer = tokenizing.tokenizer()
-    pool = await TokenizerPool.start(tokenizing, config.num_tokenizer) if config.num_tokenizer else None
+    service = engine.service
+    async with open_front(config, service, ready, tokenizers=config.num_tokenizer, started=started) as front:
+        if front.standin:
+            tell_of_standin(ready.folder)
 
-    def on_listening() -> None:
-        announce(config, address(listener, config), ready.notes, model.name, tokenizer.has_chat_template, started)
+        def on_listening() -> None:
+            announce(config, address(listener, config), ready.notes, front.api.model.name, front.chats, started)
 
-    grammars = GrammarCompiler(Path(ready.folder), model.vocab_size, model.eos_token_ids)
-    check = None if tokenizing.standin else grammars.check
-    setup = Setup(config, ready.notes, ready.folder)
-    app = create_app(engine.service, model, tokenizer, setup=setup, check_grammar=check, preparer=pool)
-    server = HttpServer(with_door(app, engine.service.metrics, config), on_listening, config)
-    status = asyncio.create_task(report_status(engine.service))
+        server = HttpServer(front.app, on_listening, config)
+        status = asyncio.create_task(report_status(service))
+        try:
+            await serve_http(server, [listener], service, engine.ended, stop, hurry, config.drain_timeout)
+        finally:
+            status.cancel()
+
+
+async def serve_fleet(
+    config: Config,
+    listener: socket.socket,
+    engine: EngineProcess,
+    ready: Ready,
+    started: float,
+    stop: asyncio.Event,
+    hurry: asyncio.Event,
+    spares: list[ApiWorker],
+) -> None:
+    """Put several API processes in front of an engine that is ready; `spares` are some that run already.
+
+    `started` is as above. Raises ApiProcessError.
+    """
+    from minisgl.server.fleet import Fleet
+    from minisgl.server.status import report_status
+
+    starting = asyncio.create_task(Fleet.start(config, engine, started, spares))
+    stopped = asyncio.create_task(stop.wait())
+    await asyncio.wait((starting, stopped, engine.ended), return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        starting.cancel()
+        stopped.cancel()
+        await asyncio.wait((starting,))
+        return
+    fleet, serving = starting.result()
+    status = asyncio.create_task(report_status(engine.service, live=lambda: fleet.num_live))
+    listener.setblocking(False)
+    listen(listener, config.write_timeout)
+    placing = asyncio.create_task(fleet.place(listener))
     try:
-        await serve_http(server, listener, engine.service, engine.ended, stop, hurry, config.drain_timeout)
+        if serving.standin:
+            tell_of_standin(ready.folder)
+        announce(config, address(listener, config), ready.notes, serving.model, serving.chats, started)
+        await asyncio.wait((stopped, engine.ended, fleet.failed), return_when=asyncio.FIRST_COMPLETED)
+        if stopped.done() and not engine.ended.done():
+            await fleet.drain(hurry, config.drain_timeout)
+        else:
+            await fleet.give_up()
+        if fleet.failed.done():
+            fleet.failed.result()
     finally:
-        status.cancel()
-        grammars.close()
-        if pool is not None:
-            await pool.close()
+        for task in (placing, status, stopped):
+            task.cancel()
+        await fleet.close()
 
 
 @contextlib.contextmanager
@@ -147,14 +184,14 @@ def handle_signals(stop: asyncio.Event, hurry: asyncio.Event) -> Iterator[None]:
 
 
 def announce(config: Config, url: str, notes: Sequence[str], model: str, chats: bool, started: float) -> None:
-    """The ready line, the effective configuration and a request to paste; `started` is on the performance counter."""
+    """The ready line, the effective configuration and a request to paste; `started` is on the monotonic clock."""
     question = "What is the capital of France?"
     path, body = (
         ("chat/completions", {"messages": [{"role": "user", "content": question}]})
         if chats
         else ("completions", {"prompt": "The capital of France is"})
     )
-    seconds = time.perf_counter() - started
+    seconds = time.monotonic() - started
     print(f"\nMini-SGLang {__version__} is ready after {seconds:.1f} s: {model} on {url}/v1\n")
     for note in notes:
         print(f"  {note}")
@@ -163,6 +200,11 @@ def announce(config: Config, url: str, notes: Sequence[str], model: str, chats: 
         print(f"  api_key = {len(config.api_key)} set: clients send one as 'Authorization: Bearer KEY'")
         headers += ' -H "Authorization: Bearer $MINISGL_API_KEY"'
     print(f"\ncurl {url}/v1/{path} {headers} \\\n  -d '{json.dumps(body)}'\n", flush=True)
+
+
+def tell_of_standin(folder: str) -> None:
+    """Tell what text is where the model has no tokenizer."""
+    tell(f"{folder} has no tokenizer: text is bytes, and any other token reads as its number")
 
 
 def still_loading(seconds: float) -> None:

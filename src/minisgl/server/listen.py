@@ -9,6 +9,9 @@ import ssl
 from minisgl.config import Config
 from minisgl.errors import ConfigError
 
+BACKLOG = 2048
+"""Connections that may wait to be accepted."""
+
 
 def listen_socket(host: str, port: int) -> socket.socket:
     """A socket bound to the address and not listening yet: taken before the model is loaded, answering after.
@@ -27,6 +30,19 @@ def listen_socket(host: str, port: int) -> socket.socket:
         listener.close()
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
     return listener
+
+
+def listen(listener: socket.socket, write_timeout: float) -> None:
+    """Take connections. What a client that vanished has not acknowledged after `write_timeout` s is given up.
+
+    Raises ConfigError when another process took the port while the model loaded.
+    """
+    # Connections inherit it (RFC 5482).
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(write_timeout * 1000))
+    try:
+        listener.listen(BACKLOG)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on the port any more: {error.strerror}") from error
 
 
 def check_public(config: Config, listener: socket.socket) -> None:

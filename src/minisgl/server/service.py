@@ -48,14 +48,16 @@ class EngineService:
     """Both sockets, the requests that are live, and whether the engine is. Belongs to one event loop.
 
     It binds the sockets and the engine's process connects, so either may be first. No queue here is without bound:
-    `limits.live` requests at most are live, and none has more than its `max_tokens` tokens waiting.
+    `queue` says how many requests may be live, and none has more than its `max_tokens` tokens waiting. `link` is the
+    number that the engine knows this process by.
     """
 
-    def __init__(self, to_engine: str, from_engine: str, limits: Limits | None = None) -> None:
+    def __init__(self, to_engine: str, from_engine: str, queue: Queue | None = None, link: int = 0) -> None:
         self.dead: EngineDeadError | None = None
         self.draining = False
-        self.limits = limits or Limits()
-        self.queue = Queue(self.limits)
+        self.queue = queue or Queue(Limits())
+        self.limits = self.queue.limits
+        self.link = link
         self.metrics = Metrics()
         self.stats = EngineStats()
         """The engine's counts when it last answered."""
@@ -98,7 +100,7 @@ class EngineService:
         try:
             if self.draining:
                 raise DrainingError("the server is shutting down", DRAIN_RETRY_SECONDS)
-            self.queue.check(requests, self.num_live)
+            self.queue.check(requests)
         except RetryLaterError as error:
             self.metrics.on_rejected(str(error.code))
             raise
@@ -113,7 +115,7 @@ class EngineService:
         self._idle.clear()
         try:
             for request in requests:
-                self._send(Add(request))
+                self._send(Add(request, self.link))
         except EngineDeadError as error:
             submission.fail(error, "error")
             raise
@@ -125,9 +127,8 @@ class EngineService:
         for request_id in ids:
             if (live := self._live.get(request_id)) is not None:
                 self._end(live, finish, now)
-        if ids and self.dead is None:
-            with contextlib.suppress(EngineDeadError):  # then there is nothing left to abort
-                self._send(Abort(ids))
+        if ids:
+            self.send(Abort(ids))
 
     def abort(self, answer_id: str | None) -> int:
         """End the requests of the answer with this id, or all (None); how many those were."""
@@ -155,14 +156,14 @@ class EngineService:
         """Drop what no request uses from the prefix cache; the pages freed. Raises EngineDeadError as `ping` does."""
         return (await self._ask(Flush, Flushed, timeout)).pages
 
-    async def _ask(self, question: Callable[[int], ToEngine], kind: type[T], timeout: float) -> T:
+    async def _ask(self, question: Callable[[int, int], ToEngine], kind: type[T], timeout: float) -> T:
         if self.dead is not None:
             raise self.dead
         nonce = next(self._nonces)
         answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._answers[nonce] = answer
         try:
-            self._send(question(nonce))
+            self._send(question(nonce, self.link))
             async with asyncio.timeout(timeout):
                 return await answer
         except TimeoutError as error:
@@ -179,6 +180,12 @@ class EngineService:
         while self.dead is None and not self._outbox.poll(0, zmq.POLLOUT):
             await asyncio.sleep(0.01)
         return ready
+
+    def send(self, message: ToEngine) -> None:
+        """Tell the engine something that it does not answer; lost when the engine is gone."""
+        if self.dead is None:
+            with contextlib.suppress(EngineDeadError):
+                self._send(message)
 
     def fail(self, message: str = ENGINE_DIED) -> None:
         """Everyone who waits gets EngineDeadError, now and from here on."""
@@ -214,6 +221,7 @@ class EngineService:
         if live.first is None:
             self.queue.leave(live.prompt_tokens)
         self.metrics.on_end(live, finish, now)
+        self.queue.end()
         del self._live[live.id]
         if not self._live:
             self._idle.set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 
 from minisgl.errors import EngineDeadError
 from minisgl.server.exposition import share
@@ -16,16 +17,22 @@ STATUS_SECONDS = 5.0
 logger = logging.getLogger("minisgl.status")
 
 
-async def report_status(service: EngineService, every: float = STATUS_SECONDS) -> None:
-    """Log such lines until cancelled; nothing while nothing happens. Ends when the engine is gone."""
+async def report_status(
+    service: EngineService, every: float = STATUS_SECONDS, live: Callable[[], int] | None = None
+) -> None:
+    """Log such lines until cancelled; nothing while nothing happens. Ends when the engine is gone.
+
+    `live` counts requests that have not ended, where the service does not.
+    """
     before, since = service.stats, time.monotonic()
     while service.dead is None:
         await asyncio.sleep(every)
         try:
             stats = await service.ping(every)
         except EngineDeadError as error:
-            if service.dead is None and service.num_live:
-                logger.warning("%s; %d requests wait", error.message, service.num_live)
+            count = service.num_live if live is None else live()
+            if service.dead is None and count:
+                logger.warning("%s; %d requests wait", error.message, count)
             continue
         now = time.monotonic()
         if stats.steps != before.steps or stats.waiting:
