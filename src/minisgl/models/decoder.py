@@ -58,14 +58,14 @@ class Decoder:
             if x is None:
                 x = ops.rms_norm(residual, layer.input_norm, eps)
             else:
-                x = ops.add_rms_norm(x, residual, layer.input_norm, eps, layer.qkv)
+                x = ops.add_rms_norm(x, residual, layer.input_norm, eps)
             x = self._attend(index, layer, x, batch, attention, kv)
-            x = ops.add_rms_norm(x, residual, layer.post_norm, eps, layer.gate_up)
+            x = ops.add_rms_norm(x, residual, layer.post_norm, eps)
             x = self._mlp(layer, x)
         assert x is not None
         if batch.rows is not None:
             x, residual = x.index_select(-2, batch.rows), residual.index_select(0, batch.rows)
-        return ops.add_rms_norm(x, residual, self.weights.norm, eps, self.weights.head)
+        return ops.add_rms_norm(x, residual, self.weights.norm, eps)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """Logits (n, V) of hidden states (n, D), in their dtype; on a GPU the product can be written to `out`.
@@ -109,7 +109,7 @@ class Decoder:
         if layer.router is None:
             assert layer.gate_up is not None
             assert layer.down is not None
-            hidden = self.ops.gated(x, layer.gate_up, layer.gate_up_bias, layer.down)
+            hidden = self.ops.gated(x, layer.gate_up, layer.gate_up_bias)
             return self.ops.project(hidden, layer.down, layer.down_bias)
         assert self.spec.moe is not None
         assert layer.expert_gate_up is not None

@@ -23,8 +23,7 @@ class Operations:
 
     `embed(ids, table, whole)` begins a forward pass, which is `whole` when the hidden states of all its tokens are
     wanted. `linear(x, weight, bias)` is a product; `project` one whose result only `add_rms_norm` reads, and may be
-    parts of a sum (parts, T, N); `gated(x, weight, bias, ahead)` the `silu_mul` of a product. `ahead`, last of
-    `add_rms_norm`'s too, is the weight that is read next: it may be on its way meanwhile.
+    parts of a sum (parts, T, N); `gated(x, weight, bias)` the `silu_mul` of a product.
     `linear_into(x, weight, bias, out)` writes a product to `out`. On one rank of several logits are those of its own
     tokens: `sample(logits, table, slots, positions, all_greedy, any_filter, any_min_len)` chooses tokens from them for
     rows of a table; `whole_logits` makes them those of all tokens, on all ranks alike, and `sample_whole` chooses from
@@ -34,11 +33,11 @@ class Operations:
     name: str
     embed: Callable[[Tensor, Tensor, bool], Tensor]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
-    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     linear_into: Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
     project: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-    gated: Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+    gated: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     rope_store_kv: Callable[
         [Tensor, Tensor | None, Tensor | None, float, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor
     ]
@@ -73,11 +72,11 @@ PLAIN = Operations(
     name="torch",
     embed=_embed,
     rms_norm=reference.rms_norm,
-    add_rms_norm=lambda x, residual, weight, eps, ahead: reference.add_rms_norm(x, residual, weight, eps),
+    add_rms_norm=reference.add_rms_norm,
     linear=linear,
     linear_into=linear_into,
     project=linear,
-    gated=lambda x, weight, bias, ahead: reference.silu_mul(linear(x, weight, bias)),
+    gated=lambda x, weight, bias: reference.silu_mul(linear(x, weight, bias)),
     rope_store_kv=reference.rope_store_kv,
     moe=reference.moe,
     whole_logits=_whole,
@@ -105,10 +104,10 @@ def fused_operations() -> Operations:
             return small.linear_parts(x, weight)
         return linear(x, weight, bias)
 
-    def gated(x: Tensor, weight: Tensor, bias: Tensor | None, ahead: Tensor | None) -> Tensor:
+    def gated(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if bias is None and small.fits(x, weight, small.MAX_ROWS):
             return small.gated_linear(x, weight)
-        return activation.silu_mul(linear(x, weight, bias), ahead)
+        return activation.silu_mul(linear(x, weight, bias))
 
     def choose(logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor, *flags: bool) -> Tensor:
         return sampling.sample(logits, table, slots, positions)

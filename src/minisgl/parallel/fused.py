@@ -40,9 +40,7 @@ class FusedNorm:
         self.stages.begin()
         self.whole = whole
 
-    def add_rms_norm(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, ahead: Tensor | None = None
-    ) -> Tensor | None:
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor | None:
         """residual += the sum of every rank's x, and its norm; None when this is not for it.
 
         The result may lie in a buffer that the next call writes.
@@ -52,12 +50,12 @@ class FusedNorm:
             return None
         if x.nbytes <= self.collectives.crossovers.one_shot:
             out = torch.empty_like(residual)
-            one_shot_add_rms_norm(self.ranks, self.stages.holding(x).addresses, residual, weight, eps, out, ahead)
+            one_shot_add_rms_norm(self.ranks, self.stages.holding(x).addresses, residual, weight, eps, out)
             return out
         if not self.whole:
             return None
         parts = self.stages.holding(x).addresses
-        two_shot_add_rms_norm(self.ranks, parts, residual, weight, eps, self.normed.addresses, ahead)
+        two_shot_add_rms_norm(self.ranks, parts, residual, weight, eps, self.normed.addresses)
         return self.normed.own[: residual.numel()].view(residual.shape)
 
 
@@ -119,9 +117,9 @@ def staged_operations(
         ops.linear_into(x, weight, bias, out)
         return out
 
-    def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, ahead: Tensor | None) -> Tensor:
-        normed = None if norm is None else norm.add_rms_norm(x, residual, weight, eps, ahead)
-        return plain.add_rms_norm(x, residual, weight, eps, ahead) if normed is None else normed
+    def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        normed = None if norm is None else norm.add_rms_norm(x, residual, weight, eps)
+        return plain.add_rms_norm(x, residual, weight, eps) if normed is None else normed
 
     def sample(
         logits: Tensor,

@@ -38,8 +38,8 @@ def parallel_operations(ops: Operations, group: TPGroup, shard: VocabShard) -> O
     def embed(ids: Tensor, table: Tensor, whole: bool) -> Tensor:
         return ranks.all_reduce(embed_shard(ids, table, shard))
 
-    def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, ahead: Tensor | None) -> Tensor:
-        return ops.add_rms_norm(ranks.all_reduce(x), residual, weight, eps, ahead)
+    def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return ops.add_rms_norm(ranks.all_reduce(x), residual, weight, eps)
 
     def choose(
         logits: Tensor,

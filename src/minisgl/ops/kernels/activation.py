@@ -7,30 +7,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minisgl.ops.kernels.ahead import LINE, LINES, ahead_of, fetch
-from minisgl.ops.kernels.jit import jit, jit_varying, launch_options, warps_for
+from minisgl.ops.kernels.jit import jit, launch_options, warps_for
 from minisgl.ops.kernels.pdl import after_previous
 
 BLOCK = 1024
 
 
-@jit_varying("rows", "ahead_rows", "ahead_inner", "ahead_lines")
+@jit
 def _silu_mul_kernel(
-    gate_up: tl.tensor, out: tl.tensor, ahead: tl.tensor, rows: tl.tensor, width: tl.tensor, ahead_rows: tl.tensor,
-    ahead_inner: tl.tensor, ahead_lines: tl.tensor,
-    BLOCK: tl.constexpr, AHEAD: tl.constexpr, LINES: tl.constexpr, LINE: tl.constexpr, PDL: tl.constexpr,
-) -> None:  # fmt: skip
+    gate_up: tl.tensor, out: tl.tensor, width: tl.tensor, BLOCK: tl.constexpr, PDL: tl.constexpr
+) -> None:
+    after_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
-    if AHEAD and row >= rows:
-        program = (tl.program_id(0) - rows) * tl.num_programs(1) + tl.program_id(1)
-        fetch(ahead, program, ahead_rows, ahead_inner, ahead_lines, LINES, LINE)
-    else:
-        after_previous(PDL)
-        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        mask = column < width
-        gate = tl.load(gate_up + row * 2 * width + column, mask=mask, other=0.0)
-        up = tl.load(gate_up + row * 2 * width + width + column, mask=mask, other=0.0)
-        tl.store(out + row * width + column, gated(gate, up), mask=mask)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < width
+    gate = tl.load(gate_up + row * 2 * width + column, mask=mask, other=0.0)
+    up = tl.load(gate_up + row * 2 * width + width + column, mask=mask, other=0.0)
+    tl.store(out + row * width + column, gated(gate, up), mask=mask)
 
 
 @jit
@@ -41,22 +34,15 @@ def gated(gate: tl.tensor, up: tl.tensor) -> tl.tensor:
     return (silu * up.to(tl.float32)).to(gate.dtype)
 
 
-def silu_mul(gate_up: Tensor, ahead: Tensor | None = None) -> Tensor:
-    """`reference.silu_mul` of gate_up (T, 2I), contiguous, gate first -> (T, I).
-
-    `ahead` is the weight of the product that follows (`ahead.py`).
-    """
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """`reference.silu_mul` of gate_up (T, 2I), contiguous, gate first -> (T, I)."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     assert gate_up.is_contiguous()
     out = torch.empty((rows, width), dtype=gate_up.dtype, device=gate_up.device)
     if rows:
         pdl = launch_options()
         block = min(BLOCK, triton.next_power_of_2(width))
-        across = triton.cdiv(width, block)
-        fetched = ahead_of(ahead, rows)
-        _silu_mul_kernel[(rows + triton.cdiv(fetched.programs, across), across)](
-            gate_up, out, gate_up if ahead is None else ahead, rows, width, fetched.rows, fetched.inner, fetched.lines,
-            BLOCK=block, AHEAD=fetched.programs > 0, LINES=LINES, LINE=LINE, PDL=bool(pdl),
-            num_warps=warps_for(block), **pdl,
-        )  # fmt: skip
+        _silu_mul_kernel[(rows, triton.cdiv(width, block))](
+            gate_up, out, width, BLOCK=block, PDL=bool(pdl), num_warps=warps_for(block), **pdl
+        )
     return out

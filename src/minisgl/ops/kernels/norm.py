@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minisgl.ops.kernels.ahead import LINE, LINES, ahead_of, fetch
-from minisgl.ops.kernels.jit import jit, jit_varying, launch_options, warps_for
+from minisgl.ops.kernels.jit import jit_varying, launch_options, warps_for
 from minisgl.ops.kernels.pdl import after_previous
 
 MAX_DIM = 8192
@@ -18,29 +17,14 @@ FILLING_ROWS = 2048
 """From this many rows on every multiprocessor has work even when a program takes several."""
 
 
-@jit_varying("rows", "ahead_rows", "ahead_inner", "ahead_lines")
+@jit_varying("rows")
 def _norm_kernel(
-    x: tl.tensor, residual: tl.tensor, weight: tl.tensor, out: tl.tensor, ahead: tl.tensor, x_stride: tl.tensor,
-    rows: tl.tensor, dim: tl.tensor, eps: tl.tensor, ahead_rows: tl.tensor, ahead_inner: tl.tensor,
-    ahead_lines: tl.tensor,
-    ADD: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
-    LINES: tl.constexpr, LINE: tl.constexpr, PDL: tl.constexpr,
+    x: tl.tensor, residual: tl.tensor, weight: tl.tensor, out: tl.tensor, x_stride: tl.tensor, rows: tl.tensor,
+    dim: tl.tensor, eps: tl.tensor,
+    ADD: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
-    program, taken = tl.program_id(0), tl.cdiv(rows, ROWS)
-    if AHEAD and program >= taken:
-        fetch(ahead, program - taken, ahead_rows, ahead_inner, ahead_lines, LINES, LINE)
-    else:
-        after_previous(PDL)
-        _norm_rows(x, residual, weight, out, x_stride, program * ROWS, rows, dim, eps, ADD, PARTS, ROWS, BLOCK)
-
-
-@jit
-def _norm_rows(
-    x: tl.tensor, residual: tl.tensor, weight: tl.tensor, out: tl.tensor, x_stride: tl.tensor, first: tl.tensor,
-    rows: tl.tensor, dim: tl.tensor, eps: tl.tensor,
-    ADD: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-) -> None:  # fmt: skip
-    row = first + tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
+    after_previous(PDL)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
     column = tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
     mask = (row < rows) & (column < dim)
     row = row.to(tl.int64)
@@ -64,20 +48,19 @@ def _norm_rows(
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`reference.rms_norm` of x (T, D), rows contiguous in themselves, weight (D,) -> (T, D). D up to 8192."""
-    return _launch(x, None, weight, eps, None)
+    return _launch(x, None, weight, eps)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, ahead: Tensor | None = None) -> Tensor:
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`reference.add_rms_norm`: residual += x in place, and the norm of the sum. x, residual (T, D) -> (T, D).
 
     x may be float32 (parts, T, D), contiguous: its parts are added up and rounded first (`linear.linear_parts`).
-    `ahead` is the weight of the product that follows (`ahead.py`).
     """
     assert residual.is_contiguous()
-    return _launch(x, residual, weight, eps, ahead)
+    return _launch(x, residual, weight, eps)
 
 
-def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, ahead: Tensor | None) -> Tensor:
+def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     rows, dim = x.shape[-2:]
     parts = len(x) if x.dim() == 3 else 0
     assert dim <= MAX_DIM
@@ -88,11 +71,9 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, ahea
         pdl = launch_options()
         block = triton.next_power_of_2(dim)
         per_program = max(1, TILE // block) if rows >= FILLING_ROWS else 1
-        fetched = ahead_of(ahead, rows)
-        _norm_kernel[(triton.cdiv(rows, per_program) + fetched.programs,)](
-            x, residual, weight, out, weight if ahead is None else ahead, x.stride(-2), rows, dim, eps,
-            fetched.rows, fetched.inner, fetched.lines,
-            ADD=residual is not None, PARTS=parts, ROWS=per_program, BLOCK=block, AHEAD=fetched.programs > 0,
-            LINES=LINES, LINE=LINE, PDL=bool(pdl), num_warps=warps_for(per_program * block), **pdl,
+        _norm_kernel[(triton.cdiv(rows, per_program),)](
+            x, residual, weight, out, x.stride(-2), rows, dim, eps,
+            ADD=residual is not None, PARTS=parts, ROWS=per_program, BLOCK=block, PDL=bool(pdl),
+            num_warps=warps_for(per_program * block), **pdl,
         )  # fmt: skip
     return out

@@ -15,9 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minisgl.ops.kernels.ahead import LINE as AHEAD_LINE
-from minisgl.ops.kernels.ahead import LINES as AHEAD_LINES
-from minisgl.ops.kernels.ahead import ahead_of, fetch
 from minisgl.ops.kernels.jit import jit, jit_varying, launch_options, warps_for
 from minisgl.ops.kernels.pdl import after_previous
 
@@ -26,8 +23,6 @@ ROW_PROGRAMS = 32
 """Programs of a sum: beyond that more rows each take less time than more meetings."""
 LINE = 32
 """int32 flags from one slot to the next, a cache line, so that who waits in one does not hold up the others'."""
-AHEAD_BYTES = 24 << 20
-"""Asked for of the weight that is read next: nobody else reads the memory while ranks wait for each other."""
 PHASES = 4
 """Groups of flags, for kernels that meet more than once and kernels that follow each other."""
 ONE_SHOT, TWO_SHOT, TWO_SHOT_END, PULL = range(PHASES)
@@ -96,54 +91,44 @@ def _added_and_normed(
     return ((wide * scale).to(x.dtype).to(tl.float32) * gain).to(x.dtype)
 
 
-@jit_varying("rows", "meeting", "ahead_rows", "ahead_inner", "ahead_lines")
+@jit_varying("rows")
 def _one_shot_kernel(
     parts: tl.tensor, flags: tl.tensor, epochs: tl.tensor, residual: tl.tensor, weight: tl.tensor, out: tl.tensor,
-    ahead: tl.tensor, rows: tl.tensor, dim: tl.tensor, eps: tl.tensor, meeting: tl.tensor, ahead_rows: tl.tensor,
-    ahead_inner: tl.tensor, ahead_lines: tl.tensor,
+    rows: tl.tensor, dim: tl.tensor, eps: tl.tensor,
     SLOT: tl.constexpr, RANK: tl.constexpr, WORLD: tl.constexpr, PEERS: tl.constexpr, LINE: tl.constexpr,
-    BLOCK: tl.constexpr, AHEAD: tl.constexpr, AHEAD_LINES: tl.constexpr, AHEAD_LINE: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     program, column = tl.program_id(0), tl.arange(0, BLOCK)
-    if AHEAD and program >= meeting:
-        fetch(ahead, program - meeting, ahead_rows, ahead_inner, ahead_lines, AHEAD_LINES, AHEAD_LINE)
-    else:
-        mask = column < dim
-        gain = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
-        after_previous(PDL)
-        meet(flags, epochs, SLOT + program, RANK, WORLD, PEERS, LINE)
-        for row in range(program, rows, meeting):
-            place = row * dim + column
-            x = _summed(parts, place, mask, out, WORLD, BLOCK)
-            tl.store(out + place, _added_and_normed(x, residual + place, gain, mask, dim, eps), mask=mask)
+    mask = column < dim
+    gain = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+    after_previous(PDL)
+    meet(flags, epochs, SLOT + program, RANK, WORLD, PEERS, LINE)
+    for row in range(program, rows, tl.num_programs(0)):
+        place = row * dim + column
+        x = _summed(parts, place, mask, out, WORLD, BLOCK)
+        tl.store(out + place, _added_and_normed(x, residual + place, gain, mask, dim, eps), mask=mask)
 
 
-@jit_varying("rows", "meeting", "ahead_rows", "ahead_inner", "ahead_lines")
+@jit_varying("rows")
 def _two_shot_kernel(
     parts: tl.tensor, outs: tl.tensor, flags: tl.tensor, epochs: tl.tensor, residual: tl.tensor, weight: tl.tensor,
-    ahead: tl.tensor, rows: tl.tensor, dim: tl.tensor, eps: tl.tensor, meeting: tl.tensor, ahead_rows: tl.tensor,
-    ahead_inner: tl.tensor, ahead_lines: tl.tensor,
+    rows: tl.tensor, dim: tl.tensor, eps: tl.tensor,
     SLOT: tl.constexpr, END: tl.constexpr, RANK: tl.constexpr, WORLD: tl.constexpr, PEERS: tl.constexpr,
-    LINE: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, AHEAD_LINES: tl.constexpr,
-    AHEAD_LINE: tl.constexpr, PDL: tl.constexpr,
+    LINE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
     program, column = tl.program_id(0), tl.arange(0, BLOCK)
-    if AHEAD and program >= meeting:
-        fetch(ahead, program - meeting, ahead_rows, ahead_inner, ahead_lines, AHEAD_LINES, AHEAD_LINE)
-    else:
-        mask = column < dim
-        gain = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
-        share = (rows + WORLD - 1) // WORLD
-        first = RANK * share
-        after_previous(PDL)
-        meet(flags, epochs, SLOT + program, RANK, WORLD, PEERS, LINE)
-        for row in range(first + program, tl.minimum(first + share, rows), meeting):
-            place = row * dim + column
-            x = _summed(parts, place, mask, residual, WORLD, BLOCK)
-            normed = _added_and_normed(x, residual + place, gain, mask, dim, eps)
-            for peer in tl.static_range(WORLD):
-                tl.store(tensor_of(outs, peer, residual.dtype.element_ty) + place, normed, mask=mask)
-        meet(flags, epochs, END + program, RANK, WORLD, PEERS, LINE)
+    mask = column < dim
+    gain = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+    share = (rows + WORLD - 1) // WORLD
+    first = RANK * share
+    meet(flags, epochs, SLOT + program, RANK, WORLD, PEERS, LINE)
+    for row in range(first + program, tl.minimum(first + share, rows), tl.num_programs(0)):
+        place = row * dim + column
+        x = _summed(parts, place, mask, residual, WORLD, BLOCK)
+        normed = _added_and_normed(x, residual + place, gain, mask, dim, eps)
+        for peer in tl.static_range(WORLD):
+            tl.store(tensor_of(outs, peer, residual.dtype.element_ty) + place, normed, mask=mask)
+    meet(flags, epochs, END + program, RANK, WORLD, PEERS, LINE)
 
 
 class Ranks:
@@ -165,36 +150,25 @@ def slot(phase: int) -> int:
 
 
 def one_shot_add_rms_norm(
-    ranks: Ranks,
-    parts: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    eps: float,
-    out: Tensor,
-    ahead: Tensor | None = None,
+    ranks: Ranks, parts: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor
 ) -> None:
     """residual += the sum of every rank's part, and its norm into `out`: every rank does all of it.
 
     parts: the addresses of every rank's (T, D), contiguous and of the residual's dtype; residual, out (T, D); weight
-    (D,); `ahead` the weight of the product that follows (`ahead.py`).
+    (D,).
     """
     rows, dim = residual.shape
-    meeting = min(rows, ROW_PROGRAMS)
-    fetched = ahead_of(ahead, rows, AHEAD_BYTES)
-    _one_shot_kernel[(meeting + fetched.programs,)](
-        parts, ranks.flags, ranks.epochs, residual, weight, out, weight if ahead is None else ahead, rows, dim, eps,
-        meeting, *fetched[:3], SLOT=slot(ONE_SHOT), AHEAD=fetched.programs > 0, **_options(ranks, dim),
+    pdl = launch_options()
+    block = triton.next_power_of_2(dim)
+    _one_shot_kernel[(min(rows, ROW_PROGRAMS),)](
+        parts, ranks.flags, ranks.epochs, residual, weight, out, rows, dim, eps,
+        SLOT=slot(ONE_SHOT), BLOCK=block, PDL=bool(pdl), num_warps=warps_for(block),
+        **ranks.constants, **pdl,
     )  # fmt: skip
 
 
 def two_shot_add_rms_norm(
-    ranks: Ranks,
-    parts: Tensor,
-    residual: Tensor,
-    weight: Tensor,
-    eps: float,
-    outs: Tensor,
-    ahead: Tensor | None = None,
+    ranks: Ranks, parts: Tensor, residual: Tensor, weight: Tensor, eps: float, outs: Tensor
 ) -> None:
     """The same, where each rank does its share of the rows and writes their norms into every rank's out.
 
@@ -202,23 +176,11 @@ def two_shot_add_rms_norm(
     outs: the addresses of every rank's (T, D).
     """
     rows, dim = residual.shape
-    meeting = min(triton.cdiv(rows, ranks.world), ROW_PROGRAMS)
-    fetched = ahead_of(ahead, rows, AHEAD_BYTES)
-    _two_shot_kernel[(meeting + fetched.programs,)](
-        parts, outs, ranks.flags, ranks.epochs, residual, weight, weight if ahead is None else ahead, rows, dim, eps,
-        meeting, *fetched[:3], SLOT=slot(TWO_SHOT), END=slot(TWO_SHOT_END), AHEAD=fetched.programs > 0,
-        **_options(ranks, dim),
+    pdl = launch_options()
+    block = triton.next_power_of_2(dim)
+    share = triton.cdiv(rows, ranks.world)
+    _two_shot_kernel[(min(share, ROW_PROGRAMS),)](
+        parts, outs, ranks.flags, ranks.epochs, residual, weight, rows, dim, eps,
+        SLOT=slot(TWO_SHOT), END=slot(TWO_SHOT_END), BLOCK=block, PDL=bool(pdl), num_warps=warps_for(block),
+        **ranks.constants, **pdl,
     )  # fmt: skip
-
-
-def _options(ranks: Ranks, dim: int) -> dict[str, object]:
-    pdl, block = launch_options(), triton.next_power_of_2(dim)
-    return {
-        **ranks.constants,
-        **pdl,
-        "BLOCK": block,
-        "AHEAD_LINES": AHEAD_LINES,
-        "AHEAD_LINE": AHEAD_LINE,
-        "PDL": bool(pdl),
-        "num_warps": warps_for(block),
-    }
