@@ -69,7 +69,7 @@ def test_resolving_leaves_nothing_open_but_what_memory_and_model_decide(machine:
     open_ended = {field.name for field in dataclasses.fields(config) if getattr(config, field.name) in (None, "auto")}
     by_packages = {"attn"} if machine.has_cuda else set()
     no_limit = {"max_queued_requests", "max_queued_tokens", "request_timeout", "ssl_certfile", "ssl_keyfile"}
-    measured = {"num_pages", "memory_ratio", "all_reduce"}
+    measured = {"num_pages", "memory_ratio", "all_reduce", "all_reduce_crossovers"}
     assert open_ended == {"model", "max_seq_len_override"} | measured | by_packages | no_limit
     assert config.max_running_requests == (1 if shell else 256)
 
@@ -149,7 +149,10 @@ def test_resolving_is_pure() -> None:
             "--num-tokenizer 2 is shared among --api-workers 3: give each at least",
         ),
         ({"all_reduce": "ring"}, "--all-reduce must be one of auto, fused, symmetric, nccl"),
-        ({"all_reduce_crossovers": "96"}, "--all-reduce-crossovers must be two numbers of KiB: one shot,two shots"),
+        (
+            {"all_reduce_crossovers": "96"},
+            "--all-reduce-crossovers must be auto, or two numbers of KiB: one shot,two shots",
+        ),
         ({"attn": "fa,"}, "--attn must be auto"),
         ({"attn": "auto,fa"}, "--attn must be auto"),
         ({"attn": "cudnn"}, "fa, fi, trtllm, triton, torch"),

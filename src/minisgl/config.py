@@ -62,8 +62,9 @@ class Config:
         help="sums over cards: through each other's memory, fused with the norm or not, or by NCCL; auto: what works",
     )  # fmt: skip
     all_reduce_crossovers: str = setting(
-        "96,16384", "--all-reduce-crossovers",
-        help="KiB up to which sums through each other's memory take one shot, and two; beyond it is NCCL's",
+        "auto", "--all-reduce-crossovers",
+        help="KiB up to which sums through each other's memory take one shot, and two, as in 96,16384; beyond it is "
+        "NCCL's; auto: as measured",
     )  # fmt: skip
 
     max_running_requests: int | None = setting(
@@ -273,9 +274,9 @@ def check(config: Config) -> None:
     if (config.ssl_certfile is None) != (config.ssl_keyfile is None):
         raise ConfigError("--ssl-certfile and --ssl-keyfile go together; give both or neither")
     need(
-        re.fullmatch(r"\d{1,9},\d{1,9}", config.all_reduce_crossovers) is not None,
+        re.fullmatch(r"auto|\d{1,9},\d{1,9}", config.all_reduce_crossovers) is not None,
         "all_reduce_crossovers",
-        "two numbers of KiB: one shot,two shots",
+        "auto, or two numbers of KiB: one shot,two shots",
     )
     backends = config.attn.split(",")
     known = all(b in ATTENTION_BACKENDS for b in backends) and len(backends) <= 2

@@ -6,7 +6,9 @@ on its way before this rank starts with it, and all of that happens while the de
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,15 +64,27 @@ class GroupExecutor:
             raise self.members.blame(error) from error
 
     def close(self) -> None:
-        """Wait for launched steps and end the other ranks; of a broken group, only end them."""
+        """Wait for launched steps and end the other ranks; of a broken group, only end them.
+
+        After a broken group of GPUs the process ends without tidying up, with status 1: what runs on the device may
+        wait for ever for the rank that is gone, and whatever frees its memory would wait for that.
+        """
         if self.members.broken and self.local.device.type == "cuda":
-            self.members.close()  # what runs on the device may never end
+            self.members.close()
+            atexit.register(leave)
             return
         try:
             self.local.close()
         finally:
             self.members.close()
             self.group.collectives.close()
+
+
+def leave() -> None:
+    """End the process at once, with what it had to say."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def build_group_executor(

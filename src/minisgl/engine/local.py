@@ -127,11 +127,12 @@ class LocalExecutor:
         return self._results.popleft()()
 
     def close(self) -> None:
-        """Wait for every launched step."""
+        """Wait for every launched step, and give the graphs up."""
         if self._worker is not None:
             self._worker.shutdown()
         else:
             torch.cuda.synchronize(self.device)
+            self.runner.graphs = None
 
 
 def _await(output: Future[StepOutput], alive: Callable[[], None] | None) -> StepOutput:

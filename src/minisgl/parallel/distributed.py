@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -41,17 +42,14 @@ class DistributedCollectives:
         return out.view(self.size, *x.shape)
 
     def abort(self) -> None:
-        """Stop NCCL's kernels; gloo notices by itself."""
+        """Stop NCCL's kernels; gloo notices by itself. Returns at once, for NCCL may wait for captured graphs."""
         if self.device.type == "cuda" and not self._aborted and dist.is_initialized():
             self._aborted = True
-            distributed_c10d._abort_process_group()
+            threading.Thread(target=distributed_c10d._abort_process_group, name="minisgl-abort", daemon=True).start()
 
     def close(self) -> None:
-        """Leave the group, in which nobody does anything any more."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            self.abort()  # NCCL's own end waits for ever for captured graphs that hold a collective
-        elif dist.is_initialized():
+        """Leave the group. No captured graph may hold one of its collectives any more: NCCL would wait for ever."""
+        if not self._aborted and dist.is_initialized():
             dist.destroy_process_group()
 
 

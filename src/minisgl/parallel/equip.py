@@ -114,13 +114,12 @@ def reach(
     config: Config, group: TPGroup, hidden: int, dtype: torch.dtype, device: torch.device
 ) -> SymmetricCollectives:
     """Sums through symmetric memory, tried out; raises whatever stands against it."""
-    from minisgl.parallel.symmetric import KIB, Crossovers, Stages, SymmetricCollectives
+    from minisgl.parallel.symmetric import Stages, SymmetricCollectives, crossovers
 
     require_peers(group)
-    one_shot, two_shot = (int(part) * KIB for part in config.all_reduce_crossovers.split(","))
-    collectives = SymmetricCollectives(
-        group.collectives, Stages(max(one_shot, two_shot), dtype, device), Crossovers(one_shot, two_shot)
-    )
+    limits = crossovers(config.all_reduce_crossovers, group.size)
+    stages = Stages(max(limits.one_shot, limits.two_shot), dtype, device)
+    collectives = SymmetricCollectives(group.collectives, stages, limits)
     try_sums(group.rank, group.collectives, collectives, hidden)
     return collectives
 

@@ -22,12 +22,19 @@ KIB = 2**10
 class Crossovers:
     """Up to how many bytes of a sum each way is taken; beyond both, NCCL's.
 
-    Measured for bf16 rows of 5120 over four H200s, in CUDA graphs (benchmark/collectives.py): in one shot every rank
-    reads all of every other's, in two each reads its share and passes the sum on.
+    In one shot every rank reads all of every other's, in two each reads its share and passes the sum on.
     """
 
-    one_shot: int = 96 * KIB
-    two_shot: int = 16384 * KIB
+    one_shot: int
+    two_shot: int
+
+
+def crossovers(text: str, size: int) -> Crossovers:
+    """What `--all-reduce-crossovers` asks for; "auto" is what was measured on H200s (docs/distributed.md)."""
+    if text == "auto":
+        return Crossovers((2560 if size == 2 else 96) * KIB, 16384 * KIB)
+    one_shot, two_shot = (int(part) * KIB for part in text.split(","))
+    return Crossovers(one_shot, two_shot)
 
 
 @dataclass(frozen=True)

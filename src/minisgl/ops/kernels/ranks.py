@@ -19,8 +19,6 @@ from minisgl.ops.kernels.jit import jit, jit_varying, launch_options, warps_for
 from minisgl.ops.kernels.pdl import after_previous
 
 MAX_PROGRAMS = 128
-ROW_PROGRAMS = 32
-"""Programs of a sum: beyond that more rows each take less time than more meetings."""
 LINE = 32
 """int32 flags from one slot to the next, a cache line, so that who waits in one does not hold up the others'."""
 PHASES = 4
@@ -160,7 +158,7 @@ def one_shot_add_rms_norm(
     rows, dim = residual.shape
     pdl = launch_options()
     block = triton.next_power_of_2(dim)
-    _one_shot_kernel[(min(rows, ROW_PROGRAMS),)](
+    _one_shot_kernel[(min(rows, MAX_PROGRAMS),)](
         parts, ranks.flags, ranks.epochs, residual, weight, out, rows, dim, eps,
         SLOT=slot(ONE_SHOT), BLOCK=block, PDL=bool(pdl), num_warps=warps_for(block),
         **ranks.constants, **pdl,
@@ -179,7 +177,7 @@ def two_shot_add_rms_norm(
     pdl = launch_options()
     block = triton.next_power_of_2(dim)
     share = triton.cdiv(rows, ranks.world)
-    _two_shot_kernel[(min(share, ROW_PROGRAMS),)](
+    _two_shot_kernel[(min(share, MAX_PROGRAMS),)](
         parts, outs, ranks.flags, ranks.epochs, residual, weight, rows, dim, eps,
         SLOT=slot(TWO_SHOT), END=slot(TWO_SHOT_END), BLOCK=block, PDL=bool(pdl), num_warps=warps_for(block),
         **ranks.constants, **pdl,

@@ -23,9 +23,9 @@ from minisgl.ops.sampling import SamplingRows
 
 ROWS = 8
 """Rows whose partials a program of the pull takes at a time."""
-COPY_BLOCK = 2048
-COPIERS = 4
-"""Programs that share the copying of a row's logits from one rank."""
+COPY_BLOCK = 8192
+COPIERS = 16
+"""Programs that share the copying of a row's logits from one rank: a copy over NVLink waits more than it moves."""
 
 
 @jit_varying("slots", "rows")
@@ -61,12 +61,17 @@ def _pull_kernel(
             tl.store(maxima + here, top, mask=exists)
             tl.store(masses + here, mass, mask=exists)
             tl.store(logits + row * WORLD * width + winner, x, mask=live)
-        for index in range(first, tl.minimum(first + ROWS, rows)):
-            kind = row_kind(parameters, tl.load(slots + index).to(tl.int64), vocab)
-            if kind[1]:
-                there, here = 3 * size + index * strands, (index * WORLD + peer) * strands
-                _copy(floats + there, strand_maxima + here, strands, copier, COPIERS, BLOCK)
-                _copy(shard + index * width, logits + (index * WORLD + peer) * width, width, copier, COPIERS, BLOCK)
+        rows_here = first + tl.arange(0, ROWS)
+        slots_here = tl.load(slots + rows_here, mask=rows_here < rows, other=0).to(tl.int64)
+        kinds = row_kind(parameters, slots_here, vocab)
+        if tl.max((kinds[1] & (rows_here < rows)).to(tl.int32), axis=0) > 0:
+            for index in range(first, tl.minimum(first + ROWS, rows)):
+                kind = row_kind(parameters, tl.load(slots + index).to(tl.int64), vocab)
+                if kind[1]:
+                    there, here = 3 * size + index * strands, (index * WORLD + peer) * strands
+                    _copy(floats + there, strand_maxima + here, strands, copier, COPIERS, BLOCK)
+                    here = (index * WORLD + peer) * width
+                    _copy(shard + index * width, logits + here, width, copier, COPIERS, BLOCK)
 
 
 @jit
