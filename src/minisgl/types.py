@@ -32,14 +32,30 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"
 
 
+class Calls(msgspec.Struct, frozen=True, kw_only=True):
+    """Calls of functions that an answer may be, one or with `several` more.
+
+    `schema` is the JSON schema of one, as text; `opening` and `closing` surround each, `separator` is between two.
+    """
+
+    schema: str
+    several: bool
+    opening: str = ""
+    closing: str = ""
+    separator: str = ""
+
+
 class Grammar(msgspec.Struct, frozen=True, kw_only=True):
     """What an answer's text must be. `source` is a JSON schema, a regular expression, a JSON list of texts, or Lark.
 
-    `json_object` is any JSON object, and its source is empty.
+    `json_object` is any JSON object, and its source is empty. With `calls` the answer may also be calls. A `thought`
+    comes before either, from `<think>` to `</think>` and free in between: "possible", or "begun" by the prompt.
     """
 
     kind: Literal["json_object", "json_schema", "regex", "choice", "lark"]
     source: str = ""
+    calls: Calls | None = None
+    thought: Literal["none", "possible", "begun"] = "none"
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):

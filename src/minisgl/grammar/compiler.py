@@ -8,6 +8,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
+
 from minisgl.grammar.guard import Guard
 from minisgl.grammar.matcher import MatcherConstraint, compile_grammar
 from minisgl.grammar.source import check_size
@@ -41,7 +43,7 @@ class GrammarCompiler:
         that there is no such process. For the API process.
         """
         check_size(grammar)
-        digest = hashlib.sha256(f"{grammar.kind} {grammar.source}".encode()).digest()
+        digest = hashlib.sha256(msgspec.json.encode(grammar)).digest()
         with self._lock:
             if digest in self._checked:
                 self._checked.move_to_end(digest)

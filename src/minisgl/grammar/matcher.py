@@ -8,9 +8,10 @@ import numpy as np
 from llguidance import LLMatcher, LLParserLimits
 from numpy.typing import NDArray
 
+from minisgl.errors import InvalidRequestError
 from minisgl.grammar.source import NOTHING_MATCHES, invalid, library_form, refusal
 from minisgl.grammar.vocabulary import Vocabulary
-from minisgl.types import Grammar
+from minisgl.types import Calls, Grammar
 
 STEP_LEXER_FUEL = 100_000
 STEP_ITEMS = 20_000
@@ -100,8 +101,19 @@ def compile_grammar(grammar: Grammar, vocabulary: Vocabulary) -> MatcherConstrai
         raise refusal(grammar, str(error)) from error
     matcher = LLMatcher(vocabulary.tokens, form, log_level=0, limits=limits)
     if matcher.is_error():
+        if grammar.calls is not None:
+            blame_calls(grammar.calls, vocabulary)
         raise refusal(grammar, matcher.get_error().partition("<state>")[0])
     return MatcherConstraint(matcher, vocabulary)
+
+
+def blame_calls(calls: Calls, vocabulary: Vocabulary) -> None:
+    """Raise InvalidRequestError about `tools` when it is their schema that cannot be followed."""
+    try:
+        compile_grammar(Grammar(kind="json_schema", source=calls.schema), vocabulary)
+    except InvalidRequestError as error:
+        error.param = "tools"
+        raise
 
 
 def probe(grammar: Grammar, constraint: MatcherConstraint, steps: int) -> None:

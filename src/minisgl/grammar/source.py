@@ -32,6 +32,9 @@ FIELDS = {
 """The request field that usually carries a kind of grammar; who knows better sets the error's `param`."""
 LARK_TEXT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|#[^\n]*|/(?:\\.|[^/\\\n])+/')
 """Strings, comments and regular expressions of a Lark source."""
+THOUGHT = {"none": "", "possible": "(thought BLANK?)?", "begun": "thought BLANK?"}
+"""What comes before the answer in a composed grammar."""
+THOUGHT_TEXT = {"possible": '"<think>" /(?s:.*)/', "begun": "/(?s:.*)/"}
 STOP_OPTION = re.compile(r"\[[^\]\n]*\bstop\b")
 NOT_DONE = re.compile(
     r"unimplemented|not supported|unsupported|unknown format|not disjoint|look-?around", re.IGNORECASE
@@ -43,7 +46,7 @@ NOTHING_MATCHES = "no text matches it"
 def check_size(grammar: Grammar) -> None:
     """Raise InvalidRequestError for a source that is too large or no valid Unicode."""
     try:
-        size = len(grammar.source.encode())
+        size = len(grammar.source.encode()) + (0 if grammar.calls is None else len(grammar.calls.schema.encode()))
     except UnicodeEncodeError as error:
         raise invalid(grammar, f"a lone surrogate at character {error.start}") from error
     if size > MAX_SOURCE_BYTES:
@@ -53,6 +56,35 @@ def check_size(grammar: Grammar) -> None:
 def library_form(grammar: Grammar) -> str:
     """What `LLMatcher` takes. Raises InvalidRequestError, or UnsupportedParameterError for what cannot be enforced."""
     check_size(grammar)
+    form = text_form(grammar)
+    return form if grammar.calls is None and grammar.thought == "none" else composed_form(grammar, form)
+
+
+def composed_form(grammar: Grammar, text: str) -> str:
+    """A thought, then the text whose form is given, or calls: grammars that refer to each other by name."""
+    before, thought, calls = THOUGHT[grammar.thought], THOUGHT_TEXT.get(grammar.thought), grammar.calls
+    rules = [f"start: {before} (@text{'' if calls is None else ' | calls'})", r"BLANK: /[\x20\n]{1,8}/"]
+    parts = [part("text", text)]
+    if thought is not None:
+        rules.append(f'thought[suffix="</think>"]: {thought}')
+    if calls is not None:
+        opening = f"{json.dumps(calls.opening)} BLANK?" if calls.opening else ""
+        closing = f"BLANK? {json.dumps(calls.closing)}" if calls.closing else ""
+        between = f"BLANK? {json.dumps(calls.separator)} BLANK?" if calls.separator else "BLANK?"
+        rules.append(f"calls: call ({between} call)*" if calls.several else "calls: call")
+        rules.append(f"call: {opening} @call {closing}")
+        parts.append(part("call", schema_form(calls.schema)))
+    return json.dumps({"grammars": [{"name": "answer", "lark_grammar": "\n".join(rules)}, *parts]}, allow_nan=False)
+
+
+def part(name: str, form: str) -> dict[str, Any]:
+    """A form of the library as a part of another one, to be referred to as @name."""
+    fields = json.loads(form)["grammars"][0] if form.startswith("{") else {"lark_grammar": form}
+    return {**fields, "name": name}
+
+
+def text_form(grammar: Grammar) -> str:
+    """What the library takes for the text alone."""
     match grammar.kind:
         case "json_object":
             return schema_form(JSON_OBJECT)

@@ -117,5 +117,5 @@ class Api:
         try:
             self.check_grammar(grammar)
         except InvalidRequestError as error:
-            error.param = param
+            error.param = error.param if error.param == "tools" else param
             raise

@@ -1,4 +1,4 @@
-"""The grammar of an answer that has to be a call."""
+"""The grammar of an answer that has to be a call, and of one that has to be of a form or a call."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from minisgl.errors import UnsupportedParameterError
+from minisgl.server.callforms import CallForm
 from minisgl.server.messages import Tool
 from minisgl.server.protocol import ChatRequest
-from minisgl.types import Grammar
+from minisgl.server.structured import field_of
+from minisgl.types import Calls, Grammar
 
 SUBSCHEMAS = frozenset(
     {"items", "additionalItems", "contains", "additionalProperties", "unevaluatedItems", "unevaluatedProperties"}
@@ -22,12 +25,40 @@ def forced_grammar(chat: ChatRequest) -> Grammar:
     """A JSON list of calls of the tools that may be called: one, or several where the request allows it."""
     name = chat.forced_tool
     tools = [tool for tool in chat.offered_tools if name is None or tool.function.name == name]
-    single = name is not None or chat.parallel_tool_calls is False
-    return Grammar(kind="json_schema", source=json.dumps(calls_schema(tools, single)))
+    calls, definitions = call_schema(tools, "arguments")
+    schema = {"type": "array", "items": calls, "minItems": 1, "$defs": definitions}
+    if name is not None or chat.parallel_tool_calls is False:
+        schema["maxItems"] = 1
+    return Grammar(kind="json_schema", source=json.dumps(schema))
 
 
-def calls_schema(tools: Sequence[Tool], single: bool) -> dict[str, Any]:
-    """The JSON schema of a list of calls; each tool's own schema is a definition, and its references go there."""
+def optional_calls(chat: ChatRequest, form: CallForm) -> Calls:
+    """Calls as the model writes them, beside the form that the request asks for.
+
+    Raises UnsupportedParameterError for a model that begins them with a special token, which no grammar can ask for.
+    """
+    if form.listed:
+        field = field_of(chat.structured)
+        raise UnsupportedParameterError(
+            f"{field} together with tools is not supported with this model's way of writing calls: "
+            f"give tool_choice none or required, or no {field}",
+            param=field,
+        )
+    schema, definitions = call_schema(chat.offered_tools, "parameters" if form.at_start else "arguments")
+    return Calls(
+        schema=json.dumps({**schema, "$defs": definitions}),
+        several=chat.parallel_tool_calls is not False,
+        opening="" if form.at_start else form.opening,
+        closing=form.closing,
+        separator=";" if form.at_start else "",
+    )
+
+
+def call_schema(tools: Sequence[Tool], arguments: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The JSON schema of a call, and its definitions: each tool's own schema, whose references go there.
+
+    `arguments` is the name that the model has for them.
+    """
     definitions: dict[str, Any] = {}
     calls: list[dict[str, Any]] = []
     for index, tool in enumerate(tools):
@@ -37,14 +68,12 @@ def calls_schema(tools: Sequence[Tool], single: bool) -> dict[str, Any]:
         calls.append(
             {
                 "type": "object",
-                "properties": {"name": {"const": tool.function.name}, "arguments": {"$ref": place}},
-                "required": ["name", "arguments"],
+                "properties": {"name": {"const": tool.function.name}, arguments: {"$ref": place}},
+                "required": ["name", arguments],
                 "additionalProperties": False,
             }
         )
-    items = calls[0] if len(calls) == 1 else {"anyOf": calls}
-    schema = {"type": "array", "items": items, "minItems": 1, "$defs": definitions}
-    return {**schema, "maxItems": 1} if single else schema
+    return calls[0] if len(calls) == 1 else {"anyOf": calls}, definitions
 
 
 def moved(schema: Any, place: str) -> Any:

@@ -5,24 +5,24 @@ from __future__ import annotations
 import functools
 import secrets
 import uuid
-from collections.abc import Mapping, Sequence
-from typing import Any, assert_never
+from collections.abc import Sequence
+from typing import assert_never
 
 import msgspec
 
 from minisgl.errors import InvalidRequestError, ModelNotFoundError
 from minisgl.server.callforms import forced
-from minisgl.server.forcedcalls import forced_grammar
+from minisgl.server.forcedcalls import forced_grammar, optional_calls
 from minisgl.server.native import GenerateRequest, native_names
 from minisgl.server.prepared import Converted, Echo, Kind, Prepared, Wanted
-from minisgl.server.prompts import Template, begins_in_thought, render
-from minisgl.server.protocol import ChatRequest, CompletionRequest, check_structured_with_tools
+from minisgl.server.prompts import Template, begins_in_thought, render, thought_before
+from minisgl.server.protocol import ChatRequest, CompletionRequest
 from minisgl.server.reading import Reading
 from minisgl.server.sampling import Sampling
-from minisgl.server.structured import grammar_from_request
+from minisgl.server.structured import field_of, grammar_from_request
 from minisgl.server.tokens import detokenize, tokenize
 from minisgl.tokenizer.tokenizer import Tokenizer
-from minisgl.types import Grammar, ModelInfo, Request, SamplingParams
+from minisgl.types import ModelInfo, Request, SamplingParams
 
 
 class Preparation:
@@ -63,12 +63,16 @@ class Preparation:
         chat.check()
         self.check_model(chat.model)
         grammar = grammar_from_request(chat.structured)
-        check_structured_with_tools(chat, grammar)
         if chat.must_call:
             grammar = forced_grammar(chat)
-        params = chat.params(grammar)
+        elif grammar is not None and chat.offered_tools:
+            calls = optional_calls(chat, self.template.check_tools())
+            grammar = msgspec.structs.replace(grammar, calls=calls)
         prompt = render(self.tokenizer, self.template, chat, chat.offered_tools)
-        reading = self.reading(chat, prompt, grammar)
+        reading = self.reading(chat, prompt)
+        if grammar is not None and reading.thinks:
+            grammar = msgspec.structs.replace(grammar, thought=thought_before(prompt, chat))
+        params = chat.params(grammar)
         try:
             ids = self.tokenizer.encode(prompt, add_special_tokens=False)
             with chat.named_limit():
@@ -84,9 +88,9 @@ class Preparation:
             grammar_field="tools" if chat.must_call else field_of(chat.structured),
         )
 
-    def reading(self, chat: ChatRequest, prompt: str, grammar: Grammar | None) -> Reading:
-        """How the answers to a chat are read. A grammar leaves no room for reasoning before its text."""
-        thinks = self.template.thinks and chat.separate_reasoning is not False and grammar is None
+    def reading(self, chat: ChatRequest, prompt: str) -> Reading:
+        """How the answers to a chat are read."""
+        thinks = self.template.thinks and chat.separate_reasoning is not False
         in_thought = thinks and begins_in_thought(prompt, chat)
         if not chat.offered_tools:
             return Reading(thinks=thinks, in_thought=in_thought)
@@ -214,11 +218,6 @@ def wanted(body: Sampling, *, copies: int, logprobs: bool, hidden: bool = False)
         logprobs=logprobs,
         token_ids=bool(body.return_tokens_as_token_ids),
     )
-
-
-def field_of(structured: Mapping[str, Any]) -> str | None:
-    """The field that asks for a form of the answer; there is at most one that is not about plain text."""
-    return next((name for name, value in structured.items() if value != {"type": "text"}), None)
 
 
 def nth_seed(seed: int | None, n: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from minisgl.errors import InvalidRequestError, UnsupportedParameterError
 from minisgl.server.callforms import CallForm, recognise
@@ -60,6 +60,14 @@ def render(tokenizer: Tokenizer, template: Template, chat: Conversation, tools: 
     except InvalidRequestError as error:
         error.param = error.param or "messages"
         raise
+
+
+def thought_before(prompt: str, chat: ChatRequest) -> Literal["none", "possible", "begun"]:
+    """What an answer that has a form may think first: the prompt may have begun it, or have had it."""
+    if begins_in_thought(prompt, chat):
+        return "begun"
+    over = chat.continue_final_message or chat.add_generation_prompt is False or prompt.rstrip().endswith(CLOSE)
+    return "none" if over else "possible"
 
 
 def begins_in_thought(prompt: str, chat: ChatRequest) -> bool:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from minisgl.errors import InvalidRequestError, UnsupportedParameterError
+from minisgl.errors import InvalidRequestError
 from minisgl.server.body import Body, Neutral, is_list_of
 from minisgl.server.messages import MAX_TOOLS, Message, NamedTool, Tool, refuse_other_messages
 from minisgl.server.sampling import MAX_CHOICES, MaxTokens, Sampling
@@ -196,12 +196,3 @@ def check_prompts(value: Any) -> None:
         raise InvalidRequestError(rule, param="prompt")
     if not value or (not single and not all(value)):
         raise InvalidRequestError("prompt must not be empty", param="prompt")
-
-
-def check_structured_with_tools(chat: ChatRequest, grammar: Grammar | None) -> None:
-    """Raise UnsupportedParameterError when an answer has to be of a form and may call tools too."""
-    if grammar is not None and chat.offered_tools:
-        field = next(iter(chat.structured))
-        raise UnsupportedParameterError(
-            f"{field} together with tools is not supported: give tool_choice none, or no {field}", param=field
-        )

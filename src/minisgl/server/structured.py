@@ -31,6 +31,11 @@ def grammar_from_request(fields: Mapping[str, Any]) -> Grammar | None:
     return next(iter(grammars.values()), None)
 
 
+def field_of(fields: Mapping[str, Any]) -> str | None:
+    """The field that asks for a form of the answer; there is at most one that is not about plain text."""
+    return next((name for name, value in fields.items() if value != {"type": "text"}), None)
+
+
 def response_format(value: Any, param: str) -> Grammar | None:
     """OpenAI's form: {"type": "text" | "json_object" | "json_schema", "json_schema": {name, schema, …}}.
 
