@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import tokenizers
 
-from helpers.grammars import allowed, follow, matches, tiny_vocabulary, token_bytes, walk
+from helpers.grammars import EOS, PADDED, allowed, follow, tiny_vocabulary, token_bytes, walk
+from helpers.tiny_tokenizers import write_tokenizer
 from minisgl.errors import InvalidRequestError
 from minisgl.grammar.compiler import GrammarCompiler
 from minisgl.grammar.matcher import compile_grammar
-from minisgl.grammar.vocabulary import Vocabulary
+from minisgl.grammar.vocabulary import Vocabulary, VocabularySource
 from minisgl.types import Calls, Grammar
 
 NUMBER = json.dumps(
@@ -38,9 +40,26 @@ TEXTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
-    return tiny_vocabulary(tmp_path_factory.mktemp("tiny"))
+MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+
+
+@pytest.fixture(scope="module", params=["letters", "tokens"])
+def vocabulary(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
+    """One that spells the marks of thoughts and calls, and one that has a token for each, as Qwen's has."""
+    folder = tmp_path_factory.mktemp("tiny")
+    if request.param == "letters":
+        return tiny_vocabulary(folder)
+    write_tokenizer(folder)
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_tokens([tokenizers.AddedToken(mark, special=False, normalized=False) for mark in MARKS])
+    backend.save(str(folder / "tokenizer.json"))
+    return Vocabulary(VocabularySource(folder=str(folder), vocab_size=PADDED, eos_token_ids=EOS))
+
+
+def matches(vocabulary: Vocabulary, grammar: Grammar, text: str) -> bool:
+    """Whether a text, as the tokenizer cuts it, is in a grammar's language."""
+    constraint = compile_grammar(grammar, vocabulary)
+    return all(constraint.accept(token) for token in vocabulary.tokens.tokenize_str(text)) and constraint.may_end
 
 
 @pytest.mark.parametrize("kind", TEXTS)
@@ -50,7 +69,7 @@ def test_every_form_may_follow_a_thought_or_be_calls(kind: str, vocabulary: Voca
     call = f"<tool_call>\n{ONE}\n</tool_call>"
     for said in (text, call, f"{call}\n<tool_call>{ONE}</tool_call>"):
         assert matches(vocabulary, grammar, said)
-        assert matches(vocabulary, grammar, f"<think>\nIs it {text}? <tool_call> or </thin\n</think>\n\n{said}")
+        assert matches(vocabulary, grammar, f"<think>\nIs it {text}? <tool_cal or </thin\n</think>\n\n{said}")
     for said in (
         f"{call}{text}",
         f"{text}{call}",
@@ -65,7 +84,7 @@ def test_every_form_may_follow_a_thought_or_be_calls(kind: str, vocabulary: Voca
 
 def test_a_thought_that_the_prompt_began_must_end(vocabulary: Vocabulary) -> None:
     grammar = Grammar(kind="choice", source='["yes"]', thought="begun")
-    assert matches(vocabulary, grammar, "hm <think> hm</think>\nyes")
+    assert matches(vocabulary, grammar, "hm <thin hm</think>\nyes")
     assert matches(vocabulary, grammar, "</think>yes")
     assert not matches(vocabulary, grammar, "yes")
     assert not matches(vocabulary, grammar, "hm</think>hm")
@@ -94,14 +113,17 @@ def test_calls_as_llama_writes_them_and_one_call_where_there_may_be_one(vocabula
 def test_masks_show_both_ways(vocabulary: Vocabulary) -> None:
     pieces = token_bytes(vocabulary)
     start = follow(vocabulary, Grammar(kind="json_schema", source=NUMBER, calls=HERMES), "")
-    assert {pieces[token][:1] for token in allowed(start)} == {b"{", b"<"}
+    mark = vocabulary.special_token("<tool_call>")
+    assert {pieces[token][:1] for token in allowed(start) if token != mark} == ({b"{"} if mark else {b"{", b"<"})
+    assert mark is None or mark in allowed(start)
     thinking = follow(vocabulary, Grammar(kind="choice", source='["yes"]', thought="begun"), "so")
     assert {token for token, piece in enumerate(pieces) if piece and piece.isascii()} <= set(allowed(thinking))
     assert not thinking.may_end
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_walks_end_in_a_form_or_in_calls(seed: int, vocabulary: Vocabulary) -> None:
+def test_walks_end_in_a_form_or_in_calls(seed: int, tmp_path: Path) -> None:
+    vocabulary = tiny_vocabulary(tmp_path)
     constraint = compile_grammar(Grammar(kind="json_schema", source=NUMBER, calls=HERMES), vocabulary)
     text = walk(constraint, token_bytes(vocabulary), seed, wander=8)
     if text.startswith("{"):

@@ -284,7 +284,7 @@ SINGLE: dict[str, tuple[str, str | bytes, int, str, str | None]] = {
         400, VALUE, "tool_choice",
     ),
     "tools and a form": (
-        CHAT, chat(tools=[TOOL], guided_regex="a"), 400, UNSUPPORTED, "guided_regex",
+        CHAT, chat(tools=[TOOL], guided_regex="a"), 400, UNSUPPORTED, "tools",
     ),
     "continue and begin": (
         CHAT, messages(*USER, answer(content="x")).replace("}]", "}], \"continue_final_message\": true, "

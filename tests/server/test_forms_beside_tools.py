@@ -74,13 +74,15 @@ def test_the_answer_is_of_the_form_or_a_call(
     serve_and(tmp_path, check, template=template, check_grammar=lambda grammar: None, max_seq_len=2048)
 
 
-def test_a_way_of_calling_that_no_grammar_can_ask_for_is_refused_by_name(tmp_path: Path) -> None:
+def test_the_answer_is_of_the_form_or_a_list_of_calls(tmp_path: Path) -> None:
     async def check(server: Serving) -> None:
-        body = {"model": MODEL, "messages": USER, "response_format": FORM, "tools": [TIME]}
-        response = await server.http.post("/v1/chat/completions", json=body)
-        error = response.json()["error"]
-        assert (response.status_code, error["param"]) == (400, "response_format")
-        assert "together with tools is not supported" in error["message"]
+        call = '[TOOL_CALLS] [{"name": "get_time", "arguments": ' + ARGUMENTS + "}]"
+        message, grammar = await ask(server, call, tools=[TIME], parallel_tool_calls=False)
+        assert [c["function"] for c in message["tool_calls"]] == [{"name": "get_time", "arguments": ARGUMENTS}]
+        assert grammar.calls is not None
+        assert (grammar.calls.opening, grammar.calls.closing, grammar.calls.several) == ("[TOOL_CALLS]", "", False)
+        schema = json.loads(grammar.calls.schema)
+        assert (schema["type"], schema["maxItems"]) == ("array", 1)
 
     serve_and(tmp_path, check, template=templates.MISTRAL, check_grammar=lambda grammar: None, max_seq_len=2048)
 

@@ -31,8 +31,8 @@ class MatcherConstraint:
     """Follows one answer and says which tokens may come next. Not thread-safe.
 
     The EOS ids are allowed exactly where the text may end, and nothing else once it cannot go on. Special tokens, and
-    ids beyond the tokenizer's, never are. Where the grammar leaves no choice of the text, one token is allowed: the one
-    that the tokenizer would have used.
+    ids beyond the tokenizer's, never are, but where they mark a thought or a call. Where the grammar leaves no choice
+    of the text, one token is allowed: the one that the tokenizer would have used.
     """
 
     def __init__(self, matcher: LLMatcher, vocabulary: Vocabulary) -> None:
@@ -96,7 +96,7 @@ def compile_grammar(grammar: Grammar, vocabulary: Vocabulary) -> MatcherConstrai
         verbose_errors=False,
     )
     try:
-        form = library_form(grammar)
+        form = library_form(grammar, vocabulary.special_token)
     except ValueError as error:
         raise refusal(grammar, str(error)) from error
     matcher = LLMatcher(vocabulary.tokens, form, log_level=0, limits=limits)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -32,9 +33,11 @@ FIELDS = {
 """The request field that usually carries a kind of grammar; who knows better sets the error's `param`."""
 LARK_TEXT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|#[^\n]*|/(?:\\.|[^/\\\n])+/')
 """Strings, comments and regular expressions of a Lark source."""
-THOUGHT = {"none": "", "possible": "(thought BLANK?)?", "begun": "thought BLANK?"}
-"""What comes before the answer in a composed grammar."""
-THOUGHT_TEXT = {"possible": '"<think>" /(?s:.*)/', "begun": "/(?s:.*)/"}
+OPEN, CLOSE = "<think>", "</think>"
+ANY_TEXT = "/(?s:.*)/"
+ANY_THOUGHT = r"/(?s:.*)/ & ~/(?s:.*<\/think>.*)/"
+TokenOf = Callable[[str], int | None]
+"""The special token that a mark is in a model's vocabulary, None where it is ordinary text."""
 STOP_OPTION = re.compile(r"\[[^\]\n]*\bstop\b")
 NOT_DONE = re.compile(
     r"unimplemented|not supported|unsupported|unknown format|not disjoint|look-?around", re.IGNORECASE
@@ -53,28 +56,39 @@ def check_size(grammar: Grammar) -> None:
         raise invalid(grammar, f"{size} bytes, at most {MAX_SOURCE_BYTES} are allowed")
 
 
-def library_form(grammar: Grammar) -> str:
+def library_form(grammar: Grammar, token_of: TokenOf) -> str:
     """What `LLMatcher` takes. Raises InvalidRequestError, or UnsupportedParameterError for what cannot be enforced."""
     check_size(grammar)
     form = text_form(grammar)
-    return form if grammar.calls is None and grammar.thought == "none" else composed_form(grammar, form)
+    return form if grammar.calls is None and grammar.thought == "none" else composed_form(grammar, form, token_of)
 
 
-def composed_form(grammar: Grammar, text: str) -> str:
+def composed_form(grammar: Grammar, text: str, token_of: TokenOf) -> str:
     """A thought, then the text whose form is given, or calls: grammars that refer to each other by name."""
-    before, thought, calls = THOUGHT[grammar.thought], THOUGHT_TEXT.get(grammar.thought), grammar.calls
-    rules = [f"start: {before} (@text{'' if calls is None else ' | calls'})", r"BLANK: /[\x20\n]{1,8}/"]
+    before = {"none": "", "possible": "(thought BLANK?)?", "begun": "thought BLANK?"}[grammar.thought]
+    answer = "@text" if grammar.calls is None else "(@text | calls)"
+    rules = [f"start: {before} {answer}", r"BLANK: /[\x20\n]{1,8}/"]
     parts = [part("text", text)]
-    if thought is not None:
-        rules.append(f'thought[suffix="</think>"]: {thought}')
-    if calls is not None:
-        opening = f"{json.dumps(calls.opening)} BLANK?" if calls.opening else ""
-        closing = f"BLANK? {json.dumps(calls.closing)}" if calls.closing else ""
-        between = f"BLANK? {json.dumps(calls.separator)} BLANK?" if calls.separator else "BLANK?"
+    if grammar.thought != "none":
+        opening = mark(OPEN, token_of) if grammar.thought == "possible" else ""
+        if token_of(CLOSE) is None:
+            rules += [f"thought: {opening} thinking", f'thinking[suffix="{CLOSE}"]: {ANY_TEXT}']
+        else:
+            rules += [f"thought: {opening} THINKING {mark(CLOSE, token_of)}", f"THINKING: {ANY_THOUGHT}"]
+    if grammar.calls is not None:
+        calls = grammar.calls
+        opening, closing, separator = (mark(m, token_of) for m in (calls.opening, calls.closing, calls.separator))
+        between = f"BLANK? {separator} BLANK?" if separator else "BLANK?"
         rules.append(f"calls: call ({between} call)*" if calls.several else "calls: call")
-        rules.append(f"call: {opening} @call {closing}")
+        rules.append(f"call: {opening and f'{opening} BLANK?'} @call {closing and f'BLANK? {closing}'}")
         parts.append(part("call", schema_form(calls.schema)))
     return json.dumps({"grammars": [{"name": "answer", "lark_grammar": "\n".join(rules)}, *parts]}, allow_nan=False)
+
+
+def mark(text: str, token_of: TokenOf) -> str:
+    """A text in a rule, as the special token that it is, or letter by letter; empty for none."""
+    token = token_of(text) if text else None
+    return (text and json.dumps(text)) if token is None else f"<[{token}]>"
 
 
 def part(name: str, form: str) -> dict[str, Any]:

@@ -46,3 +46,8 @@ class Vocabulary:
             raise UnsupportedParameterError(
                 f"structured output is not supported with this model's tokenizer: {error}"
             ) from error
+
+    def special_token(self, text: str) -> int | None:
+        """The one token that a text is, if the library takes it for a special one: any that was added as <...> is."""
+        ids = self.tokens.tokenize_str(text)
+        return ids[0] if len(ids) == 1 and self.tokens.is_special_token(ids[0]) else None

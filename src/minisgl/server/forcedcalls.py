@@ -6,11 +6,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from minisgl.errors import UnsupportedParameterError
 from minisgl.server.callforms import CallForm
 from minisgl.server.messages import Tool
 from minisgl.server.protocol import ChatRequest
-from minisgl.server.structured import field_of
 from minisgl.types import Calls, Grammar
 
 SUBSCHEMAS = frozenset(
@@ -25,33 +23,33 @@ def forced_grammar(chat: ChatRequest) -> Grammar:
     """A JSON list of calls of the tools that may be called: one, or several where the request allows it."""
     name = chat.forced_tool
     tools = [tool for tool in chat.offered_tools if name is None or tool.function.name == name]
-    calls, definitions = call_schema(tools, "arguments")
-    schema = {"type": "array", "items": calls, "minItems": 1, "$defs": definitions}
-    if name is not None or chat.parallel_tool_calls is False:
-        schema["maxItems"] = 1
-    return Grammar(kind="json_schema", source=json.dumps(schema))
+    return Grammar(kind="json_schema", source=calls_schema(tools, name is not None or single(chat)))
 
 
 def optional_calls(chat: ChatRequest, form: CallForm) -> Calls:
-    """Calls as the model writes them, beside the form that the request asks for.
-
-    Raises UnsupportedParameterError for a model that begins them with a special token, which no grammar can ask for.
-    """
+    """Calls as the model writes them, beside the form that the request asks for."""
     if form.listed:
-        field = field_of(chat.structured)
-        raise UnsupportedParameterError(
-            f"{field} together with tools is not supported with this model's way of writing calls: "
-            f"give tool_choice none or required, or no {field}",
-            param=field,
-        )
+        return Calls(schema=calls_schema(chat.offered_tools, single(chat)), several=False, opening=form.opening)
     schema, definitions = call_schema(chat.offered_tools, "parameters" if form.at_start else "arguments")
     return Calls(
         schema=json.dumps({**schema, "$defs": definitions}),
-        several=chat.parallel_tool_calls is not False,
+        several=not single(chat),
         opening="" if form.at_start else form.opening,
         closing=form.closing,
         separator=";" if form.at_start else "",
     )
+
+
+def single(chat: ChatRequest) -> bool:
+    """Whether there may be one call at most."""
+    return chat.parallel_tool_calls is False
+
+
+def calls_schema(tools: Sequence[Tool], one: bool) -> str:
+    """The JSON schema of a list of calls, as text."""
+    calls, definitions = call_schema(tools, "arguments")
+    most = {"maxItems": 1} if one else {}
+    return json.dumps({"type": "array", "items": calls, "minItems": 1, **most, "$defs": definitions})
 
 
 def call_schema(tools: Sequence[Tool], arguments: str) -> tuple[dict[str, Any], dict[str, Any]]:
