@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from minisgl.ops.kernels import ranks as kernels
+from minisgl.ops.kernels import sharded_sampling
 from minisgl.ops.kernels.ranks import Ranks, flags_size, one_shot_add_rms_norm, two_shot_add_rms_norm
-from minisgl.ops.kernels.sharded_sampling import ShardedSampling, partial_words
+from minisgl.ops.kernels.sharded_sampling import ShardedSampling, partial_words, split_for
 from minisgl.ops.reference import rms_norm
 from minisgl.ops.sampling import SamplingRows
 from minisgl.ops.sampling import sample as reference_sample
@@ -118,8 +119,9 @@ def parameters(rows: int, device: torch.device) -> SamplingRows:
 
 @pytest.mark.parametrize(("world", "vocab"), [(2, 200), (3, 64)])
 def test_shards_choose_the_references_tokens_on_every_rank(
-    world: int, vocab: int, dtype: torch.dtype, device: torch.device
+    world: int, vocab: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sharded_sampling, "COPIERS", 2 if device.type == "cpu" else sharded_sampling.COPIERS)
     torch.manual_seed(vocab)
     count, capacity, width = 7, 9, -(-vocab // (64 * world)) * 64
     logits = (torch.randn(count, vocab, device=device) * 2).to(dtype)
@@ -132,6 +134,7 @@ def test_shards_choose_the_references_tokens_on_every_rank(
     expected = reference_sample(logits, table.select(slots.long()), positions)
     for group in groups(world, device):
         words = torch.full((partial_words(capacity, width),), float("-inf"), device=device).view(torch.int32)
+        words[: capacity * (width // split_for(width))] = 0  # no winner yet: token 0, which nobody can choose
         partials = [words.clone() for _ in range(world)]
         sampling = [
             ShardedSampling(
