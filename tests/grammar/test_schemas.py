@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -12,22 +11,14 @@ import jsonschema
 import pytest
 
 from helpers.grammars import matches, tiny_vocabulary, token_bytes, walk
+from helpers.schemas import schema_grammar, validate
+from minisgl.errors import InvalidRequestError
 from minisgl.grammar.matcher import compile_grammar
 from minisgl.grammar.vocabulary import Vocabulary
 from minisgl.types import Grammar
 
 SCHEMAS: dict[str, Any] = json.loads(Path(__file__).with_name("schemas.json").read_text("utf-8"), parse_float=Decimal)
 WALKS = 6
-TIME = r"([01]\d|2[0-3]):[0-5]\d:([0-5]\d|60)(\.\d+)?([zZ]|[+-]([01]\d|2[0-3]):[0-5]\d)"
-LABEL = "[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
-FORMATS = {
-    "time": TIME,
-    "date-time": rf"\d{{4}}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])[tT]{TIME}",
-    "duration": r"P(?=.)(\d+W|(\d+Y)?(\d+M)?(\d+D)?(T(?=\d)(\d+H)?(\d+M)?(\d+S)?)?)",
-    "hostname": rf"(?=.{{1,253}}$){LABEL}(\.{LABEL})*",
-    "uri": r"[a-zA-Z][a-zA-Z0-9+.-]*:[!-~]*",
-}
-"""RFC 3339 and its appendix A, RFC 1123, RFC 3986 in outline."""
 
 
 @pytest.fixture(scope="module")
@@ -38,28 +29,6 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
 @pytest.fixture(scope="module")
 def pieces(vocabulary: Vocabulary) -> list[bytes]:
     return token_bytes(vocabulary)
-
-
-def schema_grammar(schema: Any) -> Grammar:
-    return Grammar(kind="json_schema", source=json.dumps(schema, default=float))
-
-
-def format_checker() -> jsonschema.FormatChecker:
-    """jsonschema's own checks where they are complete without further packages, plain patterns for the others."""
-    checker = jsonschema.FormatChecker(("date", "ipv4", "ipv6", "uuid", "email"))
-    for name, pattern in FORMATS.items():
-
-        def check(value: object, pattern: str = pattern) -> bool:
-            return not isinstance(value, str) or re.fullmatch(pattern, value) is not None
-
-        checker.checks(name)(check)
-    return checker
-
-
-def validate(text: str, schema: Any) -> None:
-    """Decimals, so that multipleOf is exact."""
-    value = json.loads(text, parse_float=Decimal)
-    jsonschema.Draft202012Validator(schema, format_checker=format_checker()).validate(value)
 
 
 def test_the_table_has_a_hundred_schemas_that_are_valid() -> None:
@@ -140,3 +109,23 @@ def test_a_schema_lets_valid_values_through_and_no_others(
         assert matches(vocabulary, schema_grammar(schema), text), text
     for text in bad:
         assert not matches(vocabulary, schema_grammar(schema), text), text
+
+
+@pytest.mark.parametrize(
+    "draft",
+    [
+        "https://json-schema.org/schema",
+        "http://json-schema.org/schema#",
+        "http://json-schema.org/draft-07/schema#",
+        "https://json-schema.org/draft/2020-12/schema",
+    ],
+)
+def test_a_schema_may_name_its_draft_or_the_newest(draft: str, vocabulary: Vocabulary) -> None:
+    grammar = schema_grammar({"$schema": draft, "type": "integer", "minimum": 3})
+    assert matches(vocabulary, grammar, "3")
+    assert not matches(vocabulary, grammar, "2")
+
+
+def test_a_draft_that_nobody_knows_is_refused(vocabulary: Vocabulary) -> None:
+    with pytest.raises(InvalidRequestError, match="example"):
+        compile_grammar(schema_grammar({"$schema": "https://example.com/draft", "type": "integer"}), vocabulary)

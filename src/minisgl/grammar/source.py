@@ -23,6 +23,8 @@ MAX_CHOICES = 10_000
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
 """Between the parts of a JSON text. Bounded: a model that falls into repeating newlines must go on with its text."""
 JSON_OBJECT = '{"type":"object"}'
+NEWEST_DRAFT = ("https://json-schema.org/schema", "http://json-schema.org/schema")
+"""What many schemas name as theirs, the newest draft; the library has the drafts by their own names only."""
 FIELDS = {
     "json_object": "response_format",
     "json_schema": "response_format",
@@ -110,6 +112,9 @@ def text_form(grammar: Grammar) -> str:
                 raise unsupported(grammar, "x-guidance")
             if schema is False:
                 raise invalid(grammar, NOTHING_MATCHES)
+            if isinstance(schema, dict) and str(schema.get("$schema")).rstrip("#") in NEWEST_DRAFT:
+                del schema["$schema"]
+                return schema_form(json.dumps(schema, ensure_ascii=False))
             return schema_form("{}" if schema is True else grammar.source)
         case "regex":
             return LLMatcher.grammar_from_regex(grammar.source)
