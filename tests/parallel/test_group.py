@@ -57,7 +57,8 @@ def workload(count: int = 50) -> tuple[list[list[int]], list[SamplingParams]]:
 def answers(folder: Path, tp: int, count: int | None = None) -> tuple[list[list[int]], int]:
     """The tokens of every prompt, or the first `count`, and how often a request was retracted."""
     torch.set_num_threads(1)
-    prompts, params = (part[:count] for part in workload())
+    prompts, params = workload()
+    prompts, params = prompts[:count], params[:count]
     with LLM(str(folder), tp=tp, **SETTINGS) as llm:
         found = [completion.token_ids for completion in llm.generate(prompts, params, progress=False)]
         return found, llm.engine.stats().retracted
