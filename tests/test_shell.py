@@ -78,8 +78,9 @@ def test_a_session_of_chat(shell: pexpect.spawn[str]) -> None:
 
 
 def test_without_a_terminal_lines_come_from_standard_input() -> None:
+    shell = f"{sys.executable} -m minisgl --shell --max-seq-len-override 200"
     text, status = pexpect.run(
-        f"""sh -c "printf 'What is the capital of France?\\n/exit\\n' | {sys.executable} -m minisgl --shell" """,
+        f"""sh -c "printf 'What is the capital of France?\\n/exit\\n' | {shell}" """,
         withexitstatus=True,
         timeout=60,
         encoding="utf-8",
