@@ -32,6 +32,10 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"
 
 
+OPEN_THOUGHT, CLOSE_THOUGHT = "<think>", "</think>"
+"""What a model's thought is between."""
+
+
 class Calls(msgspec.Struct, frozen=True, kw_only=True):
     """Calls of functions that an answer may be, one or with `several` more.
 

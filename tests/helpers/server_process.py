@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from helpers.serving import CHAT_TEMPLATE
 from helpers.tiny_tokenizers import write_tokenizer
 
@@ -81,3 +83,13 @@ def gone(pid: int, within: float) -> bool:
             return True
         time.sleep(0.02)
     return False
+
+
+def ask_for(url: str, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+    """The status of a short answer, and its choices, those of every event, or its error."""
+    answer = httpx.post(f"{url}/v1/{path}", json={"max_tokens": 4, **body}, timeout=30)
+    if answer.headers["content-type"].startswith("text/event-stream"):
+        events = [json.loads(line[6:]) for line in answer.text.split("\n\n")[:-2]]
+        return answer.status_code, [event["choices"] for event in events]
+    value = answer.json()
+    return answer.status_code, value.get("choices", value.get("error"))

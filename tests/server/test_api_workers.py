@@ -18,7 +18,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from helpers.certificates import write_certificate
-from helpers.server_process import children, gone, server
+from helpers.server_process import ask_for, children, gone, server
 
 BOUND = 10.0
 """Seconds; five times what is promised, for machines that do other things beside the tests."""
@@ -87,16 +87,7 @@ def test_answers_are_the_same_with_one_process_and_with_three(tmp_path: Path) ->
     for count in (1, 3):
         with server(tmp_path / f"{count}" / "model", tmp_path / f"tmp{count}", api_workers=count) as (process, url):
             assert len(children(process.pid)) == 1 + (count if count > 1 else 0)
-            answers = []
-            for path, body in bodies * count:
-                answer = httpx.post(f"{url}/v1/{path}", json={"max_tokens": 4, **body}, timeout=30)
-                if answer.headers["content-type"].startswith("text/event-stream"):
-                    events = [json.loads(line[6:]) for line in answer.text.split("\n\n")[:-2]]
-                    answers.append((answer.status_code, [event["choices"] for event in events]))
-                else:
-                    value = answer.json()
-                    answers.append((answer.status_code, value.get("choices", value.get("error"))))
-            seen.append(answers)
+            seen.append([ask_for(url, path, body) for path, body in bodies * count])
     assert [status for status, _ in seen[0]] == [200, 200, 400]
     assert seen[1] == seen[0] * 3
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from helpers.server_process import children, gone, server
+from helpers.server_process import ask_for, children, gone, server
 
 BOUND = 4.0
 """Seconds; twice what is promised, for machines that do other things beside the tests."""
@@ -36,16 +35,7 @@ def test_answers_are_the_same_with_and_without_tokenizer_processes(tmp_path: Pat
     for count in (0, 2):
         with server(tmp_path / f"{count}" / "model", tmp_path / f"tmp{count}", num_tokenizer=count) as (process, url):
             assert len(children(process.pid)) == 1 + count
-            answers = []
-            for path, body in bodies:
-                answer = httpx.post(f"{url}/v1/{path}", json={"max_tokens": 4, **body}, timeout=30)
-                if answer.headers["content-type"].startswith("text/event-stream"):
-                    events = [json.loads(line[6:]) for line in answer.text.split("\n\n")[:-2]]
-                    answers.append((answer.status_code, [event["choices"] for event in events]))
-                else:
-                    value = answer.json()
-                    answers.append((answer.status_code, value.get("choices", value.get("error"))))
-            seen.append(answers)
+            seen.append([ask_for(url, path, body) for path, body in bodies])
     assert [status for status, _ in seen[0]] == [200, 200, 400, 400]
     assert seen[0] == seen[1]
 

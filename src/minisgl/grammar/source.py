@@ -15,7 +15,7 @@ from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import any_to_lark
 
 from minisgl.errors import InvalidRequestError, UnsupportedParameterError
-from minisgl.types import Grammar
+from minisgl.types import CLOSE_THOUGHT, OPEN_THOUGHT, Grammar
 
 MAX_SOURCE_BYTES = 1 << 20
 """UTF-8 bytes of a grammar's source."""
@@ -35,9 +35,8 @@ FIELDS = {
 """The request field that usually carries a kind of grammar; who knows better sets the error's `param`."""
 LARK_TEXT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|#[^\n]*|/(?:\\.|[^/\\\n])+/')
 """Strings, comments and regular expressions of a Lark source."""
-OPEN, CLOSE = "<think>", "</think>"
 ANY_TEXT = "/(?s:.*)/"
-ANY_THOUGHT = r"/(?s:.*)/ & ~/(?s:.*<\/think>.*)/"
+ANY_THOUGHT = ANY_TEXT + " & ~/(?s:.*" + CLOSE_THOUGHT.replace("/", r"\/") + ".*)/"
 TokenOf = Callable[[str], int | None]
 """The special token that a mark is in a model's vocabulary, None where it is ordinary text."""
 STOP_OPTION = re.compile(r"\[[^\]\n]*\bstop\b")
@@ -72,11 +71,11 @@ def composed_form(grammar: Grammar, text: str, token_of: TokenOf) -> str:
     rules = [f"start: {before} {answer}", r"BLANK: /[\x20\n]{1,8}/"]
     parts = [part("text", text)]
     if grammar.thought != "none":
-        opening = mark(OPEN, token_of) if grammar.thought == "possible" else ""
-        if token_of(CLOSE) is None:
-            rules += [f"thought: {opening} thinking", f'thinking[suffix="{CLOSE}"]: {ANY_TEXT}']
+        opening = mark(OPEN_THOUGHT, token_of) if grammar.thought == "possible" else ""
+        if token_of(CLOSE_THOUGHT) is None:
+            rules += [f"thought: {opening} thinking", f'thinking[suffix="{CLOSE_THOUGHT}"]: {ANY_TEXT}']
         else:
-            rules += [f"thought: {opening} THINKING {mark(CLOSE, token_of)}", f"THINKING: {ANY_THOUGHT}"]
+            rules += [f"thought: {opening} THINKING {mark(CLOSE_THOUGHT, token_of)}", f"THINKING: {ANY_THOUGHT}"]
     if grammar.calls is not None:
         calls = grammar.calls
         opening, closing, separator = (mark(m, token_of) for m in (calls.opening, calls.closing, calls.separator))

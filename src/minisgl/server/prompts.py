@@ -9,8 +9,8 @@ from minisgl.errors import InvalidRequestError, UnsupportedParameterError
 from minisgl.server.callforms import CallForm, recognise
 from minisgl.server.messages import Tool, template_messages
 from minisgl.server.protocol import ChatRequest, Conversation
-from minisgl.server.thinking import CLOSE, OPEN
 from minisgl.tokenizer.tokenizer import Tokenizer
+from minisgl.types import CLOSE_THOUGHT, OPEN_THOUGHT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Template:
         if template is None:
             return cls(None, False, frozenset())
         form = recognise(template.source, "tools" in template.variables)
-        return cls(form, CLOSE in template.source, template.variables)
+        return cls(form, CLOSE_THOUGHT in template.source, template.variables)
 
     def check_tools(self) -> CallForm:
         """The form of its tool calls; raises UnsupportedParameterError when it has none that is known."""
@@ -66,7 +66,7 @@ def thought_before(prompt: str, chat: ChatRequest) -> Literal["none", "possible"
     """What an answer that has a form may think first: the prompt may have begun it, or have had it."""
     if begins_in_thought(prompt, chat):
         return "begun"
-    over = chat.continue_final_message or chat.add_generation_prompt is False or prompt.rstrip().endswith(CLOSE)
+    over = chat.continue_final_message or chat.add_generation_prompt is False or prompt.rstrip().endswith(CLOSE_THOUGHT)
     return "none" if over else "possible"
 
 
@@ -77,5 +77,5 @@ def begins_in_thought(prompt: str, chat: ChatRequest) -> bool:
     """
     if chat.continue_final_message:
         last = chat.messages[-1].text
-        return last.rfind(OPEN) > last.rfind(CLOSE)
-    return chat.add_generation_prompt is not False and prompt.rstrip().endswith(OPEN)
+        return last.rfind(OPEN_THOUGHT) > last.rfind(CLOSE_THOUGHT)
+    return chat.add_generation_prompt is not False and prompt.rstrip().endswith(OPEN_THOUGHT)

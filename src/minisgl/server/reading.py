@@ -7,8 +7,9 @@ from collections.abc import Iterable
 
 from minisgl.server.callforms import CallForm
 from minisgl.server.parts import Content, Part, merged
-from minisgl.server.thinking import CLOSE, OPEN, ThinkSplitter
+from minisgl.server.thinking import ThinkSplitter
 from minisgl.server.toolcalls import ToolParser
+from minisgl.types import CLOSE_THOUGHT, OPEN_THOUGHT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class Reading:
     @property
     def keep(self) -> tuple[str, ...]:
         """Special tokens whose text must be seen here."""
-        marks = (OPEN, CLOSE) if self.thinks else ()
+        marks = (OPEN_THOUGHT, CLOSE_THOUGHT) if self.thinks else ()
         if self.form is None or self.form.at_start:
             return marks
         return (*marks, *filter(None, (self.form.opening, self.form.closing)))

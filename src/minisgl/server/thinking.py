@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from minisgl.server.parts import Content, Part, Reasoning, merged, partial_end
-
-OPEN, CLOSE = "<think>", "</think>"
+from minisgl.types import CLOSE_THOUGHT, OPEN_THOUGHT
 
 
 class ThinkSplitter:
@@ -38,11 +37,11 @@ class ThinkSplitter:
 
     def _start(self, parts: list[Part]) -> bool:
         text = self._buffer.lstrip()
-        if OPEN.startswith(text) and text != OPEN:
+        if OPEN_THOUGHT.startswith(text) and text != OPEN_THOUGHT:
             return False
-        if text.startswith(OPEN):
-            self._buffer = text[len(OPEN) :]
-        self._state = self._before if self._opened or text.startswith(OPEN) else self._content
+        if text.startswith(OPEN_THOUGHT):
+            self._buffer = text[len(OPEN_THOUGHT) :]
+        self._state = self._before if self._opened or text.startswith(OPEN_THOUGHT) else self._content
         return True
 
     def _before(self, parts: list[Part]) -> bool:
@@ -52,13 +51,13 @@ class ThinkSplitter:
         return bool(self._buffer)
 
     def _inside(self, parts: list[Part]) -> bool:
-        end = self._buffer.find(CLOSE)
+        end = self._buffer.find(CLOSE_THOUGHT)
         if end >= 0:
             parts.append(Reasoning(self._buffer[:end].rstrip()))
-            self._buffer = self._buffer[end + len(CLOSE) :]
+            self._buffer = self._buffer[end + len(CLOSE_THOUGHT) :]
             self._state = self._after
             return True
-        safe = len(self._buffer[: len(self._buffer) - partial_end(self._buffer, CLOSE)].rstrip())
+        safe = len(self._buffer[: len(self._buffer) - partial_end(self._buffer, CLOSE_THOUGHT)].rstrip())
         parts.append(Reasoning(self._buffer[:safe]))
         self._buffer = self._buffer[safe:]
         return False
