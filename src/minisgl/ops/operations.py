@@ -87,26 +87,34 @@ PLAIN = Operations(
 
 def fused_operations() -> Operations:
     """The Triton kernels. What a row needs of sampling they find out on the device, so the flags are not looked at."""
-    from minisgl.ops.kernels import activation, moe, norm, qkv, sampling
+    from minisgl.ops.kernels import activation, gemv, moe, norm, qkv, sampling
     from minisgl.ops.kernels import linear as small
 
     def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return small.linear(x, weight, bias) if small.fits(x, weight, small.MAX_ROWS) else linear(x, weight, bias)
+        if small.fits(x, weight, small.MAX_ROWS):
+            return small.linear(x, weight, bias)
+        if bias is None and gemv.fits(x, weight):
+            return gemv.gemv(x, weight)
+        return linear(x, weight, bias)
 
     def product_into(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         if small.fits(x, weight, small.MAX_ROWS):
             small.linear(x, weight, bias, out=out)
+        elif bias is None and gemv.fits(x, weight):
+            gemv.gemv(x, weight, out)
         else:
             linear_into(x, weight, bias, out)
 
     def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if bias is None and small.fits(x, weight, small.MAX_ROWS_PARTS):
             return small.linear_parts(x, weight)
-        return linear(x, weight, bias)
+        return product(x, weight, bias)
 
     def gated(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if bias is None and small.fits(x, weight, small.MAX_ROWS):
             return small.gated_linear(x, weight)
+        if bias is None and gemv.fits(x, weight):
+            return gemv.gated_gemv(x, weight)
         return activation.silu_mul(linear(x, weight, bias))
 
     def choose(logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor, *flags: bool) -> Tensor:
