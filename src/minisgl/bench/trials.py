@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import random
@@ -16,7 +17,7 @@ import torch
 
 from minisgl.bench.steps import Recorder
 from minisgl.bench.variants import EXECUTOR_FIELDS, Scenario, SystemPrompt, Variant
-from minisgl.bench.workload import Workload, WorkloadSpec, make_workload, shorten
+from minisgl.bench.workload import Workload, WorkloadSpec, make_workload
 from minisgl.config import Config, resolve
 from minisgl.engine.build import build_engine, max_seq_len, probe_machine
 from minisgl.engine.engine import Engine
@@ -26,7 +27,6 @@ from minisgl.models.spec import ModelSpec
 from minisgl.models.weights import Weights
 from minisgl.types import ModelInfo, Request, SamplingParams
 
-WARM_ANSWER: Final = 4
 SLACK: Final = 2 * 256
 """Tokens: a request may leave most of a page of 256 empty, and admission keeps one more for it."""
 
@@ -131,12 +131,12 @@ class Trials:
         config = self.loaded.config.replace(**variant.changes)
         executor = self._executor_for(config)
         scenario = self.scenarios[variant.scenario]
-        if variant.scenario not in self._warm:
-            self._play(executor, config, scenario, WARM_ANSWER)
+        if variant.scenario not in self._warm:  # a first time, in which kernels are compiled for what comes up in it
+            self._play(executor, config, scenario)
             self._warm.add(variant.scenario)
         recorder = Recorder(executor)
         started = time.perf_counter()
-        generated, prompted, cached = self._play(recorder, config, scenario, None)
+        generated, prompted, cached = self._play(recorder, config, scenario)
         seconds = time.perf_counter() - started
         gaps = 1e3 * np.array(recorder.token_gaps() or [0.0])
         return Measurement(
@@ -167,21 +167,15 @@ class Trials:
         self._executor, self._key, self._warm = made, key, set()
         return made
 
-    def _play(
-        self, executor: LocalExecutor | Recorder, config: Config, scenario: Scenario, longest: int | None
-    ) -> tuple[int, int, int]:
-        """Run a scenario in a new engine, whose cache knows nothing, with answers of `longest` tokens at most.
+    def _play(self, executor: LocalExecutor | Recorder, config: Config, scenario: Scenario) -> tuple[int, int, int]:
+        """Run a scenario in a new engine, whose cache knows nothing.
 
         Returns tokens generated, prompt tokens, and how many of those were cached.
         """
         model, room = self.loaded.model, executor.num_pages * config.page_size
         model = msgspec.structs.replace(model, max_seq_len=min(model.max_seq_len, room))
         engine = Engine(executor, model, config)
-
-        def answer(workload: Workload) -> list[list[int]]:
-            return self._drive(engine, workload if longest is None else shorten(workload, longest))
-
-        tokens = play(scenario, answer, model.vocab_size)
+        tokens = play(scenario, functools.partial(self._drive, engine), model.vocab_size)
         stats = engine.stats()
         return tokens, stats.prompt_tokens, stats.cached_prompt_tokens
 
