@@ -63,8 +63,8 @@ def test_a_sum_begins_at_once_and_ends_with_its_norm() -> None:
     def add(group: TPGroup) -> tuple[torch.Tensor, torch.Tensor]:
         own = residual.clone()
         sums = OverlappedSums(group.collectives, PLAIN, 1, 0, CPU)
-        norms = [sums.add(part) for part in parts[group.rank].split([2, 4])]
-        normed = [norm(rows, weight, 1e-6) for norm, rows in zip(norms, own.split([2, 4]), strict=True)]
+        norms = [sums.add(part) for part in torch.split(parts[group.rank], [2, 4])]
+        normed = [norm(rows, weight, 1e-6) for norm, rows in zip(norms, torch.split(own, [2, 4]), strict=True)]
         return torch.cat(normed), own
 
     for normed, own in on_all(2, add):

@@ -45,9 +45,9 @@ class OverlappedSums:
     def cut(self, residual: Tensor) -> Turns | None:
         """Halves of the rows of a residual stream (T, D); None when they are too small, or a graph is captured."""
         rows = len(residual)
-        first = max(self.least_rows, rows // 2 // TILE * TILE)
-        smaller = min(first, rows - first)
-        if smaller < self.least_rows or smaller * residual.shape[1] * residual.element_size() <= self.beyond:
+        tile = min(TILE, self.least_rows)
+        first = rows // 2 // tile * tile  # the smaller half: its sum is the one that has least to hide behind
+        if first < self.least_rows or first * residual.shape[1] * residual.element_size() <= self.beyond:
             return None
         if self.stream is not None and torch.cuda.is_current_stream_capturing():
             return None
