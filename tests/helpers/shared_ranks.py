@@ -24,9 +24,10 @@ from minisgl.ops.kernels.sharded_sampling import ShardedSampling
 from minisgl.ops.operations import Operations
 from minisgl.parallel import fused, symmetric
 from minisgl.parallel.distributed import join_group
-from minisgl.parallel.equip import Equipment, try_norm
+from minisgl.parallel.equip import Equipment, overlap, try_norm
 from minisgl.parallel.group import TPGroup
 from minisgl.parallel.operations import parallel_operations
+from minisgl.parallel.overlap import OverlappedSums
 from minisgl.parallel.shard import vocab_shard
 from minisgl.parallel.symmetric import Buffer, Crossovers, Stages, SymmetricCollectives
 
@@ -67,7 +68,7 @@ def main() -> None:
         try_norm(group.collectives, fusion.norm, ops, spec.hidden_size, (1, 3, 4, 9))
         plain = parallel_operations(ops, TPGroup(rank, size, collectives, group.control), shard)
         operations = fused.staged_operations(ops, plain, shard, collectives, fusion)
-        return Equipment(group, operations, "files")
+        return overlap(config, Equipment(TPGroup(rank, size, collectives, group.control), operations, "files"), ops)
 
     with (
         mock.patch.object(symmetric, "allocate", allocate),
@@ -78,11 +79,12 @@ def main() -> None:
         mock.patch.object(fused, "one_shot_add_rms_norm", wraps=ranks.one_shot_add_rms_norm) as one_shot,
         mock.patch.object(fused, "two_shot_add_rms_norm", wraps=ranks.two_shot_add_rms_norm) as two_shot,
         mock.patch.object(ShardedSampling, "sample", autospec=True, side_effect=ShardedSampling.sample) as sample,
+        mock.patch.object(OverlappedSums, "add", autospec=True, side_effect=OverlappedSums.add) as add,
     ):
-        settings = config(max_prefill_length=200)
+        settings = config(max_prefill_length=200, all_reduce_overlap=4)
         executor = build_local_executor(settings, folder, SPECS[model], MAX_SEQ_LEN, group=group)
         answers = generate(executor, SPECS[model], settings, count=8)
-    launches = [operation.call_count for operation in (one_shot, two_shot, sample)]
+    launches = [operation.call_count for operation in (one_shot, two_shot, sample, add)]
     print(json.dumps({"tokens": [answer.tokens for answer in answers], "launches": launches}))
 
 

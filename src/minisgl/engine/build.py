@@ -101,7 +101,7 @@ def describe(
     for field in dataclasses.fields(config):
         if field.name in ("num_pages", "max_seq_len_override", "host", "port", "shell", "model"):
             continue
-        if config.tp == 1 and field.name in ("disable_pynccl", "all_reduce", "all_reduce_crossovers"):
+        if config.tp == 1 and field.name.startswith(("all_reduce", "disable_pynccl")):
             continue
         if field.name in chosen or getattr(config, field.name) not in (None, ()):
             lines.append(chosen.get(field.name, f"{field.name} = {getattr(config, field.name)}"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from minisgl.ops.attention.base import Attention, PlannedAttention, ProjectingAt
 from minisgl.ops.kv import KVCache
 from minisgl.ops.linear import linear, pack
 from minisgl.ops.operations import PLAIN, Operations
+from minisgl.ops.turns import Norm, Turns
 
 PACKED = ("qkv", "o", "gate_up", "down")
 
@@ -49,23 +51,23 @@ class Decoder:
         In each layer all tokens are written before any is read: a row may share pages that another row of the same
         step fills.
         """
-        ops, eps = self.ops, self.spec.rms_eps
+        ops, layers = self.ops, self.weights.layers
         if isinstance(attention, ProjectingAttention):
             attention.begin(self.spec.windows)
         residual = ops.embed(batch.ids, self.weights.embedding, batch.rows is None)
-        x: Tensor | None = None
-        for index, layer in enumerate(self.weights.layers):
-            if x is None:
-                x = ops.rms_norm(residual, layer.input_norm, eps)
-            else:
-                x = ops.add_rms_norm(x, residual, layer.input_norm, eps)
-            x = self._attend(index, layer, x, batch, attention, kv)
-            x = ops.add_rms_norm(x, residual, layer.post_norm, eps)
-            x = self._mlp(layer, x)
-        assert x is not None
-        if batch.rows is not None:
+        turns = ops.turns(residual)
+        streams = turns.split(residual)
+        # Each part's norm is called once, when the part has its turn. `_attend` and `_mlps` are generators: what they
+        # yield for a part begins to be added before they compute the next.
+        norms: list[Norm] = [ops.rms_norm] * len(streams)
+        for index, layer in enumerate(layers):
+            norms = [turns.add(x) for x in self._attend(index, layer, norms, residual, turns, batch, attention, kv)]
+            if index + 1 < len(layers):
+                norms = [turns.add(x) for x in self._mlps(layer, norms, streams)]
+        x = turns.join(list(self._mlps(layers[-1], norms, streams)))
+        if batch.rows is not None:  # before the last addition, which on several ranks is a sum
             x, residual = x.index_select(-2, batch.rows), residual.index_select(0, batch.rows)
-        return ops.add_rms_norm(x, residual, self.weights.norm, eps)
+        return ops.add_rms_norm(x, residual, self.weights.norm, self.spec.rms_eps)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """Logits (n, V) of hidden states (n, D), in their dtype; on a GPU the product can be written to `out`.
@@ -80,13 +82,16 @@ class Decoder:
         self,
         index: int,
         layer: LayerWeights,
-        x: Tensor,
+        norms: list[Norm],
+        residual: Tensor,
+        turns: Turns,
         batch: ForwardBatch,
         attention: PlannedAttention,
         kv: KVCache,
-    ) -> Tensor:
+    ) -> Iterator[Tensor]:
+        """Attention of all rows, and then the output product of each part."""
         spec = self.spec
-        qkv = self.ops.linear(x, layer.qkv, layer.qkv_bias)
+        qkv = self._qkv(layer, norms, residual, turns)
         if isinstance(attention, ProjectingAttention):
             projection = Projection(q_norm=layer.q_norm, k_norm=layer.k_norm, eps=spec.rms_eps, cos_sin=self.rope)
             out = attention.project(qkv, projection, index, spec.windows[index])
@@ -103,7 +108,21 @@ class Decoder:
                 kv.v[index],
             )
             out = attention.run(q, index, spec.windows[index])
-        return self.ops.project(out.reshape(len(x), spec.num_heads * spec.head_dim), layer.o, layer.o_bias)
+        for heads in turns.split(out.reshape(len(qkv), spec.num_heads * spec.head_dim)):
+            yield self.ops.project(heads, layer.o, layer.o_bias)
+
+    def _qkv(self, layer: LayerWeights, norms: list[Norm], residual: Tensor, turns: Turns) -> Tensor:
+        ops, eps = self.ops, self.spec.rms_eps
+        if len(norms) == 1:
+            return ops.linear(norms.pop()(residual, layer.input_norm, eps), layer.qkv, layer.qkv_bias)
+        qkv = residual.new_empty((len(residual), layer.qkv.shape[0]))
+        for stream, out in zip(turns.split(residual), turns.split(qkv), strict=True):
+            ops.linear_into(norms.pop(0)(stream, layer.input_norm, eps), layer.qkv, layer.qkv_bias, out)
+        return qkv
+
+    def _mlps(self, layer: LayerWeights, norms: list[Norm], streams: Sequence[Tensor]) -> Iterator[Tensor]:
+        for stream in streams:
+            yield self._mlp(layer, norms.pop(0)(stream, layer.post_norm, self.spec.rms_eps))
 
     def _mlp(self, layer: LayerWeights, x: Tensor) -> Tensor:
         if layer.router is None:

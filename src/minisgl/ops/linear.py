@@ -55,8 +55,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_into(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """The same with an unpacked weight, written to out (T, out)."""
-    if bias is None:
+    """The same, written to out (T, out)."""
+    if weight.is_mkldnn:
+        out.copy_(linear(x, weight, bias))
+    elif bias is None:
         torch.mm(x, weight.t(), out=out)
     else:
         torch.addmm(bias, x, weight.t(), out=out)

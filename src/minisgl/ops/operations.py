@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from minisgl.ops import reference
 from minisgl.ops.linear import linear, linear_into
 from minisgl.ops.sampling import SamplingRows, sample
+from minisgl.ops.turns import Turns
 
 MAX_FUSED_DIM = 8192
 Sample = Callable[[Tensor, SamplingRows, Tensor, Tensor, bool, bool, bool], Tensor]
@@ -27,7 +29,7 @@ class Operations:
     `linear_into(x, weight, bias, out)` writes a product to `out`. On one rank of several logits are those of its own
     tokens: `sample(logits, table, slots, positions, all_greedy, any_filter, any_min_len)` chooses tokens from them for
     rows of a table; `whole_logits` makes them those of all tokens, on all ranks alike, and `sample_whole` chooses from
-    such.
+    such. `cut(residual)` says in which parts a step's rows take turns between attentions; None: all go at once.
     """
 
     name: str
@@ -45,6 +47,11 @@ class Operations:
     whole_logits: Callable[[Tensor], Tensor]
     sample: Sample
     sample_whole: Sample
+    cut: Callable[[Tensor], Turns | None] = lambda residual: None
+
+    def turns(self, residual: Tensor) -> Turns:
+        """The parts of the rows of a residual stream (T, D)."""
+        return self.cut(residual) or Turns((len(residual),), partial(partial, self.add_rms_norm))
 
 
 def _embed(ids: Tensor, table: Tensor, whole: bool) -> Tensor:

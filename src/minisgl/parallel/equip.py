@@ -19,6 +19,7 @@ from minisgl.models.spec import ModelSpec
 from minisgl.ops.operations import Operations
 from minisgl.parallel.group import Collectives, TPGroup
 from minisgl.parallel.operations import parallel_operations
+from minisgl.parallel.overlap import OverlappedSums
 from minisgl.parallel.shard import VocabShard, vocab_shard
 
 if TYPE_CHECKING:
@@ -41,10 +42,15 @@ class Equipment:
 
 
 def equip(config: Config, group: TPGroup, spec: ModelSpec, ops: Operations, dtype: torch.dtype) -> Equipment:
-    """Choose collectives for the whole model `spec`, whose operations on one device are `ops`.
+    """Choose collectives for the whole model `spec`, whose operations on one device are `ops`, and what hides sums.
 
     Raises ConfigError when what `config.all_reduce` asks for does not work here.
     """
+    return overlap(config, choose(config, group, spec, ops, dtype), ops)
+
+
+def choose(config: Config, group: TPGroup, spec: ModelSpec, ops: Operations, dtype: torch.dtype) -> Equipment:
+    """Choose collectives, and make the operations that use them."""
     shard = vocab_shard(spec.vocab_size, group.rank, group.size)
     if config.device == "cpu":
         return Equipment(group, parallel_operations(ops, group, shard), "gloo")
@@ -140,6 +146,23 @@ def stage(
     from minisgl.parallel.fused import staged_operations
 
     return staged_operations(ops, plain, shard, reached, fusion)
+
+
+def overlap(config: Config, equipment: Equipment, ops: Operations) -> Equipment:
+    """The same with sums of half a large step's rows hidden behind the other half's products.
+
+    Sums that symmetric memory takes are too short to be worth it: they stay as they are.
+    """
+    from minisgl.parallel.symmetric import SymmetricCollectives
+
+    if not config.all_reduce_overlap:
+        return equipment
+    ranks, beyond = equipment.group.collectives, 0
+    if isinstance(ranks, SymmetricCollectives):
+        beyond, ranks = ranks.stages.bytes, ranks.base
+    device = torch.device("cpu") if config.device == "cpu" else torch.device("cuda", torch.cuda.current_device())
+    sums = OverlappedSums(ranks, ops, config.all_reduce_overlap, beyond, device)
+    return dataclasses.replace(equipment, operations=dataclasses.replace(equipment.operations, cut=sums.cut))
 
 
 def require_peers(group: TPGroup) -> None:
