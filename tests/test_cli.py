@@ -137,6 +137,7 @@ SPELLINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--attention-backend triton,torch", {"attn": "triton,torch"}),
     ("--cuda-graph-max-bs 8", {"cuda_graph_max_bs": 8}),
     ("--graph 0", {"cuda_graph_max_bs": 0}),
+    ("--piecewise-cuda-graph-max-tokens 512", {"piecewise_cuda_graph_max_tokens": 512}),
     ("--cache radix", {}),
     ("--cache-type naive", {"cache": "naive"}),
     ("--max-running-requests 4", {"max_running_requests": 4}),

@@ -21,6 +21,7 @@ ATTENTION_BACKENDS = ("fa", "fi", "trtllm", "triton", "torch")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 CPU_PREFILL_LENGTH = 512
 OVERLAP_ROWS = 1024
+PIECEWISE_TOKENS = 2048
 MAX_SECONDS = 366 * 86400.0
 
 
@@ -105,6 +106,11 @@ class Config:
     cuda_graph_max_bs: int | None = setting(
         None, "--cuda-graph-max-bs", "--graph", help="largest batch captured as a CUDA graph; 0: no graphs"
     )
+    piecewise_cuda_graph_max_tokens: int | None = setting(
+        None, "--piecewise-cuda-graph-max-tokens",
+        help="most tokens of a step with prompts that goes through CUDA graphs between its attentions; 0: none do "
+        f"(default {PIECEWISE_TOKENS} with CUDA graphs)",
+    )  # fmt: skip
 
     host: str = setting("127.0.0.1", "--host", help="address the server listens on")
     port: int = setting(1919, "--port", help="port the server listens on; 0 takes a free one")
@@ -262,7 +268,7 @@ def check(config: Config) -> None:
     need(1 <= config.page_size <= 256, "page_size", "between 1 and 256")
     need(config.tp >= 1, "tp", "at least 1")
     need(config.memory_ratio is None or 0.0 < config.memory_ratio <= 1.0, "memory_ratio", "in (0, 1]")
-    for name in ("cuda_graph_max_bs", "all_reduce_overlap"):
+    for name in ("cuda_graph_max_bs", "piecewise_cuda_graph_max_tokens", "all_reduce_overlap"):
         value = getattr(config, name)
         need(value is None or value >= 0, name, "at least 0")
     need(1 <= config.api_workers <= 64, "api_workers", "between 1 and 64")
@@ -328,10 +334,12 @@ def resolve(config: Config, machine: Machine, checkpoint_dtype: str = "float32")
             dtype = "bfloat16" if checkpoint_dtype == "bfloat16" else "float16"
             choose("dtype", dtype, f"the checkpoint is {checkpoint_dtype}")
     changes["attn"] = resolve_attention(config, device, notes)
-    if device == "cpu" and config.cuda_graph_max_bs:
-        raise ConfigError(
-            f"--cuda-graph-max-bs {config.cuda_graph_max_bs}: CUDA graphs need a GPU; leave it out or give 0 on the CPU"
-        )
+    for flag, value in (
+        ("--cuda-graph-max-bs", config.cuda_graph_max_bs),
+        ("--piecewise-cuda-graph-max-tokens", config.piecewise_cuda_graph_max_tokens),
+    ):
+        if device == "cpu" and value:
+            raise ConfigError(f"{flag} {value}: CUDA graphs need a GPU; leave it out or give 0 on the CPU")
     if config.max_running_requests is None:
         choose(
             "max_running_requests", 1 if config.shell else 256, "the shell has one user" if config.shell else "default"
@@ -352,6 +360,9 @@ def resolve(config: Config, machine: Machine, checkpoint_dtype: str = "float32")
     if config.max_prefill_length is None:
         length = 8192 if device == "cuda" else CPU_PREFILL_LENGTH
         choose("max_prefill_length", length, "default" if device == "cuda" else "keeps a step on the CPU to seconds")
+    if config.piecewise_cuda_graph_max_tokens is None:
+        graphs = changes.get("cuda_graph_max_bs", config.cuda_graph_max_bs)
+        changes["piecewise_cuda_graph_max_tokens"] = PIECEWISE_TOKENS if graphs else 0
     return Resolved(config.replace(**changes), tuple(notes))
 
 

@@ -143,7 +143,7 @@ def alone() -> list[list[int]]:
 def test_no_switch_changes_a_token(graphs: int, overlap: int, cache: int, retract: int) -> None:
     built = full_precision(
         cuda_graph_max_bs=graphs, overlap=bool(overlap), cache="radix" if cache else "naive",
-        max_prefill_length=8192 if overlap == retract else 7,
+        max_prefill_length=8192 if overlap == retract else 7, piecewise_cuda_graph_max_tokens=(0, 40)[cache],
     )  # fmt: skip
     assert built.answer(mixed_requests(), retractions=8 if retract else 0) == alone()
     assert (built.engine.stats().retracted >= 4) == bool(retract)
@@ -265,7 +265,8 @@ def changed_places(old: Tensor, new: Tensor) -> set[tuple[int, int]]:
 def test_launching_a_step_waits_for_nothing(pair: str, graphs: int) -> None:
     require(pair)
     spec, rough, _ = weights("qwen3", "bfloat16")
-    built = build(spec, rough, gpu_config(attn=pair, cuda_graph_max_bs=graphs, max_prefill_length=100))
+    config = gpu_config(attn=pair, cuda_graph_max_bs=graphs, max_prefill_length=100)
+    built = build(spec, rough, config.replace(piecewise_cuda_graph_max_tokens=8 * graphs))
     built.answer(greedy(random_prompts((5, 120, 64, 9, 33, 70), seed=8), 20))  # compiles what is not yet compiled
     built.executor.strict = True
     answers = built.answer(greedy(random_prompts((5, 120, 64, 9, 33, 70), seed=9), 20))

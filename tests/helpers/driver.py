@@ -11,7 +11,8 @@ from torch import Tensor
 
 from minisgl.engine.plan import RowInit, StepPlan
 from minisgl.engine.runner import Runner
-from minisgl.models.decoder import Decoder, ForwardBatch
+from minisgl.models.decoder import Decoder
+from minisgl.models.forward import ForwardBatch
 from minisgl.models.spec import ModelSpec
 from minisgl.models.weights import Weights
 from minisgl.ops.attention.base import Attention, PlannedAttention

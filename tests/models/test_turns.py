@@ -19,8 +19,8 @@ TOKENS = [7, 3, 9, 1, 4, 4, 8, 2, 6, 5, 0, 11]
 TURNS = """
 input_norm 0 A, qkv 0 A, input_norm 0 B, qkv 0 B, o 0 A, begin A, o 0 B, begin B,
 end post_norm 0 A, gate_up 0 A, down 0 A, begin A, end post_norm 0 B, gate_up 0 B, down 0 B, begin B,
-end input_norm 1 A, qkv 1 A, end input_norm 1 B, qkv 1 B, o 1 A, begin A, o 1 B, begin B,
-end post_norm 1 A, gate_up 1 A, down 1 A, end post_norm 1 B, gate_up 1 B, down 1 B, add norm all
+end input_norm 1 A, qkv 1 A, end input_norm 1 B, qkv 1 B,
+o 1 all, add post_norm 1 all, gate_up 1 all, down 1 all, add norm all
 """
 AT_ONCE = """
 input_norm 0 all, qkv 0 all, o 0 all, add post_norm 0 all, gate_up 0 all, down 0 all,

@@ -72,7 +72,9 @@ def load(config: Config, most_tokens: int) -> Loaded:
         raise ConfigError("an ablation runs on one device; with --tp, run bench offline once for each setting")
     machine = probe_machine()
     gpu = resolve(config, machine).config.device == "cuda"
-    built = build_engine(config.replace(cuda_graph_max_bs=0) if gpu else config, progress=True)
+    built = build_engine(
+        config.replace(cuda_graph_max_bs=0, piecewise_cuda_graph_max_tokens=0) if gpu else config, progress=True
+    )
     executor = built.engine.executor
     assert isinstance(executor, LocalExecutor)
     decoder = executor.runner.decoder

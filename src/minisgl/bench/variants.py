@@ -14,7 +14,9 @@ GROUPS: Final = ("overlap", "graphs", "chats", "system-prompt", "attention", "pa
 PAGE_SIZES: Final = (1, 4, 16, 64, 256)
 CHUNK_SIZES: Final = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 GRAPH_BATCHES: Final = (0, 4, 64)
-EXECUTOR_FIELDS: Final = ("attn", "page_size", "cuda_graph_max_bs")
+PIECEWISE_TOKENS: Final = (0, 512, 2048)
+PIECEWISE_CHUNK: Final = 512
+EXECUTOR_FIELDS: Final = ("attn", "page_size", "cuda_graph_max_bs", "piecewise_cuda_graph_max_tokens")
 """Settings that need an executor of their own; with the others an engine can be built on one that is there."""
 
 
@@ -90,6 +92,9 @@ def make_variants(config: Config, groups: Sequence[str], backends: Sequence[str]
         vary("chunk-size", "long", str(chunk), max_prefill_length=chunk)
     for batch in GRAPH_BATCHES if gpu else ():
         vary("graphs", "batch", f"up to {batch}" if batch else "off", cuda_graph_max_bs=batch)
+    for tokens in PIECEWISE_TOKENS if gpu else ():
+        name = f"with prompts, up to {tokens}" if tokens else "with prompts, off"
+        vary("graphs", "long", name, piecewise_cuda_graph_max_tokens=tokens, max_prefill_length=PIECEWISE_CHUNK)
     for page_size in PAGE_SIZES:
         vary("page-size", "batch", str(page_size), page_size=page_size)
     for pair in itertools.product(backends, repeat=2) if len(backends) > 1 else ():

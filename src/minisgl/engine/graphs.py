@@ -18,7 +18,8 @@ from torch import Tensor
 from minisgl.engine.plan import Int32, StepPlan
 from minisgl.engine.tables import DeviceTables
 from minisgl.engine.tail import StepOutput
-from minisgl.models.decoder import Decoder, ForwardBatch
+from minisgl.models.decoder import Decoder
+from minisgl.models.forward import ForwardBatch
 from minisgl.ops.attention.device import GraphBackend, GraphDecode
 from minisgl.ops.kernels.step import commit_rows, gather_rows
 from minisgl.ops.kv import KVCache

@@ -74,6 +74,10 @@ class LocalExecutor:
             self.runner.capture_graphs(config.cuda_graph_max_bs, max_seq_len)
         elif config.cuda_graph_max_bs:
             self.attention_choice += "; its decode cannot be captured, so there are no CUDA graphs"
+        if config.piecewise_cuda_graph_max_tokens:
+            assert config.max_prefill_length is not None
+            most = config.max_prefill_length + config.max_running_requests
+            self.runner.capture_pieces(min(config.piecewise_cuda_graph_max_tokens, most))
         self._num_pages = config.num_pages
         self._worker = ThreadPoolExecutor(1, "minisgl-step") if self.device.type == "cpu" else None
         self._results: deque[Callable[[], StepResult]] = deque()
@@ -132,7 +136,7 @@ class LocalExecutor:
             self._worker.shutdown()
         else:
             torch.cuda.synchronize(self.device)
-            self.runner.graphs = None
+            self.runner.graphs = self.runner.pieces = None
 
 
 def _await(output: Future[StepOutput], alive: Callable[[], None] | None) -> StepOutput:

@@ -14,12 +14,14 @@ from minisgl.engine.plan import Masks, RowInit, StepPlan
 from minisgl.engine.tables import DeviceTables
 from minisgl.engine.tail import StepOutput, Tail
 from minisgl.engine.upload import upload
-from minisgl.models.decoder import Decoder, ForwardBatch
+from minisgl.models.decoder import Decoder
+from minisgl.models.forward import ForwardBatch
 from minisgl.ops.attention.base import Geometry, Rows
 from minisgl.ops.kv import KVCache
 
 if TYPE_CHECKING:
     from minisgl.engine.graphs import DecodeGraphs
+    from minisgl.engine.piecewise import PiecewiseGraphs
 
 
 class Runner:
@@ -32,6 +34,7 @@ class Runner:
         self.tables = DeviceTables(rows, -(-max_seq_len // kv.page_size), kv.num_pages, device)
         self.tail = Tail(decoder, self.tables, device)
         self.graphs: DecodeGraphs | None = None
+        self.pieces: PiecewiseGraphs | None = None
 
     def capture_graphs(self, largest: int, max_seq_len: int) -> None:
         """From here on, decode steps of up to `largest` rows are graph replays."""
@@ -39,6 +42,12 @@ class Runner:
 
         sizes = graph_sizes(largest)
         self.graphs = DecodeGraphs(self.decoder, self.kv, self.tables, sizes, max_seq_len)
+
+    def capture_pieces(self, largest: int) -> None:
+        """From here on, steps with prompts of up to `largest` tokens are graph replays between their attentions."""
+        from minisgl.engine.piecewise import PiecewiseGraphs
+
+        self.pieces = PiecewiseGraphs(self.decoder, self.kv, largest)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepOutput:
@@ -64,7 +73,11 @@ class Runner:
         if len(plan.page_ids):
             self.tables.write_pages(step.page_slots, step.page_indices, step.page_ids)
         attention = self.decoder.attention.plan(self._geometry(plan, step), self.kv)
-        hidden = self.decoder.forward(self._batch(step), attention, self.kv)
+        batch = self._batch(step)
+        if self.pieces is not None and self.pieces.takes(batch):
+            hidden = self.pieces.forward(batch, attention)
+        else:
+            hidden = self.decoder.forward(batch, attention, self.kv)
         output = self._sample(plan, step, hidden[: len(step.sampled)])
         if len(hidden) > len(step.sampled):
             self.tail.score_prompts(plan, hidden[len(step.sampled) :], output)

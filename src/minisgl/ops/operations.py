@@ -41,7 +41,7 @@ class Operations:
     project: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     gated: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     rope_store_kv: Callable[
-        [Tensor, Tensor | None, Tensor | None, float, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor
+        [Tensor, Tensor | None, Tensor | None, float, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor
     ]
     moe: Callable[[Tensor, Tensor, Tensor, Tensor, int, bool], Tensor]
     whole_logits: Callable[[Tensor], Tensor]

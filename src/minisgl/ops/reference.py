@@ -68,11 +68,12 @@ def rope_store_kv(
     locations: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Norm each head of q and k where there are weights, rotate them, store k and v in one layer's pages; return q.
 
     qkv (T, (H + 2K) * hd); q_norm, k_norm (hd,); cos_sin float32 (max_seq_len, hd); positions int32 (T,); locations
-    int64 (T,); k_cache, v_cache (pages, page_size, K, hd) -> (T, H, hd).
+    int64 (T,); k_cache, v_cache (pages, page_size, K, hd) -> (T, H, hd), `out` where it is given.
     """
     kv_heads, head_dim = k_cache.shape[2:]
     parts = qkv.view(len(qkv), -1, head_dim)
@@ -84,7 +85,7 @@ def rope_store_kv(
     else:
         q, k = apply_rope(parts[:, :-kv_heads], angles).tensor_split([heads], dim=1)
     store_kv(k, parts[:, -kv_heads:], k_cache, v_cache, locations)
-    return q
+    return q if out is None else out.copy_(q)
 
 
 def moe(

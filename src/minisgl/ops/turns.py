@@ -30,7 +30,3 @@ class Turns:
     def split(self, x: Tensor) -> Sequence[Tensor]:
         """x (T, ...) as each part's rows, which are views."""
         return (x,) if len(self.rows) == 1 else torch.split(x, list(self.rows))
-
-    def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """All parts' rows as one tensor; a single part is itself."""
-        return parts[0] if len(parts) == 1 else torch.cat(list(parts))

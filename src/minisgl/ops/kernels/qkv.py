@@ -96,12 +96,14 @@ def rope_store_kv(
     locations: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Norm (where weights are given) and rotate queries and keys, write keys and values, return the queries.
 
     qkv (T, (H + 2K) * hd), bias added; q_norm, k_norm (hd,) or None; cos_sin float32 (max_seq_len, hd), cosines first;
     positions int32 (T,); locations int32 or int64 (T,) = page * page_size + offset; k_cache, v_cache one layer's pages
-    (pages, page_size, K, hd) -> (T, H, hd). All contiguous. The references are `rms_norm`, `apply_rope` and `store_kv`.
+    (pages, page_size, K, hd) -> (T, H, hd), `out` where it is given. All contiguous. The references are `rms_norm`,
+    `apply_rope` and `store_kv`.
     """
     kv_heads, head_dim = k_cache.shape[2:]
     tokens = qkv.shape[0]
@@ -109,7 +111,7 @@ def rope_store_kv(
     assert qkv.is_contiguous()
     assert k_cache.is_contiguous()
     assert v_cache.is_contiguous()
-    q = torch.empty((tokens, heads, head_dim), dtype=qkv.dtype, device=qkv.device)
+    q = torch.empty((tokens, heads, head_dim), dtype=qkv.dtype, device=qkv.device) if out is None else out
     if tokens:
         pdl = launch_options()
         half = triton.next_power_of_2(head_dim // 2)
