@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -60,15 +59,17 @@ def make_norm(group: TPGroup, limits: Crossovers, hidden: int, dtype: torch.dtyp
     """The inboxes in which a group sums: 3 * size times the bytes up to which it takes one shot, and, for n rows of b
     bytes in two shots, 6 * n * b and the rounding up of n to a multiple of the size.
     """
-    row = hidden * dtype.itemsize
+    size, row = group.size, hidden * dtype.itemsize
+    one_shot, two_shot = (min(MAX_ROWS, limit // row) for limit in (limits.one_shot, limits.two_shot))
+    if two_shot <= one_shot:
+        two_shot = 0
 
-    def inboxes(limit: int, shapes: Callable[[int], list[tuple[int, int]]]) -> Inboxes:
-        rows = min(MAX_ROWS, limit // row)
-        sizes = [inbox_size(*shape, hidden) for shape in shapes(rows)]
-        buffers = [allocate(max(1, size), dtype, device, UNWRITTEN) for size in sizes]  # never none: torch's need one
+    def inboxes(rows: int, shapes: list[tuple[int, int]]) -> Inboxes:
+        counts = [max(1, inbox_size(*shape, hidden)) for shape in shapes]  # there are no empty buffers
+        buffers = [allocate(count, dtype, device, UNWRITTEN) for count in counts]
         return Inboxes(
             rank=group.rank,
-            world=group.size,
+            world=size,
             rows=rows,
             dim=hidden,
             own=tuple(buffer.own for buffer in buffers),
@@ -76,9 +77,9 @@ def make_norm(group: TPGroup, limits: Crossovers, hidden: int, dtype: torch.dtyp
             turns=torch.zeros(rows, dtype=torch.int32, device=device),
         )
 
-    one_shot = inboxes(limits.one_shot, lambda rows: [(rows, group.size)])
-    two_shot = inboxes(limits.two_shot, lambda rows: [(-(-rows // group.size), group.size), (rows, 1)])
-    return FusedNorm(one_shot, two_shot, dtype)
+    return FusedNorm(
+        inboxes(one_shot, [(one_shot, size)]), inboxes(two_shot, [(-(-two_shot // size), size), (two_shot, 1)]), dtype
+    )
 
 
 @dataclass(frozen=True)
