@@ -163,7 +163,7 @@ def ways(
         scratch = torch.zeros_like(x) if stage is None else stage
         return lambda: expect(all_reduce(x.clone()), total), lambda: all_reduce(scratch)
 
-    def norms(add_rms_norm: Callable[..., Tensor], stage: Callable[[Tensor], Tensor], rows: int) -> tuple[Call, Call]:
+    def norms(add_rms_norm: Callable[..., Tensor], rows: int) -> tuple[Call, Call]:
         x, total = parts(rows)
         weight = torch.ones(hidden, dtype=dtype, device=device)
         residual = torch.zeros_like(x)
@@ -171,9 +171,9 @@ def ways(
         blank = torch.zeros_like(x)
 
         def check() -> None:
-            expect(add_rms_norm(stage(x.clone()), torch.zeros_like(x), weight, EPS), exact)
+            expect(add_rms_norm(x.clone(), torch.zeros_like(x), weight, EPS), exact)
 
-        return check, lambda: add_rms_norm(stage(blank), residual, weight, EPS)
+        return check, lambda: add_rms_norm(blank, residual, weight, EPS)
 
     yield "sum", "torch.distributed", partial(sums, base.all_reduce)
     if device.type == "cpu":
@@ -188,7 +188,7 @@ def ways(
             print(f"nccl4py: {why}", flush=True)
     shard = vocab_shard(VOCAB, group.rank, group.size)
     plain = parallel_operations(ops, group, shard)
-    yield "sum and norm", "torch.distributed, then norm", partial(norms, plain.add_rms_norm, lambda x: x)
+    yield "sum and norm", "torch.distributed, then norm", partial(norms, plain.add_rms_norm)
     yield "sampling", "gathered, no filter", partial(sampling, plain, group, dtype, device, 1.0)
     for name, one_shot in (("one shot", 64 * 1024), ("two shots", 0)):
         config = Config(all_reduce_crossovers=f"{one_shot},{64 * 1024}")
@@ -211,7 +211,7 @@ def ways(
             normed: Tensor = found
             return normed
 
-        yield "sum and norm", f"fused, {name}", partial(norms, fused, partial(staged_if_checked, norm))
+        yield "sum and norm", f"fused, {name}", partial(norms, fused)
         if name == "two shots":
             from minisgl.parallel.fused import staged_operations
 
@@ -224,14 +224,6 @@ def ways(
 def tell_why(group: TPGroup, what: str, why: str) -> None:
     if group.rank == 0:
         print(f"{what}: {why}", flush=True)
-
-
-def staged_if_checked(norm: Any, x: Tensor) -> Tensor:
-    """A stage, holding x in a check; what is timed takes it as it is, for there the product has written to it."""
-    stage: Tensor = norm.stages.take(*x.shape)
-    if not torch.cuda.is_current_stream_capturing():
-        stage.copy_(x)
-    return stage
 
 
 def add_rms_norm_reference(total: Tensor, weight: Tensor) -> Tensor:

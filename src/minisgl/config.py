@@ -65,7 +65,7 @@ class Config:
     )  # fmt: skip
     all_reduce_crossovers: str = setting(
         "auto", "--all-reduce-crossovers",
-        help="KiB up to which sums through each other's memory take one shot, and two, as in 96,16384; beyond it is "
+        help="KiB up to which sums through each other's memory take one shot, and two, as in 512,16384; beyond it is "
         "NCCL's; auto: as measured",
     )  # fmt: skip
     all_reduce_overlap: int | None = setting(

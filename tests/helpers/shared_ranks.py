@@ -19,7 +19,7 @@ from helpers.ranked import MAX_SEQ_LEN, SPECS, config, generate
 from minisgl.config import Config
 from minisgl.engine.local import build_local_executor
 from minisgl.models.spec import ModelSpec
-from minisgl.ops.kernels import ranks, sharded_sampling
+from minisgl.ops.kernels import sharded_sampling, sums
 from minisgl.ops.kernels.sharded_sampling import ShardedSampling
 from minisgl.ops.operations import Operations
 from minisgl.parallel import fused, symmetric
@@ -51,10 +51,10 @@ def main() -> None:
     group = join_group(rank, size, f"file://{folder}/meeting", torch.device("cpu"))
     numbers, alive = itertools.count(), []
 
-    def allocate(count: int, dtype: torch.dtype, device: torch.device) -> Buffer:
+    def allocate(count: int, dtype: torch.dtype, device: torch.device, fill: float = 0.0) -> Buffer:
         number = next(numbers)
         paths = [folder / f"{number}-{other}" for other in range(size)]
-        paths[rank].write_bytes(b"\0" * max(1, count * dtype.itemsize))
+        paths[rank].write_bytes(torch.full((count,), fill, dtype=dtype).numpy().tobytes())
         group.least(0)
         mapped = [torch.from_file(str(path), shared=True, size=count, dtype=dtype) for path in paths]
         alive.append(mapped)
@@ -76,8 +76,8 @@ def main() -> None:
         mock.patch.object(sharded_sampling, "COPIERS", 1),  # the interpreter takes its time for each program
         mock.patch("minisgl.engine.local.equip", equip),
         mock.patch("minisgl.engine.local.pack_weights"),
-        mock.patch.object(fused, "one_shot_add_rms_norm", wraps=ranks.one_shot_add_rms_norm) as one_shot,
-        mock.patch.object(fused, "two_shot_add_rms_norm", wraps=ranks.two_shot_add_rms_norm) as two_shot,
+        mock.patch.object(fused, "one_shot_add_rms_norm", wraps=sums.one_shot_add_rms_norm) as one_shot,
+        mock.patch.object(fused, "two_shot_add_rms_norm", wraps=sums.two_shot_add_rms_norm) as two_shot,
         mock.patch.object(ShardedSampling, "sample", autospec=True, side_effect=ShardedSampling.sample) as sample,
         mock.patch.object(OverlappedSums, "add", autospec=True, side_effect=OverlappedSums.add) as add,
     ):

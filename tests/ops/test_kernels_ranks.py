@@ -1,4 +1,4 @@
-"""What GPUs do through each other's memory, the ranks all on one device: streams of a GPU, or one after the other."""
+"""What GPUs read in each other's memory, the ranks all on one device: streams of a GPU, or one after the other."""
 
 from __future__ import annotations
 
@@ -10,15 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from minisgl.ops.kernels import ranks as kernels
 from minisgl.ops.kernels import sharded_sampling
-from minisgl.ops.kernels.ranks import Ranks, flags_size, one_shot_add_rms_norm, two_shot_add_rms_norm
+from minisgl.ops.kernels.ranks import Ranks, flags_size
 from minisgl.ops.kernels.sharded_sampling import ShardedSampling, partial_words, split_for
-from minisgl.ops.reference import rms_norm
 from minisgl.ops.sampling import SamplingRows
 from minisgl.ops.sampling import sample as reference_sample
-
-EPS = 1e-6
 
 
 def addresses(tensors: list[Tensor]) -> Tensor:
@@ -56,48 +52,6 @@ def groups(world: int, device: torch.device) -> Iterator[Group]:
     yield Group(world, device, waits=False)
     if device.type == "cuda":
         yield Group(world, device, waits=True)
-
-
-def launch_own(operation: Callable[..., None], calls: list[tuple[Any, ...]], ranks: Ranks) -> None:
-    operation(ranks, *calls[ranks.rank])
-
-
-@pytest.mark.parametrize(("world", "rows", "dim"), [(2, 1, 64), (3, 7, 40), (4, 37, 32)])
-@pytest.mark.parametrize("shots", [1, 2])
-def test_sums_over_ranks_are_added_and_normed_as_the_reference_does(
-    world: int, rows: int, dim: int, shots: int, dtype: torch.dtype, device: torch.device,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setattr(kernels, "MAX_PROGRAMS", 3 if device.type == "cpu" else 16)
-    torch.manual_seed(0)
-    weight = torch.randn(dim, device=device).to(dtype)
-    start = torch.randn(rows, dim, device=device).to(dtype)
-    parts = [[torch.randn(rows, dim, device=device).to(dtype) for _ in range(world)] for _ in range(2)]
-    for group in groups(world, device):
-        check_sums(group, start, weight, parts, shots)
-
-
-def check_sums(group: Group, start: Tensor, weight: Tensor, sums: list[list[Tensor]], shots: int) -> None:
-    """Sums one after the other, each of every rank's part, from the same residual stream on."""
-    world, rows = len(group.ranks), len(start)
-    residuals = [start.clone() for _ in range(world)]
-    outs = [torch.empty_like(start) for _ in range(world)]
-    expected = start.clone()
-    share = -(-rows // world)
-    for parts in sums:
-        expected = (expected.float() + torch.stack(parts).float().sum(0).to(start.dtype).float()).to(start.dtype)
-        places, out_places = addresses(parts), addresses(outs)
-        if shots == 1:
-            calls = [(places, residuals[rank], weight, EPS, outs[rank]) for rank in range(world)]
-            group.run(partial(launch_own, one_shot_add_rms_norm, calls))
-        else:
-            calls = [(places, residuals[rank], weight, EPS, out_places) for rank in range(world)]
-            group.run(partial(launch_own, two_shot_add_rms_norm, calls))
-        for rank in range(world):
-            own = slice(0, rows) if shots == 1 else slice(rank * share, (rank + 1) * share)
-            torch.testing.assert_close(residuals[rank][own], expected[own])
-            torch.testing.assert_close(outs[rank], rms_norm(expected, weight, EPS), rtol=2e-2, atol=1e-2)
-            assert torch.equal(outs[rank], outs[0])
 
 
 def parameters(rows: int, device: torch.device) -> SamplingRows:

@@ -185,26 +185,27 @@ def try_sums(rank: int, trusted: Collectives, collectives: SymmetricCollectives,
 
 
 def try_norm(
-    trusted: Collectives, norm: FusedNorm, ops: Operations, hidden: int, sizes: Sequence[int] = (1, 5, 64, 256)
+    trusted: Collectives, norm: FusedNorm, ops: Operations, hidden: int, sizes: Sequence[int] = (1, 5, 64, 256, 512)
 ) -> None:
-    """Raise RuntimeError when the fused sums differ from a sum and a norm."""
-    own = norm.normed.own
-    weight = torch.ones(hidden, dtype=own.dtype, device=own.device)
+    """Raise RuntimeError when fused sums, of each size in every generation, differ from a sum and a norm."""
+    from minisgl.ops.kernels.sums import GENERATIONS
+
+    weight = torch.ones(hidden, dtype=norm.dtype, device=norm.one_shot.turns.device)
+    norm.begin(whole=True)
     for rows in sizes:
-        norm.begin(whole=True)
-        for _ in range(2):
-            if (staged := norm.stages.take(rows, hidden)) is None:
-                continue
-            x = noise(norm.ranks.rank, rows, hidden, own)
-            found = norm.add_rms_norm(staged.copy_(x), torch.zeros_like(x), weight, TRIAL_EPS)
+        if rows > max(norm.one_shot.rows, norm.two_shot.rows):
+            continue
+        for call in range(GENERATIONS + 1):
+            x = noise(norm.one_shot.world * call + norm.one_shot.rank, rows, hidden, weight)
+            found = norm.add_rms_norm(x, torch.zeros_like(x), weight, TRIAL_EPS)
             assert found is not None
             expected = ops.add_rms_norm(trusted.all_reduce(x), torch.zeros_like(x), weight, TRIAL_EPS)
             expect_close(found, expected, f"the fused sum of {rows} rows")
 
 
-def noise(rank: int, rows: int, columns: int, like: Tensor) -> Tensor:
-    """Numbers of order one, other ones on every rank."""
-    generator = torch.Generator(like.device).manual_seed(rank)
+def noise(seed: int, rows: int, columns: int, like: Tensor) -> Tensor:
+    """Numbers of order one, other ones for every seed."""
+    generator = torch.Generator(like.device).manual_seed(seed)
     return torch.randn(rows, columns, device=like.device, generator=generator).to(like.dtype)
 
 

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minisgl.ops.kernels.ranks import Ranks, flags_size, one_shot_add_rms_norm, two_shot_add_rms_norm
+from minisgl.ops.kernels.ranks import Ranks, flags_size
 from minisgl.ops.kernels.sharded_sampling import ShardedSampling, partial_words
+from minisgl.ops.kernels.sums import UNWRITTEN, Inboxes, inbox_size, one_shot_add_rms_norm, two_shot_add_rms_norm
 from minisgl.ops.operations import Operations
 from minisgl.ops.sampling import SamplingRows
 from minisgl.parallel.group import TPGroup
 from minisgl.parallel.operations import embed_shard
 from minisgl.parallel.shard import VocabShard
-from minisgl.parallel.symmetric import Buffer, Stages, SymmetricCollectives, allocate
+from minisgl.parallel.symmetric import Crossovers, SymmetricCollectives, allocate
 
 MAX_ROWS = 512
 """Tokens of a decode step that the fused sum and the sharded sampling have room for; beyond it is the plain ways."""
@@ -28,35 +29,57 @@ class FusedNorm:
     all rows in the end, from the first norm to the last.
     """
 
-    def __init__(self, collectives: SymmetricCollectives, ranks: Ranks, hidden: int) -> None:
-        self.collectives = collectives
-        self.stages: Stages = collectives.stages
-        self.ranks = ranks
-        self.normed: Buffer = allocate(MAX_ROWS * hidden, self.stages.dtype, ranks.epochs.device)
+    def __init__(self, one_shot: Inboxes, two_shot: Inboxes, dtype: torch.dtype) -> None:
+        self.one_shot = one_shot
+        self.two_shot = two_shot
+        self.dtype = dtype
         self.whole = False
 
     def begin(self, whole: bool) -> None:
         """A forward pass begins; `whole`: the hidden states of all its tokens are wanted."""
-        self.stages.begin()
         self.whole = whole
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor | None:
-        """residual += the sum of every rank's x, and its norm; None when this is not for it.
-
-        The result may lie in a buffer that the next call writes.
-        """
+        """residual += the sum of every rank's x, and its norm; None when this is not for it."""
         rows = len(residual)
-        if not 0 < rows <= MAX_ROWS or not self.stages.fits(x):
+        if not rows or x.dtype != self.dtype:
             return None
-        if x.nbytes <= self.collectives.crossovers.one_shot:
+        if rows <= self.one_shot.rows:
             out = torch.empty_like(residual)
-            one_shot_add_rms_norm(self.ranks, self.stages.holding(x).addresses, residual, weight, eps, out)
+            one_shot_add_rms_norm(self.one_shot, x, residual, weight, eps, out)
             return out
-        if not self.whole:
-            return None
-        parts = self.stages.holding(x).addresses
-        two_shot_add_rms_norm(self.ranks, parts, residual, weight, eps, self.normed.addresses)
-        return self.normed.own[: residual.numel()].view(residual.shape)
+        if self.whole and rows <= self.two_shot.rows:
+            out = torch.empty_like(residual)
+            two_shot_add_rms_norm(self.two_shot, x, residual, weight, eps, out)
+            return out
+        return None
+
+
+def make_norm(group: TPGroup, limits: Crossovers, hidden: int, dtype: torch.dtype, device: torch.device) -> FusedNorm:
+    """The inboxes in which a group sums: 3 * size times the bytes up to which it takes one shot, and, for n rows of b
+    bytes in two shots, 6 * n * b and the rounding up of n to a multiple of the size.
+    """
+    size, row = group.size, hidden * dtype.itemsize
+    one_shot, two_shot = (min(MAX_ROWS, limit // row) for limit in (limits.one_shot, limits.two_shot))
+    if two_shot <= one_shot:
+        two_shot = 0
+
+    def inboxes(rows: int, shapes: list[tuple[int, int]]) -> Inboxes:
+        counts = [max(1, inbox_size(*shape, hidden)) for shape in shapes]  # there are no empty buffers
+        buffers = [allocate(count, dtype, device, UNWRITTEN) for count in counts]
+        return Inboxes(
+            rank=group.rank,
+            world=size,
+            rows=rows,
+            dim=hidden,
+            own=tuple(buffer.own for buffer in buffers),
+            addresses=tuple(buffer.addresses for buffer in buffers),
+            turns=torch.zeros(rows, dtype=torch.int32, device=device),
+        )
+
+    return FusedNorm(
+        inboxes(one_shot, [(one_shot, size)]), inboxes(two_shot, [(-(-two_shot // size), size), (two_shot, 1)]), dtype
+    )
 
 
 @dataclass(frozen=True)
@@ -72,7 +95,7 @@ def make_fusion(group: TPGroup, collectives: SymmetricCollectives, hidden: int, 
     dtype, device = collectives.stages.dtype, collectives.stages.first.own.device
     flags = allocate(flags_size(group.size), torch.int32, device)
     ranks = Ranks(group.rank, group.size, flags.own, flags.addresses)
-    return Fusion(FusedNorm(collectives, ranks, hidden), make_sampling(ranks, shard, dtype))
+    return Fusion(make_norm(group, collectives.crossovers, hidden, dtype, device), make_sampling(ranks, shard, dtype))
 
 
 def make_sampling(ranks: Ranks, shard: VocabShard, dtype: torch.dtype) -> ShardedSampling:

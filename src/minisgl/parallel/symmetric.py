@@ -22,7 +22,7 @@ KIB = 2**10
 class Crossovers:
     """Up to how many bytes of a sum each way is taken; beyond both, NCCL's.
 
-    In one shot every rank reads all of every other's, in two each reads its share and passes the sum on.
+    In one shot every rank has all of every other's, in two each has its share of them and passes the sum on.
     """
 
     one_shot: int
@@ -32,7 +32,7 @@ class Crossovers:
 def crossovers(text: str, size: int) -> Crossovers:
     """What `--all-reduce-crossovers` asks for; "auto" is what was measured on H200s (docs/distributed.md)."""
     if text == "auto":
-        return Crossovers((2560 if size == 2 else 96) * KIB, 16384 * KIB)
+        return Crossovers((2560 if size == 2 else 512) * KIB, 16384 * KIB)
     one_shot, two_shot = (int(part) * KIB for part in text.split(","))
     return Crossovers(one_shot, two_shot)
 
@@ -45,13 +45,13 @@ class Buffer:
     addresses: Tensor
 
 
-def allocate(count: int, dtype: torch.dtype, device: torch.device) -> Buffer:
-    """A zeroed buffer of `count` elements on every rank; every rank calls it with the same count."""
+def allocate(count: int, dtype: torch.dtype, device: torch.device, fill: float = 0.0) -> Buffer:
+    """A buffer of `count` elements, each `fill`, on every rank; every rank calls it with the same."""
     from torch.distributed import _symmetric_memory as symmetric
 
     own: Tensor = symmetric.empty(count, dtype=dtype, device=device)
-    own.zero_()
-    torch.cuda.synchronize(device)  # nobody reaches it before it is zero
+    own.fill_(fill)
+    torch.cuda.synchronize(device)  # nobody reaches it before it is filled
     assert dist.group.WORLD is not None
     handle: Any = symmetric.rendezvous(own, dist.group.WORLD.group_name)
     within = own.data_ptr() - handle.buffer_ptrs[handle.rank]  # of what was allocated together, alike on every rank

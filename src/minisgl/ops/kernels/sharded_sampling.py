@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minisgl.ops.kernels.filtering import LOWEST, STRAND
 from minisgl.ops.kernels.jit import jit, jit_varying
-from minisgl.ops.kernels.ranks import MAX_PROGRAMS, PULL, Ranks, meet, slot, tensor_of
+from minisgl.ops.kernels.ranks import MAX_PROGRAMS, Ranks, meet, tensor_of
 from minisgl.ops.kernels.sampling import SPLIT, choose, row_kind, split_winners
 from minisgl.ops.sampling import SamplingRows
 
@@ -34,11 +34,11 @@ def _pull_kernel(
     parameters: tl.tensor, logits: tl.tensor, winners: tl.tensor, maxima: tl.tensor, masses: tl.tensor,
     strand_maxima: tl.tensor, rows: tl.tensor, capacity: tl.tensor, vocab: tl.tensor, width: tl.tensor,
     splits: tl.tensor, strands: tl.tensor,
-    SLOT: tl.constexpr, RANK: tl.constexpr, WORLD: tl.constexpr, PEERS: tl.constexpr, LINE: tl.constexpr,
+    RANK: tl.constexpr, WORLD: tl.constexpr, PEERS: tl.constexpr, LINE: tl.constexpr,
     ROWS: tl.constexpr, COPIERS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     program = tl.program_id(0)
-    meet(flags, epochs, SLOT + program, RANK, WORLD, PEERS, LINE)
+    meet(flags, epochs, program, RANK, WORLD, PEERS, LINE)
     size = capacity.to(tl.int64) * splits  # of winners, maxima and masses, which lie one behind the other
     groups = tl.cdiv(rows, ROWS)
     for job in range(program, groups * WORLD * COPIERS, tl.num_programs(0)):
@@ -133,7 +133,7 @@ class ShardedSampling:
         _pull_kernel[(min(triton.cdiv(count, ROWS) * world * COPIERS, MAX_PROGRAMS),)](
             self.logits, self.partials, self.ranks.flags, self.ranks.epochs, slots, parameters, self.gathered, found,
             tops, shares, strand_maxima, count, self.rows, self.vocab, width, splits, strands,
-            SLOT=slot(PULL), ROWS=ROWS, COPIERS=COPIERS, BLOCK_SPLITS=triton.next_power_of_2(splits), BLOCK=COPY_BLOCK,
+            ROWS=ROWS, COPIERS=COPIERS, BLOCK_SPLITS=triton.next_power_of_2(splits), BLOCK=COPY_BLOCK,
             num_warps=8, **self.ranks.constants,
         )  # fmt: skip
         return choose(
