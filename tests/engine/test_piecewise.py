@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from minisgl.engine.piecewise import piece_sizes
@@ -12,7 +14,7 @@ def test_sizes_end_with_the_largest_and_waste_little(largest: int) -> None:
     sizes = piece_sizes(largest)
     assert sizes[-1] == largest
     assert sizes == sorted(set(sizes))
-    assert all(above <= max(1.51 * (below + 1), below + 16) for below, above in zip(sizes, sizes[1:], strict=False))
+    assert all(above <= max(1.51 * (below + 1), below + 16) for below, above in itertools.pairwise(sizes))
     assert len(sizes) <= 25
 
 

@@ -41,4 +41,4 @@ def test_fused_ranks_say_what_one_device_says(tmp_path: Path, model: str, size: 
     for text in said:
         answer = json.loads(text.splitlines()[-1])
         assert answer["tokens"] == expected
-        assert min(answer["launches"]) > 5, "one shot, two shots, sampling, sums of halves"
+        assert min(answer["launches"]) > 3, "one shot, two shots, sampling, sums of halves"
