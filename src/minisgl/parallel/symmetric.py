@@ -32,7 +32,7 @@ class Crossovers:
 def crossovers(text: str, size: int) -> Crossovers:
     """What `--all-reduce-crossovers` asks for; "auto" is what was measured on H200s (docs/distributed.md)."""
     if text == "auto":
-        return Crossovers((2560 if size == 2 else 512) * KIB, 16384 * KIB)
+        return Crossovers((2048 if size == 2 else 512) * KIB, 16384 * KIB)
     one_shot, two_shot = (int(part) * KIB for part in text.split(","))
     return Crossovers(one_shot, two_shot)
 
