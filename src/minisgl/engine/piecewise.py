@@ -8,8 +8,9 @@ while tokens are few. (vLLM and SGLang call such graphs piecewise.)
 from __future__ import annotations
 
 import bisect
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,12 +20,31 @@ from minisgl.models.forward import ForwardBatch, ForwardPass
 from minisgl.ops.attention.base import PlannedAttention
 from minisgl.ops.kv import KVCache
 
+Work = Callable[[], object]
+Capture = Callable[[Work], Work]
+"""Something that does the same whenever it is called -> what does it again."""
+
 
 def piece_sizes(largest: int) -> list[int]:
     """Numbers of tokens to capture: a step is padded by a third at most, from 16 tokens on. None for 0."""
     steps = (range(16, 64, 16), range(64, 128, 32), range(128, 512, 64), range(512, 1024, 128))
     sizes = {size for step in steps for size in step} | set(range(1024, largest + 1, 256)) | {largest}
     return sorted(size for size in sizes if 0 < size <= largest)
+
+
+class CudaCapture:
+    """Makes CUDA graphs in one memory pool; each must have been done before, which compiles what it needs."""
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, work: Work) -> Work:
+        """The graph's replay."""
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may ask about events meanwhile: those that watch over collectives, or collect.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            work()
+        return graph.replay
 
 
 @dataclass(frozen=True)
@@ -35,22 +55,32 @@ class Pieces:
     way: ForwardPass
     queries: Tensor  # (T, H, hd) what a layer's attention starts from
     heads: Tensor  # (T, H * hd) what it found
-    graphs: list[torch.cuda.CUDAGraph]  # graph i ends before the attention of layer i
+    replays: list[Work]  # number i ends before the attention of layer i
 
 
 class PiecewiseGraphs:
-    """Graphs over one runner's cache, captured when this is made, largest first into one memory pool."""
+    """Graphs over one runner's cache, captured when this is made, largest first; all sizes share their inputs' memory.
 
-    def __init__(self, decoder: Decoder, kv: KVCache, largest: int) -> None:
+    `make_capture` is what makes graphs; a test without a card does everything anew instead.
+    """
+
+    def __init__(
+        self, decoder: Decoder, kv: KVCache, largest: int, make_capture: Callable[[], Capture] = CudaCapture
+    ) -> None:
+        spec, table = decoder.spec, decoder.weights.embedding
         self.decoder = decoder
         self.kv = kv
         self.scratch = kv.num_pages * kv.page_size
-        pool = torch.cuda.graph_pool_handle()
+        self.numbers = torch.zeros((2, largest), dtype=torch.int32, device=table.device)
+        self.locations = torch.full((largest,), self.scratch, dtype=torch.int64, device=table.device)
+        self.queries = torch.zeros((largest, spec.num_heads, spec.head_dim), dtype=table.dtype, device=table.device)
+        self.heads = torch.zeros_like(self.queries).flatten(1)
         self.sizes = piece_sizes(largest)
-        self.pieces = {size: self._capture(size, pool) for size in reversed(self.sizes)}
+        capture = make_capture()
+        self.pieces = {size: self._capture(size, capture) for size in reversed(self.sizes)}
 
     def takes(self, batch: ForwardBatch) -> bool:
-        """Whether the step has tokens that nobody asks about, as steps with prompts have, and fits a size."""
+        """Whether the batch is a step with prompts, which wants some of its tokens alone, and fits a size."""
         return batch.rows is not None and 0 < len(batch.ids) <= self.sizes[-1]
 
     @torch.inference_mode()
@@ -63,36 +93,19 @@ class PiecewiseGraphs:
         pieces.batch.locations[:tokens].copy_(batch.locations)
         pieces.batch.locations[tokens:].fill_(self.scratch)
         queries, heads = pieces.queries[:tokens], pieces.heads[:tokens]
-        for index, graph in enumerate(pieces.graphs):
-            graph.replay()
+        for index, replay in enumerate(pieces.replays):
+            replay()
             heads.copy_(pieces.way.attend(attention, index, queries))
         return pieces.way.leave(heads, batch.rows)
 
     @torch.inference_mode()
-    def _capture(self, size: int, pool: Any) -> Pieces:
-        spec, device = self.decoder.spec, self.decoder.weights.embedding.device
-        numbers = torch.zeros((2, size), dtype=torch.int32, device=device)
-        locations = torch.full((size,), self.scratch, dtype=torch.int64, device=device)
-        batch = ForwardBatch(ids=numbers[0], positions=numbers[1], locations=locations, rows=locations[:0])
-        dtype = self.decoder.weights.embedding.dtype
-        queries = torch.zeros((size, spec.num_heads, spec.head_dim), dtype=dtype, device=device)
-        heads = torch.zeros((size, spec.num_heads * spec.head_dim), dtype=dtype, device=device)
+    def _capture(self, size: int, capture: Capture) -> Pieces:
+        (ids, positions), locations = self.numbers[:, :size], self.locations[:size]
+        batch = ForwardBatch(ids=ids, positions=positions, locations=locations, rows=locations[:0])
+        queries, heads = self.queries[:size], self.heads[:size]
         way = ForwardPass(self.decoder, batch, self.kv, queries=queries)
-        for index in range(min(2, spec.num_layers)):  # compiles what is not yet compiled
-            _piece(way, index, heads)
-        torch.cuda.synchronize(device)
-        graphs = []
-        for index in range(spec.num_layers):
-            graph = torch.cuda.CUDAGraph()
-            # Other threads may ask about events meanwhile: those that watch over collectives, or collect.
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                _piece(way, index, heads)
-            graphs.append(graph)
-        return Pieces(batch, way, queries, heads, graphs)
-
-
-def _piece(way: ForwardPass, index: int, heads: Tensor) -> None:
-    if index == 0:
-        way.enter()
-    else:
-        way.between(index - 1, heads)
+        work: list[Work] = [way.enter]
+        work += [partial(way.between, index, heads) for index in range(len(way.layers) - 1)]
+        for piece in work[:2]:  # compiles what is not yet compiled
+            piece()
+        return Pieces(batch, way, queries, heads, [capture(piece) for piece in work])

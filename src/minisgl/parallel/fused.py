@@ -26,7 +26,7 @@ class FusedNorm:
     """Sum over the ranks, addition to the residual stream and norm in one launch.
 
     In two shots a rank's residual stream holds only the rows that it norms. So they are for forward passes that want
-    all rows in the end, from the first norm to the last.
+    all rows in the end, from the first norm to the last; and they do no harm after a pass was cut to the wanted rows.
     """
 
     def __init__(self, one_shot: Inboxes, two_shot: Inboxes, dtype: torch.dtype) -> None:
