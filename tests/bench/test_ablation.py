@@ -109,6 +109,9 @@ def test_variants_leave_out_what_is_configured_already() -> None:
         "graphs: off",
         "graphs: up to 4",
         "graphs: up to 64",
+        "graphs: with prompts, off",
+        "graphs: with prompts, up to 512",
+        "graphs: with prompts, up to 2048",
     ]
     assert [name.partition(": ")[2] for name in names if name.startswith("attention")] == [
         "fa,fa", "fa,triton", "triton,fa", "triton,triton",
