@@ -349,7 +349,7 @@ def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
     ):
         local(gpu_config(num_pages=10**8))
     with pytest.raises(
-        ConfigError, match=r"no KV page fits: .* GiB .* \(--memory-ratio\), and weights and activations"
+        ConfigError, match=r"no KV page fits: .* GiB .* \(--memory-ratio\), and weights, activations and CUDA graphs"
     ):
         local(gpu_config(num_pages=None, memory_ratio=1e-5))
 

@@ -11,6 +11,7 @@ import torch
 
 from minisgl.config import Config
 from minisgl.engine.plan import RowInit, SpecialInit, SpecialRows, StepPlan
+from minisgl.engine.reserve import graph_bytes
 from minisgl.engine.runner import Runner
 from minisgl.errors import ConfigError
 from minisgl.models.decoder import Decoder
@@ -65,8 +66,8 @@ def require_weights_fit(spec: ModelSpec, dtype: torch.dtype, device: torch.devic
 def measure_pages(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_len: int, before: int) -> int:
     """Pages for `config`: those it asks for, or what fits. `before` is the memory available before the weights came.
 
-    Weights, activations and pages share `memory_ratio` of it. On the CPU activations are not counted, the pages take
-    no more than `max_running_requests` sequences of full length use, and where no ratio was given no more than
+    Weights, activations, graphs and pages share `memory_ratio` of it. On the CPU activations are not counted, the pages
+    take no more than `max_running_requests` sequences of full length use, and where no ratio was given no more than
     CPU_KV_BYTES. Raises ConfigError with the numbers when that leaves no page, or not the pages asked for.
     """
     device, spec = torch.device(config.device), decoder.spec
@@ -75,10 +76,11 @@ def measure_pages(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_
     taken = before - available_memory(device)
     if device.type == "cuda":
         taken += _forward_peak(config, decoder, dtype, max_seq_len)
+        taken += graph_bytes(config, spec, len(decoder.weights.head), dtype, max_seq_len)
     room = int(before * ratio) - taken
-    what = "and activations take" if device.type == "cuda" else "take"
+    what = "activations and CUDA graphs take" if device.type == "cuda" else "take"
     numbers = (
-        f"{before / GIB:.2f} GiB of memory were free, of which {ratio:g} may be used (--memory-ratio), and weights "
+        f"{before / GIB:.2f} GiB of memory were free, of which {ratio:g} may be used (--memory-ratio), and weights"
         f"{what} {taken / GIB:.2f}; a page of {config.page_size} tokens takes {size / GIB:.4f}"
     )
     if config.num_pages is not None:
