@@ -20,7 +20,9 @@ from minisgl.ops.kernels.linear import MAX_WEIGHTS
 MAX_COLUMNS = 1 << 17
 """Beyond are vocabularies, whose products are long enough for cuBLAS."""
 STEP = 256
-"""Elements of a row, of which an even number of steps is taken."""
+"""A row of the weight has a multiple of so many elements, whose addresses then end in zeros."""
+MAX_INNER = (1 << 15) - 1
+"""So that half of a gated weight is not beyond 32 bits."""
 
 
 class Cut(NamedTuple):
@@ -77,6 +79,9 @@ def fits(x: Tensor, weight: Tensor) -> bool:
         and columns % 16 == 0
         and columns <= MAX_COLUMNS
         and inner % STEP == 0
+        and inner <= MAX_INNER
+        and x.is_contiguous()
+        and weight.is_contiguous()
     )
 
 
