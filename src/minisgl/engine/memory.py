@@ -78,10 +78,10 @@ def measure_pages(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_
         taken += _forward_peak(config, decoder, dtype, max_seq_len)
         taken += graph_bytes(config, spec, len(decoder.weights.head), dtype, max_seq_len)
     room = int(before * ratio) - taken
-    what = "activations and CUDA graphs take" if device.type == "cuda" else "take"
+    what = "weights, activations and CUDA graphs" if device.type == "cuda" else "weights"
     numbers = (
-        f"{before / GIB:.2f} GiB of memory were free, of which {ratio:g} may be used (--memory-ratio), and weights"
-        f"{what} {taken / GIB:.2f}; a page of {config.page_size} tokens takes {size / GIB:.4f}"
+        f"{before / GIB:.2f} GiB of memory were free, of which {ratio:g} may be used (--memory-ratio), and "
+        f"{what} take {taken / GIB:.2f}; a page of {config.page_size} tokens takes {size / GIB:.4f}"
     )
     if config.num_pages is not None:
         if config.num_pages * config.page_size < 2:
