@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.dtypes import SLOW_DTYPES
 from minisgl.ops.kernels import sharded_sampling
 from minisgl.ops.kernels.ranks import Ranks, flags_size
 from minisgl.ops.kernels.sharded_sampling import ShardedSampling, partial_words, split_for
@@ -71,6 +72,7 @@ def parameters(rows: int, device: torch.device) -> SamplingRows:
     )
 
 
+@pytest.mark.parametrize("dtype", SLOW_DTYPES)
 @pytest.mark.parametrize(("world", "vocab"), [(2, 200), (3, 64)])
 def test_shards_choose_the_references_tokens_on_every_rank(
     world: int, vocab: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch

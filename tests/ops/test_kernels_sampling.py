@@ -9,6 +9,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from helpers.dtypes import SLOW_DTYPES
 from minisgl.ops.kernels import sampling
 from minisgl.ops.kernels.jit import jit
 from minisgl.ops.kernels.noise import exponential, row_keys, token_hash, uniform
@@ -104,6 +105,7 @@ def filter_columns() -> dict[str, list[float]]:
     return {name: [filters.get(name, default) for filters in FILTERS] for name, default in off.items()}
 
 
+@pytest.mark.parametrize("dtype", SLOW_DTYPES)
 @pytest.mark.parametrize(("split", "spread"), [(128, 1.0), (1024, 6.0)])
 def test_filtered_tokens_are_the_references(
     split: int, spread: float, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
@@ -125,6 +127,7 @@ def test_tokens_as_probable_as_the_last_kept_are_kept(filters: dict[str, Any], d
     assert len(set(tokens.tolist())) > 4
 
 
+@pytest.mark.parametrize("dtype", SLOW_DTYPES)
 @pytest.mark.parametrize("filters", [{"top_k": 2}, {"top_p": 0.7}], ids=str)
 def test_the_last_token_kept_is_kept_below_zero_too(
     filters: dict[str, Any], dtype: torch.dtype, device: torch.device
@@ -174,6 +177,7 @@ def test_a_whole_split_of_masked_tokens_never_wins(device: torch.device, monkeyp
 
 
 @pytest.mark.filterwarnings("ignore:overflow")  # the bound is the least float32: over T it is -inf, and its share 0
+@pytest.mark.parametrize("dtype", SLOW_DTYPES)
 @pytest.mark.parametrize("allowed", [1, 2, 9])
 def test_of_a_vocabulary_masked_but_for_a_few_only_those_are_drawn(
     allowed: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
