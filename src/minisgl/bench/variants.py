@@ -16,6 +16,7 @@ CHUNK_SIZES: Final = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 GRAPH_BATCHES: Final = (0, 4, 64)
 PIECEWISE_TOKENS: Final = (0, 512, 2048)
 PIECEWISE_CHUNK: Final = 512
+"""The chunk that they are tried at: the smaller a step, the more of it is its launch."""
 EXECUTOR_FIELDS: Final = ("attn", "page_size", "cuda_graph_max_bs", "piecewise_cuda_graph_max_tokens")
 """Settings that need an executor of their own; with the others an engine can be built on one that is there."""
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minisgl.engine.capture import capturing
 from minisgl.engine.plan import Int32, StepPlan
 from minisgl.engine.tables import DeviceTables
 from minisgl.engine.tail import StepOutput
@@ -118,9 +119,7 @@ class DecodeGraphs:
         attention.prepare(np.ones(size, np.int32))
         self._step(changes, inputs, attention)  # compiles what is not yet compiled
         torch.cuda.synchronize(device)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may ask about events meanwhile: those that watch over collectives, or collect.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with capturing(pool) as graph:
             tokens = self._step(changes, inputs, attention)
         return CapturedStep(graph, changes, inputs, tokens, attention)
 

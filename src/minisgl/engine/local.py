@@ -18,6 +18,7 @@ from torch import Tensor
 
 from minisgl.config import Config
 from minisgl.engine.memory import available_memory, measure_pages, require_weights_fit
+from minisgl.engine.piecewise import largest_piece
 from minisgl.engine.plan import Masks, Scores, StepPlan, StepResult
 from minisgl.engine.runner import Runner
 from minisgl.engine.tail import StepOutput
@@ -74,10 +75,8 @@ class LocalExecutor:
             self.runner.capture_graphs(config.cuda_graph_max_bs, max_seq_len)
         elif config.cuda_graph_max_bs:
             self.attention_choice += "; its decode cannot be captured, so there are no CUDA graphs"
-        if config.piecewise_cuda_graph_max_tokens:
-            assert config.max_prefill_length is not None
-            most = config.max_prefill_length + config.max_running_requests
-            self.runner.capture_pieces(min(config.piecewise_cuda_graph_max_tokens, most))
+        if tokens := largest_piece(config):
+            self.runner.capture_pieces(tokens)
         self._num_pages = config.num_pages
         self._worker = ThreadPoolExecutor(1, "minisgl-step") if self.device.type == "cpu" else None
         self._results: deque[Callable[[], StepResult]] = deque()

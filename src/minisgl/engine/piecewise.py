@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from minisgl.config import Config
+from minisgl.engine.capture import capturing
 from minisgl.models.decoder import Decoder
 from minisgl.models.forward import ForwardBatch, ForwardPass
 from minisgl.ops.attention.base import PlannedAttention
@@ -26,42 +28,48 @@ Capture = Callable[[Work], Work]
 
 
 def piece_sizes(largest: int) -> list[int]:
-    """Numbers of tokens to capture: a step is padded by a third at most, from 16 tokens on. None for 0."""
+    """Numbers of tokens to capture: a step is padded by half of its own or by 15 at most. None for 0."""
     steps = (range(16, 64, 16), range(64, 128, 32), range(128, 512, 64), range(512, 1024, 128))
     sizes = {size for step in steps for size in step} | set(range(1024, largest + 1, 256)) | {largest}
     return sorted(size for size in sizes if 0 < size <= largest)
 
 
+def largest_piece(config: Config) -> int:
+    """The most tokens that `config` asks for, and a step with prompts can have; 0: no graphs."""
+    if not config.piecewise_cuda_graph_max_tokens:
+        return 0
+    assert config.max_prefill_length is not None
+    assert config.max_running_requests is not None
+    return min(config.piecewise_cuda_graph_max_tokens, config.max_prefill_length + config.max_running_requests)
+
+
 class CudaCapture:
-    """Makes CUDA graphs in one memory pool; each must have been done before, which compiles what it needs."""
+    """Makes CUDA graphs in one memory pool."""
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, work: Work) -> Work:
         """The graph's replay."""
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may ask about events meanwhile: those that watch over collectives, or collect.
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        with capturing(self.pool) as graph:
             work()
         return graph.replay
 
 
-@dataclass(frozen=True)
-class Pieces:
-    """The graphs for T tokens, and the tensors by which they are fed and leave what they find."""
+class Pieces(NamedTuple):
+    """The graphs for a number of tokens."""
 
-    batch: ForwardBatch
     way: ForwardPass
-    queries: Tensor  # (T, H, hd) what a layer's attention starts from
-    heads: Tensor  # (T, H * hd) what it found
     replays: list[Work]  # number i ends before the attention of layer i
 
 
 class PiecewiseGraphs:
-    """Graphs over one runner's cache, captured when this is made, largest first; all sizes share their inputs' memory.
+    """Graphs over one runner's cache, captured when this is made, largest first.
 
-    `make_capture` is what makes graphs; a test without a card does everything anew instead.
+    All sizes T share the tensors by which they are fed and leave what they find, and look at them up to T: `numbers`
+    int32 (2, largest), ids and positions; `locations` int64 (largest,); `queries` (largest, H, hd), what a layer's
+    attention starts from, and `heads` (largest, H * hd), what it finds. `make_capture` is what makes graphs; a test
+    without a card does everything anew instead.
     """
 
     def __init__(
@@ -87,25 +95,26 @@ class PiecewiseGraphs:
     def forward(self, batch: ForwardBatch, attention: PlannedAttention) -> Tensor:
         """`Decoder.forward` of such a step."""
         tokens = len(batch.ids)
-        pieces = self.pieces[self.sizes[bisect.bisect_left(self.sizes, tokens)]]
-        pieces.batch.ids[:tokens].copy_(batch.ids)
-        pieces.batch.positions[:tokens].copy_(batch.positions)
-        pieces.batch.locations[:tokens].copy_(batch.locations)
-        pieces.batch.locations[tokens:].fill_(self.scratch)
-        queries, heads = pieces.queries[:tokens], pieces.heads[:tokens]
-        for index, replay in enumerate(pieces.replays):
+        size = self.sizes[bisect.bisect_left(self.sizes, tokens)]
+        way, replays = self.pieces[size]
+        self.numbers[0, :tokens].copy_(batch.ids)
+        self.numbers[1, :tokens].copy_(batch.positions)
+        self.locations[:tokens].copy_(batch.locations)
+        self.locations[tokens:size].fill_(self.scratch)
+        queries, heads = self.queries[:tokens], self.heads[:tokens]
+        for index, replay in enumerate(replays):
             replay()
-            heads.copy_(pieces.way.attend(attention, index, queries))
-        return pieces.way.leave(heads, batch.rows)
+            heads.copy_(way.attend(attention, index, queries))
+        return way.leave(heads, batch.rows)
 
     @torch.inference_mode()
     def _capture(self, size: int, capture: Capture) -> Pieces:
         (ids, positions), locations = self.numbers[:, :size], self.locations[:size]
         batch = ForwardBatch(ids=ids, positions=positions, locations=locations, rows=locations[:0])
-        queries, heads = self.queries[:size], self.heads[:size]
-        way = ForwardPass(self.decoder, batch, self.kv, queries=queries)
+        heads = self.heads[:size]
+        way = ForwardPass(self.decoder, batch, self.kv, queries=self.queries[:size])
         work: list[Work] = [way.enter]
         work += [partial(way.between, index, heads) for index in range(len(way.layers) - 1)]
         for piece in work[:2]:  # compiles what is not yet compiled
             piece()
-        return Pieces(batch, way, queries, heads, [capture(piece) for piece in work])
+        return Pieces(way, [capture(piece) for piece in work])

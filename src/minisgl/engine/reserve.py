@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from minisgl.config import Config
+from minisgl.engine.piecewise import largest_piece, piece_sizes
 from minisgl.models.spec import ModelSpec
 
 GRAPH_BYTES = 256 << 10
@@ -22,14 +23,10 @@ def graph_bytes(config: Config, spec: ModelSpec, vocab: int, dtype: torch.dtype,
 
         tables = 4 * sum(graph_sizes(rows)) * -(-max_seq_len // config.page_size)
         total += rows * (vocab * item + token_bytes(spec, item)) + tables
-    if tokens := config.piecewise_cuda_graph_max_tokens:
-        from minisgl.engine.piecewise import piece_sizes
-
-        assert config.max_prefill_length is not None
-        assert config.max_running_requests is not None
-        sizes = piece_sizes(min(tokens, config.max_prefill_length + config.max_running_requests))
+    if tokens := largest_piece(config):
+        sizes = piece_sizes(tokens)
         ends = 2 * spec.num_heads * spec.head_dim * item  # queries and what attention finds
-        total += sizes[-1] * (token_bytes(spec, item) + ends) + sum(sizes) * spec.hidden_size * item
+        total += tokens * (token_bytes(spec, item) + ends) + sum(sizes) * spec.hidden_size * item
         total += len(sizes) * spec.num_layers * GRAPH_BYTES
     return total
 

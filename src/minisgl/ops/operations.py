@@ -97,20 +97,18 @@ def fused_operations() -> Operations:
     from minisgl.ops.kernels import activation, gemv, moe, norm, qkv, sampling
     from minisgl.ops.kernels import linear as small
 
-    def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
         if small.fits(x, weight, small.MAX_ROWS):
-            return small.linear(x, weight, bias)
+            return small.linear(x, weight, bias, out=out)
         if bias is None and gemv.fits(x, weight):
-            return gemv.gemv(x, weight)
-        return linear(x, weight, bias)
+            return gemv.gemv(x, weight, out)
+        if out is None:
+            return linear(x, weight, bias)
+        linear_into(x, weight, bias, out)
+        return out
 
     def product_into(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        if small.fits(x, weight, small.MAX_ROWS):
-            small.linear(x, weight, bias, out=out)
-        elif bias is None and gemv.fits(x, weight):
-            gemv.gemv(x, weight, out)
-        else:
-            linear_into(x, weight, bias, out)
+        product(x, weight, bias, out)
 
     def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if bias is None and small.fits(x, weight, small.MAX_ROWS_PARTS):

@@ -117,5 +117,6 @@ class Api:
         try:
             self.check_grammar(grammar)
         except InvalidRequestError as error:
-            error.param = error.param if error.param == "tools" else param
+            if error.param != "tools":
+                error.param = param
             raise
