@@ -27,6 +27,7 @@ from helpers.gpu import (
     random_prompts,
     random_weights,
     reference_driver,
+    require,
     to_float32,
 )
 from minisgl.config import Config
@@ -35,7 +36,6 @@ from minisgl.engine.local import TORCH_DTYPES, build_local_executor
 from minisgl.errors import ConfigError
 from minisgl.models.spec import ModelSpec, Moe, read_spec
 from minisgl.models.weights import Weights
-from minisgl.ops.attention.select import available_backends
 from minisgl.types import FinishReason, ModelInfo, Request, SamplingParams
 
 pytestmark = pytest.mark.gpu
@@ -80,14 +80,6 @@ def weights(name: str, dtype: str) -> tuple[ModelSpec, Weights, Weights]:
     """A model, its weights in a dtype, and the same in float32."""
     made = random_weights(SPECS[name], TORCH_DTYPES[dtype])
     return SPECS[name], made, to_float32(made)
-
-
-def require(pair: str) -> None:
-    """Skip where a backend cannot run."""
-    reasons = available_backends(DEVICE)
-    for name in pair.split(","):
-        if reason := reasons.get(name):
-            pytest.skip(f"{name}: {reason}")
 
 
 @pytest.mark.parametrize(("name", "dtype", "pair"), CASES)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.gpu import need_cards
 from helpers.group_answers import ask
 from minisgl.ops.operations import PLAIN, fused_operations
 from minisgl.ops.turns import Turns
@@ -85,8 +86,7 @@ def test_nothing_takes_turns_in_a_graph() -> None:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("model", ["Qwen3-0.6B", "Qwen3-30B-A3B"])
 def test_hidden_sums_say_what_others_say(model: str, way: str, record_property: Callable[[str, object], None]) -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs 2 cards")
+    need_cards(2)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 150_000, length).tolist() for length in LONG]
     params = [{"temperature": 0.0, "max_tokens": 8, "ignore_eos": True, "prompt_logprobs": 0}] * len(LONG)

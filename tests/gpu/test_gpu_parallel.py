@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.gpu import need_cards
 from helpers.group_answers import ask
 from helpers.processes import children, wait_until_gone
 
@@ -28,11 +29,6 @@ LARGEST, MEAN = 0.3, 0.03
 """Bounds on the difference of a log-probability in bfloat16 between one card and several, which add up otherwise."""
 BEHIND = 0.3
 """By how much one card may prefer another token to the one that several said."""
-
-
-def need_cards(count: int) -> None:
-    if torch.cuda.device_count() < count:
-        pytest.skip(f"needs {count} cards")
 
 
 def settings(model: str, **changes: Any) -> dict[str, Any]:

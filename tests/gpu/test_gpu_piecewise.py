@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from helpers.driver import Driver
-from helpers.gpu import SPEC, gpu_config, graph_driver, random_prompts, random_weights
+from helpers.gpu import SPEC, gpu_config, graph_driver, random_prompts, random_weights, require
 from minisgl.models.spec import ModelSpec, Moe
-from minisgl.ops.attention.select import available_backends
 
 pytestmark = pytest.mark.gpu
 
@@ -20,8 +19,7 @@ SPECS = {"qwen3": SPEC, "qwen3-moe": dataclasses.replace(SPEC, moe=EXPERTS)}
 
 def pair_of_drivers(spec: ModelSpec, largest: int, attn: str) -> list[Driver]:
     """The same model launch by launch, and with pieces of up to `largest` tokens."""
-    if attn != "auto" and (why := available_backends(torch.device("cuda"))[attn]) is not None:
-        pytest.skip(why)
+    require(attn)
     weights = random_weights(spec, torch.bfloat16)
     configs = [gpu_config(attn=attn, piecewise_cuda_graph_max_tokens=tokens) for tokens in (0, largest)]
     return [graph_driver(spec, weights, config, 512) for config in configs]

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from minisgl.engine.runner import Runner
 from minisgl.models.rope import Rope
 from minisgl.models.spec import ModelSpec
 from minisgl.models.weights import Weights, dummy_weights
-from minisgl.ops.attention.select import make_attention
+from minisgl.ops.attention.select import available_backends, make_attention
 from minisgl.ops.operations import operations_for
 from minisgl.types import ModelInfo, Request, SamplingParams
 
@@ -39,6 +40,20 @@ SPEC = tiny_spec(
     checkpoint_dtype="bfloat16",
 )
 """Qwen3 in small: two query heads on a KV head."""
+
+
+def require(pair: str) -> None:
+    """Skip where a backend cannot run."""
+    reasons = available_backends(DEVICE)
+    for name in pair.split(","):
+        if reason := reasons.get(name):
+            pytest.skip(f"{name}: {reason}")
+
+
+def need_cards(count: int) -> None:
+    """Skip where there are fewer."""
+    if torch.cuda.device_count() < count:
+        pytest.skip(f"needs {count} cards")
 
 
 def random_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device = DEVICE) -> Weights:

@@ -17,3 +17,10 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     """Each dtype that a model may have."""
     chosen: torch.dtype = getattr(torch, request.param)
     return chosen
+
+
+@pytest.fixture(params=["float16", pytest.param("bfloat16", marks=pytest.mark.gpu)])
+def half(request: pytest.FixtureRequest) -> torch.dtype:
+    """Each of 16 bits."""
+    chosen: torch.dtype = getattr(torch, request.param)
+    return chosen

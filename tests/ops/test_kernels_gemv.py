@@ -5,31 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from helpers.products import error, matrices
 from minisgl.ops import reference
 from minisgl.ops.kernels import gemv
 from minisgl.ops.kernels.gemv import Cut
 
 
-def row_and_weight(columns: int, inner: int, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
-    torch.manual_seed(inner)
-    weight = torch.randn(columns, inner, device=device) / inner**0.5
-    return [torch.randn(1, inner, device=device).to(dtype), weight.to(dtype)]
-
-
-def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((got.float() - wanted).norm() / wanted.norm())
-
-
-@pytest.fixture(params=["float16", pytest.param("bfloat16", marks=pytest.mark.gpu)])
-def half(request: pytest.FixtureRequest) -> torch.dtype:
-    chosen: torch.dtype = getattr(torch, request.param)
-    return chosen
-
-
 @pytest.mark.parametrize("inner", [256, 512, 1024, 1280])
 @pytest.mark.parametrize("cut", [Cut(1, 512, 1), Cut(8, 512, 4), Cut(2, 1024, 2)])
 def test_it_is_the_product_wherever_the_rows_end(inner: int, cut: Cut, half: torch.dtype, device: torch.device) -> None:
-    x, weight = row_and_weight(32, inner, half, device)
+    x, weight, _ = matrices(1, 32, inner, half, device)
     wanted = x.float() @ weight.float().T
     out = torch.full((1, 32), 7.0, dtype=half, device=device)
     assert gemv.gemv(x, weight, out, cut) is out
@@ -39,7 +24,7 @@ def test_it_is_the_product_wherever_the_rows_end(inner: int, cut: Cut, half: tor
 
 @pytest.mark.parametrize("inner", [512, 768])
 def test_gated_it_is_the_activation_of_the_product(inner: int, half: torch.dtype, device: torch.device) -> None:
-    x, weight = row_and_weight(64, inner, half, device)
+    x, weight, _ = matrices(1, 64, inner, half, device)
     wanted = reference.silu_mul(x.float() @ weight.float().T)
     for cut in (Cut(1, 512, 1), Cut(2, 256, 2)):
         assert error(gemv.gated_gemv(x, weight, cut), wanted) < 5e-3

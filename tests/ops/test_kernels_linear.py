@@ -5,25 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from helpers.products import error, matrices
 from minisgl.ops import reference
 from minisgl.ops.kernels import linear, norm
-
-
-def matrices(rows: int, columns: int, inner: int, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
-    torch.manual_seed(rows)
-    x = torch.randn(rows, inner, device=device).to(dtype)
-    weight = (torch.randn(columns, inner, device=device) / inner**0.5).to(dtype)
-    return [x, weight, torch.randn(columns, device=device).to(dtype)]
-
-
-def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((got.float() - wanted).norm() / wanted.norm())
-
-
-@pytest.fixture(params=["float16", pytest.param("bfloat16", marks=pytest.mark.gpu)])
-def half(request: pytest.FixtureRequest) -> torch.dtype:
-    chosen: torch.dtype = getattr(torch, request.param)
-    return chosen
 
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 64])

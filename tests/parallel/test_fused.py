@@ -41,4 +41,6 @@ def test_fused_ranks_say_what_one_device_says(tmp_path: Path, model: str, size: 
     for text in said:
         answer = json.loads(text.splitlines()[-1])
         assert answer["tokens"] == expected
-        assert min(answer["launches"]) > 3, "one shot, two shots, sampling, sums of halves"
+        *three, halves = answer["launches"]
+        assert min(three) > 5, "one shot, two shots, sampling"
+        assert halves > 3, "sums of halves"
