@@ -46,7 +46,18 @@ def test_all_groups_are_measured_against_their_default(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "ablation.json"
-    flags = ["--model", str(folder), "--device", "cpu", "--max-running-requests", "8", "--json", str(path)]
+    flags = [
+        "--model",
+        str(folder),
+        "--device",
+        "cpu",
+        "--max-running-requests",
+        "8",
+        "--json",
+        str(path),
+        "--repeats",
+        "1",
+    ]
     assert cli.main(["bench", "ablation", *flags]) == 0
     report = json.loads(path.read_text())
     rows = {f"{row['variant']['group']}: {row['variant']['label']}": row for row in report["measurements"]}
@@ -77,6 +88,22 @@ def test_a_variant_that_fails_is_told_and_the_next_runs(folder: Path) -> None:
     good = trials.run(Variant(group="page-size", label="4", scenario="long", changes={"page_size": 4}))
     assert good.error is None
     assert good.output_tokens >= 3 * 8
+    trials.close()
+
+
+def test_of_several_runs_the_median_counts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = Trials(load(small(folder), 4096), CPU_SCENARIOS, repeats=4)
+    variant = Variant(group="default", label="", scenario="batch")
+    rates = iter([40.0, 10.0, 30.0, 20.0])
+
+    def once(*_: object) -> Measurement:
+        rate = next(rates)
+        return Measurement(variant=variant, tokens_per_second=rate, token_gap_max_ms=1000 / rate)
+
+    monkeypatch.setattr(trials, "_once", once)
+    found = trials.run(variant)
+    assert (found.tokens_per_second, found.token_gap_max_ms) == (20.0, 50.0)
+    assert found.each_tokens_per_second == (10.0, 20.0, 30.0, 40.0)
     trials.close()
 
 
@@ -157,6 +184,10 @@ def test_the_picture_needs_matplotlib_alone(tmp_path: Path) -> None:
 def test_groups_that_cannot_be_tried_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "ablation", "--model", str(folder), "--device", "cpu", "--only", "graphs"]) == 1
     assert "--only graphs: there is nothing to try on this machine" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        ablation.main(["--only", "speed"])
-    assert "'speed' is not one of overlap, graphs" in capsys.readouterr().err
+    for flags, said in (
+        (["--repeats", "0"], "'0' is not a number from 1 on"),
+        (["--only", "speed"], "'speed' is not one of overlap"),
+    ):
+        with pytest.raises(SystemExit):
+            ablation.main(flags)
+        assert said in capsys.readouterr().err

@@ -14,7 +14,8 @@ from minisgl.cli import SERVER_GROUPS, Parser, add_config_flags, config_from, gu
 from minisgl.config import Config
 from minisgl.errors import ConfigError
 
-WIDTH: Final = 130
+REPEATS: Final = 3
+WIDTH: Final = 150
 """Columns of the table; a terminal that has fewer wraps lines."""
 
 
@@ -24,6 +25,13 @@ def group_list(text: str) -> tuple[str, ...]:
     if unknown := [name for name in names if name not in GROUPS]:
         raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(GROUPS)}")
     return names
+
+
+def repeat_count(text: str) -> int:
+    """A number from 1 on."""
+    if not text.isascii() or not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
 
 
 def build_parser() -> Parser:
@@ -36,6 +44,13 @@ def build_parser() -> Parser:
     group.add_argument(
         "--only", type=group_list, default=GROUPS, metavar="A,B", help=f"of {', '.join(GROUPS)} (default: all)"
     )
+    group.add_argument(
+        "--repeats",
+        type=repeat_count,
+        default=REPEATS,
+        metavar="N",
+        help=f"runs of each, of which the median counts (default: {REPEATS})",
+    )
     group.add_argument("--json", type=Path, metavar="FILE", help=JSON_HELP + "; a picture goes beside it")
     add_config_flags(parser, without=SERVER_GROUPS)
     return parser
@@ -46,10 +61,13 @@ def main(arguments: Sequence[str]) -> int:
     parser = build_parser()
     namespace = parser.parse_args(arguments)
     config = config_from(parser, namespace)
-    return guarded(lambda: run(config, namespace.only, namespace.json, arguments), debug=config.log_level == "DEBUG")
+    return guarded(
+        lambda: run(config, namespace.only, namespace.repeats, namespace.json, arguments),
+        debug=config.log_level == "DEBUG",
+    )
 
 
-def run(config: Config, groups: Sequence[str], json: Path | None, arguments: Sequence[str]) -> int:
+def run(config: Config, groups: Sequence[str], repeats: int, json: Path | None, arguments: Sequence[str]) -> int:
     """Measure every variant, print the table, and write the report after each; 1 when a variant failed."""
     import torch
     from rich.console import Console
@@ -78,7 +96,7 @@ def run(config: Config, groups: Sequence[str], json: Path | None, arguments: Seq
         "scenarios": {name: dataclasses.asdict(scenario) for name, scenario in scenarios.items()},
     }
     measured: list[Measurement] = []
-    trials = Trials(loaded, scenarios)
+    trials = Trials(loaded, scenarios, repeats)
     try:
         with progress_bar("trying", len(variants), enabled=True) as advance:
             for variant in variants:

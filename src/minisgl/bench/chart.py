@@ -30,7 +30,7 @@ def ablation_table(title: str, measured: Sequence[Measurement]) -> Table:
     table = Table(title=title)
     table.add_column("setting")
     table.add_column("workload")
-    for name in ("tokens/s", "of default", "cached", "gap p99 ms", "gap max ms", "build s", "other GiB"):
+    for name in ("tokens/s", "from – to", "of default", "cached", "gap p99 ms", "gap max ms", "build s", "other GiB"):
         table.add_column(name, justify="right")
     for item in measured:
         if item.error is not None:
@@ -41,6 +41,7 @@ def ablation_table(title: str, measured: Sequence[Measurement]) -> Table:
             item.variant.name,
             item.variant.scenario,
             f"{item.tokens_per_second:,.0f}",
+            f"{min(item.each_tokens_per_second):,.0f} – {max(item.each_tokens_per_second):,.0f}",
             "" if share is None else f"{share:.3f}",
             f"{item.cached_tokens / item.input_tokens:.0%}",
             f"{item.token_gap_p99_ms:.1f}",

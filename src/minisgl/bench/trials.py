@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import itertools
@@ -44,14 +45,16 @@ class Loaded:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What a variant reached. Without `error` all is there.
+    """What a variant reached in the median of its runs. Without `error` all is there.
 
+    `each_tokens_per_second` has every run's rate, the slowest first: how far they lie apart is the machine's own doing.
     `token_gap_*` are over the steps that decoded: how long running requests waited for their next token.
     `other_gib` is what the executor took of the card beside the KV cache: graphs and workspaces.
     """
 
     variant: Variant
     tokens_per_second: float = 0.0
+    each_tokens_per_second: tuple[float, ...] = ()
     seconds: float = 0.0
     output_tokens: int = 0
     input_tokens: int = 0
@@ -99,9 +102,11 @@ def free_memory(device: torch.device) -> int:
 class Trials:
     """Runs variants one after the other. An executor is kept for as long as the next variant can use it."""
 
-    def __init__(self, loaded: Loaded, scenarios: Mapping[str, Scenario]) -> None:
+    def __init__(self, loaded: Loaded, scenarios: Mapping[str, Scenario], repeats: int = 1) -> None:
+        """Each variant runs `repeats` times, beside the first time, which compiles what it needs."""
         self.loaded = loaded
         self.scenarios = scenarios
+        self.repeats = repeats
         self.device = torch.device(loaded.config.device)
         self._key: tuple[Any, ...] | None = None
         self._executor: LocalExecutor | None = None
@@ -136,9 +141,18 @@ class Trials:
         if variant.scenario not in self._warm:  # a first time, in which kernels are compiled for what comes up in it
             self._play(executor, config, scenario)
             self._warm.add(variant.scenario)
+        runs = sorted(
+            (self._once(executor, config, variant) for _ in range(self.repeats)), key=lambda run: run.tokens_per_second
+        )
+        # of an even number the slower of the two in the middle
+        return dataclasses.replace(
+            runs[(len(runs) - 1) // 2], each_tokens_per_second=tuple(run.tokens_per_second for run in runs)
+        )
+
+    def _once(self, executor: LocalExecutor, config: Config, variant: Variant) -> Measurement:
         recorder = Recorder(executor)
         started = time.perf_counter()
-        generated, prompted, cached = self._play(recorder, config, scenario)
+        generated, prompted, cached = self._play(recorder, config, self.scenarios[variant.scenario])
         seconds = time.perf_counter() - started
         gaps = 1e3 * np.array(recorder.token_gaps() or [0.0])
         return Measurement(
