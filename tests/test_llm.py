@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+import signal
 from collections.abc import Iterator
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from helpers.constraints import Cycle, cycle
 from minisgl import LLM, SamplingParams
-from minisgl.errors import ConfigError, ContextLengthError, InvalidRequestError
+from minisgl.engine.interrupts import interrupts_held
+from minisgl.engine.plan import StepPlan
+from minisgl.errors import ConfigError, ContextLengthError, EngineDeadError, InvalidRequestError
 from minisgl.models.locate import locate_model
 from minisgl.types import Grammar
 
@@ -122,8 +127,74 @@ def test_a_bad_prompt_is_refused_before_anything_is_generated(llm: LLM) -> None:
         llm.generate([[1] * 9000], GREEDY, progress=False)
     with pytest.raises(InvalidRequestError, match="sampling_params"):
         llm.generate(["a", "b"], [GREEDY], progress=False)
+    with pytest.raises(InvalidRequestError, match="2 prompts, but 0 sampling_params"):
+        llm.generate(["a", "b"], [], progress=False)
+    with pytest.raises(InvalidRequestError, match="stop must be"):
+        llm.generate("a", SamplingParams(stop="END"), progress=False)  # type: ignore[arg-type]
     assert not llm.engine.has_work
     assert llm.generate("a", GREEDY, progress=False)[0].token_ids
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_ctrl_c_ends_the_answers_and_not_the_model(llm: LLM, monkeypatch: pytest.MonkeyPatch, streamed: bool) -> None:
+    executor, launched = llm.engine.executor, 0
+    launch = executor.launch
+
+    def interrupted(plan: StepPlan) -> None:
+        nonlocal launched
+        launched += 1
+        if launched == 3:
+            signal.raise_signal(signal.SIGINT)
+        launch(plan)
+
+    endless = SamplingParams(max_tokens=500, ignore_eos=True)
+    monkeypatch.setattr(executor, "launch", interrupted)
+    answers = llm.stream(PROMPTS[1], endless) if streamed else (llm.generate(p, endless) for p in PROMPTS)
+    with pytest.raises(KeyboardInterrupt):
+        next(itertools.islice(answers, 10, None))
+    assert launched < 10
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not llm.engine.has_work
+    assert llm.engine.cache.num_owned == 0
+    (answer,) = llm.generate(PROMPTS[0], GREEDY, progress=False)
+    assert answer.text.startswith(" Paris")
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step() -> None:
+    reached = []
+
+    def step() -> None:
+        with interrupts_held():
+            for number in (1, 2):
+                signal.raise_signal(signal.SIGINT)
+                reached.append(number)
+
+    with pytest.raises(KeyboardInterrupt):
+        step()
+    assert reached == [1]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_prompts_are_token_ids_of_any_integer_type_and_of_no_other(llm: LLM) -> None:
+    (right,) = llm.generate([[1, 2, 3]], GREEDY, progress=False)
+    arrays: list[Any] = [np.array([1, 2, 3]), np.array([[1, 2, 3]]), [np.array([1, 2, 3])]]
+    for prompts in arrays:
+        (same,) = llm.generate(prompts, GREEDY, progress=False)
+        assert same.token_ids == right.token_ids
+        assert [type(token) for token in same.prompt_token_ids] == [int, int, int]
+    others: list[Any] = [[[1.5, 2.0]], [1, "a"], [None], [["a"]]]
+    for prompts in others:
+        with pytest.raises(InvalidRequestError, match="text or token ids"):
+            llm.generate(prompts, GREEDY, progress=False)
+
+
+def test_a_closed_model_says_so() -> None:
+    llm = LLM(progress=False, max_running_requests=1, num_pages=8)
+    llm.close()
+    llm.close()
+    for _ in range(2):
+        with pytest.raises(EngineDeadError, match="closed"):
+            llm.generate("a", GREEDY, progress=False)
 
 
 def test_no_prompts_give_no_completions(llm: LLM) -> None:

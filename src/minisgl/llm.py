@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Generator, Sequence
+import operator
+from collections.abc import Generator, Iterable, Sequence
+from numbers import Integral
 from types import TracebackType
 from typing import Any
 
@@ -12,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from minisgl.config import Config, from_environment
 from minisgl.engine.build import build_engine
+from minisgl.engine.interrupts import interrupts_held
 from minisgl.errors import InvalidRequestError
 from minisgl.tokenizer.detokenize import TextStream, shown_tokens
 from minisgl.tokenizer.tokenizer import Tokenizer
@@ -88,7 +91,15 @@ def separate(prompts: Prompts) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
     several: list[Any] = list(prompts)
-    return [several] if several and isinstance(several[0], int) else several
+    return [several] if several and isinstance(several[0], Integral) else several
+
+
+def token_ids(prompt: Iterable[Any]) -> list[int]:
+    """A prompt's ids, of whatever integer type they are. Raises InvalidRequestError for anything else."""
+    try:
+        return [operator.index(token) for token in prompt]
+    except TypeError as error:
+        raise InvalidRequestError(f"a prompt is text or token ids: {error}", param="prompt") from error
 
 
 class LLM:
@@ -133,11 +144,12 @@ class LLM:
         """Answer every prompt (texts, or lists of token ids), in their order; all run together.
 
         One `SamplingParams` serves all prompts, a sequence gives each its own. Raises InvalidRequestError before
-        anything is generated when one of them cannot be served.
+        anything is generated when one of them cannot be served. Ctrl-C ends the answers when the step at hand is
+        done, and the model can go on with others.
         """
         several = separate(prompts)
         self._require_idle()
-        params = sampling_params or SamplingParams()
+        params = SamplingParams() if sampling_params is None else sampling_params
         each = [params] * len(several) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(several):
             raise InvalidRequestError(f"{len(several)} prompts, but {len(each)} sampling_params")
@@ -165,10 +177,13 @@ class LLM:
         self._require_idle()
         request = self._request(prompt, sampling_params or SamplingParams())
         answer = Answer(request, None if self.tokenizer is None else self.tokenizer.stream(request.params))
-        self.engine.add(request)
         try:
+            with interrupts_held():
+                self.engine.add(request)
             while answer.finish is None:
-                for event in self.engine.step():
+                with interrupts_held():
+                    events = self.engine.step()
+                for event in events:
                     text = answer.take(event)
                     yield Delta(text=text, token_ids=event.tokens, finish_reason=answer.finish)
         finally:
@@ -186,7 +201,7 @@ class LLM:
             raise InvalidRequestError("another answer is still being streamed: finish or close it first")
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
-        ids = self.text.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        ids = self.text.encode(prompt) if isinstance(prompt, str) else token_ids(prompt)
         self.model.check(ids, params)
         return Request(id=str(next(self._ids)), prompt=ids, params=params)
 
@@ -199,11 +214,12 @@ class LLM:
             TimeElapsedColumn(),
             TextColumn("{task.fields[rate]}"),
         )
-        with Progress(*columns, disable=not progress) as bar:
+        with Progress(*columns, disable=not progress) as bar, interrupts_held() as interrupt:
             task = bar.add_task("", total=len(answers), rate="")
             try:
                 for answer in answers.values():
                     self.engine.add(answer.request)
+                    interrupt()
                 generated, done = 0, 0
                 while done < len(answers):
                     for event in self.engine.step():
@@ -218,14 +234,16 @@ class LLM:
                     elapsed = bar.tasks[task].elapsed or 0.0
                     rate = f"{generated / elapsed:,.0f} tok/s" if elapsed > 0 else ""
                     bar.update(task, completed=done, rate=rate)
+                    interrupt()
             finally:
                 self._drain(answers)
 
     def _drain(self, ids: Sequence[str] | dict[str, Answer]) -> None:
         """Abort what is left of these and take the launched steps in."""
-        self.engine.abort(ids)
-        while self.engine.has_work:
-            self.engine.step()
+        with interrupts_held():
+            self.engine.abort(ids)
+            while self.engine.has_work:
+                self.engine.step()
 
     def _completion(self, answer: Answer) -> Completion:
         text = ""

@@ -8,6 +8,7 @@ import pytest
 from helpers.simulation import expected_tokens, request, simulated_engine, tokens_of
 from minisgl.engine.engine import Engine
 from minisgl.engine.plan import StepPlan
+from minisgl.engine.table import Entry
 from minisgl.types import FinishReason, Request, TokenEvent
 
 
@@ -159,3 +160,23 @@ def test_stats_count_aborts_and_waiting_prompts() -> None:
     assert engine.stats().waiting_tokens == 7
     finish(engine)
     assert (engine.stats().aborted, engine.stats().waiting_tokens) == (2, 0)
+
+
+def test_aborting_thousands_of_waiting_requests_does_not_search_the_queue_for_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = simulated_engine(max_running_requests=1)
+    names = [str(i) for i in range(2000)]
+    for i, name in enumerate(names):
+        engine.add(asked(name, i % 3, prompt=1))
+    compared = 0
+
+    def equal(self: Entry, other: object) -> bool:
+        nonlocal compared
+        compared += 1
+        return self is other
+
+    monkeypatch.setattr(Entry, "__eq__", equal)
+    engine.abort([name for name in reversed(names) if name not in ("5", "3", "1000")])
+    assert compared < 20 * len(names)
+    assert finish(engine) == ["3", "1000", "5"]

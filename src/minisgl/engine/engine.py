@@ -48,7 +48,7 @@ class Engine:
         self.admitted: list[str] = []
         """Requests that the last `step` gave a row, retracted ones once more."""
         self._arrivals = 0
-        self._failed = False
+        self._failed = self._closed = False
         self._prompt_tokens = self._cached_tokens = self._generated_tokens = self._aborted = 0
 
     def add(self, request: Request, constraint: Constraint | None = None) -> None:
@@ -57,6 +57,8 @@ class Engine:
         Its grammar's `constraint` may come ready, made elsewhere; otherwise it is made here, and no step is launched
         for as long as that takes.
         """
+        if self._closed:
+            raise EngineDeadError("the engine was closed")
         if self._failed:
             raise EngineDeadError("the engine failed in an earlier step")
         self.model.check(request.prompt, request.params)
@@ -166,5 +168,6 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Wait for launched steps and release the device."""
+        """Wait for launched steps and release the device. Nothing is accepted any more."""
+        self._closed = True
         self.executor.close()

@@ -13,7 +13,7 @@ worse priority a request waits for as long as better ones keep coming: that is w
 
 from __future__ import annotations
 
-from bisect import bisect
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable
 from itertools import chain
@@ -56,7 +56,11 @@ class Scheduler:
         if not self.waiting or self.waiting[-1].rank < entry.rank:
             self.waiting.append(entry)
         else:
-            self.waiting.insert(bisect(self.waiting, entry.rank, key=lambda other: other.rank), entry)
+            self.waiting.insert(self._place(entry), entry)
+
+    def _place(self, entry: Entry) -> int:
+        """Where in the queue a request is, or belongs."""
+        return bisect_left(self.waiting, entry.rank, key=lambda other: other.rank)
 
     def abort(self, request_id: str) -> TokenEvent | None:
         """End a request in whatever state it is; None when it is not live. Its pages may be freed later."""
@@ -64,7 +68,7 @@ class Scheduler:
         if entry is None:
             return None
         if entry.slot < 0:
-            self.waiting.remove(entry)
+            del self.waiting[self._place(entry)]
             del self.live[request_id]
         else:
             self._end(entry.slot)
