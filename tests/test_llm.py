@@ -130,7 +130,7 @@ def test_a_bad_prompt_is_refused_before_anything_is_generated(llm: LLM) -> None:
     with pytest.raises(InvalidRequestError, match="2 prompts, but 0 sampling_params"):
         llm.generate(["a", "b"], [], progress=False)
     with pytest.raises(InvalidRequestError, match="stop must be"):
-        llm.generate("a", SamplingParams(stop="END"), progress=False)  # type: ignore[arg-type]
+        llm.generate("a", SamplingParams(stop=("END", "")), progress=False)
     assert not llm.engine.has_work
     assert llm.generate("a", GREEDY, progress=False)[0].token_ids
 
@@ -263,3 +263,9 @@ def test_a_grammar_is_obeyed_and_its_end_is_the_end(llm: LLM, monkeypatch: pytes
     assert bad.error is not None
     assert "no fourth mask" in bad.error
     assert llm.engine.cache.num_owned == 0
+
+
+def test_one_stop_string_is_no_sequence_of_characters() -> None:
+    params = SamplingParams(stop="END")  # type: ignore[arg-type]
+    assert params.stop == ("END",)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params

@@ -96,6 +96,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
 
+    def __post_init__(self) -> None:
+        """Take one string as `stop`, as vLLM and OpenAI do: read as a sequence it would be its characters."""
+        texts: object = self.stop
+        if isinstance(texts, str):
+            msgspec.structs.force_setattr(self, "stop", (texts,))
+
     def validate(self) -> SamplingParams:
         """Return self; raise InvalidRequestError naming the first parameter that is out of range."""
 
@@ -111,8 +117,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1")
         check(self.min_tokens >= 0, "min_tokens", "at least 0")
         check(self.max_tokens is None or self.min_tokens <= self.max_tokens, "min_tokens", "at most max_tokens")
-        texts: object = self.stop  # one string would be read as its characters
-        check(not isinstance(texts, str) and all(self.stop), "stop", "a tuple of non-empty strings")
+        check(all(self.stop), "stop", "made of non-empty strings")
         check(all(0 <= t < 2**31 for t in self.stop_token_ids), "stop_token_ids", "made of token ids")
         check(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "between -2 and 2")
         check(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "between -2 and 2")
