@@ -8,6 +8,7 @@ import pytest
 from helpers.simulation import expected_tokens, request, simulated_engine, tokens_of
 from minisgl.engine.engine import Engine
 from minisgl.engine.plan import StepPlan
+from minisgl.engine.policy import POLICIES
 from minisgl.types import FinishReason, Request, TokenEvent
 
 
@@ -31,7 +32,7 @@ def finish(engine: Engine) -> list[str]:
     return ends
 
 
-@pytest.mark.parametrize("policy", ["fcfs", "lpm"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_the_lowest_number_is_admitted_first_and_of_equals_the_oldest(policy: str) -> None:
     engine = simulated_engine(max_running_requests=1, schedule_policy=policy)
     for name, priority in zip("abcdef", (0, 2, 0, -1, 2, -5), strict=True):

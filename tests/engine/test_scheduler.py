@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import msgspec
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 
 from helpers.simulation import VOCAB, expected_tokens, request, run, simulated_engine, tokens_of
+from minisgl.config import Config
 from minisgl.engine.engine import Engine
 from minisgl.engine.plan import StepPlan, StepResult
-from minisgl.engine.policy import LongestPrefixMatch
+from minisgl.engine.policy import POLICIES, LongestPrefixMatch
 from minisgl.engine.table import Entry, State
 from minisgl.errors import ContextLengthError, EngineDeadError, InvalidRequestError
 from minisgl.types import FinishReason, Grammar, Request, TokenEvent
@@ -24,9 +26,7 @@ def prompts(count: int, low: int, high: int, shared: int = 0, seed: int = 0) -> 
     return [common + rng.integers(0, VOCAB, rng.integers(low, high + 1)).tolist() for _ in range(count)]
 
 
-SETTINGS = list(
-    itertools.product(["radix", "naive"], [1, 4, 16], [7, 64, 8192], [True, False], [1, 8], ["fcfs", "lpm"])
-)
+SETTINGS = list(itertools.product(["radix", "naive"], [1, 4, 16], [7, 64, 8192], [True, False], [1, 8], POLICIES))
 
 
 @pytest.mark.parametrize(("cache", "page_size", "chunk", "overlap", "rows", "policy"), SETTINGS)
@@ -271,6 +271,11 @@ def test_a_failed_step_ends_the_engine_instead_of_hanging_it() -> None:
     assert not engine.has_work
     with pytest.raises(EngineDeadError):
         engine.add(request("y", [1]))
+
+
+def test_every_policy_has_a_name_on_the_command_line() -> None:
+    (field,) = (field for field in dataclasses.fields(Config) if field.name == "schedule_policy")
+    assert field.metadata["choices"] == tuple(POLICIES)
 
 
 def test_longest_prefix_first_prefers_cached_prompts_until_others_have_waited_too_long() -> None:
