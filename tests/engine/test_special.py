@@ -61,7 +61,7 @@ def answers(engine: Engine, requests: list[Request], retractions: int = 0) -> di
             answer.prompt_logprobs += event.prompt_logprobs
         going = np.isin(engine.table.state, (State.PREFILL, State.DECODE)).any()
         if going and engine.scheduler.retracted < retractions and engine.scheduler.step % 4 == 3:
-            engine.scheduler.retract_youngest()
+            engine.scheduler.retract_last()
     engine.cache.check()
     assert engine.cache.num_owned == 0
     engine.close()
@@ -145,7 +145,7 @@ def test_a_prompt_retracted_between_chunks_is_scored_on_from_where_it_was() -> N
             answer.prompt_logprobs += event.prompt_logprobs
         steps += 1
         if steps in (2, 5):
-            engine.scheduler.retract_youngest()
+            engine.scheduler.retract_last()
     assert engine.stats().retracted == 2
     slow_answer(SPEC, weights(), request, LIMIT).check(answer, request.params)
     engine.close()
