@@ -15,12 +15,12 @@ import torch
 
 from helpers.constraints import Cycle, cycle
 from helpers.models import tiny_spec
+from helpers.simulation import record_plans
 from helpers.special import Answer, SlowAnswer, slow_answer, special_requests
 from minisgl.config import Config
 from minisgl.engine import tail
 from minisgl.engine.engine import Engine
 from minisgl.engine.local import LocalExecutor
-from minisgl.engine.plan import StepPlan
 from minisgl.engine.table import State
 from minisgl.models.weights import Weights, dummy_weights
 from minisgl.types import FinishReason, Grammar, ModelInfo, Request, SamplingParams
@@ -193,14 +193,7 @@ def answers_one(engine: Engine, request: Request, name: str) -> Answer:
 
 def test_ordinary_steps_have_no_tail() -> None:
     engine = make_engine()
-    plans: list[StepPlan] = []
-    launch = engine.executor.launch
-
-    def record(plan: StepPlan) -> None:
-        plans.append(plan)
-        launch(plan)
-
-    engine.executor.launch = record  # type: ignore[method-assign]
+    plans = record_plans(engine)
     ordinary = [Request(id=str(i), prompt=[i + 1] * 5, params=SamplingParams(max_tokens=6)) for i in range(3)]
     answers(engine, ordinary)
     assert all(plan.special is None for plan in plans)
