@@ -68,11 +68,15 @@ def server(
 
 
 def ask_for(url: str, path: str, body: dict[str, Any]) -> tuple[int, Any]:
-    """The status of a short answer, and its choices, those of every event, or its error."""
+    """The status of a short answer, and its choices or its error; of a chat's stream the text and how it ended.
+
+    How many tokens an event has depends on what else the machine does.
+    """
     answer = httpx.post(f"{url}/v1/{path}", json={"max_tokens": 4, **body}, timeout=30)
     if answer.headers["content-type"].startswith("text/event-stream"):
-        events = [json.loads(line[6:]) for line in answer.text.split("\n\n")[:-2]]
-        return answer.status_code, [event["choices"] for event in events]
+        choices = [json.loads(line[6:])["choices"][0] for line in answer.text.split("\n\n")[:-2]]
+        text = "".join(choice["delta"].get("content", "") for choice in choices)
+        return answer.status_code, (text, choices[-1]["finish_reason"])
     value = answer.json()
     return answer.status_code, value.get("choices", value.get("error"))
 
