@@ -17,7 +17,7 @@ MINISGL = (sys.executable, "-m", "minisgl")
 BOUND = 10.0
 """Seconds that a test waits for what is promised within two, on a machine that does other things beside the tests.
 
-What only a timeout would end takes longer: the shortest is 20 s."""
+What hangs takes longer: the server drains for 30 s, and clients here wait for as long."""
 
 
 @contextmanager
