@@ -1,4 +1,4 @@
-"""Mini-SGLang: an LLM inference engine and OpenAI-compatible server that reads in an afternoon."""
+"""Mini-SGLang: an OpenAI-compatible server, and an LLM inference engine that reads in an afternoon."""
 
 from __future__ import annotations
 

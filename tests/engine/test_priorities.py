@@ -5,9 +5,9 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from helpers.simulation import expected_tokens, request, simulated_engine, tokens_of
+from helpers.simulation import expected_tokens, record_plans, request, simulated_engine, tokens_of
 from minisgl.engine.engine import Engine
-from minisgl.engine.plan import StepPlan
+from minisgl.engine.policy import POLICIES
 from minisgl.engine.table import Entry
 from minisgl.types import FinishReason, Request, TokenEvent
 
@@ -32,7 +32,7 @@ def finish(engine: Engine) -> list[str]:
     return ends
 
 
-@pytest.mark.parametrize("policy", ["fcfs", "lpm"])
+@pytest.mark.parametrize("policy", POLICIES)
 def test_the_lowest_number_is_admitted_first_and_of_equals_the_oldest(policy: str) -> None:
     engine = simulated_engine(max_running_requests=1, schedule_policy=policy)
     for name, priority in zip("abcdef", (0, 2, 0, -1, 2, -5), strict=True):
@@ -133,14 +133,7 @@ def test_a_flood_of_better_ones_displaces_each_row_once() -> None:
 def test_eight_equal_prompts_are_computed_once() -> None:
     """n answers to one prompt: the others compute only what is behind its last whole page."""
     engine = simulated_engine(num_pages=64, page_size=4, max_prefill_length=8192)
-    plans: list[StepPlan] = []
-    launch = engine.executor.launch
-
-    def record(plan: StepPlan) -> None:
-        plans.append(plan)
-        launch(plan)
-
-    engine.executor.launch = record  # type: ignore[method-assign]
+    plans = record_plans(engine)
     for i in range(8):
         engine.add(request(str(i), list(range(41)), max_tokens=3, temperature=0.8, seed=i))
     cached = {event.id: event.cached_tokens for _ in range(4) for event in engine.step() if event.tokens}

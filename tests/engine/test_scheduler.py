@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import msgspec
 import numpy as np
 import pytest
 
-from helpers.simulation import VOCAB, expected_tokens, request, run, simulated_engine, tokens_of
+from helpers.simulation import VOCAB, expected_tokens, record_plans, request, run, simulated_engine, tokens_of
+from minisgl.config import Config
 from minisgl.engine.engine import Engine
-from minisgl.engine.plan import StepPlan, StepResult
-from minisgl.engine.policy import LongestPrefixMatch
+from minisgl.engine.plan import StepResult
+from minisgl.engine.policy import POLICIES, LongestPrefixMatch
 from minisgl.engine.table import Entry, State
 from minisgl.errors import ContextLengthError, EngineDeadError, InvalidRequestError
 from minisgl.types import FinishReason, Grammar, Request, TokenEvent
@@ -24,9 +26,7 @@ def prompts(count: int, low: int, high: int, shared: int = 0, seed: int = 0) -> 
     return [common + rng.integers(0, VOCAB, rng.integers(low, high + 1)).tolist() for _ in range(count)]
 
 
-SETTINGS = list(
-    itertools.product(["radix", "naive"], [1, 4, 16], [7, 64, 8192], [True, False], [1, 8], ["fcfs", "lpm"])
-)
+SETTINGS = list(itertools.product(["radix", "naive"], [1, 4, 16], [7, 64, 8192], [True, False], [1, 8], POLICIES))
 
 
 @pytest.mark.parametrize(("cache", "page_size", "chunk", "overlap", "rows", "policy"), SETTINGS)
@@ -83,41 +83,27 @@ def test_retraction_never_takes_the_oldest() -> None:
     assert ends == ["0", "1", "2", "3"]
 
 
-class PlanLog:
-    """Records the plans an engine launches."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.plans: list[StepPlan] = []
-        launch = engine.executor.launch
-
-        def record(plan: StepPlan) -> None:
-            self.plans.append(plan)
-            launch(plan)
-
-        engine.executor.launch = record  # type: ignore[method-assign]
-
-
 def test_running_requests_decode_in_every_step_in_which_a_long_prompt_is_prefilled() -> None:
     engine = simulated_engine(max_prefill_length=8, num_pages=128, max_seq_len=400)
-    log = PlanLog(engine)
+    plans = record_plans(engine)
     for i in range(3):
         engine.add(request(str(i), [i] * 4, max_tokens=100, ignore_eos=True))
     for _ in range(5):
         engine.step()
     engine.add(request("long", range(50), max_tokens=2, ignore_eos=True))
-    before = len(log.plans)
+    before = len(plans)
     while "long" in engine.scheduler.live:
         engine.step()
-    chunks = [plan for plan in log.plans[before:] if len(plan.prefill_slots)]
+    chunks = [plan for plan in plans[before:] if len(plan.prefill_slots)]
     assert [int(plan.prefill_lens.sum()) for plan in chunks] == [8, 8, 8, 8, 8, 8, 2]
     assert all(len(plan.decode_slots) == 3 for plan in chunks)
 
 
 def test_the_prefill_budget_bounds_every_step() -> None:
     engine = simulated_engine(max_prefill_length=10, num_pages=256)
-    log = PlanLog(engine)
+    plans = record_plans(engine)
     run(engine, [request(str(i), p, max_tokens=3) for i, p in enumerate(prompts(20, 1, 50))])
-    assert max(len(plan.prefill_tokens) for plan in log.plans) == 10
+    assert max(len(plan.prefill_tokens) for plan in plans) == 10
 
 
 def test_admission_does_not_reserve_max_tokens() -> None:
@@ -193,10 +179,10 @@ def test_stop_tokens_end_a_request_and_min_tokens_holds_them_off() -> None:
 
 def test_max_tokens_one_never_decodes() -> None:
     engine = simulated_engine()
-    log = PlanLog(engine)
+    plans = record_plans(engine)
     events = run(engine, [request("a", [1, 2, 3], max_tokens=1, ignore_eos=True)])
     assert len(tokens_of(events["a"])) == 1
-    assert len(log.plans) == 1
+    assert len(plans) == 1
 
 
 def test_a_request_fills_the_last_page_and_ends_by_length() -> None:
@@ -271,6 +257,11 @@ def test_a_failed_step_ends_the_engine_instead_of_hanging_it() -> None:
     assert not engine.has_work
     with pytest.raises(EngineDeadError):
         engine.add(request("y", [1]))
+
+
+def test_every_policy_has_a_name_on_the_command_line() -> None:
+    (field,) = (field for field in dataclasses.fields(Config) if field.name == "schedule_policy")
+    assert field.metadata["choices"] == tuple(POLICIES)
 
 
 def test_longest_prefix_first_prefers_cached_prompts_until_others_have_waited_too_long() -> None:

@@ -34,6 +34,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from helpers.constraints import cycle
 from helpers.simulation import VOCAB, expected_tokens, request, simulated_engine, tokens_of
 from minisgl.engine.engine import Engine
+from minisgl.engine.policy import POLICIES
 from minisgl.engine.table import State
 from minisgl.types import FinishReason, Grammar, Request, TokenEvent
 
@@ -52,7 +53,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         overlap=st.booleans(),
         rows=st.integers(1, 5),
         chunk=st.integers(1, 30),
-        policy=st.sampled_from(["fcfs", "lpm"]),
+        policy=st.sampled_from(list(POLICIES)),
     )
     def start(self, page_size: int, spare: int, cache: str, overlap: bool, rows: int, chunk: int, policy: str) -> None:
         self.engine = simulated_engine(

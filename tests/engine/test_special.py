@@ -15,12 +15,12 @@ import torch
 
 from helpers.constraints import Cycle, cycle
 from helpers.models import tiny_spec
+from helpers.simulation import record_plans
 from helpers.special import Answer, SlowAnswer, slow_answer, special_requests
 from minisgl.config import Config
 from minisgl.engine import tail
 from minisgl.engine.engine import Engine
 from minisgl.engine.local import LocalExecutor
-from minisgl.engine.plan import StepPlan
 from minisgl.engine.table import State
 from minisgl.models.weights import Weights, dummy_weights
 from minisgl.types import FinishReason, Grammar, ModelInfo, Request, SamplingParams
@@ -61,7 +61,7 @@ def answers(engine: Engine, requests: list[Request], retractions: int = 0) -> di
             answer.prompt_logprobs += event.prompt_logprobs
         going = np.isin(engine.table.state, (State.PREFILL, State.DECODE)).any()
         if going and engine.scheduler.retracted < retractions and engine.scheduler.step % 4 == 3:
-            engine.scheduler.retract_youngest()
+            engine.scheduler.retract_last()
     engine.cache.check()
     assert engine.cache.num_owned == 0
     engine.close()
@@ -145,7 +145,7 @@ def test_a_prompt_retracted_between_chunks_is_scored_on_from_where_it_was() -> N
             answer.prompt_logprobs += event.prompt_logprobs
         steps += 1
         if steps in (2, 5):
-            engine.scheduler.retract_youngest()
+            engine.scheduler.retract_last()
     assert engine.stats().retracted == 2
     slow_answer(SPEC, weights(), request, LIMIT).check(answer, request.params)
     engine.close()
@@ -193,14 +193,7 @@ def answers_one(engine: Engine, request: Request, name: str) -> Answer:
 
 def test_ordinary_steps_have_no_tail() -> None:
     engine = make_engine()
-    plans: list[StepPlan] = []
-    launch = engine.executor.launch
-
-    def record(plan: StepPlan) -> None:
-        plans.append(plan)
-        launch(plan)
-
-    engine.executor.launch = record  # type: ignore[method-assign]
+    plans = record_plans(engine)
     ordinary = [Request(id=str(i), prompt=[i + 1] * 5, params=SamplingParams(max_tokens=6)) for i in range(3)]
     answers(engine, ordinary)
     assert all(plan.special is None for plan in plans)

@@ -17,16 +17,6 @@ from minisgl.grammar.vocabulary import Vocabulary, VocabularySource
 from minisgl.types import Grammar
 
 
-@pytest.fixture(scope="module")
-def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
-    return tiny_vocabulary(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def pieces(vocabulary: Vocabulary) -> list[bytes]:
-    return token_bytes(vocabulary)
-
-
 def follow_last(constraint: MatcherConstraint, steps: int) -> None:
     for _ in range(steps):
         constraint.accept(allowed(constraint)[-1])

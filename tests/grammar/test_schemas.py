@@ -10,7 +10,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from helpers.grammars import matches, tiny_vocabulary, token_bytes, walk
+from helpers.grammars import matches, walk
 from helpers.schemas import schema_grammar, validate
 from minisgl.errors import InvalidRequestError
 from minisgl.grammar.matcher import compile_grammar
@@ -19,16 +19,6 @@ from minisgl.types import Grammar
 
 SCHEMAS: dict[str, Any] = json.loads(Path(__file__).with_name("schemas.json").read_text("utf-8"), parse_float=Decimal)
 WALKS = 6
-
-
-@pytest.fixture(scope="module")
-def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
-    return tiny_vocabulary(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def pieces(vocabulary: Vocabulary) -> list[bytes]:
-    return token_bytes(vocabulary)
 
 
 def test_the_table_has_a_hundred_schemas_that_are_valid() -> None:

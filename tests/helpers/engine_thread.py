@@ -11,45 +11,29 @@ from typing import Any
 
 from helpers.serving import Web, web
 from helpers.simulation import simulated_engine
+from minisgl.bench.steps import Relay
 from minisgl.config import Config
 from minisgl.engine import process
 from minisgl.engine.build import Built
 from minisgl.engine.constraint import ConstraintFactory
 from minisgl.engine.engine import Engine
-from minisgl.engine.plan import Executor, Masks, StepPlan, StepResult
+from minisgl.engine.plan import Executor, StepResult
 from minisgl.engine.process import EngineServer, StartLine
 
 
-class FailingExecutor:
-    """Passes everything on, and raises when step `n` is collected."""
+class FailingExecutor(Relay):
+    """Raises when step `n` is collected."""
 
     def __init__(self, executor: Executor, n: int) -> None:
-        self.executor = executor
+        super().__init__(executor)
         self.n = n
-
-    @property
-    def num_pages(self) -> int:
-        """The device's."""
-        return self.executor.num_pages
-
-    def launch(self, plan: StepPlan) -> None:
-        """Launch."""
-        self.executor.launch(plan)
-
-    def finish(self, masks: Masks) -> None:
-        """Give the masks of constrained rows."""
-        self.executor.finish(masks)
 
     def collect(self) -> StepResult:
         """Collect, or fail as a forward pass does."""
-        result = self.executor.collect()
+        result = super().collect()
         if result.step == self.n:
             raise RuntimeError(f"forward pass {self.n} failed, says the test")
         return result
-
-    def close(self) -> None:
-        """Close."""
-        self.executor.close()
 
 
 class EngineThread:

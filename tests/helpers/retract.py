@@ -21,5 +21,5 @@ def events_of(
         yield from engine.step()
         going = np.isin(engine.table.state, (State.PREFILL, State.DECODE)).any()
         if going and engine.scheduler.retracted < retractions and engine.scheduler.step % every == every - 1:
-            engine.scheduler.retract_youngest()
+            engine.scheduler.retract_last()
     engine.cache.check()

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from helpers.processes import BOUND, wait_for
 from helpers.serving import CHAT_TEMPLATE
 from helpers.tiny_tokenizers import write_tokenizer
 
@@ -65,31 +67,58 @@ def server(
         process.communicate()
 
 
-def children(pid: int) -> list[int]:
-    """The processes that a process has started."""
-    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    return [int(child) for child in text.split()]
-
-
-def gone(pid: int, within: float) -> bool:
-    """Whether a process ends in time (s)."""
-    deadline = time.monotonic() + within
-    while time.monotonic() < deadline:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-        if state == "Z":
-            return True
-        time.sleep(0.02)
-    return False
-
-
 def ask_for(url: str, path: str, body: dict[str, Any]) -> tuple[int, Any]:
-    """The status of a short answer, and its choices, those of every event, or its error."""
+    """The status of a short answer, and its choices or its error; of a chat's stream the text and how it ended.
+
+    How many tokens an event has depends on what else the machine does.
+    """
     answer = httpx.post(f"{url}/v1/{path}", json={"max_tokens": 4, **body}, timeout=30)
     if answer.headers["content-type"].startswith("text/event-stream"):
-        events = [json.loads(line[6:]) for line in answer.text.split("\n\n")[:-2]]
-        return answer.status_code, [event["choices"] for event in events]
+        choices = [json.loads(line[6:])["choices"][0] for line in answer.text.split("\n\n")[:-2]]
+        text = "".join(choice["delta"].get("content", "") for choice in choices)
+        return answer.status_code, (text, choices[-1]["finish_reason"])
     value = answer.json()
     return answer.status_code, value.get("choices", value.get("error"))
+
+
+def ask(url: str, max_tokens: int, stream: bool = False) -> tuple[int, str]:
+    """Status of an answer, on a connection of its own, and its finish reason or error code; 0 and "closed" for none.
+
+    A stream says them in its last events.
+    """
+    body = {"prompt": "hello there", "max_tokens": max_tokens, "stream": stream}
+    try:
+        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=30)
+    except httpx.TransportError:
+        return 0, "closed"
+    if not stream or answer.status_code != 200:
+        value = answer.json()
+    else:
+        value = json.loads(answer.text.split("\n\n")[-3].removeprefix("data: "))
+    return answer.status_code, value["error"]["code"] if "error" in value else value["choices"][0]["finish_reason"]
+
+
+def running(url: str) -> int:
+    """Requests that the engine works at."""
+    return int(httpx.get(f"{url}/health").json()["running"])
+
+
+def load(url: str, count: int, max_tokens: int) -> list[Future[tuple[int, str]]]:
+    """Requests on threads of their own, every other one streamed, all in the engine when this returns."""
+    pool = ThreadPoolExecutor(count)
+    futures = [pool.submit(ask, url, max_tokens, stream=bool(i % 2)) for i in range(count)]
+    pool.shutdown(wait=False)
+    wait_for(lambda: running(url) == count)
+    return futures
+
+
+def kill_the_engine_under_load(process: subprocess.Popen[str], url: str, engine: int) -> None:
+    """Everyone who waits is told, and the server ends and says why."""
+    futures = load(url, 8, 450)
+    os.kill(engine, signal.SIGKILL)
+    answers = [future.result(BOUND) for future in futures]
+    assert {code for _, code in answers} == {"engine_unavailable"}
+    assert {status for status, _ in answers[0::2]} == {503}
+    assert process.wait(BOUND) == 1
+    assert process.stderr is not None
+    assert "error: the engine process ended with signal SIGKILL" in process.stderr.read()

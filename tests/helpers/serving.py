@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import socket
 import ssl
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from helpers.stub_engine import StubEngine
 from helpers.tiny_tokenizers import write_tokenizer
 from minisgl.config import Config
 from minisgl.server.admin import Setup
-from minisgl.server.app import create_app
+from minisgl.server.api import Api, ThreadPreparer
+from minisgl.server.app import make_app
 from minisgl.server.child import socket_folder
 from minisgl.server.door import with_door
 from minisgl.server.http import HttpServer
 from minisgl.server.limits import Limits, Queue
+from minisgl.server.preparation import Preparation
 from minisgl.server.service import EngineService
 from minisgl.tokenizer.tokenizer import Tokenizer
 from minisgl.types import Grammar, ModelInfo
@@ -96,9 +99,16 @@ async def web(
     listener.listen()
     port = listener.getsockname()[1]
     listening = asyncio.Event()
-    setup = Setup(config, ["stub = on"], str(folder))
-    app = create_app(service, model, tokenizer, health_timeout=health_timeout, setup=setup, check_grammar=check_grammar)
-    server = HttpServer(with_door(app, service.metrics, config), listening.set, config)
+    setup = Setup(config, ["stub = on"], str(folder), time.monotonic())
+    preparation = Preparation(model, tokenizer, service.max_live, config.served_model_name)
+    api = Api(
+        service=service,
+        preparation=preparation,
+        preparer=ThreadPreparer(preparation),
+        health_timeout=health_timeout,
+        check_grammar=check_grammar,
+    )
+    server = HttpServer(with_door(make_app(api, setup), service.metrics, config), listening.set, config)
     url = f"http://127.0.0.1:{port}" if config.ssl_certfile is None else f"https://127.0.0.1:{port}"
     verify = config.ssl_certfile is None or ssl.create_default_context(cafile=config.ssl_certfile)
     try:

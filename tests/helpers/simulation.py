@@ -101,6 +101,19 @@ def run(engine: Engine, requests: Sequence[Request], max_steps: int = 10_000) ->
     raise RuntimeError(f"still busy after {max_steps} steps: {engine.stats()}")
 
 
+def record_plans(engine: Engine) -> list[StepPlan]:
+    """What the engine launches from here on, in a list that grows."""
+    plans: list[StepPlan] = []
+    launch = engine.executor.launch
+
+    def record(plan: StepPlan) -> None:
+        plans.append(plan)
+        launch(plan)
+
+    engine.executor.launch = record  # type: ignore[method-assign]
+    return plans
+
+
 def tokens_of(events: Sequence[TokenEvent]) -> list[int]:
     """All tokens of one request's events."""
     return [token for event in events for token in event.tokens]

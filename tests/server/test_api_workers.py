@@ -9,8 +9,7 @@ import signal
 import socket
 import ssl
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -18,44 +17,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from helpers.certificates import write_certificate
-from helpers.server_process import ask_for, children, gone, server
-
-BOUND = 10.0
-"""Seconds; five times what is promised, for machines that do other things beside the tests."""
-
-
-def wait_for(condition: Callable[[], bool], within: float = 10.0) -> None:
-    deadline = time.monotonic() + within
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def ask(url: str, max_tokens: int, stream: bool = False) -> tuple[int, str]:
-    """Status of an answer, and its finish reason or error code; a connection of its own."""
-    body = {"prompt": "hello there", "max_tokens": max_tokens, "stream": stream}
-    try:
-        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=30)
-    except httpx.TransportError:
-        return 0, "closed"
-    if not stream or answer.status_code != 200:
-        value = answer.json()
-    else:
-        value = json.loads(answer.text.split("\n\n")[-3].removeprefix("data: "))
-    return answer.status_code, value["error"]["code"] if "error" in value else value["choices"][0]["finish_reason"]
-
-
-def running(url: str) -> int:
-    return int(httpx.get(f"{url}/health").json()["running"])
-
-
-def load(url: str, count: int, max_tokens: int) -> list[Future[tuple[int, str]]]:
-    """Requests on threads of their own, all in the engine when this returns."""
-    pool = ThreadPoolExecutor(count)
-    futures = [pool.submit(ask, url, max_tokens, stream=bool(i % 2)) for i in range(count)]
-    pool.shutdown(wait=False)
-    wait_for(lambda: running(url) == count)
-    return futures
+from helpers.processes import BOUND, children, descendants, wait_for, wait_until_gone
+from helpers.server_process import ask, ask_for, kill_the_engine_under_load, load, running, server
 
 
 def metrics(url: str) -> dict[str, float]:
@@ -70,11 +33,8 @@ def metrics(url: str) -> dict[str, float]:
 
 def api_processes(pid: int) -> list[int]:
     """The API processes of a server, in the order of their rows."""
-    found = {}
-    for child in children(pid):
-        if b"minisgl.server.api_process" in Path(f"/proc/{child}/cmdline").read_bytes():
-            found[child] = child
-    return sorted(found)
+    module = b"minisgl.server.api_process"
+    return [child for child in children(pid) if module in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 def test_answers_are_the_same_with_one_process_and_with_three(tmp_path: Path) -> None:
@@ -170,14 +130,12 @@ def test_sigkill_of_one_process_under_load_ends_its_requests_and_nothing_else(tm
         victim = api_processes(process.pid)[0]
         (helper,) = children(victim)
         os.kill(victim, signal.SIGKILL)
-        killed = time.monotonic()
         wait_for(lambda: running(url) <= 4)
-        assert time.monotonic() - killed < BOUND
         answers = [future.result(20) for future in futures]
         lost = [answer for answer in answers if answer != (200, "length")]
         assert 3 <= len(lost) <= 5
         assert set(lost) == {(0, "closed")}
-        assert gone(helper, BOUND)
+        wait_until_gone([helper])
         wait_for(lambda: metrics(url)["api_processes"] == 2)
         wait_for(lambda: metrics(url)["tokenizer_processes"] == 2)
         assert {ask(url, 3) for _ in range(4)} == {(200, "length")}
@@ -185,12 +143,12 @@ def test_sigkill_of_one_process_under_load_ends_its_requests_and_nothing_else(tm
         assert page["request_success_total.length"] >= ended + 8 - len(lost) + 4
         assert page["num_aborted_requests_total"] == len(lost)
         assert page["num_requests_running"] == page["num_requests_queued"] == page["num_queued_tokens"] == 0
-        every = [*children(process.pid), *(pid for child in children(process.pid) for pid in children(child))]
+        every = descendants(process.pid)
         process.terminate()
         _, log = process.communicate(timeout=10)
         assert process.returncode == 0
         assert "ended with signal SIGKILL; its requests are ended, and another one is started" in log
-        assert all(gone(pid, 1.0) for pid in every)
+        wait_until_gone(every)
 
 
 def test_processes_that_die_again_and_again_end_the_server(tmp_path: Path) -> None:
@@ -205,7 +163,7 @@ def test_processes_that_die_again_and_again_end_the_server(tmp_path: Path) -> No
         assert process.returncode == 1
         assert process.stderr is not None
         assert "the last of too many in 60 s" in process.stderr.read()
-        assert gone(engine, BOUND)
+        wait_until_gone([engine])
         assert list((tmp_path / "tmp").iterdir()) == []
 
 
@@ -227,27 +185,18 @@ def test_sigkill_of_the_engine_fails_everyone_at_once_and_nothing_stays(tmp_path
     with server(tmp_path / "model", tmp_path / "tmp", api_workers=2) as (process, url):
         (engine,) = [pid for pid in children(process.pid) if pid not in api_processes(process.pid)]
         others = api_processes(process.pid)
-        futures = load(url, 8, 450)
-        os.kill(engine, signal.SIGKILL)
-        killed = time.monotonic()
-        answers = [future.result(BOUND) for future in futures]
-        assert time.monotonic() - killed < BOUND
-        assert {code for _, code in answers} == {"engine_unavailable"}
-        assert {status for status, _ in answers[0::2]} == {503}
-        assert process.wait(BOUND) == 1
-        assert process.stderr is not None
-        assert "error: the engine process ended with signal SIGKILL" in process.stderr.read()
-        assert all(gone(pid, 1.0) for pid in others)
+        kill_the_engine_under_load(process, url, engine)
+        wait_until_gone(others)
         assert list((tmp_path / "tmp").iterdir()) == []
 
 
 def test_sigkill_of_the_launcher_leaves_nothing(tmp_path: Path) -> None:
     with server(tmp_path / "model", tmp_path / "tmp", api_workers=2, num_tokenizer=2) as (process, url):
-        every = [*children(process.pid), *(pid for child in children(process.pid) for pid in children(child))]
+        every = descendants(process.pid)
         assert len(every) == 1 + 2 + 2
         futures = load(url, 4, 450)
         process.kill()
-        assert all(gone(pid, BOUND) for pid in every)
+        wait_until_gone(every)
         assert {future.result(BOUND) for future in futures[0::2]} == {(0, "closed")}
 
 
@@ -261,7 +210,7 @@ def test_sigterm_under_load_drains_all_processes(tmp_path: Path) -> None:
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
         assert {future.result(20) for future in futures} == {(200, "length")}
         assert process.wait(10) == 0
-        assert all(gone(pid, 1.0) for pid in every)
+        wait_until_gone(every)
         assert list((tmp_path / "tmp").iterdir()) == []
 
 
@@ -280,7 +229,7 @@ def test_a_drain_has_an_end(tmp_path: Path, how: str) -> None:
         codes = {future.result(10)[1] for future in futures}
         assert codes == {"engine_unavailable", *(("closed",) if how == "a process hangs" else ())}
         assert process.wait(2 * BOUND) == 0
-        assert all(gone(pid, 1.0) for pid in every)
+        wait_until_gone(every)
         assert process.stderr is not None
         assert "Traceback" not in process.stderr.read()
 

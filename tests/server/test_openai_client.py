@@ -9,7 +9,6 @@ import pytest
 from helpers.serving import MODEL, Serving, serve_and
 
 HELLO: list[Any] = [{"role": "user", "content": "hello 世界"}]
-HELLO_TEXT = "user\nhello 世界\n"
 
 
 def test_a_chat_answer_is_a_whole_object(tmp_path: Path) -> None:

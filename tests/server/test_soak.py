@@ -25,7 +25,7 @@ from typing import Any
 import httpx
 import pytest
 
-from helpers.server_process import children
+from helpers.processes import children
 
 CLIENTS = 64
 WARM_SECONDS = 60.0

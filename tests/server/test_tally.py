@@ -6,13 +6,13 @@ import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
 from minisgl.config import Config
-from minisgl.server.api_messages import ApiSetup, Counted, FromApi, framed
+from minisgl.server.api_messages import ApiSetup, Counted, FromApi
 from minisgl.server.exposition import render
+from minisgl.server.framing import HEAD, framed
 from minisgl.server.limits import Limits, Queue
 from minisgl.server.metrics import Metrics
 from minisgl.server.records import Exchange
 from minisgl.server.tally import NOTHING, Tally, total
-from minisgl.server.tokenizer_messages import HEAD
 from minisgl.types import EngineStats
 
 

@@ -11,10 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from helpers.server_process import ask_for, children, gone, server
-
-BOUND = 4.0
-"""Seconds; twice what is promised, for machines that do other things beside the tests."""
+from helpers.processes import BOUND, children, wait_for, wait_until_gone
+from helpers.server_process import ask_for, running, server
 
 
 def ask(url: str, path: str = "completions", **body: object) -> tuple[int, str]:
@@ -44,16 +42,15 @@ def test_sigkill_of_a_tokenizer_fails_what_it_held_and_nothing_else(tmp_path: Pa
     with server(tmp_path / "model", tmp_path / "tmp", num_tokenizer=2) as (process, url):
         engine, *tokenizers = children(process.pid)
         with ThreadPoolExecutor(24) as pool:
-            running = [pool.submit(ask, url, prompt="hello there", max_tokens=200) for _ in range(4)]
-            while httpx.get(f"{url}/health").json()["running"] < 4:
-                time.sleep(0.02)
+            asked = [pool.submit(ask, url, prompt="hello there", max_tokens=200) for _ in range(4)]
+            wait_for(lambda: running(url) == 4)
             for pid in tokenizers:
                 os.kill(pid, signal.SIGSTOP)
             held = [pool.submit(ask, url, prompt="hello there") for _ in range(16)]
             time.sleep(0.7)
             os.kill(tokenizers[0], signal.SIGKILL)
-            while not (failed := [future for future in held if future.done()]):
-                time.sleep(0.02)
+            wait_for(lambda: any(future.done() for future in held))
+            failed = [future for future in held if future.done()]
             assert {future.result() for future in failed} == {(503, "tokenizer_unavailable")}
             assert len(failed) <= 4
             os.kill(tokenizers[1], signal.SIGCONT)
@@ -61,20 +58,18 @@ def test_sigkill_of_a_tokenizer_fails_what_it_held_and_nothing_else(tmp_path: Pa
             assert codes == [(200, "length")] * (16 - len(failed)) + [(503, "tokenizer_unavailable")] * len(failed)
             assert ask(url, prompt="hello there") == (200, "length")
             assert httpx.get(f"{url}/health").status_code == 200
-            assert {future.result(20) for future in running} == {(200, "length")}
+            assert {future.result(20) for future in asked} == {(200, "length")}
             page = httpx.get(f"{url}/metrics").text
             assert f'request_rejected_total{{model_name="stub",reason="tokenizer_unavailable"}} {len(failed)}.0' in page
             assert 'num_requests_preparing{model_name="stub"} 0.0' in page
-        while len(children(process.pid)) < 3:
-            time.sleep(0.02)
+        wait_for(lambda: len(children(process.pid)) == 3)
         assert tokenizers[0] not in children(process.pid)
-        while 'tokenizer_processes{model_name="stub"} 2.0' not in httpx.get(f"{url}/metrics").text:
-            time.sleep(0.02)
-        assert httpx.get(f"{url}/health").json()["running"] == 0
+        wait_for(lambda: 'tokenizer_processes{model_name="stub"} 2.0' in httpx.get(f"{url}/metrics").text)
+        assert running(url) == 0
         every = children(process.pid)
         process.terminate()
         assert process.wait(10) == 0
-        assert all(gone(pid, 1.0) for pid in (engine, *every))
+        wait_until_gone([engine, *every])
         assert process.stderr is not None
         assert "a tokenizer process ended with signal SIGKILL; another one is started" in process.stderr.read()
 
@@ -90,7 +85,7 @@ def test_sigkill_of_the_server_leaves_no_tokenizer(tmp_path: Path, busy: bool) -
                 asked = [pool.submit(ask, url, "chat/completions", messages=messages) for _ in range(4)]
                 time.sleep(1.0)
             process.kill()
-            assert all(gone(pid, BOUND) for pid in every)
+            wait_until_gone(every)
             for future in asked if busy else ():
                 assert future.exception(BOUND) is not None or future.result()[0] == 400
 
@@ -100,5 +95,5 @@ def test_when_the_engine_dies_the_tokenizers_go_too(tmp_path: Path) -> None:
         engine, tokenizer = children(process.pid)
         os.kill(engine, signal.SIGKILL)
         assert process.wait(BOUND) == 1
-        assert gone(tokenizer, 1.0)
+        wait_until_gone([tokenizer])
         assert list((tmp_path / "tmp").iterdir()) == []

@@ -17,9 +17,9 @@ from typing import Final, Protocol
 
 import torch
 
-from minisgl.bench.steps import Step, full_decodes
+from minisgl.bench.steps import Relay, Step, full_decodes
 from minisgl.bench.trace import Activity, StepTime, by_step, read_trace, step_times
-from minisgl.engine.plan import Executor, Masks, StepPlan, StepResult
+from minisgl.engine.plan import Executor, StepPlan
 
 STRETCHES: Final = {True: 12, False: 6}
 """Into how many stretches the steps are cut that only decode, and those that do not."""
@@ -83,21 +83,16 @@ class Traced:
     timeline: list[Activity]
 
 
-class Tracer:
-    """An executor that passes everything on and traces the steps with the indices it is given."""
+class Tracer(Relay):
+    """Traces the steps with the indices it is given."""
 
     def __init__(self, executor: Executor, chosen: Mapping[int, float], profiler: Profiler) -> None:
-        self.executor = executor
+        super().__init__(executor)
         self.chosen = chosen
         self.profiler = profiler
         self.steps: list[Step] = []
         self.traced: list[Traced] = []
         self._indices: list[int] = []
-
-    @property
-    def num_pages(self) -> int:
-        """Those of the executor."""
-        return self.executor.num_pages
 
     def launch(self, plan: StepPlan) -> None:
         """Start the step, inside a trace if it is one of the chosen."""
@@ -105,7 +100,7 @@ class Tracer:
         self.steps.append(Step.of(plan))
         if index in self.chosen and not self._indices:
             self.profiler.start()
-        self.executor.launch(plan)
+        super().launch(plan)
         if index in self.chosen:
             self._indices.append(index)
             if index + 1 not in self.chosen:
@@ -116,18 +111,6 @@ class Tracer:
         if self._indices:
             self.traced.append(Traced(self._indices, self.profiler.stop()))
             self._indices = []
-
-    def finish(self, masks: Masks) -> None:
-        """Finish the step launched last."""
-        self.executor.finish(masks)
-
-    def collect(self) -> StepResult:
-        """The oldest step's tokens."""
-        return self.executor.collect()
-
-    def close(self) -> None:
-        """Close the executor."""
-        self.executor.close()
 
 
 @dataclass(frozen=True)

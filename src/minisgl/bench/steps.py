@@ -30,17 +30,11 @@ class Step:
         return self.prefill_tokens == 0
 
 
-class Recorder:
-    """An executor that passes everything on and keeps the steps, with what `collect` waited and when it returned.
-
-    Seconds, on the clock of `time.perf_counter`.
-    """
+class Relay:
+    """An executor that passes everything on to another one."""
 
     def __init__(self, executor: Executor) -> None:
         self.executor = executor
-        self.steps: list[Step] = []
-        self.waits: list[float] = []
-        self.collected: list[float] = []
 
     @property
     def num_pages(self) -> int:
@@ -48,8 +42,7 @@ class Recorder:
         return self.executor.num_pages
 
     def launch(self, plan: StepPlan) -> None:
-        """Note the step and start it."""
-        self.steps.append(Step.of(plan))
+        """Start the step."""
         self.executor.launch(plan)
 
     def finish(self, masks: Masks) -> None:
@@ -57,16 +50,35 @@ class Recorder:
         self.executor.finish(masks)
 
     def collect(self) -> StepResult:
-        """The oldest step's tokens; note how long the host waited for them."""
-        started = time.perf_counter()
-        result = self.executor.collect()
-        self.collected.append(time.perf_counter())
-        self.waits.append(self.collected[-1] - started)
-        return result
+        """The oldest step's tokens."""
+        return self.executor.collect()
 
     def close(self) -> None:
         """Close the executor."""
         self.executor.close()
+
+
+class Recorder(Relay):
+    """Keeps the steps, with what `collect` waited and when it returned, in s on the clock of `time.perf_counter`."""
+
+    def __init__(self, executor: Executor) -> None:
+        super().__init__(executor)
+        self.steps: list[Step] = []
+        self.waits: list[float] = []
+        self.collected: list[float] = []
+
+    def launch(self, plan: StepPlan) -> None:
+        """Note the step and start it."""
+        self.steps.append(Step.of(plan))
+        super().launch(plan)
+
+    def collect(self) -> StepResult:
+        """The oldest step's tokens; note how long the host waited for them."""
+        started = time.perf_counter()
+        result = super().collect()
+        self.collected.append(time.perf_counter())
+        self.waits.append(self.collected[-1] - started)
+        return result
 
     def token_gaps(self) -> list[float]:
         """Seconds between two collected steps, for each step that decoded: how long running requests waited."""

@@ -10,7 +10,7 @@ from minisgl.cache.manager import CacheManager
 from minisgl.config import Config
 from minisgl.engine.constraint import Constraint, ConstraintFactory, make_constraint
 from minisgl.engine.plan import Executor, StepPlan
-from minisgl.engine.policy import make_policy
+from minisgl.engine.policy import POLICIES
 from minisgl.engine.scheduler import Scheduler
 from minisgl.engine.table import Entry, RequestTable
 from minisgl.errors import EngineDeadError, InvalidRequestError
@@ -41,7 +41,7 @@ class Engine:
         self.overlap = config.overlap
         self.cache = CacheManager(executor.num_pages, config.page_size, config.cache, rows, max_pages)
         self.table = RequestTable(rows, model.max_seq_len)
-        policy = make_policy(config.schedule_policy)
+        policy = POLICIES[config.schedule_policy]()
         self.scheduler = Scheduler(self.table, self.cache, policy, config.max_prefill_length)
         self._launched: deque[StepPlan] = deque()
         self._events: list[TokenEvent] = []

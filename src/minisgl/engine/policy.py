@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
+from types import MappingProxyType
 from typing import Protocol
 
 from minisgl.engine.table import Entry
@@ -50,6 +51,7 @@ class LongestPrefixMatch:
         return sorted(islice(waiting, self.window), key=key)
 
 
-def make_policy(name: str) -> Policy:
-    """The policy that `--schedule-policy` names."""
-    return LongestPrefixMatch() if name == "lpm" else FirstComeFirstServed()
+POLICIES: Mapping[str, Callable[[], Policy]] = MappingProxyType(
+    {"fcfs": FirstComeFirstServed, "lpm": LongestPrefixMatch}
+)
+"""What `--schedule-policy` names."""

@@ -88,7 +88,7 @@ class Scheduler:
             stuck = self.table.rows_in(State.PREFILL, State.DECODE)
             if len(stuck) == 0 or self.table.in_flight.any() or not self._starved(stuck):
                 return None
-            self.retract_youngest()
+            self.retract_last()
 
     def _make_way(self) -> None:
         """Where the first waiting request finds no row or no pages, retract running ones of worse priority for it."""
@@ -115,7 +115,7 @@ class Scheduler:
             victims += 1
         if rows > 0 and short <= 0:
             for _ in range(victims):
-                self.retract_youngest()
+                self.retract_last()
 
     def _starved(self, slots: Slots) -> bool:
         """Whether some of these rows still have work to launch."""
@@ -147,7 +147,7 @@ class Scheduler:
         slots = table.ranked(slots)
         need = cache.pages_needed(slots, table.computed[slots] + 1)
         while len(slots) and int(need.sum()) > cache.available + self._pages_leaving():
-            victim = self.retract_youngest()
+            victim = self.retract_last()
             keep = slots != victim
             slots, need = slots[keep], need[keep]
         return slots[np.cumsum(need) <= cache.available]
@@ -344,7 +344,7 @@ class Scheduler:
         del self.live[self.table.entry(slot).request.id]
         self.table.state[slot] = State.ENDED
 
-    def retract_youngest(self) -> int:
+    def retract_last(self) -> int:
         """Send the running request that is last in rank back to the queue, now or when its step is collected.
 
         Returns its slot: the youngest of the worst priority. There must be a running request.

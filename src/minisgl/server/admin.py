@@ -43,10 +43,10 @@ BODY_LIMIT = 4096
 class Setup:
     """What the server was started with, and what the engine made of it: a line for each value."""
 
-    config: Config = dataclasses.field(default_factory=Config)
-    notes: Sequence[str] = ()
-    folder: str = ""
-    started: float = dataclasses.field(default_factory=time.monotonic)
+    config: Config
+    notes: Sequence[str]
+    folder: str
+    started: float  # s, on the monotonic clock
 
     def shown(self) -> dict[str, Any]:
         """The configuration without secrets: of the keys only how many there are."""

@@ -1,19 +1,11 @@
-"""What the launcher and an API process among several say to each other: a length and MessagePack, over pipes."""
+"""What the launcher and an API process among several say to each other, over pipes (`framing.py`)."""
 
 from __future__ import annotations
-
-import asyncio
-import contextlib
-from collections.abc import AsyncIterator
-from typing import TypeVar
 
 import msgspec
 
 from minisgl.config import Config
 from minisgl.server.tally import Tally
-from minisgl.server.tokenizer_messages import HEAD
-
-T = TypeVar("T")
 
 
 class ApiSetup(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,17 +114,3 @@ class AbortElsewhere(msgspec.Struct, frozen=True, tag="abort_elsewhere"):
 
 ToApi = Stop | EngineGone | Count | AbortHere | Others | AbortedElsewhere
 FromApi = Serving | Unable | Counted | AbortedHere | AskOthers | AbortElsewhere
-
-
-def framed(message: ToApi | FromApi) -> bytes:
-    """A message with its length before it."""
-    payload = msgspec.msgpack.encode(message)
-    return HEAD.pack(len(payload)) + payload
-
-
-async def unframed(stream: asyncio.StreamReader, decoder: msgspec.msgpack.Decoder[T]) -> AsyncIterator[T]:
-    """The messages that come, until nobody is left to send one."""
-    with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-        while True:
-            (size,) = HEAD.unpack(await stream.readexactly(HEAD.size))
-            yield decoder.decode(await stream.readexactly(size))

@@ -33,11 +33,10 @@ from minisgl.server.api_messages import (
     Stop,
     ToApi,
     Unable,
-    framed,
-    unframed,
 )
 from minisgl.server.board import Board
 from minisgl.server.errors import ApiProcessError
+from minisgl.server.framing import framed, unframed
 from minisgl.server.front import Front, open_front
 from minisgl.server.handoff import HandedServer
 from minisgl.server.http import serve_http

@@ -20,9 +20,8 @@ from minisgl.server.api_messages import (
     Counted,
     FromApi,
     ToApi,
-    framed,
-    unframed,
 )
+from minisgl.server.framing import framed, unframed
 from minisgl.server.handoff import channel, hand_over
 from minisgl.server.tally import NOTHING, Tally
 

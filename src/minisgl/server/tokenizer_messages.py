@@ -1,8 +1,7 @@
-"""What the API process and a tokenizer process say to each other: a length and MessagePack, over pipes."""
+"""What the API process and a tokenizer process say to each other, over pipes (`framing.py`)."""
 
 from __future__ import annotations
 
-import struct
 from pathlib import Path
 
 import msgspec
@@ -14,8 +13,6 @@ from minisgl.tokenizer.standin import make_standin
 from minisgl.tokenizer.tokenizer import Tokenizer
 from minisgl.types import ModelInfo
 
-HEAD = struct.Struct("<I")
-"""The length of what follows, in bytes."""
 JOBS_EACH = 4
 """Jobs that a process works at together, in threads, so that a short one does not wait for a long one."""
 
@@ -92,9 +89,3 @@ class TokenizerFailed(msgspec.Struct, frozen=True, tag="failed"):
 
 
 FromTokenizer = Done | TokenizerReady | TokenizerFailed
-
-
-def framed(message: FromTokenizer | Job) -> bytes:
-    """A message with its length before it."""
-    payload = msgspec.msgpack.encode(message)
-    return HEAD.pack(len(payload)) + payload

@@ -16,9 +16,9 @@ from typing import IO
 import msgspec
 
 from minisgl.errors import MinisglError, ModelError
+from minisgl.server.framing import HEAD, framed
 from minisgl.server.preparation import Preparation
 from minisgl.server.tokenizer_messages import (
-    HEAD,
     JOBS_EACH,
     Broken,
     Done,
@@ -28,7 +28,6 @@ from minisgl.server.tokenizer_messages import (
     TokenizerFailed,
     TokenizerReady,
     TokenizerSetup,
-    framed,
 )
 
 logger = logging.getLogger(__name__)

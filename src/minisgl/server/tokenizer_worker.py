@@ -11,8 +11,9 @@ from collections.abc import AsyncIterator, Sequence
 
 import msgspec
 
+from minisgl.server.framing import framed, unframed
 from minisgl.server.prepared import Converted, Kind, Prepared
-from minisgl.server.tokenizer_messages import HEAD, FromTokenizer, Job, TokenizerSetup, framed
+from minisgl.server.tokenizer_messages import FromTokenizer, Job, TokenizerSetup
 
 TOKENIZER_COMMAND = (sys.executable, "-m", "minisgl.server.tokenizer_process")
 STOP_SECONDS = 1.0
@@ -68,10 +69,8 @@ class TokenizerWorker:
     async def messages(self) -> AsyncIterator[FromTokenizer]:
         """What the process says, until its end."""
         assert self._process.stdout is not None
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-            while True:
-                (size,) = HEAD.unpack(await self._process.stdout.readexactly(HEAD.size))
-                yield self._decoder.decode(await self._process.stdout.readexactly(size))
+        async for message in unframed(self._process.stdout, self._decoder):
+            yield message
 
     async def stop(self) -> int:
         """End the process: its stdin is closed, and then it is made to; its exit status."""
