@@ -63,30 +63,29 @@ class Shell:
         """Stream an answer; whatever was said of it before Ctrl-C stays in the conversation."""
         self.messages.append({"role": "user", "content": line})
         try:
-            prompt = self.llm.text.encode_chat(self.messages)
-            answer = self.stream(prompt)
+            with interrupt_flag() as interrupted:
+                answer = self.stream(self.llm.text.encode_chat(self.messages), interrupted)
         except InvalidRequestError as error:
             self.messages.pop()
             self.console.print(f"{error.message} (/reset starts anew)", style="red", markup=False)
             return
         self.messages.append({"role": "assistant", "content": answer})
 
-    def stream(self, prompt: list[int]) -> str:
-        """Print an answer as it comes, and its speed; returns what was printed."""
+    def stream(self, prompt: list[int], interrupted: Callable[[], bool]) -> str:
+        """Print an answer as it comes, until it was `interrupted`, and its speed; returns what was printed."""
         parts: list[str] = []
         tokens, started, first = 0, time.perf_counter(), None
-        with interrupt_flag() as interrupted:
-            deltas = self.llm.stream(prompt, PARAMS)
-            for delta in deltas:
-                first = first or time.perf_counter()
-                tokens += len(delta.token_ids)
-                parts.append(delta.text)
-                self.console.out(delta.text, end="", highlight=False)
-                self.console.file.flush()
-                if interrupted():
-                    deltas.close()
-                    break
-            stopped = " (stopped)" if interrupted() else ""
+        deltas = self.llm.stream(prompt, PARAMS)
+        for delta in deltas:
+            first = first or time.perf_counter()
+            tokens += len(delta.token_ids)
+            parts.append(delta.text)
+            self.console.out(delta.text, end="", highlight=False)
+            self.console.file.flush()
+            if interrupted():
+                deltas.close()
+                break
+        stopped = " (stopped)" if interrupted() else ""
         self.console.print("\n" + speed(tokens, started, first) + stopped, style="dim", highlight=False)
         return "".join(parts)
 
