@@ -107,6 +107,19 @@ def test_the_tokenizer_is_described_for_clients_that_render_themselves(tmp_path:
     serve_and(tmp_path, check)
 
 
+def test_generate_takes_what_sglangs_clients_send_at_its_defaults(tmp_path: Path) -> None:
+    async def check(server: Serving) -> None:
+        body = {
+            "text": "x", "sampling_params": {"max_new_tokens": 1, "temperature": 0}, "stream": False,
+            "return_logprob": False, "logprob_start_len": -1, "top_logprobs_num": 0, "token_ids_logprob": None,
+            "lora_path": None, "image_data": None, "return_hidden_states": False, "return_routed_experts": False,
+        }  # fmt: skip
+        answer = await server.http.post("/generate", json=body)
+        assert (answer.status_code, "output_token_logprobs" in answer.json()["meta_info"]) == (200, False)
+
+    serve_and(tmp_path, check)
+
+
 def test_bos_is_added_to_a_text_unless_told_otherwise(tmp_path: Path) -> None:
     async def check(server: Serving) -> None:
         with_bos = (await server.http.post("/tokenize", json={"prompt": "hi"})).json()["tokens"]

@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Field
 
 from minisgl.errors import InvalidRequestError
 from minisgl.server.body import Body, Neutral
+from minisgl.server.elsewhere import GenerateElsewhere
 from minisgl.server.messages import refuse_other_messages
 from minisgl.server.protocol import Conversation, Logprobs, Texts, TokenIds, check_prompts
 from minisgl.server.sampling import (
@@ -70,7 +71,7 @@ def native_names(error: InvalidRequestError) -> InvalidRequestError:
     return error
 
 
-class GenerateRequest(Body):
+class GenerateRequest(GenerateElsewhere):
     """The body of /generate. `logprob_start_len` -1 gives no prompt log-probabilities, else those from there on."""
 
     model_config = ConfigDict(
@@ -108,8 +109,9 @@ class GenerateRequest(Body):
 
     def check(self) -> None:
         """Raise InvalidRequestError for fields that do not go together."""
-        for name in ("logprob_start_len", "top_logprobs_num", "return_text_in_logprobs"):
-            if getattr(self, name) not in (None, False) and not self.return_logprob:
+        nothing = {"logprob_start_len": -1, "top_logprobs_num": 0, "return_text_in_logprobs": False}
+        for name, value in nothing.items():
+            if getattr(self, name) not in (None, value) and not self.return_logprob:
                 raise InvalidRequestError(f"{name} is only allowed with return_logprob", param=name)
 
     @property

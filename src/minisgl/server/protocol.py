@@ -10,6 +10,7 @@ from pydantic import Field
 
 from minisgl.errors import InvalidRequestError
 from minisgl.server.body import Body, Neutral, is_list_of
+from minisgl.server.elsewhere import ChatElsewhere, CompletionElsewhere
 from minisgl.server.messages import MAX_TOOLS, Message, NamedTool, Tool, refuse_other_messages
 from minisgl.server.sampling import MAX_CHOICES, MaxTokens, Sampling
 from minisgl.types import MAX_LOGPROBS, Grammar, SamplingParams
@@ -65,7 +66,7 @@ class Conversation(Body):
         return variables
 
 
-class ChatRequest(Conversation, Sampling):
+class ChatRequest(Conversation, Sampling, ChatElsewhere):
     """The body of /v1/chat/completions."""
 
     max_completion_tokens: MaxTokens | None = None
@@ -87,7 +88,7 @@ class ChatRequest(Conversation, Sampling):
         """Raise InvalidRequestError for fields that do not go together."""
         self.check_stream_options()
         self.check_continuation()
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise InvalidRequestError("top_logprobs is only allowed with logprobs", param="top_logprobs")
         if not self.tools and self.tool_choice not in (None, "auto", "none"):
             raise InvalidRequestError("tool_choice needs tools", param="tool_choice")
@@ -138,7 +139,7 @@ class ChatRequest(Conversation, Sampling):
             raise
 
 
-class CompletionRequest(Sampling):
+class CompletionRequest(Sampling, CompletionElsewhere):
     """The body of /v1/completions. `prompt` is checked by `prompts`."""
 
     prompt: Texts | TokenIds
