@@ -105,7 +105,8 @@ def test_an_engine_that_cannot_start_ends_by_itself(tmp_path: Path) -> None:
     start = msgspec.json.encode({"config": Config(model=str(tmp_path / "none")), **sockets}) + b"\n"
     # Its stdin stays open, as the parent leaves it until it has read what was wrong.
     with subprocess.Popen(ENGINE_COMMAND, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as engine:
-        assert engine.stdin is not None and engine.stderr is not None
+        assert engine.stdin is not None
+        assert engine.stderr is not None
         engine.stdin.write(start)
         engine.stdin.flush()
         try:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field
 
 from minisgl.errors import InvalidRequestError
-from minisgl.server.body import Body, Neutral
+from minisgl.server.body import Body, Neutral, Whole
 from minisgl.server.elsewhere import GenerateElsewhere
 from minisgl.server.messages import refuse_other_messages
 from minisgl.server.protocol import Conversation, Logprobs, Texts, TokenIds, check_prompts
@@ -26,7 +26,7 @@ GENERATE_MAX_TOKENS = 128
 class NativeSampling(Drawing):
     """`sampling_params` of /generate."""
 
-    max_new_tokens: Annotated[int, Field(json_schema_extra={"minimum": 1})] | None = None
+    max_new_tokens: Annotated[int, Field(json_schema_extra={"minimum": 1}), Whole] | None = None
     min_new_tokens: MaxTokens | None = None
     sampling_seed: Seed | None = None
     json_schema: str | None = None
@@ -88,7 +88,7 @@ class GenerateRequest(GenerateElsewhere):
     sampling_params: NativeSampling | None = None
     stream: bool | None = None
     return_logprob: bool | None = None
-    logprob_start_len: Annotated[int, Field(ge=-1)] | None = None
+    logprob_start_len: Annotated[int, Field(ge=-1), Whole] | None = None
     top_logprobs_num: Logprobs | None = None
     return_text_in_logprobs: bool | None = None
     priority: Priority | None = None

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from minisgl.errors import InvalidRequestError
-from minisgl.server.body import Body, Neutral, is_list_of
+from minisgl.server.body import Body, Neutral, Whole, is_list_of
 from minisgl.server.elsewhere import ChatElsewhere, CompletionElsewhere
 from minisgl.server.messages import MAX_TOOLS, Message, NamedTool, Tool, refuse_other_messages
 from minisgl.server.sampling import MAX_CHOICES, MaxTokens, Sampling
@@ -20,7 +20,7 @@ COMPLETION_MAX_TOKENS = 16
 MAX_MESSAGES = 16384
 """Messages of a conversation; a template takes a time for each."""
 
-Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS), Whole]
 
 
 NonEmptyText = Annotated[str, Field(min_length=1)]
@@ -145,7 +145,7 @@ class CompletionRequest(Sampling, CompletionElsewhere):
     prompt: Texts | TokenIds
     logprobs: Logprobs | None = None
     echo: bool | None = None
-    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES), Whole] | None = None
     suffix: Annotated[Any, Neutral("")] = None
 
     @classmethod
