@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from helpers.tiny_tokenizers import write_tokenizer
 from minisgl.errors import InvalidRequestError, UnsupportedParameterError
+from minisgl.server.generation import Choice
 from minisgl.server.structured import grammar_from_request
-from minisgl.types import Grammar
+from minisgl.tokenizer.tokenizer import Tokenizer
+from minisgl.types import FinishReason, Grammar, Request, SamplingParams, TokenEvent
 
 SCHEMA = {"type": "object", "properties": {"größe": {"type": "integer"}}}
 SCHEMA_GRAMMAR = Grammar(kind="json_schema", source=json.dumps(SCHEMA, ensure_ascii=False))
@@ -105,3 +109,14 @@ def test_what_is_not_supported_is_refused_by_name(fields: dict[str, Any], param:
     with pytest.raises(UnsupportedParameterError) as caught:
         grammar_from_request(fields)
     assert caught.value.param == param
+
+
+def test_a_form_that_is_complete_before_min_tokens_loses_no_text(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    ids = tokenizer.encode("yes")
+    choice = Choice(0, Request(id="x", prompt=[5], params=SamplingParams(min_tokens=9)), tokenizer)
+    # Nothing more is allowed: the engine ends the request in the step of its last token, without a stop token.
+    events = [TokenEvent(id="x", tokens=(token,)) for token in ids]
+    piece = choice.take([*events, TokenEvent(id="x", finish=FinishReason.STOP)])
+    assert (piece.text, piece.finish, choice.token_ids) == ("yes", FinishReason.STOP, ids)
