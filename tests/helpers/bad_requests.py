@@ -129,6 +129,7 @@ NATIVE: dict[str, tuple[Any, ...]] = {
     "stop_token_ids": ([10**6], ["x"]),
     "n": (0, 129, "2"),
     "regex": (5,),
+    "logit_bias": ([5], {"999999": 1}),
 }
 
 

@@ -40,6 +40,10 @@ GOOD: tuple[tuple[dict[str, Any], Grammar | None], ...] = (
     ({"structured_outputs": {"regex": "a", "json": None}}, Grammar(kind="regex", source="a")),
     ({"structured_outputs": {"choice": ["a"]}}, Grammar(kind="choice", source='["a"]')),
     ({"structured_outputs": {"grammar": "root ::= x"}}, Grammar(kind="lark", source="root ::= x")),
+    (
+        {"structured_outputs": {"regex": "a", "disable_fallback": False, "disable_any_whitespace": False}},
+        Grammar(kind="regex", source="a"),
+    ),
     ({"structured_outputs": {"json_object": True}}, Grammar(kind="json_object")),
     ({"response_format": {"type": "text"}, "guided_regex": "a"}, Grammar(kind="regex", source="a")),
 )
@@ -102,6 +106,10 @@ def test_a_malformed_field_is_named(fields: dict[str, Any], param: str) -> None:
     ("fields", "param"),
     [
         ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag"),
+        (
+            {"structured_outputs": {"json": {}, "disable_any_whitespace": True}},
+            "structured_outputs.disable_any_whitespace",
+        ),
         ({"guided_decoding_backend": "xgrammar"}, "guided_decoding_backend"),
     ],
 )

@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Annotated, Any, Self, TypeVar
 
 import pydantic_core
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationError,
+)
 from pydantic_core import PydanticCustomError, core_schema
 
 from minisgl.errors import InvalidRequestError, UnsupportedParameterError
@@ -24,7 +32,7 @@ T = TypeVar("T")
 
 
 def whole(value: object) -> object:
-    """A number as an integer where it is one: to JSON Schema 3.0 is, and some languages' encoders write nothing else."""
+    """A number as an integer where it is one: to JSON Schema 3.0 is, and some encoders write no other."""
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) <= EXACT else value
 
 

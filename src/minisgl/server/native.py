@@ -35,6 +35,8 @@ class NativeSampling(Drawing):
     structural_tag: Annotated[Any, Neutral()] = None
     spaces_between_special_tokens: Annotated[Any, Neutral(True)] = None
     no_stop_trim: Annotated[Any, Neutral(False)] = None
+    stop_regex: Annotated[Any, Neutral()] = None
+    stream_interval: Annotated[Any, Neutral()] = None
     custom_params: Annotated[Any, Neutral()] = None
 
     @property
@@ -153,16 +155,28 @@ class TokenizeText(Body):
 
     prompt: str
     model: str | None = None
-    add_special_tokens: bool = True
-    return_token_strs: bool = False
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+    @property
+    def with_special_tokens(self) -> bool:
+        """Whether BOS and such are added; they are unless told otherwise."""
+        return self.add_special_tokens is not False
 
 
 class TokenizeConversation(Conversation):
     """A conversation to be tokenised by /tokenize; its template writes the special tokens itself."""
 
     model: str | None = None
-    add_special_tokens: bool = False
-    return_token_strs: bool = False
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+    chat_template: Annotated[Any, Neutral()] = None
+    mm_processor_kwargs: Annotated[Any, Neutral()] = None
+
+    @property
+    def with_special_tokens(self) -> bool:
+        """Whether BOS and such are added; they are where told so."""
+        return bool(self.add_special_tokens)
 
     @classmethod
     def prepare(cls, value: dict[str, Any]) -> None:
@@ -175,4 +189,4 @@ class DetokenizeRequest(Body):
 
     tokens: Annotated[list[int], Field(fail_fast=True)]
     model: str | None = None
-    skip_special_tokens: bool = False
+    skip_special_tokens: bool | None = None

@@ -64,6 +64,7 @@ class Drawing(Body):
     min_p: MinP | None = None
     stop: NonEmpty | Annotated[list[NonEmpty], Field(max_length=MAX_STOP_STRINGS)] | None = None
     stop_token_ids: Annotated[list[int], Field(fail_fast=True)] | None = None
+    logit_bias: LogitBias | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     presence_penalty: Penalty | None = None
@@ -79,6 +80,7 @@ class Drawing(Body):
             "min_p": self.min_p or 0.0,
             "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             "stop_token_ids": tuple(self.stop_token_ids or ()),
+            "logit_bias": {int(token): bias for token, bias in (self.logit_bias or {}).items()},
             "ignore_eos": bool(self.ignore_eos),
             "skip_special_tokens": self.skip_special_tokens is not False,
             "presence_penalty": self.presence_penalty or 0.0,
@@ -96,7 +98,6 @@ class Sampling(Drawing):
     max_tokens: MaxTokens | None = None
     seed: Seed | None = None
     min_tokens: MaxTokens | None = None
-    logit_bias: LogitBias | None = None
     return_tokens_as_token_ids: bool | None = None
     priority: Priority | None = None
     response_format: dict[str, Any] | None = None
@@ -148,7 +149,6 @@ class Sampling(Drawing):
             seed=self.seed,
             max_tokens=max_tokens,
             min_tokens=self.min_tokens or 0,
-            logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             grammar=grammar,
