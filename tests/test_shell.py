@@ -14,11 +14,12 @@ from typing import Any, cast
 
 import pexpect
 import pytest
+from prompt_toolkit.history import FileHistory, InMemoryHistory
 from rich.console import Console
 
 from minisgl.config import cache_folder
 from minisgl.llm import LLM
-from minisgl.shell import Shell
+from minisgl.shell import Shell, open_history
 from minisgl.types import SamplingParams
 
 PROMPT = ">(\x08| )"  # the terminal may be told to step over the space
@@ -117,6 +118,13 @@ def test_ctrl_c_at_any_moment_of_an_answer_keeps_the_session() -> None:
     Shell(cast(LLM, llm), lambda: next(lines), console).run()
     said = [(message["role"], message["content"]) for message in llm.conversations[1]]
     assert said == [("user", "Is it?"), ("assistant", "Yes"), ("user", "Really?")]
+
+
+def test_the_history_is_kept_where_it_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINISGL_CACHE", str(tmp_path / "new"))
+    assert isinstance(open_history(), FileHistory)
+    monkeypatch.setenv("MINISGL_CACHE", "/dev/null/none")
+    assert isinstance(open_history(), InMemoryHistory)
 
 
 def test_without_a_terminal_lines_come_from_standard_input() -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from prompt_toolkit import PromptSession
-from prompt_toolkit.history import FileHistory
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from rich.console import Console
 
 from minisgl.config import Config, cache_folder
@@ -114,6 +114,17 @@ def interrupt_flag() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
+def open_history() -> History:
+    """What was asked in earlier sessions; where it cannot be kept, in a read-only home, only what is asked in this."""
+    file = os.path.join(cache_folder(), "shell_history")
+    try:
+        os.makedirs(cache_folder(), mode=0o700, exist_ok=True)
+        with open(file, "ab"):
+            return FileHistory(file)
+    except OSError:
+        return InMemoryHistory()
+
+
 def run_shell(config: Config) -> None:
     """Load the model and chat. Without a terminal, lines are read from standard input."""
     console = Console(soft_wrap=True)
@@ -121,6 +132,5 @@ def run_shell(config: Config) -> None:
         if not sys.stdin.isatty():
             Shell(llm, input, console).run()
             return
-        os.makedirs(cache_folder(), mode=0o700, exist_ok=True)
-        session: PromptSession[str] = PromptSession(history=FileHistory(os.path.join(cache_folder(), "shell_history")))
+        session: PromptSession[str] = PromptSession(history=open_history())
         Shell(llm, lambda: session.prompt("> "), console).run()
