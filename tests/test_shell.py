@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pexpect
 import pytest
+from prompt_toolkit.history import FileHistory, InMemoryHistory
+from rich.console import Console
 
 from minisgl.config import cache_folder
+from minisgl.llm import LLM
+from minisgl.shell import Shell, open_history
+from minisgl.types import SamplingParams
 
 PROMPT = ">(\x08| )"  # the terminal may be told to step over the space
 SPEED = re.compile(r"\d+ tokens, ([\d.]+ tokens/s, )?first after [\d.]+ s")
@@ -75,6 +84,47 @@ def test_a_session_of_chat(shell: pexpect.spawn[str]) -> None:
     shell.expect(pexpect.EOF)
     shell.close()
     assert shell.exitstatus == 0
+
+
+class Interrupting:
+    """A model at which Ctrl-C arrives while its prompt is made, and while the speed of its answer is printed."""
+
+    model = SimpleNamespace(name="stub")
+
+    def __init__(self) -> None:
+        self.conversations: list[list[Any]] = []
+        self.text = SimpleNamespace(encode_chat=self.encode_chat)
+
+    def encode_chat(self, messages: list[Any]) -> list[int]:
+        self.conversations.append(list(messages))
+        os.kill(os.getpid(), signal.SIGINT)
+        return [1]
+
+    def stream(self, prompt: list[int], params: SamplingParams) -> Iterator[Any]:
+        yield SimpleNamespace(text="Yes", token_ids=[2])
+        raise AssertionError("the answer went on after Ctrl-C")
+
+
+class InterruptingFile(io.StringIO):
+    def write(self, text: str) -> int:
+        if "tokens" in text:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().write(text)
+
+
+def test_ctrl_c_at_any_moment_of_an_answer_keeps_the_session() -> None:
+    llm, lines = Interrupting(), iter(["Is it?", "Really?", "/exit"])
+    console = Console(file=InterruptingFile())
+    Shell(cast(LLM, llm), lambda: next(lines), console).run()
+    said = [(message["role"], message["content"]) for message in llm.conversations[1]]
+    assert said == [("user", "Is it?"), ("assistant", "Yes"), ("user", "Really?")]
+
+
+def test_the_history_is_kept_where_it_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINISGL_CACHE", str(tmp_path / "new"))
+    assert isinstance(open_history(), FileHistory)
+    monkeypatch.setenv("MINISGL_CACHE", "/dev/null/none")
+    assert isinstance(open_history(), InMemoryHistory)
 
 
 def test_without_a_terminal_lines_come_from_standard_input() -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from prompt_toolkit import PromptSession
-from prompt_toolkit.history import FileHistory
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from rich.console import Console
 
 from minisgl.config import Config, cache_folder
@@ -63,30 +63,29 @@ class Shell:
         """Stream an answer; whatever was said of it before Ctrl-C stays in the conversation."""
         self.messages.append({"role": "user", "content": line})
         try:
-            prompt = self.llm.text.encode_chat(self.messages)
-            answer = self.stream(prompt)
+            with interrupt_flag() as interrupted:
+                answer = self.stream(self.llm.text.encode_chat(self.messages), interrupted)
         except InvalidRequestError as error:
             self.messages.pop()
             self.console.print(f"{error.message} (/reset starts anew)", style="red", markup=False)
             return
         self.messages.append({"role": "assistant", "content": answer})
 
-    def stream(self, prompt: list[int]) -> str:
-        """Print an answer as it comes, and its speed; returns what was printed."""
+    def stream(self, prompt: list[int], interrupted: Callable[[], bool]) -> str:
+        """Print an answer as it comes, until it was `interrupted`, and its speed; returns what was printed."""
         parts: list[str] = []
         tokens, started, first = 0, time.perf_counter(), None
-        with interrupt_flag() as interrupted:
-            deltas = self.llm.stream(prompt, PARAMS)
-            for delta in deltas:
-                first = first or time.perf_counter()
-                tokens += len(delta.token_ids)
-                parts.append(delta.text)
-                self.console.out(delta.text, end="", highlight=False)
-                self.console.file.flush()
-                if interrupted():
-                    deltas.close()
-                    break
-            stopped = " (stopped)" if interrupted() else ""
+        deltas = self.llm.stream(prompt, PARAMS)
+        for delta in deltas:
+            first = first or time.perf_counter()
+            tokens += len(delta.token_ids)
+            parts.append(delta.text)
+            self.console.out(delta.text, end="", highlight=False)
+            self.console.file.flush()
+            if interrupted():
+                deltas.close()
+                break
+        stopped = " (stopped)" if interrupted() else ""
         self.console.print("\n" + speed(tokens, started, first) + stopped, style="dim", highlight=False)
         return "".join(parts)
 
@@ -115,6 +114,17 @@ def interrupt_flag() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
+def open_history() -> History:
+    """What was asked in earlier sessions; where it cannot be kept, in a read-only home, only what is asked in this."""
+    file = os.path.join(cache_folder(), "shell_history")
+    try:
+        os.makedirs(cache_folder(), mode=0o700, exist_ok=True)
+        with open(file, "ab"):
+            return FileHistory(file)
+    except OSError:
+        return InMemoryHistory()
+
+
 def run_shell(config: Config) -> None:
     """Load the model and chat. Without a terminal, lines are read from standard input."""
     console = Console(soft_wrap=True)
@@ -122,6 +132,5 @@ def run_shell(config: Config) -> None:
         if not sys.stdin.isatty():
             Shell(llm, input, console).run()
             return
-        os.makedirs(cache_folder(), mode=0o700, exist_ok=True)
-        session: PromptSession[str] = PromptSession(history=FileHistory(os.path.join(cache_folder(), "shell_history")))
+        session: PromptSession[str] = PromptSession(history=open_history())
         Shell(llm, lambda: session.prompt("> "), console).run()

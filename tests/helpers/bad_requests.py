@@ -107,9 +107,15 @@ REFUSED: dict[str, dict[str, tuple[Any, ...]]] = {
         "functions": ([{"name": "f"}],), "function_call": ({"name": "f"},), "modalities": (["text", "audio"],),
         "audio": ({"voice": "a"},), "prediction": ({"type": "content"},), "verbosity": ("low",),
         "web_search_options": ({},), "service_tier": ("flex", "priority"), "tools": ([TOOL],),
-        "reasoning_effort": ("high",),
+        "reasoning_effort": ("high",), "use_beam_search": (True,), "echo": (True,), "best_of": (2,), "regex": ("a",),
+        "prompt_logprobs": (0, 1), "truncate_prompt_tokens": (8,), "chat_template": ("x",), "documents": ([{}],),
+        "add_special_tokens": (True,), "request_id": ("x",), "lora_path": ("x",), "include_reasoning": (False,),
     },
-    TEXT: {"suffix": ("x",), "service_tier": ("flex",)},
+    TEXT: {
+        "suffix": ("x",), "service_tier": ("flex",), "use_beam_search": (True, 0), "length_penalty": (2,),
+        "allowed_token_ids": ([5],), "bad_words": (["x"],), "add_special_tokens": (False,), "ebnf": ("root ::= x",),
+        "include_stop_str_in_output": (True,), "prompt_embeds": ("x",), "return_token_ids": (True,),
+    },
 }  # fmt: skip
 """Fields that are known and asked for something that is not supported."""
 
@@ -123,6 +129,7 @@ NATIVE: dict[str, tuple[Any, ...]] = {
     "stop_token_ids": ([10**6], ["x"]),
     "n": (0, 129, "2"),
     "regex": (5,),
+    "logit_bias": ([5], {"999999": 1}),
 }
 
 
@@ -296,7 +303,7 @@ SINGLE: dict[str, tuple[str, str | bytes, int, str, str | None]] = {
     "generate empty": (GENERATE, '{"text": ""}', 400, VALUE, "text"),
     "generate no ids": (GENERATE, '{"input_ids": []}', 400, VALUE, "input_ids"),
     "generate bad ids": (GENERATE, '{"input_ids": [-1]}', 400, VALUE, "input_ids"),
-    "generate an image": (GENERATE, '{"text": "x", "image_data": "y"}', 400, UNKNOWN, "image_data"),
+    "generate an image": (GENERATE, '{"text": "x", "image_data": "y"}', 400, UNSUPPORTED, "image_data"),
     "generate a tag": (
         GENERATE, '{"text": "x", "sampling_params": {"structural_tag": "x"}}',
         400, UNSUPPORTED, "sampling_params.structural_tag",

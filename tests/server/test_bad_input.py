@@ -57,6 +57,9 @@ def test_unsupported_fields_pass_when_they_ask_for_nothing(tmp_path: Path, path:
             "service_tier": ("auto", "default"), "suffix": ("",), "functions": ([],), "function_call": ("none", "auto"),
             "modalities": (["text"],), "verbosity": ("medium",), "tools": ([],), "tool_choice": ("none", "auto"),
             "n": (1,),
+            "top_logprobs": (0,), "use_beam_search": (False,), "length_penalty": (1, 1.0), "bad_words": ([],),
+            "include_stop_str_in_output": (False,), "spaces_between_special_tokens": (True,), "documents": ([],),
+            "add_special_tokens": (path == TEXT,), "include_reasoning": (True,), "return_token_ids": (False,),
             "response_format": ({"type": "text"},), "logit_bias": ({},), "parallel_tool_calls": (True, False),
         }  # fmt: skip
         model = ChatRequest if path == CHAT else CompletionRequest

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
 from helpers.processes import BOUND, children, wait_until_gone
@@ -21,7 +22,7 @@ from helpers.stub_engine import DEADLY_PROMPT
 from helpers.tiny_tokenizers import write_tokenizer
 from minisgl.config import Config
 from minisgl.errors import ConfigError, EngineDeadError, ModelError
-from minisgl.server.child import launch_engine
+from minisgl.server.child import ENGINE_COMMAND, launch_engine
 from minisgl.server.launch import handle_signals, serve
 from minisgl.server.listen import address, listen_socket
 
@@ -95,6 +96,22 @@ def test_what_the_engine_cannot_start_for_is_said(tmp_path: Path, monkeypatch: p
         launch(tmp_path, STUB_MODE="fail")
     with pytest.raises(EngineDeadError, match="ended with exit status 3 before it was ready"):
         launch(tmp_path, STUB_MODE="exit")
+
+
+def test_an_engine_that_cannot_start_ends_by_itself(tmp_path: Path) -> None:
+    sockets = {"to_engine": f"ipc://{tmp_path}/to", "from_engine": f"ipc://{tmp_path}/from"}
+    start = msgspec.json.encode({"config": Config(model=str(tmp_path / "none")), **sockets}) + b"\n"
+    # Its stdin stays open, as the parent leaves it until it has read what was wrong.
+    with subprocess.Popen(ENGINE_COMMAND, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as engine:
+        assert engine.stdin is not None
+        assert engine.stderr is not None
+        engine.stdin.write(start)
+        engine.stdin.flush()
+        try:
+            assert engine.wait(60) == 1
+        finally:
+            engine.kill()
+        assert engine.stderr.read() == b""
 
 
 def test_waiting_for_a_slow_engine_is_told_about(tmp_path: Path) -> None:

@@ -173,3 +173,14 @@ def test_chunked_bodies_without_a_length_are_limited_too(tmp_path: Path) -> None
         assert isinstance(response, httpx.Response)
 
     serve_and(tmp_path, check)
+
+
+def test_an_offer_of_http2_is_passed_over_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def check(server: Serving) -> None:
+        # As Java's client does by default, with the body of every request.
+        offer = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAEAAEAAAAIAAAAB"}
+        answer = await server.http.post(CHAT, json={**LONG, "max_tokens": 2}, headers=offer)
+        assert answer.json()["usage"]["completion_tokens"] == 2
+        assert [record.message for record in caplog.records if record.levelname == "WARNING"] == []
+
+    serve_and(tmp_path, check)

@@ -107,11 +107,39 @@ def test_the_tokenizer_is_described_for_clients_that_render_themselves(tmp_path:
     serve_and(tmp_path, check)
 
 
+def test_generate_takes_what_sglangs_clients_send_at_its_defaults(tmp_path: Path) -> None:
+    async def check(server: Serving) -> None:
+        body = {
+            "text": "x", "stream": False,
+            "sampling_params": {
+                "max_new_tokens": 1, "temperature": 0, "stop_regex": None, "stream_interval": None,
+                "logit_bias": {"7": -5},
+            },
+            "return_logprob": False, "logprob_start_len": -1, "top_logprobs_num": 0, "token_ids_logprob": None,
+            "lora_path": None, "image_data": None, "return_hidden_states": False, "return_routed_experts": False,
+        }  # fmt: skip
+        answer = await server.http.post("/generate", json=body)
+        assert (answer.status_code, "output_token_logprobs" in answer.json()["meta_info"]) == (200, False)
+        assert server.engine.seen[0].params.logit_bias == {7: -5.0}
+
+    serve_and(tmp_path, check)
+
+
 def test_bos_is_added_to_a_text_unless_told_otherwise(tmp_path: Path) -> None:
     async def check(server: Serving) -> None:
         with_bos = (await server.http.post("/tokenize", json={"prompt": "hi"})).json()["tokens"]
         without = (await server.http.post("/tokenize", json={"prompt": "hi", "add_special_tokens": False})).json()
         assert without["tokens"] == with_bos == server.tokenizer.encode("hi")
+        absent = {"add_special_tokens": None, "return_token_strs": None, "model": None}
+        found = (await server.http.post("/tokenize", json={"prompt": "hi", **absent})).json()
+        assert (found["tokens"], found["token_strs"]) == (with_bos, None)
+        messages = [{"role": "user", "content": "hello"}]
+        chat = (
+            await server.http.post("/tokenize", json={"messages": messages, "chat_template": None, **absent})
+        ).json()
+        assert chat["tokens"] == server.tokenizer.encode_chat(messages)
+        back = await server.http.post("/detokenize", json={"tokens": with_bos, "skip_special_tokens": None})
+        assert back.json() == {"prompt": server.tokenizer.decode(with_bos, False)}
 
     serve_and(tmp_path, check)
 

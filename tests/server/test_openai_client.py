@@ -159,6 +159,28 @@ def test_every_sampling_field_reaches_the_engine(tmp_path: Path) -> None:
     serve_and(tmp_path, check)
 
 
+def test_whole_numbers_may_be_written_with_a_point(tmp_path: Path) -> None:
+    async def check(server: Serving) -> None:
+        body = {
+            "prompt": "x", "max_tokens": 3.0, "top_k": 7.0, "seed": -3.0, "min_tokens": 2.0, "priority": 4.0,
+            "logprobs": 2.0, "n": 2.0, "best_of": 2.0,
+        }  # fmt: skip
+        answer = await server.http.post("/v1/completions", json=body)
+        assert len(answer.json()["choices"]) == 2
+        chat = {"messages": HELLO, "max_completion_tokens": 3.0, "logprobs": True, "top_logprobs": 2.0}
+        assert (await server.http.post("/v1/chat/completions", json=chat)).status_code == 200
+        native = {"text": "x", "sampling_params": {"max_new_tokens": 3.0, "sampling_seed": 1.0}, "priority": 1.0}
+        assert (await server.http.post("/generate", json=native)).status_code == 200
+        first, params = server.engine.seen[0], server.engine.seen[0].params
+        found = (params.max_tokens, params.top_k, params.seed, params.min_tokens, params.logprobs, first.priority)
+        assert found == (3, 7, -3, 2, 2, 4)
+        assert all(isinstance(number, int) for number in found)
+        schema = (await server.http.get("/openapi.json")).json()["components"]["schemas"]["CompletionRequest"]
+        assert schema["properties"]["n"]["anyOf"][0] == {"type": "integer", "minimum": 1, "maximum": 128}
+
+    serve_and(tmp_path, check)
+
+
 def test_openais_defaults_and_a_seed_of_its_own_for_each_request(tmp_path: Path) -> None:
     async def check(server: Serving) -> None:
         for _ in range(2):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from helpers.tiny_tokenizers import write_tokenizer
 from minisgl.errors import InvalidRequestError, UnsupportedParameterError
+from minisgl.server.generation import Choice
 from minisgl.server.structured import grammar_from_request
-from minisgl.types import Grammar
+from minisgl.tokenizer.tokenizer import Tokenizer
+from minisgl.types import FinishReason, Grammar, Request, SamplingParams, TokenEvent
 
 SCHEMA = {"type": "object", "properties": {"größe": {"type": "integer"}}}
 SCHEMA_GRAMMAR = Grammar(kind="json_schema", source=json.dumps(SCHEMA, ensure_ascii=False))
@@ -36,6 +40,10 @@ GOOD: tuple[tuple[dict[str, Any], Grammar | None], ...] = (
     ({"structured_outputs": {"regex": "a", "json": None}}, Grammar(kind="regex", source="a")),
     ({"structured_outputs": {"choice": ["a"]}}, Grammar(kind="choice", source='["a"]')),
     ({"structured_outputs": {"grammar": "root ::= x"}}, Grammar(kind="lark", source="root ::= x")),
+    (
+        {"structured_outputs": {"regex": "a", "disable_fallback": False, "disable_any_whitespace": False}},
+        Grammar(kind="regex", source="a"),
+    ),
     ({"structured_outputs": {"json_object": True}}, Grammar(kind="json_object")),
     ({"response_format": {"type": "text"}, "guided_regex": "a"}, Grammar(kind="regex", source="a")),
 )
@@ -98,6 +106,10 @@ def test_a_malformed_field_is_named(fields: dict[str, Any], param: str) -> None:
     ("fields", "param"),
     [
         ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag"),
+        (
+            {"structured_outputs": {"json": {}, "disable_any_whitespace": True}},
+            "structured_outputs.disable_any_whitespace",
+        ),
         ({"guided_decoding_backend": "xgrammar"}, "guided_decoding_backend"),
     ],
 )
@@ -105,3 +117,14 @@ def test_what_is_not_supported_is_refused_by_name(fields: dict[str, Any], param:
     with pytest.raises(UnsupportedParameterError) as caught:
         grammar_from_request(fields)
     assert caught.value.param == param
+
+
+def test_a_form_that_is_complete_before_min_tokens_loses_no_text(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+    ids = tokenizer.encode("yes")
+    choice = Choice(0, Request(id="x", prompt=[5], params=SamplingParams(min_tokens=9)), tokenizer)
+    # Nothing more is allowed: the engine ends the request in the step of its last token, without a stop token.
+    events = [TokenEvent(id="x", tokens=(token,)) for token in ids]
+    piece = choice.take([*events, TokenEvent(id="x", finish=FinishReason.STOP)])
+    assert (piece.text, piece.finish, choice.token_ids) == ("yes", FinishReason.STOP, ids)

@@ -41,6 +41,13 @@ def samples(tally: Tally) -> dict[str, float]:
     return found
 
 
+def test_made_up_methods_are_counted_together() -> None:
+    metrics = Metrics()
+    for method in ("GET", "FOO", "BAR"):
+        metrics.on_response(Exchange("x", method, "/", "-", status=404), "unmatched")
+    assert metrics.responses == {("GET", "unmatched", 404): 1, ("other", "unmatched", 404): 2}
+
+
 def test_counts_of_several_processes_add_up() -> None:
     one, other = counted([0.02, 0.3], "stop", waiting=1), counted([0.3, 700.0, 5.0], "length", waiting=2)
     found = samples(total([one, other]))

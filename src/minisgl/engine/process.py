@@ -10,7 +10,6 @@ import logging
 import os
 import sys
 import threading
-from typing import IO
 
 import msgspec
 import zmq
@@ -132,9 +131,13 @@ class EngineServer:
         self.links.send_events([TokenEvent(id=request.id, finish=FinishReason.ERROR, error=error.message)])
 
 
-def watch_parent(stdin: IO[bytes], gone: threading.Event) -> None:
-    """Set `gone` at the end of stdin; a step that runs on for longer than the grace ends with the process."""
-    stdin.read()
+def watch_parent(stdin: int, gone: threading.Event) -> None:
+    """Set `gone` at the end of stdin; a step that runs on for longer than the grace ends with the process.
+
+    It reads past Python's buffer, whose lock must be free when the interpreter ends.
+    """
+    while os.read(stdin, 4096):
+        pass
     gone.set()
     threading.Event().wait(GRACE_SECONDS)
     os._exit(0)
@@ -152,7 +155,7 @@ def main() -> int:
     start = msgspec.json.decode(sys.stdin.buffer.readline(), type=StartLine)
     logging.basicConfig(level=start.config.log_level, format="%(asctime)s %(levelname)s engine %(name)s: %(message)s")
     gone = threading.Event()
-    threading.Thread(target=watch_parent, args=(sys.stdin.buffer, gone), daemon=True).start()
+    threading.Thread(target=watch_parent, args=(sys.stdin.fileno(), gone), daemon=True).start()
     status = EngineServer(start, gone).run()
     if start.config.tp > 1:  # what a broken group left on the device may hold up the interpreter's end
         zmq.Context.instance().term()

@@ -5,12 +5,22 @@ from __future__ import annotations
 from typing import Annotated, Any, Self, TypeVar
 
 import pydantic_core
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ValidationError,
+)
 from pydantic_core import PydanticCustomError, core_schema
 
 from minisgl.errors import InvalidRequestError, UnsupportedParameterError
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
+EXACT = 2**53
+"""Up to here each whole number is a double of its own."""
 MAPS = frozenset({"logit_bias", "metadata", "chat_template_kwargs"})
 """Fields whose keys are the user's: an error names the field, not the key."""
 MEMBERS = frozenset({"str", "int", "NamedTool"})
@@ -19,6 +29,15 @@ MANY_ERRORS = 1000
 """A body with more errors is not worth listing them."""
 
 T = TypeVar("T")
+
+
+def whole(value: object) -> object:
+    """A number as an integer where it is one: to JSON Schema 3.0 is, and some encoders write no other."""
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) <= EXACT else value
+
+
+Whole = BeforeValidator(whole)
+"""For integers that clients may write as 3.0."""
 
 
 class Body(BaseModel):

@@ -61,8 +61,7 @@ def call_schema(tools: Sequence[Tool], arguments: str) -> tuple[dict[str, Any], 
     calls: list[dict[str, Any]] = []
     for index, tool in enumerate(tools):
         place = f"#/$defs/arguments{index}"
-        schema = tool.for_template()["function"]["parameters"]
-        definitions[f"arguments{index}"] = moved(schema, place)
+        definitions[f"arguments{index}"] = moved(tool.arguments_schema, place)
         calls.append(
             {
                 "type": "object",

@@ -67,7 +67,8 @@ class Choice:
         if self._hidden:
             return Piece(self.index, "", self.finish)
         before = self.stream.num_tokens
-        text = self.stream.push(shown_tokens(event))
+        # Each on its own: a request that ends without a token has no stop token, whatever came together with its end.
+        text = self.stream.push([token for each in events for token in shown_tokens(each)])
         if self.finish is not None and not self.stream.stopped:
             text += self.stream.finish()
         taken = event.tokens

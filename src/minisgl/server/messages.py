@@ -6,7 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from minisgl.errors import InvalidRequestError, UnsupportedParameterError
 from minisgl.server.body import Body, Neutral
@@ -129,12 +130,22 @@ class Message(Body):
         return {"name": call.function.name, "arguments": arguments}
 
 
+def of_object(schema: dict[str, Any]) -> dict[str, Any]:
+    """The JSON schema of a function's arguments, unless it is plainly one of something else than an object."""
+    if isinstance(kind := schema.get("type"), str) and kind != "object":
+        raise PydanticCustomError("no_object", "must be the JSON schema of an object")
+    return schema
+
+
 class Function(Body):
-    """What the model is told of a tool; `parameters` is a JSON schema. `strict` holds where a call is forced."""
+    """What the model is told of a tool; `parameters` is a JSON schema, and without one there are no arguments.
+
+    `strict` holds where a call is forced.
+    """
 
     name: FunctionName
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Annotated[dict[str, Any], AfterValidator(of_object)] | None = None
     strict: bool | None = None
 
 
@@ -149,6 +160,13 @@ class Tool(Body):
         function: dict[str, Any] = {"name": self.function.name, "description": self.function.description or ""}
         function["parameters"] = self.function.parameters or {"type": "object", "properties": {}}
         return {"type": "function", "function": function}
+
+    @property
+    def arguments_schema(self) -> dict[str, Any]:
+        """What the arguments of a call must be: an object, also where the tool's schema takes that for granted."""
+        if self.function.parameters is None:
+            return {"type": "object", "additionalProperties": False}
+        return {**self.function.parameters, "type": "object"}
 
 
 class ChosenFunction(Body):

@@ -33,6 +33,9 @@ TOKENS = (
 )
 """Upper bounds for the tokens of a prompt or an answer."""
 
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
+"""Methods that are counted by name: a client can make up any number of others, and each would be a series for ever."""
+
 
 class Histogram:
     """Counts of values by upper bound; `counts` has one entry more, for values above the last bound."""
@@ -110,5 +113,5 @@ class Metrics:
 
     def on_response(self, exchange: Exchange, route: str) -> None:
         """An HTTP request was answered; `route` is the endpoint's path as it is declared."""
-        key = (exchange.method, route, exchange.status)
+        key = (exchange.method if exchange.method in METHODS else "other", route, exchange.status)
         self.responses[key] = self.responses.get(key, 0) + 1

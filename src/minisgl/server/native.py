@@ -7,7 +7,8 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field
 
 from minisgl.errors import InvalidRequestError
-from minisgl.server.body import Body, Neutral
+from minisgl.server.body import Body, Neutral, Whole
+from minisgl.server.elsewhere import GenerateElsewhere
 from minisgl.server.messages import refuse_other_messages
 from minisgl.server.protocol import Conversation, Logprobs, Texts, TokenIds, check_prompts
 from minisgl.server.sampling import (
@@ -25,7 +26,7 @@ GENERATE_MAX_TOKENS = 128
 class NativeSampling(Drawing):
     """`sampling_params` of /generate."""
 
-    max_new_tokens: Annotated[int, Field(json_schema_extra={"minimum": 1})] | None = None
+    max_new_tokens: Annotated[int, Field(json_schema_extra={"minimum": 1}), Whole] | None = None
     min_new_tokens: MaxTokens | None = None
     sampling_seed: Seed | None = None
     json_schema: str | None = None
@@ -34,6 +35,8 @@ class NativeSampling(Drawing):
     structural_tag: Annotated[Any, Neutral()] = None
     spaces_between_special_tokens: Annotated[Any, Neutral(True)] = None
     no_stop_trim: Annotated[Any, Neutral(False)] = None
+    stop_regex: Annotated[Any, Neutral()] = None
+    stream_interval: Annotated[Any, Neutral()] = None
     custom_params: Annotated[Any, Neutral()] = None
 
     @property
@@ -70,7 +73,7 @@ def native_names(error: InvalidRequestError) -> InvalidRequestError:
     return error
 
 
-class GenerateRequest(Body):
+class GenerateRequest(GenerateElsewhere):
     """The body of /generate. `logprob_start_len` -1 gives no prompt log-probabilities, else those from there on."""
 
     model_config = ConfigDict(
@@ -87,7 +90,7 @@ class GenerateRequest(Body):
     sampling_params: NativeSampling | None = None
     stream: bool | None = None
     return_logprob: bool | None = None
-    logprob_start_len: Annotated[int, Field(ge=-1)] | None = None
+    logprob_start_len: Annotated[int, Field(ge=-1), Whole] | None = None
     top_logprobs_num: Logprobs | None = None
     return_text_in_logprobs: bool | None = None
     priority: Priority | None = None
@@ -108,8 +111,9 @@ class GenerateRequest(Body):
 
     def check(self) -> None:
         """Raise InvalidRequestError for fields that do not go together."""
-        for name in ("logprob_start_len", "top_logprobs_num", "return_text_in_logprobs"):
-            if getattr(self, name) not in (None, False) and not self.return_logprob:
+        nothing = {"logprob_start_len": -1, "top_logprobs_num": 0, "return_text_in_logprobs": False}
+        for name, value in nothing.items():
+            if getattr(self, name) not in (None, value) and not self.return_logprob:
                 raise InvalidRequestError(f"{name} is only allowed with return_logprob", param=name)
 
     @property
@@ -151,16 +155,28 @@ class TokenizeText(Body):
 
     prompt: str
     model: str | None = None
-    add_special_tokens: bool = True
-    return_token_strs: bool = False
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+    @property
+    def with_special_tokens(self) -> bool:
+        """Whether BOS and such are added; they are unless told otherwise."""
+        return self.add_special_tokens is not False
 
 
 class TokenizeConversation(Conversation):
     """A conversation to be tokenised by /tokenize; its template writes the special tokens itself."""
 
     model: str | None = None
-    add_special_tokens: bool = False
-    return_token_strs: bool = False
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+    chat_template: Annotated[Any, Neutral()] = None
+    mm_processor_kwargs: Annotated[Any, Neutral()] = None
+
+    @property
+    def with_special_tokens(self) -> bool:
+        """Whether BOS and such are added; they are where told so."""
+        return bool(self.add_special_tokens)
 
     @classmethod
     def prepare(cls, value: dict[str, Any]) -> None:
@@ -173,4 +189,4 @@ class DetokenizeRequest(Body):
 
     tokens: Annotated[list[int], Field(fail_fast=True)]
     model: str | None = None
-    skip_special_tokens: bool = False
+    skip_special_tokens: bool | None = None

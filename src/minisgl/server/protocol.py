@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from minisgl.errors import InvalidRequestError
-from minisgl.server.body import Body, Neutral, is_list_of
+from minisgl.server.body import Body, Neutral, Whole, is_list_of
+from minisgl.server.elsewhere import ChatElsewhere, CompletionElsewhere
 from minisgl.server.messages import MAX_TOOLS, Message, NamedTool, Tool, refuse_other_messages
 from minisgl.server.sampling import MAX_CHOICES, MaxTokens, Sampling
 from minisgl.types import MAX_LOGPROBS, Grammar, SamplingParams
@@ -19,7 +20,7 @@ COMPLETION_MAX_TOKENS = 16
 MAX_MESSAGES = 16384
 """Messages of a conversation; a template takes a time for each."""
 
-Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+Logprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS), Whole]
 
 
 NonEmptyText = Annotated[str, Field(min_length=1)]
@@ -65,7 +66,7 @@ class Conversation(Body):
         return variables
 
 
-class ChatRequest(Conversation, Sampling):
+class ChatRequest(Conversation, Sampling, ChatElsewhere):
     """The body of /v1/chat/completions."""
 
     max_completion_tokens: MaxTokens | None = None
@@ -87,7 +88,7 @@ class ChatRequest(Conversation, Sampling):
         """Raise InvalidRequestError for fields that do not go together."""
         self.check_stream_options()
         self.check_continuation()
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise InvalidRequestError("top_logprobs is only allowed with logprobs", param="top_logprobs")
         if not self.tools and self.tool_choice not in (None, "auto", "none"):
             raise InvalidRequestError("tool_choice needs tools", param="tool_choice")
@@ -138,13 +139,13 @@ class ChatRequest(Conversation, Sampling):
             raise
 
 
-class CompletionRequest(Sampling):
+class CompletionRequest(Sampling, CompletionElsewhere):
     """The body of /v1/completions. `prompt` is checked by `prompts`."""
 
     prompt: Texts | TokenIds
     logprobs: Logprobs | None = None
     echo: bool | None = None
-    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES), Whole] | None = None
     suffix: Annotated[Any, Neutral("")] = None
 
     @classmethod

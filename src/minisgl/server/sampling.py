@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from minisgl.errors import InvalidRequestError
-from minisgl.server.body import Body, Neutral, Number
+from minisgl.server.body import Body, Neutral, Number, Whole
 from minisgl.types import MAX_LOGIT_BIAS, Grammar, SamplingParams
 
 MAX_STOP_STRINGS = 16
@@ -25,15 +25,15 @@ LogitBias = Annotated[
     Field(max_length=MAX_LOGIT_BIAS, json_schema_extra={"additionalProperties": False}),
 ]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
-MaxTokens = Annotated[int, Field(json_schema_extra={"minimum": 0})]
+MaxTokens = Annotated[int, Field(json_schema_extra={"minimum": 0}), Whole]
 """The bounds of these are `SamplingParams`' to check; the document has them too."""
 Temperature = Annotated[Number, Field(json_schema_extra={"minimum": 0, "maximum": 100})]
 TopP = Annotated[Number, Field(json_schema_extra={"exclusiveMinimum": 0, "maximum": 1})]
-TopK = Annotated[int, Field(json_schema_extra={"minimum": -1, "exclusiveMaximum": 2**31})]
+TopK = Annotated[int, Field(json_schema_extra={"minimum": -1, "exclusiveMaximum": 2**31}), Whole]
 MinP = Annotated[Number, Field(json_schema_extra={"minimum": 0, "maximum": 1})]
 Repetition = Annotated[Number, Field(json_schema_extra={"exclusiveMinimum": 0, "maximum": 100})]
-Seed = Annotated[int, Field(json_schema_extra={"minimum": -(2**63), "exclusiveMaximum": 2**64})]
-Priority = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+Seed = Annotated[int, Field(json_schema_extra={"minimum": -(2**63), "exclusiveMaximum": 2**64}), Whole]
+Priority = Annotated[int, Field(ge=-(2**31), lt=2**31), Whole]
 
 STRUCTURED_FIELDS = (
     "response_format",
@@ -57,13 +57,14 @@ class StreamOptions(Body):
 class Drawing(Body):
     """How every endpoint lets tokens be drawn, under the names that all of them share."""
 
-    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), Whole] | None = None
     temperature: Temperature | None = None
     top_p: TopP | None = None
     top_k: TopK | None = None
     min_p: MinP | None = None
     stop: NonEmpty | Annotated[list[NonEmpty], Field(max_length=MAX_STOP_STRINGS)] | None = None
     stop_token_ids: Annotated[list[int], Field(fail_fast=True)] | None = None
+    logit_bias: LogitBias | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     presence_penalty: Penalty | None = None
@@ -79,6 +80,7 @@ class Drawing(Body):
             "min_p": self.min_p or 0.0,
             "stop": (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
             "stop_token_ids": tuple(self.stop_token_ids or ()),
+            "logit_bias": {int(token): bias for token, bias in (self.logit_bias or {}).items()},
             "ignore_eos": bool(self.ignore_eos),
             "skip_special_tokens": self.skip_special_tokens is not False,
             "presence_penalty": self.presence_penalty or 0.0,
@@ -96,7 +98,6 @@ class Sampling(Drawing):
     max_tokens: MaxTokens | None = None
     seed: Seed | None = None
     min_tokens: MaxTokens | None = None
-    logit_bias: LogitBias | None = None
     return_tokens_as_token_ids: bool | None = None
     priority: Priority | None = None
     response_format: dict[str, Any] | None = None
@@ -148,7 +149,6 @@ class Sampling(Drawing):
             seed=self.seed,
             max_tokens=max_tokens,
             min_tokens=self.min_tokens or 0,
-            logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             grammar=grammar,

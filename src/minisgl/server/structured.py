@@ -10,6 +10,8 @@ from minisgl.errors import InvalidRequestError, UnsupportedParameterError
 from minisgl.types import Grammar
 
 SCHEMA_NAME_LENGTH = 64
+SWITCHES = frozenset({"disable_fallback", "disable_any_whitespace", "disable_additional_properties"})
+"""Options of vLLM's beside the constraint, off by default; none is supported."""
 
 
 def grammar_from_request(fields: Mapping[str, Any]) -> Grammar | None:
@@ -73,7 +75,10 @@ def openai_schema(value: Any, param: str) -> Grammar:
 
 def structured_outputs(value: Any, param: str) -> Grammar | None:
     """vLLM's form: an object with one of json, regex, choice, grammar, json_object."""
-    asked = {name: item for name, item in require_object(value, param).items() if item is not None}
+    fields = require_object(value, param)
+    asked = {n: item for n, item in fields.items() if item is not None and not (n in SWITCHES and item is False)}
+    if switch := next((name for name in asked if name in SWITCHES), None):
+        raise UnsupportedParameterError(f"{param}.{switch} is not supported", param=f"{param}.{switch}")
     if len(asked) != 1:
         raise InvalidRequestError(f"{param} must hold exactly one constraint", param=param)
     ((name, item),) = asked.items()

@@ -54,7 +54,7 @@ def tokenize(preparation: Preparation, body: bytes) -> Tokens:
         text, field = asked.prompt, "prompt"
     preparation.check_model(asked.model)
     try:
-        ids = preparation.tokenizer.encode(text, asked.add_special_tokens)
+        ids = preparation.tokenizer.encode(text, asked.with_special_tokens)
     except InvalidRequestError as error:
         error.param = error.param or field
         raise
@@ -68,7 +68,7 @@ def detokenize(preparation: Preparation, body: bytes) -> Text:
     preparation.check_model(asked.model)
     if any(not 0 <= token < preparation.model.vocab_size for token in asked.tokens):
         raise InvalidRequestError(f"token ids must be between 0 and {preparation.model.vocab_size - 1}", param="tokens")
-    return Text(prompt=preparation.tokenizer.decode(asked.tokens, asked.skip_special_tokens))
+    return Text(prompt=preparation.tokenizer.decode(asked.tokens, bool(asked.skip_special_tokens)))
 
 
 def tokenizer_info(preparation: Preparation) -> TokenizerInfo:

@@ -69,6 +69,10 @@ class BoundedProtocol(H11Protocol):
             self._writing.cancel()
             self._writing = None
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """A client that offers another protocol with every request, as Java's does HTTP/2, is just answered here."""
+        logger.debug("an offer of another protocol is passed over")
+
     def send_400_response(self, msg: str) -> None:
         """Answer what cannot be read as HTTP, in OpenAI's form, and close: 431 (RFC 6585) for too large a head."""
         error, status = InvalidRequestError(msg, code="invalid_http"), HTTPStatus.BAD_REQUEST
