@@ -176,16 +176,17 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step() -> None:
 
 
 def test_prompts_are_token_ids_of_any_integer_type_and_of_no_other(llm: LLM) -> None:
-    (right,) = llm.generate([[1, 2, 3]], GREEDY, progress=False)
+    few = SamplingParams(temperature=0.0, max_tokens=3)
+    (right,) = llm.generate([[1, 2, 3]], few, progress=False)
     arrays: list[Any] = [np.array([1, 2, 3]), np.array([[1, 2, 3]]), [np.array([1, 2, 3])]]
     for prompts in arrays:
-        (same,) = llm.generate(prompts, GREEDY, progress=False)
+        (same,) = llm.generate(prompts, few, progress=False)
         assert same.token_ids == right.token_ids
         assert [type(token) for token in same.prompt_token_ids] == [int, int, int]
     others: list[Any] = [[[1.5, 2.0]], [1, "a"], [None], [["a"]]]
     for prompts in others:
         with pytest.raises(InvalidRequestError, match="text or token ids"):
-            llm.generate(prompts, GREEDY, progress=False)
+            llm.generate(prompts, few, progress=False)
 
 
 def test_a_closed_model_says_so() -> None:
