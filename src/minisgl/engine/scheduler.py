@@ -68,7 +68,9 @@ class Scheduler:
         if entry is None:
             return None
         if entry.slot < 0:
-            del self.waiting[self._place(entry)]
+            place = self._place(entry)
+            assert self.waiting[place] is entry
+            del self.waiting[place]
             del self.live[request_id]
         else:
             self._end(entry.slot)
