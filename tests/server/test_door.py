@@ -125,3 +125,17 @@ def test_each_request_has_one_line_in_the_log(tmp_path: Path, caplog: pytest.Log
 
     with caplog.at_level(logging.INFO, "minisgl"):
         serve_and(tmp_path, check)
+
+
+def test_head_is_answered_as_get_without_the_body(tmp_path: Path) -> None:
+    async def check(server: Serving) -> None:
+        for path, status in (("/health", 200), ("/v1/models", 200), ("/v1/completions", 405), ("/nothing/here", 404)):
+            head, got = await server.http.head(path), await server.http.get(path)
+            assert (head.status_code, head.content) == (status, b"")
+            assert head.headers["content-length"] == got.headers["content-length"] == str(len(got.content))
+        counts = (await server.http.get("/metrics")).text
+        found = [line for line in counts.splitlines() if 'method="HEAD"' in line]
+        assert [line.rpartition(" ")[2] for line in found if '"/health"' in line] in (["1"], ["1.0"])
+        assert all('"unmatched"' in line for line in found if 'status="404"' in line)
+
+    serve_and(tmp_path, check)

@@ -1,4 +1,4 @@
-"""What every HTTP request passes before it reaches an endpoint: its id and its log line, CORS, the API key."""
+"""What every HTTP request passes before it reaches an endpoint: its id and its log line, CORS, the API key, HEAD."""
 
 from __future__ import annotations
 
@@ -91,6 +91,22 @@ class Guarded:
         return any(right) and scheme.lower() == "bearer"
 
 
+class HeadAsGet:
+    """Answers HEAD as GET (RFC 9110, 9.3.2), which monitors send; uvicorn leaves the body away."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass it on, and the route that it found back."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+        asked = {**scope, "method": "GET"}  # uvicorn looks at its own
+        await self.app(asked, receive, send)
+        scope["route"] = asked.get("route")
+
+
 def digest(key: str) -> bytes:
     """A key as something of fixed length."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
@@ -98,6 +114,7 @@ def digest(key: str) -> bytes:
 
 def with_door(app: ASGIApp, metrics: Metrics, config: Config) -> ASGIApp:
     """The application behind what the configuration asks of every request."""
+    app = HeadAsGet(app)
     if config.api_key:
         app = Guarded(app, config.api_key)
     if config.cors_origins:
