@@ -185,7 +185,7 @@ def test_groups_that_cannot_be_tried_are_refused(folder: Path, capsys: pytest.Ca
     assert cli.main(["bench", "ablation", "--model", str(folder), "--device", "cpu", "--only", "graphs"]) == 1
     assert "--only graphs: there is nothing to try on this machine" in capsys.readouterr().err
     for flags, said in (
-        (["--repeats", "0"], "'0' is not a number from 1 on"),
+        (["--repeats", "0"], "'0' is not a count of at least 1"),
         (["--only", "speed"], "'speed' is not one of overlap"),
     ):
         with pytest.raises(SystemExit):

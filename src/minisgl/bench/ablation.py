@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from minisgl.bench.offline import JSON_HELP
+from minisgl.bench.offline import JSON_HELP, positive
 from minisgl.bench.variants import CPU_SCENARIOS, GPU_SCENARIOS, GROUPS, make_variants
 from minisgl.cli import SERVER_GROUPS, Parser, add_config_flags, config_from, guarded
 from minisgl.config import Config
@@ -27,13 +27,6 @@ def group_list(text: str) -> tuple[str, ...]:
     return names
 
 
-def repeat_count(text: str) -> int:
-    """A number from 1 on."""
-    if not text.isascii() or not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
-    return int(text)
-
-
 def build_parser() -> Parser:
     """The parser of `minisgl bench ablation`: what to try, and the engine's flags, which are the default it varies."""
     parser = Parser(
@@ -46,7 +39,7 @@ def build_parser() -> Parser:
     )
     group.add_argument(
         "--repeats",
-        type=repeat_count,
+        type=positive,
         default=REPEATS,
         metavar="N",
         help=f"runs of each, of which the median counts (default: {REPEATS})",

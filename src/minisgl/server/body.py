@@ -87,6 +87,12 @@ class Neutral:
         return {"enum": [None, *self.values]}
 
 
+Nothing = Annotated[Any, Neutral()]
+NotTrue = Annotated[Any, Neutral(False)]
+NotFalse = Annotated[Any, Neutral(True)]
+"""The values that most such fields have where they ask for nothing."""
+
+
 def invalid_field(error: ValidationError) -> InvalidRequestError:
     """The most exact complaint of pydantic, naming the field as the user wrote it: `messages.0.role`."""
     if error.error_count() > MANY_ERRORS:

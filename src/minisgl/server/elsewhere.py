@@ -7,11 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from minisgl.server.body import Body, Neutral
-
-Nothing = Annotated[Any, Neutral()]
-NotTrue = Annotated[Any, Neutral(False)]
-NotFalse = Annotated[Any, Neutral(True)]
+from minisgl.server.body import Body, Neutral, NotFalse, Nothing, NotTrue
 
 
 class Elsewhere(Body):

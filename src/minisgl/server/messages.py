@@ -10,7 +10,7 @@ from pydantic import AfterValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
 from minisgl.errors import InvalidRequestError, UnsupportedParameterError
-from minisgl.server.body import Body, Neutral
+from minisgl.server.body import Body, Neutral, Nothing
 
 MAX_TOOLS = 128
 FunctionName = Annotated[str, Field(pattern="^[a-zA-Z0-9_.-]{1,128}$")]
@@ -76,10 +76,10 @@ class Message(Body):
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     parsed: Any = None
-    refusal: Annotated[Any, Neutral()] = None
+    refusal: Nothing = None
     annotations: Annotated[Any, Neutral([])] = None
-    audio: Annotated[Any, Neutral()] = None
-    function_call: Annotated[Any, Neutral()] = None
+    audio: Nothing = None
+    function_call: Nothing = None
 
     @property
     def text(self) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field
 
 from minisgl.errors import InvalidRequestError
-from minisgl.server.body import Body, Neutral, Whole
+from minisgl.server.body import Body, NotFalse, Nothing, NotTrue, Whole
 from minisgl.server.elsewhere import GenerateElsewhere
 from minisgl.server.messages import refuse_other_messages
 from minisgl.server.protocol import Conversation, Logprobs, Texts, TokenIds, check_prompts
@@ -32,12 +32,12 @@ class NativeSampling(Drawing):
     json_schema: str | None = None
     regex: str | None = None
     ebnf: str | None = None
-    structural_tag: Annotated[Any, Neutral()] = None
-    spaces_between_special_tokens: Annotated[Any, Neutral(True)] = None
-    no_stop_trim: Annotated[Any, Neutral(False)] = None
-    stop_regex: Annotated[Any, Neutral()] = None
-    stream_interval: Annotated[Any, Neutral()] = None
-    custom_params: Annotated[Any, Neutral()] = None
+    structural_tag: Nothing = None
+    spaces_between_special_tokens: NotFalse = None
+    no_stop_trim: NotTrue = None
+    stop_regex: Nothing = None
+    stream_interval: Nothing = None
+    custom_params: Nothing = None
 
     @property
     def structured(self) -> dict[str, Any]:
@@ -170,8 +170,8 @@ class TokenizeConversation(Conversation):
     model: str | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
-    chat_template: Annotated[Any, Neutral()] = None
-    mm_processor_kwargs: Annotated[Any, Neutral()] = None
+    chat_template: Nothing = None
+    mm_processor_kwargs: Nothing = None
 
     @property
     def with_special_tokens(self) -> bool:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from minisgl.errors import InvalidRequestError
-from minisgl.server.body import Body, Neutral, Whole, is_list_of
+from minisgl.server.body import Body, Neutral, Nothing, Whole, is_list_of
 from minisgl.server.elsewhere import ChatElsewhere, CompletionElsewhere
 from minisgl.server.messages import MAX_TOOLS, Message, NamedTool, Tool, refuse_other_messages
 from minisgl.server.sampling import MAX_CHOICES, MaxTokens, Sampling
@@ -79,10 +79,10 @@ class ChatRequest(Conversation, Sampling, ChatElsewhere):
     functions: Annotated[Any, Neutral([])] = None
     function_call: Annotated[Any, Neutral("none", "auto")] = None
     modalities: Annotated[Any, Neutral(["text"])] = None
-    audio: Annotated[Any, Neutral()] = None
-    prediction: Annotated[Any, Neutral()] = None
+    audio: Nothing = None
+    prediction: Nothing = None
     verbosity: Annotated[Any, Neutral("medium")] = None
-    web_search_options: Annotated[Any, Neutral()] = None
+    web_search_options: Nothing = None
 
     def check(self) -> None:
         """Raise InvalidRequestError for fields that do not go together."""
