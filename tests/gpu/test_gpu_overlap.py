@@ -49,7 +49,7 @@ class SlowSums:
 
 def test_a_norm_waits_for_its_sum_and_memory_for_both() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
-    ops = fused_operations()
+    ops = fused_operations(device)
     sums = OverlappedSums(SlowSums(), ops, 256, 0, device)
     x = torch.randn(1000, 512, dtype=torch.bfloat16, device=device)
     weight, matrix = torch.ones_like(x[0]), torch.randn(512, 512, dtype=x.dtype, device=device) / 16

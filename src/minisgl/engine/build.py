@@ -97,6 +97,7 @@ def describe(
     chosen.setdefault("attn", f"attn = {config.attn}: {executor.attention_choice}")
     if isinstance(executor, GroupExecutor):
         chosen["all_reduce"] = f"all_reduce = {config.all_reduce}: {executor.collectives}"
+    lines.append(f"kernels = {executor.kernels}")
     num_pages = executor.num_pages
     for field in dataclasses.fields(config):
         if field.name in ("num_pages", "max_seq_len_override", "host", "port", "shell", "model"):

@@ -35,6 +35,7 @@ class GroupExecutor:
         self.group = group
         self.members = members
         self.attention_choice = local.attention_choice
+        self.kernels = local.kernels
         self.collectives = "" if local.equipment is None else local.equipment.note
 
     @property

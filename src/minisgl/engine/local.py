@@ -71,6 +71,7 @@ class LocalExecutor:
         self._alive = alive
         self.runner = Runner(decoder, kv, config.max_running_requests, max_seq_len, self.device)
         self.attention_choice = str(choice)
+        self.kernels = ops.name
         if config.cuda_graph_max_bs and isinstance(attention.decode, GraphBackend):
             self.runner.capture_graphs(config.cuda_graph_max_bs, max_seq_len)
         elif config.cuda_graph_max_bs:

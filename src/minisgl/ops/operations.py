@@ -1,4 +1,4 @@
-"""Which implementation of the fused operations a device gets: plain torch, or the Triton kernels."""
+"""Which implementation of the fused operations a device gets: plain torch, or kernels."""
 
 from __future__ import annotations
 
@@ -92,16 +92,23 @@ PLAIN = Operations(
 )
 
 
-def fused_operations() -> Operations:
-    """The Triton kernels. What a row needs of sampling they find out on the device, so the flags are not looked at."""
-    from minisgl.ops.kernels import activation, gemv, moe, norm, qkv, sampling
+def fused_operations(device: torch.device) -> Operations:
+    """The kernels. What a row needs of sampling they find out on the device, so the flags are not looked at."""
+    from minisgl.ops.kernels import activation, gemv, moe, norm, qkv, sampling, stream
     from minisgl.ops.kernels import linear as small
+
+    against = stream.trial(device)
+
+    def streams(x: Tensor, weight: Tensor) -> bool:
+        return not against and stream.fits(x, weight)
 
     def product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
         if small.fits(x, weight, small.MAX_ROWS):
             return small.linear(x, weight, bias, out=out)
         if bias is None and gemv.fits(x, weight):
             return gemv.gemv(x, weight, out)
+        if streams(x, weight):
+            return stream.linear(x, weight, bias, out)
         if out is None:
             return linear(x, weight, bias)
         linear_into(x, weight, bias, out)
@@ -120,13 +127,15 @@ def fused_operations() -> Operations:
             return small.gated_linear(x, weight)
         if bias is None and gemv.fits(x, weight):
             return gemv.gated_gemv(x, weight)
+        if bias is None and streams(x, weight):
+            return stream.gated_linear(x, weight)
         return activation.silu_mul(linear(x, weight, bias))
 
     def choose(logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor, *flags: bool) -> Tensor:
         return sampling.sample(logits, table, slots, positions)
 
     return Operations(
-        name="triton",
+        name=f"triton; no CUDA C++: {against}" if against else "triton and CUDA C++",
         embed=_embed,
         rms_norm=norm.rms_norm,
         add_rms_norm=norm.add_rms_norm,
@@ -145,5 +154,5 @@ def fused_operations() -> Operations:
 def operations_for(device: torch.device, hidden_size: int) -> Operations:
     """The kernels on a GPU with triton, plain torch elsewhere and for models wider than the kernels take."""
     if device.type == "cuda" and hidden_size <= MAX_FUSED_DIM and find_spec("triton"):
-        return fused_operations()
+        return fused_operations(device)
     return PLAIN

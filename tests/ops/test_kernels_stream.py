@@ -1,0 +1,134 @@
+"""Products of a large weight with a few rows, against torch's product."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from helpers.products import error, matrices
+from minisgl.ops import reference
+from minisgl.ops.kernels import stream
+from minisgl.ops.kernels.cuda import available
+from minisgl.ops.kernels.stream import TOKENS, Cut, cut_for
+
+CUTS = [Cut(tokens, sides, parts) for tokens, sides, parts in itertools.product((16, 64, 128), (1, 2), (1, 2, 4))]
+CARD = torch.device("cuda")
+
+
+@pytest.fixture
+def hopper() -> torch.device:
+    """A card that has these kernels."""
+    if why := available(torch.device("cuda" if torch.cuda.is_available() else "cpu")):
+        pytest.skip(why)
+    return CARD
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cut", CUTS)
+def test_it_is_the_product_in_every_cut(cut: Cut, half: torch.dtype, hopper: torch.device) -> None:
+    for rows, columns, inner in ((cut.tokens, 128, 1024), (cut.tokens - 3, 384, 64 * 9), (1, 256, 256)):
+        x, weight, bias = matrices(rows, columns, inner, half, hopper)
+        wanted = x.float() @ weight.float().T
+        out = torch.full((rows, columns), 7.0, dtype=half, device=hopper)
+        assert stream.linear(x, weight, None, out, cut) is out
+        assert error(out, wanted) < 5e-3
+        assert error(stream.linear(x, weight, bias, cut=cut), wanted + bias.float()) < 5e-3
+        assert torch.equal(stream.linear(x, weight, cut=cut), out)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cut", CUTS)
+def test_gated_it_is_the_activation_of_the_product(cut: Cut, half: torch.dtype, hopper: torch.device) -> None:
+    for rows, columns, inner in ((cut.tokens, 256, 1024), (2, 640, 640)):
+        x, weight, _ = matrices(rows, columns, inner, half, hopper)
+        wanted = reference.silu_mul((x.float() @ weight.float().T).to(half)).float()
+        assert error(stream.gated_linear(x, weight, cut), wanted) < 5e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [2, 33, 128])
+def test_rows_of_a_wider_tensor_are_read_where_they_lie(rows: int, hopper: torch.device) -> None:
+    wide, weight, _ = matrices(rows, 256, 1024, torch.bfloat16, hopper)
+    x = wide[:, 512:]
+    found = stream.linear(x, weight[:, 512:].contiguous())
+    assert torch.equal(found, stream.linear(x.contiguous(), weight[:, 512:].contiguous()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_what_a_row_gets_does_not_depend_on_the_others(tokens: int, hopper: torch.device) -> None:
+    x, weight, _ = matrices(tokens, 256, 2048, torch.bfloat16, hopper)
+    order = torch.randperm(tokens, device=hopper)
+    for parts in (1, 4):
+        cut = Cut(tokens, 2, parts)
+        assert torch.equal(stream.linear(x[order], weight, cut=cut), stream.linear(x, weight, cut=cut)[order])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [2, 16, 64, 128])
+def test_a_chain_in_a_graph_is_the_chain_one_by_one(rows: int, hopper: torch.device) -> None:
+    """Each kernel starts while the one before it runs, and blocks of both are on the card at once."""
+    x, *_ = matrices(rows, 128, 2048, torch.bfloat16, hopper)
+    up, down = (matrices(1, *size, torch.bfloat16, hopper)[1] for size in ((2 * 4096, 2048), (2048, 4096)))
+
+    def chain() -> torch.Tensor:
+        y = x
+        for _ in range(40):
+            y = stream.linear(stream.gated_linear(y, up), down) + x
+        return y
+
+    one_by_one = x
+    for _ in range(40):
+        hidden = stream.gated_linear(one_by_one, up)
+        torch.cuda.synchronize()
+        one_by_one = stream.linear(hidden, down) + x
+        torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = chain()
+    for _ in range(20):
+        found.zero_()
+        graph.replay()
+        assert torch.equal(found, one_by_one)
+
+
+def test_only_few_rows_and_large_matrices_fit() -> None:
+    weight = torch.empty(7168, 5120, dtype=torch.bfloat16, device="meta")
+    one, few, many = (torch.empty(rows, 5120, dtype=torch.bfloat16, device="meta") for rows in (1, 128, 129))
+    assert stream.fits(few, weight)
+    assert not stream.fits(one, weight)
+    assert not stream.fits(many, weight)
+    assert not stream.fits(few.float(), weight.float())
+    assert not stream.fits(few, weight[:1024])
+    assert not stream.fits(few, weight[:-64])
+    assert not stream.fits(few[:, :5100], weight[:, :5100].contiguous())
+    assert not stream.fits(few[:, :2560], weight[:, :2560])
+    assert stream.fits(few[:, :2560], weight[:, :2560].contiguous())
+    assert not stream.fits(few[:, ::2], weight[:, ::2].contiguous())
+    assert not stream.fits(few, torch.empty(151936, 5120, dtype=torch.bfloat16, device="meta"))
+
+
+@pytest.mark.parametrize("columns", [1024, 2560, 5120, 7168, 12800, 34816])
+def test_a_cut_holds_the_rows_and_fills_the_card_where_it_can(columns: int) -> None:
+    for rows in range(1, stream.MAX_ROWS + 1):
+        cut = cut_for(rows, columns)
+        assert cut.tokens >= rows
+        assert cut.tokens // cut.sides % 8 == 0  # the rows of a swizzle
+        assert cut.sides * cut.parts <= 8  # blocks of a cluster
+        assert cut.parts == 4 or columns // stream.TILE * cut.parts >= stream.BLOCKS
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_what_parts_exchange_fits_into_the_ring(tokens: int) -> None:
+    ring = stream.stages(tokens) * stream.slab_bytes(tokens)
+    assert ring >= tokens * stream.TILE * 4
+    assert 2 * (ring + 4096) <= 227 * 1024
+
+
+def test_the_source_says_its_cut() -> None:
+    text = stream.source(Cut(32, 2, 4), gated=True, dtype=torch.float16)
+    assert "#define TOKENS 32\n#define SIDES 2\n#define PARTS 4\n" in text
+    assert "m64n32k16.f32.f16.f16" in text
+    assert "%14, %15}, %16, %17, adds" in text
