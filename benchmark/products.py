@@ -108,10 +108,10 @@ def streamed(name: str, cut: Cut | None) -> Product:
 def candidates(rows: int, columns: int) -> Iterator[Cut]:
     """Cuts worth trying for a weight of so many rows."""
     tokens = next(tokens for tokens in TOKENS if tokens >= rows)
-    for sides, parts in itertools.product((2, 4), (1, 2, 3, 4)):
+    for sides, parts, resident in itertools.product((2, 4), (1, 2, 3, 4), (2, 3)):
         blocks = columns // stream.TILE * parts
         if tokens // sides >= 8 and sides * parts <= 8 and 75 <= blocks <= max(300, columns // stream.TILE):
-            yield Cut(tokens, sides, parts)
+            yield Cut(tokens, sides, parts, resident)
 
 
 def time_graph(work: Callable[[], object]) -> float:
@@ -208,7 +208,7 @@ def main() -> None:
     """Check, measure, print, and write what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["14B", "32B/4"], help="0.6B, 8B, 14B, 32B; or of n ranks: 32B/4")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 8, 16, 32, 64, 96])
     parser.add_argument("--check", action="store_true", help="no timing")
     parser.add_argument("--sweep", action="store_true", help="try all cuts")
     parser.add_argument("--json", type=Path, help="write all figures to this file")

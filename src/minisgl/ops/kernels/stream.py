@@ -18,32 +18,39 @@ from minisgl.ops.kernels.linear import MAX_WEIGHTS
 
 TILE, SLAB = 64, 64
 """Rows of the weight that a block takes, and elements of each that are fetched and multiplied together."""
-TOKENS = (16, 32, 64, 96, 128)
+TOKENS = (16, 32, 64, 96)
 """Rows of x that kernels are compiled for; a product takes the least that holds its own."""
 MAX_ROWS = TOKENS[-1]
 """Beyond them cuBLAS is as fast."""
 MAX_COLUMNS = 1 << 17
 """Beyond are vocabularies."""
-RING_BYTES = 100 << 10
-"""Of slabs on their way: two blocks of a multiprocessor, or the last of one kernel and the first of the next."""
+RING_BYTES = {2: 100 << 10, 3: 64 << 10}
+"""Of slabs on their way, by how many blocks a multiprocessor shall hold: of one kernel, or of it and the next."""
 MAX_STAGES = 16
-BLOCKS = 130
-"""So many at least, if parts of the inner dimension can make it so: about one a multiprocessor."""
+MULTIPROCESSORS = 132
+"""Of the cards that these kernels are for. Where there are fewer, nothing else is lost than a little time."""
 
 
 class Cut(NamedTuple):
-    """Rows of x, tiles that share what they fetch of x, and parts of the inner dimension."""
+    """Rows of x, tiles that share what they fetch of x, parts of the inner dimension, blocks of a multiprocessor."""
 
     tokens: int
     sides: int
     parts: int
+    resident: int = 2
 
 
 def cut_for(rows: int, columns: int) -> Cut:
-    """What was measured fastest, or nearly so, on an H100, for x of so many rows and a weight of so many."""
+    """What was measured fastest, or nearly so, on an H100, for x of so many rows and a weight of so many.
+
+    There is a block for each multiprocessor, if parts can make it so. Each block gets what it can of the memory's
+    rate, so their number need not divide; only a few that come last, when all others have ended, do harm.
+    """
     tokens = next(tokens for tokens in TOKENS if tokens >= rows)
-    parts = next((parts for parts in (1, 2) if columns // TILE * parts >= BLOCKS), 4)
-    return Cut(tokens, 2, parts)
+    tiles = columns // TILE
+    parts = next((parts for parts in (1, 2) if tiles * parts >= MULTIPROCESSORS - 2), 4)
+    last = tiles * parts % (2 * MULTIPROCESSORS)
+    return Cut(tokens, 2, parts, 3 if 0 < last < MULTIPROCESSORS // 2 < tiles * parts else 2)
 
 
 def slab_bytes(tokens: int) -> int:
@@ -51,9 +58,9 @@ def slab_bytes(tokens: int) -> int:
     return (TILE + tokens) * SLAB * 2
 
 
-def stages(tokens: int) -> int:
+def stages(cut: Cut) -> int:
     """Slabs that are on their way at once."""
-    return min(MAX_STAGES, RING_BYTES // slab_bytes(tokens))
+    return min(MAX_STAGES, RING_BYTES[cut.resident] // slab_bytes(cut.tokens))
 
 
 def source(cut: Cut, gated: bool, dtype: torch.dtype) -> str:
@@ -62,7 +69,7 @@ def source(cut: Cut, gated: bool, dtype: torch.dtype) -> str:
         "TOKENS": cut.tokens,
         "SIDES": cut.sides,
         "PARTS": cut.parts,
-        "STAGES": stages(cut.tokens),
+        "STAGES": stages(cut),
         "GATED": int(gated),
         "FLOAT16": int(dtype == torch.float16),
     }
@@ -91,7 +98,7 @@ def kernel(cut: Cut, gated: bool, dtype: torch.dtype, device: torch.device) -> C
     """The kernel for a device. Those for other numbers of rows are compiled with it: a decoder has them all."""
     compile_all([source(cut._replace(tokens=tokens), gated, dtype) for tokens in TOKENS])
     with torch.cuda.device(device):
-        shared = 1024 + stages(cut.tokens) * slab_bytes(cut.tokens)
+        shared = 1024 + stages(cut) * slab_bytes(cut.tokens)
         return CudaKernel(source(cut, gated, dtype), "stream_linear", shared)
 
 
