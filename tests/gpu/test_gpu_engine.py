@@ -8,6 +8,7 @@ import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -50,6 +51,8 @@ BIASED = dataclasses.replace(
     SPEC, architecture="LlamaForCausalLM", num_heads=16, head_dim=64, qk_norm=False, qkv_bias=True, o_bias=True,
     mlp_bias=True,
 )  # fmt: skip
+WIDE: dict[str, Any] = {"hidden_size": 2048, "num_heads": 40, "num_kv_heads": 8, "intermediate_size": 4352}
+"""Each of its matrices is large enough for the products that stream (`ops/kernels/stream.py`)."""
 ALL_EXPERTS = Moe(num_experts=4, top_k=4, width=256, norm_topk_prob=True, layers=(True, True))
 """No expert is left out, so that rounding cannot change which are chosen."""
 SPECS = {
@@ -57,6 +60,8 @@ SPECS = {
     "qwen3-group5-dim64": dataclasses.replace(SPEC, num_heads=10, head_dim=64),
     "qwen3-group5": dataclasses.replace(SPEC, num_heads=10),
     "llama-biased-group8-dim64": BIASED,
+    "qwen3-wide": dataclasses.replace(SPEC, **WIDE),
+    "llama-wide-biased": dataclasses.replace(BIASED, **{**WIDE, "head_dim": 128}),
     "qwen3-moe": dataclasses.replace(SPEC, moe=ALL_EXPERTS),
     "qwen3-moe-sparse": dataclasses.replace(
         SPEC, moe=Moe(num_experts=8, top_k=2, width=256, norm_topk_prob=False, layers=(False, True))
@@ -68,6 +73,8 @@ CASES = [
     *(("qwen3-group5-dim64", "bfloat16", pair) for pair in ("auto", "fa,fi", "fi,fa", "triton,fa")),
     *(("qwen3-group5", "bfloat16", pair) for pair in ("fa,trtllm", "fi,triton")),
     *(("llama-biased-group8-dim64", "float16", pair) for pair in ("fa", "triton")),
+    ("qwen3-wide", "bfloat16", "auto"),
+    ("llama-wide-biased", "float16", "triton"),
     ("qwen3-moe", "bfloat16", "auto"),
     ("qwen3-moe-sparse", "float32", "triton"),
     ("qwen3-window", "float16", "fa"),
@@ -152,11 +159,14 @@ def test_pages_running_out_under_graphs_change_no_token() -> None:
     assert small.engine.stats().retracted > 0
 
 
-@pytest.mark.parametrize("pair", ["auto", "fa", "fi", "fa,trtllm", "triton"])
-def test_switches_change_no_bit_at_fixed_batch_shapes(pair: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "pair"),
+    [*(("qwen3", pair) for pair in ("auto", "fa", "fi", "fa,trtllm", "triton")), ("qwen3-wide", "auto")],
+)
+def test_switches_change_no_bit_at_fixed_batch_shapes(name: str, pair: str) -> None:
     """bfloat16: every step has the same rows, a graph of that very size, and rows too short to be split."""
     require(pair)
-    spec, rough, _ = weights("qwen3", "bfloat16")
+    spec, rough, _ = weights(name, "bfloat16")
     requests = greedy(random_prompts([3 + i for i in range(8)], seed=4), 40)
     answers = [
         build(spec, rough, gpu_config(attn=pair, **settings), max_seq_len=64).answer(requests)
