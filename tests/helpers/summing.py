@@ -19,6 +19,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from helpers.interpreter import quicken
 from minisgl.ops.kernels import sums
 from minisgl.ops.kernels.sums import GENERATIONS, UNWRITTEN, Inboxes, inbox_size
 from minisgl.ops.reference import rms_norm
@@ -169,6 +170,7 @@ def main() -> None:
     """Run a case."""
     case = Case(**json.loads(sys.argv[1]))
     torch.set_num_threads(1)
+    quicken()
     with mock.patch.object(sums, "MAX_PROGRAMS", case.programs):
         run_processes(case)
 

@@ -5,6 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from helpers.interpreter import quicken
+
+if not torch.cuda.is_available():
+    quicken()
+
 
 @pytest.fixture
 def device() -> torch.device:

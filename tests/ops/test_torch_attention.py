@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -104,6 +104,7 @@ def test_decodes_and_chunks_in_one_step() -> None:
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 200))
+@settings(deadline=None)
 def test_groups_hold_each_row_once_within_the_limit(lens: list[int], limit: int) -> None:
     array = np.array(lens, np.int32)
     groups = split_by_length(array, limit)

@@ -36,7 +36,7 @@ def test_a_signal_ends_server_and_engine_and_leaves_nothing(tmp_path: Path, numb
         (engine,) = children(process.pid)
         assert next((tmp_path / "tmp").iterdir()).stat().st_mode & 0o777 == 0o700
         process.send_signal(number)
-        assert process.wait(5) == 0
+        assert process.wait(BOUND) == 0
         wait_until_gone([engine])
         assert list((tmp_path / "tmp").iterdir()) == []
 
@@ -58,12 +58,12 @@ def test_a_running_answer_is_finished_after_the_first_signal(tmp_path: Path) -> 
             rest = list(lines)
         assert '"finish_reason":"length"' in rest[-4]
         assert rest[-2] == "data: [DONE]"
-        assert process.wait(5) == 0
+        assert process.wait(BOUND) == 0
 
 
 def test_when_the_engine_dies_clients_are_told_and_the_server_goes(tmp_path: Path) -> None:
     with server(tmp_path / "model", tmp_path / "tmp") as (process, url):
-        answer = httpx.post(f"{url}/v1/completions", json={"prompt": DEADLY_PROMPT, "max_tokens": 50}, timeout=5)
+        answer = httpx.post(f"{url}/v1/completions", json={"prompt": DEADLY_PROMPT, "max_tokens": 50}, timeout=BOUND)
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_unavailable")
         assert process.wait(BOUND) == 1
         assert process.stderr is not None

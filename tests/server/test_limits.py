@@ -95,7 +95,7 @@ def test_a_request_that_takes_too_long_ends_with_504_and_frees_what_it_held(tmp_
         assert server.service.metrics.finished["timeout"] == 2
         assert (await server.http.post("/v1/completions", json={**body, "max_tokens": 2})).status_code == 200
 
-    serve_and(tmp_path, check, delay=0.02, request_timeout=0.3)
+    serve_and(tmp_path, check, delay=0.02, request_timeout=0.8)
 
 
 def test_a_conversation_has_a_limit_of_messages(tmp_path: Path) -> None:

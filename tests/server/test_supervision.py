@@ -80,7 +80,7 @@ def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
         wait_for(lambda: httpx.get(f"{url}/ready").status_code == 503)
         process.send_signal(signal.SIGTERM)
         assert process.wait(BOUND) == 0
-        assert {future.result(5)[1] for future in futures} == {"engine_unavailable"}
+        assert {future.result(BOUND)[1] for future in futures} == {"engine_unavailable"}
 
 
 def test_a_key_in_the_environment_guards_the_server_and_is_not_shown(tmp_path: Path) -> None:
