@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import select
 import shutil
 import signal
 import sys
@@ -45,6 +46,8 @@ from minisgl.parallel.distributed import join_group, share_text
 from minisgl.parallel.group import TPGroup
 
 LINGER_MS = 1000
+MEETING_SECONDS = 2.0
+"""How long a rank that is left alone before all have met leaves the others the folder that they meet by."""
 
 
 class Rank:
@@ -168,18 +171,30 @@ def serve_rank(launched: Launcher) -> int:
 def main() -> int:
     """Entry point of `python -m minisgl.engine.rank`."""
     start = msgspec.json.decode(sys.stdin.buffer.readline(), type=RankStart)
+    met = threading.Event()
 
     def follow_parent() -> None:
         while os.read(sys.stdin.fileno(), 1):  # not through the buffer, whose lock would be held at the normal end
             pass
+        # Where its folder is gone, torch looks for the rendezvous for minutes without giving up the interpreter's lock.
+        met.wait(MEETING_SECONDS)
         shutil.rmtree(start.folder, ignore_errors=True)
         os._exit(1)
 
-    threading.Thread(target=follow_parent, daemon=True).start()
+    follower = threading.Thread(target=follow_parent, daemon=True)
+    follower.start()
     device = torch.device(start.device)
     use_device(device, start.size)
     rank = Rank(start.rank, start.plans, start.word)
-    return rank.run(lambda: join_group(start.rank, start.size, start.rendezvous, device))
+    if select.select([sys.stdin], [], [], 0)[0]:
+        follower.join()
+
+    def join() -> TPGroup:
+        group = join_group(start.rank, start.size, start.rendezvous, device)
+        met.set()
+        return group
+
+    return rank.run(join)
 
 
 if __name__ == "__main__":
