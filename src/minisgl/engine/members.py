@@ -186,11 +186,11 @@ class Members:
                 process.wait()
             assert process.stdin is not None
             process.stdin.close()
+        self._remove_folder()  # first: the process may have little time left
         self._listener.join()
         for box in self._outboxes:
             box.disable_monitor()
         self._context.destroy(linger=0 if self._processes or at_once else int(STOP_SECONDS * 1000))
-        self._remove_folder()
 
     def _remove_folder(self) -> None:
         if self._folder is not None:

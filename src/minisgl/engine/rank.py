@@ -17,6 +17,7 @@ import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 import torch
@@ -168,7 +169,7 @@ def serve_rank(launched: Launcher) -> int:
     return rank.run(lambda: group)
 
 
-def main() -> int:
+def main() -> NoReturn:
     """Entry point of `python -m minisgl.engine.rank`."""
     start = msgspec.json.decode(sys.stdin.buffer.readline(), type=RankStart)
     met = threading.Event()
@@ -194,8 +195,9 @@ def main() -> int:
         met.set()
         return group
 
-    return rank.run(join)
+    status = rank.run(join)
+    os._exit(status)  # the interpreter's own end takes a second, in which nobody follows the parent
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
