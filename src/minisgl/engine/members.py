@@ -233,7 +233,8 @@ class Members:
 
     def _lose(self, rank: int) -> None:
         """A rank's connection ended. Its last words say why; those of others only say that it is gone."""
-        recv_monitor_message(self._monitors[rank - 1])
+        if self._monitors[rank - 1].poll(0):
+            recv_monitor_message(self._monitors[rank - 1])
         decoder = from_rank_decoder()
         while self._word.poll(LAST_WORDS_MS):
             message = decoder.decode(self._word.recv())
