@@ -115,9 +115,13 @@ def test_what_cannot_be_cut_is_refused_by_name_and_number(tmp_path: Path) -> Non
     assert not children(os.getpid())
 
 
-def test_a_group_that_does_not_fit_says_so_and_leaves_nobody(tmp_path: Path) -> None:
+def test_a_group_that_does_not_fit_says_so_and_leaves_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_model(tmp_path)
-    with pytest.raises(ConfigError, match=r"--num-pages 100000000 needs"):
+    with pytest.raises(ConfigError, match=r"--num-pages 100000000 needs .* of memory in all"):
+        LLM(str(tmp_path), tp=2, num_pages=100_000_000, progress=False)
+    # Less than there is in all, and more than is free: each rank finds out.
+    monkeypatch.setattr("minisgl.engine.memory.total_memory", lambda device: 2**60)
+    with pytest.raises(ConfigError, match=r"--num-pages 100000000 needs .* were free"):
         LLM(str(tmp_path), tp=2, num_pages=100_000_000, progress=False)
     assert not children(os.getpid())
 
