@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
+import os
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +20,7 @@ from tokenizers import models, pre_tokenizers
 from helpers.raw_server import DONE, chunked, event, head, json_answer, raw_server, text_event, usage_event
 from minisgl import cli
 from minisgl.bench.online.prompts import WORDS
-from minisgl.bench.online.serve import own_server
+from minisgl.bench.online.serve import Served, own_server
 from minisgl.errors import EngineDeadError
 
 VOCABULARY = 512
@@ -162,7 +165,8 @@ def test_chats_find_what_was_said_before_in_the_cache(endpoint: str, url: str, t
         ),
         (("--rate", "1", "--requests", "2", "--input-len", "2000"), "2 of 2 requests are longer than the 1024 tokens"),
         (("--rate", "1", "--json", "/nowhere/x.json"), "--json /nowhere/x.json: not a file that can be written"),
-        (("--trace", "/nowhere/x"), "/nowhere/x: "),
+        (("--rate", "1", "--samples", "/nowhere/x"), "--samples /nowhere/x: not a file that can be written"),
+        (("--trace", "/nowhere/x"), "/nowhere/x: No such file"),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_is_measured(
@@ -172,6 +176,48 @@ def test_what_cannot_work_is_said_before_anything_is_measured(
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert message in error
+
+
+def test_a_wrong_trace_is_told_before_a_server_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench("--serve", "--model", tmp_path / "absent", "--trace", tmp_path / "trace") == 1
+    printed = capsys.readouterr()
+    assert printed.err == f"error: {tmp_path / 'trace'}: No such file or directory\n"
+    assert "starting" not in printed.out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--warmup", "-1"), "'-1' is not a count of at least 1"),
+        (("--temperature", "-1"), "'-1' is not a number of at least 0"),
+        (("--slo", "ttft"), "'ttft' is not one of ttft, tpot, e2e with a limit"),
+    ],
+)
+def test_flags_out_of_range_are_refused(words: Sequence[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        bench("--rate", "1", *words)
+    assert message in capsys.readouterr().err
+
+
+def test_a_server_of_our_own_that_dies_leaves_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "report.json"
+
+    @contextlib.contextmanager
+    def dying(flags: Sequence[str], key: str | None) -> Iterator[Served]:
+        with own_server(flags, key) as served:
+            timer = threading.Timer(2.0, os.kill, (served.pid, signal.SIGKILL))
+            timer.start()
+            yield served
+
+    monkeypatch.setattr("minisgl.bench.online.run.own_server", dying)
+    words = ("--requests", "3", "--input-len", "5", "--output-len", "1000", "--tokens", "2:512", "--json", path)
+    model = write_model(tmp_path / "model")
+    assert bench("--serve", "--model", model, *SERVER_FLAGS, "--concurrency", "1", "--warmup", "0", *words) == 1
+    assert "the server ended with status -9" in capsys.readouterr().err
+    (run,) = report(path)["runs"]
+    assert sum(run["failed"].values()) > 0
 
 
 def test_a_server_that_does_not_start_is_told_with_its_last_words(tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from array import array
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from minisgl.bench.online.client import Record
-from minisgl.bench.online.metrics import client_figures, e2e, figures, spread, tpot, ttft
+from minisgl.bench.online.curves import draw_curves
+from minisgl.bench.online.metrics import client_figures, e2e, figures, latencies, spread, tpot, ttft
 from minisgl.bench.online.tables import client_line, lines, server_lines
 from minisgl.bench.online.watch import Client, Cpu, process_tree, used
 
@@ -66,12 +68,13 @@ def test_a_server_that_does_not_report_cached_tokens_has_no_hit_rate() -> None:
     assert "within_slo" not in found
 
 
-def test_a_run_in_which_all_failed_has_figures() -> None:
+def test_a_run_in_which_all_failed_has_figures(tmp_path: Path) -> None:
     found = figures([Record(0, failure="connect: ConnectionRefusedError")], {"ttft": 1.0})
     assert (found["seconds"], found["output_tokens_per_second"], found["goodput_requests_per_second"]) == (0, 0, 0)
     found["client"] = client_figures(Client(1.0, 0.1, array("d", [0.0])), [], 0)
     assert "0 of 1 requests" in lines(found)[0]
     assert any(line.startswith("failed: 1 × connect") for line in lines(found))
+    assert draw_curves(tmp_path / "x.png", "none", [{"label": "one", **found}], [latencies([])])
 
 
 @pytest.mark.parametrize(

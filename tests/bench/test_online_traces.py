@@ -70,7 +70,7 @@ def test_only_as_many_lines_are_read_as_asked_for(tmp_path: Path) -> None:
         ),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "t: the trace has no requests"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,x,4\n", "t:2: .*'x'"),
-        ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,4\n", "t:2: 'GeneratedTokens'"),
+        ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,4\n", "t:2: the line has no GeneratedTokens"),
         ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,4,0\n", "t:2: .*at least 1"),
     ],
 )
@@ -82,5 +82,5 @@ def test_a_wrong_line_is_named(text: str, message: str, tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"absent: .*No such file"):
+    with pytest.raises(ConfigError, match=r"absent: No such file or directory$"):
         read_trace(tmp_path / "absent", 10)

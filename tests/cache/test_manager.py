@@ -19,6 +19,8 @@ One more, a use that does not renew `last_used`, is caught by the tests of evict
 
 from __future__ import annotations
 
+from contextlib import closing
+
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -300,6 +302,27 @@ class ManagerMachine(RuleBasedStateMachine):
         self.cache.publish(slot, row.tokens[: row.known], row.written)
         assert np.array_equal(before, self.cache.page_table)
         self.finds(row)
+
+    @precondition(lambda self: bool(self.rows))
+    @rule(order=st.permutations(range(4)), count=st.integers(0, 4), start=st.none() | st.integers(0, 3))
+    def leave(self, order: list[int], count: int, start: int | None) -> None:
+        """What is foretold of rows that leave comes true, also where another row starts on what they share."""
+        slots = [slot for slot in order if slot in self.rows][:count]
+        new = None if start is None else self.rows[self.pick(start)].tokens
+        with closing(self.cache.departures(np.array(slots, np.intp), new)) as departures:
+            foretold = list(departures)
+        self.cache.check()
+        if new is not None:
+            if not (free := [slot for slot in range(4) if slot not in self.rows]):
+                return
+            self.cache.acquire(free[0], new)
+        assert self.cache.available == foretold[0]
+        for slot, expected in zip(slots, foretold[1:], strict=True):
+            row = self.rows.pop(slot)
+            self.cache.release(slot, row.tokens[: row.known], row.written)
+            assert self.cache.available == expected
+        if new is not None:
+            self.cache.release(free[0], new, 0)
 
     @precondition(lambda self: bool(self.rows))
     @rule(which=st.integers(0, 3))

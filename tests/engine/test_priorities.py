@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from helpers.simulation import expected_tokens, record_plans, request, simulated_engine, tokens_of
 from minisgl.engine.engine import Engine
@@ -101,6 +103,58 @@ def test_pages_are_taken_from_worse_priorities_only_if_that_makes_room(overlap: 
     assert running(engine) == "bc"
     assert engine.stats().retracted == 1
     assert finish(engine)[-1] == "a"
+
+
+@pytest.mark.parametrize("other", [[1] * 20, [2] * 20])
+def test_pages_that_others_hold_too_are_no_room(other: list[int]) -> None:
+    """8 pages: `a` and `b` share 5 and own 1 each; `c` wants 7, of which it may find 5, and one for each that runs."""
+
+    def sharing(name: str, prompt: list[int], priority: int) -> Request:
+        made = request(name, [*prompt, ord(name) % 40], max_tokens=3, ignore_eos=True)
+        return msgspec.structs.replace(made, priority=priority)
+
+    engine = simulated_engine(num_pages=8, page_size=4, max_seq_len=32, overlap=False, max_prefill_length=64)
+    engine.add(sharing("a", [1] * 20, 0))
+    engine.add(sharing("b", [1] * 20, 5))
+    engine.step()
+    assert running(engine) == "ab"
+    engine.add(sharing("c", [*other, 3, 3, 3, 3, 3, 3, 3, 3], 1))
+    engine.step()
+    assert engine.stats().retracted == 0, "without b there would be one page more"
+    assert finish(engine) == list("abc")
+
+
+@given(
+    prompts=st.lists(st.tuples(st.integers(0, 24), st.integers(1, 16), st.integers(0, 3)), min_size=2, max_size=12),
+    pages=st.integers(10, 24),
+    rows=st.integers(1, 6),
+)
+@settings(max_examples=300, deadline=None, derandomize=True)
+def test_who_is_retracted_for_another_makes_room_for_it(
+    prompts: list[tuple[int, int, int]], pages: int, rows: int
+) -> None:
+    engine = simulated_engine(
+        num_pages=pages, page_size=4, max_seq_len=40, overlap=False, max_prefill_length=4096, max_running_requests=rows
+    )
+    scheduler = engine.scheduler
+    make_way = scheduler._make_way
+    wanted: list[Entry] = []
+
+    def noting() -> None:
+        first, before = scheduler.waiting[0] if scheduler.waiting else None, scheduler.retracted
+        make_way()
+        if scheduler.retracted > before and first is not None:
+            wanted.append(first)
+
+    scheduler._make_way = noting  # type: ignore[method-assign]
+    for number, (shared, own, priority) in enumerate(prompts):
+        prompt = [*range(shared), *([number] * own)][:36]
+        made = request(str(number), prompt, max_tokens=4, ignore_eos=True)
+        engine.add(msgspec.structs.replace(made, priority=priority))
+        engine.step()
+        assert all(entry.slot >= 0 or entry.request.id not in scheduler.live for entry in wanted)
+        wanted.clear()
+    finish(engine)
 
 
 def test_pages_running_out_retract_the_worst_priority_and_not_the_youngest() -> None:

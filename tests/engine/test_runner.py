@@ -12,7 +12,16 @@ from helpers.models import tiny_spec
 from minisgl.config import Config
 from minisgl.engine import memory
 from minisgl.engine.local import LocalExecutor, build_local_executor
-from minisgl.engine.memory import GIB, group_memory, measure_pages, prefill_plan, warm_up
+from minisgl.engine.memory import (
+    GIB,
+    available_memory,
+    group_limit,
+    group_memory,
+    measure_pages,
+    prefill_plan,
+    total_memory,
+    warm_up,
+)
 from minisgl.engine.plan import StepPlan
 from minisgl.engine.upload import upload
 from minisgl.errors import ConfigError
@@ -160,6 +169,9 @@ def test_building_with_made_up_weights_sizes_the_cache(tmp_path: Path) -> None:
         ({"max_running_requests": 10**6}, GIB // 2, int(0.9 * GIB - GIB // 2) // PAGE_BYTES),
         ({"max_running_requests": 10**6, "memory_ratio": 0.75}, GIB // 2, GIB // 4 // PAGE_BYTES),
         ({"num_pages": 7}, GIB // 2, 7),
+        # ranks on the CPU have one memory
+        ({"max_running_requests": 10**6, "tp": 2}, 100 * GIB, 2 * GIB // (2 * PAGE_BYTES)),
+        ({"max_running_requests": 10**6, "tp": 2, "memory_ratio": 0.75}, GIB // 2, GIB // 4 // (2 * PAGE_BYTES)),
     ],
 )
 def test_pages_share_the_memory_with_the_weights(
@@ -174,6 +186,7 @@ def test_pages_share_the_memory_with_the_weights(
     [
         ({}, GIB // 20, r"no KV page fits: 1.00 GiB .* 0.9 may be used .* weights take 0.95"),
         ({"num_pages": 10**6}, GIB // 2, r"--num-pages 1000000 needs 3\.81 GiB: 1.00 GiB"),
+        ({"num_pages": 10**6, "tp": 2}, GIB // 2, r"--num-pages 1000000 needs 7\.63 GiB: 1.00 GiB"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_numbers(
@@ -182,6 +195,22 @@ def test_what_does_not_fit_is_refused_with_the_numbers(
     monkeypatch.setattr(memory, "available_memory", lambda device: left)
     with pytest.raises(ConfigError, match=message):
         measure(config(**settings), before=GIB)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_pages": 10**6}, r"--num-pages 1000000 needs 3\.81 GiB, and there are 3\.80 GiB of memory in all"),
+        ({"num_pages": 10**30}, r"and there are 3\.80 GiB"),
+        ({"num_pages": 1, "page_size": 1}, "--num-pages 1 of 1 token holds no request"),
+    ],
+)
+def test_pages_that_can_never_fit_are_refused_before_anything_is_loaded(
+    tmp_path: Path, settings: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "total_memory", lambda device: int(3.8 * GIB))
+    with pytest.raises(ConfigError, match=message):  # and not ModelError: there are no weights
+        build_local_executor(config(dummy_weight=False, **settings), tmp_path, SPEC, 64)
 
 
 def measure(config: Config, before: int) -> int:
@@ -197,6 +226,8 @@ def test_a_control_group_limits_the_memory(tmp_path: Path) -> None:
     assert group_memory(tmp_path) > 2**60
     (tmp_path / "memory.max").write_text("5000\n")
     assert group_memory(tmp_path) == 4000
+    assert group_limit(tmp_path) == 5000
+    assert available_memory(CPU) < total_memory(CPU)
 
 
 def test_a_warm_up_runs_a_prompt_beside_each_number_of_decodes_on_scratch_pages() -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -112,9 +115,13 @@ def test_what_cannot_be_cut_is_refused_by_name_and_number(tmp_path: Path) -> Non
     assert not children(os.getpid())
 
 
-def test_a_group_that_does_not_fit_says_so_and_leaves_nobody(tmp_path: Path) -> None:
+def test_a_group_that_does_not_fit_says_so_and_leaves_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_model(tmp_path)
-    with pytest.raises(ConfigError, match=r"--num-pages 100000000 needs"):
+    with pytest.raises(ConfigError, match=r"--num-pages 100000000 needs .* of memory in all"):
+        LLM(str(tmp_path), tp=2, num_pages=100_000_000, progress=False)
+    # Less than there is in all, and more than is free: each rank finds out.
+    monkeypatch.setattr("minisgl.engine.memory.total_memory", lambda device: 2**60)
+    with pytest.raises(ConfigError, match=r"--num-pages 100000000 needs .* were free"):
         LLM(str(tmp_path), tp=2, num_pages=100_000_000, progress=False)
     assert not children(os.getpid())
 
@@ -151,3 +158,25 @@ def test_a_group_can_follow_another(tmp_path: Path) -> None:
     with LLM(str(tmp_path), tp=2, **SETTINGS) as llm:
         assert llm.generate([2, 3], SamplingParams(temperature=0, max_tokens=4), progress=False) == first
     assert not children(os.getpid())
+
+
+def test_ranks_that_are_left_alone_before_they_meet_go() -> None:
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    started = []
+    for rank in (1, 2):
+        process = subprocess.Popen(members.RANK_COMMAND, stdin=subprocess.PIPE)
+        line = members.RankStart(
+            rank=rank, size=3, device="cpu", folder=str(folder), rendezvous=f"file://{folder}/meeting",
+            plans=f"ipc://{folder}/plans-{rank}", word=f"ipc://{folder}/word",
+        )  # fmt: skip
+        assert process.stdin is not None
+        process.stdin.write(msgspec.json.encode(line) + b"\n")
+        process.stdin.close()
+        started.append(process)
+    try:
+        assert [process.wait(60) for process in started] == [1, 1]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    assert not folder.exists()

@@ -102,6 +102,21 @@ def test_ranks_that_torchrun_starts_answer_as_one_does(tmp_path: Path) -> None:
     wait_until_gone(everyone)
 
 
+def test_an_llm_on_ranks_of_torchrun_ends_them_without_a_complaint(tmp_path: Path) -> None:
+    import subprocess
+
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from minisgl import LLM, SamplingParams\n"
+        f"with LLM({str(save_model(tmp_path / 'model'))!r}, tp=4, num_pages=64, progress=False) as llm:\n"
+        "    print(llm.generate([[2, 3]], SamplingParams(max_tokens=4), progress=False)[0].finish_reason)\n"
+    )
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", str(script))
+    done = subprocess.run(torchrun, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "length\n"), done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_torchrun_with_another_number_of_ranks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import subprocess
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from fastapi import FastAPI
 from starlette.datastructures import Headers
 
 from helpers.serving import Serving, serve_and
-from minisgl.server.door import Guarded
+from minisgl.config import Config
+from minisgl.server.door import Guarded, with_door
+from minisgl.server.metrics import Metrics
 
 TEXT: dict[str, Any] = {"prompt": "hello there", "max_tokens": 3}
 GUARDED = (
@@ -139,3 +144,20 @@ def test_head_is_answered_as_get_without_the_body(tmp_path: Path) -> None:
         assert all('"unmatched"' in line for line in found if 'status="404"' in line)
 
     serve_and(tmp_path, check)
+
+
+def test_a_head_whose_endpoint_fails_is_counted_under_its_route() -> None:
+    app, metrics = FastAPI(), Metrics()
+
+    @app.get("/broken")
+    async def broken() -> None:
+        raise RuntimeError("a fault of ours")
+
+    async def ask() -> None:
+        transport = httpx.ASGITransport(with_door(app, metrics, Config()), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+            for method in ("HEAD", "GET"):
+                assert (await client.request(method, "/broken")).status_code == 500
+
+    asyncio.run(ask())
+    assert metrics.responses == {("HEAD", "/broken", 500): 1, ("GET", "/broken", 500): 1}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,28 @@ def test_too_large_a_head_is_refused(tmp_path: Path, whole: bool) -> None:
         assert head.startswith(b"HTTP/1.1 431 "), head
         writer.close()
         assert (await server.http.get("/version")).status_code == 200
+
+    serve_and(tmp_path, check)
+
+
+@pytest.mark.parametrize("before", [b"", b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n"])
+@pytest.mark.parametrize(("length", "status"), [(wire.HEAD_LIMIT, b"200"), (wire.HEAD_LIMIT + 1, b"431")])
+def test_a_head_is_refused_by_its_size_however_it_comes(
+    tmp_path: Path, before: bytes, length: int, status: bytes
+) -> None:
+    start, end = b"GET /version HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Long: ", b"\r\n\r\n"
+    head = start + b"a" * (length - len(start) - len(end)) + end
+
+    async def check(server: Serving) -> None:
+        for pieces in ([before + head], [before + head[:100], head[100:]]):
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            for piece in pieces:
+                writer.write(piece)
+                await asyncio.sleep(0.05)
+            answer = await reader.read()
+            assert re.findall(rb"HTTP/1.1 (\d+) ", answer) == [*([b"200"] if before else []), status]
+            assert (b"headers_too_large" in answer) == (status == b"431")
+            writer.close()
 
     serve_and(tmp_path, check)
 

@@ -76,7 +76,7 @@ def process_seconds() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
-def require_writable(path: Path | None) -> None:
+def require_writable(path: Path | None, flag: str = "--json") -> None:
     """Make the report's folder where it is RESULTS; raise ConfigError before minutes of measuring if it is in vain."""
     if path is None:
         return
@@ -84,9 +84,9 @@ def require_writable(path: Path | None) -> None:
         if path.parent == RESULTS:
             path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"{path.parent}: {error.strerror}; give --json FILE") from error
+        raise ConfigError(f"{path.parent}: {error.strerror}; give {flag} FILE") from error
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"--json {path}: not a file that can be written")
+        raise ConfigError(f"{flag} {path}: not a file that can be written")
 
 
 def write_report(path: Path, name: str, arguments: Sequence[str], figures: Mapping[str, Any]) -> None:

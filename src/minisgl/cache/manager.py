@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import Any
 
 import numpy as np
@@ -77,14 +78,27 @@ class CacheManager:
         self._borrowed[slot, : len(pages)] = True
         return len(pages) * self.page_size
 
-    def admission_cost(self, tokens: Int32, reusable: Int32) -> int:
-        """Pages of `available` that a new row for `tokens` takes when it starts on what is cached of `reusable`."""
-        node, pages = self._cache.match(self._usable(reusable))
-        before = self.available
-        self._cache.lock(node)
-        locked = before - self.available
-        self._cache.unlock(node)
-        return -(-len(tokens) // self.page_size) - len(pages) + locked
+    def departures(self, slots: Slots, reusable: Int32 | None = None) -> Generator[int]:
+        """What would be `available` now, and after each of these rows had left, one after the other.
+
+        Pages that rows share become available with the last of them that leaves; those that are cached of `reusable` do
+        not, for a new row is to start on them. Nothing else may be done with the cache before this is closed.
+        """
+        kept = self._cache.root if reusable is None else self._cache.match(self._usable(reusable))[0]
+        self._cache.lock(kept)
+        own, left = 0, []
+        try:
+            yield self.available
+            for slot in slots.tolist():
+                count = int(self.row_pages[slot])
+                own += count - int(self._borrowed[slot, :count].sum())
+                self._cache.unlock(self._nodes[slot])
+                left.append(slot)
+                yield self.available + own
+        finally:
+            for slot in left:
+                self._cache.lock(self._nodes[slot])
+            self._cache.unlock(kept)
 
     def writes(self, slot: int) -> PageWrites:
         """The row's whole page table as (slots, indices, page ids), for a device that knows nothing of it."""

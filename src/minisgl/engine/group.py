@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from minisgl.config import Config, Launcher
-from minisgl.engine.local import LocalExecutor, attention_shape, build_local_executor
+from minisgl.engine.local import TORCH_DTYPES, LocalExecutor, attention_shape, build_local_executor
 from minisgl.engine.members import Members
+from minisgl.engine.memory import require_pages_fit
 from minisgl.engine.plan import Masks, StepPlan, StepResult
 from minisgl.engine.wire import Assign, Finish, Launch
 from minisgl.errors import MinisglError
@@ -103,6 +104,7 @@ def build_group_executor(
     thread when a rank is gone. Raises ConfigError for what cannot be divided or does not fit, on any rank.
     """
     check_shards(spec, config.tp)
+    require_pages_fit(config, local_spec(spec, config.tp), TORCH_DTYPES[config.dtype])  # before other ranks start
     choice = choose_attention(config, spec)
     config = config.replace(attn=f"{choice.prefill},{choice.decode}")
     device = torch.device("cpu" if config.device == "cpu" else f"cuda:{launched.local_rank if launched else 0}")

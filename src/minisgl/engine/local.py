@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minisgl.config import Config
-from minisgl.engine.memory import available_memory, measure_pages, require_weights_fit
+from minisgl.engine.memory import available_memory, measure_pages, require_pages_fit, require_weights_fit
 from minisgl.engine.piecewise import largest_piece
 from minisgl.engine.plan import Masks, Scores, StepPlan, StepResult
 from minisgl.engine.runner import Runner
@@ -219,6 +219,7 @@ def build_local_executor(
     device, dtype = torch.device(config.device), TORCH_DTYPES[config.dtype]
     rank, size = (0, 1) if group is None else (group.rank, group.size)
     share, cut = local_spec(spec, size), None if group is None else cutter(spec, rank, size)
+    require_pages_fit(config, share, dtype)
     ops, equipment = operations_for(device, spec.hidden_size), None
     if group is not None:
         equipment = equip(config, group, spec, ops, dtype)

@@ -186,11 +186,11 @@ class Members:
                 process.wait()
             assert process.stdin is not None
             process.stdin.close()
+        self._remove_folder()  # first: the process may have little time left
         self._listener.join()
         for box in self._outboxes:
             box.disable_monitor()
         self._context.destroy(linger=0 if self._processes or at_once else int(STOP_SECONDS * 1000))
-        self._remove_folder()
 
     def _remove_folder(self) -> None:
         if self._folder is not None:
@@ -207,10 +207,7 @@ class Members:
                 self._hear(decoder.decode(self._word.recv()))
             for rank, monitor in enumerate(self._monitors, start=1):
                 if monitor in ready:
-                    recv_monitor_message(monitor)
-                    while self._word.poll(LAST_WORDS_MS):
-                        self._hear(decoder.decode(self._word.recv()))
-                    self._fail(EngineDeadError(f"rank {rank} of {self.size} ended; nothing can be generated any more"))
+                    self._lose(rank)
 
     def _hear(self, message: FromRank) -> None:
         match message:
@@ -219,8 +216,31 @@ class Members:
                     self._arrived.add(rank)
                     self._changed.notify_all()
             case RankFailed(rank, error, asked):
+                if not asked and (cause := self._lost_beside(rank)):
+                    self._lose(cause)
                 kind = ConfigError if asked else EngineDeadError
                 self._fail(kind(f"rank {rank} of {self.size}: {error}"))
+
+    def _lost_beside(self, rank: int) -> int | None:
+        """Another rank whose connection has ended or soon does: what this one failed of is that it is gone."""
+        others = {monitor: other for other, monitor in enumerate(self._monitors, start=1) if other != rank}
+        if not others:
+            return None
+        poller = zmq.Poller()
+        for monitor in others:
+            poller.register(monitor, zmq.POLLIN)
+        return next((others[monitor] for monitor, _ in poller.poll(LAST_WORDS_MS)), None)
+
+    def _lose(self, rank: int) -> None:
+        """A rank's connection ended. Its last words say why; those of others only say that it is gone."""
+        if self._monitors[rank - 1].poll(0):
+            recv_monitor_message(self._monitors[rank - 1])
+        decoder = from_rank_decoder()
+        while self._word.poll(LAST_WORDS_MS):
+            message = decoder.decode(self._word.recv())
+            if isinstance(message, RankFailed) and message.rank == rank:
+                self._hear(message)
+        self._fail(EngineDeadError(f"rank {rank} of {self.size} ended; nothing can be generated any more"))
 
     def _fail(self, failure: MinisglError) -> None:
         """A rank is gone: end the others, which may wait for it in a collective for ever, and let everybody know.

@@ -23,6 +23,7 @@ from minisgl.types import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
 
 GIB = 2**30
 CPU_KV_BYTES = 2 * GIB
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 DEFAULT_RATIO = 0.9
 WARM_UP_TOKENS = 16
 """Of a prompt in `warm_up`, and more than its decodes reach."""
@@ -35,20 +36,60 @@ def available_memory(device: torch.device) -> int:
     return min(system_memory(), group_memory())
 
 
-def system_memory() -> int:
-    """Bytes that Linux says a new program can take without swapping."""
+def total_memory(device: torch.device) -> int:
+    """Bytes that there are, whoever has them: on a GPU the card's, else the system's or the control group's limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return min(system_memory("MemTotal"), group_limit())
+
+
+def system_memory(name: str = "MemAvailable") -> int:
+    """What Linux says of the memory, in bytes: unless told otherwise what a new program can take without swapping."""
     for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
+        if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
-    raise ConfigError("/proc/meminfo does not say how much memory is available; give --num-pages")
+    raise ConfigError(f"/proc/meminfo does not have {name}, from which to know how many KV pages fit")
 
 
-def group_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
-    """What a limit of control groups, version 2, leaves; without one, more than there is."""
-    limit, current = group / "memory.max", group / "memory.current"
-    if not limit.exists() or not current.exists() or (most := limit.read_text().strip()) == "max":
+def group_limit(group: Path = CONTROL_GROUP) -> int:
+    """Bytes that control groups, version 2, allow; without a limit, more than there are."""
+    limit = group / "memory.max"
+    if not limit.exists() or (most := limit.read_text().strip()) == "max":
         return 2**63 - 1
-    return max(0, int(most) - int(current.read_text()))
+    return int(most)
+
+
+def group_memory(group: Path = CONTROL_GROUP) -> int:
+    """What that limit leaves."""
+    current = group / "memory.current"
+    return max(0, group_limit(group) - (int(current.read_text()) if current.exists() else 0))
+
+
+def page_cost(config: Config, share: ModelSpec, dtype: torch.dtype) -> int:
+    """Bytes of a device's memory that a page takes; `share` is what one rank holds.
+
+    On the CPU, where the ranks are processes of one host, that is all ranks' bytes.
+    """
+    size = page_bytes(share.num_layers, config.page_size, share.num_kv_heads, share.head_dim, dtype)
+    return size * (config.tp if config.device == "cpu" else 1)
+
+
+def require_pages_fit(config: Config, share: ModelSpec, dtype: torch.dtype) -> None:
+    """Raise ConfigError for a `num_pages` that can be seen to be wrong before anything is loaded.
+
+    What is free, and what weights and the rest take of it, is known later: `measure_pages` looks at that.
+    """
+    pages = config.num_pages
+    if pages is None:
+        return
+    if pages * config.page_size < 2:
+        raise ConfigError(f"--num-pages {pages} of {config.page_size} token holds no request; give more")
+    size = page_cost(config, share, dtype)
+    if pages * size > (total := total_memory(torch.device(config.device))):
+        raise ConfigError(
+            f"--num-pages {pages} needs {pages * size / GIB:.2f} GiB, and there are {total / GIB:.2f} GiB of memory in "
+            f"all; a page of {config.page_size} tokens takes {size / GIB:.4f}"
+        )
 
 
 def require_weights_fit(spec: ModelSpec, dtype: torch.dtype, device: torch.device, cut: Cut | None = None) -> None:
@@ -71,7 +112,7 @@ def measure_pages(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_
     CPU_KV_BYTES. Raises ConfigError with the numbers when that leaves no page, or not the pages asked for.
     """
     device, spec = torch.device(config.device), decoder.spec
-    size = page_bytes(spec.num_layers, config.page_size, spec.num_kv_heads, spec.head_dim, dtype)
+    size = page_cost(config, spec, dtype)
     ratio = DEFAULT_RATIO if config.memory_ratio is None else config.memory_ratio
     taken = before - available_memory(device)
     if device.type == "cuda":
@@ -84,8 +125,6 @@ def measure_pages(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_
         f"{what} take {taken / GIB:.2f}; a page of {config.page_size} tokens takes {size / GIB:.4f}"
     )
     if config.num_pages is not None:
-        if config.num_pages * config.page_size < 2:
-            raise ConfigError(f"--num-pages {config.num_pages} of {config.page_size} token holds no request; give more")
         if config.num_pages * size > before - taken:
             raise ConfigError(
                 f"--num-pages {config.num_pages} needs {config.num_pages * size / GIB:.2f} GiB: {numbers}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import select
 import shutil
 import signal
 import sys
@@ -16,11 +17,11 @@ import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 import torch
 import zmq
-from zmq.utils.monitor import recv_monitor_message
 
 from minisgl.config import Launcher
 from minisgl.engine.group import use_device
@@ -45,6 +46,11 @@ from minisgl.parallel.distributed import join_group, share_text
 from minisgl.parallel.group import TPGroup
 
 LINGER_MS = 1000
+POLL_MS = 100
+CLOSE_SECONDS = 0.5
+"""How long after rank 0's end its last word, to close, may still be on its way."""
+MEETING_SECONDS = 2.0
+"""How long a rank that is left alone before all have met leaves the others the folder that they meet by."""
 
 
 class Rank:
@@ -58,6 +64,8 @@ class Rank:
         self._lock = threading.Lock()  # around the outbox
         self._encoder = encoder()
         self._decoder = to_rank_decoder()
+        self._closed = threading.Event()
+        self._watcher: threading.Thread | None = None
 
     def _connect(self, kind: int, address: str) -> zmq.Socket[bytes]:
         socket = self._context.socket(kind)
@@ -71,14 +79,16 @@ class Rank:
         return socket
 
     def watch_connection(self) -> None:
-        """From here on the process ends with its connection to rank 0."""
+        """From here on the process ends with its connection to rank 0, unless that has told it to close."""
         monitor = self._inbox.get_monitor_socket(zmq.EVENT_DISCONNECTED)
 
         def watch() -> None:
-            recv_monitor_message(monitor)
-            os._exit(1)
+            while not self._closed.is_set():
+                if monitor.poll(POLL_MS) and not self._closed.wait(CLOSE_SECONDS):
+                    os._exit(1)
 
-        threading.Thread(target=watch, daemon=True).start()
+        self._watcher = threading.Thread(target=watch, daemon=True)
+        self._watcher.start()
 
     def run(self, join: Callable[[], TPGroup]) -> int:
         """Join the group, build what rank 0 says, and execute its plans until it closes; the exit status."""
@@ -95,6 +105,9 @@ class Rank:
         except Exception as error:
             traceback.print_exc()
             self._fail(f"{type(error).__name__}: {error}", asked=False)
+        if self._watcher is not None:  # a socket that another thread waits on must not be closed
+            self._watcher.join()
+            self._inbox.disable_monitor()
         self._context.destroy(linger=LINGER_MS)
         return 0
 
@@ -121,6 +134,7 @@ class Rank:
                 case Finish(masks):
                     executor.finish(masks)
             launched.put(True)
+        self._closed.set()
         launched.put(False)
         collector.join()
         executor.close()
@@ -165,22 +179,35 @@ def serve_rank(launched: Launcher) -> int:
     return rank.run(lambda: group)
 
 
-def main() -> int:
+def main() -> NoReturn:
     """Entry point of `python -m minisgl.engine.rank`."""
     start = msgspec.json.decode(sys.stdin.buffer.readline(), type=RankStart)
+    met = threading.Event()
 
     def follow_parent() -> None:
         while os.read(sys.stdin.fileno(), 1):  # not through the buffer, whose lock would be held at the normal end
             pass
+        # Where its folder is gone, torch looks for the rendezvous for minutes without giving up the interpreter's lock.
+        met.wait(MEETING_SECONDS)
         shutil.rmtree(start.folder, ignore_errors=True)
         os._exit(1)
 
-    threading.Thread(target=follow_parent, daemon=True).start()
+    follower = threading.Thread(target=follow_parent, daemon=True)
+    follower.start()
     device = torch.device(start.device)
     use_device(device, start.size)
     rank = Rank(start.rank, start.plans, start.word)
-    return rank.run(lambda: join_group(start.rank, start.size, start.rendezvous, device))
+    if select.select([sys.stdin], [], [], 0)[0]:
+        follower.join()
+
+    def join() -> TPGroup:
+        group = join_group(start.rank, start.size, start.rendezvous, device)
+        met.set()
+        return group
+
+    status = rank.run(join)
+    os._exit(status)  # the interpreter's own end takes a second, in which nobody follows the parent
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -16,7 +16,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable
-from itertools import chain
+from contextlib import closing
+from itertools import chain, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,19 +106,20 @@ class Scheduler:
         worse = running[table.priority[running] > priority]
         if len(worse) == 0:
             return
-        rows = table.free_rows + int(np.isin(table.state, (State.RETRACTING, State.ENDED)).sum())
-        pages = cache.admission_cost(first.tokens, first.reusable) + self._promised(running)
-        short = pages - cache.available - self._pages_leaving()
-        victims = 0
-        for slot in worse[::-1]:
-            if rows > 0 and short <= 0:
-                break
-            rows += 1
-            short -= int(cache.row_pages[slot]) + self._promised(np.array([slot]))
-            victims += 1
-        if rows > 0 and short <= 0:
-            for _ in range(victims):
-                self.retract_last()
+        leaving = self._leaving()
+        rows = table.free_rows + len(leaving)
+        pages = -(-len(first.tokens) // cache.page_size) - cache.match_len(first.reusable) // cache.page_size
+        pages += self._promised(running, 1)
+        with closing(cache.departures(np.concatenate([leaving, worse[::-1]]), first.reusable)) as departures:
+            for victims, available in enumerate(islice(departures, len(leaving), None)):
+                if victims:
+                    pages -= self._promised(worse[::-1][victims - 1 : victims], 1)
+                if rows + victims > 0 and pages <= available:
+                    break
+            else:
+                return
+        for _ in range(victims):
+            self.retract_last()
 
     def _starved(self, slots: Slots) -> bool:
         """Whether some of these rows still have work to launch."""
@@ -148,16 +150,20 @@ class Scheduler:
         table, cache = self.table, self.cache
         slots = table.ranked(slots)
         need = cache.pages_needed(slots, table.computed[slots] + 1)
-        while len(slots) and int(need.sum()) > cache.available + self._pages_leaving():
+        while len(slots) and int(need.sum()) > self._available_soon():
             victim = self.retract_last()
             keep = slots != victim
             slots, need = slots[keep], need[keep]
         return slots[np.cumsum(need) <= cache.available]
 
-    def _pages_leaving(self) -> int:
-        """Pages of rows that leave as soon as the step in flight is collected."""
-        leaving = (self.table.state == State.RETRACTING) | (self.table.state == State.ENDED)
-        return int(self.cache.row_pages[: len(leaving)][leaving].sum())
+    def _leaving(self) -> Slots:
+        """Rows that leave as soon as the step in flight is collected."""
+        return np.flatnonzero((self.table.state == State.RETRACTING) | (self.table.state == State.ENDED))
+
+    def _available_soon(self) -> int:
+        """Pages that are available when those rows have left."""
+        with closing(self.cache.departures(self._leaving())) as departures:
+            return deque(departures, maxlen=1)[0]
 
     def _plan_prefill(self) -> tuple[list[tuple[int, int]], list[int], list[PageWrites]]:
         """Chunks as (slot, tokens), the slots admitted, and the page-table writes of both."""
@@ -215,9 +221,12 @@ class Scheduler:
         self.waiting.remove(entry)
         return slot
 
-    def _promised(self, rows: Slots) -> int:
-        """Pages that these running rows will take: the rest of each prompt, and one more for each row."""
-        goal = np.maximum(self.table.prefill_len[rows], self.table.computed[rows])
+    def _promised(self, rows: Slots, decodes: int = 0) -> int:
+        """Pages that these running rows will take: the rest of each prompt, so many decodes, and one more for each row.
+
+        Before a step's decodes are planned there is 1: the next page is promised behind what they take.
+        """
+        goal = np.maximum(self.table.prefill_len[rows], self.table.computed[rows] + decodes)
         return int(self.cache.pages_needed(rows, goal).sum()) + len(rows)
 
     def _build(

@@ -98,13 +98,15 @@ class HeadAsGet:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass it on, and the route that it found back."""
+        """Pass it on, and the route that it found back, even where its endpoint fails."""
         if scope["type"] != "http" or scope["method"] != "HEAD":
             await self.app(scope, receive, send)
             return
         asked = {**scope, "method": "GET"}  # uvicorn looks at its own
-        await self.app(asked, receive, send)
-        scope["route"] = asked.get("route")
+        try:
+            await self.app(asked, receive, send)
+        finally:
+            scope["route"] = asked.get("route")
 
 
 def digest(key: str) -> bytes:

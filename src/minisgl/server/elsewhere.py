@@ -10,7 +10,16 @@ from typing import Annotated, Any
 from minisgl.server.body import Body, Neutral, NotFalse, Nothing, NotTrue
 
 
-class Elsewhere(Body):
+class AnyElsewhere(Body):
+    """What SGLang's /generate shares with its chats and completions."""
+
+    return_hidden_states: NotTrue = None
+    lora_path: Nothing = None
+    session_params: Nothing = None
+    rid: Nothing = None
+
+
+class Elsewhere(AnyElsewhere):
     """What their chats and completions share."""
 
     use_beam_search: NotTrue = None
@@ -23,7 +32,6 @@ class Elsewhere(Body):
     bad_words: Annotated[Any, Neutral([])] = None
     prompt_logprobs: Nothing = None
     return_token_ids: NotTrue = None
-    return_hidden_states: NotTrue = None
     logits_processors: Nothing = None
     guided_decoding_backend: Nothing = None
     guided_whitespace_pattern: Nothing = None
@@ -31,10 +39,7 @@ class Elsewhere(Body):
     ebnf: Nothing = None
     json_schema: Nothing = None
     stop_regex: Nothing = None
-    lora_path: Nothing = None
-    session_params: Nothing = None
     request_id: Nothing = None
-    rid: Nothing = None
     cache_salt: Nothing = None
     kv_transfer_params: Nothing = None
     vllm_xargs: Nothing = None
@@ -60,17 +65,13 @@ class CompletionElsewhere(Elsewhere):
     prompt_embeds: Nothing = None
 
 
-class GenerateElsewhere(Body):
+class GenerateElsewhere(AnyElsewhere):
     """What SGLang's /generate has beside its `sampling_params`."""
 
-    rid: Nothing = None
     image_data: Nothing = None
     audio_data: Nothing = None
     video_data: Nothing = None
     input_embeds: Nothing = None
     token_ids_logprob: Nothing = None
-    return_hidden_states: NotTrue = None
     return_routed_experts: NotTrue = None
     custom_logit_processor: Nothing = None
-    lora_path: Nothing = None
-    session_params: Nothing = None

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 from minisgl.config import Config
 from minisgl.server.listen import listen
 from minisgl.server.service import EngineService
-from minisgl.server.wire import HEAD_LIMIT, BoundedProtocol
+from minisgl.server.wire import BoundedProtocol
 
 ANSWER_SECONDS = 1.0
 """How long requests are still answered, with 503, after the engine has died or was given up."""
@@ -33,7 +33,6 @@ class HttpServer(uvicorn.Server):
             uvicorn.Config(
                 app,
                 http=protocol,  # type: ignore[arg-type]
-                h11_max_incomplete_event_size=HEAD_LIMIT,
                 ssl_certfile=config.ssl_certfile,
                 ssl_keyfile=config.ssl_keyfile,
                 log_config=None,

@@ -22,6 +22,28 @@ READ_TIMEOUT = 30.0
 logger = logging.getLogger(__name__)
 
 
+class BoundedConnection(h11.Connection):
+    """h11's part of a connection, with a bound on every head; h11's own is on those that come in pieces."""
+
+    def __init__(self) -> None:
+        super().__init__(h11.SERVER, HEAD_LIMIT)
+        self.too_large = False
+        """Whether the last error was a head beyond the limit."""
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        """What came next. Raises RemoteProtocolError for what is not HTTP, and for too large a head."""
+        before = len(self.trailing_data[0]) if self.their_state is h11.IDLE else 0
+        try:
+            event = super().next_event()
+        except h11.RemoteProtocolError as error:
+            self.too_large = error.error_status_hint == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+            raise
+        if isinstance(event, h11.Request) and before - len(self.trailing_data[0]) > HEAD_LIMIT:
+            self.too_large = True
+            raise h11.RemoteProtocolError("too large a head", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+        return event
+
+
 class BoundedProtocol(H11Protocol):
     """uvicorn's protocol with bounds on time. Cutting a client off is to its request what its leaving would be.
 
@@ -31,6 +53,7 @@ class BoundedProtocol(H11Protocol):
 
     def __init__(self, *args: Any, write_timeout: float, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.conn: BoundedConnection = BoundedConnection()
         self.write_timeout = write_timeout
         self._reading: asyncio.TimerHandle | None = None
         self._writing: asyncio.TimerHandle | None = None
@@ -76,7 +99,7 @@ class BoundedProtocol(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """Answer what cannot be read as HTTP, in OpenAI's form, and close: 431 (RFC 6585) for too large a head."""
         error, status = InvalidRequestError(msg, code="invalid_http"), HTTPStatus.BAD_REQUEST
-        if len(self.conn.trailing_data[0]) > HEAD_LIMIT:
+        if self.conn.too_large:
             error = InvalidRequestError(
                 f"URL and headers must have at most {HEAD_LIMIT} bytes", code="headers_too_large"
             )

@@ -57,7 +57,18 @@ def burstiness(text: str) -> float:
 
 def not_negative(text: str) -> float:
     """A finite number of at least 0."""
-    return 0.0 if text in ("0", "0.0") else number(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value
+
+
+def none_or_more(text: str) -> int:
+    """A count of at least 0."""
+    return 0 if text == "0" else positive(text)
 
 
 def duration(text: str) -> float:
@@ -71,7 +82,7 @@ def slo(text: str) -> dict[str, float]:
     limits = {}
     for part in text.split(","):
         name, _, limit = part.partition("=")
-        if name not in SLO_NAMES:
+        if name not in SLO_NAMES or not limit:
             raise argparse.ArgumentTypeError(
                 f"{part!r} is not one of {', '.join(SLO_NAMES)} with a limit, as ttft=300ms"
             )
@@ -160,7 +171,7 @@ def build_parser() -> Parser:
     add("--no-ignore-eos", dest="ignore_eos", action="store_false", help="for servers that do not know ignore_eos")
     add(
         "--warmup",
-        type=int,
+        type=none_or_more,
         metavar="N",
         help="requests with short answers before the first run (default: 32, at most as many as a run has)",
     )

@@ -35,7 +35,7 @@ def draw_curves(
                 axes.set_xscale("log")
         axes.set(xlabel=f"{NAMES[name]}, ms", ylabel="share of all", ylim=(0, 1))
         axes.grid(alpha=0.3)
-    if samples:
+    if grid[0][0].lines:
         grid[0][0].legend(fontsize="small")
     order = sorted(range(len(runs)), key=lambda i: float(runs[i]["output_tokens_per_second"]))
     for axes, name in zip(grid[1], LATENCIES, strict=True):
@@ -48,7 +48,7 @@ def draw_curves(
             axes.set_yscale("log")
         axes.set(xlabel="output tokens/s", ylabel=f"{NAMES[name]}, ms")
         axes.grid(alpha=0.3)
-    if runs:
+    if grid[1][0].lines:
         grid[1][0].legend(fontsize="small")
     figure.suptitle(title)
     figure.savefig(path, dpi=110)

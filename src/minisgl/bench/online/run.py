@@ -22,9 +22,10 @@ from minisgl.bench.online.metrics import client_figures, e2e, figures, latencies
 from minisgl.bench.online.options import Load, Options, loads
 from minisgl.bench.online.serve import Served, own_server
 from minisgl.bench.online.sessions import Session, all_turns, require_fit
-from minisgl.bench.online.setup import make_client, make_sessions, warm_up
+from minisgl.bench.online.setup import TRACE_REQUESTS, make_client, make_sessions, warm_up
 from minisgl.bench.online.tables import latency_table, lines, summary_table
 from minisgl.bench.online.tokens import expected_hits
+from minisgl.bench.online.traces import read_trace
 from minisgl.bench.online.watch import listener_pid, process_tree, used, watch_client
 from minisgl.bench.report import RESULTS, default_path, require_writable, slug, write_report
 from minisgl.models.progress import progress_bar
@@ -47,7 +48,9 @@ def run(options: Options, arguments: Sequence[str]) -> int:
     """Measure all loads with all seeds, print, and write the report; 1 when a request failed."""
     on_gpu = torch.cuda.is_available()
     require_writable(options.json or (RESULTS / f"{NAME}.json" if on_gpu else None))
-    require_writable(options.samples)
+    require_writable(options.samples, "--samples")
+    if options.trace is not None:
+        read_trace(options.trace, options.requests or TRACE_REQUESTS)  # what is wrong is said before a server starts
     options = dataclasses.replace(
         options,
         small=options.server is not None and not on_gpu,
@@ -62,11 +65,12 @@ def run(options: Options, arguments: Sequence[str]) -> int:
             console.print(f"it answers after {served.start_seconds:.1f} s", highlight=False)
             options = dataclasses.replace(options, url=served.url, server_pid=served.pid)
         outcome = asyncio.run(measure(options, console))
-    if len(outcome.runs) > 1:
-        console.print(summary_table(outcome.runs))
-    path = options.json or (default_path(outcome.model, benchmark(options)) if on_gpu else None)
-    if path is not None:
-        write(path, options, arguments, served, outcome, console)
+        # Before the server is ended: where it has ended by itself that is an error.
+        if len(outcome.runs) > 1:
+            console.print(summary_table(outcome.runs))
+        path = options.json or (default_path(outcome.model, benchmark(options)) if on_gpu else None)
+        if path is not None:
+            write(path, options, arguments, served, outcome, console)
     return 1 if any(found["failed"] for found in outcome.runs) else 0
 
 

@@ -84,7 +84,8 @@ async def make_client(options: Options) -> tuple[Client, int | None]:
     """How to ask this server, and the longest sequence it takes in tokens, where it says so."""
     target = parse_target(options.url, options.api_key)
     listed = await call(target, "GET", "/v1/models")
-    cards = listed.get("data") or [] if isinstance(listed, dict) else []
+    found = listed.get("data") or [] if isinstance(listed, dict) else []
+    cards = [card for card in found if isinstance(card, dict) and "id" in card]
     card = next((card for card in cards if options.model in (None, card["id"])), None)
     if card is None:
         names = ", ".join(str(card["id"]) for card in cards) or "none"
@@ -112,9 +113,15 @@ async def make_prompts(target: Target, model: str, options: Options) -> Prompts:
         return IdPrompts(*options.tokens)
 
     async def count(text: str) -> int:
-        said = {"messages": [{"role": "user", "content": text}]} if options.endpoint == "chat" else {"prompt": text}
-        body = {"model": model, "max_tokens": 1, **said}
-        return int((await call(target, "POST", PATHS[options.endpoint], body))["usage"]["prompt_tokens"])
+        asked = {"messages": [{"role": "user", "content": text}]} if options.endpoint == "chat" else {"prompt": text}
+        body = {"model": model, "max_tokens": 1, **asked}
+        said = await call(target, "POST", PATHS[options.endpoint], body)
+        try:
+            return int(said["usage"]["prompt_tokens"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                "the server does not say how many tokens a prompt has (usage.prompt_tokens); use --endpoint ids"
+            ) from error
 
     words, overhead = await calibrate(count)
     return (ChatPrompts if options.endpoint == "chat" else TextPrompts)(words, overhead)

@@ -76,8 +76,10 @@ def read_trace(path: Path, limit: int) -> Trace:
             else:
                 rows = read_json_lines(path, kind, itertools.chain([first], lines))
             requests = sorted(itertools.islice(rows, limit), key=lambda request: request.arrival)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: this is no text: {error}") from error
     if not requests:
         raise ConfigError(f"{path}: the trace has no requests")
     start = requests[0].arrival
@@ -125,7 +127,9 @@ def read_csv(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[TraceRequ
         try:
             when = datetime.datetime.fromisoformat(row["TIMESTAMP"])
             tokens_in, tokens_out = int(row["ContextTokens"]), int(row["GeneratedTokens"])
-        except (KeyError, ValueError) as error:
+        except KeyError as error:
+            raise ConfigError(f"{path}:{number}: the line has no {error.args[0]}") from error
+        except ValueError as error:
             raise ConfigError(f"{path}:{number}: {error}") from error
         if tokens_in < 1 or tokens_out < 1:
             raise ConfigError(f"{path}:{number}: ContextTokens and GeneratedTokens must be at least 1")
