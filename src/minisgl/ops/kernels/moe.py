@@ -18,8 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minisgl.ops.kernels.activation import gated
-from minisgl.ops.kernels.jit import jit, jit_varying, launch_options, warps_for
-from minisgl.ops.kernels.pdl import after_previous
+from minisgl.ops.kernels.jit import jit, jit_varying, warps_for
 
 ROUTED = 8
 """Tokens that a program of the routing takes."""
@@ -55,9 +54,8 @@ def tile_for(pairs: int, experts: int) -> Tile:
 def _route_kernel(
     logits: tl.tensor, weights: tl.tensor, lists: tl.tensor, counts: tl.tensor, tokens: tl.tensor,
     EXPERTS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr,
-    NORMALISE: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+    NORMALISE: tl.constexpr, ROWS: tl.constexpr,
 ) -> None:  # fmt: skip
-    after_previous(PDL)
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
     expert = tl.arange(0, BLOCK_EXPERTS)[None, :]
     x = tl.load(logits + token * EXPERTS + expert, mask=(token < tokens) & (expert < EXPERTS), other=0.0).to(tl.float32)
@@ -105,9 +103,8 @@ def _block_rows(
 def _gate_up_kernel(
     x: tl.tensor, weight: tl.tensor, lists: tl.tensor, counts: tl.tensor, hidden: tl.tensor, tokens: tl.tensor,
     dim: tl.tensor, width: tl.tensor, TOP_K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ) -> None:  # fmt: skip
-    after_previous(PDL)
     expert, pair, real = _block_rows(counts, lists, tokens, EXPERTS, BLOCK_EXPERTS, ROWS)
     if expert < EXPERTS:
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -131,9 +128,8 @@ def _gate_up_kernel(
 def _down_kernel(
     hidden: tl.tensor, weight: tl.tensor, shares: tl.tensor, lists: tl.tensor, counts: tl.tensor, parts: tl.tensor,
     tokens: tl.tensor, dim: tl.tensor, width: tl.tensor, EXPERTS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ) -> None:  # fmt: skip
-    after_previous(PDL)
     expert, pair, real = _block_rows(counts, lists, tokens, EXPERTS, BLOCK_EXPERTS, ROWS)
     if expert < EXPERTS:
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -154,10 +150,7 @@ def _down_kernel(
 
 
 @jit
-def _sum_kernel(
-    parts: tl.tensor, out: tl.tensor, dim: tl.tensor, TOP_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
-) -> None:
-    after_previous(PDL)
+def _sum_kernel(parts: tl.tensor, out: tl.tensor, dim: tl.tensor, TOP_K: tl.constexpr, BLOCK: tl.constexpr) -> None:
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -191,8 +184,7 @@ def moe(
     parts = torch.empty((pairs, dim), dtype=x.dtype, device=device)
     tile = tile_for(pairs, experts)
     blocks = (pairs + min(experts, pairs) * (tile.rows - 1)) // tile.rows
-    pdl = launch_options()
-    sizes = {"EXPERTS": experts, "BLOCK_EXPERTS": triton.next_power_of_2(experts), "PDL": bool(pdl), **pdl}
+    sizes = {"EXPERTS": experts, "BLOCK_EXPERTS": triton.next_power_of_2(experts)}
     stages = tile.stages if x.element_size() == 2 else 2  # what fits in shared memory
     cut = {"ROWS": tile.rows, "INNER": tile.inner, "num_warps": tile.warps, "num_stages": stages}
     _route_kernel[(triton.cdiv(tokens, ROUTED),)](
@@ -209,6 +201,6 @@ def moe(
     )  # fmt: skip
     block = min(SUM_BLOCK, triton.next_power_of_2(dim))
     _sum_kernel[(tokens, triton.cdiv(dim, block))](
-        parts, out, dim, TOP_K=top_k, BLOCK=block, PDL=bool(pdl), num_warps=warps_for(block), **pdl
+        parts, out, dim, TOP_K=top_k, BLOCK=block, num_warps=warps_for(block)
     )
     return out
