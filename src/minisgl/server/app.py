@@ -9,6 +9,7 @@ from minisgl.server.admin import Setup, make_admin_router
 from minisgl.server.api import Api
 from minisgl.server.handlers import install_error_handlers
 from minisgl.server.openapi import install_document
+from minisgl.server.page import make_page_router
 from minisgl.server.routes import make_router
 
 
@@ -19,4 +20,5 @@ def make_app(api: Api, setup: Setup) -> FastAPI:
     install_error_handlers(app)
     app.include_router(make_router(api))
     app.include_router(make_admin_router(api, setup))
+    app.include_router(make_page_router())
     return app

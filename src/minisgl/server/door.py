@@ -20,9 +20,9 @@ from minisgl.server.metrics import Metrics
 from minisgl.server.records import EXCHANGE, Exchange
 from minisgl.server.responses import json_response
 
-OPEN_PATHS = frozenset({"/health", "/ready"})
-"""What a load balancer asks; it needs no key."""
-QUIET_PATHS = OPEN_PATHS | {"/metrics"}
+OPEN_PATHS = frozenset({"/", "/health", "/ready"})
+"""What needs no key: what a load balancer asks, and the page, which asks its reader for one."""
+QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
 """What machines ask every few seconds; it is logged at DEBUG."""
 
 logger = logging.getLogger("minisgl.access")

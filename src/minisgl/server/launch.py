@@ -193,6 +193,8 @@ def announce(config: Config, url: str, notes: Sequence[str], model: str, chats: 
     )
     seconds = time.monotonic() - started
     print(f"\nMini-SGLang {__version__} is ready after {seconds:.1f} s: {model} on {url}/v1\n")
+    if chats:
+        print(f"  chat in a browser: {url}/")
     for note in notes:
         print(f"  {note}")
     headers = "-H 'Content-Type: application/json'"
