@@ -61,6 +61,7 @@ def server(
         url = lines[1].rpartition(" on ")[2].strip().removesuffix("/v1")
         assert lines[3].strip() == "stub = on: it echoes"
         assert any(line.startswith(f"curl {url}/v1/chat/completions") for line in lines)
+        assert f"chat in a browser: {url}/\n" in lines
         yield process, url
     finally:
         process.kill()

@@ -193,14 +193,14 @@ def announce(config: Config, url: str, notes: Sequence[str], model: str, chats: 
     )
     seconds = time.monotonic() - started
     print(f"\nMini-SGLang {__version__} is ready after {seconds:.1f} s: {model} on {url}/v1\n")
-    if chats:
-        print(f"  chat in a browser: {url}/")
     for note in notes:
         print(f"  {note}")
     headers = "-H 'Content-Type: application/json'"
     if config.api_key:
         print(f"  api_key = {len(config.api_key)} set: clients send one as 'Authorization: Bearer KEY'")
         headers += ' -H "Authorization: Bearer $MINISGL_API_KEY"'
+    if chats:
+        print(f"\nchat in a browser: {url}/")
     print(f"\ncurl {url}/v1/{path} {headers} \\\n  -d '{json.dumps(body)}'\n", flush=True)
 
 
