@@ -117,16 +117,18 @@ class RadixCache:
     def _walk(self, node: Node, tokens: Int32) -> tuple[list[Node], int]:
         """Nodes below `node` through which `tokens` runs, and how many pages of the last one."""
         path: list[Node] = []
-        used = 0
-        while (child := node.children.get(self._key(tokens))) is not None:
-            length = min(len(child.tokens), len(tokens))
-            different = child.tokens[:length] != tokens[:length]
-            first = int(different.argmax())
-            used = (first if different[first] else length) // self.page_size
+        used, at = 0, 0
+        data, page = tokens.tobytes(), self.page_size * tokens.itemsize  # one comparison of bytes for each node
+        while (child := node.children.get(data[at : at + page])) is not None:
             path.append(child)
-            if used < len(child.pages):
+            run = child.tokens.tobytes()
+            if not data.startswith(run, at):
+                rest = tokens[at // tokens.itemsize :][: len(child.tokens)]
+                different = child.tokens[: len(rest)] != rest
+                first = int(different.argmax())
+                used = (first if different[first] else len(rest)) // self.page_size
                 break
-            node, tokens = child, tokens[length:]
+            node, at, used = child, at + len(run), len(child.pages)
         return path, used
 
     def _upper(self, node: Node, count: int) -> Node:
