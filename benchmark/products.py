@@ -1,7 +1,7 @@
 """The matrix products of a decode step: cuBLAS against our own, for the large weights that steps of few rows stream.
 
     python benchmark/products.py                             Qwen3-14B, and a quarter of Qwen3-32B, at some rows
-    python benchmark/products.py --model 14B/2 --rows 64 128
+    python benchmark/products.py --model 14B/2 --rows 64 96
     python benchmark/products.py --sweep                     which cuts of `ops/kernels/stream.py` are the fastest
     python benchmark/products.py --check                     no timing: each kernel against a product in float64
 
@@ -17,7 +17,6 @@ import itertools
 import json
 import statistics
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,9 +27,9 @@ from torch import Tensor
 
 from minisgl.bench.report import hardware, versions
 from minisgl.ops.kernels import activation, norm, stream
-from minisgl.ops.kernels.cuda import compile_source
-from minisgl.ops.kernels.stream import TOKENS, Cut
-from minisgl.ops.operations import fused_operations
+from minisgl.ops.kernels.cuda import compile_all
+from minisgl.ops.kernels.stream import Cut, cut_for
+from minisgl.ops.operations import Operations, fused_operations
 
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 MODELS = {
@@ -94,9 +93,8 @@ def cublas(name: str) -> Product:
     return product
 
 
-def ours(name: str) -> Product:
+def ours(ops: Operations, name: str) -> Product:
     """What the engine takes."""
-    ops = fused_operations(torch.device("cuda", torch.cuda.current_device()))
     return lambda x, weight: {"qkv": ops.linear, "gate_up": ops.gated}.get(name, ops.project)(x, weight, None)
 
 
@@ -107,7 +105,7 @@ def streamed(name: str, cut: Cut | None) -> Product:
 
 def candidates(rows: int, columns: int) -> Iterator[Cut]:
     """Cuts worth trying for a weight of so many rows."""
-    tokens = next(tokens for tokens in TOKENS if tokens >= rows)
+    tokens = cut_for(rows, columns).tokens
     for sides, parts, resident in itertools.product((2, 4), (1, 2, 3, 4), (2, 3)):
         blocks = columns // stream.TILE * parts
         if tokens // sides >= 8 and sides * parts <= 8 and 75 <= blocks <= max(300, columns // stream.TILE):
@@ -144,8 +142,8 @@ class Layers:
         self.layers = [shape.weights() for _ in range(max(1, least // size))]
         self.gain = random(8192)
 
-    def seconds(self, rows: int, products: dict[str, Product]) -> float:
-        """Microseconds a layer."""
+    def microseconds(self, rows: int, products: dict[str, Product]) -> float:
+        """A layer's time."""
         shape, gain = self.shape, self.gain
         residual = random(rows, shape.hidden)
         width = shape.heads * HEAD_DIM
@@ -166,16 +164,14 @@ def sweep(layers: Layers, rows: int) -> tuple[float, dict[str, Cut]]:
     """The fastest cuts found one matrix after the other, twice around; microseconds a layer with them."""
     sizes = layers.shape.sizes()
     tries = {name: list(candidates(rows, sizes[name][0])) for name in NAMES}
-    with ThreadPoolExecutor(16) as pool:
-        sources = {stream.source(cut, name == "gate_up", DTYPE) for name in NAMES for cut in tries[name]}
-        list(pool.map(compile_source, sources))
+    compile_all([stream.source(cut, name == "gate_up", DTYPE) for name in NAMES for cut in tries[name]])
     best = {name: tries[name][0] for name in NAMES}
-    least = layers.seconds(rows, {name: streamed(name, best[name]) for name in NAMES})
+    least = 0.0
     for turn, name in itertools.product(range(2), NAMES):
         times = []
         for cut in tries[name]:
             products = {other: streamed(other, cut if other == name else best[other]) for other in NAMES}
-            times.append((layers.seconds(rows, products), cut))
+            times.append((layers.microseconds(rows, products), cut))
         times.sort()
         least, best[name] = times[0]
         if turn:
@@ -193,8 +189,7 @@ def check(weights: dict[str, Tensor], rows: int) -> float:
             gate, up = product.to(DTYPE).float().chunk(2, dim=1)
             product = (F.silu(gate).to(DTYPE).float() * up).double()
         tries = list(candidates(rows, len(weight)))
-        with ThreadPoolExecutor(16) as pool:
-            list(pool.map(compile_source, [stream.source(cut, name == "gate_up", DTYPE) for cut in tries]))
+        compile_all([stream.source(cut, name == "gate_up", DTYPE) for cut in tries])
         for cut in tries:
             found, again = (streamed(name, cut)(x, weight) for _ in range(2))
             error = float((found.double() - product).norm() / product.norm())
@@ -214,6 +209,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     options = parser.parse_args()
     torch.manual_seed(0)
+    ops = fused_operations(torch.device("cuda", torch.cuda.current_device()))
     results: dict[str, dict[int, dict[str, float]]] = {}
     for name in options.model:
         if options.check:
@@ -226,8 +222,8 @@ def main() -> None:
         print(f"{name}: {len(layers.layers)} layers of {layers.bytes / 1e6:.0f} MB, us a layer", flush=True)
         for rows in options.rows:
             found = {
-                way: layers.seconds(rows, {n: make(n) for n in NAMES})
-                for way, make in (("cublas", cublas), ("ours", ours))
+                way: layers.microseconds(rows, {n: make(n) for n in NAMES})
+                for way, make in (("cublas", cublas), ("ours", partial(ours, ops)))
             }
             if options.sweep:
                 found["swept"], cuts = sweep(layers, rows)

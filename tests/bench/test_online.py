@@ -188,7 +188,7 @@ def test_a_wrong_trace_is_told_before_a_server_starts(tmp_path: Path, capsys: py
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--warmup", "-1"), "'-1' is not a count of at least 1"),
+        (("--warmup", "-1"), "'-1' is not a count of at least 0"),
         (("--temperature", "-1"), "'-1' is not a number of at least 0"),
         (("--slo", "ttft"), "'ttft' is not one of ttft, tpot, e2e with a limit"),
     ],

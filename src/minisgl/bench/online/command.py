@@ -68,7 +68,9 @@ def not_negative(text: str) -> float:
 
 def none_or_more(text: str) -> int:
     """A count of at least 0."""
-    return 0 if text == "0" else positive(text)
+    if not text.isascii() or not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a count of at least 0")
+    return int(text)
 
 
 def duration(text: str) -> float:

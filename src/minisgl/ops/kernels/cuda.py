@@ -77,7 +77,7 @@ def compile_source(source: str) -> bytes:
 
 def compile_all(sources: Sequence[str]) -> None:
     """Compile those that are not kept yet, side by side: the compiler takes about a second for each."""
-    missing = [source for source in sources if not kept_at(source).exists()]
+    missing = [source for source in dict.fromkeys(sources) if not kept_at(source).exists()]
     if len(missing) > 1:
         with ThreadPoolExecutor() as pool:
             list(pool.map(compile_source, missing))
