@@ -11,14 +11,14 @@ import pytest
 
 from helpers.engine_thread import EngineThread
 from helpers.simulation import simulated_engine
+from minisgl.build import Built
+from minisgl.core.engine import Engine
+from minisgl.core.types import FinishReason, Request, SamplingParams, TokenEvent
 from minisgl.engine import process
-from minisgl.engine.build import Built
-from minisgl.engine.engine import Engine
 from minisgl.engine.messages import Add, Attach, Detach
 from minisgl.server.child import socket_folder
 from minisgl.server.limits import Limits, Queue
 from minisgl.server.service import EngineService
-from minisgl.types import FinishReason, Request, SamplingParams, TokenEvent
 
 
 @contextlib.asynccontextmanager

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from minisgl.engine.constraint import Constraint
+from minisgl.core.request_state import Constraint
+from minisgl.core.types import Grammar, Request, SamplingParams
 from minisgl.engine.preparing import Preparing
 from minisgl.errors import InvalidRequestError
-from minisgl.types import Grammar, Request, SamplingParams
 
 
 class Anything:

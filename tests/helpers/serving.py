@@ -18,6 +18,7 @@ from openai import AsyncOpenAI
 from helpers.stub_engine import StubEngine
 from helpers.tiny_tokenizers import write_tokenizer
 from minisgl.config import Config
+from minisgl.core.types import Grammar, ModelInfo
 from minisgl.server.admin import Setup
 from minisgl.server.api import Api, ThreadPreparer
 from minisgl.server.app import make_app
@@ -27,8 +28,7 @@ from minisgl.server.http import HttpServer
 from minisgl.server.limits import Limits, Queue
 from minisgl.server.preparation import Preparation
 from minisgl.server.service import EngineService
-from minisgl.tokenizer.tokenizer import Tokenizer
-from minisgl.types import Grammar, ModelInfo
+from minisgl.text.tokenizer import Tokenizer
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

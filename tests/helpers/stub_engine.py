@@ -17,6 +17,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from minisgl.core.types import EngineStats, FinishReason, ModelInfo, Request, TokenEvent, TokenLogprobs
 from minisgl.engine.messages import (
     Abort,
     Add,
@@ -32,8 +33,7 @@ from minisgl.engine.messages import (
     Ready,
     ToEngine,
 )
-from minisgl.tokenizer.tokenizer import Tokenizer
-from minisgl.types import EngineStats, FinishReason, ModelInfo, Request, TokenEvent, TokenLogprobs
+from minisgl.text.tokenizer import Tokenizer
 
 DEADLY_PROMPT = "die now"
 """A prompt with this text ends a stub process in the middle of the answer."""

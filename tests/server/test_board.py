@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from minisgl.core.types import Request, SamplingParams
 from minisgl.server.board import Board, Held
 from minisgl.server.errors import OverloadedError, QueueFullError
 from minisgl.server.limits import Limits, Queue
-from minisgl.types import Request, SamplingParams
 
 
 def requests(count: int, tokens: int = 10) -> list[Request]:

@@ -15,10 +15,10 @@ import pytest
 from helpers.engine_thread import simulated
 from helpers.serving import Serving, Web, serve_and
 from helpers.simulation import VOCAB
-from minisgl.engine.constraint import Constraint
-from minisgl.engine.engine import Engine
+from minisgl.core.engine import Engine
+from minisgl.core.request_state import Constraint
+from minisgl.core.types import FinishReason, Grammar, Request, SamplingParams
 from minisgl.errors import InvalidRequestError
-from minisgl.types import FinishReason, Grammar, Request, SamplingParams
 
 
 def body(length: int, max_tokens: int, stream: bool, seed: int) -> dict[str, object]:

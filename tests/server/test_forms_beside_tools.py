@@ -10,7 +10,7 @@ import pytest
 
 from helpers import templates
 from helpers.serving import MODEL, Serving, serve_and
-from minisgl.types import Calls, Grammar
+from minisgl.core.types import Calls, Grammar
 
 USER: list[Any] = [{"role": "user", "content": "weather in Köln?"}]
 TIME: dict[str, Any] = {

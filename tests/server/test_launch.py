@@ -152,8 +152,8 @@ def test_the_url_is_one_that_can_be_opened(host: str, shown: str) -> None:
 
 def test_neither_torch_nor_transformers_is_imported() -> None:
     code = (
-        "import sys, minisgl.server.app, minisgl.server.http, minisgl.server.launch, minisgl.tokenizer.tokenizer\n"
-        "print(sorted({'torch', 'transformers', 'minisgl.models', 'minisgl.ops'} & set(sys.modules)))"
+        "import sys, minisgl.server.app, minisgl.server.http, minisgl.server.launch, minisgl.text.tokenizer\n"
+        "print(sorted({'torch', 'transformers', 'minisgl.gpu', 'minisgl.distributed'} & set(sys.modules)))"
     )
     result: Any = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -14,13 +14,13 @@ import httpx
 import pytest
 
 from helpers.serving import Serving, serve_and
+from minisgl.core.types import Request, SamplingParams
 from minisgl.errors import InvalidRequestError
 from minisgl.server import wire
 from minisgl.server.board import Held
 from minisgl.server.errors import OverloadedError, QueueFullError
 from minisgl.server.limits import Limits, Queue
 from minisgl.server.protocol import MAX_MESSAGES
-from minisgl.types import Request, SamplingParams
 
 TEXT: dict[str, Any] = {"prompt": "hello there", "max_tokens": 3}
 

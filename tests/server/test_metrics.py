@@ -10,11 +10,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from helpers.serving import MODEL, Serving, serve_and
+from minisgl.core.types import EngineStats, Request, SamplingParams
 from minisgl.server.exposition import COUNTERS, GAUGES, HISTOGRAMS, buckets, share
 from minisgl.server.metrics import Histogram, Metrics
 from minisgl.server.records import Live
 from minisgl.server.status import describe, report_status
-from minisgl.types import EngineStats, Request, SamplingParams
 
 
 def test_a_histogram_counts_up_to_and_including_each_bound() -> None:

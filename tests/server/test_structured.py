@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from helpers.tiny_tokenizers import write_tokenizer
+from minisgl.core.types import FinishReason, Grammar, Request, SamplingParams, TokenEvent
 from minisgl.errors import InvalidRequestError, UnsupportedParameterError
 from minisgl.server.generation import Choice
 from minisgl.server.structured import grammar_from_request
-from minisgl.tokenizer.tokenizer import Tokenizer
-from minisgl.types import FinishReason, Grammar, Request, SamplingParams, TokenEvent
+from minisgl.text.tokenizer import Tokenizer
 
 SCHEMA = {"type": "object", "properties": {"größe": {"type": "integer"}}}
 SCHEMA_GRAMMAR = Grammar(kind="json_schema", source=json.dumps(SCHEMA, ensure_ascii=False))

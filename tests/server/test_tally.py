@@ -6,6 +6,7 @@ import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
 from minisgl.config import Config
+from minisgl.core.types import EngineStats
 from minisgl.server.api_messages import ApiSetup, Counted, FromApi
 from minisgl.server.exposition import render
 from minisgl.server.framing import HEAD, framed
@@ -13,7 +14,6 @@ from minisgl.server.limits import Limits, Queue
 from minisgl.server.metrics import Metrics
 from minisgl.server.records import Exchange
 from minisgl.server.tally import NOTHING, Tally, total
-from minisgl.types import EngineStats
 
 
 def counted(times: list[float], finish: str, waiting: int) -> Tally:

@@ -17,6 +17,7 @@ import pytest
 
 from helpers.serving import CHAT_TEMPLATE
 from helpers.tiny_tokenizers import write_tokenizer
+from minisgl.core.types import ModelInfo
 from minisgl.errors import InvalidRequestError, MinisglError, ModelError
 from minisgl.server import tokenizer_pool
 from minisgl.server.errors import OverloadedError, TokenizerDeadError
@@ -24,7 +25,6 @@ from minisgl.server.prepared import Converted, Kind, Prepared
 from minisgl.server.tokenizer_messages import TokenizerSetup
 from minisgl.server.tokenizer_pool import TokenizerPool
 from minisgl.server.tokenizer_worker import TOKENIZER_COMMAND
-from minisgl.types import ModelInfo
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 TEMPLATE = CHAT_TEMPLATE + "{% if tools %}<tool_call>{{ tools | tojson }}</tool_call>{% endif %}<think></think>"

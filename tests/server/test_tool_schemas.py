@@ -10,9 +10,9 @@ import pytest
 
 from helpers.grammars import tiny_vocabulary
 from minisgl.errors import InvalidRequestError
-from minisgl.grammar.matcher import compile_grammar
 from minisgl.server.forcedcalls import forced_grammar
 from minisgl.server.protocol import ChatRequest
+from minisgl.text.grammar import compile_grammar
 
 DEFINED = {"$ref": "#/$defs/x", "$defs": {"x": {"properties": {"a": {"type": "integer"}}, "required": ["a"]}}}
 

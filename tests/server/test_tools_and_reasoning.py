@@ -9,7 +9,7 @@ import pytest
 
 from helpers import templates
 from helpers.serving import MODEL, Serving, serve_and
-from minisgl.types import Grammar
+from minisgl.core.types import Grammar
 
 USER: list[Any] = [{"role": "user", "content": "weather in Köln?"}]
 WEATHER: dict[str, Any] = {

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 import msgspec
 import zmq
 
+from minisgl.core.types import TokenEvent
 from minisgl.engine.messages import Add, Attach, Events, Flush, FromEngine, Ping, ToEngine
-from minisgl.types import TokenEvent
 
 PARENT = 0
 """The parent's link; it is there from the start."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
-from minisgl.types import EngineStats, ModelInfo, Request, TokenEvent
+from minisgl.core.types import EngineStats, ModelInfo, Request, TokenEvent
 
 
 class Add(msgspec.Struct, frozen=True, tag="add"):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from minisgl.engine.constraint import Constraint, ConstraintFactory, make_constraint
+from minisgl.core.request_state import Constraint, ConstraintFactory, make_constraint
+from minisgl.core.types import Grammar, Request
 from minisgl.errors import InvalidRequestError
-from minisgl.types import Grammar, Request
 
 
 class Preparing:

@@ -14,15 +14,15 @@ import threading
 import msgspec
 import zmq
 
+from minisgl.build import build_engine
 from minisgl.config import Config
-from minisgl.engine.build import build_engine
-from minisgl.engine.constraint import Constraint
-from minisgl.engine.engine import Engine
+from minisgl.core.engine import Engine
+from minisgl.core.request_state import Constraint
+from minisgl.core.types import FinishReason, Request, TokenEvent
 from minisgl.engine.links import Links
 from minisgl.engine.messages import Abort, Add, Attach, Detach, Failed, Flush, Flushed, Ping, Pong, Ready, ToEngine
 from minisgl.engine.preparing import Preparing
 from minisgl.errors import InvalidRequestError, MinisglError
-from minisgl.types import FinishReason, Request, TokenEvent
 
 IDLE_POLL_MS = 200
 PREPARING_POLL_MS = 2

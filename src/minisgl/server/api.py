@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from minisgl.core.types import Grammar, ModelInfo
 from minisgl.errors import InvalidRequestError, UnsupportedParameterError
 from minisgl.server.errors import RetryLaterError
 from minisgl.server.peers import Alone, Peers
@@ -15,8 +16,7 @@ from minisgl.server.preparation import Preparation
 from minisgl.server.prepared import Converted, Kind, Prepared
 from minisgl.server.service import EngineService
 from minisgl.server.tally import Tally
-from minisgl.tokenizer.tokenizer import Tokenizer
-from minisgl.types import Grammar, ModelInfo
+from minisgl.text.tokenizer import Tokenizer
 
 
 class Preparer(Protocol):

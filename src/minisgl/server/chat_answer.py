@@ -7,6 +7,7 @@ from typing import assert_never
 
 import msgspec
 
+from minisgl.core.types import FinishReason
 from minisgl.server.answers import Answer
 from minisgl.server.generation import Choice, Generation, Piece
 from minisgl.server.logprobs import LogprobWriter, Scored
@@ -23,7 +24,6 @@ from minisgl.server.responses import (
     FunctionCall,
     ToolCall,
 )
-from minisgl.types import FinishReason
 
 
 class ChatAnswer(Answer):

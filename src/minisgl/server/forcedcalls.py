@@ -6,10 +6,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from minisgl.core.types import Calls, Grammar
 from minisgl.server.callforms import CallForm
 from minisgl.server.messages import Tool
 from minisgl.server.protocol import ChatRequest
-from minisgl.types import Calls, Grammar
 
 SUBSCHEMAS = frozenset(
     {"items", "additionalItems", "contains", "additionalProperties", "unevaluatedItems", "unevaluatedProperties"}

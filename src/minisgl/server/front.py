@@ -12,7 +12,6 @@ from starlette.types import ASGIApp
 
 from minisgl.config import Config
 from minisgl.engine.messages import Ready
-from minisgl.grammar.compiler import GrammarCompiler
 from minisgl.server.admin import Setup
 from minisgl.server.api import Api, ThreadPreparer
 from minisgl.server.app import make_app
@@ -22,7 +21,8 @@ from minisgl.server.service import EngineService
 from minisgl.server.tally import Tally
 from minisgl.server.tokenizer_messages import TokenizerSetup
 from minisgl.server.tokenizer_pool import TokenizerPool
-from minisgl.tokenizer.tokenizer import Tokenizer
+from minisgl.text.grammar_check import GrammarCompiler
+from minisgl.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

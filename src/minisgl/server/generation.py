@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import AsyncGenerator, Iterable, Sequence
 
+from minisgl.core.types import FinishReason, Request, TokenEvent, TokenLogprobs
 from minisgl.errors import EngineDeadError, InvalidRequestError
 from minisgl.server.logprobs import Scored
 from minisgl.server.responses import Usage
 from minisgl.server.service import ENGINE_DIED, EngineService
-from minisgl.tokenizer.detokenize import shown_tokens
-from minisgl.tokenizer.tokenizer import Tokenizer
-from minisgl.types import FinishReason, Request, TokenEvent, TokenLogprobs
+from minisgl.text.detokenizer import shown_tokens
+from minisgl.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

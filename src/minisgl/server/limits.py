@@ -7,10 +7,10 @@ import math
 from collections.abc import Sequence
 
 from minisgl.config import Config
+from minisgl.core.types import Request
 from minisgl.errors import InvalidRequestError
 from minisgl.server.board import Board, Held
 from minisgl.server.errors import OverloadedError, QueueFullError
-from minisgl.types import Request
 
 MAX_LIVE_REQUESTS = 4096
 """Requests that wait or run at a time; more are turned away rather than queued without bound."""

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from minisgl.core.types import TokenLogprobs
 from minisgl.server.responses import ChatLogprobs, TextLogprobs, TokenLogprob, TopLogprob
-from minisgl.tokenizer.tokenizer import Tokenizer
-from minisgl.types import TokenLogprobs
+from minisgl.text.tokenizer import Tokenizer
 
 LEAST = -9999.0
 """What stands for minus infinity, which JSON does not have; OpenAI's value."""

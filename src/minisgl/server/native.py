@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 
+from minisgl.core.types import Grammar, SamplingParams
 from minisgl.errors import InvalidRequestError
 from minisgl.server.body import Body, NotFalse, Nothing, NotTrue, Whole
 from minisgl.server.elsewhere import GenerateElsewhere
@@ -17,7 +18,6 @@ from minisgl.server.sampling import (
     Priority,
     Seed,
 )
-from minisgl.types import Grammar, SamplingParams
 
 GENERATE_MAX_TOKENS = 128
 """The default of `max_new_tokens` in /generate."""

@@ -9,12 +9,12 @@ from typing import Any
 
 import msgspec
 
+from minisgl.core.types import FinishReason
 from minisgl.server.generation import Choice, Generation
 from minisgl.server.logprobs import LogprobWriter, Scored, finite
 from minisgl.server.prepared import Wanted
 from minisgl.server.responses import sse
 from minisgl.server.streaming import Chunks
-from minisgl.types import FinishReason
 
 TokenEntry = tuple[float | None, int, str | None]
 """Log-probability, token id, and its text where that was asked for."""

@@ -10,6 +10,7 @@ from typing import assert_never
 
 import msgspec
 
+from minisgl.core.types import ModelInfo, Request, SamplingParams
 from minisgl.errors import InvalidRequestError, ModelNotFoundError
 from minisgl.server.callforms import forced
 from minisgl.server.forcedcalls import forced_grammar, optional_calls
@@ -21,8 +22,7 @@ from minisgl.server.reading import Reading
 from minisgl.server.sampling import Sampling
 from minisgl.server.structured import field_of, grammar_from_request
 from minisgl.server.tokens import detokenize, tokenize
-from minisgl.tokenizer.tokenizer import Tokenizer
-from minisgl.types import ModelInfo, Request, SamplingParams
+from minisgl.text.tokenizer import Tokenizer
 
 
 class Preparation:

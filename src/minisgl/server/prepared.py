@@ -9,8 +9,8 @@ from typing import Literal
 
 import msgspec
 
+from minisgl.core.types import Request
 from minisgl.server.reading import Reading
-from minisgl.types import Request
 
 Kind = Literal["chat", "completion", "generate", "tokenize", "detokenize"]
 """What a body asks for."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+from minisgl.core.types import CLOSE_THOUGHT, OPEN_THOUGHT
 from minisgl.errors import InvalidRequestError, UnsupportedParameterError
 from minisgl.server.callforms import CallForm, recognise
 from minisgl.server.messages import Tool, template_messages
 from minisgl.server.protocol import ChatRequest, Conversation
-from minisgl.tokenizer.tokenizer import Tokenizer
-from minisgl.types import CLOSE_THOUGHT, OPEN_THOUGHT
+from minisgl.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

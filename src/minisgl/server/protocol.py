@@ -8,12 +8,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from minisgl.core.types import MAX_LOGPROBS, Grammar, SamplingParams
 from minisgl.errors import InvalidRequestError
 from minisgl.server.body import Body, Neutral, Nothing, Whole, is_list_of
 from minisgl.server.elsewhere import ChatElsewhere, CompletionElsewhere
 from minisgl.server.messages import MAX_TOOLS, Message, NamedTool, Tool, refuse_other_messages
 from minisgl.server.sampling import MAX_CHOICES, MaxTokens, Sampling
-from minisgl.types import MAX_LOGPROBS, Grammar, SamplingParams
 
 COMPLETION_MAX_TOKENS = 16
 """The default of `max_tokens` in /v1/completions."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
+from minisgl.core.types import CLOSE_THOUGHT, OPEN_THOUGHT
 from minisgl.server.callforms import CallForm
 from minisgl.server.parts import Content, Part, merged
 from minisgl.server.thinking import ThinkSplitter
 from minisgl.server.toolcalls import ToolParser
-from minisgl.types import CLOSE_THOUGHT, OPEN_THOUGHT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

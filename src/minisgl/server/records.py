@@ -10,7 +10,7 @@ import time
 from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
-from minisgl.types import Request
+from minisgl.core.types import Request
 
 if TYPE_CHECKING:
     from minisgl.server.submission import Submission

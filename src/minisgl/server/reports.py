@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from minisgl.types import EngineStats
+from minisgl.core.types import EngineStats
 
 
 class AbortOrder(msgspec.Struct, forbid_unknown_fields=True):

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from minisgl.core.types import MAX_LOGIT_BIAS, Grammar, SamplingParams
 from minisgl.errors import InvalidRequestError
 from minisgl.server.body import Body, Neutral, Number, Whole
-from minisgl.types import MAX_LOGIT_BIAS, Grammar, SamplingParams
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1024

@@ -14,6 +14,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from minisgl.core.types import EngineStats, Request
 from minisgl.engine.messages import (
     Abort,
     Add,
@@ -33,7 +34,6 @@ from minisgl.server.limits import Limits, Queue
 from minisgl.server.metrics import Metrics
 from minisgl.server.records import EXCHANGE, Live
 from minisgl.server.submission import Submission
-from minisgl.types import EngineStats, Request
 
 ENGINE_DIED = "the engine ended; nothing can be generated until the server is started again"
 DRAIN_RETRY_SECONDS = 5

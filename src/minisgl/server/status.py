@@ -7,10 +7,10 @@ import logging
 import time
 from collections.abc import Callable
 
+from minisgl.core.types import EngineStats
 from minisgl.errors import EngineDeadError
 from minisgl.server.exposition import share
 from minisgl.server.service import EngineService
-from minisgl.types import EngineStats
 
 STATUS_SECONDS = 5.0
 

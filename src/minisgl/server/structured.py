@@ -6,8 +6,8 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from minisgl.core.types import Grammar
 from minisgl.errors import InvalidRequestError, UnsupportedParameterError
-from minisgl.types import Grammar
 
 SCHEMA_NAME_LENGTH = 64
 SWITCHES = frozenset({"disable_fallback", "disable_any_whitespace", "disable_additional_properties"})

@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from types import TracebackType
 from typing import Protocol
 
+from minisgl.core.types import Request, TokenEvent
 from minisgl.errors import MinisglError
 from minisgl.server.errors import RequestTimeoutError
-from minisgl.types import Request, TokenEvent
 
 
 class Releasing(Protocol):

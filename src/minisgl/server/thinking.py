@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from minisgl.core.types import CLOSE_THOUGHT, OPEN_THOUGHT
 from minisgl.server.parts import Content, Part, Reasoning, merged, partial_end
-from minisgl.types import CLOSE_THOUGHT, OPEN_THOUGHT
 
 
 class ThinkSplitter:

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import msgspec
 
+from minisgl.core.types import ModelInfo
 from minisgl.errors import InvalidRequestError, MinisglError
 from minisgl.server.preparation import Preparation
 from minisgl.server.prepared import Converted, Kind, Prepared
-from minisgl.tokenizer.standin import make_standin
-from minisgl.tokenizer.tokenizer import Tokenizer
-from minisgl.types import ModelInfo
+from minisgl.text.tokenizer import Tokenizer, make_standin
 
 JOBS_EACH = 4
 """Jobs that a process works at together, in threads, so that a short one does not wait for a long one."""
