@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from minisgl.gpu.operations import fused_operations
 from torch import Tensor
 
+from helpers.engine_program import ask
 from helpers.gpu import need_cards
-from helpers.group_answers import ask
 from minisgl.core.ops import PLAIN, Turns
 from minisgl.distributed.overlap import OverlappedSums
+from minisgl.gpu.operations import fused_operations
 
 pytestmark = pytest.mark.gpu
 

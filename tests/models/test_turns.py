@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from helpers.driver import CPU, Driver
-from helpers.ranked import SPECS
+from helpers.tp_cases import SPECS
 from minisgl.core.ops import PLAIN, Norm, Turns
 from minisgl.core.weights import Weights, dummy_weights
 

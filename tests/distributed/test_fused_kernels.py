@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.summing import SECONDS, Case, Summing
+from helpers.fused_kernel_ranks import SECONDS, Case, Summing
 from minisgl.gpu.kernels import sums
 
 GROWING = [(shots, rows) for rows in (1, 3, 1, 7, 2) for shots in (1, 2)]
@@ -39,7 +39,7 @@ the one card that all share here, and wait for ranks that find no room; a rank w
 def test_processes_sum_as_the_reference_does(case: Case) -> None:
     here = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
     ended = subprocess.run(
-        [sys.executable, "-m", "helpers.summing", json.dumps(dataclasses.asdict(case))],
+        [sys.executable, "-m", "helpers.fused_kernel_ranks", json.dumps(dataclasses.asdict(case))],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": here},
         stderr=subprocess.PIPE, text=True, timeout=SECONDS + 40,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""`python -m helpers.shared_ranks RANK SIZE FOLDER MODEL`: a rank whose kernels run in triton's interpreter.
+"""`python -m helpers.fused_rank RANK SIZE FOLDER MODEL`: a rank whose kernels run in triton's interpreter.
 
 Files that all ranks map stand in for symmetric memory, so that the kernels meet and reach each other's buffers as they
 do on GPUs. Every rank runs an engine of its own over the same requests, and prints what it says as a line of JSON.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from helpers.interpreter import quicken
-from helpers.ranked import MAX_SEQ_LEN, SPECS, config, generate
+from helpers.tp_cases import MAX_SEQ_LEN, SPECS, config, generate
 from minisgl.config import Config
 from minisgl.core.executor import build_local_executor
 from minisgl.core.model_config import ModelSpec

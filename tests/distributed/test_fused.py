@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.ranked import MAX_SEQ_LEN, NOWHERE, SPECS, config, generate
+from helpers.tp_cases import MAX_SEQ_LEN, NOWHERE, SPECS, config, generate
 from minisgl.core.executor import build_local_executor
 
 SECONDS = 240
@@ -22,7 +22,7 @@ def test_fused_ranks_say_what_one_device_says(tmp_path: Path, model: str, size: 
     torch.set_num_threads(1)
     alone = build_local_executor(config(), NOWHERE, SPECS[model], MAX_SEQ_LEN)
     expected = [answer.tokens for answer in generate(alone, SPECS[model], config(), count=8)]
-    command = [sys.executable, "-m", "helpers.shared_ranks"]
+    command = [sys.executable, "-m", "helpers.fused_rank"]
     here = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
     ranks = [
         subprocess.Popen(

@@ -1,6 +1,6 @@
 """The ranks of a group that sum in each other's inboxes, all on one host, and what must come of it.
 
-`python -m helpers.summing JSON` (the fields of `Case`) runs them as processes that share memory, in triton's
+`python -m helpers.fused_kernel_ranks JSON` (the fields of `Case`) runs them as processes that share memory, in triton's
 interpreter, and ends with status 0 if every value is right.
 """
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.ranked import MAX_SEQ_LEN, NOWHERE, SPECS, config, generate
-from helpers.ranks import ThreadGroup, on_all
 from helpers.special import slow_answer, special_requests
+from helpers.thread_ranks import ThreadGroup, on_all
+from helpers.tp_cases import MAX_SEQ_LEN, NOWHERE, SPECS, config, generate
 from minisgl.core.executor import build_local_executor
 from minisgl.core.weights import dummy_weights
 from minisgl.distributed.collectives import TPGroup
