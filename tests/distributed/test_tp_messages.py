@@ -1,4 +1,4 @@
-"""What ranks say to each other arrives as it was said, arrays and all, and nothing else arrives."""
+"""Messages between rank 0 and the workers arrive as they were sent, arrays too, and nothing else is accepted."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from minisgl.config import Config
-from minisgl.core.plan import StepPlan
-from minisgl.distributed.messages import Assign, Finish, Launch, RankFailed, encoder, from_rank_decoder, to_rank_decoder
+from minisgl.distributed import messages
+from minisgl.distributed.messages import FinishStep, FromWorker, LaunchStep, LoadModel, ToWorker, WorkerFailed
 from minisgl.gpu.memory import prefill_plan
 
 
@@ -22,31 +22,32 @@ def equal(one: object, other: object) -> bool:
     return bool(one == other)
 
 
-@pytest.mark.parametrize("everything", [False, True])
-def test_a_plan_arrives_whole_and_is_the_receivers_own(everything: bool) -> None:
-    plan = prefill_plan(3, 5, everything)
-    message = to_rank_decoder().decode(encoder().encode(Launch(plan)))
-    assert isinstance(message, Launch)
-    assert isinstance(message.plan, StepPlan)
-    assert equal(message.plan, plan)
-    message.plan.prefill_tokens[:] = 7
+@pytest.mark.parametrize(
+    "message",
+    [
+        LaunchStep(prefill_plan(3, 5, False)),
+        LaunchStep(prefill_plan(3, 5, True)),
+        FinishStep(np.arange(12, dtype=np.int32).reshape(3, 4)[:, ::2]),
+        LoadModel(Config(tp=2, dummy_weight=True), "/a/b", 100),
+        WorkerFailed(1, "why", True),
+    ],
+)
+def test_messages_arrive_as_they_were_sent(message: ToWorker | FromWorker) -> None:
+    decoder = messages.from_worker_decoder() if isinstance(message, WorkerFailed) else messages.to_worker_decoder()
+    assert equal(decoder.decode(messages.encoder().encode(message)), message)
+
+
+def test_the_arrays_of_a_plan_are_the_receivers_own() -> None:
+    plan = prefill_plan(3, 5, True)
+    received = messages.to_worker_decoder().decode(messages.encoder().encode(LaunchStep(plan)))
+    assert isinstance(received, LaunchStep)
+    received.plan.prefill_tokens[:] = 7
     assert not plan.prefill_tokens.any()
 
 
-def test_masks_and_assignments_arrive() -> None:
-    masks = np.arange(12, dtype=np.int32).reshape(3, 4)[:, ::2]
-    message = to_rank_decoder().decode(encoder().encode(Finish(masks)))
-    assert isinstance(message, Finish)
-    assert equal(message.masks, masks)
-    order = Assign(Config(tp=2, dummy_weight=True), "/a/b", 100)
-    assert to_rank_decoder().decode(encoder().encode(order)) == order
-    failed = RankFailed(1, "why", True)
-    assert from_rank_decoder().decode(encoder().encode(failed)) == failed
-
-
-def test_what_has_no_place_in_a_message_is_refused() -> None:
-    said = msgspec.msgpack.encode({"type": "finish", "masks": ["|O8", [1], b"\0" * 8]})
-    with pytest.raises((ValueError, msgspec.ValidationError), match="no place in a message"):
-        to_rank_decoder().decode(said)
+def test_other_messages_and_arrays_are_refused() -> None:
+    decoder = messages.to_worker_decoder()
+    with pytest.raises((ValueError, msgspec.ValidationError), match="cannot be received in a message"):
+        decoder.decode(msgspec.msgpack.encode({"type": "finish", "masks": ["|O8", [1], b"\0" * 8]}))
     with pytest.raises(msgspec.ValidationError):
-        to_rank_decoder().decode(msgspec.msgpack.encode({"type": "run", "code": "x"}))
+        decoder.decode(msgspec.msgpack.encode({"type": "run", "code": "x"}))

@@ -1,4 +1,4 @@
-"""The other ranks of a group as rank 0 sees them: which of them it says was the first to go."""
+"""The workers as rank 0 sees them: which of them it says was the first to fail."""
 
 from __future__ import annotations
 
@@ -7,65 +7,64 @@ from pathlib import Path
 import pytest
 import zmq
 
-from minisgl.distributed import worker_pool as members
-from minisgl.distributed.messages import FromRank, Hello, RankFailed, encoder
-from minisgl.distributed.worker_pool import Members
+from minisgl.distributed import worker_pool
+from minisgl.distributed.messages import FromWorker, WorkerFailed, WorkerStarted, encoder
+from minisgl.distributed.worker_pool import WorkerPool
 from minisgl.errors import ConfigError, EngineDeadError
 
 
-class FarRank:
-    """A rank's sockets, without the rank."""
+class FakeWorker:
+    """A worker's sockets, without the worker."""
 
-    def __init__(self, rank: int, group: Members) -> None:
+    def __init__(self, rank: int, pool: WorkerPool) -> None:
         self.context = zmq.Context()
-        self.inbox, self.outbox = self.context.socket(zmq.PULL), self.context.socket(zmq.PUSH)
-        self.inbox.connect(group.addresses[rank - 1])
-        self.outbox.connect(group.addresses[-1])
-        self.say(Hello(rank))
+        self.plans, self.reports = self.context.socket(zmq.PULL), self.context.socket(zmq.PUSH)
+        self.plans.connect(pool.addresses[rank - 1])
+        self.reports.connect(pool.addresses[-1])
+        self.report(WorkerStarted(rank))
 
-    def say(self, message: FromRank) -> None:
-        """Send word to rank 0."""
-        self.outbox.send(encoder().encode(message))
+    def report(self, message: FromWorker) -> None:
+        self.reports.send(encoder().encode(message))
 
-    def go(self) -> None:
-        """End, as a process does that is killed."""
+    def end(self) -> None:
+        """End as a process does that is killed."""
         self.context.destroy(linger=200)
 
 
-GONE = "rank 1 of 3 ended"
-RESET = RankFailed(2, "connection reset by peer", asked=False)
+ENDED = "rank 1 of 3 ended"
+RESET = WorkerFailed(2, "connection reset by peer", user_error=False)
 
 
 @pytest.mark.parametrize(
-    ("order", "kind", "message"),
+    ("events", "kind", "message"),
     [
-        (("1 goes", RESET), EngineDeadError, GONE),
-        ((RESET, "1 goes"), EngineDeadError, GONE),
-        ((RESET, RankFailed(1, "out of memory", asked=False), "1 goes"), EngineDeadError, "rank 1 of 3: out of memory"),
+        (("1 ends", RESET), EngineDeadError, ENDED),
+        ((RESET, "1 ends"), EngineDeadError, ENDED),
+        ((RESET, WorkerFailed(1, "out of memory", False), "1 ends"), EngineDeadError, "rank 1 of 3: out of memory"),
         ((RESET,), EngineDeadError, "rank 2 of 3: connection reset"),
-        ((RankFailed(2, "--num-pages 9 needs more", asked=True),), ConfigError, "rank 2 of 3: --num-pages 9"),
+        ((WorkerFailed(2, "--num-pages 9 needs more", True),), ConfigError, "rank 2 of 3: --num-pages 9"),
     ],
 )
-def test_the_rank_that_went_first_is_named_and_not_who_noticed(
+def test_the_worker_that_failed_first_is_named_and_not_who_noticed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    order: tuple[str | RankFailed, ...],
+    events: tuple[str | WorkerFailed, ...],
     kind: type[Exception],
     message: str,
 ) -> None:
-    monkeypatch.setattr(members, "LAST_WORDS_MS", 1500)  # this machine may be busy
-    group = Members(3, f"ipc://{tmp_path}/*")
-    ranks = [FarRank(1, group), FarRank(2, group)]
+    monkeypatch.setattr(worker_pool, "LAST_REPORT_MS", 1500)  # this machine may be busy
+    pool = WorkerPool(3, f"ipc://{tmp_path}/*")
+    workers = [FakeWorker(1, pool), FakeWorker(2, pool)]
     try:
-        group.wait()
-        for event in order:
-            if isinstance(event, RankFailed):
-                ranks[event.rank - 1].say(event)
+        pool.wait_until_started()
+        for event in events:
+            if isinstance(event, WorkerFailed):
+                workers[event.rank - 1].report(event)
             else:
-                ranks[0].go()
+                workers[0].end()
         with pytest.raises(kind, match=message):
-            raise group.blame(RuntimeError("a collective failed"))
+            raise pool.cause_of(RuntimeError("a collective failed"))
     finally:
-        for rank in ranks:
-            rank.go()
-        group.close()
+        for worker in workers:
+            worker.end()
+        pool.close()

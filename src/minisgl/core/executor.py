@@ -27,7 +27,7 @@ from minisgl.core.ops import Operations
 from minisgl.core.plan import Masks, Scores, StepPlan, StepResult
 from minisgl.core.weights import Weights, dummy_weights, load_weights
 from minisgl.distributed.collectives import TPGroup
-from minisgl.distributed.select import Equipment, equip
+from minisgl.distributed.operations import SelectedCollectives, select_collectives
 from minisgl.distributed.shard import cutter, local_spec
 from minisgl.gpu.attention.select import Shape, make_attention
 from minisgl.gpu.cuda_graphs import largest_piece
@@ -67,7 +67,7 @@ class LocalExecutor:
         attention, choice = make_attention(config.attn, attention_shape(spec, config), self.device)
         ops = ops or operations_for(self.device, spec.hidden_size)
         decoder = Decoder(spec, weights, attention, max_seq_len, ops)
-        self.equipment: Equipment | None = None
+        self.equipment: SelectedCollectives | None = None
         self._alive = alive
         self.runner = Runner(decoder, kv, config.max_running_requests, max_seq_len, self.device)
         self.attention_choice = str(choice)
@@ -222,7 +222,7 @@ def build_local_executor(
     require_pages_fit(config, share, dtype)
     ops, equipment = operations_for(device, spec.hidden_size), None
     if group is not None:
-        equipment = equip(config, group, spec, ops, dtype)
+        equipment = select_collectives(config, group, spec, ops, dtype)
         ops = equipment.operations
     before = available_memory(device)
     require_weights_fit(spec, dtype, device, cut)
