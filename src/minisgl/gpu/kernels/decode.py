@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minisgl.core.attention import Projection
+from minisgl.core.attention import FusedAttention, RopeStore
 from minisgl.core.kv_cache import KVCache
 from minisgl.gpu.kernels.attention import MIN_DOT, key_value, online
 from minisgl.gpu.kernels.jit import after_previous, jit, jit_varying, launch_options
@@ -259,7 +259,7 @@ class Workspaces:
         return self._arrived[size]
 
 
-class Decode:
+class Decode(FusedAttention):
     """Decode attention of B rows over one cache.
 
     page_table int32 (B, max_pages) and kv_lens int32 (B,), at least 1, are read at each launch. A step begins with
@@ -285,7 +285,7 @@ class Decode:
         self._counted: set[tuple[int, bool]] = set()
 
     def begin(self, windows: Sequence[int]) -> None:
-        """Count the rows' tiles for `project` in layers of these windows."""
+        """Count the rows' tiles for `run_qkv` in layers of these windows."""
         self._counted.clear()
         cut = self._cut()
         for window in dict.fromkeys(windows if cut.programs else ()):
@@ -298,20 +298,20 @@ class Decode:
             self._counted.clear()
         return self._launch(q, q.shape[1], None, layer, window)
 
-    def project(self, qkv: Tensor, projection: Projection, layer: int, window: int) -> Tensor:
+    def run_qkv(self, qkv: Tensor, rope: RopeStore, layer: int, window: int) -> Tensor:
         """The same from qkv (B, (H + 2K) * hd), writing keys and values of each row's last token -> (B, H, hd).
 
         The references are `rope_store_kv` and the torch backend.
         """
         assert qkv.is_contiguous()
         kv_heads, head_dim = self.kv.k.shape[3:]
-        return self._launch(qkv, qkv.shape[1] // head_dim - 2 * kv_heads, projection, layer, window)
+        return self._launch(qkv, qkv.shape[1] // head_dim - 2 * kv_heads, rope, layer, window)
 
     def _cut(self) -> Cut:
         kv_heads, head_dim = self.kv.k.shape[3:]
         return self.cut or decode_cut(len(self.kv_lens) * kv_heads, head_dim * self.kv.k.element_size())
 
-    def _launch(self, q: Tensor, heads: int, projection: Projection | None, layer: int, window: int) -> Tensor:
+    def _launch(self, q: Tensor, heads: int, rope: RopeStore | None, layer: int, window: int) -> Tensor:
         k, v = self.kv.k[layer], self.kv.v[layer]
         page_size, kv_heads, head_dim = k.shape[1:]
         rows, group, pdl, cut = len(self.kv_lens), heads // kv_heads, launch_options(), self._cut()
@@ -323,13 +323,13 @@ class Decode:
         if not whole:
             partial, sums = self.workspaces.parts(kv_heads, programs, group, head_dim)
             arrived = self.workspaces.arrived(rows * kv_heads)
-            starts = self._tiles(cut.tile, window, projection is not None)
-        made = projection or Projection(q_norm=None, k_norm=None, eps=0.0, cos_sin=None)
+            starts = self._tiles(cut.tile, window, rope is not None)
+        q_norm, k_norm, eps, cos_sin = (None, None, 0.0, None) if rope is None else rope[1:5]
         _decode_kernel[(kv_heads, programs)](
-            q, made.q_norm, made.k_norm, made.cos_sin, k, v, self.page_table, self.kv_lens, starts, out,
-            partial, sums, arrived, made.eps, q.stride(0), rows, self.page_table.stride(0), window or NO_WINDOW,
+            q, q_norm, k_norm, cos_sin, k, v, self.page_table, self.kv_lens, starts, out,
+            partial, sums, arrived, eps, q.stride(0), rows, self.page_table.stride(0), window or NO_WINDOW,
             math.log2(math.e) * head_dim**-0.5,
-            PROJECT=projection is not None, NORM=made.q_norm is not None, HEADS=kv_heads, GROUP=group,
+            PROJECT=rope is not None, NORM=q_norm is not None, HEADS=kv_heads, GROUP=group,
             HEAD_DIM=head_dim, PAGE=page_size, ROWS=max(ROWS_BLOCK, triton.next_power_of_2(rows)),
             M=max(MIN_DOT, triton.next_power_of_2(group)), D=triton.next_power_of_2(head_dim), TILE=cut.tile,
             WHOLE=whole, PDL=bool(pdl), num_warps=cut.warps, num_stages=cut.stages, **pdl,
