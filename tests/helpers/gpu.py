@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from minisgl.gpu.operations import operations_for
 from torch import Tensor
 
 from helpers.driver import Driver, RecordingDecoder
@@ -25,6 +24,7 @@ from minisgl.core.plan import Masks, StepPlan, StepResult
 from minisgl.core.types import ModelInfo, Request, SamplingParams
 from minisgl.core.weights import Weights, dummy_weights
 from minisgl.gpu.attention.select import available_backends, make_attention
+from minisgl.gpu.operations import operations_for
 
 DEVICE = torch.device("cuda")
 EOS = 5

@@ -26,8 +26,7 @@ from minisgl.distributed import fused as symmetric
 from minisgl.distributed.collectives import TPGroup, join_group
 from minisgl.distributed.fused import Buffer, Crossovers, Stages, SymmetricCollectives
 from minisgl.distributed.operations import parallel_operations
-from minisgl.distributed.overlap import OverlappedSums
-from minisgl.distributed.select import Equipment, overlap, try_norm
+from minisgl.distributed.select import Equipment, try_norm
 from minisgl.distributed.shard import vocab_shard
 from minisgl.gpu.kernels import sharded_sampling, sums
 from minisgl.gpu.kernels.sharded_sampling import ShardedSampling
@@ -69,8 +68,8 @@ def main() -> None:
         fusion = fused.make_fusion(group, collectives, spec.hidden_size, shard)
         try_norm(group.collectives, fusion.norm, ops, spec.hidden_size, (1, 3, 4, 9))
         plain = parallel_operations(ops, TPGroup(rank, size, collectives, group.control), shard)
-        operations = fused.staged_operations(ops, plain, shard, collectives, fusion)
-        return overlap(config, Equipment(TPGroup(rank, size, collectives, group.control), operations, "files"), ops)
+        operations = fused.staged_operations(plain, shard, collectives, fusion)
+        return Equipment(TPGroup(rank, size, collectives, group.control), operations, "files")
 
     with (
         mock.patch.object(symmetric, "allocate", allocate),
@@ -81,12 +80,11 @@ def main() -> None:
         mock.patch.object(fused, "one_shot_add_rms_norm", wraps=sums.one_shot_add_rms_norm) as one_shot,
         mock.patch.object(fused, "two_shot_add_rms_norm", wraps=sums.two_shot_add_rms_norm) as two_shot,
         mock.patch.object(ShardedSampling, "sample", autospec=True, side_effect=ShardedSampling.sample) as sample,
-        mock.patch.object(OverlappedSums, "add", autospec=True, side_effect=OverlappedSums.add) as add,
     ):
-        settings = config(max_prefill_length=200, all_reduce_overlap=4)
+        settings = config(max_prefill_length=200)
         executor = build_local_executor(settings, folder, SPECS[model], MAX_SEQ_LEN, group=group)
         answers = generate(executor, SPECS[model], settings, count=8)
-    launches = [operation.call_count for operation in (one_shot, two_shot, sample, add)]
+    launches = [operation.call_count for operation in (one_shot, two_shot, sample)]
     print(json.dumps({"tokens": [answer.tokens for answer in answers], "launches": launches}))
 
 

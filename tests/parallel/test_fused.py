@@ -41,6 +41,4 @@ def test_fused_ranks_say_what_one_device_says(tmp_path: Path, model: str, size: 
     for text in said:
         answer = json.loads(text.splitlines()[-1])
         assert answer["tokens"] == expected
-        *three, halves = answer["launches"]
-        assert min(three) > 5, "one shot, two shots, sampling"
-        assert halves > 3, "sums of halves"
+        assert min(answer["launches"]) > 5, "one shot, two shots, sampling"

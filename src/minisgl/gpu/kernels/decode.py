@@ -5,7 +5,7 @@ each program takes an equal range of them (Stream-K, Osama et al., arXiv 2301.03
 some whole rows and the start of another. The program that finishes last with its part of a split row merges the row's
 partial results. So no length of any row leaves multiprocessors idle, and one launch serves every batch.
 
-`project` takes the QKV GEMM's output itself: it norms and rotates a row's queries and its new key (twin:
+`run_qkv` takes the QKV GEMM's output itself: it norms and rotates a row's queries and its new key (twin:
 `core.ops.rope_store_kv`). The new key starts the softmax from registers; the program that has the row's end writes it
 to the cache.
 """
@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minisgl.core.attention import Projection
+from minisgl.core.attention import FusedAttention, RopeStore
 from minisgl.core.kv_cache import KVCache
 from minisgl.gpu.kernels.attention import MIN_DOT, key_value, online_softmax
 from minisgl.gpu.kernels.jit import after_previous, jit, jit_varying, launch_options
@@ -118,15 +118,15 @@ def _decode_kernel(
     table: tl.tensor, lens: tl.tensor, starts: tl.tensor, out: tl.tensor,
     partial: tl.tensor, sums: tl.tensor, arrived: tl.tensor,
     eps: tl.tensor, q_stride: tl.tensor, rows: tl.tensor, table_stride: tl.tensor, window: tl.tensor, scale: tl.tensor,
-    PROJECT: tl.constexpr, NORM: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    FUSED_ROPE: tl.constexpr, NORM: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     PAGE: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
     WHOLE: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
-    NEW: tl.constexpr = 1 if PROJECT else 0  # tokens of a row that are not in the cache yet
+    NEW: tl.constexpr = 1 if FUSED_ROPE else 0  # tokens of a row that are not in the cache yet
     head, program = tl.program_id(0), tl.program_id(1)
     # A program's range depends on lengths, pages and `starts`, all written before the step's embedding lookup, a kernel
     # of torch without PDL, which no later kernel overtakes. So they may be read before the previous kernel ends.
-    if not (PROJECT and PDL):
+    if not (FUSED_ROPE and PDL):
         after_previous(PDL)
     if WHOLE:
         programs, tiles, tile, stop, row = 1, 1, 0, 1, program
@@ -139,7 +139,7 @@ def _decode_kernel(
         if program >= programs:
             return
     range_start = tile
-    if PROJECT and PDL:
+    if FUSED_ROPE and PDL:
         after_previous(PDL)
 
     member, dims = tl.arange(0, M), tl.arange(0, D)
@@ -162,7 +162,7 @@ def _decode_kernel(
         best = tl.full([M], float("-inf"), tl.float32)
         total = tl.zeros([M], tl.float32)
         acc = tl.zeros([M, D], tl.float32)
-        if PROJECT:
+        if FUSED_ROPE:
             query = _rotated(
                 source + heads[:, None] * HEAD_DIM, q_norm, cos_sin, length - 1, dims, mask, eps, HEAD_DIM, NORM
             )
@@ -251,7 +251,7 @@ class Workspaces:
         return self._arrived[size]
 
 
-class DecodeAttention:
+class DecodeAttention(FusedAttention):
     """Decode attention of B rows over one cache.
 
     page_table int32 (B, max_pages) and kv_lens int32 (B,), at least 1, are read at each launch. A step starts with
@@ -272,7 +272,7 @@ class DecodeAttention:
         self._current: set[tuple[int, bool]] = set()
 
     def begin(self, windows: Sequence[int]) -> None:
-        """Number the rows' tiles for `project` in layers with these windows."""
+        """Number the rows' tiles for `run_qkv` in layers with these windows."""
         self._current.clear()
         split = self._split()
         for window in dict.fromkeys(windows if split.programs else ()):
@@ -285,17 +285,17 @@ class DecodeAttention:
             self._current.clear()
         return self._launch(q, q.shape[1], None, layer, window)
 
-    def project(self, qkv: Tensor, projection: Projection, layer: int, window: int) -> Tensor:
+    def run_qkv(self, qkv: Tensor, rope: RopeStore, layer: int, window: int) -> Tensor:
         """The same from qkv (B, (H + 2K) * hd), writing key and value of each row's last token -> (B, H, hd)."""
         assert qkv.is_contiguous()
         kv_heads, head_dim = self.kv.k.shape[3:]
-        return self._launch(qkv, qkv.shape[1] // head_dim - 2 * kv_heads, projection, layer, window)
+        return self._launch(qkv, qkv.shape[1] // head_dim - 2 * kv_heads, rope, layer, window)
 
     def _split(self) -> DecodeSplit:
         kv_heads, head_dim = self.kv.k.shape[3:]
         return self.split or decode_split(len(self.kv_lens) * kv_heads, head_dim * self.kv.k.element_size())
 
-    def _launch(self, q: Tensor, heads: int, projection: Projection | None, layer: int, window: int) -> Tensor:
+    def _launch(self, q: Tensor, heads: int, rope: RopeStore | None, layer: int, window: int) -> Tensor:
         k, v = self.kv.k[layer], self.kv.v[layer]
         page_size, kv_heads, head_dim = k.shape[1:]
         rows, group, pdl, split = len(self.kv_lens), heads // kv_heads, launch_options(), self._split()
@@ -307,13 +307,13 @@ class DecodeAttention:
         if not whole:
             partial, sums = self.workspaces.parts(kv_heads, programs, group, head_dim)
             arrived = self.workspaces.arrived(rows * kv_heads)
-            starts = self._tiles(split.tile, window, projection is not None)
-        used = projection or Projection(q_norm=None, k_norm=None, eps=0.0, cos_sin=None)
+            starts = self._tiles(split.tile, window, rope is not None)
+        q_norm, k_norm, eps, cos_sin = (None, None, 0.0, None) if rope is None else rope[1:5]
         _decode_kernel[(kv_heads, programs)](
-            q, used.q_norm, used.k_norm, used.cos_sin, k, v, self.page_table, self.kv_lens, starts, out,
-            partial, sums, arrived, used.eps, q.stride(0), rows, self.page_table.stride(0), window or NO_WINDOW,
+            q, q_norm, k_norm, cos_sin, k, v, self.page_table, self.kv_lens, starts, out,
+            partial, sums, arrived, eps, q.stride(0), rows, self.page_table.stride(0), window or NO_WINDOW,
             math.log2(math.e) * head_dim**-0.5,
-            PROJECT=projection is not None, NORM=used.q_norm is not None, HEADS=kv_heads, GROUP=group,
+            FUSED_ROPE=rope is not None, NORM=q_norm is not None, HEADS=kv_heads, GROUP=group,
             HEAD_DIM=head_dim, PAGE=page_size, ROWS=max(ROWS_BLOCK, triton.next_power_of_2(rows)),
             M=max(MIN_DOT, triton.next_power_of_2(group)), D=triton.next_power_of_2(head_dim), TILE=split.tile,
             WHOLE=whole, PDL=bool(pdl), num_warps=split.warps, num_stages=split.stages, **pdl,
