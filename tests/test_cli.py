@@ -147,7 +147,6 @@ SPELLINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--dtype float32", {"dtype": "float32"}),
     ("--disable-pynccl", {"disable_pynccl": True}),
     ("--all-reduce fused", {"all_reduce": "fused"}),
-    ("--all-reduce-overlap 512", {"all_reduce_overlap": 512}),
     ("--dummy-weight", {"dummy_weight": True}),
     ("--dummy-weights", {"dummy_weight": True}),
     ("--device cpu", {"device": "cpu"}),

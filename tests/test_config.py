@@ -31,7 +31,6 @@ HOPPER = Machine(True, "NVIDIA H200", 140 * 2**30)
             "--disable-pynccl is for tensor parallelism on GPUs: give --tp 2 or more",
         ),
         ({"tp": 2, "all_reduce": "fused"}, "--all-reduce is for tensor parallelism on GPUs"),
-        ({"tp": 2, "all_reduce_overlap": 8}, "--all-reduce-overlap is for tensor parallelism on GPUs"),
         ({"attn": "fa"}, "--attn fa: fa needs a GPU; on the CPU use torch or auto"),
         ({"attn": "fa,fi"}, "--attn fa,fi: fa needs a GPU"),
         ({"attn": "torch,trtllm"}, "--attn torch,trtllm: trtllm needs a GPU"),
@@ -150,7 +149,6 @@ def test_resolving_is_pure() -> None:
         ),
         ({"all_reduce": "ring"}, "--all-reduce must be one of auto, fused, nccl"),
         ({"all_reduce": "symmetric"}, "--all-reduce symmetric was removed: nccl is as fast; give auto, fused or nccl"),
-        ({"all_reduce_overlap": -1}, "--all-reduce-overlap must be at least 0"),
         ({"attn": "fa,"}, "--attn must be auto"),
         ({"attn": "auto,fa"}, "--attn must be auto"),
         ({"attn": "cudnn"}, "fa, fi, trtllm, triton, torch"),
@@ -197,13 +195,9 @@ def test_ranks_need_a_card_each() -> None:
     assert resolve(Config(tp=3), CPU).config.tp == 3
 
 
-def test_sums_are_hidden_where_there_are_some() -> None:
-    four = dataclasses.replace(HOPPER, cards=4)
-    assert resolve(Config(tp=4), four).config.all_reduce_overlap == 1024
-    assert resolve(Config(tp=4, all_reduce_overlap=0), four).config.all_reduce_overlap == 0
-    alone, processes = resolve(Config(), HOPPER).config, resolve(Config(tp=2), CPU).config
-    assert (alone.all_reduce_overlap, processes.all_reduce_overlap) == (0, 0)
-    assert resolve(alone, HOPPER).config == alone
+def test_a_resolved_configuration_resolves_to_itself() -> None:
+    resolved = resolve(Config(), HOPPER).config
+    assert resolve(resolved, HOPPER).config == resolved
 
 
 def test_the_launcher_says_which_rank_this_is() -> None:

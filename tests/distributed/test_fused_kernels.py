@@ -12,7 +12,7 @@ import torch
 
 from helpers.fused_kernel_ranks import SECONDS, Case, FusedRun
 from helpers.processes import environment
-from minisgl.gpu.kernels import sums
+from minisgl.gpu.kernels import all_reduce
 
 GROWING = [(shots, rows) for rows in (1, 3, 1, 7, 2) for shots in (1, 2)]
 """One shot and two in turn, after which the rows have had 10, 8, 4 and 2 calls."""
@@ -52,9 +52,9 @@ def test_streams_compute_what_the_reference_does(
     name: str, dim: int, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = torch.device("cuda")
-    monkeypatch.setattr(sums, "MAX_PROGRAMS", 16)
+    monkeypatch.setattr(all_reduce, "MAX_BLOCKS", 16)
     if dim > ALONE:
-        monkeypatch.setattr(sums, "launch_options", dict)
+        monkeypatch.setattr(all_reduce, "launch_options", dict)
 
     def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)

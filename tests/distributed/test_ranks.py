@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from unittest import mock
 
 import pytest
 import torch
-from minisgl.gpu.executor import build_local_executor
 
 from helpers.special import slow_answer, special_requests
 from helpers.thread_ranks import ThreadGroup, on_all
@@ -16,6 +14,7 @@ from minisgl.core.weights import dummy_weights
 from minisgl.distributed.collectives import TPGroup, expect_close
 from minisgl.distributed.executor import build_rank_executor
 from minisgl.errors import EngineDeadError
+from minisgl.gpu.executor import build_local_executor
 from minisgl.gpu.memory import prefill_plan
 
 
@@ -82,17 +81,15 @@ def test_every_rank_has_the_pages_of_the_one_with_least_memory() -> None:
 
 
 def test_a_rank_that_waits_for_another_notices_that_the_group_is_broken() -> None:
-    broken, blocked = threading.Event(), threading.Event()
+    asked = iter([None, None, EngineDeadError("rank 1 is gone")])
 
     def alive() -> None:
-        blocked.set()
-        if broken.is_set():
-            raise EngineDeadError("rank 1 is gone")
+        if error := next(asked):
+            raise error
 
     group = ThreadGroup(config(), NOWHERE, SPECS["qwen3"], MAX_SEQ_LEN, 2, alive)
     first, other = group.ranks
     first.launch(prefill_plan(1, 3))  # and the other rank does not: its all-reduce waits
-    threading.Thread(target=lambda: blocked.wait(20) and broken.set()).start()
     with pytest.raises(EngineDeadError, match="rank 1 is gone"):
         first.collect()
     other.launch(prefill_plan(1, 3))

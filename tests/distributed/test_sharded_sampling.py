@@ -15,8 +15,7 @@ from helpers.interpreter import quicken
 from minisgl.core.sampler import SamplingRows
 from minisgl.core.sampler import sample as reference_sample
 from minisgl.gpu.kernels import sharded_sampling
-from minisgl.gpu.kernels.ranks import Ranks, flags_size
-from minisgl.gpu.kernels.sharded_sampling import ShardedSampling, partial_words, split_for
+from minisgl.gpu.kernels.sharded_sampling import Barrier, ShardedSampling, flags_size, partial_words, split_for
 
 if not torch.cuda.is_available():
     quicken()
@@ -35,22 +34,22 @@ class Group:
     def __init__(self, world: int, device: torch.device, at_once: bool) -> None:
         self.flags = [torch.zeros(flags_size(world), dtype=torch.int32, device=device) for _ in range(world)]
         shared = addresses(self.flags)
-        self.ranks = [Ranks(rank, world, own, shared) for rank, own in enumerate(self.flags)]
+        self.barriers = [Barrier(rank, world, own, shared) for rank, own in enumerate(self.flags)]
         self.streams = [torch.cuda.Stream() for _ in range(world if at_once else 0)]  # type: ignore[no-untyped-call]
 
-    def run(self, launch: Callable[[Ranks], Any]) -> list[Any]:
+    def run(self, launch: Callable[[Barrier], Any]) -> list[Any]:
         if not self.streams:
             found = []
-            for ranks in self.ranks:  # as if every other rank were there already
+            for barrier in self.barriers:  # as if every other rank were there already
                 for flags in self.flags:
                     flags.fill_(2**30)
-                found.append(launch(ranks))
+                found.append(launch(barrier))
             return found
         torch.cuda.synchronize()
         found = []
-        for ranks, stream in zip(self.ranks, self.streams, strict=True):
+        for barrier, stream in zip(self.barriers, self.streams, strict=True):
             with torch.cuda.stream(stream):
-                found.append(launch(ranks))
+                found.append(launch(barrier))
         torch.cuda.synchronize()
         return found
 
@@ -96,11 +95,11 @@ def test_every_rank_samples_the_references_tokens(
         partials = [words.clone() for _ in range(world)]
         sampling = [
             ShardedSampling(
-                ranks=ranks, vocab=vocab, width=width, rows=capacity, own_logits=shards[ranks.rank],
-                own_partials=partials[ranks.rank], logits=addresses(shards), partials=addresses(partials),
+                barrier=barrier, vocab=vocab, width=width, rows=capacity, own_logits=shards[barrier.rank],
+                own_partials=partials[barrier.rank], logits=addresses(shards), partials=addresses(partials),
                 gathered=torch.full((capacity, world * width), float("nan"), dtype=dtype, device=device),
             )
-            for ranks in group.ranks
+            for barrier in group.barriers
         ]  # fmt: skip
         for _ in range(2):  # one after the other, a rank finds all partials the second time only
             tokens = group.run(partial(sample_own, sampling, count, table, slots, positions))
@@ -109,6 +108,6 @@ def test_every_rank_samples_the_references_tokens(
 
 
 def sample_own(
-    sampling: list[ShardedSampling], count: int, table: SamplingRows, slots: Tensor, positions: Tensor, ranks: Ranks
+    sampling: list[ShardedSampling], count: int, table: SamplingRows, slots: Tensor, positions: Tensor, barrier: Barrier
 ) -> Tensor:
-    return sampling[ranks.rank].sample(count, table, slots, positions)
+    return sampling[barrier.rank].sample(count, table, slots, positions)

@@ -21,14 +21,14 @@ from torch import Tensor
 
 from helpers.interpreter import quicken
 from minisgl.core.ops import rms_norm
-from minisgl.gpu.kernels import sums
-from minisgl.gpu.kernels.sums import GENERATIONS, UNWRITTEN, Inboxes, inbox_size
+from minisgl.gpu.kernels import all_reduce
+from minisgl.gpu.kernels.all_reduce import GENERATIONS, UNWRITTEN, ReceiveBuffers, buffer_size
 
 EPS = 1e-6
 SECONDS = 200
 """After which a rank that waits for ever is ended."""
 
-OPERATIONS = {1: sums.one_shot_add_rms_norm, 2: sums.two_shot_add_rms_norm}
+OPERATIONS = {1: all_reduce.one_shot_add_rms_norm, 2: all_reduce.two_shot_add_rms_norm}
 
 Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
@@ -81,21 +81,23 @@ class FusedRun:
 
         self.weight = filled(noise(case.dim))
         self.calls = [call(shots, rows) for shots, rows in case.calls]
-        self.inboxes = {shots: self._inboxes(shots, case, device, filled) for shots in OPERATIONS}
+        self.buffers = {shots: self._buffers(shots, case, device, filled) for shots in OPERATIONS}
 
-    def _inboxes(
+    def _buffers(
         self, shots: int, case: Case, device: torch.device, filled: Callable[[Tensor], Tensor]
-    ) -> list[Inboxes]:
+    ) -> list[ReceiveBuffers]:
         world, rows = case.world, max(rows for _, rows in case.calls)
         shapes = [(rows, world)] if shots == 1 else [(-(-rows // world), world), (rows, 1)]
-        sizes = [inbox_size(*shape, case.dim) for shape in shapes]
+        sizes = [buffer_size(*shape, case.dim) for shape in shapes]
         memory = [[filled(torch.full((size,), UNWRITTEN)) for _ in range(world)] for size in sizes]
         addresses = tuple(
             torch.tensor([own.data_ptr() for own in ranks], dtype=torch.int64, device=device) for ranks in memory
         )
-        turns = [torch.zeros(rows, dtype=torch.int32, device=device) for _ in range(world)]
+        generations = [torch.zeros(rows, dtype=torch.int32, device=device) for _ in range(world)]
         return [
-            Inboxes(rank, world, rows, case.dim, tuple(ranks[rank] for ranks in memory), addresses, turns[rank])
+            ReceiveBuffers(
+                rank, world, rows, case.dim, tuple(ranks[rank] for ranks in memory), addresses, generations[rank]
+            )
             for rank in range(world)
         ]
 
@@ -103,27 +105,27 @@ class FusedRun:
         """Compile and load a rank's kernels, which on a GPU must not happen while another rank waits for it."""
         empty = self.calls[0].start[:0]
         for shots, operation in OPERATIONS.items():
-            operation(self.inboxes[shots][rank], empty, empty, self.weight, EPS, empty)
+            operation(self.buffers[shots][rank], empty, empty, self.weight, EPS, empty)
 
     def run(self, rank: int) -> None:
         """All calls of a rank; then nothing may be left in the generations that come next."""
         for call in self.calls:
-            inboxes = self.inboxes[call.shots][rank]
-            OPERATIONS[call.shots](inboxes, call.parts[rank], call.residuals[rank], self.weight, EPS, call.outs[rank])
+            buffers = self.buffers[call.shots][rank]
+            OPERATIONS[call.shots](buffers, call.parts[rank], call.residuals[rank], self.weight, EPS, call.outs[rank])
 
     def check_reset(self, rank: int) -> None:
         """Raise unless the two generations that come next hold nothing but sentinels."""
         for shots in OPERATIONS:
-            inboxes = self.inboxes[shots][rank]
-            turns = inboxes.turns.tolist()
-            for number, own in enumerate(inboxes.own):
+            buffers = self.buffers[shots][rank]
+            generations = buffers.generations.tolist()
+            for number, own in enumerate(buffers.own):
                 owned = shots == 2 and number == 0
                 senders = 1 if number == 1 else self.world
-                rows = list(range(rank, inboxes.rows, self.world)) if owned else list(range(inboxes.rows))
-                boxes = own.view(GENERATIONS, -1, senders, inboxes.dim)
+                rows = list(range(rank, buffers.rows, self.world)) if owned else list(range(buffers.rows))
+                boxes = own.view(GENERATIONS, -1, senders, buffers.dim)
                 for place, row in enumerate(rows):
                     for after in (0, 1):
-                        box = boxes[(turns[row] + after) % GENERATIONS, place]
+                        box = boxes[(generations[row] + after) % GENERATIONS, place]
                         assert bool((torch.signbit(box) & (box == 0)).all()), (shots, number, row, after)
 
     def check(self) -> None:
@@ -151,7 +153,7 @@ def main() -> None:
     torch.set_num_threads(1)
     quicken()
     run = FusedRun(case, torch.device("cpu"), shared)
-    with mock.patch.object(sums, "MAX_PROGRAMS", case.programs):
+    with mock.patch.object(all_reduce, "MAX_BLOCKS", case.programs):
         ranks = {fork(run, rank) for rank in range(case.world)}
         while ranks:
             process, status = os.wait()

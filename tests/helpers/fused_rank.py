@@ -25,7 +25,7 @@ from minisgl.distributed.executor import build_rank_executor
 from minisgl.distributed.fused import SymmetricBuffer
 from minisgl.distributed.operations import SelectedCollectives, parallel_operations
 from minisgl.distributed.shard import vocab_shard
-from minisgl.gpu.kernels import sharded_sampling, sums
+from minisgl.gpu.kernels import all_reduce, sharded_sampling
 from minisgl.gpu.kernels.sharded_sampling import ShardedSampling
 
 CPU = torch.device("cpu")
@@ -65,8 +65,8 @@ def main() -> None:
         mock.patch.object(sharded_sampling, "COPIERS", 1),  # the interpreter takes its time for each program
         mock.patch("minisgl.distributed.executor.select_collectives", select),
         mock.patch("minisgl.gpu.executor.pack_weights"),
-        mock.patch.object(sums, "one_shot_add_rms_norm", wraps=sums.one_shot_add_rms_norm) as one_shot,
-        mock.patch.object(sums, "two_shot_add_rms_norm", wraps=sums.two_shot_add_rms_norm) as two_shot,
+        mock.patch.object(all_reduce, "one_shot_add_rms_norm", wraps=all_reduce.one_shot_add_rms_norm) as one_shot,
+        mock.patch.object(all_reduce, "two_shot_add_rms_norm", wraps=all_reduce.two_shot_add_rms_norm) as two_shot,
         mock.patch.object(ShardedSampling, "sample", autospec=True, side_effect=ShardedSampling.sample) as sample,
     ):
         settings = config(max_prefill_length=200)

@@ -19,10 +19,9 @@ from minisgl.core.sampler import SamplingRows
 from minisgl.distributed.collectives import TPGroup, expect_close, noise
 from minisgl.distributed.shard import VocabShard
 from minisgl.errors import ConfigError
-from minisgl.gpu.kernels import sums
-from minisgl.gpu.kernels.ranks import Ranks, flags_size
-from minisgl.gpu.kernels.sharded_sampling import ShardedSampling, partial_words
-from minisgl.gpu.kernels.sums import GENERATIONS, UNWRITTEN, Inboxes, inbox_size
+from minisgl.gpu.kernels import all_reduce
+from minisgl.gpu.kernels.all_reduce import GENERATIONS, UNWRITTEN, ReceiveBuffers, buffer_size
+from minisgl.gpu.kernels.sharded_sampling import Barrier, ShardedSampling, flags_size, partial_words
 
 MAX_ROWS = 512
 """Tokens of a step up to which the kernels are used; NCCL does larger ones."""
@@ -72,14 +71,14 @@ class FusedNorm:
         two_shot = 0 if one_shot == MAX_ROWS else MAX_ROWS
         share = -(-two_shot // group.size)
 
-        def inboxes(rows: int, *shapes: tuple[int, int]) -> Inboxes:
-            counts = [max(1, inbox_size(*shape, hidden)) for shape in shapes]  # an empty buffer cannot be allocated
+        def buffers(rows: int, *shapes: tuple[int, int]) -> ReceiveBuffers:
+            counts = [max(1, buffer_size(*shape, hidden)) for shape in shapes]  # an empty buffer cannot be allocated
             own, addresses = zip(*(allocate(count, dtype, device, UNWRITTEN) for count in counts), strict=True)
-            turns = torch.zeros(rows, dtype=torch.int32, device=device)
-            return Inboxes(group.rank, group.size, rows, hidden, own, addresses, turns)
+            generations = torch.zeros(rows, dtype=torch.int32, device=device)
+            return ReceiveBuffers(group.rank, group.size, rows, hidden, own, addresses, generations)
 
-        self.one_shot = inboxes(one_shot, (one_shot, group.size))
-        self.two_shot = inboxes(two_shot, (share, group.size), (two_shot, 1))
+        self.one_shot = buffers(one_shot, (one_shot, group.size))
+        self.two_shot = buffers(two_shot, (share, group.size), (two_shot, 1))
 
     def begin(self, whole: bool) -> None:
         """A forward pass begins; `whole`: the hidden states of all its tokens are wanted."""
@@ -93,14 +92,14 @@ class FusedNorm:
             return None
         out = torch.empty_like(residual)
         if one_shot:
-            sums.one_shot_add_rms_norm(self.one_shot, x, residual, weight, eps, out)
+            all_reduce.one_shot_add_rms_norm(self.one_shot, x, residual, weight, eps, out)
         else:
-            sums.two_shot_add_rms_norm(self.two_shot, x, residual, weight, eps, out)
+            all_reduce.two_shot_add_rms_norm(self.two_shot, x, residual, weight, eps, out)
         return out
 
     def check(self, group: TPGroup, ops: Operations) -> None:
         """Raise RuntimeError where the kernels do not compute what an all-reduce and `ops.add_rms_norm` do."""
-        device, hidden = self.one_shot.turns.device, self.one_shot.dim
+        device, hidden = self.one_shot.generations.device, self.one_shot.dim
         weight = torch.ones(hidden, dtype=self.dtype, device=device)
         self.begin(whole=True)
         for rows in CHECKED_ROWS:
@@ -149,7 +148,7 @@ def make_sampling(group: TPGroup, shard: VocabShard, dtype: torch.dtype, device:
     logits = allocate(MAX_ROWS * shard.width, dtype, device)
     partials = allocate(partial_words(MAX_ROWS, shard.width), torch.int32, device)
     return ShardedSampling(
-        ranks=Ranks(group.rank, group.size, flags.own, flags.addresses),
+        barrier=Barrier(group.rank, group.size, flags.own, flags.addresses),
         vocab=shard.vocab, width=shard.width, rows=MAX_ROWS,
         own_logits=logits.own.view(MAX_ROWS, shard.width), own_partials=partials.own,
         logits=logits.addresses, partials=partials.addresses,
