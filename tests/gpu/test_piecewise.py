@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers.driver import CPU, Driver
-from helpers.ranked import SPECS
+from helpers.tp_cases import SPECS
 from minisgl.core.weights import dummy_weights
 from minisgl.gpu.cuda_graphs import PiecewiseGraphs, Work, piecewise_sizes
 
