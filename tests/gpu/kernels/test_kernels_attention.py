@@ -14,6 +14,7 @@ from minisgl.gpu.kernels.attention import flatten_pages
 from minisgl.gpu.kernels.decode import DecodeAttention, DecodeSplit, Workspaces
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("device")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 
