@@ -10,12 +10,12 @@ import torch
 from helpers.driver import CPU, Driver
 from helpers.tp_cases import SPECS
 from minisgl.core.weights import dummy_weights
-from minisgl.gpu.cuda_graphs import PiecewiseGraphs, Work, piece_sizes
+from minisgl.gpu.cuda_graphs import PiecewiseGraphs, Work, piecewise_sizes
 
 
 @pytest.mark.parametrize("largest", [1, 16, 100, 512, 1000, 1024, 2048, 2500])
 def test_sizes_end_with_the_largest_and_waste_little(largest: int) -> None:
-    sizes = piece_sizes(largest)
+    sizes = piecewise_sizes(largest)
     assert sizes[-1] == largest
     assert sizes == sorted(set(sizes))
     assert all(above <= max(1.51 * (below + 1), below + 16) for below, above in itertools.pairwise(sizes))
@@ -23,7 +23,7 @@ def test_sizes_end_with_the_largest_and_waste_little(largest: int) -> None:
 
 
 def test_none_are_captured_for_no_tokens() -> None:
-    assert piece_sizes(0) == []
+    assert piecewise_sizes(0) == []
 
 
 class Anew:
@@ -47,7 +47,7 @@ def test_steps_in_pieces_write_and_say_what_whole_ones_do(model: str) -> None:
     weights = dummy_weights(spec, torch.float32, CPU)
     whole, pieces = Driver(spec, weights), Driver(spec, weights)
     anew = Anew()
-    pieces.runner.piecewise_graphs = PiecewiseGraphs(pieces.decoder, pieces.runner.kv, 20, lambda: anew)
+    pieces.runner.piecewise_graphs = PiecewiseGraphs(pieces.decoder, pieces.runner.kv, 20, anew)
     tokens = [7, 3, 9, 1, 4, 4, 8, 2, 6, 5, 0, 11, 13, 2, 2, 9, 30]
     said = [
         [

@@ -87,6 +87,6 @@ def test_cpu_has_torch_alone_and_says_so() -> None:
     attention, choice = make_attention("auto", SHAPE, CPU)
     assert isinstance(attention.prefill, TorchAttention)
     assert str(choice) == "prefill torch, decode torch: the CPU's backend"
-    assert available_backends(CPU)["triton"] == "it needs a CUDA card"
-    with pytest.raises(ConfigError, match="fi cannot be used, it needs a CUDA card; what works here: torch"):
+    assert available_backends(CPU)["triton"] == "it needs a CUDA GPU"
+    with pytest.raises(ConfigError, match="fi cannot be used, it needs a CUDA GPU; what works here: torch"):
         make_attention("fi", SHAPE, CPU)

@@ -18,7 +18,7 @@ from minisgl.core.model_runner import Runner
 from minisgl.core.ops import Operations
 from minisgl.core.weights import TORCH_DTYPES, Cut, Progress, Weights, dummy_weights, load_weights
 from minisgl.gpu.attention.select import Shape, make_attention
-from minisgl.gpu.cuda_graphs import DecodeGraphs, PiecewiseGraphs, graph_sizes, largest_piece
+from minisgl.gpu.cuda_graphs import DecodeGraphs, PiecewiseGraphs, graph_sizes, piecewise_max_tokens
 from minisgl.gpu.memory import available_memory, measure_pages, require_pages_fit, require_weights_fit
 from minisgl.gpu.operations import operations_for
 
@@ -102,6 +102,6 @@ def make_executor(
         runner.decode_graphs = DecodeGraphs(decoder, kv, runner.tables, sizes, max_seq_len)
     elif config.cuda_graph_max_bs:
         described += "; its decode cannot be captured, so there are no CUDA graphs"
-    if tokens := largest_piece(config):
+    if tokens := piecewise_max_tokens(config):
         runner.piecewise_graphs = PiecewiseGraphs(decoder, kv, tokens)
     return LocalExecutor(runner, described, alive)

@@ -22,7 +22,7 @@ from minisgl.core.plan import RowInit, SpecialInit, SpecialRows, StepPlan
 from minisgl.core.types import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
 from minisgl.core.weights import Cut, parameters
 from minisgl.errors import ConfigError
-from minisgl.gpu.cuda_graphs import graph_sizes, largest_piece, piece_sizes
+from minisgl.gpu.cuda_graphs import graph_sizes, piecewise_max_tokens, piecewise_sizes
 
 GIB = 2**30
 CPU_KV_BYTES = 2 * GIB
@@ -77,8 +77,8 @@ def graph_bytes(config: Config, spec: ModelSpec, vocab: int, dtype: torch.dtype,
     if rows := config.cuda_graph_max_bs:
         tables = 4 * sum(graph_sizes(rows)) * -(-max_seq_len // config.page_size)
         total += rows * (vocab * item + token_bytes(spec, item)) + tables
-    if tokens := largest_piece(config):
-        sizes = piece_sizes(tokens)
+    if tokens := piecewise_max_tokens(config):
+        sizes = piecewise_sizes(tokens)
         ends = 2 * spec.num_heads * spec.head_dim * item  # queries and attention's output
         total += tokens * (token_bytes(spec, item) + ends) + sum(sizes) * spec.hidden_size * item
         total += len(sizes) * spec.num_layers * GRAPH_BYTES
@@ -213,6 +213,10 @@ def prefill_plan(rows: int, length: int, everything: bool = False) -> StepPlan:
     """
     none, slots = np.empty(0, np.int32), np.arange(rows, dtype=np.int32)
     ones, zeros = np.ones(rows, np.float32), np.zeros(rows, np.int32)
+    special_init = SpecialInit(
+        slots=slots, seen_slots=slots, seen_tokens=zeros, seen=zeros + 1, bias_ids=zeros[:, None],
+        bias_values=ones[:, None],
+    )  # fmt: skip
     init = RowInit(
         slots=slots,
         temperatures=ones,
@@ -222,7 +226,7 @@ def prefill_plan(rows: int, length: int, everything: bool = False) -> StepPlan:
         seeds=np.zeros(rows, np.int64),
         min_lens=zeros + length + 1,
         stop_ids=np.zeros((rows, MAX_STOP_TOKEN_IDS), np.int32),
-        special=special_init(rows) if everything else None,
+        special=special_init if everything else None,
     )
     return StepPlan(
         step=0,
@@ -241,15 +245,6 @@ def prefill_plan(rows: int, length: int, everything: bool = False) -> StepPlan:
         any_filter=True,
         any_min_len=True,
         special=special_rows(rows, rows * length) if everything else None,
-    )
-
-
-def special_init(rows: int) -> SpecialInit:
-    slots = np.arange(rows, dtype=np.int32)
-    bias_values = np.ones((rows, 1), np.float32)
-    zeros, ones = np.zeros(rows, np.int32), np.ones(rows, np.int32)
-    return SpecialInit(
-        slots=slots, seen_slots=slots, seen_tokens=zeros, seen=ones, bias_ids=zeros[:, None], bias_values=bias_values
     )
 
 

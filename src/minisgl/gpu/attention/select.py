@@ -43,7 +43,7 @@ class Backend:
     head_dim: Rule = ANY
 
 
-BACKENDS = {
+BACKENDS: dict[str, Backend] = {
     "fa": Backend(
         make=lambda device: FlashAttention(),
         capability=Rule(lambda number: number // 10 == 9, "9.x"),
@@ -154,7 +154,7 @@ def choose(pair: str, shape: Shape, available: Mapping[str, str | None], gpu: in
 
 def _automatic(works: list[str], reasons: Mapping[str, str | None], gpu: int) -> Choice:
     missing = "; ".join(f"{name} is out, {reason}" for name, reason in reasons.items() if reason and gpu)
-    prefill = next(name for name in ("fa", "fi", "triton", "torch") if name in works)
+    prefill: str = next(name for name in ("fa", "fi", "triton", "torch") if name in works)
     if gpu // 10 == 9:  # as benchmark/attention.py measures; triton's decode needs no work on the host
         decode = "triton" if "triton" in works else prefill
         why = "the fastest measured on Hopper"
