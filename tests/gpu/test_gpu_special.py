@@ -1,4 +1,4 @@
-"""Special rows on the card: what graphs leave for the tail, what the tail makes of it, and that nobody waits for it."""
+"""Special rows on the GPU: what graphs leave for the tail, what the tail makes of it, and that nobody waits for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random models on the card: engines over them, the plain float32 reference, and what the two must agree on."""
+"""Random models on the GPU: engines over them, the plain float32 reference, and what the two must agree on."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def require(pair: str) -> None:
             pytest.skip(f"{name}: {reason}")
 
 
-def need_cards(count: int) -> None:
+def need_gpus(count: int) -> None:
     """Skip where there are fewer."""
     if torch.cuda.device_count() < count:
-        pytest.skip(f"needs {count} cards")
+        pytest.skip(f"needs {count} GPUs")
 
 
 def random_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device = DEVICE) -> Weights:
@@ -85,7 +85,7 @@ def to_float32(weights: Weights) -> Weights:
 
 
 def gpu_config(**settings: object) -> Config:
-    """A resolved configuration for the card."""
+    """A resolved configuration for the GPU."""
     base = Config(
         device="cuda", dtype="bfloat16", attn="auto", cuda_graph_max_bs=8, max_running_requests=8,
         max_prefill_length=8192, memory_ratio=0.9, num_pages=512,
@@ -154,7 +154,7 @@ class Built:
 
 
 def build(spec: ModelSpec, weights: Weights, config: Config, max_seq_len: int = 512) -> Built:
-    """An engine on the card over weights that lie there."""
+    """An engine on the GPU over weights that lie there."""
     executor = Watched(make_executor(spec, weights, config, max_seq_len))
     fits = min(max_seq_len, executor.num_pages * config.page_size)
     model = ModelInfo(name="small", vocab_size=spec.vocab_size, max_seq_len=fits, eos_token_ids=spec.eos_token_ids)
@@ -174,7 +174,7 @@ def random_prompts(lengths: Iterable[int], seed: int = 0) -> list[list[int]]:
 
 
 def reference_driver(spec: ModelSpec, exact: Weights, tokens: int, rows: int = 1) -> Driver:
-    """Plain torch operations in float32 on the card, with room for so many tokens in all."""
+    """Plain torch operations in float32 on the GPU, with room for so many tokens in all."""
     pages = -(-tokens // 16) + rows
     return Driver(spec, exact, rows=rows, page_size=16, num_pages=pages, max_seq_len=tokens, device=DEVICE)
 
