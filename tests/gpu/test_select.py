@@ -1,4 +1,4 @@
-"""What `--attn` means on which card, with which packages and for which model."""
+"""What `--attn` means on which GPU, with which packages and for which model."""
 
 from __future__ import annotations
 
