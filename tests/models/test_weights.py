@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minisgl.core.model_config import ModelSpec, read_spec
-from minisgl.core.weights import Weights, dummy_weights, load_weights, parameters, pieces
+from minisgl.core.weights import Weights, dummy_weights, load_weights, parameters, shard_slices
 from minisgl.errors import ModelError
 
 CPU = torch.device("cpu")
@@ -210,7 +210,7 @@ def test_sources_cover_every_parameter_exactly_once(tmp_path: Path) -> None:
     for parameter in parameters(read_spec(tmp_path)):
         counts = torch.zeros(parameter.shape)
         for source in parameter.sources:
-            (piece,) = pieces(source, None)
+            (piece,) = shard_slices(source, None)
             region = counts[piece.region]
             assert region.shape == source.shape
             region += 1

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from minisgl.core.logits import StepOutput, TokenScores
-from minisgl.core.model_runner import Runner
+from minisgl.core.model_runner import ModelRunner
 from minisgl.core.plan import Masks, Scores, StepPlan, StepResult
 
 ALIVE_SECONDS = 0.1
@@ -28,7 +28,7 @@ class LocalExecutor:
     """
 
     def __init__(
-        self, runner: Runner, attention_choice: str = "torch", alive: Callable[[], None] | None = None
+        self, runner: ModelRunner, attention_choice: str = "torch", alive: Callable[[], None] | None = None
     ) -> None:
         self.runner = runner
         self.device = runner.device

@@ -134,7 +134,7 @@ def _experts(spec: ModelSpec, layer: int) -> Iterator[Parameter]:
 
 
 @dataclass(frozen=True)
-class Keep:
+class Shard:
     """Ranges [start, stop) of one axis of a parameter, one behind the other, and then `padding` zeros.
 
     A shard without elements is left out of the model.
@@ -158,12 +158,12 @@ class Keep:
         return torch.cat(parts, dim=self.axis) if parts else whole.new_empty(self.shape(whole.shape))
 
 
-Cut = Callable[[Parameter], Keep | None]
-"""What is kept of a parameter; None: all of it."""
+Sharder = Callable[[Parameter], Shard | None]
+"""What a rank holds of a parameter; None: all of it."""
 
 
 @dataclass(frozen=True)
-class Piece:
+class ShardSlice:
     """A part of a checkpoint tensor and the region of the shard that it fills."""
 
     source: Source
@@ -171,13 +171,13 @@ class Piece:
     region: tuple[int | slice, ...]
 
 
-def pieces(source: Source, keep: Keep | None) -> Iterator[Piece]:
+def shard_slices(source: Source, keep: Shard | None) -> Iterator[ShardSlice]:
     """What a rank reads of a source, which is nothing when it keeps none of it."""
     expert: tuple[int, ...] = () if source.expert is None else (source.expert,)
     everything = [slice(0, size) for size in source.shape]
     placed = [slice(source.start, source.start + source.shape[0]), *everything[1:]]
     if keep is None:
-        yield Piece(source, tuple(everything), (*expert, *placed))
+        yield ShardSlice(source, tuple(everything), (*expert, *placed))
         return
     axis = keep.axis - len(expert)
     first = source.start if axis == 0 else 0  # where the source begins on the axis that is cut
@@ -188,7 +188,7 @@ def pieces(source: Source, keep: Keep | None) -> Iterator[Piece]:
             take, region = list(everything), list(placed)
             take[axis] = slice(low - first, high - first)
             region[axis] = slice(reached + low - start, reached + high - start)
-            yield Piece(source, tuple(take), (*expert, *region))
+            yield ShardSlice(source, tuple(take), (*expert, *region))
         reached += stop - start
 
 
@@ -347,7 +347,7 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress | None = None,
-    cut: Cut | None = None,
+    sharder: Sharder | None = None,
 ) -> Weights:
     """Read a folder's safetensors into tensors of `dtype` on `device`, one checkpoint tensor at a time.
 
@@ -361,13 +361,13 @@ def load_weights(
                 checkpoint.check(source.name, source.shape)
         checkpoint.check_complete({source.name for _, sources in plan for source in sources})
         tensors: dict[tuple[int | None, str], Tensor] = {}
-        total = sum(math.prod(_shape(parameter, _keep(parameter, cut))) for parameter, _ in plan)
+        total = sum(math.prod(_shape(parameter, _keep(parameter, sharder))) for parameter, _ in plan)
         for parameter, sources in plan:
-            keep = _keep(parameter, cut)
+            keep = _keep(parameter, sharder)
             make = torch.zeros if keep is not None and keep.padding else torch.empty
             shard = make(_shape(parameter, keep), dtype=dtype, device=device)
             for source in sources:
-                for piece in pieces(source, keep):
+                for piece in shard_slices(source, keep):
                     checkpoint.read_into(source.name, shard[piece.region], piece.take)
             tensors[parameter.layer, parameter.field] = shard
             if progress is not None:
@@ -375,11 +375,11 @@ def load_weights(
     return assemble(spec, tensors)
 
 
-def _keep(parameter: Parameter, cut: Cut | None) -> Keep | None:
-    return None if cut is None else cut(parameter)
+def _keep(parameter: Parameter, sharder: Sharder | None) -> Shard | None:
+    return None if sharder is None else sharder(parameter)
 
 
-def _shape(parameter: Parameter, keep: Keep | None) -> tuple[int, ...]:
+def _shape(parameter: Parameter, keep: Shard | None) -> tuple[int, ...]:
     return parameter.shape if keep is None else keep.shape(parameter.shape)
 
 
@@ -401,7 +401,7 @@ def assemble(spec: ModelSpec, tensors: dict[tuple[int | None, str], Tensor]) -> 
 
 
 def dummy_weights(
-    spec: ModelSpec, dtype: torch.dtype, device: torch.device, seed: int = 0, cut: Cut | None = None
+    spec: ModelSpec, dtype: torch.dtype, device: torch.device, seed: int = 0, sharder: Sharder | None = None
 ) -> Weights:
     """Seeded noise under which activations stay finite, of order one, at any depth and in any dtype.
 
@@ -417,7 +417,7 @@ def dummy_weights(
             tensor.fill_(1.0)
         else:
             tensor.normal_(0.0, _std(parameter, spec), generator=generator)
-        keep = _keep(parameter, cut)
+        keep = _keep(parameter, sharder)
         tensors[parameter.layer, parameter.field] = tensor if keep is None else keep.of(tensor)
     return assemble(spec, tensors)
 

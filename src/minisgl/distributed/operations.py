@@ -8,8 +8,8 @@ threshold.
 
 The decoder's operations on one rank of a group: the same, with sums over the ranks where a block ends.
 
-`project` and `moe` leave this rank's part of a sum, and `add_rms_norm`, which alone reads it, adds the parts up. So the
-decoder is the same on one device and on many.
+`row_parallel_linear` and `moe` leave this rank's part of a sum, and `add_rms_norm`, which alone reads it, adds the
+parts up. So the decoder is the same on one device and on many.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def parallel_operations(ops: Operations, group: TPGroup, shard: VocabShard) -> O
         ops,
         name=f"{ops.name}, {group.size} ranks",
         embed=embed,
-        project=ops.linear,
+        row_parallel_linear=ops.linear,
         add_rms_norm=add_rms_norm,
         whole_logits=lambda logits: whole_logits(logits, shard, ranks),
         sample=choose,

@@ -146,7 +146,9 @@ class DecodeGraphs:
 
     def _step(self, changes: Tensor, inputs: StepInputs, attention: GraphDecode) -> Tensor:
         gather_rows(changes, self.tables, inputs, self.kv.page_size)
-        batch = ForwardBatch(ids=inputs.ids, positions=inputs.positions, locations=inputs.locations, rows=None)
+        batch = ForwardBatch(
+            ids=inputs.ids, positions=inputs.positions, slot_mapping=inputs.slot_mapping, logits_indices=None
+        )
         hidden = self.decoder.forward(batch, attention.attention, self.kv)
         logits = self.decoder.logits(hidden, self.logits[: len(hidden)])
         tokens = self.decoder.ops.sample(logits, self.tables.sampling, changes[0], inputs.kv_lens, False, True, True)
@@ -229,7 +231,7 @@ class PiecewiseGraphs:
     """Graphs over one runner's cache, captured when this is made, largest first.
 
     All sizes T share the tensors by which they are fed and leave what they find, and look at them up to T: `numbers`
-    int32 (2, largest), ids and positions; `locations` int64 (largest,); `queries` (largest, H, hd), what a layer's
+    int32 (2, largest), ids and positions; `slot_mapping` int64 (largest,); `queries` (largest, H, hd), what a layer's
     attention starts from, and `heads`, alike, what it finds. `make_capture` is what makes graphs; a test
     without a card does everything anew instead.
     """
@@ -242,7 +244,7 @@ class PiecewiseGraphs:
         self.kv = kv
         self.scratch = kv.num_pages * kv.page_size
         self.numbers = torch.zeros((2, largest), dtype=torch.int32, device=table.device)
-        self.locations = torch.full((largest,), self.scratch, dtype=torch.int64, device=table.device)
+        self.slot_mapping = torch.full((largest,), self.scratch, dtype=torch.int64, device=table.device)
         self.queries = torch.zeros((largest, spec.num_heads, spec.head_dim), dtype=table.dtype, device=table.device)
         self.heads = torch.zeros_like(self.queries)
         self.sizes = piece_sizes(largest)
@@ -251,7 +253,7 @@ class PiecewiseGraphs:
 
     def takes(self, batch: ForwardBatch) -> bool:
         """Whether the batch is a step with prompts, which wants some of its tokens alone, and fits a size."""
-        return batch.rows is not None and 0 < len(batch.ids) <= self.sizes[-1]
+        return batch.logits_indices is not None and 0 < len(batch.ids) <= self.sizes[-1]
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, attention: PlannedAttention) -> Tensor:
@@ -261,19 +263,19 @@ class PiecewiseGraphs:
         step, replays = self.pieces[size]
         self.numbers[0, :tokens].copy_(batch.ids)
         self.numbers[1, :tokens].copy_(batch.positions)
-        self.locations[:tokens].copy_(batch.locations)
-        self.locations[tokens:size].fill_(self.scratch)
+        self.slot_mapping[:tokens].copy_(batch.slot_mapping)
+        self.slot_mapping[tokens:size].fill_(self.scratch)
         queries, heads = self.queries[:tokens], self.heads[:tokens]
         for index, replay in enumerate(replays):
             replay()
             heads.copy_(attention.run(queries, index, self.decoder.spec.windows[index]))
-        hidden, _ = self.decoder.after_attention(len(replays) - 1, heads, step.residual[:tokens], batch.rows)
+        hidden, _ = self.decoder.after_attention(len(replays) - 1, heads, step.residual[:tokens], batch.logits_indices)
         return hidden
 
     @torch.inference_mode()
     def _capture(self, size: int, capture: Capture) -> Pieces:
-        (ids, positions), locations = self.numbers[:, :size], self.locations[:size]
-        batch = ForwardBatch(ids=ids, positions=positions, locations=locations, rows=locations[:0])
+        (ids, positions), slot_mapping = self.numbers[:, :size], self.slot_mapping[:size]
+        batch = ForwardBatch(ids=ids, positions=positions, slot_mapping=slot_mapping, logits_indices=slot_mapping[:0])
         step = SplitStep(self.decoder, batch, self.kv, self.queries[:size], self.heads[:size])
         work: list[Work] = [step.start]
         work += [partial(step.between, index) for index in range(self.decoder.spec.num_layers - 1)]

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from minisgl.core.ops import PLAIN, Operations, _embed, _whole, linear
+from minisgl.core.ops import PLAIN, Operations, embed, linear, own_logits
 from minisgl.core.sampler import SamplingRows
 
 MAX_FUSED_DIM = 8192
@@ -32,12 +32,12 @@ def fused_operations(device: torch.device) -> Operations:
             return stream.linear(x, weight, bias)
         return linear(x, weight, bias)
 
-    def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def row_parallel_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if bias is None and small.fits(x, weight, small.MAX_ROWS_PARTS):
             return small.linear_parts(x, weight)
         return product(x, weight, bias)
 
-    def gated(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if bias is None and small.fits(x, weight, small.MAX_ROWS):
             return small.gated_linear(x, weight)
         if bias is None and gemv.fits(x, weight):
@@ -51,15 +51,15 @@ def fused_operations(device: torch.device) -> Operations:
 
     return Operations(
         name=f"triton; no CUDA C++: {against}" if against else "triton and CUDA C++",
-        embed=_embed,
+        embed=embed,
         rms_norm=norm.rms_norm,
         add_rms_norm=norm.add_rms_norm,
         linear=product,
-        project=project,
-        gated=gated,
+        row_parallel_linear=row_parallel_linear,
+        gated_linear=gated_linear,
         rope_store_kv=qkv.rope_store_kv,
         moe=moe.moe,
-        whole_logits=_whole,
+        whole_logits=own_logits,
         sample=choose,
         sample_whole=choose,
     )

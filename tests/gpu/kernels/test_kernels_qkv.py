@@ -43,7 +43,7 @@ def test_fused_step_is_the_references(
     angles = torch.rand(max_positions, head_dim // 2, device=device) * 6
     cos_sin = torch.cat([angles.cos(), angles.sin()], dim=-1)
     positions = torch.randint(max_positions, (tokens,), dtype=torch.int32, device=device)
-    locations = torch.randperm(pages * page_size, device=device)[:tokens].to(index_dtype)
+    slot_mapping = torch.randperm(pages * page_size, device=device)[:tokens].to(index_dtype)
     k_cache, v_cache = torch.full((2, pages, page_size, kv_heads, head_dim), POISON, device=device).to(dtype).unbind()
     k_expected, v_expected = k_cache.clone(), v_cache.clone()
     parts = qkv.view(tokens, heads + 2 * kv_heads, head_dim)
@@ -51,9 +51,9 @@ def test_fused_step_is_the_references(
     if q_norm is not None and k_norm is not None:
         q, k = reference.rms_norm(q, q_norm, 1e-6), reference.rms_norm(k, k_norm, 1e-6)
     angles_of = cos_sin[positions.long()]
-    reference.store_kv(reference.apply_rope(k, angles_of), v, k_expected, v_expected, locations.long())
+    reference.store_kv(reference.apply_rope(k, angles_of), v, k_expected, v_expected, slot_mapping.long())
 
-    actual = rope_store_kv(qkv, q_norm, k_norm, 1e-6, cos_sin, positions, locations, k_cache, v_cache)
+    actual = rope_store_kv(qkv, q_norm, k_norm, 1e-6, cos_sin, positions, slot_mapping, k_cache, v_cache)
     tolerance = TOLERANCE[dtype]
     torch.testing.assert_close(actual, reference.apply_rope(q, angles_of), rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(k_cache, k_expected, rtol=tolerance, atol=tolerance)
