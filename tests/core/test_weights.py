@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minisgl.core.model_config import ModelSpec, read_spec
-from minisgl.core.weights import Weights, dummy_weights, load_weights, parameters, shard_slices
+from minisgl.core.weights import Weights, dummy_weights, load_weights, parameters, shard_of, shard_slices
 from minisgl.errors import ModelError
 
 CPU = torch.device("cpu")
@@ -211,8 +211,8 @@ def test_sources_cover_every_parameter_exactly_once(tmp_path: Path) -> None:
     for parameter in parameters(read_spec(tmp_path)):
         counts = torch.zeros(parameter.shape)
         for source in parameter.sources:
-            (piece,) = shard_slices(source, None)
-            region = counts[piece.region]
+            (part,) = shard_slices(source, shard_of(parameter, None))
+            region = counts[part.region]
             assert region.shape == source.shape
             region += 1
         assert bool((counts == 1).all())

@@ -6,7 +6,6 @@ cache has its memory already.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import msgspec
@@ -20,7 +19,7 @@ from minisgl.core.model_config import ModelSpec
 from minisgl.core.model_runner import ModelRunner
 from minisgl.core.plan import RowInit, SpecialInit, SpecialRows, StepPlan
 from minisgl.core.types import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
-from minisgl.core.weights import Sharder, parameters
+from minisgl.core.weights import Sharder, held_elements
 from minisgl.errors import ConfigError
 from minisgl.gpu.cuda_graphs import graph_sizes, largest_piece, piece_sizes
 
@@ -118,8 +117,7 @@ def require_weights_fit(
     spec: ModelSpec, dtype: torch.dtype, device: torch.device, sharder: Sharder | None = None
 ) -> None:
     """Raise ConfigError with the numbers when the weights, or what `cut` keeps, need more than a GPU has free."""
-    keeps = [(parameter.shape, sharder(parameter) if sharder else None) for parameter in parameters(spec)]
-    needed = sum(math.prod(keep.shape(shape) if keep else shape) for shape, keep in keeps) * dtype.itemsize
+    needed = held_elements(spec, sharder) * dtype.itemsize
     if device.type == "cuda" and needed > (free := available_memory(device)):
         name = str(dtype).removeprefix("torch.")
         raise ConfigError(
