@@ -19,7 +19,7 @@ from minisgl.config import Config
 from minisgl.core.engine import Engine
 from minisgl.core.executor import LocalExecutor
 from minisgl.core.model_config import ModelSpec, Rope
-from minisgl.core.model_runner import Runner
+from minisgl.core.model_runner import ModelRunner
 from minisgl.core.plan import Masks, StepPlan, StepResult
 from minisgl.core.types import ModelInfo, Request, SamplingParams
 from minisgl.core.weights import TORCH_DTYPES, Weights, dummy_weights
@@ -140,7 +140,7 @@ class Built:
     executor: Watched
 
     @property
-    def runner(self) -> Runner:
+    def runner(self) -> ModelRunner:
         return self.executor.inner.runner
 
     def answer(self, requests: Iterable[Request], retractions: int = 0) -> list[list[int]]:
@@ -198,7 +198,7 @@ def fused_driver(spec: ModelSpec, weights: Weights, config: Config, max_seq_len:
     attention, _ = make_attention(config.attn, attention_shape(spec, config), DEVICE)
     ops = operations_for(DEVICE, spec.hidden_size)
     driver.decoder = RecordingDecoder(spec, weights, attention, max_seq_len, ops)
-    driver.runner = Runner(driver.decoder, driver.runner.kv, rows, max_seq_len, DEVICE)
+    driver.runner = ModelRunner(driver.decoder, driver.runner.kv, rows, max_seq_len, DEVICE)
     return driver
 
 
