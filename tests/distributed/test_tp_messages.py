@@ -33,21 +33,20 @@ def equal(one: object, other: object) -> bool:
     ],
 )
 def test_messages_arrive_as_they_were_sent(message: ToWorker | FromWorker) -> None:
-    decoder = messages.from_worker_decoder() if isinstance(message, WorkerFailed) else messages.to_worker_decoder()
-    assert equal(decoder.decode(messages.encoder().encode(message)), message)
+    decode = messages.decode_from_worker if isinstance(message, WorkerFailed) else messages.decode_to_worker
+    assert equal(decode(messages.encode(message)), message)
 
 
 def test_the_arrays_of_a_plan_are_the_receivers_own() -> None:
     plan = prefill_plan(3, 5, True)
-    received = messages.to_worker_decoder().decode(messages.encoder().encode(LaunchStep(plan)))
+    received = messages.decode_to_worker(messages.encode(LaunchStep(plan)))
     assert isinstance(received, LaunchStep)
     received.plan.prefill_tokens[:] = 7
     assert not plan.prefill_tokens.any()
 
 
 def test_other_messages_and_arrays_are_refused() -> None:
-    decoder = messages.to_worker_decoder()
     with pytest.raises((ValueError, msgspec.ValidationError), match="cannot be received in a message"):
-        decoder.decode(msgspec.msgpack.encode({"type": "finish", "masks": ["|O8", [1], b"\0" * 8]}))
+        messages.decode_to_worker(msgspec.msgpack.encode({"type": "finish", "masks": ["|O8", [1], b"\0" * 8]}))
     with pytest.raises(msgspec.ValidationError):
-        decoder.decode(msgspec.msgpack.encode({"type": "run", "code": "x"}))
+        messages.decode_to_worker(msgspec.msgpack.encode({"type": "run", "code": "x"}))

@@ -64,9 +64,9 @@ class EngineProgram:
         self._write({"prompts": [prompt], "params": [params], "announce": True})
         assert self._read() == "begun"
 
-    def errors(self) -> str:
-        """What the process wrote to stderr; waits for its end."""
-        self.process.wait(SECONDS)
+    def errors(self, timeout: float = SECONDS) -> str:
+        """What the process wrote to stderr; waits for its end, for so many seconds."""
+        self.process.wait(timeout)
         self._reader.join()
         return "".join(self._errors)
 

@@ -181,18 +181,16 @@ def select_nccl(group: TPGroup, device: torch.device, disable_pynccl: bool) -> t
     installed = find_spec("nccl") is not None and find_spec("nccl.core") is not None
     if not group.least(int(installed)):
         return group, f"{through_torch} (nccl4py is not installed)"
-    bound, why = attempt(group, lambda: checked_nccl(group, device))
+
+    def bind() -> NcclCollectives:
+        bound, x = NcclCollectives(group), noise(group.rank, 8, 1024, torch.bfloat16, device)
+        expect_close(bound.all_reduce(x.clone()), group.collectives.all_reduce(x), "an all-reduce")
+        return bound
+
+    bound, why = attempt(group, bind)
     if bound is None:
         return group, f"{through_torch} (nccl4py: {why})"
     return dataclasses.replace(group, collectives=bound), "NCCL through nccl4py"
-
-
-def checked_nccl(group: TPGroup, device: torch.device) -> NcclCollectives:
-    """nccl4py's collectives; raises RuntimeError when they do not add up what torch.distributed does."""
-    bound = NcclCollectives(group)
-    x = noise(group.rank, 8, 1024, torch.bfloat16, device)
-    expect_close(bound.all_reduce(x.clone()), group.collectives.all_reduce(x), "an all-reduce")
-    return bound
 
 
 def noise(seed: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -43,17 +43,14 @@ class GroupExecutor:
 
     @property
     def num_pages(self) -> int:
-        """KV pages that every rank has."""
         return self.local.num_pages
 
     def launch(self, plan: StepPlan) -> None:
-        """Start a step on every rank."""
         self._workers.check()
         self._workers.send(LaunchStep(plan))
         self.local.launch(plan)
 
     def finish(self, masks: Masks) -> None:
-        """Give every rank the masks of the step launched last."""
         self._workers.check()
         self._workers.send(FinishStep(masks))
         self.local.finish(masks)
@@ -63,8 +60,7 @@ class GroupExecutor:
         try:
             return self.local.collect()
         except Exception as error:
-            cause = self._workers.cause_of(error)
-            if cause is error:
+            if (cause := self._workers.cause_of(error)) is error:
                 raise
             raise cause from error
 

@@ -58,19 +58,6 @@ ToWorker = LoadModel | LaunchStep | FinishStep | Shutdown
 FromWorker = WorkerStarted | WorkerFailed
 
 
-def encoder() -> msgspec.msgpack.Encoder:
-    return msgspec.msgpack.Encoder(enc_hook=_from_array)
-
-
-def to_worker_decoder() -> msgspec.msgpack.Decoder[ToWorker]:
-    """Its arrays are copies, which the receiver may write to."""
-    return msgspec.msgpack.Decoder(ToWorker, dec_hook=_to_array)
-
-
-def from_worker_decoder() -> msgspec.msgpack.Decoder[FromWorker]:
-    return msgspec.msgpack.Decoder(FromWorker)
-
-
 def make_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int, address: str, linger_ms: int) -> zmq.Socket[bytes]:
     """A socket with unbounded queues that is to be bound or connected to `address`."""
     socket = context.socket(kind)
@@ -95,3 +82,21 @@ def _to_array(kind: Any, value: Any) -> Any:
     if dtype not in DTYPES:
         raise ValueError(f"arrays of {dtype!r} cannot be received in a message")
     return np.frombuffer(data, dtype).reshape(shape).copy()
+
+
+_ENCODER = msgspec.msgpack.Encoder(enc_hook=_from_array)
+_TO_WORKER: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker, dec_hook=_to_array)
+_FROM_WORKER: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
+
+
+def encode(message: ToWorker | FromWorker) -> bytes:
+    return _ENCODER.encode(message)
+
+
+def decode_to_worker(data: bytes) -> ToWorker:
+    """The message, whose arrays are copies. Raises ValueError or ValidationError for anything else."""
+    return _TO_WORKER.decode(data)
+
+
+def decode_from_worker(data: bytes) -> FromWorker:
+    return _FROM_WORKER.decode(data)

@@ -1,6 +1,6 @@
 """The decoder's operations on one rank of a tensor-parallel group.
 
-`row_parallel_linear` and `moe` leave this rank's share of a sum, and `add_rms_norm`, which alone reads it, all-reduces it.
+`row_parallel_linear` and `moe` leave this rank's share of a sum; `add_rms_norm`, which alone reads it, all-reduces it.
 
 Each rank has the logits of its own tokens only. To sample, ranks exchange their highest (logit, token) and, for rows
 with a filter, their highest logits and the sum of their exponentials. From those every rank finds the same threshold,

@@ -54,8 +54,6 @@ class Worker:
         self._plans.connect(plans)
         self._reports.connect(reports)
         self._reporting = threading.Lock()
-        self._encoder = messages.encoder()
-        self._decoder = messages.to_worker_decoder()
         self._closed = threading.Event()
         self._watcher: threading.Thread | None = None
 
@@ -127,11 +125,11 @@ class Worker:
                 self._fail(f"{type(error).__name__}: {error}")
 
     def _receive(self) -> messages.ToWorker:
-        return self._decoder.decode(self._plans.recv())
+        return messages.decode_to_worker(self._plans.recv())
 
     def _report(self, message: messages.FromWorker) -> None:
         with self._reporting:
-            self._reports.send(self._encoder.encode(message))
+            self._reports.send(messages.encode(message))
 
     def _fail(self, error: str, user_error: bool = False) -> NoReturn:
         """Report why and end the process: other ranks may wait for this one in a collective."""

@@ -60,8 +60,6 @@ class WorkerPool:
         self.size = size
         self.rendezvous = ""
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._encoder = messages.encoder()
-        self._decoder = messages.from_worker_decoder()
         self._plans = [self._bind(zmq.PUSH, address, f"plans-{rank}") for rank in range(1, size)]
         self._reports = self._bind(zmq.PULL, address, "reports")
         self._monitors = [socket.get_monitor_socket(zmq.EVENT_DISCONNECTED) for socket in self._plans]
@@ -144,7 +142,7 @@ class WorkerPool:
 
     def send(self, message: ToWorker) -> None:
         """Send to every worker; returns at once."""
-        data = self._encoder.encode(message)
+        data = messages.encode(message)
         for socket in self._plans:
             socket.send(data)
 
@@ -195,7 +193,7 @@ class WorkerPool:
         while not self._closing.is_set():
             ready = dict(poller.poll(POLL_MS))
             if self._reports in ready:
-                self._handle(self._decoder.decode(self._reports.recv()))
+                self._handle(messages.decode_from_worker(self._reports.recv()))
             for rank, monitor in enumerate(self._monitors, start=1):
                 if monitor in ready:
                     self._disconnected(rank)
@@ -229,7 +227,7 @@ class WorkerPool:
         if self._monitors[rank - 1].poll(0):
             recv_monitor_message(self._monitors[rank - 1])
         while self._reports.poll(LAST_REPORT_MS):
-            message = self._decoder.decode(self._reports.recv())
+            message = messages.decode_from_worker(self._reports.recv())
             if isinstance(message, WorkerFailed) and message.rank == rank:
                 self._handle(message)
         self._fail(EngineDeadError(f"rank {rank} of {self.size} ended; nothing can be generated any more"))

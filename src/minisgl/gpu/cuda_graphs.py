@@ -216,7 +216,7 @@ class PiecewiseGraphs:
     """Graphs over one runner's cache, captured when this is made, largest first.
 
     All sizes T share their static tensors and use the first T elements: `ids` and `positions` int32 (largest,),
-    `slot_mapping` int64 (largest,), `queries` (largest, H, hd), the input of a layer's attention, and `heads`, its output.
+    `slot_mapping` int64 (largest,), `queries` (largest, H, hd), a layer's input to attention, and `heads`, its output.
     `capture` turns work into what repeats it: by default CUDA graphs in one memory pool.
     """
 
