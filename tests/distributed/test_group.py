@@ -106,7 +106,7 @@ def test_each_rank_reads_only_its_slice(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(Checkpoint, "read_into", counted)
     for rank in range(2):
         read.append(0)
-        load_weights(tmp_path, spec, torch.float32, torch.device("cpu"), cut=cutter(spec, rank, 2))
+        load_weights(tmp_path, spec, torch.float32, torch.device("cpu"), sharder=cutter(spec, rank, 2))
     whole = {p.field: int(np.prod(p.shape)) for p in parameters(spec)}
     twice = sum(int(np.prod(p.shape)) for p in parameters(spec) if p.field.endswith("norm") or p.field == "router")
     assert sum(read) == sum(int(np.prod(p.shape)) for p in parameters(spec)) + twice

@@ -1,4 +1,4 @@
-"""The engine on the card: what it says, that no switch changes it, and what it may touch, wait for and take."""
+"""The engine on the GPU: what it says, that no switch changes it, and what it may touch, wait for and take."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Special rows on the card: what graphs leave for the tail, what the tail makes of it, and that nobody waits for it."""
+"""Special rows on the GPU: what graphs leave for the tail, what the tail makes of it, and that nobody waits for it."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_the_profile_reserves_what_special_rows_take() -> None:
     before = torch.cuda.memory_allocated(DEVICE)
     built.runner.run(prefill_plan(8, 4, everything=True))
     torch.cuda.synchronize()
-    seen = built.runner.tail.special.seen
+    seen = built.runner.logits_processors.state.seen
     assert seen is not None
     assert seen.shape == (9, VOCAB)
     assert torch.cuda.memory_allocated(DEVICE) - before >= seen.nbytes

@@ -28,7 +28,7 @@ Int32 = NDArray[np.int32]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
+class SequenceBatch:
     """Some rows of a step, each a sequence with `query_lens` new tokens at the end of `kv_lens` in the cache.
 
     All but the page table is known to the host, so that nobody waits for the device. Page-table entries past a
@@ -47,11 +47,11 @@ class Rows:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Geometry:
+class AttentionMetadata:
     """The attention of one step: decode rows, one query each, then prefill chunks. A part without rows is None."""
 
-    decode: Rows | None
-    prefill: Rows | None
+    decode: SequenceBatch | None
+    prefill: SequenceBatch | None
 
 
 class PlannedAttention(Protocol):
@@ -74,7 +74,7 @@ class RopeStore(NamedTuple):
     eps: float
     cos_sin: Tensor
     positions: Tensor
-    locations: Tensor
+    slot_mapping: Tensor
     k_cache: Tensor
     v_cache: Tensor
 
@@ -115,10 +115,10 @@ def attend(attention: PlannedAttention, qkv: Tensor, rope: RopeStore, layer: int
 class AttentionBackend(Protocol):
     """A way to compute attention, for one kind of rows or both."""
 
-    def plan_decode(self, rows: Rows, kv: KVCache) -> PlannedAttention:
+    def plan_decode(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
         """Prepare rows with one query each."""
 
-    def plan_prefill(self, rows: Rows, kv: KVCache) -> PlannedAttention:
+    def plan_prefill(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
         """Prepare chunks."""
 
 
@@ -129,7 +129,7 @@ class Attention:
         self.prefill = prefill
         self.decode = decode
 
-    def plan(self, geometry: Geometry, kv: KVCache) -> PlannedAttention:
+    def plan(self, geometry: AttentionMetadata, kv: KVCache) -> PlannedAttention:
         """Prepare a step, which has rows of at least one kind."""
         parts: list[tuple[int, PlannedAttention]] = []
         if (rows := geometry.decode) is not None:
@@ -152,7 +152,7 @@ class _Parts:
 
 
 @dataclass(frozen=True)
-class DeviceRows:
+class DeviceBatch:
     """Rows as kernels read them. Only the two maxima are numbers on the host."""
 
     page_table: Tensor  # int32 (rows, pages), contiguous; as wide as the longest row needs, or wider
@@ -162,7 +162,7 @@ class DeviceRows:
     max_kv_len: int
 
 
-def to_device(rows: Rows, page_size: int) -> DeviceRows:
+def to_device(rows: SequenceBatch, page_size: int) -> DeviceBatch:
     """The rows' own lines of the page table, and their lengths. Copies from the host only what `rows` leaves None."""
     device = rows.page_table.device
     max_kv_len = int(rows.kv_lens.max())
@@ -174,7 +174,7 @@ def to_device(rows: Rows, page_size: int) -> DeviceRows:
     if starts is None:
         starts = torch.from_numpy(np.concatenate([[0], np.cumsum(rows.query_lens)]).astype(np.int32)).to(device)
     table = rows.page_table[:, : -(-max_kv_len // page_size)].index_select(0, slots)
-    return DeviceRows(table, lens, starts, int(rows.query_lens.max()), max_kv_len)
+    return DeviceBatch(table, lens, starts, int(rows.query_lens.max()), max_kv_len)
 
 
 class GraphDecode(Protocol):
@@ -198,7 +198,7 @@ class GraphBackend(AttentionBackend, Protocol):
     def graph_decode(self, page_table: Tensor, kv_lens: Tensor, kv: KVCache, max_seq_len: int) -> GraphDecode:
         """Decode of B rows for a graph: page_table int32 (B, max_pages) and kv_lens int32 (B,), static and contiguous.
 
-        Rows that pad the batch have length 1 and a line of the page table full of the scratch page.
+        SequenceBatch that pad the batch have length 1 and a line of the page table full of the scratch page.
         """
 
 
@@ -222,11 +222,11 @@ QUERY_BLOCK = 512
 class TorchAttention:
     """The backend called `torch`."""
 
-    def plan_decode(self, rows: Rows, kv: KVCache) -> PlannedAttention:
+    def plan_decode(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
         """Group the rows by length."""
         return _Decode(rows, kv)
 
-    def plan_prefill(self, rows: Rows, kv: KVCache) -> PlannedAttention:
+    def plan_prefill(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
         """Cut the chunks into blocks of queries."""
         return _Prefill(rows, kv)
 
@@ -241,7 +241,7 @@ class _Group:
 
 
 class _Decode:
-    def __init__(self, rows: Rows, kv: KVCache) -> None:
+    def __init__(self, rows: SequenceBatch, kv: KVCache) -> None:
         self.rows = rows
         self.kv = kv
         self.groups: dict[int, list[_Group]] = {}
@@ -317,7 +317,7 @@ class _Block:
 
 
 class _Prefill:
-    def __init__(self, rows: Rows, kv: KVCache) -> None:
+    def __init__(self, rows: SequenceBatch, kv: KVCache) -> None:
         self.kv = kv
         self.rows = rows
         page_counts = (-(-rows.kv_lens // kv.page_size)).tolist()

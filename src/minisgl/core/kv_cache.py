@@ -111,7 +111,7 @@ class StepInputs:
     ids: Tensor  # int32 (B,)
     positions: Tensor  # int32 (B,)
     kv_lens: Tensor  # int32 (B,) the new token included
-    locations: Tensor  # int64 (B,) page * page_size + offset of the new token
+    slot_mapping: Tensor  # int64 (B,) page * page_size + offset of the new token
     page_table: Tensor  # int32 (B, max_pages); behind a row's last page lies any valid page
 
     @classmethod
@@ -121,7 +121,7 @@ class StepInputs:
             ids=torch.zeros(batch, dtype=torch.int32, device=device),
             positions=torch.zeros(batch, dtype=torch.int32, device=device),
             kv_lens=torch.ones(batch, dtype=torch.int32, device=device),
-            locations=torch.zeros(batch, dtype=torch.int64, device=device),
+            slot_mapping=torch.zeros(batch, dtype=torch.int64, device=device),
             page_table=torch.full((batch, max_pages), scratch_page, dtype=torch.int32, device=device),
         )
 
@@ -138,7 +138,7 @@ def gather_rows(changes: Tensor, tables: TableTensors, inputs: StepInputs, page_
     inputs.kv_lens.copy_(lengths + 1)
     inputs.page_table.copy_(pages)
     here = pages.gather(1, (lengths // page_size).long().unsqueeze(1)).squeeze(1)
-    inputs.locations.copy_(here.long() * page_size + lengths % page_size)
+    inputs.slot_mapping.copy_(here.long() * page_size + lengths % page_size)
 
 
 def commit_rows(changes: Tensor, tokens: Tensor, tables: TableTensors, inputs: StepInputs) -> None:
@@ -181,7 +181,7 @@ class DeviceTables:
         """page_table[slots, indices] = pages."""
         self.page_table.index_put_((slots, indices), pages)
 
-    def locations(self, slots: Tensor, positions: Tensor, page_size: int) -> Tensor:
+    def slot_mapping(self, slots: Tensor, positions: Tensor, page_size: int) -> Tensor:
         """Where positions of rows lie in the cache: int64 (T,) = page * page_size + offset."""
         indices = slots * self.page_table.shape[1] + positions // page_size
         pages = self.page_table.view(-1).index_select(0, indices)

@@ -100,7 +100,7 @@ class StepOutput:
 
 
 @dataclass
-class SpecialTables:
+class LogitsState:
     """What special rows keep between steps. Both tables come into being with the first row that needs them."""
 
     rows: int
@@ -135,7 +135,7 @@ class SpecialTables:
             self.bias_ids[:, :width].index_copy_(0, values["slots"], values["bias_ids"])
 
 
-class Tail:
+class LogitsProcessors:
     """The tails of one runner's steps."""
 
     def __init__(self, decoder: Decoder, tables: DeviceTables, device: torch.device) -> None:
@@ -144,7 +144,7 @@ class Tail:
         self.device = device
         self.vocab_size = decoder.spec.vocab_size
         self.piece = max(1, PIECE // self.vocab_size)
-        self.special = SpecialTables(len(tables.length), self.vocab_size, device)
+        self.state = LogitsState(len(tables.length), self.vocab_size, device)
 
     def score_prompts(self, plan: StepPlan, hidden: Tensor, output: StepOutput) -> None:
         """The log-probabilities of the plan's prompt tokens by hidden states (q, D), their logits a piece at a time."""
@@ -202,15 +202,15 @@ class Tail:
             output.tokens.index_copy_(0, changed, tokens)
             self.tables.last_token.index_copy_(0, slots, tokens)
             if special.penalised:
-                assert self.special.seen is not None
+                assert self.state.seen is not None
                 places = slots * self.vocab_size + tokens
-                self.special.seen.view(-1).index_add_(0, places, torch.full_like(tokens, 2))
+                self.state.seen.view(-1).index_add_(0, places, torch.full_like(tokens, 2))
 
     def _change(
         self, special: SpecialRows, own: Tensor, slots: Tensor, there: dict[str, Tensor], part: slice
     ) -> Tensor:
         """The float32 logits that these rows draw from, in the order that SamplingParams gives."""
-        logits, tables, width = own.float(), self.special, special.bias_width
+        logits, tables, width = own.float(), self.state, special.bias_width
         if logits is own:
             logits = own.clone()
         if special.penalised:

@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minisgl.core.attention import Geometry, PlannedAttention, Rows
+from minisgl.core.attention import AttentionMetadata, PlannedAttention, SequenceBatch
 from minisgl.core.decoder import Decoder, ForwardBatch
 from minisgl.core.kv_cache import DeviceTables, KVCache, upload
-from minisgl.core.logits import StepOutput, Tail
+from minisgl.core.logits import LogitsProcessors, StepOutput
 from minisgl.core.plan import Masks, RowInit, StepPlan
 
 
@@ -37,7 +37,7 @@ class PiecewiseGraphRunner(Protocol):
         """`Decoder.forward`."""
 
 
-class Runner:
+class ModelRunner:
     """Runs plans in order against its tables and its cache. The host never waits for the device here."""
 
     def __init__(self, decoder: Decoder, kv: KVCache, rows: int, max_seq_len: int, device: torch.device) -> None:
@@ -45,7 +45,7 @@ class Runner:
         self.kv = kv
         self.device = device
         self.tables = DeviceTables(rows, -(-max_seq_len // kv.page_size), kv.num_pages, device)
-        self.tail = Tail(decoder, self.tables, device)
+        self.logits_processors = LogitsProcessors(decoder, self.tables, device)
         self.decode_graphs: DecodeGraphRunner | None = None
         self.piecewise_graphs: PiecewiseGraphRunner | None = None
 
@@ -54,13 +54,13 @@ class Runner:
         """Do what the plan says; what is left for `finish` where rows wait for masks is their tail."""
         output = self._forward(plan)
         if plan.special is not None and len(plan.special.constrained) == 0:
-            self.tail.run(plan, output, None)
+            self.logits_processors.run(plan, output, None)
         return output
 
     @torch.inference_mode()
     def finish(self, plan: StepPlan, output: StepOutput, masks: Masks) -> StepOutput:
         """The second half of the step that ran last, for rows that follow a grammar."""
-        self.tail.run(plan, output, masks)
+        self.logits_processors.run(plan, output, masks)
         return output
 
     def _forward(self, plan: StepPlan) -> StepOutput:
@@ -72,7 +72,7 @@ class Runner:
         step = upload_step(plan, self.device)
         if len(plan.page_ids):
             self.tables.write_pages(step.page_slots, step.page_indices, step.page_ids)
-        attention = self.decoder.attention.plan(self._geometry(plan, step), self.kv)
+        attention = self.decoder.attention.plan(self._attention_metadata(plan, step), self.kv)
         batch = self._batch(step)
         if self.piecewise_graphs is not None and self.piecewise_graphs.takes(batch):
             hidden = self.piecewise_graphs.forward(batch, attention)
@@ -80,7 +80,7 @@ class Runner:
             hidden = self.decoder.forward(batch, attention, self.kv)
         output = self._sample(plan, step, hidden[: len(step.sampled)])
         if len(hidden) > len(step.sampled):
-            self.tail.score_prompts(plan, hidden[len(step.sampled) :], output)
+            self.logits_processors.score_prompts(plan, hidden[len(step.sampled) :], output)
         return output
 
     def _sample(self, plan: StepPlan, step: StepTensors, hidden: Tensor) -> StepOutput:
@@ -115,7 +115,7 @@ class Runner:
         values = upload(arrays, self.device)
         self.tables.write_sampling(values.pop("slots"), values)
         if init.special is not None:
-            self.tail.special.admit(init.special)
+            self.logits_processors.state.admit(init.special)
 
     def _batch(self, step: StepTensors) -> ForwardBatch:
         """The step's tokens, decode rows first; advances the rows' lengths by what the step writes."""
@@ -132,15 +132,15 @@ class Runner:
         return ForwardBatch(
             ids=ids,
             positions=positions,
-            locations=tables.locations(slots, positions, self.kv.page_size),
-            rows=step.wanted if len(step.prefill_slots) else None,
+            slot_mapping=tables.slot_mapping(slots, positions, self.kv.page_size),
+            logits_indices=step.wanted if len(step.prefill_slots) else None,
         )
 
-    def _geometry(self, plan: StepPlan, step: StepTensors) -> Geometry:
+    def _attention_metadata(self, plan: StepPlan, step: StepTensors) -> AttentionMetadata:
         decode = prefill = None
         if len(plan.decode_slots):
             lens = plan.decode_lens + 1
-            decode = Rows(
+            decode = SequenceBatch(
                 page_table=self.tables.page_table,
                 slots=plan.decode_slots,
                 query_lens=np.ones_like(lens),
@@ -150,7 +150,7 @@ class Runner:
                 kv_lens_device=step.decode_ends,
             )
         if len(plan.prefill_slots):
-            prefill = Rows(
+            prefill = SequenceBatch(
                 page_table=self.tables.page_table,
                 slots=plan.prefill_slots,
                 query_lens=plan.prefill_lens,
@@ -159,7 +159,7 @@ class Runner:
                 cu_query_lens=step.prefill_query_starts,
                 kv_lens_device=step.prefill_ends,
             )
-        return Geometry(decode=decode, prefill=prefill)
+        return AttentionMetadata(decode=decode, prefill=prefill)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -110,13 +110,13 @@ def apply_rope(x: Tensor, cos_sin: Tensor) -> Tensor:
     return rotated.to(x.dtype)
 
 
-def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, locations: Tensor) -> None:
+def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
     """Write keys and values of T tokens to their places in one layer's pages.
 
-    k, v (T, K, hd); k_cache, v_cache (pages, page_size, K, hd); locations int64 (T,) = page * page_size + offset.
+    k, v (T, K, hd); k_cache, v_cache (pages, page_size, K, hd); slot_mapping int64 (T,) = page * page_size + offset.
     """
-    k_cache.view(-1, *k.shape[1:]).index_copy_(0, locations, k)
-    v_cache.view(-1, *v.shape[1:]).index_copy_(0, locations, v)
+    k_cache.view(-1, *k.shape[1:]).index_copy_(0, slot_mapping, k)
+    v_cache.view(-1, *v.shape[1:]).index_copy_(0, slot_mapping, v)
 
 
 def rope_store_kv(
@@ -126,14 +126,14 @@ def rope_store_kv(
     eps: float,
     cos_sin: Tensor,
     positions: Tensor,
-    locations: Tensor,
+    slot_mapping: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
     out: Tensor | None = None,
 ) -> Tensor:
     """Norm each head of q and k where there are weights, rotate them, store k and v in one layer's pages; return q.
 
-    qkv (T, (H + 2K) * hd); q_norm, k_norm (hd,); cos_sin float32 (max_seq_len, hd); positions int32 (T,); locations
+    qkv (T, (H + 2K) * hd); q_norm, k_norm (hd,); cos_sin float32 (max_seq_len, hd); positions int32 (T,); slot_mapping
     int64 (T,); k_cache, v_cache (pages, page_size, K, hd) -> (T, H, hd), `out` where it is given.
     """
     kv_heads, head_dim = k_cache.shape[2:]
@@ -145,7 +145,7 @@ def rope_store_kv(
         k = apply_rope(rms_norm(parts[:, heads:-kv_heads], k_norm, eps), angles)
     else:
         q, k = apply_rope(parts[:, :-kv_heads], angles).tensor_split([heads], dim=1)
-    store_kv(k, parts[:, -kv_heads:], k_cache, v_cache, locations)
+    store_kv(k, parts[:, -kv_heads:], k_cache, v_cache, slot_mapping)
     return q if out is None else out.copy_(q)
 
 
@@ -179,8 +179,8 @@ class Operations:
     """The decoder's operations, each as its namesake in `ops/py` describes it, and sampling.
 
     `embed(ids, table, whole)` begins a forward pass, which is `whole` when the hidden states of all its tokens are
-    wanted. `linear(x, weight, bias)` is a product; `project` one whose result only `add_rms_norm` reads, and may be
-    parts of a sum (parts, T, N); `gated(x, weight, bias)` the `silu_mul` of a product.
+    wanted. `linear(x, weight, bias)` is a GEMM; `row_parallel_linear` one whose result only `add_rms_norm` reads, and
+    may be parts of a sum (parts, T, N); `gated_linear` the `silu_mul` of one.
     On one rank of several logits are those of its own tokens: `sample(logits, table, slots, positions, all_greedy,
     any_filter, any_min_len)` chooses tokens from them for rows of a table; `whole_logits` makes them those of all
     tokens, on all ranks alike, and `sample_whole` chooses from such.
@@ -191,8 +191,8 @@ class Operations:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-    project: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-    gated: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    row_parallel_linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    gated_linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     rope_store_kv: Callable[
         [Tensor, Tensor | None, Tensor | None, float, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor
     ]
@@ -202,11 +202,11 @@ class Operations:
     sample_whole: Sample
 
 
-def _embed(ids: Tensor, table: Tensor, whole: bool) -> Tensor:
+def embed(ids: Tensor, table: Tensor, whole: bool) -> Tensor:
     return table.index_select(0, ids)
 
 
-def _whole(logits: Tensor) -> Tensor:
+def own_logits(logits: Tensor) -> Tensor:
     return logits
 
 
@@ -225,15 +225,15 @@ def _sample_plain(
 
 PLAIN = Operations(
     name="torch",
-    embed=_embed,
+    embed=embed,
     rms_norm=rms_norm,
     add_rms_norm=add_rms_norm,
     linear=linear,
-    project=linear,
-    gated=lambda x, weight, bias: silu_mul(linear(x, weight, bias)),
+    row_parallel_linear=linear,
+    gated_linear=lambda x, weight, bias: silu_mul(linear(x, weight, bias)),
     rope_store_kv=rope_store_kv,
     moe=moe,
-    whole_logits=_whole,
+    whole_logits=own_logits,
     sample=_sample_plain,
     sample_whole=_sample_plain,
 )

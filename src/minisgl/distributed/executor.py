@@ -24,7 +24,7 @@ from minisgl.distributed.messages import FinishStep, LaunchStep, LoadModel
 from minisgl.distributed.operations import SelectedCollectives, select_collectives
 from minisgl.distributed.shard import check_shards, cutter, local_spec
 from minisgl.distributed.worker_pool import WorkerPool
-from minisgl.gpu.attention.select import Choice, available_backends, capability, choose
+from minisgl.gpu.attention.select import AttentionChoice, available_backends, capability, choose
 from minisgl.gpu.executor import RankShare, attention_shape, build_local_executor
 from minisgl.gpu.memory import require_pages_fit
 from minisgl.gpu.operations import operations_for
@@ -154,7 +154,7 @@ def build_rank_executor(
     return build_local_executor(config, folder, spec, max_seq_len, progress, share, alive), selected
 
 
-def choose_attention(config: Config, spec: ModelSpec) -> Choice:
+def choose_attention(config: Config, spec: ModelSpec) -> AttentionChoice:
     """What `--attn` means here, for all ranks alike."""
     device = torch.device(config.device)
     shape = attention_shape(local_spec(spec, config.tp), config)

@@ -1,6 +1,6 @@
 """The decoder's operations on one rank of a tensor-parallel group.
 
-`project` and `moe` leave this rank's share of a sum, and `add_rms_norm`, which alone reads it, all-reduces it.
+`row_parallel_linear` and `moe` leave this rank's share of a sum; `add_rms_norm`, which alone reads it, all-reduces it.
 
 Each rank has the logits of its own tokens only. To sample, ranks exchange their highest (logit, token) and, for rows
 with a filter, their highest logits and the sum of their exponentials. From those every rank finds the same threshold,
@@ -81,7 +81,7 @@ def parallel_operations(ops: Operations, group: TPGroup, shard: VocabShard) -> O
         ops,
         name=f"{ops.name}, {group.size} ranks",
         embed=embed,
-        project=ops.linear,
+        row_parallel_linear=ops.linear,
         add_rms_norm=add_rms_norm,
         whole_logits=lambda logits: gather_logits(logits, shard, collectives),
         sample=sample_shards,

@@ -11,7 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from minisgl.core.model_config import ModelSpec
-from minisgl.core.weights import Cut, Keep, Parameter
+from minisgl.core.weights import Parameter, Shard, Sharder
 from minisgl.errors import ConfigError
 
 VOCAB_ALIGNMENTS = ((65536, 1024), (0, 64))
@@ -74,7 +74,7 @@ def local_spec(spec: ModelSpec, size: int) -> ModelSpec:
     )
 
 
-def cutter(spec: ModelSpec, rank: int, size: int) -> Cut:
+def cutter(spec: ModelSpec, rank: int, size: int) -> Sharder:
     """What this rank keeps of each parameter of the whole model `spec`."""
     vocab = vocab_shard(spec.vocab_size, rank, size)
 
@@ -90,20 +90,20 @@ def cutter(spec: ModelSpec, rank: int, size: int) -> Cut:
         span = [(start + first * dim, start + (first + held) * dim) for start in (k, v)]
         return (part(0, spec.num_heads * dim), *span)
 
-    def cut(parameter: Parameter) -> Keep | None:
+    def cut(parameter: Parameter) -> Shard | None:
         field, shape = parameter.field, parameter.shape
         if field in ("embedding", "head"):
-            return Keep(0, ((vocab.first, vocab.first + vocab.real),) if vocab.real else (), vocab.width - vocab.real)
+            return Shard(0, ((vocab.first, vocab.first + vocab.real),) if vocab.real else (), vocab.width - vocab.real)
         if field in ("qkv", "qkv_bias"):
-            return Keep(0, heads())
+            return Shard(0, heads())
         if field in ("gate_up", "gate_up_bias", "expert_gate_up"):
             axis = 1 if field == "expert_gate_up" else 0
             half = shape[axis] // 2
-            return Keep(axis, (part(0, half), part(half, half)))
+            return Shard(axis, (part(0, half), part(half, half)))
         if field in BY_COLUMN:
-            return Keep(BY_COLUMN[field], (part(0, shape[BY_COLUMN[field]]),))
+            return Shard(BY_COLUMN[field], (part(0, shape[BY_COLUMN[field]]),))
         if field in ONE_RANK:
-            return None if rank == 0 else Keep(0, ())
+            return None if rank == 0 else Shard(0, ())
         return None
 
     return cut

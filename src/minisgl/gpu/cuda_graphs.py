@@ -139,7 +139,9 @@ class DecodeGraphs:
         from minisgl.gpu.kernels.step import commit_rows, gather_rows  # a machine without a GPU may lack triton
 
         gather_rows(changes, self.tables, inputs, self.kv.page_size)
-        batch = ForwardBatch(ids=inputs.ids, positions=inputs.positions, locations=inputs.locations, rows=None)
+        batch = ForwardBatch(
+            ids=inputs.ids, positions=inputs.positions, slot_mapping=inputs.slot_mapping, logits_indices=None
+        )
         hidden = self.decoder.forward(batch, attention.attention, self.kv)
         logits = self.decoder.logits(hidden, self.logits[: len(hidden)])
         tokens = self.decoder.ops.sample(logits, self.tables.sampling, changes[0], inputs.kv_lens, False, True, True)
@@ -214,7 +216,7 @@ class PiecewiseGraphs:
     """Graphs over one runner's cache, captured when this is made, largest first.
 
     All sizes T share their static tensors and use the first T elements: `ids` and `positions` int32 (largest,),
-    `locations` int64 (largest,), `queries` (largest, H, hd), the input of a layer's attention, and `heads`, its output.
+    `slot_mapping` int64 (largest,), `queries` (largest, H, hd), a layer's input to attention, and `heads`, its output.
     `capture` turns work into what repeats it: by default CUDA graphs in one memory pool.
     """
 
@@ -226,7 +228,7 @@ class PiecewiseGraphs:
         self.kv = kv
         self.scratch = kv.num_pages * kv.page_size
         self.ids, self.positions = torch.zeros((2, largest), dtype=torch.int32, device=table.device)
-        self.locations = torch.full((largest,), self.scratch, dtype=torch.int64, device=table.device)
+        self.slot_mapping = torch.full((largest,), self.scratch, dtype=torch.int64, device=table.device)
         self.queries = torch.zeros((largest, spec.num_heads, spec.head_dim), dtype=table.dtype, device=table.device)
         self.heads = torch.zeros_like(self.queries)
         self.sizes = piecewise_sizes(largest)
@@ -236,7 +238,7 @@ class PiecewiseGraphs:
 
     def takes(self, batch: ForwardBatch) -> bool:
         """Whether the batch is a step with prompts, of whose tokens some are wanted, and fits a size."""
-        return batch.rows is not None and 0 < len(batch.ids) <= self.sizes[-1]
+        return batch.logits_indices is not None and 0 < len(batch.ids) <= self.sizes[-1]
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, attention: PlannedAttention) -> Tensor:
@@ -246,20 +248,20 @@ class PiecewiseGraphs:
         step, replays = self.steps[size]
         self.ids[:tokens].copy_(batch.ids)
         self.positions[:tokens].copy_(batch.positions)
-        self.locations[:tokens].copy_(batch.locations)
-        self.locations[tokens:size].fill_(self.scratch)
+        self.slot_mapping[:tokens].copy_(batch.slot_mapping)
+        self.slot_mapping[tokens:size].fill_(self.scratch)
         queries, heads = self.queries[:tokens], self.heads[:tokens]
         for index, replay in enumerate(replays):
             replay()
             heads.copy_(attention.run(queries, index, self.decoder.spec.windows[index]))
-        hidden, _ = self.decoder.after_attention(len(replays) - 1, heads, step.residual[:tokens], batch.rows)
+        hidden, _ = self.decoder.after_attention(len(replays) - 1, heads, step.residual[:tokens], batch.logits_indices)
         return hidden
 
     @torch.inference_mode()
     def _capture(self, size: int, capture: Callable[[Work], Work]) -> tuple[SplitStep, list[Work]]:
-        locations = self.locations[:size]
+        slot_mapping = self.slot_mapping[:size]
         ids, positions = self.ids[:size], self.positions[:size]
-        batch = ForwardBatch(ids=ids, positions=positions, locations=locations, rows=locations[:0])
+        batch = ForwardBatch(ids=ids, positions=positions, slot_mapping=slot_mapping, logits_indices=slot_mapping[:0])
         step = SplitStep(self.decoder, batch, self.kv, self.queries[:size], self.heads[:size])
         parts: list[Work] = [step.start]
         parts += [partial(step.between, index) for index in range(self.decoder.spec.num_layers - 1)]

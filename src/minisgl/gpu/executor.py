@@ -14,9 +14,9 @@ from minisgl.core.decoder import Decoder, pack_weights
 from minisgl.core.executor import LocalExecutor
 from minisgl.core.kv_cache import allocate_kv
 from minisgl.core.model_config import ModelSpec
-from minisgl.core.model_runner import Runner
+from minisgl.core.model_runner import ModelRunner
 from minisgl.core.ops import Operations
-from minisgl.core.weights import TORCH_DTYPES, Cut, Progress, Weights, dummy_weights, load_weights
+from minisgl.core.weights import TORCH_DTYPES, Progress, Sharder, Weights, dummy_weights, load_weights
 from minisgl.gpu.attention.select import Shape, make_attention
 from minisgl.gpu.cuda_graphs import DecodeGraphs, PiecewiseGraphs, graph_sizes, piecewise_max_tokens
 from minisgl.gpu.memory import available_memory, measure_pages, require_pages_fit, require_weights_fit
@@ -28,7 +28,7 @@ class RankShare:
     """What one rank of a tensor-parallel group holds and computes; `agree` makes a number the least of all ranks'."""
 
     spec: ModelSpec
-    cut: Cut
+    sharder: Sharder
     operations: Operations
     agree: Callable[[int], int]
 
@@ -59,15 +59,15 @@ def build_local_executor(
     Raises ModelError for weights that cannot be read, ConfigError when memory does not suffice.
     """
     device, dtype = torch.device(config.device), TORCH_DTYPES[config.dtype]
-    local, cut = (spec, None) if share is None else (share.spec, share.cut)
+    local, sharder = (spec, None) if share is None else (share.spec, share.sharder)
     require_pages_fit(config, local, dtype)
     ops = operations_for(device, spec.hidden_size) if share is None else share.operations
     before = available_memory(device)
-    require_weights_fit(spec, dtype, device, cut)
+    require_weights_fit(spec, dtype, device, sharder)
     if config.dummy_weight:
-        weights = dummy_weights(spec, dtype, device, cut=cut)
+        weights = dummy_weights(spec, dtype, device, sharder=sharder)
     else:
-        weights = load_weights(folder, spec, dtype, device, progress, cut)
+        weights = load_weights(folder, spec, dtype, device, progress, sharder)
     pack_weights(weights)
     attention, _ = make_attention(config.attn, attention_shape(local, config), device)
     num_pages = measure_pages(config, Decoder(local, weights, attention, max_seq_len, ops), dtype, max_seq_len, before)
@@ -95,7 +95,7 @@ def make_executor(
     attention, choice = make_attention(config.attn, attention_shape(spec, config), device)
     ops = ops or operations_for(device, spec.hidden_size)
     decoder = Decoder(spec, weights, attention, max_seq_len, ops)
-    runner = Runner(decoder, kv, config.max_running_requests, max_seq_len, device)
+    runner = ModelRunner(decoder, kv, config.max_running_requests, max_seq_len, device)
     described = str(choice)
     if config.cuda_graph_max_bs and isinstance(attention.decode, GraphBackend):
         sizes = graph_sizes(config.cuda_graph_max_bs)

@@ -6,7 +6,6 @@ cache has its memory already.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import msgspec
@@ -17,10 +16,10 @@ from minisgl.config import Config
 from minisgl.core.decoder import Decoder
 from minisgl.core.kv_cache import allocate_kv, page_bytes
 from minisgl.core.model_config import ModelSpec
-from minisgl.core.model_runner import Runner
+from minisgl.core.model_runner import ModelRunner
 from minisgl.core.plan import RowInit, SpecialInit, SpecialRows, StepPlan
 from minisgl.core.types import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
-from minisgl.core.weights import Cut, parameters
+from minisgl.core.weights import Sharder, held_elements
 from minisgl.errors import ConfigError
 from minisgl.gpu.cuda_graphs import graph_sizes, piecewise_max_tokens, piecewise_sizes
 
@@ -114,10 +113,11 @@ def require_pages_fit(config: Config, share: ModelSpec, dtype: torch.dtype) -> N
         )
 
 
-def require_weights_fit(spec: ModelSpec, dtype: torch.dtype, device: torch.device, cut: Cut | None = None) -> None:
+def require_weights_fit(
+    spec: ModelSpec, dtype: torch.dtype, device: torch.device, sharder: Sharder | None = None
+) -> None:
     """Raise ConfigError with the numbers when the weights, or what `cut` keeps, need more than a GPU has free."""
-    keeps = [(parameter.shape, cut(parameter) if cut else None) for parameter in parameters(spec)]
-    needed = sum(math.prod(keep.shape(shape) if keep else shape) for shape, keep in keeps) * dtype.itemsize
+    needed = held_elements(spec, sharder) * dtype.itemsize
     if device.type == "cuda" and needed > (free := available_memory(device)):
         name = str(dtype).removeprefix("torch.")
         raise ConfigError(
@@ -174,7 +174,7 @@ def _forward_peak(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_
     rows = min(config.max_running_requests, config.max_prefill_length)
     length = min(config.max_prefill_length // rows, max_seq_len)
     kv = allocate_kv(spec.num_layers, 0, config.page_size, spec.num_kv_heads, spec.head_dim, dtype, device)
-    runner = Runner(decoder, kv, rows, max_seq_len, device)
+    runner = ModelRunner(decoder, kv, rows, max_seq_len, device)
     if max_seq_len >= WARM_UP_TOKENS:
         warm_up(runner, rows)
     torch.cuda.synchronize(device)
@@ -188,7 +188,7 @@ def _forward_peak(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_
     return peak
 
 
-def warm_up(runner: Runner, rows: int) -> None:
+def warm_up(runner: ModelRunner, rows: int) -> None:
     """Run a short prompt beside 1, 2, 4, … up to `rows` decodes, on scratch pages, so that kernels which are chosen or
     compiled by such counts are ready before the first request.
     """

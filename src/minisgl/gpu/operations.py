@@ -49,7 +49,7 @@ def fused_operations(device: torch.device) -> Operations:
             return stream.linear(x, weight, bias)
         return cublas_linear(x, weight, bias)
 
-    def linear_before_norm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def row_parallel_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if bias is None and linear.fits_linear(x, weight, linear.MAX_SPLIT_K_ROWS):
             return linear.split_k_linear(x, weight)
         return fused_linear(x, weight, bias)
@@ -72,8 +72,8 @@ def fused_operations(device: torch.device) -> Operations:
         rms_norm=elementwise.rms_norm,
         add_rms_norm=elementwise.add_rms_norm,
         linear=fused_linear,
-        project=linear_before_norm,
-        gated=gated_linear,
+        row_parallel_linear=row_parallel_linear,
+        gated_linear=gated_linear,
         rope_store_kv=elementwise.rope_store_kv,
         moe=moe.moe,
         sample=sample,

@@ -142,12 +142,12 @@ def test_decode_from_the_qkv_product_equals_rope_store_and_attention(
     plan, layer = decode(case, DecodeSplit(16, 4, 2, programs)), 1
     positions = plan.kv_lens - 1
     pages = plan.page_table.gather(1, (positions // page_size).long().unsqueeze(1)).squeeze(1).long()
-    locations = pages * page_size + positions % page_size
+    slot_mapping = pages * page_size + positions % page_size
     qkv = torch.randn(len(lens), (2 * group + 4) * head_dim, device=DEVICE).to(dtype)
     q_norm, k_norm = (torch.randn(head_dim, device=DEVICE).to(dtype) if norm else None for _ in range(2))
     cos_sin = torch.randn(320, head_dim, device=DEVICE)
     k, v = case.kv.k[layer].clone(), case.kv.v[layer].clone()
-    rope = RopeStore(rope_store_kv, q_norm, k_norm, 1e-6, cos_sin, positions, locations, k, v)
+    rope = RopeStore(rope_store_kv, q_norm, k_norm, 1e-6, cos_sin, positions, slot_mapping, k, v)
     plan.begin([0, window])
     out = plan.run_qkv(qkv, rope, layer, window)
     q = rope(qkv)

@@ -84,13 +84,13 @@ def test_rope_store_kv_is_the_references(
     angles = torch.rand(max_positions, head_dim // 2, device=device) * 6
     cos_sin = torch.cat([angles.cos(), angles.sin()], dim=-1)
     positions = torch.randint(max_positions, (tokens,), dtype=torch.int32, device=device)
-    locations = torch.randperm(pages * page_size, device=device)[:tokens].to(index_dtype)
+    slot_mapping = torch.randperm(pages * page_size, device=device)[:tokens].to(index_dtype)
     k_cache, v_cache = torch.full((2, pages, page_size, kv_heads, head_dim), POISON, device=device).to(dtype).unbind()
     k_expected, v_expected = k_cache.clone(), v_cache.clone()
     expected = reference.rope_store_kv(
-        qkv, q_norm, k_norm, 1e-6, cos_sin, positions, locations.long(), k_expected, v_expected
+        qkv, q_norm, k_norm, 1e-6, cos_sin, positions, slot_mapping.long(), k_expected, v_expected
     )
-    actual = rope_store_kv(qkv, q_norm, k_norm, 1e-6, cos_sin, positions, locations, k_cache, v_cache)
+    actual = rope_store_kv(qkv, q_norm, k_norm, 1e-6, cos_sin, positions, slot_mapping, k_cache, v_cache)
     tolerance = TOLERANCE[dtype]
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(k_cache, k_expected, rtol=tolerance, atol=tolerance)

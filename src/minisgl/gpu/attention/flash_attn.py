@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minisgl.core.attention import DeviceRows, GraphDecode, PlannedAttention, Rows, StaticDecode, to_device
+from minisgl.core.attention import DeviceBatch, GraphDecode, PlannedAttention, SequenceBatch, StaticDecode, to_device
 from minisgl.core.kv_cache import KVCache
 from minisgl.errors import ConfigError
 
@@ -28,15 +28,15 @@ class FlashAttention:
         except (ImportError, OSError) as error:
             raise ConfigError(f"the attention backend fa cannot load flash_attn_interface: {error}") from error
 
-    def plan_decode(self, rows: Rows, kv: KVCache) -> PlannedAttention:
+    def plan_decode(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
         return FlashAttentionStep(self.library, to_device(rows, kv.page_size), kv, decode=True)
 
-    def plan_prefill(self, rows: Rows, kv: KVCache) -> PlannedAttention:
+    def plan_prefill(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
         return FlashAttentionStep(self.library, to_device(rows, kv.page_size), kv, decode=False)
 
     def graph_decode(self, page_table: Tensor, kv_lens: Tensor, kv: KVCache, max_seq_len: int) -> GraphDecode:
         starts = torch.arange(len(kv_lens) + 1, dtype=torch.int32, device=kv_lens.device)
-        rows = DeviceRows(page_table, kv_lens, starts, 1, max_seq_len)
+        rows = DeviceBatch(page_table, kv_lens, starts, 1, max_seq_len)
         return StaticDecode(FlashAttentionStep(self.library, rows, kv, decode=True))
 
 
@@ -45,7 +45,7 @@ class FlashAttentionStep:
     """One step; its first layer schedules the work for all layers."""
 
     library: ModuleType
-    rows: DeviceRows
+    rows: DeviceBatch
     kv: KVCache
     decode: bool
     schedules: dict[int, Tensor] = field(default_factory=dict)  # by window: which multiprocessor computes what

@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from minisgl.core.attention import DeviceRows, GraphDecode, PlannedAttention, Rows, StaticDecode, to_device
+from minisgl.core.attention import DeviceBatch, GraphDecode, PlannedAttention, SequenceBatch, StaticDecode, to_device
 from minisgl.core.kv_cache import KVCache
 from minisgl.gpu.attention.flashinfer import load_flashinfer
 
@@ -26,13 +26,13 @@ class TensorRTLLM:
         # The kernels' counters start at zero, and each launch leaves them at zero.
         self.workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
-    def plan_decode(self, rows: Rows, kv: KVCache) -> PlannedAttention:
+    def plan_decode(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
         on_device = to_device(rows, kv.page_size)
         return TensorRTLLMDecode(
             self.library, self.workspace, on_device.page_table, on_device.kv_lens, kv, on_device.max_kv_len
         )
 
-    def plan_prefill(self, rows: Rows, kv: KVCache) -> PlannedAttention:
+    def plan_prefill(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
         return TensorRTLLMPrefill(self.library, self.workspace, to_device(rows, kv.page_size), kv)
 
     def graph_decode(self, page_table: Tensor, kv_lens: Tensor, kv: KVCache, max_seq_len: int) -> GraphDecode:
@@ -68,7 +68,7 @@ class TensorRTLLMDecode:
 class TensorRTLLMPrefill:
     library: ModuleType
     workspace: Tensor
-    rows: DeviceRows
+    rows: DeviceBatch
     kv: KVCache
 
     def run(self, q: Tensor, layer: int, window: int) -> Tensor:

@@ -199,7 +199,7 @@ def test_ordinary_steps_have_no_tail() -> None:
     answers(engine, ordinary)
     assert all(plan.special is None for plan in plans)
     assert isinstance(engine.executor, LocalExecutor)
-    tables = engine.executor.runner.tail.special
+    tables = engine.executor.runner.logits_processors.state
     assert tables.seen is None
     assert tables.bias_ids is None
 
