@@ -23,7 +23,7 @@ from minisgl import LLM, SamplingParams
 from minisgl.core.model_config import read_spec
 from minisgl.core.weights import Checkpoint, load_weights, parameters
 from minisgl.distributed import worker_pool
-from minisgl.distributed.shard import cutter
+from minisgl.distributed.shard import sharder
 from minisgl.errors import ConfigError, EngineDeadError
 
 SETTINGS: dict[str, Any] = {
@@ -106,7 +106,7 @@ def test_each_rank_reads_only_its_slice(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(Checkpoint, "read_into", counted)
     for rank in range(2):
         read.append(0)
-        load_weights(tmp_path, spec, torch.float32, torch.device("cpu"), sharder=cutter(spec, rank, 2))
+        load_weights(tmp_path, spec, torch.float32, torch.device("cpu"), sharder=sharder(spec, rank, 2))
     whole = {p.field: int(np.prod(p.shape)) for p in parameters(spec)}
     twice = sum(int(np.prod(p.shape)) for p in parameters(spec) if p.field.endswith("norm") or p.field == "router")
     assert sum(read) == sum(int(np.prod(p.shape)) for p in parameters(spec)) + twice
@@ -177,10 +177,7 @@ def test_workers_end_that_are_left_alone_before_they_have_joined() -> None:
     started = []
     for rank in (1, 2):
         process = subprocess.Popen(worker_pool.WORKER_COMMAND, stdin=subprocess.PIPE)
-        start = worker_pool.WorkerStart(
-            rank=rank, size=3, device="cpu", folder=str(folder), rendezvous=f"file://{folder}/rendezvous",
-            plans=f"ipc://{folder}/plans-{rank}", reports=f"ipc://{folder}/reports",
-        )  # fmt: skip
+        start = worker_pool.WorkerStart(rank, 3, "cpu", str(folder))
         assert process.stdin is not None
         process.stdin.write(msgspec.json.encode(start) + b"\n")
         process.stdin.close()
