@@ -137,9 +137,11 @@ def alone() -> list[list[int]]:
     return built.answer(mixed_requests())
 
 
-@pytest.mark.parametrize(
-    ("graphs", "overlap", "cache", "retract"), list(itertools.product([8, 3, 0], [1, 0], [1, 0], [1, 0]))
-)
+SWITCHES = [case for case in itertools.product([8, 3, 0], [1, 0], [1, 0], [1, 0]) if sum(case) % 2]
+"""Half of all cases, in which all settings of any three switches meet."""
+
+
+@pytest.mark.parametrize(("graphs", "overlap", "cache", "retract"), SWITCHES)
 def test_no_switch_changes_a_token(graphs: int, overlap: int, cache: int, retract: int) -> None:
     built = full_precision(
         cuda_graph_max_bs=graphs, overlap=bool(overlap), cache="radix" if cache else "naive",
