@@ -1,17 +1,14 @@
-"""What a step's attention is, whoever computes it: its geometry, a backend, and a pair of backends.
+"""Attention over the paged cache: what a step asks for, what a backend is, and the backend in plain torch.
 
-What the GPU backends share: a step's rows as device tensors, and decode that a CUDA graph can capture.
-
-Attention in plain torch: what the CPU runs, and the oracle of every kernel.
-
-Pages are gathered into a dense block, and `scaled_dot_product_attention` reads that. Decode rows of similar length
-share a block of at most BLOCK_BYTES, which on a CPU still lies in its caches when it is read again (in blocks of 8
-rows of 512 tokens, 64 rows take 148 ms for SmolLM2-135M's 30 layers on two cores; in one block 232).
+The torch backend is what the CPU runs, and the reference of every kernel. It gathers pages into a dense block for
+`scaled_dot_product_attention`. Decode rows of similar length share a block of at most BLOCK_BYTES, which on a CPU still
+lies in its caches when it is read again (in blocks of 8 rows of 512 tokens, 64 rows take 148 ms for SmolLM2-135M's 30
+layers on two cores; in one block 232).
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -25,6 +22,11 @@ from torch import Tensor
 from minisgl.core.kv_cache import KVCache
 
 Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+
+BLOCK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
+QUERY_BLOCK = 512
+"""Queries of a chunk handled together, so that the mask of a long prompt stays small."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,7 @@ class AttentionMetadata:
 
 
 class PlannedAttention(Protocol):
-    """Attention with a step's geometry worked out once, to be run in every layer."""
+    """Attention of one step, prepared once, to be run in every layer."""
 
     def run(self, q: Tensor, layer: int, window: int) -> Tensor:
         """Causal attention of q (T, H, hd) over each row's cached keys and values -> (T, H, hd).
@@ -83,8 +85,8 @@ class RopeStore(NamedTuple):
         return self.operation(qkv, *self[1:], out)
 
 
-class FusedAttention(ABC):
-    """A PlannedAttention of decode rows whose kernel does the work of `rope_store_kv` too."""
+class FusedAttention(PlannedAttention):
+    """Attention of decode rows whose kernel does the work of `rope_store_kv` too."""
 
     @abstractmethod
     def begin(self, windows: Sequence[int]) -> None:
@@ -93,10 +95,6 @@ class FusedAttention(ABC):
     @abstractmethod
     def run_qkv(self, qkv: Tensor, rope: RopeStore, layer: int, window: int) -> Tensor:
         """`run` of what `rope` makes of qkv (B, (H + 2K) * hd), with each row's last token its new one."""
-
-    @abstractmethod
-    def run(self, q: Tensor, layer: int, window: int) -> Tensor:
-        """As in PlannedAttention."""
 
 
 def begin_step(attention: PlannedAttention, windows: Sequence[int]) -> None:
@@ -129,26 +127,26 @@ class Attention:
         self.prefill = prefill
         self.decode = decode
 
-    def plan(self, geometry: AttentionMetadata, kv: KVCache) -> PlannedAttention:
+    def plan(self, metadata: AttentionMetadata, kv: KVCache) -> PlannedAttention:
         """Prepare a step, which has rows of at least one kind."""
         parts: list[tuple[int, PlannedAttention]] = []
-        if (rows := geometry.decode) is not None:
+        if (rows := metadata.decode) is not None:
             parts.append((len(rows.query_lens), self.decode.plan_decode(rows, kv)))
-        if (rows := geometry.prefill) is not None:
+        if (rows := metadata.prefill) is not None:
             parts.append((int(rows.query_lens.sum()), self.prefill.plan_prefill(rows, kv)))
-        return parts[0][1] if len(parts) == 1 else _Parts(parts)
+        return parts[0][1] if len(parts) == 1 else _MixedStep(parts)
 
 
-class _Parts:
+class _MixedStep:
     """Parts of a step one after the other, each with its number of queries."""
 
     def __init__(self, parts: list[tuple[int, PlannedAttention]]) -> None:
-        self.parts = [part for _, part in parts]
         self.sizes = [size for size, _ in parts]
+        self.parts = [part for _, part in parts]
 
     def run(self, q: Tensor, layer: int, window: int) -> Tensor:
-        pieces = torch.split(q, self.sizes)
-        return torch.cat([part.run(piece, layer, window) for part, piece in zip(self.parts, pieces, strict=True)])
+        queries = torch.split(q, self.sizes)
+        return torch.cat([part.run(x, layer, window) for part, x in zip(self.parts, queries, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -212,22 +210,13 @@ class StaticDecode:
         """Nothing depends on the lengths."""
 
 
-Int64 = NDArray[np.int64]
-
-BLOCK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
-QUERY_BLOCK = 512
-"""Queries of a chunk handled together, so that the mask of a long prompt stays small."""
-
-
 class TorchAttention:
     """The backend called `torch`."""
 
     def plan_decode(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
-        """Group the rows by length."""
         return _Decode(rows, kv)
 
     def plan_prefill(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
-        """Cut the chunks into blocks of queries."""
         return _Prefill(rows, kv)
 
 

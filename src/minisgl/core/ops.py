@@ -1,16 +1,7 @@
-"""Matrix products with weights that are prepared once for the device that reads them.
+"""The decoder's operations in plain torch: what the CPU runs, and every kernel's reference.
 
-What each operation of the decoder computes, in plain torch: the CPU's implementation and every kernel's oracle.
-
-T tokens, D hidden size, N heads, hd head size, I MLP width, E experts. Reductions and rotations are in float32
-whatever the dtype of the arguments, and results have the dtype of the activations.
-
-How a step's rows go from one attention to the next: all at once, or in parts that take turns.
-
-Between two attentions everything is done row by row. So what ends a block for some rows (a sum over ranks) can run
-while the device computes for others.
-
-Which implementation of the fused operations a device gets: plain torch, or kernels.
+T tokens, D hidden size, N heads, hd head size, I MLP width, E experts. Reductions and rotations are in float32 whatever
+the dtype of the arguments, and results have the dtype of the activations.
 """
 
 from __future__ import annotations
@@ -26,50 +17,17 @@ from minisgl.core.sampler import SamplingRows, sample
 
 TYPICAL_ROWS = 8
 """Rows of the activation that a packed weight is laid out for; layouts differ little from 2 to 512."""
-
 EXACT_ROWS, ROW_STEP = 64, 16
-"""Above so many rows a packed product gets a multiple of the step, by rows of zeros.
+"""Above so many rows a packed GEMM gets a multiple of the step, by rows of zeros.
 
 oneDNN compiles and keeps a program for each number of rows, some 2 MB for the five shapes of a small model: with every
 number up to a prefill budget of 512 that came to 1 GB.
 """
 
 
-def can_pack(weight: Tensor) -> bool:
-    """Whether oneDNN multiplies by this weight faster from a layout of its own than from rows.
-
-    Measured on two cores of a Zen 4 (float32, SmolLM2-135M's matrices): 21 ms against 43 for one row, 21 against 52
-    for 8, 640 against 740 for 512.
-    """
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype == torch.float32
-        and weight.dim() == 2
-        and not weight.is_mkldnn
-        and torch._C._has_mkldnn
-    )
-
-
-def pack(weight: Tensor) -> Tensor:
-    """The weight (out, in) as `linear` reads it fastest: packed where `can_pack`, else itself.
-
-    A packed weight keeps its shape, is good for `linear` only, and may round sums differently.
-    """
-    if not can_pack(weight):
-        return weight
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)
-    return packed
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (T, in) times a weight (out, in), packed or not, plus bias (out,) -> (T, out)."""
-    if weight.is_mkldnn:
-        rows = x.shape[0]
-        if lacking := -rows % ROW_STEP if rows > EXACT_ROWS else 0:
-            x = F.pad(x, (0, 0, 0, lacking))
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return product[:rows]
-    return F.linear(x, weight, bias)
+def embed(ids: Tensor, table: Tensor, whole: bool) -> Tensor:
+    """Rows of a table: ids int32 (T,), table (V, D) -> (T, D). `whole` is for other implementations."""
+    return table.index_select(0, ids)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -90,10 +48,26 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
     return rms_norm(residual, weight, eps)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (T, in) times a weight (out, in), packed or not, plus bias (out,) -> (T, out)."""
+    if not weight.is_mkldnn:
+        return F.linear(x, weight, bias)
+    rows = x.shape[0]
+    if lacking := -rows % ROW_STEP if rows > EXACT_ROWS else 0:
+        x = F.pad(x, (0, 0, 0, lacking))
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return out[:rows]
+
+
 def silu_mul(gate_up: Tensor) -> Tensor:
     """The gated activation of SwiGLU (Shazeer, arXiv 2002.05202). gate_up (..., 2I), gate first -> (..., I)."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
+
+
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`silu_mul` of a `linear`: x (T, in), weight (2I, in), bias (2I,) -> (T, I)."""
+    return silu_mul(linear(x, weight, bias))
 
 
 def apply_rope(x: Tensor, cos_sin: Tensor) -> Tensor:
@@ -171,19 +145,36 @@ def moe(
     return out
 
 
+def own_logits(logits: Tensor) -> Tensor:
+    """The logits themselves, where one device has those of the whole vocabulary."""
+    return logits
+
+
+def sample_slots(
+    logits: Tensor,
+    table: SamplingRows,
+    slots: Tensor,
+    positions: Tensor,
+    all_greedy: bool,
+    any_filter: bool,
+    any_min_len: bool,
+) -> Tensor:
+    """`sample` with the parameters that a table has for these slots."""
+    rows = table.select(slots)
+    return sample(logits, rows, positions, all_greedy=all_greedy, any_filter=any_filter, any_min_len=any_min_len)
+
+
 Sample = Callable[[Tensor, SamplingRows, Tensor, Tensor, bool, bool, bool], Tensor]
 
 
 @dataclass(frozen=True)
 class Operations:
-    """The decoder's operations, each as its namesake in `ops/py` describes it, and sampling.
+    """What a decoder and its sampler call: functions of this module, or others that compute the same.
 
-    `embed(ids, table, whole)` begins a forward pass, which is `whole` when the hidden states of all its tokens are
-    wanted. `linear(x, weight, bias)` is a GEMM; `row_parallel_linear` one whose result only `add_rms_norm` reads, and
-    may be parts of a sum (parts, T, N); `gated_linear` the `silu_mul` of one.
-    On one rank of several logits are those of its own tokens: `sample(logits, table, slots, positions, all_greedy,
-    any_filter, any_min_len)` chooses tokens from them for rows of a table; `whole_logits` makes them those of all
-    tokens, on all ranks alike, and `sample_whole` chooses from such.
+    `embed` begins a forward pass, which is `whole` when the hidden states of all its tokens are wanted. The result of
+    `row_parallel_linear` and `moe` is read by `add_rms_norm` alone, and may be parts of a sum (parts, T, D). On one
+    rank of several, logits are those of its own tokens: `sample` takes such, `whole_logits` makes them those of all
+    tokens, on all ranks alike, and `sample_whole` takes those.
     """
 
     name: str
@@ -202,27 +193,6 @@ class Operations:
     sample_whole: Sample
 
 
-def embed(ids: Tensor, table: Tensor, whole: bool) -> Tensor:
-    return table.index_select(0, ids)
-
-
-def own_logits(logits: Tensor) -> Tensor:
-    return logits
-
-
-def _sample_plain(
-    logits: Tensor,
-    table: SamplingRows,
-    slots: Tensor,
-    positions: Tensor,
-    all_greedy: bool,
-    any_filter: bool,
-    any_min_len: bool,
-) -> Tensor:
-    rows = table.select(slots)
-    return sample(logits, rows, positions, all_greedy=all_greedy, any_filter=any_filter, any_min_len=any_min_len)
-
-
 PLAIN = Operations(
     name="torch",
     embed=embed,
@@ -230,10 +200,36 @@ PLAIN = Operations(
     add_rms_norm=add_rms_norm,
     linear=linear,
     row_parallel_linear=linear,
-    gated_linear=lambda x, weight, bias: silu_mul(linear(x, weight, bias)),
+    gated_linear=gated_linear,
     rope_store_kv=rope_store_kv,
     moe=moe,
     whole_logits=own_logits,
-    sample=_sample_plain,
-    sample_whole=_sample_plain,
+    sample=sample_slots,
+    sample_whole=sample_slots,
 )
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether oneDNN multiplies by this weight faster from a layout of its own than from rows.
+
+    Measured on two cores of a Zen 4 (float32, SmolLM2-135M's matrices): 21 ms against 43 for one row, 21 against 52
+    for 8, 640 against 740 for 512.
+    """
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and weight.dim() == 2
+        and not weight.is_mkldnn
+        and torch._C._has_mkldnn
+    )
+
+
+def pack(weight: Tensor) -> Tensor:
+    """The weight (out, in) as `linear` reads it fastest: packed where `can_pack`, else itself.
+
+    A packed weight keeps its shape, is good for `linear` only, and may round sums differently.
+    """
+    if not can_pack(weight):
+        return weight
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)
+    return packed

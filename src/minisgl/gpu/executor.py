@@ -34,26 +34,17 @@ class RankShare:
 
 
 def attention_shape(spec: ModelSpec, config: Config) -> Shape:
-    """What the attention backends must be able to compute."""
     return Shape(
-        num_heads=spec.num_heads,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        dtype=TORCH_DTYPES[config.dtype],
-        page_size=config.page_size,
-    )
+        num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
+        dtype=TORCH_DTYPES[config.dtype], page_size=config.page_size,
+    )  # fmt: skip
 
 
 def build_local_executor(
-    config: Config,
-    folder: Path,
-    spec: ModelSpec,
-    max_seq_len: int,
-    progress: Progress | None = None,
-    share: RankShare | None = None,
-    alive: Callable[[], None] | None = None,
-) -> LocalExecutor:
-    """Load the model in `folder`, or make weights up where `config.dummy_weight`, and size the KV cache.
+    config: Config, folder: Path, spec: ModelSpec, max_seq_len: int, progress: Progress | None = None,
+    share: RankShare | None = None, alive: Callable[[], None] | None = None,
+) -> LocalExecutor:  # fmt: skip
+    """Load the model in `folder`, or make random weights for `config.dummy_weight`, and size the KV cache.
 
     `config` is resolved. On a rank of a group only its share is loaded, and every rank gets the pages that fit on all.
     Raises ModelError for weights that cannot be read, ConfigError when memory does not suffice.
@@ -77,14 +68,10 @@ def build_local_executor(
 
 
 def make_executor(
-    spec: ModelSpec,
-    weights: Weights,
-    config: Config,
-    max_seq_len: int,
-    ops: Operations | None = None,
+    spec: ModelSpec, weights: Weights, config: Config, max_seq_len: int, ops: Operations | None = None,
     alive: Callable[[], None] | None = None,
-) -> LocalExecutor:
-    """An executor over weights that lie on `config.device`. `config` is resolved and says `num_pages`."""
+) -> LocalExecutor:  # fmt: skip
+    """An executor over weights on `config.device`. `config` is resolved, with `num_pages`."""
     assert config.num_pages is not None
     assert config.max_running_requests is not None
     device, dtype = torch.device(config.device), TORCH_DTYPES[config.dtype]

@@ -116,7 +116,7 @@ def require_pages_fit(config: Config, share: ModelSpec, dtype: torch.dtype) -> N
 def require_weights_fit(
     spec: ModelSpec, dtype: torch.dtype, device: torch.device, sharder: Sharder | None = None
 ) -> None:
-    """Raise ConfigError with the numbers when the weights, or what `cut` keeps, need more than a GPU has free."""
+    """Raise ConfigError with the numbers when the weights, or what `sharder` keeps, need more than a GPU has free."""
     needed = held_elements(spec, sharder) * dtype.itemsize
     if device.type == "cuda" and needed > (free := available_memory(device)):
         name = str(dtype).removeprefix("torch.")

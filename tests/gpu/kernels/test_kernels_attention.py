@@ -101,7 +101,7 @@ def decode(case: Case, split: DecodeSplit, processors: int = 8) -> DecodeAttenti
 
 @pytest.mark.parametrize("tile", [16, 64])
 @pytest.mark.parametrize("programs", [0, 1, 2, 3, 7, 30, 200])
-def test_where_the_line_of_tiles_is_cut_does_not_change_the_answer(programs: int, tile: int) -> None:
+def test_the_split_of_tiles_does_not_change_the_result(programs: int, tile: int) -> None:
     case = random_case((1, 64, 65, 300, 2, 700), None, 1, 2, 16, 16, torch.float32, DEVICE)
     expected = TorchAttention().plan_decode(case.rows, case.kv).run(case.q, 0, 0)
     plan = decode(case, DecodeSplit(tile, 4, 2, programs), processors=1)
@@ -128,16 +128,10 @@ def test_layers_with_and_without_a_window_alternate() -> None:
         (3, 2, 16, torch.float32, (31, 4, 1), 1, False),
     ],
 )
-def test_decode_from_the_qkv_product_equals_rope_store_and_attention(
-    page_size: int,
-    group: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    lens: tuple[int, ...],
-    window: int,
-    norm: bool,
+def test_decode_from_the_qkv_gemm_equals_rope_store_and_attention(
+    page_size: int, group: int, head_dim: int, dtype: torch.dtype, lens: tuple[int, ...], window: int, norm: bool,
     programs: int,
-) -> None:
+) -> None:  # fmt: skip
     case = random_case(lens, None, 2, group, head_dim, page_size, dtype, DEVICE)
     plan, layer = decode(case, DecodeSplit(16, 4, 2, programs)), 1
     positions = plan.kv_lens - 1
@@ -157,7 +151,7 @@ def test_decode_from_the_qkv_product_equals_rope_store_and_attention(
     assert torch.linalg.vector_norm(out - expected) <= TOLERANCE[dtype] * torch.linalg.vector_norm(expected)
 
 
-def test_flattened_pages_name_each_row_in_turn() -> None:
+def test_flattened_pages_are_those_of_each_row() -> None:
     table = torch.arange(300 * 8, dtype=torch.int32, device=DEVICE).view(300, 8)
     lens = torch.tensor([1 + i % 29 for i in range(300)], dtype=torch.int32, device=DEVICE)
     starts, filled = (torch.empty(n, dtype=torch.int32, device=DEVICE) for n in (301, 300))

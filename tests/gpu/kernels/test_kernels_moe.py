@@ -17,15 +17,9 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
     [(1, 64, 32, 8, 2), (7, 96, 40, 12, 3), (40, 64, 48, 4, 4), (3, 128, 64, 16, 8), (5, 32, 16, 3, 1)],
 )
 def test_layer_is_the_references(
-    tokens: int,
-    dim: int,
-    width: int,
-    experts: int,
-    top_k: int,
-    normalise: bool,
-    dtype: torch.dtype,
+    tokens: int, dim: int, width: int, experts: int, top_k: int, normalise: bool, dtype: torch.dtype,
     device: torch.device,
-) -> None:
+) -> None:  # fmt: skip
     torch.manual_seed(tokens)
     x = torch.randn(tokens, dim, device=device).to(dtype)
     router = (torch.randn(experts, dim, device=device) / dim**0.5).to(dtype)

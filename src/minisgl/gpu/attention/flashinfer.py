@@ -191,15 +191,10 @@ class GraphPlanner:
             self.wrapper.plan(step.starts, step.pages, step.filled, *self.shape, disable_split_kv=True, **self.options)
             return
         self.wrapper = owner.library.BatchDecodeWithPagedKVCacheWrapper(
-            owner.workspace,
-            "NHD",
-            use_cuda_graph=True,
-            use_tensor_cores=wants_tensor_cores(len(q), heads // kv_heads),
-            paged_kv_indptr_buffer=step.starts,
-            paged_kv_indices_buffer=step.pages,
-            paged_kv_last_page_len_buffer=step.filled,
-            backend="fa2",
-        )
+            owner.workspace, "NHD", use_cuda_graph=True, backend="fa2",
+            use_tensor_cores=wants_tensor_cores(len(q), heads // kv_heads), paged_kv_indptr_buffer=step.starts,
+            paged_kv_indices_buffer=step.pages, paged_kv_last_page_len_buffer=step.filled,
+        )  # fmt: skip
         plan_buffer = torch.empty(GRAPH_PLAN_BYTES, dtype=torch.uint8, device=owner.device)
         self.wrapper.reset_workspace_buffer(owner.workspace, plan_buffer)
         self.copied = _event()

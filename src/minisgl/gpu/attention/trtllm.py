@@ -50,17 +50,10 @@ class TensorRTLLMDecode:
 
     def run(self, q: Tensor, layer: int, window: int) -> Tensor:
         out: Tensor = self.library.decode.trtllm_batch_decode_with_kv_cache(
-            q.contiguous(),
-            (self.kv.k[layer], self.kv.v[layer]),
-            self.workspace,
-            self.page_table,
-            self.kv_lens,
-            self.max_kv_len,
-            bmm1_scale=q.shape[-1] ** -0.5,
-            bmm2_scale=1.0,
-            window_left=window - 1 if window else -1,
-            kv_layout="NHD",
-        )
+            q.contiguous(), (self.kv.k[layer], self.kv.v[layer]), self.workspace, self.page_table, self.kv_lens,
+            self.max_kv_len, bmm1_scale=q.shape[-1] ** -0.5, bmm2_scale=1.0,
+            window_left=window - 1 if window else -1, kv_layout="NHD",
+        )  # fmt: skip
         return out
 
 
@@ -75,19 +68,10 @@ class TensorRTLLMPrefill:
         rows = self.rows
         ends = torch.cumsum(rows.kv_lens, 0, dtype=torch.int32)
         out: Tensor = self.library.prefill.trtllm_batch_context_with_kv_cache(
-            q.contiguous(),
-            (self.kv.k[layer], self.kv.v[layer]),
-            self.workspace,
-            rows.page_table,
-            rows.kv_lens,
-            rows.max_query_len,
-            rows.max_kv_len,
-            bmm1_scale=q.shape[-1] ** -0.5,
-            bmm2_scale=1.0,
-            batch_size=len(rows.kv_lens),
-            cum_seq_lens_q=rows.cu_query_lens,
+            q.contiguous(), (self.kv.k[layer], self.kv.v[layer]), self.workspace, rows.page_table, rows.kv_lens,
+            rows.max_query_len, rows.max_kv_len, bmm1_scale=q.shape[-1] ** -0.5, bmm2_scale=1.0,
+            batch_size=len(rows.kv_lens), cum_seq_lens_q=rows.cu_query_lens,
             cum_seq_lens_kv=torch.nn.functional.pad(ends, (1, 0)),
-            window_left=window - 1 if window else -1,
-            kv_layout="NHD",
-        )
+            window_left=window - 1 if window else -1, kv_layout="NHD",
+        )  # fmt: skip
         return out
