@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 
 import msgspec
 import numpy as np
@@ -9,45 +9,24 @@ import torch
 
 from helpers.driver import CPU, Driver, row_init
 from helpers.models import tiny_spec
-from minisgl.config import Config
 from minisgl.core.attention import Attention, TorchAttention
 from minisgl.core.decoder import Decoder
-from minisgl.core.kv_cache import upload
+from minisgl.core.executor import LocalExecutor
+from minisgl.core.kv_cache import allocate_kv, upload
+from minisgl.core.model_runner import ModelRunner
 from minisgl.core.plan import StepPlan
 from minisgl.core.types import MAX_LOGPROBS
 from minisgl.core.weights import dummy_weights
-from minisgl.errors import ConfigError
-from minisgl.gpu import memory
-from minisgl.gpu.executor import build_local_executor, make_executor
-from minisgl.gpu.memory import (
-    GIB,
-    available_memory,
-    group_limit,
-    group_memory,
-    measure_pages,
-    prefill_plan,
-    total_memory,
-    warm_up,
-)
+from minisgl.gpu.memory import prefill_plan, warm_up
 
 SPEC = tiny_spec(
     architecture="LlamaForCausalLM", vocab_size=97, head_dim=8, qk_norm=False, max_position=64, eos_token_ids=(0,)
 )
-PAGE_BYTES = 2 * SPEC.num_layers * 16 * SPEC.num_kv_heads * SPEC.head_dim * 4
 
 
 def make_driver(page_size: int = 4) -> Driver:
     torch.set_num_threads(1)
     return Driver(SPEC, dummy_weights(SPEC, torch.float32, CPU), page_size=page_size)
-
-
-def config(**settings: object) -> Config:
-    """A resolved configuration for the CPU."""
-    base = Config(
-        dummy_weight=True, device="cpu", dtype="float32", attn="torch,torch", cuda_graph_max_bs=0,
-        max_running_requests=4, max_prefill_length=32,
-    )  # fmt: skip
-    return base.replace(**settings)
 
 
 def test_tables_follow_the_steps() -> None:
@@ -123,112 +102,6 @@ def test_the_step_that_is_measured_asks_for_everything_a_request_can() -> None:
     assert special.bias_ids is not None
 
 
-def step_plan(step: int, slot: int = 0) -> StepPlan:
-    """A step that prefills and samples one row on scratch pages."""
-    plan = prefill_plan(1, 3)
-    return msgspec.structs.replace(plan, step=step, init=None, prefill_slots=np.array([slot], np.int32))
-
-
-def test_executor_returns_steps_in_order() -> None:
-    executor = make_executor(SPEC, dummy_weights(SPEC, torch.float32, CPU), config(num_pages=20), 64)
-    for step in range(3):
-        executor.launch(step_plan(step))
-    results = [executor.collect() for _ in range(3)]
-    assert [result.step for result in results] == [0, 1, 2]
-    assert all(result.tokens.dtype == np.int32 and result.tokens.shape == (1,) for result in results)
-    executor.close()
-
-
-def test_an_error_in_a_step_is_raised_by_its_collect() -> None:
-    executor = make_executor(SPEC, dummy_weights(SPEC, torch.float32, CPU), config(num_pages=20), 64)
-    executor.launch(step_plan(1))
-    executor.launch(step_plan(2, slot=99))
-    assert executor.collect().step == 1
-    with pytest.raises(IndexError):
-        executor.collect()
-    executor.close()
-
-
-def test_building_with_made_up_weights_sizes_the_cache(tmp_path: Path) -> None:
-    executor = build_local_executor(config(), tmp_path, SPEC, 64)
-    assert executor.num_pages == 4 * 4  # all that 4 rows of 64 tokens can use, in pages of 16
-    executor.launch(step_plan(1))
-    assert 0 <= int(executor.collect().tokens[0]) < SPEC.vocab_size
-    executor.close()
-    executor = build_local_executor(config(num_pages=3), tmp_path, SPEC, 64)
-    assert executor.num_pages == 3
-    executor.close()
-
-
-@pytest.mark.parametrize(
-    ("settings", "left", "pages"),
-    [
-        ({}, GIB, 16),  # what the rows can use
-        ({"max_running_requests": 10**6}, 100 * GIB, 2 * GIB // PAGE_BYTES),
-        ({"max_running_requests": 10**6}, GIB // 2, int(0.9 * GIB - GIB // 2) // PAGE_BYTES),
-        ({"max_running_requests": 10**6, "memory_ratio": 0.75}, GIB // 2, GIB // 4 // PAGE_BYTES),
-        ({"num_pages": 7}, GIB // 2, 7),
-        # ranks on the CPU have one memory
-        ({"max_running_requests": 10**6, "tp": 2}, 100 * GIB, 2 * GIB // (2 * PAGE_BYTES)),
-        ({"max_running_requests": 10**6, "tp": 2, "memory_ratio": 0.75}, GIB // 2, GIB // 4 // (2 * PAGE_BYTES)),
-    ],
-)
-def test_pages_share_the_memory_with_the_weights(
-    settings: dict[str, object], left: int, pages: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(memory, "available_memory", lambda device: left)
-    assert measure(config(**settings), before=max(GIB, left)) == pages
-
-
-@pytest.mark.parametrize(
-    ("settings", "left", "message"),
-    [
-        ({}, GIB // 20, r"no KV page fits: 1.00 GiB .* 0.9 may be used .* weights take 0.95"),
-        ({"num_pages": 10**6}, GIB // 2, r"--num-pages 1000000 needs 3\.81 GiB: 1.00 GiB"),
-        ({"num_pages": 10**6, "tp": 2}, GIB // 2, r"--num-pages 1000000 needs 7\.63 GiB: 1.00 GiB"),
-    ],
-)
-def test_what_does_not_fit_is_refused_with_the_numbers(
-    settings: dict[str, object], left: int, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(memory, "available_memory", lambda device: left)
-    with pytest.raises(ConfigError, match=message):
-        measure(config(**settings), before=GIB)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"num_pages": 10**6}, r"--num-pages 1000000 needs 3\.81 GiB, and there are 3\.80 GiB of memory in all"),
-        ({"num_pages": 10**30}, r"and there are 3\.80 GiB"),
-        ({"num_pages": 1, "page_size": 1}, "--num-pages 1 of 1 token holds no request"),
-    ],
-)
-def test_pages_that_can_never_fit_are_refused_before_anything_is_loaded(
-    tmp_path: Path, settings: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(memory, "total_memory", lambda device: int(3.8 * GIB))
-    with pytest.raises(ConfigError, match=message):  # and not ModelError: there are no weights
-        build_local_executor(config(dummy_weight=False, **settings), tmp_path, SPEC, 64)
-
-
-def measure(config: Config, before: int) -> int:
-    attention = Attention(TorchAttention(), TorchAttention())
-    decoder = Decoder(SPEC, dummy_weights(SPEC, torch.float32, CPU), attention, 64)
-    return measure_pages(config, decoder, torch.float32, 64, before)
-
-
-def test_a_control_group_limits_the_memory(tmp_path: Path) -> None:
-    assert group_memory(tmp_path) > 2**60
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text("1000\n")
-    assert group_memory(tmp_path) > 2**60
-    (tmp_path / "memory.max").write_text("5000\n")
-    assert group_memory(tmp_path) == 4000
-    assert group_limit(tmp_path) == 5000
-    assert available_memory(CPU) < total_memory(CPU)
-
-
 def test_a_warm_up_runs_a_prompt_beside_each_number_of_decodes_on_scratch_pages() -> None:
     driver = make_driver(page_size=16)
     before = driver.runner.kv.k[:, :-1].clone()
@@ -236,3 +109,35 @@ def test_a_warm_up_runs_a_prompt_beside_each_number_of_decodes_on_scratch_pages(
     tables = driver.runner.tables
     assert tables.length.tolist() == [3, 2, 1, 1, 16]  # once in each of the counts 1, 2 and 4 that hold the row
     assert torch.equal(driver.runner.kv.k[:, :-1], before)
+
+
+def step_plan(step: int, slot: int = 0) -> StepPlan:
+    """A step that prefills and samples one row on scratch pages."""
+    plan = prefill_plan(1, 3)
+    return msgspec.structs.replace(plan, step=step, init=None, prefill_slots=np.array([slot], np.int32))
+
+
+@pytest.fixture
+def executor() -> Iterator[LocalExecutor]:
+    torch.set_num_threads(1)
+    decoder = Decoder(SPEC, dummy_weights(SPEC, torch.float32, CPU), Attention(TorchAttention(), TorchAttention()), 64)
+    kv = allocate_kv(SPEC.num_layers, 20, 16, SPEC.num_kv_heads, SPEC.head_dim, torch.float32, CPU)
+    executor = LocalExecutor(ModelRunner(decoder, kv, 4, 64, CPU))
+    yield executor
+    executor.close()
+
+
+def test_executor_returns_steps_in_order(executor: LocalExecutor) -> None:
+    for step in range(3):
+        executor.launch(step_plan(step))
+    results = [executor.collect() for _ in range(3)]
+    assert [result.step for result in results] == [0, 1, 2]
+    assert all(result.tokens.dtype == np.int32 and result.tokens.shape == (1,) for result in results)
+
+
+def test_an_error_in_a_step_is_raised_by_its_collect(executor: LocalExecutor) -> None:
+    executor.launch(step_plan(1))
+    executor.launch(step_plan(2, slot=99))
+    assert executor.collect().step == 1
+    with pytest.raises(IndexError):
+        executor.collect()

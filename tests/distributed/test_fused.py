@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from minisgl.gpu.executor import build_local_executor
 
 from helpers.processes import environment
 from helpers.tp_cases import MAX_SEQ_LEN, NOWHERE, SPECS, config, generate
+from minisgl.gpu.executor import build_local_executor
 
 SECONDS = 240
 
