@@ -73,6 +73,7 @@ def test_resolving_leaves_nothing_open_but_what_memory_and_model_decide(machine:
     measured = {"num_pages", "memory_ratio", "all_reduce", "all_reduce_crossovers"}
     assert open_ended == {"model", "max_seq_len_override"} | measured | by_packages | no_limit
     assert config.max_running_requests == (1 if shell else 256)
+    assert config.max_prefill_length == (8192 if machine.has_cuda else 512)
 
 
 @pytest.mark.parametrize(
@@ -91,18 +92,18 @@ def test_auto_dtype_follows_device_and_checkpoint(machine: Machine, checkpoint: 
 @pytest.mark.parametrize(
     ("settings", "gibibytes", "largest"),
     [
-        ({}, 140, 256),
-        ({}, 40, 128),
-        ({}, 16, 64),
-        ({}, 8, 16),
+        *[
+            ({}, size, largest)
+            for size, largest in ((64, 256), (63.9, 128), (30, 128), (29.9, 64), (15, 64), (14.9, 16))
+        ],
         ({"shell": True}, 140, 1),
         ({"max_running_requests": 20}, 140, 20),
         ({"cuda_graph_max_bs": 7}, 140, 7),
         ({"cuda_graph_max_bs": 0}, 140, 0),
     ],
 )
-def test_the_largest_graph_follows_the_cards_memory(settings: dict[str, Any], gibibytes: int, largest: int) -> None:
-    machine = Machine(True, "a card", gibibytes * 2**30)
+def test_the_largest_graph_follows_the_cards_memory(settings: dict[str, Any], gibibytes: float, largest: int) -> None:
+    machine = Machine(True, "a card", int(gibibytes * 2**30))
     assert resolve(Config(**settings), machine).config.cuda_graph_max_bs == largest
 
 

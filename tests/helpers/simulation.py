@@ -96,7 +96,7 @@ def run(engine: Engine, requests: Sequence[Request], max_steps: int = 10_000) ->
         if not engine.has_work:
             return events
         for event in engine.step():
-            events[event.id].append(event)
+            events.setdefault(event.id, []).append(event)
         engine.cache.check()
     raise RuntimeError(f"still busy after {max_steps} steps: {engine.stats()}")
 

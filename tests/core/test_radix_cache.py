@@ -106,6 +106,20 @@ def test_a_parent_is_evicted_by_its_own_age_once_it_is_a_leaf() -> None:
     assert [tree.evict(1).tolist() for _ in range(3)] == [[11], [20], [10]]
 
 
+def test_a_split_is_no_use_and_both_halves_keep_their_age() -> None:
+    tree = RadixCache(1)
+    for first in (1, 2, 3):
+        insert(tree, ids(first, first, first), 10 * first)
+    tree.match(ids(2, 2))
+    assert [tree.evict(3).tolist(), *(tree.evict(1).tolist() for _ in range(4))] == [
+        [10, 11, 12],
+        [22],
+        [21],
+        [20],
+        [32],
+    ]
+
+
 def test_the_eviction_queue_does_not_grow_with_uses() -> None:
     tree = RadixCache(1)
     insert(tree, ids(1, 2, 3), 0)

@@ -70,6 +70,17 @@ def test_a_better_priority_takes_the_row_of_the_worst_and_youngest(overlap: bool
     assert engine.cache.num_owned == 0
 
 
+def test_a_row_that_is_about_to_leave_is_room_enough() -> None:
+    engine = simulated_engine(max_running_requests=2)
+    for name in "ab":
+        engine.add(asked(name, 1))
+    engine.step()
+    engine.abort("b")
+    engine.add(asked("c", 0))
+    assert finish(engine) == list("ac")
+    assert engine.stats().retracted == 0
+
+
 def test_equals_displace_nobody() -> None:
     engine = simulated_engine(max_running_requests=2)
     for name in "abcd":

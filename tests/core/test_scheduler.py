@@ -67,6 +67,7 @@ def test_running_out_of_pages_retracts_and_loses_nothing(overlap: bool, cache: s
     for r in requests:
         assert tokens_of(events[r.id]) == expected_tokens(r, engine.model.max_seq_len)
         assert events[r.id][-1].finish is FinishReason.LENGTH
+        assert len({event.cached_tokens for event in events[r.id]}) == 1, "a retracted answer counts as cached"
     assert engine.cache.num_owned == 0
 
 
@@ -104,6 +105,37 @@ def test_the_prefill_budget_bounds_every_step() -> None:
     plans = record_plans(engine)
     run(engine, [request(str(i), p, max_tokens=3) for i, p in enumerate(prompts(20, 1, 50))])
     assert max(len(plan.prefill_tokens) for plan in plans) == 10
+
+
+def test_the_longest_row_decodes_first() -> None:
+    engine = simulated_engine(max_prefill_length=64)
+    plans = record_plans(engine)
+    run(
+        engine,
+        [request(str(i), [i] * length, max_tokens=4, ignore_eos=True) for i, length in enumerate((3, 9, 1, 9, 5))],
+    )
+    assert [plan.decode_slots.tolist() for plan in plans[1:]] == [[1, 3, 4, 0, 2]] * 3
+
+
+@pytest.mark.parametrize(("pages", "own", "other", "when"), [(5, 4, 8, 5), (5, 7, 8, 2), (6, 8, 8, 5), (7, 7, 8, 6)])
+def test_a_row_that_is_about_to_leave_gives_its_pages_before_any_is_retracted(
+    pages: int, own: int, other: int, when: int
+) -> None:
+    engine = simulated_engine(num_pages=pages, page_size=4, max_seq_len=24, cache="naive", max_prefill_length=64)
+    engine.add(request("a", [1] * own, max_tokens=20 - own, ignore_eos=True))
+    engine.add(request("b", [2] * other, max_tokens=20 - other, ignore_eos=True))
+    for _ in range(when):
+        engine.step()
+    engine.abort(["b"])
+    run(engine, [])
+    assert engine.stats().retracted == 0
+
+
+@pytest.mark.parametrize(("pages", "chunk", "length"), [(8, 4, 13), (8, 8, 15), (10, 8, 17), (13, 16, 9)])
+def test_admission_leaves_the_pages_that_running_rows_will_soon_take(pages: int, chunk: int, length: int) -> None:
+    engine = simulated_engine(num_pages=pages, max_seq_len=40, cache="naive", max_prefill_length=chunk)
+    run(engine, [request(str(i), [i] * length, max_tokens=5, ignore_eos=True) for i in range(4)])
+    assert engine.stats().retracted == 0
 
 
 def test_admission_does_not_reserve_max_tokens() -> None:
@@ -221,7 +253,7 @@ def test_a_request_fills_the_last_page_and_ends_by_length() -> None:
         (request("x", [1], logprobs=21), InvalidRequestError),
         (request("x", [1], prompt_logprobs=-1), InvalidRequestError),
         (request("x", [1], grammar=Grammar(kind="regex", source="unknown")), InvalidRequestError),
-        (msgspec.structs.replace(request("x", [1]), priority=2**70), InvalidRequestError),
+        *[(msgspec.structs.replace(request("x", [1]), priority=p), InvalidRequestError) for p in (2**31, -(2**31) - 1)],
     ],
 )
 def test_what_cannot_be_served_is_refused_at_the_door(bad: Request, error: type[Exception]) -> None:
