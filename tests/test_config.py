@@ -144,6 +144,7 @@ def test_resolving_is_pure() -> None:
         ({"cuda_graph_max_bs": -1}, "--cuda-graph-max-bs must be at least 0"),
         ({"port": -1}, "--port must be between 0 and 65535"),
         ({"tp": 0}, "--tp must be at least 1"),
+        ({"cache": "lru"}, "--cache must be one of radix, naive"),
         ({"api_workers": 0}, "--api-workers must be between 1 and 64, got 0"),
         ({"api_workers": 65}, "--api-workers must be between 1 and 64, got 65"),
         (

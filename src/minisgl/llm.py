@@ -237,7 +237,7 @@ class LLM:
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
         ids = self.text.encode(prompt) if isinstance(prompt, str) else token_ids(prompt)
         self.model.check(ids, params)
-        return Request(id=str(next(self._ids)), prompt=ids, params=params)
+        return Request.make(id=str(next(self._ids)), prompt=ids, params=params)
 
     def _run(self, answers: dict[str, Answer], progress: bool) -> None:
         """Run all to their end; whatever interrupts it, nothing stays in the engine."""
@@ -291,7 +291,7 @@ class LLM:
             text=text,
             token_ids=answer.token_ids,
             finish_reason=str(answer.finish),
-            prompt_token_ids=answer.request.prompt,
+            prompt_token_ids=answer.request.prompt.tolist(),
             cached_tokens=answer.cached_tokens,
             logprobs=None if params.logprobs is None else answer.logprobs,
             prompt_logprobs=None if params.prompt_logprobs is None else answer.prompt_logprobs,

@@ -8,7 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from minisgl.core.radix_cache import Int32, OutOfPages, PageAllocator
+from minisgl.core.pages import OutOfPages, PageAllocator
+from minisgl.core.radix_cache import Int32
 
 
 def pages(*ids: int) -> Int32:

@@ -48,7 +48,7 @@ def requests() -> list[Request]:
             max_tokens=6 + i % 7,
             ignore_eos=i % 4 != 0,
         )
-        made.append(Request(id=str(i), prompt=(shared if i % 4 < 2 else []) + own, params=params))
+        made.append(Request.make(id=str(i), prompt=(shared if i % 4 < 2 else []) + own, params=params))
     return made
 
 
@@ -108,7 +108,7 @@ def test_no_setting_changes_a_token(
 @pytest.mark.parametrize("only", [{"min_p": 0.2}, {"top_p": 0.5}, {"top_k": 3}])
 def test_each_filter_alone_gives_the_tokens_of_the_reference(only: dict[str, float]) -> None:
     params = [SamplingParams(temperature=1.5, seed=i, max_tokens=12, ignore_eos=True, **only) for i in range(4)]  # type: ignore[arg-type]
-    wanted = [Request(id=str(i), prompt=[i, 5, 9], params=params[i]) for i in range(4)]
+    wanted = [Request.make(id=str(i), prompt=[i, 5, 9], params=params[i]) for i in range(4)]
     right = [slow_answer(SPEC, weights(), request, MAX_SEQ_LEN).tokens for request in wanted]
     assert generate(config(), wanted)[0] == right
     unfiltered = [
@@ -120,7 +120,7 @@ def test_each_filter_alone_gives_the_tokens_of_the_reference(only: dict[str, flo
 
 def test_seeds_matter_at_a_temperature() -> None:
     wanted = [
-        Request(id=str(i), prompt=[1, 2, 3], params=SamplingParams(temperature=0.8, seed=i // 2, max_tokens=12))
+        Request.make(id=str(i), prompt=[1, 2, 3], params=SamplingParams(temperature=0.8, seed=i // 2, max_tokens=12))
         for i in range(8)
     ]
     tokens, _ = generate(config(), wanted)

@@ -19,17 +19,14 @@ One more, a use that does not renew `last_used`, is caught by the tests of evict
 
 from __future__ import annotations
 
-from contextlib import closing
-
 import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from minisgl.core.pages import CacheManager
-from minisgl.core.radix_cache import Int32, OutOfPages
-from minisgl.errors import ConfigError
+from minisgl.core.pages import CacheManager, OutOfPages
+from minisgl.core.radix_cache import Int32
 
 
 def ids(*values: int) -> Int32:
@@ -41,13 +38,8 @@ def grow(cache: CacheManager, slot: int, length: int) -> Int32:
     return cache.extend(ids(slot), ids(length))[2]
 
 
-def test_an_unknown_kind_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="radix or naive, got 'lru'"):
-        CacheManager(4, 1, "lru", 1, 4)
-
-
 def test_the_last_token_of_a_prompt_is_never_taken_from_the_cache() -> None:
-    cache = CacheManager(8, 2, "radix", 2, 4)
+    cache = CacheManager(8, 2, True, 2, 4)
     prompt = ids(1, 2, 3, 4)
     assert cache.acquire(0, prompt) == 0
     grow(cache, 0, 4)
@@ -59,7 +51,7 @@ def test_the_last_token_of_a_prompt_is_never_taken_from_the_cache() -> None:
 
 
 def test_extend_gives_each_row_what_it_lacks_and_says_so() -> None:
-    cache = CacheManager(16, 4, "radix", 3, 4)
+    cache = CacheManager(16, 4, True, 3, 4)
     for slot in range(3):
         cache.acquire(slot, ids(slot))
     grow(cache, 1, 4)
@@ -74,7 +66,7 @@ def test_extend_gives_each_row_what_it_lacks_and_says_so() -> None:
 
 
 def test_published_pages_are_shared_while_their_row_runs() -> None:
-    cache = CacheManager(8, 2, "radix", 2, 4)
+    cache = CacheManager(8, 2, True, 2, 4)
     prompt = ids(1, 2, 3, 4, 5)
     cache.acquire(0, prompt)
     mine = grow(cache, 0, 5)
@@ -93,7 +85,7 @@ def test_published_pages_are_shared_while_their_row_runs() -> None:
 
 
 def test_a_row_keeps_its_duplicates_until_its_release_and_publishes_what_follows() -> None:
-    cache = CacheManager(16, 1, "radix", 2, 8)
+    cache = CacheManager(16, 1, True, 2, 8)
     for slot in range(2):
         cache.acquire(slot, ids(1, 2, 3, 4))
         grow(cache, slot, 4)
@@ -109,7 +101,7 @@ def test_a_row_keeps_its_duplicates_until_its_release_and_publishes_what_follows
 
 
 def test_a_token_that_the_host_does_not_know_yet_is_not_cached() -> None:
-    cache = CacheManager(8, 2, "radix", 1, 4)
+    cache = CacheManager(8, 2, True, 1, 4)
     cache.acquire(0, ids(1, 2, 3))
     grow(cache, 0, 4)
     cache.release(0, ids(1, 2, 3), 4)
@@ -117,7 +109,7 @@ def test_a_token_that_the_host_does_not_know_yet_is_not_cached() -> None:
 
 
 def test_a_partial_page_is_never_published() -> None:
-    cache = CacheManager(8, 4, "radix", 1, 4)
+    cache = CacheManager(8, 4, True, 1, 4)
     cache.acquire(0, ids(*range(8)))
     grow(cache, 0, 7)
     cache.publish(0, ids(*range(8)), 7)
@@ -125,7 +117,7 @@ def test_a_partial_page_is_never_published() -> None:
 
 
 def test_extend_evicts_the_least_recently_used_prefix_and_never_a_borrowed_one() -> None:
-    cache = CacheManager(6, 1, "radix", 2, 6)
+    cache = CacheManager(6, 1, True, 2, 6)
     for first in (1, 2, 3):
         cache.acquire(0, ids(first, first))
         grow(cache, 0, 2)
@@ -143,7 +135,7 @@ def test_extend_evicts_the_least_recently_used_prefix_and_never_a_borrowed_one()
 
 
 def test_match_len_is_no_use_of_a_prefix_and_acquire_is() -> None:
-    cache = CacheManager(3, 1, "radix", 1, 3)
+    cache = CacheManager(3, 1, True, 1, 3)
     for first in (1, 2, 3):
         cache.acquire(0, ids(first))
         grow(cache, 0, 1)
@@ -157,7 +149,7 @@ def test_match_len_is_no_use_of_a_prefix_and_acquire_is() -> None:
 
 
 def test_the_naive_cache_shares_nothing() -> None:
-    cache = CacheManager(4, 1, "naive", 2, 4)
+    cache = CacheManager(4, 1, False, 2, 4)
     cache.acquire(0, ids(1, 2))
     grow(cache, 0, 2)
     cache.publish(0, ids(1, 2), 2)
@@ -186,12 +178,12 @@ class ManagerMachine(RuleBasedStateMachine):
     @initialize(
         page_size=st.sampled_from([1, 2, 16]),
         pages=st.integers(4, 32),
-        kind=st.sampled_from(["radix", "radix", "radix", "naive"]),
+        shared=st.sampled_from([True, True, True, False]),
     )
-    def start(self, page_size: int, pages: int, kind: str) -> None:
-        self.kind = kind
+    def start(self, page_size: int, pages: int, shared: bool) -> None:
+        self.shared = shared
         self.size = page_size
-        self.cache = CacheManager(pages, page_size, kind, 4, 16)
+        self.cache = CacheManager(pages, page_size, shared, 4, 16)
         self.content = np.full((pages, page_size), -1, np.int64)
         self.prefixes: dict[tuple[int, int], int] = {}
         self.rows = {}
@@ -230,7 +222,7 @@ class ManagerMachine(RuleBasedStateMachine):
         assert cached < len(tokens)
         assert self.cache.available >= available - cached // self.size
         assert self.cache.row_pages[slot] == cached // self.size
-        if self.kind == "naive":
+        if not self.shared:
             assert cached == 0
         row = self.rows[slot] = Row(tokens, cached)
         self.compute([slot], [row.written + (row.known - row.written) * parts // 4])
@@ -309,8 +301,7 @@ class ManagerMachine(RuleBasedStateMachine):
         """What is foretold of rows that leave comes true, also where another row starts on what they share."""
         slots = [slot for slot in order if slot in self.rows][:count]
         new = None if start is None else self.rows[self.pick(start)].tokens
-        with closing(self.cache.departures(np.array(slots, np.intp), new)) as departures:
-            foretold = list(departures)
+        foretold = self.cache.available_after(np.array(slots, np.intp), new)
         self.cache.check()
         if new is not None:
             if not (free := [slot for slot in range(4) if slot not in self.rows]):
@@ -335,7 +326,7 @@ class ManagerMachine(RuleBasedStateMachine):
 
     def finds(self, row: Row) -> None:
         """What was just offered is in the cache, whole pages of it, and nothing behind."""
-        if self.kind == "radix":
+        if self.shared:
             whole = min(row.known, row.written) // self.size * self.size
             assert self.cache.match_len(np.append(row.tokens[:whole], 99).astype(np.int32)) == whole
 

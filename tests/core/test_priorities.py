@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from helpers.simulation import expected_tokens, record_plans, request, simulated_engine, tokens_of
 from minisgl.core.engine import Engine
 from minisgl.core.policy import POLICIES
-from minisgl.core.request_state import Entry
+from minisgl.core.request_state import RequestState
 from minisgl.core.types import FinishReason, Request, TokenEvent
 
 
@@ -148,16 +148,16 @@ def test_who_is_retracted_for_another_makes_room_for_it(
         num_pages=pages, page_size=4, max_seq_len=40, overlap=False, max_prefill_length=4096, max_running_requests=rows
     )
     scheduler = engine.scheduler
-    make_way = scheduler._make_way
-    wanted: list[Entry] = []
+    retract = scheduler._retract_for_priority
+    wanted: list[RequestState] = []
 
     def noting() -> None:
         first, before = scheduler.waiting[0] if scheduler.waiting else None, scheduler.retracted
-        make_way()
+        retract()
         if scheduler.retracted > before and first is not None:
             wanted.append(first)
 
-    scheduler._make_way = noting  # type: ignore[method-assign]
+    scheduler._retract_for_priority = noting  # type: ignore[method-assign]
     for number, (shared, own, priority) in enumerate(prompts):
         prompt = [*range(shared), *([number] * own)][:36]
         made = request(str(number), prompt, max_tokens=4, ignore_eos=True)
@@ -229,12 +229,12 @@ def test_aborting_thousands_of_waiting_requests_does_not_search_the_queue_for_ea
         engine.add(asked(name, i % 3, prompt=1))
     compared = 0
 
-    def equal(self: Entry, other: object) -> bool:
+    def equal(self: RequestState, other: object) -> bool:
         nonlocal compared
         compared += 1
         return self is other
 
-    monkeypatch.setattr(Entry, "__eq__", equal)
+    monkeypatch.setattr(RequestState, "__eq__", equal)
     engine.abort([name for name in reversed(names) if name not in ("5", "3", "1000")])
     assert compared < 20 * len(names)
     assert finish(engine) == ["3", "1000", "5"]

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 
-from helpers.simulation import VOCAB, expected_tokens, record_plans, request, run, simulated_engine, tokens_of
+from helpers.simulation import (
+    VOCAB,
+    expected_tokens,
+    model_info,
+    record_plans,
+    request,
+    run,
+    simulated_engine,
+    tokens_of,
+)
 from minisgl.config import Config
 from minisgl.core.engine import Engine
 from minisgl.core.plan import StepResult
 from minisgl.core.policy import POLICIES, LongestPrefixMatch
-from minisgl.core.request_state import Entry, State
-from minisgl.core.types import FinishReason, Grammar, Request, TokenEvent
+from minisgl.core.request_state import RequestState, State
+from minisgl.core.types import FinishReason, Grammar, Request, SamplingParams, TokenEvent
 from minisgl.errors import ContextLengthError, EngineDeadError, InvalidRequestError
 
 
@@ -226,47 +235,58 @@ def test_a_request_fills_the_last_page_and_ends_by_length() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bad", "error"),
+    ("param", "prompt", "params"),
     [
-        (Request(id="x", prompt=[], params=request("", [0]).params), InvalidRequestError),
-        (request("x", [VOCAB]), InvalidRequestError),
-        (request("x", [-1]), InvalidRequestError),
-        (request("x", [1] * 128), ContextLengthError),
-        (request("x", [1] * 100, max_tokens=29), ContextLengthError),
-        (request("x", [1], max_tokens=0), InvalidRequestError),
-        (request("x", [1], max_tokens=-1), InvalidRequestError),
-        (request("x", [1], temperature=float("nan")), InvalidRequestError),
-        (request("x", [1], top_p=0.0), InvalidRequestError),
-        (request("x", [1], top_p=1.5), InvalidRequestError),
-        (request("x", [1], top_k=-2), InvalidRequestError),
-        (request("x", [1], min_p=2.0), InvalidRequestError),
-        (request("x", [1], max_tokens=1, min_tokens=2), InvalidRequestError),
-        (request("x", [1], stop=("",)), InvalidRequestError),
-        (request("x", [1], stop_token_ids=(VOCAB,)), InvalidRequestError),
-        (request("x", [1], stop_token_ids=tuple(range(40))), InvalidRequestError),
-        (request("x", [1], seed=2**70), InvalidRequestError),
-        (request("x", [1], presence_penalty=2.5), InvalidRequestError),
-        (request("x", [1], frequency_penalty=float("nan")), InvalidRequestError),
-        (request("x", [1], repetition_penalty=0.0), InvalidRequestError),
-        (request("x", [1], logit_bias={VOCAB: 1.0}), InvalidRequestError),
-        (request("x", [1], logit_bias={1: float("nan")}), InvalidRequestError),
-        (request("x", [1], logprobs=21), InvalidRequestError),
-        (request("x", [1], prompt_logprobs=-1), InvalidRequestError),
-        (request("x", [1], grammar=Grammar(kind="regex", source="unknown")), InvalidRequestError),
-        *[(msgspec.structs.replace(request("x", [1]), priority=p), InvalidRequestError) for p in (2**31, -(2**31) - 1)],
+        ("prompt", [], {}),
+        ("prompt", [VOCAB], {}),
+        ("prompt", [-1], {}),
+        ("prompt", [1] * 128, {}),
+        ("max_tokens", [1] * 100, {"max_tokens": 29}),
+        *[
+            (name, [1], {name: value})
+            for name, values in {
+                "max_tokens": (0, -1),
+                "min_tokens": (-1,),
+                "temperature": (float("nan"), -0.1, 101.0),
+                "top_p": (0.0, 1.5),
+                "top_k": (-2, 2**31),
+                "min_p": (2.0,),
+                "stop": (("",),),
+                "stop_token_ids": ((VOCAB,), tuple(range(40))),
+                "seed": (2**70,),
+                "presence_penalty": (2.5,),
+                "frequency_penalty": (float("nan"),),
+                "repetition_penalty": (0.0,),
+                "logit_bias": ({VOCAB: 1.0}, {1: float("nan")}),
+                "logprobs": (21,),
+                "prompt_logprobs": (-1,),
+            }.items()
+            for value in values
+        ],
+        ("min_tokens", [1], {"max_tokens": 1, "min_tokens": 2}),
     ],
 )
-def test_what_cannot_be_served_is_refused_at_the_door(bad: Request, error: type[Exception]) -> None:
+def test_what_the_model_cannot_serve_is_refused_by_name(param: str, prompt: list[int], params: dict[str, Any]) -> None:
+    kind = ContextLengthError if len(prompt) >= 100 else InvalidRequestError
+    with pytest.raises(InvalidRequestError) as error:
+        model_info(128).check(prompt, SamplingParams(**params))
+    assert (type(error.value), error.value.param) == (kind, param)
+
+
+@pytest.mark.parametrize("priority", [2**31, -(2**31) - 1])
+def test_a_priority_is_a_32_bit_integer(priority: int) -> None:
+    assert Request.make("x", [1], SamplingParams(), priority=2**31 - 1).priority == 2**31 - 1
+    with pytest.raises(InvalidRequestError, match="priority must be a 32-bit integer"):
+        Request.make("x", [1], SamplingParams(), priority)
+
+
+def test_an_id_that_is_live_and_an_unknown_grammar_are_refused() -> None:
     engine = simulated_engine()
-    with pytest.raises(error):
-        engine.add(bad)
+    with pytest.raises(InvalidRequestError, match="this regex cannot be followed"):
+        engine.add(request("x", [1], grammar=Grammar(kind="regex", source="unknown")))
     assert not engine.has_work
-
-
-def test_an_id_that_is_live_is_refused() -> None:
-    engine = simulated_engine()
     engine.add(request("x", [1]))
-    with pytest.raises(InvalidRequestError):
+    with pytest.raises(InvalidRequestError, match="'x' is running already"):
         engine.add(request("x", [2]))
 
 
@@ -297,7 +317,7 @@ def test_every_policy_has_a_name_on_the_command_line() -> None:
 
 
 def test_longest_prefix_first_prefers_cached_prompts_until_others_have_waited_too_long() -> None:
-    entries = [Entry(request(str(i), [i]), arrival=i, step=0, seed=0, limit=9, eos=()) for i in range(4)]
+    entries = [RequestState(request(str(i), [i]), arrival=i, step=0, seed=0, max_tokens=9, eos=()) for i in range(4)]
     cached = {"0": 0, "1": 8, "2": 4, "3": 8}
     policy = LongestPrefixMatch(patience=10)
 

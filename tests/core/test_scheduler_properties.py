@@ -154,10 +154,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.engine.cache.check()
 
     @invariant()
-    def the_queue_is_in_order_of_rank(self) -> None:
+    def the_queue_is_sorted(self) -> None:
         if hasattr(self, "engine"):
-            ranks = [entry.rank for entry in self.engine.scheduler.waiting]
-            assert ranks == sorted(ranks)
+            keys = [request.sort_key for request in self.engine.scheduler.waiting]
+            assert keys == sorted(keys)
 
     @invariant()
     def rows_keep_their_order(self) -> None:
@@ -166,12 +166,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         table = self.engine.table
         used = table.state != State.FREE
         going = (table.state == State.PREFILL) | (table.state == State.DECODE)
-        assert (table.computed[used] <= table.known[used] + 1).all()
-        assert (table.known[used] <= table.limit[used]).all()
+        assert (table.num_computed_tokens[used] <= table.num_tokens[used] + 1).all()
+        assert (table.num_tokens[used] <= table.max_tokens[used]).all()
         assert (table.in_flight[used] <= 2).all()
         held = self.engine.cache.row_pages[: len(table.state)]
         assert (held[~used] == 0).all()
-        needed = -(-table.computed // self.engine.cache.page_size)
+        needed = -(-table.num_computed_tokens // self.engine.cache.page_size)
         assert np.array_equal(held[going], needed[going])
 
     def teardown(self) -> None:

@@ -85,7 +85,7 @@ def test_graphs_change_no_bit_of_scores_at_fixed_batch_shapes() -> None:
     )
     prompts = random_prompts([3 + i for i in range(8)], seed=4)
     requests = [
-        Request(id=str(i), prompt=prompt, params=msgspec.structs.replace(params, seed=i))
+        Request.make(id=str(i), prompt=prompt, params=msgspec.structs.replace(params, seed=i))
         for i, prompt in enumerate(prompts)
     ]
     on, off = (answers(make("bfloat16", cuda_graph_max_bs=n), requests) for n in (8, 0))
@@ -135,7 +135,7 @@ def test_the_cost_of_special_rows(record_property: Callable[[str, object], None]
         built.engine.constraints = lambda grammar: Cycle(grammar, spec.vocab_size, 5)
         params = SamplingParams(temperature=0.6, seed=1, max_tokens=200, ignore_eos=True, **changes)  # type: ignore[arg-type]
         for i in range(64):
-            built.engine.add(Request(id=str(i), prompt=[i + 1] * 8, params=params))
+            built.engine.add(Request.make(id=str(i), prompt=[i + 1] * 8, params=params))
         for _ in range(20):
             built.engine.step()
         torch.cuda.synchronize()

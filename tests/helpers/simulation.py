@@ -121,4 +121,4 @@ def tokens_of(events: Sequence[TokenEvent]) -> list[int]:
 
 def request(name: str, prompt: Sequence[int], **params: object) -> Request:
     """A request with sampling parameters by name; greedy unless said otherwise."""
-    return Request(id=name, prompt=list(prompt), params=SamplingParams(**{"temperature": 0.0, **params}))  # type: ignore[arg-type]
+    return Request.make(id=name, prompt=list(prompt), params=SamplingParams(**{"temperature": 0.0, **params}))  # type: ignore[arg-type]
