@@ -148,7 +148,6 @@ SPELLINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--disable-pynccl", {"disable_pynccl": True}),
     ("--all-reduce symmetric", {"all_reduce": "symmetric"}),
     ("--all-reduce-crossovers 64,8192", {"all_reduce_crossovers": "64,8192"}),
-    ("--all-reduce-overlap 512", {"all_reduce_overlap": 512}),
     ("--dummy-weight", {"dummy_weight": True}),
     ("--dummy-weights", {"dummy_weight": True}),
     ("--device cpu", {"device": "cpu"}),

@@ -32,7 +32,6 @@ HOPPER = Machine(True, "NVIDIA H200", 140 * 2**30)
         ),
         ({"tp": 2, "all_reduce": "fused"}, "--all-reduce is about sums over several cards"),
         ({"tp": 2, "all_reduce_crossovers": "1,2"}, "--all-reduce-crossovers is about sums over several cards"),
-        ({"tp": 2, "all_reduce_overlap": 8}, "--all-reduce-overlap is about sums over several cards"),
         ({"attn": "fa"}, "--attn fa: fa needs a GPU; on the CPU use torch or auto"),
         ({"attn": "fa,fi"}, "--attn fa,fi: fa needs a GPU"),
         ({"attn": "torch,trtllm"}, "--attn torch,trtllm: trtllm needs a GPU"),
@@ -156,7 +155,6 @@ def test_resolving_is_pure() -> None:
             {"all_reduce_crossovers": "96"},
             "--all-reduce-crossovers must be auto, or two numbers of KiB: one shot,two shots",
         ),
-        ({"all_reduce_overlap": -1}, "--all-reduce-overlap must be at least 0"),
         ({"attn": "fa,"}, "--attn must be auto"),
         ({"attn": "auto,fa"}, "--attn must be auto"),
         ({"attn": "cudnn"}, "fa, fi, trtllm, triton, torch"),
@@ -203,13 +201,9 @@ def test_ranks_need_a_card_each() -> None:
     assert resolve(Config(tp=3), CPU).config.tp == 3
 
 
-def test_sums_are_hidden_where_there_are_some() -> None:
-    four = dataclasses.replace(HOPPER, cards=4)
-    assert resolve(Config(tp=4), four).config.all_reduce_overlap == 1024
-    assert resolve(Config(tp=4, all_reduce_overlap=0), four).config.all_reduce_overlap == 0
-    alone, processes = resolve(Config(), HOPPER).config, resolve(Config(tp=2), CPU).config
-    assert (alone.all_reduce_overlap, processes.all_reduce_overlap) == (0, 0)
-    assert resolve(alone, HOPPER).config == alone
+def test_a_resolved_configuration_resolves_to_itself() -> None:
+    resolved = resolve(Config(), HOPPER).config
+    assert resolve(resolved, HOPPER).config == resolved
 
 
 def test_the_launcher_says_which_rank_this_is() -> None:

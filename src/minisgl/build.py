@@ -11,12 +11,14 @@ import torch
 
 from minisgl.config import BUNDLED_MODEL, Config, Launcher, Machine, Resolved, launcher, resolve
 from minisgl.core.engine import Engine
-from minisgl.core.executor import LocalExecutor, build_local_executor
+from minisgl.core.executor import LocalExecutor
 from minisgl.core.model_config import ModelSpec, read_spec
 from minisgl.core.types import ModelInfo
 from minisgl.distributed.executor import GroupExecutor, build_group_executor
 from minisgl.errors import ConfigError
 from minisgl.formats.hub import locate_model
+from minisgl.formats.progress import progress_bar
+from minisgl.gpu.executor import build_local_executor
 from minisgl.text.grammar_check import build_constraints
 
 
@@ -61,10 +63,11 @@ def build_engine(config: Config, progress: bool = False, when_gone: Callable[[],
     resolved = resolve(config, machine, spec.checkpoint_dtype)
     wanted = max_seq_len(resolved.config, spec)
     executor: LocalExecutor | GroupExecutor
-    if config.tp == 1:
-        executor = build_local_executor(resolved.config, folder, spec, wanted, progress=progress)
-    else:
-        executor = build_group_executor(resolved.config, folder, spec, wanted, progress, launched, when_gone)
+    with progress_bar("Loading weights", enabled=progress) as advance:
+        if config.tp == 1:
+            executor = build_local_executor(resolved.config, folder, spec, wanted, advance)
+        else:
+            executor = build_group_executor(resolved.config, folder, spec, wanted, advance, launched, when_gone)
     fits = min(wanted, executor.num_pages * config.page_size)
     model = ModelInfo(
         name=model_name(config), vocab_size=spec.vocab_size, max_seq_len=fits, eos_token_ids=spec.eos_token_ids

@@ -20,7 +20,6 @@ BUNDLED_MODEL = "smollm2"
 ATTENTION_BACKENDS = ("fa", "fi", "trtllm", "triton", "torch")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 CPU_PREFILL_LENGTH = 512
-OVERLAP_ROWS = 1024
 PIECEWISE_TOKENS = 2048
 MAX_SECONDS = 366 * 86400.0
 
@@ -67,11 +66,6 @@ class Config:
         "auto", "--all-reduce-crossovers",
         help="KiB up to which sums through each other's memory take one shot, and two, as in 512,16384; beyond it is "
         "NCCL's; auto: as measured",
-    )  # fmt: skip
-    all_reduce_overlap: int | None = setting(
-        None, "--all-reduce-overlap",
-        help="tokens from which half a step's sums run behind the other half's products; 0: none do (default "
-        f"{OVERLAP_ROWS}, and never those that go through each other's memory)",
     )  # fmt: skip
 
     max_running_requests: int | None = setting(
@@ -268,7 +262,7 @@ def check(config: Config) -> None:
     need(1 <= config.page_size <= 256, "page_size", "between 1 and 256")
     need(config.tp >= 1, "tp", "at least 1")
     need(config.memory_ratio is None or 0.0 < config.memory_ratio <= 1.0, "memory_ratio", "in (0, 1]")
-    for name in ("cuda_graph_max_bs", "piecewise_cuda_graph_max_tokens", "all_reduce_overlap"):
+    for name in ("cuda_graph_max_bs", "piecewise_cuda_graph_max_tokens"):
         value = getattr(config, name)
         need(value is None or value >= 0, name, "at least 0")
     need(1 <= config.api_workers <= 64, "api_workers", "between 1 and 64")
@@ -320,13 +314,11 @@ def resolve(config: Config, machine: Machine, checkpoint_dtype: str = "float32")
         choose("device", device, machine.device_name if device == "cuda" else "torch sees no CUDA card")
     if device == "cuda" and config.tp > machine.cards:
         raise ConfigError(f"--tp {config.tp}: torch sees {machine.cards} CUDA card{'s'[: machine.cards - 1]}")
-    for name in ("disable_pynccl", "all_reduce", "all_reduce_crossovers", "all_reduce_overlap"):
+    for name in ("disable_pynccl", "all_reduce", "all_reduce_crossovers"):
         field = next(field for field in dataclasses.fields(config) if field.name == name)
         if getattr(config, name) not in (field.default, 0) and (config.tp == 1 or device == "cpu"):
             flag = field.metadata["flags"][0]
             raise ConfigError(f"{flag} is about sums over several cards; give --tp 2 or more on GPUs, or leave it out")
-    if config.all_reduce_overlap is None:
-        changes["all_reduce_overlap"] = OVERLAP_ROWS if config.tp > 1 and device == "cuda" else 0
     if config.dtype == "auto":
         if device == "cpu":
             choose("dtype", "float32", "the CPU computes in full precision")

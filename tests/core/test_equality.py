@@ -19,9 +19,9 @@ from helpers.retract import events_of
 from helpers.special import slow_answer
 from minisgl.config import Config
 from minisgl.core.engine import Engine
-from minisgl.core.executor import LocalExecutor
 from minisgl.core.types import ModelInfo, Request, SamplingParams
 from minisgl.core.weights import Weights, dummy_weights
+from minisgl.gpu.executor import make_executor
 
 MAX_SEQ_LEN = 128
 REQUESTS = 64
@@ -54,7 +54,7 @@ def requests() -> list[Request]:
 
 def generate(config: Config, wanted: list[Request], retractions: int = 0) -> tuple[list[list[int]], Engine]:
     """Every request's tokens, all added at once; every fifth step one is retracted, up to `retractions` times."""
-    executor = LocalExecutor(SPEC, weights(), config, MAX_SEQ_LEN)
+    executor = make_executor(SPEC, weights(), config, MAX_SEQ_LEN)
     model = ModelInfo(
         name="tiny", vocab_size=SPEC.vocab_size, max_seq_len=MAX_SEQ_LEN, eos_token_ids=SPEC.eos_token_ids
     )

@@ -12,13 +12,13 @@ from helpers.models import tiny_spec
 from minisgl.config import Config
 from minisgl.core.attention import Attention, TorchAttention
 from minisgl.core.decoder import Decoder
-from minisgl.core.executor import LocalExecutor, build_local_executor
 from minisgl.core.kv_cache import upload
 from minisgl.core.plan import StepPlan
 from minisgl.core.types import MAX_LOGPROBS
 from minisgl.core.weights import dummy_weights
 from minisgl.errors import ConfigError
 from minisgl.gpu import memory
+from minisgl.gpu.executor import build_local_executor, make_executor
 from minisgl.gpu.memory import (
     GIB,
     available_memory,
@@ -130,7 +130,7 @@ def step_plan(step: int, slot: int = 0) -> StepPlan:
 
 
 def test_executor_returns_steps_in_order() -> None:
-    executor = LocalExecutor(SPEC, dummy_weights(SPEC, torch.float32, CPU), config(num_pages=20), 64)
+    executor = make_executor(SPEC, dummy_weights(SPEC, torch.float32, CPU), config(num_pages=20), 64)
     for step in range(3):
         executor.launch(step_plan(step))
     results = [executor.collect() for _ in range(3)]
@@ -140,7 +140,7 @@ def test_executor_returns_steps_in_order() -> None:
 
 
 def test_an_error_in_a_step_is_raised_by_its_collect() -> None:
-    executor = LocalExecutor(SPEC, dummy_weights(SPEC, torch.float32, CPU), config(num_pages=20), 64)
+    executor = make_executor(SPEC, dummy_weights(SPEC, torch.float32, CPU), config(num_pages=20), 64)
     executor.launch(step_plan(1))
     executor.launch(step_plan(2, slot=99))
     assert executor.collect().step == 1

@@ -24,6 +24,7 @@ from minisgl.core.executor import LocalExecutor
 from minisgl.core.request_state import State
 from minisgl.core.types import FinishReason, Grammar, ModelInfo, Request, SamplingParams
 from minisgl.core.weights import Weights, dummy_weights
+from minisgl.gpu.executor import make_executor
 
 LIMIT = 128
 SPEC = tiny_spec(windows=(0, 24))
@@ -43,7 +44,7 @@ def make_engine(**settings: object) -> Engine:
     )  # fmt: skip
     config = base.replace(**settings)
     model = ModelInfo(name="tiny", vocab_size=SPEC.vocab_size, max_seq_len=LIMIT, eos_token_ids=(EOS,))
-    executor = LocalExecutor(SPEC, weights(), config, LIMIT)
+    executor = make_executor(SPEC, weights(), config, LIMIT)
     return Engine(executor, model, config, lambda grammar: Cycle(grammar, SPEC.vocab_size, EOS))
 
 

@@ -33,11 +33,12 @@ from helpers.gpu import (
 )
 from minisgl.config import Config
 from minisgl.core.engine import Engine
-from minisgl.core.executor import TORCH_DTYPES, build_local_executor
 from minisgl.core.model_config import ModelSpec, Moe, read_spec
 from minisgl.core.types import FinishReason, ModelInfo, Request, SamplingParams
-from minisgl.core.weights import Weights
+from minisgl.core.weights import TORCH_DTYPES, Weights
 from minisgl.errors import ConfigError
+from minisgl.gpu.cuda_graphs import DecodeGraphs
+from minisgl.gpu.executor import build_local_executor
 
 pytestmark = pytest.mark.gpu
 
@@ -211,8 +212,8 @@ def test_a_seed_says_the_same_alone_and_among_others() -> None:
 def test_graphs_go_exactly_up_to_the_batch_asked_for(largest: int) -> None:
     spec, rough, _ = weights("qwen3", "bfloat16")
     built = build(spec, rough, gpu_config(cuda_graph_max_bs=largest, max_running_requests=16, overlap=False))
-    graphs = built.runner.graphs
-    assert graphs is not None
+    graphs = built.runner.decode_graphs
+    assert isinstance(graphs, DecodeGraphs)
     assert graphs.sizes[-1] == largest
     for rows, replayed in ((largest, True), (largest + 1, False)):
         built.answer(greedy(random_prompts([4] * rows, seed=7), 3))
@@ -222,7 +223,7 @@ def test_graphs_go_exactly_up_to_the_batch_asked_for(largest: int) -> None:
 
 def test_graph_batch_zero_captures_nothing() -> None:
     spec, rough, _ = weights("qwen3", "bfloat16")
-    assert build(spec, rough, gpu_config(cuda_graph_max_bs=0)).runner.graphs is None
+    assert build(spec, rough, gpu_config(cuda_graph_max_bs=0)).runner.decode_graphs is None
 
 
 @pytest.mark.parametrize("pair", ["auto", "triton"])

@@ -41,7 +41,7 @@ def test_steps_of_a_captured_size_are_the_same_to_the_bit(model: str, attn: str)
         tokens += driver.step(decode=[0, 1], chunks={2: third})  # 32
         tokens += driver.step(chunks={3: third[:16]}, unfinished=[3])  # 16, of which nobody asks for one
         said.append(tokens + driver.step(decode=[0, 1, 2], chunks={3: second[:13]}))  # 16
-    assert drivers[1].runner.pieces is not None
+    assert drivers[1].runner.piecewise_graphs is not None
     assert said[0] == said[1]
     for old, new in zip(*map(cached, drivers), strict=True):
         assert torch.equal(old, new)

@@ -73,8 +73,8 @@ def test_masks_reach_steps_that_are_replays() -> None:
     got = answers(built, requests)
     for request in requests:
         right()[request.id].check(got[request.id], request.params, tolerance=2e-3)
-    assert built.runner.graphs is not None
-    replayed = [plan for plan in built.executor.plans if built.runner.graphs.takes(plan)]
+    assert built.runner.decode_graphs is not None
+    replayed = [plan for plan in built.executor.plans if built.runner.decode_graphs.takes(plan)]
     assert any(len(plan.constrained_slots) for plan in replayed)
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from minisgl.gpu.operations import operations_for
 from torch import Tensor
 
 from helpers.driver import Driver, RecordingDecoder
@@ -18,13 +17,15 @@ from helpers.models import tiny_spec
 from helpers.retract import events_of
 from minisgl.config import Config
 from minisgl.core.engine import Engine
-from minisgl.core.executor import TORCH_DTYPES, LocalExecutor, attention_shape
+from minisgl.core.executor import LocalExecutor
 from minisgl.core.model_config import ModelSpec, Rope
 from minisgl.core.model_runner import Runner
 from minisgl.core.plan import Masks, StepPlan, StepResult
 from minisgl.core.types import ModelInfo, Request, SamplingParams
-from minisgl.core.weights import Weights, dummy_weights
+from minisgl.core.weights import TORCH_DTYPES, Weights, dummy_weights
 from minisgl.gpu.attention.select import available_backends, make_attention
+from minisgl.gpu.executor import attention_shape, make_executor
+from minisgl.gpu.operations import operations_for
 
 DEVICE = torch.device("cuda")
 EOS = 5
@@ -154,7 +155,7 @@ class Built:
 
 def build(spec: ModelSpec, weights: Weights, config: Config, max_seq_len: int = 512) -> Built:
     """An engine on the card over weights that lie there."""
-    executor = Watched(LocalExecutor(spec, weights, config, max_seq_len))
+    executor = Watched(make_executor(spec, weights, config, max_seq_len))
     fits = min(max_seq_len, executor.num_pages * config.page_size)
     model = ModelInfo(name="small", vocab_size=spec.vocab_size, max_seq_len=fits, eos_token_ids=spec.eos_token_ids)
     return Built(Engine(executor, model, config), executor)
@@ -204,7 +205,7 @@ def fused_driver(spec: ModelSpec, weights: Weights, config: Config, max_seq_len:
 def graph_driver(spec: ModelSpec, weights: Weights, config: Config, max_seq_len: int) -> Driver:
     """A driver over the engine's own runner, graphs and all; it records no logits."""
     driver = fused_driver(spec, weights, config, max_seq_len)
-    driver.runner = LocalExecutor(spec, weights, config, max_seq_len).runner
+    driver.runner = make_executor(spec, weights, config, max_seq_len).runner
     return driver
 
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from minisgl.config import Config
-from minisgl.core.executor import LocalExecutor, build_local_executor
+from minisgl.core.executor import LocalExecutor
 from minisgl.core.model_config import ModelSpec
 from minisgl.core.plan import Masks, StepPlan, StepResult
 from minisgl.distributed.collectives import TPGroup
+from minisgl.distributed.executor import build_rank_executor
 
 T = TypeVar("T")
 
@@ -85,7 +86,7 @@ class ThreadGroup:
 
     def __init__(self, config: Config, folder: Path, spec: ModelSpec, max_seq_len: int, size: int) -> None:
         self.ranks: list[LocalExecutor] = on_all(
-            size, lambda group: build_local_executor(config, folder, spec, max_seq_len, group=group)
+            size, lambda group: build_rank_executor(config, folder, spec, max_seq_len, group)[0]
         )
 
     @property

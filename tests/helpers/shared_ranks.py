@@ -18,16 +18,15 @@ from torch import Tensor
 from helpers.interpreter import quicken
 from helpers.ranked import MAX_SEQ_LEN, SPECS, config, generate
 from minisgl.config import Config
-from minisgl.core.executor import build_local_executor
 from minisgl.core.model_config import ModelSpec
 from minisgl.core.ops import Operations
 from minisgl.distributed import fused
 from minisgl.distributed import fused as symmetric
 from minisgl.distributed.collectives import TPGroup, join_group
+from minisgl.distributed.executor import build_rank_executor
 from minisgl.distributed.fused import Buffer, Crossovers, Stages, SymmetricCollectives
 from minisgl.distributed.operations import parallel_operations
-from minisgl.distributed.overlap import OverlappedSums
-from minisgl.distributed.select import Equipment, overlap, try_norm
+from minisgl.distributed.select import Equipment, try_norm
 from minisgl.distributed.shard import vocab_shard
 from minisgl.gpu.kernels import sharded_sampling, sums
 from minisgl.gpu.kernels.sharded_sampling import ShardedSampling
@@ -69,24 +68,23 @@ def main() -> None:
         fusion = fused.make_fusion(group, collectives, spec.hidden_size, shard)
         try_norm(group.collectives, fusion.norm, ops, spec.hidden_size, (1, 3, 4, 9))
         plain = parallel_operations(ops, TPGroup(rank, size, collectives, group.control), shard)
-        operations = fused.staged_operations(ops, plain, shard, collectives, fusion)
-        return overlap(config, Equipment(TPGroup(rank, size, collectives, group.control), operations, "files"), ops)
+        operations = fused.staged_operations(plain, shard, collectives, fusion)
+        return Equipment(TPGroup(rank, size, collectives, group.control), operations, "files")
 
     with (
         mock.patch.object(symmetric, "allocate", allocate),
         mock.patch.object(fused, "allocate", allocate),
         mock.patch.object(sharded_sampling, "COPIERS", 1),  # the interpreter takes its time for each program
-        mock.patch("minisgl.core.executor.equip", equip),
-        mock.patch("minisgl.core.executor.pack_weights"),
+        mock.patch("minisgl.distributed.executor.equip", equip),
+        mock.patch("minisgl.gpu.executor.pack_weights"),
         mock.patch.object(fused, "one_shot_add_rms_norm", wraps=sums.one_shot_add_rms_norm) as one_shot,
         mock.patch.object(fused, "two_shot_add_rms_norm", wraps=sums.two_shot_add_rms_norm) as two_shot,
         mock.patch.object(ShardedSampling, "sample", autospec=True, side_effect=ShardedSampling.sample) as sample,
-        mock.patch.object(OverlappedSums, "add", autospec=True, side_effect=OverlappedSums.add) as add,
     ):
-        settings = config(max_prefill_length=200, all_reduce_overlap=4)
-        executor = build_local_executor(settings, folder, SPECS[model], MAX_SEQ_LEN, group=group)
+        settings = config(max_prefill_length=200)
+        executor = build_rank_executor(settings, folder, SPECS[model], MAX_SEQ_LEN, group)[0]
         answers = generate(executor, SPECS[model], settings, count=8)
-    launches = [operation.call_count for operation in (one_shot, two_shot, sample, add)]
+    launches = [operation.call_count for operation in (one_shot, two_shot, sample)]
     print(json.dumps({"tokens": [answer.tokens for answer in answers], "launches": launches}))
 
 

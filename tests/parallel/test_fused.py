@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from helpers.ranked import MAX_SEQ_LEN, NOWHERE, SPECS, config, generate
-from minisgl.core.executor import build_local_executor
+from minisgl.gpu.executor import build_local_executor
 
 SECONDS = 240
 
@@ -41,6 +41,4 @@ def test_fused_ranks_say_what_one_device_says(tmp_path: Path, model: str, size: 
     for text in said:
         answer = json.loads(text.splitlines()[-1])
         assert answer["tokens"] == expected
-        *three, halves = answer["launches"]
-        assert min(three) > 5, "one shot, two shots, sampling"
-        assert halves > 3, "sums of halves"
+        assert min(answer["launches"]) > 5, "one shot, two shots, sampling"

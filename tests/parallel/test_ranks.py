@@ -10,9 +10,10 @@ import torch
 from helpers.ranked import MAX_SEQ_LEN, NOWHERE, SPECS, config, generate
 from helpers.ranks import ThreadGroup, on_all
 from helpers.special import slow_answer, special_requests
-from minisgl.core.executor import build_local_executor
 from minisgl.core.weights import dummy_weights
 from minisgl.distributed.collectives import TPGroup
+from minisgl.distributed.executor import build_rank_executor
+from minisgl.gpu.executor import build_local_executor
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def test_shards_hold_the_weights_once_but_for_what_is_whole(tmp_path: Path) -> N
     spec = SPECS["qwen3-moe"]
 
     def numel(group: TPGroup) -> int:
-        decoder = build_local_executor(config(), tmp_path, spec, MAX_SEQ_LEN, group=group).runner.decoder
+        decoder = build_rank_executor(config(), tmp_path, spec, MAX_SEQ_LEN, group)[0].runner.decoder
         layers = [t for layer in decoder.weights.layers for t in vars(layer).values() if t is not None]
         return sum(t.numel() for t in (decoder.weights.embedding, decoder.weights.head, *layers))
 
@@ -61,9 +62,10 @@ def test_gathered_logits_are_one_devices() -> None:
     spec = SPECS["qwen3"]
     hidden = torch.randn(5, spec.hidden_size, generator=torch.Generator().manual_seed(0))
 
-    def logits(group: TPGroup | None) -> torch.Tensor:
-        decoder = build_local_executor(config(), NOWHERE, spec, MAX_SEQ_LEN, group=group).runner.decoder
+    def logits(group: TPGroup) -> torch.Tensor:
+        decoder = build_rank_executor(config(), NOWHERE, spec, MAX_SEQ_LEN, group)[0].runner.decoder
         return decoder.ops.whole_logits(decoder.logits(hidden))
 
+    alone = build_local_executor(config(), NOWHERE, spec, MAX_SEQ_LEN).runner.decoder
     for found in on_all(4, logits):
-        torch.testing.assert_close(found, logits(None))
+        torch.testing.assert_close(found, alone.logits(hidden))

@@ -27,6 +27,7 @@ from minisgl.core.model_config import ModelSpec
 from minisgl.core.types import ModelInfo, Request, SamplingParams
 from minisgl.core.weights import Weights
 from minisgl.errors import ConfigError
+from minisgl.gpu.executor import make_executor
 
 SLACK: Final = 2 * 256
 """Tokens: a request may leave most of a page of 256 empty, and admission keeps one more for it."""
@@ -176,7 +177,7 @@ class Trials:
         pages = max(2, self.loaded.kv_tokens // config.page_size)
         free, started = free_memory(self.device), time.perf_counter()
         length = max_seq_len(config, self.loaded.spec)
-        made = LocalExecutor(self.loaded.spec, self.loaded.weights, config.replace(num_pages=pages), length)
+        made = make_executor(self.loaded.spec, self.loaded.weights, config.replace(num_pages=pages), length)
         self._build_seconds = time.perf_counter() - started
         kv = made.runner.kv.k.nbytes + made.runner.kv.v.nbytes
         self._other_gib = max(0, free - free_memory(self.device) - kv) / 2**30

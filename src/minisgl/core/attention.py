@@ -11,9 +11,10 @@ rows of 512 tokens, 64 rows take 148 ms for SmolLM2-135M's 30 layers on two core
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -64,25 +65,51 @@ class PlannedAttention(Protocol):
         """
 
 
-@dataclass(frozen=True, kw_only=True)
-class Projection:
-    """What makes rotated queries and keys of a layer's QKV product: the arguments of `rope_store_kv` of these names."""
+class RopeStore(NamedTuple):
+    """`rope_store_kv` of one layer and step: the operation, and its arguments behind qkv."""
 
+    operation: Callable[..., Tensor]
     q_norm: Tensor | None
     k_norm: Tensor | None
     eps: float
-    cos_sin: Tensor | None
+    cos_sin: Tensor
+    positions: Tensor
+    locations: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+
+    def __call__(self, qkv: Tensor, out: Tensor | None = None) -> Tensor:
+        """Rotated queries (T, H, hd) of qkv (T, (H + 2K) * hd), whose keys and values are written; `out` if given."""
+        return self.operation(qkv, *self[1:], out)
 
 
-@runtime_checkable
-class ProjectingAttention(PlannedAttention, Protocol):
-    """Attention of decode rows that does the work of `rope_store_kv` too."""
+class FusedAttention(ABC):
+    """A PlannedAttention of decode rows whose kernel does the work of `rope_store_kv` too."""
 
+    @abstractmethod
     def begin(self, windows: Sequence[int]) -> None:
         """Prepare a step of layers with these windows, before anything else of the step."""
 
-    def project(self, qkv: Tensor, projection: Projection, layer: int, window: int) -> Tensor:
-        """`run` of what `rope_store_kv` makes of qkv (B, (H + 2K) * hd), with each row's last token its new one."""
+    @abstractmethod
+    def run_qkv(self, qkv: Tensor, rope: RopeStore, layer: int, window: int) -> Tensor:
+        """`run` of what `rope` makes of qkv (B, (H + 2K) * hd), with each row's last token its new one."""
+
+    @abstractmethod
+    def run(self, q: Tensor, layer: int, window: int) -> Tensor:
+        """As in PlannedAttention."""
+
+
+def begin_step(attention: PlannedAttention, windows: Sequence[int]) -> None:
+    """To be called before anything else of a step whose layers have these windows."""
+    if isinstance(attention, FusedAttention):
+        attention.begin(windows)
+
+
+def attend(attention: PlannedAttention, qkv: Tensor, rope: RopeStore, layer: int, window: int) -> Tensor:
+    """Rotate queries and keys, write keys and values, and attend: qkv (T, (H + 2K) * hd) -> (T, H, hd)."""
+    if isinstance(attention, FusedAttention):
+        return attention.run_qkv(qkv, rope, layer, window)
+    return attention.run(rope(qkv), layer, window)
 
 
 class AttentionBackend(Protocol):

@@ -1,8 +1,4 @@
-"""The executor for one device: a GPU's stream, or a thread that stands in for one on the CPU.
-
-The device may be one of a tensor-parallel group: then `spec` and weights are its share, and the decoder's operations
-add up what the ranks computed.
-"""
+"""The executor for one device: a GPU's stream, or a thread that stands in for one on the CPU."""
 
 from __future__ import annotations
 
@@ -10,75 +6,35 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minisgl.config import Config
-from minisgl.core.attention import GraphBackend
-from minisgl.core.decoder import Decoder, pack_weights
-from minisgl.core.kv_cache import allocate_kv
 from minisgl.core.logits import StepOutput, TokenScores
-from minisgl.core.model_config import ModelSpec
 from minisgl.core.model_runner import Runner
-from minisgl.core.ops import Operations
 from minisgl.core.plan import Masks, Scores, StepPlan, StepResult
-from minisgl.core.weights import Weights, dummy_weights, load_weights
-from minisgl.distributed.collectives import TPGroup
-from minisgl.distributed.select import Equipment, equip
-from minisgl.distributed.shard import cutter, local_spec
-from minisgl.gpu.attention.select import Shape, make_attention
-from minisgl.gpu.cuda_graphs import largest_piece
-from minisgl.gpu.memory import available_memory, measure_pages, require_pages_fit, require_weights_fit
-from minisgl.gpu.operations import operations_for
 
 ALIVE_SECONDS = 0.1
 """How often a rank that waits for a step on the CPU asks whether the others are alive."""
 POLL_SECONDS = 2e-5
 """The same on a GPU, where a step of some milliseconds is waited for; the next one is in its stream already."""
-TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class LocalExecutor:
-    """Runs plans on `config.device` with weights that lie there. `config` is resolved and says `num_pages`.
+    """Runs plans on the runner's device. `attention_choice` says which attention backends run, and why.
 
     On one rank of several `alive` raises when the group is broken; it is asked while a result is waited for.
     """
 
     def __init__(
-        self,
-        spec: ModelSpec,
-        weights: Weights,
-        config: Config,
-        max_seq_len: int,
-        ops: Operations | None = None,
-        alive: Callable[[], None] | None = None,
+        self, runner: Runner, attention_choice: str = "torch", alive: Callable[[], None] | None = None
     ) -> None:
-        assert config.num_pages is not None
-        assert config.max_running_requests is not None
-        self.device = torch.device(config.device)
-        dtype = TORCH_DTYPES[config.dtype]
-        max_seq_len = min(max_seq_len, config.num_pages * config.page_size)
-        kv = allocate_kv(
-            spec.num_layers, config.num_pages, config.page_size, spec.num_kv_heads, spec.head_dim, dtype, self.device
-        )
-        attention, choice = make_attention(config.attn, attention_shape(spec, config), self.device)
-        ops = ops or operations_for(self.device, spec.hidden_size)
-        decoder = Decoder(spec, weights, attention, max_seq_len, ops)
-        self.equipment: Equipment | None = None
+        self.runner = runner
+        self.device = runner.device
+        self.attention_choice = attention_choice
+        self.kernels = runner.decoder.ops.name
         self._alive = alive
-        self.runner = Runner(decoder, kv, config.max_running_requests, max_seq_len, self.device)
-        self.attention_choice = str(choice)
-        self.kernels = ops.name
-        if config.cuda_graph_max_bs and isinstance(attention.decode, GraphBackend):
-            self.runner.capture_graphs(config.cuda_graph_max_bs, max_seq_len)
-        elif config.cuda_graph_max_bs:
-            self.attention_choice += "; its decode cannot be captured, so there are no CUDA graphs"
-        if tokens := largest_piece(config):
-            self.runner.capture_pieces(tokens)
-        self._num_pages = config.num_pages
         self._worker = ThreadPoolExecutor(1, "minisgl-step") if self.device.type == "cpu" else None
         self._results: deque[Callable[[], StepResult]] = deque()
         self._half: tuple[StepPlan, Callable[[], StepOutput]] | None = None  # launched, and to be finished
@@ -86,7 +42,7 @@ class LocalExecutor:
     @property
     def num_pages(self) -> int:
         """KV pages the scheduler may hand out."""
-        return self._num_pages
+        return self.runner.kv.num_pages
 
     def launch(self, plan: StepPlan) -> None:
         """Start a step behind those already started."""
@@ -136,7 +92,7 @@ class LocalExecutor:
             self._worker.shutdown()
         else:
             torch.cuda.synchronize(self.device)
-            self.runner.graphs = self.runner.pieces = None
+            self.runner.decode_graphs = self.runner.piecewise_graphs = None
 
 
 def _await(output: Future[StepOutput], alive: Callable[[], None] | None) -> StepOutput:
@@ -189,53 +145,3 @@ def _raiser(error: Exception) -> Callable[[], Any]:
         raise error
 
     return fail
-
-
-def attention_shape(spec: ModelSpec, config: Config) -> Shape:
-    """What the attention backends must be able to compute."""
-    return Shape(
-        num_heads=spec.num_heads,
-        num_kv_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        dtype=TORCH_DTYPES[config.dtype],
-        page_size=config.page_size,
-    )
-
-
-def build_local_executor(
-    config: Config,
-    folder: Path,
-    spec: ModelSpec,
-    max_seq_len: int,
-    progress: bool = False,
-    group: TPGroup | None = None,
-    alive: Callable[[], None] | None = None,
-) -> LocalExecutor:
-    """Load the model in `folder`, or make weights up where `config.dummy_weight`, and size the KV cache.
-
-    `config` is resolved. On a rank of a group only its share is loaded, and every rank gets the pages that fit on all.
-    Raises ModelError for weights that cannot be read, ConfigError when memory does not suffice.
-    """
-    device, dtype = torch.device(config.device), TORCH_DTYPES[config.dtype]
-    rank, size = (0, 1) if group is None else (group.rank, group.size)
-    share, cut = local_spec(spec, size), None if group is None else cutter(spec, rank, size)
-    require_pages_fit(config, share, dtype)
-    ops, equipment = operations_for(device, spec.hidden_size), None
-    if group is not None:
-        equipment = equip(config, group, spec, ops, dtype)
-        ops = equipment.operations
-    before = available_memory(device)
-    require_weights_fit(spec, dtype, device, cut)
-    if config.dummy_weight:
-        weights = dummy_weights(spec, dtype, device, cut=cut)
-    else:
-        weights = load_weights(folder, spec, dtype, device, progress, cut)
-    pack_weights(weights)
-    attention, _ = make_attention(config.attn, attention_shape(share, config), device)
-    decoder = Decoder(share, weights, attention, max_seq_len, ops)
-    num_pages = measure_pages(config, decoder, dtype, max_seq_len, before)
-    if group is not None:
-        num_pages = group.least(num_pages)
-    executor = LocalExecutor(share, weights, config.replace(num_pages=num_pages), max_seq_len, ops, alive)
-    executor.equipment = equipment
-    return executor

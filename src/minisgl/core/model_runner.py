@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minisgl.core.attention import Geometry, Rows
+from minisgl.core.attention import Geometry, PlannedAttention, Rows
 from minisgl.core.decoder import Decoder, ForwardBatch
 from minisgl.core.kv_cache import DeviceTables, KVCache, upload
 from minisgl.core.logits import StepOutput, Tail
 from minisgl.core.plan import Masks, RowInit, StepPlan
 
-if TYPE_CHECKING:
-    from minisgl.gpu.cuda_graphs import DecodeGraphs, PiecewiseGraphs
+
+class DecodeGraphRunner(Protocol):
+    """Decode steps as graphs, over a runner's tables and cache."""
+
+    def takes(self, plan: StepPlan) -> bool:
+        """Whether there is a graph for this step."""
+
+    def run(self, plan: StepPlan) -> StepOutput:
+        """The whole step, sampled tokens written back to the tables."""
+
+
+class PiecewiseGraphRunner(Protocol):
+    """Steps with prompts as graphs between their attentions."""
+
+    def takes(self, batch: ForwardBatch) -> bool:
+        """Whether there are graphs for this step."""
+
+    def forward(self, batch: ForwardBatch, attention: PlannedAttention) -> Tensor:
+        """`Decoder.forward`."""
 
 
 class Runner:
@@ -29,21 +46,8 @@ class Runner:
         self.device = device
         self.tables = DeviceTables(rows, -(-max_seq_len // kv.page_size), kv.num_pages, device)
         self.tail = Tail(decoder, self.tables, device)
-        self.graphs: DecodeGraphs | None = None
-        self.pieces: PiecewiseGraphs | None = None
-
-    def capture_graphs(self, largest: int, max_seq_len: int) -> None:
-        """From here on, decode steps of up to `largest` rows are graph replays."""
-        from minisgl.gpu.cuda_graphs import DecodeGraphs, graph_sizes
-
-        sizes = graph_sizes(largest)
-        self.graphs = DecodeGraphs(self.decoder, self.kv, self.tables, sizes, max_seq_len)
-
-    def capture_pieces(self, largest: int) -> None:
-        """From here on, steps with prompts of up to `largest` tokens are graph replays between their attentions."""
-        from minisgl.gpu.cuda_graphs import PiecewiseGraphs
-
-        self.pieces = PiecewiseGraphs(self.decoder, self.kv, largest)
+        self.decode_graphs: DecodeGraphRunner | None = None
+        self.piecewise_graphs: PiecewiseGraphRunner | None = None
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepOutput:
@@ -61,8 +65,8 @@ class Runner:
 
     def _forward(self, plan: StepPlan) -> StepOutput:
         """Run the model, draw a token for each sampled row from its own logits, and score prompts."""
-        if self.graphs is not None and self.graphs.takes(plan):
-            return self.graphs.run(plan)
+        if self.decode_graphs is not None and self.decode_graphs.takes(plan):
+            return self.decode_graphs.run(plan)
         if plan.init is not None:
             self._admit(plan.init)
         step = upload_step(plan, self.device)
@@ -70,8 +74,8 @@ class Runner:
             self.tables.write_pages(step.page_slots, step.page_indices, step.page_ids)
         attention = self.decoder.attention.plan(self._geometry(plan, step), self.kv)
         batch = self._batch(step)
-        if self.pieces is not None and self.pieces.takes(batch):
-            hidden = self.pieces.forward(batch, attention)
+        if self.piecewise_graphs is not None and self.piecewise_graphs.takes(batch):
+            hidden = self.piecewise_graphs.forward(batch, attention)
         else:
             hidden = self.decoder.forward(batch, attention, self.kv)
         output = self._sample(plan, step, hidden[: len(step.sampled)])

@@ -15,9 +15,8 @@ Which implementation of the fused operations a device gets: plain torch, or kern
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -71,16 +70,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         return product[:rows]
     return F.linear(x, weight, bias)
-
-
-def linear_into(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """The same, written to out (T, out)."""
-    if weight.is_mkldnn:
-        out.copy_(linear(x, weight, bias))
-    elif bias is None:
-        torch.mm(x, weight.t(), out=out)
-    else:
-        torch.addmm(bias, x, weight.t(), out=out)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -182,26 +171,6 @@ def moe(
     return out
 
 
-Norm = Callable[[Tensor, Tensor, float], Tensor]
-"""(residual (T, D), weight (D,), eps) -> (T, D): a norm of the residual stream, and what is done before it."""
-
-
-@dataclass(frozen=True)
-class Turns:
-    """A step's T rows in parts, the first ones first.
-
-    `add(x)` begins to add x, what a block computed for the rows of one part, to their residual stream. The norm that it
-    returns ends that: it is `add_rms_norm` of x, and is called once, before the next `add` for these rows.
-    """
-
-    rows: Sequence[int]
-    add: Callable[[Tensor], Norm]
-
-    def split(self, x: Tensor) -> Sequence[Tensor]:
-        """x (T, ...) as each part's rows, which are views."""
-        return (x,) if len(self.rows) == 1 else torch.split(x, list(self.rows))
-
-
 Sample = Callable[[Tensor, SamplingRows, Tensor, Tensor, bool, bool, bool], Tensor]
 
 
@@ -212,10 +181,9 @@ class Operations:
     `embed(ids, table, whole)` begins a forward pass, which is `whole` when the hidden states of all its tokens are
     wanted. `linear(x, weight, bias)` is a product; `project` one whose result only `add_rms_norm` reads, and may be
     parts of a sum (parts, T, N); `gated(x, weight, bias)` the `silu_mul` of a product.
-    `linear_into(x, weight, bias, out)` writes a product to `out`. On one rank of several logits are those of its own
-    tokens: `sample(logits, table, slots, positions, all_greedy, any_filter, any_min_len)` chooses tokens from them for
-    rows of a table; `whole_logits` makes them those of all tokens, on all ranks alike, and `sample_whole` chooses from
-    such. `cut(residual)` says in which parts a step's rows take turns between attentions; None: all go at once.
+    On one rank of several logits are those of its own tokens: `sample(logits, table, slots, positions, all_greedy,
+    any_filter, any_min_len)` chooses tokens from them for rows of a table; `whole_logits` makes them those of all
+    tokens, on all ranks alike, and `sample_whole` chooses from such.
     """
 
     name: str
@@ -223,7 +191,6 @@ class Operations:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-    linear_into: Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
     project: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     gated: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     rope_store_kv: Callable[
@@ -233,11 +200,6 @@ class Operations:
     whole_logits: Callable[[Tensor], Tensor]
     sample: Sample
     sample_whole: Sample
-    cut: Callable[[Tensor], Turns | None] = lambda residual: None
-
-    def turns(self, residual: Tensor) -> Turns:
-        """The parts of the rows of a residual stream (T, D)."""
-        return self.cut(residual) or Turns((len(residual),), partial(partial, self.add_rms_norm))
 
 
 def _embed(ids: Tensor, table: Tensor, whole: bool) -> Tensor:
@@ -267,7 +229,6 @@ PLAIN = Operations(
     rms_norm=rms_norm,
     add_rms_norm=add_rms_norm,
     linear=linear,
-    linear_into=linear_into,
     project=linear,
     gated=lambda x, weight, bias: silu_mul(linear(x, weight, bias)),
     rope_store_kv=rope_store_kv,

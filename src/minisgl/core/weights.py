@@ -1,6 +1,4 @@
-"""The progress bar of loading and converting.
-
-Which checkpoint tensors each of our tensors is made of: the one place that knows Hugging Face's names.
+"""Which checkpoint tensors each of our tensors is made of: the one place that knows Hugging Face's names.
 
 Which part of each tensor one rank of several keeps, and where in the checkpoint it lies.
 
@@ -13,29 +11,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minisgl.core.model_config import Fields, ModelSpec, read_json
 from minisgl.errors import ModelError
 
+TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-@contextmanager
-def progress_bar(title: str, total: int, *, enabled: bool) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr that goes away when done; gives the function that advances it. Nothing where not `enabled`."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not enabled) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda steps: progress.advance(task, steps)
+Progress = Callable[[int, int], None]
+"""Called with how many elements were read just now, and how many there are in all."""
 
 
 @dataclass(frozen=True)
@@ -177,14 +169,6 @@ class Piece:
     source: Source
     take: tuple[slice, ...]
     region: tuple[int | slice, ...]
-
-    @property
-    def numel(self) -> int:
-        """Elements read."""
-        count = 1
-        for part in self.take:
-            count *= part.stop - part.start
-        return count
 
 
 def pieces(source: Source, keep: Keep | None) -> Iterator[Piece]:
@@ -362,7 +346,7 @@ def load_weights(
     spec: ModelSpec,
     dtype: torch.dtype,
     device: torch.device,
-    progress: bool = False,
+    progress: Progress | None = None,
     cut: Cut | None = None,
 ) -> Weights:
     """Read a folder's safetensors into tensors of `dtype` on `device`, one checkpoint tensor at a time.
@@ -378,16 +362,16 @@ def load_weights(
         checkpoint.check_complete({source.name for _, sources in plan for source in sources})
         tensors: dict[tuple[int | None, str], Tensor] = {}
         total = sum(math.prod(_shape(parameter, _keep(parameter, cut))) for parameter, _ in plan)
-        with progress_bar("Loading weights", total, enabled=progress) as advance:
-            for parameter, sources in plan:
-                keep = _keep(parameter, cut)
-                make = torch.zeros if keep is not None and keep.padding else torch.empty
-                shard = make(_shape(parameter, keep), dtype=dtype, device=device)
-                for source in sources:
-                    for piece in pieces(source, keep):
-                        checkpoint.read_into(source.name, shard[piece.region], piece.take)
-                        advance(piece.numel)
-                tensors[parameter.layer, parameter.field] = shard
+        for parameter, sources in plan:
+            keep = _keep(parameter, cut)
+            make = torch.zeros if keep is not None and keep.padding else torch.empty
+            shard = make(_shape(parameter, keep), dtype=dtype, device=device)
+            for source in sources:
+                for piece in pieces(source, keep):
+                    checkpoint.read_into(source.name, shard[piece.region], piece.take)
+            tensors[parameter.layer, parameter.field] = shard
+            if progress is not None:
+                progress(shard.numel(), total)
     return assemble(spec, tensors)
 
 

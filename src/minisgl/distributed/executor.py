@@ -15,28 +15,32 @@ from pathlib import Path
 import torch
 
 from minisgl.config import Config, Launcher
-from minisgl.core.executor import TORCH_DTYPES, LocalExecutor, attention_shape, build_local_executor
+from minisgl.core.executor import LocalExecutor
 from minisgl.core.model_config import ModelSpec
 from minisgl.core.plan import Masks, StepPlan, StepResult
+from minisgl.core.weights import TORCH_DTYPES, Progress
 from minisgl.distributed.collectives import TPGroup, join_group, share_text
 from minisgl.distributed.messages import Assign, Finish, Launch
-from minisgl.distributed.shard import check_shards, local_spec
+from minisgl.distributed.select import Equipment, equip
+from minisgl.distributed.shard import check_shards, cutter, local_spec
 from minisgl.distributed.worker_pool import Members
 from minisgl.errors import MinisglError
 from minisgl.gpu.attention.select import Choice, available_backends, capability, choose
+from minisgl.gpu.executor import RankShare, attention_shape, build_local_executor
 from minisgl.gpu.memory import require_pages_fit
+from minisgl.gpu.operations import operations_for
 
 
 class GroupExecutor:
     """Runs plans on every rank of a group. An error of any rank is raised by `collect`, or by the next `launch`."""
 
-    def __init__(self, local: LocalExecutor, group: TPGroup, members: Members) -> None:
+    def __init__(self, local: LocalExecutor, equipment: Equipment, members: Members) -> None:
         self.local = local
-        self.group = group
+        self.group = equipment.group
         self.members = members
         self.attention_choice = local.attention_choice
         self.kernels = local.kernels
-        self.collectives = "" if local.equipment is None else local.equipment.note
+        self.collectives = equipment.note
 
     @property
     def num_pages(self) -> int:
@@ -93,7 +97,7 @@ def build_group_executor(
     folder: Path,
     spec: ModelSpec,
     max_seq_len: int,
-    progress: bool,
+    progress: Progress | None,
     launched: Launcher | None,
     when_gone: Callable[[], None] | None,
 ) -> GroupExecutor:
@@ -114,7 +118,7 @@ def build_group_executor(
     members.when_gone(group.collectives.abort)
     try:
         members.send(Assign(config, str(folder), max_seq_len))
-        local = build_local_executor(config, folder, spec, max_seq_len, progress, group, members.check)
+        local, equipment = build_rank_executor(config, folder, spec, max_seq_len, group, progress, members.check)
         group.least(0)  # every rank is ready
     except BaseException as error:
         failure = members.blame(error) if isinstance(error, Exception) else error
@@ -122,11 +126,27 @@ def build_group_executor(
         group.collectives.abort()
         group.collectives.close()
         raise failure from None if failure is error else error
-    assert local.equipment is not None
-    group = local.equipment.group
-    members.when_gone(group.collectives.abort)
+    members.when_gone(equipment.group.collectives.abort)
     local.attention_choice = local.attention_choice.replace("as asked for", choice.why)
-    return GroupExecutor(local, group, members)
+    return GroupExecutor(local, equipment, members)
+
+
+def build_rank_executor(
+    config: Config,
+    folder: Path,
+    spec: ModelSpec,
+    max_seq_len: int,
+    group: TPGroup,
+    progress: Progress | None = None,
+    alive: Callable[[], None] | None = None,
+) -> tuple[LocalExecutor, Equipment]:
+    """One rank's executor over its share of the model, with the collectives that it uses. Every rank calls it."""
+    dtype = TORCH_DTYPES[config.dtype]
+    ops = operations_for(torch.device(config.device), spec.hidden_size)
+    equipment = equip(config, group, spec, ops, dtype)
+    cut = cutter(spec, group.rank, group.size)
+    share = RankShare(local_spec(spec, group.size), cut, equipment.operations, group.least)
+    return build_local_executor(config, folder, spec, max_seq_len, progress, share, alive), equipment
 
 
 def meet_here(config: Config, device: torch.device) -> tuple[TPGroup, Members]:

@@ -73,7 +73,7 @@ class Stages:
     """Buffers where a rank puts its part of a sum. Consecutive sums take different ones (see `gpu/kernels/ranks.py`).
 
     A forward pass begins in the first one, which nothing else takes: what is summed there may become the residual
-    stream. Products that end a block take turns on two; what was computed elsewhere is copied to the last.
+    stream. Everything else is copied to the other.
     """
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -81,29 +81,16 @@ class Stages:
         self.dtype = dtype
         self.bytes = size
         count = size // dtype.itemsize
-        self.first, self.left, self.right, self.loose = (allocate(count, dtype, device) for _ in range(4))
-        self._next = self.left
+        self.first, self.loose = (allocate(count, dtype, device) for _ in range(2))
 
     def fits(self, x: Tensor) -> bool:
         """Whether x may be summed here."""
         return x.dtype == self.dtype and 0 < x.numel() * x.element_size() <= self.bytes
 
-    def begin(self) -> None:
-        """A forward pass begins."""
-        self._next = self.left
-
-    def take(self, rows: int, columns: int) -> Tensor | None:
-        """Where the next product (rows, columns) may be written; None when it is too large."""
-        if not 0 < rows * columns * self.dtype.itemsize <= self.bytes:
-            return None
-        buffer, self._next = self._next, self.right if self._next is self.left else self.left
-        return buffer.own[: rows * columns].view(rows, columns)
-
     def holding(self, x: Tensor) -> Buffer:
         """The buffer that x fills from its beginning; x is copied to one when it lies elsewhere."""
-        for buffer in (self.first, self.left, self.right):
-            if x.data_ptr() == buffer.own.data_ptr():
-                return buffer
+        if x.data_ptr() == self.first.own.data_ptr():
+            return self.first
         self.loose.own[: x.numel()].view(x.shape).copy_(x)
         return self.loose
 
@@ -245,14 +232,13 @@ def make_sampling(ranks: Ranks, shard: VocabShard, dtype: torch.dtype) -> Sharde
 
 
 def staged_operations(
-    ops: Operations, plain: Operations, shard: VocabShard, collectives: SymmetricCollectives, fusion: Fusion | None
+    plain: Operations, shard: VocabShard, collectives: SymmetricCollectives, fusion: Fusion | None
 ) -> Operations:
-    """`plain`, a rank's operations, with sums where their parts are made: in symmetric memory; `ops`: one device's."""
+    """`plain`, a rank's operations, with sums through symmetric memory."""
     stages = collectives.stages
     norm, sampling = (None, None) if fusion is None else (fusion.norm, fusion.sampling)
 
     def embed(ids: Tensor, table: Tensor, whole: bool) -> Tensor:
-        stages.begin()
         if norm is not None:
             norm.begin(whole)
         x = embed_shard(ids, table, shard)
@@ -260,13 +246,6 @@ def staged_operations(
             return collectives.all_reduce(x)
         stages.first.own[: x.numel()].view(x.shape).copy_(x)
         return collectives.in_stage(stages.first, x.shape)
-
-    def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        out = stages.take(len(x), len(weight))
-        if out is None:
-            return ops.linear(x, weight, bias)
-        ops.linear_into(x, weight, bias, out)
-        return out
 
     def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         normed = None if norm is None else norm.add_rms_norm(x, residual, weight, eps)
@@ -287,4 +266,4 @@ def staged_operations(
         sampling.own_logits[:rows].copy_(logits)
         return sampling.sample(rows, table, slots, positions)
 
-    return dataclasses.replace(plain, embed=embed, project=project, add_rms_norm=add_rms_norm, sample=sample)
+    return dataclasses.replace(plain, embed=embed, add_rms_norm=add_rms_norm, sample=sample)

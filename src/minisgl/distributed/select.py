@@ -18,7 +18,6 @@ from minisgl.core.model_config import ModelSpec
 from minisgl.core.ops import Operations
 from minisgl.distributed.collectives import Collectives, TPGroup
 from minisgl.distributed.operations import parallel_operations
-from minisgl.distributed.overlap import OverlappedSums
 from minisgl.distributed.shard import VocabShard, vocab_shard
 from minisgl.errors import ConfigError
 
@@ -42,15 +41,10 @@ class Equipment:
 
 
 def equip(config: Config, group: TPGroup, spec: ModelSpec, ops: Operations, dtype: torch.dtype) -> Equipment:
-    """Choose collectives for the whole model `spec`, whose operations on one device are `ops`, and what hides sums.
+    """Choose collectives for the whole model `spec`, whose operations on one device are `ops`.
 
     Raises ConfigError when what `config.all_reduce` asks for does not work here.
     """
-    return overlap(config, choose(config, group, spec, ops, dtype), ops)
-
-
-def choose(config: Config, group: TPGroup, spec: ModelSpec, ops: Operations, dtype: torch.dtype) -> Equipment:
-    """Choose collectives, and make the operations that use them."""
     shard = vocab_shard(spec.vocab_size, group.rank, group.size)
     if config.device == "cpu":
         return Equipment(group, parallel_operations(ops, group, shard), "gloo")
@@ -76,9 +70,11 @@ def choose(config: Config, group: TPGroup, spec: ModelSpec, ops: Operations, dty
         if fusion is None and config.all_reduce == "fused":
             raise ConfigError(f"--all-reduce fused does not work here: {why}")
         notes.append("; in decode steps together with the norm" if fusion else f"; not together with the norm: {why}")
+    from minisgl.distributed.fused import staged_operations
+
     group = dataclasses.replace(group, collectives=reached)
     plain = parallel_operations(ops, group, shard)
-    return Equipment(group, stage(ops, plain, shard, reached, fusion), " ".join(notes).replace(" ;", ";"))
+    return Equipment(group, staged_operations(plain, shard, reached, fusion), " ".join(notes).replace(" ;", ";"))
 
 
 def attempt(group: TPGroup, work: Callable[[], T]) -> tuple[T | None, str]:
@@ -137,32 +133,6 @@ def fuse(group: TPGroup, collectives: SymmetricCollectives, hidden: int, ops: Op
     fusion = make_fusion(group, collectives, hidden, shard)
     try_norm(group.collectives, fusion.norm, ops, hidden)
     return fusion
-
-
-def stage(
-    ops: Operations, plain: Operations, shard: VocabShard, reached: SymmetricCollectives, fusion: Fusion | None
-) -> Operations:
-    """The operations that put their parts of sums where they are summed."""
-    from minisgl.distributed.fused import staged_operations
-
-    return staged_operations(ops, plain, shard, reached, fusion)
-
-
-def overlap(config: Config, equipment: Equipment, ops: Operations) -> Equipment:
-    """The same with sums of half a large step's rows hidden behind the other half's products.
-
-    Sums that symmetric memory takes are too short to be worth it: they stay as they are.
-    """
-    from minisgl.distributed.fused import SymmetricCollectives
-
-    if not config.all_reduce_overlap:
-        return equipment
-    ranks, beyond = equipment.group.collectives, 0
-    if isinstance(ranks, SymmetricCollectives):
-        beyond, ranks = ranks.stages.bytes, ranks.base
-    device = torch.device("cpu") if config.device == "cpu" else torch.device("cuda", torch.cuda.current_device())
-    sums = OverlappedSums(ranks, ops, config.all_reduce_overlap, beyond, device)
-    return dataclasses.replace(equipment, operations=dataclasses.replace(equipment.operations, cut=sums.cut))
 
 
 def require_peers(group: TPGroup) -> None:

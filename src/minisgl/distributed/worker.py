@@ -24,10 +24,10 @@ import torch
 import zmq
 
 from minisgl.config import Launcher
-from minisgl.core.executor import LocalExecutor, build_local_executor
+from minisgl.core.executor import LocalExecutor
 from minisgl.core.model_config import read_spec
 from minisgl.distributed.collectives import TPGroup, join_group, share_text
-from minisgl.distributed.executor import use_device
+from minisgl.distributed.executor import build_rank_executor, use_device
 from minisgl.distributed.messages import (
     Assign,
     Close,
@@ -40,6 +40,7 @@ from minisgl.distributed.messages import (
     encoder,
     to_rank_decoder,
 )
+from minisgl.distributed.select import Equipment
 from minisgl.distributed.worker_pool import HEARTBEAT_MS, SILENCE_MS, RankStart
 from minisgl.errors import ConfigError, MinisglError, ModelError
 from minisgl.formats.hub import locate_model
@@ -94,11 +95,10 @@ class Rank:
         self._say(Hello(self.rank))
         try:
             group = join()
-            executor = self._build(group)
+            executor, equipment = self._build(group)
             group.least(0)  # every rank is ready
             self._serve(executor)
-            assert executor.equipment is not None
-            executor.equipment.group.collectives.close()
+            equipment.group.collectives.close()
         except MinisglError as error:
             self._fail(error.message, isinstance(error, (ConfigError, ModelError)))
         except Exception as error:
@@ -110,7 +110,7 @@ class Rank:
         self._context.destroy(linger=LINGER_MS)
         return 0
 
-    def _build(self, group: TPGroup) -> LocalExecutor:
+    def _build(self, group: TPGroup) -> tuple[LocalExecutor, Equipment]:
         order = self._receive()
         assert isinstance(order, Assign)
         config, folder = order.config, Path(order.folder)
@@ -118,7 +118,7 @@ class Rank:
         if not folder.is_dir():  # another host's
             weights = not config.dummy_weight
             folder = locate_model(config.model, config.model_source, dtype=config.dtype, weights=weights)
-        return build_local_executor(config, folder, read_spec(folder), order.max_seq_len, group=group)
+        return build_rank_executor(config, folder, read_spec(folder), order.max_seq_len, group)
 
     def _serve(self, executor: LocalExecutor) -> None:
         launched: queue.SimpleQueue[bool] = queue.SimpleQueue()

@@ -37,8 +37,9 @@ from torch import Tensor
 
 from minisgl.config import cache_folder
 from minisgl.core.model_config import Fields, ModelSpec, read_spec
-from minisgl.core.weights import INDEX, Source, parameters, progress_bar
+from minisgl.core.weights import INDEX, Source, parameters
 from minisgl.errors import ModelError
+from minisgl.formats.progress import progress_bar
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from minisgl.config import Config
 from minisgl.core.attention import GraphBackend, GraphDecode, PlannedAttention
-from minisgl.core.decoder import Decoder, ForwardBatch, ForwardPass
+from minisgl.core.decoder import Decoder, ForwardBatch
 from minisgl.core.kv_cache import DeviceTables, KVCache, StepInputs
 from minisgl.core.logits import StepOutput
 from minisgl.core.plan import Int32, StepPlan
@@ -188,10 +188,40 @@ class CudaCapture:
         return graph.replay
 
 
+class SplitStep:
+    """A step of T tokens in parts that end before each layer's attention: `start`, then `between` the layers.
+
+    A part writes the layer's queries to `queries` (T, H, hd), and reads the attention's result in `heads` (T, H, hd).
+    """
+
+    residual: Tensor  # (T, D)
+
+    def __init__(self, decoder: Decoder, batch: ForwardBatch, kv: KVCache, queries: Tensor, heads: Tensor) -> None:
+        self.decoder = decoder
+        self.batch = batch
+        self.kv = kv
+        self.queries = queries
+        self.heads = heads
+
+    def start(self) -> None:
+        """Up to the first layer's attention."""
+        x, self.residual = self.decoder.embed(self.batch)
+        self._write_queries(0, x)
+
+    def between(self, index: int) -> None:
+        """From layer `index`'s attention to that of the next."""
+        x, self.residual = self.decoder.after_attention(index, self.heads, self.residual, None)
+        self._write_queries(index + 1, x)
+
+    def _write_queries(self, index: int, x: Tensor) -> None:
+        qkv, rope = self.decoder.before_attention(index, x, self.batch, self.kv)
+        rope(qkv, out=self.queries)
+
+
 class Pieces(NamedTuple):
     """The graphs for a number of tokens."""
 
-    way: ForwardPass
+    step: SplitStep
     replays: list[Work]  # number i ends before the attention of layer i
 
 
@@ -200,7 +230,7 @@ class PiecewiseGraphs:
 
     All sizes T share the tensors by which they are fed and leave what they find, and look at them up to T: `numbers`
     int32 (2, largest), ids and positions; `locations` int64 (largest,); `queries` (largest, H, hd), what a layer's
-    attention starts from, and `heads` (largest, H * hd), what it finds. `make_capture` is what makes graphs; a test
+    attention starts from, and `heads`, alike, what it finds. `make_capture` is what makes graphs; a test
     without a card does everything anew instead.
     """
 
@@ -214,7 +244,7 @@ class PiecewiseGraphs:
         self.numbers = torch.zeros((2, largest), dtype=torch.int32, device=table.device)
         self.locations = torch.full((largest,), self.scratch, dtype=torch.int64, device=table.device)
         self.queries = torch.zeros((largest, spec.num_heads, spec.head_dim), dtype=table.dtype, device=table.device)
-        self.heads = torch.zeros_like(self.queries).flatten(1)
+        self.heads = torch.zeros_like(self.queries)
         self.sizes = piece_sizes(largest)
         capture = make_capture()
         self.pieces = {size: self._capture(size, capture) for size in reversed(self.sizes)}
@@ -228,7 +258,7 @@ class PiecewiseGraphs:
         """`Decoder.forward` of such a step."""
         tokens = len(batch.ids)
         size = self.sizes[bisect.bisect_left(self.sizes, tokens)]
-        way, replays = self.pieces[size]
+        step, replays = self.pieces[size]
         self.numbers[0, :tokens].copy_(batch.ids)
         self.numbers[1, :tokens].copy_(batch.positions)
         self.locations[:tokens].copy_(batch.locations)
@@ -236,17 +266,17 @@ class PiecewiseGraphs:
         queries, heads = self.queries[:tokens], self.heads[:tokens]
         for index, replay in enumerate(replays):
             replay()
-            heads.copy_(way.attend(attention, index, queries))
-        return way.leave(heads, batch.rows)
+            heads.copy_(attention.run(queries, index, self.decoder.spec.windows[index]))
+        hidden, _ = self.decoder.after_attention(len(replays) - 1, heads, step.residual[:tokens], batch.rows)
+        return hidden
 
     @torch.inference_mode()
     def _capture(self, size: int, capture: Capture) -> Pieces:
         (ids, positions), locations = self.numbers[:, :size], self.locations[:size]
         batch = ForwardBatch(ids=ids, positions=positions, locations=locations, rows=locations[:0])
-        heads = self.heads[:size]
-        way = ForwardPass(self.decoder, batch, self.kv, queries=self.queries[:size])
-        work: list[Work] = [way.enter]
-        work += [partial(way.between, index, heads) for index in range(len(way.layers) - 1)]
+        step = SplitStep(self.decoder, batch, self.kv, self.queries[:size], self.heads[:size])
+        work: list[Work] = [step.start]
+        work += [partial(step.between, index) for index in range(self.decoder.spec.num_layers - 1)]
         for piece in work[:2]:  # compiles what is not yet compiled
             piece()
-        return Pieces(way, [capture(piece) for piece in work])
+        return Pieces(step, [capture(piece) for piece in work])

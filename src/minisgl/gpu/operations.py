@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from minisgl.core.ops import PLAIN, Operations, _embed, _whole, linear, linear_into
+from minisgl.core.ops import PLAIN, Operations, _embed, _whole, linear
 from minisgl.core.sampler import SamplingRows
 
 MAX_FUSED_DIM = 8192
@@ -23,20 +23,14 @@ def fused_operations(device: torch.device) -> Operations:
     def streams(x: Tensor, weight: Tensor) -> bool:
         return not against and stream.fits(x, weight)
 
-    def product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if small.fits(x, weight, small.MAX_ROWS):
-            return small.linear(x, weight, bias, out=out)
+            return small.linear(x, weight, bias)
         if bias is None and gemv.fits(x, weight):
-            return gemv.gemv(x, weight, out)
+            return gemv.gemv(x, weight)
         if streams(x, weight):
-            return stream.linear(x, weight, bias, out)
-        if out is None:
-            return linear(x, weight, bias)
-        linear_into(x, weight, bias, out)
-        return out
-
-    def product_into(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        product(x, weight, bias, out)
+            return stream.linear(x, weight, bias)
+        return linear(x, weight, bias)
 
     def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if bias is None and small.fits(x, weight, small.MAX_ROWS_PARTS):
@@ -61,7 +55,6 @@ def fused_operations(device: torch.device) -> Operations:
         rms_norm=norm.rms_norm,
         add_rms_norm=norm.add_rms_norm,
         linear=product,
-        linear_into=product_into,
         project=project,
         gated=gated,
         rope_store_kv=qkv.rope_store_kv,

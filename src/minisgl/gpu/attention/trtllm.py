@@ -1,6 +1,6 @@
 """The backend called `trtllm`: TensorRT-LLM's attention through FlashInfer, XQA on Hopper and trtllm-gen on Blackwell.
 
-trtllm-gen's prefill exists on Blackwell only; elsewhere `select` puts FlashInfer's own kernels in its place.
+trtllm-gen's prefill exists on Blackwell only; elsewhere `select.py` takes FlashInfer's own kernels for it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from minisgl.core.attention import DeviceRows, GraphDecode, PlannedAttention, Ro
 from minisgl.core.kv_cache import KVCache
 from minisgl.gpu.attention.flashinfer import load_flashinfer
 
-PAGE_SIZES = (16, 32, 64)
 WORKSPACE_BYTES = 128 * 2**20
 
 
@@ -24,25 +23,24 @@ class TensorRTLLM:
 
     def __init__(self, device: torch.device) -> None:
         self.library = load_flashinfer()
-        # The kernels' counters begin at zero and are left at zero by each launch.
+        # The kernels' counters start at zero, and each launch leaves them at zero.
         self.workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
     def plan_decode(self, rows: Rows, kv: KVCache) -> PlannedAttention:
-        """Fetch the rows' pages and lengths."""
-        there = to_device(rows, kv.page_size)
-        return _Decode(self.library, self.workspace, there.page_table, there.kv_lens, kv, there.max_kv_len)
+        on_device = to_device(rows, kv.page_size)
+        return TensorRTLLMDecode(
+            self.library, self.workspace, on_device.page_table, on_device.kv_lens, kv, on_device.max_kv_len
+        )
 
     def plan_prefill(self, rows: Rows, kv: KVCache) -> PlannedAttention:
-        """Fetch the chunks' pages and lengths. On Blackwell only."""
-        return _Prefill(self.library, self.workspace, to_device(rows, kv.page_size), kv)
+        return TensorRTLLMPrefill(self.library, self.workspace, to_device(rows, kv.page_size), kv)
 
     def graph_decode(self, page_table: Tensor, kv_lens: Tensor, kv: KVCache, max_seq_len: int) -> GraphDecode:
-        """Decode whose launch depends on the batch and the width of the page table."""
-        return StaticDecode(_Decode(self.library, self.workspace, page_table, kv_lens, kv, max_seq_len))
+        return StaticDecode(TensorRTLLMDecode(self.library, self.workspace, page_table, kv_lens, kv, max_seq_len))
 
 
 @dataclass(frozen=True)
-class _Decode:
+class TensorRTLLMDecode:
     library: ModuleType
     workspace: Tensor
     page_table: Tensor
@@ -67,7 +65,7 @@ class _Decode:
 
 
 @dataclass(frozen=True)
-class _Prefill:
+class TensorRTLLMPrefill:
     library: ModuleType
     workspace: Tensor
     rows: DeviceRows

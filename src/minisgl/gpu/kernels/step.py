@@ -1,6 +1,6 @@
-"""The two ends of a captured decode step: from the device tables to the step's inputs, and back.
+"""The start and the end of a captured decode step: from the device tables to the step's inputs, and back.
 
-Their references are `core/kv_cache.py`.
+The twins of both functions are in `core/kv_cache.py`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ def _gather_kernel(
 
 
 def gather_rows(changes: Tensor, tables: TableTensors, inputs: StepInputs, page_size: int) -> None:
-    """`ops.step.gather_rows`, in one launch."""
     (batch, width), pdl = inputs.page_table.shape, launch_options()
     _gather_kernel[(batch,)](
         changes, tables.last_token, tables.length, tables.page_table, inputs.ids, inputs.positions, inputs.kv_lens,
@@ -69,7 +68,6 @@ def _commit_kernel(
 
 
 def commit_rows(changes: Tensor, tokens: Tensor, tables: TableTensors, inputs: StepInputs) -> None:
-    """`ops.step.commit_rows`, in one launch."""
     batch, pdl = len(tokens), launch_options()
     _commit_kernel[(triton.cdiv(batch, BLOCK),)](
         changes, tokens, inputs.kv_lens, tables.last_token, tables.length, batch, len(tables.length) - 1,

@@ -10,7 +10,7 @@ import torch
 from helpers.products import error, matrices
 from minisgl.core import ops as reference
 from minisgl.gpu.kernels import stream
-from minisgl.gpu.kernels.cuda import available
+from minisgl.gpu.kernels.stream import available
 from minisgl.gpu.kernels.stream import TOKENS, Cut, cut_for
 
 CUTS = [Cut(*values) for values in itertools.product((16, 64, 96), (1, 2), (1, 2, 4), (2, 3))]

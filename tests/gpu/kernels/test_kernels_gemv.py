@@ -8,7 +8,7 @@ import torch
 from helpers.products import error, matrices
 from minisgl.core import ops as reference
 from minisgl.gpu.kernels import gemv
-from minisgl.gpu.kernels.gemv import Cut
+from minisgl.gpu.kernels.linear import Cut
 
 
 @pytest.mark.parametrize("inner", [256, 512, 1024, 1280])

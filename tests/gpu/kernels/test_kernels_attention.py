@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers.attention import Case, random_case
-from minisgl.core.attention import Projection, TorchAttention
+from minisgl.core.attention import RopeStore, TorchAttention
 from minisgl.core.ops import rope_store_kv
 from minisgl.gpu.attention.triton import TritonAttention
 from minisgl.gpu.kernels.attention import flatten_pages
@@ -146,10 +146,10 @@ def test_decode_from_the_qkv_product_equals_rope_store_and_attention(
     q_norm, k_norm = (torch.randn(head_dim, device=DEVICE).to(dtype) if norm else None for _ in range(2))
     cos_sin = torch.randn(320, head_dim, device=DEVICE)
     k, v = case.kv.k[layer].clone(), case.kv.v[layer].clone()
-    projection = Projection(q_norm=q_norm, k_norm=k_norm, eps=1e-6, cos_sin=cos_sin)
+    rope = RopeStore(rope_store_kv, q_norm, k_norm, 1e-6, cos_sin, positions, locations, k, v)
     plan.begin([0, window])
-    out = plan.project(qkv, projection, layer, window)
-    q = rope_store_kv(qkv, q_norm, k_norm, 1e-6, cos_sin, positions, locations, k, v)
+    out = plan.run_qkv(qkv, rope, layer, window)
+    q = rope(qkv)
     torch.testing.assert_close(case.kv.k[layer], k, equal_nan=True)
     torch.testing.assert_close(case.kv.v[layer], v, equal_nan=True, rtol=0, atol=0)
     expected = TorchAttention().plan_decode(case.rows, case.kv).run(q, layer, window)

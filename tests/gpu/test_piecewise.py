@@ -47,7 +47,7 @@ def test_steps_in_pieces_write_and_say_what_whole_ones_do(model: str) -> None:
     weights = dummy_weights(spec, torch.float32, CPU)
     whole, pieces = Driver(spec, weights), Driver(spec, weights)
     anew = Anew()
-    pieces.runner.pieces = PiecewiseGraphs(pieces.decoder, pieces.runner.kv, 20, lambda: anew)
+    pieces.runner.piecewise_graphs = PiecewiseGraphs(pieces.decoder, pieces.runner.kv, 20, lambda: anew)
     tokens = [7, 3, 9, 1, 4, 4, 8, 2, 6, 5, 0, 11, 13, 2, 2, 9, 30]
     said = [
         [

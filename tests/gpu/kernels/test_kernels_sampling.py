@@ -15,7 +15,7 @@ from minisgl.core.sampler import sample as reference_sample
 from minisgl.core.sampler import token_hash as reference_hash
 from minisgl.gpu.kernels import sampling
 from minisgl.gpu.kernels.jit import jit
-from minisgl.gpu.kernels.noise import exponential, row_keys, token_hash, uniform
+from minisgl.gpu.kernels.sampling import exponential, row_keys, token_hash, uniform
 
 SEEDS = [0, 1, -1, 2**63 - 1, -(2**63), 1234567890123456789]
 
