@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 import subprocess
 import sys
@@ -167,12 +168,25 @@ SPELLINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--request-timeout 1.5", {"request_timeout": 1.5}),
     ("--write-timeout 5", {"write_timeout": 5.0}),
     ("--drain-timeout 0", {"drain_timeout": 0.0}),
+    ("serve", {}),
+    ("serve a/b --tp 2", {"model": "a/b", "tp": 2}),
+    ("serve --model a/b", {"model": "a/b"}),
+    ("serve --port 1 a/b", {"model": "a/b", "port": 1}),
+    ("chat", {"shell": True}),
+    ("chat a/b", {"model": "a/b", "shell": True}),
+    ("chat --shell-mode", {"shell": True}),
 )
 
 BAD_LINES = (
     ("--no-such-flag", "unrecognized arguments: --no-such-flag"),
     ("--page 16", "unrecognized arguments: --page 16"),
-    ("stray", "unrecognized arguments: stray"),
+    ("org/model", "write minisgl serve org/model or minisgl chat org/model"),
+    ("--port 80 chat", "minisgl chat chat, the command first"),
+    ("serve a b", "unrecognized arguments: b"),
+    ("serve --page 16", "unrecognized arguments: --page ("),
+    ("chat a --model b", "the model is given twice: a and --model b"),
+    ("serve --shell", "--shell chats: write minisgl chat"),
+    ("chat --page-size 0", "--page-size must be between 1 and 256, got 0"),
     ("--page-size", "expected one argument"),
     ("--page-size x", "invalid int value: 'x'"),
     ("--page-size 0", "--page-size must be between 1 and 256, got 0"),
@@ -312,8 +326,12 @@ def test_interrupt_is_status_130_without_traceback(
 def test_help_names_every_flag_default_and_switch(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         cli.main(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
+    out = capsys.readouterr().out
+    examples = re.findall(r"^  minisgl (.+?)  +\S", out.partition("commands:")[0], re.MULTILINE)
+    assert [cli.parse(example.split()).shell for example in examples] == [True, False, False]
+    text = " ".join(out.split())
     assert exit_.value.code == 0
+    assert "usage: minisgl [serve | chat | bench] [MODEL] [flags] Serve a language model" in text
     for field in dataclasses.fields(Config):
         assert all(flag in text for flag in field.metadata["flags"])
         assert field.metadata["env"] is None or field.metadata["env"] in text
@@ -327,7 +345,10 @@ def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
     assert (exit_.value.code, capsys.readouterr().out) == (0, f"minisgl {__version__}\n")
 
 
-@pytest.mark.parametrize("arguments", ["['--help']", "['bench', 'offline', '--help']", "['bench', 'online', '--help']"])
+@pytest.mark.parametrize(
+    "arguments",
+    ["['--help']", "['serve', '--help']", "['bench', 'offline', '--help']", "['bench', 'online', '--help']"],
+)
 def test_help_answers_quickly_and_without_heavy_imports(arguments: str) -> None:
     code = (
         f"import sys\nfrom minisgl.cli import main\ntry:\n    main({arguments})\nexcept SystemExit: pass\n"

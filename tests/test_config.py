@@ -28,15 +28,15 @@ HOPPER = Machine(True, "NVIDIA H200", 140 * 2**30)
     [
         (
             {"tp": 2, "disable_pynccl": True},
-            "--disable-pynccl is about sums over several cards; give --tp 2 or more on",
+            "--disable-pynccl is for tensor parallelism on GPUs: give --tp 2 or more there",
         ),
-        ({"tp": 2, "all_reduce": "fused"}, "--all-reduce is about sums over several cards"),
-        ({"tp": 2, "all_reduce_crossovers": "1,2"}, "--all-reduce-crossovers is about sums over several cards"),
+        ({"tp": 2, "all_reduce": "fused"}, "--all-reduce is for tensor parallelism on GPUs"),
+        ({"tp": 2, "all_reduce_crossovers": "1,2"}, "--all-reduce-crossovers is for tensor parallelism on GPUs"),
         ({"attn": "fa"}, "--attn fa: fa needs a GPU; on the CPU use torch or auto"),
         ({"attn": "fa,fi"}, "--attn fa,fi: fa needs a GPU"),
         ({"attn": "torch,trtllm"}, "--attn torch,trtllm: trtllm needs a GPU"),
         ({"cuda_graph_max_bs": 256}, "--cuda-graph-max-bs 256: CUDA graphs need a GPU; leave it out or give 0"),
-        ({"device": "cuda"}, "--device cuda: torch sees no CUDA card; use --device cpu"),
+        ({"device": "cuda"}, "--device cuda: torch sees no CUDA GPU; use --device cpu"),
     ],
 )
 def test_what_only_a_gpu_can_honour_is_refused_on_the_cpu(settings: dict[str, Any], message: str) -> None:
@@ -190,13 +190,13 @@ def test_unknown_value_of_a_switch_is_refused_by_name(environ: dict[str, str]) -
 
 
 def test_ranks_need_a_card_each() -> None:
-    four = dataclasses.replace(HOPPER, cards=4)
+    four = dataclasses.replace(HOPPER, num_gpus=4)
     assert resolve(Config(tp=4), four).config.tp == 4
-    with pytest.raises(ConfigError, match=r"--tp 8: torch sees 4 CUDA cards$"):
+    with pytest.raises(ConfigError, match=r"--tp 8: torch sees 4 CUDA GPUs$"):
         resolve(Config(tp=8), four)
-    with pytest.raises(ConfigError, match=r"--tp 2: torch sees 1 CUDA card$"):
+    with pytest.raises(ConfigError, match=r"--tp 2: torch sees 1 CUDA GPU$"):
         resolve(Config(tp=2), HOPPER)
-    with pytest.raises(ConfigError, match="--disable-pynccl is about sums over several cards"):
+    with pytest.raises(ConfigError, match="--disable-pynccl is for tensor parallelism on GPUs"):
         resolve(Config(disable_pynccl=True), four)
     assert resolve(Config(tp=3), CPU).config.tp == 3
 
