@@ -19,7 +19,7 @@ from minisgl.core.plan import StepPlan
 from minisgl.core.types import Grammar
 from minisgl.errors import ConfigError, ContextLengthError, EngineDeadError, InvalidRequestError
 from minisgl.formats.hub import locate_model
-from minisgl.llm import interrupts_held
+from minisgl.llm import defer_sigint
 
 PROMPTS = [
     "The capital of France is",
@@ -174,7 +174,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step() -> None:
     reached = []
 
     def step() -> None:
-        with interrupts_held():
+        with defer_sigint():
             for number in (1, 2):
                 signal.raise_signal(signal.SIGINT)
                 reached.append(number)
