@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from minisgl.core.pages import OutOfPages, PageAllocator
-from minisgl.core.radix_cache import Int32
+from minisgl.core.plan import Int32
 
 
 def pages(*ids: int) -> Int32:

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from minisgl.core.pages import CacheManager, OutOfPages
-from minisgl.core.radix_cache import Int32
+from minisgl.core.plan import Int32
 
 
 def ids(*values: int) -> Int32:

@@ -8,7 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from minisgl.core.radix_cache import Int32, Node, RadixCache
+from minisgl.core.plan import Int32
+from minisgl.core.radix_cache import Node, RadixCache
 
 Prefix = tuple[int, ...]
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minisgl.core.radix_cache import Int32, Node, RadixCache
+from minisgl.core.plan import Int32
+from minisgl.core.radix_cache import Node, RadixCache
 
 Slots = NDArray[np.signedinteger[Any]]
 PageWrites = tuple[Int32, Int32, Int32]

@@ -7,9 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-Int32 = NDArray[np.int32]
+from minisgl.core.plan import Int32
 
 
 class Node:
