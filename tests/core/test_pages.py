@@ -1,7 +1,7 @@
-"""Rows that come, grow, publish and go: no page in two places, and what a row reads is its own prefix.
+"""The free list, and rows that come, grow, publish and go: no page is in two places, each row reads its own prefix.
 
 Planted by hand once in the cache, each caught by `TestManager` and most by a test with a name as well (R: caught by
-test_radix.py too):
+test_radix_cache.py too):
 
 1. `release` forgets to unlock its row's node.
 2. Eviction takes pages of locked leaves (R).
@@ -25,12 +25,54 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from minisgl.core.pages import CacheManager, OutOfPages
+from minisgl.core.pages import CacheManager, OutOfPages, PageAllocator
 from minisgl.core.plan import Int32
 
 
 def ids(*values: int) -> Int32:
     return np.array(values, np.int32)
+
+
+def test_a_new_allocator_hands_out_ascending_runs() -> None:
+    allocator = PageAllocator(8)
+    assert allocator.allocate(3).tolist() == [0, 1, 2]
+    assert allocator.allocate(2).tolist() == [3, 4]
+    assert allocator.allocate(0).tolist() == []
+    assert allocator.num_free == 3
+
+
+def test_pages_freed_together_come_back_in_the_same_order() -> None:
+    allocator = PageAllocator(8)
+    allocator.allocate(8)
+    allocator.free(ids(5, 6, 7))
+    assert allocator.allocate(3).tolist() == [5, 6, 7]
+
+
+def test_allocated_pages_are_a_copy_and_asking_for_too_many_takes_none() -> None:
+    allocator = PageAllocator(4)
+    allocator.allocate(1)[:] = 3
+    with pytest.raises(OutOfPages, match="4 pages were asked for and 3 are free"):
+        allocator.allocate(4)
+    assert allocator.num_free == 3
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (ids(0, 2), "double free of page 2"),
+        (ids(1, 0, 1), "double free of page 1"),
+        (ids(0, 4), "not all within 0 … 3"),
+        (ids(-1), "not all within 0 … 3"),
+    ],
+)
+def test_a_wrong_free_raises_and_changes_nothing(wrong: Int32, message: str) -> None:
+    allocator = PageAllocator(4)
+    allocator.allocate(2)
+    with pytest.raises(RuntimeError, match=message):
+        allocator.free(wrong)
+    assert sorted(allocator.free_pages().tolist()) == [2, 3]
+    allocator.free(ids(0, 1))
+    assert sorted(allocator.allocate(4).tolist()) == [0, 1, 2, 3]
 
 
 def grow(cache: CacheManager, slot: int, length: int) -> Int32:
@@ -156,6 +198,46 @@ def test_the_naive_cache_shares_nothing() -> None:
     assert cache.match_len(ids(1, 2, 3)) == cache.acquire(1, ids(1, 2, 3)) == 0
     cache.release(0, ids(1, 2), 2)
     assert (cache.num_cached, cache.num_free, cache.flush()) == (0, 4, 0)
+
+
+class AllocatorMachine(RuleBasedStateMachine):
+    """The model is the set of pages that are out."""
+
+    @initialize(num_pages=st.integers(0, 40))
+    def start(self, num_pages: int) -> None:
+        self.allocator = PageAllocator(num_pages)
+        self.num_pages = num_pages
+        self.out: list[int] = []
+
+    @rule(count=st.integers(0, 20))
+    def allocate(self, count: int) -> None:
+        if count > self.num_pages - len(self.out):
+            with pytest.raises(OutOfPages):
+                self.allocator.allocate(count)
+            return
+        self.out += self.allocator.allocate(count).tolist()
+
+    @rule(data=st.data(), right=st.booleans())
+    def free(self, data: st.DataObject, right: bool) -> None:
+        some = st.sampled_from(self.out) if right and self.out else st.integers(-2, self.num_pages + 1)
+        back = data.draw(st.lists(some, max_size=5))
+        if len(set(back)) == len(back) and set(back) <= set(self.out):
+            self.allocator.free(ids(*back))
+            self.out = [page for page in self.out if page not in back]
+        else:
+            with pytest.raises(RuntimeError):
+                self.allocator.free(ids(*back))
+
+    @invariant()
+    def each_page_is_free_or_out(self) -> None:
+        if hasattr(self, "allocator"):
+            assert len(set(self.out)) == len(self.out)
+            assert self.allocator.num_free == self.num_pages - len(self.out)
+            assert sorted(self.allocator.free_pages().tolist() + self.out) == list(range(self.num_pages))
+
+
+TestAllocator = AllocatorMachine.TestCase
+TestAllocator.settings = settings(max_examples=60, stateful_step_count=40, deadline=None, derandomize=True)
 
 
 class Row:
