@@ -25,7 +25,6 @@ until then.
 
 from __future__ import annotations
 
-import msgspec
 import numpy as np
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
@@ -36,7 +35,7 @@ from helpers.simulation import VOCAB, expected_tokens, request, simulated_engine
 from minisgl.core.engine import Engine
 from minisgl.core.policy import POLICIES
 from minisgl.core.request_state import State
-from minisgl.core.types import FinishReason, Grammar, Request, TokenEvent
+from minisgl.core.types import FinishReason, Request, TokenEvent
 
 MAX_SEQ_LEN = 40
 
@@ -51,21 +50,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         spare=st.integers(0, 60),
         cache=st.sampled_from(["radix", "naive"]),
         overlap=st.booleans(),
-        rows=st.integers(1, 5),
-        chunk=st.integers(1, 30),
-        policy=st.sampled_from(list(POLICIES)),
+        max_running_requests=st.integers(1, 5),
+        max_prefill_length=st.integers(1, 30),
+        schedule_policy=st.sampled_from(list(POLICIES)),
     )
-    def start(self, page_size: int, spare: int, cache: str, overlap: bool, rows: int, chunk: int, policy: str) -> None:
-        self.engine = simulated_engine(
-            page_size=page_size,
-            num_pages=-(-(MAX_SEQ_LEN + spare) // page_size),
-            max_seq_len=MAX_SEQ_LEN,
-            cache=cache,
-            overlap=overlap,
-            max_running_requests=rows,
-            max_prefill_length=chunk,
-            schedule_policy=policy,
-        )
+    def start(self, page_size: int, spare: int, **settings: object) -> None:
+        pages = -(-(MAX_SEQ_LEN + spare) // page_size)
+        self.engine = simulated_engine(page_size=page_size, num_pages=pages, max_seq_len=MAX_SEQ_LEN, **settings)
         self.requests: dict[str, Request] = {}
         self.events: dict[str, list[TokenEvent]] = {}
         self.aborted: set[str] = set()
@@ -86,31 +77,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         self,
         shared: int,
         own: list[int],
-        max_tokens: int | None,
-        ignore_eos: bool,
-        seed: int,
-        temperature: float,
         priority: int,
         scores: tuple[int | None, int | None],
-        grammar: Grammar | None,
-        min_tokens: int,
+        **params: object,
     ) -> None:
         name = str(len(self.requests))
-        new = request(
-            name,
-            [*range(shared), *own],
-            max_tokens=max_tokens,
-            ignore_eos=ignore_eos,
-            seed=seed,
-            temperature=temperature,
-            min_tokens=min_tokens,
-            grammar=grammar,
-            logprobs=scores[0],
-            prompt_logprobs=scores[1],
+        self.requests[name] = request(
+            name, [*range(shared), *own], priority, logprobs=scores[0], prompt_logprobs=scores[1], **params
         )
-        new = msgspec.structs.replace(new, priority=priority)
-        self.engine.add(new)
-        self.requests[name] = new
+        self.engine.add(self.requests[name])
         self.events[name] = []
 
     @precondition(lambda self: bool(self.requests))
