@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -237,7 +237,9 @@ class AllocatorMachine(RuleBasedStateMachine):
 
 
 TestAllocator = AllocatorMachine.TestCase
-TestAllocator.settings = settings(max_examples=60, stateful_step_count=40, deadline=None, derandomize=True)
+TestAllocator.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None, derandomize=True, phases=[Phase.generate]
+)
 
 
 class Row:
@@ -442,4 +444,6 @@ class ManagerMachine(RuleBasedStateMachine):
 
 
 TestManager = ManagerMachine.TestCase
-TestManager.settings = settings(max_examples=200, stateful_step_count=40, deadline=None, derandomize=True)
+TestManager.settings = settings(
+    max_examples=200, stateful_step_count=40, deadline=None, derandomize=True, phases=[Phase.generate]
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -219,4 +219,6 @@ class RadixMachine(RuleBasedStateMachine):
 
 
 TestRadix = RadixMachine.TestCase
-TestRadix.settings = settings(max_examples=100, stateful_step_count=40, deadline=None, derandomize=True)
+TestRadix.settings = settings(
+    max_examples=100, stateful_step_count=40, deadline=None, derandomize=True, phases=[Phase.generate]
+)
