@@ -31,7 +31,6 @@ HOPPER = Machine(True, "NVIDIA H200", 140 * 2**30)
             "--disable-pynccl is for tensor parallelism on GPUs: give --tp 2 or more there",
         ),
         ({"tp": 2, "all_reduce": "fused"}, "--all-reduce is for tensor parallelism on GPUs"),
-        ({"tp": 2, "all_reduce_crossovers": "1,2"}, "--all-reduce-crossovers is for tensor parallelism on GPUs"),
         ({"attn": "fa"}, "--attn fa: fa needs a GPU; on the CPU use torch or auto"),
         ({"attn": "fa,fi"}, "--attn fa,fi: fa needs a GPU"),
         ({"attn": "torch,trtllm"}, "--attn torch,trtllm: trtllm needs a GPU"),
@@ -69,7 +68,7 @@ def test_resolving_leaves_nothing_open_but_what_memory_and_model_decide(machine:
     open_ended = {field.name for field in dataclasses.fields(config) if getattr(config, field.name) in (None, "auto")}
     by_packages = {"attn"} if machine.has_cuda else set()
     no_limit = {"max_queued_requests", "max_queued_tokens", "request_timeout", "ssl_certfile", "ssl_keyfile"}
-    measured = {"num_pages", "memory_ratio", "all_reduce", "all_reduce_crossovers"}
+    measured = {"num_pages", "memory_ratio", "all_reduce"}
     assert open_ended == {"model", "max_seq_len_override"} | measured | by_packages | no_limit
     assert config.max_running_requests == (1 if shell else 256)
     assert config.max_prefill_length == (8192 if machine.has_cuda else 512)
@@ -150,11 +149,8 @@ def test_resolving_is_pure_and_what_is_resolved_resolves_to_itself(machine: Mach
             {"api_workers": 3, "num_tokenizer": 2},
             "--num-tokenizer 2 is shared among --api-workers 3: give each at least",
         ),
-        ({"all_reduce": "ring"}, "--all-reduce must be one of auto, fused, symmetric, nccl"),
-        (
-            {"all_reduce_crossovers": "96"},
-            "--all-reduce-crossovers must be auto, or two numbers of KiB: one shot,two shots",
-        ),
+        ({"all_reduce": "ring"}, "--all-reduce must be one of auto, fused, nccl"),
+        ({"all_reduce": "symmetric"}, "--all-reduce symmetric was removed: nccl is as fast; give auto, fused or nccl"),
         ({"attn": "fa,"}, "--attn must be auto"),
         ({"attn": "auto,fa"}, "--attn must be auto"),
         ({"attn": "cudnn"}, "fa, fi, trtllm, triton, torch"),

@@ -22,7 +22,7 @@ from minisgl.errors import ConfigError, MinisglError
 
 GROUPS: Final = (
     ("model", ("model", "model_source", "dummy_weight", "dtype", "device", "max_seq_len_override")),
-    ("parallelism", ("tp", "disable_pynccl", "all_reduce", "all_reduce_crossovers")),
+    ("parallelism", ("tp", "disable_pynccl", "all_reduce")),
     ("scheduling", ("max_running_requests", "max_prefill_length", "schedule_policy", "overlap")),
     ("KV cache", ("page_size", "num_pages", "memory_ratio", "cache")),
     ("kernels", ("attn", "cuda_graph_max_bs", "piecewise_cuda_graph_max_tokens")),

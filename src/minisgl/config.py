@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -67,14 +66,9 @@ class Config:
     disable_pynccl: bool = setting(
         False, "--disable-pynccl", help="call NCCL through torch.distributed instead of nccl4py")
     all_reduce: str = setting(
-        "auto", "--all-reduce", choices=("auto", "fused", "symmetric", "nccl"),
-        help="sums over cards: through each other's memory, fused with the norm or not, or by NCCL; auto: what works",
-    )  # fmt: skip
-    all_reduce_crossovers: str = setting(
-        "auto", "--all-reduce-crossovers",
-        help="KiB up to which sums through each other's memory take one shot, and two, as in 512,16384; beyond it is "
-        "NCCL's; auto: as measured",
-    )  # fmt: skip
+        "auto", "--all-reduce", choices=("auto", "fused", "nccl"),
+        help="all-reduce between GPUs: fused (with the norm, in steps of up to 512 tokens), nccl, or auto: fused where "
+        "it works")
 
     max_running_requests: int | None = setting(
         None, "--max-running-requests", least=1, help="requests in a batch (default: 256; 1 in the shell)")
@@ -258,10 +252,6 @@ def check(config: Config) -> None:
         config.attn == "auto" or (len(backends) <= 2 and set(backends) <= set(ATTENTION_BACKENDS)),
         f"auto, one of {', '.join(ATTENTION_BACKENDS)}, or two: prefill,decode",
     )
-    rules["all_reduce_crossovers"] = (
-        re.fullmatch(r"auto|\d{1,9},\d{1,9}", config.all_reduce_crossovers) is not None,
-        "auto, or two numbers of KiB: one shot,two shots",
-    )
     for name, (holds, rule) in rules.items():
         if not holds:
             raise ConfigError(f"{flag_of(name)} must be {rule}, got {getattr(config, name)!r}")
@@ -303,7 +293,7 @@ def resolve(config: Config, machine: Machine, checkpoint_dtype: str = "float32")
         choose("device", device, machine.device_name if device == "cuda" else "torch sees no CUDA GPU")
     if device == "cuda" and config.tp > machine.num_gpus:
         raise ConfigError(f"--tp {config.tp}: torch sees {machine.num_gpus} CUDA GPU{'s'[: machine.num_gpus - 1]}")
-    for name in ("disable_pynccl", "all_reduce", "all_reduce_crossovers"):
+    for name in ("disable_pynccl", "all_reduce"):
         if getattr(config, name) not in ("auto", False) and (config.tp == 1 or device == "cpu"):
             raise ConfigError(
                 f"{flag_of(name)} is for tensor parallelism on GPUs: give --tp 2 or more there, or leave it out"

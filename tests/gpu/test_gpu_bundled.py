@@ -1,4 +1,4 @@
-"""The bundled model on the card against float32 on the CPU: 20 prompts, every position along the CPU's own answer.
+"""The bundled model on the GPU against float32 on the CPU: 20 prompts, every position along the CPU's own answer.
 
 `MINISGL_TEST_MODEL` names its GGUF file, or a folder with the converted model, where the package is not installed.
 The limits are about 1.5 times what was measured, and `--record` writes down what is: half precision does not hold

@@ -1,4 +1,4 @@
-"""The engine on the card: what it says, that no switch changes it, and what it may touch, wait for and take."""
+"""The engine on a GPU: its tokens, which no switch changes, what it may write, and that its launches do not wait."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ BIASED = dataclasses.replace(
     mlp_bias=True,
 )  # fmt: skip
 WIDE: dict[str, Any] = {"hidden_size": 2048, "num_heads": 40, "num_kv_heads": 8, "intermediate_size": 4352}
-"""Each of its matrices is large enough for the products that stream (`gpu/kernels/stream.py`)."""
+"""Each of its matrices is large enough for the streaming GEMM (`gpu/kernels/stream.py`)."""
 ALL_EXPERTS = Moe(num_experts=4, top_k=4, width=256, norm_topk_prob=True, layers=(True, True))
 """No expert is left out, so that rounding cannot change which are chosen."""
 SPECS = {
@@ -137,9 +137,11 @@ def alone() -> list[list[int]]:
     return built.answer(mixed_requests())
 
 
-@pytest.mark.parametrize(
-    ("graphs", "overlap", "cache", "retract"), list(itertools.product([8, 3, 0], [1, 0], [1, 0], [1, 0]))
-)
+SWITCHES = [case for case in itertools.product([8, 3, 0], [1, 0], [1, 0], [1, 0]) if sum(case) % 2]
+"""Half of all cases, in which all settings of any three switches meet."""
+
+
+@pytest.mark.parametrize(("graphs", "overlap", "cache", "retract"), SWITCHES)
 def test_no_switch_changes_a_token(graphs: int, overlap: int, cache: int, retract: int) -> None:
     built = full_precision(
         cuda_graph_max_bs=graphs, overlap=bool(overlap), cache="radix" if cache else "naive",
@@ -208,22 +210,20 @@ def test_a_seed_says_the_same_alone_and_among_others() -> None:
 # Graphs: which there are, and what a replay touches
 
 
-@pytest.mark.parametrize("largest", [1, 3, 8, 13])
+@pytest.mark.parametrize("largest", [0, 1, 3, 8, 13])
 def test_graphs_go_exactly_up_to_the_batch_asked_for(largest: int) -> None:
     spec, rough, _ = weights("qwen3", "bfloat16")
     built = build(spec, rough, gpu_config(cuda_graph_max_bs=largest, max_running_requests=16, overlap=False))
     graphs = built.runner.decode_graphs
+    if largest == 0:
+        assert graphs is None
+        return
     assert isinstance(graphs, DecodeGraphs)
     assert graphs.sizes[-1] == largest
     for rows, replayed in ((largest, True), (largest + 1, False)):
         built.answer(greedy(random_prompts([4] * rows, seed=7), 3))
         plan = next(plan for plan in reversed(built.executor.plans) if len(plan.decode_slots) == rows)
         assert graphs.takes(plan) == replayed
-
-
-def test_graph_batch_zero_captures_nothing() -> None:
-    spec, rough, _ = weights("qwen3", "bfloat16")
-    assert build(spec, rough, gpu_config(cuda_graph_max_bs=0)).runner.decode_graphs is None
 
 
 @pytest.mark.parametrize("pair", ["auto", "triton"])

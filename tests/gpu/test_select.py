@@ -1,8 +1,10 @@
-"""What `--attn` means on which card, with which packages and for which model."""
+"""What `--attn` means on which GPU, with which packages and for which model."""
 
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -87,6 +89,12 @@ def test_cpu_has_torch_alone_and_says_so() -> None:
     attention, choice = make_attention("auto", SHAPE, CPU)
     assert isinstance(attention.prefill, TorchAttention)
     assert str(choice) == "prefill torch, decode torch: the CPU's backend"
-    assert available_backends(CPU)["triton"] == "it needs a CUDA card"
-    with pytest.raises(ConfigError, match="fi cannot be used, it needs a CUDA card; what works here: torch"):
+    assert available_backends(CPU)["triton"] == "it needs a CUDA GPU"
+    with pytest.raises(ConfigError, match="fi cannot be used, it needs a CUDA GPU; what works here: torch"):
         make_attention("fi", SHAPE, CPU)
+
+
+def test_a_cpu_needs_neither_triton_nor_cuda_packages() -> None:
+    blocked = "sys.modules.update(dict.fromkeys(['triton', 'flashinfer', 'cuda', 'nccl']))"
+    done = subprocess.run([sys.executable, "-c", f"import sys; {blocked}; import minisgl.gpu.executor"], check=False)
+    assert done.returncode == 0

@@ -41,7 +41,7 @@ def main() -> None:
     from minisgl.core.executor import LocalExecutor
     from minisgl.core.kv_cache import allocate_kv
     from minisgl.core.model_config import read_spec
-    from minisgl.core.model_runner import Runner
+    from minisgl.core.model_runner import ModelRunner
     from minisgl.core.types import ModelInfo, Request, SamplingParams
     from minisgl.core.weights import load_weights
 
@@ -52,7 +52,7 @@ def main() -> None:
     pack_weights(weights)
     decoder = Decoder(spec, weights, Attention(TorchAttention(), TorchAttention()), limit)
     kv = allocate_kv(spec.num_layers, 64, page_size, spec.num_kv_heads, spec.head_dim, dtype, device)
-    executor = LocalExecutor(Runner(decoder, kv, rows, limit, device))
+    executor = LocalExecutor(ModelRunner(decoder, kv, rows, limit, device))
     model = ModelInfo(name="bundled", vocab_size=spec.vocab_size, max_seq_len=limit, eos_token_ids=spec.eos_token_ids)
     config = Config(page_size=page_size, max_running_requests=rows, max_prefill_length=64)
     engine = Engine(executor, model, config)

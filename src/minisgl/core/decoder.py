@@ -21,8 +21,8 @@ class ForwardBatch:
 
     ids: Tensor  # int32 (T,)
     positions: Tensor  # int32 (T,)
-    locations: Tensor  # int64 (T,) places in the cache, page * page_size + offset
-    rows: Tensor | None  # int64 (n,) the tokens whose hidden states are wanted; None: all
+    slot_mapping: Tensor  # int64 (T,) places in the cache, page * page_size + offset
+    logits_indices: Tensor | None  # int64 (n,) the tokens whose hidden states are wanted; None: all
 
 
 class Decoder:
@@ -51,12 +51,12 @@ class Decoder:
         for index, window in enumerate(self.spec.windows):
             qkv, rope = self.before_attention(index, x, batch, kv)
             heads = attend(attention, qkv, rope, index, window)
-            x, residual = self.after_attention(index, heads, residual, batch.rows)
+            x, residual = self.after_attention(index, heads, residual, batch.logits_indices)
         return x
 
     def embed(self, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
         """The first layer's normed input and the residual stream, both (T, D)."""
-        residual = self.ops.embed(batch.ids, self.weights.embedding, batch.rows is None)
+        residual = self.ops.embed(batch.ids, self.weights.embedding, batch.logits_indices is None)
         return self.ops.rms_norm(residual, self.weights.layers[0].input_norm, self.spec.rms_eps), residual
 
     def before_attention(self, index: int, x: Tensor, batch: ForwardBatch, kv: KVCache) -> tuple[Tensor, RopeStore]:
@@ -65,12 +65,12 @@ class Decoder:
         qkv = self.ops.linear(x, layer.qkv, layer.qkv_bias)
         rope = RopeStore(
             self.ops.rope_store_kv, layer.q_norm, layer.k_norm, self.spec.rms_eps, self.rope,
-            batch.positions, batch.locations, kv.k[index], kv.v[index],
+            batch.positions, batch.slot_mapping, kv.k[index], kv.v[index],
         )  # fmt: skip
         return qkv, rope
 
     def after_attention(
-        self, index: int, heads: Tensor, residual: Tensor, rows: Tensor | None
+        self, index: int, heads: Tensor, residual: Tensor, logits_indices: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Output projection and MLP: heads (T, H, hd) -> the next layer's normed input and the residual stream.
 
@@ -78,11 +78,11 @@ class Decoder:
         """
         ops, eps, layers = self.ops, self.spec.rms_eps, self.weights.layers
         layer, is_last = layers[index], index == len(layers) - 1
-        if is_last and rows is not None:
-            heads, residual = heads.index_select(0, rows), residual.index_select(0, rows)
-            if not len(rows):
+        if is_last and logits_indices is not None:
+            heads, residual = heads.index_select(0, logits_indices), residual.index_select(0, logits_indices)
+            if not len(logits_indices):
                 return residual, residual
-        x = ops.project(heads.flatten(1), layer.o, layer.o_bias)
+        x = ops.row_parallel_linear(heads.flatten(1), layer.o, layer.o_bias)
         x = ops.add_rms_norm(x, residual, layer.post_norm, eps)
         x = self.mlp(layer, x)
         next_norm = self.weights.norm if is_last else layers[index + 1].input_norm
@@ -93,8 +93,8 @@ class Decoder:
         if layer.router is None:
             assert layer.gate_up is not None
             assert layer.down is not None
-            hidden = self.ops.gated(x, layer.gate_up, layer.gate_up_bias)
-            return self.ops.project(hidden, layer.down, layer.down_bias)
+            hidden = self.ops.gated_linear(x, layer.gate_up, layer.gate_up_bias)
+            return self.ops.row_parallel_linear(hidden, layer.down, layer.down_bias)
         moe = self.spec.moe
         assert moe is not None
         assert layer.expert_gate_up is not None

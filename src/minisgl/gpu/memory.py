@@ -6,7 +6,6 @@ cache has its memory already.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import msgspec
@@ -17,12 +16,12 @@ from minisgl.config import Config
 from minisgl.core.decoder import Decoder
 from minisgl.core.kv_cache import allocate_kv, page_bytes
 from minisgl.core.model_config import ModelSpec
-from minisgl.core.model_runner import Runner
+from minisgl.core.model_runner import ModelRunner
 from minisgl.core.plan import RowInit, SpecialInit, SpecialRows, StepPlan
 from minisgl.core.types import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
-from minisgl.core.weights import Cut, parameters
+from minisgl.core.weights import Sharder, held_elements
 from minisgl.errors import ConfigError
-from minisgl.gpu.cuda_graphs import graph_sizes, largest_piece, piece_sizes
+from minisgl.gpu.cuda_graphs import graph_sizes, piecewise_max_tokens, piecewise_sizes
 
 GIB = 2**30
 CPU_KV_BYTES = 2 * GIB
@@ -77,8 +76,8 @@ def graph_bytes(config: Config, spec: ModelSpec, vocab: int, dtype: torch.dtype,
     if rows := config.cuda_graph_max_bs:
         tables = 4 * sum(graph_sizes(rows)) * -(-max_seq_len // config.page_size)
         total += rows * (vocab * item + token_bytes(spec, item)) + tables
-    if tokens := largest_piece(config):
-        sizes = piece_sizes(tokens)
+    if tokens := piecewise_max_tokens(config):
+        sizes = piecewise_sizes(tokens)
         ends = 2 * spec.num_heads * spec.head_dim * item  # queries and attention's output
         total += tokens * (token_bytes(spec, item) + ends) + sum(sizes) * spec.hidden_size * item
         total += len(sizes) * spec.num_layers * GRAPH_BYTES
@@ -114,10 +113,11 @@ def require_pages_fit(config: Config, share: ModelSpec, dtype: torch.dtype) -> N
         )
 
 
-def require_weights_fit(spec: ModelSpec, dtype: torch.dtype, device: torch.device, cut: Cut | None = None) -> None:
-    """Raise ConfigError with the numbers when the weights, or what `cut` keeps, need more than a GPU has free."""
-    keeps = [(parameter.shape, cut(parameter) if cut else None) for parameter in parameters(spec)]
-    needed = sum(math.prod(keep.shape(shape) if keep else shape) for shape, keep in keeps) * dtype.itemsize
+def require_weights_fit(
+    spec: ModelSpec, dtype: torch.dtype, device: torch.device, sharder: Sharder | None = None
+) -> None:
+    """Raise ConfigError with the numbers when the weights, or what `sharder` keeps, need more than a GPU has free."""
+    needed = held_elements(spec, sharder) * dtype.itemsize
     if device.type == "cuda" and needed > (free := available_memory(device)):
         name = str(dtype).removeprefix("torch.")
         raise ConfigError(
@@ -174,7 +174,7 @@ def _forward_peak(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_
     rows = min(config.max_running_requests, config.max_prefill_length)
     length = min(config.max_prefill_length // rows, max_seq_len)
     kv = allocate_kv(spec.num_layers, 0, config.page_size, spec.num_kv_heads, spec.head_dim, dtype, device)
-    runner = Runner(decoder, kv, rows, max_seq_len, device)
+    runner = ModelRunner(decoder, kv, rows, max_seq_len, device)
     if max_seq_len >= WARM_UP_TOKENS:
         warm_up(runner, rows)
     torch.cuda.synchronize(device)
@@ -188,7 +188,7 @@ def _forward_peak(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_
     return peak
 
 
-def warm_up(runner: Runner, rows: int) -> None:
+def warm_up(runner: ModelRunner, rows: int) -> None:
     """Run a short prompt beside 1, 2, 4, … up to `rows` decodes, on scratch pages, so that kernels which are chosen or
     compiled by such counts are ready before the first request.
     """
@@ -213,6 +213,10 @@ def prefill_plan(rows: int, length: int, everything: bool = False) -> StepPlan:
     """
     none, slots = np.empty(0, np.int32), np.arange(rows, dtype=np.int32)
     ones, zeros = np.ones(rows, np.float32), np.zeros(rows, np.int32)
+    special_init = SpecialInit(
+        slots=slots, seen_slots=slots, seen_tokens=zeros, seen=zeros + 1, bias_ids=zeros[:, None],
+        bias_values=ones[:, None],
+    )  # fmt: skip
     init = RowInit(
         slots=slots,
         temperatures=ones,
@@ -222,7 +226,7 @@ def prefill_plan(rows: int, length: int, everything: bool = False) -> StepPlan:
         seeds=np.zeros(rows, np.int64),
         min_lens=zeros + length + 1,
         stop_ids=np.zeros((rows, MAX_STOP_TOKEN_IDS), np.int32),
-        special=special_init(rows) if everything else None,
+        special=special_init if everything else None,
     )
     return StepPlan(
         step=0,
@@ -241,15 +245,6 @@ def prefill_plan(rows: int, length: int, everything: bool = False) -> StepPlan:
         any_filter=True,
         any_min_len=True,
         special=special_rows(rows, rows * length) if everything else None,
-    )
-
-
-def special_init(rows: int) -> SpecialInit:
-    slots = np.arange(rows, dtype=np.int32)
-    bias_values = np.ones((rows, 1), np.float32)
-    zeros, ones = np.zeros(rows, np.int32), np.ones(rows, np.int32)
-    return SpecialInit(
-        slots=slots, seen_slots=slots, seen_tokens=zeros, seen=ones, bias_ids=zeros[:, None], bias_values=bias_values
     )
 
 

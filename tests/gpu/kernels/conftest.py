@@ -1,20 +1,9 @@
-"""Where the kernels' tests run, and in which dtypes: the interpreter computes in numpy, which has no bfloat16."""
+"""The dtypes of kernels' tests. The interpreter computes in numpy, which has no bfloat16."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-
-from helpers.interpreter import quicken
-
-if not torch.cuda.is_available():
-    quicken()
-
-
-@pytest.fixture
-def device() -> torch.device:
-    """The CUDA card if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(params=["float32", "float16", pytest.param("bfloat16", marks=pytest.mark.gpu)])

@@ -1,4 +1,4 @@
-"""Our attention kernels against the torch backend; without a CUDA card they run in Triton's interpreter."""
+"""Our attention kernels against the torch backend; without a GPU they run in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from minisgl.core.attention import RopeStore, TorchAttention
 from minisgl.core.ops import rope_store_kv
 from minisgl.gpu.attention.triton import TritonAttention
 from minisgl.gpu.kernels.attention import flatten_pages
-from minisgl.gpu.kernels.decode import Cut, Decode, Workspaces
+from minisgl.gpu.kernels.decode import DecodeAttention, DecodeSplit, Workspaces
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("device")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 
@@ -92,25 +93,25 @@ def test_graph_decode_follows_lengths_and_pages_written_later() -> None:
     torch.testing.assert_close(graph.attention.run(case.q, 0, 0), expected, rtol=1e-4, atol=1e-5)
 
 
-def decode(case: Case, cut: Cut, processors: int = 8) -> Decode:
+def decode(case: Case, split: DecodeSplit, processors: int = 8) -> DecodeAttention:
     table = case.rows.page_table[torch.from_numpy(case.rows.slots.astype(np.int64))]
     lens = torch.from_numpy(case.rows.kv_lens).to(DEVICE)
-    return Decode(table, lens, case.kv, Workspaces(DEVICE), processors, cut)
+    return DecodeAttention(table, lens, case.kv, Workspaces(DEVICE), processors, split)
 
 
 @pytest.mark.parametrize("tile", [16, 64])
 @pytest.mark.parametrize("programs", [0, 1, 2, 3, 7, 30, 200])
-def test_where_the_line_of_tiles_is_cut_does_not_change_the_answer(programs: int, tile: int) -> None:
+def test_the_split_of_tiles_does_not_change_the_result(programs: int, tile: int) -> None:
     case = random_case((1, 64, 65, 300, 2, 700), None, 1, 2, 16, 16, torch.float32, DEVICE)
     expected = TorchAttention().plan_decode(case.rows, case.kv).run(case.q, 0, 0)
-    plan = decode(case, Cut(tile, 4, 2, programs), processors=1)
+    plan = decode(case, DecodeSplit(tile, 4, 2, programs), processors=1)
     for _ in range(2):  # the second launch finds the counters as the first one did
         torch.testing.assert_close(plan.run(case.q, 0, 0), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_layers_with_and_without_a_window_alternate() -> None:
     case = random_case((40, 3, 150), None, 2, 2, 16, 16, torch.float32, DEVICE)
-    plan, reference = decode(case, Cut(16, 4, 2, 3)), TorchAttention().plan_decode(case.rows, case.kv)
+    plan, reference = decode(case, DecodeSplit(16, 4, 2, 3)), TorchAttention().plan_decode(case.rows, case.kv)
     for layer, window in ((0, 0), (1, 33), (0, 33), (1, 0)):
         expected = reference.run(case.q, layer, window)
         torch.testing.assert_close(plan.run(case.q, layer, window), expected, rtol=1e-4, atol=1e-5)
@@ -127,26 +128,20 @@ def test_layers_with_and_without_a_window_alternate() -> None:
         (3, 2, 16, torch.float32, (31, 4, 1), 1, False),
     ],
 )
-def test_decode_from_the_qkv_product_equals_rope_store_and_attention(
-    page_size: int,
-    group: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    lens: tuple[int, ...],
-    window: int,
-    norm: bool,
+def test_decode_from_the_qkv_gemm_equals_rope_store_and_attention(
+    page_size: int, group: int, head_dim: int, dtype: torch.dtype, lens: tuple[int, ...], window: int, norm: bool,
     programs: int,
-) -> None:
+) -> None:  # fmt: skip
     case = random_case(lens, None, 2, group, head_dim, page_size, dtype, DEVICE)
-    plan, layer = decode(case, Cut(16, 4, 2, programs)), 1
+    plan, layer = decode(case, DecodeSplit(16, 4, 2, programs)), 1
     positions = plan.kv_lens - 1
     pages = plan.page_table.gather(1, (positions // page_size).long().unsqueeze(1)).squeeze(1).long()
-    locations = pages * page_size + positions % page_size
+    slot_mapping = pages * page_size + positions % page_size
     qkv = torch.randn(len(lens), (2 * group + 4) * head_dim, device=DEVICE).to(dtype)
     q_norm, k_norm = (torch.randn(head_dim, device=DEVICE).to(dtype) if norm else None for _ in range(2))
     cos_sin = torch.randn(320, head_dim, device=DEVICE)
     k, v = case.kv.k[layer].clone(), case.kv.v[layer].clone()
-    rope = RopeStore(rope_store_kv, q_norm, k_norm, 1e-6, cos_sin, positions, locations, k, v)
+    rope = RopeStore(rope_store_kv, q_norm, k_norm, 1e-6, cos_sin, positions, slot_mapping, k, v)
     plan.begin([0, window])
     out = plan.run_qkv(qkv, rope, layer, window)
     q = rope(qkv)
@@ -156,7 +151,7 @@ def test_decode_from_the_qkv_product_equals_rope_store_and_attention(
     assert torch.linalg.vector_norm(out - expected) <= TOLERANCE[dtype] * torch.linalg.vector_norm(expected)
 
 
-def test_flattened_pages_name_each_row_in_turn() -> None:
+def test_flattened_pages_are_those_of_each_row() -> None:
     table = torch.arange(300 * 8, dtype=torch.int32, device=DEVICE).view(300, 8)
     lens = torch.tensor([1 + i % 29 for i in range(300)], dtype=torch.int32, device=DEVICE)
     starts, filled = (torch.empty(n, dtype=torch.int32, device=DEVICE) for n in (301, 300))

@@ -17,15 +17,9 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
     [(1, 64, 32, 8, 2), (7, 96, 40, 12, 3), (40, 64, 48, 4, 4), (3, 128, 64, 16, 8), (5, 32, 16, 3, 1)],
 )
 def test_layer_is_the_references(
-    tokens: int,
-    dim: int,
-    width: int,
-    experts: int,
-    top_k: int,
-    normalise: bool,
-    dtype: torch.dtype,
+    tokens: int, dim: int, width: int, experts: int, top_k: int, normalise: bool, dtype: torch.dtype,
     device: torch.device,
-) -> None:
+) -> None:  # fmt: skip
     torch.manual_seed(tokens)
     x = torch.randn(tokens, dim, device=device).to(dtype)
     router = (torch.randn(experts, dim, device=device) / dim**0.5).to(dtype)
@@ -47,11 +41,11 @@ def test_every_token_may_choose_the_same_experts(device: torch.device) -> None:
     torch.testing.assert_close(kernels.moe(x, router, gate_up, down, 2, True), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("tile", kernels.TILES, ids=lambda tile: str(tile.rows))
+@pytest.mark.parametrize("tile", kernels.MOE_TILES, ids=lambda tile: str(tile.rows))
 def test_every_tile_gives_the_same_layer(
-    tile: kernels.Tile, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    tile: kernels.MoeTile, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "TILES", (tile,))
+    monkeypatch.setattr(kernels, "MOE_TILES", (tile,))
     torch.manual_seed(1)
     x, router = torch.randn(30, 80, device=device), torch.randn(4, 80, device=device)
     gate_up, down = torch.randn(4, 48, 80, device=device) / 9, torch.randn(4, 80, 24, device=device) / 5
@@ -60,7 +54,7 @@ def test_every_tile_gives_the_same_layer(
 
 
 def test_tile_grows_with_the_experts_lists() -> None:
-    rows = [kernels.tile_for(8 * tokens, 128).rows for tokens in (1, 64, 170, 256, 512, 1024, 8192)]
+    rows = [kernels.moe_tile_for(8 * tokens, 128).rows for tokens in (1, 64, 170, 256, 512, 1024, 8192)]
     assert rows == [16, 16, 16, 32, 64, 128, 128]
 
 

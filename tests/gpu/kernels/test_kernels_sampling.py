@@ -1,4 +1,4 @@
-"""The sampling kernels against `ops.sampling.sample`: the same hash, the same noise, the same tokens."""
+"""The sampling kernels against `core.sampler.sample`: the same hash, the same noise, the same tokens."""
 
 from __future__ import annotations
 
@@ -84,19 +84,10 @@ def test_tokens_without_a_filter_are_the_references(
 
 
 FILTERS: list[dict[str, float]] = [
-    {"top_k": 1},
-    {"top_k": 2},
-    {"top_k": 20, "top_p": 0.95},
-    {"top_k": 50, "top_p": 0.3},
-    {"top_k": 500, "top_p": 0.9},
-    {"top_k": 10**6},
-    {"top_p": 0.05},
-    {"top_p": 0.9},
-    {"top_p": 0.9999},
-    {"min_p": 0.1},
-    {"min_p": 1.0},
+    {"top_k": 1}, {"top_k": 2}, {"top_k": 20, "top_p": 0.95}, {"top_k": 50, "top_p": 0.3}, {"top_k": 500, "top_p": 0.9},
+    {"top_k": 10**6}, {"top_p": 0.05}, {"top_p": 0.9}, {"top_p": 0.9999}, {"min_p": 0.1}, {"min_p": 1.0},
     {"min_p": 0.02, "top_p": 0.8, "top_k": 40},
-]
+]  # fmt: skip
 """Each is the filter of one row of a batch."""
 
 

@@ -49,7 +49,7 @@ def test_rows_are_gathered_and_committed_as_the_reference_does(
     reference.gather_rows(changes, wanted_tables, wanted, page_size)
     got = StepInputs.allocate(batch, max_pages, SCRATCH, device)
     kernels.gather_rows(changes, tables, got, page_size)
-    for name in ("ids", "positions", "kv_lens", "locations"):
+    for name in ("ids", "positions", "kv_lens", "slot_mapping"):
         assert torch.equal(getattr(got, name), getattr(wanted, name)), name
     held = torch.arange(max_pages, device=device)[None, :] <= (wanted.positions // page_size)[:, None]
     assert torch.equal(got.page_table[held], wanted.page_table[held])

@@ -1,4 +1,4 @@
-"""Products of a large weight with a few rows, against torch's product."""
+"""GEMMs of a large weight with a few rows, against torch's."""
 
 from __future__ import annotations
 
@@ -7,44 +7,40 @@ import itertools
 import pytest
 import torch
 
-from helpers.products import error, matrices
+from helpers.gemm import error, matrices
 from minisgl.core import ops as reference
 from minisgl.gpu.kernels import stream
-from minisgl.gpu.kernels.stream import available
-from minisgl.gpu.kernels.stream import TOKENS, Cut, cut_for
+from minisgl.gpu.kernels.stream import TOKENS, StreamTile, available, stream_tile_for
 
-CUTS = [Cut(*values) for values in itertools.product((16, 64, 96), (1, 2), (1, 2, 4), (2, 3))]
-CARD = torch.device("cuda")
+TILES = [StreamTile(*values) for values in itertools.product((16, 64, 96), (1, 2), (1, 2, 4))]
+TILES += [StreamTile(tokens, 2, 2, 3) for tokens in (16, 64, 96)]
+"""With two resident thread blocks per multiprocessor, and a few with three, which only have fewer stages."""
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def hopper() -> torch.device:
-    """A card that has these kernels."""
+    """A GPU that has these kernels, which are compiled in parallel."""
     if why := available(torch.device("cuda" if torch.cuda.is_available() else "cpu")):
         pytest.skip(why)
-    return CARD
+    dtypes = (torch.float16, torch.bfloat16)
+    stream.compile_all([stream.source(t, gated, dtype) for t in TILES for gated in (False, True) for dtype in dtypes])
+    return torch.device("cuda")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("cut", CUTS)
-def test_it_is_the_product_in_every_cut(cut: Cut, half: torch.dtype, hopper: torch.device) -> None:
-    for rows, columns, inner in ((cut.tokens, 128, 1024), (cut.tokens - 3, 384, 64 * 9), (1, 256, 256)):
+@pytest.mark.parametrize("tile", TILES)
+def test_it_is_the_gemm_with_every_tile(tile: StreamTile, half: torch.dtype, hopper: torch.device) -> None:
+    for rows, columns, inner in ((tile.tokens, 128, 1024), (tile.tokens - 3, 384, 64 * 9), (1, 256, 256)):
         x, weight, bias = matrices(rows, columns, inner, half, hopper)
         wanted = x.float() @ weight.float().T
-        out = torch.full((rows, columns), 7.0, dtype=half, device=hopper)
-        assert stream.linear(x, weight, None, out, cut) is out
+        out = stream.linear(x, weight, tile=tile)
         assert error(out, wanted) < 5e-3
-        assert error(stream.linear(x, weight, bias, cut=cut), wanted + bias.float()) < 5e-3
-        assert torch.equal(stream.linear(x, weight, cut=cut), out)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("cut", CUTS)
-def test_gated_it_is_the_activation_of_the_product(cut: Cut, half: torch.dtype, hopper: torch.device) -> None:
-    for rows, columns, inner in ((cut.tokens, 256, 1024), (2, 640, 640)):
+        assert error(stream.linear(x, weight, bias, tile=tile), wanted + bias.float()) < 5e-3
+        assert torch.equal(stream.linear(x, weight, tile=tile), out)
+    for rows, columns, inner in ((tile.tokens, 256, 1024), (2, 640, 640)):
         x, weight, _ = matrices(rows, columns, inner, half, hopper)
         wanted = reference.silu_mul((x.float() @ weight.float().T).to(half)).float()
-        assert error(stream.gated_linear(x, weight, cut), wanted) < 5e-3
+        assert error(stream.gated_linear(x, weight, tile), wanted) < 5e-3
 
 
 @pytest.mark.gpu
@@ -58,18 +54,18 @@ def test_rows_of_a_wider_tensor_are_read_where_they_lie(rows: int, hopper: torch
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_what_a_row_gets_does_not_depend_on_the_others(tokens: int, hopper: torch.device) -> None:
+def test_a_row_does_not_depend_on_the_others(tokens: int, hopper: torch.device) -> None:
     x, weight, _ = matrices(tokens, 256, 2048, torch.bfloat16, hopper)
     order = torch.randperm(tokens, device=hopper)
-    for parts in (1, 4):
-        cut = Cut(tokens, 2, parts)
-        assert torch.equal(stream.linear(x[order], weight, cut=cut), stream.linear(x, weight, cut=cut)[order])
+    for splits in (1, 4):
+        tile = StreamTile(tokens, 2, splits)
+        assert torch.equal(stream.linear(x[order], weight, tile=tile), stream.linear(x, weight, tile=tile)[order])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [2, 16, 64, 96])
 def test_a_chain_in_a_graph_is_the_chain_one_by_one(rows: int, hopper: torch.device) -> None:
-    """Each kernel starts while the one before it runs, and blocks of both are on the card at once."""
+    """Each kernel starts while the one before it runs, and blocks of both are on the GPU at once."""
     x, *_ = matrices(rows, 128, 2048, torch.bfloat16, hopper)
     up, down = (matrices(1, *size, torch.bfloat16, hopper)[1] for size in ((2 * 4096, 2048), (2048, 4096)))
 
@@ -111,30 +107,30 @@ def test_only_few_rows_and_large_matrices_fit() -> None:
 
 
 @pytest.mark.parametrize("columns", [1024, 2560, 3584, 5120, 7168, 12800, 17408, 34816])
-def test_a_cut_holds_the_rows_and_fills_the_card_where_it_can(columns: int) -> None:
+def test_a_tile_holds_the_rows_and_fills_the_gpu_where_it_can(columns: int) -> None:
     for rows in range(1, stream.MAX_ROWS + 1):
-        cut = cut_for(rows, columns)
-        blocks = columns // stream.TILE * cut.parts
-        assert cut.tokens >= rows
-        assert cut.tokens // cut.sides % 8 == 0  # the rows of a swizzle
-        assert cut.sides * cut.parts <= 8  # blocks of a cluster
-        assert cut.parts == 4 or blocks >= 130
-        last = blocks % (132 * cut.resident)
+        tile = stream_tile_for(rows, columns)
+        blocks = columns // stream.TILE * tile.splits
+        assert tile.tokens >= rows
+        assert tile.tokens // tile.sides % 8 == 0  # the rows of a swizzle
+        assert tile.sides * tile.splits <= 8  # blocks of a cluster
+        assert tile.splits == 4 or blocks >= 130
+        last = blocks % (132 * tile.resident)
         assert not 0 < last < 66 or blocks < 66
 
 
 @pytest.mark.parametrize("resident", [2, 3])
 @pytest.mark.parametrize("tokens", TOKENS)
-def test_what_parts_exchange_fits_into_the_ring(tokens: int, resident: int) -> None:
-    cut = Cut(tokens, 2, 4, resident)
-    ring = stream.stages(cut) * stream.slab_bytes(tokens)
-    assert stream.stages(cut) > 2
+def test_what_splits_exchange_fits_into_the_ring(tokens: int, resident: int) -> None:
+    tile = StreamTile(tokens, 2, 4, resident)
+    ring = stream.stages(tile) * stream.slab_bytes(tokens)
+    assert stream.stages(tile) > 2
     assert ring >= tokens * stream.TILE * 4
     assert resident * (ring + 4096) <= 227 * 1024
 
 
-def test_the_source_says_its_cut() -> None:
-    text = stream.source(Cut(32, 2, 4), gated=True, dtype=torch.float16)
-    assert "#define TOKENS 32\n#define SIDES 2\n#define PARTS 4\n" in text
+def test_the_source_says_its_tile() -> None:
+    text = stream.source(StreamTile(32, 2, 4), gated=True, dtype=torch.float16)
+    assert "#define TOKENS 32\n#define SIDES 2\n#define SPLITS 4\n" in text
     assert "m64n32k16.f32.f16.f16" in text
     assert "%14, %15}, %16, %17, adds" in text

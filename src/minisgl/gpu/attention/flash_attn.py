@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minisgl.core.attention import DeviceRows, GraphDecode, PlannedAttention, Rows, StaticDecode, to_device
+from minisgl.core.attention import DeviceBatch, GraphDecode, PlannedAttention, SequenceBatch, StaticDecode, to_device
 from minisgl.core.kv_cache import KVCache
 from minisgl.errors import ConfigError
 
@@ -28,15 +28,15 @@ class FlashAttention:
         except (ImportError, OSError) as error:
             raise ConfigError(f"the attention backend fa cannot load flash_attn_interface: {error}") from error
 
-    def plan_decode(self, rows: Rows, kv: KVCache) -> PlannedAttention:
+    def plan_decode(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
         return FlashAttentionStep(self.library, to_device(rows, kv.page_size), kv, decode=True)
 
-    def plan_prefill(self, rows: Rows, kv: KVCache) -> PlannedAttention:
+    def plan_prefill(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
         return FlashAttentionStep(self.library, to_device(rows, kv.page_size), kv, decode=False)
 
     def graph_decode(self, page_table: Tensor, kv_lens: Tensor, kv: KVCache, max_seq_len: int) -> GraphDecode:
         starts = torch.arange(len(kv_lens) + 1, dtype=torch.int32, device=kv_lens.device)
-        rows = DeviceRows(page_table, kv_lens, starts, 1, max_seq_len)
+        rows = DeviceBatch(page_table, kv_lens, starts, 1, max_seq_len)
         return StaticDecode(FlashAttentionStep(self.library, rows, kv, decode=True))
 
 
@@ -45,7 +45,7 @@ class FlashAttentionStep:
     """One step; its first layer schedules the work for all layers."""
 
     library: ModuleType
-    rows: DeviceRows
+    rows: DeviceBatch
     kv: KVCache
     decode: bool
     schedules: dict[int, Tensor] = field(default_factory=dict)  # by window: which multiprocessor computes what
@@ -63,15 +63,11 @@ class FlashAttentionStep:
         if window not in self.schedules:
             self.schedules[window] = self._schedule(q, options)
         out: Tensor = self.library.flash_attn_with_kvcache(
-            q.unsqueeze(1) if self.decode else q,
-            self.kv.k[layer],
-            self.kv.v[layer],
-            cache_seqlens=rows.kv_lens,
-            page_table=rows.page_table,
+            q.unsqueeze(1) if self.decode else q, self.kv.k[layer], self.kv.v[layer],
+            cache_seqlens=rows.kv_lens, page_table=rows.page_table,
             max_seqlen_q=None if self.decode else rows.max_query_len,
-            scheduler_metadata=self.schedules[window],
-            **options,
-        )
+            scheduler_metadata=self.schedules[window], **options,
+        )  # fmt: skip
         return out.squeeze(1) if self.decode else out
 
     def _num_splits(self) -> int:
@@ -81,15 +77,7 @@ class FlashAttentionStep:
     def _schedule(self, q: Tensor, options: dict[str, Any]) -> Tensor:
         rows, (page_size, kv_heads) = self.rows, self.kv.k.shape[2:4]
         schedule: Tensor = self.library.get_scheduler_metadata(
-            len(rows.kv_lens),
-            rows.max_query_len,
-            rows.page_table.shape[1] * page_size,
-            q.shape[1],
-            kv_heads,
-            q.shape[2],
-            rows.kv_lens,
-            qkv_dtype=q.dtype,
-            page_size=page_size,
-            **options,
-        )
+            len(rows.kv_lens), rows.max_query_len, rows.page_table.shape[1] * page_size, q.shape[1], kv_heads,
+            q.shape[2], rows.kv_lens, qkv_dtype=q.dtype, page_size=page_size, **options,
+        )  # fmt: skip
         return schedule

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minisgl.core.attention import GraphDecode, Int32, PlannedAttention, Rows, to_device
+from minisgl.core.attention import GraphDecode, Int32, PlannedAttention, SequenceBatch, to_device
 from minisgl.core.kv_cache import KVCache
 from minisgl.errors import ConfigError
 
@@ -50,16 +50,16 @@ class FlashInfer:
         self.processors = torch.cuda.get_device_properties(device).multi_processor_count
         self.planners_of: dict[tuple[str, int], AlternatingPlanners] = {}
 
-    def plan_decode(self, rows: Rows, kv: KVCache) -> PlannedAttention:
+    def plan_decode(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
         return FlashInferStep(self, rows, kv, *self.flatten(rows, kv), decode=True)
 
-    def plan_prefill(self, rows: Rows, kv: KVCache) -> PlannedAttention:
+    def plan_prefill(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
         return FlashInferStep(self, rows, kv, *self.flatten(rows, kv), decode=False)
 
     def graph_decode(self, page_table: Tensor, kv_lens: Tensor, kv: KVCache, max_seq_len: int) -> GraphDecode:
         return FlashInferGraphStep(self, page_table, kv_lens, kv)
 
-    def flatten(self, rows: Rows, kv: KVCache) -> tuple[Int32, Tensor]:
+    def flatten(self, rows: SequenceBatch, kv: KVCache) -> tuple[Int32, Tensor]:
         """The index of each row's first page (rows + 1,), on the host, and all pages, int32 on the device."""
         starts = np.concatenate([[0], np.cumsum(-(-rows.kv_lens // kv.page_size))]).astype(np.int32)
         on_device = to_device(rows, kv.page_size)
@@ -105,7 +105,7 @@ class FlashInferStep:
     """One step outside graphs. The first layer with a window makes the plan for it."""
 
     owner: FlashInfer
-    rows: Rows
+    rows: SequenceBatch
     kv: KVCache
     starts: Int32
     pages: Tensor
@@ -191,15 +191,10 @@ class GraphPlanner:
             self.wrapper.plan(step.starts, step.pages, step.filled, *self.shape, disable_split_kv=True, **self.options)
             return
         self.wrapper = owner.library.BatchDecodeWithPagedKVCacheWrapper(
-            owner.workspace,
-            "NHD",
-            use_cuda_graph=True,
-            use_tensor_cores=wants_tensor_cores(len(q), heads // kv_heads),
-            paged_kv_indptr_buffer=step.starts,
-            paged_kv_indices_buffer=step.pages,
-            paged_kv_last_page_len_buffer=step.filled,
-            backend="fa2",
-        )
+            owner.workspace, "NHD", use_cuda_graph=True, backend="fa2",
+            use_tensor_cores=wants_tensor_cores(len(q), heads // kv_heads), paged_kv_indptr_buffer=step.starts,
+            paged_kv_indices_buffer=step.pages, paged_kv_last_page_len_buffer=step.filled,
+        )  # fmt: skip
         plan_buffer = torch.empty(GRAPH_PLAN_BYTES, dtype=torch.uint8, device=owner.device)
         self.wrapper.reset_workspace_buffer(owner.workspace, plan_buffer)
         self.copied = _event()

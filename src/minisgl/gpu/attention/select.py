@@ -43,7 +43,7 @@ class Backend:
     head_dim: Rule = ANY
 
 
-BACKENDS = {
+BACKENDS: dict[str, Backend] = {
     "fa": Backend(
         make=lambda device: FlashAttention(),
         capability=Rule(lambda number: number // 10 == 9, "9.x"),
@@ -90,7 +90,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Choice:
+class AttentionChoice:
     """A backend for prefill and one for decode, and why."""
 
     prefill: str
@@ -136,7 +136,7 @@ def refusal(name: str, shape: Shape) -> str | None:
     return None
 
 
-def choose(pair: str, shape: Shape, available: Mapping[str, str | None], gpu: int) -> Choice:
+def choose(pair: str, shape: Shape, available: Mapping[str, str | None], gpu: int) -> AttentionChoice:
     """The backends that `--attn pair` means: `auto`, one name, or `prefill,decode`. `gpu` is its `capability`.
 
     Raises ConfigError for a name that cannot run here or with this shape, saying what can.
@@ -149,22 +149,22 @@ def choose(pair: str, shape: Shape, available: Mapping[str, str | None], gpu: in
     for name in (prefill, decode):
         if reason := reasons[name]:
             raise ConfigError(f"--attn {pair}: {name} cannot be used, {reason}; what works here: {', '.join(works)}")
-    return Choice(prefill, decode, "as asked for")
+    return AttentionChoice(prefill, decode, "as asked for")
 
 
-def _automatic(works: list[str], reasons: Mapping[str, str | None], gpu: int) -> Choice:
+def _automatic(works: list[str], reasons: Mapping[str, str | None], gpu: int) -> AttentionChoice:
     missing = "; ".join(f"{name} is out, {reason}" for name, reason in reasons.items() if reason and gpu)
-    prefill = next(name for name in ("fa", "fi", "triton", "torch") if name in works)
+    prefill: str = next(name for name in ("fa", "fi", "triton", "torch") if name in works)
     if gpu // 10 == 9:  # as benchmark/attention.py measures; triton's decode needs no work on the host
         decode = "triton" if "triton" in works else prefill
         why = "the fastest measured on Hopper"
     else:
         decode = next((name for name in ("trtllm", "fi") if name in works), prefill)
         why = f"what works best on compute capability {gpu / 10}" if gpu else "the CPU's backend"
-    return Choice(prefill, decode, f"{why}; {missing}" if missing else why)
+    return AttentionChoice(prefill, decode, f"{why}; {missing}" if missing else why)
 
 
-def make_attention(pair: str, shape: Shape, device: torch.device) -> tuple[Attention, Choice]:
+def make_attention(pair: str, shape: Shape, device: torch.device) -> tuple[Attention, AttentionChoice]:
     """The backends for `--attn pair`, ready, with what was chosen. Raises ConfigError as `choose` does."""
     gpu = capability(device)
     choice = choose(pair, shape, available_backends(device), gpu)

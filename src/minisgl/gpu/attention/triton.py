@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from minisgl.core.attention import DeviceRows, GraphDecode, PlannedAttention, Rows, StaticDecode, to_device
+from minisgl.core.attention import DeviceBatch, GraphDecode, PlannedAttention, SequenceBatch, StaticDecode, to_device
 from minisgl.core.kv_cache import KVCache
 from minisgl.errors import ConfigError
 
@@ -27,11 +27,11 @@ class TritonAttention:
         # The interpreter has no multiprocessors; a few make it split rows as a GPU would.
         self.processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
-    def plan_decode(self, rows: Rows, kv: KVCache) -> PlannedAttention:
+    def plan_decode(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
         on_device = to_device(rows, kv.page_size)
         return self._decode(on_device.page_table, on_device.kv_lens, kv)
 
-    def plan_prefill(self, rows: Rows, kv: KVCache) -> PlannedAttention:
+    def plan_prefill(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
         return TritonPrefill(self.prefill_kernels, to_device(rows, kv.page_size), kv)
 
     def graph_decode(self, page_table: Tensor, kv_lens: Tensor, kv: KVCache, max_seq_len: int) -> GraphDecode:
@@ -47,7 +47,7 @@ class TritonAttention:
 @dataclass(frozen=True)
 class TritonPrefill:
     kernels: ModuleType
-    rows: DeviceRows
+    rows: DeviceBatch
     kv: KVCache
 
     def run(self, q: Tensor, layer: int, window: int) -> Tensor:

@@ -86,7 +86,7 @@ def _rotated(
 
 @jit
 def _merged(
-    partial: tl.tensor, sums: tl.tensor, first: tl.tensor, last: tl.tensor, second: tl.tensor,
+    partial: tl.tensor, log_sums: tl.tensor, first: tl.tensor, last: tl.tensor, second: tl.tensor,
     mask: tl.tensor, inner: tl.tensor, member: tl.tensor, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     M: tl.constexpr, D: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
@@ -102,7 +102,7 @@ def _merged(
             there = (member < GROUP) & (program + 0 * member <= last)
             source = partial + place * (GROUP * HEAD_DIM) + inner
             part = tl.load(source, mask=mask & there[:, None], other=0.0, cache_modifier=".cg")
-            log_sum = tl.load(sums + place * GROUP + member, mask=there, other=float("-inf"), cache_modifier=".cg")
+            log_sum = tl.load(log_sums + place * GROUP + member, mask=there, other=float("-inf"), cache_modifier=".cg")
             peak = tl.maximum(best, log_sum)
             base = tl.where(peak == float("-inf"), 0.0, peak)
             shrink, weight = tl.exp2(best - base), tl.exp2(log_sum - base)
@@ -116,7 +116,7 @@ def _merged(
 def _decode_kernel(
     q: tl.tensor, q_norm: tl.tensor, k_norm: tl.tensor, cos_sin: tl.tensor, k: tl.tensor, v: tl.tensor,
     table: tl.tensor, lens: tl.tensor, starts: tl.tensor, out: tl.tensor,
-    partial: tl.tensor, sums: tl.tensor, arrived: tl.tensor,
+    partial: tl.tensor, log_sums: tl.tensor, arrived: tl.tensor,
     eps: tl.tensor, q_stride: tl.tensor, rows: tl.tensor, table_stride: tl.tensor, window: tl.tensor, scale: tl.tensor,
     FUSED_ROPE: tl.constexpr, NORM: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     PAGE: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
@@ -148,7 +148,7 @@ def _decode_kernel(
     mask = (member < GROUP)[:, None] & inside
     inner = member[:, None] * HEAD_DIM + dims[None, :]
     partial += head * tl.num_programs(1) * (2 * GROUP * HEAD_DIM)
-    sums += head * tl.num_programs(1) * (2 * GROUP)
+    log_sums += head * tl.num_programs(1) * (2 * GROUP)
     while tile < stop:
         if WHOLE:
             begin, end, until = 0, 1, 1
@@ -197,7 +197,7 @@ def _decode_kernel(
         else:
             place = 2 * program + tl.where(tile > range_start, 1, 0)
             tl.store(partial + place * (GROUP * HEAD_DIM) + inner, acc, mask=mask)
-            tl.store(sums + place * GROUP + member, best + tl.log2(total), mask=member < GROUP)
+            tl.store(log_sums + place * GROUP + member, best + tl.log2(total), mask=member < GROUP)
             first_program = ((begin + 1) * programs - 1) // tiles
             last_program = (end * programs - 1) // tiles
             tl.debug_barrier()  # every thread has written its share before the counter says so
@@ -205,7 +205,7 @@ def _decode_kernel(
             if before == last_program - first_program:
                 second = tl.where(first_program * tiles // programs < begin, 1, 0)
                 acc = _merged(
-                    partial, sums, first_program, last_program, second, mask, inner, member, GROUP, HEAD_DIM, M, D
+                    partial, log_sums, first_program, last_program, second, mask, inner, member, GROUP, HEAD_DIM, M, D
                 )
                 tl.store(result + inner, acc.to(out.dtype.element_ty), mask=mask)
                 tl.store(arrived + row * HEADS + head, 0)
@@ -302,16 +302,16 @@ class DecodeAttention(FusedAttention):
         whole = split.programs == 0
         programs = rows if whole else max(1, split.programs * self.processors // kv_heads)
         out = torch.empty((rows, heads, head_dim), dtype=q.dtype, device=q.device)
-        partial = sums = out
+        partial = log_sums = out
         starts = arrived = self.kv_lens
         if not whole:
-            partial, sums = self.workspaces.parts(kv_heads, programs, group, head_dim)
+            partial, log_sums = self.workspaces.parts(kv_heads, programs, group, head_dim)
             arrived = self.workspaces.arrived(rows * kv_heads)
             starts = self._tiles(split.tile, window, rope is not None)
         q_norm, k_norm, eps, cos_sin = (None, None, 0.0, None) if rope is None else rope[1:5]
         _decode_kernel[(kv_heads, programs)](
             q, q_norm, k_norm, cos_sin, k, v, self.page_table, self.kv_lens, starts, out,
-            partial, sums, arrived, eps, q.stride(0), rows, self.page_table.stride(0), window or NO_WINDOW,
+            partial, log_sums, arrived, eps, q.stride(0), rows, self.page_table.stride(0), window or NO_WINDOW,
             math.log2(math.e) * head_dim**-0.5,
             FUSED_ROPE=rope is not None, NORM=q_norm is not None, HEADS=kv_heads, GROUP=group,
             HEAD_DIM=head_dim, PAGE=page_size, ROWS=max(ROWS_BLOCK, triton.next_power_of_2(rows)),

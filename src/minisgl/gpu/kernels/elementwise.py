@@ -131,10 +131,10 @@ def _head_norm(
     return normed_low.to(low.dtype), normed_high.to(low.dtype)
 
 
-@jit_varying("positions", "locations")
+@jit_varying("positions", "slot_mapping")
 def _qkv_kernel(
     qkv: tl.tensor, q_norm: tl.tensor, k_norm: tl.tensor, cos_sin: tl.tensor, positions: tl.tensor,
-    locations: tl.tensor, q_out: tl.tensor, k_cache: tl.tensor,
+    slot_mapping: tl.tensor, q_out: tl.tensor, k_cache: tl.tensor,
     v_cache: tl.tensor, eps: tl.tensor, heads: tl.tensor, kv_heads: tl.tensor, half: tl.tensor,
     NORM: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -152,7 +152,7 @@ def _qkv_kernel(
     within = column < half
     mask = (head < count)[:, None] & within[None, :]
     position = tl.load(positions + token)
-    location = tl.load(locations + token).to(tl.int64)
+    location = tl.load(slot_mapping + token).to(tl.int64)
 
     source = qkv + (token * (heads + 2 * kv_heads) + before + head)[:, None] * (2 * half) + column[None, :]
     low = tl.load(source, mask=mask, other=0.0)  # (BLOCK_HEADS, BLOCK_HALF) dimensions 0 … hd/2 - 1
@@ -185,13 +185,13 @@ def _qkv_kernel(
 
 def rope_store_kv(
     qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, cos_sin: Tensor, positions: Tensor,
-    locations: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor | None = None,
+    slot_mapping: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Norm (where weights are given) and rotate queries and keys, write keys and values, return the queries.
 
     qkv (T, (H + 2K) * hd), bias added; q_norm, k_norm (hd,) or None; cos_sin float32 (max_seq_len, hd), cosines first;
-    positions int32 (T,); locations int32 or int64 (T,) = page * page_size + offset; k_cache, v_cache one layer's pages
-    (pages, page_size, K, hd) -> (T, H, hd), `out` where it is given. All contiguous.
+    positions int32 (T,); slot_mapping int32 or int64 (T,) = page * page_size + offset; k_cache, v_cache one layer's
+    pages (pages, page_size, K, hd) -> (T, H, hd), `out` where it is given. All contiguous.
     Twins: `core.ops.rms_norm`, `apply_rope` and `store_kv`.
     """
     kv_heads, head_dim = k_cache.shape[2:]
@@ -207,7 +207,7 @@ def rope_store_kv(
         block = min(max(1, QKV_TILE // (2 * half)), triton.next_power_of_2(max(heads, kv_heads)))
         blocks = triton.cdiv(heads, block) + 2 * triton.cdiv(kv_heads, block)
         _qkv_kernel[(tokens, blocks)](
-            qkv, q_norm, k_norm, cos_sin, positions, locations, q, k_cache, v_cache, eps, heads, kv_heads,
+            qkv, q_norm, k_norm, cos_sin, positions, slot_mapping, q, k_cache, v_cache, eps, heads, kv_heads,
             head_dim // 2, NORM=q_norm is not None, BLOCK_HEADS=block, BLOCK_HALF=half,
             num_warps=warps_for(block * half), PDL=bool(pdl), **pdl,
         )  # fmt: skip

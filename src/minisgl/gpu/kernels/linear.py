@@ -133,14 +133,11 @@ def _launch_linear(
     )  # fmt: skip
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, tile: LinearTile | None = None, out: Tensor | None = None
-) -> Tensor:
-    """x (T, K) by weight (N, K), plus bias (N,) -> (T, N), contiguous and, where it is given, `out`."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, tile: LinearTile | None = None) -> Tensor:
+    """x (T, K) by weight (N, K), plus bias (N,) -> (T, N)."""
     columns = weight.shape[0]
     tile = tile or (FEW if len(x) <= 16 else MANY)
-    if out is None:
-        out = torch.empty((x.shape[0], columns), dtype=x.dtype, device=x.device)
+    out = torch.empty((x.shape[0], columns), dtype=x.dtype, device=x.device)
     _launch_linear(x, weight, bias, out, columns, tile, gated=False)
     return out
 
@@ -222,11 +219,10 @@ def gemv_tile_for(inner: int, gated: bool) -> GemvTile:
     return GemvTile(1, 1024, 4) if 4096 <= inner <= 5120 else GemvTile(4, 512, 4)
 
 
-def gemv(x: Tensor, weight: Tensor, out: Tensor | None = None, tile: GemvTile | None = None) -> Tensor:
-    """x (1, K) by weight (N, K) -> (1, N), contiguous and, where it is given, `out`."""
+def gemv(x: Tensor, weight: Tensor, tile: GemvTile | None = None) -> Tensor:
+    """x (1, K) by weight (N, K) -> (1, N)."""
     columns, inner = weight.shape
-    if out is None:
-        out = torch.empty((1, columns), dtype=x.dtype, device=x.device)
+    out = torch.empty((1, columns), dtype=x.dtype, device=x.device)
     _launch_gemv(x, weight, out, columns, tile or gemv_tile_for(inner, gated=False), gated=False)
     return out
 

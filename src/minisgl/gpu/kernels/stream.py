@@ -123,12 +123,9 @@ def takes(x: Tensor, weight: Tensor) -> bool:
     return inner % SLAB == 0 and columns % (2 * TILE) == 0 and aligned and weight.is_contiguous()
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None, tile: StreamTile | None = None
-) -> Tensor:
-    """x (T, K) by weight (N, K), plus bias (N,) -> (T, N), contiguous and, where it is given, `out`."""
-    if out is None:
-        out = torch.empty((len(x), len(weight)), dtype=x.dtype, device=x.device)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, tile: StreamTile | None = None) -> Tensor:
+    """x (T, K) by weight (N, K), plus bias (N,) -> (T, N)."""
+    out = torch.empty((len(x), len(weight)), dtype=x.dtype, device=x.device)
     _launch(x, weight, bias, out, tile, gated=False)
     return out
 
@@ -144,7 +141,6 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, tile: S
     (rows, inner), columns, halves = x.shape, out.shape[1], 2 if gated else 1
     tile = tile or stream_tile_for(rows, len(weight))
     assert rows <= tile.tokens
-    assert out.is_contiguous()
     # Eight rows of gate and eight of up alternate, so that a thread has both values of a column of the result.
     weights = tensor_map(
         weight,

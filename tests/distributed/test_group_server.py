@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -13,11 +14,8 @@ from pathlib import Path
 import openai
 import pytest
 
-from helpers.processes import children, descendants, server, wait_until_gone
+from helpers.processes import BOUND, children, descendants, server, wait_until_gone
 from helpers.tiny_models import save_model
-
-BOUND = 10.0
-"""Seconds; the promise is 2, this machine may be busy."""
 
 
 def client(url: str) -> openai.OpenAI:
@@ -103,8 +101,6 @@ def test_ranks_that_torchrun_starts_answer_as_one_does(tmp_path: Path) -> None:
 
 
 def test_an_llm_on_ranks_of_torchrun_ends_them_without_a_complaint(tmp_path: Path) -> None:
-    import subprocess
-
     script = tmp_path / "script.py"
     script.write_text(
         "from minisgl import LLM, SamplingParams\n"
@@ -118,8 +114,6 @@ def test_an_llm_on_ranks_of_torchrun_ends_them_without_a_complaint(tmp_path: Pat
 
 
 def test_torchrun_with_another_number_of_ranks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import subprocess
-
     for name, value in {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
     done = subprocess.run(

@@ -18,7 +18,7 @@ from helpers.models import tiny_spec
 from helpers.simulation import record_plans
 from helpers.special import Answer, SlowAnswer, slow_answer, special_requests
 from minisgl.config import Config
-from minisgl.core import logits as tail
+from minisgl.core import logits as logits_module
 from minisgl.core.engine import Engine
 from minisgl.core.executor import LocalExecutor
 from minisgl.core.request_state import State
@@ -112,8 +112,8 @@ def test_what_is_compared_above_depends_on_each_parameter(kind: int, neutral: di
         assert without.tokens != right()[request.id].tokens
 
 
-def test_work_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tail, "PIECE", 3 * SPEC.vocab_size)
+def test_work_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logits_module, "CHUNK_LOGITS", 3 * SPEC.vocab_size)
     requests = special_requests(SPEC.vocab_size)
     check(answers(make_engine(), requests), requests)
 
@@ -192,14 +192,14 @@ def answers_one(engine: Engine, request: Request, name: str) -> Answer:
     return answer
 
 
-def test_ordinary_steps_have_no_tail() -> None:
+def test_ordinary_steps_run_no_logits_processors() -> None:
     engine = make_engine()
     plans = record_plans(engine)
     ordinary = [Request.make(id=str(i), prompt=[i + 1] * 5, params=SamplingParams(max_tokens=6)) for i in range(3)]
     answers(engine, ordinary)
     assert all(plan.special is None for plan in plans)
     assert isinstance(engine.executor, LocalExecutor)
-    tables = engine.executor.runner.tail.special
+    tables = engine.executor.runner.logits_processors.state
     assert tables.seen is None
     assert tables.bias_ids is None
 

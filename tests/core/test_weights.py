@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minisgl.core.model_config import ModelSpec, read_spec
-from minisgl.core.weights import Weights, dummy_weights, load_weights, parameters, pieces
+from minisgl.core.weights import Weights, dummy_weights, load_weights, parameters, shard_of, shard_slices
 from minisgl.errors import ModelError
 
 CPU = torch.device("cpu")
@@ -210,8 +211,8 @@ def test_sources_cover_every_parameter_exactly_once(tmp_path: Path) -> None:
     for parameter in parameters(read_spec(tmp_path)):
         counts = torch.zeros(parameter.shape)
         for source in parameter.sources:
-            (piece,) = pieces(source, None)
-            region = counts[piece.region]
+            (part,) = shard_slices(source, shard_of(parameter, None))
+            region = counts[part.region]
             assert region.shape == source.shape
             region += 1
         assert bool((counts == 1).all())
@@ -229,6 +230,24 @@ def test_dummy_weights_have_the_checkpoints_shapes_and_a_seed(tmp_path: Path, ca
         shapes = [{k: v.shape for k, v in vars(layer).items() if v is not None} for layer in (ours, theirs)]
         assert shapes[0] == shapes[1]
         assert bool((ours.input_norm == 1).all())
+
+
+def test_dummy_weights_have_the_scale_that_keeps_activations_of_order_one(tmp_path: Path) -> None:
+    """1 / sqrt(fan in), and what adds to the residual stream a further 1 / sqrt(2 layers)."""
+    save(tmp_path, "qwen3-moe")
+    spec = read_spec(tmp_path)
+    assert spec.moe is not None
+    spec = dataclasses.replace(spec, hidden_size=256, intermediate_size=512, qkv_bias=True)
+    weights = dummy_weights(spec, torch.float32, CPU)
+    expected = {"qkv": 256, "gate_up": 256, "router": 256, "expert_gate_up": 256}
+    residual = {"o": 64, "down": 512, "expert_down": spec.moe.width}
+    for layer in weights.layers:
+        for name, value in vars(layer).items():
+            if value is not None and not name.endswith("norm"):
+                std = expected[name] ** -0.5 if name in expected else 0.02
+                std = (residual[name] * 2 * spec.num_layers) ** -0.5 if name in residual else std
+                assert float(value.std()) == pytest.approx(std, rel=0.1 if value.dim() > 1 else 0.3), name
+    assert float(weights.embedding.std()) == pytest.approx(256**-0.5, rel=0.05)
 
 
 def test_dummy_activations_stay_finite_in_half_precision_at_depth(tmp_path: Path) -> None:

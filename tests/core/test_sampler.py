@@ -88,15 +88,17 @@ def test_looking_at_a_few_logits_first_changes_nothing(monkeypatch: pytest.Monke
     outcomes = []
     for few in ((), (16, 100)):
         monkeypatch.setattr(sampling, "FEW", few)
-        outcomes.append(scaled >= threshold(scaled, params))
-    assert torch.equal(*outcomes)
+        one_by_one = [threshold(scaled[i : i + 1], params.select(torch.tensor([i]))) for i in range(24)]
+        outcomes += [scaled >= threshold(scaled, params), scaled >= torch.cat(one_by_one)]
+    assert all(torch.equal(outcomes[0], outcome) for outcome in outcomes[1:])
 
 
 def test_greedy_takes_the_lowest_id_of_equals() -> None:
-    logits = torch.tensor([[0.0, 2.0, 2.0], [1.0, 1.0, 1.0], [0.0, 0.0, 3.0]])
-    params = rows(3, temperature=[0.0, 0.0, 5.0], top_k=[0, 0, 1])
-    assert sample(logits, params, torch.zeros(3, dtype=torch.int32)).tolist() == [1, 0, 2]
-    assert sample(logits, params, torch.zeros(3, dtype=torch.int32), all_greedy=True).tolist() == [1, 0, 2]
+    logits = torch.tensor([[0.0, 2.0, 2.0], [1.0, 1.0, 1.0], *[[0.0, 3.0, 3.0]] * 8])
+    params = rows(10, temperature=[0.0] * 2 + [5.0] * 8, top_k=[0] * 2 + [1] * 8, seed=list(range(10)))
+    for all_greedy in (False, True):
+        tokens = sample(logits, params, torch.zeros(10, dtype=torch.int32), all_greedy=all_greedy)
+        assert tokens.tolist() == [1, 0, *[1] * 8]
 
 
 def test_stop_ids_wait_for_the_minimum_length() -> None:
@@ -115,11 +117,11 @@ def test_a_tiny_temperature_is_as_good_as_greedy(temperature: float) -> None:
     assert sample(logits, params, torch.arange(4, dtype=torch.int32)).tolist() == logits.argmax(dim=-1).tolist()
 
 
-@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
+@pytest.mark.parametrize("temperature", [0.05, 0.6, 1.0, 1.7])
 def test_sampled_frequencies_are_the_softmax(temperature: float) -> None:
     torch.manual_seed(0)
     draws, vocab = 20000, 24
-    logits = torch.randn(vocab)
+    logits = torch.randn(vocab) * (0.05 if temperature == 0.05 else 1.0)
     positions = torch.arange(draws, dtype=torch.int32)
     tokens = sample(
         logits.expand(draws, -1), rows(draws, temperature=temperature, seed=11), positions, any_filter=False

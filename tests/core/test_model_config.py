@@ -96,6 +96,11 @@ def test_rope_kinds(tmp_path: Path, scaling: dict[str, Any], expected: Rope) -> 
     assert read_spec(write(tmp_path, **LLAMA, rope_scaling=scaling)).rope == expected
 
 
+def test_an_original_context_beside_the_rope_parameters_counts(tmp_path: Path) -> None:
+    spec = read_spec(write(tmp_path, **LLAMA, rope_scaling=YARN, original_max_position_embeddings=256))
+    assert spec.rope.original_max_position == 256
+
+
 @pytest.mark.parametrize(
     ("name", "extra", "windows"),
     [
@@ -173,11 +178,15 @@ def test_an_eos_id_outside_of_the_vocabulary_is_left_out(tmp_path: Path) -> None
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
         ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, ["high_freq_factor"]),
         ({"eos_token_id": "</s>"}, ["eos_token_id"]),
+        (
+            {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 2, "num_experts_per_tok": 3},
+            ["num_experts_per_tok", "at most the 2 experts", "got 3"],
+        ),
     ],
 )
 def test_a_bad_config_is_refused_by_file_and_field(tmp_path: Path, change: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(ModelError) as caught:
-        read_spec(write(tmp_path, **{**LLAMA, **change}))
+        read_spec(write(tmp_path, **{**LLAMA, "num_key_value_heads": 4, **change}))
     assert all(word in caught.value.message for word in ["config.json", *words])
 
 

@@ -1,7 +1,7 @@
-"""The ranks of a group that sum in each other's inboxes, all on one host, and what must come of it.
+"""Fused all-reduces of several ranks on one host, and what they must compute.
 
-`python -m helpers.summing JSON` (the fields of `Case`) runs them as processes that share memory, in triton's
-interpreter, and ends with status 0 if every value is right.
+`python -m helpers.fused_kernel_ranks JSON` (the fields of `Case`) runs the ranks as processes that share memory, in
+triton's interpreter, and ends with status 0 if every value is right.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from torch import Tensor
 
 from helpers.interpreter import quicken
 from minisgl.core.ops import rms_norm
-from minisgl.gpu.kernels import sums
-from minisgl.gpu.kernels.sums import GENERATIONS, UNWRITTEN, Inboxes, inbox_size
+from minisgl.gpu.kernels import all_reduce
+from minisgl.gpu.kernels.all_reduce import GENERATIONS, UNWRITTEN, ReceiveBuffers, buffer_size
 
 EPS = 1e-6
 SECONDS = 200
-"""After so long a rank that waits for ever is ended."""
+"""After which a rank that waits for ever is ended."""
 
-OPERATIONS = {1: sums.one_shot_add_rms_norm, 2: sums.two_shot_add_rms_norm}
+OPERATIONS = {1: all_reduce.one_shot_add_rms_norm, 2: all_reduce.two_shot_add_rms_norm}
 
 Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Calls, each of (shots, rows), in a group's order."""
+    """What a group calls, in this order: (shots, rows)."""
 
     world: int
     dim: int
@@ -45,7 +45,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Sum:
+class Call:
     """One call on every rank: parts, residual streams and outs are lists over ranks of (T, D)."""
 
     shots: int
@@ -55,7 +55,7 @@ class Sum:
     outs: list[Tensor]
 
 
-class Summing:
+class FusedRun:
     """The memory of all ranks and all calls, of which `run` does one rank's."""
 
     def __init__(self, case: Case, device: torch.device, allocate: Allocate) -> None:
@@ -71,42 +71,32 @@ class Summing:
             values[torch.rand(shape, generator=generator) < 0.1] = -0.0
             return values
 
-        def sum_of(shots: int, rows: int) -> Sum:
+        def call(shots: int, rows: int) -> Call:
             start, parts = noise(rows, case.dim), [noise(rows, case.dim) for _ in range(case.world)]
             for row, zero in ((rows // 2, 0.0), (rows - 1, -0.0)):  # sums, and norms, of nothing but zeros
                 for values in (start, *parts):
                     values[row] = zero
-            return Sum(
-                shots,
-                filled(start),
-                [filled(part) for part in parts],
-                [filled(start) for _ in parts],
-                [filled(torch.full_like(start, math.nan)) for _ in parts],
-            )
+            outs = [filled(torch.full_like(start, math.nan)) for _ in parts]
+            return Call(shots, filled(start), [filled(part) for part in parts], [filled(start) for _ in parts], outs)
 
         self.weight = filled(noise(case.dim))
-        self.calls = [sum_of(shots, rows) for shots, rows in case.calls]
-        self.inboxes = {shots: self._inboxes(shots, case, device, filled) for shots in OPERATIONS}
+        self.calls = [call(shots, rows) for shots, rows in case.calls]
+        self.buffers = {shots: self._buffers(shots, case, device, filled) for shots in OPERATIONS}
 
-    def _inboxes(
+    def _buffers(
         self, shots: int, case: Case, device: torch.device, filled: Callable[[Tensor], Tensor]
-    ) -> list[Inboxes]:
+    ) -> list[ReceiveBuffers]:
         world, rows = case.world, max(rows for _, rows in case.calls)
         shapes = [(rows, world)] if shots == 1 else [(-(-rows // world), world), (rows, 1)]
-        sizes = [inbox_size(*shape, case.dim) for shape in shapes]
+        sizes = [buffer_size(*shape, case.dim) for shape in shapes]
         memory = [[filled(torch.full((size,), UNWRITTEN)) for _ in range(world)] for size in sizes]
         addresses = tuple(
             torch.tensor([own.data_ptr() for own in ranks], dtype=torch.int64, device=device) for ranks in memory
         )
+        generations = [torch.zeros(rows, dtype=torch.int32, device=device) for _ in range(world)]
         return [
-            Inboxes(
-                rank=rank,
-                world=world,
-                rows=rows,
-                dim=case.dim,
-                own=tuple(ranks[rank] for ranks in memory),
-                addresses=addresses,
-                turns=torch.zeros(rows, dtype=torch.int32, device=device),
+            ReceiveBuffers(
+                rank, world, rows, case.dim, tuple(ranks[rank] for ranks in memory), addresses, generations[rank]
             )
             for rank in range(world)
         ]
@@ -115,27 +105,27 @@ class Summing:
         """Compile and load a rank's kernels, which on a GPU must not happen while another rank waits for it."""
         empty = self.calls[0].start[:0]
         for shots, operation in OPERATIONS.items():
-            operation(self.inboxes[shots][rank], empty, empty, self.weight, EPS, empty)
+            operation(self.buffers[shots][rank], empty, empty, self.weight, EPS, empty)
 
     def run(self, rank: int) -> None:
         """All calls of a rank; then nothing may be left in the generations that come next."""
         for call in self.calls:
-            inboxes = self.inboxes[call.shots][rank]
-            OPERATIONS[call.shots](inboxes, call.parts[rank], call.residuals[rank], self.weight, EPS, call.outs[rank])
+            buffers = self.buffers[call.shots][rank]
+            OPERATIONS[call.shots](buffers, call.parts[rank], call.residuals[rank], self.weight, EPS, call.outs[rank])
 
     def check_reset(self, rank: int) -> None:
         """Raise unless the two generations that come next hold nothing but sentinels."""
         for shots in OPERATIONS:
-            inboxes = self.inboxes[shots][rank]
-            turns = inboxes.turns.tolist()
-            for number, own in enumerate(inboxes.own):
+            buffers = self.buffers[shots][rank]
+            generations = buffers.generations.tolist()
+            for number, own in enumerate(buffers.own):
                 owned = shots == 2 and number == 0
                 senders = 1 if number == 1 else self.world
-                rows = list(range(rank, inboxes.rows, self.world)) if owned else list(range(inboxes.rows))
-                boxes = own.view(GENERATIONS, -1, senders, inboxes.dim)
+                rows = list(range(rank, buffers.rows, self.world)) if owned else list(range(buffers.rows))
+                boxes = own.view(GENERATIONS, -1, senders, buffers.dim)
                 for place, row in enumerate(rows):
                     for after in (0, 1):
-                        box = boxes[(turns[row] + after) % GENERATIONS, place]
+                        box = boxes[(generations[row] + after) % GENERATIONS, place]
                         assert bool((torch.signbit(box) & (box == 0)).all()), (shots, number, row, after)
 
     def check(self) -> None:
@@ -157,48 +147,40 @@ def shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(mmap.mmap(-1, max(1, count * dtype.itemsize)), dtype=dtype, count=count).view(shape)
 
 
-def be_rank(summing: Summing, rank: int) -> int:
-    """What a forked process does: its status."""
-    signal.alarm(SECONDS)
-    summing.load(rank)
-    summing.run(rank)
-    summing.check_reset(rank)
-    return 0
-
-
 def main() -> None:
-    """Run a case."""
+    """Run a case: fork the ranks, end with the first that fails, and check."""
     case = Case(**json.loads(sys.argv[1]))
     torch.set_num_threads(1)
     quicken()
-    with mock.patch.object(sums, "MAX_PROGRAMS", case.programs):
-        run_processes(case)
+    run = FusedRun(case, torch.device("cpu"), shared)
+    with mock.patch.object(all_reduce, "MAX_BLOCKS", case.programs):
+        ranks = {fork(run, rank) for rank in range(case.world)}
+        while ranks:
+            process, status = os.wait()
+            ranks.discard(process)
+            if status:
+                for other in ranks:
+                    os.kill(other, signal.SIGKILL)
+                raise SystemExit(f"a rank ended with {status}")
+    run.check()
 
 
-def run_processes(case: Case) -> None:
-    """Fork the ranks, end with the first that fails, and check."""
-    summing = Summing(case, torch.device("cpu"), shared)
-    ranks = set()
-    for rank in range(case.world):
-        process = os.fork()
-        if process == 0:
-            status = 1
-            try:
-                status = be_rank(summing, rank)
-            except BaseException:
-                sys.excepthook(*sys.exc_info())
-            finally:
-                sys.stderr.flush()
-                os._exit(status)
-        ranks.add(process)
-    while ranks:
-        process, status = os.wait()
-        ranks.discard(process)
-        if status:
-            for other in ranks:
-                os.kill(other, signal.SIGKILL)
-            raise SystemExit(f"a rank ended with {status}")
-    summing.check()
+def fork(run: FusedRun, rank: int) -> int:
+    """A process that does a rank's calls."""
+    if process := os.fork():
+        return process
+    status = 1
+    try:
+        signal.alarm(SECONDS)
+        run.load(rank)
+        run.run(rank)
+        run.check_reset(rank)
+        status = 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
 
 
 if __name__ == "__main__":

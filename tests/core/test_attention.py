@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minisgl.core import attention as torch_backend
-from minisgl.core.attention import Attention, Geometry, Rows, TorchAttention, split_by_length
+from minisgl.core.attention import Attention, AttentionMetadata, SequenceBatch, TorchAttention, split_by_length
 from minisgl.core.kv_cache import KVCache, allocate_kv
 
 HEADS, KV_HEADS, HEAD_DIM, MAX_TOKENS = 6, 2, 8, 1300
@@ -37,9 +37,9 @@ class Sequences:
             self.kv.k[LAYER].view(-1, KV_HEADS, HEAD_DIM)[places] = self.k[row]
             self.kv.v[LAYER].view(-1, KV_HEADS, HEAD_DIM)[places] = self.v[row]
 
-    def rows(self, slots: list[int], query_lens: list[int]) -> Rows:
+    def rows(self, slots: list[int], query_lens: list[int]) -> SequenceBatch:
         kv_lens = np.array([len(self.k[slot]) for slot in slots], np.int32)
-        return Rows(
+        return SequenceBatch(
             page_table=self.table,
             slots=np.array(slots, np.int32),
             query_lens=np.array(query_lens, np.int32),
@@ -62,7 +62,7 @@ def check(sequences: Sequences, decode: list[int], chunks: dict[int, int], windo
     """A step over these rows agrees with the exact attention of each."""
     query_lens = [1] * len(decode) + list(chunks.values())
     q = torch.randn(sum(query_lens), HEADS, HEAD_DIM)
-    geometry = Geometry(
+    geometry = AttentionMetadata(
         decode=sequences.rows(decode, [1] * len(decode)) if decode else None,
         prefill=sequences.rows(list(chunks), list(chunks.values())) if chunks else None,
     )

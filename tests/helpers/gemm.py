@@ -1,4 +1,4 @@
-"""Operands of matrix products, and how far a product is from what was wanted."""
+"""Operands of GEMMs, and how far a result is from what was wanted."""
 
 from __future__ import annotations
 

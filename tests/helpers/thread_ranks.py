@@ -21,40 +21,40 @@ from minisgl.distributed.executor import build_rank_executor
 T = TypeVar("T")
 
 
-class Meeting:
-    """Where the ranks put what they bring, and wait for each other."""
+class Exchange:
+    """The ranks' tensors of the collective at hand, and a barrier."""
 
     def __init__(self, size: int) -> None:
-        self.brought: list[Tensor] = [torch.empty(0)] * size
+        self.tensors: list[Tensor] = [torch.empty(0)] * size
         self.barrier = threading.Barrier(size, timeout=60)
 
 
 class ThreadCollectives:
     """Collectives between threads."""
 
-    def __init__(self, rank: int, meeting: Meeting) -> None:
+    def __init__(self, rank: int, exchange: Exchange) -> None:
         self.rank = rank
-        self.meeting = meeting
+        self.exchange = exchange
 
-    def _exchange(self, x: Tensor) -> list[Tensor]:
-        self.meeting.brought[self.rank] = x
-        self.meeting.barrier.wait()
-        found = [y.clone() for y in self.meeting.brought]
-        self.meeting.barrier.wait()
+    def _all(self, x: Tensor) -> list[Tensor]:
+        self.exchange.tensors[self.rank] = x
+        self.exchange.barrier.wait()
+        found = [y.clone() for y in self.exchange.tensors]
+        self.exchange.barrier.wait()
         return found
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        found = self._exchange(x)
+        found = self._all(x)
         total = found[0].clone()
         for part in found[1:]:
             total += part
         return total
 
     def all_gather(self, x: Tensor) -> Tensor:
-        return torch.stack(self._exchange(x))
+        return torch.stack(self._all(x))
 
     def abort(self) -> None:
-        self.meeting.barrier.abort()
+        self.exchange.barrier.abort()
 
     def close(self) -> None:
         pass
@@ -62,8 +62,8 @@ class ThreadCollectives:
 
 def thread_groups(size: int) -> list[TPGroup]:
     """A group of threads, as each rank sees it."""
-    meeting, control = Meeting(size), Meeting(size)
-    return [TPGroup(r, size, ThreadCollectives(r, meeting), ThreadCollectives(r, control)) for r in range(size)]
+    device, control = Exchange(size), Exchange(size)
+    return [TPGroup(r, size, ThreadCollectives(r, device), ThreadCollectives(r, control)) for r in range(size)]
 
 
 def on_all(size: int, work: Callable[[TPGroup], T]) -> list[T]:
@@ -84,10 +84,19 @@ def on_all(size: int, work: Callable[[TPGroup], T]) -> list[T]:
 class ThreadGroup:
     """An executor over the ranks of a group of threads; every rank's tokens must be equal."""
 
-    def __init__(self, config: Config, folder: Path, spec: ModelSpec, max_seq_len: int, size: int) -> None:
-        self.ranks: list[LocalExecutor] = on_all(
-            size, lambda group: build_rank_executor(config, folder, spec, max_seq_len, group)[0]
-        )
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        spec: ModelSpec,
+        max_seq_len: int,
+        size: int,
+        alive: Callable[[], None] | None = None,
+    ) -> None:
+        def build(group: TPGroup) -> LocalExecutor:
+            return build_rank_executor(config, folder, spec, max_seq_len, group, alive=alive)[0]
+
+        self.ranks: list[LocalExecutor] = on_all(size, build)
 
     @property
     def num_pages(self) -> int:

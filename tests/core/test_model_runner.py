@@ -118,7 +118,7 @@ def test_the_step_that_is_measured_asks_for_everything_a_request_can() -> None:
     assert output.prompt_scores is not None
     assert output.scores.top_ids.shape == (4, MAX_LOGPROBS)
     assert output.prompt_scores.top_ids.shape == (12, MAX_LOGPROBS)
-    special = driver.runner.tail.special
+    special = driver.runner.logits_processors.state
     assert special.seen is not None
     assert special.bias_ids is not None
 

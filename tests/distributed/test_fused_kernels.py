@@ -1,25 +1,24 @@
-"""Sums over ranks with addition and norm: processes that share memory, or streams of one GPU."""
+"""Fused all-reduce, addition and norm: the ranks are processes that share memory, or streams of one GPU."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from helpers.summing import SECONDS, Case, Summing
-from minisgl.gpu.kernels import sums
+from helpers.fused_kernel_ranks import SECONDS, Case, FusedRun
+from helpers.processes import environment
+from minisgl.gpu.kernels import all_reduce
 
 GROWING = [(shots, rows) for rows in (1, 3, 1, 7, 2) for shots in (1, 2)]
-"""Calls of both ways in turn, after which the rows have had 10, 8, 4 and 2 calls."""
+"""One shot and two in turn, after which the rows have had 10, 8, 4 and 2 calls."""
 AGAIN = [(1, 2)] * 5 + [(2, 2)] * 5 + [(2, 1)] * 3 + [(2, 3)] * 3
 MANY = [(1, 66), (2, 70), (2, 65), (1, 64)]
-"""Rows for many more programs than there are, not all of them multiples of the ranks."""
+"""More rows than programs, not all of them multiples of the ranks."""
 
 CASES = {
     "two": Case(world=2, dim=40, dtype="float32", programs=4, calls=GROWING + AGAIN + MANY),
@@ -29,19 +28,17 @@ CASES = {
 }
 """Half words from one rank only: the interpreter reads and writes them byte by byte, which a GPU does not."""
 ALONE = 1024
-"""Beyond, a program fills a multiprocessor. Launched ahead of each other's end, all calls of some ranks would then fill
-the one card that all share here, and wait for ranks that find no room; a rank with a card of its own has what it needs.
+"""Beyond, a program fills a multiprocessor. With dependent launches the calls of some ranks would fill the one GPU that
+all share here, and wait for ranks that find no room; with a GPU for each rank there is room.
 """
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a card")
-def test_processes_sum_as_the_reference_does(case: Case) -> None:
-    here = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+def test_processes_compute_what_the_reference_does(case: Case) -> None:
     ended = subprocess.run(
-        [sys.executable, "-m", "helpers.summing", json.dumps(dataclasses.asdict(case))],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": here},
-        stderr=subprocess.PIPE, text=True, timeout=SECONDS + 40,
+        [sys.executable, "-m", "helpers.fused_kernel_ranks", json.dumps(dataclasses.asdict(case))],
+        env=environment(TRITON_INTERPRET="1"), stderr=subprocess.PIPE, text=True, timeout=SECONDS + 40,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
 
@@ -51,25 +48,27 @@ def test_processes_sum_as_the_reference_does(case: Case) -> None:
     ("name", "dim", "dtype"),
     [*((name, 40, "float32") for name in CASES), *(("four", 5120, dtype) for dtype in ("bfloat16", "float16"))],
 )
-def test_streams_sum_as_the_reference_does(name: str, dim: int, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streams_compute_what_the_reference_does(
+    name: str, dim: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     device = torch.device("cuda")
-    monkeypatch.setattr(sums, "MAX_PROGRAMS", 16)
+    monkeypatch.setattr(all_reduce, "MAX_BLOCKS", 16)
     if dim > ALONE:
-        monkeypatch.setattr(sums, "launch_options", dict)
+        monkeypatch.setattr(all_reduce, "launch_options", dict)
 
     def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
     case = CASES[name]
-    summing = Summing(dataclasses.replace(case, dtype=dtype, dim=dim), device, allocate)
+    run = FusedRun(dataclasses.replace(case, dtype=dtype, dim=dim), device, allocate)
     streams = [torch.cuda.Stream() for _ in range(case.world)]  # type: ignore[no-untyped-call]
     for rank in range(case.world):
-        summing.load(rank)
+        run.load(rank)
     torch.cuda.synchronize()
     for rank, stream in enumerate(streams):
         with torch.cuda.stream(stream):
-            summing.run(rank)
+            run.run(rank)
     torch.cuda.synchronize()
-    summing.check()
+    run.check()
     for rank in range(case.world):
-        summing.check_reset(rank)
+        run.check_reset(rank)
