@@ -150,7 +150,7 @@ def test_resolving_is_pure_and_what_is_resolved_resolves_to_itself(machine: Mach
             "--num-tokenizer 2 is shared among --api-workers 3: give each at least",
         ),
         ({"all_reduce": "ring"}, "--all-reduce must be one of auto, fused, nccl"),
-        ({"all_reduce": "symmetric"}, "--all-reduce symmetric was removed: nccl is as fast; give auto, fused or nccl"),
+        ({"all_reduce": "symmetric"}, "--all-reduce must be one of auto, fused, nccl, got 'symmetric'"),
         ({"attn": "fa,"}, "--attn must be auto"),
         ({"attn": "auto,fa"}, "--attn must be auto"),
         ({"attn": "cudnn"}, "fa, fi, trtllm, triton, torch"),

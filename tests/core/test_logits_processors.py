@@ -136,7 +136,9 @@ def test_a_prompt_that_wants_scores_is_not_taken_from_the_cache_but_goes_there()
 
 def test_a_prompt_retracted_between_chunks_is_scored_on_from_where_it_was() -> None:
     prompt = [3 * i % 200 for i in range(100)]
-    request = Request.make(id="x", prompt=prompt, params=SamplingParams(temperature=0.0, max_tokens=3, prompt_logprobs=2))
+    request = Request.make(
+        id="x", prompt=prompt, params=SamplingParams(temperature=0.0, max_tokens=3, prompt_logprobs=2)
+    )
     engine = make_engine(max_prefill_length=20)
     engine.add(request)
     answer, steps = Answer(), 0

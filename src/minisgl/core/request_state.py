@@ -21,7 +21,7 @@ from minisgl.core.types import MAX_STOP_TOKEN_IDS, Grammar, Request, TokenLogpro
 from minisgl.errors import InvalidRequestError
 
 Slots = NDArray[np.intp]
-NONE = np.empty(0, np.int32)
+EMPTY = np.empty(0, np.int32)
 
 
 class Constraint(Protocol):
@@ -233,7 +233,7 @@ class RequestTable:
             bias = request.request.params.logit_bias
             bias_ids[index, : len(bias)] = list(bias)
             bias_values[index, : len(bias)] = list(bias.values())
-            penalised = request.tokens if self.penalised[slot] else NONE
+            penalised = request.tokens if self.penalised[slot] else EMPTY
             seen.append(count_tokens(penalised[: request.prompt_len], penalised[request.prompt_len :]))
         return SpecialInit(
             slots=np.array(changed, np.int32),
@@ -254,7 +254,7 @@ class RequestTable:
             return None
         changed = np.flatnonzero(self.changes_logits(sampled)).astype(np.int32)
         scored = np.flatnonzero(self.top[sampled] >= 0).astype(np.int32)
-        rows, targets, counts = [NONE], [NONE], []  # of prompt tokens to be scored
+        rows, targets, counts = [EMPTY], [EMPTY], []  # of prompt tokens to be scored
         scored_slots: list[int] = []
         row = decodes  # where a chunk begins among the tokens of the step
         for slot, start, length in zip(slots.tolist(), starts.tolist(), lens.tolist(), strict=True):

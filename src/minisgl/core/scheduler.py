@@ -23,7 +23,7 @@ import numpy as np
 from minisgl.core.pages import CacheManager, PageWrites
 from minisgl.core.plan import Int32, Masks, StepPlan, StepResult
 from minisgl.core.policy import Policy
-from minisgl.core.request_state import NONE, Constraint, RequestState, RequestTable, Slots, State
+from minisgl.core.request_state import EMPTY, Constraint, RequestState, RequestTable, Slots, State
 from minisgl.core.types import FinishReason, TokenEvent
 
 
@@ -232,7 +232,7 @@ class Scheduler:
         table.in_flight[decodes] += 1
         table.in_flight[slots] += 1
         sampled = np.concatenate([decodes, slots[final]]).astype(np.int32)
-        writes = [np.concatenate([NONE, *part]) for part in zip(*step.writes, strict=True)] or [NONE] * 3
+        writes = [np.concatenate([EMPTY, *part]) for part in zip(*step.writes, strict=True)] or [EMPTY] * 3
         tokens = [table.tokens[slot, start:end] for slot, start, end in zip(slots, starts, ends, strict=True)]
         self.step += 1
         return StepPlan(
@@ -247,7 +247,7 @@ class Scheduler:
             prefill_starts=starts,
             prefill_lens=lens,
             prefill_final=final,
-            prefill_tokens=np.concatenate([NONE, *tokens]),
+            prefill_tokens=np.concatenate([EMPTY, *tokens]),
             all_greedy=bool(table.greedy[sampled].all()),
             any_filter=bool(table.filtered[sampled].any()),
             any_min_len=bool((table.num_computed_tokens[sampled] < table.min_len[sampled]).any()),
