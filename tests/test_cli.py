@@ -289,12 +289,6 @@ def test_help_names_every_flag_default_and_switch(capsys: pytest.CaptureFixture[
     assert "(default: 1919)" in text
 
 
-def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        cli.main(["--version"])
-    assert (exit_.value.code, capsys.readouterr().out) == (0, f"minisgl {__version__}\n")
-
-
 @pytest.mark.parametrize(
     "arguments",
     ["['--help']", "['serve', '--help']", "['bench', 'offline', '--help']", "['bench', 'online', '--help']"],

@@ -97,7 +97,7 @@ class Config:
         help=f"attention backend: one of {', '.join(ATTENTION_BACKENDS)} or auto; or two, prefill,decode")
     cuda_graph_max_bs: int | None = setting(
         None, "--cuda-graph-max-bs", "--graph", least=0,
-        help="largest decode batch captured as a CUDA graph; 0: none; default: from the GPU's memory")
+        help="largest decode batch captured as a CUDA graph; 0: none; default: 16 to 256, by the GPU's memory")
     piecewise_cuda_graph_max_tokens: int | None = setting(
         None, "--piecewise-cuda-graph-max-tokens", least=0,
         help="largest step with prompts, in tokens, whose layers run as CUDA graphs between their attentions; 0: none "
@@ -112,25 +112,28 @@ class Config:
 
     api_key: tuple[str, ...] = setting(
         (), "--api-key", env="MINISGL_API_KEY",
-        help="keys of which clients must send one; the environment hides them from ps")
+        help="keys of which clients must send one; the environment hides them from ps; default: none needed")
     allow_public: bool = setting(
         False, "--allow-public", help="listen on an address that other machines reach even without --api-key")
     cors_origins: tuple[str, ...] = setting(
-        (), "--cors-origins", help="origins whose web pages may call the server; * for all")
+        (), "--cors-origins", help="origins whose web pages may call the server; * for all; default: none")
     ssl_certfile: str | None = setting(None, "--ssl-certfile", help="PEM certificate chain; the server speaks TLS")
     ssl_keyfile: str | None = setting(None, "--ssl-keyfile", help="PEM private key of --ssl-certfile")
 
     max_queued_requests: int | None = setting(
-        None, "--max-queued-requests", least=1, help="requests that may wait for their first token; more get 429")
+        None, "--max-queued-requests", least=1,
+        help="requests that may wait for their first token, more get 429; default: no limit")
     max_queued_tokens: int | None = setting(
-        None, "--max-queued-tokens", least=1, help="prompt tokens that may wait for their first token; more get 429")
+        None, "--max-queued-tokens", least=1,
+        help="prompt tokens that may wait for their first token, more get 429; default: no limit")
     api_workers: int = setting(
         1, "--api-workers", least=1, most=64, help="processes that serve HTTP, in front of one engine")
     num_tokenizer: int = setting(
         0, "--num-tokenizer", least=0, most=64,
         help="processes that template and tokenise requests, shared among the API processes; 0: threads of those")
     request_timeout: float | None = setting(
-        None, "--request-timeout", help="seconds a request may take, queue included; then it ends with 504")
+        None, "--request-timeout",
+        help="seconds a request may take, queue included, before it ends with 504; default: no limit")
     write_timeout: float = setting(
         30.0, "--write-timeout", help="seconds a client may leave its full receive buffer unread before it is cut off")
     drain_timeout: float = setting(

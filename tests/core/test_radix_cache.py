@@ -24,17 +24,6 @@ def insert(tree: RadixCache, tokens: Int32, first_page: int) -> int:
     return tree.insert(tree.root, tokens, np.arange(first_page, first_page + count, dtype=np.int32))[1]
 
 
-def test_match_ends_at_a_page_boundary_inside_a_node() -> None:
-    tree = RadixCache(2)
-    insert(tree, ids(1, 2, 3, 4, 5, 6), 10)
-    node, pages = tree.match(ids(1, 2, 3, 4, 5, 9))
-    assert pages.tolist() == [10, 11]
-    assert node.tokens.tolist() == [1, 2, 3, 4]
-    assert tree.match(ids(1, 2, 3, 4, 5, 6))[1].tolist() == [10, 11, 12]
-    assert tree.match(ids(1, 9))[1].tolist() == []
-    assert sorted(tree.check([]).tolist()) == [10, 11, 12]
-
-
 def test_match_pages_changes_nothing() -> None:
     tree = RadixCache(1)
     insert(tree, ids(1, 2, 3), 0)
@@ -42,14 +31,6 @@ def test_match_pages_changes_nothing() -> None:
     assert tree.match_pages(ids(1, 2, 9)) == 2
     assert [len(node.pages) for node in tree.root.children.values()] == [3, 3]
     assert tree.evict(1).tolist() == [2]  # still the oldest
-
-
-def test_insert_says_which_pages_were_known() -> None:
-    tree = RadixCache(2)
-    assert insert(tree, ids(1, 2, 3, 4), 0) == 0
-    assert insert(tree, ids(1, 2, 5, 6), 2) == 1
-    assert insert(tree, ids(1, 2), 4) == 1
-    assert sorted(tree.check([]).tolist()) == [0, 1, 3]
 
 
 def test_insert_keeps_a_copy_of_what_it_is_given() -> None:

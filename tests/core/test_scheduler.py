@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -261,6 +262,13 @@ def test_a_priority_is_a_32_bit_integer(priority: int) -> None:
     assert Request.make("x", [1], SamplingParams(), priority=2**31 - 1).priority == 2**31 - 1
     with pytest.raises(InvalidRequestError, match="priority must be a 32-bit integer"):
         Request.make("x", [1], SamplingParams(), priority)
+
+
+def test_a_prompt_travels_as_four_bytes_a_token() -> None:
+    made = Request.make("x", list(range(1000, 2000)), SamplingParams())
+    sent = msgspec.msgpack.encode(made)
+    assert len(sent) < len(msgspec.msgpack.encode(Request.make("x", [], SamplingParams()))) + 4004
+    assert msgspec.msgpack.decode(sent, type=Request).prompt.tolist() == list(range(1000, 2000))
 
 
 def test_an_id_that_is_live_and_an_unknown_grammar_are_refused() -> None:
