@@ -70,7 +70,7 @@ def requests(vocab_size: int, count: int, longer: int = 0) -> list[Request]:
             min_p=(0.0, 0.05)[i % 5 == 4], seed=i, min_tokens=3 if i % 6 == 0 else 0,
             max_tokens=4 + i % 5 + longer, ignore_eos=i % 4 != 0,
         )  # fmt: skip
-        made.append(Request(id=str(i), prompt=(shared if i % 2 else []) + own, params=params))
+        made.append(Request.make(id=str(i), prompt=(shared if i % 2 else []) + own, params=params))
     return made
 
 
