@@ -27,6 +27,7 @@ SIZES = {
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
+    "mistral": ("Mistral", {}),
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {"tie_word_embeddings": True}),
     "qwen3moe": ("Qwen3Moe", MOE),
@@ -68,7 +69,7 @@ def gguf_tensors(model: Any, kind: str) -> dict[str, NDArray[np.float32]]:
                 tensors |= {f"{block}ffn_gate_exps.weight": gate.copy(), f"{block}ffn_up_exps.weight": up.copy()}
             continue
         module = name.split(".")[-2]
-        if kind == "llama" and module in ("q_proj", "k_proj"):
+        if kind in ("llama", "mistral") and module in ("q_proj", "k_proj"):
             heads = "num_attention_heads" if module == "q_proj" else "num_key_value_heads"
             values = interleave(values, getattr(model.config, heads))
         tensors[gguf_name(name)] = np.ascontiguousarray(values)

