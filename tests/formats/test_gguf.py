@@ -275,6 +275,7 @@ HUGE = 2**62
         (start(1, 0) + tensor_info(b"t", [0], 0, 0), ["tensor t", "outside"]),
         (start(1, 0) + tensor_info(b"t", [4] * 9, 0, 0), ["tensor t", "9 dimensions"]),
         (start(1, 0) + tensor_info(b"t", [4], 999, 0), ["tensor t", "type 999", "Q4_K"]),
+        (start(1, 0) + tensor_info(b"t", [256], 16, 0), ["tensor t", "IQ2_XXS", "Q4_K"]),
         (start(1, 0) + tensor_info(b"t", [4], 2, 0), ["tensor t", "Q4_0 blocks of 32"]),
         (start(2, 0) + 2 * tensor_info(b"t", [4], 0, 0) + bytes(64), ["tensor t appears twice"]),
     ],

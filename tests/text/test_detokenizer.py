@@ -24,7 +24,7 @@ def load(text: str) -> Tokenizer:
 BYTE_LEVEL = load(byte_level_json())
 BYTE_FALLBACK = load(byte_fallback_json())
 LETTERS = {letter: BYTE_LEVEL.encode(letter)[0] for letter in "abxSTOP"}
-FALLBACK = {token: BYTE_FALLBACK.backend.token_to_id(token) for token in ("a", "h", "▁b", "▁he")} | {
+FALLBACK = {token: BYTE_FALLBACK.backend.get_vocab()[token] for token in ("a", "h", "▁b", "▁he")} | {
     byte: 3 + byte for byte in (0x61, 0x62, 0xC3, 0xA9, 0xBD, 0xE4, 0xFF)
 }
 

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -69,7 +68,6 @@ def convert_gguf(
             except OSError:  # another process was quicker; its folder holds the same
                 if not folder.is_dir():
                     raise
-                shutil.rmtree(written)
     except OSError as error:
         raise ModelError(f"{path}: cannot be converted into {folder}: {error.strerror or error}") from error
     return folder
@@ -91,35 +89,33 @@ def _write_folder(
     _check_tensors(file, groups)
     if not weights:
         return
+    shards: list[list[str]] = [[]]
+    elements = 0
+    for name in groups:
+        if elements >= SHARD_ELEMENTS:
+            shards.append([])
+            elements = 0
+        shards[-1].append(name)
+        elements += math.prod(file.tensors[name].shape)
     permuted = file.metadata["general.architecture"] in PERMUTED
     total = sum(file.tensors[name].size for name in groups)
-    shard: dict[str, Tensor] = {}
     files: dict[str, str] = {}
-    elements = number = 0
-    for name, sources in groups.items():
-        whole = torch.from_numpy(file.floats(name)).to(getattr(torch, dtype))
-        for source in sources:
-            tensor = whole if source.expert is None else whole[source.expert]
-            shard[source.name] = unpermute(tensor, source.name, spec) if permuted else tensor
-        elements += whole.numel()
-        if elements >= SHARD_ELEMENTS:
-            files |= _write_shard(folder, number, shard)
-            shard, elements, number = {}, 0, number + 1
-        if progress is not None:
-            progress(file.tensors[name].size, total)
-    files |= _write_shard(folder, number, shard)
+    for number, names in enumerate(shards, 1):
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            whole = torch.from_numpy(file.floats(name)).to(getattr(torch, dtype))
+            for source in groups[name]:
+                tensor = whole if source.expert is None else whole[source.expert]
+                tensors[source.name] = (unpermute(tensor, source.name, spec) if permuted else tensor).contiguous()
+            if progress is not None:
+                progress(file.tensors[name].size, total)
+        files |= dict.fromkeys(tensors, f"model-{number:05d}.safetensors")
+        save_file(tensors, folder / f"model-{number:05d}.safetensors", {"format": "pt"})
     _write_json(folder / INDEX, {"metadata": {}, "weight_map": files})
 
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _write_shard(folder: Path, number: int, shard: dict[str, Tensor]) -> dict[str, str]:
-    name = f"model-{number + 1:05d}.safetensors"
-    if shard:
-        save_file({key: tensor.contiguous() for key, tensor in shard.items()}, folder / name, {"format": "pt"})
-    return dict.fromkeys(shard, name)
 
 
 def gguf_name(name: str) -> str:
@@ -161,7 +157,7 @@ SCALARS = {0: "u1", 1: "i1", 2: "u2", 3: "i2", 4: "u4", 5: "i4", 6: "f4", 7: "?"
 BLOCK_FORMATS = (
     "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
 )  # fmt: skip
-FORMATS = {int(gguf.GGMLQuantizationType[name]): gguf.GGMLQuantizationType[name] for name in BLOCK_FORMATS}
+FORMATS = {int(format): format for format in gguf.GGMLQuantizationType}
 
 
 class GgufTensor(NamedTuple):
@@ -237,8 +233,9 @@ class GgufFile:
         shape = tuple(self._integer(8) for _ in range(dimensions))[::-1]
         kind, offset = self._integer(4), self._integer(8)
         format = FORMATS.get(kind)
-        if format is None:
-            raise self.error(f"{self._what} is stored as type {kind}; {', '.join(BLOCK_FORMATS)} can be read")
+        if format is None or format.name not in BLOCK_FORMATS:
+            stored = f"type {kind}" if format is None else format.name
+            raise self.error(f"{self._what} is stored as {stored}; {', '.join(BLOCK_FORMATS)} can be read")
         block, block_bytes = gguf.GGML_QUANT_SIZES[format]
         if shape[-1] % block:
             raise self.error(f"{self._what} of shape {shape} is not made of whole {format.name} blocks of {block}")
@@ -284,8 +281,8 @@ MODEL_TYPES = {
     "qwen3moe": ("Qwen3MoeForCausalLM", "qwen3_moe"),
 }
 """GGUF architecture -> Hugging Face's architecture and model type. Mistral's files mostly call themselves llama."""
-LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_CONTEXT = 1.0, 4.0, 8192
-"""low_freq_factor, high_freq_factor and original context of every Llama 3.1 to 3.3."""
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""The rope scaling of every Llama 3.1 to 3.3, but its factor."""
 NEUTRAL = {"attn_factor": 1, "yarn_attn_factor": 1, "yarn_ext_factor": 1, "yarn_log_multiplier": 0}
 """Parameters of rope scaling that cannot be expressed, and the value with which they change nothing."""
 
@@ -367,9 +364,8 @@ def _rope(file: GgufFile, metadata: Fields, kind: str, head_dim: int, context: i
     rope |= {"rope_type": scaling, "factor": metadata.number(factor if factor in metadata else linear)}
     if scaling == "yarn":
         rope["original_max_position_embeddings"] = metadata.integer(f"{prefix}original_context_length", context)
-        for name in ("beta_fast", "beta_slow"):
-            if f"{prefix}yarn_{name}" in metadata:
-                rope[name] = metadata.number(f"{prefix}yarn_{name}")
+        betas = (name for name in ("beta_fast", "beta_slow") if f"{prefix}yarn_{name}" in metadata)
+        rope |= {name: metadata.number(f"{prefix}yarn_{name}") for name in betas}
     return rope
 
 
@@ -383,18 +379,11 @@ def _llama3_rope(file: GgufFile, theta: float, head_dim: int) -> dict[str, Any]:
         raise file.error(f"tensor rope_freqs.weight has shape {divisors.shape}, not half of the head size {head_dim}")
     factor = float(divisors.max())
     wavelengths = 2 * math.pi * theta ** (2 * np.arange(head_dim // 2) / head_dim)
-    smooth = np.clip((LLAMA3_CONTEXT / wavelengths - LLAMA3_LOW) / (LLAMA3_HIGH - LLAMA3_LOW), 0.0, 1.0)
+    low, high, original = LLAMA3.values()
+    smooth = np.clip((original / wavelengths - low) / (high - low), 0.0, 1.0)
     if not factor >= 1.0 or not np.allclose(divisors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
         raise file.error("tensor rope_freqs.weight is not the rope scaling of Llama 3, the one supported")
-    if factor == 1.0:
-        return {}
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": LLAMA3_LOW,
-        "high_freq_factor": LLAMA3_HIGH,
-        "original_max_position_embeddings": LLAMA3_CONTEXT,
-    }
+    return {} if factor == 1.0 else {"rope_type": "llama3", "factor": factor, **LLAMA3}
 
 
 # tokenizer.json and tokenizer_config.json

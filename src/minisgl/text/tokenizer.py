@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from minisgl.core.model_config import read_json
 from minisgl.core.types import SamplingParams
 from minisgl.errors import InvalidRequestError, ModelError
 from minisgl.text.chat_template import NO_TEMPLATE, ChatTemplate, cut_after, read_template
@@ -56,10 +56,10 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
         """Read a checkpoint's tokenizer. Raises ModelError, naming the file, when there is none or it is broken."""
-        config = read_json(folder / "tokenizer_config.json")
-        tokens = {**special_tokens(read_json(folder / "special_tokens_map.json")), **special_tokens(config)}
+        config = read_object(folder / "tokenizer_config.json")
+        tokens = {**special_tokens(read_object(folder / "special_tokens_map.json")), **special_tokens(config)}
         backend = load_backend(folder)
-        listed = read_json(folder / "generation_config.json").get("eos_token_id")
+        listed = read_object(folder / "generation_config.json").get("eos_token_id")
         eos = [backend.token_to_id(tokens["eos_token"])] if "eos_token" in tokens else []
         eos += listed if isinstance(listed, list) else [listed]
         ids = tuple(dict.fromkeys(i for i in eos if isinstance(i, int)))
@@ -184,14 +184,9 @@ def load_backend(folder: Path) -> tokenizers.Tokenizer:
     return backend
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, Any]:
     """A JSON object; an absent file is an empty one. Raises ModelError naming the file."""
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{file}: not valid JSON: {error}") from error
+    value = read_json(file) if file.is_file() else {}
     if not isinstance(value, dict):
         raise ModelError(f"{file}: not a JSON object")
     return value
