@@ -135,6 +135,9 @@ def convert(
     return convert_gguf(tmp_path / "model.gguf", "float32")
 
 
+LLAMA3 = Rope(
+    kind="llama3", theta=5e5, factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=8192
+)
 LINEAR = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0}
 YARN = {
     "llama.rope.scaling.type": "yarn",
@@ -144,40 +147,32 @@ YARN = {
 }
 
 
-@pytest.mark.parametrize(
-    ("metadata", "rope"),
-    [
-        ({"llama.rope.freq_base": 5e5}, Rope(kind="default", theta=5e5)),
-        (LINEAR, Rope(kind="linear", theta=1e4, factor=2.0)),
-        ({"llama.rope.scale_linear": 4.0}, Rope(kind="linear", theta=1e4, factor=4.0)),
-        (YARN, Rope(kind="yarn", theta=1e4, factor=4.0, original_max_position=64, beta_fast=16.0)),
-    ],
-)
-def test_rope_scaling_is_read_from_metadata(tmp_path: Path, metadata: dict[str, Any], rope: Rope) -> None:
-    assert read_spec(convert(tmp_path, metadata)).rope == rope
-
-
 def llama3_divisors(factor: float) -> np.ndarray[Any, np.dtype[np.float32]]:
     """What llama.cpp's converter writes for head size 16, base 5e5 and Llama 3's constants, after its own loop."""
     divisors = []
     for pair in range(8):
         wavelength = 2 * np.pi * 5e5 ** (2 * pair / 16)
-        if wavelength < 8192 / 4.0:
-            divisors.append(1.0)
-        elif wavelength > 8192 / 1.0:
-            divisors.append(factor)
-        else:
-            smooth = (8192 / wavelength - 1.0) / 3.0
-            divisors.append(1 / ((1 - smooth) / factor + smooth))
+        smooth = (8192 / wavelength - 1.0) / 3.0
+        between = 1 / ((1 - smooth) / factor + smooth)
+        divisors.append(1.0 if wavelength < 8192 / 4.0 else factor if wavelength > 8192 / 1.0 else between)
     return np.array(divisors, np.float32)
 
 
-def test_llama3_scaling_is_recognised_by_its_tensor(tmp_path: Path) -> None:
-    spec = read_spec(convert(tmp_path, {"llama.rope.freq_base": 5e5}, {"rope_freqs.weight": llama3_divisors(32.0)}))
-    expected = Rope(
-        kind="llama3", theta=5e5, factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=8192
-    )
-    assert spec.rope == expected
+@pytest.mark.parametrize(
+    ("metadata", "divisors", "rope"),
+    [
+        ({"llama.rope.freq_base": 5e5}, None, Rope(kind="default", theta=5e5)),
+        (LINEAR, None, Rope(kind="linear", theta=1e4, factor=2.0)),
+        ({"llama.rope.scale_linear": 4.0}, None, Rope(kind="linear", theta=1e4, factor=4.0)),
+        (YARN, None, Rope(kind="yarn", theta=1e4, factor=4.0, original_max_position=64, beta_fast=16.0)),
+        ({"llama.rope.freq_base": 5e5}, llama3_divisors(32.0), LLAMA3),
+    ],
+    ids=["default", "linear", "scale_linear", "yarn", "llama3"],
+)
+def test_rope_scaling_is_read_from_metadata_and_the_tensor(
+    tmp_path: Path, metadata: dict[str, Any], divisors: Any, rope: Rope
+) -> None:
+    assert read_spec(convert(tmp_path, metadata, {"rope_freqs.weight": divisors})).rope == rope
 
 
 def test_a_window_makes_the_llama_architecture_a_mistral(tmp_path: Path) -> None:
