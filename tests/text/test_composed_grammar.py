@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 from msgspec.structs import replace
 
-from helpers.grammars import EOS, PADDED, allowed, follow, tiny_vocabulary, token_bytes, walk
+from helpers.grammars import EOS, PADDED, allowed, follow, sample_text, tiny_vocabulary, token_bytes
 from helpers.tiny_tokenizers import write_tokenizer
 from minisgl.core.types import Calls, Grammar
 from minisgl.errors import InvalidRequestError
@@ -119,7 +119,7 @@ def test_masks_show_both_ways(vocabulary: Vocabulary) -> None:
 def test_sampled_texts_are_json_or_calls(seed: int, tmp_path: Path) -> None:
     vocabulary = tiny_vocabulary(tmp_path)
     constraint = compile_grammar(Grammar(kind="json_schema", source=NUMBER, calls=HERMES), vocabulary)
-    text = walk(constraint, token_bytes(vocabulary), seed, wander=8)
+    text = sample_text(constraint, token_bytes(vocabulary), seed, free_tokens=8)
     if text.startswith("{"):
         assert isinstance(json.loads(text)["n"], int)
     else:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from helpers.grammars import EOS, PADDED, allowed, follow, matches, tiny_vocabulary, token_bytes, walk
+from helpers.grammars import EOS, PADDED, allowed, follow, matches, sample_text, tiny_vocabulary, token_bytes
 from helpers.tiny_tokenizers import SPECIAL_TOKENS, byte_fallback_json
 from minisgl.core.types import Grammar
 from minisgl.errors import InvalidRequestError, UnsupportedParameterError
@@ -69,18 +69,18 @@ def test_a_choice_allows_what_begins_one_of_its_texts(vocabulary: Vocabulary, pi
 
 
 @pytest.mark.parametrize("pattern", ["a", "ab*", "[ab]{2}", "(ab|cd)+", "a?b?c?", "[0-9]{2,3}x?"])
-def test_walks_end_where_the_regular_expression_matches_as_python_does(
+def test_sampled_texts_end_where_the_regular_expression_matches_as_python_does(
     pattern: str, vocabulary: Vocabulary, pieces: list[bytes]
 ) -> None:
     start = compile_grammar(regex(pattern), vocabulary)
     for seed in range(10):
-        assert re.fullmatch(pattern, walk(start.copy(), pieces, seed, wander=20))
+        assert re.fullmatch(pattern, sample_text(start.copy(), pieces, seed, free_tokens=20))
 
 
 def test_every_choice_is_reached_and_nothing_else(vocabulary: Vocabulary, pieces: list[bytes]) -> None:
     texts = {"yes", "yesterday", "no", "naïve", '"quoted"', "back\\slash", "new\nline", "日本", "a/b", "\t"}
     start = compile_grammar(choice(*texts), vocabulary)
-    assert {walk(start.copy(), pieces, seed) for seed in range(300)} == texts
+    assert {sample_text(start.copy(), pieces, seed) for seed in range(300)} == texts
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_a_tokenizer_with_byte_fallback_writes_spaces_and_bytes(tmp_path: Path) 
     vocabulary = Vocabulary(VocabularySource(folder=str(tmp_path), vocab_size=300, eos_token_ids=(2,)))
     pieces = token_bytes(vocabulary)
     start = compile_grammar(choice("he a", "é b"), vocabulary)
-    texts = {walk(start.copy(), pieces, seed) for seed in range(30)}
+    texts = {sample_text(start.copy(), pieces, seed) for seed in range(30)}
     assert texts == {"he a", "é b"}
 
 

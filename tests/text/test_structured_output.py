@@ -1,4 +1,4 @@
-"""The bundled model's own answers, held to a form."""
+"""The bundled model held to structured output."""
 
 from __future__ import annotations
 
