@@ -97,26 +97,22 @@ def _huggingface(model: str, patterns: list[str], progress: bool) -> Path:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs | {"disable": True})  # type: ignore[no-untyped-call]
 
+    troubles: dict[type[Exception], str] = {
+        errors.HFValidationError: "neither a file nor a folder here, nor the id of a model on Hugging Face",
+        errors.GatedRepoError: "Hugging Face gives this model only to accounts that accepted its terms; "
+        "accept them there and log in with `hf auth login`",
+        errors.RepositoryNotFoundError: "no such model on Hugging Face, or it is private and you are not logged in",
+        errors.LocalEntryNotFoundError: "not fetched before, and Hugging Face cannot be reached from here",
+    }
+    tqdm_class = tqdm if progress else Silent
     try:
-        tqdm_class = tqdm if progress else Silent
         return Path(
             snapshot_download(model, allow_patterns=patterns, ignore_patterns=[*LEFT_OUT], tqdm_class=tqdm_class)
         )
-    except errors.HFValidationError:
-        raise ModelError(f"{model}: neither a file nor a folder here, nor the id of a model on Hugging Face") from None
-    except errors.GatedRepoError as error:
-        raise ModelError(
-            f"{model}: Hugging Face gives this model only to accounts that accepted its terms; accept them there "
-            "and log in with `hf auth login`"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise ModelError(
-            f"{model}: no such model on Hugging Face, or it is private and you are not logged in"
-        ) from error
-    except errors.LocalEntryNotFoundError as error:
-        raise ModelError(f"{model}: not fetched before, and Hugging Face cannot be reached from here") from error
     except Exception as error:  # the package's HTTP client, and so its errors, differ from version to version
-        raise ModelError(f"{model}: fetching it from Hugging Face failed: {_first_line(error)}") from error
+        known = [text for kind, text in troubles.items() if isinstance(error, kind)]
+        reason = known[0] if known else f"fetching it from Hugging Face failed: {_first_line(error)}"
+        raise ModelError(f"{model}: {reason}") from error
 
 
 def _modelscope(model: str, patterns: list[str]) -> Path:
