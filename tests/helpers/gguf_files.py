@@ -129,23 +129,11 @@ def write_gguf(
     """Write a GGUF file; a tensor named in `formats` is quantised, or taken as raw blocks when it is bytes."""
     writer = gguf.GGUFWriter(path, kind)
     for key, value in metadata.items():
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        else:
-            writer.add_array(key, value)
+        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
     for name, tensor in tensors.items():
-        if formats is None or name not in formats:
-            writer.add_tensor(name, tensor)
-        else:
-            format = formats[name]
-            raw = tensor if tensor.dtype == np.uint8 else gguf.quants.quantize(tensor, format)
-            writer.add_tensor(name, raw, raw_dtype=format)
+        format = (formats or {}).get(name)
+        raw = tensor if format is None or tensor.dtype == np.uint8 else gguf.quants.quantize(tensor, format)
+        writer.add_tensor(name, raw, raw_dtype=format)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
