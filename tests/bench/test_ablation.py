@@ -12,13 +12,21 @@ import pytest
 import torch
 import transformers
 
-from minisgl import cli
-from minisgl.bench import ablation, variants
-from minisgl.bench.chart import draw_chart, names_apart, ratio
-from minisgl.bench.trials import Measurement, Trials, load, play, scenario_tokens
-from minisgl.bench.variants import CPU_SCENARIOS, GPU_SCENARIOS, Chats, SystemPrompt, Variant, make_variants
-from minisgl.bench.workload import Workload, WorkloadSpec
 from minisgl.config import Config
+from minisgl_bench.ablation import CPU_SCENARIOS, GPU_SCENARIOS, make_variants, ratio
+from minisgl_bench.ablation_runner import (
+    AblationRunner,
+    Conversations,
+    Measurement,
+    SystemPrompt,
+    Variant,
+    load,
+    play,
+    scenario_tokens,
+)
+from minisgl_bench.command import ABLATIONS, main
+from minisgl_bench.plots import distinct, draw_ablation
+from minisgl_bench.workload import Workload, WorkloadSpec
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +66,10 @@ def test_all_groups_are_measured_against_their_default(
         "--repeats",
         "1",
     ]
-    assert cli.main(["bench", "ablation", *flags]) == 0
+    assert main(["ablation", *flags]) == 0
     report = json.loads(path.read_text())
     rows = {f"{row['variant']['group']}: {row['variant']['label']}": row for row in report["measurements"]}
-    assert {name.partition(":")[0] for name in rows} == set(variants.GROUPS) - {"graphs", "attention"} | {"default"}
+    assert {name.partition(":")[0] for name in rows} == set(ABLATIONS) - {"graphs", "attention"} | {"default"}
     assert all(row["error"] is None and row["output_tokens"] > 0 for row in rows.values())
     assert rows["system-prompt: naive"]["cached_tokens"] == rows["chats: naive"]["cached_tokens"] == 0
     defaults = [row for row in report["measurements"] if row["variant"]["group"] == "default"]
@@ -77,22 +85,22 @@ def test_all_groups_are_measured_against_their_default(
 
 def test_a_variant_that_fails_is_told_and_the_next_runs(folder: Path) -> None:
     scenarios = dict(CPU_SCENARIOS)
-    trials = Trials(load(small(folder), 4096), scenarios)
-    bad = trials.run(Variant(group="attention", label="fa", scenario="batch", changes={"attn": "fa"}))
+    runner = AblationRunner(load(small(folder), 4096), scenarios)
+    bad = runner.run(Variant(group="attention", label="fa", scenario="batch", changes={"attn": "fa"}))
     assert bad.error is not None
     assert bad.error.startswith("ConfigError: --attn fa: fa cannot be used")
     scenarios["batch"] = WorkloadSpec(num_requests=1, input_len=(600, 600), output_len=(1, 1))
-    late = trials.run(Variant(group="default", label="", scenario="batch"))
+    late = runner.run(Variant(group="default", label="", scenario="batch"))
     assert late.error is not None
     assert "maximum context length is 512" in late.error
-    good = trials.run(Variant(group="page-size", label="4", scenario="long", changes={"page_size": 4}))
+    good = runner.run(Variant(group="page-size", label="4", scenario="long", changes={"page_size": 4}))
     assert good.error is None
     assert good.output_tokens >= 3 * 8
-    trials.close()
+    runner.close()
 
 
 def test_of_several_runs_the_median_counts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trials = Trials(load(small(folder), 4096), CPU_SCENARIOS, repeats=4)
+    runner = AblationRunner(load(small(folder), 4096), CPU_SCENARIOS, repeats=4)
     variant = Variant(group="default", label="", scenario="batch")
     rates = iter([40.0, 10.0, 30.0, 20.0])
 
@@ -100,34 +108,34 @@ def test_of_several_runs_the_median_counts(folder: Path, monkeypatch: pytest.Mon
         rate = next(rates)
         return Measurement(variant=variant, tokens_per_second=rate, token_gap_max_ms=1000 / rate)
 
-    monkeypatch.setattr(trials, "_once", once)
-    found = trials.run(variant)
+    monkeypatch.setattr(runner, "_once", once)
+    found = runner.run(variant)
     assert (found.tokens_per_second, found.token_gap_max_ms) == (20.0, 50.0)
     assert found.each_tokens_per_second == (10.0, 20.0, 30.0, 40.0)
-    trials.close()
+    runner.close()
 
 
 def test_an_executor_serves_variants_that_can_share_it_and_is_freed_after_them(folder: Path) -> None:
-    trials = Trials(load(small(folder), 4096), CPU_SCENARIOS)
-    assert trials.run(Variant(group="default", label="", scenario="batch")).error is None
-    first = trials._executor
+    runner = AblationRunner(load(small(folder), 4096), CPU_SCENARIOS)
+    assert runner.run(Variant(group="default", label="", scenario="batch")).error is None
+    first = runner._executor
     assert first is not None
     off = Variant(group="overlap", label="off", scenario="batch", changes={"overlap": False})
-    assert trials.run(off).error is None
-    assert trials._executor is first
+    assert runner.run(off).error is None
+    assert runner._executor is first
     gone, cache = weakref.ref(first), weakref.ref(first.runner.kv.k)
     del first
-    assert trials.run(Variant(group="page-size", label="1", scenario="batch", changes={"page_size": 1})).error is None
+    assert runner.run(Variant(group="page-size", label="1", scenario="batch", changes={"page_size": 1})).error is None
     assert gone() is None
     assert cache() is None
-    trials.close()
+    runner.close()
     gc.collect()
-    assert trials._executor is None
+    assert runner._executor is None
 
 
 def test_variants_leave_out_what_is_configured_already() -> None:
     config = Config(attn="auto", max_prefill_length=8192, cuda_graph_max_bs=256, max_running_requests=256)
-    made = make_variants(config, variants.GROUPS, ["fa", "triton"], gpu=True)
+    made = make_variants(config, ABLATIONS, ["fa", "triton"], gpu=True)
     names = [variant.name for variant in made]
     assert "chunk-size: 4096" in names
     assert "chunk-size: 8192" not in names
@@ -155,7 +163,7 @@ def test_conversations_grow_by_what_was_said() -> None:
         seen.append(workload.prompts)
         return [[7] * (params.max_tokens or 0) for params in workload.params]
 
-    assert play(Chats(conversations=2, turns=3, message=5, answer=2), answer, 100) == 12
+    assert play(Conversations(conversations=2, turns=3, message=5, answer=2), answer, 100) == 12
     assert [[len(prompt) for prompt in turn] for turn in seen] == [[5, 5], [12, 12], [19, 19]]
     assert seen[1][0][:7] == [*seen[0][0], 7, 7]
     seen.clear()
@@ -165,7 +173,7 @@ def test_conversations_grow_by_what_was_said() -> None:
 
 
 def test_scenarios_say_how_much_they_take() -> None:
-    assert scenario_tokens(Chats(conversations=2, turns=3, message=5, answer=2)) == 2 * (21 + 512)
+    assert scenario_tokens(Conversations(conversations=2, turns=3, message=5, answer=2)) == 2 * (21 + 512)
     assert max(map(scenario_tokens, GPU_SCENARIOS.values())) < 1_000_000
 
 
@@ -176,18 +184,18 @@ def test_the_picture_needs_matplotlib_alone(tmp_path: Path) -> None:
     failed = Measurement(variant=Variant(group="graphs", label="off", scenario="batch"), error="no")
     assert [ratio(item, [base, half, failed]) for item in (base, half, failed)] == [1.0, 0.5, None]
     path = tmp_path / "chart.png"
-    assert draw_chart(path, "title", [base, half, failed, base])
+    assert draw_ablation(path, "title", [(base.variant, 1.0), (half.variant, 0.5), (base.variant, 1.0)])
     assert path.read_bytes().startswith(b"\x89PNG")
-    assert names_apart(["a", "b", "a"]) == ["a", "b", "a 2"]
+    assert distinct(["a", "b", "a"]) == ["a", "b", "a 2"]
 
 
 def test_groups_that_cannot_be_tried_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["bench", "ablation", "--model", str(folder), "--device", "cpu", "--only", "graphs"]) == 1
+    assert main(["ablation", "--model", str(folder), "--device", "cpu", "--only", "graphs"]) == 1
     assert "--only graphs: there is nothing to try on this machine" in capsys.readouterr().err
     for flags, said in (
         (["--repeats", "0"], "'0' is not a count of at least 1"),
         (["--only", "speed"], "'speed' is not one of overlap"),
     ):
         with pytest.raises(SystemExit):
-            ablation.main(flags)
+            main(["ablation", *flags])
         assert said in capsys.readouterr().err

@@ -12,11 +12,10 @@ import torch
 import transformers
 
 from helpers.tiny_tokenizers import byte_level_json
-from minisgl import cli
-from minisgl.bench import profile, throughput
-from minisgl.bench.offline import build_parser, length_range
-from minisgl.bench.report import slug
-from minisgl.bench.trace import Activity
+from minisgl_bench import offline, profile
+from minisgl_bench import report as report_module
+from minisgl_bench.command import length_range, main, offline_parser
+from minisgl_bench.profile import Activity
 
 WORKLOAD = ["--num-requests", "3", "--input-len", "4:8", "--output-len", "6", "--seed", "3"]
 
@@ -43,7 +42,7 @@ def _one_thread() -> None:
 
 def bench(folder: Path, *flags: str) -> int:
     small = ["--model", str(folder), "--device", "cpu", "--max-running-requests", "8", "--num-pages", "64"]
-    return cli.main(["bench", "offline", *small, *WORKLOAD, *flags])
+    return main(["offline", *small, *WORKLOAD, *flags])
 
 
 def test_figures_are_printed_and_written(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,14 +66,14 @@ def test_given_ceilings_make_a_floor(folder: Path, tmp_path: Path, capsys: pytes
     path = tmp_path / "report.json"
     assert bench(folder, "--ceilings", "read=1e9,flops=2e9", "--json", str(path)) == 0
     report = json.loads(path.read_text())
-    figures, least = report["figures"], report["floor"]
+    figures, least = report["figures"], report["roofline"]
     assert least["output_tokens"] == 18
     assert least["decode_steps"] == 5
-    parts = least["prefill_seconds"] + least["kv_seconds"] + least["product_seconds"]
+    parts = least["prefill_seconds"] + least["kv_seconds"] + least["gemm_seconds"]
     assert least["seconds"] == pytest.approx(parts)
-    assert figures["share_of_floor"] == pytest.approx(least["seconds"] / figures["seconds"])
-    assert report["ceilings"] == {"read": 1e9, "flops": 2e9, "copy": None}
-    assert "floor: " in capsys.readouterr().out
+    assert figures["share_of_roofline"] == pytest.approx(least["seconds"] / figures["seconds"])
+    assert report["peak_rates"] == {"read": 1e9, "flops": 2e9, "copy": None}
+    assert "roofline: " in capsys.readouterr().out
 
 
 def test_steps_and_the_start_are_timed(folder: Path, tmp_path: Path) -> None:
@@ -87,8 +86,13 @@ def test_steps_and_the_start_are_timed(folder: Path, tmp_path: Path) -> None:
     assert figures["largest_decode_batch"] == 3
     assert 0 < figures["decode_step_at_largest_batch_ms"] < 1e3 * figures["seconds"]
     assert figures["start_to_first_token_seconds"] > figures["seconds"]
-    assert "floor" not in report
+    assert "roofline" not in report
     assert "split" not in report
+
+
+def pretend_gpu(patch: pytest.MonkeyPatch) -> None:
+    for module in (offline, report_module):
+        patch.setattr(module, "on_gpu", lambda config: True)
 
 
 class NoProfiler:
@@ -104,15 +108,16 @@ class NoProfiler:
 def test_what_a_gpu_is_measured_for_goes_to_the_default_place(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(throughput, "device", lambda config: "cuda")
+    pretend_gpu(monkeypatch)
     monkeypatch.setattr(profile, "TorchProfiler", NoProfiler)
     monkeypatch.chdir(tmp_path)
     assert bench(folder, "--ceilings", "read=1e9,flops=2e9") == 0
-    report = json.loads((tmp_path / "benchmark" / "results" / f"{slug(str(folder))}-CPU-offline.json").read_text())
+    path = tmp_path / "benchmark" / "results" / f"{report_module.slug(str(folder))}-CPU-offline.json"
+    report = json.loads(path.read_text())
     assert report["figures"]["decode_step_at_batch_1_ms"] > 0
     assert report["split"]["seconds"] == dict.fromkeys(profile.PARTS, 0.0)
     assert report["split"]["measured_seconds"] == report["figures"]["seconds"]
-    assert report["split"]["traced_steps"] == 1
+    assert report["split"]["traced_steps"] == 6
     assert report["figures"]["cached_input_tokens"] == 0
     assert "decode attention" in capsys.readouterr().out
 
@@ -123,7 +128,7 @@ def test_a_trace_that_fails_leaves_the_figures(
     def fail(self: NoProfiler) -> list[Activity]:
         raise RuntimeError("no CUPTI")
 
-    monkeypatch.setattr(throughput, "device", lambda config: "cuda")
+    pretend_gpu(monkeypatch)
     monkeypatch.setattr(profile, "TorchProfiler", NoProfiler)
     monkeypatch.setattr(NoProfiler, "stop", fail)
     path = tmp_path / "report.json"
@@ -171,6 +176,6 @@ def test_length_ranges() -> None:
 
 
 def test_engine_flags_are_taken_and_the_servers_are_not() -> None:
-    flags = {flag for action in build_parser()._actions for flag in action.option_strings}
+    flags = {flag for action in offline_parser()._actions for flag in action.option_strings}
     assert {"--page-size", "--cache-type", "--tp", "--dummy-weights"} <= flags
     assert not {"--host", "--port", "--shell", "--shell-mode"} & flags

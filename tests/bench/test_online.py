@@ -18,10 +18,10 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from helpers.raw_server import DONE, chunked, event, head, json_answer, raw_server, text_event, usage_event
-from minisgl import cli
-from minisgl.bench.online.prompts import WORDS
-from minisgl.bench.online.serve import Served, own_server
 from minisgl.errors import EngineDeadError
+from minisgl_bench.command import main
+from minisgl_bench.own_server import OwnServer, own_server
+from minisgl_bench.traffic import WORDS
 
 VOCABULARY = 512
 CONFIG = {
@@ -70,7 +70,7 @@ def write_trace(path: Path) -> Path:
 
 
 def bench(*words: str | Path) -> int:
-    return cli.main(["bench", "online", *map(str, words)])
+    return main(["online", *map(str, words)])
 
 
 def report(path: Path) -> dict[str, Any]:
@@ -205,13 +205,13 @@ def test_a_server_of_our_own_that_dies_leaves_the_report(
     path = tmp_path / "report.json"
 
     @contextlib.contextmanager
-    def dying(flags: Sequence[str], key: str | None) -> Iterator[Served]:
+    def dying(flags: Sequence[str], key: str | None) -> Iterator[OwnServer]:
         with own_server(flags, key) as served:
             timer = threading.Timer(2.0, os.kill, (served.pid, signal.SIGKILL))
             timer.start()
             yield served
 
-    monkeypatch.setattr("minisgl.bench.online.run.own_server", dying)
+    monkeypatch.setattr("minisgl_bench.online.own_server", dying)
     words = ("--requests", "3", "--input-len", "5", "--output-len", "1000", "--tokens", "2:512", "--json", path)
     model = write_model(tmp_path / "model")
     assert bench("--serve", "--model", model, *SERVER_FLAGS, "--concurrency", "1", "--warmup", "0", *words) == 1

@@ -8,25 +8,30 @@ import math
 import numpy as np
 import pytest
 
-from minisgl.bench.online.arrivals import arrival_times, with_arrivals
-from minisgl.bench.online.prompts import WORDS, ChatPrompts, IdPrompts, TextPrompts, calibrate
-from minisgl.bench.online.sessions import (
-    Chats,
-    Message,
+from minisgl.errors import ConfigError
+from minisgl_bench.traces import Trace, TraceRequest
+from minisgl_bench.traffic import (
+    WORDS,
+    ChatMessage,
+    ChatSpec,
+    IdPrompts,
     Segment,
     Session,
+    TextPrompts,
     Turn,
     all_turns,
+    arrival_times,
+    calibrate,
+    expected_hits,
     from_chats,
     from_trace,
     from_workload,
     require_fit,
+    segment_numbers,
     single,
+    with_arrivals,
 )
-from minisgl.bench.online.tokens import draw, expected_hits
-from minisgl.bench.online.traces import Trace, TraceRequest
-from minisgl.bench.workload import WorkloadSpec, make_workload
-from minisgl.errors import ConfigError
+from minisgl_bench.workload import WorkloadSpec, make_workload
 
 TRACE = Trace(
     "bailian",
@@ -63,10 +68,10 @@ def test_prompts_have_the_traces_lengths_and_repeat_as_its_hash_ids() -> None:
 
 def test_equal_blocks_are_equal_wherever_they_stand() -> None:
     a, b = Segment(("block", 1), 16), Segment(("block", 2), 16)
-    forward, backward = draw(3, [a, b], 10**6), draw(3, [b, a], 10**6)
+    forward, backward = segment_numbers(3, [a, b], 10**6), segment_numbers(3, [b, a], 10**6)
     assert forward[:16].tolist() == backward[16:].tolist()
     assert forward[16:].tolist() == backward[:16].tolist()
-    many = draw(3, [Segment(("own", 1), 100_000)], 1000)
+    many = segment_numbers(3, [Segment(("own", 1), 100_000)], 1000)
     assert many.mean() == pytest.approx(499.5, abs=5)
     assert len(np.unique(many)) == 1000
 
@@ -100,7 +105,7 @@ def test_the_workload_has_the_lengths_of_the_offline_one() -> None:
 
 
 def test_chats_take_up_everything_said_before_behind_a_shared_prompt() -> None:
-    spec = Chats(chats=3, turns=2, system_prompts=2, system_len=20, message_len=(5, 9), answer_len=(4, 6), think=1.5)
+    spec = ChatSpec(chats=3, turns=2, system_prompts=2, system_len=20, message_len=(5, 9), answer_len=(4, 6), think=1.5)
     sessions = from_chats(spec, 0)
     assert [(len(session.turns), session.think) for session in sessions] == [(2, 1.5)] * 3
     first, second = sessions[0].turns
@@ -151,7 +156,7 @@ def test_words_that_are_one_token_are_found_and_the_overhead_with_them() -> None
     prompts = count_words(known, overhead=5)
     assert set(prompts.words) == known
     assert prompts.overhead == 5
-    turn = single((Segment(("own", 1), 40),), 4)
+    turn = single([Segment(("own", 1), 40)], 4)
     words = prompts.fields(turn, 0, ())["prompt"].split()
     assert len(words) == 35
     assert set(words) <= known
@@ -164,9 +169,9 @@ def test_a_tokenizer_without_common_words_is_refused() -> None:
 
 
 def test_chats_send_the_servers_answers_back() -> None:
-    prompts = ChatPrompts(tuple(WORDS[:32]), 3)
-    user = Message("user", (Segment(("message", 0), 6),))
-    answer = Message("assistant", (Segment(("answer", 0), 4),))
+    prompts = TextPrompts(tuple(WORDS[:32]), 3, chat=True)
+    user = ChatMessage("user", (Segment(("message", 0), 6),))
+    answer = ChatMessage("assistant", (Segment(("answer", 0), 4),))
     assert len(prompts.fields(Turn((user,), 4), 0, ())["messages"][0]["content"].split()) == 3
     turn = Turn((user, answer, user), 4)
     messages = prompts.fields(turn, 0, ["what it said"])["messages"]

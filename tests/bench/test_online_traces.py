@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from minisgl.bench.online.traces import TraceRequest, read_trace
 from minisgl.errors import ConfigError
+from minisgl_bench.traces import TraceRequest, read_trace
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -48,6 +48,13 @@ def test_azure_times_are_dates_and_nothing_is_known_of_blocks(tmp_path: Path) ->
         (0.0, 374, 44),
         (pytest.approx(4.25), 396, 109),
     ]
+
+
+def test_arrivals_of_two_utc_offsets_are_in_one_time(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    dates = ("2023-11-16 18:15:46", "2023-11-16 19:15:47+01:00", "2023-11-16 13:15:48-05:00")
+    path.write_text("\n".join(("TIMESTAMP,ContextTokens,GeneratedTokens", *(f"{date},5,6" for date in dates))))
+    assert [request.arrival for request in read_trace(path, 10).requests] == [0.0, 1.0, 2.0]
 
 
 def test_only_as_many_lines_are_read_as_asked_for(tmp_path: Path) -> None:

@@ -6,13 +6,13 @@ import dataclasses
 
 import pytest
 
-from minisgl.bench.workload import HIGHEST_TOKEN, WorkloadSpec, make_workload, redraw, shorten
+from minisgl_bench.workload import HIGHEST_TOKEN, WorkloadSpec, make_workload, redraw
 
 
 def test_default_workload_has_the_published_token_counts() -> None:
     workload = make_workload(WorkloadSpec(), vocab_size=151_936)
     assert len(workload.prompts) == len(workload.params) == 256
-    assert (workload.input_tokens, workload.output_tokens) == (142_827, 133_966)
+    assert (workload.input_tokens, sum(workload.output_lens)) == (142_827, 133_966)
 
 
 @pytest.mark.parametrize("vocab_size", [2, 500, 151_936])
@@ -41,7 +41,7 @@ def test_the_seed_decides_the_workload() -> None:
 
 def test_other_tokens_and_shorter_answers_keep_the_prompt_lengths() -> None:
     first = make_workload(WorkloadSpec(num_requests=5, input_len=(20, 30), output_len=(2, 9)), 1000)
-    other = shorten(redraw(first, 1000, seed=9), 4)
+    other = redraw(first, 1000, seed=9, most=4)
     assert [len(prompt) for prompt in other.prompts] == [len(prompt) for prompt in first.prompts]
     assert not [1 for a, b in zip(first.prompts, other.prompts, strict=True) if a == b]
     limits = [(a.max_tokens or 0, b.max_tokens) for a, b in zip(first.params, other.params, strict=True)]

@@ -131,14 +131,14 @@ def test_every_way_of_every_size_is_the_reference(tmp_path: Path) -> None:
     need_cards(2)
     cards = 4 if torch.cuda.device_count() >= 4 else 2
     out = tmp_path / "collectives.json"
-    command = [sys.executable, str(ROOT / "benchmark" / "collectives.py"), "--tp", str(cards), "--json", str(out)]
+    command = [sys.executable, "-m", "minisgl_bench", "collectives", "--tp", str(cards), "--json", str(out)]
     subprocess.run(command, check=True, timeout=540)
     table = {way: rows for way, rows in json.loads(out.read_text()).items() if isinstance(rows, dict)}
     wrong = {
         f"{way} {rows}": why for way, found in table.items() for rows, why in found.items() if isinstance(why, str)
     }
     assert wrong == {}
-    assert len(table) >= 9
+    assert len(table) >= 7
 
 
 def test_a_killed_rank_ends_the_group_and_gives_its_memory_back() -> None:

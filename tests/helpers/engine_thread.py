@@ -11,7 +11,6 @@ from typing import Any
 
 from helpers.serving import Web, web
 from helpers.simulation import simulated_engine
-from minisgl.bench.steps import Relay
 from minisgl.config import Config
 from minisgl.engine import process
 from minisgl.engine.build import Built
@@ -19,6 +18,7 @@ from minisgl.engine.constraint import ConstraintFactory
 from minisgl.engine.engine import Engine
 from minisgl.engine.plan import Executor, StepResult
 from minisgl.engine.process import EngineServer, StartLine
+from minisgl_bench.profile import Relay
 
 
 class FailingExecutor(Relay):

@@ -1,0 +1,287 @@
+"""One `minisgl bench online` from the first probe of the server to the report."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import gc
+import json
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from rich.console import Console
+
+from minisgl.errors import ConfigError
+from minisgl.models.progress import progress_bar
+from minisgl_bench.client import RequestRecord, Target, WireError, error_text, fetch, parse_target
+from minisgl_bench.command import Load, Options
+from minisgl_bench.cpu_usage import cores_used, listener_pid, process_tree, watch_client
+from minisgl_bench.load_generator import PATHS, LoadClient, closed_loop, open_loop, prepare
+from minisgl_bench.metrics import client_figures, figures, latencies, latency_table, lines, summary_table, times_of
+from minisgl_bench.own_server import OwnServer, own_server
+from minisgl_bench.plots import draw_latencies
+from minisgl_bench.report import RESULTS, console, default_path, require_writable, slug, write_report
+from minisgl_bench.traces import read_trace
+from minisgl_bench.traffic import (
+    ChatSpec,
+    IdPrompts,
+    Segment,
+    Session,
+    TextPrompts,
+    Turn,
+    all_turns,
+    calibrate,
+    expected_hits,
+    from_chats,
+    from_trace,
+    from_workload,
+    require_fit,
+    single,
+    with_arrivals,
+)
+from minisgl_bench.workload import CPU_SPEC, WorkloadSpec
+
+NAME: Final = "online"
+WIDTH: Final = 130
+TRACE_REQUESTS: Final = 1000
+WARM_SEED: Final = -1
+WARM_TOKENS: Final = 16
+PROBE_TOKENS: Final = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """All runs: their figures and, for the pictures, their latencies."""
+
+    model: str
+    runs: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+
+
+def run(options: Options, arguments: Sequence[str]) -> int:
+    """Measure all loads with all seeds, print, and write the report; 1 when a request failed."""
+    on_gpu = torch.cuda.is_available()
+    require_writable(options.json or (RESULTS / f"{NAME}.json" if on_gpu else None))
+    require_writable(options.samples, "--samples")
+    if options.trace is not None:
+        read_trace(options.trace, options.requests or TRACE_REQUESTS)  # what is wrong is said before a server starts
+    options = dataclasses.replace(
+        options,
+        small=options.server is not None and not on_gpu,
+        salt=secrets.randbits(32) if options.salt is None else options.salt,
+    )
+    out = console(WIDTH)
+    with contextlib.ExitStack() as stack:
+        served = None
+        if options.server is not None:
+            out.print(f"starting minisgl {' '.join(options.server)} …")
+            served = stack.enter_context(own_server(options.server, options.api_key))
+            out.print(f"it answers after {served.start_seconds:.1f} s")
+            options = dataclasses.replace(options, url=served.url, server_pid=served.pid)
+        outcome = asyncio.run(measure(options, out))
+        # Before the server is ended: where it has ended by itself that is an error.
+        if len(outcome.runs) > 1:
+            out.print(summary_table(outcome.runs))
+        path = options.json or (default_path(outcome.model, report_name(options)) if on_gpu else None)
+        if path is not None:
+            write(path, options, arguments, served, outcome, out)
+    return 1 if any(found["failed"] for found in outcome.runs) else 0
+
+
+def report_name(options: Options) -> str:
+    source = options.trace.stem if options.trace is not None else "chats" if options.chats is not None else "lengths"
+    return f"{NAME}-{slug(source)}-{options.loads[0].kind}"
+
+
+def write(
+    path: Path, options: Options, arguments: Sequence[str], served: OwnServer | None, outcome: Outcome, out: Console
+) -> None:
+    """Write the report and the pictures."""
+    report: dict[str, Any] = {"model": outcome.model, "salt": options.salt, "runs": outcome.runs}
+    if served is not None:
+        report["start_to_ready_seconds"] = served.start_seconds
+    write_report(path, NAME, arguments, report)
+    picture = path.with_suffix(".png")
+    drawn = draw_latencies(picture, f"{slug(outcome.model)} online", outcome.runs, outcome.samples)
+    out.print(f"written to {path}" + (f" and {picture}" if drawn else "; a picture needs minisgl[plot]"))
+
+
+async def measure(options: Options, out: Console) -> Outcome:
+    """All runs. Raises ConfigError when the server cannot be used."""
+    client, limit = await make_client(options)
+    outcome = Outcome(client.model, [], [])
+    for load in options.loads:
+        for seed in options.seeds:
+            sessions = make_sessions(options, load, seed)
+            require_fit(sessions, limit)
+            number = len(outcome.runs)
+            if not number:
+                await warm_up(client, sessions, options.warmup)
+            found, records = await measure_one(client, options, load, seed, number, sessions)
+            outcome.runs.append(found)
+            outcome.samples.append(latencies([record for record in records if record.failure is None]))
+            out.print(latency_table(f"{client.model}, {found['label']}", found))
+            for line in lines(found):
+                out.print(line)
+            if options.samples is not None:
+                write_samples(options.samples, found["label"], records, append=number > 0)
+    return outcome
+
+
+async def measure_one(
+    client: LoadClient, options: Options, load: Load, seed: int, number: int, sessions: Sequence[Session]
+) -> tuple[dict[str, Any], list[RequestRecord]]:
+    """One run. No run's tokens are another's, so that none finds its prompts cached."""
+    hits = expected_hits((turn.segments for turn in all_turns(sessions)), options.page_size)
+    mixed = hash((options.salt, seed, number))
+    planned = prepare(client, sessions, mixed, hits)
+    records = [record for item in planned for record in item.records]
+    pid = options.server_pid or listener_pid(client.target)
+    gc.collect()
+    gc.freeze()
+    with progress_bar(load.label, len(records), enabled=True) as done:
+        before = process_tree(pid) if pid is not None else {}
+        async with watch_client() as usage:
+            if load.kind == "concurrency":
+                await closed_loop(client, planned, mixed, int(load.value), done)
+            else:
+                await open_loop(client, planned, mixed, done)
+        after = process_tree(pid) if pid is not None else {}
+    gc.unfreeze()
+    found = {
+        "label": load.label if len(options.seeds) == 1 else f"{load.label}, seed {seed}",
+        load.kind: load.value,
+        "seed": seed,
+        **figures(records, options.slo),
+    }
+    found["client"] = client_figures(usage, records, found["output_tokens"])
+    if after:
+        found["server_cpu"] = cores_used(before, after, usage.seconds)
+    return found, records
+
+
+def write_samples(path: Path, label: str, records: Sequence[RequestRecord], append: bool) -> None:
+    """A line of JSON for each request, times in s after the run's first."""
+    start = min((record.sent for record in records if record.sent), default=0.0)
+    with path.open("a" if append else "w") as file:
+        for record in records:
+            row: dict[str, Any] = {"run": label, "index": record.index, "failure": record.failure}
+            if record.failure is None:
+                row |= {
+                    "due": record.due - start,
+                    "sent": record.sent - start,
+                    "prompt_tokens": record.prompt_tokens,
+                    "completion_tokens": record.completion_tokens,
+                    "cached_tokens": record.cached_tokens,
+                    "expected_cached_tokens": record.expected_cached,
+                    **times_of(record),
+                }
+            else:
+                row["detail"] = record.detail
+            file.write(json.dumps(row) + "\n")
+
+
+def make_sessions(options: Options, load: Load, seed: int) -> list[Session]:
+    """What one run sends, in order of time."""
+    default = CPU_SPEC if options.small else WorkloadSpec()
+    inputs, outputs = options.input_len or default.input_len, options.output_len or default.output_len
+    if options.trace is not None:
+        trace = read_trace(options.trace, options.requests or TRACE_REQUESTS)
+        scale = load.value if load.kind == "scale" else 1.0
+        sessions = from_trace(trace, scale, options.max_input_len, options.max_output_len)
+    elif options.chats is not None:
+        shape = {name: getattr(options, name) for name in ("chats", "turns", "system_prompts", "system_len", "think")}
+        sessions = from_chats(ChatSpec(**shape, message_len=inputs, answer_len=outputs), seed)
+    else:
+        count = options.requests or default.num_requests
+        sessions = from_workload(WorkloadSpec(num_requests=count, input_len=inputs, output_len=outputs, seed=seed))
+    return with_arrivals(sessions, load.value, options.burstiness, seed) if load.kind == "rate" else sessions
+
+
+async def call(target: Target, method: str, path: str, body: object = None) -> Any:
+    """The JSON of an answer. Raises ConfigError with what the server says when it is none."""
+    data = b"" if body is None else json.dumps(body).encode()
+    try:
+        status, raw = await fetch(target, method, path, data)
+    except (OSError, WireError) as error:
+        where = f"{target.host}:{target.port}{target.prefix}{path}"
+        raise ConfigError(f"no answer from {where}: {error or type(error).__name__}") from error
+    if status != 200:
+        raise ConfigError(f"the server refuses {method} {path} with {status}: {error_text(raw)}")
+    try:
+        return json.loads(raw)
+    except ValueError as error:
+        raise ConfigError(f"what {path} says is not JSON: {error}") from error
+
+
+async def make_client(options: Options) -> tuple[LoadClient, int | None]:
+    """How to ask this server, and the longest sequence it takes in tokens, where it says so."""
+    target = parse_target(options.url, options.api_key)
+    listed = await call(target, "GET", "/v1/models")
+    found = listed.get("data") or [] if isinstance(listed, dict) else []
+    models = {str(item["id"]): item for item in found if isinstance(item, dict) and "id" in item}
+    name = options.model or next(iter(models), None)
+    if name is None or name not in models:
+        names = ", ".join(models) or "none"
+        raise ConfigError(f"--model {name}: the server lists {names}" if name else "no model is served")
+    client = LoadClient(
+        target=target,
+        model=name,
+        endpoint=options.endpoint,
+        prompts=await make_prompts(target, name, options),
+        temperature=options.temperature,
+        ignore_eos=options.ignore_eos,
+        timeout=options.timeout,
+        keep_text=options.endpoint == "chat" and options.chats is not None,
+    )
+    limit = models[name].get("max_model_len")
+    return client, limit if isinstance(limit, int) else None
+
+
+async def make_prompts(target: Target, model: str, options: Options) -> IdPrompts | TextPrompts:
+    """Token ids, or words that were found to be one token each."""
+    if options.endpoint == "ids":
+        return IdPrompts(*options.tokens)
+    chat = options.endpoint == "chat"
+
+    async def count(text: str) -> int:
+        asked = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
+        said = await call(target, "POST", PATHS[options.endpoint], {"model": model, "max_tokens": 1, **asked})
+        try:
+            return int(said["usage"]["prompt_tokens"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                "the server does not say how many tokens a prompt has (usage.prompt_tokens); use --endpoint ids"
+            ) from error
+
+    words, overhead = await calibrate(count)
+    return TextPrompts(words, overhead, chat)
+
+
+async def warm_up(client: LoadClient, sessions: Sequence[Session], count: int) -> None:
+    """One small request alone, then the first `count` with other tokens and short answers, all at once.
+
+    Raises ConfigError with what the server says when the first fails: then all would.
+    """
+    probe = single([Segment(("probe", 0), PROBE_TOKENS)], 1)
+    first = prepare(client, [Session((probe,))], WARM_SEED, [0])
+    await closed_loop(client, first, WARM_SEED, 1, ignore)
+    record = first[0].records[0]
+    if record.failure is not None:
+        raise ConfigError(f"the server does not answer a first request: {record.failure}: {record.detail}")
+    turns = [
+        turn
+        for turn in all_turns(sessions)
+        if not client.keep_text or all(message.role != "assistant" for message in turn.messages)
+    ][:count]
+    short = [Session((Turn(turn.messages, min(turn.output_length, WARM_TOKENS)),)) for turn in turns]
+    planned = prepare(client, short, WARM_SEED, [0] * len(short))
+    await closed_loop(client, planned, WARM_SEED, max(1, len(planned)), ignore)
+
+
+def ignore(done: int) -> None:
+    """Nobody waits for a warm-up's progress."""
