@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -116,24 +116,24 @@ def ablation_table(title: str, measured: Sequence[Measurement]) -> Table:
     return table(title, ("setting", "workload", *columns), rows, left=2)
 
 
-def run(config: Config, groups: Sequence[str], repeats: int, json: Path | None, arguments: Sequence[str]) -> int:
+def run(config: Config, options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Measure every variant, print the table, and write the report after each; 1 when a variant failed."""
-    path, gpu = report_path(config, json, "ablation"), on_gpu(config)
+    path, gpu = report_path(config, options.json, "ablation"), on_gpu(config)
     out = console(WIDTH)
     scenarios = GPU_SCENARIOS if gpu else CPU_SCENARIOS
     loaded = load(config, max(map(scenario_tokens, scenarios.values())))
     found = available_backends(torch.device(loaded.config.device))
     backends = [name for name, reason in found.items() if reason is None and (name != "torch" or not gpu)]
-    variants = make_variants(loaded.config, groups, backends, gpu)
+    variants = make_variants(loaded.config, options.only, backends, gpu)
     if not variants:
-        raise ConfigError(f"--only {','.join(groups)}: there is nothing to try on this machine")
+        raise ConfigError(f"--only {','.join(options.only)}: there is nothing to try on this machine")
     report: dict[str, Any] = {
         "config": dataclasses.asdict(loaded.config),
         "kv_tokens": loaded.kv_tokens,
         "scenarios": {name: dataclasses.asdict(scenario) for name, scenario in scenarios.items()},
     }
     measured: list[Measurement] = []
-    runner = AblationRunner(loaded, scenarios, repeats)
+    runner = AblationRunner(loaded, scenarios, options.repeats)
     try:
         with progress_bar("trying", len(variants), enabled=True) as advance:
             for variant in variants:

@@ -27,7 +27,7 @@ from minisgl.ops.attention.base import Attention, Int32, Rows
 from minisgl.ops.attention.device import GraphBackend
 from minisgl.ops.attention.select import Shape, available_backends, make_attention
 from minisgl.ops.kv import KVCache
-from minisgl_bench.gpu_timing import CUDA, DTYPE, graph_microseconds, microseconds, noise, require_gpu
+from minisgl_bench.gpu_timing import CUDA, DTYPE, graph_us, median_us, noise, require_gpu
 
 BEYOND_L2 = 400 * 10**6
 LONGEST = 8192
@@ -138,7 +138,7 @@ def time_decode(
         for layer in range(layers):
             graph.attention.run(q, layer, 0)
 
-    us = graph_microseconds(step, calls=1, replays=15) / layers
+    us = graph_us(step, calls=1, replays=15) / layers
     begin = time.perf_counter()
     for _ in range(20):
         lens = lens + page
@@ -159,7 +159,7 @@ def prefill_table(args: argparse.Namespace) -> dict[str, float]:
         for column, (attention, page) in backends.items():
             rows, used = rows_of(lens, query_lens, page, -(-int(lens.max()) // page))
             planned = attention.prefill.plan_prefill(rows, random_kv(1, used + 1, page, args))
-            times[column] = microseconds(partial(planned.run, q, 0, 0), 7, 2)
+            times[column] = median_us(partial(planned.run, q, 0, 0), 7)
         pairs = sum(n * (total - n) + n * (n + 1) / 2 for n, total in chunks)
         rate = 4 * pairs * args.heads * args.head_dim / min(times.values(), default=float("inf")) / 1e6
         print(label.ljust(16), *(f"{us:11.1f}" for us in times.values()), f"   {rate:.0f}", flush=True)

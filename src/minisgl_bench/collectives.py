@@ -37,7 +37,7 @@ from minisgl.parallel.fused import staged_operations
 from minisgl.parallel.group import TPGroup
 from minisgl.parallel.operations import parallel_operations
 from minisgl.parallel.shard import vocab_shard
-from minisgl_bench.gpu_timing import VOCAB, graph_microseconds, sampling_rows
+from minisgl_bench.gpu_timing import VOCAB, graph_us, sampling_rows
 
 CALLS, REPLAYS = 20, 50
 EPS = 1e-6
@@ -154,7 +154,7 @@ class Collectives:
         for _ in range(3):
             call()
         if self.cuda:
-            return graph_microseconds(call, CALLS, REPLAYS)
+            return graph_us(call, CALLS, REPLAYS)
         times = []
         for _ in range(REPLAYS):
             start = time.perf_counter()

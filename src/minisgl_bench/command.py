@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import importlib
 import math
 import os
@@ -16,7 +15,7 @@ from typing import Any, Final
 
 from minisgl.cli import SERVER_GROUPS, Parser, add_config_flags, config_from, guarded, parse
 from minisgl.errors import ConfigError
-from minisgl_bench.workload import PeakRates, WorkloadSpec
+from minisgl_bench.workload import PeakRates
 
 NAMES: Final = (
     "offline", "online", "ablation", "compare", "attention", "collectives", "gemm", "grammar", "kernels", "streaming",
@@ -139,15 +138,15 @@ class Load:
 class Options:
     """What one `minisgl bench online` is asked to do. None is what was not said; times are in s.
 
-    `server` holds the flags of a server of our own; None for one that runs already at `url`. `small` asks for the
+    `serve` holds the flags of a server of our own; None for one that runs already at `url`. `small` asks for the
     lengths of a CPU.
     """
 
     trace: Path | None = None
-    scales: tuple[float, ...] = (1.0,)
-    rates: tuple[float, ...] = ()
+    scale: tuple[float, ...] = (1.0,)
+    rate: tuple[float, ...] = ()
     burstiness: float = 1.0
-    concurrencies: tuple[int, ...] = ()
+    concurrency: tuple[int, ...] = ()
     seeds: tuple[int, ...] = (0,)
     requests: int | None = None
     input_len: tuple[int, int] | None = None
@@ -163,15 +162,15 @@ class Options:
     tokens: tuple[int, int] = TOKENS
     salt: int | None = None
     temperature: float = 0.6
-    ignore_eos: bool = True
+    no_ignore_eos: bool = False
     warmup: int = 32
     url: str = "http://127.0.0.1:1919"
-    server: Sequence[str] | None = None
+    serve: Sequence[str] | None = None
     model: str | None = None
     api_key: str | None = None
     timeout: float = 600.0
     server_pid: int | None = None
-    page_size: int = PAGE
+    cache_page: int = PAGE
     slo: Mapping[str, float]
     json: Path | None = None
     samples: Path | None = None
@@ -180,75 +179,65 @@ class Options:
     @property
     def loads(self) -> list[Load]:
         """The runs to make, for each seed."""
-        if self.concurrencies:
-            return [Load("concurrency", value) for value in self.concurrencies]
-        if self.rates:
-            return [Load("rate", value) for value in self.rates]
-        return [Load("scale", value) for value in self.scales]
+        kind = "concurrency" if self.concurrency else "rate" if self.rate else "scale"
+        return [Load(kind, value) for value in getattr(self, kind)]
 
 
 # fmt: off
-FLAGS: Final[dict[str, tuple[tuple[str, str, Any, str | None, str], ...]]] = {
+FLAGS: Final[dict[str, tuple[tuple[str, Any, str | None, str], ...]]] = {
     "how requests come": (
-        ("trace", "--trace", Path, "FILE", "replay a trace: Qwen-Bailian, Mooncake (JSON lines), Azure (CSV)"),
-        ("scales", "--scale", numbers, "X,Y", "factors for the gaps between arrivals; 0.5 is twice as fast"),
-        ("rates", "--rate", numbers, "X,Y", "requests (with --chats: conversations) per second"),
-        ("burstiness", "--burstiness", burstiness, "X", "of --rate: 1 Poisson (default), less bursts, inf even gaps"),
-        ("concurrencies", "--concurrency", counts, "N,M", "so many at once, the next when one ends"),
-        ("seeds", "--seeds", seeds, "N,M", "of lengths, times and tokens; each is run (default: 0)"),
+        ("trace", Path, "FILE", "replay a trace: Qwen-Bailian, Mooncake (JSON lines), Azure (CSV)"),
+        ("scale", numbers, "X,Y", "factors for the gaps between arrivals; 0.5 is twice as fast"),
+        ("rate", numbers, "X,Y", "requests (with --chats: conversations) per second"),
+        ("burstiness", burstiness, "X", "of --rate: 1 Poisson (default), less bursts, inf evenly spaced"),
+        ("concurrency", counts, "N,M", "so many at once, the next when one ends"),
+        ("seeds", seeds, "N,M", "of lengths, times and tokens; each is run (default: 0)"),
     ),
     "what is sent": (
-        ("requests", "--requests", count, "N", "requests (default: 1000 of a trace or 256; 16 for --serve on a CPU)"),
-        ("input_len", "--input-len", length_range, "A:B",
+        ("requests", count, "N", "requests (default: 1000 of a trace, else 256; 16 for --serve on a CPU)"),
+        ("input-len", length_range, "A:B",
          "tokens in a prompt (default: 100:1024; 32:128 for --serve on a CPU); with --chats in a message"),
-        ("output_len", "--output-len", length_range, "A:B", "tokens in an answer (the same defaults)"),
-        ("max_input_len", "--max-input-len", count, "N", "cut the trace's longer prompts"),
-        ("max_output_len", "--max-output-len", count, "N", "cut the trace's longer answers"),
-        ("chats", "--chats", count, "N", "conversations of several turns behind shared system prompts"),
-        ("turns", "--turns", count, "N", "turns in each (default: 4)"),
-        ("system_prompts", "--system-prompts", count, "N", "different ones (default: 1)"),
-        ("system_len", "--system-len", count, "N", "tokens in a system prompt (default: 512)"),
-        ("think", "--think", not_negative, "S", "seconds between an answer and the next turn (default: 0)"),
-        ("endpoint", "--endpoint", None, None,
+        ("output-len", length_range, "A:B", "tokens in an answer (the same defaults)"),
+        ("max-input-len", count, "N", "cut the trace's longer prompts"),
+        ("max-output-len", count, "N", "cut the trace's longer answers"),
+        ("chats", count, "N", "conversations of several turns behind shared system prompts"),
+        ("turns", count, "N", "turns in each (default: 4)"),
+        ("system-prompts", count, "N", "different ones (default: 1)"),
+        ("system-len", count, "N", "tokens in a system prompt (default: 512)"),
+        ("think", not_negative, "S", "seconds between an answer and the next turn (default: 0)"),
+        ("endpoint", ("ids", "text", "chat"), None,
          "ids: token ids to /v1/completions (default), text: words to it, chat: words to /v1/chat/completions"),
-        ("tokens", "--tokens", token_range, "LOW:HIGH", f"token ids to send (default: {TOKENS[0]}:{TOKENS[1]})"),
-        ("salt", "--salt", int, "N", "of the tokens beside the seed (default: random: no server has them cached)"),
-        ("temperature", "--temperature", not_negative, "X", "of the sampling (default: 0.6)"),
-        ("ignore_eos", "--no-ignore-eos", None, None, "for servers that do not know ignore_eos"),
-        ("warmup", "--warmup", partial(count, least=0), "N",
+        ("tokens", token_range, "LOW:HIGH", f"token ids to send (default: {TOKENS[0]}:{TOKENS[1]})"),
+        ("salt", int, "N", "of the tokens beside the seed (default: random, so that no server has them cached)"),
+        ("temperature", not_negative, "X", "of the sampling (default: 0.6)"),
+        ("no-ignore-eos", None, None, "for servers that do not know ignore_eos"),
+        ("warmup", partial(count, least=0), "N",
          "requests with short answers before the first run (default: 32, at most as many as a run has)"),
     ),
     "to whom": (
-        ("url", "--url", str, "URL", "the server (default: http://127.0.0.1:1919)"),
-        ("server", "--serve", None, None,
-         "start a server of our own on a free port, with the flags given, and stop it in the end"),
-        ("model", "--model", str, "NAME",
+        ("url", str, "URL", "the server (default: http://127.0.0.1:1919)"),
+        ("serve", None, None, "start a server of our own on a free port, with the flags given, and stop it in the end"),
+        ("model", str, "NAME",
          "the model's name at the server (default: the first one it lists); with --serve the model to serve"),
-        ("api_key", "--api-key", str, "KEY",
-         "sent as bearer token (default: OPENAI_API_KEY or MINISGL_API_KEY of the environment)"),
-        ("timeout", "--timeout", number, "S", "seconds for a request (default: 600)"),
-        ("server_pid", "--server-pid", count, "PID",
+        ("api-key", str, "KEY", "sent as bearer token (default: OPENAI_API_KEY or MINISGL_API_KEY of the environment)"),
+        ("timeout", number, "S", "seconds for a request (default: 600)"),
+        ("server-pid", count, "PID",
          "whose CPU time to report, with its children (default: who listens there, if local)"),
-        ("page_size", "--cache-page", count, "N", f"tokens in a page of the server's prefix cache (default: {PAGE})"),
+        ("cache-page", count, "N", f"tokens in a page of the server's prefix cache (default: {PAGE})"),
     ),
     "what is reported": (
-        ("slo", "--slo", slo, "ttft=X,tpot=Y", "limits for goodput: of ttft, tpot, e2e, in ms or with a unit"),
-        ("json", "--json", Path, "FILE", JSON_HELP + "; pictures go beside it"),
-        ("samples", "--samples", Path, "FILE", "write a line of JSON for each request here"),
+        ("slo", slo, "ttft=X,tpot=Y", "limits for goodput: of ttft, tpot, e2e, in ms or with a unit"),
+        ("json", Path, "FILE", JSON_HELP + "; pictures go beside it"),
+        ("samples", Path, "FILE", "write a line of JSON for each request here"),
     ),
 }
-"""By group: field of Options, flag, type, metavar, help."""
-SPECIAL: Final[dict[str, dict[str, Any]]] = {
-    "endpoint": {"choices": ("ids", "text", "chat")},
-    "ignore_eos": {"action": "store_false"},
-    "server": {"action": "store_true"},
-}
+"""By group: flag, type (or choices, or None for a switch), metavar, help."""
 EXCLUDED: Final = (
-    ("rates", "concurrencies"), ("rates", "scales"), ("concurrencies", "burstiness"), ("concurrencies", "scales"),
+    ("rate", "concurrency"), ("rate", "scale"), ("concurrency", "burstiness"), ("concurrency", "scale"),
     ("chats", "trace"), ("chats", "requests"), ("input_len", "trace"), ("output_len", "trace"),
 )
 NEEDED: Final = {
-    "scales": "trace", "max_input_len": "trace", "max_output_len": "trace", "burstiness": "rates",
+    "scale": "trace", "max_input_len": "trace", "max_output_len": "trace", "burstiness": "rate",
     "turns": "chats", "system_prompts": "chats", "system_len": "chats", "think": "chats",
 }
 # fmt: on
@@ -263,31 +252,38 @@ def online_options(arguments: Sequence[str]) -> Options:
         "times. --serve takes all flags of `minisgl` beside these.",
         argument_default=argparse.SUPPRESS,
     )
-    flags: dict[str, str] = {}
     for title, rows in FLAGS.items():
         group = parser.add_argument_group(title)
-        for name, flags[name], kind, metavar, text in rows:
-            options = SPECIAL.get(name) or {"type": kind, "metavar": metavar}
-            group.add_argument(flags[name], dest=name, help=text, **options)
+        for name, kind, metavar, text in rows:
+            if kind is None:
+                group.add_argument(f"--{name}", action="store_true", help=text)
+            elif isinstance(kind, tuple):
+                group.add_argument(f"--{name}", choices=kind, help=text)
+            else:
+                group.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
     namespace, rest = parser.parse_known_args(arguments)
     said = vars(namespace)
     said["api_key"] = said.get("api_key") or os.environ.get("OPENAI_API_KEY") or os.environ.get("MINISGL_API_KEY")
-    if rest and "server" not in said:
+    if rest and "serve" not in said:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if "server" in said:
+    if "serve" in said:
         if "url" in said:
             parser.error("--serve starts the server: it does not go with --url")
-        said["server"] = ["--model", said.pop("model"), *rest] if "model" in said else rest
-        said["page_size"] = said.get("page_size", parse(said["server"]).page_size)
+        said["serve"] = ["--model", said.pop("model"), *rest] if "model" in said else rest
+        said["cache_page"] = said.get("cache_page", parse(said["serve"]).page_size)
     for name, other in EXCLUDED:
         if name in said and other in said:
-            parser.error(f"{flags[name]} does not go with {flags[other]}")
-    if not said.keys() & {"trace", "rates", "concurrencies"}:
+            parser.error(f"{spelled(name)} does not go with {spelled(other)}")
+    if not said.keys() & {"trace", "rate", "concurrency"}:
         parser.error("one of --trace, --rate, --concurrency is required")
     for name, other in NEEDED.items():
         if name in said and other not in said:
-            parser.error(f"{flags[name]} needs {flags[other]}")
+            parser.error(f"{spelled(name)} needs {spelled(other)}")
     return Options(**{"slo": {}, **said})
+
+
+def spelled(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def without_key(arguments: Sequence[str]) -> list[str]:
@@ -316,106 +312,52 @@ def online(arguments: Sequence[str]) -> int:
     return guarded(start, debug=os.environ.get("LOG_LEVEL", "").upper() == "DEBUG")
 
 
-def engine_parser(name: str, description: str) -> tuple[Parser, argparse._ArgumentGroup]:
-    """A parser with the engine's flags, and the benchmark's own group in it."""
-    parser = Parser(prog=f"minisgl bench {name}", description=description)
-    group = parser.add_argument_group(name)
-    group.add_argument("--json", type=Path, metavar="FILE", help=JSON_HELP)
+DESCRIPTIONS: Final = {
+    "offline": "Throughput of a batch of random prompts, EOS ignored. Defaults: the published workload of 256 requests "
+    "on a GPU, a smaller one on a CPU.",
+    "compare": "The workload of `minisgl bench offline` through another engine, in a process of its own, and then "
+    "through this one, with the same flags as far as both have them.",
+    "ablation": "Turns one setting at a time away from the configuration given here, over weights loaded once.",
+}
+
+
+def engine_parser(name: str) -> Parser:
+    """The parser of a benchmark that runs an engine in this process: its own flags, and the engine's."""
+    parser = Parser(prog=f"minisgl bench {name}", description=DESCRIPTIONS[name])
+    add = parser.add_argument_group(name).add_argument
+    add("--json", type=Path, metavar="FILE", help=JSON_HELP)
+    if name == "ablation":
+        names = ", ".join(ABLATIONS)
+        add("--only", type=ablations, default=ABLATIONS, metavar="A,B", help=f"of {names} (default: all)")
+        text = f"runs of each, of which the median counts (default: {REPEATS})"
+        add("--repeats", type=count, default=REPEATS, metavar="N", help=text)
+    else:
+        ranges = "(default: 100:1024; 32:128 on a CPU)"
+        add("--num-requests", type=count, metavar="N", help="requests (default: 256; 16 on a CPU)")
+        add("--input-len", type=length_range, metavar="A:B", help=f"tokens in a prompt {ranges}")
+        add("--output-len", type=length_range, metavar="A:B", help=f"tokens generated {ranges}")
+        add("--seed", type=int, metavar="N", help="of the workload (default: 0)")
+        add("--temperature", type=float, metavar="X", help="of the sampling (default: 0.6)")
+    if name == "compare":
+        add("--with", dest="peer", choices=("vllm",), required=True, help="the other engine")
+    if name == "offline":
+        text = "then compare with it on the same prompts, greedy, float32: one request alone, and eight"
+        add("--compare", choices=("transformers",), help=text)
+        text = "bytes/s and flop/s that the roofline is computed from (default: measured on a GPU; none on a CPU)"
+        add("--peak-rates", "--ceilings", type=peak_rates, metavar="read=X,flops=X", help=text)
+        text = "skip the second, traced run that splits the time"
+        add("--no-profile", dest="profile", action="store_false", help=text)
     add_config_flags(parser, without=SERVER_GROUPS)
-    return parser, group
-
-
-def add_workload_flags(group: argparse._ArgumentGroup) -> None:
-    """A flag for each field of WorkloadSpec."""
-    ranges = "(default: 100:1024; 32:128 on a CPU)"
-    group.add_argument("--num-requests", type=count, metavar="N", help="requests (default: 256; 16 on a CPU)")
-    group.add_argument("--input-len", type=length_range, metavar="A:B", help=f"tokens in a prompt {ranges}")
-    group.add_argument("--output-len", type=length_range, metavar="A:B", help=f"tokens generated {ranges}")
-    group.add_argument("--seed", type=int, metavar="N", help="of the workload (default: 0)")
-    group.add_argument("--temperature", type=float, metavar="X", help="of the sampling (default: 0.6)")
-
-
-def workload_spec(namespace: argparse.Namespace, default: WorkloadSpec) -> WorkloadSpec:
-    """The default, with the flags that were given in place of its fields."""
-    names = [field.name for field in dataclasses.fields(WorkloadSpec)]
-    given = {name: value for name in names if (value := getattr(namespace, name)) is not None}
-    return dataclasses.replace(default, **given)
-
-
-def offline_parser() -> Parser:
-    parser, group = engine_parser(
-        "offline",
-        "Throughput of a batch of random prompts, EOS ignored. Defaults: the published workload of 256 requests on a "
-        "GPU, a smaller one on a CPU.",
-    )
-    add_workload_flags(group)
-    group.add_argument(
-        "--compare", choices=("transformers",),
-        help="then compare with it on the same prompts, greedy, float32: one request alone, and eight",
-    )  # fmt: skip
-    group.add_argument(
-        "--peak-rates", "--ceilings", type=peak_rates, metavar="read=X,flops=X",
-        help="bytes/s and flop/s that the roofline is computed from (default: measured on the GPU; none on a CPU)",
-    )  # fmt: skip
-    group.add_argument(
-        "--no-profile", dest="profile", action="store_false", help="skip the second, traced run that splits the time"
-    )
     return parser
 
 
-def offline(arguments: Sequence[str]) -> int:
-    parser = offline_parser()
-    namespace = parser.parse_args(arguments)
-    config = config_from(parser, namespace)
+def engine_benchmark(name: str, arguments: Sequence[str]) -> int:
+    parser = engine_parser(name)
+    options = parser.parse_args(arguments)
+    config = config_from(parser, options)
 
     def start() -> int:
-        from minisgl_bench.offline import default_spec, run
-
-        spec = workload_spec(namespace, default_spec(config))
-        return run(config, spec, namespace.compare, namespace.peak_rates, namespace.profile, namespace.json, arguments)
-
-    return guarded(start, debug=config.log_level == "DEBUG")
-
-
-def compare(arguments: Sequence[str]) -> int:
-    parser, group = engine_parser(
-        "compare",
-        "The workload of `minisgl bench offline` through another engine, in a process of its own, and then through "
-        "this one, with the same flags as far as both have them.",
-    )
-    add_workload_flags(group)
-    group.add_argument("--with", dest="peer", choices=("vllm",), required=True, help="the other engine")
-    namespace = parser.parse_args(arguments)
-    config = config_from(parser, namespace)
-
-    def start() -> int:
-        from minisgl_bench.compare import require_peer, run
-        from minisgl_bench.offline import default_spec
-
-        require_peer(namespace.peer)
-        return run(config, workload_spec(namespace, default_spec(config)), namespace.json, arguments)
-
-    return guarded(start, debug=config.log_level == "DEBUG")
-
-
-def ablation(arguments: Sequence[str]) -> int:
-    parser, group = engine_parser(
-        "ablation", "Turns one setting at a time away from the configuration given here, over weights loaded once."
-    )
-    group.add_argument(
-        "--only", type=ablations, default=ABLATIONS, metavar="A,B", help=f"of {', '.join(ABLATIONS)} (default: all)"
-    )
-    group.add_argument(
-        "--repeats", type=count, default=REPEATS, metavar="N",
-        help=f"runs of each, of which the median counts (default: {REPEATS})",
-    )  # fmt: skip
-    namespace = parser.parse_args(arguments)
-    config = config_from(parser, namespace)
-
-    def start() -> int:
-        from minisgl_bench.ablation import run
-
-        return run(config, namespace.only, namespace.repeats, namespace.json, arguments)
+        return int(importlib.import_module(f"minisgl_bench.{name}").run(config, options, arguments))
 
     return guarded(start, debug=config.log_level == "DEBUG")
 
@@ -431,8 +373,9 @@ def main(arguments: Sequence[str]) -> int:
         "the others: parts of the engine and the server alone",
     )
     name = parser.parse_args(arguments[:1]).name
-    commands = {"offline": offline, "online": online, "ablation": ablation, "compare": compare}
-    if name in commands:
-        return commands[name](arguments[1:])
+    if name == "online":
+        return online(arguments[1:])
+    if name in DESCRIPTIONS:
+        return engine_benchmark(name, arguments[1:])
     module = importlib.import_module(f"minisgl_bench.{name}")
     return guarded(lambda: int(module.main(arguments[1:])), debug=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Final
 
 from minisgl.config import Config, resolve
@@ -19,16 +19,11 @@ from minisgl.models.locate import locate_model
 from minisgl.models.spec import read_spec
 from minisgl_bench.offline import measure, warm_up
 from minisgl_bench.report import console, on_gpu, report_path, write_report
-from minisgl_bench.workload import Workload, WorkloadSpec, make_workload
+from minisgl_bench.workload import Workload, make_workload, workload_spec
 
 FIGURES: Final = '{"version"'
 """How the line with the figures begins, among whatever else vLLM prints."""
 TAIL: Final = 30
-
-
-def require_peer(name: str) -> None:
-    if find_spec(name) is None:
-        raise ConfigError(f"--with {name}: it is not installed in {sys.prefix}; nothing to compare with")
 
 
 def vllm_settings(config: Config, model: str) -> dict[str, Any]:
@@ -77,9 +72,12 @@ def run_vllm(settings: Mapping[str, Any], workload: Workload, seed: int) -> dict
     return figures
 
 
-def run(config: Config, spec: WorkloadSpec, json_path: Path | None, arguments: Sequence[str]) -> int:
+def run(config: Config, options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Measure both, print rates and ratio, write the report; the exit status."""
-    path = report_path(config, json_path, "vllm")
+    if find_spec(options.peer) is None:
+        raise ConfigError(f"--with {options.peer}: it is not installed in {sys.prefix}; nothing to compare with")
+    path = report_path(config, options.json, "vllm")
+    spec = workload_spec(options, on_gpu(config))
     machine = probe_machine()
     guess = resolve(config, machine).config
     folder = locate_model(config.model, config.model_source, dtype=guess.dtype, weights=not config.dummy_weight)

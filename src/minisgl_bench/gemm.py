@@ -3,7 +3,6 @@
     minisgl bench gemm                             Qwen3-14B, and a quarter of Qwen3-32B, at some rows
     minisgl bench gemm --model 14B/2 --rows 64 96
     minisgl bench gemm --sweep                     which cuts of `ops/kernels/stream.py` are the fastest
-    minisgl bench gemm --check                     no timing: each kernel against a GEMM in float64
 
 Figures are microseconds a layer, by the median replay of a CUDA graph over layers whose weights are their own, so that
 they come from the GPU's memory. A layer is norm, QKV, a norm in place of attention, output, norm, gate and up with
@@ -27,7 +26,7 @@ from minisgl.ops.kernels import activation, norm, stream
 from minisgl.ops.kernels.cuda import compile_all
 from minisgl.ops.kernels.stream import Cut, cut_for
 from minisgl.ops.operations import Operations, fused_operations
-from minisgl_bench.gpu_timing import DTYPE, HEAD_DIM, MODELS, graph_microseconds, noise, relative_error, require_gpu
+from minisgl_bench.gpu_timing import DTYPE, HEAD_DIM, MODELS, graph_us, noise, require_gpu
 from minisgl_bench.report import hardware, versions
 
 NAMES = ("qkv", "o", "gate_up", "down")
@@ -97,7 +96,7 @@ def layer_microseconds(layers: Sequence[Mapping[str, Tensor]], rows: int, gemms:
             normed = norm.add_rms_norm(x, residual, gain[:hidden], 1e-6)
             x = gemms["down"](gemms["gate_up"](normed, layer["gate_up"]), layer["down"])
 
-    return graph_microseconds(work, calls=1, replays=10) / len(layers)
+    return graph_us(work, calls=1, replays=10) / len(layers)
 
 
 def sweep(layers: Sequence[Mapping[str, Tensor]], rows: int) -> float:
@@ -118,31 +117,11 @@ def sweep(layers: Sequence[Mapping[str, Tensor]], rows: int) -> float:
     return least
 
 
-def check(weights: Mapping[str, Tensor], rows: int) -> float:
-    """The largest error of our kernels, called twice: the same bits are asked for."""
-    worst = 0.0
-    for name, cuts in candidates(rows, weights).items():
-        weight = weights[name]
-        x = noise(rows, weight.shape[1])
-        expected = x.double() @ weight.double().t()
-        if name == "gate_up":
-            gate, up = expected.to(DTYPE).float().chunk(2, dim=1)
-            expected = (F.silu(gate).to(DTYPE).float() * up).double()
-        for cut in cuts:
-            found, again = (streamed(name, cut)(x, weight) for _ in range(2))
-            error, same = relative_error(found, expected), torch.equal(found, again)
-            if error >= 1e-2 or not same:
-                print(f"WRONG {name} rows {rows} {cut}: {error:.4f}, same {same}", flush=True)
-            worst = max(worst, error)
-    return worst
-
-
 def main(arguments: Sequence[str]) -> int:
-    """Check, measure, print, and write what was found."""
+    """Measure, print, and write what was found."""
     parser = Parser(prog="minisgl bench gemm", description=__doc__)
     parser.add_argument("--model", nargs="+", default=["14B", "32B/4"], help="0.6B, 8B, 14B, 32B; or of n ranks: 32B/4")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 8, 16, 32, 64, 96])
-    parser.add_argument("--check", action="store_true", help="no timing")
     parser.add_argument("--sweep", action="store_true", help="try all cuts")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     options = parser.parse_args(arguments)
@@ -153,10 +132,6 @@ def main(arguments: Sequence[str]) -> int:
     results: dict[str, dict[int, dict[str, float]]] = {}
     for model in options.model:
         layers = [layer_weights(model)]
-        if options.check:
-            for rows in options.rows:
-                print(f"{model} rows {rows}: error {check(layers[0], rows):.5f}", flush=True)
-            continue
         size = sum(weight.nbytes for weight in layers[0].values())
         layers += [layer_weights(model) for _ in range(BYTES // size - 1)]
         print(f"{model}: {len(layers)} layers of {size / 1e6:.0f} MB, us a layer", flush=True)

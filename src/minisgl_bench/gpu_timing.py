@@ -33,14 +33,6 @@ def noise(*shape: int, scale: float = 1.0) -> Tensor:
     return torch.randn(*shape, device=CUDA, dtype=DTYPE).mul_(scale)
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """‖found - expected‖ / ‖expected‖, or the share of tokens that differ; infinite where a value is not finite."""
-    if found.dtype == torch.int32:
-        return float((found != expected).float().mean())
-    error = float((found.double() - expected.double()).norm() / expected.double().norm())
-    return error if error < float("inf") else float("inf")
-
-
 def sampling_rows(rows: int, device: torch.device, seeds: Tensor, **values: float) -> SamplingRows:
     """A table whose rows all have these parameters."""
     return SamplingRows(
@@ -54,24 +46,29 @@ def sampling_rows(rows: int, device: torch.device, seeds: Tensor, **values: floa
     )
 
 
-def microseconds(run: Callable[[], object], replays: int = 30, warm: int = 3) -> float:
-    """Median time of a call on the GPU, after some to warm up."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + warm + 1)]  # type: ignore[no-untyped-call]
+def times(run: Callable[[], object], count: int, warm: int = 2) -> list[float]:
+    """Seconds of calls on the GPU, after some to warm up."""
+    for _ in range(warm):
+        run()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]  # type: ignore[no-untyped-call]
     events[0].record()
     for event in events[1:]:
         run()
         event.record()
     torch.cuda.synchronize()
-    times: list[float] = [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
-    return 1e3 * statistics.median(times[warm:])
+    return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
 
 
-def graph_microseconds(run: Callable[[], object], calls: int = 20, replays: int = 30) -> float:
-    """Median time of a call inside a CUDA graph of so many."""
+def median_us(run: Callable[[], object], count: int = 30) -> float:
+    return 1e6 * statistics.median(times(run, count))
+
+
+def graph_us(run: Callable[[], object], calls: int = 20, replays: int = 30) -> float:
+    """Median microseconds of a call inside a CUDA graph of so many."""
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for _ in range(calls):
             run()
-    return microseconds(graph.replay, replays) / calls
+    return median_us(graph.replay, replays) / calls

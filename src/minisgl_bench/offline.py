@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import itertools
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
@@ -21,30 +21,27 @@ from minisgl_bench.profile import Recorder, Step, Tracer, profile
 from minisgl_bench.report import console, on_gpu, process_seconds, report_path, table, write_report
 from minisgl_bench.roofline import Roofline, measure_peak_rates, roofline
 from minisgl_bench.transformers_peer import comparable, compare_transformers
-from minisgl_bench.workload import CPU_SPEC, PeakRates, Workload, WorkloadSpec, make_workload, random_tokens, redraw
+from minisgl_bench.workload import (
+    PeakRates,
+    Workload,
+    WorkloadSpec,
+    make_workload,
+    random_tokens,
+    redraw,
+    workload_spec,
+)
 
 WARM_TOKENS: Final = 16
 CONTEXT: Final = 1024
 TOKENS: Final = 64
 
 
-def default_spec(config: Config) -> WorkloadSpec:
-    return WorkloadSpec() if on_gpu(config) else CPU_SPEC
-
-
-def run(
-    config: Config,
-    spec: WorkloadSpec,
-    against: str | None,
-    given_peak: PeakRates | None,
-    split: bool,
-    json: Path | None,
-    arguments: Sequence[str],
-) -> int:
+def run(config: Config, options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Measure, print, and write the report; the exit status."""
-    path = report_path(config, json, "offline")
+    path = report_path(config, options.json, "offline")
     out, gpu = console(), on_gpu(config)
-    if against is not None:
+    spec = workload_spec(options, gpu)
+    if options.compare is not None:
         config = comparable(config)
     with LLM(config=config) as llm:
         first_token = start_to_first_token(llm)
@@ -54,7 +51,7 @@ def run(
         workload = make_workload(spec, llm.model.vocab_size)
         executor = local_executor(llm)
         cache = executor.runner.kv.k.dtype
-        peak = given_peak or (measure_peak_rates(executor.device, cache) if gpu else None)
+        peak = options.peak_rates or (measure_peak_rates(executor.device, cache) if gpu else None)
         warm_up(llm, workload, gpu)
         figures, steps = measure(llm, workload)
         figures["start_to_first_token_seconds"] = first_token
@@ -81,9 +78,9 @@ def run(
         out.print(table(f"{llm.model.name}: {spans}, seed {spec.seed}", ("figure", "value"), rows))
         if path is not None:
             write_report(path, "offline", arguments, report)
-        if gpu and split:
+        if gpu and options.profile:
             report["split"] = split_time(llm, workload, steps, figures["seconds"], out)
-        if against is not None:
+        if options.compare is not None:
             report["comparison"] = compare_transformers(llm, config, spec, out)
     if path is not None:
         write_report(path, "offline", arguments, report)

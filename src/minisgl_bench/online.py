@@ -71,15 +71,15 @@ def run(options: Options, arguments: Sequence[str]) -> int:
         read_trace(options.trace, options.requests or TRACE_REQUESTS)  # what is wrong is said before a server starts
     options = dataclasses.replace(
         options,
-        small=options.server is not None and not on_gpu,
+        small=options.serve is not None and not on_gpu,
         salt=secrets.randbits(32) if options.salt is None else options.salt,
     )
     out = console(WIDTH)
     with contextlib.ExitStack() as stack:
         served = None
-        if options.server is not None:
-            out.print(f"starting minisgl {' '.join(options.server)} …")
-            served = stack.enter_context(own_server(options.server, options.api_key))
+        if options.serve is not None:
+            out.print(f"starting minisgl {' '.join(options.serve)} …")
+            served = stack.enter_context(own_server(options.serve, options.api_key))
             out.print(f"it answers after {served.start_seconds:.1f} s")
             options = dataclasses.replace(options, url=served.url, server_pid=served.pid)
         outcome = asyncio.run(measure(options, out))
@@ -136,7 +136,7 @@ async def measure_one(
     client: LoadClient, options: Options, load: Load, seed: int, number: int, sessions: Sequence[Session]
 ) -> tuple[dict[str, Any], list[RequestRecord]]:
     """One run. No run's tokens are another's, so that none finds its prompts cached."""
-    hits = expected_hits((turn.segments for turn in all_turns(sessions)), options.page_size)
+    hits = expected_hits((turn.segments for turn in all_turns(sessions)), options.cache_page)
     mixed = hash((options.salt, seed, number))
     planned = prepare(client, sessions, mixed, hits)
     records = [record for item in planned for record in item.records]
@@ -234,7 +234,7 @@ async def make_client(options: Options) -> tuple[LoadClient, int | None]:
         endpoint=options.endpoint,
         prompts=await make_prompts(target, name, options),
         temperature=options.temperature,
-        ignore_eos=options.ignore_eos,
+        ignore_eos=not options.no_ignore_eos,
         timeout=options.timeout,
         keep_text=options.endpoint == "chat" and options.chats is not None,
     )

@@ -8,8 +8,7 @@ sampling, writing keys and values, launches and the host are free.
 from __future__ import annotations
 
 import heapq
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 
 from minisgl.errors import ConfigError
 from minisgl.models.spec import ModelSpec
+from minisgl_bench.gpu_timing import times
 from minisgl_bench.workload import PeakRates, Workload
 
 SIDE: Final = 8192
@@ -146,23 +146,9 @@ def measure_peak_rates(device: torch.device, dtype: torch.dtype) -> PeakRates:
     try:
         source = torch.ones(size // 4, dtype=torch.float32, device=device)
         rows = source.view(-1, ROW)
-        copy = 2 * size / fastest(partial(torch.empty_like(source).copy_, source))
-        read = size / min(fastest(partial(torch.sum, rows, 1)), fastest(partial(torch.amax, rows, 1)))
         a, b = (torch.randn((SIDE, SIDE), device=device).to(dtype) for _ in range(2))
-        return PeakRates(read=max(read, copy), flops=2 * SIDE**3 / fastest(partial(torch.mm, a, b)), copy=copy)
+        copy = 2 * size / min(times(partial(torch.empty_like(source).copy_, source), 20))
+        read = size / min(times(partial(torch.sum, rows, 1), 20) + times(partial(torch.amax, rows, 1), 20))
+        return PeakRates(read=max(read, copy), flops=2 * SIDE**3 / min(times(partial(torch.mm, a, b), 20)), copy=copy)
     finally:
         torch.cuda.empty_cache()
-
-
-def fastest(run: Callable[[], object], runs: int = 20) -> float:
-    """Seconds of the fastest of some runs after two that warm up."""
-    run()
-    run()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(runs + 1)]  # type: ignore[no-untyped-call]
-    events[0].record()
-    for event in events[1:]:
-        run()
-        event.record()
-    torch.cuda.synchronize()
-    milliseconds: list[float] = [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
-    return min(milliseconds) / 1e3

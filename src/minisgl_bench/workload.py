@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import random
 from dataclasses import dataclass
 from typing import Final
@@ -39,6 +41,13 @@ class WorkloadSpec:
 
 CPU_SPEC: Final = WorkloadSpec(num_requests=16, input_len=(32, 128), output_len=(32, 128))
 """What is measured on a CPU unless flags say otherwise: half a minute instead of half an hour."""
+
+
+def workload_spec(options: argparse.Namespace, gpu: bool) -> WorkloadSpec:
+    """The default of a GPU or of a CPU, with the flags that were given in place of its fields."""
+    names = [field.name for field in dataclasses.fields(WorkloadSpec)]
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    return dataclasses.replace(WorkloadSpec() if gpu else CPU_SPEC, **given)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import transformers
 from helpers.tiny_tokenizers import byte_level_json
 from minisgl_bench import offline, profile
 from minisgl_bench import report as report_module
-from minisgl_bench.command import length_range, main, offline_parser
+from minisgl_bench.command import engine_parser, length_range, main
 from minisgl_bench.profile import Activity
 
 WORKLOAD = ["--num-requests", "3", "--input-len", "4:8", "--output-len", "6", "--seed", "3"]
@@ -176,6 +176,6 @@ def test_length_ranges() -> None:
 
 
 def test_engine_flags_are_taken_and_the_servers_are_not() -> None:
-    flags = {flag for action in offline_parser()._actions for flag in action.option_strings}
+    flags = {flag for action in engine_parser("offline")._actions for flag in action.option_strings}
     assert {"--page-size", "--cache-type", "--tp", "--dummy-weights"} <= flags
     assert not {"--host", "--port", "--shell", "--shell-mode"} & flags
