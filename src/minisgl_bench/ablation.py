@@ -1,33 +1,35 @@
-"""`minisgl bench ablation`: each setting against the default on the same workload, in one process."""
-
-from __future__ import annotations
+"""`minisgl bench ablation`: each setting against the default on the same workload, over weights loaded once."""
 
 import argparse
 import dataclasses
+import functools
+import gc
 import itertools
-from collections.abc import Sequence
-from typing import Any, Final
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, NamedTuple
 
+import msgspec
+import numpy as np
 import torch
 from rich.table import Table
 
-from minisgl.config import Config
+from minisgl.config import Config, resolve
+from minisgl.engine.build import build_engine, max_seq_len, probe_machine
+from minisgl.engine.engine import Engine
+from minisgl.engine.local import LocalExecutor
 from minisgl.errors import ConfigError
 from minisgl.models.progress import progress_bar
+from minisgl.models.spec import ModelSpec
+from minisgl.models.weights import Weights
 from minisgl.ops.attention.select import available_backends
-from minisgl_bench.ablation_runner import (
-    AblationRunner,
-    Conversations,
-    Measurement,
-    Scenario,
-    SystemPrompt,
-    Variant,
-    load,
-    scenario_tokens,
-)
+from minisgl.types import ModelInfo, Request
 from minisgl_bench.plots import draw_ablation
+from minisgl_bench.profile import Recorder
 from minisgl_bench.report import console, gpu_name, on_gpu, report_path, slug, table, write_report
-from minisgl_bench.workload import WorkloadSpec
+from minisgl_bench.workload import Workload, WorkloadSpec, make_workload, sampling_params
 
 PAGE_SIZES: Final = (1, 4, 16, 64, 256)
 CHUNK_SIZES: Final = (512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -37,6 +39,35 @@ PIECEWISE_TOKENS: Final = (0, 512, 2048)
 PIECEWISE_CHUNK: Final = 512
 """The chunk that they are tried at: the smaller a step, the more of it is its launch."""
 WIDTH: Final = 150
+EXECUTOR_FIELDS: Final = ("attn", "page_size", "cuda_graph_max_bs", "piecewise_cuda_graph_max_tokens")
+"""Settings that need an executor of their own; with the others an engine can be built on one that is there."""
+SLACK: Final = 2 * 256
+"""Tokens: a request may leave most of a page of 256 empty, and admission keeps one more for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversations:
+    """Conversations that go on together: in each turn a new message after everything said before."""
+
+    conversations: int
+    turns: int
+    message: int
+    answer: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SystemPrompt:
+    """Requests that begin with the same `shared` tokens and go on with `own` of their own."""
+
+    requests: int
+    shared: int
+    own: int
+    answer: int
+
+
+Scenario = WorkloadSpec | Conversations | SystemPrompt
+
+
 GPU_SCENARIOS: Final[dict[str, Scenario]] = {
     "batch": WorkloadSpec(num_requests=256, input_len=(100, 1024), output_len=(64, 256)),
     "long": WorkloadSpec(num_requests=32, input_len=(2048, 12288), output_len=(64, 128)),
@@ -49,6 +80,219 @@ CPU_SCENARIOS: Final[dict[str, Scenario]] = {
     "chats": Conversations(conversations=2, turns=3, message=32, answer=8),
     "system-prompt": SystemPrompt(requests=4, shared=96, own=8, answer=8),
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A setting to try on a scenario. `group` "default" is what the others of the scenario are compared with."""
+
+    group: str
+    label: str
+    scenario: str
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.group}: {self.label}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What a variant reached in the median of its runs. Without `error` all is there.
+
+    `each_tokens_per_second` has every run's rate, the slowest first: how far they lie apart is the machine's own doing.
+    `token_gap_*` are over the steps that decoded: how long running requests waited for their next token.
+    `other_gib` is what the executor took of the GPU beside the KV cache: graphs and workspaces.
+    """
+
+    variant: Variant
+    tokens_per_second: float = 0.0
+    each_tokens_per_second: tuple[float, ...] = ()
+    seconds: float = 0.0
+    output_tokens: int = 0
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    token_gap_p99_ms: float = 0.0
+    token_gap_max_ms: float = 0.0
+    build_seconds: float = 0.0
+    other_gib: float = 0.0
+    error: str | None = None
+
+
+class LoadedModel(NamedTuple):
+    """A model in memory: its weights, its configuration without open ends, and the tokens of KV that fit beside it."""
+
+    spec: ModelSpec
+    weights: Weights
+    config: Config
+    model: ModelInfo
+    kv_tokens: int
+
+
+def load(config: Config, most_tokens: int) -> LoadedModel:
+    """Load the model as `config` says, measure the pages that fit, and keep the weights alone.
+
+    `most_tokens` is the most KV that a variant uses. Raises ConfigError or ModelError.
+    """
+    if config.tp > 1:
+        raise ConfigError("an ablation runs on one device; with --tp, run bench offline once for each setting")
+    machine = probe_machine()
+    gpu = resolve(config, machine).config.device == "cuda"
+    plain = config.replace(cuda_graph_max_bs=0, piecewise_cuda_graph_max_tokens=0) if gpu else config
+    built = build_engine(plain, progress=True)
+    executor = built.engine.executor
+    assert isinstance(executor, LocalExecutor)
+    decoder = executor.runner.decoder
+    resolved = resolve(config, machine, decoder.spec.checkpoint_dtype).config
+    fits = executor.num_pages * config.page_size
+    built.engine.close()
+    return LoadedModel(decoder.spec, decoder.weights, resolved, built.engine.model, min(fits, most_tokens))
+
+
+class AblationRunner:
+    """Runs variants one after the other, each `repeats` times beside a first time, which compiles what it needs.
+
+    An executor is kept for as long as the next variant can use it.
+    """
+
+    def __init__(self, loaded: LoadedModel, scenarios: Mapping[str, Scenario], repeats: int = 1) -> None:
+        self.loaded = loaded
+        self.scenarios = scenarios
+        self.repeats = repeats
+        self.device = torch.device(loaded.config.device)
+        self._key: tuple[Any, ...] | None = None
+        self._executor: LocalExecutor | None = None
+        self._build_seconds = self._other_gib = 0.0
+        self._warm: set[str] = set()
+        self._ids = itertools.count()
+
+    def run(self, variant: Variant) -> Measurement:
+        """Measure a variant; one that fails says why, and does not stop the others."""
+        try:
+            return self._measure(variant)
+        except Exception as error:  # whatever it is, it is this variant's result
+            failure = f"{type(error).__name__}: {error}".splitlines()[0]
+        try:
+            self.close()
+        except RuntimeError:
+            failure += "; after it the device cannot be used"
+        return Measurement(variant=variant, error=failure)
+
+    def close(self) -> None:
+        """Free the executor and give its memory back to the device."""
+        executor, self._executor, self._key = self._executor, None, None
+        if executor is not None:
+            executor.close()
+        del executor
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _measure(self, variant: Variant) -> Measurement:
+        config = self.loaded.config.replace(**variant.changes)
+        executor = self._executor_for(config)
+        if variant.scenario not in self._warm:  # a first time, in which kernels are compiled for what comes up in it
+            self._play(executor, config, self.scenarios[variant.scenario])
+            self._warm.add(variant.scenario)
+        runs = [self._once(executor, config, variant) for _ in range(self.repeats)]
+        runs.sort(key=lambda run: run.tokens_per_second)
+        # of an even number the slower of the two in the middle
+        return dataclasses.replace(
+            runs[(len(runs) - 1) // 2], each_tokens_per_second=tuple(run.tokens_per_second for run in runs)
+        )
+
+    def _once(self, executor: LocalExecutor, config: Config, variant: Variant) -> Measurement:
+        recorder = Recorder(executor)
+        started = time.perf_counter()
+        generated, prompted, cached = self._play(recorder, config, self.scenarios[variant.scenario])
+        seconds = time.perf_counter() - started
+        gaps = 1e3 * np.array(recorder.token_gaps() or [0.0])
+        return Measurement(
+            variant=variant,
+            tokens_per_second=generated / seconds,
+            seconds=seconds,
+            output_tokens=generated,
+            input_tokens=prompted,
+            cached_tokens=cached,
+            token_gap_p99_ms=float(np.percentile(gaps, 99)),
+            token_gap_max_ms=float(gaps.max()),
+            build_seconds=self._build_seconds,
+            other_gib=self._other_gib,
+        )
+
+    def _executor_for(self, config: Config) -> LocalExecutor:
+        key = tuple(getattr(config, name) for name in EXECUTOR_FIELDS)
+        if self._executor is not None and key == self._key:
+            return self._executor
+        self.close()
+        pages = max(2, self.loaded.kv_tokens // config.page_size)
+        gpu, started = self.device.type == "cuda", time.perf_counter()
+        free = torch.cuda.mem_get_info(self.device)[0] if gpu else 0
+        length = max_seq_len(config, self.loaded.spec)
+        made = LocalExecutor(self.loaded.spec, self.loaded.weights, config.replace(num_pages=pages), length)
+        self._build_seconds = time.perf_counter() - started
+        kv = made.runner.kv.k.nbytes + made.runner.kv.v.nbytes
+        self._other_gib = max(0, free - torch.cuda.mem_get_info(self.device)[0] - kv) / 2**30 if gpu else 0.0
+        self._executor, self._key, self._warm = made, key, set()
+        return made
+
+    def _play(self, executor: LocalExecutor | Recorder, config: Config, scenario: Scenario) -> tuple[int, int, int]:
+        """Run a scenario in a new engine, whose cache knows nothing.
+
+        Returns tokens generated, prompt tokens, and how many of those were cached.
+        """
+        model, room = self.loaded.model, executor.num_pages * config.page_size
+        model = msgspec.structs.replace(model, max_seq_len=min(model.max_seq_len, room))
+        engine = Engine(executor, model, config)
+        tokens = play(scenario, functools.partial(self._answer, engine), model.vocab_size)
+        stats = engine.stats()
+        return tokens, stats.prompt_tokens, stats.cached_prompt_tokens
+
+    def _answer(self, engine: Engine, workload: Workload) -> list[list[int]]:
+        """Answer all requests together; the tokens of each."""
+        answers: dict[str, list[int]] = {}
+        for prompt, params in zip(workload.prompts, workload.params, strict=True):
+            request = Request(id=str(next(self._ids)), prompt=prompt, params=params)
+            answers[request.id] = []
+            engine.add(request)
+        while engine.has_work:
+            for event in engine.step():
+                answers[event.id] += event.tokens
+        return list(answers.values())
+
+
+def play(scenario: Scenario, answer: Callable[[Workload], list[list[int]]], vocab_size: int) -> int:
+    """Put a scenario's requests to `answer`, turn by turn where it has turns; tokens generated."""
+    if isinstance(scenario, WorkloadSpec):
+        return sum(map(len, answer(make_workload(scenario, vocab_size))))
+    rng = random.Random(0)
+
+    def tokens(length: int) -> list[int]:
+        return [rng.randrange(vocab_size) for _ in range(length)]
+
+    def ask(prompts: list[list[int]]) -> list[list[int]]:
+        return answer(Workload(prompts=prompts, params=sampling_params([scenario.answer] * len(prompts))))
+
+    if isinstance(scenario, SystemPrompt):
+        shared = tokens(scenario.shared)
+        return sum(map(len, ask([shared + tokens(scenario.own) for _ in range(scenario.requests)])))
+    prompts: list[list[int]] = [[] for _ in range(scenario.conversations)]
+    total = 0
+    for _ in range(scenario.turns):
+        prompts = [prompt + tokens(scenario.message) for prompt in prompts]
+        answers = ask(prompts)
+        prompts = [prompt + said for prompt, said in zip(prompts, answers, strict=True)]
+        total += sum(map(len, answers))
+    return total
+
+
+def scenario_tokens(scenario: Scenario) -> int:
+    """Tokens of KV that a scenario's requests take together, at most, without sharing, in pages of any size."""
+    if isinstance(scenario, WorkloadSpec):
+        return scenario.num_requests * (scenario.input_len[1] + scenario.output_len[1] + SLACK)
+    if isinstance(scenario, SystemPrompt):
+        return scenario.requests * (scenario.shared + scenario.own + scenario.answer + SLACK)
+    return scenario.conversations * (scenario.turns * (scenario.message + scenario.answer) + SLACK)
 
 
 def make_variants(config: Config, groups: Sequence[str], backends: Sequence[str], gpu: bool) -> list[Variant]:
@@ -146,7 +390,8 @@ def run(config: Config, options: argparse.Namespace, arguments: Sequence[str]) -
         out.print(ablation_table(title, measured))
         if path is not None:
             picture = path.with_suffix(".png")
-            bars = [(item.variant, share) for item in measured if (share := ratio(item, measured)) is not None]
+            shares = [(item.variant, ratio(item, measured)) for item in measured]
+            bars = [(v.group, f"{v.name} ({v.scenario})", share) for v, share in shares if share is not None]
             drawn = draw_ablation(picture, title, bars)
             out.print(f"written to {path}" + (f" and {picture}" if drawn else "; a picture needs minisgl[plot]"))
     finally:

@@ -8,8 +8,6 @@ bf16, ragged lengths (uniform, half to one and a half times the mean context). A
 to read more than the GPU's L2 keeps, each on its own keys and values; the figure is the median replay over them.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json

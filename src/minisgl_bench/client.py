@@ -22,12 +22,12 @@ import httptools
 from minisgl.errors import ConfigError
 
 
-class WireError(Exception):
-    """The answer is not HTTP/1.1 or no stream of JSON events, or it ended before its end."""
+class AnswerError(Exception):
+    """An answer that cannot be counted: a short kind that many answers may share, and what exactly is wrong."""
 
-
-class BadAnswerError(Exception):
-    """An answer that cannot be counted: a short kind that many answers may share, and its own words."""
+    def __init__(self, kind: str, detail: str) -> None:
+        super().__init__(detail)
+        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def parse_target(url: str, key: str | None) -> Target:
 
 
 class Exchange(asyncio.Protocol):
-    """One request on a connection of its own. `done` is set when its answer has come whole, or raises WireError.
+    """One request on a connection of its own. `done` is set when its answer has come whole, or raises AnswerError.
 
     `now` is when the bytes at hand came, on the performance counter. `on_…` are called by httptools.
     """
@@ -96,8 +96,12 @@ class Exchange(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._has_length = False
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
+    async def connect(self, target: Target) -> None:
+        """Open a connection. Raises OSError (ssl.SSLError is one)."""
+        name = target.host if target.tls is not None else None
+        await asyncio.get_running_loop().create_connection(
+            lambda: self, target.address, target.port, family=target.family, ssl=target.tls, server_hostname=name
+        )
 
     def send(self, request: bytes) -> float:
         """Write the request; when, on the performance counter."""
@@ -110,10 +114,11 @@ class Exchange(asyncio.Protocol):
         """Leave, whatever is still to come."""
         if self._transport is not None:
             self._transport.abort()
-        if not self.done.done():
-            self.done.cancel()
-        elif not self.done.cancelled():
+        if not self.done.cancel() and not self.done.cancelled():
             self.done.exception()  # nobody may have waited for it
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
 
     def data_received(self, data: bytes) -> None:
         self.now = time.perf_counter()
@@ -122,15 +127,13 @@ class Exchange(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
-            reason = error.__context__ if isinstance(error.__context__, WireError) else error
-            if not self.status:
-                reason = data[:80].decode("latin-1").split("\r\n")[0]
-            self._end(WireError(f"not an answer in HTTP/1.1: {reason}"))
+            reason = str(error.__context__ or error) if self.status else data[:80].decode("latin-1").split("\r\n")[0]
+            self._end(f"not an answer in HTTP/1.1: {reason}")
 
     def connection_lost(self, error: Exception | None) -> None:
         """The end of a body without a length; of any other it is too early."""
         whole = self.status and not self._has_length and error is None
-        self._end(None if whole else WireError("the connection was closed before the answer's end"))
+        self._end(None if whole else "the connection was closed before the answer's end")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self._has_length |= name.lower() in (b"content-length", b"transfer-encoding")
@@ -144,32 +147,24 @@ class Exchange(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         if self.status:
-            self._end()
+            self._end(None)
 
-    def _end(self, error: WireError | None = None) -> None:
-        if not self.done.done():
-            if error is None:
-                self.done.set_result(None)
-            else:
-                self.done.set_exception(error)
+    def _end(self, failure: str | None) -> None:
+        if not self.done.done() and failure is None:
+            self.done.set_result(None)
+        elif not self.done.done():
+            kind = "cut off" if self.status in (0, 200) else f"HTTP {self.status}"
+            self.done.set_exception(AnswerError(kind, str(failure)))
         if self._transport is not None:
             self._transport.close()
 
 
-async def connect(target: Target, exchange: Exchange) -> None:
-    """Open a connection. Raises OSError (ssl.SSLError is one)."""
-    name = target.host if target.tls is not None else None
-    await asyncio.get_running_loop().create_connection(
-        lambda: exchange, target.address, target.port, family=target.family, ssl=target.tls, server_hostname=name
-    )
-
-
 async def fetch(target: Target, method: str, path: str, body: bytes = b"", timeout: float = 30.0) -> tuple[int, bytes]:
-    """Status and body of an answer. Raises OSError (TimeoutError is one) or WireError."""
+    """Status and body of an answer. Raises OSError (TimeoutError is one) or AnswerError."""
     exchange = Exchange()
     try:
         async with asyncio.timeout(timeout):
-            await connect(target, exchange)
+            await exchange.connect(target)
             exchange.send(target.request(method, path, body))
             await exchange.done
     finally:
@@ -249,14 +244,14 @@ class EventStream(Exchange):
         self.events.append(data)
 
     def settle(self) -> None:
-        """Read the counts when all has come. Raises BadAnswerError."""
+        """Read the counts when all has come. Raises AnswerError."""
         record = self.record
         if self.status != 200:
-            raise BadAnswerError(f"HTTP {self.status}", error_text(bytes(self.body)))
+            raise AnswerError(f"HTTP {self.status}", error_text(bytes(self.body)))
         if self.error:
-            raise BadAnswerError("error in the stream", error_text(self.error))
+            raise AnswerError("error in the stream", error_text(self.error))
         if not self.finished:
-            raise BadAnswerError("cut off", "the stream ended without [DONE]")
+            raise AnswerError("cut off", "the stream ended without [DONE]")
         decoded = [decode(event) for event in self.events]
         usage = next((event["usage"] for event in reversed(decoded[-2:]) if event.get("usage")), None)
         # The last events may hold the usage, or the reason of the end, and no token.
@@ -264,13 +259,13 @@ class EventStream(Exchange):
             decoded.pop()
             record.times.pop()
         if not isinstance(usage, dict):
-            raise BadAnswerError("no usage", "the server did not count the tokens: stream_options.include_usage")
+            raise AnswerError("no usage", "the server did not count the tokens: stream_options.include_usage")
         record.prompt_tokens, record.completion_tokens = int(usage["prompt_tokens"]), int(usage["completion_tokens"])
         details = usage.get("prompt_tokens_details")
         if isinstance(details, dict) and details.get("cached_tokens") is not None:
             record.cached_tokens = int(details["cached_tokens"])
         if not record.times or not record.completion_tokens:
-            raise BadAnswerError("no tokens", f"{record.completion_tokens} tokens in {len(record.times)} events")
+            raise AnswerError("no tokens", f"{record.completion_tokens} tokens in {len(record.times)} events")
         if self._keep:
             choices = [(event.get("choices") or [{}])[0] for event in decoded]
             texts = (c.get("text") or (c.get("delta") or {}).get("content") or "" for c in choices)
@@ -278,13 +273,13 @@ class EventStream(Exchange):
 
 
 def decode(data: bytes) -> dict[str, Any]:
-    """A JSON object. Raises WireError, which ends the exchange."""
+    """A JSON object. Raises ValueError."""
     try:
-        value = json.loads(data)
+        value: dict[str, Any] = json.loads(data)
     except ValueError as error:
-        raise WireError(f"an event is not JSON: {error}") from error
+        raise ValueError(f"an event is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise WireError("an event is not a JSON object")
+        raise ValueError("an event is not a JSON object")
     return value
 
 
@@ -323,20 +318,17 @@ async def stream_completion(
     request = target.request("POST", path, body)
     try:
         async with asyncio.timeout(timeout) as limit:
-            await connect(target, stream)
+            await stream.connect(target)
             limit.reschedule(None)
             await ready()
             limit.reschedule(asyncio.get_running_loop().time() + timeout)
             record.sent = stream.send(request)
             await stream.done
         stream.settle()
-    except BadAnswerError as error:
-        record.failure, record.detail = error.args
+    except AnswerError as error:
+        record.failure, record.detail = error.kind, str(error)
     except TimeoutError:
         record.failure, record.detail = "timeout", f"nothing more within {timeout:g} s"
-    except WireError as error:
-        kind = "cut off" if stream.status in (0, 200) else f"HTTP {stream.status}"
-        record.failure, record.detail = kind, str(error)
     except OSError as error:
         record.failure, record.detail = f"connect: {type(error).__name__}", str(error)
     except (KeyError, TypeError, ValueError) as error:

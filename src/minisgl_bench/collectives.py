@@ -9,8 +9,6 @@ graph of CALLS calls, as rank 0 sees it; every way is first checked eagerly on e
 and is left out. The ways are tried in the order of the table, the safest first.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

@@ -1,14 +1,11 @@
 """`minisgl bench NAME`: the flags of the benchmarks. What a benchmark runs is imported once its flags are read."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import importlib
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -51,12 +48,9 @@ def number(text: str, words: str = "above 0") -> float:
 not_negative = partial(number, words="of at least 0")
 
 
-def numbers(text: str) -> tuple[float, ...]:
-    return tuple(map(number, text.split(",")))
-
-
-def counts(text: str) -> tuple[int, ...]:
-    return tuple(map(count, text.split(",")))
+def several(text: str, convert: Callable[[str], Any]) -> tuple[Any, ...]:
+    """Values with commas between them."""
+    return tuple(map(convert, text.split(",")))
 
 
 def seeds(text: str) -> tuple[int, ...]:
@@ -122,75 +116,24 @@ def ablations(text: str) -> tuple[str, ...]:
     return names
 
 
-@dataclass(frozen=True)
-class Load:
-    """How requests come in one run: `kind` is scale, rate or concurrency."""
-
-    kind: str
-    value: float
-
-    @property
-    def label(self) -> str:
-        return f"{self.kind} {self.value:g}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What one `minisgl bench online` is asked to do. None is what was not said; times are in s.
-
-    `serve` holds the flags of a server of our own; None for one that runs already at `url`. `small` asks for the
-    lengths of a CPU.
-    """
-
-    trace: Path | None = None
-    scale: tuple[float, ...] = (1.0,)
-    rate: tuple[float, ...] = ()
-    burstiness: float = 1.0
-    concurrency: tuple[int, ...] = ()
-    seeds: tuple[int, ...] = (0,)
-    requests: int | None = None
-    input_len: tuple[int, int] | None = None
-    output_len: tuple[int, int] | None = None
-    max_input_len: int | None = None
-    max_output_len: int | None = None
-    chats: int | None = None
-    turns: int = 4
-    system_prompts: int = 1
-    system_len: int = 512
-    think: float = 0.0
-    endpoint: str = "ids"
-    tokens: tuple[int, int] = TOKENS
-    salt: int | None = None
-    temperature: float = 0.6
-    no_ignore_eos: bool = False
-    warmup: int = 32
-    url: str = "http://127.0.0.1:1919"
-    serve: Sequence[str] | None = None
-    model: str | None = None
-    api_key: str | None = None
-    timeout: float = 600.0
-    server_pid: int | None = None
-    cache_page: int = PAGE
-    slo: Mapping[str, float]
-    json: Path | None = None
-    samples: Path | None = None
-    small: bool = False
-
-    @property
-    def loads(self) -> list[Load]:
-        """The runs to make, for each seed."""
-        kind = "concurrency" if self.concurrency else "rate" if self.rate else "scale"
-        return [Load(kind, value) for value in getattr(self, kind)]
+# What was not said of `minisgl bench online`; times are in s. `small` asks for the lengths of a CPU.
+DEFAULTS: Final[dict[str, Any]] = {
+    "trace": None, "scale": (1.0,), "rate": (), "burstiness": 1.0, "concurrency": (), "seeds": (0,), "requests": None,
+    "input_len": None, "output_len": None, "max_input_len": None, "max_output_len": None, "chats": None, "turns": 4,
+    "system_prompts": 1, "system_len": 512, "think": 0.0, "endpoint": "ids", "tokens": TOKENS, "salt": None,
+    "temperature": 0.6, "no_ignore_eos": False, "warmup": 32, "url": "http://127.0.0.1:1919", "serve": None,
+    "model": None, "timeout": 600.0, "server_pid": None, "cache_page": PAGE, "slo": {}, "json": None, "samples": None,
+}  # fmt: skip
 
 
 # fmt: off
 FLAGS: Final[dict[str, tuple[tuple[str, Any, str | None, str], ...]]] = {
     "how requests come": (
         ("trace", Path, "FILE", "replay a trace: Qwen-Bailian, Mooncake (JSON lines), Azure (CSV)"),
-        ("scale", numbers, "X,Y", "factors for the gaps between arrivals; 0.5 is twice as fast"),
-        ("rate", numbers, "X,Y", "requests (with --chats: conversations) per second"),
+        ("scale", partial(several, convert=number), "X,Y", "factors for gaps between arrivals; 0.5 is twice as fast"),
+        ("rate", partial(several, convert=number), "X,Y", "requests (with --chats: conversations) per second"),
         ("burstiness", burstiness, "X", "of --rate: 1 Poisson (default), less bursts, inf evenly spaced"),
-        ("concurrency", counts, "N,M", "so many at once, the next when one ends"),
+        ("concurrency", partial(several, convert=count), "N,M", "so many at once, the next when one ends"),
         ("seeds", seeds, "N,M", "of lengths, times and tokens; each is run (default: 0)"),
     ),
     "what is sent": (
@@ -243,8 +186,11 @@ NEEDED: Final = {
 # fmt: on
 
 
-def online_options(arguments: Sequence[str]) -> Options:
-    """The options of a command line of `minisgl bench online`; what does not fit together is the parser's error."""
+def online_options(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of a command line of `minisgl bench online`; what does not fit together is the parser's error.
+
+    `serve` holds the flags of a server of our own; it is None for one that runs already at `url`.
+    """
     parser = Parser(
         prog="minisgl bench online",
         description="Sends requests to a server that speaks OpenAI's protocol and measures what each client would see.",
@@ -279,7 +225,12 @@ def online_options(arguments: Sequence[str]) -> Options:
     for name, other in NEEDED.items():
         if name in said and other not in said:
             parser.error(f"{spelled(name)} needs {spelled(other)}")
-    return Options(**{"slo": {}, **said})
+    return argparse.Namespace(**{**DEFAULTS, **said})
+
+
+def load_kind(options: argparse.Namespace) -> str:
+    """How requests come: by a number of them at once, at a rate, or at the times of a trace."""
+    return "concurrency" if options.concurrency else "rate" if options.rate else "scale"
 
 
 def spelled(name: str) -> str:

@@ -1,7 +1,5 @@
 """`minisgl bench compare`: the offline workload through another engine and through this one, one after the other."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

@@ -2,16 +2,12 @@
 
     minisgl bench gemm                             Qwen3-14B, and a quarter of Qwen3-32B, at some rows
     minisgl bench gemm --model 14B/2 --rows 64 96
-    minisgl bench gemm --sweep                     which cuts of `ops/kernels/stream.py` are the fastest
 
 Figures are microseconds a layer, by the median replay of a CUDA graph over layers whose weights are their own, so that
 they come from the GPU's memory. A layer is norm, QKV, a norm in place of attention, output, norm, gate and up with
 `silu_mul`, down. `cublas` is torch's GEMM, `ours` what the engine takes.
 """
 
-from __future__ import annotations
-
-import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -22,11 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minisgl.cli import Parser
-from minisgl.ops.kernels import activation, norm, stream
-from minisgl.ops.kernels.cuda import compile_all
-from minisgl.ops.kernels.stream import Cut, cut_for
+from minisgl.ops.kernels import activation, norm
 from minisgl.ops.operations import Operations, fused_operations
-from minisgl_bench.gpu_timing import DTYPE, HEAD_DIM, MODELS, graph_us, noise, require_gpu
+from minisgl_bench.gpu_timing import HEAD_DIM, MODELS, graph_us, noise, require_gpu
 from minisgl_bench.report import hardware, versions
 
 NAMES = ("qkv", "o", "gate_up", "down")
@@ -64,25 +58,6 @@ def without_bias(gemm: Callable[[Tensor, Tensor, Tensor | None], Tensor], x: Ten
     return gemm(x, weight, None)
 
 
-def streamed(name: str, cut: Cut) -> Gemm:
-    """Our kernel with this cut."""
-    return partial(stream.gated_linear if name == "gate_up" else stream.linear, cut=cut)
-
-
-def candidates(rows: int, weights: Mapping[str, Tensor]) -> dict[str, list[Cut]]:
-    """Cuts worth trying for x of so many rows, compiled."""
-    found: dict[str, list[Cut]] = {}
-    for name, weight in weights.items():
-        columns, found[name] = len(weight), []
-        tokens = cut_for(rows, columns).tokens
-        for sides, parts, resident in itertools.product((2, 4), (1, 2, 3, 4), (2, 3)):
-            blocks = columns // stream.TILE * parts
-            if tokens // sides >= 8 and sides * parts <= 8 and 75 <= blocks <= max(300, columns // stream.TILE):
-                found[name].append(Cut(tokens, sides, parts, resident))
-    compile_all([stream.source(cut, name == "gate_up", DTYPE) for name, cuts in found.items() for cut in cuts])
-    return found
-
-
 def layer_microseconds(layers: Sequence[Mapping[str, Tensor]], rows: int, gemms: Mapping[str, Gemm]) -> float:
     """A layer's time, where layers run one after the other."""
     hidden, width = layers[0]["o"].shape
@@ -99,30 +74,11 @@ def layer_microseconds(layers: Sequence[Mapping[str, Tensor]], rows: int, gemms:
     return graph_us(work, calls=1, replays=10) / len(layers)
 
 
-def sweep(layers: Sequence[Mapping[str, Tensor]], rows: int) -> float:
-    """Find the fastest cut of one matrix after the other, twice around; microseconds a layer with them."""
-    tries = candidates(rows, layers[0])
-    best = {name: cuts[0] for name, cuts in tries.items()}
-    least = 0.0
-    for again, name in itertools.product((False, True), NAMES):
-        times = []
-        for cut in tries[name]:
-            gemms = {other: streamed(other, cut if other == name else best[other]) for other in NAMES}
-            times.append((layer_microseconds(layers, rows, gemms), cut))
-        times.sort()
-        least, best[name] = times[0]
-        if again:
-            print(f"    {name:8s}", *(f"{time:.1f} {tuple(cut)[1:]}" for time, cut in times), flush=True)
-    print("   ", {name: tuple(cut) for name, cut in best.items()}, flush=True)
-    return least
-
-
 def main(arguments: Sequence[str]) -> int:
     """Measure, print, and write what was found."""
     parser = Parser(prog="minisgl bench gemm", description=__doc__)
     parser.add_argument("--model", nargs="+", default=["14B", "32B/4"], help="0.6B, 8B, 14B, 32B; or of n ranks: 32B/4")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 8, 16, 32, 64, 96])
-    parser.add_argument("--sweep", action="store_true", help="try all cuts")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     options = parser.parse_args(arguments)
     require_gpu()
@@ -138,8 +94,6 @@ def main(arguments: Sequence[str]) -> int:
         results[model] = {}
         for rows in options.rows:
             found = {"cublas": layer_microseconds(layers, rows, cublas), "ours": layer_microseconds(layers, rows, ours)}
-            if options.sweep:
-                found["swept"] = sweep(layers, rows)
             print(f"  {rows:4d} rows", *(f"{way} {time:.1f}" for way, time in found.items()), flush=True)
             results[model][rows] = found
     if options.json:

@@ -1,7 +1,5 @@
 """What the benchmarks of single kernels share: noise, shapes, sampling tables, and times inside a CUDA graph."""
 
-from __future__ import annotations
-
 import itertools
 import statistics
 from collections.abc import Callable

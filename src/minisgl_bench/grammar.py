@@ -1,28 +1,21 @@
 """Time structured output on this machine: compiling, then for 64 answers at once following a token and filling a mask.
 
-    minisgl bench grammar --tokenizer FOLDER --vocab-size 151936                      as the server does it
-    minisgl bench grammar --tokenizer FOLDER --vocab-size 151936 --library xgrammar   if that is installed
+    minisgl bench grammar --tokenizer FOLDER --vocab-size 151936
 
 Every answer follows the same text, each starting at another of its tokens, in one thread; a step is 64 times a token
 followed and a mask filled. The first pass over a grammar pays for what later ones find computed, so it is given apart.
 """
 
-from __future__ import annotations
-
-import argparse
-import importlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from minisgl.cli import Parser
-from minisgl.grammar.matcher import compile_grammar
+from minisgl.grammar.matcher import MatcherConstraint, compile_grammar
 from minisgl.grammar.vocabulary import Vocabulary, VocabularySource
 from minisgl.tokenizer.tokenizer import Tokenizer
 from minisgl.types import Grammar
@@ -50,70 +43,23 @@ CASES: dict[str, tuple[Grammar, str]] = {
         "the answer 537 of many",
     ),
 }
-Follower = tuple[Callable[[int], bool], Callable[[], None]]
-"""Accept a token; fill the mask."""
 
 
-class LLGuidance:
-    """Through the code that the server runs."""
-
-    def __init__(self, args: argparse.Namespace, eos: tuple[int, ...]) -> None:
-        source = VocabularySource(folder=str(args.tokenizer), vocab_size=args.vocab_size, eos_token_ids=eos)
-        self.vocabulary = Vocabulary(source)
-        self.mask = np.zeros(self.vocabulary.num_words, np.int32)
-
-    def compile(self, grammar: Grammar) -> Any:
-        return compile_grammar(grammar, self.vocabulary)
-
-    def follow(self, compiled: Any) -> Follower:
-        constraint = compiled.copy()
-        return constraint.accept, partial(constraint.fill, self.mask)
-
-
-class XGrammar:
-    """Through xgrammar's public interface, its defaults."""
-
-    def __init__(self, args: argparse.Namespace, eos: tuple[int, ...]) -> None:
-        self.library: Any = importlib.import_module("xgrammar")
-        transformers: Any = importlib.import_module("transformers")
-        backend = transformers.AutoTokenizer.from_pretrained(args.tokenizer, local_files_only=True)
-        info = self.library.TokenizerInfo.from_huggingface(
-            backend, vocab_size=args.vocab_size, stop_token_ids=list(eos)
-        )
-        self.compiler = self.library.GrammarCompiler(info, max_threads=1)
-        self.mask = self.library.allocate_token_bitmask(1, args.vocab_size)
-
-    def compile(self, grammar: Grammar) -> Any:
-        if grammar.kind == "json_object":
-            return self.compiler.compile_builtin_json_grammar()
-        if grammar.kind == "json_schema":
-            return self.compiler.compile_json_schema(grammar.source)
-        if grammar.kind == "regex":
-            return self.compiler.compile_regex(grammar.source)
-        texts = " | ".join(json.dumps(text) for text in json.loads(grammar.source))
-        return self.compiler.compile_grammar(f"root ::= {texts}")
-
-    def follow(self, compiled: Any) -> Follower:
-        matcher = self.library.GrammarMatcher(compiled)
-        return matcher.accept_token, partial(matcher.fill_next_token_bitmask, self.mask)
-
-
-def time_steps(make: Callable[[], Follower], tokens: list[int]) -> tuple[list[float], float]:
-    """Seconds of each step of a full batch, and of the slowest single accept and fill."""
-    followers, places = [make() for _ in range(BATCH)], [row % len(tokens) for row in range(BATCH)]
-    for (accept, _), place in zip(followers, places, strict=True):
-        assert all(accept(token) for token in tokens[:place])
+def time_steps(base: MatcherConstraint, mask: np.ndarray, tokens: list[int]) -> tuple[list[float], float]:
+    """Seconds of each step of a full batch, and of the slowest single token and mask."""
+    rows, places = [base.copy() for _ in range(BATCH)], [row % len(tokens) for row in range(BATCH)]
+    for row, place in zip(rows, places, strict=True):
+        assert all(row.accept(token) for token in tokens[:place])
     steps, slowest = [], 0.0
     for _ in tokens:
         begun = time.perf_counter()
-        for row, place in enumerate(places):
+        for index, place in enumerate(places):
             last = time.perf_counter()
             if place == len(tokens):
-                followers[row], place = make(), 0
-            accept, fill = followers[row]
-            assert accept(tokens[place])
-            fill()
-            places[row] = place + 1
+                rows[index], place = base.copy(), 0
+            assert rows[index].accept(tokens[place])
+            rows[index].fill(mask)
+            places[index] = place + 1
             slowest = max(slowest, time.perf_counter() - last)
         steps.append(time.perf_counter() - begun)
     return steps, slowest
@@ -124,21 +70,24 @@ def main(arguments: Sequence[str]) -> int:
     parser = Parser(prog="minisgl bench grammar", description=__doc__)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--vocab-size", type=int, required=True)
-    parser.add_argument("--library", choices=("llguidance", "xgrammar"), default="llguidance")
     args = parser.parse_args(arguments)
     tokenizer = Tokenizer.load(args.tokenizer)
     begun = time.perf_counter()
-    library = (LLGuidance if args.library == "llguidance" else XGrammar)(args, tokenizer.eos_token_ids)
-    print(f"{args.library}, {args.vocab_size} tokens, loaded in {time.perf_counter() - begun:.2f} s")
+    source = VocabularySource(
+        folder=str(args.tokenizer), vocab_size=args.vocab_size, eos_token_ids=tokenizer.eos_token_ids
+    )
+    vocabulary = Vocabulary(source)
+    mask = np.zeros(vocabulary.num_words, np.int32)
+    print(f"{args.vocab_size} tokens, loaded in {time.perf_counter() - begun:.2f} s")
     heads = f"{'compile ms':>11}{'first µs/row':>14}{'µs/row':>8}{'ms/step':>9}{'p99 ms':>8}{'slowest row ms':>16}"
     print(f"{'grammar':16}{heads}")
     for name, (grammar, text) in CASES.items():
         tokens = tokenizer.backend.encode(text, add_special_tokens=False).ids
         begun = time.perf_counter()
-        make = partial(library.follow, library.compile(grammar))
+        base = compile_grammar(grammar, vocabulary)
         compiled = time.perf_counter() - begun
-        first, slowest = time_steps(make, tokens)
-        steps = [step for _ in range(5) for step in time_steps(make, tokens)[0]]
+        first, slowest = time_steps(base, mask, tokens)
+        steps = [step for _ in range(5) for step in time_steps(base, mask, tokens)[0]]
         mean = statistics.mean(steps)
         print(
             f"{name:16}{1e3 * compiled:11.1f}{1e6 * statistics.mean(first) / BATCH:14.1f}{1e6 * mean / BATCH:8.1f}"

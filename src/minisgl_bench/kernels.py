@@ -7,8 +7,6 @@ A figure is the median replay of a CUDA graph of 20 launches, divided by 20. Byt
 once, outputs once, for the experts the weights of those that are hit. Small activations stay in L2, as in a step.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Sending sessions to a server: at their times whatever it does (open loop), or so many at once (closed loop)."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import time

@@ -1,7 +1,5 @@
 """From request records to figures, and figures in the terminal: latencies, rates, goodput, the client's own part."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final

@@ -1,7 +1,5 @@
 """Output tokens/s of a workload through the offline API, against the roofline, where the time goes, and latencies."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import itertools

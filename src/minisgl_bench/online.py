@@ -1,11 +1,10 @@
 """One `minisgl bench online` from the first probe of the server to the report."""
 
-from __future__ import annotations
-
+import argparse
 import asyncio
 import contextlib
-import dataclasses
 import gc
+import itertools
 import json
 import secrets
 from collections.abc import Sequence
@@ -17,12 +16,12 @@ from rich.console import Console
 
 from minisgl.errors import ConfigError
 from minisgl.models.progress import progress_bar
-from minisgl_bench.client import RequestRecord, Target, WireError, error_text, fetch, parse_target
-from minisgl_bench.command import Load, Options
+from minisgl_bench.client import AnswerError, RequestRecord, Target, error_text, fetch, parse_target
+from minisgl_bench.command import load_kind
 from minisgl_bench.cpu_usage import cores_used, listener_pid, process_tree, watch_client
 from minisgl_bench.load_generator import PATHS, LoadClient, closed_loop, open_loop, prepare
 from minisgl_bench.metrics import client_figures, figures, latencies, latency_table, lines, summary_table, times_of
-from minisgl_bench.own_server import OwnServer, own_server
+from minisgl_bench.own_server import own_server
 from minisgl_bench.plots import draw_latencies
 from minisgl_bench.report import RESULTS, console, default_path, require_writable, slug, write_report
 from minisgl_bench.traces import read_trace
@@ -53,115 +52,95 @@ WARM_TOKENS: Final = 16
 PROBE_TOKENS: Final = 8
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """All runs: their figures and, for the pictures, their latencies."""
-
-    model: str
-    runs: list[dict[str, Any]]
-    samples: list[dict[str, Any]]
-
-
-def run(options: Options, arguments: Sequence[str]) -> int:
+def run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Measure all loads with all seeds, print, and write the report; 1 when a request failed."""
     on_gpu = torch.cuda.is_available()
     require_writable(options.json or (RESULTS / f"{NAME}.json" if on_gpu else None))
     require_writable(options.samples, "--samples")
     if options.trace is not None:
         read_trace(options.trace, options.requests or TRACE_REQUESTS)  # what is wrong is said before a server starts
-    options = dataclasses.replace(
-        options,
-        small=options.serve is not None and not on_gpu,
-        salt=secrets.randbits(32) if options.salt is None else options.salt,
-    )
+    options.small = options.serve is not None and not on_gpu
+    options.salt = secrets.randbits(32) if options.salt is None else options.salt
     out = console(WIDTH)
+    report: dict[str, Any] = {"model": None, "salt": options.salt, "runs": []}
     with contextlib.ExitStack() as stack:
-        served = None
         if options.serve is not None:
             out.print(f"starting minisgl {' '.join(options.serve)} …")
             served = stack.enter_context(own_server(options.serve, options.api_key))
             out.print(f"it answers after {served.start_seconds:.1f} s")
-            options = dataclasses.replace(options, url=served.url, server_pid=served.pid)
-        outcome = asyncio.run(measure(options, out))
+            options.url, options.server_pid = served.url, served.pid
+            report["start_to_ready_seconds"] = served.start_seconds
+        samples = asyncio.run(measure(options, report, out))
         # Before the server is ended: where it has ended by itself that is an error.
-        if len(outcome.runs) > 1:
-            out.print(summary_table(outcome.runs))
-        path = options.json or (default_path(outcome.model, report_name(options)) if on_gpu else None)
+        if len(report["runs"]) > 1:
+            out.print(summary_table(report["runs"]))
+        source = options.trace.stem if options.trace else "chats" if options.chats else "lengths"
+        name = f"{NAME}-{slug(source)}-{load_kind(options)}"
+        path = options.json or (default_path(report["model"], name) if on_gpu else None)
         if path is not None:
-            write(path, options, arguments, served, outcome, out)
-    return 1 if any(found["failed"] for found in outcome.runs) else 0
+            write_report(path, NAME, arguments, report)
+            picture = path.with_suffix(".png")
+            drawn = draw_latencies(picture, f"{slug(report['model'])} online", report["runs"], samples)
+            out.print(f"written to {path}" + (f" and {picture}" if drawn else "; a picture needs minisgl[plot]"))
+    return 1 if any(found["failed"] for found in report["runs"]) else 0
 
 
-def report_name(options: Options) -> str:
-    source = options.trace.stem if options.trace is not None else "chats" if options.chats is not None else "lengths"
-    return f"{NAME}-{slug(source)}-{options.loads[0].kind}"
-
-
-def write(
-    path: Path, options: Options, arguments: Sequence[str], served: OwnServer | None, outcome: Outcome, out: Console
-) -> None:
-    """Write the report and the pictures."""
-    report: dict[str, Any] = {"model": outcome.model, "salt": options.salt, "runs": outcome.runs}
-    if served is not None:
-        report["start_to_ready_seconds"] = served.start_seconds
-    write_report(path, NAME, arguments, report)
-    picture = path.with_suffix(".png")
-    drawn = draw_latencies(picture, f"{slug(outcome.model)} online", outcome.runs, outcome.samples)
-    out.print(f"written to {path}" + (f" and {picture}" if drawn else "; a picture needs minisgl[plot]"))
-
-
-async def measure(options: Options, out: Console) -> Outcome:
-    """All runs. Raises ConfigError when the server cannot be used."""
+async def measure(options: argparse.Namespace, report: dict[str, Any], out: Console) -> list[dict[str, Any]]:
+    """All runs, put into the report; returns their latencies. Raises ConfigError when the server cannot be used."""
     client, limit = await make_client(options)
-    outcome = Outcome(client.model, [], [])
-    for load in options.loads:
-        for seed in options.seeds:
-            sessions = make_sessions(options, load, seed)
-            require_fit(sessions, limit)
-            number = len(outcome.runs)
-            if not number:
-                await warm_up(client, sessions, options.warmup)
-            found, records = await measure_one(client, options, load, seed, number, sessions)
-            outcome.runs.append(found)
-            outcome.samples.append(latencies([record for record in records if record.failure is None]))
-            out.print(latency_table(f"{client.model}, {found['label']}", found))
-            for line in lines(found):
-                out.print(line)
-            if options.samples is not None:
-                write_samples(options.samples, found["label"], records, append=number > 0)
-    return outcome
+    report["model"] = client.model
+    samples = []
+    kind = load_kind(options)
+    for number, (value, seed) in enumerate(itertools.product(getattr(options, kind), options.seeds)):
+        sessions = make_sessions(options, kind, value, seed)
+        require_fit(sessions, limit)
+        if not number:
+            await warm_up(client, sessions, options.warmup)
+        label = f"{kind} {value:g}" + (f", seed {seed}" if len(options.seeds) > 1 else "")
+        found: dict[str, Any] = {"label": label, kind: value, "seed": seed}
+        # No run's tokens are another's, so that none finds its prompts cached.
+        mixed = hash((options.salt, seed, number))
+        concurrency = int(value) if kind == "concurrency" else None
+        records = await measure_one(client, options, found, mixed, sessions, concurrency)
+        report["runs"].append(found)
+        samples.append(latencies([record for record in records if record.failure is None]))
+        out.print(latency_table(f"{client.model}, {label}", found))
+        for line in lines(found):
+            out.print(line)
+        if options.samples is not None:
+            write_samples(options.samples, label, records, append=number > 0)
+    return samples
 
 
 async def measure_one(
-    client: LoadClient, options: Options, load: Load, seed: int, number: int, sessions: Sequence[Session]
-) -> tuple[dict[str, Any], list[RequestRecord]]:
-    """One run. No run's tokens are another's, so that none finds its prompts cached."""
+    client: LoadClient,
+    options: argparse.Namespace,
+    found: dict[str, Any],
+    seed: int,
+    sessions: Sequence[Session],
+    concurrency: int | None,
+) -> list[RequestRecord]:
+    """One run, whose figures are added to `found`."""
     hits = expected_hits((turn.segments for turn in all_turns(sessions)), options.cache_page)
-    mixed = hash((options.salt, seed, number))
-    planned = prepare(client, sessions, mixed, hits)
+    planned = prepare(client, sessions, seed, hits)
     records = [record for item in planned for record in item.records]
     pid = options.server_pid or listener_pid(client.target)
     gc.collect()
     gc.freeze()
-    with progress_bar(load.label, len(records), enabled=True) as done:
+    with progress_bar(found["label"], len(records), enabled=True) as done:
         before = process_tree(pid) if pid is not None else {}
         async with watch_client() as usage:
-            if load.kind == "concurrency":
-                await closed_loop(client, planned, mixed, int(load.value), done)
+            if concurrency is not None:
+                await closed_loop(client, planned, seed, concurrency, done)
             else:
-                await open_loop(client, planned, mixed, done)
+                await open_loop(client, planned, seed, done)
         after = process_tree(pid) if pid is not None else {}
     gc.unfreeze()
-    found = {
-        "label": load.label if len(options.seeds) == 1 else f"{load.label}, seed {seed}",
-        load.kind: load.value,
-        "seed": seed,
-        **figures(records, options.slo),
-    }
+    found |= figures(records, options.slo)
     found["client"] = client_figures(usage, records, found["output_tokens"])
     if after:
         found["server_cpu"] = cores_used(before, after, usage.seconds)
-    return found, records
+    return records
 
 
 def write_samples(path: Path, label: str, records: Sequence[RequestRecord], append: bool) -> None:
@@ -185,13 +164,13 @@ def write_samples(path: Path, label: str, records: Sequence[RequestRecord], appe
             file.write(json.dumps(row) + "\n")
 
 
-def make_sessions(options: Options, load: Load, seed: int) -> list[Session]:
+def make_sessions(options: argparse.Namespace, kind: str, value: float, seed: int) -> list[Session]:
     """What one run sends, in order of time."""
     default = CPU_SPEC if options.small else WorkloadSpec()
     inputs, outputs = options.input_len or default.input_len, options.output_len or default.output_len
     if options.trace is not None:
         trace = read_trace(options.trace, options.requests or TRACE_REQUESTS)
-        scale = load.value if load.kind == "scale" else 1.0
+        scale = value if kind == "scale" else 1.0
         sessions = from_trace(trace, scale, options.max_input_len, options.max_output_len)
     elif options.chats is not None:
         shape = {name: getattr(options, name) for name in ("chats", "turns", "system_prompts", "system_len", "think")}
@@ -199,7 +178,7 @@ def make_sessions(options: Options, load: Load, seed: int) -> list[Session]:
     else:
         count = options.requests or default.num_requests
         sessions = from_workload(WorkloadSpec(num_requests=count, input_len=inputs, output_len=outputs, seed=seed))
-    return with_arrivals(sessions, load.value, options.burstiness, seed) if load.kind == "rate" else sessions
+    return with_arrivals(sessions, value, options.burstiness, seed) if kind == "rate" else sessions
 
 
 async def call(target: Target, method: str, path: str, body: object = None) -> Any:
@@ -207,7 +186,7 @@ async def call(target: Target, method: str, path: str, body: object = None) -> A
     data = b"" if body is None else json.dumps(body).encode()
     try:
         status, raw = await fetch(target, method, path, data)
-    except (OSError, WireError) as error:
+    except (OSError, AnswerError) as error:
         where = f"{target.host}:{target.port}{target.prefix}{path}"
         raise ConfigError(f"no answer from {where}: {error or type(error).__name__}") from error
     if status != 200:
@@ -218,7 +197,7 @@ async def call(target: Target, method: str, path: str, body: object = None) -> A
         raise ConfigError(f"what {path} says is not JSON: {error}") from error
 
 
-async def make_client(options: Options) -> tuple[LoadClient, int | None]:
+async def make_client(options: argparse.Namespace) -> tuple[LoadClient, int | None]:
     """How to ask this server, and the longest sequence it takes in tokens, where it says so."""
     target = parse_target(options.url, options.api_key)
     listed = await call(target, "GET", "/v1/models")
@@ -242,7 +221,7 @@ async def make_client(options: Options) -> tuple[LoadClient, int | None]:
     return client, limit if isinstance(limit, int) else None
 
 
-async def make_prompts(target: Target, model: str, options: Options) -> IdPrompts | TextPrompts:
+async def make_prompts(target: Target, model: str, options: argparse.Namespace) -> IdPrompts | TextPrompts:
     """Token ids, or words that were found to be one token each."""
     if options.endpoint == "ids":
         return IdPrompts(*options.tokens)
@@ -269,7 +248,7 @@ async def warm_up(client: LoadClient, sessions: Sequence[Session], count: int) -
     """
     probe = single([Segment(("probe", 0), PROBE_TOKENS)], 1)
     first = prepare(client, [Session((probe,))], WARM_SEED, [0])
-    await closed_loop(client, first, WARM_SEED, 1, ignore)
+    await closed_loop(client, first, WARM_SEED, 1, lambda done: None)
     record = first[0].records[0]
     if record.failure is not None:
         raise ConfigError(f"the server does not answer a first request: {record.failure}: {record.detail}")
@@ -280,8 +259,4 @@ async def warm_up(client: LoadClient, sessions: Sequence[Session], count: int) -
     ][:count]
     short = [Session((Turn(turn.messages, min(turn.output_length, WARM_TOKENS)),)) for turn in turns]
     planned = prepare(client, short, WARM_SEED, [0] * len(short))
-    await closed_loop(client, planned, WARM_SEED, max(1, len(planned)), ignore)
-
-
-def ignore(done: int) -> None:
-    """Nobody waits for a warm-up's progress."""
+    await closed_loop(client, planned, WARM_SEED, max(1, len(planned)), lambda done: None)

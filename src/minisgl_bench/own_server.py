@@ -1,7 +1,5 @@
 """A server of our own for the time of a benchmark."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket
@@ -10,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from types import FrameType
@@ -78,14 +76,10 @@ def ended_by_sigterm() -> Iterator[None]:
 
 def answers(port: int) -> bool:
     """Whether the server says that it is well."""
-    connection = HTTPConnection("127.0.0.1", port, timeout=5.0)
-    try:
+    with closing(HTTPConnection("127.0.0.1", port, timeout=5.0)) as connection, suppress(OSError, HTTPException):
         connection.request("GET", "/health")
         return connection.getresponse().status == 200
-    except (OSError, HTTPException):
-        return False
-    finally:
-        connection.close()
+    return False
 
 
 def require_running(process: subprocess.Popen[bytes], log: IO[bytes]) -> None:

@@ -1,14 +1,10 @@
 """Pictures of a benchmark's figures, where matplotlib is installed (`minisgl[plot]`)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-
-from minisgl_bench.ablation_runner import Variant
 
 LATENCIES: Final = {
     "ttft": "time to first token",
@@ -29,16 +25,15 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def draw_ablation(path: Path, title: str, bars: Sequence[tuple[Variant, float]]) -> bool:
-    """Write a bar for each variant and its rate relative to the default; False without matplotlib."""
+def draw_ablation(path: Path, title: str, bars: Sequence[tuple[str, str, float]]) -> bool:
+    """Write a bar for each variant: its group, name, and rate relative to the default; False without matplotlib."""
     figure = new_figure(10, 1.2 + 0.24 * len(bars))
     if figure is None:
         return False
-    names = [f"{variant.name} ({variant.scenario})" for variant, _ in bars]
-    groups = list(dict.fromkeys(variant.group for variant, _ in bars))
+    groups = list(dict.fromkeys(group for group, _, _ in bars))
     axes = figure.add_subplot()
-    colours = [f"C{groups.index(variant.group)}" for variant, _ in bars]
-    drawn = axes.barh(distinct(names), [share for _, share in bars], color=colours)
+    colours = [f"C{groups.index(group)}" for group, _, _ in bars]
+    drawn = axes.barh(distinct([name for _, name, _ in bars]), [share for _, _, share in bars], color=colours)
     axes.bar_label(drawn, fmt="%.2f", padding=3)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.invert_yaxis()

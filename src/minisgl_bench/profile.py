@@ -5,8 +5,6 @@ take minutes and slow it down. A decode step differs from its neighbours by one 
 section stand for the section; steps with prefill are traced more densely.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import tempfile

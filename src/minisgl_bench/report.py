@@ -1,7 +1,5 @@
 """What every benchmark says beside its figures: hardware, versions, command, configuration."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

@@ -8,8 +8,6 @@ Masks are obeyed: the token is the next one that is allowed. A token's log-proba
 probable tokens are 0, 1, 2, …; penalties and biases change nothing.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections import deque
 
@@ -19,7 +17,7 @@ from minisgl.engine.plan import Int32, Masks, Scores, StepPlan, StepResult
 
 
 @dataclasses.dataclass(frozen=True)
-class Roofline:
+class StepCost:
     """What a step costs: seconds = overhead + max(bytes / bandwidth, flops / peak), as if perfectly overlapped.
 
     `weight_bytes` are read once a step, `kv_bytes` per cached token that attention reads; `flops` are per token.
@@ -33,7 +31,6 @@ class Roofline:
     flops: float = 1.2e9
 
     def seconds(self, tokens: int, cached: int) -> float:
-        """Time of a step that computes `tokens` tokens and reads the KV of `cached`."""
         moved = self.weight_bytes + self.kv_bytes * (cached + tokens)
         return self.overhead + max(moved / self.bandwidth, self.flops * tokens / self.peak)
 
@@ -42,12 +39,12 @@ class SimulatedExecutor:
     """Executes plans on the model above. `clock` is the simulated time in seconds."""
 
     def __init__(
-        self, num_pages: int, page_size: int, rows: int, max_seq_len: int, vocab_size: int, cost: Roofline | None = None
+        self, num_pages: int, page_size: int, rows: int, max_seq_len: int, vocab_size: int, cost: StepCost | None = None
     ) -> None:
-        self._num_pages = num_pages
+        self.num_pages = num_pages
         self.page_size = page_size
         self.vocab_size = vocab_size
-        self.cost = cost or Roofline()
+        self.cost = cost or StepCost()
         self.clock = 0.0
         self.page_table = np.full((rows, -(-max_seq_len // page_size)), -1, np.int32)
         self.length = np.zeros(rows, np.int32)
@@ -58,11 +55,6 @@ class SimulatedExecutor:
         self.kv = np.full((num_pages, page_size), -1, np.int32)
         self._results: deque[StepResult] = deque()
         self._half: tuple[StepPlan, Int32] | None = None  # launched, and to be finished
-
-    @property
-    def num_pages(self) -> int:
-        """KV pages of the simulated device."""
-        return self._num_pages
 
     def launch(self, plan: StepPlan) -> None:
         """Execute the plan at once, and advance the clock by what it would have cost."""
@@ -110,7 +102,6 @@ class SimulatedExecutor:
         self._results.append(StepResult(step=plan.step, tokens=tokens, scores=scores, prompt_scores=prompt))
 
     def collect(self) -> StepResult:
-        """The oldest result."""
         return self._results.popleft()
 
     def close(self) -> None:

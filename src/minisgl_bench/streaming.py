@@ -6,8 +6,6 @@ The server is as `minisgl` starts it, in place of its engine a process that give
 step, and the client is `minisgl bench online` at this concurrency, which also tells what each process took.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import subprocess

@@ -7,8 +7,6 @@ Formats, told apart by their first line:
 - Azure LLM inference traces (Patel et al., "Splitwise", ISCA 2024): CSV with a date, no blocks.
 """
 
-from __future__ import annotations
-
 import csv
 import datetime
 from collections.abc import Sequence

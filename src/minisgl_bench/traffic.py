@@ -1,7 +1,5 @@
 """What is sent and when: sessions of turns, whose prompts are made of named segments so that what recurs is known."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import math

@@ -1,14 +1,11 @@
 """The same prompts through transformers' `generate` and through this engine, in one process, taking turns."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 import transformers
@@ -26,8 +23,7 @@ ROUNDS: Final = 3
 BATCH: Final = 8
 
 
-@dataclass(frozen=True)
-class Round:
+class Round(NamedTuple):
     """An engine's first prompt alone (tokens/s while decoding), then all others (tokens/s overall), and all tokens."""
 
     decode: float
@@ -36,7 +32,7 @@ class Round:
 
 
 class Clock(BaseStreamer):
-    """A streamer of transformers that remembers when tokens came. The prompt comes first."""
+    """Remembers when tokens came. The prompt comes first."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -48,42 +44,30 @@ class Clock(BaseStreamer):
         """Nothing follows."""
 
 
-class Transformers:
+def load(folder: Path, device: str) -> Any:
     """The checkpoint in transformers, in float32, greedy, with EOS switched off."""
-
-    def __init__(self, folder: Path, device: str) -> None:
-        library: Any = transformers  # its annotations are partial
-        library.logging.set_verbosity_error()
-        library.logging.disable_progress_bar()
-        self.device = device
-        self.model = library.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
-        ).to(device)
-        self.model.eval()
-        self.model.generation_config = library.GenerationConfig(do_sample=False, pad_token_id=0)
-
-    def generate(self, prompt: list[int], max_tokens: int, streamer: Clock | None = None) -> list[int]:
-        ids = torch.tensor([prompt], device=self.device)
-        out = self.model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, streamer=streamer
-        )
-        tokens: list[int] = out[0, len(prompt) :].tolist()
-        assert len(tokens) == max_tokens
-        return tokens
-
-    def run(self, workload: Workload) -> Round:
-        """One request alone, then each after the other."""
-        (first, *others), lengths, clock = workload.prompts, workload.output_lens, Clock()
-        self.generate(first, lengths[0], clock)
-        started = time.perf_counter()
-        tokens = [self.generate(prompt, length) for prompt, length in zip(others, lengths[1:], strict=True)]
-        seconds = time.perf_counter() - started
-        return Round(decode_rate(clock.times[1:]), sum(lengths[1:]) / seconds, tokens)
+    library: Any = transformers  # its annotations are partial
+    library.logging.set_verbosity_error()
+    library.logging.disable_progress_bar()
+    model = library.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
+    ).to(device)
+    model.eval()
+    model.generation_config = library.GenerationConfig(do_sample=False, pad_token_id=0)
+    return model
 
 
-def decode_rate(times: Sequence[float]) -> float:
-    """Tokens/s after the first."""
-    return (len(times) - 1) / (times[-1] - times[0])
+def their_round(model: Any, workload: Workload) -> Round:
+    """One request alone, then each after the other."""
+    clock, tokens, started = Clock(), [], 0.0
+    for index, (prompt, length) in enumerate(zip(workload.prompts, workload.output_lens, strict=True)):
+        ids = torch.tensor([prompt], device=model.device)
+        settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": length}
+        out = model.generate(ids, **settings, streamer=None if index else clock)
+        tokens.append(out[0, len(prompt) :].tolist())
+        assert len(tokens[-1]) == length
+        started = started or time.perf_counter()  # behind the first request
+    return Round(decode_rate(clock.times[1:]), throughput(tokens[1:], started), tokens[1:])
 
 
 def our_round(llm: LLM, workload: Workload) -> Round:
@@ -94,7 +78,16 @@ def our_round(llm: LLM, workload: Workload) -> Round:
     started = time.perf_counter()
     answers = llm.generate(workload.prompts[1:], workload.params[1:], progress=False)
     tokens = [answer.token_ids for answer in answers]
-    return Round(decode_rate(times), sum(map(len, tokens)) / (time.perf_counter() - started), tokens)
+    return Round(decode_rate(times), throughput(tokens, started), tokens)
+
+
+def decode_rate(times: Sequence[float]) -> float:
+    """Tokens/s after the first."""
+    return (len(times) - 1) / (times[-1] - times[0])
+
+
+def throughput(tokens: Sequence[Sequence[int]], started: float) -> float:
+    return sum(map(len, tokens)) / (time.perf_counter() - started)
 
 
 def comparable(config: Config) -> Config:
@@ -113,31 +106,23 @@ def compare_transformers(llm: LLM, config: Config, spec: WorkloadSpec, out: Cons
     equal; they may part ways where two logits differ by less than rounding.
     """
     folder = locate_model(config.model, config.model_source, dtype="float32")
-    theirs = Transformers(folder, "cuda" if on_gpu(config) else "cpu")
+    model = load(folder, "cuda" if on_gpu(config) else "cpu")
     rounds: list[tuple[Round, Round]] = []
     for index in range(ROUNDS):
         size = dataclasses.replace(spec, num_requests=BATCH + 1, temperature=0.0, seed=spec.seed + 1 + index)
         workload = make_workload(size, llm.model.vocab_size)
-        if index % 2:
-            second = theirs.run(workload)
-            rounds.append((our_round(llm, workload), second))
-        else:
-            rounds.append((our_round(llm, workload), theirs.run(workload)))
-    pairs = [pair for ours, other in rounds for pair in zip(ours.tokens, other.tokens, strict=True)]
-    figures: dict[str, Any] = {
-        "ours_decode": median(ours.decode for ours, _ in rounds),
-        "theirs_decode": median(other.decode for _, other in rounds),
-        "ours_throughput": median(ours.throughput for ours, _ in rounds),
-        "theirs_throughput": median(other.throughput for _, other in rounds),
-        "same": sum(ours == other for ours, other in pairs),
-        "requests": len(pairs),
-    }
+        first = their_round(model, workload) if index % 2 else None
+        ours = our_round(llm, workload)
+        rounds.append((ours, first or their_round(model, workload)))
+    pairs = [pair for a, b in rounds for pair in zip(a.tokens, b.tokens, strict=True)]
+    same = sum(mine == other for mine, other in pairs)
+    figures: dict[str, Any] = {"with": "transformers", "same": same, "requests": len(pairs)}
     rows = []
-    for label, kind in (("one request, decode", "decode"), (f"{BATCH} together / one by one", "throughput")):
-        ours_rate, their_rate = figures[f"ours_{kind}"], figures[f"theirs_{kind}"]
-        figures[f"{kind}_ratio"] = ours_rate / their_rate
-        rows.append((label, f"{ours_rate:.1f}", f"{their_rate:.1f}", f"{ours_rate / their_rate:.2f}x"))
+    for kind, label in (("decode", "one request, decode"), ("throughput", f"{BATCH} together / one by one")):
+        mine, other = (median(getattr(pair[side], kind) for pair in rounds) for side in (0, 1))
+        figures |= {f"ours_{kind}": mine, f"theirs_{kind}": other, f"{kind}_ratio": mine / other}
+        rows.append((label, f"{mine:.1f}", f"{other:.1f}", f"{mine / other:.2f}x"))
     columns = ("output tokens/s", "minisgl", "transformers", "ratio")
     out.print(table(f"medians of {ROUNDS} rounds in turns", columns, rows))
-    out.print(f"the same greedy tokens in {figures['same']} of {figures['requests']} requests")
-    return {"with": "transformers", **figures}
+    out.print(f"the same greedy tokens in {same} of {len(pairs)} requests")
+    return figures

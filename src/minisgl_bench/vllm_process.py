@@ -1,7 +1,5 @@
 """vLLM's process: an order as JSON on stdin, the figures as the last line of stdout."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import random

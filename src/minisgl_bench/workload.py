@@ -1,7 +1,5 @@
 """The offline workload: random prompts of random lengths, answers of random lengths, all from one seed."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import random

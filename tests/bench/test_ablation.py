@@ -13,15 +13,18 @@ import torch
 import transformers
 
 from minisgl.config import Config
-from minisgl_bench.ablation import CPU_SCENARIOS, GPU_SCENARIOS, make_variants, ratio
-from minisgl_bench.ablation_runner import (
+from minisgl_bench.ablation import (
+    CPU_SCENARIOS,
+    GPU_SCENARIOS,
     AblationRunner,
     Conversations,
     Measurement,
     SystemPrompt,
     Variant,
     load,
+    make_variants,
     play,
+    ratio,
     scenario_tokens,
 )
 from minisgl_bench.command import ABLATIONS, main
@@ -184,7 +187,7 @@ def test_the_picture_needs_matplotlib_alone(tmp_path: Path) -> None:
     failed = Measurement(variant=Variant(group="graphs", label="off", scenario="batch"), error="no")
     assert [ratio(item, [base, half, failed]) for item in (base, half, failed)] == [1.0, 0.5, None]
     path = tmp_path / "chart.png"
-    assert draw_ablation(path, "title", [(base.variant, 1.0), (half.variant, 0.5), (base.variant, 1.0)])
+    assert draw_ablation(path, "title", [("default", "a", 1.0), ("overlap", "off", 0.5), ("default", "a", 1.0)])
     assert path.read_bytes().startswith(b"\x89PNG")
     assert distinct(["a", "b", "a"]) == ["a", "b", "a 2"]
 
