@@ -260,7 +260,7 @@ def online(arguments: Sequence[str]) -> int:
             raise ConfigError(f"bench online needs {' and '.join(EXTRA)}: pip install 'minisgl[bench]'") from error
         return run(options, without_key(arguments))
 
-    return guarded(start, debug=os.environ.get("LOG_LEVEL", "").upper() == "DEBUG")
+    return guarded(start, debug=debugging())
 
 
 DESCRIPTIONS: Final = {
@@ -313,6 +313,10 @@ def engine_benchmark(name: str, arguments: Sequence[str]) -> int:
     return guarded(start, debug=config.log_level == "DEBUG")
 
 
+def debugging() -> bool:
+    return os.environ.get("LOG_LEVEL", "").upper() == "DEBUG"
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run the benchmark that the first argument names; the exit status."""
     parser = Parser(prog="minisgl bench", description="Measure, and print the command that measures it again.")
@@ -329,4 +333,4 @@ def main(arguments: Sequence[str]) -> int:
     if name in DESCRIPTIONS:
         return engine_benchmark(name, arguments[1:])
     module = importlib.import_module(f"minisgl_bench.{name}")
-    return guarded(lambda: int(module.main(arguments[1:])), debug=True)
+    return guarded(lambda: int(module.main(arguments[1:])), debug=debugging())

@@ -72,7 +72,8 @@ class EchoEngine:
             events = []
             for name, (prompt, done, limit) in list(live.items()):
                 finish = FinishReason.LENGTH if done + 1 >= limit else None
-                events.append(TokenEvent(id=name, tokens=(prompt[done % len(prompt)],), finish=finish))
+                token = prompt[(done + len(prompt) // 2) % len(prompt)]  # its first ones are special and have no text
+                events.append(TokenEvent(id=name, tokens=(token,), finish=finish))
                 if finish is None:
                     live[name] = (prompt, done + 1, limit)
                 else:
