@@ -179,7 +179,6 @@ class AblationRunner:
         return Measurement(variant=variant, error=failure)
 
     def close(self) -> None:
-        """Free the executor and give its memory back to the device."""
         executor, self._executor, self._key = self._executor, None, None
         if executor is not None:
             executor.close()
@@ -249,7 +248,6 @@ class AblationRunner:
         return tokens, stats.prompt_tokens, stats.cached_prompt_tokens
 
     def _answer(self, engine: Engine, workload: Workload) -> list[list[int]]:
-        """Answer all requests together; the tokens of each."""
         answers: dict[str, list[int]] = {}
         for prompt, params in zip(workload.prompts, workload.params, strict=True):
             request = Request(id=str(next(self._ids)), prompt=prompt, params=params)
@@ -337,7 +335,6 @@ def ratio(item: Measurement, measured: Sequence[Measurement]) -> float | None:
 
 
 def ablation_table(title: str, measured: Sequence[Measurement]) -> Table:
-    """A row for each variant."""
     rows = []
     for item in measured:
         row = [item.variant.name, item.variant.scenario]

@@ -39,7 +39,6 @@ PREFILLS = {
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure what the flags ask for and print a table."""
     parser = Parser(prog="minisgl bench attention", description=__doc__)
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--kv-heads", type=int, default=8)
@@ -123,7 +122,6 @@ def rows_of(lens: Int32, query_lens: Int32, page_size: int, max_pages: int) -> t
 def time_decode(
     backend: GraphBackend, args: argparse.Namespace, lens: Int32, layers: int, page: int
 ) -> tuple[float, float]:
-    """Microseconds a layer, and microseconds of host time to prepare a step."""
     max_pages = -(-LONGEST // page)
     rows, used = rows_of(lens, np.ones_like(lens), page, max_pages)
     kv = random_kv(layers, used + 1, page, args)
@@ -166,6 +164,5 @@ def prefill_table(args: argparse.Namespace) -> dict[str, float]:
 
 
 def random_kv(layers: int, pages: int, page_size: int, args: argparse.Namespace) -> KVCache:
-    """A cache of standard normal keys and values."""
     k = torch.empty((layers, pages, page_size, args.kv_heads, args.head_dim), dtype=DTYPE, device=CUDA).normal_()
     return KVCache(k, torch.empty_like(k).normal_())

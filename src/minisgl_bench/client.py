@@ -48,7 +48,6 @@ class Target:
         return self.address.startswith("127.") or self.address == "::1"
 
     def request(self, method: str, path: str, body: bytes = b"") -> bytes:
-        """A whole request."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         head = [
             f"{method} {self.prefix}{path} HTTP/1.1", f"Host: {host}:{self.port}", "Connection: close",
@@ -81,7 +80,7 @@ def parse_target(url: str, key: str | None) -> Target:
     return Target(parts.hostname, str(where[0]), port, family, prefix, tls, key)
 
 
-class Exchange(asyncio.Protocol):
+class HttpExchange(asyncio.Protocol):
     """One request on a connection of its own. `done` is set when its answer has come whole, or raises AnswerError.
 
     `now` is when the bytes at hand came, on the performance counter. `on_…` are called by httptools.
@@ -111,7 +110,6 @@ class Exchange(asyncio.Protocol):
         return now
 
     def close(self) -> None:
-        """Leave, whatever is still to come."""
         if self._transport is not None:
             self._transport.abort()
         if not self.done.cancel() and not self.done.cancelled():
@@ -161,7 +159,7 @@ class Exchange(asyncio.Protocol):
 
 async def fetch(target: Target, method: str, path: str, body: bytes = b"", timeout: float = 30.0) -> tuple[int, bytes]:
     """Status and body of an answer. Raises OSError (TimeoutError is one) or AnswerError."""
-    exchange = Exchange()
+    exchange = HttpExchange()
     try:
         async with asyncio.timeout(timeout):
             await exchange.connect(target)
@@ -195,7 +193,7 @@ class RequestRecord:
     detail: str = ""
 
 
-class EventStream(Exchange):
+class CompletionStream(HttpExchange):
     """The server-sent events of a completion (WHATWG HTML, section 9.2), most of them counted and not decoded.
 
     `events` has the last two, or all of them where the answer's text is wanted.
@@ -293,7 +291,6 @@ def has_token(event: Mapping[str, Any]) -> bool:
 
 
 def error_text(body: bytes) -> str:
-    """What an error body says, in OpenAI's form or any other."""
     try:
         error = json.loads(body)["error"]
         return str(error["message"] if isinstance(error, dict) else error)
@@ -314,7 +311,7 @@ async def stream_completion(
 
     `timeout` is how long connecting may take, and then the answer, in s.
     """
-    stream = EventStream(record, keep)
+    stream = CompletionStream(record, keep)
     request = target.request("POST", path, body)
     try:
         async with asyncio.timeout(timeout) as limit:

@@ -65,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
             command = [sys.executable, "-m", "minisgl_bench", "collectives", *arguments, "--meeting", options.meeting]
             others = [subprocess.Popen([*command, "--rank", str(rank)]) for rank in range(1, options.tp)]
         try:
-            Collectives(options).measure()
+            CollectivesRank(options).measure()
         finally:
             for process in others:
                 try:
@@ -75,9 +75,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-class Collectives:
-    """One rank of the group that is measured."""
-
+class CollectivesRank:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.cuda, self.hidden = options.device == "cuda", options.hidden
@@ -90,7 +88,6 @@ class Collectives:
         self.results: dict[str, dict[str, Any]] = {}
 
     def measure(self) -> None:
-        """Measure every way and print it, on rank 0."""
         name = torch.cuda.get_device_name() if self.cuda else "the CPU"
         self.print(f"{self.options.tp} x {name}, torch {torch.__version__}, {self.dtype}, hidden size {self.hidden}")
         base = self.group.collectives
@@ -135,7 +132,6 @@ class Collectives:
             print(line, flush=True)
 
     def time(self, name: str, way: Way) -> None:
-        """Microseconds by rows, or why there are none."""
         if self.options.only not in name:
             return
         found: dict[str, Any] = {}
@@ -200,7 +196,6 @@ class Collectives:
 
 
 def require_close(found: Tensor | None, expected: Tensor) -> None:
-    """Raise where a result is further from the reference than rounding explains, or where there is none."""
     if found is None:
         raise RuntimeError("too large")
     error = float((found.float() - expected.float()).abs().max() / expected.float().abs().max())

@@ -49,7 +49,6 @@ not_negative = partial(number, words="of at least 0")
 
 
 def several(text: str, convert: Callable[[str], Any]) -> tuple[Any, ...]:
-    """Values with commas between them."""
     return tuple(map(convert, text.split(",")))
 
 
@@ -99,7 +98,6 @@ def slo(text: str) -> dict[str, float]:
 
 
 def peak_rates(text: str) -> PeakRates:
-    """`read=4.45e12,flops=790e12`, in bytes/s and flop/s."""
     try:
         values = {name: number(value) for name, _, value in (part.partition("=") for part in text.split(","))}
     except argparse.ArgumentTypeError:
@@ -229,7 +227,6 @@ def online_options(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def load_kind(options: argparse.Namespace) -> str:
-    """How requests come: by a number of them at once, at a rate, or at the times of a trace."""
     return "concurrency" if options.concurrency else "rate" if options.rate else "scale"
 
 
@@ -238,7 +235,6 @@ def spelled(name: str) -> str:
 
 
 def without_key(arguments: Sequence[str]) -> list[str]:
-    """The command line without its key, as a report may show it."""
     shown = list(arguments)
     for index, word in enumerate(shown):
         if word == "--api-key" and index + 1 < len(shown):
@@ -318,7 +314,6 @@ def debugging() -> bool:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the benchmark that the first argument names; the exit status."""
     parser = Parser(prog="minisgl bench", description="Measure, and print the command that measures it again.")
     parser.add_argument(
         "name",

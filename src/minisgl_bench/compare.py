@@ -71,7 +71,6 @@ def run_vllm(settings: Mapping[str, Any], workload: Workload, seed: int) -> dict
 
 
 def run(config: Config, options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Measure both, print rates and ratio, write the report; the exit status."""
     if find_spec(options.peer) is None:
         raise ConfigError(f"--with {options.peer}: it is not installed in {sys.prefix}; nothing to compare with")
     path = report_path(config, options.json, "vllm")

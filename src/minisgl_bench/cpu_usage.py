@@ -30,7 +30,6 @@ class ClientUsage:
 
 @asynccontextmanager
 async def watch_client() -> AsyncIterator[ClientUsage]:
-    """Watch this process and its event loop."""
     usage = ClientUsage()
 
     async def measure() -> None:
@@ -52,8 +51,6 @@ async def watch_client() -> AsyncIterator[ClientUsage]:
 
 @dataclass(frozen=True)
 class ProcessCpu:
-    """CPU seconds of a process, and of each of its threads."""
-
     name: str
     seconds: float
     threads: dict[int, float]
@@ -73,7 +70,6 @@ def process_tree(root: int) -> dict[int, ProcessCpu]:
 
 
 def process_name(words: list[str]) -> str:
-    """What a command line runs: the module behind `-m`, or the program's name."""
     if "-m" in words[:-1]:
         return words[words.index("-m") + 1]
     return os.path.basename(words[0]) if words else "?"
@@ -93,6 +89,5 @@ def cores_used(
 
 
 def listener_pid(target: Target) -> int | None:
-    """The process of ours that listens on a local server's port; None where it is not found."""
     found = psutil.net_connections("tcp") if target.is_local else []
     return min((c.pid for c in found if c.pid and c.status == "LISTEN" and c.laddr.port == target.port), default=None)

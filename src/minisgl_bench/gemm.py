@@ -49,7 +49,6 @@ def cublas_gate_up(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def engine_gemms(ops: Operations) -> dict[str, Gemm]:
-    """What the engine takes."""
     kinds = {"qkv": ops.linear, "o": ops.project, "gate_up": ops.gated, "down": ops.project}
     return {name: partial(without_bias, kind) for name, kind in kinds.items()}
 
@@ -59,7 +58,6 @@ def without_bias(gemm: Callable[[Tensor, Tensor, Tensor | None], Tensor], x: Ten
 
 
 def layer_microseconds(layers: Sequence[Mapping[str, Tensor]], rows: int, gemms: Mapping[str, Gemm]) -> float:
-    """A layer's time, where layers run one after the other."""
     hidden, width = layers[0]["o"].shape
     residual, gain = noise(rows, hidden), noise(max(hidden, width))
 
@@ -75,7 +73,6 @@ def layer_microseconds(layers: Sequence[Mapping[str, Tensor]], rows: int, gemms:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure, print, and write what was found."""
     parser = Parser(prog="minisgl bench gemm", description=__doc__)
     parser.add_argument("--model", nargs="+", default=["14B", "32B/4"], help="0.6B, 8B, 14B, 32B; or of n ranks: 32B/4")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 8, 16, 32, 64, 96])

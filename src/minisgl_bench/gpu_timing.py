@@ -27,12 +27,10 @@ def require_gpu() -> None:
 
 
 def noise(*shape: int, scale: float = 1.0) -> Tensor:
-    """Normal noise on the GPU, bf16."""
     return torch.randn(*shape, device=CUDA, dtype=DTYPE).mul_(scale)
 
 
 def sampling_rows(rows: int, device: torch.device, seeds: Tensor, **values: float) -> SamplingRows:
-    """A table whose rows all have these parameters."""
     return SamplingRows(
         temperature=torch.full((rows,), values["temperature"], device=device),
         top_p=torch.full((rows,), values.get("top_p", 1.0), device=device),

@@ -66,7 +66,6 @@ def time_steps(base: MatcherConstraint, mask: np.ndarray, tokens: list[int]) -> 
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Print a line a grammar."""
     parser = Parser(prog="minisgl bench grammar", description=__doc__)
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--vocab-size", type=int, required=True)

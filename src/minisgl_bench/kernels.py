@@ -31,8 +31,6 @@ FILTERS: dict[str, dict[str, float]] = {
 
 
 class KernelTable:
-    """Times and prints one kernel at one shape after the other."""
-
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {DTYPE}")

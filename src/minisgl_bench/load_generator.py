@@ -92,13 +92,11 @@ async def play(
 
 
 async def sleep_until(due: float | None) -> None:
-    """Wait for a time on the performance counter, if there is one and it is not over."""
     if due is not None and (left := due - time.perf_counter()) > 0:
         await asyncio.sleep(left)
 
 
 async def complete(client: LoadClient, body: bytes, record: RequestRecord, due: float | None) -> None:
-    """Send a request at `due` on the performance counter, or as soon as there is a connection."""
 
     async def ready() -> None:
         await sleep_until(due)

@@ -98,7 +98,6 @@ def figures(records: Sequence[RequestRecord], slo: Mapping[str, float]) -> dict[
 
 
 def client_figures(usage: ClientUsage, records: Sequence[RequestRecord], tokens: int) -> dict[str, Any]:
-    """What the client took, and for which reasons, if any, it was the bottleneck itself."""
     late = np.array([max(0.0, record.sent - record.due) for record in records if record.sent])
     found = {"event loop lag": spread(np.frombuffer(usage.lags)), "send lateness": spread(late)}
     share = usage.cpu / usage.seconds if usage.seconds else 0.0
@@ -119,7 +118,6 @@ def client_figures(usage: ClientUsage, records: Sequence[RequestRecord], tokens:
 
 
 def latency_table(title: str, found: Mapping[str, Any]) -> Table:
-    """Latencies of a run, a row each."""
     columns = ("mean", *QUANTILES, "max")
     rows = []
     for name, text in LATENCIES.items():
@@ -133,7 +131,6 @@ def percent(share: float | None) -> str:
 
 
 def lines(found: Mapping[str, Any]) -> list[str]:
-    """The rest of a run's figures, in words."""
     failed = sum(found["failed"].values())
     rows = [
         f"{found['requests'] - failed} of {found['requests']} requests in {found['seconds']:.2f} s: "
@@ -154,7 +151,6 @@ def lines(found: Mapping[str, Any]) -> list[str]:
 
 
 def client_line(client: Mapping[str, Any]) -> str:
-    """What the client took, and whether it was the bottleneck."""
     parts = [f"{client['cpu_share']:.2f} of a core ({client['cpu_us_per_output_token']:.0f} µs an output token)"]
     for name, values in (("lag", client["event_loop_lag_ms"]), ("sent late", client["send_lateness_ms"])):
         if values:
@@ -171,7 +167,6 @@ def server_line(row: Mapping[str, Any]) -> str:
 
 
 def summary_table(runs: Sequence[Mapping[str, Any]]) -> Table:
-    """All runs, a row each."""
     heads = ("requests/s", "output tokens/s", "TTFT", "TPOT", "end to end", "failed", "goodput", "cached / expected")
     rows = []
     for run in runs:

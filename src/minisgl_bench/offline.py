@@ -35,7 +35,6 @@ TOKENS: Final = 64
 
 
 def run(config: Config, options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Measure, print, and write the report; the exit status."""
     path = report_path(config, options.json, "offline")
     out, gpu = console(), on_gpu(config)
     spec = workload_spec(options, gpu)

@@ -144,7 +144,6 @@ async def measure_one(
 
 
 def write_samples(path: Path, label: str, records: Sequence[RequestRecord], append: bool) -> None:
-    """A line of JSON for each request, times in s after the run's first."""
     start = min((record.sent for record in records if record.sent), default=0.0)
     with path.open("a" if append else "w") as file:
         for record in records:
@@ -165,7 +164,6 @@ def write_samples(path: Path, label: str, records: Sequence[RequestRecord], appe
 
 
 def make_sessions(options: argparse.Namespace, kind: str, value: float, seed: int) -> list[Session]:
-    """What one run sends, in order of time."""
     default = CPU_SPEC if options.small else WorkloadSpec()
     inputs, outputs = options.input_len or default.input_len, options.output_len or default.output_len
     if options.trace is not None:

@@ -23,8 +23,6 @@ TAIL: Final = 2000
 
 @dataclass(frozen=True)
 class OwnServer:
-    """Where the server is, and how long it took to its first answer, in s."""
-
     url: str
     pid: int
     start_seconds: float
@@ -75,7 +73,6 @@ def ended_by_sigterm() -> Iterator[None]:
 
 
 def answers(port: int) -> bool:
-    """Whether the server says that it is well."""
     with closing(HTTPConnection("127.0.0.1", port, timeout=5.0)) as connection, suppress(OSError, HTTPException):
         connection.request("GET", "/health")
         return connection.getresponse().status == 200
@@ -83,7 +80,6 @@ def answers(port: int) -> bool:
 
 
 def require_running(process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
-    """Raise EngineDeadError with the end of what the server said, where it has ended."""
     if process.poll() is not None:
         log.seek(max(0, log.seek(0, os.SEEK_END) - TAIL))
         said = log.read().decode(errors="replace").strip()

@@ -17,7 +17,6 @@ LEAST: Final = 1e-3
 
 
 def new_figure(width: float, height: float) -> Any:
-    """A figure of matplotlib, or None where it is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -128,7 +128,6 @@ class Activity(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """What it is for, from its name."""
         name = self.name.lower() if self.category == "kernel" else ""
         if any(word in name for word in ATTENTION):
             return "attention"
@@ -206,7 +205,7 @@ class TorchProfiler:
 
 
 @dataclass
-class Trace:
+class StepTrace:
     """Steps that followed one another, all of one kind; each stands for `weight` steps of the run."""
 
     steps: list[Step]
@@ -221,7 +220,7 @@ class Tracer(Relay):
         super().__init__(executor)
         self.chosen = chosen
         self.profiler = profiler
-        self.traces: list[Trace] = []
+        self.traces: list[StepTrace] = []
         self._first: int | None = None  # index of the first step of a trace that runs
 
     def launch(self, plan: StepPlan) -> None:
@@ -237,7 +236,7 @@ class Tracer(Relay):
         if self._first is not None:
             indices = range(self._first, len(self.steps))
             weight = mean(self.chosen[index] for index in indices)
-            self.traces.append(Trace([self.steps[index] for index in indices], weight, self.profiler.stop()))
+            self.traces.append(StepTrace([self.steps[index] for index in indices], weight, self.profiler.stop()))
             self._first = None
 
 
@@ -268,7 +267,7 @@ class TimeSplit:
     kernels: dict[str, float]
 
 
-def split_time(traces: Sequence[Trace]) -> TimeSplit:
+def split_time(traces: Sequence[StepTrace]) -> TimeSplit:
     """Weight what was traced. Before a trace's first step the device idles as long as between the others."""
     most = max((step.decode_rows for trace in traces for step in trace.steps if step.decodes_only), default=0)
     seconds = dict.fromkeys(PARTS, 0.0)

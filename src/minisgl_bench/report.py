@@ -26,7 +26,6 @@ RESULTS: Final = Path("benchmark/results")
 
 
 def hardware() -> dict[str, Any]:
-    """The processor, the cores this process may use, torch's threads, and the GPUs."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -40,7 +39,6 @@ def hardware() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that bear on speed, where installed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -95,7 +93,6 @@ def require_writable(path: Path | None, flag: str = "--json") -> None:
 
 
 def write_report(path: Path, name: str, arguments: Sequence[str], figures: Mapping[str, Any]) -> None:
-    """Write the figures and what is needed to measure them again, as JSON."""
     report = {
         "command": shlex.join([Path(sys.executable).name, "-m", "minisgl", "bench", name, *arguments]),
         "hardware": hardware(),

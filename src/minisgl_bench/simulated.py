@@ -128,6 +128,5 @@ class SimulatedExecutor:
 
 
 def made_up(tokens: Int32, top: int) -> Scores:
-    """The simulated model's log-probabilities."""
     ids = np.tile(np.arange(top, dtype=np.int32), (len(tokens), 1))
     return Scores(-tokens.astype(np.float32), ids, -ids.astype(np.float32))

@@ -45,7 +45,6 @@ class EchoEngine:
         self.outboxes[link].send(msgspec.msgpack.encode(message))
 
     def handle(self, message: ToEngine) -> None:
-        """Do what a process asks."""
         match message:
             case Add(request, link):
                 self.live[link][request.id] = (request.prompt, 0, request.params.max_tokens or 16)
@@ -67,7 +66,6 @@ class EchoEngine:
                 del self.live[link]
 
     def step(self) -> None:
-        """Give every request a token."""
         for link, live in self.live.items():
             events = []
             for name, (prompt, done, limit) in list(live.items()):
@@ -82,7 +80,6 @@ class EchoEngine:
                 self.send(link, Events(events))
 
     def run(self, step: float) -> None:
-        """Serve for ever, a step each `step` s while there is something to do."""
         decoder = msgspec.msgpack.Decoder(ToEngine)
         due = time.perf_counter()
         while True:
@@ -115,7 +112,6 @@ def measure(options: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure, or be one of the processes that it takes."""
     parser = Parser(prog="minisgl bench streaming", description=__doc__)
     parser.add_argument("--api-workers", type=int, default=1, help="API processes of the server")
     parser.add_argument("--clients", type=int, default=64, help="connections, each with one answer at a time")

@@ -27,8 +27,6 @@ BLOCK: Final = {"bailian": 16, "mooncake": 512, "azure": 0}
 
 
 class JsonRow(msgspec.Struct, frozen=True):
-    """A line of either JSON format; what else a line has is of no use here."""
-
     timestamp: Annotated[float, msgspec.Meta(ge=0)]
     input_length: Count
     output_length: Count
@@ -91,7 +89,6 @@ def read_trace(path: Path, limit: int) -> Trace:
 
 
 def detect(path: Path, line: str) -> str:
-    """The format that a trace's first line is of."""
     if not line.lstrip().startswith("{"):
         header = [name.strip() for name in line.split(",")]
         if all(name in header for name in AZURE_FIELDS):

@@ -88,12 +88,10 @@ class ChatSpec:
 
 
 def single(segments: Sequence[Segment], output_length: int) -> Turn:
-    """A request that is no conversation."""
     return Turn((ChatMessage("user", tuple(segments)),), output_length)
 
 
 def cut(segments: Sequence[Segment], length: int) -> list[Segment]:
-    """The first `length` tokens."""
     kept: list[Segment] = []
     for segment in segments:
         if length > 0:
@@ -156,7 +154,6 @@ def arrival_times(count: int, rate: float, burstiness: float, seed: int) -> np.n
 
 
 def with_arrivals(sessions: Sequence[Session], rate: float, burstiness: float, seed: int) -> list[Session]:
-    """The sessions, in their order, at such times."""
     times = arrival_times(len(sessions), rate, burstiness, seed)
     return [dataclasses.replace(session, due=float(due)) for session, due in zip(sessions, times, strict=True)]
 
@@ -238,7 +235,6 @@ class TextPrompts:
     chat: bool = False
 
     def text(self, segments: Sequence[Segment], seed: int, less: int = 0) -> str:
-        """As many words as the segments have tokens, without the last `less`, but at least one."""
         numbers = segment_numbers(seed, segments, len(self.words)).tolist()
         return " ".join(self.words[number] for number in numbers[: max(1, len(numbers) - less)])
 

@@ -32,8 +32,6 @@ class Round(NamedTuple):
 
 
 class Clock(BaseStreamer):
-    """Remembers when tokens came. The prompt comes first."""
-
     def __init__(self) -> None:
         self.times: list[float] = []
 
@@ -58,7 +56,6 @@ def load(folder: Path, device: str) -> Any:
 
 
 def their_round(model: Any, workload: Workload) -> Round:
-    """One request alone, then each after the other."""
     clock, tokens, started = Clock(), [], 0.0
     for index, (prompt, length) in enumerate(zip(workload.prompts, workload.output_lens, strict=True)):
         ids = torch.tensor([prompt], device=model.device)
@@ -71,7 +68,6 @@ def their_round(model: Any, workload: Workload) -> Round:
 
 
 def our_round(llm: LLM, workload: Workload) -> Round:
-    """The first request alone, then the others together."""
     times: list[float] = []
     for delta in llm.stream(workload.prompts[0], workload.params[0]):
         times += [time.perf_counter()] * len(delta.token_ids)
@@ -82,7 +78,6 @@ def our_round(llm: LLM, workload: Workload) -> Round:
 
 
 def decode_rate(times: Sequence[float]) -> float:
-    """Tokens/s after the first."""
     return (len(times) - 1) / (times[-1] - times[0])
 
 

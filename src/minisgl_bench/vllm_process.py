@@ -11,7 +11,6 @@ WARM_TOKENS: Final = 16
 
 
 def main() -> None:
-    """Warm up with other prompts of the same lengths, then measure."""
     order: dict[str, Any] = json.load(sys.stdin)
     vllm: Any = importlib.import_module("vllm")
     llm = vllm.LLM(seed=order["seed"], **order["settings"])

@@ -65,7 +65,6 @@ class Workload:
 
 
 def random_tokens(lengths: list[int], vocab_size: int, seed: int) -> list[list[int]]:
-    """A prompt of each length."""
     rng = random.Random(seed)
     return [[rng.randint(0, min(HIGHEST_TOKEN, vocab_size - 1)) for _ in range(length)] for length in lengths]
 
@@ -84,7 +83,6 @@ def make_workload(spec: WorkloadSpec, vocab_size: int) -> Workload:
 
 
 def sampling_params(lengths: list[int], temperature: float = 0.6) -> list[SamplingParams]:
-    """An answer of exactly each length."""
     return [
         SamplingParams(temperature=temperature, max_tokens=length, ignore_eos=True, seed=index)
         for index, length in enumerate(lengths)

@@ -6,12 +6,10 @@ import gc
 import json
 import weakref
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-import transformers
 
+from helpers.tiny_models import save_model
 from minisgl.config import Config
 from minisgl_bench.ablation import (
     CPU_SCENARIOS,
@@ -34,19 +32,7 @@ from minisgl_bench.workload import Workload, WorkloadSpec
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random Llama."""
-    library: Any = transformers
-    path = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 512}
-    config = library.LlamaConfig(**sizes, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    library.LlamaForCausalLM(config).save_pretrained(path)
-    return path
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+    return save_model(tmp_path_factory.mktemp("model"), max_position_embeddings=512)
 
 
 def small(folder: Path) -> Config:
@@ -57,19 +43,8 @@ def test_all_groups_are_measured_against_their_default(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "ablation.json"
-    flags = [
-        "--model",
-        str(folder),
-        "--device",
-        "cpu",
-        "--max-running-requests",
-        "8",
-        "--json",
-        str(path),
-        "--repeats",
-        "1",
-    ]
-    assert main(["ablation", *flags]) == 0
+    flags = ["--model", str(folder), "--device", "cpu", "--max-running-requests", "8", "--repeats", "1"]
+    assert main(["ablation", *flags, "--json", str(path)]) == 0
     report = json.loads(path.read_text())
     rows = {f"{row['variant']['group']}: {row['variant']['label']}": row for row in report["measurements"]}
     assert {name.partition(":")[0] for name in rows} == set(ABLATIONS) - {"graphs", "attention"} | {"default"}
@@ -143,14 +118,9 @@ def test_variants_leave_out_what_is_configured_already() -> None:
     assert "chunk-size: 4096" in names
     assert "chunk-size: 8192" not in names
     assert "page-size: 16" not in names
-    assert [name for name in names if name.startswith("graphs")] == [
-        "graphs: off",
-        "graphs: up to 4",
-        "graphs: up to 64",
-        "graphs: with prompts, off",
-        "graphs: with prompts, up to 512",
-        "graphs: with prompts, up to 2048",
-    ]
+    assert [name.partition(": ")[2] for name in names if name.startswith("graphs")] == [
+        "off", "up to 4", "up to 64", "with prompts, off", "with prompts, up to 512", "with prompts, up to 2048",
+    ]  # fmt: skip
     assert [name.partition(": ")[2] for name in names if name.startswith("attention")] == [
         "fa,fa", "fa,triton", "triton,fa", "triton,triton",
     ]  # fmt: skip

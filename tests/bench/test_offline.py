@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import transformers
 
-from helpers.tiny_tokenizers import byte_level_json
+from helpers.tiny_models import save_model
 from minisgl_bench import offline, profile
 from minisgl_bench import report as report_module
 from minisgl_bench.command import engine_parser, length_range, main
@@ -22,22 +20,7 @@ WORKLOAD = ["--num-requests", "3", "--input-len", "4:8", "--output-len", "6", "-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random Llama with a tokenizer."""
-    library: Any = transformers
-    path = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 64}
-    config = library.LlamaConfig(
-        **sizes, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3
-    )
-    library.LlamaForCausalLM(config).save_pretrained(path)
-    (path / "tokenizer.json").write_text(byte_level_json())
-    return path
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+    return save_model(tmp_path_factory.mktemp("model"), max_position_embeddings=64)
 
 
 def bench(folder: Path, *flags: str) -> int:
@@ -59,6 +42,10 @@ def test_figures_are_printed_and_written(folder: Path, tmp_path: Path, capsys: p
     assert report["versions"]["torch"] == torch.__version__
     assert report["command"].endswith(f"--output-len 6 --seed 3 --json {path}")
     assert "dtype = float32" in " ".join(report["config"])
+    assert (figures["steps"], figures["steps_with_prefill"], figures["largest_decode_batch"]) == (6, 1, 3)
+    assert 0 < figures["decode_step_at_largest_batch_ms"] < 1e3 * figures["seconds"]
+    assert figures["start_to_first_token_seconds"] > figures["seconds"]
+    assert not report.keys() & {"roofline", "split"}
     assert "output tokens per second" in capsys.readouterr().out
 
 
@@ -74,20 +61,6 @@ def test_given_ceilings_make_a_floor(folder: Path, tmp_path: Path, capsys: pytes
     assert figures["share_of_roofline"] == pytest.approx(least["seconds"] / figures["seconds"])
     assert report["peak_rates"] == {"read": 1e9, "flops": 2e9, "copy": None}
     assert "roofline: " in capsys.readouterr().out
-
-
-def test_steps_and_the_start_are_timed(folder: Path, tmp_path: Path) -> None:
-    path = tmp_path / "report.json"
-    assert bench(folder, "--json", str(path)) == 0
-    report = json.loads(path.read_text())
-    figures = report["figures"]
-    assert figures["steps"] == 6
-    assert figures["steps_with_prefill"] == 1
-    assert figures["largest_decode_batch"] == 3
-    assert 0 < figures["decode_step_at_largest_batch_ms"] < 1e3 * figures["seconds"]
-    assert figures["start_to_first_token_seconds"] > figures["seconds"]
-    assert "roofline" not in report
-    assert "split" not in report
 
 
 def pretend_gpu(patch: pytest.MonkeyPatch) -> None:
@@ -170,12 +143,8 @@ def test_what_cannot_be_measured_is_one_line_and_status_1(
     assert message in error
 
 
-def test_length_ranges() -> None:
-    assert length_range("5") == (5, 5)
-    assert length_range("5:9") == (5, 9)
-
-
 def test_engine_flags_are_taken_and_the_servers_are_not() -> None:
+    assert (length_range("5"), length_range("5:9")) == ((5, 5), (5, 9))
     flags = {flag for action in engine_parser("offline")._actions for flag in action.option_strings}
     assert {"--page-size", "--cache-type", "--tp", "--dummy-weights"} <= flags
     assert not {"--host", "--port", "--shell", "--shell-mode"} & flags

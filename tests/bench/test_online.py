@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -176,6 +177,16 @@ def test_what_cannot_work_is_said_before_anything_is_measured(
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert message in error
+
+
+def test_a_missing_package_is_named_with_the_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("minisgl_bench.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "httptools", None)
+    assert bench("--rate", "1") == 1
+    assert capsys.readouterr().err == "error: bench online needs httptools and psutil: pip install 'minisgl[bench]'\n"
 
 
 def test_a_wrong_trace_is_told_before_a_server_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

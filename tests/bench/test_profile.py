@@ -18,7 +18,7 @@ from minisgl_bench.profile import (
     Activity,
     Recorder,
     Step,
-    Trace,
+    StepTrace,
     Tracer,
     account,
     activities,
@@ -125,7 +125,7 @@ def test_a_step_that_samples_nothing_has_no_end_of_its_own() -> None:
         fake.clock += IDLE
         if step.sampled:
             fake._take("gpu_memcpy", "Memcpy DtoH", 0.0)
-    split = split_time([Trace(steps, 2.0, fake.stop())])
+    split = split_time([StepTrace(steps, 2.0, fake.stop())])
     assert split.seconds["prefill"] == pytest.approx(2 * 4 * KERNEL)
     assert split.seconds["gaps"] == pytest.approx(2 * IDLE)
     assert split.seconds["host"] == pytest.approx(2 * 2 * IDLE)
