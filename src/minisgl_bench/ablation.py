@@ -46,39 +46,28 @@ SLACK: Final = 2 * 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class Conversations:
-    """Conversations that go on together: in each turn a new message after everything said before."""
-
-    conversations: int
-    turns: int
-    message: int
-    answer: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class SystemPrompt:
-    """Requests that begin with the same `shared` tokens and go on with `own` of their own."""
+class SharedPrefix:
+    """Requests that begin with the same `shared` tokens, and in each turn go on with `own` after everything said."""
 
     requests: int
-    shared: int
     own: int
     answer: int
+    shared: int = 0
+    turns: int = 1
 
 
-Scenario = WorkloadSpec | Conversations | SystemPrompt
-
-
+Scenario = WorkloadSpec | SharedPrefix
 GPU_SCENARIOS: Final[dict[str, Scenario]] = {
     "batch": WorkloadSpec(num_requests=256, input_len=(100, 1024), output_len=(64, 256)),
     "long": WorkloadSpec(num_requests=32, input_len=(2048, 12288), output_len=(64, 128)),
-    "chats": Conversations(conversations=64, turns=4, message=512, answer=64),
-    "system-prompt": SystemPrompt(requests=256, shared=2048, own=64, answer=64),
+    "chats": SharedPrefix(requests=64, own=512, answer=64, turns=4),
+    "system-prompt": SharedPrefix(requests=256, own=64, answer=64, shared=2048),
 }
 CPU_SCENARIOS: Final[dict[str, Scenario]] = {
     "batch": WorkloadSpec(num_requests=4, input_len=(16, 48), output_len=(8, 16)),
     "long": WorkloadSpec(num_requests=3, input_len=(64, 160), output_len=(8, 16)),
-    "chats": Conversations(conversations=2, turns=3, message=32, answer=8),
-    "system-prompt": SystemPrompt(requests=4, shared=96, own=8, answer=8),
+    "chats": SharedPrefix(requests=2, own=32, answer=8, turns=3),
+    "system-prompt": SharedPrefix(requests=4, own=8, answer=8, shared=96),
 }
 
 
@@ -263,23 +252,13 @@ def play(scenario: Scenario, answer: Callable[[Workload], list[list[int]]], voca
     """Put a scenario's requests to `answer`, turn by turn where it has turns; tokens generated."""
     if isinstance(scenario, WorkloadSpec):
         return sum(map(len, answer(make_workload(scenario, vocab_size))))
-    rng = random.Random(0)
-
-    def tokens(length: int) -> list[int]:
-        return [rng.randrange(vocab_size) for _ in range(length)]
-
-    def ask(prompts: list[list[int]]) -> list[list[int]]:
-        return answer(Workload(prompts=prompts, params=sampling_params([scenario.answer] * len(prompts))))
-
-    if isinstance(scenario, SystemPrompt):
-        shared = tokens(scenario.shared)
-        return sum(map(len, ask([shared + tokens(scenario.own) for _ in range(scenario.requests)])))
-    prompts: list[list[int]] = [[] for _ in range(scenario.conversations)]
-    total = 0
+    rng, total = random.Random(0), 0
+    shared = [rng.randrange(vocab_size) for _ in range(scenario.shared)]
+    prompts = [shared] * scenario.requests
     for _ in range(scenario.turns):
-        prompts = [prompt + tokens(scenario.message) for prompt in prompts]
-        answers = ask(prompts)
-        prompts = [prompt + said for prompt, said in zip(prompts, answers, strict=True)]
+        prompts = [prompt + [rng.randrange(vocab_size) for _ in range(scenario.own)] for prompt in prompts]
+        answers = answer(Workload(prompts=prompts, params=sampling_params([scenario.answer] * len(prompts))))
+        prompts = [prompt + tokens for prompt, tokens in zip(prompts, answers, strict=True)]
         total += sum(map(len, answers))
     return total
 
@@ -288,9 +267,7 @@ def scenario_tokens(scenario: Scenario) -> int:
     """Tokens of KV that a scenario's requests take together, at most, without sharing, in pages of any size."""
     if isinstance(scenario, WorkloadSpec):
         return scenario.num_requests * (scenario.input_len[1] + scenario.output_len[1] + SLACK)
-    if isinstance(scenario, SystemPrompt):
-        return scenario.requests * (scenario.shared + scenario.own + scenario.answer + SLACK)
-    return scenario.conversations * (scenario.turns * (scenario.message + scenario.answer) + SLACK)
+    return scenario.requests * (scenario.shared + scenario.turns * (scenario.own + scenario.answer) + SLACK)
 
 
 def make_variants(config: Config, groups: Sequence[str], backends: Sequence[str], gpu: bool) -> list[Variant]:

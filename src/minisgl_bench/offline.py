@@ -17,10 +17,9 @@ from minisgl.llm import LLM
 from minisgl.types import SamplingParams
 from minisgl_bench.profile import Recorder, Step, Tracer, profile
 from minisgl_bench.report import console, on_gpu, process_seconds, report_path, table, write_report
-from minisgl_bench.roofline import Roofline, measure_peak_rates, roofline
+from minisgl_bench.roofline import measure_peak_rates, roofline
 from minisgl_bench.transformers_peer import comparable, compare_transformers
 from minisgl_bench.workload import (
-    PeakRates,
     Workload,
     WorkloadSpec,
     make_workload,
@@ -65,7 +64,11 @@ def run(config: Config, options: argparse.Namespace, arguments: Sequence[str]) -
                 "peak_rates": dataclasses.asdict(peak),
                 "roofline": {**totals, **dataclasses.asdict(least)},
             }
-            out.print(roofline_line(least, peak))
+            out.print(
+                f"roofline: {least.tokens_per_second:,.0f} output tokens/s (prefill {least.prefill_seconds:.2f} s, KV "
+                f"{least.kv_seconds:.2f} s, GEMMs {least.gemm_seconds:.2f} s) at reading {peak.read / 1e12:.2f} TB/s, "
+                f"{peak.flops / 1e12:.0f} TFLOP/s"
+            )
         report["figures"] = figures
         spans = f"prompts {spec.input_len[0]}–{spec.input_len[1]}, outputs {spec.output_len[0]}–{spec.output_len[1]}"
         rows = [
@@ -148,14 +151,6 @@ def token_times(llm: LLM, length: int, tokens: int) -> list[float]:
     return times
 
 
-def roofline_line(least: Roofline, peak: PeakRates) -> str:
-    return (
-        f"roofline: {least.tokens_per_second:,.0f} output tokens/s (prefill {least.prefill_seconds:.2f} s, KV "
-        f"{least.kv_seconds:.2f} s, GEMMs {least.gemm_seconds:.2f} s) at reading {peak.read / 1e12:.2f} TB/s, "
-        f"{peak.flops / 1e12:.0f} TFLOP/s"
-    )
-
-
 def split_time(llm: LLM, workload: Workload, steps: Sequence[Step], seconds: float, out: Console) -> dict[str, Any]:
     """Run the same lengths again, some steps traced; print the split, return it.
 
@@ -175,10 +170,10 @@ def split_time(llm: LLM, workload: Workload, steps: Sequence[Step], seconds: flo
         return {"error": str(error)}
     finally:
         llm.engine.executor = executor
-    parts = {**result.seconds, "the rest, or tracing's own cost": seconds - sum(result.seconds.values())}
+    parts = {**result["seconds"], "the rest, or tracing's own cost": seconds - sum(result["seconds"].values())}
     rows = [(name, f"{spent:.3f}", f"{spent / seconds:.1%}") for name, spent in parts.items()]
-    title = f"where {seconds:.2f} s went, from {result.traced_steps} steps traced"
+    title = f"where {seconds:.2f} s went, from {result['traced_steps']} steps traced"
     out.print(table(title, ("part", "seconds", "share"), rows))
-    if result.between_ms is not None:
-        out.print(f"device idle before a decode step of the largest batch: {result.between_ms:.3f} ms")
-    return {**dataclasses.asdict(result), "measured_seconds": seconds}
+    if result["between_ms"] is not None:
+        out.print(f"device idle before a decode step of the largest batch: {result['between_ms']:.3f} ms")
+    return {**result, "measured_seconds": seconds}

@@ -6,27 +6,34 @@ import contextlib
 import gc
 import itertools
 import json
+import os
 import secrets
-from collections.abc import Sequence
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from typing import Any, Final
+from types import FrameType
+from typing import IO, Any, Final, NamedTuple, NoReturn
 
 import torch
 from rich.console import Console
 
-from minisgl.errors import ConfigError
+from minisgl.errors import ConfigError, EngineDeadError
 from minisgl.models.progress import progress_bar
 from minisgl_bench.client import AnswerError, RequestRecord, Target, error_text, fetch, parse_target
 from minisgl_bench.command import load_kind
 from minisgl_bench.cpu_usage import cores_used, listener_pid, process_tree, watch_client
 from minisgl_bench.load_generator import PATHS, LoadClient, closed_loop, open_loop, prepare
 from minisgl_bench.metrics import client_figures, figures, latencies, latency_table, lines, summary_table, times_of
-from minisgl_bench.own_server import own_server
 from minisgl_bench.plots import draw_latencies
 from minisgl_bench.report import RESULTS, console, default_path, require_writable, slug, write_report
 from minisgl_bench.traces import read_trace
 from minisgl_bench.traffic import (
-    ChatSpec,
     IdPrompts,
     Segment,
     Session,
@@ -50,6 +57,9 @@ TRACE_REQUESTS: Final = 1000
 WARM_SEED: Final = -1
 WARM_TOKENS: Final = 16
 PROBE_TOKENS: Final = 8
+POLL_SECONDS: Final = 0.1
+STOP_SECONDS: Final = 15.0
+TAIL: Final = 2000
 
 
 def run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
@@ -171,8 +181,8 @@ def make_sessions(options: argparse.Namespace, kind: str, value: float, seed: in
         scale = value if kind == "scale" else 1.0
         sessions = from_trace(trace, scale, options.max_input_len, options.max_output_len)
     elif options.chats is not None:
-        shape = {name: getattr(options, name) for name in ("chats", "turns", "system_prompts", "system_len", "think")}
-        sessions = from_chats(ChatSpec(**shape, message_len=inputs, answer_len=outputs), seed)
+        shape = (options.chats, options.turns, options.system_prompts, options.system_len)
+        sessions = from_chats(seed, *shape, inputs, outputs, options.think)
     else:
         count = options.requests or default.num_requests
         sessions = from_workload(WorkloadSpec(num_requests=count, input_len=inputs, output_len=outputs, seed=seed))
@@ -258,3 +268,69 @@ async def warm_up(client: LoadClient, sessions: Sequence[Session], count: int) -
     short = [Session((Turn(turn.messages, min(turn.output_length, WARM_TOKENS)),)) for turn in turns]
     planned = prepare(client, short, WARM_SEED, [0] * len(short))
     await closed_loop(client, planned, WARM_SEED, max(1, len(planned)), lambda done: None)
+
+
+class OwnServer(NamedTuple):
+    url: str
+    pid: int
+    start_seconds: float
+
+
+@contextlib.contextmanager
+def own_server(flags: Sequence[str], key: str | None) -> Iterator[OwnServer]:
+    """Start `minisgl` with these flags on a free port, wait until it answers, and end it afterwards.
+
+    Raises EngineDeadError with the end of what it said, when it ends before that.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    command = [sys.executable, "-m", "minisgl", *flags, "--host", "127.0.0.1", "--port", str(port)]
+    environment = {**os.environ, **({"MINISGL_API_KEY": key} if key else {})}
+    started = time.perf_counter()
+    with tempfile.TemporaryFile() as log, ended_by_sigterm():
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
+        )
+        try:
+            while not answers(port):
+                require_running(process, log)
+                time.sleep(POLL_SECONDS)
+            yield OwnServer(f"http://127.0.0.1:{port}", process.pid, time.perf_counter() - started)
+            require_running(process, log)
+        finally:
+            process.terminate()  # as a user would
+            try:
+                process.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """While inside, SIGTERM unwinds the stack as Ctrl-C does, so that the server does not outlive the benchmark."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def answers(port: int) -> bool:
+    """Whether the server says that it is well."""
+    connection = HTTPConnection("127.0.0.1", port, timeout=5.0)
+    with contextlib.closing(connection), contextlib.suppress(OSError, HTTPException):
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    return False
+
+
+def require_running(process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
+    if process.poll() is not None:
+        log.seek(max(0, log.seek(0, os.SEEK_END) - TAIL))
+        said = log.read().decode(errors="replace").strip()
+        raise EngineDeadError(f"the server ended with status {process.returncode}: {said}")

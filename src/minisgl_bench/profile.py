@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 import torch
 
@@ -179,16 +179,8 @@ def account(timeline: Sequence[Activity]) -> DeviceTime:
     return spent
 
 
-class Profiler(Protocol):
-    def start(self) -> None:
-        """Begin to trace what is launched from here on."""
-
-    def stop(self) -> list[Activity]:
-        """Wait for what was launched; what ran since `start`."""
-
-
 class TorchProfiler:
-    """torch.profiler, looking at the device alone. A trace begins and ends with whole steps."""
+    """Traces what is launched between `start` and `stop`, which waits for it: whole steps, on the device alone."""
 
     def start(self) -> None:
         torch.cuda.synchronize()
@@ -204,8 +196,7 @@ class TorchProfiler:
             return activities(json.loads(path.read_text()))
 
 
-@dataclass
-class StepTrace:
+class StepTrace(NamedTuple):
     """Steps that followed one another, all of one kind; each stands for `weight` steps of the run."""
 
     steps: list[Step]
@@ -216,7 +207,7 @@ class StepTrace:
 class Tracer(Relay):
     """Traces the steps whose indices are in `chosen`, which says for how many steps each stands."""
 
-    def __init__(self, executor: Executor, chosen: Mapping[int, float], profiler: Profiler) -> None:
+    def __init__(self, executor: Executor, chosen: Mapping[int, float], profiler: TorchProfiler) -> None:
         super().__init__(executor)
         self.chosen = chosen
         self.profiler = profiler
@@ -253,22 +244,12 @@ def choose_steps(steps: Sequence[Step]) -> dict[int, float]:
     return weights
 
 
-@dataclass(frozen=True, kw_only=True)
-class TimeSplit:
+def split_time(traces: Sequence[StepTrace]) -> dict[str, Any]:
     """A whole run's seconds on the device by part of PARTS, as the traced steps stand for it.
 
-    `between_ms` is the device's mean idle time before a decode step of the most rows, in milliseconds: what the host
-    adds to such a step. `kernels` holds the names of the longest kernels with their seconds.
+    Before a trace's first step the device idles as long as between the others. `between_ms` is its mean idle time
+    before a decode step of the most rows: what the host adds to such a step. `kernels` are the longest, with seconds.
     """
-
-    seconds: dict[str, float]
-    between_ms: float | None
-    traced_steps: int
-    kernels: dict[str, float]
-
-
-def split_time(traces: Sequence[StepTrace]) -> TimeSplit:
-    """Weight what was traced. Before a trace's first step the device idles as long as between the others."""
     most = max((step.decode_rows for trace in traces for step in trace.steps if step.decodes_only), default=0)
     seconds = dict.fromkeys(PARTS, 0.0)
     kernels: defaultdict[str, float] = defaultdict(float)
@@ -288,17 +269,17 @@ def split_time(traces: Sequence[StepTrace]) -> TimeSplit:
             kernels[name[:120]] += weight * value
         if all(step.decodes_only and step.decode_rows == most for step in trace.steps):
             full += spent.between
-    return TimeSplit(
-        seconds=seconds,
-        between_ms=1e3 * mean(full) if full else None,
-        traced_steps=sum(len(trace.steps) for trace in traces),
-        kernels=dict(sorted(kernels.items(), key=lambda item: -item[1])[:TOP]),
-    )
+    return {
+        "seconds": seconds,
+        "between_ms": 1e3 * mean(full) if full else None,
+        "traced_steps": sum(len(trace.steps) for trace in traces),
+        "kernels": dict(sorted(kernels.items(), key=lambda item: -item[1])[:TOP]),
+    }
 
 
 def profile(
-    executor: Executor, steps: Sequence[Step], run: Callable[[Tracer], None], profiler: Profiler | None = None
-) -> TimeSplit:
+    executor: Executor, steps: Sequence[Step], run: Callable[[Tracer], None], profiler: TorchProfiler | None = None
+) -> dict[str, Any]:
     """Split the time of a run whose `steps` are known, by `run`, which runs it again with the executor it is given."""
     tracer = Tracer(executor, choose_steps(steps), profiler or TorchProfiler())
     run(tracer)

@@ -71,22 +71,6 @@ class Session:
     think: float = 0.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class ChatSpec:
-    """Conversations: `turns` messages of the user, each after everything said before, behind a shared system prompt.
-
-    Conversation i has system prompt i modulo `system_prompts`, of `system_len` tokens. Ranges are inclusive, in tokens.
-    """
-
-    chats: int
-    turns: int = 4
-    system_prompts: int = 1
-    system_len: int = 512
-    message_len: tuple[int, int] = (32, 256)
-    answer_len: tuple[int, int] = (32, 256)
-    think: float = 0.0
-
-
 def single(segments: Sequence[Segment], output_length: int) -> Turn:
     return Turn((ChatMessage("user", tuple(segments)),), output_length)
 
@@ -123,21 +107,31 @@ def from_workload(spec: WorkloadSpec) -> list[Session]:
     return [Session((single([Segment(("own", i), len(prompt))], length),)) for i, (prompt, length) in pairs]
 
 
-def from_chats(spec: ChatSpec, seed: int) -> list[Session]:
-    """A session for each conversation; its turns take up the ones before with answers of made-up tokens."""
+def from_chats(
+    seed: int,
+    chats: int,
+    turns: int,
+    system_prompts: int,
+    system_len: int,
+    message_len: tuple[int, int],
+    answer_len: tuple[int, int],
+    think: float,
+) -> list[Session]:
+    """Conversations: `turns` messages of the user, each after everything said before, behind a shared system prompt.
+
+    Conversation i has system prompt i modulo `system_prompts`. Answers taken up by later turns are of made-up tokens.
+    Ranges are inclusive, in tokens.
+    """
     rng = random.Random(seed)
     sessions = []
-    for chat in range(spec.chats):
-        system = ChatMessage("system", (Segment(("system", chat % spec.system_prompts), spec.system_len),))
-        history: tuple[ChatMessage, ...] = (system,)
-        turns = []
-        for number in range(spec.turns):
-            name = chat * spec.turns + number
-            message = ChatMessage("user", (Segment(("message", name), rng.randint(*spec.message_len)),))
-            answer = rng.randint(*spec.answer_len)
-            turns.append(Turn((*history, message), answer))
-            history = (*history, message, ChatMessage("assistant", (Segment(("answer", name), answer),)))
-        sessions.append(Session(tuple(turns), think=spec.think))
+    for chat in range(chats):
+        history = [ChatMessage("system", (Segment(("system", chat % system_prompts), system_len),))]
+        turned = []
+        for name in range(chat * turns, (chat + 1) * turns):
+            history.append(ChatMessage("user", (Segment(("message", name), rng.randint(*message_len)),)))
+            turned.append(Turn(tuple(history), rng.randint(*answer_len)))
+            history.append(ChatMessage("assistant", (Segment(("answer", name), turned[-1].output_length),)))
+        sessions.append(Session(tuple(turned), think=think))
     return sessions
 
 

@@ -15,9 +15,8 @@ from minisgl_bench.ablation import (
     CPU_SCENARIOS,
     GPU_SCENARIOS,
     AblationRunner,
-    Conversations,
     Measurement,
-    SystemPrompt,
+    SharedPrefix,
     Variant,
     load,
     make_variants,
@@ -136,17 +135,17 @@ def test_conversations_grow_by_what_was_said() -> None:
         seen.append(workload.prompts)
         return [[7] * (params.max_tokens or 0) for params in workload.params]
 
-    assert play(Conversations(conversations=2, turns=3, message=5, answer=2), answer, 100) == 12
+    assert play(SharedPrefix(requests=2, own=5, answer=2, turns=3), answer, 100) == 12
     assert [[len(prompt) for prompt in turn] for turn in seen] == [[5, 5], [12, 12], [19, 19]]
     assert seen[1][0][:7] == [*seen[0][0], 7, 7]
     seen.clear()
-    assert play(SystemPrompt(requests=3, shared=6, own=2, answer=1), answer, 100) == 3
+    assert play(SharedPrefix(requests=3, own=2, answer=1, shared=6), answer, 100) == 3
     assert len({tuple(prompt[:6]) for prompt in seen[0]}) == 1
     assert len({tuple(prompt) for prompt in seen[0]}) == 3
 
 
 def test_scenarios_say_how_much_they_take() -> None:
-    assert scenario_tokens(Conversations(conversations=2, turns=3, message=5, answer=2)) == 2 * (21 + 512)
+    assert scenario_tokens(SharedPrefix(requests=2, own=5, answer=2, turns=3)) == 2 * (21 + 512)
     assert max(map(scenario_tokens, GPU_SCENARIOS.values())) < 1_000_000
 
 

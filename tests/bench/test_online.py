@@ -21,7 +21,7 @@ from tokenizers import models, pre_tokenizers
 from helpers.raw_server import DONE, chunked, event, head, json_answer, raw_server, text_event, usage_event
 from minisgl.errors import EngineDeadError
 from minisgl_bench.command import main
-from minisgl_bench.own_server import OwnServer, own_server
+from minisgl_bench.online import OwnServer, own_server
 from minisgl_bench.traffic import WORDS
 
 VOCABULARY = 512

@@ -16,7 +16,6 @@ from minisgl_bench.traces import Trace, TraceRequest, read_trace
 from minisgl_bench.traffic import (
     WORDS,
     ChatMessage,
-    ChatSpec,
     IdPrompts,
     Segment,
     Session,
@@ -108,8 +107,7 @@ def test_the_workload_has_the_lengths_of_the_offline_one() -> None:
 
 
 def test_chats_take_up_everything_said_before_behind_a_shared_prompt() -> None:
-    spec = ChatSpec(chats=3, turns=2, system_prompts=2, system_len=20, message_len=(5, 9), answer_len=(4, 6), think=1.5)
-    sessions = from_chats(spec, 0)
+    sessions = from_chats(0, 3, 2, 2, 20, (5, 9), (4, 6), 1.5)
     assert [(len(session.turns), session.think) for session in sessions] == [(2, 1.5)] * 3
     first, second = sessions[0].turns
     assert [message.role for message in second.messages] == ["system", "user", "assistant", "user"]
