@@ -66,13 +66,11 @@ def burstiness(text: str) -> float:
 def length_range(text: str) -> tuple[int, int]:
     """`A:B` or `N` as an inclusive range of token counts."""
     low, _, high = text.partition(":")
-    try:
-        bounds = (int(low), int(high or low))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a length N or a range A:B") from None
-    if not 1 <= bounds[0] <= bounds[1]:
+    if not (low.isdecimal() and (high or low).isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a length N or a range A:B")
+    if not 1 <= int(low) <= int(high or low):
         raise argparse.ArgumentTypeError(f"{text!r}: lengths are at least 1, the smaller one first")
-    return bounds
+    return int(low), int(high or low)
 
 
 def token_range(text: str) -> tuple[int, int]:
@@ -136,8 +134,7 @@ FLAGS: Final[dict[str, tuple[tuple[str, Any, str | None, str], ...]]] = {
     ),
     "what is sent": (
         ("requests", count, "N", "requests (default: 1000 of a trace, else 256; 16 for --serve on a CPU)"),
-        ("input-len", length_range, "A:B",
-         "tokens in a prompt (default: 100:1024; 32:128 for --serve on a CPU); with --chats in a message"),
+        ("input-len", length_range, "A:B", "tokens in a prompt or message (default: 100:1024; --serve on CPU 32:128)"),
         ("output-len", length_range, "A:B", "tokens in an answer (the same defaults)"),
         ("max-input-len", count, "N", "cut the trace's longer prompts"),
         ("max-output-len", count, "N", "cut the trace's longer answers"),
@@ -146,24 +143,20 @@ FLAGS: Final[dict[str, tuple[tuple[str, Any, str | None, str], ...]]] = {
         ("system-prompts", count, "N", "different ones (default: 1)"),
         ("system-len", count, "N", "tokens in a system prompt (default: 512)"),
         ("think", not_negative, "S", "seconds between an answer and the next turn (default: 0)"),
-        ("endpoint", ("ids", "text", "chat"), None,
-         "ids: token ids to /v1/completions (default), text: words to it, chat: words to /v1/chat/completions"),
+        ("endpoint", ("ids", "text", "chat"), None, "ids (default), text: /v1/completions; chat: /v1/chat/completions"),
         ("tokens", token_range, "LOW:HIGH", f"token ids to send (default: {TOKENS[0]}:{TOKENS[1]})"),
         ("salt", int, "N", "of the tokens beside the seed (default: random, so that no server has them cached)"),
         ("temperature", not_negative, "X", "of the sampling (default: 0.6)"),
         ("no-ignore-eos", None, None, "for servers that do not know ignore_eos"),
-        ("warmup", partial(count, least=0), "N",
-         "requests with short answers before the first run (default: 32, at most as many as a run has)"),
+        ("warmup", partial(count, least=0), "N", "requests with short answers before the first run (default: 32)"),
     ),
     "to whom": (
         ("url", str, "URL", "the server (default: http://127.0.0.1:1919)"),
         ("serve", None, None, "start a server of our own on a free port, with the flags given, and stop it in the end"),
-        ("model", str, "NAME",
-         "the model's name at the server (default: the first one it lists); with --serve the model to serve"),
+        ("model", str, "NAME", "its name at the server (default: the first listed); with --serve the model to serve"),
         ("api-key", str, "KEY", "sent as bearer token (default: OPENAI_API_KEY or MINISGL_API_KEY of the environment)"),
         ("timeout", number, "S", "seconds for a request (default: 600)"),
-        ("server-pid", count, "PID",
-         "whose CPU time to report, with its children (default: who listens there, if local)"),
+        ("server-pid", count, "PID", "whose CPU time to report, with its children (default: a local listener's)"),
         ("cache-page", count, "N", f"tokens in a page of the server's prefix cache (default: {PAGE})"),
     ),
     "what is reported": (

@@ -1,5 +1,6 @@
 """Sending sessions to a server: at their times whatever it does (open loop), or so many at once (closed loop)."""
 
+import argparse
 import asyncio
 import json
 import time
@@ -16,28 +17,29 @@ LEAD: Final = 0.2
 PATHS: Final = {"ids": "/v1/completions", "text": "/v1/completions", "chat": "/v1/chat/completions"}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class LoadClient:
-    """How requests are made. `timeout` in s; `keep_text` where answers are sent back in later turns."""
+    """How requests are made; `options` are those of `minisgl bench online`."""
 
     target: Target
     model: str
-    endpoint: str
     prompts: IdPrompts | TextPrompts
-    temperature: float = 0.6
-    ignore_eos: bool = True
-    timeout: float = 600.0
-    keep_text: bool = False
+    options: argparse.Namespace
+
+    @property
+    def keep_text(self) -> bool:
+        """Whether answers are sent back in later turns."""
+        return self.options.endpoint == "chat" and self.options.chats is not None
 
     def body(self, turn: Turn, seed: int, answers: Sequence[str]) -> bytes:
         fields: dict[str, Any] = {
             "model": self.model,
             **self.prompts.fields(turn, seed, answers),
             "max_tokens": turn.output_length,
-            "temperature": self.temperature,
+            "temperature": self.options.temperature,
             "stream": True,
             "stream_options": {"include_usage": True},
-            **({"ignore_eos": True} if self.ignore_eos else {}),
+            **({} if self.options.no_ignore_eos else {"ignore_eos": True}),
         }
         return json.dumps(fields, separators=(",", ":")).encode()
 
@@ -58,12 +60,9 @@ def prepare(client: LoadClient, sessions: Sequence[Session], seed: int, hits: Se
     for session in sessions:
         item = PlannedSession(session, [], [])
         for turn in session.turns:
-            expected = client.prompts.expected_tokens(turn)
-            item.records.append(
-                RequestRecord(
-                    index, expected_input=expected, expected_output=turn.output_length, expected_cached=hits[index]
-                )
-            )
+            record = RequestRecord(index, expected_output=turn.output_length, expected_cached=hits[index])
+            record.expected_input = client.prompts.expected_tokens(turn)
+            item.records.append(record)
             item.bodies.append(None if client.keep_text else client.body(turn, seed, ()))
             index += 1
         planned.append(item)
@@ -102,8 +101,8 @@ async def complete(client: LoadClient, body: bytes, record: RequestRecord, due: 
         await sleep_until(due)
         record.due = time.perf_counter() if due is None else due
 
-    path = PATHS[client.endpoint]
-    await stream_completion(client.target, path, body, record, ready, client.timeout, client.keep_text)
+    path, timeout = PATHS[client.options.endpoint], client.options.timeout
+    await stream_completion(client.target, path, body, record, ready, timeout, client.keep_text)
 
 
 async def open_loop(

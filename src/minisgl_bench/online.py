@@ -215,16 +215,7 @@ async def make_client(options: argparse.Namespace) -> tuple[LoadClient, int | No
     if name is None or name not in models:
         names = ", ".join(models) or "none"
         raise ConfigError(f"--model {name}: the server lists {names}" if name else "no model is served")
-    client = LoadClient(
-        target=target,
-        model=name,
-        endpoint=options.endpoint,
-        prompts=await make_prompts(target, name, options),
-        temperature=options.temperature,
-        ignore_eos=not options.no_ignore_eos,
-        timeout=options.timeout,
-        keep_text=options.endpoint == "chat" and options.chats is not None,
-    )
+    client = LoadClient(target, name, await make_prompts(target, name, options), options)
     limit = models[name].get("max_model_len")
     return client, limit if isinstance(limit, int) else None
 
