@@ -1,7 +1,5 @@
 """`minisgl bench compare` runs another engine on the same prompts in a process of its own; here a stub of it."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
@@ -44,7 +42,6 @@ class LLM:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A config, and no weights."""
     path = tmp_path / "model"
     path.mkdir()
     (path / "config.json").write_text(json.dumps(CONFIG))
@@ -54,7 +51,6 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def notes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A module called vllm, and where it writes what it was asked."""
     (tmp_path / "vllm.py").write_text(STUB)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)

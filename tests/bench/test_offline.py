@@ -1,7 +1,5 @@
 """`minisgl bench offline` runs a workload, prints and writes its figures, and agrees with transformers."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

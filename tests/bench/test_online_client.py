@@ -1,7 +1,5 @@
 """One streamed completion: whatever pieces it comes in, and whatever goes wrong with it."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Sequence
 
@@ -20,7 +18,6 @@ async def nothing() -> None:
 
 
 def ask(pieces: Sequence[bytes], keep: bool = False, timeout: float = 20.0) -> RequestRecord:
-    """A record of the answer that these pieces are."""
 
     async def main() -> RequestRecord:
         record = RequestRecord(0)

@@ -1,7 +1,5 @@
 """Arithmetic on timings made by hand."""
 
-from __future__ import annotations
-
 import os
 from array import array
 from pathlib import Path

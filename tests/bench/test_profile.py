@@ -1,7 +1,5 @@
 """Some steps of a run are traced, and stand for all of them."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What is sent and when: traces of three formats, lengths, what recurs, expected hits, statistics of arrivals."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import math
@@ -144,7 +142,6 @@ def test_requests_that_the_server_cannot_take_are_counted_beforehand() -> None:
 
 
 def count_words(known: set[str], overhead: int) -> TextPrompts:
-    """Calibrate on a tokenizer in which known words are a token and others are two."""
 
     async def count(text: str) -> int:
         return overhead + sum(1 if word in known else 2 for word in text.split())

@@ -1,7 +1,5 @@
 """The offline workload is the published one and a function of its seed; its roofline, for known models and totals."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 from pathlib import Path
