@@ -1,4 +1,4 @@
-"""The command line: flags made from the fields of `Config`, and the three things they start.
+"""The command line: flags made from the fields of `Config`, and what they start.
 
 `minisgl serve MODEL [flags]` serves HTTP, `minisgl chat MODEL [flags]` chats, `minisgl bench NAME [flags]` runs a
 benchmark; `minisgl --model MODEL [flags]` serves, with `--shell` it chats.
@@ -14,6 +14,7 @@ import traceback
 import types
 import typing
 from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
 from typing import Any, Final, NoReturn
 
 from minisgl import __version__
@@ -187,38 +188,18 @@ def start(config: Config) -> int:
     return 0
 
 
-def bench(arguments: Sequence[str]) -> int:
-    """Run the benchmark that the first argument names; the exit status."""
-    parser = Parser(prog="minisgl bench", description="Measure, and print the command that measures it again.")
-    parser.add_argument(
-        "name",
-        choices=("offline", "online", "ablation", "compare"),
-        help="offline: a batch of requests through the offline API; online: requests to a server at the times of a "
-        "trace, or others; ablation: each setting against the default; "
-        "compare: the batch through another engine too",
-    )
-    name = parser.parse_args(arguments[:1]).name
-    if name == "online":
-        from minisgl.bench.online import command
-
-        return command.main(arguments[1:])
-    if name == "ablation":
-        from minisgl.bench import ablation
-
-        return ablation.main(arguments[1:])
-    if name == "compare":
-        from minisgl.bench import peers
-
-        return peers.main(arguments[1:])
-    from minisgl.bench import offline
-
-    return offline.main(arguments[1:])
+def command(name: str) -> Callable[[Sequence[str]], int] | None:
+    """What another package of this installation runs for `minisgl NAME`, by its entry point."""
+    for point in entry_points(group="minisgl.commands", name=name):
+        found: Callable[[Sequence[str]], int] = point.load()
+        return found
+    return None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `minisgl` and `python -m minisgl`; the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["bench"]:
-        return bench(arguments[1:])
+    if arguments and not arguments[0].startswith("-") and (run := command(arguments[0])) is not None:
+        return run(arguments[1:])
     config = parse(arguments)
     return guarded(lambda: start(config), debug=config.log_level == "DEBUG")
