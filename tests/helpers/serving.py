@@ -82,6 +82,7 @@ async def web(
     start_engine: StartEngine,
     *,
     template: str | None = CHAT_TEMPLATE,
+    add_bos: bool = False,
     health_timeout: float = 5.0,
     max_live: int = 8,
     check_grammar: Callable[[Grammar], None] | None = None,
@@ -89,7 +90,7 @@ async def web(
 ) -> AsyncIterator[Web]:
     """Serve `model` over HTTP; `flags` are fields of Config."""
     config = Config(**flags)
-    tokenizer = Tokenizer.load(write_tokenizer(folder, template=template))
+    tokenizer = Tokenizer.load(write_tokenizer(folder, template=template, add_bos=add_bos))
     sockets = socket_folder()
     to_engine, from_engine = f"ipc://{sockets}/to", f"ipc://{sockets}/from"
     service = EngineService(to_engine, from_engine, Queue(dataclasses.replace(Limits.of(config), live=max_live)))

@@ -67,7 +67,9 @@ def test_any_split_gives_the_same_parts_as_the_whole(form: CallForm, text: str, 
 @settings(max_examples=300, deadline=None)
 def test_calls_are_whole_and_the_rest_is_content(form: CallForm, text: str) -> None:
     parts = read([text], form)
-    started = [p.index for p in parts if isinstance(p, CallStart)]
+    starts = [p for p in parts if isinstance(p, CallStart)]
+    assert {start.name for start in starts} <= NAMES
+    started = [start.index for start in starts]
     assert started == sorted(set(started))
     ended = [p.index for p in parts if isinstance(p, (CallEnd, CallBroken))]
     assert ended == started
@@ -123,6 +125,8 @@ def test_the_forms_models_write(form: CallForm, text: str, content: str | None, 
         '<tool_call>{"name": "f", "arguments": "{}"}</tool_call>', "<tool_call>null</tool_call>", "<tool_call>" * 5,
         '<tool_call>{"name": "f", "arguments": {"a": "\\x"}}</tool_call>', '<tool_call>{"name": "f", "arguments": {}',
         '<tool_call>{"name": "f", "arguments": {"a": 1]}</tool_call>', "<tool_call>{" + "[" * 3000,
+        '<tool_call>{"name": "f", "arguments": {"a": 1}, "arguments": {"a": 2}}</tool_call>',
+        '<tool_call>{"name": "f", "arguments": {"a": }} \n  and more',
         '<tool_call>{"name": "f", "arguments": ' + '{"a":' * 3000 + "1" + "}" * 3001,
     ],
 )  # fmt: skip
