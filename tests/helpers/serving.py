@@ -19,13 +19,12 @@ from helpers.stub_engine import StubEngine
 from helpers.tiny_tokenizers import write_tokenizer
 from minisgl.config import Config
 from minisgl.server.admin import Setup
-from minisgl.server.api import Api, ThreadPreparer
 from minisgl.server.app import make_app
 from minisgl.server.child import socket_folder
 from minisgl.server.door import with_door
 from minisgl.server.http import HttpServer
 from minisgl.server.limits import Limits, Queue
-from minisgl.server.preparation import Preparation
+from minisgl.server.preparation import Api, Preparation
 from minisgl.server.service import EngineService
 from minisgl.tokenizer.tokenizer import Tokenizer
 from minisgl.types import Grammar, ModelInfo
@@ -101,14 +100,8 @@ async def web(
     port = listener.getsockname()[1]
     listening = asyncio.Event()
     setup = Setup(config, ["stub = on"], str(folder), time.monotonic())
-    preparation = Preparation(model, tokenizer, service.max_live, config.served_model_name)
-    api = Api(
-        service=service,
-        preparation=preparation,
-        preparer=ThreadPreparer(preparation),
-        health_timeout=health_timeout,
-        check_grammar=check_grammar,
-    )
+    preparation = Preparation(model, tokenizer, service.max_live, config.served_model_name, check_grammar)
+    api = Api(service=service, preparation=preparation, health_timeout=health_timeout)
     server = HttpServer(with_door(make_app(api, setup), service.metrics, config), listening.set, config)
     url = f"http://127.0.0.1:{port}" if config.ssl_certfile is None else f"https://127.0.0.1:{port}"
     verify = config.ssl_certfile is None or ssl.create_default_context(cafile=config.ssl_certfile)

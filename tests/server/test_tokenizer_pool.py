@@ -14,13 +14,13 @@ from typing import Any
 
 import msgspec
 import pytest
+from minisgl.server.prepared import Converted, Kind, Prepared
 
 from helpers.serving import CHAT_TEMPLATE
 from helpers.tiny_tokenizers import write_tokenizer
 from minisgl.errors import InvalidRequestError, MinisglError, ModelError
 from minisgl.server import tokenizer_pool
 from minisgl.server.errors import OverloadedError, TokenizerDeadError
-from minisgl.server.prepared import Converted, Kind, Prepared
 from minisgl.server.tokenizer_messages import TokenizerSetup
 from minisgl.server.tokenizer_pool import TokenizerPool
 from minisgl.server.tokenizer_worker import TOKENIZER_COMMAND

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import time
@@ -10,29 +9,30 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
 from minisgl import __version__
 from minisgl.config import Config
 from minisgl.errors import EngineDeadError, InvalidRequestError
-from minisgl.server.api import Api
 from minisgl.server.errors import DrainingError
 from minisgl.server.exposition import CONTENT_TYPE, render
-from minisgl.server.openapi import described
-from minisgl.server.reports import (
+from minisgl.server.openapi import ApiRoute
+from minisgl.server.preparation import Api
+from minisgl.server.responses import (
     Aborted,
     AbortOrder,
-    Flush,
+    FlushReport,
+    Health,
     IsReady,
     ModelFacts,
     Queued,
     ServerInfo,
     Version,
+    json_response,
 )
-from minisgl.server.responses import Health, json_response
 from minisgl.server.service import DRAIN_RETRY_SECONDS
+from minisgl.server.tally import Tally
 
 SCRAPE_TIMEOUT = 1.0
 """Seconds that /metrics waits for the engine's counts; an engine in a longer step shows those it gave last."""
@@ -53,35 +53,28 @@ class Setup:
         return {**dataclasses.asdict(self.config), "api_key": f"{len(self.config.api_key)} set"}
 
 
-def make_admin_router(api: Api, setup: Setup) -> APIRouter:
+def admin_routes(api: Api, setup: Setup) -> list[ApiRoute]:
     """The operator's endpoints of one server."""
-    router = APIRouter()
     service = api.service
 
-    @router.get("/health", **described("health"))
-    async def health() -> Response:
+    async def health(_: Request) -> Response:
         """200 when engine and API processes answer in time and prompts can be tokenised, else 503."""
-        api.preparer.check()
-        stats, _ = await asyncio.gather(service.ping(api.health_timeout), api.peers.check(api.health_timeout))
+        stats = await service.ping(api.health_timeout)
         return json_response(Health(running=stats.running, waiting=stats.waiting))
 
-    @router.get("/ready", **described("ready"))
-    async def ready() -> Response:
+    async def ready(_: Request) -> Response:
         """200 when new requests are taken, 503 when the server is going down or the engine is gone."""
         if service.dead is not None:
             raise service.dead
         if service.draining:
             raise DrainingError("the server is shutting down", DRAIN_RETRY_SECONDS)
-        api.preparer.check()
         return json_response(IsReady())
 
-    @router.get("/version", **described("version"))
-    async def version() -> Response:
+    async def version(_: Request) -> Response:
         """The version of this program."""
         return json_response(Version(__version__))
 
-    @router.get("/server_info", **described("server_info"))
-    async def server_info() -> Response:
+    async def server_info(_: Request) -> Response:
         """Configuration, the engine's choices, its counts, and how long the server runs (s)."""
         stats = await service.ping(api.health_timeout)
         held = service.queue.whole
@@ -97,8 +90,7 @@ def make_admin_router(api: Api, setup: Setup) -> APIRouter:
             )
         )
 
-    @router.get("/model_info", **described("model_info"))
-    async def model_info() -> Response:
+    async def model_info(_: Request) -> Response:
         """The model: its names, where its files are, and what it can take."""
         model = api.model
         return json_response(
@@ -113,24 +105,21 @@ def make_admin_router(api: Api, setup: Setup) -> APIRouter:
             )
         )
 
-    @router.get("/metrics", **described("metrics"))
-    async def metrics() -> Response:
+    async def metrics(_: Request) -> Response:
         """Prometheus' page. It never fails: without the engine it has the engine's last counts."""
 
         async def ask_engine() -> None:
             with contextlib.suppress(EngineDeadError):
                 await service.ping(SCRAPE_TIMEOUT)
 
-        others, _ = await asyncio.gather(api.peers.tally(SCRAPE_TIMEOUT), ask_engine())
-        page = render(api.tally.plus(others), service.stats, service.dead is None, api.model.name)
+        await ask_engine()
+        page = render(Tally.of(service.metrics, service.queue, 0), service.stats, service.dead is None, api.model.name)
         return Response(page, media_type=CONTENT_TYPE)
 
-    @router.post("/flush_cache", **described("flush_cache"))
-    async def flush_cache() -> Response:
+    async def flush_cache(_: Request) -> Response:
         """Drop every cached page that no request uses."""
-        return json_response(Flush(await service.flush_cache(api.health_timeout)))
+        return json_response(FlushReport(await service.flush_cache(api.health_timeout)))
 
-    @router.post("/abort_request", **described("abort_request"))
     async def abort_request(request: Request) -> Response:
         """End the requests of one answer, or all."""
         body = b""
@@ -143,6 +132,15 @@ def make_admin_router(api: Api, setup: Setup) -> APIRouter:
             raise InvalidRequestError(f"the body cannot be read: {error}", code="invalid_json") from error
         if order.abort_all is (order.rid is not None):
             raise InvalidRequestError("give the answer's id as rid, or abort_all", param="rid")
-        return json_response(Aborted(service.abort(order.rid) + await api.peers.abort(order.rid)))
+        return json_response(Aborted(service.abort(order.rid)))
 
-    return router
+    return [
+        ApiRoute(["GET"], "/health", health, "health"),
+        ApiRoute(["GET"], "/ready", ready, "ready"),
+        ApiRoute(["GET"], "/version", version, "version"),
+        ApiRoute(["GET"], "/server_info", server_info, "server_info"),
+        ApiRoute(["GET"], "/model_info", model_info, "model_info"),
+        ApiRoute(["GET"], "/metrics", metrics, "metrics"),
+        ApiRoute(["POST"], "/flush_cache", flush_cache, "flush_cache"),
+        ApiRoute(["POST"], "/abort_request", abort_request, "abort_request"),
+    ]

@@ -14,14 +14,11 @@ from minisgl.config import Config
 from minisgl.engine.messages import Ready
 from minisgl.grammar.compiler import GrammarCompiler
 from minisgl.server.admin import Setup
-from minisgl.server.api import Api, ThreadPreparer
 from minisgl.server.app import make_app
 from minisgl.server.door import with_door
-from minisgl.server.peers import Alone, Peers
+from minisgl.server.preparation import Api, Preparation
 from minisgl.server.service import EngineService
-from minisgl.server.tally import Tally
-from minisgl.server.tokenizer_messages import TokenizerSetup
-from minisgl.server.tokenizer_pool import TokenizerPool
+from minisgl.tokenizer.standin import make_standin
 from minisgl.tokenizer.tokenizer import Tokenizer
 
 
@@ -38,11 +35,6 @@ class Front:
         """Whether there is a chat template."""
         return self.api.tokenizer.has_chat_template
 
-    @property
-    def tally(self) -> Tally:
-        """What it has counted."""
-        return self.api.tally
-
 
 @contextlib.asynccontextmanager
 async def open_front(
@@ -50,9 +42,7 @@ async def open_front(
     service: EngineService,
     ready: Ready,
     *,
-    tokenizers: int,
     started: float,
-    peers: Peers | None = None,
 ) -> AsyncIterator[Front]:
     """Have it for as long as the context lasts, with so many tokenizer processes; raises ModelError.
 
@@ -61,28 +51,15 @@ async def open_front(
     model = ready.model
     if config.served_model_name:
         model = msgspec.structs.replace(model, name=config.served_model_name[0])
-    tokenizing = TokenizerSetup(
-        model=model,
-        folder=ready.folder,
-        standin=config.dummy_weight and not Tokenizer.exists(Path(ready.folder)),
-        max_live=service.max_live,
-        names=config.served_model_name,
-        log_level=config.log_level,
-    )
-    preparation = tokenizing.preparation()
-    pool = await TokenizerPool.start(tokenizing, tokenizers) if tokenizers else None
-    grammars = GrammarCompiler(Path(ready.folder), model.vocab_size, model.eos_token_ids)
-    api = Api(
-        service=service,
-        preparation=preparation,
-        preparer=pool or ThreadPreparer(preparation),
-        peers=peers or Alone(),
-        check_grammar=None if tokenizing.standin else grammars.check,
-    )
+    folder = Path(ready.folder)
+    standin = config.dummy_weight and not Tokenizer.exists(folder)
+    tokenizer = make_standin(model.vocab_size) if standin else Tokenizer.load(folder)
+    grammars = GrammarCompiler(folder, model.vocab_size, model.eos_token_ids)
+    check = None if standin else grammars.check
+    preparation = Preparation(model, tokenizer, service.max_live, config.served_model_name, check)
+    api = Api(service=service, preparation=preparation)
     app = with_door(make_app(api, Setup(config, ready.notes, ready.folder, started)), service.metrics, config)
     try:
-        yield Front(app, api, tokenizing.standin)
+        yield Front(app, api, standin)
     finally:
         grammars.close()
-        if pool is not None:
-            await pool.close()

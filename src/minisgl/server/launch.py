@@ -99,7 +99,7 @@ async def serve_engine(
     from minisgl.server.status import report_status
 
     service = engine.service
-    async with open_front(config, service, ready, tokenizers=config.num_tokenizer, started=started) as front:
+    async with open_front(config, service, ready, started=started) as front:
         if front.standin:
             tell_of_standin(ready.folder)
 
