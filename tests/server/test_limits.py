@@ -7,17 +7,22 @@ import contextlib
 import json
 import re
 import socket
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from starlette.types import ASGIApp, Receive, Scope, Send
+
 from helpers.serving import Serving, serve_and
+from minisgl.config import Config
 from minisgl.errors import InvalidRequestError
 from minisgl.server import wire
 from minisgl.server.board import Held
 from minisgl.server.errors import OverloadedError, QueueFullError
+from minisgl.server.http import HttpServer
 from minisgl.server.limits import Limits, Queue
 from minisgl.server.protocol import MAX_MESSAGES
 from minisgl.types import Request, SamplingParams
@@ -186,6 +191,63 @@ def test_a_client_that_works_slowly_is_not_cut_off(tmp_path: Path, monkeypatch: 
         assert (await server.http.get("/version")).status_code == 200
 
     serve_and(tmp_path, check, delay=0.04)
+
+
+@contextlib.asynccontextmanager
+async def serving_app(app: ASGIApp, write_timeout: float = 30.0) -> AsyncIterator[int]:
+    """Any application under the server's own protocol; the port."""
+    listening = asyncio.Event()
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = HttpServer(app, listening.set, Config(write_timeout=write_timeout))
+    running = asyncio.create_task(server.serve([listener]))
+    await listening.wait()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        server.should_exit = True
+        await running
+
+
+def test_a_client_that_reads_on_after_a_pause_is_not_cut_off() -> None:
+    sizes, resumed = (2**23, 10), asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"8388618")]})
+        await send({"type": "http.response.body", "body": b"x" * sizes[0], "more_body": True})  # until it is read
+        resumed.set()
+        await asyncio.sleep(0.6)  # twice the timeout
+        await send({"type": "http.response.body", "body": b"x" * sizes[1]})
+
+    async def main() -> None:
+        async with asyncio.timeout(30), serving_app(app, write_timeout=0.3) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            assert not resumed.is_set()
+            assert len((await reader.read(-1)).partition(b"\r\n\r\n")[2]) == sum(sizes)
+            writer.close()
+
+    asyncio.run(main())
+
+
+def test_a_client_is_not_cut_off_while_the_server_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "READ_TIMEOUT", 0.2)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.6)  # three times the timeout
+        size, more = 0, True
+        while more:
+            message = await receive()
+            assert message["type"] == "http.request"
+            size, more = size + len(message["body"]), message["more_body"]
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"x-size", str(size).encode())]})
+        await send({"type": "http.response.body"})
+
+    async def main() -> None:
+        async with asyncio.timeout(30), serving_app(app) as port, httpx.AsyncClient() as client:
+            answer = await client.post(f"http://127.0.0.1:{port}/", content=b"x" * 2**22)
+            assert answer.headers["x-size"] == str(2**22)
+
+    asyncio.run(main())
 
 
 def test_a_client_that_does_not_read_its_answer_frees_its_pages(tmp_path: Path) -> None:
