@@ -6,60 +6,25 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 from minisgl.errors import InvalidRequestError, UnsupportedParameterError
-from minisgl.server.errors import RetryLaterError
-from minisgl.server.peers import Alone, Peers
+from minisgl.server.engine_client import EngineClient
 from minisgl.server.preparation import Preparation
 from minisgl.server.prepared import Converted, Kind, Prepared
-from minisgl.server.service import EngineService
-from minisgl.server.tally import Tally
 from minisgl.tokenizer.tokenizer import Tokenizer
 from minisgl.types import Grammar, ModelInfo
-
-
-class Preparer(Protocol):
-    """Does what `Preparation` does, off the event loop. `num_processes` of its own are ready."""
-
-    @property
-    def num_processes(self) -> int:
-        """Processes that do nothing else."""
-
-    async def prepare(self, kind: Kind, body: bytes) -> Prepared | Converted:
-        """What a body asks for; raises InvalidRequestError."""
-
-    def check(self) -> None:
-        """Raise a MinisglError when it cannot do that any more."""
-
-
-class ThreadPreparer:
-    """Prepares in threads of this process."""
-
-    def __init__(self, preparation: Preparation) -> None:
-        self._preparation = preparation
-        self.num_processes = 0
-
-    async def prepare(self, kind: Kind, body: bytes) -> Prepared | Converted:
-        """What a body asks for; raises InvalidRequestError."""
-        return await asyncio.to_thread(self._preparation.prepare, kind, body)
-
-    def check(self) -> None:
-        """A thread is always there."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Api:
     """One served model. `created` is a Unix time in s, `health_timeout` in s.
 
-    `peers` are the API processes beside this one. `check_grammar` raises InvalidRequestError for a grammar that cannot
+    `check_grammar` raises InvalidRequestError for a grammar that cannot
     be enforced; without it none can be.
     """
 
-    service: EngineService
+    service: EngineClient
     preparation: Preparation
-    preparer: Preparer
-    peers: Peers = dataclasses.field(default_factory=Alone)
     health_timeout: float = 5.0
     check_grammar: Callable[[Grammar], None] | None = None
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
@@ -88,11 +53,6 @@ class Api:
             await asyncio.to_thread(self.require_grammar, grammar, prepared.grammar_field)
         return prepared
 
-    @property
-    def tally(self) -> Tally:
-        """What this process has counted."""
-        return Tally.of(self.service.metrics, self.service.queue, self.preparer.num_processes)
-
     async def convert(self, kind: Kind, body: bytes) -> bytes:
         """The JSON that answers a request that generates nothing; raises InvalidRequestError."""
         converted = await self._prepare(kind, body)
@@ -100,15 +60,8 @@ class Api:
         return converted.json
 
     async def _prepare(self, kind: Kind, body: bytes) -> Prepared | Converted:
-        metrics = self.service.metrics
-        metrics.preparing += 1
-        try:
-            return await self.preparer.prepare(kind, body)
-        except RetryLaterError as error:
-            metrics.on_rejected(str(error.code))
-            raise
-        finally:
-            metrics.preparing -= 1
+        with self.service.metrics.preparing.track_inprogress():
+            return await asyncio.to_thread(self.preparation.prepare, kind, body)
 
     def require_grammar(self, grammar: Grammar, param: str | None) -> None:
         """Raise InvalidRequestError for a grammar that cannot be enforced; errors name `param`, where it comes from."""

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import AsyncGenerator, Iterable, Sequence
 
 from minisgl.errors import EngineDeadError, InvalidRequestError
+from minisgl.server.engine_client import ENGINE_DIED, EngineClient
 from minisgl.server.logprobs import Scored
 from minisgl.server.responses import Usage
-from minisgl.server.service import ENGINE_DIED, EngineService
 from minisgl.tokenizer.detokenize import shown_tokens
 from minisgl.tokenizer.tokenizer import Tokenizer
 from minisgl.types import FinishReason, Request, TokenEvent, TokenLogprobs
@@ -93,7 +93,7 @@ class Generation:
 
     def __init__(
         self,
-        service: EngineService,
+        service: EngineClient,
         tokenizer: Tokenizer,
         requests: Sequence[Request],
         *,
