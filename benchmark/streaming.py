@@ -23,7 +23,7 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from minisgl.engine.messages import (
+from minisgl.server.process_messages import (
     Abort,
     Add,
     Attach,

@@ -124,7 +124,6 @@ SPELLINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--host 0.0.0.0", {"host": "0.0.0.0"}),
     ("--port 8000", {"port": 8000}),
     ("--api-workers 3", {"api_workers": 3}),
-    ("--num-tokenizer 2", {"num_tokenizer": 2}),
     ("--shell", {"shell": True}),
     ("--shell-mode", {"shell": True}),
     ("--max-prefill-length 64", {"max_prefill_length": 64}),

@@ -145,10 +145,6 @@ def test_resolving_is_pure() -> None:
         ({"tp": 0}, "--tp must be at least 1"),
         ({"api_workers": 0}, "--api-workers must be between 1 and 64, got 0"),
         ({"api_workers": 65}, "--api-workers must be between 1 and 64, got 65"),
-        (
-            {"api_workers": 3, "num_tokenizer": 2},
-            "--num-tokenizer 2 is shared among --api-workers 3: give each at least",
-        ),
         ({"all_reduce": "ring"}, "--all-reduce must be one of auto, fused, symmetric, nccl"),
         (
             {"all_reduce_crossovers": "96"},

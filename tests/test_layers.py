@@ -36,7 +36,9 @@ SIDEWAYS = {("cli", "bench"), ("bench", "cli")}
 
 TORCHLESS_PACKAGES = ("cache", "tokenizer", "grammar", "server", "types", "config", "cli")
 TORCHLESS = tuple(f"minisgl.{part}" for part in TORCHLESS_PACKAGES)
-TORCHLESS_ENGINE = tuple(f"minisgl.engine.{m}" for m in ("plan", "messages", "table", "policy", "scheduler", "engine"))
+TORCHLESS_ENGINE = tuple(f"minisgl.engine.{m}" for m in ("plan", "table", "policy", "scheduler", "engine"))
+ENGINE_PROCESS = "minisgl.server.engine_process"
+"""The one module of the server that has the engine; nothing imports it."""
 
 MUTABLE_CALLS = {"list", "dict", "set", "bytearray", "defaultdict", "deque", "Counter", "OrderedDict"}
 READ_ONLY = ("Final", "Mapping", "tuple", "Sequence", "frozenset")
@@ -111,18 +113,19 @@ def test_module_imports_only_from_its_package_and_lower_layers(module: str) -> N
 
 @pytest.mark.parametrize("module", [m for m in MODULES if under(m, TORCHLESS + TORCHLESS_ENGINE)])
 def test_module_loads_without_torch(module: str) -> None:
-    assert not {name for name in reached(module) if name.split(".")[0] in ("torch", "triton")}
+    found = {name for name in reached(module) if name.split(".")[0] in ("torch", "triton")}
+    assert not found or module == ENGINE_PROCESS
 
 
 @pytest.mark.parametrize("module", [m for m in MODULES if under(m, ("minisgl.server", "minisgl.tokenizer"))])
 def test_faces_never_import_torch_models_or_ops(module: str) -> None:
     banned = ("torch", "minisgl.models", "minisgl.ops")
-    assert not [(name, line) for name, line in imports(tree(module)) if under(name, banned)]
+    assert not [(name, line) for name, line in imports(tree(module)) if under(name, (*banned, ENGINE_PROCESS))]
 
 
 @pytest.mark.parametrize("path", [*MODULES.values(), *sorted(TESTS.rglob("*.py"))], ids=lambda p: p.name)
-def test_no_file_is_over_400_lines(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 400
+def test_no_file_is_over_600_lines(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 600
 
 
 def is_mutable(value: ast.expr | None) -> bool:
@@ -172,4 +175,4 @@ def test_the_checks_see_what_they_forbid() -> None:
     assert [name for name, _ in imports(bad, runtime_only=True)] == ["torch", "minisgl.ops"]
     values = [node.value for node in ast.parse("[]\n{}\ndict()\ncollections.deque()\n()\n'a'\n{x for x in y}").body]  # type: ignore[attr-defined]
     assert [is_mutable(value) for value in values] == [True, True, True, True, False, False, True]
-    assert {"minisgl.types", "minisgl.errors", "msgspec"} <= reached("minisgl.engine.messages")
+    assert {"minisgl.types", "minisgl.errors", "msgspec"} <= reached("minisgl.server.process_messages")

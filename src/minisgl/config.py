@@ -142,10 +142,6 @@ class Config:
         None, "--max-queued-tokens", help="prompt tokens that may wait for their first token; more get 429"
     )
     api_workers: int = setting(1, "--api-workers", help="processes that speak HTTP, in front of one engine")
-    num_tokenizer: int = setting(
-        0, "--num-tokenizer",
-        help="processes that template and tokenise requests, shared among the API processes; 0: threads of those",
-    )  # fmt: skip
     request_timeout: float | None = setting(
         None, "--request-timeout", help="seconds a request may take, queue included; then it ends with 504"
     )
@@ -250,6 +246,11 @@ def cache_folder(environ: Mapping[str, str] = os.environ) -> str:
     return environ.get("MINISGL_CACHE") or os.path.join(base, "minisgl")
 
 
+def environment_with(**more: str) -> dict[str, str]:
+    """The environment for a process that is to have these variables too."""
+    return {**os.environ, **more}
+
+
 def check(config: Config) -> None:
     """Raise ConfigError for a value no machine or model could honour."""
 
@@ -272,12 +273,6 @@ def check(config: Config) -> None:
         value = getattr(config, name)
         need(value is None or value >= 0, name, "at least 0")
     need(1 <= config.api_workers <= 64, "api_workers", "between 1 and 64")
-    need(0 <= config.num_tokenizer <= 64, "num_tokenizer", "between 0 and 64")
-    if 0 < config.num_tokenizer < config.api_workers:
-        raise ConfigError(
-            f"--num-tokenizer {config.num_tokenizer} is shared among --api-workers {config.api_workers}: "
-            "give each at least one, or 0 for threads"
-        )
     need(0 <= config.port < 65536, "port", "between 0 and 65535")
     for name in ("request_timeout", "write_timeout"):
         value = getattr(config, name)

@@ -13,12 +13,13 @@ from helpers.serving import Web, web
 from helpers.simulation import simulated_engine
 from minisgl.bench.steps import Relay
 from minisgl.config import Config
-from minisgl.engine import process
 from minisgl.engine.build import Built
 from minisgl.engine.constraint import ConstraintFactory
 from minisgl.engine.engine import Engine
 from minisgl.engine.plan import Executor, StepResult
-from minisgl.engine.process import EngineServer, StartLine
+from minisgl.server import engine_process
+from minisgl.server.engine_process import EngineServer
+from minisgl.server.process_messages import EngineSetup
 
 
 class FailingExecutor(Relay):
@@ -48,7 +49,7 @@ class EngineThread:
     def run(self, to_engine: str, from_engine: str) -> None:
         """Serve until `gone`."""
         try:
-            EngineServer(StartLine(Config(), to_engine, from_engine), self.gone).run()
+            EngineServer(EngineSetup(Config(), to_engine, from_engine), self.gone).run()
         except RuntimeError as error:
             self.failure = error
 
@@ -80,7 +81,7 @@ async def simulated(
     engine.constraints = constraints
     if fail_at is not None:
         engine.executor = FailingExecutor(engine.executor, fail_at)
-    patch(process, "build_engine", lambda config, **options: Built(engine, folder, ()))
+    patch(engine_process, "build_engine", lambda config, **options: Built(engine, folder, ()))
     thread = EngineThread(engine)
     async with web(folder, engine.model, thread.start, max_live=4096, **(flags or {})) as side:
         yield side, thread

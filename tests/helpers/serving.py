@@ -19,13 +19,11 @@ from helpers.stub_engine import StubEngine
 from helpers.tiny_tokenizers import write_tokenizer
 from minisgl.config import Config
 from minisgl.server.admin import Setup
+from minisgl.server.api_process import HttpServer
 from minisgl.server.app import make_app
-from minisgl.server.child import socket_folder
-from minisgl.server.door import with_door
-from minisgl.server.http import HttpServer
-from minisgl.server.limits import Limits, Queue
+from minisgl.server.engine_client import EngineClient, Limits, socket_folder
+from minisgl.server.middleware import with_middleware
 from minisgl.server.preparation import Api, Preparation
-from minisgl.server.service import EngineService
 from minisgl.tokenizer.tokenizer import Tokenizer
 from minisgl.types import Grammar, ModelInfo
 
@@ -40,7 +38,7 @@ MODEL = "stub-model"
 class Serving:
     """Handles on everything a test may want to look at."""
 
-    service: EngineService
+    service: EngineClient
     engine: StubEngine
     tokenizer: Tokenizer
     http: httpx.AsyncClient
@@ -63,7 +61,7 @@ class Serving:
 class Web:
     """The HTTP side of a server, on a port of its own, and clients for it."""
 
-    service: EngineService
+    service: EngineClient
     tokenizer: Tokenizer
     http: httpx.AsyncClient
     openai: AsyncOpenAI
@@ -92,7 +90,7 @@ async def web(
     tokenizer = Tokenizer.load(write_tokenizer(folder, template=template, add_bos=add_bos))
     sockets = socket_folder()
     to_engine, from_engine = f"ipc://{sockets}/to", f"ipc://{sockets}/from"
-    service = EngineService(to_engine, from_engine, Queue(dataclasses.replace(Limits.of(config), live=max_live)))
+    service = EngineClient(to_engine, from_engine, dataclasses.replace(Limits.of(config), live=max_live))
     # With the protocol named asyncio switches off Nagle's delay on each connection, as it does in production.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
@@ -100,9 +98,9 @@ async def web(
     port = listener.getsockname()[1]
     listening = asyncio.Event()
     setup = Setup(config, ["stub = on"], str(folder), time.monotonic())
-    preparation = Preparation(model, tokenizer, service.max_live, config.served_model_name, check_grammar)
+    preparation = Preparation(model, tokenizer, service.limits.live, config.served_model_name, check_grammar)
     api = Api(service=service, preparation=preparation, health_timeout=health_timeout)
-    server = HttpServer(with_door(make_app(api, setup), service.metrics, config), listening.set, config)
+    server = HttpServer(with_middleware(make_app(api, setup), service.metrics, config), listening.set, config)
     url = f"http://127.0.0.1:{port}" if config.ssl_certfile is None else f"https://127.0.0.1:{port}"
     verify = config.ssl_certfile is None or ssl.create_default_context(cafile=config.ssl_certfile)
     try:

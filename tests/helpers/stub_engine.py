@@ -17,20 +17,24 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from minisgl.engine.messages import (
+from minisgl.server.process_messages import (
     Abort,
+    AbortedElsewhere,
+    AbortElsewhere,
     Add,
     Attach,
+    CacheFlushed,
     Detach,
     Events,
     Failed,
-    Flush,
-    Flushed,
+    FlushCache,
     FromEngine,
     Ping,
     Pong,
     Ready,
+    Revoked,
     ToEngine,
+    belongs_to,
 )
 from minisgl.tokenizer.tokenizer import Tokenizer
 from minisgl.types import EngineStats, FinishReason, ModelInfo, Request, TokenEvent, TokenLogprobs
@@ -108,8 +112,14 @@ class StubEngine:
                 case Ping(nonce, link):
                     if not self.deaf:
                         await self.send(Pong(nonce, self.stats()), link)
-                case Flush(nonce, link):
-                    await self.send(Flushed(nonce, 7), link)
+                case FlushCache(nonce, link):
+                    await self.send(CacheFlushed(nonce, 7), link)
+                case AbortElsewhere(nonce, link, answer_id):
+                    others = [name for name in self.live if self._owners[name] != link and belongs_to(name, answer_id)]
+                    for name in others:
+                        await self.send(Revoked([name]), self._owners[name])
+                    await self._abort(others)
+                    await self.send(AbortedElsewhere(nonce, len(others)), link)
                 case Attach(link, to_engine, from_engine):
                     self._connect(link, to_engine, from_engine)
                     await self.send(self.ready, link)
@@ -198,7 +208,7 @@ def prompt_scored(request: Request) -> tuple[TokenLogprobs | None, ...]:
 
 
 async def serve_process() -> None:
-    """What `python -m minisgl.engine.process` does, with a stub."""
+    """What `python -m minisgl.server.engine_process` does, with a stub."""
     start = msgspec.json.decode(sys.stdin.buffer.readline())
     folder = Path(start["config"]["model"])
     mode = os.environ.get("STUB_MODE", "")

@@ -10,7 +10,9 @@ import threading
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from helpers.engine_thread import simulated
 from helpers.serving import Serving, Web, serve_and
@@ -88,7 +90,9 @@ def test_a_thousand_clients_that_vanish_leave_nothing(tmp_path: Path, monkeypatc
             assert thread.engine.cache.available == 200
             answer = await side.http.post("/v1/completions", json=body(10, 5, False, 1))
             assert answer.json()["usage"]["completion_tokens"] == 5
-            aborted = side.service.metrics.finished["abort"]
+            labels = {"finished_reason": "abort"}
+            aborted = side.service.metrics.registry.get_sample_value("minisgl:request_success_total", labels)
+            assert aborted is not None
             assert 200 < aborted <= 1000
 
     asyncio.run(main())
@@ -122,12 +126,51 @@ def test_nobody_waits_for_somebody_elses_grammar(tmp_path: Path, monkeypatch: py
     asyncio.run(main())
 
 
+def test_a_request_aborted_while_its_grammar_is_compiled_never_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, gate, done = threading.Event(), threading.Event(), threading.Event()
+
+    class Anything:
+        """Allows every token."""
+
+        def fill(self, mask: NDArray[np.int32]) -> None:
+            mask.fill(-1)
+
+        def accept(self, token: int) -> bool:
+            return True
+
+    def factory(grammar: Grammar) -> Constraint:
+        begun.set()
+        assert gate.wait(20)
+        done.set()
+        return Anything()
+
+    async def main() -> None:
+        serving = simulated(tmp_path, monkeypatch.setattr, constraints=factory)
+        async with asyncio.timeout(30), serving as (side, thread):
+            params = SamplingParams(max_tokens=50, grammar=Grammar(kind="regex", source="x"))
+            with side.service.submit([Request(id="a", prompt=[9, 10], params=params)]):
+                await asyncio.to_thread(begun.wait, 20)
+            assert (await side.service.ping(5)).waiting == 0
+            gate.set()
+            await asyncio.to_thread(done.wait, 20)
+            for _ in range(3):  # each is answered between two steps
+                stats = await side.service.ping(5)
+            assert (stats.running, stats.waiting, stats.prompt_tokens) == (0, 0, 0)
+            assert nothing_left(side, thread.engine)
+
+    asyncio.run(main())
+
+
 def test_an_engine_that_hangs_turns_health_red_and_green_again(tmp_path: Path) -> None:
     async def check(server: Serving) -> None:
         server.engine.deaf = True
         assert (await server.http.get("/health")).json()["error"]["code"] == "engine_unavailable"
         server.engine.deaf = False
-        assert (await server.http.get("/health")).status_code == 200
+        for _ in range(5):
+            assert (await server.http.get("/health")).status_code == 200
+        assert server.service._answers == {}, "no question is kept after its answer, or without one"
 
     serve_and(tmp_path, check, health_timeout=0.1)
 

@@ -22,9 +22,8 @@ from helpers.stub_engine import DEADLY_PROMPT
 from helpers.tiny_tokenizers import write_tokenizer
 from minisgl.config import Config
 from minisgl.errors import ConfigError, EngineDeadError, ModelError
-from minisgl.server.child import ENGINE_COMMAND, launch_engine
-from minisgl.server.launch import handle_signals, serve
-from minisgl.server.listen import address, listen_socket
+from minisgl.server.engine_client import ENGINE_COMMAND, EngineProcess
+from minisgl.server.launch import address, handle_signals, listen_socket, serve
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -82,8 +81,11 @@ def launch(folder: Path, **environment: str) -> None:
 
     async def main() -> None:
         command = ["env", *(f"{k}={v}" for k, v in environment.items()), *STUB]
-        engine, _ = await launch_engine(Config(model=str(folder)), lambda _: None, command)
-        await engine.stop()
+        engine = await EngineProcess.start(Config(model=str(folder)), command)
+        try:
+            await engine.ready(lambda _: None)
+        finally:
+            await engine.stop()
 
     asyncio.run(main())
 
@@ -118,8 +120,6 @@ def test_waiting_for_a_slow_engine_is_told_about(tmp_path: Path) -> None:
     async def main() -> list[float]:
         told: list[float] = []
         sleeper = [sys.executable, "-c", "import sys, time; time.sleep(0.5); sys.exit(4)"]
-        from minisgl.server.child import EngineProcess
-
         engine = await EngineProcess.start(Config(), sleeper)
         with pytest.raises(EngineDeadError):
             await engine.ready(told.append, every=0.1)
@@ -152,7 +152,7 @@ def test_the_url_is_one_that_can_be_opened(host: str, shown: str) -> None:
 
 def test_neither_torch_nor_transformers_is_imported() -> None:
     code = (
-        "import sys, minisgl.server.app, minisgl.server.http, minisgl.server.launch, minisgl.tokenizer.tokenizer\n"
+        "import sys, minisgl.server.api_process, minisgl.server.launch\n"
         "print(sorted({'torch', 'transformers', 'minisgl.models', 'minisgl.ops'} & set(sys.modules)))"
     )
     result: Any = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -7,18 +7,22 @@ import contextlib
 import json
 import re
 import socket
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from helpers.serving import Serving, serve_and
+from minisgl.config import Config
 from minisgl.errors import InvalidRequestError
-from minisgl.server import wire
-from minisgl.server.board import Held
+from minisgl.server import middleware
+from minisgl.server.api_process import HttpServer
+from minisgl.server.engine_client import Limits, Queue
 from minisgl.server.errors import OverloadedError, QueueFullError
-from minisgl.server.limits import Limits, Queue
+from minisgl.server.metrics import Metrics
 from minisgl.server.protocol import MAX_MESSAGES
 from minisgl.types import Request, SamplingParams
 
@@ -30,7 +34,7 @@ def requests(count: int, tokens: int = 10) -> list[Request]:
 
 
 def test_the_queue_takes_what_its_limits_allow_and_no_more() -> None:
-    queue = Queue(Limits(live=8, max_queued_requests=2, max_queued_tokens=30))
+    queue = Queue(Limits(live=8, max_queued_requests=2, max_queued_tokens=30), Metrics())
     queue.check(requests(3))  # nothing waits: whatever the server can keep
     queue.enter(10)
     queue.check(requests(1))
@@ -39,7 +43,7 @@ def test_the_queue_takes_what_its_limits_allow_and_no_more() -> None:
     with pytest.raises(QueueFullError, match="prompts of 10 tokens"):
         queue.check(requests(1, tokens=21))
     queue.leave(10, waited=3.0)
-    assert queue.whole == Held(requests=0, tokens=0, live=1)
+    assert (queue.requests, queue.tokens, queue.live) == (0, 0, 1)
     for _ in range(7):
         queue.enter(1)
         queue.leave(1)
@@ -50,7 +54,7 @@ def test_the_queue_takes_what_its_limits_allow_and_no_more() -> None:
 
 
 def test_who_is_turned_away_is_told_to_wait_as_long_as_others_did() -> None:
-    queue = Queue(Limits())
+    queue = Queue(Limits(), Metrics())
     assert queue.retry_after == 1
     for _ in range(50):
         queue.enter(1)
@@ -71,7 +75,8 @@ def test_a_full_queue_answers_429_and_takes_requests_again_later(tmp_path: Path,
         answer = await server.http.post("/v1/completions", json=body)
         assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
         assert 1 <= int(answer.headers["retry-after"]) <= 60
-        assert server.service.metrics.rejected == {"queue_full": 1}
+        page = (await server.http.get("/metrics")).text
+        assert 'request_rejected_total{model_name="stub-model",reason="queue_full"} 1.0' in page
         assert [r.status_code for r in await asyncio.gather(*waiting)] == [200, 200]
         assert (server.service.queue.requests, server.service.queue.tokens) == (0, 0)
         assert (await server.http.post("/v1/completions", json=body)).status_code == 200
@@ -93,7 +98,8 @@ def test_a_request_that_takes_too_long_ends_with_504_and_frees_what_it_held(tmp_
         await server.until(lambda: not server.engine.live)
         assert len(server.engine.aborted) == 2
         assert server.service.num_live == 0
-        assert server.service.metrics.finished["timeout"] == 2
+        page = (await server.http.get("/metrics")).text
+        assert 'request_success_total{finished_reason="timeout",model_name="stub-model"} 2.0' in page
         assert (await server.http.post("/v1/completions", json={**body, "max_tokens": 2})).status_code == 200
 
     serve_and(tmp_path, check, delay=0.02, request_timeout=0.8)
@@ -113,7 +119,7 @@ def test_a_conversation_has_a_limit_of_messages(tmp_path: Path) -> None:
 def test_too_large_a_head_is_refused(tmp_path: Path, whole: bool) -> None:
     async def check(server: Serving) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-        writer.write(b"GET /version HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * (wire.HEAD_LIMIT * 8))
+        writer.write(b"GET /version HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * (middleware.HEAD_LIMIT * 8))
         if whole:
             writer.write(b"\r\n\r\n")
         head = await reader.readuntil(b"\r\n\r\n")
@@ -125,7 +131,7 @@ def test_too_large_a_head_is_refused(tmp_path: Path, whole: bool) -> None:
 
 
 @pytest.mark.parametrize("before", [b"", b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n"])
-@pytest.mark.parametrize(("length", "status"), [(wire.HEAD_LIMIT, b"200"), (wire.HEAD_LIMIT + 1, b"431")])
+@pytest.mark.parametrize(("length", "status"), [(middleware.HEAD_LIMIT, b"200"), (middleware.HEAD_LIMIT + 1, b"431")])
 def test_a_head_is_refused_by_its_size_however_it_comes(
     tmp_path: Path, before: bytes, length: int, status: bytes
 ) -> None:
@@ -165,7 +171,7 @@ def test_what_is_not_http_is_answered_in_openais_form(tmp_path: Path) -> None:
     ids=["nothing", "half a head", "half a body"],
 )
 def test_a_client_that_falls_silent_is_cut_off(tmp_path: Path, data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "READ_TIMEOUT", 0.2)
+    monkeypatch.setattr(middleware, "READ_TIMEOUT", 0.2)
 
     async def check(server: Serving) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
@@ -178,7 +184,7 @@ def test_a_client_that_falls_silent_is_cut_off(tmp_path: Path, data: bytes, monk
 
 
 def test_a_client_that_works_slowly_is_not_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "READ_TIMEOUT", 0.2)
+    monkeypatch.setattr(middleware, "READ_TIMEOUT", 0.2)
 
     async def check(server: Serving) -> None:
         answer = await server.http.post("/v1/completions", json={"prompt": "hi", "max_tokens": 20})
@@ -186,6 +192,63 @@ def test_a_client_that_works_slowly_is_not_cut_off(tmp_path: Path, monkeypatch: 
         assert (await server.http.get("/version")).status_code == 200
 
     serve_and(tmp_path, check, delay=0.04)
+
+
+@contextlib.asynccontextmanager
+async def serving_app(app: ASGIApp, write_timeout: float = 30.0) -> AsyncIterator[int]:
+    """Any application under the server's own protocol; the port."""
+    listening = asyncio.Event()
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = HttpServer(app, listening.set, Config(write_timeout=write_timeout))
+    running = asyncio.create_task(server.serve([listener]))
+    await listening.wait()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        server.should_exit = True
+        await running
+
+
+def test_a_client_that_reads_on_after_a_pause_is_not_cut_off() -> None:
+    sizes, resumed = (2**23, 10), asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"8388618")]})
+        await send({"type": "http.response.body", "body": b"x" * sizes[0], "more_body": True})  # until it is read
+        resumed.set()
+        await asyncio.sleep(0.6)  # twice the timeout
+        await send({"type": "http.response.body", "body": b"x" * sizes[1]})
+
+    async def main() -> None:
+        async with asyncio.timeout(30), serving_app(app, write_timeout=0.3) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            assert not resumed.is_set()
+            assert len((await reader.read(-1)).partition(b"\r\n\r\n")[2]) == sum(sizes)
+            writer.close()
+
+    asyncio.run(main())
+
+
+def test_a_client_is_not_cut_off_while_the_server_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "READ_TIMEOUT", 0.2)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.6)  # three times the timeout
+        size, more = 0, True
+        while more:
+            message = await receive()
+            assert message["type"] == "http.request"
+            size, more = size + len(message["body"]), message["more_body"]
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"x-size", str(size).encode())]})
+        await send({"type": "http.response.body"})
+
+    async def main() -> None:
+        async with asyncio.timeout(30), serving_app(app) as port, httpx.AsyncClient() as client:
+            answer = await client.post(f"http://127.0.0.1:{port}/", content=b"x" * 2**22)
+            assert answer.headers["x-size"] == str(2**22)
+
+    asyncio.run(main())
 
 
 def test_a_client_that_does_not_read_its_answer_frees_its_pages(tmp_path: Path) -> None:

@@ -13,8 +13,7 @@ from helpers.certificates import write_certificate
 from helpers.serving import Serving, serve_and
 from minisgl.config import Config
 from minisgl.errors import ConfigError
-from minisgl.server.launch import serve
-from minisgl.server.listen import address, check_certificate, check_public, listen_socket
+from minisgl.server.launch import address, check_certificate, check_public, listen_socket, serve
 
 
 def test_tls_with_the_operators_certificate(tmp_path: Path) -> None:

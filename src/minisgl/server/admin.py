@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import msgspec
 from starlette.requests import Request
@@ -15,8 +14,9 @@ from starlette.responses import Response
 from minisgl import __version__
 from minisgl.config import Config
 from minisgl.errors import EngineDeadError, InvalidRequestError
-from minisgl.server.errors import DrainingError
-from minisgl.server.exposition import CONTENT_TYPE, render
+from minisgl.server.engine_client import DRAIN_RETRY_SECONDS
+from minisgl.server.errors import ApiProcessError, DrainingError
+from minisgl.server.metrics import CONTENT_TYPE, ApiProcesses, MetricsPage
 from minisgl.server.openapi import ApiRoute
 from minisgl.server.preparation import Api
 from minisgl.server.responses import (
@@ -31,8 +31,6 @@ from minisgl.server.responses import (
     Version,
     json_response,
 )
-from minisgl.server.service import DRAIN_RETRY_SECONDS
-from minisgl.server.tally import Tally
 
 SCRAPE_TIMEOUT = 1.0
 """Seconds that /metrics waits for the engine's counts; an engine in a longer step shows those it gave last."""
@@ -47,26 +45,25 @@ class Setup:
     notes: Sequence[str]
     folder: str
     started: float  # s, on the monotonic clock
-
-    def shown(self) -> dict[str, Any]:
-        """The configuration without secrets: of the keys only how many there are."""
-        return {**dataclasses.asdict(self.config), "api_key": f"{len(self.config.api_key)} set"}
+    processes: ApiProcesses = dataclasses.field(default_factory=ApiProcesses)
 
 
 def admin_routes(api: Api, setup: Setup) -> list[ApiRoute]:
     """The operator's endpoints of one server."""
-    service = api.service
+    client, model = api.service, api.model
 
     async def health(_: Request) -> Response:
-        """200 when engine and API processes answer in time and prompts can be tokenised, else 503."""
-        stats = await service.ping(api.health_timeout)
+        """200 when the engine and all API processes answer in time, else 503."""
+        stats = await client.ping(api.health_timeout)
+        if silent := setup.processes.num_silent:
+            raise ApiProcessError(f"{silent} of the API processes do not answer")
         return json_response(Health(running=stats.running, waiting=stats.waiting))
 
     async def ready(_: Request) -> Response:
         """200 when new requests are taken, 503 when the server is going down or the engine is gone."""
-        if service.dead is not None:
-            raise service.dead
-        if service.draining:
+        if client.dead is not None:
+            raise client.dead
+        if client.draining:
             raise DrainingError("the server is shutting down", DRAIN_RETRY_SECONDS)
         return json_response(IsReady())
 
@@ -75,24 +72,23 @@ def admin_routes(api: Api, setup: Setup) -> list[ApiRoute]:
         return json_response(Version(__version__))
 
     async def server_info(_: Request) -> Response:
-        """Configuration, the engine's choices, its counts, and how long the server runs (s)."""
-        stats = await service.ping(api.health_timeout)
-        held = service.queue.whole
+        """Configuration without secrets, the engine's choices and counts, this process' queue, uptime (s)."""
+        stats = await client.ping(api.health_timeout)
+        config = {**dataclasses.asdict(setup.config), "api_key": f"{len(setup.config.api_key)} set"}
         return json_response(
             ServerInfo(
                 version=__version__,
-                config=setup.shown(),
+                config=config,
                 effective=list(setup.notes),
                 stats=stats,
-                queued=Queued(held.requests, held.tokens),
-                draining=service.draining,
+                queued=Queued(client.queue.requests, client.queue.tokens),
+                draining=client.draining,
                 uptime=round(time.monotonic() - setup.started, 3),
             )
         )
 
     async def model_info(_: Request) -> Response:
         """The model: its names, where its files are, and what it can take."""
-        model = api.model
         return json_response(
             ModelFacts(
                 id=model.name,
@@ -107,18 +103,14 @@ def admin_routes(api: Api, setup: Setup) -> list[ApiRoute]:
 
     async def metrics(_: Request) -> Response:
         """Prometheus' page. It never fails: without the engine it has the engine's last counts."""
-
-        async def ask_engine() -> None:
-            with contextlib.suppress(EngineDeadError):
-                await service.ping(SCRAPE_TIMEOUT)
-
-        await ask_engine()
-        page = render(Tally.of(service.metrics, service.queue, 0), service.stats, service.dead is None, api.model.name)
-        return Response(page, media_type=CONTENT_TYPE)
+        with contextlib.suppress(EngineDeadError):
+            await client.ping(SCRAPE_TIMEOUT)
+        page = MetricsPage(client.metrics, setup.processes, client.stats, client.dead is None, model.name)
+        return Response(page.render(), media_type=CONTENT_TYPE)
 
     async def flush_cache(_: Request) -> Response:
         """Drop every cached page that no request uses."""
-        return json_response(FlushReport(await service.flush_cache(api.health_timeout)))
+        return json_response(FlushReport(await client.flush_cache(api.health_timeout)))
 
     async def abort_request(request: Request) -> Response:
         """End the requests of one answer, or all."""
@@ -132,7 +124,7 @@ def admin_routes(api: Api, setup: Setup) -> list[ApiRoute]:
             raise InvalidRequestError(f"the body cannot be read: {error}", code="invalid_json") from error
         if order.abort_all is (order.rid is not None):
             raise InvalidRequestError("give the answer's id as rid, or abort_all", param="rid")
-        return json_response(Aborted(service.abort(order.rid)))
+        return json_response(Aborted(await client.abort(order.rid, api.health_timeout)))
 
     return [
         ApiRoute(["GET"], "/health", health, "health"),

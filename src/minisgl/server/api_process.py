@@ -1,164 +1,207 @@
-"""An API process among several: HTTP in front of the engine. Started by the launcher, an `ApiSetup` on its stdin.
+"""An API process: HTTP in front of an engine. The launcher is one itself, unless `--api-workers` asks for several.
 
-Messages follow on stdin, and its own go to stdout. The end of stdin means that the launcher is gone: it ends at once.
+Those it starts with a `WorkerSetup` as a line of JSON on stdin. They answer with a line on stdout, a `Serving` or an
+`Unable`, and obey further lines: `stop` (drain), `force` (at once), `engine ended`. The end of stdin means that the
+launcher is gone.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
+import contextlib
+import functools
 import logging
 import os
 import socket
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import msgspec
+import uvicorn
+from starlette.types import ASGIApp
 
-from minisgl.errors import EngineDeadError, MinisglError
-from minisgl.server.api_messages import (
-    AbortedElsewhere,
-    AbortedHere,
-    AbortElsewhere,
-    AbortHere,
-    ApiSetup,
-    AskOthers,
-    Count,
-    Counted,
-    EngineGone,
-    FromApi,
-    Others,
-    Serving,
-    Stop,
-    ToApi,
-    Unable,
-)
-from minisgl.server.board import Board
-from minisgl.server.errors import ApiProcessError
-from minisgl.server.framing import framed, unframed
-from minisgl.server.front import Front, open_front
-from minisgl.server.handoff import HandedServer
-from minisgl.server.http import serve_http
-from minisgl.server.limits import Limits, Queue
-from minisgl.server.service import EngineService
-from minisgl.server.tally import NOTHING, Tally
+from minisgl.config import Config
+from minisgl.errors import ConfigError, EngineDeadError, MinisglError
+from minisgl.grammar.compiler import GrammarCompiler
+from minisgl.server.admin import Setup
+from minisgl.server.app import make_app
+from minisgl.server.engine_client import EngineClient, Limits
+from minisgl.server.metrics import ApiProcesses, Metrics
+from minisgl.server.middleware import BoundedProtocol, with_middleware
+from minisgl.server.preparation import Api, Preparation
+from minisgl.server.process_messages import Serving, Unable, WorkerSetup
+from minisgl.tokenizer.standin import make_standin
+from minisgl.tokenizer.tokenizer import Tokenizer
 
-LAUNCHER_SECONDS = 2.0
-"""What the launcher may take for an answer beyond what it waits for itself."""
+BACKLOG = 2048
+"""Connections that may wait to be accepted."""
+ANSWER_SECONDS = 1.0
+"""How long requests are still answered, with 503, after the engine has ended or was given up."""
 
-T = TypeVar("T", Others, AbortedElsewhere)
+logger = logging.getLogger(__name__)
 
 
-class Launcher:
-    """The line to the launcher: what it orders is done, and it is asked about the other processes (`Peers`)."""
+def listen(listener: socket.socket, write_timeout: float) -> None:
+    """Take connections. What a client that vanished has not acknowledged after `write_timeout` s is given up.
 
-    def __init__(self, stdin: BinaryIO, stdout: BinaryIO, service: EngineService) -> None:
-        self.stop, self.hurry = asyncio.Event(), asyncio.Event()
-        self.engine_gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.front: Front | None = None
-        self._stdin = stdin
-        self._stdout = stdout
-        self._service = service
-        self._numbers = itertools.count(1)
-        self._questions: dict[int, asyncio.Future[Any]] = {}
+    Raises ConfigError when another process took the port while the model loaded.
+    """
+    # Connections inherit it (RFC 5482).
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(write_timeout * 1000))
+    try:
+        listener.listen(BACKLOG)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on the port any more: {error.strerror}") from error
 
-    def send(self, message: FromApi) -> None:
-        """Say something. The launcher reads at all times; when it is gone, so are we."""
-        data = framed(message)
-        while data:
-            data = data[os.write(self._stdout.fileno(), data) :]
 
-    async def listen(self) -> None:
-        """Do what it says for as long as it is there."""
-        loop = asyncio.get_running_loop()
-        stream = asyncio.StreamReader()
-        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stream), self._stdin)
-        decoder: msgspec.msgpack.Decoder[ToApi] = msgspec.msgpack.Decoder(ToApi)
-        async for message in unframed(stream, decoder):
-            self._do(message)
+class HttpServer(uvicorn.Server):
+    """A uvicorn server that says when it listens and leaves the signals to us."""
+
+    def __init__(self, app: ASGIApp, on_listening: Callable[[], None], config: Config) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=functools.partial(BoundedProtocol, write_timeout=config.write_timeout),  # type: ignore[arg-type]
+                ssl_certfile=config.ssl_certfile,
+                ssl_keyfile=config.ssl_keyfile,
+                log_config=None,
+                access_log=False,
+                lifespan="off",
+                ws="none",
+                server_header=False,
+                # asyncio accepts so many at a time: one of several processes is not to take a whole burst.
+                backlog=BACKLOG if config.api_workers == 1 else 1,
+            )
+        )
+        self._write_timeout = config.write_timeout
+        self._on_listening = on_listening
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say so. Raises ConfigError when another process took the port while the model loaded."""
+        assert sockets is not None
+        for listener in sockets:
+            listen(listener, self._write_timeout)
+        await super().startup(sockets)
+        for listener in sockets:
+            listen(listener, self._write_timeout)  # asyncio has set its own backlog
+        self._on_listening()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are the launcher's."""
+        yield
+
+
+async def serve_http(
+    server: HttpServer,
+    listener: socket.socket,
+    client: EngineClient,
+    engine_ended: asyncio.Future[Any],
+    stop: asyncio.Event,
+    force: asyncio.Event,
+    drain_timeout: float,
+) -> None:
+    """Serve until `stop` is set or the engine ends; live requests are answered before this returns.
+
+    After `stop` they may go on for `drain_timeout` s, or until `force`, while new ones get 503; then they end with 503.
+    """
+    loop = asyncio.get_running_loop()
+    serving = asyncio.create_task(server.serve([listener]))
+    stopped, forced = asyncio.create_task(stop.wait()), asyncio.create_task(force.wait())
+    drained: asyncio.Task[None] | None = None
+    try:
+        await asyncio.wait((serving, stopped, engine_ended), return_when=asyncio.FIRST_COMPLETED)
+        deadline = loop.time() + drain_timeout
+        if engine_ended.done():
+            await asyncio.wait((serving, stopped), timeout=ANSWER_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        elif stopped.done():
+            drained = asyncio.create_task(client.drain())
+            over = (drained, serving, forced, engine_ended)
+            await asyncio.wait(over, timeout=drain_timeout, return_when=asyncio.FIRST_COMPLETED)
+            if not drained.done():
+                logger.warning("%d requests are cut short", client.num_live)
+                client.fail("the server is shutting down")
+        server.should_exit = True
+        last_bytes = max(ANSWER_SECONDS, deadline - loop.time()) if drained and client.dead is None else ANSWER_SECONDS
+        await asyncio.wait((serving, forced), timeout=last_bytes, return_when=asyncio.FIRST_COMPLETED)
+        server.force_exit = True
+        await serving
+    finally:
+        for task in (stopped, forced, drained):
+            if task is not None:
+                task.cancel()
+
+
+async def serve_api(
+    config: Config,
+    client: EngineClient,
+    listener: socket.socket,
+    engine_ended: asyncio.Future[Any],
+    stop: asyncio.Event,
+    force: asyncio.Event,
+    on_listening: Callable[[Serving], None],
+    started: float,
+    processes: ApiProcesses,
+) -> None:
+    """Put HTTP in front of an engine, once it is ready; the rest is as in `serve_http`. Raises ModelError."""
+    ready = await client.ready()
+    model, folder = ready.model, Path(ready.folder)
+    if config.served_model_name:
+        model = msgspec.structs.replace(model, name=config.served_model_name[0])
+    has_tokenizer = not config.dummy_weight or Tokenizer.exists(folder)
+    tokenizer = Tokenizer.load(folder) if has_tokenizer else make_standin(model.vocab_size)
+    grammars = GrammarCompiler(folder, model.vocab_size, model.eos_token_ids)
+    check = grammars.check if has_tokenizer else None
+    preparation = Preparation(model, tokenizer, client.limits.live, config.served_model_name, check)
+    api = Api(service=client, preparation=preparation)
+    setup = Setup(config, ready.notes, ready.folder, started, processes)
+    app = with_middleware(make_app(api, setup), client.metrics, config)
+    serving = Serving(model.name, tokenizer.has_chat_template, has_tokenizer)
+    server = HttpServer(app, lambda: on_listening(serving), config)
+    try:
+        await serve_http(server, listener, client, engine_ended, stop, force, config.drain_timeout)
+    finally:
+        grammars.close()
+
+
+async def serve_worker(setup: WorkerSetup, stdin: BinaryIO, stdout: BinaryIO) -> int:
+    """Serve as one of several until told to stop; the exit status."""
+    config, metrics, processes = setup.config, Metrics(Path(setup.counts)), ApiProcesses(Path(setup.beats))
+    client = EngineClient(setup.to_engine, setup.from_engine, Limits.of(config), setup.link, metrics)
+    stop, force = asyncio.Event(), asyncio.Event()
+    engine_ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def say(message: Serving | Unable) -> None:
+        stdout.write(msgspec.json.encode(message) + b"\n")
+
+    async def obey() -> None:
+        lines = asyncio.StreamReader()
+        await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), stdin)
+        while order := await lines.readline():
+            if order == b"engine ended\n":
+                client.fail()
+                engine_ended.set_result(None)
+            else:
+                stop.set()
+            if order == b"force\n":
+                force.set()
         os._exit(1)
 
-    def _do(self, message: ToApi) -> None:
-        match message:
-            case Stop(hurry):
-                self.stop.set()
-                if hurry:
-                    self.hurry.set()
-            case EngineGone():
-                self._service.fail()
-                if not self.engine_gone.done():
-                    self.engine_gone.set_result(None)
-            case Count(number):
-                self.send(Counted(number, self.front.tally if self.front is not None else NOTHING))
-            case AbortHere(number, answer_id):
-                self.send(AbortedHere(number, self._service.abort(answer_id)))
-            case Others(number) | AbortedElsewhere(number):
-                answer = self._questions.get(number)
-                if answer is not None and not answer.done():
-                    answer.set_result(message)
-
-    async def _ask(self, kind: type[T], number: int, question: FromApi, timeout: float) -> T:
-        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._questions[number] = answer
-        try:
-            self.send(question)
-            async with asyncio.timeout(timeout + LAUNCHER_SECONDS):
-                return await answer
-        except TimeoutError as error:
-            raise ApiProcessError("the process that started this one does not answer") from error
-        finally:
-            del self._questions[number]
-
-    async def tally(self, timeout: float) -> Tally:
-        """What the others have counted together; of one that does not answer in time, what it said last."""
-        number = next(self._numbers)
-        return (await self._ask(Others, number, AskOthers(number, timeout), timeout)).tally
-
-    async def abort(self, answer_id: str | None) -> int:
-        """End the requests of an answer wherever else it is made, or all (None), and say how many those were."""
-        number = next(self._numbers)
-        return (await self._ask(AbortedElsewhere, number, AbortElsewhere(number, answer_id), 1.0)).count
-
-    async def check(self, timeout: float) -> None:
-        """Raise ApiProcessError when one of them does not answer in time."""
-        number = next(self._numbers)
-        silent = (await self._ask(Others, number, AskOthers(number, timeout), timeout)).silent
-        if silent:
-            raise ApiProcessError(f"{silent} of the API processes did not answer within {timeout:g} s")
-
-
-async def serve(setup: ApiSetup, stdin: BinaryIO, stdout: BinaryIO) -> int:
-    """Serve until told to stop; the exit status."""
-    config = setup.config
-    board = Board(Path(setup.board), config.api_workers)
-    queue = Queue(Limits.of(config), board, setup.row)
-    service = EngineService(setup.to_engine, setup.from_engine, queue, setup.link)
-    launcher = Launcher(stdin, stdout, service)
-    listening = asyncio.create_task(launcher.listen())
+    tasks = [asyncio.create_task(obey()), asyncio.create_task(processes.beat())]
     try:
-        ready = await service.ready()
-        async with open_front(
-            config, service, ready, tokenizers=setup.tokenizers, started=setup.started, peers=launcher
-        ) as front:
-            launcher.front = front
-
-            def on_serving() -> None:
-                launcher.send(Serving(front.api.model.name, front.chats, front.standin))
-
-            end = socket.socket(fileno=setup.connections)
-            server = HandedServer(front.app, on_serving, config, end, lambda: board.count_closed(setup.row))
-            await serve_http(
-                server, [], service, launcher.engine_gone, launcher.stop, launcher.hurry, config.drain_timeout
-            )
+        listener = socket.socket(fileno=setup.listener)
+        await serve_api(config, client, listener, engine_ended, stop, force, say, setup.started, processes)
     except EngineDeadError:
         return 1
     except MinisglError as error:
-        launcher.send(Unable(error.message))
+        say(Unable(error.message))
         return 1
     finally:
-        listening.cancel()
-        await service.close()
+        for task in tasks:
+            task.cancel()
+        await client.close()
     return 0
 
 
@@ -167,14 +210,12 @@ def main() -> int:
     stdout = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     stdin = os.fdopen(os.dup(sys.stdin.fileno()), "rb", buffering=0)
-    if not (line := stdin.readline()):
-        return 0  # it was never needed
-    setup = msgspec.json.decode(line, type=ApiSetup)
-    level, form = setup.config.log_level, f"%(asctime)s %(levelname)s api-{setup.row} %(name)s: %(message)s"
-    logging.basicConfig(level=level, format=form)
+    setup = msgspec.json.decode(stdin.readline(), type=WorkerSetup)
+    level = setup.config.log_level
+    logging.basicConfig(level=level, format=f"%(asctime)s %(levelname)s api-{setup.row} %(name)s: %(message)s")
     if level == "INFO":
         logging.getLogger("uvicorn").setLevel("WARNING")
-    return asyncio.run(serve(setup, stdin, stdout))
+    return asyncio.run(serve_worker(setup, stdin, stdout))
 
 
 if __name__ == "__main__":

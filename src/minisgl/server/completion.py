@@ -12,6 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from minisgl.errors import EngineDeadError, InvalidRequestError
+from minisgl.server.engine_client import ENGINE_DIED, EngineClient
 from minisgl.server.preparation import PreparedRequest
 from minisgl.server.responses import (
     AssistantMessage,
@@ -36,7 +37,6 @@ from minisgl.server.responses import (
     mean_logprob,
     sse,
 )
-from minisgl.server.service import ENGINE_DIED, EngineService
 from minisgl.tokenizer.detokenize import shown_tokens
 from minisgl.tokenizer.tokenizer import Tokenizer
 from minisgl.types import FinishReason, Request, TokenEvent, TokenLogprobs
@@ -123,7 +123,7 @@ def joined(events: Sequence[TokenEvent]) -> TokenEvent:
 class Generation:
     """The requests that answer one HTTP request, one choice each. They are in the engine while `pieces` runs."""
 
-    def __init__(self, service: EngineService, tokenizer: Tokenizer, prepared: PreparedRequest) -> None:
+    def __init__(self, service: EngineClient, tokenizer: Tokenizer, prepared: PreparedRequest) -> None:
         self.tokenizer = tokenizer
         self.prepared = prepared
         self.options = prepared.options

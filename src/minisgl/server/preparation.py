@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from minisgl.errors import InvalidRequestError, ModelNotFoundError, UnsupportedParameterError
+from minisgl.server.engine_client import EngineClient
 from minisgl.server.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -25,7 +26,6 @@ from minisgl.server.protocol import (
     parse_prompts,
 )
 from minisgl.server.responses import Detokenized, TokenizerInfo, Tokens
-from minisgl.server.service import EngineService
 from minisgl.server.structured import forced_call_grammar, requested_grammar, with_optional_calls
 from minisgl.server.tools import ParserConfig, ToolFormat, detect_tool_format
 from minisgl.server.validation import Tool, parse_object
@@ -308,7 +308,7 @@ class Preparation:
 class Api:
     """What every endpoint works with. `created` is a Unix time in s, `health_timeout` in s."""
 
-    service: EngineService
+    service: EngineClient
     preparation: Preparation
     health_timeout: float = 5.0
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
@@ -328,14 +328,11 @@ class Api:
 
     async def prepare(self, prepare: Callable[[bytes], T], body: bytes) -> T:
         """Call a method of the preparation in a thread."""
-        metrics = self.service.metrics
-        metrics.preparing += 1
-        try:
-            return await asyncio.to_thread(prepare, body)
-        except RecursionError as error:
-            raise InvalidRequestError("the body is nested too deeply") from error
-        finally:
-            metrics.preparing -= 1
+        with self.service.metrics.preparing.track_inprogress():
+            try:
+                return await asyncio.to_thread(prepare, body)
+            except RecursionError as error:
+                raise InvalidRequestError("the body is nested too deeply") from error
 
 
 @contextlib.contextmanager

@@ -15,8 +15,8 @@ from starlette.datastructures import Headers
 
 from helpers.serving import Serving, serve_and
 from minisgl.config import Config
-from minisgl.server.door import Guarded, with_door
 from minisgl.server.metrics import Metrics
+from minisgl.server.middleware import KeyGuard, with_middleware
 
 TEXT: dict[str, Any] = {"prompt": "hello there", "max_tokens": 3}
 GUARDED = (
@@ -66,7 +66,7 @@ def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> 
         return real(a, b)
 
     monkeypatch.setattr(hmac, "compare_digest", compare)
-    guard = Guarded(lambda *_: None, ["one", "two", "three"])  # type: ignore[arg-type]
+    guard = KeyGuard(lambda *_: None, ["one", "two", "three"])  # type: ignore[arg-type]
     for key, right in (("one", True), ("three", True), ("o", False), ("", False)):
         compared.clear()
         assert guard.allows(Headers({"authorization": f"Bearer {key}"})) is right
@@ -154,10 +154,12 @@ def test_a_head_whose_endpoint_fails_is_counted_under_its_route() -> None:
         raise RuntimeError("a fault of ours")
 
     async def ask() -> None:
-        transport = httpx.ASGITransport(with_door(app, metrics, Config()), raise_app_exceptions=False)
+        transport = httpx.ASGITransport(with_middleware(app, metrics, Config()), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
             for method in ("HEAD", "GET"):
                 assert (await client.request(method, "/broken")).status_code == 500
 
     asyncio.run(ask())
-    assert metrics.responses == {("HEAD", "/broken", 500): 1, ("GET", "/broken", 500): 1}
+    for method in ("HEAD", "GET"):
+        labels = {"method": method, "route": "/broken", "status": "500"}
+        assert metrics.registry.get_sample_value("minisgl:http_requests_total", labels) == 1

@@ -1,0 +1,304 @@
+"""The engine process: the engine behind sockets. The launcher starts it, an `EngineSetup` on its stdin.
+
+Stdin stays open for as long as the launcher lives; its end means that nobody is left to serve.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import msgspec
+import zmq
+
+from minisgl.engine.build import build_engine
+from minisgl.engine.constraint import Constraint, ConstraintFactory, make_constraint
+from minisgl.errors import InvalidRequestError, MinisglError
+from minisgl.server.process_messages import (
+    LAUNCHER,
+    Abort,
+    AbortedElsewhere,
+    AbortElsewhere,
+    Add,
+    Attach,
+    CacheFlushed,
+    Detach,
+    EngineSetup,
+    Events,
+    Failed,
+    FlushCache,
+    FromEngine,
+    Ping,
+    Pong,
+    Ready,
+    Revoked,
+    ToEngine,
+    belongs_to,
+)
+from minisgl.types import FinishReason, Grammar, Request, TokenEvent
+
+IDLE_POLL_MS = 200
+COMPILING_POLL_MS = 2
+"""While there is nothing to compute but grammars are being compiled."""
+GRACE_SECONDS = 1.5
+"""How long a step may run on when the launcher or a rank is gone."""
+LINGER_MS = 1000
+"""How long the last messages may take to leave when the engine ends."""
+
+
+class Links:
+    """The sockets to the launcher and the API processes; a step's events go straight to whoever asked.
+
+    The other side binds its addresses, this one connects. Nothing here waits: there is no high-water mark, and what is
+    sent to a link that is gone is dropped. The number of a link is never used again.
+    """
+
+    def __init__(self, to_engine: str, from_engine: str) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        self._inbox = self._context.socket(zmq.PULL)
+        self._inbox.setsockopt(zmq.RCVHWM, 0)
+        self._outboxes: dict[int, zmq.Socket[bytes]] = {}
+        self._addresses: dict[int, str] = {}
+        self._owners: dict[str, int] = {}
+        """The link of each live request, those of the launcher left out."""
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(ToEngine)
+        self.attach(Attach(LAUNCHER, to_engine, from_engine))
+
+    def attach(self, order: Attach) -> None:
+        outbox = self._context.socket(zmq.PUSH)
+        outbox.setsockopt(zmq.SNDHWM, 0)
+        outbox.setsockopt(zmq.LINGER, LINGER_MS)
+        outbox.connect(order.from_engine)
+        self._inbox.connect(order.to_engine)
+        self._outboxes[order.link] = outbox
+        self._addresses[order.link] = order.to_engine
+
+    def detach(self, link: int) -> list[str]:
+        """Forget a process that is gone; its live requests."""
+        if link not in self._outboxes:
+            return []
+        self._inbox.disconnect(self._addresses.pop(link))
+        self._outboxes.pop(link).close(linger=0)
+        orphans = [request_id for request_id, owner in self._owners.items() if owner == link]
+        for request_id in orphans:
+            del self._owners[request_id]
+        return orphans
+
+    def poll(self, milliseconds: int) -> bool:
+        """Whether a message is there, waiting for one for so long."""
+        return bool(self._inbox.poll(milliseconds))
+
+    def receive(self) -> ToEngine | None:
+        """The next message, or None when its sender is gone."""
+        message: ToEngine = self._decoder.decode(self._inbox.recv())
+        if isinstance(message, Add | Ping | FlushCache | AbortElsewhere) and message.link not in self._outboxes:
+            return None
+        if isinstance(message, Add) and message.link != LAUNCHER:
+            self._owners[message.request.id] = message.link
+        return message
+
+    def send(self, message: FromEngine, link: int = LAUNCHER) -> None:
+        if (outbox := self._outboxes.get(link)) is not None:
+            outbox.send(self._encoder.encode(message))
+
+    def send_events(self, events: Sequence[TokenEvent], admitted: Iterable[str] = ()) -> None:
+        """Tell each process what a step did for its requests."""
+        owners = self._owners
+        if not owners:
+            self.send(Events(list(events), list(admitted)))
+            return
+        shares: dict[int, Events] = {}
+        for request_id in admitted:
+            link = owners.get(request_id, LAUNCHER)
+            shares.setdefault(link, Events([], [])).admitted.append(request_id)
+        for event in events:
+            link = owners.get(event.id, LAUNCHER)
+            shares.setdefault(link, Events([], [])).events.append(event)
+            if event.finish is not None:
+                owners.pop(event.id, None)
+        for link, share in shares.items():
+            self.send(share, link)
+
+    def revoke(self, answer_id: str | None, asker: int) -> list[str]:
+        """The requests of an answer, or all (None), of other links than `asker`, whose processes are told of it."""
+        found: dict[int, list[str]] = {}
+        for request_id, link in self._owners.items():
+            if link != asker and belongs_to(request_id, answer_id):
+                found.setdefault(link, []).append(request_id)
+        for link, ids in found.items():
+            self.send(Revoked(ids), link)
+        return [request_id for ids in found.values() for request_id in ids]
+
+    def close(self) -> None:
+        for socket in (self._inbox, *self._outboxes.values()):
+            socket.close()
+
+
+class PendingGrammars:
+    """Requests that wait while a thread compiles their grammars, in order. Belongs to the thread that steps."""
+
+    def __init__(self, factory: ConstraintFactory | None) -> None:
+        self._factory = factory
+        self._thread = ThreadPoolExecutor(1, "minisgl-grammar")
+        self._pending: dict[str, tuple[Request, Future[Constraint]]] = {}
+
+    def __len__(self) -> int:
+        return len(self._pending)
+
+    def __contains__(self, request_id: object) -> bool:
+        return request_id in self._pending
+
+    def start(self, request: Request, grammar: Grammar) -> None:
+        self._pending[request.id] = (request, self._thread.submit(make_constraint, self._factory, grammar))
+
+    def drop(self, ids: Iterable[str]) -> list[str]:
+        """Forget these requests; those of them that were pending."""
+        dropped = [request_id for request_id in ids if request_id in self._pending]
+        for request_id in dropped:
+            self._pending.pop(request_id)[1].cancel()
+        return dropped
+
+    def ready(self) -> list[tuple[Request, Constraint | InvalidRequestError]]:
+        """The requests whose grammar was compiled, or refused, since the last call."""
+        ready: list[tuple[Request, Constraint | InvalidRequestError]] = []
+        for request, compiled in list(self._pending.values()):
+            if compiled.done():
+                del self._pending[request.id]
+                try:
+                    ready.append((request, compiled.result()))
+                except InvalidRequestError as error:
+                    ready.append((request, error))
+        return ready
+
+    def close(self) -> None:
+        """Let the thread end, without waiting for it."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+class EngineServer:
+    """Moves messages in, steps the engine, moves events out, in one thread."""
+
+    def __init__(self, start: EngineSetup, parent_gone: threading.Event) -> None:
+        self.config = start.config
+        self.parent_gone = parent_gone
+        self.links = Links(start.to_engine, start.from_engine)
+
+    def run(self) -> int:
+        """Serve until the launcher goes; the exit status."""
+        try:
+            built = build_engine(self.config, progress=sys.stderr.isatty(), when_gone=leave_soon)
+            self.engine = built.engine
+            self.grammars = PendingGrammars(built.engine.constraints)
+            self.ready = Ready(built.engine.model, str(built.folder), list(built.notes))
+            self.links.send(self.ready)
+            try:
+                while not self.parent_gone.is_set():
+                    self._serve_once()
+            finally:
+                self.grammars.close()
+            self.engine.close()
+        except MinisglError as error:
+            self.links.send(Failed(error.message))
+            return 1
+        except Exception as error:
+            self.links.send(Failed(f"{type(error).__name__}: {error}"))
+            raise
+        finally:
+            self.links.close()
+        return 0
+
+    def _serve_once(self) -> None:
+        """Take in every message that is there, and run a step; with nothing to compute, sleep until a message comes."""
+        if self.engine.has_work or self.links.poll(COMPILING_POLL_MS if self.grammars else IDLE_POLL_MS):
+            while self.links.poll(0):
+                if (message := self.links.receive()) is not None:
+                    self._take(message)
+        for request, compiled in self.grammars.ready():
+            if isinstance(compiled, InvalidRequestError):
+                self._refuse(request, compiled)
+            else:
+                self._add(request, compiled)
+        if self.engine.has_work:
+            events = self.engine.step()
+            if events or self.engine.admitted:
+                self.links.send_events(events, self.engine.admitted)
+
+    def _take(self, message: ToEngine) -> None:
+        match message:
+            case Add(request):
+                grammar = request.params.grammar
+                if grammar is None:
+                    self._add(request)
+                elif request.id in self.grammars:
+                    self._refuse(request, InvalidRequestError(f"a request with id {request.id!r} is running already"))
+                else:
+                    self.grammars.start(request, grammar)
+            case Abort(ids):
+                self._abort(ids)
+            case AbortElsewhere(nonce, link, answer_id):
+                revoked = self.links.revoke(answer_id, link)
+                self._abort(revoked)
+                self.links.send(AbortedElsewhere(nonce, len(revoked)), link)
+            case Ping(nonce, link):
+                stats = self.engine.stats()
+                stats = msgspec.structs.replace(stats, waiting=stats.waiting + len(self.grammars))
+                self.links.send(Pong(nonce, stats), link)
+            case FlushCache(nonce, link):
+                self.links.send(CacheFlushed(nonce, self.engine.flush_cache()), link)
+            case Attach(link):
+                self.links.attach(message)
+                self.links.send(self.ready, link)
+            case Detach(link):
+                self._abort(self.links.detach(link))
+
+    def _abort(self, ids: list[str]) -> None:
+        if dropped := self.grammars.drop(ids):
+            self.links.send_events([TokenEvent(id=gone, finish=FinishReason.ABORT) for gone in dropped])
+        self.engine.abort(ids)
+
+    def _add(self, request: Request, constraint: Constraint | None = None) -> None:
+        try:
+            self.engine.add(request, constraint)
+        except InvalidRequestError as error:
+            self._refuse(request, error)
+
+    def _refuse(self, request: Request, error: InvalidRequestError) -> None:
+        self.links.send_events([TokenEvent(id=request.id, finish=FinishReason.ERROR, error=error.message)])
+
+
+def watch_parent(stdin: int, gone: threading.Event) -> None:
+    """Set `gone` at the end of stdin; a step that runs on for longer than the grace ends with the process."""
+    while os.read(stdin, 4096):  # past Python's buffer, whose lock must be free when the interpreter ends
+        pass
+    gone.set()
+    threading.Event().wait(GRACE_SECONDS)
+    os._exit(0)
+
+
+def leave_soon() -> None:
+    """A rank is gone: tell those who wait, and end even if a collective never does."""
+    timer = threading.Timer(GRACE_SECONDS, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
+
+
+def main() -> int:
+    """Entry point of `python -m minisgl.server.engine_process`."""
+    start = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineSetup)
+    logging.basicConfig(level=start.config.log_level, format="%(asctime)s %(levelname)s engine %(name)s: %(message)s")
+    gone = threading.Event()
+    threading.Thread(target=watch_parent, args=(sys.stdin.fileno(), gone), daemon=True).start()
+    status = EngineServer(start, gone).run()
+    if start.config.tp > 1:  # what a broken group left on the device may hold up the interpreter's end
+        zmq.Context.instance().term()
+        os._exit(status)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
