@@ -25,7 +25,7 @@ def check_error(response: httpx.Response, status: int, code: str, param: str | N
     assert sorted(error) == ["code", "message", "param", "type"]
     assert error["type"] == "invalid_request_error"
     assert error["message"]
-    for leak in ("Traceback", "minisgl", "pydantic", ".py"):
+    for leak in ("Traceback", "minisgl", "msgspec", ".py"):
         assert leak not in error["message"]
 
 
