@@ -50,7 +50,7 @@ class Setup:
 
 def admin_routes(api: Api, setup: Setup) -> list[ApiRoute]:
     """The operator's endpoints of one server."""
-    client, model = api.service, api.model
+    client, model = api.service, api.preparation.model
 
     async def health(_: Request) -> Response:
         """200 when the engine and all API processes answer in time, else 503."""
@@ -92,12 +92,12 @@ def admin_routes(api: Api, setup: Setup) -> list[ApiRoute]:
         return json_response(
             ModelFacts(
                 id=model.name,
-                served_names=list(api.names) or [model.name],
+                served_names=list(api.preparation.names),
                 model_path=setup.folder,
                 vocab_size=model.vocab_size,
                 max_model_len=model.max_seq_len,
                 eos_token_ids=list(model.eos_token_ids),
-                has_chat_template=api.tokenizer.has_chat_template,
+                has_chat_template=api.preparation.tokenizer.has_chat_template,
             )
         )
 

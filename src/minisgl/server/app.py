@@ -80,9 +80,9 @@ class Endpoints:
 
     async def respond(self, request: Request, prepared: PreparedRequest, kind: AnyCompletion) -> Response:
         """The answer, whole or streamed. The requests end when the client leaves."""
-        generation = Generation(self.api.service, self.api.tokenizer, prepared)
-        completion = kind(generation, self.api.model.name)
-        if not prepared.options.stream:
+        generation = Generation(self.api.service, self.preparation.tokenizer, prepared)
+        completion = kind(generation, self.preparation.model.name)
+        if not prepared.body.stream:
             return json_response(await unless_disconnected(request.receive, completion.whole()))
         chunks = completion.chunks()
         try:
@@ -106,7 +106,7 @@ class Endpoints:
 
     async def models(self, _: Request) -> Response:
         """The one model served, under each of its names."""
-        return json_response(ModelList([self.model_card(name) for name in self.api.names or (self.api.model.name,)]))
+        return json_response(ModelList([self.model_card(name) for name in self.preparation.names]))
 
     async def model(self, request: Request) -> Response:
         """The model served, by its id."""
@@ -115,7 +115,7 @@ class Endpoints:
         return json_response(self.model_card(name))
 
     def model_card(self, name: str) -> ModelCard:
-        return ModelCard(id=name, created=self.api.created, max_model_len=self.api.model.max_seq_len)
+        return ModelCard(id=name, created=self.api.created, max_model_len=self.preparation.model.max_seq_len)
 
     def routes(self) -> list[ApiRoute]:
         return [

@@ -5,15 +5,17 @@ from __future__ import annotations
 import abc
 import dataclasses
 import time
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any, Literal
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from minisgl.errors import EngineDeadError, InvalidRequestError
 from minisgl.server.engine_client import ENGINE_DIED, EngineClient
 from minisgl.server.preparation import PreparedRequest
+from minisgl.server.protocol import ChatRequest, CompletionRequest, GenerateRequest, OpenAIRequest
 from minisgl.server.responses import (
     AssistantMessage,
     ChatChoice,
@@ -76,95 +78,73 @@ class ChoiceState:
 
     def take(self, events: Sequence[TokenEvent]) -> TextPiece:
         """Take in events that came together, at least one; raises what the engine refused the request for."""
-        event = events[0] if len(events) == 1 else joined(events)
-        if event.finish is FinishReason.ERROR:
-            raise InvalidRequestError(event.error or "the engine refused the request")
-        if event.finish is FinishReason.ABORT:
-            raise EngineDeadError(ENGINE_DIED)
-        self.cached_tokens = event.cached_tokens
-        self.finish = event.finish
-        if event.prompt_logprobs:
-            self.prompt_logprobs = event.prompt_logprobs
-        if self._hidden:
-            return TextPiece(self.index, "", self.finish)
-        before = self.stream.num_tokens
-        # Each on its own: a request that ends without a token has no stop token, whatever came together with its end.
-        text = self.stream.push([token for each in events for token in shown_tokens(each)])
-        if self.finish is not None and not self.stream.stopped:
-            text += self.stream.finish()
-        taken = event.tokens
-        if self.stream.stopped:
-            self.finish = FinishReason.STOP
-            taken = taken[: self.stream.num_tokens - before]
-        self.token_ids += taken
-        if self.request.params.logprobs is None:
-            return TextPiece(self.index, text, self.finish)
-        count = len(taken)
-        starts = [*self.stream.starts[before:], self.stream.num_characters][:count]
-        new = [ScoredToken(*entry) for entry in zip(taken, event.logprobs[:count], starts, strict=True)]
-        self.scored += new
-        return TextPiece(self.index, text, self.finish, new)
-
-
-def joined(events: Sequence[TokenEvent]) -> TokenEvent:
-    """Successive events of one request as one."""
-    last = events[-1]
-    return TokenEvent(
-        id=last.id,
-        tokens=tuple(token for event in events for token in event.tokens),
-        finish=last.finish,
-        cached_tokens=last.cached_tokens,
-        error=last.error,
-        logprobs=tuple(entry for event in events for entry in event.logprobs),
-        prompt_logprobs=next((event.prompt_logprobs for event in events if event.prompt_logprobs), ()),
-    )
+        text, scored = "", []
+        for event in events:
+            if event.finish is FinishReason.ERROR:
+                raise InvalidRequestError(event.error or "the engine refused the request")
+            if event.finish is FinishReason.ABORT:
+                raise EngineDeadError(ENGINE_DIED)
+            self.cached_tokens = event.cached_tokens
+            self.finish = event.finish
+            self.prompt_logprobs = event.prompt_logprobs or self.prompt_logprobs
+            if self._hidden:
+                continue
+            before, taken = self.stream.num_tokens, event.tokens
+            text += self.stream.push(shown_tokens(event))
+            stopped = self.stream.stopped
+            if stopped:
+                self.finish = FinishReason.STOP
+                taken = taken[: self.stream.num_tokens - before]
+            elif self.finish is not None:
+                text += self.stream.finish()
+            self.token_ids += taken
+            if event.logprobs:
+                starts = [*self.stream.starts[before:], self.stream.num_characters]
+                scored += [ScoredToken(*entry) for entry in zip(taken, event.logprobs, starts, strict=False)]
+            if stopped:
+                break
+        self.scored += scored
+        return TextPiece(self.index, text, self.finish, scored)
 
 
 class Generation:
     """The requests that answer one HTTP request, one choice each. They are in the engine while `pieces` runs."""
 
-    def __init__(self, service: EngineClient, tokenizer: Tokenizer, prepared: PreparedRequest) -> None:
+    def __init__(self, client: EngineClient, tokenizer: Tokenizer, prepared: PreparedRequest) -> None:
         self.tokenizer = tokenizer
         self.prepared = prepared
-        self.options = prepared.options
-        special = prepared.parser.special_tokens
+        body, special = prepared.body, prepared.parser.special_tokens
+        hidden = isinstance(body, CompletionRequest) and body.scores_only
         self.choices = [
-            ChoiceState(index, request, tokenizer, special, self.options.hidden)
-            for index, request in enumerate(prepared.requests)
+            ChoiceState(index, request, tokenizer, special, hidden) for index, request in enumerate(prepared.requests)
         ]
         self._by_id = {choice.request.id: choice for choice in self.choices}
-        self._service = service
+        self._client = client
 
     async def pieces(self) -> AsyncGenerator[list[TextPiece], None]:
         """What has come since the last look, in batches that hold at least one piece and one of each choice at most.
 
         Closing the iterator ends the requests in the engine. Raises MinisglError.
         """
-        with self._service.submit([choice.request for choice in self.choices]) as submission:
+        with self._client.submit(self.prepared.requests) as submission:
             async for events in submission.batches():
+                together: dict[str, list[TokenEvent]] = {}
+                for event in events:
+                    together.setdefault(event.id, []).append(event)
                 pieces = []
-                for request_id, own in self._by_request(events):
+                for request_id, own in together.items():
                     choice = self._by_id[request_id]
                     if choice.finish is not None:
                         continue
-                    piece = choice.take(own)
-                    pieces.append(piece)
-                    if piece.finish is not None and own[-1].finish is None:
+                    pieces.append(choice.take(own))
+                    if pieces[-1].finish is not None and own[-1].finish is None:
                         submission.abort([request_id])
                 if pieces:
                     yield pieces
 
-    def _by_request(self, events: Sequence[TokenEvent]) -> Iterable[tuple[str, Sequence[TokenEvent]]]:
-        if len(self.choices) == 1:
-            return [(events[0].id, events)]
-        own: dict[str, list[TokenEvent]] = {}
-        for event in events:
-            own.setdefault(event.id, []).append(event)
-        return own.items()
-
     def usage(self) -> Usage:
         """Tokens so far; a prompt with several answers counts once."""
-        firsts = self.choices[:: self.options.num_generated]
+        firsts = self.choices[:: self.prepared.body.num_generated]
         prompt = sum(len(choice.request.prompt) for choice in firsts)
         completion = sum(len(choice.token_ids) for choice in self.choices)
         cached = sum(choice.cached_tokens for choice in firsts)
@@ -177,17 +157,19 @@ class OpenAICompletion(abc.ABC):
     whole_object: Literal["chat.completion", "text_completion"]
     chunk_object: Literal["chat.completion.chunk", "text_completion"]
 
-    def __init__(self, generation: Generation, model: str) -> None:
+    def __init__(self, generation: Generation, model: str, body: OpenAIRequest, logprobs: bool) -> None:
         self.generation = generation
         self.model = model
-        self.options = generation.options
+        self.options = body
         self.id = generation.choices[0].request.id.rpartition("-")[0]
         self.created = int(time.time())
-        writer = LogprobWriter(generation.tokenizer, self.options.token_ids)
-        self.writer = writer if self.options.logprobs else None
+        as_ids = bool(body.return_tokens_as_token_ids)
+        self.writer = LogprobWriter(generation.tokenizer, as_ids) if logprobs else None
+        self.held: list[list[ScoredToken]] = [[] for _ in generation.choices]
+        """Tokens of each choice whose log-probabilities go with its next chunk."""
 
     @abc.abstractmethod
-    def chunk_choices(self, piece: TextPiece) -> Sequence[ChunkChoice] | Sequence[TextChoice]:
+    def chunk_choices(self, piece: TextPiece) -> Sequence[Any]:
         """The chunks that a piece becomes."""
 
     @abc.abstractmethod
@@ -210,21 +192,27 @@ class OpenAICompletion(abc.ABC):
 
     async def chunks(self) -> EventChunks:
         """Generate it chunk by chunk."""
-        options = self.options
-        unfinished = None if options.include_usage else msgspec.UNSET
+        include_usage, options = self.options.include_usage, self.options.stream_options
+        continuous = include_usage and options is not None and options.continuous_usage_stats
+        # All chunks are alike but for the choice and the usage.
+        unfinished = self._result(self.chunk_object, [], None if include_usage else UNSET)
+        head, tail = msgspec.json.encode(unfinished).split(b'"choices":[]')
+        head, tail = b"data: " + head + b'"choices":[', b"]" + tail + b"\n\n"
         async with aclosing(self.generation.pieces()) as batches:
             async for pieces in batches:
-                usage = self.generation.usage() if options.continuous_usage else unfinished
                 choices = [choice for piece in pieces for choice in self.chunk_choices(piece)]
-                if choices:
-                    yield b"".join([sse(self._result(self.chunk_object, [choice], usage)) for choice in choices])
-        if options.include_usage:
+                if continuous:
+                    usage = self.generation.usage()
+                    chunks = [sse(self._result(self.chunk_object, [choice], usage)) for choice in choices]
+                else:
+                    chunks = [head + msgspec.json.encode(choice) + tail for choice in choices]
+                if chunks:
+                    yield b"".join(chunks)
+        if include_usage:
             yield sse(self._result(self.chunk_object, [], self.generation.usage()))
 
-    def _result(self, kind: Any, choices: Sequence[Any], usage: Usage | msgspec.UnsetType | None) -> Result[Any]:
-        return Result(
-            id=self.id, object=kind, created=self.created, model=self.model, choices=choices, usage=usage
-        )  # fmt: skip
+    def _result(self, kind: Any, choices: Sequence[Any], usage: Usage | UnsetType | None) -> Result[Any]:
+        return Result(id=self.id, object=kind, created=self.created, model=self.model, choices=choices, usage=usage)
 
 
 class ChatCompletion(OpenAICompletion):
@@ -237,55 +225,49 @@ class ChatCompletion(OpenAICompletion):
     chunk_object = "chat.completion.chunk"
 
     def __init__(self, generation: Generation, model: str) -> None:
-        super().__init__(generation, model)
-        parser = generation.prepared.parser
-        self._parsers = [parser.parser(self.options.stream) for _ in generation.choices]
-        self._opened = [False] * len(generation.choices)
-        self._scored: list[list[ScoredToken]] = [[] for _ in generation.choices]
+        body, parser = generation.prepared.body, generation.prepared.parser
+        assert isinstance(body, ChatRequest)
+        super().__init__(generation, model, body, bool(body.logprobs))
+        self.parsers = [parser.parser(bool(body.stream)) for _ in generation.choices]
+        self.opened = [False] * len(generation.choices)
 
     def chunk_choices(self, piece: TextPiece) -> list[ChunkChoice]:
-        index, parser = piece.index, self._parsers[piece.index]
-        called = False
+        index, parser = piece.index, self.parsers[piece.index]
         if parser is None:
             deltas = [ChatDelta(content=piece.text)] if piece.text else []
         else:
             deltas = parser.push(piece.text)
             if piece.finish is not None:
                 deltas += parser.finish()
-                called = parser.called
         chunks = [ChunkChoice(index, delta) for delta in deltas]
         if piece.finish is not None:
+            called = parser is not None and parser.called
             chunks.append(ChunkChoice(index, ChatDelta(), finish_word(piece.finish, called)))
         if self.writer is not None:
-            self._scored[index] += piece.scored
-            if self._scored[index] and chunks:
-                chunks[0] = msgspec.structs.replace(chunks[0], logprobs=self.writer.chat(self._scored[index]))
-                self._scored[index] = []
-        if not self._opened[index]:
-            self._opened[index] = True
+            self.held[index] += piece.scored
+            if self.held[index] and chunks:
+                chunks[0] = msgspec.structs.replace(chunks[0], logprobs=self.writer.chat(self.held[index]))
+                self.held[index] = []
+        if not self.opened[index]:
+            self.opened[index] = True
             chunks.insert(0, ChunkChoice(index, ChatDelta(role="assistant", content="")))
         return chunks
 
     def whole_choice(self, index: int, chunks: Sequence[ChunkChoice]) -> ChatChoice:
-        content, reasoning = [], []
-        calls: dict[int | msgspec.UnsetType, list[ToolCall]] = {}
-        for chunk in chunks:
-            content.append(chunk.delta.content or "")
-            reasoning.append(chunk.delta.reasoning_content or "")
-            for call in chunk.delta.tool_calls or ():
+        deltas = [chunk.delta for chunk in chunks]
+        calls: dict[Any, list[ToolCall]] = {}
+        for delta in deltas:
+            for call in delta.tool_calls or ():
                 calls.setdefault(call.index, []).append(call)
-        tool_calls = [
-            ToolCall(
-                id=parts[0].id,
-                type="function",
-                function=FunctionCall("".join(part.function.arguments for part in parts), parts[0].function.name),
-            )
-            for parts in calls.values()
-        ]
+        tool_calls = []
+        for first, *more in calls.values():
+            function = FunctionCall("".join(part.function.arguments for part in more), first.function.name)
+            tool_calls.append(ToolCall(id=first.id, type="function", function=function))
+        content = "".join(delta.content or "" for delta in deltas)
         message = AssistantMessage(
-            content="".join(content) or (None if tool_calls else ""),
-            reasoning_content="".join(reasoning) or msgspec.UNSET,
-            tool_calls=tool_calls or msgspec.UNSET,
+            content=content or (None if tool_calls else ""),
+            reasoning_content="".join(delta.reasoning_content or "" for delta in deltas) or UNSET,
+            tool_calls=tool_calls or UNSET,
         )
         logprobs = None
         if self.writer is not None:
@@ -300,10 +282,11 @@ class TextCompletion(OpenAICompletion):
     chunk_object = "text_completion"
 
     def __init__(self, generation: Generation, model: str) -> None:
-        super().__init__(generation, model)
+        body = generation.prepared.body
+        assert isinstance(body, CompletionRequest)
+        super().__init__(generation, model, body, body.logprobs is not None)
         self.echoes = generation.prepared.echoes
-        self._opened: set[int] = set()
-        self._scored: list[list[ScoredToken]] = [[] for _ in generation.choices]
+        self.opened: set[int] = set()
 
     def shown(self) -> list[ChoiceState]:
         """Of more answers to a prompt than are wanted, those with the best mean log-probability."""
@@ -315,21 +298,21 @@ class TextCompletion(OpenAICompletion):
 
     def chunk_choices(self, piece: TextPiece) -> list[TextChoice]:
         """Tokens without text yet go with the next chunk that has some."""
-        index, text, scored, shift = piece.index, piece.text, self._scored[piece.index], 0
+        index, text, held, shift = piece.index, piece.text, self.held[piece.index], 0
         if self.echoes:
             echo = self.echoes[index // self.options.num_generated]
             shift = len(echo.text)
-            if index not in self._opened:
-                self._opened.add(index)
+            if index not in self.opened:
+                self.opened.add(index)
                 text = echo.text + text
                 choice = self.generation.choices[index]
                 prompt = zip(choice.request.prompt, choice.prompt_logprobs, echo.starts, strict=False)
-                scored += (ScoredToken(*entry) for entry in prompt)
-        scored += (ScoredToken(token, found, start + shift) for token, found, start in piece.scored)
+                held += (ScoredToken(*entry) for entry in prompt)
+        held += (ScoredToken(token, found, start + shift) for token, found, start in piece.scored)
         if not text and piece.finish is None:
             return []
-        self._scored[index] = []
-        logprobs = None if self.writer is None else self.writer.completion(scored)
+        self.held[index] = []
+        logprobs = None if self.writer is None else self.writer.completion(held)
         return [TextChoice(index, text, finish_word(piece.finish, False), logprobs)]
 
     def whole_choice(self, index: int, chunks: Sequence[TextChoice]) -> TextChoice:
@@ -345,8 +328,12 @@ class NativeCompletion:
     """An answer of /generate; each event of a stream has all the text so far."""
 
     def __init__(self, generation: Generation, model: str) -> None:
+        assert isinstance(generation.prepared.body, GenerateRequest)
         self.generation = generation
-        self.options = generation.options
+        self.body = generation.prepared.body
+        prompts = self.body.prompts
+        several = isinstance(prompts, list) and not isinstance(prompts[0], int)
+        self.is_batch = several or self.body.num_generated > 1
         self._writer = LogprobWriter(generation.tokenizer)
         self._started = time.monotonic()
 
@@ -355,7 +342,7 @@ class NativeCompletion:
         async for _ in self.generation.pieces():
             pass
         results = [self._result(choice) for choice in self.generation.choices]
-        return results if self.options.is_batch else results[0]
+        return results if self.is_batch else results[0]
 
     async def chunks(self) -> EventChunks:
         """Generate it piece by piece."""
@@ -365,9 +352,9 @@ class NativeCompletion:
 
     def _result(self, choice: ChoiceState) -> NativeResult:
         lists: dict[str, Any] = {}
-        if self.options.logprobs:
+        if self.body.return_logprob:
             lists |= self._logprobs("output", choice.scored)
-        if (start := self.options.prompt_logprobs_from) is not None:
+        if (start := self.body.prompt_logprobs_from) is not None:
             entries = zip(choice.request.prompt, choice.prompt_logprobs, strict=False)
             lists |= self._logprobs("input", [ScoredToken(*entry, 0) for entry in entries][start:])
         meta = NativeMeta(
@@ -379,15 +366,13 @@ class NativeCompletion:
             e2e_latency=round(time.monotonic() - self._started, 6),
             **lists,
         )
-        index = choice.index if self.options.is_batch else msgspec.UNSET
-        return NativeResult(
-            text=choice.stream.text, output_ids=list(choice.token_ids), meta_info=meta, index=index
-        )  # fmt: skip
+        index = choice.index if self.is_batch else UNSET
+        return NativeResult(text=choice.stream.text, output_ids=choice.token_ids, meta_info=meta, index=index)
 
     def _logprobs(self, side: str, scored: Sequence[ScoredToken]) -> dict[str, Any]:
         """The tokens of the prompt or of the answer, and where it was asked for the most probable ones."""
         own = [self._entry(None if found is None else found.logprob, token) for token, found, _ in scored]
-        if not self.options.top_logprobs:
+        if not self.body.top_logprobs_num:
             return {f"{side}_token_logprobs": own}
         top = [
             None if f is None else [self._entry(p, t) for t, p in zip(f.top_ids, f.top_logprobs, strict=True)]
@@ -396,7 +381,7 @@ class NativeCompletion:
         return {f"{side}_token_logprobs": own, f"{side}_top_logprobs": top}
 
     def _entry(self, logprob: float | None, token: int) -> TokenEntry:
-        text = self._writer.text(token) if self.options.logprob_texts else None
+        text = self._writer.text(token) if self.body.return_text_in_logprobs else None
         return None if logprob is None else finite(logprob), token, text
 
 

@@ -20,7 +20,6 @@ from minisgl.server.protocol import (
     CompletionRequest,
     DetokenizeRequest,
     GenerateRequest,
-    OpenAIRequest,
     TokenizeConversation,
     TokenizeText,
     parse_prompts,
@@ -44,41 +43,18 @@ class Echo:
     starts: list[int]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ResponseOptions:
-    """How an answer is to look. Of `num_generated` answers to each prompt `num_choices` are shown.
-
-    `logprobs` shows those of the answer, `token_ids` writes tokens as `token_id:7`. With `hidden` only the prompt is
-    shown. The last four are /generate's: a list of answers, the most probable tokens, the prompt position from which
-    log-probabilities are shown, and the texts of tokens beside them.
-    """
-
-    stream: bool = False
-    include_usage: bool = False
-    continuous_usage: bool = False
-    num_choices: int = 1
-    num_generated: int = 1
-    hidden: bool = False
-    logprobs: bool = False
-    token_ids: bool = False
-    is_batch: bool = False
-    top_logprobs: bool = False
-    prompt_logprobs_from: int | None = None
-    logprob_texts: bool = False
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class PreparedRequest:
-    """Requests for the engine and how their answers are to look; `echoes` has each prompt that is to be shown."""
+    """A valid body and its requests for the engine; `echoes` has each prompt that is to be shown."""
 
+    body: ChatRequest | CompletionRequest | GenerateRequest
     requests: list[Request]
-    options: ResponseOptions
     parser: ParserConfig = TEXT_ONLY
     echoes: Sequence[Echo] = ()
 
 
 class Preparation:
-    """One served model, further `names` for it, and the `max_live` requests that one body may hold at most.
+    """One served model, the `names` that requests may call it, and how many requests one body may hold.
 
     `check_grammar` raises InvalidRequestError for a grammar that cannot be enforced; without it none can be. Every
     method raises InvalidRequestError. Safe to use from several threads.
@@ -95,7 +71,7 @@ class Preparation:
         self.model = model
         self.tokenizer = tokenizer
         self.max_live = max_live
-        self.names = tuple(names)
+        self.names = tuple(names) or (model.name,)
         self.check_grammar = check_grammar
         template = tokenizer.chat_template
         self.template_variables = frozenset[str]() if template is None else template.variables
@@ -119,10 +95,9 @@ class Preparation:
         limit = "max_tokens" if chat.max_completion_tokens is None else "max_completion_tokens"
         with renamed({None: "messages", "prompt": "messages", "max_tokens": limit}):
             ids = self.tokenizer.encode(prompt, add_special_tokens=False)
-            requests = self.requests("chatcmpl", [ids], chat.params(grammar), chat.num_choices, chat.priority)
+            requests = self.requests("chatcmpl", [ids], chat.params(grammar), chat.num_generated, chat.priority)
         self.require_grammar(grammar, field)
-        options = openai_options(chat, num_generated=chat.num_choices, logprobs=bool(chat.logprobs))
-        return PreparedRequest(requests=requests, options=options, parser=parser)
+        return PreparedRequest(chat, requests, parser)
 
     def completion(self, body: bytes) -> PreparedRequest:
         """A request to /v1/completions, with the prompts to be echoed."""
@@ -135,43 +110,25 @@ class Preparation:
             ids = self.encode(prompts)
             requests = self.requests("cmpl", ids, params, completion.num_generated, completion.priority)
         self.require_grammar(grammar, field)
-        options = openai_options(
-            completion,
-            num_generated=completion.num_generated,
-            logprobs=completion.logprobs is not None,
-            hidden=completion.scores_only,
-        )
         echoes = [self.echo(*entry, params) for entry in zip(prompts, ids, strict=True)] if completion.echo else []
-        return PreparedRequest(requests=requests, options=options, echoes=echoes)
+        return PreparedRequest(completion, requests, echoes=echoes)
 
     def generate(self, body: bytes) -> PreparedRequest:
         """A request to /generate."""
         asked = GenerateRequest.parse(body)
         field = "text" if asked.text is not None else "input_ids"
-        prompts = parse_prompts(getattr(asked, field), field)
-        sampling = asked.sampling
         try:
-            grammar, _ = requested_grammar(sampling)
+            grammar, _ = requested_grammar(asked.sampling)
         except InvalidRequestError as error:
             error.param = "sampling_params"
             raise
         names: dict[str | None, str] = {name: f"sampling_params.{name}" for name in SamplingParams.__struct_fields__}
         names |= {"max_tokens": "sampling_params.max_new_tokens", "min_tokens": "sampling_params.min_new_tokens"}
         with renamed({**names, "seed": "sampling_params.sampling_seed", None: field, "prompt": field}):
-            params, copies = asked.params(grammar), sampling.num_choices
-            requests = self.requests("gen", self.encode(prompts), params, copies, asked.priority)
+            ids = self.encode(parse_prompts(asked.prompts, field))
+            requests = self.requests("gen", ids, asked.params(grammar), asked.num_generated, asked.priority)
         self.require_grammar(grammar, "sampling_params")
-        options = ResponseOptions(
-            stream=bool(asked.stream),
-            num_choices=copies,
-            num_generated=copies,
-            logprobs=bool(asked.return_logprob),
-            is_batch=copies > 1 or prompts is getattr(asked, field),
-            top_logprobs=bool(asked.top_logprobs_num),
-            prompt_logprobs_from=asked.prompt_logprobs_from,
-            logprob_texts=bool(asked.return_text_in_logprobs),
-        )
-        return PreparedRequest(requests=requests, options=options)
+        return PreparedRequest(asked, requests)
 
     def tokenize(self, body: bytes) -> Tokens:
         """The tokens of a text or of a conversation."""
@@ -211,7 +168,7 @@ class Preparation:
 
     def check_model(self, name: str | None) -> None:
         """Raise ModelNotFoundError for any other model than the one served; none named means that one."""
-        if name is not None and name != self.model.name and name not in self.names:
+        if name not in (None, self.model.name, *self.names):
             raise ModelNotFoundError(f"the model {name!r} is not served here; {self.model.name!r} is", param="model")
 
     def encode(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
@@ -298,7 +255,7 @@ class Preparation:
         return ParserConfig(
             tool_format=tool_format.forced() if chat.must_call else tool_format,
             names=frozenset(tool.function.name for tool in chat.offered_tools),
-            max_calls=1 if chat.single_call else None,
+            max_calls=1 if chat.parallel_tool_calls is False else None,
             reasoning=reasoning,
             reasoning_begun=begun,
         )
@@ -312,19 +269,6 @@ class Api:
     preparation: Preparation
     health_timeout: float = 5.0
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
-
-    @property
-    def model(self) -> ModelInfo:
-        return self.preparation.model
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self.preparation.tokenizer
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """What requests may call the model, where the operator said so."""
-        return self.preparation.names
 
     async def prepare(self, prepare: Callable[[bytes], T], body: bytes) -> T:
         """Call a method of the preparation in a thread."""
@@ -345,22 +289,6 @@ def renamed(names: Mapping[str | None, str]) -> Iterator[None]:
             error.message = error.message.replace(error.param or name, name.rpartition(".")[2])
             error.param = name
         raise
-
-
-def openai_options(
-    body: OpenAIRequest, *, num_generated: int, logprobs: bool, hidden: bool = False
-) -> ResponseOptions:  # fmt: skip
-    """How the answer to a body of OpenAI's endpoints is to look."""
-    return ResponseOptions(
-        stream=bool(body.stream),
-        include_usage=body.include_usage,
-        continuous_usage=body.continuous_usage,
-        num_choices=body.num_choices,
-        num_generated=num_generated,
-        hidden=hidden,
-        logprobs=logprobs,
-        token_ids=bool(body.return_tokens_as_token_ids),
-    )
 
 
 def reasoning_before(prompt: str, chat: ChatRequest) -> Literal["none", "possible", "begun"]:

@@ -126,19 +126,13 @@ class Sampling(Body):
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
 
-    @property
-    def num_choices(self) -> int:
-        """Answers to each prompt."""
-        return self.n or 1
-
     def sampling_params(self, **others: Any) -> SamplingParams:
-        """The engine's parameters with `others`, not validated; what is not given has the engine's default."""
-        names = Sampling.__struct_fields__[1:]
+        """The engine's parameters, not validated: `others`, and the given fields that the engine has too."""
+        names = set(self.__struct_fields__) & set(SamplingParams.__struct_fields__) - others.keys()
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         given["logit_bias"] = {int(token): bias for token, bias in (self.logit_bias or {}).items()}
-        for name in ("stop", "stop_token_ids"):
-            value = given.get(name, ())
-            given[name] = (value,) if isinstance(value, str) else tuple(value)
+        given["stop_token_ids"] = tuple(self.stop_token_ids or ())
+        given["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         return SamplingParams(**given, **others)
 
 
@@ -173,20 +167,24 @@ class OpenAIRequest(Sampling):
             drop_unsupported(outputs, {**unknown, **StructuredOutputs.unsupported}, "structured_outputs.")
 
     def check(self) -> None:
-        asked = self.stream_options
-        require(self.stream or asked is None, "stream_options is only allowed with stream", "stream_options")
-        obfuscation = asked and asked.include_obfuscation
-        require(not obfuscation, "include_obfuscation must be false", "stream_options.include_obfuscation")
+        options = self.stream_options
+        require(self.stream or options is None, "stream_options is only allowed with stream", "stream_options")
+        plain = options is None or not options.include_obfuscation
+        require(plain, "include_obfuscation must be false", "stream_options.include_obfuscation")
+
+    @property
+    def num_choices(self) -> int:
+        return self.n or 1
+
+    @property
+    def num_generated(self) -> int:
+        """Answers that are generated for each prompt."""
+        return self.num_choices
 
     @property
     def include_usage(self) -> bool:
         """Whether a stream ends with a chunk that has the usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
-
-    @property
-    def continuous_usage(self) -> bool:
-        """Whether every chunk of a stream has the usage so far."""
-        return self.include_usage and bool(self.stream_options and self.stream_options.continuous_usage_stats)
 
 
 def check_conversation(chat: ChatRequest | TokenizeConversation) -> None:
@@ -254,23 +252,13 @@ class ChatRequest(OpenAIRequest, kw_only=True):
 
     @property
     def must_call(self) -> bool:
-        """Whether the answer has to be a tool call."""
         return self.tool_choice == "required" or self.named_tool is not None
-
-    @property
-    def single_call(self) -> bool:
-        """Whether there may be one tool call at most."""
-        return self.parallel_tool_calls is False
 
     def params(self, grammar: Grammar | None) -> SamplingParams:
         """The engine's parameters; without a limit the answer may be as long as the model allows."""
-        return self.sampling_params(
-            seed=self.seed,
-            max_tokens=self.max_completion_tokens if self.max_tokens is None else self.max_tokens,
-            min_tokens=self.min_tokens or 0,
-            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
-            grammar=grammar,
-        )
+        limit = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return self.sampling_params(max_tokens=limit, logprobs=logprobs, grammar=grammar)
 
 
 class CompletionRequest(OpenAIRequest, kw_only=True):
@@ -285,7 +273,6 @@ class CompletionRequest(OpenAIRequest, kw_only=True):
 
     @property
     def num_generated(self) -> int:
-        """Answers that are generated for each prompt; the best of them are returned."""
         return self.num_choices if self.best_of is None else self.best_of
 
     @property
@@ -301,17 +288,12 @@ class CompletionRequest(OpenAIRequest, kw_only=True):
         require(not (more and self.stream), "best_of above n cannot be streamed: which is best shows last", "best_of")
 
     def params(self, grammar: Grammar | None) -> SamplingParams:
-        """The engine's parameters; `num_generated` above n needs log-probabilities to find the best."""
+        """The engine's parameters. The best answers are found by their log-probabilities."""
         limit = COMPLETION_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+        limit = 1 if self.scores_only else limit  # the engine generates at least one
         logprobs = 0 if self.logprobs is None and self.num_generated > self.num_choices else self.logprobs
-        return self.sampling_params(
-            seed=self.seed,
-            max_tokens=1 if self.scores_only else limit,  # the engine generates at least one
-            min_tokens=self.min_tokens or 0,
-            logprobs=logprobs,
-            prompt_logprobs=self.logprobs if self.echo else None,
-            grammar=grammar,
-        )
+        prompt = self.logprobs if self.echo else None
+        return self.sampling_params(max_tokens=limit, logprobs=logprobs, prompt_logprobs=prompt, grammar=grammar)
 
 
 class NativeSampling(Sampling):
@@ -358,8 +340,17 @@ class GenerateRequest(Body):
 
     @property
     def sampling(self) -> NativeSampling:
-        """The sampling parameters; none given are the defaults."""
         return self.sampling_params or NativeSampling()
+
+    @property
+    def num_generated(self) -> int:
+        """Answers to each prompt."""
+        return self.sampling.n or 1
+
+    @property
+    def prompts(self) -> Any:
+        """The prompts as they are given."""
+        return self.input_ids if self.text is None else self.text
 
     @property
     def prompt_logprobs_from(self) -> int | None:

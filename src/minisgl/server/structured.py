@@ -101,20 +101,21 @@ def forced_call_grammar(chat: ChatRequest) -> Grammar:
     """A JSON list of calls of the tools that may be called: one, or several where the request allows it."""
     name = chat.named_tool
     tools = [tool for tool in chat.offered_tools if name is None or tool.function.name == name]
-    return Grammar(kind="json_schema", source=call_list_schema(tools, name is not None or chat.single_call))
+    single = name is not None or chat.parallel_tool_calls is False
+    return Grammar(kind="json_schema", source=call_list_schema(tools, single))
 
 
 def with_optional_calls(grammar: Grammar, chat: ChatRequest, tool_format: ToolFormat) -> Grammar:
     """The same grammar, or calls as the model writes them."""
     if tool_format.listed:
-        schema = call_list_schema(chat.offered_tools, chat.single_call)
+        schema = call_list_schema(chat.offered_tools, chat.parallel_tool_calls is False)
         calls = Calls(schema=schema, several=False, opening=tool_format.opening)
     else:
         at_start = tool_format.at_start
         call, definitions = call_schema(chat.offered_tools, "parameters" if at_start else "arguments")
         calls = Calls(
             schema=json.dumps({**call, "$defs": definitions}),
-            several=not chat.single_call,
+            several=chat.parallel_tool_calls is not False,
             opening="" if at_start else tool_format.opening,
             closing=tool_format.closing,
             separator=";" if at_start else "",

@@ -212,21 +212,15 @@ class Message(Body):
         return message
 
 
-NO_CALLS: dict[str, Any] = {"tool_calls": {"enum": [None, []]}, "reasoning_content": {"enum": [None, ""]}}
 GIVEN: dict[str, Any] = {"not": NULL}
+NO_CALLS: dict[str, Any] = {"tool_calls": {"enum": [None, []]}, "reasoning_content": {"enum": [None, ""]}}
+SAID: dict[str, Any] = {"role": {"enum": ["system", "developer", "user"]}, "content": GIVEN, "tool_call_id": NULL}
+RESULT: dict[str, Any] = {"role": {"const": "tool"}, "content": GIVEN, "tool_call_id": GIVEN}
 ROLES: list[dict[str, Any]] = [
-    {
-        "properties": {
-            "role": {"enum": ["system", "developer", "user"]}, "content": GIVEN, "tool_call_id": NULL, **NO_CALLS
-        },
-        "required": ["role", "content"],
-    },
+    {"properties": SAID | NO_CALLS, "required": ["role", "content"]},
     {"properties": {"role": {"const": "assistant"}, "tool_call_id": NULL}, "required": ["role"]},
-    {
-        "properties": {"role": {"const": "tool"}, "content": GIVEN, "tool_call_id": GIVEN, **NO_CALLS},
-        "required": ["role", "content", "tool_call_id"],
-    },
-]  # fmt: skip
+    {"properties": RESULT | NO_CALLS, "required": ["role", "content", "tool_call_id"]},
+]
 """What `Message.for_template` asks of each role, for the OpenAPI document."""
 
 
