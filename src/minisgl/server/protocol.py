@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta
 
@@ -82,6 +82,11 @@ NON_EMPTY_TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
 TEXTS = [NON_EMPTY_TEXT, {"type": "array", "minItems": 1, "items": NON_EMPTY_TEXT}]
 TOKEN_IDS: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
 IDS = [TOKEN_IDS, {"type": "array", "minItems": 1, "items": TOKEN_IDS}]
+
+EITHER = [
+    {"required": [given], "properties": {given: {"not": NULL}, other: NULL}}
+    for given, other in (("text", "input_ids"), ("input_ids", "text"))
+]
 
 Prompts = list[str | list[int]]
 
@@ -282,7 +287,6 @@ class CompletionRequest(OpenAIRequest, kw_only=True):
 
     def check(self) -> None:
         super().check()
-        parse_prompts(self.prompt, "prompt")
         more = self.num_generated > self.num_choices
         require(self.num_generated >= self.num_choices, "best_of must be at least n", "best_of")
         require(not (more and self.stream), "best_of above n cannot be streamed: which is best shows last", "best_of")
@@ -313,6 +317,7 @@ class GenerateRequest(Body):
     """SGLang's /generate. `logprob_start_len` -1 gives no prompt log-probabilities, else those from there on."""
 
     unsupported = GENERATE_UNSUPPORTED
+    rules: ClassVar[dict[str, Any]] = {"oneOf": EITHER}
 
     text: Annotated[Any, Meta(extra_json_schema={"anyOf": [*TEXTS, NULL]})] = None
     input_ids: Annotated[Any, Meta(extra_json_schema={"anyOf": [*IDS, NULL]})] = None
@@ -332,7 +337,6 @@ class GenerateRequest(Body):
     def check(self) -> None:
         given = [name for name in ("text", "input_ids") if getattr(self, name) is not None]
         require(len(given) == 1, "give either text or input_ids", "text")
-        parse_prompts(getattr(self, given[0]), given[0])
         nothing = {"logprob_start_len": -1, "top_logprobs_num": 0, "return_text_in_logprobs": False}
         for name, value in nothing.items():
             neutral = getattr(self, name) in (None, value)
