@@ -298,6 +298,13 @@ SINGLE: dict[str, tuple[str, str | bytes, int, str, str | None]] = {
                                                            "\"add_generation_prompt\": true", 1),
         400, VALUE, "continue_final_message",
     ),
+    "continue a call": (
+        CHAT, chat(messages=[*USER, answer(content="x", tool_calls=[call()])], continue_final_message=True),
+        400, VALUE, "continue_final_message",
+    ),
+    "a form beside plain text": (
+        CHAT, chat(response_format={"type": "text"}, guided_regex="a"), 400, UNSUPPORTED, "guided_regex",
+    ),
     "generate nothing": (GENERATE, "{}", 400, VALUE, "text"),
     "generate both": (GENERATE, '{"text": "x", "input_ids": [5]}', 400, VALUE, "text"),
     "generate empty": (GENERATE, '{"text": ""}', 400, VALUE, "text"),

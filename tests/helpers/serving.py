@@ -19,12 +19,11 @@ from helpers.stub_engine import StubEngine
 from helpers.tiny_tokenizers import write_tokenizer
 from minisgl.config import Config
 from minisgl.server.admin import Setup
-from minisgl.server.api import Api
 from minisgl.server.api_process import HttpServer
 from minisgl.server.app import make_app
 from minisgl.server.engine_client import EngineClient, socket_folder
 from minisgl.server.middleware import with_middleware
-from minisgl.server.preparation import Preparation
+from minisgl.server.preparation import Api, Preparation
 from minisgl.tokenizer.tokenizer import Tokenizer
 from minisgl.types import Grammar, ModelInfo
 
@@ -80,6 +79,7 @@ async def web(
     start_engine: StartEngine,
     *,
     template: str | None = CHAT_TEMPLATE,
+    add_bos: bool = False,
     health_timeout: float = 5.0,
     max_live: int = 8,
     check_grammar: Callable[[Grammar], None] | None = None,
@@ -87,7 +87,7 @@ async def web(
 ) -> AsyncIterator[Web]:
     """Serve `model` over HTTP; `flags` are fields of Config."""
     config = Config(**flags)
-    tokenizer = Tokenizer.load(write_tokenizer(folder, template=template))
+    tokenizer = Tokenizer.load(write_tokenizer(folder, template=template, add_bos=add_bos))
     sockets = socket_folder()
     to_engine, from_engine = f"ipc://{sockets}/to", f"ipc://{sockets}/from"
     service = EngineClient(to_engine, from_engine, config, max_live=max_live)
@@ -98,13 +98,8 @@ async def web(
     port = listener.getsockname()[1]
     listening = asyncio.Event()
     setup = Setup(config, ["stub = on"], str(folder), time.monotonic())
-    preparation = Preparation(model, tokenizer, max_live, config.served_model_name)
-    api = Api(
-        service=service,
-        preparation=preparation,
-        health_timeout=health_timeout,
-        check_grammar=check_grammar,
-    )
+    preparation = Preparation(model, tokenizer, max_live, config.served_model_name, check_grammar)
+    api = Api(service=service, preparation=preparation, health_timeout=health_timeout)
     server = HttpServer(with_middleware(make_app(api, setup), service.metrics, config), listening.set, config)
     url = f"http://127.0.0.1:{port}" if config.ssl_certfile is None else f"https://127.0.0.1:{port}"
     verify = config.ssl_certfile is None or ssl.create_default_context(cafile=config.ssl_certfile)

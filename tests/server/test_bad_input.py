@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from helpers.bad_requests import BAD, CHAT, GOOD, TEXT, USER
 from helpers.serving import MODEL, Serving, serve_and
 from minisgl.server.protocol import ChatRequest, CompletionRequest
+from minisgl.tokenizer.detokenize import TextStream
 
 
 def check_error(response: httpx.Response, status: int, code: str, param: str | None) -> None:
@@ -22,7 +25,7 @@ def check_error(response: httpx.Response, status: int, code: str, param: str | N
     assert sorted(error) == ["code", "message", "param", "type"]
     assert error["type"] == "invalid_request_error"
     assert error["message"]
-    for leak in ("Traceback", "minisgl", "pydantic", ".py"):
+    for leak in ("Traceback", "minisgl", "msgspec", ".py"):
         assert leak not in error["message"]
 
 
@@ -63,11 +66,12 @@ def test_unsupported_fields_pass_when_they_ask_for_nothing(tmp_path: Path, path:
             "response_format": ({"type": "text"},), "logit_bias": ({},), "parallel_tool_calls": (True, False),
         }  # fmt: skip
         model = ChatRequest if path == CHAT else CompletionRequest
-        for name in neutral.keys() & model.model_fields.keys():
+        fields = {*model.__struct_fields__, *model.unsupported}
+        for name in neutral.keys() & fields:
             for value in (None, *neutral[name]):
                 response = await server.http.post(path, json={**base, name: value})
                 assert response.status_code == 200, (name, value, response.text)
-        for name in model.model_fields.keys() - base.keys():
+        for name in fields - base.keys():
             response = await server.http.post(path, json={**base, name: None})
             assert response.status_code == 200, (name, response.text)
 
@@ -126,3 +130,25 @@ def test_an_unexpected_fault_is_a_500_that_tells_nothing(tmp_path: Path, monkeyp
         assert (await server.http.post(CHAT, json=GOOD)).status_code == 200
 
     serve_and(tmp_path, check)
+
+
+def test_an_unexpected_fault_in_a_stream_is_an_event_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push, pushed = TextStream.push, []
+
+    def broken(stream: TextStream, tokens: Sequence[int]) -> str:
+        pushed.append(tokens)
+        if len(pushed) > 2:
+            raise RuntimeError("secret")
+        return push(stream, tokens)
+
+    async def check(server: Serving) -> None:
+        monkeypatch.setattr(TextStream, "push", broken)
+        response = await server.http.post(TEXT, json={"prompt": "a b c d", "max_tokens": 9, "stream": True})
+        *_, last, done, end = response.text.split("\n\n")
+        assert (response.status_code, done, end) == (200, "data: [DONE]", "")
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "internal_error"
+        assert "secret" not in response.text
+
+    serve_and(tmp_path, check, delay=0.002)

@@ -10,13 +10,16 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
+from starlette.applications import Starlette
 from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.responses import Response
 
 from helpers.serving import Serving, serve_and
 from minisgl.config import Config
 from minisgl.server.metrics import Metrics
 from minisgl.server.middleware import KeyGuard, with_middleware
+from minisgl.server.openapi import ApiRoute
 
 TEXT: dict[str, Any] = {"prompt": "hello there", "max_tokens": 3}
 GUARDED = (
@@ -147,11 +150,10 @@ def test_head_is_answered_as_get_without_the_body(tmp_path: Path) -> None:
 
 
 def test_a_head_whose_endpoint_fails_is_counted_under_its_route() -> None:
-    app, metrics = FastAPI(), Metrics()
-
-    @app.get("/broken")
-    async def broken() -> None:
+    async def broken(_: Request) -> Response:
         raise RuntimeError("a fault of ours")
+
+    app, metrics = Starlette(routes=[ApiRoute(["GET"], "/broken", broken)]), Metrics()
 
     async def ask() -> None:
         transport = httpx.ASGITransport(with_middleware(app, metrics, Config()), raise_app_exceptions=False)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from helpers.serving import CHAT_TEMPLATE, MODEL, Serving, serve_and
-from minisgl.server.unsupported import UNSUPPORTED
+from minisgl.server.app import UNSUPPORTED
 
 
 def events(body: str) -> list[Any]:

@@ -6,7 +6,7 @@ from typing import Any
 import openai
 import pytest
 
-from helpers.serving import MODEL, Serving, serve_and
+from helpers.serving import CHAT_TEMPLATE, MODEL, Serving, serve_and
 
 HELLO: list[Any] = [{"role": "user", "content": "hello 世界"}]
 
@@ -60,6 +60,9 @@ def test_a_stream_without_include_usage_has_none(tmp_path: Path) -> None:
         assert response.headers["content-type"].startswith("text/event-stream")
         assert "usage" not in response.text
         assert response.text.endswith("data: [DONE]\n\n")
+        options = {"continuous_usage_stats": True}
+        response = await server.http.post("/v1/chat/completions", json={**body, "stream_options": options})
+        assert "usage" not in response.text
 
     serve_and(tmp_path, check)
 
@@ -213,6 +216,17 @@ def test_message_forms_and_template_variables_reach_the_template(tmp_path: Path)
             assert server.tokenizer.decode(prompt, skip_special_tokens=False) == template + tail
 
     serve_and(tmp_path, check)
+
+
+def test_a_prompt_has_one_bos_whether_the_template_or_the_tokenizer_writes_it(tmp_path: Path) -> None:
+    async def check(server: Serving) -> None:
+        chat = {"messages": HELLO, "max_tokens": 1}
+        for path, body in (("/v1/chat/completions", chat), ("/v1/completions", {"prompt": "hello", "max_tokens": 1})):
+            assert (await server.http.post(path, json=body)).status_code == 200
+            prompt = list(server.engine.seen[-1].prompt)
+            assert (prompt[0], prompt.count(0)) == (0, 1)
+
+    serve_and(tmp_path, check, template="<s>" + CHAT_TEMPLATE, add_bos=True)
 
 
 def test_models_are_listed_and_found(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 from helpers.grammars import tiny_vocabulary
 from minisgl.errors import InvalidRequestError
 from minisgl.grammar.matcher import compile_grammar
-from minisgl.server.forcedcalls import forced_grammar
 from minisgl.server.protocol import ChatRequest
+from minisgl.server.structured import forced_call_grammar
 
 DEFINED = {"$ref": "#/$defs/x", "$defs": {"x": {"properties": {"a": {"type": "integer"}}, "required": ["a"]}}}
 
@@ -41,7 +41,7 @@ def test_the_arguments_are_an_object_and_none_where_none_are_declared(
     tmp_path: Path, function: dict[str, Any], good: list[str], bad: list[str]
 ) -> None:
     vocabulary = tiny_vocabulary(tmp_path)
-    constraint = compile_grammar(forced_grammar(chat(**function)), vocabulary)
+    constraint = compile_grammar(forced_call_grammar(chat(**function)), vocabulary)
     for arguments in good + bad:
         way = constraint.copy()
         text = f'[{{"name": "f", "arguments": {arguments}}}]'

@@ -160,14 +160,14 @@ def test_a_forced_call_is_a_grammar_and_is_read_as_such(
 
 def test_a_malformed_call_is_content(tmp_path: Path) -> None:
     async def check(server: Serving) -> None:
-        text = 'So: <tool_call>{"name": "get_weather", "arguments": {"city": }}</tool_call> and more'
+        text = 'So: <tool_call>{"name": "get_weather", "arguments": {"city": }} \n </tool_call> and more'
         server.speak(text)
         body = {"messages": USER, "tools": [WEATHER]}
         choice = (await server.openai.chat.completions.create(model=MODEL, **body)).choices[0]  # type: ignore[call-overload]
         assert (choice.message.content, choice.message.tool_calls, choice.finish_reason) == (text, None, "stop")
         content, _, parts, finish = await streamed(server, **body)
         assert finish == "stop"
-        assert (content, parts[0]["arguments"]) == ("So:}</tool_call> and more", '{"city": }')
+        assert (content, parts[0]["arguments"]) == ("So:} \n </tool_call> and more", '{"city": }')
 
     serve_and(tmp_path, check, template=templates.QWEN_TOOLS, max_seq_len=2048)
 

@@ -8,20 +8,29 @@ import time
 from collections.abc import Sequence
 
 import msgspec
-from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
 from minisgl import __version__
 from minisgl.config import Config
 from minisgl.errors import EngineDeadError, InvalidRequestError
-from minisgl.server.api import Api
 from minisgl.server.engine_client import DRAIN_RETRY_SECONDS
 from minisgl.server.errors import ApiProcessError, DrainingError
 from minisgl.server.metrics import CONTENT_TYPE, ApiProcesses, MetricsPage
-from minisgl.server.openapi import described
-from minisgl.server.reports import Aborted, AbortOrder, Flush, IsReady, ModelFacts, Queued, ServerInfo, Version
-from minisgl.server.responses import Health, json_response
+from minisgl.server.openapi import ApiRoute
+from minisgl.server.preparation import Api
+from minisgl.server.responses import (
+    Aborted,
+    AbortOrder,
+    FlushReport,
+    Health,
+    IsReady,
+    ModelFacts,
+    Queued,
+    ServerInfo,
+    Version,
+    json_response,
+)
 
 SCRAPE_TIMEOUT = 1.0
 """Seconds that /metrics waits for the engine's counts; an engine in a longer step shows those it gave last."""
@@ -39,21 +48,18 @@ class Setup:
     processes: ApiProcesses = dataclasses.field(default_factory=ApiProcesses)
 
 
-def make_admin_router(api: Api, setup: Setup) -> APIRouter:
+def admin_routes(api: Api, setup: Setup) -> list[ApiRoute]:
     """The operator's endpoints of one server."""
-    router = APIRouter()
-    client, model = api.service, api.model
+    client, model = api.service, api.preparation.model
 
-    @router.get("/health", **described("health"))
-    async def health() -> Response:
+    async def health(_: Request) -> Response:
         """200 when the engine and all API processes answer in time, else 503."""
         stats = await client.ping(api.health_timeout)
         if silent := setup.processes.num_silent:
             raise ApiProcessError(f"{silent} of the API processes do not answer")
         return json_response(Health(running=stats.running, waiting=stats.waiting))
 
-    @router.get("/ready", **described("ready"))
-    async def ready() -> Response:
+    async def ready(_: Request) -> Response:
         """200 when new requests are taken, 503 when the server is going down or the engine is gone."""
         if client.dead is not None:
             raise client.dead
@@ -61,13 +67,11 @@ def make_admin_router(api: Api, setup: Setup) -> APIRouter:
             raise DrainingError("the server is shutting down", DRAIN_RETRY_SECONDS)
         return json_response(IsReady())
 
-    @router.get("/version", **described("version"))
-    async def version() -> Response:
+    async def version(_: Request) -> Response:
         """The version of this program."""
         return json_response(Version(__version__))
 
-    @router.get("/server_info", **described("server_info"))
-    async def server_info() -> Response:
+    async def server_info(_: Request) -> Response:
         """Configuration without secrets, the engine's choices and counts, this process' queue, uptime (s)."""
         stats = await client.ping(api.health_timeout)
         config = {**dataclasses.asdict(setup.config), "api_key": f"{len(setup.config.api_key)} set"}
@@ -83,35 +87,31 @@ def make_admin_router(api: Api, setup: Setup) -> APIRouter:
             )
         )
 
-    @router.get("/model_info", **described("model_info"))
-    async def model_info() -> Response:
+    async def model_info(_: Request) -> Response:
         """The model: its names, where its files are, and what it can take."""
         return json_response(
             ModelFacts(
                 id=model.name,
-                served_names=list(api.names) or [model.name],
+                served_names=list(api.preparation.names),
                 model_path=setup.folder,
                 vocab_size=model.vocab_size,
                 max_model_len=model.max_seq_len,
                 eos_token_ids=list(model.eos_token_ids),
-                has_chat_template=api.tokenizer.has_chat_template,
+                has_chat_template=api.preparation.tokenizer.has_chat_template,
             )
         )
 
-    @router.get("/metrics", **described("metrics"))
-    async def metrics() -> Response:
+    async def metrics(_: Request) -> Response:
         """Prometheus' page. It never fails: without the engine it has the engine's last counts."""
         with contextlib.suppress(EngineDeadError):
             await client.ping(SCRAPE_TIMEOUT)
         page = MetricsPage(client.metrics, setup.processes, client.stats, client.dead is None, model.name)
         return Response(page.render(), media_type=CONTENT_TYPE)
 
-    @router.post("/flush_cache", **described("flush_cache"))
-    async def flush_cache() -> Response:
+    async def flush_cache(_: Request) -> Response:
         """Drop every cached page that no request uses."""
-        return json_response(Flush(await client.flush_cache(api.health_timeout)))
+        return json_response(FlushReport(await client.flush_cache(api.health_timeout)))
 
-    @router.post("/abort_request", **described("abort_request"))
     async def abort_request(request: Request) -> Response:
         """End the requests of one answer, or all."""
         body = b""
@@ -126,4 +126,13 @@ def make_admin_router(api: Api, setup: Setup) -> APIRouter:
             raise InvalidRequestError("give the answer's id as rid, or abort_all", param="rid")
         return json_response(Aborted(await client.abort(order.rid, api.health_timeout)))
 
-    return router
+    return [
+        ApiRoute(["GET"], "/health", health, "health"),
+        ApiRoute(["GET"], "/ready", ready, "ready"),
+        ApiRoute(["GET"], "/version", version, "version"),
+        ApiRoute(["GET"], "/server_info", server_info, "server_info"),
+        ApiRoute(["GET"], "/model_info", model_info, "model_info"),
+        ApiRoute(["GET"], "/metrics", metrics, "metrics"),
+        ApiRoute(["POST"], "/flush_cache", flush_cache, "flush_cache"),
+        ApiRoute(["POST"], "/abort_request", abort_request, "abort_request"),
+    ]

@@ -26,12 +26,11 @@ from minisgl.errors import ConfigError, EngineDeadError, MinisglError
 from minisgl.grammar.compiler import GrammarCompiler
 from minisgl.server import ipc
 from minisgl.server.admin import Setup
-from minisgl.server.api import Api
 from minisgl.server.app import make_app
 from minisgl.server.engine_client import EngineClient, Shutdown, wait_first
 from minisgl.server.metrics import ApiProcesses, Metrics
 from minisgl.server.middleware import BoundedProtocol, with_middleware
-from minisgl.server.preparation import Preparation
+from minisgl.server.preparation import Api, Preparation
 from minisgl.tokenizer.standin import make_standin
 from minisgl.tokenizer.tokenizer import Tokenizer
 
@@ -132,11 +131,9 @@ async def serve_api(
     has_tokenizer = not config.dummy_weight or Tokenizer.exists(folder)
     tokenizer = Tokenizer.load(folder) if has_tokenizer else make_standin(model.vocab_size)
     grammars = GrammarCompiler(folder, model.vocab_size, model.eos_token_ids)
-    api = Api(
-        service=client,
-        preparation=Preparation(model, tokenizer, client.queue.max_live, config.served_model_name),
-        check_grammar=grammars.check if has_tokenizer else None,
-    )
+    check = grammars.check if has_tokenizer else None
+    preparation = Preparation(model, tokenizer, client.queue.max_live, config.served_model_name, check)
+    api = Api(service=client, preparation=preparation)
     setup = Setup(config, ready.notes, ready.folder, started, processes)
     app = with_middleware(make_app(api, setup), client.metrics, config)
     serving = ipc.Serving(model.name, tokenizer.has_chat_template, has_tokenizer)

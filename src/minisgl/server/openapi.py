@@ -1,51 +1,66 @@
-"""The OpenAPI document: bodies as they are validated, responses as they are encoded, and every status there can be."""
+"""Routes, and the OpenAPI document: bodies as they are validated, responses as they are encoded, and every status."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+import inspect
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
-from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
-from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Match, Route
+from starlette.types import Scope
 
-from minisgl.server.native import DetokenizeRequest, GenerateRequest, TokenizeConversation, TokenizeText
-from minisgl.server.native_answer import NativeResult
-from minisgl.server.protocol import ChatRequest, CompletionRequest
-from minisgl.server.reports import Aborted, AbortOrder, Flush, IsReady, ModelFacts, ServerInfo, Version
+from minisgl import __version__
+from minisgl.server.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    GenerateRequest,
+    NativeSampling,
+    TokenizeConversation,
+    TokenizeText,
+)
 from minisgl.server.responses import (
+    Aborted,
+    AbortOrder,
     ChatChoice,
     ChunkChoice,
+    Detokenized,
     ErrorBody,
+    FlushReport,
     Health,
+    IsReady,
     ModelCard,
+    ModelFacts,
     ModelList,
+    NativeResult,
     Result,
+    ServerInfo,
     TextChoice,
+    TokenizerInfo,
+    Tokens,
+    Version,
 )
-from minisgl.server.tokens import Text, TokenizerInfo, Tokens
+from minisgl.server.validation import NULL, ROLES, Body, Message, StructuredOutputs
 
-REF = "#/components/schemas/"
-RESPONSE = "Response"
-"""What the names of response schemas begin with: some are those of a body's parts too."""
-RESPONSE_REF = REF + RESPONSE + "{name}"
+Handler = Callable[[Request], Awaitable[Response]]
 
-BODIES: Mapping[str, tuple[type[BaseModel], ...]] = {
+BODIES: Mapping[str, tuple[Any, ...]] = {
     "chat": (ChatRequest,),
     "completion": (CompletionRequest,),
     "generate": (GenerateRequest,),
     "tokenize": (TokenizeText, TokenizeConversation),
     "detokenize": (DetokenizeRequest,),
+    "abort_request": (AbortOrder,),
 }
 RESULTS: Mapping[str, Any] = {
     "chat": Result[ChatChoice],
     "completion": Result[TextChoice],
-    "generate": NativeResult,
+    "generate": NativeResult | list[NativeResult],
     "tokenize": Tokens,
-    "detokenize": Text,
+    "detokenize": Detokenized,
     "tokenizer_info": TokenizerInfo,
     "models": ModelList,
     "model": ModelCard,
@@ -54,11 +69,10 @@ RESULTS: Mapping[str, Any] = {
     "version": Version,
     "server_info": ServerInfo,
     "model_info": ModelFacts,
-    "flush_cache": Flush,
+    "flush_cache": FlushReport,
     "abort_request": Aborted,
 }
-ORDERS: Mapping[str, Any] = {"abort_request": AbortOrder}
-"""Bodies that msgspec reads."""
+"""What operations answer; text if it is not here."""
 STREAMS: Mapping[str, Any] = {
     "chat": Result[ChunkChoice],
     "completion": Result[TextChoice],
@@ -74,74 +88,83 @@ ERRORS: Mapping[int, str] = {
     431: "The headers are too large.",
     499: "The operator ended the request.",
     500: "A fault of the server; its log says more.",
-    503: "The engine or a tokenizer is gone, the server is shutting down, or too many requests are live.",
+    503: "The engine is gone, the server is shutting down, or too many requests are live.",
     504: "The request took longer than the server allows.",
 }
+RULES: Mapping[str, Any] = {
+    "Message": ROLES,
+    "GenerateRequest": [
+        {"required": [given], "properties": {given: {"not": NULL}, other: NULL}}
+        for given, other in (("text", "input_ids"), ("input_ids", "text"))
+    ],
+}
+"""What bodies must be beside their fields: one of these."""
+WITH_UNSUPPORTED: Sequence[type[Body]] = (
+    ChatRequest, CompletionRequest, GenerateRequest, NativeSampling, TokenizeConversation, Message, StructuredOutputs,
+)  # fmt: skip
 
 
-def described(name: str) -> dict[str, Any]:
-    """What the document says of one endpoint, as arguments of FastAPI's route decorators."""
+class ApiRoute(Route):
+    """A route that middleware finds in the scope; `operation` is its name in the document, None for none there."""
+
+    def __init__(self, methods: Sequence[str], path: str, handler: Handler, operation: str | None = None) -> None:
+        super().__init__(path, handler, methods=methods)
+        self.methods = set(methods)  # HEAD is left to the middleware
+        self.method = methods[0]
+        self.operation = operation
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        match, found = super().matches(scope)
+        return match, {**found, "route": self}
+
+
+def document(routes: Sequence[Any]) -> dict[str, Any]:
+    """The whole document. Every endpoint can answer with every error."""
+    bodies = [body for several in BODIES.values() for body in several]
+    structs = [*RESULTS.values(), *STREAMS.values(), *bodies, ErrorBody]
+    references, schemas = msgspec.json.schema_components(structs, ref_template="#/components/schemas/{name}")
+    described = dict(zip(map(str, structs), references, strict=True))
+    for body in WITH_UNSUPPORTED:
+        schemas[body.__name__]["properties"] |= {n: {"enum": [None, *values]} for n, values in body.unsupported.items()}
+    for name, rule in RULES.items():
+        schemas[name]["oneOf"] = rule
+    paths: dict[str, Any] = {}
+    for route in routes:
+        if isinstance(route, ApiRoute) and route.operation is not None:
+            path = route.path.replace(":path}", "}")
+            paths.setdefault(path, {})[route.method.lower()] = describe(route, route.operation, described)
+    info = {"title": "Mini-SGLang", "version": __version__}
+    return {"openapi": "3.1.0", "info": info, "paths": paths, "components": {"schemas": schemas}}
+
+
+def describe(route: ApiRoute, name: str, described: Mapping[str, Any]) -> dict[str, Any]:
+    """An operation; `described` has references to the schemas of types."""
+    error = described[str(ErrorBody)]
     content: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}}
     if name in RESULTS:
-        result = response_schema(RESULTS[name])
-        if name == "generate":
-            result = {"anyOf": [result, {"type": "array", "items": result}]}
-        content = {"application/json": {"schema": result}}
+        content = {"application/json": {"schema": described[str(RESULTS[name])]}}
     if name in STREAMS:
-        content["text/event-stream"] = {"schema": event_schema(STREAMS[name])}
-    described: dict[str, Any] = {"responses": {200: {"description": "The answer.", "content": content}}}
-    if name in BODIES or name in ORDERS:
-        schemas = [{"$ref": REF + model.__name__} for model in BODIES.get(name, ())]
-        schemas += [response_schema(ORDERS[name])] if name in ORDERS else []
+        # A server-sent event as OpenAPI 3.2 describes them; the last is [DONE], or an error.
+        value = {"anyOf": [described[str(STREAMS[name])], error]}
+        event = {"contentMediaType": "application/json", "contentSchema": value}
+        data = {"type": "string", "anyOf": [{"const": "[DONE]"}, event]}
+        content["text/event-stream"] = {
+            "schema": {"type": "object", "properties": {"data": data}, "required": ["data"]}
+        }
+    responses: dict[str, Any] = {"200": {"description": "The answer.", "content": content}}
+    for status, text in ERRORS.items():
+        responses[str(status)] = {"description": text, "content": {"application/json": {"schema": error}}}
+    operation: dict[str, Any] = {
+        "operationId": name, "description": inspect.getdoc(route.endpoint), "responses": responses
+    }  # fmt: skip
+    if route.param_convertors:
+        text_schema = {"type": "string"}
+        operation["parameters"] = [
+            {"name": parameter, "in": "path", "required": True, "schema": text_schema}
+            for parameter in route.param_convertors
+        ]
+    if name in BODIES:
+        schemas = [described[str(body)] for body in BODIES[name]]
         schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
-        body = {"required": True, "content": {"application/json": {"schema": schema}}}
-        described["openapi_extra"] = {"requestBody": body}
-    return described
-
-
-def event_schema(struct: Any) -> dict[str, Any]:
-    """A server-sent event of a stream, as OpenAPI 3.2 describes them; the last is [DONE], or an error."""
-    json = {"anyOf": [response_schema(struct), response_schema(ErrorBody)]}
-    told = {"contentMediaType": "application/json", "contentSchema": json}
-    data = {"type": "string", "anyOf": [{"const": "[DONE]"}, told]}
-    return {"type": "object", "properties": {"data": data}, "required": ["data"]}
-
-
-def response_schema(struct: Any) -> dict[str, Any]:
-    """A reference to the schema of what an endpoint answers."""
-    (found,), _ = msgspec.json.schema_components([struct], ref_template=RESPONSE_REF)
-    return found
-
-
-def schemas() -> dict[str, Any]:
-    """Every schema that the document refers to."""
-    models = [(model, "validation") for several in BODIES.values() for model in several]
-    _, bodies = models_json_schema(models, ref_template=REF + "{model}")  # type: ignore[arg-type]
-    structs = [*dict.fromkeys([*RESULTS.values(), *STREAMS.values()]), *ORDERS.values(), ErrorBody]
-    _, results = msgspec.json.schema_components(structs, ref_template=RESPONSE_REF)
-    return {**bodies["$defs"], **{RESPONSE + name: schema for name, schema in results.items()}}
-
-
-def document(app: FastAPI) -> dict[str, Any]:
-    """The whole document. Every endpoint can answer with every error but FastAPI's own 422.
-
-    That never happens here: a parameter of a path is any text.
-    """
-    made = get_openapi(title=app.title, version=app.version, routes=app.routes)
-    content = {"application/json": {"schema": response_schema(ErrorBody)}}
-    for operations in made["paths"].values():
-        for operation in operations.values():
-            responses = operation["responses"]
-            responses.pop("422", None)
-            for status, text in ERRORS.items():
-                responses.setdefault(str(status), {"description": text, "content": content})
-    kept = made.setdefault("components", {}).setdefault("schemas", {})
-    for name in ("HTTPValidationError", "ValidationError"):
-        kept.pop(name, None)
-    kept |= schemas()
-    return made
-
-
-def install_document(app: FastAPI) -> None:
-    """Have `app` serve this document; it is made once, when it is first asked for."""
-    app.openapi = functools.cache(lambda: document(app))  # type: ignore[method-assign]
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    return operation
