@@ -23,18 +23,7 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from minisgl.server.process_messages import (
-    Abort,
-    Add,
-    Attach,
-    Detach,
-    Events,
-    FromEngine,
-    Ping,
-    Pong,
-    Ready,
-    ToEngine,
-)
+from minisgl.server import ipc
 from minisgl.types import EngineStats, FinishReason, ModelInfo, TokenEvent
 
 BACKLOG = 4
@@ -50,10 +39,10 @@ class Stub:
         self.outboxes: dict[int, zmq.Socket[bytes]] = {}
         self.live: dict[int, dict[str, tuple[list[int], int, int]]] = {}
         model = ModelInfo(name="stub", vocab_size=49152, max_seq_len=1 << 20, eos_token_ids=(0,))
-        self.ready = Ready(model, folder, [])
-        self.attach(Attach(0, to_engine, from_engine))
+        self.ready = ipc.Ready(model, folder, [])
+        self.attach(ipc.Attach(0, to_engine, from_engine))
 
-    def attach(self, order: Attach) -> None:
+    def attach(self, order: ipc.Attach) -> None:
         """Begin to serve a process."""
         outbox = self.outboxes[order.link] = self.context.socket(zmq.PUSH)
         outbox.setsockopt(zmq.SNDHWM, BACKLOG)
@@ -62,24 +51,24 @@ class Stub:
         self.live[order.link] = {}
         self.send(order.link, self.ready)
 
-    def send(self, link: int, message: FromEngine) -> None:
+    def send(self, link: int, message: ipc.FromEngine) -> None:
         """Say something; a process that is `BACKLOG` steps behind is waited for."""
         self.outboxes[link].send(msgspec.msgpack.encode(message))
 
-    def take(self, message: ToEngine) -> None:
+    def take(self, message: ipc.ToEngine) -> None:
         """Do what a process asks."""
         match message:
-            case Add(request, link):
+            case ipc.Add(request, link):
                 self.live[link][request.id] = (request.prompt, 0, request.params.max_tokens or 16)
-            case Abort(ids):
+            case ipc.Abort(ids):
                 for live in self.live.values():
                     for name in ids:
                         live.pop(name, None)
-            case Ping(nonce, link):
-                self.send(link, Pong(nonce, EngineStats(running=sum(map(len, self.live.values())))))
-            case Attach():
+            case ipc.Ping(nonce, link):
+                self.send(link, ipc.Pong(nonce, EngineStats(running=sum(map(len, self.live.values())))))
+            case ipc.Attach():
                 self.attach(message)
-            case Detach(link):
+            case ipc.Detach(link):
                 self.outboxes.pop(link).close(linger=0)
                 del self.live[link]
 
@@ -95,11 +84,11 @@ class Stub:
                 else:
                     del live[name]
             if events:
-                self.send(link, Events(events))
+                self.send(link, ipc.Events(events))
 
     def run(self, step: float) -> None:
         """Serve for ever, a step each `step` s while there is something to do."""
-        decoder = msgspec.msgpack.Decoder(ToEngine)
+        decoder = msgspec.msgpack.Decoder(ipc.ToEngine)
         due = time.perf_counter()
         while True:
             while self.inbox.poll(0 if any(self.live.values()) else 1000):

@@ -175,4 +175,4 @@ def test_the_checks_see_what_they_forbid() -> None:
     assert [name for name, _ in imports(bad, runtime_only=True)] == ["torch", "minisgl.ops"]
     values = [node.value for node in ast.parse("[]\n{}\ndict()\ncollections.deque()\n()\n'a'\n{x for x in y}").body]  # type: ignore[attr-defined]
     assert [is_mutable(value) for value in values] == [True, True, True, True, False, False, True]
-    assert {"minisgl.types", "minisgl.errors", "msgspec"} <= reached("minisgl.server.process_messages")
+    assert {"minisgl.types", "minisgl.errors", "msgspec"} <= reached("minisgl.server.ipc")

@@ -17,9 +17,8 @@ from minisgl.engine.build import Built
 from minisgl.engine.constraint import ConstraintFactory
 from minisgl.engine.engine import Engine
 from minisgl.engine.plan import Executor, StepResult
-from minisgl.server import engine_process
+from minisgl.server import engine_process, ipc
 from minisgl.server.engine_process import EngineServer
-from minisgl.server.process_messages import EngineSetup
 
 
 class FailingExecutor(Relay):
@@ -49,7 +48,7 @@ class EngineThread:
     def run(self, to_engine: str, from_engine: str) -> None:
         """Serve until `gone`."""
         try:
-            EngineServer(EngineSetup(Config(), to_engine, from_engine), self.gone).run()
+            EngineServer(ipc.EngineSetup(Config(), to_engine, from_engine), self.gone).run()
         except RuntimeError as error:
             self.failure = error
 

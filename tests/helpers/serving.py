@@ -21,7 +21,7 @@ from minisgl.config import Config
 from minisgl.server.admin import Setup
 from minisgl.server.api_process import HttpServer
 from minisgl.server.app import make_app
-from minisgl.server.engine_client import EngineClient, Limits, socket_folder
+from minisgl.server.engine_client import EngineClient, socket_folder
 from minisgl.server.middleware import with_middleware
 from minisgl.server.preparation import Api, Preparation
 from minisgl.tokenizer.tokenizer import Tokenizer
@@ -90,7 +90,7 @@ async def web(
     tokenizer = Tokenizer.load(write_tokenizer(folder, template=template, add_bos=add_bos))
     sockets = socket_folder()
     to_engine, from_engine = f"ipc://{sockets}/to", f"ipc://{sockets}/from"
-    service = EngineClient(to_engine, from_engine, dataclasses.replace(Limits.of(config), live=max_live))
+    service = EngineClient(to_engine, from_engine, config, max_live=max_live)
     # With the protocol named asyncio switches off Nagle's delay on each connection, as it does in production.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
@@ -98,7 +98,7 @@ async def web(
     port = listener.getsockname()[1]
     listening = asyncio.Event()
     setup = Setup(config, ["stub = on"], str(folder), time.monotonic())
-    preparation = Preparation(model, tokenizer, service.limits.live, config.served_model_name, check_grammar)
+    preparation = Preparation(model, tokenizer, max_live, config.served_model_name, check_grammar)
     api = Api(service=service, preparation=preparation, health_timeout=health_timeout)
     server = HttpServer(with_middleware(make_app(api, setup), service.metrics, config), listening.set, config)
     url = f"http://127.0.0.1:{port}" if config.ssl_certfile is None else f"https://127.0.0.1:{port}"

@@ -17,25 +17,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from minisgl.server.process_messages import (
-    Abort,
-    AbortedElsewhere,
-    AbortElsewhere,
-    Add,
-    Attach,
-    CacheFlushed,
-    Detach,
-    Events,
-    Failed,
-    FlushCache,
-    FromEngine,
-    Ping,
-    Pong,
-    Ready,
-    Revoked,
-    ToEngine,
-    belongs_to,
-)
+from minisgl.server import ipc
 from minisgl.tokenizer.tokenizer import Tokenizer
 from minisgl.types import EngineStats, FinishReason, ModelInfo, Request, TokenEvent, TokenLogprobs
 
@@ -63,7 +45,7 @@ class StubEngine:
         self.given: dict[str, int] = {}
         self.die_on: tuple[int, ...] = ()
         self.say: Callable[[Request], Sequence[int]] | None = None
-        self.ready = Ready(model, str(folder), ["stub = on: it echoes"])
+        self.ready = ipc.Ready(model, str(folder), ["stub = on: it echoes"])
         self._changed = asyncio.Event()
         self._context = zmq.asyncio.Context()
         self._inbox = self._context.socket(zmq.PULL)
@@ -84,7 +66,7 @@ class StubEngine:
         self._outboxes[link] = self._context.socket(zmq.PUSH)
         self._outboxes[link].connect(from_engine)
 
-    async def send(self, message: FromEngine, link: int = 0) -> None:
+    async def send(self, message: ipc.FromEngine, link: int = 0) -> None:
         """Say something to the server."""
         await self._outboxes[link].send(msgspec.msgpack.encode(message))
 
@@ -92,13 +74,13 @@ class StubEngine:
         for link in list(self._outboxes):
             own = [event for event in events if self._owners.get(event.id) == link]
             if own:
-                await self.send(Events(own, [name for name in admitted if self._owners.get(name) == link]), link)
+                await self.send(ipc.Events(own, [name for name in admitted if self._owners.get(name) == link]), link)
 
     async def _listen(self) -> None:
-        decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+        decoder: msgspec.msgpack.Decoder[ipc.ToEngine] = msgspec.msgpack.Decoder(ipc.ToEngine)
         while True:
             match decoder.decode(await self._inbox.recv()):
-                case Add(request, link):
+                case ipc.Add(request, link):
                     self.seen.append(request)
                     self._owners[request.id] = link
                     if self.refuse is not None:
@@ -107,23 +89,25 @@ class StubEngine:
                     else:
                         self.live[request.id] = (request, 0)
                         self._changed.set()
-                case Abort(ids):
+                case ipc.Abort(ids):
                     await self._abort(ids)
-                case Ping(nonce, link):
+                case ipc.Ping(nonce, link):
                     if not self.deaf:
-                        await self.send(Pong(nonce, self.stats()), link)
-                case FlushCache(nonce, link):
-                    await self.send(CacheFlushed(nonce, 7), link)
-                case AbortElsewhere(nonce, link, answer_id):
-                    others = [name for name in self.live if self._owners[name] != link and belongs_to(name, answer_id)]
+                        await self.send(ipc.Pong(nonce, self.stats()), link)
+                case ipc.FlushCache(nonce, link):
+                    await self.send(ipc.CacheFlushed(nonce, 7), link)
+                case ipc.AbortElsewhere(nonce, link, answer_id):
+                    others = [
+                        name for name in self.live if self._owners[name] != link and ipc.belongs_to(name, answer_id)
+                    ]
                     for name in others:
-                        await self.send(Revoked([name]), self._owners[name])
+                        await self.send(ipc.Revoked([name]), self._owners[name])
                     await self._abort(others)
-                    await self.send(AbortedElsewhere(nonce, len(others)), link)
-                case Attach(link, to_engine, from_engine):
+                    await self.send(ipc.AbortedElsewhere(nonce, len(others)), link)
+                case ipc.Attach(link, to_engine, from_engine):
                     self._connect(link, to_engine, from_engine)
                     await self.send(self.ready, link)
-                case Detach(link):
+                case ipc.Detach(link):
                     self._outboxes.pop(link).close(linger=0)
                     await self._abort([name for name, owner in self._owners.items() if owner == link])
 
@@ -221,7 +205,7 @@ async def serve_process() -> None:
     engine.deaf = mode == "deaf"
     engine.die_on = tuple(tokenizer.encode(DEADLY_PROMPT))
     if mode == "fail":
-        await engine.send(Failed("no such model, says the stub"))
+        await engine.send(ipc.Failed("no such model, says the stub"))
         await asyncio.sleep(0.2)
         sys.exit(1)
     serving = asyncio.create_task(engine.run())

@@ -15,29 +15,29 @@ from numpy.typing import NDArray
 
 from helpers.engine_thread import EngineThread
 from helpers.simulation import simulated_engine
+from minisgl.config import Config
 from minisgl.engine.build import Built
 from minisgl.engine.constraint import Constraint
 from minisgl.engine.engine import Engine
 from minisgl.errors import InvalidRequestError
-from minisgl.server import engine_process
+from minisgl.server import engine_process, ipc
 from minisgl.server.engine_client import EngineClient, socket_folder
 from minisgl.server.engine_process import PendingGrammars
 from minisgl.server.errors import RequestAbortedError
-from minisgl.server.process_messages import Add, Attach, Detach
 from minisgl.types import FinishReason, Grammar, Request, SamplingParams, TokenEvent
 
 
 @contextlib.asynccontextmanager
 async def linked(engine: Engine, folder: Path, count: int) -> AsyncIterator[list[EngineClient]]:
     """The launcher's client, and those of so many API processes."""
-    clients = [EngineClient(f"ipc://{folder}/t0", f"ipc://{folder}/f0")]
+    clients = [EngineClient(f"ipc://{folder}/t0", f"ipc://{folder}/f0", Config())]
     try:
         async with EngineThread(engine).start(f"ipc://{folder}/t0", f"ipc://{folder}/f0"):
             await clients[0].ready()
             for link in range(1, count + 1):
                 here, there = f"ipc://{folder}/t{link}", f"ipc://{folder}/f{link}"
-                clients.append(EngineClient(here, there, link=link))
-                clients[0].send(Attach(link, here, there))
+                clients.append(EngineClient(here, there, Config(), link=link))
+                clients[0].send(ipc.Attach(link, here, there))
                 assert (await clients[link].ready()).model == engine.model
             yield clients
     finally:
@@ -93,12 +93,12 @@ def test_the_requests_of_a_process_that_is_gone_are_aborted_and_others_go_on(mon
             if not not_begun:  # what comes after the end of a link is not taken
                 break
         lost.fail("it is dead")  # says nothing to the engine any more
-        launcher.send(Detach(1))
-        launcher.send(Detach(1))  # nothing is left to forget
+        launcher.send(ipc.Detach(1))
+        launcher.send(ipc.Detach(1))  # nothing is left to forget
         for events in await asyncio.gather(*going_on):
             assert sum(len(event.tokens) for event in events) == 400
         lost.dead = None
-        lost.send(Add(request("late", 1900), 1))  # was on its way when its process died
+        lost.send(ipc.Add(request("late", 1900), 1))  # was on its way when its process died
         for _ in range(3):  # each is answered between two steps
             stats = await launcher.ping(5)
         assert (stats.running, stats.waiting, stats.aborted) == (0, 0, 5)

@@ -22,6 +22,7 @@ from helpers.stub_engine import DEADLY_PROMPT
 from helpers.tiny_tokenizers import write_tokenizer
 from minisgl.config import Config
 from minisgl.errors import ConfigError, EngineDeadError, ModelError
+from minisgl.server import launch
 from minisgl.server.engine_client import ENGINE_COMMAND, EngineProcess
 from minisgl.server.launch import address, handle_signals, listen_socket, serve
 
@@ -76,14 +77,14 @@ def test_when_the_server_is_killed_the_engine_goes(tmp_path: Path) -> None:
         wait_until_gone([engine])
 
 
-def launch(folder: Path, **environment: str) -> None:
+def launch_engine(folder: Path, **environment: str) -> None:
     """Start an engine, and stop it when it is ready."""
 
     async def main() -> None:
         command = ["env", *(f"{k}={v}" for k, v in environment.items()), *STUB]
         engine = await EngineProcess.start(Config(model=str(folder)), command)
         try:
-            await engine.ready(lambda _: None)
+            await engine.ready()
         finally:
             await engine.stop()
 
@@ -93,11 +94,11 @@ def launch(folder: Path, **environment: str) -> None:
 def test_what_the_engine_cannot_start_for_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent), prepend=os.pathsep)
     write_tokenizer(tmp_path)
-    launch(tmp_path)
+    launch_engine(tmp_path)
     with pytest.raises(ModelError, match="no such model, says the stub"):
-        launch(tmp_path, STUB_MODE="fail")
+        launch_engine(tmp_path, STUB_MODE="fail")
     with pytest.raises(EngineDeadError, match="ended with exit status 3 before it was ready"):
-        launch(tmp_path, STUB_MODE="exit")
+        launch_engine(tmp_path, STUB_MODE="exit")
 
 
 def test_an_engine_that_cannot_start_ends_by_itself(tmp_path: Path) -> None:
@@ -116,19 +117,14 @@ def test_an_engine_that_cannot_start_ends_by_itself(tmp_path: Path) -> None:
         assert engine.stderr.read() == b""
 
 
-def test_waiting_for_a_slow_engine_is_told_about(tmp_path: Path) -> None:
-    async def main() -> list[float]:
-        told: list[float] = []
-        sleeper = [sys.executable, "-c", "import sys, time; time.sleep(0.5); sys.exit(4)"]
-        engine = await EngineProcess.start(Config(), sleeper)
-        with pytest.raises(EngineDeadError):
-            await engine.ready(told.append, every=0.1)
-        assert await engine.stop() == 4
-        return told
-
-    told = asyncio.run(main())
-    assert len(told) >= 3
-    assert told == sorted(told)
+def test_waiting_for_a_slow_engine_is_told_about(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launch, "LOADING_SECONDS", 0.1)
+    sleeper = [sys.executable, "-c", "import sys, time; time.sleep(1); sys.exit(4)"]
+    with pytest.raises(EngineDeadError, match="ended with exit status 4 before it was ready"):
+        launch.serve(Config(port=0), sleeper)
+    assert capsys.readouterr().err.count("still loading after") >= 3
 
 
 def test_a_port_in_use_is_an_error_before_anything_is_loaded() -> None:
@@ -171,10 +167,9 @@ class Gone(io.TextIOBase):
 
 def test_signals_are_heard_when_nobody_reads_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
-        stop, hurry = asyncio.Event(), asyncio.Event()
-        with handle_signals(stop, hurry):
+        with handle_signals() as shutdown:
             monkeypatch.setattr(sys, "stderr", Gone())
-            for heard in (stop, hurry):
+            for heard in (shutdown.stop, shutdown.force):
                 os.kill(os.getpid(), signal.SIGTERM)
                 await asyncio.wait_for(heard.wait(), 10)
 

@@ -114,7 +114,7 @@ def test_an_error_within_a_stream_is_an_event_and_the_stream_still_ends(tmp_path
 
 def test_more_requests_than_the_server_keeps_are_turned_away(tmp_path: Path) -> None:
     async def check(server: Serving) -> None:
-        full = server.service.limits.live
+        full = server.service.queue.max_live
         waiting = [asyncio.create_task(server.http.post(CHAT, json=LONG)) for _ in range(full)]
         await server.until(lambda: server.service.num_live == full)
         response = await server.http.post(CHAT, json=LONG)

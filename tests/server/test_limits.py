@@ -20,7 +20,7 @@ from minisgl.config import Config
 from minisgl.errors import InvalidRequestError
 from minisgl.server import middleware
 from minisgl.server.api_process import HttpServer
-from minisgl.server.engine_client import Limits, Queue
+from minisgl.server.engine_client import Queue
 from minisgl.server.errors import OverloadedError, QueueFullError
 from minisgl.server.metrics import Metrics
 from minisgl.server.protocol import MAX_MESSAGES
@@ -34,7 +34,7 @@ def requests(count: int, tokens: int = 10) -> list[Request]:
 
 
 def test_the_queue_takes_what_its_limits_allow_and_no_more() -> None:
-    queue = Queue(Limits(live=8, max_queued_requests=2, max_queued_tokens=30), Metrics())
+    queue = Queue(Config(max_queued_requests=2, max_queued_tokens=30), Metrics(), 8)
     queue.check(requests(3))  # nothing waits: whatever the server can keep
     queue.enter(10)
     queue.check(requests(1))
@@ -54,16 +54,16 @@ def test_the_queue_takes_what_its_limits_allow_and_no_more() -> None:
 
 
 def test_who_is_turned_away_is_told_to_wait_as_long_as_others_did() -> None:
-    queue = Queue(Limits(), Metrics())
-    assert queue.retry_after == 1
-    for _ in range(50):
+    queue = Queue(Config(max_queued_requests=1), Metrics())
+    for waited, retry_after in ((0.0, 1), (4.0, 4), (1e6, 60)):
+        for _ in range(50):
+            queue.enter(1)
+            queue.leave(1, waited=waited)
         queue.enter(1)
-        queue.leave(1, waited=4.0)
-    assert queue.retry_after == 4
-    for _ in range(50):
-        queue.enter(1)
-        queue.leave(1, waited=1e6)
-    assert queue.retry_after == 60
+        with pytest.raises(QueueFullError) as error:
+            queue.check(requests(1))
+        assert error.value.retry_after == retry_after
+        queue.leave(1)
 
 
 @pytest.mark.parametrize("flags", [{"max_queued_requests": 2}, {"max_queued_tokens": 20}])

@@ -151,10 +151,12 @@ def test_the_processes_of_a_server_are_counted_together(tmp_path: Path) -> None:
         "metrics.on_tokens(request, 1, 1.02)\nmetrics.on_end(request, 'stop', 1.5)\nmetrics.queued_tokens.set(7)\n"
         "metrics.rejected.labels('queue_full').inc()\nprint(__import__('os').getpid())\n"
     )
-    environ = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    counts = tmp_path / "counts"
+    environ = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(counts)}
+    counts.mkdir()
     command = [sys.executable, "-c", code, str(tmp_path)]
     pids = [int(subprocess.run(command, env=environ, capture_output=True, check=True).stdout) for _ in range(3)]
-    mark_process_dead(pids[0], str(tmp_path))  # type: ignore[no-untyped-call]
+    mark_process_dead(pids[0], str(counts))  # type: ignore[no-untyped-call]
     page = MetricsPage(Metrics(tmp_path), ApiProcesses(), EngineStats(), True, "m").render().decode()
     for line in (
         'minisgl:time_to_first_token_seconds_bucket{le="0.025",model_name="m"} 3.0',
@@ -169,12 +171,13 @@ def test_the_processes_of_a_server_are_counted_together(tmp_path: Path) -> None:
 
 def test_a_process_that_does_not_touch_its_file_is_silent(tmp_path: Path) -> None:
     async def main() -> None:
-        processes = ApiProcesses(tmp_path)
+        processes, other = ApiProcesses(tmp_path), tmp_path / "beats" / "1"
+        other.parent.mkdir()
         beating = asyncio.create_task(processes.beat())
         await asyncio.sleep(0)
-        (tmp_path / "1").touch()
+        other.touch()
         assert (set(processes.ages()), processes.num_silent) == ({1, os.getpid()}, 0)
-        os.utime(tmp_path / "1", (1.0, time.time() - SILENT_SECONDS - 1))
+        os.utime(other, (1.0, time.time() - SILENT_SECONDS - 1))
         assert processes.num_silent == 1
         beating.cancel()
 

@@ -1,8 +1,7 @@
 """An API process: HTTP in front of an engine. The launcher is one itself, unless `--api-workers` asks for several.
 
-Those it starts with a `WorkerSetup` as a line of JSON on stdin. They answer with a line on stdout, a `Serving` or an
-`Unable`, and obey further lines: `stop` (drain), `force` (at once), `engine ended`. The end of stdin means that the
-launcher is gone.
+Those it starts with an `ipc.WorkerSetup` as a line on stdin. They answer with a line on stdout, an `ipc.Serving` or
+`ipc.Unable`, and obey further lines: `stop`, `force`, `engine ended`. The end of stdin means that the launcher is gone.
 """
 
 from __future__ import annotations
@@ -25,35 +24,20 @@ from starlette.types import ASGIApp
 from minisgl.config import Config
 from minisgl.errors import ConfigError, EngineDeadError, MinisglError
 from minisgl.grammar.compiler import GrammarCompiler
+from minisgl.server import ipc
 from minisgl.server.admin import Setup
 from minisgl.server.app import make_app
-from minisgl.server.engine_client import EngineClient, Limits
+from minisgl.server.engine_client import EngineClient, Shutdown, wait_first
 from minisgl.server.metrics import ApiProcesses, Metrics
 from minisgl.server.middleware import BoundedProtocol, with_middleware
 from minisgl.server.preparation import Api, Preparation
-from minisgl.server.process_messages import Serving, Unable, WorkerSetup
 from minisgl.tokenizer.standin import make_standin
 from minisgl.tokenizer.tokenizer import Tokenizer
 
-BACKLOG = 2048
-"""Connections that may wait to be accepted."""
-ANSWER_SECONDS = 1.0
-"""How long requests are still answered, with 503, after the engine has ended or was given up."""
+BACKLOG = 2048  # connections that may wait to be accepted
+ANSWER_SECONDS = 1.0  # in which requests are still answered, with 503, when the engine has ended or was given up
 
 logger = logging.getLogger(__name__)
-
-
-def listen(listener: socket.socket, write_timeout: float) -> None:
-    """Take connections. What a client that vanished has not acknowledged after `write_timeout` s is given up.
-
-    Raises ConfigError when another process took the port while the model loaded.
-    """
-    # Connections inherit it (RFC 5482).
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(write_timeout * 1000))
-    try:
-        listener.listen(BACKLOG)
-    except OSError as error:
-        raise ConfigError(f"cannot listen on the port any more: {error.strerror}") from error
 
 
 class HttpServer(uvicorn.Server):
@@ -80,12 +64,15 @@ class HttpServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say so. Raises ConfigError when another process took the port while the model loaded."""
-        assert sockets is not None
-        for listener in sockets:
-            listen(listener, self._write_timeout)
-        await super().startup(sockets)
-        for listener in sockets:
-            listen(listener, self._write_timeout)  # asyncio has set its own backlog
+        for listener in sockets or ():
+            # What a client that vanished has not acknowledged in time is given up; connections inherit it (RFC 5482).
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(self._write_timeout * 1000))
+        try:
+            await super().startup(sockets)
+            for listener in sockets or ():
+                listener.listen(BACKLOG)
+        except OSError as error:
+            raise ConfigError(f"cannot listen on the port any more: {error.strerror}") from error
         self._on_listening()
 
     @contextlib.contextmanager
@@ -98,54 +85,45 @@ async def serve_http(
     server: HttpServer,
     listener: socket.socket,
     client: EngineClient,
+    shutdown: Shutdown,
     engine_ended: asyncio.Future[Any],
-    stop: asyncio.Event,
-    force: asyncio.Event,
     drain_timeout: float,
 ) -> None:
-    """Serve until `stop` is set or the engine ends; live requests are answered before this returns.
+    """Serve until `shutdown.stop` or the engine's end; live requests are answered before this returns.
 
     After `stop` they may go on for `drain_timeout` s, or until `force`, while new ones get 503; then they end with 503.
     """
-    loop = asyncio.get_running_loop()
+    loop, stop, force = asyncio.get_running_loop(), shutdown.stop, shutdown.force
     serving = asyncio.create_task(server.serve([listener]))
-    stopped, forced = asyncio.create_task(stop.wait()), asyncio.create_task(force.wait())
-    drained: asyncio.Task[None] | None = None
-    try:
-        await asyncio.wait((serving, stopped, engine_ended), return_when=asyncio.FIRST_COMPLETED)
+    last_bytes = ANSWER_SECONDS
+    await wait_first(serving, stop.wait(), engine_ended)
+    if engine_ended.done():
+        await wait_first(serving, stop.wait(), timeout=ANSWER_SECONDS)
+    elif stop.is_set():
         deadline = loop.time() + drain_timeout
-        if engine_ended.done():
-            await asyncio.wait((serving, stopped), timeout=ANSWER_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-        elif stopped.done():
-            drained = asyncio.create_task(client.drain())
-            over = (drained, serving, forced, engine_ended)
-            await asyncio.wait(over, timeout=drain_timeout, return_when=asyncio.FIRST_COMPLETED)
-            if not drained.done():
-                logger.warning("%d requests are cut short", client.num_live)
-                client.fail("the server is shutting down")
-        server.should_exit = True
-        last_bytes = max(ANSWER_SECONDS, deadline - loop.time()) if drained and client.dead is None else ANSWER_SECONDS
-        await asyncio.wait((serving, forced), timeout=last_bytes, return_when=asyncio.FIRST_COMPLETED)
-        server.force_exit = True
-        await serving
-    finally:
-        for task in (stopped, forced, drained):
-            if task is not None:
-                task.cancel()
+        await wait_first(client.drain(), serving, force.wait(), engine_ended, timeout=drain_timeout)
+        if client.num_live:
+            logger.warning("%d requests are cut short", client.num_live)
+            client.fail("the server is shutting down")
+        elif client.dead is None:
+            last_bytes = max(ANSWER_SECONDS, deadline - loop.time())
+    server.should_exit = True
+    await wait_first(serving, force.wait(), timeout=last_bytes)
+    server.force_exit = True
+    await serving
 
 
 async def serve_api(
     config: Config,
     client: EngineClient,
     listener: socket.socket,
+    shutdown: Shutdown,
     engine_ended: asyncio.Future[Any],
-    stop: asyncio.Event,
-    force: asyncio.Event,
-    on_listening: Callable[[Serving], None],
+    on_listening: Callable[[ipc.Serving], None],
     started: float,
     processes: ApiProcesses,
 ) -> None:
-    """Put HTTP in front of an engine, once it is ready; the rest is as in `serve_http`. Raises ModelError."""
+    """Put HTTP in front of an engine, once it is ready; `started` is on the monotonic clock. Raises ModelError."""
     ready = await client.ready()
     model, folder = ready.model, Path(ready.folder)
     if config.served_model_name:
@@ -154,26 +132,26 @@ async def serve_api(
     tokenizer = Tokenizer.load(folder) if has_tokenizer else make_standin(model.vocab_size)
     grammars = GrammarCompiler(folder, model.vocab_size, model.eos_token_ids)
     check = grammars.check if has_tokenizer else None
-    preparation = Preparation(model, tokenizer, client.limits.live, config.served_model_name, check)
+    preparation = Preparation(model, tokenizer, client.queue.max_live, config.served_model_name, check)
     api = Api(service=client, preparation=preparation)
     setup = Setup(config, ready.notes, ready.folder, started, processes)
     app = with_middleware(make_app(api, setup), client.metrics, config)
-    serving = Serving(model.name, tokenizer.has_chat_template, has_tokenizer)
+    serving = ipc.Serving(model.name, tokenizer.has_chat_template, has_tokenizer)
     server = HttpServer(app, lambda: on_listening(serving), config)
     try:
-        await serve_http(server, listener, client, engine_ended, stop, force, config.drain_timeout)
+        await serve_http(server, listener, client, shutdown, engine_ended, config.drain_timeout)
     finally:
         grammars.close()
 
 
-async def serve_worker(setup: WorkerSetup, stdin: BinaryIO, stdout: BinaryIO) -> int:
+async def serve_worker(setup: ipc.WorkerSetup, stdin: BinaryIO, stdout: BinaryIO) -> int:
     """Serve as one of several until told to stop; the exit status."""
-    config, metrics, processes = setup.config, Metrics(Path(setup.counts)), ApiProcesses(Path(setup.beats))
-    client = EngineClient(setup.to_engine, setup.from_engine, Limits.of(config), setup.link, metrics)
-    stop, force = asyncio.Event(), asyncio.Event()
+    config, metrics, processes = setup.config, Metrics(setup.folder), ApiProcesses(setup.folder)
+    client = EngineClient(*ipc.addresses(setup.folder, setup.link), config, link=setup.link, metrics=metrics)
+    shutdown = Shutdown()
     engine_ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def say(message: Serving | Unable) -> None:
+    def say(message: ipc.Serving | ipc.Unable) -> None:
         stdout.write(msgspec.json.encode(message) + b"\n")
 
     async def obey() -> None:
@@ -184,19 +162,19 @@ async def serve_worker(setup: WorkerSetup, stdin: BinaryIO, stdout: BinaryIO) ->
                 client.fail()
                 engine_ended.set_result(None)
             else:
-                stop.set()
+                shutdown.stop.set()
             if order == b"force\n":
-                force.set()
+                shutdown.force.set()
         os._exit(1)
 
     tasks = [asyncio.create_task(obey()), asyncio.create_task(processes.beat())]
     try:
         listener = socket.socket(fileno=setup.listener)
-        await serve_api(config, client, listener, engine_ended, stop, force, say, setup.started, processes)
+        await serve_api(config, client, listener, shutdown, engine_ended, say, setup.started, processes)
     except EngineDeadError:
         return 1
     except MinisglError as error:
-        say(Unable(error.message))
+        say(ipc.Unable(error.message))
         return 1
     finally:
         for task in tasks:
@@ -210,7 +188,7 @@ def main() -> int:
     stdout = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     stdin = os.fdopen(os.dup(sys.stdin.fileno()), "rb", buffering=0)
-    setup = msgspec.json.decode(stdin.readline(), type=WorkerSetup)
+    setup = msgspec.json.decode(stdin.readline(), type=ipc.WorkerSetup)
     level = setup.config.log_level
     logging.basicConfig(level=level, format=f"%(asctime)s %(levelname)s api-{setup.row} %(name)s: %(message)s")
     if level == "INFO":

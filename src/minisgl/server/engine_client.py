@@ -14,9 +14,8 @@ import sys
 import tempfile
 import time
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 import msgspec
@@ -25,6 +24,7 @@ import zmq.asyncio
 
 from minisgl.config import Config
 from minisgl.errors import EngineDeadError, InvalidRequestError, MinisglError, ModelError
+from minisgl.server import ipc
 from minisgl.server.errors import (
     DrainingError,
     OverloadedError,
@@ -34,72 +34,33 @@ from minisgl.server.errors import (
     RetryLaterError,
 )
 from minisgl.server.metrics import ACCESS_RECORD, Metrics, RequestStats
-from minisgl.server.process_messages import (
-    LAUNCHER,
-    Abort,
-    AbortedElsewhere,
-    AbortElsewhere,
-    Add,
-    CacheFlushed,
-    EngineSetup,
-    Events,
-    Failed,
-    FlushCache,
-    FromEngine,
-    Ping,
-    Pong,
-    Ready,
-    Revoked,
-    ToEngine,
-    belongs_to,
-)
 from minisgl.types import EngineStats, Request, TokenEvent
 
 ENGINE_COMMAND = (sys.executable, "-m", "minisgl.server.engine_process")
 ENGINE_DIED = "the engine ended; nothing can be generated until the server is started again"
-MAX_LIVE_REQUESTS = 4096
-"""Requests that wait or run at a time; more are turned away rather than queued without bound."""
+MAX_LIVE_REQUESTS = 4096  # that wait or run; more are turned away rather than queued without bound
 MAX_RETRY_SECONDS = 60
-DRAIN_RETRY_SECONDS = 5
-"""When a client that is turned away by a server going down is told to try again: another one may answer then."""
-LAST_WORDS_SECONDS = 0.3
-"""How long the last messages of a process that has ended are waited for."""
-STOP_SECONDS = 2.0
-"""How long a process gets to go by itself, and then after SIGTERM."""
-MAX_SOCKET_FOLDER = 80
-"""Characters; the path of a Unix socket has at most 107."""
+DRAIN_RETRY_SECONDS = 5  # by then another server may answer
+LAST_WORDS_SECONDS = 0.3  # for the last messages of a process that has ended
+STOP_SECONDS = 2.0  # for a process to go by itself, and then after SIGTERM
+MAX_SOCKET_FOLDER = 80  # characters; the path of a Unix socket has at most 107
 
-T = TypeVar("T", Pong, CacheFlushed, AbortedElsewhere)
+T = TypeVar("T", ipc.Pong, ipc.CacheFlushed, ipc.AbortedElsewhere)
 
 logger = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Limits:
-    """`live` requests at most; the rest is what `Config` says under the same names, None for no limit."""
-
-    live: int = MAX_LIVE_REQUESTS
-    max_queued_requests: int | None = None
-    max_queued_tokens: int | None = None
-    request_timeout: float | None = None
-
-    @classmethod
-    def of(cls, config: Config) -> Limits:
-        return cls(
-            max_queued_requests=config.max_queued_requests,
-            max_queued_tokens=config.max_queued_tokens,
-            request_timeout=config.request_timeout,
-        )
-
-
 class Queue:
-    """Requests in the engine that have no token yet, and the tokens of their prompts; `live` are all that live.
+    """Requests in the engine that have no token yet, and the tokens of their prompts, within `config`'s limits.
 
-    `wait` is a running mean of the time to the first token, in s: what a client that is turned away is told to wait.
+    `live` are all that live, `max_live` at most. `wait` is a running mean of the time to the first token, in s: what a
+    client that is turned away is told to wait.
     """
 
-    def __init__(self, limits: Limits, metrics: Metrics) -> None:
-        self.limits = limits
+    def __init__(self, config: Config, metrics: Metrics, max_live: int = MAX_LIVE_REQUESTS) -> None:
+        self.max_requests = math.inf if config.max_queued_requests is None else config.max_queued_requests
+        self.max_tokens = math.inf if config.max_queued_tokens is None else config.max_queued_tokens
+        self.max_live = max_live
         self.metrics = metrics
         self.requests = 0
         self.tokens = 0
@@ -111,25 +72,15 @@ class Queue:
 
         An empty queue takes whatever the server can keep: otherwise the request could never be served.
         """
-        limits = self.limits
-        if len(requests) > limits.live:
-            raise InvalidRequestError(f"at most {limits.live} prompts fit in one request", param="prompt")
-        if self.live + len(requests) > limits.live:
-            raise OverloadedError(f"{self.live} requests are live already; try again later", self.retry_after)
-        if not self.requests:
-            return
-        if limits.max_queued_requests is not None and self.requests + len(requests) > limits.max_queued_requests:
-            raise QueueFullError(f"{self.requests} requests are waiting already; try again later", self.retry_after)
-        tokens = self.tokens + sum(len(request.prompt) for request in requests)
-        if limits.max_queued_tokens is not None and tokens > limits.max_queued_tokens:
-            raise QueueFullError(
-                f"prompts of {self.tokens} tokens are waiting already; try again later", self.retry_after
-            )
-
-    @property
-    def retry_after(self) -> int:
-        """Seconds after which there may be room."""
-        return max(1, min(MAX_RETRY_SECONDS, math.ceil(self.wait)))
+        retry_after = max(1, min(MAX_RETRY_SECONDS, math.ceil(self.wait)))
+        if len(requests) > self.max_live:
+            raise InvalidRequestError(f"at most {self.max_live} prompts fit in one request", param="prompt")
+        if self.live + len(requests) > self.max_live:
+            raise OverloadedError(f"{self.live} requests are live already; try again later", retry_after)
+        if self.requests and self.requests + len(requests) > self.max_requests:
+            raise QueueFullError(f"{self.requests} requests are waiting already; try again later", retry_after)
+        if self.requests and self.tokens + sum(len(request.prompt) for request in requests) > self.max_tokens:
+            raise QueueFullError(f"prompts of {self.tokens} tokens are waiting already; try again later", retry_after)
 
     def enter(self, tokens: int) -> None:
         """A request with so many prompt tokens lives, and waits."""
@@ -169,9 +120,7 @@ class RequestGroup:
     def __enter__(self) -> RequestGroup:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._release(self._live, "abort")
         if self._timer is not None:
             self._timer.cancel()
@@ -226,31 +175,32 @@ class EngineClient:
 
     It binds the sockets and the engine's process connects, so either may be first. No queue here is without bound:
     `queue` says how many requests may be live, and none has more than its `max_tokens` tokens waiting. `link` is the
-    number that the engine knows this process by.
+    number that the engine knows this process by, `stats` are its counts when it last answered.
     """
 
     def __init__(
         self,
         to_engine: str,
         from_engine: str,
-        limits: Limits | None = None,
-        link: int = LAUNCHER,
+        config: Config,
+        *,
+        link: int = ipc.LAUNCHER,
         metrics: Metrics | None = None,
+        max_live: int = MAX_LIVE_REQUESTS,
     ) -> None:
         self.dead: EngineDeadError | None = None
         self.draining = False
-        self.limits = limits or Limits()
         self.metrics = metrics or Metrics()
-        self.queue = Queue(self.limits, self.metrics)
+        self.queue = Queue(config, self.metrics, max_live)
         self.link = link
         self.stats = EngineStats()
-        """The engine's counts when it last answered."""
+        self._timeout = config.request_timeout
         self._live: dict[str, tuple[RequestStats, RequestGroup]] = {}
         self._idle = asyncio.Event()
         self._idle.set()
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._nonces = itertools.count(1)
-        self._ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
+        self._ready: asyncio.Future[ipc.Ready] = asyncio.get_running_loop().create_future()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         # Sending never waits: there is no high-water mark, and a missing peer is an error.
         self._outbox = self._context.socket(zmq.PUSH)
@@ -261,7 +211,7 @@ class EngineClient:
         self._outbox.bind(to_engine)
         self._inbox.bind(from_engine)
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(FromEngine)
+        self._decoder = msgspec.msgpack.Decoder(ipc.FromEngine)
         self._receiver = asyncio.create_task(self._receive())
 
     @property
@@ -285,7 +235,7 @@ class EngineClient:
             raise
         record = ACCESS_RECORD.get()
         arrived = time.monotonic() if record is None else record.started
-        group = RequestGroup(self, requests, self.limits.request_timeout)
+        group = RequestGroup(self, requests, self._timeout)
         for request in requests:
             stats = RequestStats(request, arrived)
             self._live[request.id] = stats, group
@@ -295,7 +245,7 @@ class EngineClient:
         self._idle.clear()
         try:
             for request in requests:
-                self._send(Add(request, self.link))
+                self._send(ipc.Add(request, self.link))
         except EngineDeadError as error:
             group.fail(error, "error")
             raise
@@ -307,15 +257,14 @@ class EngineClient:
         for request_id in ids:
             if request_id in self._live:
                 self._end(request_id, finish, now)
-        if ids:
-            self.send(Abort(ids))
+        self.send(ipc.Abort(ids))
 
     async def abort(self, answer_id: str | None, timeout: float) -> int:
         """End the requests of the answer with this id, or all (None), in every API process; how many those were."""
-        count = self._abort([request_id for request_id in self._live if belongs_to(request_id, answer_id)])
-        if self.link == LAUNCHER:
+        count = self._abort([request_id for request_id in self._live if ipc.belongs_to(request_id, answer_id)])
+        if self.link == ipc.LAUNCHER:
             return count
-        return count + (await self._ask(AbortElsewhere, AbortedElsewhere, timeout, answer_id)).count
+        return count + (await self._ask(ipc.AbortElsewhere, ipc.AbortedElsewhere, timeout, answer_id)).count
 
     def _abort(self, ids: Iterable[str]) -> int:
         found = [self._live[request_id][1] for request_id in ids if request_id in self._live]
@@ -331,14 +280,14 @@ class EngineClient:
 
     async def ping(self, timeout: float) -> EngineStats:
         """The engine's counts, from between two steps; raises EngineDeadError when they do not come in time (s)."""
-        self.stats = (await self._ask(Ping, Pong, timeout)).stats
+        self.stats = (await self._ask(ipc.Ping, ipc.Pong, timeout)).stats
         return self.stats
 
     async def flush_cache(self, timeout: float) -> int:
         """Drop what no request uses from the prefix cache; the pages freed. Raises EngineDeadError as `ping` does."""
-        return (await self._ask(FlushCache, CacheFlushed, timeout)).pages
+        return (await self._ask(ipc.FlushCache, ipc.CacheFlushed, timeout)).pages
 
-    async def _ask(self, question: Callable[..., ToEngine], kind: type[T], timeout: float, *more: object) -> T:
+    async def _ask(self, question: Callable[..., ipc.ToEngine], kind: type[T], timeout: float, *more: object) -> T:
         if self.dead is not None:
             raise self.dead
         nonce = next(self._nonces)
@@ -353,7 +302,7 @@ class EngineClient:
         finally:
             del self._answers[nonce]
 
-    async def ready(self) -> Ready:
+    async def ready(self) -> ipc.Ready:
         """Wait for the engine to have loaded its model; raises ModelError with what it says when it cannot.
 
         Raises EngineDeadError when it ended without a word.
@@ -363,7 +312,7 @@ class EngineClient:
             await asyncio.sleep(0.01)
         return ready
 
-    def send(self, message: ToEngine) -> None:
+    def send(self, message: ipc.ToEngine) -> None:
         """Tell the engine something that it does not answer; lost when the engine is gone."""
         if self.dead is None:
             with contextlib.suppress(EngineDeadError):
@@ -391,7 +340,7 @@ class EngineClient:
         self._outbox.close()
         self._context.term()
 
-    def _send(self, message: ToEngine) -> None:
+    def _send(self, message: ipc.ToEngine) -> None:
         try:
             self._outbox.send(self._encoder.encode(message), zmq.NOBLOCK)
         except zmq.Again:
@@ -416,27 +365,27 @@ class EngineClient:
             logger.exception("what the engine sends cannot be read")
             self.fail()
 
-    def _dispatch(self, message: FromEngine) -> None:
+    def _dispatch(self, message: ipc.FromEngine) -> None:
         match message:
-            case Events():
+            case ipc.Events():
                 self._on_events(message, time.monotonic())
-            case Pong(nonce) | CacheFlushed(nonce) | AbortedElsewhere(nonce):
+            case ipc.Pong(nonce) | ipc.CacheFlushed(nonce) | ipc.AbortedElsewhere(nonce):
                 answer = self._answers.get(nonce)
                 if answer is not None and not answer.done():
                     answer.set_result(message)
-            case Revoked(ids):
+            case ipc.Revoked(ids):
                 self._abort(ids)
-            case Ready():
+            case ipc.Ready():
                 if not self._ready.done():
                     self._ready.set_result(message)
-            case Failed(error):
+            case ipc.Failed(error):
                 if self._ready.done():
                     logger.error("the engine failed: %s", error)
                 else:
                     self._ready.set_exception(ModelError(error))
                 self.fail()
 
-    def _on_events(self, message: Events, now: float) -> None:
+    def _on_events(self, message: ipc.Events, now: float) -> None:
         """Count what a step did, and hand it to those who wait for it."""
         live, metrics = self._live, self.metrics
         for request_id in message.admitted:
@@ -471,40 +420,27 @@ class EngineProcess:
 
     @classmethod
     async def start(cls, config: Config, command: Sequence[str] = ENGINE_COMMAND) -> EngineProcess:
-        """Start the process. It has its own session, so that Ctrl-C in the terminal reaches the parent alone."""
+        """Start the process. It has its own session, so that Ctrl-C in the terminal reaches the launcher alone."""
         folder = socket_folder()
-        to_engine, from_engine = f"ipc://{folder}/to_engine", f"ipc://{folder}/from_engine"
-        client = EngineClient(to_engine, from_engine, Limits.of(config))
+        setup = ipc.EngineSetup(config.replace(api_key=()), *ipc.addresses(folder, ipc.LAUNCHER))
+        client = EngineClient(setup.to_engine, setup.from_engine, config)
         try:
             process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, start_new_session=True)
-            assert process.stdin is not None
-            setup = EngineSetup(config.replace(api_key=()), to_engine, from_engine)
-            process.stdin.write(msgspec.json.encode(setup) + b"\n")
         except BaseException:
             await client.close()
             shutil.rmtree(folder, ignore_errors=True)
             raise
+        assert process.stdin is not None
+        process.stdin.write(msgspec.json.encode(setup) + b"\n")
         return cls(process, client, folder)
 
-    async def ready(self, waiting: Callable[[float], None], every: float = 5.0) -> Ready:
-        """Wait until it serves; `waiting` is told every so often (s) for how long (s) that has taken.
-
-        Raises ModelError with what the engine says when it cannot start, EngineDeadError when it just ends.
-        """
-        loop = asyncio.get_running_loop()
-        started = loop.time()
-        ready = asyncio.ensure_future(self.client.ready())
+    async def ready(self) -> ipc.Ready:
+        """Wait until it serves. Raises ModelError with what the engine says when it cannot, or EngineDeadError."""
         try:
-            while not ready.done():
-                await asyncio.wait((ready,), timeout=every)
-                if not ready.done():
-                    waiting(loop.time() - started)
-            return ready.result()
+            return await self.client.ready()
         except EngineDeadError as error:
             status = describe_status(await self.stop())
             raise EngineDeadError(f"the engine process ended with {status} before it was ready") from error
-        finally:
-            ready.cancel()
 
     async def stop(self) -> int:
         """End the process: its stdin is closed, then it is told, then made to; its exit status."""
@@ -526,6 +462,25 @@ class EngineProcess:
         await asyncio.sleep(LAST_WORDS_SECONDS)
         self.client.fail()
         return status
+
+
+@dataclasses.dataclass(frozen=True)
+class Shutdown:
+    """How a server is told to end: `stop` lets it finish what it has, `force` does not."""
+
+    stop: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+    force: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+
+
+async def wait_first(*waits: Awaitable[Any], timeout: float | None = None) -> None:
+    """Return when one of these is done, or after `timeout` s. Coroutines are cancelled then, the rest goes on."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task, wait in zip(tasks, waits, strict=True):
+            if task is not wait:
+                task.cancel()
 
 
 def describe_status(status: int) -> str:

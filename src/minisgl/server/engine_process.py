@@ -1,4 +1,4 @@
-"""The engine process: the engine behind sockets. The launcher starts it, an `EngineSetup` on its stdin.
+"""The engine process: the engine behind sockets. The launcher starts it, an `ipc.EngineSetup` on its stdin.
 
 Stdin stays open for as long as the launcher lives; its end means that nobody is left to serve.
 """
@@ -17,41 +17,19 @@ import zmq
 
 from minisgl.engine.build import build_engine
 from minisgl.engine.constraint import Constraint, ConstraintFactory, make_constraint
+from minisgl.engine.engine import Engine
 from minisgl.errors import InvalidRequestError, MinisglError
-from minisgl.server.process_messages import (
-    LAUNCHER,
-    Abort,
-    AbortedElsewhere,
-    AbortElsewhere,
-    Add,
-    Attach,
-    CacheFlushed,
-    Detach,
-    EngineSetup,
-    Events,
-    Failed,
-    FlushCache,
-    FromEngine,
-    Ping,
-    Pong,
-    Ready,
-    Revoked,
-    ToEngine,
-    belongs_to,
-)
+from minisgl.server import ipc
 from minisgl.types import FinishReason, Grammar, Request, TokenEvent
 
 IDLE_POLL_MS = 200
-COMPILING_POLL_MS = 2
-"""While there is nothing to compute but grammars are being compiled."""
-GRACE_SECONDS = 1.5
-"""How long a step may run on when the launcher or a rank is gone."""
-LINGER_MS = 1000
-"""How long the last messages may take to leave when the engine ends."""
+COMPILING_POLL_MS = 2  # while there is nothing to compute but grammars are being compiled
+GRACE_SECONDS = 1.5  # for a step that runs when the launcher or a rank is gone
+LINGER_MS = 1000  # for the last messages to leave when the engine ends
 
 
 class Links:
-    """The sockets to the launcher and the API processes; a step's events go straight to whoever asked.
+    """The sockets to the launcher and the API processes; a step's events go straight to the process that asked.
 
     The other side binds its addresses, this one connects. Nothing here waits: there is no high-water mark, and what is
     sent to a link that is gone is dropped. The number of a link is never used again.
@@ -63,13 +41,12 @@ class Links:
         self._inbox.setsockopt(zmq.RCVHWM, 0)
         self._outboxes: dict[int, zmq.Socket[bytes]] = {}
         self._addresses: dict[int, str] = {}
-        self._owners: dict[str, int] = {}
-        """The link of each live request, those of the launcher left out."""
+        self._owners: dict[str, int] = {}  # the link of each live request, but for the launcher's
         self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(ToEngine)
-        self.attach(Attach(LAUNCHER, to_engine, from_engine))
+        self._decoder = msgspec.msgpack.Decoder(ipc.ToEngine)
+        self.attach(ipc.Attach(ipc.LAUNCHER, to_engine, from_engine))
 
-    def attach(self, order: Attach) -> None:
+    def attach(self, order: ipc.Attach) -> None:
         outbox = self._context.socket(zmq.PUSH)
         outbox.setsockopt(zmq.SNDHWM, 0)
         outbox.setsockopt(zmq.LINGER, LINGER_MS)
@@ -93,16 +70,16 @@ class Links:
         """Whether a message is there, waiting for one for so long."""
         return bool(self._inbox.poll(milliseconds))
 
-    def receive(self) -> ToEngine | None:
+    def receive(self) -> ipc.ToEngine | None:
         """The next message, or None when its sender is gone."""
-        message: ToEngine = self._decoder.decode(self._inbox.recv())
-        if isinstance(message, Add | Ping | FlushCache | AbortElsewhere) and message.link not in self._outboxes:
+        message: ipc.ToEngine = self._decoder.decode(self._inbox.recv())
+        if not isinstance(message, ipc.Abort | ipc.Attach) and message.link not in self._outboxes:
             return None
-        if isinstance(message, Add) and message.link != LAUNCHER:
+        if isinstance(message, ipc.Add) and message.link != ipc.LAUNCHER:
             self._owners[message.request.id] = message.link
         return message
 
-    def send(self, message: FromEngine, link: int = LAUNCHER) -> None:
+    def send(self, message: ipc.FromEngine, link: int = ipc.LAUNCHER) -> None:
         if (outbox := self._outboxes.get(link)) is not None:
             outbox.send(self._encoder.encode(message))
 
@@ -110,29 +87,27 @@ class Links:
         """Tell each process what a step did for its requests."""
         owners = self._owners
         if not owners:
-            self.send(Events(list(events), list(admitted)))
+            self.send(ipc.Events(list(events), list(admitted)))
             return
-        shares: dict[int, Events] = {}
+        shares: dict[int, ipc.Events] = {}
         for request_id in admitted:
-            link = owners.get(request_id, LAUNCHER)
-            shares.setdefault(link, Events([], [])).admitted.append(request_id)
+            link = owners.get(request_id, ipc.LAUNCHER)
+            shares.setdefault(link, ipc.Events([], [])).admitted.append(request_id)
         for event in events:
-            link = owners.get(event.id, LAUNCHER)
-            shares.setdefault(link, Events([], [])).events.append(event)
+            link = owners.get(event.id, ipc.LAUNCHER)
+            shares.setdefault(link, ipc.Events([], [])).events.append(event)
             if event.finish is not None:
                 owners.pop(event.id, None)
         for link, share in shares.items():
             self.send(share, link)
 
     def revoke(self, answer_id: str | None, asker: int) -> list[str]:
-        """The requests of an answer, or all (None), of other links than `asker`, whose processes are told of it."""
-        found: dict[int, list[str]] = {}
-        for request_id, link in self._owners.items():
-            if link != asker and belongs_to(request_id, answer_id):
-                found.setdefault(link, []).append(request_id)
-        for link, ids in found.items():
-            self.send(Revoked(ids), link)
-        return [request_id for ids in found.values() for request_id in ids]
+        """The requests of an answer, or all (None), of other links than `asker`; their processes are told of it."""
+        owned = [(name, link) for name, link in self._owners.items() if link != asker]
+        revoked = [(name, link) for name, link in owned if ipc.belongs_to(name, answer_id)]
+        for name, link in revoked:
+            self.send(ipc.Revoked([name]), link)
+        return [name for name, _ in revoked]
 
     def close(self) -> None:
         for socket in (self._inbox, *self._outboxes.values()):
@@ -166,13 +141,12 @@ class PendingGrammars:
     def ready(self) -> list[tuple[Request, Constraint | InvalidRequestError]]:
         """The requests whose grammar was compiled, or refused, since the last call."""
         ready: list[tuple[Request, Constraint | InvalidRequestError]] = []
-        for request, compiled in list(self._pending.values()):
-            if compiled.done():
-                del self._pending[request.id]
-                try:
-                    ready.append((request, compiled.result()))
-                except InvalidRequestError as error:
-                    ready.append((request, error))
+        for request, compiled in [found for found in self._pending.values() if found[1].done()]:
+            del self._pending[request.id]
+            try:
+                ready.append((request, compiled.result()))
+            except InvalidRequestError as error:
+                ready.append((request, error))
         return ready
 
     def close(self) -> None:
@@ -181,94 +155,90 @@ class PendingGrammars:
 
 
 class EngineServer:
-    """Moves messages in, steps the engine, moves events out, in one thread."""
+    """Moves messages in, steps the engine, moves events out, in one thread, until `parent_gone`."""
 
-    def __init__(self, start: EngineSetup, parent_gone: threading.Event) -> None:
-        self.config = start.config
+    def __init__(self, setup: ipc.EngineSetup, parent_gone: threading.Event) -> None:
+        self.config = setup.config
         self.parent_gone = parent_gone
-        self.links = Links(start.to_engine, start.from_engine)
+        self.links = Links(setup.to_engine, setup.from_engine)
 
     def run(self) -> int:
-        """Serve until the launcher goes; the exit status."""
+        """Load the model and serve; the exit status."""
         try:
             built = build_engine(self.config, progress=sys.stderr.isatty(), when_gone=leave_soon)
-            self.engine = built.engine
-            self.grammars = PendingGrammars(built.engine.constraints)
-            self.ready = Ready(built.engine.model, str(built.folder), list(built.notes))
+            self.ready = ipc.Ready(built.engine.model, str(built.folder), list(built.notes))
             self.links.send(self.ready)
-            try:
-                while not self.parent_gone.is_set():
-                    self._serve_once()
-            finally:
-                self.grammars.close()
-            self.engine.close()
+            self._serve(built.engine, PendingGrammars(built.engine.constraints))
         except MinisglError as error:
-            self.links.send(Failed(error.message))
+            self.links.send(ipc.Failed(error.message))
             return 1
         except Exception as error:
-            self.links.send(Failed(f"{type(error).__name__}: {error}"))
+            self.links.send(ipc.Failed(f"{type(error).__name__}: {error}"))
             raise
         finally:
             self.links.close()
         return 0
 
-    def _serve_once(self) -> None:
-        """Take in every message that is there, and run a step; with nothing to compute, sleep until a message comes."""
-        if self.engine.has_work or self.links.poll(COMPILING_POLL_MS if self.grammars else IDLE_POLL_MS):
-            while self.links.poll(0):
-                if (message := self.links.receive()) is not None:
-                    self._take(message)
-        for request, compiled in self.grammars.ready():
-            if isinstance(compiled, InvalidRequestError):
-                self._refuse(request, compiled)
-            else:
-                self._add(request, compiled)
-        if self.engine.has_work:
-            events = self.engine.step()
-            if events or self.engine.admitted:
-                self.links.send_events(events, self.engine.admitted)
+    def _serve(self, engine: Engine, grammars: PendingGrammars) -> None:
+        try:
+            while not self.parent_gone.is_set():
+                # With nothing to compute, sleep until a message comes.
+                if engine.has_work or self.links.poll(COMPILING_POLL_MS if grammars else IDLE_POLL_MS):
+                    while self.links.poll(0):
+                        if (message := self.links.receive()) is not None:
+                            self._take(message, engine, grammars)
+                for request, compiled in grammars.ready():
+                    self._add(engine, request, compiled)
+                if engine.has_work:
+                    events = engine.step()
+                    if events or engine.admitted:
+                        self.links.send_events(events, engine.admitted)
+        finally:
+            grammars.close()
+        engine.close()
 
-    def _take(self, message: ToEngine) -> None:
+    def _take(self, message: ipc.ToEngine, engine: Engine, grammars: PendingGrammars) -> None:
         match message:
-            case Add(request):
+            case ipc.Add(request):
                 grammar = request.params.grammar
                 if grammar is None:
-                    self._add(request)
-                elif request.id in self.grammars:
-                    self._refuse(request, InvalidRequestError(f"a request with id {request.id!r} is running already"))
+                    self._add(engine, request)
+                elif request.id in grammars:
+                    error = InvalidRequestError(f"a request with id {request.id!r} is running already")
+                    self._add(engine, request, error)
                 else:
-                    self.grammars.start(request, grammar)
-            case Abort(ids):
-                self._abort(ids)
-            case AbortElsewhere(nonce, link, answer_id):
+                    grammars.start(request, grammar)
+            case ipc.Abort(ids):
+                self._abort(ids, engine, grammars)
+            case ipc.AbortElsewhere(nonce, link, answer_id):
                 revoked = self.links.revoke(answer_id, link)
-                self._abort(revoked)
-                self.links.send(AbortedElsewhere(nonce, len(revoked)), link)
-            case Ping(nonce, link):
-                stats = self.engine.stats()
-                stats = msgspec.structs.replace(stats, waiting=stats.waiting + len(self.grammars))
-                self.links.send(Pong(nonce, stats), link)
-            case FlushCache(nonce, link):
-                self.links.send(CacheFlushed(nonce, self.engine.flush_cache()), link)
-            case Attach(link):
+                self._abort(revoked, engine, grammars)
+                self.links.send(ipc.AbortedElsewhere(nonce, len(revoked)), link)
+            case ipc.Ping(nonce, link):
+                stats = engine.stats()
+                stats = msgspec.structs.replace(stats, waiting=stats.waiting + len(grammars))
+                self.links.send(ipc.Pong(nonce, stats), link)
+            case ipc.FlushCache(nonce, link):
+                self.links.send(ipc.CacheFlushed(nonce, engine.flush_cache()), link)
+            case ipc.Attach(link):
                 self.links.attach(message)
                 self.links.send(self.ready, link)
-            case Detach(link):
-                self._abort(self.links.detach(link))
+            case ipc.Detach(link):
+                self._abort(self.links.detach(link), engine, grammars)
 
-    def _abort(self, ids: list[str]) -> None:
-        if dropped := self.grammars.drop(ids):
+    def _abort(self, ids: list[str], engine: Engine, grammars: PendingGrammars) -> None:
+        if dropped := grammars.drop(ids):
             self.links.send_events([TokenEvent(id=gone, finish=FinishReason.ABORT) for gone in dropped])
-        self.engine.abort(ids)
+        engine.abort(ids)
 
-    def _add(self, request: Request, constraint: Constraint | None = None) -> None:
+    def _add(self, engine: Engine, request: Request, compiled: Constraint | InvalidRequestError | None = None) -> None:
+        """Have the engine take the request, or tell its process why not."""
         try:
-            self.engine.add(request, constraint)
+            if isinstance(compiled, InvalidRequestError):
+                raise compiled
+            engine.add(request, compiled)
         except InvalidRequestError as error:
-            self._refuse(request, error)
-
-    def _refuse(self, request: Request, error: InvalidRequestError) -> None:
-        self.links.send_events([TokenEvent(id=request.id, finish=FinishReason.ERROR, error=error.message)])
+            self.links.send_events([TokenEvent(id=request.id, finish=FinishReason.ERROR, error=error.message)])
 
 
 def watch_parent(stdin: int, gone: threading.Event) -> None:
@@ -289,12 +259,13 @@ def leave_soon() -> None:
 
 def main() -> int:
     """Entry point of `python -m minisgl.server.engine_process`."""
-    start = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineSetup)
-    logging.basicConfig(level=start.config.log_level, format="%(asctime)s %(levelname)s engine %(name)s: %(message)s")
+    setup = msgspec.json.decode(sys.stdin.buffer.readline(), type=ipc.EngineSetup)
+    level = setup.config.log_level
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s engine %(name)s: %(message)s")
     gone = threading.Event()
     threading.Thread(target=watch_parent, args=(sys.stdin.fileno(), gone), daemon=True).start()
-    status = EngineServer(start, gone).run()
-    if start.config.tp > 1:  # what a broken group left on the device may hold up the interpreter's end
+    status = EngineServer(setup, gone).run()
+    if setup.config.tp > 1:  # what a broken group left on the device may hold up the interpreter's end
         zmq.Context.instance().term()
         os._exit(status)
     return status

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import ipaddress
 import itertools
 import json
@@ -18,7 +19,7 @@ import sys
 import time
 from asyncio.subprocess import PIPE, Process
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -27,21 +28,24 @@ from prometheus_client.multiprocess import mark_process_dead
 from minisgl import __version__
 from minisgl.config import BUNDLED_MODEL, Config, check, environment_with
 from minisgl.errors import ConfigError, EngineDeadError, ModelError
-from minisgl.server.engine_client import ENGINE_COMMAND, EngineClient, EngineProcess, describe_status
+from minisgl.server import ipc
+from minisgl.server.engine_client import (
+    ENGINE_COMMAND,
+    EngineClient,
+    EngineProcess,
+    Shutdown,
+    describe_status,
+    wait_first,
+)
 from minisgl.server.errors import ApiProcessError
 from minisgl.server.metrics import ApiProcesses, share
-from minisgl.server.process_messages import Attach, Detach, Ready, Serving, Unable, WorkerSetup
 from minisgl.types import EngineStats
 
 WORKER_COMMAND = (sys.executable, "-m", "minisgl.server.api_process")
-MOST_DEATHS = 5
-DEATHS_SECONDS = 60.0
-"""So many API processes may die in so many seconds; with one more the server ends."""
-LAST_SECONDS = 2.0
-"""How long API processes may take to end when nothing is answered any more but with an error."""
-STOP_SECONDS = 1.0
-"""How long an API process gets to go by itself when its stdin is closed."""
-STATUS_SECONDS = 5.0
+MOST_DEATHS, DEATHS_SECONDS = 5, 60.0  # with one death more of an API process in that time the server ends
+LAST_SECONDS = 2.0  # for API processes to end when nothing is answered any more but with an error
+STOP_SECONDS = 1.0  # for an API process to go by itself when its stdin is closed
+LOADING_SECONDS = STATUS_SECONDS = 5.0
 
 logger = logging.getLogger(__name__)
 status_logger = logging.getLogger("minisgl.status")
@@ -63,72 +67,55 @@ def serve(config: Config, command: Sequence[str] = ENGINE_COMMAND) -> None:
 
 async def run(config: Config, command: Sequence[str]) -> None:
     """The whole life of a server, in one event loop."""
-    stop, force = asyncio.Event(), asyncio.Event()
-    with listen_socket(config.host, config.port) as listener, handle_signals(stop, force):
+    with listen_socket(config.host, config.port) as listener, handle_signals() as shutdown:
         check_public(config, listener)
-        started = time.monotonic()
+        started, stop = time.monotonic(), shutdown.stop
         print_status(f"loading {config.model or BUNDLED_MODEL} …")
         engine = await EngineProcess.start(config, command)
-        loading = asyncio.create_task(engine.ready(print_still_loading))
-        stopped = asyncio.create_task(stop.wait())
+        loading = asyncio.create_task(engine.ready())
+        status: asyncio.Task[None] | None = None
         workers: ApiWorkers | None = None
         try:
             # What speaks HTTP gets ready while the engine loads.
             if config.api_workers == 1:
-                await asyncio.to_thread(import_http)
+                await asyncio.to_thread(importlib.import_module, "minisgl.server.api_process")
             else:
                 workers = ApiWorkers(config, engine, listener, started)
-            await asyncio.wait((loading, stopped), return_when=asyncio.FIRST_COMPLETED)
-            if not loading.done():
+            while not loading.done() and not stop.is_set():
+                await wait_first(loading, stop.wait(), timeout=LOADING_SECONDS)
+                if not loading.done() and not stop.is_set():
+                    print_status(f"still loading after {time.monotonic() - started:.0f} s …")
+            if stop.is_set():
                 return
             ready = loading.result()
             status = asyncio.create_task(report_status(engine.client))
-            try:
-                if workers is None:
-                    await serve_alone(config, listener, engine, ready, started, stop, force)
-                else:
-                    await workers.serve(ready, stop, force)
-            finally:
-                status.cancel()
+
+            def on_listening(serving: ipc.Serving) -> None:
+                announce(config, address(listener, config), ready, serving, started)
+
+            if workers is None:
+                from minisgl.server.api_process import serve_api
+
+                client, processes = engine.client, ApiProcesses()
+                await serve_api(config, client, listener, shutdown, engine.ended, on_listening, started, processes)
+            else:
+                await workers.serve(shutdown, on_listening)
         finally:
+            if status is not None:
+                status.cancel()
             if workers is not None:
                 await workers.close()
-            for task in (loading, stopped):
-                task.cancel()
-            await asyncio.wait((loading,))
+            loading.cancel()
+            await asyncio.gather(loading, return_exceptions=True)
             exit_status = await engine.stop()
         if not stop.is_set():
             raise EngineDeadError(f"the engine process ended with {describe_status(exit_status)}")
 
 
-def import_http() -> None:
-    """Import what speaks HTTP; it takes a good part of a second."""
-    import minisgl.server.api_process  # noqa: F401
-
-
-async def serve_alone(
-    config: Config,
-    listener: socket.socket,
-    engine: EngineProcess,
-    ready: Ready,
-    started: float,
-    stop: asyncio.Event,
-    force: asyncio.Event,
-) -> None:
-    """Speak HTTP in this process."""
-    from minisgl.server.api_process import serve_api
-
-    def on_listening(serving: Serving) -> None:
-        announce(config, address(listener, config), ready, serving, started)
-
-    await serve_api(config, engine.client, listener, engine.ended, stop, force, on_listening, started, ApiProcesses())
-
-
 class ApiWorkers:
     """Several API processes that accept from one socket: replaced when they die, drained and ended together.
 
-    Each has a link of its own to the engine, and keeps its limits by itself. `started` is when the server was, on the
-    monotonic clock. End them with `close`.
+    Each has a link of its own to the engine, and keeps its limits by itself. End them with `close`.
     """
 
     def __init__(self, config: Config, engine: EngineProcess, listener: socket.socket, started: float) -> None:
@@ -142,37 +129,29 @@ class ApiWorkers:
         self._links = itertools.count(1)
         self._processes: dict[int, Process] = {}
         self._deaths: deque[float] = deque(maxlen=MOST_DEATHS + 1)
-        self._order = b""
-        """The last that they were told."""
+        self._order = b""  # what they were told last
         loop, rows = asyncio.get_running_loop(), range(config.api_workers)
         self._failed: asyncio.Future[None] = loop.create_future()
-        self._serving: list[asyncio.Future[Serving]] = [loop.create_future() for _ in rows]
+        self._serving: list[asyncio.Future[ipc.Serving]] = [loop.create_future() for _ in rows]
         self._keeping = [asyncio.create_task(self._keep(row)) for row in rows]
 
-    async def serve(self, ready: Ready, stop: asyncio.Event, force: asyncio.Event) -> None:
-        """Serve an engine that is ready until `stop` or its end. Raises ModelError or ApiProcessError."""
-        first, all_over = asyncio.FIRST_COMPLETED, asyncio.create_task(asyncio.wait(self._keeping))
-        starting = asyncio.create_task(asyncio.wait(self._serving, return_when=asyncio.FIRST_EXCEPTION))
-        stopped, forced = asyncio.create_task(stop.wait()), asyncio.create_task(force.wait())
-        try:
-            await asyncio.wait((starting, stopped, self._engine.ended), return_when=first)
-            if not starting.done():
-                return
-            serving = [outcome.result() for outcome in self._serving if outcome.done()]
-            url = address(self._listener, self._config)
-            announce(self._config, url, ready, serving[0], self._started)
-            await asyncio.wait((stopped, self._engine.ended, self._failed), return_when=first)
-            if stopped.done() and not self._engine.ended.done():
-                self._tell(b"stop\n")
-                timeout = self._config.drain_timeout + LAST_SECONDS
-                await asyncio.wait((all_over, forced, self._engine.ended), timeout=timeout, return_when=first)
-            self._tell(b"engine ended\n" if self._engine.ended.done() else b"force\n")
-            await asyncio.wait((all_over,), timeout=LAST_SECONDS)
-            if self._failed.done():
-                self._failed.result()
-        finally:
-            for task in (all_over, starting, stopped, forced):
-                task.cancel()
+    async def serve(self, shutdown: Shutdown, on_listening: Callable[[ipc.Serving], None]) -> None:
+        """Serve an engine that is ready until `shutdown` or its end. Raises ModelError or ApiProcessError."""
+        ended, stop = self._engine.ended, shutdown.stop
+        await wait_first(asyncio.wait(self._serving, return_when=asyncio.FIRST_EXCEPTION), stop.wait(), ended)
+        if stop.is_set() or ended.done():
+            return
+        serving = [outcome.result() for outcome in self._serving if outcome.done()]
+        on_listening(serving[0])
+        await wait_first(stop.wait(), ended, self._failed)
+        all_over = asyncio.create_task(asyncio.wait(self._keeping))
+        if stop.is_set() and not ended.done():
+            self._tell(b"stop\n")
+            await wait_first(all_over, shutdown.force.wait(), ended, timeout=self._config.drain_timeout + LAST_SECONDS)
+        self._tell(b"engine ended\n" if ended.done() else b"force\n")
+        await wait_first(all_over, timeout=LAST_SECONDS)
+        if self._failed.done():
+            self._failed.result()
 
     async def close(self) -> None:
         """End what still runs."""
@@ -227,26 +206,15 @@ class ApiWorkers:
         assert process.stdin is not None
         assert process.stdout is not None
         self._processes[row] = process
-        setup = WorkerSetup(
-            config=self._config,
-            row=row,
-            link=link,
-            to_engine=f"ipc://{engine.folder}/t{link}",
-            from_engine=f"ipc://{engine.folder}/f{link}",
-            listener=self._listener.fileno(),
-            started=self._started,
-            counts=str(self._counts),
-            beats=str(self._beats),
-        )
+        setup = ipc.WorkerSetup(self._config, row, link, str(engine.folder), self._listener.fileno(), self._started)
         process.stdin.write(msgspec.json.encode(setup) + b"\n" + self._order)
         try:
             await engine.client.ready()
-            engine.client.send(Attach(link, setup.to_engine, setup.from_engine))
-            if line := await process.stdout.readline():
-                said: Serving | Unable = msgspec.json.decode(line, type=Serving | Unable)
-                if self._serving[row].done():
-                    pass
-                elif isinstance(said, Serving):
+            engine.client.send(ipc.Attach(link, *ipc.addresses(engine.folder, link)))
+            line = await process.stdout.readline()
+            if line and not self._serving[row].done():
+                said: ipc.Serving | ipc.Unable = msgspec.json.decode(line, type=ipc.Serving | ipc.Unable)
+                if isinstance(said, ipc.Serving):
                     self._serving[row].set_result(said)
                 else:
                     self._serving[row].set_exception(ModelError(said.error))
@@ -254,7 +222,7 @@ class ApiWorkers:
         finally:
             del self._processes[row]
             status = await asyncio.shield(asyncio.create_task(end_process(process)))
-            engine.client.send(Detach(link))
+            engine.client.send(ipc.Detach(link))
             mark_process_dead(process.pid, str(self._counts))  # type: ignore[no-untyped-call]
             (self._beats / str(process.pid)).unlink(missing_ok=True)
         return status
@@ -351,28 +319,28 @@ def address(listener: socket.socket, config: Config) -> str:
 
 
 @contextlib.contextmanager
-def handle_signals(stop: asyncio.Event, force: asyncio.Event) -> Iterator[None]:
+def handle_signals() -> Iterator[Shutdown]:
     """The first SIGINT or SIGTERM sets `stop`, the second `force`."""
+    shutdown, loop = Shutdown(), asyncio.get_running_loop()
 
     def on_signal() -> None:
-        if stop.is_set():
-            force.set()
+        if shutdown.stop.is_set():
+            shutdown.force.set()
         else:
-            stop.set()
+            shutdown.stop.set()
             print_status("stopping; once more to stop at once")
 
-    loop = asyncio.get_running_loop()
     numbers = (signal.SIGINT, signal.SIGTERM)
     for number in numbers:
         loop.add_signal_handler(number, on_signal)
     try:
-        yield
+        yield shutdown
     finally:
         for number in numbers:
             loop.remove_signal_handler(number)
 
 
-def announce(config: Config, url: str, ready: Ready, serving: Serving, started: float) -> None:
+def announce(config: Config, url: str, ready: ipc.Ready, serving: ipc.Serving, started: float) -> None:
     """The ready line, the effective configuration and a request to paste; `started` is on the monotonic clock."""
     if not serving.has_tokenizer:
         print_status(f"{ready.folder} has no tokenizer: text is bytes, and any other token reads as its number")
@@ -393,10 +361,6 @@ def announce(config: Config, url: str, ready: Ready, serving: Serving, started: 
     if serving.chats:
         print(f"\nchat in a browser: {url}/")
     print(f"\ncurl {url}/v1/{path} {headers} \\\n  -d '{json.dumps(body)}'\n", flush=True)
-
-
-def print_still_loading(seconds: float) -> None:
-    print_status(f"still loading after {seconds:.0f} s …")
 
 
 def print_status(line: str) -> None:

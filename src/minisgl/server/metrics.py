@@ -25,11 +25,9 @@ from minisgl.types import EngineStats, Request
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIX = "minisgl:"
 SHORT = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
-"""Upper bounds in s for the time of a token."""
 LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
-"""Upper bounds in s for what a request waits and takes."""
 TOKENS = (1.0, 4.0, 16.0, *(float(2**n) for n in range(6, 18)))
-"""Upper bounds for the tokens of a prompt or a completion."""
+"""Upper bounds: s for the time of a token, s for what a request waits and takes, tokens of a prompt or completion."""
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
 """Methods that are counted by name: a client can make up any number of others, and each would be a series for ever."""
 GAUGES = (
@@ -53,8 +51,7 @@ COUNTERS = (
 """Name without `_total`, attribute of `EngineStats`, and what is counted."""
 START_TIME = "process_start_time_seconds"
 BEAT_SECONDS = 0.5
-SILENT_SECONDS = 3.0
-"""An API process that has not said for so long that it works hangs."""
+SILENT_SECONDS = 3.0  # an API process that has not touched its file for so long hangs
 
 
 class RequestStats:
@@ -91,32 +88,31 @@ class AccessRecord:
         parts = [f'{self.client} "{self.method} {self.path}" {self.status} id={self.id}']
         if self.choices:
             prompt, generated, cached = (
-                sum(getattr(choice, name) for choice in self.choices)
-                for name in ("prompt_tokens", "tokens", "cached_tokens")
+                sum(getattr(c, name) for c in self.choices) for name in ("prompt_tokens", "tokens", "cached_tokens")
             )
             parts.append(f"prompt={prompt} cached={cached} generated={generated}")
-            if times := [choice.admitted - choice.arrived for choice in self.choices if choice.admitted is not None]:
+            if times := [c.admitted - c.arrived for c in self.choices if c.admitted is not None]:
                 parts.append(f"queue={max(times):.3f}s")
-            if times := [choice.first - choice.arrived for choice in self.choices if choice.first is not None]:
+            if times := [c.first - c.arrived for c in self.choices if c.first is not None]:
                 parts.append(f"ttft={min(times):.3f}s")
-            parts.append("finish=" + ",".join(choice.finish or "none" for choice in self.choices))
+            parts.append("finish=" + ",".join(c.finish or "none" for c in self.choices))
         return " ".join([*parts, f"total={now - self.started:.3f}s"])
 
 
 ACCESS_RECORD: ContextVar[AccessRecord | None] = ContextVar("minisgl_access_record", default=None)
-"""The record of the HTTP request that the running task answers."""
+"""Of the HTTP request that the running task answers."""
 
 
 class Metrics:
     """What one API process counts; a token costs one `observe`.
 
-    `folder` is where several API processes keep their counts, each in files of its own: PROMETHEUS_MULTIPROC_DIR, which
-    must have been set before prometheus_client was imported.
+    Several API processes keep their counts in `folder`/counts, each in files of its own. PROMETHEUS_MULTIPROC_DIR must
+    have named it before prometheus_client was imported.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | str | None = None) -> None:
         self.registry = registry = CollectorRegistry()
-        self.folder = folder
+        self.counts = None if folder is None else Path(folder) / "counts"
 
         def histogram(name: str, bounds: Sequence[float], text: str) -> Histogram:
             return Histogram(PREFIX + name, text, registry=registry, buckets=bounds)
@@ -188,58 +184,56 @@ class Metrics:
 
     def families(self) -> Iterable[Metric]:
         """What all API processes have counted together."""
-        if self.folder is None:
+        if self.counts is None:
             return self.registry.collect()
-        families: Iterable[Metric] = MultiProcessCollector(None, str(self.folder)).collect()  # type: ignore[no-untyped-call]
+        families: Iterable[Metric] = MultiProcessCollector(None, str(self.counts)).collect()  # type: ignore[no-untyped-call]
         return families
 
 
 class ApiProcesses:
-    """Which API processes of this server answer: each touches a file in `folder` all the time. None: there is one."""
+    """Which API processes of a server work: each touches a file in `folder`/beats all the time. None: there is one."""
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | str | None = None) -> None:
+        self.beats = None if folder is None else Path(folder) / "beats"
 
     async def beat(self) -> None:
         """Touch this process' file until cancelled."""
-        assert self.folder is not None
+        assert self.beats is not None
         while True:
-            (self.folder / str(os.getpid())).touch()
+            (self.beats / str(os.getpid())).touch()
             await asyncio.sleep(BEAT_SECONDS)
 
     def ages(self) -> dict[int, float]:
         """By process id how long ago (s) each said that it works."""
-        if self.folder is None:
+        if self.beats is None:
             return {os.getpid(): 0.0}
         now, found = time.time(), {}
-        for file in self.folder.iterdir():
+        for file in self.beats.iterdir():
             with contextlib.suppress(FileNotFoundError):  # it has just ended
                 found[int(file.name)] = now - file.stat().st_mtime
         return found
 
     @property
     def num_silent(self) -> int:
+        """Processes that hang."""
         return sum(age > SILENT_SECONDS for age in self.ages().values())
 
 
+@dataclasses.dataclass(frozen=True)
 class MetricsPage(Collector):
     """Everything there is to show at one moment; `stats` is what the engine said last."""
 
-    def __init__(
-        self, metrics: Metrics, processes: ApiProcesses, stats: EngineStats, engine_up: bool, model: str
-    ) -> None:
-        self.metrics = metrics
-        self.processes = processes
-        self.stats = stats
-        self.engine_up = engine_up
-        self.model = model
+    metrics: Metrics
+    processes: ApiProcesses
+    stats: EngineStats
+    engine_up: bool
+    model: str
 
     def render(self) -> bytes:
         """The page in Prometheus' text format."""
         return generate_latest(self)
 
     def collect(self) -> Iterator[Metric]:
-        """Every metric."""
         stats, processes = self.stats, self.processes.ages()
         used = stats.pages_total - stats.pages_free
         owned, answering = used - stats.pages_cached, len(processes) - self.processes.num_silent
@@ -250,16 +244,10 @@ class MetricsPage(Collector):
             ("api_processes", "API processes that answer", answering),
             ("engine_up", "1 while the engine lives", float(self.engine_up)),
         ]
-        labels, values = ["model_name"], [self.model]
-        for name, text, value in gauges:
-            gauge = GaugeMetricFamily(PREFIX + name, text, labels=labels)
-            gauge.add_metric(values, value)
-            yield gauge
+        families: list[Metric] = [GaugeMetricFamily(PREFIX + name, text, value) for name, text, value in gauges]
         for name, attribute, text in COUNTERS:
-            counter = CounterMetricFamily(PREFIX + name, text, labels=labels)
-            counter.add_metric(values, getattr(stats, attribute))
-            yield counter
-        for family in self.metrics.families():
+            families.append(CounterMetricFamily(PREFIX + name, text, getattr(stats, attribute)))
+        for family in (*families, *self.metrics.families()):
             family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
             if family.name != PREFIX + "http_requests":
                 family.samples = [s._replace(labels={"model_name": self.model, **s.labels}) for s in family.samples]

@@ -26,14 +26,12 @@ from minisgl.server.errors import UnauthorizedError, error_body, error_headers
 from minisgl.server.metrics import ACCESS_RECORD, AccessRecord, Metrics
 from minisgl.server.responses import json_response
 
-OPEN_PATHS = frozenset({"/", "/health", "/ready"})
-"""What needs no key: what a load balancer asks, and the page, which asks its reader for one."""
-QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})
-"""What machines ask every few seconds; it is logged at DEBUG."""
-HEAD_LIMIT = 64 * 2**10
-"""Bytes that the request line and the headers may have."""
-READ_TIMEOUT = 30.0
-"""Seconds between two pieces of a request; a client that falls silent in the middle of one is cut off."""
+OPEN_PATHS = frozenset(
+    {"/", "/health", "/ready"}
+)  # without a key: for load balancers; the page asks for one
+QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds, logged at DEBUG
+HEAD_LIMIT = 64 * 2**10  # bytes of the request line and the headers
+READ_TIMEOUT = 30.0  # seconds between two pieces of a request
 
 logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("minisgl.access")
@@ -137,8 +135,7 @@ class BoundedConnection(h11.Connection):
 
     def __init__(self) -> None:
         super().__init__(h11.SERVER, HEAD_LIMIT)
-        self.too_large = False
-        """Whether the last error was a head beyond the limit."""
+        self.too_large = False  # the last error was a head beyond the limit
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         before = len(self.trailing_data[0]) if self.their_state is h11.IDLE else 0

@@ -1,9 +1,12 @@
-"""What the processes of a server say to each other: msgspec structs, MessagePack on the wire, JSON on stdin and stdout.
+"""What the processes of a server say to each other: MessagePack over ZeroMQ, and lines of JSON on stdin and stdout.
 
 Each API process has a *link* to the engine. Link 0 is the launcher's, which serves HTTP itself when it is the only one.
+Questions have a nonce, which their answer repeats.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import msgspec
 
@@ -13,7 +16,7 @@ from minisgl.types import EngineStats, ModelInfo, Request, TokenEvent
 LAUNCHER = 0
 
 
-class EngineSetup(msgspec.Struct, frozen=True):
+class EngineSetup(msgspec.Struct, frozen=True, tag=True):
     """To the engine process, on its stdin: the addresses are the launcher's."""
 
     config: Config
@@ -21,24 +24,21 @@ class EngineSetup(msgspec.Struct, frozen=True):
     from_engine: str
 
 
-class WorkerSetup(msgspec.Struct, frozen=True, kw_only=True):
+class WorkerSetup(msgspec.Struct, frozen=True, tag=True):
     """To an API process, on its stdin. `listener` is an inherited file descriptor, `started` on the monotonic clock.
 
-    `counts` is the folder of prometheus_client's files, `beats` that of `ApiProcesses`.
+    `folder` has the sockets, and what `Metrics` and `ApiProcesses` keep there.
     """
 
     config: Config
     row: int
     link: int
-    to_engine: str
-    from_engine: str
+    folder: str
     listener: int
     started: float
-    counts: str
-    beats: str
 
 
-class Serving(msgspec.Struct, frozen=True, tag="serving"):
+class Serving(msgspec.Struct, frozen=True, tag=True):
     """From an API process, on its stdout: it takes connections. `has_tokenizer` is False where text is bytes."""
 
     model: str
@@ -46,48 +46,48 @@ class Serving(msgspec.Struct, frozen=True, tag="serving"):
     has_tokenizer: bool
 
 
-class Unable(msgspec.Struct, frozen=True, tag="unable"):
+class Unable(msgspec.Struct, frozen=True, tag=True):
     """From an API process, on its stdout: it cannot serve, and why."""
 
     error: str
 
 
-class Add(msgspec.Struct, frozen=True, tag="add"):
+class Add(msgspec.Struct, frozen=True, tag=True):
     """To the engine: take this request; its events go to `link`."""
 
     request: Request
     link: int = LAUNCHER
 
 
-class Abort(msgspec.Struct, frozen=True, tag="abort"):
+class Abort(msgspec.Struct, frozen=True, tag=True):
     """To the engine: end these requests; ids that are not live are ignored."""
 
     ids: list[str]
 
 
-class AbortElsewhere(msgspec.Struct, frozen=True, tag="abort_elsewhere"):
-    """To the engine: end the requests of this answer, or all (None), of other links; `AbortedElsewhere` answers."""
+class AbortElsewhere(msgspec.Struct, frozen=True, tag=True):
+    """To the engine: end the requests of this answer, or all (None), of other links."""
 
     nonce: int
     link: int
     answer_id: str | None
 
 
-class Ping(msgspec.Struct, frozen=True, tag="ping"):
-    """To the engine: answer with a `Pong` between two steps."""
+class Ping(msgspec.Struct, frozen=True, tag=True):
+    """To the engine: answer between two steps."""
 
     nonce: int
     link: int = LAUNCHER
 
 
-class FlushCache(msgspec.Struct, frozen=True, tag="flush_cache"):
-    """To the engine: drop every cached page that no request uses; `CacheFlushed` answers."""
+class FlushCache(msgspec.Struct, frozen=True, tag=True):
+    """To the engine: drop every cached page that no request uses."""
 
     nonce: int
     link: int = LAUNCHER
 
 
-class Attach(msgspec.Struct, frozen=True, tag="attach"):
+class Attach(msgspec.Struct, frozen=True, tag=True):
     """To the engine, from the launcher: an API process has bound these addresses; it is told `Ready` too."""
 
     link: int
@@ -95,13 +95,13 @@ class Attach(msgspec.Struct, frozen=True, tag="attach"):
     from_engine: str
 
 
-class Detach(msgspec.Struct, frozen=True, tag="detach"):
+class Detach(msgspec.Struct, frozen=True, tag=True):
     """To the engine, from the launcher: the process behind this link is gone; end its requests."""
 
     link: int
 
 
-class Ready(msgspec.Struct, frozen=True, tag="ready"):
+class Ready(msgspec.Struct, frozen=True, tag=True):
     """From the engine, once to each link: the model is loaded; `folder` has its tokenizer, `notes` what was chosen."""
 
     model: ModelInfo
@@ -109,41 +109,35 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     notes: list[str]
 
 
-class Failed(msgspec.Struct, frozen=True, tag="failed"):
+class Failed(msgspec.Struct, frozen=True, tag=True):
     """From the engine, last: it cannot start or go on, and why."""
 
     error: str
 
 
-class Events(msgspec.Struct, frozen=True, tag="events"):
+class Events(msgspec.Struct, frozen=True, tag=True):
     """From the engine: what a step did. `admitted` are requests that have a row now, retracted ones once more."""
 
     events: list[TokenEvent]
     admitted: list[str] = []
 
 
-class Pong(msgspec.Struct, frozen=True, tag="pong"):
-    """From the engine: it is alive, and its counts."""
-
+class Pong(msgspec.Struct, frozen=True, tag=True):
     nonce: int
     stats: EngineStats
 
 
-class CacheFlushed(msgspec.Struct, frozen=True, tag="cache_flushed"):
-    """From the engine: so many pages were dropped from the prefix cache."""
-
+class CacheFlushed(msgspec.Struct, frozen=True, tag=True):
     nonce: int
     pages: int
 
 
-class AbortedElsewhere(msgspec.Struct, frozen=True, tag="aborted_elsewhere"):
-    """From the engine: so many requests of other links were ended."""
-
+class AbortedElsewhere(msgspec.Struct, frozen=True, tag=True):
     nonce: int
     count: int
 
 
-class Revoked(msgspec.Struct, frozen=True, tag="revoked"):
+class Revoked(msgspec.Struct, frozen=True, tag=True):
     """From the engine: an operator who asked another API process has ended these requests."""
 
     ids: list[str]
@@ -151,6 +145,11 @@ class Revoked(msgspec.Struct, frozen=True, tag="revoked"):
 
 ToEngine = Add | Abort | AbortElsewhere | Ping | FlushCache | Attach | Detach
 FromEngine = Ready | Failed | Events | Pong | CacheFlushed | AbortedElsewhere | Revoked
+
+
+def addresses(folder: Path | str, link: int) -> tuple[str, str]:
+    """Of a link: to the engine, and from it."""
+    return f"ipc://{folder}/to{link}", f"ipc://{folder}/from{link}"
 
 
 def belongs_to(request_id: str, answer_id: str | None) -> bool:
