@@ -29,12 +29,7 @@ COMPLETION_MAX_TOKENS = 16
 """The default of `max_tokens` in /v1/completions."""
 GENERATE_MAX_TOKENS = 128
 """The default of `max_new_tokens` in /generate."""
-MAX_FIELDS = 1000
-MAX_MESSAGES = 16384
-MAX_TOOLS = 128
 MAX_CHOICES = 128
-MAX_EXACT = 2**53
-"""Up to here every integer is a double of its own."""
 ANY_UNSUPPORTED: Neutral = {"return_hidden_states": (False,), "lora_path": (), "session_params": (), "rid": ()}
 SAMPLING_UNSUPPORTED: Neutral = {
     **ANY_UNSUPPORTED,
@@ -183,7 +178,6 @@ class OpenAIRequest(Sampling):
 
     @property
     def num_generated(self) -> int:
-        """Answers that are generated for each prompt."""
         return self.num_choices
 
     @property
@@ -348,12 +342,10 @@ class GenerateRequest(Body):
 
     @property
     def num_generated(self) -> int:
-        """Answers to each prompt."""
         return self.sampling.n or 1
 
     @property
     def prompts(self) -> Any:
-        """The prompts as they are given."""
         return self.input_ids if self.text is None else self.text
 
     @property

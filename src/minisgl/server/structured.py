@@ -93,7 +93,6 @@ def schema_grammar(schema: str | dict[str, Any] | bool, param: str) -> Grammar:
 
 
 def choice_grammar(texts: Sequence[str]) -> Grammar:
-    """One of these texts."""
     return Grammar(kind="choice", source=json.dumps(texts, ensure_ascii=False))
 
 

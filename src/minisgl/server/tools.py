@@ -40,7 +40,6 @@ class ToolFormat:
     short_ids: bool = False
 
     def new_id(self) -> str:
-        """The id of a call."""
         if self.short_ids:
             return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
         return f"call_{uuid.uuid4().hex[:24]}"
@@ -106,7 +105,6 @@ class OutputParser:
 
     @property
     def called(self) -> bool:
-        """Whether there was a whole call."""
         return self._tools is not None and self._tools.num_calls > 0
 
     def push(self, text: str) -> list[ChatDelta]:
@@ -421,7 +419,6 @@ def partial_end(text: str, marker: str) -> int:
 
 
 def decode_json(text: str) -> object:
-    """The JSON value, None when it is none."""
     try:
         return msgspec.json.decode(text)
     except (msgspec.DecodeError, UnicodeEncodeError, RecursionError):
