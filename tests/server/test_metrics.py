@@ -26,11 +26,11 @@ from minisgl.server.metrics import (
     RequestStats,
     share,
 )
-from minisgl.types import EngineStats, Request, SamplingParams
+from minisgl.types import EngineStats
 
 
 def request_stats() -> RequestStats:
-    return RequestStats(Request(id="a-0", prompt=[1, 2, 3], params=SamplingParams()), 10.0)
+    return RequestStats(prompt_tokens=3, arrived=10.0)
 
 
 def test_the_times_of_a_request_are_those_between_its_events() -> None:
@@ -145,9 +145,7 @@ def test_the_processes_of_a_server_are_counted_together(tmp_path: Path) -> None:
     """Each in a process of its own, as the launcher starts them; one has ended, and its gauges with it."""
     code = (
         "import sys\nfrom pathlib import Path\nfrom minisgl.server.metrics import Metrics, RequestStats\n"
-        "from minisgl.types import Request, SamplingParams\n"
-        "metrics = Metrics(Path(sys.argv[1]))\n"
-        "request = RequestStats(Request(id='a', prompt=[1, 2], params=SamplingParams()), 1.0)\n"
+        "metrics, request = Metrics(Path(sys.argv[1])), RequestStats(2, 1.0)\n"
         "metrics.on_tokens(request, 1, 1.02)\nmetrics.on_end(request, 'stop', 1.5)\nmetrics.queued_tokens.set(7)\n"
         "metrics.rejected.labels('queue_full').inc()\nprint(__import__('os').getpid())\n"
     )

@@ -126,7 +126,6 @@ class RequestGroup:
             self._timer.cancel()
 
     def put(self, event: TokenEvent) -> None:
-        """Take in an event; called by the client."""
         self._events.append(event)
         if event.finish is not None:
             self._live.discard(event.id)
@@ -237,7 +236,7 @@ class EngineClient:
         arrived = time.monotonic() if record is None else record.started
         group = RequestGroup(self, requests, self._timeout)
         for request in requests:
-            stats = RequestStats(request, arrived)
+            stats = RequestStats(len(request.prompt), arrived)
             self._live[request.id] = stats, group
             self.queue.enter(stats.prompt_tokens)
             if record is not None:
@@ -348,7 +347,6 @@ class EngineClient:
             raise EngineDeadError(ENGINE_DIED) from None
 
     def _end(self, request_id: str, finish: str, now: float) -> None:
-        """Forget a request."""
         request, _ = self._live.pop(request_id)
         self.queue.live -= 1
         if request.first is None:
@@ -443,15 +441,8 @@ class EngineProcess:
             raise EngineDeadError(f"the engine process ended with {status} before it was ready") from error
 
     async def stop(self) -> int:
-        """End the process: its stdin is closed, then it is told, then made to; its exit status."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        for end in (self._process.terminate, self._process.kill):
-            await asyncio.wait((self.ended,), timeout=STOP_SECONDS)
-            if self.ended.done():
-                break
-            with contextlib.suppress(ProcessLookupError):
-                end()
+        """End the process; its exit status."""
+        await end_process(self._process)
         status = await self.ended
         await self.client.close()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -462,6 +453,18 @@ class EngineProcess:
         await asyncio.sleep(LAST_WORDS_SECONDS)
         self.client.fail()
         return status
+
+
+async def end_process(process: Process) -> int:
+    """End a process: its stdin is closed, then it is told, then made to; its exit status."""
+    assert process.stdin is not None
+    process.stdin.close()
+    for end in (process.terminate, process.kill):
+        with contextlib.suppress(TimeoutError):
+            return await asyncio.wait_for(process.wait(), STOP_SECONDS)
+        with contextlib.suppress(ProcessLookupError):
+            end()
+    return await process.wait()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,6 +35,7 @@ from minisgl.server.engine_client import (
     EngineProcess,
     Shutdown,
     describe_status,
+    end_process,
     wait_first,
 )
 from minisgl.server.errors import ApiProcessError
@@ -44,7 +45,6 @@ from minisgl.types import EngineStats
 WORKER_COMMAND = (sys.executable, "-m", "minisgl.server.api_process")
 MOST_DEATHS, DEATHS_SECONDS = 5, 60.0  # with one death more of an API process in that time the server ends
 LAST_SECONDS = 2.0  # for API processes to end when nothing is answered any more but with an error
-STOP_SECONDS = 1.0  # for an API process to go by itself when its stdin is closed
 LOADING_SECONDS = STATUS_SECONDS = 5.0
 
 logger = logging.getLogger(__name__)
@@ -154,7 +154,6 @@ class ApiWorkers:
             self._failed.result()
 
     async def close(self) -> None:
-        """End what still runs."""
         for task in self._keeping:
             task.cancel()
         await asyncio.gather(*self._keeping, return_exceptions=True)
@@ -226,17 +225,6 @@ class ApiWorkers:
             mark_process_dead(process.pid, str(self._counts))  # type: ignore[no-untyped-call]
             (self._beats / str(process.pid)).unlink(missing_ok=True)
         return status
-
-
-async def end_process(process: Process) -> int:
-    """Close its stdin, and make it end if it does not by itself; the exit status."""
-    assert process.stdin is not None
-    process.stdin.close()
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(process.wait(), STOP_SECONDS)
-    with contextlib.suppress(ProcessLookupError):
-        process.kill()
-    return await process.wait()
 
 
 async def report_status(client: EngineClient, every: float = STATUS_SECONDS) -> None:

@@ -20,7 +20,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
-from minisgl.types import EngineStats, Request
+from minisgl.types import EngineStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIX = "minisgl:"
@@ -54,21 +54,18 @@ BEAT_SECONDS = 0.5
 SILENT_SECONDS = 3.0  # an API process that has not touched its file for so long hangs
 
 
+@dataclasses.dataclass(slots=True)
 class RequestStats:
-    """A request in the engine. `arrived` is when its HTTP request began; times not reached yet are None."""
+    """A request in the engine. `arrived` is when its HTTP request began; `first` and `last` are those of its tokens."""
 
-    __slots__ = ("admitted", "arrived", "cached_tokens", "finish", "first", "id", "last", "prompt_tokens", "tokens")
-
-    def __init__(self, request: Request, arrived: float) -> None:
-        self.id = request.id
-        self.prompt_tokens = len(request.prompt)
-        self.arrived = arrived
-        self.admitted: float | None = None
-        self.first: float | None = None
-        self.last = arrived
-        self.tokens = 0
-        self.cached_tokens = 0
-        self.finish: str | None = None
+    prompt_tokens: int
+    arrived: float
+    admitted: float | None = None
+    first: float | None = None
+    last: float = 0.0
+    tokens: int = 0
+    cached_tokens: int = 0
+    finish: str | None = None
 
 
 @dataclasses.dataclass(slots=True)

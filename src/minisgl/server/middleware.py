@@ -26,9 +26,7 @@ from minisgl.server.errors import UnauthorizedError, error_body, error_headers
 from minisgl.server.metrics import ACCESS_RECORD, AccessRecord, Metrics
 from minisgl.server.responses import json_response
 
-OPEN_PATHS = frozenset(
-    {"/", "/health", "/ready"}
-)  # without a key: for load balancers; the page asks for one
+OPEN_PATHS = frozenset({"/", "/health", "/ready"})  # without a key: for load balancers; the page asks for one
 QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds, logged at DEBUG
 HEAD_LIMIT = 64 * 2**10  # bytes of the request line and the headers
 READ_TIMEOUT = 30.0  # seconds between two pieces of a request
@@ -45,9 +43,6 @@ class AccessLog:
         self.metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else uuid.uuid4().hex
         host, port = scope.get("client") or ("-", 0)
@@ -79,7 +74,7 @@ class KeyGuard:
         self.digests = [digest(key) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self.allows(Headers(scope=scope)):
+        if scope["path"] in OPEN_PATHS or self.allows(Headers(scope=scope)):
             await self.app(scope, receive, send)
             return
         error = UnauthorizedError("this server asks for an API key: send it as 'Authorization: Bearer KEY'")
@@ -100,7 +95,7 @@ class HeadAsGet:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "HEAD":
+        if scope["method"] != "HEAD":
             await self.app(scope, receive, send)
             return
         asked = {**scope, "method": "GET"}  # uvicorn looks at its own
@@ -194,7 +189,7 @@ class BoundedProtocol(H11Protocol):
             self._write_timer = None
 
     def _unsupported_upgrade_warning(self) -> None:
-        """A client that offers another protocol with every request, as Java's does HTTP/2, is just answered."""
+        pass  # some clients, such as Java's, offer HTTP/2 with every request
 
     def send_400_response(self, msg: str) -> None:
         """Answer what cannot be read as HTTP, in OpenAI's form, and close: 431 (RFC 6585) for too large a head."""
