@@ -9,7 +9,9 @@ import pytest
 
 from helpers import templates
 from helpers.serving import MODEL, Serving, serve_and
-from minisgl.types import Grammar
+from minisgl.types import Calls, Grammar
+
+pytestmark = pytest.mark.serving(template=templates.QWEN_TOOLS, max_seq_len=2048)
 
 USER: list[Any] = [{"role": "user", "content": "weather in Köln?"}]
 WEATHER: dict[str, Any] = {
@@ -68,7 +70,6 @@ async def test_an_answer_that_openais_client_parsed_can_be_sent_back(server: Ser
     ],
     ids=["qwen", "mistral", "llama"],
 )
-@pytest.mark.serving(max_seq_len=2048)
 async def test_calls_come_whole_and_streamed(server: Serving, template: str, text: str, form: str) -> None:
     server.speak(text)
     body: dict[str, Any] = {"messages": USER, "tools": [WEATHER, TIME]}
@@ -89,7 +90,6 @@ async def test_calls_come_whole_and_streamed(server: Serving, template: str, tex
     assert [(p["name"], p["arguments"]) for p in parts.values()] == [("get_weather", ARGUMENTS), ("get_time", "{}")]
 
 
-@pytest.mark.serving(template=templates.QWEN_TOOLS, max_seq_len=2048)
 async def test_what_the_template_gets_of_tools_and_calls(server: Serving) -> None:
     function = {"name": "get_weather", "arguments": '{"city": "Bonn"}'}
     messages = [
@@ -144,7 +144,6 @@ def test_a_forced_call_is_a_grammar_and_is_read_as_such(
     serve_and(tmp_path, check, template=templates.QWEN_THINKING, check_grammar=checked.append, max_seq_len=2048)
 
 
-@pytest.mark.serving(template=templates.QWEN_TOOLS, max_seq_len=2048)
 async def test_a_malformed_call_is_content(server: Serving) -> None:
     text = 'So: <tool_call>{"name": "get_weather", "arguments": {"city": }} \n </tool_call> and more'
     server.speak(text)
@@ -156,7 +155,6 @@ async def test_a_malformed_call_is_content(server: Serving) -> None:
     assert (content, parts[0]["arguments"]) == ("So:} \n </tool_call> and more", '{"city": }')
 
 
-@pytest.mark.serving(template=templates.QWEN_TOOLS, max_seq_len=2048)
 async def test_without_tools_what_looks_like_a_call_is_text(server: Serving) -> None:
     server.speak(TWO)
     for extra in ({}, {"tools": [WEATHER], "tool_choice": "none"}):
@@ -165,7 +163,6 @@ async def test_without_tools_what_looks_like_a_call_is_text(server: Serving) -> 
         assert answer.choices[0].finish_reason == "stop"
 
 
-@pytest.mark.serving(template=templates.QWEN_TOOLS, max_seq_len=2048)
 async def test_one_call_where_parallel_calls_are_off(server: Serving) -> None:
     server.speak(TWO)
     body = {"messages": USER, "tools": [WEATHER, TIME], "parallel_tool_calls": False}
@@ -185,7 +182,6 @@ async def test_one_call_where_parallel_calls_are_off(server: Serving) -> None:
         (templates.QWEN_TOOLS, "<think>x</think>R", {}, None, "<think>x</think>R"),
     ],
 )
-@pytest.mark.serving(max_seq_len=2048)
 async def test_reasoning_is_split_off_where_the_template_knows_it(
     server: Serving, template: str, text: str, extra: dict[str, Any], reasoning: str | None, content: str
 ) -> None:
@@ -248,3 +244,93 @@ async def test_reasoning_effort_goes_to_templates_that_know_it(server: Serving) 
     body = {"messages": USER, "reasoning_effort": "low", "max_tokens": 1}
     assert (await server.http.post("/v1/chat/completions", json=body)).status_code == 200
     assert server.tokenizer.decode(server.engine.seen[0].prompt).endswith("low")
+
+
+ZONED: dict[str, Any] = {
+    "type": "function",
+    "function": {"name": "get_time", "parameters": {"type": "object", "properties": {"zone": {"type": "string"}}}},
+}
+SCHEMA = {"type": "object", "properties": {"sun": {"type": "boolean"}}, "required": ["sun"]}
+FORM: dict[str, Any] = {"type": "json_schema", "json_schema": {"name": "weather", "schema": SCHEMA}}
+ZONE = '{"zone": "CET"}'
+
+
+async def ask(server: Serving, said: str, **extra: Any) -> tuple[dict[str, Any], Grammar]:
+    """What the client gets when the model says this, and what the engine was asked to hold it to."""
+    server.speak(said)
+    body = {"model": MODEL, "messages": USER, "response_format": FORM, **extra}
+    response = await server.http.post("/v1/chat/completions", json=body)
+    assert response.status_code == 200, response.text
+    grammar = server.engine.seen[-1].params.grammar
+    assert grammar is not None
+    message: dict[str, Any] = response.json()["choices"][0]["message"]
+    return message, grammar
+
+
+@pytest.mark.parametrize(
+    ("template", "call", "name", "marks"),
+    [
+        (
+            templates.QWEN_TOOLS,
+            '<tool_call>\n{"name": "get_time", "arguments": ' + ZONE + "}\n</tool_call>",
+            "arguments",
+            ("<tool_call>", "</tool_call>", ""),
+        ),
+        (templates.LLAMA, '{"name": "get_time", "parameters": ' + ZONE + "}", "parameters", ("", "", ";")),
+    ],
+    ids=["qwen", "llama"],
+)
+@pytest.mark.serving(check_grammar=lambda grammar: None)
+async def test_the_answer_is_of_the_form_or_a_call(
+    server: Serving, template: str, call: str, name: str, marks: tuple[str, str, str]
+) -> None:
+    message, grammar = await ask(server, '{"sun": true}', tools=[ZONED])
+    assert (message["content"], message.get("tool_calls")) == ('{"sun": true}', None)
+    assert (grammar.kind, json.loads(grammar.source), grammar.thought) == ("json_schema", SCHEMA, "none")
+    assert isinstance(grammar.calls, Calls)
+    assert (grammar.calls.opening, grammar.calls.closing, grammar.calls.separator) == marks
+    assert grammar.calls.several
+    schema = json.loads(grammar.calls.schema)
+    assert schema["required"] == ["name", name]
+    assert schema["properties"]["name"] == {"const": "get_time"}
+    message, _ = await ask(server, call, tools=[ZONED])
+    assert message["content"] is None
+    assert [c["function"] for c in message["tool_calls"]] == [{"name": "get_time", "arguments": ZONE}]
+    _, grammar = await ask(server, call, tools=[ZONED], parallel_tool_calls=False)
+    assert grammar.calls is not None
+    assert not grammar.calls.several
+    _, grammar = await ask(server, "{}", tools=[ZONED], tool_choice="none")
+    assert grammar.calls is None
+    message, grammar = await ask(server, f"[{call}]", tools=[ZONED], tool_choice="required")
+    assert json.loads(grammar.source)["type"] == "array"
+
+
+@pytest.mark.serving(template=templates.MISTRAL, check_grammar=lambda grammar: None)
+async def test_the_answer_is_of_the_form_or_a_list_of_calls(server: Serving) -> None:
+    call = '[TOOL_CALLS] [{"name": "get_time", "arguments": ' + ZONE + "}]"
+    message, grammar = await ask(server, call, tools=[ZONED], parallel_tool_calls=False)
+    assert [c["function"] for c in message["tool_calls"]] == [{"name": "get_time", "arguments": ZONE}]
+    assert grammar.calls is not None
+    assert (grammar.calls.opening, grammar.calls.closing, grammar.calls.several) == ("[TOOL_CALLS]", "", False)
+    schema = json.loads(grammar.calls.schema)
+    assert (schema["type"], schema["maxItems"]) == ("array", 1)
+
+
+@pytest.mark.parametrize(
+    ("template", "extra", "said", "thought"),
+    [
+        (templates.QWEN_THINKING, {}, '<think>\nso\n</think>\n\n{"sun": true}', "possible"),
+        (templates.QWEN_THINKING, {"chat_template_kwargs": {"enable_thinking": False}}, '{"sun": true}', "none"),
+        (templates.QWEN_THINKING, {"separate_reasoning": False}, '{"sun": true}', "none"),
+        (templates.DEEPSEEK, {}, 'so\n</think>\n\n{"sun": true}', "begun"),
+        (templates.QWEN_TOOLS, {}, '{"sun": true}', "none"),
+    ],
+)
+@pytest.mark.serving(check_grammar=lambda grammar: None)
+async def test_a_model_that_thinks_may_do_so_before_the_form(
+    server: Serving, template: str, extra: dict[str, Any], said: str, thought: str
+) -> None:
+    message, grammar = await ask(server, said, **extra)
+    assert grammar.thought == thought
+    assert message["content"] == '{"sun": true}'
+    assert message.get("reasoning_content") == (None if thought == "none" else "so")
