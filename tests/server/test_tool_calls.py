@@ -173,6 +173,8 @@ def test_long_heads_and_other_key_orders_make_calls_too() -> None:
 def test_calls_beyond_the_limit_are_dropped_and_text_is_not() -> None:
     text = f"<tool_call>{json.dumps(CALL)}</tool_call><tool_call>{json.dumps(CALL)}</tool_call>ok"
     assert whole(list(text), HERMES, limit=1) == ("ok", WANTED)
+    broken = f"<tool_call>{json.dumps(CALL)}</tool_call>" + '<tool_call>{"name": "f", "arguments": {"a": }}'
+    assert whole(list(broken), HERMES, limit=1) == ('<tool_call>{"name": "f", "arguments": {"a": }}', WANTED)
 
 
 def split_reasoning(pieces: list[str], begun: bool) -> tuple[str, str]:

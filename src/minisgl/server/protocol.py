@@ -304,7 +304,7 @@ class NativeSampling(Sampling):
     sampling_seed: Seed | None = None
     json_schema: str | None = None
     regex: str | None = None
-    ebnf: str | None = None
+    ebnf: GrammarText | None = None
 
 
 class GenerateRequest(Body):
