@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from helpers import templates
-from helpers.serving import MODEL, Serving, serve_and
+from helpers.serving import MODEL, Serving
 from minisgl.types import Calls, Grammar
 
 USER: list[Any] = [{"role": "user", "content": "weather in Köln?"}]
@@ -47,44 +46,40 @@ async def ask(server: Serving, said: str, **extra: Any) -> tuple[dict[str, Any],
     ],
     ids=["qwen", "llama"],
 )
-def test_the_answer_is_of_the_form_or_a_call(
-    tmp_path: Path, template: str, call: str, name: str, marks: tuple[str, str, str]
+@pytest.mark.serving(check_grammar=lambda grammar: None, max_seq_len=2048)
+async def test_the_answer_is_of_the_form_or_a_call(
+    server: Serving, template: str, call: str, name: str, marks: tuple[str, str, str]
 ) -> None:
-    async def check(server: Serving) -> None:
-        message, grammar = await ask(server, '{"sun": true}', tools=[TIME])
-        assert (message["content"], message.get("tool_calls")) == ('{"sun": true}', None)
-        assert (grammar.kind, json.loads(grammar.source), grammar.thought) == ("json_schema", SCHEMA, "none")
-        assert isinstance(grammar.calls, Calls)
-        assert (grammar.calls.opening, grammar.calls.closing, grammar.calls.separator) == marks
-        assert grammar.calls.several
-        schema = json.loads(grammar.calls.schema)
-        assert schema["required"] == ["name", name]
-        assert schema["properties"]["name"] == {"const": "get_time"}
-        message, _ = await ask(server, call, tools=[TIME])
-        assert message["content"] is None
-        assert [c["function"] for c in message["tool_calls"]] == [{"name": "get_time", "arguments": ARGUMENTS}]
-        _, grammar = await ask(server, call, tools=[TIME], parallel_tool_calls=False)
-        assert grammar.calls is not None
-        assert not grammar.calls.several
-        _, grammar = await ask(server, "{}", tools=[TIME], tool_choice="none")
-        assert grammar.calls is None
-        message, grammar = await ask(server, f"[{call}]", tools=[TIME], tool_choice="required")
-        assert json.loads(grammar.source)["type"] == "array"
-
-    serve_and(tmp_path, check, template=template, check_grammar=lambda grammar: None, max_seq_len=2048)
+    message, grammar = await ask(server, '{"sun": true}', tools=[TIME])
+    assert (message["content"], message.get("tool_calls")) == ('{"sun": true}', None)
+    assert (grammar.kind, json.loads(grammar.source), grammar.thought) == ("json_schema", SCHEMA, "none")
+    assert isinstance(grammar.calls, Calls)
+    assert (grammar.calls.opening, grammar.calls.closing, grammar.calls.separator) == marks
+    assert grammar.calls.several
+    schema = json.loads(grammar.calls.schema)
+    assert schema["required"] == ["name", name]
+    assert schema["properties"]["name"] == {"const": "get_time"}
+    message, _ = await ask(server, call, tools=[TIME])
+    assert message["content"] is None
+    assert [c["function"] for c in message["tool_calls"]] == [{"name": "get_time", "arguments": ARGUMENTS}]
+    _, grammar = await ask(server, call, tools=[TIME], parallel_tool_calls=False)
+    assert grammar.calls is not None
+    assert not grammar.calls.several
+    _, grammar = await ask(server, "{}", tools=[TIME], tool_choice="none")
+    assert grammar.calls is None
+    message, grammar = await ask(server, f"[{call}]", tools=[TIME], tool_choice="required")
+    assert json.loads(grammar.source)["type"] == "array"
 
 
-def test_the_answer_is_of_the_form_or_a_list_of_calls(tmp_path: Path) -> None:
-    async def check(server: Serving) -> None:
-        call = '[TOOL_CALLS] [{"name": "get_time", "arguments": ' + ARGUMENTS + "}]"
-        message, grammar = await ask(server, call, tools=[TIME], parallel_tool_calls=False)
-        assert [c["function"] for c in message["tool_calls"]] == [{"name": "get_time", "arguments": ARGUMENTS}]
-        assert grammar.calls is not None
-        assert (grammar.calls.opening, grammar.calls.closing, grammar.calls.several) == ("[TOOL_CALLS]", "", False)
-        schema = json.loads(grammar.calls.schema)
-        assert (schema["type"], schema["maxItems"]) == ("array", 1)
-
-    serve_and(tmp_path, check, template=templates.MISTRAL, check_grammar=lambda grammar: None, max_seq_len=2048)
+@pytest.mark.serving(template=templates.MISTRAL, check_grammar=lambda grammar: None, max_seq_len=2048)
+async def test_the_answer_is_of_the_form_or_a_list_of_calls(server: Serving) -> None:
+    call = '[TOOL_CALLS] [{"name": "get_time", "arguments": ' + ARGUMENTS + "}]"
+    message, grammar = await ask(server, call, tools=[TIME], parallel_tool_calls=False)
+    assert [c["function"] for c in message["tool_calls"]] == [{"name": "get_time", "arguments": ARGUMENTS}]
+    assert grammar.calls is not None
+    assert (grammar.calls.opening, grammar.calls.closing, grammar.calls.several) == ("[TOOL_CALLS]", "", False)
+    schema = json.loads(grammar.calls.schema)
+    assert (schema["type"], schema["maxItems"]) == ("array", 1)
 
 
 @pytest.mark.parametrize(
@@ -97,13 +92,11 @@ def test_the_answer_is_of_the_form_or_a_list_of_calls(tmp_path: Path) -> None:
         (templates.QWEN_TOOLS, {}, '{"sun": true}', "none"),
     ],
 )
-def test_a_model_that_thinks_may_do_so_before_the_form(
-    tmp_path: Path, template: str, extra: dict[str, Any], said: str, thought: str
+@pytest.mark.serving(check_grammar=lambda grammar: None, max_seq_len=2048)
+async def test_a_model_that_thinks_may_do_so_before_the_form(
+    server: Serving, template: str, extra: dict[str, Any], said: str, thought: str
 ) -> None:
-    async def check(server: Serving) -> None:
-        message, grammar = await ask(server, said, **extra)
-        assert grammar.thought == thought
-        assert message["content"] == '{"sun": true}'
-        assert message.get("reasoning_content") == (None if thought == "none" else "so")
-
-    serve_and(tmp_path, check, template=template, check_grammar=lambda grammar: None, max_seq_len=2048)
+    message, grammar = await ask(server, said, **extra)
+    assert grammar.thought == thought
+    assert message["content"] == '{"sun": true}'
+    assert message.get("reasoning_content") == (None if thought == "none" else "so")

@@ -143,7 +143,7 @@ def test_a_head_whose_endpoint_fails_is_counted_under_its_route() -> None:
     async def broken(_: Request) -> Response:
         raise RuntimeError("a fault of ours")
 
-    app, metrics = Starlette(routes=[ApiRoute(["GET"], "/broken", broken)]), Metrics()
+    app, metrics = Starlette(routes=[ApiRoute("GET", "/broken", broken)]), Metrics()
 
     async def ask() -> None:
         transport = httpx.ASGITransport(with_middleware(app, metrics, Config()), raise_app_exceptions=False)

@@ -155,7 +155,7 @@ def test_a_malformed_call_comes_back_as_it_was(text: str) -> None:
 
 
 def test_arguments_are_given_on_as_they_come_and_as_the_model_wrote_them() -> None:
-    parser = ToolCallParser(HERMES, NAMES, stream=True)
+    parser = ToolCallParser(HERMES, NAMES, None, stream=True)
     arguments = '{"city":  "Köln", "n": [1,2]}'
     text = f'<tool_call>\n{{"name": "f", "arguments": {arguments}}}\n</tool_call>'
     given = [entry for character in text for entry in entries(parser.push(character))]

@@ -127,12 +127,12 @@ def admin_routes(api: Api, setup: Setup) -> list[ApiRoute]:
         return json_response(Aborted(await client.abort(order.rid, api.health_timeout)))
 
     return [
-        ApiRoute(["GET"], "/health", health, "health"),
-        ApiRoute(["GET"], "/ready", ready, "ready"),
-        ApiRoute(["GET"], "/version", version, "version"),
-        ApiRoute(["GET"], "/server_info", server_info, "server_info"),
-        ApiRoute(["GET"], "/model_info", model_info, "model_info"),
-        ApiRoute(["GET"], "/metrics", metrics, "metrics"),
-        ApiRoute(["POST"], "/flush_cache", flush_cache, "flush_cache"),
-        ApiRoute(["POST"], "/abort_request", abort_request, "abort_request"),
+        ApiRoute("GET", "/health", health, Health),
+        ApiRoute("GET", "/ready", ready, IsReady),
+        ApiRoute("GET", "/version", version, Version),
+        ApiRoute("GET", "/server_info", server_info, ServerInfo),
+        ApiRoute("GET", "/model_info", model_info, ModelFacts),
+        ApiRoute("GET", "/metrics", metrics, str),
+        ApiRoute("POST", "/flush_cache", flush_cache, FlushReport),
+        ApiRoute("POST", "/abort_request", abort_request, Aborted, [AbortOrder]),
     ]

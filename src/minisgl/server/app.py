@@ -21,12 +21,12 @@ from starlette.responses import HTMLResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from minisgl.errors import InvalidRequestError, MinisglError
+from minisgl.server import protocol, responses
 from minisgl.server.admin import Setup, admin_routes
 from minisgl.server.completion import ChatCompletion, Generation, NativeCompletion, TextCompletion
 from minisgl.server.errors import BODY_LIMIT, BodyTooLargeError, error_body, error_headers, internal_error
 from minisgl.server.openapi import ApiRoute, document
 from minisgl.server.preparation import Api, PreparedRequest
-from minisgl.server.responses import SSE_DONE, ModelCard, ModelList, json_response, sse
 
 DRAIN_LIMIT = 4 * BODY_LIMIT
 """Bytes of a body that is too large are read up to here, so that the client gets to read the answer."""
@@ -63,12 +63,12 @@ class Endpoints:
         self.api = api
         self.preparation = api.preparation
 
-    async def chat_completions(self, request: Request) -> Response:
+    async def chat(self, request: Request) -> Response:
         """Answer a conversation."""
         prepared = await self.api.prepare(self.preparation.chat, await read_body(request))
         return await self.respond(request, prepared, ChatCompletion)
 
-    async def completions(self, request: Request) -> Response:
+    async def completion(self, request: Request) -> Response:
         """Continue one text, or several."""
         prepared = await self.api.prepare(self.preparation.completion, await read_body(request))
         return await self.respond(request, prepared, TextCompletion)
@@ -83,7 +83,7 @@ class Endpoints:
         generation = Generation(self.api.service, self.preparation.tokenizer, prepared)
         completion = kind(generation, self.preparation.model.name)
         if not prepared.body.stream:
-            return json_response(await unless_disconnected(request.receive, completion.whole()))
+            return responses.json_response(await unless_disconnected(request.receive, completion.whole()))
         chunks = completion.chunks()
         try:
             first = await unless_disconnected(request.receive, anext(chunks))
@@ -94,39 +94,42 @@ class Endpoints:
 
     async def tokenize(self, request: Request) -> Response:
         """The tokens of a text or of a conversation."""
-        return json_response(await self.api.prepare(self.preparation.tokenize, await read_body(request)))
+        return responses.json_response(await self.api.prepare(self.preparation.tokenize, await read_body(request)))
 
     async def detokenize(self, request: Request) -> Response:
         """The text of tokens."""
-        return json_response(await self.api.prepare(self.preparation.detokenize, await read_body(request)))
+        return responses.json_response(await self.api.prepare(self.preparation.detokenize, await read_body(request)))
 
     async def tokenizer_info(self, _: Request) -> Response:
         """The special tokens and the chat template."""
-        return json_response(self.preparation.tokenizer_info())
+        return responses.json_response(self.preparation.tokenizer_info())
 
     async def models(self, _: Request) -> Response:
         """The one model served, under each of its names."""
-        return json_response(ModelList([self.model_card(name) for name in self.preparation.names]))
+        return responses.json_response(responses.ModelList([self.model_card(name) for name in self.preparation.names]))
 
     async def model(self, request: Request) -> Response:
         """The model served, by its id."""
         name = request.path_params["name"]
         self.preparation.check_model(name)
-        return json_response(self.model_card(name))
+        return responses.json_response(self.model_card(name))
 
-    def model_card(self, name: str) -> ModelCard:
-        return ModelCard(id=name, created=self.api.created, max_model_len=self.preparation.model.max_seq_len)
+    def model_card(self, name: str) -> responses.ModelCard:
+        return responses.ModelCard(id=name, created=self.api.created, max_model_len=self.preparation.model.max_seq_len)
 
     def routes(self) -> list[ApiRoute]:
+        chat, chunk = responses.Result[responses.ChatChoice], responses.Result[responses.ChunkChoice]
+        text, native = responses.Result[responses.TextChoice], responses.NativeResult | list[responses.NativeResult]
+        tokenize = [protocol.TokenizeText, protocol.TokenizeConversation]
         return [
-            ApiRoute(["POST"], "/v1/chat/completions", self.chat_completions, "chat"),
-            ApiRoute(["POST"], "/v1/completions", self.completions, "completion"),
-            ApiRoute(["POST"], "/generate", self.generate, "generate"),
-            ApiRoute(["POST"], "/tokenize", self.tokenize, "tokenize"),
-            ApiRoute(["POST"], "/detokenize", self.detokenize, "detokenize"),
-            ApiRoute(["GET"], "/tokenizer_info", self.tokenizer_info, "tokenizer_info"),
-            ApiRoute(["GET"], "/v1/models", self.models, "models"),
-            ApiRoute(["GET"], "/v1/models/{name:path}", self.model, "model"),
+            ApiRoute("POST", "/v1/chat/completions", self.chat, chat, [protocol.ChatRequest], chunk),
+            ApiRoute("POST", "/v1/completions", self.completion, text, [protocol.CompletionRequest], text),
+            ApiRoute("POST", "/generate", self.generate, native, [protocol.GenerateRequest], responses.NativeResult),
+            ApiRoute("POST", "/tokenize", self.tokenize, responses.Tokens, tokenize),
+            ApiRoute("POST", "/detokenize", self.detokenize, responses.Detokenized, [protocol.DetokenizeRequest]),
+            ApiRoute("GET", "/tokenizer_info", self.tokenizer_info, responses.TokenizerInfo),
+            ApiRoute("GET", "/v1/models", self.models, responses.ModelList),
+            ApiRoute("GET", "/v1/models/{name:path}", self.model, responses.ModelCard),
         ]
 
 
@@ -137,23 +140,17 @@ def make_app(api: Api, setup: Setup) -> Starlette:
     html, headers = PAGE.read_text(encoding="utf-8"), page_headers()
 
     async def show_document(_: Request) -> Response:
-        return json_response(openapi())
+        return responses.json_response(openapi())
 
     async def page(_: Request) -> Response:
         return HTMLResponse(html, headers=headers)
 
-    routes += [ApiRoute(["GET"], "/openapi.json", show_document), ApiRoute(["GET"], "/", page)]
+    routes += [ApiRoute("GET", "/openapi.json", show_document), ApiRoute("GET", "/", page)]
     for base in [f"/v1/{name}" for name in UNSUPPORTED] + [f"/{name}" for name in UNSUPPORTED_OUTSIDE]:
         for path in (base, base + "/{rest:path}"):
-            routes.append(ApiRoute(["GET", "POST", "PUT", "PATCH", "DELETE"], path, refuse_endpoint))
-    handlers: dict[Any, Any] = {
-        MinisglError: on_minisgl_error,
-        HTTPException: on_http_error,
-        Exception: on_unexpected_error,
-        ClientGoneError: on_client_gone,
-        ClientDisconnect: on_client_gone,
-    }
-    return Starlette(routes=routes, exception_handlers=handlers)
+            routes.append(ApiRoute("GET POST PUT PATCH DELETE", path, refuse_endpoint))
+    kinds = (MinisglError, HTTPException, Exception, ClientGoneError, ClientDisconnect)
+    return Starlette(routes=routes, exception_handlers=dict.fromkeys(kinds, on_error))
 
 
 async def refuse_endpoint(request: Request) -> Response:
@@ -233,40 +230,28 @@ class EventStream(Response):
             async for chunk in self.rest:
                 await send_body(send, chunk)
         except MinisglError as error:
-            await send_body(send, sse(error_body(error)))
+            await send_body(send, responses.sse(error_body(error)))
         except Exception:
             logger.exception("a stream failed")
-            await send_body(send, sse(error_body(internal_error())))
-        await send_body(send, SSE_DONE, more=False)
+            await send_body(send, responses.sse(error_body(internal_error())))
+        await send_body(send, responses.SSE_DONE, more=False)
 
 
 def send_body(send: Send, chunk: bytes, more: bool = True) -> Awaitable[None]:
     return send({"type": "http.response.body", "body": chunk, "more_body": more})
 
 
-async def on_minisgl_error(request: Request, error: Exception) -> Response:
-    """An error raised on purpose."""
-    assert isinstance(error, MinisglError)
-    return json_response(error_body(error), error.status, error_headers(error))
-
-
-async def on_http_error(request: Request, error: Exception) -> Response:
-    """What the router itself answers: 404, 405."""
-    assert isinstance(error, HTTPException)
-    shown = MinisglError(f"{request.method} {request.url.path}: {HTTPStatus(error.status_code).phrase}")
-    shown.type = "invalid_request_error" if error.status_code < 500 else "server_error"
-    shown.code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-    return json_response(error_body(shown), error.status_code, dict(error.headers or {}))
-
-
-async def on_unexpected_error(request: Request, error: Exception) -> Response:
-    """A fault of ours: the log has the details, the client does not."""
-    return json_response(error_body(internal_error()), 500)
-
-
-async def on_client_gone(request: Request, error: Exception) -> Response:
-    """Nobody reads this; the status (nginx's "client closed request") is for the log."""
-    return Response(status_code=499)
+async def on_error(request: Request, error: Exception) -> Response:
+    """Every error that leaves an endpoint, in OpenAI's form. Of a fault of ours only the log has the details."""
+    if isinstance(error, (ClientGoneError, ClientDisconnect)):
+        return Response(status_code=499)  # nginx's "client closed request", for the log: nobody reads it
+    if isinstance(error, HTTPException):  # the router's 404 and 405
+        shown = MinisglError(f"{request.method} {request.url.path}: {HTTPStatus(error.status_code).phrase}")
+        shown.type = "invalid_request_error" if error.status_code < 500 else "server_error"
+        shown.code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        return responses.json_response(error_body(shown), error.status_code, dict(error.headers or {}))
+    known = error if isinstance(error, MinisglError) else internal_error()
+    return responses.json_response(error_body(known), known.status, error_headers(known))
 
 
 def page_headers() -> dict[str, str]:

@@ -39,6 +39,7 @@ from minisgl.server.responses import (
     mean_logprob,
     sse,
 )
+from minisgl.server.tools import OutputParser
 from minisgl.tokenizer.detokenize import shown_tokens
 from minisgl.tokenizer.tokenizer import Tokenizer
 from minisgl.types import FinishReason, Request, TokenEvent, TokenLogprobs
@@ -228,21 +229,15 @@ class ChatCompletion(OpenAICompletion):
         body, parser = generation.prepared.body, generation.prepared.parser
         assert isinstance(body, ChatRequest)
         super().__init__(generation, model, body, bool(body.logprobs))
-        self.parsers = [parser.parser(bool(body.stream)) for _ in generation.choices]
+        self.parsers = [OutputParser(parser, bool(body.stream)) for _ in generation.choices]
         self.opened = [False] * len(generation.choices)
 
     def chunk_choices(self, piece: TextPiece) -> list[ChunkChoice]:
         index, parser = piece.index, self.parsers[piece.index]
-        if parser is None:
-            deltas = [ChatDelta(content=piece.text)] if piece.text else []
-        else:
-            deltas = parser.push(piece.text)
-            if piece.finish is not None:
-                deltas += parser.finish()
-        chunks = [ChunkChoice(index, delta) for delta in deltas]
+        chunks = [ChunkChoice(index, delta) for delta in parser.push(piece.text)]
         if piece.finish is not None:
-            called = parser is not None and parser.called
-            chunks.append(ChunkChoice(index, ChatDelta(), finish_word(piece.finish, called)))
+            chunks += [ChunkChoice(index, delta) for delta in parser.finish()]
+            chunks.append(ChunkChoice(index, ChatDelta(), finish_word(piece.finish, parser.called)))
         if self.writer is not None:
             self.held[index] += piece.scored
             if self.held[index] and chunks:
@@ -300,15 +295,16 @@ class TextCompletion(OpenAICompletion):
         """Tokens without text yet go with the next chunk that has some."""
         index, text, held, shift = piece.index, piece.text, self.held[piece.index], 0
         if self.echoes:
-            echo = self.echoes[index // self.options.num_generated]
-            shift = len(echo.text)
+            echo, starts = self.echoes[index // self.options.num_generated]
+            shift = len(echo)
             if index not in self.opened:
                 self.opened.add(index)
-                text = echo.text + text
+                text = echo + text
                 choice = self.generation.choices[index]
-                prompt = zip(choice.request.prompt, choice.prompt_logprobs, echo.starts, strict=False)
+                prompt = zip(choice.request.prompt, choice.prompt_logprobs, starts, strict=False)
                 held += (ScoredToken(*entry) for entry in prompt)
-        held += (ScoredToken(token, found, start + shift) for token, found, start in piece.scored)
+        if piece.scored:
+            held += (ScoredToken(token, found, start + shift) for token, found, start in piece.scored)
         if not text and piece.finish is None:
             return []
         self.held[index] = []
@@ -387,13 +383,9 @@ class NativeCompletion:
 
 def finish_word(finish: FinishReason | None, called: bool) -> FinishWord | None:
     """Why a choice ended, in OpenAI's words; a call is a reason of its own."""
-    match finish:
-        case FinishReason.STOP:
-            return "tool_calls" if called else "stop"
-        case FinishReason.LENGTH:
-            return "length"
-        case _:
-            return None
+    if finish is FinishReason.STOP:
+        return "tool_calls" if called else "stop"
+    return None if finish is None else "length"
 
 
 def native_finish(choice: ChoiceState) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Routes, and the OpenAPI document: bodies as they are validated, responses as they are encoded, and every status."""
+"""Routes that say what they take and answer, and the OpenAPI document made from them."""
 
 from __future__ import annotations
 
@@ -13,72 +13,9 @@ from starlette.routing import Match, Route
 from starlette.types import Scope
 
 from minisgl import __version__
-from minisgl.server.protocol import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    GenerateRequest,
-    NativeSampling,
-    TokenizeConversation,
-    TokenizeText,
-)
-from minisgl.server.responses import (
-    Aborted,
-    AbortOrder,
-    ChatChoice,
-    ChunkChoice,
-    Detokenized,
-    ErrorBody,
-    FlushReport,
-    Health,
-    IsReady,
-    ModelCard,
-    ModelFacts,
-    ModelList,
-    NativeResult,
-    Result,
-    ServerInfo,
-    TextChoice,
-    TokenizerInfo,
-    Tokens,
-    Version,
-)
-from minisgl.server.validation import NULL, ROLES, Body, Message, StructuredOutputs
+from minisgl.server.responses import ErrorBody
+from minisgl.server.validation import Body
 
-Handler = Callable[[Request], Awaitable[Response]]
-
-BODIES: Mapping[str, tuple[Any, ...]] = {
-    "chat": (ChatRequest,),
-    "completion": (CompletionRequest,),
-    "generate": (GenerateRequest,),
-    "tokenize": (TokenizeText, TokenizeConversation),
-    "detokenize": (DetokenizeRequest,),
-    "abort_request": (AbortOrder,),
-}
-RESULTS: Mapping[str, Any] = {
-    "chat": Result[ChatChoice],
-    "completion": Result[TextChoice],
-    "generate": NativeResult | list[NativeResult],
-    "tokenize": Tokens,
-    "detokenize": Detokenized,
-    "tokenizer_info": TokenizerInfo,
-    "models": ModelList,
-    "model": ModelCard,
-    "health": Health,
-    "ready": IsReady,
-    "version": Version,
-    "server_info": ServerInfo,
-    "model_info": ModelFacts,
-    "flush_cache": FlushReport,
-    "abort_request": Aborted,
-}
-"""What operations answer; text if it is not here."""
-STREAMS: Mapping[str, Any] = {
-    "chat": Result[ChunkChoice],
-    "completion": Result[TextChoice],
-    "generate": NativeResult,
-}
-"""What the events of a stream hold."""
 ERRORS: Mapping[int, str] = {
     400: "The request can never be served as it is; `param` names the field.",
     401: "The API key is missing or wrong.",
@@ -91,80 +28,85 @@ ERRORS: Mapping[int, str] = {
     503: "The engine is gone, the server is shutting down, or too many requests are live.",
     504: "The request took longer than the server allows.",
 }
-RULES: Mapping[str, Any] = {
-    "Message": ROLES,
-    "GenerateRequest": [
-        {"required": [given], "properties": {given: {"not": NULL}, other: NULL}}
-        for given, other in (("text", "input_ids"), ("input_ids", "text"))
-    ],
-}
-"""What bodies must be beside their fields: one of these."""
-WITH_UNSUPPORTED: Sequence[type[Body]] = (
-    ChatRequest, CompletionRequest, GenerateRequest, NativeSampling, TokenizeConversation, Message, StructuredOutputs,
-)  # fmt: skip
 
 
 class ApiRoute(Route):
-    """A route that middleware finds in the scope; `operation` is its name in the document, None for none there."""
+    """A route that middleware finds in the scope.
 
-    def __init__(self, methods: Sequence[str], path: str, handler: Handler, operation: str | None = None) -> None:
-        super().__init__(path, handler, methods=methods)
-        self.methods = set(methods)  # HEAD is left to the middleware
-        self.method = methods[0]
-        self.operation = operation
+    `result` is the type of its answer (`str` is plain text, None leaves it out of the document), `bodies` are those of
+    its body, and `events` is the type of a stream's events.
+    """
+
+    def __init__(
+        self,
+        methods: str,
+        path: str,
+        handler: Callable[[Request], Awaitable[Response]],
+        result: Any = None,
+        bodies: Sequence[Any] = (),
+        events: Any = None,
+    ) -> None:
+        super().__init__(path, handler, methods=methods.split())
+        self.methods = set(methods.split())  # HEAD is left to the middleware
+        self.result = result
+        self.bodies = bodies
+        self.events = events
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         match, found = super().matches(scope)
         return match, {**found, "route": self}
 
+    def types(self) -> list[Any]:
+        """Every type that its operation refers to."""
+        return [kind for kind in (self.result, *self.bodies, self.events) if kind is not None]
 
-def document(routes: Sequence[Any]) -> dict[str, Any]:
+    def operation(self, schemas: Mapping[str, Any]) -> dict[str, Any]:
+        """Its part of the document; `schemas` are those of types, by their names."""
+        error = {"application/json": {"schema": schemas[str(ErrorBody)]}}
+        kind = "text/plain" if self.result is str else "application/json"
+        content = {kind: {"schema": schemas[str(self.result)]}}
+        if self.events is not None:
+            # A server-sent event as OpenAPI 3.2 describes them; the last is [DONE], or an error.
+            value = {"anyOf": [schemas[str(self.events)], schemas[str(ErrorBody)]]}
+            event = {"contentMediaType": "application/json", "contentSchema": value}
+            data = {"type": "string", "anyOf": [{"const": "[DONE]"}, event]}
+            content["text/event-stream"] = {
+                "schema": {"type": "object", "properties": {"data": data}, "required": ["data"]}
+            }
+        responses = {str(status): {"description": text, "content": error} for status, text in ERRORS.items()}
+        responses["200"] = {"description": "The answer.", "content": content}
+        described: dict[str, Any] = {
+            "operationId": self.name,
+            "description": inspect.getdoc(self.endpoint),
+            "responses": responses,
+        }
+        if self.param_convertors:
+            place: dict[str, Any] = {"in": "path", "required": True, "schema": {"type": "string"}}
+            described["parameters"] = [{"name": name, **place} for name in self.param_convertors]
+        if self.bodies:
+            body = {"anyOf": [schemas[str(kind)] for kind in self.bodies]}
+            described["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
+        return described
+
+
+def document(routes: Sequence[ApiRoute]) -> dict[str, Any]:
     """The whole document. Every endpoint can answer with every error."""
-    bodies = [body for several in BODIES.values() for body in several]
-    structs = [*RESULTS.values(), *STREAMS.values(), *bodies, ErrorBody]
-    references, schemas = msgspec.json.schema_components(structs, ref_template="#/components/schemas/{name}")
-    described = dict(zip(map(str, structs), references, strict=True))
-    for body in WITH_UNSUPPORTED:
-        schemas[body.__name__]["properties"] |= {n: {"enum": [None, *values]} for n, values in body.unsupported.items()}
-    for name, rule in RULES.items():
-        schemas[name]["oneOf"] = rule
+    routes = [route for route in routes if route.result is not None]
+    types = [*(kind for route in routes for kind in route.types()), ErrorBody]
+    references, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    schemas = dict(zip(map(str, types), references, strict=True))
+    for body in subclasses(Body):
+        if body.__name__ in components:
+            unsupported = {name: {"enum": [None, *values]} for name, values in body.unsupported.items()}
+            components[body.__name__]["properties"] |= unsupported
+            components[body.__name__] |= body.rules
     paths: dict[str, Any] = {}
     for route in routes:
-        if isinstance(route, ApiRoute) and route.operation is not None:
-            path = route.path.replace(":path}", "}")
-            paths.setdefault(path, {})[route.method.lower()] = describe(route, route.operation, described)
+        path = route.path.replace(":path}", "}")
+        paths.setdefault(path, {}).update({m.lower(): route.operation(schemas) for m in route.methods or ()})
     info = {"title": "Mini-SGLang", "version": __version__}
-    return {"openapi": "3.1.0", "info": info, "paths": paths, "components": {"schemas": schemas}}
+    return {"openapi": "3.1.0", "info": info, "paths": paths, "components": {"schemas": components}}
 
 
-def describe(route: ApiRoute, name: str, described: Mapping[str, Any]) -> dict[str, Any]:
-    """An operation; `described` has references to the schemas of types."""
-    error = described[str(ErrorBody)]
-    content: dict[str, Any] = {"text/plain": {"schema": {"type": "string"}}}
-    if name in RESULTS:
-        content = {"application/json": {"schema": described[str(RESULTS[name])]}}
-    if name in STREAMS:
-        # A server-sent event as OpenAPI 3.2 describes them; the last is [DONE], or an error.
-        value = {"anyOf": [described[str(STREAMS[name])], error]}
-        event = {"contentMediaType": "application/json", "contentSchema": value}
-        data = {"type": "string", "anyOf": [{"const": "[DONE]"}, event]}
-        content["text/event-stream"] = {
-            "schema": {"type": "object", "properties": {"data": data}, "required": ["data"]}
-        }
-    responses: dict[str, Any] = {"200": {"description": "The answer.", "content": content}}
-    for status, text in ERRORS.items():
-        responses[str(status)] = {"description": text, "content": {"application/json": {"schema": error}}}
-    operation: dict[str, Any] = {
-        "operationId": name, "description": inspect.getdoc(route.endpoint), "responses": responses
-    }  # fmt: skip
-    if route.param_convertors:
-        text_schema = {"type": "string"}
-        operation["parameters"] = [
-            {"name": parameter, "in": "path", "required": True, "schema": text_schema}
-            for parameter in route.param_convertors
-        ]
-    if name in BODIES:
-        schemas = [described[str(body)] for body in BODIES[name]]
-        schema = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
-        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
-    return operation
+def subclasses(base: type[Body]) -> list[type[Body]]:
+    return [found for direct in base.__subclasses__() for found in (direct, *subclasses(direct))]

@@ -34,13 +34,8 @@ from minisgl.types import CLOSE_THOUGHT, OPEN_THOUGHT, Grammar, ModelInfo, Reque
 T = TypeVar("T")
 TEXT_ONLY = ParserConfig()
 
-
-@dataclasses.dataclass(frozen=True)
-class Echo:
-    """A prompt as text, and where in it the text of each of its tokens begins, in characters."""
-
-    text: str
-    starts: list[int]
+Echo = tuple[str, list[int]]
+"""A prompt as text, and where in it the text of each of its tokens begins, in characters."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,10 +97,10 @@ class Preparation:
     def completion(self, body: bytes) -> PreparedRequest:
         """A request to /v1/completions, with the prompts to be echoed."""
         completion = CompletionRequest.parse(body)
+        prompts = parse_prompts(completion.prompt, "prompt")
         self.check_model(completion.model)
         grammar, field = requested_grammar(completion)
         params = completion.params(grammar)
-        prompts = parse_prompts(completion.prompt, "prompt")
         with renamed({None: "prompt"}):
             ids = self.encode(prompts)
             requests = self.requests("cmpl", ids, params, completion.num_generated, completion.priority)
@@ -117,6 +112,7 @@ class Preparation:
         """A request to /generate."""
         asked = GenerateRequest.parse(body)
         field = "text" if asked.text is not None else "input_ids"
+        prompts = parse_prompts(asked.prompts, field)
         try:
             grammar, _ = requested_grammar(asked.sampling)
         except InvalidRequestError as error:
@@ -125,7 +121,7 @@ class Preparation:
         names: dict[str | None, str] = {name: f"sampling_params.{name}" for name in SamplingParams.__struct_fields__}
         names |= {"max_tokens": "sampling_params.max_new_tokens", "min_tokens": "sampling_params.min_new_tokens"}
         with renamed({**names, "seed": "sampling_params.sampling_seed", None: field, "prompt": field}):
-            ids = self.encode(parse_prompts(asked.prompts, field))
+            ids = self.encode(prompts)
             requests = self.requests("gen", ids, asked.params(grammar), asked.num_generated, asked.priority)
         self.require_grammar(grammar, "sampling_params")
         return PreparedRequest(asked, requests)
@@ -178,7 +174,7 @@ class Preparation:
     def echo(self, prompt: str | list[int], ids: list[int], params: SamplingParams) -> Echo:
         """A prompt as text; where its tokens begin is only needed where they are scored."""
         text = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt, params.skip_special_tokens)
-        return Echo(text, [] if params.prompt_logprobs is None else self.tokenizer.starts(ids, text))
+        return text, [] if params.prompt_logprobs is None else self.tokenizer.starts(ids, text)
 
     def requests(
         self, kind: str, prompts: Sequence[list[int]], params: SamplingParams, copies: int, priority: int | None
@@ -207,8 +203,8 @@ class Preparation:
 
     def require_tool_format(self) -> ToolFormat:
         """The model's own format of tool calls; raises UnsupportedParameterError when it has none that is known."""
-        if "tools" not in self.template_variables:
-            raise UnsupportedParameterError("this model's chat template has no place for tools", param="tools")
+        takes_tools = "tools" in self.template_variables
+        require_supported(takes_tools, "this model's chat template has no place for tools", "tools")
         if self.tool_format is None:
             raise UnsupportedParameterError("this model's way of writing tool calls is not known here", param="tools")
         return self.tool_format
@@ -233,10 +229,8 @@ class Preparation:
             self.require_tool_format()
             variables["tools"] = [tool.for_template() for tool in tools]
         if isinstance(chat, ChatRequest) and chat.reasoning_effort is not None:
-            if "reasoning_effort" not in self.template_variables:
-                raise UnsupportedParameterError(
-                    "this model's chat template does not know reasoning_effort", param="reasoning_effort"
-                )
+            known = "reasoning_effort" in self.template_variables
+            require_supported(known, "this model's chat template does not know reasoning_effort", "reasoning_effort")
             variables.setdefault("reasoning_effort", chat.reasoning_effort)
         messages = [message.for_template(f"messages.{index}") for index, message in enumerate(chat.messages)]
         with renamed({None: "messages"}):
@@ -248,7 +242,7 @@ class Preparation:
     def parser_config(self, chat: ChatRequest, prompt: str) -> ParserConfig:
         """How the answers to a chat are parsed."""
         reasoning = self.reasons and chat.separate_reasoning is not False
-        begun = reasoning and begins_in_reasoning(prompt, chat)
+        begun = reasoning and reasoning_before(prompt, chat) == "begun"
         if not chat.offered_tools:
             return ParserConfig(reasoning=reasoning, reasoning_begun=begun)
         tool_format = self.require_tool_format()
@@ -286,25 +280,27 @@ def renamed(names: Mapping[str | None, str]) -> Iterator[None]:
         yield
     except InvalidRequestError as error:
         if (name := names.get(error.param)) is not None:
-            error.message = error.message.replace(error.param or name, name.rpartition(".")[2])
+            if error.param not in (None, "prompt"):
+                error.message = error.message.replace(error.param, name.rpartition(".")[2])
             error.param = name
         raise
 
 
 def reasoning_before(prompt: str, chat: ChatRequest) -> Literal["none", "possible", "begun"]:
-    """Whether an answer that has a grammar may reason first: the prompt may have begun it, or have had it."""
-    if begins_in_reasoning(prompt, chat):
-        return "begun"
-    over = chat.continue_final_message or chat.add_generation_prompt is False or prompt.rstrip().endswith(CLOSE_THOUGHT)
-    return "none" if over else "possible"
-
-
-def begins_in_reasoning(prompt: str, chat: ChatRequest) -> bool:
-    """Whether the prompt has opened the reasoning block: its template at its end, or the answer that is continued."""
+    """Whether an answer may begin with reasoning; the prompt or the message that it continues may have begun it."""
     if chat.continue_final_message:
         last = chat.messages[-1].text
-        return last.rfind(OPEN_THOUGHT) > last.rfind(CLOSE_THOUGHT)
-    return chat.add_generation_prompt is not False and prompt.rstrip().endswith(OPEN_THOUGHT)
+        return "begun" if last.rfind(OPEN_THOUGHT) > last.rfind(CLOSE_THOUGHT) else "none"
+    if chat.add_generation_prompt is False:
+        return "none"
+    if prompt.rstrip().endswith(OPEN_THOUGHT):
+        return "begun"
+    return "none" if prompt.rstrip().endswith(CLOSE_THOUGHT) else "possible"
+
+
+def require_supported(condition: bool, message: str, param: str | None) -> None:
+    if not condition:
+        raise UnsupportedParameterError(message, param=param)
 
 
 def nth_seed(seed: int | None, n: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta
 
@@ -29,12 +29,7 @@ COMPLETION_MAX_TOKENS = 16
 """The default of `max_tokens` in /v1/completions."""
 GENERATE_MAX_TOKENS = 128
 """The default of `max_new_tokens` in /generate."""
-MAX_FIELDS = 1000
-MAX_MESSAGES = 16384
-MAX_TOOLS = 128
 MAX_CHOICES = 128
-MAX_EXACT = 2**53
-"""Up to here every integer is a double of its own."""
 ANY_UNSUPPORTED: Neutral = {"return_hidden_states": (False,), "lora_path": (), "session_params": (), "rid": ()}
 SAMPLING_UNSUPPORTED: Neutral = {
     **ANY_UNSUPPORTED,
@@ -82,6 +77,11 @@ NON_EMPTY_TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
 TEXTS = [NON_EMPTY_TEXT, {"type": "array", "minItems": 1, "items": NON_EMPTY_TEXT}]
 TOKEN_IDS: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
 IDS = [TOKEN_IDS, {"type": "array", "minItems": 1, "items": TOKEN_IDS}]
+
+EITHER = [
+    {"required": [given], "properties": {given: {"not": NULL}, other: NULL}}
+    for given, other in (("text", "input_ids"), ("input_ids", "text"))
+]
 
 Prompts = list[str | list[int]]
 
@@ -178,7 +178,6 @@ class OpenAIRequest(Sampling):
 
     @property
     def num_generated(self) -> int:
-        """Answers that are generated for each prompt."""
         return self.num_choices
 
     @property
@@ -282,7 +281,6 @@ class CompletionRequest(OpenAIRequest, kw_only=True):
 
     def check(self) -> None:
         super().check()
-        parse_prompts(self.prompt, "prompt")
         more = self.num_generated > self.num_choices
         require(self.num_generated >= self.num_choices, "best_of must be at least n", "best_of")
         require(not (more and self.stream), "best_of above n cannot be streamed: which is best shows last", "best_of")
@@ -313,6 +311,7 @@ class GenerateRequest(Body):
     """SGLang's /generate. `logprob_start_len` -1 gives no prompt log-probabilities, else those from there on."""
 
     unsupported = GENERATE_UNSUPPORTED
+    rules: ClassVar[dict[str, Any]] = {"oneOf": EITHER}
 
     text: Annotated[Any, Meta(extra_json_schema={"anyOf": [*TEXTS, NULL]})] = None
     input_ids: Annotated[Any, Meta(extra_json_schema={"anyOf": [*IDS, NULL]})] = None
@@ -332,7 +331,6 @@ class GenerateRequest(Body):
     def check(self) -> None:
         given = [name for name in ("text", "input_ids") if getattr(self, name) is not None]
         require(len(given) == 1, "give either text or input_ids", "text")
-        parse_prompts(getattr(self, given[0]), given[0])
         nothing = {"logprob_start_len": -1, "top_logprobs_num": 0, "return_text_in_logprobs": False}
         for name, value in nothing.items():
             neutral = getattr(self, name) in (None, value)
@@ -344,12 +342,10 @@ class GenerateRequest(Body):
 
     @property
     def num_generated(self) -> int:
-        """Answers to each prompt."""
         return self.sampling.n or 1
 
     @property
     def prompts(self) -> Any:
-        """The prompts as they are given."""
         return self.input_ids if self.text is None else self.text
 
     @property

@@ -21,8 +21,6 @@ TokenEntry = tuple[float | None, int, str | None]
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
-    """`cached_tokens` prompt tokens had their KV in the prefix cache."""
-
     cached_tokens: int
 
 
@@ -85,8 +83,6 @@ class ChatTokenLogprob(TopLogprob, frozen=True):
 
 
 class ChatLogprobs(msgspec.Struct, frozen=True):
-    """The tokens of a chat answer or of a delta."""
-
     content: list[ChatTokenLogprob]
     refusal: None = None
 
@@ -101,8 +97,6 @@ class TextLogprobs(msgspec.Struct, frozen=True):
 
 
 class ChatChoice(msgspec.Struct, frozen=True):
-    """A whole chat answer with its place among the answers."""
-
     index: int
     message: AssistantMessage
     finish_reason: FinishWord | None
@@ -110,8 +104,6 @@ class ChatChoice(msgspec.Struct, frozen=True):
 
 
 class ChunkChoice(msgspec.Struct, frozen=True):
-    """A part of a chat answer."""
-
     index: int
     delta: ChatDelta
     finish_reason: FinishWord | None = None
@@ -119,8 +111,6 @@ class ChunkChoice(msgspec.Struct, frozen=True):
 
 
 class TextChoice(msgspec.Struct, frozen=True):
-    """A completion, whole or a part of it."""
-
     index: int
     text: str
     finish_reason: FinishWord | None = None
@@ -175,14 +165,10 @@ class Tokens(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Detokenized(msgspec.Struct, frozen=True):
-    """The text of tokens."""
-
     prompt: str
 
 
 class TokenizerInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What clients need to work with /tokenize: special tokens, and the chat template."""
-
     bos_token: str | None
     eos_token: str | None
     pad_token: str | None
@@ -193,8 +179,6 @@ class TokenizerInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
-    """An entry of /v1/models; `max_model_len` is the longest sequence in tokens."""
-
     id: str
     object: Literal["model"] = "model"
     created: int
@@ -203,15 +187,11 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelList(msgspec.Struct, frozen=True):
-    """The answer of /v1/models."""
-
     data: list[ModelCard]
     object: Literal["list"] = "list"
 
 
 class Health(msgspec.Struct, frozen=True):
-    """/health when all is well: requests that run and wait."""
-
     running: int
     waiting: int
     status: Literal["ok"] = "ok"
@@ -225,14 +205,10 @@ class AbortOrder(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class IsReady(msgspec.Struct, frozen=True):
-    """New requests are taken."""
-
     status: Literal["ready"] = "ready"
 
 
 class Version(msgspec.Struct, frozen=True):
-    """The version of this program."""
-
     version: str
 
 
@@ -256,8 +232,6 @@ class ServerInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """The model: its names, where its files are, and what it can take."""
-
     id: str
     served_names: list[str]
     model_path: str
@@ -268,20 +242,14 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FlushReport(msgspec.Struct, frozen=True):
-    """Pages that were dropped from the prefix cache."""
-
     flushed_pages: int
 
 
 class Aborted(msgspec.Struct, frozen=True):
-    """Requests that were ended."""
-
     aborted: int
 
 
 class ErrorObject(msgspec.Struct, frozen=True):
-    """An error; `param` is the field of the request that is at fault, if one is."""
-
     message: str
     type: str
     param: str | None
@@ -289,8 +257,6 @@ class ErrorObject(msgspec.Struct, frozen=True):
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
-    """The body of every response that is no success."""
-
     error: ErrorObject
 
 
@@ -323,30 +289,28 @@ class LogprobWriter:
         content = []
         for token, found, _ in scored:
             if found is not None:
-                top = [self._top(*entry) for entry in zip(found.top_ids, found.top_logprobs, strict=True)]
-                own = self._top(token, found.logprob)
-                content.append(ChatTokenLogprob(own.token, own.logprob, own.bytes, top))
+                top = zip(found.top_ids, found.top_logprobs, strict=True)
+                tops = [TopLogprob(*self._entry(*entry)) for entry in top]
+                content.append(ChatTokenLogprob(*self._entry(token, found.logprob), tops))
         return ChatLogprobs(content)
 
-    def completion(self, scored: Sequence[ScoredToken]) -> TextLogprobs:
+    def _entry(self, token: int, logprob: float) -> tuple[str, float, list[int]]:
+        return self.text(token), finite(logprob), list(self._token_bytes(token))
+
+    def completion(self, scored: Iterable[ScoredToken]) -> TextLogprobs:
         """The token itself is always among the most probable ones."""
-        return TextLogprobs(
-            tokens=[self.text(token) for token, _, _ in scored],
-            token_logprobs=[None if found is None else finite(found.logprob) for _, found, _ in scored],
-            top_logprobs=[self._top_map(token, found) for token, found, _ in scored],
-            text_offset=[start for _, _, start in scored],
-        )
-
-    def _top(self, token: int, logprob: float) -> TopLogprob:
-        return TopLogprob(self.text(token), finite(logprob), list(self._token_bytes(token)))
-
-    def _top_map(self, token: int, found: TokenLogprobs | None) -> dict[str, float] | None:
-        if found is None:
-            return None
-        top: dict[str, float] = {}
-        for other, logprob in zip((*found.top_ids, token), (*found.top_logprobs, found.logprob), strict=True):
-            top.setdefault(self.text(other), finite(logprob))
-        return top
+        written = TextLogprobs([], [], [], [])
+        for token, found, start in scored:
+            top: dict[str, float] | None = None
+            if found is not None:
+                top = {}
+                for other, logprob in zip((*found.top_ids, token), (*found.top_logprobs, found.logprob), strict=True):
+                    top.setdefault(self.text(other), finite(logprob))
+            written.tokens.append(self.text(token))
+            written.token_logprobs.append(None if found is None else finite(found.logprob))
+            written.top_logprobs.append(top)
+            written.text_offset.append(start)
+        return written
 
 
 def finite(logprob: float) -> float:

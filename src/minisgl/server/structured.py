@@ -11,7 +11,7 @@ import msgspec
 from minisgl.errors import InvalidRequestError
 from minisgl.server.protocol import ChatRequest, NativeSampling, OpenAIRequest
 from minisgl.server.tools import ToolFormat
-from minisgl.server.validation import ResponseFormat, StructuredOutputs, Tool, require
+from minisgl.server.validation import ResponseFormat, Tool, require
 from minisgl.types import Calls, Grammar
 
 SUBSCHEMAS = frozenset(
@@ -28,23 +28,22 @@ def requested_grammar(body: OpenAIRequest | NativeSampling) -> tuple[Grammar | N
     Raises InvalidRequestError naming the field. `GrammarCompiler.check` says whether the grammar can be enforced.
     """
     found: dict[str, Grammar] = {}
-    schema: str | dict[str, Any] | bool | None
+    guided: dict[str, Any]
     if isinstance(body, NativeSampling):
-        schema, regex, choice, grammar = body.json_schema, body.regex, None, body.ebnf
+        guided = {"json": body.json_schema, "regex": body.regex, "grammar": body.ebnf}
     else:
-        schema, regex, choice, grammar = body.guided_json, body.guided_regex, body.guided_choice, body.guided_grammar
-        if body.response_format is not None and (asked := format_grammar(body.response_format)) is not None:
-            found["response_format"] = asked
-        if body.structured_outputs is not None:
-            found["structured_outputs"] = outputs_grammar(body.structured_outputs)
-    if schema is not None:
-        found["guided_json"] = schema_grammar(schema, "guided_json")
-    if regex is not None:
-        found["guided_regex"] = Grammar(kind="regex", source=regex)
-    if choice is not None:
-        found["guided_choice"] = choice_grammar(choice)
-    if grammar is not None:
-        found["guided_grammar"] = Grammar(kind="lark", source=grammar)
+        guided = {name: getattr(body, f"guided_{name}") for name in ("json", "regex", "choice", "grammar")}
+        if body.response_format is not None and (grammar := format_grammar(body.response_format)) is not None:
+            found["response_format"] = grammar
+        if (outputs := body.structured_outputs) is not None:
+            given = [name for name in outputs.__struct_fields__ if getattr(outputs, name) is not None]
+            require(len(given) == 1, "structured_outputs must hold exactly one constraint", "structured_outputs")
+            param = f"structured_outputs.{given[0]}"
+            require(outputs.json_object is not False, f"{param} must be true", param)
+            found["structured_outputs"] = make_grammar(given[0], getattr(outputs, given[0]), param)
+    for name, value in guided.items():
+        if value is not None:
+            found[f"guided_{name}"] = make_grammar(name, value, f"guided_{name}")
     fields = list(found)
     if len(fields) > 1:
         raise InvalidRequestError(f"{' and '.join(fields)} exclude each other", param=fields[1])
@@ -53,48 +52,31 @@ def requested_grammar(body: OpenAIRequest | NativeSampling) -> tuple[Grammar | N
 
 def format_grammar(asked: ResponseFormat) -> Grammar | None:
     """OpenAI's `response_format`, None for plain text."""
-    param = "response_format"
+    param, schema = "response_format", asked.json_schema
     require(asked.type is not None, f"{param}.type is required", f"{param}.type")
-    if asked.type != "json_schema":
-        rule = f"{param}.json_schema is only allowed with the type json_schema"
-        require(asked.json_schema is None, rule, f"{param}.json_schema")
+    plain = asked.type != "json_schema"
+    require(plain == (schema is None), f"{param} has a json_schema where its type says so", f"{param}.json_schema")
+    if schema is None:
         return None if asked.type == "text" else Grammar(kind="json_object")
-    param += ".json_schema"
-    if asked.json_schema is None:
-        raise InvalidRequestError(f"{param} is required", param=param)
-    if asked.json_schema.schema is None:
-        raise InvalidRequestError(f"{param}.schema is required", param=f"{param}.schema")
-    return schema_grammar(asked.json_schema.schema, f"{param}.schema")
+    param += ".json_schema.schema"
+    require(schema.schema is not None, f"{param} is required", param)
+    return make_grammar("json", schema.schema, param)
 
 
-def outputs_grammar(asked: StructuredOutputs) -> Grammar:
-    """vLLM's `structured_outputs`."""
-    param = "structured_outputs"
-    given = [name for name in asked.__struct_fields__ if getattr(asked, name) is not None]
-    require(len(given) == 1, f"{param} must hold exactly one constraint", param)
-    require(asked.json_object is not False, f"{param}.json_object must be true", f"{param}.json_object")
-    if asked.json is not None:
-        return schema_grammar(asked.json, f"{param}.json")
-    if asked.choice is not None:
-        return choice_grammar(asked.choice)
-    if asked.regex is not None:
-        return Grammar(kind="regex", source=asked.regex)
-    return Grammar(kind="json_object") if asked.grammar is None else Grammar(kind="lark", source=asked.grammar)
-
-
-def schema_grammar(schema: str | dict[str, Any] | bool, param: str) -> Grammar:
-    """A JSON schema as a value or as its text."""
-    if isinstance(schema, str):
-        return Grammar(kind="json_schema", source=schema)
-    try:
-        return Grammar(kind="json_schema", source=json.dumps(schema, ensure_ascii=False, allow_nan=False))
-    except ValueError as error:
-        raise InvalidRequestError(f"{param} must not hold NaN or infinite numbers", param=param) from error
-
-
-def choice_grammar(texts: Sequence[str]) -> Grammar:
-    """One of these texts."""
-    return Grammar(kind="choice", source=json.dumps(texts, ensure_ascii=False))
+def make_grammar(kind: str, value: Any, param: str) -> Grammar:
+    """The grammar of a constraint, whose kind is one of the fields of `StructuredOutputs`."""
+    if kind == "json" and not isinstance(value, str):
+        try:
+            return Grammar(kind="json_schema", source=json.dumps(value, ensure_ascii=False, allow_nan=False))
+        except ValueError as error:
+            raise InvalidRequestError(f"{param} must not hold NaN or infinite numbers", param=param) from error
+    if kind == "json":
+        return Grammar(kind="json_schema", source=value)
+    if kind == "choice":
+        return Grammar(kind="choice", source=json.dumps(value, ensure_ascii=False))
+    if kind == "json_object":
+        return Grammar(kind="json_object")
+    return Grammar(kind="lark" if kind == "grammar" else "regex", source=value)
 
 
 def forced_call_grammar(chat: ChatRequest) -> Grammar:

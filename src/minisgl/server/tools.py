@@ -40,13 +40,12 @@ class ToolFormat:
     short_ids: bool = False
 
     def new_id(self) -> str:
-        """The id of a call."""
         if self.short_ids:
             return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
         return f"call_{uuid.uuid4().hex[:24]}"
 
     def forced(self) -> ToolFormat:
-        """The format of an answer that a grammar makes a call, whatever the model's own: a JSON list of calls."""
+        """The format of an answer that a grammar makes a list of calls, whatever the model's own."""
         return ToolFormat(listed=True, at_start=True, short_ids=self.short_ids)
 
 
@@ -91,26 +90,21 @@ class ParserConfig:
             return marks
         return (*marks, *filter(None, (self.tool_format.opening, self.tool_format.closing)))
 
-    def parser(self, stream: bool) -> OutputParser | None:
-        """The parser of one answer, None where all of it is content; `stream` gives arguments as they come."""
-        if self.tool_format is None and not self.reasoning:
-            return None
-        reasoning = ReasoningParser(self.reasoning_begun) if self.reasoning else None
-        if self.tool_format is None:
-            return OutputParser(reasoning, None)
-        return OutputParser(reasoning, ToolCallParser(self.tool_format, self.names, self.max_calls, stream))
-
 
 class OutputParser:
-    """Parses one answer. However its text is cut into pieces, the deltas put together are the same."""
+    """Parses one answer. However its text is cut into pieces, the deltas put together are the same.
 
-    def __init__(self, reasoning: ReasoningParser | None, tools: ToolCallParser | None) -> None:
-        self._reasoning = reasoning
-        self._tools = tools
+    With `stream` arguments are given as they come, before it is certain that they are part of a call.
+    """
+
+    def __init__(self, config: ParserConfig, stream: bool) -> None:
+        self._reasoning = ReasoningParser(config.reasoning_begun) if config.reasoning else None
+        self._tools = None
+        if config.tool_format is not None:
+            self._tools = ToolCallParser(config.tool_format, config.names, config.max_calls, stream)
 
     @property
     def called(self) -> bool:
-        """Whether there was a whole call."""
         return self._tools is not None and self._tools.num_calls > 0
 
     def push(self, text: str) -> list[ChatDelta]:
@@ -120,8 +114,7 @@ class OutputParser:
 
     def finish(self) -> list[ChatDelta]:
         """What was held back, at the end of the text."""
-        reasoning, content = ("", "") if self._reasoning is None else self._reasoning.finish()
-        deltas = self._deltas(reasoning, content)
+        deltas = [] if self._reasoning is None else self._deltas(*self._reasoning.finish())
         return deltas if self._tools is None else [*deltas, *self._tools.finish()]
 
     def _deltas(self, reasoning: str, content: str) -> list[ChatDelta]:
@@ -228,9 +221,7 @@ class ToolCallParser:
     out to be none then, the rest of it is content.
     """
 
-    def __init__(
-        self, tool_format: ToolFormat, names: Collection[str], limit: int | None = None, stream: bool = False
-    ) -> None:
+    def __init__(self, tool_format: ToolFormat, names: Collection[str], limit: int | None, stream: bool) -> None:
         self.num_calls = 0
         self._format = tool_format
         self._names = names
@@ -428,7 +419,6 @@ def partial_end(text: str, marker: str) -> int:
 
 
 def decode_json(text: str) -> object:
-    """The JSON value, None when it is none."""
     try:
         return msgspec.json.decode(text)
     except (msgspec.DecodeError, UnicodeEncodeError, RecursionError):

@@ -75,6 +75,8 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """An object of a request. Values keep their JSON type ("5" is no number), and an unknown field is an error."""
 
     unsupported: ClassVar[Neutral] = {}
+    rules: ClassVar[dict[str, Any]] = {}
+    """What the OpenAPI document says beside the fields."""
 
     @classmethod
     def parse(cls, body: bytes | dict[str, Any]) -> Self:
@@ -174,12 +176,25 @@ class MessageToolCall(Body, kw_only=True):
         return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
 
 
+GIVEN: dict[str, Any] = {"not": NULL}
+NO_CALLS: dict[str, Any] = {"tool_calls": {"enum": [None, []]}, "reasoning_content": {"enum": [None, ""]}}
+SAID: dict[str, Any] = {"role": {"enum": ["system", "developer", "user"]}, "content": GIVEN, "tool_call_id": NULL}
+RESULT: dict[str, Any] = {"role": {"const": "tool"}, "content": GIVEN, "tool_call_id": GIVEN}
+ROLES: list[Any] = [
+    {"properties": SAID | NO_CALLS, "required": ["role", "content"]},
+    {"properties": {"role": {"const": "assistant"}, "tool_call_id": NULL}, "required": ["role"]},
+    {"properties": RESULT | NO_CALLS, "required": ["role", "content", "tool_call_id"]},
+]
+"""What `Message.for_template` asks of each role, for the OpenAPI document."""
+
+
 class Message(Body):
     """A message of a conversation. `developer` is OpenAI's newer word for `system`, which templates know.
 
     `parsed` repeats `content`, as `parsed_arguments` does.
     """
 
+    rules: ClassVar[dict[str, Any]] = {"oneOf": ROLES}
     unsupported = {"refusal": (), "annotations": ([],), "audio": (), "function_call": ()}
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -210,18 +225,6 @@ class Message(Body):
             calls = [call.for_template(f"{where}.tool_calls.{i}") for i, call in enumerate(self.tool_calls)]
             return {**message, "tool_calls": calls}
         return message
-
-
-GIVEN: dict[str, Any] = {"not": NULL}
-NO_CALLS: dict[str, Any] = {"tool_calls": {"enum": [None, []]}, "reasoning_content": {"enum": [None, ""]}}
-SAID: dict[str, Any] = {"role": {"enum": ["system", "developer", "user"]}, "content": GIVEN, "tool_call_id": NULL}
-RESULT: dict[str, Any] = {"role": {"const": "tool"}, "content": GIVEN, "tool_call_id": GIVEN}
-ROLES: list[dict[str, Any]] = [
-    {"properties": SAID | NO_CALLS, "required": ["role", "content"]},
-    {"properties": {"role": {"const": "assistant"}, "tool_call_id": NULL}, "required": ["role"]},
-    {"properties": RESULT | NO_CALLS, "required": ["role", "content", "tool_call_id"]},
-]
-"""What `Message.for_template` asks of each role, for the OpenAPI document."""
 
 
 class ToolFunction(Body):
