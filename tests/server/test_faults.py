@@ -15,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from helpers.engine_thread import simulated
-from helpers.serving import Serving, Web, serve_and
+from helpers.serving import Serving, Web, served
 from helpers.simulation import VOCAB
 from minisgl.engine.constraint import Constraint
 from minisgl.engine.engine import Engine
@@ -163,16 +163,14 @@ def test_a_request_aborted_while_its_grammar_is_compiled_never_runs(
     asyncio.run(main())
 
 
-def test_an_engine_that_hangs_turns_health_red_and_green_again(tmp_path: Path) -> None:
-    async def check(server: Serving) -> None:
-        server.engine.deaf = True
-        assert (await server.http.get("/health")).json()["error"]["code"] == "engine_unavailable"
-        server.engine.deaf = False
-        for _ in range(5):
-            assert (await server.http.get("/health")).status_code == 200
-        assert server.service._answers == {}, "no question is kept after its answer, or without one"
-
-    serve_and(tmp_path, check, health_timeout=0.1)
+@served(health_timeout=0.1)
+async def test_an_engine_that_hangs_turns_health_red_and_green_again(server: Serving) -> None:
+    server.engine.deaf = True
+    assert (await server.http.get("/health")).json()["error"]["code"] == "engine_unavailable"
+    server.engine.deaf = False
+    for _ in range(5):
+        assert (await server.http.get("/health")).status_code == 200
+    assert server.service._answers == {}, "no question is kept after its answer, or without one"
 
 
 def test_the_cache_is_flushed_of_what_nobody_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

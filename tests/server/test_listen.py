@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ssl
+import socket
 from pathlib import Path
 
 import httpx
@@ -14,6 +14,14 @@ from helpers.serving import Serving, serve_and
 from minisgl.config import Config
 from minisgl.errors import ConfigError
 from minisgl.server.launch import address, check_certificate, check_public, listen_socket, serve
+
+
+def bound(host: str) -> socket.socket:
+    """A socket of that address, where the machine has it."""
+    try:
+        return listen_socket(host, 0)
+    except ConfigError:
+        pytest.skip(f"no {host} here")
 
 
 def test_tls_with_the_operators_certificate(tmp_path: Path) -> None:
@@ -60,11 +68,7 @@ def test_an_encrypted_key_does_not_stop_to_ask_for_a_password(tmp_path: Path) ->
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
 def test_a_public_address_without_a_key_is_refused_unless_told_to(host: str) -> None:
-    try:
-        listener = listen_socket(host, 0)
-    except ConfigError:
-        pytest.skip(f"no {host} here")
-    with listener:
+    with bound(host) as listener:
         with pytest.raises(ConfigError, match=r"nobody needs a key: set --api-key or MINISGL_API_KEY, or give --allow"):
             check_public(Config(host=host), listener)
         check_public(Config(host=host, allow_public=True), listener)
@@ -75,17 +79,13 @@ def test_a_public_address_without_a_key_is_refused_unless_told_to(host: str) -> 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.0.0.2"])
 def test_this_machine_alone_needs_no_key(host: str) -> None:
-    try:
-        listener = listen_socket(host, 0)
-    except ConfigError:
-        pytest.skip(f"no {host} here")
-    with listener:
+    with bound(host) as listener:
         check_public(Config(host=host), listener)
 
 
-def test_the_url_says_tls() -> None:
-    with listen_socket("127.0.0.1", 0) as listener:
+@pytest.mark.parametrize(("host", "shown"), [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::1", "[::1]")])
+def test_the_url_is_one_that_can_be_opened_and_says_tls(host: str, shown: str) -> None:
+    with bound(host) as listener:
         port = listener.getsockname()[1]
-        assert address(listener, Config()) == f"http://127.0.0.1:{port}"
-        assert address(listener, Config(ssl_certfile="c", ssl_keyfile="k")) == f"https://127.0.0.1:{port}"
-    assert ssl.HAS_TLSv1_3
+        assert address(listener, Config()) == f"http://{shown}:{port}"
+        assert address(listener, Config(ssl_certfile="c", ssl_keyfile="k")) == f"https://{shown}:{port}"

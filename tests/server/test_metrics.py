@@ -14,7 +14,7 @@ from prometheus_client import Counter, Histogram
 from prometheus_client.multiprocess import mark_process_dead
 from prometheus_client.parser import text_string_to_metric_families
 
-from helpers.serving import MODEL, Serving, serve_and
+from helpers.serving import MODEL, Serving, serve_and, served
 from minisgl.server.launch import describe_load, report_status
 from minisgl.server.metrics import (
     COUNTERS,
@@ -74,61 +74,58 @@ async def scrape(server: Serving) -> dict[str, float]:
     return found
 
 
-def test_the_metrics_are_those_of_the_requests_served(tmp_path: Path) -> None:
-    async def check(server: Serving) -> None:
-        text = "hello there"
-        length = len(server.tokenizer.encode(text))
-        for _ in range(3):
-            await server.http.post("/v1/completions", json={"prompt": text, "max_tokens": 5})
-        await server.http.post("/v1/completions", json={"prompt": text, "max_tokens": 60, "stop": ["there"]})
-        await server.http.post("/v1/completions", json={"prompt": ""})
-        left = asyncio.create_task(server.http.post("/v1/completions", json={"prompt": text, "max_tokens": 100}))
-        await server.until(lambda: server.service.num_live == 1)
-        left.cancel()
-        await server.until(lambda: server.service.num_live == 0)
-        labels = {"method": "POST", "route": "/v1/completions", "status": "499"}
-        counts = server.service.metrics.registry
-        await server.until(lambda: counts.get_sample_value("minisgl:http_requests_total", labels) == 1)
-        found = await scrape(server)
-        assert found["num_requests_running"] == 0
-        assert found["kv_cache_usage_perc"] == 0.4
-        assert found["kv_cache_owned_perc"] == 0.3
-        assert found["engine_up"] == 1
-        assert found["prompt_tokens_total"] == found["prefix_cache_queries_total"] == 5 * length
-        assert found["prefix_cache_hits_total"] == 5 * (length // 2)
-        assert found["num_preemptions_total"] == 2
-        assert found["num_aborted_requests_total"] == len(server.engine.aborted)
-        assert found["generation_tokens_total"] == server.engine.generated
-        reasons = {r: found[f"request_success_total.{r}"] for r in ("stop", "length", "abort", "timeout", "error")}
-        assert reasons == {"stop": 1, "length": 3, "abort": 1, "timeout": 0, "error": 0}
-        assert found["time_to_first_token_seconds_count"] in (4, 5)
-        assert found["e2e_request_latency_seconds_count"] == 5
-        assert found["request_prompt_tokens_sum"] == 5 * length
-        assert found["request_prompt_tokens_bucket.16.0"] == 5
-        assert found["http_requests_total.POST./v1/completions.200"] == 4
-        assert found["http_requests_total.POST./v1/completions.400"] == 1
-        assert found["process_open_fds"] > 0
-        names = {name.partition(".")[0] for name in found}
-        assert {f"{name}_total" for name, *_ in COUNTERS} <= names
-        assert {name for name, *_ in GAUGES} <= names
-        histograms = [f.name for f in Metrics().registry.collect() if f.type == "histogram"]
-        assert len(histograms) == 9
-        assert {f"{name.removeprefix('minisgl:')}_bucket" for name in histograms} <= names
-
-    serve_and(tmp_path, check, delay=0.003)
+@served(delay=0.003)
+async def test_the_metrics_are_those_of_the_requests_served(server: Serving) -> None:
+    text = "hello there"
+    length = len(server.tokenizer.encode(text))
+    for _ in range(3):
+        await server.http.post("/v1/completions", json={"prompt": text, "max_tokens": 5})
+    await server.http.post("/v1/completions", json={"prompt": text, "max_tokens": 60, "stop": ["there"]})
+    await server.http.post("/v1/completions", json={"prompt": ""})
+    left = asyncio.create_task(server.http.post("/v1/completions", json={"prompt": text, "max_tokens": 100}))
+    await server.until(lambda: server.service.num_live == 1)
+    left.cancel()
+    await server.until(lambda: server.service.num_live == 0)
+    labels = {"method": "POST", "route": "/v1/completions", "status": "499"}
+    counts = server.service.metrics.registry
+    await server.until(lambda: counts.get_sample_value("minisgl:http_requests_total", labels) == 1)
+    found = await scrape(server)
+    assert found["num_requests_running"] == 0
+    assert found["kv_cache_usage_perc"] == 0.4
+    assert found["kv_cache_owned_perc"] == 0.3
+    assert found["engine_up"] == 1
+    assert found["prompt_tokens_total"] == found["prefix_cache_queries_total"] == 5 * length
+    assert found["prefix_cache_hits_total"] == 5 * (length // 2)
+    assert found["num_preemptions_total"] == 2
+    assert found["num_aborted_requests_total"] == len(server.engine.aborted)
+    assert found["generation_tokens_total"] == server.engine.generated
+    reasons = {r: found[f"request_success_total.{r}"] for r in ("stop", "length", "abort", "timeout", "error")}
+    assert reasons == {"stop": 1, "length": 3, "abort": 1, "timeout": 0, "error": 0}
+    assert found["time_to_first_token_seconds_count"] in (4, 5)
+    assert found["e2e_request_latency_seconds_count"] == 5
+    assert found["request_prompt_tokens_sum"] == 5 * length
+    assert found["request_prompt_tokens_bucket.16.0"] == 5
+    assert found["http_requests_total.POST./v1/completions.200"] == 4
+    assert found["http_requests_total.POST./v1/completions.400"] == 1
+    assert found["process_open_fds"] > 0
+    names = {name.partition(".")[0] for name in found}
+    assert {f"{name}_total" for name, *_ in COUNTERS} <= names
+    assert {name for name, *_ in GAUGES} <= names
+    histograms = [f.name for f in Metrics().registry.collect() if f.type == "histogram"]
+    assert len(histograms) == 9
+    assert {f"{name.removeprefix('minisgl:')}_bucket" for name in histograms} <= names
 
 
-def test_metrics_are_shown_while_the_engine_is_deaf_or_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@served()
+async def test_metrics_are_shown_while_the_engine_is_deaf_or_dead(
+    server: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("minisgl.server.admin.SCRAPE_TIMEOUT", 0.1)
-
-    async def check(server: Serving) -> None:
-        assert (await scrape(server))["engine_up"] == 1
-        server.engine.deaf = True
-        assert (await scrape(server))["kv_pages_total"] == 100
-        server.service.fail()
-        assert (await scrape(server))["engine_up"] == 0
-
-    serve_and(tmp_path, check)
+    assert (await scrape(server))["engine_up"] == 1
+    server.engine.deaf = True
+    assert (await scrape(server))["kv_pages_total"] == 100
+    server.service.fail()
+    assert (await scrape(server))["engine_up"] == 0
 
 
 def test_a_token_costs_one_observation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 
-from helpers.serving import Serving, serve_and
+from helpers.serving import Serving, serve_and, served
 from minisgl.config import Config
 from minisgl.server.metrics import Metrics
 from minisgl.server.middleware import KeyGuard, with_middleware
@@ -35,29 +35,27 @@ GUARDED = (
 )
 
 
-def test_a_key_is_asked_for_everywhere_but_at_the_load_balancers_endpoints(tmp_path: Path) -> None:
-    async def check(server: Serving) -> None:
-        for path in GUARDED:
-            for headers in (
-                {},
-                {"Authorization": "Bearer wrong"},
-                {"Authorization": "Basic one"},
-                {"Authorization": "one"},
-                {"Authorization": "Bearer onetwo"},
-                {"Authorization": b"Bearer \xff\xfe"},
-            ):
-                for method in ("GET", "POST"):
-                    answer = await server.http.request(method, path, headers=headers)  # type: ignore[arg-type]
-                    assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key"), path
-                    assert answer.headers["www-authenticate"] == "Bearer"
-        assert server.engine.seen == []
-        for path in ("/health", "/ready"):
-            assert (await server.http.get(path)).status_code == 200
-        for key in ("one", "two"):
-            answer = await server.http.post("/v1/completions", json=TEXT, headers={"Authorization": f"Bearer {key}"})
-            assert answer.status_code == 200
-
-    serve_and(tmp_path, check, api_key=("one", "two"))
+@served(api_key=("one", "two"))
+async def test_a_key_is_asked_for_everywhere_but_at_the_load_balancers_endpoints(server: Serving) -> None:
+    for path in GUARDED:
+        for headers in (
+            {},
+            {"Authorization": "Bearer wrong"},
+            {"Authorization": "Basic one"},
+            {"Authorization": "one"},
+            {"Authorization": "Bearer onetwo"},
+            {"Authorization": b"Bearer \xff\xfe"},
+        ):
+            for method in ("GET", "POST"):
+                answer = await server.http.request(method, path, headers=headers)  # type: ignore[arg-type]
+                assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key"), path
+                assert answer.headers["www-authenticate"] == "Bearer"
+    assert server.engine.seen == []
+    for path in ("/health", "/ready"):
+        assert (await server.http.get(path)).status_code == 200
+    for key in ("one", "two"):
+        answer = await server.http.post("/v1/completions", json=TEXT, headers={"Authorization": f"Bearer {key}"})
+        assert answer.status_code == 200
 
 
 def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,39 +75,33 @@ def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> 
         assert {(len(a), len(b)) for a, b in compared} == {(32, 32)}, "lengths do not show"
 
 
-def test_only_the_origins_named_may_call_from_a_web_page(tmp_path: Path) -> None:
-    async def check(server: Serving) -> None:
-        ask = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
-        good = await server.http.options("/v1/completions", headers={"Origin": "https://a.example", **ask})
-        assert (good.status_code, good.headers["access-control-allow-origin"]) == (200, "https://a.example")
-        bad = await server.http.options("/v1/completions", headers={"Origin": "https://b.example", **ask})
-        assert bad.status_code == 400
-        assert "access-control-allow-origin" not in bad.headers
-        refused = await server.http.get("/v1/models", headers={"Origin": "https://a.example"})
-        assert refused.status_code == 401
-        assert refused.headers["access-control-allow-origin"] == "https://a.example", "the page may read why"
-
-    serve_and(tmp_path, check, cors_origins=("https://a.example",), api_key=("secret",))
+@served(cors_origins=("https://a.example",), api_key=("secret",))
+async def test_only_the_origins_named_may_call_from_a_web_page(server: Serving) -> None:
+    ask = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
+    good = await server.http.options("/v1/completions", headers={"Origin": "https://a.example", **ask})
+    assert (good.status_code, good.headers["access-control-allow-origin"]) == (200, "https://a.example")
+    bad = await server.http.options("/v1/completions", headers={"Origin": "https://b.example", **ask})
+    assert bad.status_code == 400
+    assert "access-control-allow-origin" not in bad.headers
+    refused = await server.http.get("/v1/models", headers={"Origin": "https://a.example"})
+    assert refused.status_code == 401
+    assert refused.headers["access-control-allow-origin"] == "https://a.example", "the page may read why"
 
 
-def test_without_origins_no_web_page_is_let_in(tmp_path: Path) -> None:
-    async def check(server: Serving) -> None:
-        answer = await server.http.get("/v1/models", headers={"Origin": "https://a.example"})
-        assert "access-control-allow-origin" not in answer.headers
-
-    serve_and(tmp_path, check)
+@served()
+async def test_without_origins_no_web_page_is_let_in(server: Serving) -> None:
+    answer = await server.http.get("/v1/models", headers={"Origin": "https://a.example"})
+    assert "access-control-allow-origin" not in answer.headers
 
 
-def test_a_request_has_an_id_its_own_or_the_clients(tmp_path: Path) -> None:
-    async def check(server: Serving) -> None:
-        mine = await server.http.post("/v1/completions", json=TEXT, headers={"X-Request-Id": "trace-7"})
-        assert mine.headers["x-request-id"] == "trace-7"
-        for bad in ("", "x" * 200, "a b"):
-            answer = await server.http.get("/version", headers={"X-Request-Id": bad})
-            assert len(answer.headers["x-request-id"]) == 32
-        assert len((await server.http.get("/nowhere")).headers["x-request-id"]) == 32
-
-    serve_and(tmp_path, check)
+@served()
+async def test_a_request_has_an_id_its_own_or_the_clients(server: Serving) -> None:
+    mine = await server.http.post("/v1/completions", json=TEXT, headers={"X-Request-Id": "trace-7"})
+    assert mine.headers["x-request-id"] == "trace-7"
+    for bad in ("", "x" * 200, "a b"):
+        answer = await server.http.get("/version", headers={"X-Request-Id": bad})
+        assert len(answer.headers["x-request-id"]) == 32
+    assert len((await server.http.get("/nowhere")).headers["x-request-id"]) == 32
 
 
 def test_each_request_has_one_line_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -135,18 +127,16 @@ def test_each_request_has_one_line_in_the_log(tmp_path: Path, caplog: pytest.Log
         serve_and(tmp_path, check)
 
 
-def test_head_is_answered_as_get_without_the_body(tmp_path: Path) -> None:
-    async def check(server: Serving) -> None:
-        for path, status in (("/health", 200), ("/v1/models", 200), ("/v1/completions", 405), ("/nothing/here", 404)):
-            head, got = await server.http.head(path), await server.http.get(path)
-            assert (head.status_code, head.content) == (status, b"")
-            assert head.headers["content-length"] == got.headers["content-length"] == str(len(got.content))
-        counts = (await server.http.get("/metrics")).text
-        found = [line for line in counts.splitlines() if 'method="HEAD"' in line]
-        assert [line.rpartition(" ")[2] for line in found if '"/health"' in line] in (["1"], ["1.0"])
-        assert all('"unmatched"' in line for line in found if 'status="404"' in line)
-
-    serve_and(tmp_path, check)
+@served()
+async def test_head_is_answered_as_get_without_the_body(server: Serving) -> None:
+    for path, status in (("/health", 200), ("/v1/models", 200), ("/v1/completions", 405), ("/nothing/here", 404)):
+        head, got = await server.http.head(path), await server.http.get(path)
+        assert (head.status_code, head.content) == (status, b"")
+        assert head.headers["content-length"] == got.headers["content-length"] == str(len(got.content))
+    counts = (await server.http.get("/metrics")).text
+    found = [line for line in counts.splitlines() if 'method="HEAD"' in line]
+    assert [line.rpartition(" ")[2] for line in found if '"/health"' in line] in (["1"], ["1.0"])
+    assert all('"unmatched"' in line for line in found if 'status="404"' in line)
 
 
 def test_a_head_whose_endpoint_fails_is_counted_under_its_route() -> None:

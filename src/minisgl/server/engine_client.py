@@ -24,15 +24,7 @@ import zmq.asyncio
 
 from minisgl.config import Config
 from minisgl.errors import EngineDeadError, InvalidRequestError, MinisglError, ModelError
-from minisgl.server import ipc
-from minisgl.server.errors import (
-    DrainingError,
-    OverloadedError,
-    QueueFullError,
-    RequestAbortedError,
-    RequestTimeoutError,
-    RetryLaterError,
-)
+from minisgl.server import errors, ipc
 from minisgl.server.metrics import ACCESS_RECORD, Metrics, RequestStats
 from minisgl.types import EngineStats, Request, TokenEvent
 
@@ -76,11 +68,13 @@ class Queue:
         if len(requests) > self.max_live:
             raise InvalidRequestError(f"at most {self.max_live} prompts fit in one request", param="prompt")
         if self.live + len(requests) > self.max_live:
-            raise OverloadedError(f"{self.live} requests are live already; try again later", retry_after)
+            raise errors.OverloadedError(f"{self.live} requests are live already; try again later", retry_after)
         if self.requests and self.requests + len(requests) > self.max_requests:
-            raise QueueFullError(f"{self.requests} requests are waiting already; try again later", retry_after)
+            raise errors.QueueFullError(f"{self.requests} requests are waiting already; try again later", retry_after)
         if self.requests and self.tokens + sum(len(request.prompt) for request in requests) > self.max_tokens:
-            raise QueueFullError(f"prompts of {self.tokens} tokens are waiting already; try again later", retry_after)
+            raise errors.QueueFullError(
+                f"prompts of {self.tokens} tokens are waiting already; try again later", retry_after
+            )
 
     def enter(self, tokens: int) -> None:
         """A request with so many prompt tokens lives, and waits."""
@@ -114,7 +108,7 @@ class RequestGroup:
         self._error: MinisglError | None = None
         self._timer: asyncio.TimerHandle | None = None
         if timeout is not None:
-            error = RequestTimeoutError(f"the request took longer than the {timeout:g} s this server allows")
+            error = errors.RequestTimeoutError(f"the request took longer than the {timeout:g} s this server allows")
             self._timer = asyncio.get_running_loop().call_later(timeout, self.fail, error, "timeout")
 
     def __enter__(self) -> RequestGroup:
@@ -215,7 +209,6 @@ class EngineClient:
 
     @property
     def num_live(self) -> int:
-        """Requests that have not ended."""
         return len(self._live)
 
     def submit(self, requests: Sequence[Request]) -> RequestGroup:
@@ -227,9 +220,9 @@ class EngineClient:
             raise self.dead
         try:
             if self.draining:
-                raise DrainingError("the server is shutting down", DRAIN_RETRY_SECONDS)
+                raise errors.DrainingError("the server is shutting down", DRAIN_RETRY_SECONDS)
             self.queue.check(requests)
-        except RetryLaterError as error:
+        except errors.RetryLaterError as error:
             self.metrics.rejected.labels(str(error.code)).inc()
             raise
         record = ACCESS_RECORD.get()
@@ -267,7 +260,7 @@ class EngineClient:
 
     def _abort(self, ids: Iterable[str]) -> int:
         found = [self._live[request_id][1] for request_id in ids if request_id in self._live]
-        error = RequestAbortedError("the operator ended this request")
+        error = errors.RequestAbortedError("the operator ended this request")
         for group in set(found):
             group.fail(error, "abort")
         return len(found)
@@ -329,7 +322,6 @@ class EngineClient:
                 waiter.set_exception(self.dead)
 
     async def close(self) -> None:
-        """Stop listening and close the sockets."""
         self.fail("the server is shutting down")
         self._receiver.cancel()
         await asyncio.gather(self._receiver, return_exceptions=True)
@@ -384,7 +376,6 @@ class EngineClient:
                 self.fail()
 
     def _on_events(self, message: ipc.Events, now: float) -> None:
-        """Count what a step did, and hand it to those who wait for it."""
         live, metrics = self._live, self.metrics
         for request_id in message.admitted:
             if request_id in live:

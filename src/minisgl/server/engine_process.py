@@ -67,7 +67,6 @@ class Links:
         return orphans
 
     def poll(self, milliseconds: int) -> bool:
-        """Whether a message is there, waiting for one for so long."""
         return bool(self._inbox.poll(milliseconds))
 
     def receive(self) -> ipc.ToEngine | None:
@@ -150,7 +149,6 @@ class PendingGrammars:
         return ready
 
     def close(self) -> None:
-        """Let the thread end, without waiting for it."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 

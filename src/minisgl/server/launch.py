@@ -246,7 +246,6 @@ async def report_status(client: EngineClient, every: float = STATUS_SECONDS) -> 
 
 
 def describe_load(before: EngineStats, now: EngineStats, seconds: float) -> str:
-    """The line for what happened between two counts."""
     prompt = now.prompt_tokens - before.prompt_tokens
     cached = now.cached_prompt_tokens - before.cached_prompt_tokens
     owned = share(now.pages_total - now.pages_free - now.pages_cached, now.pages_total)

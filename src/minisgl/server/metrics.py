@@ -149,7 +149,6 @@ class Metrics:
             self.queue_time.observe(now - request.arrived)
 
     def on_tokens(self, request: RequestStats, count: int, now: float) -> None:
-        """A request has this many tokens more."""
         if request.first is None:
             request.first = now
             self.time_to_first_token.observe(now - request.arrived)
@@ -161,7 +160,6 @@ class Metrics:
         request.tokens += count
 
     def on_end(self, request: RequestStats, finish: str, now: float) -> None:
-        """A request is over."""
         request.finish = finish
         self.finished.labels(finish).inc()
         self.e2e_request_latency.observe(now - request.arrived)
@@ -212,7 +210,6 @@ class ApiProcesses:
 
     @property
     def num_silent(self) -> int:
-        """Processes that hang."""
         return sum(age > SILENT_SECONDS for age in self.ages().values())
 
 
@@ -227,7 +224,6 @@ class MetricsPage(Collector):
     model: str
 
     def render(self) -> bytes:
-        """The page in Prometheus' text format."""
         return generate_latest(self)
 
     def collect(self) -> Iterator[Metric]:
