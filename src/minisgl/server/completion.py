@@ -5,9 +5,9 @@ from __future__ import annotations
 import abc
 import dataclasses
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -21,22 +21,20 @@ from minisgl.server.responses import (
     ChatChoice,
     ChatDelta,
     ChatLogprobs,
+    ChatTokenLogprob,
     ChunkChoice,
     FinishWord,
     FunctionCall,
-    LogprobWriter,
     NativeMeta,
     NativeResult,
     PromptTokensDetails,
     Result,
-    ScoredToken,
     TextChoice,
     TextLogprobs,
     TokenEntry,
     ToolCall,
+    TopLogprob,
     Usage,
-    finite,
-    mean_logprob,
     sse,
 )
 from minisgl.server.tools import OutputParser
@@ -44,8 +42,74 @@ from minisgl.tokenizer.detokenize import shown_tokens
 from minisgl.tokenizer.tokenizer import Tokenizer
 from minisgl.types import FinishReason, Request, TokenEvent, TokenLogprobs
 
+LEAST_LOGPROB = -9999.0
+"""What stands for minus infinity, which JSON does not have; OpenAI's value."""
 EventChunks = AsyncGenerator[bytes, None]
 """Server-sent events, several together where they came together."""
+
+
+class ScoredToken(NamedTuple):
+    """A token, its log-probabilities (None at the beginning of a prompt), and where its text begins in its choice's."""
+
+    token: int
+    logprobs: TokenLogprobs | None
+    start: int
+
+
+class LogprobWriter:
+    """Writes log-probabilities with the tokens of a vocabulary; `as_ids` writes `token_id:5` for them."""
+
+    def __init__(self, tokenizer: Tokenizer, as_ids: bool = False) -> None:
+        self._token_bytes = tokenizer.token_bytes
+        self._as_ids = as_ids
+
+    def text(self, token: int) -> str:
+        """A token as text. A part of a character is `bytes:` and its bytes, escaped."""
+        if self._as_ids:
+            return f"token_id:{token}"
+        value = self._token_bytes(token)
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in value)
+
+    def chat(self, scored: Iterable[ScoredToken]) -> ChatLogprobs:
+        content = []
+        for token, found, _ in scored:
+            if found is not None:
+                top = zip(found.top_ids, found.top_logprobs, strict=True)
+                tops = [TopLogprob(*self._entry(*entry)) for entry in top]
+                content.append(ChatTokenLogprob(*self._entry(token, found.logprob), tops))
+        return ChatLogprobs(content)
+
+    def _entry(self, token: int, logprob: float) -> tuple[str, float, list[int]]:
+        return self.text(token), finite(logprob), list(self._token_bytes(token))
+
+    def completion(self, scored: Iterable[ScoredToken]) -> TextLogprobs:
+        """The token itself is always among the most probable ones."""
+        written = TextLogprobs([], [], [], [])
+        for token, found, start in scored:
+            top: dict[str, float] | None = None
+            if found is not None:
+                top = {}
+                for other, logprob in zip((*found.top_ids, token), (*found.top_logprobs, found.logprob), strict=True):
+                    top.setdefault(self.text(other), finite(logprob))
+            written.tokens.append(self.text(token))
+            written.token_logprobs.append(None if found is None else finite(found.logprob))
+            written.top_logprobs.append(top)
+            written.text_offset.append(start)
+        return written
+
+
+def finite(logprob: float) -> float:
+    """A log-probability that JSON can hold."""
+    return max(logprob, LEAST_LOGPROB)
+
+
+def mean_logprob(scored: Sequence[ScoredToken]) -> float:
+    """The mean over an answer's tokens, by which answers of different length compare."""
+    values = [entry.logprobs.logprob for entry in scored if entry.logprobs is not None]
+    return sum(values) / len(values) if values else LEAST_LOGPROB
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
