@@ -19,7 +19,7 @@ async def test_n_answers_have_one_prompt_and_seeds_of_their_own(server: Serving)
     assert [choice.index for choice in answer.choices] == [0, 1, 2]
     assert len({request.params.seed for request in seen}) == 3
     assert seen[0].params.seed == 7
-    assert seen[0].prompt == seen[1].prompt == seen[2].prompt
+    assert list(seen[0].prompt) == list(seen[1].prompt) == list(seen[2].prompt)
     await create(model=MODEL, messages=USER, max_tokens=3, n=3, seed=7)
     assert [r.params.seed for r in seen[3:]] == [r.params.seed for r in seen[:3]]
     await create(model=MODEL, messages=USER, max_tokens=3, n=2)
@@ -45,7 +45,7 @@ async def test_streamed_answers_open_and_end_each_on_its_own(server: Serving) ->
 async def test_several_prompts_with_n_are_numbered_prompt_by_prompt(server: Serving) -> None:
     answer = await server.openai.completions.create(model=MODEL, prompt=["one fox", "dogs"], max_tokens=2, n=2, seed=1)
     ids = [server.tokenizer.encode(text) for text in ("one fox", "one fox", "dogs", "dogs")]
-    assert [r.prompt for r in server.engine.seen] == ids
+    assert [list(r.prompt) for r in server.engine.seen] == ids
     assert [r.params.seed for r in server.engine.seen] == [1, nth_seed(1, 1)] * 2
     assert [c.text for c in answer.choices] == [server.tokenizer.decode([p[i % len(p)] for i in range(2)]) for p in ids]
     assert answer.usage is not None
