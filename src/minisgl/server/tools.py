@@ -176,14 +176,14 @@ class ReasoningParser:
 
 
 class JsonObjectScanner:
-    """Finds the end of the JSON object that a growing text begins with, and looks at each character once.
+    """Finds the end of the JSON object at `start` of a growing text, and looks at each character once.
 
     `at` is how far it has read. It is `complete` after the last brace and has `failed` at what is no JSON.
     `value_end` is the end of the first object or list in it.
     """
 
-    def __init__(self) -> None:
-        self.at = 0
+    def __init__(self, start: int) -> None:
+        self.at = start
         self.complete = False
         self.failed = False
         self.value_end: int | None = None
@@ -227,13 +227,14 @@ class ToolCallParser:
         self._names = names
         self._limit = limit
         self._stream = stream
-        self._buffer = ""  # not decided yet
-        self._raw = ""  # taken since the last delta: content if no call comes of it
+        self._buffer = ""  # what is not decided yet
+        self._at = 0  # what comes before belongs to a call if there is one, else to the content
         self._trim = False  # blanks after a call are not content
+        self._optional = tool_format.opening if tool_format.at_start else ""
         self._in_list = False
         self._next_index = 0
         self._deltas: list[ChatDelta] = []
-        self._state: Callable[[], bool] = self._at_start if tool_format.at_start else self._content
+        self._state: Callable[[], bool] = self._before if tool_format.at_start else self._content
         self._begin_object()
 
     def push(self, text: str) -> list[ChatDelta]:
@@ -248,88 +249,87 @@ class ToolCallParser:
         if self._state == self._object:
             self._fail()
         if self._state != self._after:
-            self._say(self._raw + self._buffer)
+            self._say(len(self._buffer))
         return self._take_deltas()
 
     def _take_deltas(self) -> list[ChatDelta]:
         deltas, self._deltas = self._deltas, []
         return deltas
 
-    def _say(self, text: str) -> None:
-        text = text.lstrip() if self._trim else text
-        if text:
+    def _drop(self, size: int) -> str:
+        dropped, self._buffer, self._at = self._buffer[:size], self._buffer[size:], 0
+        return dropped
+
+    def _say(self, size: int) -> None:
+        """The beginning of the buffer is content."""
+        text = self._drop(size)
+        if text := text.lstrip() if self._trim else text:
             self._deltas.append(ChatDelta(content=text))
             self._trim = False
-
-    def _take(self, size: int) -> None:
-        self._raw += self._buffer[:size]
-        self._buffer = self._buffer[size:]
-
-    def _skip_blanks(self) -> bool:
-        """Take blanks; whether anything follows."""
-        self._take(len(self._buffer) - len(self._buffer.lstrip()))
-        return bool(self._buffer)
 
     def _go(self, state: Callable[[], bool]) -> bool:
         self._state = state
         return True
 
     def _give_up(self) -> bool:
-        """What was taken is content; what was not is looked at anew."""
-        raw, self._raw = self._raw, ""
-        self._say(raw)
+        """What was looked at is content; what follows is looked at anew."""
+        self._say(self._at)
         return self._go(self._content)
 
-    def _at_start(self) -> bool:
-        opening = self._format.opening
-        if not self._skip_blanks() or (opening.startswith(self._buffer) and self._buffer != opening):
-            return False
-        if self._buffer.startswith(opening):
-            self._take(len(opening))
-        return self._go(self._before)
+    def _skip_blanks(self) -> str:
+        """The next character that is none, empty where it has not come yet."""
+        while self._buffer[self._at : self._at + 1].isspace():
+            self._at += 1
+        return self._buffer[self._at : self._at + 1]
+
+    def _skip(self, mark: str) -> bool:
+        """Skip the mark if it comes next; False while that cannot be said."""
+        rest = self._buffer[self._at : self._at + len(mark)]
+        self._at += len(mark) if rest == mark else 0
+        return rest == mark or not mark.startswith(rest)
 
     def _content(self) -> bool:
         if self._format.at_start:
-            self._say(self._buffer)
-            self._buffer = ""
+            self._say(len(self._buffer))
             return False
         opening = self._format.opening
         start = self._buffer.find(opening)
         end = start if start >= 0 else len(self._buffer) - partial_end(self._buffer, opening)
-        said = self._buffer[:end].rstrip()  # blanks before a call are not content
-        self._say(said)
-        self._buffer = self._buffer[len(said) :]
+        self._say(len(self._buffer[:end].rstrip()))  # blanks before a call are not content
         if start < 0:
             return False
-        self._take(start - len(said) + len(opening))
+        self._at = self._buffer.index(opening) + len(opening)
         self._in_list = False
         return self._go(self._before)
 
     def _before(self) -> bool:
-        if not self._skip_blanks():
+        first = self._skip_blanks()
+        if not first:
             return False
+        if self._optional:
+            decided = self._skip(self._optional)
+            self._optional = "" if decided else self._optional
+            return decided
         if self._format.listed and not self._in_list:
-            if self._buffer[0] != "[":
-                return self._give_up()
-            self._in_list = True
-            self._take(1)
-            return True
-        if self._buffer[0] != "{":
+            self._in_list = first == "["
+            self._at += 1 if self._in_list else 0
+            return self._in_list or self._give_up()
+        if first != "{":
             return self._give_up()
         self._begin_object()
         return self._go(self._object)
 
     def _begin_object(self) -> None:
-        self._scanner = JsonObjectScanner()
+        self._scanner = JsonObjectScanner(self._at)
         self._head: re.Match[str] | None = None
         self._head_decided = False
         self._announced = False
-        self._sent = 0  # characters of the object that were given as arguments, and those before them
+        self._sent = 0  # up to here the buffer was given as arguments
 
     def _object(self) -> bool:
         if not self._head_decided:
-            head = CALL_HEAD.match(self._buffer[:HEAD_LIMIT])
-            self._head_decided = head is not None or len(self._buffer) >= HEAD_LIMIT
+            head = CALL_HEAD.match(self._buffer, self._at, self._at + HEAD_LIMIT)
+            self._head_decided = head is not None or len(self._buffer) >= self._at + HEAD_LIMIT
             self._head = head if head is not None and head[1] in self._names else None
         scanner = self._scanner
         scanner.read(self._buffer)
@@ -347,13 +347,13 @@ class ToolCallParser:
             self._give(*call)
         self.num_calls += 1
         self._next_index += 1
-        self._buffer, self._raw = self._buffer[scanner.at :], ""
         self._trim = True
+        self._drop(scanner.at)
         return self._go(self._after)
 
     def _call(self) -> tuple[str, str] | None:
         """Name and arguments of the complete object, None when it is no call."""
-        value = decode_json(self._buffer[: self._scanner.at])
+        value = decode_json(self._buffer[self._at : self._scanner.at])
         if not isinstance(value, dict) or not isinstance(value.get("name"), str) or value["name"] not in self._names:
             return None
         if self._head is not None:
@@ -381,32 +381,29 @@ class ToolCallParser:
         """The object is no call. What was given as arguments is not looked at again."""
         if not self._announced:
             return self._give_up()
-        self._raw = ""
+        end = self._scanner.at - self._sent
+        self._drop(self._sent)
         self._trim = False
-        self._say(self._buffer[self._sent : self._scanner.at])
+        self._say(end)
         self._next_index += 1
-        self._buffer = self._buffer[self._scanner.at :]
         return self._go(self._content)
 
     def _after(self) -> bool:
-        if not self._skip_blanks():
+        first = self._skip_blanks()
+        if not first:
             return False
-        first, closing = self._buffer[0], self._format.closing
         if self._in_list:
             if first not in ",]":
                 return self._give_up()
-            self._take(1)
+            self._at += 1
             if first == ",":
                 return self._go(self._before)
         elif self._format.at_start:
-            if first == ";":
-                self._take(1)
+            self._at += 1 if first == ";" else 0
             return self._go(self._before) if first in ";{" else self._give_up()
-        elif closing.startswith(self._buffer) and self._buffer != closing:
+        elif not self._skip(self._format.closing):
             return False
-        elif self._buffer.startswith(closing):
-            self._take(len(closing))
-        self._raw = ""
+        self._drop(self._at)
         return self._go(self._content)
 
 
