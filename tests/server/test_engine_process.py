@@ -86,21 +86,21 @@ async def test_the_requests_of_a_process_that_is_gone_are_aborted_and_others_go_
     assert stats.pages_free + stats.pages_cached == stats.pages_total
 
 
-@pytest.mark.parametrize(("answer_id", "count"), [("a", 2), ("a-1", 1), (None, 3), ("b", 0)])
+@pytest.mark.parametrize(("completion_id", "count"), [("a", 2), ("a-1", 1), (None, 3), ("b", 0)])
 async def test_an_answer_is_aborted_in_the_process_that_has_it(
-    clients: list[EngineClient], answer_id: str | None, count: int
+    clients: list[EngineClient], completion_id: str | None, count: int
 ) -> None:
     _, asked, owner = clients
     group = owner.submit([request(name, 1900) for name in ("a-0", "a-1", "c-0")])
     own = asyncio.create_task(answer(asked, request("d-0", 100)))
     await anext(group.batches())
-    assert await asked.abort(answer_id, 5) == count + (answer_id is None)
+    assert await asked.abort(completion_id, 5) == count + (completion_id is None)
     if count:
         with pytest.raises(RequestAbortedError):
             async for _ in group.batches():
                 pass
         assert owner.num_live == 0
-    if answer_id is None:
+    if completion_id is None:
         with pytest.raises(RequestAbortedError):
             await own
     else:
@@ -108,7 +108,7 @@ async def test_an_answer_is_aborted_in_the_process_that_has_it(
     group.__exit__(None, None, None)
     while (await asked.ping(5)).running:
         pass
-    assert (await asked.ping(5)).aborted == 3 + (answer_id is None)
+    assert (await asked.ping(5)).aborted == 3 + (completion_id is None)
 
 
 class Anything:
