@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import functools
-import inspect
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -159,22 +157,3 @@ def serve_and(folder: Path, check: Callable[[Serving], Awaitable[None]], *, limi
             await check(server)
 
     asyncio.run(main())
-
-
-def served(**settings: Any) -> Callable[[Callable[..., Coroutine[Any, Any, None]]], Callable[..., None]]:
-    """Make a test of `async def test(server, ...)`, which gets a server with these settings, and fixtures."""
-
-    def decorate(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-        names = [name for name in inspect.signature(test).parameters if name != "server"]
-
-        @functools.wraps(test)
-        def run(**fixtures: Any) -> None:
-            own = {name: fixtures[name] for name in names}
-            serve_and(fixtures["tmp_path"], lambda server: test(server, **own), **settings)
-
-        kind = inspect.Parameter.KEYWORD_ONLY
-        parameters = [inspect.Parameter(name, kind) for name in dict.fromkeys(["tmp_path", *names])]
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        return run
-
-    return decorate

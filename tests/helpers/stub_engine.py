@@ -96,14 +96,14 @@ class StubEngine:
                         await self.send(ipc.Pong(nonce, self.stats()), link)
                 case ipc.FlushCache(nonce, link):
                     await self.send(ipc.CacheFlushed(nonce, 7), link)
-                case ipc.AbortElsewhere(nonce, link, answer_id):
+                case ipc.AbortCompletion(nonce, link, completion_id):
                     others = [
-                        name for name in self.live if self._owners[name] != link and ipc.belongs_to(name, answer_id)
+                        name for name in self.live if self._owners[name] != link and ipc.belongs_to(name, completion_id)
                     ]
                     for name in others:
                         await self.send(ipc.Revoked([name]), self._owners[name])
                     await self._abort(others)
-                    await self.send(ipc.AbortedElsewhere(nonce, len(others)), link)
+                    await self.send(ipc.CompletionAborted(nonce, len(others)), link)
                 case ipc.Attach(link, to_engine, from_engine):
                     self._connect(link, to_engine, from_engine)
                     await self.send(self.ready, link)

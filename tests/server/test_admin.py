@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from helpers.serving import MODEL, Serving, served
+from helpers.serving import MODEL, Serving
 from minisgl import __version__
 
 
-@served()
 async def test_ready_version_and_model(server: Serving, tmp_path: Path) -> None:
     assert (await server.http.get("/ready")).json() == {"status": "ready"}
     assert (await server.http.get("/version")).json() == {"version": __version__}
@@ -30,7 +29,7 @@ async def test_ready_version_and_model(server: Serving, tmp_path: Path) -> None:
     assert (await server.http.get("/version")).status_code == 200
 
 
-@served(api_key=("hush-hush",), max_queued_requests=5)
+@pytest.mark.serving(api_key=("hush-hush",), max_queued_requests=5)
 async def test_server_info_has_the_configuration_and_no_secret(server: Serving) -> None:
     headers = {"Authorization": "Bearer hush-hush"}
     answer = await server.http.get("/server_info", headers=headers)
@@ -45,14 +44,13 @@ async def test_server_info_has_the_configuration_and_no_secret(server: Serving) 
     assert info["draining"] is False
 
 
-@served()
 async def test_the_cache_is_flushed_on_request(server: Serving) -> None:
     assert (await server.http.post("/flush_cache")).json() == {"flushed_pages": 7}
     assert (await server.http.get("/flush_cache")).status_code == 405
 
 
 @pytest.mark.parametrize("everything", [True, False])
-@served(delay=0.005)
+@pytest.mark.serving(delay=0.005)
 async def test_an_answer_is_aborted_by_its_id_or_with_all(server: Serving, everything: bool) -> None:
     body = {"prompt": ["a b", "c d"], "max_tokens": 100, "stream": True}
     ids, streams = [], []
@@ -74,7 +72,7 @@ async def test_an_answer_is_aborted_by_its_id_or_with_all(server: Serving, every
     assert (await server.http.post("/abort_request", json=order)).json() == {"aborted": 0}
 
 
-@served(delay=0.05)
+@pytest.mark.serving(delay=0.05)
 async def test_an_aborted_answer_that_has_not_begun_is_an_error_that_nobody_retries(server: Serving) -> None:
     body = {"prompt": "hello", "max_tokens": 100}
     waiting = asyncio.create_task(server.http.post("/v1/completions", json=body))
@@ -88,14 +86,13 @@ async def test_an_aborted_answer_that_has_not_begun_is_an_error_that_nobody_retr
 @pytest.mark.parametrize(
     "body", [b"", b"{}", b"[]", b'{"rid": 1}', b'{"rid": "a", "abort_all": true}', b'{"ids": []}', b"x" * 5000]
 )
-@served()
 async def test_what_abort_request_cannot_read_is_refused(server: Serving, body: bytes) -> None:
     answer = await server.http.post("/abort_request", content=body)
     assert answer.status_code == 400
     assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
-@served(served_model_name=("first", "second"))
+@pytest.mark.serving(served_model_name=("first", "second"))
 async def test_a_model_answers_to_each_of_its_names(server: Serving) -> None:
     names = [model["id"] for model in (await server.http.get("/v1/models")).json()["data"]]
     assert names == ["first", "second"]

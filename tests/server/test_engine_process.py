@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,6 @@ from helpers.simulation import simulated_engine
 from minisgl.config import Config
 from minisgl.engine.build import Built
 from minisgl.engine.constraint import Constraint
-from minisgl.engine.engine import Engine
 from minisgl.errors import InvalidRequestError
 from minisgl.server import engine_process, ipc
 from minisgl.server.engine_client import EngineClient, socket_folder
@@ -27,33 +25,20 @@ from minisgl.server.errors import RequestAbortedError
 from minisgl.types import FinishReason, Grammar, Request, SamplingParams, TokenEvent
 
 
-@contextlib.asynccontextmanager
-async def linked(engine: Engine, folder: Path, count: int) -> AsyncIterator[list[EngineClient]]:
-    """The launcher's client, and those of so many API processes."""
-    clients = [EngineClient(f"ipc://{folder}/t0", f"ipc://{folder}/f0", Config())]
-    try:
-        async with EngineThread(engine).start(f"ipc://{folder}/t0", f"ipc://{folder}/f0"):
-            await clients[0].ready()
-            for link in range(1, count + 1):
-                here, there = f"ipc://{folder}/t{link}", f"ipc://{folder}/f{link}"
-                clients.append(EngineClient(here, there, Config(), link=link))
-                clients[0].send(ipc.Attach(link, here, there))
-                assert (await clients[link].ready()).model == engine.model
-            yield clients
-    finally:
-        for client in clients:
-            await client.close()
-
-
-def run(monkeypatch: pytest.MonkeyPatch, check: Callable[[list[EngineClient]], Awaitable[None]]) -> None:
-    engine = simulated_engine(max_seq_len=2000, num_pages=2000)
+@pytest.fixture
+async def clients(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[list[EngineClient]]:
+    """The launcher's client of a simulated engine, and those of two API processes."""
+    engine, folder = simulated_engine(max_seq_len=2000, num_pages=2000), socket_folder()
     monkeypatch.setattr(engine_process, "build_engine", lambda config, **options: Built(engine, Path("/nowhere"), ()))
-
-    async def main() -> None:
-        async with asyncio.timeout(60), linked(engine, socket_folder(), 2) as clients:
-            await check(clients)
-
-    asyncio.run(main())
+    clients = [EngineClient(*ipc.addresses(folder, link), Config(), link=link) for link in range(3)]
+    async with EngineThread(engine).start(*ipc.addresses(folder, ipc.LAUNCHER)):
+        await clients[0].ready()
+        for link in (1, 2):
+            clients[0].send(ipc.Attach(link, *ipc.addresses(folder, link)))
+            assert (await clients[link].ready()).model == engine.model
+        yield clients
+    for client in clients:
+        await client.close()
 
 
 def request(name: str, max_tokens: int) -> Request:
@@ -65,74 +50,65 @@ async def answer(client: EngineClient, asked: Request) -> list[TokenEvent]:
         return [event async for batch in group.batches() for event in batch]
 
 
-def test_every_process_gets_the_events_of_its_own_requests(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def check(clients: list[EngineClient]) -> None:
-        asked = [(link, request(f"{link}-{i}", 10 + i)) for i in range(8) for link in (0, 1, 2)]
-        answers = await asyncio.gather(*(answer(clients[link], one) for link, one in asked))
-        for (_, one), events in zip(asked, answers, strict=True):
-            assert {event.id for event in events} == {one.id}
-            assert sum(len(event.tokens) for event in events) == one.params.max_tokens
-            assert [event.finish for event in events if event.finish] == [FinishReason.LENGTH]
-        for client in clients:
-            count = client.metrics.registry.get_sample_value("minisgl:request_queue_time_seconds_count")
-            assert count == 8
-            stats = await client.ping(5)
-            assert (stats.running, stats.waiting, stats.generated_tokens) == (0, 0, 3 * sum(range(10, 18)))
-
-    run(monkeypatch, check)
+async def test_every_process_gets_the_events_of_its_own_requests(clients: list[EngineClient]) -> None:
+    asked = [(link, request(f"{link}-{i}", 10 + i)) for i in range(8) for link in (0, 1, 2)]
+    answers = await asyncio.gather(*(answer(clients[link], one) for link, one in asked))
+    for (_, one), events in zip(asked, answers, strict=True):
+        assert {event.id for event in events} == {one.id}
+        assert sum(len(event.tokens) for event in events) == one.params.max_tokens
+        assert [event.finish for event in events if event.finish] == [FinishReason.LENGTH]
+    for client in clients:
+        count = client.metrics.registry.get_sample_value("minisgl:request_queue_time_seconds_count")
+        assert count == 8
+        stats = await client.ping(5)
+        assert (stats.running, stats.waiting, stats.generated_tokens) == (0, 0, 3 * sum(range(10, 18)))
 
 
-def test_the_requests_of_a_process_that_is_gone_are_aborted_and_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def check(clients: list[EngineClient]) -> None:
-        launcher, lost, kept = clients
-        going_on = [asyncio.create_task(answer(kept, request(f"kept-{i}", 400))) for i in range(3)]
-        group = lost.submit([request(f"lost-{i}", 1900) for i in range(5)])
-        not_begun = {f"lost-{i}" for i in range(5)}
-        async for batch in group.batches():
-            not_begun -= {event.id for event in batch}
-            if not not_begun:  # what comes after the end of a link is not taken
-                break
-        lost.fail("it is dead")  # says nothing to the engine any more
-        launcher.send(ipc.Detach(1))
-        launcher.send(ipc.Detach(1))  # nothing is left to forget
-        for events in await asyncio.gather(*going_on):
-            assert sum(len(event.tokens) for event in events) == 400
-        lost.dead = None
-        lost.send(ipc.Add(request("late", 1900), 1))  # was on its way when its process died
-        for _ in range(3):  # each is answered between two steps
-            stats = await launcher.ping(5)
-        assert (stats.running, stats.waiting, stats.aborted) == (0, 0, 5)
-        assert stats.pages_free + stats.pages_cached == stats.pages_total
-
-    run(monkeypatch, check)
+async def test_the_requests_of_a_process_that_is_gone_are_aborted_and_others_go_on(clients: list[EngineClient]) -> None:
+    launcher, lost, kept = clients
+    going_on = [asyncio.create_task(answer(kept, request(f"kept-{i}", 400))) for i in range(3)]
+    group = lost.submit([request(f"lost-{i}", 1900) for i in range(5)])
+    not_begun = {f"lost-{i}" for i in range(5)}
+    async for batch in group.batches():
+        not_begun -= {event.id for event in batch}
+        if not not_begun:  # what comes after the end of a link is not taken
+            break
+    lost.fail("it is dead")  # says nothing to the engine any more
+    launcher.send(ipc.Detach(1))
+    launcher.send(ipc.Detach(1))  # nothing is left to forget
+    for events in await asyncio.gather(*going_on):
+        assert sum(len(event.tokens) for event in events) == 400
+    lost.dead = None
+    lost.send(ipc.Add(request("late", 1900), 1))  # was on its way when its process died
+    for _ in range(3):  # each is answered between two steps
+        stats = await launcher.ping(5)
+    assert (stats.running, stats.waiting, stats.aborted) == (0, 0, 5)
+    assert stats.pages_free + stats.pages_cached == stats.pages_total
 
 
-@pytest.mark.parametrize(("answer_id", "count"), [("a", 2), ("a-1", 1), (None, 3), ("b", 0)])
-def test_an_answer_is_aborted_in_the_process_that_has_it(
-    monkeypatch: pytest.MonkeyPatch, answer_id: str | None, count: int
+@pytest.mark.parametrize(("completion_id", "count"), [("a", 2), ("a-1", 1), (None, 3), ("b", 0)])
+async def test_an_answer_is_aborted_in_the_process_that_has_it(
+    clients: list[EngineClient], completion_id: str | None, count: int
 ) -> None:
-    async def check(clients: list[EngineClient]) -> None:
-        _, asked, owner = clients
-        group = owner.submit([request(name, 1900) for name in ("a-0", "a-1", "c-0")])
-        own = asyncio.create_task(answer(asked, request("d-0", 100)))
-        await anext(group.batches())
-        assert await asked.abort(answer_id, 5) == count + (answer_id is None)
-        if count:
-            with pytest.raises(RequestAbortedError):
-                async for _ in group.batches():
-                    pass
-            assert owner.num_live == 0
-        if answer_id is None:
-            with pytest.raises(RequestAbortedError):
-                await own
-        else:
-            assert sum(len(event.tokens) for event in await own) == 100
-        group.__exit__(None, None, None)
-        while (await asked.ping(5)).running:
-            pass
-        assert (await asked.ping(5)).aborted == 3 + (answer_id is None)
-
-    run(monkeypatch, check)
+    _, asked, owner = clients
+    group = owner.submit([request(name, 1900) for name in ("a-0", "a-1", "c-0")])
+    own = asyncio.create_task(answer(asked, request("d-0", 100)))
+    await anext(group.batches())
+    assert await asked.abort(completion_id, 5) == count + (completion_id is None)
+    if count:
+        with pytest.raises(RequestAbortedError):
+            async for _ in group.batches():
+                pass
+        assert owner.num_live == 0
+    if completion_id is None:
+        with pytest.raises(RequestAbortedError):
+            await own
+    else:
+        assert sum(len(event.tokens) for event in await own) == 100
+    group.__exit__(None, None, None)
+    while (await asked.ping(5)).running:
+        pass
+    assert (await asked.ping(5)).aborted == 3 + (completion_id is None)
 
 
 class Anything:

@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 
-from helpers.serving import MODEL, Serving, served
+from helpers.serving import MODEL, Serving
 from minisgl.errors import EngineDeadError
 from minisgl.types import FinishReason, Request, SamplingParams, TokenEvent
 
@@ -29,7 +29,7 @@ async def raw_post(
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
-@served(delay=0.02)
+@pytest.mark.serving(delay=0.02)
 async def test_a_client_that_leaves_ends_its_requests(server: Serving, path: str, stream: bool) -> None:
     body = LONG if path == CHAT else {"prompt": ["a b c", "d e f"], "max_tokens": 100}
     count = 1 if path == CHAT else 2
@@ -44,7 +44,7 @@ async def test_a_client_that_leaves_ends_its_requests(server: Serving, path: str
     assert (await server.http.post(path, json={**body, "max_tokens": 2})).status_code == 200
 
 
-@served(delay=1.0)
+@pytest.mark.serving(delay=1.0)
 async def test_a_client_that_leaves_before_the_first_token_ends_its_request(server: Serving) -> None:
     _, writer = await raw_post(server, CHAT, {**LONG, "stream": True})
     await server.until(lambda: len(server.engine.live) == 1)
@@ -52,7 +52,7 @@ async def test_a_client_that_leaves_before_the_first_token_ends_its_request(serv
     await server.until(lambda: bool(server.engine.aborted), timeout=1.0)
 
 
-@served(delay=0.02)
+@pytest.mark.serving(delay=0.02)
 async def test_closing_the_openai_stream_ends_the_request(server: Serving) -> None:
     stream = await server.openai.chat.completions.create(model=MODEL, stream=True, **LONG)
     async for _ in stream:
@@ -61,7 +61,7 @@ async def test_closing_the_openai_stream_ends_the_request(server: Serving) -> No
     await server.until(lambda: not server.engine.live, timeout=1.0)
 
 
-@served(delay=0.02)
+@pytest.mark.serving(delay=0.02)
 async def test_when_the_engine_dies_all_who_wait_are_told(server: Serving) -> None:
     whole = [asyncio.create_task(server.http.post(CHAT, json=LONG)) for _ in range(3)]
     stream = await server.openai.chat.completions.create(model=MODEL, stream=True, **LONG)
@@ -80,7 +80,6 @@ async def test_when_the_engine_dies_all_who_wait_are_told(server: Serving) -> No
         assert response.json()["error"]["type"] == "server_error"
 
 
-@served()
 async def test_an_engine_that_is_gone_is_noticed_when_sending(server: Serving) -> None:
     server.engine._inbox.close()
     await server.until(lambda: not server.service._outbox.poll(0, 2))
@@ -88,7 +87,7 @@ async def test_an_engine_that_is_gone_is_noticed_when_sending(server: Serving) -
     assert isinstance(server.service.dead, EngineDeadError)
 
 
-@served(delay=0.02)
+@pytest.mark.serving(delay=0.02)
 async def test_an_error_within_a_stream_is_an_event_and_the_stream_still_ends(server: Serving) -> None:
     reader, writer = await raw_post(server, CHAT, {**LONG, "stream": True})
     await reader.readuntil(b"data: ")
@@ -99,7 +98,7 @@ async def test_an_error_within_a_stream_is_an_event_and_the_stream_still_ends(se
     writer.close()
 
 
-@served(delay=0.003)
+@pytest.mark.serving(delay=0.003)
 async def test_more_requests_than_the_server_keeps_are_turned_away(server: Serving) -> None:
     full = server.service.queue.max_live
     waiting = [asyncio.create_task(server.http.post(CHAT, json=LONG)) for _ in range(full)]
@@ -110,7 +109,7 @@ async def test_more_requests_than_the_server_keeps_are_turned_away(server: Servi
     assert (await server.http.post(CHAT, json=LONG)).status_code == 200
 
 
-@served(delay=0.002)
+@pytest.mark.serving(delay=0.002)
 async def test_aborting_keeps_what_belongs_to_others_and_drops_the_rest(server: Serving) -> None:
     requests = [Request(id=i, prompt=[5, 6, 7], params=SamplingParams(max_tokens=50)) for i in "ab"]
     events: list[TokenEvent] = []
@@ -126,7 +125,6 @@ async def test_aborting_keeps_what_belongs_to_others_and_drops_the_rest(server: 
     await server.until(lambda: server.engine.aborted == ["a"])
 
 
-@served()
 async def test_a_slow_tokenisation_does_not_stop_other_streams(server: Serving) -> None:
     """The event loop stays free while a long prompt is tokenised."""
     words = "word " * 400_000
@@ -142,7 +140,6 @@ async def test_a_slow_tokenisation_does_not_stop_other_streams(server: Serving) 
     assert max(gaps) < 0.5
 
 
-@served()
 async def test_chunked_bodies_without_a_length_are_limited_too(server: Serving) -> None:
     async def body() -> Any:
         for _ in range(17):
@@ -153,7 +150,6 @@ async def test_chunked_bodies_without_a_length_are_limited_too(server: Serving) 
     assert isinstance(response, httpx.Response)
 
 
-@served()
 async def test_an_offer_of_http2_is_passed_over_in_silence(server: Serving, caplog: pytest.LogCaptureFixture) -> None:
     # As Java's client does by default, with the body of every request.
     offer = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAEAAEAAAAIAAAAB"}

@@ -15,7 +15,7 @@ import httpx
 import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from helpers.serving import Serving, serve_and, served
+from helpers.serving import Serving, serving
 from minisgl.config import Config
 from minisgl.errors import InvalidRequestError
 from minisgl.server import middleware
@@ -67,8 +67,8 @@ def test_who_is_turned_away_is_told_to_wait_as_long_as_others_did() -> None:
 
 
 @pytest.mark.parametrize("flags", [{"max_queued_requests": 2}, {"max_queued_tokens": 20}])
-def test_a_full_queue_answers_429_and_takes_requests_again_later(tmp_path: Path, flags: dict[str, int]) -> None:
-    async def check(server: Serving) -> None:
+async def test_a_full_queue_answers_429_and_takes_requests_again_later(tmp_path: Path, flags: dict[str, int]) -> None:
+    async with serving(tmp_path, delay=0.3, **flags) as server:
         body = {"prompt": [5] * 10, "max_tokens": 2}
         waiting = [asyncio.create_task(server.http.post("/v1/completions", json=body)) for _ in range(2)]
         await server.until(lambda: server.service.queue.requests == 2)
@@ -81,10 +81,8 @@ def test_a_full_queue_answers_429_and_takes_requests_again_later(tmp_path: Path,
         assert (server.service.queue.requests, server.service.queue.tokens) == (0, 0)
         assert (await server.http.post("/v1/completions", json=body)).status_code == 200
 
-    serve_and(tmp_path, check, delay=0.3, **flags)
 
-
-@served(delay=0.02, request_timeout=0.8)
+@pytest.mark.serving(delay=0.02, request_timeout=0.8)
 async def test_a_request_that_takes_too_long_ends_with_504_and_frees_what_it_held(server: Serving) -> None:
     body = {"prompt": "hello there", "max_tokens": 100}
     answer = await server.http.post("/v1/completions", json=body)
@@ -103,7 +101,6 @@ async def test_a_request_that_takes_too_long_ends_with_504_and_frees_what_it_hel
     assert (await server.http.post("/v1/completions", json={**body, "max_tokens": 2})).status_code == 200
 
 
-@served()
 async def test_a_conversation_has_a_limit_of_messages(server: Serving) -> None:
     messages = [{"role": "user", "content": ""}] * (MAX_MESSAGES + 1)
     answer = await server.http.post("/v1/chat/completions", json={"messages": messages})
@@ -112,7 +109,6 @@ async def test_a_conversation_has_a_limit_of_messages(server: Serving) -> None:
 
 
 @pytest.mark.parametrize("whole", [True, False])
-@served()
 async def test_too_large_a_head_is_refused(server: Serving, whole: bool) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     writer.write(b"GET /version HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * (middleware.HEAD_LIMIT * 8))
@@ -126,7 +122,6 @@ async def test_too_large_a_head_is_refused(server: Serving, whole: bool) -> None
 
 @pytest.mark.parametrize("before", [b"", b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n"])
 @pytest.mark.parametrize(("length", "status"), [(middleware.HEAD_LIMIT, b"200"), (middleware.HEAD_LIMIT + 1, b"431")])
-@served()
 async def test_a_head_is_refused_by_its_size_however_it_comes(
     server: Serving, before: bytes, length: int, status: bytes
 ) -> None:
@@ -143,7 +138,6 @@ async def test_a_head_is_refused_by_its_size_however_it_comes(
         writer.close()
 
 
-@served()
 async def test_what_is_not_http_is_answered_in_openais_form(server: Serving) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     writer.write(b"\x16\x03\x01 hello\r\n\r\n")
@@ -159,7 +153,6 @@ async def test_what_is_not_http_is_answered_in_openais_form(server: Serving) -> 
     [b"", b"POST /v1/comp", b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{"],
     ids=["nothing", "half a head", "half a body"],
 )
-@served()
 async def test_a_client_that_falls_silent_is_cut_off(
     server: Serving, data: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,7 +164,7 @@ async def test_a_client_that_falls_silent_is_cut_off(
     writer.close()
 
 
-@served(delay=0.04)
+@pytest.mark.serving(delay=0.04)
 async def test_a_client_that_works_slowly_is_not_cut_off(server: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(middleware, "READ_TIMEOUT", 0.2)
     answer = await server.http.post("/v1/completions", json={"prompt": "hi", "max_tokens": 20})
@@ -194,7 +187,7 @@ async def serving_app(app: ASGIApp, write_timeout: float = 30.0) -> AsyncIterato
         await running
 
 
-def test_a_client_that_reads_on_after_a_pause_is_not_cut_off() -> None:
+async def test_a_client_that_reads_on_after_a_pause_is_not_cut_off() -> None:
     sizes, resumed = (2**23, 10), asyncio.Event()
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -204,18 +197,15 @@ def test_a_client_that_reads_on_after_a_pause_is_not_cut_off() -> None:
         await asyncio.sleep(0.6)  # twice the timeout
         await send({"type": "http.response.body", "body": b"x" * sizes[1]})
 
-    async def main() -> None:
-        async with asyncio.timeout(30), serving_app(app, write_timeout=0.3) as port:
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-            assert not resumed.is_set()
-            assert len((await reader.read(-1)).partition(b"\r\n\r\n")[2]) == sum(sizes)
-            writer.close()
-
-    asyncio.run(main())
+    async with asyncio.timeout(30), serving_app(app, write_timeout=0.3) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert not resumed.is_set()
+        assert len((await reader.read(-1)).partition(b"\r\n\r\n")[2]) == sum(sizes)
+        writer.close()
 
 
-def test_a_client_is_not_cut_off_while_the_server_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_client_is_not_cut_off_while_the_server_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(middleware, "READ_TIMEOUT", 0.2)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -228,15 +218,12 @@ def test_a_client_is_not_cut_off_while_the_server_does_not_read(monkeypatch: pyt
         await send({"type": "http.response.start", "status": 200, "headers": [(b"x-size", str(size).encode())]})
         await send({"type": "http.response.body"})
 
-    async def main() -> None:
-        async with asyncio.timeout(30), serving_app(app) as port, httpx.AsyncClient() as client:
-            answer = await client.post(f"http://127.0.0.1:{port}/", content=b"x" * 2**22)
-            assert answer.headers["x-size"] == str(2**22)
-
-    asyncio.run(main())
+    async with asyncio.timeout(30), serving_app(app) as port, httpx.AsyncClient() as client:
+        answer = await client.post(f"http://127.0.0.1:{port}/", content=b"x" * 2**22)
+        assert answer.headers["x-size"] == str(2**22)
 
 
-@served(write_timeout=0.5, max_seq_len=40000)
+@pytest.mark.serving(write_timeout=0.5, max_seq_len=40000)
 async def test_a_client_that_does_not_read_its_answer_frees_its_pages(server: Serving) -> None:
     slow = socket.socket()
     slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -258,7 +245,7 @@ async def test_a_client_that_does_not_read_its_answer_frees_its_pages(server: Se
     assert (await server.http.post("/v1/completions", json=TEXT)).status_code == 200
 
 
-@served(write_timeout=0.2, max_seq_len=4096)
+@pytest.mark.serving(write_timeout=0.2, max_seq_len=4096)
 async def test_a_client_that_reads_is_not_cut_off(server: Serving) -> None:
     body = {"prompt": "hello there", "max_tokens": 3000, "stream": True}
     async with server.http.stream("POST", "/v1/completions", json=body) as answer:
@@ -268,7 +255,7 @@ async def test_a_client_that_reads_is_not_cut_off(server: Serving) -> None:
     assert max(server.engine.given.values()) == 3000
 
 
-@served(delay=0.02)
+@pytest.mark.serving(delay=0.02)
 async def test_a_draining_server_finishes_what_it_has_and_refuses_the_rest(server: Serving) -> None:
     body = {"prompt": "hello there", "max_tokens": 40}
     running = asyncio.create_task(server.http.post("/v1/completions", json=body))

@@ -14,7 +14,7 @@ from prometheus_client import Counter, Histogram
 from prometheus_client.multiprocess import mark_process_dead
 from prometheus_client.parser import text_string_to_metric_families
 
-from helpers.serving import MODEL, Serving, serve_and, served
+from helpers.serving import MODEL, Serving
 from minisgl.server.launch import describe_load, report_status
 from minisgl.server.metrics import (
     COUNTERS,
@@ -74,7 +74,7 @@ async def scrape(server: Serving) -> dict[str, float]:
     return found
 
 
-@served(delay=0.003)
+@pytest.mark.serving(delay=0.003)
 async def test_the_metrics_are_those_of_the_requests_served(server: Serving) -> None:
     text = "hello there"
     length = len(server.tokenizer.encode(text))
@@ -116,7 +116,6 @@ async def test_the_metrics_are_those_of_the_requests_served(server: Serving) -> 
     assert {f"{name.removeprefix('minisgl:')}_bucket" for name in histograms} <= names
 
 
-@served()
 async def test_metrics_are_shown_while_the_engine_is_deaf_or_dead(
     server: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,35 +163,32 @@ def test_the_processes_of_a_server_are_counted_together(tmp_path: Path) -> None:
     assert "_created" not in page
 
 
-def test_a_process_that_does_not_touch_its_file_is_silent(tmp_path: Path) -> None:
-    async def main() -> None:
-        processes, other = ApiProcesses(tmp_path), tmp_path / "beats" / "1"
-        other.parent.mkdir()
-        beating = asyncio.create_task(processes.beat())
-        await asyncio.sleep(0)
-        other.touch()
-        assert (set(processes.ages()), processes.num_silent) == ({1, os.getpid()}, 0)
-        os.utime(other, (1.0, time.time() - SILENT_SECONDS - 1))
-        assert processes.num_silent == 1
-        beating.cancel()
-
-    asyncio.run(main())
+async def test_a_process_that_does_not_touch_its_file_is_silent(tmp_path: Path) -> None:
+    processes, other = ApiProcesses(tmp_path), tmp_path / "beats" / "1"
+    other.parent.mkdir()
+    beating = asyncio.create_task(processes.beat())
+    await asyncio.sleep(0)
+    other.touch()
+    assert (set(processes.ages()), processes.num_silent) == ({1, os.getpid()}, 0)
+    os.utime(other, (1.0, time.time() - SILENT_SECONDS - 1))
+    assert processes.num_silent == 1
+    beating.cancel()
 
 
-def test_the_status_line_is_said_under_load_and_not_when_idle(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    async def check(server: Serving) -> None:
-        reporting = asyncio.create_task(report_status(server.service, every=0.05))
-        nothing = EngineStats()
-        for _ in range(3):
-            server.service.stats = nothing
-            await server.until(lambda: server.service.stats is not nothing)
-        assert [r for r in caplog.records if r.name == "minisgl.status"] == []
-        await server.http.post("/v1/completions", json={"prompt": "hello", "max_tokens": 50})
-        await server.until(lambda: any(r.name == "minisgl.status" for r in caplog.records))
-        reporting.cancel()
-
-    with caplog.at_level("INFO", "minisgl"):
-        serve_and(tmp_path, check, delay=0.005)
+@pytest.mark.serving(delay=0.005)
+async def test_the_status_line_is_said_under_load_and_not_when_idle(
+    server: Serving, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "minisgl")
+    reporting = asyncio.create_task(report_status(server.service, every=0.05))
+    nothing = EngineStats()
+    for _ in range(3):
+        server.service.stats = nothing
+        await server.until(lambda: server.service.stats is not nothing)
+    assert [r for r in caplog.records if r.name == "minisgl.status"] == []
+    await server.http.post("/v1/completions", json={"prompt": "hello", "max_tokens": 50})
+    await server.until(lambda: any(r.name == "minisgl.status" for r in caplog.records))
+    reporting.cancel()
 
 
 def test_the_status_line_says_rates_and_shares() -> None:

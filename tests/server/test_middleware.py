@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import logging
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,7 +13,7 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
 
-from helpers.serving import Serving, serve_and, served
+from helpers.serving import Serving
 from minisgl.config import Config
 from minisgl.server.metrics import Metrics
 from minisgl.server.middleware import KeyGuard, with_middleware
@@ -35,7 +33,7 @@ GUARDED = (
 )
 
 
-@served(api_key=("one", "two"))
+@pytest.mark.serving(api_key=("one", "two"))
 async def test_a_key_is_asked_for_everywhere_but_at_the_load_balancers_endpoints(server: Serving) -> None:
     for path in GUARDED:
         for headers in (
@@ -75,7 +73,7 @@ def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> 
         assert {(len(a), len(b)) for a, b in compared} == {(32, 32)}, "lengths do not show"
 
 
-@served(cors_origins=("https://a.example",), api_key=("secret",))
+@pytest.mark.serving(cors_origins=("https://a.example",), api_key=("secret",))
 async def test_only_the_origins_named_may_call_from_a_web_page(server: Serving) -> None:
     ask = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,content-type"}
     good = await server.http.options("/v1/completions", headers={"Origin": "https://a.example", **ask})
@@ -88,13 +86,11 @@ async def test_only_the_origins_named_may_call_from_a_web_page(server: Serving) 
     assert refused.headers["access-control-allow-origin"] == "https://a.example", "the page may read why"
 
 
-@served()
 async def test_without_origins_no_web_page_is_let_in(server: Serving) -> None:
     answer = await server.http.get("/v1/models", headers={"Origin": "https://a.example"})
     assert "access-control-allow-origin" not in answer.headers
 
 
-@served()
 async def test_a_request_has_an_id_its_own_or_the_clients(server: Serving) -> None:
     mine = await server.http.post("/v1/completions", json=TEXT, headers={"X-Request-Id": "trace-7"})
     assert mine.headers["x-request-id"] == "trace-7"
@@ -104,30 +100,26 @@ async def test_a_request_has_an_id_its_own_or_the_clients(server: Serving) -> No
     assert len((await server.http.get("/nowhere")).headers["x-request-id"]) == 32
 
 
-def test_each_request_has_one_line_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    async def check(server: Serving) -> None:
-        prompt = server.tokenizer.encode(TEXT["prompt"])
-        for stream in (False, True):
-            body = {**TEXT, "stream": stream}
-            await server.http.post("/v1/completions", json=body, headers={"X-Request-Id": "abc"})
-        await server.http.post("/v1/completions", json={"prompt": ""})
-        await server.http.get("/health")
-        lines = [r.getMessage() for r in caplog.records if r.name == "minisgl.access"]
-        assert len(lines) == 3, lines
-        for line in lines[:2]:
-            assert '"POST /v1/completions" 200 id=abc ' in line
-            assert f"prompt={len(prompt)} cached={len(prompt) // 2} generated=3 queue=" in line
-            assert "ttft=" in line
-            assert "finish=length total=" in line
-        assert '"POST /v1/completions" 400 id=' in lines[2]
-        assert "prompt=" not in lines[2]
-        assert TEXT["prompt"] not in "".join(lines), "what users write is not logged"
-
-    with caplog.at_level(logging.INFO, "minisgl"):
-        serve_and(tmp_path, check)
+async def test_each_request_has_one_line_in_the_log(server: Serving, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "minisgl")
+    prompt = server.tokenizer.encode(TEXT["prompt"])
+    for stream in (False, True):
+        body = {**TEXT, "stream": stream}
+        await server.http.post("/v1/completions", json=body, headers={"X-Request-Id": "abc"})
+    await server.http.post("/v1/completions", json={"prompt": ""})
+    await server.http.get("/health")
+    lines = [r.getMessage() for r in caplog.records if r.name == "minisgl.access"]
+    assert len(lines) == 3, lines
+    for line in lines[:2]:
+        assert '"POST /v1/completions" 200 id=abc ' in line
+        assert f"prompt={len(prompt)} cached={len(prompt) // 2} generated=3 queue=" in line
+        assert "ttft=" in line
+        assert "finish=length total=" in line
+    assert '"POST /v1/completions" 400 id=' in lines[2]
+    assert "prompt=" not in lines[2]
+    assert TEXT["prompt"] not in "".join(lines), "what users write is not logged"
 
 
-@served()
 async def test_head_is_answered_as_get_without_the_body(server: Serving) -> None:
     for path, status in (("/health", 200), ("/v1/models", 200), ("/v1/completions", 405), ("/nothing/here", 404)):
         head, got = await server.http.head(path), await server.http.get(path)

@@ -37,7 +37,7 @@ LAST_WORDS_SECONDS = 0.3  # for the last messages of a process that has ended
 STOP_SECONDS = 2.0  # for a process to go by itself, and then after SIGTERM
 MAX_SOCKET_FOLDER = 80  # characters; the path of a Unix socket has at most 107
 
-T = TypeVar("T", ipc.Pong, ipc.CacheFlushed, ipc.AbortedElsewhere)
+T = TypeVar("T", ipc.Pong, ipc.CacheFlushed, ipc.CompletionAborted)
 
 logger = logging.getLogger(__name__)
 
@@ -251,12 +251,12 @@ class EngineClient:
                 self._end(request_id, finish, now)
         self.send(ipc.Abort(ids))
 
-    async def abort(self, answer_id: str | None, timeout: float) -> int:
-        """End the requests of the answer with this id, or all (None), in every API process; how many those were."""
-        count = self._abort([request_id for request_id in self._live if ipc.belongs_to(request_id, answer_id)])
+    async def abort(self, completion_id: str | None, timeout: float) -> int:
+        """End the requests of this completion, or all (None), in every API process; how many those were."""
+        count = self._abort([request_id for request_id in self._live if ipc.belongs_to(request_id, completion_id)])
         if self.link == ipc.LAUNCHER:
             return count
-        return count + (await self._ask(ipc.AbortElsewhere, ipc.AbortedElsewhere, timeout, answer_id)).count
+        return count + (await self._ask(ipc.AbortCompletion, ipc.CompletionAborted, timeout, completion_id)).count
 
     def _abort(self, ids: Iterable[str]) -> int:
         found = [self._live[request_id][1] for request_id in ids if request_id in self._live]
@@ -326,7 +326,7 @@ class EngineClient:
         self._receiver.cancel()
         await asyncio.gather(self._receiver, return_exceptions=True)
         if not self._ready.cancelled():
-            self._ready.exception()  # nobody may have asked
+            self._ready.exception()  # retrieved, or asyncio warns
         self._inbox.close()
         self._outbox.close()
         self._context.term()
@@ -359,7 +359,7 @@ class EngineClient:
         match message:
             case ipc.Events():
                 self._on_events(message, time.monotonic())
-            case ipc.Pong(nonce) | ipc.CacheFlushed(nonce) | ipc.AbortedElsewhere(nonce):
+            case ipc.Pong(nonce) | ipc.CacheFlushed(nonce) | ipc.CompletionAborted(nonce):
                 answer = self._answers.get(nonce)
                 if answer is not None and not answer.done():
                     answer.set_result(message)

@@ -1,6 +1,6 @@
 """The engine process: the engine behind sockets. The launcher starts it, an `ipc.EngineSetup` on its stdin.
 
-Stdin stays open for as long as the launcher lives; its end means that nobody is left to serve.
+Stdin stays open for as long as the launcher lives; its end ends the engine too.
 """
 
 from __future__ import annotations
@@ -100,10 +100,10 @@ class Links:
         for link, share in shares.items():
             self.send(share, link)
 
-    def revoke(self, answer_id: str | None, asker: int) -> list[str]:
-        """The requests of an answer, or all (None), of other links than `asker`; their processes are told of it."""
+    def revoke(self, completion_id: str | None, asker: int) -> list[str]:
+        """The requests of a completion, or all (None), of other links than `asker`; their processes are told of it."""
         owned = [(name, link) for name, link in self._owners.items() if link != asker]
-        revoked = [(name, link) for name, link in owned if ipc.belongs_to(name, answer_id)]
+        revoked = [(name, link) for name, link in owned if ipc.belongs_to(name, completion_id)]
         for name, link in revoked:
             self.send(ipc.Revoked([name]), link)
         return [name for name, _ in revoked]
@@ -208,10 +208,10 @@ class EngineServer:
                     grammars.start(request, grammar)
             case ipc.Abort(ids):
                 self._abort(ids, engine, grammars)
-            case ipc.AbortElsewhere(nonce, link, answer_id):
-                revoked = self.links.revoke(answer_id, link)
+            case ipc.AbortCompletion(nonce, link, completion_id):
+                revoked = self.links.revoke(completion_id, link)
                 self._abort(revoked, engine, grammars)
-                self.links.send(ipc.AbortedElsewhere(nonce, len(revoked)), link)
+                self.links.send(ipc.CompletionAborted(nonce, len(revoked)), link)
             case ipc.Ping(nonce, link):
                 stats = engine.stats()
                 stats = msgspec.structs.replace(stats, waiting=stats.waiting + len(grammars))

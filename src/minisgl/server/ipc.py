@@ -1,7 +1,7 @@
 """What the processes of a server say to each other: MessagePack over ZeroMQ, and lines of JSON on stdin and stdout.
 
 Each API process has a *link* to the engine. Link 0 is the launcher's, which serves HTTP itself when it is the only one.
-Questions have a nonce, which their answer repeats.
+A reply repeats the nonce of its question.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
     ids: list[str]
 
 
-class AbortElsewhere(msgspec.Struct, frozen=True, tag=True):
-    """To the engine: end the requests of this answer, or all (None), of other links."""
+class AbortCompletion(msgspec.Struct, frozen=True, tag=True):
+    """To the engine: end the requests of this completion, or all (None), of other links."""
 
     nonce: int
     link: int
-    answer_id: str | None
+    completion_id: str | None
 
 
 class Ping(msgspec.Struct, frozen=True, tag=True):
@@ -132,7 +132,7 @@ class CacheFlushed(msgspec.Struct, frozen=True, tag=True):
     pages: int
 
 
-class AbortedElsewhere(msgspec.Struct, frozen=True, tag=True):
+class CompletionAborted(msgspec.Struct, frozen=True, tag=True):
     nonce: int
     count: int
 
@@ -143,8 +143,8 @@ class Revoked(msgspec.Struct, frozen=True, tag=True):
     ids: list[str]
 
 
-ToEngine = Add | Abort | AbortElsewhere | Ping | FlushCache | Attach | Detach
-FromEngine = Ready | Failed | Events | Pong | CacheFlushed | AbortedElsewhere | Revoked
+ToEngine = Add | Abort | AbortCompletion | Ping | FlushCache | Attach | Detach
+FromEngine = Ready | Failed | Events | Pong | CacheFlushed | CompletionAborted | Revoked
 
 
 def addresses(folder: Path | str, link: int) -> tuple[str, str]:
@@ -152,6 +152,6 @@ def addresses(folder: Path | str, link: int) -> tuple[str, str]:
     return f"ipc://{folder}/to{link}", f"ipc://{folder}/from{link}"
 
 
-def belongs_to(request_id: str, answer_id: str | None) -> bool:
-    """Whether a request is one of this answer's, whose id and an index make the request's; None means all answers."""
-    return answer_id is None or request_id == answer_id or request_id.rpartition("-")[0] == answer_id
+def belongs_to(request_id: str, completion_id: str | None) -> bool:
+    """Whether a request is one of this completion's, whose id and an index make the request's; None means all."""
+    return completion_id is None or request_id == completion_id or request_id.rpartition("-")[0] == completion_id

@@ -160,7 +160,7 @@ class ApiWorkers:
         outcomes: list[asyncio.Future[Any]] = [*self._serving, self._failed]
         for outcome in outcomes:
             if outcome.done():
-                outcome.exception()  # nobody may have asked
+                outcome.exception()  # retrieved, or asyncio warns
 
     def _tell(self, order: bytes) -> None:
         self._order = order
@@ -277,11 +277,11 @@ def listen_socket(host: str, port: int) -> socket.socket:
 
 
 def check_public(config: Config, listener: socket.socket) -> None:
-    """Raise ConfigError for an address that other machines reach where anybody could use it unasked."""
+    """Raise ConfigError for an address that other machines reach where no key is asked for."""
     host = str(listener.getsockname()[0]).partition("%")[0]
     if not (config.api_key or config.allow_public or ipaddress.ip_address(host).is_loopback):
         raise ConfigError(
-            f"--host {config.host} can be reached from other machines, and nobody needs a key: "
+            f"--host {config.host} can be reached from other machines, and no key is asked for: "
             "set --api-key or MINISGL_API_KEY, or give --allow-public"
         )
 
@@ -351,6 +351,6 @@ def announce(config: Config, url: str, ready: ipc.Ready, serving: ipc.Serving, s
 
 
 def print_status(line: str) -> None:
-    """A line to stderr: stdout is for what the user asked for. Nobody need be there to read."""
+    """A line to stderr: stdout is for what the user asked for. A closed terminal is no error."""
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
