@@ -8,7 +8,7 @@ import dataclasses
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +35,21 @@ MODEL = "stub-model"
 
 
 @dataclasses.dataclass
-class Serving:
-    """Handles on everything a test may want to look at."""
+class Web:
+    """The HTTP side of a server, on a port of its own, and clients for it."""
 
     service: EngineClient
-    engine: StubEngine
     tokenizer: Tokenizer
     http: httpx.AsyncClient
     openai: AsyncOpenAI
     port: int
+
+
+@dataclasses.dataclass
+class Serving(Web):
+    """Handles on everything a test may want to look at."""
+
+    engine: StubEngine
 
     def speak(self, text: str) -> None:
         """From now on the engine says this, then EOS."""
@@ -55,17 +61,6 @@ class Serving:
         async with asyncio.timeout(timeout):
             while not condition():
                 await asyncio.sleep(0.005)
-
-
-@dataclasses.dataclass
-class Web:
-    """The HTTP side of a server, on a port of its own, and clients for it."""
-
-    service: EngineClient
-    tokenizer: Tokenizer
-    http: httpx.AsyncClient
-    openai: AsyncOpenAI
-    port: int
 
 
 StartEngine = Callable[[str, str], contextlib.AbstractAsyncContextManager[object]]
@@ -146,14 +141,4 @@ async def serving(
             await asyncio.gather(task, return_exceptions=True)
 
     async with web(folder, model, echoing, **settings) as side:
-        yield Serving(side.service, engines[0], side.tokenizer, side.http, side.openai, side.port)
-
-
-def serve_and(folder: Path, check: Callable[[Serving], Awaitable[None]], *, limit: float = 60, **settings: Any) -> None:
-    """Run `check` against a server; the whole takes at most `limit` s."""
-
-    async def main() -> None:
-        async with asyncio.timeout(limit), serving(folder, **settings) as server:
-            await check(server)
-
-    asyncio.run(main())
+        yield Serving(**vars(side), engine=engines[0])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from helpers import templates
-from helpers.serving import MODEL, Serving, serve_and
+from helpers.serving import MODEL, Serving, serving
 from minisgl.types import Calls, Grammar
 
 pytestmark = pytest.mark.serving(template=templates.QWEN_TOOLS, max_seq_len=2048)
@@ -118,12 +118,13 @@ async def test_what_the_template_gets_of_tools_and_calls(server: Serving) -> Non
         ({"tool_choice": {"type": "function", "function": {"name": "get_time"}}}, ["get_time"], 1),
     ],
 )
-def test_a_forced_call_is_a_grammar_and_is_read_as_such(
+async def test_a_forced_call_is_a_grammar_and_is_read_as_such(
     tmp_path: Path, extra: dict[str, Any], names: Sequence[str], limit: int | None
 ) -> None:
     checked: list[Grammar] = []
-
-    async def check(server: Serving) -> None:
+    async with serving(
+        tmp_path, template=templates.QWEN_THINKING, check_grammar=checked.append, max_seq_len=2048
+    ) as server:
         server.speak('[{"name": "get_time", "arguments": {"zone": "CET"}}]')
         body = {"messages": USER, "tools": [WEATHER, TIME], **extra}
         answer = await server.openai.chat.completions.create(model=MODEL, **body)
@@ -140,8 +141,6 @@ def test_a_forced_call_is_a_grammar_and_is_read_as_such(
         assert schema.get("maxItems") == limit
         content, _, parts, finish = await streamed(server, **body)
         assert (content, finish, parts[0]["arguments"]) == ("", "tool_calls", '{"zone": "CET"}')
-
-    serve_and(tmp_path, check, template=templates.QWEN_THINKING, check_grammar=checked.append, max_seq_len=2048)
 
 
 async def test_a_malformed_call_is_content(server: Serving) -> None:
