@@ -66,9 +66,7 @@ def test_an_encrypted_key_does_not_stop_to_ask_for_a_password(tmp_path: Path) ->
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
 def test_a_public_address_without_a_key_is_refused_unless_told_to(host: str) -> None:
     with bound(host) as listener:
-        with pytest.raises(
-            ConfigError, match="no key is asked for: set --api-key or MINISGL_API_KEY, or give"
-        ):
+        with pytest.raises(ConfigError, match="no key is asked for: set --api-key or MINISGL_API_KEY, or give"):
             check_public(Config(host=host), listener)
         check_public(Config(host=host, allow_public=True), listener)
         check_public(Config(host=host, api_key=("secret",)), listener)

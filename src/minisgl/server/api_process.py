@@ -15,7 +15,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import msgspec
 import uvicorn
@@ -82,26 +82,21 @@ class HttpServer(uvicorn.Server):
 
 
 async def serve_http(
-    server: HttpServer,
-    listener: socket.socket,
-    client: EngineClient,
-    shutdown: Shutdown,
-    engine_ended: asyncio.Future[Any],
-    drain_timeout: float,
+    server: HttpServer, listener: socket.socket, client: EngineClient, shutdown: Shutdown, drain_timeout: float
 ) -> None:
     """Serve until `shutdown.stop` or the engine's end; live requests are answered before this returns.
 
     After `stop` they may go on for `drain_timeout` s, or until `force`, while new ones get 503; then they end with 503.
     """
-    loop, stop, force = asyncio.get_running_loop(), shutdown.stop, shutdown.force
+    loop, stop, force, gone = asyncio.get_running_loop(), shutdown.stop, shutdown.force, client.gone
     serving = asyncio.create_task(server.serve([listener]))
     last_bytes = ANSWER_SECONDS
-    await wait_first(serving, stop.wait(), engine_ended)
-    if engine_ended.done():
+    await wait_first(serving, stop.wait(), gone.wait())
+    if gone.is_set():
         await wait_first(serving, stop.wait(), timeout=ANSWER_SECONDS)
     elif stop.is_set():
         deadline = loop.time() + drain_timeout
-        await wait_first(client.drain(), serving, force.wait(), engine_ended, timeout=drain_timeout)
+        await wait_first(client.drain(), serving, force.wait(), gone.wait(), timeout=drain_timeout)
         if client.num_live:
             logger.warning("%d requests are cut short", client.num_live)
             client.fail("the server is shutting down")
@@ -118,7 +113,6 @@ async def serve_api(
     client: EngineClient,
     listener: socket.socket,
     shutdown: Shutdown,
-    engine_ended: asyncio.Future[Any],
     on_listening: Callable[[ipc.Serving], None],
     started: float,
     processes: ApiProcesses,
@@ -139,7 +133,7 @@ async def serve_api(
     serving = ipc.Serving(model.name, tokenizer.has_chat_template, has_tokenizer)
     server = HttpServer(app, lambda: on_listening(serving), config)
     try:
-        await serve_http(server, listener, client, shutdown, engine_ended, config.drain_timeout)
+        await serve_http(server, listener, client, shutdown, config.drain_timeout)
     finally:
         grammars.close()
 
@@ -149,7 +143,6 @@ async def serve_worker(setup: ipc.WorkerSetup, stdin: BinaryIO, stdout: BinaryIO
     config, metrics, processes = setup.config, Metrics(setup.folder), ApiProcesses(setup.folder)
     client = EngineClient(*ipc.addresses(setup.folder, setup.link), config, link=setup.link, metrics=metrics)
     shutdown = Shutdown()
-    engine_ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def say(message: ipc.Serving | ipc.Unable) -> None:
         stdout.write(msgspec.json.encode(message) + b"\n")
@@ -160,7 +153,6 @@ async def serve_worker(setup: ipc.WorkerSetup, stdin: BinaryIO, stdout: BinaryIO
         while order := await lines.readline():
             if order == b"engine ended\n":
                 client.fail()
-                engine_ended.set_result(None)
             else:
                 shutdown.stop.set()
             if order == b"force\n":
@@ -170,7 +162,7 @@ async def serve_worker(setup: ipc.WorkerSetup, stdin: BinaryIO, stdout: BinaryIO
     tasks = [asyncio.create_task(obey()), asyncio.create_task(processes.beat())]
     try:
         listener = socket.socket(fileno=setup.listener)
-        await serve_api(config, client, listener, shutdown, engine_ended, say, setup.started, processes)
+        await serve_api(config, client, listener, shutdown, say, setup.started, processes)
     except EngineDeadError:
         return 1
     except MinisglError as error:

@@ -168,7 +168,7 @@ class EngineClient:
 
     It binds the sockets and the engine's process connects, so either may be first. No queue here is without bound:
     `queue` says how many requests may be live, and none has more than its `max_tokens` tokens waiting. `link` is the
-    number that the engine knows this process by, `stats` are its counts when it last answered.
+    number that the engine knows this process by, `stats` are its counts when it last answered, `dead` why it is `gone`.
     """
 
     def __init__(
@@ -182,6 +182,7 @@ class EngineClient:
         max_live: int = MAX_LIVE_REQUESTS,
     ) -> None:
         self.dead: EngineDeadError | None = None
+        self.gone = asyncio.Event()
         self.draining = False
         self.metrics = metrics or Metrics()
         self.queue = Queue(config, self.metrics, max_live)
@@ -315,6 +316,7 @@ class EngineClient:
         if self.dead is not None:
             return
         self.dead = EngineDeadError(message)
+        self.gone.set()
         for group in {group for _, group in self._live.values()}:
             group.fail(self.dead, "error")
         for waiter in (self._ready, *self._answers.values()):

@@ -96,8 +96,7 @@ async def run(config: Config, command: Sequence[str]) -> None:
             if workers is None:
                 from minisgl.server.api_process import serve_api
 
-                client, processes = engine.client, ApiProcesses()
-                await serve_api(config, client, listener, shutdown, engine.ended, on_listening, started, processes)
+                await serve_api(config, engine.client, listener, shutdown, on_listening, started, ApiProcesses())
             else:
                 await workers.serve(shutdown, on_listening)
         finally:
