@@ -178,14 +178,10 @@ class MessageToolCall(Body, kw_only=True):
 
 GIVEN: dict[str, Any] = {"not": NULL}
 NO_CALLS: dict[str, Any] = {"tool_calls": {"enum": [None, []]}, "reasoning_content": {"enum": [None, ""]}}
-PROMPT_RULE: dict[str, Any] = {
-    "role": {"enum": ["system", "developer", "user"]},
-    "content": GIVEN,
-    "tool_call_id": NULL,
-}
+USER_RULE: dict[str, Any] = {"role": {"enum": ["system", "developer", "user"]}, "content": GIVEN, "tool_call_id": NULL}
 TOOL_RULE: dict[str, Any] = {"role": {"const": "tool"}, "content": GIVEN, "tool_call_id": GIVEN}
 ROLES: list[Any] = [
-    {"properties": PROMPT_RULE | NO_CALLS, "required": ["role", "content"]},
+    {"properties": USER_RULE | NO_CALLS, "required": ["role", "content"]},
     {"properties": {"role": {"const": "assistant"}, "tool_call_id": NULL}, "required": ["role"]},
     {"properties": TOOL_RULE | NO_CALLS, "required": ["role", "content", "tool_call_id"]},
 ]
