@@ -145,10 +145,6 @@ def test_resolving_is_pure_and_what_is_resolved_resolves_to_itself(machine: Mach
         ({"cache": "lru"}, "--cache must be one of radix, naive"),
         ({"api_workers": 0}, "--api-workers must be between 1 and 64, got 0"),
         ({"api_workers": 65}, "--api-workers must be between 1 and 64, got 65"),
-        (
-            {"api_workers": 3, "num_tokenizer": 2},
-            "--num-tokenizer 2 is shared among --api-workers 3: give each at least",
-        ),
         ({"all_reduce": "ring"}, "--all-reduce must be one of auto, fused, nccl"),
         ({"all_reduce": "symmetric"}, "--all-reduce must be one of auto, fused, nccl, got 'symmetric'"),
         ({"attn": "fa,"}, "--attn must be auto"),

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 
 import msgspec
 import zmq
+from minisgl.engine.messages import Abort, Add, Attach, Detach, Events, FromEngine, Ping, Pong, Ready, ToEngine
 
 from minisgl.cli import Parser
 from minisgl.config import Config
 from minisgl.core.types import EngineStats, FinishReason, ModelInfo, TokenEvent
-from minisgl.engine.messages import Abort, Add, Attach, Detach, Events, FromEngine, Ping, Pong, Ready, ToEngine
 from minisgl.formats.hub import locate_model
 from minisgl.server.launch import serve
 from minisgl_bench.command import online
