@@ -23,7 +23,7 @@ ALIGNMENT = 8
 class KVCache:
     """Keys and values, each (layers, num_pages + 1, page_size, KV heads, head_dim).
 
-    The last page, id `num_pages`, is scratch: padding rows write there, and nobody reads what they wrote.
+    The last page, id `num_pages`, is scratch: padding rows write there, and nothing reads it.
     """
 
     k: Tensor

@@ -51,7 +51,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepOutput:
-        """Do what the plan says; where rows wait for masks, the logits processors are left for `finish`."""
+        """Run a step; where rows wait for masks, the logits processors are left for `finish`."""
         output = self._forward_and_sample(plan)
         if plan.special is not None and len(plan.special.constrained) == 0:
             self.logits_processors.run(plan, output, None)

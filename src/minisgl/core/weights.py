@@ -330,7 +330,7 @@ class Checkpoint:
             raise ModelError(f"{path}: tensor {name} is stored as {dtype}; {', '.join(STORED_DTYPES)} can be read")
 
     def check_complete(self, used: set[str]) -> None:
-        """Raise ModelError for a weight or bias of a known module that is not in `used`: it would change the answer."""
+        """Raise ModelError for a weight or bias of a known module that is not in `used`: it would change the output."""
         modules = {name.rpartition(".")[0] for name in used}
         for name, file in self._file_of.items():
             module, _, kind = name.rpartition(".")
