@@ -105,7 +105,7 @@ def test_no_setting_changes_a_special_answer(overlap: bool, cache: str, chunk: i
 def test_what_is_compared_above_depends_on_each_parameter(kind: int, neutral: dict[str, object]) -> None:
     for request in special_requests(SPEC.vocab_size)[kind::11]:
         params = msgspec.structs.replace(request.params, **neutral)
-        without = slow_answer(SPEC, weights(), Request(id="x", prompt=request.prompt, params=params), LIMIT)
+        without = slow_answer(SPEC, weights(), Request.make(id="x", prompt=request.prompt, params=params), LIMIT)
         assert without.tokens != right()[request.id].tokens
 
 
@@ -121,7 +121,7 @@ def test_a_prompt_that_wants_scores_is_not_taken_from_the_cache_but_goes_there()
 
     def cached(name: str, **params: object) -> int:
         settings = SamplingParams(temperature=0.0, max_tokens=2, **params)  # type: ignore[arg-type]
-        engine.add(Request(id=name, prompt=prompt, params=settings))
+        engine.add(Request.make(id=name, prompt=prompt, params=settings))
         events = []
         while engine.has_work:
             events += engine.step()
@@ -133,7 +133,9 @@ def test_a_prompt_that_wants_scores_is_not_taken_from_the_cache_but_goes_there()
 
 def test_a_prompt_retracted_between_chunks_is_scored_on_from_where_it_was() -> None:
     prompt = [3 * i % 200 for i in range(100)]
-    request = Request(id="x", prompt=prompt, params=SamplingParams(temperature=0.0, max_tokens=3, prompt_logprobs=2))
+    request = Request.make(
+        id="x", prompt=prompt, params=SamplingParams(temperature=0.0, max_tokens=3, prompt_logprobs=2)
+    )
     engine = make_engine(max_prefill_length=20)
     engine.add(request)
     answer, steps = Answer(), 0
@@ -152,7 +154,7 @@ def test_scores_are_right_for_stop_tokens_and_a_prompt_of_one_token() -> None:
     params = SamplingParams(
         temperature=0.0, max_tokens=4, logprobs=3, prompt_logprobs=1, logit_bias={EOS: 100.0}, min_tokens=2
     )
-    request = Request(id="x", prompt=[9], params=params)
+    request = Request.make(id="x", prompt=[9], params=params)
     slow = slow_answer(SPEC, weights(), request, LIMIT)
     assert slow.tokens[-1] == EOS
     assert len(slow.tokens) == 3
@@ -163,7 +165,7 @@ def test_scores_are_right_for_stop_tokens_and_a_prompt_of_one_token() -> None:
 
 def test_a_bias_of_a_hundred_decides_and_of_minus_a_hundred_forbids() -> None:
     params = SamplingParams(temperature=0.0, max_tokens=5, logit_bias={17: 100.0, 18: -100.0}, ignore_eos=True)
-    assert answers(make_engine(), [Request(id="x", prompt=[1, 2], params=params)])["x"].tokens == [17] * 5
+    assert answers(make_engine(), [Request.make(id="x", prompt=[1, 2], params=params)])["x"].tokens == [17] * 5
 
 
 def test_a_row_used_again_forgets_who_was_there() -> None:
@@ -183,7 +185,7 @@ def test_a_row_used_again_forgets_who_was_there() -> None:
 def test_ordinary_steps_run_no_logits_processors() -> None:
     engine = make_engine()
     plans = record_plans(engine)
-    ordinary = [Request(id=str(i), prompt=[i + 1] * 5, params=SamplingParams(max_tokens=6)) for i in range(3)]
+    ordinary = [Request.make(id=str(i), prompt=[i + 1] * 5, params=SamplingParams(max_tokens=6)) for i in range(3)]
     answers(engine, ordinary)
     assert all(plan.special is None for plan in plans)
     assert isinstance(engine.executor, LocalExecutor)
@@ -196,7 +198,7 @@ def test_ordinary_steps_run_no_logits_processors() -> None:
 def test_a_failing_grammar_ends_its_own_request_only(overlap: bool) -> None:
     def failing(name: str, source: str) -> Request:
         params = SamplingParams(temperature=0.0, max_tokens=9, grammar=Grammar(kind="lark", source=source))
-        return Request(id=name, prompt=[1, 2, 3], params=params)
+        return Request.make(id=name, prompt=[1, 2, 3], params=params)
 
     requests = special_requests(SPEC.vocab_size)
     engine = make_engine(overlap=overlap, max_running_requests=16)
@@ -227,7 +229,7 @@ def test_a_grammar_that_allows_nothing_more_ends_the_request_as_a_stop() -> None
         SamplingParams(temperature=0.0, grammar=cycle(3, 4), min_tokens=9),
     ):
         engine = make_engine()
-        engine.add(Request(id="x", prompt=[5, 6], params=params))
+        engine.add(Request.make(id="x", prompt=[5, 6], params=params))
         events = []
         while engine.has_work:
             events += engine.step()

@@ -54,7 +54,7 @@ def run(
 
 
 def request(name: str, max_tokens: int) -> Request:
-    return Request(id=name, prompt=[5] * 40, params=SamplingParams(max_tokens=max_tokens, ignore_eos=True))
+    return Request.make(id=name, prompt=[5] * 40, params=SamplingParams(max_tokens=max_tokens, ignore_eos=True))
 
 
 async def answer(service: EngineService, asked: Request) -> list[TokenEvent]:

@@ -28,7 +28,7 @@ class Anything:
 
 def request(name: str, source: str = "a") -> tuple[Request, Grammar]:
     grammar = Grammar(kind="regex", source=source)
-    return Request(id=name, prompt=[1], params=SamplingParams(grammar=grammar)), grammar
+    return Request.make(id=name, prompt=[1], params=SamplingParams(grammar=grammar)), grammar
 
 
 def until(condition: Callable[[], bool]) -> None:

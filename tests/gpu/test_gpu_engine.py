@@ -120,7 +120,7 @@ def mixed_requests() -> list[Request]:
             temperature=0.8 * (i % 2), top_p=(1.0, 0.9, 1.0)[i % 3], top_k=(0, 0, 20)[i % 3], seed=i,
             max_tokens=6 + i % 9, ignore_eos=i % 4 != 0,
         )  # fmt: skip
-        made.append(Request(id=str(i), prompt=(shared if i % 4 < 2 else []) + tokens, params=params))
+        made.append(Request.make(id=str(i), prompt=(shared if i % 4 < 2 else []) + tokens, params=params))
     return made
 
 
@@ -199,11 +199,11 @@ def test_padding_a_batch_changes_no_certain_token(record_property: Callable[[str
 def test_a_seed_says_the_same_alone_and_among_others() -> None:
     prompt = random_prompts([9], seed=6)[0]
     params = SamplingParams(temperature=1.0, seed=11, max_tokens=24, ignore_eos=True)
-    wanted = Request(id="wanted", prompt=prompt, params=params)
+    wanted = Request.make(id="wanted", prompt=prompt, params=params)
     others = mixed_requests()[:7]
     by_itself = full_precision().answer([wanted])[0]
     assert full_precision().answer([*others, wanted])[-1] == by_itself
-    unlike = Request(id="unlike", prompt=prompt, params=msgspec.structs.replace(params, seed=12))
+    unlike = Request.make(id="unlike", prompt=prompt, params=msgspec.structs.replace(params, seed=12))
     assert full_precision().answer([unlike])[0] != by_itself
 
 
@@ -319,7 +319,7 @@ def test_a_prompt_of_128k_tokens_fits_beside_what_is_measured_for_a_real_shape()
         model = ModelInfo(name="qwen", vocab_size=spec.vocab_size, max_seq_len=limit, eos_token_ids=(0,))
         engine = Engine(executor, model, config)
         params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
-        engine.add(Request(id="long", prompt=[7, 11, 13, 17] * 2**15, params=params))
+        engine.add(Request.make(id="long", prompt=[7, 11, 13, 17] * 2**15, params=params))
         events = []
         while engine.has_work:
             events += engine.step()

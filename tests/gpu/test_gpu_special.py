@@ -82,7 +82,7 @@ def test_graphs_change_no_bit_of_scores_at_fixed_batch_shapes() -> None:
     )
     prompts = random_prompts([3 + i for i in range(8)], seed=4)
     requests = [
-        Request(id=str(i), prompt=prompt, params=msgspec.structs.replace(params, seed=i))
+        Request.make(id=str(i), prompt=prompt, params=msgspec.structs.replace(params, seed=i))
         for i, prompt in enumerate(prompts)
     ]
     on, off = (answers(make("bfloat16", cuda_graph_max_bs=n), requests) for n in (8, 0))

@@ -59,7 +59,7 @@ def main() -> None:
     params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
     answers: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
     for name, prompt in zip(answers, prompts, strict=True):
-        engine.add(Request(id=name, prompt=prompt, params=params))
+        engine.add(Request.make(id=name, prompt=prompt, params=params))
     while engine.has_work:
         for event in engine.step():
             answers[event.id] += event.tokens

@@ -158,7 +158,7 @@ def build(spec: ModelSpec, weights: Weights, config: Config, max_seq_len: int = 
 def greedy(prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Request]:
     """Greedy requests of one length of answer."""
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-    return [Request(id=str(i), prompt=list(prompt), params=params) for i, prompt in enumerate(prompts)]
+    return [Request.make(id=str(i), prompt=list(prompt), params=params) for i, prompt in enumerate(prompts)]
 
 
 def random_prompts(lengths: Iterable[int], seed: int = 0) -> list[list[int]]:

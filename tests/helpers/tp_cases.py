@@ -65,7 +65,7 @@ def requests(spec: ModelSpec, count: int) -> list[Request]:
             max_tokens=4 + i % 5,
             ignore_eos=i % 4 != 0,
         )
-        made.append(Request(id=str(i), prompt=(shared if i % 2 else []) + own, params=params))
+        made.append(Request.make(id=str(i), prompt=(shared if i % 2 else []) + own, params=params))
     return made
 
 

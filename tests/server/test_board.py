@@ -15,7 +15,7 @@ from minisgl.server.limits import Limits, Queue
 
 
 def requests(count: int, tokens: int = 10) -> list[Request]:
-    return [Request(id=str(i), prompt=[5] * tokens, params=SamplingParams()) for i in range(count)]
+    return [Request.make(id=str(i), prompt=[5] * tokens, params=SamplingParams()) for i in range(count)]
 
 
 def test_queues_on_one_board_share_their_limits(tmp_path: Path) -> None:

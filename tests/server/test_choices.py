@@ -55,7 +55,7 @@ def test_several_prompts_with_n_are_numbered_prompt_by_prompt(tmp_path: Path) ->
             model=MODEL, prompt=["one fox", "dogs"], max_tokens=2, n=2, seed=1
         )
         ids = [server.tokenizer.encode(text) for text in ("one fox", "one fox", "dogs", "dogs")]
-        assert [r.prompt for r in server.engine.seen] == ids
+        assert [r.prompt.tolist() for r in server.engine.seen] == ids
         assert [r.params.seed for r in server.engine.seen] == [1, nth_seed(1, 1)] * 2
         assert [c.text for c in answer.choices] == [
             server.tokenizer.decode([p[i % len(p)] for i in range(2)]) for p in ids

@@ -105,7 +105,7 @@ def test_nobody_waits_for_somebody_elses_grammar(tmp_path: Path, monkeypatch: py
         serving = simulated(tmp_path, monkeypatch.setattr, constraints=factory)
         async with asyncio.timeout(30), serving as (side, thread):
             requests = [
-                Request(id=name, prompt=[9, 10], params=SamplingParams(max_tokens=3, seed=1, grammar=grammar))
+                Request.make(id=name, prompt=[9, 10], params=SamplingParams(max_tokens=3, seed=1, grammar=grammar))
                 for name, grammar in (("a", Grammar(kind="regex", source="x")), ("b", None))
             ]
             constrained, free = (side.service.submit([request]) for request in requests)

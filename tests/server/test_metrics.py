@@ -28,7 +28,7 @@ def test_a_histogram_counts_up_to_and_including_each_bound() -> None:
 
 def test_the_times_of_a_request_are_those_between_its_events() -> None:
     metrics = Metrics()
-    live = Live(Request(id="a-0", prompt=[1, 2, 3], params=SamplingParams()), None, 10.0)  # type: ignore[arg-type]
+    live = Live(Request.make(id="a-0", prompt=[1, 2, 3], params=SamplingParams()), None, 10.0)  # type: ignore[arg-type]
     metrics.on_admitted(live, 10.5)
     metrics.on_admitted(live, 99.0)  # retracted and admitted again
     metrics.on_tokens(live, 1, 12.0)
@@ -121,7 +121,7 @@ def test_metrics_are_shown_while_the_engine_is_deaf_or_dead(tmp_path: Path, monk
 
 def test_counting_a_token_costs_microseconds_at_most() -> None:
     metrics = Metrics()
-    live = Live(Request(id="a-0", prompt=[1], params=SamplingParams()), None, 0.0)  # type: ignore[arg-type]
+    live = Live(Request.make(id="a-0", prompt=[1], params=SamplingParams()), None, 0.0)  # type: ignore[arg-type]
     best = float("inf")
     for _ in range(5):
         started = time.perf_counter()

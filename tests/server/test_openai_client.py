@@ -14,7 +14,7 @@ HELLO: list[Any] = [{"role": "user", "content": "hello 世界"}]
 def test_a_chat_answer_is_a_whole_object(tmp_path: Path) -> None:
     async def check(server: Serving) -> None:
         answer = await server.openai.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=9)
-        prompt = server.engine.seen[0].prompt
+        prompt = server.engine.seen[0].prompt.tolist()
         assert answer.id.startswith("chatcmpl-")
         assert (answer.object, answer.model) == ("chat.completion", MODEL)
         assert answer.created > 1_700_000_000
@@ -209,7 +209,7 @@ def test_message_forms_and_template_variables_reach_the_template(tmp_path: Path)
         ):
             body = {"messages": messages, "max_tokens": 1, **extra}
             assert (await server.http.post("/v1/chat/completions", json=body)).status_code == 200
-            prompt = server.engine.seen[-1].prompt
+            prompt = server.engine.seen[-1].prompt.tolist()
             assert server.tokenizer.decode(prompt, skip_special_tokens=False) == template + tail
 
     serve_and(tmp_path, check)

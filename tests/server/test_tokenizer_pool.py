@@ -141,7 +141,7 @@ def test_many_at_once_are_shared_and_each_gets_its_own(setup: TokenizerSetup) ->
         for i, outcome in enumerate(await outcomes):
             assert isinstance(outcome, Prepared)
             (request,) = outcome.requests
-            assert (request.prompt, request.priority) == ([i + 1] * (i + 1), i)
+            assert (request.prompt.tolist(), request.priority) == ([i + 1] * (i + 1), i)
 
     with_pool(setup, 2, check)
 

@@ -200,7 +200,8 @@ class Trials:
         """Answer all requests together; the tokens of each."""
         answers: dict[str, list[int]] = {}
         for prompt, params in zip(workload.prompts, workload.params, strict=True):
-            request = Request(id=str(next(self._ids)), prompt=prompt, params=params)
+            engine.model.check(prompt, params)
+            request = Request.make(id=str(next(self._ids)), prompt=prompt, params=params)
             answers[request.id] = []
             engine.add(request)
         while engine.has_work:

@@ -1,7 +1,7 @@
-"""Rows that come, grow, publish and go: no page in two places, and what a row reads is its own prefix.
+"""The free list, and rows that come, grow, publish and go: no page is in two places, each row reads its own prefix.
 
 Planted by hand once in the cache, each caught by `TestManager` and most by a test with a name as well (R: caught by
-test_radix.py too):
+test_radix_cache.py too):
 
 1. `release` forgets to unlock its row's node.
 2. Eviction takes pages of locked leaves (R).
@@ -19,21 +19,60 @@ One more, a use that does not renew `last_used`, is caught by the tests of evict
 
 from __future__ import annotations
 
-from contextlib import closing
-
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from minisgl.core.pages import CacheManager
-from minisgl.core.radix_cache import Int32, OutOfPages
-from minisgl.errors import ConfigError
+from minisgl.core.pages import CacheManager, OutOfPages, PageAllocator
+from minisgl.core.plan import Int32
 
 
 def ids(*values: int) -> Int32:
     return np.array(values, np.int32)
+
+
+def test_a_new_allocator_hands_out_ascending_runs() -> None:
+    allocator = PageAllocator(8)
+    assert allocator.allocate(3).tolist() == [0, 1, 2]
+    assert allocator.allocate(2).tolist() == [3, 4]
+    assert allocator.allocate(0).tolist() == []
+    assert allocator.num_free == 3
+
+
+def test_pages_freed_together_come_back_in_the_same_order() -> None:
+    allocator = PageAllocator(8)
+    allocator.allocate(8)
+    allocator.free(ids(5, 6, 7))
+    assert allocator.allocate(3).tolist() == [5, 6, 7]
+
+
+def test_allocated_pages_are_a_copy_and_asking_for_too_many_takes_none() -> None:
+    allocator = PageAllocator(4)
+    allocator.allocate(1)[:] = 3
+    with pytest.raises(OutOfPages, match="4 pages were asked for and 3 are free"):
+        allocator.allocate(4)
+    assert allocator.num_free == 3
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (ids(0, 2), "double free of page 2"),
+        (ids(1, 0, 1), "double free of page 1"),
+        (ids(0, 4), "not all within 0 … 3"),
+        (ids(-1), "not all within 0 … 3"),
+    ],
+)
+def test_a_wrong_free_raises_and_changes_nothing(wrong: Int32, message: str) -> None:
+    allocator = PageAllocator(4)
+    allocator.allocate(2)
+    with pytest.raises(RuntimeError, match=message):
+        allocator.free(wrong)
+    assert sorted(allocator.free_pages().tolist()) == [2, 3]
+    allocator.free(ids(0, 1))
+    assert sorted(allocator.allocate(4).tolist()) == [0, 1, 2, 3]
 
 
 def grow(cache: CacheManager, slot: int, length: int) -> Int32:
@@ -41,13 +80,8 @@ def grow(cache: CacheManager, slot: int, length: int) -> Int32:
     return cache.extend(ids(slot), ids(length))[2]
 
 
-def test_an_unknown_kind_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="radix or naive, got 'lru'"):
-        CacheManager(4, 1, "lru", 1, 4)
-
-
 def test_the_last_token_of_a_prompt_is_never_taken_from_the_cache() -> None:
-    cache = CacheManager(8, 2, "radix", 2, 4)
+    cache = CacheManager(8, 2, True, 2, 4)
     prompt = ids(1, 2, 3, 4)
     assert cache.acquire(0, prompt) == 0
     grow(cache, 0, 4)
@@ -59,7 +93,7 @@ def test_the_last_token_of_a_prompt_is_never_taken_from_the_cache() -> None:
 
 
 def test_extend_gives_each_row_what_it_lacks_and_says_so() -> None:
-    cache = CacheManager(16, 4, "radix", 3, 4)
+    cache = CacheManager(16, 4, True, 3, 4)
     for slot in range(3):
         cache.acquire(slot, ids(slot))
     grow(cache, 1, 4)
@@ -74,7 +108,7 @@ def test_extend_gives_each_row_what_it_lacks_and_says_so() -> None:
 
 
 def test_published_pages_are_shared_while_their_row_runs() -> None:
-    cache = CacheManager(8, 2, "radix", 2, 4)
+    cache = CacheManager(8, 2, True, 2, 4)
     prompt = ids(1, 2, 3, 4, 5)
     cache.acquire(0, prompt)
     mine = grow(cache, 0, 5)
@@ -92,40 +126,8 @@ def test_published_pages_are_shared_while_their_row_runs() -> None:
     assert cache.num_free == 8
 
 
-def test_a_row_keeps_its_duplicates_until_its_release_and_publishes_what_follows() -> None:
-    cache = CacheManager(16, 1, "radix", 2, 8)
-    for slot in range(2):
-        cache.acquire(slot, ids(1, 2, 3, 4))
-        grow(cache, slot, 4)
-    cache.publish(0, ids(1, 2), 2)
-    before = cache.writes(1)[2].tolist()
-    cache.publish(1, ids(1, 2, 3, 4), 3)
-    assert cache.writes(1)[2].tolist() == before
-    assert (cache.num_cached, cache.num_owned) == (3, 5)
-    cache.check()
-    cache.release(1, ids(1, 2, 3, 4), 4)
-    assert (cache.num_cached, cache.num_owned, cache.num_free) == (4, 2, 10)
-    cache.check()
-
-
-def test_a_token_that_the_host_does_not_know_yet_is_not_cached() -> None:
-    cache = CacheManager(8, 2, "radix", 1, 4)
-    cache.acquire(0, ids(1, 2, 3))
-    grow(cache, 0, 4)
-    cache.release(0, ids(1, 2, 3), 4)
-    assert (cache.num_cached, cache.num_free) == (1, 7)
-
-
-def test_a_partial_page_is_never_published() -> None:
-    cache = CacheManager(8, 4, "radix", 1, 4)
-    cache.acquire(0, ids(*range(8)))
-    grow(cache, 0, 7)
-    cache.publish(0, ids(*range(8)), 7)
-    assert cache.num_cached == 1
-
-
 def test_extend_evicts_the_least_recently_used_prefix_and_never_a_borrowed_one() -> None:
-    cache = CacheManager(6, 1, "radix", 2, 6)
+    cache = CacheManager(6, 1, True, 2, 6)
     for first in (1, 2, 3):
         cache.acquire(0, ids(first, first))
         grow(cache, 0, 2)
@@ -143,7 +145,7 @@ def test_extend_evicts_the_least_recently_used_prefix_and_never_a_borrowed_one()
 
 
 def test_match_len_is_no_use_of_a_prefix_and_acquire_is() -> None:
-    cache = CacheManager(3, 1, "radix", 1, 3)
+    cache = CacheManager(3, 1, True, 1, 3)
     for first in (1, 2, 3):
         cache.acquire(0, ids(first))
         grow(cache, 0, 1)
@@ -156,14 +158,46 @@ def test_match_len_is_no_use_of_a_prefix_and_acquire_is() -> None:
     assert [cache.match_len(ids(n, 0)) for n in (1, 2, 3)] == [1, 0, 1]
 
 
-def test_the_naive_cache_shares_nothing() -> None:
-    cache = CacheManager(4, 1, "naive", 2, 4)
-    cache.acquire(0, ids(1, 2))
-    grow(cache, 0, 2)
-    cache.publish(0, ids(1, 2), 2)
-    assert cache.match_len(ids(1, 2, 3)) == cache.acquire(1, ids(1, 2, 3)) == 0
-    cache.release(0, ids(1, 2), 2)
-    assert (cache.num_cached, cache.num_free, cache.flush()) == (0, 4, 0)
+class AllocatorMachine(RuleBasedStateMachine):
+    """The model is the set of pages that are out."""
+
+    @initialize(num_pages=st.integers(0, 40))
+    def start(self, num_pages: int) -> None:
+        self.allocator = PageAllocator(num_pages)
+        self.num_pages = num_pages
+        self.out: list[int] = []
+
+    @rule(count=st.integers(0, 20))
+    def allocate(self, count: int) -> None:
+        if count > self.num_pages - len(self.out):
+            with pytest.raises(OutOfPages):
+                self.allocator.allocate(count)
+            return
+        self.out += self.allocator.allocate(count).tolist()
+
+    @rule(data=st.data(), right=st.booleans())
+    def free(self, data: st.DataObject, right: bool) -> None:
+        some = st.sampled_from(self.out) if right and self.out else st.integers(-2, self.num_pages + 1)
+        back = data.draw(st.lists(some, max_size=5))
+        if len(set(back)) == len(back) and set(back) <= set(self.out):
+            self.allocator.free(ids(*back))
+            self.out = [page for page in self.out if page not in back]
+        else:
+            with pytest.raises(RuntimeError):
+                self.allocator.free(ids(*back))
+
+    @invariant()
+    def each_page_is_free_or_out(self) -> None:
+        if hasattr(self, "allocator"):
+            assert len(set(self.out)) == len(self.out)
+            assert self.allocator.num_free == self.num_pages - len(self.out)
+            assert sorted(self.allocator.free_pages().tolist() + self.out) == list(range(self.num_pages))
+
+
+TestAllocator = AllocatorMachine.TestCase
+TestAllocator.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None, derandomize=True, phases=[Phase.generate]
+)
 
 
 class Row:
@@ -186,12 +220,12 @@ class ManagerMachine(RuleBasedStateMachine):
     @initialize(
         page_size=st.sampled_from([1, 2, 16]),
         pages=st.integers(4, 32),
-        kind=st.sampled_from(["radix", "radix", "radix", "naive"]),
+        shared=st.sampled_from([True, True, True, False]),
     )
-    def start(self, page_size: int, pages: int, kind: str) -> None:
-        self.kind = kind
+    def start(self, page_size: int, pages: int, shared: bool) -> None:
+        self.shared = shared
         self.size = page_size
-        self.cache = CacheManager(pages, page_size, kind, 4, 16)
+        self.cache = CacheManager(pages, page_size, shared, 4, 16)
         self.content = np.full((pages, page_size), -1, np.int64)
         self.prefixes: dict[tuple[int, int], int] = {}
         self.rows = {}
@@ -230,7 +264,7 @@ class ManagerMachine(RuleBasedStateMachine):
         assert cached < len(tokens)
         assert self.cache.available >= available - cached // self.size
         assert self.cache.row_pages[slot] == cached // self.size
-        if self.kind == "naive":
+        if not self.shared:
             assert cached == 0
         row = self.rows[slot] = Row(tokens, cached)
         self.compute([slot], [row.written + (row.known - row.written) * parts // 4])
@@ -309,8 +343,7 @@ class ManagerMachine(RuleBasedStateMachine):
         """What is foretold of rows that leave comes true, also where another row starts on what they share."""
         slots = [slot for slot in order if slot in self.rows][:count]
         new = None if start is None else self.rows[self.pick(start)].tokens
-        with closing(self.cache.departures(np.array(slots, np.intp), new)) as departures:
-            foretold = list(departures)
+        foretold = self.cache.available_after(np.array(slots, np.intp), new)
         self.cache.check()
         if new is not None:
             if not (free := [slot for slot in range(4) if slot not in self.rows]):
@@ -335,7 +368,7 @@ class ManagerMachine(RuleBasedStateMachine):
 
     def finds(self, row: Row) -> None:
         """What was just offered is in the cache, whole pages of it, and nothing behind."""
-        if self.kind == "radix":
+        if self.shared:
             whole = min(row.known, row.written) // self.size * self.size
             assert self.cache.match_len(np.append(row.tokens[:whole], 99).astype(np.int32)) == whole
 
@@ -351,6 +384,7 @@ class ManagerMachine(RuleBasedStateMachine):
     def each_page_is_in_one_place(self) -> None:
         if hasattr(self, "cache"):
             self.cache.check()
+            assert self.shared or self.cache.num_cached == 0
             assert self.cache.num_free + self.cache.num_cached + self.cache.num_owned == self.cache.num_pages
 
     @invariant()
@@ -369,4 +403,6 @@ class ManagerMachine(RuleBasedStateMachine):
 
 
 TestManager = ManagerMachine.TestCase
-TestManager.settings = settings(max_examples=200, stateful_step_count=40, deadline=None, derandomize=True)
+TestManager.settings = settings(
+    max_examples=200, stateful_step_count=40, deadline=None, derandomize=True, phases=[Phase.generate]
+)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.simulation import expected_tokens, record_plans, request, simulated_engine, tokens_of
+from helpers.simulation import advance, check_answers, record_plans, request, simulated_engine
 from minisgl.core.engine import Engine
 from minisgl.core.policy import POLICIES
-from minisgl.core.request_state import Entry
-from minisgl.core.types import FinishReason, Request, TokenEvent
+from minisgl.core.request_state import RequestState
+from minisgl.core.types import FinishReason, Request
 
 
 def asked(name: str, priority: int, prompt: int = 8, max_tokens: int = 20) -> Request:
     """A request that runs to its length."""
-    made = request(name, [len(name) + ord(name[0]) % 40] * prompt, max_tokens=max_tokens, ignore_eos=True)
-    return msgspec.structs.replace(made, priority=priority)
+    tokens = [len(name) + ord(name[0]) % 40] * prompt
+    return request(name, tokens, priority, max_tokens=max_tokens, ignore_eos=True)
 
 
 def running(engine: Engine) -> str:
@@ -27,11 +26,7 @@ def running(engine: Engine) -> str:
 
 def finish(engine: Engine) -> list[str]:
     """Run to the end; names in the order in which they ended."""
-    ends = []
-    while engine.has_work:
-        ends += [event.id for event in engine.step() if event.finish is FinishReason.LENGTH]
-        engine.cache.check()
-    return ends
+    return [event.id for event in advance(engine) if event.finish is FinishReason.LENGTH]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -47,27 +42,28 @@ def test_the_lowest_number_is_admitted_first_and_of_equals_the_oldest(policy: st
 def test_a_better_priority_takes_the_row_of_the_worst_and_youngest(overlap: bool) -> None:
     engine = simulated_engine(max_running_requests=3, overlap=overlap)
     wanted = [asked(name, priority) for name, priority in zip("abcd", (1, 2, 2, 0), strict=True)]
-    events: dict[str, list[TokenEvent]] = {r.id: [] for r in wanted}
-
-    def step(count: int) -> None:
-        for _ in range(count):
-            for event in engine.step():
-                events[event.id].append(event)
-
     for r in wanted[:3]:
         engine.add(r)
-    step(5)
+    events = advance(engine, 5)
     assert running(engine) == "abc"
     engine.add(wanted[3])
-    step(3)
+    events += advance(engine, 3)
     assert running(engine) == "abd"
     assert engine.stats().retracted == 1
-    while engine.has_work:
-        step(1)
-    for r in wanted:
-        assert tokens_of(events[r.id]) == expected_tokens(r, engine.model.max_seq_len)
+    events += advance(engine)
+    check_answers(engine, wanted, {r.id: [event for event in events if event.id == r.id] for r in wanted})
     assert engine.stats().retracted == 1
-    assert engine.cache.num_owned == 0
+
+
+def test_a_row_that_is_about_to_leave_is_room_enough() -> None:
+    engine = simulated_engine(max_running_requests=2)
+    for name in "ab":
+        engine.add(asked(name, 1))
+    engine.step()
+    engine.abort("b")
+    engine.add(asked("c", 0))
+    assert finish(engine) == list("ac")
+    assert engine.stats().retracted == 0
 
 
 def test_equals_displace_nobody() -> None:
@@ -79,30 +75,22 @@ def test_equals_displace_nobody() -> None:
 
 
 @pytest.mark.parametrize("overlap", [True, False])
-def test_pages_are_taken_from_worse_priorities_only_if_that_makes_room(overlap: bool) -> None:
-    """10 pages: `a` fills 6 and more, `b` holds 2; `c` needs 8 and a page for each that runs."""
+@pytest.mark.parametrize(("worst", "wanted", "after"), [(0, 30, "ab"), (5, 22, "bc")])
+def test_pages_are_taken_from_worse_priorities_only_if_that_makes_room(
+    overlap: bool, worst: int, wanted: int, after: str
+) -> None:
+    """10 pages: `a` fills 6 and more, `b` holds 2; `c` needs 8 or 6, and a page for each that runs."""
     engine = simulated_engine(num_pages=10, page_size=4, max_seq_len=40, overlap=overlap, max_prefill_length=64)
-    engine.add(asked("a", 0, prompt=22, max_tokens=12))
+    engine.add(asked("a", worst, prompt=22, max_tokens=12))
     engine.add(asked("b", 2, prompt=5, max_tokens=10))
-    for _ in range(3):
-        engine.step()
+    advance(engine, 3)
     assert running(engine) == "ab"
-    engine.add(asked("c", 1, prompt=30, max_tokens=4))
-    engine.step()
-    assert running(engine) == "ab"  # even without b there is no room for c
-    assert finish(engine)[0] in "ab"
-
-    engine = simulated_engine(num_pages=10, page_size=4, max_seq_len=40, overlap=overlap, max_prefill_length=64)
-    engine.add(asked("a", 5, prompt=22, max_tokens=12))
-    engine.add(asked("b", 2, prompt=5, max_tokens=10))
-    for _ in range(3):
-        engine.step()
-    engine.add(asked("c", 1, prompt=22, max_tokens=4))
-    for _ in range(2):
-        engine.step()
-    assert running(engine) == "bc"
-    assert engine.stats().retracted == 1
-    assert finish(engine)[-1] == "a"
+    engine.add(asked("c", 1, prompt=wanted, max_tokens=4))
+    advance(engine, 2)
+    assert running(engine) == after
+    assert engine.stats().retracted == (after == "bc")
+    ends = finish(engine)
+    assert ends[-1] == "a" if after == "bc" else ends[0] in "ab"
 
 
 @pytest.mark.parametrize("other", [[1] * 20, [2] * 20])
@@ -110,8 +98,7 @@ def test_pages_that_others_hold_too_are_no_room(other: list[int]) -> None:
     """8 pages: `a` and `b` share 5 and own 1 each; `c` wants 7, of which it may find 5, and one for each that runs."""
 
     def sharing(name: str, prompt: list[int], priority: int) -> Request:
-        made = request(name, [*prompt, ord(name) % 40], max_tokens=3, ignore_eos=True)
-        return msgspec.structs.replace(made, priority=priority)
+        return request(name, [*prompt, ord(name) % 40], priority, max_tokens=3, ignore_eos=True)
 
     engine = simulated_engine(num_pages=8, page_size=4, max_seq_len=32, overlap=False, max_prefill_length=64)
     engine.add(sharing("a", [1] * 20, 0))
@@ -137,20 +124,19 @@ def test_who_is_retracted_for_another_makes_room_for_it(
         num_pages=pages, page_size=4, max_seq_len=40, overlap=False, max_prefill_length=4096, max_running_requests=rows
     )
     scheduler = engine.scheduler
-    make_way = scheduler._make_way
-    wanted: list[Entry] = []
+    retract = scheduler._retract_for_priority
+    wanted: list[RequestState] = []
 
     def noting() -> None:
         first, before = scheduler.waiting[0] if scheduler.waiting else None, scheduler.retracted
-        make_way()
+        retract()
         if scheduler.retracted > before and first is not None:
             wanted.append(first)
 
-    scheduler._make_way = noting  # type: ignore[method-assign]
+    scheduler._retract_for_priority = noting  # type: ignore[method-assign]
     for number, (shared, own, priority) in enumerate(prompts):
         prompt = [*range(shared), *([number] * own)][:36]
-        made = request(str(number), prompt, max_tokens=4, ignore_eos=True)
-        engine.add(msgspec.structs.replace(made, priority=priority))
+        engine.add(request(str(number), prompt, priority, max_tokens=4, ignore_eos=True))
         engine.step()
         assert all(entry.slot >= 0 or entry.request.id not in scheduler.live for entry in wanted)
         wanted.clear()
@@ -175,8 +161,7 @@ def test_a_flood_of_better_ones_displaces_each_row_once() -> None:
     engine = simulated_engine(max_running_requests=4, num_pages=128)
     for name in "abcd":
         engine.add(asked(name, 1, max_tokens=60))
-    for _ in range(3):
-        engine.step()
+    advance(engine, 3)
     for name in "klmnopqr":
         engine.add(asked(name, 0))
     ends = finish(engine)
@@ -218,12 +203,12 @@ def test_aborting_thousands_of_waiting_requests_does_not_search_the_queue_for_ea
         engine.add(asked(name, i % 3, prompt=1))
     compared = 0
 
-    def equal(self: Entry, other: object) -> bool:
+    def equal(self: RequestState, other: object) -> bool:
         nonlocal compared
         compared += 1
         return self is other
 
-    monkeypatch.setattr(Entry, "__eq__", equal)
+    monkeypatch.setattr(RequestState, "__eq__", equal)
     engine.abort([name for name in reversed(names) if name not in ("5", "3", "1000")])
     assert compared < 20 * len(names)
     assert finish(engine) == ["3", "1000", "5"]

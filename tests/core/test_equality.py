@@ -9,12 +9,14 @@ from __future__ import annotations
 import functools
 import itertools
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
 from helpers.models import tiny_spec
 from helpers.retract import events_of
+from helpers.special import slow_answer
 from minisgl.config import Config
 from minisgl.core.engine import Engine
 from minisgl.core.types import ModelInfo, Request, SamplingParams
@@ -46,7 +48,7 @@ def requests() -> list[Request]:
             max_tokens=6 + i % 7,
             ignore_eos=i % 4 != 0,
         )
-        made.append(Request(id=str(i), prompt=(shared if i % 4 < 2 else []) + own, params=params))
+        made.append(Request.make(id=str(i), prompt=(shared if i % 4 < 2 else []) + own, params=params))
     return made
 
 
@@ -103,9 +105,22 @@ def test_no_setting_changes_a_token(
     assert (engine.stats().retracted >= 4) == retract
 
 
+@pytest.mark.parametrize("only", [{"min_p": 0.2}, {"top_p": 0.5}, {"top_k": 3}])
+def test_each_filter_alone_gives_the_tokens_of_the_reference(only: dict[str, float]) -> None:
+    params = [SamplingParams(temperature=1.5, seed=i, max_tokens=12, ignore_eos=True, **only) for i in range(4)]  # type: ignore[arg-type]
+    wanted = [Request.make(id=str(i), prompt=[i, 5, 9], params=params[i]) for i in range(4)]
+    right = [slow_answer(SPEC, weights(), request, MAX_SEQ_LEN).tokens for request in wanted]
+    assert generate(config(), wanted)[0] == right
+    unfiltered = [
+        msgspec.structs.replace(r, params=msgspec.structs.replace(r.params, min_p=0.0, top_p=1.0, top_k=0))
+        for r in wanted
+    ]
+    assert generate(config(), unfiltered)[0] != right
+
+
 def test_seeds_matter_at_a_temperature() -> None:
     wanted = [
-        Request(id=str(i), prompt=[1, 2, 3], params=SamplingParams(temperature=0.8, seed=i // 2, max_tokens=12))
+        Request.make(id=str(i), prompt=[1, 2, 3], params=SamplingParams(temperature=0.8, seed=i // 2, max_tokens=12))
         for i in range(8)
     ]
     tokens, _ = generate(config(), wanted)

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 
-from helpers.simulation import VOCAB, expected_tokens, record_plans, request, run, simulated_engine, tokens_of
+from helpers.simulation import (
+    VOCAB,
+    advance,
+    check_answers,
+    model_info,
+    record_plans,
+    request,
+    run,
+    simulated_engine,
+    tokens_of,
+)
 from minisgl.config import Config
-from minisgl.core.engine import Engine
 from minisgl.core.plan import StepResult
 from minisgl.core.policy import POLICIES, LongestPrefixMatch
-from minisgl.core.request_state import Entry, State
-from minisgl.core.types import FinishReason, Grammar, Request, TokenEvent
+from minisgl.core.request_state import RequestState, State
+from minisgl.core.types import FinishReason, Grammar, Request, SamplingParams
 from minisgl.errors import ContextLengthError, EngineDeadError, InvalidRequestError
 
 
@@ -46,12 +56,7 @@ def test_tokens_do_not_depend_on_any_setting(
         request(str(i), p, max_tokens=3 + 5 * (i % 4), temperature=0.8 * (i % 2), seed=i, min_tokens=i % 3)
         for i, p in enumerate(prompts(12, 1, 40, shared=20))
     ]
-    events = run(engine, requests)
-    for r in requests:
-        assert tokens_of(events[r.id]) == expected_tokens(r, engine.model.max_seq_len)
-        assert [e.finish is not None for e in events[r.id]] == [False] * (len(events[r.id]) - 1) + [True]
-    assert engine.cache.num_owned == 0
-    assert engine.stats().running == engine.stats().waiting == 0
+    check_answers(engine, requests, run(engine, requests))
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -64,10 +69,10 @@ def test_running_out_of_pages_retracts_and_loses_nothing(overlap: bool, cache: s
     requests = [request(str(i), p, max_tokens=60, ignore_eos=True) for i, p in enumerate(prompts(10, 5, 30))]
     events = run(engine, requests)
     assert engine.stats().retracted > 0
-    for r in requests:
-        assert tokens_of(events[r.id]) == expected_tokens(r, engine.model.max_seq_len)
-        assert events[r.id][-1].finish is FinishReason.LENGTH
-    assert engine.cache.num_owned == 0
+    check_answers(engine, requests, events)
+    assert {mine[-1].finish for mine in events.values()} == {FinishReason.LENGTH}
+    for mine in events.values():
+        assert len({event.cached_tokens for event in mine}) == 1, "tokens of a retracted request count as cached"
 
 
 def test_retraction_never_takes_the_oldest() -> None:
@@ -88,8 +93,7 @@ def test_running_requests_decode_in_every_step_in_which_a_long_prompt_is_prefill
     plans = record_plans(engine)
     for i in range(3):
         engine.add(request(str(i), [i] * 4, max_tokens=100, ignore_eos=True))
-    for _ in range(5):
-        engine.step()
+    advance(engine, 5)
     engine.add(request("long", range(50), max_tokens=2, ignore_eos=True))
     before = len(plans)
     while "long" in engine.scheduler.live:
@@ -104,6 +108,33 @@ def test_the_prefill_budget_bounds_every_step() -> None:
     plans = record_plans(engine)
     run(engine, [request(str(i), p, max_tokens=3) for i, p in enumerate(prompts(20, 1, 50))])
     assert max(len(plan.prefill_tokens) for plan in plans) == 10
+
+
+def test_the_longest_row_decodes_first() -> None:
+    engine = simulated_engine(max_prefill_length=64)
+    plans = record_plans(engine)
+    run(engine, [request(str(i), [i] * n, max_tokens=4, ignore_eos=True) for i, n in enumerate((3, 9, 1, 9, 5))])
+    assert [plan.decode_slots.tolist() for plan in plans[1:]] == [[1, 3, 4, 0, 2]] * 3
+
+
+@pytest.mark.parametrize(("pages", "own", "other", "when"), [(5, 4, 8, 5), (5, 7, 8, 2), (6, 8, 8, 5), (7, 7, 8, 6)])
+def test_a_row_that_is_about_to_leave_gives_its_pages_before_any_is_retracted(
+    pages: int, own: int, other: int, when: int
+) -> None:
+    engine = simulated_engine(num_pages=pages, page_size=4, max_seq_len=24, cache="naive", max_prefill_length=64)
+    engine.add(request("a", [1] * own, max_tokens=20 - own, ignore_eos=True))
+    engine.add(request("b", [2] * other, max_tokens=20 - other, ignore_eos=True))
+    advance(engine, when)
+    engine.abort(["b"])
+    advance(engine)
+    assert engine.stats().retracted == 0
+
+
+@pytest.mark.parametrize(("pages", "chunk", "length"), [(8, 4, 13), (8, 8, 15), (10, 8, 17), (13, 16, 9)])
+def test_admission_leaves_the_pages_that_running_rows_will_soon_take(pages: int, chunk: int, length: int) -> None:
+    engine = simulated_engine(num_pages=pages, max_seq_len=40, cache="naive", max_prefill_length=chunk)
+    run(engine, [request(str(i), [i] * length, max_tokens=5, ignore_eos=True) for i in range(4)])
+    assert engine.stats().retracted == 0
 
 
 def test_admission_does_not_reserve_max_tokens() -> None:
@@ -128,22 +159,18 @@ def test_abort_at_any_moment_ends_with_one_event_and_frees_everything(overlap: b
     requests = [request(str(i), p, max_tokens=4, ignore_eos=True) for i, p in enumerate(prompts(4, 20, 20))]
     for r in requests:
         engine.add(r)
-    events: list[TokenEvent] = []
-    for _ in range(when):
-        events += engine.step()
+    events = advance(engine, when)
     ended = {e.id for e in events if e.finish}
     engine.abort(["0", "1", "3", "unknown"])
     engine.abort(["0"])
-    while engine.has_work:
-        events += engine.step()
-        engine.cache.check()
+    events += advance(engine)
     for r in requests:
         mine = [e for e in events if e.id == r.id]
         assert [e.finish is not None for e in mine] == [False] * (len(mine) - 1) + [True]
         aborted = r.id in "013" and r.id not in ended
         assert mine[-1].finish is (FinishReason.ABORT if aborted else FinishReason.LENGTH)
     assert engine.cache.num_owned == 0
-    assert engine.cache.flush() + engine.cache.num_free >= 0
+    engine.cache.flush()
     assert engine.cache.num_free == engine.executor.num_pages
     assert not engine.table.in_flight.any()
     assert (engine.table.state == State.FREE).all()
@@ -154,12 +181,10 @@ def test_abort_among_retractions_frees_everything(when: int) -> None:
     engine = simulated_engine(num_pages=12, page_size=4, max_seq_len=48, overlap=True)
     for i in range(3):
         engine.add(request(str(i), [i] * 8, max_tokens=30, ignore_eos=True))
-    events = [event for _ in range(when) for event in engine.step()]
+    events = advance(engine, when)
     live = list(engine.scheduler.live)
     engine.abort(live)
-    while engine.has_work:
-        events += engine.step()
-        engine.cache.check()
+    events += advance(engine)
     assert sorted(e.id for e in events if e.finish is FinishReason.ABORT) == live
     assert engine.cache.num_owned == 0
 
@@ -168,9 +193,9 @@ def test_stop_tokens_end_a_request_and_min_tokens_holds_them_off() -> None:
     engine = simulated_engine(num_pages=256, max_seq_len=512, page_size=4)
     wanted = [request(str(i), [i, i + 1], max_tokens=400, min_tokens=m) for i, m in enumerate([0, 0, 100, 100])]
     events = run(engine, wanted)
+    check_answers(engine, wanted, events)
     for r in wanted:
         tokens = tokens_of(events[r.id])
-        assert tokens == expected_tokens(r, 512)
         assert len(tokens) > r.params.min_tokens
         assert 7 not in tokens[: r.params.min_tokens]
         stopped = events[r.id][-1].finish is FinishReason.STOP
@@ -194,54 +219,66 @@ def test_a_request_fills_the_last_page_and_ends_by_length() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bad", "error"),
+    ("param", "prompt", "params"),
     [
-        (Request(id="x", prompt=[], params=request("", [0]).params), InvalidRequestError),
-        (request("x", [VOCAB]), InvalidRequestError),
-        (request("x", [-1]), InvalidRequestError),
-        (request("x", [1] * 128), ContextLengthError),
-        (request("x", [1] * 100, max_tokens=29), ContextLengthError),
-        (request("x", [1], max_tokens=0), InvalidRequestError),
-        (request("x", [1], max_tokens=-1), InvalidRequestError),
-        (request("x", [1], temperature=float("nan")), InvalidRequestError),
-        (request("x", [1], top_p=0.0), InvalidRequestError),
-        (request("x", [1], top_p=1.5), InvalidRequestError),
-        (request("x", [1], top_k=-2), InvalidRequestError),
-        (request("x", [1], min_p=2.0), InvalidRequestError),
-        (request("x", [1], max_tokens=1, min_tokens=2), InvalidRequestError),
-        (request("x", [1], stop=("",)), InvalidRequestError),
-        (request("x", [1], stop_token_ids=(VOCAB,)), InvalidRequestError),
-        (request("x", [1], stop_token_ids=tuple(range(40))), InvalidRequestError),
-        (request("x", [1], seed=2**70), InvalidRequestError),
-        (request("x", [1], presence_penalty=2.5), InvalidRequestError),
-        (request("x", [1], frequency_penalty=float("nan")), InvalidRequestError),
-        (request("x", [1], repetition_penalty=0.0), InvalidRequestError),
-        (request("x", [1], logit_bias={VOCAB: 1.0}), InvalidRequestError),
-        (request("x", [1], logit_bias={1: float("nan")}), InvalidRequestError),
-        (request("x", [1], logprobs=21), InvalidRequestError),
-        (request("x", [1], prompt_logprobs=-1), InvalidRequestError),
-        (request("x", [1], grammar=Grammar(kind="regex", source="unknown")), InvalidRequestError),
-        (msgspec.structs.replace(request("x", [1]), priority=2**70), InvalidRequestError),
+        ("prompt", [], {}),
+        ("prompt", [VOCAB], {}),
+        ("prompt", [-1], {}),
+        ("prompt", [1] * 128, {}),
+        ("max_tokens", [1] * 100, {"max_tokens": 29}),
+        *[
+            (name, [1], {name: value})
+            for name, values in {
+                "max_tokens": (0, -1),
+                "min_tokens": (-1,),
+                "temperature": (float("nan"), -0.1, 101.0),
+                "top_p": (0.0, 1.5),
+                "top_k": (-2, 2**31),
+                "min_p": (2.0,),
+                "stop": (("",),),
+                "stop_token_ids": ((VOCAB,), tuple(range(40))),
+                "seed": (2**70,),
+                "presence_penalty": (2.5,),
+                "frequency_penalty": (float("nan"),),
+                "repetition_penalty": (0.0,),
+                "logit_bias": ({VOCAB: 1.0}, {1: float("nan")}),
+                "logprobs": (21,),
+                "prompt_logprobs": (-1,),
+            }.items()
+            for value in values
+        ],
+        ("min_tokens", [1], {"max_tokens": 1, "min_tokens": 2}),
     ],
 )
-def test_what_cannot_be_served_is_refused_at_the_door(bad: Request, error: type[Exception]) -> None:
+def test_what_the_model_cannot_serve_is_refused_by_name(param: str, prompt: list[int], params: dict[str, Any]) -> None:
+    kind = ContextLengthError if len(prompt) >= 100 else InvalidRequestError
+    with pytest.raises(InvalidRequestError) as error:
+        model_info(128).check(prompt, SamplingParams(**params))
+    assert (type(error.value), error.value.param) == (kind, param)
+
+
+@pytest.mark.parametrize("priority", [2**31, -(2**31) - 1])
+def test_a_priority_is_a_32_bit_integer(priority: int) -> None:
+    assert Request.make("x", [1], SamplingParams(), priority=2**31 - 1).priority == 2**31 - 1
+    with pytest.raises(InvalidRequestError, match="priority must be a 32-bit integer"):
+        Request.make("x", [1], SamplingParams(), priority)
+
+
+def test_a_prompt_travels_as_four_bytes_a_token() -> None:
+    made = Request.make("x", list(range(1000, 2000)), SamplingParams())
+    sent = msgspec.msgpack.encode(made)
+    assert len(sent) < len(msgspec.msgpack.encode(Request.make("x", [], SamplingParams()))) + 4004
+    assert msgspec.msgpack.decode(sent, type=Request).prompt.tolist() == list(range(1000, 2000))
+
+
+def test_an_id_that_is_live_and_an_unknown_grammar_are_refused() -> None:
     engine = simulated_engine()
-    with pytest.raises(error):
-        engine.add(bad)
+    with pytest.raises(InvalidRequestError, match="this regex cannot be followed"):
+        engine.add(request("x", [1], grammar=Grammar(kind="regex", source="unknown")))
     assert not engine.has_work
-
-
-def test_an_id_that_is_live_is_refused() -> None:
-    engine = simulated_engine()
     engine.add(request("x", [1]))
-    with pytest.raises(InvalidRequestError):
+    with pytest.raises(InvalidRequestError, match="'x' is running already"):
         engine.add(request("x", [2]))
-
-
-def run_to_end(engine: Engine) -> None:
-    """Step until nothing is left."""
-    while engine.has_work:
-        engine.step()
 
 
 def test_a_failed_step_ends_the_engine_instead_of_hanging_it() -> None:
@@ -253,7 +290,7 @@ def test_a_failed_step_ends_the_engine_instead_of_hanging_it() -> None:
     engine.executor.collect = explode  # type: ignore[method-assign]
     engine.add(request("x", [1], max_tokens=5))
     with pytest.raises(RuntimeError, match="device lost"):
-        run_to_end(engine)
+        advance(engine)
     assert not engine.has_work
     with pytest.raises(EngineDeadError):
         engine.add(request("y", [1]))
@@ -265,7 +302,7 @@ def test_every_policy_has_a_name_on_the_command_line() -> None:
 
 
 def test_longest_prefix_first_prefers_cached_prompts_until_others_have_waited_too_long() -> None:
-    entries = [Entry(request(str(i), [i]), arrival=i, step=0, seed=0, limit=9, eos=()) for i in range(4)]
+    entries = [RequestState(request(str(i), [i]), arrival=i, step=0, seed=0, max_tokens=9, eos=()) for i in range(4)]
     cached = {"0": 0, "1": 8, "2": 4, "3": 8}
     policy = LongestPrefixMatch(patience=10)
 

@@ -1,7 +1,7 @@
 """Random arrivals, lengths, aborts and settings against the scheduler; DESIGN's invariants after every step.
 
 Bugs planted by hand once in the scheduler and its table, each caught by this file or by test_scheduler.py (those of the
-cache are listed in tests/cache/test_manager.py):
+cache are listed in tests/core/test_pages.py):
 
 1. a row is freed while a launched step still touches it
 2. a retracted request is not queued again
@@ -25,9 +25,8 @@ until then.
 
 from __future__ import annotations
 
-import msgspec
 import numpy as np
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -36,7 +35,7 @@ from helpers.simulation import VOCAB, expected_tokens, request, simulated_engine
 from minisgl.core.engine import Engine
 from minisgl.core.policy import POLICIES
 from minisgl.core.request_state import State
-from minisgl.core.types import FinishReason, Grammar, Request, TokenEvent
+from minisgl.core.types import FinishReason, Request, TokenEvent
 
 MAX_SEQ_LEN = 40
 
@@ -51,21 +50,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         spare=st.integers(0, 60),
         cache=st.sampled_from(["radix", "naive"]),
         overlap=st.booleans(),
-        rows=st.integers(1, 5),
-        chunk=st.integers(1, 30),
-        policy=st.sampled_from(list(POLICIES)),
+        max_running_requests=st.integers(1, 5),
+        max_prefill_length=st.integers(1, 30),
+        schedule_policy=st.sampled_from(list(POLICIES)),
     )
-    def start(self, page_size: int, spare: int, cache: str, overlap: bool, rows: int, chunk: int, policy: str) -> None:
-        self.engine = simulated_engine(
-            page_size=page_size,
-            num_pages=-(-(MAX_SEQ_LEN + spare) // page_size),
-            max_seq_len=MAX_SEQ_LEN,
-            cache=cache,
-            overlap=overlap,
-            max_running_requests=rows,
-            max_prefill_length=chunk,
-            schedule_policy=policy,
-        )
+    def start(self, page_size: int, spare: int, **settings: object) -> None:
+        pages = -(-(MAX_SEQ_LEN + spare) // page_size)
+        self.engine = simulated_engine(page_size=page_size, num_pages=pages, max_seq_len=MAX_SEQ_LEN, **settings)
         self.requests: dict[str, Request] = {}
         self.events: dict[str, list[TokenEvent]] = {}
         self.aborted: set[str] = set()
@@ -86,31 +77,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         self,
         shared: int,
         own: list[int],
-        max_tokens: int | None,
-        ignore_eos: bool,
-        seed: int,
-        temperature: float,
         priority: int,
         scores: tuple[int | None, int | None],
-        grammar: Grammar | None,
-        min_tokens: int,
+        **params: object,
     ) -> None:
         name = str(len(self.requests))
-        new = request(
-            name,
-            [*range(shared), *own],
-            max_tokens=max_tokens,
-            ignore_eos=ignore_eos,
-            seed=seed,
-            temperature=temperature,
-            min_tokens=min_tokens,
-            grammar=grammar,
-            logprobs=scores[0],
-            prompt_logprobs=scores[1],
+        self.requests[name] = request(
+            name, [*range(shared), *own], priority, logprobs=scores[0], prompt_logprobs=scores[1], **params
         )
-        new = msgspec.structs.replace(new, priority=priority)
-        self.engine.add(new)
-        self.requests[name] = new
+        self.engine.add(self.requests[name])
         self.events[name] = []
 
     @precondition(lambda self: bool(self.requests))
@@ -154,10 +129,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.engine.cache.check()
 
     @invariant()
-    def the_queue_is_in_order_of_rank(self) -> None:
+    def the_queue_is_sorted(self) -> None:
         if hasattr(self, "engine"):
-            ranks = [entry.rank for entry in self.engine.scheduler.waiting]
-            assert ranks == sorted(ranks)
+            keys = [request.sort_key for request in self.engine.scheduler.waiting]
+            assert keys == sorted(keys)
 
     @invariant()
     def rows_keep_their_order(self) -> None:
@@ -166,12 +141,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         table = self.engine.table
         used = table.state != State.FREE
         going = (table.state == State.PREFILL) | (table.state == State.DECODE)
-        assert (table.computed[used] <= table.known[used] + 1).all()
-        assert (table.known[used] <= table.limit[used]).all()
+        assert (table.num_computed_tokens[used] <= table.num_tokens[used] + 1).all()
+        assert (table.num_tokens[used] <= table.max_tokens[used]).all()
         assert (table.in_flight[used] <= 2).all()
         held = self.engine.cache.row_pages[: len(table.state)]
         assert (held[~used] == 0).all()
-        needed = -(-table.computed // self.engine.cache.page_size)
+        needed = -(-table.num_computed_tokens // self.engine.cache.page_size)
         assert np.array_equal(held[going], needed[going])
 
     def teardown(self) -> None:
@@ -186,7 +161,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for name, wanted in self.requests.items():
             expected = expected_tokens(wanted, MAX_SEQ_LEN)
             got = tokens_of(self.events[name])
-            assert self.events[name][-1].finish is not None
+            assert self.events[name][-1].finish not in (None, FinishReason.ERROR)
             if self.events[name][-1].finish is FinishReason.ABORT:
                 assert name in self.aborted
                 assert got == expected[: len(got)]
@@ -200,4 +175,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(max_examples=150, stateful_step_count=30, deadline=None, derandomize=True)
+# A failure is reported as it was found: to shrink it takes minutes, so add Phase.shrink only to look into one.
+TestScheduler.settings = settings(
+    max_examples=150, stateful_step_count=30, deadline=None, derandomize=True, phases=[Phase.generate]
+)
