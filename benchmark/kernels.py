@@ -25,7 +25,7 @@ from torch import Tensor
 from minisgl.core import ops as reference
 from minisgl.core.sampler import SamplingRows
 from minisgl.core.sampler import sample as reference_sample
-from minisgl.gpu.kernels import elementwise, moe, sampling
+from minisgl.gpu.kernels import activation, moe, norm, qkv, sampling
 
 DEVICE = torch.device("cuda")
 DTYPE = torch.bfloat16
@@ -83,11 +83,11 @@ def norms() -> Iterator[Case]:
                 x: Tensor = x, residual: Tensor = residual, weight: Tensor = weight
             ) -> list[tuple[Tensor, Tensor]]:
                 ours, theirs = residual.clone(), residual.clone()
-                fused = elementwise.add_rms_norm(x, ours, weight, 1e-6), reference.add_rms_norm(x, theirs, weight, 1e-6)
-                alone = elementwise.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6)
+                fused = norm.add_rms_norm(x, ours, weight, 1e-6), reference.add_rms_norm(x, theirs, weight, 1e-6)
+                alone = norm.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6)
                 return [fused, (ours, theirs), alone]
 
-            run = partial(elementwise.add_rms_norm, x, residual, weight, 1e-6)
+            run = partial(norm.add_rms_norm, x, residual, weight, 1e-6)
             yield Case("add_rms_norm", model, tokens, run, pairs, 4 * x.nbytes)
 
 
@@ -98,9 +98,9 @@ def activations() -> Iterator[Case]:
             gate_up = random(tokens, 2 * width)
 
             def pairs(gate_up: Tensor = gate_up) -> list[tuple[Tensor, Tensor]]:
-                return [(elementwise.silu_mul(gate_up), reference.silu_mul(gate_up))]
+                return [(activation.silu_mul(gate_up), reference.silu_mul(gate_up))]
 
-            yield Case("silu_mul", model, tokens, partial(elementwise.silu_mul, gate_up), pairs, gate_up.nbytes * 3 // 2)
+            yield Case("silu_mul", model, tokens, partial(activation.silu_mul, gate_up), pairs, gate_up.nbytes * 3 // 2)
 
 
 def heads() -> Iterator[Case]:
@@ -130,10 +130,10 @@ def heads() -> Iterator[Case]:
                     for part, weight in ((q, q_norm), (k, k_norm))
                 ]
                 reference.store_kv(turned[1], v, caches[2], caches[3], locations)
-                actual = elementwise.rope_store_kv(*arguments, caches[0], caches[1])
+                actual = qkv.rope_store_kv(*arguments, caches[0], caches[1])
                 return [(actual, turned[0]), (caches[0], caches[2]), (caches[1], caches[3])]
 
-            run = partial(elementwise.rope_store_kv, *arguments, caches[0], caches[1])
+            run = partial(qkv.rope_store_kv, *arguments, caches[0], caches[1])
             yield Case("rope_store_kv", model, tokens, run, pairs, 2 * product.nbytes)
 
 

@@ -2,7 +2,7 @@
 
     python benchmark/products.py                             Qwen3-14B, and a quarter of Qwen3-32B, at some rows
     python benchmark/products.py --model 14B/2 --rows 64 96
-    python benchmark/products.py --sweep                     which tiles of `gpu/kernels/stream.py` are the fastest
+    python benchmark/products.py --sweep                     which cuts of `gpu/kernels/stream.py` are the fastest
     python benchmark/products.py --check                     no timing: each kernel against a product in float64
 
 Figures are microseconds a layer, by the median replay of a CUDA graph over layers whose weights are their own, so that
@@ -28,9 +28,9 @@ from torch import Tensor
 
 from minisgl.bench.report import hardware, versions
 from minisgl.core.ops import Operations
-from minisgl.gpu.kernels import elementwise, stream
-
-from minisgl.gpu.kernels.stream import StreamTile, compile_all, stream_tile_for
+from minisgl.gpu.kernels import activation, norm, stream
+from minisgl.gpu.kernels.cuda import compile_all
+from minisgl.gpu.kernels.stream import Cut, cut_for
 
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 MODELS = {
@@ -89,7 +89,7 @@ def cublas(name: str) -> Product:
 
     def product(x: Tensor, weight: Tensor) -> Tensor:
         found = F.linear(x, weight)
-        return elementwise.silu_mul(found) if name == "gate_up" else found
+        return activation.silu_mul(found) if name == "gate_up" else found
 
     return product
 
@@ -99,18 +99,18 @@ def ours(ops: Operations, name: str) -> Product:
     return lambda x, weight: {"qkv": ops.linear, "gate_up": ops.gated}.get(name, ops.project)(x, weight, None)
 
 
-def streamed(name: str, tile: StreamTile | None) -> Product:
-    """Our kernel with this tile."""
-    return partial(stream.gated_linear, tile=tile) if name == "gate_up" else partial(stream.linear, tile=tile)
+def streamed(name: str, cut: Cut | None) -> Product:
+    """Our kernel with this cut."""
+    return partial(stream.gated_linear, cut=cut) if name == "gate_up" else partial(stream.linear, cut=cut)
 
 
-def candidates(rows: int, columns: int) -> Iterator[StreamTile]:
-    """Tiles worth trying for a weight of so many rows."""
-    tokens = stream_tile_for(rows, columns).tokens
+def candidates(rows: int, columns: int) -> Iterator[Cut]:
+    """Cuts worth trying for a weight of so many rows."""
+    tokens = cut_for(rows, columns).tokens
     for sides, parts, resident in itertools.product((2, 4), (1, 2, 3, 4), (2, 3)):
         blocks = columns // stream.TILE * parts
         if tokens // sides >= 8 and sides * parts <= 8 and 75 <= blocks <= max(300, columns // stream.TILE):
-            yield StreamTile(tokens, sides, parts, resident)
+            yield Cut(tokens, sides, parts, resident)
 
 
 def time_graph(work: Callable[[], object]) -> float:
@@ -152,31 +152,31 @@ class Layers:
         def work() -> None:
             x = residual
             for layer in self.layers:
-                qkv = products["qkv"](elementwise.add_rms_norm(x, residual, gain[: shape.hidden], 1e-6), layer["qkv"])
-                heads = elementwise.rms_norm(qkv[:, :width], gain[:width], 1e-6)
+                qkv = products["qkv"](norm.add_rms_norm(x, residual, gain[: shape.hidden], 1e-6), layer["qkv"])
+                heads = norm.rms_norm(qkv[:, :width], gain[:width], 1e-6)
                 x = products["o"](heads, layer["o"])
-                hidden = elementwise.add_rms_norm(x, residual, gain[: shape.hidden], 1e-6)
+                hidden = norm.add_rms_norm(x, residual, gain[: shape.hidden], 1e-6)
                 x = products["down"](products["gate_up"](hidden, layer["gate_up"]), layer["down"])
 
         return time_graph(work) / len(self.layers)
 
 
-def sweep(layers: Layers, rows: int) -> tuple[float, dict[str, StreamTile]]:
-    """The fastest tiles found one matrix after the other, twice around; microseconds a layer with them."""
+def sweep(layers: Layers, rows: int) -> tuple[float, dict[str, Cut]]:
+    """The fastest cuts found one matrix after the other, twice around; microseconds a layer with them."""
     sizes = layers.shape.sizes()
     tries = {name: list(candidates(rows, sizes[name][0])) for name in NAMES}
-    compile_all([stream.source(tile, name == "gate_up", DTYPE) for name in NAMES for tile in tries[name]])
+    compile_all([stream.source(cut, name == "gate_up", DTYPE) for name in NAMES for cut in tries[name]])
     best = {name: tries[name][0] for name in NAMES}
     least = 0.0
     for turn, name in itertools.product(range(2), NAMES):
         times = []
-        for tile in tries[name]:
-            products = {other: streamed(other, tile if other == name else best[other]) for other in NAMES}
-            times.append((layers.microseconds(rows, products), tile))
+        for cut in tries[name]:
+            products = {other: streamed(other, cut if other == name else best[other]) for other in NAMES}
+            times.append((layers.microseconds(rows, products), cut))
         times.sort()
         least, best[name] = times[0]
         if turn:
-            print(f"    {name:8s}", *(f"{time:.1f} {tuple(tile)[1:]}" for time, tile in times), flush=True)
+            print(f"    {name:8s}", *(f"{time:.1f} {tuple(cut)[1:]}" for time, cut in times), flush=True)
     return least, best
 
 
@@ -190,12 +190,12 @@ def check(weights: dict[str, Tensor], rows: int) -> float:
             gate, up = product.to(DTYPE).float().chunk(2, dim=1)
             product = (F.silu(gate).to(DTYPE).float() * up).double()
         tries = list(candidates(rows, len(weight)))
-        compile_all([stream.source(tile, name == "gate_up", DTYPE) for tile in tries])
-        for tile in tries:
-            found, again = (streamed(name, tile)(x, weight) for _ in range(2))
+        compile_all([stream.source(cut, name == "gate_up", DTYPE) for cut in tries])
+        for cut in tries:
+            found, again = (streamed(name, cut)(x, weight) for _ in range(2))
             error = float((found.double() - product).norm() / product.norm())
             if not error < 1e-2 or not torch.equal(found, again):
-                print(f"WRONG {name} rows {rows} {tile}: {error:.4f}, same {torch.equal(found, again)}", flush=True)
+                print(f"WRONG {name} rows {rows} {cut}: {error:.4f}, same {torch.equal(found, again)}", flush=True)
             worst = max(worst, error if error == error else 1e9)
     return worst
 
@@ -206,7 +206,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", default=["14B", "32B/4"], help="0.6B, 8B, 14B, 32B; or of n ranks: 32B/4")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 8, 16, 32, 64, 96])
     parser.add_argument("--check", action="store_true", help="no timing")
-    parser.add_argument("--sweep", action="store_true", help="try all tiles")
+    parser.add_argument("--sweep", action="store_true", help="try all cuts")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -227,8 +227,8 @@ def main() -> None:
                 for way, make in (("cublas", cublas), ("ours", partial(ours, ops)))
             }
             if options.sweep:
-                found["swept"], tiles = sweep(layers, rows)
-                print("   ", {n: tuple(tile) for n, tile in tiles.items()}, flush=True)
+                found["swept"], cuts = sweep(layers, rows)
+                print("   ", {n: tuple(cut) for n, cut in cuts.items()}, flush=True)
             print(f"  {rows:4d} rows", *(f"{way} {time:.1f}" for way, time in found.items()), flush=True)
             results[name][rows] = found
         del layers

@@ -19,60 +19,39 @@ from torch import Tensor
 
 from helpers.processes import children, wait_until_gone
 from helpers.tiny_models import ARCHITECTURES, save_model
+from helpers.tp_cases import requests
 from minisgl import LLM, SamplingParams
 from minisgl.core.model_config import read_spec
 from minisgl.core.weights import Checkpoint, load_weights, parameters
 from minisgl.distributed import worker_pool
-from minisgl.distributed.shard import cutter
+from minisgl.distributed.shard import sharder
 from minisgl.errors import ConfigError, EngineDeadError
 
 SETTINGS: dict[str, Any] = {
-    "num_pages": 30,
-    "page_size": 4,
-    "max_running_requests": 8,
-    "max_prefill_length": 24,
-    "progress": False,
-}
+    "num_pages": 30, "page_size": 4, "max_running_requests": 8, "max_prefill_length": 24, "progress": False,
+}  # fmt: skip
 
 
-def workload(count: int = 50) -> tuple[list[list[int]], list[SamplingParams]]:
-    """Prompts, half with a common prefix, and greedy and seeded parameters with every filter."""
-    rng = np.random.default_rng(1)
-    shared = rng.integers(2, 400, 20).tolist()
-    prompts = [(shared if i % 2 else []) + rng.integers(2, 400, rng.integers(1, 20)).tolist() for i in range(count)]
-    params = [
-        SamplingParams(
-            temperature=(0.0, 0.8, 1.5)[i % 3],
-            top_p=(1.0, 0.9, 0.5)[i % 4 % 3],
-            top_k=(0, 0, 20, 3)[i % 7 % 4],
-            min_p=(0.0, 0.05)[i % 5 == 4],
-            seed=i,
-            max_tokens=12 + i % 9,
-            ignore_eos=i % 4 != 0,
-        )
-        for i in range(count)
-    ]
-    return prompts, params
+CASES = requests(400, 50, longer=8)
 
 
 def answers(folder: Path, tp: int, count: int | None = None) -> tuple[list[list[int]], int]:
-    """The tokens of every prompt, or the first `count`, and how often a request was retracted."""
+    """The tokens of every case, or the first `count`, and how often a request was retracted."""
     torch.set_num_threads(1)
-    prompts, params = workload()
+    cases = CASES[:count]
     with LLM(str(folder), tp=tp, **SETTINGS) as llm:
-        found = llm.generate(prompts[:count], params[:count], progress=False)
+        found = llm.generate([list(c.prompt) for c in cases], [c.params for c in cases], progress=False)
         return [completion.token_ids for completion in found], llm.engine.stats().retracted
 
 
 def check_greedy(folder: Path, found: list[list[int]]) -> None:
     """Assert that each greedy token is the one that transformers' model finds most likely."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    prompts, params = workload()
-    for prompt, tokens, param in zip(prompts, found, params, strict=True):
-        if param.temperature == 0:
+    for case, tokens in zip(CASES, found, strict=True):
+        if case.params.temperature == 0 and not case.params.min_tokens:
             with torch.inference_mode():
-                logits = model(torch.tensor([prompt + tokens])).logits[0]
-            assert logits[len(prompt) - 1 : -1].argmax(dim=-1).tolist() == tokens
+                logits = model(torch.tensor([[*case.prompt, *tokens]])).logits[0]
+            assert logits[len(case.prompt) - 1 : -1].argmax(dim=-1).tolist() == tokens
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -106,17 +85,18 @@ def test_each_rank_reads_only_its_slice(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(Checkpoint, "read_into", counted)
     for rank in range(2):
         read.append(0)
-        load_weights(tmp_path, spec, torch.float32, torch.device("cpu"), sharder=cutter(spec, rank, 2))
+        load_weights(tmp_path, spec, torch.float32, torch.device("cpu"), sharder=sharder(spec, rank, 2))
     whole = {p.field: int(np.prod(p.shape)) for p in parameters(spec)}
     twice = sum(int(np.prod(p.shape)) for p in parameters(spec) if p.field.endswith("norm") or p.field == "router")
     assert sum(read) == sum(int(np.prod(p.shape)) for p in parameters(spec)) + twice
     assert max(largest) <= -(-whole["embedding"] // 2) + 64 * spec.hidden_size
 
 
-def test_what_cannot_be_cut_is_refused_by_name_and_number(tmp_path: Path) -> None:
+def test_what_cannot_be_split_is_refused_by_name_and_number(tmp_path: Path) -> None:
     save_model(tmp_path, "qwen3", num_attention_heads=6, num_key_value_heads=3)
-    for tp, message in ((4, "6 query heads are not a multiple of 4"), (2, "3 KV heads are neither a multiple nor")):
-        with pytest.raises(ConfigError, match=message):
+    possible = "--tp can be 1, 3, 6"
+    for tp, message in ((4, "6 query heads are not a multiple of 4"), (2, "3 KV heads are neither a multiple nor .*")):
+        with pytest.raises(ConfigError, match=f"{message}; {possible}"):
             LLM(str(tmp_path), tp=tp, **SETTINGS)
     save_model(tmp_path, "qwen3-moe", moe_intermediate_size=41)
     with pytest.raises(ConfigError, match=r"--tp 2: Qwen3MoeForCausalLM .* experts' width of 41"):
@@ -177,10 +157,7 @@ def test_workers_end_that_are_left_alone_before_they_have_joined() -> None:
     started = []
     for rank in (1, 2):
         process = subprocess.Popen(worker_pool.WORKER_COMMAND, stdin=subprocess.PIPE)
-        start = worker_pool.WorkerStart(
-            rank=rank, size=3, device="cpu", folder=str(folder), rendezvous=f"file://{folder}/rendezvous",
-            plans=f"ipc://{folder}/plans-{rank}", reports=f"ipc://{folder}/reports",
-        )  # fmt: skip
+        start = worker_pool.WorkerStart(rank, 3, "cpu", str(folder))
         assert process.stdin is not None
         process.stdin.write(msgspec.json.encode(start) + b"\n")
         process.stdin.close()

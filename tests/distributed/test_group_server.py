@@ -24,7 +24,7 @@ def client(url: str) -> openai.OpenAI:
 
 @pytest.fixture
 def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder for temporary files of the processes of a test, with a path short enough for sockets."""
+    """A folder for temporary files of a test's processes, with a path short enough for sockets."""
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         monkeypatch.setenv("TMPDIR", folder)
         yield Path(folder)
@@ -44,13 +44,14 @@ def long_stream(url: str) -> openai.Stream[openai.types.Completion]:
     return stream
 
 
-def test_a_rank_killed_mid_stream_fails_every_answer_and_leaves_nobody(tmp_path: Path, temporary: Path) -> None:
+@pytest.mark.parametrize("count", [3, 0])
+def test_a_killed_rank_ends_every_stream_and_the_server(tmp_path: Path, temporary: Path, count: int) -> None:
     save_model(tmp_path)
     with server("--model", str(tmp_path), "--tp", "2") as (process, url):
         everyone = descendants(process.pid)
         (engine,) = children(process.pid)
         (rank,) = children(engine)
-        streams = [long_stream(url) for _ in range(3)]
+        streams = [long_stream(url) for _ in range(count)]
         started = time.monotonic()
         os.kill(rank, signal.SIGKILL)
         for stream in streams:
@@ -62,16 +63,7 @@ def test_a_rank_killed_mid_stream_fails_every_answer_and_leaves_nobody(tmp_path:
         assert folders(temporary) == []
 
 
-def test_an_idle_server_ends_with_its_rank(tmp_path: Path) -> None:
-    save_model(tmp_path)
-    with server("--model", str(tmp_path), "--tp", "2") as (process, _):
-        everyone = descendants(process.pid)
-        os.kill(everyone[-1], signal.SIGKILL)
-        assert process.wait(BOUND) != 0
-        wait_until_gone(everyone)
-
-
-def test_a_killed_server_takes_every_rank_along(tmp_path: Path, temporary: Path) -> None:
+def test_every_rank_ends_with_a_killed_server(tmp_path: Path, temporary: Path) -> None:
     save_model(tmp_path)
     with server("--model", str(tmp_path), "--tp", "2") as (process, _):
         everyone = descendants(process.pid)

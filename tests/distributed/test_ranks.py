@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from helpers.special import slow_answer, special_requests
-from helpers.thread_ranks import ThreadGroup, on_all
-from helpers.tp_cases import MAX_SEQ_LEN, NOWHERE, SPECS, config, generate
+from helpers.tp_cases import MAX_SEQ_LEN, NOWHERE, SPECS, ThreadGroup, config, generate, on_all
 from minisgl.core.weights import dummy_weights
 from minisgl.distributed.collectives import TPGroup, expect_close
 from minisgl.distributed.executor import build_rank_executor

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -32,25 +30,23 @@ class Group:
     """
 
     def __init__(self, world: int, device: torch.device, at_once: bool) -> None:
+        self.at_once = at_once
         self.flags = [torch.zeros(flags_size(world), dtype=torch.int32, device=device) for _ in range(world)]
         shared = addresses(self.flags)
         self.barriers = [Barrier(rank, world, own, shared) for rank, own in enumerate(self.flags)]
-        self.streams = [torch.cuda.Stream() for _ in range(world if at_once else 0)]  # type: ignore[no-untyped-call]
 
-    def run(self, launch: Callable[[Barrier], Any]) -> list[Any]:
-        if not self.streams:
-            found = []
-            for barrier in self.barriers:  # as if every other rank were there already
-                for flags in self.flags:
-                    flags.fill_(2**30)
-                found.append(launch(barrier))
-            return found
-        torch.cuda.synchronize()
+    def run(self, launch: Callable[[Barrier], Tensor]) -> list[Tensor]:
         found = []
-        for barrier, stream in zip(self.barriers, self.streams, strict=True):
-            with torch.cuda.stream(stream):
-                found.append(launch(barrier))
-        torch.cuda.synchronize()
+        for barrier in self.barriers:
+            if self.at_once:
+                with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+                    found.append(launch(barrier))
+                continue
+            for flags in self.flags:
+                flags.fill_(2**30)  # as if every other rank were there already
+            found.append(launch(barrier))
+        if self.at_once:
+            torch.cuda.synchronize()
         return found
 
 
@@ -101,13 +97,9 @@ def test_every_rank_samples_the_references_tokens(
             )
             for barrier in group.barriers
         ]  # fmt: skip
+        if at_once:
+            torch.cuda.synchronize()
         for _ in range(2):  # one after the other, a rank finds all partials the second time only
-            tokens = group.run(partial(sample_own, sampling, count, table, slots, positions))
+            tokens = group.run(lambda barrier: sampling[barrier.rank].sample(count, table, slots, positions))  # noqa: B023
         for found in tokens:
             assert torch.equal(found, expected)
-
-
-def sample_own(
-    sampling: list[ShardedSampling], count: int, table: SamplingRows, slots: Tensor, positions: Tensor, barrier: Barrier
-) -> Tensor:
-    return sampling[barrier.rank].sample(count, table, slots, positions)

@@ -33,13 +33,14 @@ def equal(one: object, other: object) -> bool:
     ],
 )
 def test_messages_arrive_as_they_were_sent(message: ToWorker | FromWorker) -> None:
-    decode = messages.decode_from_worker if isinstance(message, WorkerFailed) else messages.decode_to_worker
-    assert equal(decode(messages.encode(message)), message)
+    data = messages.ENCODER.encode(message)
+    decoder = messages.FROM_WORKER if isinstance(message, WorkerFailed) else messages.TO_WORKER
+    assert equal(decoder.decode(data), message)
 
 
 def test_the_arrays_of_a_plan_are_the_receivers_own() -> None:
     plan = prefill_plan(3, 5, True)
-    received = messages.decode_to_worker(messages.encode(LaunchStep(plan)))
+    received = messages.TO_WORKER.decode(messages.ENCODER.encode(LaunchStep(plan)))
     assert isinstance(received, LaunchStep)
     received.plan.prefill_tokens[:] = 7
     assert not plan.prefill_tokens.any()
@@ -47,6 +48,6 @@ def test_the_arrays_of_a_plan_are_the_receivers_own() -> None:
 
 def test_other_messages_and_arrays_are_refused() -> None:
     with pytest.raises((ValueError, msgspec.ValidationError), match="cannot be received in a message"):
-        messages.decode_to_worker(msgspec.msgpack.encode({"type": "finish", "masks": ["|O8", [1], b"\0" * 8]}))
+        messages.TO_WORKER.decode(msgspec.msgpack.encode({"type": "finish", "masks": ["|O8", [1], b"\0" * 8]}))
     with pytest.raises(msgspec.ValidationError):
-        messages.decode_to_worker(msgspec.msgpack.encode({"type": "run", "code": "x"}))
+        messages.TO_WORKER.decode(msgspec.msgpack.encode({"type": "run", "code": "x"}))

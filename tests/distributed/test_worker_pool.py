@@ -8,7 +8,7 @@ import pytest
 import zmq
 
 from minisgl.distributed import worker_pool
-from minisgl.distributed.messages import FromWorker, WorkerFailed, WorkerStarted, encode
+from minisgl.distributed.messages import ENCODER, FromWorker, WorkerFailed, WorkerStarted
 from minisgl.distributed.worker_pool import WorkerPool
 from minisgl.errors import ConfigError, EngineDeadError
 
@@ -24,7 +24,7 @@ class FakeWorker:
         self.report(WorkerStarted(rank))
 
     def report(self, message: FromWorker) -> None:
-        self.reports.send(encode(message))
+        self.reports.send(ENCODER.encode(message))
 
     def end(self) -> None:
         """End as a process does that is killed."""

@@ -90,15 +90,12 @@ class FusedRun:
         shapes = [(rows, world)] if shots == 1 else [(-(-rows // world), world), (rows, 1)]
         sizes = [buffer_size(*shape, case.dim) for shape in shapes]
         memory = [[filled(torch.full((size,), UNWRITTEN)) for _ in range(world)] for size in sizes]
-        addresses = tuple(
-            torch.tensor([own.data_ptr() for own in ranks], dtype=torch.int64, device=device) for ranks in memory
-        )
-        generations = [torch.zeros(rows, dtype=torch.int32, device=device) for _ in range(world)]
+        addresses = tuple(torch.tensor([x.data_ptr() for x in ranks], device=device) for ranks in memory)
+        own = zip(*memory, strict=True)
+        generations = torch.zeros(world, rows, dtype=torch.int32, device=device)
         return [
-            ReceiveBuffers(
-                rank, world, rows, case.dim, tuple(ranks[rank] for ranks in memory), addresses, generations[rank]
-            )
-            for rank in range(world)
+            ReceiveBuffers(rank, world, rows, case.dim, tuple(tensors), addresses, generations[rank])
+            for rank, tensors in enumerate(own)
         ]
 
     def load(self, rank: int) -> None:

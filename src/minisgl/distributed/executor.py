@@ -22,9 +22,9 @@ from minisgl.core.weights import TORCH_DTYPES, Progress
 from minisgl.distributed.collectives import TPGroup, broadcast_text, join_group
 from minisgl.distributed.messages import FinishStep, LaunchStep, LoadModel
 from minisgl.distributed.operations import SelectedCollectives, select_collectives
-from minisgl.distributed.shard import check_shards, cutter, local_spec
+from minisgl.distributed.shard import check_shards, local_spec, sharder
 from minisgl.distributed.worker_pool import WorkerPool
-from minisgl.gpu.attention.select import AttentionChoice, available_backends, capability, choose
+from minisgl.gpu.attention.select import available_backends, capability, choose
 from minisgl.gpu.executor import RankShare, attention_shape, build_local_executor
 from minisgl.gpu.memory import require_pages_fit
 from minisgl.gpu.operations import operations_for
@@ -88,28 +88,25 @@ def exit_at_once() -> None:
 
 
 def build_group_executor(
-    config: Config,
-    folder: Path,
-    spec: ModelSpec,
-    max_seq_len: int,
-    progress: Progress | None,
-    launched: Launcher | None,
-    on_failure: Callable[[], None] | None,
-) -> GroupExecutor:
+    config: Config, folder: Path, spec: ModelSpec, max_seq_len: int, progress: Progress | None,
+    launched: Launcher | None, on_failure: Callable[[], None] | None,
+) -> GroupExecutor:  # fmt: skip
     """Rank 0's part of the start of a group of `config.tp`, whose workers torchrun started, or this function does.
 
     `config` is resolved; what it leaves to `auto` is decided here for all ranks. `on_failure` is called from another
     thread when a worker is gone. Raises ConfigError for what cannot be divided or does not fit, on any rank.
     """
     check_shards(spec, config.tp)
-    require_pages_fit(config, local_spec(spec, config.tp), TORCH_DTYPES[config.dtype])  # before workers start
-    choice = choose_attention(config, spec)
+    share = local_spec(spec, config.tp)
+    require_pages_fit(config, share, TORCH_DTYPES[config.dtype])  # before workers start
+    kind = torch.device(config.device)
+    choice = choose(config.attn, attention_shape(share, config), available_backends(kind), capability(kind))
     config = config.replace(attn=f"{choice.prefill},{choice.decode}")
     device = torch.device("cpu" if config.device == "cpu" else f"cuda:{launched.local_rank if launched else 0}")
     use_device(device, config.tp if launched is None else launched.local_size)
     if launched is None:
         workers = WorkerPool.start(config.tp, config.device)
-        rendezvous, one_host = workers.rendezvous, True
+        rendezvous, one_host = f"file://{workers.folder}/rendezvous", True
     else:
         workers = WorkerPool(config.tp, f"tcp://{launched.listen}:*")
         rendezvous, one_host = "env://", launched.one_host
@@ -138,27 +135,16 @@ def build_group_executor(
 
 
 def build_rank_executor(
-    config: Config,
-    folder: Path,
-    spec: ModelSpec,
-    max_seq_len: int,
-    group: TPGroup,
-    progress: Progress | None = None,
-    alive: Callable[[], None] | None = None,
-) -> tuple[LocalExecutor, SelectedCollectives]:
+    config: Config, folder: Path, spec: ModelSpec, max_seq_len: int, group: TPGroup,
+    progress: Progress | None = None, alive: Callable[[], None] | None = None,
+) -> tuple[LocalExecutor, SelectedCollectives]:  # fmt: skip
     """One rank's executor over its share of the model, and the collectives that it uses. Every rank calls this."""
     ops = operations_for(torch.device(config.device), spec.hidden_size)
     selected = select_collectives(config, group, spec, ops, TORCH_DTYPES[config.dtype])
-    cut = cutter(spec, group.rank, group.size)
-    share = RankShare(local_spec(spec, group.size), cut, selected.operations, group.least)
+    share = RankShare(
+        local_spec(spec, group.size), sharder(spec, group.rank, group.size), selected.operations, group.least
+    )
     return build_local_executor(config, folder, spec, max_seq_len, progress, share, alive), selected
-
-
-def choose_attention(config: Config, spec: ModelSpec) -> AttentionChoice:
-    """What `--attn` means here, for all ranks alike."""
-    device = torch.device(config.device)
-    shape = attention_shape(local_spec(spec, config.tp), config)
-    return choose(config.attn, shape, available_backends(device), capability(device))
 
 
 def use_device(device: torch.device, ranks: int) -> None:

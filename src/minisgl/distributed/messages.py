@@ -84,19 +84,7 @@ def _to_array(kind: Any, value: Any) -> Any:
     return np.frombuffer(data, dtype).reshape(shape).copy()
 
 
-_ENCODER = msgspec.msgpack.Encoder(enc_hook=_from_array)
-_TO_WORKER: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker, dec_hook=_to_array)
-_FROM_WORKER: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
-
-
-def encode(message: ToWorker | FromWorker) -> bytes:
-    return _ENCODER.encode(message)
-
-
-def decode_to_worker(data: bytes) -> ToWorker:
-    """The message, whose arrays are copies. Raises ValueError or ValidationError for anything else."""
-    return _TO_WORKER.decode(data)
-
-
-def decode_from_worker(data: bytes) -> FromWorker:
-    return _FROM_WORKER.decode(data)
+ENCODER = msgspec.msgpack.Encoder(enc_hook=_from_array)
+TO_WORKER: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker, dec_hook=_to_array)
+"""Its arrays are copies. Like FROM_WORKER it raises ValueError or ValidationError for other messages."""
+FROM_WORKER: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)

@@ -74,7 +74,7 @@ def local_spec(spec: ModelSpec, size: int) -> ModelSpec:
     )
 
 
-def cutter(spec: ModelSpec, rank: int, size: int) -> Sharder:
+def sharder(spec: ModelSpec, rank: int, size: int) -> Sharder:
     """What this rank keeps of each parameter of the whole model `spec`."""
     vocab = vocab_shard(spec.vocab_size, rank, size)
 
@@ -90,7 +90,7 @@ def cutter(spec: ModelSpec, rank: int, size: int) -> Sharder:
         span = [(start + first * dim, start + (first + held) * dim) for start in (k, v)]
         return (part(0, spec.num_heads * dim), *span)
 
-    def cut(parameter: Parameter) -> Shard | None:
+    def shard(parameter: Parameter) -> Shard | None:
         field, shape = parameter.field, parameter.shape
         if field in ("embedding", "head"):
             return Shard(0, ((vocab.first, vocab.first + vocab.real),) if vocab.real else (), vocab.width - vocab.real)
@@ -106,4 +106,4 @@ def cutter(spec: ModelSpec, rank: int, size: int) -> Sharder:
             return None if rank == 0 else Shard(0, ())
         return None
 
-    return cut
+    return shard

@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -78,11 +79,8 @@ class Worker:
             group.barrier()  # every rank is ready
             self._execute(executor)
             selected.group.collectives.close()
-        except MinisglError as error:
-            self._fail(error.message, isinstance(error, (ConfigError, ModelError)))
         except Exception as error:
-            traceback.print_exc()
-            self._fail(f"{type(error).__name__}: {error}")
+            self._fail(error)
         if self._watcher is not None:  # a socket that another thread waits on must not be closed
             self._watcher.join()
             self._plans.disable_monitor()
@@ -121,22 +119,26 @@ class Worker:
             try:
                 executor.collect()
             except Exception as error:
-                traceback.print_exc()
-                self._fail(f"{type(error).__name__}: {error}")
+                self._fail(error)
 
     def _receive(self) -> messages.ToWorker:
-        return messages.decode_to_worker(self._plans.recv())
+        return messages.TO_WORKER.decode(self._plans.recv())
 
     def _report(self, message: messages.FromWorker) -> None:
         with self._reporting:
-            self._reports.send(messages.encode(message))
+            self._reports.send(messages.ENCODER.encode(message))
 
-    def _fail(self, error: str, user_error: bool = False) -> NoReturn:
-        """Report why and end the process: other ranks may wait for this one in a collective."""
-        self._report(WorkerFailed(self.rank, error, user_error))
+    def _fail(self, error: Exception) -> NoReturn:
+        """Report the error and end the process: other ranks may wait for this one in a collective."""
+        text = f"{type(error).__name__}: {error}"
+        if isinstance(error, MinisglError):
+            text = error.message
+        else:
+            traceback.print_exception(error)
+        self._report(WorkerFailed(self.rank, text, isinstance(error, (ConfigError, ModelError))))
         with self._reporting:
             self._reports.close()
-        threading.Event().wait(LINGER_MS / 1000)
+        time.sleep(LINGER_MS / 1000)
         os._exit(1)
 
 
@@ -165,12 +167,12 @@ def main() -> NoReturn:
     follower.start()
     device = torch.device(start.device)
     use_device(device, start.size)
-    worker = Worker(start.rank, start.plans, start.reports)
+    worker = Worker(start.rank, f"ipc://{start.folder}/plans-{start.rank}", f"ipc://{start.folder}/reports")
     if select.select([sys.stdin], [], [], 0)[0]:  # rank 0 is gone already
         follower.join()
 
     def join() -> TPGroup:
-        group = join_group(start.rank, start.size, start.rendezvous, device)
+        group = join_group(start.rank, start.size, f"file://{start.folder}/rendezvous", device)
         joined.set()
         return group
 

@@ -37,15 +37,12 @@ log = logging.getLogger(__name__)
 class WorkerStart(msgspec.Struct, frozen=True):
     """A line of JSON on the stdin of a worker that rank 0 started. The end of stdin means that rank 0 is gone.
 
-    `folder` holds the sockets and the rendezvous; a worker that outlives rank 0 removes it.
+    `folder` holds the sockets plans-RANK and reports, and the rendezvous. A worker that outlives rank 0 removes it.
     """
 
     rank: int
     size: int
     device: str
-    rendezvous: str
-    plans: str
-    reports: str
     folder: str
 
 
@@ -53,18 +50,17 @@ class WorkerPool:
     """Ranks 1 to size - 1. Used by one thread of rank 0; a thread of its own listens.
 
     `address` is a ZeroMQ endpoint that ends with "*", in place of which each socket has a name or port of its own.
-    `rendezvous` is where workers that `start` started join the group (`join_group`).
+    `folder` is that of the workers that `start` started (see `WorkerStart`).
     """
 
     def __init__(self, size: int, address: str) -> None:
         self.size = size
-        self.rendezvous = ""
+        self.folder: Path | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._plans = [self._bind(zmq.PUSH, address, f"plans-{rank}") for rank in range(1, size)]
         self._reports = self._bind(zmq.PULL, address, "reports")
         self._monitors = [socket.get_monitor_socket(zmq.EVENT_DISCONNECTED) for socket in self._plans]
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._folder: Path | None = None
         self._on_failure: list[Callable[[], None]] = []
         self._started: set[int] = set()
         self._failure: MinisglError | None = None
@@ -87,28 +83,20 @@ class WorkerPool:
         base = tempfile.gettempdir()
         folder = Path(tempfile.mkdtemp(prefix="minisgl-ranks-", dir=base if len(base) <= MAX_FOLDER else "/tmp"))
         pool = cls(size, f"ipc://{folder}/*")
-        pool._folder = folder
-        pool.rendezvous = f"file://{folder}/rendezvous"
+        pool.folder = folder
         try:
             for rank in range(1, size):
-                pool._start_worker(rank, "cpu" if device == "cpu" else f"cuda:{rank}")
+                process = subprocess.Popen(WORKER_COMMAND, stdin=subprocess.PIPE, bufsize=0, start_new_session=True)
+                pool._processes.append(process)
+                start = WorkerStart(rank, size, device if device == "cpu" else f"cuda:{rank}", str(folder))
+                assert process.stdin is not None
+                with contextlib.suppress(BrokenPipeError):  # it has ended: `wait_until_started` raises
+                    process.stdin.write(msgspec.json.encode(start) + b"\n")
             pool.wait_until_started()
         except BaseException:
             pool.close(force=True)
             raise
         return pool
-
-    def _start_worker(self, rank: int, device: str) -> None:
-        *plans, reports = self.addresses
-        start = WorkerStart(
-            rank=rank, size=self.size, device=device, rendezvous=self.rendezvous, plans=plans[rank - 1],
-            reports=reports, folder=str(self._folder),
-        )  # fmt: skip
-        process = subprocess.Popen(WORKER_COMMAND, stdin=subprocess.PIPE, bufsize=0, start_new_session=True)
-        self._processes.append(process)
-        assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended: `wait_until_started` raises
-            process.stdin.write(msgspec.json.encode(start) + b"\n")
 
     @property
     def addresses(self) -> list[str]:
@@ -135,14 +123,12 @@ class WorkerPool:
                 self._changed.wait(POLL_MS / 1000)
                 self.check()
                 for rank, process in enumerate(self._processes, start=1):
-                    if rank not in self._started and process.poll() is not None:
-                        raise EngineDeadError(
-                            f"rank {rank} of {self.size} ended with {process.returncode} at its start"
-                        )
+                    if rank not in self._started and (status := process.poll()) is not None:
+                        raise EngineDeadError(f"rank {rank} of {self.size} ended with {status} at its start")
 
     def send(self, message: ToWorker) -> None:
         """Send to every worker; returns at once."""
-        data = messages.encode(message)
+        data = messages.ENCODER.encode(message)
         for socket in self._plans:
             socket.send(data)
 
@@ -183,8 +169,8 @@ class WorkerPool:
         self._context.destroy(linger=0 if self._processes or force else int(STOP_SECONDS * 1000))
 
     def _remove_folder(self) -> None:
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _listen(self) -> None:
         poller = zmq.Poller()
@@ -193,7 +179,7 @@ class WorkerPool:
         while not self._closing.is_set():
             ready = dict(poller.poll(POLL_MS))
             if self._reports in ready:
-                self._handle(messages.decode_from_worker(self._reports.recv()))
+                self._handle(messages.FROM_WORKER.decode(self._reports.recv()))
             for rank, monitor in enumerate(self._monitors, start=1):
                 if monitor in ready:
                     self._disconnected(rank)
@@ -227,7 +213,7 @@ class WorkerPool:
         if self._monitors[rank - 1].poll(0):
             recv_monitor_message(self._monitors[rank - 1])
         while self._reports.poll(LAST_REPORT_MS):
-            message = messages.decode_from_worker(self._reports.recv())
+            message = messages.FROM_WORKER.decode(self._reports.recv())
             if isinstance(message, WorkerFailed) and message.rank == rank:
                 self._handle(message)
         self._fail(EngineDeadError(f"rank {rank} of {self.size} ended; nothing can be generated any more"))
