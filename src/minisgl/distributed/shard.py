@@ -44,7 +44,8 @@ def check_shards(spec: ModelSpec, size: int) -> None:
     """Raise ConfigError naming what this many ranks cannot divide, and the numbers of ranks that are possible."""
     if why := _obstacle(spec, size):
         possible = ", ".join(str(n) for n in range(1, spec.num_heads + 1) if not _obstacle(spec, n))
-        raise ConfigError(f"--tp {size}: {spec.architecture} cannot be split so: {why}; --tp can be {possible}")
+        what = f"{spec.architecture} cannot be split into {size}"
+        raise ConfigError(f"--tp {size}: {what}: {why}; --tp can be {possible}")
 
 
 def _obstacle(spec: ModelSpec, size: int) -> str:
