@@ -10,7 +10,7 @@ from minisgl.core.types import ModelInfo
 from minisgl.errors import InvalidRequestError, MinisglError
 from minisgl.server.preparation import Preparation
 from minisgl.server.prepared import Converted, Kind, Prepared
-from minisgl.text.tokenizer import Tokenizer, make_standin
+from minisgl.text.tokenizer import Tokenizer, make_byte_tokenizer
 
 JOBS_EACH = 4
 """Jobs that a process works at together, in threads, so that a short one does not wait for a long one."""
@@ -28,7 +28,7 @@ class TokenizerSetup(msgspec.Struct, frozen=True, kw_only=True):
 
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer, or the one that stands in for it; raises ModelError."""
-        return make_standin(self.model.vocab_size) if self.standin else Tokenizer.load(Path(self.folder))
+        return make_byte_tokenizer(self.model.vocab_size) if self.standin else Tokenizer.load(Path(self.folder))
 
     def preparation(self) -> Preparation:
         """What prepares requests; raises ModelError."""

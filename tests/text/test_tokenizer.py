@@ -5,33 +5,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from helpers.tiny_tokenizers import byte_level_json, write_tokenizer
+from helpers.tiny_tokenizers import byte_fallback_json, byte_level_json, write_tokenizer
 from minisgl.core.types import SamplingParams
 from minisgl.errors import InvalidRequestError, ModelError
 from minisgl.formats.hub import locate_model
-from minisgl.text.tokenizer import Tokenizer
+from minisgl.text.chat_template import cut_after
+from minisgl.text.tokenizer import Tokenizer, byte_of_character, make_byte_tokenizer
 
-# Fixtures in the manner of three families: what they use of the template language is what counts.
-LLAMA_STYLE = """{{- bos_token }}
+# Templates in the manner of two families: what they use of the template language is what counts.
+QWEN_STYLE = """{{- bos_token }}
 {%- if not date_string is defined %}{% set date_string = "26 Jul 2024" %}{% endif %}
 {%- if messages[0]['role'] == 'system' %}
     {%- set system_message = messages[0]['content']|trim %}
     {%- set messages = messages[1:] %}
-{%- else %}
-    {%- set system_message = "" %}
+    {{- "<|im_start|>system\\nToday: " + date_string + "\\n\\n" + system_message + "<|im_end|>" }}
 {%- endif %}
-{{- "<|im_start|>system\\nToday: " + date_string + "\\n\\n" + system_message + "<|im_end|>" }}
 {%- if tools is not none %}{{- "tools!" }}{% endif %}
-{%- for message in messages %}
-    {{- '<|im_start|>' + message['role'] + '\\n\\n' + message['content'] | trim + '<|im_end|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n\\n' }}
-{%- endif %}
-"""
-QWEN_STYLE = """{%- set ns = namespace(last=-1, found=false) %}
+{%- set ns = namespace(last=-1, found=false) %}
 {%- for message in messages %}
     {%- if message.role == "user" %}{% set ns.last = loop.index0 %}{% set ns.found = true %}{% endif %}
 {%- endfor %}
@@ -80,8 +75,8 @@ def both(folder: Path) -> tuple[Tokenizer, PreTrainedTokenizerBase]:
 
 @pytest.mark.parametrize(
     ("template", "messages"),
-    [(LLAMA_STYLE, TALK), (LLAMA_STYLE, SYSTEM), (QWEN_STYLE, TALK), (QWEN_STYLE, SYSTEM), (MISTRAL_STYLE, TALK)],
-    ids=["llama", "llama system", "qwen", "qwen system", "mistral"],
+    [(QWEN_STYLE, TALK), (QWEN_STYLE, SYSTEM), (MISTRAL_STYLE, TALK)],
+    ids=["qwen", "qwen system", "mistral"],
 )
 @pytest.mark.parametrize("prompt", [True, False])
 def test_conversations_render_and_encode_as_in_transformers(
@@ -98,7 +93,10 @@ def test_conversations_render_and_encode_as_in_transformers(
 def test_a_template_that_writes_bos_gets_no_second_one(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(write_tokenizer(tmp_path, template=MISTRAL_STYLE, add_bos=True))
     assert tokenizer.encode_chat(TALK[:1]).count(0) == 1
-    assert tokenizer.encode("hi")[0] == 0
+    ids = tokenizer.encode("ab")
+    assert ids[0] == 0
+    assert tokenizer.encode("ab", add_special_tokens=False) == ids[1:]
+    assert tokenizer.starts(ids, "ab")[:2] == [0, 0]  # the text does not show it
 
 
 def test_what_the_template_refuses_is_the_users_error(tmp_path: Path) -> None:
@@ -128,6 +126,39 @@ def test_a_hostile_template_stays_in_its_sandbox(tmp_path: Path, template: str) 
         tokenizer.render_chat(TALK)
 
 
+CONTINUED = "{% for m in messages %}[{{ m.content | trim }}]{% endfor %}"
+
+
+def continued(tmp_path: Path, *contents: str) -> str:
+    tokenizer = Tokenizer.load(write_tokenizer(tmp_path, template=CONTINUED))
+    return tokenizer.render_continued([{"role": "any", "content": content} for content in contents])
+
+
+@pytest.mark.parametrize(
+    ("contents", "expected"),
+    [
+        (("hi", "so far"), "[hi][so far"),
+        (("so far", "so far"), "[so far][so far"),
+        (("hi", " one, one "), "[hi][one, one"),
+    ],
+)
+def test_a_continued_conversation_ends_with_its_last_content(
+    tmp_path: Path, contents: tuple[str, ...], expected: str
+) -> None:
+    assert continued(tmp_path, *contents) == expected
+
+
+def test_blanks_around_the_content_stay_where_the_template_shows_them() -> None:
+    assert cut_after("a: x\na: so far <end>", "so far ") == "a: x\na: so far "
+    assert cut_after("a: so far<end>", " so far ") == "a: so far"
+
+
+@pytest.mark.parametrize("content", ["", "  \n", "not shown"])
+def test_what_is_not_shown_cannot_be_continued(content: str) -> None:
+    with pytest.raises(InvalidRequestError, match="no content that can be continued"):
+        cut_after("a: other<end>", content)
+
+
 def test_a_model_without_template_completes_but_does_not_chat(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(write_tokenizer(tmp_path))
     assert not tokenizer.has_chat_template
@@ -150,17 +181,14 @@ def test_a_broken_template_is_named_at_load(tmp_path: Path) -> None:
         Tokenizer.load(write_tokenizer(tmp_path, template="{% if %}"))
 
 
-def test_special_tokens_may_be_objects(tmp_path: Path) -> None:
+def test_special_tokens_may_be_objects_and_eos_every_id_of_the_generation_config(tmp_path: Path) -> None:
     folder = write_tokenizer(tmp_path, template="{{ eos_token }}", eos_token={"content": "<|im_end|>", "lstrip": False})
     tokenizer = Tokenizer.load(folder)
     assert tokenizer.render_chat(TALK) == "<|im_end|>"
     assert tokenizer.eos_token_ids == (3,)
-
-
-def test_eos_is_the_tokenizers_and_every_id_of_the_generation_config(tmp_path: Path) -> None:
-    folder = write_tokenizer(tmp_path)
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 1]}))
-    assert Tokenizer.load(folder).eos_token_ids == (1, 3)
+    for listed, expected in ((1, (3, 1)), ([1, 3], (3, 1)), (None, (3,))):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
+        assert Tokenizer.load(folder).eos_token_ids == expected
 
 
 def test_lone_surrogates_are_refused(tmp_path: Path) -> None:
@@ -207,3 +235,60 @@ def test_the_bundled_tokenizer_streams_what_it_decodes() -> None:
     stream = tokenizer.stream(SamplingParams())
     assert "".join(stream.push([token]) for token in ids) + stream.finish() == tokenizer.decode(ids)
     assert "user" in tokenizer.render_chat([{"role": "user", "content": "hi"}])
+
+
+BYTE_LEVEL = Tokenizer(tokenizers.Tokenizer.from_str(byte_level_json()), tokens={})
+BYTE_FALLBACK = Tokenizer(tokenizers.Tokenizer.from_str(byte_fallback_json()), tokens={})
+
+
+def joined(tokenizer: Tokenizer, text: str) -> str:
+    return b"".join(map(tokenizer.token_bytes, tokenizer.encode(text, add_special_tokens=False))).decode()
+
+
+@given(st.text(max_size=30))
+@settings(max_examples=200, deadline=None)
+def test_the_bytes_of_a_texts_tokens_are_the_texts(text: str) -> None:
+    assert joined(BYTE_LEVEL, text) == text
+    if text:
+        assert joined(BYTE_FALLBACK, text).replace("▁", " ") == " " + text.replace("▁", " ")
+
+
+def test_special_tokens_are_their_text_and_unknown_ids_nothing() -> None:
+    assert BYTE_LEVEL.token_bytes(1) == b"</s>"
+    assert BYTE_LEVEL.token_bytes(10**6) == b""
+    assert BYTE_FALLBACK.token_bytes(3 + 0xE4) == b"\xe4"
+    assert sorted(byte_of_character().values()) == list(range(256))
+    assert byte_of_character()["Ġ"] == 0x20
+
+
+@given(st.text(alphabet="aé世😀 <s>x", max_size=20))
+@settings(max_examples=200, deadline=None)
+def test_tokens_start_where_their_text_does(text: str) -> None:
+    ids = BYTE_LEVEL.encode(text)
+    starts = BYTE_LEVEL.starts(ids, text)
+    assert starts == sorted(starts)
+    for index, (token, start, end) in enumerate(zip(ids, starts, [*starts, len(text)][1:], strict=True)):
+        if BYTE_LEVEL.token_bytes(token) != text[start:end].encode():
+            # A part of a character begins where that character does.
+            assert b"".join(map(BYTE_LEVEL.token_bytes, ids[:index])).startswith(text[:start].encode())
+
+
+BYTES_TEXT = "Grüße, 世界!\n\t😀 \x00"
+
+
+def test_a_byte_tokenizer_encodes_text_as_its_bytes_and_decodes_other_tokens_as_numbers() -> None:
+    tokenizer = make_byte_tokenizer(151_936)
+    assert tokenizer.vocab_size == 151_936
+    assert tokenizer.encode(BYTES_TEXT) == list(BYTES_TEXT.encode())
+    assert tokenizer.decode(tokenizer.encode(BYTES_TEXT)) == joined(tokenizer, BYTES_TEXT) == BYTES_TEXT
+    stream = tokenizer.stream(SamplingParams())
+    pieces = [stream.push([token]) for token in (256, 151_935, *"ü".encode(), 2999)]
+    assert pieces == [" 256", " 151935", "", "ü", " 2999"]
+    with pytest.raises(InvalidRequestError, match="no chat template"):
+        tokenizer.encode_chat([{"role": "user", "content": "hi"}])
+
+
+def test_a_small_byte_tokenizer_has_the_first_bytes() -> None:
+    tokenizer = make_byte_tokenizer(100)
+    assert tokenizer.vocab_size == 100
+    assert tokenizer.encode("AzB") == [65, 66]

@@ -1,4 +1,4 @@
-"""The bundled model's own answers, held to a form."""
+"""The bundled model held to structured output."""
 
 from __future__ import annotations
 
@@ -32,37 +32,36 @@ def llm() -> Iterator[LLM]:
         yield model
 
 
-def params(grammar: Grammar | None, **changes: float) -> SamplingParams:
-    return SamplingParams(temperature=changes.get("temperature", 0.0), seed=1, max_tokens=160, grammar=grammar)
+def params(kind: str, source: str, temperature: float = 0.0) -> SamplingParams:
+    grammar = Grammar(kind=kind, source=source)  # type: ignore[arg-type]
+    return SamplingParams(temperature=temperature, seed=1, max_tokens=160, grammar=grammar)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_an_answer_follows_its_schema(llm: LLM, temperature: float) -> None:
-    held = params(Grammar(kind="json_schema", source=json.dumps(CITY)), temperature=temperature)
+    held = params("json_schema", json.dumps(CITY), temperature)
     (answer,) = llm.chat(QUESTION, held, progress=False)
     assert answer.finish_reason == "stop"
     jsonschema.validate(json.loads(answer.text), CITY)
 
 
-def test_forms_of_every_kind_beside_a_free_mate_that_does_not_change(llm: LLM) -> None:
-    (alone,) = llm.generate([FREE], SamplingParams(temperature=0.0, max_tokens=24), progress=False)
-    several = llm.generate(
+def test_every_kind_beside_a_free_request_that_does_not_change(llm: LLM) -> None:
+    free = SamplingParams(temperature=0.0, max_tokens=24)
+    (alone,) = llm.generate([FREE], free, progress=False)
+    mate, date, choice, additions, record = llm.generate(
         [FREE, "The date is ", "Is water wet? ", "Two sums: ", "A record: "],
         [
-            SamplingParams(temperature=0.0, max_tokens=24),
-            params(Grammar(kind="regex", source="[0-9]{4}-[0-9]{2}-[0-9]{2}")),
-            params(Grammar(kind="choice", source='["yes", "no", "perhaps"]')),
-            params(Grammar(kind="lark", source='start: sum "; " sum\nsum: /[0-9]{1,3}/ " + " /[0-9]{1,3}/')),
-            params(
-                Grammar(kind="json_schema", source='{"type":"array","items":{"type":"null"},"minItems":2,"maxItems":2}')
-            ),
+            free,
+            params("regex", "[0-9]{4}-[0-9]{2}-[0-9]{2}"),
+            params("choice", '["yes", "no", "perhaps"]'),
+            params("lark", 'start: sum "; " sum\nsum: /[0-9]{1,3}/ " + " /[0-9]{1,3}/'),
+            params("json_schema", '{"type":"array","items":{"type":"null"},"minItems":2,"maxItems":2}'),
         ],
         progress=False,
     )
-    free, date, choice, sums, record = several
-    assert free.token_ids == alone.token_ids
+    assert mate.token_ids == alone.token_ids
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", date.text)
     assert choice.text in ("yes", "no", "perhaps")
-    assert re.fullmatch(r"\d{1,3} \+ \d{1,3}; \d{1,3} \+ \d{1,3}", sums.text)
+    assert re.fullmatch(r"\d{1,3} \+ \d{1,3}; \d{1,3} \+ \d{1,3}", additions.text)
     assert json.loads(record.text) == [None, None]
-    assert {answer.finish_reason for answer in several[1:]} == {"stop"}
+    assert {found.finish_reason for found in (date, choice, additions, record)} == {"stop"}

@@ -1,13 +1,16 @@
-"""What is refused at the door, in bounded time, and the process that finds out."""
+"""What the API refuses, in bounded time, and the process that finds out."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +18,8 @@ from helpers.grammars import EOS, PADDED, allowed
 from helpers.tiny_tokenizers import write_tokenizer
 from minisgl.core.types import Grammar, ModelInfo
 from minisgl.errors import InvalidRequestError, UnsupportedParameterError
-from minisgl.text.grammar_check import GrammarCompiler, HelperError, build_constraints
+from minisgl.text import grammar_check
+from minisgl.text.grammar_check import GrammarCompiler, HelperError, Running, build_constraints
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -98,7 +102,7 @@ def test_a_hostile_grammar_ends_in_an_error(name: str, compiler: GrammarCompiler
     compiler.check(Grammar(kind="json_object"))
 
 
-REFUSED: dict[str, tuple[Grammar, str]] = {
+UNSUPPORTED: dict[str, tuple[Grammar, str]] = {
     "not": (schema({"not": {"type": "string"}}), "not"),
     "if": (schema({"if": {"type": "string"}, "then": {"minLength": 3}}), "if"),
     "contains": (schema({"type": "array", "contains": {"type": "string"}}), "contains"),
@@ -115,13 +119,6 @@ REFUSED: dict[str, tuple[Grammar, str]] = {
     "back reference": (regex(r"(a)\1"), "backreferences"),
     "word boundary": (regex(r"\bfoo\b"), "lookarounds"),
 }
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_enforced_is_refused_by_name(name: str, compiler: GrammarCompiler) -> None:
-    grammar, said = REFUSED[name]
-    with pytest.raises(UnsupportedParameterError, match=said):
-        compiler.check(grammar)
 
 
 INVALID: dict[str, tuple[Grammar, str]] = {
@@ -151,73 +148,103 @@ INVALID: dict[str, tuple[Grammar, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", INVALID)
-def test_an_invalid_grammar_is_refused_with_the_reason(name: str, compiler: GrammarCompiler) -> None:
-    grammar, said = INVALID[name]
-    with pytest.raises(InvalidRequestError, match=said) as caught:
+@pytest.mark.parametrize("name", [*UNSUPPORTED, *INVALID])
+def test_what_cannot_be_followed_is_refused_with_the_reason(name: str, compiler: GrammarCompiler) -> None:
+    grammar, said = {**UNSUPPORTED, **INVALID}[name]
+    with pytest.raises(UnsupportedParameterError if name in UNSUPPORTED else InvalidRequestError, match=said) as caught:
         compiler.check(grammar)
     assert caught.value.param in ("response_format", "guided_regex", "guided_grammar", "guided_choice")
 
 
-def test_good_grammars_pass_from_many_threads_at_once(compiler: GrammarCompiler) -> None:
-    failed: list[str] = []
-
+def test_grammars_are_checked_from_many_threads_at_once(compiler: GrammarCompiler) -> None:
     def check(number: int) -> None:
-        good, bad = regex(f"good{number}"), regex(f"bad{number}(")
-        try:
-            compiler.check(good)
-            compiler.check(bad)
-        except InvalidRequestError as error:
-            if "unclosed" not in error.message:
-                failed.append(error.message)
-        else:
-            failed.append(f"bad{number} passed")
+        compiler.check(regex(f"good{number}"))
+        with pytest.raises(InvalidRequestError, match="unclosed"):
+            compiler.check(regex(f"bad{number}("))
 
-    threads = [threading.Thread(target=check, args=(number,)) for number in range(12)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failed == []
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(check, range(12)))
 
 
-def helper_pid(compiler: GrammarCompiler) -> int:
-    process = compiler._guard._process
-    assert process is not None
-    return process.pid
-
-
-def test_a_killed_helper_is_replaced(folder: Path) -> None:
+@pytest.fixture
+def own(folder: Path) -> Iterator[GrammarCompiler]:
+    """A compiler whose helper may be ended."""
     compiler = GrammarCompiler(folder, PADDED, EOS)
-    compiler.check(regex("a"))
-    first = helper_pid(compiler)
+    yield compiler
+    compiler.close()
+
+
+def running(compiler: GrammarCompiler) -> Running:
+    found = compiler._helper.running
+    assert found is not None
+    return found
+
+
+def test_a_killed_helper_is_replaced(own: GrammarCompiler) -> None:
+    own.check(regex("a"))
+    first = running(own).process.pid
     os.kill(first, signal.SIGKILL)
-    compiler.check(regex("b"))
-    assert helper_pid(compiler) != first
-    compiler.close()
+    own.check(regex("b"))
+    assert running(own).process.pid != first
 
 
-def test_a_grammar_found_good_is_not_tried_again(folder: Path) -> None:
-    compiler = GrammarCompiler(folder, PADDED, EOS)
-    compiler.check(regex("a"))
-    compiler.close()
-    compiler.check(regex("a"))
-    assert compiler._guard._process is None
+def test_no_thread_ends_the_new_helper_of_another(own: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    own.check(regex("a"))
+    first = running(own).process.pid
+    os.kill(first, signal.SIGSTOP)
+    sent, go_on = threading.Semaphore(0), threading.Event()
+    send_fds, read = socket.send_fds, grammar_check.read_all
+
+    def counted_send(*args: Any) -> int:
+        count = send_fds(*args)
+        sent.release()
+        return count
+
+    def late_read(connection: socket.socket) -> bytes:
+        try:
+            return read(connection)
+        finally:
+            if threading.current_thread().name == "late":
+                assert go_on.wait(60)
+
+    monkeypatch.setattr(socket, "send_fds", counted_send)
+    monkeypatch.setattr(grammar_check, "read_all", late_read)
+    with ThreadPoolExecutor(2) as pool:
+        early = pool.submit(own.check, regex("b"))
+        late = pool.submit(check_as, "late", own, regex("c"))
+        assert all(sent.acquire(timeout=60) for _ in range(2))
+        os.kill(first, signal.SIGKILL)
+        early.result(60)
+        second = running(own).process
+        go_on.set()
+        late.result(60)
+    assert running(own).process is second
+    assert second.poll() is None
 
 
-def test_the_helper_ends_with_the_process_that_started_it(folder: Path) -> None:
-    compiler = GrammarCompiler(folder, PADDED, EOS)
-    compiler.check(regex("a"))
-    process, control = compiler._guard._process, compiler._guard._control
-    assert process is not None
-    assert control is not None
-    control.close()  # as its end would
-    assert process.wait(timeout=60) == 0
-    compiler.close()
+def check_as(name: str, compiler: GrammarCompiler, grammar: Grammar) -> None:
+    threading.current_thread().name = name
+    compiler.check(grammar)
+
+
+def test_a_grammar_found_good_is_not_tried_again(own: GrammarCompiler) -> None:
+    own.check(regex("a"))
+    own.close()
+    own.check(regex("a"))
+    assert own._helper.running is None
+
+
+def test_the_helper_ends_with_the_process_that_started_it(own: GrammarCompiler) -> None:
+    own.check(regex("a"))
+    running(own).control.close()  # as its end would
+    assert running(own).process.wait(timeout=60) == 0
 
 
 def test_a_tokenizer_that_is_not_there_is_the_servers_fault(tmp_path: Path) -> None:
+    model = ModelInfo(name="none", vocab_size=PADDED, max_seq_len=100, eos_token_ids=EOS)
+    build_constraints(tmp_path, model)  # loads nothing yet
     compiler = GrammarCompiler(tmp_path, PADDED, EOS)
+    compiler.close()
     with pytest.raises(HelperError, match="no tokenizer"):
         compiler.check(regex("a"))
     compiler.close()
@@ -234,14 +261,7 @@ def test_constraints_of_one_grammar_are_made_once_and_independent(folder: Path) 
         make(regex("("))
 
 
-def test_nothing_is_loaded_before_the_first_grammar(tmp_path: Path) -> None:
-    model = ModelInfo(name="none", vocab_size=PADDED, max_seq_len=100, eos_token_ids=EOS)
-    build_constraints(tmp_path / "missing", model)
-    GrammarCompiler(tmp_path / "missing", PADDED, EOS).close()
-
-
-def test_compiled_grammars_are_forgotten_when_there_are_many(folder: Path) -> None:
-    compiler = GrammarCompiler(folder, PADDED, EOS)
+def test_compiled_grammars_are_forgotten_when_there_are_many(own: GrammarCompiler) -> None:
     for number in range(80):
-        compiler.constraint(regex(f"a{number}"))
-    assert len(compiler._compiled) == 32
+        own.constraint(regex(f"a{number}"))
+    assert own._compiled.cache_info().currsize == 32

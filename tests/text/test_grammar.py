@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from helpers.grammars import EOS, PADDED, allowed, follow, matches, tiny_vocabulary, token_bytes, walk
+from helpers.grammars import EOS, PADDED, allowed, follow, matches, sample_text, tiny_vocabulary, token_bytes
 from helpers.tiny_tokenizers import SPECIAL_TOKENS, byte_fallback_json
 from minisgl.core.types import Grammar
 from minisgl.errors import InvalidRequestError, UnsupportedParameterError
@@ -19,12 +19,6 @@ from minisgl.text.grammar import GrammarError, MatcherConstraint, Vocabulary, Vo
 def follow_last(constraint: MatcherConstraint, steps: int) -> None:
     for _ in range(steps):
         constraint.accept(allowed(constraint)[-1])
-
-
-def follow_one(constraint: MatcherConstraint, token: int, steps: int) -> None:
-    for _ in range(steps):
-        assert token in allowed(constraint)
-        assert constraint.accept(token)
 
 
 def regex(source: str) -> Grammar:
@@ -75,37 +69,45 @@ def test_a_choice_allows_what_begins_one_of_its_texts(vocabulary: Vocabulary, pi
 
 
 @pytest.mark.parametrize("pattern", ["a", "ab*", "[ab]{2}", "(ab|cd)+", "a?b?c?", "[0-9]{2,3}x?"])
-def test_walks_end_where_the_regular_expression_matches_as_python_does(
+def test_sampled_texts_end_where_the_regular_expression_matches_as_python_does(
     pattern: str, vocabulary: Vocabulary, pieces: list[bytes]
 ) -> None:
     start = compile_grammar(regex(pattern), vocabulary)
     for seed in range(10):
-        assert re.fullmatch(pattern, walk(start.copy(), pieces, seed, wander=20))
+        assert re.fullmatch(pattern, sample_text(start.copy(), pieces, seed, free_tokens=20))
 
 
 def test_every_choice_is_reached_and_nothing_else(vocabulary: Vocabulary, pieces: list[bytes]) -> None:
     texts = {"yes", "yesterday", "no", "naïve", '"quoted"', "back\\slash", "new\nline", "日本", "a/b", "\t"}
     start = compile_grammar(choice(*texts), vocabulary)
-    assert {walk(start.copy(), pieces, seed) for seed in range(300)} == texts
+    assert {sample_text(start.copy(), pieces, seed) for seed in range(300)} == texts
 
 
-def test_the_end_is_allowed_exactly_where_the_text_may_end(vocabulary: Vocabulary) -> None:
-    grammar = regex("ab?")
-    assert not set(EOS) & set(allowed(follow(vocabulary, grammar, "")))
-    assert set(EOS) <= set(allowed(follow(vocabulary, grammar, "a")))
-    assert set(allowed(follow(vocabulary, grammar, "ab"))) == set(EOS)
-
-
-def test_after_the_end_nothing_else_comes(vocabulary: Vocabulary) -> None:
-    constraint = follow(vocabulary, Grammar(kind="json_object"), '{"a": 1}')
-    assert set(allowed(constraint)) == set(EOS)
-    assert not constraint.copy().accept(EOS[0] + 10)
-    assert constraint.accept(EOS[0])
-    assert set(allowed(constraint)) == set(EOS)
-
-
-def test_an_empty_text_may_be_all(vocabulary: Vocabulary) -> None:
-    assert set(allowed(compile_grammar(regex(""), vocabulary))) == set(EOS)
+@pytest.mark.parametrize(
+    ("grammar", "text", "ends"),
+    [
+        (regex("ab?"), "", "no"),
+        (regex("ab?"), "a", "may"),
+        (regex("ab?"), "ab", "must"),
+        (regex(""), "", "must"),
+        (regex("."), "😀".encode()[:1], "no"),
+        (regex("."), "😀".encode()[:3], "no"),
+        (regex("."), "😀", "must"),
+        (Grammar(kind="json_object"), '{"a": 1}', "must"),
+    ],
+)
+def test_the_end_is_allowed_exactly_where_the_text_may_end(
+    grammar: Grammar, text: str | bytes, ends: str, vocabulary: Vocabulary
+) -> None:
+    constraint = follow(vocabulary, grammar, text)
+    got = set(allowed(constraint))
+    assert constraint.may_end == (ends != "no")
+    assert set(EOS) & got == (set() if ends == "no" else set(EOS))
+    assert (got == set(EOS)) == (ends == "must")
+    if ends == "must":
+        assert not constraint.copy().accept(EOS[0] + 10)
+        assert constraint.accept(EOS[0])
+        assert set(allowed(constraint)) == set(EOS)
 
 
 def test_without_ids_that_end_it_a_complete_text_allows_nothing(tmp_path: Path) -> None:
@@ -132,25 +134,12 @@ def test_a_model_narrower_than_its_tokenizer_gets_only_its_own_ids(tmp_path: Pat
     assert allowed(follow(vocabulary, regex("(?s:.*)"), "x")) == expected
 
 
-def test_the_text_of_a_special_token_can_still_be_written(vocabulary: Vocabulary) -> None:
-    assert matches(vocabulary, choice("<|im_end|>"), "<|im_end|>")
-
-
-def test_a_character_may_be_split_over_tokens_but_not_left_half(vocabulary: Vocabulary) -> None:
-    grammar = regex(".")
-    for length in range(1, 4):
-        constraint = follow(vocabulary, grammar, "😀".encode()[:length])
-        assert not constraint.may_end
-        assert not set(EOS) & set(allowed(constraint))
-    assert follow(vocabulary, grammar, "😀").may_end
-
-
 def test_a_tokenizer_with_byte_fallback_writes_spaces_and_bytes(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(byte_fallback_json(), "utf-8")
     vocabulary = Vocabulary(VocabularySource(folder=str(tmp_path), vocab_size=300, eos_token_ids=(2,)))
     pieces = token_bytes(vocabulary)
     start = compile_grammar(choice("he a", "é b"), vocabulary)
-    texts = {walk(start.copy(), pieces, seed) for seed in range(30)}
+    texts = {sample_text(start.copy(), pieces, seed) for seed in range(30)}
     assert texts == {"he a", "é b"}
 
 
@@ -173,35 +162,42 @@ def test_a_token_that_may_not_follow_is_refused(vocabulary: Vocabulary, pieces: 
         allowed(constraint)
 
 
-def test_copies_go_their_own_ways(vocabulary: Vocabulary, pieces: list[bytes]) -> None:
-    first = compile_grammar(choice("ab", "cd"), vocabulary)
-    second = first.copy()
-    assert first.accept(pieces.index(b"a"))
-    assert second.accept(pieces.index(b"c"))
-    assert [pieces[token] for token in allowed(first)] == [b"b"]
-    assert [pieces[token] for token in allowed(second)] == [b"d"]
-
-
 def test_a_mask_of_the_wrong_size_is_our_own_mistake(vocabulary: Vocabulary) -> None:
     with pytest.raises(AssertionError):
         compile_grammar(regex("a"), vocabulary).fill(np.zeros(3, np.int32))
 
 
-def test_a_grammar_that_becomes_too_complex_says_so(vocabulary: Vocabulary) -> None:
-    grammar = Grammar(kind="lark", source="start: " + " ".join(['("a"|"b"|start)?'] * 200))
-    constraint = compile_grammar(grammar, vocabulary)
-    with pytest.raises(GrammarError, match="items"):
-        follow_last(constraint, 50)
+COMPLEX = "start: " + " ".join(['("a"|"b"|start)?'] * 200)
+
+
+@pytest.mark.parametrize(("source", "said"), [(COMPLEX, "items"), ('start: start start | "a"', "s a token")])
+def test_a_grammar_that_costs_too_much_on_the_way_says_so(source: str, said: str, vocabulary: Vocabulary) -> None:
+    constraint = compile_grammar(Grammar(kind="lark", source=source), vocabulary)
+    with pytest.raises(GrammarError, match=said):
+        follow_last(constraint, 5000)
+
+
+def test_a_probe_finds_what_costs_too_much(vocabulary: Vocabulary) -> None:
+    grammar = Grammar(kind="lark", source=COMPLEX)
     with pytest.raises(InvalidRequestError, match="too expensive"):
         probe(grammar, compile_grammar(grammar, vocabulary), 32)
 
 
-def test_lark_and_gbnf_are_both_understood(vocabulary: Vocabulary) -> None:
-    lark = Grammar(kind="lark", source='start: "a" number // a remark with ::=\nnumber: /[0-9]+/\n')
-    gbnf = Grammar(kind="lark", source='root ::= "a" number\nnumber ::= [0-9]+\n')
-    for grammar in (lark, gbnf):
-        assert matches(vocabulary, grammar, "a12")
-        assert not matches(vocabulary, grammar, "a")
+@pytest.mark.parametrize(
+    ("grammar", "text"),
+    [
+        (Grammar(kind="lark", source='start: "a" number // a remark with ::=\nnumber: /[0-9]+/\n'), "a12"),
+        (Grammar(kind="lark", source='root ::= "a" number\nnumber ::= [0-9]+\n'), "a12"),  # GBNF
+        (choice("<|im_end|>"), "<|im_end|>"),  # not as the special token
+        (Grammar(kind="lark", source='start: "<|im_end|>"'), "<|im_end|>"),
+        (Grammar(kind="lark", source="start: /<s>/"), "<s>"),
+        (Grammar(kind="lark", source="start: /ab/ // <s>"), "ab"),
+        (Grammar(kind="lark", source='start: "ab" # <s>'), "ab"),
+    ],
+)
+def test_a_grammar_takes_its_text_and_not_a_part_of_it(grammar: Grammar, text: str, vocabulary: Vocabulary) -> None:
+    assert matches(vocabulary, grammar, text)
+    assert not matches(vocabulary, grammar, text[:1])
 
 
 def test_what_lark_calls_by_name_is_not_read_from_files(vocabulary: Vocabulary) -> None:
@@ -216,15 +212,3 @@ def test_what_lark_calls_by_name_is_not_read_from_files(vocabulary: Vocabulary) 
 def test_a_grammar_cannot_name_special_tokens_or_stops(source: str, vocabulary: Vocabulary) -> None:
     with pytest.raises(UnsupportedParameterError, match="not supported"):
         compile_grammar(Grammar(kind="lark", source=source), vocabulary)
-
-
-@pytest.mark.parametrize("source", ['start: "<|im_end|>"', "start: /<s>/", "start: /a/ // <s>", 'start: "a" # <s>'])
-def test_angle_brackets_in_texts_and_remarks_are_no_special_tokens(source: str, vocabulary: Vocabulary) -> None:
-    compile_grammar(Grammar(kind="lark", source=source), vocabulary)
-
-
-def test_an_ambiguous_grammar_runs_out_of_time(vocabulary: Vocabulary, pieces: list[bytes]) -> None:
-    constraint = compile_grammar(Grammar(kind="lark", source='start: start start | "a"'), vocabulary)
-    token = pieces.index(b"a")
-    with pytest.raises(GrammarError, match="s a token"):
-        follow_one(constraint, token, 5000)

@@ -23,6 +23,10 @@ def load(text: str) -> Tokenizer:
 
 BYTE_LEVEL = load(byte_level_json())
 BYTE_FALLBACK = load(byte_fallback_json())
+LETTERS = {letter: BYTE_LEVEL.encode(letter)[0] for letter in "abxSTOP"}
+FALLBACK = {token: BYTE_FALLBACK.backend.get_vocab()[token] for token in ("a", "h", "▁b", "▁he")} | {
+    byte: 3 + byte for byte in (0x61, 0x62, 0xC3, 0xA9, 0xBD, 0xE4, 0xFF)
+}
 
 
 def collect(stream: TextStream, ids: Sequence[int], cuts: Sequence[int] = ()) -> str:
@@ -61,10 +65,27 @@ def test_byte_fallback_pieces_join_to_what_decode_says(words: list[str]) -> None
 
 @given(st.lists(st.integers(0, 280), max_size=40))
 @settings(max_examples=200, deadline=None)
-def test_broken_byte_runs_never_lose_length_or_raise(ids: list[int]) -> None:
+def test_behind_a_broken_byte_run_the_text_is_what_decode_says(ids: list[int]) -> None:
     """A run of byte tokens that turns out invalid changes text that was shown already; what follows still comes."""
-    text = collect(BYTE_FALLBACK.stream(SamplingParams()), ids)
-    assert len(text) == len(BYTE_FALLBACK.decode(ids))
+    text, decoded = collect(BYTE_FALLBACK.stream(SamplingParams()), ids), BYTE_FALLBACK.decode(ids)
+    assert len(text) == len(decoded)
+    assert text.rpartition("\ufffd")[2] == decoded.rpartition("\ufffd")[2]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "pieces"),
+    [
+        ((0xE4, 0xBD, "a", "▁b"), ("", "", "\ufffd\ufffda", " b", "")),
+        (("a", 0x61, 0xFF, "▁b", "▁he", "h"), ("a", "a", "", "\ufffd b", " he", "h", "")),
+        (("a", 0x61, 0x62, 0xFF, 0x61, "▁b", 0xC3, 0xA9), ("a", "a", "b", "", "", "\ufffd\ufffd b", "", "é", "")),
+        (("a", 0x61, 0xFF), ("a", "a", "", "\ufffd")),
+    ],
+)
+def test_a_broken_byte_run_comes_once_and_the_next_tokens_whole(
+    tokens: Sequence[str | int], pieces: Sequence[str]
+) -> None:
+    stream = BYTE_FALLBACK.stream(SamplingParams())
+    assert (*(stream.push([FALLBACK[token]]) for token in tokens), stream.finish()) == pieces
 
 
 def test_half_a_character_is_held_back() -> None:
@@ -114,28 +135,23 @@ def test_stop_strings_cut_the_same_whatever_the_token_split(text: str, stops: li
         assert stream.stopped == (expected != text)
 
 
-def test_a_stop_string_over_several_tokens_is_held_back_then_cut() -> None:
-    stream = BYTE_LEVEL.stream(SamplingParams(stop=("STOP",)))
-    letters = [BYTE_LEVEL.encode(letter)[0] for letter in "aSTOPb"]
-    assert [stream.push([token]) for token in letters] == ["a", "", "", "", "", ""]
-    assert stream.matched == "STOP"
-    assert stream.num_tokens == 5
-    assert stream.finish() == ""
-
-
-def test_a_stop_string_that_does_not_come_is_shown() -> None:
-    stream = BYTE_LEVEL.stream(SamplingParams(stop=("STOP",)))
-    letters = [BYTE_LEVEL.encode(letter)[0] for letter in "STOaST"]
-    assert [stream.push([token]) for token in letters] == ["", "", "", "STOa", "", ""]
-    assert stream.finish() == "ST"
-    assert not stream.stopped
-
-
-def test_stop_strings_do_not_act_before_min_tokens() -> None:
-    stream = BYTE_LEVEL.stream(SamplingParams(stop=("ab",), min_tokens=3))
-    letters = [BYTE_LEVEL.encode(letter)[0] for letter in "abxabx"]
-    assert collect(stream, letters) == "abx"
-    assert stream.num_tokens == 5
+@pytest.mark.parametrize(
+    ("text", "params", "pieces", "rest", "matched", "num_tokens"),
+    [
+        ("aSTOPb", SamplingParams(stop=("STOP",)), ["a", "", "", "", "", ""], "", "STOP", 5),
+        ("STOaST", SamplingParams(stop=("STOP",)), ["", "", "", "STOa", "", ""], "ST", None, 6),
+        ("abxabx", SamplingParams(stop=("ab",), min_tokens=3), ["", "ab", "x", "", "", ""], "", "ab", 5),
+    ],
+    ids=["held back, then cut", "shown where it does not come", "does not act before min_tokens"],
+)
+def test_a_stop_string_over_several_tokens(
+    text: str, params: SamplingParams, pieces: list[str], rest: str, matched: str | None, num_tokens: int
+) -> None:
+    stream = BYTE_LEVEL.stream(params)
+    assert [stream.push([LETTERS[letter]]) for letter in text] == pieces
+    assert stream.finish() == rest
+    assert stream.matched == matched
+    assert stream.num_tokens == num_tokens
 
 
 def test_the_stop_token_is_no_part_of_the_text() -> None:
@@ -151,6 +167,5 @@ def test_long_runs_of_hidden_tokens_take_linear_time() -> None:
 
 
 def test_random_long_streams_match_decode() -> None:
-    draw = random.Random(0)
-    ids = [draw.randrange(400) for _ in range(3000)]
+    ids = random.Random(0).choices(range(400), k=3000)
     assert collect(BYTE_LEVEL.stream(SamplingParams()), ids, range(0, 3000, 7)) == BYTE_LEVEL.decode(ids)
