@@ -16,8 +16,7 @@ from minisgl.core.model_config import ModelSpec, read_spec
 from minisgl.core.types import ModelInfo
 from minisgl.distributed.executor import GroupExecutor, build_group_executor
 from minisgl.errors import ConfigError
-from minisgl.formats.hub import locate_model
-from minisgl.formats.progress import progress_bar
+from minisgl.formats.hub import locate_model, progress_bar
 from minisgl.gpu.executor import build_local_executor
 from minisgl.text.grammar_check import build_constraints
 

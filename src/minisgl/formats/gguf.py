@@ -29,7 +29,6 @@ from minisgl.config import cache_folder
 from minisgl.core.model_config import Fields, ModelSpec, read_spec
 from minisgl.core.weights import INDEX, Source, parameters
 from minisgl.errors import ModelError
-from minisgl.formats.progress import progress_bar
 
 CONVERSION = 1
 """Part of the cache key; raised whenever the conversion gives something else than before."""
