@@ -136,24 +136,17 @@ class ModelRunner:
         decode = prefill = None
         if len(plan.decode_slots):
             decode = SequenceBatch(
-                page_table=self.tables.page_table,
-                slots=plan.decode_slots,
-                query_lens=np.ones_like(plan.decode_lens),
-                kv_lens=plan.decode_lens + 1,
-                slots_device=step.decode_slots,
-                cu_query_lens=step.decode_starts,
-                kv_lens_device=step.decode_ends,
-            )
+                page_table=self.tables.page_table, slots=plan.decode_slots,
+                query_lens=np.ones_like(plan.decode_lens), kv_lens=plan.decode_lens + 1,
+                slots_device=step.decode_slots, cu_query_lens=step.decode_starts, kv_lens_device=step.decode_ends,
+            )  # fmt: skip
         if len(plan.prefill_slots):
             prefill = SequenceBatch(
-                page_table=self.tables.page_table,
-                slots=plan.prefill_slots,
-                query_lens=plan.prefill_lens,
-                kv_lens=plan.prefill_starts + plan.prefill_lens,
-                slots_device=step.prefill_slots,
-                cu_query_lens=step.prefill_query_starts,
+                page_table=self.tables.page_table, slots=plan.prefill_slots,
+                query_lens=plan.prefill_lens, kv_lens=plan.prefill_starts + plan.prefill_lens,
+                slots_device=step.prefill_slots, cu_query_lens=step.prefill_query_starts,
                 kv_lens_device=step.prefill_ends,
-            )
+            )  # fmt: skip
         return AttentionMetadata(decode=decode, prefill=prefill)
 
 

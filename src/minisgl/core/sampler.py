@@ -43,14 +43,9 @@ class SamplingRows:
 
 
 def sample(
-    logits: Tensor,
-    rows: SamplingRows,
-    positions: Tensor,
-    *,
-    all_greedy: bool = False,
-    any_filter: bool = True,
+    logits: Tensor, rows: SamplingRows, positions: Tensor, *, all_greedy: bool = False, any_filter: bool = True,
     any_min_len: bool = True,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Choose a token for each row: logits (n, V), positions int32 (n,) of the chosen tokens -> int32 (n,).
 
     Stop ids cannot be chosen below `min_len`. Greedy rows take the highest logit, of equal ones the lowest id. Others

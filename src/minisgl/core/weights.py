@@ -62,13 +62,9 @@ class Weights:
 
 
 def load_weights(
-    folder: Path,
-    spec: ModelSpec,
-    dtype: torch.dtype,
-    device: torch.device,
-    progress: Progress | None = None,
+    folder: Path, spec: ModelSpec, dtype: torch.dtype, device: torch.device, progress: Progress | None = None,
     sharder: Sharder | None = None,
-) -> Weights:
+) -> Weights:  # fmt: skip
     """Read a folder's safetensors into tensors of `dtype` on `device`, one checkpoint tensor at a time.
 
     With `sharder` only a rank's shard of each is read. Everything is checked against `spec` before anything is
