@@ -33,10 +33,10 @@ QUERY_BLOCK = 512
 class SequenceBatch:
     """Some rows of a step, each a sequence with `query_lens` new tokens at the end of `kv_lens` in the cache.
 
-    All but the page table is known to the host, so that nobody waits for the device. Page-table entries past a
-    row's last page are any valid page. Queries lie row after row: T = sum(query_lens).
+    All but the page table is known to the host, which therefore need not wait for the device. Page-table entries past
+    a row's last page are any valid page. Queries lie row after row: T = sum(query_lens).
 
-    On CUDA the last three are given, and no backend copies anything from the host; elsewhere they may be None.
+    On CUDA the last three are given, and no backend copies anything from the host; on the CPU they may be None.
     """
 
     page_table: Tensor  # int32 (slots, max_pages), on the device

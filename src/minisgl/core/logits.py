@@ -1,8 +1,8 @@
 """Logits processors: what a request may do to its logits before a token is sampled, and log-probabilities.
 
-A step samples a token for every row from the model's own logits, and where that is all that anybody asked for, nothing
-follows. For the rows in `StepPlan.special` their logits are then changed in a copy and sampled again, the token is
-overwritten, and log-probabilities are read. The host never waits for the device here.
+A step samples a token for every row from the model's own logits. For the rows in `StepPlan.special` a copy of their
+logits is then changed and sampled again, the token is overwritten, and log-probabilities are read; without such rows
+nothing follows. The host never waits for the device here.
 """
 
 from __future__ import annotations
