@@ -21,11 +21,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from minisgl.core.attention import GraphBackend, Int32, Rows
+from minisgl.core.kv_cache import KVCache
 from minisgl.errors import ConfigError
-from minisgl.ops.attention.base import Int32, Rows
-from minisgl.ops.attention.device import GraphBackend
-from minisgl.ops.attention.select import Shape, available_backends, make_attention
-from minisgl.ops.kv import KVCache
+from minisgl.gpu.attention.select import Shape, available_backends, make_attention
 
 BEYOND_L2 = 400 * 10**6
 DEVICE = torch.device("cuda")

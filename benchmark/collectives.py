@@ -28,14 +28,13 @@ import torch
 from torch import Tensor
 
 from minisgl.config import Config
-from minisgl.ops.operations import Operations, operations_for
-from minisgl.ops.reference import add_rms_norm
-from minisgl.ops.sampling import SamplingRows
-from minisgl.parallel.distributed import join_group
-from minisgl.parallel.equip import attempt, fuse, reach
-from minisgl.parallel.group import TPGroup
-from minisgl.parallel.operations import parallel_operations
-from minisgl.parallel.shard import vocab_shard
+from minisgl.core.ops import Operations, add_rms_norm
+from minisgl.core.sampler import SamplingRows
+from minisgl.distributed.collectives import TPGroup, join_group
+from minisgl.distributed.operations import parallel_operations
+from minisgl.distributed.select import attempt, fuse, reach
+from minisgl.distributed.shard import vocab_shard
+from minisgl.gpu.operations import operations_for
 
 CALLS, REPLAYS, WARM_UP = 20, 50, 3
 EPS = 1e-6
@@ -178,7 +177,7 @@ def ways(
     yield "sum", "torch.distributed", partial(sums, base.all_reduce)
     if device.type == "cpu":
         return
-    from minisgl.parallel import pynccl
+    from minisgl.distributed import collectives as pynccl
 
     if group.least(int(pynccl.available())):
         bound, why = attempt(group, lambda: pynccl.NcclCollectives(group))
@@ -213,7 +212,7 @@ def ways(
 
         yield "sum and norm", f"fused, {name}", partial(norms, fused)
         if name == "two shots":
-            from minisgl.parallel.fused import staged_operations
+            from minisgl.distributed.fused import staged_operations
 
             sharded = staged_operations(ops, plain, shard, reached, fusion)
             yield "sampling", "from shards, no filter", partial(sampling, sharded, group, dtype, device, 1.0)

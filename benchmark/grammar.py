@@ -19,10 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from minisgl.grammar.matcher import compile_grammar
-from minisgl.grammar.vocabulary import Vocabulary, VocabularySource
-from minisgl.tokenizer.tokenizer import Tokenizer
-from minisgl.types import Grammar
+from minisgl.core.types import Grammar
+from minisgl.text.grammar import Vocabulary, VocabularySource, compile_grammar
+from minisgl.text.tokenizer import Tokenizer
 
 BATCH = 64
 PERSON = {

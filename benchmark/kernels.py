@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minisgl.ops import reference
-from minisgl.ops.kernels import activation, moe, norm, qkv, sampling
-from minisgl.ops.sampling import SamplingRows
-from minisgl.ops.sampling import sample as reference_sample
+from minisgl.core import ops as reference
+from minisgl.core.sampler import SamplingRows
+from minisgl.core.sampler import sample as reference_sample
+from minisgl.gpu.kernels import activation, moe, norm, qkv, sampling
 
 DEVICE = torch.device("cuda")
 DTYPE = torch.bfloat16

@@ -2,7 +2,7 @@
 
     python benchmark/products.py                             Qwen3-14B, and a quarter of Qwen3-32B, at some rows
     python benchmark/products.py --model 14B/2 --rows 64 96
-    python benchmark/products.py --sweep                     which cuts of `ops/kernels/stream.py` are the fastest
+    python benchmark/products.py --sweep                     which cuts of `gpu/kernels/stream.py` are the fastest
     python benchmark/products.py --check                     no timing: each kernel against a product in float64
 
 Figures are microseconds a layer, by the median replay of a CUDA graph over layers whose weights are their own, so that
@@ -26,10 +26,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minisgl.bench.report import hardware, versions
-from minisgl.ops.kernels import activation, norm, stream
-from minisgl.ops.kernels.cuda import compile_all
-from minisgl.ops.kernels.stream import Cut, cut_for
-from minisgl.ops.operations import Operations, fused_operations
+from minisgl.core.ops import Operations
+from minisgl.gpu.kernels import activation, norm, stream
+from minisgl.gpu.kernels.cuda import compile_all
+from minisgl.gpu.kernels.stream import Cut, cut_for
+from minisgl.gpu.operations import fused_operations
 
 DEVICE, DTYPE = torch.device("cuda"), torch.bfloat16
 MODELS = {

@@ -23,8 +23,8 @@ from pathlib import Path
 import msgspec
 import zmq
 
+from minisgl.core.types import EngineStats, FinishReason, ModelInfo, TokenEvent
 from minisgl.server import ipc
-from minisgl.types import EngineStats, FinishReason, ModelInfo, TokenEvent
 
 BACKLOG = 4
 """Steps the engine may be ahead of what the server has read from its socket."""
@@ -189,7 +189,7 @@ def api_processes(pid: int) -> list[int]:
 
 def measure(options: argparse.Namespace) -> None:
     """Start everything, and print what came through."""
-    from minisgl.models.locate import locate_model
+    from minisgl.formats.hub import locate_model
 
     profile = ["-m", "cProfile", "-o", options.profile] if options.profile else []
     flags = ["--server", str(locate_model(None, "huggingface")), "--api-workers", str(options.api_workers)]

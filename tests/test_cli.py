@@ -218,7 +218,7 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Config]]:
     """What `main` started, with the shell and the server replaced by recorders."""
     calls: list[tuple[str, Config]] = []
-    for module, function in (("minisgl.shell", "run_shell"), ("minisgl.server.launch", "serve")):
+    for module, function in (("minisgl.chat", "run_shell"), ("minisgl.server.launch", "serve")):
         fake = types.ModuleType(module)
 
         def record(config: Config, name: str = function) -> None:

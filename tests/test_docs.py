@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from minisgl.config import Config
-from minisgl.models.spec import ARCHITECTURES
+from minisgl.core.model_config import ARCHITECTURES
 from minisgl.server.metrics import COUNTERS, GAUGES, Metrics
 
 ROOT = Path(__file__).parents[1]

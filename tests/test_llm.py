@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 
 from helpers.constraints import Cycle, cycle
 from minisgl import LLM, SamplingParams
-from minisgl.engine.interrupts import interrupts_held
-from minisgl.engine.plan import StepPlan
+from minisgl.core.plan import StepPlan
+from minisgl.core.types import Grammar
 from minisgl.errors import ConfigError, ContextLengthError, EngineDeadError, InvalidRequestError
-from minisgl.models.locate import locate_model
-from minisgl.types import Grammar
+from minisgl.formats.hub import locate_model
+from minisgl.llm import interrupts_held
 
 PROMPTS = [
     "The capital of France is",

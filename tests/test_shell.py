@@ -17,10 +17,10 @@ import pytest
 from prompt_toolkit.history import FileHistory, InMemoryHistory
 from rich.console import Console
 
+from minisgl.chat import Shell, open_history
 from minisgl.config import cache_folder
+from minisgl.core.types import SamplingParams
 from minisgl.llm import LLM
-from minisgl.shell import Shell, open_history
-from minisgl.types import SamplingParams
 
 PROMPT = ">(\x08| )"  # the terminal may be told to step over the space
 SPEED = re.compile(r"\d+ tokens, ([\d.]+ tokens/s, )?first after [\d.]+ s")

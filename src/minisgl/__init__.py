@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from minisgl.types import FinishReason, SamplingParams
+from minisgl.core.types import FinishReason, SamplingParams
 
 if TYPE_CHECKING:
     from minisgl.llm import LLM

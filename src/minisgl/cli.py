@@ -147,11 +147,11 @@ def start(config: Config) -> int:
     """Serve or chat until the end; the exit status."""
     launched = launcher(config.tp)
     if launched is not None and launched.rank > 0:
-        from minisgl.engine.rank import serve_rank
+        from minisgl.distributed.worker import serve_rank
 
         return serve_rank(launched)
     if config.shell:
-        from minisgl.shell import run_shell
+        from minisgl.chat import run_shell
 
         run_shell(config)
     else:

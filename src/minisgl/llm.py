@@ -5,24 +5,58 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import operator
-from collections.abc import Generator, Iterable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Integral
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from minisgl.build import build_engine
 from minisgl.config import Config, from_environment
-from minisgl.engine.build import build_engine
-from minisgl.engine.interrupts import interrupts_held
+from minisgl.core.types import FinishReason, Request, SamplingParams, TokenEvent, TokenLogprobs
 from minisgl.errors import InvalidRequestError
-from minisgl.tokenizer.detokenize import TextStream, shown_tokens
-from minisgl.tokenizer.tokenizer import Tokenizer
-from minisgl.types import FinishReason, Request, SamplingParams, TokenEvent, TokenLogprobs
+from minisgl.text.detokenizer import TextStream, shown_tokens
+from minisgl.text.tokenizer import Tokenizer
 
 Message = dict[str, Any]
 Prompt = str | Sequence[int]
 Prompts = Prompt | Sequence[str] | Sequence[Sequence[int]] | Sequence[Prompt]
+
+
+@contextmanager
+def interrupts_held() -> Iterator[Callable[[], None]]:
+    """Hold Ctrl-C back until the block ends or calls what it is given; a second one is not held.
+
+    A step that an exception tears leaves no engine to go on with. It does nothing in other threads than the main one,
+    where there is no Ctrl-C.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    held: list[FrameType | None] = []
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        held.append(frame)
+        if len(held) > 1:
+            act()
+
+    def act() -> None:
+        if held and callable(before):
+            frame = held[0]
+            held.clear()
+            before(signal.SIGINT, frame)
+
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        yield act
+        return
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield act
+    finally:
+        signal.signal(signal.SIGINT, before)
+    act()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

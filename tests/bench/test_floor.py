@@ -12,8 +12,8 @@ import pytest
 from minisgl.bench.ceilings import Ceilings, parse_ceilings
 from minisgl.bench.floor import Matrices, decode_batches, floor
 from minisgl.bench.workload import Workload, WorkloadSpec, make_workload
-from minisgl.models.spec import ModelSpec, read_spec
-from minisgl.types import SamplingParams
+from minisgl.core.model_config import ModelSpec, read_spec
+from minisgl.core.types import SamplingParams
 
 MODELS = Path(__file__).parents[2] / "benchmark" / "models"
 H200 = Ceilings(read=4.29e12, flops=790e12)

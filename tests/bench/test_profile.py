@@ -10,9 +10,9 @@ from helpers.simulation import simulated_engine
 from minisgl.bench.profile import PARTS, STRETCHES, TRACED, Traced, Tracer, account, profile, sample_steps, split
 from minisgl.bench.steps import Recorder, Step, full_decodes, step_figures
 from minisgl.bench.trace import Activity
-from minisgl.engine.engine import Engine
-from minisgl.engine.plan import StepPlan
-from minisgl.types import Request, SamplingParams
+from minisgl.core.engine import Engine
+from minisgl.core.plan import StepPlan
+from minisgl.core.types import Request, SamplingParams
 
 PREFILL, DECODE = Step(0, 64, 1), Step(4, 0, 4)
 KERNEL = 1e-3

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from minisgl.cache.allocator import Int32, OutOfPages, PageAllocator
+from minisgl.core.radix_cache import Int32, OutOfPages, PageAllocator
 
 
 def pages(*ids: int) -> Int32:

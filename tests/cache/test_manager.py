@@ -27,8 +27,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from minisgl.cache.allocator import Int32, OutOfPages
-from minisgl.cache.manager import CacheManager
+from minisgl.core.pages import CacheManager
+from minisgl.core.radix_cache import Int32, OutOfPages
 from minisgl.errors import ConfigError
 
 

@@ -8,9 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from minisgl.cache.allocator import Int32
-from minisgl.cache.prefix import Node
-from minisgl.cache.radix import RadixCache
+from minisgl.core.radix_cache import Int32, Node, RadixCache
 
 Prefix = tuple[int, ...]
 

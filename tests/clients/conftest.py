@@ -15,7 +15,7 @@ import pytest
 
 from helpers.templates import QWEN_TOOLS
 from helpers.third_party import CLIENT_TESTS, MODEL, Clients
-from minisgl.models.locate import locate_model
+from minisgl.formats.hub import locate_model
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import pytest
 from helpers.grammars import tiny_vocabulary, token_bytes, walk
 from helpers.schemas import schema_grammar, validate
 from minisgl.errors import InvalidRequestError
-from minisgl.grammar.matcher import compile_grammar
+from minisgl.text.grammar import compile_grammar
 
 pytestmark = pytest.mark.clients
 

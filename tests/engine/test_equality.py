@@ -16,10 +16,10 @@ import torch
 from helpers.models import tiny_spec
 from helpers.retract import events_of
 from minisgl.config import Config
-from minisgl.engine.engine import Engine
-from minisgl.engine.local import LocalExecutor
-from minisgl.models.weights import Weights, dummy_weights
-from minisgl.types import ModelInfo, Request, SamplingParams
+from minisgl.core.engine import Engine
+from minisgl.core.executor import LocalExecutor
+from minisgl.core.types import ModelInfo, Request, SamplingParams
+from minisgl.core.weights import Weights, dummy_weights
 
 MAX_SEQ_LEN = 128
 REQUESTS = 64

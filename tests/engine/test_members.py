@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import zmq
 
-from minisgl.engine import members
-from minisgl.engine.members import Members
-from minisgl.engine.wire import FromRank, Hello, RankFailed, encoder
+from minisgl.distributed import worker_pool as members
+from minisgl.distributed.messages import FromRank, Hello, RankFailed, encoder
+from minisgl.distributed.worker_pool import Members
 from minisgl.errors import ConfigError, EngineDeadError
 
 

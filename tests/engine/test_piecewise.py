@@ -9,8 +9,8 @@ import torch
 
 from helpers.driver import CPU, Driver
 from helpers.ranked import SPECS
-from minisgl.engine.piecewise import PiecewiseGraphs, Work, piece_sizes
-from minisgl.models.weights import dummy_weights
+from minisgl.core.weights import dummy_weights
+from minisgl.gpu.cuda_graphs import PiecewiseGraphs, Work, piece_sizes
 
 
 @pytest.mark.parametrize("largest", [1, 16, 100, 512, 1000, 1024, 2048, 2500])

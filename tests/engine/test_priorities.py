@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.simulation import expected_tokens, record_plans, request, simulated_engine, tokens_of
-from minisgl.engine.engine import Engine
-from minisgl.engine.policy import POLICIES
-from minisgl.engine.table import Entry
-from minisgl.types import FinishReason, Request, TokenEvent
+from minisgl.core.engine import Engine
+from minisgl.core.policy import POLICIES
+from minisgl.core.request_state import Entry
+from minisgl.core.types import FinishReason, Request, TokenEvent
 
 
 def asked(name: str, priority: int, prompt: int = 8, max_tokens: int = 20) -> Request:

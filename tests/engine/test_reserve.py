@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from minisgl.config import Config
-from minisgl.engine.reserve import graph_bytes
-from minisgl.models.spec import ModelSpec, read_spec
+from minisgl.core.model_config import ModelSpec, read_spec
+from minisgl.gpu.memory import graph_bytes
 
 MODELS = Path(__file__).parents[2] / "benchmark" / "models"
 MIB = 2**20

@@ -10,9 +10,16 @@ import torch
 from helpers.driver import CPU, Driver, row_init
 from helpers.models import tiny_spec
 from minisgl.config import Config
-from minisgl.engine import memory
-from minisgl.engine.local import LocalExecutor, build_local_executor
-from minisgl.engine.memory import (
+from minisgl.core.attention import Attention, TorchAttention
+from minisgl.core.decoder import Decoder
+from minisgl.core.executor import LocalExecutor, build_local_executor
+from minisgl.core.kv_cache import upload
+from minisgl.core.plan import StepPlan
+from minisgl.core.types import MAX_LOGPROBS
+from minisgl.core.weights import dummy_weights
+from minisgl.errors import ConfigError
+from minisgl.gpu import memory
+from minisgl.gpu.memory import (
     GIB,
     available_memory,
     group_limit,
@@ -22,14 +29,6 @@ from minisgl.engine.memory import (
     total_memory,
     warm_up,
 )
-from minisgl.engine.plan import StepPlan
-from minisgl.engine.upload import upload
-from minisgl.errors import ConfigError
-from minisgl.models.decoder import Decoder
-from minisgl.models.weights import dummy_weights
-from minisgl.ops.attention.base import Attention
-from minisgl.ops.attention.torch_backend import TorchAttention
-from minisgl.types import MAX_LOGPROBS
 
 SPEC = tiny_spec(
     architecture="LlamaForCausalLM", vocab_size=97, head_dim=8, qk_norm=False, max_position=64, eos_token_ids=(0,)

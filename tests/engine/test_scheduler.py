@@ -11,12 +11,12 @@ import pytest
 
 from helpers.simulation import VOCAB, expected_tokens, record_plans, request, run, simulated_engine, tokens_of
 from minisgl.config import Config
-from minisgl.engine.engine import Engine
-from minisgl.engine.plan import StepResult
-from minisgl.engine.policy import POLICIES, LongestPrefixMatch
-from minisgl.engine.table import Entry, State
+from minisgl.core.engine import Engine
+from minisgl.core.plan import StepResult
+from minisgl.core.policy import POLICIES, LongestPrefixMatch
+from minisgl.core.request_state import Entry, State
+from minisgl.core.types import FinishReason, Grammar, Request, TokenEvent
 from minisgl.errors import ContextLengthError, EngineDeadError, InvalidRequestError
-from minisgl.types import FinishReason, Grammar, Request, TokenEvent
 
 
 def prompts(count: int, low: int, high: int, shared: int = 0, seed: int = 0) -> list[list[int]]:

@@ -33,10 +33,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from helpers.constraints import cycle
 from helpers.simulation import VOCAB, expected_tokens, request, simulated_engine, tokens_of
-from minisgl.engine.engine import Engine
-from minisgl.engine.policy import POLICIES
-from minisgl.engine.table import State
-from minisgl.types import FinishReason, Grammar, Request, TokenEvent
+from minisgl.core.engine import Engine
+from minisgl.core.policy import POLICIES
+from minisgl.core.request_state import State
+from minisgl.core.types import FinishReason, Grammar, Request, TokenEvent
 
 MAX_SEQ_LEN = 40
 

@@ -18,12 +18,12 @@ from helpers.models import tiny_spec
 from helpers.simulation import record_plans
 from helpers.special import Answer, SlowAnswer, slow_answer, special_requests
 from minisgl.config import Config
-from minisgl.engine import tail
-from minisgl.engine.engine import Engine
-from minisgl.engine.local import LocalExecutor
-from minisgl.engine.table import State
-from minisgl.models.weights import Weights, dummy_weights
-from minisgl.types import FinishReason, Grammar, ModelInfo, Request, SamplingParams
+from minisgl.core import logits as tail
+from minisgl.core.engine import Engine
+from minisgl.core.executor import LocalExecutor
+from minisgl.core.request_state import State
+from minisgl.core.types import FinishReason, Grammar, ModelInfo, Request, SamplingParams
+from minisgl.core.weights import Weights, dummy_weights
 
 LIMIT = 128
 SPEC = tiny_spec(windows=(0, 24))

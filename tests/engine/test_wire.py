@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from minisgl.config import Config
-from minisgl.engine.memory import prefill_plan
-from minisgl.engine.plan import StepPlan
-from minisgl.engine.wire import Assign, Finish, Launch, RankFailed, encoder, from_rank_decoder, to_rank_decoder
+from minisgl.core.plan import StepPlan
+from minisgl.distributed.messages import Assign, Finish, Launch, RankFailed, encoder, from_rank_decoder, to_rank_decoder
+from minisgl.gpu.memory import prefill_plan
 
 
 def equal(one: object, other: object) -> bool:

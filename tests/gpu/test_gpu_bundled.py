@@ -19,11 +19,11 @@ from torch import Tensor
 
 from helpers.driver import CPU, Driver
 from helpers.gpu import DEVICE, fused_driver, gpu_config, graph_driver
-from minisgl.engine.local import TORCH_DTYPES
+from minisgl.core.executor import TORCH_DTYPES
+from minisgl.core.model_config import ModelSpec, read_spec
+from minisgl.core.weights import load_weights
 from minisgl.errors import ModelError
-from minisgl.models.locate import locate_model
-from minisgl.models.spec import ModelSpec, read_spec
-from minisgl.models.weights import load_weights
+from minisgl.formats.hub import locate_model
 
 pytestmark = pytest.mark.gpu
 

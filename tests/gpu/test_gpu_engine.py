@@ -32,12 +32,12 @@ from helpers.gpu import (
     to_float32,
 )
 from minisgl.config import Config
-from minisgl.engine.engine import Engine
-from minisgl.engine.local import TORCH_DTYPES, build_local_executor
+from minisgl.core.engine import Engine
+from minisgl.core.executor import TORCH_DTYPES, build_local_executor
+from minisgl.core.model_config import ModelSpec, Moe, read_spec
+from minisgl.core.types import FinishReason, ModelInfo, Request, SamplingParams
+from minisgl.core.weights import Weights
 from minisgl.errors import ConfigError
-from minisgl.models.spec import ModelSpec, Moe, read_spec
-from minisgl.models.weights import Weights
-from minisgl.types import FinishReason, ModelInfo, Request, SamplingParams
 
 pytestmark = pytest.mark.gpu
 
@@ -52,7 +52,7 @@ BIASED = dataclasses.replace(
     mlp_bias=True,
 )  # fmt: skip
 WIDE: dict[str, Any] = {"hidden_size": 2048, "num_heads": 40, "num_kv_heads": 8, "intermediate_size": 4352}
-"""Each of its matrices is large enough for the products that stream (`ops/kernels/stream.py`)."""
+"""Each of its matrices is large enough for the products that stream (`gpu/kernels/stream.py`)."""
 ALL_EXPERTS = Moe(num_experts=4, top_k=4, width=256, norm_topk_prob=True, layers=(True, True))
 """No expert is left out, so that rounding cannot change which are chosen."""
 SPECS = {

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from helpers.gpu import need_cards
 from helpers.group_answers import ask
-from minisgl.ops.operations import PLAIN, fused_operations
-from minisgl.ops.turns import Turns
-from minisgl.parallel.overlap import OverlappedSums
+from minisgl.core.ops import PLAIN, Turns
+from minisgl.distributed.overlap import OverlappedSums
+from minisgl.gpu.operations import fused_operations
 
 pytestmark = pytest.mark.gpu
 

@@ -9,7 +9,7 @@ import torch
 
 from helpers.driver import Driver
 from helpers.gpu import SPEC, gpu_config, graph_driver, random_prompts, random_weights, require
-from minisgl.models.spec import ModelSpec, Moe
+from minisgl.core.model_config import ModelSpec, Moe
 
 pytestmark = pytest.mark.gpu
 

@@ -16,9 +16,9 @@ from helpers.gpu import DEVICE, EOS, SPEC, Built, build, gpu_config, random_prom
 from helpers.models import tiny_spec
 from helpers.retract import events_of
 from helpers.special import Answer, SlowAnswer, slow_answer, special_requests
-from minisgl.engine.memory import prefill_plan
-from minisgl.models.weights import Weights, dummy_weights
-from minisgl.types import Request, SamplingParams
+from minisgl.core.types import Request, SamplingParams
+from minisgl.core.weights import Weights, dummy_weights
+from minisgl.gpu.memory import prefill_plan
 
 pytestmark = pytest.mark.gpu
 

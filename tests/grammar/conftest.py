@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from helpers.grammars import tiny_vocabulary, token_bytes
-from minisgl.grammar.vocabulary import Vocabulary
+from minisgl.text.grammar import Vocabulary
 
 
 @pytest.fixture(scope="module")

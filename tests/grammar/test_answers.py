@@ -10,7 +10,7 @@ import jsonschema
 import pytest
 
 from minisgl import LLM, SamplingParams
-from minisgl.types import Grammar
+from minisgl.core.types import Grammar
 
 CITY = {
     "type": "object",

@@ -13,10 +13,9 @@ import pytest
 
 from helpers.grammars import EOS, PADDED, allowed
 from helpers.tiny_tokenizers import write_tokenizer
+from minisgl.core.types import Grammar, ModelInfo
 from minisgl.errors import InvalidRequestError, UnsupportedParameterError
-from minisgl.grammar.compiler import GrammarCompiler, build_constraints
-from minisgl.grammar.guard import HelperError
-from minisgl.types import Grammar, ModelInfo
+from minisgl.text.grammar_check import GrammarCompiler, HelperError, build_constraints
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -10,11 +10,10 @@ import tokenizers
 
 from helpers.grammars import EOS, PADDED, allowed, follow, tiny_vocabulary, token_bytes, walk
 from helpers.tiny_tokenizers import write_tokenizer
+from minisgl.core.types import Calls, Grammar
 from minisgl.errors import InvalidRequestError
-from minisgl.grammar.compiler import GrammarCompiler
-from minisgl.grammar.matcher import compile_grammar
-from minisgl.grammar.vocabulary import Vocabulary, VocabularySource
-from minisgl.types import Calls, Grammar
+from minisgl.text.grammar import Vocabulary, VocabularySource, compile_grammar
+from minisgl.text.grammar_check import GrammarCompiler
 
 NUMBER = json.dumps(
     {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}

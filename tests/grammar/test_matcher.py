@@ -11,10 +11,9 @@ import pytest
 
 from helpers.grammars import EOS, PADDED, allowed, follow, matches, tiny_vocabulary, token_bytes, walk
 from helpers.tiny_tokenizers import SPECIAL_TOKENS, byte_fallback_json
+from minisgl.core.types import Grammar
 from minisgl.errors import InvalidRequestError, UnsupportedParameterError
-from minisgl.grammar.matcher import GrammarError, MatcherConstraint, compile_grammar, probe
-from minisgl.grammar.vocabulary import Vocabulary, VocabularySource
-from minisgl.types import Grammar
+from minisgl.text.grammar import GrammarError, MatcherConstraint, Vocabulary, VocabularySource, compile_grammar, probe
 
 
 def follow_last(constraint: MatcherConstraint, steps: int) -> None:

@@ -12,10 +12,9 @@ import pytest
 
 from helpers.grammars import matches, walk
 from helpers.schemas import schema_grammar, validate
+from minisgl.core.types import Grammar
 from minisgl.errors import InvalidRequestError
-from minisgl.grammar.matcher import compile_grammar
-from minisgl.grammar.vocabulary import Vocabulary
-from minisgl.types import Grammar
+from minisgl.text.grammar import Vocabulary, compile_grammar
 
 SCHEMAS: dict[str, Any] = json.loads(Path(__file__).with_name("schemas.json").read_text("utf-8"), parse_float=Decimal)
 WALKS = 6

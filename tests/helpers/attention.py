@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minisgl.ops.attention.base import Rows
-from minisgl.ops.kv import KVCache
+from minisgl.core.attention import Rows
+from minisgl.core.kv_cache import KVCache
 
 
 @dataclass

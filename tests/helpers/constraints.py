@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from minisgl.types import Grammar
+from minisgl.core.types import Grammar
 
 BREAKS = "breaks"
 """A grammar's source: its constraint raises at the fourth mask."""

@@ -9,16 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minisgl.engine.plan import RowInit, StepPlan
-from minisgl.engine.runner import Runner
-from minisgl.models.decoder import Decoder
-from minisgl.models.forward import ForwardBatch
-from minisgl.models.spec import ModelSpec
-from minisgl.models.weights import Weights
-from minisgl.ops.attention.base import Attention, PlannedAttention
-from minisgl.ops.attention.torch_backend import TorchAttention
-from minisgl.ops.kv import KVCache, allocate_kv
-from minisgl.types import MAX_STOP_TOKEN_IDS
+from minisgl.core.attention import Attention, PlannedAttention, TorchAttention
+from minisgl.core.decoder import Decoder, ForwardBatch
+from minisgl.core.kv_cache import KVCache, allocate_kv
+from minisgl.core.model_config import ModelSpec
+from minisgl.core.model_runner import Runner
+from minisgl.core.plan import RowInit, StepPlan
+from minisgl.core.types import MAX_STOP_TOKEN_IDS
+from minisgl.core.weights import Weights
 
 CPU = torch.device("cpu")
 

@@ -12,11 +12,11 @@ from typing import Any
 from helpers.serving import Web, web
 from helpers.simulation import simulated_engine
 from minisgl.bench.steps import Relay
+from minisgl.build import Built
 from minisgl.config import Config
-from minisgl.engine.build import Built
-from minisgl.engine.constraint import ConstraintFactory
-from minisgl.engine.engine import Engine
-from minisgl.engine.plan import Executor, StepResult
+from minisgl.core.engine import Engine
+from minisgl.core.plan import Executor, StepResult
+from minisgl.core.request_state import ConstraintFactory
 from minisgl.server import engine_process, ipc
 from minisgl.server.engine_process import EngineServer
 

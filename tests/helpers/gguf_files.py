@@ -13,7 +13,7 @@ import transformers
 from numpy.typing import NDArray
 
 from helpers.tiny_tokenizers import byte_level_json
-from minisgl.models.gguf import gguf_name
+from minisgl.formats.gguf import gguf_name
 
 SIZES = {
     "hidden_size": 64,

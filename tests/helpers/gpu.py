@@ -16,16 +16,15 @@ from helpers.driver import Driver, RecordingDecoder
 from helpers.models import tiny_spec
 from helpers.retract import events_of
 from minisgl.config import Config
-from minisgl.engine.engine import Engine
-from minisgl.engine.local import TORCH_DTYPES, LocalExecutor, attention_shape
-from minisgl.engine.plan import Masks, StepPlan, StepResult
-from minisgl.engine.runner import Runner
-from minisgl.models.rope import Rope
-from minisgl.models.spec import ModelSpec
-from minisgl.models.weights import Weights, dummy_weights
-from minisgl.ops.attention.select import available_backends, make_attention
-from minisgl.ops.operations import operations_for
-from minisgl.types import ModelInfo, Request, SamplingParams
+from minisgl.core.engine import Engine
+from minisgl.core.executor import TORCH_DTYPES, LocalExecutor, attention_shape
+from minisgl.core.model_config import ModelSpec, Rope
+from minisgl.core.model_runner import Runner
+from minisgl.core.plan import Masks, StepPlan, StepResult
+from minisgl.core.types import ModelInfo, Request, SamplingParams
+from minisgl.core.weights import Weights, dummy_weights
+from minisgl.gpu.attention.select import available_backends, make_attention
+from minisgl.gpu.operations import operations_for
 
 DEVICE = torch.device("cuda")
 EOS = 5

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from helpers.tiny_tokenizers import write_tokenizer
-from minisgl.grammar.matcher import MatcherConstraint, compile_grammar
-from minisgl.grammar.vocabulary import Vocabulary, VocabularySource
-from minisgl.types import Grammar
+from minisgl.core.types import Grammar
+from minisgl.text.grammar import MatcherConstraint, Vocabulary, VocabularySource, compile_grammar
 
 EOS = (1, 3)
 QUOTE = re.compile(rb'(?<!\\)(?:\\\\)*"')

@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 from minisgl import LLM, SamplingParams
-from minisgl.types import TokenLogprobs
+from minisgl.core.types import TokenLogprobs
 
 
 def ask(settings: dict[str, Any], prompts: list[list[int]], params: list[dict[str, Any]]) -> dict[str, Any]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from minisgl.models.rope import Rope
-from minisgl.models.spec import ModelSpec
+from minisgl.core.model_config import ModelSpec, Rope
 
 TINY = ModelSpec(
     architecture="Qwen3ForCausalLM",

@@ -12,10 +12,10 @@ from helpers.models import tiny_spec
 from helpers.retract import events_of
 from helpers.special import Answer
 from minisgl.config import Config
-from minisgl.engine.engine import Engine
-from minisgl.engine.plan import Executor
-from minisgl.models.spec import ModelSpec, Moe
-from minisgl.types import ModelInfo, Request, SamplingParams
+from minisgl.core.engine import Engine
+from minisgl.core.model_config import ModelSpec, Moe
+from minisgl.core.plan import Executor
+from minisgl.core.types import ModelInfo, Request, SamplingParams
 
 MAX_SEQ_LEN = 96
 NOWHERE = Path("/nonexistent")

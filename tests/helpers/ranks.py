@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from minisgl.config import Config
-from minisgl.engine.local import LocalExecutor, build_local_executor
-from minisgl.engine.plan import Masks, StepPlan, StepResult
-from minisgl.models.spec import ModelSpec
-from minisgl.parallel.group import TPGroup
+from minisgl.core.executor import LocalExecutor, build_local_executor
+from minisgl.core.model_config import ModelSpec
+from minisgl.core.plan import Masks, StepPlan, StepResult
+from minisgl.distributed.collectives import TPGroup
 
 T = TypeVar("T")
 

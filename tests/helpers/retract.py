@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from minisgl.engine.engine import Engine
-from minisgl.engine.table import State
-from minisgl.types import Request, TokenEvent
+from minisgl.core.engine import Engine
+from minisgl.core.request_state import State
+from minisgl.core.types import Request, TokenEvent
 
 
 def events_of(

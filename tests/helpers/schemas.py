@@ -9,7 +9,7 @@ from typing import Any
 
 import jsonschema
 
-from minisgl.types import Grammar
+from minisgl.core.types import Grammar
 
 TIME = r"([01]\d|2[0-3]):[0-5]\d:([0-5]\d|60)(\.\d+)?([zZ]|[+-]([01]\d|2[0-3]):[0-5]\d)"
 LABEL = "[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"

@@ -18,14 +18,14 @@ from openai import AsyncOpenAI
 from helpers.stub_engine import StubEngine
 from helpers.tiny_tokenizers import write_tokenizer
 from minisgl.config import Config
+from minisgl.core.types import Grammar, ModelInfo
 from minisgl.server.admin import Setup
 from minisgl.server.api_process import HttpServer
 from minisgl.server.app import make_app
 from minisgl.server.engine_client import EngineClient, socket_folder
 from minisgl.server.middleware import with_middleware
 from minisgl.server.preparation import Api, Preparation
-from minisgl.tokenizer.tokenizer import Tokenizer
-from minisgl.types import Grammar, ModelInfo
+from minisgl.text.tokenizer import Tokenizer
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

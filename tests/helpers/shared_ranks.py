@@ -18,19 +18,19 @@ from torch import Tensor
 from helpers.interpreter import quicken
 from helpers.ranked import MAX_SEQ_LEN, SPECS, config, generate
 from minisgl.config import Config
-from minisgl.engine.local import build_local_executor
-from minisgl.models.spec import ModelSpec
-from minisgl.ops.kernels import sharded_sampling, sums
-from minisgl.ops.kernels.sharded_sampling import ShardedSampling
-from minisgl.ops.operations import Operations
-from minisgl.parallel import fused, symmetric
-from minisgl.parallel.distributed import join_group
-from minisgl.parallel.equip import Equipment, overlap, try_norm
-from minisgl.parallel.group import TPGroup
-from minisgl.parallel.operations import parallel_operations
-from minisgl.parallel.overlap import OverlappedSums
-from minisgl.parallel.shard import vocab_shard
-from minisgl.parallel.symmetric import Buffer, Crossovers, Stages, SymmetricCollectives
+from minisgl.core.executor import build_local_executor
+from minisgl.core.model_config import ModelSpec
+from minisgl.core.ops import Operations
+from minisgl.distributed import fused
+from minisgl.distributed import fused as symmetric
+from minisgl.distributed.collectives import TPGroup, join_group
+from minisgl.distributed.fused import Buffer, Crossovers, Stages, SymmetricCollectives
+from minisgl.distributed.operations import parallel_operations
+from minisgl.distributed.overlap import OverlappedSums
+from minisgl.distributed.select import Equipment, overlap, try_norm
+from minisgl.distributed.shard import vocab_shard
+from minisgl.gpu.kernels import sharded_sampling, sums
+from minisgl.gpu.kernels.sharded_sampling import ShardedSampling
 
 ONE_SHOT, TWO_SHOT = 3 * 128, 12 * 128
 """Bytes: three rows of float32 of a hidden size of 32, and twelve."""
@@ -76,8 +76,8 @@ def main() -> None:
         mock.patch.object(symmetric, "allocate", allocate),
         mock.patch.object(fused, "allocate", allocate),
         mock.patch.object(sharded_sampling, "COPIERS", 1),  # the interpreter takes its time for each program
-        mock.patch("minisgl.engine.local.equip", equip),
-        mock.patch("minisgl.engine.local.pack_weights"),
+        mock.patch("minisgl.core.executor.equip", equip),
+        mock.patch("minisgl.core.executor.pack_weights"),
         mock.patch.object(fused, "one_shot_add_rms_norm", wraps=sums.one_shot_add_rms_norm) as one_shot,
         mock.patch.object(fused, "two_shot_add_rms_norm", wraps=sums.two_shot_add_rms_norm) as two_shot,
         mock.patch.object(ShardedSampling, "sample", autospec=True, side_effect=ShardedSampling.sample) as sample,

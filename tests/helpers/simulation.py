@@ -8,10 +8,10 @@ import numpy as np
 
 from helpers.constraints import Cycle
 from minisgl.config import Config
-from minisgl.engine.engine import Engine
-from minisgl.engine.plan import RowInit, StepPlan
+from minisgl.core.engine import Engine
+from minisgl.core.plan import RowInit, StepPlan
+from minisgl.core.types import MAX_STOP_TOKEN_IDS, ModelInfo, Request, SamplingParams, TokenEvent
 from minisgl.engine.simulated import SimulatedExecutor
-from minisgl.types import MAX_STOP_TOKEN_IDS, ModelInfo, Request, SamplingParams, TokenEvent
 
 VOCAB = 50
 EOS = 7

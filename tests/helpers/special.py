@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from helpers.constraints import Cycle, cycle
 from helpers.driver import CPU, Driver
-from minisgl.models.spec import ModelSpec
-from minisgl.models.weights import Weights
-from minisgl.ops.sampling import SamplingRows, sample
-from minisgl.types import Request, SamplingParams, TokenEvent, TokenLogprobs
+from minisgl.core.model_config import ModelSpec
+from minisgl.core.sampler import SamplingRows, sample
+from minisgl.core.types import Request, SamplingParams, TokenEvent, TokenLogprobs
+from minisgl.core.weights import Weights
 
 
 @dataclass

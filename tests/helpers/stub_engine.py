@@ -17,9 +17,9 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from minisgl.core.types import EngineStats, FinishReason, ModelInfo, Request, TokenEvent, TokenLogprobs
 from minisgl.server import ipc
-from minisgl.tokenizer.tokenizer import Tokenizer
-from minisgl.types import EngineStats, FinishReason, ModelInfo, Request, TokenEvent, TokenLogprobs
+from minisgl.text.tokenizer import Tokenizer
 
 DEADLY_PROMPT = "die now"
 """A prompt with this text ends a stub process in the middle of the answer."""

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from helpers.interpreter import quicken
-from minisgl.ops.kernels import sums
-from minisgl.ops.kernels.sums import GENERATIONS, UNWRITTEN, Inboxes, inbox_size
-from minisgl.ops.reference import rms_norm
+from minisgl.core.ops import rms_norm
+from minisgl.gpu.kernels import sums
+from minisgl.gpu.kernels.sums import GENERATIONS, UNWRITTEN, Inboxes, inbox_size
 
 EPS = 1e-6
 SECONDS = 200

@@ -8,10 +8,10 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from minisgl.models.gguf_file import GgufFile
-from minisgl.models.locate import bundled_model, locate_model
-from minisgl.models.spec import read_spec
-from minisgl.models.weights import load_weights
+from minisgl.core.model_config import read_spec
+from minisgl.core.weights import load_weights
+from minisgl.formats.gguf import GgufFile
+from minisgl.formats.hub import bundled_model, locate_model
 
 DOCUMENTS = (
     "The year 1999 had 365 days; 2000 had 366.",

@@ -13,9 +13,9 @@ import transformers
 from torch import Tensor
 
 from helpers.driver import CPU, Driver
-from minisgl.models.decoder import pack_weights
-from minisgl.models.spec import ModelSpec, read_spec
-from minisgl.models.weights import Weights, dummy_weights, load_weights
+from minisgl.core.decoder import pack_weights
+from minisgl.core.model_config import ModelSpec, read_spec
+from minisgl.core.weights import Weights, dummy_weights, load_weights
 
 PROMPT, GENERATED = 45, 64
 SIZES = {

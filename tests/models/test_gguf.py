@@ -21,12 +21,10 @@ from helpers.gguf_files import (
     write_gguf,
     write_model,
 )
+from minisgl.core.model_config import Rope, read_spec
+from minisgl.core.weights import load_weights
 from minisgl.errors import ModelError
-from minisgl.models.gguf import convert_gguf
-from minisgl.models.gguf_file import BLOCK_FORMATS, GgufFile
-from minisgl.models.rope import Rope
-from minisgl.models.spec import read_spec
-from minisgl.models.weights import load_weights
+from minisgl.formats.gguf import BLOCK_FORMATS, GgufFile, convert_gguf
 
 CPU = torch.device("cpu")
 PROMPT = torch.tensor([[1, 5, 9, 300, 17, 42]])
@@ -325,7 +323,7 @@ def test_a_folder_that_cannot_be_written_is_reported(tmp_path: Path, monkeypatch
 
 def test_large_models_are_written_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = write_model(tmp_path / "model.gguf", "qwen3moe")
-    monkeypatch.setattr("minisgl.models.gguf.SHARD_ELEMENTS", 20_000)
+    monkeypatch.setattr("minisgl.formats.gguf.SHARD_ELEMENTS", 20_000)
     folder = convert_gguf(tmp_path / "model.gguf", "float32")
     places = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     assert len(set(places.values())) > 2

@@ -16,8 +16,7 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from helpers.gguf_files import TEMPLATE, tokenizer_metadata, write_gguf
 from helpers.tiny_tokenizers import CORPUS, byte_level_json
 from minisgl.errors import ModelError
-from minisgl.models.gguf_file import GgufFile
-from minisgl.models.gguf_tokenizer import SPLITS, GgufTokenizer, pre_tokenizer
+from minisgl.formats.gguf import SPLITS, GgufFile, GgufTokenizer, pre_tokenizer
 
 TEXT = "It's 2024!\n\n  a Öl  naïveTest they'LL"
 

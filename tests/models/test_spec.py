@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import transformers
 
+from minisgl.core.model_config import ARCHITECTURES, Moe, Rope, read_spec
 from minisgl.errors import ModelError
-from minisgl.models.rope import Rope
-from minisgl.models.spec import ARCHITECTURES, Moe, read_spec
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

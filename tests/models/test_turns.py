@@ -10,9 +10,8 @@ from torch import Tensor
 
 from helpers.driver import CPU, Driver
 from helpers.ranked import SPECS
-from minisgl.models.weights import Weights, dummy_weights
-from minisgl.ops.operations import PLAIN
-from minisgl.ops.turns import Norm, Turns
+from minisgl.core.ops import PLAIN, Norm, Turns
+from minisgl.core.weights import Weights, dummy_weights
 
 PARTS = {5: "A", 7: "B", 12: "all"}
 TOKENS = [7, 3, 9, 1, 4, 4, 8, 2, 6, 5, 0, 11]

@@ -12,11 +12,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from minisgl.core.model_config import ModelSpec, read_spec
+from minisgl.core.weights import Weights, dummy_weights, load_weights, parameters, pieces
 from minisgl.errors import ModelError
-from minisgl.models.parameters import parameters
-from minisgl.models.slices import pieces
-from minisgl.models.spec import ModelSpec, read_spec
-from minisgl.models.weights import Weights, dummy_weights, load_weights
 
 CPU = torch.device("cpu")
 SIZES = {

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from helpers.attention import Case, random_case
-from minisgl.ops.attention.base import AttentionBackend
-from minisgl.ops.attention.device import GraphBackend
-from minisgl.ops.attention.select import Shape, available_backends, make_attention, refusal
-from minisgl.ops.attention.torch_backend import TorchAttention
-from minisgl.ops.kv import KVCache
+from minisgl.core.attention import AttentionBackend, GraphBackend, TorchAttention
+from minisgl.core.kv_cache import KVCache
+from minisgl.gpu.attention.select import Shape, available_backends, make_attention, refusal
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")

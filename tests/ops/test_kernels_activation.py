@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from minisgl.ops import reference
-from minisgl.ops.kernels.activation import silu_mul
+from minisgl.core import ops as reference
+from minisgl.gpu.kernels.activation import silu_mul
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 

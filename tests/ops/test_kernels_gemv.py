@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from helpers.products import error, matrices
-from minisgl.ops import reference
-from minisgl.ops.kernels import gemv
-from minisgl.ops.kernels.gemv import Cut
+from minisgl.core import ops as reference
+from minisgl.gpu.kernels import gemv
+from minisgl.gpu.kernels.gemv import Cut
 
 
 @pytest.mark.parametrize("inner", [256, 512, 1024, 1280])

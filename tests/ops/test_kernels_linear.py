@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from helpers.products import error, matrices
-from minisgl.ops import reference
-from minisgl.ops.kernels import linear, norm
+from minisgl.core import ops as reference
+from minisgl.gpu.kernels import linear, norm
 
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 64])

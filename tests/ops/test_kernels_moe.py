@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from minisgl.ops import reference
-from minisgl.ops.kernels import moe as kernels
+from minisgl.core import ops as reference
+from minisgl.gpu.kernels import moe as kernels
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 

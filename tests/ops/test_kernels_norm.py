@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from minisgl.ops import reference
-from minisgl.ops.kernels import norm
+from minisgl.core import ops as reference
+from minisgl.gpu.kernels import norm
 
 SHAPES = [(1, 64), (3, 576), (5, 1000), (2, 5120), (1, 8192)]
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from helpers.dtypes import SLOW_DTYPES
-from minisgl.ops.kernels import sharded_sampling
-from minisgl.ops.kernels.ranks import Ranks, flags_size
-from minisgl.ops.kernels.sharded_sampling import ShardedSampling, partial_words, split_for
-from minisgl.ops.sampling import SamplingRows
-from minisgl.ops.sampling import sample as reference_sample
+from minisgl.core.sampler import SamplingRows
+from minisgl.core.sampler import sample as reference_sample
+from minisgl.gpu.kernels import sharded_sampling
+from minisgl.gpu.kernels.ranks import Ranks, flags_size
+from minisgl.gpu.kernels.sharded_sampling import ShardedSampling, partial_words, split_for
 
 
 def addresses(tensors: list[Tensor]) -> Tensor:

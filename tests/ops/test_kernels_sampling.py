@@ -10,12 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from helpers.dtypes import SLOW_DTYPES
-from minisgl.ops.kernels import sampling
-from minisgl.ops.kernels.jit import jit
-from minisgl.ops.kernels.noise import exponential, row_keys, token_hash, uniform
-from minisgl.ops.sampling import SamplingRows, gumbel_noise
-from minisgl.ops.sampling import sample as reference_sample
-from minisgl.ops.sampling import token_hash as reference_hash
+from minisgl.core.sampler import SamplingRows, gumbel_noise
+from minisgl.core.sampler import sample as reference_sample
+from minisgl.core.sampler import token_hash as reference_hash
+from minisgl.gpu.kernels import sampling
+from minisgl.gpu.kernels.jit import jit
+from minisgl.gpu.kernels.noise import exponential, row_keys, token_hash, uniform
 
 SEEDS = [0, 1, -1, 2**63 - 1, -(2**63), 1234567890123456789]
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from minisgl.ops import step as reference
-from minisgl.ops.kernels import step as kernels
-from minisgl.ops.step import StepInputs
+from minisgl.core import kv_cache as reference
+from minisgl.core.kv_cache import StepInputs
+from minisgl.gpu.kernels import step as kernels
 
 SCRATCH = 5000
 

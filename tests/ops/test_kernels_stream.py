@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from helpers.products import error, matrices
-from minisgl.ops import reference
-from minisgl.ops.kernels import stream
-from minisgl.ops.kernels.cuda import available
-from minisgl.ops.kernels.stream import TOKENS, Cut, cut_for
+from minisgl.core import ops as reference
+from minisgl.gpu.kernels import stream
+from minisgl.gpu.kernels.cuda import available
+from minisgl.gpu.kernels.stream import TOKENS, Cut, cut_for
 
 CUTS = [Cut(*values) for values in itertools.product((16, 64, 96), (1, 2), (1, 2, 4), (2, 3))]
 CARD = torch.device("cuda")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from helpers.summing import SECONDS, Case, Summing
-from minisgl.ops.kernels import sums
+from minisgl.gpu.kernels import sums
 
 GROWING = [(shots, rows) for rows in (1, 3, 1, 7, 2) for shots in (1, 2)]
 """Calls of both ways in turn, after which the rows have had 10, 8, 4 and 2 calls."""

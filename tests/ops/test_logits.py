@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minisgl.ops.logits import forbid, penalise, token_scores
+from minisgl.core.logits import forbid, penalise, token_scores
 
 
 def seen(prompt: list[int], answer: list[int], vocab: int) -> list[int]:

@@ -3,9 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from minisgl.ops.kv import allocate_kv, page_bytes
-from minisgl.ops.linear import can_pack, linear, pack
-from minisgl.ops.reference import add_rms_norm, apply_rope, moe, rms_norm, silu_mul, store_kv
+from minisgl.core.kv_cache import allocate_kv, page_bytes
+from minisgl.core.ops import add_rms_norm, apply_rope, can_pack, linear, moe, pack, rms_norm, silu_mul, store_kv
 
 CPU = torch.device("cpu")
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from minisgl.ops import sampling
-from minisgl.ops.sampling import SamplingRows, gumbel_noise, mask_stop_ids, sample, threshold, token_hash
+from minisgl.core import sampler as sampling
+from minisgl.core.sampler import SamplingRows, gumbel_noise, mask_stop_ids, sample, threshold, token_hash
 
 
 def rows(n: int, **values: Any) -> SamplingRows:

@@ -7,10 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minisgl.ops.attention import torch_backend
-from minisgl.ops.attention.base import Attention, Geometry, Rows
-from minisgl.ops.attention.torch_backend import TorchAttention, split_by_length
-from minisgl.ops.kv import KVCache, allocate_kv
+from minisgl.core import attention as torch_backend
+from minisgl.core.attention import Attention, Geometry, Rows, TorchAttention, split_by_length
+from minisgl.core.kv_cache import KVCache, allocate_kv
 
 HEADS, KV_HEADS, HEAD_DIM, MAX_TOKENS = 6, 2, 8, 1300
 LAYER = 1

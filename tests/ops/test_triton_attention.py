@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from helpers.attention import Case, random_case
-from minisgl.ops.attention.base import Projection
-from minisgl.ops.attention.torch_backend import TorchAttention
-from minisgl.ops.attention.triton_backend import TritonAttention
-from minisgl.ops.kernels.attention import flatten_pages
-from minisgl.ops.kernels.decode import Cut, Decode, Workspaces
-from minisgl.ops.reference import rope_store_kv
+from minisgl.core.attention import Projection, TorchAttention
+from minisgl.core.ops import rope_store_kv
+from minisgl.gpu.attention.triton import TritonAttention
+from minisgl.gpu.kernels.attention import flatten_pages
+from minisgl.gpu.kernels.decode import Cut, Decode, Workspaces
 
 pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from helpers.ranked import MAX_SEQ_LEN, NOWHERE, SPECS, config, generate
-from minisgl.engine.local import build_local_executor
+from minisgl.core.executor import build_local_executor
 
 SECONDS = 240
 

@@ -20,13 +20,11 @@ from torch import Tensor
 from helpers.processes import alive, children, wait_until_gone
 from helpers.tiny_models import ARCHITECTURES, save_model
 from minisgl import LLM, SamplingParams
-from minisgl.engine import members
+from minisgl.core.model_config import read_spec
+from minisgl.core.weights import Checkpoint, load_weights, parameters
+from minisgl.distributed import worker_pool as members
+from minisgl.distributed.shard import cutter
 from minisgl.errors import ConfigError, EngineDeadError
-from minisgl.models.checkpoint import Checkpoint
-from minisgl.models.parameters import parameters
-from minisgl.models.spec import read_spec
-from minisgl.models.weights import load_weights
-from minisgl.parallel.shard import cutter
 
 SETTINGS: dict[str, Any] = {
     "num_pages": 30,
@@ -120,7 +118,7 @@ def test_a_group_that_does_not_fit_says_so_and_leaves_nobody(tmp_path: Path, mon
     with pytest.raises(ConfigError, match=r"--num-pages 100000000 needs .* of memory in all"):
         LLM(str(tmp_path), tp=2, num_pages=100_000_000, progress=False)
     # Less than there is in all, and more than is free: each rank finds out.
-    monkeypatch.setattr("minisgl.engine.memory.total_memory", lambda device: 2**60)
+    monkeypatch.setattr("minisgl.gpu.memory.total_memory", lambda device: 2**60)
     with pytest.raises(ConfigError, match=r"--num-pages 100000000 needs .* were free"):
         LLM(str(tmp_path), tp=2, num_pages=100_000_000, progress=False)
     assert not children(os.getpid())

@@ -9,10 +9,10 @@ import torch
 
 from helpers.ranked import MAX_SEQ_LEN, NOWHERE, SPECS, config, generate
 from helpers.ranks import ThreadGroup, on_all
-from minisgl.engine.local import build_local_executor
-from minisgl.ops.operations import PLAIN
-from minisgl.parallel.group import TPGroup
-from minisgl.parallel.overlap import OverlappedSums
+from minisgl.core.executor import build_local_executor
+from minisgl.core.ops import PLAIN
+from minisgl.distributed.collectives import TPGroup
+from minisgl.distributed.overlap import OverlappedSums
 
 CPU = torch.device("cpu")
 

@@ -10,9 +10,9 @@ import torch
 from helpers.ranked import MAX_SEQ_LEN, NOWHERE, SPECS, config, generate
 from helpers.ranks import ThreadGroup, on_all
 from helpers.special import slow_answer, special_requests
-from minisgl.engine.local import build_local_executor
-from minisgl.models.weights import dummy_weights
-from minisgl.parallel.group import TPGroup
+from minisgl.core.executor import build_local_executor
+from minisgl.core.weights import dummy_weights
+from minisgl.distributed.collectives import TPGroup
 
 
 @pytest.mark.parametrize(

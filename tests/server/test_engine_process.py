@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 
 from helpers.engine_thread import EngineThread
 from helpers.simulation import simulated_engine
+from minisgl.build import Built
 from minisgl.config import Config
-from minisgl.engine.build import Built
-from minisgl.engine.constraint import Constraint
+from minisgl.core.request_state import Constraint
+from minisgl.core.types import FinishReason, Grammar, Request, SamplingParams, TokenEvent
 from minisgl.errors import InvalidRequestError
 from minisgl.server import engine_process, ipc
 from minisgl.server.engine_client import EngineClient, socket_folder
 from minisgl.server.engine_process import PendingGrammars
 from minisgl.server.errors import RequestAbortedError
-from minisgl.types import FinishReason, Grammar, Request, SamplingParams, TokenEvent
 
 
 @pytest.fixture

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from helpers.engine_thread import simulated
 from helpers.serving import Serving, Web
 from helpers.simulation import VOCAB
-from minisgl.engine.constraint import Constraint
-from minisgl.engine.engine import Engine
+from minisgl.core.engine import Engine
+from minisgl.core.request_state import Constraint
+from minisgl.core.types import FinishReason, Grammar, Request, SamplingParams
 from minisgl.errors import InvalidRequestError
-from minisgl.types import FinishReason, Grammar, Request, SamplingParams
 
 
 def body(length: int, max_tokens: int, stream: bool, seed: int) -> dict[str, object]:

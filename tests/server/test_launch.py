@@ -113,7 +113,7 @@ def test_a_port_in_use_is_an_error_before_anything_is_loaded() -> None:
 def test_neither_torch_nor_transformers_is_imported() -> None:
     code = (
         "import sys, minisgl.server.api_process, minisgl.server.launch\n"
-        "print(sorted({'torch', 'transformers', 'minisgl.models', 'minisgl.ops'} & set(sys.modules)))"
+        "print(sorted({'torch', 'transformers', 'minisgl.gpu', 'minisgl.distributed'} & set(sys.modules)))"
     )
     result: Any = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -9,8 +9,8 @@ import openai
 import pytest
 
 from helpers.serving import MODEL, Serving
+from minisgl.core.types import FinishReason, Request, SamplingParams, TokenEvent
 from minisgl.errors import EngineDeadError
-from minisgl.types import FinishReason, Request, SamplingParams, TokenEvent
 
 CHAT = "/v1/chat/completions"
 LONG: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 100}

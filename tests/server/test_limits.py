@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from helpers.serving import Serving, serving
 from minisgl.config import Config
+from minisgl.core.types import Request, SamplingParams
 from minisgl.errors import InvalidRequestError
 from minisgl.server import middleware
 from minisgl.server.api_process import HttpServer
@@ -24,7 +25,6 @@ from minisgl.server.engine_client import Queue
 from minisgl.server.errors import OverloadedError, QueueFullError
 from minisgl.server.metrics import Metrics
 from minisgl.server.validation import MAX_MESSAGES
-from minisgl.types import Request, SamplingParams
 
 TEXT: dict[str, Any] = {"prompt": "hello there", "max_tokens": 3}
 

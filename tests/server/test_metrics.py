@@ -15,6 +15,7 @@ from prometheus_client.multiprocess import mark_process_dead
 from prometheus_client.parser import text_string_to_metric_families
 
 from helpers.serving import MODEL, Serving
+from minisgl.core.types import EngineStats
 from minisgl.server.launch import describe_load, report_status
 from minisgl.server.metrics import (
     COUNTERS,
@@ -26,7 +27,6 @@ from minisgl.server.metrics import (
     RequestStats,
     share,
 )
-from minisgl.types import EngineStats
 
 
 def request_stats() -> RequestStats:

@@ -10,13 +10,13 @@ import pytest
 
 from helpers.grammars import tiny_vocabulary
 from helpers.tiny_tokenizers import write_tokenizer
+from minisgl.core.types import FinishReason, Grammar, Request, SamplingParams, TokenEvent
 from minisgl.errors import InvalidRequestError, UnsupportedParameterError
-from minisgl.grammar.matcher import compile_grammar
 from minisgl.server.completion import ChoiceState
 from minisgl.server.protocol import ChatRequest, CompletionRequest
 from minisgl.server.structured import forced_call_grammar, requested_grammar
-from minisgl.tokenizer.tokenizer import Tokenizer
-from minisgl.types import FinishReason, Grammar, Request, SamplingParams, TokenEvent
+from minisgl.text.grammar import compile_grammar
+from minisgl.text.tokenizer import Tokenizer
 
 SCHEMA = {"type": "object", "properties": {"größe": {"type": "integer"}}}
 SCHEMA_GRAMMAR = Grammar(kind="json_schema", source=json.dumps(SCHEMA, ensure_ascii=False))

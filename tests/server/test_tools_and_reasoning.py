@@ -9,7 +9,7 @@ import pytest
 
 from helpers import templates
 from helpers.serving import MODEL, Serving, serving
-from minisgl.types import Calls, Grammar
+from minisgl.core.types import Calls, Grammar
 
 pytestmark = pytest.mark.serving(template=templates.QWEN_TOOLS, max_seq_len=2048)
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.tiny_tokenizers import byte_fallback_json, byte_level_json
-from minisgl.tokenizer.detokenize import TextStream, shown_tokens
-from minisgl.tokenizer.tokenizer import Tokenizer
-from minisgl.types import FinishReason, SamplingParams, TokenEvent
+from minisgl.core.types import FinishReason, SamplingParams, TokenEvent
+from minisgl.text.detokenizer import TextStream, shown_tokens
+from minisgl.text.tokenizer import Tokenizer
 
 TEXTS = ("Hello, 世界! 😀👩‍👩‍👧 naïve  café", " leading and trailing ", "a\n\n\tb", "🏳️‍🌈" * 3, "��", "")
 

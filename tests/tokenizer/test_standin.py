@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from minisgl.core.types import SamplingParams
 from minisgl.errors import InvalidRequestError
-from minisgl.tokenizer.standin import make_standin
-from minisgl.types import SamplingParams
+from minisgl.text.tokenizer import make_standin
 
 TEXT = "Grüße, 世界!\n\t😀 \x00"
 

@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 
 from helpers.tiny_tokenizers import byte_fallback_json, byte_level_json, write_tokenizer
 from minisgl.errors import InvalidRequestError
-from minisgl.tokenizer.chat import cut_after
-from minisgl.tokenizer.standin import make_standin
-from minisgl.tokenizer.token_bytes import byte_of_character
-from minisgl.tokenizer.tokenizer import Tokenizer
+from minisgl.text.chat_template import cut_after
+from minisgl.text.token_bytes import byte_of_character
+from minisgl.text.tokenizer import Tokenizer, make_standin
 
 BYTE_LEVEL = Tokenizer(tokenizers.Tokenizer.from_str(byte_level_json()), tokens={})
 BYTE_FALLBACK = Tokenizer(tokenizers.Tokenizer.from_str(byte_fallback_json()), tokens={})

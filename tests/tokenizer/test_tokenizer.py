@@ -8,10 +8,10 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from helpers.tiny_tokenizers import byte_level_json, write_tokenizer
+from minisgl.core.types import SamplingParams
 from minisgl.errors import InvalidRequestError, ModelError
-from minisgl.models.locate import locate_model
-from minisgl.tokenizer.tokenizer import Tokenizer
-from minisgl.types import SamplingParams
+from minisgl.formats.hub import locate_model
+from minisgl.text.tokenizer import Tokenizer
 
 # Fixtures in the manner of three families: what they use of the template language is what counts.
 LLAMA_STYLE = """{{- bos_token }}

@@ -69,8 +69,8 @@ def run(config: Config, groups: Sequence[str], repeats: int, json: Path | None, 
     from minisgl.bench.report import card_name, require_writable, slug, write_report
     from minisgl.bench.throughput import report_path
     from minisgl.bench.trials import Measurement, Trials, load, scenario_tokens
-    from minisgl.models.progress import progress_bar
-    from minisgl.ops.attention.select import available_backends
+    from minisgl.core.weights import progress_bar
+    from minisgl.gpu.attention.select import available_backends
 
     path = report_path(config, json, "ablation")
     require_writable(path)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from minisgl.bench.ceilings import Ceilings
 from minisgl.bench.workload import Workload
-from minisgl.models.spec import ModelSpec
+from minisgl.core.model_config import ModelSpec
 
 
 @dataclass(frozen=True, kw_only=True)

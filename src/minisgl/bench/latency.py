@@ -10,8 +10,8 @@ from typing import Final
 
 from minisgl.bench.report import process_seconds
 from minisgl.bench.workload import HIGHEST_TOKEN
+from minisgl.core.types import SamplingParams
 from minisgl.llm import LLM
-from minisgl.types import SamplingParams
 
 CONTEXT: Final = 1024
 TOKENS: Final = 64

@@ -105,11 +105,11 @@ def run(config: Config, spec: WorkloadSpec, json_path: Path | None, arguments: S
 
     from minisgl.bench.report import require_writable, write_report
     from minisgl.bench.throughput import device, measure, report_path, warm_up
+    from minisgl.build import probe_machine
     from minisgl.config import resolve
-    from minisgl.engine.build import probe_machine
+    from minisgl.core.model_config import read_spec
+    from minisgl.formats.hub import locate_model
     from minisgl.llm import LLM
-    from minisgl.models.locate import locate_model
-    from minisgl.models.spec import read_spec
 
     path = report_path(config, json_path, "vllm")
     require_writable(path)

@@ -19,7 +19,7 @@ import torch
 
 from minisgl.bench.steps import Relay, Step, full_decodes
 from minisgl.bench.trace import Activity, StepTime, by_step, read_trace, step_times
-from minisgl.engine.plan import Executor, StepPlan
+from minisgl.core.plan import Executor, StepPlan
 
 STRETCHES: Final = {True: 12, False: 6}
 """Into how many stretches the steps are cut that only decode, and those that do not."""

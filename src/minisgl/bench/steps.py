@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 
-from minisgl.engine.plan import Executor, Masks, StepPlan, StepResult
+from minisgl.core.plan import Executor, Masks, StepPlan, StepResult
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ from minisgl.bench.report import default_path, require_writable, write_report
 from minisgl.bench.steps import Recorder, Step, step_figures
 from minisgl.bench.workload import Workload, WorkloadSpec, make_workload, redraw, shorten
 from minisgl.config import BUNDLED_MODEL, Config
-from minisgl.engine.group import GroupExecutor
-from minisgl.engine.local import LocalExecutor
+from minisgl.core.executor import LocalExecutor
+from minisgl.distributed.executor import GroupExecutor
+from minisgl.formats.hub import locate_model
 from minisgl.llm import LLM
-from minisgl.models.locate import locate_model
 
 CPU_SPEC: Final = WorkloadSpec(num_requests=16, input_len=(32, 128), output_len=(32, 128))
 """What is measured on a CPU when nothing else is asked for: half a minute instead of half an hour."""

@@ -19,14 +19,14 @@ import torch
 from minisgl.bench.steps import Recorder
 from minisgl.bench.variants import EXECUTOR_FIELDS, Scenario, SystemPrompt, Variant
 from minisgl.bench.workload import Workload, WorkloadSpec, make_workload
+from minisgl.build import build_engine, max_seq_len, probe_machine
 from minisgl.config import Config, resolve
-from minisgl.engine.build import build_engine, max_seq_len, probe_machine
-from minisgl.engine.engine import Engine
-from minisgl.engine.local import LocalExecutor
+from minisgl.core.engine import Engine
+from minisgl.core.executor import LocalExecutor
+from minisgl.core.model_config import ModelSpec
+from minisgl.core.types import ModelInfo, Request, SamplingParams
+from minisgl.core.weights import Weights
 from minisgl.errors import ConfigError
-from minisgl.models.spec import ModelSpec
-from minisgl.models.weights import Weights
-from minisgl.types import ModelInfo, Request, SamplingParams
 
 SLACK: Final = 2 * 256
 """Tokens: a request may leave most of a page of 256 empty, and admission keeps one more for it."""

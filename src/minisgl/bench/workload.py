@@ -8,7 +8,7 @@ from typing import Final
 
 import msgspec
 
-from minisgl.types import SamplingParams
+from minisgl.core.types import SamplingParams
 
 HIGHEST_TOKEN: Final = 10_000
 """Prompts are made of ids 0 … HIGHEST_TOKEN, so that the same workload suits every vocabulary."""

@@ -15,7 +15,7 @@ from collections import deque
 
 import numpy as np
 
-from minisgl.engine.plan import Int32, Masks, Scores, StepPlan, StepResult
+from minisgl.core.plan import Int32, Masks, Scores, StepPlan, StepResult
 
 
 @dataclasses.dataclass(frozen=True)

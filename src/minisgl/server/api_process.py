@@ -23,7 +23,6 @@ from starlette.types import ASGIApp
 
 from minisgl.config import Config
 from minisgl.errors import ConfigError, EngineDeadError, MinisglError
-from minisgl.grammar.compiler import GrammarCompiler
 from minisgl.server import ipc
 from minisgl.server.admin import Setup
 from minisgl.server.app import make_app
@@ -31,8 +30,8 @@ from minisgl.server.engine_client import EngineClient, Shutdown, wait_first
 from minisgl.server.metrics import ApiProcesses, Metrics
 from minisgl.server.middleware import BoundedProtocol, with_middleware
 from minisgl.server.preparation import Api, Preparation
-from minisgl.tokenizer.standin import make_standin
-from minisgl.tokenizer.tokenizer import Tokenizer
+from minisgl.text.grammar_check import GrammarCompiler
+from minisgl.text.tokenizer import Tokenizer, make_standin
 
 BACKLOG = 2048  # connections that may wait to be accepted
 ANSWER_SECONDS = 1.0  # in which requests are still answered, with 503, when the engine has ended or was given up

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from minisgl.core.types import FinishReason, Request, TokenEvent, TokenLogprobs
 from minisgl.errors import EngineDeadError, InvalidRequestError
 from minisgl.server.engine_client import ENGINE_DIED, EngineClient
 from minisgl.server.preparation import PreparedRequest
@@ -38,9 +39,8 @@ from minisgl.server.responses import (
     sse,
 )
 from minisgl.server.tools import OutputParser
-from minisgl.tokenizer.detokenize import shown_tokens
-from minisgl.tokenizer.tokenizer import Tokenizer
-from minisgl.types import FinishReason, Request, TokenEvent, TokenLogprobs
+from minisgl.text.detokenizer import shown_tokens
+from minisgl.text.tokenizer import Tokenizer
 
 LEAST_LOGPROB = -9999.0
 """What stands for minus infinity, which JSON does not have; OpenAI's value."""

@@ -23,10 +23,10 @@ import zmq
 import zmq.asyncio
 
 from minisgl.config import Config
+from minisgl.core.types import EngineStats, Request, TokenEvent
 from minisgl.errors import EngineDeadError, InvalidRequestError, MinisglError, ModelError
 from minisgl.server import errors, ipc
 from minisgl.server.metrics import ACCESS_RECORD, Metrics, RequestStats
-from minisgl.types import EngineStats, Request, TokenEvent
 
 ENGINE_COMMAND = (sys.executable, "-m", "minisgl.server.engine_process")
 ENGINE_DIED = "the engine ended; nothing can be generated until the server is started again"

@@ -15,12 +15,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import msgspec
 import zmq
 
-from minisgl.engine.build import build_engine
-from minisgl.engine.constraint import Constraint, ConstraintFactory, make_constraint
-from minisgl.engine.engine import Engine
+from minisgl.build import build_engine
+from minisgl.core.engine import Engine
+from minisgl.core.request_state import Constraint, ConstraintFactory, make_constraint
+from minisgl.core.types import FinishReason, Grammar, Request, TokenEvent
 from minisgl.errors import InvalidRequestError, MinisglError
 from minisgl.server import ipc
-from minisgl.types import FinishReason, Grammar, Request, TokenEvent
 
 IDLE_POLL_MS = 200
 COMPILING_POLL_MS = 2  # while there is nothing to compute but grammars are being compiled

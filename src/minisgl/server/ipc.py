@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from minisgl.config import Config
-from minisgl.types import EngineStats, ModelInfo, Request, TokenEvent
+from minisgl.core.types import EngineStats, ModelInfo, Request, TokenEvent
 
 LAUNCHER = 0
 

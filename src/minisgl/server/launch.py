@@ -27,6 +27,7 @@ from prometheus_client.multiprocess import mark_process_dead
 
 from minisgl import __version__
 from minisgl.config import BUNDLED_MODEL, Config, check, environment_with
+from minisgl.core.types import EngineStats
 from minisgl.errors import ConfigError, EngineDeadError, ModelError
 from minisgl.server import ipc
 from minisgl.server.engine_client import (
@@ -40,7 +41,6 @@ from minisgl.server.engine_client import (
 )
 from minisgl.server.errors import ApiProcessError
 from minisgl.server.metrics import ApiProcesses, share
-from minisgl.types import EngineStats
 
 WORKER_COMMAND = (sys.executable, "-m", "minisgl.server.api_process")
 MOST_DEATHS, DEATHS_SECONDS = 5, 60.0  # with one death more of an API process in that time the server ends

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
+from minisgl.core.types import CLOSE_THOUGHT, OPEN_THOUGHT, Grammar, ModelInfo, Request, SamplingParams
 from minisgl.errors import InvalidRequestError, ModelNotFoundError, UnsupportedParameterError
 from minisgl.server.engine_client import EngineClient
 from minisgl.server.protocol import (
@@ -28,8 +29,7 @@ from minisgl.server.responses import Detokenized, TokenizerInfo, Tokens
 from minisgl.server.structured import forced_call_grammar, requested_grammar, with_optional_calls
 from minisgl.server.tools import ParserConfig, ToolFormat, detect_tool_format
 from minisgl.server.validation import Tool, parse_object
-from minisgl.tokenizer.tokenizer import Tokenizer
-from minisgl.types import CLOSE_THOUGHT, OPEN_THOUGHT, Grammar, ModelInfo, Request, SamplingParams
+from minisgl.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 TEXT_ONLY = ParserConfig()

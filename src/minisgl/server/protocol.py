@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta
 
+from minisgl.core.types import MAX_LOGIT_BIAS, MAX_LOGPROBS, Grammar, SamplingParams
 from minisgl.server.validation import (
     NULL,
     Body,
@@ -23,7 +24,6 @@ from minisgl.server.validation import (
     prepare_messages,
     require,
 )
-from minisgl.types import MAX_LOGIT_BIAS, MAX_LOGPROBS, Grammar, SamplingParams
 
 COMPLETION_MAX_TOKENS = 16
 """The default of `max_tokens` in /v1/completions."""

@@ -9,7 +9,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 from starlette.responses import Response
 
-from minisgl.types import EngineStats
+from minisgl.core.types import EngineStats
 
 FinishWord = Literal["stop", "length", "tool_calls"]
 TokenEntry = tuple[float | None, int, str | None]

@@ -8,11 +8,11 @@ from typing import Any
 
 import msgspec
 
+from minisgl.core.types import Calls, Grammar
 from minisgl.errors import InvalidRequestError
 from minisgl.server.protocol import ChatRequest, NativeSampling, OpenAIRequest
 from minisgl.server.tools import ToolFormat
 from minisgl.server.validation import ResponseFormat, Tool, require
-from minisgl.types import Calls, Grammar
 
 SUBSCHEMAS = frozenset(
     {"items", "additionalItems", "contains", "additionalProperties", "unevaluatedItems", "unevaluatedProperties"}

@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection
 
 import msgspec
 
+from minisgl.core.types import CLOSE_THOUGHT, OPEN_THOUGHT
 from minisgl.server.responses import ChatDelta, FunctionCall, ToolCall
-from minisgl.types import CLOSE_THOUGHT, OPEN_THOUGHT
 
 CALL_HEAD = re.compile(
     r'\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"([^"\\]*)"\s*,\s*"(arguments|parameters)"\s*:\s*(?=\{)'

@@ -28,7 +28,7 @@ from minisgl.bench.online.tokens import expected_hits
 from minisgl.bench.online.traces import read_trace
 from minisgl.bench.online.watch import listener_pid, process_tree, used, watch_client
 from minisgl.bench.report import RESULTS, default_path, require_writable, slug, write_report
-from minisgl.models.progress import progress_bar
+from minisgl.core.weights import progress_bar
 
 NAME: Final = "online"
 WIDTH: Final = 130

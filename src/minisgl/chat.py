@@ -1,0 +1,136 @@
+"""Chat with the model in the terminal: history, streaming, Ctrl-C stops an answer and keeps the session."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from rich.console import Console
+
+from minisgl.config import Config, cache_folder
+from minisgl.core.types import SamplingParams
+from minisgl.errors import InvalidRequestError
+from minisgl.llm import LLM, Message
+
+HELP = "/reset forgets the conversation, /exit (or Ctrl-D) leaves, /help shows this; Ctrl-C stops an answer"
+PARAMS = SamplingParams(temperature=0.6, top_p=0.95)
+
+
+class Shell:
+    """One conversation. `read` gives the user's next line and raises EOFError when there is none."""
+
+    def __init__(self, llm: LLM, read: Callable[[], str], console: Console) -> None:
+        self.llm = llm
+        self.read = read
+        self.console = console
+        self.messages: list[Message] = []
+
+    def run(self) -> None:
+        """Talk until the user leaves."""
+        self.console.print(f"[bold]{self.llm.model.name}[/bold]", HELP, highlight=False)
+        while True:
+            try:
+                line = self.read().strip()
+            except KeyboardInterrupt:
+                continue
+            except EOFError:
+                return
+            if line == "/exit":
+                return
+            if line.startswith("/"):
+                self.command(line)
+            elif line:
+                self.ask(line)
+
+    def command(self, line: str) -> None:
+        """Obey a slash command."""
+        if line == "/reset":
+            self.messages.clear()
+            self.console.print("the conversation starts anew")
+        else:
+            self.console.print(
+                HELP if line == "/help" else f"unknown command {line}; {HELP}", markup=False, highlight=False
+            )
+
+    def ask(self, line: str) -> None:
+        """Stream an answer; whatever was said of it before Ctrl-C stays in the conversation."""
+        self.messages.append({"role": "user", "content": line})
+        try:
+            with interrupt_flag() as interrupted:
+                answer = self.stream(self.llm.text.encode_chat(self.messages), interrupted)
+        except InvalidRequestError as error:
+            self.messages.pop()
+            self.console.print(f"{error.message} (/reset starts anew)", style="red", markup=False)
+            return
+        self.messages.append({"role": "assistant", "content": answer})
+
+    def stream(self, prompt: list[int], interrupted: Callable[[], bool]) -> str:
+        """Print an answer as it comes, until it was `interrupted`, and its speed; returns what was printed."""
+        parts: list[str] = []
+        tokens, started, first = 0, time.perf_counter(), None
+        deltas = self.llm.stream(prompt, PARAMS)
+        for delta in deltas:
+            first = first or time.perf_counter()
+            tokens += len(delta.token_ids)
+            parts.append(delta.text)
+            self.console.out(delta.text, end="", highlight=False)
+            self.console.file.flush()
+            if interrupted():
+                deltas.close()
+                break
+        stopped = " (stopped)" if interrupted() else ""
+        self.console.print("\n" + speed(tokens, started, first) + stopped, style="dim", highlight=False)
+        return "".join(parts)
+
+
+def speed(tokens: int, started: float, first: float | None) -> str:
+    """What one answer took: tokens, decode rate in tokens/s, time to the first token in seconds."""
+    if first is None:
+        return "no tokens"
+    decode = time.perf_counter() - first
+    rate = f"{(tokens - 1) / decode:.1f} tokens/s, " if tokens > 1 and decode > 0 else ""
+    return f"{tokens} tokens, {rate}first after {first - started:.2f} s"
+
+
+@contextmanager
+def interrupt_flag() -> Iterator[Callable[[], bool]]:
+    """While inside, Ctrl-C raises nothing and is remembered: a step in progress is never torn."""
+    hits: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        hits.append(number)
+
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield lambda: bool(hits)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def open_history() -> History:
+    """What was asked in earlier sessions; where it cannot be kept, in a read-only home, only what is asked in this."""
+    file = os.path.join(cache_folder(), "shell_history")
+    try:
+        os.makedirs(cache_folder(), mode=0o700, exist_ok=True)
+        with open(file, "ab"):
+            return FileHistory(file)
+    except OSError:
+        return InMemoryHistory()
+
+
+def run_shell(config: Config) -> None:
+    """Load the model and chat. Without a terminal, lines are read from standard input."""
+    console = Console(soft_wrap=True)
+    with LLM(config=config) as llm:
+        if not sys.stdin.isatty():
+            Shell(llm, input, console).run()
+            return
+        session: PromptSession[str] = PromptSession(history=open_history())
+        Shell(llm, lambda: session.prompt("> "), console).run()

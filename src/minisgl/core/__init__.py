@@ -1,0 +1,1 @@
+"""One request from token ids to token ids, on any device."""

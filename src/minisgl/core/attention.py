@@ -1,0 +1,341 @@
+"""What a step's attention is, whoever computes it: its geometry, a backend, and a pair of backends.
+
+What the GPU backends share: a step's rows as device tensors, and decode that a CUDA graph can capture.
+
+Attention in plain torch: what the CPU runs, and the oracle of every kernel.
+
+Pages are gathered into a dense block, and `scaled_dot_product_attention` reads that. Decode rows of similar length
+share a block of at most BLOCK_BYTES, which on a CPU still lies in its caches when it is read again (in blocks of 8
+rows of 512 tokens, 64 rows take 148 ms for SmolLM2-135M's 30 layers on two cores; in one block 232).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from minisgl.core.kv_cache import KVCache
+
+Int32 = NDArray[np.int32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Some rows of a step, each a sequence with `query_lens` new tokens at the end of `kv_lens` in the cache.
+
+    All but the page table is known to the host, so that nobody waits for the device. Page-table entries past a
+    row's last page are any valid page. Queries lie row after row: T = sum(query_lens).
+
+    On CUDA the last three are given, and no backend copies anything from the host; elsewhere they may be None.
+    """
+
+    page_table: Tensor  # int32 (slots, max_pages), on the device
+    slots: Int32  # (rows,) on the host: which lines of the page table
+    query_lens: Int32  # (rows,) on the host
+    kv_lens: Int32  # (rows,) on the host, the new tokens included
+    slots_device: Tensor | None = None  # int64 (rows,): slots on the device
+    cu_query_lens: Tensor | None = None  # int32 (rows + 1,) on the device: where each row's queries begin, and T
+    kv_lens_device: Tensor | None = None  # int32 (rows,): kv_lens on the device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """The attention of one step: decode rows, one query each, then prefill chunks. A part without rows is None."""
+
+    decode: Rows | None
+    prefill: Rows | None
+
+
+class PlannedAttention(Protocol):
+    """Attention with a step's geometry worked out once, to be run in every layer."""
+
+    def run(self, q: Tensor, layer: int, window: int) -> Tensor:
+        """Causal attention of q (T, H, hd) over each row's cached keys and values -> (T, H, hd).
+
+        Query head h reads KV head h // (H / K); scores are scaled by hd ** -0.5. With a window w > 0 a token sees
+        itself and the w - 1 before it. The new tokens' keys and values are in the cache already.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projection:
+    """What makes rotated queries and keys of a layer's QKV product: the arguments of `rope_store_kv` of these names."""
+
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    eps: float
+    cos_sin: Tensor | None
+
+
+@runtime_checkable
+class ProjectingAttention(PlannedAttention, Protocol):
+    """Attention of decode rows that does the work of `rope_store_kv` too."""
+
+    def begin(self, windows: Sequence[int]) -> None:
+        """Prepare a step of layers with these windows, before anything else of the step."""
+
+    def project(self, qkv: Tensor, projection: Projection, layer: int, window: int) -> Tensor:
+        """`run` of what `rope_store_kv` makes of qkv (B, (H + 2K) * hd), with each row's last token its new one."""
+
+
+class AttentionBackend(Protocol):
+    """A way to compute attention, for one kind of rows or both."""
+
+    def plan_decode(self, rows: Rows, kv: KVCache) -> PlannedAttention:
+        """Prepare rows with one query each."""
+
+    def plan_prefill(self, rows: Rows, kv: KVCache) -> PlannedAttention:
+        """Prepare chunks."""
+
+
+class Attention:
+    """A backend for prefill chunks beside one for decode rows; they may be the same."""
+
+    def __init__(self, prefill: AttentionBackend, decode: AttentionBackend) -> None:
+        self.prefill = prefill
+        self.decode = decode
+
+    def plan(self, geometry: Geometry, kv: KVCache) -> PlannedAttention:
+        """Prepare a step, which has rows of at least one kind."""
+        parts: list[tuple[int, PlannedAttention]] = []
+        if (rows := geometry.decode) is not None:
+            parts.append((len(rows.query_lens), self.decode.plan_decode(rows, kv)))
+        if (rows := geometry.prefill) is not None:
+            parts.append((int(rows.query_lens.sum()), self.prefill.plan_prefill(rows, kv)))
+        return parts[0][1] if len(parts) == 1 else _Parts(parts)
+
+
+class _Parts:
+    """Parts of a step one after the other, each with its number of queries."""
+
+    def __init__(self, parts: list[tuple[int, PlannedAttention]]) -> None:
+        self.parts = [part for _, part in parts]
+        self.sizes = [size for size, _ in parts]
+
+    def run(self, q: Tensor, layer: int, window: int) -> Tensor:
+        pieces = torch.split(q, self.sizes)
+        return torch.cat([part.run(piece, layer, window) for part, piece in zip(self.parts, pieces, strict=True)])
+
+
+@dataclass(frozen=True)
+class DeviceRows:
+    """Rows as kernels read them. Only the two maxima are numbers on the host."""
+
+    page_table: Tensor  # int32 (rows, pages), contiguous; as wide as the longest row needs, or wider
+    kv_lens: Tensor  # int32 (rows,)
+    cu_query_lens: Tensor  # int32 (rows + 1,)
+    max_query_len: int
+    max_kv_len: int
+
+
+def to_device(rows: Rows, page_size: int) -> DeviceRows:
+    """The rows' own lines of the page table, and their lengths. Copies from the host only what `rows` leaves None."""
+    device = rows.page_table.device
+    max_kv_len = int(rows.kv_lens.max())
+    slots, lens, starts = rows.slots_device, rows.kv_lens_device, rows.cu_query_lens
+    if slots is None:
+        slots = torch.from_numpy(rows.slots.astype(np.int64)).to(device)
+    if lens is None:
+        lens = torch.from_numpy(rows.kv_lens.astype(np.int32)).to(device)
+    if starts is None:
+        starts = torch.from_numpy(np.concatenate([[0], np.cumsum(rows.query_lens)]).astype(np.int32)).to(device)
+    table = rows.page_table[:, : -(-max_kv_len // page_size)].index_select(0, slots)
+    return DeviceRows(table, lens, starts, int(rows.query_lens.max()), max_kv_len)
+
+
+class GraphDecode(Protocol):
+    """Decode attention over static tensors, for one CUDA graph."""
+
+    @property
+    def attention(self) -> PlannedAttention:
+        """What to capture: it reads the static tensors alone. Layer 0 begins a step, and the layers follow in order.
+
+        Run it once before the capture, after a `prepare`: kernels compile and workspaces appear then.
+        """
+
+    def prepare(self, kv_lens: Int32) -> None:
+        """To be called before each run or replay, with the host's copy of what the static lengths will hold."""
+
+
+@runtime_checkable
+class GraphBackend(AttentionBackend, Protocol):
+    """A backend whose decode can be captured."""
+
+    def graph_decode(self, page_table: Tensor, kv_lens: Tensor, kv: KVCache, max_seq_len: int) -> GraphDecode:
+        """Decode of B rows for a graph: page_table int32 (B, max_pages) and kv_lens int32 (B,), static and contiguous.
+
+        Rows that pad the batch have length 1 and a line of the page table full of the scratch page.
+        """
+
+
+@dataclass(frozen=True)
+class StaticDecode:
+    """A GraphDecode that the host need not prepare: the kernels read every length on the device."""
+
+    attention: PlannedAttention
+
+    def prepare(self, kv_lens: Int32) -> None:
+        """Nothing depends on the lengths."""
+
+
+Int64 = NDArray[np.int64]
+
+BLOCK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
+QUERY_BLOCK = 512
+"""Queries of a chunk handled together, so that the mask of a long prompt stays small."""
+
+
+class TorchAttention:
+    """The backend called `torch`."""
+
+    def plan_decode(self, rows: Rows, kv: KVCache) -> PlannedAttention:
+        """Group the rows by length."""
+        return _Decode(rows, kv)
+
+    def plan_prefill(self, rows: Rows, kv: KVCache) -> PlannedAttention:
+        """Cut the chunks into blocks of queries."""
+        return _Prefill(rows, kv)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Rows decoded together: g of them, each n pages of the cache."""
+
+    order: Tensor  # int64 (g,) their places among the queries
+    pages: Tensor  # int32 (g * n,) page ids
+    mask: Tensor  # bool (g, 1, 1, n * page_size) which cached tokens a row sees
+
+
+class _Decode:
+    def __init__(self, rows: Rows, kv: KVCache) -> None:
+        self.rows = rows
+        self.kv = kv
+        self.groups: dict[int, list[_Group]] = {}
+
+    def run(self, q: Tensor, layer: int, window: int) -> Tensor:
+        if window not in self.groups:
+            self.groups[window] = self._group(window)
+        groups = self.groups[window]
+        if len(groups) == 1:
+            return self._attend(q, layer, groups[0])
+        out = torch.empty_like(q)
+        for group in groups:
+            out.index_copy_(0, group.order, self._attend(q.index_select(0, group.order), layer, group))
+        return out
+
+    def _attend(self, q: Tensor, layer: int, group: _Group) -> Tensor:
+        (g, heads, head_dim), kv_heads = q.shape, self.kv.k.shape[3]
+        k = self.kv.k[layer].index_select(0, group.pages).view(g, -1, kv_heads, head_dim).transpose(1, 2)
+        v = self.kv.v[layer].index_select(0, group.pages).view(g, -1, kv_heads, head_dim).transpose(1, 2)
+        # The queries that share a KV head take the place of a query's length, so that k and v are never repeated.
+        grouped = q.view(g, kv_heads, heads // kv_heads, head_dim)
+        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=group.mask).reshape(q.shape)
+
+    def _group(self, window: int) -> list[_Group]:
+        page_size, lens = self.kv.page_size, self.rows.kv_lens
+        first_token = np.maximum(lens - window, 0) if window else np.zeros_like(lens)
+        first_page = first_token // page_size
+        num_pages = -(-lens // page_size) - first_page
+        page_bytes = self.kv.k[0, 0].numel() * self.kv.k.element_size()
+        limit = max(1, BLOCK_BYTES.get(self.kv.k.device.type, 2**28) // page_bytes)
+        return [
+            self._plan_group(order, first_token[order], first_page[order], int(num_pages[order].max()))
+            for order in split_by_length(num_pages, limit)
+        ]
+
+    def _plan_group(self, order: Int64, first_token: Int32, first_page: Int32, num_pages: int) -> _Group:
+        device, page_size, table = self.kv.k.device, self.kv.page_size, self.rows.page_table
+        lens = self.rows.kv_lens[order]
+        columns = np.minimum(first_page[:, None] + np.arange(num_pages), table.shape[1] - 1)
+        flat = self.rows.slots[order, None].astype(np.int64) * table.shape[1] + columns  # (g, n)
+        tokens = first_page[:, None] * page_size + np.arange(num_pages * page_size)  # (g, n * page_size)
+        mask = (tokens >= first_token[:, None]) & (tokens < lens[:, None])
+        pages = table.reshape(-1).index_select(0, _send(flat.reshape(-1), device))
+        return _Group(_send(order, device), pages, _send(mask[:, None, None], device))
+
+
+def split_by_length(lens: Int32, limit: int) -> list[Int64]:
+    """Rows in groups, each padded to its longest row and then at most `limit` long in all, or of a single row.
+
+    Row numbers keep their order when one group holds all.
+    """
+    if len(lens) * int(lens.max()) <= limit:
+        return [np.arange(len(lens))]
+    groups: list[list[int]] = []
+    for row in np.argsort(-lens, kind="stable").tolist():
+        if groups and int(lens[groups[-1][0]]) * (len(groups[-1]) + 1) <= limit:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return [np.array(group) for group in groups]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Queries `first … last - 1` of the step, against tokens `low … high - 1` of chunk `row`."""
+
+    row: int
+    first: int
+    last: int
+    low: int
+    high: int
+    mask: Tensor | None  # bool (last - first, high - low); None: causal from token 0
+
+
+class _Prefill:
+    def __init__(self, rows: Rows, kv: KVCache) -> None:
+        self.kv = kv
+        self.rows = rows
+        page_counts = (-(-rows.kv_lens // kv.page_size)).tolist()
+        self.pages = [rows.page_table[s, :n] for s, n in zip(rows.slots.tolist(), page_counts, strict=True)]
+        self.blocks: dict[int, list[_Block]] = {}
+
+    def run(self, q: Tensor, layer: int, window: int) -> Tensor:
+        if window not in self.blocks:
+            self.blocks[window] = self._cut(window)
+        kv_heads, head_dim = self.kv.k.shape[3:]
+        out = torch.empty_like(q)
+        row = -1
+        for block in self.blocks[window]:
+            if block.row != row:
+                row = block.row
+                k = self.kv.k[layer].index_select(0, self.pages[row]).view(-1, kv_heads, head_dim).transpose(0, 1)
+                v = self.kv.v[layer].index_select(0, self.pages[row]).view(-1, kv_heads, head_dim).transpose(0, 1)
+            out[block.first : block.last] = F.scaled_dot_product_attention(
+                q[block.first : block.last].transpose(0, 1).unsqueeze(0),
+                k[None, :, block.low : block.high],
+                v[None, :, block.low : block.high],
+                attn_mask=block.mask,
+                is_causal=block.mask is None,
+                enable_gqa=True,
+            )[0].transpose(0, 1)
+        return out
+
+    def _cut(self, window: int) -> list[_Block]:
+        blocks, first = [], 0
+        shape = zip(self.rows.query_lens.tolist(), self.rows.kv_lens.tolist(), strict=True)
+        for row, (length, kv_len) in enumerate(shape):
+            for start in range(kv_len - length, kv_len, QUERY_BLOCK):
+                end = min(start + QUERY_BLOCK, kv_len)
+                low = max(0, start - window + 1) if window else 0
+                mask = None if start == 0 and not 0 < window < end else self._mask(start, end, low, window)
+                blocks.append(_Block(row, first, first + end - start, low, end, mask))
+                first += end - start
+        return blocks
+
+    def _mask(self, start: int, end: int, low: int, window: int) -> Tensor:
+        query = torch.arange(start, end, device=self.kv.k.device)[:, None]
+        token = torch.arange(low, end, device=self.kv.k.device)
+        seen = token <= query
+        return seen & (token > query - window) if window else seen
+
+
+def _send(array: NDArray[Any], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)

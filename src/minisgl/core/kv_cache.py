@@ -1,0 +1,188 @@
+"""The paged keys and values of every layer (PagedAttention, Kwon et al., arXiv 2309.06180).
+
+Host arrays to the device, all of a step's in one copy.
+
+What a decode step reads from the device tables and writes back to them, in plain torch.
+
+A step's `changes` is all the host sends for it: int32 (3, B), the rows' slots, the index in its page table at which a
+row gets a new page (-1: none), and that page. The last row of the tables is for padding and never changes.
+
+What the device keeps of every running request between steps, one row each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from minisgl.core.sampler import SamplingRows
+from minisgl.core.types import MAX_STOP_TOKEN_IDS
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values, each (layers, num_pages + 1, page_size, KV heads, head_dim).
+
+    The last page, id `num_pages`, is scratch: padding rows write there, and nobody reads what they wrote.
+    """
+
+    k: Tensor
+    v: Tensor
+
+    @property
+    def page_size(self) -> int:
+        """Tokens in a page."""
+        return self.k.shape[2]
+
+    @property
+    def num_pages(self) -> int:
+        """Pages a request may own; also the id of the scratch page."""
+        return self.k.shape[1] - 1
+
+
+def page_bytes(num_layers: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Bytes that a page takes in all layers, keys and values."""
+    return 2 * num_layers * page_size * num_kv_heads * head_dim * dtype.itemsize
+
+
+def allocate_kv(
+    num_layers: int,
+    num_pages: int,
+    page_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> KVCache:
+    """A zeroed cache. On the CPU the system gives memory to a page when it is first written."""
+    shape = (num_layers, num_pages + 1, page_size, num_kv_heads, head_dim)
+    return KVCache(_zeros(shape, dtype, device), _zeros(shape, dtype, device))
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    raw = np.zeros(int(np.prod(shape)) * dtype.itemsize, np.uint8)  # calloc: untouched pages cost nothing
+    return torch.from_numpy(raw).view(dtype).view(shape)
+
+
+ALIGNMENT = 8
+
+
+def upload(arrays: Mapping[str, NDArray[Any]], device: torch.device) -> dict[str, Tensor]:
+    """Tensors of the same names, dtypes and shapes on the device. On the CPU they share the arrays' memory.
+
+    Elsewhere one copy from pinned memory carries them all, and the host does not wait for it.
+    """
+    if device.type == "cpu":
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    sizes = (-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays.values())
+    starts = list(accumulate(sizes, initial=0))
+    packed = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=True)
+    host = packed.numpy()
+    for array, start in zip(arrays.values(), starts, strict=False):
+        host[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    there = packed.to(device, non_blocking=True)
+    return {
+        name: there[start : start + array.nbytes].view(torch.from_numpy(array).dtype).view(array.shape)
+        for (name, array), start in zip(arrays.items(), starts, strict=False)
+    }
+
+
+class TableTensors(Protocol):
+    """The tables' tensors that a decode step touches: int32 (S,), int32 (S,), int32 (S, max_pages)."""
+
+    last_token: Tensor
+    length: Tensor
+    page_table: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepInputs:
+    """What a decode step of B rows starts from, in tensors that stay where they are."""
+
+    ids: Tensor  # int32 (B,)
+    positions: Tensor  # int32 (B,)
+    kv_lens: Tensor  # int32 (B,) the new token included
+    locations: Tensor  # int64 (B,) page * page_size + offset of the new token
+    page_table: Tensor  # int32 (B, max_pages); behind a row's last page lies any valid page
+
+    @classmethod
+    def allocate(cls, batch: int, max_pages: int, scratch_page: int, device: torch.device) -> StepInputs:
+        """Inputs of `batch` rows that all point at the scratch page."""
+        return cls(
+            ids=torch.zeros(batch, dtype=torch.int32, device=device),
+            positions=torch.zeros(batch, dtype=torch.int32, device=device),
+            kv_lens=torch.ones(batch, dtype=torch.int32, device=device),
+            locations=torch.zeros(batch, dtype=torch.int64, device=device),
+            page_table=torch.full((batch, max_pages), scratch_page, dtype=torch.int32, device=device),
+        )
+
+
+def gather_rows(changes: Tensor, tables: TableTensors, inputs: StepInputs, page_size: int) -> None:
+    """Write new pages into the tables, and the rows' token, position, location and pages into `inputs`."""
+    slots, new_index, new_page = changes.long()
+    grows = new_index >= 0
+    tables.page_table[slots[grows], new_index[grows]] = new_page[grows].int()
+    lengths = tables.length[slots]
+    pages = tables.page_table[slots]
+    inputs.ids.copy_(tables.last_token[slots])
+    inputs.positions.copy_(lengths)
+    inputs.kv_lens.copy_(lengths + 1)
+    inputs.page_table.copy_(pages)
+    here = pages.gather(1, (lengths // page_size).long().unsqueeze(1)).squeeze(1)
+    inputs.locations.copy_(here.long() * page_size + lengths % page_size)
+
+
+def commit_rows(changes: Tensor, tokens: Tensor, tables: TableTensors, inputs: StepInputs) -> None:
+    """Write the sampled tokens int32 (B,) and the new lengths back to the rows that are not padding."""
+    slots = changes[0].long()
+    live = slots != len(tables.length) - 1
+    tables.last_token[slots[live]] = tokens[live]
+    tables.length[slots[live]] = inputs.kv_lens[live]
+
+
+class DeviceTables:
+    """Persistent tensors of `rows + 1` rows; the last is for padding and its page table names only scratch.
+
+    `length` counts the tokens whose KV is written; `last_token` is the one after them, not yet in the cache.
+    """
+
+    def __init__(self, rows: int, max_pages: int, scratch_page: int, device: torch.device) -> None:
+        def table(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.zeros((rows + 1, *shape), dtype=dtype, device=device)
+
+        self.last_token = table(torch.int32)
+        self.length = table(torch.int32)
+        self.page_table = torch.full((rows + 1, max_pages), scratch_page, dtype=torch.int32, device=device)
+        self.sampling = SamplingRows(
+            temperature=table(torch.float32),
+            top_p=table(torch.float32).fill_(1.0),
+            min_p=table(torch.float32),
+            top_k=table(torch.int32),
+            seed=table(torch.int64),
+            min_len=table(torch.int32),
+            stop_ids=table(torch.int32, MAX_STOP_TOKEN_IDS).fill_(-1),
+        )
+
+    def write_sampling(self, slots: Tensor, values: Mapping[str, Tensor]) -> None:
+        """Set the sampling parameters of newly admitted rows, by the field names of SamplingRows."""
+        for name, value in values.items():
+            getattr(self.sampling, name).index_copy_(0, slots, value)
+
+    def write_pages(self, slots: Tensor, indices: Tensor, pages: Tensor) -> None:
+        """page_table[slots, indices] = pages."""
+        self.page_table.index_put_((slots, indices), pages)
+
+    def locations(self, slots: Tensor, positions: Tensor, page_size: int) -> Tensor:
+        """Where positions of rows lie in the cache: int64 (T,) = page * page_size + offset."""
+        indices = slots * self.page_table.shape[1] + positions // page_size
+        pages = self.page_table.view(-1).index_select(0, indices)
+        return pages.long() * page_size + positions % page_size

@@ -1,0 +1,231 @@
+"""What a request may do to its logits before a token is drawn, and the log-probabilities read from them.
+
+Plain torch for every device; the host never waits for one here.
+
+The tail of a step: what special rows need once the step's logits are there, whether a graph or a runner made them.
+
+A step draws a token for every row from the model's own logits, and where that is all that anybody asked for, nothing
+follows. For the rows named in `StepPlan.special` the tail then changes a copy of their logits, draws again, overwrites
+the token, and reads the log-probabilities. The other rows of the step never know.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from minisgl.core.decoder import Decoder
+from minisgl.core.kv_cache import DeviceTables, upload
+from minisgl.core.plan import Masks, SpecialInit, SpecialRows, StepPlan
+from minisgl.core.types import MAX_LOGIT_BIAS
+
+WORD = 32
+"""Tokens to an int32 word of a mask; the lowest bit is the first token."""
+
+
+class TokenScores(NamedTuple):
+    """Log-probabilities, natural and by the model's own logits, of n tokens, and the most probable ones beside them."""
+
+    logprobs: Tensor  # float32 (n,)
+    top_ids: Tensor  # int32 (n, top)
+    top_logprobs: Tensor  # float32 (n, top), highest first
+
+
+def penalise(logits: Tensor, seen: Tensor, repetition: Tensor, frequency: Tensor, presence: Tensor) -> Tensor:
+    """Change float32 logits (n, V) in place, and return them, by what each row has said already.
+
+    seen int32 (n, V): twice a token's count in the answer, plus one if it is in the prompt. A seen token's logit is
+    divided by `repetition` (n,) where positive, else multiplied (Keskar et al., CTRL, 2019); then `frequency` (n,)
+    times its count in the answer and, if it is there, `presence` (n,) are subtracted (OpenAI's API reference). 1, 0 and
+    0 change no bit.
+    """
+    factor = repetition.unsqueeze(1)
+    repeated = torch.where(logits > 0, logits / factor, logits * factor)
+    torch.where(seen > 0, repeated, logits, out=logits)
+    del repeated
+    counts = seen >> 1
+    logits.sub_(counts * frequency.unsqueeze(1))
+    return logits.sub_(counts.clamp_(max=1) * presence.unsqueeze(1))
+
+
+def forbid(logits: Tensor, masks: Tensor) -> Tensor:
+    """Set logits (n, V) to -inf in place where a mask's bit is 0, and return them. masks int32 (n, ceil(V / 32))."""
+    bits = (masks.unsqueeze(2) >> torch.arange(WORD, dtype=torch.int32, device=masks.device)).bitwise_and_(1)
+    forbidden = bits.view(len(masks), -1)[:, : logits.shape[1]] == 0
+    return logits.masked_fill_(forbidden, float("-inf"))
+
+
+def token_scores(logits: Tensor, tokens: Tensor, top: int) -> TokenScores:
+    """The scores of tokens int64 (n,) by logits (n, V), and of the `top` highest; of equal ones the lowest ids."""
+    top = min(top, logits.shape[1])
+    exact = logits.float()
+    total = exact.logsumexp(dim=-1, keepdim=True)
+    chosen = exact.gather(1, tokens.unsqueeze(1)).sub_(total).squeeze(1)
+    if top == 0:
+        none = exact.new_empty((len(exact), 0))
+        return TokenScores(chosen, none.int(), none)
+    ids = (_ranks(exact).topk(top, dim=-1).values & 0xFFFFFFFF).neg_().add_(logits.shape[1] - 1)
+    return TokenScores(chosen, ids.int(), exact.gather(1, ids).sub_(total))
+
+
+def _ranks(logits: Tensor) -> Tensor:
+    """An int64 for each float32 logit (n, V), all different, ordered by logit and then by lower id.
+
+    The high half is the float's bit pattern made to order as an integer, the low half counts the ids down. -0 is 0.
+    """
+    bits = (logits + 0.0).view(torch.int32)
+    bits = bits ^ (bits >> 31).bitwise_and_(0x7FFFFFFF)
+    last = logits.shape[1] - 1
+    ids = torch.arange(last, -1, -1, dtype=torch.int64, device=logits.device)
+    return bits.long().bitwise_left_shift_(32).bitwise_or_(ids)
+
+
+PIECE = 1 << 23
+"""Logits that are worked on at a time, which bounds what a tail takes beside them: about 30 bytes each."""
+
+
+@dataclass
+class StepOutput:
+    """What a step leaves on the device. Logits and tokens are good until the next step of the same size is launched."""
+
+    tokens: Tensor  # int32 (len(sampled_slots),)
+    logits: Tensor  # (len(sampled_slots), V), the model's own
+    scores: TokenScores | None = None
+    prompt_scores: TokenScores | None = None
+
+
+@dataclass
+class SpecialTables:
+    """What special rows keep between steps. Both tables come into being with the first row that needs them."""
+
+    rows: int
+    vocab_size: int
+    device: torch.device
+    seen: Tensor | None = field(default=None, init=False)  # int32 (rows, V), see ops.logits.penalise
+    bias_ids: Tensor | None = field(default=None, init=False)  # int64 (rows, MAX_LOGIT_BIAS)
+    bias_values: Tensor | None = field(default=None, init=False)  # float32 (rows, MAX_LOGIT_BIAS)
+
+    def admit(self, init: SpecialInit) -> None:
+        """Start these rows afresh."""
+        arrays: dict[str, NDArray[Any]] = {
+            "slots": init.slots.astype(np.int64),
+            "places": init.seen_slots.astype(np.int64) * self.vocab_size + init.seen_tokens,
+            "seen": init.seen,
+            "bias_ids": init.bias_ids.astype(np.int64),
+            "bias_values": init.bias_values,
+        }
+        values = upload(arrays, self.device)
+        width = init.bias_ids.shape[1]
+        if self.seen is None and len(init.seen):
+            self.seen = torch.zeros((self.rows, self.vocab_size), dtype=torch.int32, device=self.device)
+        if self.seen is not None:
+            self.seen.index_fill_(0, values["slots"], 0)
+            self.seen.view(-1).index_copy_(0, values["places"], values["seen"])
+        if self.bias_ids is None and width:
+            self.bias_ids = torch.zeros((self.rows, MAX_LOGIT_BIAS), dtype=torch.int64, device=self.device)
+            self.bias_values = torch.zeros((self.rows, MAX_LOGIT_BIAS), dtype=torch.float32, device=self.device)
+        if self.bias_ids is not None and self.bias_values is not None:
+            self.bias_values.index_fill_(0, values["slots"], 0)
+            self.bias_values[:, :width].index_copy_(0, values["slots"], values["bias_values"])
+            self.bias_ids[:, :width].index_copy_(0, values["slots"], values["bias_ids"])
+
+
+class Tail:
+    """The tails of one runner's steps."""
+
+    def __init__(self, decoder: Decoder, tables: DeviceTables, device: torch.device) -> None:
+        self.decoder = decoder
+        self.tables = tables
+        self.device = device
+        self.vocab_size = decoder.spec.vocab_size
+        self.piece = max(1, PIECE // self.vocab_size)
+        self.special = SpecialTables(len(tables.length), self.vocab_size, device)
+
+    def score_prompts(self, plan: StepPlan, hidden: Tensor, output: StepOutput) -> None:
+        """The log-probabilities of the plan's prompt tokens by hidden states (q, D), their logits a piece at a time."""
+        special = plan.special
+        assert special is not None
+        targets = upload({"targets": special.prompt_targets.astype(np.int64)}, self.device)["targets"]
+        output.prompt_scores = join(
+            [
+                token_scores(self._whole(self.decoder.logits(hidden[part])), targets[part], special.prompt_top)
+                for part in self._pieces(len(hidden))
+            ]
+        )
+
+    def run(self, plan: StepPlan, output: StepOutput, masks: Masks | None) -> None:
+        """Draw the tokens of changed rows and read the log-probabilities of scored ones, overwriting `output`."""
+        special = plan.special
+        assert special is not None
+        if len(special.changed):
+            self._redraw(plan, special, output, masks)
+        if len(special.scored):
+            index = upload({"scored": special.scored.astype(np.int64)}, self.device)["scored"]
+            scores = []
+            for part in self._pieces(len(index)):
+                logits = self._whole(output.logits.index_select(0, index[part]))
+                scores.append(token_scores(logits, output.tokens.index_select(0, index[part]).long(), special.top))
+            output.scores = join(scores)
+
+    def _whole(self, logits: Tensor) -> Tensor:
+        """These rows' logits of all tokens, where a rank has those of its own."""
+        return self.decoder.ops.whole_logits(logits)
+
+    def _pieces(self, rows: int) -> list[slice]:
+        """Rows cut so that the logits of each piece are no more than PIECE."""
+        return [slice(start, start + self.piece) for start in range(0, rows, self.piece)]
+
+    def _redraw(self, plan: StepPlan, special: SpecialRows, output: StepOutput, masks: Masks | None) -> None:
+        arrays: dict[str, NDArray[Any]] = {
+            "changed": special.changed.astype(np.int64),
+            "slots": plan.sampled_slots[special.changed].astype(np.int64),
+            "penalties": special.penalties,
+        }
+        if masks is not None:  # the last one, of all ones, is for changed rows without a grammar
+            mask_of = np.full(len(special.changed), len(masks), np.int64)
+            mask_of[special.constrained] = np.arange(len(masks))
+            arrays["mask_of"] = mask_of
+            arrays["masks"] = np.concatenate([masks, np.full_like(masks[:1], -1)])
+        there = upload(arrays, self.device)
+        for part in self._pieces(len(special.changed)):
+            changed, slots = there["changed"][part], there["slots"][part]
+            own = self._whole(output.logits.index_select(0, changed))
+            logits = self._change(special, own, slots, there, part)
+            positions = self.tables.length.index_select(0, slots)
+            flags = plan.all_greedy, plan.any_filter, plan.any_min_len
+            tokens = self.decoder.ops.sample_whole(logits, self.tables.sampling, slots, positions, *flags)
+            output.tokens.index_copy_(0, changed, tokens)
+            self.tables.last_token.index_copy_(0, slots, tokens)
+            if special.penalised:
+                assert self.special.seen is not None
+                places = slots * self.vocab_size + tokens
+                self.special.seen.view(-1).index_add_(0, places, torch.full_like(tokens, 2))
+
+    def _change(
+        self, special: SpecialRows, own: Tensor, slots: Tensor, there: dict[str, Tensor], part: slice
+    ) -> Tensor:
+        """The float32 logits that these rows draw from, in the order that SamplingParams gives."""
+        logits, tables, width = own.float(), self.special, special.bias_width
+        if logits is own:
+            logits = own.clone()
+        if special.penalised:
+            assert tables.seen is not None
+            logits = penalise(logits, tables.seen.index_select(0, slots), *there["penalties"][:, part])
+        if width:
+            assert tables.bias_ids is not None
+            assert tables.bias_values is not None
+            ids, values = (t[:, :width].index_select(0, slots) for t in (tables.bias_ids, tables.bias_values))
+            logits.scatter_add_(1, ids, values)
+        if "masks" in there:
+            logits = forbid(logits, there["masks"].index_select(0, there["mask_of"][part]))
+        return logits
+
+
+def join(parts: list[TokenScores]) -> TokenScores:
+    """Pieces of scores as one."""
+    return parts[0] if len(parts) == 1 else TokenScores(*(torch.cat(column) for column in zip(*parts, strict=True)))

@@ -1,0 +1,457 @@
+"""Typed reading of the JSON objects that describe a model; whoever wrote them is not trusted.
+
+Which tokens end an answer: every id that any of the model's files names.
+
+Which rotary embedding a model uses, read from either form of its config.
+
+What a model is: the facts of its `config.json` in one form, whatever the architecture's name.
+
+An architecture is a row of `ARCHITECTURES`; the defaults in it are those of the `transformers`
+configuration class of the same name, which decide when a checkpoint leaves a field out. Both of its
+forms are read: version 4 (`rope_theta`, `rope_scaling`, `torch_dtype`) and 5 (`rope_parameters`, `dtype`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, cast, get_args
+
+from minisgl.errors import ModelError
+
+MAX_COUNT = 2**31 - 1
+MAX_JSON_BYTES = 256 * 2**20
+_REQUIRED: Any = object()
+
+
+def read_json(path: Path) -> Any:
+    """The value in this JSON file. Raises ModelError naming the file when it is missing, too large or not JSON."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ModelError(f"{path}: larger than {MAX_JSON_BYTES} bytes, which no description of a model is")
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ModelError(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not valid JSON: {error}") from error
+
+
+class Fields:
+    """A JSON object whose fields are taken with a type; `where` names it in errors.
+
+    Every method raises ModelError naming file and field when the field is ill-typed, or missing without a default.
+    A null counts as missing, except in `integer_or_null`.
+    """
+
+    def __init__(self, values: Any, where: str) -> None:
+        if not isinstance(values, dict):
+            raise ModelError(f"{where}: must be a JSON object, got {_short(values)}")
+        self.values: dict[str, Any] = values
+        self.where = where
+
+    def __contains__(self, name: str) -> bool:
+        return self.values.get(name) is not None
+
+    def error(self, name: str, rule: str) -> ModelError:
+        """The error for a field that breaks `rule`."""
+        return ModelError(f"{self.where}: {name} must be {rule}, got {_short(self.values.get(name))}")
+
+    def _take(self, name: str, default: Any) -> Any:
+        value = self.values.get(name)
+        if value is None:
+            if default is _REQUIRED:
+                raise ModelError(f"{self.where}: the field {name} is missing")
+            return default
+        return value
+
+    def integer(self, name: str, default: Any = _REQUIRED, *, least: int = 1) -> int:
+        """An integer of at least `least` that fits 31 bits."""
+        value = self._take(name, default)
+        if type(value) is not int or not least <= value <= MAX_COUNT:
+            raise self.error(name, f"an integer of at least {least}")
+        return value
+
+    def integer_or_null(self, name: str, default: int | None) -> int | None:
+        """A positive integer, or None where the file says null; `default` where it says nothing."""
+        if name in self.values and self.values[name] is None:
+            return None
+        return None if default is None and name not in self.values else self.integer(name, default)
+
+    def number(self, name: str, default: Any = _REQUIRED) -> float:
+        """A positive finite number."""
+        value = self._take(name, default)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise self.error(name, "a positive number")
+        return float(value)
+
+    def number_or_none(self, name: str) -> float | None:
+        """A positive finite number, or None when it is missing."""
+        return self.number(name) if name in self else None
+
+    def flag(self, name: str, default: Any = _REQUIRED) -> bool:
+        """True or false."""
+        value = self._take(name, default)
+        if type(value) is not bool:
+            raise self.error(name, "true or false")
+        return value
+
+    def text(self, name: str, default: Any = _REQUIRED) -> str:
+        """A string."""
+        value = self._take(name, default)
+        if type(value) is not str:
+            raise self.error(name, "a string")
+        return value
+
+    def items(self, name: str, kind: type, default: Any = _REQUIRED) -> list[Any]:
+        """A list whose elements are all of `kind`."""
+        value = self._take(name, default)
+        if not isinstance(value, list) or any(type(item) is not kind for item in value):
+            raise self.error(name, f"a list of {kind.__name__}")
+        return value
+
+    def section(self, name: str, default: Mapping[str, Any] = _REQUIRED) -> Fields:
+        """A JSON object, empty where `default` says so."""
+        return Fields(self._take(name, default), f"{self.where}: {name}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def read_eos_token_ids(folder: Path, config: Fields, vocab_size: int) -> tuple[int, ...]:
+    """EOS ids of generation_config.json, config.json and the tokenizer's `eos_token`, without repeats, in this order.
+
+    Files other than config.json may be missing. Ids outside of the vocabulary, which the model can never produce,
+    are left out. Raises ModelError naming file and field for an ill-typed one.
+    """
+    ids: list[int] = []
+    generation = folder / "generation_config.json"
+    if generation.exists():
+        ids += _ids(Fields(read_json(generation), str(generation)))
+    ids += _ids(config)
+    if (token := _eos_token_id(folder)) is not None:
+        ids.append(token)
+    return tuple(dict.fromkeys(token for token in ids if token < vocab_size))
+
+
+def _ids(fields: Fields) -> list[int]:
+    value: Any = fields.values.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(type(token) is not int or token < 0 for token in ids):
+        raise fields.error("eos_token_id", "a token id or a list of them")
+    return ids
+
+
+def _eos_token_id(folder: Path) -> int | None:
+    """The id of tokenizer_config.json's `eos_token`, looked up there, then in tokenizer.json."""
+    path = folder / "tokenizer_config.json"
+    if not path.exists():
+        return None
+    fields = Fields(read_json(path), str(path))
+    token: Any = fields.values.get("eos_token")
+    text = token.get("content") if isinstance(token, dict) else token
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise fields.error("eos_token", "a string or an object with content")
+    for key, added in fields.section("added_tokens_decoder", {}).values.items():
+        if key.isdecimal() and isinstance(added, dict) and added.get("content") == text:
+            return int(key)
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return None
+    tokenizer = Fields(read_json(path), str(path))
+    for added in tokenizer.items("added_tokens", dict, []):
+        if added.get("content") == text and type(added.get("id")) is int:
+            return int(added["id"])
+    vocab = tokenizer.section("model", {}).values.get("vocab")
+    found = vocab.get(text) if isinstance(vocab, dict) else None
+    return found if type(found) is int else None
+
+
+RopeKind = Literal["default", "linear", "llama3", "yarn"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rope:
+    """A rotary embedding (RoFormer, arXiv 2104.09864) and how it is stretched to longer contexts.
+
+    `theta` is the base. `linear` divides every frequency by `factor`. `llama3` divides those whose wavelength exceeds
+    `original_max_position / low_freq_factor` tokens and interpolates up to `original_max_position / high_freq_factor`.
+    `yarn` (arXiv 2309.00071) ramps between the two from `beta_fast` to `beta_slow` rotations over
+    `original_max_position` tokens (the ramp's ends rounded outwards where `truncate`), and scales cos and sin by
+    `attention_factor`; where that is None it follows from `factor`, `mscale` and `mscale_all_dim`.
+    Fields that the kind does not use keep their defaults.
+    """
+
+    kind: RopeKind
+    theta: float
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+def read_rope(config: Fields, max_position: int) -> Rope:
+    """The rope of a `config.json`, from `rope_parameters` or from `rope_theta` and `rope_scaling`.
+
+    Raises ModelError for a kind that is not supported, parameters per layer type, and partial rotation.
+    """
+    name = "rope_scaling" if "rope_scaling" in config else "rope_parameters"
+    rope = config.section(name, {})
+    if any(isinstance(value, dict) for value in rope.values.values()):
+        raise ModelError(f"{rope.where}: rope parameters per layer type are not supported")
+    for fields in (config, rope):
+        if fields.number("partial_rotary_factor", 1.0) != 1.0:
+            raise ModelError(f"{fields.where}: partial_rotary_factor other than 1 is not supported")
+    theta = rope.number("rope_theta", config.number("rope_theta", 10000.0))
+    kind = rope.text("rope_type", rope.text("type", "default"))
+    if kind not in get_args(RopeKind):
+        raise ModelError(
+            f"{rope.where}: rope kind {kind!r} is not supported; those that are: {', '.join(get_args(RopeKind))}"
+        )
+    if kind == "default":
+        return Rope(kind="default", theta=theta)
+    if kind == "linear":
+        return Rope(kind="linear", theta=theta, factor=rope.number("factor"))
+    key = "original_max_position_embeddings"
+    original = config.integer(key) if key in config else rope.integer(key, max_position)
+    factor = rope.number("factor", max_position / original if kind == "yarn" else None)
+    if kind == "llama3":
+        low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+        if high <= low:
+            raise rope.error("high_freq_factor", f"larger than low_freq_factor ({low})")
+        return Rope(
+            kind="llama3", theta=theta, factor=factor, low_freq_factor=low, high_freq_factor=high,
+            original_max_position=original,
+        )  # fmt: skip
+    return Rope(
+        kind=cast(RopeKind, kind),
+        theta=theta,
+        factor=factor,
+        original_max_position=original,
+        beta_fast=rope.number("beta_fast", 32.0),
+        beta_slow=rope.number("beta_slow", 1.0),
+        attention_factor=rope.number_or_none("attention_factor"),
+        mscale=rope.number_or_none("mscale"),
+        mscale_all_dim=rope.number_or_none("mscale_all_dim"),
+        truncate=rope.flag("truncate", True),
+    )
+
+
+CHECKPOINT_DTYPES = ("float32", "float16", "bfloat16")
+MAX_LAYERS = 10_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moe:
+    """Sparse layers: a router picks `top_k` of `num_experts` MLPs of `width` for each token.
+
+    `layers[i]` says whether layer i is sparse; `norm_topk_prob` whether the chosen probabilities are scaled to sum 1.
+    """
+
+    num_experts: int
+    top_k: int
+    width: int
+    norm_topk_prob: bool
+    layers: tuple[bool, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """Everything the decoder must know of a model but its weights.
+
+    `windows[i]` is the attention window of layer i: 0 is full attention, w lets a token see itself and the w-1
+    before it. `max_position` counts tokens. `checkpoint_dtype` is one of CHECKPOINT_DTYPES.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    rms_eps: float
+    tie_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    rope: Rope
+    windows: tuple[int, ...]
+    moe: Moe | None
+    max_position: int
+    eos_token_ids: tuple[int, ...]
+    checkpoint_dtype: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """How one architecture differs from Llama, and what it assumes where its config is silent.
+
+    `kv_heads` None means as many as query heads, `head_dim` None hidden_size / heads. A config field decides about
+    biases where `bias_fields` is true. `windows`: no layer has one, all layers share one, or layer_types tells.
+    """
+
+    model_type: str
+    max_position: int
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    bias_fields: bool = False
+    mlp_bias_field: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    windows: str = "none"
+    use_window_field: bool = True
+    moe: bool = False
+
+
+ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
+    {
+        "LlamaForCausalLM": Architecture(model_type="llama", max_position=2048, bias_fields=True, mlp_bias_field=True),
+        "MistralForCausalLM": Architecture(
+            model_type="mistral", max_position=131072, kv_heads=8, windows="all", use_window_field=False
+        ),
+        "Qwen2ForCausalLM": Architecture(
+            model_type="qwen2", max_position=32768, kv_heads=32, qkv_bias=True, windows="layers"
+        ),
+        "Qwen3ForCausalLM": Architecture(
+            model_type="qwen3", max_position=32768, kv_heads=32, head_dim=128, bias_fields=True, qk_norm=True,
+            windows="layers",
+        ),
+        "Qwen3MoeForCausalLM": Architecture(
+            model_type="qwen3_moe", max_position=32768, kv_heads=4, bias_fields=True, qk_norm=True, windows="all",
+            moe=True,
+        ),
+    }
+)  # fmt: skip
+
+
+def read_spec(folder: Path) -> ModelSpec:
+    """Read `config.json`, and the EOS ids beside it, from a model folder in Hugging Face's layout.
+
+    Raises ModelError naming file and field for what is missing, ill-typed, unknown or contradictory.
+    """
+    path = folder / "config.json"
+    config = Fields(read_json(path), str(path))
+    name, row = _architecture(config)
+    if "quantization_config" in config:
+        method = config.section("quantization_config").values.get("quant_method", "unknown")
+        raise ModelError(
+            f"{path}: the checkpoint is quantised ({method}); safetensors in float32, float16 or bfloat16, "
+            "and GGUF files, can be read"
+        )
+    if (activation := config.text("hidden_act", "silu")) != "silu":
+        raise ModelError(f"{path}: hidden_act {activation!r} is not supported; silu is")
+    num_layers = config.integer("num_hidden_layers")
+    if num_layers > MAX_LAYERS:
+        raise config.error("num_hidden_layers", f"at most {MAX_LAYERS}")
+    hidden_size, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+    num_kv_heads = _kv_heads(config, row, num_heads)
+    vocab_size = config.integer("vocab_size")
+    max_position = config.integer("max_position_embeddings", row.max_position)
+    bias = row.bias_fields and config.flag("attention_bias", False)
+    return ModelSpec(
+        architecture=name,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=_head_dim(config, row, hidden_size, num_heads),
+        intermediate_size=config.integer("intermediate_size"),
+        rms_eps=config.number("rms_norm_eps", 1e-6),
+        tie_embeddings=config.flag("tie_word_embeddings", False),
+        qkv_bias=row.qkv_bias or bias,
+        o_bias=bias,
+        mlp_bias=row.mlp_bias_field and config.flag("mlp_bias", False),
+        qk_norm=row.qk_norm,
+        rope=read_rope(config, max_position),
+        windows=_windows(config, row, num_layers),
+        moe=_moe(config, num_layers) if row.moe else None,
+        max_position=max_position,
+        eos_token_ids=read_eos_token_ids(folder, config, vocab_size),
+        checkpoint_dtype=_dtype(config),
+    )
+
+
+def _architecture(config: Fields) -> tuple[str, Architecture]:
+    names = config.items("architectures", str, [])
+    if not names:
+        model_type = config.text("model_type")
+        names = [name for name, row in ARCHITECTURES.items() if row.model_type == model_type] or [model_type]
+    if names[0] not in ARCHITECTURES:
+        raise ModelError(
+            f"{config.where}: architecture {names[0]} is not supported; those that are: {', '.join(ARCHITECTURES)}"
+        )
+    return names[0], ARCHITECTURES[names[0]]
+
+
+def _kv_heads(config: Fields, row: Architecture, num_heads: int) -> int:
+    absent = "num_key_value_heads" not in config.values
+    num_kv_heads = config.integer("num_key_value_heads", row.kv_heads if absent and row.kv_heads else num_heads)
+    if num_heads % num_kv_heads:
+        raise config.error("num_key_value_heads", f"a divisor of the {num_heads} query heads")
+    return num_kv_heads
+
+
+def _head_dim(config: Fields, row: Architecture, hidden_size: int, num_heads: int) -> int:
+    if "head_dim" not in config and row.head_dim is None and hidden_size % num_heads:
+        raise config.error("hidden_size", f"a multiple of the {num_heads} heads where head_dim is not given")
+    head_dim = config.integer("head_dim", row.head_dim or hidden_size // num_heads)
+    if head_dim % 2:
+        raise config.error("head_dim", "even, for the rotary embedding")
+    return head_dim
+
+
+def _windows(config: Fields, row: Architecture, num_layers: int) -> tuple[int, ...]:
+    if row.windows == "none" or (row.use_window_field and not config.flag("use_sliding_window", False)):
+        return (0,) * num_layers
+    window = config.integer_or_null("sliding_window", 4096) or 0
+    if row.windows == "all":
+        return (window,) * num_layers
+    if "layer_types" not in config:
+        first = config.integer("max_window_layers", 28, least=0)
+        return tuple(window if layer >= first else 0 for layer in range(num_layers))
+    kinds = config.items("layer_types", str)
+    if len(kinds) != num_layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
+        raise config.error("layer_types", f"{num_layers} times full_attention or sliding_attention")
+    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+
+
+def _moe(config: Fields, num_layers: int) -> Moe | None:
+    num_experts = config.integer("num_experts" if "num_experts" in config else "num_local_experts", least=0)
+    step = config.integer("decoder_sparse_step", 1)
+    dense = set(config.items("mlp_only_layers", int, []))
+    layers = tuple(num_experts > 0 and i not in dense and (i + 1) % step == 0 for i in range(num_layers))
+    if not any(layers):
+        return None
+    top_k = config.integer("num_experts_per_tok")
+    if top_k > num_experts:
+        raise config.error("num_experts_per_tok", f"at most the {num_experts} experts")
+    width = config.integer("moe_intermediate_size")
+    norm = config.flag("norm_topk_prob", False)
+    return Moe(num_experts=num_experts, top_k=top_k, width=width, norm_topk_prob=norm, layers=layers)
+
+
+def _dtype(config: Fields) -> str:
+    name = "dtype" if "dtype" in config else "torch_dtype"
+    dtype = config.text(name, "float32").removeprefix("torch.")
+    if dtype not in CHECKPOINT_DTYPES:
+        raise config.error(name, f"one of {', '.join(CHECKPOINT_DTYPES)}")
+    return dtype

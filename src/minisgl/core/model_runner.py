@@ -1,0 +1,204 @@
+"""From a step's plan to its tokens, on one device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from minisgl.core.attention import Geometry, Rows
+from minisgl.core.decoder import Decoder, ForwardBatch
+from minisgl.core.kv_cache import DeviceTables, KVCache, upload
+from minisgl.core.logits import StepOutput, Tail
+from minisgl.core.plan import Masks, RowInit, StepPlan
+
+if TYPE_CHECKING:
+    from minisgl.gpu.cuda_graphs import DecodeGraphs, PiecewiseGraphs
+
+
+class Runner:
+    """Runs plans in order against its tables and its cache. The host never waits for the device here."""
+
+    def __init__(self, decoder: Decoder, kv: KVCache, rows: int, max_seq_len: int, device: torch.device) -> None:
+        self.decoder = decoder
+        self.kv = kv
+        self.device = device
+        self.tables = DeviceTables(rows, -(-max_seq_len // kv.page_size), kv.num_pages, device)
+        self.tail = Tail(decoder, self.tables, device)
+        self.graphs: DecodeGraphs | None = None
+        self.pieces: PiecewiseGraphs | None = None
+
+    def capture_graphs(self, largest: int, max_seq_len: int) -> None:
+        """From here on, decode steps of up to `largest` rows are graph replays."""
+        from minisgl.gpu.cuda_graphs import DecodeGraphs, graph_sizes
+
+        sizes = graph_sizes(largest)
+        self.graphs = DecodeGraphs(self.decoder, self.kv, self.tables, sizes, max_seq_len)
+
+    def capture_pieces(self, largest: int) -> None:
+        """From here on, steps with prompts of up to `largest` tokens are graph replays between their attentions."""
+        from minisgl.gpu.cuda_graphs import PiecewiseGraphs
+
+        self.pieces = PiecewiseGraphs(self.decoder, self.kv, largest)
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> StepOutput:
+        """Do what the plan says; what is left for `finish` where rows wait for masks is their tail."""
+        output = self._forward(plan)
+        if plan.special is not None and len(plan.special.constrained) == 0:
+            self.tail.run(plan, output, None)
+        return output
+
+    @torch.inference_mode()
+    def finish(self, plan: StepPlan, output: StepOutput, masks: Masks) -> StepOutput:
+        """The second half of the step that ran last, for rows that follow a grammar."""
+        self.tail.run(plan, output, masks)
+        return output
+
+    def _forward(self, plan: StepPlan) -> StepOutput:
+        """Run the model, draw a token for each sampled row from its own logits, and score prompts."""
+        if self.graphs is not None and self.graphs.takes(plan):
+            return self.graphs.run(plan)
+        if plan.init is not None:
+            self._admit(plan.init)
+        step = upload_step(plan, self.device)
+        if len(plan.page_ids):
+            self.tables.write_pages(step.page_slots, step.page_indices, step.page_ids)
+        attention = self.decoder.attention.plan(self._geometry(plan, step), self.kv)
+        batch = self._batch(step)
+        if self.pieces is not None and self.pieces.takes(batch):
+            hidden = self.pieces.forward(batch, attention)
+        else:
+            hidden = self.decoder.forward(batch, attention, self.kv)
+        output = self._sample(plan, step, hidden[: len(step.sampled)])
+        if len(hidden) > len(step.sampled):
+            self.tail.score_prompts(plan, hidden[len(step.sampled) :], output)
+        return output
+
+    def _sample(self, plan: StepPlan, step: StepTensors, hidden: Tensor) -> StepOutput:
+        """Draw a token for each sampled row from hidden states (n, D)."""
+        if len(hidden) == 0:
+            return StepOutput(torch.empty(0, dtype=torch.int32, device=self.device), hidden)
+        logits = self.decoder.logits(hidden)
+        tokens = self.decoder.ops.sample(
+            logits,
+            self.tables.sampling,
+            step.sampled,
+            self.tables.length.index_select(0, step.sampled),
+            plan.all_greedy,
+            plan.any_filter,
+            plan.any_min_len,
+        )
+        self.tables.last_token.index_copy_(0, step.sampled, tokens)
+        return StepOutput(tokens, logits)
+
+    def _admit(self, init: RowInit) -> None:
+        """Write the sampling parameters of rows that start."""
+        arrays: dict[str, NDArray[Any]] = {
+            "slots": init.slots.astype(np.int64),
+            "temperature": init.temperatures,
+            "top_p": init.top_ps,
+            "min_p": init.min_ps,
+            "top_k": init.top_ks,
+            "seed": init.seeds,
+            "min_len": init.min_lens,
+            "stop_ids": init.stop_ids,
+        }
+        values = upload(arrays, self.device)
+        self.tables.write_sampling(values.pop("slots"), values)
+        if init.special is not None:
+            self.tail.special.admit(init.special)
+
+    def _batch(self, step: StepTensors) -> ForwardBatch:
+        """The step's tokens, decode rows first; advances the rows' lengths by what the step writes."""
+        tables, decodes = self.tables, step.decode_slots
+        ids, slots, positions = step.prefill_tokens, step.token_slots, step.token_positions
+        if len(decodes):
+            lengths = tables.length.index_select(0, decodes)
+            ids = torch.cat([tables.last_token.index_select(0, decodes), ids])
+            slots = torch.cat([decodes, slots])
+            positions = torch.cat([lengths, positions])
+            tables.length.index_copy_(0, decodes, lengths + 1)
+        if len(step.prefill_slots):
+            tables.length.index_copy_(0, step.prefill_slots, step.prefill_ends)
+        return ForwardBatch(
+            ids=ids,
+            positions=positions,
+            locations=tables.locations(slots, positions, self.kv.page_size),
+            rows=step.wanted if len(step.prefill_slots) else None,
+        )
+
+    def _geometry(self, plan: StepPlan, step: StepTensors) -> Geometry:
+        decode = prefill = None
+        if len(plan.decode_slots):
+            lens = plan.decode_lens + 1
+            decode = Rows(
+                page_table=self.tables.page_table,
+                slots=plan.decode_slots,
+                query_lens=np.ones_like(lens),
+                kv_lens=lens,
+                slots_device=step.decode_slots,
+                cu_query_lens=step.decode_starts,
+                kv_lens_device=step.decode_ends,
+            )
+        if len(plan.prefill_slots):
+            prefill = Rows(
+                page_table=self.tables.page_table,
+                slots=plan.prefill_slots,
+                query_lens=plan.prefill_lens,
+                kv_lens=plan.prefill_starts + plan.prefill_lens,
+                slots_device=step.prefill_slots,
+                cu_query_lens=step.prefill_query_starts,
+                kv_lens_device=step.prefill_ends,
+            )
+        return Geometry(decode=decode, prefill=prefill)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTensors:
+    """A plan's integers on the device. Indices are int64, contents of the tables int32."""
+
+    page_slots: Tensor  # (p,)
+    page_indices: Tensor  # (p,)
+    page_ids: Tensor  # (p,)
+    decode_slots: Tensor  # (d,)
+    prefill_slots: Tensor  # (c,)
+    prefill_ends: Tensor  # (c,)
+    prefill_tokens: Tensor  # (t,)
+    token_slots: Tensor  # (t,) the row of each prefill token
+    token_positions: Tensor  # (t,)
+    decode_starts: Tensor  # int32 (d + 1,) where each decode row's query begins: 0, 1, 2, …
+    decode_ends: Tensor  # int32 (d,) tokens in the cache, the new one included
+    prefill_query_starts: Tensor  # int32 (c + 1,) where each chunk begins among the t prefill tokens, and t
+    wanted: Tensor  # (n + q,) where the sampled rows' last tokens, and scored ones, are among the step's d + t
+    sampled: Tensor  # (n,) the slots they belong to
+
+
+def upload_step(plan: StepPlan, device: torch.device) -> StepTensors:
+    """Work out where each prefill token goes, and send everything over."""
+    lens, decodes = plan.prefill_lens, len(plan.decode_slots)
+    ends = np.cumsum(lens)  # of each chunk, among the prefill tokens
+    last = [np.arange(decodes), decodes + ends[plan.prefill_final] - 1]
+    prompts = [] if plan.special is None else [plan.special.prompt_rows]
+    positions = np.arange(len(plan.prefill_tokens)) + np.repeat(plan.prefill_starts - (ends - lens), lens)
+    arrays = {
+        "page_slots": plan.page_slots.astype(np.int64),
+        "page_indices": plan.page_indices.astype(np.int64),
+        "page_ids": plan.page_ids,
+        "decode_slots": plan.decode_slots.astype(np.int64),
+        "prefill_slots": plan.prefill_slots.astype(np.int64),
+        "prefill_ends": plan.prefill_starts + lens,
+        "prefill_tokens": plan.prefill_tokens,
+        "token_slots": np.repeat(plan.prefill_slots, lens).astype(np.int64),
+        "token_positions": positions.astype(np.int32),
+        "decode_starts": np.arange(decodes + 1, dtype=np.int32),
+        "decode_ends": plan.decode_lens + 1,
+        "prefill_query_starts": np.concatenate([[0], ends]).astype(np.int32),
+        "wanted": np.concatenate([*last, *prompts]).astype(np.int64),
+        "sampled": plan.sampled_slots.astype(np.int64),
+    }
+    return StepTensors(**upload(arrays, device))

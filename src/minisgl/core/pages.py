@@ -1,0 +1,226 @@
+"""The only owner of KV pages: each is free, in the prefix cache, or a running row's own."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minisgl.core.radix_cache import Int32, NaiveCache, Node, OutOfPages, PageAllocator, PrefixCache, RadixCache
+from minisgl.errors import ConfigError
+
+Slots = NDArray[np.signedinteger[Any]]
+PageWrites = tuple[Int32, Int32, Int32]
+
+
+class CacheManager:
+    """Pages of running rows and of the prefix cache.
+
+    A row's pages are borrowed from the cache (and locked there) or its own. Page ids in a row never change.
+    `page_table` is (max_rows, max_pages_per_row), of which the first `row_pages[slot]` of each row are live.
+    `kind` is "radix" or "naive"; raises ConfigError for another.
+    """
+
+    def __init__(self, num_pages: int, page_size: int, kind: str, max_rows: int, max_pages_per_row: int) -> None:
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.page_table: Int32 = np.zeros((max_rows, max_pages_per_row), np.int32)
+        self.row_pages: Int32 = np.zeros(max_rows, np.int32)
+        self._allocator = PageAllocator(num_pages)
+        self._cache = make_cache(kind, page_size)
+        self._borrowed = np.zeros((max_rows, max_pages_per_row), np.bool_)
+        # The node that a live row locks, and the pages of the prefix that ends there. Pages behind it are the
+        # row's own; of those before it, the row may own duplicates of what the cache holds.
+        self._nodes: dict[int, Node] = {}
+        self._held: Int32 = np.zeros(max_rows, np.int32)
+
+    @property
+    def num_free(self) -> int:
+        """Pages that hold nothing."""
+        return self._allocator.num_free
+
+    @property
+    def num_cached(self) -> int:
+        """Pages in the prefix cache, borrowed by rows or not."""
+        return self._cache.num_pages
+
+    @property
+    def num_owned(self) -> int:
+        """Pages that belong to one row each."""
+        return self.num_pages - self.num_free - self.num_cached
+
+    @property
+    def available(self) -> int:
+        """Pages that `extend` can give: free ones, and cached ones that no row borrows."""
+        return self.num_free + self._cache.num_evictable
+
+    def match_len(self, tokens: Int32) -> int:
+        """Tokens that `acquire` would find cached. Changes nothing."""
+        return self._cache.match_pages(self._usable(tokens)) * self.page_size
+
+    def acquire(self, slot: int, tokens: Int32) -> int:
+        """Start a row on the longest cached prefix of `tokens`; return its tokens.
+
+        Whole pages, and never the last token: it is computed again for its logits.
+        """
+        assert slot not in self._nodes, f"row {slot} is in use"
+        node, pages = self._cache.match(self._usable(tokens))
+        self._cache.lock(node)
+        self._nodes[slot] = node
+        self._held[slot] = self.row_pages[slot] = len(pages)
+        self.page_table[slot, : len(pages)] = pages
+        self._borrowed[slot] = False
+        self._borrowed[slot, : len(pages)] = True
+        return len(pages) * self.page_size
+
+    def departures(self, slots: Slots, reusable: Int32 | None = None) -> Generator[int]:
+        """What would be `available` now, and after each of these rows had left, one after the other.
+
+        Pages that rows share become available with the last of them that leaves; those that are cached of `reusable` do
+        not, for a new row is to start on them. Nothing else may be done with the cache before this is closed.
+        """
+        kept = self._cache.root if reusable is None else self._cache.match(self._usable(reusable))[0]
+        self._cache.lock(kept)
+        own, left = 0, []
+        try:
+            yield self.available
+            for slot in slots.tolist():
+                count = int(self.row_pages[slot])
+                own += count - int(self._borrowed[slot, :count].sum())
+                self._cache.unlock(self._nodes[slot])
+                left.append(slot)
+                yield self.available + own
+        finally:
+            for slot in left:
+                self._cache.lock(self._nodes[slot])
+            self._cache.unlock(kept)
+
+    def writes(self, slot: int) -> PageWrites:
+        """The row's whole page table as (slots, indices, page ids), for a device that knows nothing of it."""
+        count = int(self.row_pages[slot])
+        return (
+            np.full(count, slot, np.int32),
+            np.arange(count, dtype=np.int32),
+            self.page_table[slot, :count].copy(),
+        )
+
+    def pages_needed(self, slots: Slots, new_lens: Slots) -> Int32:
+        """Pages that each row lacks to hold `new_lens` tokens, (len(slots),)."""
+        lacking: Int32 = (-(-new_lens // self.page_size) - self.row_pages[slots]).astype(np.int32)
+        return np.maximum(lacking, 0)
+
+    def extend(self, slots: Slots, new_lens: Slots) -> PageWrites:
+        """Give rows, each named once, the pages that they lack to hold `new_lens` tokens, evicting what that takes.
+
+        Returns the page-table writes (slots, indices, page ids). Raises OutOfPages, changing nothing, when more than
+        `available` pages are needed.
+        """
+        need = self.pages_needed(slots, new_lens)
+        total = int(need.sum())
+        if total > self.available:
+            raise OutOfPages(f"{total} pages are needed and {self.available} are available")
+        grown = np.flatnonzero(need)
+        rows, need = slots[grown].astype(np.int32), need[grown]
+        start = self.row_pages[rows]
+        end = start + need
+        assert not len(end) or int(end.max()) <= self.page_table.shape[1], "a row outgrows the page table"
+        if total > self.num_free:
+            self._allocator.free(self._cache.evict(total - self.num_free))
+        pages = self._allocator.allocate(total)
+        # Write i is page i - (pages of the rows before its row) of what its row gains.
+        indices = np.arange(total, dtype=np.int32) + np.repeat(end - np.cumsum(need, dtype=np.int32), need)
+        owners = np.repeat(rows, need)
+        self.page_table[owners, indices] = pages
+        self.row_pages[rows] = end
+        return owners, indices, pages
+
+    def publish(self, slot: int, tokens: Int32, computed: int) -> None:
+        """Offer the row's whole pages below `computed` tokens to the cache while the row goes on.
+
+        What the cache takes becomes borrowed; where it holds these tokens in other pages already, the row keeps its
+        duplicates. May be called as soon as the step that writes these pages is certain to be launched before, or
+        as, the first step that reads them: steps run in launch order, and within a step each layer writes the KV of
+        all rows before any row attends.
+        """
+        node = self._offer(slot, tokens, computed)
+        if node is not self._nodes[slot]:
+            self._cache.lock(node)
+            self._cache.unlock(self._nodes[slot])
+            self._nodes[slot] = node
+
+    def release(self, slot: int, tokens: Int32, computed: int) -> None:
+        """End a row: whole pages below `computed` whose `tokens` are known go to the cache, its other pages are freed.
+
+        No launched step may still write to the row's pages.
+        """
+        self._offer(slot, tokens, computed)
+        self._cache.unlock(self._nodes.pop(slot))
+        count = int(self.row_pages[slot])
+        self._allocator.free(self.page_table[slot, :count][~self._borrowed[slot, :count]])
+        self.row_pages[slot] = 0
+
+    def flush(self) -> int:
+        """Drop from the cache all that no row borrows; return how many pages that frees."""
+        pages = self._cache.evict(self._cache.num_evictable)
+        self._allocator.free(pages)
+        return len(pages)
+
+    def check(self) -> None:
+        """Raise RuntimeError unless each page is in exactly one place and rows lock exactly what they borrow."""
+        cached = self._cache.check(self._nodes.values())
+        owned = []
+        for slot, count in enumerate(self.row_pages.tolist()):
+            if slot not in self._nodes:
+                if count:
+                    raise RuntimeError(f"row {slot} has ended and holds {count} pages")
+                continue
+            row, borrowed = self.page_table[slot, :count], self._borrowed[slot, :count]
+            owned.append(row[~borrowed])
+            prefix = prefix_pages(self._nodes[slot])
+            index = np.flatnonzero(borrowed)
+            if len(prefix) != self._held[slot] or len(prefix) > count:
+                raise RuntimeError(f"row {slot} locks {len(prefix)} pages, not {self._held[slot]}")
+            if np.any(index >= len(prefix)) or not np.array_equal(prefix[index], row[index]):
+                raise RuntimeError(f"row {slot} borrows pages that it does not lock")
+        places = np.concatenate([self._allocator.free_pages(), cached, *owned])
+        if not np.array_equal(np.sort(places), np.arange(self.num_pages)):
+            counts = f"{self.num_free} free, {len(cached)} cached, {sum(map(len, owned))} owned of {self.num_pages}"
+            raise RuntimeError(f"a page is in no place or in two: {counts}")
+
+    def _usable(self, tokens: Int32) -> Int32:
+        """The tokens that may come from the cache: whole pages that leave at least one token out."""
+        return np.ascontiguousarray(tokens[: (len(tokens) - 1) // self.page_size * self.page_size], np.int32)
+
+    def _offer(self, slot: int, tokens: Int32, computed: int) -> Node:
+        """Offer the row's whole known and computed pages to the cache; return the node that the row must now lock."""
+        held, whole = int(self._held[slot]), min(computed, len(tokens)) // self.page_size
+        assert whole <= self.row_pages[slot], "more is computed than the row can hold"
+        node = self._nodes[slot]
+        if whole <= held:
+            return node
+        own = np.ascontiguousarray(tokens[held * self.page_size : whole * self.page_size], np.int32)
+        end, known = self._cache.insert(node, own, self.page_table[slot, held:whole])
+        if end is not node:
+            self._borrowed[slot, held + known : whole] = True
+            self._held[slot] = whole
+        return end
+
+
+def make_cache(kind: str, page_size: int) -> PrefixCache:
+    """The prefix cache that `--cache` names."""
+    if kind == "radix":
+        return RadixCache(page_size)
+    if kind == "naive":
+        return NaiveCache()
+    raise ConfigError(f"cache must be radix or naive, got {kind!r}")
+
+
+def prefix_pages(node: Node) -> Int32:
+    """The pages of the prefix that ends with `node`."""
+    runs = [node.pages]
+    while node.parent is not None:
+        node = node.parent
+        runs.append(node.pages)
+    return np.concatenate(runs[::-1])

@@ -1,0 +1,160 @@
+"""What crosses the line between the scheduler and whatever executes a step.
+
+A plan says everything a step needs and nothing about how it is done, in numpy arrays only: the same plan
+drives one device, every rank of a tensor-parallel group, and the simulator.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+Int32 = NDArray[np.int32]
+Masks = Int32
+"""(g, ceil(V / 32)): which tokens each of g rows may have next, bit t % 32 of word t // 32, the lowest bit first."""
+
+
+class RowInit(msgspec.Struct, frozen=True, kw_only=True):
+    """Sampling parameters of the rows that a step admits; `n` rows, written before anything else in the step.
+
+    `seeds` holds 64-bit seeds. Ids in `stop_ids` (padded with -1) cannot be sampled at a position below
+    `min_lens`, positions counting from the first prompt token.
+    """
+
+    slots: Int32  # (n,)
+    temperatures: NDArray[np.float32]  # (n,) 0 is greedy
+    top_ps: NDArray[np.float32]  # (n,)
+    min_ps: NDArray[np.float32]  # (n,)
+    top_ks: Int32  # (n,) 0 is off
+    seeds: NDArray[np.int64]  # (n,)
+    min_lens: Int32  # (n,)
+    stop_ids: Int32  # (n, MAX_STOP_TOKEN_IDS)
+    special: SpecialInit | None = None
+
+
+class SpecialInit(msgspec.Struct, frozen=True, kw_only=True):
+    """What the device must know of those admitted rows whose logits are changed before a token is drawn.
+
+    `seen` says of the m tokens that penalised rows hold already, each named once a row, twice the token's count in the
+    answer plus one if it is in the prompt; a row that was retracted comes with the answer it had. `w` is the most
+    biases that one of these rows has, and may be 0; rows with fewer are padded with token 0 and bias 0.
+    """
+
+    slots: Int32  # (n,)
+    seen_slots: Int32  # (m,)
+    seen_tokens: Int32  # (m,)
+    seen: Int32  # (m,)
+    bias_ids: Int32  # (n, w)
+    bias_values: NDArray[np.float32]  # (n, w)
+
+
+class SpecialRows(msgspec.Struct, frozen=True, kw_only=True):
+    """What a step owes to rows that ask for more than sampling; see `core/logits.py` for who does it.
+
+    Of the step's sampled rows, counted as in `StepPlan.sampled_slots`, `changed` have their logits changed and then a
+    token drawn from them; of those, `constrained` wait for a mask. Rows that lack a penalty have a neutral one.
+    `scored` want the log-probability of their token. `prompt_rows` are places among the step's tokens (decodes, then
+    chunks) whose next token is one of the prompt, `prompt_targets`, and wants a log-probability.
+    """
+
+    changed: Int32  # (c,) ascending
+    penalties: NDArray[np.float32]  # (3, c) repetition, frequency, presence
+    penalised: bool  # whether any penalty is not neutral
+    bias_width: int  # the most biases of a changed row
+    constrained: Int32  # (g,) places in `changed`, ascending
+    scored: Int32  # (s,) ascending
+    top: int  # the most that a scored row asks for
+    prompt_rows: Int32  # (q,)
+    prompt_targets: Int32  # (q,)
+    prompt_slots: Int32  # (r,) whose positions these are, one run after the other
+    prompt_counts: Int32  # (r,) how many; their sum is q
+    prompt_top: int
+
+
+class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """One step: page-table writes, then one decode token for some rows beside prefill chunks for others.
+
+    A slot is a row of the device tables. A decoding row's token and position are on the device already:
+    the plan names its slot only. A chunk writes the KV of positions `start … start + length - 1`; a row
+    whose chunk is `final` gets its next token sampled from the chunk's last position.
+    """
+
+    step: int
+    init: RowInit | None
+    page_slots: Int32  # (p,) page_table[page_slots, page_indices] = page_ids
+    page_indices: Int32  # (p,)
+    page_ids: Int32  # (p,)
+    decode_slots: Int32  # (d,)
+    prefill_slots: Int32  # (c,)
+    prefill_starts: Int32  # (c,) tokens of the row already in the cache
+    prefill_lens: Int32  # (c,) tokens in the chunk, at least 1
+    prefill_final: NDArray[np.bool_]  # (c,)
+    prefill_tokens: Int32  # (sum(prefill_lens),)
+    decode_lens: Int32  # (d,) tokens in the cache before this step, as the host knows them
+    all_greedy: bool
+    any_filter: bool
+    any_min_len: bool
+    special: SpecialRows | None = None
+
+    @property
+    def sampled_slots(self) -> Int32:
+        """Slots that get a token from this step, in the order of the result: decodes, then final chunks."""
+        return np.concatenate([self.decode_slots, self.prefill_slots[self.prefill_final]])
+
+    @property
+    def constrained_slots(self) -> Int32:
+        """Slots whose next token waits for a mask, in the order of the masks."""
+        if self.special is None:
+            return np.empty(0, np.int32)
+        return self.sampled_slots[self.special.changed[self.special.constrained]]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that go through the model."""
+        return len(self.decode_slots) + len(self.prefill_tokens)
+
+
+class Scores(msgspec.Struct, frozen=True):
+    """Log-probabilities of n tokens, and of the most probable ones at each position, highest first."""
+
+    logprobs: NDArray[np.float32]  # (n,)
+    top_ids: Int32  # (n, top)
+    top_logprobs: NDArray[np.float32]  # (n, top)
+
+
+class StepResult(msgspec.Struct, frozen=True, kw_only=True):
+    """The tokens a step sampled, in the order of `StepPlan.sampled_slots`, and the scores that `special` asked for."""
+
+    step: int
+    tokens: Int32  # (len(sampled_slots),)
+    scores: Scores | None = None  # of special.scored
+    prompt_scores: Scores | None = None  # of special.prompt_rows
+
+
+class Executor(Protocol):
+    """Executes plans in order. `launch` returns before the step is done; `collect` waits for the oldest one.
+
+    A plan may be launched before the result of the one before it is collected. A plan with constrained rows has a
+    second half: `finish` must follow its `launch` before anything else is launched, and it before it is collected.
+    Between the two the host takes in the step before and learns which tokens the masks depend on, while the device
+    runs the forward pass. An error in a step is raised by the `collect` that would have returned its result.
+    """
+
+    @property
+    def num_pages(self) -> int:
+        """KV pages the scheduler may hand out, ids 0 … num_pages - 1."""
+
+    def launch(self, plan: StepPlan) -> None:
+        """Start a step."""
+
+    def finish(self, masks: Masks) -> None:
+        """Give the step just launched its masks, one for each constrained row; only these rows' tokens depend on it."""
+
+    def collect(self) -> StepResult:
+        """Wait for the oldest launched step that was not collected yet."""
+
+    def close(self) -> None:
+        """Wait for what is launched and release the device."""

@@ -1,0 +1,57 @@
+"""Scheduling policies: in which order waiting requests are admitted. A policy is a class with one method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
+from types import MappingProxyType
+from typing import Protocol
+
+from minisgl.core.request_state import Entry
+
+
+class Policy(Protocol):
+    """Orders the waiting requests. Admission stops at the first that does not fit: nobody is overtaken for size."""
+
+    def order(self, waiting: Sequence[Entry], cached: Callable[[Entry], int], step: int) -> Iterable[Entry]:
+        """Yield candidates, the next to admit first.
+
+        `waiting` is in order of priority and of arrival; a policy decides among equals of priority only.
+        `cached(entry)` counts the prompt tokens that the prefix cache holds now; `step` is the number of the step
+        being planned.
+        """
+
+
+class FirstComeFirstServed:
+    """Order of priority, then of arrival."""
+
+    def order(self, waiting: Sequence[Entry], cached: Callable[[Entry], int], step: int) -> Iterable[Entry]:
+        """Yield `waiting` as it is."""
+        return waiting
+
+
+class LongestPrefixMatch:
+    """Longest cached prefix first, so that a prefix is used while it is still cached (the order of RadixAttention).
+
+    A request that waited `patience` steps goes before all younger ones of its priority, so none of equals starves.
+    Only the first `window` requests of the queue are compared, which bounds the cost of a step.
+    """
+
+    def __init__(self, patience: int = 64, window: int = 128) -> None:
+        self.patience = patience
+        self.window = window
+
+    def order(self, waiting: Sequence[Entry], cached: Callable[[Entry], int], step: int) -> Iterable[Entry]:
+        """Yield, of each priority, the aged in order of arrival, then the others by cached tokens."""
+
+        def key(entry: Entry) -> tuple[int, bool, int, int]:
+            young = step - entry.queued_step < self.patience
+            return (entry.request.priority, young, -cached(entry) if young else 0, entry.arrival)
+
+        return sorted(islice(waiting, self.window), key=key)
+
+
+POLICIES: Mapping[str, Callable[[], Policy]] = MappingProxyType(
+    {"fcfs": FirstComeFirstServed, "lpm": LongestPrefixMatch}
+)
+"""What `--schedule-policy` names."""

@@ -1,0 +1,646 @@
+"""Reading a GGUF file: its metadata, its table of tensors, and tensors as floats.
+
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3, little-endian). The table is
+read here rather than with `gguf.GGUFReader`, which trusts the counts it finds in a file and takes seconds for a
+vocabulary; the block formats are undone by that package.
+
+A GGUF file's metadata as the `config.json` of Hugging Face's layout.
+
+A GGUF file's vocabulary as `tokenizer.json` and `tokenizer_config.json`.
+
+GGUF names the rule that cuts text before BPE in `tokenizer.ggml.pre` without spelling it out; the rules are those of
+the models' official tokenizer.json files, and of llama.cpp's `llama-vocab.cpp`, which agree.
+
+Converting a GGUF file into a model folder in Hugging Face's layout, once, in the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import struct
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
+
+from minisgl.config import cache_folder
+from minisgl.core.model_config import Fields, ModelSpec, read_spec
+from minisgl.core.weights import INDEX, Source, parameters, progress_bar
+from minisgl.errors import ModelError
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+MAX_DIMENSIONS = 4
+STRING, ARRAY = 8, 9
+SCALARS = {0: "u1", 1: "i1", 2: "u2", 3: "i2", 4: "u4", 5: "i4", 6: "f4", 7: "?", 10: "u8", 11: "i8", 12: "f8"}
+BLOCK_FORMATS = (
+    "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """Where a tensor lies in the file: `shape` outermost dimension first, `offset` and `size` in bytes."""
+
+    shape: tuple[int, ...]
+    format: str
+    offset: int
+    size: int
+
+
+class GgufFile:
+    """A GGUF file's `metadata` (Python values by key) and `tensors` (by name).
+
+    Raises ModelError naming the file, and the key or tensor where there is one, for what is truncated or hostile:
+    no count is believed before the bytes it speaks of are known to exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._data: NDArray[np.uint8] = np.memmap(path, dtype=np.uint8, mode="r")
+        except FileNotFoundError:
+            raise ModelError(f"{path}: no such file") from None
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{path}: cannot be read: {error}") from error
+        self._view = self._data.data
+        self._at = 0
+        self._what = "the header"
+        self.metadata: dict[str, Any] = {}
+        self.tensors: dict[str, GgufTensor] = {}
+        self._read()
+
+    def floats(self, name: str) -> NDArray[np.float32]:
+        """A copy of the tensor as float32 in its own shape."""
+        tensor = self.tensors[name]
+        kind = gguf.GGMLQuantizationType[tensor.format]
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        rows = self._data[tensor.offset : tensor.offset + tensor.size]
+        rows = rows.reshape(*tensor.shape[:-1], tensor.shape[-1] // block * size)
+        if tensor.format in ("F32", "F16"):
+            return np.array(rows.view("<f4" if tensor.format == "F32" else "<f2"), dtype=np.float32)
+        return np.array(gguf.dequantize(np.asarray(rows), kind), dtype=np.float32, copy=None)
+
+    def error(self, message: str) -> ModelError:
+        """A ModelError naming this file."""
+        return ModelError(f"{self.path}: {message}")
+
+    def _read(self) -> None:
+        if bytes(self._take(4)) != MAGIC:
+            raise self.error("not a GGUF file")
+        version = self._number("<I")
+        if version not in VERSIONS:
+            raise self.error(f"GGUF version {version} (or byte order) is not supported; {VERSIONS} little-endian are")
+        num_tensors, num_keys = self._number("<Q"), self._number("<Q")
+        for _ in range(num_keys):
+            key = self._string()
+            self._what = f"metadata {key}"
+            if key in self.metadata:
+                raise self.error(f"{self._what} appears twice")
+            self.metadata[key] = self._value(self._number("<I"))
+        alignment = self.metadata.get("general.alignment", 32)
+        if type(alignment) is not int or not 8 <= alignment <= 2**20 or alignment & (alignment - 1):
+            raise self.error(f"general.alignment {alignment!r} is not a power of two of at least 8")
+        self._what = "the table of tensors"
+        table = [self._tensor_info() for _ in range(num_tensors)]
+        start = -(-self._at // alignment) * alignment
+        for name, shape, kind, offset in table:
+            if name in self.tensors:
+                raise self.error(f"tensor {name} appears twice")
+            self.tensors[name] = self._tensor(name, shape, kind, start + offset)
+
+    def _tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
+        name = self._string()
+        self._what = f"tensor {name}"
+        dimensions = self._number("<I")
+        if not 1 <= dimensions <= MAX_DIMENSIONS:
+            raise self.error(f"tensor {name} has {dimensions} dimensions")
+        shape = tuple(self._number("<Q") for _ in range(dimensions))[::-1]
+        return name, shape, self._number("<I"), self._number("<Q")
+
+    def _tensor(self, name: str, shape: tuple[int, ...], kind: int, offset: int) -> GgufTensor:
+        known = {member.value: member for member in gguf.GGMLQuantizationType}
+        format = known[kind].name if kind in known else f"type {kind}"
+        if format not in BLOCK_FORMATS:
+            raise self.error(f"tensor {name} is stored as {format}; {', '.join(BLOCK_FORMATS)} can be read")
+        block, block_size = gguf.GGML_QUANT_SIZES[known[kind]]
+        if shape[-1] % block:
+            raise self.error(f"tensor {name} of shape {shape} is not made of whole {format} blocks of {block}")
+        size = math.prod(shape) // block * block_size
+        if size == 0 or offset + size > len(self._data):
+            raise self.error(f"truncated: tensor {name} of shape {shape} ({format}) lies outside of the file")
+        return GgufTensor(shape, format, offset, size)
+
+    def _take(self, size: int) -> memoryview:
+        if size > len(self._data) - self._at:
+            raise self.error(f"truncated in {self._what}")
+        self._at += size
+        return self._view[self._at - size : self._at]
+
+    def _number(self, format: str) -> int:
+        number: int = struct.unpack(format, self._take(struct.calcsize(format)))[0]
+        return number
+
+    def _string(self) -> str:
+        raw = bytes(self._take(self._number("<Q")))
+        try:
+            return raw.decode()
+        except UnicodeDecodeError as error:
+            raise self.error(f"{self._what}: text that is not UTF-8") from error
+
+    def _value(self, kind: int) -> Any:
+        if kind == STRING:
+            return self._string()
+        if kind == ARRAY:
+            return self._array()
+        return self._scalars(kind, 1)[0]
+
+    def _array(self) -> list[Any]:
+        kind, count = self._number("<I"), self._number("<Q")
+        if kind == STRING:
+            return [self._string() for _ in range(count)]
+        return self._scalars(kind, count)
+
+    def _scalars(self, kind: int, count: int) -> list[Any]:
+        if kind not in SCALARS:
+            raise self.error(f"{self._what}: values of type {kind} are not supported")
+        dtype = np.dtype(SCALARS[kind]).newbyteorder("<")
+        values = np.frombuffer(self._take(count * dtype.itemsize), dtype)
+        # A float32 is given as the shortest decimal that means it: 1e-05, not 9.999999747378752e-06.
+        return [float(str(value)) for value in values] if kind == 6 else values.tolist()
+
+
+MODEL_TYPES = {
+    "llama": ("LlamaForCausalLM", "llama"),
+    "mistral": ("MistralForCausalLM", "mistral"),
+    "qwen2": ("Qwen2ForCausalLM", "qwen2"),
+    "qwen3": ("Qwen3ForCausalLM", "qwen3"),
+    "qwen3moe": ("Qwen3MoeForCausalLM", "qwen3_moe"),
+}
+"""GGUF architecture -> Hugging Face's architecture and model type. Mistral's files mostly call themselves llama."""
+
+LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_CONTEXT = 1.0, 4.0, 8192
+"""low_freq_factor, high_freq_factor and original context of every Llama 3.1 to 3.3."""
+
+
+def hf_config(file: GgufFile, dtype: str) -> dict[str, Any]:
+    """The config.json of a GGUF file whose tensors will be stored as `dtype`.
+
+    Raises ModelError for an unknown architecture and for a rotary embedding that cannot be expressed.
+    """
+    metadata = Fields(file.metadata, str(file.path))
+    kind = metadata.text("general.architecture")
+    if kind not in MODEL_TYPES:
+        raise file.error(f"architecture {kind} is not supported; those that are: {', '.join(MODEL_TYPES)}")
+    if kind != "qwen3moe" and metadata.integer(f"{kind}.expert_count", 0, least=0):
+        raise file.error(f"architecture {kind} with experts is not supported")
+    if "token_embd.weight" not in file.tensors:
+        raise file.error("tensor token_embd.weight is missing")
+    heads, hidden = metadata.integer(f"{kind}.attention.head_count"), metadata.integer(f"{kind}.embedding_length")
+    layers, context = metadata.integer(f"{kind}.block_count"), metadata.integer(f"{kind}.context_length")
+    head_dim = metadata.integer(f"{kind}.attention.key_length", hidden // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if metadata.integer(f"{kind}.{key}", head_dim) != head_dim:
+            raise metadata.error(f"{kind}.{key}", f"the key length {head_dim}")
+    window = metadata.integer(f"{kind}.attention.sliding_window", 0, least=0)
+    if kind == "llama" and 0 < window < context:
+        kind_name = "mistral"
+    else:
+        kind_name = kind
+    architecture, model_type = MODEL_TYPES[kind_name]
+    config: dict[str, Any] = {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "dtype": dtype,
+        "vocab_size": file.tensors["token_embd.weight"].shape[0],
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": metadata.integer(f"{kind}.attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "intermediate_size": metadata.integer(f"{kind}.feed_forward_length"),
+        "rms_norm_eps": metadata.number(f"{kind}.attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": context,
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "hidden_act": "silu",
+        "attention_bias": kind != "qwen2" and "blk.0.attn_q.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_down.bias" in file.tensors,
+        "use_sliding_window": False,
+        "sliding_window": window if kind_name == "mistral" and window else None,
+        "rope_parameters": _rope(file, metadata, kind, head_dim, context),
+        "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": file.metadata.get("tokenizer.ggml.eos_token_id"),
+    }
+    if kind == "qwen3moe":
+        config |= {
+            "num_experts": metadata.integer(f"{kind}.expert_count"),
+            "num_experts_per_tok": metadata.integer(f"{kind}.expert_used_count"),
+            "moe_intermediate_size": metadata.integer(f"{kind}.expert_feed_forward_length"),
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [i for i in range(layers) if f"blk.{i}.ffn_gate.weight" in file.tensors],
+        }
+    return config
+
+
+def _rope(file: GgufFile, metadata: Fields, kind: str, head_dim: int, context: int) -> dict[str, Any]:
+    rope: dict[str, Any] = {"rope_theta": metadata.number(f"{kind}.rope.freq_base", 10000.0), "rope_type": "default"}
+    prefix = f"{kind}.rope.scaling."
+    scaling = metadata.text(f"{prefix}type", "linear" if f"{kind}.rope.scale_linear" in metadata else "none")
+    for key, neutral in (
+        ("attn_factor", 1),
+        ("yarn_attn_factor", 1),
+        ("yarn_ext_factor", 1),
+        ("yarn_log_multiplier", 0),
+    ):
+        if metadata.values.get(prefix + key, neutral) != neutral:
+            raise file.error(f"metadata {prefix}{key} {metadata.values[prefix + key]} is not supported")
+    if "rope_freqs.weight" in file.tensors:
+        if scaling != "none":
+            raise file.error(f"rope scaling {scaling} together with the tensor rope_freqs.weight is not supported")
+        return rope | _llama3(file, rope["rope_theta"], head_dim)
+    if scaling == "none":
+        return rope
+    if scaling not in ("linear", "yarn"):
+        raise file.error(f"rope scaling {scaling} is not supported; none, linear and yarn are")
+    rope |= {"rope_type": scaling, "factor": _factor(metadata, kind)}
+    if scaling == "yarn":
+        rope["original_max_position_embeddings"] = metadata.integer(f"{prefix}original_context_length", context)
+        for name in ("beta_fast", "beta_slow"):
+            if f"{prefix}yarn_{name}" in metadata:
+                rope[name] = metadata.number(f"{prefix}yarn_{name}")
+    return rope
+
+
+def _factor(metadata: Fields, kind: str) -> float:
+    if f"{kind}.rope.scaling.factor" in metadata:
+        return metadata.number(f"{kind}.rope.scaling.factor")
+    return metadata.number(f"{kind}.rope.scale_linear")
+
+
+def _llama3(file: GgufFile, theta: float, head_dim: int) -> dict[str, Any]:
+    """Rope parameters from `rope_freqs.weight`, which holds what llama3 scaling divides each frequency by.
+
+    Only the scaling factor is free: the tensor must agree with Llama 3's other constants.
+    """
+    divisors = file.floats("rope_freqs.weight").astype(np.float64)
+    if divisors.shape != (head_dim // 2,):
+        raise file.error(
+            f"tensor rope_freqs.weight has shape {divisors.shape}, head size {head_dim} asks for half of it"
+        )
+    factor = float(divisors.max())
+    wavelengths = 2 * math.pi * theta ** (2 * np.arange(head_dim // 2) / head_dim)
+    smooth = np.clip((LLAMA3_CONTEXT / wavelengths - LLAMA3_LOW) / (LLAMA3_HIGH - LLAMA3_LOW), 0.0, 1.0)
+    if not factor >= 1.0 or not np.allclose(divisors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
+        raise ModelError(f"{file.path}: tensor rope_freqs.weight is not the rope scaling of Llama 3, the one supported")
+    if factor == 1.0:
+        return {}
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": LLAMA3_LOW,
+        "high_freq_factor": LLAMA3_HIGH,
+        "original_max_position_embeddings": LLAMA3_CONTEXT,
+    }
+
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+PREFIX = "tokenizer.ggml."
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+PUNCTUATION = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
+SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+SPLITS: dict[str, tuple[str, ...]] = {
+    "llama-bpe": (f"{CONTRACTIONS}|{WORDS}|\\p{{N}}{{1,3}}|{PUNCTUATION}|{SPACES}",),
+    "qwen2": (f"{CONTRACTIONS}|{WORDS}|\\p{{N}}|{PUNCTUATION}|{SPACES}",),
+    "tekken": (
+        rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*|\p{{N}}"
+        rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{SPACES}",
+    ),
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
+}
+"""Regular expressions whose matches are cut out of the text one after another, by the name of the rule."""
+
+ADDS_BOS = ("llama-bpe", "tekken")
+"""The rules under which BOS is added where the file does not say."""
+
+
+def pre_tokenizer(rule: str) -> Any:
+    """The tokenizers object of the rule `tokenizer.ggml.pre` names. Raises KeyError for an unknown one.
+
+    `smollm` cuts every digit off, then applies byte level with GPT-2's regex on, as llama.cpp and SmolLM2's own
+    tokenizer.json do. The model agrees: no token of its vocabulary crosses a boundary of that regex, and SmolLM2-135M
+    gives the same text 3 to 18 % fewer nats per character than with the regex off.
+    """
+    if rule in ("gpt-2", "smollm"):
+        level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        return (
+            level
+            if rule == "gpt-2"
+            else pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), level])
+        )
+    steps: list[Any] = [pre_tokenizers.Split(Regex(split), behavior="isolated") for split in SPLITS[rule]]
+    return pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+class GgufTokenizer:
+    """The tokenizer that a GGUF file describes, ready to be saved in Hugging Face's layout.
+
+    Raises ModelError naming file and field when it is missing, contradictory or of an unknown kind.
+    """
+
+    def __init__(self, file: GgufFile) -> None:
+        self._file = file
+        self._fields = Fields(file.metadata, str(file.path))
+        self._tokens: list[str] = self._fields.items(f"{PREFIX}tokens", str)
+        if len(set(self._tokens)) != len(self._tokens):
+            raise file.error(f"{PREFIX}tokens holds a token twice")
+        self._types: list[int] = self._fields.items(f"{PREFIX}token_type", int, [NORMAL] * len(self._tokens))
+        if len(self._types) != len(self._tokens):
+            raise self._fields.error(f"{PREFIX}token_type", f"{len(self._tokens)} types, one a token")
+        kind = self._fields.text(f"{PREFIX}model")
+        if kind == "gpt2":
+            self._adds_bos = self._rule() in ADDS_BOS
+            self.tokenizer = self._byte_level()
+        elif kind == "llama":
+            self._adds_bos = True
+            self.tokenizer = self._sentence_piece()
+        else:
+            raise self._fields.error(f"{PREFIX}model", "gpt2 (byte-level BPE) or llama (SentencePiece BPE)")
+        self._add_specials()
+
+    def token_id(self, name: str) -> int | None:
+        """The id that the metadata gives for bos, eos, eot, eom, unknown or padding; None where it gives none."""
+        key = f"{PREFIX}{name}_token_id"
+        if key not in self._fields:
+            return None
+        token = self._fields.integer(key, least=0)
+        if token >= len(self._tokens):
+            raise self._fields.error(key, f"below {len(self._tokens)}, the size of the vocabulary")
+        return token
+
+    def eos_token_ids(self) -> list[int]:
+        """Every id that ends an answer: end of sequence, of turn and of message."""
+        ids = (self.token_id(name) for name in ("eos", "eot", "eom"))
+        return list(dict.fromkeys(token for token in ids if token is not None))
+
+    def config(self) -> dict[str, Any]:
+        """The content of tokenizer_config.json."""
+        config: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+        }
+        for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+            if (token := self.token_id(key)) is not None:
+                config[f"{name}_token"] = self._tokens[token]
+        if "tokenizer.chat_template" in self._fields:
+            config["chat_template"] = self._fields.text("tokenizer.chat_template")
+        return config
+
+    def _rule(self) -> str:
+        architecture = self._fields.text("general.architecture")
+        rule = self._fields.text(f"{PREFIX}pre", "qwen2" if architecture.startswith("qwen") else "missing")
+        known = ("smollm", "gpt-2", *SPLITS)
+        if rule not in known:
+            raise self._file.error(f"{PREFIX}pre {rule} is not supported; {', '.join(known)} are")
+        return rule
+
+    def _byte_level(self) -> Tokenizer:
+        rule = self._rule()
+        pairs = [tuple(merge.split(" ")) for merge in self._fields.items(f"{PREFIX}merges", str)]
+        if any(len(pair) != 2 for pair in pairs):
+            raise self._file.error(f"{PREFIX}merges holds something else than pairs")
+        merges = [(pair[0], pair[1]) for pair in pairs]
+        tokenizer = Tokenizer(self._bpe(merges, ignore_merges=rule in ADDS_BOS))
+        if rule == "qwen2":
+            tokenizer.normalizer = normalizers.NFC()
+        tokenizer.pre_tokenizer = pre_tokenizer(rule)
+        tokenizer.decoder = decoders.ByteLevel()
+        return tokenizer
+
+    def _sentence_piece(self) -> Tokenizer:
+        """SentencePiece BPE (Llama 2, early Mistral): spaces are `▁`, unknown characters fall back to byte tokens."""
+        unknown = self.token_id("unknown")
+        if self._fields.flag(f"{PREFIX}remove_extra_whitespaces", False):
+            raise self._file.error(f"{PREFIX}remove_extra_whitespaces is not supported")
+        prefixed = self._fields.flag(f"{PREFIX}add_space_prefix", True)
+        extra: dict[str, Any] = {} if unknown is None else {"unk_token": self._tokens[unknown], "fuse_unk": True}
+        tokenizer = Tokenizer(self._bpe(self._scored_merges(), byte_fallback=True, **extra))
+        spaces = normalizers.Replace(" ", "▁")
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefixed else spaces
+        steps: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefixed else steps)
+        return tokenizer
+
+    def _bpe(self, merges: list[tuple[str, str]], **options: Any) -> models.BPE:
+        vocabulary = {token: index for index, token in enumerate(self._tokens)}
+        try:
+            return models.BPE(vocab=vocabulary, merges=merges, **options)
+        except Exception as error:  # the library raises nothing narrower
+            raise ModelError(f"{self._file.path}: {PREFIX}merges does not fit the vocabulary: {error}") from error
+
+    def _scored_merges(self) -> list[tuple[str, str]]:
+        """Merges in the order of the merged piece's score: the pairs that SentencePiece would join first."""
+        scores: list[float] = self._fields.items(f"{PREFIX}scores", float)
+        if len(scores) != len(self._tokens):
+            raise self._fields.error(f"{PREFIX}scores", f"{len(self._tokens)} numbers, one a token")
+        ids = {token: index for index, token in enumerate(self._tokens) if self._types[index] in (NORMAL, USER_DEFINED)}
+        found: list[tuple[float, int, int, str, str]] = []
+        for token, index in ids.items():
+            for cut in range(1, len(token)):
+                left, right = token[:cut], token[cut:]
+                if left in ids and right in ids:
+                    found.append((-scores[index], ids[left], ids[right], left, right))
+        return [(left, right) for _, _, _, left, right in sorted(found)]
+
+    def _add_specials(self) -> None:
+        added = [
+            AddedToken(token, special=kind != USER_DEFINED, normalized=False)
+            for token, kind in zip(self._tokens, self._types, strict=True)
+            if kind in (UNKNOWN, CONTROL, USER_DEFINED) and token
+        ]
+        self.tokenizer.add_tokens(added)
+        bos, eos = self.token_id("bos"), self.token_id("eos")
+        wanted = [
+            ("bos", bos, self._fields.flag(f"{PREFIX}add_bos_token", self._adds_bos and bos is not None)),
+            ("eos", eos, self._fields.flag(f"{PREFIX}add_eos_token", False)),
+        ]
+        around: dict[str, tuple[str, int]] = {}
+        for name, token, add in wanted:
+            if add and token is None:
+                raise self._file.error(f"{PREFIX}add_{name}_token is set, but {PREFIX}{name}_token_id is missing")
+            if add and token is not None:
+                around[name] = (self._tokens[token], token)
+        if around:
+            template = [around[name][0] if name in around else "" for name in ("bos", "eos")]
+            pieces = [piece for piece in (template[0], "$A", template[1]) if piece]
+            self.tokenizer.post_processor = processors.TemplateProcessing(
+                single=pieces, special_tokens=list(dict.fromkeys(around.values()))
+            )
+
+
+CONVERSION = 1
+"""Part of the cache key; raised whenever the conversion gives something else than before."""
+
+SHARD_ELEMENTS = 2**29
+PERMUTED = ("llama", "mistral")
+"""GGUF architectures whose q and k rows are interleaved for llama.cpp's rotary embedding."""
+
+TENSORS = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "gate_proj": "ffn_gate_exps",
+    "up_proj": "ffn_up_exps",
+    "down_proj": "ffn_down_exps",
+}
+"""Module of Hugging Face's layout (within its layer, or within its expert) -> GGUF's name for it."""
+
+
+def convert_gguf(path: Path, dtype: str, *, weights: bool = True, progress: bool = False) -> Path:
+    """The folder that holds this GGUF file in Hugging Face's layout, its tensors stored as `dtype`.
+
+    Made on the first call and found in the cache folder afterwards; a changed file is converted anew. The folder
+    appears whole or not at all, also where two processes convert at once. Without `weights` it holds no tensors.
+    Raises ModelError naming the file, and the tensor where there is one.
+    """
+    try:
+        path = path.resolve(strict=True)
+        facts = path.stat()
+    except OSError as error:
+        raise ModelError(f"{path}: {error.strerror}") from error
+    key = json.dumps([str(path), facts.st_size, facts.st_mtime_ns, dtype, weights, CONVERSION])
+    folder = Path(cache_folder()) / "gguf" / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".converting-", dir=folder.parent, ignore_cleanup_errors=True) as work:
+            written = Path(work) / "model"
+            written.mkdir()
+            _write(GgufFile(path), written, dtype, weights=weights, progress=progress)
+            _publish(written, folder)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be converted into {folder}: {error.strerror or error}") from error
+    return folder
+
+
+def _publish(written: Path, folder: Path) -> None:
+    try:
+        os.rename(written, folder)
+    except OSError:
+        # Another process was quicker; its folder holds the same.
+        if not folder.is_dir():
+            raise
+        shutil.rmtree(written)
+
+
+def _write(file: GgufFile, folder: Path, dtype: str, *, weights: bool, progress: bool) -> None:
+    tokenizer = GgufTokenizer(file)
+    config = hf_config(file, dtype)
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "generation_config.json", {"eos_token_id": tokenizer.eos_token_ids()})
+    _write_json(folder / "tokenizer_config.json", tokenizer.config())
+    tokenizer.tokenizer.save(str(folder / "tokenizer.json"))
+    spec = read_spec(folder)
+    sources = [source for parameter in parameters(spec) for source in parameter.sources]
+    _check_tensors(file, sources)
+    if weights:
+        _write_tensors(file, folder, spec, sources, dtype, progress=progress)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def gguf_name(name: str) -> str:
+    """GGUF's name of the tensor that holds Hugging Face's `name`, for an expert all experts' together."""
+    module, _, kind = name.rpartition(".")
+    parts = module.split(".")
+    if parts[:2] != ["model", "layers"]:
+        return f"{TENSORS[module]}.{kind}"
+    within = parts[6:] if parts[3:5] == ["mlp", "experts"] else parts[3:]
+    return f"blk.{parts[2]}.{TENSORS['.'.join(within)]}.{kind}"
+
+
+def _check_tensors(file: GgufFile, sources: list[Source]) -> None:
+    used = {"rope_freqs.weight"}
+    for source in sources:
+        name = gguf_name(source.name)
+        used.add(name)
+        if name not in file.tensors:
+            raise file.error(f"tensor {name} is missing")
+        shape = file.tensors[name].shape[0 if source.expert is None else 1 :]
+        if shape != source.shape:
+            raise file.error(f"tensor {name} has shape {shape}, the metadata asks for {source.shape}")
+    for name in file.tensors:
+        if name not in used and not name.endswith(".attn_rot_embd.weight"):
+            raise file.error(f"tensor {name} has no place in the model the metadata describes")
+
+
+def _write_tensors(
+    file: GgufFile, folder: Path, spec: ModelSpec, sources: list[Source], dtype: str, *, progress: bool
+) -> None:
+    groups: dict[str, list[Source]] = {}
+    for source in sources:
+        groups.setdefault(gguf_name(source.name), []).append(source)
+    shard: dict[str, Tensor] = {}
+    places: dict[str, str] = {}
+    elements = number = 0
+    permuted = file.metadata["general.architecture"] in PERMUTED
+    total = sum(file.tensors[name].size for name in groups)
+    with progress_bar(f"Converting {file.path.name}", total, enabled=progress) as advance:
+        for name, members in groups.items():
+            whole = torch.from_numpy(file.floats(name)).to(getattr(torch, dtype))
+            for source in members:
+                tensor = whole if source.expert is None else whole[source.expert]
+                shard[source.name] = unpermute(tensor, source.name, spec) if permuted else tensor
+            advance(file.tensors[name].size)
+            elements += whole.numel()
+            if elements >= SHARD_ELEMENTS:
+                places |= _write_shard(folder, number, shard)
+                shard, elements, number = {}, 0, number + 1
+    places |= _write_shard(folder, number, shard)
+    _write_json(folder / INDEX, {"metadata": {}, "weight_map": places})
+
+
+def _write_shard(folder: Path, number: int, shard: dict[str, Tensor]) -> dict[str, str]:
+    name = f"model-{number + 1:05d}.safetensors"
+    if shard:
+        save_file({key: tensor.contiguous() for key, tensor in shard.items()}, folder / name, {"format": "pt"})
+    return dict.fromkeys(shard, name)
+
+
+def unpermute(tensor: Tensor, name: str, spec: ModelSpec) -> Tensor:
+    """Undo llama.cpp's order of q and k rows, (head, pair, half) there and (head, half, pair) here; others as is."""
+    heads = {"q_proj": spec.num_heads, "k_proj": spec.num_kv_heads}.get(name.split(".")[-2])
+    if heads is None:
+        return tensor
+    pairs = tensor.view(heads, spec.head_dim // 2, 2, *tensor.shape[1:])
+    return pairs.transpose(1, 2).reshape(tensor.shape)

@@ -1,0 +1,62 @@
+"""The backend called `triton`: our own kernels, which need nothing but torch and triton."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from minisgl.core.attention import DeviceRows, GraphDecode, PlannedAttention, Rows, StaticDecode, to_device
+from minisgl.core.kv_cache import KVCache
+from minisgl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+
+class TritonAttention:
+    """Any page size, head dimensions up to 256, float16, bfloat16 and (slowly) float32."""
+
+    def __init__(self, device: torch.device) -> None:
+        try:
+            from minisgl.gpu.kernels import attention, decode
+        except ImportError as error:
+            raise ConfigError(f"the attention backend triton needs the package triton: {error}") from error
+        self.kernels: ModuleType = attention
+        self.decode: ModuleType = decode
+        self.workspaces = decode.Workspaces(device)
+        # The interpreter has no processors; a few make it split rows as a card would.
+        self.processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+    def plan_decode(self, rows: Rows, kv: KVCache) -> PlannedAttention:
+        """Fetch the rows' pages and lengths."""
+        there = to_device(rows, kv.page_size)
+        return self._decode(there.page_table, there.kv_lens, kv)
+
+    def plan_prefill(self, rows: Rows, kv: KVCache) -> PlannedAttention:
+        """Fetch the chunks' pages and lengths."""
+        return _Prefill(self.kernels, to_device(rows, kv.page_size), kv)
+
+    def graph_decode(self, page_table: Tensor, kv_lens: Tensor, kv: KVCache, max_seq_len: int) -> GraphDecode:
+        """Decode whose launch depends on the batch alone."""
+        return StaticDecode(self._decode(page_table, kv_lens, kv))
+
+    def _decode(self, page_table: Tensor, kv_lens: Tensor, kv: KVCache) -> PlannedAttention:
+        decode: PlannedAttention = self.decode.Decode(page_table, kv_lens, kv, self.workspaces, self.processors)
+        return decode
+
+
+@dataclass(frozen=True)
+class _Prefill:
+    kernels: ModuleType
+    rows: DeviceRows
+    kv: KVCache
+
+    def run(self, q: Tensor, layer: int, window: int) -> Tensor:
+        rows, k, v = self.rows, self.kv.k[layer], self.kv.v[layer]
+        out: Tensor = self.kernels.prefill_attention(
+            q, k, v, rows.page_table, rows.cu_query_lens, rows.kv_lens, window=window
+        )
+        return out

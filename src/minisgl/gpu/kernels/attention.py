@@ -1,0 +1,186 @@
+"""Attention over paged keys and values: the step of the online softmax, prefill, and a page table for FlashInfer.
+
+FlashAttention's online softmax (Dao et al., arXiv 2205.14135). The query heads that share a KV head share its loads:
+they fill the rows of one matrix product. Accumulation is in float32. Decode is in `decode.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minisgl.gpu.kernels.jit import jit, jit_varying
+
+MIN_DOT = 16
+"""Rows that a matrix product on tensor cores takes at least."""
+SEARCH = tl.constexpr(128)
+"""Rows looked at together when a prefill program finds its own."""
+
+
+@jit
+def key_value(
+    k: tl.tensor, v: tl.tensor, table: tl.tensor, start: tl.tensor,
+    tokens: tl.tensor, seen: tl.tensor, base: tl.tensor, dims: tl.tensor,
+    PAGE: tl.constexpr, TOKEN: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr,
+) -> Any:  # fmt: skip
+    # k[token, dims] as (dims, TILE) and v as (TILE, dims) of one KV head. TOKEN: elements of a token in the cache.
+    if PAGE % TILE == 0:  # `start` is a multiple of TILE: one page holds the tile
+        page = tl.load(table + start // PAGE).to(tl.int64)
+        offsets = page * (PAGE * TOKEN) + base + (start % PAGE + tokens - start) * TOKEN
+    else:
+        page = tl.load(table + tokens // PAGE, mask=seen, other=0).to(tl.int64)
+        offsets = page * (PAGE * TOKEN) + base + (tokens % PAGE) * TOKEN
+    inside = dims < HEAD_DIM
+    key = tl.load(k + offsets[None, :] + dims[:, None], mask=seen[None, :] & inside[:, None], other=0.0)
+    value = tl.load(v + offsets[:, None] + dims[None, :], mask=seen[:, None] & inside[None, :], other=0.0)
+    return key, value
+
+
+@jit
+def online(
+    query: tl.tensor,
+    key: tl.tensor,
+    value: tl.tensor,
+    visible: tl.tensor,
+    scale: tl.tensor,
+    acc: tl.tensor,
+    best: tl.tensor,
+    total: tl.tensor,
+) -> Any:
+    # One tile of the online softmax in base 2; `scale` holds log2(e). visible broadcasts to (queries, TILE).
+    scores = tl.dot(query, key, input_precision="ieee") * scale
+    scores = tl.where(visible, scores, float("-inf"))
+    peak = tl.maximum(best, tl.max(scores, 1))
+    base = tl.where(peak == float("-inf"), 0.0, peak)  # a query that has seen nothing yet
+    weights = tl.exp2(scores - base[:, None])
+    shrink = tl.exp2(best - base)
+    acc = acc * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
+    return acc, peak, total * shrink + tl.sum(weights, 1)
+
+
+@jit_varying("rows", "starts", "lens", "table_stride")
+def _prefill_kernel(
+    q: tl.tensor, k: tl.tensor, v: tl.tensor, table: tl.tensor, starts: tl.tensor, lens: tl.tensor, out: tl.tensor,
+    rows: tl.tensor, q_stride: tl.tensor, table_stride: tl.tensor, window: tl.tensor, scale: tl.tensor,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr,
+    M: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
+) -> None:  # fmt: skip
+    # A program holds QUERIES tokens of one row for the GROUP heads of one KV head. Row r owns blocks from number
+    # starts[r] // QUERIES + r on; what rounding leaves over between two rows is an empty block.
+    QUERIES: tl.constexpr = M // GROUP
+    head = tl.program_id(0)
+    block = tl.num_programs(1) - 1 - tl.program_id(1)  # late blocks see the most tokens: start them first
+    row = -1
+    for low in range(0, rows, SEARCH):
+        candidate = low + tl.arange(0, SEARCH)
+        begin = tl.load(starts + candidate, mask=candidate < rows, other=1 << 30)
+        row += tl.sum((begin // QUERIES + candidate <= block).to(tl.int32), 0)
+    begin = tl.load(starts + row)
+    count = tl.load(starts + row + 1) - begin
+    first = (block - begin // QUERIES - row) * QUERIES
+    if first >= count:
+        return
+    length = tl.load(lens + row)
+    member, dims = tl.arange(0, M), tl.arange(0, D)
+    token = first + member // GROUP
+    heads = head * GROUP + member % GROUP
+    mine = ((member < QUERIES * GROUP) & (token < count))[:, None] & (dims < HEAD_DIM)[None, :]
+    place = (begin + token).to(tl.int64)
+    query = tl.load(q + place[:, None] * q_stride + heads[:, None] * HEAD_DIM + dims[None, :], mask=mine, other=0.0)
+    position = length - count + token
+    newest = length - count + first
+    line = table + row * table_stride
+    best = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, D], tl.float32)
+    oldest = tl.maximum(newest - window + 1, 0) // TILE * TILE
+    middle = tl.maximum((newest + 1) // TILE * TILE, oldest)  # below it no token is newer than any query
+    for start in range(oldest, middle, TILE):
+        tokens = start + tl.arange(0, TILE)
+        key, value = key_value(
+            k, v, line, start, tokens, tokens >= 0, head * HEAD_DIM, dims, PAGE, HEADS * HEAD_DIM, HEAD_DIM, TILE
+        )
+        visible = tokens[None, :] > position[:, None] - window
+        acc, best, total = online(query, key, value, visible, scale, acc, best, total)
+    for start in range(middle, tl.minimum(newest + QUERIES, length), TILE):
+        tokens = start + tl.arange(0, TILE)
+        key, value = key_value(
+            k, v, line, start, tokens, tokens < length, head * HEAD_DIM, dims, PAGE, HEADS * HEAD_DIM, HEAD_DIM, TILE
+        )
+        visible = (tokens[None, :] <= position[:, None]) & (tokens[None, :] > position[:, None] - window)
+        acc, best, total = online(query, key, value, visible, scale, acc, best, total)
+    acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+    lines = place * (HEADS * GROUP) + heads
+    tl.store(out + lines[:, None] * HEAD_DIM + dims[None, :], acc.to(out.dtype.element_ty), mask=mine)
+
+
+def prefill_attention(
+    q: Tensor, k: Tensor, v: Tensor, page_table: Tensor, cu_query_lens: Tensor, kv_lens: Tensor, *, window: int
+) -> Tensor:
+    """Causal attention of ragged chunks, each at the end of its row's cached tokens: q (T, H, hd) -> (T, H, hd).
+
+    k, v (pages, page_size, K, hd) of one layer; page_table int32 (rows, max_pages); cu_query_lens int32 (rows + 1,);
+    kv_lens int32 (rows,), the chunks included; window 0 is none.
+    """
+    total, query_heads, head_dim = q.shape
+    rows = len(kv_lens)
+    page_size, kv_heads = k.shape[1:3]
+    group = query_heads // kv_heads
+    assert q.stride()[1:] == (head_dim, 1)
+    assert k.is_contiguous()
+    assert v.is_contiguous()
+    dims = triton.next_power_of_2(head_dim)
+    # float32 has no fast matrix product and twice the bytes.
+    small = q.dtype == torch.float32 or dims > 128
+    block = max(32 if small else 64, triton.next_power_of_2(group))
+    out = torch.empty((total, query_heads, head_dim), dtype=q.dtype, device=q.device)
+    _prefill_kernel[(kv_heads, total // (block // group) + rows)](
+        q, k, v, page_table, cu_query_lens, kv_lens, out,
+        rows, q.stride(0), page_table.stride(0), window or 1 << 30, math.log2(math.e) * head_dim**-0.5,
+        HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, PAGE=page_size,
+        M=block, D=dims, TILE=32 if small else 64, num_warps=4, num_stages=2 if small else 3,
+    )  # fmt: skip
+    return out
+
+
+@jit_varying("rows", "lens", "table_stride")
+def _flatten_kernel(
+    table: tl.tensor, lens: tl.tensor, starts: tl.tensor,
+    pages: tl.tensor, filled: tl.tensor, rows: tl.tensor, table_stride: tl.tensor,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    row = tl.program_id(0)
+    start = 0
+    for low in range(0, row, BLOCK):
+        earlier = low + tl.arange(0, BLOCK)
+        length = tl.load(lens + earlier, mask=earlier < row, other=0)
+        start += tl.sum((length + PAGE - 1) // PAGE, 0)
+    length = tl.load(lens + row)
+    count = (length + PAGE - 1) // PAGE
+    tl.store(starts + row, start)
+    tl.store(filled + row, length - (count - 1) * PAGE)
+    if row == rows - 1:
+        tl.store(starts + rows, start + count)
+    for low in range(0, count, BLOCK):
+        index = low + tl.arange(0, BLOCK)
+        page = tl.load(table + row.to(tl.int64) * table_stride + index, mask=index < count, other=0)
+        tl.store(pages + start + index, page, mask=index < count)
+
+
+def flatten_pages(
+    page_table: Tensor, kv_lens: Tensor, page_size: int, starts: Tensor, pages: Tensor, filled: Tensor
+) -> None:
+    """Write a page table as compressed rows: `pages[starts[r] : starts[r + 1]]` are the pages in use by row r.
+
+    page_table int32 (B, max_pages), kv_lens int32 (B,) at least 1; out, all int32: starts (B + 1,), pages (as many as
+    are in use or more,), filled (B,), the tokens in each row's last page.
+    """
+    rows = len(kv_lens)
+    _flatten_kernel[(rows,)](
+        page_table, kv_lens, starts, pages, filled, rows, page_table.stride(0), PAGE=page_size, BLOCK=256, num_warps=4
+    )

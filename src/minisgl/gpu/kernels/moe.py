@@ -1,0 +1,206 @@
+"""A sparse SwiGLU layer in four launches after the router's product, none of which the host waits for.
+
+Routing writes, for every expert, the list of (token, choice) pairs that chose it. Two grouped matrix products follow: a
+program takes a block of one expert's list and a tile of its outputs; since which blocks exist is known to the device
+only, there are programs for as many as the shapes allow, and those past the last return at once. The last launch sums
+each token's choices. The order of a list depends on timing, the result does not: rows of a product do not mix, and sums
+run over a token's choices in order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minisgl.gpu.kernels.activation import gated
+from minisgl.gpu.kernels.jit import jit, jit_varying, warps_for
+
+ROUTED = 8
+"""Tokens that a program of the routing takes."""
+SUM_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a grouped product is cut: a program makes rows x columns outputs, `inner` of the sum at a time."""
+
+    rows: int
+    gate_up_columns: int  # of each of gate and up
+    down_columns: int
+    inner: int
+    warps: int
+    stages: int
+
+
+TILES = (
+    Tile(rows=16, gate_up_columns=32, down_columns=64, inner=128, warps=4, stages=4),
+    Tile(rows=32, gate_up_columns=32, down_columns=64, inner=128, warps=4, stages=4),
+    Tile(rows=64, gate_up_columns=64, down_columns=128, inner=64, warps=4, stages=4),
+    Tile(rows=128, gate_up_columns=64, down_columns=128, inner=64, warps=8, stages=4),
+)
+
+
+def tile_for(pairs: int, experts: int) -> Tile:
+    """The smallest tile that takes one and a half times an expert's mean list, or the largest."""
+    return next((tile for tile in TILES if 2 * tile.rows * experts >= 3 * pairs), TILES[-1])
+
+
+@jit_varying("tokens")
+def _route_kernel(
+    logits: tl.tensor, weights: tl.tensor, lists: tl.tensor, counts: tl.tensor, tokens: tl.tensor,
+    EXPERTS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr,
+    NORMALISE: tl.constexpr, ROWS: tl.constexpr,
+) -> None:  # fmt: skip
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
+    expert = tl.arange(0, BLOCK_EXPERTS)[None, :]
+    x = tl.load(logits + token * EXPERTS + expert, mask=(token < tokens) & (expert < EXPERTS), other=0.0).to(tl.float32)
+    x = tl.where(expert < EXPERTS, x, float("-inf"))
+    x = tl.exp(x - tl.max(x, axis=1)[:, None])
+    probs = x / tl.sum(x, axis=1)[:, None]
+    choice = tl.arange(0, BLOCK_K)[None, :]
+    chosen = tl.zeros((ROWS, BLOCK_K), tl.int32)
+    weight = tl.zeros((ROWS, BLOCK_K), tl.float32)
+    left = tl.where(expert < EXPERTS, probs, -1.0)
+    for index in range(TOP_K):
+        best, where = tl.max(left, axis=1, return_indices=True)
+        chosen = tl.where(choice == index, where[:, None], chosen)
+        weight = tl.where(choice == index, best[:, None], weight)
+        left = tl.where(expert == where[:, None], -1.0, left)
+    if NORMALISE:
+        weight = weight / tl.sum(weight, axis=1)[:, None]
+    pair = token * TOP_K + choice
+    mask = (token < tokens) & (choice < TOP_K)
+    tl.store(weights + pair, weight.to(weights.dtype.element_ty), mask=mask)
+    rank = tl.atomic_add(counts + chosen, 1, mask=mask, sem="relaxed")
+    tl.store(lists + chosen.to(tl.int64) * tokens + rank, pair, mask=mask)
+
+
+@jit
+def _block_rows(
+    counts: tl.tensor, lists: tl.tensor, tokens: tl.tensor,
+    EXPERTS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, ROWS: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """The expert whose block this program takes, the pairs in it and which of them are real; expert EXPERTS: none."""
+    block = tl.program_id(0)
+    expert = tl.arange(0, BLOCK_EXPERTS)
+    count = tl.load(counts + expert, mask=expert < EXPERTS, other=0)
+    blocks = (count + ROWS - 1) // ROWS
+    ends = tl.cumsum(blocks, axis=0)
+    mine = tl.sum(((ends <= block) & (expert < EXPERTS)).to(tl.int32), axis=0)
+    first = tl.sum(tl.where(expert == mine, ends - blocks, 0), axis=0)
+    rank = (block - first) * ROWS + tl.arange(0, ROWS)
+    real = rank < tl.sum(tl.where(expert == mine, count, 0), axis=0)
+    pair = tl.load(lists + mine.to(tl.int64) * tokens + rank, mask=real, other=0)
+    return mine, pair, real
+
+
+@jit_varying("tokens")
+def _gate_up_kernel(
+    x: tl.tensor, weight: tl.tensor, lists: tl.tensor, counts: tl.tensor, hidden: tl.tensor, tokens: tl.tensor,
+    dim: tl.tensor, width: tl.tensor, TOP_K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+) -> None:  # fmt: skip
+    expert, pair, real = _block_rows(counts, lists, tokens, EXPERTS, BLOCK_EXPERTS, ROWS)
+    if expert < EXPERTS:
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        inner = tl.arange(0, INNER)
+        source = x + (pair // TOP_K).to(tl.int64)[:, None] * dim + inner[None, :]
+        gates = weight + expert.to(tl.int64) * 2 * width * dim + column[None, :] * dim + inner[:, None]
+        gate = tl.zeros((ROWS, COLUMNS), tl.float32)
+        up = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for start in range(0, dim, INNER):
+            within = inner < dim - start
+            mask = within[:, None] & (column < width)[None, :]
+            rows = tl.load(source + start, mask=real[:, None] & within[None, :], other=0.0)
+            gate = tl.dot(rows, tl.load(gates + start, mask=mask, other=0.0), gate, input_precision="ieee")
+            up = tl.dot(rows, tl.load(gates + width * dim + start, mask=mask, other=0.0), up, input_precision="ieee")
+        target = hidden + pair.to(tl.int64)[:, None] * width + column[None, :]
+        dtype = hidden.dtype.element_ty
+        tl.store(target, gated(gate.to(dtype), up.to(dtype)), mask=real[:, None] & (column < width)[None, :])
+
+
+@jit_varying("tokens")
+def _down_kernel(
+    hidden: tl.tensor, weight: tl.tensor, shares: tl.tensor, lists: tl.tensor, counts: tl.tensor, parts: tl.tensor,
+    tokens: tl.tensor, dim: tl.tensor, width: tl.tensor, EXPERTS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+) -> None:  # fmt: skip
+    expert, pair, real = _block_rows(counts, lists, tokens, EXPERTS, BLOCK_EXPERTS, ROWS)
+    if expert < EXPERTS:
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        inner = tl.arange(0, INNER)
+        source = hidden + pair.to(tl.int64)[:, None] * width + inner[None, :]
+        downs = weight + expert.to(tl.int64) * dim * width + column[None, :] * width + inner[:, None]
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for start in range(0, width, INNER):
+            within = inner < width - start
+            rows = tl.load(source + start, mask=real[:, None] & within[None, :], other=0.0)
+            columns = tl.load(downs + start, mask=within[:, None] & (column < dim)[None, :], other=0.0)
+            total = tl.dot(rows, columns, total, input_precision="ieee")
+        dtype = parts.dtype.element_ty
+        share = tl.load(shares + pair, mask=real, other=0.0).to(tl.float32)[:, None]
+        part = (total.to(dtype).to(tl.float32) * share).to(dtype)
+        target = parts + pair.to(tl.int64)[:, None] * dim + column[None, :]
+        tl.store(target, part, mask=real[:, None] & (column < dim)[None, :])
+
+
+@jit
+def _sum_kernel(parts: tl.tensor, out: tl.tensor, dim: tl.tensor, TOP_K: tl.constexpr, BLOCK: tl.constexpr) -> None:
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for choice in tl.static_range(TOP_K):
+        part = tl.load(parts + (token * TOP_K + choice) * dim + column, mask=column < dim, other=0.0)
+        total += part.to(tl.float32)
+    tl.store(out + token * dim + column, total.to(out.dtype.element_ty), mask=column < dim)
+
+
+def moe(
+    x: Tensor, router: Tensor, expert_gate_up: Tensor, expert_down: Tensor, top_k: int, norm_topk_prob: bool
+) -> Tensor:
+    """`reference.moe`: x (T, D), router (E, D), expert_gate_up (E, 2I, D), expert_down (E, D, I) -> (T, D).
+
+    All contiguous. The sum over a token's experts is in float32 and rounded once.
+    """
+    tokens, dim = x.shape
+    experts, _, width = expert_down.shape
+    assert x.is_contiguous()
+    assert expert_gate_up.is_contiguous()
+    assert expert_down.is_contiguous()
+    device, pairs = x.device, tokens * top_k
+    out = torch.empty_like(x)
+    if not tokens:
+        return out
+    logits = F.linear(x, router)
+    shares = torch.empty(pairs, dtype=x.dtype, device=device)
+    lists = torch.empty((experts, tokens), dtype=torch.int32, device=device)
+    counts = torch.zeros(experts, dtype=torch.int32, device=device)
+    hidden = torch.empty((pairs, width), dtype=x.dtype, device=device)
+    parts = torch.empty((pairs, dim), dtype=x.dtype, device=device)
+    tile = tile_for(pairs, experts)
+    blocks = (pairs + min(experts, pairs) * (tile.rows - 1)) // tile.rows
+    sizes = {"EXPERTS": experts, "BLOCK_EXPERTS": triton.next_power_of_2(experts)}
+    stages = tile.stages if x.element_size() == 2 else 2  # what fits in shared memory
+    cut = {"ROWS": tile.rows, "INNER": tile.inner, "num_warps": tile.warps, "num_stages": stages}
+    _route_kernel[(triton.cdiv(tokens, ROUTED),)](
+        logits, shares, lists, counts, tokens, TOP_K=top_k, BLOCK_K=triton.next_power_of_2(top_k),
+        NORMALISE=norm_topk_prob, ROWS=ROUTED, **sizes,
+    )  # fmt: skip
+    _gate_up_kernel[(blocks, triton.cdiv(width, tile.gate_up_columns))](
+        x, expert_gate_up, lists, counts, hidden, tokens, dim, width, TOP_K=top_k, COLUMNS=tile.gate_up_columns,
+        **sizes, **cut,
+    )  # fmt: skip
+    _down_kernel[(blocks, triton.cdiv(dim, tile.down_columns))](
+        hidden, expert_down, shares, lists, counts, parts, tokens, dim, width, COLUMNS=tile.down_columns,
+        **sizes, **cut,
+    )  # fmt: skip
+    block = min(SUM_BLOCK, triton.next_power_of_2(dim))
+    _sum_kernel[(tokens, triton.cdiv(dim, block))](
+        parts, out, dim, TOP_K=top_k, BLOCK=block, num_warps=warps_for(block)
+    )
+    return out

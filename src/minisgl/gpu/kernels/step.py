@@ -1,0 +1,77 @@
+"""The two ends of a captured decode step: from the device tables to the step's inputs, and back.
+
+Their references are `core/kv_cache.py`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minisgl.core.kv_cache import StepInputs, TableTensors
+from minisgl.gpu.kernels.jit import after_previous, jit, launch_options
+
+BLOCK = 1024
+
+
+@jit
+def _gather_kernel(
+    changes: tl.tensor, last_token: tl.tensor, length: tl.tensor, page_table: tl.tensor, ids: tl.tensor,
+    positions: tl.tensor, kv_lens: tl.tensor, locations: tl.tensor, pages: tl.tensor, batch: tl.tensor,
+    width: tl.tensor, page_size: tl.tensor,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+) -> None:  # fmt: skip
+    after_previous(PDL)
+    row = tl.program_id(0)
+    slot = tl.load(changes + row).to(tl.int64)
+    new_index = tl.load(changes + batch + row)
+    new_page = tl.load(changes + 2 * batch + row)
+    position = tl.load(length + slot)
+    table = page_table + slot * width
+    if new_index >= 0:
+        tl.store(table + new_index, new_page)
+    tl.store(ids + row, tl.load(last_token + slot))
+    tl.store(positions + row, position)
+    tl.store(kv_lens + row, position + 1)
+    here = position // page_size
+    page = tl.where(new_index == here, new_page, tl.load(table + here))
+    tl.store(locations + row, page.to(tl.int64) * page_size + position % page_size)
+    for start in range(0, here + 1, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        held = tl.load(table + index, mask=index <= here, other=0)
+        held = tl.where(index == new_index, new_page, held)
+        tl.store(pages + row.to(tl.int64) * width + index, held, mask=index <= here)
+
+
+def gather_rows(changes: Tensor, tables: TableTensors, inputs: StepInputs, page_size: int) -> None:
+    """`ops.step.gather_rows`, in one launch."""
+    (batch, width), pdl = inputs.page_table.shape, launch_options()
+    _gather_kernel[(batch,)](
+        changes, tables.last_token, tables.length, tables.page_table, inputs.ids, inputs.positions, inputs.kv_lens,
+        inputs.locations, inputs.page_table, batch, width, page_size, BLOCK=BLOCK, PDL=bool(pdl), num_warps=4, **pdl,
+    )  # fmt: skip
+
+
+@jit
+def _commit_kernel(
+    changes: tl.tensor, tokens: tl.tensor, kv_lens: tl.tensor, last_token: tl.tensor, length: tl.tensor,
+    batch: tl.tensor, padding: tl.tensor,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+) -> None:  # fmt: skip
+    after_previous(PDL)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    within = row < batch
+    slot = tl.load(changes + row, mask=within, other=0).to(tl.int64)
+    live = within & (slot != padding)
+    tl.store(last_token + slot, tl.load(tokens + row, mask=within, other=0), mask=live)
+    tl.store(length + slot, tl.load(kv_lens + row, mask=within, other=0), mask=live)
+
+
+def commit_rows(changes: Tensor, tokens: Tensor, tables: TableTensors, inputs: StepInputs) -> None:
+    """`ops.step.commit_rows`, in one launch."""
+    batch, pdl = len(tokens), launch_options()
+    _commit_kernel[(triton.cdiv(batch, BLOCK),)](
+        changes, tokens, inputs.kv_lens, tables.last_token, tables.length, batch, len(tables.length) - 1,
+        BLOCK=BLOCK, PDL=bool(pdl), **pdl,
+    )  # fmt: skip

@@ -1,0 +1,287 @@
+"""What CUDA graphs will take of a card, by arithmetic: when they are captured the KV has its memory already.
+
+How many KV pages the device's memory holds beside weights and activations.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+
+from minisgl.config import Config
+from minisgl.core.decoder import Decoder
+from minisgl.core.kv_cache import allocate_kv, page_bytes
+from minisgl.core.model_config import ModelSpec
+from minisgl.core.model_runner import Runner
+from minisgl.core.plan import RowInit, SpecialInit, SpecialRows, StepPlan
+from minisgl.core.types import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
+from minisgl.core.weights import Cut, parameters
+from minisgl.errors import ConfigError
+from minisgl.gpu.cuda_graphs import largest_piece, piece_sizes
+
+GRAPH_BYTES = 256 << 10
+"""What the driver keeps for a graph of some ten kernels; a decode step's are few enough not to count."""
+
+
+def graph_bytes(config: Config, spec: ModelSpec, vocab: int, dtype: torch.dtype, max_seq_len: int) -> int:
+    """Bytes of all graphs that `config` asks for, on a rank with the share `spec` and `vocab` tokens of the head.
+
+    On an H200 Qwen3-0.6B's decode graphs took 134 MB, of which this counts 133.
+    """
+    total, item = 0, dtype.itemsize
+    if rows := config.cuda_graph_max_bs:
+        from minisgl.gpu.cuda_graphs import graph_sizes
+
+        tables = 4 * sum(graph_sizes(rows)) * -(-max_seq_len // config.page_size)
+        total += rows * (vocab * item + token_bytes(spec, item)) + tables
+    if tokens := largest_piece(config):
+        sizes = piece_sizes(tokens)
+        ends = 2 * spec.num_heads * spec.head_dim * item  # queries and what attention finds
+        total += tokens * (token_bytes(spec, item) + ends) + sum(sizes) * spec.hidden_size * item
+        total += len(sizes) * spec.num_layers * GRAPH_BYTES
+    return total
+
+
+def token_bytes(spec: ModelSpec, item: int) -> int:
+    """Bytes of a token's activations in a layer, if nothing is given back before its end; `item`: of an element."""
+    attention = 2 * (spec.num_heads + spec.num_kv_heads) * spec.head_dim
+    mlp = 3 * spec.intermediate_size
+    if spec.moe is not None:
+        mlp = max(mlp, spec.moe.top_k * (3 * spec.moe.width + spec.hidden_size))
+    return (4 * spec.hidden_size + attention + mlp) * item
+
+
+GIB = 2**30
+CPU_KV_BYTES = 2 * GIB
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+DEFAULT_RATIO = 0.9
+WARM_UP_TOKENS = 16
+"""Of a prompt in `warm_up`, and more than its decodes reach."""
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that may still be taken: on a GPU what is free, else what the system and the control group leave."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return min(system_memory(), group_memory())
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes that there are, whoever has them: on a GPU the card's, else the system's or the control group's limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return min(system_memory("MemTotal"), group_limit())
+
+
+def system_memory(name: str = "MemAvailable") -> int:
+    """What Linux says of the memory, in bytes: unless told otherwise what a new program can take without swapping."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise ConfigError(f"/proc/meminfo does not have {name}, from which to know how many KV pages fit")
+
+
+def group_limit(group: Path = CONTROL_GROUP) -> int:
+    """Bytes that control groups, version 2, allow; without a limit, more than there are."""
+    limit = group / "memory.max"
+    if not limit.exists() or (most := limit.read_text().strip()) == "max":
+        return 2**63 - 1
+    return int(most)
+
+
+def group_memory(group: Path = CONTROL_GROUP) -> int:
+    """What that limit leaves."""
+    current = group / "memory.current"
+    return max(0, group_limit(group) - (int(current.read_text()) if current.exists() else 0))
+
+
+def page_cost(config: Config, share: ModelSpec, dtype: torch.dtype) -> int:
+    """Bytes of a device's memory that a page takes; `share` is what one rank holds.
+
+    On the CPU, where the ranks are processes of one host, that is all ranks' bytes.
+    """
+    size = page_bytes(share.num_layers, config.page_size, share.num_kv_heads, share.head_dim, dtype)
+    return size * (config.tp if config.device == "cpu" else 1)
+
+
+def require_pages_fit(config: Config, share: ModelSpec, dtype: torch.dtype) -> None:
+    """Raise ConfigError for a `num_pages` that can be seen to be wrong before anything is loaded.
+
+    What is free, and what weights and the rest take of it, is known later: `measure_pages` looks at that.
+    """
+    pages = config.num_pages
+    if pages is None:
+        return
+    if pages * config.page_size < 2:
+        raise ConfigError(f"--num-pages {pages} of {config.page_size} token holds no request; give more")
+    size = page_cost(config, share, dtype)
+    if pages * size > (total := total_memory(torch.device(config.device))):
+        raise ConfigError(
+            f"--num-pages {pages} needs {pages * size / GIB:.2f} GiB, and there are {total / GIB:.2f} GiB of memory in "
+            f"all; a page of {config.page_size} tokens takes {size / GIB:.4f}"
+        )
+
+
+def require_weights_fit(spec: ModelSpec, dtype: torch.dtype, device: torch.device, cut: Cut | None = None) -> None:
+    """Raise ConfigError with the numbers when the weights, or what `cut` keeps, need more than a GPU has free."""
+    keeps = [(parameter.shape, cut(parameter) if cut else None) for parameter in parameters(spec)]
+    needed = sum(math.prod(keep.shape(shape) if keep else shape) for shape, keep in keeps) * dtype.itemsize
+    if device.type == "cuda" and needed > (free := available_memory(device)):
+        name = str(dtype).removeprefix("torch.")
+        raise ConfigError(
+            f"the model does not fit: its weights take {needed / GIB:.2f} GiB in {name}, and {free / GIB:.2f} GiB of "
+            "memory are free"
+        )
+
+
+def measure_pages(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_len: int, before: int) -> int:
+    """Pages for `config`: those it asks for, or what fits. `before` is the memory available before the weights came.
+
+    Weights, activations, graphs and pages share `memory_ratio` of it. On the CPU activations are not counted, the pages
+    take no more than `max_running_requests` sequences of full length use, and where no ratio was given no more than
+    CPU_KV_BYTES. Raises ConfigError with the numbers when that leaves no page, or not the pages asked for.
+    """
+    device, spec = torch.device(config.device), decoder.spec
+    size = page_cost(config, spec, dtype)
+    ratio = DEFAULT_RATIO if config.memory_ratio is None else config.memory_ratio
+    taken = before - available_memory(device)
+    if device.type == "cuda":
+        taken += _forward_peak(config, decoder, dtype, max_seq_len)
+        taken += graph_bytes(config, spec, len(decoder.weights.head), dtype, max_seq_len)
+    room = int(before * ratio) - taken
+    what = "weights, activations and CUDA graphs" if device.type == "cuda" else "weights"
+    numbers = (
+        f"{before / GIB:.2f} GiB of memory were free, of which {ratio:g} may be used (--memory-ratio), and "
+        f"{what} take {taken / GIB:.2f}; a page of {config.page_size} tokens takes {size / GIB:.4f}"
+    )
+    if config.num_pages is not None:
+        if config.num_pages * size > before - taken:
+            raise ConfigError(
+                f"--num-pages {config.num_pages} needs {config.num_pages * size / GIB:.2f} GiB: {numbers}"
+            )
+        return config.num_pages
+    if device.type == "cpu":
+        assert config.max_running_requests is not None
+        useful = config.max_running_requests * -(-max_seq_len // config.page_size) * size
+        room = min(room, useful, room if config.memory_ratio is not None else CPU_KV_BYTES)
+    pages = room // size - (1 if device.type == "cuda" else 0)  # the scratch page
+    if pages * config.page_size < 2:
+        raise ConfigError(f"no KV page fits: {numbers}")
+    return pages
+
+
+def _forward_peak(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_len: int) -> int:
+    """Bytes above the present that the largest prefill step takes, with sampling for as many rows as can end in it.
+
+    Every row asks for everything, so the tables that penalties and biases need later have their memory too, and the
+    first such request finds it. The step runs on scratch pages, so what attention over a long context takes is not in
+    it.
+    """
+    device, spec = torch.device(config.device), decoder.spec
+    assert config.max_running_requests is not None
+    assert config.max_prefill_length is not None
+    rows = min(config.max_running_requests, config.max_prefill_length)
+    length = min(config.max_prefill_length // rows, max_seq_len)
+    kv = allocate_kv(spec.num_layers, 0, config.page_size, spec.num_kv_heads, spec.head_dim, dtype, device)
+    runner = Runner(decoder, kv, rows, max_seq_len, device)
+    if max_seq_len >= WARM_UP_TOKENS:
+        warm_up(runner, rows)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    present = torch.cuda.memory_allocated(device)
+    runner.run(prefill_plan(rows, length, everything=True))
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - present
+    del runner, kv
+    torch.cuda.empty_cache()
+    return peak
+
+
+def warm_up(runner: Runner, rows: int) -> None:
+    """Run a short prompt beside 1, 2, 4, … up to `rows` decodes, on scratch pages.
+
+    What kernels are chosen or compiled by such counts is there before the first request is.
+    """
+    prompt = prefill_plan(1, WARM_UP_TOKENS)
+    for count in [2**power for power in range(rows.bit_length())]:
+        slots = np.arange(count, dtype=np.int32)
+        runner.run(
+            msgspec.structs.replace(
+                prompt,
+                init=None,
+                prefill_slots=prompt.prefill_slots + rows,  # the row for padding
+                decode_slots=slots,
+                decode_lens=np.ones_like(slots),
+            )
+        )
+
+
+def prefill_plan(rows: int, length: int, everything: bool = False) -> StepPlan:
+    """A step that prefills and samples `rows` prompts of `length` tokens with every filter on, on scratch pages.
+
+    With `everything` each row also has penalties and a bias, and asks for all log-probabilities it can.
+    """
+    none, slots = np.empty(0, np.int32), np.arange(rows, dtype=np.int32)
+    ones, zeros = np.ones(rows, np.float32), np.zeros(rows, np.int32)
+    init = RowInit(
+        slots=slots,
+        temperatures=ones,
+        top_ps=ones * np.float32(0.9),
+        min_ps=ones * np.float32(0.01),
+        top_ks=zeros,
+        seeds=np.zeros(rows, np.int64),
+        min_lens=zeros + length + 1,
+        stop_ids=np.zeros((rows, MAX_STOP_TOKEN_IDS), np.int32),
+        special=special_init(rows) if everything else None,
+    )
+    return StepPlan(
+        step=0,
+        init=init,
+        page_slots=none,
+        page_indices=none,
+        page_ids=none,
+        decode_slots=none,
+        decode_lens=none,
+        prefill_slots=slots,
+        prefill_starts=zeros,
+        prefill_lens=zeros + length,
+        prefill_final=np.ones(rows, np.bool_),
+        prefill_tokens=np.zeros(rows * length, np.int32),
+        all_greedy=False,
+        any_filter=True,
+        any_min_len=True,
+        special=special_rows(rows, rows * length) if everything else None,
+    )
+
+
+def special_init(rows: int) -> SpecialInit:
+    """Rows that each hold one token and bias one."""
+    slots = np.arange(rows, dtype=np.int32)
+    bias_values = np.ones((rows, 1), np.float32)
+    zeros, ones = np.zeros(rows, np.int32), np.ones(rows, np.int32)
+    return SpecialInit(
+        slots=slots, seen_slots=slots, seen_tokens=zeros, seen=ones, bias_ids=zeros[:, None], bias_values=bias_values
+    )
+
+
+def special_rows(rows: int, tokens: int) -> SpecialRows:
+    """All of a step's rows penalised, biased and scored, and all its prompt tokens scored."""
+    slots = np.arange(rows, dtype=np.int32)
+    return SpecialRows(
+        changed=slots,
+        penalties=np.ones((3, rows), np.float32),
+        penalised=True,
+        bias_width=1,
+        constrained=np.empty(0, np.int32),
+        scored=slots,
+        top=MAX_LOGPROBS,
+        prompt_rows=np.arange(tokens, dtype=np.int32),
+        prompt_targets=np.zeros(tokens, np.int32),
+        prompt_slots=slots,
+        prompt_counts=np.full(rows, tokens // rows, np.int32),
+        prompt_top=MAX_LOGPROBS,
+    )
