@@ -1,4 +1,4 @@
-"""Set before anything imports triton: without a CUDA card its kernels run in its interpreter. And `--record FILE`."""
+"""Set before anything imports triton: without a CUDA GPU kernels run in its interpreter. And `--record FILE`."""
 
 from __future__ import annotations
 
@@ -24,3 +24,14 @@ def pytest_configure(config: pytest.Config) -> None:
         from helpers.record import record_to
 
         record_to(config, name)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where kernels run: the CUDA GPU if there is one."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    from helpers.interpreter import quicken
+
+    quicken()
+    return torch.device("cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 import subprocess
 import sys
@@ -16,101 +17,54 @@ from minisgl import __version__, cli
 from minisgl.config import Config, Machine, resolve
 from minisgl.errors import ModelError
 
-QWEN = "Qwen/Qwen3-0.6B"
+QWEN, QWEN_32B = "Qwen/Qwen3-0.6B", "Qwen/Qwen3-32B"
 LLAMA_70B = "meta-llama/Llama-3.1-70B-Instruct"
 
+# fmt: off
 COMMANDS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("python -m minisgl", {}),
     ('python -m minisgl --model "Qwen/Qwen3-0.6B"', {"model": QWEN}),
     ('python -m minisgl --model "Qwen/Qwen3-0.6B" --shell', {"model": QWEN, "shell": True}),
-    (
-        'python -m minisgl --model "meta-llama/Llama-3.1-70B-Instruct" --tp 4 --port 30000',
-        {"model": LLAMA_70B, "tp": 4, "port": 30000},
-    ),
+    ('python -m minisgl --model "meta-llama/Llama-3.1-70B-Instruct" --tp 4 --port 30000',
+     {"model": LLAMA_70B, "tp": 4, "port": 30000}),
     ('python -m minisgl --model "meta-llama/Llama-3.1-70B-Instruct" --tp 4', {"model": LLAMA_70B, "tp": 4}),
-    (
-        'python -m minisgl --model "Qwen/Qwen3-32B" --tp 4 --cache naive',
-        {"model": "Qwen/Qwen3-32B", "tp": 4, "cache": "naive"},
-    ),
-    ('python -m minisgl --model "Qwen/Qwen3-0.6B" --memory-ratio 0.85', {"model": QWEN, "memory_ratio": 0.85}),
-    ('python -m minisgl --model "Qwen/Qwen3-0.6B" --page-size 256', {"model": QWEN, "page_size": 256}),
-    ('python -m minisgl --model "Qwen/Qwen3-0.6B" --num-pages 10000', {"model": QWEN, "num_pages": 10000}),
-    (
-        'python -m minisgl --model "Qwen/Qwen3-0.6B" --max-prefill-length 8192',
-        {"model": QWEN, "max_prefill_length": 8192},
-    ),
-    (
-        'python -m minisgl --model "Qwen/Qwen3-0.6B" --cuda-graph-max-bs 256',
-        {"model": QWEN, "cuda_graph_max_bs": 256},
-    ),
-    ('python -m minisgl --model "Qwen/Qwen3-0.6B" --cuda-graph-max-bs 0', {"model": QWEN, "cuda_graph_max_bs": 0}),
-    ('python -m minisgl --model "Qwen/Qwen3-0.6B" --attn fa', {"model": QWEN, "attn": "fa"}),
-    ('python -m minisgl --model "Qwen/Qwen3-0.6B" --attn fa,fi', {"model": QWEN, "attn": "fa,fi"}),
-    ('python -m minisgl --model "Qwen/Qwen3-0.6B" --attn trtllm', {"model": QWEN, "attn": "trtllm"}),
-    ('python -m minisgl --model "Qwen/Qwen3-0.6B" --cache-type radix', {"model": QWEN, "cache": "radix"}),
-    ('python -m minisgl --model "Qwen/Qwen3-0.6B" --cache-type naive', {"model": QWEN, "cache": "naive"}),
-    (
-        'MINISGL_DISABLE_OVERLAP_SCHEDULING=1 python -m minisgl --model "Qwen/Qwen3-0.6B"',
-        {"model": QWEN, "overlap": False},
-    ),
-    (
-        'python -m minisgl --model "Qwen/Qwen3-0.6B" --max-running-requests 128',
-        {"model": QWEN, "max_running_requests": 128},
-    ),
-    (
-        'python -m minisgl --model "Qwen/Qwen3-0.6B" --max-seq-len-override 8192',
-        {"model": QWEN, "max_seq_len_override": 8192},
-    ),
-    ('python -m minisgl --model "Qwen/Qwen3-0.6B" --dtype bfloat16', {"model": QWEN, "dtype": "bfloat16"}),
+    ('python -m minisgl --model "Qwen/Qwen3-32B" --tp 4 --cache naive', {"model": QWEN_32B, "tp": 4, "cache": "naive"}),
+    *((f'python -m minisgl --model "Qwen/Qwen3-0.6B" {flags}', {"model": QWEN, **changes}) for flags, changes in (
+        ("--memory-ratio 0.85", {"memory_ratio": 0.85}),
+        ("--page-size 256", {"page_size": 256}),
+        ("--num-pages 10000", {"num_pages": 10000}),
+        ("--max-prefill-length 8192", {"max_prefill_length": 8192}),
+        ("--cuda-graph-max-bs 256", {"cuda_graph_max_bs": 256}),
+        ("--cuda-graph-max-bs 0", {"cuda_graph_max_bs": 0}),
+        ("--attn fa", {"attn": "fa"}),
+        ("--attn fa,fi", {"attn": "fa,fi"}),
+        ("--attn trtllm", {"attn": "trtllm"}),
+        ("--cache-type radix", {}),
+        ("--cache-type naive", {"cache": "naive"}),
+        ("--max-running-requests 128", {"max_running_requests": 128}),
+        ("--max-seq-len-override 8192", {"max_seq_len_override": 8192}),
+        ("--dtype bfloat16", {"dtype": "bfloat16"}),
+    )),
+    ('MINISGL_DISABLE_OVERLAP_SCHEDULING=1 python -m minisgl --model "Qwen/Qwen3-0.6B"',
+     {"model": QWEN, "overlap": False}),
     ('LOG_LEVEL=DEBUG python -m minisgl --model "Qwen/Qwen3-0.6B"', {"model": QWEN, "log_level": "DEBUG"}),
     ('nsys profile -o profile.qdrep python -m minisgl --model "Qwen/Qwen3-0.6B"', {"model": QWEN}),
-    (
-        """python -m minisgl --model "Qwen/Qwen3-32B" --tp 4 \\
-            --cuda-graph-max-bs 256 \\
-            --max-prefill-length 16384 \\
-            --attn fa,fi \\
-            --memory-ratio 0.9 \\
-            --cache-type radix""",
-        {
-            "model": "Qwen/Qwen3-32B",
-            "tp": 4,
-            "cuda_graph_max_bs": 256,
-            "max_prefill_length": 16384,
-            "attn": "fa,fi",
-            "memory_ratio": 0.9,
-        },
-    ),
-    (
-        """python -m minisgl --model "Qwen/Qwen3-0.6B" \\
-            --memory-ratio 0.7 \\
-            --cuda-graph-max-bs 64 \\
-            --max-prefill-length 4096 \\
-            --page-size 16""",
-        {"model": QWEN, "memory_ratio": 0.7, "cuda_graph_max_bs": 64, "max_prefill_length": 4096, "page_size": 16},
-    ),
-    (
-        """python -m minisgl --model "Qwen/Qwen3-14B" \\
-            --max-seq-len-override 32768 \\
-            --max-prefill-length 16384 \\
-            --page-size 256 \\
-            --memory-ratio 0.95 \\
-            --cache-type radix""",
-        {
-            "model": "Qwen/Qwen3-14B",
-            "max_seq_len_override": 32768,
-            "max_prefill_length": 16384,
-            "page_size": 256,
-            "memory_ratio": 0.95,
-        },
-    ),
-    (
-        """MINISGL_DISABLE_OVERLAP_SCHEDULING=1 LOG_LEVEL=DEBUG \\
-            python -m minisgl --model "Qwen/Qwen3-0.6B" \\
-            --cuda-graph-max-bs 0 \\
-            --shell""",
-        {"model": QWEN, "overlap": False, "log_level": "DEBUG", "cuda_graph_max_bs": 0, "shell": True},
-    ),
+    ("""python -m minisgl --model "Qwen/Qwen3-32B" --tp 4 --cuda-graph-max-bs 256 --max-prefill-length 16384 \\
+            --attn fa,fi --memory-ratio 0.9 --cache-type radix""",
+     {"model": QWEN_32B, "tp": 4, "cuda_graph_max_bs": 256, "max_prefill_length": 16384, "attn": "fa,fi",
+      "memory_ratio": 0.9}),
+    ("""python -m minisgl --model "Qwen/Qwen3-0.6B" --memory-ratio 0.7 --cuda-graph-max-bs 64 \\
+            --max-prefill-length 4096 --page-size 16""",
+     {"model": QWEN, "memory_ratio": 0.7, "cuda_graph_max_bs": 64, "max_prefill_length": 4096, "page_size": 16}),
+    ("""python -m minisgl --model "Qwen/Qwen3-14B" --max-seq-len-override 32768 --max-prefill-length 16384 \\
+            --page-size 256 --memory-ratio 0.95 --cache-type radix""",
+     {"model": "Qwen/Qwen3-14B", "max_seq_len_override": 32768, "max_prefill_length": 16384, "page_size": 256,
+      "memory_ratio": 0.95}),
+    ("""MINISGL_DISABLE_OVERLAP_SCHEDULING=1 LOG_LEVEL=DEBUG \\
+            python -m minisgl --model "Qwen/Qwen3-0.6B" --cuda-graph-max-bs 0 --shell""",
+     {"model": QWEN, "overlap": False, "log_level": "DEBUG", "cuda_graph_max_bs": 0, "shell": True}),
 )
+# fmt: on
 """Published commands, and the fields that each sets; the others keep their defaults."""
 
 SPELLINGS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -145,9 +99,7 @@ SPELLINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--dtype float16", {"dtype": "float16"}),
     ("--dtype float32", {"dtype": "float32"}),
     ("--disable-pynccl", {"disable_pynccl": True}),
-    ("--all-reduce symmetric", {"all_reduce": "symmetric"}),
-    ("--all-reduce-crossovers 64,8192", {"all_reduce_crossovers": "64,8192"}),
-    ("--all-reduce-overlap 512", {"all_reduce_overlap": 512}),
+    ("--all-reduce fused", {"all_reduce": "fused"}),
     ("--dummy-weight", {"dummy_weight": True}),
     ("--dummy-weights", {"dummy_weight": True}),
     ("--device cpu", {"device": "cpu"}),
@@ -158,21 +110,31 @@ SPELLINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--api-key one,two three", {"api_key": ("one", "two", "three")}),
     ("--allow-public", {"allow_public": True}),
     ("--cors-origins https://a.example *", {"cors_origins": ("https://a.example", "*")}),
-    (
-        "--ssl-certfile c.pem --ssl-keyfile k.pem",
-        {"ssl_certfile": "c.pem", "ssl_keyfile": "k.pem"},
-    ),
+    ("--ssl-certfile c.pem --ssl-keyfile k.pem", {"ssl_certfile": "c.pem", "ssl_keyfile": "k.pem"}),
     ("--max-queued-requests 7", {"max_queued_requests": 7}),
     ("--max-queued-tokens 9000", {"max_queued_tokens": 9000}),
     ("--request-timeout 1.5", {"request_timeout": 1.5}),
     ("--write-timeout 5", {"write_timeout": 5.0}),
     ("--drain-timeout 0", {"drain_timeout": 0.0}),
+    ("serve", {}),
+    ("serve a/b --tp 2", {"model": "a/b", "tp": 2}),
+    ("serve --model a/b", {"model": "a/b"}),
+    ("serve --port 1 a/b", {"model": "a/b", "port": 1}),
+    ("chat", {"shell": True}),
+    ("chat a/b", {"model": "a/b", "shell": True}),
+    ("chat --shell-mode", {"shell": True}),
 )
 
 BAD_LINES = (
     ("--no-such-flag", "unrecognized arguments: --no-such-flag"),
     ("--page 16", "unrecognized arguments: --page 16"),
-    ("stray", "unrecognized arguments: stray"),
+    ("org/model", "write minisgl serve org/model or minisgl chat org/model"),
+    ("--port 80 chat", "minisgl chat chat, the command first"),
+    ("serve a b", "unrecognized arguments: b"),
+    ("serve --page 16", "unrecognized arguments: --page ("),
+    ("chat a --model b", "the model is given twice: a and --model b"),
+    ("serve --shell", "--shell chats: write minisgl chat"),
+    ("chat --page-size 0", "--page-size must be between 1 and 256, got 0"),
     ("--page-size", "expected one argument"),
     ("--page-size x", "invalid int value: 'x'"),
     ("--page-size 0", "--page-size must be between 1 and 256, got 0"),
@@ -201,6 +163,11 @@ BAD_LINES = (
     ("bench online --rate 0", "'0' is not a number above 0"),
     ("bench online --rate 1 --slo itl=3", "not one of ttft, tpot, e2e with a limit"),
     ("bench online --rate 1 --tokens 9:3", "not a range LOW:HIGH of token ids"),
+    ("bench online --rate 1 --warmup -1", "'-1' is not a count of at least 0"),
+    ("bench online --rate 1 --temperature -1", "'-1' is not a number of at least 0"),
+    ("bench online --rate 1 --slo ttft", "'ttft' is not one of ttft, tpot, e2e with a limit"),
+    ("bench ablation --repeats 0", "'0' is not a count of at least 1"),
+    ("bench ablation --only speed", "'speed' is not one of overlap"),
     ("bench offline --port 1", "unrecognized arguments: --port 1"),
     ("bench offline --input-len 9:3", "the smaller one first"),
     ("bench offline --input-len x", "not a length N or a range A:B"),
@@ -275,45 +242,50 @@ def test_explicit_flags_win_over_the_shells_defaults(started: list[tuple[str, Co
     assert rows == [7, 1]
 
 
-def test_without_shell_the_server_starts(started: list[tuple[str, Config]]) -> None:
-    assert cli.main(["--port", "8080"]) == 0
-    assert [(name, config.port) for name, config in started] == [("serve", 8080)]
+def test_the_server_starts_unless_the_shell_is_asked_for(started: list[tuple[str, Config]]) -> None:
+    for line in ("--port 8080", "serve --port 8080", "chat --port 8080"):
+        assert cli.main(line.split()) == 0
+    assert [(name, config.port) for name, config in started] == [("serve", 8080)] * 2 + [("run_shell", 8080)]
 
 
-@pytest.mark.parametrize("debug", [False, True])
-def test_startup_error_is_one_line_without_traceback_unless_debugging(
-    debug: bool,
+@pytest.mark.parametrize(
+    ("level", "error", "status", "said"),
+    [
+        ("INFO", ModelError("/nowhere: no config.json there"), 1, "error: /nowhere: no config.json there\n"),
+        ("debug", ModelError("/nowhere: no config.json there"), 1, "error: /nowhere: no config.json there\n"),
+        ("INFO", KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_what_ends_the_server_is_one_line_without_traceback_unless_debugging(
+    level: str,
+    error: BaseException,
+    status: int,
+    said: str,
     started: list[tuple[str, Config]],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     def serve(config: Config) -> None:
-        raise ModelError("/nowhere: no config.json there")
+        raise error
 
     monkeypatch.setattr(sys.modules["minisgl.server.launch"], "serve", serve)
-    monkeypatch.setenv("LOG_LEVEL", "debug" if debug else "INFO")
-    assert cli.main([]) == 1
-    error = capsys.readouterr().err
-    assert error.endswith("error: /nowhere: no config.json there\n")
-    assert ("Traceback" in error) is debug
-
-
-def test_interrupt_is_status_130_without_traceback(
-    started: list[tuple[str, Config]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def serve(config: Config) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(sys.modules["minisgl.server.launch"], "serve", serve)
-    assert cli.main([]) == 130
-    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("LOG_LEVEL", level)
+    assert cli.main([]) == status
+    printed = capsys.readouterr().err
+    assert printed.endswith(said)
+    assert ("Traceback" in printed) == (level == "debug")
+    assert level == "debug" or printed == said
 
 
 def test_help_names_every_flag_default_and_switch(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         cli.main(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
+    out = capsys.readouterr().out
+    examples = re.findall(r"^  minisgl (.+?)  +\S", out.partition("commands:")[0], re.MULTILINE)
+    assert [cli.parse(example.split()).shell for example in examples] == [True, False, False]
+    text = " ".join(out.split())
     assert exit_.value.code == 0
+    assert "usage: minisgl [serve | chat | bench] [MODEL] [flags] Serve a language model" in text
     for field in dataclasses.fields(Config):
         assert all(flag in text for flag in field.metadata["flags"])
         assert field.metadata["env"] is None or field.metadata["env"] in text
@@ -321,13 +293,10 @@ def test_help_names_every_flag_default_and_switch(capsys: pytest.CaptureFixture[
     assert "(default: 1919)" in text
 
 
-def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        cli.main(["--version"])
-    assert (exit_.value.code, capsys.readouterr().out) == (0, f"minisgl {__version__}\n")
-
-
-@pytest.mark.parametrize("arguments", ["['--help']", "['bench', 'offline', '--help']", "['bench', 'online', '--help']"])
+@pytest.mark.parametrize(
+    "arguments",
+    ["['--help']", "['serve', '--help']", "['bench', 'offline', '--help']", "['bench', 'online', '--help']"],
+)
 def test_help_answers_quickly_and_without_heavy_imports(arguments: str) -> None:
     code = (
         f"import sys\nfrom minisgl.cli import main\ntry:\n    main({arguments})\nexcept SystemExit: pass\n"

@@ -30,8 +30,8 @@ LAYERS = (
     {"__main__"},
 )
 """The rings, innermost first; a module imports from its own ring and from inner ones."""
-SIDEWAYS = {("cli", "bench"), ("bench", "cli"), ("core", "gpu"), ("core", "distributed")}
-"""`cli` starts a benchmark, whose flags are made by `cli`; the executor still assembles what is outside of its ring."""
+SIDEWAYS = {("cli", "bench"), ("bench", "cli")}
+"""`cli` starts a benchmark, whose flags are made by `cli`."""
 
 DECISIONS = ("types", "plan", "request_state", "policy", "scheduler", "engine", "pages", "radix_cache")
 """What is decided: these files of `core` know no torch."""

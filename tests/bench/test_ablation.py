@@ -1,41 +1,35 @@
 """`minisgl bench ablation`: every setting is tried over the same weights; one that fails does not stop the others."""
 
-from __future__ import annotations
-
 import gc
 import json
 import weakref
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-import transformers
 
-from minisgl import cli
-from minisgl.bench import ablation, variants
-from minisgl.bench.chart import draw_chart, names_apart, ratio
-from minisgl.bench.trials import Measurement, Trials, load, play, scenario_tokens
-from minisgl.bench.variants import CPU_SCENARIOS, GPU_SCENARIOS, Chats, SystemPrompt, Variant, make_variants
-from minisgl.bench.workload import Workload, WorkloadSpec
+from helpers.tiny_models import save_model
 from minisgl.config import Config
+from minisgl_bench.ablation import (
+    CPU_SCENARIOS,
+    GPU_SCENARIOS,
+    AblationRunner,
+    Measurement,
+    SharedPrefix,
+    Variant,
+    load,
+    make_variants,
+    play,
+    ratio,
+    scenario_tokens,
+)
+from minisgl_bench.command import ABLATIONS, main
+from minisgl_bench.plots import distinct, draw_ablation
+from minisgl_bench.workload import Workload, WorkloadSpec
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random Llama."""
-    library: Any = transformers
-    path = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 512}
-    config = library.LlamaConfig(**sizes, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    library.LlamaForCausalLM(config).save_pretrained(path)
-    return path
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+    return save_model(tmp_path_factory.mktemp("model"), max_position_embeddings=512)
 
 
 def small(folder: Path) -> Config:
@@ -46,22 +40,11 @@ def test_all_groups_are_measured_against_their_default(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "ablation.json"
-    flags = [
-        "--model",
-        str(folder),
-        "--device",
-        "cpu",
-        "--max-running-requests",
-        "8",
-        "--json",
-        str(path),
-        "--repeats",
-        "1",
-    ]
-    assert cli.main(["bench", "ablation", *flags]) == 0
+    flags = ["--model", str(folder), "--device", "cpu", "--max-running-requests", "8", "--repeats", "1"]
+    assert main(["ablation", *flags, "--json", str(path)]) == 0
     report = json.loads(path.read_text())
     rows = {f"{row['variant']['group']}: {row['variant']['label']}": row for row in report["measurements"]}
-    assert {name.partition(":")[0] for name in rows} == set(variants.GROUPS) - {"graphs", "attention"} | {"default"}
+    assert {name.partition(":")[0] for name in rows} == set(ABLATIONS) - {"graphs", "attention"} | {"default"}
     assert all(row["error"] is None and row["output_tokens"] > 0 for row in rows.values())
     assert rows["system-prompt: naive"]["cached_tokens"] == rows["chats: naive"]["cached_tokens"] == 0
     defaults = [row for row in report["measurements"] if row["variant"]["group"] == "default"]
@@ -77,22 +60,22 @@ def test_all_groups_are_measured_against_their_default(
 
 def test_a_variant_that_fails_is_told_and_the_next_runs(folder: Path) -> None:
     scenarios = dict(CPU_SCENARIOS)
-    trials = Trials(load(small(folder), 4096), scenarios)
-    bad = trials.run(Variant(group="attention", label="fa", scenario="batch", changes={"attn": "fa"}))
+    runner = AblationRunner(load(small(folder), 4096), scenarios)
+    bad = runner.run(Variant(group="attention", label="fa", scenario="batch", changes={"attn": "fa"}))
     assert bad.error is not None
     assert bad.error.startswith("ConfigError: --attn fa: fa cannot be used")
     scenarios["batch"] = WorkloadSpec(num_requests=1, input_len=(600, 600), output_len=(1, 1))
-    late = trials.run(Variant(group="default", label="", scenario="batch"))
+    late = runner.run(Variant(group="default", label="", scenario="batch"))
     assert late.error is not None
     assert "maximum context length is 512" in late.error
-    good = trials.run(Variant(group="page-size", label="4", scenario="long", changes={"page_size": 4}))
+    good = runner.run(Variant(group="page-size", label="4", scenario="long", changes={"page_size": 4}))
     assert good.error is None
     assert good.output_tokens >= 3 * 8
-    trials.close()
+    runner.close()
 
 
 def test_of_several_runs_the_median_counts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trials = Trials(load(small(folder), 4096), CPU_SCENARIOS, repeats=4)
+    runner = AblationRunner(load(small(folder), 4096), CPU_SCENARIOS, repeats=4)
     variant = Variant(group="default", label="", scenario="batch")
     rates = iter([40.0, 10.0, 30.0, 20.0])
 
@@ -100,46 +83,41 @@ def test_of_several_runs_the_median_counts(folder: Path, monkeypatch: pytest.Mon
         rate = next(rates)
         return Measurement(variant=variant, tokens_per_second=rate, token_gap_max_ms=1000 / rate)
 
-    monkeypatch.setattr(trials, "_once", once)
-    found = trials.run(variant)
+    monkeypatch.setattr(runner, "_once", once)
+    found = runner.run(variant)
     assert (found.tokens_per_second, found.token_gap_max_ms) == (20.0, 50.0)
     assert found.each_tokens_per_second == (10.0, 20.0, 30.0, 40.0)
-    trials.close()
+    runner.close()
 
 
 def test_an_executor_serves_variants_that_can_share_it_and_is_freed_after_them(folder: Path) -> None:
-    trials = Trials(load(small(folder), 4096), CPU_SCENARIOS)
-    assert trials.run(Variant(group="default", label="", scenario="batch")).error is None
-    first = trials._executor
+    runner = AblationRunner(load(small(folder), 4096), CPU_SCENARIOS)
+    assert runner.run(Variant(group="default", label="", scenario="batch")).error is None
+    first = runner._executor
     assert first is not None
     off = Variant(group="overlap", label="off", scenario="batch", changes={"overlap": False})
-    assert trials.run(off).error is None
-    assert trials._executor is first
+    assert runner.run(off).error is None
+    assert runner._executor is first
     gone, cache = weakref.ref(first), weakref.ref(first.runner.kv.k)
     del first
-    assert trials.run(Variant(group="page-size", label="1", scenario="batch", changes={"page_size": 1})).error is None
+    assert runner.run(Variant(group="page-size", label="1", scenario="batch", changes={"page_size": 1})).error is None
     assert gone() is None
     assert cache() is None
-    trials.close()
+    runner.close()
     gc.collect()
-    assert trials._executor is None
+    assert runner._executor is None
 
 
 def test_variants_leave_out_what_is_configured_already() -> None:
     config = Config(attn="auto", max_prefill_length=8192, cuda_graph_max_bs=256, max_running_requests=256)
-    made = make_variants(config, variants.GROUPS, ["fa", "triton"], gpu=True)
+    made = make_variants(config, ABLATIONS, ["fa", "triton"], gpu=True)
     names = [variant.name for variant in made]
     assert "chunk-size: 4096" in names
     assert "chunk-size: 8192" not in names
     assert "page-size: 16" not in names
-    assert [name for name in names if name.startswith("graphs")] == [
-        "graphs: off",
-        "graphs: up to 4",
-        "graphs: up to 64",
-        "graphs: with prompts, off",
-        "graphs: with prompts, up to 512",
-        "graphs: with prompts, up to 2048",
-    ]
+    assert [name.partition(": ")[2] for name in names if name.startswith("graphs")] == [
+        "off", "up to 4", "up to 64", "with prompts, off", "with prompts, up to 512", "with prompts, up to 2048",
+    ]  # fmt: skip
     assert [name.partition(": ")[2] for name in names if name.startswith("attention")] == [
         "fa,fa", "fa,triton", "triton,fa", "triton,triton",
     ]  # fmt: skip
@@ -155,17 +133,17 @@ def test_conversations_grow_by_what_was_said() -> None:
         seen.append(workload.prompts)
         return [[7] * (params.max_tokens or 0) for params in workload.params]
 
-    assert play(Chats(conversations=2, turns=3, message=5, answer=2), answer, 100) == 12
+    assert play(SharedPrefix(requests=2, own=5, answer=2, turns=3), answer, 100) == 12
     assert [[len(prompt) for prompt in turn] for turn in seen] == [[5, 5], [12, 12], [19, 19]]
     assert seen[1][0][:7] == [*seen[0][0], 7, 7]
     seen.clear()
-    assert play(SystemPrompt(requests=3, shared=6, own=2, answer=1), answer, 100) == 3
+    assert play(SharedPrefix(requests=3, own=2, answer=1, shared=6), answer, 100) == 3
     assert len({tuple(prompt[:6]) for prompt in seen[0]}) == 1
     assert len({tuple(prompt) for prompt in seen[0]}) == 3
 
 
 def test_scenarios_say_how_much_they_take() -> None:
-    assert scenario_tokens(Chats(conversations=2, turns=3, message=5, answer=2)) == 2 * (21 + 512)
+    assert scenario_tokens(SharedPrefix(requests=2, own=5, answer=2, turns=3)) == 2 * (21 + 512)
     assert max(map(scenario_tokens, GPU_SCENARIOS.values())) < 1_000_000
 
 
@@ -176,18 +154,11 @@ def test_the_picture_needs_matplotlib_alone(tmp_path: Path) -> None:
     failed = Measurement(variant=Variant(group="graphs", label="off", scenario="batch"), error="no")
     assert [ratio(item, [base, half, failed]) for item in (base, half, failed)] == [1.0, 0.5, None]
     path = tmp_path / "chart.png"
-    assert draw_chart(path, "title", [base, half, failed, base])
+    assert draw_ablation(path, "title", [("default", "a", 1.0), ("overlap", "off", 0.5), ("default", "a", 1.0)])
     assert path.read_bytes().startswith(b"\x89PNG")
-    assert names_apart(["a", "b", "a"]) == ["a", "b", "a 2"]
+    assert distinct(["a", "b", "a"]) == ["a", "b", "a 2"]
 
 
 def test_groups_that_cannot_be_tried_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["bench", "ablation", "--model", str(folder), "--device", "cpu", "--only", "graphs"]) == 1
+    assert main(["ablation", "--model", str(folder), "--device", "cpu", "--only", "graphs"]) == 1
     assert "--only graphs: there is nothing to try on this machine" in capsys.readouterr().err
-    for flags, said in (
-        (["--repeats", "0"], "'0' is not a count of at least 1"),
-        (["--only", "speed"], "'speed' is not one of overlap"),
-    ):
-        with pytest.raises(SystemExit):
-            ablation.main(flags)
-        assert said in capsys.readouterr().err

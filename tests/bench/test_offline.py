@@ -1,49 +1,29 @@
 """`minisgl bench offline` runs a workload, prints and writes its figures, and agrees with transformers."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import transformers
 
-from helpers.tiny_tokenizers import byte_level_json
-from minisgl import cli
-from minisgl.bench import profile, throughput
-from minisgl.bench.offline import build_parser, length_range
-from minisgl.bench.report import slug
-from minisgl.bench.trace import Activity
+from helpers.tiny_models import save_model
+from minisgl_bench import offline, profile
+from minisgl_bench import report as report_module
+from minisgl_bench.command import engine_parser, length_range, main
+from minisgl_bench.profile import Activity
 
 WORKLOAD = ["--num-requests", "3", "--input-len", "4:8", "--output-len", "6", "--seed", "3"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random Llama with a tokenizer."""
-    library: Any = transformers
-    path = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 64}
-    config = library.LlamaConfig(
-        **sizes, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3
-    )
-    library.LlamaForCausalLM(config).save_pretrained(path)
-    (path / "tokenizer.json").write_text(byte_level_json())
-    return path
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+    return save_model(tmp_path_factory.mktemp("model"), max_position_embeddings=64)
 
 
 def bench(folder: Path, *flags: str) -> int:
     small = ["--model", str(folder), "--device", "cpu", "--max-running-requests", "8", "--num-pages", "64"]
-    return cli.main(["bench", "offline", *small, *WORKLOAD, *flags])
+    return main(["offline", *small, *WORKLOAD, *flags])
 
 
 def test_figures_are_printed_and_written(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,6 +40,10 @@ def test_figures_are_printed_and_written(folder: Path, tmp_path: Path, capsys: p
     assert report["versions"]["torch"] == torch.__version__
     assert report["command"].endswith(f"--output-len 6 --seed 3 --json {path}")
     assert "dtype = float32" in " ".join(report["config"])
+    assert (figures["steps"], figures["steps_with_prefill"], figures["largest_decode_batch"]) == (6, 1, 3)
+    assert 0 < figures["decode_step_at_largest_batch_ms"] < 1e3 * figures["seconds"]
+    assert figures["start_to_first_token_seconds"] > figures["seconds"]
+    assert not report.keys() & {"roofline", "split"}
     assert "output tokens per second" in capsys.readouterr().out
 
 
@@ -67,28 +51,19 @@ def test_given_ceilings_make_a_floor(folder: Path, tmp_path: Path, capsys: pytes
     path = tmp_path / "report.json"
     assert bench(folder, "--ceilings", "read=1e9,flops=2e9", "--json", str(path)) == 0
     report = json.loads(path.read_text())
-    figures, least = report["figures"], report["floor"]
+    figures, least = report["figures"], report["roofline"]
     assert least["output_tokens"] == 18
     assert least["decode_steps"] == 5
-    parts = least["prefill_seconds"] + least["kv_seconds"] + least["product_seconds"]
+    parts = least["prefill_seconds"] + least["kv_seconds"] + least["gemm_seconds"]
     assert least["seconds"] == pytest.approx(parts)
-    assert figures["share_of_floor"] == pytest.approx(least["seconds"] / figures["seconds"])
-    assert report["ceilings"] == {"read": 1e9, "flops": 2e9, "copy": None}
-    assert "floor: " in capsys.readouterr().out
+    assert figures["share_of_roofline"] == pytest.approx(least["seconds"] / figures["seconds"])
+    assert report["peak_rates"] == {"read": 1e9, "flops": 2e9, "copy": None}
+    assert "roofline: " in capsys.readouterr().out
 
 
-def test_steps_and_the_start_are_timed(folder: Path, tmp_path: Path) -> None:
-    path = tmp_path / "report.json"
-    assert bench(folder, "--json", str(path)) == 0
-    report = json.loads(path.read_text())
-    figures = report["figures"]
-    assert figures["steps"] == 6
-    assert figures["steps_with_prefill"] == 1
-    assert figures["largest_decode_batch"] == 3
-    assert 0 < figures["decode_step_at_largest_batch_ms"] < 1e3 * figures["seconds"]
-    assert figures["start_to_first_token_seconds"] > figures["seconds"]
-    assert "floor" not in report
-    assert "split" not in report
+def pretend_gpu(patch: pytest.MonkeyPatch) -> None:
+    for module in (offline, report_module):
+        patch.setattr(module, "on_gpu", lambda config: True)
 
 
 class NoProfiler:
@@ -104,15 +79,16 @@ class NoProfiler:
 def test_what_a_gpu_is_measured_for_goes_to_the_default_place(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(throughput, "device", lambda config: "cuda")
+    pretend_gpu(monkeypatch)
     monkeypatch.setattr(profile, "TorchProfiler", NoProfiler)
     monkeypatch.chdir(tmp_path)
     assert bench(folder, "--ceilings", "read=1e9,flops=2e9") == 0
-    report = json.loads((tmp_path / "benchmark" / "results" / f"{slug(str(folder))}-CPU-offline.json").read_text())
+    path = tmp_path / "benchmark" / "results" / f"{report_module.slug(str(folder))}-CPU-offline.json"
+    report = json.loads(path.read_text())
     assert report["figures"]["decode_step_at_batch_1_ms"] > 0
     assert report["split"]["seconds"] == dict.fromkeys(profile.PARTS, 0.0)
     assert report["split"]["measured_seconds"] == report["figures"]["seconds"]
-    assert report["split"]["traced_steps"] == 1
+    assert report["split"]["traced_steps"] == 6
     assert report["figures"]["cached_input_tokens"] == 0
     assert "decode attention" in capsys.readouterr().out
 
@@ -123,7 +99,7 @@ def test_a_trace_that_fails_leaves_the_figures(
     def fail(self: NoProfiler) -> list[Activity]:
         raise RuntimeError("no CUPTI")
 
-    monkeypatch.setattr(throughput, "device", lambda config: "cuda")
+    pretend_gpu(monkeypatch)
     monkeypatch.setattr(profile, "TorchProfiler", NoProfiler)
     monkeypatch.setattr(NoProfiler, "stop", fail)
     path = tmp_path / "report.json"
@@ -165,12 +141,8 @@ def test_what_cannot_be_measured_is_one_line_and_status_1(
     assert message in error
 
 
-def test_length_ranges() -> None:
-    assert length_range("5") == (5, 5)
-    assert length_range("5:9") == (5, 9)
-
-
 def test_engine_flags_are_taken_and_the_servers_are_not() -> None:
-    flags = {flag for action in build_parser()._actions for flag in action.option_strings}
+    assert (length_range("5"), length_range("5:9")) == ((5, 5), (5, 9))
+    flags = {flag for action in engine_parser("offline")._actions for flag in action.option_strings}
     assert {"--page-size", "--cache-type", "--tp", "--dummy-weights"} <= flags
     assert not {"--host", "--port", "--shell", "--shell-mode"} & flags

@@ -1,16 +1,13 @@
 """One streamed completion: whatever pieces it comes in, and whatever goes wrong with it."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Sequence
 
 import pytest
 
 from helpers.raw_server import DONE, HANG, chunked, event, head, json_answer, raw_server, text_event, usage_event
-from minisgl.bench.online.client import Record, stream_completion
-from minisgl.bench.online.http1 import fetch, parse_target
 from minisgl.errors import ConfigError
+from minisgl_bench.client import RequestRecord, fetch, parse_target, stream_completion
 
 SSE = head("200 OK", "Content-Type: text/event-stream", "Transfer-Encoding: chunked")
 BODY = text_event("one") + text_event(' "error" two') + text_event("", "length") + usage_event(7, 9, 3) + DONE
@@ -20,11 +17,10 @@ async def nothing() -> None:
     """Ready at once."""
 
 
-def ask(pieces: Sequence[bytes], keep: bool = False, timeout: float = 20.0) -> Record:
-    """A record of the answer that these pieces are."""
+def ask(pieces: Sequence[bytes], keep: bool = False, timeout: float = 20.0) -> RequestRecord:
 
-    async def main() -> Record:
-        record = Record(0)
+    async def main() -> RequestRecord:
+        record = RequestRecord(0)
         async with asyncio.timeout(30), raw_server(lambda path, body: pieces) as url:
             target = parse_target(url, "secret")
             await stream_completion(target, "/v1/completions", b"{}", record, nothing, timeout, keep)
@@ -33,7 +29,7 @@ def ask(pieces: Sequence[bytes], keep: bool = False, timeout: float = 20.0) -> R
     return asyncio.run(main())
 
 
-def check(record: Record) -> None:
+def check(record: RequestRecord) -> None:
     assert (record.failure, record.detail) == (None, "")
     assert (record.prompt_tokens, record.completion_tokens, record.cached_tokens) == (7, 9, 3)
     assert len(record.times) == 3
@@ -99,7 +95,7 @@ def test_what_goes_wrong_is_told_by_kind(pieces: list[bytes], failure: str, deta
 
 
 def test_nobody_listening_is_a_failure_to_connect() -> None:
-    record = Record(0)
+    record = RequestRecord(0)
     target = parse_target("127.0.0.1:9", None)
     asyncio.run(stream_completion(target, "/", b"", record, nothing, 20.0, False))
     assert record.failure == "connect: ConnectionRefusedError"

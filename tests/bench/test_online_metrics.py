@@ -1,7 +1,5 @@
 """Arithmetic on timings made by hand."""
 
-from __future__ import annotations
-
 import os
 from array import array
 from pathlib import Path
@@ -9,15 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minisgl.bench.online.client import Record
-from minisgl.bench.online.curves import draw_curves
-from minisgl.bench.online.metrics import client_figures, e2e, figures, latencies, spread, tpot, ttft
-from minisgl.bench.online.tables import client_line, lines, server_lines
-from minisgl.bench.online.watch import Client, Cpu, process_tree, used
+from minisgl_bench.client import RequestRecord
+from minisgl_bench.cpu_usage import ClientUsage, ProcessCpu, cores_used, process_tree
+from minisgl_bench.metrics import client_figures, client_line, figures, latencies, lines, server_line, spread, times_of
+from minisgl_bench.plots import draw_latencies
 
 
-def record(sent: float, times: list[float], tokens: int, cached: int | None = 0, expected: int = 10) -> Record:
-    return Record(
+def record(sent: float, times: list[float], tokens: int, cached: int | None = 0, expected: int = 10) -> RequestRecord:
+    return RequestRecord(
         0, due=sent, sent=sent, times=array("d", times), expected_input=10, expected_output=expected, prompt_tokens=10,
         completion_tokens=tokens, cached_tokens=cached, expected_cached=5,
     )  # fmt: skip
@@ -25,17 +22,15 @@ def record(sent: float, times: list[float], tokens: int, cached: int | None = 0,
 
 def test_latencies_are_from_sending_and_tokens_from_usage() -> None:
     one = record(100.0, [100.2, 100.3, 100.6], tokens=5)
-    assert ttft(one) == pytest.approx(0.2)
-    assert e2e(one) == pytest.approx(0.6)
-    assert tpot(one) == pytest.approx(0.4 / 4)
-    assert tpot(record(0.0, [1.0], tokens=1)) is None
+    assert times_of(one) == pytest.approx({"ttft": 0.2, "tpot": 0.4 / 4, "e2e": 0.6})
+    assert times_of(record(0.0, [1.0], tokens=1))["tpot"] is None
 
 
 def test_figures_of_a_run() -> None:
     records = [
         record(1.0, [1.1, 1.3, 1.5], tokens=10, cached=4),
         record(2.0, [2.5, 2.6, 3.0], tokens=6, cached=2, expected=7),
-        Record(2, sent=2.5, failure="HTTP 429", detail="too many"),
+        RequestRecord(2, sent=2.5, failure="HTTP 429", detail="too many"),
     ]
     found = figures(records, {"ttft": 0.3, "tpot": 0.1})
     assert found["failed"] == {"HTTP 429": 1}
@@ -69,12 +64,12 @@ def test_a_server_that_does_not_report_cached_tokens_has_no_hit_rate() -> None:
 
 
 def test_a_run_in_which_all_failed_has_figures(tmp_path: Path) -> None:
-    found = figures([Record(0, failure="connect: ConnectionRefusedError")], {"ttft": 1.0})
+    found = figures([RequestRecord(0, failure="connect: ConnectionRefusedError")], {"ttft": 1.0})
     assert (found["seconds"], found["output_tokens_per_second"], found["goodput_requests_per_second"]) == (0, 0, 0)
-    found["client"] = client_figures(Client(1.0, 0.1, array("d", [0.0])), [], 0)
+    found["client"] = client_figures(ClientUsage(1.0, 0.1, array("d", [0.0])), [], 0)
     assert "0 of 1 requests" in lines(found)[0]
     assert any(line.startswith("failed: 1 × connect") for line in lines(found))
-    assert draw_curves(tmp_path / "x.png", "none", [{"label": "one", **found}], [latencies([])])
+    assert draw_latencies(tmp_path / "x.png", "none", [{"label": "one", **found}], [latencies([])])
 
 
 @pytest.mark.parametrize(
@@ -87,8 +82,8 @@ def test_a_run_in_which_all_failed_has_figures(tmp_path: Path) -> None:
     ],
 )
 def test_the_client_says_when_it_was_the_bottleneck(cpu: float, lag: float, late: float, reason: str | None) -> None:
-    sent = [Record(0, due=1.0, sent=1.0 + late)]
-    found = client_figures(Client(10.0, cpu, array("d", [lag])), sent, 1000)
+    sent = [RequestRecord(0, due=1.0, sent=1.0 + late)]
+    found = client_figures(ClientUsage(10.0, cpu, array("d", [lag])), sent, 1000)
     assert found["cpu_us_per_output_token"] == pytest.approx(1000 * cpu)
     assert found["send_lateness_ms"]["p99"] == pytest.approx(1000 * late)
     if reason is None:
@@ -100,13 +95,13 @@ def test_the_client_says_when_it_was_the_bottleneck(cpu: float, lag: float, late
 
 
 def test_cores_are_told_by_process_and_busiest_thread() -> None:
-    before = {1: Cpu("api", 10.0, {1: 9.0, 2: 1.0})}
-    after = {1: Cpu("api", 12.0, {1: 10.9, 2: 1.1}), 5: Cpu("engine", 1.0, {5: 1.0})}
-    rows = used(before, after, 2.0)
+    before = {1: ProcessCpu("api", 10.0, {1: 9.0, 2: 1.0})}
+    after = {1: ProcessCpu("api", 12.0, {1: 10.9, 2: 1.1}), 5: ProcessCpu("engine", 1.0, {5: 1.0})}
+    rows = cores_used(before, after, 2.0)
     assert [(row["name"], row["cores"]) for row in rows] == [("api", 1.0), ("engine", 0.5)]
     assert rows[0]["busiest_thread"] == pytest.approx(0.95)
-    assert "api): 1.00 cores, its busiest thread takes 0.95, busy all the time" in server_lines(rows)[0]
-    assert server_lines(rows)[1].endswith("takes 0.50")
+    assert "api): 1.00 cores, its busiest thread takes 0.95, busy all the time" in server_line(rows[0])
+    assert server_line(rows[1]).endswith("takes 0.50")
 
 
 def test_this_process_is_found_with_its_threads() -> None:

@@ -1,18 +1,31 @@
 """Some steps of a run are traced, and stand for all of them."""
 
-from __future__ import annotations
-
 import itertools
+from typing import Any
 
 import pytest
 
 from helpers.simulation import simulated_engine
-from minisgl.bench.profile import PARTS, STRETCHES, TRACED, Traced, Tracer, account, profile, sample_steps, split
-from minisgl.bench.steps import Recorder, Step, full_decodes, step_figures
-from minisgl.bench.trace import Activity
 from minisgl.core.engine import Engine
 from minisgl.core.plan import StepPlan
 from minisgl.core.types import Request, SamplingParams
+from minisgl_bench.profile import (
+    PARTS,
+    SECTIONS,
+    TRACED,
+    Activity,
+    Recorder,
+    Step,
+    StepTrace,
+    TorchProfiler,
+    Tracer,
+    account,
+    activities,
+    choose_steps,
+    full_decodes,
+    profile,
+    split_time,
+)
 
 PREFILL, DECODE = Step(0, 64, 1), Step(4, 0, 4)
 KERNEL = 1e-3
@@ -27,7 +40,7 @@ def serve(engine: Engine, requests: int = 5, tokens: int = 40) -> None:
         engine.step()
 
 
-class FakeDevice:
+class FakeDevice(TorchProfiler):
     """A profiler over launches: each step takes KERNEL in a product, then IDLE, and a copy back if it samples."""
 
     def __init__(self) -> None:
@@ -67,12 +80,12 @@ class Device(Recorder):
 
 def test_every_step_is_stood_for_once() -> None:
     steps = [PREFILL] * 18 + [DECODE] * 1000
-    weights = sample_steps(steps)
+    weights = choose_steps(steps)
     assert sum(weights[index] for index in weights if index < 18) == pytest.approx(18)
     assert sum(weights[index] for index in weights if index >= 18) == pytest.approx(1000)
-    assert len(weights) == 18 + STRETCHES[True] * TRACED
-    assert sample_steps([DECODE]) == {0: 1.0}
-    assert sample_steps([]) == {}
+    assert len(weights) == 18 + SECTIONS[True] * TRACED
+    assert choose_steps([DECODE]) == {0: 1.0}
+    assert choose_steps([]) == {}
 
 
 def test_a_traced_run_is_split_as_the_whole_run_is() -> None:
@@ -92,33 +105,92 @@ def test_a_traced_run_is_split_as_the_whole_run_is() -> None:
     result = profile(device, steps, run, fake)
     decodes = sum(step.decodes_only for step in steps)
     assert device.steps == steps
-    assert result.seconds["matrix products"] == pytest.approx(decodes * KERNEL)
-    assert result.seconds["prefill"] == pytest.approx((len(steps) - decodes) * KERNEL)
-    assert result.seconds["host"] == pytest.approx(len(steps) * IDLE, rel=0.1)
-    assert result.seconds["gaps"] == pytest.approx(0.0, abs=len(steps) * IDLE * 0.1)
-    assert tuple(result.seconds) == PARTS
-    assert result.between_ms == pytest.approx(1e3 * IDLE)
-    assert result.kernels["gemm"] == pytest.approx(len(steps) * KERNEL)
-    assert 0 < result.traced_steps < len(steps)
+    assert result["seconds"]["GEMMs"] == pytest.approx(decodes * KERNEL)
+    assert result["seconds"]["prefill"] == pytest.approx((len(steps) - decodes) * KERNEL)
+    assert result["seconds"]["host"] == pytest.approx(len(steps) * IDLE, rel=0.1)
+    assert result["seconds"]["gaps"] == pytest.approx(0.0, abs=len(steps) * IDLE * 0.1)
+    assert tuple(result["seconds"]) == PARTS
+    assert result["between_ms"] == pytest.approx(1e3 * IDLE)
+    assert result["kernels"]["gemm"] == pytest.approx(len(steps) * KERNEL)
+    assert 0 < result["traced_steps"] < len(steps)
 
 
-def test_a_step_that_samples_nothing_joins_the_next() -> None:
-    steps = [Step(0, 16, 0), Step(0, 16, 1), DECODE, Step(0, 16, 0)]
+def test_a_step_that_samples_nothing_has_no_end_of_its_own() -> None:
     fake = FakeDevice()
     fake.start()
+    steps = [Step(0, 16, 0), Step(0, 16, 1), Step(0, 16, 1), Step(0, 16, 0)]
     for step in steps:
         fake._take("kernel", "gemm", KERNEL)
+        fake.clock += IDLE
         if step.sampled:
             fake._take("gpu_memcpy", "Memcpy DtoH", 0.0)
-    item = account(Traced([0, 1, 2, 3], fake.stop()), steps, dict.fromkeys(range(4), 1.0))
-    assert item.steps == [Step(0, 32, 1), Step(4, 16, 4)]
-    assert [time.busy for time in item.times] == pytest.approx([2 * KERNEL, 2 * KERNEL])
+    split = split_time([StepTrace(steps, 2.0, fake.stop())])
+    assert split["seconds"]["prefill"] == pytest.approx(2 * 4 * KERNEL)
+    assert split["seconds"]["gaps"] == pytest.approx(2 * IDLE)
+    assert split["seconds"]["host"] == pytest.approx(2 * 2 * IDLE)
 
 
-def test_a_trace_without_the_steps_ends_counts_as_one() -> None:
-    timeline = [Activity(0.0, KERNEL, "kernel", "gemm")]
-    item = account(Traced([0, 1], timeline), [DECODE, DECODE], {0: 3.0, 1: 3.0})
-    assert split([item], [DECODE, DECODE]).seconds["matrix products"] == pytest.approx(3 * KERNEL)
+US = 1e-6
+
+
+def event(start: float, length: float, name: str, category: str = "kernel") -> dict[str, Any]:
+    return {"ph": "X", "cat": category, "name": name, "ts": start, "dur": length}
+
+
+def copy_back(start: float) -> dict[str, Any]:
+    return event(start, 1, "Memcpy DtoH (Device -> Pinned)", "gpu_memcpy")
+
+
+def copy_in(start: float) -> dict[str, Any]:
+    return event(start, 1, "Memcpy HtoD (Pinned -> Device)", "gpu_memcpy")
+
+
+TRACE = {
+    "traceEvents": [
+        {"ph": "M", "name": "process_name"},
+        {"ph": "X", "cat": "cuda_runtime", "name": "cudaGraphLaunch", "ts": 0, "dur": 500},
+        copy_in(100), event(103, 10, "flash::FlashAttnFwdSm90"), event(115, 20, "nvjet_tst_128x64"), copy_back(136),
+        copy_in(140), event(143, 10, "_split_kernel"), event(153, 5, "sm90_xmma_gemm_bf16"), copy_back(160),
+    ]
+}  # fmt: skip
+
+
+def test_time_is_told_apart() -> None:
+    spent = account(activities(TRACE))
+    assert spent.kernels == pytest.approx({"attention": 10 * US, "gemm": 25 * US, "other": (2 + 12) * US})
+    assert spent.gaps == pytest.approx(2 * US)
+    assert spent.between == pytest.approx([(1 + 3 + 2) * US])  # before the copy back, after it, before the first kernel
+    before_the_first_kernel, behind_the_last = 2, 2
+    total = sum(spent.kernels.values()) + spent.gaps + sum(spent.between)
+    assert total == pytest.approx((161 - 100 - before_the_first_kernel - behind_the_last) * US)
+
+
+def test_overlapping_kernels_count_once() -> None:
+    spent = account(activities({"traceEvents": [event(0, 10, "gemm"), event(5, 10, "norm"), event(6, 2, "norm")]}))
+    assert spent.kernels == pytest.approx({"gemm": 10 * US, "other": 5 * US})
+    assert (spent.gaps, spent.between) == (0.0, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("void cutlass::device_kernel<flash::enable_sm90_or_later<flash::FlashAttnFwdSm90<>>>", "attention"),
+        ("void flashinfer::BatchDecodeWithPagedKVCacheKernel<>", "attention"),
+        ("kernel_mha", "attention"),
+        ("_prefill_kernel", "attention"),
+        ("nvjet_tst_192x192_64x3_2x1_v_bz_TNT", "gemm"),
+        ("void cublasLt::splitKreduce_kernel<>", "gemm"),
+        ("_gate_up_kernel", "gemm"),
+        ("_norm_kernel", "other"),
+        ("_split_kernel", "other"),
+    ],
+)
+def test_kernels_are_sorted_by_name(name: str, expected: str) -> None:
+    assert Activity(0.0, 1.0, "kernel", name).kind == expected
+
+
+def test_a_copy_is_never_a_gemm() -> None:
+    assert Activity(0.0, 1.0, "gpu_memcpy", "Memcpy HtoD (gemm)").kind == "other"
 
 
 def test_the_recorder_times_what_running_requests_wait() -> None:
@@ -128,7 +200,7 @@ def test_the_recorder_times_what_running_requests_wait() -> None:
     serve(engine, requests=4, tokens=10)
     assert len(recorder.collected) == len(recorder.waits) == len(recorder.steps) == 10
     assert recorder.num_pages == 64
-    figures = step_figures(recorder)
+    figures = recorder.figures()
     assert figures["steps"] == 10
     assert figures["steps_with_prefill"] == 1
     assert figures["largest_decode_batch"] == 4

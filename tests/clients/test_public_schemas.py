@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from helpers.grammars import tiny_vocabulary, token_bytes, walk
+from helpers.grammars import sample_text, tiny_vocabulary, token_bytes
 from helpers.schemas import schema_grammar, validate
 from minisgl.errors import InvalidRequestError
 from minisgl.text.grammar import compile_grammar
@@ -69,8 +69,8 @@ def test_every_walk_through_a_published_schema_validates(tmp_path: Path) -> None
             except InvalidRequestError as error:
                 refused[name] = error.message
                 continue
-            for seed, wander in enumerate(WANDERS):
-                validate(walk(start.copy(), pieces, seed, wander), schema)
+            for seed, free_tokens in enumerate(WANDERS):
+                validate(sample_text(start.copy(), pieces, seed, free_tokens), schema)
             followed += 1
     print(f"{followed} followed, {len(refused)} refused")
     assert followed >= 100

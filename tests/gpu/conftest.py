@@ -1,4 +1,4 @@
-"""What every test of the engine on the card needs."""
+"""Tests marked `gpu` are skipped without a CUDA GPU, and give their memory back."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def _card() -> Iterator[None]:
-    """Skip without a card; give back a test's memory after it."""
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA card")
+def _gpu(request: pytest.FixtureRequest) -> Iterator[None]:
+    needed = request.node.get_closest_marker("gpu") is not None
+    if needed and not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
     yield
-    torch.cuda.empty_cache()
+    if needed:
+        torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""The bundled model on the card against float32 on the CPU: 20 prompts, every position along the CPU's own answer.
+"""The bundled model on the GPU against float32 on the CPU: 20 prompts, every position along the CPU's own answer.
 
 `MINISGL_TEST_MODEL` names its GGUF file, or a folder with the converted model, where the package is not installed.
 The limits are about 1.5 times what was measured, and `--record` writes down what is: half precision does not hold
@@ -14,14 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
+from helpers.bundled import bundled_prompts
 from helpers.driver import CPU, Driver
 from helpers.gpu import DEVICE, fused_driver, gpu_config, graph_driver
-from minisgl.core.executor import TORCH_DTYPES
 from minisgl.core.model_config import ModelSpec, read_spec
-from minisgl.core.weights import load_weights
+from minisgl.core.weights import TORCH_DTYPES, load_weights
 from minisgl.errors import ModelError
 from minisgl.formats.hub import locate_model
 
@@ -33,16 +32,6 @@ LIMITS = {"float32": (1e-3, 1e-3), "float16": (3e-2, 2e-2), "bfloat16": (3e-1, 1
 MARGINS = {"float32": MARGIN, "float16": MARGIN, "bfloat16": 0.3}
 """By how much the best logit must lead for its token to be certain; bfloat16 keeps a logit of 20 to within 0.06."""
 BACKENDS = {"float32": "triton", "float16": "auto", "bfloat16": "auto"}
-QUESTIONS = (
-    "What is the capital of France?", "Name three colours.", "Write a haiku about the sea.", "What is 17 + 25?",
-    "Explain gravity to a child.", "Who wrote Hamlet?", "List the planets in order.", "Translate 'good day' to French.",
-    "What does a compiler do?", "Give me a recipe for pancakes.",
-)  # fmt: skip
-BEGINNINGS = (
-    "Once upon a time", "The year 1999 had", "def area(radius):\n    ", "In the beginning", "Dear Sir or Madam,\n",
-    "The three laws of motion are", "Invoice #20431: 12 x $1,234.50 =", "She opened the door and", "import numpy as",
-    "Water boils at",
-)  # fmt: skip
 Record = Callable[[str, object], None]
 
 
@@ -59,9 +48,7 @@ def folder() -> Path:
 def reference() -> tuple[ModelSpec, list[list[int]], list[list[int]], Tensor]:
     """The model, 20 prompts, their greedy answers in float32 on the CPU, and log-probabilities (20, LENGTH, V)."""
     spec = read_spec(folder())
-    tokenizer = Tokenizer.from_file(str(folder() / "tokenizer.json"))
-    chats = [f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n" for question in QUESTIONS]
-    prompts = [tokenizer.encode(text).ids for text in (*chats, *BEGINNINGS)]
+    prompts = bundled_prompts(folder())
     weights = load_weights(folder(), spec, torch.float32, CPU)
     driver = Driver(spec, weights, rows=len(prompts), page_size=16, num_pages=400, max_seq_len=LIMIT)
     answers = [[token] for token in driver.step(chunks=dict(enumerate(prompts)))]

@@ -1,23 +1,20 @@
-"""Special rows on the card: what graphs leave for the tail, what the tail makes of it, and that nobody waits for it."""
+"""Special rows on the GPU: what graphs leave for the tail, what the tail makes of it, and that nobody waits for it."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-import time
-from collections.abc import Callable
 
 import msgspec
 import pytest
 import torch
 
-from helpers.constraints import Cycle, cycle
+from helpers.constraints import Cycle
 from helpers.gpu import DEVICE, EOS, SPEC, Built, build, gpu_config, random_prompts, random_weights, to_float32
-from helpers.models import tiny_spec
 from helpers.retract import events_of
 from helpers.special import Answer, SlowAnswer, slow_answer, special_requests
 from minisgl.core.types import Request, SamplingParams
-from minisgl.core.weights import Weights, dummy_weights
+from minisgl.core.weights import Weights
 from minisgl.gpu.memory import prefill_plan
 
 pytestmark = pytest.mark.gpu
@@ -73,8 +70,8 @@ def test_masks_reach_steps_that_are_replays() -> None:
     got = answers(built, requests)
     for request in requests:
         right()[request.id].check(got[request.id], request.params, tolerance=2e-3)
-    assert built.runner.graphs is not None
-    replayed = [plan for plan in built.executor.plans if built.runner.graphs.takes(plan)]
+    assert built.runner.decode_graphs is not None
+    replayed = [plan for plan in built.executor.plans if built.runner.decode_graphs.takes(plan)]
     assert any(len(plan.constrained_slots) for plan in replayed)
 
 
@@ -85,7 +82,7 @@ def test_graphs_change_no_bit_of_scores_at_fixed_batch_shapes() -> None:
     )
     prompts = random_prompts([3 + i for i in range(8)], seed=4)
     requests = [
-        Request(id=str(i), prompt=prompt, params=msgspec.structs.replace(params, seed=i))
+        Request.make(id=str(i), prompt=prompt, params=msgspec.structs.replace(params, seed=i))
         for i, prompt in enumerate(prompts)
     ]
     on, off = (answers(make("bfloat16", cuda_graph_max_bs=n), requests) for n in (8, 0))
@@ -111,40 +108,7 @@ def test_the_profile_reserves_what_special_rows_take() -> None:
     before = torch.cuda.memory_allocated(DEVICE)
     built.runner.run(prefill_plan(8, 4, everything=True))
     torch.cuda.synchronize()
-    seen = built.runner.tail.special.seen
+    seen = built.runner.logits_processors.state.seen
     assert seen is not None
     assert seen.shape == (9, VOCAB)
     assert torch.cuda.memory_allocated(DEVICE) - before >= seen.nbytes
-
-
-def test_the_cost_of_special_rows(record_property: Callable[[str, object], None]) -> None:
-    """Milliseconds a decode step of 64 rows with Qwen3's vocabulary, on a model of two small layers."""
-    spec = tiny_spec(vocab_size=151936, hidden_size=1024, head_dim=128, intermediate_size=1024, max_position=512)
-    made = dummy_weights(spec, torch.bfloat16, DEVICE)
-    kinds: dict[str, dict[str, object]] = {
-        "ordinary": {},
-        "logprobs 0": {"logprobs": 0},
-        "logprobs 20": {"logprobs": 20},
-        "penalties": {"presence_penalty": 0.5, "repetition_penalty": 1.1},
-        "bias": {"logit_bias": {1: 1.0}},
-        "grammar": {"grammar": cycle(100, 10**6)},
-    }
-    for kind, changes in kinds.items():
-        config = gpu_config(attn="triton", num_pages=2048, max_running_requests=64, cuda_graph_max_bs=64)
-        built = build(spec, made, config, max_seq_len=256)
-        built.engine.constraints = lambda grammar: Cycle(grammar, spec.vocab_size, 5)
-        params = SamplingParams(temperature=0.6, seed=1, max_tokens=200, ignore_eos=True, **changes)  # type: ignore[arg-type]
-        for i in range(64):
-            built.engine.add(Request(id=str(i), prompt=[i + 1] * 8, params=params))
-        for _ in range(20):
-            built.engine.step()
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        for _ in range(100):
-            built.engine.step()
-        torch.cuda.synchronize()
-        record_property(f"ms a step, {kind}", round(10 * (time.perf_counter() - started), 3))
-        assert built.engine.stats().running == 64
-        built.engine.abort([str(i) for i in range(64)])
-        while built.engine.has_work:
-            built.engine.step()

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minisgl.core.attention import Rows
+from minisgl.core.attention import SequenceBatch
 from minisgl.core.kv_cache import KVCache
 
 
@@ -19,7 +19,7 @@ class Case:
 
     q: Tensor
     kv: KVCache
-    rows: Rows
+    rows: SequenceBatch
     decode: bool
 
 
@@ -58,7 +58,7 @@ def random_case(
     k[:, -1], v[:, -1] = 0, 0
     q = torch.randn(int(queries.sum()), kv_heads * group, head_dim, device=device).to(dtype)
     starts = torch.from_numpy(np.concatenate([[0], np.cumsum(queries)]).astype(np.int32)).to(device)
-    rows = Rows(
+    rows = SequenceBatch(
         page_table=torch.from_numpy(table).to(device),
         slots=slots,
         query_lens=queries,

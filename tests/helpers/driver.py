@@ -13,7 +13,7 @@ from minisgl.core.attention import Attention, PlannedAttention, TorchAttention
 from minisgl.core.decoder import Decoder, ForwardBatch
 from minisgl.core.kv_cache import KVCache, allocate_kv
 from minisgl.core.model_config import ModelSpec
-from minisgl.core.model_runner import Runner
+from minisgl.core.model_runner import ModelRunner
 from minisgl.core.plan import RowInit, StepPlan
 from minisgl.core.types import MAX_STOP_TOKEN_IDS
 from minisgl.core.weights import Weights
@@ -27,9 +27,9 @@ class RecordingDecoder(Decoder):
     last: Tensor  # (T, V)
 
     def forward(self, batch: ForwardBatch, attention: PlannedAttention, kv: KVCache) -> Tensor:
-        hidden = super().forward(dataclasses.replace(batch, rows=None), attention, kv)
+        hidden = super().forward(dataclasses.replace(batch, logits_indices=None), attention, kv)
         self.last = self.logits(hidden)
-        return hidden if batch.rows is None else hidden.index_select(0, batch.rows)
+        return hidden if batch.logits_indices is None else hidden.index_select(0, batch.logits_indices)
 
 
 class Driver:
@@ -50,7 +50,7 @@ class Driver:
         attention = Attention(TorchAttention(), TorchAttention())
         self.decoder = RecordingDecoder(spec, weights, attention, max_seq_len)
         kv = allocate_kv(spec.num_layers, num_pages, page_size, spec.num_kv_heads, spec.head_dim, dtype, device)
-        self.runner = Runner(self.decoder, kv, rows, max_seq_len, device)
+        self.runner = ModelRunner(self.decoder, kv, rows, max_seq_len, device)
         self.page_size = page_size
         self.free = np.random.default_rng(0).permutation(num_pages).tolist()
         self.pages: dict[int, list[int]] = {slot: [] for slot in range(rows)}

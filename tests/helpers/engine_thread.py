@@ -11,7 +11,6 @@ from typing import Any
 
 from helpers.serving import Web, web
 from helpers.simulation import simulated_engine
-from minisgl.bench.steps import Relay
 from minisgl.build import Built
 from minisgl.config import Config
 from minisgl.core.engine import Engine
@@ -19,6 +18,7 @@ from minisgl.core.plan import Executor, StepResult
 from minisgl.core.request_state import ConstraintFactory
 from minisgl.server import engine_process, ipc
 from minisgl.server.engine_process import EngineServer
+from minisgl_bench.profile import Relay
 
 
 class FailingExecutor(Relay):

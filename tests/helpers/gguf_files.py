@@ -27,6 +27,7 @@ SIZES = {
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
+    "mistral": ("Mistral", {}),
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {"tie_word_embeddings": True}),
     "qwen3moe": ("Qwen3Moe", MOE),
@@ -68,7 +69,7 @@ def gguf_tensors(model: Any, kind: str) -> dict[str, NDArray[np.float32]]:
                 tensors |= {f"{block}ffn_gate_exps.weight": gate.copy(), f"{block}ffn_up_exps.weight": up.copy()}
             continue
         module = name.split(".")[-2]
-        if kind == "llama" and module in ("q_proj", "k_proj"):
+        if kind in ("llama", "mistral") and module in ("q_proj", "k_proj"):
             heads = "num_attention_heads" if module == "q_proj" else "num_key_value_heads"
             values = interleave(values, getattr(model.config, heads))
         tensors[gguf_name(name)] = np.ascontiguousarray(values)
@@ -128,23 +129,11 @@ def write_gguf(
     """Write a GGUF file; a tensor named in `formats` is quantised, or taken as raw blocks when it is bytes."""
     writer = gguf.GGUFWriter(path, kind)
     for key, value in metadata.items():
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        else:
-            writer.add_array(key, value)
+        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
     for name, tensor in tensors.items():
-        if formats is None or name not in formats:
-            writer.add_tensor(name, tensor)
-        else:
-            format = formats[name]
-            raw = tensor if tensor.dtype == np.uint8 else gguf.quants.quantize(tensor, format)
-            writer.add_tensor(name, raw, raw_dtype=format)
+        format = (formats or {}).get(name)
+        raw = tensor if format is None or tensor.dtype == np.uint8 else gguf.quants.quantize(tensor, format)
+        writer.add_tensor(name, raw, raw_dtype=format)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,4 +1,4 @@
-"""Random models on the card: engines over them, the plain float32 reference, and what the two must agree on."""
+"""Random models on the GPU: engines over them, the plain float32 reference, and what the two must agree on."""
 
 from __future__ import annotations
 
@@ -17,27 +17,22 @@ from helpers.models import tiny_spec
 from helpers.retract import events_of
 from minisgl.config import Config
 from minisgl.core.engine import Engine
-from minisgl.core.executor import TORCH_DTYPES, LocalExecutor, attention_shape
+from minisgl.core.executor import LocalExecutor
 from minisgl.core.model_config import ModelSpec, Rope
-from minisgl.core.model_runner import Runner
+from minisgl.core.model_runner import ModelRunner
 from minisgl.core.plan import Masks, StepPlan, StepResult
 from minisgl.core.types import ModelInfo, Request, SamplingParams
-from minisgl.core.weights import Weights, dummy_weights
+from minisgl.core.weights import TORCH_DTYPES, Weights, dummy_weights
 from minisgl.gpu.attention.select import available_backends, make_attention
+from minisgl.gpu.executor import attention_shape, make_executor
 from minisgl.gpu.operations import operations_for
 
 DEVICE = torch.device("cuda")
 EOS = 5
 SPEC = tiny_spec(
-    vocab_size=1024,
-    hidden_size=256,
-    head_dim=128,
-    intermediate_size=512,
-    rope=Rope(kind="default", theta=1e6),
-    max_position=2**18,
-    eos_token_ids=(EOS,),
-    checkpoint_dtype="bfloat16",
-)
+    vocab_size=1024, hidden_size=256, head_dim=128, intermediate_size=512, rope=Rope(kind="default", theta=1e6),
+    max_position=2**18, eos_token_ids=(EOS,), checkpoint_dtype="bfloat16",
+)  # fmt: skip
 """Qwen3 in small: two query heads on a KV head."""
 
 
@@ -49,10 +44,10 @@ def require(pair: str) -> None:
             pytest.skip(f"{name}: {reason}")
 
 
-def need_cards(count: int) -> None:
+def need_gpus(count: int) -> None:
     """Skip where there are fewer."""
     if torch.cuda.device_count() < count:
-        pytest.skip(f"needs {count} cards")
+        pytest.skip(f"needs {count} GPUs")
 
 
 def random_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device = DEVICE) -> Weights:
@@ -84,7 +79,7 @@ def to_float32(weights: Weights) -> Weights:
 
 
 def gpu_config(**settings: object) -> Config:
-    """A resolved configuration for the card."""
+    """A resolved configuration for the GPU."""
     base = Config(
         device="cuda", dtype="bfloat16", attn="auto", cuda_graph_max_bs=8, max_running_requests=8,
         max_prefill_length=8192, memory_ratio=0.9, num_pages=512,
@@ -139,7 +134,7 @@ class Built:
     executor: Watched
 
     @property
-    def runner(self) -> Runner:
+    def runner(self) -> ModelRunner:
         return self.executor.inner.runner
 
     def answer(self, requests: Iterable[Request], retractions: int = 0) -> list[list[int]]:
@@ -153,8 +148,8 @@ class Built:
 
 
 def build(spec: ModelSpec, weights: Weights, config: Config, max_seq_len: int = 512) -> Built:
-    """An engine on the card over weights that lie there."""
-    executor = Watched(LocalExecutor(spec, weights, config, max_seq_len))
+    """An engine on the GPU over weights that lie there."""
+    executor = Watched(make_executor(spec, weights, config, max_seq_len))
     fits = min(max_seq_len, executor.num_pages * config.page_size)
     model = ModelInfo(name="small", vocab_size=spec.vocab_size, max_seq_len=fits, eos_token_ids=spec.eos_token_ids)
     return Built(Engine(executor, model, config), executor)
@@ -163,7 +158,7 @@ def build(spec: ModelSpec, weights: Weights, config: Config, max_seq_len: int = 
 def greedy(prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Request]:
     """Greedy requests of one length of answer."""
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-    return [Request(id=str(i), prompt=list(prompt), params=params) for i, prompt in enumerate(prompts)]
+    return [Request.make(id=str(i), prompt=list(prompt), params=params) for i, prompt in enumerate(prompts)]
 
 
 def random_prompts(lengths: Iterable[int], seed: int = 0) -> list[list[int]]:
@@ -173,7 +168,7 @@ def random_prompts(lengths: Iterable[int], seed: int = 0) -> list[list[int]]:
 
 
 def reference_driver(spec: ModelSpec, exact: Weights, tokens: int, rows: int = 1) -> Driver:
-    """Plain torch operations in float32 on the card, with room for so many tokens in all."""
+    """Plain torch operations in float32 on the GPU, with room for so many tokens in all."""
     pages = -(-tokens // 16) + rows
     return Driver(spec, exact, rows=rows, page_size=16, num_pages=pages, max_seq_len=tokens, device=DEVICE)
 
@@ -197,14 +192,14 @@ def fused_driver(spec: ModelSpec, weights: Weights, config: Config, max_seq_len:
     attention, _ = make_attention(config.attn, attention_shape(spec, config), DEVICE)
     ops = operations_for(DEVICE, spec.hidden_size)
     driver.decoder = RecordingDecoder(spec, weights, attention, max_seq_len, ops)
-    driver.runner = Runner(driver.decoder, driver.runner.kv, rows, max_seq_len, DEVICE)
+    driver.runner = ModelRunner(driver.decoder, driver.runner.kv, rows, max_seq_len, DEVICE)
     return driver
 
 
 def graph_driver(spec: ModelSpec, weights: Weights, config: Config, max_seq_len: int) -> Driver:
     """A driver over the engine's own runner, graphs and all; it records no logits."""
     driver = fused_driver(spec, weights, config, max_seq_len)
-    driver.runner = LocalExecutor(spec, weights, config, max_seq_len).runner
+    driver.runner = make_executor(spec, weights, config, max_seq_len).runner
     return driver
 
 

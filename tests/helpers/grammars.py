@@ -1,4 +1,4 @@
-"""Vocabularies to follow grammars with, and walks through them."""
+"""Vocabularies to follow grammars with, and texts sampled from them."""
 
 from __future__ import annotations
 
@@ -56,8 +56,10 @@ def matches(vocabulary: Vocabulary, grammar: Grammar, text: str) -> bool:
     return taken and constraint.may_end
 
 
-def walk(constraint: MatcherConstraint, pieces: Sequence[bytes], seed: int, wander: int = 60, limit: int = 3000) -> str:
-    """A text sampled uniformly from the masks, that heads for its end after `wander` tokens.
+def sample_text(
+    constraint: MatcherConstraint, pieces: Sequence[bytes], seed: int, free_tokens: int = 60, limit: int = 3000
+) -> str:
+    """A text sampled uniformly from the masks, that heads for its end after `free_tokens` tokens.
 
     Fails when a token is allowed that has no text, or that is then not accepted, or when there is no end.
     """
@@ -73,7 +75,7 @@ def walk(constraint: MatcherConstraint, pieces: Sequence[bytes], seed: int, wand
         assert bool(eos & set(ids)) == constraint.may_end
         inside = len(QUOTE.findall(text)) % 2
         closers = [quote] if inside else after_digit if text[-1:].isdigit() else outside
-        there = [token for token in (*eos, *closers) if token in ids] if step >= wander else []
+        there = [token for token in (*eos, *closers) if token in ids] if step >= free_tokens else []
         token = there[0] if there else rng.choice(ids)
         if token in eos:
             return text.decode()

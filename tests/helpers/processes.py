@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -18,6 +19,12 @@ BOUND = 10.0
 """Seconds that a test waits for what is promised within two, on a machine that does other things beside the tests.
 
 What hangs takes longer: the server drains for 30 s, and clients here wait for as long."""
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """For a process that runs a module of `helpers`: this process' environment, with the tests' folder on the path."""
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, **changes}
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from minisgl.bench.report import card_name, hardware, versions
+from minisgl_bench.report import gpu_name, hardware, versions
 
 
 class Recorder:
@@ -55,4 +55,4 @@ class Recorder:
 
 def record_to(config: pytest.Config, name: str) -> None:
     """Record this run in the file `name`, in which `{card}` stands for the card's name."""
-    config.pluginmanager.register(Recorder(Path(name.replace("{card}", card_name()))), "minisgl-record")
+    config.pluginmanager.register(Recorder(Path(name.replace("{card}", gpu_name()))), "minisgl-record")

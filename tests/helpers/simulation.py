@@ -11,7 +11,7 @@ from minisgl.config import Config
 from minisgl.core.engine import Engine
 from minisgl.core.plan import RowInit, StepPlan
 from minisgl.core.types import MAX_STOP_TOKEN_IDS, ModelInfo, Request, SamplingParams, TokenEvent
-from minisgl.engine.simulated import SimulatedExecutor
+from minisgl_bench.simulated import SimulatedExecutor
 
 VOCAB = 50
 EOS = 7
@@ -87,18 +87,34 @@ def expected_tokens(request: Request, max_seq_len: int) -> list[int]:
             return out
 
 
-def run(engine: Engine, requests: Sequence[Request], max_steps: int = 10_000) -> dict[str, list[TokenEvent]]:
-    """Add all requests, step until nothing is left, and check the cache after every step."""
-    for request in requests:
-        engine.add(request)
-    events: dict[str, list[TokenEvent]] = {request.id: [] for request in requests}
-    for _ in range(max_steps):
+def advance(engine: Engine, steps: int = 10_000) -> list[TokenEvent]:
+    """The events of so many steps, or of all until nothing is left; the cache is checked after each."""
+    events: list[TokenEvent] = []
+    for _ in range(steps):
         if not engine.has_work:
             return events
-        for event in engine.step():
-            events[event.id].append(event)
+        events += engine.step()
         engine.cache.check()
-    raise RuntimeError(f"still busy after {max_steps} steps: {engine.stats()}")
+    assert steps < 10_000, f"still busy: {engine.stats()}"
+    return events
+
+
+def run(engine: Engine, requests: Sequence[Request]) -> dict[str, list[TokenEvent]]:
+    """Add all requests and run to the end: the events of each."""
+    for request in requests:
+        engine.add(request)
+    events = advance(engine)
+    return {request.id: [event for event in events if event.id == request.id] for request in requests}
+
+
+def check_answers(engine: Engine, requests: Sequence[Request], events: dict[str, list[TokenEvent]]) -> None:
+    """Assert that each request got its tokens and then one terminal event, and that the engine holds nothing."""
+    for request in requests:
+        mine = events[request.id]
+        assert tokens_of(mine) == expected_tokens(request, engine.model.max_seq_len)
+        assert [event.finish is not None for event in mine] == [False] * (len(mine) - 1) + [True]
+    assert engine.cache.num_owned == 0
+    assert engine.stats().running == engine.stats().waiting == 0
 
 
 def record_plans(engine: Engine) -> list[StepPlan]:
@@ -119,6 +135,6 @@ def tokens_of(events: Sequence[TokenEvent]) -> list[int]:
     return [token for event in events for token in event.tokens]
 
 
-def request(name: str, prompt: Sequence[int], **params: object) -> Request:
+def request(name: str, prompt: Sequence[int], priority: int = 0, **params: object) -> Request:
     """A request with sampling parameters by name; greedy unless said otherwise."""
-    return Request(id=name, prompt=list(prompt), params=SamplingParams(**{"temperature": 0.0, **params}))  # type: ignore[arg-type]
+    return Request.make(name, list(prompt), SamplingParams(**{"temperature": 0.0, **params}), priority)  # type: ignore[arg-type]

@@ -151,7 +151,7 @@ def special_requests(vocab_size: int, count: int = 24) -> list[Request]:
         params = {"ignore_eos": i % 4 != 0, **kinds[i % len(kinds)]}
         params |= {"temperature": 0.8 * (i % 2), "top_k": (0, 0, 20)[i % 3], "top_p": (1.0, 0.9, 1.0)[i % 3]}
         made.append(
-            Request(
+            Request.make(
                 id=str(i),
                 prompt=(shared if i % 4 < 2 else []) + own,
                 params=SamplingParams(seed=i, max_tokens=8 + i % 7, **params),  # type: ignore[arg-type]

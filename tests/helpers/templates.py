@@ -11,7 +11,7 @@ QWEN = (
 )
 OPENING = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 QWEN_TOOLS = QWEN + OPENING
-"""Hermes' form of calls, no reasoning."""
+"""Calls as Hermes writes them, no reasoning."""
 QWEN_THINKING = QWEN_TOOLS + "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
 """The model opens the block that it thinks in."""
 DEEPSEEK = QWEN + "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}{# </think> #}"

@@ -42,7 +42,7 @@ async def clients(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[list[EngineC
 
 
 def request(name: str, max_tokens: int) -> Request:
-    return Request(id=name, prompt=[5] * 40, params=SamplingParams(max_tokens=max_tokens, ignore_eos=True))
+    return Request.make(id=name, prompt=[5] * 40, params=SamplingParams(max_tokens=max_tokens, ignore_eos=True))
 
 
 async def answer(client: EngineClient, asked: Request) -> list[TokenEvent]:
@@ -123,7 +123,7 @@ class Anything:
 
 def constrained(name: str, source: str = "a") -> tuple[Request, Grammar]:
     grammar = Grammar(kind="regex", source=source)
-    return Request(id=name, prompt=[1], params=SamplingParams(grammar=grammar)), grammar
+    return Request.make(id=name, prompt=[1], params=SamplingParams(grammar=grammar)), grammar
 
 
 def wait_ready(pending: PendingGrammars, count: int) -> list[tuple[Request, Constraint | InvalidRequestError]]:

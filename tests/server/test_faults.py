@@ -102,7 +102,7 @@ async def test_nobody_waits_for_somebody_elses_grammar(tmp_path: Path, monkeypat
     serving = simulated(tmp_path, monkeypatch.setattr, constraints=factory)
     async with asyncio.timeout(30), serving as (side, thread):
         requests = [
-            Request(id=name, prompt=[9, 10], params=SamplingParams(max_tokens=3, seed=1, grammar=grammar))
+            Request.make(id=name, prompt=[9, 10], params=SamplingParams(max_tokens=3, seed=1, grammar=grammar))
             for name, grammar in (("a", Grammar(kind="regex", source="x")), ("b", None))
         ]
         constrained, free = (side.service.submit([request]) for request in requests)
@@ -140,7 +140,7 @@ async def test_a_request_aborted_while_its_grammar_is_compiled_never_runs(
     serving = simulated(tmp_path, monkeypatch.setattr, constraints=factory)
     async with asyncio.timeout(30), serving as (side, thread):
         params = SamplingParams(max_tokens=50, grammar=Grammar(kind="regex", source="x"))
-        with side.service.submit([Request(id="a", prompt=[9, 10], params=params)]):
+        with side.service.submit([Request.make(id="a", prompt=[9, 10], params=params)]):
             await asyncio.to_thread(begun.wait, 20)
         assert (await side.service.ping(5)).waiting == 0
         gate.set()

@@ -111,7 +111,7 @@ async def test_more_requests_than_the_server_keeps_are_turned_away(server: Servi
 
 @pytest.mark.serving(delay=0.002)
 async def test_aborting_keeps_what_belongs_to_others_and_drops_the_rest(server: Serving) -> None:
-    requests = [Request(id=i, prompt=[5, 6, 7], params=SamplingParams(max_tokens=50)) for i in "ab"]
+    requests = [Request.make(id=i, prompt=[5, 6, 7], params=SamplingParams(max_tokens=50)) for i in "ab"]
     events: list[TokenEvent] = []
     with server.service.submit(requests) as submission:
         async for batch in submission.batches():

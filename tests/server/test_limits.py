@@ -30,7 +30,7 @@ TEXT: dict[str, Any] = {"prompt": "hello there", "max_tokens": 3}
 
 
 def requests(count: int, tokens: int = 10) -> list[Request]:
-    return [Request(id=str(i), prompt=[5] * tokens, params=SamplingParams()) for i in range(count)]
+    return [Request.make(id=str(i), prompt=[5] * tokens, params=SamplingParams()) for i in range(count)]
 
 
 def test_the_queue_takes_what_its_limits_allow_and_no_more() -> None:

@@ -125,7 +125,7 @@ def test_a_form_that_is_complete_before_min_tokens_loses_no_text(tmp_path: Path)
     write_tokenizer(tmp_path)
     tokenizer = Tokenizer.load(tmp_path)
     ids = tokenizer.encode("yes")
-    choice = ChoiceState(0, Request(id="x", prompt=[5], params=SamplingParams(min_tokens=9)), tokenizer)
+    choice = ChoiceState(0, Request.make(id="x", prompt=[5], params=SamplingParams(min_tokens=9)), tokenizer)
     # Nothing more is allowed: the engine ends the request in the step of its last token, without a stop token.
     events = [TokenEvent(id="x", tokens=(token,)) for token in ids]
     piece = choice.take([*events, TokenEvent(id="x", finish=FinishReason.STOP)])

@@ -101,7 +101,7 @@ async def test_what_the_template_gets_of_tools_and_calls(server: Serving) -> Non
     for choice, offered in (("auto", True), (None, True), ("none", False)):
         response = await server.http.post("/v1/chat/completions", json={**body, "tool_choice": choice})
         assert response.status_code == 200, response.text
-        prompt = server.tokenizer.decode(list(server.engine.seen[-1].prompt), skip_special_tokens=False)
+        prompt = server.tokenizer.decode(list(server.engine.seen[-1].prompt.tolist()), skip_special_tokens=False)
         assert ("# Tools" in prompt) == offered
         assert "assistant\n<tool_call>get_weather:[('city', 'Bonn')]</tool_call><|im_end|>" in prompt
         assert "tool\nrain[c1]<|im_end|>" in prompt
@@ -216,7 +216,7 @@ async def test_the_last_message_is_continued(server: Serving) -> None:
     messages = [*USER, {"role": "assistant", "content": "<think>\nTwo and two is "}]
     body = {"messages": messages, "continue_final_message": True}
     answer = (await server.http.post("/v1/chat/completions", json=body)).json()["choices"][0]
-    prompt = server.tokenizer.decode(list(server.engine.seen[-1].prompt), skip_special_tokens=False)
+    prompt = server.tokenizer.decode(list(server.engine.seen[-1].prompt.tolist()), skip_special_tokens=False)
     assert prompt.endswith("<|im_start|>assistant\n<think>\nTwo and two is ")
     assert answer["message"]["content"] == "4."
 
@@ -242,7 +242,7 @@ async def test_tools_are_refused_where_the_template_cannot_say_them(
 async def test_reasoning_effort_goes_to_templates_that_know_it(server: Serving) -> None:
     body = {"messages": USER, "reasoning_effort": "low", "max_tokens": 1}
     assert (await server.http.post("/v1/chat/completions", json=body)).status_code == 200
-    assert server.tokenizer.decode(list(server.engine.seen[0].prompt)).endswith("low")
+    assert server.tokenizer.decode(list(server.engine.seen[0].prompt.tolist())).endswith("low")
 
 
 ZONED: dict[str, Any] = {

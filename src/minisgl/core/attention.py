@@ -1,19 +1,17 @@
-"""What a step's attention is, whoever computes it: its geometry, a backend, and a pair of backends.
+"""Attention over the paged cache: what a step asks for, what a backend is, and the backend in plain torch.
 
-What the GPU backends share: a step's rows as device tensors, and decode that a CUDA graph can capture.
-
-Attention in plain torch: what the CPU runs, and the oracle of every kernel.
-
-Pages are gathered into a dense block, and `scaled_dot_product_attention` reads that. Decode rows of similar length
-share a block of at most BLOCK_BYTES, which on a CPU still lies in its caches when it is read again (in blocks of 8
-rows of 512 tokens, 64 rows take 148 ms for SmolLM2-135M's 30 layers on two cores; in one block 232).
+The torch backend is what the CPU runs, and the reference of every kernel. It gathers pages into a dense block for
+`scaled_dot_product_attention`. Decode rows of similar length share a block of at most BLOCK_BYTES, which on a CPU still
+lies in its caches when it is read again (in blocks of 8 rows of 512 tokens, 64 rows take 148 ms for SmolLM2-135M's 30
+layers on two cores; in one block 232).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -24,10 +22,15 @@ from torch import Tensor
 from minisgl.core.kv_cache import KVCache
 
 Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+
+BLOCK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
+QUERY_BLOCK = 512
+"""Queries of a chunk handled together, so that the mask of a long prompt stays small."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
+class SequenceBatch:
     """Some rows of a step, each a sequence with `query_lens` new tokens at the end of `kv_lens` in the cache.
 
     All but the page table is known to the host, so that nobody waits for the device. Page-table entries past a
@@ -46,15 +49,15 @@ class Rows:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Geometry:
+class AttentionMetadata:
     """The attention of one step: decode rows, one query each, then prefill chunks. A part without rows is None."""
 
-    decode: Rows | None
-    prefill: Rows | None
+    decode: SequenceBatch | None
+    prefill: SequenceBatch | None
 
 
 class PlannedAttention(Protocol):
-    """Attention with a step's geometry worked out once, to be run in every layer."""
+    """Attention of one step, prepared once, to be run in every layer."""
 
     def run(self, q: Tensor, layer: int, window: int) -> Tensor:
         """Causal attention of q (T, H, hd) over each row's cached keys and values -> (T, H, hd).
@@ -64,34 +67,56 @@ class PlannedAttention(Protocol):
         """
 
 
-@dataclass(frozen=True, kw_only=True)
-class Projection:
-    """What makes rotated queries and keys of a layer's QKV product: the arguments of `rope_store_kv` of these names."""
+class RopeStore(NamedTuple):
+    """`rope_store_kv` of one layer and step: the operation, and its arguments behind qkv."""
 
+    operation: Callable[..., Tensor]
     q_norm: Tensor | None
     k_norm: Tensor | None
     eps: float
-    cos_sin: Tensor | None
+    cos_sin: Tensor
+    positions: Tensor
+    slot_mapping: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+
+    def __call__(self, qkv: Tensor, out: Tensor | None = None) -> Tensor:
+        """Rotated queries (T, H, hd) of qkv (T, (H + 2K) * hd), whose keys and values are written; `out` if given."""
+        return self.operation(qkv, *self[1:], out)
 
 
-@runtime_checkable
-class ProjectingAttention(PlannedAttention, Protocol):
-    """Attention of decode rows that does the work of `rope_store_kv` too."""
+class FusedAttention(PlannedAttention):
+    """Attention of decode rows whose kernel does the work of `rope_store_kv` too."""
 
+    @abstractmethod
     def begin(self, windows: Sequence[int]) -> None:
         """Prepare a step of layers with these windows, before anything else of the step."""
 
-    def project(self, qkv: Tensor, projection: Projection, layer: int, window: int) -> Tensor:
-        """`run` of what `rope_store_kv` makes of qkv (B, (H + 2K) * hd), with each row's last token its new one."""
+    @abstractmethod
+    def run_qkv(self, qkv: Tensor, rope: RopeStore, layer: int, window: int) -> Tensor:
+        """`run` of what `rope` makes of qkv (B, (H + 2K) * hd), with each row's last token its new one."""
+
+
+def begin_step(attention: PlannedAttention, windows: Sequence[int]) -> None:
+    """To be called before anything else of a step whose layers have these windows."""
+    if isinstance(attention, FusedAttention):
+        attention.begin(windows)
+
+
+def attend(attention: PlannedAttention, qkv: Tensor, rope: RopeStore, layer: int, window: int) -> Tensor:
+    """Rotate queries and keys, write keys and values, and attend: qkv (T, (H + 2K) * hd) -> (T, H, hd)."""
+    if isinstance(attention, FusedAttention):
+        return attention.run_qkv(qkv, rope, layer, window)
+    return attention.run(rope(qkv), layer, window)
 
 
 class AttentionBackend(Protocol):
     """A way to compute attention, for one kind of rows or both."""
 
-    def plan_decode(self, rows: Rows, kv: KVCache) -> PlannedAttention:
+    def plan_decode(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
         """Prepare rows with one query each."""
 
-    def plan_prefill(self, rows: Rows, kv: KVCache) -> PlannedAttention:
+    def plan_prefill(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
         """Prepare chunks."""
 
 
@@ -102,30 +127,30 @@ class Attention:
         self.prefill = prefill
         self.decode = decode
 
-    def plan(self, geometry: Geometry, kv: KVCache) -> PlannedAttention:
+    def plan(self, metadata: AttentionMetadata, kv: KVCache) -> PlannedAttention:
         """Prepare a step, which has rows of at least one kind."""
         parts: list[tuple[int, PlannedAttention]] = []
-        if (rows := geometry.decode) is not None:
+        if (rows := metadata.decode) is not None:
             parts.append((len(rows.query_lens), self.decode.plan_decode(rows, kv)))
-        if (rows := geometry.prefill) is not None:
+        if (rows := metadata.prefill) is not None:
             parts.append((int(rows.query_lens.sum()), self.prefill.plan_prefill(rows, kv)))
-        return parts[0][1] if len(parts) == 1 else _Parts(parts)
+        return parts[0][1] if len(parts) == 1 else _MixedStep(parts)
 
 
-class _Parts:
+class _MixedStep:
     """Parts of a step one after the other, each with its number of queries."""
 
     def __init__(self, parts: list[tuple[int, PlannedAttention]]) -> None:
-        self.parts = [part for _, part in parts]
         self.sizes = [size for size, _ in parts]
+        self.parts = [part for _, part in parts]
 
     def run(self, q: Tensor, layer: int, window: int) -> Tensor:
-        pieces = torch.split(q, self.sizes)
-        return torch.cat([part.run(piece, layer, window) for part, piece in zip(self.parts, pieces, strict=True)])
+        queries = torch.split(q, self.sizes)
+        return torch.cat([part.run(x, layer, window) for part, x in zip(self.parts, queries, strict=True)])
 
 
 @dataclass(frozen=True)
-class DeviceRows:
+class DeviceBatch:
     """Rows as kernels read them. Only the two maxima are numbers on the host."""
 
     page_table: Tensor  # int32 (rows, pages), contiguous; as wide as the longest row needs, or wider
@@ -135,7 +160,7 @@ class DeviceRows:
     max_kv_len: int
 
 
-def to_device(rows: Rows, page_size: int) -> DeviceRows:
+def to_device(rows: SequenceBatch, page_size: int) -> DeviceBatch:
     """The rows' own lines of the page table, and their lengths. Copies from the host only what `rows` leaves None."""
     device = rows.page_table.device
     max_kv_len = int(rows.kv_lens.max())
@@ -147,7 +172,7 @@ def to_device(rows: Rows, page_size: int) -> DeviceRows:
     if starts is None:
         starts = torch.from_numpy(np.concatenate([[0], np.cumsum(rows.query_lens)]).astype(np.int32)).to(device)
     table = rows.page_table[:, : -(-max_kv_len // page_size)].index_select(0, slots)
-    return DeviceRows(table, lens, starts, int(rows.query_lens.max()), max_kv_len)
+    return DeviceBatch(table, lens, starts, int(rows.query_lens.max()), max_kv_len)
 
 
 class GraphDecode(Protocol):
@@ -171,7 +196,7 @@ class GraphBackend(AttentionBackend, Protocol):
     def graph_decode(self, page_table: Tensor, kv_lens: Tensor, kv: KVCache, max_seq_len: int) -> GraphDecode:
         """Decode of B rows for a graph: page_table int32 (B, max_pages) and kv_lens int32 (B,), static and contiguous.
 
-        Rows that pad the batch have length 1 and a line of the page table full of the scratch page.
+        SequenceBatch that pad the batch have length 1 and a line of the page table full of the scratch page.
         """
 
 
@@ -185,22 +210,13 @@ class StaticDecode:
         """Nothing depends on the lengths."""
 
 
-Int64 = NDArray[np.int64]
-
-BLOCK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
-QUERY_BLOCK = 512
-"""Queries of a chunk handled together, so that the mask of a long prompt stays small."""
-
-
 class TorchAttention:
     """The backend called `torch`."""
 
-    def plan_decode(self, rows: Rows, kv: KVCache) -> PlannedAttention:
-        """Group the rows by length."""
+    def plan_decode(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
         return _Decode(rows, kv)
 
-    def plan_prefill(self, rows: Rows, kv: KVCache) -> PlannedAttention:
-        """Cut the chunks into blocks of queries."""
+    def plan_prefill(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
         return _Prefill(rows, kv)
 
 
@@ -214,7 +230,7 @@ class _Group:
 
 
 class _Decode:
-    def __init__(self, rows: Rows, kv: KVCache) -> None:
+    def __init__(self, rows: SequenceBatch, kv: KVCache) -> None:
         self.rows = rows
         self.kv = kv
         self.groups: dict[int, list[_Group]] = {}
@@ -290,7 +306,7 @@ class _Block:
 
 
 class _Prefill:
-    def __init__(self, rows: Rows, kv: KVCache) -> None:
+    def __init__(self, rows: SequenceBatch, kv: KVCache) -> None:
         self.kv = kv
         self.rows = rows
         page_counts = (-(-rows.kv_lens // kv.page_size)).tolist()

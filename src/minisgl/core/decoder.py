@@ -1,25 +1,126 @@
-"""The rotary embedding's angles as a table, for each kind of `Rope`.
-
-A step's way through the decoder, cut at attention, which needs all its tokens; the rest goes row by row.
-
-The one decoder: every architecture is a `ModelSpec` that switches parts of it on.
-"""
+"""The one decoder: every architecture is a `ModelSpec` that switches parts of it on."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from minisgl.core.attention import Attention, PlannedAttention, ProjectingAttention, Projection
+from minisgl.core.attention import Attention, PlannedAttention, RopeStore, attend, begin_step
 from minisgl.core.kv_cache import KVCache
 from minisgl.core.model_config import ModelSpec, Rope
-from minisgl.core.ops import PLAIN, Norm, Operations, linear, pack
+from minisgl.core.ops import PLAIN, Operations, linear, pack
 from minisgl.core.weights import LayerWeights, Weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardBatch:
+    """The T tokens of a step, as tensors on the device."""
+
+    ids: Tensor  # int32 (T,)
+    positions: Tensor  # int32 (T,)
+    slot_mapping: Tensor  # int64 (T,) places in the cache, page * page_size + offset
+    logits_indices: Tensor | None  # int64 (n,) the tokens whose hidden states are wanted; None: all
+
+
+class Decoder:
+    """A decoder-only transformer: D hidden size, H heads, K KV heads, hd head size, V vocabulary.
+
+    On one rank of several `spec` and `weights` are that rank's share, and `ops` adds up what the ranks computed.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, weights: Weights, attention: Attention, max_seq_len: int, ops: Operations = PLAIN
+    ) -> None:
+        self.spec = spec
+        self.weights = weights
+        self.attention = attention
+        self.ops = ops
+        self.rope = rope_table(spec.rope, spec.head_dim, max_seq_len, weights.embedding.device)
+
+    def forward(self, batch: ForwardBatch, attention: PlannedAttention, kv: KVCache) -> Tensor:
+        """Run the layers, writing each token's keys and values, and return the last norm of the wanted rows (n, D).
+
+        In each layer all tokens are written before any is read: a row may share pages that another row of the same
+        step fills.
+        """
+        begin_step(attention, self.spec.windows)
+        x, residual = self.embed(batch)
+        for index, window in enumerate(self.spec.windows):
+            qkv, rope = self.before_attention(index, x, batch, kv)
+            heads = attend(attention, qkv, rope, index, window)
+            x, residual = self.after_attention(index, heads, residual, batch.logits_indices)
+        return x
+
+    def embed(self, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
+        """The first layer's normed input and the residual stream, both (T, D)."""
+        residual = self.ops.embed(batch.ids, self.weights.embedding, batch.logits_indices is None)
+        return self.ops.rms_norm(residual, self.weights.layers[0].input_norm, self.spec.rms_eps), residual
+
+    def before_attention(self, index: int, x: Tensor, batch: ForwardBatch, kv: KVCache) -> tuple[Tensor, RopeStore]:
+        """QKV (T, (H + 2K) * hd) of x (T, D), and what rotates queries and keys and writes keys and values."""
+        layer = self.weights.layers[index]
+        qkv = self.ops.linear(x, layer.qkv, layer.qkv_bias)
+        rope = RopeStore(
+            self.ops.rope_store_kv, layer.q_norm, layer.k_norm, self.spec.rms_eps, self.rope,
+            batch.positions, batch.slot_mapping, kv.k[index], kv.v[index],
+        )  # fmt: skip
+        return qkv, rope
+
+    def after_attention(
+        self, index: int, heads: Tensor, residual: Tensor, logits_indices: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Output projection and MLP: heads (T, H, hd) -> the next layer's normed input and the residual stream.
+
+        The last layer goes on with the wanted rows alone, and ends with the last norm.
+        """
+        ops, eps, layers = self.ops, self.spec.rms_eps, self.weights.layers
+        layer, is_last = layers[index], index == len(layers) - 1
+        if is_last and logits_indices is not None:
+            heads, residual = heads.index_select(0, logits_indices), residual.index_select(0, logits_indices)
+            if not len(logits_indices):
+                return residual, residual
+        x = ops.row_parallel_linear(heads.flatten(1), layer.o, layer.o_bias)
+        x = ops.add_rms_norm(x, residual, layer.post_norm, eps)
+        x = self.mlp(layer, x)
+        next_norm = self.weights.norm if is_last else layers[index + 1].input_norm
+        return ops.add_rms_norm(x, residual, next_norm, eps), residual
+
+    def mlp(self, layer: LayerWeights, x: Tensor) -> Tensor:
+        """The dense or sparse SwiGLU of x (T, D)."""
+        if layer.router is None:
+            assert layer.gate_up is not None
+            assert layer.down is not None
+            hidden = self.ops.gated_linear(x, layer.gate_up, layer.gate_up_bias)
+            return self.ops.row_parallel_linear(hidden, layer.down, layer.down_bias)
+        moe = self.spec.moe
+        assert moe is not None
+        assert layer.expert_gate_up is not None
+        assert layer.expert_down is not None
+        return self.ops.moe(x, layer.router, layer.expert_gate_up, layer.expert_down, moe.top_k, moe.norm_topk_prob)
+
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Logits (n, V) of hidden states (n, D), in their dtype; on a GPU the product can be written to `out`.
+
+        On one rank of several they are those of its own tokens (`Operations.whole_logits`).
+        """
+        if out is None:
+            return linear(hidden, self.weights.head)
+        return torch.mm(hidden, self.weights.head.t(), out=out)
+
+
+PACKED = ("qkv", "o", "gate_up", "down")
+
+
+def pack_weights(weights: Weights) -> None:
+    """Replace the matrices by the layout that the device multiplies from fastest, one at a time to save memory."""
+    for layer in weights.layers:
+        for name in PACKED:
+            if (weight := getattr(layer, name)) is not None:
+                setattr(layer, name, pack(weight))
+    weights.head = pack(weights.head)
 
 
 def rope_table(rope: Rope, head_dim: int, max_positions: int, device: torch.device) -> Tensor:
@@ -76,166 +177,3 @@ def yarn_attention_factor(rope: Rope) -> float:
     if rope.mscale is not None and rope.mscale_all_dim is not None:
         return scale(rope.mscale) / scale(rope.mscale_all_dim)
     return scale(1.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ForwardBatch:
-    """The T tokens of a step, as tensors on the device."""
-
-    ids: Tensor  # int32 (T,)
-    positions: Tensor  # int32 (T,)
-    locations: Tensor  # int64 (T,) places in the cache, page * page_size + offset
-    rows: Tensor | None  # int64 (n,) the tokens whose hidden states are wanted; None: all
-
-
-class ForwardPass:
-    """`enter`, then for each layer `attend`, with `between` after all but the last, which `leave` follows.
-
-    What goes into `attend` are rotated queries (T, H, hd), whose keys and values have been written, or, where attention
-    does that itself (`projects`), a layer's QKV product (T, (H + 2K) * hd). What comes out is (T, H * hd).
-    """
-
-    residual: Tensor  # (T, D) the residual stream
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        batch: ForwardBatch,
-        kv: KVCache,
-        projects: bool = False,
-        queries: Tensor | None = None,
-    ) -> None:
-        """`queries` (T, H, hd): where each layer's are written, if they do not need memory of their own."""
-        self.decoder = decoder
-        self.layers = decoder.weights.layers
-        self.ops, self.eps = decoder.ops, decoder.spec.rms_eps
-        self.batch = batch
-        self.kv = kv
-        self.projects = projects
-        self.queries = queries
-
-    def enter(self) -> Tensor:
-        """Look the tokens up, up to the first layer's attention."""
-        self.residual = self.ops.embed(self.batch.ids, self.decoder.weights.embedding, self.batch.rows is None)
-        self.turns = self.ops.turns(self.residual)
-        return self._queries(0, [self.ops.rms_norm] * len(self.turns.rows))
-
-    def attend(self, attention: PlannedAttention, index: int, x: Tensor) -> Tensor:
-        """Attention of layer `index`."""
-        spec, layer, window = self.decoder.spec, self.layers[index], self.decoder.spec.windows[index]
-        if self.projects:
-            projection = Projection(q_norm=layer.q_norm, k_norm=layer.k_norm, eps=self.eps, cos_sin=self.decoder.rope)
-            heads = cast(ProjectingAttention, attention).project(x, projection, index, window)
-        else:
-            heads = attention.run(x, index, window)
-        return heads.reshape(len(x), spec.num_heads * spec.head_dim)
-
-    def between(self, index: int, heads: Tensor) -> Tensor:
-        """From layer `index`'s attention to that of the next."""
-        layer = self.layers[index]
-        # Each part's norm is called once, when the part has its turn. `_outputs` and `_mlps` are generators: what they
-        # yield for a part begins to be added before they compute the next.
-        norms = [self.turns.add(x) for x in self._outputs(layer, heads)]
-        norms = [self.turns.add(x) for x in self._mlps(layer, norms)]
-        return self._queries(index + 1, norms)
-
-    def leave(self, heads: Tensor, rows: Tensor | None) -> Tensor:
-        """From the last layer's attention to the last norm, for the wanted rows alone: int64 (n,) -> (n, D)."""
-        ops, layer, residual = self.ops, self.layers[-1], self.residual
-        if rows is not None:
-            heads, residual = heads.index_select(0, rows), residual.index_select(0, rows)
-        if not len(heads):
-            return residual
-        x = ops.project(heads, layer.o, layer.o_bias)
-        x = self._mlp(layer, ops.add_rms_norm(x, residual, layer.post_norm, self.eps))
-        return ops.add_rms_norm(x, residual, self.decoder.weights.norm, self.eps)
-
-    def _queries(self, index: int, norms: list[Norm]) -> Tensor:
-        batch, layer = self.batch, self.layers[index]
-        qkv = self._qkv(layer, norms)
-        if self.projects:
-            return qkv
-        return self.ops.rope_store_kv(
-            qkv, layer.q_norm, layer.k_norm, self.eps, self.decoder.rope, batch.positions, batch.locations,
-            self.kv.k[index], self.kv.v[index], self.queries,
-        )  # fmt: skip
-
-    def _qkv(self, layer: LayerWeights, norms: list[Norm]) -> Tensor:
-        ops, residual = self.ops, self.residual
-        if len(norms) == 1:
-            return ops.linear(norms.pop()(residual, layer.input_norm, self.eps), layer.qkv, layer.qkv_bias)
-        qkv = residual.new_empty((len(residual), layer.qkv.shape[0]))
-        for stream, out in zip(self.turns.split(residual), self.turns.split(qkv), strict=True):
-            ops.linear_into(norms.pop(0)(stream, layer.input_norm, self.eps), layer.qkv, layer.qkv_bias, out)
-        return qkv
-
-    def _outputs(self, layer: LayerWeights, heads: Tensor) -> Iterator[Tensor]:
-        for part in self.turns.split(heads):
-            yield self.ops.project(part, layer.o, layer.o_bias)
-
-    def _mlps(self, layer: LayerWeights, norms: list[Norm]) -> Iterator[Tensor]:
-        for stream in self.turns.split(self.residual):
-            yield self._mlp(layer, norms.pop(0)(stream, layer.post_norm, self.eps))
-
-    def _mlp(self, layer: LayerWeights, x: Tensor) -> Tensor:
-        if layer.router is None:
-            assert layer.gate_up is not None
-            assert layer.down is not None
-            hidden = self.ops.gated(x, layer.gate_up, layer.gate_up_bias)
-            return self.ops.project(hidden, layer.down, layer.down_bias)
-        moe = self.decoder.spec.moe
-        assert moe is not None
-        assert layer.expert_gate_up is not None
-        assert layer.expert_down is not None
-        return self.ops.moe(x, layer.router, layer.expert_gate_up, layer.expert_down, moe.top_k, moe.norm_topk_prob)
-
-
-PACKED = ("qkv", "o", "gate_up", "down")
-
-
-class Decoder:
-    """A decoder-only transformer: D hidden size, H heads, K KV heads, hd head size, V vocabulary.
-
-    On one rank of several `spec` and `weights` are that rank's share, and `ops` adds up what the ranks computed.
-    """
-
-    def __init__(
-        self, spec: ModelSpec, weights: Weights, attention: Attention, max_seq_len: int, ops: Operations = PLAIN
-    ) -> None:
-        self.spec = spec
-        self.weights = weights
-        self.attention = attention
-        self.ops = ops
-        self.rope = rope_table(spec.rope, spec.head_dim, max_seq_len, weights.embedding.device)
-
-    def forward(self, batch: ForwardBatch, attention: PlannedAttention, kv: KVCache) -> Tensor:
-        """Run the layers, writing each token's keys and values, and return the last norm of the wanted rows (n, D).
-
-        In each layer all tokens are written before any is read: a row may share pages that another row of the same
-        step fills.
-        """
-        if projects := isinstance(attention, ProjectingAttention):
-            attention.begin(self.spec.windows)
-        way = ForwardPass(self, batch, kv, projects)
-        x = way.enter()
-        for index in range(self.spec.num_layers - 1):
-            x = way.between(index, way.attend(attention, index, x))
-        return way.leave(way.attend(attention, self.spec.num_layers - 1, x), batch.rows)
-
-    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """Logits (n, V) of hidden states (n, D), in their dtype; on a GPU the product can be written to `out`.
-
-        On one rank of several they are those of its own tokens (`Operations.whole_logits`).
-        """
-        if out is None:
-            return linear(hidden, self.weights.head)
-        return torch.mm(hidden, self.weights.head.t(), out=out)
-
-
-def pack_weights(weights: Weights) -> None:
-    """Replace the matrices by the layout that the device multiplies from fastest, one at a time to save memory."""
-    for layer in weights.layers:
-        for name in PACKED:
-            if (weight := getattr(layer, name)) is not None:
-                setattr(layer, name, pack(weight))
-    weights.head = pack(weights.head)

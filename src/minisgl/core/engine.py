@@ -1,4 +1,4 @@
-"""The engine: takes requests, runs steps, returns events. The overlap of host and device lives here."""
+"""The engine: takes requests, runs steps, returns events; overlaps the work of host and device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from minisgl.config import Config
 from minisgl.core.pages import CacheManager
 from minisgl.core.plan import Executor, StepPlan
 from minisgl.core.policy import POLICIES
-from minisgl.core.request_state import Constraint, ConstraintFactory, Entry, RequestTable, make_constraint
+from minisgl.core.request_state import Constraint, ConstraintFactory, RequestState, RequestTable, make_constraint
 from minisgl.core.scheduler import Scheduler
 from minisgl.core.types import EngineStats, ModelInfo, Request, TokenEvent
 from minisgl.errors import EngineDeadError, InvalidRequestError
@@ -25,7 +25,8 @@ class Engine:
 
     A mask depends on the token before it. So where rows follow a grammar, the older step's tokens are taken in first,
     and the masks computed while the device runs the newer step's forward pass; then the step is finished with them.
-    `constraints` makes a constraint of a grammar; without it grammars are refused.
+    `constraints` makes a constraint of a grammar; without it grammars are refused. `admitted` are the ids of the
+    requests that the last `step` gave a row, retracted ones once more.
     """
 
     def __init__(
@@ -38,51 +39,43 @@ class Engine:
         self.model = model
         self.constraints = constraints
         self.overlap = config.overlap
-        self.cache = CacheManager(executor.num_pages, config.page_size, config.cache, rows, max_pages)
+        self.cache = CacheManager(executor.num_pages, config.page_size, config.cache == "radix", rows, max_pages)
         self.table = RequestTable(rows, model.max_seq_len)
         policy = POLICIES[config.schedule_policy]()
         self.scheduler = Scheduler(self.table, self.cache, policy, config.max_prefill_length)
         self._launched: deque[StepPlan] = deque()
         self._events: list[TokenEvent] = []
         self.admitted: list[str] = []
-        """Requests that the last `step` gave a row, retracted ones once more."""
-        self._arrivals = 0
+        self._arrivals = self._aborted = self._generated_tokens = 0
         self._failed = self._closed = False
-        self._prompt_tokens = self._cached_tokens = self._generated_tokens = self._aborted = 0
 
     def add(self, request: Request, constraint: Constraint | None = None) -> None:
-        """Accept a request; raises InvalidRequestError or ContextLengthError when it can never be served.
+        """Accept a request that `ModelInfo.check` accepts; raises InvalidRequestError for its id or its grammar.
 
-        Its grammar's `constraint` may come ready, made elsewhere; otherwise it is made here, and no step is launched
-        for as long as that takes.
+        The `constraint` of its grammar may be given; otherwise it is made here, and no step is launched meanwhile.
         """
         if self._closed:
             raise EngineDeadError("the engine was closed")
         if self._failed:
             raise EngineDeadError("the engine failed in an earlier step")
-        self.model.check(request.prompt, request.params)
         if request.id in self.scheduler.live:
             raise InvalidRequestError(f"a request with id {request.id!r} is running already", param="id")
-        if not -(2**31) <= request.priority < 2**31:
-            raise InvalidRequestError(f"priority must be a 32-bit integer, got {request.priority}", param="priority")
-        params, room = request.params, self.model.max_seq_len
+        params, prompt_len = request.params, len(request.prompt)
         if params.grammar is None:
             constraint = None
         elif constraint is None:
             constraint = make_constraint(self.constraints, params.grammar)
-        seed = secrets.randbits(63) if params.seed is None else params.seed
-        limit = room if params.max_tokens is None else len(request.prompt) + params.max_tokens
-        entry = Entry(
+        state = RequestState(
             request,
             arrival=self._arrivals,
             step=self.scheduler.step,
-            seed=seed,
-            limit=limit,
+            seed=secrets.randbits(63) if params.seed is None else params.seed,
+            max_tokens=self.model.max_seq_len if params.max_tokens is None else prompt_len + params.max_tokens,
             eos=self.model.eos_token_ids,
             constraint=constraint,
         )
         self._arrivals += 1
-        self.scheduler.add(entry)
+        self.scheduler.add(state)
 
     def abort(self, ids: Iterable[str]) -> None:
         """End these requests; each that is live gets its terminal event from the next `step`."""
@@ -107,7 +100,7 @@ class Engine:
             self._failed = True
             raise
         events, self._events = self._events, []
-        self._count(events)
+        self._generated_tokens += sum(len(event.tokens) for event in events)
         return events
 
     def flush_cache(self) -> int:
@@ -116,53 +109,43 @@ class Engine:
 
     def _advance(self) -> None:
         self.admitted = []
-        plan = self.scheduler.plan()
+        plan = self.scheduler.schedule()
         if plan is None:
             if self._launched:
-                self._take_in()
+                self._collect()
             return
         self.executor.launch(plan)
         self._launched.append(plan)
         if plan.init is not None:
-            entries = [self.table.entry(slot) for slot in plan.init.slots.tolist()]
-            self.admitted = [entry.request.id for entry in entries]
-            for entry in entries:
-                if not entry.counted:
-                    entry.counted = True
-                    self._prompt_tokens += len(entry.request.prompt)
-                    self._cached_tokens += entry.cached_tokens
+            self.admitted = [self.table.request(slot).request.id for slot in plan.init.slots.tolist()]
         if len(self._launched) > 1:
-            self._take_in()
+            self._collect()
         if len(plan.constrained_slots):
             masks, ended = self.scheduler.masks(plan, self.model.vocab_size)
             self._events += ended
             self.executor.finish(masks)
         if not self.overlap:
-            self._take_in()
+            self._collect()
 
-    def _take_in(self) -> None:
+    def _collect(self) -> None:
         oldest = self._launched.popleft()
         self._events += self.scheduler.commit(oldest, self.executor.collect())
 
-    def _count(self, events: list[TokenEvent]) -> None:
-        self._generated_tokens += sum(len(event.tokens) for event in events)
-
     def stats(self) -> EngineStats:
         """The counts of this moment."""
-        live = len(self.scheduler.live)
-        waiting = len(self.scheduler.waiting)
+        scheduler = self.scheduler
         return EngineStats(
-            running=live - waiting,
-            waiting=waiting,
-            waiting_tokens=sum(len(entry.request.prompt) for entry in self.scheduler.waiting),
+            running=len(scheduler.live) - len(scheduler.waiting),
+            waiting=len(scheduler.waiting),
+            waiting_tokens=sum(request.prompt_len for request in scheduler.waiting),
             pages_total=self.executor.num_pages,
             pages_free=self.cache.num_free,
             pages_cached=self.cache.num_cached,
-            steps=self.scheduler.step,
-            retracted=self.scheduler.retracted,
+            steps=scheduler.step,
+            retracted=scheduler.retracted,
             aborted=self._aborted,
-            prompt_tokens=self._prompt_tokens,
-            cached_prompt_tokens=self._cached_tokens,
+            prompt_tokens=scheduler.prompt_tokens,
+            cached_prompt_tokens=scheduler.cached_prompt_tokens,
             generated_tokens=self._generated_tokens,
         )
 

@@ -1,17 +1,8 @@
-"""The paged keys and values of every layer (PagedAttention, Kwon et al., arXiv 2309.06180).
-
-Host arrays to the device, all of a step's in one copy.
-
-What a decode step reads from the device tables and writes back to them, in plain torch.
-
-A step's `changes` is all the host sends for it: int32 (3, B), the rows' slots, the index in its page table at which a
-row gets a new page (-1: none), and that page. The last row of the tables is for padding and never changes.
-
-What the device keeps of every running request between steps, one row each.
-"""
+"""What the device keeps between steps: the paged keys and values, and a row of tables for each running request."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
@@ -24,6 +15,8 @@ from torch import Tensor
 
 from minisgl.core.sampler import SamplingRows
 from minisgl.core.types import MAX_STOP_TOKEN_IDS
+
+ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
@@ -69,84 +62,8 @@ def allocate_kv(
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    raw = np.zeros(int(np.prod(shape)) * dtype.itemsize, np.uint8)  # calloc: untouched pages cost nothing
+    raw = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)  # calloc: untouched pages cost nothing
     return torch.from_numpy(raw).view(dtype).view(shape)
-
-
-ALIGNMENT = 8
-
-
-def upload(arrays: Mapping[str, NDArray[Any]], device: torch.device) -> dict[str, Tensor]:
-    """Tensors of the same names, dtypes and shapes on the device. On the CPU they share the arrays' memory.
-
-    Elsewhere one copy from pinned memory carries them all, and the host does not wait for it.
-    """
-    if device.type == "cpu":
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
-    sizes = (-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays.values())
-    starts = list(accumulate(sizes, initial=0))
-    packed = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=True)
-    host = packed.numpy()
-    for array, start in zip(arrays.values(), starts, strict=False):
-        host[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    there = packed.to(device, non_blocking=True)
-    return {
-        name: there[start : start + array.nbytes].view(torch.from_numpy(array).dtype).view(array.shape)
-        for (name, array), start in zip(arrays.items(), starts, strict=False)
-    }
-
-
-class TableTensors(Protocol):
-    """The tables' tensors that a decode step touches: int32 (S,), int32 (S,), int32 (S, max_pages)."""
-
-    last_token: Tensor
-    length: Tensor
-    page_table: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepInputs:
-    """What a decode step of B rows starts from, in tensors that stay where they are."""
-
-    ids: Tensor  # int32 (B,)
-    positions: Tensor  # int32 (B,)
-    kv_lens: Tensor  # int32 (B,) the new token included
-    locations: Tensor  # int64 (B,) page * page_size + offset of the new token
-    page_table: Tensor  # int32 (B, max_pages); behind a row's last page lies any valid page
-
-    @classmethod
-    def allocate(cls, batch: int, max_pages: int, scratch_page: int, device: torch.device) -> StepInputs:
-        """Inputs of `batch` rows that all point at the scratch page."""
-        return cls(
-            ids=torch.zeros(batch, dtype=torch.int32, device=device),
-            positions=torch.zeros(batch, dtype=torch.int32, device=device),
-            kv_lens=torch.ones(batch, dtype=torch.int32, device=device),
-            locations=torch.zeros(batch, dtype=torch.int64, device=device),
-            page_table=torch.full((batch, max_pages), scratch_page, dtype=torch.int32, device=device),
-        )
-
-
-def gather_rows(changes: Tensor, tables: TableTensors, inputs: StepInputs, page_size: int) -> None:
-    """Write new pages into the tables, and the rows' token, position, location and pages into `inputs`."""
-    slots, new_index, new_page = changes.long()
-    grows = new_index >= 0
-    tables.page_table[slots[grows], new_index[grows]] = new_page[grows].int()
-    lengths = tables.length[slots]
-    pages = tables.page_table[slots]
-    inputs.ids.copy_(tables.last_token[slots])
-    inputs.positions.copy_(lengths)
-    inputs.kv_lens.copy_(lengths + 1)
-    inputs.page_table.copy_(pages)
-    here = pages.gather(1, (lengths // page_size).long().unsqueeze(1)).squeeze(1)
-    inputs.locations.copy_(here.long() * page_size + lengths % page_size)
-
-
-def commit_rows(changes: Tensor, tokens: Tensor, tables: TableTensors, inputs: StepInputs) -> None:
-    """Write the sampled tokens int32 (B,) and the new lengths back to the rows that are not padding."""
-    slots = changes[0].long()
-    live = slots != len(tables.length) - 1
-    tables.last_token[slots[live]] = tokens[live]
-    tables.length[slots[live]] = inputs.kv_lens[live]
 
 
 class DeviceTables:
@@ -181,8 +98,85 @@ class DeviceTables:
         """page_table[slots, indices] = pages."""
         self.page_table.index_put_((slots, indices), pages)
 
-    def locations(self, slots: Tensor, positions: Tensor, page_size: int) -> Tensor:
+    def slot_mapping(self, slots: Tensor, positions: Tensor, page_size: int) -> Tensor:
         """Where positions of rows lie in the cache: int64 (T,) = page * page_size + offset."""
         indices = slots * self.page_table.shape[1] + positions // page_size
         pages = self.page_table.view(-1).index_select(0, indices)
         return pages.long() * page_size + positions % page_size
+
+
+class TableTensors(Protocol):
+    """The tables that a captured decode step reads and writes: int32 (rows,), (rows,), (rows, max_pages)."""
+
+    last_token: Tensor
+    length: Tensor
+    page_table: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepInputs:
+    """What a decode step of B rows starts from, in tensors that stay where they are."""
+
+    ids: Tensor  # int32 (B,)
+    positions: Tensor  # int32 (B,)
+    kv_lens: Tensor  # int32 (B,) the new token included
+    slot_mapping: Tensor  # int64 (B,) page * page_size + offset of the new token
+    page_table: Tensor  # int32 (B, max_pages); behind a row's last page lies any valid page
+
+    @classmethod
+    def allocate(cls, batch: int, max_pages: int, scratch_page: int, device: torch.device) -> StepInputs:
+        """Inputs of `batch` rows that all point at the scratch page."""
+        return cls(
+            ids=torch.zeros(batch, dtype=torch.int32, device=device),
+            positions=torch.zeros(batch, dtype=torch.int32, device=device),
+            kv_lens=torch.ones(batch, dtype=torch.int32, device=device),
+            slot_mapping=torch.zeros(batch, dtype=torch.int64, device=device),
+            page_table=torch.full((batch, max_pages), scratch_page, dtype=torch.int32, device=device),
+        )
+
+
+def gather_rows(changes: Tensor, tables: TableTensors, inputs: StepInputs, page_size: int) -> None:
+    """Write new pages into the tables, and the rows' token, position, slot and pages into `inputs`.
+
+    changes int32 (3, B), all that the host sends for a decode step: the rows' slots in the tables, the index in its
+    page table at which a row gets a new page (-1: none), and that page. The tables' last row is for padding.
+    """
+    slots, new_index, new_page = changes.long()
+    grows = new_index >= 0
+    tables.page_table[slots[grows], new_index[grows]] = new_page[grows].int()
+    lengths = tables.length[slots]
+    pages = tables.page_table[slots]
+    inputs.ids.copy_(tables.last_token[slots])
+    inputs.positions.copy_(lengths)
+    inputs.kv_lens.copy_(lengths + 1)
+    inputs.page_table.copy_(pages)
+    here = pages.gather(1, (lengths // page_size).long().unsqueeze(1)).squeeze(1)
+    inputs.slot_mapping.copy_(here.long() * page_size + lengths % page_size)
+
+
+def commit_rows(changes: Tensor, tokens: Tensor, tables: TableTensors, inputs: StepInputs) -> None:
+    """Write the sampled tokens int32 (B,) and the new lengths back to the rows that are not padding."""
+    slots = changes[0].long()
+    live = slots != len(tables.length) - 1
+    tables.last_token[slots[live]] = tokens[live]
+    tables.length[slots[live]] = inputs.kv_lens[live]
+
+
+def upload(arrays: Mapping[str, NDArray[Any]], device: torch.device) -> dict[str, Tensor]:
+    """Tensors of the same names, dtypes and shapes on the device. On the CPU they share the arrays' memory.
+
+    Elsewhere one copy from pinned memory carries them all, and the host does not wait for it.
+    """
+    if device.type == "cpu":
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    sizes = (-(-array.nbytes // ALIGNMENT) * ALIGNMENT for array in arrays.values())
+    starts = list(accumulate(sizes, initial=0))
+    packed = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=True)
+    host = packed.numpy()
+    for array, start in zip(arrays.values(), starts, strict=False):
+        host[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    there = packed.to(device, non_blocking=True)
+    return {
+        name: there[start : start + array.nbytes].view(torch.from_numpy(array).dtype).view(array.shape)
+        for (name, array), start in zip(arrays.items(), starts, strict=False)
+    }

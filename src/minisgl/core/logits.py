@@ -1,12 +1,8 @@
-"""What a request may do to its logits before a token is drawn, and the log-probabilities read from them.
+"""Logits processors: what a request may do to its logits before a token is sampled, and log-probabilities.
 
-Plain torch for every device; the host never waits for one here.
-
-The tail of a step: what special rows need once the step's logits are there, whether a graph or a runner made them.
-
-A step draws a token for every row from the model's own logits, and where that is all that anybody asked for, nothing
-follows. For the rows named in `StepPlan.special` the tail then changes a copy of their logits, draws again, overwrites
-the token, and reads the log-probabilities. The other rows of the step never know.
+A step samples a token for every row from the model's own logits, and where that is all that anybody asked for, nothing
+follows. For the rows in `StepPlan.special` their logits are then changed in a copy and sampled again, the token is
+overwritten, and log-probabilities are read. The host never waits for the device here.
 """
 
 from __future__ import annotations
@@ -24,25 +20,162 @@ from minisgl.core.kv_cache import DeviceTables, upload
 from minisgl.core.plan import Masks, SpecialInit, SpecialRows, StepPlan
 from minisgl.core.types import MAX_LOGIT_BIAS
 
+CHUNK_LOGITS = 1 << 23
+"""Logits that are worked on at a time, which bounds the memory that is taken beside them: about 30 bytes each."""
 WORD = 32
 """Tokens to an int32 word of a mask; the lowest bit is the first token."""
 
 
 class TokenScores(NamedTuple):
-    """Log-probabilities, natural and by the model's own logits, of n tokens, and the most probable ones beside them."""
+    """Natural log-probabilities of n tokens by the model's own logits, and the most probable tokens beside them."""
 
     logprobs: Tensor  # float32 (n,)
     top_ids: Tensor  # int32 (n, top)
     top_logprobs: Tensor  # float32 (n, top), highest first
 
 
-def penalise(logits: Tensor, seen: Tensor, repetition: Tensor, frequency: Tensor, presence: Tensor) -> Tensor:
-    """Change float32 logits (n, V) in place, and return them, by what each row has said already.
+@dataclass
+class StepOutput:
+    """What a step leaves on the device. Logits and tokens are good until the next step of the same size is launched."""
 
-    seen int32 (n, V): twice a token's count in the answer, plus one if it is in the prompt. A seen token's logit is
+    tokens: Tensor  # int32 (len(sampled_slots),)
+    logits: Tensor  # (len(sampled_slots), V), the model's own
+    scores: TokenScores | None = None
+    prompt_scores: TokenScores | None = None
+
+
+@dataclass
+class LogitsState:
+    """What logits processors keep between steps. Both tables come into being with the first row that needs them."""
+
+    rows: int
+    vocab_size: int
+    device: torch.device
+    seen: Tensor | None = field(default=None, init=False)  # int32 (rows, V), see `penalise`
+    bias_ids: Tensor | None = field(default=None, init=False)  # int64 (rows, MAX_LOGIT_BIAS)
+    bias_values: Tensor | None = field(default=None, init=False)  # float32 (rows, MAX_LOGIT_BIAS)
+
+    def admit(self, init: SpecialInit) -> None:
+        """Start these rows afresh."""
+        arrays: dict[str, NDArray[Any]] = {
+            "slots": init.slots.astype(np.int64),
+            "places": init.seen_slots.astype(np.int64) * self.vocab_size + init.seen_tokens,
+            "seen": init.seen,
+            "bias_ids": init.bias_ids.astype(np.int64),
+            "bias_values": init.bias_values,
+        }
+        values = upload(arrays, self.device)
+        width = init.bias_ids.shape[1]
+        if self.seen is None and len(init.seen):
+            self.seen = torch.zeros((self.rows, self.vocab_size), dtype=torch.int32, device=self.device)
+        if self.seen is not None:
+            self.seen.index_fill_(0, values["slots"], 0)
+            self.seen.view(-1).index_copy_(0, values["places"], values["seen"])
+        if self.bias_ids is None and width:
+            self.bias_ids = torch.zeros((self.rows, MAX_LOGIT_BIAS), dtype=torch.int64, device=self.device)
+            self.bias_values = torch.zeros((self.rows, MAX_LOGIT_BIAS), dtype=torch.float32, device=self.device)
+        if self.bias_ids is not None and self.bias_values is not None:
+            self.bias_values.index_fill_(0, values["slots"], 0)
+            self.bias_values[:, :width].index_copy_(0, values["slots"], values["bias_values"])
+            self.bias_ids[:, :width].index_copy_(0, values["slots"], values["bias_ids"])
+
+    def count(self, slots: Tensor, tokens: Tensor) -> None:
+        """Add a sampled token to each row's completion: int64 (n,), int32 (n,)."""
+        assert self.seen is not None
+        self.seen.view(-1).index_add_(0, slots * self.vocab_size + tokens, torch.full_like(tokens, 2))
+
+
+class LogitsProcessors:
+    """What follows on the logits of one runner's steps."""
+
+    def __init__(self, decoder: Decoder, tables: DeviceTables, device: torch.device) -> None:
+        self.decoder = decoder
+        self.tables = tables
+        self.device = device
+        self.rows_at_once = max(1, CHUNK_LOGITS // decoder.spec.vocab_size)
+        self.state = LogitsState(len(tables.length), decoder.spec.vocab_size, device)
+
+    def run(self, plan: StepPlan, output: StepOutput, masks: Masks | None) -> None:
+        """Sample changed rows again and read the log-probabilities of scored ones, overwriting `output`."""
+        special = plan.special
+        assert special is not None
+        if len(special.changed):
+            self._resample(plan, special, output, masks)
+        if len(special.scored):
+            index = upload({"scored": special.scored.astype(np.int64)}, self.device)["scored"]
+            scores = []
+            for rows in self._chunks(len(index)):
+                logits = self._all_logits(output.logits.index_select(0, index[rows]))
+                scores.append(token_scores(logits, output.tokens.index_select(0, index[rows]).long(), special.top))
+            output.scores = join(scores)
+
+    def score_prompts(self, plan: StepPlan, hidden: Tensor, output: StepOutput) -> None:
+        """The log-probabilities of the plan's prompt tokens by hidden states (q, D)."""
+        special = plan.special
+        assert special is not None
+        targets = upload({"targets": special.prompt_targets.astype(np.int64)}, self.device)["targets"]
+        scores = []
+        for rows in self._chunks(len(hidden)):
+            logits = self._all_logits(self.decoder.logits(hidden[rows]))
+            scores.append(token_scores(logits, targets[rows], special.prompt_top))
+        output.prompt_scores = join(scores)
+
+    def _chunks(self, rows: int) -> list[slice]:
+        return [slice(start, start + self.rows_at_once) for start in range(0, rows, self.rows_at_once)]
+
+    def _all_logits(self, logits: Tensor) -> Tensor:
+        """Rows' logits of the whole vocabulary; a rank has those of its own tokens."""
+        return self.decoder.ops.whole_logits(logits)
+
+    def _resample(self, plan: StepPlan, special: SpecialRows, output: StepOutput, masks: Masks | None) -> None:
+        arrays: dict[str, NDArray[Any]] = {
+            "changed": special.changed.astype(np.int64),
+            "slots": plan.sampled_slots[special.changed].astype(np.int64),
+            "penalties": special.penalties,
+        }
+        if masks is not None:  # the last one, of all ones, is for changed rows without a grammar
+            mask_of = np.full(len(special.changed), len(masks), np.int64)
+            mask_of[special.constrained] = np.arange(len(masks))
+            arrays["mask_of"] = mask_of
+            arrays["masks"] = np.concatenate([masks, np.full_like(masks[:1], -1)])
+        inputs = upload(arrays, self.device)
+        for rows in self._chunks(len(special.changed)):
+            changed, slots = inputs["changed"][rows], inputs["slots"][rows]
+            own = self._all_logits(output.logits.index_select(0, changed))
+            logits = self._change(special, own, slots, inputs, rows)
+            positions = self.tables.length.index_select(0, slots)
+            flags = plan.all_greedy, plan.any_filter, plan.any_min_len
+            tokens = self.decoder.ops.sample_whole(logits, self.tables.sampling, slots, positions, *flags)
+            output.tokens.index_copy_(0, changed, tokens)
+            self.tables.last_token.index_copy_(0, slots, tokens)
+            if special.penalised:
+                self.state.count(slots, tokens)
+
+    def _change(
+        self, special: SpecialRows, own: Tensor, slots: Tensor, inputs: dict[str, Tensor], rows: slice
+    ) -> Tensor:
+        """The float32 logits that these rows sample from, changed in the order that SamplingParams gives."""
+        logits, state, width = own.to(torch.float32, copy=True), self.state, special.bias_width
+        if special.penalised:
+            assert state.seen is not None
+            logits = penalise(logits, state.seen.index_select(0, slots), *inputs["penalties"][:, rows])
+        if width:
+            assert state.bias_ids is not None
+            assert state.bias_values is not None
+            ids, values = (t[:, :width].index_select(0, slots) for t in (state.bias_ids, state.bias_values))
+            logits.scatter_add_(1, ids, values)
+        if "masks" in inputs:
+            logits = forbid(logits, inputs["masks"].index_select(0, inputs["mask_of"][rows]))
+        return logits
+
+
+def penalise(logits: Tensor, seen: Tensor, repetition: Tensor, frequency: Tensor, presence: Tensor) -> Tensor:
+    """Change float32 logits (n, V) in place, and return them, by the tokens that each row has seen.
+
+    seen int32 (n, V): twice a token's count in the completion, plus one if it is in the prompt. A seen token's logit is
     divided by `repetition` (n,) where positive, else multiplied (Keskar et al., CTRL, 2019); then `frequency` (n,)
-    times its count in the answer and, if it is there, `presence` (n,) are subtracted (OpenAI's API reference). 1, 0 and
-    0 change no bit.
+    times its count in the completion and, if it is there, `presence` (n,) are subtracted (OpenAI's API reference).
+    1, 0 and 0 change no bit.
     """
     factor = repetition.unsqueeze(1)
     repeated = torch.where(logits > 0, logits / factor, logits * factor)
@@ -85,147 +218,6 @@ def _ranks(logits: Tensor) -> Tensor:
     return bits.long().bitwise_left_shift_(32).bitwise_or_(ids)
 
 
-PIECE = 1 << 23
-"""Logits that are worked on at a time, which bounds what a tail takes beside them: about 30 bytes each."""
-
-
-@dataclass
-class StepOutput:
-    """What a step leaves on the device. Logits and tokens are good until the next step of the same size is launched."""
-
-    tokens: Tensor  # int32 (len(sampled_slots),)
-    logits: Tensor  # (len(sampled_slots), V), the model's own
-    scores: TokenScores | None = None
-    prompt_scores: TokenScores | None = None
-
-
-@dataclass
-class SpecialTables:
-    """What special rows keep between steps. Both tables come into being with the first row that needs them."""
-
-    rows: int
-    vocab_size: int
-    device: torch.device
-    seen: Tensor | None = field(default=None, init=False)  # int32 (rows, V), see ops.logits.penalise
-    bias_ids: Tensor | None = field(default=None, init=False)  # int64 (rows, MAX_LOGIT_BIAS)
-    bias_values: Tensor | None = field(default=None, init=False)  # float32 (rows, MAX_LOGIT_BIAS)
-
-    def admit(self, init: SpecialInit) -> None:
-        """Start these rows afresh."""
-        arrays: dict[str, NDArray[Any]] = {
-            "slots": init.slots.astype(np.int64),
-            "places": init.seen_slots.astype(np.int64) * self.vocab_size + init.seen_tokens,
-            "seen": init.seen,
-            "bias_ids": init.bias_ids.astype(np.int64),
-            "bias_values": init.bias_values,
-        }
-        values = upload(arrays, self.device)
-        width = init.bias_ids.shape[1]
-        if self.seen is None and len(init.seen):
-            self.seen = torch.zeros((self.rows, self.vocab_size), dtype=torch.int32, device=self.device)
-        if self.seen is not None:
-            self.seen.index_fill_(0, values["slots"], 0)
-            self.seen.view(-1).index_copy_(0, values["places"], values["seen"])
-        if self.bias_ids is None and width:
-            self.bias_ids = torch.zeros((self.rows, MAX_LOGIT_BIAS), dtype=torch.int64, device=self.device)
-            self.bias_values = torch.zeros((self.rows, MAX_LOGIT_BIAS), dtype=torch.float32, device=self.device)
-        if self.bias_ids is not None and self.bias_values is not None:
-            self.bias_values.index_fill_(0, values["slots"], 0)
-            self.bias_values[:, :width].index_copy_(0, values["slots"], values["bias_values"])
-            self.bias_ids[:, :width].index_copy_(0, values["slots"], values["bias_ids"])
-
-
-class Tail:
-    """The tails of one runner's steps."""
-
-    def __init__(self, decoder: Decoder, tables: DeviceTables, device: torch.device) -> None:
-        self.decoder = decoder
-        self.tables = tables
-        self.device = device
-        self.vocab_size = decoder.spec.vocab_size
-        self.piece = max(1, PIECE // self.vocab_size)
-        self.special = SpecialTables(len(tables.length), self.vocab_size, device)
-
-    def score_prompts(self, plan: StepPlan, hidden: Tensor, output: StepOutput) -> None:
-        """The log-probabilities of the plan's prompt tokens by hidden states (q, D), their logits a piece at a time."""
-        special = plan.special
-        assert special is not None
-        targets = upload({"targets": special.prompt_targets.astype(np.int64)}, self.device)["targets"]
-        output.prompt_scores = join(
-            [
-                token_scores(self._whole(self.decoder.logits(hidden[part])), targets[part], special.prompt_top)
-                for part in self._pieces(len(hidden))
-            ]
-        )
-
-    def run(self, plan: StepPlan, output: StepOutput, masks: Masks | None) -> None:
-        """Draw the tokens of changed rows and read the log-probabilities of scored ones, overwriting `output`."""
-        special = plan.special
-        assert special is not None
-        if len(special.changed):
-            self._redraw(plan, special, output, masks)
-        if len(special.scored):
-            index = upload({"scored": special.scored.astype(np.int64)}, self.device)["scored"]
-            scores = []
-            for part in self._pieces(len(index)):
-                logits = self._whole(output.logits.index_select(0, index[part]))
-                scores.append(token_scores(logits, output.tokens.index_select(0, index[part]).long(), special.top))
-            output.scores = join(scores)
-
-    def _whole(self, logits: Tensor) -> Tensor:
-        """These rows' logits of all tokens, where a rank has those of its own."""
-        return self.decoder.ops.whole_logits(logits)
-
-    def _pieces(self, rows: int) -> list[slice]:
-        """Rows cut so that the logits of each piece are no more than PIECE."""
-        return [slice(start, start + self.piece) for start in range(0, rows, self.piece)]
-
-    def _redraw(self, plan: StepPlan, special: SpecialRows, output: StepOutput, masks: Masks | None) -> None:
-        arrays: dict[str, NDArray[Any]] = {
-            "changed": special.changed.astype(np.int64),
-            "slots": plan.sampled_slots[special.changed].astype(np.int64),
-            "penalties": special.penalties,
-        }
-        if masks is not None:  # the last one, of all ones, is for changed rows without a grammar
-            mask_of = np.full(len(special.changed), len(masks), np.int64)
-            mask_of[special.constrained] = np.arange(len(masks))
-            arrays["mask_of"] = mask_of
-            arrays["masks"] = np.concatenate([masks, np.full_like(masks[:1], -1)])
-        there = upload(arrays, self.device)
-        for part in self._pieces(len(special.changed)):
-            changed, slots = there["changed"][part], there["slots"][part]
-            own = self._whole(output.logits.index_select(0, changed))
-            logits = self._change(special, own, slots, there, part)
-            positions = self.tables.length.index_select(0, slots)
-            flags = plan.all_greedy, plan.any_filter, plan.any_min_len
-            tokens = self.decoder.ops.sample_whole(logits, self.tables.sampling, slots, positions, *flags)
-            output.tokens.index_copy_(0, changed, tokens)
-            self.tables.last_token.index_copy_(0, slots, tokens)
-            if special.penalised:
-                assert self.special.seen is not None
-                places = slots * self.vocab_size + tokens
-                self.special.seen.view(-1).index_add_(0, places, torch.full_like(tokens, 2))
-
-    def _change(
-        self, special: SpecialRows, own: Tensor, slots: Tensor, there: dict[str, Tensor], part: slice
-    ) -> Tensor:
-        """The float32 logits that these rows draw from, in the order that SamplingParams gives."""
-        logits, tables, width = own.float(), self.special, special.bias_width
-        if logits is own:
-            logits = own.clone()
-        if special.penalised:
-            assert tables.seen is not None
-            logits = penalise(logits, tables.seen.index_select(0, slots), *there["penalties"][:, part])
-        if width:
-            assert tables.bias_ids is not None
-            assert tables.bias_values is not None
-            ids, values = (t[:, :width].index_select(0, slots) for t in (tables.bias_ids, tables.bias_values))
-            logits.scatter_add_(1, ids, values)
-        if "masks" in there:
-            logits = forbid(logits, there["masks"].index_select(0, there["mask_of"][part]))
-        return logits
-
-
 def join(parts: list[TokenScores]) -> TokenScores:
-    """Pieces of scores as one."""
+    """Chunks of scores as one."""
     return parts[0] if len(parts) == 1 else TokenScores(*(torch.cat(column) for column in zip(*parts, strict=True)))

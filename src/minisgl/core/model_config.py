@@ -1,21 +1,15 @@
-"""Typed reading of the JSON objects that describe a model; whoever wrote them is not trusted.
+"""What a model is: the facts of its `config.json` in one form, whatever the architecture's name.
 
-Which tokens end an answer: every id that any of the model's files names.
-
-Which rotary embedding a model uses, read from either form of its config.
-
-What a model is: the facts of its `config.json` in one form, whatever the architecture's name.
-
-An architecture is a row of `ARCHITECTURES`; the defaults in it are those of the `transformers`
-configuration class of the same name, which decide when a checkpoint leaves a field out. Both of its
-forms are read: version 4 (`rope_theta`, `rope_scaling`, `torch_dtype`) and 5 (`rope_parameters`, `dtype`).
+An architecture is a row of `ARCHITECTURES`; the defaults in it are those of the `transformers` configuration class of
+the same name, which decide when a checkpoint leaves a field out. Both forms are read: version 4 (`rope_theta`,
+`rope_scaling`, `torch_dtype`) and 5 (`rope_parameters`, `dtype`).
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -23,158 +17,10 @@ from typing import Any, Literal, cast, get_args
 
 from minisgl.errors import ModelError
 
+CHECKPOINT_DTYPES = ("float32", "float16", "bfloat16")
+MAX_LAYERS = 10_000
 MAX_COUNT = 2**31 - 1
 MAX_JSON_BYTES = 256 * 2**20
-_REQUIRED: Any = object()
-
-
-def read_json(path: Path) -> Any:
-    """The value in this JSON file. Raises ModelError naming the file when it is missing, too large or not JSON."""
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ModelError(f"{path}: larger than {MAX_JSON_BYTES} bytes, which no description of a model is")
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ModelError(f"{path}: no such file") from None
-    except OSError as error:
-        raise ModelError(f"{path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not valid JSON: {error}") from error
-
-
-class Fields:
-    """A JSON object whose fields are taken with a type; `where` names it in errors.
-
-    Every method raises ModelError naming file and field when the field is ill-typed, or missing without a default.
-    A null counts as missing, except in `integer_or_null`.
-    """
-
-    def __init__(self, values: Any, where: str) -> None:
-        if not isinstance(values, dict):
-            raise ModelError(f"{where}: must be a JSON object, got {_short(values)}")
-        self.values: dict[str, Any] = values
-        self.where = where
-
-    def __contains__(self, name: str) -> bool:
-        return self.values.get(name) is not None
-
-    def error(self, name: str, rule: str) -> ModelError:
-        """The error for a field that breaks `rule`."""
-        return ModelError(f"{self.where}: {name} must be {rule}, got {_short(self.values.get(name))}")
-
-    def _take(self, name: str, default: Any) -> Any:
-        value = self.values.get(name)
-        if value is None:
-            if default is _REQUIRED:
-                raise ModelError(f"{self.where}: the field {name} is missing")
-            return default
-        return value
-
-    def integer(self, name: str, default: Any = _REQUIRED, *, least: int = 1) -> int:
-        """An integer of at least `least` that fits 31 bits."""
-        value = self._take(name, default)
-        if type(value) is not int or not least <= value <= MAX_COUNT:
-            raise self.error(name, f"an integer of at least {least}")
-        return value
-
-    def integer_or_null(self, name: str, default: int | None) -> int | None:
-        """A positive integer, or None where the file says null; `default` where it says nothing."""
-        if name in self.values and self.values[name] is None:
-            return None
-        return None if default is None and name not in self.values else self.integer(name, default)
-
-    def number(self, name: str, default: Any = _REQUIRED) -> float:
-        """A positive finite number."""
-        value = self._take(name, default)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise self.error(name, "a positive number")
-        return float(value)
-
-    def number_or_none(self, name: str) -> float | None:
-        """A positive finite number, or None when it is missing."""
-        return self.number(name) if name in self else None
-
-    def flag(self, name: str, default: Any = _REQUIRED) -> bool:
-        """True or false."""
-        value = self._take(name, default)
-        if type(value) is not bool:
-            raise self.error(name, "true or false")
-        return value
-
-    def text(self, name: str, default: Any = _REQUIRED) -> str:
-        """A string."""
-        value = self._take(name, default)
-        if type(value) is not str:
-            raise self.error(name, "a string")
-        return value
-
-    def items(self, name: str, kind: type, default: Any = _REQUIRED) -> list[Any]:
-        """A list whose elements are all of `kind`."""
-        value = self._take(name, default)
-        if not isinstance(value, list) or any(type(item) is not kind for item in value):
-            raise self.error(name, f"a list of {kind.__name__}")
-        return value
-
-    def section(self, name: str, default: Mapping[str, Any] = _REQUIRED) -> Fields:
-        """A JSON object, empty where `default` says so."""
-        return Fields(self._take(name, default), f"{self.where}: {name}")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def read_eos_token_ids(folder: Path, config: Fields, vocab_size: int) -> tuple[int, ...]:
-    """EOS ids of generation_config.json, config.json and the tokenizer's `eos_token`, without repeats, in this order.
-
-    Files other than config.json may be missing. Ids outside of the vocabulary, which the model can never produce,
-    are left out. Raises ModelError naming file and field for an ill-typed one.
-    """
-    ids: list[int] = []
-    generation = folder / "generation_config.json"
-    if generation.exists():
-        ids += _ids(Fields(read_json(generation), str(generation)))
-    ids += _ids(config)
-    if (token := _eos_token_id(folder)) is not None:
-        ids.append(token)
-    return tuple(dict.fromkeys(token for token in ids if token < vocab_size))
-
-
-def _ids(fields: Fields) -> list[int]:
-    value: Any = fields.values.get("eos_token_id")
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if any(type(token) is not int or token < 0 for token in ids):
-        raise fields.error("eos_token_id", "a token id or a list of them")
-    return ids
-
-
-def _eos_token_id(folder: Path) -> int | None:
-    """The id of tokenizer_config.json's `eos_token`, looked up there, then in tokenizer.json."""
-    path = folder / "tokenizer_config.json"
-    if not path.exists():
-        return None
-    fields = Fields(read_json(path), str(path))
-    token: Any = fields.values.get("eos_token")
-    text = token.get("content") if isinstance(token, dict) else token
-    if text is None:
-        return None
-    if not isinstance(text, str):
-        raise fields.error("eos_token", "a string or an object with content")
-    for key, added in fields.section("added_tokens_decoder", {}).values.items():
-        if key.isdecimal() and isinstance(added, dict) and added.get("content") == text:
-            return int(key)
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        return None
-    tokenizer = Fields(read_json(path), str(path))
-    for added in tokenizer.items("added_tokens", dict, []):
-        if added.get("content") == text and type(added.get("id")) is int:
-            return int(added["id"])
-    vocab = tokenizer.section("model", {}).values.get("vocab")
-    found = vocab.get(text) if isinstance(vocab, dict) else None
-    return found if type(found) is int else None
-
 
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
 
@@ -203,57 +49,6 @@ class Rope:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
-
-
-def read_rope(config: Fields, max_position: int) -> Rope:
-    """The rope of a `config.json`, from `rope_parameters` or from `rope_theta` and `rope_scaling`.
-
-    Raises ModelError for a kind that is not supported, parameters per layer type, and partial rotation.
-    """
-    name = "rope_scaling" if "rope_scaling" in config else "rope_parameters"
-    rope = config.section(name, {})
-    if any(isinstance(value, dict) for value in rope.values.values()):
-        raise ModelError(f"{rope.where}: rope parameters per layer type are not supported")
-    for fields in (config, rope):
-        if fields.number("partial_rotary_factor", 1.0) != 1.0:
-            raise ModelError(f"{fields.where}: partial_rotary_factor other than 1 is not supported")
-    theta = rope.number("rope_theta", config.number("rope_theta", 10000.0))
-    kind = rope.text("rope_type", rope.text("type", "default"))
-    if kind not in get_args(RopeKind):
-        raise ModelError(
-            f"{rope.where}: rope kind {kind!r} is not supported; those that are: {', '.join(get_args(RopeKind))}"
-        )
-    if kind == "default":
-        return Rope(kind="default", theta=theta)
-    if kind == "linear":
-        return Rope(kind="linear", theta=theta, factor=rope.number("factor"))
-    key = "original_max_position_embeddings"
-    original = config.integer(key) if key in config else rope.integer(key, max_position)
-    factor = rope.number("factor", max_position / original if kind == "yarn" else None)
-    if kind == "llama3":
-        low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-        if high <= low:
-            raise rope.error("high_freq_factor", f"larger than low_freq_factor ({low})")
-        return Rope(
-            kind="llama3", theta=theta, factor=factor, low_freq_factor=low, high_freq_factor=high,
-            original_max_position=original,
-        )  # fmt: skip
-    return Rope(
-        kind=cast(RopeKind, kind),
-        theta=theta,
-        factor=factor,
-        original_max_position=original,
-        beta_fast=rope.number("beta_fast", 32.0),
-        beta_slow=rope.number("beta_slow", 1.0),
-        attention_factor=rope.number_or_none("attention_factor"),
-        mscale=rope.number_or_none("mscale"),
-        mscale_all_dim=rope.number_or_none("mscale_all_dim"),
-        truncate=rope.flag("truncate", True),
-    )
-
-
-CHECKPOINT_DTYPES = ("float32", "float16", "bfloat16")
-MAX_LAYERS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -422,7 +217,8 @@ def _head_dim(config: Fields, row: Architecture, hidden_size: int, num_heads: in
 def _windows(config: Fields, row: Architecture, num_layers: int) -> tuple[int, ...]:
     if row.windows == "none" or (row.use_window_field and not config.flag("use_sliding_window", False)):
         return (0,) * num_layers
-    window = config.integer_or_null("sliding_window", 4096) or 0
+    no_window = "sliding_window" in config.values and config.values["sliding_window"] is None
+    window = 0 if no_window else config.integer("sliding_window", 4096)
     if row.windows == "all":
         return (window,) * num_layers
     if "layer_types" not in config:
@@ -455,3 +251,171 @@ def _dtype(config: Fields) -> str:
     if dtype not in CHECKPOINT_DTYPES:
         raise config.error(name, f"one of {', '.join(CHECKPOINT_DTYPES)}")
     return dtype
+
+
+def read_rope(config: Fields, max_position: int) -> Rope:
+    """The rope of a `config.json`, from `rope_parameters` or from `rope_theta` and `rope_scaling`.
+
+    Raises ModelError for a kind that is not supported, parameters per layer type, and partial rotation.
+    """
+    rope = config.section("rope_scaling" if "rope_scaling" in config else "rope_parameters", {})
+    if any(isinstance(value, dict) for value in rope.values.values()):
+        raise ModelError(f"{rope.where}: rope parameters per layer type are not supported")
+    for fields in (config, rope):
+        if fields.number("partial_rotary_factor", 1.0) != 1.0:
+            raise ModelError(f"{fields.where}: partial_rotary_factor other than 1 is not supported")
+    theta = rope.number("rope_theta", config.number("rope_theta", 10000.0))
+    kind = rope.text("rope_type", rope.text("type", "default"))
+    if kind not in get_args(RopeKind):
+        raise ModelError(
+            f"{rope.where}: rope kind {kind!r} is not supported; those that are: {', '.join(get_args(RopeKind))}"
+        )
+    if kind == "default":
+        return Rope(kind="default", theta=theta)
+    if kind == "linear":
+        return Rope(kind="linear", theta=theta, factor=rope.number("factor"))
+    key = "original_max_position_embeddings"
+    original = config.integer(key) if key in config else rope.integer(key, max_position)
+    if kind == "llama3":
+        low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+        if high <= low:
+            raise rope.error("high_freq_factor", f"larger than low_freq_factor ({low})")
+        return Rope(
+            kind="llama3", theta=theta, factor=rope.number("factor"), low_freq_factor=low, high_freq_factor=high,
+            original_max_position=original,
+        )  # fmt: skip
+    return Rope(
+        kind=cast(RopeKind, kind),
+        theta=theta,
+        factor=rope.number("factor", max_position / original),
+        original_max_position=original,
+        beta_fast=rope.number("beta_fast", 32.0),
+        beta_slow=rope.number("beta_slow", 1.0),
+        attention_factor=rope.number_or_none("attention_factor"),
+        mscale=rope.number_or_none("mscale"),
+        mscale_all_dim=rope.number_or_none("mscale_all_dim"),
+        truncate=rope.flag("truncate", True),
+    )
+
+
+def read_eos_token_ids(folder: Path, config: Fields, vocab_size: int) -> tuple[int, ...]:
+    """EOS ids of generation_config.json, config.json and the tokenizer's `eos_token`, without repeats, in this order.
+
+    Files other than config.json may be missing. Ids outside of the vocabulary, which the model can never produce,
+    are left out.
+    """
+    ids: list[int] = []
+    for fields in (_optional(folder / "generation_config.json"), config):
+        found: Any = fields.values.get("eos_token_id")
+        found = [] if found is None else found if isinstance(found, list) else [found]
+        if any(type(token) is not int or token < 0 for token in found):
+            raise fields.error("eos_token_id", "a token id or a list of them")
+        ids += found
+    if (token := _tokenizer_eos_id(folder)) is not None:
+        ids.append(token)
+    return tuple(dict.fromkeys(token for token in ids if token < vocab_size))
+
+
+def _tokenizer_eos_id(folder: Path) -> int | None:
+    """The id of tokenizer_config.json's `eos_token`, looked up there, then in tokenizer.json."""
+    config = _optional(folder / "tokenizer_config.json")
+    token: Any = config.values.get("eos_token")
+    text = token.get("content") if isinstance(token, dict) else token
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise config.error("eos_token", "a string or an object with content")
+    for key, added in config.section("added_tokens_decoder", {}).values.items():
+        if key.isdecimal() and isinstance(added, dict) and added.get("content") == text:
+            return int(key)
+    tokenizer = _optional(folder / "tokenizer.json")
+    for added in tokenizer.items("added_tokens", dict, []):
+        if added.get("content") == text and type(added.get("id")) is int:
+            return int(added["id"])
+    vocab = tokenizer.section("model", {}).values.get("vocab")
+    found = vocab.get(text) if isinstance(vocab, dict) else None
+    return found if type(found) is int else None
+
+
+def read_json(path: Path) -> Any:
+    """The value in this JSON file. Raises ModelError naming the file when it is missing, too large or not JSON."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ModelError(f"{path}: larger than {MAX_JSON_BYTES} bytes, which no description of a model is")
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ModelError(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not valid JSON: {error}") from error
+
+
+def _optional(path: Path) -> Fields:
+    return Fields(read_json(path) if path.exists() else {}, str(path))
+
+
+class Fields:
+    """A JSON object whose fields are read with a type; `where` names it in errors.
+
+    Every method raises ModelError naming file and field when the field is ill-typed, or missing without a default.
+    A null counts as missing. Integers fit 31 bits, numbers are positive and finite.
+    """
+
+    _REQUIRED: Any = object()
+
+    def __init__(self, values: Any, where: str) -> None:
+        if not isinstance(values, dict):
+            raise ModelError(f"{where}: must be a JSON object, got {_short(values)}")
+        self.values: dict[str, Any] = values
+        self.where = where
+
+    def __contains__(self, name: str) -> bool:
+        return self.values.get(name) is not None
+
+    def error(self, name: str, rule: str) -> ModelError:
+        return ModelError(f"{self.where}: {name} must be {rule}, got {_short(self.values.get(name))}")
+
+    def _read(self, name: str, default: Any, rule: str, is_valid: Callable[[Any], bool]) -> Any:
+        value = self.values.get(name)
+        if value is None and default is self._REQUIRED:
+            raise ModelError(f"{self.where}: the field {name} is missing")
+        if value is None:
+            return default
+        if not is_valid(value):
+            raise self.error(name, rule)
+        return value
+
+    def integer(self, name: str, default: int = _REQUIRED, *, least: int = 1) -> int:
+        rule = f"an integer of at least {least}"
+        return int(self._read(name, default, rule, lambda x: type(x) is int and least <= x <= MAX_COUNT))
+
+    def number(self, name: str, default: float = _REQUIRED) -> float:
+        return float(
+            self._read(name, default, "a positive number", lambda x: type(x) in (int, float) and 0 < x < math.inf)
+        )
+
+    def number_or_none(self, name: str) -> float | None:
+        """A positive finite number, or None when it is missing."""
+        return self.number(name) if name in self else None
+
+    def flag(self, name: str, default: bool = _REQUIRED) -> bool:
+        return bool(self._read(name, default, "true or false", lambda x: type(x) is bool))
+
+    def text(self, name: str, default: str = _REQUIRED) -> str:
+        return str(self._read(name, default, "a string", lambda x: type(x) is str))
+
+    def items(self, name: str, kind: type, default: list[Any] = _REQUIRED) -> list[Any]:
+        """A list whose elements are all of `kind`."""
+        rule = f"a list of {kind.__name__}"
+        return list(
+            self._read(name, default, rule, lambda x: isinstance(x, list) and all(type(item) is kind for item in x))
+        )
+
+    def section(self, name: str, default: Mapping[str, Any] = _REQUIRED) -> Fields:
+        return Fields(self._read(name, default, "a JSON object", lambda x: True), f"{self.where}: {name}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

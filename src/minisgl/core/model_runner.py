@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minisgl.core.attention import Geometry, Rows
+from minisgl.core.attention import AttentionMetadata, PlannedAttention, SequenceBatch
 from minisgl.core.decoder import Decoder, ForwardBatch
 from minisgl.core.kv_cache import DeviceTables, KVCache, upload
-from minisgl.core.logits import StepOutput, Tail
+from minisgl.core.logits import LogitsProcessors, StepOutput
 from minisgl.core.plan import Masks, RowInit, StepPlan
 
-if TYPE_CHECKING:
-    from minisgl.gpu.cuda_graphs import DecodeGraphs, PiecewiseGraphs
+
+class DecodeGraphRunner(Protocol):
+    """Decode steps as graphs, over a runner's tables and cache."""
+
+    def takes(self, plan: StepPlan) -> bool:
+        """Whether there is a graph for this step."""
+
+    def run(self, plan: StepPlan) -> StepOutput:
+        """The whole step, sampled tokens written back to the tables."""
 
 
-class Runner:
+class PiecewiseGraphRunner(Protocol):
+    """Steps with prompts as graphs between their attentions."""
+
+    def takes(self, batch: ForwardBatch) -> bool:
+        """Whether there are graphs for this step."""
+
+    def forward(self, batch: ForwardBatch, attention: PlannedAttention) -> Tensor:
+        """`Decoder.forward`."""
+
+
+class ModelRunner:
     """Runs plans in order against its tables and its cache. The host never waits for the device here."""
 
     def __init__(self, decoder: Decoder, kv: KVCache, rows: int, max_seq_len: int, device: torch.device) -> None:
@@ -28,71 +45,54 @@ class Runner:
         self.kv = kv
         self.device = device
         self.tables = DeviceTables(rows, -(-max_seq_len // kv.page_size), kv.num_pages, device)
-        self.tail = Tail(decoder, self.tables, device)
-        self.graphs: DecodeGraphs | None = None
-        self.pieces: PiecewiseGraphs | None = None
-
-    def capture_graphs(self, largest: int, max_seq_len: int) -> None:
-        """From here on, decode steps of up to `largest` rows are graph replays."""
-        from minisgl.gpu.cuda_graphs import DecodeGraphs, graph_sizes
-
-        sizes = graph_sizes(largest)
-        self.graphs = DecodeGraphs(self.decoder, self.kv, self.tables, sizes, max_seq_len)
-
-    def capture_pieces(self, largest: int) -> None:
-        """From here on, steps with prompts of up to `largest` tokens are graph replays between their attentions."""
-        from minisgl.gpu.cuda_graphs import PiecewiseGraphs
-
-        self.pieces = PiecewiseGraphs(self.decoder, self.kv, largest)
+        self.logits_processors = LogitsProcessors(decoder, self.tables, device)
+        self.decode_graphs: DecodeGraphRunner | None = None
+        self.piecewise_graphs: PiecewiseGraphRunner | None = None
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepOutput:
-        """Do what the plan says; what is left for `finish` where rows wait for masks is their tail."""
-        output = self._forward(plan)
+        """Do what the plan says; where rows wait for masks, the logits processors are left for `finish`."""
+        output = self._forward_and_sample(plan)
         if plan.special is not None and len(plan.special.constrained) == 0:
-            self.tail.run(plan, output, None)
+            self.logits_processors.run(plan, output, None)
         return output
 
     @torch.inference_mode()
     def finish(self, plan: StepPlan, output: StepOutput, masks: Masks) -> StepOutput:
         """The second half of the step that ran last, for rows that follow a grammar."""
-        self.tail.run(plan, output, masks)
+        self.logits_processors.run(plan, output, masks)
         return output
 
-    def _forward(self, plan: StepPlan) -> StepOutput:
-        """Run the model, draw a token for each sampled row from its own logits, and score prompts."""
-        if self.graphs is not None and self.graphs.takes(plan):
-            return self.graphs.run(plan)
+    def _forward_and_sample(self, plan: StepPlan) -> StepOutput:
+        """Run the model, sample a token for each row that ends here from its own logits, and score prompts."""
+        if self.decode_graphs is not None and self.decode_graphs.takes(plan):
+            return self.decode_graphs.run(plan)
+        # 1) Bring the tables up to date: rows that start, and new pages.
         if plan.init is not None:
             self._admit(plan.init)
         step = upload_step(plan, self.device)
         if len(plan.page_ids):
             self.tables.write_pages(step.page_slots, step.page_indices, step.page_ids)
-        attention = self.decoder.attention.plan(self._geometry(plan, step), self.kv)
-        batch = self._batch(step)
-        if self.pieces is not None and self.pieces.takes(batch):
-            hidden = self.pieces.forward(batch, attention)
+        # 2) Run the layers over all of the step's tokens.
+        attention = self.decoder.attention.plan(self._attention_metadata(plan, step), self.kv)
+        batch = self._forward_batch(step)
+        if self.piecewise_graphs is not None and self.piecewise_graphs.takes(batch):
+            hidden = self.piecewise_graphs.forward(batch, attention)
         else:
             hidden = self.decoder.forward(batch, attention, self.kv)
+        # 3) The sampled rows come first, then the prompt tokens that are scored.
         output = self._sample(plan, step, hidden[: len(step.sampled)])
         if len(hidden) > len(step.sampled):
-            self.tail.score_prompts(plan, hidden[len(step.sampled) :], output)
+            self.logits_processors.score_prompts(plan, hidden[len(step.sampled) :], output)
         return output
 
     def _sample(self, plan: StepPlan, step: StepTensors, hidden: Tensor) -> StepOutput:
-        """Draw a token for each sampled row from hidden states (n, D)."""
+        """Sample a token for each row from hidden states (n, D)."""
         if len(hidden) == 0:
             return StepOutput(torch.empty(0, dtype=torch.int32, device=self.device), hidden)
-        logits = self.decoder.logits(hidden)
-        tokens = self.decoder.ops.sample(
-            logits,
-            self.tables.sampling,
-            step.sampled,
-            self.tables.length.index_select(0, step.sampled),
-            plan.all_greedy,
-            plan.any_filter,
-            plan.any_min_len,
-        )
+        logits, positions = self.decoder.logits(hidden), self.tables.length.index_select(0, step.sampled)
+        flags = plan.all_greedy, plan.any_filter, plan.any_min_len
+        tokens = self.decoder.ops.sample(logits, self.tables.sampling, step.sampled, positions, *flags)
         self.tables.last_token.index_copy_(0, step.sampled, tokens)
         return StepOutput(tokens, logits)
 
@@ -111,9 +111,9 @@ class Runner:
         values = upload(arrays, self.device)
         self.tables.write_sampling(values.pop("slots"), values)
         if init.special is not None:
-            self.tail.special.admit(init.special)
+            self.logits_processors.state.admit(init.special)
 
-    def _batch(self, step: StepTensors) -> ForwardBatch:
+    def _forward_batch(self, step: StepTensors) -> ForwardBatch:
         """The step's tokens, decode rows first; advances the rows' lengths by what the step writes."""
         tables, decodes = self.tables, step.decode_slots
         ids, slots, positions = step.prefill_tokens, step.token_slots, step.token_positions
@@ -128,25 +128,24 @@ class Runner:
         return ForwardBatch(
             ids=ids,
             positions=positions,
-            locations=tables.locations(slots, positions, self.kv.page_size),
-            rows=step.wanted if len(step.prefill_slots) else None,
+            slot_mapping=tables.slot_mapping(slots, positions, self.kv.page_size),
+            logits_indices=step.logits_indices if len(step.prefill_slots) else None,
         )
 
-    def _geometry(self, plan: StepPlan, step: StepTensors) -> Geometry:
+    def _attention_metadata(self, plan: StepPlan, step: StepTensors) -> AttentionMetadata:
         decode = prefill = None
         if len(plan.decode_slots):
-            lens = plan.decode_lens + 1
-            decode = Rows(
+            decode = SequenceBatch(
                 page_table=self.tables.page_table,
                 slots=plan.decode_slots,
-                query_lens=np.ones_like(lens),
-                kv_lens=lens,
+                query_lens=np.ones_like(plan.decode_lens),
+                kv_lens=plan.decode_lens + 1,
                 slots_device=step.decode_slots,
                 cu_query_lens=step.decode_starts,
                 kv_lens_device=step.decode_ends,
             )
         if len(plan.prefill_slots):
-            prefill = Rows(
+            prefill = SequenceBatch(
                 page_table=self.tables.page_table,
                 slots=plan.prefill_slots,
                 query_lens=plan.prefill_lens,
@@ -155,7 +154,7 @@ class Runner:
                 cu_query_lens=step.prefill_query_starts,
                 kv_lens_device=step.prefill_ends,
             )
-        return Geometry(decode=decode, prefill=prefill)
+        return AttentionMetadata(decode=decode, prefill=prefill)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +173,7 @@ class StepTensors:
     decode_starts: Tensor  # int32 (d + 1,) where each decode row's query begins: 0, 1, 2, …
     decode_ends: Tensor  # int32 (d,) tokens in the cache, the new one included
     prefill_query_starts: Tensor  # int32 (c + 1,) where each chunk begins among the t prefill tokens, and t
-    wanted: Tensor  # (n + q,) where the sampled rows' last tokens, and scored ones, are among the step's d + t
+    logits_indices: Tensor  # (n + q,) the sampled rows' last tokens, and the scored ones, among the step's d + t
     sampled: Tensor  # (n,) the slots they belong to
 
 
@@ -182,8 +181,9 @@ def upload_step(plan: StepPlan, device: torch.device) -> StepTensors:
     """Work out where each prefill token goes, and send everything over."""
     lens, decodes = plan.prefill_lens, len(plan.decode_slots)
     ends = np.cumsum(lens)  # of each chunk, among the prefill tokens
-    last = [np.arange(decodes), decodes + ends[plan.prefill_final] - 1]
-    prompts = [] if plan.special is None else [plan.special.prompt_rows]
+    wanted: list[NDArray[Any]] = [np.arange(decodes), decodes + ends[plan.prefill_final] - 1]
+    if plan.special is not None:
+        wanted.append(plan.special.prompt_rows)
     positions = np.arange(len(plan.prefill_tokens)) + np.repeat(plan.prefill_starts - (ends - lens), lens)
     arrays = {
         "page_slots": plan.page_slots.astype(np.int64),
@@ -198,7 +198,7 @@ def upload_step(plan: StepPlan, device: torch.device) -> StepTensors:
         "decode_starts": np.arange(decodes + 1, dtype=np.int32),
         "decode_ends": plan.decode_lens + 1,
         "prefill_query_starts": np.concatenate([[0], ends]).astype(np.int32),
-        "wanted": np.concatenate([*last, *prompts]).astype(np.int64),
+        "logits_indices": np.concatenate(wanted).astype(np.int64),
         "sampled": plan.sampled_slots.astype(np.int64),
     }
     return StepTensors(**upload(arrays, device))

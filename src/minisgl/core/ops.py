@@ -1,23 +1,13 @@
-"""Matrix products with weights that are prepared once for the device that reads them.
+"""The decoder's operations in plain torch: what the CPU runs, and every kernel's reference.
 
-What each operation of the decoder computes, in plain torch: the CPU's implementation and every kernel's oracle.
-
-T tokens, D hidden size, N heads, hd head size, I MLP width, E experts. Reductions and rotations are in float32
-whatever the dtype of the arguments, and results have the dtype of the activations.
-
-How a step's rows go from one attention to the next: all at once, or in parts that take turns.
-
-Between two attentions everything is done row by row. So what ends a block for some rows (a sum over ranks) can run
-while the device computes for others.
-
-Which implementation of the fused operations a device gets: plain torch, or kernels.
+T tokens, D hidden size, N heads, hd head size, I MLP width, E experts. Reductions and rotations are in float32 whatever
+the dtype of the arguments, and results have the dtype of the activations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +17,196 @@ from minisgl.core.sampler import SamplingRows, sample
 
 TYPICAL_ROWS = 8
 """Rows of the activation that a packed weight is laid out for; layouts differ little from 2 to 512."""
-
 EXACT_ROWS, ROW_STEP = 64, 16
-"""Above so many rows a packed product gets a multiple of the step, by rows of zeros.
+"""Above so many rows a packed GEMM gets a multiple of the step, by rows of zeros.
 
 oneDNN compiles and keeps a program for each number of rows, some 2 MB for the five shapes of a small model: with every
 number up to a prefill budget of 512 that came to 1 GB.
 """
+
+
+def embed(ids: Tensor, table: Tensor, whole: bool) -> Tensor:
+    """Rows of a table: ids int32 (T,), table (V, D) -> (T, D). `whole` is for other implementations."""
+    return table.index_select(0, ids)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root mean square norm over the last dimension (Zhang and Sennrich, arXiv 1910.07467).
+
+    x (..., D), weight (D,) -> (..., D). The normalised value is rounded to the dtype of x before it is scaled.
+    """
+    if x.dtype == torch.float32:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return (wide * scale).to(x.dtype) * weight
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Add x to the residual stream in place, and return the stream's `rms_norm`. x, residual (T, D)."""
+    residual += x
+    return rms_norm(residual, weight, eps)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (T, in) times a weight (out, in), packed or not, plus bias (out,) -> (T, out)."""
+    if not weight.is_mkldnn:
+        return F.linear(x, weight, bias)
+    rows = x.shape[0]
+    if lacking := -rows % ROW_STEP if rows > EXACT_ROWS else 0:
+        x = F.pad(x, (0, 0, 0, lacking))
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return out[:rows]
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """The gated activation of SwiGLU (Shazeer, arXiv 2002.05202). gate_up (..., 2I), gate first -> (..., I)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`silu_mul` of a `linear`: x (T, in), weight (2I, in), bias (2I,) -> (T, I)."""
+    return silu_mul(linear(x, weight, bias))
+
+
+def apply_rope(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """Rotate heads by their token's angles, pairing dimension i with i + hd/2 (RoFormer, arXiv 2104.09864).
+
+    x (T, N, hd); cos_sin float32 (T, hd), the hd/2 cosines first -> (T, N, hd).
+    """
+    cos, sin = cos_sin.unsqueeze(1).chunk(2, dim=-1)  # (T, 1, hd/2)
+    first, second = x.float().chunk(2, dim=-1)
+    rotated = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    low, high = rotated.chunk(2, dim=-1)
+    torch.mul(first, cos, out=low).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=high).addcmul_(first, sin)
+    return rotated.to(x.dtype)
+
+
+def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    """Write keys and values of T tokens to their places in one layer's pages.
+
+    k, v (T, K, hd); k_cache, v_cache (pages, page_size, K, hd); slot_mapping int64 (T,) = page * page_size + offset.
+    """
+    k_cache.view(-1, *k.shape[1:]).index_copy_(0, slot_mapping, k)
+    v_cache.view(-1, *v.shape[1:]).index_copy_(0, slot_mapping, v)
+
+
+def rope_store_kv(
+    qkv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    cos_sin: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Norm each head of q and k where there are weights, rotate them, store k and v in one layer's pages; return q.
+
+    qkv (T, (H + 2K) * hd); q_norm, k_norm (hd,); cos_sin float32 (max_seq_len, hd); positions int32 (T,); slot_mapping
+    int64 (T,); k_cache, v_cache (pages, page_size, K, hd) -> (T, H, hd), `out` where it is given.
+    """
+    kv_heads, head_dim = k_cache.shape[2:]
+    parts = qkv.view(len(qkv), -1, head_dim)
+    heads = parts.shape[1] - 2 * kv_heads
+    angles = cos_sin.index_select(0, positions)  # (T, hd)
+    if q_norm is not None and k_norm is not None:
+        q = apply_rope(rms_norm(parts[:, :heads], q_norm, eps), angles)
+        k = apply_rope(rms_norm(parts[:, heads:-kv_heads], k_norm, eps), angles)
+    else:
+        q, k = apply_rope(parts[:, :-kv_heads], angles).tensor_split([heads], dim=1)
+    store_kv(k, parts[:, -kv_heads:], k_cache, v_cache, slot_mapping)
+    return q if out is None else out.copy_(q)
+
+
+def moe(
+    x: Tensor, router: Tensor, expert_gate_up: Tensor, expert_down: Tensor, top_k: int, norm_topk_prob: bool
+) -> Tensor:
+    """A sparse SwiGLU layer: each token goes through its `top_k` experts, weighted by the router's softmax.
+
+    x (T, D), router (E, D), expert_gate_up (E, 2I, D), expert_down (E, D, I) -> (T, D). The softmax is float32 over
+    all experts; `norm_topk_prob` scales the chosen probabilities to sum 1. Waits for the device: which experts
+    are hit must be known on the host.
+    """
+    probs = F.linear(x, router).float().softmax(dim=-1)
+    weights, chosen = probs.topk(top_k, dim=-1)  # (T, top_k)
+    if norm_topk_prob:
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+    weights = weights.to(x.dtype)
+    out = torch.zeros_like(x)
+    for expert in sorted(set(chosen.flatten().tolist())):
+        tokens, rank = torch.where(chosen == expert)
+        hidden = F.linear(silu_mul(F.linear(x[tokens], expert_gate_up[expert])), expert_down[expert])
+        out.index_add_(0, tokens, hidden * weights[tokens, rank, None])
+    return out
+
+
+def own_logits(logits: Tensor) -> Tensor:
+    """The logits themselves, where one device has those of the whole vocabulary."""
+    return logits
+
+
+def sample_slots(
+    logits: Tensor,
+    table: SamplingRows,
+    slots: Tensor,
+    positions: Tensor,
+    all_greedy: bool,
+    any_filter: bool,
+    any_min_len: bool,
+) -> Tensor:
+    """`sample` with the parameters that a table has for these slots."""
+    rows = table.select(slots)
+    return sample(logits, rows, positions, all_greedy=all_greedy, any_filter=any_filter, any_min_len=any_min_len)
+
+
+Sample = Callable[[Tensor, SamplingRows, Tensor, Tensor, bool, bool, bool], Tensor]
+
+
+@dataclass(frozen=True)
+class Operations:
+    """What a decoder and its sampler call: functions of this module, or others that compute the same.
+
+    `embed` begins a forward pass, which is `whole` when the hidden states of all its tokens are wanted. The result of
+    `row_parallel_linear` and `moe` is read by `add_rms_norm` alone, and may be parts of a sum (parts, T, D). On one
+    rank of several, logits are those of its own tokens: `sample` takes such, `whole_logits` makes them those of all
+    tokens, on all ranks alike, and `sample_whole` takes those.
+    """
+
+    name: str
+    embed: Callable[[Tensor, Tensor, bool], Tensor]
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    row_parallel_linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    gated_linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    rope_store_kv: Callable[
+        [Tensor, Tensor | None, Tensor | None, float, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor
+    ]
+    moe: Callable[[Tensor, Tensor, Tensor, Tensor, int, bool], Tensor]
+    whole_logits: Callable[[Tensor], Tensor]
+    sample: Sample
+    sample_whole: Sample
+
+
+PLAIN = Operations(
+    name="torch",
+    embed=embed,
+    rms_norm=rms_norm,
+    add_rms_norm=add_rms_norm,
+    linear=linear,
+    row_parallel_linear=linear,
+    gated_linear=gated_linear,
+    rope_store_kv=rope_store_kv,
+    moe=moe,
+    whole_logits=own_logits,
+    sample=sample_slots,
+    sample_whole=sample_slots,
+)
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -60,219 +233,3 @@ def pack(weight: Tensor) -> Tensor:
         return weight
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)
     return packed
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (T, in) times a weight (out, in), packed or not, plus bias (out,) -> (T, out)."""
-    if weight.is_mkldnn:
-        rows = x.shape[0]
-        if lacking := -rows % ROW_STEP if rows > EXACT_ROWS else 0:
-            x = F.pad(x, (0, 0, 0, lacking))
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return product[:rows]
-    return F.linear(x, weight, bias)
-
-
-def linear_into(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """The same, written to out (T, out)."""
-    if weight.is_mkldnn:
-        out.copy_(linear(x, weight, bias))
-    elif bias is None:
-        torch.mm(x, weight.t(), out=out)
-    else:
-        torch.addmm(bias, x, weight.t(), out=out)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root mean square norm over the last dimension (Zhang and Sennrich, arXiv 1910.07467).
-
-    x (..., D), weight (D,) -> (..., D). The normalised value is rounded to the dtype of x before it is scaled.
-    """
-    if x.dtype == torch.float32:
-        return F.rms_norm(x, weight.shape, weight, eps)
-    wide = x.float()
-    scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
-    return (wide * scale).to(x.dtype) * weight
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Add x to the residual stream in place, and return the stream's `rms_norm`. x, residual (T, D)."""
-    residual += x
-    return rms_norm(residual, weight, eps)
-
-
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """The gated activation of SwiGLU (Shazeer, arXiv 2002.05202). gate_up (..., 2I), gate first -> (..., I)."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
-
-
-def apply_rope(x: Tensor, cos_sin: Tensor) -> Tensor:
-    """Rotate heads by their token's angles, pairing dimension i with i + hd/2 (RoFormer, arXiv 2104.09864).
-
-    x (T, N, hd); cos_sin float32 (T, hd), the hd/2 cosines first -> (T, N, hd).
-    """
-    cos, sin = cos_sin.unsqueeze(1).chunk(2, dim=-1)  # (T, 1, hd/2)
-    first, second = x.float().chunk(2, dim=-1)
-    rotated = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    low, high = rotated.chunk(2, dim=-1)
-    torch.mul(first, cos, out=low).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=high).addcmul_(first, sin)
-    return rotated.to(x.dtype)
-
-
-def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, locations: Tensor) -> None:
-    """Write keys and values of T tokens to their places in one layer's pages.
-
-    k, v (T, K, hd); k_cache, v_cache (pages, page_size, K, hd); locations int64 (T,) = page * page_size + offset.
-    """
-    k_cache.view(-1, *k.shape[1:]).index_copy_(0, locations, k)
-    v_cache.view(-1, *v.shape[1:]).index_copy_(0, locations, v)
-
-
-def rope_store_kv(
-    qkv: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
-    cos_sin: Tensor,
-    positions: Tensor,
-    locations: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Norm each head of q and k where there are weights, rotate them, store k and v in one layer's pages; return q.
-
-    qkv (T, (H + 2K) * hd); q_norm, k_norm (hd,); cos_sin float32 (max_seq_len, hd); positions int32 (T,); locations
-    int64 (T,); k_cache, v_cache (pages, page_size, K, hd) -> (T, H, hd), `out` where it is given.
-    """
-    kv_heads, head_dim = k_cache.shape[2:]
-    parts = qkv.view(len(qkv), -1, head_dim)
-    heads = parts.shape[1] - 2 * kv_heads
-    angles = cos_sin.index_select(0, positions)  # (T, hd)
-    if q_norm is not None and k_norm is not None:
-        q = apply_rope(rms_norm(parts[:, :heads], q_norm, eps), angles)
-        k = apply_rope(rms_norm(parts[:, heads:-kv_heads], k_norm, eps), angles)
-    else:
-        q, k = apply_rope(parts[:, :-kv_heads], angles).tensor_split([heads], dim=1)
-    store_kv(k, parts[:, -kv_heads:], k_cache, v_cache, locations)
-    return q if out is None else out.copy_(q)
-
-
-def moe(
-    x: Tensor, router: Tensor, expert_gate_up: Tensor, expert_down: Tensor, top_k: int, norm_topk_prob: bool
-) -> Tensor:
-    """A sparse SwiGLU layer: each token goes through its `top_k` experts, weighted by the router's softmax.
-
-    x (T, D), router (E, D), expert_gate_up (E, 2I, D), expert_down (E, D, I) -> (T, D). The softmax is float32 over
-    all experts; `norm_topk_prob` scales the chosen probabilities to sum 1. Waits for the device: which experts
-    are hit must be known on the host.
-    """
-    probs = F.linear(x, router).float().softmax(dim=-1)
-    weights, chosen = probs.topk(top_k, dim=-1)  # (T, top_k)
-    if norm_topk_prob:
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-    weights = weights.to(x.dtype)
-    out = torch.zeros_like(x)
-    for expert in sorted(set(chosen.flatten().tolist())):
-        tokens, rank = torch.where(chosen == expert)
-        hidden = F.linear(silu_mul(F.linear(x[tokens], expert_gate_up[expert])), expert_down[expert])
-        out.index_add_(0, tokens, hidden * weights[tokens, rank, None])
-    return out
-
-
-Norm = Callable[[Tensor, Tensor, float], Tensor]
-"""(residual (T, D), weight (D,), eps) -> (T, D): a norm of the residual stream, and what is done before it."""
-
-
-@dataclass(frozen=True)
-class Turns:
-    """A step's T rows in parts, the first ones first.
-
-    `add(x)` begins to add x, what a block computed for the rows of one part, to their residual stream. The norm that it
-    returns ends that: it is `add_rms_norm` of x, and is called once, before the next `add` for these rows.
-    """
-
-    rows: Sequence[int]
-    add: Callable[[Tensor], Norm]
-
-    def split(self, x: Tensor) -> Sequence[Tensor]:
-        """x (T, ...) as each part's rows, which are views."""
-        return (x,) if len(self.rows) == 1 else torch.split(x, list(self.rows))
-
-
-Sample = Callable[[Tensor, SamplingRows, Tensor, Tensor, bool, bool, bool], Tensor]
-
-
-@dataclass(frozen=True)
-class Operations:
-    """The decoder's operations, each as its namesake in `ops/py` describes it, and sampling.
-
-    `embed(ids, table, whole)` begins a forward pass, which is `whole` when the hidden states of all its tokens are
-    wanted. `linear(x, weight, bias)` is a product; `project` one whose result only `add_rms_norm` reads, and may be
-    parts of a sum (parts, T, N); `gated(x, weight, bias)` the `silu_mul` of a product.
-    `linear_into(x, weight, bias, out)` writes a product to `out`. On one rank of several logits are those of its own
-    tokens: `sample(logits, table, slots, positions, all_greedy, any_filter, any_min_len)` chooses tokens from them for
-    rows of a table; `whole_logits` makes them those of all tokens, on all ranks alike, and `sample_whole` chooses from
-    such. `cut(residual)` says in which parts a step's rows take turns between attentions; None: all go at once.
-    """
-
-    name: str
-    embed: Callable[[Tensor, Tensor, bool], Tensor]
-    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
-    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
-    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-    linear_into: Callable[[Tensor, Tensor, Tensor | None, Tensor], None]
-    project: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-    gated: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-    rope_store_kv: Callable[
-        [Tensor, Tensor | None, Tensor | None, float, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor
-    ]
-    moe: Callable[[Tensor, Tensor, Tensor, Tensor, int, bool], Tensor]
-    whole_logits: Callable[[Tensor], Tensor]
-    sample: Sample
-    sample_whole: Sample
-    cut: Callable[[Tensor], Turns | None] = lambda residual: None
-
-    def turns(self, residual: Tensor) -> Turns:
-        """The parts of the rows of a residual stream (T, D)."""
-        return self.cut(residual) or Turns((len(residual),), partial(partial, self.add_rms_norm))
-
-
-def _embed(ids: Tensor, table: Tensor, whole: bool) -> Tensor:
-    return table.index_select(0, ids)
-
-
-def _whole(logits: Tensor) -> Tensor:
-    return logits
-
-
-def _sample_plain(
-    logits: Tensor,
-    table: SamplingRows,
-    slots: Tensor,
-    positions: Tensor,
-    all_greedy: bool,
-    any_filter: bool,
-    any_min_len: bool,
-) -> Tensor:
-    rows = table.select(slots)
-    return sample(logits, rows, positions, all_greedy=all_greedy, any_filter=any_filter, any_min_len=any_min_len)
-
-
-PLAIN = Operations(
-    name="torch",
-    embed=_embed,
-    rms_norm=rms_norm,
-    add_rms_norm=add_rms_norm,
-    linear=linear,
-    linear_into=linear_into,
-    project=linear,
-    gated=lambda x, weight, bias: silu_mul(linear(x, weight, bias)),
-    rope_store_kv=rope_store_kv,
-    moe=moe,
-    whole_logits=_whole,
-    sample=_sample_plain,
-    sample_whole=_sample_plain,
-)

@@ -1,18 +1,64 @@
-"""The only owner of KV pages: each is free, in the prefix cache, or a running row's own."""
+"""The owner of KV pages: each page is free, in the prefix cache, or owned by one running row."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from minisgl.core.radix_cache import Int32, NaiveCache, Node, OutOfPages, PageAllocator, PrefixCache, RadixCache
-from minisgl.errors import ConfigError
+from minisgl.core.plan import Int32
+from minisgl.core.radix_cache import Node, RadixCache
 
 Slots = NDArray[np.signedinteger[Any]]
 PageWrites = tuple[Int32, Int32, Int32]
+"""page_table[slots, indices] = page ids, as (slots, indices, page ids)."""
+
+
+class OutOfPages(Exception):
+    """More pages were asked for than are free; the scheduler counts before it asks."""
+
+
+class PageAllocator:
+    """A stack of free page ids 0 … num_pages - 1; whole arrays go in and out. Starts by handing out ascending runs."""
+
+    def __init__(self, num_pages: int) -> None:
+        self.num_pages = num_pages
+        self.num_free = num_pages
+        self._stack: Int32 = np.arange(num_pages - 1, -1, -1, dtype=np.int32)
+        self._index: Int32 = self._stack.copy()  # of a free page in the stack, -1 for an allocated page
+
+    def allocate(self, count: int) -> Int32:
+        """Take `count` pages off the free list, (count,) ids. Raises OutOfPages, and then takes none."""
+        if count > self.num_free:
+            raise OutOfPages(f"{count} pages were asked for and {self.num_free} are free")
+        rest = self.num_free - count
+        pages = self._stack[rest : self.num_free][::-1].copy()
+        self._index[pages] = -1
+        self.num_free = rest
+        return pages
+
+    def free(self, pages: Int32) -> None:
+        """Give pages back. Raises RuntimeError, changing nothing, for an unknown id and for a free page."""
+        if len(pages) == 0:
+            return
+        if int(pages.min()) < 0 or int(pages.max()) >= self.num_pages:
+            raise RuntimeError(f"pages {pages.min()} … {pages.max()} are not all within 0 … {self.num_pages - 1}")
+        if (free := pages[self._index[pages] >= 0]).size:
+            raise RuntimeError(f"double free of page {free[0]}")
+        stacked, end = pages[::-1], self.num_free + len(pages)
+        self._index[stacked] = np.arange(self.num_free, end, dtype=np.int32)
+        # A page named twice keeps only one of its two indices, so the other is found missing here.
+        if (twice := stacked[self._index[stacked] != np.arange(self.num_free, end)]).size:
+            self._index[pages] = -1
+            raise RuntimeError(f"double free of page {twice[0]}")
+        self._stack[self.num_free : end] = stacked
+        self.num_free = end
+
+    def free_pages(self) -> Int32:
+        """The ids on the free list, in no particular order."""
+        return self._stack[: self.num_free].copy()
 
 
 class CacheManager:
@@ -20,16 +66,16 @@ class CacheManager:
 
     A row's pages are borrowed from the cache (and locked there) or its own. Page ids in a row never change.
     `page_table` is (max_rows, max_pages_per_row), of which the first `row_pages[slot]` of each row are live.
-    `kind` is "radix" or "naive"; raises ConfigError for another.
+    Without `shared` rows share nothing and the cache stays empty.
     """
 
-    def __init__(self, num_pages: int, page_size: int, kind: str, max_rows: int, max_pages_per_row: int) -> None:
+    def __init__(self, num_pages: int, page_size: int, shared: bool, max_rows: int, max_pages_per_row: int) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
         self.page_table: Int32 = np.zeros((max_rows, max_pages_per_row), np.int32)
         self.row_pages: Int32 = np.zeros(max_rows, np.int32)
         self._allocator = PageAllocator(num_pages)
-        self._cache = make_cache(kind, page_size)
+        self._cache = RadixCache(page_size, shared)
         self._borrowed = np.zeros((max_rows, max_pages_per_row), np.bool_)
         # The node that a live row locks, and the pages of the prefix that ends there. Pages behind it are the
         # row's own; of those before it, the row may own duplicates of what the cache holds.
@@ -58,7 +104,7 @@ class CacheManager:
 
     def match_len(self, tokens: Int32) -> int:
         """Tokens that `acquire` would find cached. Changes nothing."""
-        return self._cache.match_pages(self._usable(tokens)) * self.page_size
+        return self._cache.match_pages(self._whole_pages(tokens)) * self.page_size
 
     def acquire(self, slot: int, tokens: Int32) -> int:
         """Start a row on the longest cached prefix of `tokens`; return its tokens.
@@ -66,7 +112,7 @@ class CacheManager:
         Whole pages, and never the last token: it is computed again for its logits.
         """
         assert slot not in self._nodes, f"row {slot} is in use"
-        node, pages = self._cache.match(self._usable(tokens))
+        node, pages = self._cache.match(self._whole_pages(tokens))
         self._cache.lock(node)
         self._nodes[slot] = node
         self._held[slot] = self.row_pages[slot] = len(pages)
@@ -75,27 +121,16 @@ class CacheManager:
         self._borrowed[slot, : len(pages)] = True
         return len(pages) * self.page_size
 
-    def departures(self, slots: Slots, reusable: Int32 | None = None) -> Generator[int]:
-        """What would be `available` now, and after each of these rows had left, one after the other.
+    def available_after(self, slots: Slots, reused: Int32 | None = None) -> list[int]:
+        """What `available` would be before and after each of these rows left, one after the other.
 
-        Pages that rows share become available with the last of them that leaves; those that are cached of `reusable` do
-        not, for a new row is to start on them. Nothing else may be done with the cache before this is closed.
+        Pages that rows share become available with the last of them that leaves. Those that are cached of the tokens
+        `reused` do not: a new row is to start on them.
         """
-        kept = self._cache.root if reusable is None else self._cache.match(self._usable(reusable))[0]
-        self._cache.lock(kept)
-        own, left = 0, []
-        try:
-            yield self.available
-            for slot in slots.tolist():
-                count = int(self.row_pages[slot])
-                own += count - int(self._borrowed[slot, :count].sum())
-                self._cache.unlock(self._nodes[slot])
-                left.append(slot)
-                yield self.available + own
-        finally:
-            for slot in left:
-                self._cache.lock(self._nodes[slot])
-            self._cache.unlock(kept)
+        kept = self._cache.root if reused is None else self._cache.match(self._whole_pages(reused))[0]
+        evictable = self._cache.evictable_after([self._nodes[slot] for slot in slots.tolist()], kept)
+        owned = [int(self.row_pages[s] - self._borrowed[s, : self.row_pages[s]].sum()) for s in slots.tolist()]
+        return [self.num_free + own + pages for own, pages in zip(accumulate([0, *owned]), evictable, strict=True)]
 
     def writes(self, slot: int) -> PageWrites:
         """The row's whole page table as (slots, indices, page ids), for a device that knows nothing of it."""
@@ -178,7 +213,7 @@ class CacheManager:
                 continue
             row, borrowed = self.page_table[slot, :count], self._borrowed[slot, :count]
             owned.append(row[~borrowed])
-            prefix = prefix_pages(self._nodes[slot])
+            prefix = self._nodes[slot].prefix_pages()
             index = np.flatnonzero(borrowed)
             if len(prefix) != self._held[slot] or len(prefix) > count:
                 raise RuntimeError(f"row {slot} locks {len(prefix)} pages, not {self._held[slot]}")
@@ -189,7 +224,7 @@ class CacheManager:
             counts = f"{self.num_free} free, {len(cached)} cached, {sum(map(len, owned))} owned of {self.num_pages}"
             raise RuntimeError(f"a page is in no place or in two: {counts}")
 
-    def _usable(self, tokens: Int32) -> Int32:
+    def _whole_pages(self, tokens: Int32) -> Int32:
         """The tokens that may come from the cache: whole pages that leave at least one token out."""
         return np.ascontiguousarray(tokens[: (len(tokens) - 1) // self.page_size * self.page_size], np.int32)
 
@@ -206,21 +241,3 @@ class CacheManager:
             self._borrowed[slot, held + known : whole] = True
             self._held[slot] = whole
         return end
-
-
-def make_cache(kind: str, page_size: int) -> PrefixCache:
-    """The prefix cache that `--cache` names."""
-    if kind == "radix":
-        return RadixCache(page_size)
-    if kind == "naive":
-        return NaiveCache()
-    raise ConfigError(f"cache must be radix or naive, got {kind!r}")
-
-
-def prefix_pages(node: Node) -> Int32:
-    """The pages of the prefix that ends with `node`."""
-    runs = [node.pages]
-    while node.parent is not None:
-        node = node.parent
-        runs.append(node.pages)
-    return np.concatenate(runs[::-1])

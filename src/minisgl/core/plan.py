@@ -1,7 +1,7 @@
-"""What crosses the line between the scheduler and whatever executes a step.
+"""The interface between the scheduler and an executor: the plan of a step, and its result.
 
-A plan says everything a step needs and nothing about how it is done, in numpy arrays only: the same plan
-drives one device, every rank of a tensor-parallel group, and the simulator.
+A plan says all that a step needs and nothing about how it is done, in numpy arrays only: the same plan drives one
+device, every rank of a tensor-parallel group, and the simulator.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class RowInit(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SpecialInit(msgspec.Struct, frozen=True, kw_only=True):
-    """What the device must know of those admitted rows whose logits are changed before a token is drawn.
+    """What the device must know of those admitted rows whose logits are changed before sampling.
 
-    `seen` says of the m tokens that penalised rows hold already, each named once a row, twice the token's count in the
-    answer plus one if it is in the prompt; a row that was retracted comes with the answer it had. `w` is the most
-    biases that one of these rows has, and may be 0; rows with fewer are padded with token 0 and bias 0.
+    Penalised rows hold m distinct tokens already, counted once a row. `seen` is twice a token's count in the output,
+    plus one if it is in the prompt; a row that was retracted comes with the output it had. `w` is the largest number of
+    biases of these rows, and may be 0; rows with fewer are padded with token 0 and bias 0.
     """
 
     slots: Int32  # (n,)
@@ -52,34 +52,34 @@ class SpecialInit(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SpecialRows(msgspec.Struct, frozen=True, kw_only=True):
-    """What a step owes to rows that ask for more than sampling; see `core/logits.py` for who does it.
+    """What a step does for rows that ask for more than sampling; `core/logits.py` executes it.
 
-    Of the step's sampled rows, counted as in `StepPlan.sampled_slots`, `changed` have their logits changed and then a
-    token drawn from them; of those, `constrained` wait for a mask. Rows that lack a penalty have a neutral one.
-    `scored` want the log-probability of their token. `prompt_rows` are places among the step's tokens (decodes, then
-    chunks) whose next token is one of the prompt, `prompt_targets`, and wants a log-probability.
+    Of the step's sampled rows, indexed as `StepPlan.sampled_slots`, `changed` have their logits changed before a token
+    is sampled; of those, `constrained` wait for a mask. Rows without a penalty have a neutral one. `scored` want the
+    log-probability of their token. `prompt_rows` index those of the step's tokens (decodes, then chunks) whose next
+    token is one of the prompt, `prompt_targets`, and wants a log-probability.
     """
 
     changed: Int32  # (c,) ascending
     penalties: NDArray[np.float32]  # (3, c) repetition, frequency, presence
     penalised: bool  # whether any penalty is not neutral
     bias_width: int  # the most biases of a changed row
-    constrained: Int32  # (g,) places in `changed`, ascending
+    constrained: Int32  # (g,) indices into `changed`, ascending
     scored: Int32  # (s,) ascending
     top: int  # the most that a scored row asks for
     prompt_rows: Int32  # (q,)
     prompt_targets: Int32  # (q,)
-    prompt_slots: Int32  # (r,) whose positions these are, one run after the other
-    prompt_counts: Int32  # (r,) how many; their sum is q
+    prompt_slots: Int32  # (r,) the rows of these positions, one run after the other
+    prompt_counts: Int32  # (r,) lengths of the runs; their sum is q
     prompt_top: int
 
 
 class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
     """One step: page-table writes, then one decode token for some rows beside prefill chunks for others.
 
-    A slot is a row of the device tables. A decoding row's token and position are on the device already:
-    the plan names its slot only. A chunk writes the KV of positions `start … start + length - 1`; a row
-    whose chunk is `final` gets its next token sampled from the chunk's last position.
+    A slot is the index of a row in the device tables. A decoding row's token and position are on the device already:
+    the plan has its slot only. A chunk writes the KV of positions `start … start + length - 1`; a row whose chunk is
+    `final` gets its next token sampled from the chunk's last position.
     """
 
     step: int
@@ -138,9 +138,9 @@ class Executor(Protocol):
     """Executes plans in order. `launch` returns before the step is done; `collect` waits for the oldest one.
 
     A plan may be launched before the result of the one before it is collected. A plan with constrained rows has a
-    second half: `finish` must follow its `launch` before anything else is launched, and it before it is collected.
-    Between the two the host takes in the step before and learns which tokens the masks depend on, while the device
-    runs the forward pass. An error in a step is raised by the `collect` that would have returned its result.
+    second half: `finish` must follow its `launch`, before anything else is launched and before it is collected. Between
+    the two, while the device runs the forward pass, the host takes in the step before, on whose tokens the masks
+    depend. An error in a step is raised by the `collect` that would have returned its result.
     """
 
     @property
@@ -151,10 +151,10 @@ class Executor(Protocol):
         """Start a step."""
 
     def finish(self, masks: Masks) -> None:
-        """Give the step just launched its masks, one for each constrained row; only these rows' tokens depend on it."""
+        """Give the step just launched its masks, one for each constrained row; only their tokens depend on it."""
 
     def collect(self) -> StepResult:
-        """Wait for the oldest launched step that was not collected yet."""
+        """Wait for the oldest launched step that is not collected yet; its result."""
 
     def close(self) -> None:
         """Wait for what is launched and release the device."""

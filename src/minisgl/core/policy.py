@@ -7,17 +7,19 @@ from itertools import islice
 from types import MappingProxyType
 from typing import Protocol
 
-from minisgl.core.request_state import Entry
+from minisgl.core.request_state import RequestState
 
 
 class Policy(Protocol):
-    """Orders the waiting requests. Admission stops at the first that does not fit: nobody is overtaken for size."""
+    """Orders the waiting requests. Admission stops at the first that does not fit: no request overtakes it."""
 
-    def order(self, waiting: Sequence[Entry], cached: Callable[[Entry], int], step: int) -> Iterable[Entry]:
-        """Yield candidates, the next to admit first.
+    def order(
+        self, waiting: Sequence[RequestState], cached: Callable[[RequestState], int], step: int
+    ) -> Iterable[RequestState]:
+        """The candidates, the next to admit first.
 
         `waiting` is in order of priority and of arrival; a policy decides among equals of priority only.
-        `cached(entry)` counts the prompt tokens that the prefix cache holds now; `step` is the number of the step
+        `cached(request)` counts the prompt tokens that the prefix cache holds now; `step` is the number of the step
         being planned.
         """
 
@@ -25,8 +27,9 @@ class Policy(Protocol):
 class FirstComeFirstServed:
     """Order of priority, then of arrival."""
 
-    def order(self, waiting: Sequence[Entry], cached: Callable[[Entry], int], step: int) -> Iterable[Entry]:
-        """Yield `waiting` as it is."""
+    def order(
+        self, waiting: Sequence[RequestState], cached: Callable[[RequestState], int], step: int
+    ) -> Iterable[RequestState]:
         return waiting
 
 
@@ -41,12 +44,12 @@ class LongestPrefixMatch:
         self.patience = patience
         self.window = window
 
-    def order(self, waiting: Sequence[Entry], cached: Callable[[Entry], int], step: int) -> Iterable[Entry]:
-        """Yield, of each priority, the aged in order of arrival, then the others by cached tokens."""
-
-        def key(entry: Entry) -> tuple[int, bool, int, int]:
-            young = step - entry.queued_step < self.patience
-            return (entry.request.priority, young, -cached(entry) if young else 0, entry.arrival)
+    def order(
+        self, waiting: Sequence[RequestState], cached: Callable[[RequestState], int], step: int
+    ) -> Iterable[RequestState]:
+        def key(request: RequestState) -> tuple[int, bool, int, int]:
+            young = step - request.queued_step < self.patience
+            return (request.request.priority, young, -cached(request) if young else 0, request.arrival)
 
         return sorted(islice(waiting, self.window), key=key)
 
@@ -54,4 +57,4 @@ class LongestPrefixMatch:
 POLICIES: Mapping[str, Callable[[], Policy]] = MappingProxyType(
     {"fcfs": FirstComeFirstServed, "lpm": LongestPrefixMatch}
 )
-"""What `--schedule-policy` names."""
+"""The values of `--schedule-policy`."""

@@ -1,10 +1,9 @@
-"""What an answer must be, one token after the other: the engine's side of structured output.
+"""What the host knows of every request: its state from acceptance to end, and a table of those that are running.
 
-The request table: what the host knows of every running request, one row a request, an array a field.
-
-A row is three integers, `computed <= known <= limit`: tokens whose KV is written by launched steps, tokens
-the host has seen, tokens the request may reach. While a step is in flight `computed` may pass `known` by one:
-the token it reads is on the device only.
+The table has one row a running request and an array a field. A row's progress is three integers,
+`num_computed_tokens <= num_tokens <= max_tokens`: tokens whose KV is written by launched steps, tokens that the host
+has seen, tokens that the request may reach, prompt included. While a step is in flight `num_computed_tokens` may pass
+`num_tokens` by one: the token it reads is on the device only.
 """
 
 from __future__ import annotations
@@ -17,13 +16,16 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from minisgl.core.plan import Int32, RowInit, SpecialInit
+from minisgl.core.plan import Int32, RowInit, Scores, SpecialInit, SpecialRows, StepPlan, StepResult
 from minisgl.core.types import MAX_STOP_TOKEN_IDS, Grammar, Request, TokenLogprobs
 from minisgl.errors import InvalidRequestError
 
+Slots = NDArray[np.intp]
+EMPTY = np.empty(0, np.int32)
+
 
 class Constraint(Protocol):
-    """Follows one answer and says which tokens may come next.
+    """Follows one completion and says which tokens may come next.
 
     It allows the ids that end the text itself, where the text may end; it is not told of the stop token that ends the
     request. One that allows nothing ends the request as a stop token does. What either method raises ends only
@@ -45,7 +47,7 @@ ConstraintFactory = Callable[[Grammar], Constraint]
 
 
 def make_constraint(factory: ConstraintFactory | None, grammar: Grammar) -> Constraint:
-    """A constraint for one answer. Raises InvalidRequestError when there is no factory or it refuses the grammar."""
+    """A constraint for one completion. Raises InvalidRequestError without a factory or when it refuses the grammar."""
     if factory is None:
         raise InvalidRequestError("this engine was built without structured output", param="grammar")
     try:
@@ -56,20 +58,8 @@ def make_constraint(factory: ConstraintFactory | None, grammar: Grammar) -> Cons
         raise InvalidRequestError(f"this {grammar.kind} cannot be followed: {error}", param="grammar") from error
 
 
-def usable_words(masks: NDArray[np.int32], vocab_size: int) -> None:
-    """Clear, in place, the bits of masks (g, ceil(V / 32)) that stand for no token."""
-    if rest := vocab_size % 32:
-        masks[:, -1] &= np.int32((1 << rest) - 1)
-
-
-def forbid_tokens(mask: NDArray[np.int32], tokens: NDArray[np.int32]) -> None:
-    """Clear the bits of these tokens, padded with -1, in one mask."""
-    for token in tokens[tokens >= 0].tolist():
-        mask[token // 32] &= np.int32(~(1 << token % 32) if token % 32 < 31 else 2**31 - 1)
-
-
 class State(enum.IntEnum):
-    """Where a row is in its life. A leaving row is planned no more; it goes when no launched step touches it."""
+    """The state of a row. A retracting or ended row is not planned any more; it is freed when no step touches it."""
 
     FREE = 0
     PREFILL = 1
@@ -78,17 +68,12 @@ class State(enum.IntEnum):
     ENDED = 4
 
 
-class Entry:
+class RequestState:
     """A request from its acceptance to its terminal event; its tokens live here while it has no row.
 
-    `prompt_scores` collects the prompt's log-probabilities until they are delivered; `scored` of its positions are
-    in launched steps.
+    `max_tokens` counts the prompt, too. `prompt_scores` collects the prompt's log-probabilities until they are
+    delivered; `num_scored` of its positions are in launched steps. `cached_tokens` are those of its first admission.
     """
-
-    __slots__ = (
-        "arrival", "cached_tokens", "constraint", "counted", "limit", "prompt_scores", "queued_step", "request",
-        "scored", "seed", "slot", "stop_ids", "tokens",
-    )  # fmt: skip
 
     def __init__(
         self,
@@ -97,7 +82,7 @@ class Entry:
         arrival: int,
         step: int,
         seed: int,
-        limit: int,
+        max_tokens: int,
         eos: tuple[int, ...],
         constraint: Constraint | None = None,
     ) -> None:
@@ -106,32 +91,25 @@ class Entry:
         self.arrival = arrival
         self.queued_step = step
         self.seed = seed
-        self.limit = limit
+        self.max_tokens = max_tokens
         self.stop_ids = tuple(dict.fromkeys(params.stop_token_ids + (() if params.ignore_eos else eos)))
-        self.tokens: Int32 = np.asarray(request.prompt, np.int32)
+        self.tokens: Int32 = np.frombuffer(request.prompt_bytes, np.int32)
+        self.prompt_len = len(self.tokens)
+        self.min_len = self.prompt_len + params.min_tokens  # positions below this one hold no stop token
+        self.sort_key = (request.priority, arrival)  # the lowest is admitted first and retracted last
         self.constraint = constraint
         self.prompt_scores: list[TokenLogprobs | None] = [] if params.prompt_logprobs is None else [None]
-        self.scored = 0
-        self.cached_tokens = -1
+        self.num_scored = 0
+        self.admitted = False
+        self.cached_tokens = 0
         self.slot = -1
-        self.counted = False
-
-    @property
-    def rank(self) -> tuple[int, int]:
-        """What comes first is admitted first and retracted last."""
-        return self.request.priority, self.arrival
 
     @property
     def reusable(self) -> Int32:
         """Tokens that may come from the prefix cache: a position whose log-probabilities are missing is computed."""
-        if self.request.params.prompt_logprobs is None or self.scored >= len(self.request.prompt) - 1:
+        if self.request.params.prompt_logprobs is None or self.num_scored >= self.prompt_len - 1:
             return self.tokens
-        return self.tokens[: self.scored + 1]
-
-    @property
-    def min_len(self) -> int:
-        """Positions below this one hold no stop token."""
-        return len(self.request.prompt) + self.request.params.min_tokens
+        return self.tokens[: self.num_scored + 1]
 
 
 class RequestTable:
@@ -142,10 +120,10 @@ class RequestTable:
         self.arrival = np.zeros(rows, np.int64)
         self.priority = np.zeros(rows, np.int64)
         self.prefill_len = np.zeros(rows, np.int32)
-        self.computed = np.zeros(rows, np.int32)
-        self.known = np.zeros(rows, np.int32)
-        self.limit = np.zeros(rows, np.int32)
-        self.in_flight = np.zeros(rows, np.int32)
+        self.num_computed_tokens = np.zeros(rows, np.int32)
+        self.num_tokens = np.zeros(rows, np.int32)
+        self.max_tokens = np.zeros(rows, np.int32)
+        self.in_flight = np.zeros(rows, np.int32)  # launched steps that touch the row
         self.greedy = np.zeros(rows, np.bool_)
         self.filtered = np.zeros(rows, np.bool_)
         self.min_len = np.zeros(rows, np.int32)
@@ -155,10 +133,10 @@ class RequestTable:
         self.biases = np.zeros(rows, np.int32)
         self.constrained = np.zeros(rows, np.bool_)
         self.top = np.zeros(rows, np.int32)  # log-probabilities beside the token's own; -1: none at all
-        self.scores_prompt = np.zeros(rows, np.bool_)
+        self.prompt_top = np.zeros(rows, np.int32)  # the same of the prompt
         self.special = np.zeros(rows, np.bool_)  # any of these
         self.tokens = np.zeros((rows, max_seq_len), np.int32)
-        self.entries: list[Entry | None] = [None] * rows
+        self.requests: list[RequestState | None] = [None] * rows
         self._free = deque(range(rows))
 
     @property
@@ -170,77 +148,173 @@ class RequestTable:
         """The row that `admit` will take next."""
         return self._free[0]
 
-    def admit(self, entry: Entry, cached: int) -> int:
-        """Give `entry` a row whose first `cached` tokens are in the cache already; return the slot."""
+    def admit(self, request: RequestState, cached: int) -> None:
+        """Give the request the next row, whose first `cached` tokens are in the cache already."""
         slot = self._free.popleft()
-        params, length = entry.request.params, len(entry.tokens)
+        params, length = request.request.params, len(request.tokens)
         self.state[slot] = State.PREFILL
-        self.arrival[slot] = entry.arrival
-        self.priority[slot] = entry.request.priority
-        self.prefill_len[slot] = self.known[slot] = length
-        self.computed[slot] = cached
-        self.limit[slot] = entry.limit
+        self.arrival[slot] = request.arrival
+        self.priority[slot] = request.request.priority
+        self.prefill_len[slot] = self.num_tokens[slot] = length
+        self.num_computed_tokens[slot] = cached
+        self.max_tokens[slot] = request.max_tokens
         self.greedy[slot] = params.temperature == 0.0 or params.top_k == 1
         self.filtered[slot] = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
-        self.min_len[slot] = entry.min_len
+        self.min_len[slot] = request.min_len
         self.stop_ids[slot] = -1
-        self.stop_ids[slot, : len(entry.stop_ids)] = entry.stop_ids
+        self.stop_ids[slot, : len(request.stop_ids)] = request.stop_ids
         self.penalties[:, slot] = params.repetition_penalty, params.frequency_penalty, params.presence_penalty
         self.penalised[slot] = tuple(self.penalties[:, slot]) != (1.0, 0.0, 0.0)
         self.biases[slot] = len(params.logit_bias)
-        self.constrained[slot] = entry.constraint is not None
+        self.constrained[slot] = request.constraint is not None
         self.top[slot] = -1 if params.logprobs is None else params.logprobs
-        self.scores_prompt[slot] = params.prompt_logprobs is not None
-        changed = self.penalised[slot] or self.biases[slot] or self.constrained[slot]
-        self.special[slot] = changed or self.top[slot] >= 0 or self.scores_prompt[slot]
-        self.tokens[slot, :length] = entry.tokens
-        self.entries[slot] = entry
-        entry.slot = slot
-        if entry.cached_tokens < 0:
-            entry.cached_tokens = cached
-        return slot
+        self.prompt_top[slot] = -1 if params.prompt_logprobs is None else params.prompt_logprobs
+        self.special[slot] = self.changes_logits(slot) or self.top[slot] >= 0 or self.prompt_top[slot] >= 0
+        self.tokens[slot, :length] = request.tokens
+        self.requests[slot] = request
+        request.slot = slot
 
     def vacate(self, slot: int) -> None:
         """Free a row; the caller has released its pages."""
-        entry = self.entry(slot)
-        entry.tokens = self.tokens[slot, : self.known[slot]].copy()
-        entry.slot = -1
-        self.entries[slot] = None
+        request = self.request(slot)
+        request.tokens = self.tokens[slot, : self.num_tokens[slot]].copy()
+        request.slot = -1
+        self.requests[slot] = None
         self.state[slot] = State.FREE
         self._free.append(slot)
 
-    def entry(self, slot: int) -> Entry:
+    def request(self, slot: int) -> RequestState:
         """The request in this row."""
-        entry = self.entries[slot]
-        assert entry is not None, f"row {slot} is free"
-        return entry
+        request = self.requests[slot]
+        assert request is not None, f"row {slot} is free"
+        return request
 
-    def rows_in(self, *states: State) -> NDArray[np.intp]:
-        """Slots in any of these states, the best priority first and of equals the oldest."""
-        return self.ranked(np.flatnonzero(np.isin(self.state, states) if len(states) > 1 else self.state == states[0]))
+    def rows_in(self, *states: State) -> Slots:
+        """Slots in any of these states, sorted."""
+        return self.sort(np.flatnonzero(np.isin(self.state, states) if len(states) > 1 else self.state == states[0]))
 
-    def ranked(self, slots: NDArray[np.intp]) -> NDArray[np.intp]:
+    def sort(self, slots: Slots) -> Slots:
         """These slots, the best priority first and of equals the oldest: the last is the first to be retracted."""
         return slots[np.lexsort((self.arrival[slots], self.priority[slots]))]
 
-    def written(self, slot: int) -> int:
-        """Tokens of the row that the host knows and whose KV a launched step has written."""
-        return int(min(self.computed[slot], self.known[slot]))
+    def changes_logits(self, slots: int | NDArray[np.integer]) -> NDArray[np.bool_]:
+        """Whether rows sample from other logits than the model's own."""
+        return np.asarray(self.penalised[slots] | (self.biases[slots] > 0) | self.constrained[slots])
 
-    def init_rows(self, slots: list[int], special: SpecialInit | None = None) -> RowInit | None:
-        """What the device must know of newly admitted rows, `special` included; None when there are none."""
+    def new_rows(self, slots: list[int]) -> RowInit | None:
+        """What the device must know of newly admitted rows; None when there are none."""
         if not slots:
             return None
-        entries = [self.entry(slot) for slot in slots]
-        params = [entry.request.params for entry in entries]
+        requests = [self.request(slot) for slot in slots]
+        params = [request.request.params for request in requests]
         return RowInit(
             slots=np.array(slots, np.int32),
             temperatures=np.array([p.temperature for p in params], np.float32),
             top_ps=np.array([p.top_p for p in params], np.float32),
             min_ps=np.array([p.min_p for p in params], np.float32),
             top_ks=np.array([max(p.top_k, 0) for p in params], np.int32),
-            seeds=np.array([e.seed & (2**64 - 1) for e in entries], np.uint64).view(np.int64),
+            seeds=np.array([r.seed & (2**64 - 1) for r in requests], np.uint64).view(np.int64),
             min_lens=self.min_len[slots],
             stop_ids=self.stop_ids[slots],
-            special=special,
+            special=self._new_logits_rows(slots),
         )
+
+    def _new_logits_rows(self, slots: list[int]) -> SpecialInit | None:
+        """What the device must know of those admitted rows whose logits will be changed; None without any."""
+        changed = [slot for slot in slots if self.changes_logits(slot)]
+        if not changed:
+            return None
+        width = int(self.biases[changed].max())
+        bias_ids = np.zeros((len(changed), width), np.int32)
+        bias_values = np.zeros((len(changed), width), np.float32)
+        seen: list[tuple[Int32, Int32]] = []
+        for index, slot in enumerate(changed):
+            request = self.request(slot)
+            bias = request.request.params.logit_bias
+            bias_ids[index, : len(bias)] = list(bias)
+            bias_values[index, : len(bias)] = list(bias.values())
+            penalised = request.tokens if self.penalised[slot] else EMPTY
+            seen.append(count_tokens(penalised[: request.prompt_len], penalised[request.prompt_len :]))
+        return SpecialInit(
+            slots=np.array(changed, np.int32),
+            seen_slots=np.repeat(np.array(changed, np.int32), [len(tokens) for tokens, _ in seen]),
+            seen_tokens=np.concatenate([tokens for tokens, _ in seen]),
+            seen=np.concatenate([counts for _, counts in seen]),
+            bias_ids=bias_ids,
+            bias_values=bias_values,
+        )
+
+    def logits_rows(self, sampled: Int32, decodes: int, slots: Int32, starts: Int32, lens: Int32) -> SpecialRows | None:
+        """What a step owes to rows that ask for more than sampling, None if nothing; counts prompt scores as launched.
+
+        The step samples a token for the slots `sampled`. It has so many decodes, and chunks of `lens` tokens of the
+        rows `slots`, each behind `starts` tokens.
+        """
+        if not (self.special[sampled].any() or self.special[slots].any()):
+            return None
+        changed = np.flatnonzero(self.changes_logits(sampled)).astype(np.int32)
+        scored = np.flatnonzero(self.top[sampled] >= 0).astype(np.int32)
+        rows, targets, counts = [EMPTY], [EMPTY], []  # of prompt tokens to be scored
+        scored_slots: list[int] = []
+        row = decodes  # where a chunk begins among the tokens of the step
+        for slot, start, length in zip(slots.tolist(), starts.tolist(), lens.tolist(), strict=True):
+            if self.prompt_top[slot] >= 0:
+                request = self.request(slot)
+                first, last = max(start, request.num_scored), min(start + length, request.prompt_len - 1)
+                if first < last:
+                    rows.append(np.arange(row + first - start, row + last - start, dtype=np.int32))
+                    targets.append(self.tokens[slot, first + 1 : last + 1].copy())
+                    scored_slots.append(slot)
+                    counts.append(last - first)
+                    request.num_scored = last
+            row += length
+        if not (len(changed) or len(scored) or counts):
+            return None
+        changed_slots = sampled[changed]
+        return SpecialRows(
+            changed=changed,
+            penalties=self.penalties[:, changed_slots],
+            penalised=bool(self.penalised[changed_slots].any()),
+            bias_width=int(self.biases[changed_slots].max(initial=0)),
+            constrained=np.flatnonzero(self.constrained[changed_slots]).astype(np.int32),
+            scored=scored,
+            top=int(self.top[sampled].max(initial=0)),
+            prompt_rows=np.concatenate(rows),
+            prompt_targets=np.concatenate(targets),
+            prompt_slots=np.array(scored_slots, np.int32),
+            prompt_counts=np.array(counts, np.int32),
+            prompt_top=int(self.prompt_top[scored_slots].max(initial=0)),
+        )
+
+    def take_scores(self, plan: StepPlan, result: StepResult) -> dict[int, TokenLogprobs]:
+        """The log-probabilities of the step's tokens by slot; those of prompts go to their requests."""
+        if plan.special is None:
+            return {}
+        if result.prompt_scores is not None:
+            slots = np.repeat(plan.special.prompt_slots, plan.special.prompt_counts)
+            for slot, score in zip(
+                slots.tolist(), token_logprobs(result.prompt_scores, self.prompt_top[slots]), strict=True
+            ):
+                if self.state[slot] != State.ENDED:
+                    self.request(slot).prompt_scores.append(score)
+        if result.scores is None:
+            return {}
+        slots = plan.sampled_slots[plan.special.scored]
+        return dict(zip(slots.tolist(), token_logprobs(result.scores, self.top[slots]), strict=True))
+
+
+def count_tokens(prompt: Int32, output: Int32) -> tuple[Int32, Int32]:
+    """The distinct tokens of both, and twice each one's count in the output plus one if it is in the prompt."""
+    both = 2 * np.bincount(output, minlength=int(prompt.max(initial=-1)) + 1)
+    both[prompt] += 1
+    tokens = np.flatnonzero(both)
+    return tokens.astype(np.int32), both[tokens].astype(np.int32)
+
+
+def token_logprobs(scores: Scores, tops: Int32) -> list[TokenLogprobs]:
+    """The scores of each token, with as many of the most probable tokens as were asked for: `tops` (n,)."""
+    columns = scores.logprobs.tolist(), scores.top_ids.tolist(), scores.top_logprobs.tolist(), tops.tolist()
+    return [
+        TokenLogprobs(logprob, tuple(ids[:top]), tuple(logprobs[:top]))
+        for logprob, ids, logprobs, top in zip(*columns, strict=True)
+    ]

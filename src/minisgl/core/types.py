@@ -1,13 +1,13 @@
-"""Values that travel between the faces (HTTP, shell, offline API) and the engine.
+"""Requests, sampling parameters and events: what users of the engine exchange with it.
 
-Everything here is a msgspec struct: it validates, compares and serialises itself, so the very same
-objects go through a function call (offline) and through a socket (server).
+All are msgspec structs, so the same objects go through a function call (offline) and through a socket (server).
 """
 
 from __future__ import annotations
 
 import enum
 import math
+from array import array
 from collections.abc import Sequence
 from typing import Literal
 
@@ -33,13 +33,13 @@ class FinishReason(enum.StrEnum):
 
 
 OPEN_THOUGHT, CLOSE_THOUGHT = "<think>", "</think>"
-"""What a model's thought is between."""
+"""The tags around a model's reasoning."""
 
 
 class Calls(msgspec.Struct, frozen=True, kw_only=True):
-    """Calls of functions that an answer may be, one or with `several` more.
+    """Tool calls that a completion may be: one, or with `several` more.
 
-    `schema` is the JSON schema of one, as text; `opening` and `closing` surround each, `separator` is between two.
+    `schema` is the JSON schema of one call, as text; `opening` and `closing` surround each, `separator` is between two.
     """
 
     schema: str
@@ -50,10 +50,10 @@ class Calls(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Grammar(msgspec.Struct, frozen=True, kw_only=True):
-    """What an answer's text must be. `source` is a JSON schema, a regular expression, a JSON list of texts, or Lark.
+    """What a completion's text must match: a JSON schema, a regular expression, a JSON list of choices, or Lark.
 
-    `json_object` is any JSON object, and its source is empty. With `calls` the answer may also be calls. A `thought`
-    comes before either, from `<think>` to `</think>` and free in between: "possible", or "begun" by the prompt.
+    `json_object` is any JSON object, and its source is empty. With `calls` tool calls are allowed too. Reasoning
+    (`thought`) may come before either, from `<think>` to `</think>`: "possible", or "begun" by the prompt.
     """
 
     kind: Literal["json_object", "json_schema", "regex", "choice", "lark"]
@@ -63,16 +63,15 @@ class Grammar(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """How to choose the tokens of one request, and when to end it.
+    """How to sample the tokens of one request, and when to end it.
 
-    `temperature` 0 is greedy. `top_k` 0 or -1 keeps the whole vocabulary. `seed` None draws one when the
-    request is accepted. `max_tokens` None means "up to the model's limit". `stop` is matched on text and
-    cut from it; `stop_token_ids` end the request beside the model's EOS ids; neither acts before
-    `min_tokens` tokens were generated.
+    `temperature` 0 is greedy. `top_k` 0 or -1 keeps the whole vocabulary. With `seed` None a random one is used.
+    `max_tokens` None means "up to the model's limit". `stop` is matched on text and cut from it; `stop_token_ids` end
+    the request beside the model's EOS ids; neither acts before `min_tokens` tokens were generated.
 
     Logits are changed in this order, before temperature and filters: `repetition_penalty` (of tokens in the prompt or
-    the answer, Keskar et al. 2019: a positive logit is divided by it, a negative one multiplied), `frequency_penalty`
-    times a token's count in the answer and `presence_penalty` once for it, both subtracted (OpenAI), `logit_bias`
+    the output, Keskar et al. 2019: a positive logit is divided by it, a negative one multiplied), `frequency_penalty`
+    times a token's count in the output and `presence_penalty` once for it, both subtracted (OpenAI), `logit_bias`
     added; then what `grammar` forbids is masked. `logprobs` asks for the log-probability of each token generated and
     of that many most probable ones, by the model's own logits; `prompt_logprobs` for the same of the prompt.
     """
@@ -97,7 +96,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
-        """Take one string as `stop`, as vLLM and OpenAI do: read as a sequence it would be its characters."""
+        """Take one string as `stop`, as OpenAI does; as a sequence it would be its characters."""
         texts: object = self.stop
         if isinstance(texts, str):
             msgspec.structs.force_setattr(self, "stop", (texts,))
@@ -132,20 +131,32 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """A tokenised request as the engine takes it. `prompt` holds token ids; `id` is unique among live requests.
+    """A tokenised request as the engine takes it; `id` is unique among live requests.
 
     Of waiting requests those with the lowest `priority` are admitted first, and of running ones those with the highest
     retracted first; arrival decides between equals.
     """
 
     id: str
-    prompt: list[int]
+    prompt_bytes: bytes  # int32, little-endian: a socket carries it, and numpy reads it, without a copy of each id
     params: SamplingParams
     priority: int = 0
 
+    @classmethod
+    def make(cls, id: str, prompt: Sequence[int], params: SamplingParams, priority: int = 0) -> Request:
+        """A request from token ids that `ModelInfo.check` accepts. Raises InvalidRequestError for the priority."""
+        if not -(2**31) <= priority < 2**31:
+            raise InvalidRequestError(f"priority must be a 32-bit integer, got {priority}", param="priority")
+        return cls(id=id, prompt_bytes=array("i", prompt).tobytes(), params=params, priority=priority)
+
+    @property
+    def prompt(self) -> memoryview[int]:
+        """The token ids, a view of `prompt_bytes`."""
+        return memoryview(self.prompt_bytes).cast("i")
+
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """The natural log-probability of a token, and the most probable ones at its position, highest first."""
+    """The natural log-probability of a token, and the most probable tokens at its position, highest first."""
 
     logprob: float
     top_ids: tuple[int, ...] = ()
@@ -171,7 +182,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What a face must know of the model behind the engine, to check requests at the door."""
+    """What is needed of a model to check requests before they go to its engine."""
 
     name: str
     vocab_size: int

@@ -1,4 +1,4 @@
-"""What rank 0 says to the other ranks of its group, and what they say to it: msgspec structs, MessagePack on the wire.
+"""Messages between rank 0 and the workers, the processes of the other ranks: msgspec structs in MessagePack.
 
 An array is its dtype, its shape and its bytes.
 """
@@ -9,73 +9,70 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import zmq
 
 from minisgl.config import Config
 from minisgl.core.plan import Masks, StepPlan
 
 DTYPES = frozenset({"<i4", "<i8", "<f4", "|b1"})
+HEARTBEAT_MS = 2000
+SILENCE_MS = 15_000
+"""A host that sends nothing for so long is gone. Between processes of one host the kernel reports an end at once."""
 
 
-class Assign(msgspec.Struct, frozen=True, tag="assign"):
-    """To a rank, first: what to build. `config` is resolved; a `folder` that is not there is looked up by its model."""
+class LoadModel(msgspec.Struct, frozen=True, tag="load"):
+    """The first message to a worker. `config` is resolved; a `folder` that is not on its host is looked up by model."""
 
     config: Config
     folder: str
     max_seq_len: int
 
 
-class Launch(msgspec.Struct, frozen=True, tag="launch"):
-    """To a rank: start this step."""
-
+class LaunchStep(msgspec.Struct, frozen=True, tag="launch"):
     plan: StepPlan
 
 
-class Finish(msgspec.Struct, frozen=True, tag="finish"):
-    """To a rank: the masks of the step launched last."""
+class FinishStep(msgspec.Struct, frozen=True, tag="finish"):
+    """The masks of the step launched last, which had none yet."""
 
     masks: Masks
 
 
-class Close(msgspec.Struct, frozen=True, tag="close"):
-    """To a rank, last: finish what is launched and leave."""
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
+    """The last message to a worker: it finishes the steps that are launched and ends."""
 
 
-class Hello(msgspec.Struct, frozen=True, tag="hello"):
-    """From a rank, first: its process runs."""
-
+class WorkerStarted(msgspec.Struct, frozen=True, tag="started"):
     rank: int
 
 
-class RankFailed(msgspec.Struct, frozen=True, tag="failed"):
-    """From a rank, last: it cannot start or go on, and why. `asked` when what was asked for cannot be honoured."""
+class WorkerFailed(msgspec.Struct, frozen=True, tag="failed"):
+    """The last message from a worker that cannot go on. `user_error`: what was asked for cannot be honoured."""
 
     rank: int
     error: str
-    asked: bool
+    user_error: bool
 
 
-ToRank = Assign | Launch | Finish | Close
-FromRank = Hello | RankFailed
+ToWorker = LoadModel | LaunchStep | FinishStep | Shutdown
+FromWorker = WorkerStarted | WorkerFailed
 
 
-def encoder() -> msgspec.msgpack.Encoder:
-    """An encoder of either side's messages."""
-    return msgspec.msgpack.Encoder(enc_hook=_from_array)
-
-
-def to_rank_decoder() -> msgspec.msgpack.Decoder[ToRank]:
-    """A decoder of what rank 0 says; its arrays are the receiver's own."""
-    return msgspec.msgpack.Decoder(ToRank, dec_hook=_to_array)
-
-
-def from_rank_decoder() -> msgspec.msgpack.Decoder[FromRank]:
-    """A decoder of what the other ranks say."""
-    return msgspec.msgpack.Decoder(FromRank)
+def make_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int, address: str, linger_ms: int) -> zmq.Socket[bytes]:
+    """A socket with unbounded queues that is to be bound or connected to `address`."""
+    socket = context.socket(kind)
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.RCVHWM, 0)
+    socket.setsockopt(zmq.LINGER, linger_ms)
+    if address.startswith("tcp"):
+        socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, SILENCE_MS)
+    return socket
 
 
 def _from_array(value: Any) -> Any:
     if not isinstance(value, np.ndarray):
-        raise NotImplementedError(f"{type(value).__name__} has no place in a message")
+        raise NotImplementedError(f"{type(value).__name__} cannot be sent in a message")
     assert value.dtype.str in DTYPES
     return value.dtype.str, value.shape, np.ascontiguousarray(value).data.cast("B") if value.size else b""
 
@@ -83,5 +80,11 @@ def _from_array(value: Any) -> Any:
 def _to_array(kind: Any, value: Any) -> Any:
     dtype, shape, data = value
     if dtype not in DTYPES:
-        raise ValueError(f"arrays of {dtype!r} have no place in a message")
+        raise ValueError(f"arrays of {dtype!r} cannot be received in a message")
     return np.frombuffer(data, dtype).reshape(shape).copy()
+
+
+ENCODER = msgspec.msgpack.Encoder(enc_hook=_from_array)
+TO_WORKER: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker, dec_hook=_to_array)
+"""Its arrays are copies. Like FROM_WORKER it raises ValueError or ValidationError for other messages."""
+FROM_WORKER: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)

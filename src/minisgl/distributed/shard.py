@@ -1,8 +1,8 @@
-"""How a model is cut between the ranks of a tensor-parallel group (Megatron-LM: Shoeybi et al., arXiv 1909.08053).
+"""How a model is split between the ranks of a tensor-parallel group (Megatron-LM: Shoeybi et al., arXiv 1909.08053).
 
-Attention is cut by heads and the MLP by its width: the first matrix of each pair by rows, the second by columns, so
-that one sum over the ranks ends each block. Embedding and head are cut by tokens. Where there are fewer KV heads than
-ranks, neighbouring ranks hold the same one. Norms and routers are whole everywhere.
+Attention is split by heads and the MLP by its width: the first matrix of each pair by rows, the second by columns, so
+that one all-reduce ends each block. Embedding and head are split by tokens. With fewer KV heads than ranks,
+neighbouring ranks hold the same one. Norms and routers are replicated.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ import dataclasses
 from dataclasses import dataclass
 
 from minisgl.core.model_config import ModelSpec
-from minisgl.core.weights import Cut, Keep, Parameter
+from minisgl.core.weights import Parameter, Shard, Sharder
 from minisgl.errors import ConfigError
 
 VOCAB_ALIGNMENTS = ((65536, 1024), (0, 64))
-"""From a vocabulary of how many tokens on a shard's are a multiple of what: few and large pieces for the sampling
-kernels, which look at 64 tokens at the least, where the padding is below 3 % for 8 ranks."""
+"""(vocabulary, multiple): from how many tokens on the width of a shard is a multiple of what. The sampling kernels read
+blocks of 64 tokens at least; the larger multiple gives them large blocks, where it pads less than 3 % for 8 ranks."""
 ONE_RANK = ("o_bias", "down_bias")
-"""Added once to a sum over ranks: the first rank has them."""
+"""Biases of the GEMMs that are all-reduced: rank 0 alone adds them."""
 BY_COLUMN = {"o": 1, "down": 1, "expert_down": 2}
 
 
 @dataclass(frozen=True)
 class VocabShard:
-    """The token ids [first, first + real) of one rank; its tensors have `width` rows or columns, padding behind."""
+    """The token ids [first, first + real) of one rank. Its tensors have `width` rows or columns, some padding."""
 
     first: int
     real: int
@@ -33,7 +33,7 @@ class VocabShard:
 
 
 def vocab_shard(vocab: int, rank: int, size: int) -> VocabShard:
-    """The tokens of a rank. Every rank's shard has the same width; the last may be padded, or empty in tiny ones."""
+    """The tokens of a rank. Every rank's shard has the same width; the last may be padded, or empty."""
     alignment = next(alignment for least, alignment in VOCAB_ALIGNMENTS if vocab >= least)
     width = -(-vocab // (size * alignment)) * alignment
     first = rank * width
@@ -41,23 +41,24 @@ def vocab_shard(vocab: int, rank: int, size: int) -> VocabShard:
 
 
 def check_shards(spec: ModelSpec, size: int) -> None:
-    """Raise ConfigError naming what cannot be divided by this many ranks."""
+    """Raise ConfigError naming what this many ranks cannot divide, and the numbers of ranks that are possible."""
+    if why := _obstacle(spec, size):
+        possible = ", ".join(str(n) for n in range(1, spec.num_heads + 1) if not _obstacle(spec, n))
+        what = f"{spec.architecture} cannot be split into {size}"
+        raise ConfigError(f"--tp {size}: {what}: {why}; --tp can be {possible}")
 
-    def need(ok: bool, what: str) -> None:
-        if not ok:
-            raise ConfigError(f"--tp {size}: {spec.architecture} cannot be cut into {size}: {what}")
 
-    heads, kv_heads = spec.num_heads, spec.num_kv_heads
-    need(heads % size == 0, f"its {heads} query heads are not a multiple of {size}")
-    need(
-        kv_heads % size == 0 or size % kv_heads == 0,
-        f"its {kv_heads} KV heads are neither a multiple nor a divisor of {size}",
-    )
-    if spec.moe is None or not all(spec.moe.layers):
-        width = spec.intermediate_size
-        need(width % size == 0, f"its MLP width of {width} is not a multiple of {size}")
-    if spec.moe is not None:
-        need(spec.moe.width % size == 0, f"its experts' width of {spec.moe.width} is not a multiple of {size}")
+def _obstacle(spec: ModelSpec, size: int) -> str:
+    heads, kv_heads, width = spec.num_heads, spec.num_kv_heads, spec.intermediate_size
+    if heads % size:
+        return f"its {heads} query heads are not a multiple of {size}"
+    if kv_heads % size and size % kv_heads:
+        return f"its {kv_heads} KV heads are neither a multiple nor a divisor of {size}"
+    if (spec.moe is None or not all(spec.moe.layers)) and width % size:
+        return f"its MLP width of {width} is not a multiple of {size}"
+    if spec.moe is not None and spec.moe.width % size:
+        return f"its experts' width of {spec.moe.width} is not a multiple of {size}"
+    return ""
 
 
 def local_spec(spec: ModelSpec, size: int) -> ModelSpec:
@@ -74,7 +75,7 @@ def local_spec(spec: ModelSpec, size: int) -> ModelSpec:
     )
 
 
-def cutter(spec: ModelSpec, rank: int, size: int) -> Cut:
+def sharder(spec: ModelSpec, rank: int, size: int) -> Sharder:
     """What this rank keeps of each parameter of the whole model `spec`."""
     vocab = vocab_shard(spec.vocab_size, rank, size)
 
@@ -90,20 +91,20 @@ def cutter(spec: ModelSpec, rank: int, size: int) -> Cut:
         span = [(start + first * dim, start + (first + held) * dim) for start in (k, v)]
         return (part(0, spec.num_heads * dim), *span)
 
-    def cut(parameter: Parameter) -> Keep | None:
+    def shard(parameter: Parameter) -> Shard | None:
         field, shape = parameter.field, parameter.shape
         if field in ("embedding", "head"):
-            return Keep(0, ((vocab.first, vocab.first + vocab.real),) if vocab.real else (), vocab.width - vocab.real)
+            return Shard(0, ((vocab.first, vocab.first + vocab.real),) if vocab.real else (), vocab.width - vocab.real)
         if field in ("qkv", "qkv_bias"):
-            return Keep(0, heads())
+            return Shard(0, heads())
         if field in ("gate_up", "gate_up_bias", "expert_gate_up"):
             axis = 1 if field == "expert_gate_up" else 0
             half = shape[axis] // 2
-            return Keep(axis, (part(0, half), part(half, half)))
+            return Shard(axis, (part(0, half), part(half, half)))
         if field in BY_COLUMN:
-            return Keep(BY_COLUMN[field], (part(0, shape[BY_COLUMN[field]]),))
+            return Shard(BY_COLUMN[field], (part(0, shape[BY_COLUMN[field]]),))
         if field in ONE_RANK:
-            return None if rank == 0 else Keep(0, ())
+            return None if rank == 0 else Shard(0, ())
         return None
 
-    return cut
+    return shard

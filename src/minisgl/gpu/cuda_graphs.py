@@ -1,15 +1,11 @@
-"""The capture of a CUDA graph, as all of the engine's graphs are captured.
+"""CUDA graphs: decode steps as one graph each, steps with prompts as a graph for each part between two attentions.
 
-A decode step as one CUDA graph: gather rows, decoder, sampling, write back. The host sends `changes` and replays.
+Decode: a graph from gathered rows to sampled tokens, for each of some batch sizes. The host sends `changes` and
+replays. A step takes the smallest graph that holds it, padded with the tables' last row, which is on the scratch page.
 
-A graph is captured for each of some batch sizes; a step takes the smallest that holds it and pads with the tables'
-last row, which lives on the scratch page.
-
-Steps with prompts as CUDA graphs: one for everything between two attentions, for each of some numbers of tokens.
-
-What prefill attention launches depends on lengths that the host knows, so it stays out of the graphs. All else depends
-on the number of tokens alone, and launching it kernel by kernel takes the host longer than the device needs for it
-while tokens are few. (vLLM and SGLang call such graphs piecewise.)
+Piecewise: what prefill attention launches depends on lengths that only the host knows, so it stays outside of graphs.
+All else depends on the number of tokens alone, and with few tokens the host takes longer to launch it kernel by kernel
+than the device takes to run it.
 """
 
 from __future__ import annotations
@@ -20,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,27 +24,28 @@ from torch import Tensor
 
 from minisgl.config import Config
 from minisgl.core.attention import GraphBackend, GraphDecode, PlannedAttention
-from minisgl.core.decoder import Decoder, ForwardBatch, ForwardPass
+from minisgl.core.decoder import Decoder, ForwardBatch
 from minisgl.core.kv_cache import DeviceTables, KVCache, StepInputs
 from minisgl.core.logits import StepOutput
-from minisgl.core.plan import Int32, StepPlan
-from minisgl.gpu.kernels.step import commit_rows, gather_rows
+from minisgl.core.plan import StepPlan
+
+IN_FLIGHT = 4
+"""Copies of `changes` on the host: more than there are steps launched and not collected."""
 
 
 @contextmanager
 def capturing(pool: Any) -> Iterator[torch.cuda.CUDAGraph]:
-    """A graph, in the memory pool that this is the handle of, of what is launched until the end.
+    """A graph of what is launched until the end, in the memory pool with this handle.
 
-    It must have been launched once before, which compiles what it needs. Other threads may ask about events meanwhile:
-    those that watch over collectives, or collect.
+    All of it must have been launched once before, so that it is compiled. Other threads may query events meanwhile:
+    those that watch collectives, or collect results.
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         yield graph
 
 
-IN_FLIGHT = 4
-"""Copies of `changes` on the host; more than steps can be launched and not collected."""
+# Decode
 
 
 def graph_sizes(largest: int) -> list[int]:
@@ -59,10 +56,10 @@ def graph_sizes(largest: int) -> list[int]:
 
 @dataclass(frozen=True)
 class CapturedStep:
-    """A graph for B rows, and the tensors it reads and leaves: it knows their addresses only, so they live as long."""
+    """A graph for B rows, and the tensors whose addresses it knows, kept alive."""
 
     graph: torch.cuda.CUDAGraph
-    changes: Tensor  # int32 (3, B), on the device
+    changes: Tensor  # int32 (3, B), on the device: slots, and the index and id of a new page or -1
     inputs: StepInputs
     tokens: Tensor  # int32 (B,)
     attention: GraphDecode
@@ -71,8 +68,8 @@ class CapturedStep:
 class DecodeGraphs:
     """Graphs over one runner's tables and cache, captured when this is made, largest first into one memory pool.
 
-    All sizes write their logits to one buffer outside the pool, where a tail finds them: the product lands there
-    directly, and the pool need not hold it.
+    All sizes write their logits to one buffer outside the pool, so that logits processors find them there and the pool
+    need not hold them.
     """
 
     def __init__(
@@ -86,16 +83,13 @@ class DecodeGraphs:
         self.backend = backend
         self.max_seq_len = max_seq_len
         self.padding = len(tables.length) - 1
-        self.steps: dict[int, CapturedStep] = {}
-        pool = torch.cuda.graph_pool_handle()
-        sizes = sorted(sizes, reverse=True)
+        self.sizes = sorted(sizes)
         head = decoder.weights.head
-        self.logits = torch.empty((sizes[0], len(head)), dtype=head.dtype, device=head.device)
-        for size in sizes:
-            self.steps[size] = self._capture(size, pool)
-        self.sizes = sorted(self.steps)
-        hosts = (torch.zeros((3, self.sizes[-1]), dtype=torch.int32).pin_memory() for _ in range(IN_FLIGHT))
-        self._hosts = itertools.cycle([host.numpy() for host in hosts])
+        self.logits = torch.empty((self.sizes[-1], len(head)), dtype=head.dtype, device=head.device)
+        pool = torch.cuda.graph_pool_handle()
+        self.steps = {size: self._capture(size, pool) for size in reversed(self.sizes)}
+        hosts = [torch.zeros((3, self.sizes[-1]), dtype=torch.int32).pin_memory().numpy() for _ in range(IN_FLIGHT)]
+        self._hosts = itertools.cycle(hosts)
 
     def takes(self, plan: StepPlan) -> bool:
         """Whether the plan is a decode step that fits a graph."""
@@ -103,9 +97,9 @@ class DecodeGraphs:
         return plan.init is None and len(plan.prefill_slots) == 0 and 0 < rows <= self.sizes[-1]
 
     def run(self, plan: StepPlan) -> StepOutput:
-        """Replay the plan's step; what it leaves is good until the next step."""
+        """Replay the plan's step; the output is valid until the next step."""
         rows = len(plan.decode_slots)
-        size = self.sizes[int(np.searchsorted(self.sizes, rows))]
+        size = self.sizes[bisect.bisect_left(self.sizes, rows)]
         step = self.steps[size]
         step.changes.copy_(self._write_changes(plan, rows, size), non_blocking=True)
         lens = np.ones(size, np.int32)
@@ -120,15 +114,12 @@ class DecodeGraphs:
         host[0, rows:] = self.padding
         host[1] = -1
         if len(plan.page_slots):
-            row_of = self._rows_of(plan.decode_slots)[plan.page_slots]
-            host[1, row_of] = plan.page_indices
-            host[2, row_of] = plan.page_ids
+            row_of_slot = np.empty(self.padding, np.int32)
+            row_of_slot[plan.decode_slots] = np.arange(rows, dtype=np.int32)
+            row = row_of_slot[plan.page_slots]
+            host[1, row] = plan.page_indices
+            host[2, row] = plan.page_ids
         return torch.from_numpy(host)
-
-    def _rows_of(self, slots: Int32) -> Int32:
-        rows = np.empty(self.padding, np.int32)
-        rows[slots] = np.arange(len(slots), dtype=np.int32)
-        return rows
 
     @torch.inference_mode()
     def _capture(self, size: int, pool: Any) -> CapturedStep:
@@ -145,8 +136,12 @@ class DecodeGraphs:
         return CapturedStep(graph, changes, inputs, tokens, attention)
 
     def _step(self, changes: Tensor, inputs: StepInputs, attention: GraphDecode) -> Tensor:
+        from minisgl.gpu.kernels.step import commit_rows, gather_rows  # a machine without a GPU may lack triton
+
         gather_rows(changes, self.tables, inputs, self.kv.page_size)
-        batch = ForwardBatch(ids=inputs.ids, positions=inputs.positions, locations=inputs.locations, rows=None)
+        batch = ForwardBatch(
+            ids=inputs.ids, positions=inputs.positions, slot_mapping=inputs.slot_mapping, logits_indices=None
+        )
         hidden = self.decoder.forward(batch, attention.attention, self.kv)
         logits = self.decoder.logits(hidden, self.logits[: len(hidden)])
         tokens = self.decoder.ops.sample(logits, self.tables.sampling, changes[0], inputs.kv_lens, False, True, True)
@@ -154,20 +149,18 @@ class DecodeGraphs:
         return tokens
 
 
-Work = Callable[[], object]
-Capture = Callable[[Work], Work]
-"""Something that does the same whenever it is called -> what does it again."""
+# Piecewise
 
 
-def piece_sizes(largest: int) -> list[int]:
-    """Numbers of tokens to capture: a step is padded by half of its own or by 15 at most. None for 0."""
+def piecewise_sizes(largest: int) -> list[int]:
+    """Numbers of tokens to capture: a step is padded by half of its own tokens or by 15 at most. None for 0."""
     steps = (range(16, 64, 16), range(64, 128, 32), range(128, 512, 64), range(512, 1024, 128))
     sizes = {size for step in steps for size in step} | set(range(1024, largest + 1, 256)) | {largest}
     return sorted(size for size in sizes if 0 < size <= largest)
 
 
-def largest_piece(config: Config) -> int:
-    """The most tokens that `config` asks for, and a step with prompts can have; 0: no graphs."""
+def piecewise_max_tokens(config: Config) -> int:
+    """The most tokens that `config` asks for and a step with prompts can have; 0: no graphs."""
     if not config.piecewise_cuda_graph_max_tokens:
         return 0
     assert config.max_prefill_length is not None
@@ -175,78 +168,103 @@ def largest_piece(config: Config) -> int:
     return min(config.piecewise_cuda_graph_max_tokens, config.max_prefill_length + config.max_running_requests)
 
 
+Work = Callable[[], object]
+
+
 class CudaCapture:
-    """Makes CUDA graphs in one memory pool."""
+    """Captures work in one memory pool -> what replays it."""
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, work: Work) -> Work:
-        """The graph's replay."""
         with capturing(self.pool) as graph:
             work()
         return graph.replay
 
 
-class Pieces(NamedTuple):
-    """The graphs for a number of tokens."""
+class SplitStep:
+    """A step of T tokens in parts that end before each layer's attention: `start`, then `between` the layers.
 
-    way: ForwardPass
-    replays: list[Work]  # number i ends before the attention of layer i
+    A part writes the layer's queries to `queries` (T, H, hd), and reads the attention's result in `heads` (T, H, hd).
+    """
+
+    residual: Tensor  # (T, D)
+
+    def __init__(self, decoder: Decoder, batch: ForwardBatch, kv: KVCache, queries: Tensor, heads: Tensor) -> None:
+        self.decoder = decoder
+        self.batch = batch
+        self.kv = kv
+        self.queries = queries
+        self.heads = heads
+
+    def start(self) -> None:
+        x, self.residual = self.decoder.embed(self.batch)
+        self._write_queries(0, x)
+
+    def between(self, index: int) -> None:
+        """From layer `index`'s attention to that of the next."""
+        x, self.residual = self.decoder.after_attention(index, self.heads, self.residual, None)
+        self._write_queries(index + 1, x)
+
+    def _write_queries(self, index: int, x: Tensor) -> None:
+        qkv, rope = self.decoder.before_attention(index, x, self.batch, self.kv)
+        rope(qkv, out=self.queries)
 
 
 class PiecewiseGraphs:
     """Graphs over one runner's cache, captured when this is made, largest first.
 
-    All sizes T share the tensors by which they are fed and leave what they find, and look at them up to T: `numbers`
-    int32 (2, largest), ids and positions; `locations` int64 (largest,); `queries` (largest, H, hd), what a layer's
-    attention starts from, and `heads` (largest, H * hd), what it finds. `make_capture` is what makes graphs; a test
-    without a card does everything anew instead.
+    All sizes T share their static tensors and use the first T elements: `ids` and `positions` int32 (largest,),
+    `slot_mapping` int64 (largest,), `queries` (largest, H, hd), a layer's input to attention, and `heads`, its output.
+    `capture` turns work into what repeats it: by default CUDA graphs in one memory pool.
     """
 
     def __init__(
-        self, decoder: Decoder, kv: KVCache, largest: int, make_capture: Callable[[], Capture] = CudaCapture
+        self, decoder: Decoder, kv: KVCache, largest: int, capture: Callable[[Work], Work] | None = None
     ) -> None:
         spec, table = decoder.spec, decoder.weights.embedding
         self.decoder = decoder
         self.kv = kv
         self.scratch = kv.num_pages * kv.page_size
-        self.numbers = torch.zeros((2, largest), dtype=torch.int32, device=table.device)
-        self.locations = torch.full((largest,), self.scratch, dtype=torch.int64, device=table.device)
+        self.ids, self.positions = torch.zeros((2, largest), dtype=torch.int32, device=table.device)
+        self.slot_mapping = torch.full((largest,), self.scratch, dtype=torch.int64, device=table.device)
         self.queries = torch.zeros((largest, spec.num_heads, spec.head_dim), dtype=table.dtype, device=table.device)
-        self.heads = torch.zeros_like(self.queries).flatten(1)
-        self.sizes = piece_sizes(largest)
-        capture = make_capture()
-        self.pieces = {size: self._capture(size, capture) for size in reversed(self.sizes)}
+        self.heads = torch.zeros_like(self.queries)
+        self.sizes = piecewise_sizes(largest)
+        capture = capture or CudaCapture()
+        # A step in parts, and the replays of these: number i ends before the attention of layer i.
+        self.steps = {size: self._capture(size, capture) for size in reversed(self.sizes)}
 
     def takes(self, batch: ForwardBatch) -> bool:
-        """Whether the batch is a step with prompts, which wants some of its tokens alone, and fits a size."""
-        return batch.rows is not None and 0 < len(batch.ids) <= self.sizes[-1]
+        """Whether the batch is a step with prompts, of whose tokens some are wanted, and fits a size."""
+        return batch.logits_indices is not None and 0 < len(batch.ids) <= self.sizes[-1]
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, attention: PlannedAttention) -> Tensor:
         """`Decoder.forward` of such a step."""
         tokens = len(batch.ids)
         size = self.sizes[bisect.bisect_left(self.sizes, tokens)]
-        way, replays = self.pieces[size]
-        self.numbers[0, :tokens].copy_(batch.ids)
-        self.numbers[1, :tokens].copy_(batch.positions)
-        self.locations[:tokens].copy_(batch.locations)
-        self.locations[tokens:size].fill_(self.scratch)
+        step, replays = self.steps[size]
+        self.ids[:tokens].copy_(batch.ids)
+        self.positions[:tokens].copy_(batch.positions)
+        self.slot_mapping[:tokens].copy_(batch.slot_mapping)
+        self.slot_mapping[tokens:size].fill_(self.scratch)
         queries, heads = self.queries[:tokens], self.heads[:tokens]
         for index, replay in enumerate(replays):
             replay()
-            heads.copy_(way.attend(attention, index, queries))
-        return way.leave(heads, batch.rows)
+            heads.copy_(attention.run(queries, index, self.decoder.spec.windows[index]))
+        hidden, _ = self.decoder.after_attention(len(replays) - 1, heads, step.residual[:tokens], batch.logits_indices)
+        return hidden
 
     @torch.inference_mode()
-    def _capture(self, size: int, capture: Capture) -> Pieces:
-        (ids, positions), locations = self.numbers[:, :size], self.locations[:size]
-        batch = ForwardBatch(ids=ids, positions=positions, locations=locations, rows=locations[:0])
-        heads = self.heads[:size]
-        way = ForwardPass(self.decoder, batch, self.kv, queries=self.queries[:size])
-        work: list[Work] = [way.enter]
-        work += [partial(way.between, index, heads) for index in range(len(way.layers) - 1)]
-        for piece in work[:2]:  # compiles what is not yet compiled
-            piece()
-        return Pieces(way, [capture(piece) for piece in work])
+    def _capture(self, size: int, capture: Callable[[Work], Work]) -> tuple[SplitStep, list[Work]]:
+        slot_mapping = self.slot_mapping[:size]
+        ids, positions = self.ids[:size], self.positions[:size]
+        batch = ForwardBatch(ids=ids, positions=positions, slot_mapping=slot_mapping, logits_indices=slot_mapping[:0])
+        step = SplitStep(self.decoder, batch, self.kv, self.queries[:size], self.heads[:size])
+        parts: list[Work] = [step.start]
+        parts += [partial(step.between, index) for index in range(self.decoder.spec.num_layers - 1)]
+        for part in parts[:2]:  # compiles what is not yet compiled
+            part()
+        return step, [capture(part) for part in parts]

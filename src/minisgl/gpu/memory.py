@@ -1,11 +1,11 @@
-"""What CUDA graphs will take of a card, by arithmetic: when they are captured the KV has its memory already.
+"""How many KV pages fit into a device's memory beside weights, activations and CUDA graphs.
 
-How many KV pages the device's memory holds beside weights and activations.
+The largest step is run to see what activations take. What graphs take is computed: when they are captured, the KV
+cache has its memory already.
 """
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import msgspec
@@ -16,69 +16,37 @@ from minisgl.config import Config
 from minisgl.core.decoder import Decoder
 from minisgl.core.kv_cache import allocate_kv, page_bytes
 from minisgl.core.model_config import ModelSpec
-from minisgl.core.model_runner import Runner
+from minisgl.core.model_runner import ModelRunner
 from minisgl.core.plan import RowInit, SpecialInit, SpecialRows, StepPlan
 from minisgl.core.types import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
-from minisgl.core.weights import Cut, parameters
+from minisgl.core.weights import Sharder, held_elements
 from minisgl.errors import ConfigError
-from minisgl.gpu.cuda_graphs import largest_piece, piece_sizes
-
-GRAPH_BYTES = 256 << 10
-"""What the driver keeps for a graph of some ten kernels; a decode step's are few enough not to count."""
-
-
-def graph_bytes(config: Config, spec: ModelSpec, vocab: int, dtype: torch.dtype, max_seq_len: int) -> int:
-    """Bytes of all graphs that `config` asks for, on a rank with the share `spec` and `vocab` tokens of the head.
-
-    On an H200 Qwen3-0.6B's decode graphs took 134 MB, of which this counts 133.
-    """
-    total, item = 0, dtype.itemsize
-    if rows := config.cuda_graph_max_bs:
-        from minisgl.gpu.cuda_graphs import graph_sizes
-
-        tables = 4 * sum(graph_sizes(rows)) * -(-max_seq_len // config.page_size)
-        total += rows * (vocab * item + token_bytes(spec, item)) + tables
-    if tokens := largest_piece(config):
-        sizes = piece_sizes(tokens)
-        ends = 2 * spec.num_heads * spec.head_dim * item  # queries and what attention finds
-        total += tokens * (token_bytes(spec, item) + ends) + sum(sizes) * spec.hidden_size * item
-        total += len(sizes) * spec.num_layers * GRAPH_BYTES
-    return total
-
-
-def token_bytes(spec: ModelSpec, item: int) -> int:
-    """Bytes of a token's activations in a layer, if nothing is given back before its end; `item`: of an element."""
-    attention = 2 * (spec.num_heads + spec.num_kv_heads) * spec.head_dim
-    mlp = 3 * spec.intermediate_size
-    if spec.moe is not None:
-        mlp = max(mlp, spec.moe.top_k * (3 * spec.moe.width + spec.hidden_size))
-    return (4 * spec.hidden_size + attention + mlp) * item
-
+from minisgl.gpu.cuda_graphs import graph_sizes, piecewise_max_tokens, piecewise_sizes
 
 GIB = 2**30
 CPU_KV_BYTES = 2 * GIB
 CONTROL_GROUP = Path("/sys/fs/cgroup")
 DEFAULT_RATIO = 0.9
-WARM_UP_TOKENS = 16
-"""Of a prompt in `warm_up`, and more than its decodes reach."""
+WARM_UP_TOKENS = 16  # of the prompt in `warm_up`, and more than its decodes reach
+GRAPH_BYTES = 256 << 10  # the driver's own for a graph of some ten kernels; decode graphs are too few to count
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that may still be taken: on a GPU what is free, else what the system and the control group leave."""
+    """Bytes that are free: of the GPU, else of what the system and the control group leave."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return min(system_memory(), group_memory())
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes that there are, whoever has them: on a GPU the card's, else the system's or the control group's limit."""
+    """Bytes in all, free or not: the GPU's, else the system's or the control group's limit."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
     return min(system_memory("MemTotal"), group_limit())
 
 
 def system_memory(name: str = "MemAvailable") -> int:
-    """What Linux says of the memory, in bytes: unless told otherwise what a new program can take without swapping."""
+    """A line of /proc/meminfo in bytes; MemAvailable is what a new program can take without swapping."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
@@ -86,7 +54,7 @@ def system_memory(name: str = "MemAvailable") -> int:
 
 
 def group_limit(group: Path = CONTROL_GROUP) -> int:
-    """Bytes that control groups, version 2, allow; without a limit, more than there are."""
+    """Bytes that the control group (version 2) allows; without a limit, more than there are."""
     limit = group / "memory.max"
     if not limit.exists() or (most := limit.read_text().strip()) == "max":
         return 2**63 - 1
@@ -94,31 +62,50 @@ def group_limit(group: Path = CONTROL_GROUP) -> int:
 
 
 def group_memory(group: Path = CONTROL_GROUP) -> int:
-    """What that limit leaves."""
+    """Bytes that the control group's limit leaves."""
     current = group / "memory.current"
     return max(0, group_limit(group) - (int(current.read_text()) if current.exists() else 0))
 
 
-def page_cost(config: Config, share: ModelSpec, dtype: torch.dtype) -> int:
-    """Bytes of a device's memory that a page takes; `share` is what one rank holds.
+def graph_bytes(config: Config, spec: ModelSpec, vocab: int, dtype: torch.dtype, max_seq_len: int) -> int:
+    """Bytes of all CUDA graphs that `config` asks for, on a rank with the share `spec` and `vocab` tokens of the head.
 
-    On the CPU, where the ranks are processes of one host, that is all ranks' bytes.
+    Qwen3-0.6B's decode graphs took 134 MB of an H200; this says 133.
     """
+    total, item = 0, dtype.itemsize
+    if rows := config.cuda_graph_max_bs:
+        tables = 4 * sum(graph_sizes(rows)) * -(-max_seq_len // config.page_size)
+        total += rows * (vocab * item + token_bytes(spec, item)) + tables
+    if tokens := piecewise_max_tokens(config):
+        sizes = piecewise_sizes(tokens)
+        ends = 2 * spec.num_heads * spec.head_dim * item  # queries and attention's output
+        total += tokens * (token_bytes(spec, item) + ends) + sum(sizes) * spec.hidden_size * item
+        total += len(sizes) * spec.num_layers * GRAPH_BYTES
+    return total
+
+
+def token_bytes(spec: ModelSpec, item: int) -> int:
+    """Bytes of a token's activations in a layer, none of them freed before its end; `item`: bytes of an element."""
+    attention = 2 * (spec.num_heads + spec.num_kv_heads) * spec.head_dim
+    mlp = 3 * spec.intermediate_size
+    if spec.moe is not None:
+        mlp = max(mlp, spec.moe.top_k * (3 * spec.moe.width + spec.hidden_size))
+    return (4 * spec.hidden_size + attention + mlp) * item
+
+
+def page_cost(config: Config, share: ModelSpec, dtype: torch.dtype) -> int:
+    """Bytes of a page on a GPU with a rank's `share`; on the CPU, whose ranks share the memory, on all ranks."""
     size = page_bytes(share.num_layers, config.page_size, share.num_kv_heads, share.head_dim, dtype)
     return size * (config.tp if config.device == "cpu" else 1)
 
 
 def require_pages_fit(config: Config, share: ModelSpec, dtype: torch.dtype) -> None:
-    """Raise ConfigError for a `num_pages` that can be seen to be wrong before anything is loaded.
-
-    What is free, and what weights and the rest take of it, is known later: `measure_pages` looks at that.
-    """
-    pages = config.num_pages
+    """Raise ConfigError for a `num_pages` that is wrong whatever is free; `measure_pages` checks the rest."""
+    pages, size = config.num_pages, page_cost(config, share, dtype)
     if pages is None:
         return
     if pages * config.page_size < 2:
         raise ConfigError(f"--num-pages {pages} of {config.page_size} token holds no request; give more")
-    size = page_cost(config, share, dtype)
     if pages * size > (total := total_memory(torch.device(config.device))):
         raise ConfigError(
             f"--num-pages {pages} needs {pages * size / GIB:.2f} GiB, and there are {total / GIB:.2f} GiB of memory in "
@@ -126,10 +113,11 @@ def require_pages_fit(config: Config, share: ModelSpec, dtype: torch.dtype) -> N
         )
 
 
-def require_weights_fit(spec: ModelSpec, dtype: torch.dtype, device: torch.device, cut: Cut | None = None) -> None:
-    """Raise ConfigError with the numbers when the weights, or what `cut` keeps, need more than a GPU has free."""
-    keeps = [(parameter.shape, cut(parameter) if cut else None) for parameter in parameters(spec)]
-    needed = sum(math.prod(keep.shape(shape) if keep else shape) for shape, keep in keeps) * dtype.itemsize
+def require_weights_fit(
+    spec: ModelSpec, dtype: torch.dtype, device: torch.device, sharder: Sharder | None = None
+) -> None:
+    """Raise ConfigError with the numbers when the weights, or what `sharder` keeps, need more than a GPU has free."""
+    needed = held_elements(spec, sharder) * dtype.itemsize
     if device.type == "cuda" and needed > (free := available_memory(device)):
         name = str(dtype).removeprefix("torch.")
         raise ConfigError(
@@ -139,11 +127,11 @@ def require_weights_fit(spec: ModelSpec, dtype: torch.dtype, device: torch.devic
 
 
 def measure_pages(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_len: int, before: int) -> int:
-    """Pages for `config`: those it asks for, or what fits. `before` is the memory available before the weights came.
+    """Pages for `config`: those it asks for, or what fits. `before`: bytes available before the weights were loaded.
 
-    Weights, activations, graphs and pages share `memory_ratio` of it. On the CPU activations are not counted, the pages
-    take no more than `max_running_requests` sequences of full length use, and where no ratio was given no more than
-    CPU_KV_BYTES. Raises ConfigError with the numbers when that leaves no page, or not the pages asked for.
+    Weights, activations, graphs and pages share `memory_ratio` of those. On the CPU activations are not counted; pages
+    take at most what `max_running_requests` sequences of full length use and, without an explicit ratio, CPU_KV_BYTES.
+    Raises ConfigError with the numbers when no page, or not the pages asked for, fit.
     """
     device, spec = torch.device(config.device), decoder.spec
     size = page_cost(config, spec, dtype)
@@ -175,11 +163,10 @@ def measure_pages(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_
 
 
 def _forward_peak(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_len: int) -> int:
-    """Bytes above the present that the largest prefill step takes, with sampling for as many rows as can end in it.
+    """Bytes that the largest prefill step takes, with sampling for as many rows as can end in it.
 
-    Every row asks for everything, so the tables that penalties and biases need later have their memory too, and the
-    first such request finds it. The step runs on scratch pages, so what attention over a long context takes is not in
-    it.
+    Each row asks for everything, so the tables for penalties and biases are counted too. The step runs on scratch
+    pages, so what attention over a long context takes is not counted.
     """
     device, spec = torch.device(config.device), decoder.spec
     assert config.max_running_requests is not None
@@ -187,7 +174,7 @@ def _forward_peak(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_
     rows = min(config.max_running_requests, config.max_prefill_length)
     length = min(config.max_prefill_length // rows, max_seq_len)
     kv = allocate_kv(spec.num_layers, 0, config.page_size, spec.num_kv_heads, spec.head_dim, dtype, device)
-    runner = Runner(decoder, kv, rows, max_seq_len, device)
+    runner = ModelRunner(decoder, kv, rows, max_seq_len, device)
     if max_seq_len >= WARM_UP_TOKENS:
         warm_up(runner, rows)
     torch.cuda.synchronize(device)
@@ -201,10 +188,9 @@ def _forward_peak(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_
     return peak
 
 
-def warm_up(runner: Runner, rows: int) -> None:
-    """Run a short prompt beside 1, 2, 4, … up to `rows` decodes, on scratch pages.
-
-    What kernels are chosen or compiled by such counts is there before the first request is.
+def warm_up(runner: ModelRunner, rows: int) -> None:
+    """Run a short prompt beside 1, 2, 4, … up to `rows` decodes, on scratch pages, so that kernels which are chosen or
+    compiled by such counts are ready before the first request.
     """
     prompt = prefill_plan(1, WARM_UP_TOKENS)
     for count in [2**power for power in range(rows.bit_length())]:
@@ -223,10 +209,14 @@ def warm_up(runner: Runner, rows: int) -> None:
 def prefill_plan(rows: int, length: int, everything: bool = False) -> StepPlan:
     """A step that prefills and samples `rows` prompts of `length` tokens with every filter on, on scratch pages.
 
-    With `everything` each row also has penalties and a bias, and asks for all log-probabilities it can.
+    With `everything` each row also has penalties and a bias, and asks for as many log-probabilities as it can.
     """
     none, slots = np.empty(0, np.int32), np.arange(rows, dtype=np.int32)
     ones, zeros = np.ones(rows, np.float32), np.zeros(rows, np.int32)
+    special_init = SpecialInit(
+        slots=slots, seen_slots=slots, seen_tokens=zeros, seen=zeros + 1, bias_ids=zeros[:, None],
+        bias_values=ones[:, None],
+    )  # fmt: skip
     init = RowInit(
         slots=slots,
         temperatures=ones,
@@ -236,7 +226,7 @@ def prefill_plan(rows: int, length: int, everything: bool = False) -> StepPlan:
         seeds=np.zeros(rows, np.int64),
         min_lens=zeros + length + 1,
         stop_ids=np.zeros((rows, MAX_STOP_TOKEN_IDS), np.int32),
-        special=special_init(rows) if everything else None,
+        special=special_init if everything else None,
     )
     return StepPlan(
         step=0,
@@ -258,18 +248,8 @@ def prefill_plan(rows: int, length: int, everything: bool = False) -> StepPlan:
     )
 
 
-def special_init(rows: int) -> SpecialInit:
-    """Rows that each hold one token and bias one."""
-    slots = np.arange(rows, dtype=np.int32)
-    bias_values = np.ones((rows, 1), np.float32)
-    zeros, ones = np.zeros(rows, np.int32), np.ones(rows, np.int32)
-    return SpecialInit(
-        slots=slots, seen_slots=slots, seen_tokens=zeros, seen=ones, bias_ids=zeros[:, None], bias_values=bias_values
-    )
-
-
 def special_rows(rows: int, tokens: int) -> SpecialRows:
-    """All of a step's rows penalised, biased and scored, and all its prompt tokens scored."""
+    """Every row is penalised, biased and scored, and every prompt token is scored."""
     slots = np.arange(rows, dtype=np.int32)
     return SpecialRows(
         changed=slots,

@@ -1,79 +1,81 @@
-"""Which implementation of the fused operations a device gets: plain torch, or kernels."""
+"""Which kernel computes what: the operations of a GPU, and which GEMM kernel takes which shape."""
 
 from __future__ import annotations
 
+import dataclasses
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from minisgl.core.ops import PLAIN, Operations, _embed, _whole, linear, linear_into
+from minisgl.core.ops import PLAIN, Operations
+from minisgl.core.ops import linear as cublas_linear
 from minisgl.core.sampler import SamplingRows
 
 MAX_FUSED_DIM = 8192
 
 
-def fused_operations(device: torch.device) -> Operations:
-    """The kernels. What a row needs of sampling they find out on the device, so the flags are not looked at."""
-    from minisgl.gpu.kernels import activation, gemv, moe, norm, qkv, sampling, stream
-    from minisgl.gpu.kernels import linear as small
-
-    against = stream.trial(device)
-
-    def streams(x: Tensor, weight: Tensor) -> bool:
-        return not against and stream.fits(x, weight)
-
-    def product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
-        if small.fits(x, weight, small.MAX_ROWS):
-            return small.linear(x, weight, bias, out=out)
-        if bias is None and gemv.fits(x, weight):
-            return gemv.gemv(x, weight, out)
-        if streams(x, weight):
-            return stream.linear(x, weight, bias, out)
-        if out is None:
-            return linear(x, weight, bias)
-        linear_into(x, weight, bias, out)
-        return out
-
-    def product_into(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        product(x, weight, bias, out)
-
-    def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if bias is None and small.fits(x, weight, small.MAX_ROWS_PARTS):
-            return small.linear_parts(x, weight)
-        return product(x, weight, bias)
-
-    def gated(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if bias is None and small.fits(x, weight, small.MAX_ROWS):
-            return small.gated_linear(x, weight)
-        if bias is None and gemv.fits(x, weight):
-            return gemv.gated_gemv(x, weight)
-        if bias is None and streams(x, weight):
-            return stream.gated_linear(x, weight)
-        return activation.silu_mul(linear(x, weight, bias))
-
-    def choose(logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor, *flags: bool) -> Tensor:
-        return sampling.sample(logits, table, slots, positions)
-
-    return Operations(
-        name=f"triton; no CUDA C++: {against}" if against else "triton and CUDA C++",
-        embed=_embed,
-        rms_norm=norm.rms_norm,
-        add_rms_norm=norm.add_rms_norm,
-        linear=product,
-        linear_into=product_into,
-        project=project,
-        gated=gated,
-        rope_store_kv=qkv.rope_store_kv,
-        moe=moe.moe,
-        whole_logits=_whole,
-        sample=choose,
-        sample_whole=choose,
-    )
-
-
 def operations_for(device: torch.device, hidden_size: int) -> Operations:
-    """The kernels on a GPU with triton, plain torch elsewhere and for models wider than the kernels take."""
+    """The kernels on a GPU with triton; plain torch elsewhere and for models wider than the kernels take."""
     if device.type == "cuda" and hidden_size <= MAX_FUSED_DIM and find_spec("triton"):
         return fused_operations(device)
     return PLAIN
+
+
+def fused_operations(device: torch.device) -> Operations:
+    """The kernels. The sampling kernels read on the device what a row needs, and ignore the flags.
+
+    GEMMs of x (T, K) and a weight (N, K) in 16 bits, first line that fits:
+
+    | T           | N * K         | kernel                                                            |
+    | up to 64    | up to 8M      | `linear`; up to 128 rows `split_k_linear` before an add_rms_norm  |
+    | 1           | more than 8M  | `gemv`                                                            |
+    | 2 to 96     | more than 8M  | `stream`, on Hopper                                               |
+    | any         | any           | cuBLAS                                                            |
+    """
+    from minisgl.gpu.kernels import elementwise, linear, moe, sampling, stream
+
+    no_stream = stream.trial(device)
+
+    def fits_stream(x: Tensor, weight: Tensor) -> bool:
+        return not no_stream and stream.fits(x, weight)
+
+    def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if linear.fits_linear(x, weight, linear.MAX_ROWS):
+            return linear.linear(x, weight, bias)
+        if bias is None and linear.fits_gemv(x, weight):
+            return linear.gemv(x, weight)
+        if fits_stream(x, weight):
+            return stream.linear(x, weight, bias)
+        return cublas_linear(x, weight, bias)
+
+    def row_parallel_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if bias is None and linear.fits_linear(x, weight, linear.MAX_SPLIT_K_ROWS):
+            return linear.split_k_linear(x, weight)
+        return fused_linear(x, weight, bias)
+
+    def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if bias is None and linear.fits_linear(x, weight, linear.MAX_ROWS):
+            return linear.gated_linear(x, weight)
+        if bias is None and linear.fits_gemv(x, weight):
+            return linear.gated_gemv(x, weight)
+        if bias is None and fits_stream(x, weight):
+            return stream.gated_linear(x, weight)
+        return elementwise.silu_mul(cublas_linear(x, weight, bias))
+
+    def sample(logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor, *flags: bool) -> Tensor:
+        return sampling.sample(logits, table, slots, positions)
+
+    return dataclasses.replace(
+        PLAIN,
+        name=f"triton; no CUDA C++: {no_stream}" if no_stream else "triton and CUDA C++",
+        rms_norm=elementwise.rms_norm,
+        add_rms_norm=elementwise.add_rms_norm,
+        linear=fused_linear,
+        row_parallel_linear=row_parallel_linear,
+        gated_linear=gated_linear,
+        rope_store_kv=elementwise.rope_store_kv,
+        moe=moe.moe,
+        sample=sample,
+        sample_whole=sample,
+    )

@@ -31,7 +31,7 @@ from minisgl.server.metrics import ApiProcesses, Metrics
 from minisgl.server.middleware import BoundedProtocol, with_middleware
 from minisgl.server.preparation import Api, Preparation
 from minisgl.text.grammar_check import GrammarCompiler
-from minisgl.text.tokenizer import Tokenizer, make_standin
+from minisgl.text.tokenizer import Tokenizer, make_byte_tokenizer
 
 BACKLOG = 2048  # connections that may wait to be accepted
 ANSWER_SECONDS = 1.0  # in which requests are still answered, with 503, when the engine has ended or was given up
@@ -122,7 +122,7 @@ async def serve_api(
     if config.served_model_name:
         model = msgspec.structs.replace(model, name=config.served_model_name[0])
     has_tokenizer = not config.dummy_weight or Tokenizer.exists(folder)
-    tokenizer = Tokenizer.load(folder) if has_tokenizer else make_standin(model.vocab_size)
+    tokenizer = Tokenizer.load(folder) if has_tokenizer else make_byte_tokenizer(model.vocab_size)
     grammars = GrammarCompiler(folder, model.vocab_size, model.eos_token_ids)
     check = grammars.check if has_tokenizer else None
     preparation = Preparation(model, tokenizer, client.queue.max_live, config.served_model_name, check)

@@ -191,7 +191,7 @@ class Preparation:
                 f"at most {self.max_live} answers fit in one request", param="n" if copies > 1 else "prompt"
             )
         return [
-            Request(
+            Request.make(
                 id=f"{base}-{index * copies + copy}",
                 prompt=prompt,
                 params=msgspec.structs.replace(params, seed=nth_seed(params.seed, copy)),

@@ -31,7 +31,6 @@ class GenerationTag(Extension):
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
-        """Replace the block by its body."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
@@ -39,7 +38,7 @@ class GenerationTag(Extension):
 class PublicNamespace(Namespace):
     """jinja2's `namespace` without underscored names, which reach into the interpreter."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:
+    def __init__(*args: Any, **kwargs: Any) -> None:  # without `self`, which may be an attribute's name
         self, *rest = args
         for name in dict(*rest, **kwargs):
             refuse_private(name)
@@ -51,7 +50,6 @@ class PublicNamespace(Namespace):
 
 
 def refuse_private(name: object) -> None:
-    """Raise SecurityError for a name with a leading underscore."""
     if str(name).startswith("_"):
         raise jinja2.exceptions.SecurityError(f"a namespace attribute must not start with an underscore: {name!r}")
 
@@ -62,7 +60,6 @@ def raise_exception(message: str) -> None:
 
 
 def strftime_now(pattern: str) -> str:
-    """The local time."""
     return datetime.datetime.now().strftime(pattern)
 
 
@@ -83,7 +80,6 @@ def to_json(
 
 
 def make_environment() -> ImmutableSandboxedEnvironment:
-    """The sandbox a template runs in."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
     )
@@ -97,7 +93,7 @@ def make_environment() -> ImmutableSandboxedEnvironment:
 class ChatTemplate:
     """A compiled template. `tokens` are the named special tokens it may print, as `bos_token`.
 
-    Raises ModelError when the source is no valid template.
+    `variables` are the names that the template takes from outside. Raises ModelError when the source is no template.
     """
 
     def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
@@ -107,20 +103,16 @@ class ChatTemplate:
             environment = make_environment()
             self._template = environment.from_string(source)
             self.variables = frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
-            """Names that the template takes from outside."""
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(f"the model's chat template is broken: line {error.lineno}: {error.message}") from error
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, /, **variables: Any) -> str:
         """The conversation as text. Raises InvalidRequestError when the template refuses it."""
-        fixed = {"messages", "add_generation_prompt", *self._tokens}
-        if taken := sorted(fixed & variables.keys()):
+        fixed = {**self._tokens, "messages": list(messages), "add_generation_prompt": add_generation_prompt}
+        if taken := sorted(fixed.keys() & variables.keys()):
             raise InvalidRequestError(f"{taken[0]} cannot be set here", param="chat_template_kwargs")
-        values = {"tools": None, "documents": None, **self._tokens, **variables}
         try:
-            return self._template.render(
-                {**values, "messages": list(messages), "add_generation_prompt": add_generation_prompt}
-            )
+            return self._template.render({"tools": None, "documents": None, **variables, **fixed})
         except Exception as error:  # the template is foreign code run on the user's values
             reason = str(error) or type(error).__name__
             raise InvalidRequestError(f"the model's chat template refuses this: {reason}", param="messages") from error

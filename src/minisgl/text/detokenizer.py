@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import tokenizers
 from tokenizers.decoders import DecodeStream
@@ -11,24 +10,18 @@ from tokenizers.decoders import DecodeStream
 from minisgl.core.types import FinishReason, SamplingParams, TokenEvent
 
 
-class Match(NamedTuple):
-    """A stop string found in a text; fields in the order of preference: completed first, then longest."""
-
-    end: int
-    start: int
-    stop: str
-
-
 class TextStream:
     """The text of one request. Once a stop string is completed it is `stopped`: further tokens are ignored.
 
     The texts that `push` and `finish` return, joined, are what `Tokenizer.decode` says of all tokens, cut where the
     stop string that is completed first begins. `hidden` are token ids that have no text. `num_tokens` counts the tokens
-    taken in, the one that completed the stop string included; `starts` says how many characters came before each.
+    taken in, the one that completed the stop string included; `starts` says how many characters came before each;
+    `num_characters` counts the characters decoded so far, those held back included; `matched` is the stop string.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, hidden: frozenset[int], params: SamplingParams) -> None:
         self.num_tokens = 0
+        self.num_characters = 0
         self.starts: list[int] = []
         self.matched: str | None = None
         self._backend = backend
@@ -38,20 +31,13 @@ class TextStream:
         self._longest = max(map(len, params.stop), default=0)
         self._decoder = DecodeStream(skip_special_tokens=False)
         self._ids: list[int] = []
-        self._decoded = 0  # characters the decoder has given
         self._pending = False  # the last tokens have given no text yet
-        self._held = ""  # given, but it may begin a stop string
+        self._held = ""  # decoded, but it may begin a stop string
         self._shown: list[str] = []
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string ended the text."""
         return self.matched is not None
-
-    @property
-    def num_characters(self) -> int:
-        """Characters decoded so far, those held back included."""
-        return self._decoded
 
     @property
     def text(self) -> str:
@@ -65,7 +51,7 @@ class TextStream:
             if self.stopped:
                 break
             self.num_tokens += 1
-            self.starts.append(self._decoded)
+            self.starts.append(self.num_characters)
             if token not in self._hidden and (piece := self._decode(token)):
                 self._take(piece)
         return "".join(self._shown[before:])
@@ -75,8 +61,8 @@ class TextStream:
         before = len(self._shown)
         if self._pending and not self.stopped:
             self._pending = False
-            self._take(self._backend.decode(self._ids, skip_special_tokens=False)[self._decoded :])
-        if self._held and not self.stopped:
+            self._take(self._rest())
+        if not self.stopped:
             self._shown.append(self._held)
             self._held = ""
         return "".join(self._shown[before:])
@@ -85,30 +71,38 @@ class TextStream:
         """The text that `token` completes; empty while its end may be half a character."""
         self._ids.append(token)
         try:
-            piece = self._decoder.step(self._backend, token)
+            piece = self._decoder.step(self._backend, token) or ""
         except Exception:  # the decoder's own type: earlier text changed, as byte-fallback runs can
-            piece = self._backend.decode(self._ids, skip_special_tokens=False)[self._decoded :]
+            piece = self._rest()
             self._decoder = DecodeStream(ids=[token], skip_special_tokens=False)
         self._pending = not piece
-        self._decoded += len(piece or "")
-        return piece or ""
+        self.num_characters += len(piece)
+        return piece
+
+    def _rest(self) -> str:
+        """The text of all tokens behind the characters decoded so far."""
+        return self._backend.decode(self._ids, skip_special_tokens=False)[self.num_characters :]
 
     def _take(self, piece: str) -> None:
         """Show what cannot belong to a stop string any more; a match must end inside `piece`."""
         if not self._stops:
             self._shown.append(piece)
             return
-        old = len(self._held)
         text = self._held + piece
-        match = first_match(text, self._stops, old) if self.num_tokens >= self._min_tokens else None
-        if match is not None:
-            self.matched = match.stop
-            safe, self._held = match.start, ""
+        matches = self._matches(text, len(self._held)) if self.num_tokens >= self._min_tokens else []
+        if matches:
+            _, safe, self.matched = min(matches)  # the one completed first; of several, the longest
+            self._held = ""
         else:
             safe = self._safe_length(text)
             self._held = text[safe:]
         if safe:
             self._shown.append(text[:safe])
+
+    def _matches(self, text: str, old: int) -> list[tuple[int, int, str]]:
+        """(end, start, stop string) of each stop string that is completed after the first `old` characters."""
+        starts = [(text.find(stop, max(0, old - len(stop) + 1)), stop) for stop in self._stops]
+        return [(start + len(stop), start, stop) for start, stop in starts if start >= 0]
 
     def _safe_length(self, text: str) -> int:
         """Where the longest suffix begins that is a proper prefix of a stop string."""
@@ -117,16 +111,6 @@ class TextStream:
             if any(stop.startswith(suffix) for stop in self._stops):
                 return start
         return len(text)
-
-
-def first_match(text: str, stops: Sequence[str], old: int) -> Match | None:
-    """The stop string that is completed first after the first `old` characters."""
-    found = [
-        Match(start + len(stop), start, stop)
-        for stop in stops
-        if (start := text.find(stop, max(0, old - len(stop) + 1))) >= 0
-    ]
-    return min(found, default=None)
 
 
 def shown_tokens(event: TokenEvent) -> tuple[int, ...]:

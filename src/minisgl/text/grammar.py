@@ -1,10 +1,6 @@
-"""A request's grammar in the form that llguidance compiles; what it cannot promise is refused by name.
+"""Structured output: which tokens may come next, through llguidance.
 
-llguidance's own forms: https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md and docs/json_schema.md.
-
-The model's tokens as llguidance sees them: a trie of their bytes.
-
-One answer's way through its grammar.
+llguidance's grammars: https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md and docs/json_schema.md.
 """
 
 from __future__ import annotations
@@ -12,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +17,15 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
 from numpy.typing import NDArray
 
-from minisgl.core.types import CLOSE_THOUGHT, OPEN_THOUGHT, Calls, Grammar
+from minisgl.core.types import CLOSE_THOUGHT, OPEN_THOUGHT, Grammar
 from minisgl.errors import InvalidRequestError, UnsupportedParameterError
 from minisgl.text.tokenizer import load_backend
 
 MAX_SOURCE_BYTES = 1 << 20
-"""UTF-8 bytes of a grammar's source."""
 MAX_CHOICES = 10_000
+MAX_MESSAGE = 300
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
 """Between the parts of a JSON text. Bounded: a model that falls into repeating newlines must go on with its text."""
-JSON_OBJECT = '{"type":"object"}'
 NEWEST_DRAFT = ("https://json-schema.org/schema", "http://json-schema.org/schema")
 """What many schemas name as theirs, the newest draft; the library has the drafts by their own names only."""
 FIELDS = {
@@ -41,19 +35,175 @@ FIELDS = {
     "choice": "guided_choice",
     "lark": "guided_grammar",
 }
-"""The request field that usually carries a kind of grammar; who knows better sets the error's `param`."""
+"""The request field that usually carries a kind of grammar, an error's default `param`."""
 LARK_TEXT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|#[^\n]*|/(?:\\.|[^/\\\n])+/')
 """Strings, comments and regular expressions of a Lark source."""
-ANY_TEXT = "/(?s:.*)/"
-ANY_THOUGHT = ANY_TEXT + " & ~/(?s:.*" + CLOSE_THOUGHT.replace("/", r"\/") + ".*)/"
-TokenOf = Callable[[str], int | None]
-"""The special token that a mark is in a model's vocabulary, None where it is ordinary text."""
 STOP_OPTION = re.compile(r"\[[^\]\n]*\bstop\b")
 NOT_DONE = re.compile(
     r"unimplemented|not supported|unsupported|unknown format|not disjoint|look-?around", re.IGNORECASE
 )
-MAX_MESSAGE = 300
+ANY_TEXT = "/(?s:.*)/"
+ANY_REASONING = ANY_TEXT + " & ~/(?s:.*" + CLOSE_THOUGHT.replace("/", r"\/") + ".*)/"
 NOTHING_MATCHES = "no text matches it"
+LIMITS = LLParserLimits(step_lexer_fuel=100_000, step_max_items=20_000, max_lexer_states=50_000, verbose_errors=False)
+BURST_SECONDS = 0.25
+TOKEN_SECONDS = 0.005
+"""CPU time that one completion may take: this much at once, and this much for each of its tokens. An ordinary schema
+takes a hundredth of it; an ambiguous grammar, whose tokens take the longer the more there are, must not hold up its
+batch."""
+
+
+class VocabularySource(msgspec.Struct, frozen=True, kw_only=True):
+    """What a vocabulary is made of. `vocab_size` is the width of the logits, which may exceed the tokenizer's."""
+
+    folder: str
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+
+
+class Vocabulary:
+    """The tokens, shared by all grammars. Takes a second for 150,000 of them.
+
+    `num_words` is the length of a mask, ceil(vocab_size / 32); `eos` are the ids that end a text. llguidance is given
+    all of the tokenizer's tokens, `size` with those that only the model has, and at least one id that ends a text:
+    where there is none, a special token is the `placeholder_eos`. Raises UnsupportedParameterError for a tokenizer
+    whose tokens' bytes llguidance cannot tell, ModelError for a broken one.
+    """
+
+    def __init__(self, source: VocabularySource) -> None:
+        backend = load_backend(Path(source.folder))
+        backend.no_truncation()
+        backend.no_padding()
+        known = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = source.vocab_size
+        self.num_words = -(-source.vocab_size // 32)
+        self.size = max(source.vocab_size, known)
+        self.eos = [token for token in source.eos_token_ids if token < min(source.vocab_size, known)]
+        special = (token for token, added in backend.get_added_tokens_decoder().items() if added.special)
+        self.placeholder_eos = None if self.eos else next(special, known - 1)
+        eos = self.eos if self.placeholder_eos is None else self.placeholder_eos
+        try:
+            self.tokens = LLTokenizer(backend.to_str(), n_vocab=self.size, eos_token=eos)
+        except ValueError as error:
+            raise UnsupportedParameterError(
+                f"structured output is not supported with this model's tokenizer: {error}"
+            ) from error
+
+    def special_token(self, text: str) -> int | None:
+        """The one token that a text is, if llguidance takes it for a special one: any that was added as <...> is."""
+        ids = self.tokens.tokenize_str(text)
+        return ids[0] if len(ids) == 1 and self.tokens.is_special_token(ids[0]) else None
+
+    def literal(self, text: str) -> str:
+        """A text in a Lark rule: as the special token that it is, or letter by letter; empty for none."""
+        token = self.special_token(text) if text else None
+        return (text and json.dumps(text)) if token is None else f"<[{token}]>"
+
+
+class GrammarError(Exception):
+    """A grammar that compiled, but became too complex or too slow on the way."""
+
+
+class MatcherConstraint:
+    """Follows one completion and says which tokens may come next. Not thread-safe.
+
+    The EOS ids are allowed exactly where the text may end, and nothing else once it cannot go on. Special tokens, and
+    ids beyond the tokenizer's, never are, but where they begin or end reasoning or a call. Where the grammar leaves no
+    choice of the text, one token is allowed: the one that the tokenizer would have used.
+    """
+
+    def __init__(self, matcher: LLMatcher, vocabulary: Vocabulary) -> None:
+        self._matcher = matcher
+        self.vocabulary = vocabulary
+        padded = vocabulary.size != vocabulary.vocab_size
+        self._scratch = np.zeros(-(-vocabulary.size // 32), np.int32) if padded else None
+        self._seconds_left = BURST_SECONDS
+
+    def fill(self, mask: NDArray[np.int32]) -> None:
+        """Overwrite mask (ceil(V / 32),): bit t % 32 of word t // 32 says whether token t may come next.
+
+        Raises GrammarError when llguidance's limits of one step are exceeded, or the completion's time is used up.
+        """
+        if self._seconds_left < 0:
+            raise GrammarError(f"more than {BURST_SECONDS} s beyond {TOKEN_SECONDS} s a token")
+        begun = time.thread_time()
+        assert mask.shape == (self.vocabulary.num_words,)
+        assert mask.dtype == np.int32
+        assert mask.flags.c_contiguous
+        target = mask if self._scratch is None else self._scratch
+        self._matcher.unsafe_compute_mask_ptr(target.ctypes.data, target.nbytes)
+        if self._matcher.is_error():
+            raise GrammarError(self.error)
+        self._seconds_left += TOKEN_SECONDS + begun - time.thread_time()
+        if self._scratch is not None:
+            mask[:] = self._scratch[: len(mask)]
+            if rest := self.vocabulary.vocab_size % 32:
+                mask[-1] &= np.int32((1 << rest) - 1)
+        if (token := self.vocabulary.placeholder_eos) is not None and token < self.vocabulary.vocab_size:
+            mask[token // 32 : token // 32 + 1].view(np.uint32)[0] &= np.uint32(~(1 << token % 32) & 0xFFFFFFFF)
+
+    def accept(self, token: int) -> bool:
+        """Take in the token that follows; False when it may not, and from then on."""
+        begun = time.thread_time()
+        accepted = self._matcher.consume_token(token)
+        self._seconds_left += begun - time.thread_time()
+        return accepted
+
+    def copy(self) -> MatcherConstraint:
+        """Another one at the same place, which shares what was computed of the grammar so far."""
+        return MatcherConstraint(self._matcher.deep_copy(), self.vocabulary)
+
+    @property
+    def may_end(self) -> bool:
+        """Whether the text is complete as it is."""
+        return self._matcher.is_accepting()
+
+    @property
+    def error(self) -> str:
+        """What went wrong, in a line; empty when nothing did."""
+        return " ".join(self._matcher.get_error().partition("<state>")[0].replace("<non-verbose/>", "").split())
+
+
+def compile_grammar(grammar: Grammar, vocabulary: Vocabulary) -> MatcherConstraint:
+    """A constraint at the start of its text. May take seconds for a hostile grammar.
+
+    Raises InvalidRequestError, or UnsupportedParameterError for what cannot be enforced.
+    """
+    check_size(grammar)
+    try:
+        source = text_grammar(grammar)
+        if grammar.calls is not None or grammar.thought != "none":
+            source = composed_grammar(grammar, source, vocabulary)
+    except ValueError as error:
+        raise refusal(grammar, str(error)) from error
+    matcher = LLMatcher(vocabulary.tokens, source, log_level=0, limits=LIMITS)
+    if not matcher.is_error():
+        return MatcherConstraint(matcher, vocabulary)
+    if grammar.calls is not None:  # is it the schema of the calls that cannot be followed?
+        try:
+            compile_grammar(Grammar(kind="json_schema", source=grammar.calls.schema), vocabulary)
+        except InvalidRequestError as error:
+            error.param = "tools"
+            raise
+    raise refusal(grammar, matcher.get_error().partition("<state>")[0])
+
+
+def probe(grammar: Grammar, constraint: MatcherConstraint, steps: int) -> None:
+    """Sample tokens at random. Raises InvalidRequestError when nothing matches or a step is too much."""
+    mask = np.zeros(constraint.vocabulary.num_words, np.int32)
+    random = np.random.default_rng(0)
+    for step in range(steps):
+        try:
+            constraint.fill(mask)
+        except GrammarError as error:
+            nothing = step == 0 and "NoExtension" in str(error)
+            raise invalid(grammar, NOTHING_MATCHES if nothing else f"too expensive: {error}") from error
+        bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
+        bits[constraint.vocabulary.eos] = 0
+        if not len(allowed := np.flatnonzero(bits)):
+            return
+        if not constraint.accept(int(random.choice(allowed))):
+            raise invalid(grammar, f"too expensive: {constraint.error}")
 
 
 def check_size(grammar: Grammar) -> None:
@@ -66,64 +216,13 @@ def check_size(grammar: Grammar) -> None:
         raise invalid(grammar, f"{size} bytes, at most {MAX_SOURCE_BYTES} are allowed")
 
 
-def library_form(grammar: Grammar, token_of: TokenOf) -> str:
-    """What `LLMatcher` takes. Raises InvalidRequestError, or UnsupportedParameterError for what cannot be enforced."""
-    check_size(grammar)
-    form = text_form(grammar)
-    return form if grammar.calls is None and grammar.thought == "none" else composed_form(grammar, form, token_of)
-
-
-def composed_form(grammar: Grammar, text: str, token_of: TokenOf) -> str:
-    """A thought, then the text whose form is given, or calls: grammars that refer to each other by name."""
-    before = {"none": "", "possible": "(thought BLANK?)?", "begun": "thought BLANK?"}[grammar.thought]
-    answer = "@text" if grammar.calls is None else "(@text | calls)"
-    rules = [f"start: {before} {answer}", r"BLANK: /[\x20\n]{1,8}/"]
-    parts = [part("text", text)]
-    if grammar.thought != "none":
-        opening = mark(OPEN_THOUGHT, token_of) if grammar.thought == "possible" else ""
-        if token_of(CLOSE_THOUGHT) is None:
-            rules += [f"thought: {opening} thinking", f'thinking[suffix="{CLOSE_THOUGHT}"]: {ANY_TEXT}']
-        else:
-            rules += [f"thought: {opening} THINKING {mark(CLOSE_THOUGHT, token_of)}", f"THINKING: {ANY_THOUGHT}"]
-    if grammar.calls is not None:
-        calls = grammar.calls
-        opening, closing, separator = (mark(m, token_of) for m in (calls.opening, calls.closing, calls.separator))
-        between = f"BLANK? {separator} BLANK?" if separator else "BLANK?"
-        rules.append(f"calls: call ({between} call)*" if calls.several else "calls: call")
-        rules.append(f"call: {opening and f'{opening} BLANK?'} @call {closing and f'BLANK? {closing}'}")
-        parts.append(part("call", schema_form(calls.schema)))
-    return json.dumps({"grammars": [{"name": "answer", "lark_grammar": "\n".join(rules)}, *parts]}, allow_nan=False)
-
-
-def mark(text: str, token_of: TokenOf) -> str:
-    """A text in a rule, as the special token that it is, or letter by letter; empty for none."""
-    token = token_of(text) if text else None
-    return (text and json.dumps(text)) if token is None else f"<[{token}]>"
-
-
-def part(name: str, form: str) -> dict[str, Any]:
-    """A form of the library as a part of another one, to be referred to as @name."""
-    fields = json.loads(form)["grammars"][0] if form.startswith("{") else {"lark_grammar": form}
-    return {**fields, "name": name}
-
-
-def text_form(grammar: Grammar) -> str:
-    """What the library takes for the text alone."""
+def text_grammar(grammar: Grammar) -> str:
+    """llguidance's grammar of the text alone."""
     match grammar.kind:
         case "json_object":
-            return schema_form(JSON_OBJECT)
+            return schema_grammar('{"type":"object"}')
         case "json_schema":
-            schema = read_json(grammar)
-            if not isinstance(schema, (dict, bool)):
-                raise invalid(grammar, "a JSON schema is an object, true or false")
-            if isinstance(schema, dict) and "x-guidance" in schema:
-                raise unsupported(grammar, "x-guidance")
-            if schema is False:
-                raise invalid(grammar, NOTHING_MATCHES)
-            if isinstance(schema, dict) and str(schema.get("$schema")).rstrip("#") in NEWEST_DRAFT:
-                del schema["$schema"]
-                return schema_form(json.dumps(schema, ensure_ascii=False))
-            return schema_form("{}" if schema is True else grammar.source)
+            return schema_grammar(checked_schema(grammar))
         case "regex":
             return LLMatcher.grammar_from_regex(grammar.source)
         case "choice":
@@ -132,22 +231,62 @@ def text_form(grammar: Grammar) -> str:
             return LLMatcher.grammar_from_lark(checked_lark(grammar))
 
 
-def schema_form(schema: str) -> str:
-    """A JSON schema, its text with bounded whitespace and nothing ignored that cannot be enforced.
+def composed_grammar(grammar: Grammar, text: str, vocabulary: Vocabulary) -> str:
+    """Reasoning, then the text whose grammar is given, or calls: grammars that refer to each other by name."""
+    literal = vocabulary.literal
+    before = {"none": "", "possible": "(reasoning BLANK?)?", "begun": "reasoning BLANK?"}[grammar.thought]
+    answer = "@text" if grammar.calls is None else "(@text | calls)"
+    rules = [f"start: {before} {answer}", r"BLANK: /[\x20\n]{1,8}/"]
+    parts = [named_grammar("text", text)]
+    if grammar.thought != "none":
+        opening = literal(OPEN_THOUGHT) if grammar.thought == "possible" else ""
+        if vocabulary.special_token(CLOSE_THOUGHT) is None:
+            rules += [f"reasoning: {opening} inner", f'inner[suffix="{CLOSE_THOUGHT}"]: {ANY_TEXT}']
+        else:
+            rules += [f"reasoning: {opening} INNER {literal(CLOSE_THOUGHT)}", f"INNER: {ANY_REASONING}"]
+    if (calls := grammar.calls) is not None:
+        opening, closing, separator = literal(calls.opening), literal(calls.closing), literal(calls.separator)
+        between = f"BLANK? {separator} BLANK?" if separator else "BLANK?"
+        rules.append(f"calls: call ({between} call)*" if calls.several else "calls: call")
+        rules.append(f"call: {opening and f'{opening} BLANK?'} @call {closing and f'BLANK? {closing}'}")
+        parts.append(named_grammar("call", schema_grammar(calls.schema)))
+    return json.dumps({"grammars": [{"name": "answer", "lark_grammar": "\n".join(rules)}, *parts]}, allow_nan=False)
+
+
+def named_grammar(name: str, source: str) -> dict[str, Any]:
+    """A grammar of llguidance as a part of another one, to be referred to as @name."""
+    fields = json.loads(source)["grammars"][0] if source.startswith("{") else {"lark_grammar": source}
+    return {**fields, "name": name}
+
+
+def schema_grammar(schema: str) -> str:
+    """The grammar of a JSON schema, with bounded whitespace; nothing that cannot be enforced is ignored.
 
     Raises ValueError when it is nested too deeply.
     """
     return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITESPACE, "lenient": False})
 
 
-def read_json(grammar: Grammar) -> Any:
-    """The source as JSON; duplicate keys and numbers out of range are the library's to judge."""
+def checked_schema(grammar: Grammar) -> str:
+    """A JSON schema; duplicate keys and numbers out of range are llguidance's to judge."""
     try:
-        return msgspec.json.decode(grammar.source)
+        schema = msgspec.json.decode(grammar.source)
     except msgspec.DecodeError as error:
         raise invalid(grammar, f"not valid JSON: {error}") from error
     except RecursionError as error:
         raise invalid(grammar, "nested too deeply") from error
+    if schema is False:
+        raise invalid(grammar, NOTHING_MATCHES)
+    if schema is True:
+        return "{}"
+    if not isinstance(schema, dict):
+        raise invalid(grammar, "a JSON schema is an object, true or false")
+    if "x-guidance" in schema:
+        raise unsupported(grammar, "x-guidance")
+    if str(schema.get("$schema")).rstrip("#") in NEWEST_DRAFT:
+        del schema["$schema"]
+        return json.dumps(schema, ensure_ascii=False)
+    return grammar.source
 
 
 def choice_lark(grammar: Grammar) -> str:
@@ -158,9 +297,8 @@ def choice_lark(grammar: Grammar) -> str:
         raise invalid(grammar, f"not a JSON list of texts: {error}") from error
     if not 1 <= len(choices) <= MAX_CHOICES or not all(choices):
         raise invalid(grammar, f"between 1 and {MAX_CHOICES} non-empty texts are allowed")
-    return "start: CHOICE\nCHOICE: " + " | ".join(
-        json.dumps(text, ensure_ascii=False) for text in dict.fromkeys(choices)
-    )
+    texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in dict.fromkeys(choices))
+    return f"start: CHOICE\nCHOICE: {texts}"
 
 
 def checked_lark(grammar: Grammar) -> str:
@@ -181,192 +319,25 @@ def checked_lark(grammar: Grammar) -> str:
     return source
 
 
+def kind_name(grammar: Grammar) -> str:
+    return {"lark": "grammar", "regex": "regular expression"}.get(grammar.kind, grammar.kind.replace("_", " "))
+
+
 def invalid(grammar: Grammar, reason: str) -> InvalidRequestError:
-    """An error that says what is wrong with a grammar."""
-    return InvalidRequestError(f"invalid {name(grammar)}: {reason[:MAX_MESSAGE]}", param=FIELDS[grammar.kind])
+    return InvalidRequestError(f"invalid {kind_name(grammar)}: {reason[:MAX_MESSAGE]}", param=FIELDS[grammar.kind])
 
 
 def unsupported(grammar: Grammar, what: str) -> UnsupportedParameterError:
-    """An error that names what a grammar asks for and cannot have."""
     return UnsupportedParameterError(f"{what} is not supported", param=FIELDS[grammar.kind])
 
 
 def refusal(grammar: Grammar, message: str) -> InvalidRequestError:
-    """The library's message as an error of ours, without what repeats the source."""
+    """llguidance's message as an error of ours, without what repeats the source."""
     if "oneOf" in message:
         message = "oneOf whose cases may overlap is not supported; use anyOf"
     if grammar.kind == "regex":
         message = message.rpartition("error:")[2].partition("\n   1 |")[0]
     text = " ".join(message.replace("<non-verbose/>", "").split())[:MAX_MESSAGE]
     if NOT_DONE.search(text):
-        return UnsupportedParameterError(f"unsupported {name(grammar)}: {text}", param=FIELDS[grammar.kind])
+        return UnsupportedParameterError(f"unsupported {kind_name(grammar)}: {text}", param=FIELDS[grammar.kind])
     return invalid(grammar, text)
-
-
-def name(grammar: Grammar) -> str:
-    """What to call a grammar in a message."""
-    return {"lark": "grammar", "regex": "regular expression"}.get(grammar.kind, grammar.kind.replace("_", " "))
-
-
-class VocabularySource(msgspec.Struct, frozen=True, kw_only=True):
-    """What a vocabulary is made of. `vocab_size` is the width of the logits, which may exceed the tokenizer's."""
-
-    folder: str
-    vocab_size: int
-    eos_token_ids: tuple[int, ...]
-
-
-class Vocabulary:
-    """The tokens, shared by all grammars. Takes a second for 150,000 of them.
-
-    `num_words` is the length of a mask, ceil(vocab_size / 32); `eos` are the ids that end a text. The library is given
-    all of the tokenizer's tokens, `size` with those that only the model has, and at least one id that ends a text:
-    where there is none, a special token is the `stand_in`. Raises UnsupportedParameterError for a tokenizer whose
-    tokens' bytes the library cannot tell, ModelError for a broken one.
-    """
-
-    def __init__(self, source: VocabularySource) -> None:
-        backend = load_backend(Path(source.folder))
-        backend.no_truncation()
-        backend.no_padding()
-        known = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-        self.vocab_size = source.vocab_size
-        self.num_words = -(-source.vocab_size // 32)
-        self.size = max(source.vocab_size, known)
-        self.eos = [token for token in source.eos_token_ids if token < min(source.vocab_size, known)]
-        special = (token for token, added in backend.get_added_tokens_decoder().items() if added.special)
-        self.stand_in = None if self.eos else next(special, known - 1)
-        eos = self.eos if self.stand_in is None else self.stand_in
-        try:
-            self.tokens = LLTokenizer(backend.to_str(), n_vocab=self.size, eos_token=eos)
-        except ValueError as error:
-            raise UnsupportedParameterError(
-                f"structured output is not supported with this model's tokenizer: {error}"
-            ) from error
-
-    def special_token(self, text: str) -> int | None:
-        """The one token that a text is, if the library takes it for a special one: any that was added as <...> is."""
-        ids = self.tokens.tokenize_str(text)
-        return ids[0] if len(ids) == 1 and self.tokens.is_special_token(ids[0]) else None
-
-
-STEP_LEXER_FUEL = 100_000
-STEP_ITEMS = 20_000
-LEXER_STATES = 50_000
-BURST_SECONDS = 0.25
-TOKEN_SECONDS = 0.005
-"""CPU time that one answer may take: this much at once, and this much for each of its tokens. An ordinary schema takes
-a hundredth of it; an ambiguous grammar, whose tokens take the longer the more there are, does not hold up its batch.
-"""
-
-
-class GrammarError(Exception):
-    """A grammar that compiled, but became too complex or too slow on the way."""
-
-
-class MatcherConstraint:
-    """Follows one answer and says which tokens may come next. Not thread-safe.
-
-    The EOS ids are allowed exactly where the text may end, and nothing else once it cannot go on. Special tokens, and
-    ids beyond the tokenizer's, never are, but where they mark a thought or a call. Where the grammar leaves no choice
-    of the text, one token is allowed: the one that the tokenizer would have used.
-    """
-
-    def __init__(self, matcher: LLMatcher, vocabulary: Vocabulary) -> None:
-        self._matcher = matcher
-        self.vocabulary = vocabulary
-        padded = vocabulary.size != vocabulary.vocab_size
-        self._scratch = np.zeros(-(-vocabulary.size // 32), np.int32) if padded else None
-        self._left = BURST_SECONDS
-
-    def fill(self, mask: NDArray[np.int32]) -> None:
-        """Overwrite mask (ceil(V / 32),): bit t % 32 of word t // 32 says whether token t may come next.
-
-        Raises GrammarError when the library's limits of one step are exceeded, or the answer's time is used up.
-        """
-        if self._left < 0:
-            raise GrammarError(f"more than {BURST_SECONDS} s beyond {TOKEN_SECONDS} s a token")
-        begun = time.thread_time()
-        assert mask.shape == (self.vocabulary.num_words,)
-        assert mask.dtype == np.int32
-        assert mask.flags.c_contiguous
-        target = mask if self._scratch is None else self._scratch
-        self._matcher.unsafe_compute_mask_ptr(target.ctypes.data, target.nbytes)
-        if self._matcher.is_error():
-            raise GrammarError(self.error)
-        self._left += TOKEN_SECONDS + begun - time.thread_time()
-        if self._scratch is not None:
-            mask[:] = self._scratch[: len(mask)]
-            if rest := self.vocabulary.vocab_size % 32:
-                mask[-1] &= np.int32((1 << rest) - 1)
-        if (token := self.vocabulary.stand_in) is not None and token < self.vocabulary.vocab_size:
-            mask[token // 32 : token // 32 + 1].view(np.uint32)[0] &= np.uint32(~(1 << token % 32) & 0xFFFFFFFF)
-
-    def accept(self, token: int) -> bool:
-        """Take in the token that follows; False when it may not, and from then on."""
-        begun = time.thread_time()
-        accepted = self._matcher.consume_token(token)
-        self._left += begun - time.thread_time()
-        return accepted
-
-    def copy(self) -> MatcherConstraint:
-        """Another one at the same place, which shares what was computed of the grammar so far."""
-        return MatcherConstraint(self._matcher.deep_copy(), self.vocabulary)
-
-    @property
-    def may_end(self) -> bool:
-        """Whether the text is complete as it is."""
-        return self._matcher.is_accepting()
-
-    @property
-    def error(self) -> str:
-        """What went wrong, in a line; empty when nothing did."""
-        return " ".join(self._matcher.get_error().partition("<state>")[0].replace("<non-verbose/>", "").split())
-
-
-def compile_grammar(grammar: Grammar, vocabulary: Vocabulary) -> MatcherConstraint:
-    """A constraint at the start of its text. Raises InvalidRequestError; may take seconds for a hostile grammar."""
-    limits = LLParserLimits(
-        step_lexer_fuel=STEP_LEXER_FUEL,
-        step_max_items=STEP_ITEMS,
-        max_lexer_states=LEXER_STATES,
-        verbose_errors=False,
-    )
-    try:
-        form = library_form(grammar, vocabulary.special_token)
-    except ValueError as error:
-        raise refusal(grammar, str(error)) from error
-    matcher = LLMatcher(vocabulary.tokens, form, log_level=0, limits=limits)
-    if matcher.is_error():
-        if grammar.calls is not None:
-            blame_calls(grammar.calls, vocabulary)
-        raise refusal(grammar, matcher.get_error().partition("<state>")[0])
-    return MatcherConstraint(matcher, vocabulary)
-
-
-def blame_calls(calls: Calls, vocabulary: Vocabulary) -> None:
-    """Raise InvalidRequestError about `tools` when it is their schema that cannot be followed."""
-    try:
-        compile_grammar(Grammar(kind="json_schema", source=calls.schema), vocabulary)
-    except InvalidRequestError as error:
-        error.param = "tools"
-        raise
-
-
-def probe(grammar: Grammar, constraint: MatcherConstraint, steps: int) -> None:
-    """Walk at random through a grammar. Raises InvalidRequestError when nothing matches or a step is too much."""
-    eos = constraint.vocabulary.eos
-    mask = np.zeros(constraint.vocabulary.num_words, np.int32)
-    random = np.random.default_rng(0)
-    for step in range(steps):
-        try:
-            constraint.fill(mask)
-        except GrammarError as error:
-            nothing = step == 0 and "NoExtension" in str(error)
-            raise invalid(grammar, NOTHING_MATCHES if nothing else f"too expensive: {error}") from error
-        bits = np.unpackbits(mask.view(np.uint8), bitorder="little")
-        bits[eos] = 0
-        if not len(allowed := np.flatnonzero(bits)):
-            return
-        if not constraint.accept(int(random.choice(allowed))):
-            raise invalid(grammar, f"too expensive: {constraint.error}")

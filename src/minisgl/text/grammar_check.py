@@ -1,20 +1,16 @@
-"""A process that tries grammars out, each in a child of its own that ends when its time or memory is used up.
+"""Grammars for one model: checked by the API process in bounded time, followed by the engine.
 
-It is `python -m minisgl.text.grammar_check FD SOURCE`: a socket, and a `VocabularySource` as JSON. It loads the
-vocabulary once, says so with a `Verdict`, and then takes a connection for each grammar through the socket
-(SCM_RIGHTS), whose end
-ends it.
-The child says on its connection that it is there (`HERE`), then its `Verdict`, or it dies: the kernel's timers and
-limits bound also what library code does without ever coming back to Python.
-
-The other end of the helper process: a grammar's verdict within seconds, whatever the grammar does.
-
-Grammars for one model: checked at the door, followed in the engine.
+A check runs in a helper process, in a forked child of its own for each grammar, which the kernel ends when its time or
+memory is used up: llguidance's limits do not bound what it does with a large `multipleOf` (35 s and 2 GB). The helper
+is `python -m minisgl.text.grammar_check FD SOURCE`: a socket, and a `VocabularySource` as JSON. It loads the vocabulary
+once, answers with a `Verdict`, and then receives a connection for each grammar through the socket (SCM_RIGHTS) until
+the socket ends. A child sends `STARTED` on its connection, then its `Verdict`, or it dies.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import resource
@@ -27,6 +23,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -45,95 +42,18 @@ from minisgl.text.grammar import (
 CPU_SECONDS = 1.0
 WALL_SECONDS = 1.7
 MEMORY_BYTES = 1 << 30
-"""What a grammar may add to the process, as address space."""
+"""What a grammar may add to the child, as address space."""
 PROBE_STEPS = 32
-CHUNK = 1 << 16
-HERE = b"+"
-
-
-class Verdict(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of a grammar; without an error it can be followed."""
-
-    error: str | None = None
-    param: str | None = None
-    unsupported: bool = False
-
-
-def main() -> None:
-    """Serve until the socket ends."""
-    control = socket.socket(fileno=int(sys.argv[1]))
-    source = msgspec.json.decode(sys.argv[2], type=VocabularySource)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    # Threads there may be are numpy's; they idle, and the children use none.
-    warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
-    try:
-        vocabulary = Vocabulary(source)
-    except MinisglError as error:
-        control.sendall(msgspec.json.encode(as_verdict(error)))
-        return
-    control.sendall(msgspec.json.encode(Verdict()))
-    while True:
-        data, fds, _, _ = socket.recv_fds(control, 1, 1)
-        if not data:
-            return
-        with socket.socket(fileno=fds[0]) as connection:
-            if os.fork() == 0:
-                control.close()
-                with contextlib.suppress(BrokenPipeError):
-                    try_out(connection, vocabulary)
-                os._exit(0)
-
-
-def try_out(connection: socket.socket, vocabulary: Vocabulary) -> None:
-    """Read a grammar, compile it and walk through it, and say how that went."""
-    connection.sendall(HERE)
-    bound_this_process()
-    grammar = msgspec.json.decode(read_all(connection), type=Grammar)
-    verdict = Verdict()
-    try:
-        constraint = compile_grammar(grammar, vocabulary)
-        probe(grammar, constraint, PROBE_STEPS)
-    except InvalidRequestError as error:
-        verdict = as_verdict(error)
-    except Exception as error:  # the library's own failure on this grammar, MemoryError included
-        verdict = as_verdict(invalid(grammar, f"it cannot be compiled: {error!r}"))
-    connection.sendall(msgspec.json.encode(verdict))
-
-
-def bound_this_process() -> None:
-    """From here on too much time or memory ends this process."""
-    with open("/proc/self/statm") as file:
-        used = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, used + MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
-    signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
-
-
-def as_verdict(error: MinisglError) -> Verdict:
-    """An error as it travels."""
-    unsupported = isinstance(error, UnsupportedParameterError)
-    return Verdict(error=error.message, param=error.param, unsupported=unsupported)
-
-
-def read_all(connection: socket.socket) -> bytes:
-    """Everything until the other side is done."""
-    parts = []
-    while part := connection.recv(CHUNK):
-        parts.append(part)
-    return b"".join(parts)
-
-
-if __name__ == "__main__":
-    main()
-
-
+STARTED = b"+"
 START_SECONDS = 60.0
 """What the helper may take to load the vocabulary."""
 GRACE_SECONDS = 5.0
-"""How long an answer is waited for after the child's own limit, on a machine too busy to end it in time."""
-AT_ONCE = 4
+"""How long a verdict is waited for after the child's own limit, on a machine too busy to end it in time."""
+MAX_CHILDREN = 4
+MAX_CHECKED = 4096
+"""Grammars that are remembered as good, by their digest."""
+MAX_COMPILED = 32
+"""Grammars that are kept compiled; a hostile one holds up to some 100 MB."""
 
 
 class HelperError(MinisglError):
@@ -143,132 +63,186 @@ class HelperError(MinisglError):
     code = "grammar_helper_unavailable"
 
 
-class Guard:
-    """Starts the helper when it is first needed, and again when it died. Safe to use from several threads."""
+class Verdict(msgspec.Struct, frozen=True):
+    """What became of a grammar; without an error it can be followed."""
+
+    error: str | None = None
+    param: str | None = None
+    unsupported: bool = False
+
+    def raise_error(self) -> None:
+        if self.error is not None:
+            kind = UnsupportedParameterError if self.unsupported else InvalidRequestError
+            raise kind(self.error, param=self.param)
+
+
+GOOD = msgspec.json.encode(Verdict())
+
+
+def encode_verdict(error: MinisglError) -> bytes:
+    return msgspec.json.encode(Verdict(error.message, error.param, isinstance(error, UnsupportedParameterError)))
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """Everything until the other side is done."""
+    with connection.makefile("rb") as file:
+        return file.read()
+
+
+def main() -> None:
+    """The helper process."""
+    control = socket.socket(fileno=int(sys.argv[1]))
+    source = msgspec.json.decode(sys.argv[2], type=VocabularySource)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    # Threads there may be are numpy's; they idle, and the children use none.
+    warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+    try:
+        vocabulary = Vocabulary(source)
+    except MinisglError as error:
+        control.sendall(encode_verdict(error))
+        return
+    control.sendall(GOOD)
+    while fds := socket.recv_fds(control, 1, 1)[1]:
+        with socket.socket(fileno=fds[0]) as connection:
+            if os.fork() == 0:
+                control.close()
+                with contextlib.suppress(BrokenPipeError):
+                    connection.sendall(STARTED)
+                    bound_this_process()
+                    connection.sendall(judge(read_all(connection), vocabulary))
+                os._exit(0)
+
+
+def bound_this_process() -> None:
+    """From here on too much time or memory ends this process."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, used + MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
+
+
+def judge(source: bytes, vocabulary: Vocabulary) -> bytes:
+    """Compile a grammar, sample a few tokens from it, and say how that went."""
+    grammar = msgspec.json.decode(source, type=Grammar)
+    try:
+        probe(grammar, compile_grammar(grammar, vocabulary), PROBE_STEPS)
+    except InvalidRequestError as error:
+        return encode_verdict(error)
+    except Exception as error:  # the library's own failure on this grammar, MemoryError included
+        return encode_verdict(invalid(grammar, f"it cannot be compiled: {error!r}"))
+    return GOOD
+
+
+class Running(NamedTuple):
+    process: subprocess.Popen[bytes]
+    control: socket.socket
+
+
+class Helper:
+    """The helper process, started when it is first needed and again when it died. Safe to use from several threads."""
 
     def __init__(self, source: VocabularySource) -> None:
         self._source = source
         self._lock = threading.Lock()
-        self._slots = threading.BoundedSemaphore(AT_ONCE)
-        self._process: subprocess.Popen[bytes] | None = None
-        self._control: socket.socket | None = None
+        self._slots = threading.BoundedSemaphore(MAX_CHILDREN)
+        self.running: Running | None = None
 
-    def judge(self, grammar: Grammar) -> None:
+    def check(self, grammar: Grammar) -> None:
         """Raise InvalidRequestError when a grammar cannot be followed, or not in time; HelperError for our faults."""
         with self._slots:
-            reply = self._ask(grammar)
-            if not reply.startswith(HERE):  # the helper had died; the next one is new
-                reply = self._ask(grammar)
-        if not reply.startswith(HERE):
+            reply = self._ask(grammar) or self._ask(grammar)  # without a reply the helper had died; the next one is new
+        if not reply:
             raise HelperError("the process that checks grammars died")
-        if reply == HERE:
+        if reply == STARTED:
             raise invalid(grammar, "it takes too much time or memory")
-        raise_verdict(msgspec.json.decode(reply.removeprefix(HERE), type=Verdict))
+        msgspec.json.decode(reply.removeprefix(STARTED), type=Verdict).raise_error()
 
     def close(self) -> None:
-        """End the helper."""
         with self._lock:
             self._stop()
 
     def _ask(self, grammar: Grammar) -> bytes:
-        """What the child said. Without HERE there was no child, and the helper is replaced the next time."""
+        """What the child said; empty when there was none: the helper is replaced the next time."""
         with self._lock:
-            helper = self._started()
+            running = self._start()
         ours, theirs = socket.socketpair()
-        with ours:
-            ours.settimeout(WALL_SECONDS + GRACE_SECONDS)
-            try:
+        reply = b""
+        try:
+            with ours:
+                ours.settimeout(WALL_SECONDS + GRACE_SECONDS)
                 with theirs:
-                    socket.send_fds(helper, [b"g"], [theirs.fileno()])
+                    socket.send_fds(running.control, [b"g"], [theirs.fileno()])
                 ours.sendall(msgspec.json.encode(grammar))
                 ours.shutdown(socket.SHUT_WR)
                 reply = read_all(ours)
-            except TimeoutError:
-                self._replace(helper)
-                raise HelperError("the process that checks grammars does not answer") from None
-            except OSError:  # broken or reset; closed by another thread that found it broken
-                reply = b""
-        if not reply.startswith(HERE):
-            self._replace(helper)
+        except TimeoutError:
+            raise HelperError("the process that checks grammars does not answer") from None
+        except OSError:  # broken or reset; closed by another thread that found it broken
+            pass
+        finally:
+            with self._lock:
+                if not reply and self.running is running:  # not another thread's new one
+                    self._stop()
         return reply
 
-    def _replace(self, helper: socket.socket) -> None:
-        """End the helper behind a socket, if it is not another one by now."""
-        with self._lock:
-            if self._control is helper:
-                self._stop()
-
-    def _started(self) -> socket.socket:
-        """The helper's socket; whoever calls holds the lock."""
-        if self._control is not None and self._process is not None and self._process.poll() is None:
-            return self._control
+    def _start(self) -> Running:
+        """A helper that runs. The caller holds the lock."""
+        if self.running is not None and self.running.process.poll() is None:
+            return self.running
         self._stop()
-        ours, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "minisgl.text.grammar_check", str(theirs.fileno())]
+        control, theirs = socket.socketpair()
+        source = msgspec.json.encode(self._source).decode()
         with theirs:
-            self._process = subprocess.Popen(
-                [*command, msgspec.json.encode(self._source).decode()],
+            process = subprocess.Popen(
+                [sys.executable, "-m", "minisgl.text.grammar_check", str(theirs.fileno()), source],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
             )
-        self._control = ours
-        ours.settimeout(START_SECONDS)
-        try:
-            reply = ours.recv(1 << 16)
-        except TimeoutError:
-            reply = b""
+        self.running = Running(process, control)
+        control.settimeout(START_SECONDS)
+        reply = b""
+        with contextlib.suppress(TimeoutError):
+            reply = control.recv(1 << 16)
+        control.settimeout(None)
         if not reply:
             self._stop()
             raise HelperError("the process that checks grammars did not start")
-        ours.settimeout(None)
         verdict = msgspec.json.decode(reply, type=Verdict)
         if verdict.error is not None and not verdict.unsupported:
             raise HelperError(verdict.error)
-        raise_verdict(verdict)
-        return ours
+        verdict.raise_error()
+        return self.running
 
     def _stop(self) -> None:
-        if self._control is not None:
-            self._control.close()
-            self._control = None
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
-
-def raise_verdict(verdict: Verdict) -> None:
-    """Raise the error that a verdict carries, if it does."""
-    if verdict.error is not None:
-        kind = UnsupportedParameterError if verdict.unsupported else InvalidRequestError
-        raise kind(verdict.error, param=verdict.param)
-
-
-MAX_CHECKED = 4096
-"""Grammars that are remembered as good, by their digest."""
-MAX_COMPILED = 32
-"""Grammars that are kept compiled; a hostile one holds up to some 100 MB."""
+        """End the process, if there is one. The caller holds the lock."""
+        if self.running is not None:
+            self.running.control.close()
+            self.running.process.kill()
+            self.running.process.wait()
+            self.running = None
 
 
 class GrammarCompiler:
-    """What a model can be held to. Nothing is loaded before the first use. Safe to use from several threads.
+    """The grammars that a model can follow. Nothing is loaded before the first use. Safe to use from several threads.
 
     `folder` holds the tokenizer; `vocab_size` is the width of the logits.
     """
 
     def __init__(self, folder: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
         self._source = VocabularySource(folder=str(folder), vocab_size=vocab_size, eos_token_ids=eos_token_ids)
-        self._guard = Guard(self._source)
+        self._helper = Helper(self._source)
         self._lock = threading.Lock()
         self._vocabulary: Vocabulary | None = None
         self._checked: OrderedDict[bytes, None] = OrderedDict()
-        self._compiled: OrderedDict[Grammar, MatcherConstraint] = OrderedDict()
+        self._compiled = functools.lru_cache(MAX_COMPILED)(self._compile)
 
     def check(self, grammar: Grammar) -> None:
-        """Raise InvalidRequestError for a grammar that is invalid, unsupported or too expensive.
+        """Raise InvalidRequestError for a grammar that is invalid, unsupported or too expensive. For the API process.
 
-        It is compiled and tried out in a process of its own, with `helper.WALL_SECONDS` to live. HelperError (503) says
-        that there is no such process. For the API process.
+        It is compiled and tried out in the helper process within `WALL_SECONDS`. HelperError (503) says that there is
+        no such process.
         """
         check_size(grammar)
         digest = hashlib.sha256(msgspec.json.encode(grammar)).digest()
@@ -276,7 +250,7 @@ class GrammarCompiler:
             if digest in self._checked:
                 self._checked.move_to_end(digest)
                 return
-        self._guard.judge(grammar)
+        self._helper.check(grammar)
         with self._lock:
             self._checked[digest] = None
             if len(self._checked) > MAX_CHECKED:
@@ -285,23 +259,25 @@ class GrammarCompiler:
     def constraint(self, grammar: Grammar) -> MatcherConstraint:
         """A constraint at the start of its text. Raises InvalidRequestError. For the engine process.
 
-        It compiles in this process, with the library's limits alone: a grammar that nobody checked may take seconds.
+        It compiles in this process, with llguidance's limits alone: an unchecked grammar may take seconds.
         """
         with self._lock:
-            if self._vocabulary is None:
-                self._vocabulary = Vocabulary(self._source)
-            if (found := self._compiled.get(grammar)) is None:
-                found = self._compiled[grammar] = compile_grammar(grammar, self._vocabulary)
-                if len(self._compiled) > MAX_COMPILED:
-                    self._compiled.popitem(last=False)
-            self._compiled.move_to_end(grammar)
-            return found.copy()
+            return self._compiled(grammar).copy()
+
+    def _compile(self, grammar: Grammar) -> MatcherConstraint:
+        if self._vocabulary is None:
+            self._vocabulary = Vocabulary(self._source)
+        return compile_grammar(grammar, self._vocabulary)
 
     def close(self) -> None:
         """End the process that checks, if it was started."""
-        self._guard.close()
+        self._helper.close()
 
 
 def build_constraints(folder: Path, model: ModelInfo) -> Callable[[Grammar], MatcherConstraint]:
     """What makes an engine's constraints for a model; the tokenizer is loaded with the first one."""
     return GrammarCompiler(folder, model.vocab_size, model.eos_token_ids).constraint
+
+
+if __name__ == "__main__":
+    main()

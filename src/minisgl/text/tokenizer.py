@@ -1,12 +1,9 @@
-"""Text to token ids and back, through the `tokenizers` library; `transformers` is imported only as a fallback.
-
-A tokenizer for a model of random weights that comes without one: its answers mean nothing, but can be streamed.
-"""
+"""Text to token ids and back, through the `tokenizers` library; `transformers` is imported only as a fallback."""
 
 from __future__ import annotations
 
 import functools
-import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,20 +11,21 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from minisgl.core.model_config import read_json
 from minisgl.core.types import SamplingParams
 from minisgl.errors import InvalidRequestError, ModelError
 from minisgl.text.chat_template import NO_TEMPLATE, ChatTemplate, cut_after, read_template
 from minisgl.text.detokenizer import TextStream
-from minisgl.text.token_bytes import TokenBytes, byte_characters
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Tokenizer:
-    """The tokenizer of a checkpoint and its chat template. Safe to use from several threads.
+    """The tokenizer of a checkpoint and its `chat_template`, if it has one. Safe to use from several threads.
 
-    `tokens` are the checkpoint's named special tokens; `template` is the source of its chat template, if it has one.
+    `tokens` are the checkpoint's named special tokens; `template` is the source of its chat template.
     """
 
     def __init__(
@@ -43,8 +41,12 @@ class Tokenizer:
         self.backend = backend
         self.tokens = tokens
         self.eos_token_ids = eos_token_ids
-        self._special = {i: t.content for i, t in backend.get_added_tokens_decoder().items() if t.special}
-        self._chat = None if template is None else ChatTemplate(template, tokens)
+        self.chat_template = None if template is None else ChatTemplate(template, tokens)
+        added = backend.get_added_tokens_decoder()
+        self._added = {i: token.content for i, token in added.items()}
+        self._special = {i: token.content for i, token in added.items() if token.special}
+        state = b"" if backend.decoder is None else backend.decoder.__getstate__()
+        self._decoders = frozenset(re.findall(rb'"type":"(\w+)"', state))  # of the decoder and its parts, as JSON
 
     @classmethod
     def exists(cls, folder: Path) -> bool:
@@ -54,11 +56,12 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
         """Read a checkpoint's tokenizer. Raises ModelError, naming the file, when there is none or it is broken."""
-        config = read_json(folder / "tokenizer_config.json")
-        tokens = {**special_tokens(read_json(folder / "special_tokens_map.json")), **special_tokens(config)}
+        config = read_object(folder / "tokenizer_config.json")
+        tokens = {**special_tokens(read_object(folder / "special_tokens_map.json")), **special_tokens(config)}
         backend = load_backend(folder)
+        listed = read_object(folder / "generation_config.json").get("eos_token_id")
         eos = [backend.token_to_id(tokens["eos_token"])] if "eos_token" in tokens else []
-        eos += as_list(read_json(folder / "generation_config.json").get("eos_token_id"))
+        eos += listed if isinstance(listed, list) else [listed]
         ids = tuple(dict.fromkeys(i for i in eos if isinstance(i, int)))
         return cls(backend, tokens=tokens, eos_token_ids=ids, template=read_template(folder, config))
 
@@ -67,69 +70,15 @@ class Tokenizer:
         """The highest token id plus one."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
-    @functools.cached_property
-    def token_bytes(self) -> TokenBytes:
-        """The bytes of single tokens."""
-        return TokenBytes(self.backend)
-
     @property
     def has_chat_template(self) -> bool:
-        """Whether conversations can be rendered."""
-        return self._chat is not None
-
-    @property
-    def chat_template(self) -> ChatTemplate | None:
-        """The chat template, if the model has one."""
-        return self._chat
+        return self.chat_template is not None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a plain prompt, with BOS where the model's post-processor adds one.
 
         Raises InvalidRequestError for text that is no valid Unicode.
         """
-        return self._encode(text, add_special_tokens)
-
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of token ids; ids outside the vocabulary have none."""
-        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
-
-    def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], /, *, add_generation_prompt: bool = True, **template_kwargs: Any
-    ) -> str:
-        """A conversation as the model's text. Raises InvalidRequestError when there is no template or it refuses."""
-        return self._require_chat().render(messages, add_generation_prompt, **template_kwargs)
-
-    def render_continued(self, messages: Sequence[Mapping[str, Any]], /, **template_kwargs: Any) -> str:
-        """A conversation that ends within its last message, for the model to go on there; raises as `render_chat`."""
-        return cut_after(
-            self._require_chat().render(messages, False, **template_kwargs), str(messages[-1].get("content") or "")
-        )
-
-    def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], /, *, add_generation_prompt: bool = True, **template_kwargs: Any
-    ) -> list[int]:
-        """Token ids of a conversation. The template alone says which special tokens it has, so BOS never doubles."""
-        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt, **template_kwargs)
-        return self._encode(text, add_special_tokens=False)
-
-    def stream(self, params: SamplingParams, keep: Sequence[str] = ()) -> TextStream:
-        """An incremental decoder for one request; the special tokens in `keep` are shown even where others are not."""
-        hidden = (i for i, text in self._special.items() if text not in keep) if params.skip_special_tokens else ()
-        return TextStream(self.backend, frozenset(hidden), params)
-
-    def starts(self, ids: Sequence[int], text: str) -> list[int]:
-        """Where in `text`, that these tokens were made of, the text of each begins, in characters."""
-        hidden = frozenset(i for i, content in self._special.items() if content not in text)
-        stream = TextStream(self.backend, hidden, SamplingParams())
-        stream.push(ids)
-        return [min(start, len(text)) for start in stream.starts]
-
-    def _require_chat(self) -> ChatTemplate:
-        if self._chat is None:
-            raise InvalidRequestError(NO_TEMPLATE, param="messages")
-        return self._chat
-
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -138,6 +87,80 @@ class Tokenizer:
             ) from error
         # `encode` can hold the interpreter's lock for seconds on a long text; the batch form does not.
         return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids; ids outside the vocabulary have none."""
+        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes of one token, which may be a part of a character; empty for an id outside the vocabulary.
+
+        A token at the start of a text may lose its leading space there.
+        """
+        if (added := self._added.get(token)) is not None:
+            return added.encode()
+        text = self.backend.id_to_token(token)
+        if text is None:
+            return b""
+        if b"ByteLevel" in self._decoders:
+            table = byte_of_character()
+            return bytes(table[c] for c in text) if all(c in table for c in text) else text.encode()
+        if b"ByteFallback" in self._decoders and (match := BYTE_TOKEN.fullmatch(text)):
+            return bytes([int(match[1], 16)])
+        return text.replace("▁", " ").encode()
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], /, *, add_generation_prompt: bool = True, **template_kwargs: Any
+    ) -> str:
+        """A conversation as the model's text. Raises InvalidRequestError when there is no template or it refuses."""
+        if self.chat_template is None:
+            raise InvalidRequestError(NO_TEMPLATE, param="messages")
+        return self.chat_template.render(messages, add_generation_prompt, **template_kwargs)
+
+    def render_continued(self, messages: Sequence[Mapping[str, Any]], /, **template_kwargs: Any) -> str:
+        """A conversation that ends within its last message, for the model to go on there; raises as `render_chat`."""
+        text = self.render_chat(messages, add_generation_prompt=False, **template_kwargs)
+        return cut_after(text, str(messages[-1].get("content") or ""))
+
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], /, *, add_generation_prompt: bool = True, **template_kwargs: Any
+    ) -> list[int]:
+        """Token ids of a conversation. The template alone writes special tokens, so BOS never doubles."""
+        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt, **template_kwargs)
+        return self.encode(text, add_special_tokens=False)
+
+    def stream(self, params: SamplingParams, keep: Sequence[str] = ()) -> TextStream:
+        """An incremental decoder for one request; the special tokens in `keep` are always shown."""
+        hidden = (i for i, text in self._special.items() if text not in keep) if params.skip_special_tokens else ()
+        return TextStream(self.backend, frozenset(hidden), params)
+
+    def starts(self, ids: Sequence[int], text: str) -> list[int]:
+        """Where each token's text begins in `text`, which these tokens were encoded from; in characters."""
+        hidden = frozenset(i for i, content in self._special.items() if content not in text)
+        stream = TextStream(self.backend, hidden, SamplingParams())
+        stream.push(ids)
+        return [min(start, len(text)) for start in stream.starts]
+
+
+def make_byte_tokenizer(vocab_size: int) -> Tokenizer:
+    """A tokenizer for a model that has none: its text means nothing, but can be streamed.
+
+    Ids 0 to 255 are the bytes of UTF-8, any other id n is a space and its number; no id is special. So every text can
+    be encoded and every token has a text. Where the vocabulary is smaller than 256, bytes beyond it are dropped.
+    """
+    names = {**byte_of_character(), **{f"\u0120{number}": number for number in range(256, vocab_size)}}
+    backend = tokenizers.Tokenizer(models.BPE({name: i for name, i in names.items() if i < vocab_size}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return Tokenizer(backend, tokens={})
+
+
+@functools.cache
+def byte_of_character() -> Mapping[str, int]:
+    """The byte that each printable character of a byte-level vocabulary stands for (GPT-2, Radford et al. 2019)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {**{chr(byte): byte for byte in printable}, **{chr(0x100 + i): byte for i, byte in enumerate(others)}}
 
 
 def load_backend(folder: Path) -> tokenizers.Tokenizer:
@@ -161,14 +184,9 @@ def load_backend(folder: Path) -> tokenizers.Tokenizer:
     return backend
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, Any]:
     """A JSON object; an absent file is an empty one. Raises ModelError naming the file."""
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{file}: not valid JSON: {error}") from error
+    value = read_json(file) if file.is_file() else {}
     if not isinstance(value, dict):
         raise ModelError(f"{file}: not a JSON object")
     return value
@@ -183,24 +201,3 @@ def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
         if isinstance(content, str):
             found[name] = content
     return found
-
-
-def as_list(value: Any) -> list[Any]:
-    """A list as it is, nothing for None, anything else alone in a list."""
-    if value is None:
-        return []
-    return value if isinstance(value, list) else [value]
-
-
-def make_standin(vocab_size: int) -> Tokenizer:
-    """Ids 0 to 255 are the bytes of UTF-8, any other id n is a space and its number; no id is special.
-
-    So every text can be encoded, a token a byte, and every token has a text. Where the vocabulary is smaller than 256,
-    bytes beyond it are dropped.
-    """
-    names = {character: byte for byte, character in enumerate(byte_characters())}
-    names |= {f"\u0120{number}": number for number in range(256, vocab_size)}
-    backend = tokenizers.Tokenizer(models.BPE({name: i for name, i in names.items() if i < vocab_size}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    return Tokenizer(backend, tokens={})

@@ -11,22 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minisgl.core.attention import GraphDecode, Int32, PlannedAttention, Rows, to_device
+from minisgl.core.attention import GraphDecode, Int32, PlannedAttention, SequenceBatch, to_device
 from minisgl.core.kv_cache import KVCache
 from minisgl.errors import ConfigError
 
 WORKSPACE_BYTES = 256 * 2**20
 GRAPH_PLAN_BYTES = 2**20
-"""Room for a captured batch's plan: some dozens of bytes for each piece of work, at most two a multiprocessor."""
+"""For a captured batch's plan: some dozens of bytes per work item, at most two items per multiprocessor."""
 CUDA_CORE_ROWS = 64
 CUDA_CORE_GROUP = 2
-"""Below so many rows, and with at most so many query heads on a KV head, decode is faster without tensor cores."""
+"""With fewer rows, and at most so many query heads per KV head, decode is faster without tensor cores."""
 NO_SPLIT_PROGRAMS = 2
-"""From so many pairs of row and KV head on each multiprocessor, no row is split: then one plan serves every step."""
+"""From so many pairs of row and KV head per multiprocessor on, no row is split: then one plan serves every step."""
 
 
 def load_flashinfer() -> ModuleType:
-    """The package. Raises ConfigError when it cannot be loaded."""
+    """Raises ConfigError when the package cannot be loaded."""
     try:
         return importlib.import_module("flashinfer")
     except (ImportError, OSError) as error:
@@ -34,7 +34,7 @@ def load_flashinfer() -> ModuleType:
 
 
 def wants_tensor_cores(rows: int, group: int) -> bool:
-    """Whether decode of so many rows, with `group` query heads on a KV head, goes through matrix products."""
+    """Whether decode of so many rows, with `group` query heads per KV head, is faster on tensor cores."""
     return group > CUDA_CORE_GROUP or rows >= CUDA_CORE_ROWS
 
 
@@ -48,35 +48,30 @@ class FlashInfer:
         self.workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self.hopper = torch.cuda.get_device_capability(device)[0] == 9
         self.processors = torch.cuda.get_device_properties(device).multi_processor_count
-        self.turns: dict[tuple[str, int], _Turns] = {}
+        self.planners_of: dict[tuple[str, int], AlternatingPlanners] = {}
 
-    def plan_decode(self, rows: Rows, kv: KVCache) -> PlannedAttention:
-        """Flatten the rows' pages; what depends on the window is planned by the first layer that has it."""
-        return _Step(self, rows, kv, *self.flatten(rows, kv), decode=True)
+    def plan_decode(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
+        return FlashInferStep(self, rows, kv, *self.flatten(rows, kv), decode=True)
 
-    def plan_prefill(self, rows: Rows, kv: KVCache) -> PlannedAttention:
-        """Flatten the chunks' pages, likewise."""
-        return _Step(self, rows, kv, *self.flatten(rows, kv), decode=False)
+    def plan_prefill(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
+        return FlashInferStep(self, rows, kv, *self.flatten(rows, kv), decode=False)
 
     def graph_decode(self, page_table: Tensor, kv_lens: Tensor, kv: KVCache, max_seq_len: int) -> GraphDecode:
-        """Decode planned before a replay only when the split of its rows could change."""
-        return _GraphStep(self, page_table, kv_lens, kv)
+        return FlashInferGraphStep(self, page_table, kv_lens, kv)
 
-    def flatten(self, rows: Rows, kv: KVCache) -> tuple[Int32, Tensor]:
-        """Where each row's pages begin (rows + 1,), on the host, and the pages, int32 on the device."""
+    def flatten(self, rows: SequenceBatch, kv: KVCache) -> tuple[Int32, Tensor]:
+        """The index of each row's first page (rows + 1,), on the host, and all pages, int32 on the device."""
         starts = np.concatenate([[0], np.cumsum(-(-rows.kv_lens // kv.page_size))]).astype(np.int32)
-        there = to_device(rows, kv.page_size)
+        on_device = to_device(rows, kv.page_size)
         pages = torch.empty(int(starts[-1]), dtype=torch.int32, device=self.device)
-        spare = torch.empty(2 * len(starts), dtype=torch.int32, device=self.device)
-        self.kernels.flatten_pages(
-            there.page_table, there.kv_lens, kv.page_size, spare[: len(starts)], pages, spare[len(starts) :]
-        )
+        unused = torch.empty(2, len(starts), dtype=torch.int32, device=self.device)
+        self.kernels.flatten_pages(on_device.page_table, on_device.kv_lens, kv.page_size, unused[0], pages, unused[1])
         return starts, pages
 
     def wrapper(self, kind: str, head_dim: int, window: int) -> Any:
-        """A new planner of a kind: `prefill`, or `decode` on CUDA or on tensor cores."""
+        """A new planner of a kind: `prefill`, `decode-cuda` or `decode-tensor` (cores)."""
         if kind == "prefill":
-            # Their Hopper template takes minutes to compile where it does not come compiled, as for windows.
+            # FlashInfer's Hopper template takes minutes to compile where it does not come compiled, as for windows.
             backend = "fa3" if self.hopper and head_dim == 128 and not window else "fa2"
             return self.library.BatchPrefillWithPagedKVCacheWrapper(self.workspace, "NHD", backend=backend)
         return self.library.BatchDecodeWithPagedKVCacheWrapper(
@@ -84,11 +79,11 @@ class FlashInfer:
         )
 
 
-class _Turns:
-    """Two planners of one kind that take turns.
+class AlternatingPlanners:
+    """Two planners of one kind that are used alternately.
 
-    A plan goes to the device from the planner's own pinned memory, in the order of the stream: the host may write
-    the next one there only when that copy is done.
+    A plan is copied to the device from the planner's own pinned memory, in stream order. The host may write the next
+    plan there only when that copy is done.
     """
 
     def __init__(self, wrappers: list[Any]) -> None:
@@ -97,7 +92,7 @@ class _Turns:
         self.turn = 0
 
     def plan(self, *args: Any, **options: Any) -> Any:
-        """Plan with the one whose turn it is, and return it; it stays valid while the other has its turn."""
+        """Plan with the next planner, and return it; its plan stays valid during the next call."""
         self.turn = 1 - self.turn
         self.copied[self.turn].synchronize()
         self.wrappers[self.turn].plan(*args, **options)
@@ -106,11 +101,11 @@ class _Turns:
 
 
 @dataclass
-class _Step:
-    """One step outside graphs."""
+class FlashInferStep:
+    """One step outside graphs. The first layer with a window makes the plan for it."""
 
     owner: FlashInfer
-    rows: Rows
+    rows: SequenceBatch
     kv: KVCache
     starts: Int32
     pages: Tensor
@@ -129,21 +124,22 @@ class _Step:
         if self.decode:
             kind = "decode-tensor" if wants_tensor_cores(len(q), heads // kv_heads) else "decode-cuda"
         key = (kind, window)
-        if key not in self.owner.turns:
-            self.owner.turns[key] = _Turns([self.owner.wrapper(kind, head_dim, window) for _ in range(2)])
+        if key not in self.owner.planners_of:
+            wrappers = [self.owner.wrapper(kind, head_dim, window) for _ in range(2)]
+            self.owner.planners_of[key] = AlternatingPlanners(wrappers)
         pages = _pinned(self.starts), self.pages, _pinned(_filled(self.rows.kv_lens, page_size))
         shape, options = (heads, kv_heads, head_dim, page_size), _options(q.dtype, window)
         if self.decode:
-            return self.owner.turns[key].plan(*pages, *shape, **options)
+            return self.owner.planners_of[key].plan(*pages, *shape, **options)
         starts = _pinned(np.concatenate([[0], np.cumsum(self.rows.query_lens)]).astype(np.int32))
-        return self.owner.turns[key].plan(starts, *pages, *shape, causal=True, **options)
+        return self.owner.planners_of[key].plan(starts, *pages, *shape, causal=True, **options)
 
 
-class _GraphStep:
+class FlashInferGraphStep:
     """Decode of a fixed batch over static tensors.
 
-    The graph itself flattens the page table, so the host plans only how rows are split. Many rows are not split at
-    all: they are planned once. Few are planned again when a row enters a new page.
+    The graph itself flattens the page table, so the host plans only how rows are split. Many rows are not split and
+    are planned once; few are planned again when a row enters a new page.
     """
 
     def __init__(self, owner: FlashInfer, page_table: Tensor, kv_lens: Tensor, kv: KVCache) -> None:
@@ -155,14 +151,13 @@ class _GraphStep:
         self.pages = torch.zeros(page_table.numel(), dtype=torch.int32, device=device)
         self.fixed = rows * kv.k.shape[3] >= NO_SPLIT_PROGRAMS * owner.processors
         self.counts: Int32 = np.ones(rows, np.int32)
-        self.planners: dict[int, _GraphPlanner] = {}  # by window
+        self.planners: dict[int, GraphPlanner] = {}  # by window
 
     @property
     def attention(self) -> PlannedAttention:
         return self
 
     def prepare(self, kv_lens: Int32) -> None:
-        """Plan again if pages were added."""
         counts = (-(-kv_lens // self.kv.page_size)).astype(np.int32)
         if np.array_equal(counts, self.counts):
             return
@@ -173,8 +168,8 @@ class _GraphStep:
     def run(self, q: Tensor, layer: int, window: int) -> Tensor:
         new = window not in self.planners
         if new:
-            self.planners[window] = _GraphPlanner(self, q, window)
-        if new or layer == 0:  # planning for the first time wrote there too
+            self.planners[window] = GraphPlanner(self, q, window)
+        if new or layer == 0:  # a first plan overwrites these tensors too
             self.owner.kernels.flatten_pages(
                 self.page_table, self.kv_lens, self.kv.page_size, self.starts, self.pages, self.filled
             )
@@ -182,10 +177,10 @@ class _GraphStep:
         return out
 
 
-class _GraphPlanner:
-    """A planner whose lengths and pages are a graph's static tensors."""
+class GraphPlanner:
+    """A planner over a graph's static lengths and pages."""
 
-    def __init__(self, step: _GraphStep, q: Tensor, window: int) -> None:
+    def __init__(self, step: FlashInferGraphStep, q: Tensor, window: int) -> None:
         (heads, head_dim), (page_size, kv_heads) = q.shape[1:], step.kv.k.shape[2:4]
         owner = step.owner
         self.shape = (heads, kv_heads, head_dim, page_size)
@@ -193,33 +188,25 @@ class _GraphPlanner:
         self.fixed = step.fixed
         if self.fixed:
             self.wrapper = owner.wrapper("decode-tensor", head_dim, window)
-            self.wrapper.plan(
-                step.starts, step.pages, step.filled, *self.shape, disable_split_kv=True, **self.options
-            )  # fmt: skip
+            self.wrapper.plan(step.starts, step.pages, step.filled, *self.shape, disable_split_kv=True, **self.options)
             return
         self.wrapper = owner.library.BatchDecodeWithPagedKVCacheWrapper(
-            owner.workspace,
-            "NHD",
-            use_cuda_graph=True,
-            use_tensor_cores=wants_tensor_cores(len(q), heads // kv_heads),
-            paged_kv_indptr_buffer=step.starts,
-            paged_kv_indices_buffer=step.pages,
-            paged_kv_last_page_len_buffer=step.filled,
-            backend="fa2",
-        )
+            owner.workspace, "NHD", use_cuda_graph=True, backend="fa2",
+            use_tensor_cores=wants_tensor_cores(len(q), heads // kv_heads), paged_kv_indptr_buffer=step.starts,
+            paged_kv_indices_buffer=step.pages, paged_kv_last_page_len_buffer=step.filled,
+        )  # fmt: skip
         plan_buffer = torch.empty(GRAPH_PLAN_BYTES, dtype=torch.uint8, device=owner.device)
         self.wrapper.reset_workspace_buffer(owner.workspace, plan_buffer)
         self.copied = _event()
         self._plan(self.wrapper.plan, step.counts)
 
     def plan(self, counts: Int32) -> None:
-        """Split rows of so many pages."""
         if not self.fixed:
-            self.copied.synchronize()  # the last plan has left its pinned memory
+            self.copied.synchronize()  # the previous plan has left its pinned memory
             self._plan(self._plan_fast, counts)
 
     def _plan_fast(self, starts: Tensor, pages: Tensor, filled: Tensor, *shape: int, **options: Any) -> None:
-        """FlashInfer's plan without its copies: the graph fills starts, pages and filled on the device."""
+        """FlashInfer's plan without its copies: the graph itself fills starts, pages and filled on the device."""
         decode = importlib.import_module("flashinfer.decode")
         decode.fast_decode_plan(
             self.wrapper, starts, pages, filled, *shape, global_override_indptr_cpu=starts, **options
@@ -238,7 +225,6 @@ def _options(dtype: torch.dtype, window: int) -> dict[str, Any]:
 
 
 def _filled(kv_lens: Int32, page_size: int) -> Int32:
-    """Tokens in each row's last page."""
     return ((kv_lens - 1) % page_size + 1).astype(np.int32)
 
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from minisgl.core.attention import DeviceRows, GraphDecode, PlannedAttention, Rows, StaticDecode, to_device
+from minisgl.core.attention import DeviceBatch, GraphDecode, PlannedAttention, SequenceBatch, StaticDecode, to_device
 from minisgl.core.kv_cache import KVCache
 from minisgl.errors import ConfigError
-
-if TYPE_CHECKING:
-    from types import ModuleType
 
 
 class TritonAttention:
@@ -24,34 +21,33 @@ class TritonAttention:
             from minisgl.gpu.kernels import attention, decode
         except ImportError as error:
             raise ConfigError(f"the attention backend triton needs the package triton: {error}") from error
-        self.kernels: ModuleType = attention
-        self.decode: ModuleType = decode
+        self.prefill_kernels: ModuleType = attention
+        self.decode_kernels: ModuleType = decode
         self.workspaces = decode.Workspaces(device)
-        # The interpreter has no processors; a few make it split rows as a card would.
+        # The interpreter has no multiprocessors; a few make it split rows as a GPU would.
         self.processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
-    def plan_decode(self, rows: Rows, kv: KVCache) -> PlannedAttention:
-        """Fetch the rows' pages and lengths."""
-        there = to_device(rows, kv.page_size)
-        return self._decode(there.page_table, there.kv_lens, kv)
+    def plan_decode(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
+        on_device = to_device(rows, kv.page_size)
+        return self._decode(on_device.page_table, on_device.kv_lens, kv)
 
-    def plan_prefill(self, rows: Rows, kv: KVCache) -> PlannedAttention:
-        """Fetch the chunks' pages and lengths."""
-        return _Prefill(self.kernels, to_device(rows, kv.page_size), kv)
+    def plan_prefill(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
+        return TritonPrefill(self.prefill_kernels, to_device(rows, kv.page_size), kv)
 
     def graph_decode(self, page_table: Tensor, kv_lens: Tensor, kv: KVCache, max_seq_len: int) -> GraphDecode:
-        """Decode whose launch depends on the batch alone."""
         return StaticDecode(self._decode(page_table, kv_lens, kv))
 
     def _decode(self, page_table: Tensor, kv_lens: Tensor, kv: KVCache) -> PlannedAttention:
-        decode: PlannedAttention = self.decode.Decode(page_table, kv_lens, kv, self.workspaces, self.processors)
+        decode: PlannedAttention = self.decode_kernels.DecodeAttention(
+            page_table, kv_lens, kv, self.workspaces, self.processors
+        )
         return decode
 
 
 @dataclass(frozen=True)
-class _Prefill:
+class TritonPrefill:
     kernels: ModuleType
-    rows: DeviceRows
+    rows: DeviceBatch
     kv: KVCache
 
     def run(self, q: Tensor, layer: int, window: int) -> Tensor:

@@ -1,7 +1,8 @@
-"""Attention over paged keys and values: the step of the online softmax, prefill, and a page table for FlashInfer.
+"""Attention over paged keys and values: online softmax, prefill, and a page table for FlashInfer.
 
 FlashAttention's online softmax (Dao et al., arXiv 2205.14135). The query heads that share a KV head share its loads:
-they fill the rows of one matrix product. Accumulation is in float32. Decode is in `decode.py`.
+they fill the rows of one matmul. Accumulation is in float32. Decode is in `decode.py`. Twin: `core.attention`'s
+`TorchAttention`.
 """
 
 from __future__ import annotations
@@ -16,10 +17,8 @@ from torch import Tensor
 
 from minisgl.gpu.kernels.jit import jit, jit_varying
 
-MIN_DOT = 16
-"""Rows that a matrix product on tensor cores takes at least."""
-SEARCH = tl.constexpr(128)
-"""Rows looked at together when a prefill program finds its own."""
+MIN_DOT = 16  # the fewest rows that a matmul on tensor cores takes
+SEARCH = tl.constexpr(128)  # rows that a prefill thread block looks at together to find its own
 
 
 @jit
@@ -42,16 +41,10 @@ def key_value(
 
 
 @jit
-def online(
-    query: tl.tensor,
-    key: tl.tensor,
-    value: tl.tensor,
-    visible: tl.tensor,
-    scale: tl.tensor,
-    acc: tl.tensor,
-    best: tl.tensor,
-    total: tl.tensor,
-) -> Any:
+def online_softmax(
+    query: tl.tensor, key: tl.tensor, value: tl.tensor, visible: tl.tensor, scale: tl.tensor, acc: tl.tensor,
+    best: tl.tensor, total: tl.tensor,
+) -> Any:  # fmt: skip
     # One tile of the online softmax in base 2; `scale` holds log2(e). visible broadcasts to (queries, TILE).
     scores = tl.dot(query, key, input_precision="ieee") * scale
     scores = tl.where(visible, scores, float("-inf"))
@@ -70,8 +63,8 @@ def _prefill_kernel(
     HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr,
     M: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
 ) -> None:  # fmt: skip
-    # A program holds QUERIES tokens of one row for the GROUP heads of one KV head. Row r owns blocks from number
-    # starts[r] // QUERIES + r on; what rounding leaves over between two rows is an empty block.
+    # A thread block holds QUERIES tokens of one row for the GROUP heads of one KV head. The blocks of row r begin at
+    # number starts[r] // QUERIES + r; rounding may leave an empty block between two rows.
     QUERIES: tl.constexpr = M // GROUP
     head = tl.program_id(0)
     block = tl.num_programs(1) - 1 - tl.program_id(1)  # late blocks see the most tokens: start them first
@@ -89,9 +82,9 @@ def _prefill_kernel(
     member, dims = tl.arange(0, M), tl.arange(0, D)
     token = first + member // GROUP
     heads = head * GROUP + member % GROUP
-    mine = ((member < QUERIES * GROUP) & (token < count))[:, None] & (dims < HEAD_DIM)[None, :]
+    mask = ((member < QUERIES * GROUP) & (token < count))[:, None] & (dims < HEAD_DIM)[None, :]
     place = (begin + token).to(tl.int64)
-    query = tl.load(q + place[:, None] * q_stride + heads[:, None] * HEAD_DIM + dims[None, :], mask=mine, other=0.0)
+    query = tl.load(q + place[:, None] * q_stride + heads[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
     position = length - count + token
     newest = length - count + first
     line = table + row * table_stride
@@ -106,17 +99,17 @@ def _prefill_kernel(
             k, v, line, start, tokens, tokens >= 0, head * HEAD_DIM, dims, PAGE, HEADS * HEAD_DIM, HEAD_DIM, TILE
         )
         visible = tokens[None, :] > position[:, None] - window
-        acc, best, total = online(query, key, value, visible, scale, acc, best, total)
+        acc, best, total = online_softmax(query, key, value, visible, scale, acc, best, total)
     for start in range(middle, tl.minimum(newest + QUERIES, length), TILE):
         tokens = start + tl.arange(0, TILE)
         key, value = key_value(
             k, v, line, start, tokens, tokens < length, head * HEAD_DIM, dims, PAGE, HEADS * HEAD_DIM, HEAD_DIM, TILE
         )
         visible = (tokens[None, :] <= position[:, None]) & (tokens[None, :] > position[:, None] - window)
-        acc, best, total = online(query, key, value, visible, scale, acc, best, total)
+        acc, best, total = online_softmax(query, key, value, visible, scale, acc, best, total)
     acc = acc / tl.where(total > 0, total, 1.0)[:, None]
     lines = place * (HEADS * GROUP) + heads
-    tl.store(out + lines[:, None] * HEAD_DIM + dims[None, :], acc.to(out.dtype.element_ty), mask=mine)
+    tl.store(out + lines[:, None] * HEAD_DIM + dims[None, :], acc.to(out.dtype.element_ty), mask=mask)
 
 
 def prefill_attention(
@@ -135,7 +128,7 @@ def prefill_attention(
     assert k.is_contiguous()
     assert v.is_contiguous()
     dims = triton.next_power_of_2(head_dim)
-    # float32 has no fast matrix product and twice the bytes.
+    # float32 has no fast matmul and twice the bytes.
     small = q.dtype == torch.float32 or dims > 128
     block = max(32 if small else 64, triton.next_power_of_2(group))
     out = torch.empty((total, query_heads, head_dim), dtype=q.dtype, device=q.device)
@@ -175,10 +168,10 @@ def _flatten_kernel(
 def flatten_pages(
     page_table: Tensor, kv_lens: Tensor, page_size: int, starts: Tensor, pages: Tensor, filled: Tensor
 ) -> None:
-    """Write a page table as compressed rows: `pages[starts[r] : starts[r + 1]]` are the pages in use by row r.
+    """Write a page table as compressed sparse rows: `pages[starts[r] : starts[r + 1]]` are the pages of row r.
 
-    page_table int32 (B, max_pages), kv_lens int32 (B,) at least 1; out, all int32: starts (B + 1,), pages (as many as
-    are in use or more,), filled (B,), the tokens in each row's last page.
+    page_table int32 (B, max_pages), kv_lens int32 (B,) at least 1; out, all int32: starts (B + 1,), pages (at least as
+    many as are in use,), filled (B,), the tokens in each row's last page.
     """
     rows = len(kv_lens)
     _flatten_kernel[(rows,)](

@@ -1,12 +1,13 @@
-"""Decode attention that gives every program the same share of the cache, and takes in its queries as they leave QKV.
+"""Decode attention in which every program (thread block) reads the same share of the cache. Twin: `TorchAttention`.
 
-Where rows are many, each pair of row and KV head is a program. Else the tiles of all rows lie in one line, and each
-program takes an equal stretch of it (Stream-K, Osama et al., arXiv 2301.03598): a stretch ends one row, holds some
-whole and begins another. The parts of a row that was cut are put together by the program that is done with its own
-last. So no length of any row leaves multiprocessors idle, and one launch serves every batch.
+With many rows, each pair of row and KV head is a program. Otherwise the tiles of all rows are numbered through, and
+each program takes an equal range of them (Stream-K, Osama et al., arXiv 2301.03598): a range holds the end of one row,
+some whole rows and the start of another. The program that finishes last with its part of a split row merges the row's
+partial results. So no length of any row leaves multiprocessors idle, and one launch serves every batch.
 
-From the QKV product itself it norms and rotates a row's queries and its new key, which starts the softmax from
-registers and is written to the cache by the program that has the row's end.
+`run_qkv` takes the QKV GEMM's output itself: it norms and rotates a row's queries and its new key (twin:
+`core.ops.rope_store_kv`). The new key starts the softmax from registers; the program that has the row's end writes it
+to the cache.
 """
 
 from __future__ import annotations
@@ -20,25 +21,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minisgl.core.attention import Projection
+from minisgl.core.attention import FusedAttention, RopeStore
 from minisgl.core.kv_cache import KVCache
-from minisgl.gpu.kernels.attention import MIN_DOT, key_value, online
+from minisgl.gpu.kernels.attention import MIN_DOT, key_value, online_softmax
 from minisgl.gpu.kernels.jit import after_previous, jit, jit_varying, launch_options
 
-ROWS_BLOCK = 256
-"""Rows looked at together, at least; one kernel serves all batches up to it."""
+ROWS_BLOCK = 256  # rows looked at together, at least; one kernel serves all batches up to it
 NO_WINDOW = 1 << 30
-MERGED = tl.constexpr(4)
-"""Parts of a row put together at a time."""
-TOKEN_BYTES = 256
-"""Of a key head in the measurements behind `decode_cut`; where it has more, tiles are of fewer tokens."""
+MERGED = tl.constexpr(4)  # partial results of a row merged at a time
+TOKEN_BYTES = 256  # of a key head in the measurements behind `decode_split`; where it has more, tiles have fewer tokens
 
 
-class Cut(NamedTuple):
-    """How decode programs work: cached tokens read together, warps, loads in flight, programs on a multiprocessor.
-
-    `programs` 0 gives each row programs of its own, one a KV head.
-    """
+class DecodeSplit(NamedTuple):
+    """Tokens per tile, warps, pipeline stages, programs per multiprocessor (0: one for each row and KV head)."""
 
     tile: int
     warps: int
@@ -69,9 +64,9 @@ def _rotated(
     x: tl.tensor, norm: tl.tensor, cos_sin: tl.tensor, position: tl.tensor, dims: tl.tensor, mask: tl.tensor,
     eps: tl.tensor, HEAD_DIM: tl.constexpr, NORM: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    # Heads at the pointers x (heads, 1), normed and rotated -> (heads, D), rounded where `rope_store_kv` rounds.
+    # Heads at the pointers x (heads, 1), normed and rotated -> (heads, D), with the roundings of `rope_store_kv`.
     HALF: tl.constexpr = HEAD_DIM // 2
-    other = tl.where(dims < HALF, dims + HALF, dims - HALF)  # the dimension that is turned together with this one
+    other = tl.where(dims < HALF, dims + HALF, dims - HALF)  # the dimension that is rotated together with this one
     near = tl.load(x + dims[None, :], mask=mask, other=0.0)
     far = tl.load(x + other[None, :], mask=mask, other=0.0)
     inside = dims < HEAD_DIM
@@ -91,27 +86,23 @@ def _rotated(
 
 @jit
 def _merged(
-    partial: tl.tensor, sums: tl.tensor, first: tl.tensor, last: tl.tensor, second: tl.tensor,
-    mine: tl.tensor, inner: tl.tensor, member: tl.tensor, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    partial: tl.tensor, log_sums: tl.tensor, first: tl.tensor, last: tl.tensor, second: tl.tensor,
+    mask: tl.tensor, inner: tl.tensor, member: tl.tensor, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     M: tl.constexpr, D: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    # The parts of a row in programs first … last, that of the first in its place `second` (0 or 1), else in place 0.
-    # Other multiprocessors wrote them: they are not read from this one's own cache.
+    # Merges a row's partial results, in slot `second` (0 or 1) of program `first` and slot 0 of those up to `last`.
+    # Other multiprocessors wrote them, so the loads bypass this one's L1 cache (.cg).
     best = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, D], tl.float32)
     for low in range(first, last + 1, MERGED):
-        for offset in tl.static_range(MERGED):  # unrolled, so that their loads are in flight together
+        for offset in tl.static_range(MERGED):  # unrolled, so that the loads are in flight together
             program = low + offset
             place = 2 * program + tl.where(program == first, second, 0)
             there = (member < GROUP) & (program + 0 * member <= last)
-            part = tl.load(
-                partial + place * (GROUP * HEAD_DIM) + inner,
-                mask=mine & there[:, None],
-                other=0.0,
-                cache_modifier=".cg",
-            )
-            log_sum = tl.load(sums + place * GROUP + member, mask=there, other=float("-inf"), cache_modifier=".cg")
+            source = partial + place * (GROUP * HEAD_DIM) + inner
+            part = tl.load(source, mask=mask & there[:, None], other=0.0, cache_modifier=".cg")
+            log_sum = tl.load(log_sums + place * GROUP + member, mask=there, other=float("-inf"), cache_modifier=".cg")
             peak = tl.maximum(best, log_sum)
             base = tl.where(peak == float("-inf"), 0.0, peak)
             shrink, weight = tl.exp2(best - base), tl.exp2(log_sum - base)
@@ -125,17 +116,17 @@ def _merged(
 def _decode_kernel(
     q: tl.tensor, q_norm: tl.tensor, k_norm: tl.tensor, cos_sin: tl.tensor, k: tl.tensor, v: tl.tensor,
     table: tl.tensor, lens: tl.tensor, starts: tl.tensor, out: tl.tensor,
-    partial: tl.tensor, sums: tl.tensor, arrived: tl.tensor,
+    partial: tl.tensor, log_sums: tl.tensor, arrived: tl.tensor,
     eps: tl.tensor, q_stride: tl.tensor, rows: tl.tensor, table_stride: tl.tensor, window: tl.tensor, scale: tl.tensor,
-    PROJECT: tl.constexpr, NORM: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    FUSED_ROPE: tl.constexpr, NORM: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     PAGE: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
     WHOLE: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
-    NEW: tl.constexpr = 1 if PROJECT else 0  # tokens of a row that are not in the cache yet
+    NEW: tl.constexpr = 1 if FUSED_ROPE else 0  # tokens of a row that are not in the cache yet
     head, program = tl.program_id(0), tl.program_id(1)
-    # Where to work depends on lengths, pages and `starts`, which are there before the step's embedding is looked up.
-    # That is a kernel of torch's own, which nothing overtakes: so they may be read ahead of the kernel before this one.
-    if not (PROJECT and PDL):
+    # A program's range depends on lengths, pages and `starts`, all written before the step's embedding lookup, a kernel
+    # of torch without PDL, which no later kernel overtakes. So they may be read before the previous kernel ends.
+    if not (FUSED_ROPE and PDL):
         after_previous(PDL)
     if WHOLE:
         programs, tiles, tile, stop, row = 1, 1, 0, 1, program
@@ -147,17 +138,17 @@ def _decode_kernel(
         row = tl.sum((tl.load(starts + candidate, mask=candidate < rows, other=1 << 30) <= tile).to(tl.int32), 0) - 1
         if program >= programs:
             return
-    begin_of_stretch = tile
-    if PROJECT and PDL:
+    range_start = tile
+    if FUSED_ROPE and PDL:
         after_previous(PDL)
 
     member, dims = tl.arange(0, M), tl.arange(0, D)
     heads = head * GROUP + member
     inside = (dims < HEAD_DIM)[None, :]
-    mine = (member < GROUP)[:, None] & inside
+    mask = (member < GROUP)[:, None] & inside
     inner = member[:, None] * HEAD_DIM + dims[None, :]
     partial += head * tl.num_programs(1) * (2 * GROUP * HEAD_DIM)
-    sums += head * tl.num_programs(1) * (2 * GROUP)
+    log_sums += head * tl.num_programs(1) * (2 * GROUP)
     while tile < stop:
         if WHOLE:
             begin, end, until = 0, 1, 1
@@ -171,9 +162,9 @@ def _decode_kernel(
         best = tl.full([M], float("-inf"), tl.float32)
         total = tl.zeros([M], tl.float32)
         acc = tl.zeros([M, D], tl.float32)
-        if PROJECT:
+        if FUSED_ROPE:
             query = _rotated(
-                source + heads[:, None] * HEAD_DIM, q_norm, cos_sin, length - 1, dims, mine, eps, HEAD_DIM, NORM
+                source + heads[:, None] * HEAD_DIM, q_norm, cos_sin, length - 1, dims, mask, eps, HEAD_DIM, NORM
             )
             if until == end:
                 one = tl.zeros([1, 1], tl.int32)
@@ -188,7 +179,7 @@ def _decode_kernel(
                 total = tl.full([M], 1.0, tl.float32)
                 acc += new_value.to(tl.float32)
         else:
-            query = tl.load(source + heads[:, None] * HEAD_DIM + dims[None, :], mask=mine, other=0.0)
+            query = tl.load(source + heads[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0.0)
         first = tl.maximum(oldest, 0) // TILE * TILE
         low = first + (tile - begin) * TILE
         high = length - NEW if WHOLE else tl.minimum(first + (until - begin) * TILE, length - NEW)
@@ -198,45 +189,46 @@ def _decode_kernel(
             key, value = key_value(
                 k, v, line, start, tokens, seen, head * HEAD_DIM, dims, PAGE, HEADS * HEAD_DIM, HEAD_DIM, TILE
             )
-            acc, best, total = online(query, key, value, seen[None, :], scale, acc, best, total)
+            acc, best, total = online_softmax(query, key, value, seen[None, :], scale, acc, best, total)
         acc = acc / total[:, None]
         result = out + (row.to(tl.int64) * HEADS + head) * (GROUP * HEAD_DIM)
-        if WHOLE or ((begin >= begin_of_stretch) & (end <= stop)):
-            tl.store(result + inner, acc.to(out.dtype.element_ty), mask=mine)
+        if WHOLE or ((begin >= range_start) & (end <= stop)):
+            tl.store(result + inner, acc.to(out.dtype.element_ty), mask=mask)
         else:
-            place = 2 * program + tl.where(tile > begin_of_stretch, 1, 0)
-            tl.store(partial + place * (GROUP * HEAD_DIM) + inner, acc, mask=mine)
-            tl.store(sums + place * GROUP + member, best + tl.log2(total), mask=member < GROUP)
+            place = 2 * program + tl.where(tile > range_start, 1, 0)
+            tl.store(partial + place * (GROUP * HEAD_DIM) + inner, acc, mask=mask)
+            tl.store(log_sums + place * GROUP + member, best + tl.log2(total), mask=member < GROUP)
             first_program = ((begin + 1) * programs - 1) // tiles
             last_program = (end * programs - 1) // tiles
-            tl.debug_barrier()  # every thread's part is written before the program says so
+            tl.debug_barrier()  # every thread has written its share before the counter says so
             before = tl.atomic_add(arrived + row * HEADS + head, 1, sem="acq_rel")
             if before == last_program - first_program:
                 second = tl.where(first_program * tiles // programs < begin, 1, 0)
                 acc = _merged(
-                    partial, sums, first_program, last_program, second, mine, inner, member, GROUP, HEAD_DIM, M, D
+                    partial, log_sums, first_program, last_program, second, mask, inner, member, GROUP, HEAD_DIM, M, D
                 )
-                tl.store(result + inner, acc.to(out.dtype.element_ty), mask=mine)
+                tl.store(result + inner, acc.to(out.dtype.element_ty), mask=mask)
                 tl.store(arrived + row * HEADS + head, 0)
         tile = until
         row += 1
 
 
-def decode_cut(pairs: int, token_bytes: int) -> Cut:
-    """What reads the cache fastest for so many pairs of row and KV head, measured on an H200 with pages of 16.
+def decode_split(pairs: int, token_bytes: int) -> DecodeSplit:
+    """The fastest measured on an H200 with pages of 16, for so many pairs of row and KV head.
 
-    A token's key has `token_bytes` in a KV head. Five loads in flight are two tiles, seven are three: the pages' ids
+    A token's key has `token_bytes` in a KV head. Five stages are two tiles in flight, seven are three, as the page ids
     take the first.
     """
     if pairs >= 1100:
-        cut = Cut(16, 1, 7, 0)
+        split = DecodeSplit(16, 1, 7, 0)
     else:
-        cut = Cut(16, 1, 5, 8) if pairs >= 200 else Cut(128, 4, 2, 2)
-    return cut._replace(tile=max(16, min(cut.tile, cut.tile * TOKEN_BYTES // triton.next_power_of_2(token_bytes))))
+        split = DecodeSplit(16, 1, 5, 8) if pairs >= 200 else DecodeSplit(128, 4, 2, 2)
+    tile = split.tile * TOKEN_BYTES // triton.next_power_of_2(token_bytes)
+    return split._replace(tile=max(16, min(split.tile, tile)))
 
 
 class Workspaces:
-    """Where programs leave parts of rows, allocated once for each shape and shared by all steps of one stream."""
+    """Buffers for partial results, allocated once for each shape and shared by all steps of one stream."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -244,7 +236,7 @@ class Workspaces:
         self._arrived: dict[int, Tensor] = {}
 
     def parts(self, kv_heads: int, programs: int, group: int, head_dim: int) -> tuple[Tensor, Tensor]:
-        """The two parts a program may leave, and the base-2 logarithms of their sums: float32 (K, P, 2, G[, hd])."""
+        """A program's up to two partial results, and the log2 of their softmax sums: float32 (K, P, 2, G[, hd])."""
         shape = (kv_heads, programs, 2, group, head_dim)
         if shape not in self._parts:
             partial = torch.empty(shape, dtype=torch.float32, device=self.device)
@@ -252,99 +244,91 @@ class Workspaces:
         return self._parts[shape]
 
     def arrived(self, counters: int) -> Tensor:
-        """How many parts of each row and KV head are there; zero between two launches. int32 (counters or more,)."""
+        """Partial results written of each row and KV head, zero between launches: int32 (at least counters,)."""
         size = triton.next_power_of_2(counters)
         if size not in self._arrived:
             self._arrived[size] = torch.zeros(size, dtype=torch.int32, device=self.device)
         return self._arrived[size]
 
 
-class Decode:
+class DecodeAttention(FusedAttention):
     """Decode attention of B rows over one cache.
 
-    page_table int32 (B, max_pages) and kv_lens int32 (B,), at least 1, are read at each launch. A step begins with
-    `begin` or with `run` of layer 0.
+    page_table int32 (B, max_pages) and kv_lens int32 (B,), at least 1, are read at each launch. A step starts with
+    `begin`, or with `run` of layer 0.
     """
 
     def __init__(
-        self,
-        page_table: Tensor,
-        kv_lens: Tensor,
-        kv: KVCache,
-        workspaces: Workspaces,
-        processors: int,
-        cut: Cut | None = None,
-    ) -> None:
+        self, page_table: Tensor, kv_lens: Tensor, kv: KVCache, workspaces: Workspaces, processors: int,
+        split: DecodeSplit | None = None,
+    ) -> None:  # fmt: skip
         self.page_table = page_table
         self.kv_lens = kv_lens
         self.kv = kv
         self.workspaces = workspaces
         self.processors = processors
-        self.cut = cut
+        self.split = split
         self._starts: dict[tuple[int, bool], Tensor] = {}
-        self._counted: set[tuple[int, bool]] = set()
+        self._current: set[tuple[int, bool]] = set()
 
     def begin(self, windows: Sequence[int]) -> None:
-        """Count the rows' tiles for `project` in layers of these windows."""
-        self._counted.clear()
-        cut = self._cut()
-        for window in dict.fromkeys(windows if cut.programs else ()):
-            self._tiles(cut.tile, window, new=True)
+        """Number the rows' tiles for `run_qkv` in layers with these windows."""
+        self._current.clear()
+        split = self._split()
+        for window in dict.fromkeys(windows if split.programs else ()):
+            self._tiles(split.tile, window, new=True)
 
     def run(self, q: Tensor, layer: int, window: int) -> Tensor:
         """Attention of q (B, H, hd), whose keys and values are in the cache -> (B, H, hd)."""
         assert q.stride()[1:] == (q.shape[2], 1)
         if layer == 0:
-            self._counted.clear()
+            self._current.clear()
         return self._launch(q, q.shape[1], None, layer, window)
 
-    def project(self, qkv: Tensor, projection: Projection, layer: int, window: int) -> Tensor:
-        """The same from qkv (B, (H + 2K) * hd), writing keys and values of each row's last token -> (B, H, hd).
-
-        The references are `rope_store_kv` and the torch backend.
-        """
+    def run_qkv(self, qkv: Tensor, rope: RopeStore, layer: int, window: int) -> Tensor:
+        """The same from qkv (B, (H + 2K) * hd), writing key and value of each row's last token -> (B, H, hd)."""
         assert qkv.is_contiguous()
         kv_heads, head_dim = self.kv.k.shape[3:]
-        return self._launch(qkv, qkv.shape[1] // head_dim - 2 * kv_heads, projection, layer, window)
+        return self._launch(qkv, qkv.shape[1] // head_dim - 2 * kv_heads, rope, layer, window)
 
-    def _cut(self) -> Cut:
+    def _split(self) -> DecodeSplit:
         kv_heads, head_dim = self.kv.k.shape[3:]
-        return self.cut or decode_cut(len(self.kv_lens) * kv_heads, head_dim * self.kv.k.element_size())
+        return self.split or decode_split(len(self.kv_lens) * kv_heads, head_dim * self.kv.k.element_size())
 
-    def _launch(self, q: Tensor, heads: int, projection: Projection | None, layer: int, window: int) -> Tensor:
+    def _launch(self, q: Tensor, heads: int, rope: RopeStore | None, layer: int, window: int) -> Tensor:
         k, v = self.kv.k[layer], self.kv.v[layer]
         page_size, kv_heads, head_dim = k.shape[1:]
-        rows, group, pdl, cut = len(self.kv_lens), heads // kv_heads, launch_options(), self._cut()
-        whole = cut.programs == 0
-        programs = rows if whole else max(1, cut.programs * self.processors // kv_heads)
+        rows, group, pdl, split = len(self.kv_lens), heads // kv_heads, launch_options(), self._split()
+        whole = split.programs == 0
+        programs = rows if whole else max(1, split.programs * self.processors // kv_heads)
         out = torch.empty((rows, heads, head_dim), dtype=q.dtype, device=q.device)
-        partial = sums = out
+        partial = log_sums = out
         starts = arrived = self.kv_lens
         if not whole:
-            partial, sums = self.workspaces.parts(kv_heads, programs, group, head_dim)
+            partial, log_sums = self.workspaces.parts(kv_heads, programs, group, head_dim)
             arrived = self.workspaces.arrived(rows * kv_heads)
-            starts = self._tiles(cut.tile, window, projection is not None)
-        made = projection or Projection(q_norm=None, k_norm=None, eps=0.0, cos_sin=None)
+            starts = self._tiles(split.tile, window, rope is not None)
+        q_norm, k_norm, eps, cos_sin = (None, None, 0.0, None) if rope is None else rope[1:5]
         _decode_kernel[(kv_heads, programs)](
-            q, made.q_norm, made.k_norm, made.cos_sin, k, v, self.page_table, self.kv_lens, starts, out,
-            partial, sums, arrived, made.eps, q.stride(0), rows, self.page_table.stride(0), window or NO_WINDOW,
+            q, q_norm, k_norm, cos_sin, k, v, self.page_table, self.kv_lens, starts, out,
+            partial, log_sums, arrived, eps, q.stride(0), rows, self.page_table.stride(0), window or NO_WINDOW,
             math.log2(math.e) * head_dim**-0.5,
-            PROJECT=projection is not None, NORM=made.q_norm is not None, HEADS=kv_heads, GROUP=group,
+            FUSED_ROPE=rope is not None, NORM=q_norm is not None, HEADS=kv_heads, GROUP=group,
             HEAD_DIM=head_dim, PAGE=page_size, ROWS=max(ROWS_BLOCK, triton.next_power_of_2(rows)),
-            M=max(MIN_DOT, triton.next_power_of_2(group)), D=triton.next_power_of_2(head_dim), TILE=cut.tile,
-            WHOLE=whole, PDL=bool(pdl), num_warps=cut.warps, num_stages=cut.stages, **pdl,
+            M=max(MIN_DOT, triton.next_power_of_2(group)), D=triton.next_power_of_2(head_dim), TILE=split.tile,
+            WHOLE=whole, PDL=bool(pdl), num_warps=split.warps, num_stages=split.stages, **pdl,
         )  # fmt: skip
         return out
 
     def _tiles(self, tile: int, window: int, new: bool) -> Tensor:
-        """Where each row's tiles begin in the line of all, int32 (B + 1,): counted once a step for each window."""
+        """The number of each row's first tile, int32 (B + 1,): computed once a step for each window."""
         which = (window, new)
         rows, pdl = len(self.kv_lens), launch_options()
         if which not in self._starts:
             self._starts[which] = torch.empty(rows + 1, dtype=torch.int32, device=self.kv_lens.device)
         starts = self._starts[which]
-        if which not in self._counted:
-            self._counted.add(which)
+        if which not in self._current:
+            self._current.add(which)
             _tiles_kernel[(1,)](
                 self.kv_lens, starts, rows, window or NO_WINDOW, NEW=int(new), TILE=tile, BLOCK=ROWS_BLOCK,
                 PDL=bool(pdl), num_warps=4, **pdl,

@@ -1,9 +1,8 @@
-"""Triton's compiler as a typed decorator.
+"""Triton's compiler as a typed decorator, and programmatic dependent launch (PDL).
 
-Programmatic dependent launch: a kernel starts while the one before it still runs, and waits only for its results.
-
-From compute capability 9.0 on. Every kernel that is launched so must call `after_previous` before it touches anything
-that another kernel writes or reads (CUDA programming guide, "Programmatic Dependent Launch and Synchronization").
+With PDL, on compute capability 9.0 and above, a kernel starts while the one before it still runs. Each kernel launched
+so must call `after_previous` before it touches anything that another kernel writes or reads (CUDA programming guide,
+"Programmatic Dependent Launch and Synchronization").
 """
 
 from __future__ import annotations
@@ -20,11 +19,9 @@ import triton.language as tl
 class Kernel(Protocol):
     """A compiled function: a kernel when it is given a grid, a device function when another kernel calls it."""
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-        """The launcher for this many programs along each axis."""
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]: ...
 
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        """Inline the function into the kernel that calls it."""
+    def __call__(self, *args: Any, **options: Any) -> Any: ...
 
 
 def jit(function: Callable[..., Any]) -> Kernel:
@@ -34,10 +31,10 @@ def jit(function: Callable[..., Any]) -> Kernel:
 
 
 def jit_varying(*names: str) -> Callable[[Callable[..., Any]], Kernel]:
-    """`jit` that compiles only once whatever these arguments are: token counts, and tensors that start anywhere.
+    """`jit` without specialisation on these arguments: token counts, and tensors at any address.
 
-    Otherwise whether an integer is 1 or a multiple of 16, and whether a tensor starts at one, makes another kernel, and
-    the first step to meet it waits for the compiler.
+    Otherwise an integer that is 1 or a multiple of 16, or an aligned tensor, makes another kernel, and the first step
+    to meet it waits for the compiler.
     """
 
     def decorate(function: Callable[..., Any]) -> Kernel:
@@ -49,18 +46,18 @@ def jit_varying(*names: str) -> Callable[[Callable[..., Any]], Kernel]:
 
 @functools.cache
 def launch_options() -> dict[str, bool]:
-    """What every launch adds: programmatic dependent launch where the card has it (see `pdl.py`)."""
+    """What every launch adds: PDL where the GPU has it."""
     return {"launch_pdl": True} if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9 else {}
 
 
 def warps_for(elements: int) -> int:
-    """Warps, 1 to 16, that give each thread 8 elements (16 bytes of a 16-bit dtype) of a tile of a power of two."""
+    """Warps, 1 to 16, so that each thread has 8 elements (16 bytes of a 16-bit dtype)."""
     return max(1, min(16, elements // (32 * 8)))
 
 
 @jit
 def after_previous(PDL: tl.constexpr) -> None:
-    """Let the next kernel start, then wait until the one before this has ended and its writes are seen."""
+    """Let the next kernel start, then wait until the previous one has ended and its writes are visible."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()

@@ -1,8 +1,11 @@
-"""Matrix products for few rows, where the time is that of reading the weights and of starting.
+"""GEMMs for few rows, whose time goes into reading weights and into starting. Twins: `core.ops.linear`, `silu_mul`.
 
-A program takes a strip of the output's columns and, where that leaves multiprocessors idle, one of several parts of the
-inner dimension. Before it waits for the kernel ahead of it (programmatic dependent launch) it asks the L2 cache for its
-weights, which depend on nobody.
+`linear` and its variants, for weights of up to 8 million elements: a thread block takes some of the output's columns
+and, where that leaves multiprocessors idle, one of several splits of the inner dimension (split-K). Before it waits for
+the previous kernel (PDL) it prefetches its weights into L2: no kernel writes those.
+
+`gemv` and `gated_gemv`, for larger weights and one row: plain loads read the weights once, without tensor cores. A
+thread block takes some rows of the weight and loads their first elements before it waits.
 """
 
 from __future__ import annotations
@@ -14,26 +17,42 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minisgl.gpu.kernels.activation import gated
+from minisgl.gpu.kernels.elementwise import gated
 from minisgl.gpu.kernels.jit import after_previous, jit, jit_varying, launch_options
 
-MAX_ROWS = 64
-"""From here on cuBLAS is as fast or faster, for `linear` and `gated_linear`."""
-MAX_ROWS_PARTS = 128
-"""The same for `linear_parts`."""
-MAX_WEIGHTS = 8 << 20
-LINE = 64
-"""16-bit elements in a cache line of 128 bytes."""
+MAX_WEIGHTS = 8 << 20  # from about here on cuBLAS reads the weights as fast (H200)
+MAX_ROWS = 64  # from here on cuBLAS is as fast or faster
+MAX_SPLIT_K_ROWS = 128  # the same for `split_k_linear`
+LINE = 64  # 16-bit elements in a cache line of 128 bytes
+
+MAX_GEMV_COLUMNS = 1 << 17  # larger weights are vocabularies, whose GEMMs are long enough for cuBLAS
+GEMV_STEP = 256  # rows of the weight have a multiple of so many elements, so their addresses are aligned
+MAX_GEMV_INNER = (1 << 15) - 1  # keeps the offset of a gated weight's second half within 32 bits
 
 
-class Tile(NamedTuple):
-    """How a product is cut: output columns and inner elements a program takes at a time, parts of the inner sum."""
+class LinearTile(NamedTuple):
+    """Output columns and inner elements a thread block takes at a time, splits of K, warps, pipeline stages."""
 
     columns: int
     inner: int
-    parts: int
+    splits: int
     warps: int
     stages: int
+
+
+SPLIT_K = LinearTile(32, 128, 4, 4, 5)
+FEW = LinearTile(64, 256, 1, 4, 5)
+MANY = LinearTile(32, 128, 1, 4, 5)
+FEW_GATED = LinearTile(32, 256, 1, 4, 5)
+MANY_GATED = LinearTile(32, 128, 1, 4, 4)
+
+
+class GemvTile(NamedTuple):
+    """Rows of the weight per thread block, elements of each at a time, warps."""
+
+    columns: int
+    inner: int
+    warps: int
 
 
 @jit
@@ -84,11 +103,8 @@ def _linear_kernel(
     tl.store(place, total.to(out.dtype.element_ty), mask=row[:, None] < rows)
 
 
-def fits(x: Tensor, weight: Tensor, most: int) -> bool:
-    """Whether these kernels are the faster way to x (T, K) by weight (N, K) for up to `most` rows.
-
-    Measured on an H200: from about 8 million weights on cuBLAS reads them as fast.
-    """
+def fits_linear(x: Tensor, weight: Tensor, most: int) -> bool:
+    """Whether x (T, K) by weight (N, K), T up to `most`, is faster here than with cuBLAS (measured on an H200)."""
     columns, inner = weight.shape
     return (
         x.shape[0] <= most
@@ -100,53 +116,128 @@ def fits(x: Tensor, weight: Tensor, most: int) -> bool:
 
 
 def padded_rows(rows: int) -> int:
-    """Rows of a program's tile: 16 for `mma.sync`, else what `wgmma` takes at least, 64."""
+    """Rows of a thread block's tile: 16 for `mma.sync`, else 64, the least that `wgmma` takes."""
     return 16 if rows <= 16 else max(64, triton.next_power_of_2(rows))
 
 
-PARTS = Tile(32, 128, 4, 4, 5)
-FEW = Tile(64, 256, 1, 4, 5)
-MANY = Tile(32, 128, 1, 4, 5)
-FEW_GATED = Tile(32, 256, 1, 4, 5)
-MANY_GATED = Tile(32, 128, 1, 4, 4)
-
-
-def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, columns: int, tile: Tile, gated: bool) -> None:
+def _launch_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, columns: int, tile: LinearTile, gated: bool
+) -> None:
     rows, inner = x.shape
     pdl = launch_options()
-    _linear_kernel[(columns // tile.columns, tile.parts)](
-        x, weight, bias, out, rows, columns, x.stride(0), INNER=inner, LENGTH=inner // tile.parts,
+    _linear_kernel[(columns // tile.columns, tile.splits)](
+        x, weight, bias, out, rows, columns, x.stride(0), INNER=inner, LENGTH=inner // tile.splits,
         BIAS=bias is not None, GATED=gated, ROWS=padded_rows(rows), COLUMNS=tile.columns, BLOCK=tile.inner,
-        PREFETCH=bool(pdl), LINES=triton.next_power_of_2(inner // tile.parts // LINE), LINE=LINE, PDL=bool(pdl),
+        PREFETCH=bool(pdl), LINES=triton.next_power_of_2(inner // tile.splits // LINE), LINE=LINE, PDL=bool(pdl),
         num_warps=tile.warps, num_stages=tile.stages, **pdl,
     )  # fmt: skip
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, tile: Tile | None = None, out: Tensor | None = None
-) -> Tensor:
-    """x (T, K) by weight (N, K), plus bias (N,) -> (T, N), contiguous and, where it is given, `out`."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, tile: LinearTile | None = None) -> Tensor:
+    """x (T, K) by weight (N, K), plus bias (N,) -> (T, N)."""
     columns = weight.shape[0]
     tile = tile or (FEW if len(x) <= 16 else MANY)
-    if out is None:
-        out = torch.empty((x.shape[0], columns), dtype=x.dtype, device=x.device)
-    _launch(x, weight, bias, out, columns, tile, gated=False)
+    out = torch.empty((x.shape[0], columns), dtype=x.dtype, device=x.device)
+    _launch_linear(x, weight, bias, out, columns, tile, gated=False)
     return out
 
 
-def linear_parts(x: Tensor, weight: Tensor, tile: Tile | None = None) -> Tensor:
-    """x (T, K) by weight (N, K) as float32 sums over parts of K that are still to be added up -> (parts, T, N)."""
+def split_k_linear(x: Tensor, weight: Tensor, tile: LinearTile | None = None) -> Tensor:
+    """x (T, K) by weight (N, K) as float32 sums over splits of K -> (splits, T, N); `add_rms_norm` adds them up."""
     columns = weight.shape[0]
-    tile = tile or PARTS
-    out = torch.empty((tile.parts, x.shape[0], columns), dtype=torch.float32, device=x.device)
-    _launch(x, weight, None, out, columns, tile, gated=False)
+    tile = tile or SPLIT_K
+    out = torch.empty((tile.splits, x.shape[0], columns), dtype=torch.float32, device=x.device)
+    _launch_linear(x, weight, None, out, columns, tile, gated=False)
     return out
 
 
-def gated_linear(x: Tensor, weight: Tensor, tile: Tile | None = None) -> Tensor:
+def gated_linear(x: Tensor, weight: Tensor, tile: LinearTile | None = None) -> Tensor:
     """silu(x @ gate) * (x @ up), rounded where `silu_mul` rounds: x (T, K), weight (2I, K), gate first -> (T, I)."""
     columns = weight.shape[0] // 2
     tile = tile or (FEW_GATED if len(x) <= 16 else MANY_GATED)
     out = torch.empty((x.shape[0], columns), dtype=x.dtype, device=x.device)
-    _launch(x, weight, None, out, columns, tile, gated=True)
+    _launch_linear(x, weight, None, out, columns, tile, gated=True)
     return out
+
+
+@jit
+def _gemv_kernel(
+    x: tl.tensor, weight: tl.tensor, out: tl.tensor, columns: tl.tensor, INNER: tl.constexpr, GATED: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+) -> None:  # fmt: skip
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    k = tl.arange(0, BLOCK)
+    pointer = weight + column[:, None].to(tl.int64) * INNER + k[None, :]
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    tile = tl.load(pointer, mask=k[None, :] < INNER, other=0.0, eviction_policy="evict_first")
+    other = tile
+    if GATED:
+        other = tl.load(pointer + columns * INNER, mask=k[None, :] < INNER, other=0.0, eviction_policy="evict_first")
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    total = tl.zeros((COLUMNS, BLOCK), tl.float32)
+    up = tl.zeros((COLUMNS, BLOCK), tl.float32)
+    for start in range(0, INNER, BLOCK):
+        row = tl.load(x + start + k, mask=start + k < INNER, other=0.0).to(tl.float32)[None, :]
+        inside = (start + BLOCK + k < INNER)[None, :]
+        next_tile = tl.load(pointer + start + BLOCK, mask=inside, other=0.0, eviction_policy="evict_first")
+        total += tile.to(tl.float32) * row
+        tile = next_tile
+        if GATED:
+            next_tile = tl.load(
+                pointer + columns * INNER + start + BLOCK, mask=inside, other=0.0, eviction_policy="evict_first"
+            )
+            up += other.to(tl.float32) * row
+            other = next_tile
+    result = tl.sum(total, axis=1)
+    if GATED:
+        result = gated(result.to(x.dtype.element_ty), tl.sum(up, axis=1).to(x.dtype.element_ty))
+    tl.store(out + column, result.to(out.dtype.element_ty))
+
+
+def fits_gemv(x: Tensor, weight: Tensor) -> bool:
+    """Whether x (1, K) by weight (N, K) is faster here than with cuBLAS (measured on an H200)."""
+    columns, inner = weight.shape
+    return (
+        x.shape[0] == 1
+        and x.dtype in (torch.float16, torch.bfloat16)
+        and weight.numel() > MAX_WEIGHTS
+        and columns % 16 == 0
+        and columns <= MAX_GEMV_COLUMNS
+        and inner % GEMV_STEP == 0
+        and inner <= MAX_GEMV_INNER
+        and x.is_contiguous()
+        and weight.is_contiguous()
+    )
+
+
+def gemv_tile_for(inner: int, gated: bool) -> GemvTile:
+    """The fastest measured on an H200 for rows of `inner` elements."""
+    if gated:
+        return GemvTile(1, 1024, 2)
+    return GemvTile(1, 1024, 4) if 4096 <= inner <= 5120 else GemvTile(4, 512, 4)
+
+
+def gemv(x: Tensor, weight: Tensor, tile: GemvTile | None = None) -> Tensor:
+    """x (1, K) by weight (N, K) -> (1, N)."""
+    columns, inner = weight.shape
+    out = torch.empty((1, columns), dtype=x.dtype, device=x.device)
+    _launch_gemv(x, weight, out, columns, tile or gemv_tile_for(inner, gated=False), gated=False)
+    return out
+
+
+def gated_gemv(x: Tensor, weight: Tensor, tile: GemvTile | None = None) -> Tensor:
+    """silu(x @ gate) * (x @ up), rounded where `silu_mul` rounds: x (1, K), weight (2I, K), gate first -> (1, I)."""
+    columns, inner = weight.shape[0] // 2, weight.shape[1]
+    out = torch.empty((1, columns), dtype=x.dtype, device=x.device)
+    _launch_gemv(x, weight, out, columns, tile or gemv_tile_for(inner, gated=True), gated=True)
+    return out
+
+
+def _launch_gemv(x: Tensor, weight: Tensor, out: Tensor, columns: int, tile: GemvTile, gated: bool) -> None:
+    pdl = launch_options()
+    _gemv_kernel[(triton.cdiv(columns, tile.columns),)](
+        x, weight, out, columns, INNER=weight.shape[1], GATED=gated, COLUMNS=tile.columns, BLOCK=tile.inner,
+        PDL=bool(pdl), num_warps=tile.warps, **pdl,
+    )  # fmt: skip

@@ -1,10 +1,10 @@
-"""A sparse SwiGLU layer in four launches after the router's product, none of which the host waits for.
+"""A mixture-of-experts layer in four launches after the router's GEMM, without a host sync. Twin: `core.ops.moe`.
 
-Routing writes, for every expert, the list of (token, choice) pairs that chose it. Two grouped matrix products follow: a
-program takes a block of one expert's list and a tile of its outputs; since which blocks exist is known to the device
-only, there are programs for as many as the shapes allow, and those past the last return at once. The last launch sums
-each token's choices. The order of a list depends on timing, the result does not: rows of a product do not mix, and sums
-run over a token's choices in order.
+Routing writes, for each expert, the list of (token, choice) pairs that chose it. Two grouped GEMMs follow: a thread
+block takes a block of one expert's list and a tile of its outputs. Only the device knows which blocks exist, so the
+grid has as many as the shapes allow, and those past the last one return at once. The last launch sums each token's
+choices. The order of a list depends on timing, but the result does not: rows of a GEMM do not mix, and the sums run
+over a token's choices in order.
 """
 
 from __future__ import annotations
@@ -17,17 +17,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minisgl.gpu.kernels.activation import gated
+from minisgl.gpu.kernels.elementwise import gated
 from minisgl.gpu.kernels.jit import jit, jit_varying, warps_for
 
-ROUTED = 8
-"""Tokens that a program of the routing takes."""
+ROUTED = 8  # tokens per thread block of the routing
 SUM_BLOCK = 1024
 
 
 @dataclass(frozen=True)
-class Tile:
-    """How a grouped product is cut: a program makes rows x columns outputs, `inner` of the sum at a time."""
+class MoeTile:
+    """How grouped GEMMs are tiled: a thread block makes rows x columns outputs, `inner` of the sum at a time."""
 
     rows: int
     gate_up_columns: int  # of each of gate and up
@@ -37,17 +36,17 @@ class Tile:
     stages: int
 
 
-TILES = (
-    Tile(rows=16, gate_up_columns=32, down_columns=64, inner=128, warps=4, stages=4),
-    Tile(rows=32, gate_up_columns=32, down_columns=64, inner=128, warps=4, stages=4),
-    Tile(rows=64, gate_up_columns=64, down_columns=128, inner=64, warps=4, stages=4),
-    Tile(rows=128, gate_up_columns=64, down_columns=128, inner=64, warps=8, stages=4),
+MOE_TILES = (
+    MoeTile(rows=16, gate_up_columns=32, down_columns=64, inner=128, warps=4, stages=4),
+    MoeTile(rows=32, gate_up_columns=32, down_columns=64, inner=128, warps=4, stages=4),
+    MoeTile(rows=64, gate_up_columns=64, down_columns=128, inner=64, warps=4, stages=4),
+    MoeTile(rows=128, gate_up_columns=64, down_columns=128, inner=64, warps=8, stages=4),
 )
 
 
-def tile_for(pairs: int, experts: int) -> Tile:
-    """The smallest tile that takes one and a half times an expert's mean list, or the largest."""
-    return next((tile for tile in TILES if 2 * tile.rows * experts >= 3 * pairs), TILES[-1])
+def moe_tile_for(pairs: int, experts: int) -> MoeTile:
+    """The smallest tile that holds one and a half times an expert's mean list, or the largest."""
+    return next((tile for tile in MOE_TILES if 2 * tile.rows * experts >= 3 * pairs), MOE_TILES[-1])
 
 
 @jit_varying("tokens")
@@ -85,18 +84,18 @@ def _block_rows(
     counts: tl.tensor, lists: tl.tensor, tokens: tl.tensor,
     EXPERTS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, ROWS: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """The expert whose block this program takes, the pairs in it and which of them are real; expert EXPERTS: none."""
+    """This thread block's expert (EXPERTS if there is none), the pairs in its block, and which of those are real."""
     block = tl.program_id(0)
     expert = tl.arange(0, BLOCK_EXPERTS)
     count = tl.load(counts + expert, mask=expert < EXPERTS, other=0)
     blocks = (count + ROWS - 1) // ROWS
     ends = tl.cumsum(blocks, axis=0)
-    mine = tl.sum(((ends <= block) & (expert < EXPERTS)).to(tl.int32), axis=0)
-    first = tl.sum(tl.where(expert == mine, ends - blocks, 0), axis=0)
+    own = tl.sum(((ends <= block) & (expert < EXPERTS)).to(tl.int32), axis=0)
+    first = tl.sum(tl.where(expert == own, ends - blocks, 0), axis=0)
     rank = (block - first) * ROWS + tl.arange(0, ROWS)
-    real = rank < tl.sum(tl.where(expert == mine, count, 0), axis=0)
-    pair = tl.load(lists + mine.to(tl.int64) * tokens + rank, mask=real, other=0)
-    return mine, pair, real
+    real = rank < tl.sum(tl.where(expert == own, count, 0), axis=0)
+    pair = tl.load(lists + own.to(tl.int64) * tokens + rank, mask=real, other=0)
+    return own, pair, real
 
 
 @jit_varying("tokens")
@@ -163,7 +162,7 @@ def _sum_kernel(parts: tl.tensor, out: tl.tensor, dim: tl.tensor, TOP_K: tl.cons
 def moe(
     x: Tensor, router: Tensor, expert_gate_up: Tensor, expert_down: Tensor, top_k: int, norm_topk_prob: bool
 ) -> Tensor:
-    """`reference.moe`: x (T, D), router (E, D), expert_gate_up (E, 2I, D), expert_down (E, D, I) -> (T, D).
+    """x (T, D), router (E, D), expert_gate_up (E, 2I, D), expert_down (E, D, I) -> (T, D).
 
     All contiguous. The sum over a token's experts is in float32 and rounded once.
     """
@@ -182,22 +181,22 @@ def moe(
     counts = torch.zeros(experts, dtype=torch.int32, device=device)
     hidden = torch.empty((pairs, width), dtype=x.dtype, device=device)
     parts = torch.empty((pairs, dim), dtype=x.dtype, device=device)
-    tile = tile_for(pairs, experts)
+    tile = moe_tile_for(pairs, experts)
     blocks = (pairs + min(experts, pairs) * (tile.rows - 1)) // tile.rows
     sizes = {"EXPERTS": experts, "BLOCK_EXPERTS": triton.next_power_of_2(experts)}
     stages = tile.stages if x.element_size() == 2 else 2  # what fits in shared memory
-    cut = {"ROWS": tile.rows, "INNER": tile.inner, "num_warps": tile.warps, "num_stages": stages}
+    launch = {"ROWS": tile.rows, "INNER": tile.inner, "num_warps": tile.warps, "num_stages": stages}
     _route_kernel[(triton.cdiv(tokens, ROUTED),)](
         logits, shares, lists, counts, tokens, TOP_K=top_k, BLOCK_K=triton.next_power_of_2(top_k),
         NORMALISE=norm_topk_prob, ROWS=ROUTED, **sizes,
     )  # fmt: skip
     _gate_up_kernel[(blocks, triton.cdiv(width, tile.gate_up_columns))](
         x, expert_gate_up, lists, counts, hidden, tokens, dim, width, TOP_K=top_k, COLUMNS=tile.gate_up_columns,
-        **sizes, **cut,
+        **sizes, **launch,
     )  # fmt: skip
     _down_kernel[(blocks, triton.cdiv(dim, tile.down_columns))](
         hidden, expert_down, shares, lists, counts, parts, tokens, dim, width, COLUMNS=tile.down_columns,
-        **sizes, **cut,
+        **sizes, **launch,
     )  # fmt: skip
     block = min(SUM_BLOCK, triton.next_power_of_2(dim))
     _sum_kernel[(tokens, triton.cdiv(dim, block))](

@@ -1,10 +1,18 @@
-"""Sampling straight from the logits, in one pass over the vocabulary where no filter is asked for.
+"""Sampling from the logits, in one pass over the vocabulary for rows without a filter. Twin: `core.sampler.sample`.
 
-Two launches. In the first, every row's vocabulary is split over many programs, each of which finds its split's winner
+Two launches. In the first, each row's vocabulary is split over many thread blocks; each finds its split's winner
 (highest logit, or highest logit / T + noise) and, for rows with a filter, the sum of its exponentials and the highest
-logit of every strand of 64 tokens. In the second, one program a row picks the winner of winners; a row with a filter
-looks for the filter's threshold among the few strands that can matter (`filtering.py`). What a row needs is decided on
-the device. Splits do not depend on the batch, so neither does the result.
+logit of every segment of 64 tokens. In the second, one thread block per row picks the winner of winners; for a row with
+a filter it looks for the filter's threshold among the few segments that can matter. What a row needs is decided on the
+device. Splits do not depend on the batch, so neither does the result.
+
+The noise is that of `core/sampler.py`, bit for bit: a hash of (request seed, position, token id).
+
+Filters need no sort. A token is kept when fewer than top_k tokens are more probable, when those more probable hold less
+than top_p of the mass, and when it is at least min_p times as probable as the first. All three are thresholds on its
+logit; the first two are found by bisection over the bit patterns of floats, in those segments only whose highest logit
+reaches a bound: at least w tokens are at or above the w-th highest of the segments' maxima, so for w = k the k-th
+highest logit is among them.
 """
 
 from __future__ import annotations
@@ -14,18 +22,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minisgl.core.sampler import SamplingRows
-from minisgl.gpu.kernels.filtering import LOWEST, STRAND, filtered_winner, mask_stops
+from minisgl.core.sampler import LARGEST_UNIFORM, SamplingRows
 from minisgl.gpu.kernels.jit import jit, jit_varying
-from minisgl.gpu.kernels.noise import exponential, row_keys, scaled_uniform, uniform
 
-SPLIT = 4096
-"""Tokens that a program of the first launch takes; a power of two from STRAND up."""
-SPLIT_WARPS = 8
-"""Two loads of 16 bytes a thread, and four programs a multiprocessor."""
+SPLIT = 4096  # tokens per thread block of the first launch; a power of two from SEGMENT up
+SPLIT_WARPS = 8  # two loads of 16 bytes per thread, and four thread blocks per multiprocessor
+SEGMENT = 64
+PER_SEGMENT = tl.constexpr(SEGMENT)
+FIRST_WIDTH = tl.constexpr(64)  # segments that top_p alone looks at first; eight times as many each further time
+BLOCK = tl.constexpr(2048)
 KEY_SHIFT = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
 """Low bits that are zero in every logit of the dtype once it is float32."""
+LOWEST = tl.constexpr(-3.0e38)
+"""Below it a maximum is -inf: every token was masked."""
 SMALLEST_TEMPERATURE = tl.constexpr(1e-30)
+SMALLEST_MIN_P = tl.constexpr(1e-37)
+"""Stands for a min_p of 0, whose logarithm is -inf; the noise cannot lift so improbable a token above the first one."""
+LARGEST = tl.constexpr(LARGEST_UNIFORM)
+SERIES_BELOW = tl.constexpr(0.0625)
+"""Below this the exponential is taken from its power series: 1 - u has lost the digits of a small u."""
 LOG2_E = tl.constexpr(1.4426950408889634)
 SLACK = tl.constexpr(1.0 + 1e-5)
 LARGEST_INT = tl.constexpr(2**31 - 1)
@@ -36,20 +51,233 @@ FARTHEST_RANK = tl.constexpr((88 + 127) << 23)
 LARGEST_EXPONENT = tl.constexpr(80.0)
 
 
+# The noise
+
+
+@jit
+def row_keys(seed: tl.tensor, position: tl.tensor) -> tl.tensor:
+    """The two 32-bit keys of a row, from its int64 seed and int32 position (SplitMix64's finaliser)."""
+    key = seed.to(tl.uint64, bitcast=True) + (position + 1).to(tl.uint64) * 0x9E3779B97F4A7C15
+    key = (key ^ (key >> 30)) * 0xBF58476D1CE4E5B9
+    key = (key ^ (key >> 27)) * 0x94D049BB133111EB
+    key = key ^ (key >> 31)
+    return (key & 0xFFFFFFFF).to(tl.uint32), (key >> 32).to(tl.uint32)
+
+
+@jit
+def _multiplied(bits: tl.tensor) -> tl.tensor:
+    bits = bits * 0x85EBCA6B
+    return (bits ^ (bits >> 13)) * 0xC2B2AE35
+
+
+@jit
+def token_hash(keys: tl.tensor, tokens: tl.tensor) -> tl.tensor:
+    """32 bits for each of int32 token ids, under a row's keys (MurmurHash3's finaliser, twice) -> uint32.
+
+    x ^ (x >> 16) is linear and its own inverse. The one that ends the first finaliser and the one that begins the
+    second cancel, except for the second key between them, whose part is one scalar.
+    """
+    low, high = keys
+    ids = tokens.to(tl.uint32, bitcast=True)
+    bits = _multiplied(ids ^ (ids >> 16) ^ (low ^ (low >> 16)))
+    bits = _multiplied(bits ^ (high ^ (high >> 16)))
+    return bits ^ (bits >> 16)
+
+
+@jit
+def scaled_uniform(keys: tl.tensor, tokens: tl.tensor) -> tl.tensor:
+    """The hash as float32 in (0, 2^32]."""
+    return token_hash(keys, tokens).to(tl.float32) + 0.5
+
+
+@jit
+def uniform(keys: tl.tensor, tokens: tl.tensor) -> tl.tensor:
+    """The hash as float32 in (0, 1)."""
+    return tl.minimum(scaled_uniform(keys, tokens) * (2.0**-32), LARGEST)
+
+
+@jit
+def exponential(u: tl.tensor) -> tl.tensor:
+    """-log(1 - u), to 1e-6 of itself for every u of `uniform`; never below u."""
+    # The series' next term is u^7 / 7, at most 9e-9 of the sum.
+    sixth = 1.0 / 4 + u * (1.0 / 5 + u * (1.0 / 6))
+    series = u * (1.0 + u * (1.0 / 2 + u * (1.0 / 3 + u * sixth)))
+    return tl.where(u < SERIES_BELOW, series, -tl.log(1.0 - u))
+
+
+# Filters
+
+
+@jit
+def float_key(x: tl.tensor, SHIFT: tl.constexpr) -> tl.tensor:
+    """An int32 ordered as the float32 x, without the SHIFT low bits that are zero in all of them."""
+    bits = x.to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
+
+
+@jit
+def key_float(key: tl.tensor, SHIFT: tl.constexpr) -> tl.tensor:
+    """The float32 of a key, its SHIFT low bits zero, below zero too."""
+    bits = key << SHIFT
+    return (bits ^ ((bits >> 31) & ((0x7FFFFFFF >> SHIFT) << SHIFT))).to(tl.float32, bitcast=True)
+
+
+@jit
+def mask_stops(x: tl.tensor, tokens: tl.tensor, stop_ids: tl.tensor, STOPS: tl.constexpr) -> tl.tensor:
+    """Logits with -inf where the token is a stop id."""
+    for index in range(STOPS):
+        x = tl.where(tokens == tl.load(stop_ids + index), float("-inf"), x)
+    return x
+
+
+# A row is the tuple (logits, vocab, stop_ids, masked, top, inverse): its logits, their number, the stop ids, whether to
+# mask those, its highest logit, and 1 / T.
+
+
+@jit
+def _listed_logits(
+    row: tl.tensor, segments: tl.tensor, count: tl.tensor, start: tl.tensor, STOPS: tl.constexpr
+) -> tl.tensor:
+    """Tokens and logits of a block of the listed segments; -inf past the list, past the vocabulary and at stop ids."""
+    logits, vocab, stop_ids, masked = row[0], row[1], row[2], row[3]
+    index = start + tl.arange(0, BLOCK)
+    listed = index < count * PER_SEGMENT
+    segment = tl.load(segments + index // PER_SEGMENT, mask=listed, other=0)
+    tokens = segment * PER_SEGMENT + index % PER_SEGMENT
+    x = tl.load(logits + tokens, mask=listed & (tokens < vocab), other=float("-inf")).to(tl.float32)
+    if masked:
+        x = mask_stops(x, tokens, stop_ids, STOPS)
+    return tokens, x
+
+
+@jit
+def _list_segments(segments: tl.tensor, live: tl.tensor, BLOCK_SEGMENTS: tl.constexpr) -> tl.tensor:
+    """Write the numbers of the live segments in ascending order, and return how many they are."""
+    ordinal = tl.cumsum(live.to(tl.int32), axis=0)
+    tl.debug_barrier()  # every thread is done with the previous list
+    tl.store(segments + ordinal - 1, tl.arange(0, BLOCK_SEGMENTS), mask=live)
+    tl.debug_barrier()  # every thread sees this one
+    return tl.max(ordinal, axis=0)
+
+
+@jit
+def _bound(tops: tl.tensor, width: tl.tensor, SEGMENTS: tl.constexpr, SHIFT: tl.constexpr) -> tl.tensor:
+    """The key of the `width`-th highest of the segments' maxima, or of less than any logit when there are fewer."""
+    lowest = float_key(tl.maximum(tl.min(tops, axis=0), LOWEST), SHIFT)  # a segment of masked tokens has -inf
+    highest = float_key(tl.max(tops, axis=0), SHIFT)
+    while lowest < highest:
+        middle = (lowest & highest) + ((lowest ^ highest) >> 1)
+        if tl.sum((tops > key_float(middle, SHIFT)).to(tl.int32), axis=0) < width:
+            highest = middle
+        else:
+            lowest = middle + 1
+    return tl.where(width <= SEGMENTS, highest, float_key(tl.full((), LOWEST, tl.float32), SHIFT))
+
+
+@jit
+def _above(value: tl.tensor, row: tl.tensor, segments: tl.tensor, count: tl.tensor, STOPS: tl.constexpr) -> tl.tensor:
+    """How many tokens of the listed segments are higher than a value, and their mass: the sum of exp((x - top) / T)."""
+    top, inverse = row[4], row[5]
+    counts = tl.zeros((BLOCK,), tl.int32)
+    masses = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, count * PER_SEGMENT, BLOCK):
+        x = _listed_logits(row, segments, count, start, STOPS)[1]
+        higher = x > value
+        counts += higher.to(tl.int32)
+        masses += tl.where(higher, tl.exp((x - top) * inverse), 0.0)
+    return tl.sum(counts, axis=0), tl.sum(masses, axis=0)
+
+
+@jit
+def _least_kept(
+    lowest: tl.tensor, limit: tl.tensor, mass: tl.tensor, row: tl.tensor, segments: tl.tensor, count: tl.tensor,
+    STOPS: tl.constexpr, SHIFT: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """The least key, from `lowest` up, above which are fewer than `limit` tokens and less than `mass`."""
+    highest = float_key(row[4], SHIFT)  # nothing is above the top
+    while lowest < highest:
+        middle = (lowest & highest) + ((lowest ^ highest) >> 1)
+        number, share = _above(key_float(middle, SHIFT), row, segments, count, STOPS)
+        if (number < limit) & (share < mass):
+            highest = middle
+        else:
+            lowest = middle + 1
+    return highest
+
+
+@jit
+def _winner(
+    least: tl.tensor, minimum: tl.tensor, keys: tl.tensor, row: tl.tensor, segments: tl.tensor, count: tl.tensor,
+    STOPS: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """The token with the highest score among those kept in the listed segments; of equal ones the lowest id."""
+    top, inverse = row[4], row[5]
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)
+    winners = tl.full((BLOCK,), LARGEST_INT, tl.int32)
+    for start in range(0, count * PER_SEGMENT, BLOCK):
+        tokens, x = _listed_logits(row, segments, count, start, STOPS)
+        scaled = (x - top) * inverse
+        score = scaled - tl.log(exponential(uniform(keys, tokens)))
+        better = (x >= least) & (scaled >= minimum) & (score > best)
+        best = tl.where(better, score, best)
+        winners = tl.where(better, tokens, winners)
+    return tl.min(tl.where(best == tl.max(best, axis=0), winners, LARGEST_INT), axis=0)
+
+
+@jit
+def filtered_winner(
+    winner: tl.tensor, row: tl.tensor, keys: tl.tensor, limit: tl.tensor, p: tl.tensor, min_p: tl.tensor,
+    mass: tl.tensor, segment_maxima: tl.tensor, segments: tl.tensor,
+    STOPS: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_SEGMENTS: tl.constexpr, SHIFT: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """The winner among a row's kept tokens; it is `winner`, the winner among all tokens, if that one is kept.
+
+    `mass` is the sum of exp((x - top) / T) over the vocabulary; `limit` is top_k, or vocab where that is off.
+    segment_maxima (SEGMENTS,) are the highest logits of each segment; segments (SEGMENTS,) is scratch.
+    """
+    logits, vocab, top, inverse = row[0], row[1], row[4], row[5]
+    index = tl.arange(0, BLOCK_SEGMENTS)
+    exists = index < SEGMENTS
+    tops = tl.load(segment_maxima + index, mask=exists, other=float("-inf"))
+    least = float("-inf")
+    width = tl.where(limit < vocab, limit, FIRST_WIDTH)
+    searching = (limit < vocab) | (p < 1.0)
+    while searching:
+        bound = _bound(tops, width, SEGMENTS, SHIFT)
+        count = _list_segments(segments, (tops >= key_float(bound, SHIFT)) & exists, BLOCK_SEGMENTS)
+        share, first = p * mass, bound - 1
+        if limit < vocab:
+            first = _least_kept(bound, limit, float("inf"), row, segments, count, STOPS, SHIFT)
+            kth = key_float(first, SHIFT)
+            number, above = _above(kth, row, segments, count, STOPS)
+            share = p * (above + (limit - number).to(tl.float32) * tl.exp((kth - top) * inverse))
+        if p < 1.0:
+            first = _least_kept(first, limit, share, row, segments, count, STOPS, SHIFT)
+        # first < bound: the tokens at or above the bound do not hold p of the mass, so some below it are kept too.
+        searching = (first < bound) & (width <= SEGMENTS)
+        width *= 8
+        least = key_float(first, SHIFT)
+    minimum = tl.log(tl.maximum(min_p, SMALLEST_MIN_P))
+    value = tl.load(logits + winner).to(tl.float32)
+    if (value < least) | ((value - top) * inverse < minimum):
+        count = _list_segments(segments, (tops >= least) & ((tops - top) * inverse >= minimum) & exists, BLOCK_SEGMENTS)
+        winner = _winner(least, minimum, keys, row, segments, count, STOPS)
+    return winner
+
+
+# The two launches
+
+
 @jit
 def row_kind(parameters: tl.tensor, slot: tl.tensor, vocab: tl.tensor) -> tl.tensor:
-    """Whether a row is drawn rather than greedy, whether it has a filter, 1 / T, and top_k (or vocab), top_p, min_p."""
+    """(sampled rather than greedy, has a filter, 1 / T, top_k or vocab, top_p, min_p) of a row."""
     temperature, top_p, min_p, top_k = parameters[0], parameters[1], parameters[2], parameters[3]
-    heat, p, minimum, k = (
-        tl.load(temperature + slot),
-        tl.load(top_p + slot),
-        tl.load(min_p + slot),
-        tl.load(top_k + slot),
-    )
-    drawn = (heat > 0.0) & (k != 1)
+    heat, p = tl.load(temperature + slot), tl.load(top_p + slot)
+    minimum, k = tl.load(min_p + slot), tl.load(top_k + slot)
+    sampled = (heat > 0.0) & (k != 1)
     limit = tl.where((k > 0) & (k < vocab), k, vocab)
-    filtered = drawn & ((limit < vocab) | (p < 1.0) | (minimum > 0.0))
-    return drawn, filtered, 1.0 / tl.maximum(heat, SMALLEST_TEMPERATURE), limit, p, minimum
+    filtered = sampled & ((limit < vocab) | (p < 1.0) | (minimum > 0.0))
+    return sampled, filtered, 1.0 / tl.maximum(heat, SMALLEST_TEMPERATURE), limit, p, minimum
 
 
 @jit
@@ -61,15 +289,16 @@ def _beaten_by(ranked: tl.tensor, u: tl.tensor, PLACE: tl.constexpr) -> tl.tenso
 
 
 @jit
-def _drawn(
+def _sampled_place(
     x: tl.tensor, logits: tl.tensor, keys: tl.tensor, first: tl.tensor, reference: tl.tensor, inverse: tl.tensor,
     SPLIT: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """The place of the highest score (x - reference) / T - log E among the SPLIT logits x from token `first` on.
 
     That is the least E / exp((x - reference) / T). E is at least u, and nearly u where u is small: the token with the
-    least u / exp(...) wins unless others come within E / u of it. Only they, one after the other, need logarithms.
-    A token's rank is the bits of that ratio, ordered as it is for it is positive, the low ones giving way to its place.
+    least u / exp(...) wins unless others come within E / u of it. Only those, one after the other, need logarithms.
+    A token's rank is the bits of that ratio (positive floats and their bits are ordered alike), with its place in the
+    low ones.
     """
     PLACE: tl.constexpr = SPLIT - 1
     places = tl.arange(0, SPLIT)
@@ -97,9 +326,9 @@ def _drawn(
 @jit_varying("slots", "positions")
 def _split_kernel(
     logits: tl.tensor, stride: tl.tensor, slots: tl.tensor, positions: tl.tensor, parameters: tl.tensor,
-    stop_ids: tl.tensor, winners: tl.tensor, maxima: tl.tensor, masses: tl.tensor, strand_maxima: tl.tensor,
+    stop_ids: tl.tensor, winners: tl.tensor, maxima: tl.tensor, masses: tl.tensor, segment_maxima: tl.tensor,
     vocab: tl.tensor, origin: tl.tensor,
-    STOPS: tl.constexpr, SPLIT: tl.constexpr, STRAND: tl.constexpr,
+    STOPS: tl.constexpr, SPLIT: tl.constexpr, SEGMENT: tl.constexpr,
 ) -> None:  # fmt: skip
     split, row = tl.program_id(0), tl.program_id(1)
     places = tl.arange(0, SPLIT)
@@ -110,19 +339,19 @@ def _split_kernel(
     position = tl.load(positions + row)
     seed, min_len = parameters[4], parameters[5]
     kind = row_kind(parameters, slot, vocab)
-    drawn, filtered, inverse = kind[0], kind[1], kind[2]
+    sampled, filtered, inverse = kind[0], kind[1], kind[2]
     if position < tl.load(min_len + slot):
         x = mask_stops(x, first + places, stop_ids + slot * STOPS, STOPS)
     highest = tl.max(x, axis=0)
     place = row * tl.num_programs(0) + split
-    if drawn:
+    if sampled:
         keys = row_keys(tl.load(seed + slot), position)
         reference = tl.where(highest > LOWEST, highest, 0.0)
-        winner = _drawn(x, row_logits, keys, first, reference, inverse, SPLIT)
+        winner = _sampled_place(x, row_logits, keys, first, reference, inverse, SPLIT)
         if filtered:
             tl.store(masses + place, tl.sum(tl.exp((x - reference) * inverse), axis=0))
-            strands = tl.max(tl.reshape(x, (SPLIT // STRAND, STRAND)), axis=1)
-            tl.store(strand_maxima + place * (SPLIT // STRAND) + tl.arange(0, SPLIT // STRAND), strands)
+            segments = tl.max(tl.reshape(x, (SPLIT // SEGMENT, SEGMENT)), axis=1)
+            tl.store(segment_maxima + place * (SPLIT // SEGMENT) + tl.arange(0, SPLIT // SEGMENT), segments)
     else:
         winner = tl.min(tl.where(x == highest, places, SPLIT - 1), axis=0)
     winner = tl.where(highest > LOWEST, winner, 0)  # always within the vocabulary
@@ -133,16 +362,16 @@ def _split_kernel(
 @jit_varying("slots", "positions")
 def _choose_kernel(
     logits: tl.tensor, stride: tl.tensor, slots: tl.tensor, positions: tl.tensor, parameters: tl.tensor,
-    stop_ids: tl.tensor, winners: tl.tensor, maxima: tl.tensor, masses: tl.tensor, strand_maxima: tl.tensor,
-    strand_lists: tl.tensor, out: tl.tensor, vocab: tl.tensor, splits: tl.tensor,
-    STOPS: tl.constexpr, STRANDS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_STRANDS: tl.constexpr,
+    stop_ids: tl.tensor, winners: tl.tensor, maxima: tl.tensor, masses: tl.tensor, segment_maxima: tl.tensor,
+    segment_lists: tl.tensor, out: tl.tensor, vocab: tl.tensor, splits: tl.tensor,
+    STOPS: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_SEGMENTS: tl.constexpr,
     SHIFT: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0)
     slot = tl.load(slots + row).to(tl.int64)
     position = tl.load(positions + row)
     seed, min_len = parameters[4], parameters[5]
-    drawn, filtered, inverse, limit, p, min_p = row_kind(parameters, slot, vocab)
+    sampled, filtered, inverse, limit, p, min_p = row_kind(parameters, slot, vocab)
     split = tl.arange(0, BLOCK_SPLITS)
     exists = split < splits
     candidates = tl.load(winners + row * splits + split, mask=exists, other=0)
@@ -151,7 +380,7 @@ def _choose_kernel(
     row_logits = logits + row.to(tl.int64) * stride
     keys = row_keys(tl.load(seed + slot), position)
     score = tops
-    if drawn:
+    if sampled:
         scaled = (tl.load(row_logits + candidates).to(tl.float32) - top) * inverse
         score = tl.where(tops > LOWEST, scaled - tl.log(exponential(uniform(keys, candidates))), float("-inf"))
     best = tl.argmax(score, axis=0)
@@ -162,62 +391,62 @@ def _choose_kernel(
         masked = position < tl.load(min_len + slot)
         winner = filtered_winner(
             winner, (row_logits, vocab, stop_ids + slot * STOPS, masked, top, inverse), keys, limit, p, min_p, mass,
-            strand_maxima + row * STRANDS, strand_lists + row * STRANDS, STOPS, STRANDS, BLOCK_STRANDS, SHIFT,
+            segment_maxima + row * SEGMENTS, segment_lists + row * SEGMENTS, STOPS, SEGMENTS, BLOCK_SEGMENTS, SHIFT,
         )  # fmt: skip
     tl.store(out + row, winner)
 
 
 def sample(logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor) -> Tensor:
-    """`ops.sampling.sample` of the rows `slots` of a table: the same tokens, up to the rounding of scores.
+    """A token for each of the rows `slots` of a table -> int32 (n,), as `core.sampler.sample` up to rounding of scores.
 
-    logits (n, V), rows contiguous in themselves, float32, float16 or bfloat16; table rows as the engine's device
-    tables hold them; slots int32 or int64 (n,); positions int32 (n,) of the chosen tokens -> int32 (n,).
+    logits (n, V) with contiguous rows, float32, float16 or bfloat16; table rows as the engine's device tables hold
+    them; slots int32 or int64 (n,); positions int32 (n,) of the sampled tokens.
     """
     rows, vocab = logits.shape
     device = logits.device
     splits = triton.cdiv(vocab, SPLIT)
     winners = torch.empty((rows, splits), dtype=torch.int32, device=device)
     maxima, masses = torch.empty((2, rows, splits), dtype=torch.float32, device=device)
-    strand_maxima = torch.empty((rows, splits * (SPLIT // STRAND)), dtype=torch.float32, device=device)
-    partial = (winners, maxima, masses, strand_maxima)
+    segment_maxima = torch.empty((rows, splits * (SPLIT // SEGMENT)), dtype=torch.float32, device=device)
+    partial = (winners, maxima, masses, segment_maxima)
     split_winners(logits, table, slots, positions, partial, vocab=vocab, split=SPLIT)
     return choose(logits, table, slots, positions, partial, vocab=vocab)
 
 
 Partial = tuple[Tensor, Tensor, Tensor, Tensor]
-"""What the first launch leaves: winners int32, maxima and masses float32 (n, splits), strand maxima float32."""
+"""Results of the first launch: winners int32, maxima and masses float32 (n, splits), segment maxima float32."""
 
 
 def split_winners(
     logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor, partial: Partial, *, vocab: int,
     split: int, origin: int = 0,
 ) -> None:  # fmt: skip
-    """The first launch, over the columns of logits: the tokens from `origin` on, of which those below `vocab` count.
+    """The first launch. Column 0 of the logits is token `origin`; tokens from `vocab` on do not count.
 
-    `split` is a power of two from STRAND up, of which `origin` is a multiple.
+    `split` is a power of two from SEGMENT up, of which `origin` is a multiple.
     """
     rows, columns = logits.shape
     assert logits.stride(1) == 1
     if rows:
         _split_kernel[(triton.cdiv(columns, split), rows)](
             logits, logits.stride(0), slots, positions, _parameters(table), table.stop_ids, *partial, vocab, origin,
-            STOPS=table.stop_ids.shape[1], SPLIT=split, STRAND=STRAND, num_warps=max(1, SPLIT_WARPS * split // SPLIT),
+            STOPS=table.stop_ids.shape[1], SPLIT=split, SEGMENT=SEGMENT, num_warps=max(1, SPLIT_WARPS * split // SPLIT),
         )  # fmt: skip
 
 
 def choose(
     logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor, partial: Partial, *, vocab: int
 ) -> Tensor:
-    """The second launch: tokens int32 (n,), by what the first one left of logits (n, at least vocab)."""
+    """The second launch, over the first one's results and logits (n, at least vocab) -> tokens int32 (n,)."""
     rows, splits = partial[0].shape
-    strands = partial[3].shape[1]
+    segments = partial[3].shape[1]
     out = torch.empty(rows, dtype=torch.int32, device=logits.device)
     if rows:
-        strand_lists = torch.empty((rows, strands), dtype=torch.int32, device=logits.device)
+        segment_lists = torch.empty((rows, segments), dtype=torch.int32, device=logits.device)
         _choose_kernel[(rows,)](
-            logits, logits.stride(0), slots, positions, _parameters(table), table.stop_ids, *partial, strand_lists,
-            out, vocab, splits, STOPS=table.stop_ids.shape[1], STRANDS=strands,
-            BLOCK_SPLITS=triton.next_power_of_2(splits), BLOCK_STRANDS=triton.next_power_of_2(strands),
+            logits, logits.stride(0), slots, positions, _parameters(table), table.stop_ids, *partial, segment_lists,
+            out, vocab, splits, STOPS=table.stop_ids.shape[1], SEGMENTS=segments,
+            BLOCK_SPLITS=triton.next_power_of_2(splits), BLOCK_SEGMENTS=triton.next_power_of_2(segments),
             SHIFT=KEY_SHIFT[logits.dtype], num_warps=16,
         )  # fmt: skip
     return out

@@ -1,9 +1,13 @@
 """Sampling when each GPU of a group has the logits of its own tokens: `sampling.py`'s two launches, one between them.
 
-The first launch runs over a rank's own tokens. Then `_pull_kernel` brings together, on every rank, what the second one
-reads: each rank's winners, maxima and masses, the winners' logits and, for rows with a filter alone, all logits. So
-what crosses between the GPUs is a few hundred bytes a row, and the second launch, on the same numbers everywhere,
-chooses the same token. What a row needs is decided on the device.
+The first launch runs over a rank's own tokens. Then `_pull_kernel` copies to every rank what the second launch reads:
+each rank's winners, maxima and masses, the winners' logits and, only for rows with a filter, all logits. So a few
+hundred bytes per row cross between the GPUs, and the second launch, on the same numbers everywhere, chooses the same
+token. What a row needs is decided on the device. Twin: `core.sampler.sample`.
+
+Ranks read each other's symmetric memory (see `all_reduce.py`) after a barrier. Nothing signals the end of reading. So a
+tensor that others read must not be written again before the next kernel with a barrier has ended, which lets a rank
+pass only when all ranks have ended this one.
 """
 
 from __future__ import annotations
@@ -16,30 +20,78 @@ import triton.language as tl
 from torch import Tensor
 
 from minisgl.core.sampler import SamplingRows
-from minisgl.gpu.kernels.filtering import LOWEST, STRAND
+from minisgl.gpu.kernels.all_reduce import MAX_BLOCKS, tensor_of
 from minisgl.gpu.kernels.jit import jit, jit_varying
-from minisgl.gpu.kernels.ranks import MAX_PROGRAMS, Ranks, meet, tensor_of
-from minisgl.gpu.kernels.sampling import SPLIT, choose, row_kind, split_winners
+from minisgl.gpu.kernels.sampling import LOWEST, SEGMENT, SPLIT, choose, row_kind, split_winners
 
-ROWS = 8
-"""Rows whose partials a program of the pull takes at a time."""
+LINE = 32
+"""int32 flags between two slots of the barrier: a cache line, so that waiting in one slot does not slow the others."""
+ROWS = 8  # rows whose partials a thread block of the pull takes at a time
 COPY_BLOCK = 8192
 COPIERS = 16
-"""Programs that share the copying of a row's logits from one rank: a copy over NVLink waits more than it moves."""
+"""Thread blocks that share the copying of a row's logits from one rank: over NVLink latency dominates."""
+
+
+def flags_size(world: int) -> int:
+    """int32 flags that each rank needs, zero at the start."""
+    assert world <= LINE
+    return MAX_BLOCKS * LINE
+
+
+@jit
+def barrier(
+    flags: tl.tensor, epochs: tl.tensor, slot: tl.tensor, RANK: tl.constexpr, WORLD: tl.constexpr,
+    PEERS: tl.constexpr, LINE: tl.constexpr,
+) -> None:  # fmt: skip
+    """Wait until the thread blocks with this slot have arrived on every rank; what they wrote before is then visible.
+
+    flags: addresses of every rank's int32 (slots, LINE), of which WORLD are used; epochs int32 (slots,): this rank's
+    arrivals in each slot, which may wrap around.
+    """
+    epoch = tl.load(epochs + slot) + 1
+    tl.debug_barrier()  # every thread has written what it had to write, and has read the epoch
+    peer = tl.arange(0, PEERS)
+    exists = peer < WORLD
+    peer_flags = tl.load(flags + peer, mask=exists, other=0).to(tl.pointer_type(tl.int32))
+    arrival = tl.full((PEERS,), 0, tl.int32) + epoch
+    tl.atomic_xchg(peer_flags + slot * LINE + RANK, arrival, mask=exists, sem="release", scope="sys")
+    own_flags = tl.load(flags + RANK).to(tl.pointer_type(tl.int32)) + slot * LINE + peer
+    zero = tl.full((PEERS,), 0, tl.int32)
+    behind = 1
+    while behind > 0:  # a number, as Triton 3.6 cannot compile a loop that carries the tensor
+        seen = tl.atomic_add(own_flags, zero, mask=exists, sem="acquire", scope="sys")
+        behind = tl.max(tl.where(exists, epoch - seen, 0), axis=0)
+    tl.store(epochs + slot, epoch)
+    tl.debug_barrier()
+
+
+class Barrier:
+    """A rank's flags for `barrier`, one set for all kernels of a group.
+
+    `own`: this rank's zeroed int32 (flags_size(world),); `flags`: the addresses of every rank's, int64 (WORLD,).
+    """
+
+    def __init__(self, rank: int, world: int, own: Tensor, flags: Tensor) -> None:
+        self.rank = rank
+        self.world = world
+        self.own = own  # only its address is used, by all ranks: it must live as long as they
+        self.flags = flags
+        self.epochs = torch.zeros(MAX_BLOCKS, dtype=torch.int32, device=own.device)
+        self.constants = {"RANK": rank, "WORLD": world, "PEERS": triton.next_power_of_2(world), "LINE": LINE}
 
 
 @jit_varying("slots", "rows")
 def _pull_kernel(
     shards: tl.tensor, partials: tl.tensor, flags: tl.tensor, epochs: tl.tensor, slots: tl.tensor,
     parameters: tl.tensor, logits: tl.tensor, winners: tl.tensor, maxima: tl.tensor, masses: tl.tensor,
-    strand_maxima: tl.tensor, rows: tl.tensor, capacity: tl.tensor, vocab: tl.tensor, width: tl.tensor,
-    splits: tl.tensor, strands: tl.tensor,
+    segment_maxima: tl.tensor, rows: tl.tensor, capacity: tl.tensor, vocab: tl.tensor, width: tl.tensor,
+    splits: tl.tensor, segments: tl.tensor,
     RANK: tl.constexpr, WORLD: tl.constexpr, PEERS: tl.constexpr, LINE: tl.constexpr,
     ROWS: tl.constexpr, COPIERS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     program = tl.program_id(0)
-    meet(flags, epochs, program, RANK, WORLD, PEERS, LINE)
-    size = capacity.to(tl.int64) * splits  # of winners, maxima and masses, which lie one behind the other
+    barrier(flags, epochs, program, RANK, WORLD, PEERS, LINE)
+    size = capacity.to(tl.int64) * splits  # of winners, maxima and masses, which lie one after the other
     groups = tl.cdiv(rows, ROWS)
     for job in range(program, groups * WORLD * COPIERS, tl.num_programs(0)):
         copier, peer = job // WORLD % COPIERS, job % WORLD
@@ -68,8 +120,8 @@ def _pull_kernel(
             for index in range(first, tl.minimum(first + ROWS, rows)):
                 kind = row_kind(parameters, tl.load(slots + index).to(tl.int64), vocab)
                 if kind[1]:
-                    there, here = 3 * size + index * strands, (index * WORLD + peer) * strands
-                    _copy(floats + there, strand_maxima + here, strands, copier, COPIERS, BLOCK)
+                    there, here = 3 * size + index * segments, (index * WORLD + peer) * segments
+                    _copy(floats + there, segment_maxima + here, segments, copier, COPIERS, BLOCK)
                     here = (index * WORLD + peer) * width
                     _copy(shard + index * width, logits + here, width, copier, COPIERS, BLOCK)
 
@@ -86,24 +138,24 @@ def _copy(
 
 
 def split_for(width: int) -> int:
-    """Tokens that a program of the first launch takes: the largest power of two that divides a shard, up to SPLIT."""
+    """Tokens per thread block of the first launch: the largest power of two that divides a shard, up to SPLIT."""
     return min(SPLIT, width & -width)
 
 
 def partial_words(rows: int, width: int) -> int:
     """32-bit words of one rank's partials for so many rows."""
-    return rows * (3 * (width // split_for(width)) + width // STRAND)
+    return rows * (3 * (width // split_for(width)) + width // SEGMENT)
 
 
 @dataclass(frozen=True)
 class ShardedSampling:
-    """The memory that a group samples in, for up to `rows` rows: this rank's, and where the others' is.
+    """A rank's memory for sampling up to `rows` rows, and the addresses of the others'.
 
-    `own_logits` (rows, width) and `own_partials` int32 (partial_words,) are read by the others, whose addresses, int64
-    (WORLD,), are `logits` and `partials`. `gathered` (rows, WORLD * width) is this rank's alone.
+    The other ranks read `own_logits` (rows, width) and `own_partials` int32 (partial_words,); `logits` and `partials`,
+    int64 (WORLD,), are the addresses on every rank. `gathered` (rows, WORLD * width) is this rank's alone.
     """
 
-    ranks: Ranks
+    barrier: Barrier
     vocab: int
     width: int
     rows: int
@@ -114,28 +166,28 @@ class ShardedSampling:
     gathered: Tensor
 
     def sample(self, count: int, table: SamplingRows, slots: Tensor, positions: Tensor) -> Tensor:
-        """`sampling.sample` of the first `count` rows of every rank's `own_logits` -> int32 (count,), on all alike."""
-        world, width, device = self.ranks.world, self.width, self.own_logits.device
+        """`sampling.sample` of the first `count` rows of all ranks' `own_logits` -> int32 (count,), equal on all."""
+        world, width, device = self.barrier.world, self.width, self.own_logits.device
         split = split_for(width)
-        splits, strands = width // split, width // STRAND
+        splits, segments = width // split, width // SEGMENT
         size = self.rows * splits
         winners, rest = self.own_partials[:size].view(self.rows, splits), self.own_partials[size:].view(torch.float32)
         maxima, masses = rest[: 2 * size].view(2, self.rows, splits)
-        origin = self.ranks.rank * width
+        origin = self.barrier.rank * width
         split_winners(
             self.own_logits[:count], table, slots, positions, (winners, maxima, masses, rest[2 * size :]),
             vocab=self.vocab, origin=origin, split=split,
         )  # fmt: skip
         found = torch.empty((count, world * splits), dtype=torch.int32, device=device)
         tops, shares = torch.empty((2, count, world * splits), dtype=torch.float32, device=device)
-        strand_maxima = torch.empty((count, world * strands), dtype=torch.float32, device=device)
+        segment_maxima = torch.empty((count, world * segments), dtype=torch.float32, device=device)
         parameters = (table.temperature, table.top_p, table.min_p, table.top_k)
-        _pull_kernel[(min(triton.cdiv(count, ROWS) * world * COPIERS, MAX_PROGRAMS),)](
-            self.logits, self.partials, self.ranks.flags, self.ranks.epochs, slots, parameters, self.gathered, found,
-            tops, shares, strand_maxima, count, self.rows, self.vocab, width, splits, strands,
+        _pull_kernel[(min(triton.cdiv(count, ROWS) * world * COPIERS, MAX_BLOCKS),)](
+            self.logits, self.partials, self.barrier.flags, self.barrier.epochs, slots, parameters, self.gathered,
+            found, tops, shares, segment_maxima, count, self.rows, self.vocab, width, splits, segments,
             ROWS=ROWS, COPIERS=COPIERS, BLOCK_SPLITS=triton.next_power_of_2(splits), BLOCK=COPY_BLOCK,
-            num_warps=8, **self.ranks.constants,
+            num_warps=8, **self.barrier.constants,
         )  # fmt: skip
         return choose(
-            self.gathered[:count], table, slots, positions, (found, tops, shares, strand_maxima), vocab=self.vocab
+            self.gathered[:count], table, slots, positions, (found, tops, shares, segment_maxima), vocab=self.vocab
         )

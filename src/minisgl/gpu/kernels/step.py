@@ -1,6 +1,6 @@
-"""The two ends of a captured decode step: from the device tables to the step's inputs, and back.
+"""The start and the end of a captured decode step: from the device tables to the step's inputs, and back.
 
-Their references are `core/kv_cache.py`.
+The twins of both functions are in `core/kv_cache.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BLOCK = 1024
 @jit
 def _gather_kernel(
     changes: tl.tensor, last_token: tl.tensor, length: tl.tensor, page_table: tl.tensor, ids: tl.tensor,
-    positions: tl.tensor, kv_lens: tl.tensor, locations: tl.tensor, pages: tl.tensor, batch: tl.tensor,
+    positions: tl.tensor, kv_lens: tl.tensor, slot_mapping: tl.tensor, pages: tl.tensor, batch: tl.tensor,
     width: tl.tensor, page_size: tl.tensor,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -36,7 +36,7 @@ def _gather_kernel(
     tl.store(kv_lens + row, position + 1)
     here = position // page_size
     page = tl.where(new_index == here, new_page, tl.load(table + here))
-    tl.store(locations + row, page.to(tl.int64) * page_size + position % page_size)
+    tl.store(slot_mapping + row, page.to(tl.int64) * page_size + position % page_size)
     for start in range(0, here + 1, BLOCK):
         index = start + tl.arange(0, BLOCK)
         held = tl.load(table + index, mask=index <= here, other=0)
@@ -45,11 +45,10 @@ def _gather_kernel(
 
 
 def gather_rows(changes: Tensor, tables: TableTensors, inputs: StepInputs, page_size: int) -> None:
-    """`ops.step.gather_rows`, in one launch."""
     (batch, width), pdl = inputs.page_table.shape, launch_options()
     _gather_kernel[(batch,)](
         changes, tables.last_token, tables.length, tables.page_table, inputs.ids, inputs.positions, inputs.kv_lens,
-        inputs.locations, inputs.page_table, batch, width, page_size, BLOCK=BLOCK, PDL=bool(pdl), num_warps=4, **pdl,
+        inputs.slot_mapping, inputs.page_table, batch, width, page_size, BLOCK=BLOCK, PDL=bool(pdl), num_warps=4, **pdl,
     )  # fmt: skip
 
 
@@ -69,7 +68,6 @@ def _commit_kernel(
 
 
 def commit_rows(changes: Tensor, tokens: Tensor, tables: TableTensors, inputs: StepInputs) -> None:
-    """`ops.step.commit_rows`, in one launch."""
     batch, pdl = len(tokens), launch_options()
     _commit_kernel[(triton.cdiv(batch, BLOCK),)](
         changes, tokens, inputs.kv_lens, tables.last_token, tables.length, batch, len(tables.length) - 1,

@@ -1,16 +1,16 @@
-// y = x W^T for a few rows of x, at the rate at which the card's memory gives the weights W.
+// y = x W^T for a few rows of x, at the rate at which the GPU's memory delivers the weights W.
 //
 // The weights are the larger operand, so they are the 64 rows of `wgmma` (PTX ISA, "Asynchronous Warpgroup Level Matrix
-// Instructions"), and the TOKENS rows of x are its columns. A block has a tile of 64 rows of W, or a part of its inner
-// dimension K where the tiles alone would be too few. A cluster is SIDES neighbouring tiles, each in PARTS parts: its
-// sides need the same slabs of x, of which each fetches its share for all; its parts add up what they have through each
-// other's shared memory, always in the order of K.
+// Instructions"), and the TOKENS rows of x are its columns. A thread block has a tile of 64 rows of W, or one of SPLITS
+// splits of its inner dimension K where the tiles alone would be too few. A cluster is SIDES neighbouring tiles with all
+// their splits: its sides need the same slabs of x, of which each fetches a share for all; its splits add up their sums
+// through each other's shared memory, always in the order of K.
 //
 // One thread fetches slabs of W and x, 64 elements of K long, into a ring of STAGES in shared memory
-// (`cp.async.bulk.tensor`); a warpgroup multiplies them. The first STAGES slabs of W are asked for before the kernel
-// ahead has ended (programmatic dependent launch): they depend on nobody.
+// (`cp.async.bulk.tensor`); a warpgroup multiplies them. The first STAGES slabs of W are requested before the previous
+// kernel has ended (programmatic dependent launch): no kernel writes W.
 //
-// Compiled with TOKENS (a multiple of 16 up to 256), SIDES, PARTS, STAGES, GATED and FLOAT16, and `multiply` in front.
+// Compiled with TOKENS (a multiple of 16 up to 256), SIDES, SPLITS, STAGES, GATED and FLOAT16, and `multiply` in front.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -41,7 +41,7 @@ __device__ inline void arrive_expecting(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Of the block's scope only: what `wgmma` has read needs no fence, which would take half a microsecond.
+// Releases at block scope only (the default): what `wgmma` has read needs no fence, which would take half a microsecond.
 __device__ inline void arrive_at(u32 barrier, u32 block) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address_in(barrier, block)) : "memory");
 }
@@ -71,7 +71,7 @@ __device__ inline void fetch_tokens(u32 place, const TensorMap* map, u32 k, u32 
         "l"(OFTEN) : "memory");
 }
 
-// Of a matrix in shared memory whose rows of 128 bytes are swizzled, eight rows a kilobyte (PTX ISA, "Matrix descriptor").
+// The descriptor of a matrix in shared memory with swizzled rows of 128 bytes (PTX ISA, "Matrix descriptor").
 __device__ inline u64 describe(u32 place) { return (1ull << 62) | (64ull << 32) | (1ull << 16) | (u64)(place >> 4); }
 
 #if FLOAT16
@@ -96,7 +96,7 @@ __device__ inline float unpack(u16 bits) { return __uint_as_float((u32)bits << 1
 
 __device__ inline float rounded(float x) { return unpack((u16)pack(x, 0.0f)); }
 
-// silu(gate) * up as `reference.silu_mul` rounds.
+// silu(gate) * up as `core.ops.silu_mul` rounds.
 __device__ inline float gated(float gate, float up) {
     gate = rounded(gate);
     return rounded(gate / (1.0f + __expf(-gate))) * rounded(up);
@@ -132,7 +132,7 @@ __device__ inline void store(float* sums, u16* out, const u16* bias, u32 row, u3
 }
 
 // weights: W (N, K) as {K, 8 rows, 1 or gate and up, N / 8}; tokens: x (T, K); out (rows, columns); units: K / SLAB.
-extern "C" __global__ void __cluster_dims__(SIDES * PARTS, 1, 1) __launch_bounds__(CONSUMERS + 32) stream_linear(
+extern "C" __global__ void __cluster_dims__(SIDES * SPLITS, 1, 1) __launch_bounds__(CONSUMERS + 32) stream_linear(
     const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap tokens, u16* out, const u16* bias,
     u32 rows, u32 columns, u32 units) {
     extern __shared__ char dynamic[];
@@ -141,9 +141,9 @@ extern "C" __global__ void __cluster_dims__(SIDES * PARTS, 1, 1) __launch_bounds
 
     const u32 ring = (shared_address(dynamic) + 1023) / 1024 * 1024;
     const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const u32 rank = blockIdx.x % (SIDES * PARTS), side = rank % SIDES, part = rank / SIDES;
-    const u32 tile = blockIdx.x / (SIDES * PARTS) * SIDES + side;
-    const u32 begin = part * units / PARTS, count = (part + 1) * units / PARTS - begin;
+    const u32 rank = blockIdx.x % (SIDES * SPLITS), side = rank % SIDES, split = rank / SIDES;
+    const u32 tile = blockIdx.x / (SIDES * SPLITS) * SIDES + side;
+    const u32 begin = split * units / SPLITS, count = (split + 1) * units / SPLITS - begin;
     const u32 full_at = shared_address(full), empty_at = shared_address(empty);
 
     asm volatile("griddepcontrol.launch_dependents;");
@@ -165,7 +165,7 @@ extern "C" __global__ void __cluster_dims__(SIDES * PARTS, 1, 1) __launch_bounds
             };
             auto fetch_x = [&](u32 i, u32 stage) {
                 const u32 place = ring + stage * STAGE_BYTES + WEIGHT_BYTES + side * (TOKEN_BYTES / SIDES);
-                const u16 blocks = ((1 << SIDES) - 1) << (part * SIDES);
+                const u16 blocks = ((1 << SIDES) - 1) << (split * SIDES);
                 fetch_tokens(place, &tokens, (begin + i) * SLAB, side * (TOKENS / SIDES), full_at + 8 * stage, blocks);
             };
             const u32 early = count < STAGES ? count : STAGES;
@@ -180,7 +180,7 @@ extern "C" __global__ void __cluster_dims__(SIDES * PARTS, 1, 1) __launch_bounds
                 fetch_x(i, stage);
                 if (++stage == STAGES) stage = 0, parity ^= 1;
             }
-            for (u32 i = 0; i < early; i++) {  // words of other blocks on their way find this one here
+            for (u32 i = 0; i < early; i++) {  // arrivals of other blocks must not come after this one has ended
                 wait_for(empty_at + 8 * stage, parity);
                 if (++stage == STAGES) stage = 0, parity ^= 1;
             }
@@ -188,7 +188,7 @@ extern "C" __global__ void __cluster_dims__(SIDES * PARTS, 1, 1) __launch_bounds
             cluster_wait();
         }
         __syncwarp();
-        if (PARTS > 1) cluster_arrive(), cluster_wait(), cluster_arrive(), cluster_wait();
+        if (SPLITS > 1) cluster_arrive(), cluster_wait(), cluster_arrive(), cluster_wait();
         return;
     }
 
@@ -204,24 +204,24 @@ extern "C" __global__ void __cluster_dims__(SIDES * PARTS, 1, 1) __launch_bounds
 #pragma unroll
         for (u32 k = 0; k < SLAB / 16; k++) multiply(sums, a + 2 * k, b + 2 * k, i > 0 || k > 0);
         asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-        if (i > 0) {  // the slab before is multiplied: its place is free, here and for what the other sides fetch
+        if (i > 0) {  // the previous slab is multiplied: its stage is free, here and for the other sides' multicasts
             asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-            if (lane < SIDES) arrive_at(empty_at + 8 * last_stage, part * SIDES + lane);
+            if (lane < SIDES) arrive_at(empty_at + 8 * last_stage, split * SIDES + lane);
         }
         last_stage = stage;
         if (++stage == STAGES) stage = 0, parity ^= 1;
     }
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-    if (lane < SIDES) arrive_at(empty_at + 8 * last_stage, part * SIDES + lane);
+    if (lane < SIDES) arrive_at(empty_at + 8 * last_stage, split * SIDES + lane);
 
-    // Part p ends every PARTS-th sixteen tokens. The ring, all of which is multiplied, holds what is for the others.
+    // Split p finishes every SPLITS-th group of 16 tokens. The ring is free now and holds the sums for the other splits.
     const u32 patch = shared_address(patches[warp]);
     const u32 own = ring + threadIdx.x * 16;
-    if (PARTS > 1) {
+    if (SPLITS > 1) {
         asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
 #pragma unroll
         for (u32 i = 0; i < SUMS / 4; i++) {
-            if (i / 2 % PARTS == part) continue;
+            if (i / 2 % SPLITS == split) continue;
             asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(own + i * (CONSUMERS * 16)), "f"(sums[4 * i]),
                          "f"(sums[4 * i + 1]), "f"(sums[4 * i + 2]), "f"(sums[4 * i + 3]) : "memory");
         }
@@ -231,17 +231,17 @@ extern "C" __global__ void __cluster_dims__(SIDES * PARTS, 1, 1) __launch_bounds
 #pragma unroll
     for (u32 group = 0; group < TOKENS / 16; group++) {
         if (16 * group >= rows || tile * FEATURES >= columns) break;
-        if (PARTS > 1) {
-            if (group % PARTS != part) continue;
+        if (SPLITS > 1) {
+            if (group % SPLITS != split) continue;
             float total[8] = {};
 #pragma unroll
-            for (u32 other = 0; other < PARTS; other++) {
+            for (u32 other = 0; other < SPLITS; other++) {
                 const u32 there = address_in(own, other * SIDES + side);
 #pragma unroll
                 for (u32 i = 0; i < 2; i++) {
                     float4 four = make_float4(sums[8 * group + 4 * i], sums[8 * group + 4 * i + 1], sums[8 * group + 4 * i + 2],
                                               sums[8 * group + 4 * i + 3]);
-                    if (other != part) {
+                    if (other != split) {
                         asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
                                      : "=f"(four.x), "=f"(four.y), "=f"(four.z), "=f"(four.w)
                                      : "r"(there + (2 * group + i) * (CONSUMERS * 16)) : "memory");
@@ -254,5 +254,5 @@ extern "C" __global__ void __cluster_dims__(SIDES * PARTS, 1, 1) __launch_bounds
             store(sums + 8 * group, out, bias, 16 * group, tile, rows, columns, patch);
         }
     }
-    if (PARTS > 1) cluster_arrive(), cluster_wait();  // others read what this block has
+    if (SPLITS > 1) cluster_arrive(), cluster_wait();  // others read what this block has
 }

@@ -1,0 +1,94 @@
+"""The executor of one device: its operations, attention backends, KV pages and CUDA graphs around core's runner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from minisgl.config import Config
+from minisgl.core.attention import GraphBackend
+from minisgl.core.decoder import Decoder, pack_weights
+from minisgl.core.executor import LocalExecutor
+from minisgl.core.kv_cache import allocate_kv
+from minisgl.core.model_config import ModelSpec
+from minisgl.core.model_runner import ModelRunner
+from minisgl.core.ops import Operations
+from minisgl.core.weights import TORCH_DTYPES, Progress, Sharder, Weights, dummy_weights, load_weights
+from minisgl.gpu.attention.select import Shape, make_attention
+from minisgl.gpu.cuda_graphs import DecodeGraphs, PiecewiseGraphs, graph_sizes, piecewise_max_tokens
+from minisgl.gpu.memory import available_memory, measure_pages, require_pages_fit, require_weights_fit
+from minisgl.gpu.operations import operations_for
+
+
+@dataclass(frozen=True)
+class RankShare:
+    """What one rank of a tensor-parallel group holds and computes; `agree` makes a number the least of all ranks'."""
+
+    spec: ModelSpec
+    sharder: Sharder
+    operations: Operations
+    agree: Callable[[int], int]
+
+
+def attention_shape(spec: ModelSpec, config: Config) -> Shape:
+    return Shape(
+        num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
+        dtype=TORCH_DTYPES[config.dtype], page_size=config.page_size,
+    )  # fmt: skip
+
+
+def build_local_executor(
+    config: Config, folder: Path, spec: ModelSpec, max_seq_len: int, progress: Progress | None = None,
+    share: RankShare | None = None, alive: Callable[[], None] | None = None,
+) -> LocalExecutor:  # fmt: skip
+    """Load the model in `folder`, or make random weights for `config.dummy_weight`, and size the KV cache.
+
+    `config` is resolved. On a rank of a group only its share is loaded, and every rank gets the pages that fit on all.
+    Raises ModelError for weights that cannot be read, ConfigError when memory does not suffice.
+    """
+    device, dtype = torch.device(config.device), TORCH_DTYPES[config.dtype]
+    local, sharder = (spec, None) if share is None else (share.spec, share.sharder)
+    require_pages_fit(config, local, dtype)
+    ops = operations_for(device, spec.hidden_size) if share is None else share.operations
+    before = available_memory(device)
+    require_weights_fit(spec, dtype, device, sharder)
+    if config.dummy_weight:
+        weights = dummy_weights(spec, dtype, device, sharder=sharder)
+    else:
+        weights = load_weights(folder, spec, dtype, device, progress, sharder)
+    pack_weights(weights)
+    attention, _ = make_attention(config.attn, attention_shape(local, config), device)
+    num_pages = measure_pages(config, Decoder(local, weights, attention, max_seq_len, ops), dtype, max_seq_len, before)
+    if share is not None:
+        num_pages = share.agree(num_pages)
+    return make_executor(local, weights, config.replace(num_pages=num_pages), max_seq_len, ops, alive)
+
+
+def make_executor(
+    spec: ModelSpec, weights: Weights, config: Config, max_seq_len: int, ops: Operations | None = None,
+    alive: Callable[[], None] | None = None,
+) -> LocalExecutor:  # fmt: skip
+    """An executor over weights on `config.device`. `config` is resolved, with `num_pages`."""
+    assert config.num_pages is not None
+    assert config.max_running_requests is not None
+    device, dtype = torch.device(config.device), TORCH_DTYPES[config.dtype]
+    max_seq_len = min(max_seq_len, config.num_pages * config.page_size)
+    kv = allocate_kv(
+        spec.num_layers, config.num_pages, config.page_size, spec.num_kv_heads, spec.head_dim, dtype, device
+    )
+    attention, choice = make_attention(config.attn, attention_shape(spec, config), device)
+    ops = ops or operations_for(device, spec.hidden_size)
+    decoder = Decoder(spec, weights, attention, max_seq_len, ops)
+    runner = ModelRunner(decoder, kv, config.max_running_requests, max_seq_len, device)
+    described = str(choice)
+    if config.cuda_graph_max_bs and isinstance(attention.decode, GraphBackend):
+        sizes = graph_sizes(config.cuda_graph_max_bs)
+        runner.decode_graphs = DecodeGraphs(decoder, kv, runner.tables, sizes, max_seq_len)
+    elif config.cuda_graph_max_bs:
+        described += "; its decode cannot be captured, so there are no CUDA graphs"
+    if tokens := piecewise_max_tokens(config):
+        runner.piecewise_graphs = PiecewiseGraphs(decoder, kv, tokens)
+    return LocalExecutor(runner, described, alive)

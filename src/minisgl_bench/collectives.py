@@ -1,0 +1,202 @@
+"""Microseconds of what the GPUs of a host do together, each way there is, checked against a plain reference.
+
+    minisgl bench collectives --tp 4                    all-reduce, all-reduce with the norm, sampling
+    minisgl bench collectives --tp 4 --rows 1 64 256 --hidden 5120 --json out.json
+    minisgl bench collectives --tp 2 --device cpu       gloo alone
+
+An all-reduce is of rows x hidden in bf16, as it ends each block of a model. A figure is the median replay of a CUDA
+graph of CALLS calls, as rank 0 sees it; every way is first checked eagerly on every rank. A way that raises says why
+and is left out. The ways are tried in the order of the table, the safest first.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from minisgl.distributed.select import attempt, fuse, reach
+from torch import Tensor
+
+from minisgl.cli import Parser
+from minisgl.config import Config
+from minisgl.core.ops import Operations, add_rms_norm
+from minisgl.distributed import collectives as pynccl
+from minisgl.distributed.collectives import TPGroup, join_group
+from minisgl.distributed.fused import staged_operations
+from minisgl.distributed.operations import parallel_operations
+from minisgl.distributed.shard import vocab_shard
+from minisgl.gpu.operations import operations_for
+from minisgl_bench.gpu_timing import VOCAB, graph_us, sampling_rows
+
+CALLS, REPLAYS = 20, 50
+EPS = 1e-6
+LARGEST_STEP = 512
+"""Rows of the largest decode step: only an all-reduce may have more."""
+Call = Callable[[], Any]
+Way = Callable[[int], tuple[Call, Call]]
+"""Makes for a number of rows what checks the way and what is timed."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Be rank 0, with the other ranks as processes that end with this one."""
+    parser = Parser(prog="minisgl bench collectives", description=__doc__)
+    parser.add_argument("--tp", type=int, default=4)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--hidden", type=int, default=5120)
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192])
+    parser.add_argument("--only", default="", help="ways whose name contains this")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--meeting", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="minisgl-", dir="/tmp") as folder:
+        others = []
+        if options.meeting is None:
+            options.meeting = f"file://{folder}/meeting"
+            command = [sys.executable, "-m", "minisgl_bench", "collectives", *arguments, "--meeting", options.meeting]
+            others = [subprocess.Popen([*command, "--rank", str(rank)]) for rank in range(1, options.tp)]
+        try:
+            CollectivesRank(options).measure()
+        finally:
+            for process in others:
+                try:
+                    process.wait(10)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+    return 0
+
+
+class CollectivesRank:
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.cuda, self.hidden = options.device == "cuda", options.hidden
+        self.device = torch.device(f"cuda:{options.rank}" if self.cuda else "cpu")
+        self.dtype = torch.bfloat16 if self.cuda else torch.float32
+        if self.cuda:
+            torch.cuda.set_device(self.device)
+        self.group: TPGroup = join_group(options.rank, options.tp, options.meeting, self.device)
+        self.shard = vocab_shard(VOCAB, options.rank, options.tp)
+        self.results: dict[str, dict[str, Any]] = {}
+
+    def measure(self) -> None:
+        name = torch.cuda.get_device_name() if self.cuda else "the CPU"
+        self.print(f"{self.options.tp} x {name}, torch {torch.__version__}, {self.dtype}, hidden size {self.hidden}")
+        base = self.group.collectives
+        self.time("all-reduce: torch.distributed", partial(self.all_reduce, base.all_reduce))
+        if self.cuda:
+            self.time_gpu_ways()
+        if self.options.json and self.options.rank == 0:
+            about = {"device": name, "tp": self.options.tp, "torch": torch.__version__, "hidden": self.hidden}
+            self.options.json.write_text(json.dumps({**about, **self.results}, indent=1))
+        base.close()
+
+    def time_gpu_ways(self) -> None:
+        group, ops = self.group, operations_for(self.device, self.hidden)
+        if group.least(int(pynccl.available())):
+            bound, why = attempt(group, partial(pynccl.NcclCollectives, group))
+            if bound is None:
+                self.print(f"nccl4py: {why}")
+            else:
+                self.time("all-reduce: nccl4py", partial(self.all_reduce, bound.all_reduce))
+        plain = parallel_operations(ops, group, self.shard)
+        self.time("all-reduce and norm: torch.distributed, then norm", partial(self.norm, plain.add_rms_norm))
+        self.time("sampling: gathered, no filter", partial(self.sampling, plain, 1.0))
+        self.time("sampling: gathered, top_p", partial(self.sampling, plain, 0.9))
+        for name, one_shot in (("one shot", 64 * 1024), ("two shots", 0)):
+            config = Config(all_reduce_crossovers=f"{one_shot},{64 * 1024}")
+            reached, why = attempt(group, partial(reach, config, group, self.hidden, self.dtype, self.device))
+            fusion = None
+            if reached is not None:
+                fusion, why = attempt(group, partial(fuse, group, reached, self.hidden, ops, self.shard))
+            if reached is None or fusion is None:
+                self.print(f"fused, {name}: {why}")
+                continue
+            fusion.norm.begin(whole=True)
+            self.time(f"all-reduce and norm: fused, {name}", partial(self.norm, fusion.norm.add_rms_norm))
+            if not one_shot:
+                sharded = staged_operations(ops, plain, self.shard, reached, fusion)
+                self.time("sampling: from shards, no filter", partial(self.sampling, sharded, 1.0))
+                self.time("sampling: from shards, top_p", partial(self.sampling, sharded, 0.9))
+
+    def print(self, line: str) -> None:
+        if self.options.rank == 0:
+            print(line, flush=True)
+
+    def time(self, name: str, way: Way) -> None:
+        if self.options.only not in name:
+            return
+        found: dict[str, Any] = {}
+        for rows in self.options.rows:
+            if rows <= LARGEST_STEP or name.startswith("all-reduce:"):
+                us, why = attempt(self.group, partial(self.one_figure, way, rows))
+                found[str(rows)] = round(us, 1) if us is not None else why
+        self.results[name] = found
+        self.print(f"{name:50}" + "  ".join(f"{rows}: {value}" for rows, value in found.items()))
+
+    def one_figure(self, way: Way, rows: int) -> float:
+        check, call = way(rows)
+        check()
+        for _ in range(3):
+            call()
+        if self.cuda:
+            return graph_us(call, CALLS, REPLAYS)
+        times = []
+        for _ in range(REPLAYS):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        return 1e6 * statistics.median(times)
+
+    def terms(self, rows: int) -> tuple[Tensor, Tensor]:
+        """This rank's term of a sum, and the sum."""
+        terms = []
+        for rank in range(self.group.size):
+            generator = torch.Generator().manual_seed(1000 * rows + rank)
+            terms.append(torch.randn(rows, self.hidden, generator=generator).to(self.dtype).to(self.device))
+        return terms[self.group.rank], torch.stack([term.float() for term in terms]).sum(0)
+
+    def all_reduce(self, call: Callable[[Tensor], Tensor], rows: int) -> tuple[Call, Call]:
+        x, total = self.terms(rows)
+        return lambda: require_close(call(x.clone()), total), partial(call, torch.zeros_like(x))
+
+    def norm(self, call: Callable[..., Tensor | None], rows: int) -> tuple[Call, Call]:
+        x, total = self.terms(rows)
+        weight, zero = torch.ones(self.hidden, dtype=self.dtype, device=self.device), torch.zeros_like(x)
+        exact = add_rms_norm(total.to(self.dtype), torch.zeros_like(x), weight, EPS)
+        return (
+            lambda: require_close(call(x.clone(), torch.zeros_like(x), weight, EPS), exact),
+            partial(call, zero, torch.zeros_like(x), weight, EPS),
+        )
+
+    def sampling(self, ops: Operations, top_p: float, rows: int) -> tuple[Call, Call]:
+        """Tokens for rows of a large vocabulary at temperature 0.6, the same on every rank and as one device's."""
+        whole = torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(rows)) * 3
+        mine = torch.zeros(rows, self.shard.width)
+        mine[:, : self.shard.real] = whole[:, self.shard.first : self.shard.first + self.shard.real]
+        logits = mine.to(self.dtype).to(self.device)
+        table = sampling_rows(rows, self.device, torch.arange(rows), temperature=0.6, top_p=top_p)
+        slots = torch.arange(rows, dtype=torch.int32, device=self.device)
+        call = partial(ops.sample, logits, table, slots, slots, False, True, True)
+
+        def check() -> None:
+            exact = ops.sample_whole(whole.to(self.dtype).to(self.device), table, slots, slots, False, True, True)
+            if wrong := int((call() != exact).sum()):
+                raise RuntimeError(f"{wrong} of {rows} tokens differ from one device's")
+
+        return check, call
+
+
+def require_close(found: Tensor | None, expected: Tensor) -> None:
+    if found is None:
+        raise RuntimeError("too large")
+    error = float((found.float() - expected.float()).abs().max() / expected.float().abs().max())
+    if not error < 0.02:
+        raise RuntimeError(f"off by {error:.3f} of the largest")

@@ -1,0 +1,154 @@
+"""The least time a workload can take on a GPU: its bytes and its flops at the GPU's peak rates, one after the other.
+
+It is the roofline (Williams et al., CACM 2009) step by step: a decode step reads the weights once or multiplies by
+them, whichever takes longer, and reads the keys and values of every running request; a prompt costs its flops. Norms,
+sampling, writing keys and values, launches and the host are free.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from minisgl.core.model_config import ModelSpec
+from minisgl.errors import ConfigError
+from minisgl_bench.gpu_timing import times
+from minisgl_bench.workload import PeakRates, Workload
+
+SIDE: Final = 8192
+BEYOND_L2: Final = 256 * 2**20
+LARGEST: Final = 2 * 2**30
+ROW: Final = 2**16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roofline:
+    """Seconds of the three parts, which add up, and the work behind them."""
+
+    prefill_seconds: float
+    kv_seconds: float
+    gemm_seconds: float
+    prefill_flops: float
+    kv_bytes: float
+    decode_steps: int
+    output_tokens: int
+
+    @property
+    def seconds(self) -> float:
+        return self.prefill_seconds + self.kv_seconds + self.gemm_seconds
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.output_tokens / self.seconds
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """Weights in matrices: those that every token goes through, the output head, and those of one expert."""
+
+    shared: int
+    head: int
+    expert: int
+    sparse_layers: int
+    num_experts: int
+    top_k: int
+
+    @classmethod
+    def of(cls, spec: ModelSpec) -> Matrices:
+        moe, hidden = spec.moe, spec.hidden_size
+        attention = hidden * spec.head_dim * (2 * spec.num_heads + 2 * spec.num_kv_heads)
+        sparse = sum(moe.layers) if moe is not None else 0
+        dense = (spec.num_layers - sparse) * 3 * hidden * spec.intermediate_size
+        router = sparse * hidden * moe.num_experts if moe is not None else 0
+        return cls(
+            shared=spec.num_layers * attention + dense + router,
+            head=spec.vocab_size * hidden,
+            expert=3 * hidden * moe.width if moe is not None else 0,
+            sparse_layers=sparse,
+            num_experts=moe.num_experts if moe is not None else 1,
+            top_k=moe.top_k if moe is not None else 0,
+        )
+
+    @property
+    def active(self) -> int:
+        """Weights that a token is multiplied by in the layers."""
+        return self.shared + self.sparse_layers * self.top_k * self.expert
+
+    def read(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Weights that a step of so many rows reads: of the experts as many as evenly spread choices would meet."""
+        met = self.num_experts * (1 - (1 - self.top_k / self.num_experts) ** rows.astype(np.float64))
+        return self.shared + self.head + self.sparse_layers * self.expert * met
+
+
+def decode_batches(outputs: Sequence[int], running: int) -> NDArray[np.int64]:
+    """Rows in each decode step when at most `running` requests, first come first served, take a step a token."""
+    ends: list[int] = []
+    changes: list[tuple[int, int]] = []
+    for count in outputs:
+        start = heapq.heappop(ends) if len(ends) == running else 0
+        end = start + count - 1  # the first token comes from the prefill
+        heapq.heappush(ends, end)
+        changes += [(start, 1), (end, -1)]
+    steps = np.zeros(max(ends, default=0) + 1, np.int64)
+    for step, change in changes:
+        steps[step] += change
+    return np.cumsum(steps)[:-1]
+
+
+def visible(lengths: NDArray[np.int64], windows: Sequence[int]) -> int:
+    """Over all layers the cached tokens that queries at these lengths, themselves included, attend to."""
+    return sum(int((np.minimum(lengths, window) if window else lengths).sum()) for window in windows)
+
+
+def roofline(spec: ModelSpec, workload: Workload, running: int, itemsize: int, peak: PeakRates) -> Roofline:
+    """The least time of a workload whose prompts share no prefix, with `running` requests at most at a time.
+
+    `itemsize` is the bytes of a weight and of an element of the KV cache.
+    """
+    inputs, outputs = [len(prompt) for prompt in workload.prompts], workload.output_lens
+    matrices = Matrices.of(spec)
+    prompt_lengths = np.concatenate([np.arange(1, n + 1) for n in inputs])
+    decode_lengths = np.concatenate([np.arange(n + 1, n + m) for n, m in zip(inputs, outputs, strict=True)])
+    kv_bytes = 2 * spec.num_kv_heads * spec.head_dim * itemsize * visible(decode_lengths, spec.windows)
+    prefill_flops = 2 * matrices.active * sum(inputs) + 2 * matrices.head * len(inputs)
+    # scores and their sum over values, 2 flops each
+    prefill_flops += 4 * spec.num_heads * spec.head_dim * visible(prompt_lengths, spec.windows)
+    rows = decode_batches(outputs, running)
+    reading = matrices.read(rows) * itemsize / peak.read
+    computing = 2.0 * (matrices.active + matrices.head) * rows / peak.flops
+    return Roofline(
+        prefill_seconds=prefill_flops / peak.flops,
+        kv_seconds=kv_bytes / peak.read,
+        gemm_seconds=float(np.maximum(reading, computing).sum()),
+        prefill_flops=prefill_flops,
+        kv_bytes=kv_bytes,
+        decode_steps=len(rows),
+        output_tokens=sum(outputs),
+    )
+
+
+def measure_peak_rates(device: torch.device, dtype: torch.dtype) -> PeakRates:
+    """What the GPU reaches in reading, copying and a large GEMM of random normal `dtype`; takes about a second.
+
+    Raises ConfigError when the GPU has no memory left to measure in.
+    """
+    free = torch.cuda.mem_get_info(device)[0]
+    size = min(LARGEST, free // 4 // (4 * ROW) * (4 * ROW))
+    if size < BEYOND_L2:
+        raise ConfigError(f"{free / 2**30:.2f} GiB are free, too little to measure the GPU; give --peak-rates")
+    try:
+        source = torch.ones(size // 4, dtype=torch.float32, device=device)
+        rows = source.view(-1, ROW)
+        a, b = (torch.randn((SIDE, SIDE), device=device).to(dtype) for _ in range(2))
+        copy = 2 * size / min(times(partial(torch.empty_like(source).copy_, source), 20))
+        read = size / min(times(partial(torch.sum, rows, 1), 20) + times(partial(torch.amax, rows, 1), 20))
+        return PeakRates(read=max(read, copy), flops=2 * SIDE**3 / min(times(partial(torch.mm, a, b), 20)), copy=copy)
+    finally:
+        torch.cuda.empty_cache()

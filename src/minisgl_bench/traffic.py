@@ -1,0 +1,266 @@
+"""What is sent and when: sessions of turns, whose prompts are made of named segments so that what recurs is known."""
+
+import dataclasses
+import hashlib
+import math
+import random
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+
+from minisgl.errors import ConfigError
+from minisgl_bench.traces import Trace
+from minisgl_bench.workload import HIGHEST_TOKEN, WorkloadSpec, make_workload
+
+GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
+FEWEST_WORDS: Final = 16
+PROBE_WORDS: Final = 8
+WORDS: Final[Sequence[str]] = """\
+the of and to in is that for it as was with be by on not he his but at are this have from or had an they
+which one you were all her she there would their we him been has when who will no more if out so up said
+what its about than into them can only other time new some could these two may first then do any like my now
+over such our man me even most made after also did many off before must well back through years much where
+your way down should because long each just state people those too little good world make very year still
+see work life men day get here between own under right house water small place high number school great city
+group part name line large side end
+""".split()  # noqa: SIM905
+"""Common words, most of which are one token, with a space before them, in most vocabularies."""
+
+
+class Segment(NamedTuple):
+    """`length` tokens of the endless sequence named `key`: equal keys have equal tokens as far as both go."""
+
+    key: tuple[str, int]
+    length: int
+
+
+class ChatMessage(NamedTuple):
+    """A part of a prompt. Where a prompt is no conversation it is a single message of the user."""
+
+    role: str
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One request: its prompt, and how many tokens its answer shall have."""
+
+    messages: tuple[ChatMessage, ...]
+    output_length: int
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        return tuple(segment for message in self.messages for segment in message.segments)
+
+    @property
+    def input_length(self) -> int:
+        return sum(segment.length for segment in self.segments)
+
+
+@dataclass(frozen=True)
+class Session:
+    """Requests of one client, each sent `think` s after the answer to the one before; mostly there is just one.
+
+    `due` is when the first is sent, in s after the start.
+    """
+
+    turns: tuple[Turn, ...]
+    due: float = 0.0
+    think: float = 0.0
+
+
+def single(segments: Sequence[Segment], output_length: int) -> Turn:
+    return Turn((ChatMessage("user", tuple(segments)),), output_length)
+
+
+def cut(segments: Sequence[Segment], length: int) -> list[Segment]:
+    kept: list[Segment] = []
+    for segment in segments:
+        if length > 0:
+            kept.append(Segment(segment.key, min(segment.length, length)))
+        length -= segment.length
+    return kept
+
+
+def from_trace(trace: Trace, scale: float, max_input: int | None, max_output: int | None) -> list[Session]:
+    """A session for each request, cut to the limits; gaps between arrivals are `scale` times the trace's.
+
+    Behind a prompt's blocks comes what the trace knows nothing of, which is the request's own.
+    """
+    sessions = []
+    for index, request in enumerate(trace.requests):
+        blocks = [Segment(("block", name), trace.block) for name in request.hash_ids]
+        segments = cut([*blocks, Segment(("own", index), request.input_length)], request.input_length)
+        if max_input is not None:
+            segments = cut(segments, max_input)
+        length = min(request.output_length, max_output or request.output_length)
+        sessions.append(Session((single(segments, length),), request.arrival * scale))
+    return sessions
+
+
+def from_workload(spec: WorkloadSpec) -> list[Session]:
+    """The lengths that `minisgl bench offline` has for the same spec; nothing recurs."""
+    workload = make_workload(spec, vocab_size=HIGHEST_TOKEN + 1)
+    pairs = enumerate(zip(workload.prompts, workload.output_lens, strict=True))
+    return [Session((single([Segment(("own", i), len(prompt))], length),)) for i, (prompt, length) in pairs]
+
+
+def from_chats(
+    seed: int,
+    chats: int,
+    turns: int,
+    system_prompts: int,
+    system_len: int,
+    message_len: tuple[int, int],
+    answer_len: tuple[int, int],
+    think: float,
+) -> list[Session]:
+    """Conversations: `turns` messages of the user, each after everything said before, behind a shared system prompt.
+
+    Conversation i has system prompt i modulo `system_prompts`. Answers taken up by later turns are of made-up tokens.
+    Ranges are inclusive, in tokens.
+    """
+    rng = random.Random(seed)
+    sessions = []
+    for chat in range(chats):
+        history = [ChatMessage("system", (Segment(("system", chat % system_prompts), system_len),))]
+        turned = []
+        for name in range(chat * turns, (chat + 1) * turns):
+            history.append(ChatMessage("user", (Segment(("message", name), rng.randint(*message_len)),)))
+            turned.append(Turn(tuple(history), rng.randint(*answer_len)))
+            history.append(ChatMessage("assistant", (Segment(("answer", name), turned[-1].output_length),)))
+        sessions.append(Session(tuple(turned), think=think))
+    return sessions
+
+
+def arrival_times(count: int, rate: float, burstiness: float, seed: int) -> np.ndarray:
+    """Times in s, float64[count], the first one 0. Gaps have mean 1 / `rate` and a gamma distribution.
+
+    `burstiness` is the distribution's shape: 1 is a Poisson process, below that requests come in bursts, infinity
+    spaces them evenly. The gaps' coefficient of variation is 1 / sqrt(burstiness).
+    """
+    if math.isinf(burstiness):
+        return np.arange(count) / rate
+    gaps = np.random.default_rng(seed).gamma(burstiness, 1 / (rate * burstiness), count - 1)
+    return np.concatenate(([0.0], np.cumsum(gaps)))
+
+
+def with_arrivals(sessions: Sequence[Session], rate: float, burstiness: float, seed: int) -> list[Session]:
+    times = arrival_times(len(sessions), rate, burstiness, seed)
+    return [dataclasses.replace(session, due=float(due)) for session, due in zip(sessions, times, strict=True)]
+
+
+def all_turns(sessions: Iterable[Session]) -> list[Turn]:
+    return [turn for session in sessions for turn in session.turns]
+
+
+def require_fit(sessions: Sequence[Session], limit: int | None) -> None:
+    """Raise ConfigError where a request is longer than the server's `limit` in tokens, if that is known."""
+    needs = [turn.input_length + turn.output_length for turn in all_turns(sessions)]
+    if limit is not None and (long := [need for need in needs if need > limit]):
+        raise ConfigError(
+            f"{len(long)} of {len(needs)} requests are longer than the {limit} tokens that the server takes, the "
+            f"longest has {max(long)}: give --max-input-len and --max-output-len, or shorter ranges"
+        )
+
+
+def segment_numbers(seed: int, segments: Sequence[Segment], span: int) -> np.ndarray:
+    """Numbers below `span`, one a token: int64[total]. A function of seed, key and place in the segment.
+
+    The mixing is that of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014).
+    """
+    keys = [f"{seed}/{name}/{number}".encode() for (name, number), _ in segments]
+    bases = [int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) for key in keys]
+    lengths = np.array([segment.length for segment in segments], np.int64)
+    starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
+    place = (np.arange(lengths.sum()) - starts + 1).astype(np.uint64)
+    bits = np.repeat(np.array(bases, np.uint64), lengths) + place * GOLDEN
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    numbers: np.ndarray = (bits ^ (bits >> np.uint64(31))) % np.uint64(span)
+    return numbers.astype(np.int64)
+
+
+def expected_hits(prompts: Iterable[Sequence[Segment]], page: int) -> list[int]:
+    """For each prompt the tokens whose KV a cache that forgets nothing holds from those before it.
+
+    Whole pages count, and never the last token: its logits must be computed.
+    """
+    seen: set[bytes] = set()
+    hits = []
+    for segments in prompts:
+        tokens = segment_numbers(0, segments, 2**62)
+        prefix, matched = b"", 0
+        for start in range(0, len(tokens) - page + 1, page):
+            prefix = hashlib.blake2b(prefix + tokens[start : start + page].tobytes(), digest_size=16).digest()
+            matched += page if prefix in seen else 0  # where a page is new, all behind it are
+            seen.add(prefix)
+        hits.append(min(matched, (len(tokens) - 1) // page * page))
+    return hits
+
+
+@dataclass(frozen=True)
+class IdPrompts:
+    """Token ids for /v1/completions, from `low` up to below `high`."""
+
+    low: int
+    high: int
+
+    def fields(self, turn: Turn, seed: int, answers: Sequence[str]) -> dict[str, Any]:
+        """What a request's body says of the prompt; `answers` were given to the turns before."""
+        return {"prompt": (segment_numbers(seed, turn.segments, self.high - self.low) + self.low).tolist()}
+
+    def expected_tokens(self, turn: Turn) -> int | None:
+        """The prompt's tokens as the server should count them; None where they depend on its chat template."""
+        return turn.input_length
+
+
+@dataclass(frozen=True)
+class TextPrompts:
+    """Words for /v1/completions, or messages for /v1/chat/completions where `chat`.
+
+    The server counts `overhead` tokens beside the words, such as BOS. In a conversation its own answers are sent back.
+    """
+
+    words: tuple[str, ...]
+    overhead: int
+    chat: bool = False
+
+    def text(self, segments: Sequence[Segment], seed: int, less: int = 0) -> str:
+        numbers = segment_numbers(seed, segments, len(self.words)).tolist()
+        return " ".join(self.words[number] for number in numbers[: max(1, len(numbers) - less)])
+
+    def fields(self, turn: Turn, seed: int, answers: Sequence[str]) -> dict[str, Any]:
+        less = self.overhead if len(turn.messages) == 1 or not self.chat else 0
+        if not self.chat:
+            return {"prompt": self.text(turn.segments, seed, less)}
+        given, messages = list(answers), []
+        for role, segments in turn.messages:
+            content = given.pop(0) if role == "assistant" else self.text(segments, seed, less)
+            messages.append({"role": role, "content": content})
+        return {"messages": messages}
+
+    def expected_tokens(self, turn: Turn) -> int | None:
+        return turn.input_length if len(turn.messages) == 1 or not self.chat else None
+
+
+async def calibrate(count: Callable[[str], Awaitable[int]]) -> tuple[tuple[str, ...], int]:
+    """The words that are one token each for a server, and its overhead; `count` is how many tokens it sees in a text.
+
+    Raises ConfigError when too few are, or when the counts do not add up.
+    """
+    first, half = WORDS[0], PROBE_WORDS // 2
+    known = await count(" ".join([first] * PROBE_WORDS))
+    overhead = known - PROBE_WORDS
+    good = [w for w in WORDS if overhead >= 0 and await count(" ".join([first] * half + [w] * half)) == known]
+    advice = "use --endpoint ids, which sends token ids"
+    if len(good) < FEWEST_WORDS:
+        raise ConfigError(
+            f"the server's tokenizer has a token of their own for {len(good)} common words only; {advice}"
+        )
+    trial = TextPrompts(tuple(good), 0).text([Segment(("trial", 0), 4 * len(good))], 0)
+    if (seen := await count(trial)) != 4 * len(good) + overhead:
+        raise ConfigError(f"{4 * len(good)} words that are one token each are {seen} tokens together; {advice}")
+    return tuple(good), overhead

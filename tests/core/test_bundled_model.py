@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from minisgl.core.model_config import read_spec
+from minisgl.core.weights import load_weights
+from minisgl.formats.gguf import GgufFile
+from minisgl.formats.hub import bundled_model, locate_model
+
+DOCUMENTS = (
+    "The year 1999 had 365 days; 2000 had 366.",
+    "def area(r):\n    if r < 0:\n        raise ValueError(r)\n    return 3.14159 * r ** 2\n",
+    "Invoice #20431: 12 x $1,234.50 = $14,814.00 (VAT 19%).\n\n\tDue: 2024-07-01",
+    "It's what they'd said -- \"we'll see\"...   Ça va? 你好，世界 ½ ² Ⅷ 😀\n",
+    "<|im_start|>user\nWhat is 17 * 23?<|im_end|>\n<|im_start|>assistant\n",
+)
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    """The bundled model, converted once into the user's own cache folder."""
+    return locate_model(None)
+
+
+def test_the_bundled_model_is_described_as_its_publisher_does(folder: Path) -> None:
+    spec = read_spec(folder)
+    assert (spec.architecture, spec.num_layers, spec.num_heads, spec.num_kv_heads) == ("LlamaForCausalLM", 30, 9, 3)
+    assert (spec.hidden_size, spec.head_dim, spec.vocab_size, spec.max_position) == (576, 64, 49152, 8192)
+    assert (spec.rms_eps, spec.rope.theta, spec.tie_embeddings) == (1e-5, 1e5, True)
+    assert spec.eos_token_ids == (2,)
+
+
+def test_q_and_k_rows_are_in_the_order_of_the_rotary_embedding(folder: Path) -> None:
+    """GGUF's row 2i + j of a head is row 32j + i here; in the wrong order the model knows nothing."""
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    file = GgufFile(bundled_model())
+    for name, module in (("attn_q", "q_proj"), ("attn_k", "k_proj")):
+        stored = file.floats(f"blk.7.{name}.weight")
+        ours = getattr(model.model.layers[7].self_attn, module).weight.detach().numpy()
+        rows = [64 * head + 2 * i + j for head in range(len(ours) // 64) for j in range(2) for i in range(32)]
+        assert (ours == stored[rows]).all()
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    with torch.no_grad():
+        logits = model(torch.tensor([tokenizer.encode("The capital of France is").ids])).logits
+    assert tokenizer.id_to_token(int(logits[0, -1].argmax())) == "ĠParis"
+
+
+def test_the_bundled_weights_load(folder: Path) -> None:
+    weights = load_weights(folder, read_spec(folder), torch.bfloat16, torch.device("cpu"))
+    assert weights.head is weights.embedding
+    assert weights.embedding.dtype == torch.bfloat16
+    assert len(weights.layers) == 30
+
+
+def test_the_bundled_tokenizer_cuts_every_digit_off(folder: Path) -> None:
+    """The file's rule is `smollm`: digits one by one, then GPT-2's regex, spelled out here as two regexes."""
+    ours = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    state = json.loads(ours.to_str())
+    gpt2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    split = [
+        {"type": "Split", "pattern": {"Regex": rule}, "behavior": "Isolated", "invert": False}
+        for rule in (r"\p{N}", gpt2)
+    ]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*split, level]}
+    reference = Tokenizer.from_str(json.dumps(state))
+    for text in DOCUMENTS:
+        ids = ours.encode(text).ids
+        assert ids == reference.encode(text).ids
+        assert ours.decode(ids, skip_special_tokens=False) == text
+    assert [ours.id_to_token(token) for token in ours.encode("it is 1999").ids] == ["it", "Ġis", "Ġ", *"1999"]
+
+
+def test_the_bundled_chat_template_and_tokens_are_kept(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|im_start|>", "<|im_end|>")
+    chat = [{"role": "user", "content": "hi"}]
+    text = str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+    assert text.endswith("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
+    assert tokenizer.encode(text)[0] == 1
+    assert tokenizer.encode("hi")[0] != 1

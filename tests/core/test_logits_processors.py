@@ -1,0 +1,241 @@
+"""Special requests on a real model: against a slow direct computation, whatever runs beside them and however.
+
+Every request is compared with `slow_answer`: tokens exactly, log-probabilities to 1e-4.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from helpers.constraints import Cycle, cycle
+from helpers.models import tiny_spec
+from helpers.simulation import record_plans
+from helpers.special import Answer, SlowAnswer, slow_answer, special_requests
+from minisgl.config import Config
+from minisgl.core import logits as logits_module
+from minisgl.core.engine import Engine
+from minisgl.core.executor import LocalExecutor
+from minisgl.core.request_state import State
+from minisgl.core.types import FinishReason, Grammar, ModelInfo, Request, SamplingParams
+from minisgl.core.weights import Weights, dummy_weights
+from minisgl.gpu.executor import make_executor
+
+LIMIT = 128
+SPEC = tiny_spec(windows=(0, 24))
+EOS = SPEC.eos_token_ids[0]
+
+
+@functools.cache
+def weights() -> Weights:
+    torch.set_num_threads(1)
+    return dummy_weights(SPEC, torch.float32, torch.device("cpu"))
+
+
+def make_engine(**settings: object) -> Engine:
+    base = Config(
+        device="cpu", dtype="float32", attn="torch,torch", cuda_graph_max_bs=0, max_running_requests=8,
+        max_prefill_length=8192, memory_ratio=0.9, num_pages=64, page_size=16,
+    )  # fmt: skip
+    config = base.replace(**settings)
+    model = ModelInfo(name="tiny", vocab_size=SPEC.vocab_size, max_seq_len=LIMIT, eos_token_ids=(EOS,))
+    executor = make_executor(SPEC, weights(), config, LIMIT)
+    return Engine(executor, model, config, lambda grammar: Cycle(grammar, SPEC.vocab_size, EOS))
+
+
+def answers(engine: Engine, requests: list[Request], retractions: int = 0) -> dict[str, Answer]:
+    """All added at once; every fourth step one is retracted, up to `retractions` times."""
+    out = {request.id: Answer() for request in requests}
+    for request in requests:
+        engine.add(request)
+    while engine.has_work:
+        for event in engine.step():
+            assert not (event.prompt_logprobs and out[event.id].tokens)
+            out[event.id].take(event)
+        going = np.isin(engine.table.state, (State.PREFILL, State.DECODE)).any()
+        if going and engine.scheduler.retracted < retractions and engine.scheduler.step % 4 == 3:
+            engine.scheduler.retract_last()
+    engine.cache.check()
+    assert engine.cache.num_owned == 0
+    engine.close()
+    return out
+
+
+@functools.cache
+def right() -> dict[str, SlowAnswer]:
+    return {r.id: slow_answer(SPEC, weights(), r, LIMIT) for r in special_requests(SPEC.vocab_size)}
+
+
+def check(got: dict[str, Answer], requests: list[Request]) -> None:
+    for request in requests:
+        right()[request.id].check(got[request.id], request.params)
+
+
+COMBINATIONS = list(itertools.product([True, False], ["radix", "naive"], [7, 8192], [1, 8], [False, True]))
+
+
+@pytest.mark.parametrize(("overlap", "cache", "chunk", "batch", "retract"), COMBINATIONS)
+def test_no_setting_changes_a_special_answer(overlap: bool, cache: str, chunk: int, batch: int, retract: bool) -> None:
+    requests = special_requests(SPEC.vocab_size)
+    engine = make_engine(
+        overlap=overlap, cache=cache, max_prefill_length=chunk, max_running_requests=batch,
+        num_pages=24 if retract else 64,
+    )  # fmt: skip
+    check(answers(engine, requests, retractions=12 if retract else 0), requests)
+    assert (engine.stats().retracted >= 4) == retract
+
+
+@pytest.mark.parametrize(
+    ("kind", "neutral"),
+    [
+        (1, {"presence_penalty": 0.0}),
+        (2, {"frequency_penalty": 0.0}),
+        (3, {"repetition_penalty": 1.0}),
+        (4, {"logit_bias": {}}),
+        (7, {"grammar": None}),
+        (8, {"frequency_penalty": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0}),
+        (10, {"grammar": None}),
+    ],
+)
+def test_what_is_compared_above_depends_on_each_parameter(kind: int, neutral: dict[str, object]) -> None:
+    for request in special_requests(SPEC.vocab_size)[kind::11]:
+        params = msgspec.structs.replace(request.params, **neutral)
+        without = slow_answer(SPEC, weights(), Request.make(id="x", prompt=request.prompt, params=params), LIMIT)
+        assert without.tokens != right()[request.id].tokens
+
+
+def test_work_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logits_module, "CHUNK_LOGITS", 3 * SPEC.vocab_size)
+    requests = special_requests(SPEC.vocab_size)
+    check(answers(make_engine(), requests), requests)
+
+
+def test_a_prompt_that_wants_scores_is_not_taken_from_the_cache_but_goes_there() -> None:
+    engine = make_engine()
+    prompt = list(range(1, 60))
+
+    def cached(name: str, **params: object) -> int:
+        settings = SamplingParams(temperature=0.0, max_tokens=2, **params)  # type: ignore[arg-type]
+        engine.add(Request.make(id=name, prompt=prompt, params=settings))
+        events = []
+        while engine.has_work:
+            events += engine.step()
+        assert len(events[0].prompt_logprobs) == (59 if params else 0)
+        return events[-1].cached_tokens
+
+    assert [cached("a", prompt_logprobs=1), cached("b"), cached("c", prompt_logprobs=1)] == [0, 48, 0]
+
+
+def test_a_prompt_retracted_between_chunks_is_scored_on_from_where_it_was() -> None:
+    prompt = [3 * i % 200 for i in range(100)]
+    request = Request.make(
+        id="x", prompt=prompt, params=SamplingParams(temperature=0.0, max_tokens=3, prompt_logprobs=2)
+    )
+    engine = make_engine(max_prefill_length=20)
+    engine.add(request)
+    answer, steps = Answer(), 0
+    while engine.has_work:
+        for event in engine.step():
+            answer.take(event)
+        steps += 1
+        if steps in (2, 5):
+            engine.scheduler.retract_last()
+    assert engine.stats().retracted == 2
+    slow_answer(SPEC, weights(), request, LIMIT).check(answer, request.params)
+    engine.close()
+
+
+def test_scores_are_right_for_stop_tokens_and_a_prompt_of_one_token() -> None:
+    params = SamplingParams(
+        temperature=0.0, max_tokens=4, logprobs=3, prompt_logprobs=1, logit_bias={EOS: 100.0}, min_tokens=2
+    )
+    request = Request.make(id="x", prompt=[9], params=params)
+    slow = slow_answer(SPEC, weights(), request, LIMIT)
+    assert slow.tokens[-1] == EOS
+    assert len(slow.tokens) == 3
+    got = answers(make_engine(), [request])["x"]
+    slow.check(got, params)
+    assert got.prompt_logprobs == [None]
+
+
+def test_a_bias_of_a_hundred_decides_and_of_minus_a_hundred_forbids() -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=5, logit_bias={17: 100.0, 18: -100.0}, ignore_eos=True)
+    assert answers(make_engine(), [Request.make(id="x", prompt=[1, 2], params=params)])["x"].tokens == [17] * 5
+
+
+def test_a_row_used_again_forgets_who_was_there() -> None:
+    """Rows are taken in turn: with one row each request follows another's penalties, counts and biases."""
+    requests = special_requests(SPEC.vocab_size)
+    engine = make_engine(max_running_requests=1)
+    for request in (requests[i] for i in (8, 1, 4, 3, 2, 4, 1, 8, 0, 2)):
+        answer = Answer()
+        engine.add(request)
+        while engine.has_work:
+            for event in engine.step():
+                answer.take(event)
+        right()[request.id].check(answer, request.params)
+    engine.close()
+
+
+def test_ordinary_steps_run_no_logits_processors() -> None:
+    engine = make_engine()
+    plans = record_plans(engine)
+    ordinary = [Request.make(id=str(i), prompt=[i + 1] * 5, params=SamplingParams(max_tokens=6)) for i in range(3)]
+    answers(engine, ordinary)
+    assert all(plan.special is None for plan in plans)
+    assert isinstance(engine.executor, LocalExecutor)
+    tables = engine.executor.runner.logits_processors.state
+    assert tables.seen is None
+    assert tables.bias_ids is None
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_failing_grammar_ends_its_own_request_only(overlap: bool) -> None:
+    def failing(name: str, source: str) -> Request:
+        params = SamplingParams(temperature=0.0, max_tokens=9, grammar=Grammar(kind="lark", source=source))
+        return Request.make(id=name, prompt=[1, 2, 3], params=params)
+
+    requests = special_requests(SPEC.vocab_size)
+    engine = make_engine(overlap=overlap, max_running_requests=16)
+    ends = {}
+    for request in (*requests, failing("breaks", "breaks"), failing("refuses", "refuses")):
+        engine.add(request)
+    got = {request.id: Answer() for request in requests} | {"breaks": Answer(), "refuses": Answer()}
+    while engine.has_work:
+        for event in engine.step():
+            got[event.id].tokens += event.tokens
+            got[event.id].logprobs += event.logprobs
+            got[event.id].prompt_logprobs += event.prompt_logprobs
+            if event.finish:
+                ends[event.id] = event
+    check(got, requests)
+    assert ends["breaks"].finish is ends["refuses"].finish is FinishReason.ERROR
+    assert ends["breaks"].error == "the grammar failed: no fourth mask"
+    assert "breaks the grammar" in (ends["refuses"].error or "")
+    assert (len(got["breaks"].tokens), len(got["refuses"].tokens)) == (3, 2)
+    assert engine.cache.num_owned == 0
+    engine.close()
+
+
+def test_a_grammar_that_allows_nothing_more_ends_the_request_as_a_stop() -> None:
+    """With EOS ignored, and with min_tokens that the grammar cannot reach."""
+    for params in (
+        SamplingParams(temperature=0.0, grammar=cycle(3, 4), ignore_eos=True),
+        SamplingParams(temperature=0.0, grammar=cycle(3, 4), min_tokens=9),
+    ):
+        engine = make_engine()
+        engine.add(Request.make(id="x", prompt=[5, 6], params=params))
+        events = []
+        while engine.has_work:
+            events += engine.step()
+        tokens = [token for event in events for token in event.tokens]
+        assert [7 * i <= token < 7 * i + 3 for i, token in enumerate(tokens[:4])] == [True] * 4
+        assert tokens[4:] == ([EOS] if params.ignore_eos else [])
+        assert (events[-1].finish, events[-1].tokens, events[-1].error) == (FinishReason.STOP, (), None)
+        assert engine.cache.num_owned == 0
+        engine.close()

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from minisgl.core.model_config import ARCHITECTURES, Moe, Rope, read_spec
+from minisgl.errors import ModelError
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"], "vocab_size": 100, "hidden_size": 64, "intermediate_size": 96,
+    "num_hidden_layers": 4, "num_attention_heads": 4,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "beta_fast": 16, "mscale": 0.7}
+TYPES = ["sliding_attention", *["full_attention"] * 3]
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+
+def write(folder: Path, name: str = "config.json", **values: Any) -> Path:
+    (folder / name).write_text(json.dumps(values), encoding="utf-8")
+    return folder
+
+
+def test_a_llama_config_of_version_4_is_read(tmp_path: Path) -> None:
+    extra: dict[str, Any] = {"torch_dtype": "bfloat16", "num_key_value_heads": 2, "max_position_embeddings": 131072}
+    extra |= {"rope_theta": 5e5, "rope_scaling": LLAMA3, "eos_token_id": [7, 8]}
+    spec = read_spec(write(tmp_path, **LLAMA, **extra))
+    stretched: Any = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position": 8192}
+    assert spec.rope == Rope(kind="llama3", theta=5e5, **stretched)
+    assert (spec.num_kv_heads, spec.head_dim, spec.max_position, spec.checkpoint_dtype) == (2, 16, 131072, "bfloat16")
+    assert spec.eos_token_ids == (7, 8)
+    assert spec.windows == (0, 0, 0, 0)
+
+
+def test_the_form_of_version_5_gives_the_same_spec(tmp_path: Path) -> None:
+    old = read_spec(write(tmp_path, **LLAMA, rope_theta=5e5, rope_scaling=LLAMA3, torch_dtype="float16"))
+    new = read_spec(write(tmp_path, **LLAMA, rope_parameters={**LLAMA3, "rope_theta": 5e5}, dtype="float16"))
+    assert old == new
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_defaults_are_those_of_transformers(tmp_path: Path, name: str) -> None:
+    defaults = getattr(transformers, name.replace("ForCausalLM", "Config"))()
+    kept = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+    if ARCHITECTURES[name].moe:
+        kept += ["num_experts", "num_experts_per_tok", "moe_intermediate_size"]
+    spec = read_spec(write(tmp_path, architectures=[name], **{key: getattr(defaults, key) for key in kept}))
+    head_dim = getattr(defaults, "head_dim", None) or defaults.hidden_size // defaults.num_attention_heads
+    window = defaults.sliding_window or 0 if name == "MistralForCausalLM" else 0
+    assert spec.num_kv_heads == defaults.num_key_value_heads
+    assert spec.head_dim == head_dim
+    assert spec.max_position == defaults.max_position_embeddings
+    assert spec.rms_eps == defaults.rms_norm_eps
+    assert spec.tie_embeddings == defaults.tie_word_embeddings
+    assert spec.rope == Rope(kind="default", theta=defaults.rope_parameters["rope_theta"])
+    assert spec.windows == (window,) * defaults.num_hidden_layers
+    assert (spec.qkv_bias, spec.qk_norm) == (name == "Qwen2ForCausalLM", name.startswith("Qwen3"))
+
+
+@pytest.mark.parametrize(
+    ("scaling", "expected"),
+    [
+        ({"rope_type": "default"}, Rope(kind="default", theta=10000.0)),
+        ({"type": "linear", "factor": 2}, Rope(kind="linear", theta=10000.0, factor=2.0)),
+        (YARN, Rope(kind="yarn", theta=10000.0, factor=4.0, original_max_position=512, beta_fast=16.0, mscale=0.7)),
+        (
+            {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 256, "truncate": False},
+            Rope(kind="yarn", theta=10000.0, factor=8.0, original_max_position=256, truncate=False),
+        ),
+    ],
+)
+def test_rope_kinds(tmp_path: Path, scaling: dict[str, Any], expected: Rope) -> None:
+    assert read_spec(write(tmp_path, **LLAMA, rope_scaling=scaling)).rope == expected
+
+
+def test_an_original_context_beside_the_rope_parameters_counts(tmp_path: Path) -> None:
+    spec = read_spec(write(tmp_path, **LLAMA, rope_scaling=YARN, original_max_position_embeddings=256))
+    assert spec.rope.original_max_position == 256
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "windows"),
+    [
+        ("MistralForCausalLM", {}, (4096,) * 4),
+        ("MistralForCausalLM", {"sliding_window": None}, (0,) * 4),
+        ("MistralForCausalLM", {"sliding_window": 5}, (5,) * 4),
+        ("LlamaForCausalLM", {"sliding_window": 5}, (0,) * 4),
+        ("Qwen2ForCausalLM", {"sliding_window": 5}, (0,) * 4),
+        ("Qwen2ForCausalLM", {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 1}, (0, 5, 5, 5)),
+        ("Qwen3ForCausalLM", {"sliding_window": 5, "use_sliding_window": True, "layer_types": TYPES}, (5, 0, 0, 0)),
+    ],
+)
+def test_windows(tmp_path: Path, name: str, extra: dict[str, Any], windows: tuple[int, ...]) -> None:
+    values = {**LLAMA, "num_key_value_heads": 2, **extra, "architectures": [name]}
+    assert read_spec(write(tmp_path, **values)).windows == windows
+
+
+def test_moe_layers_follow_step_and_exceptions(tmp_path: Path) -> None:
+    moe: Any = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 2, "mlp_only_layers": [3]}
+    values = {**LLAMA, **moe, "architectures": ["Qwen3MoeForCausalLM"], "num_local_experts": 8, "norm_topk_prob": True}
+    spec = read_spec(write(tmp_path, **values))
+    assert spec.moe == Moe(num_experts=8, top_k=2, width=32, norm_topk_prob=True, layers=(False, True, False, False))
+
+
+def test_the_model_type_stands_in_for_a_missing_architecture(tmp_path: Path) -> None:
+    change = {"architectures": None, "model_type": "qwen2", "num_key_value_heads": 4}
+    assert read_spec(write(tmp_path, **{**LLAMA, **change})).qkv_bias
+
+
+def test_eos_is_every_id_that_any_file_names(tmp_path: Path) -> None:
+    write(tmp_path, "generation_config.json", eos_token_id=[9, 3])
+    write(tmp_path, "tokenizer_config.json", eos_token={"content": "<end>"})
+    write(tmp_path, "tokenizer.json", added_tokens=[{"id": 11, "content": "<end>"}, {"id": 12, "content": "<x>"}])
+    outside = LLAMA["vocab_size"]
+    assert read_spec(write(tmp_path, **LLAMA, eos_token_id=[3, outside])).eos_token_ids == (9, 3, 11)
+    write(tmp_path, "tokenizer_config.json", eos_token="<x>", added_tokens_decoder={"42": {"content": "<x>"}})
+    assert read_spec(tmp_path).eos_token_ids == (9, 3, 42)
+    write(tmp_path, "tokenizer_config.json", eos_token="word")
+    write(tmp_path, "tokenizer.json", model={"vocab": {"word": 13}})
+    assert read_spec(tmp_path).eos_token_ids == (9, 3, 13)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, ["GPT2LMHeadModel", *ARCHITECTURES]),
+        ({"architectures": "Llama"}, ["architectures", "list"]),
+        ({"hidden_size": None}, ["hidden_size", "missing"]),
+        ({"hidden_size": "64"}, ["hidden_size", "integer", "'64'"]),
+        ({"hidden_size": True}, ["hidden_size", "integer"]),
+        ({"hidden_size": 65}, ["hidden_size", "multiple"]),
+        ({"num_hidden_layers": -1}, ["num_hidden_layers"]),
+        ({"num_hidden_layers": 10**9}, ["num_hidden_layers", "at most"]),
+        ({"num_key_value_heads": 3}, ["num_key_value_heads", "divisor"]),
+        ({"head_dim": 15}, ["head_dim", "even"]),
+        ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
+        ({"rms_norm_eps": 0}, ["rms_norm_eps"]),
+        ({"torch_dtype": "float8_e4m3fn"}, ["torch_dtype", "bfloat16"]),
+        ({"quantization_config": {"quant_method": "gptq"}}, ["quantised", "gptq"]),
+        ({"rope_scaling": {"rope_type": "longrope"}}, ["longrope", "default, linear, llama3, yarn"]),
+        ({"rope_scaling": {"rope_type": "linear"}}, ["rope_scaling", "factor", "missing"]),
+        ({"rope_scaling": {"full_attention": {"rope_theta": 1.0}}}, ["rope_scaling", "per layer type"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
+        ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, ["high_freq_factor"]),
+        ({"eos_token_id": "</s>"}, ["eos_token_id"]),
+        (
+            {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 2, "num_experts_per_tok": 3},
+            ["num_experts_per_tok", "at most the 2 experts", "got 3"],
+        ),
+    ],
+)
+def test_a_bad_config_is_refused_by_file_and_field(tmp_path: Path, change: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ModelError) as caught:
+        read_spec(write(tmp_path, **{**LLAMA, "num_key_value_heads": 4, **change}))
+    assert all(word in caught.value.message for word in ["config.json", *words])
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[]", b"{", b"\xff\xfe", b"[" * 100_000, b"1e999"])
+def test_a_file_that_is_missing_or_no_json_object_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ModelError, match=r"config\.json: no such file" if content is None else r"config\.json"):
+        read_spec(tmp_path)

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from helpers.driver import CPU, Driver, row_init
+from helpers.models import tiny_spec
+from minisgl.core.attention import Attention, TorchAttention
+from minisgl.core.decoder import Decoder
+from minisgl.core.executor import LocalExecutor
+from minisgl.core.kv_cache import allocate_kv, upload
+from minisgl.core.model_runner import ModelRunner
+from minisgl.core.plan import StepPlan
+from minisgl.core.types import MAX_LOGPROBS
+from minisgl.core.weights import dummy_weights
+from minisgl.gpu.memory import prefill_plan, warm_up
+
+SPEC = tiny_spec(
+    architecture="LlamaForCausalLM", vocab_size=97, head_dim=8, qk_norm=False, max_position=64, eos_token_ids=(0,)
+)
+
+
+def make_driver(page_size: int = 4) -> Driver:
+    torch.set_num_threads(1)
+    return Driver(SPEC, dummy_weights(SPEC, torch.float32, CPU), page_size=page_size)
+
+
+def test_tables_follow_the_steps() -> None:
+    driver = make_driver()
+    tables = driver.runner.tables
+    driver.step(chunks={0: [1, 2, 3, 4, 5], 2: [6, 7]}, unfinished=[0])
+    assert tables.length.tolist() == [5, 0, 2, 0, 0]
+    assert int(tables.last_token[0]) == 0
+    first = driver.step(decode=[2], chunks={0: [8]})
+    assert tables.length.tolist() == [6, 0, 3, 0, 0]
+    assert tables.last_token[[2, 0]].tolist() == first
+    assert tables.page_table[0, :2].tolist() == driver.pages[0]
+    assert tables.page_table[2, :1].tolist() == driver.pages[2]
+
+
+def test_a_step_that_finishes_nothing_samples_nothing() -> None:
+    driver = make_driver()
+    assert driver.step(chunks={0: [1, 2, 3]}, unfinished=[0]) == []
+
+
+def test_a_step_writes_only_its_rows_pages() -> None:
+    driver = make_driver()
+    driver.step(chunks={0: [1, 2, 3, 4, 5], 1: [1, 2]})
+    kv = driver.runner.kv
+    touched = torch.nonzero(kv.k.abs().sum(dim=(0, 2, 3, 4))).flatten().tolist()
+    assert touched == sorted(driver.pages[0] + driver.pages[1])
+
+
+def test_min_tokens_and_seed_reach_the_sampler() -> None:
+    driver = make_driver()
+    greedy = driver.step(chunks={0: [1, 2, 3]})[0]
+    stopped = row_init(1, min_len=5, stop_ids=[greedy])
+    other = driver.step(chunks={1: [1, 2, 3]}, init=stopped, greedy=False)[0]
+    assert other != greedy
+    drawn = [
+        driver.step(chunks={slot: [1, 2, 3]}, init=row_init(slot, temperature=3.0, seed=seed), greedy=False)[0]
+        for slot, seed in ((2, 5), (3, 6))
+    ]
+    again = make_driver(page_size=1)
+    init = row_init(0, temperature=3.0, seed=5)
+    assert again.step(chunks={0: [1, 2, 3]}, init=init, greedy=False)[0] == drawn[0] != drawn[1]
+
+
+def test_a_row_used_again_starts_afresh() -> None:
+    driver = make_driver()
+    first = driver.step(chunks={0: [1, 2, 3]}) + driver.step(decode=[0]) + driver.step(decode=[0])
+    driver.step(decode=[0])
+    driver.length[0], driver.pages[0] = 0, []
+    assert driver.step(chunks={0: [1, 2, 3]}) + driver.step(decode=[0]) + driver.step(decode=[0]) == first
+
+
+def test_upload_keeps_values_shapes_and_dtypes() -> None:
+    arrays = {
+        "seeds": np.array([2**63 - 1, -5]),
+        "empty": np.empty(0, np.int32),
+        "table": np.arange(6, dtype=np.int32).reshape(2, 3),
+        "odd": np.array([0.5, 1.5, 2.5], np.float32),
+    }
+    for name, tensor in upload(arrays, CPU).items():
+        assert np.array_equal(tensor.numpy(), arrays[name])
+        assert tensor.numpy().dtype == arrays[name].dtype
+
+
+def test_the_step_that_is_measured_asks_for_everything_a_request_can() -> None:
+    driver = make_driver()
+    output = driver.runner.run(prefill_plan(4, 3, everything=True))
+    assert output.scores is not None
+    assert output.prompt_scores is not None
+    assert output.scores.top_ids.shape == (4, MAX_LOGPROBS)
+    assert output.prompt_scores.top_ids.shape == (12, MAX_LOGPROBS)
+    special = driver.runner.logits_processors.state
+    assert special.seen is not None
+    assert special.bias_ids is not None
+
+
+def test_a_warm_up_runs_a_prompt_beside_each_number_of_decodes_on_scratch_pages() -> None:
+    driver = make_driver(page_size=16)
+    before = driver.runner.kv.k[:, :-1].clone()
+    warm_up(driver.runner, 4)
+    tables = driver.runner.tables
+    assert tables.length.tolist() == [3, 2, 1, 1, 16]  # once in each of the counts 1, 2 and 4 that hold the row
+    assert torch.equal(driver.runner.kv.k[:, :-1], before)
+
+
+def step_plan(step: int, slot: int = 0) -> StepPlan:
+    """A step that prefills and samples one row on scratch pages."""
+    plan = prefill_plan(1, 3)
+    return msgspec.structs.replace(plan, step=step, init=None, prefill_slots=np.array([slot], np.int32))
+
+
+@pytest.fixture
+def executor() -> Iterator[LocalExecutor]:
+    torch.set_num_threads(1)
+    decoder = Decoder(SPEC, dummy_weights(SPEC, torch.float32, CPU), Attention(TorchAttention(), TorchAttention()), 64)
+    kv = allocate_kv(SPEC.num_layers, 20, 16, SPEC.num_kv_heads, SPEC.head_dim, torch.float32, CPU)
+    executor = LocalExecutor(ModelRunner(decoder, kv, 4, 64, CPU))
+    yield executor
+    executor.close()
+
+
+def test_executor_returns_steps_in_order(executor: LocalExecutor) -> None:
+    for step in range(3):
+        executor.launch(step_plan(step))
+    results = [executor.collect() for _ in range(3)]
+    assert [result.step for result in results] == [0, 1, 2]
+    assert all(result.tokens.dtype == np.int32 and result.tokens.shape == (1,) for result in results)
+
+
+def test_an_error_in_a_step_is_raised_by_its_collect(executor: LocalExecutor) -> None:
+    executor.launch(step_plan(1))
+    executor.launch(step_plan(2, slot=99))
+    assert executor.collect().step == 1
+    with pytest.raises(IndexError):
+        executor.collect()

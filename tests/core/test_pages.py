@@ -1,0 +1,408 @@
+"""The free list, and rows that come, grow, publish and go: no page is in two places, each row reads its own prefix.
+
+Planted by hand once in the cache, each caught by `TestManager` and most by a test with a name as well (R: caught by
+test_radix_cache.py too):
+
+1. `release` forgets to unlock its row's node.
+2. Eviction takes pages of locked leaves (R).
+3. A split gives the lower node pages shifted by one (R).
+4. `unlock` counts a node as evictable each time, not only when its last lock goes (R).
+5. `publish` rounds up and offers a page that is written in part.
+6. `release` frees borrowed pages beside its own.
+7. The upper half of a split forgets its locks (R).
+8. Duplicates that a row keeps are marked as borrowed, so nobody frees them.
+9. A row that is used again keeps the flags of the row before.
+10. A parent that became a leaf is not queued for eviction (R).
+
+One more, a use that does not renew `last_used`, is caught by the tests of eviction order alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from minisgl.core.pages import CacheManager, OutOfPages, PageAllocator
+from minisgl.core.plan import Int32
+
+
+def ids(*values: int) -> Int32:
+    return np.array(values, np.int32)
+
+
+def test_a_new_allocator_hands_out_ascending_runs() -> None:
+    allocator = PageAllocator(8)
+    assert allocator.allocate(3).tolist() == [0, 1, 2]
+    assert allocator.allocate(2).tolist() == [3, 4]
+    assert allocator.allocate(0).tolist() == []
+    assert allocator.num_free == 3
+
+
+def test_pages_freed_together_come_back_in_the_same_order() -> None:
+    allocator = PageAllocator(8)
+    allocator.allocate(8)
+    allocator.free(ids(5, 6, 7))
+    assert allocator.allocate(3).tolist() == [5, 6, 7]
+
+
+def test_allocated_pages_are_a_copy_and_asking_for_too_many_takes_none() -> None:
+    allocator = PageAllocator(4)
+    allocator.allocate(1)[:] = 3
+    with pytest.raises(OutOfPages, match="4 pages were asked for and 3 are free"):
+        allocator.allocate(4)
+    assert allocator.num_free == 3
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (ids(0, 2), "double free of page 2"),
+        (ids(1, 0, 1), "double free of page 1"),
+        (ids(0, 4), "not all within 0 … 3"),
+        (ids(-1), "not all within 0 … 3"),
+    ],
+)
+def test_a_wrong_free_raises_and_changes_nothing(wrong: Int32, message: str) -> None:
+    allocator = PageAllocator(4)
+    allocator.allocate(2)
+    with pytest.raises(RuntimeError, match=message):
+        allocator.free(wrong)
+    assert sorted(allocator.free_pages().tolist()) == [2, 3]
+    allocator.free(ids(0, 1))
+    assert sorted(allocator.allocate(4).tolist()) == [0, 1, 2, 3]
+
+
+def grow(cache: CacheManager, slot: int, length: int) -> Int32:
+    """Extend one row; return the pages that it gained."""
+    return cache.extend(ids(slot), ids(length))[2]
+
+
+def test_the_last_token_of_a_prompt_is_never_taken_from_the_cache() -> None:
+    cache = CacheManager(8, 2, True, 2, 4)
+    prompt = ids(1, 2, 3, 4)
+    assert cache.acquire(0, prompt) == 0
+    grow(cache, 0, 4)
+    cache.release(0, prompt, 4)
+    assert cache.num_cached == 2
+    assert cache.match_len(prompt) == cache.acquire(0, prompt) == 2
+    assert cache.match_len(ids(1, 2, 3, 4, 5)) == 4
+    assert cache.match_len(ids()) == 0
+
+
+def test_extend_gives_each_row_what_it_lacks_and_says_so() -> None:
+    cache = CacheManager(16, 4, True, 3, 4)
+    for slot in range(3):
+        cache.acquire(slot, ids(slot))
+    grow(cache, 1, 4)
+    slots, indices, pages = cache.extend(ids(2, 1, 0), ids(9, 4, 5))
+    assert cache.pages_needed(ids(2, 1, 0), ids(13, 9, 1)).tolist() == [1, 2, 0]
+    assert slots.tolist() == [2, 2, 2, 0, 0]
+    assert indices.tolist() == [0, 1, 2, 0, 1]
+    assert pages.tolist() == [1, 2, 3, 4, 5]
+    assert cache.row_pages.tolist() == [2, 1, 3]
+    assert [part.tolist() for part in cache.writes(2)] == [[2, 2, 2], [0, 1, 2], [1, 2, 3]]
+    assert all(part.dtype == np.int32 for part in (slots, indices, pages))
+
+
+def test_published_pages_are_shared_while_their_row_runs() -> None:
+    cache = CacheManager(8, 2, True, 2, 4)
+    prompt = ids(1, 2, 3, 4, 5)
+    cache.acquire(0, prompt)
+    mine = grow(cache, 0, 5)
+    cache.publish(0, prompt, 3)
+    assert (cache.num_cached, cache.num_owned, cache.available) == (1, 2, 5)
+    cache.publish(0, prompt, 5)
+    assert (cache.num_cached, cache.num_owned, cache.available) == (2, 1, 5)
+    assert cache.acquire(1, prompt) == 4
+    assert cache.writes(1)[2].tolist() == mine[:2].tolist()
+    cache.release(0, prompt, 5)
+    assert cache.flush() == 0
+    assert cache.available == 6
+    cache.release(1, prompt, 4)
+    assert cache.flush() == 2
+    assert cache.num_free == 8
+
+
+def test_extend_evicts_the_least_recently_used_prefix_and_never_a_borrowed_one() -> None:
+    cache = CacheManager(6, 1, True, 2, 6)
+    for first in (1, 2, 3):
+        cache.acquire(0, ids(first, first))
+        grow(cache, 0, 2)
+        cache.release(0, ids(first, first), 2)
+    assert cache.acquire(0, ids(1, 1, 9)) == 2
+    assert cache.available == 4
+    cache.acquire(1, ids(7))
+    grow(cache, 1, 2)
+    assert [cache.match_len(ids(n, n, 0)) for n in (1, 2, 3)] == [2, 0, 2]
+    with pytest.raises(OutOfPages, match="3 pages are needed and 2 are available"):
+        grow(cache, 1, 5)
+    grow(cache, 1, 4)
+    assert [cache.match_len(ids(n, n, 0)) for n in (1, 2, 3)] == [2, 0, 0]
+    cache.check()
+
+
+def test_match_len_is_no_use_of_a_prefix_and_acquire_is() -> None:
+    cache = CacheManager(3, 1, True, 1, 3)
+    for first in (1, 2, 3):
+        cache.acquire(0, ids(first))
+        grow(cache, 0, 1)
+        cache.release(0, ids(first), 1)
+    assert cache.match_len(ids(2, 0)) == 1
+    cache.acquire(0, ids(1, 0))
+    cache.release(0, ids(1, 0), 1)
+    cache.acquire(0, ids(9))
+    grow(cache, 0, 1)
+    assert [cache.match_len(ids(n, 0)) for n in (1, 2, 3)] == [1, 0, 1]
+
+
+class AllocatorMachine(RuleBasedStateMachine):
+    """The model is the set of pages that are out."""
+
+    @initialize(num_pages=st.integers(0, 40))
+    def start(self, num_pages: int) -> None:
+        self.allocator = PageAllocator(num_pages)
+        self.num_pages = num_pages
+        self.out: list[int] = []
+
+    @rule(count=st.integers(0, 20))
+    def allocate(self, count: int) -> None:
+        if count > self.num_pages - len(self.out):
+            with pytest.raises(OutOfPages):
+                self.allocator.allocate(count)
+            return
+        self.out += self.allocator.allocate(count).tolist()
+
+    @rule(data=st.data(), right=st.booleans())
+    def free(self, data: st.DataObject, right: bool) -> None:
+        some = st.sampled_from(self.out) if right and self.out else st.integers(-2, self.num_pages + 1)
+        back = data.draw(st.lists(some, max_size=5))
+        if len(set(back)) == len(back) and set(back) <= set(self.out):
+            self.allocator.free(ids(*back))
+            self.out = [page for page in self.out if page not in back]
+        else:
+            with pytest.raises(RuntimeError):
+                self.allocator.free(ids(*back))
+
+    @invariant()
+    def each_page_is_free_or_out(self) -> None:
+        if hasattr(self, "allocator"):
+            assert len(set(self.out)) == len(self.out)
+            assert self.allocator.num_free == self.num_pages - len(self.out)
+            assert sorted(self.allocator.free_pages().tolist() + self.out) == list(range(self.num_pages))
+
+
+TestAllocator = AllocatorMachine.TestCase
+TestAllocator.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None, derandomize=True, phases=[Phase.generate]
+)
+
+
+class Row:
+    """A running request as its scheduler sees it: `tokens[:known]` are seen, KV below `written` is computed."""
+
+    def __init__(self, tokens: Int32, cached: int) -> None:
+        self.tokens = tokens
+        self.known = len(tokens)
+        self.written = cached
+
+
+class ManagerMachine(RuleBasedStateMachine):
+    """A scheduler that acts at random, and a device whose page slots hold which prefix was written there.
+
+    A prefix is an integer: prefix 0 is empty, and each (prefix, token) makes the next one.
+    """
+
+    rows: dict[int, Row]
+
+    @initialize(
+        page_size=st.sampled_from([1, 2, 16]),
+        pages=st.integers(4, 32),
+        shared=st.sampled_from([True, True, True, False]),
+    )
+    def start(self, page_size: int, pages: int, shared: bool) -> None:
+        self.shared = shared
+        self.size = page_size
+        self.cache = CacheManager(pages, page_size, shared, 4, 16)
+        self.content = np.full((pages, page_size), -1, np.int64)
+        self.prefixes: dict[tuple[int, int], int] = {}
+        self.rows = {}
+
+    def prefix_ids(self, tokens: Int32) -> list[int]:
+        """The prefix that ends with each token."""
+        out, prefix = [], 0
+        for token in tokens.tolist():
+            prefix = self.prefixes.setdefault((prefix, token), len(self.prefixes) + 1)
+            out.append(prefix)
+        return out
+
+    def read(self, slot: int, length: int) -> list[int]:
+        """What the row's first `length` positions hold."""
+        positions = np.arange(length)
+        pages = self.cache.page_table[slot, positions // self.size]
+        found: list[int] = self.content[pages, positions % self.size].tolist()
+        return found
+
+    @precondition(lambda self: len(self.rows) < 4)
+    @rule(
+        blocks=st.lists(st.integers(0, 1), min_size=1, max_size=6),
+        odd=st.integers(0, 15),
+        parts=st.sampled_from([0, 1, 2, 4, 4]),
+        share=st.booleans(),
+    )
+    def acquire(self, blocks: list[int], odd: int, parts: int, share: bool) -> None:
+        """A row starts, prefills some quarters of what is not cached, and may publish them."""
+        slot = next(slot for slot in range(4) if slot not in self.rows)
+        whole = [token for block in blocks for token in [*range(self.size - 1), block]]
+        tokens = np.array(whole[: len(whole) - odd % self.size], np.int32)
+        expected, available = self.cache.match_len(tokens), self.cache.available
+        cached = self.cache.acquire(slot, tokens)
+        assert cached == expected
+        assert cached % self.size == 0
+        assert cached < len(tokens)
+        assert self.cache.available >= available - cached // self.size
+        assert self.cache.row_pages[slot] == cached // self.size
+        if not self.shared:
+            assert cached == 0
+        row = self.rows[slot] = Row(tokens, cached)
+        self.compute([slot], [row.written + (row.known - row.written) * parts // 4])
+        if share:
+            self.offer(slot)
+
+    @precondition(lambda self: bool(self.rows))
+    @rule(which=st.integers(0, 3), parts=st.integers(1, 4), share=st.booleans())
+    def prefill(self, which: int, parts: int, share: bool) -> None:
+        """One row computes some quarters of the tokens it knows and has not computed."""
+        slot = self.pick(which)
+        row = self.rows[slot]
+        self.compute([slot], [row.written + max(0, row.known - row.written) * parts // 4])
+        if share:
+            self.offer(slot)
+
+    @rule(rounds=st.integers(1, 4), late=st.booleans(), token=st.integers(0, 1))
+    def decode(self, rounds: int, late: bool, token: int) -> None:
+        """All rows that are through their prompts go on together; the host may learn the last tokens later."""
+        for last in range(rounds)[::-1]:
+            room = 16 * self.size
+            slots = [slot for slot, row in self.rows.items() if row.known <= row.written < room]
+            for slot in slots:
+                self.rows[slot].tokens = np.append(self.rows[slot].tokens, token).astype(np.int32)
+            if slots and not self.compute(slots, [self.rows[slot].written + 1 for slot in slots]):
+                for slot in slots:
+                    self.rows[slot].tokens = self.rows[slot].tokens[:-1]
+            for row in self.rows.values():
+                unseen = late and last == 0 and row.known <= row.written
+                row.known = max(row.known, len(row.tokens) - unseen)
+
+    def pick(self, which: int) -> int:
+        """A row that is running."""
+        return sorted(self.rows)[which % len(self.rows)]
+
+    def compute(self, chosen: list[int], lens: list[int]) -> bool:
+        """A step: rows get pages and KV up to these lengths; False when there are not enough pages."""
+        slots, new_lens = np.array(chosen), np.array(lens)
+        need = self.cache.pages_needed(slots, new_lens)
+        assert need.tolist() == [
+            max(0, -(-n // self.size) - int(self.cache.row_pages[s])) for s, n in zip(chosen, lens, strict=True)
+        ]
+        table, counts, available = self.cache.page_table.copy(), self.cache.row_pages.copy(), self.cache.available
+        state = (self.cache.num_free, self.cache.num_cached)
+        if need.sum() > available:
+            with pytest.raises(OutOfPages):
+                self.cache.extend(slots, new_lens)
+            assert np.array_equal(table, self.cache.page_table)
+            assert np.array_equal(counts, self.cache.row_pages)
+            assert state == (self.cache.num_free, self.cache.num_cached)
+            return False
+        where, indices, pages = self.cache.extend(slots, new_lens)
+        assert self.cache.available == available - need.sum()
+        table[where, indices] = pages
+        counts[slots] += need
+        assert np.array_equal(table, self.cache.page_table)
+        assert np.array_equal(counts, self.cache.row_pages)
+        for slot, length in zip(chosen, lens, strict=True):
+            row = self.rows[slot]
+            positions = np.arange(row.written, length)
+            pages = table[slot, positions // self.size]
+            self.content[pages, positions % self.size] = self.prefix_ids(row.tokens[:length])[row.written :]
+            row.written = length
+        return True
+
+    def offer(self, slot: int) -> None:
+        """The row publishes what it has computed; its page table stays."""
+        row, before = self.rows[slot], self.cache.page_table.copy()
+        self.cache.publish(slot, row.tokens[: row.known], row.written)
+        assert np.array_equal(before, self.cache.page_table)
+        self.finds(row)
+
+    @precondition(lambda self: bool(self.rows))
+    @rule(order=st.permutations(range(4)), count=st.integers(0, 4), start=st.none() | st.integers(0, 3))
+    def leave(self, order: list[int], count: int, start: int | None) -> None:
+        """What is foretold of rows that leave comes true, also where another row starts on what they share."""
+        slots = [slot for slot in order if slot in self.rows][:count]
+        new = None if start is None else self.rows[self.pick(start)].tokens
+        foretold = self.cache.available_after(np.array(slots, np.intp), new)
+        self.cache.check()
+        if new is not None:
+            if not (free := [slot for slot in range(4) if slot not in self.rows]):
+                return
+            self.cache.acquire(free[0], new)
+        assert self.cache.available == foretold[0]
+        for slot, expected in zip(slots, foretold[1:], strict=True):
+            row = self.rows.pop(slot)
+            self.cache.release(slot, row.tokens[: row.known], row.written)
+            assert self.cache.available == expected
+        if new is not None:
+            self.cache.release(free[0], new, 0)
+
+    @precondition(lambda self: bool(self.rows))
+    @rule(which=st.integers(0, 3))
+    def release(self, which: int) -> None:
+        slot = self.pick(which)
+        row = self.rows.pop(slot)
+        self.cache.release(slot, row.tokens[: row.known], row.written)
+        assert self.cache.row_pages[slot] == 0
+        self.finds(row)
+
+    def finds(self, row: Row) -> None:
+        """What was just offered is in the cache, whole pages of it, and nothing behind."""
+        if self.shared:
+            whole = min(row.known, row.written) // self.size * self.size
+            assert self.cache.match_len(np.append(row.tokens[:whole], 99).astype(np.int32)) == whole
+
+    @rule(often=st.integers(0, 4))
+    def flush(self, often: int) -> None:
+        if often:
+            return
+        evictable = self.cache.available - self.cache.num_free
+        assert self.cache.flush() == evictable
+        assert self.cache.available == self.cache.num_free
+
+    @invariant()
+    def each_page_is_in_one_place(self) -> None:
+        if hasattr(self, "cache"):
+            self.cache.check()
+            assert self.shared or self.cache.num_cached == 0
+            assert self.cache.num_free + self.cache.num_cached + self.cache.num_owned == self.cache.num_pages
+
+    @invariant()
+    def each_row_reads_its_own_prefix(self) -> None:
+        for slot, row in getattr(self, "rows", {}).items():
+            assert self.read(slot, row.written) == self.prefix_ids(row.tokens[: row.written])
+
+    def teardown(self) -> None:
+        for slot, row in getattr(self, "rows", {}).items():
+            self.cache.release(slot, row.tokens[: row.known], row.written)
+        if hasattr(self, "cache"):
+            assert self.cache.num_owned == 0
+            self.cache.flush()
+            self.cache.check()
+            assert self.cache.num_free == self.cache.num_pages
+
+
+TestManager = ManagerMachine.TestCase
+TestManager.settings = settings(
+    max_examples=200, stateful_step_count=40, deadline=None, derandomize=True, phases=[Phase.generate]
+)

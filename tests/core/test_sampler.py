@@ -1,0 +1,223 @@
+"""Sampling: the filters' sets exactly, the noise and the drawn tokens by chi-square at a fixed seed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from minisgl.core import sampler as sampling
+from minisgl.core.sampler import SamplingRows, gumbel_noise, mask_stop_ids, sample, threshold, token_hash
+
+
+def rows(n: int, **values: Any) -> SamplingRows:
+    """Parameters of n rows, each a number for all or a list."""
+
+    def column(name: str, default: float, dtype: torch.dtype) -> Tensor:
+        return torch.as_tensor(values.get(name, default), dtype=dtype).expand(n).clone()
+
+    return SamplingRows(
+        temperature=column("temperature", 1.0, torch.float32),
+        top_p=column("top_p", 1.0, torch.float32),
+        min_p=column("min_p", 0.0, torch.float32),
+        top_k=column("top_k", 0, torch.int32),
+        seed=column("seed", 0, torch.int64),
+        min_len=column("min_len", 0, torch.int32),
+        stop_ids=torch.tensor(values.get("stop_ids", [[-1]] * n), dtype=torch.int32),
+    )
+
+
+def chi_square(counts: Tensor, expected: Tensor) -> float:
+    """The statistic in standard deviations from its mean, for len(counts) - 1 degrees of freedom."""
+    degrees = len(counts) - 1
+    statistic = float(((counts - expected) ** 2 / expected).sum())
+    return (statistic - degrees) / math.sqrt(2 * degrees)
+
+
+def kept(logits: list[float], **params: Any) -> list[int]:
+    """Ids that the filters keep."""
+    scaled = torch.tensor([logits]) - max(logits)
+    return torch.nonzero(scaled[0] >= threshold(scaled, rows(1, **params))[0]).squeeze(1).tolist()
+
+
+LOGITS = [math.log(p) for p in (0.1, 0.4, 0.05, 0.25, 0.2)]  # by probability: 1, 3, 4, 0, 2
+
+
+@pytest.mark.parametrize(
+    ("params", "ids"),
+    [
+        ({}, [0, 1, 2, 3, 4]),
+        ({"top_k": 1}, [1]),
+        ({"top_k": 3}, [1, 3, 4]),
+        ({"top_k": 5}, [0, 1, 2, 3, 4]),
+        ({"top_k": 100}, [0, 1, 2, 3, 4]),
+        ({"top_p": 0.3}, [1]),
+        ({"top_p": 0.6}, [1, 3]),
+        ({"top_p": 0.66}, [1, 3, 4]),
+        ({"top_p": 0.97}, [0, 1, 2, 3, 4]),
+        ({"top_p": 1e-9}, [1]),
+        ({"min_p": 0.3}, [1, 3, 4]),
+        ({"min_p": 1.0}, [1]),
+        ({"top_k": 3, "top_p": 0.7}, [1, 3]),  # 0.4 and 0.25 are 0.76 of the three's 0.85
+        ({"top_k": 3, "top_p": 0.8}, [1, 3, 4]),
+        ({"top_k": 4, "min_p": 0.55}, [1, 3]),
+        ({"top_p": 0.6, "min_p": 0.9}, [1]),
+    ],
+)
+@pytest.mark.parametrize("few", [(), (2,), (1, 3)])
+def test_filters_keep(
+    params: dict[str, Any], ids: list[int], few: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "FEW", few)
+    assert kept(LOGITS, **params) == ids
+
+
+def test_ties_with_the_last_token_are_kept() -> None:
+    assert kept([0.0, 1.0, 0.0, 0.0, -1.0], top_k=2) == [0, 1, 2, 3]
+
+
+def test_looking_at_a_few_logits_first_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    scaled = torch.cat([torch.randn(8, 500) * s for s in (0.1, 1.0, 5.0)])
+    scaled -= scaled.amax(dim=-1, keepdim=True)
+    params = rows(24, top_p=[1.0, 0.9, 0.5, 0.99] * 6, top_k=[0, 0, 20, 200, 499, 600] * 4, min_p=[0.0, 0.01, 0.2] * 8)
+    outcomes = []
+    for few in ((), (16, 100)):
+        monkeypatch.setattr(sampling, "FEW", few)
+        one_by_one = [threshold(scaled[i : i + 1], params.select(torch.tensor([i]))) for i in range(24)]
+        outcomes += [scaled >= threshold(scaled, params), scaled >= torch.cat(one_by_one)]
+    assert all(torch.equal(outcomes[0], outcome) for outcome in outcomes[1:])
+
+
+def test_greedy_takes_the_lowest_id_of_equals() -> None:
+    logits = torch.tensor([[0.0, 2.0, 2.0], [1.0, 1.0, 1.0], *[[0.0, 3.0, 3.0]] * 8])
+    params = rows(10, temperature=[0.0] * 2 + [5.0] * 8, top_k=[0] * 2 + [1] * 8, seed=list(range(10)))
+    for all_greedy in (False, True):
+        tokens = sample(logits, params, torch.zeros(10, dtype=torch.int32), all_greedy=all_greedy)
+        assert tokens.tolist() == [1, 0, *[1] * 8]
+
+
+def test_stop_ids_wait_for_the_minimum_length() -> None:
+    logits = torch.tensor([[0.0, 9.0, 5.0, 1.0]] * 3)
+    params = rows(3, temperature=0.0, min_len=[6, 5, 6], stop_ids=[[1, 2], [1, 2], [1, -1]])
+    position = torch.tensor([5, 5, 5], dtype=torch.int32)
+    assert sample(logits, params, position).tolist() == [3, 1, 2]
+    assert mask_stop_ids(logits, params, position)[0].tolist() == [0.0, -math.inf, -math.inf, 1.0]
+    assert logits[0].tolist() == [0.0, 9.0, 5.0, 1.0]
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-30, 1e-5])
+def test_a_tiny_temperature_is_as_good_as_greedy(temperature: float) -> None:
+    logits = torch.randn(4, 50) * 100
+    params = rows(4, temperature=temperature, top_p=0.9)
+    assert sample(logits, params, torch.arange(4, dtype=torch.int32)).tolist() == logits.argmax(dim=-1).tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.6, 1.0, 1.7])
+def test_sampled_frequencies_are_the_softmax(temperature: float) -> None:
+    torch.manual_seed(0)
+    draws, vocab = 20000, 24
+    logits = torch.randn(vocab) * (0.05 if temperature == 0.05 else 1.0)
+    positions = torch.arange(draws, dtype=torch.int32)
+    tokens = sample(
+        logits.expand(draws, -1), rows(draws, temperature=temperature, seed=11), positions, any_filter=False
+    )
+    expected = draws * (logits / temperature).softmax(dim=-1)
+    assert abs(chi_square(torch.bincount(tokens, minlength=vocab).float(), expected)) < 4
+
+
+def test_sampled_frequencies_after_a_filter_are_the_renormalised_softmax() -> None:
+    draws = 20000
+    logits = torch.tensor(LOGITS).expand(draws, -1)
+    seeds = torch.arange(draws).tolist()
+    tokens = sample(logits, rows(draws, top_p=0.66, seed=seeds), torch.full((draws,), 3, dtype=torch.int32))
+    counts = torch.bincount(tokens, minlength=5).float()
+    assert counts[[0, 2]].tolist() == [0.0, 0.0]
+    expected = draws * torch.tensor([0.4, 0.25, 0.2]) / 0.85
+    assert abs(chi_square(counts[[1, 3, 4]], expected)) < 4
+
+
+def test_a_row_draws_the_same_whoever_is_beside_it() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(9, 300)
+    params = rows(
+        9, temperature=[0.0, 0.7, 1.0] * 3, top_p=[0.9, 1.0, 0.8] * 3, top_k=[0, 30, 5] * 3, seed=list(range(9))
+    )
+    positions = torch.arange(9, dtype=torch.int32) * 5
+    together = sample(logits, params, positions).tolist()
+    for row in range(9):
+        one = torch.tensor([row])
+        assert sample(logits[one], params.select(one), positions[one]).tolist() == [together[row]]
+
+
+def hash_of(seeds: list[int], positions: list[int], vocab: int) -> Tensor:
+    bits = token_hash(
+        torch.tensor(seeds), torch.tensor(positions, dtype=torch.int32), torch.arange(vocab, dtype=torch.int32)
+    )
+    return bits.long() & 0xFFFFFFFF
+
+
+def test_hash_is_what_its_definition_says() -> None:
+    """The same in Python's integers; the values hold the definition still for every later kernel."""
+
+    def mix64(x: int) -> int:
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
+        x = (x ^ x >> 27) * 0x94D049BB133111EB & (2**64 - 1)
+        return x ^ x >> 31
+
+    def mix32(x: int) -> int:
+        x = (x ^ x >> 16) * 0x85EBCA6B & (2**32 - 1)
+        x = (x ^ x >> 13) * 0xC2B2AE35 & (2**32 - 1)
+        return x ^ x >> 16
+
+    cases = [(0, 0), (1, 0), (-1, 7), (2**63 - 1, 131071), (-(2**63), 1), (123456789, 2**31 - 1)]
+    ours = hash_of([seed for seed, _ in cases], [position for _, position in cases], 1000)
+    for i, (seed, position) in enumerate(cases):
+        key = mix64((seed + (position + 1) * 0x9E3779B97F4A7C15) & (2**64 - 1))
+        expected = [mix32(mix32(token ^ key & 0xFFFFFFFF) ^ key >> 32) for token in range(1000)]
+        assert ours[i].tolist() == expected
+    assert hash_of([42], [3], 3)[0].tolist() == [2082550579, 2848127864, 2946389577]
+
+
+@pytest.mark.parametrize("axis", ["tokens", "positions", "seeds"])
+@pytest.mark.parametrize("shift", [0, 8, 16, 24])
+def test_every_byte_of_the_hash_is_uniform(axis: str, shift: int) -> None:
+    n = 65536
+    if axis == "tokens":
+        bits = hash_of([5], [17], n)[0]
+    elif axis == "positions":
+        bits = hash_of([5] * n, list(range(n)), 1)[:, 0]
+    else:
+        bits = hash_of(list(range(n)), [17] * n, 1)[:, 0]
+    counts = torch.bincount(bits >> shift & 255, minlength=256).float()
+    assert abs(chi_square(counts, torch.full((256,), n / 256))) < 4
+
+
+@pytest.mark.parametrize("axis", ["tokens", "positions", "seeds"])
+def test_neighbours_are_independent(axis: str) -> None:
+    """High nibbles of neighbours fall into all 256 pairs equally often, and single bits do not agree too often."""
+    n = 400
+    base = hash_of([s for s in range(n) for _ in (0, 1)], [0, 1] * n, 201).view(n, 2, 201)
+    pairs = {
+        "tokens": (base[:, 0, :-1], base[:, 0, 1:]),
+        "positions": (base[:, 0], base[:, 1]),
+        "seeds": (base[:-1, 0], base[1:, 0]),
+    }
+    first, second = pairs[axis]
+    joint = ((first >> 28) * 16 + (second >> 28)).flatten()
+    counts = torch.bincount(joint, minlength=256).float()
+    assert abs(chi_square(counts, torch.full((256,), len(joint) / 256))) < 4
+    differing = np.bitwise_count((first ^ second).numpy()).mean()
+    assert abs(differing - 16) < 4 * math.sqrt(8 / first.numel())
+
+
+def test_noise_is_gumbel_and_finite() -> None:
+    noise = gumbel_noise(torch.arange(100), torch.arange(100, dtype=torch.int32), 5000)
+    assert bool(noise.isfinite().all())
+    assert abs(float(noise.double().mean()) - 0.5772157) < 0.01
+    assert abs(float(noise.double().var()) - math.pi**2 / 6) < 0.02
+    assert float((noise < 0).double().mean()) == pytest.approx(math.exp(-1), abs=0.003)

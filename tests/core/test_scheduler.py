@@ -1,0 +1,332 @@
+"""The scheduler over the simulated device, where a wrong page or length changes the tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from helpers.simulation import (
+    VOCAB,
+    advance,
+    check_answers,
+    model_info,
+    record_plans,
+    request,
+    run,
+    simulated_engine,
+    tokens_of,
+)
+from minisgl.config import Config
+from minisgl.core.plan import StepResult
+from minisgl.core.policy import POLICIES, LongestPrefixMatch
+from minisgl.core.request_state import RequestState, State
+from minisgl.core.types import FinishReason, Grammar, Request, SamplingParams
+from minisgl.errors import ContextLengthError, EngineDeadError, InvalidRequestError
+
+
+def prompts(count: int, low: int, high: int, shared: int = 0, seed: int = 0) -> list[list[int]]:
+    """Random prompts with `low` to `high` own tokens after `shared` common ones."""
+    rng = np.random.default_rng(seed)
+    common = rng.integers(0, VOCAB, shared).tolist()
+    return [common + rng.integers(0, VOCAB, rng.integers(low, high + 1)).tolist() for _ in range(count)]
+
+
+SETTINGS = list(itertools.product(["radix", "naive"], [1, 4, 16], [7, 64, 8192], [True, False], [1, 8], POLICIES))
+
+
+@pytest.mark.parametrize(("cache", "page_size", "chunk", "overlap", "rows", "policy"), SETTINGS)
+def test_tokens_do_not_depend_on_any_setting(
+    cache: str, page_size: int, chunk: int, overlap: bool, rows: int, policy: str
+) -> None:
+    engine = simulated_engine(
+        cache=cache,
+        page_size=page_size,
+        num_pages=256 // page_size,
+        max_prefill_length=chunk,
+        overlap=overlap,
+        max_running_requests=rows,
+        schedule_policy=policy,
+    )
+    requests = [
+        request(str(i), p, max_tokens=3 + 5 * (i % 4), temperature=0.8 * (i % 2), seed=i, min_tokens=i % 3)
+        for i, p in enumerate(prompts(12, 1, 40, shared=20))
+    ]
+    check_answers(engine, requests, run(engine, requests))
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("cache", ["radix", "naive"])
+@pytest.mark.parametrize("page_size", [1, 4])
+def test_running_out_of_pages_retracts_and_loses_nothing(overlap: bool, cache: str, page_size: int) -> None:
+    engine = simulated_engine(
+        num_pages=120 // page_size, page_size=page_size, max_seq_len=100, cache=cache, overlap=overlap
+    )
+    requests = [request(str(i), p, max_tokens=60, ignore_eos=True) for i, p in enumerate(prompts(10, 5, 30))]
+    events = run(engine, requests)
+    assert engine.stats().retracted > 0
+    check_answers(engine, requests, events)
+    assert {mine[-1].finish for mine in events.values()} == {FinishReason.LENGTH}
+    for mine in events.values():
+        assert len({event.cached_tokens for event in mine}) == 1, "tokens of a retracted request count as cached"
+
+
+def test_retraction_never_takes_the_oldest() -> None:
+    engine = simulated_engine(num_pages=24, page_size=4, max_seq_len=96, cache="naive", overlap=False)
+    for i in range(4):
+        engine.add(request(str(i), [i] * 8, max_tokens=40, ignore_eos=True))
+    ends: list[str] = []
+    while engine.has_work:
+        ends += [event.id for event in engine.step() if event.finish]
+        oldest = engine.scheduler.live.get("0")
+        assert oldest is None or oldest.slot >= 0
+    assert engine.stats().retracted > 0
+    assert ends == ["0", "1", "2", "3"]
+
+
+def test_running_requests_decode_in_every_step_in_which_a_long_prompt_is_prefilled() -> None:
+    engine = simulated_engine(max_prefill_length=8, num_pages=128, max_seq_len=400)
+    plans = record_plans(engine)
+    for i in range(3):
+        engine.add(request(str(i), [i] * 4, max_tokens=100, ignore_eos=True))
+    advance(engine, 5)
+    engine.add(request("long", range(50), max_tokens=2, ignore_eos=True))
+    before = len(plans)
+    while "long" in engine.scheduler.live:
+        engine.step()
+    chunks = [plan for plan in plans[before:] if len(plan.prefill_slots)]
+    assert [int(plan.prefill_lens.sum()) for plan in chunks] == [8, 8, 8, 8, 8, 8, 2]
+    assert all(len(plan.decode_slots) == 3 for plan in chunks)
+
+
+def test_the_prefill_budget_bounds_every_step() -> None:
+    engine = simulated_engine(max_prefill_length=10, num_pages=256)
+    plans = record_plans(engine)
+    run(engine, [request(str(i), p, max_tokens=3) for i, p in enumerate(prompts(20, 1, 50))])
+    assert max(len(plan.prefill_tokens) for plan in plans) == 10
+
+
+def test_the_longest_row_decodes_first() -> None:
+    engine = simulated_engine(max_prefill_length=64)
+    plans = record_plans(engine)
+    run(engine, [request(str(i), [i] * n, max_tokens=4, ignore_eos=True) for i, n in enumerate((3, 9, 1, 9, 5))])
+    assert [plan.decode_slots.tolist() for plan in plans[1:]] == [[1, 3, 4, 0, 2]] * 3
+
+
+@pytest.mark.parametrize(("pages", "own", "other", "when"), [(5, 4, 8, 5), (5, 7, 8, 2), (6, 8, 8, 5), (7, 7, 8, 6)])
+def test_a_row_that_is_about_to_leave_gives_its_pages_before_any_is_retracted(
+    pages: int, own: int, other: int, when: int
+) -> None:
+    engine = simulated_engine(num_pages=pages, page_size=4, max_seq_len=24, cache="naive", max_prefill_length=64)
+    engine.add(request("a", [1] * own, max_tokens=20 - own, ignore_eos=True))
+    engine.add(request("b", [2] * other, max_tokens=20 - other, ignore_eos=True))
+    advance(engine, when)
+    engine.abort(["b"])
+    advance(engine)
+    assert engine.stats().retracted == 0
+
+
+@pytest.mark.parametrize(("pages", "chunk", "length"), [(8, 4, 13), (8, 8, 15), (10, 8, 17), (13, 16, 9)])
+def test_admission_leaves_the_pages_that_running_rows_will_soon_take(pages: int, chunk: int, length: int) -> None:
+    engine = simulated_engine(num_pages=pages, max_seq_len=40, cache="naive", max_prefill_length=chunk)
+    run(engine, [request(str(i), [i] * length, max_tokens=5, ignore_eos=True) for i in range(4)])
+    assert engine.stats().retracted == 0
+
+
+def test_admission_does_not_reserve_max_tokens() -> None:
+    engine = simulated_engine(num_pages=40, page_size=4, max_seq_len=160, max_prefill_length=64)
+    for i in range(8):
+        engine.add(request(str(i), [i, i, i], max_tokens=150, ignore_eos=True))
+    engine.step()
+    assert engine.stats().running == 8
+
+
+def test_requests_that_share_a_prefix_share_its_pages_even_in_their_first_step() -> None:
+    engine = simulated_engine(num_pages=64, page_size=4, max_prefill_length=8192)
+    shared = list(range(32))
+    events = run(engine, [request(str(i), [*shared, i], max_tokens=2) for i in range(8)])
+    assert [events[str(i)][0].cached_tokens for i in range(8)] == [0] + [32] * 7
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("when", range(12))
+def test_abort_at_any_moment_ends_with_one_event_and_frees_everything(overlap: bool, when: int) -> None:
+    engine = simulated_engine(overlap=overlap, max_prefill_length=8, max_running_requests=2)
+    requests = [request(str(i), p, max_tokens=4, ignore_eos=True) for i, p in enumerate(prompts(4, 20, 20))]
+    for r in requests:
+        engine.add(r)
+    events = advance(engine, when)
+    ended = {e.id for e in events if e.finish}
+    engine.abort(["0", "1", "3", "unknown"])
+    engine.abort(["0"])
+    events += advance(engine)
+    for r in requests:
+        mine = [e for e in events if e.id == r.id]
+        assert [e.finish is not None for e in mine] == [False] * (len(mine) - 1) + [True]
+        aborted = r.id in "013" and r.id not in ended
+        assert mine[-1].finish is (FinishReason.ABORT if aborted else FinishReason.LENGTH)
+    assert engine.cache.num_owned == 0
+    engine.cache.flush()
+    assert engine.cache.num_free == engine.executor.num_pages
+    assert not engine.table.in_flight.any()
+    assert (engine.table.state == State.FREE).all()
+
+
+@pytest.mark.parametrize("when", range(1, 60, 3))
+def test_abort_among_retractions_frees_everything(when: int) -> None:
+    engine = simulated_engine(num_pages=12, page_size=4, max_seq_len=48, overlap=True)
+    for i in range(3):
+        engine.add(request(str(i), [i] * 8, max_tokens=30, ignore_eos=True))
+    events = advance(engine, when)
+    live = list(engine.scheduler.live)
+    engine.abort(live)
+    events += advance(engine)
+    assert sorted(e.id for e in events if e.finish is FinishReason.ABORT) == live
+    assert engine.cache.num_owned == 0
+
+
+def test_stop_tokens_end_a_request_and_min_tokens_holds_them_off() -> None:
+    engine = simulated_engine(num_pages=256, max_seq_len=512, page_size=4)
+    wanted = [request(str(i), [i, i + 1], max_tokens=400, min_tokens=m) for i, m in enumerate([0, 0, 100, 100])]
+    events = run(engine, wanted)
+    check_answers(engine, wanted, events)
+    for r in wanted:
+        tokens = tokens_of(events[r.id])
+        assert len(tokens) > r.params.min_tokens
+        assert 7 not in tokens[: r.params.min_tokens]
+        stopped = events[r.id][-1].finish is FinishReason.STOP
+        assert stopped == (tokens[-1] == 7)
+
+
+def test_max_tokens_one_never_decodes() -> None:
+    engine = simulated_engine()
+    plans = record_plans(engine)
+    events = run(engine, [request("a", [1, 2, 3], max_tokens=1, ignore_eos=True)])
+    assert len(tokens_of(events["a"])) == 1
+    assert len(plans) == 1
+
+
+def test_a_request_fills_the_last_page_and_ends_by_length() -> None:
+    engine = simulated_engine(num_pages=8, page_size=4, max_seq_len=32)
+    events = run(engine, [request("a", [1] * 31, ignore_eos=True), request("b", [2] * 20, ignore_eos=True)])
+    assert len(tokens_of(events["a"])) == 1
+    assert len(tokens_of(events["b"])) == 12
+    assert events["b"][-1].finish is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize(
+    ("param", "prompt", "params"),
+    [
+        ("prompt", [], {}),
+        ("prompt", [VOCAB], {}),
+        ("prompt", [-1], {}),
+        ("prompt", [1] * 128, {}),
+        ("max_tokens", [1] * 100, {"max_tokens": 29}),
+        *[
+            (name, [1], {name: value})
+            for name, values in {
+                "max_tokens": (0, -1),
+                "min_tokens": (-1,),
+                "temperature": (float("nan"), -0.1, 101.0),
+                "top_p": (0.0, 1.5),
+                "top_k": (-2, 2**31),
+                "min_p": (2.0,),
+                "stop": (("",),),
+                "stop_token_ids": ((VOCAB,), tuple(range(40))),
+                "seed": (2**70,),
+                "presence_penalty": (2.5,),
+                "frequency_penalty": (float("nan"),),
+                "repetition_penalty": (0.0,),
+                "logit_bias": ({VOCAB: 1.0}, {1: float("nan")}),
+                "logprobs": (21,),
+                "prompt_logprobs": (-1,),
+            }.items()
+            for value in values
+        ],
+        ("min_tokens", [1], {"max_tokens": 1, "min_tokens": 2}),
+    ],
+)
+def test_what_the_model_cannot_serve_is_refused_by_name(param: str, prompt: list[int], params: dict[str, Any]) -> None:
+    kind = ContextLengthError if len(prompt) >= 100 else InvalidRequestError
+    with pytest.raises(InvalidRequestError) as error:
+        model_info(128).check(prompt, SamplingParams(**params))
+    assert (type(error.value), error.value.param) == (kind, param)
+
+
+@pytest.mark.parametrize("priority", [2**31, -(2**31) - 1])
+def test_a_priority_is_a_32_bit_integer(priority: int) -> None:
+    assert Request.make("x", [1], SamplingParams(), priority=2**31 - 1).priority == 2**31 - 1
+    with pytest.raises(InvalidRequestError, match="priority must be a 32-bit integer"):
+        Request.make("x", [1], SamplingParams(), priority)
+
+
+def test_a_prompt_travels_as_four_bytes_a_token() -> None:
+    made = Request.make("x", list(range(1000, 2000)), SamplingParams())
+    sent = msgspec.msgpack.encode(made)
+    assert len(sent) < len(msgspec.msgpack.encode(Request.make("x", [], SamplingParams()))) + 4004
+    assert msgspec.msgpack.decode(sent, type=Request).prompt.tolist() == list(range(1000, 2000))
+
+
+def test_an_id_that_is_live_and_an_unknown_grammar_are_refused() -> None:
+    engine = simulated_engine()
+    with pytest.raises(InvalidRequestError, match="this regex cannot be followed"):
+        engine.add(request("x", [1], grammar=Grammar(kind="regex", source="unknown")))
+    assert not engine.has_work
+    engine.add(request("x", [1]))
+    with pytest.raises(InvalidRequestError, match="'x' is running already"):
+        engine.add(request("x", [2]))
+
+
+def test_a_failed_step_ends_the_engine_instead_of_hanging_it() -> None:
+    engine = simulated_engine()
+
+    def explode() -> StepResult:
+        raise RuntimeError("device lost")
+
+    engine.executor.collect = explode  # type: ignore[method-assign]
+    engine.add(request("x", [1], max_tokens=5))
+    with pytest.raises(RuntimeError, match="device lost"):
+        advance(engine)
+    assert not engine.has_work
+    with pytest.raises(EngineDeadError):
+        engine.add(request("y", [1]))
+
+
+def test_every_policy_has_a_name_on_the_command_line() -> None:
+    (field,) = (field for field in dataclasses.fields(Config) if field.name == "schedule_policy")
+    assert field.metadata["choices"] == tuple(POLICIES)
+
+
+def test_longest_prefix_first_prefers_cached_prompts_until_others_have_waited_too_long() -> None:
+    entries = [RequestState(request(str(i), [i]), arrival=i, step=0, seed=0, max_tokens=9, eos=()) for i in range(4)]
+    cached = {"0": 0, "1": 8, "2": 4, "3": 8}
+    policy = LongestPrefixMatch(patience=10)
+
+    def order(step: int) -> list[str]:
+        return [e.request.id for e in policy.order(entries, lambda e: cached[e.request.id], step)]
+
+    assert order(9) == ["1", "3", "2", "0"]
+    entries[0].queued_step = -1
+    assert order(9) == ["0", "1", "3", "2"]
+    assert order(10) == ["0", "1", "2", "3"]
+
+
+def test_prompt_tokens_are_counted_with_what_was_cached_of_them_when_a_row_is_given() -> None:
+    engine = simulated_engine(max_running_requests=2, num_pages=8)
+    prompt = prompts(1, 12, 12)[0]
+    for i in range(4):
+        engine.add(request(str(i), prompt, max_tokens=12))
+    assert engine.stats().prompt_tokens == 0
+    seen = set()
+    while engine.has_work:
+        engine.step()
+        stats = engine.stats()
+        assert stats.cached_prompt_tokens <= stats.prompt_tokens
+        seen.add(stats.prompt_tokens)
+    assert seen >= {24, 48}
+    assert stats.retracted
+    assert (stats.prompt_tokens, stats.cached_prompt_tokens) == (48, 3 * 8)

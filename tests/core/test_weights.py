@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from minisgl.core.model_config import ModelSpec, read_spec
+from minisgl.core.weights import Weights, dummy_weights, load_weights, parameters, shard_of, shard_slices
+from minisgl.errors import ModelError
+
+CPU = torch.device("cpu")
+SIZES = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "head_dim": 16,
+}  # fmt: skip
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [1]}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama-biases-tied": ("Llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    "mistral": ("Mistral", {}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"tie_word_embeddings": True}),
+    "qwen3-moe": ("Qwen3Moe", MOE),
+}
+
+
+def save(folder: Path, case: str = "llama", **options: Any) -> Any:
+    """A random model of transformers, saved; its parameters are no longer all ones and zeros."""
+    name, extra = CASES[case]
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**SIZES, **extra))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_()
+    model.save_pretrained(folder, **options)
+    return model
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Weights:
+    return load_weights(folder, read_spec(folder), dtype, CPU)
+
+
+def assert_same(weights: Weights, model: Any, spec: ModelSpec) -> None:
+    """Every weight of ours is the transformers module's, concatenated where we keep several in one."""
+
+    def same(ours: Tensor | None, *theirs: Tensor | None) -> None:
+        wanted = [tensor for tensor in theirs if tensor is not None]
+        if not wanted:
+            assert ours is None
+        else:
+            assert ours is not None
+            assert torch.equal(ours, torch.cat(wanted).to(ours.dtype))
+
+    same(weights.embedding, model.model.embed_tokens.weight)
+    same(weights.head, model.lm_head.weight)
+    same(weights.norm, model.model.norm.weight)
+    assert (weights.head is weights.embedding) == spec.tie_embeddings
+    for ours, theirs in zip(weights.layers, model.model.layers, strict=True):
+        attention, mlp = theirs.self_attn, theirs.mlp
+        same(ours.input_norm, theirs.input_layernorm.weight)
+        same(ours.post_norm, theirs.post_attention_layernorm.weight)
+        same(ours.qkv, attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
+        same(ours.qkv_bias, attention.q_proj.bias, attention.k_proj.bias, attention.v_proj.bias)
+        same(ours.o, attention.o_proj.weight)
+        same(ours.o_bias, attention.o_proj.bias)
+        if spec.qk_norm:
+            same(ours.q_norm, attention.q_norm.weight)
+            same(ours.k_norm, attention.k_norm.weight)
+        if hasattr(mlp, "experts"):
+            same(ours.router, mlp.gate.weight)
+            same(ours.expert_gate_up, mlp.experts.gate_up_proj)
+            same(ours.expert_down, mlp.experts.down_proj)
+            assert ours.gate_up is None
+        else:
+            same(ours.gate_up, mlp.gate_proj.weight, mlp.up_proj.weight)
+            same(ours.gate_up_bias, mlp.gate_proj.bias, mlp.up_proj.bias)
+            same(ours.down, mlp.down_proj.weight)
+            same(ours.down_bias, mlp.down_proj.bias)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_architecture_loads_what_transformers_saved(tmp_path: Path, case: str, dtype: torch.dtype) -> None:
+    """Converted to the dtype asked for, from one file or, for experts in half precision, from many with an index."""
+    sharded = case == "qwen3-moe" and dtype != torch.float32
+    model = save(tmp_path, case, **({"max_shard_size": "30KB"} if sharded else {}))
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 2) == sharded
+    weights = load(tmp_path, dtype)
+    assert weights.layers[2].qkv.dtype == dtype
+    assert_same(weights, model, read_spec(tmp_path))
+
+
+def test_fused_experts_load_as_well(tmp_path: Path) -> None:
+    model = save(tmp_path, "qwen3-moe", save_original_format=False)
+    assert "model.layers.0.mlp.experts.gate_up_proj" in load_file(tmp_path / "model.safetensors")
+    assert_same(load(tmp_path), model, read_spec(tmp_path))
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop(NORM), [NORM, "missing"]),
+        (lambda t: t.update({NORM: torch.ones(31)}), [NORM, "(31,)", "(32,)", "model.safetensors"]),
+        (lambda t: t.update({NORM: torch.ones(32, dtype=torch.int8)}), [NORM, "I8"]),
+        (
+            lambda t: t.update({"model.layers.1.self_attn.q_proj.bias": torch.ones(64)}),
+            ["model.layers.1.self_attn.q_proj.bias", "no place"],
+        ),
+    ],
+)
+def test_wrong_tensors_are_refused_by_name(
+    tmp_path: Path, change: Callable[[dict[str, Tensor]], None], words: list[str]
+) -> None:
+    save(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError) as caught:
+        load(tmp_path)
+    assert all(word in caught.value.message for word in words)
+
+
+def header(content: bytes, claimed: int | None = None) -> bytes:
+    return struct.pack("<Q", len(content) if claimed is None else claimed) + content
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda raw: raw[:-1],
+        lambda raw: raw[: len(raw) // 2],
+        lambda raw: raw[:20],
+        lambda raw: b"",
+        lambda raw: header(b"{}", 2**63),
+        lambda raw: header(b"{not json"),
+        lambda raw: header(b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,9999999]}}'),
+        lambda raw: header(b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[16,0]}}'),
+        lambda raw: header(b'{"a":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,16]}}') + bytes(16),
+    ],
+)
+def test_truncated_and_hostile_files_are_refused_by_name(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
+    save(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ModelError, match=r"model\.safetensors"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        *((NORM, file) for file in ("../x.safetensors", "/etc/x.safetensors", "x.bin", "sub/x.safetensors", 3)),
+        (NORM, "gone.safetensors"),
+        ("x", "model.safetensors"),
+    ],
+)
+def test_an_index_may_only_name_tensors_of_safetensors_beside_it(tmp_path: Path, name: str, file: Any) -> None:
+    folder = tmp_path / "model"
+    save(folder)
+    save_file({NORM: torch.ones(32)}, tmp_path / "x.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {name: file}}))
+    with pytest.raises(ModelError, match="tensor x is missing" if name == "x" else r"index\.json|gone"):
+        load(folder)
+
+
+def test_pickles_are_refused_with_the_reason(tmp_path: Path) -> None:
+    save(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"pytorch_model\.bin is a pickle"):
+        load(tmp_path)
+    (tmp_path / "pytorch_model.bin").unlink()
+    with pytest.raises(ModelError, match=r"no \*\.safetensors file"):
+        load(tmp_path)
+
+
+def test_sources_cover_every_parameter_exactly_once(tmp_path: Path) -> None:
+    save(tmp_path, "qwen3-moe")
+    for parameter in parameters(read_spec(tmp_path)):
+        counts = torch.zeros(parameter.shape)
+        for source in parameter.sources:
+            (part,) = shard_slices(source, shard_of(parameter, None))
+            region = counts[part.region]
+            assert region.shape == source.shape
+            region += 1
+        assert bool((counts == 1).all())
+
+
+@pytest.mark.parametrize("case", ["llama-biases-tied", "qwen2", "qwen3-moe"])
+def test_dummy_weights_have_the_checkpoints_shapes_and_a_seed(tmp_path: Path, case: str) -> None:
+    save(tmp_path, case)
+    spec = read_spec(tmp_path)
+    real, first, again = load(tmp_path), *(dummy_weights(spec, torch.float32, CPU, seed=s) for s in (1, 1))
+    other = dummy_weights(spec, torch.float32, CPU, seed=2)
+    assert torch.equal(first.head, again.head)
+    assert not torch.equal(first.head, other.head)
+    for ours, theirs in zip(first.layers, real.layers, strict=True):
+        shapes = [{k: v.shape for k, v in vars(layer).items() if v is not None} for layer in (ours, theirs)]
+        assert shapes[0] == shapes[1]
+        assert bool((ours.input_norm == 1).all())
+
+
+def test_dummy_weights_have_the_scale_that_keeps_activations_of_order_one(tmp_path: Path) -> None:
+    """1 / sqrt(fan in), and what adds to the residual stream a further 1 / sqrt(2 layers)."""
+    save(tmp_path, "qwen3-moe")
+    spec = dataclasses.replace(read_spec(tmp_path), hidden_size=256, intermediate_size=512, qkv_bias=True)
+    assert spec.moe is not None
+    weights = dummy_weights(spec, torch.float32, CPU)
+    expected = {"qkv": 256, "gate_up": 256, "router": 256, "expert_gate_up": 256}
+    residual = {"o": 64, "down": 512, "expert_down": spec.moe.width}
+    for layer in weights.layers:
+        for name, value in vars(layer).items():
+            if value is not None and not name.endswith("norm"):
+                std = expected[name] ** -0.5 if name in expected else 0.02
+                std = (residual[name] * 2 * spec.num_layers) ** -0.5 if name in residual else std
+                assert float(value.std()) == pytest.approx(std, rel=0.1 if value.dim() > 1 else 0.3), name
+    assert float(weights.embedding.std()) == pytest.approx(256**-0.5, rel=0.05)
+
+
+def test_dummy_activations_stay_finite_in_half_precision_at_depth(tmp_path: Path) -> None:
+    sizes: Any = {**SIZES, "num_hidden_layers": 64, "hidden_size": 128, "head_dim": 32, "intermediate_size": 256}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(tmp_path)
+    spec = read_spec(tmp_path)
+    weights = dummy_weights(spec, torch.float16, CPU)
+    x = weights.embedding[:32].clone()
+    for layer in weights.layers:
+        assert layer.gate_up is not None
+        assert layer.down is not None
+        normed = torch.nn.functional.rms_norm(x, (128,), layer.input_norm, 1e-5)
+        x = x + normed @ layer.qkv[-128:].T @ layer.o.T
+        gate, up = (torch.nn.functional.rms_norm(x, (128,)) @ layer.gate_up.T).chunk(2, dim=-1)
+        x = x + (torch.nn.functional.silu(gate) * up) @ layer.down.T
+    assert 0.1 < float(x.float().std()) < 10

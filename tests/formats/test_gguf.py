@@ -1,0 +1,322 @@
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from helpers.gguf_files import (
+    MODELS,
+    SIZES,
+    gguf_tensors,
+    model_metadata,
+    random_model,
+    tokenizer_metadata,
+    write_gguf,
+    write_model,
+)
+from minisgl.core.model_config import Rope, read_spec
+from minisgl.core.weights import load_weights
+from minisgl.errors import ModelError
+from minisgl.formats.gguf import BLOCK_FORMATS, GgufFile, convert_gguf
+
+CPU = torch.device("cpu")
+PROMPT = torch.tensor([[1, 5, 9, 300, 17, 42]])
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINISGL_CACHE", str(tmp_path / "cache"))
+    torch.set_num_threads(1)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(PROMPT).logits
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "format", "options"),
+    [
+        *((kind, "F32", {}) for kind in MODELS),
+        ("llama", "F32", {"attention_bias": True, "mlp_bias": True}),
+        *(("llama", format, {}) for format in ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")),
+    ],
+)
+def test_a_converted_model_computes_what_the_original_does(
+    tmp_path: Path, kind: str, format: str, options: dict[str, Any]
+) -> None:
+    model = write_model(tmp_path / "model.gguf", kind, format, **options)
+    folder = convert_gguf(tmp_path / "model.gguf", "float32")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(model))
+    spec = read_spec(folder)
+    assert spec.architecture == type(model).__name__
+    assert spec.tie_embeddings == model.config.tie_word_embeddings
+    assert set(spec.eos_token_ids) == {1, 3}
+    load_weights(folder, spec, torch.float32, CPU)
+
+
+@pytest.mark.parametrize("format", BLOCK_FORMATS)
+def test_every_format_is_read_as_the_gguf_package_reads_it(tmp_path: Path, format: str) -> None:
+    kind = gguf.GGMLQuantizationType[format]
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    # Bytes below 0x3c make every half-precision scale among them finite.
+    raw = np.random.default_rng(0).integers(0, 0x3C, (3, 512 // block * size), dtype=np.uint8)
+    path = write_gguf(tmp_path / "x.gguf", "llama", {}, {"x": raw}, {"x": kind})
+    file = GgufFile(path)
+    assert file.tensors["x"].shape == (3, 512)
+    assert np.array_equal(file.floats("x"), gguf.dequantize(gguf.GGUFReader(path).tensors[0].data, kind))
+    assert file.metadata["general.architecture"] == "llama"
+
+
+def test_metadata_is_read_as_the_gguf_package_reads_it(tmp_path: Path) -> None:
+    metadata = {"a": 3, "b": 0.5, "c": "text ü", "d": True, "e": [1, 2], "f": ["x", ""], "g": [0.25, 4.0], "h": -1e-5}
+    path = write_gguf(tmp_path / "x.gguf", "llama", metadata, {"x": np.ones(4, np.float32)})
+    assert {key: GgufFile(path).metadata[key] for key in metadata} == metadata
+    reader = gguf.GGUFReader(path)
+    assert {key: pytest.approx(reader.fields[key].contents()) for key in "abeg"} == {
+        key: metadata[key] for key in "abeg"
+    }
+
+
+def test_a_file_is_converted_once_and_anew_when_it_changes(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_model(path, "qwen2")
+    first = convert_gguf(path, "float32")
+    facts = (first / "config.json").stat()
+    assert convert_gguf(path, "float32") == first
+    assert (first / "config.json").stat() == facts
+    found = {first}
+    for dtype in ("bfloat16", "float16"):
+        found.add(folder := convert_gguf(path, dtype))
+        assert read_spec(folder).checkpoint_dtype == dtype
+    os.utime(path, ns=(1, 1))  # another file of the same size
+    found.add(convert_gguf(path, "float32"))
+    write_model(path, "qwen3")
+    found.add(convert_gguf(path, "float32"))
+    assert len(found) == 5
+
+
+def test_several_conversions_at_once_leave_one_whole_folder(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_model(path, "llama")
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        folders = set(pool.map(lambda _: convert_gguf(path, "float32"), range(4)))
+    assert len(folders) == 1
+    assert [entry.name for entry in (tmp_path / "cache" / "gguf").iterdir()] == [folders.pop().name]
+
+
+def test_a_conversion_without_weights_describes_the_model(tmp_path: Path) -> None:
+    write_model(tmp_path / "model.gguf", "llama")
+    folder = convert_gguf(tmp_path / "model.gguf", "float32", weights=False)
+    assert read_spec(folder).num_layers == SIZES["num_hidden_layers"]
+    assert list(folder.glob("*.safetensors")) == []
+
+
+def convert(
+    tmp_path: Path, metadata: dict[str, Any], tensors: dict[str, Any] | None = None, kind: str = "llama"
+) -> Path:
+    """Convert a random model with these changes to its metadata (None removes a key) and more tensors."""
+    base = tokenizer_metadata()
+    model = random_model(kind, len(base["tokenizer.ggml.tokens"]))
+    changed = {**model_metadata(model, kind), **base, **metadata}
+    kept = {key: value for key, value in changed.items() if value is not None}
+    all_tensors = {**gguf_tensors(model, kind), **(tensors or {})}
+    write_gguf(tmp_path / "model.gguf", kind, kept, {k: v for k, v in all_tensors.items() if v is not None})
+    return convert_gguf(tmp_path / "model.gguf", "float32")
+
+
+LLAMA3 = Rope(
+    kind="llama3", theta=5e5, factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=8192
+)
+LINEAR = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0}
+YARN = {
+    "llama.rope.scaling.type": "yarn",
+    "llama.rope.scaling.factor": 4.0,
+    "llama.rope.scaling.original_context_length": 64,
+    "llama.rope.scaling.yarn_beta_fast": 16.0,
+}
+
+
+def llama3_divisors(factor: float) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """What llama.cpp's converter writes for head size 16, base 5e5 and Llama 3's constants, after its own loop."""
+    divisors = []
+    for pair in range(8):
+        wavelength = 2 * np.pi * 5e5 ** (2 * pair / 16)
+        smooth = (8192 / wavelength - 1.0) / 3.0
+        between = 1 / ((1 - smooth) / factor + smooth)
+        divisors.append(1.0 if wavelength < 8192 / 4.0 else factor if wavelength > 8192 / 1.0 else between)
+    return np.array(divisors, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "divisors", "rope"),
+    [
+        ({"llama.rope.freq_base": 5e5}, None, Rope(kind="default", theta=5e5)),
+        (LINEAR, None, Rope(kind="linear", theta=1e4, factor=2.0)),
+        ({"llama.rope.scale_linear": 4.0}, None, Rope(kind="linear", theta=1e4, factor=4.0)),
+        (YARN, None, Rope(kind="yarn", theta=1e4, factor=4.0, original_max_position=64, beta_fast=16.0)),
+        ({"llama.rope.freq_base": 5e5}, llama3_divisors(32.0), LLAMA3),
+    ],
+    ids=["default", "linear", "scale_linear", "yarn", "llama3"],
+)
+def test_rope_scaling_is_read_from_metadata_and_the_tensor(
+    tmp_path: Path, metadata: dict[str, Any], divisors: Any, rope: Rope
+) -> None:
+    assert read_spec(convert(tmp_path, metadata, {"rope_freqs.weight": divisors})).rope == rope
+
+
+def test_a_window_makes_the_llama_architecture_a_mistral(tmp_path: Path) -> None:
+    spec = read_spec(convert(tmp_path, {"llama.attention.sliding_window": 32}))
+    assert (spec.architecture, spec.windows) == ("MistralForCausalLM", (32, 32))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "tensors", "words"),
+    [
+        ({"llama.block_count": None}, {}, ["llama.block_count", "missing"]),
+        ({"llama.block_count": 3}, {}, ["blk.2.attn_norm.weight", "missing"]),
+        ({"llama.embedding_length": "64"}, {}, ["llama.embedding_length", "integer"]),
+        ({"llama.expert_count": 8}, {}, ["experts"]),
+        ({"llama.rope.dimension_count": 8}, {}, ["llama.rope.dimension_count", "16"]),
+        ({"llama.rope.scaling.type": "longrope"}, {}, ["longrope", "yarn"]),
+        ({**YARN, "llama.rope.scaling.yarn_log_multiplier": 0.5}, {}, ["yarn_log_multiplier"]),
+        ({}, {"rope_freqs.weight": np.full(8, 3.0, np.float32)}, ["rope_freqs.weight", "Llama 3"]),
+        ({}, {"rope_freqs.weight": np.ones(5, np.float32)}, ["rope_freqs.weight", "shape"]),
+        ({}, {"output_norm.weight": np.ones(63, np.float32)}, ["output_norm.weight", "(63,)", "(64,)"]),
+        ({}, {"output_norm.weight": None}, ["output_norm.weight", "missing"]),
+        ({}, {"blk.0.ffn_sub_norm.weight": np.ones(8, np.float32)}, ["blk.0.ffn_sub_norm.weight", "no place"]),
+        ({"tokenizer.ggml.pre": "falcon"}, {}, ["tokenizer.ggml.pre", "falcon", "smollm"]),
+        ({"tokenizer.ggml.pre": None}, {}, ["tokenizer.ggml.pre", "missing"]),
+        ({"tokenizer.ggml.model": "bert"}, {}, ["tokenizer.ggml.model", "bert"]),
+        ({"tokenizer.ggml.merges": ["a b c"]}, {}, ["tokenizer.ggml.merges", "pairs"]),
+        ({"tokenizer.ggml.merges": ["zz yy"]}, {}, ["tokenizer.ggml.merges", "vocabulary"]),
+        ({"tokenizer.ggml.eos_token_id": 10**6}, {}, ["tokenizer.ggml.eos_token_id", "below"]),
+        ({"tokenizer.ggml.token_type": [1]}, {}, ["tokenizer.ggml.token_type"]),
+        ({"tokenizer.ggml.tokens": ["a", "a"]}, {}, ["tokenizer.ggml.tokens", "twice"]),
+    ],
+)
+def test_what_cannot_be_converted_is_refused_by_name(
+    tmp_path: Path, metadata: dict[str, Any], tensors: dict[str, Any], words: list[str]
+) -> None:
+    with pytest.raises(ModelError) as caught:
+        convert(tmp_path, metadata, tensors)
+    assert all(word in caught.value.message for word in ["model.gguf", *words])
+
+
+def test_an_unknown_architecture_is_refused_with_the_list_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    metadata = {**tokenizer_metadata(), "gemma.block_count": 1}
+    write_gguf(tmp_path / "model.gguf", "gemma", metadata, {"x": np.ones(4, np.float32)})
+    with pytest.raises(
+        ModelError, match=r"model\.gguf.*gemma is not supported.*llama, mistral, qwen2, qwen3, qwen3moe"
+    ):
+        convert_gguf(tmp_path / "model.gguf", "float32")
+    assert list((tmp_path / "cache" / "gguf").iterdir()) == []
+
+
+@pytest.mark.parametrize("share", [0.0, 0.0001, 0.001, 0.05, 0.2, 0.5, 0.9, 0.999])
+def test_a_truncated_file_is_refused_by_name(tmp_path: Path, share: float) -> None:
+    path = tmp_path / "model.gguf"
+    write_model(path, "llama")
+    raw = path.read_bytes()
+    path.write_bytes(raw[: int(len(raw) * share)])
+    with pytest.raises(ModelError, match=r"model\.gguf"):
+        GgufFile(path)
+
+
+def string(text: bytes) -> bytes:
+    return struct.pack("<Q", len(text)) + text
+
+
+def start(tensors: int, keys: int, version: int = 3) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", version, tensors, keys)
+
+
+def tensor_info(name: bytes, shape: list[int], kind: int, offset: int) -> bytes:
+    dimensions = struct.pack("<I", len(shape)) + b"".join(struct.pack("<Q", size) for size in shape)
+    return string(name) + dimensions + struct.pack("<IQ", kind, offset)
+
+
+HUGE = 2**62
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (b"PK\x03\x04" + bytes(64), ["not a GGUF file"]),
+        (start(0, 0, version=1), ["version 1"]),
+        (start(0, 0, version=3 << 24), ["byte order"]),
+        (start(0, HUGE), ["truncated"]),
+        (start(HUGE, 0), ["truncated"]),
+        (start(0, 1) + struct.pack("<Q", HUGE), ["truncated"]),
+        (start(0, 1) + string(b"k") + struct.pack("<IIQ", 9, 4, HUGE), ["truncated in metadata k"]),
+        (start(0, 1) + string(b"k") + struct.pack("<IIQ", 9, 8, HUGE), ["truncated in metadata k"]),
+        (start(0, 1) + string(b"k") + struct.pack("<IIQ", 9, 9, 1), ["metadata k", "type 9"]),
+        (start(0, 1) + string(b"k") + struct.pack("<I", 77), ["metadata k", "type 77"]),
+        (start(0, 1) + string(b"\xff\xfe") + struct.pack("<II", 4, 0), ["not UTF-8"]),
+        (start(0, 2) + 2 * (string(b"k") + struct.pack("<II", 4, 0)), ["metadata k appears twice"]),
+        (start(0, 1) + string(b"general.alignment") + struct.pack("<II", 4, 0), ["general.alignment 0"]),
+        (start(1, 0) + tensor_info(b"t", [4], 0, HUGE), ["tensor t", "outside"]),
+        (start(1, 0) + tensor_info(b"t", [HUGE, HUGE], 0, 0), ["tensor t", "outside"]),
+        (start(1, 0) + tensor_info(b"t", [0], 0, 0), ["tensor t", "outside"]),
+        (start(1, 0) + tensor_info(b"t", [4] * 9, 0, 0), ["tensor t", "9 dimensions"]),
+        (start(1, 0) + tensor_info(b"t", [4], 999, 0), ["tensor t", "type 999", "Q4_K"]),
+        (start(1, 0) + tensor_info(b"t", [256], 16, 0), ["tensor t", "IQ2_XXS", "Q4_K"]),
+        (start(1, 0) + tensor_info(b"t", [4], 2, 0), ["tensor t", "Q4_0 blocks of 32"]),
+        (start(2, 0) + 2 * tensor_info(b"t", [4], 0, 0) + bytes(64), ["tensor t appears twice"]),
+    ],
+)
+def test_a_hostile_file_is_refused_by_name(tmp_path: Path, raw: bytes, words: list[str]) -> None:
+    path = tmp_path / "hostile.gguf"
+    path.write_bytes(raw)
+    with pytest.raises(ModelError) as caught:
+        GgufFile(path)
+    assert all(word in caught.value.message for word in ["hostile.gguf", *words])
+
+
+def test_no_flipped_byte_of_the_tables_escapes_as_another_error(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    metadata = {"a": 1, "b": "text", "c": ["x", "y"], "d": [1, 2]}
+    raw = write_gguf(path, "llama", metadata, {"t": np.ones((2, 4), np.float32)}).read_bytes()
+    refused = 0
+    for at in range(len(raw) - 32):
+        path.write_bytes(raw[:at] + bytes([raw[at] ^ 0xFF]) + raw[at + 1 :])
+        try:
+            GgufFile(path)
+        except ModelError:
+            refused += 1
+    assert refused > 50
+
+
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_model(tmp_path / "model.gguf", "llama")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MINISGL_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ModelError, match="cannot be converted into"):
+        convert_gguf(tmp_path / "model.gguf", "float32")
+
+
+def test_large_models_are_written_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = write_model(tmp_path / "model.gguf", "qwen3moe")
+    monkeypatch.setattr("minisgl.formats.gguf.SHARD_ELEMENTS", 20_000)
+    steps: list[tuple[int, int]] = []
+    folder = convert_gguf(tmp_path / "model.gguf", "float32", progress=lambda done, total: steps.append((done, total)))
+    places = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    names = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert (
+        names
+        == [f"model-{number:05d}.safetensors" for number in range(1, len(names) + 1)]
+        == sorted({*places.values()})
+    )
+    assert 3 <= len(names) <= sum(tensor.numel() for tensor in model.state_dict().values()) // 20_000 + 1
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(model))
+    assert {total for _, total in steps} == {sum(done for done, _ in steps)}

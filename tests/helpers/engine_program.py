@@ -1,0 +1,140 @@
+"""An engine in a process of its own, which answers one batch of prompts after the other: `EngineProgram`.
+
+`python -m helpers.engine_program SETTINGS` reads a line of JSON for each batch, {"prompts", "params"}, and writes one,
+the `Answers`. With "announce" it first writes a line when the first tokens of the first prompt are there.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from types import TracebackType
+from typing import Any, TypedDict
+
+from helpers.processes import environment
+from minisgl import LLM, SamplingParams
+
+SECONDS = 540
+"""For the start, and for each batch: kernels are compiled on the way."""
+
+
+class Answers(TypedDict):
+    """For each prompt tokens and their log-probabilities, and, where they were asked for, those of the prompt's tokens
+    from the second on, and the highest at each of their positions. `notes`: the engine's configuration.
+    """
+
+    tokens: list[list[int]]
+    logprobs: list[list[float]]
+    prompt_logprobs: list[list[float]]
+    tops: list[list[float]]
+    notes: list[str]
+
+
+class EngineProgram:
+    """A running engine with these settings, fields of Config. It starts at the first question."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        command = [sys.executable, "-m", "helpers.engine_program", json.dumps(settings)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment(),
+        )  # fmt: skip
+        self._errors: list[str] = []
+        self._reader = threading.Thread(target=self._read_errors, daemon=True)
+        self._reader.start()
+
+    def __enter__(self) -> EngineProgram:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def ask(self, prompts: list[list[int]], params: list[dict[str, Any]]) -> Answers:
+        """What the engine generates. Raises RuntimeError with its errors when it fails."""
+        self._write({"prompts": prompts, "params": params})
+        answers: Answers = self._read()
+        return answers
+
+    def begin(self, prompt: list[int], params: dict[str, Any]) -> None:
+        """Have a prompt answered; return when its first token is there, the others are on their way."""
+        self._write({"prompts": [prompt], "params": [params], "announce": True})
+        assert self._read() == "begun"
+
+    def errors(self, timeout: float = SECONDS) -> str:
+        """What the process wrote to stderr; waits for its end, for so many seconds."""
+        self.process.wait(timeout)
+        self._reader.join()
+        return "".join(self._errors)
+
+    def close(self) -> None:
+        """End the process, its engine first."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self._reader.join()
+        self.process.stdout.close()
+
+    def _write(self, question: dict[str, Any]) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+
+    def _read(self) -> Any:
+        assert self.process.stdout is not None
+        timer = threading.Timer(SECONDS, self.process.kill)
+        timer.start()
+        line = self.process.stdout.readline()
+        timer.cancel()
+        if not line:
+            raise RuntimeError(f"the engine ended with {self.process.wait()}: {self.errors()[-4000:]}")
+        return json.loads(line)
+
+    def _read_errors(self) -> None:
+        assert self.process.stderr is not None
+        with self.process.stderr as lines:
+            self._errors += lines
+
+
+def ask(settings: dict[str, Any], prompts: list[list[int]], params: list[dict[str, Any]]) -> Answers:
+    """What an engine with these settings generates, started for these prompts alone."""
+    with EngineProgram(settings) as engine:
+        return engine.ask(prompts, params)
+
+
+def answer(llm: LLM, prompts: list[list[int]], params: list[dict[str, Any]]) -> Answers:
+    """One batch."""
+    found = llm.generate(prompts, [SamplingParams(**fields) for fields in params], progress=False)
+    scores = [[score for score in completion.prompt_logprobs or () if score is not None] for completion in found]
+    return {
+        "tokens": [completion.token_ids for completion in found],
+        "logprobs": [[score.logprob for score in completion.logprobs or ()] for completion in found],
+        "prompt_logprobs": [[score.logprob for score in prompt] for prompt in scores],
+        "tops": [[max(score.top_logprobs, default=score.logprob) for score in prompt] for prompt in scores],
+        "notes": list(llm.notes),
+    }
+
+
+def main() -> None:
+    """Answer every line of stdin."""
+    with LLM(progress=False, **json.loads(sys.argv[1])) as llm:
+        for line in sys.stdin:
+            question = json.loads(line)
+            if question.get("announce"):
+                for _ in llm.stream(question["prompts"][0], SamplingParams(**question["params"][0])):
+                    if question.pop("announce", None):
+                        print(json.dumps("begun"), flush=True)
+                continue
+            print(json.dumps(answer(llm, question["prompts"], question["params"])), flush=True)
+
+
+if __name__ == "__main__":
+    main()

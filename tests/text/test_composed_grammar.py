@@ -1,0 +1,150 @@
+"""A grammar with reasoning before it and calls beside it: what may be said, and where it may end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+from msgspec.structs import replace
+
+from helpers.grammars import EOS, PADDED, allowed, follow, sample_text, tiny_vocabulary, token_bytes
+from helpers.tiny_tokenizers import write_tokenizer
+from minisgl.core.types import Calls, Grammar
+from minisgl.errors import InvalidRequestError
+from minisgl.text.grammar import Vocabulary, VocabularySource, compile_grammar
+from minisgl.text.grammar_check import GrammarCompiler
+
+NUMBER = json.dumps(
+    {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
+)
+CALL = json.dumps(
+    {
+        "type": "object",
+        "properties": {"name": {"const": "f"}, "arguments": {"$ref": "#/$defs/arguments0"}},
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+        "$defs": {"arguments0": {"type": "object", "additionalProperties": {"type": "boolean"}}},
+    }
+)
+HERMES = Calls(schema=CALL, several=True, opening="<tool_call>", closing="</tool_call>")
+LLAMA = Calls(schema=CALL.replace("arguments", "parameters"), several=True, separator=";")
+ONE = '{"name": "f", "arguments": {"x": true}}'
+TEXTS = {
+    "json_schema": (NUMBER, '{"n": 4}'),
+    "json_object": ("", '{"any": [1]}'),
+    "regex": ("[a-c]+/?", "abc/"),
+    "choice": ('["yes", "no"]', "no"),
+    "lark": ('start: "(" start ")" | /[0-9]/', "((7))"),
+}
+
+
+TOKENS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+
+
+@pytest.fixture(scope="module", params=["letters", "tokens"])
+def vocabulary(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
+    """One that spells <think> and <tool_call>, and one that has a token for each, as Qwen's has."""
+    folder = tmp_path_factory.mktemp("tiny")
+    if request.param == "letters":
+        return tiny_vocabulary(folder)
+    write_tokenizer(folder)
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_tokens([tokenizers.AddedToken(text, special=False, normalized=False) for text in TOKENS])
+    backend.save(str(folder / "tokenizer.json"))
+    return Vocabulary(VocabularySource(folder=str(folder), vocab_size=PADDED, eos_token_ids=EOS))
+
+
+def matches(vocabulary: Vocabulary, grammar: Grammar, text: str) -> bool:
+    """Whether a text, as the tokenizer cuts it, is in a grammar's language."""
+    constraint = compile_grammar(grammar, vocabulary)
+    return all(constraint.accept(token) for token in vocabulary.tokens.tokenize_str(text)) and constraint.may_end
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_every_kind_may_follow_reasoning_or_be_calls(kind: str, vocabulary: Vocabulary) -> None:
+    source, text = TEXTS[kind]
+    grammar = Grammar(kind=kind, source=source, thought="possible", calls=HERMES)  # type: ignore[arg-type]
+    call = f"<tool_call>\n{ONE}\n</tool_call>"
+    for said in (text, call, f"{call}\n<tool_call>{ONE}</tool_call>"):
+        assert matches(vocabulary, grammar, said)
+        assert matches(vocabulary, grammar, f"<think>\nIs it {text}? <tool_cal or </thin\n</think>\n\n{said}")
+    refused = (f"{call}{text}", f"{text}{call}", f"{call}\n{text}", "", "<think></think>", f"<think>{text}", f" {text}")
+    assert not [said for said in refused if matches(vocabulary, grammar, said)]
+
+
+CHOICE = Grammar(kind="choice", source='["yes"]')
+LLAMA_CALL = ONE.replace("arguments", "parameters")
+HERMES_CALL = f"<tool_call>{ONE}</tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("grammar", "good", "bad"),
+    [
+        (replace(CHOICE, thought="begun"), ["hm <thin hm</think>\nyes", "</think>yes"], ["yes", "hm</think>hm"]),
+        (replace(CHOICE, calls=HERMES), ["yes", HERMES_CALL], ["<think>x</think>yes"]),
+        (
+            Grammar(kind="json_schema", source=NUMBER, calls=LLAMA),
+            [LLAMA_CALL, f"{LLAMA_CALL}; {LLAMA_CALL};{LLAMA_CALL}", '{"n": 1}'],
+            [ONE, LLAMA_CALL * 2, f"{LLAMA_CALL};", f'{LLAMA_CALL}; {{"n": 1}}'],
+        ),
+        (
+            Grammar(kind="json_schema", source=NUMBER, calls=replace(HERMES, several=False)),
+            [HERMES_CALL],
+            [HERMES_CALL * 2],
+        ),
+    ],
+    ids=["reasoning begun by the prompt", "no reasoning", "calls of Llama", "one call"],
+)
+def test_reasoning_and_calls_come_where_they_may(
+    grammar: Grammar, good: list[str], bad: list[str], vocabulary: Vocabulary
+) -> None:
+    assert all(matches(vocabulary, grammar, said) for said in good)
+    assert not [said for said in bad if matches(vocabulary, grammar, said)]
+
+
+def test_masks_show_both_ways(vocabulary: Vocabulary) -> None:
+    pieces = token_bytes(vocabulary)
+    start = follow(vocabulary, Grammar(kind="json_schema", source=NUMBER, calls=HERMES), "")
+    opening = vocabulary.special_token("<tool_call>")
+    assert {pieces[token][:1] for token in allowed(start) if token != opening} == ({b"{"} if opening else {b"{", b"<"})
+    assert opening is None or opening in allowed(start)
+    thinking = follow(vocabulary, Grammar(kind="choice", source='["yes"]', thought="begun"), "so")
+    assert {token for token, piece in enumerate(pieces) if piece and piece.isascii()} <= set(allowed(thinking))
+    assert not thinking.may_end
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_sampled_texts_are_json_or_calls(seed: int, tmp_path: Path) -> None:
+    vocabulary = tiny_vocabulary(tmp_path)
+    constraint = compile_grammar(Grammar(kind="json_schema", source=NUMBER, calls=HERMES), vocabulary)
+    text = sample_text(constraint, token_bytes(vocabulary), seed, free_tokens=8)
+    if text.startswith("{"):
+        assert isinstance(json.loads(text)["n"], int)
+    else:
+        first = text.removeprefix("<tool_call>").partition("</tool_call>")[0]
+        assert json.loads(first)["name"] == "f"
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "schema", "param"),
+    [
+        ("choice", '["yes"]', json.dumps({"type": "object", "not": {}}), "tools"),
+        ("regex", "(", NUMBER, "guided_regex"),
+    ],
+)
+def test_what_is_wrong_is_about_the_calls_or_the_text(
+    kind: str, source: str, schema: str, param: str, tmp_path: Path
+) -> None:
+    vocabulary = tiny_vocabulary(tmp_path)
+    compiler = GrammarCompiler(tmp_path, PADDED, EOS)
+    grammar = Grammar(kind=kind, source=source, calls=Calls(schema=schema, several=True))  # type: ignore[arg-type]
+    try:
+        compiler.check(CHOICE)  # known as good: the same text with calls is not
+        for refuse in (compiler.check, lambda grammar: compile_grammar(grammar, vocabulary)):
+            with pytest.raises(InvalidRequestError) as refused:
+                refuse(grammar)
+            assert refused.value.param == param
+    finally:
+        compiler.close()

@@ -1,0 +1,214 @@
+"""Masks against brute force, and where a text may end."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from helpers.grammars import EOS, PADDED, allowed, follow, matches, sample_text, tiny_vocabulary, token_bytes
+from helpers.tiny_tokenizers import SPECIAL_TOKENS, byte_fallback_json
+from minisgl.core.types import Grammar
+from minisgl.errors import InvalidRequestError, UnsupportedParameterError
+from minisgl.text.grammar import GrammarError, MatcherConstraint, Vocabulary, VocabularySource, compile_grammar, probe
+
+
+def follow_last(constraint: MatcherConstraint, steps: int) -> None:
+    for _ in range(steps):
+        constraint.accept(allowed(constraint)[-1])
+
+
+def regex(source: str) -> Grammar:
+    return Grammar(kind="regex", source=source)
+
+
+def choice(*texts: str) -> Grammar:
+    return Grammar(kind="choice", source=json.dumps(texts))
+
+
+LANGUAGES: tuple[tuple[Grammar, tuple[str | bytes, ...]], ...] = (
+    (regex("[a-c]{1,3}"), ("", "a", "bc", "abc")),
+    (regex("(the|then|there) quick"), ("", "the", "then", "the qu")),
+    (regex("x*y"), ("", "x", "xxxxx", "y")),
+    (regex("[^a-z]+"), ("", "1", "é", "日")),
+    (regex("(.|\n)*"), ("", "any thing", "日本")),
+    (regex("😀|😁|é"), ("", b"\xf0", b"\xf0\x9f", b"\xf0\x9f\x98", b"\xc3")),
+    (choice("yes", "yesterday", "no"), ("", "y", "yes", "n", "no")),
+    (Grammar(kind="lark", source='start: "(" start ")" | /[0-9]/'), ("", "(", "((1", "((1)", "7")),
+    (
+        Grammar(kind="json_object"),
+        ("", "{", '{"a', '{"a"', '{"a": ', '{"a": 1', '{"a": "x\\', '{"a": {}', '{"a": [1, '),
+    ),
+)
+
+
+@pytest.mark.parametrize(("grammar", "texts"), LANGUAGES, ids=lambda value: getattr(value, "source", None))
+def test_a_mask_allows_exactly_the_tokens_whose_bytes_can_follow(
+    grammar: Grammar, texts: tuple[str | bytes, ...], vocabulary: Vocabulary, pieces: list[bytes]
+) -> None:
+    single = {piece: i for i, piece in enumerate(pieces) if len(piece) == 1}
+    for text in texts:
+        here = follow(vocabulary, grammar, text)
+        can = set()
+        for token, piece in enumerate(pieces):
+            trial = here.copy()
+            if piece and all(trial.accept(single[bytes([byte])]) for byte in piece):
+                can.add(token)
+        got = set(allowed(here)) - set(EOS)
+        forced = len(got) == 1 and got <= can and len({pieces[token][0] for token in can}) == 1
+        assert got == can or forced, text
+
+
+def test_a_choice_allows_what_begins_one_of_its_texts(vocabulary: Vocabulary, pieces: list[bytes]) -> None:
+    texts = ["the quick", "the lazy", "a fox", "brown"]
+    got = {pieces[token] for token in allowed(compile_grammar(choice(*texts), vocabulary))}
+    assert got == {piece for piece in pieces if piece and any(text.encode().startswith(piece) for text in texts)}
+
+
+@pytest.mark.parametrize("pattern", ["a", "ab*", "[ab]{2}", "(ab|cd)+", "a?b?c?", "[0-9]{2,3}x?"])
+def test_sampled_texts_end_where_the_regular_expression_matches_as_python_does(
+    pattern: str, vocabulary: Vocabulary, pieces: list[bytes]
+) -> None:
+    start = compile_grammar(regex(pattern), vocabulary)
+    for seed in range(10):
+        assert re.fullmatch(pattern, sample_text(start.copy(), pieces, seed, free_tokens=20))
+
+
+def test_every_choice_is_reached_and_nothing_else(vocabulary: Vocabulary, pieces: list[bytes]) -> None:
+    texts = {"yes", "yesterday", "no", "naïve", '"quoted"', "back\\slash", "new\nline", "日本", "a/b", "\t"}
+    start = compile_grammar(choice(*texts), vocabulary)
+    assert {sample_text(start.copy(), pieces, seed) for seed in range(300)} == texts
+
+
+@pytest.mark.parametrize(
+    ("grammar", "text", "ends"),
+    [
+        (regex("ab?"), "", "no"),
+        (regex("ab?"), "a", "may"),
+        (regex("ab?"), "ab", "must"),
+        (regex(""), "", "must"),
+        (regex("."), "😀".encode()[:1], "no"),
+        (regex("."), "😀".encode()[:3], "no"),
+        (regex("."), "😀", "must"),
+        (Grammar(kind="json_object"), '{"a": 1}', "must"),
+    ],
+)
+def test_the_end_is_allowed_exactly_where_the_text_may_end(
+    grammar: Grammar, text: str | bytes, ends: str, vocabulary: Vocabulary
+) -> None:
+    constraint = follow(vocabulary, grammar, text)
+    got = set(allowed(constraint))
+    assert constraint.may_end == (ends != "no")
+    assert set(EOS) & got == (set() if ends == "no" else set(EOS))
+    assert (got == set(EOS)) == (ends == "must")
+    if ends == "must":
+        assert not constraint.copy().accept(EOS[0] + 10)
+        assert constraint.accept(EOS[0])
+        assert set(allowed(constraint)) == set(EOS)
+
+
+def test_without_ids_that_end_it_a_complete_text_allows_nothing(tmp_path: Path) -> None:
+    vocabulary = tiny_vocabulary(tmp_path, eos=())
+    assert allowed(follow(vocabulary, regex("ab?"), "ab")) == []
+    assert [token_bytes(vocabulary)[token] for token in allowed(follow(vocabulary, regex("ab?"), "a"))] == [b"b"]
+
+
+def test_special_tokens_and_ids_beyond_the_tokenizer_are_never_allowed(vocabulary: Vocabulary) -> None:
+    anything = regex("(?s:.*)")
+    got = allowed(follow(vocabulary, anything, "x"))
+    special = [token for token in range(PADDED) if vocabulary.tokens.is_special_token(token)]
+    assert set(range(len(SPECIAL_TOKENS))) <= set(special)
+    assert set(got) & set(special) == set(EOS)
+    assert vocabulary.num_words == 14
+    assert max(got) < PADDED - 1
+
+
+def test_a_model_narrower_than_its_tokenizer_gets_only_its_own_ids(tmp_path: Path) -> None:
+    vocabulary = tiny_vocabulary(tmp_path, vocab_size=270)
+    wide = tiny_vocabulary(tmp_path)
+    assert vocabulary.num_words == 9
+    expected = [token for token in allowed(follow(wide, regex("(?s:.*)"), "x")) if token < 270]
+    assert allowed(follow(vocabulary, regex("(?s:.*)"), "x")) == expected
+
+
+def test_a_tokenizer_with_byte_fallback_writes_spaces_and_bytes(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(byte_fallback_json(), "utf-8")
+    vocabulary = Vocabulary(VocabularySource(folder=str(tmp_path), vocab_size=300, eos_token_ids=(2,)))
+    pieces = token_bytes(vocabulary)
+    start = compile_grammar(choice("he a", "é b"), vocabulary)
+    texts = {sample_text(start.copy(), pieces, seed) for seed in range(30)}
+    assert texts == {"he a", "é b"}
+
+
+def test_where_the_text_is_forced_the_tokenizers_own_token_is(vocabulary: Vocabulary, pieces: list[bytes]) -> None:
+    text = "The quick brown fox"
+    constraint = compile_grammar(choice(text), vocabulary)
+    tokens = []
+    while (token := allowed(constraint)[0]) not in EOS:
+        tokens.append(token)
+        constraint.accept(token)
+    assert tokens == vocabulary.tokens.tokenize_str(text)
+
+
+def test_a_token_that_may_not_follow_is_refused(vocabulary: Vocabulary, pieces: list[bytes]) -> None:
+    constraint = compile_grammar(regex("a+"), vocabulary)
+    assert constraint.accept(pieces.index(b"a"))
+    assert not constraint.accept(pieces.index(b"b"))
+    assert "satisfy" in constraint.error
+    with pytest.raises(GrammarError, match="satisfy"):
+        allowed(constraint)
+
+
+def test_a_mask_of_the_wrong_size_is_our_own_mistake(vocabulary: Vocabulary) -> None:
+    with pytest.raises(AssertionError):
+        compile_grammar(regex("a"), vocabulary).fill(np.zeros(3, np.int32))
+
+
+COMPLEX = "start: " + " ".join(['("a"|"b"|start)?'] * 200)
+
+
+@pytest.mark.parametrize(("source", "said"), [(COMPLEX, "items"), ('start: start start | "a"', "s a token")])
+def test_a_grammar_that_costs_too_much_on_the_way_says_so(source: str, said: str, vocabulary: Vocabulary) -> None:
+    constraint = compile_grammar(Grammar(kind="lark", source=source), vocabulary)
+    with pytest.raises(GrammarError, match=said):
+        follow_last(constraint, 5000)
+
+
+def test_a_probe_finds_what_costs_too_much(vocabulary: Vocabulary) -> None:
+    grammar = Grammar(kind="lark", source=COMPLEX)
+    with pytest.raises(InvalidRequestError, match="too expensive"):
+        probe(grammar, compile_grammar(grammar, vocabulary), 32)
+
+
+@pytest.mark.parametrize(
+    ("grammar", "text"),
+    [
+        (Grammar(kind="lark", source='start: "a" number // a remark with ::=\nnumber: /[0-9]+/\n'), "a12"),
+        (Grammar(kind="lark", source='root ::= "a" number\nnumber ::= [0-9]+\n'), "a12"),  # GBNF
+        (choice("<|im_end|>"), "<|im_end|>"),  # not as the special token
+        (Grammar(kind="lark", source='start: "<|im_end|>"'), "<|im_end|>"),
+        (Grammar(kind="lark", source="start: /<s>/"), "<s>"),
+        (Grammar(kind="lark", source="start: /ab/ // <s>"), "ab"),
+        (Grammar(kind="lark", source='start: "ab" # <s>'), "ab"),
+    ],
+)
+def test_a_grammar_takes_its_text_and_not_a_part_of_it(grammar: Grammar, text: str, vocabulary: Vocabulary) -> None:
+    assert matches(vocabulary, grammar, text)
+    assert not matches(vocabulary, grammar, text[:1])
+
+
+def test_what_lark_calls_by_name_is_not_read_from_files(vocabulary: Vocabulary) -> None:
+    with pytest.raises(InvalidRequestError):
+        compile_grammar(Grammar(kind="lark", source="%import .secret.X\nstart: X"), vocabulary)
+
+
+@pytest.mark.parametrize(
+    "source",
+    ['start: <|im_end|> "a"', "start: <[3]>", "start: <[*]>", 'start: "x" <s> // "', 'start: a\na[stop="x"]: /.*/'],
+)
+def test_a_grammar_cannot_name_special_tokens_or_stops(source: str, vocabulary: Vocabulary) -> None:
+    with pytest.raises(UnsupportedParameterError, match="not supported"):
+        compile_grammar(Grammar(kind="lark", source=source), vocabulary)

@@ -1,0 +1,294 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from helpers.tiny_tokenizers import byte_fallback_json, byte_level_json, write_tokenizer
+from minisgl.core.types import SamplingParams
+from minisgl.errors import InvalidRequestError, ModelError
+from minisgl.formats.hub import locate_model
+from minisgl.text.chat_template import cut_after
+from minisgl.text.tokenizer import Tokenizer, byte_of_character, make_byte_tokenizer
+
+# Templates in the manner of two families: what they use of the template language is what counts.
+QWEN_STYLE = """{{- bos_token }}
+{%- if not date_string is defined %}{% set date_string = "26 Jul 2024" %}{% endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content']|trim %}
+    {%- set messages = messages[1:] %}
+    {{- "<|im_start|>system\\nToday: " + date_string + "\\n\\n" + system_message + "<|im_end|>" }}
+{%- endif %}
+{%- if tools is not none %}{{- "tools!" }}{% endif %}
+{%- set ns = namespace(last=-1, found=false) %}
+{%- for message in messages %}
+    {%- if message.role == "user" %}{% set ns.last = loop.index0 %}{% set ns.found = true %}{% endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == "tool" %}{% continue %}{% endif %}
+    {%- if message.role == "assistant" %}
+        {{- '<|im_start|>assistant\\n' }}{% generation %}{{ message.content.split('</think>')[-1] }}<|im_end|>
+{% endgeneration %}
+    {%- else %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+    {%- endif %}
+{%- endfor %}
+{{- {"last": ns.last, "text": "<é> & 'q'"} | tojson }}
+{{- [1, 2] | tojson(indent=2) }}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}
+"""
+MISTRAL_STYLE = """{{ bos_token }}{% for message in messages %}
+    {% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+        {{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}
+    {% endif %}
+    {% if message['role'] == 'user' %}
+        {{ '[INST] ' + message['content'] + ' [/INST]' }}
+    {% elif message['role'] == 'assistant' %}
+        {{ message['content'] + eos_token }}
+    {% else %}
+        {{ raise_exception('Only user and assistant roles are supported!') }}
+    {% endif %}
+{% endfor %}
+"""
+TALK: list[dict[str, Any]] = [
+    {"role": "user", "content": " Hello 世界 <b>&amp;</b> "},
+    {"role": "assistant", "content": "<think>hm</think>\n\nHi 😀"},
+    {"role": "user", "content": "bye"},
+]
+SYSTEM: list[dict[str, Any]] = [{"role": "system", "content": " Be brief. "}, *TALK]
+
+
+def both(folder: Path) -> tuple[Tokenizer, PreTrainedTokenizerBase]:
+    return Tokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("template", "messages"),
+    [(QWEN_STYLE, TALK), (QWEN_STYLE, SYSTEM), (MISTRAL_STYLE, TALK)],
+    ids=["qwen", "qwen system", "mistral"],
+)
+@pytest.mark.parametrize("prompt", [True, False])
+def test_conversations_render_and_encode_as_in_transformers(
+    tmp_path: Path, template: str, messages: list[dict[str, Any]], prompt: bool
+) -> None:
+    ours, theirs = both(write_tokenizer(tmp_path, template=template, add_bos=True))
+    for kwargs in ({}, {"enable_thinking": False}, {"date_string": "1 Jan 2026"}):
+        expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **kwargs)
+        assert ours.render_chat(messages, add_generation_prompt=prompt, **kwargs) == expected
+        ids = theirs.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False, **kwargs)
+        assert ours.encode_chat(messages, add_generation_prompt=prompt, **kwargs) == ids
+
+
+def test_a_template_that_writes_bos_gets_no_second_one(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(write_tokenizer(tmp_path, template=MISTRAL_STYLE, add_bos=True))
+    assert tokenizer.encode_chat(TALK[:1]).count(0) == 1
+    ids = tokenizer.encode("ab")
+    assert ids[0] == 0
+    assert tokenizer.encode("ab", add_special_tokens=False) == ids[1:]
+    assert tokenizer.starts(ids, "ab")[:2] == [0, 0]  # the text does not show it
+
+
+def test_what_the_template_refuses_is_the_users_error(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(write_tokenizer(tmp_path, template=MISTRAL_STYLE))
+    with pytest.raises(InvalidRequestError, match="roles must alternate"):
+        tokenizer.render_chat(TALK[1:])
+    with pytest.raises(InvalidRequestError, match="chat template refuses"):
+        tokenizer.render_chat([{"role": "user", "content": 5}])
+    with pytest.raises(InvalidRequestError, match="bos_token cannot be set here"):
+        tokenizer.render_chat(TALK, bos_token="x")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages.append(1) }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{% set ns = namespace(__class__=1) %}",
+        "{% set ns = namespace() %}{% set ns._x = 1 %}",
+        "{{ dict.__base__.x }}",
+        "{% for i in range(10000000) %}x{% endfor %}",
+    ],
+)
+def test_a_hostile_template_stays_in_its_sandbox(tmp_path: Path, template: str) -> None:
+    tokenizer = Tokenizer.load(write_tokenizer(tmp_path, template=template))
+    with pytest.raises(InvalidRequestError):
+        tokenizer.render_chat(TALK)
+
+
+CONTINUED = "{% for m in messages %}[{{ m.content | trim }}]{% endfor %}"
+
+
+def continued(tmp_path: Path, *contents: str) -> str:
+    tokenizer = Tokenizer.load(write_tokenizer(tmp_path, template=CONTINUED))
+    return tokenizer.render_continued([{"role": "any", "content": content} for content in contents])
+
+
+@pytest.mark.parametrize(
+    ("contents", "expected"),
+    [
+        (("hi", "so far"), "[hi][so far"),
+        (("so far", "so far"), "[so far][so far"),
+        (("hi", " one, one "), "[hi][one, one"),
+    ],
+)
+def test_a_continued_conversation_ends_with_its_last_content(
+    tmp_path: Path, contents: tuple[str, ...], expected: str
+) -> None:
+    assert continued(tmp_path, *contents) == expected
+
+
+def test_blanks_around_the_content_stay_where_the_template_shows_them() -> None:
+    assert cut_after("a: x\na: so far <end>", "so far ") == "a: x\na: so far "
+    assert cut_after("a: so far<end>", " so far ") == "a: so far"
+
+
+@pytest.mark.parametrize("content", ["", "  \n", "not shown"])
+def test_what_is_not_shown_cannot_be_continued(content: str) -> None:
+    with pytest.raises(InvalidRequestError, match="no content that can be continued"):
+        cut_after("a: other<end>", content)
+
+
+def test_a_model_without_template_completes_but_does_not_chat(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(write_tokenizer(tmp_path))
+    assert not tokenizer.has_chat_template
+    with pytest.raises(InvalidRequestError, match="no chat template"):
+        tokenizer.encode_chat(TALK)
+    assert tokenizer.decode(tokenizer.encode("some text")) == "some text"
+
+
+def test_the_template_is_found_in_each_of_its_places(tmp_path: Path) -> None:
+    inline = write_tokenizer(tmp_path / "inline", chat_template="A{{ messages[0].content }}")
+    named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "B{{ messages[0].content }}"}]
+    several = write_tokenizer(tmp_path / "several", chat_template=named)
+    own = write_tokenizer(tmp_path / "own", template="C{{ messages[0].content }}", chat_template="A")
+    message = [{"role": "user", "content": "x"}]
+    assert [Tokenizer.load(folder).render_chat(message) for folder in (inline, several, own)] == ["Ax", "Bx", "Cx"]
+
+
+def test_a_broken_template_is_named_at_load(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="chat template is broken: line 1"):
+        Tokenizer.load(write_tokenizer(tmp_path, template="{% if %}"))
+
+
+def test_special_tokens_may_be_objects_and_eos_every_id_of_the_generation_config(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path, template="{{ eos_token }}", eos_token={"content": "<|im_end|>", "lstrip": False})
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer.render_chat(TALK) == "<|im_end|>"
+    assert tokenizer.eos_token_ids == (3,)
+    for listed, expected in ((1, (3, 1)), ([1, 3], (3, 1)), (None, (3,))):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
+        assert Tokenizer.load(folder).eos_token_ids == expected
+
+
+def test_lone_surrogates_are_refused(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(write_tokenizer(tmp_path, template="{{ messages[0].content }}"))
+    with pytest.raises(InvalidRequestError, match="lone surrogate at character 1"):
+        tokenizer.encode("a\ud800b")
+    with pytest.raises(InvalidRequestError, match="lone surrogate"):
+        tokenizer.encode_chat([{"role": "user", "content": "\udc00"}])
+
+
+def test_truncation_written_in_the_file_is_not_applied(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path)
+    text = json.loads(byte_level_json())
+    text["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    (folder / "tokenizer.json").write_text(json.dumps(text))
+    assert len(Tokenizer.load(folder).encode("a b c d e f g h i")) > 4
+
+
+def test_a_folder_without_or_with_a_broken_tokenizer_is_named(tmp_path: Path) -> None:
+    assert not Tokenizer.exists(tmp_path)
+    with pytest.raises(ModelError, match="holds no tokenizer"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"tokenizer\.json: not a tokenizer"):
+        Tokenizer.load(tmp_path)
+
+
+def test_without_tokenizer_json_the_folder_is_converted(tmp_path: Path) -> None:
+    """vocab.json and merges.txt, as older GPT-2-like checkpoints have."""
+    model = json.loads(byte_level_json())["model"]
+    config = {"tokenizer_class": "GPT2Tokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (tmp_path / "merges.txt").write_text("\n".join(" ".join(pair) for pair in model["merges"]))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.decode(tokenizer.encode("The quick brown 世界")) == "The quick brown 世界"
+    assert tokenizer.vocab_size >= len(model["vocab"])
+
+
+def test_the_bundled_tokenizer_streams_what_it_decodes() -> None:
+    tokenizer = Tokenizer.load(locate_model(None))
+    ids = tokenizer.encode("Größe 123 世界 😀👩‍👩‍👧  two  spaces\n\tdef f(): pass")
+    stream = tokenizer.stream(SamplingParams())
+    assert "".join(stream.push([token]) for token in ids) + stream.finish() == tokenizer.decode(ids)
+    assert "user" in tokenizer.render_chat([{"role": "user", "content": "hi"}])
+
+
+BYTE_LEVEL = Tokenizer(tokenizers.Tokenizer.from_str(byte_level_json()), tokens={})
+BYTE_FALLBACK = Tokenizer(tokenizers.Tokenizer.from_str(byte_fallback_json()), tokens={})
+
+
+def joined(tokenizer: Tokenizer, text: str) -> str:
+    return b"".join(map(tokenizer.token_bytes, tokenizer.encode(text, add_special_tokens=False))).decode()
+
+
+@given(st.text(max_size=30))
+@settings(max_examples=200, deadline=None)
+def test_the_bytes_of_a_texts_tokens_are_the_texts(text: str) -> None:
+    assert joined(BYTE_LEVEL, text) == text
+    if text:
+        assert joined(BYTE_FALLBACK, text).replace("▁", " ") == " " + text.replace("▁", " ")
+
+
+def test_special_tokens_are_their_text_and_unknown_ids_nothing() -> None:
+    assert BYTE_LEVEL.token_bytes(1) == b"</s>"
+    assert BYTE_LEVEL.token_bytes(10**6) == b""
+    assert BYTE_FALLBACK.token_bytes(3 + 0xE4) == b"\xe4"
+    assert sorted(byte_of_character().values()) == list(range(256))
+    assert byte_of_character()["Ġ"] == 0x20
+
+
+@given(st.text(alphabet="aé世😀 <s>x", max_size=20))
+@settings(max_examples=200, deadline=None)
+def test_tokens_start_where_their_text_does(text: str) -> None:
+    ids = BYTE_LEVEL.encode(text)
+    starts = BYTE_LEVEL.starts(ids, text)
+    assert starts == sorted(starts)
+    for index, (token, start, end) in enumerate(zip(ids, starts, [*starts, len(text)][1:], strict=True)):
+        if BYTE_LEVEL.token_bytes(token) != text[start:end].encode():
+            # A part of a character begins where that character does.
+            assert b"".join(map(BYTE_LEVEL.token_bytes, ids[:index])).startswith(text[:start].encode())
+
+
+BYTES_TEXT = "Grüße, 世界!\n\t😀 \x00"
+
+
+def test_a_byte_tokenizer_encodes_text_as_its_bytes_and_decodes_other_tokens_as_numbers() -> None:
+    tokenizer = make_byte_tokenizer(151_936)
+    assert tokenizer.vocab_size == 151_936
+    assert tokenizer.encode(BYTES_TEXT) == list(BYTES_TEXT.encode())
+    assert tokenizer.decode(tokenizer.encode(BYTES_TEXT)) == joined(tokenizer, BYTES_TEXT) == BYTES_TEXT
+    stream = tokenizer.stream(SamplingParams())
+    pieces = [stream.push([token]) for token in (256, 151_935, *"ü".encode(), 2999)]
+    assert pieces == [" 256", " 151935", "", "ü", " 2999"]
+    with pytest.raises(InvalidRequestError, match="no chat template"):
+        tokenizer.encode_chat([{"role": "user", "content": "hi"}])
+
+
+def test_a_small_byte_tokenizer_has_the_first_bytes() -> None:
+    tokenizer = make_byte_tokenizer(100)
+    assert tokenizer.vocab_size == 100
+    assert tokenizer.encode("AzB") == [65, 66]
