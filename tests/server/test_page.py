@@ -1,4 +1,4 @@
-"""The web page at /: what a browser gets, what it may do with it, and that nothing comes from elsewhere."""
+"""The web page at /: what a browser gets, what it may do with it, and that it loads nothing from other servers."""
 
 from __future__ import annotations
 

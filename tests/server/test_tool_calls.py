@@ -162,6 +162,12 @@ def test_arguments_are_given_on_as_they_come_and_as_the_model_wrote_them() -> No
     assert given == [("name", 0, "f"), *(("arguments", 0, character) for character in arguments)]
 
 
+def test_blanks_after_a_broken_call_are_content() -> None:
+    call, broken = '{"name": "f", "arguments": {"a": 1}}', '{"name": "f", "arguments": {"a": 1}  oops'
+    found = read(list(f"<tool_call>{call}</tool_call> <tool_call>{broken}"), HERMES)
+    assert found[2:] == [("name", 1, "f"), ("arguments", 1, '{"a": 1}'), ("content", 0, "  oops")]
+
+
 def test_long_heads_and_other_key_orders_make_calls_too() -> None:
     padded = '{"name":' + " " * HEAD_LIMIT + '"f", "arguments": {"a": 1}}'
     turned = '{"arguments": {"a": 1}, "name": "f"}'

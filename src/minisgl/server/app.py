@@ -23,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 from minisgl.errors import InvalidRequestError, MinisglError
 from minisgl.server import protocol, responses
 from minisgl.server.admin import Setup, admin_routes
-from minisgl.server.completion import ChatCompletion, Generation, NativeCompletion, TextCompletion
+from minisgl.server.completion import ChatCompletion, Generation, SglangCompletion, TextCompletion
 from minisgl.server.errors import BODY_LIMIT, BodyTooLargeError, error_body, error_headers, internal_error
 from minisgl.server.openapi import ApiRoute, document
 from minisgl.server.preparation import Api, PreparedRequest
@@ -40,7 +40,7 @@ UNSUPPORTED_OUTSIDE = ("embeddings", "rerank", "score", "pooling", "classify", "
 PAGE = Path(__file__).with_name("page.html")
 
 T = TypeVar("T")
-AnyCompletion = type[ChatCompletion] | type[TextCompletion] | type[NativeCompletion]
+AnyCompletion = type[ChatCompletion] | type[TextCompletion] | type[SglangCompletion]
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class UnsupportedEndpointError(InvalidRequestError):
 
 
 class ClientGoneError(Exception):
-    """The client closed the connection; nobody is left to answer."""
+    """The client closed the connection before the answer was complete."""
 
 
 class Endpoints:
@@ -76,7 +76,7 @@ class Endpoints:
     async def generate(self, request: Request) -> Response:
         """Continue one text, or several, in SGLang's own words."""
         prepared = await self.api.prepare(self.preparation.generate, await read_body(request))
-        return await self.respond(request, prepared, NativeCompletion)
+        return await self.respond(request, prepared, SglangCompletion)
 
     async def respond(self, request: Request, prepared: PreparedRequest, kind: AnyCompletion) -> Response:
         """The answer, whole or streamed. The requests end when the client leaves."""
@@ -119,12 +119,12 @@ class Endpoints:
 
     def routes(self) -> list[ApiRoute]:
         chat, chunk = responses.Result[responses.ChatChoice], responses.Result[responses.ChunkChoice]
-        text, native = responses.Result[responses.TextChoice], responses.NativeResult | list[responses.NativeResult]
+        text, sglang = responses.Result[responses.TextChoice], responses.SglangResult | list[responses.SglangResult]
         tokenize = [protocol.TokenizeText, protocol.TokenizeConversation]
         return [
             ApiRoute("POST", "/v1/chat/completions", self.chat, chat, [protocol.ChatRequest], chunk),
             ApiRoute("POST", "/v1/completions", self.completion, text, [protocol.CompletionRequest], text),
-            ApiRoute("POST", "/generate", self.generate, native, [protocol.GenerateRequest], responses.NativeResult),
+            ApiRoute("POST", "/generate", self.generate, sglang, [protocol.GenerateRequest], responses.SglangResult),
             ApiRoute("POST", "/tokenize", self.tokenize, responses.Tokens, tokenize),
             ApiRoute("POST", "/detokenize", self.detokenize, responses.Detokenized, [protocol.DetokenizeRequest]),
             ApiRoute("GET", "/tokenizer_info", self.tokenizer_info, responses.TokenizerInfo),
@@ -244,7 +244,7 @@ def send_body(send: Send, chunk: bytes, more: bool = True) -> Awaitable[None]:
 async def on_error(request: Request, error: Exception) -> Response:
     """Every error that leaves an endpoint, in OpenAI's form. Of a fault of ours only the log has the details."""
     if isinstance(error, (ClientGoneError, ClientDisconnect)):
-        return Response(status_code=499)  # nginx's "client closed request", for the log: nobody reads it
+        return Response(status_code=499)  # nginx's "client closed request", for the log
     if isinstance(error, HTTPException):  # the router's 404 and 405
         shown = MinisglError(f"{request.method} {request.url.path}: {HTTPStatus(error.status_code).phrase}")
         shown.type = "invalid_request_error" if error.status_code < 500 else "server_error"

@@ -26,10 +26,10 @@ from minisgl.server.responses import (
     ChunkChoice,
     FinishWord,
     FunctionCall,
-    NativeMeta,
-    NativeResult,
     PromptTokensDetails,
     Result,
+    SglangMeta,
+    SglangResult,
     TextChoice,
     TextLogprobs,
     TokenEntry,
@@ -384,7 +384,7 @@ class TextCompletion(OpenAICompletion):
         return TextChoice(index, "".join(chunk.text for chunk in chunks), chunks[-1].finish_reason, logprobs)
 
 
-class NativeCompletion:
+class SglangCompletion:
     """An answer of /generate; each event of a stream has all the text so far."""
 
     def __init__(self, generation: Generation, model: str) -> None:
@@ -397,7 +397,7 @@ class NativeCompletion:
         self._writer = LogprobWriter(generation.tokenizer)
         self._started = time.monotonic()
 
-    async def whole(self) -> NativeResult | list[NativeResult]:
+    async def whole(self) -> SglangResult | list[SglangResult]:
         """Generate all of it."""
         async for _ in self.generation.pieces():
             pass
@@ -410,16 +410,16 @@ class NativeCompletion:
             async for pieces in batches:
                 yield b"".join([sse(self._result(self.generation.choices[piece.index])) for piece in pieces])
 
-    def _result(self, choice: ChoiceState) -> NativeResult:
+    def _result(self, choice: ChoiceState) -> SglangResult:
         lists: dict[str, Any] = {}
         if self.body.return_logprob:
             lists |= self._logprobs("output", choice.scored)
         if (start := self.body.prompt_logprobs_from) is not None:
             entries = zip(choice.request.prompt, choice.prompt_logprobs, strict=False)
             lists |= self._logprobs("input", [ScoredToken(*entry, 0) for entry in entries][start:])
-        meta = NativeMeta(
+        meta = SglangMeta(
             id=choice.request.id,
-            finish_reason=native_finish(choice),
+            finish_reason=sglang_finish(choice),
             prompt_tokens=len(choice.request.prompt),
             completion_tokens=len(choice.token_ids),
             cached_tokens=choice.cached_tokens,
@@ -427,7 +427,7 @@ class NativeCompletion:
             **lists,
         )
         index = choice.index if self.is_batch else UNSET
-        return NativeResult(text=choice.stream.text, output_ids=choice.token_ids, meta_info=meta, index=index)
+        return SglangResult(text=choice.stream.text, output_ids=choice.token_ids, meta_info=meta, index=index)
 
     def _logprobs(self, side: str, scored: Sequence[ScoredToken]) -> dict[str, Any]:
         """The tokens of the prompt or of the answer, and where it was asked for the most probable ones."""
@@ -452,7 +452,7 @@ def finish_word(finish: FinishReason | None, called: bool) -> FinishWord | None:
     return None if finish is None else "length"
 
 
-def native_finish(choice: ChoiceState) -> dict[str, Any] | None:
+def sglang_finish(choice: ChoiceState) -> dict[str, Any] | None:
     """Why an answer ended: at its limit, or at a stop string or the token that is the last one."""
     if choice.finish is None:
         return None

@@ -57,7 +57,7 @@ GENERATE_UNSUPPORTED: Neutral = {
     "token_ids_logprob": (), "return_routed_experts": (False,), "custom_logit_processor": (),
 }  # fmt: skip
 TOKENIZE_UNSUPPORTED: Neutral = {"chat_template": (), "mm_processor_kwargs": ()}
-NATIVE_SAMPLING_UNSUPPORTED: Neutral = {
+SGLANG_SAMPLING_UNSUPPORTED: Neutral = {
     "structural_tag": (), "spaces_between_special_tokens": (True,), "no_stop_trim": (False,), "stop_regex": (),
     "stream_interval": (), "custom_params": (),
 }  # fmt: skip
@@ -294,10 +294,10 @@ class CompletionRequest(OpenAIRequest, kw_only=True):
         return self.sampling_params(max_tokens=limit, logprobs=logprobs, prompt_logprobs=prompt, grammar=grammar)
 
 
-class NativeSampling(Sampling):
+class SglangSampling(Sampling):
     """`sampling_params` of /generate."""
 
-    unsupported = NATIVE_SAMPLING_UNSUPPORTED
+    unsupported = SGLANG_SAMPLING_UNSUPPORTED
 
     max_new_tokens: Annotated[int, Meta(ge=1)] | None = None
     min_new_tokens: Count | None = None
@@ -315,7 +315,7 @@ class GenerateRequest(Body):
 
     text: Annotated[Any, Meta(extra_json_schema={"anyOf": [*TEXTS, NULL]})] = None
     input_ids: Annotated[Any, Meta(extra_json_schema={"anyOf": [*IDS, NULL]})] = None
-    sampling_params: NativeSampling | None = None
+    sampling_params: SglangSampling | None = None
     stream: bool | None = None
     return_logprob: bool | None = None
     logprob_start_len: Annotated[int, Meta(ge=-1)] | None = None
@@ -326,7 +326,7 @@ class GenerateRequest(Body):
     @classmethod
     def prepare(cls, value: dict[str, Any]) -> None:
         if isinstance(sampling := value.get("sampling_params"), dict):
-            drop_unsupported(sampling, NATIVE_SAMPLING_UNSUPPORTED, "sampling_params.")
+            drop_unsupported(sampling, SGLANG_SAMPLING_UNSUPPORTED, "sampling_params.")
 
     def check(self) -> None:
         given = [name for name in ("text", "input_ids") if getattr(self, name) is not None]
@@ -337,8 +337,8 @@ class GenerateRequest(Body):
             require(self.return_logprob or neutral, f"{name} is only allowed with return_logprob", name)
 
     @property
-    def sampling(self) -> NativeSampling:
-        return self.sampling_params or NativeSampling()
+    def sampling(self) -> SglangSampling:
+        return self.sampling_params or SglangSampling()
 
     @property
     def num_generated(self) -> int:

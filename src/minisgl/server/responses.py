@@ -127,7 +127,7 @@ class Result(msgspec.Struct, Generic[AnyChoice], frozen=True, kw_only=True):
     usage: Usage | UnsetType | None = UNSET
 
 
-class NativeMeta(msgspec.Struct, frozen=True, kw_only=True):
+class SglangMeta(msgspec.Struct, frozen=True, kw_only=True):
     """What /generate says beside the text; `e2e_latency` in s."""
 
     id: str
@@ -142,12 +142,12 @@ class NativeMeta(msgspec.Struct, frozen=True, kw_only=True):
     input_top_logprobs: list[list[TokenEntry] | None] | UnsetType = UNSET
 
 
-class NativeResult(msgspec.Struct, frozen=True, kw_only=True):
+class SglangResult(msgspec.Struct, frozen=True, kw_only=True):
     """/generate's answer, in a stream all of it so far; `index` says which one of several it is."""
 
     text: str
     output_ids: list[int]
-    meta_info: NativeMeta
+    meta_info: SglangMeta
     index: int | UnsetType = UNSET
 
 

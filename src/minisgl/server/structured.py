@@ -10,7 +10,7 @@ import msgspec
 
 from minisgl.core.types import Calls, Grammar
 from minisgl.errors import InvalidRequestError
-from minisgl.server.protocol import ChatRequest, NativeSampling, OpenAIRequest
+from minisgl.server.protocol import ChatRequest, OpenAIRequest, SglangSampling
 from minisgl.server.tools import ToolFormat
 from minisgl.server.validation import ResponseFormat, Tool, require
 
@@ -22,14 +22,14 @@ SUBSCHEMA_LISTS = frozenset({"prefixItems", "items", "allOf", "anyOf", "oneOf"})
 SUBSCHEMA_MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 
 
-def requested_grammar(body: OpenAIRequest | NativeSampling) -> tuple[Grammar | None, str | None]:
+def requested_grammar(body: OpenAIRequest | SglangSampling) -> tuple[Grammar | None, str | None]:
     """The grammar that a request asks for and the field that does, (None, None) for plain text.
 
     Raises InvalidRequestError naming the field. `GrammarCompiler.check` says whether the grammar can be enforced.
     """
     found: dict[str, Grammar] = {}
     guided: dict[str, Any]
-    if isinstance(body, NativeSampling):
+    if isinstance(body, SglangSampling):
         guided = {"json": body.json_schema, "regex": body.regex, "grammar": body.ebnf}
     else:
         guided = {name: getattr(body, f"guided_{name}") for name in ("json", "regex", "choice", "grammar")}

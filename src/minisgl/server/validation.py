@@ -178,12 +178,12 @@ class MessageToolCall(Body, kw_only=True):
 
 GIVEN: dict[str, Any] = {"not": NULL}
 NO_CALLS: dict[str, Any] = {"tool_calls": {"enum": [None, []]}, "reasoning_content": {"enum": [None, ""]}}
-SAID: dict[str, Any] = {"role": {"enum": ["system", "developer", "user"]}, "content": GIVEN, "tool_call_id": NULL}
-RESULT: dict[str, Any] = {"role": {"const": "tool"}, "content": GIVEN, "tool_call_id": GIVEN}
+USER_RULE: dict[str, Any] = {"role": {"enum": ["system", "developer", "user"]}, "content": GIVEN, "tool_call_id": NULL}
+TOOL_RULE: dict[str, Any] = {"role": {"const": "tool"}, "content": GIVEN, "tool_call_id": GIVEN}
 ROLES: list[Any] = [
-    {"properties": SAID | NO_CALLS, "required": ["role", "content"]},
+    {"properties": USER_RULE | NO_CALLS, "required": ["role", "content"]},
     {"properties": {"role": {"const": "assistant"}, "tool_call_id": NULL}, "required": ["role"]},
-    {"properties": RESULT | NO_CALLS, "required": ["role", "content", "tool_call_id"]},
+    {"properties": TOOL_RULE | NO_CALLS, "required": ["role", "content", "tool_call_id"]},
 ]
 """What `Message.for_template` asks of each role, for the OpenAPI document."""
 
