@@ -21,6 +21,7 @@ from minisgl.cli import Parser
 from minisgl.config import Config
 from minisgl.core.types import EngineStats, FinishReason, ModelInfo, TokenEvent
 from minisgl.formats.hub import locate_model
+from minisgl.server import ipc
 from minisgl.server.launch import serve
 from minisgl_bench.command import online
 
@@ -35,33 +36,33 @@ class EchoEngine:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.inbox = self.context.socket(zmq.PULL)
         self.outboxes: dict[int, zmq.Socket[bytes]] = {}
-        self.live: dict[int, dict[str, tuple[list[int], int, int]]] = {}
+        self.live: dict[int, dict[str, tuple[memoryview[int], int, int]]] = {}
         model = ModelInfo(name="stub", vocab_size=49152, max_seq_len=1 << 20, eos_token_ids=(0,))
-        self.ready = Ready(model, folder, [])
-        self.handle(Attach(0, to_engine, from_engine))
+        self.ready = ipc.Ready(model, folder, [])
+        self.handle(ipc.Attach(0, to_engine, from_engine))
 
-    def send(self, link: int, message: FromEngine) -> None:
+    def send(self, link: int, message: ipc.FromEngine) -> None:
         """A process that is `BACKLOG` steps behind is waited for."""
         self.outboxes[link].send(msgspec.msgpack.encode(message))
 
-    def handle(self, message: ToEngine) -> None:
+    def handle(self, message: ipc.ToEngine) -> None:
         match message:
-            case Add(request, link):
+            case ipc.Add(request, link):
                 self.live[link][request.id] = (request.prompt, 0, request.params.max_tokens or 16)
-            case Abort(ids):
+            case ipc.Abort(ids):
                 for live in self.live.values():
                     for name in ids:
                         live.pop(name, None)
-            case Ping(nonce, link):
-                self.send(link, Pong(nonce, EngineStats(running=sum(map(len, self.live.values())))))
-            case Attach(link, to_engine, from_engine):
+            case ipc.Ping(nonce, link):
+                self.send(link, ipc.Pong(nonce, EngineStats(running=sum(map(len, self.live.values())))))
+            case ipc.Attach(link, to_engine, from_engine):
                 outbox = self.outboxes[link] = self.context.socket(zmq.PUSH)
                 outbox.setsockopt(zmq.SNDHWM, BACKLOG)
                 outbox.connect(from_engine)
                 self.inbox.connect(to_engine)
                 self.live[link] = {}
                 self.send(link, self.ready)
-            case Detach(link):
+            case ipc.Detach(link):
                 self.outboxes.pop(link).close(linger=0)
                 del self.live[link]
 
@@ -77,10 +78,10 @@ class EchoEngine:
                 else:
                     del live[name]
             if events:
-                self.send(link, Events(events))
+                self.send(link, ipc.Events(events))
 
     def run(self, step: float) -> None:
-        decoder = msgspec.msgpack.Decoder(ToEngine)
+        decoder = msgspec.msgpack.Decoder(ipc.ToEngine)
         due = time.perf_counter()
         while True:
             while self.inbox.poll(0 if any(self.live.values()) else 1000):
