@@ -24,7 +24,7 @@ from minisgl.server.api_process import HttpServer
 from minisgl.server.engine_client import Queue
 from minisgl.server.errors import OverloadedError, QueueFullError
 from minisgl.server.metrics import Metrics
-from minisgl.server.validation import MAX_MESSAGES
+from minisgl.server.protocol import MAX_MESSAGES
 
 TEXT: dict[str, Any] = {"prompt": "hello there", "max_tokens": 3}
 

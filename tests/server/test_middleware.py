@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from helpers.serving import Serving
 from minisgl.config import Config
+from minisgl.server.app import NamedRoute
 from minisgl.server.metrics import Metrics
 from minisgl.server.middleware import KeyGuard, with_middleware
 from minisgl.server.openapi import ApiRoute
@@ -135,7 +136,7 @@ def test_a_head_whose_endpoint_fails_is_counted_under_its_route() -> None:
     async def broken(_: Request) -> Response:
         raise RuntimeError("a fault of ours")
 
-    app, metrics = Starlette(routes=[ApiRoute("GET", "/broken", broken)]), Metrics()
+    app, metrics = Starlette(routes=[NamedRoute(ApiRoute("GET", "/broken", broken))]), Metrics()
 
     async def ask() -> None:
         transport = httpx.ASGITransport(with_middleware(app, metrics, Config()), raise_app_exceptions=False)

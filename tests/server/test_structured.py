@@ -30,7 +30,7 @@ GOOD: tuple[tuple[dict[str, Any], Grammar | None], ...] = (
     ({}, None),
     ({"response_format": None, "guided_json": None}, None),
     ({"response_format": {"type": "text"}}, None),
-    ({"response_format": {"type": "json_object"}}, Grammar(kind="json_object")),
+    ({"response_format": {"type": "json_object", "schema": None}}, Grammar(kind="json_object")),
     (openai(name="x", schema=SCHEMA), SCHEMA_GRAMMAR),
     (openai(name="x", description="d", strict=True, schema=SCHEMA), SCHEMA_GRAMMAR),
     (openai(name="x", strict=None, schema=True), Grammar(kind="json_schema", source="true")),
@@ -54,7 +54,7 @@ GOOD: tuple[tuple[dict[str, Any], Grammar | None], ...] = (
 
 def requested(fields: dict[str, Any]) -> tuple[Grammar | None, str | None]:
     """The grammar that a request with these fields asks for, and the field."""
-    return requested_grammar(CompletionRequest.parse(json.dumps({"prompt": "x", **fields}).encode()))
+    return requested_grammar(CompletionRequest.parse(json.dumps({"prompt": "x", **fields}).encode()).constraints)
 
 
 @pytest.mark.parametrize(("fields", "grammar"), GOOD, ids=lambda value: str(value)[:60])

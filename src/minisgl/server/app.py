@@ -18,6 +18,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response
+from starlette.routing import Match, Route
 from starlette.types import Receive, Scope, Send
 
 from minisgl.errors import InvalidRequestError, MinisglError
@@ -28,14 +29,13 @@ from minisgl.server.errors import BODY_LIMIT, BodyTooLargeError, error_body, err
 from minisgl.server.openapi import ApiRoute, document
 from minisgl.server.preparation import Api, PreparedRequest
 
-DRAIN_LIMIT = 4 * BODY_LIMIT
-"""Bytes of a body that is too large are read up to here, so that the client gets to read the answer."""
+DRAIN_LIMIT = 4 * BODY_LIMIT  # bytes of a larger body that are read, so that the client gets to read the error
+# Endpoints of other servers, beneath /v1 and outside, refused by name.
 UNSUPPORTED = (
-    *("embeddings", "moderations", "responses", "files", "batches", "uploads", "realtime", "rerank", "score"),
-    *("audio", "images", "videos", "fine_tuning", "assistants", "threads", "vector_stores", "evals", "containers"),
-    *("conversations", "messages", "engines", "edits", "organization", "skills"),
-)
-"""Endpoints of other servers beneath /v1, refused by name; the next are those outside."""
+    "embeddings", "moderations", "responses", "files", "batches", "uploads", "realtime", "rerank", "score", "audio",
+    "images", "videos", "fine_tuning", "assistants", "threads", "vector_stores", "evals", "containers",
+    "conversations", "messages", "engines", "edits", "organization", "skills",
+)  # fmt: skip
 UNSUPPORTED_OUTSIDE = ("embeddings", "rerank", "score", "pooling", "classify", "encode")
 PAGE = Path(__file__).with_name("page.html")
 
@@ -54,6 +54,18 @@ class UnsupportedEndpointError(InvalidRequestError):
 
 class ClientGoneError(Exception):
     """The client closed the connection before the answer was complete."""
+
+
+class NamedRoute(Route):
+    """A route that the middleware finds in the scope. HEAD is left to the middleware."""
+
+    def __init__(self, route: ApiRoute) -> None:
+        super().__init__(route.path, route.handler)
+        self.methods = set(route.methods.split())
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        match, found = super().matches(scope)
+        return match, {**found, "route": self}
 
 
 class Endpoints:
@@ -146,11 +158,11 @@ def make_app(api: Api, setup: Setup) -> Starlette:
         return HTMLResponse(html, headers=headers)
 
     routes += [ApiRoute("GET", "/openapi.json", show_document), ApiRoute("GET", "/", page)]
-    for base in [f"/v1/{name}" for name in UNSUPPORTED] + [f"/{name}" for name in UNSUPPORTED_OUTSIDE]:
-        for path in (base, base + "/{rest:path}"):
-            routes.append(ApiRoute("GET POST PUT PATCH DELETE", path, refuse_endpoint))
+    bases = [f"/v1/{name}" for name in UNSUPPORTED] + [f"/{name}" for name in UNSUPPORTED_OUTSIDE]
+    paths = [base + rest for base in bases for rest in ("", "/{rest:path}")]
+    routes += [ApiRoute("GET POST PUT PATCH DELETE", path, refuse_endpoint) for path in paths]
     kinds = (MinisglError, HTTPException, Exception, ClientGoneError, ClientDisconnect)
-    return Starlette(routes=routes, exception_handlers=dict.fromkeys(kinds, on_error))
+    return Starlette(routes=[NamedRoute(route) for route in routes], exception_handlers=dict.fromkeys(kinds, on_error))
 
 
 async def refuse_endpoint(request: Request) -> Response:

@@ -92,7 +92,7 @@ class ParserConfig:
 
 
 class OutputParser:
-    """Parses one answer. However its text is cut into pieces, the deltas put together are the same.
+    """Parses one completion. However its text is cut into pieces, the deltas put together are the same.
 
     With `stream` arguments are given as they come, before it is certain that they are part of a call.
     """
@@ -107,21 +107,20 @@ class OutputParser:
     def called(self) -> bool:
         return self._tools is not None and self._tools.num_calls > 0
 
-    def push(self, text: str) -> list[ChatDelta]:
-        """Take in text; what is certain now."""
-        reasoning, content = ("", text) if self._reasoning is None else self._reasoning.push(text)
-        return self._deltas(reasoning, content)
-
-    def finish(self) -> list[ChatDelta]:
-        """What was held back, at the end of the text."""
-        deltas = [] if self._reasoning is None else self._deltas(*self._reasoning.finish())
-        return deltas if self._tools is None else [*deltas, *self._tools.finish()]
-
-    def _deltas(self, reasoning: str, content: str) -> list[ChatDelta]:
+    def push(self, text: str, last: bool) -> list[ChatDelta]:
+        """Take in text, the end of it where `last`; what is certain now."""
+        reasoning, content = "", text
+        if self._reasoning is not None:
+            reasoning, content = self._reasoning.push(text)
+            rest = self._reasoning.finish() if last else ("", "")
+            reasoning, content = reasoning + rest[0], content + rest[1]
         deltas = [ChatDelta(reasoning_content=reasoning)] if reasoning else []
         if self._tools is not None:
-            return [*deltas, *self._tools.push(content)]
-        return [*deltas, ChatDelta(content=content)] if content else deltas
+            deltas += self._tools.push(content)
+            deltas += self._tools.finish() if last else ()
+        elif content:
+            deltas.append(ChatDelta(content=content))
+        return deltas
 
 
 class ReasoningParser:
