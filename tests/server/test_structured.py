@@ -125,14 +125,18 @@ def test_a_form_that_is_complete_before_min_tokens_loses_no_text(tmp_path: Path)
     write_tokenizer(tmp_path)
     tokenizer = Tokenizer.load(tmp_path)
     ids = tokenizer.encode("yes")
-    choice = ChoiceState(0, Request.make(id="x", prompt=[5], params=SamplingParams(min_tokens=9)), tokenizer)
+    params = SamplingParams(min_tokens=9)
+    choice = ChoiceState(0, Request.make(id="x", prompt=[5], params=params), tokenizer.stream(params))
     # Nothing more is allowed: the engine ends the request in the step of its last token, without a stop token.
     events = [TokenEvent(id="x", tokens=(token,)) for token in ids]
     piece = choice.take([*events, TokenEvent(id="x", finish=FinishReason.STOP)])
     assert (piece.text, piece.finish, choice.token_ids) == ("yes", FinishReason.STOP, ids)
 
 
-DEFINED = {"$ref": "#/$defs/x", "$defs": {"x": {"properties": {"a": {"type": "integer"}}, "required": ["a"]}}}
+A_NUMBER = {"properties": {"a": {"type": "integer"}}, "required": ["a"]}
+DEFINED = {"$ref": "#/$defs/x", "$defs": {"x": A_NUMBER}}
+DRAFT_7 = "http://json-schema.org/draft-07/schema#"
+OLDER = {"$schema": DRAFT_7, "$id": "http://x/y.json", "$ref": "#/definitions/x", "definitions": {"x": A_NUMBER}}
 
 
 def chat(**function: Any) -> ChatRequest:
@@ -151,6 +155,7 @@ def chat(**function: Any) -> ChatRequest:
         ({"parameters": {"properties": {"a": {"type": "integer"}}}}, ['{"a": 1}'], ['{"a": "x"}', '"x"', "1"]),
         ({"parameters": {"type": ["object", "null"]}}, ['{"a": 1}'], ["null"]),
         ({"parameters": DEFINED}, ['{"a": 1}'], ['"x"', "{}"]),
+        ({"parameters": OLDER}, ['{"a": 1}'], ['"x"', "{}"]),
         ({"parameters": {"anyOf": [{"required": ["a"]}, {"required": ["b"]}]}}, ['{"b": 1}'], ['"x"', "{}"]),
     ],
     ids=str,

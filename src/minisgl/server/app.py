@@ -8,11 +8,11 @@ import functools
 import hashlib
 import logging
 import re
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -25,9 +25,10 @@ from minisgl.errors import InvalidRequestError, MinisglError
 from minisgl.server import protocol, responses
 from minisgl.server.admin import Setup, admin_routes
 from minisgl.server.completion import ChatCompletion, Generation, SglangCompletion, TextCompletion
-from minisgl.server.errors import BODY_LIMIT, BodyTooLargeError, error_body, error_headers, internal_error
+from minisgl.server.errors import BODY_LIMIT, BodyTooLargeError, error_body, error_headers, known_error
 from minisgl.server.openapi import ApiRoute, document
 from minisgl.server.preparation import Api, PreparedRequest
+from minisgl.server.responses import SSE_DONE, json_response, sse
 
 DRAIN_LIMIT = 4 * BODY_LIMIT  # bytes of a larger body that are read, so that the client gets to read the error
 # Endpoints of other servers, beneath /v1 and outside, refused by name.
@@ -40,14 +41,13 @@ UNSUPPORTED_OUTSIDE = ("embeddings", "rerank", "score", "pooling", "classify", "
 PAGE = Path(__file__).with_name("page.html")
 
 T = TypeVar("T")
+Prepare = Callable[[bytes], PreparedRequest]
 AnyCompletion = type[ChatCompletion] | type[TextCompletion] | type[SglangCompletion]
 
 logger = logging.getLogger(__name__)
 
 
 class UnsupportedEndpointError(InvalidRequestError):
-    """An endpoint that other servers have and this one has not."""
-
     status = 404
     code = "unsupported_endpoint"
 
@@ -77,25 +77,23 @@ class Endpoints:
 
     async def chat(self, request: Request) -> Response:
         """Answer a conversation."""
-        prepared = await self.api.prepare(self.preparation.chat, await read_body(request))
-        return await self.respond(request, prepared, ChatCompletion)
+        return await self.respond(request, self.preparation.chat, ChatCompletion)
 
     async def completion(self, request: Request) -> Response:
         """Continue one text, or several."""
-        prepared = await self.api.prepare(self.preparation.completion, await read_body(request))
-        return await self.respond(request, prepared, TextCompletion)
+        return await self.respond(request, self.preparation.completion, TextCompletion)
 
     async def generate(self, request: Request) -> Response:
         """Continue one text, or several, in SGLang's own words."""
-        prepared = await self.api.prepare(self.preparation.generate, await read_body(request))
-        return await self.respond(request, prepared, SglangCompletion)
+        return await self.respond(request, self.preparation.generate, SglangCompletion)
 
-    async def respond(self, request: Request, prepared: PreparedRequest, kind: AnyCompletion) -> Response:
-        """The answer, whole or streamed. The requests end when the client leaves."""
+    async def respond(self, request: Request, prepare: Prepare, kind: AnyCompletion) -> Response:
+        """The completion, whole or streamed. The requests end when the client leaves."""
+        prepared = await self.api.prepare(prepare, await read_body(request))
         generation = Generation(self.api.service, self.preparation.tokenizer, prepared)
         completion = kind(generation, self.preparation.model.name)
         if not prepared.body.stream:
-            return responses.json_response(await unless_disconnected(request.receive, completion.whole()))
+            return json_response(await unless_disconnected(request.receive, completion.whole()))
         chunks = completion.chunks()
         try:
             first = await unless_disconnected(request.receive, anext(chunks))
@@ -106,25 +104,24 @@ class Endpoints:
 
     async def tokenize(self, request: Request) -> Response:
         """The tokens of a text or of a conversation."""
-        return responses.json_response(await self.api.prepare(self.preparation.tokenize, await read_body(request)))
+        return json_response(await self.api.prepare(self.preparation.tokenize, await read_body(request)))
 
     async def detokenize(self, request: Request) -> Response:
         """The text of tokens."""
-        return responses.json_response(await self.api.prepare(self.preparation.detokenize, await read_body(request)))
+        return json_response(await self.api.prepare(self.preparation.detokenize, await read_body(request)))
 
     async def tokenizer_info(self, _: Request) -> Response:
         """The special tokens and the chat template."""
-        return responses.json_response(self.preparation.tokenizer_info())
+        return json_response(self.preparation.tokenizer_info())
 
     async def models(self, _: Request) -> Response:
         """The one model served, under each of its names."""
-        return responses.json_response(responses.ModelList([self.model_card(name) for name in self.preparation.names]))
+        return json_response(responses.ModelList(list(map(self.model_card, self.preparation.names))))
 
     async def model(self, request: Request) -> Response:
         """The model served, by its id."""
-        name = request.path_params["name"]
-        self.preparation.check_model(name)
-        return responses.json_response(self.model_card(name))
+        self.preparation.check_model(request.path_params["name"])
+        return json_response(self.model_card(request.path_params["name"]))
 
     def model_card(self, name: str) -> responses.ModelCard:
         return responses.ModelCard(id=name, created=self.api.created, max_model_len=self.preparation.model.max_seq_len)
@@ -152,7 +149,7 @@ def make_app(api: Api, setup: Setup) -> Starlette:
     html, headers = PAGE.read_text(encoding="utf-8"), page_headers()
 
     async def show_document(_: Request) -> Response:
-        return responses.json_response(openapi())
+        return json_response(openapi())
 
     async def page(_: Request) -> Response:
         return HTMLResponse(html, headers=headers)
@@ -192,24 +189,16 @@ async def disconnected(receive: Receive) -> None:
 
 async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
     """The result of `work`; it is cancelled and ClientGoneError raised when the client leaves first."""
-    task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(disconnected(receive))
+    tasks = task, watch = asyncio.ensure_future(work), asyncio.ensure_future(disconnected(receive))
     try:
-        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
         raise ClientGoneError
     finally:
-        await cancel(task)
-        await cancel(watch)
-
-
-async def cancel(task: asyncio.Future[Any]) -> None:
-    """Cancel a task and wait until it has cleaned up."""
-    task.cancel()
-    await asyncio.wait((task,))
-    if not task.cancelled():
-        task.exception()
+        task.cancel()
+        watch.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)  # they have cleaned up
 
 
 class EventStream(Response):
@@ -228,7 +217,6 @@ class EventStream(Response):
         self.rest = rest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the whole stream."""
         async with aclosing(self.rest):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             try:
@@ -241,12 +229,11 @@ class EventStream(Response):
         try:
             async for chunk in self.rest:
                 await send_body(send, chunk)
-        except MinisglError as error:
-            await send_body(send, responses.sse(error_body(error)))
-        except Exception:
-            logger.exception("a stream failed")
-            await send_body(send, responses.sse(error_body(internal_error())))
-        await send_body(send, responses.SSE_DONE, more=False)
+        except Exception as error:
+            if not isinstance(error, MinisglError):
+                logger.exception("a stream failed")
+            await send_body(send, sse(error_body(known_error(error))))
+        await send_body(send, SSE_DONE, more=False)
 
 
 def send_body(send: Send, chunk: bytes, more: bool = True) -> Awaitable[None]:
@@ -261,9 +248,9 @@ async def on_error(request: Request, error: Exception) -> Response:
         shown = MinisglError(f"{request.method} {request.url.path}: {HTTPStatus(error.status_code).phrase}")
         shown.type = "invalid_request_error" if error.status_code < 500 else "server_error"
         shown.code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-        return responses.json_response(error_body(shown), error.status_code, dict(error.headers or {}))
-    known = error if isinstance(error, MinisglError) else internal_error()
-    return responses.json_response(error_body(known), known.status, error_headers(known))
+        return json_response(error_body(shown), error.status_code, dict(error.headers or {}))
+    known = known_error(error)
+    return json_response(error_body(known), known.status, error_headers(known))
 
 
 def page_headers() -> dict[str, str]:

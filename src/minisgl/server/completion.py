@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import dataclasses
 import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
@@ -20,7 +19,7 @@ from minisgl.server.preparation import PreparedRequest
 from minisgl.server.protocol import ChatRequest, CompletionRequest, GenerateRequest, OpenAIRequest, StreamOptions
 from minisgl.server.responses import ChatDelta, ChatLogprobs, ChunkChoice, TextChoice, TextLogprobs, Usage, sse
 from minisgl.server.tools import OutputParser
-from minisgl.text.detokenizer import shown_tokens
+from minisgl.text.detokenizer import TextStream, shown_tokens
 from minisgl.text.tokenizer import Tokenizer
 
 LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON does not have; OpenAI's value
@@ -68,14 +67,13 @@ class LogprobWriter:
         """The token itself is always among the most probable ones."""
         written = TextLogprobs([], [], [], [])
         for token, found, start in scored:
-            top: dict[str, float] | None = None
+            top: dict[str, float] = {}
             if found is not None:
-                top = {}
                 for other, logprob in zip((*found.top_ids, token), (*found.top_logprobs, found.logprob), strict=True):
                     top.setdefault(self.text(other), finite(logprob))
             written.tokens.append(self.text(token))
             written.token_logprobs.append(None if found is None else finite(found.logprob))
-            written.top_logprobs.append(top)
+            written.top_logprobs.append(top or None)
             written.text_offset.append(start)
         return written
 
@@ -90,8 +88,7 @@ def mean_logprob(scored: Sequence[ScoredToken]) -> float:
     return sum(values) / len(values) if values else LEAST_LOGPROB
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class TextPiece:
+class TextPiece(msgspec.Struct, frozen=True):
     """New text of one choice and, where they were asked for, its new tokens; `finish` is set in its last piece."""
 
     index: int
@@ -101,23 +98,18 @@ class TextPiece:
 
 
 class ChoiceState:
-    """One request's completion while it is generated; `scored` are its tokens, where log-probabilities were asked for.
+    """One request's completion while it is generated."""
 
-    With `hidden` the request is there for its prompt: what it generates is not shown.
-    """
-
-    def __init__(
-        self, index: int, request: Request, tokenizer: Tokenizer, special: Sequence[str] = (), hidden: bool = False
-    ) -> None:
+    def __init__(self, index: int, request: Request, stream: TextStream, hidden: bool = False) -> None:
         self.index = index
         self.request = request
-        self.stream = tokenizer.stream(request.params, special)
+        self.stream = stream
         self.finish: FinishReason | None = None
         self.token_ids: list[int] = []
         self.cached_tokens = 0
-        self.scored: list[ScoredToken] = []
+        self.scored: list[ScoredToken] = []  # its tokens, where log-probabilities were asked for
         self.prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
-        self._hidden = hidden
+        self._hidden = hidden  # the request is there for its prompt: what it generates is not shown
 
     def take(self, events: Sequence[TokenEvent]) -> TextPiece:
         """Take in events that came together, at least one; raises InvalidRequestError when the engine refuses."""
@@ -158,8 +150,9 @@ class Generation:
         self.prepared = prepared
         special = () if prepared.parser is None else prepared.parser.special_tokens
         hidden = isinstance(prepared.body, CompletionRequest) and prepared.body.scores_only
-        requests = enumerate(prepared.requests)
-        self.choices = [ChoiceState(index, request, tokenizer, special, hidden) for index, request in requests]
+        self.choices: list[ChoiceState] = []
+        for index, request in enumerate(prepared.requests):
+            self.choices.append(ChoiceState(index, request, tokenizer.stream(request.params, special), hidden))
         self._by_id = {choice.request.id: choice for choice in self.choices}
         self._client = client
 
@@ -227,7 +220,6 @@ class OpenAICompletion(abc.ABC):
         return self.generation.choices
 
     async def whole(self) -> responses.Result[Any]:
-        """Generate all of it."""
         async for _ in self.generation.pieces():
             pass
         choices = []
@@ -237,7 +229,6 @@ class OpenAICompletion(abc.ABC):
         return self._result(self.whole_object, choices, self.generation.usage())
 
     async def chunks(self) -> EventChunks:
-        """Generate it chunk by chunk."""
         include_usage = bool(self.options.include_usage)
         continuous = include_usage and self.options.continuous_usage_stats
         # All chunks are alike but for the choice and the usage.
@@ -372,14 +363,12 @@ class SglangCompletion:
         self._started = time.monotonic()
 
     async def whole(self) -> responses.SglangResult | list[responses.SglangResult]:
-        """Generate all of it."""
         async for _ in self.generation.pieces():
             pass
         results = [self._result(choice) for choice in self.generation.choices]
         return results if self.is_batch else results[0]
 
     async def chunks(self) -> EventChunks:
-        """Generate it piece by piece."""
         async with aclosing(self.generation.pieces()) as batches:
             async for pieces in batches:
                 yield b"".join([sse(self._result(self.generation.choices[piece.index])) for piece in pieces])

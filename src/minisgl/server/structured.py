@@ -18,13 +18,6 @@ KINDS = {
     "guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar",
     "json_schema": "json", "regex": "regex", "ebnf": "grammar",
 }  # fmt: skip
-# Keywords of JSON Schema whose values are schemas, lists of schemas, and schemas by name.
-SUBSCHEMAS = frozenset(
-    {"items", "additionalItems", "contains", "additionalProperties", "unevaluatedItems", "unevaluatedProperties"}
-    | {"propertyNames", "not", "if", "then", "else"}
-)
-SUBSCHEMA_LISTS = frozenset({"prefixItems", "items", "allOf", "anyOf", "oneOf"})
-SUBSCHEMA_MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 
 
 def requested_grammar(constraints: Mapping[str, Any]) -> tuple[Grammar | None, str | None]:
@@ -107,45 +100,22 @@ def with_optional_calls(grammar: Grammar, chat: ChatRequest, tool_format: ToolFo
 
 
 def call_list_schema(tools: Sequence[Tool], single: bool) -> str:
-    call = call_schema(tools, "arguments")
-    definitions = call.pop("$defs")
     most = {"maxItems": 1} if single else {}
-    return json.dumps({"type": "array", "items": call, "minItems": 1, **most, "$defs": definitions})
+    return json.dumps({"type": "array", "items": call_schema(tools, "arguments"), "minItems": 1, **most})
 
 
 def call_schema(tools: Sequence[Tool], arguments: str) -> dict[str, Any]:
-    """The JSON schema of a call; its definitions are each tool's own schema, whose references go there.
+    """The JSON schema of a call; `arguments` is the model's name for what it calls the tool with.
 
-    `arguments` is the model's name for them. They are an object also where the tool's schema takes that for granted.
+    They are an object also where the tool's schema takes that for granted. Its references begin at its own `$id`; with
+    a `$schema`, older drafts would ignore that beside `$ref`.
     """
-    definitions: dict[str, Any] = {}
     calls: list[dict[str, Any]] = []
     for index, tool in enumerate(tools):
-        place = f"#/$defs/arguments{index}"
-        parameters = tool.function.parameters
-        schema = {"additionalProperties": False} if parameters is None else parameters
-        definitions[f"arguments{index}"] = moved({**schema, "type": "object"}, place)
-        properties = {"name": {"const": tool.function.name}, arguments: {"$ref": place}}
+        schema = {"additionalProperties": False} if tool.function.parameters is None else tool.function.parameters
+        schema = {**schema, "type": "object", "$id": f"urn:tool:{index}"}
+        schema.pop("$schema", None)
+        properties = {"name": {"const": tool.function.name}, arguments: schema}
         required = ["name", arguments]
         calls.append({"type": "object", "properties": properties, "required": required, "additionalProperties": False})
-    call = calls[0] if len(calls) == 1 else {"anyOf": calls}
-    return {**call, "$defs": definitions}
-
-
-def moved(schema: Any, place: str) -> Any:
-    """A schema whose references within itself begin at `place`; it walks schemas only, so that constants stay."""
-    if not isinstance(schema, dict):
-        return schema
-    result: dict[str, Any] = {}
-    for key, value in schema.items():
-        if key == "$ref" and isinstance(value, str) and value.startswith("#"):
-            result[key] = place + value[1:]
-        elif key in SUBSCHEMA_LISTS and isinstance(value, list):
-            result[key] = [moved(item, place) for item in value]
-        elif key in SUBSCHEMAS:
-            result[key] = moved(value, place)
-        elif key in SUBSCHEMA_MAPS and isinstance(value, dict):
-            result[key] = {name: moved(item, place) for name, item in value.items()}
-        else:
-            result[key] = value
-    return result
+    return calls[0] if len(calls) == 1 else {"anyOf": calls}
