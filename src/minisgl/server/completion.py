@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
@@ -97,19 +98,19 @@ class TextPiece(msgspec.Struct, frozen=True):
     scored: Sequence[ScoredToken] = ()
 
 
+@dataclasses.dataclass(slots=True)
 class ChoiceState:
     """One request's completion while it is generated."""
 
-    def __init__(self, index: int, request: Request, stream: TextStream, hidden: bool = False) -> None:
-        self.index = index
-        self.request = request
-        self.stream = stream
-        self.finish: FinishReason | None = None
-        self.token_ids: list[int] = []
-        self.cached_tokens = 0
-        self.scored: list[ScoredToken] = []  # its tokens, where log-probabilities were asked for
-        self.prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
-        self._hidden = hidden  # the request is there for its prompt: what it generates is not shown
+    index: int
+    request: Request
+    stream: TextStream
+    hidden: bool = False  # the request is there for its prompt: what it generates is not shown
+    finish: FinishReason | None = None
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    cached_tokens: int = 0
+    scored: list[ScoredToken] = dataclasses.field(default_factory=list)  # tokens, where log-probabilities are wanted
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
 
     def take(self, events: Sequence[TokenEvent]) -> TextPiece:
         """Take in events that came together, at least one; raises InvalidRequestError when the engine refuses."""
@@ -122,7 +123,7 @@ class ChoiceState:
             self.cached_tokens = event.cached_tokens
             self.finish = event.finish
             self.prompt_logprobs = event.prompt_logprobs or self.prompt_logprobs
-            if self._hidden:
+            if self.hidden:
                 continue
             before, taken = self.stream.num_tokens, event.tokens
             text += self.stream.push(shown_tokens(event))

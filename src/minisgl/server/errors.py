@@ -42,8 +42,6 @@ class QueueFullError(RetryLaterError):
 
 
 class ApiProcessError(MinisglError):
-    """An API process does not answer, cannot be started, or dies again and again."""
-
     status = 503
     code = "api_process_unavailable"
 
@@ -53,23 +51,18 @@ class DrainingError(RetryLaterError):
 
 
 class RequestTimeoutError(MinisglError):
-    """The request took longer than `--request-timeout`; what it held is free again."""
-
     status = 504
     type = "timeout_error"
     code = "request_timeout"
 
 
 class RequestAbortedError(MinisglError):
-    """The operator ended the request. The status is one that clients do not retry by themselves."""
-
-    status = 499
+    status = 499  # clients do not retry it by themselves
     type = "invalid_request_error"
     code = "request_aborted"
 
 
 def error_body(error: MinisglError) -> dict[str, Any]:
-    """OpenAI's error object: `{"error": {"message", "type", "param", "code"}}`."""
     return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
 
 

@@ -43,6 +43,7 @@ class PreparedRequest:
     echoes: Sequence[Echo] = ()
 
 
+@dataclasses.dataclass
 class Preparation:
     """One served model, the `names` that requests may call it, and how many requests one body may hold.
 
@@ -50,27 +51,21 @@ class Preparation:
     method raises InvalidRequestError. Safe to use from several threads.
     """
 
-    def __init__(
-        self,
-        model: ModelInfo,
-        tokenizer: Tokenizer,
-        max_live: int,
-        names: Sequence[str] = (),
-        check_grammar: Callable[[Grammar], None] | None = None,
-    ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.max_live = max_live
-        self.names = tuple(names) or (model.name,)
-        self.check_grammar = check_grammar
-        template = tokenizer.chat_template
-        self.template_variables = frozenset[str]() if template is None else template.variables
+    model: ModelInfo
+    tokenizer: Tokenizer
+    max_live: int
+    names: Sequence[str] = ()
+    check_grammar: Callable[[Grammar], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.names = tuple(self.names) or (self.model.name,)
+        template = self.tokenizer.chat_template
         source = "" if template is None else template.source
+        self.template_variables = frozenset[str]() if template is None else template.variables
         self.tool_format = detect_tool_format(source, "tools" in self.template_variables)
         self.reasons = CLOSE_THOUGHT in source
 
     def chat(self, body: bytes) -> PreparedRequest:
-        """A request to /v1/chat/completions."""
         chat = ChatRequest.parse(body)
         self.check_model(chat.model)
         grammar, field = constraint_of(chat)
@@ -91,7 +86,6 @@ class Preparation:
         return PreparedRequest(chat, requests, parser)
 
     def completion(self, body: bytes) -> PreparedRequest:
-        """A request to /v1/completions."""
         asked = CompletionRequest.parse(body)
         prompts = parse_prompts(asked.prompt, "prompt")
         self.check_model(asked.model)
@@ -104,7 +98,6 @@ class Preparation:
         return PreparedRequest(asked, requests, echoes=echoes)
 
     def generate(self, body: bytes) -> PreparedRequest:
-        """A request to /generate."""
         asked = GenerateRequest.parse(body)
         field = "text" if asked.text is not None else "input_ids"
         prompts = parse_prompts(asked.prompts, field)
@@ -121,7 +114,6 @@ class Preparation:
         return PreparedRequest(asked, requests)
 
     def tokenize(self, body: bytes) -> Tokens:
-        """The tokens of a text or of a conversation."""
         value = protocol.parse_object(body)
         asked: TokenizeConversation | protocol.TokenizeText
         if "messages" in value:
@@ -137,7 +129,6 @@ class Preparation:
         return Tokens(count=len(ids), max_model_len=self.model.max_seq_len, tokens=ids, token_strs=names)
 
     def detokenize(self, body: bytes) -> Detokenized:
-        """The text of tokens."""
         asked = protocol.DetokenizeRequest.parse(body)
         self.check_model(asked.model)
         last = self.model.vocab_size - 1
@@ -148,13 +139,10 @@ class Preparation:
     def tokenizer_info(self) -> TokenizerInfo:
         """The tokenizer, as its configuration file names things."""
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
-        template = self.tokenizer.chat_template
-        return TokenizerInfo(
-            **{name: self.tokenizer.tokens.get(name) for name in names},
-            chat_template=None if template is None else template.source,
-            vocab_size=self.model.vocab_size,
-            model_max_length=self.model.max_seq_len,
-        )
+        tokens = {name: self.tokenizer.tokens.get(name) for name in names}
+        template = None if self.tokenizer.chat_template is None else self.tokenizer.chat_template.source
+        size, length = self.model.vocab_size, self.model.max_seq_len
+        return TokenizerInfo(**tokens, chat_template=template, vocab_size=size, model_max_length=length)
 
     def check_model(self, name: str | None) -> None:
         """Raise ModelNotFoundError for any other model than the one served; none named means that one."""
@@ -212,7 +200,6 @@ class Preparation:
             raise
 
     def render(self, chat: ChatRequest | TokenizeConversation, tools: Sequence[protocol.Tool]) -> str:
-        """The text of a conversation."""
         variables: dict[str, Any] = dict(chat.chat_template_kwargs or {})
         if tools:
             self.require_tool_format()
@@ -263,7 +250,6 @@ def is_list_of(kind: type, value: object) -> bool:
 
 
 def constraint_of(body: protocol.Sampling) -> tuple[Grammar | None, str | None]:
-    """The structured output that a request asks for and the field that does."""
     return requested_grammar(body.constraints) if body.constraints else (None, None)
 
 

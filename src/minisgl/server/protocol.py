@@ -163,8 +163,6 @@ class JsonSchemaFormat(Body):
 
 
 class ResponseFormat(Body):
-    """OpenAI's structured output."""
-
     type: Literal["text", "json_object", "json_schema"] | None = None
     json_schema: JsonSchemaFormat | None = None
 
@@ -187,10 +185,8 @@ class TextPart(Body):
 
 
 class CalledFunction(Body):
-    """The function of a call; `arguments` is the text of a JSON object."""
-
     name: str
-    arguments: str
+    arguments: str  # the text of a JSON object
     parsed_arguments: Any = None  # OpenAI's clients add it to completions that they parse, and send it back
 
 
@@ -306,8 +302,6 @@ class StreamOptions(Body):
 
 
 class Sampling(Body):
-    """The sampling fields that every endpoint has under the same name."""
-
     n: Choices | None = None
     temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
@@ -401,8 +395,6 @@ def check_conversation(chat: ChatRequest | TokenizeConversation) -> None:
 
 
 class ChatRequest(OpenAIRequest, kw_only=True):
-    """The body of /v1/chat/completions."""
-
     unsupported = CHAT_UNSUPPORTED
 
     messages: Messages
@@ -458,8 +450,6 @@ class ChatRequest(OpenAIRequest, kw_only=True):
 
 
 class CompletionRequest(OpenAIRequest, kw_only=True):
-    """The body of /v1/completions."""
-
     unsupported = COMPLETION_UNSUPPORTED
 
     prompt: Annotated[Any, Meta(extra_json_schema={"anyOf": TEXTS + IDS})]
@@ -493,8 +483,6 @@ class CompletionRequest(OpenAIRequest, kw_only=True):
 
 
 class SglangSampling(Sampling):
-    """`sampling_params` of /generate."""
-
     unsupported = SGLANG_SAMPLING_UNSUPPORTED
 
     max_new_tokens: Annotated[int, Meta(ge=1)] | None = None
@@ -593,8 +581,6 @@ class TokenizeConversation(TokenizeOptions, kw_only=True):
 
 
 class DetokenizeRequest(Body):
-    """Token ids for vLLM's /detokenize."""
-
     tokens: list[int]
     model: str | None = None
     skip_special_tokens: bool | None = None

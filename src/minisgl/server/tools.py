@@ -8,21 +8,21 @@ import secrets
 import string
 import uuid
 from collections.abc import Callable, Collection
+from typing import Literal
 
 import msgspec
 
 from minisgl.core.types import CLOSE_THOUGHT, OPEN_THOUGHT
 from minisgl.server.responses import ChatDelta, FunctionCall, ToolCall
 
+# The usual beginning of a call: with it the arguments can be streamed, and keep the model's own spelling. It is looked
+# for in so many characters; the arguments of a call that begins otherwise are written anew.
 CALL_HEAD = re.compile(
     r'\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"([^"\\]*)"\s*,\s*"(arguments|parameters)"\s*:\s*(?=\{)'
 )
-"""The usual beginning of a call: with it the arguments can be streamed, and keep the model's own spelling."""
 HEAD_LIMIT = 1024
-"""Characters in which that beginning is looked for; the arguments of a call that begins otherwise are written anew."""
 JSON_STEP = re.compile(r'[^"\\{}\[\]]+|\\.|["{}\[\]]', re.DOTALL)
-OUTSIDE_STRINGS = " \t\r\n:,0123456789+-.eEtrufalsn"
-"""Characters, brackets aside, that JSON has outside its strings."""
+OUTSIDE_STRINGS = " \t\r\n:,0123456789+-.eEtrufalsn"  # what JSON has outside its strings, brackets aside
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,16 +45,16 @@ class ToolFormat:
         return f"call_{uuid.uuid4().hex[:24]}"
 
     def forced(self) -> ToolFormat:
-        """The format of an answer that a grammar makes a list of calls, whatever the model's own."""
+        """The format of a completion that a grammar makes a list of calls, whatever the model's own."""
         return ToolFormat(listed=True, at_start=True, short_ids=self.short_ids)
 
 
+# Qwen 2.5 and 3, Hermes: `<tool_call>{"name": …, "arguments": {…}}</tool_call>`, any number of times.
 HERMES = ToolFormat(opening="<tool_call>", closing="</tool_call>")
-"""Qwen 2.5 and 3, Hermes: `<tool_call>{"name": …, "arguments": {…}}</tool_call>`, any number of times."""
+# Mistral: `[TOOL_CALLS] [{"name": …, "arguments": {…}}, …]`; its templates refuse ids of another length.
 MISTRAL = ToolFormat(opening="[TOOL_CALLS]", listed=True, short_ids=True)
-"""Mistral: `[TOOL_CALLS] [{"name": …, "arguments": {…}}, …]`; its templates refuse ids of another length."""
+# Llama 3.1 to 3.3: the completion is `{"name": …, "parameters": {…}}`, several of them separated by `;`.
 LLAMA = ToolFormat(opening="<|python_tag|>", at_start=True)
-"""Llama 3.1 to 3.3: the answer is `{"name": …, "parameters": {…}}`, several of them separated by `;`."""
 
 
 def detect_tool_format(template: str, takes_tools: bool) -> ToolFormat | None:
@@ -133,7 +133,7 @@ class ReasoningParser:
         self._begun = begun
         self._buffer = ""
         self._shown = False  # some reasoning was given
-        self._state = "start"
+        self._state: Literal["start", "reasoning", "blanks", "content"] = "start"
 
     def push(self, text: str) -> tuple[str, str]:
         """Take in text; the reasoning and the content that are certain now."""
@@ -174,37 +174,32 @@ class ReasoningParser:
         return "", self._buffer if self._state == "start" else ""
 
 
+@dataclasses.dataclass
 class JsonObjectScanner:
-    """Finds the end of the JSON object at `start` of a growing text, and looks at each character once.
+    """Finds the end of the JSON object at `at` of a growing text, and looks at each character once."""
 
-    `at` is how far it has read. It is `complete` after the last brace and has `failed` at what is no JSON.
-    `value_end` is the end of the first object or list in it.
-    """
-
-    def __init__(self, start: int) -> None:
-        self.at = start
-        self.complete = False
-        self.failed = False
-        self.value_end: int | None = None
-        self._depth = 0
-        self._in_string = False
+    at: int  # how far it has read
+    complete: bool = False  # it has read the last brace
+    failed: bool = False  # at what is no JSON
+    value_end: int | None = None  # of the first object or list in the object
+    depth: int = 0
+    in_string: bool = False
 
     def read(self, text: str) -> None:
-        """Go on in `text`, which has grown since the last time."""
         for match in JSON_STEP.finditer(text, self.at):
             step = match[0]
             self.at = match.end()
-            if self._in_string:
-                self._in_string = step != '"'
+            if self.in_string:
+                self.in_string = step != '"'
             elif step == '"':
-                self._in_string = True
+                self.in_string = True
             elif step in "{[":
-                self._depth += 1
+                self.depth += 1
             elif step in "}]":
-                self._depth -= 1
-                if self._depth == 1 and self.value_end is None:
+                self.depth -= 1
+                if self.depth == 1 and self.value_end is None:
                     self.value_end = self.at
-                if self._depth == 0:
+                if self.depth == 0:
                     self.complete = True
                     return
             elif wrong := step.lstrip(OUTSIDE_STRINGS):
@@ -232,28 +227,26 @@ class ToolCallParser:
         self._optional = tool_format.opening if tool_format.at_start else ""
         self._in_list = False
         self._next_index = 0
-        self._deltas: list[ChatDelta] = []
+        self._deltas: list[ChatDelta] = []  # of the current push
         self._state: Callable[[], bool] = self._before if tool_format.at_start else self._content
         self._begin_object()
 
     def push(self, text: str) -> list[ChatDelta]:
         """Take in text; what is certain now."""
+        self._deltas = []
         self._buffer += text
         while self._state():
             pass
-        return self._take_deltas()
+        return self._deltas
 
     def finish(self) -> list[ChatDelta]:
         """What was held back, at the end of the text; a call that is not complete is none."""
+        self._deltas = []
         if self._state == self._object:
             self._fail()
         if self._state != self._after:
             self._say(len(self._buffer))
-        return self._take_deltas()
-
-    def _take_deltas(self) -> list[ChatDelta]:
-        deltas, self._deltas = self._deltas, []
-        return deltas
+        return self._deltas
 
     def _drop(self, size: int) -> str:
         dropped, self._buffer, self._at = self._buffer[:size], self._buffer[size:], 0
@@ -369,12 +362,13 @@ class ToolCallParser:
         index = self._next_index
         if not self._announced:
             self._announced = True
-            function = FunctionCall(arguments="", name=name)
-            call = ToolCall(index=index, id=self._format.new_id(), type="function", function=function)
-            self._deltas.append(ChatDelta(tool_calls=[call]))
+            head = FunctionCall(arguments="", name=name)
+            self._add(ToolCall(index=index, id=self._format.new_id(), type="function", function=head))
         if arguments:
-            call = ToolCall(index=index, function=FunctionCall(arguments=arguments))
-            self._deltas.append(ChatDelta(tool_calls=[call]))
+            self._add(ToolCall(index=index, function=FunctionCall(arguments=arguments)))
+
+    def _add(self, call: ToolCall) -> None:
+        self._deltas.append(ChatDelta(tool_calls=[call]))
 
     def _fail(self) -> bool:
         """The object is no call. What was given as arguments is not looked at again."""
