@@ -233,23 +233,21 @@ class OpenAICompletion(abc.ABC):
         include_usage = bool(self.options.include_usage)
         continuous = include_usage and self.options.continuous_usage_stats
         # All chunks are alike but for the choice and the usage.
-        unfinished = self._result(self.chunk_object, [], None if include_usage else UNSET)
-        head, tail = msgspec.json.encode(unfinished).split(b'"choices":[]')
-        head, tail = b"data: " + head + b'"choices":[', b"]" + tail + b"\n\n"
+        head = b"data: " + msgspec.json.encode(self._result(self.chunk_object, [])).removesuffix(b"]}")
+        tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
         async with aclosing(self.generation.pieces()) as batches:
             async for pieces in batches:
+                tail = self._usage_tail() if continuous else tail
                 choices = [choice for piece in pieces for choice in self.chunk_choices(piece)]
-                if continuous:
-                    usage = self.generation.usage()
-                    chunks = [sse(self._result(self.chunk_object, [choice], usage)) for choice in choices]
-                else:
-                    chunks = [head + msgspec.json.encode(choice) + tail for choice in choices]
-                if chunks:
-                    yield b"".join(chunks)
+                if choices:
+                    yield b"".join([head + msgspec.json.encode(choice) + tail for choice in choices])
         if include_usage:
-            yield sse(self._result(self.chunk_object, [], self.generation.usage()))
+            yield head + self._usage_tail()
 
-    def _result(self, kind: Any, choices: Sequence[Any], usage: Usage | UnsetType | None) -> responses.Result[Any]:
+    def _usage_tail(self) -> bytes:
+        return b'],"usage":' + msgspec.json.encode(self.generation.usage()) + b"}\n\n"
+
+    def _result(self, kind: Any, choices: Sequence[Any], usage: Usage | UnsetType = UNSET) -> responses.Result[Any]:
         name, created, model = self.id, self.created, self.model
         return responses.Result(id=name, object=kind, created=created, model=model, choices=choices, usage=usage)
 

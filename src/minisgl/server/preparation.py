@@ -9,7 +9,7 @@ import secrets
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -20,14 +20,13 @@ from minisgl.server.engine_client import EngineClient
 from minisgl.server.protocol import ChatRequest, CompletionRequest, GenerateRequest, TokenizeConversation, require
 from minisgl.server.responses import Detokenized, TokenizerInfo, Tokens
 from minisgl.server.structured import forced_call_grammar, requested_grammar, with_optional_calls
-from minisgl.server.tools import ParserConfig, ToolFormat, detect_tool_format
+from minisgl.server.tools import ParserConfig, Reasoning, ToolFormat, detect_tool_format
 from minisgl.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 Prompt = str | list[int]
 Generating = ChatRequest | CompletionRequest | GenerateRequest
 Echo = tuple[str, list[int]]  # a prompt as text, and where in it the text of each of its tokens begins
-Reasoning = Literal["none", "possible", "begun"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +71,8 @@ class Preparation:
         prompt = self.render(chat, chat.offered_tools)
         reasoning = reasoning_before(prompt, chat) if self.reasons and chat.separate_reasoning is not False else None
         tool_format = self.require_tool_format() if chat.offered_tools else None
-        if chat.must_call:
-            grammar, field = forced_call_grammar(chat), "tools"
+        if chat.must_call and tool_format is not None:
+            grammar, field, tool_format = forced_call_grammar(chat), "tools", tool_format.forced()
         elif grammar is not None and tool_format is not None:
             grammar = with_optional_calls(grammar, chat, tool_format)
         if grammar is not None and reasoning is not None:
@@ -82,8 +81,11 @@ class Preparation:
         with renamed({None: "messages", "prompt": "messages", "max_tokens": limit}):
             requests = self.requests("chatcmpl", chat, [self.tokenizer.encode(prompt, False)], grammar)
         self.require_grammar(grammar, field)
-        parser = None if reasoning is None and tool_format is None else parser_config(chat, tool_format, reasoning)
-        return PreparedRequest(chat, requests, parser)
+        if tool_format is None and reasoning is None:
+            return PreparedRequest(chat, requests)
+        names = frozenset(tool.function.name for tool in chat.offered_tools)
+        most = 1 if chat.parallel_tool_calls is False else None
+        return PreparedRequest(chat, requests, ParserConfig(tool_format, names, most, reasoning))
 
     def completion(self, body: bytes) -> PreparedRequest:
         asked = CompletionRequest.parse(body)
@@ -276,16 +278,6 @@ def reasoning_before(prompt: str, chat: ChatRequest) -> Reasoning:
     if prompt.rstrip().endswith(OPEN_THOUGHT):
         return "begun"
     return "none" if prompt.rstrip().endswith(CLOSE_THOUGHT) else "possible"
-
-
-def parser_config(chat: ChatRequest, tool_format: ToolFormat | None, reasoning: Reasoning | None) -> ParserConfig:
-    return ParserConfig(
-        tool_format=tool_format.forced() if tool_format is not None and chat.must_call else tool_format,
-        names=frozenset(tool.function.name for tool in chat.offered_tools),
-        max_calls=1 if chat.parallel_tool_calls is False else None,
-        reasoning=reasoning is not None,
-        reasoning_begun=reasoning == "begun",
-    )
 
 
 def nth_seed(seed: int | None, n: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -13,10 +13,10 @@ from minisgl.errors import InvalidRequestError
 from minisgl.server.protocol import ChatRequest, ResponseFormat, StructuredOutputs, Tool, require
 from minisgl.server.tools import ToolFormat
 
-# Kinds of constraints, as the fields of StructuredOutputs name them.
-KINDS = {
-    "guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar",
-    "json_schema": "json", "regex": "regex", "ebnf": "grammar",
+# Kinds of grammars by the names of fields, those of StructuredOutputs without `guided_`.
+GRAMMAR_KINDS: Mapping[str, Literal["json_schema", "regex", "choice", "lark"]] = {
+    "json": "json_schema", "json_schema": "json_schema", "regex": "regex", "choice": "choice", "grammar": "lark",
+    "ebnf": "lark",
 }  # fmt: skip
 
 
@@ -33,7 +33,7 @@ def requested_grammar(constraints: Mapping[str, Any]) -> tuple[Grammar | None, s
             case StructuredOutputs():
                 grammar = outputs_grammar(value)
             case _:
-                grammar = make_grammar(KINDS[name], value, name)
+                grammar = make_grammar(name.removeprefix("guided_"), value, name)
         if grammar is not None:
             found[name] = grammar
     fields = list(found)
@@ -63,18 +63,13 @@ def outputs_grammar(outputs: StructuredOutputs) -> Grammar:
 
 
 def make_grammar(kind: str, value: Any, param: str) -> Grammar:
-    if kind == "json" and not isinstance(value, str):
-        try:
-            return Grammar(kind="json_schema", source=json.dumps(value, ensure_ascii=False, allow_nan=False))
-        except ValueError as error:
-            raise InvalidRequestError(f"{param} must not hold NaN or infinite numbers", param=param) from error
-    if kind == "json":
-        return Grammar(kind="json_schema", source=value)
-    if kind == "choice":
-        return Grammar(kind="choice", source=json.dumps(value, ensure_ascii=False))
     if kind == "json_object":
         return Grammar(kind="json_object")
-    return Grammar(kind="lark" if kind == "grammar" else "regex", source=value)
+    try:
+        source = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise InvalidRequestError(f"{param} must not hold NaN or infinite numbers", param=param) from error
+    return Grammar(kind=GRAMMAR_KINDS[kind], source=source)
 
 
 def forced_call_grammar(chat: ChatRequest) -> Grammar:

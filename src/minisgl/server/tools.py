@@ -21,6 +21,7 @@ CALL_HEAD = re.compile(
     r'\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"([^"\\]*)"\s*,\s*"(arguments|parameters)"\s*:\s*(?=\{)'
 )
 HEAD_LIMIT = 1024
+Reasoning = Literal["none", "possible", "begun"]
 JSON_STEP = re.compile(r'[^"\\{}\[\]]+|\\.|["{}\[\]]', re.DOTALL)
 OUTSIDE_STRINGS = " \t\r\n:,0123456789+-.eEtrufalsn"  # what JSON has outside its strings, brackets aside
 
@@ -68,24 +69,19 @@ def detect_tool_format(template: str, takes_tools: bool) -> ToolFormat | None:
     return LLAMA if LLAMA.opening in template or '"parameters"' in template else None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class ParserConfig:
-    """How the answers to a request are parsed. Without `tool_format` no calls are found.
-
-    `names` are the functions that can be called, `max_calls` bounds the calls. With `reasoning` it is split off, and
-    with `reasoning_begun` the prompt has opened it.
-    """
+    """How the completions of a request are parsed; a part that is None is not looked for."""
 
     tool_format: ToolFormat | None = None
-    names: frozenset[str] = frozenset()
+    names: frozenset[str] = frozenset()  # of the functions that can be called
     max_calls: int | None = None
-    reasoning: bool = False
-    reasoning_begun: bool = False
+    reasoning: Reasoning | None = None  # what of it the prompt allows, or has begun
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
         """Special tokens whose text the parser must see."""
-        marks = (OPEN_THOUGHT, CLOSE_THOUGHT) if self.reasoning else ()
+        marks = (OPEN_THOUGHT, CLOSE_THOUGHT) if self.reasoning is not None else ()
         if self.tool_format is None or self.tool_format.at_start:
             return marks
         return (*marks, *filter(None, (self.tool_format.opening, self.tool_format.closing)))
@@ -98,7 +94,7 @@ class OutputParser:
     """
 
     def __init__(self, config: ParserConfig, stream: bool) -> None:
-        self._reasoning = ReasoningParser(config.reasoning_begun) if config.reasoning else None
+        self._reasoning = None if config.reasoning is None else ReasoningParser(config.reasoning == "begun")
         self._tools = None
         if config.tool_format is not None:
             self._tools = ToolCallParser(config.tool_format, config.names, config.max_calls, stream)
