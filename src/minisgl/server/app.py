@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import functools
 import hashlib
 import logging
 import re
@@ -145,11 +144,10 @@ class Endpoints:
 def make_app(api: Api, setup: Setup) -> Starlette:
     """All endpoints, with their document and their errors."""
     routes = [*Endpoints(api).routes(), *admin_routes(api, setup)]
-    openapi = functools.cache(lambda: document(routes))
     html, headers = PAGE.read_text(encoding="utf-8"), page_headers()
 
     async def show_document(_: Request) -> Response:
-        return json_response(openapi())
+        return json_response(document(routes))
 
     async def page(_: Request) -> Response:
         return HTMLResponse(html, headers=headers)

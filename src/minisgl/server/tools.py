@@ -244,13 +244,13 @@ class ToolCallParser:
             self._say(len(self._buffer))
         return self._deltas
 
-    def _drop(self, size: int) -> str:
-        dropped, self._buffer, self._at = self._buffer[:size], self._buffer[size:], 0
-        return dropped
+    def _drop(self, size: int) -> None:
+        self._buffer, self._at = self._buffer[size:], 0
 
     def _say(self, size: int) -> None:
         """The beginning of the buffer is content."""
-        text = self._drop(size)
+        text = self._buffer[:size]
+        self._drop(size)
         if text := text.lstrip() if self._trim else text:
             self._deltas.append(ChatDelta(content=text))
             self._trim = False
@@ -280,11 +280,11 @@ class ToolCallParser:
         if self._format.at_start:
             self._say(len(self._buffer))
             return False
-        opening = self._format.opening
-        start = self._buffer.find(opening)
-        end = start if start >= 0 else len(self._buffer) - partial_end(self._buffer, opening)
-        self._say(len(self._buffer[:end].rstrip()))  # blanks before a call are not content
-        if start < 0:
+        before, opening, _ = self._buffer.partition(self._format.opening)
+        if not opening:
+            before = before[: len(before) - partial_end(before, self._format.opening)]
+        self._say(len(before.rstrip()))  # blanks before a call are not content
+        if not opening:
             return False
         self._at = self._buffer.index(opening) + len(opening)
         self._in_list = False
@@ -310,16 +310,14 @@ class ToolCallParser:
     def _begin_object(self) -> None:
         self._scanner = JsonObjectScanner(self._at)
         self._head: re.Match[str] | None = None
-        self._head_decided = False
         self._announced = False
         self._sent = 0  # up to here the buffer was given as arguments
 
     def _object(self) -> bool:
-        if not self._head_decided:
-            head = CALL_HEAD.match(self._buffer, self._at, self._at + HEAD_LIMIT)
-            self._head_decided = head is not None or len(self._buffer) >= self._at + HEAD_LIMIT
-            self._head = head if head is not None and head[1] in self._names else None
         scanner = self._scanner
+        if self._head is None and scanner.at < self._at + HEAD_LIMIT:
+            head = CALL_HEAD.match(self._buffer, self._at, self._at + HEAD_LIMIT)
+            self._head = head if head is not None and head[1] in self._names else None
         scanner.read(self._buffer)
         if self._stream and self._head is not None:
             end = scanner.value_end or scanner.at
@@ -370,10 +368,10 @@ class ToolCallParser:
         """The object is no call. What was given as arguments is not looked at again."""
         if not self._announced:
             return self._give_up()
-        end = self._scanner.at - self._sent
+        rest = self._scanner.at - self._sent
         self._drop(self._sent)
         self._trim = False
-        self._say(end)
+        self._say(rest)
         self._next_index += 1
         return self._go(self._content)
 
