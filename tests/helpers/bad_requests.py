@@ -48,35 +48,24 @@ def text(prompt: Any = "x", **changes: Any) -> str:
 
 NUMBERS: tuple[Any, ...] = ("high", True, [1], {}, NAN, INFINITE, -INFINITE)
 WRONG: dict[str, tuple[Any, ...]] = {
-    "temperature": (*NUMBERS, -0.1, 101),
-    "top_p": (*NUMBERS, 0, -1, 1.1),
+    "temperature": (*NUMBERS, -0.1, 101), "top_p": (*NUMBERS, 0, -1, 1.1), "min_p": (*NUMBERS, -0.1, 2),
     "top_k": ("7", True, 1.5, -2, 2**31, []),
-    "min_p": (*NUMBERS, -0.1, 2),
     "seed": ("7", True, 0.5, 2**64, -(2**63) - 1, []),
     "stop": ("", [""], [1], 3, ["x"] * 17, {}, "x" * 1025),
     "stop_token_ids": ([10**6], [-1], ["1"], [True], "1", 5, list(range(40)), [10**40], [5.0]),
     "max_tokens": (0, -1, "5", 1.5, True, []),
-    "min_tokens": (-1, 3, "1", 0.5, True),
-    "ignore_eos": ("yes", 1, []),
-    "skip_special_tokens": ("no", 0, {}),
-    "presence_penalty": (*NUMBERS, 2.1, -2.1),
-    "frequency_penalty": (*NUMBERS, 2.1, -2.1),
+    "min_tokens": (-1, 3, "1", 0.5, True), "ignore_eos": ("yes", 1, []), "skip_special_tokens": ("no", 0, {}),
+    "presence_penalty": (*NUMBERS, 2.1, -2.1), "frequency_penalty": (*NUMBERS, 2.1, -2.1),
     "repetition_penalty": (*NUMBERS, 0, -1, 101),
     "logit_bias": (
         {"x": 1}, {"-1": 1}, {"1.5": 1}, {"": 1}, {"5": 101}, {"5": -101}, {"5": "1"}, {"5": True}, {"5": NAN},
         {"999999": 1}, {"9999999999": 1}, [5], "5", {str(i): 1 for i in range(1025)}, {"5": None},
     ),
     "n": (0, -1, True, "2", 1.5, 129, 9, []),
-    "stream": ("yes", 1, [], {}),
-    "priority": (1.5, "1", True, 2**31, -(2**31) - 1),
+    "stream": ("yes", 1, [], {}), "priority": (1.5, "1", True, 2**31, -(2**31) - 1),
     "return_tokens_as_token_ids": ("yes", 1),
-    "user": (5, {}, []),
-    "metadata": ("x", {"a": 1}, [], {"a": {}}),
-    "store": ("yes", 1),
-    "response_format": ("json", [], 5),
-    "guided_regex": (5, []),
-    "guided_choice": ("x", [1], []),
-    "model": (5, [], {}),
+    "user": (5, {}, []), "metadata": ("x", {"a": 1}, [], {"a": {}}), "store": ("yes", 1),
+    "response_format": ("json", [], 5), "guided_regex": (5, []), "guided_choice": ("x", [1], []), "model": (5, [], {}),
 }  # fmt: skip
 """Fields of chats and completions, with values that each refuses."""
 
@@ -86,9 +75,7 @@ ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
         "top_logprobs": (3, 21, -1, "2", True),
         "max_completion_tokens": ("5", 1.5, True),
         "tool_choice": ("required", "always", 5, {"type": "function", "function": {"name": "f"}}),
-        "parallel_tool_calls": ("yes", 1),
-        "separate_reasoning": ("yes", 1),
-        "add_generation_prompt": ("yes", 1),
+        "parallel_tool_calls": ("yes", 1), "separate_reasoning": ("yes", 1), "add_generation_prompt": ("yes", 1),
         "continue_final_message": ("yes", True, 1),
         "chat_template_kwargs": (
             "x", [], {"messages": []}, {"add_generation_prompt": True}, {"tools": []}, {"bos_token": "x"},
@@ -124,17 +111,10 @@ REFUSED: dict[str, dict[str, tuple[Any, ...]]] = {
 """Fields that are known and asked for something that is not supported."""
 
 NATIVE: dict[str, tuple[Any, ...]] = {
-    "max_new_tokens": (0, -1, "5", 1.5),
-    "min_new_tokens": (-1, 200, "5"),
-    "temperature": (-1, "hot", NAN),
-    "top_p": (0, 2),
-    "sampling_seed": (2**64, "x"),
-    "stop": ("", [1]),
-    "stop_token_ids": ([10**6], ["x"], [5.0]),
-    "n": (0, 129, "2"),
-    "regex": (5,),
-    "logit_bias": ([5], {"999999": 1}),
-}
+    **{name: WRONG[name] for name in ("temperature", "top_p", "min_p", "stop", "stop_token_ids", "logit_bias")},
+    "max_new_tokens": WRONG["max_tokens"], "min_new_tokens": (-1, 200, "5"), "sampling_seed": WRONG["seed"],
+    "top_k": WRONG["top_k"], "n": (0, 129, "2"), "regex": (5,),
+}  # fmt: skip
 
 
 def messages(*several: Any) -> str:
