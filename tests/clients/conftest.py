@@ -38,19 +38,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         else:
             shutil.copy(file, folder)
     (folder / "chat_template.jinja").write_text(QWEN_TOOLS, "utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "minisgl",
-        "--model",
-        str(folder),
-        "--port",
-        "0",
-        "--num-pages",
-        "512",
-        "--served-model-name",
-        MODEL,
-    ]
+    flags = ("--model", str(folder), "--port", "0", "--num-pages", "512", "--served-model-name", MODEL)
+    command = [sys.executable, "-m", "minisgl", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "LOG_LEVEL": "WARNING"})
     assert process.stdout is not None
     try:

@@ -146,12 +146,8 @@ async def test_the_openapi_document_describes_bodies_answers_and_errors(server: 
     )
     assert event["anyOf"][0] == {"const": "[DONE]"}
     assert "ChunkChoice" in event["anyOf"][1]["contentSchema"]["anyOf"][0]["$ref"]
-    message = schemas["Message"]["oneOf"]
-    assert [role["required"] for role in message] == [
-        ["role", "content"],
-        ["role"],
-        ["role", "content", "tool_call_id"],
-    ]
+    roles = [["role", "content"], ["role"], ["role", "content", "tool_call_id"]]
+    assert [role["required"] for role in schemas["Message"]["oneOf"]] == roles
     assert schemas["GenerateRequest"]["oneOf"][0]["required"] == ["text"]
     for operations in paths.values():
         for operation in operations.values():
