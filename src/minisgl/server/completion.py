@@ -1,4 +1,4 @@
-"""From the engine's tokens to answers: text, chunks of a stream, and whole answers folded from their own chunks."""
+"""From the engine's tokens to completions: text, the chunks of a stream, and whole ones folded from their chunks."""
 
 from __future__ import annotations
 

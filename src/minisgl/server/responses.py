@@ -176,7 +176,7 @@ class Health(msgspec.Struct, frozen=True):
 
 
 class AbortOrder(msgspec.Struct, forbid_unknown_fields=True):
-    """The body of /abort_request: the id of an answer, or `abort_all`."""
+    """The body of /abort_request: the id of a completion, or `abort_all`."""
 
     rid: str | None = None
     abort_all: bool = False

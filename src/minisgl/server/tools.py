@@ -1,4 +1,4 @@
-"""Reading an answer's text as it comes: reasoning, content and tool calls."""
+"""Parsing a completion's text as it comes: reasoning, content and tool calls."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OUTSIDE_STRINGS = " \t\r\n:,0123456789+-.eEtrufalsn"  # what JSON has outside it
 class ToolFormat:
     """How a model writes calls; each is a JSON object with `name`, and its `arguments` or `parameters`.
 
-    `opening` and `closing` surround a call, or with `listed` a JSON list of calls. With `at_start` the answer itself is
+    `opening` and `closing` surround a call, or with `listed` a JSON list of calls. With `at_start` the completion is
     the call, `opening` may be missing, and text after it is no call. `short_ids`: nine letters or digits each.
     """
 
@@ -120,7 +120,7 @@ class OutputParser:
 
 
 class ReasoningParser:
-    """`<think>…</think>` at the beginning of an answer is reasoning, what follows is content.
+    """`<think>…</think>` at the beginning of a completion is reasoning, what follows is content.
 
     `begun` says that the prompt has opened the block. Blanks around the tags are dropped.
     """
