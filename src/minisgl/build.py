@@ -18,7 +18,7 @@ from minisgl.distributed.executor import GroupExecutor, build_group_executor
 from minisgl.errors import ConfigError
 from minisgl.formats.hub import locate_model, progress_bar
 from minisgl.gpu.executor import build_local_executor
-from minisgl.text.grammar_check import build_constraints
+from minisgl.text.grammar_check import GrammarCompiler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,8 @@ def build_engine(config: Config, progress: bool = False, when_gone: Callable[[],
         max_seq_len=min(wanted, executor.num_pages * config.page_size),
         eos_token_ids=spec.eos_token_ids,
     )
-    engine = Engine(executor, model, resolved.config, build_constraints(folder, model))
+    grammars = GrammarCompiler(folder, model.vocab_size, model.eos_token_ids)
+    engine = Engine(executor, model, resolved.config, grammars.constraint)
     return Built(engine, folder, describe(resolved, spec, executor, model.max_seq_len))
 
 

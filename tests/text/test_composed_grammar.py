@@ -13,7 +13,7 @@ from helpers.grammars import EOS, PADDED, allowed, follow, sample_text, tiny_voc
 from helpers.tiny_tokenizers import write_tokenizer
 from minisgl.core.types import Calls, Grammar
 from minisgl.errors import InvalidRequestError
-from minisgl.text.grammar import Vocabulary, VocabularySource, compile_grammar
+from minisgl.text.grammar import Vocabulary, compile_grammar
 from minisgl.text.grammar_check import GrammarCompiler
 
 NUMBER = json.dumps(
@@ -53,7 +53,7 @@ def vocabulary(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     backend.add_tokens([tokenizers.AddedToken(text, special=False, normalized=False) for text in TOKENS])
     backend.save(str(folder / "tokenizer.json"))
-    return Vocabulary(VocabularySource(folder=str(folder), vocab_size=PADDED, eos_token_ids=EOS))
+    return Vocabulary(folder, PADDED, EOS)
 
 
 def matches(vocabulary: Vocabulary, grammar: Grammar, text: str) -> bool:

@@ -13,7 +13,7 @@ from helpers.grammars import EOS, PADDED, allowed, follow, matches, sample_text,
 from helpers.tiny_tokenizers import SPECIAL_TOKENS, byte_fallback_json
 from minisgl.core.types import Grammar
 from minisgl.errors import InvalidRequestError, UnsupportedParameterError
-from minisgl.text.grammar import GrammarError, MatcherConstraint, Vocabulary, VocabularySource, compile_grammar, probe
+from minisgl.text.grammar import GrammarError, MatcherConstraint, Vocabulary, compile_grammar, probe
 
 
 def follow_last(constraint: MatcherConstraint, steps: int) -> None:
@@ -136,7 +136,7 @@ def test_a_model_narrower_than_its_tokenizer_gets_only_its_own_ids(tmp_path: Pat
 
 def test_a_tokenizer_with_byte_fallback_writes_spaces_and_bytes(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(byte_fallback_json(), "utf-8")
-    vocabulary = Vocabulary(VocabularySource(folder=str(tmp_path), vocab_size=300, eos_token_ids=(2,)))
+    vocabulary = Vocabulary(tmp_path, 300, (2,))
     pieces = token_bytes(vocabulary)
     start = compile_grammar(choice("he a", "é b"), vocabulary)
     texts = {sample_text(start.copy(), pieces, seed) for seed in range(30)}
