@@ -128,7 +128,6 @@ class Config:
     # fmt: on
 
     def replace(self, **changes: Any) -> Config:
-        """A copy with these fields changed."""
         return dataclasses.replace(self, **changes)
 
 
@@ -154,7 +153,6 @@ class Launcher:
 
     @property
     def one_host(self) -> bool:
-        """Whether all ranks are on one host."""
         return self.local_size == self.size
 
     @property
