@@ -30,19 +30,14 @@ def test_the_capital_of_france_is_paris(url: str) -> None:
     answer = client.chat.completions.create(model=model, messages=messages, temperature=0)
     assert "Paris" in (answer.choices[0].message.content or "")
     assert answer.choices[0].finish_reason == "stop"
-    chunks = list(
-        client.chat.completions.create(
-            model=model,
-            messages=messages,
-            temperature=0,
-            stream=True,
-            stream_options={"include_usage": True},
-        )
+    stream = client.chat.completions.create(
+        model=model, messages=messages, temperature=0, stream=True, stream_options={"include_usage": True}
     )
+    chunks = list(stream)
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert text == answer.choices[0].message.content
-    assert chunks[-1].usage is not None
-    assert answer.usage is not None
+    assert chunks[-1].usage
+    assert answer.usage
     assert chunks[-1].usage.completion_tokens == answer.usage.completion_tokens
 
 

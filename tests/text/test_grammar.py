@@ -25,6 +25,10 @@ def regex(source: str) -> Grammar:
     return Grammar(kind="regex", source=source)
 
 
+def lark(source: str) -> Grammar:
+    return Grammar(kind="lark", source=source)
+
+
 def choice(*texts: str) -> Grammar:
     return Grammar(kind="choice", source=json.dumps(texts))
 
@@ -90,8 +94,7 @@ def test_every_choice_is_reached_and_nothing_else(vocabulary: Vocabulary, pieces
         (regex("ab?"), "a", "may"),
         (regex("ab?"), "ab", "must"),
         (regex(""), "", "must"),
-        (regex("."), "😀".encode()[:1], "no"),
-        (regex("."), "😀".encode()[:3], "no"),
+        *((regex("."), "😀".encode()[:size], "no") for size in (1, 3)),
         (regex("."), "😀", "must"),
         (Grammar(kind="json_object"), '{"a": 1}', "must"),
     ],
@@ -155,16 +158,13 @@ def test_where_the_text_is_forced_the_tokenizers_own_token_is(vocabulary: Vocabu
 
 def test_a_token_that_may_not_follow_is_refused(vocabulary: Vocabulary, pieces: list[bytes]) -> None:
     constraint = compile_grammar(regex("a+"), vocabulary)
+    with pytest.raises(AssertionError):
+        constraint.fill(np.zeros(3, np.int32))  # a mask of the wrong size
     assert constraint.accept(pieces.index(b"a"))
     assert not constraint.accept(pieces.index(b"b"))
     assert "satisfy" in constraint.error
     with pytest.raises(GrammarError, match="satisfy"):
         allowed(constraint)
-
-
-def test_a_mask_of_the_wrong_size_is_our_own_mistake(vocabulary: Vocabulary) -> None:
-    with pytest.raises(AssertionError):
-        compile_grammar(regex("a"), vocabulary).fill(np.zeros(3, np.int32))
 
 
 COMPLEX = "start: " + " ".join(['("a"|"b"|start)?'] * 200)
@@ -178,7 +178,7 @@ def test_a_grammar_that_costs_too_much_on_the_way_says_so(source: str, said: str
 
 
 def test_a_probe_finds_what_costs_too_much(vocabulary: Vocabulary) -> None:
-    grammar = Grammar(kind="lark", source=COMPLEX)
+    grammar = lark(COMPLEX)
     with pytest.raises(InvalidRequestError, match="too expensive"):
         probe(grammar, compile_grammar(grammar, vocabulary), 32)
 
@@ -186,13 +186,13 @@ def test_a_probe_finds_what_costs_too_much(vocabulary: Vocabulary) -> None:
 @pytest.mark.parametrize(
     ("grammar", "text"),
     [
-        (Grammar(kind="lark", source='start: "a" number // a remark with ::=\nnumber: /[0-9]+/\n'), "a12"),
-        (Grammar(kind="lark", source='root ::= "a" number\nnumber ::= [0-9]+\n'), "a12"),  # GBNF
+        (lark('start: "a" number // a remark with ::=\nnumber: /[0-9]+/\n'), "a12"),
+        (lark('root ::= "a" number\nnumber ::= [0-9]+\n'), "a12"),  # GBNF
         (choice("<|im_end|>"), "<|im_end|>"),  # not as the special token
-        (Grammar(kind="lark", source='start: "<|im_end|>"'), "<|im_end|>"),
-        (Grammar(kind="lark", source="start: /<s>/"), "<s>"),
-        (Grammar(kind="lark", source="start: /ab/ // <s>"), "ab"),
-        (Grammar(kind="lark", source='start: "ab" # <s>'), "ab"),
+        (lark('start: "<|im_end|>"'), "<|im_end|>"),
+        (lark("start: /<s>/"), "<s>"),
+        (lark("start: /ab/ // <s>"), "ab"),
+        (lark('start: "ab" # <s>'), "ab"),
     ],
 )
 def test_a_grammar_takes_its_text_and_not_a_part_of_it(grammar: Grammar, text: str, vocabulary: Vocabulary) -> None:
@@ -200,15 +200,12 @@ def test_a_grammar_takes_its_text_and_not_a_part_of_it(grammar: Grammar, text: s
     assert not matches(vocabulary, grammar, text[:1])
 
 
-def test_what_lark_calls_by_name_is_not_read_from_files(vocabulary: Vocabulary) -> None:
-    with pytest.raises(InvalidRequestError):
-        compile_grammar(Grammar(kind="lark", source="%import .secret.X\nstart: X"), vocabulary)
-
-
 @pytest.mark.parametrize(
     "source",
     ['start: <|im_end|> "a"', "start: <[3]>", "start: <[*]>", 'start: "x" <s> // "', 'start: a\na[stop="x"]: /.*/'],
 )
-def test_a_grammar_cannot_name_special_tokens_or_stops(source: str, vocabulary: Vocabulary) -> None:
+def test_a_grammar_cannot_name_special_tokens_stops_or_files(source: str, vocabulary: Vocabulary) -> None:
     with pytest.raises(UnsupportedParameterError, match="not supported"):
-        compile_grammar(Grammar(kind="lark", source=source), vocabulary)
+        compile_grammar(lark(source), vocabulary)
+    with pytest.raises(InvalidRequestError):
+        compile_grammar(lark("%import .secret.X\nstart: X"), vocabulary)
