@@ -1,8 +1,7 @@
-"""A GGUF file as a model folder in Hugging Face's layout, converted once, in the user's cache folder.
+"""A GGUF file (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md) as a folder in Hugging Face's layout.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3, little-endian). The header is
-read here rather than with `gguf.GGUFReader`, which takes 30 times as long (2 s for 49,152 tokens) and trusts the counts
-it finds in a file; the `gguf` package undoes the block formats.
+The header is read here rather than with `gguf.GGUFReader`, which takes 30 times as long (2 s for 49,152 tokens) and
+trusts the counts it finds in a file; the `gguf` package undoes the block formats.
 """
 
 from __future__ import annotations
@@ -469,14 +468,12 @@ class GgufTokenizer:
         unknown = self.token_id("unknown")
         extra: dict[str, Any] = {} if unknown is None else {"unk_token": self._tokens[unknown], "fuse_unk": True}
         tokenizer = Tokenizer(self._bpe(self._scored_merges(), byte_fallback=True, **extra))
-        spaces = normalizers.Replace(" ", "▁")
-        steps: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        encode: list[Any] = [normalizers.Replace(" ", "▁")]
+        decode: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
         if self._fields.flag(f"{PREFIX}add_space_prefix", True):
-            tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces])
-            steps.append(decoders.Strip(" ", 1, 0))
-        else:
-            tokenizer.normalizer = spaces
-        tokenizer.decoder = decoders.Sequence(steps)
+            encode.insert(0, normalizers.Prepend("▁"))
+            decode.append(decoders.Strip(" ", 1, 0))
+        tokenizer.normalizer, tokenizer.decoder = normalizers.Sequence(encode), decoders.Sequence(decode)
         return tokenizer
 
     def _bpe(self, merges: list[Any], **options: Any) -> models.BPE:
@@ -492,19 +489,16 @@ class GgufTokenizer:
         if len(scores) != len(self._tokens):
             raise self._fields.error(f"{PREFIX}scores", f"{len(self._tokens)} numbers, one a token")
         ids = {token: index for index, token in enumerate(self._tokens) if self._types[index] in (NORMAL, USER_DEFINED)}
-        found: list[tuple[float, int, int, str, str]] = []
+        order: dict[tuple[str, str], tuple[float, int, int]] = {}
         for token, index in ids.items():
-            for cut in range(1, len(token)):
-                left, right = token[:cut], token[cut:]
+            for left, right in ((token[:cut], token[cut:]) for cut in range(1, len(token))):
                 if left in ids and right in ids:
-                    found.append((-scores[index], ids[left], ids[right], left, right))
-        return [(left, right) for _, _, _, left, right in sorted(found)]
+                    order[left, right] = (-scores[index], ids[left], ids[right])
+        return sorted(order, key=order.__getitem__)
 
     def _add_special_tokens(self, adds_bos: bool) -> None:
-        kinds = {t: k for t, k in zip(self._tokens, self._types, strict=True) if t and k in SPECIAL}
-        self.tokenizer.add_tokens(
-            [AddedToken(token, special=kind != USER_DEFINED, normalized=False) for token, kind in kinds.items()]
-        )
+        special = {t: k != USER_DEFINED for t, k in zip(self._tokens, self._types, strict=True) if t and k in SPECIAL}
+        self.tokenizer.add_tokens([AddedToken(t, special=s, normalized=False) for t, s in special.items()])
         added: dict[str, int] = {}
         text = ["$A"]
         for name, default in (("bos", adds_bos and self.token_id("bos") is not None), ("eos", False)):
@@ -515,5 +509,5 @@ class GgufTokenizer:
             added[self._tokens[id]] = id
             text.insert(0 if name == "bos" else len(text), self._tokens[id])
         if added:
-            special = list(added.items())
-            self.tokenizer.post_processor = processors.TemplateProcessing(single=text, special_tokens=special)
+            ids = list(added.items())
+            self.tokenizer.post_processor = processors.TemplateProcessing(single=text, special_tokens=ids)

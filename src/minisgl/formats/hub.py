@@ -30,8 +30,7 @@ def locate_model(
 
     `model` is a local folder, a GGUF file, a Hub id, or None for the bundled model. A GGUF file is converted once into
     the user's cache folder, its tensors stored as `dtype`. A Hub id is fetched from `source`, "huggingface" or
-    "modelscope". Without `weights` only the small files are obtained. Raises ModelError, in one sentence, where the
-    model cannot be found or fetched.
+    "modelscope". Without `weights` only the small files are obtained. Raises ModelError in one sentence.
     """
     path = bundled_model() if model is None or model == BUNDLED_MODEL else Path(model).expanduser()
     if path.is_dir():
@@ -52,12 +51,12 @@ def locate_model(
 
 
 def bundled_model() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct inside its package, which is found without being imported.
+    """The GGUF file inside its package, whose import would ask for a compiled runtime that is not needed.
 
-    Its import would ask for a compiled runtime that is not needed. Raises ModelError with the command that installs it.
+    Raises ModelError with the command that installs it.
     """
     spec = importlib.util.find_spec(BUNDLED_PACKAGE)
-    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+    for folder in (spec and spec.submodule_search_locations) or []:
         for path in sorted(Path(folder).glob("*.gguf")):
             return path
     raise ModelError(f"the bundled model {BUNDLED_MODEL} is not installed; this brings it: {BUNDLED_COMMAND}")
@@ -102,8 +101,7 @@ def _modelscope(model: str, patterns: list[str]) -> Path:
     try:
         from modelscope import snapshot_download
     except ImportError as error:
-        reason = "the package modelscope, which is not installed: pip install modelscope"
-        raise ModelError(f"--model-source modelscope needs {reason}") from error
+        raise ModelError("--model-source modelscope needs its package: pip install modelscope") from error
     try:
         return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=LEFT_OUT))
     except Exception as error:  # the package has no common base for its errors
