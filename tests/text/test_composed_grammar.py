@@ -124,10 +124,7 @@ def test_sampled_texts_are_json_or_calls(seed: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "source", "schema", "param"),
-    [
-        ("choice", '["yes"]', json.dumps({"type": "object", "not": {}}), "tools"),
-        ("regex", "(", NUMBER, "guided_regex"),
-    ],
+    [("choice", '["yes"]', json.dumps({"type": "object", "not": {}}), "tools"), ("regex", "(", NUMBER, "guided_regex")],
 )
 def test_what_is_wrong_is_about_the_calls_or_the_text(
     kind: str, source: str, schema: str, param: str, tmp_path: Path

@@ -47,17 +47,16 @@ def lark(source: str) -> Grammar:
     return Grammar(kind="lark", source=source)
 
 
+A = "#/$defs/a"
 DOUBLING = {
     f"d{i}": {"allOf": [{"properties": {x: {"$ref": f"#/$defs/d{i + 1}"} for x in xs}} for xs in ("x", "xy")]}
     for i in range(30)
 }
 HOSTILE: dict[str, Grammar] = {
     "refers to itself": schema({"$ref": "#"}),
-    "refers in a circle": schema(
-        {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}
-    ),
-    "circle through anyOf": schema({"$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}] * 2}}, "$ref": "#/$defs/a"}),
-    "circle through allOf": schema({"$defs": {"a": {"allOf": [{"$ref": "#/$defs/a"}, {}]}}, "$ref": "#/$defs/a"}),
+    "refers in a circle": schema({"$ref": A, "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": A}}}),
+    "circle through anyOf": schema({"$defs": {"a": {"anyOf": [{"$ref": A}] * 2}}, "$ref": A}),
+    "circle through allOf": schema({"$defs": {"a": {"allOf": [{"$ref": A}, {}]}}, "$ref": A}),
     "100 objects deep": deep('{"properties":{"a":', "}}", 100),
     "10,000 objects deep": deep('{"properties":{"a":', "}}", 10_000),
     "100,000 items deep": deep('{"items":', "}", 90_000),

@@ -125,11 +125,7 @@ def test_a_hostile_template_stays_in_its_sandbox(tmp_path: Path, template: str) 
 
 @pytest.mark.parametrize(
     ("first", "last", "expected"),
-    [
-        ("hi", "so far", "[hi][so far"),
-        ("so far", "so far", "[so far][so far"),
-        ("hi", " one, one ", "[hi][one, one"),
-    ],
+    [("hi", "so far", "[hi][so far"), ("so far", "so far", "[so far][so far"), ("hi", " one, one ", "[hi][one, one")],
 )
 def test_a_continued_conversation_ends_with_its_last_content(
     tmp_path: Path, first: str, last: str, expected: str

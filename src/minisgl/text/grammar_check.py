@@ -61,9 +61,6 @@ class Verdict(msgspec.Struct, frozen=True):
             raise kind(self.error, param=self.param)
 
 
-GOOD = msgspec.json.encode(Verdict())
-
-
 def encode_verdict(error: MinisglError) -> bytes:
     return msgspec.json.encode(Verdict(error.message, error.param, isinstance(error, UnsupportedParameterError)))
 
@@ -85,7 +82,7 @@ def main() -> None:
     except MinisglError as error:
         control.sendall(encode_verdict(error))
         return
-    control.sendall(GOOD)
+    control.sendall(msgspec.json.encode(Verdict()))
     while fds := socket.recv_fds(control, 1, 1)[1]:
         with socket.socket(fileno=fds[0]) as connection:
             if os.fork() == 0:
@@ -115,7 +112,7 @@ def judge(source: bytes, vocabulary: Vocabulary) -> bytes:
         return encode_verdict(error)
     except Exception as error:  # the library's own failure on this grammar, MemoryError included
         return encode_verdict(invalid(grammar, f"it cannot be compiled: {error!r}"))
-    return GOOD
+    return msgspec.json.encode(Verdict())
 
 
 class Running(NamedTuple):
