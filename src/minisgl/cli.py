@@ -93,14 +93,12 @@ def environment_help(field: dataclasses.Field[Any]) -> str:
 
 def add_config_flags(parser: argparse.ArgumentParser, *, without: Sequence[str] = ()) -> None:
     """Add the flags of `Config`, group by group, with their defaults in the help; `without` names groups to skip."""
-    fields = {field.name: field for field in dataclasses.fields(Config)}
+    fields = {field.name: field for field in dataclasses.fields(Config) if field.metadata["flags"]}
     hints = typing.get_type_hints(Config)
     for title, names in GROUPS:
-        if title in without:
-            continue
-        group = parser.add_argument_group(title)
-        for name in names:
-            if fields[name].metadata["flags"]:
+        if title not in without:
+            group = parser.add_argument_group(title)
+            for name in filter(fields.get, names):
                 add_flag(group, fields[name], hints[name])
 
 
