@@ -35,7 +35,7 @@ class Built:
 def build_engine(config: Config, progress: bool = False, when_gone: Callable[[], None] | None = None) -> Built:
     """Load the model that `config` names. Raises ConfigError or ModelError with what to change.
 
-    `when_gone` is called, from another thread, when one of several ranks is gone. A process that torchrun started as
+    `when_gone` is called from another thread when one of several ranks is gone. A process that torchrun started as
     another rank than 0 stays here until rank 0 is done, and ends.
     """
     launched = launcher(config.tp)
@@ -79,7 +79,6 @@ def probe_machine(launched: Launcher | None = None) -> Machine:
 
 
 def max_seq_len(config: Config, spec: ModelSpec) -> int:
-    """The context length in tokens: the override, or the model's own."""
     return config.max_seq_len_override or spec.max_position
 
 

@@ -234,10 +234,8 @@ def check(config: Config) -> None:
     rules["drain_timeout"] = 0 <= config.drain_timeout <= MAX_SECONDS, "at least 0 s and at most a year"
     ratio, backends = config.memory_ratio, config.attn.split(",")
     rules["memory_ratio"] = ratio is None or 0.0 < ratio <= 1.0, "in (0, 1]"
-    rules["attn"] = (
-        config.attn == "auto" or (len(backends) <= 2 and set(backends) <= set(ATTENTION_BACKENDS)),
-        f"auto, one of {', '.join(ATTENTION_BACKENDS)}, or two: prefill,decode",
-    )
+    known = config.attn == "auto" or (len(backends) <= 2 and set(backends) <= set(ATTENTION_BACKENDS))
+    rules["attn"] = known, f"auto, one of {', '.join(ATTENTION_BACKENDS)}, or two: prefill,decode"
     for name, (holds, rule) in rules.items():
         if not holds:
             raise ConfigError(f"{flag_of(name)} must be {rule}, got {getattr(config, name)!r}")
@@ -257,7 +255,7 @@ def flag_of(name: str) -> str:
 
 
 def resolve(config: Config, machine: Machine, checkpoint_dtype: str = "float32") -> Resolved:
-    """Fill what the user left open. Pure: the same arguments give the same answer.
+    """Fill what the user left open; a pure function.
 
     `checkpoint_dtype` is what the checkpoint's weights are stored as (float32 for quantised files).
     Raises ConfigError for what this machine cannot honour; the message says what it can.
@@ -303,8 +301,7 @@ def resolve(config: Config, machine: Machine, checkpoint_dtype: str = "float32")
         why = "the CPU has no CUDA graphs" if device == "cpu" else "decode through torch cannot be captured"
         choose("cuda_graph_max_bs", graphs, why)
     elif graphs is None:
-        largest = graph_batch(machine.memory)
-        graphs = min(largest, running)
+        graphs = min(largest := graph_batch(machine.memory), running)
         why = f"the GPU has {machine.memory / 2**30:.0f} GiB" if largest <= running else "as many as may run"
         choose("cuda_graph_max_bs", graphs, why)
     if config.max_prefill_length is None:
