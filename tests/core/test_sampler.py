@@ -84,7 +84,7 @@ def test_looking_at_a_few_logits_first_changes_nothing(monkeypatch: pytest.Monke
     torch.manual_seed(0)
     scaled = torch.cat([torch.randn(8, 500) * s for s in (0.1, 1.0, 5.0)])
     scaled -= scaled.amax(dim=-1, keepdim=True)
-    params = rows(24, top_p=[1.0, 0.9, 0.5, 0.99] * 6, top_k=[0, 0, 20, 200, 499, 600] * 4, min_p=[0.0, 0.01, 0.2] * 8)
+    params = rows(24, top_p=[1.0, 0.9, 0.5, 0.99] * 6, top_k=[0, 0, 200, 20, 499, 600] * 4, min_p=[0.0, 0.01, 0.2] * 8)
     outcomes = []
     for few in ((), (16, 100)):
         monkeypatch.setattr(sampling, "FEW", few)
