@@ -84,7 +84,7 @@ def build_parser(command: str | None = None) -> Parser:
 
 
 def environment_help(field: dataclasses.Field[Any]) -> str:
-    """A line for the environment switch of a field; a switch for a bool turns it off."""
+    """A line for the environment switch of a field; a switch for a bool disables it."""
     name, text = field.metadata["env"], field.metadata["help"]
     if field.default is True:
         return f"{name}=1  do not {text}"

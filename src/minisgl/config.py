@@ -141,7 +141,6 @@ class Config:
     # fmt: on
 
     def replace(self, **changes: Any) -> Config:
-        """A copy with these fields changed."""
         return dataclasses.replace(self, **changes)
 
 
@@ -167,7 +166,6 @@ class Launcher:
 
     @property
     def one_host(self) -> bool:
-        """Whether all ranks are on one host."""
         return self.local_size == self.size
 
     @property

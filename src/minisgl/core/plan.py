@@ -113,7 +113,6 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that go through the model."""
         return len(self.decode_slots) + len(self.prefill_tokens)
 
 

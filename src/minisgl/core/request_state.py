@@ -141,7 +141,6 @@ class RequestTable:
 
     @property
     def free_rows(self) -> int:
-        """How many more requests can run."""
         return len(self._free)
 
     def peek_row(self) -> int:
@@ -198,7 +197,6 @@ class RequestTable:
         return slots[np.lexsort((self.arrival[slots], self.priority[slots]))]
 
     def changes_logits(self, slots: int | NDArray[np.integer]) -> NDArray[np.bool_]:
-        """Whether rows sample from other logits than the model's own."""
         return np.asarray(self.penalised[slots] | (self.biases[slots] > 0) | self.constrained[slots])
 
     def new_rows(self, slots: list[int]) -> RowInit | None:
