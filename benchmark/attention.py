@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minisgl.core.attention import GraphBackend, Int32, Rows
+from minisgl.core.attention import Int32, Rows
+from minisgl.gpu.attention.interface import GraphBackend
 from minisgl.core.kv_cache import KVCache
 from minisgl.errors import ConfigError
 from minisgl.gpu.attention.select import Shape, available_backends, make_attention
