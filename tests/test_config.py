@@ -116,7 +116,6 @@ def test_resolving_is_pure_and_what_is_resolved_resolves_to_itself(machine: Mach
         ({"port": -1}, "--port must be between 0 and 65535"),
         ({"cache": "lru"}, "--cache must be one of radix, naive"),
         *(({"api_workers": n}, f"--api-workers must be between 1 and 64, got {n}") for n in (0, 65)),
-        ({"api_workers": 3, "num_tokenizer": 2}, "--num-tokenizer 2 is shared among --api-workers 3: give each"),
         ({"all_reduce": "symmetric"}, "--all-reduce must be one of auto, fused, nccl, got 'symmetric'"),
         *(({"attn": attn}, "--attn must be auto") for attn in ("fa,", "auto,fa")),
         ({"attn": "cudnn"}, "fa, fi, trtllm, triton, torch"),

@@ -28,7 +28,7 @@ GROUPS: Final = (
     ("scheduling", ("max_running_requests", "max_prefill_length", "schedule_policy", "overlap")),
     ("KV cache", ("page_size", "num_pages", "memory_ratio", "cache")),
     ("kernels", ("attn", "cuda_graph_max_bs", "piecewise_cuda_graph_max_tokens")),
-    ("interface", ("host", "port", "served_model_name", "api_workers", "num_tokenizer", "shell", "log_level")),
+    ("interface", ("host", "port", "served_model_name", "api_workers", "shell", "log_level")),
     ("access", ("api_key", "allow_public", "cors_origins", "ssl_certfile", "ssl_keyfile")),
     ("limits", ("max_queued_requests", "max_queued_tokens", "request_timeout", "write_timeout", "drain_timeout")),
 )

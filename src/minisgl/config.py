@@ -116,9 +116,6 @@ class Config:
         None, "--max-queued-tokens", least=1, help="prompt tokens that wait; more get 429; default: no limit")
     api_workers: int = setting(
         1, "--api-workers", least=1, most=64, help="processes that serve HTTP, in front of one engine")
-    num_tokenizer: int = setting(
-        0, "--num-tokenizer", least=0, most=64,
-        help="processes that template and tokenise requests, shared among the API processes; 0: threads of those")
     request_timeout: float | None = setting(
         None, "--request-timeout", help="seconds of a request, queue included, before a 504; default: no limit")
     write_timeout: float = setting(
@@ -217,6 +214,11 @@ def cache_folder(environ: Mapping[str, str] = os.environ) -> str:
     return environ.get("MINISGL_CACHE") or os.path.join(base, "minisgl")
 
 
+def environment_with(**more: str) -> dict[str, str]:
+    """The environment for a process that is to have these variables too."""
+    return {**os.environ, **more}
+
+
 def check(config: Config) -> None:
     """Raise ConfigError for a value that is wrong on any machine and for any model."""
     rules: dict[str, tuple[bool, str]] = {}  # by field: whether it holds, and what it says
@@ -239,11 +241,6 @@ def check(config: Config) -> None:
     for name, (holds, rule) in rules.items():
         if not holds:
             raise ConfigError(f"{flag_of(name)} must be {rule}, got {getattr(config, name)!r}")
-    if 0 < config.num_tokenizer < config.api_workers:
-        raise ConfigError(
-            f"--num-tokenizer {config.num_tokenizer} is shared among --api-workers {config.api_workers}: "
-            "give each at least one, or 0 for threads"
-        )
     if any(not key.isascii() or not key.isprintable() for key in config.api_key):
         raise ConfigError("--api-key must be made of printable ASCII: it travels in a header")
     if (config.ssl_certfile is None) != (config.ssl_keyfile is None):

@@ -238,7 +238,7 @@ class AblationRunner:
     def _answer(self, engine: Engine, workload: Workload) -> list[list[int]]:
         answers: dict[str, list[int]] = {}
         for prompt, params in zip(workload.prompts, workload.params, strict=True):
-            request = Request(id=str(next(self._ids)), prompt=prompt, params=params)
+            request = Request.make(id=str(next(self._ids)), prompt=prompt, params=params)
             answers[request.id] = []
             engine.add(request)
         while engine.has_work:

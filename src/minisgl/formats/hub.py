@@ -120,6 +120,7 @@ def progress_bar(title: str, total: int | None = None, *, enabled: bool) -> Iter
         task = progress.add_task(title, total=total, visible=total is not None)
 
         def advance(steps: int, total: int | None = None) -> None:
-            progress.update(task, advance=steps, total=total, visible=True)
+            progress.update(task, advance=steps, total=total)
+            progress.update(task, visible=not progress.finished)
 
         yield advance
