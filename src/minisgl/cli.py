@@ -98,7 +98,7 @@ def add_config_flags(parser: argparse.ArgumentParser, *, without: Sequence[str] 
     for title, names in GROUPS:
         if title not in without:
             group = parser.add_argument_group(title)
-            for name in filter(fields.get, names):
+            for name in [name for name in names if name in fields]:
                 add_flag(group, fields[name], hints[name])
 
 

@@ -98,7 +98,8 @@ def _write_folder(file: GgufFile, folder: Path, dtype: str, weights: bool, progr
         if progress is not None:
             progress(file.tensors[name].size, total)
         if name == last or sum(tensor.numel() for tensor in tensors.values()) >= SHARD_ELEMENTS:
-            shards |= dict.fromkeys(tensors, shard := f"model-{number:05d}.safetensors")
+            shard = f"model-{number:05d}.safetensors"
+            shards |= dict.fromkeys(tensors, shard)
             save_file(tensors, folder / shard, {"format": "pt"})
             tensors, number = {}, number + 1
     write_json(INDEX, {"metadata": {}, "weight_map": shards})
