@@ -16,13 +16,14 @@ from minisgl.core.kv_cache import KVCache
 from minisgl.errors import ConfigError
 
 WORKSPACE_BYTES = 256 * 2**20
-GRAPH_PLAN_BYTES = 2**20
-"""For a captured batch's plan: some dozens of bytes per work item, at most two items per multiprocessor."""
-CUDA_CORE_ROWS = 64
-CUDA_CORE_GROUP = 2
-"""With fewer rows, and at most so many query heads per KV head, decode is faster without tensor cores."""
-NO_SPLIT_PROGRAMS = 2
-"""From so many pairs of row and KV head per multiprocessor on, no row is split: then one plan serves every step."""
+GRAPH_PLAN_BYTES = (
+    2**20
+)  # a captured batch's plan has some dozens of bytes for each of two work items per multiprocessor
+CUDA_CORE_ROWS = 64  # with fewer rows,
+CUDA_CORE_GROUP = 2  # and at most so many query heads per KV head, decode is faster without tensor cores
+NO_SPLIT_PROGRAMS = (
+    2  # with so many pairs of row and KV head per multiprocessor no row is split: one plan serves all steps
+)
 
 
 def load_flashinfer() -> ModuleType:
@@ -34,7 +35,6 @@ def load_flashinfer() -> ModuleType:
 
 
 def wants_tensor_cores(rows: int, group: int) -> bool:
-    """Whether decode of so many rows, with `group` query heads per KV head, is faster on tensor cores."""
     return group > CUDA_CORE_GROUP or rows >= CUDA_CORE_ROWS
 
 
@@ -61,7 +61,7 @@ class FlashInfer:
 
     def flatten(self, rows: SequenceBatch, kv: KVCache) -> tuple[Int32, Tensor]:
         """The index of each row's first page (rows + 1,), on the host, and all pages, int32 on the device."""
-        starts = np.concatenate([[0], np.cumsum(-(-rows.kv_lens // kv.page_size))]).astype(np.int32)
+        starts = _starts(-(-rows.kv_lens // kv.page_size))
         on_device = to_device(rows, kv.page_size)
         pages = torch.empty(int(starts[-1]), dtype=torch.int32, device=self.device)
         unused = torch.empty(2, len(starts), dtype=torch.int32, device=self.device)
@@ -89,15 +89,15 @@ class AlternatingPlanners:
     def __init__(self, wrappers: list[Any]) -> None:
         self.wrappers = wrappers
         self.copied = (_event(), _event())
-        self.turn = 0
+        self.index = 0
 
     def plan(self, *args: Any, **options: Any) -> Any:
         """Plan with the next planner, and return it; its plan stays valid during the next call."""
-        self.turn = 1 - self.turn
-        self.copied[self.turn].synchronize()
-        self.wrappers[self.turn].plan(*args, **options)
-        self.copied[self.turn].record()
-        return self.wrappers[self.turn]
+        self.index = 1 - self.index
+        self.copied[self.index].synchronize()
+        self.wrappers[self.index].plan(*args, **options)
+        self.copied[self.index].record()
+        return self.wrappers[self.index]
 
 
 @dataclass
@@ -123,16 +123,16 @@ class FlashInferStep:
         kind = "prefill"
         if self.decode:
             kind = "decode-tensor" if wants_tensor_cores(len(q), heads // kv_heads) else "decode-cuda"
-        key = (kind, window)
-        if key not in self.owner.planners_of:
-            wrappers = [self.owner.wrapper(kind, head_dim, window) for _ in range(2)]
-            self.owner.planners_of[key] = AlternatingPlanners(wrappers)
-        pages = _pinned(self.starts), self.pages, _pinned(_filled(self.rows.kv_lens, page_size))
+        planners = self.owner.planners_of.get((kind, window))
+        if planners is None:
+            planners = AlternatingPlanners([self.owner.wrapper(kind, head_dim, window) for _ in range(2)])
+            self.owner.planners_of[kind, window] = planners
+        filled = ((self.rows.kv_lens - 1) % page_size + 1).astype(np.int32)  # tokens in each row's last page
+        pages = _pinned(self.starts), self.pages, _pinned(filled)
         shape, options = (heads, kv_heads, head_dim, page_size), _options(q.dtype, window)
         if self.decode:
-            return self.owner.planners_of[key].plan(*pages, *shape, **options)
-        starts = _pinned(np.concatenate([[0], np.cumsum(self.rows.query_lens)]).astype(np.int32))
-        return self.owner.planners_of[key].plan(starts, *pages, *shape, causal=True, **options)
+            return planners.plan(*pages, *shape, **options)
+        return planners.plan(_pinned(_starts(self.rows.query_lens)), *pages, *shape, causal=True, **options)
 
 
 class FlashInferGraphStep:
@@ -144,8 +144,7 @@ class FlashInferGraphStep:
 
     def __init__(self, owner: FlashInfer, page_table: Tensor, kv_lens: Tensor, kv: KVCache) -> None:
         self.owner, self.page_table, self.kv_lens, self.kv = owner, page_table, kv_lens, kv
-        rows = len(kv_lens)
-        device = kv_lens.device
+        rows, device = len(kv_lens), kv_lens.device
         self.starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self.filled = torch.ones(rows, dtype=torch.int32, device=device)
         self.pages = torch.zeros(page_table.numel(), dtype=torch.int32, device=device)
@@ -159,11 +158,10 @@ class FlashInferGraphStep:
 
     def prepare(self, kv_lens: Int32) -> None:
         counts = (-(-kv_lens // self.kv.page_size)).astype(np.int32)
-        if np.array_equal(counts, self.counts):
-            return
-        self.counts = counts
-        for planner in self.planners.values():
-            planner.plan(counts)
+        if not np.array_equal(counts, self.counts):
+            self.counts = counts
+            for planner in self.planners.values():
+                planner.plan(counts)
 
     def run(self, q: Tensor, layer: int, window: int) -> Tensor:
         new = window not in self.planners
@@ -181,8 +179,7 @@ class GraphPlanner:
     """A planner over a graph's static lengths and pages."""
 
     def __init__(self, step: FlashInferGraphStep, q: Tensor, window: int) -> None:
-        (heads, head_dim), (page_size, kv_heads) = q.shape[1:], step.kv.k.shape[2:4]
-        owner = step.owner
+        (heads, head_dim), (page_size, kv_heads), owner = q.shape[1:], step.kv.k.shape[2:4], step.owner
         self.shape = (heads, kv_heads, head_dim, page_size)
         self.options = _options(q.dtype, window)
         self.fixed = step.fixed
@@ -207,15 +204,12 @@ class GraphPlanner:
 
     def _plan_fast(self, starts: Tensor, pages: Tensor, filled: Tensor, *shape: int, **options: Any) -> None:
         """FlashInfer's plan without its copies: the graph itself fills starts, pages and filled on the device."""
-        decode = importlib.import_module("flashinfer.decode")
-        decode.fast_decode_plan(
-            self.wrapper, starts, pages, filled, *shape, global_override_indptr_cpu=starts, **options
-        )
+        plan = importlib.import_module("flashinfer.decode").fast_decode_plan
+        plan(self.wrapper, starts, pages, filled, *shape, global_override_indptr_cpu=starts, **options)
 
     def _plan(self, plan: Any, counts: Int32) -> None:
-        _, _, _, page_size = self.shape
-        starts = torch.from_numpy(np.concatenate([[0], np.cumsum(counts)]).astype(np.int32))
-        filled = torch.full((len(counts),), page_size, dtype=torch.int32)
+        starts = torch.from_numpy(_starts(counts))
+        filled = torch.full((len(counts),), self.shape[-1], dtype=torch.int32)
         plan(starts, torch.empty(0, dtype=torch.int32), filled, *self.shape, **self.options)
         self.copied.record()
 
@@ -224,8 +218,8 @@ def _options(dtype: torch.dtype, window: int) -> dict[str, Any]:
     return {"q_data_type": dtype, "kv_data_type": dtype, "window_left": window - 1 if window else -1}
 
 
-def _filled(kv_lens: Int32, page_size: int) -> Int32:
-    return ((kv_lens - 1) % page_size + 1).astype(np.int32)
+def _starts(counts: Int32) -> Int32:
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
 
 
 def _event() -> Any:

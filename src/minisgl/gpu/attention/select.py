@@ -16,7 +16,7 @@ from minisgl.gpu.attention.triton import TritonAttention
 from minisgl.gpu.attention.trtllm import TensorRTLLM
 
 TRITON = {"triton": "triton"}
-FLASHINFER = {"flashinfer": "flashinfer-python (module flashinfer)"}
+FLASHINFER = {"flashinfer": "flashinfer-python (module flashinfer)"} | TRITON
 FLASH_ATTENTION_3 = {"flash_attn_interface": "flash-attn-3 (module flash_attn_interface)"}
 
 
@@ -29,6 +29,7 @@ class Rule:
 
 
 ANY = Rule(lambda number: True, "any")
+MULTIPLE_OF_16 = Rule(lambda dim: dim <= 256 and dim % 16 == 0, "head dimensions that are a multiple of 16, up to 256")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ BACKENDS: dict[str, Backend] = {
     "fi": Backend(
         make=FlashInfer,
         capability=Rule(lambda number: number >= 80, "8.0 or higher"),
-        packages=FLASHINFER | TRITON,
+        packages=FLASHINFER,
         half_only=True,
         page_size=Rule(lambda size: size & (size - 1) == 0, "a --page-size that is a power of two"),
         head_dim=Rule(lambda dim: dim in (64, 128, 256), "head dimensions 64, 128 and 256"),
@@ -62,18 +63,12 @@ BACKENDS: dict[str, Backend] = {
     "trtllm": Backend(
         make=TensorRTLLM,
         capability=Rule(lambda number: number // 10 in (9, 10, 12), "9.0, 10.x or 12.x"),
-        packages=FLASHINFER | TRITON,
+        packages=FLASHINFER,
         half_only=True,
         page_size=Rule(lambda size: size in (16, 32, 64), "a --page-size of 16, 32 or 64"),
-        head_dim=Rule(lambda dim: dim <= 256 and dim % 16 == 0, "head dimensions that are a multiple of 16, up to 256"),
+        head_dim=MULTIPLE_OF_16,
     ),
-    "triton": Backend(
-        make=TritonAttention,
-        packages=TRITON,
-        head_dim=Rule(
-            lambda dim: 16 <= dim <= 256 and dim % 16 == 0, "head dimensions that are a multiple of 16, up to 256"
-        ),
-    ),
+    "triton": Backend(make=TritonAttention, packages=TRITON, head_dim=MULTIPLE_OF_16),
     "torch": Backend(make=lambda device: TorchAttention()),
 }
 
@@ -120,9 +115,8 @@ def available_backends(device: torch.device) -> dict[str, str | None]:
 def _unavailable(backend: Backend, gpu: int) -> str | None:
     if not backend.capability.takes(gpu):
         return f"it needs compute capability {backend.capability.text}, the GPU has {gpu / 10}"
-    missing = (package for module, package in backend.packages.items() if find_spec(module) is None)
-    package = next(missing, None)
-    return f"it needs the package {package}" if package else None
+    missing = [package for module, package in backend.packages.items() if find_spec(module) is None]
+    return f"it needs the package {missing[0]}" if missing else None
 
 
 def refusal(name: str, shape: Shape) -> str | None:
@@ -155,7 +149,7 @@ def choose(pair: str, shape: Shape, available: Mapping[str, str | None], gpu: in
 def _automatic(works: list[str], reasons: Mapping[str, str | None], gpu: int) -> AttentionChoice:
     missing = "; ".join(f"{name} is out, {reason}" for name, reason in reasons.items() if reason and gpu)
     prefill: str = next(name for name in ("fa", "fi", "triton", "torch") if name in works)
-    if gpu // 10 == 9:  # as benchmark/attention.py measures; triton's decode needs no work on the host
+    if gpu // 10 == 9:  # as `minisgl bench attention` measures; triton's decode needs no work on the host
         decode = "triton" if "triton" in works else prefill
         why = "the fastest measured on Hopper"
     else:

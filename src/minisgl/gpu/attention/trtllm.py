@@ -27,10 +27,8 @@ class TensorRTLLM:
         self.workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
     def plan_decode(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
-        on_device = to_device(rows, kv.page_size)
-        return TensorRTLLMDecode(
-            self.library, self.workspace, on_device.page_table, on_device.kv_lens, kv, on_device.max_kv_len
-        )
+        batch = to_device(rows, kv.page_size)
+        return TensorRTLLMDecode(self.library, self.workspace, batch.page_table, batch.kv_lens, kv, batch.max_kv_len)
 
     def plan_prefill(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
         return TensorRTLLMPrefill(self.library, self.workspace, to_device(rows, kv.page_size), kv)
@@ -65,8 +63,7 @@ class TensorRTLLMPrefill:
     kv: KVCache
 
     def run(self, q: Tensor, layer: int, window: int) -> Tensor:
-        rows = self.rows
-        ends = torch.cumsum(rows.kv_lens, 0, dtype=torch.int32)
+        rows, ends = self.rows, torch.cumsum(self.rows.kv_lens, 0, dtype=torch.int32)
         out: Tensor = self.library.prefill.trtllm_batch_context_with_kv_cache(
             q.contiguous(), (self.kv.k[layer], self.kv.v[layer]), self.workspace, rows.page_table, rows.kv_lens,
             rows.max_query_len, rows.max_kv_len, bmm1_scale=q.shape[-1] ** -0.5, bmm2_scale=1.0,

@@ -41,6 +41,7 @@ from typing import Any
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr, tensor
 
 from minisgl.gpu.kernels.jit import after_previous, jit, jit_varying, launch_options, warps_for
 
@@ -51,7 +52,7 @@ UNWRITTEN = -0.0
 
 
 @jit
-def tensor_of(addresses: tl.tensor, peer: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
+def tensor_of(addresses: tensor, peer: tensor, DTYPE: constexpr) -> tensor:
     """A rank's tensor. It is aligned to 16 bytes; unless the compiler knows that, it moves elements one by one."""
     return tl.multiple_of(tl.load(addresses + peer).to(tl.pointer_type(DTYPE)), 16)
 
@@ -83,15 +84,15 @@ class ReceiveBuffers:
 
 @jit
 def _row_words(
-    buffers: tl.tensor, rank: tl.tensor, generation: tl.tensor, row: tl.tensor, capacity: tl.tensor,
-    SENDERS: tl.constexpr, DIM: tl.constexpr, WORD: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
+    buffers: tensor, rank: tensor, generation: tensor, row: tensor, capacity: tensor, SENDERS: constexpr,
+    DIM: constexpr, WORD: constexpr,
+) -> tensor:  # fmt: skip
     """The address of the first sender's words of a row; the other senders' follow."""
     return tensor_of(buffers, rank, WORD) + (generation * capacity + row) * SENDERS * DIM
 
 
 @jit
-def _words(x: tl.tensor, WORD: tl.constexpr, SENTINEL: tl.constexpr) -> tl.tensor:
+def _words(x: tensor, WORD: constexpr, SENTINEL: constexpr) -> tensor:
     """The bits of x as they are sent, with +0.0 for -0.0."""
     bits = x.to(WORD, bitcast=True)
     return tl.where(bits == SENTINEL, 0, bits).to(WORD)
@@ -99,8 +100,8 @@ def _words(x: tl.tensor, WORD: tl.constexpr, SENTINEL: tl.constexpr) -> tl.tenso
 
 @jit
 def _reset(
-    place: tl.tensor, mask: tl.tensor, RANK: tl.constexpr, SENDERS: tl.constexpr, DIM: tl.constexpr,
-    WORD: tl.constexpr, SENTINEL: tl.constexpr, BLOCK: tl.constexpr,
+    place: tensor, mask: tensor, RANK: constexpr, SENDERS: constexpr, DIM: constexpr, WORD: constexpr,
+    SENTINEL: constexpr, BLOCK: constexpr,
 ) -> None:  # fmt: skip
     """Overwrite what the other senders wrote with sentinels."""
     for sender in tl.static_range(SENDERS):
@@ -109,16 +110,16 @@ def _reset(
 
 
 @jit
-def _advance(generations: tl.tensor, row: tl.tensor, generation: tl.tensor) -> None:
+def _advance(generations: tensor, row: tensor, generation: tensor) -> None:
     tl.debug_barrier()  # every thread has read the generation
     tl.store(generations + row, (generation + 1) % 3)
 
 
 @jit
 def _arrived(
-    own: tl.tensor, place: tl.tensor, mask: tl.tensor, RANK: tl.constexpr, SENDERS: tl.constexpr, DIM: tl.constexpr,
-    SENTINEL: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
+    own: tensor, place: tensor, mask: tensor, RANK: constexpr, SENDERS: constexpr, DIM: constexpr, SENTINEL: constexpr,
+    DTYPE: constexpr, BLOCK: constexpr,
+) -> tensor:  # fmt: skip
     """The float32 sum of this rank's words and the others', in the order of ranks, and the least of the others' words.
 
     The sum is complete once the least is not the sentinel, which is the least integer there is.
@@ -136,11 +137,9 @@ def _arrived(
 
 @jit
 def _reduce_row(
-    part: tl.tensor, buffers: tl.tensor, results: tl.tensor, generations: tl.tensor, residual: tl.tensor,
-    gain: tl.tensor, out: tl.tensor, row: tl.tensor, slot: tl.tensor, slots: tl.tensor, capacity: tl.tensor,
-    eps: tl.tensor,
-    RANK: tl.constexpr, WORLD: tl.constexpr, DIM: tl.constexpr, WORD: tl.constexpr, SENTINEL: tl.constexpr,
-    BLOCK: tl.constexpr, SEND: tl.constexpr,
+    part: tensor, buffers: tensor, results: tensor, generations: tensor, residual: tensor, gain: tensor, out: tensor,
+    row: tensor, slot: tensor, slots: tensor, capacity: tensor, eps: tensor, RANK: constexpr, WORLD: constexpr,
+    DIM: constexpr, WORD: constexpr, SENTINEL: constexpr, BLOCK: constexpr, SEND: constexpr,
 ) -> None:  # fmt: skip
     """Add a row, which arrives in `slot` of this rank's buffer, to the residual stream and norm it with the roundings
     of `core.ops.add_rms_norm`. SEND: write the norm to the other ranks too.
@@ -175,10 +174,9 @@ def _reduce_row(
 
 @jit_varying("rows", "capacity")
 def _one_shot_kernel(
-    part: tl.tensor, buffers: tl.tensor, generations: tl.tensor, residual: tl.tensor, weight: tl.tensor, out: tl.tensor,
-    rows: tl.tensor, capacity: tl.tensor, eps: tl.tensor,
-    RANK: tl.constexpr, WORLD: tl.constexpr, DIM: tl.constexpr, WORD: tl.constexpr,
-    SENTINEL: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    part: tensor, buffers: tensor, generations: tensor, residual: tensor, weight: tensor, out: tensor, rows: tensor,
+    capacity: tensor, eps: tensor, RANK: constexpr, WORLD: constexpr, DIM: constexpr, WORD: constexpr,
+    SENTINEL: constexpr, BLOCK: constexpr, PDL: constexpr,
 ) -> None:  # fmt: skip
     program, column = tl.program_id(0), tl.arange(0, BLOCK)
     mask = column < DIM
@@ -200,7 +198,7 @@ def _one_shot_kernel(
 
 
 @jit
-def _row(program: tl.tensor, block: tl.tensor) -> tl.tensor:
+def _row(program: tensor, block: tensor) -> tensor:
     """A program's row in group `block` of as many rows as programs; shifted in each group, so that it owns some."""
     programs = tl.num_programs(0)
     return block * programs + (program + block) % programs
@@ -208,10 +206,9 @@ def _row(program: tl.tensor, block: tl.tensor) -> tl.tensor:
 
 @jit_varying("rows", "capacity")
 def _two_shot_kernel(
-    part: tl.tensor, buffers: tl.tensor, results: tl.tensor, generations: tl.tensor, residual: tl.tensor,
-    weight: tl.tensor, out: tl.tensor, rows: tl.tensor, capacity: tl.tensor, eps: tl.tensor,
-    RANK: tl.constexpr, WORLD: tl.constexpr, DIM: tl.constexpr, WORD: tl.constexpr,
-    SENTINEL: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    part: tensor, buffers: tensor, results: tensor, generations: tensor, residual: tensor, weight: tensor, out: tensor,
+    rows: tensor, capacity: tensor, eps: tensor, RANK: constexpr, WORLD: constexpr, DIM: constexpr, WORD: constexpr,
+    SENTINEL: constexpr, BLOCK: constexpr, PDL: constexpr,
 ) -> None:  # fmt: skip
     program, column = tl.program_id(0), tl.arange(0, BLOCK)
     mask = column < DIM
@@ -283,10 +280,9 @@ def _launch(buffers: ReceiveBuffers, part: Tensor, residual: Tensor, out: Tensor
     assert rows <= buffers.rows
     assert dim == buffers.dim
     assert all(x.is_contiguous() and x.dtype == residual.dtype and x.shape == residual.shape for x in (part, out))
-    pdl = launch_options()
     block = triton.next_power_of_2(dim)
     bits = 8 * residual.element_size()
     return rows, {
         "RANK": buffers.rank, "WORLD": buffers.world, "DIM": dim, "WORD": {16: tl.int16, 32: tl.int32}[bits],
-        "SENTINEL": -(2 ** (bits - 1)), "BLOCK": block, "PDL": bool(pdl), "num_warps": warps_for(block), **pdl,
+        "SENTINEL": -(2 ** (bits - 1)), "BLOCK": block, "num_warps": warps_for(block), **launch_options(),
     }  # fmt: skip

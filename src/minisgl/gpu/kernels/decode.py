@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr, tensor
 
 from minisgl.core.attention import FusedAttention, RopeStore
 from minisgl.core.kv_cache import KVCache
@@ -43,8 +44,8 @@ class DecodeSplit(NamedTuple):
 
 @jit_varying("rows", "lens")
 def _tiles_kernel(
-    lens: tl.tensor, starts: tl.tensor, rows: tl.tensor, window: tl.tensor, NEW: tl.constexpr, TILE: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    lens: tensor, starts: tensor, rows: tensor, window: tensor, NEW: constexpr, TILE: constexpr, BLOCK: constexpr,
+    PDL: constexpr,
 ) -> None:  # fmt: skip
     after_previous(PDL)
     before = 0
@@ -61,9 +62,9 @@ def _tiles_kernel(
 
 @jit
 def _rotated(
-    x: tl.tensor, norm: tl.tensor, cos_sin: tl.tensor, position: tl.tensor, dims: tl.tensor, mask: tl.tensor,
-    eps: tl.tensor, HEAD_DIM: tl.constexpr, NORM: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
+    x: tensor, norm: tensor, cos_sin: tensor, position: tensor, dims: tensor, mask: tensor, eps: tensor,
+    HEAD_DIM: constexpr, NORM: constexpr,
+) -> tensor:  # fmt: skip
     # Heads at the pointers x (heads, 1), normed and rotated -> (heads, D), with the roundings of `rope_store_kv`.
     HALF: tl.constexpr = HEAD_DIM // 2
     other = tl.where(dims < HALF, dims + HALF, dims - HALF)  # the dimension that is rotated together with this one
@@ -86,10 +87,9 @@ def _rotated(
 
 @jit
 def _merged(
-    partial: tl.tensor, log_sums: tl.tensor, first: tl.tensor, last: tl.tensor, second: tl.tensor,
-    mask: tl.tensor, inner: tl.tensor, member: tl.tensor, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    M: tl.constexpr, D: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
+    partial: tensor, log_sums: tensor, first: tensor, last: tensor, second: tensor, mask: tensor, inner: tensor,
+    member: tensor, GROUP: constexpr, HEAD_DIM: constexpr, M: constexpr, D: constexpr,
+) -> tensor:  # fmt: skip
     # Merges a row's partial results, in slot `second` (0 or 1) of program `first` and slot 0 of those up to `last`.
     # Other multiprocessors wrote them, so the loads bypass this one's L1 cache (.cg).
     best = tl.full([M], float("-inf"), tl.float32)
@@ -114,13 +114,11 @@ def _merged(
 
 @jit_varying("rows", "lens", "table_stride")
 def _decode_kernel(
-    q: tl.tensor, q_norm: tl.tensor, k_norm: tl.tensor, cos_sin: tl.tensor, k: tl.tensor, v: tl.tensor,
-    table: tl.tensor, lens: tl.tensor, starts: tl.tensor, out: tl.tensor,
-    partial: tl.tensor, log_sums: tl.tensor, arrived: tl.tensor,
-    eps: tl.tensor, q_stride: tl.tensor, rows: tl.tensor, table_stride: tl.tensor, window: tl.tensor, scale: tl.tensor,
-    FUSED_ROPE: tl.constexpr, NORM: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    PAGE: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
-    WHOLE: tl.constexpr, PDL: tl.constexpr,
+    q: tensor, q_norm: tensor, k_norm: tensor, cos_sin: tensor, k: tensor, v: tensor, table: tensor, lens: tensor,
+    starts: tensor, out: tensor, partial: tensor, log_sums: tensor, arrived: tensor, eps: tensor, q_stride: tensor,
+    rows: tensor, table_stride: tensor, window: tensor, scale: tensor, FUSED_ROPE: constexpr, NORM: constexpr,
+    HEADS: constexpr, GROUP: constexpr, HEAD_DIM: constexpr, PAGE: constexpr, ROWS: constexpr, M: constexpr,
+    D: constexpr, TILE: constexpr, WHOLE: constexpr, PDL: constexpr,
 ) -> None:  # fmt: skip
     NEW: tl.constexpr = 1 if FUSED_ROPE else 0  # tokens of a row that are not in the cache yet
     head, program = tl.program_id(0), tl.program_id(1)
@@ -298,7 +296,7 @@ class DecodeAttention(FusedAttention):
     def _launch(self, q: Tensor, heads: int, rope: RopeStore | None, layer: int, window: int) -> Tensor:
         k, v = self.kv.k[layer], self.kv.v[layer]
         page_size, kv_heads, head_dim = k.shape[1:]
-        rows, group, pdl, split = len(self.kv_lens), heads // kv_heads, launch_options(), self._split()
+        rows, group, split = len(self.kv_lens), heads // kv_heads, self._split()
         whole = split.programs == 0
         programs = rows if whole else max(1, split.programs * self.processors // kv_heads)
         out = torch.empty((rows, heads, head_dim), dtype=q.dtype, device=q.device)
@@ -316,14 +314,14 @@ class DecodeAttention(FusedAttention):
             FUSED_ROPE=rope is not None, NORM=q_norm is not None, HEADS=kv_heads, GROUP=group,
             HEAD_DIM=head_dim, PAGE=page_size, ROWS=max(ROWS_BLOCK, triton.next_power_of_2(rows)),
             M=max(MIN_DOT, triton.next_power_of_2(group)), D=triton.next_power_of_2(head_dim), TILE=split.tile,
-            WHOLE=whole, PDL=bool(pdl), num_warps=split.warps, num_stages=split.stages, **pdl,
+            WHOLE=whole, num_warps=split.warps, num_stages=split.stages, **launch_options(),
         )  # fmt: skip
         return out
 
     def _tiles(self, tile: int, window: int, new: bool) -> Tensor:
         """The number of each row's first tile, int32 (B + 1,): computed once a step for each window."""
         which = (window, new)
-        rows, pdl = len(self.kv_lens), launch_options()
+        rows = len(self.kv_lens)
         if which not in self._starts:
             self._starts[which] = torch.empty(rows + 1, dtype=torch.int32, device=self.kv_lens.device)
         starts = self._starts[which]
@@ -331,6 +329,6 @@ class DecodeAttention(FusedAttention):
             self._current.add(which)
             _tiles_kernel[(1,)](
                 self.kv_lens, starts, rows, window or NO_WINDOW, NEW=int(new), TILE=tile, BLOCK=ROWS_BLOCK,
-                PDL=bool(pdl), num_warps=4, **pdl,
+                num_warps=4, **launch_options(),
             )  # fmt: skip
         return starts

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr, tensor
 
 from minisgl.gpu.kernels.elementwise import gated
 from minisgl.gpu.kernels.jit import jit, jit_varying, warps_for
@@ -51,9 +52,8 @@ def moe_tile_for(pairs: int, experts: int) -> MoeTile:
 
 @jit_varying("tokens")
 def _route_kernel(
-    logits: tl.tensor, weights: tl.tensor, lists: tl.tensor, counts: tl.tensor, tokens: tl.tensor,
-    EXPERTS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr,
-    NORMALISE: tl.constexpr, ROWS: tl.constexpr,
+    logits: tensor, weights: tensor, lists: tensor, counts: tensor, tokens: tensor, EXPERTS: constexpr,
+    BLOCK_EXPERTS: constexpr, TOP_K: constexpr, BLOCK_K: constexpr, NORMALISE: constexpr, ROWS: constexpr,
 ) -> None:  # fmt: skip
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
     expert = tl.arange(0, BLOCK_EXPERTS)[None, :]
@@ -81,9 +81,8 @@ def _route_kernel(
 
 @jit
 def _block_rows(
-    counts: tl.tensor, lists: tl.tensor, tokens: tl.tensor,
-    EXPERTS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, ROWS: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
+    counts: tensor, lists: tensor, tokens: tensor, EXPERTS: constexpr, BLOCK_EXPERTS: constexpr, ROWS: constexpr
+) -> tensor:
     """This thread block's expert (EXPERTS if there is none), the pairs in its block, and which of those are real."""
     block = tl.program_id(0)
     expert = tl.arange(0, BLOCK_EXPERTS)
@@ -100,9 +99,9 @@ def _block_rows(
 
 @jit_varying("tokens")
 def _gate_up_kernel(
-    x: tl.tensor, weight: tl.tensor, lists: tl.tensor, counts: tl.tensor, hidden: tl.tensor, tokens: tl.tensor,
-    dim: tl.tensor, width: tl.tensor, TOP_K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+    x: tensor, weight: tensor, lists: tensor, counts: tensor, hidden: tensor, tokens: tensor, dim: tensor,
+    width: tensor, TOP_K: constexpr, EXPERTS: constexpr, BLOCK_EXPERTS: constexpr, ROWS: constexpr, COLUMNS: constexpr,
+    INNER: constexpr,
 ) -> None:  # fmt: skip
     expert, pair, real = _block_rows(counts, lists, tokens, EXPERTS, BLOCK_EXPERTS, ROWS)
     if expert < EXPERTS:
@@ -125,9 +124,9 @@ def _gate_up_kernel(
 
 @jit_varying("tokens")
 def _down_kernel(
-    hidden: tl.tensor, weight: tl.tensor, shares: tl.tensor, lists: tl.tensor, counts: tl.tensor, parts: tl.tensor,
-    tokens: tl.tensor, dim: tl.tensor, width: tl.tensor, EXPERTS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+    hidden: tensor, weight: tensor, shares: tensor, lists: tensor, counts: tensor, parts: tensor, tokens: tensor,
+    dim: tensor, width: tensor, EXPERTS: constexpr, BLOCK_EXPERTS: constexpr, ROWS: constexpr, COLUMNS: constexpr,
+    INNER: constexpr,
 ) -> None:  # fmt: skip
     expert, pair, real = _block_rows(counts, lists, tokens, EXPERTS, BLOCK_EXPERTS, ROWS)
     if expert < EXPERTS:
@@ -149,7 +148,7 @@ def _down_kernel(
 
 
 @jit
-def _sum_kernel(parts: tl.tensor, out: tl.tensor, dim: tl.tensor, TOP_K: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def _sum_kernel(parts: tensor, out: tensor, dim: tensor, TOP_K: constexpr, BLOCK: constexpr) -> None:
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)

@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr, tensor
 
 from minisgl.core.sampler import LARGEST_UNIFORM, SamplingRows
 from minisgl.gpu.kernels.jit import jit, jit_varying
@@ -55,7 +56,7 @@ LARGEST_EXPONENT = tl.constexpr(80.0)
 
 
 @jit
-def row_keys(seed: tl.tensor, position: tl.tensor) -> tl.tensor:
+def row_keys(seed: tensor, position: tensor) -> tensor:
     """The two 32-bit keys of a row, from its int64 seed and int32 position (SplitMix64's finaliser)."""
     key = seed.to(tl.uint64, bitcast=True) + (position + 1).to(tl.uint64) * 0x9E3779B97F4A7C15
     key = (key ^ (key >> 30)) * 0xBF58476D1CE4E5B9
@@ -65,13 +66,13 @@ def row_keys(seed: tl.tensor, position: tl.tensor) -> tl.tensor:
 
 
 @jit
-def _multiplied(bits: tl.tensor) -> tl.tensor:
+def _multiplied(bits: tensor) -> tensor:
     bits = bits * 0x85EBCA6B
     return (bits ^ (bits >> 13)) * 0xC2B2AE35
 
 
 @jit
-def token_hash(keys: tl.tensor, tokens: tl.tensor) -> tl.tensor:
+def token_hash(keys: tensor, tokens: tensor) -> tensor:
     """32 bits for each of int32 token ids, under a row's keys (MurmurHash3's finaliser, twice) -> uint32.
 
     x ^ (x >> 16) is linear and its own inverse. The one that ends the first finaliser and the one that begins the
@@ -85,19 +86,19 @@ def token_hash(keys: tl.tensor, tokens: tl.tensor) -> tl.tensor:
 
 
 @jit
-def scaled_uniform(keys: tl.tensor, tokens: tl.tensor) -> tl.tensor:
+def scaled_uniform(keys: tensor, tokens: tensor) -> tensor:
     """The hash as float32 in (0, 2^32]."""
     return token_hash(keys, tokens).to(tl.float32) + 0.5
 
 
 @jit
-def uniform(keys: tl.tensor, tokens: tl.tensor) -> tl.tensor:
+def uniform(keys: tensor, tokens: tensor) -> tensor:
     """The hash as float32 in (0, 1)."""
     return tl.minimum(scaled_uniform(keys, tokens) * (2.0**-32), LARGEST)
 
 
 @jit
-def exponential(u: tl.tensor) -> tl.tensor:
+def exponential(u: tensor) -> tensor:
     """-log(1 - u), to 1e-6 of itself for every u of `uniform`; never below u."""
     # The series' next term is u^7 / 7, at most 9e-9 of the sum.
     sixth = 1.0 / 4 + u * (1.0 / 5 + u * (1.0 / 6))
@@ -109,21 +110,21 @@ def exponential(u: tl.tensor) -> tl.tensor:
 
 
 @jit
-def float_key(x: tl.tensor, SHIFT: tl.constexpr) -> tl.tensor:
+def float_key(x: tensor, SHIFT: constexpr) -> tensor:
     """An int32 ordered as the float32 x, without the SHIFT low bits that are zero in all of them."""
     bits = x.to(tl.int32, bitcast=True)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
 
 
 @jit
-def key_float(key: tl.tensor, SHIFT: tl.constexpr) -> tl.tensor:
+def key_float(key: tensor, SHIFT: constexpr) -> tensor:
     """The float32 of a key, its SHIFT low bits zero, below zero too."""
     bits = key << SHIFT
     return (bits ^ ((bits >> 31) & ((0x7FFFFFFF >> SHIFT) << SHIFT))).to(tl.float32, bitcast=True)
 
 
 @jit
-def mask_stops(x: tl.tensor, tokens: tl.tensor, stop_ids: tl.tensor, STOPS: tl.constexpr) -> tl.tensor:
+def mask_stops(x: tensor, tokens: tensor, stop_ids: tensor, STOPS: constexpr) -> tensor:
     """Logits with -inf where the token is a stop id."""
     for index in range(STOPS):
         x = tl.where(tokens == tl.load(stop_ids + index), float("-inf"), x)
@@ -135,9 +136,7 @@ def mask_stops(x: tl.tensor, tokens: tl.tensor, stop_ids: tl.tensor, STOPS: tl.c
 
 
 @jit
-def _listed_logits(
-    row: tl.tensor, segments: tl.tensor, count: tl.tensor, start: tl.tensor, STOPS: tl.constexpr
-) -> tl.tensor:
+def _listed_logits(row: tensor, segments: tensor, count: tensor, start: tensor, STOPS: constexpr) -> tensor:
     """Tokens and logits of a block of the listed segments; -inf past the list, past the vocabulary and at stop ids."""
     logits, vocab, stop_ids, masked = row[0], row[1], row[2], row[3]
     index = start + tl.arange(0, BLOCK)
@@ -151,7 +150,7 @@ def _listed_logits(
 
 
 @jit
-def _list_segments(segments: tl.tensor, live: tl.tensor, BLOCK_SEGMENTS: tl.constexpr) -> tl.tensor:
+def _list_segments(segments: tensor, live: tensor, BLOCK_SEGMENTS: constexpr) -> tensor:
     """Write the numbers of the live segments in ascending order, and return how many they are."""
     ordinal = tl.cumsum(live.to(tl.int32), axis=0)
     tl.debug_barrier()  # every thread is done with the previous list
@@ -161,7 +160,7 @@ def _list_segments(segments: tl.tensor, live: tl.tensor, BLOCK_SEGMENTS: tl.cons
 
 
 @jit
-def _bound(tops: tl.tensor, width: tl.tensor, SEGMENTS: tl.constexpr, SHIFT: tl.constexpr) -> tl.tensor:
+def _bound(tops: tensor, width: tensor, SEGMENTS: constexpr, SHIFT: constexpr) -> tensor:
     """The key of the `width`-th highest of the segments' maxima, or of less than any logit when there are fewer."""
     lowest = float_key(tl.maximum(tl.min(tops, axis=0), LOWEST), SHIFT)  # a segment of masked tokens has -inf
     highest = float_key(tl.max(tops, axis=0), SHIFT)
@@ -175,7 +174,7 @@ def _bound(tops: tl.tensor, width: tl.tensor, SEGMENTS: tl.constexpr, SHIFT: tl.
 
 
 @jit
-def _above(value: tl.tensor, row: tl.tensor, segments: tl.tensor, count: tl.tensor, STOPS: tl.constexpr) -> tl.tensor:
+def _above(value: tensor, row: tensor, segments: tensor, count: tensor, STOPS: constexpr) -> tensor:
     """How many tokens of the listed segments are higher than a value, and their mass: the sum of exp((x - top) / T)."""
     top, inverse = row[4], row[5]
     counts = tl.zeros((BLOCK,), tl.int32)
@@ -190,9 +189,9 @@ def _above(value: tl.tensor, row: tl.tensor, segments: tl.tensor, count: tl.tens
 
 @jit
 def _least_kept(
-    lowest: tl.tensor, limit: tl.tensor, mass: tl.tensor, row: tl.tensor, segments: tl.tensor, count: tl.tensor,
-    STOPS: tl.constexpr, SHIFT: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
+    lowest: tensor, limit: tensor, mass: tensor, row: tensor, segments: tensor, count: tensor, STOPS: constexpr,
+    SHIFT: constexpr,
+) -> tensor:  # fmt: skip
     """The least key, from `lowest` up, above which are fewer than `limit` tokens and less than `mass`."""
     highest = float_key(row[4], SHIFT)  # nothing is above the top
     while lowest < highest:
@@ -207,9 +206,8 @@ def _least_kept(
 
 @jit
 def _winner(
-    least: tl.tensor, minimum: tl.tensor, keys: tl.tensor, row: tl.tensor, segments: tl.tensor, count: tl.tensor,
-    STOPS: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
+    least: tensor, minimum: tensor, keys: tensor, row: tensor, segments: tensor, count: tensor, STOPS: constexpr
+) -> tensor:
     """The token with the highest score among those kept in the listed segments; of equal ones the lowest id."""
     top, inverse = row[4], row[5]
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -226,10 +224,10 @@ def _winner(
 
 @jit
 def filtered_winner(
-    winner: tl.tensor, row: tl.tensor, keys: tl.tensor, limit: tl.tensor, p: tl.tensor, min_p: tl.tensor,
-    mass: tl.tensor, segment_maxima: tl.tensor, segments: tl.tensor,
-    STOPS: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_SEGMENTS: tl.constexpr, SHIFT: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
+    winner: tensor, row: tensor, keys: tensor, limit: tensor, p: tensor, min_p: tensor, mass: tensor,
+    segment_maxima: tensor, segments: tensor, STOPS: constexpr, SEGMENTS: constexpr, BLOCK_SEGMENTS: constexpr,
+    SHIFT: constexpr,
+) -> tensor:  # fmt: skip
     """The winner among a row's kept tokens; it is `winner`, the winner among all tokens, if that one is kept.
 
     `mass` is the sum of exp((x - top) / T) over the vocabulary; `limit` is top_k, or vocab where that is off.
@@ -269,7 +267,7 @@ def filtered_winner(
 
 
 @jit
-def row_kind(parameters: tl.tensor, slot: tl.tensor, vocab: tl.tensor) -> tl.tensor:
+def row_kind(parameters: tensor, slot: tensor, vocab: tensor) -> tensor:
     """(sampled rather than greedy, has a filter, 1 / T, top_k or vocab, top_p, min_p) of a row."""
     temperature, top_p, min_p, top_k = parameters[0], parameters[1], parameters[2], parameters[3]
     heat, p = tl.load(temperature + slot), tl.load(top_p + slot)
@@ -281,7 +279,7 @@ def row_kind(parameters: tl.tensor, slot: tl.tensor, vocab: tl.tensor) -> tl.ten
 
 
 @jit
-def _beaten_by(ranked: tl.tensor, u: tl.tensor, PLACE: tl.constexpr) -> tl.tensor:
+def _beaten_by(ranked: tensor, u: tensor, PLACE: constexpr) -> tensor:
     """The highest rank that a token with a higher score than this one can have; never that of a masked token."""
     # E / u = 1 + u/2 + u^2/3 + u^3/4 + ... is at most (1 - u/2) / (1 - u) = 1 + u/2 + u^2/2 + u^3/2 + ...
     highest = (ranked | PLACE).to(tl.float32, bitcast=True) * ((1.0 - 0.5 * u) / (1.0 - u) * SLACK)
@@ -290,9 +288,8 @@ def _beaten_by(ranked: tl.tensor, u: tl.tensor, PLACE: tl.constexpr) -> tl.tenso
 
 @jit
 def _sampled_place(
-    x: tl.tensor, logits: tl.tensor, keys: tl.tensor, first: tl.tensor, reference: tl.tensor, inverse: tl.tensor,
-    SPLIT: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
+    x: tensor, logits: tensor, keys: tensor, first: tensor, reference: tensor, inverse: tensor, SPLIT: constexpr
+) -> tensor:
     """The place of the highest score (x - reference) / T - log E among the SPLIT logits x from token `first` on.
 
     That is the least E / exp((x - reference) / T). E is at least u, and nearly u where u is small: the token with the
@@ -325,10 +322,9 @@ def _sampled_place(
 
 @jit_varying("slots", "positions")
 def _split_kernel(
-    logits: tl.tensor, stride: tl.tensor, slots: tl.tensor, positions: tl.tensor, parameters: tl.tensor,
-    stop_ids: tl.tensor, winners: tl.tensor, maxima: tl.tensor, masses: tl.tensor, segment_maxima: tl.tensor,
-    vocab: tl.tensor, origin: tl.tensor,
-    STOPS: tl.constexpr, SPLIT: tl.constexpr, SEGMENT: tl.constexpr,
+    logits: tensor, stride: tensor, slots: tensor, positions: tensor, parameters: tensor, stop_ids: tensor,
+    winners: tensor, maxima: tensor, masses: tensor, segment_maxima: tensor, vocab: tensor, origin: tensor,
+    STOPS: constexpr, SPLIT: constexpr, SEGMENT: constexpr,
 ) -> None:  # fmt: skip
     split, row = tl.program_id(0), tl.program_id(1)
     places = tl.arange(0, SPLIT)
@@ -361,11 +357,10 @@ def _split_kernel(
 
 @jit_varying("slots", "positions")
 def _choose_kernel(
-    logits: tl.tensor, stride: tl.tensor, slots: tl.tensor, positions: tl.tensor, parameters: tl.tensor,
-    stop_ids: tl.tensor, winners: tl.tensor, maxima: tl.tensor, masses: tl.tensor, segment_maxima: tl.tensor,
-    segment_lists: tl.tensor, out: tl.tensor, vocab: tl.tensor, splits: tl.tensor,
-    STOPS: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_SEGMENTS: tl.constexpr,
-    SHIFT: tl.constexpr,
+    logits: tensor, stride: tensor, slots: tensor, positions: tensor, parameters: tensor, stop_ids: tensor,
+    winners: tensor, maxima: tensor, masses: tensor, segment_maxima: tensor, segment_lists: tensor, out: tensor,
+    vocab: tensor, splits: tensor, STOPS: constexpr, SEGMENTS: constexpr, BLOCK_SPLITS: constexpr,
+    BLOCK_SEGMENTS: constexpr, SHIFT: constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0)
     slot = tl.load(slots + row).to(tl.int64)

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr, tensor
 
 from minisgl.core.sampler import SamplingRows
 from minisgl.gpu.kernels.all_reduce import MAX_BLOCKS, tensor_of
@@ -40,9 +41,8 @@ def flags_size(world: int) -> int:
 
 @jit
 def barrier(
-    flags: tl.tensor, epochs: tl.tensor, slot: tl.tensor, RANK: tl.constexpr, WORLD: tl.constexpr,
-    PEERS: tl.constexpr, LINE: tl.constexpr,
-) -> None:  # fmt: skip
+    flags: tensor, epochs: tensor, slot: tensor, RANK: constexpr, WORLD: constexpr, PEERS: constexpr, LINE: constexpr
+) -> None:
     """Wait until the thread blocks with this slot have arrived on every rank; what they wrote before is then visible.
 
     flags: addresses of every rank's int32 (slots, LINE), of which WORLD are used; epochs int32 (slots,): this rank's
@@ -82,12 +82,10 @@ class Barrier:
 
 @jit_varying("slots", "rows")
 def _pull_kernel(
-    shards: tl.tensor, partials: tl.tensor, flags: tl.tensor, epochs: tl.tensor, slots: tl.tensor,
-    parameters: tl.tensor, logits: tl.tensor, winners: tl.tensor, maxima: tl.tensor, masses: tl.tensor,
-    segment_maxima: tl.tensor, rows: tl.tensor, capacity: tl.tensor, vocab: tl.tensor, width: tl.tensor,
-    splits: tl.tensor, segments: tl.tensor,
-    RANK: tl.constexpr, WORLD: tl.constexpr, PEERS: tl.constexpr, LINE: tl.constexpr,
-    ROWS: tl.constexpr, COPIERS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    shards: tensor, partials: tensor, flags: tensor, epochs: tensor, slots: tensor, parameters: tensor, logits: tensor,
+    winners: tensor, maxima: tensor, masses: tensor, segment_maxima: tensor, rows: tensor, capacity: tensor,
+    vocab: tensor, width: tensor, splits: tensor, segments: tensor, RANK: constexpr, WORLD: constexpr, PEERS: constexpr,
+    LINE: constexpr, ROWS: constexpr, COPIERS: constexpr, BLOCK_SPLITS: constexpr, BLOCK: constexpr,
 ) -> None:  # fmt: skip
     program = tl.program_id(0)
     barrier(flags, epochs, program, RANK, WORLD, PEERS, LINE)
@@ -127,10 +125,7 @@ def _pull_kernel(
 
 
 @jit
-def _copy(
-    source: tl.tensor, target: tl.tensor, length: tl.tensor, copier: tl.tensor, COPIERS: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:  # fmt: skip
+def _copy(source: tensor, target: tensor, length: tensor, copier: tensor, COPIERS: constexpr, BLOCK: constexpr) -> None:
     for start in range(copier * BLOCK, length, COPIERS * BLOCK):
         index = start + tl.arange(0, BLOCK)
         within = index < length
