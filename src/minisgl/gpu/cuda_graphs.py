@@ -155,6 +155,7 @@ def piecewise_max_tokens(config: Config) -> int:
 
 
 Work = Callable[[], object]
+Capture = Callable[[Work], Work]  # makes of some work what repeats it
 
 
 def captured(pool: Any, work: Work) -> Work:
@@ -194,12 +195,10 @@ class PiecewiseGraphs:
 
     All sizes T share their static tensors and use the first T elements: `ids` and `positions` int32 (largest,),
     `slot_mapping` int64 (largest,), `queries` (largest, H, hd), a layer's input to attention, and `heads`, its output.
-    `capture` turns work into what repeats it: by default CUDA graphs in one memory pool.
+    `capture` makes CUDA graphs in one memory pool by default.
     """
 
-    def __init__(
-        self, decoder: Decoder, kv: KVCache, largest: int, capture: Callable[[Work], Work] | None = None
-    ) -> None:
+    def __init__(self, decoder: Decoder, kv: KVCache, largest: int, capture: Capture | None = None) -> None:
         spec, table = decoder.spec, decoder.weights.embedding
         self.decoder, self.kv = decoder, kv
         self.scratch = kv.num_pages * kv.page_size
@@ -234,7 +233,7 @@ class PiecewiseGraphs:
         return hidden
 
     @torch.inference_mode()
-    def _capture(self, size: int, capture: Callable[[Work], Work]) -> tuple[SplitStep, list[Work]]:
+    def _capture(self, size: int, capture: Capture) -> tuple[SplitStep, list[Work]]:
         ids, positions, slot_mapping = self.ids[:size], self.positions[:size], self.slot_mapping[:size]
         batch = ForwardBatch(ids=ids, positions=positions, slot_mapping=slot_mapping, logits_indices=slot_mapping[:0])
         step = SplitStep(self.decoder, batch, self.kv, self.queries[:size], self.heads[:size])

@@ -61,9 +61,8 @@ class FlashAttentionStep:
         if window not in self.schedules:
             self.schedules[window] = self._schedule(q, options)
         out: Tensor = self.library.flash_attn_with_kvcache(
-            q.unsqueeze(1) if self.decode else q, self.kv.k[layer], self.kv.v[layer],
-            cache_seqlens=rows.kv_lens, page_table=rows.page_table,
-            max_seqlen_q=None if self.decode else rows.max_query_len,
+            q.unsqueeze(1) if self.decode else q, self.kv.k[layer], self.kv.v[layer], cache_seqlens=rows.kv_lens,
+            page_table=rows.page_table, max_seqlen_q=None if self.decode else rows.max_query_len,
             scheduler_metadata=self.schedules[window], **options,
         )  # fmt: skip
         return out.squeeze(1) if self.decode else out

@@ -16,14 +16,10 @@ from minisgl.core.kv_cache import KVCache
 from minisgl.errors import ConfigError
 
 WORKSPACE_BYTES = 256 * 2**20
-GRAPH_PLAN_BYTES = (
-    2**20
-)  # a captured batch's plan has some dozens of bytes for each of two work items per multiprocessor
+GRAPH_PLAN_BYTES = 2**20  # for a captured batch: some dozens of bytes per work item, at most two per multiprocessor
 CUDA_CORE_ROWS = 64  # with fewer rows,
 CUDA_CORE_GROUP = 2  # and at most so many query heads per KV head, decode is faster without tensor cores
-NO_SPLIT_PROGRAMS = (
-    2  # with so many pairs of row and KV head per multiprocessor no row is split: one plan serves all steps
-)
+NO_SPLIT_PROGRAMS = 2  # from so many pairs of row and KV head per multiprocessor on, no row is split
 
 
 def load_flashinfer() -> ModuleType:
@@ -34,8 +30,8 @@ def load_flashinfer() -> ModuleType:
         raise ConfigError(f"FlashInfer (package flashinfer-python) cannot be loaded: {error}") from error
 
 
-def wants_tensor_cores(rows: int, group: int) -> bool:
-    return group > CUDA_CORE_GROUP or rows >= CUDA_CORE_ROWS
+def decode_kind(rows: int, group: int) -> str:
+    return "decode-tensor" if group > CUDA_CORE_GROUP or rows >= CUDA_CORE_ROWS else "decode-cuda"
 
 
 class FlashInfer:
@@ -68,14 +64,14 @@ class FlashInfer:
         self.kernels.flatten_pages(on_device.page_table, on_device.kv_lens, kv.page_size, unused[0], pages, unused[1])
         return starts, pages
 
-    def wrapper(self, kind: str, head_dim: int, window: int) -> Any:
+    def wrapper(self, kind: str, head_dim: int, window: int, **options: Any) -> Any:
         """A new planner of a kind: `prefill`, `decode-cuda` or `decode-tensor` (cores)."""
         if kind == "prefill":
             # FlashInfer's Hopper template takes minutes to compile where it does not come compiled, as for windows.
             backend = "fa3" if self.hopper and head_dim == 128 and not window else "fa2"
             return self.library.BatchPrefillWithPagedKVCacheWrapper(self.workspace, "NHD", backend=backend)
         return self.library.BatchDecodeWithPagedKVCacheWrapper(
-            self.workspace, "NHD", use_tensor_cores=kind == "decode-tensor", backend="fa2"
+            self.workspace, "NHD", use_tensor_cores=kind == "decode-tensor", backend="fa2", **options
         )
 
 
@@ -120,9 +116,7 @@ class FlashInferStep:
 
     def _plan(self, q: Tensor, window: int) -> Any:
         (heads, head_dim), (page_size, kv_heads) = q.shape[1:], self.kv.k.shape[2:4]
-        kind = "prefill"
-        if self.decode:
-            kind = "decode-tensor" if wants_tensor_cores(len(q), heads // kv_heads) else "decode-cuda"
+        kind = decode_kind(len(q), heads // kv_heads) if self.decode else "prefill"
         planners = self.owner.planners_of.get((kind, window))
         if planners is None:
             planners = AlternatingPlanners([self.owner.wrapper(kind, head_dim, window) for _ in range(2)])
@@ -187,31 +181,29 @@ class GraphPlanner:
             self.wrapper = owner.wrapper("decode-tensor", head_dim, window)
             self.wrapper.plan(step.starts, step.pages, step.filled, *self.shape, disable_split_kv=True, **self.options)
             return
-        self.wrapper = owner.library.BatchDecodeWithPagedKVCacheWrapper(
-            owner.workspace, "NHD", use_cuda_graph=True, backend="fa2",
-            use_tensor_cores=wants_tensor_cores(len(q), heads // kv_heads), paged_kv_indptr_buffer=step.starts,
-            paged_kv_indices_buffer=step.pages, paged_kv_last_page_len_buffer=step.filled,
+        self.wrapper = owner.wrapper(
+            decode_kind(len(q), heads // kv_heads), head_dim, window, use_cuda_graph=True,
+            paged_kv_indptr_buffer=step.starts, paged_kv_indices_buffer=step.pages,
+            paged_kv_last_page_len_buffer=step.filled,
         )  # fmt: skip
         plan_buffer = torch.empty(GRAPH_PLAN_BYTES, dtype=torch.uint8, device=owner.device)
         self.wrapper.reset_workspace_buffer(owner.workspace, plan_buffer)
         self.copied = _event()
-        self._plan(self.wrapper.plan, step.counts)
+        self.wrapper.plan(*self._rows(step.counts), *self.shape, **self.options)
+        self.copied.record()
 
     def plan(self, counts: Int32) -> None:
-        if not self.fixed:
-            self.copied.synchronize()  # the previous plan has left its pinned memory
-            self._plan(self._plan_fast, counts)
-
-    def _plan_fast(self, starts: Tensor, pages: Tensor, filled: Tensor, *shape: int, **options: Any) -> None:
-        """FlashInfer's plan without its copies: the graph itself fills starts, pages and filled on the device."""
-        plan = importlib.import_module("flashinfer.decode").fast_decode_plan
-        plan(self.wrapper, starts, pages, filled, *shape, global_override_indptr_cpu=starts, **options)
-
-    def _plan(self, plan: Any, counts: Int32) -> None:
-        starts = torch.from_numpy(_starts(counts))
-        filled = torch.full((len(counts),), self.shape[-1], dtype=torch.int32)
-        plan(starts, torch.empty(0, dtype=torch.int32), filled, *self.shape, **self.options)
+        """Plan again, without the copies of a first plan: the graph itself fills starts, pages and filled."""
+        if self.fixed:
+            return
+        self.copied.synchronize()  # the previous plan has left its pinned memory
+        rows, plan = self._rows(counts), importlib.import_module("flashinfer.decode").fast_decode_plan
+        plan(self.wrapper, *rows, *self.shape, global_override_indptr_cpu=rows[0], **self.options)
         self.copied.record()
+
+    def _rows(self, counts: Int32) -> tuple[Tensor, Tensor, Tensor]:
+        filled = torch.full((len(counts),), self.shape[-1], dtype=torch.int32)
+        return torch.from_numpy(_starts(counts)), torch.empty(0, dtype=torch.int32), filled
 
 
 def _options(dtype: torch.dtype, window: int) -> dict[str, Any]:

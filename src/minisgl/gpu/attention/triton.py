@@ -10,17 +10,14 @@ from torch import Tensor
 
 from minisgl.core.attention import DeviceBatch, GraphDecode, PlannedAttention, SequenceBatch, StaticDecode, to_device
 from minisgl.core.kv_cache import KVCache
-from minisgl.errors import ConfigError
 
 
 class TritonAttention:
     """Any page size, head dimensions up to 256, float16, bfloat16 and (slowly) float32."""
 
     def __init__(self, device: torch.device) -> None:
-        try:
-            from minisgl.gpu.kernels import attention, decode
-        except ImportError as error:
-            raise ConfigError(f"the attention backend triton needs the package triton: {error}") from error
+        from minisgl.gpu.kernels import attention, decode  # a machine without a GPU may lack triton
+
         self.prefill_attention, self.decode_attention = attention.prefill_attention, decode.DecodeAttention
         self.workspaces = decode.Workspaces(device)
         # The interpreter has no multiprocessors; a few make it split rows as a GPU would.

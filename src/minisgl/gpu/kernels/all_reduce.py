@@ -36,19 +36,17 @@ from moving them past a polling loop. Polls are volatile loads: each reads memor
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr, tensor
 
-from minisgl.gpu.kernels.jit import after_previous, jit, jit_varying, launch_options, warps_for
+from minisgl.gpu.kernels.jit import Kernel, after_previous, jit, jit_varying, launch_options, warps_for
 
 MAX_BLOCKS = 128
 GENERATIONS = 3
-UNWRITTEN = -0.0
-"""The value of every element of a receive buffer at the start."""
+UNWRITTEN = -0.0  # every element of a receive buffer at the start
 
 
 @jit
@@ -58,7 +56,7 @@ def tensor_of(addresses: tensor, peer: tensor, DTYPE: constexpr) -> tensor:
 
 
 def buffer_size(rows: int, senders: int, dim: int) -> int:
-    """Elements of a receive buffer (GENERATIONS, rows, senders, dim), all UNWRITTEN at the start."""
+    """Elements of a receive buffer (GENERATIONS, rows, senders, dim)."""
     return GENERATIONS * rows * senders * dim
 
 
@@ -103,7 +101,7 @@ def _reset(
     place: tensor, mask: tensor, RANK: constexpr, SENDERS: constexpr, DIM: constexpr, WORD: constexpr,
     SENTINEL: constexpr, BLOCK: constexpr,
 ) -> None:  # fmt: skip
-    """Overwrite what the other senders wrote with sentinels."""
+    # Overwrite what the other senders wrote with sentinels.
     for sender in tl.static_range(SENDERS):
         if sender != RANK:
             tl.store(place + sender * DIM, tl.full((BLOCK,), SENTINEL, WORD), mask=mask)
@@ -256,10 +254,7 @@ def one_shot_add_rms_norm(
     part, residual, out (T, D), contiguous and of the buffers' dtype, T up to `buffers.rows`; weight (D,). The same bits
     on every rank. A call with no rows compiles and loads the kernel, and does not wait.
     """
-    rows, options = _launch(buffers, part, residual, out)
-    _one_shot_kernel[(max(1, min(rows, MAX_BLOCKS)),)](
-        part, *buffers.addresses, buffers.generations, residual, weight, out, rows, buffers.rows, eps, **options
-    )
+    _launch(_one_shot_kernel, buffers, part, residual, weight, eps, out)
 
 
 def two_shot_add_rms_norm(
@@ -269,20 +264,19 @@ def two_shot_add_rms_norm(
 
     Rank r owns rows r, r + WORLD, ...; only these rows of its residual are right from then on.
     """
-    rows, options = _launch(buffers, part, residual, out)
-    _two_shot_kernel[(max(1, min(rows, MAX_BLOCKS)),)](
-        part, *buffers.addresses, buffers.generations, residual, weight, out, rows, buffers.rows, eps, **options
-    )
+    _launch(_two_shot_kernel, buffers, part, residual, weight, eps, out)
 
 
-def _launch(buffers: ReceiveBuffers, part: Tensor, residual: Tensor, out: Tensor) -> tuple[int, dict[str, Any]]:
+def _launch(
+    kernel: Kernel, buffers: ReceiveBuffers, part: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor
+) -> None:
     rows, dim = residual.shape
     assert rows <= buffers.rows
     assert dim == buffers.dim
     assert all(x.is_contiguous() and x.dtype == residual.dtype and x.shape == residual.shape for x in (part, out))
-    block = triton.next_power_of_2(dim)
-    bits = 8 * residual.element_size()
-    return rows, {
-        "RANK": buffers.rank, "WORLD": buffers.world, "DIM": dim, "WORD": {16: tl.int16, 32: tl.int32}[bits],
-        "SENTINEL": -(2 ** (bits - 1)), "BLOCK": block, "num_warps": warps_for(block), **launch_options(),
-    }  # fmt: skip
+    block, bits = triton.next_power_of_2(dim), 8 * residual.element_size()
+    kernel[(max(1, min(rows, MAX_BLOCKS)),)](
+        part, *buffers.addresses, buffers.generations, residual, weight, out, rows, buffers.rows, eps,
+        RANK=buffers.rank, WORLD=buffers.world, DIM=dim, WORD={16: tl.int16, 32: tl.int32}[bits],
+        SENTINEL=-(2 ** (bits - 1)), BLOCK=block, num_warps=warps_for(block), **launch_options(),
+    )  # fmt: skip

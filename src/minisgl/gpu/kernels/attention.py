@@ -129,10 +129,9 @@ def prefill_attention(
     block = max(32 if small else 64, triton.next_power_of_2(group))
     out = torch.empty((total, query_heads, head_dim), dtype=q.dtype, device=q.device)
     _prefill_kernel[(kv_heads, total // (block // group) + rows)](
-        q, k, v, page_table, cu_query_lens, kv_lens, out,
-        rows, q.stride(0), page_table.stride(0), window or 1 << 30, math.log2(math.e) * head_dim**-0.5,
-        HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, PAGE=page_size,
-        M=block, D=dims, TILE=32 if small else 64, num_warps=4, num_stages=2 if small else 3,
+        q, k, v, page_table, cu_query_lens, kv_lens, out, rows, q.stride(0), page_table.stride(0), window or 1 << 30,
+        math.log2(math.e) * head_dim**-0.5, HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, PAGE=page_size, M=block,
+        D=dims, TILE=32 if small else 64, num_warps=4, num_stages=2 if small else 3,
     )  # fmt: skip
     return out
 

@@ -230,16 +230,13 @@ class Workspaces:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._parts: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        self._floats: dict[tuple[int, ...], Tensor] = {}
         self._arrived: dict[int, Tensor] = {}
 
-    def parts(self, kv_heads: int, programs: int, group: int, head_dim: int) -> tuple[Tensor, Tensor]:
-        """A program's up to two partial results, and the log2 of their softmax sums: float32 (K, P, 2, G[, hd])."""
-        shape = (kv_heads, programs, 2, group, head_dim)
-        if shape not in self._parts:
-            partial = torch.empty(shape, dtype=torch.float32, device=self.device)
-            self._parts[shape] = (partial, torch.empty(shape[:-1], dtype=torch.float32, device=self.device))
-        return self._parts[shape]
+    def floats(self, *shape: int) -> Tensor:
+        if shape not in self._floats:
+            self._floats[shape] = torch.empty(shape, dtype=torch.float32, device=self.device)
+        return self._floats[shape]
 
     def arrived(self, counters: int) -> Tensor:
         """Partial results written of each row and KV head, zero between launches: int32 (at least counters,)."""
@@ -260,11 +257,8 @@ class DecodeAttention(FusedAttention):
         self, page_table: Tensor, kv_lens: Tensor, kv: KVCache, workspaces: Workspaces, processors: int,
         split: DecodeSplit | None = None,
     ) -> None:  # fmt: skip
-        self.page_table = page_table
-        self.kv_lens = kv_lens
-        self.kv = kv
-        self.workspaces = workspaces
-        self.processors = processors
+        self.page_table, self.kv_lens, self.kv = page_table, kv_lens, kv
+        self.workspaces, self.processors = workspaces, processors
         self.split = split
         self._starts: dict[tuple[int, bool], Tensor] = {}
         self._current: set[tuple[int, bool]] = set()
@@ -303,16 +297,17 @@ class DecodeAttention(FusedAttention):
         partial = log_sums = out
         starts = arrived = self.kv_lens
         if not whole:
-            partial, log_sums = self.workspaces.parts(kv_heads, programs, group, head_dim)
+            # A program's up to two partial results, and the log2 of their softmax sums.
+            partial = self.workspaces.floats(kv_heads, programs, 2, group, head_dim)
+            log_sums = self.workspaces.floats(kv_heads, programs, 2, group)
             arrived = self.workspaces.arrived(rows * kv_heads)
             starts = self._tiles(split.tile, window, rope is not None)
         q_norm, k_norm, eps, cos_sin = (None, None, 0.0, None) if rope is None else rope[1:5]
         _decode_kernel[(kv_heads, programs)](
-            q, q_norm, k_norm, cos_sin, k, v, self.page_table, self.kv_lens, starts, out,
-            partial, log_sums, arrived, eps, q.stride(0), rows, self.page_table.stride(0), window or NO_WINDOW,
-            math.log2(math.e) * head_dim**-0.5,
-            FUSED_ROPE=rope is not None, NORM=q_norm is not None, HEADS=kv_heads, GROUP=group,
-            HEAD_DIM=head_dim, PAGE=page_size, ROWS=max(ROWS_BLOCK, triton.next_power_of_2(rows)),
+            q, q_norm, k_norm, cos_sin, k, v, self.page_table, self.kv_lens, starts, out, partial, log_sums, arrived,
+            eps, q.stride(0), rows, self.page_table.stride(0), window or NO_WINDOW, math.log2(math.e) * head_dim**-0.5,
+            FUSED_ROPE=rope is not None, NORM=q_norm is not None, HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim,
+            PAGE=page_size, ROWS=max(ROWS_BLOCK, triton.next_power_of_2(rows)),
             M=max(MIN_DOT, triton.next_power_of_2(group)), D=triton.next_power_of_2(head_dim), TILE=split.tile,
             WHOLE=whole, num_warps=split.warps, num_stages=split.stages, **launch_options(),
         )  # fmt: skip

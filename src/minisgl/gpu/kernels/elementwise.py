@@ -73,9 +73,8 @@ def _launch_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
         block = triton.next_power_of_2(dim)
         rows_per_block = max(1, NORM_TILE // block) if rows >= FILLING_ROWS else 1
         _norm_kernel[(triton.cdiv(rows, rows_per_block),)](
-            x, residual, weight, out, x.stride(-2), rows, dim, eps,
-            ADD=residual is not None, PARTS=parts, ROWS=rows_per_block, BLOCK=block,
-            num_warps=warps_for(rows_per_block * block), **launch_options(),
+            x, residual, weight, out, x.stride(-2), rows, dim, eps, ADD=residual is not None, PARTS=parts,
+            ROWS=rows_per_block, BLOCK=block, num_warps=warps_for(rows_per_block * block), **launch_options(),
         )  # fmt: skip
     return out
 

@@ -113,16 +113,12 @@ def fits_linear(x: Tensor, weight: Tensor, most: int) -> bool:
     return small and x.dtype in HALF and columns % 128 == 0 and inner % 512 == 0
 
 
-def padded_rows(rows: int) -> int:
-    """Rows of a thread block's tile: 16 for `mma.sync`, else 64, the least that `wgmma` takes."""
-    return 16 if rows <= 16 else max(64, triton.next_power_of_2(rows))
-
-
 def _launch_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, tile: LinearTile) -> Tensor:
     (rows, inner), columns, options = x.shape, out.shape[-1], launch_options()
+    padded = 16 if rows <= 16 else max(64, triton.next_power_of_2(rows))  # `mma.sync` takes 16, `wgmma` at least 64
     _linear_kernel[(columns // tile.columns, tile.splits)](
         x, weight, bias, out, rows, columns, x.stride(0), INNER=inner, LENGTH=inner // tile.splits,
-        BIAS=bias is not None, GATED=columns < len(weight), ROWS=padded_rows(rows), COLUMNS=tile.columns,
+        BIAS=bias is not None, GATED=columns < len(weight), ROWS=padded, COLUMNS=tile.columns,
         BLOCK=tile.inner, PREFETCH=options["PDL"], LINES=triton.next_power_of_2(inner // tile.splits // LINE),
         LINE=LINE, num_warps=tile.warps, num_stages=tile.stages, **options,
     )  # fmt: skip

@@ -2,14 +2,13 @@
 
 Routing writes, for each expert, the list of (token, choice) pairs that chose it. Two grouped GEMMs follow: a thread
 block takes a block of one expert's list and a tile of its outputs. Only the device knows which blocks exist, so the
-grid has as many as the shapes allow, and those past the last one return at once. The last launch sums each token's
-choices. The order of a list depends on timing, but the result does not: rows of a GEMM do not mix, and the sums run
-over a token's choices in order.
+grid has as many as the shapes allow. The last launch sums each token's choices. The order of a list depends on timing,
+but the result does not: rows of a GEMM do not mix, and the sums run over a token's choices in order.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +24,7 @@ ROUTED = 8  # tokens per thread block of the routing
 SUM_BLOCK = 1024
 
 
-@dataclass(frozen=True)
-class MoeTile:
+class MoeTile(NamedTuple):
     """How grouped GEMMs are tiled: a thread block makes rows x columns outputs, `inner` of the sum at a time."""
 
     rows: int
@@ -158,19 +156,14 @@ def _sum_kernel(parts: tensor, out: tensor, dim: tensor, TOP_K: constexpr, BLOCK
     tl.store(out + token * dim + column, total.to(out.dtype.element_ty), mask=column < dim)
 
 
-def moe(
-    x: Tensor, router: Tensor, expert_gate_up: Tensor, expert_down: Tensor, top_k: int, norm_topk_prob: bool
-) -> Tensor:
-    """x (T, D), router (E, D), expert_gate_up (E, 2I, D), expert_down (E, D, I) -> (T, D).
+def moe(x: Tensor, router: Tensor, gate_up: Tensor, down: Tensor, top_k: int, norm_topk_prob: bool) -> Tensor:
+    """x (T, D), router (E, D), gate_up (E, 2I, D), down (E, D, I), all contiguous -> (T, D).
 
-    All contiguous. The sum over a token's experts is in float32 and rounded once.
+    The sum over a token's experts is in float32 and rounded once.
     """
-    tokens, dim = x.shape
-    experts, _, width = expert_down.shape
-    assert x.is_contiguous()
-    assert expert_gate_up.is_contiguous()
-    assert expert_down.is_contiguous()
-    device, pairs = x.device, tokens * top_k
+    assert all(operand.is_contiguous() for operand in (x, gate_up, down))
+    (tokens, dim), (experts, _, width), device = x.shape, down.shape, x.device
+    pairs = tokens * top_k
     out = torch.empty_like(x)
     if not tokens:
         return out
@@ -190,12 +183,11 @@ def moe(
         NORMALISE=norm_topk_prob, ROWS=ROUTED, **sizes,
     )  # fmt: skip
     _gate_up_kernel[(blocks, triton.cdiv(width, tile.gate_up_columns))](
-        x, expert_gate_up, lists, counts, hidden, tokens, dim, width, TOP_K=top_k, COLUMNS=tile.gate_up_columns,
+        x, gate_up, lists, counts, hidden, tokens, dim, width, TOP_K=top_k, COLUMNS=tile.gate_up_columns,
         **sizes, **launch,
     )  # fmt: skip
     _down_kernel[(blocks, triton.cdiv(dim, tile.down_columns))](
-        hidden, expert_down, shares, lists, counts, parts, tokens, dim, width, COLUMNS=tile.down_columns,
-        **sizes, **launch,
+        hidden, down, shares, lists, counts, parts, tokens, dim, width, COLUMNS=tile.down_columns, **sizes, **launch,
     )  # fmt: skip
     block = min(SUM_BLOCK, triton.next_power_of_2(dim))
     _sum_kernel[(tokens, triton.cdiv(dim, block))](

@@ -2,17 +2,13 @@
 
 Two launches. In the first, each row's vocabulary is split over many thread blocks; each finds its split's winner
 (highest logit, or highest logit / T + noise) and, for rows with a filter, the sum of its exponentials and the highest
-logit of every segment of 64 tokens. In the second, one thread block per row picks the winner of winners; for a row with
-a filter it looks for the filter's threshold among the few segments that can matter. What a row needs is decided on the
-device. Splits do not depend on the batch, so neither does the result.
+logit of every segment of 64 tokens. In the second, one thread block per row picks the winner of winners, or looks for
+the filter's threshold. What a row needs is decided on the device. Splits, and so results, do not depend on the batch.
 
-The noise is that of `core/sampler.py`, bit for bit: a hash of (request seed, position, token id).
-
-Filters need no sort. A token is kept when fewer than top_k tokens are more probable, when those more probable hold less
-than top_p of the mass, and when it is at least min_p times as probable as the first. All three are thresholds on its
-logit; the first two are found by bisection over the bit patterns of floats, in those segments only whose highest logit
-reaches a bound: at least w tokens are at or above the w-th highest of the segments' maxima, so for w = k the k-th
-highest logit is among them.
+Filters need no sort. A token is kept when fewer than top_k tokens are more probable, when those hold less than top_p of
+the mass, and when it is at least min_p times as probable as the first. All three are thresholds on its logit; the first
+two are found by bisection over the bit patterns of floats, in those segments only whose highest logit reaches a bound:
+at least w tokens are at or above the w-th highest of the segments' maxima, so for w = k the k-th highest is among them.
 """
 
 from __future__ import annotations
@@ -32,27 +28,18 @@ SEGMENT = 64
 PER_SEGMENT = tl.constexpr(SEGMENT)
 FIRST_WIDTH = tl.constexpr(64)  # segments that top_p alone looks at first; eight times as many each further time
 BLOCK = tl.constexpr(2048)
-KEY_SHIFT = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
-"""Low bits that are zero in every logit of the dtype once it is float32."""
-LOWEST = tl.constexpr(-3.0e38)
-"""Below it a maximum is -inf: every token was masked."""
+KEY_SHIFT = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # low bits that are zero in every logit's float32
+LOWEST = tl.constexpr(-3.0e38)  # below it a maximum is -inf: every token was masked
 SMALLEST_TEMPERATURE = tl.constexpr(1e-30)
-SMALLEST_MIN_P = tl.constexpr(1e-37)
-"""Stands for a min_p of 0, whose logarithm is -inf; the noise cannot lift so improbable a token above the first one."""
+SMALLEST_MIN_P = tl.constexpr(1e-37)  # for a min_p of 0; the noise cannot make up for so small a probability
 LARGEST = tl.constexpr(LARGEST_UNIFORM)
-SERIES_BELOW = tl.constexpr(0.0625)
-"""Below this the exponential is taken from its power series: 1 - u has lost the digits of a small u."""
+SERIES_BELOW = tl.constexpr(0.0625)  # below it `exponential` takes a series: 1 - u has lost the digits of a small u
 LOG2_E = tl.constexpr(1.4426950408889634)
 SLACK = tl.constexpr(1.0 + 1e-5)
 LARGEST_INT = tl.constexpr(2**31 - 1)
-FARTHEST = tl.constexpr(90.0)
-"""Factors of two by which a token can be less probable than the highest; the noise makes up for at most 56 of them."""
-FARTHEST_RANK = tl.constexpr((88 + 127) << 23)
-"""The bits of 2^88, less than any u * 2^90 for u from 0.5 up."""
+FARTHEST = tl.constexpr(90.0)  # log2 of how much less probable a token may be than the first; the noise covers 56 of it
+FARTHEST_RANK = tl.constexpr((88 + 127) << 23)  # the bits of 2^88, less than any u * 2^90 for u from 0.5 up
 LARGEST_EXPONENT = tl.constexpr(80.0)
-
-
-# The noise
 
 
 @jit
@@ -73,11 +60,9 @@ def _multiplied(bits: tensor) -> tensor:
 
 @jit
 def token_hash(keys: tensor, tokens: tensor) -> tensor:
-    """32 bits for each of int32 token ids, under a row's keys (MurmurHash3's finaliser, twice) -> uint32.
-
-    x ^ (x >> 16) is linear and its own inverse. The one that ends the first finaliser and the one that begins the
-    second cancel, except for the second key between them, whose part is one scalar.
-    """
+    """32 bits for each of int32 token ids, under a row's keys (MurmurHash3's finaliser, twice) -> uint32."""
+    # x ^ (x >> 16) is linear and its own inverse. The one that ends the first finaliser and the one that begins the
+    # second cancel, except for the second key between them, whose part is one scalar.
     low, high = keys
     ids = tokens.to(tl.uint32, bitcast=True)
     bits = _multiplied(ids ^ (ids >> 16) ^ (low ^ (low >> 16)))
@@ -106,9 +91,6 @@ def exponential(u: tensor) -> tensor:
     return tl.where(u < SERIES_BELOW, series, -tl.log(1.0 - u))
 
 
-# Filters
-
-
 @jit
 def float_key(x: tensor, SHIFT: constexpr) -> tensor:
     """An int32 ordered as the float32 x, without the SHIFT low bits that are zero in all of them."""
@@ -125,7 +107,6 @@ def key_float(key: tensor, SHIFT: constexpr) -> tensor:
 
 @jit
 def mask_stops(x: tensor, tokens: tensor, stop_ids: tensor, STOPS: constexpr) -> tensor:
-    """Logits with -inf where the token is a stop id."""
     for index in range(STOPS):
         x = tl.where(tokens == tl.load(stop_ids + index), float("-inf"), x)
     return x
@@ -133,8 +114,6 @@ def mask_stops(x: tensor, tokens: tensor, stop_ids: tensor, STOPS: constexpr) ->
 
 # A row is the tuple (logits, vocab, stop_ids, masked, top, inverse): its logits, their number, the stop ids, whether to
 # mask those, its highest logit, and 1 / T.
-
-
 @jit
 def _listed_logits(row: tensor, segments: tensor, count: tensor, start: tensor, STOPS: constexpr) -> tensor:
     """Tokens and logits of a block of the listed segments; -inf past the list, past the vocabulary and at stop ids."""
@@ -192,7 +171,7 @@ def _least_kept(
     lowest: tensor, limit: tensor, mass: tensor, row: tensor, segments: tensor, count: tensor, STOPS: constexpr,
     SHIFT: constexpr,
 ) -> tensor:  # fmt: skip
-    """The least key, from `lowest` up, above which are fewer than `limit` tokens and less than `mass`."""
+    # The least key, from `lowest` up, above which are fewer than `limit` tokens and less than `mass`.
     highest = float_key(row[4], SHIFT)  # nothing is above the top
     while lowest < highest:
         middle = (lowest & highest) + ((lowest ^ highest) >> 1)
@@ -263,9 +242,6 @@ def filtered_winner(
     return winner
 
 
-# The two launches
-
-
 @jit
 def row_kind(parameters: tensor, slot: tensor, vocab: tensor) -> tensor:
     """(sampled rather than greedy, has a filter, 1 / T, top_k or vocab, top_p, min_p) of a row."""
@@ -290,13 +266,10 @@ def _beaten_by(ranked: tensor, u: tensor, PLACE: constexpr) -> tensor:
 def _sampled_place(
     x: tensor, logits: tensor, keys: tensor, first: tensor, reference: tensor, inverse: tensor, SPLIT: constexpr
 ) -> tensor:
-    """The place of the highest score (x - reference) / T - log E among the SPLIT logits x from token `first` on.
-
-    That is the least E / exp((x - reference) / T). E is at least u, and nearly u where u is small: the token with the
-    least u / exp(...) wins unless others come within E / u of it. Only those, one after the other, need logarithms.
-    A token's rank is the bits of that ratio (positive floats and their bits are ordered alike), with its place in the
-    low ones.
-    """
+    # The place of the highest score (x - reference) / T - log E among the SPLIT logits x from token `first` on.
+    # That is the least E / exp((x - reference) / T). E is at least u, and nearly u where u is small: the token with the
+    # least u / exp(...) wins unless others come within E / u of it. Only those, one after the other, need logarithms.
+    # A token's rank is that ratio's bits (positive floats and their bits are ordered alike), its place in the low ones.
     PLACE: tl.constexpr = SPLIT - 1
     places = tl.arange(0, SPLIT)
     near = (keys[0] ^ first.to(tl.uint32), keys[1])  # token first + place is first ^ place, first a multiple of SPLIT
@@ -398,22 +371,24 @@ def sample(logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor
     them; slots int32 or int64 (n,); positions int32 (n,) of the sampled tokens.
     """
     rows, vocab = logits.shape
-    device = logits.device
-    splits = triton.cdiv(vocab, SPLIT)
+    partial = empty_partial(rows, triton.cdiv(vocab, SPLIT), SPLIT // SEGMENT, logits.device)
+    split_winners(logits, table, slots, positions, partial, vocab, SPLIT)
+    return choose(logits, table, slots, positions, partial, vocab)
+
+
+# Results of the first launch: winners int32, maxima and masses float32 (n, splits), segment maxima float32.
+Partial = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def empty_partial(rows: int, splits: int, segments: int, device: torch.device) -> Partial:
+    """`segments`: how many a split has."""
     winners = torch.empty((rows, splits), dtype=torch.int32, device=device)
     maxima, masses = torch.empty((2, rows, splits), dtype=torch.float32, device=device)
-    segment_maxima = torch.empty((rows, splits * (SPLIT // SEGMENT)), dtype=torch.float32, device=device)
-    partial = (winners, maxima, masses, segment_maxima)
-    split_winners(logits, table, slots, positions, partial, vocab=vocab, split=SPLIT)
-    return choose(logits, table, slots, positions, partial, vocab=vocab)
-
-
-Partial = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Results of the first launch: winners int32, maxima and masses float32 (n, splits), segment maxima float32."""
+    return winners, maxima, masses, torch.empty((rows, splits * segments), dtype=torch.float32, device=device)
 
 
 def split_winners(
-    logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor, partial: Partial, *, vocab: int,
+    logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor, partial: Partial, vocab: int,
     split: int, origin: int = 0,
 ) -> None:  # fmt: skip
     """The first launch. Column 0 of the logits is token `origin`; tokens from `vocab` on do not count.
@@ -430,11 +405,10 @@ def split_winners(
 
 
 def choose(
-    logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor, partial: Partial, *, vocab: int
+    logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor, partial: Partial, vocab: int
 ) -> Tensor:
     """The second launch, over the first one's results and logits (n, at least vocab) -> tokens int32 (n,)."""
-    rows, splits = partial[0].shape
-    segments = partial[3].shape[1]
+    (rows, splits), segments = partial[0].shape, partial[3].shape[1]
     out = torch.empty(rows, dtype=torch.int32, device=logits.device)
     if rows:
         segment_lists = torch.empty((rows, segments), dtype=torch.int32, device=logits.device)
