@@ -27,12 +27,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "benchmark" / "models"
 SMALL = "Qwen3-0.6B"
-LAYERS = 8
-"""Of the large models: their GEMMs and all-reduces keep the real widths, and groups start in seconds."""
-LARGEST, MEAN = 0.3, 0.03
-"""Bounds on the difference of a log-probability in bfloat16 between one GPU and several, which add in another order."""
-BEHIND = 0.3
-"""By how much one GPU may prefer another token to the one that several chose."""
+LAYERS = 8  # of the large models: their GEMMs and all-reduces keep the real widths, and groups start in seconds
+LARGEST, MEAN = 0.3, 0.03  # differences of a log-probability in bfloat16 between one GPU and several
+BEHIND = 0.3  # by how much one GPU may prefer another token to the one that several chose
 COLLECTIVES: dict[str, dict[str, Any]] = {
     "auto": {"all_reduce": "auto", "cuda_graph_max_bs": 64},
     "fused, no graphs": {"all_reduce": "fused", "cuda_graph_max_bs": 0},
@@ -49,7 +46,6 @@ SAMPLED = [{"max_tokens": 4, "ignore_eos": True, "seed": i, **KINDS[i % 4]} for 
 
 
 def shortened(model: str, folder: Path) -> Path:
-    """The folder of a model with fewer layers."""
     config = json.loads((MODELS / model / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": LAYERS}))
     return folder
@@ -70,7 +66,6 @@ def questions() -> tuple[list[list[int]], list[dict[str, Any]]]:
 
 @pytest.fixture(scope="module")
 def one_gpu() -> Iterator[EngineProgram]:
-    """The small model on one GPU."""
     with EngineProgram(settings(SMALL)) as engine:
         yield engine
 

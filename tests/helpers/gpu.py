@@ -68,11 +68,8 @@ def to_float32(weights: Weights) -> Weights:
     """The same values in full precision."""
     layers = []
     for layer in weights.layers:
-        wide = dataclasses.replace(layer)
-        for name, value in vars(layer).items():
-            if value is not None:
-                setattr(wide, name, value.float())
-        layers.append(wide)
+        wide = {name: value.float() for name, value in vars(layer).items() if value is not None}
+        layers.append(dataclasses.replace(layer, **wide))
     embedding = weights.embedding.float()
     head = embedding if weights.head is weights.embedding else weights.head.float()
     return Weights(embedding, layers, weights.norm.float(), head)
@@ -128,8 +125,6 @@ class Watched:
 
 @dataclass(frozen=True)
 class Built:
-    """An engine and what is under it."""
-
     engine: Engine
     executor: Watched
 
@@ -173,13 +168,6 @@ def reference_driver(spec: ModelSpec, exact: Weights, tokens: int, rows: int = 1
     return Driver(spec, exact, rows=rows, page_size=16, num_pages=pages, max_seq_len=tokens, device=DEVICE)
 
 
-def reference_logits(spec: ModelSpec, exact: Weights, tokens: Sequence[int]) -> Tensor:
-    """float32 logits (T, V) of a whole sequence."""
-    driver = reference_driver(spec, exact, len(tokens))
-    driver.step(chunks={0: tokens})
-    return driver.logits
-
-
 def fused_driver(spec: ModelSpec, weights: Weights, config: Config, max_seq_len: int) -> Driver:
     """A driver that records the logits of the fused operations and the attention backends of `config`."""
     dtype, rows, num_pages = TORCH_DTYPES[config.dtype], config.max_running_requests, config.num_pages
@@ -197,7 +185,7 @@ def fused_driver(spec: ModelSpec, weights: Weights, config: Config, max_seq_len:
 
 
 def graph_driver(spec: ModelSpec, weights: Weights, config: Config, max_seq_len: int) -> Driver:
-    """A driver over the engine's own runner, graphs and all; it records no logits."""
+    """A driver over the engine's own runner with its graphs; it records no logits."""
     driver = fused_driver(spec, weights, config, max_seq_len)
     driver.runner = make_executor(spec, weights, config, max_seq_len).runner
     return driver
@@ -235,6 +223,8 @@ def compare_greedy(
     """The agreement of all answers with the reference, each judged along its own tokens."""
     total = Agreement(0, 0, 0, 0.0)
     for prompt, answer in zip(prompts, answers, strict=True):
-        logits = reference_logits(spec, exact, [*prompt, *answer[:-1]])
-        total += agreement(logits[len(prompt) - 1 :], answer, margin)
+        tokens = [*prompt, *answer[:-1]]
+        driver = reference_driver(spec, exact, len(tokens))
+        driver.step(chunks={0: tokens})
+        total += agreement(driver.logits[len(prompt) - 1 :], answer, margin)
     return total

@@ -67,15 +67,13 @@ def test_prefill_equals_torch(
 
 
 def test_prefill_finds_every_row_among_many() -> None:
-    count = 150
-    lens = tuple(1 + i % 4 for i in range(count))
+    lens = tuple(1 + i % 4 for i in range(150))
     check(random_case(lens, lens, 1, 2, 16, 4, torch.float32, DEVICE), 0)
 
 
 def test_decode_reads_queries_inside_a_wider_row() -> None:
     case = random_case((20, 33), None, 2, 2, 64, 16, torch.float32, DEVICE)
-    wide = torch.randn(2, 8 * 64, device=DEVICE)
-    case.q = wide[:, : 4 * 64].view(2, 4, 64)
+    case.q = torch.randn(2, 8 * 64, device=DEVICE)[:, : 4 * 64].view(2, 4, 64)
     check(case, 0)
 
 
@@ -159,7 +157,6 @@ def test_flattened_pages_are_those_of_each_row() -> None:
     flatten_pages(table, lens, 4, starts, pages, filled)
     counts = (lens + 3) // 4
     assert starts.tolist() == [0, *counts.cumsum(0).tolist()]
-    assert pages[: int(starts[-1])].tolist() == [
-        p for r, n in enumerate(counts.tolist()) for p in table[r, :n].tolist()
-    ]
+    held = [page for row, count in zip(table, counts, strict=True) for page in row[:count].tolist()]
+    assert pages[: int(starts[-1])].tolist() == held
     assert filled.tolist() == ((lens - 1) % 4 + 1).tolist()
