@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,23 +20,8 @@ from minisgl.core.kv_cache import DeviceTables, KVCache, StepInputs
 from minisgl.core.logits import StepOutput
 from minisgl.core.plan import StepPlan
 
+CAPTURE_MODE = "thread_local"  # other threads may query events meanwhile: they watch collectives, or collect results
 IN_FLIGHT = 4  # copies of `changes` on the host: more than there are steps launched and not collected
-
-
-@contextmanager
-def capturing(pool: Any) -> Iterator[torch.cuda.CUDAGraph]:
-    """A graph of what is launched until the end, in the memory pool with this handle.
-
-    All of it must have been launched once before, so that it is compiled. Other threads may query events meanwhile:
-    those that watch collectives, or collect results.
-    """
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        yield graph
-
-
-# Decode: a graph from gathered rows to sampled tokens, for each of some batch sizes. The host sends `changes` and
-# replays. A step takes the smallest graph that holds it, padded with the tables' last row, whose page is scratch.
 
 
 def graph_sizes(largest: int) -> list[int]:
@@ -58,16 +42,17 @@ class CapturedStep:
 
 
 class DecodeGraphs:
-    """Graphs over one runner's tables and cache, captured when this is made, largest first into one memory pool.
+    """Graphs from gathered rows to sampled tokens, over one runner's tables and cache, for each of some batch sizes.
 
-    All sizes write their logits to one buffer outside the pool, where logits processors find them.
+    They are captured when this is made, largest first into one memory pool. The host sends `changes` and replays the
+    smallest graph that holds a step, padded with the tables' last row, whose page is scratch. All sizes write their
+    logits to one buffer outside the pool, where logits processors find them.
     """
 
     def __init__(self, decoder: Decoder, kv: KVCache, tables: DeviceTables, sizes: list[int], max_seq_len: int) -> None:
         assert isinstance(decoder.attention.decode, GraphBackend)
         self.decoder, self.kv, self.tables = decoder, kv, tables
-        self.backend = decoder.attention.decode
-        self.max_seq_len = max_seq_len
+        self.backend, self.max_seq_len = decoder.attention.decode, max_seq_len
         self.padding = len(tables.length) - 1
         self.sizes = sorted(sizes)
         head = decoder.weights.head
@@ -117,7 +102,8 @@ class DecodeGraphs:
         attention.prepare(np.ones(size, np.int32))
         self._step(changes, inputs, attention)  # compiles what is not yet compiled
         torch.cuda.synchronize(device)
-        with capturing(pool) as graph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode=CAPTURE_MODE):
             tokens = self._step(changes, inputs, attention)
         return CapturedStep(graph, changes, inputs, tokens, attention)
 
@@ -132,10 +118,6 @@ class DecodeGraphs:
         tokens = self.decoder.ops.sample(logits, self.tables.sampling, changes[0], inputs.kv_lens, False, True, True)
         commit_rows(changes, tokens, self.tables, inputs)
         return tokens
-
-
-# Piecewise: what prefill attention launches depends on lengths that only the host knows, so it stays outside of graphs.
-# All else depends on the number of tokens alone, and with few tokens launching it takes longer than running it.
 
 
 def piecewise_sizes(largest: int) -> list[int]:
@@ -159,8 +141,9 @@ Capture = Callable[[Work], Work]  # makes of some work what repeats it
 
 
 def captured(pool: Any, work: Work) -> Work:
-    """What replays the work."""
-    with capturing(pool) as graph:
+    """What replays the work, which has run before, so that it is compiled."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode=CAPTURE_MODE):
         work()
     return graph.replay
 
@@ -191,11 +174,14 @@ class SplitStep:
 
 
 class PiecewiseGraphs:
-    """Graphs over one runner's cache, captured when this is made, largest first.
+    """Graphs of all but attention for steps with prompts, captured when this is made, largest first.
 
-    All sizes T share their static tensors and use the first T elements: `ids` and `positions` int32 (largest,),
-    `slot_mapping` int64 (largest,), `queries` (largest, H, hd), a layer's input to attention, and `heads`, its output.
-    `capture` makes CUDA graphs in one memory pool by default.
+    What prefill attention launches depends on lengths that only the host knows. All else depends on the number of
+    tokens alone, and with few tokens launching it takes longer than running it.
+
+    All sizes T use the first T elements of `ids` and `positions` int32 (largest,), `slot_mapping` int64 (largest,),
+    `queries` (largest, H, hd), a layer's input to attention, and `heads`, its output. `capture`: CUDA graphs in one
+    memory pool by default.
     """
 
     def __init__(self, decoder: Decoder, kv: KVCache, largest: int, capture: Capture | None = None) -> None:

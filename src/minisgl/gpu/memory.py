@@ -55,9 +55,8 @@ def system_memory(name: str = "MemAvailable") -> int:
 def group_limit(group: Path = CONTROL_GROUP) -> int:
     """Bytes that the control group (version 2) allows; without a limit, more than there are."""
     limit = group / "memory.max"
-    if not limit.exists() or (most := limit.read_text().strip()) == "max":
-        return 2**63 - 1
-    return int(most)
+    most = limit.read_text().strip() if limit.exists() else "max"
+    return 2**63 - 1 if most == "max" else int(most)
 
 
 def group_memory(group: Path = CONTROL_GROUP) -> int:
@@ -101,11 +100,9 @@ def page_cost(config: Config, share: ModelSpec, dtype: torch.dtype) -> int:
 def require_pages_fit(config: Config, share: ModelSpec, dtype: torch.dtype) -> None:
     """Raise ConfigError for a `num_pages` that is wrong whatever is free; `measure_pages` checks the rest."""
     pages, size = config.num_pages, page_cost(config, share, dtype)
-    if pages is None:
-        return
-    if pages * config.page_size < 2:
+    if pages is not None and pages * config.page_size < 2:
         raise ConfigError(f"--num-pages {pages} of {config.page_size} token holds no request; give more")
-    if pages * size > (total := total_memory(torch.device(config.device))):
+    if pages is not None and pages * size > (total := total_memory(torch.device(config.device))):
         page = f"a page of {config.page_size} tokens takes {size / GIB:.4f}"
         there = f"there are {total / GIB:.2f} GiB of memory in all"
         raise ConfigError(f"--num-pages {pages} needs {pages * size / GIB:.2f} GiB, and {there}; {page}")

@@ -59,18 +59,14 @@ class FlashAttentionStep:
         if layer == 0:
             self.schedules.clear()  # a captured step schedules anew in each replay, from the lengths of the moment
         if window not in self.schedules:
-            self.schedules[window] = self._schedule(q, options)
+            page_size, kv_heads = self.kv.k.shape[2:4]
+            self.schedules[window] = self.library.get_scheduler_metadata(
+                len(rows.kv_lens), rows.max_query_len, rows.page_table.shape[1] * page_size, q.shape[1], kv_heads,
+                q.shape[2], rows.kv_lens, qkv_dtype=q.dtype, page_size=page_size, **options,
+            )  # fmt: skip
         out: Tensor = self.library.flash_attn_with_kvcache(
             q.unsqueeze(1) if self.decode else q, self.kv.k[layer], self.kv.v[layer], cache_seqlens=rows.kv_lens,
             page_table=rows.page_table, max_seqlen_q=None if self.decode else rows.max_query_len,
             scheduler_metadata=self.schedules[window], **options,
         )  # fmt: skip
         return out.squeeze(1) if self.decode else out
-
-    def _schedule(self, q: Tensor, options: dict[str, Any]) -> Tensor:
-        rows, (page_size, kv_heads) = self.rows, self.kv.k.shape[2:4]
-        schedule: Tensor = self.library.get_scheduler_metadata(
-            len(rows.kv_lens), rows.max_query_len, rows.page_table.shape[1] * page_size, q.shape[1], kv_heads,
-            q.shape[2], rows.kv_lens, qkv_dtype=q.dtype, page_size=page_size, **options,
-        )  # fmt: skip
-        return schedule

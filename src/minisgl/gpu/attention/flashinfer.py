@@ -57,8 +57,7 @@ class FlashInfer:
 
     def flatten(self, rows: SequenceBatch, kv: KVCache) -> tuple[Int32, Tensor]:
         """The index of each row's first page (rows + 1,), on the host, and all pages, int32 on the device."""
-        starts = _starts(-(-rows.kv_lens // kv.page_size))
-        on_device = to_device(rows, kv.page_size)
+        starts, on_device = _starts(-(-rows.kv_lens // kv.page_size)), to_device(rows, kv.page_size)
         pages = torch.empty(int(starts[-1]), dtype=torch.int32, device=self.device)
         unused = torch.empty(2, len(starts), dtype=torch.int32, device=self.device)
         self.kernels.flatten_pages(on_device.page_table, on_device.kv_lens, kv.page_size, unused[0], pages, unused[1])
@@ -84,7 +83,7 @@ class AlternatingPlanners:
 
     def __init__(self, wrappers: list[Any]) -> None:
         self.wrappers = wrappers
-        self.copied = (_event(), _event())
+        self.copied = (torch.cuda.Event(), torch.cuda.Event())  # type: ignore[no-untyped-call]
         self.index = 0
 
     def plan(self, *args: Any, **options: Any) -> Any:
@@ -188,7 +187,7 @@ class GraphPlanner:
         )  # fmt: skip
         plan_buffer = torch.empty(GRAPH_PLAN_BYTES, dtype=torch.uint8, device=owner.device)
         self.wrapper.reset_workspace_buffer(owner.workspace, plan_buffer)
-        self.copied = _event()
+        self.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self.wrapper.plan(*self._rows(step.counts), *self.shape, **self.options)
         self.copied.record()
 
@@ -212,10 +211,6 @@ def _options(dtype: torch.dtype, window: int) -> dict[str, Any]:
 
 def _starts(counts: Int32) -> Int32:
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-
-
-def _event() -> Any:
-    return torch.cuda.Event()  # type: ignore[no-untyped-call]
 
 
 def _pinned(array: Int32) -> Tensor:

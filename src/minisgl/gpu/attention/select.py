@@ -93,12 +93,12 @@ def capability(device: torch.device) -> int:
 def available_backends(device: torch.device) -> dict[str, str | None]:
     """Each backend with the reason why it cannot run here, or None."""
     gpu = capability(device)
-    if gpu == 0:
-        return {name: None if name == "torch" else "it needs a CUDA GPU" for name in BACKENDS}
     return {name: _unavailable(backend, gpu) for name, backend in BACKENDS.items()}
 
 
 def _unavailable(backend: Backend, gpu: int) -> str | None:
+    if gpu == 0 and backend is not BACKENDS["torch"]:
+        return "it needs a CUDA GPU"
     if not backend.capability.takes(gpu):
         return f"it needs compute capability {backend.capability.text}, the GPU has {gpu / 10}"
     missing = [package for module, package in backend.packages.items() if find_spec(module) is None]

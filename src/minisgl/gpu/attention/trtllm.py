@@ -1,6 +1,6 @@
 """The backend called `trtllm`: TensorRT-LLM's attention through FlashInfer, XQA on Hopper and trtllm-gen on Blackwell.
 
-trtllm-gen's prefill exists on Blackwell only; elsewhere `select.py` takes FlashInfer's own kernels for it.
+trtllm-gen's prefill exists on Blackwell only; on other GPUs `select.py` takes FlashInfer's own kernels for it.
 """
 
 from __future__ import annotations

@@ -118,10 +118,8 @@ def _arrived(
     own: tensor, place: tensor, mask: tensor, RANK: constexpr, SENDERS: constexpr, DIM: constexpr, SENTINEL: constexpr,
     DTYPE: constexpr, BLOCK: constexpr,
 ) -> tensor:  # fmt: skip
-    """The float32 sum of this rank's words and the others', in the order of ranks, and the least of the others' words.
-
-    The sum is complete once the least is not the sentinel, which is the least integer there is.
-    """
+    # The float32 sum of this rank's words and the others', in the order of ranks, and the least of the others' words.
+    # The sum is complete once the least is not the sentinel, which is the least integer there is.
     least = own
     total = tl.zeros((BLOCK,), tl.float32)
     for sender in tl.static_range(SENDERS):
@@ -139,9 +137,8 @@ def _reduce_row(
     row: tensor, slot: tensor, slots: tensor, capacity: tensor, eps: tensor, RANK: constexpr, WORLD: constexpr,
     DIM: constexpr, WORD: constexpr, SENTINEL: constexpr, BLOCK: constexpr, SEND: constexpr,
 ) -> None:  # fmt: skip
-    """Add a row, which arrives in `slot` of this rank's buffer, to the residual stream and norm it with the roundings
-    of `core.ops.add_rms_norm`. SEND: write the norm to the other ranks too.
-    """
+    # Add a row, which arrives in `slot` of this rank's buffer, to the residual stream and norm it with the roundings
+    # of `core.ops.add_rms_norm`. SEND: write the norm to the other ranks too.
     column = tl.arange(0, BLOCK)
     mask, place = column < DIM, row * DIM + column
     DTYPE: tl.constexpr = out.dtype.element_ty

@@ -5,9 +5,8 @@ each program takes an equal range of them (Stream-K, Osama et al., arXiv 2301.03
 some whole rows and the start of another. The program that finishes last with its part of a split row merges the row's
 partial results. So no length of any row leaves multiprocessors idle, and one launch serves every batch.
 
-`run_qkv` takes the QKV GEMM's output itself: it norms and rotates a row's queries and its new key (twin:
-`core.ops.rope_store_kv`). The new key starts the softmax from registers; the program that has the row's end writes it
-to the cache.
+`run_qkv` takes the QKV GEMM's output itself: it does the work of `core.ops.rope_store_kv` too. A row's new key starts
+the softmax from registers; the program that has the row's end writes it to the cache.
 """
 
 from __future__ import annotations
@@ -34,12 +33,10 @@ TOKEN_BYTES = 256  # of a key head in the measurements behind `decode_split`; wh
 
 
 class DecodeSplit(NamedTuple):
-    """Tokens per tile, warps, pipeline stages, programs per multiprocessor (0: one for each row and KV head)."""
-
-    tile: int
+    tile: int  # tokens per tile
     warps: int
-    stages: int
-    programs: int
+    stages: int  # of the pipeline
+    programs: int  # per multiprocessor; 0: one for each row and KV head
 
 
 @jit_varying("rows", "lens")
@@ -212,11 +209,8 @@ def _decode_kernel(
 
 
 def decode_split(pairs: int, token_bytes: int) -> DecodeSplit:
-    """The fastest measured on an H200 with pages of 16, for so many pairs of row and KV head.
-
-    A token's key has `token_bytes` in a KV head. Five stages are two tiles in flight, seven are three, as the page ids
-    take the first.
-    """
+    # The fastest measured on an H200 with pages of 16, for so many pairs of row and KV head; a token's key has
+    # `token_bytes`. Five stages are two tiles in flight, seven are three, as the page ids take the first.
     if pairs >= 1100:
         split = DecodeSplit(16, 1, 7, 0)
     else:
@@ -247,10 +241,9 @@ class Workspaces:
 
 
 class DecodeAttention(FusedAttention):
-    """Decode attention of B rows over one cache.
+    """Decode attention of B rows over one cache. A step starts with `begin`, or with `run` of layer 0.
 
-    page_table int32 (B, max_pages) and kv_lens int32 (B,), at least 1, are read at each launch. A step starts with
-    `begin`, or with `run` of layer 0.
+    page_table int32 (B, max_pages) and kv_lens int32 (B,), at least 1, are read at each launch.
     """
 
     def __init__(
@@ -258,8 +251,7 @@ class DecodeAttention(FusedAttention):
         split: DecodeSplit | None = None,
     ) -> None:  # fmt: skip
         self.page_table, self.kv_lens, self.kv = page_table, kv_lens, kv
-        self.workspaces, self.processors = workspaces, processors
-        self.split = split
+        self.workspaces, self.processors, self.split = workspaces, processors, split
         self._starts: dict[tuple[int, bool], Tensor] = {}
         self._current: set[tuple[int, bool]] = set()
 
@@ -315,8 +307,7 @@ class DecodeAttention(FusedAttention):
 
     def _tiles(self, tile: int, window: int, new: bool) -> Tensor:
         """The number of each row's first tile, int32 (B + 1,): computed once a step for each window."""
-        which = (window, new)
-        rows = len(self.kv_lens)
+        which, rows = (window, new), len(self.kv_lens)
         if which not in self._starts:
             self._starts[which] = torch.empty(rows + 1, dtype=torch.int32, device=self.kv_lens.device)
         starts = self._starts[which]

@@ -31,11 +31,9 @@ def jit(function: Callable[..., Any]) -> Kernel:
 
 
 def jit_varying(*names: str) -> Callable[[Callable[..., Any]], Kernel]:
-    """`jit` without specialisation on these arguments: token counts, and tensors at any address.
-
-    Otherwise an integer that is 1 or a multiple of 16, or an aligned tensor, makes another kernel, and the first step
-    to meet it waits for the compiler.
-    """
+    """`jit` without specialisation on these arguments: token counts, and tensors at any address."""
+    # Otherwise an integer that is 1 or a multiple of 16, or an aligned tensor, makes another kernel, and the first step
+    # to meet it waits for the compiler.
     decorate: Callable[[Callable[..., Any]], Kernel] = triton.jit(do_not_specialize=list(names))
     return decorate
 

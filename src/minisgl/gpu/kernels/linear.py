@@ -2,10 +2,8 @@
 
 `linear` and its variants, for weights of up to 8 million elements: a thread block takes some of the output's columns
 and, where that leaves multiprocessors idle, one of several splits of the inner dimension (split-K). Before it waits for
-the previous kernel (PDL) it prefetches its weights into L2: no kernel writes those.
-
-`gemv` and `gated_gemv`, for larger weights and one row: plain loads read the weights once, without tensor cores. A
-thread block takes some rows of the weight and loads their first elements before it waits.
+the previous kernel (PDL) it prefetches its weights into L2: no kernel writes those. `gemv` and `gated_gemv`, for larger
+weights and one row, use no tensor cores: a thread block loads the first elements of its rows before it waits.
 """
 
 from __future__ import annotations
@@ -26,28 +24,23 @@ MAX_WEIGHTS = 8 << 20  # from about here on cuBLAS reads the weights as fast (H2
 MAX_ROWS = 64  # from here on cuBLAS is as fast or faster
 MAX_SPLIT_K_ROWS = 128  # the same for `split_k_linear`
 LINE = 64  # 16-bit elements in a cache line of 128 bytes
-
 MAX_GEMV_COLUMNS = 1 << 17  # larger weights are vocabularies, whose GEMMs are long enough for cuBLAS
 GEMV_STEP = 256  # rows of the weight have a multiple of so many elements, so their addresses are aligned
 MAX_GEMV_INNER = (1 << 15) - 1  # keeps the offset of a gated weight's second half within 32 bits
 
 
 class GemvTile(NamedTuple):
-    """Rows of the weight per thread block, elements of each at a time, warps."""
-
-    columns: int
-    inner: int
+    columns: int  # rows of the weight per thread block
+    inner: int  # elements of each at a time
     warps: int
 
 
 class LinearTile(NamedTuple):
-    """Output columns and inner elements a thread block takes at a time, splits of K, warps, pipeline stages."""
-
-    columns: int
-    inner: int
-    splits: int
+    columns: int  # output columns per thread block
+    inner: int  # elements of K at a time
+    splits: int  # of K
     warps: int
-    stages: int
+    stages: int  # of the pipeline
 
 
 SPLIT_K = LinearTile(32, 128, 4, 4, 5)

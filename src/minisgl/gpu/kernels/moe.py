@@ -25,12 +25,10 @@ SUM_BLOCK = 1024
 
 
 class MoeTile(NamedTuple):
-    """How grouped GEMMs are tiled: a thread block makes rows x columns outputs, `inner` of the sum at a time."""
-
-    rows: int
+    rows: int  # outputs of a thread block: rows x columns
     gate_up_columns: int  # of each of gate and up
     down_columns: int
-    inner: int
+    inner: int  # elements of the sum at a time
     warps: int
     stages: int
 

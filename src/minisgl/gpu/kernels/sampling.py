@@ -207,11 +207,9 @@ def filtered_winner(
     segment_maxima: tensor, segments: tensor, STOPS: constexpr, SEGMENTS: constexpr, BLOCK_SEGMENTS: constexpr,
     SHIFT: constexpr,
 ) -> tensor:  # fmt: skip
-    """The winner among a row's kept tokens; it is `winner`, the winner among all tokens, if that one is kept.
-
-    `mass` is the sum of exp((x - top) / T) over the vocabulary; `limit` is top_k, or vocab where that is off.
-    segment_maxima (SEGMENTS,) are the highest logits of each segment; segments (SEGMENTS,) is scratch.
-    """
+    # The winner among a row's kept tokens; it is `winner`, the winner among all tokens, if that one is kept.
+    # `mass` is the sum of exp((x - top) / T) over the vocabulary; `limit` is top_k, or vocab where that is off.
+    # segment_maxima (SEGMENTS,) are the highest logits of each segment; segments (SEGMENTS,) is scratch.
     logits, vocab, top, inverse = row[0], row[1], row[4], row[5]
     index = tl.arange(0, BLOCK_SEGMENTS)
     exists = index < SEGMENTS
@@ -380,11 +378,10 @@ def sample(logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor
 Partial = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def empty_partial(rows: int, splits: int, segments: int, device: torch.device) -> Partial:
-    """`segments`: how many a split has."""
+def empty_partial(rows: int, splits: int, split_segments: int, device: torch.device) -> Partial:
     winners = torch.empty((rows, splits), dtype=torch.int32, device=device)
     maxima, masses = torch.empty((2, rows, splits), dtype=torch.float32, device=device)
-    return winners, maxima, masses, torch.empty((rows, splits * segments), dtype=torch.float32, device=device)
+    return winners, maxima, masses, torch.empty((rows, splits * split_segments), dtype=torch.float32, device=device)
 
 
 def split_winners(

@@ -40,11 +40,9 @@ def flags_size(world: int) -> int:
 def barrier(
     flags: tensor, epochs: tensor, slot: tensor, RANK: constexpr, WORLD: constexpr, PEERS: constexpr, LINE: constexpr
 ) -> None:
-    """Wait until the thread blocks with this slot have arrived on every rank; what they wrote before is then visible.
-
-    flags: addresses of every rank's int32 (slots, LINE), of which WORLD are used; epochs int32 (slots,): this rank's
-    arrivals in each slot, which may wrap around.
-    """
+    # Wait until the thread blocks with this slot have arrived on every rank; what they wrote before is then visible.
+    # flags: addresses of every rank's int32 (slots, LINE), of which WORLD are used; epochs int32 (slots,): this rank's
+    # arrivals in each slot, which may wrap around.
     epoch = tl.load(epochs + slot) + 1
     tl.debug_barrier()  # every thread has written what it had to write, and has read the epoch
     peer = tl.arange(0, PEERS)

@@ -2,8 +2,7 @@
 
 The kernel is CUDA C++ (`stream.cu`), since Triton lacks what it needs: the weight as `wgmma`'s 64-row operand, TMA
 multicast within a cluster, and weight slabs on their way before the previous kernel has ended. NVRTC compiles it when
-it is first needed, into the user's cache folder; both NVRTC and the driver are called through the package
-cuda-bindings, which torch's CUDA builds bring along.
+it is first needed, into the user's cache folder. NVRTC and the driver are called through the package cuda-bindings.
 """
 
 from __future__ import annotations
@@ -37,12 +36,10 @@ MULTIPROCESSORS = 132  # of an H100 or H200; on a GPU with fewer the tiles are o
 
 
 class StreamTile(NamedTuple):
-    """Rows of x, tiles (`sides`) of a cluster, which share x, splits of K, thread blocks per multiprocessor."""
-
-    tokens: int
-    sides: int
-    splits: int
-    resident: int = 2
+    tokens: int  # rows of x
+    sides: int  # tiles of a cluster, which share x
+    splits: int  # of K
+    resident: int = 2  # thread blocks per multiprocessor
 
 
 def stream_tile_for(rows: int, columns: int) -> StreamTile:
@@ -213,8 +210,7 @@ class CudaKernel:
         """`shared`: bytes of dynamic shared memory. Raises RuntimeError when it cannot be compiled or loaded."""
         from cuda.bindings import driver
 
-        self.driver = driver
-        self.shared = shared
+        self.driver, self.shared = driver, shared
         self.module = checked(driver.cuModuleLoadData(compile_source(source)))
         self.function = checked(driver.cuModuleGetFunction(self.module, name.encode()))
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
