@@ -17,14 +17,12 @@ from minisgl.gpu.attention.select import Shape, available_backends, make_attenti
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
 KV_HEADS = 2
-XQA_COMPILED = {(group, 128) for group in (2, 4, 5)}
-"""Head groups and dimensions whose XQA kernels need no compiling of half a minute each."""
-
+XQA_COMPILED = {(group, 128) for group in (2, 4, 5)}  # those of other head groups take half a minute each to compile
+# Head group, head dimension, page size.
 SHAPES = [(1, 64, 1), (2, 128, 16), (5, 128, 16), (8, 64, 256), (2, 64, 64), (5, 128, 64), (8, 128, 16), (2, 128, 32)]
-"""Head group, head dimension, page size."""
 DECODES = [(1,), (1, 17, 64, 300, 8000), tuple(int(n) for n in np.random.default_rng(1).integers(1, 2000, 70))]
+# Rows as (new tokens, tokens in all): whole prompts, chunks behind a cached prefix, and both.
 PREFILLS = [((1, 1),), ((700, 700), (3, 3), (64, 64)), ((130, 8000), (1, 500), (2048, 2048)), ((7, 4000), (5, 9))]
-"""Rows as (new tokens, tokens in all): whole prompts, chunks behind a cached prefix, and both."""
 
 
 def backends(name: str, group: int, head_dim: int, page_size: int) -> tuple[AttentionBackend, AttentionBackend]:
@@ -72,8 +70,7 @@ def test_backend_equals_float32(name: str, group: int, head_dim: int, page_size:
 def test_replayed_graph_follows_lengths_and_pages(name: str, page_size: int, rows: int) -> None:
     decode = backends(name, 2, 128, page_size)[1]
     assert isinstance(decode, GraphBackend)
-    generator = np.random.default_rng(rows)
-    longest = 3000
+    generator, longest = np.random.default_rng(rows), 3000
     first = random_case([longest] * rows, None, KV_HEADS, 2, 128, page_size, torch.bfloat16, DEVICE)
     kv = first.kv
     table = torch.full((rows, longest // page_size + 9), kv.num_pages, dtype=torch.int32, device=DEVICE)
@@ -98,8 +95,7 @@ def test_replayed_graph_follows_lengths_and_pages(name: str, page_size: int, row
             rows_now = dataclasses.replace(first.rows, kv_lens=host, kv_lens_device=lens.clone())
             case = dataclasses.replace(first, q=q, rows=rows_now)
             assert_close(out[1], exact(case, 0))
-            eager = decode.plan_decode(case.rows, kv).run(q, 1, 0)
-            assert_close(out[1], eager.float())
+            assert_close(out[1], decode.plan_decode(case.rows, kv).run(q, 1, 0).float())
 
 
 @pytest.mark.parametrize("name", ["fa", "fi", "triton"])

@@ -81,7 +81,6 @@ CASES = [
 
 @functools.cache
 def weights(name: str, dtype: str) -> tuple[ModelSpec, Weights, Weights]:
-    """A model, its weights in a dtype, and the same in float32."""
     made = random_weights(SPECS[name], TORCH_DTYPES[dtype])
     return SPECS[name], made, to_float32(made)
 
@@ -178,9 +177,8 @@ def test_padding_a_batch_changes_no_certain_token(record_property: Callable[[str
     prompts = random_prompts([20 + i for i in range(5)], seed=5)
     eager = build(spec, rough, gpu_config(cuda_graph_max_bs=0)).answer(greedy(prompts, 48))
     padded = build(spec, rough, gpu_config()).answer(greedy(prompts, 48))
-    pairs = [(a, b) for one, other in zip(eager, padded, strict=True) for a, b in zip(one, other, strict=True)]
-    record_property("equal tokens, 5 rows eager and in a graph of 8", sum(a == b for a, b in pairs))
-    record_property("tokens", len(pairs))
+    equal = [a == b for one, other in zip(eager, padded, strict=True) for a, b in zip(one, other, strict=True)]
+    record_property("equal tokens of all, 5 rows eager and in a graph of 8", (sum(equal), len(equal)))
     for answers in (eager, padded):
         assert compare_greedy(spec, exact, prompts, answers, MARGINS["bfloat16"]).wrong == 0
 
@@ -290,8 +288,7 @@ def test_a_prompt_of_128k_tokens_fits_beside_what_is_measured_for_a_real_shape()
         assert executor.num_pages * config.page_size > 2**19
         model = ModelInfo(name="qwen", vocab_size=spec.vocab_size, max_seq_len=limit, eos_token_ids=(0,))
         engine = Engine(executor, model, config)
-        params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
-        engine.add(Request.make(id="long", prompt=[7, 11, 13, 17] * 2**15, params=params))
+        engine.add(greedy([[7, 11, 13, 17] * 2**15], 8)[0])
         events = []
         while engine.has_work:
             events += engine.step()
@@ -301,8 +298,7 @@ def test_a_prompt_of_128k_tokens_fits_beside_what_is_measured_for_a_real_shape()
         executor.close()
 
 
-def local(config: Config, spec: ModelSpec = SPEC) -> int:
-    """Pages of an executor with made-up weights."""
+def pages_of(config: Config, spec: ModelSpec = SPEC) -> int:
     executor = build_local_executor(config.replace(dummy_weight=True), Path(), spec, 512)
     executor.close()
     return executor.num_pages
@@ -310,10 +306,10 @@ def local(config: Config, spec: ModelSpec = SPEC) -> int:
 
 def test_pages_are_as_many_as_asked_for_or_as_fit() -> None:
     torch.cuda.empty_cache()
-    assert local(gpu_config(num_pages=77)) == 77
+    assert pages_of(gpu_config(num_pages=77)) == 77
     free = torch.cuda.mem_get_info(DEVICE)[0]
     page = 2 * SPEC.num_layers * 16 * SPEC.num_kv_heads * SPEC.head_dim * 2
-    pages = local(gpu_config(num_pages=None, memory_ratio=0.05, cuda_graph_max_bs=0))
+    pages = pages_of(gpu_config(num_pages=None, memory_ratio=0.05, cuda_graph_max_bs=0))
     assert 0.04 * free < pages * page < 0.05 * free
 
 
@@ -321,10 +317,10 @@ def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
     torch.cuda.empty_cache()
     message = r"--num-pages 100000000 needs \d+\.\d+ GiB: \d+\.\d+ GiB of memory were free"
     with pytest.raises(ConfigError, match=message):
-        local(gpu_config(num_pages=10**8))
+        pages_of(gpu_config(num_pages=10**8))
     message = r"no KV page fits: .* GiB .* \(--memory-ratio\), and weights, activations and CUDA graphs"
     with pytest.raises(ConfigError, match=message):
-        local(gpu_config(num_pages=None, memory_ratio=1e-5))
+        pages_of(gpu_config(num_pages=None, memory_ratio=1e-5))
 
 
 def test_weights_that_do_not_fit_are_refused_with_the_numbers() -> None:
@@ -333,7 +329,7 @@ def test_weights_that_do_not_fit_are_refused_with_the_numbers() -> None:
     deep = dataclasses.replace(spec, num_layers=3 * spec.num_layers, windows=spec.windows * 3)
     refusal = ""
     try:
-        local(gpu_config(num_pages=None), deep)
+        pages_of(gpu_config(num_pages=None), deep)
     except ConfigError as error:
         refusal = str(error)
     except torch.OutOfMemoryError:  # held by a traceback, the weights would take the next test's memory

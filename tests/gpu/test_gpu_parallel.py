@@ -107,12 +107,10 @@ def scored(engine: EngineProgram, sequences: list[list[int]]) -> Answers:
 def check_greedy(one_gpu: EngineProgram, found: Answers, prompts: list[list[int]]) -> tuple[float, float]:
     """Hold every token and its log-probability to one GPU's; the largest and the mean difference."""
     one = scored(one_gpu, [[*prompt, *answer] for prompt, answer in zip(prompts, found["tokens"], strict=True)])
-    differences = []
-    for prompt, logprobs, theirs, tops in zip(
-        prompts, found["logprobs"], one["prompt_logprobs"], one["tops"], strict=True
-    ):
+    differences, theirs = [], zip(one["prompt_logprobs"], one["tops"], strict=True)
+    for prompt, logprobs, (scores, tops) in zip(prompts, found["logprobs"], theirs, strict=True):
         begin = len(prompt) - 1
-        mine, own, best = np.array(logprobs), np.array(theirs[begin:]), np.array(tops[begin:])
+        mine, own, best = np.array(logprobs), np.array(scores[begin:]), np.array(tops[begin:])
         assert mine.shape == own.shape
         differences.append(np.abs(mine - own))
         assert float((best - own).max()) < BEHIND

@@ -76,7 +76,6 @@ def to_float32(weights: Weights) -> Weights:
 
 
 def gpu_config(**settings: object) -> Config:
-    """A resolved configuration for the GPU."""
     base = Config(
         device="cuda", dtype="bfloat16", attn="auto", cuda_graph_max_bs=8, max_running_requests=8,
         max_prefill_length=8192, memory_ratio=0.9, num_pages=512,
@@ -143,7 +142,6 @@ class Built:
 
 
 def build(spec: ModelSpec, weights: Weights, config: Config, max_seq_len: int = 512) -> Built:
-    """An engine on the GPU over weights that lie there."""
     executor = Watched(make_executor(spec, weights, config, max_seq_len))
     fits = min(max_seq_len, executor.num_pages * config.page_size)
     model = ModelInfo(name="small", vocab_size=spec.vocab_size, max_seq_len=fits, eos_token_ids=spec.eos_token_ids)
@@ -151,7 +149,6 @@ def build(spec: ModelSpec, weights: Weights, config: Config, max_seq_len: int = 
 
 
 def greedy(prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Request]:
-    """Greedy requests of one length of answer."""
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
     return [Request.make(id=str(i), prompt=list(prompt), params=params) for i, prompt in enumerate(prompts)]
 
@@ -193,15 +190,10 @@ def graph_driver(spec: ModelSpec, weights: Weights, config: Config, max_seq_len:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How an answer fared against float32: tokens, those that are certain, those of them that differ.
-
-    `largest` is the most by which float32 preferred its own token wherever another was said.
-    """
-
     tokens: int
-    sure: int
-    wrong: int
-    largest: float
+    sure: int  # where float32 leads by more than the margin
+    wrong: int  # those of them that differ
+    largest: float  # by how much float32 leads at most where an answer differs
 
     def __add__(self, other: Agreement) -> Agreement:
         tokens, sure, wrong = self.tokens + other.tokens, self.sure + other.sure, self.wrong + other.wrong

@@ -35,20 +35,14 @@ def _noise_kernel(
 
 def table(rows: int, device: torch.device, **values: Any) -> SamplingRows:
     """Parameters of rows, each a number for all or a list that is repeated; seeds count up unless given."""
-
-    def column(name: str, default: Any, dtype: torch.dtype) -> Tensor:
-        value = torch.as_tensor(values.get(name, default), dtype=dtype).reshape(-1)
-        return value.repeat(rows)[:rows].to(device)
-
-    return SamplingRows(
-        temperature=column("temperature", 1.0, torch.float32),
-        top_p=column("top_p", 1.0, torch.float32),
-        min_p=column("min_p", 0.0, torch.float32),
-        top_k=column("top_k", 0, torch.int32),
-        seed=column("seed", list(range(rows)), torch.int64),
-        min_len=column("min_len", 0, torch.int32),
-        stop_ids=torch.as_tensor(values.get("stop_ids", [[-1]] * rows), dtype=torch.int32).to(device),
-    )
+    defaults = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "top_k": 0, "seed": list(range(rows)), "min_len": 0}
+    dtypes = {"top_k": torch.int32, "seed": torch.int64, "min_len": torch.int32}
+    columns = {}
+    for name, default in defaults.items():
+        column = torch.as_tensor(values.get(name, default), dtype=dtypes.get(name, torch.float32)).reshape(-1)
+        columns[name] = column.repeat(rows)[:rows].to(device)
+    stop_ids = torch.as_tensor(values.get("stop_ids", [[-1]] * rows), dtype=torch.int32)
+    return SamplingRows(**columns, stop_ids=stop_ids.to(device))
 
 
 def check(logits: Tensor, rows: SamplingRows, split: int = sampling.SPLIT) -> Tensor:
@@ -65,8 +59,7 @@ def test_hash_is_the_references_bit_for_bit_and_noise_to_rounding(device: torch.
     vocab = 20000
     seeds = torch.tensor(SEEDS, device=device)
     positions = torch.tensor([0, 1, 2, 131071, 2**31 - 2, 77], dtype=torch.int32, device=device)
-    bits = torch.empty(len(SEEDS), vocab, dtype=torch.int32, device=device)
-    noise = torch.empty(len(SEEDS), vocab, dtype=torch.float32, device=device)
+    bits, noise = (torch.empty(len(SEEDS), vocab, dtype=t, device=device) for t in (torch.int32, torch.float32))
     _noise_kernel[(len(SEEDS),)](seeds, positions, bits, noise, vocab, BLOCK=32768)
     tokens = torch.arange(vocab, dtype=torch.int32, device=device)
     assert torch.equal(bits, reference_hash(seeds, positions, tokens))
@@ -195,9 +188,8 @@ def test_rows_take_their_parameters_by_slot_and_ignore_their_batch(device: torch
     positions = torch.tensor([4, 900, 33, 1, 70], dtype=torch.int32, device=device)
     together = sampling.sample(logits, rows, slots, positions)
     assert torch.equal(together, reference_sample(logits, rows.select(slots.long()), positions))
-    for index in range(5):
-        alone = sampling.sample(logits[index : index + 1], rows, slots[index : index + 1], positions[index : index + 1])
-        assert alone.tolist() == [int(together[index])]
+    alone = [sampling.sample(logits[i : i + 1], rows, slots[i : i + 1], positions[i : i + 1]) for i in range(5)]
+    assert torch.equal(torch.cat(alone), together)
 
 
 def test_no_rows_give_no_tokens(device: torch.device) -> None:
