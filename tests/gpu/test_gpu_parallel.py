@@ -24,8 +24,7 @@ from helpers.processes import children, wait_for, wait_until_gone
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 
-ROOT = Path(__file__).parents[2]
-MODELS = ROOT / "benchmark" / "models"
+MODELS = Path(__file__).parents[2] / "benchmark" / "models"
 SMALL = "Qwen3-0.6B"
 LAYERS = 8  # of the large models: their GEMMs and all-reduces keep the real widths, and groups start in seconds
 LARGEST, MEAN = 0.3, 0.03  # differences of a log-probability in bfloat16 between one GPU and several

@@ -25,7 +25,6 @@ PAGE_BYTES = 2 * SPEC.num_layers * 16 * SPEC.num_kv_heads * SPEC.head_dim * 4
 
 
 def config(**settings: object) -> Config:
-    """A resolved configuration for the CPU."""
     base = Config(
         dummy_weight=True, device="cpu", dtype="float32", attn="torch,torch", cuda_graph_max_bs=0,
         max_running_requests=4, max_prefill_length=32,

@@ -45,7 +45,6 @@ def require(pair: str) -> None:
 
 
 def need_gpus(count: int) -> None:
-    """Skip where there are fewer."""
     if torch.cuda.device_count() < count:
         pytest.skip(f"needs {count} GPUs")
 
@@ -65,7 +64,6 @@ def random_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device = D
 
 
 def to_float32(weights: Weights) -> Weights:
-    """The same values in full precision."""
     layers = []
     for layer in weights.layers:
         wide = {name: value.float() for name, value in vars(layer).items() if value is not None}
@@ -167,12 +165,12 @@ def reference_driver(spec: ModelSpec, exact: Weights, tokens: int, rows: int = 1
 
 def fused_driver(spec: ModelSpec, weights: Weights, config: Config, max_seq_len: int) -> Driver:
     """A driver that records the logits of the fused operations and the attention backends of `config`."""
-    dtype, rows, num_pages = TORCH_DTYPES[config.dtype], config.max_running_requests, config.num_pages
+    rows, num_pages = config.max_running_requests, config.num_pages
     assert rows is not None
     assert num_pages is not None
     driver = Driver(
         spec, weights, rows=rows, page_size=config.page_size, num_pages=num_pages, max_seq_len=max_seq_len,
-        dtype=dtype, device=DEVICE,
+        dtype=TORCH_DTYPES[config.dtype], device=DEVICE,
     )  # fmt: skip
     attention, _ = make_attention(config.attn, attention_shape(spec, config), DEVICE)
     ops = operations_for(DEVICE, spec.hidden_size)
