@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from helpers.attention import Case, random_case
+from minisgl.core.attention import RopeStore, TorchAttention
 from minisgl.core.ops import rope_store_kv
 from minisgl.gpu.attention.interface import to_device
 from minisgl.gpu.attention.triton import TritonAttention
