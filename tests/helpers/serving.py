@@ -1,4 +1,4 @@
-"""A whole server in the test's event loop: uvicorn on a free port, the service, and an echoing engine."""
+"""A whole server in the test's event loop: uvicorn on a free port, the engine client, and an echoing engine."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MODEL = "stub-model"
 class Web:
     """The HTTP side of a server, on a port of its own, and clients for it."""
 
-    service: EngineClient
+    client: EngineClient
     tokenizer: Tokenizer
     http: httpx.AsyncClient
     openai: AsyncOpenAI
@@ -85,7 +85,7 @@ async def web(
     tokenizer = Tokenizer.load(write_tokenizer(folder, template=template, add_bos=add_bos))
     sockets = socket_folder()
     to_engine, from_engine = f"ipc://{sockets}/to", f"ipc://{sockets}/from"
-    service = EngineClient(to_engine, from_engine, config, max_live=max_live)
+    client = EngineClient(to_engine, from_engine, config, max_live=max_live)
     # With the protocol named asyncio switches off Nagle's delay on each connection, as it does in production.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
@@ -94,13 +94,13 @@ async def web(
     listening = asyncio.Event()
     setup = Setup(config, ["stub = on"], str(folder), time.monotonic())
     preparation = Preparation(model, tokenizer, max_live, config.served_model_name, check_grammar)
-    api = Api(service=service, preparation=preparation, health_timeout=health_timeout)
-    server = HttpServer(with_middleware(make_app(api, setup), service.metrics, config), listening.set, config)
+    api = Api(client=client, preparation=preparation, health_timeout=health_timeout)
+    server = HttpServer(with_middleware(make_app(api, setup), client.metrics, config), listening.set, config)
     url = f"http://127.0.0.1:{port}" if config.ssl_certfile is None else f"https://127.0.0.1:{port}"
     verify = config.ssl_certfile is None or ssl.create_default_context(cafile=config.ssl_certfile)
     try:
         async with start_engine(to_engine, from_engine):
-            await service.ready()
+            await client.ready()
             running = asyncio.create_task(server.serve([listener]))
             await listening.wait()
             try:
@@ -108,14 +108,14 @@ async def web(
                     httpx.AsyncClient(base_url=url, timeout=20.0, verify=verify) as http,
                     AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20.0) as openai,
                 ):
-                    yield Web(service, tokenizer, http, openai, port)
+                    yield Web(client, tokenizer, http, openai, port)
             finally:
-                service.fail("the test is over")
+                client.fail("the test is over")
                 server.should_exit = True
                 await running
     finally:
         listener.close()
-        await service.close()
+        await client.close()
         for path in sockets.iterdir():
             path.unlink()
         sockets.rmdir()

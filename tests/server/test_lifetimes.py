@@ -40,7 +40,7 @@ async def test_a_client_that_leaves_ends_its_requests(server: Serving, path: str
     writer.close()
     await server.until(lambda: not server.engine.live, timeout=1.0)
     assert len(server.engine.aborted) == count
-    assert server.service.num_live == 0
+    assert server.client.num_live == 0
     assert (await server.http.post(path, json={**body, "max_tokens": 2})).status_code == 200
 
 
@@ -66,8 +66,8 @@ async def test_when_the_engine_dies_all_who_wait_are_told(server: Serving) -> No
     whole = [asyncio.create_task(server.http.post(CHAT, json=LONG)) for _ in range(3)]
     stream = await server.openai.chat.completions.create(model=MODEL, stream=True, **LONG)
     await anext(aiter(stream))
-    await server.until(lambda: server.service.num_live == 4)
-    server.service.fail()
+    await server.until(lambda: server.client.num_live == 4)
+    server.client.fail()
     async with asyncio.timeout(2):
         for response in await asyncio.gather(*whole):
             assert response.status_code == 503
@@ -82,16 +82,16 @@ async def test_when_the_engine_dies_all_who_wait_are_told(server: Serving) -> No
 
 async def test_an_engine_that_is_gone_is_noticed_when_sending(server: Serving) -> None:
     server.engine._inbox.close()
-    await server.until(lambda: not server.service._outbox.poll(0, 2))
+    await server.until(lambda: not server.client._outbox.poll(0, 2))
     assert (await server.http.post(CHAT, json=LONG)).status_code == 503
-    assert isinstance(server.service.dead, EngineDeadError)
+    assert isinstance(server.client.dead, EngineDeadError)
 
 
 @pytest.mark.serving(delay=0.02)
 async def test_an_error_within_a_stream_is_an_event_and_the_stream_still_ends(server: Serving) -> None:
     reader, writer = await raw_post(server, CHAT, {**LONG, "stream": True})
     await reader.readuntil(b"data: ")
-    server.service.fail()
+    server.client.fail()
     rest = (await reader.readuntil(b"data: [DONE]\n\n")).decode()
     events = [json.loads(line[6:]) for line in rest.splitlines() if line.startswith('data: {"error')]
     assert [event["error"]["code"] for event in events] == ["engine_unavailable"]
@@ -100,9 +100,9 @@ async def test_an_error_within_a_stream_is_an_event_and_the_stream_still_ends(se
 
 @pytest.mark.serving(delay=0.003)
 async def test_more_requests_than_the_server_keeps_are_turned_away(server: Serving) -> None:
-    full = server.service.queue.max_live
+    full = server.client.queue.max_live
     waiting = [asyncio.create_task(server.http.post(CHAT, json=LONG)) for _ in range(full)]
-    await server.until(lambda: server.service.num_live == full)
+    await server.until(lambda: server.client.num_live == full)
     response = await server.http.post(CHAT, json=LONG)
     assert (response.status_code, response.json()["error"]["code"]) == (503, "overloaded")
     assert {r.status_code for r in await asyncio.gather(*waiting)} == {200}
@@ -113,7 +113,7 @@ async def test_more_requests_than_the_server_keeps_are_turned_away(server: Servi
 async def test_aborting_keeps_what_belongs_to_others_and_drops_the_rest(server: Serving) -> None:
     requests = [Request.make(id=i, prompt=[5, 6, 7], params=SamplingParams(max_tokens=50)) for i in "ab"]
     events: list[TokenEvent] = []
-    with server.service.submit(requests) as submission:
+    with server.client.submit(requests) as submission:
         async for batch in submission.batches():
             events += batch
             if len(events) > 10:

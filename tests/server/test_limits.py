@@ -71,14 +71,14 @@ async def test_a_full_queue_answers_429_and_takes_requests_again_later(tmp_path:
     async with serving(tmp_path, delay=0.3, **flags) as server:
         body = {"prompt": [5] * 10, "max_tokens": 2}
         waiting = [asyncio.create_task(server.http.post("/v1/completions", json=body)) for _ in range(2)]
-        await server.until(lambda: server.service.queue.requests == 2)
+        await server.until(lambda: server.client.queue.requests == 2)
         answer = await server.http.post("/v1/completions", json=body)
         assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
         assert 1 <= int(answer.headers["retry-after"]) <= 60
         page = (await server.http.get("/metrics")).text
         assert 'request_rejected_total{model_name="stub-model",reason="queue_full"} 1.0' in page
         assert [r.status_code for r in await asyncio.gather(*waiting)] == [200, 200]
-        assert (server.service.queue.requests, server.service.queue.tokens) == (0, 0)
+        assert (server.client.queue.requests, server.client.queue.tokens) == (0, 0)
         assert (await server.http.post("/v1/completions", json=body)).status_code == 200
 
 
@@ -95,7 +95,7 @@ async def test_a_request_that_takes_too_long_ends_with_504_and_frees_what_it_hel
     assert stream.text.endswith("data: [DONE]\n\n")
     await server.until(lambda: not server.engine.live)
     assert len(server.engine.aborted) == 2
-    assert server.service.num_live == 0
+    assert server.client.num_live == 0
     page = (await server.http.get("/metrics")).text
     assert 'request_success_total{finished_reason="timeout",model_name="stub-model"} 2.0' in page
     assert (await server.http.post("/v1/completions", json={**body, "max_tokens": 2})).status_code == 200
@@ -233,11 +233,11 @@ async def test_a_client_that_does_not_read_its_answer_frees_its_pages(server: Se
     body = json.dumps({"prompt": ["hello there"] * 8, "max_tokens": 30_000, "stream": True}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
     await loop.sock_sendall(slow, head.encode() + body)
-    await server.until(lambda: server.service.num_live == 8)
+    await server.until(lambda: server.client.num_live == 8)
     for _ in range(5):
         await loop.sock_recv(slow, 1)  # a byte now and then is no reading
         await asyncio.sleep(0.05)
-    await server.until(lambda: server.service.num_live == 0, timeout=30)
+    await server.until(lambda: server.client.num_live == 0, timeout=30)
     await server.until(lambda: not server.engine.live)
     assert len(server.engine.aborted) == 8
     assert max(server.engine.given.values()) < 30_000
@@ -259,8 +259,8 @@ async def test_a_client_that_reads_is_not_cut_off(server: Serving) -> None:
 async def test_a_draining_server_finishes_what_it_has_and_refuses_the_rest(server: Serving) -> None:
     body = {"prompt": "hello there", "max_tokens": 40}
     running = asyncio.create_task(server.http.post("/v1/completions", json=body))
-    await server.until(lambda: server.service.num_live == 1)
-    draining = asyncio.create_task(server.service.drain())
+    await server.until(lambda: server.client.num_live == 1)
+    draining = asyncio.create_task(server.client.drain())
     await asyncio.sleep(0)
     for path, method in (("/v1/completions", "POST"), ("/ready", "GET")):
         refused: httpx.Response = await server.http.request(method, path, json=body)

@@ -83,11 +83,11 @@ async def test_the_metrics_are_those_of_the_requests_served(server: Serving) -> 
     await server.http.post("/v1/completions", json={"prompt": text, "max_tokens": 60, "stop": ["there"]})
     await server.http.post("/v1/completions", json={"prompt": ""})
     left = asyncio.create_task(server.http.post("/v1/completions", json={"prompt": text, "max_tokens": 100}))
-    await server.until(lambda: server.service.num_live == 1)
+    await server.until(lambda: server.client.num_live == 1)
     left.cancel()
-    await server.until(lambda: server.service.num_live == 0)
+    await server.until(lambda: server.client.num_live == 0)
     labels = {"method": "POST", "route": "/v1/completions", "status": "499"}
-    counts = server.service.metrics.registry
+    counts = server.client.metrics.registry
     await server.until(lambda: counts.get_sample_value("minisgl:http_requests_total", labels) == 1)
     found = await scrape(server)
     assert found["num_requests_running"] == 0
@@ -123,7 +123,7 @@ async def test_metrics_are_shown_while_the_engine_is_deaf_or_dead(
     assert (await scrape(server))["engine_up"] == 1
     server.engine.deaf = True
     assert (await scrape(server))["kv_pages_total"] == 100
-    server.service.fail()
+    server.client.fail()
     assert (await scrape(server))["engine_up"] == 0
 
 
@@ -180,11 +180,11 @@ async def test_the_status_line_is_said_under_load_and_not_when_idle(
     server: Serving, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "minisgl")
-    reporting = asyncio.create_task(report_status(server.service, every=0.05))
+    reporting = asyncio.create_task(report_status(server.client, every=0.05))
     nothing = EngineStats()
     for _ in range(3):
-        server.service.stats = nothing
-        await server.until(lambda: server.service.stats is not nothing)
+        server.client.stats = nothing
+        await server.until(lambda: server.client.stats is not nothing)
     assert [r for r in caplog.records if r.name == "minisgl.status"] == []
     await server.http.post("/v1/completions", json={"prompt": "hello", "max_tokens": 50})
     await server.until(lambda: any(r.name == "minisgl.status" for r in caplog.records))

@@ -103,7 +103,7 @@ async def test_stop_strings_are_cut_counted_and_end_the_request(server: Serving)
             assert "STOP" not in server.tokenizer.decode(ids[: taken - 1])
         assert (text, reason) == ("a b ", "stop")
         await server.until(lambda: not server.engine.live)
-    assert server.service.num_live == 0
+    assert server.client.num_live == 0
 
 
 async def test_eos_is_not_shown_and_ignore_eos_goes_past_it(server: Serving) -> None:

@@ -50,7 +50,7 @@ class Setup:
 
 def admin_routes(api: Api, setup: Setup) -> list[ApiRoute]:
     """The operator's endpoints of one server."""
-    client, model = api.service, api.preparation.model
+    client, model = api.client, api.preparation.model
 
     async def health(_: Request) -> Response:
         """200 when the engine and all API processes answer in time, else 503."""

@@ -126,7 +126,7 @@ async def serve_api(
     grammars = GrammarCompiler(folder, model.vocab_size, model.eos_token_ids)
     check = grammars.check if has_tokenizer else None
     preparation = Preparation(model, tokenizer, client.queue.max_live, config.served_model_name, check)
-    api = Api(service=client, preparation=preparation)
+    api = Api(client=client, preparation=preparation)
     setup = Setup(config, ready.notes, ready.folder, started, processes)
     app = with_middleware(make_app(api, setup), client.metrics, config)
     serving = ipc.Serving(model.name, tokenizer.has_chat_template, has_tokenizer)

@@ -80,7 +80,7 @@ class Endpoints:
 
     async def respond(self, request: Request, prepared: PreparedRequest, kind: AnyCompletion) -> Response:
         """The answer, whole or streamed. The requests end when the client leaves."""
-        generation = Generation(self.api.service, self.preparation.tokenizer, prepared)
+        generation = Generation(self.api.client, self.preparation.tokenizer, prepared)
         completion = kind(generation, self.preparation.model.name)
         if not prepared.body.stream:
             return responses.json_response(await unless_disconnected(request.receive, completion.whole()))

@@ -259,14 +259,14 @@ class Preparation:
 class Api:
     """What every endpoint works with. `created` is a Unix time in s, `health_timeout` in s."""
 
-    service: EngineClient
+    client: EngineClient
     preparation: Preparation
     health_timeout: float = 5.0
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     async def prepare(self, prepare: Callable[[bytes], T], body: bytes) -> T:
         """Call a method of the preparation in a thread."""
-        with self.service.metrics.preparing.track_inprogress():
+        with self.client.metrics.preparing.track_inprogress():
             try:
                 return await asyncio.to_thread(prepare, body)
             except RecursionError as error:
