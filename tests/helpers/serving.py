@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import shutil
 import socket
 import ssl
 import time
@@ -22,7 +23,8 @@ from minisgl.core.types import Grammar, ModelInfo
 from minisgl.server.admin import Setup
 from minisgl.server.api_process import HttpServer
 from minisgl.server.app import make_app
-from minisgl.server.engine_client import EngineClient, socket_folder
+from minisgl.server.engine_client import EngineClient
+from minisgl.server.launch import socket_folder
 from minisgl.server.middleware import with_middleware
 from minisgl.server.preparation import Api, Preparation
 from minisgl.text.tokenizer import Tokenizer
@@ -63,8 +65,8 @@ class Serving(Web):
                 await asyncio.sleep(0.005)
 
 
-StartEngine = Callable[[str, str], contextlib.AbstractAsyncContextManager[object]]
-"""Runs an engine behind two addresses, to it and from it, for as long as the context lasts."""
+StartEngine = Callable[[str], contextlib.AbstractAsyncContextManager[object]]
+"""Runs an engine that connects to the sockets in this folder, for as long as the context lasts."""
 
 
 @contextlib.asynccontextmanager
@@ -84,8 +86,7 @@ async def web(
     config = Config(**flags)
     tokenizer = Tokenizer.load(write_tokenizer(folder, template=template, add_bos=add_bos))
     sockets = socket_folder()
-    to_engine, from_engine = f"ipc://{sockets}/to", f"ipc://{sockets}/from"
-    client = EngineClient(to_engine, from_engine, config, max_live=max_live)
+    client = EngineClient(sockets, config, max_live=max_live)
     # With the protocol named asyncio switches off Nagle's delay on each connection, as it does in production.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
@@ -99,7 +100,7 @@ async def web(
     url = f"http://127.0.0.1:{port}" if config.ssl_certfile is None else f"https://127.0.0.1:{port}"
     verify = config.ssl_certfile is None or ssl.create_default_context(cafile=config.ssl_certfile)
     try:
-        async with start_engine(to_engine, from_engine):
+        async with start_engine(sockets):
             await client.ready()
             running = asyncio.create_task(server.serve([listener]))
             await listening.wait()
@@ -116,9 +117,7 @@ async def web(
     finally:
         listener.close()
         await client.close()
-        for path in sockets.iterdir():
-            path.unlink()
-        sockets.rmdir()
+        shutil.rmtree(sockets)
 
 
 @contextlib.asynccontextmanager
@@ -131,8 +130,8 @@ async def serving(
     engines: list[StubEngine] = []
 
     @contextlib.asynccontextmanager
-    async def echoing(to_engine: str, from_engine: str) -> AsyncIterator[None]:
-        engines.append(StubEngine(to_engine, from_engine, model, folder, delay))
+    async def echoing(sockets: str) -> AsyncIterator[None]:
+        engines.append(StubEngine(sockets, model, folder, delay))
         task = asyncio.create_task(engines[0].run())
         try:
             yield

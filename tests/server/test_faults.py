@@ -158,7 +158,7 @@ async def test_an_engine_that_hangs_turns_health_red_and_green_again(server: Ser
     server.engine.deaf = False
     for _ in range(5):
         assert (await server.http.get("/health")).status_code == 200
-    assert server.client._answers == {}, "no question is kept after its answer, or without one"
+    assert server.client._replies == {}, "no question is kept after its answer, or without one"
 
 
 async def test_the_cache_is_flushed_of_what_nobody_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,22 +35,19 @@ def requests(count: int, tokens: int = 10) -> list[Request]:
 
 def test_the_queue_takes_what_its_limits_allow_and_no_more() -> None:
     queue = Queue(Config(max_queued_requests=2, max_queued_tokens=30), Metrics(), 8)
-    queue.check(requests(3))  # nothing waits: whatever the server can keep
+    queue.check(requests(3), 0)  # nothing waits: whatever the server can keep
     queue.enter(10)
-    queue.check(requests(1))
+    queue.check(requests(1), 1)
     with pytest.raises(QueueFullError, match="1 requests are waiting"):
-        queue.check(requests(2))
+        queue.check(requests(2), 1)
     with pytest.raises(QueueFullError, match="prompts of 10 tokens"):
-        queue.check(requests(1, tokens=21))
+        queue.check(requests(1, tokens=21), 1)
     queue.leave(10, waited=3.0)
-    assert (queue.requests, queue.tokens, queue.live) == (0, 0, 1)
-    for _ in range(7):
-        queue.enter(1)
-        queue.leave(1)
+    assert (queue.requests, queue.tokens) == (0, 0)
     with pytest.raises(OverloadedError, match="8 requests are live"):
-        queue.check(requests(1))
+        queue.check(requests(1), 8)
     with pytest.raises(InvalidRequestError, match="at most 8 prompts"):
-        queue.check(requests(9))
+        queue.check(requests(9), 0)
 
 
 def test_who_is_turned_away_is_told_to_wait_as_long_as_others_did() -> None:
@@ -61,7 +58,7 @@ def test_who_is_turned_away_is_told_to_wait_as_long_as_others_did() -> None:
             queue.leave(1, waited=waited)
         queue.enter(1)
         with pytest.raises(QueueFullError) as error:
-            queue.check(requests(1))
+            queue.check(requests(1), 1)
         assert error.value.retry_after == retry_after
         queue.leave(1)
 

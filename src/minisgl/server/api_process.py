@@ -1,7 +1,7 @@
 """An API process: HTTP in front of an engine. The launcher is one itself, unless `--api-workers` asks for several.
 
-Those it starts with an `ipc.WorkerSetup` as a line on stdin. They answer with a line on stdout, an `ipc.Serving` or
-`ipc.Unable`, and obey further lines: `stop`, `force`, `engine ended`. The end of stdin means that the launcher is gone.
+Those it starts with an `ipc.WorkerSetup` as a line on stdin. They answer with a line on stdout, an `ipc.Serving`, and
+obey further lines: `stop`, `force`, `engine ended`. The end of stdin means that the launcher is gone.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from minisgl.server import ipc
 from minisgl.server.admin import Setup
 from minisgl.server.app import make_app
 from minisgl.server.engine_client import EngineClient, Shutdown, wait_first
-from minisgl.server.metrics import ApiProcesses, Metrics
+from minisgl.server.metrics import Metrics
 from minisgl.server.middleware import BoundedProtocol, with_middleware
 from minisgl.server.preparation import Api, Preparation
 from minisgl.text.grammar_check import GrammarCompiler
 from minisgl.text.tokenizer import Tokenizer, make_byte_tokenizer
 
 BACKLOG = 2048  # connections that may wait to be accepted
+Announce = Callable[[ipc.Serving], None]
 ANSWER_SECONDS = 1.0  # in which requests are still answered, with 503, when the engine has ended or was given up
 
 logger = logging.getLogger(__name__)
@@ -108,13 +109,7 @@ async def serve_http(
 
 
 async def serve_api(
-    config: Config,
-    client: EngineClient,
-    listener: socket.socket,
-    shutdown: Shutdown,
-    on_listening: Callable[[ipc.Serving], None],
-    started: float,
-    processes: ApiProcesses,
+    config: Config, client: EngineClient, listener: socket.socket, shutdown: Shutdown, started: float, say: Announce
 ) -> None:
     """Put HTTP in front of an engine, once it is ready; `started` is on the monotonic clock. Raises ModelError."""
     ready = await client.ready()
@@ -127,10 +122,9 @@ async def serve_api(
     check = grammars.check if has_tokenizer else None
     preparation = Preparation(model, tokenizer, client.queue.max_live, config.served_model_name, check)
     api = Api(client=client, preparation=preparation)
-    setup = Setup(config, ready.notes, ready.folder, started, processes)
-    app = with_middleware(make_app(api, setup), client.metrics, config)
+    app = with_middleware(make_app(api, Setup(config, ready.notes, ready.folder, started)), client.metrics, config)
     serving = ipc.Serving(model.name, tokenizer.has_chat_template, has_tokenizer)
-    server = HttpServer(app, lambda: on_listening(serving), config)
+    server = HttpServer(app, lambda: say(serving), config)
     try:
         await serve_http(server, listener, client, shutdown, config.drain_timeout)
     finally:
@@ -139,12 +133,11 @@ async def serve_api(
 
 async def serve_worker(setup: ipc.WorkerSetup, stdin: BinaryIO, stdout: BinaryIO) -> int:
     """Serve as one of several until told to stop; the exit status."""
-    config, metrics, processes = setup.config, Metrics(setup.folder), ApiProcesses(setup.folder)
-    client = EngineClient(*ipc.addresses(setup.folder, setup.link), config, link=setup.link, metrics=metrics)
-    shutdown = Shutdown()
+    metrics, shutdown = Metrics(os.environ["PROMETHEUS_MULTIPROC_DIR"]), Shutdown()
+    client = EngineClient(setup.folder, setup.config, link=setup.link, metrics=metrics)
 
-    def say(message: ipc.Serving | ipc.Unable) -> None:
-        stdout.write(msgspec.json.encode(message) + b"\n")
+    def say(serving: ipc.Serving) -> None:
+        stdout.write(msgspec.json.encode(serving) + b"\n")
 
     async def obey() -> None:
         lines = asyncio.StreamReader()
@@ -158,14 +151,13 @@ async def serve_worker(setup: ipc.WorkerSetup, stdin: BinaryIO, stdout: BinaryIO
                 shutdown.force.set()
         os._exit(1)
 
-    tasks = [asyncio.create_task(obey()), asyncio.create_task(processes.beat())]
+    tasks = [asyncio.create_task(obey()), asyncio.create_task(metrics.beat())]
     try:
         listener = socket.socket(fileno=setup.listener)
-        await serve_api(config, client, listener, shutdown, say, setup.started, processes)
-    except EngineDeadError:
-        return 1
+        await serve_api(setup.config, client, listener, shutdown, setup.started, say)
     except MinisglError as error:
-        say(ipc.Unable(error.message))
+        if not isinstance(error, EngineDeadError):
+            say(ipc.Serving(error=error.message))
         return 1
     finally:
         for task in tasks:
@@ -180,10 +172,7 @@ def main() -> int:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     stdin = os.fdopen(os.dup(sys.stdin.fileno()), "rb", buffering=0)
     setup = msgspec.json.decode(stdin.readline(), type=ipc.WorkerSetup)
-    level = setup.config.log_level
-    logging.basicConfig(level=level, format=f"%(asctime)s %(levelname)s api-{setup.row} %(name)s: %(message)s")
-    if level == "INFO":
-        logging.getLogger("uvicorn").setLevel("WARNING")
+    ipc.start_logging(setup.config, f"api-{setup.row} ")
     return asyncio.run(serve_worker(setup, stdin, stdout))
 
 

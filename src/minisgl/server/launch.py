@@ -12,10 +12,12 @@ import ipaddress
 import itertools
 import json
 import logging
+import shutil
 import signal
 import socket
 import ssl
 import sys
+import tempfile
 import time
 from asyncio.subprocess import PIPE, Process
 from collections import deque
@@ -30,22 +32,18 @@ from minisgl.config import BUNDLED_MODEL, Config, check, environment_with
 from minisgl.core.types import EngineStats
 from minisgl.errors import ConfigError, EngineDeadError, ModelError
 from minisgl.server import ipc
-from minisgl.server.engine_client import (
-    ENGINE_COMMAND,
-    EngineClient,
-    EngineProcess,
-    Shutdown,
-    describe_status,
-    end_process,
-    wait_first,
-)
+from minisgl.server.engine_client import EngineClient, Shutdown, wait_first
 from minisgl.server.errors import ApiProcessError
-from minisgl.server.metrics import ApiProcesses, share
+from minisgl.server.metrics import share
 
+ENGINE_COMMAND = (sys.executable, "-m", "minisgl.server.engine_process")
 WORKER_COMMAND = (sys.executable, "-m", "minisgl.server.api_process")
 MOST_DEATHS, DEATHS_SECONDS = 5, 60.0  # with one death more of an API process in that time the server ends
+LAST_WORDS_SECONDS = 0.3  # for the last messages of an engine that has ended
 LAST_SECONDS = 2.0  # for API processes to end when nothing is answered any more but with an error
+STOP_SECONDS = 2.0  # for a process to go by itself, and then after SIGTERM
 LOADING_SECONDS = STATUS_SECONDS = 5.0
+MAX_SOCKET_FOLDER = 80  # characters; the path of a Unix socket has at most 107
 
 logger = logging.getLogger(__name__)
 status_logger = logging.getLogger("minisgl.status")
@@ -59,9 +57,7 @@ def serve(config: Config, command: Sequence[str] = ENGINE_COMMAND) -> None:
     """
     check(config)
     check_certificate(config)
-    logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    if config.log_level == "INFO":
-        logging.getLogger("uvicorn").setLevel("WARNING")  # it would say what we say ourselves
+    ipc.start_logging(config)
     asyncio.run(run(config, command))
 
 
@@ -72,8 +68,8 @@ async def run(config: Config, command: Sequence[str]) -> None:
         started, stop = time.monotonic(), shutdown.stop
         print_status(f"loading {config.model or BUNDLED_MODEL} …")
         engine = await EngineProcess.start(config, command)
-        loading = asyncio.create_task(engine.ready())
-        status: asyncio.Task[None] | None = None
+        loading = asyncio.create_task(engine.client.ready())
+        status = asyncio.create_task(report_status(engine.client))
         workers: ApiWorkers | None = None
         try:
             # What speaks HTTP gets ready while the engine loads.
@@ -87,28 +83,68 @@ async def run(config: Config, command: Sequence[str]) -> None:
                     print_status(f"still loading after {time.monotonic() - started:.0f} s …")
             if stop.is_set():
                 return
-            ready = loading.result()
-            status = asyncio.create_task(report_status(engine.client))
+            with contextlib.suppress(EngineDeadError):  # its exit status says more, below
+                ready = loading.result()
 
-            def on_listening(serving: ipc.Serving) -> None:
-                announce(config, address(listener, config), ready, serving, started)
+                def on_listening(serving: ipc.Serving) -> None:
+                    announce(config, address(listener, config), ready, serving, started)
 
-            if workers is None:
-                from minisgl.server.api_process import serve_api
+                if workers is None:
+                    from minisgl.server.api_process import serve_api
 
-                await serve_api(config, engine.client, listener, shutdown, on_listening, started, ApiProcesses())
-            else:
-                await workers.serve(shutdown, on_listening)
+                    await serve_api(config, engine.client, listener, shutdown, started, on_listening)
+                else:
+                    await workers.serve(shutdown, on_listening)
         finally:
-            if status is not None:
-                status.cancel()
+            status.cancel()
             if workers is not None:
                 await workers.close()
             loading.cancel()
-            await asyncio.gather(loading, return_exceptions=True)
+            await asyncio.gather(loading, status, return_exceptions=True)
             exit_status = await engine.stop()
         if not stop.is_set():
-            raise EngineDeadError(f"the engine process ended with {describe_status(exit_status)}")
+            when = " before it was ready" if loading.exception() else ""
+            raise EngineDeadError(f"the engine process ended with {describe_status(exit_status)}{when}")
+
+
+class EngineProcess:
+    """A running engine process and the client of it. Make one with `start`, end it with `stop`.
+
+    `folder` has the sockets; only this user can enter it. `ended` is done, with the exit status, when the process has
+    ended and everyone who waited knows.
+    """
+
+    def __init__(self, process: Process, client: EngineClient, folder: str) -> None:
+        self.client = client
+        self.folder = folder
+        self._process = process
+        self.ended = asyncio.create_task(self._watch())
+
+    @classmethod
+    async def start(cls, config: Config, command: Sequence[str] = ENGINE_COMMAND) -> EngineProcess:
+        folder = socket_folder()
+        client = EngineClient(folder, config)
+        try:
+            process = await start_process(command, ipc.EngineSetup(config.replace(api_key=()), folder))
+        except BaseException:
+            await client.close()
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        return cls(process, client, folder)
+
+    async def stop(self) -> int:
+        """End the process; its exit status."""
+        await end_process(self._process)
+        status = await self.ended
+        await self.client.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return status
+
+    async def _watch(self) -> int:
+        status = await self._process.wait()
+        await asyncio.sleep(LAST_WORDS_SECONDS)
+        self.client.fail()
+        return status
 
 
 class ApiWorkers:
@@ -122,9 +158,7 @@ class ApiWorkers:
         self._engine = engine
         self._listener = listener
         self._started = started
-        self._counts, self._beats = engine.folder / "counts", engine.folder / "beats"
-        self._counts.mkdir()
-        self._beats.mkdir()
+        self._counts = tempfile.mkdtemp(prefix="counts", dir=engine.folder)
         self._links = itertools.count(1)
         self._processes: dict[int, Process] = {}
         self._deaths: deque[float] = deque(maxlen=MOST_DEATHS + 1)
@@ -191,43 +225,70 @@ class ApiWorkers:
 
     async def _run(self, row: int) -> int:
         """One life of a process; its exit status. Nothing of it is left in the engine."""
-        engine, link = self._engine, next(self._links)
-        # A session of its own, so that Ctrl-C in the terminal reaches the launcher alone.
-        process = await asyncio.create_subprocess_exec(
-            *WORKER_COMMAND,
-            stdin=PIPE,
-            stdout=PIPE,
-            start_new_session=True,
-            pass_fds=[self._listener.fileno()],
-            env=environment_with(PROMETHEUS_MULTIPROC_DIR=str(self._counts)),
-        )
+        engine, link, listener = self._engine, next(self._links), self._listener.fileno()
+        setup = ipc.WorkerSetup(self._config, engine.folder, row, link, listener, self._started)
+        env = environment_with(PROMETHEUS_MULTIPROC_DIR=self._counts)
+        process = await start_process(WORKER_COMMAND, setup, stdout=PIPE, pass_fds=[listener], env=env)
         assert process.stdin is not None
         assert process.stdout is not None
+        process.stdin.write(self._order)
         self._processes[row] = process
-        setup = ipc.WorkerSetup(self._config, row, link, str(engine.folder), self._listener.fileno(), self._started)
-        process.stdin.write(msgspec.json.encode(setup) + b"\n" + self._order)
         try:
             await engine.client.ready()
-            engine.client.send(ipc.Attach(link, *ipc.addresses(engine.folder, link)))
+            engine.client.send(ipc.Attach(link))
             line = await process.stdout.readline()
             if line and not self._serving[row].done():
-                said: ipc.Serving | ipc.Unable = msgspec.json.decode(line, type=ipc.Serving | ipc.Unable)
-                if isinstance(said, ipc.Serving):
-                    self._serving[row].set_result(said)
+                serving = msgspec.json.decode(line, type=ipc.Serving)
+                if serving.error is None:
+                    self._serving[row].set_result(serving)
                 else:
-                    self._serving[row].set_exception(ModelError(said.error))
+                    self._serving[row].set_exception(ModelError(serving.error))
             await process.wait()
         finally:
             del self._processes[row]
             status = await asyncio.shield(asyncio.create_task(end_process(process)))
             engine.client.send(ipc.Detach(link))
-            mark_process_dead(process.pid, str(self._counts))  # type: ignore[no-untyped-call]
-            (self._beats / str(process.pid)).unlink(missing_ok=True)
+            mark_process_dead(process.pid, self._counts)  # type: ignore[no-untyped-call]
         return status
+
+
+async def start_process(command: Sequence[str], setup: ipc.EngineSetup, **options: Any) -> Process:
+    """Start a process with its setup as a line on stdin, whose end tells it that the launcher is gone.
+
+    It has its own session, so that Ctrl-C in the terminal reaches the launcher alone.
+    """
+    process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, start_new_session=True, **options)
+    assert process.stdin is not None
+    process.stdin.write(msgspec.json.encode(setup) + b"\n")
+    return process
+
+
+async def end_process(process: Process) -> int:
+    """End a process: its stdin is closed, then it is told, then made to; its exit status."""
+    assert process.stdin is not None
+    process.stdin.close()
+    for end in (process.terminate, process.kill):
+        with contextlib.suppress(TimeoutError):
+            return await asyncio.wait_for(process.wait(), STOP_SECONDS)
+        with contextlib.suppress(ProcessLookupError):
+            end()
+    return await process.wait()
+
+
+def describe_status(status: int) -> str:
+    """An exit status in words."""
+    return f"exit status {status}" if status >= 0 else f"signal {signal.Signals(-status).name}"
+
+
+def socket_folder() -> str:
+    """A new folder that only this user can enter, with a path short enough for sockets."""
+    folder = tempfile.gettempdir()
+    return tempfile.mkdtemp(prefix="minisgl-", dir=folder if len(folder) <= MAX_SOCKET_FOLDER else "/tmp")
 
 
 async def report_status(client: EngineClient, every: float = STATUS_SECONDS) -> None:
     """Log a line every so often (s) while there is work, until cancelled or the engine is gone."""
+    await client.ready()
     before, since = client.stats, time.monotonic()
     while client.dead is None:
         await asyncio.sleep(every)
