@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import shutil
 import socket
 import ssl
 import time
@@ -21,11 +20,10 @@ from helpers.tiny_tokenizers import write_tokenizer
 from minisgl.config import Config
 from minisgl.core.types import Grammar, ModelInfo
 from minisgl.server.admin import Setup
-from minisgl.server.api_process import HttpServer
+from minisgl.server.api_process import HttpServer, with_middleware
 from minisgl.server.app import make_app
 from minisgl.server.engine_client import EngineClient
 from minisgl.server.launch import socket_folder
-from minisgl.server.middleware import with_middleware
 from minisgl.server.preparation import Api, Preparation
 from minisgl.text.tokenizer import Tokenizer
 
@@ -86,7 +84,7 @@ async def web(
     config = Config(**flags)
     tokenizer = Tokenizer.load(write_tokenizer(folder, template=template, add_bos=add_bos))
     sockets = socket_folder()
-    client = EngineClient(sockets, config, max_live=max_live)
+    client = EngineClient(sockets.name, config, max_live=max_live)
     # With the protocol named asyncio switches off Nagle's delay on each connection, as it does in production.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
@@ -100,7 +98,7 @@ async def web(
     url = f"http://127.0.0.1:{port}" if config.ssl_certfile is None else f"https://127.0.0.1:{port}"
     verify = config.ssl_certfile is None or ssl.create_default_context(cafile=config.ssl_certfile)
     try:
-        async with start_engine(sockets):
+        async with start_engine(sockets.name):
             await client.ready()
             running = asyncio.create_task(server.serve([listener]))
             await listening.wait()
@@ -117,7 +115,7 @@ async def web(
     finally:
         listener.close()
         await client.close()
-        shutil.rmtree(sockets)
+        sockets.cleanup()
 
 
 @contextlib.asynccontextmanager

@@ -29,17 +29,18 @@ from minisgl.server.launch import socket_folder
 @pytest.fixture
 async def clients(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[list[EngineClient]]:
     """The launcher's client of a simulated engine, and those of two API processes."""
-    engine, folder = simulated_engine(max_seq_len=2000, num_pages=2000), socket_folder()
+    engine = simulated_engine(max_seq_len=2000, num_pages=2000)
     monkeypatch.setattr(engine_process, "build_engine", lambda config, **options: Built(engine, Path("/nowhere"), ()))
-    clients = [EngineClient(folder, Config(), link=link) for link in range(3)]
-    async with EngineThread(engine).start(folder):
-        await clients[0].ready()
-        for link in (1, 2):
-            clients[0].send(ipc.Attach(link))
-            assert (await clients[link].ready()).model == engine.model
-        yield clients
-    for client in clients:
-        await client.close()
+    with socket_folder() as folder:
+        clients = [EngineClient(folder, Config(), link=link) for link in range(3)]
+        async with EngineThread(engine).start(folder):
+            await clients[0].ready()
+            for link in (1, 2):
+                clients[0].send(ipc.Attach(link))
+                assert (await clients[link].ready()).model == engine.model
+            yield clients
+        for client in clients:
+            await client.close()
 
 
 def request(name: str, max_tokens: int) -> Request:

@@ -19,7 +19,7 @@ from helpers.serving import Serving, serving
 from minisgl.config import Config
 from minisgl.core.types import Request, SamplingParams
 from minisgl.errors import InvalidRequestError
-from minisgl.server import middleware
+from minisgl.server import api_process
 from minisgl.server.api_process import HttpServer
 from minisgl.server.engine_client import Queue
 from minisgl.server.errors import OverloadedError, QueueFullError
@@ -108,7 +108,7 @@ async def test_a_conversation_has_a_limit_of_messages(server: Serving) -> None:
 @pytest.mark.parametrize("whole", [True, False])
 async def test_too_large_a_head_is_refused(server: Serving, whole: bool) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-    writer.write(b"GET /version HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * (middleware.HEAD_LIMIT * 8))
+    writer.write(b"GET /version HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * (api_process.HEAD_LIMIT * 8))
     if whole:
         writer.write(b"\r\n\r\n")
     head = await reader.readuntil(b"\r\n\r\n")
@@ -118,7 +118,7 @@ async def test_too_large_a_head_is_refused(server: Serving, whole: bool) -> None
 
 
 @pytest.mark.parametrize("before", [b"", b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n"])
-@pytest.mark.parametrize(("length", "status"), [(middleware.HEAD_LIMIT, b"200"), (middleware.HEAD_LIMIT + 1, b"431")])
+@pytest.mark.parametrize(("length", "status"), [(api_process.HEAD_LIMIT, b"200"), (api_process.HEAD_LIMIT + 1, b"431")])
 async def test_a_head_is_refused_by_its_size_however_it_comes(
     server: Serving, before: bytes, length: int, status: bytes
 ) -> None:
@@ -153,7 +153,7 @@ async def test_what_is_not_http_is_answered_in_openais_form(server: Serving) -> 
 async def test_a_client_that_falls_silent_is_cut_off(
     server: Serving, data: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(middleware, "READ_TIMEOUT", 0.2)
+    monkeypatch.setattr(api_process, "READ_TIMEOUT", 0.2)
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     writer.write(data)
     with contextlib.suppress(ConnectionResetError):
@@ -163,7 +163,7 @@ async def test_a_client_that_falls_silent_is_cut_off(
 
 @pytest.mark.serving(delay=0.04)
 async def test_a_client_that_works_slowly_is_not_cut_off(server: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(middleware, "READ_TIMEOUT", 0.2)
+    monkeypatch.setattr(api_process, "READ_TIMEOUT", 0.2)
     answer = await server.http.post("/v1/completions", json={"prompt": "hi", "max_tokens": 20})
     assert answer.status_code == 200, "generating took longer than a client may be silent"
     assert (await server.http.get("/version")).status_code == 200
@@ -203,7 +203,7 @@ async def test_a_client_that_reads_on_after_a_pause_is_not_cut_off() -> None:
 
 
 async def test_a_client_is_not_cut_off_while_the_server_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(middleware, "READ_TIMEOUT", 0.2)
+    monkeypatch.setattr(api_process, "READ_TIMEOUT", 0.2)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await asyncio.sleep(0.6)  # three times the timeout

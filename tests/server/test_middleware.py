@@ -15,8 +15,8 @@ from starlette.responses import Response
 
 from helpers.serving import Serving
 from minisgl.config import Config
+from minisgl.server.api_process import KeyGuard, with_middleware
 from minisgl.server.metrics import Metrics
-from minisgl.server.middleware import KeyGuard, with_middleware
 from minisgl.server.openapi import ApiRoute
 
 TEXT: dict[str, Any] = {"prompt": "hello there", "max_tokens": 3}

@@ -246,7 +246,8 @@ async def on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, (ClientGoneError, ClientDisconnect)):
         return Response(status_code=499)  # nginx's "client closed request", for the log
     if isinstance(error, HTTPException):  # the router's 404 and 405
-        shown = MinisglError(f"{request.method} {request.url.path}: {HTTPStatus(error.status_code).phrase}")
+        method = request.method.replace("HEAD", "GET")  # whose length an answer to HEAD has
+        shown = MinisglError(f"{method} {request.url.path}: {HTTPStatus(error.status_code).phrase}")
         shown.type = "invalid_request_error" if error.status_code < 500 else "server_error"
         shown.code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
         return responses.json_response(error_body(shown), error.status_code, dict(error.headers or {}))

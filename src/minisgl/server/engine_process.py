@@ -123,7 +123,9 @@ class PendingGrammars:
     def ready(self) -> list[tuple[Request, Constraint | InvalidRequestError]]:
         """The requests whose grammar was compiled, or refused, since the last call."""
         ready: list[tuple[Request, Constraint | InvalidRequestError]] = []
-        for request, compiled in [pending for pending in self.requests.values() if pending[1].done()]:
+        for request, compiled in list(self.requests.values()):
+            if not compiled.done():  # nor are those after it
+                break
             del self.requests[request.id]
             try:
                 ready.append((request, compiled.result()))

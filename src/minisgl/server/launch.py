@@ -12,7 +12,6 @@ import ipaddress
 import itertools
 import json
 import logging
-import shutil
 import signal
 import socket
 import ssl
@@ -30,7 +29,7 @@ from prometheus_client.multiprocess import mark_process_dead
 from minisgl import __version__
 from minisgl.config import BUNDLED_MODEL, Config, check, environment_with
 from minisgl.core.types import EngineStats
-from minisgl.errors import ConfigError, EngineDeadError, ModelError
+from minisgl.errors import ConfigError, EngineDeadError, MinisglError, ModelError
 from minisgl.server import ipc
 from minisgl.server.engine_client import EngineClient, Shutdown, wait_first
 from minisgl.server.errors import ApiProcessError
@@ -62,21 +61,26 @@ def serve(config: Config, command: Sequence[str] = ENGINE_COMMAND) -> None:
 
 
 async def run(config: Config, command: Sequence[str]) -> None:
-    """The whole life of a server, in one event loop."""
-    with listen_socket(config.host, config.port) as listener, handle_signals() as shutdown:
+    with (
+        listen_socket(config.host, config.port) as listener,
+        handle_signals() as shutdown,
+        socket_folder() as folder,
+    ):
         check_public(config, listener)
         started, stop = time.monotonic(), shutdown.stop
         print_status(f"loading {config.model or BUNDLED_MODEL} …")
-        engine = await EngineProcess.start(config, command)
-        loading = asyncio.create_task(engine.client.ready())
-        status = asyncio.create_task(report_status(engine.client))
+        process = await start_process(command, ipc.EngineSetup(config.replace(api_key=()), folder))
+        client = EngineClient(folder, config)
+        ended = asyncio.create_task(watch_engine(process, client))
+        loading, status = asyncio.create_task(client.ready()), asyncio.create_task(report_status(client))
         workers: ApiWorkers | None = None
         try:
             # What speaks HTTP gets ready while the engine loads.
             if config.api_workers == 1:
                 await asyncio.to_thread(importlib.import_module, "minisgl.server.api_process")
             else:
-                workers = ApiWorkers(config, engine, listener, started)
+                setup = ipc.WorkerSetup(config, folder, 0, 0, listener.fileno(), started)
+                workers = ApiWorkers(setup, client, ended)
             while not loading.done() and not stop.is_set():
                 await wait_first(loading, stop.wait(), timeout=LOADING_SECONDS)
                 if not loading.done() and not stop.is_set():
@@ -92,95 +96,67 @@ async def run(config: Config, command: Sequence[str]) -> None:
                 if workers is None:
                     from minisgl.server.api_process import serve_api
 
-                    await serve_api(config, engine.client, listener, shutdown, started, on_listening)
+                    await serve_api(config, client, listener, shutdown, started, on_listening)
                 else:
                     await workers.serve(shutdown, on_listening)
         finally:
-            status.cancel()
             if workers is not None:
                 await workers.close()
             loading.cancel()
+            status.cancel()
             await asyncio.gather(loading, status, return_exceptions=True)
-            exit_status = await engine.stop()
+            await end_process(process)
+            exit_status = await ended
+            await client.close()
         if not stop.is_set():
             when = " before it was ready" if loading.exception() else ""
             raise EngineDeadError(f"the engine process ended with {describe_status(exit_status)}{when}")
 
 
-class EngineProcess:
-    """A running engine process and the client of it. Make one with `start`, end it with `stop`.
-
-    `folder` has the sockets; only this user can enter it. `ended` is done, with the exit status, when the process has
-    ended and everyone who waited knows.
-    """
-
-    def __init__(self, process: Process, client: EngineClient, folder: str) -> None:
-        self.client = client
-        self.folder = folder
-        self._process = process
-        self.ended = asyncio.create_task(self._watch())
-
-    @classmethod
-    async def start(cls, config: Config, command: Sequence[str] = ENGINE_COMMAND) -> EngineProcess:
-        folder = socket_folder()
-        client = EngineClient(folder, config)
-        try:
-            process = await start_process(command, ipc.EngineSetup(config.replace(api_key=()), folder))
-        except BaseException:
-            await client.close()
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        return cls(process, client, folder)
-
-    async def stop(self) -> int:
-        """End the process; its exit status."""
-        await end_process(self._process)
-        status = await self.ended
-        await self.client.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
-        return status
-
-    async def _watch(self) -> int:
-        status = await self._process.wait()
-        await asyncio.sleep(LAST_WORDS_SECONDS)
-        self.client.fail()
-        return status
+async def watch_engine(process: Process, client: EngineClient) -> int:
+    """The exit status of the engine process, once everyone who waited for it knows that it has ended."""
+    status = await process.wait()
+    await asyncio.sleep(LAST_WORDS_SECONDS)
+    client.fail()
+    return status
 
 
 class ApiWorkers:
     """Several API processes that accept from one socket: replaced when they die, drained and ended together.
 
-    Each has a link of its own to the engine, and keeps its limits by itself. End them with `close`.
+    Each has a link of its own to the engine, and keeps its limits by itself. `engine_ended` is done when the engine is
+    gone. End them with `close`.
     """
 
-    def __init__(self, config: Config, engine: EngineProcess, listener: socket.socket, started: float) -> None:
-        self._config = config
-        self._engine = engine
-        self._listener = listener
-        self._started = started
-        self._counts = tempfile.mkdtemp(prefix="counts", dir=engine.folder)
+    def __init__(self, setup: ipc.WorkerSetup, client: EngineClient, engine_ended: asyncio.Task[int]) -> None:
+        self._setup = setup
+        self._client = client
+        self._engine_ended = engine_ended
+        self._counts = tempfile.mkdtemp(prefix="counts", dir=setup.folder)
         self._links = itertools.count(1)
         self._processes: dict[int, Process] = {}
+        self._ending: dict[int, asyncio.Task[int]] = {}
+        self._serving: dict[int, ipc.Serving] = {}
+        self._all_serve = asyncio.Event()
+        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._deaths: deque[float] = deque(maxlen=MOST_DEATHS + 1)
         self._order = b""  # what they were told last
-        loop, rows = asyncio.get_running_loop(), range(config.api_workers)
-        self._failed: asyncio.Future[None] = loop.create_future()
-        self._serving: list[asyncio.Future[ipc.Serving]] = [loop.create_future() for _ in rows]
-        self._keeping = [asyncio.create_task(self._keep(row)) for row in rows]
+        self._keeping = [asyncio.create_task(self._keep(row)) for row in range(setup.config.api_workers)]
 
     async def serve(self, shutdown: Shutdown, on_listening: Callable[[ipc.Serving], None]) -> None:
         """Serve an engine that is ready until `shutdown` or its end. Raises ModelError or ApiProcessError."""
-        ended, stop = self._engine.ended, shutdown.stop
-        await wait_first(asyncio.wait(self._serving, return_when=asyncio.FIRST_EXCEPTION), stop.wait(), ended)
+        ended, stop = self._engine_ended, shutdown.stop
+        await wait_first(self._all_serve.wait(), self._failed, stop.wait(), ended)
         if stop.is_set() or ended.done():
             return
-        serving = [outcome.result() for outcome in self._serving if outcome.done()]
-        on_listening(serving[0])
-        await wait_first(stop.wait(), ended, self._failed)
+        if not self._failed.done():
+            on_listening(self._serving[0])
+            await wait_first(stop.wait(), ended, self._failed)
         all_over = asyncio.create_task(asyncio.wait(self._keeping))
         if stop.is_set() and not ended.done():
             self._tell(b"stop\n")
-            await wait_first(all_over, shutdown.force.wait(), ended, timeout=self._config.drain_timeout + LAST_SECONDS)
+            timeout = self._setup.config.drain_timeout + LAST_SECONDS
+            await wait_first(all_over, shutdown.force.wait(), ended, timeout=timeout)
         self._tell(b"engine ended\n" if ended.done() else b"force\n")
         await wait_first(all_over, timeout=LAST_SECONDS)
         if self._failed.done():
@@ -190,10 +166,9 @@ class ApiWorkers:
         for task in self._keeping:
             task.cancel()
         await asyncio.gather(*self._keeping, return_exceptions=True)
-        outcomes: list[asyncio.Future[Any]] = [*self._serving, self._failed]
-        for outcome in outcomes:
-            if outcome.done():
-                outcome.exception()  # retrieved, or asyncio warns
+        await asyncio.gather(*self._ending.values())
+        if self._failed.done():
+            self._failed.exception()  # retrieved, or asyncio warns
 
     def _tell(self, order: bytes) -> None:
         self._order = order
@@ -201,9 +176,11 @@ class ApiWorkers:
             assert process.stdin is not None
             process.stdin.write(order)
 
+    def _fail(self, error: MinisglError) -> None:
+        if not self._failed.done():
+            self._failed.set_exception(error)
+
     async def _keep(self, row: int) -> None:
-        """Have one process, at every time."""
-        serving = self._serving[row]
         while True:
             try:
                 end = f"ended with {describe_status(await self._run(row))}"
@@ -211,43 +188,42 @@ class ApiWorkers:
                 end = f"cannot be started: {error}"
             if self._order:
                 return
-            if not serving.done():
-                serving.set_exception(ModelError(f"API process {row} {end} before it could serve"))
-            if serving.exception() is not None:
+            if row not in self._serving:
+                self._fail(ModelError(f"API process {row} {end} before it could serve"))
                 return
             self._deaths.append(time.monotonic())
             if len(self._deaths) > MOST_DEATHS and self._deaths[-1] - self._deaths[0] < DEATHS_SECONDS:
-                if not self._failed.done():
-                    text = f"API process {row} {end}, the last of too many in {DEATHS_SECONDS:.0f} s"
-                    self._failed.set_exception(ApiProcessError(text))
+                text = f"API process {row} {end}, the last of too many in {DEATHS_SECONDS:.0f} s"
+                self._fail(ApiProcessError(text))
                 return
             logger.error("API process %d %s; its requests are ended, and another one is started", row, end)
 
     async def _run(self, row: int) -> int:
         """One life of a process; its exit status. Nothing of it is left in the engine."""
-        engine, link, listener = self._engine, next(self._links), self._listener.fileno()
-        setup = ipc.WorkerSetup(self._config, engine.folder, row, link, listener, self._started)
+        setup = msgspec.structs.replace(self._setup, row=row, link=next(self._links))
         env = environment_with(PROMETHEUS_MULTIPROC_DIR=self._counts)
-        process = await start_process(WORKER_COMMAND, setup, stdout=PIPE, pass_fds=[listener], env=env)
+        process = await start_process(WORKER_COMMAND, setup, stdout=PIPE, pass_fds=[setup.listener], env=env)
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.write(self._order)
         self._processes[row] = process
         try:
-            await engine.client.ready()
-            engine.client.send(ipc.Attach(link))
-            line = await process.stdout.readline()
-            if line and not self._serving[row].done():
+            await self._client.ready()
+            self._client.send(ipc.Attach(setup.link))
+            if line := await process.stdout.readline():
                 serving = msgspec.json.decode(line, type=ipc.Serving)
                 if serving.error is None:
-                    self._serving[row].set_result(serving)
-                else:
-                    self._serving[row].set_exception(ModelError(serving.error))
+                    self._serving[row] = serving
+                elif row not in self._serving:
+                    self._fail(ModelError(serving.error))
+                if len(self._serving) == len(self._keeping):
+                    self._all_serve.set()
             await process.wait()
         finally:
             del self._processes[row]
-            status = await asyncio.shield(asyncio.create_task(end_process(process)))
-            engine.client.send(ipc.Detach(link))
+            self._ending[row] = asyncio.create_task(end_process(process))
+            status = await asyncio.shield(self._ending[row])
+            self._client.send(ipc.Detach(setup.link))
             mark_process_dead(process.pid, self._counts)  # type: ignore[no-untyped-call]
         return status
 
@@ -276,14 +252,13 @@ async def end_process(process: Process) -> int:
 
 
 def describe_status(status: int) -> str:
-    """An exit status in words."""
     return f"exit status {status}" if status >= 0 else f"signal {signal.Signals(-status).name}"
 
 
-def socket_folder() -> str:
-    """A new folder that only this user can enter, with a path short enough for sockets."""
-    folder = tempfile.gettempdir()
-    return tempfile.mkdtemp(prefix="minisgl-", dir=folder if len(folder) <= MAX_SOCKET_FOLDER else "/tmp")
+def socket_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder that only this user can enter, with a path short enough for sockets."""
+    folder = tempfile.gettempdir() if len(tempfile.gettempdir()) <= MAX_SOCKET_FOLDER else "/tmp"
+    return tempfile.TemporaryDirectory(prefix="minisgl-", dir=folder, ignore_cleanup_errors=True)
 
 
 async def report_status(client: EngineClient, every: float = STATUS_SECONDS) -> None:

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
+from http import HTTPMethod
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -27,8 +28,6 @@ PREFIX = "minisgl:"
 SHORT = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
 LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
 TOKENS = (1.0, 4.0, 16.0, *(float(2**n) for n in range(6, 18)))
-# Counted by name: a client can make up any number of other methods, and each would be a series for ever.
-METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
 # Name (of counters without `_total`), attribute of `EngineStats`, and what is counted.
 GAUGES = (
     ("num_requests_running", "running", "requests that decode or prefill"),
@@ -172,7 +171,7 @@ class Metrics:
 
     def on_response(self, record: AccessRecord, route: str) -> None:
         """An HTTP request was answered; `route` is the endpoint's path as it is declared."""
-        method = record.method if record.method in METHODS else "other"
+        method = record.method if record.method in set(HTTPMethod) else "other"  # a client can make up any number
         self.responses.labels(method, route, str(record.status)).inc()
 
     async def beat(self) -> None:

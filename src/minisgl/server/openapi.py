@@ -47,7 +47,6 @@ class ApiRoute(Route):
         events: Any = None,
     ) -> None:
         super().__init__(path, handler, methods=methods.split())
-        self.methods = set(methods.split())  # HEAD is left to the middleware
         self.result = result
         self.bodies = bodies
         self.events = events
@@ -103,7 +102,8 @@ def document(routes: Sequence[ApiRoute]) -> dict[str, Any]:
     paths: dict[str, Any] = {}
     for route in routes:
         path = route.path.replace(":path}", "}")
-        paths.setdefault(path, {}).update({m.lower(): route.operation(schemas) for m in route.methods or ()})
+        methods = set(route.methods or ()) - {"HEAD"}
+        paths.setdefault(path, {}).update({method.lower(): route.operation(schemas) for method in methods})
     info = {"title": "Mini-SGLang", "version": __version__}
     return {"openapi": "3.1.0", "info": info, "paths": paths, "components": {"schemas": components}}
 
