@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import json
 import socket
 import ssl
 import time
@@ -44,6 +45,14 @@ class Web:
     openai: AsyncOpenAI
     port: int
 
+    async def connect(self, *pieces: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A connection of its own on which these pieces were sent, a little apart."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        for number, piece in enumerate(pieces):
+            await asyncio.sleep(0.05 if number else 0.0)
+            writer.write(piece)
+        return reader, writer
+
 
 @dataclasses.dataclass
 class Serving(Web):
@@ -61,6 +70,11 @@ class Serving(Web):
         async with asyncio.timeout(timeout):
             while not condition():
                 await asyncio.sleep(0.005)
+
+
+def raw_post(path: str, body: object) -> bytes:
+    data = json.dumps(body).encode()
+    return f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
 
 
 StartEngine = Callable[[str], contextlib.AbstractAsyncContextManager[object]]

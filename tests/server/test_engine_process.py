@@ -8,12 +8,11 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 
+from helpers.constraints import Cycle, cycle
 from helpers.engine_thread import EngineThread
-from helpers.simulation import simulated_engine
+from helpers.simulation import VOCAB, simulated_engine
 from minisgl.build import Built
 from minisgl.config import Config
 from minisgl.core.request_state import Constraint
@@ -113,16 +112,6 @@ async def test_an_answer_is_aborted_in_the_process_that_has_it(
     assert (await asked.ping(5)).aborted == 3 + (completion_id is None)
 
 
-class Anything:
-    """Allows every token."""
-
-    def fill(self, mask: NDArray[np.int32]) -> None:
-        mask.fill(-1)
-
-    def accept(self, token: int) -> bool:
-        return True
-
-
 def constrained(name: str, source: str = "a") -> tuple[Request, Grammar]:
     grammar = Grammar(kind="regex", source=source)
     return Request.make(id=name, prompt=[1], params=SamplingParams(grammar=grammar)), grammar
@@ -139,7 +128,7 @@ def wait_ready(pending: PendingGrammars, count: int) -> list[tuple[Request, Cons
 
 
 def test_a_request_is_ready_when_its_grammar_is_and_never_when_it_has_left() -> None:
-    gate, made = threading.Event(), Anything()
+    gate, made = threading.Event(), Cycle(cycle(5, 100), VOCAB, eos=1)
 
     def factory(grammar: Grammar) -> Constraint:
         assert gate.wait(10)
@@ -162,7 +151,7 @@ def test_what_cannot_be_followed_is_an_error_of_its_own_request(error: Exception
     def factory(grammar: Grammar) -> Constraint:
         if grammar.source == "bad":
             raise error
-        return Anything()
+        return Cycle(cycle(5, 100), VOCAB, eos=1)
 
     pending = PendingGrammars(factory)
     pending.start(*constrained("a", "bad"))
@@ -171,5 +160,5 @@ def test_what_cannot_be_followed_is_an_error_of_its_own_request(error: Exception
     assert (bad.id, good.id) == ("a", "b")
     assert isinstance(refusal, InvalidRequestError)
     assert "too much" in refusal.message
-    assert isinstance(constraint, Anything)
+    assert isinstance(constraint, Cycle)
     pending.close()

@@ -10,12 +10,11 @@ import threading
 from pathlib import Path
 
 import httpx
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 
+from helpers.constraints import Cycle, cycle
 from helpers.engine_thread import simulated
-from helpers.serving import Serving, Web
+from helpers.serving import Serving, Web, raw_post
 from helpers.simulation import VOCAB
 from minisgl.core.engine import Engine
 from minisgl.core.request_state import Constraint
@@ -54,10 +53,8 @@ async def test_an_exception_in_the_nth_forward_pass_is_told_to_all_who_wait(
 async def vanish(side: Web, rng: random.Random, gate: asyncio.Semaphore) -> None:
     """Ask for an answer and leave after some of it, or before it begins."""
     async with gate:
-        reader, writer = await asyncio.open_connection("127.0.0.1", side.port)
-        data = json.dumps(body(rng.randint(1, 40), 80, rng.random() < 0.8, rng.randrange(1000))).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
-        writer.write(head.encode() + data)
+        asked = body(rng.randint(1, 40), 80, rng.random() < 0.8, rng.randrange(1000))
+        reader, writer = await side.connect(raw_post("/v1/completions", asked))
         with contextlib.suppress(TimeoutError, asyncio.IncompleteReadError):
             async with asyncio.timeout(rng.choice((0, 0.01, 0.2))):
                 for _ in range(rng.randint(0, 20)):
@@ -122,20 +119,11 @@ async def test_a_request_aborted_while_its_grammar_is_compiled_never_runs(
 ) -> None:
     begun, gate, done = threading.Event(), threading.Event(), threading.Event()
 
-    class Anything:
-        """Allows every token."""
-
-        def fill(self, mask: NDArray[np.int32]) -> None:
-            mask.fill(-1)
-
-        def accept(self, token: int) -> bool:
-            return True
-
     def factory(grammar: Grammar) -> Constraint:
         begun.set()
         assert gate.wait(20)
         done.set()
-        return Anything()
+        return Cycle(cycle(5, 100), VOCAB, eos=1)
 
     serving = simulated(tmp_path, monkeypatch.setattr, constraints=factory)
     async with asyncio.timeout(30), serving as (side, thread):

@@ -119,8 +119,8 @@ class Gone(io.TextIOBase):
 
 
 async def test_signals_are_heard_when_nobody_reads_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    with handle_signals() as shutdown:
-        monkeypatch.setattr(sys, "stderr", Gone())
-        for heard in (shutdown.stop, shutdown.force):
-            os.kill(os.getpid(), signal.SIGTERM)
-            await asyncio.wait_for(heard.wait(), 10)
+    shutdown = handle_signals()
+    monkeypatch.setattr(sys, "stderr", Gone())
+    for heard in (shutdown.stop, shutdown.force):
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.wait_for(heard.wait(), 10)

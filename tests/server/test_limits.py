@@ -15,7 +15,7 @@ import httpx
 import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from helpers.serving import Serving, serving
+from helpers.serving import Serving, raw_post, serving
 from minisgl.config import Config
 from minisgl.core.types import Request, SamplingParams
 from minisgl.errors import InvalidRequestError
@@ -36,13 +36,13 @@ def requests(count: int, tokens: int = 10) -> list[Request]:
 def test_the_queue_takes_what_its_limits_allow_and_no_more() -> None:
     queue = Queue(Config(max_queued_requests=2, max_queued_tokens=30), Metrics(), 8)
     queue.check(requests(3), 0)  # nothing waits: whatever the server can keep
-    queue.enter(10)
+    queue.change(1, 10)
     queue.check(requests(1), 1)
     with pytest.raises(QueueFullError, match="1 requests are waiting"):
         queue.check(requests(2), 1)
     with pytest.raises(QueueFullError, match="prompts of 10 tokens"):
         queue.check(requests(1, tokens=21), 1)
-    queue.leave(10, waited=3.0)
+    queue.change(-1, -10, waited=3.0)
     assert (queue.requests, queue.tokens) == (0, 0)
     with pytest.raises(OverloadedError, match="8 requests are live"):
         queue.check(requests(1), 8)
@@ -54,13 +54,13 @@ def test_who_is_turned_away_is_told_to_wait_as_long_as_others_did() -> None:
     queue = Queue(Config(max_queued_requests=1), Metrics())
     for waited, retry_after in ((0.0, 1), (4.0, 4), (1e6, 60)):
         for _ in range(50):
-            queue.enter(1)
-            queue.leave(1, waited=waited)
-        queue.enter(1)
+            queue.change(1, 1)
+            queue.change(-1, -1, waited=waited)
+        queue.change(1, 1)
         with pytest.raises(QueueFullError) as error:
             queue.check(requests(1), 1)
         assert error.value.retry_after == retry_after
-        queue.leave(1)
+        queue.change(-1, -1)
 
 
 @pytest.mark.parametrize("flags", [{"max_queued_requests": 2}, {"max_queued_tokens": 20}])
@@ -105,12 +105,8 @@ async def test_a_conversation_has_a_limit_of_messages(server: Serving) -> None:
     assert server.engine.seen == []
 
 
-@pytest.mark.parametrize("whole", [True, False])
-async def test_too_large_a_head_is_refused(server: Serving, whole: bool) -> None:
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-    writer.write(b"GET /version HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * (api_process.HEAD_LIMIT * 8))
-    if whole:
-        writer.write(b"\r\n\r\n")
+async def test_a_head_without_an_end_is_refused(server: Serving) -> None:
+    reader, writer = await server.connect(b"GET / HTTP/1.1\r\nX-Long: " + b"a" * (api_process.HEAD_LIMIT * 8))
     head = await reader.readuntil(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 431 "), head
     writer.close()
@@ -125,10 +121,7 @@ async def test_a_head_is_refused_by_its_size_however_it_comes(
     start, end = b"GET /version HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Long: ", b"\r\n\r\n"
     head = start + b"a" * (length - len(start) - len(end)) + end
     for pieces in ([before + head], [before + head[:100], head[100:]]):
-        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-        for piece in pieces:
-            writer.write(piece)
-            await asyncio.sleep(0.05)
+        reader, writer = await server.connect(*pieces)
         answer = await reader.read()
         assert re.findall(rb"HTTP/1.1 (\d+) ", answer) == [*([b"200"] if before else []), status]
         assert (b"headers_too_large" in answer) == (status == b"431")
@@ -136,8 +129,7 @@ async def test_a_head_is_refused_by_its_size_however_it_comes(
 
 
 async def test_what_is_not_http_is_answered_in_openais_form(server: Serving) -> None:
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-    writer.write(b"\x16\x03\x01 hello\r\n\r\n")
+    reader, writer = await server.connect(b"\x16\x03\x01 hello\r\n\r\n")
     answer = await reader.read()
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 ")
@@ -154,8 +146,7 @@ async def test_a_client_that_falls_silent_is_cut_off(
     server: Serving, data: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(api_process, "READ_TIMEOUT", 0.2)
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-    writer.write(data)
+    reader, writer = await server.connect(data)
     with contextlib.suppress(ConnectionResetError):
         assert await reader.read() == b""
     writer.close()
@@ -227,9 +218,8 @@ async def test_a_client_that_does_not_read_its_answer_frees_its_pages(server: Se
     slow.setblocking(False)
     loop = asyncio.get_running_loop()
     await loop.sock_connect(slow, ("127.0.0.1", server.port))
-    body = json.dumps({"prompt": ["hello there"] * 8, "max_tokens": 30_000, "stream": True}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-    await loop.sock_sendall(slow, head.encode() + body)
+    body = {"prompt": ["hello there"] * 8, "max_tokens": 30_000, "stream": True}
+    await loop.sock_sendall(slow, raw_post("/v1/completions", body))
     await server.until(lambda: server.client.num_live == 8)
     for _ in range(5):
         await loop.sock_recv(slow, 1)  # a byte now and then is no reading
@@ -240,16 +230,6 @@ async def test_a_client_that_does_not_read_its_answer_frees_its_pages(server: Se
     assert max(server.engine.given.values()) < 30_000
     slow.close()
     assert (await server.http.post("/v1/completions", json=TEXT)).status_code == 200
-
-
-@pytest.mark.serving(write_timeout=0.2, max_seq_len=4096)
-async def test_a_client_that_reads_is_not_cut_off(server: Serving) -> None:
-    body = {"prompt": "hello there", "max_tokens": 3000, "stream": True}
-    async with server.http.stream("POST", "/v1/completions", json=body) as answer:
-        lines = [line async for line in answer.aiter_lines() if line]
-    assert '"finish_reason":"length"' in lines[-2]
-    assert lines[-1] == "data: [DONE]"
-    assert max(server.engine.given.values()) == 3000
 
 
 @pytest.mark.serving(delay=0.02)

@@ -37,7 +37,6 @@ class Setup:
 
 
 def admin_routes(api: Api, setup: Setup) -> list[ApiRoute]:
-    """The operator's endpoints of one server."""
     client, model = api.client, api.preparation.model
 
     async def health(_: Request) -> Response:
@@ -63,31 +62,29 @@ def admin_routes(api: Api, setup: Setup) -> list[ApiRoute]:
         """Configuration without secrets, the engine's choices and counts, this process' queue, uptime (s)."""
         stats = await client.ping(api.health_timeout)
         config = {**dataclasses.asdict(setup.config), "api_key": f"{len(setup.config.api_key)} set"}
-        return json_response(
-            responses.ServerInfo(
-                version=__version__,
-                config=config,
-                effective=list(setup.notes),
-                stats=stats,
-                queued=responses.Queued(client.queue.requests, client.queue.tokens),
-                draining=client.draining,
-                uptime=round(time.monotonic() - setup.started, 3),
-            )
+        info = responses.ServerInfo(
+            version=__version__,
+            config=config,
+            effective=list(setup.notes),
+            stats=stats,
+            queued=responses.Queued(client.queue.requests, client.queue.tokens),
+            draining=client.draining,
+            uptime=round(time.monotonic() - setup.started, 3),
         )
+        return json_response(info)
 
     async def model_info(_: Request) -> Response:
         """The model: its names, where its files are, and what it can take."""
-        return json_response(
-            responses.ModelFacts(
-                id=model.name,
-                served_names=list(api.preparation.names),
-                model_path=setup.folder,
-                vocab_size=model.vocab_size,
-                max_model_len=model.max_seq_len,
-                eos_token_ids=list(model.eos_token_ids),
-                has_chat_template=api.preparation.tokenizer.has_chat_template,
-            )
+        facts = responses.ModelFacts(
+            id=model.name,
+            served_names=list(api.preparation.names),
+            model_path=setup.folder,
+            vocab_size=model.vocab_size,
+            max_model_len=model.max_seq_len,
+            eos_token_ids=list(model.eos_token_ids),
+            has_chat_template=api.preparation.tokenizer.has_chat_template,
         )
+        return json_response(facts)
 
     async def metrics(_: Request) -> Response:
         """Prometheus' page. It never fails: without the engine it has the engine's last counts."""

@@ -124,19 +124,10 @@ def with_middleware(app: ASGIApp, metrics: Metrics, config: Config) -> ASGIApp:
 class BoundedConnection(h11.Connection):
     """h11's part of a connection, with a bound on every head; h11's own is on those that come in pieces."""
 
-    def __init__(self) -> None:
-        super().__init__(h11.SERVER, HEAD_LIMIT)
-        self.too_large = False  # the last error was a head beyond the limit
-
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         before = len(self.trailing_data[0]) if self.their_state is h11.IDLE else 0
-        try:
-            event = super().next_event()
-        except h11.RemoteProtocolError as error:
-            self.too_large = error.error_status_hint == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
-            raise
+        event = super().next_event()
         if isinstance(event, h11.Request) and before - len(self.trailing_data[0]) > HEAD_LIMIT:
-            self.too_large = True
             raise h11.RemoteProtocolError("too large a head", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
         return event
 
@@ -150,7 +141,7 @@ class BoundedProtocol(H11Protocol):
 
     def __init__(self, *args: Any, write_timeout: float, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.conn: BoundedConnection = BoundedConnection()
+        self.conn: BoundedConnection = BoundedConnection(h11.SERVER, HEAD_LIMIT)
         self.write_timeout = write_timeout
         self._timers: dict[str, asyncio.TimerHandle] = {}
 
@@ -185,7 +176,8 @@ class BoundedProtocol(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """Answer what cannot be read as HTTP, in OpenAI's form, and close: 431 (RFC 6585) for too large a head."""
         code, status = "invalid_http", HTTPStatus.BAD_REQUEST
-        if self.conn.too_large:
+        error = sys.exception()  # uvicorn calls this while it handles what h11 raised
+        if isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431:
             code, status = "headers_too_large", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
             msg = f"URL and headers must have at most {HEAD_LIMIT} bytes"
         body = msgspec.json.encode(error_body(InvalidRequestError(msg, code=code)))
@@ -244,9 +236,8 @@ class HttpServer(uvicorn.Server):
             raise ConfigError(f"cannot listen on the port any more: {error.strerror}") from error
         self._on_listening()
 
-    @contextlib.contextmanager
+    @contextlib.contextmanager  # signals are the launcher's
     def capture_signals(self) -> Iterator[None]:
-        """Signals are the launcher's."""
         yield
 
 

@@ -62,16 +62,9 @@ class Queue:
             text = f"prompts of {self.tokens} tokens are waiting already; try again later"
             raise errors.QueueFullError(text, retry_after)
 
-    def enter(self, tokens: int) -> None:
-        self._change(1, tokens)
-
-    def leave(self, tokens: int, waited: float | None = None) -> None:
-        """A request has its first token after `waited` s, or has ended without one."""
+    def change(self, requests: int, tokens: int, waited: float | None = None) -> None:
         if waited is not None:
             self.wait += (waited - self.wait) / 8
-        self._change(-1, -tokens)
-
-    def _change(self, requests: int, tokens: int) -> None:
         self.requests += requests
         self.tokens += tokens
         self.metrics.queued_requests.set(self.requests)
@@ -210,7 +203,7 @@ class EngineClient:
         for request in requests:
             stats = RequestStats(len(request.prompt), arrived)
             self._live[request.id] = stats, group
-            self.queue.enter(stats.prompt_tokens)
+            self.queue.change(1, stats.prompt_tokens)
             if record is not None:
                 record.choices.append(stats)
         self._idle.clear()
@@ -266,17 +259,13 @@ class EngineClient:
         return reply.count
 
     async def ready(self) -> ipc.Ready:
-        """Wait for the engine to have loaded its model; raises ModelError with what it says when it cannot.
-
-        Raises EngineDeadError when it ended without a word.
-        """
+        """Wait for the model to be loaded. Raises ModelError when it cannot be, EngineDeadError if the engine ended."""
         ready = await asyncio.shield(self._ready)
         while self.dead is None and not self._outbox.poll(0, zmq.POLLOUT):
             await asyncio.sleep(0.01)
         return ready
 
     def send(self, message: ipc.ToEngine) -> None:
-        """Tell the engine something that it does not answer; lost when the engine is gone."""
         if self.dead is None:
             with contextlib.suppress(EngineDeadError):
                 self._send(message)
@@ -314,7 +303,7 @@ class EngineClient:
     def _end(self, request_id: str, finish: str, now: float) -> None:
         request, _ = self._live.pop(request_id)
         if request.first is None:
-            self.queue.leave(request.prompt_tokens)
+            self.queue.change(-1, -request.prompt_tokens)
         self.metrics.on_end(request, finish, now)
         if not self._live:
             self._idle.set()
@@ -359,7 +348,7 @@ class EngineClient:
                 continue
             if event.tokens:
                 if request.first is None:
-                    self.queue.leave(request.prompt_tokens, now - request.arrived)
+                    self.queue.change(-1, -request.prompt_tokens, now - request.arrived)
                     request.cached_tokens = event.cached_tokens
                 metrics.on_tokens(request, len(event.tokens), now)
             group.put(event)

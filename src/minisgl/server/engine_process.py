@@ -81,7 +81,6 @@ class Links:
             outbox.send(self._encoder.encode(message))
 
     def send_events(self, events: list[TokenEvent], admitted: Iterable[str] = ()) -> None:
-        """Tell each process what a step did for its requests."""
         owners = self._owners
         if not owners:
             self.send(ipc.Events(events, list(admitted)))
@@ -145,12 +144,10 @@ class EngineServer:
     ready: ipc.Ready
 
     def __init__(self, setup: ipc.EngineSetup, parent_gone: threading.Event) -> None:
-        self.config = setup.config
-        self.parent_gone = parent_gone
+        self.config, self.parent_gone = setup.config, parent_gone
         self.links = Links(setup.folder)
 
     def run(self) -> int:
-        """Load the model and serve; the exit status."""
         try:
             built = build_engine(self.config, progress=sys.stderr.isatty(), when_gone=leave_soon)
             self.engine, self.grammars = built.engine, PendingGrammars(built.engine.constraints)
@@ -225,7 +222,6 @@ class EngineServer:
         self.engine.abort(ids)
 
     def _add(self, request: Request, compiled: Constraint | InvalidRequestError | None = None) -> None:
-        """Have the engine take the request, or tell its process why not."""
         try:
             if isinstance(compiled, InvalidRequestError):
                 raise compiled
@@ -251,7 +247,6 @@ def leave_soon() -> None:
 
 
 def main() -> int:
-    """Entry point of `python -m minisgl.server.engine_process`."""
     setup = msgspec.json.decode(sys.stdin.buffer.readline(), type=ipc.EngineSetup)
     ipc.start_logging(setup.config, "engine ")
     gone = threading.Event()

@@ -10,7 +10,6 @@ import contextlib
 import importlib
 import ipaddress
 import itertools
-import json
 import logging
 import signal
 import socket
@@ -20,7 +19,7 @@ import tempfile
 import time
 from asyncio.subprocess import PIPE, Process
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -61,13 +60,10 @@ def serve(config: Config, command: Sequence[str] = ENGINE_COMMAND) -> None:
 
 
 async def run(config: Config, command: Sequence[str]) -> None:
-    with (
-        listen_socket(config.host, config.port) as listener,
-        handle_signals() as shutdown,
-        socket_folder() as folder,
-    ):
+    with listen_socket(config.host, config.port) as listener, socket_folder() as folder:
         check_public(config, listener)
-        started, stop = time.monotonic(), shutdown.stop
+        started, shutdown = time.monotonic(), handle_signals()
+        stop = shutdown.stop
         print_status(f"loading {config.model or BUNDLED_MODEL} …")
         process = await start_process(command, ipc.EngineSetup(config.replace(api_key=()), folder))
         client = EngineClient(folder, config)
@@ -124,8 +120,7 @@ async def watch_engine(process: Process, client: EngineClient) -> int:
 class ApiWorkers:
     """Several API processes that accept from one socket: replaced when they die, drained and ended together.
 
-    Each has a link of its own to the engine, and keeps its limits by itself. `engine_ended` is done when the engine is
-    gone. End them with `close`.
+    Each has a link of its own to the engine, and keeps its limits by itself. End them with `close`.
     """
 
     def __init__(self, setup: ipc.WorkerSetup, client: EngineClient, engine_ended: asyncio.Task[int]) -> None:
@@ -138,7 +133,8 @@ class ApiWorkers:
         self._ending: dict[int, asyncio.Task[int]] = {}
         self._serving: dict[int, ipc.Serving] = {}
         self._all_serve = asyncio.Event()
-        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._error: MinisglError | None = None
+        self._failed = asyncio.Event()
         self._deaths: deque[float] = deque(maxlen=MOST_DEATHS + 1)
         self._order = b""  # what they were told last
         self._keeping = [asyncio.create_task(self._keep(row)) for row in range(setup.config.api_workers)]
@@ -146,12 +142,12 @@ class ApiWorkers:
     async def serve(self, shutdown: Shutdown, on_listening: Callable[[ipc.Serving], None]) -> None:
         """Serve an engine that is ready until `shutdown` or its end. Raises ModelError or ApiProcessError."""
         ended, stop = self._engine_ended, shutdown.stop
-        await wait_first(self._all_serve.wait(), self._failed, stop.wait(), ended)
+        await wait_first(self._all_serve.wait(), self._failed.wait(), stop.wait(), ended)
         if stop.is_set() or ended.done():
             return
-        if not self._failed.done():
+        if self._error is None:
             on_listening(self._serving[0])
-            await wait_first(stop.wait(), ended, self._failed)
+            await wait_first(stop.wait(), ended, self._failed.wait())
         all_over = asyncio.create_task(asyncio.wait(self._keeping))
         if stop.is_set() and not ended.done():
             self._tell(b"stop\n")
@@ -159,16 +155,14 @@ class ApiWorkers:
             await wait_first(all_over, shutdown.force.wait(), ended, timeout=timeout)
         self._tell(b"engine ended\n" if ended.done() else b"force\n")
         await wait_first(all_over, timeout=LAST_SECONDS)
-        if self._failed.done():
-            self._failed.result()
+        if self._error is not None:
+            raise self._error
 
     async def close(self) -> None:
         for task in self._keeping:
             task.cancel()
         await asyncio.gather(*self._keeping, return_exceptions=True)
         await asyncio.gather(*self._ending.values())
-        if self._failed.done():
-            self._failed.exception()  # retrieved, or asyncio warns
 
     def _tell(self, order: bytes) -> None:
         self._order = order
@@ -177,8 +171,8 @@ class ApiWorkers:
             process.stdin.write(order)
 
     def _fail(self, error: MinisglError) -> None:
-        if not self._failed.done():
-            self._failed.set_exception(error)
+        self._error = self._error or error
+        self._failed.set()
 
     async def _keep(self, row: int) -> None:
         while True:
@@ -193,8 +187,7 @@ class ApiWorkers:
                 return
             self._deaths.append(time.monotonic())
             if len(self._deaths) > MOST_DEATHS and self._deaths[-1] - self._deaths[0] < DEATHS_SECONDS:
-                text = f"API process {row} {end}, the last of too many in {DEATHS_SECONDS:.0f} s"
-                self._fail(ApiProcessError(text))
+                self._fail(ApiProcessError(f"API process {row} {end}, the last of too many in {DEATHS_SECONDS:.0f} s"))
                 return
             logger.error("API process %d %s; its requests are ended, and another one is started", row, end)
 
@@ -333,16 +326,14 @@ def check_certificate(config: Config) -> None:
 
 
 def address(listener: socket.socket, config: Config) -> str:
-    """The URL to reach a bound socket from this machine."""
     scheme = "http" if config.ssl_certfile is None else "https"
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
-@contextlib.contextmanager
-def handle_signals() -> Iterator[Shutdown]:
-    """The first SIGINT or SIGTERM sets `stop`, the second `force`."""
+def handle_signals() -> Shutdown:
+    """The first SIGINT or SIGTERM sets `stop`, the second `force`, for as long as the event loop lives."""
     shutdown, loop = Shutdown(), asyncio.get_running_loop()
 
     def on_signal() -> None:
@@ -352,26 +343,15 @@ def handle_signals() -> Iterator[Shutdown]:
             shutdown.stop.set()
             print_status("stopping; once more to stop at once")
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    for number in numbers:
+    for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal)
-    try:
-        yield shutdown
-    finally:
-        for number in numbers:
-            loop.remove_signal_handler(number)
+    return shutdown
 
 
 def announce(config: Config, url: str, ready: ipc.Ready, serving: ipc.Serving, started: float) -> None:
     """The ready line, the effective configuration and a request to paste; `started` is on the monotonic clock."""
     if not serving.has_tokenizer:
         print_status(f"{ready.folder} has no tokenizer: text is bytes, and any other token reads as its number")
-    question = "What is the capital of France?"
-    path, body = (
-        ("chat/completions", {"messages": [{"role": "user", "content": question}]})
-        if serving.chats
-        else ("completions", {"prompt": "The capital of France is"})
-    )
     seconds = time.monotonic() - started
     print(f"\nMini-SGLang {__version__} is ready after {seconds:.1f} s: {serving.model} on {url}/v1\n")
     for note in ready.notes:
@@ -380,9 +360,11 @@ def announce(config: Config, url: str, ready: ipc.Ready, serving: ipc.Serving, s
     if config.api_key:
         print(f"  api_key = {len(config.api_key)} set: clients send one as 'Authorization: Bearer KEY'")
         headers += ' -H "Authorization: Bearer $MINISGL_API_KEY"'
+    path, body = "completions", '{"prompt": "The capital of France is"}'
     if serving.chats:
+        path, body = "chat/completions", '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
         print(f"\nchat in a browser: {url}/")
-    print(f"\ncurl {url}/v1/{path} {headers} \\\n  -d '{json.dumps(body)}'\n", flush=True)
+    print(f"\ncurl {url}/v1/{path} {headers} \\\n  -d '{body}'\n", flush=True)
 
 
 def print_status(line: str) -> None:

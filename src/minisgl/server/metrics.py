@@ -46,8 +46,6 @@ COUNTERS = (
     ("num_aborted_requests", "aborted", "requests aborted: by a client that left, a limit or an operator"),
     ("engine_steps", "steps", "steps planned"),
 )
-START_TIME = "process_start_time_seconds"
-HEARTBEAT = "api_process_heartbeat"
 BEAT_SECONDS = 0.5
 SILENT_SECONDS = 3.0  # an API process whose heartbeat is older hangs
 
@@ -79,7 +77,6 @@ class AccessRecord:
     choices: list[RequestStats] = dataclasses.field(default_factory=list)
 
     def describe(self, now: float) -> str:
-        """The line of the access log."""
         parts = [f'{self.client} "{self.method} {self.path}" {self.status} id={self.id}']
         if self.choices:
             prompt, generated, cached = (
@@ -136,8 +133,8 @@ class Metrics:
         self.queued_tokens = gauge("num_queued_tokens", "prompt tokens of requests without their first token")
         self.preparing = gauge("num_requests_preparing", "requests that are being tokenised")
         # Of no registry: one API process has none, and of several the files are read.
-        heartbeat = "Unix time at which an API process last said that it works"
-        self.heartbeat = Gauge(PREFIX + HEARTBEAT, heartbeat, registry=None, multiprocess_mode="liveall")
+        name, text = PREFIX + "api_process_heartbeat", "Unix time at which an API process last said that it works"
+        self.heartbeat = Gauge(name, text, registry=None, multiprocess_mode="liveall")
 
     def on_admitted(self, request: RequestStats, now: float) -> None:
         """A request has a row in the engine; only the first time counts."""
@@ -175,7 +172,6 @@ class Metrics:
         self.responses.labels(method, route, str(record.status)).inc()
 
     async def beat(self) -> None:
-        """Say that this process works until cancelled."""
         while True:
             self.heartbeat.set_to_current_time()
             await asyncio.sleep(BEAT_SECONDS)
@@ -192,7 +188,6 @@ class Metrics:
         return sum(seconds > SILENT_SECONDS for seconds in self.silences().values())
 
     def families(self) -> Iterable[Metric]:
-        """What all API processes have counted together."""
         if self.counts is None:
             return self.registry.collect()
         families: Iterable[Metric] = MultiProcessCollector(None, self.counts).collect()  # type: ignore[no-untyped-call]
@@ -238,13 +233,13 @@ def process_families(pids: Iterable[int]) -> Iterable[Metric]:
     total: dict[str, Metric] = {}
     for pid in pids:
         for family in ProcessCollector(pid=functools.partial(int, pid), registry=None).collect():
-            if (before := total.setdefault(family.name, family)) is not family:
-                one, other = before.samples[0], family.samples[0]
-                both = min(one.value, other.value) if one.name == START_TIME else one.value + other.value
-                before.samples = [one._replace(value=both)]
+            before = total.setdefault(family.name, family)
+            if before is not family:
+                first, value = before.samples[0], family.samples[0].value
+                both = min(first.value, value) if "start_time" in first.name else first.value + value
+                before.samples = [first._replace(value=both)]
     return total.values()
 
 
 def share(part: int, whole: int) -> float:
-    """A part of a whole that may be empty."""
     return part / whole if whole else 0.0
