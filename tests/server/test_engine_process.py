@@ -112,53 +112,30 @@ async def test_an_answer_is_aborted_in_the_process_that_has_it(
     assert (await asked.ping(5)).aborted == 3 + (completion_id is None)
 
 
-def constrained(name: str, source: str = "a") -> tuple[Request, Grammar]:
-    grammar = Grammar(kind="regex", source=source)
-    return Request.make(id=name, prompt=[1], params=SamplingParams(grammar=grammar)), grammar
-
-
-def wait_ready(pending: PendingGrammars, count: int) -> list[tuple[Request, Constraint | InvalidRequestError]]:
-    """The next `count` that are ready."""
-    found: list[tuple[Request, Constraint | InvalidRequestError]] = []
-    deadline = time.monotonic() + 10
-    while len(found) < count:
-        assert time.monotonic() < deadline
-        found += pending.ready()
-    return found
-
-
-def test_a_request_is_ready_when_its_grammar_is_and_never_when_it_has_left() -> None:
+@pytest.mark.parametrize("error", [InvalidRequestError("too much"), RuntimeError("too much")])
+def test_a_request_is_ready_when_its_grammar_is_and_never_when_it_has_left(error: Exception) -> None:
     gate, made = threading.Event(), Cycle(cycle(5, 100), VOCAB, eos=1)
 
     def factory(grammar: Grammar) -> Constraint:
         assert gate.wait(10)
+        if grammar.source == "c":
+            raise error
         return made
 
     pending = PendingGrammars(factory)
-    asked = [constrained(name) for name in "abcd"]
-    for one in asked:
-        pending.start(*one)
+    for name in "abcd":
+        grammar = Grammar(kind="regex", source=name)
+        pending.start(Request.make(id=name, prompt=[1], params=SamplingParams(grammar=grammar)), grammar)
     assert pending.drop(["b", "a", "unknown"]) == ["b", "a"]
     assert (pending.ready(), list(pending.requests)) == ([], ["c", "d"])
     gate.set()
-    assert wait_ready(pending, 2) == [(asked[2][0], made), (asked[3][0], made)]
+    deadline, found = time.monotonic() + 10, pending.ready()
+    while len(found) < 2:
+        assert time.monotonic() < deadline
+        found += pending.ready()
+    assert [request.id for request, _ in found] == ["c", "d"]
+    assert isinstance(found[0][1], InvalidRequestError)
+    assert "too much" in found[0][1].message
+    assert found[1][1] is made
     assert (pending.requests, pending.ready()) == ({}, [])
-    pending.close()
-
-
-@pytest.mark.parametrize("error", [InvalidRequestError("too much"), RuntimeError("too much")])
-def test_what_cannot_be_followed_is_an_error_of_its_own_request(error: Exception) -> None:
-    def factory(grammar: Grammar) -> Constraint:
-        if grammar.source == "bad":
-            raise error
-        return Cycle(cycle(5, 100), VOCAB, eos=1)
-
-    pending = PendingGrammars(factory)
-    pending.start(*constrained("a", "bad"))
-    pending.start(*constrained("b"))
-    (bad, refusal), (good, constraint) = wait_ready(pending, 2)
-    assert (bad.id, good.id) == ("a", "b")
-    assert isinstance(refusal, InvalidRequestError)
-    assert "too much" in refusal.message
-    assert isinstance(constraint, Cycle)
     pending.close()

@@ -7,6 +7,7 @@ memory of both processes may grow by 2 % at most.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import time
@@ -73,7 +74,8 @@ async def client(http: httpx.AsyncClient, rng: random.Random, until: float, outc
         except TimeoutError:
             outcomes["left"] += 1
             continue
-        whole = not body.get("stream") or status == 400 or (events[-1] == "data: [DONE]" and "error" not in events[-2])
+        whole = not body.get("stream") or status == 400
+        whole = whole or (events[-1] == "data: [DONE]" and "error" not in json.loads(events[-2][6:]))
         outcomes["good" if answer.status_code == status and whole else f"bad {answer.status_code} {events[-2:]}"] += 1
 
 

@@ -25,12 +25,16 @@ class EngineSetup(msgspec.Struct, frozen=True):
 
 
 class WorkerSetup(EngineSetup, frozen=True):
-    """To an API process, on its stdin. `listener` is an inherited file descriptor, `started` on the monotonic clock."""
+    """To an API process, on its stdin. `counts` is the folder of what is counted.
 
-    row: int
-    link: int
+    `listener` is an inherited file descriptor, `started` is on the monotonic clock.
+    """
+
+    counts: str
     listener: int
     started: float
+    row: int = 0
+    link: int = LAUNCHER
 
 
 class Serving(msgspec.Struct, frozen=True):

@@ -75,7 +75,7 @@ async def run(config: Config, command: Sequence[str]) -> None:
             if config.api_workers == 1:
                 await asyncio.to_thread(importlib.import_module, "minisgl.server.api_process")
             else:
-                setup = ipc.WorkerSetup(config, folder, 0, 0, listener.fileno(), started)
+                setup = ipc.WorkerSetup(config, folder, tempfile.mkdtemp(dir=folder), listener.fileno(), started)
                 workers = ApiWorkers(setup, client, ended)
             while not loading.done() and not stop.is_set():
                 await wait_first(loading, stop.wait(), timeout=LOADING_SECONDS)
@@ -127,7 +127,6 @@ class ApiWorkers:
         self._setup = setup
         self._client = client
         self._engine_ended = engine_ended
-        self._counts = tempfile.mkdtemp(prefix="counts", dir=setup.folder)
         self._links = itertools.count(1)
         self._processes: dict[int, Process] = {}
         self._ending: dict[int, asyncio.Task[int]] = {}
@@ -194,7 +193,7 @@ class ApiWorkers:
     async def _run(self, row: int) -> int:
         """One life of a process; its exit status. Nothing of it is left in the engine."""
         setup = msgspec.structs.replace(self._setup, row=row, link=next(self._links))
-        env = environment_with(PROMETHEUS_MULTIPROC_DIR=self._counts)
+        env = environment_with(PROMETHEUS_MULTIPROC_DIR=setup.counts)
         process = await start_process(WORKER_COMMAND, setup, stdout=PIPE, pass_fds=[setup.listener], env=env)
         assert process.stdin is not None
         assert process.stdout is not None
@@ -217,7 +216,7 @@ class ApiWorkers:
             self._ending[row] = asyncio.create_task(end_process(process))
             status = await asyncio.shield(self._ending[row])
             self._client.send(ipc.Detach(setup.link))
-            mark_process_dead(process.pid, self._counts)  # type: ignore[no-untyped-call]
+            mark_process_dead(process.pid, setup.counts)  # type: ignore[no-untyped-call]
         return status
 
 
