@@ -81,11 +81,12 @@ async def client(http: httpx.AsyncClient, rng: random.Random, until: float, outc
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-async def test_minutes_of_mixed_load_leak_nothing() -> None:
+async def test_minutes_of_mixed_load_leak_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = float(os.environ.get("SOAK_SECONDS", "120"))
+    monkeypatch.setenv("LOG_LEVEL", "WARNING")
     outcomes, memory = Counter[str](), list[list[int]]()
     # The memory that torch keeps for each length of a batch is taken early when there are few lengths.
-    flags = ("--max-running-requests", "32", "--max-prefill-length", "64", "--log-level", "WARNING")
+    flags = ("--max-running-requests", "32", "--max-prefill-length", "64")
     with server(*flags) as (process, url):
         pids, started = [process.pid, *children(process.pid)], time.monotonic()
         limits = httpx.Limits(max_connections=None)
