@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minisgl.core.decoder import Decoder
 from minisgl.core.kv_cache import DeviceTables, upload
-from minisgl.core.plan import Masks, SpecialInit, SpecialRows, StepPlan
+from minisgl.core.plan import LogitsInit, LogitsRows, Masks, StepPlan
 from minisgl.core.types import MAX_LOGIT_BIAS
 
 CHUNK_LOGITS = 1 << 23
@@ -55,7 +55,7 @@ class LogitsState:
     bias_ids: Tensor | None = field(default=None, init=False)  # int64 (rows, MAX_LOGIT_BIAS)
     bias_values: Tensor | None = field(default=None, init=False)  # float32 (rows, MAX_LOGIT_BIAS)
 
-    def admit(self, init: SpecialInit) -> None:
+    def admit(self, init: LogitsInit) -> None:
         """Start these rows afresh."""
         arrays: dict[str, NDArray[Any]] = {
             "slots": init.slots.astype(np.int64),
@@ -127,7 +127,7 @@ class LogitsProcessors:
         """Rows' logits of the whole vocabulary; a rank has those of its own tokens."""
         return self.decoder.ops.whole_logits(logits)
 
-    def _resample(self, plan: StepPlan, special: SpecialRows, output: StepOutput, masks: Masks | None) -> None:
+    def _resample(self, plan: StepPlan, special: LogitsRows, output: StepOutput, masks: Masks | None) -> None:
         arrays: dict[str, NDArray[Any]] = {
             "changed": special.changed.astype(np.int64),
             "slots": plan.sampled_slots[special.changed].astype(np.int64),
@@ -152,7 +152,7 @@ class LogitsProcessors:
                 self.state.count(slots, tokens)
 
     def _change(
-        self, special: SpecialRows, own: Tensor, slots: Tensor, inputs: dict[str, Tensor], rows: slice
+        self, special: LogitsRows, own: Tensor, slots: Tensor, inputs: dict[str, Tensor], rows: slice
     ) -> Tensor:
         """The float32 logits that these rows sample from, changed in the order that SamplingParams gives."""
         logits, state, width = own.to(torch.float32, copy=True), self.state, special.bias_width
@@ -219,5 +219,4 @@ def _ranks(logits: Tensor) -> Tensor:
 
 
 def join(parts: list[TokenScores]) -> TokenScores:
-    """Chunks of scores as one."""
     return parts[0] if len(parts) == 1 else TokenScores(*(torch.cat(column) for column in zip(*parts, strict=True)))

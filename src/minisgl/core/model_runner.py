@@ -14,7 +14,7 @@ from minisgl.core.attention import AttentionMetadata, PlannedAttention, Sequence
 from minisgl.core.decoder import Decoder, ForwardBatch
 from minisgl.core.kv_cache import DeviceTables, KVCache, upload
 from minisgl.core.logits import LogitsProcessors, StepOutput
-from minisgl.core.plan import Masks, RowInit, StepPlan
+from minisgl.core.plan import Masks, NewRows, StepPlan
 
 
 class DecodeGraphRunner(Protocol):
@@ -96,7 +96,7 @@ class ModelRunner:
         self.tables.last_token.index_copy_(0, step.sampled, tokens)
         return StepOutput(tokens, logits)
 
-    def _admit(self, init: RowInit) -> None:
+    def _admit(self, init: NewRows) -> None:
         """Write the sampling parameters of rows that start."""
         arrays: dict[str, NDArray[Any]] = {
             "slots": init.slots.astype(np.int64),
