@@ -45,17 +45,17 @@ class EngineThread:
         self.gone = threading.Event()
         self.thread: threading.Thread | None = None
 
-    def run(self, to_engine: str, from_engine: str) -> None:
+    def run(self, sockets: str) -> None:
         """Serve until `gone`."""
         try:
-            EngineServer(ipc.EngineSetup(Config(), to_engine, from_engine), self.gone).run()
+            EngineServer(ipc.EngineSetup(Config(), sockets), self.gone).run()
         except RuntimeError as error:
             self.failure = error
 
     @contextlib.asynccontextmanager
-    async def start(self, to_engine: str, from_engine: str) -> AsyncIterator[None]:
+    async def start(self, sockets: str) -> AsyncIterator[None]:
         """Run for as long as the context lasts."""
-        self.thread = threading.Thread(target=self.run, args=(to_engine, from_engine))
+        self.thread = threading.Thread(target=self.run, args=(sockets,))
         self.thread.start()
         try:
             yield

@@ -43,7 +43,7 @@ async def test_every_bad_request_gets_its_error_and_leaves_the_server_well(serve
         except AssertionError as error:
             wrong.append(f"{name}: {str(error).splitlines()[0]}")
     assert not wrong, "\n".join(wrong)
-    assert server.service.num_live == 0
+    assert server.client.num_live == 0
     assert not server.engine.live
 
 

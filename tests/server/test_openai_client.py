@@ -96,7 +96,7 @@ async def test_stop_strings_are_cut_counted_and_end_the_request(server: Serving)
         assert "".join(part.choices[0].text for part in answers) == "a b "
         assert answers[-1].choices[0].finish_reason == "stop"
     await server.until(lambda: not server.engine.live)
-    assert server.service.num_live == 0
+    assert server.client.num_live == 0
 
 
 async def test_eos_is_not_shown_and_ignore_eos_goes_past_it(server: Serving) -> None:

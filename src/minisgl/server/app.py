@@ -55,11 +55,7 @@ class ClientGoneError(Exception):
 
 
 class NamedRoute(Route):
-    """A route that the middleware finds in the scope. HEAD is left to the middleware."""
-
-    def __init__(self, route: ApiRoute) -> None:
-        super().__init__(route.path, route.handler)
-        self.methods = set(route.methods.split())
+    """A route that the middleware finds in the scope."""
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         match, found = super().matches(scope)
@@ -88,7 +84,7 @@ class Endpoints:
     async def respond(self, request: Request, prepare: Prepare, kind: AnyCompletion) -> Response:
         """The completion, whole or streamed. The requests end when the client leaves."""
         prepared = await self.api.prepare(prepare, await read_body(request))
-        generation = Generation(self.api.service, self.preparation.tokenizer, prepared)
+        generation = Generation(self.api.client, self.preparation.tokenizer, prepared)
         completion = kind(generation, self.preparation.model.name)
         if not prepared.body.stream:
             return json_response(await unless_disconnected(request.receive, completion.whole()))
@@ -156,7 +152,8 @@ def make_app(api: Api, setup: Setup) -> Starlette:
     paths = [base + rest for base in bases for rest in ("", "/{rest:path}")]
     routes += [ApiRoute("GET POST PUT PATCH DELETE", path, refuse_endpoint) for path in paths]
     kinds = (MinisglError, HTTPException, Exception, ClientGoneError, ClientDisconnect)
-    return Starlette(routes=[NamedRoute(route) for route in routes], exception_handlers=dict.fromkeys(kinds, on_error))
+    named = [NamedRoute(route.path, route.handler, methods=route.methods.split()) for route in routes]
+    return Starlette(routes=named, exception_handlers=dict.fromkeys(kinds, on_error))
 
 
 async def refuse_endpoint(request: Request) -> Response:
@@ -242,7 +239,8 @@ async def on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, (ClientGoneError, ClientDisconnect)):
         return Response(status_code=499)  # nginx's "client closed request", for the log
     if isinstance(error, HTTPException):  # the router's 404 and 405
-        shown = MinisglError(f"{request.method} {request.url.path}: {HTTPStatus(error.status_code).phrase}")
+        method = request.method.replace("HEAD", "GET")  # whose length an answer to HEAD has
+        shown = MinisglError(f"{method} {request.url.path}: {HTTPStatus(error.status_code).phrase}")
         shown.type = "invalid_request_error" if error.status_code < 500 else "server_error"
         shown.code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
         return json_response(error_body(shown), error.status_code, dict(error.headers or {}))

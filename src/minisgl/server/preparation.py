@@ -223,13 +223,13 @@ class Preparation:
 class Api:
     """What every endpoint works with. `created` is a Unix time in s, `health_timeout` in s."""
 
-    service: EngineClient
+    client: EngineClient
     preparation: Preparation
     health_timeout: float = 5.0
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     async def prepare(self, prepare: Callable[[bytes], T], body: bytes) -> T:
-        with self.service.metrics.preparing.track_inprogress():
+        with self.client.metrics.preparing.track_inprogress():
             try:
                 return await asyncio.to_thread(prepare, body)
             except RecursionError as error:
