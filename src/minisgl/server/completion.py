@@ -318,7 +318,7 @@ class TextCompletion(OpenAICompletion):
 
     def shown(self) -> list[ChoiceState]:
         """Of more choices of a prompt than are wanted, those with the best mean log-probability."""
-        choices, generated, wanted = self.generation.choices, self.body.num_generated, self.body.num_choices
+        choices, generated, wanted = self.generation.choices, self.body.num_generated, self.body.n or 1
         if generated == wanted:
             return choices
         prompts = [choices[first : first + generated] for first in range(0, len(choices), generated)]
@@ -395,13 +395,10 @@ class SglangCompletion:
     def _logprobs(self, side: str, scored: Sequence[ScoredToken]) -> dict[str, Any]:
         """The tokens of the prompt or of the completion, and where it was asked for the most probable ones."""
         own = [self._entry(token, None if found is None else found.logprob) for token, found, _ in scored]
-        lists: dict[str, Any] = {f"{side}_token_logprobs": own}
-        if self.body.top_logprobs_num:
-            found = [entry.logprobs for entry in scored]
-            lists[f"{side}_top_logprobs"] = [
-                None if f is None else list(map(self._entry, f.top_ids, f.top_logprobs)) for f in found
-            ]
-        return lists
+        if not self.body.top_logprobs_num:
+            return {f"{side}_token_logprobs": own}
+        tops = [None if f is None else list(map(self._entry, f.top_ids, f.top_logprobs)) for _, f, _ in scored]
+        return {f"{side}_token_logprobs": own, f"{side}_top_logprobs": tops}
 
     def _entry(self, token: int, logprob: float | None) -> responses.TokenEntry:
         text = self._writer.text(token) if self.body.return_text_in_logprobs else None

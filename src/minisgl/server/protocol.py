@@ -317,13 +317,9 @@ class Sampling(Body):
     repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
 
     @property
-    def num_choices(self) -> int:
-        """Completions that are returned for each prompt; `num_generated` is how many are generated."""
-        return self.n or 1
-
-    @property
     def num_generated(self) -> int:
-        return self.num_choices
+        """Completions of each prompt."""
+        return self.n or 1
 
     @property
     def constraints(self) -> dict[str, Any]:
@@ -459,7 +455,7 @@ class CompletionRequest(OpenAIRequest, kw_only=True):
 
     @property
     def num_generated(self) -> int:
-        return self.num_choices if self.best_of is None else self.best_of
+        return self.best_of or self.n or 1
 
     @property
     def scores_only(self) -> bool:
@@ -468,15 +464,16 @@ class CompletionRequest(OpenAIRequest, kw_only=True):
 
     def check(self) -> None:
         super().check()
-        more = self.num_generated > self.num_choices
-        require(self.num_generated >= self.num_choices, "best_of must be at least n", "best_of")
-        require(not (more and self.stream), "best_of above n cannot be streamed: which is best shows last", "best_of")
+        returned = self.n or 1
+        require(self.num_generated >= returned, "best_of must be at least n", "best_of")
+        rule = "best_of above n cannot be streamed: which is best shows last"
+        require(self.num_generated == returned or not self.stream, rule, "best_of")
 
     def params(self, grammar: Grammar | None) -> SamplingParams:
         limit = COMPLETION_MAX_TOKENS if self.max_tokens is None else self.max_tokens
         limit = 1 if self.scores_only else limit  # the engine generates at least one
         logprobs = self.logprobs
-        if logprobs is None and self.num_generated > self.num_choices:
+        if logprobs is None and self.num_generated > (self.n or 1):
             logprobs = 0  # they say which choices are best
         prompt = self.logprobs if self.echo else None
         return self.sampling_params(max_tokens=limit, logprobs=logprobs, prompt_logprobs=prompt, grammar=grammar)
@@ -528,7 +525,7 @@ class GenerateRequest(Body):
 
     @property
     def num_generated(self) -> int:
-        return self.sampling.num_choices
+        return self.sampling.num_generated
 
     @property
     def prompts(self) -> Any:
