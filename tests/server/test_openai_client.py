@@ -46,14 +46,12 @@ async def test_a_chat_stream_opens_with_the_role_and_closes_with_reason_and_usag
 
 
 async def test_a_stream_without_include_usage_has_none(server: Serving) -> None:
-    body = {"messages": HELLO, "max_tokens": 3, "stream": True}
-    response = await server.http.post("/v1/chat/completions", json=body)
-    assert response.headers["content-type"].startswith("text/event-stream")
-    assert "usage" not in response.text
-    assert response.text.endswith("data: [DONE]\n\n")
-    options = {"continuous_usage_stats": True}
-    response = await server.http.post("/v1/chat/completions", json={**body, "stream_options": options})
-    assert "usage" not in response.text
+    for options in (None, {"continuous_usage_stats": True}):
+        body = {"messages": HELLO, "max_tokens": 3, "stream": True, "stream_options": options}
+        response = await server.http.post("/v1/chat/completions", json=body)
+        assert response.headers["content-type"].startswith("text/event-stream")
+        assert "usage" not in response.text
+        assert response.text.endswith("data: [DONE]\n\n")
 
 
 async def test_each_prompt_of_a_completion_becomes_its_choice(server: Serving) -> None:
@@ -168,11 +166,9 @@ async def test_message_forms_and_template_variables_reach_the_template(server: S
     ]
     template = "<|im_start|>system\nrules<|im_end|>\n<|im_start|>user\none\ntwo<|im_end|>\n"
     template += "<|im_start|>assistant\n<|im_end|>\n"
-    for extra, tail in (
-        ({"chat_template_kwargs": {"prefix": "think"}}, "think"),
-        ({"chat_template_kwargs": {"prefix": "think"}, "add_generation_prompt": False}, ""),
-    ):
-        body = {"messages": messages, "max_tokens": 1, **extra}
+    for add, tail in ((None, "think"), (False, "")):
+        variables = {"chat_template_kwargs": {"prefix": "think"}, "add_generation_prompt": add}
+        body = {"messages": messages, "max_tokens": 1, **variables}
         assert (await server.http.post("/v1/chat/completions", json=body)).status_code == 200
         prompt = list(server.engine.seen[-1].prompt.tolist())
         assert server.tokenizer.decode(prompt, skip_special_tokens=False) == template + tail
