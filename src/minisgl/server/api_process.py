@@ -220,8 +220,7 @@ class HttpServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(app, http=protocol, ws="none", lifespan="off", backlog=backlog, **tls, **quiet)  # type: ignore[arg-type]
         )
-        self._write_timeout = config.write_timeout
-        self._on_listening = on_listening
+        self._write_timeout, self._on_listening = config.write_timeout, on_listening
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say so. Raises ConfigError when another process took the port while the model loaded."""

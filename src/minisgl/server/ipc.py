@@ -25,27 +25,21 @@ class EngineSetup(msgspec.Struct, frozen=True):
 
 
 class WorkerSetup(EngineSetup, frozen=True):
-    """To an API process, on its stdin. `counts` is the folder of what is counted.
+    """To an API process, on its stdin."""
 
-    `listener` is an inherited file descriptor, `started` is on the monotonic clock.
-    """
-
-    counts: str
-    listener: int
-    started: float
+    counts: str  # the folder of Prometheus' files
+    listener: int  # an inherited file descriptor
+    started: float  # s, on the monotonic clock
     row: int = 0
     link: int = LAUNCHER
 
 
 class Serving(msgspec.Struct, frozen=True):
-    """From an API process, on its stdout: it takes connections, or cannot because of `error`.
-
-    `has_tokenizer` is False where text is bytes.
-    """
+    """From an API process, on its stdout: it takes connections, or cannot because of `error`."""
 
     model: str = ""
     chats: bool = False
-    has_tokenizer: bool = True
+    has_tokenizer: bool = True  # False: text is bytes
     error: str | None = None
 
 

@@ -221,10 +221,8 @@ class ApiWorkers:
 
 
 async def start_process(command: Sequence[str], setup: ipc.EngineSetup, **options: Any) -> Process:
-    """Start a process with its setup as a line on stdin, whose end tells it that the launcher is gone.
-
-    It has its own session, so that Ctrl-C in the terminal reaches the launcher alone.
-    """
+    """Start a process with its setup as a line on stdin, whose end tells it that the launcher is gone."""
+    # A session of its own, so that Ctrl-C in the terminal reaches the launcher alone.
     process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, start_new_session=True, **options)
     assert process.stdin is not None
     process.stdin.write(msgspec.json.encode(setup) + b"\n")
@@ -285,10 +283,7 @@ def describe_load(before: EngineStats, now: EngineStats, seconds: float) -> str:
 
 
 def listen_socket(host: str, port: int) -> socket.socket:
-    """A socket bound to the address and not listening yet: taken before the model is loaded, answering after.
-
-    Raises ConfigError when the address cannot be had.
-    """
+    """A socket that is bound, but does not listen before the model is loaded. Raises ConfigError."""
     try:
         family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
