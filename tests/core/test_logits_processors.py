@@ -187,7 +187,7 @@ def test_ordinary_steps_run_no_logits_processors() -> None:
     plans = record_plans(engine)
     ordinary = [Request.make(id=str(i), prompt=[i + 1] * 5, params=SamplingParams(max_tokens=6)) for i in range(3)]
     answers(engine, ordinary)
-    assert all(plan.special is None for plan in plans)
+    assert all(plan.logits is None for plan in plans)
     assert isinstance(engine.executor, LocalExecutor)
     tables = engine.executor.runner.logits_processors.state
     assert tables.seen is None

@@ -17,7 +17,7 @@ Masks = Int32
 """(g, ceil(V / 32)): which tokens each of g rows may have next, bit t % 32 of word t // 32, the lowest bit first."""
 
 
-class RowInit(msgspec.Struct, frozen=True, kw_only=True):
+class NewRows(msgspec.Struct, frozen=True, kw_only=True):
     """Sampling parameters of the rows that a step admits; `n` rows, written before anything else in the step.
 
     `seeds` holds 64-bit seeds. Ids in `stop_ids` (padded with -1) cannot be sampled at a position below
@@ -32,10 +32,10 @@ class RowInit(msgspec.Struct, frozen=True, kw_only=True):
     seeds: NDArray[np.int64]  # (n,)
     min_lens: Int32  # (n,)
     stop_ids: Int32  # (n, MAX_STOP_TOKEN_IDS)
-    special: SpecialInit | None = None
+    logits: LogitsInit | None = None
 
 
-class SpecialInit(msgspec.Struct, frozen=True, kw_only=True):
+class LogitsInit(msgspec.Struct, frozen=True, kw_only=True):
     """What the device must know of those admitted rows whose logits are changed before sampling.
 
     Penalised rows hold m distinct tokens already, counted once a row. `seen` is twice a token's count in the output,
@@ -51,7 +51,7 @@ class SpecialInit(msgspec.Struct, frozen=True, kw_only=True):
     bias_values: NDArray[np.float32]  # (n, w)
 
 
-class SpecialRows(msgspec.Struct, frozen=True, kw_only=True):
+class LogitsRows(msgspec.Struct, frozen=True, kw_only=True):
     """What a step does for rows that ask for more than sampling; `core/logits.py` executes it.
 
     Of the step's sampled rows, indexed as `StepPlan.sampled_slots`, `changed` have their logits changed before a token
@@ -83,7 +83,7 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     step: int
-    init: RowInit | None
+    init: NewRows | None
     page_slots: Int32  # (p,) page_table[page_slots, page_indices] = page_ids
     page_indices: Int32  # (p,)
     page_ids: Int32  # (p,)
@@ -97,7 +97,7 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
     all_greedy: bool
     any_filter: bool
     any_min_len: bool
-    special: SpecialRows | None = None
+    logits: LogitsRows | None = None
 
     @property
     def sampled_slots(self) -> Int32:
@@ -107,9 +107,9 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def constrained_slots(self) -> Int32:
         """Slots whose next token waits for a mask, in the order of the masks."""
-        if self.special is None:
+        if self.logits is None:
             return np.empty(0, np.int32)
-        return self.sampled_slots[self.special.changed[self.special.constrained]]
+        return self.sampled_slots[self.logits.changed[self.logits.constrained]]
 
     @property
     def num_tokens(self) -> int:
@@ -125,12 +125,12 @@ class Scores(msgspec.Struct, frozen=True):
 
 
 class StepResult(msgspec.Struct, frozen=True, kw_only=True):
-    """The tokens a step sampled, in the order of `StepPlan.sampled_slots`, and the scores that `special` asked for."""
+    """The tokens a step sampled, in the order of `StepPlan.sampled_slots`, and the scores that `logits` asked for."""
 
     step: int
     tokens: Int32  # (len(sampled_slots),)
-    scores: Scores | None = None  # of special.scored
-    prompt_scores: Scores | None = None  # of special.prompt_rows
+    scores: Scores | None = None  # of logits.scored
+    prompt_scores: Scores | None = None  # of logits.prompt_rows
 
 
 class Executor(Protocol):

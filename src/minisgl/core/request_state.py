@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from minisgl.core.plan import Int32, RowInit, Scores, SpecialInit, SpecialRows, StepPlan, StepResult
+from minisgl.core.plan import Int32, LogitsInit, LogitsRows, NewRows, Scores, StepPlan, StepResult
 from minisgl.core.types import MAX_STOP_TOKEN_IDS, Grammar, Request, TokenLogprobs
 from minisgl.errors import InvalidRequestError
 
@@ -134,7 +134,7 @@ class RequestTable:
         self.constrained = np.zeros(rows, np.bool_)
         self.top = np.zeros(rows, np.int32)  # log-probabilities beside the token's own; -1: none at all
         self.prompt_top = np.zeros(rows, np.int32)  # the same of the prompt
-        self.special = np.zeros(rows, np.bool_)  # any of these
+        self.processed = np.zeros(rows, np.bool_)  # any of these
         self.tokens = np.zeros((rows, max_seq_len), np.int32)
         self.requests: list[RequestState | None] = [None] * rows
         self._free = deque(range(rows))
@@ -168,7 +168,7 @@ class RequestTable:
         self.constrained[slot] = request.constraint is not None
         self.top[slot] = -1 if params.logprobs is None else params.logprobs
         self.prompt_top[slot] = -1 if params.prompt_logprobs is None else params.prompt_logprobs
-        self.special[slot] = self.changes_logits(slot) or self.top[slot] >= 0 or self.prompt_top[slot] >= 0
+        self.processed[slot] = self.changes_logits(slot) or self.top[slot] >= 0 or self.prompt_top[slot] >= 0
         self.tokens[slot, :length] = request.tokens
         self.requests[slot] = request
         request.slot = slot
@@ -199,13 +199,13 @@ class RequestTable:
     def changes_logits(self, slots: int | NDArray[np.integer]) -> NDArray[np.bool_]:
         return np.asarray(self.penalised[slots] | (self.biases[slots] > 0) | self.constrained[slots])
 
-    def new_rows(self, slots: list[int]) -> RowInit | None:
+    def new_rows(self, slots: list[int]) -> NewRows | None:
         """What the device must know of newly admitted rows; None when there are none."""
         if not slots:
             return None
         requests = [self.request(slot) for slot in slots]
         params = [request.request.params for request in requests]
-        return RowInit(
+        return NewRows(
             slots=np.array(slots, np.int32),
             temperatures=np.array([p.temperature for p in params], np.float32),
             top_ps=np.array([p.top_p for p in params], np.float32),
@@ -214,10 +214,10 @@ class RequestTable:
             seeds=np.array([r.seed & (2**64 - 1) for r in requests], np.uint64).view(np.int64),
             min_lens=self.min_len[slots],
             stop_ids=self.stop_ids[slots],
-            special=self._new_logits_rows(slots),
+            logits=self._new_logits_rows(slots),
         )
 
-    def _new_logits_rows(self, slots: list[int]) -> SpecialInit | None:
+    def _new_logits_rows(self, slots: list[int]) -> LogitsInit | None:
         """What the device must know of those admitted rows whose logits will be changed; None without any."""
         changed = [slot for slot in slots if self.changes_logits(slot)]
         if not changed:
@@ -233,7 +233,7 @@ class RequestTable:
             bias_values[index, : len(bias)] = list(bias.values())
             penalised = request.tokens if self.penalised[slot] else EMPTY
             seen.append(count_tokens(penalised[: request.prompt_len], penalised[request.prompt_len :]))
-        return SpecialInit(
+        return LogitsInit(
             slots=np.array(changed, np.int32),
             seen_slots=np.repeat(np.array(changed, np.int32), [len(tokens) for tokens, _ in seen]),
             seen_tokens=np.concatenate([tokens for tokens, _ in seen]),
@@ -242,13 +242,13 @@ class RequestTable:
             bias_values=bias_values,
         )
 
-    def logits_rows(self, sampled: Int32, decodes: int, slots: Int32, starts: Int32, lens: Int32) -> SpecialRows | None:
+    def logits_rows(self, sampled: Int32, decodes: int, slots: Int32, starts: Int32, lens: Int32) -> LogitsRows | None:
         """What a step owes to rows that ask for more than sampling, None if nothing; counts prompt scores as launched.
 
         The step samples a token for the slots `sampled`. It has so many decodes, and chunks of `lens` tokens of the
         rows `slots`, each behind `starts` tokens.
         """
-        if not (self.special[sampled].any() or self.special[slots].any()):
+        if not (self.processed[sampled].any() or self.processed[slots].any()):
             return None
         changed = np.flatnonzero(self.changes_logits(sampled)).astype(np.int32)
         scored = np.flatnonzero(self.top[sampled] >= 0).astype(np.int32)
@@ -269,7 +269,7 @@ class RequestTable:
         if not (len(changed) or len(scored) or counts):
             return None
         changed_slots = sampled[changed]
-        return SpecialRows(
+        return LogitsRows(
             changed=changed,
             penalties=self.penalties[:, changed_slots],
             penalised=bool(self.penalised[changed_slots].any()),
@@ -286,10 +286,10 @@ class RequestTable:
 
     def take_scores(self, plan: StepPlan, result: StepResult) -> dict[int, TokenLogprobs]:
         """The log-probabilities of the step's tokens by slot; those of prompts go to their requests."""
-        if plan.special is None:
+        if plan.logits is None:
             return {}
         if result.prompt_scores is not None:
-            slots = np.repeat(plan.special.prompt_slots, plan.special.prompt_counts)
+            slots = np.repeat(plan.logits.prompt_slots, plan.logits.prompt_counts)
             for slot, score in zip(
                 slots.tolist(), token_logprobs(result.prompt_scores, self.prompt_top[slots]), strict=True
             ):
@@ -297,7 +297,7 @@ class RequestTable:
                     self.request(slot).prompt_scores.append(score)
         if result.scores is None:
             return {}
-        slots = plan.sampled_slots[plan.special.scored]
+        slots = plan.sampled_slots[plan.logits.scored]
         return dict(zip(slots.tolist(), token_logprobs(result.scores, self.top[slots]), strict=True))
 
 

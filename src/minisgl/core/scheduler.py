@@ -249,7 +249,7 @@ class Scheduler:
             all_greedy=bool(table.greedy[sampled].all()),
             any_filter=bool(table.filtered[sampled].any()),
             any_min_len=bool((table.num_computed_tokens[sampled] < table.min_len[sampled]).any()),
-            special=table.logits_rows(sampled, len(decodes), slots, starts, lens),
+            logits=table.logits_rows(sampled, len(decodes), slots, starts, lens),
         )
 
     # Taking in a result
