@@ -12,7 +12,6 @@ a shard's FEW highest.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,40 +25,32 @@ from minisgl.distributed.shard import VocabShard, vocab_shard
 from minisgl.errors import ConfigError
 
 
-@dataclass(frozen=True)
-class SelectedCollectives:
-    """A group with the collectives that were selected, the operations that use them, and a line that names them."""
-
-    group: TPGroup
-    operations: Operations
-    note: str
-
-
 def select_collectives(
     config: Config, group: TPGroup, spec: ModelSpec, ops: Operations, dtype: torch.dtype
-) -> SelectedCollectives:
+) -> tuple[TPGroup, Operations, str]:
     """The fastest collectives that pass their check on every rank, for the whole model `spec`. `ops`: one device's.
 
-    Raises ConfigError when what `config.all_reduce` names does not work here.
+    Returns the group with them, the operations that use them, and a line that names them. Raises ConfigError when what
+    `config.all_reduce` names does not work here.
     """
     shard = vocab_shard(spec.vocab_size, group.rank, group.size)
     if config.device == "cpu":
-        return SelectedCollectives(group, parallel_operations(ops, group, shard), "gloo")
+        return group, parallel_operations(ops, group, shard), "gloo"
     device = torch.device("cuda", torch.cuda.current_device())
     group, note = select_nccl(group, device, config.disable_pynccl)
     plain = parallel_operations(ops, group, shard)
     if config.all_reduce == "nccl":
-        return SelectedCollectives(group, plain, note)
-    from minisgl.distributed import fused as fused_kernels  # needs triton, which only GPUs do
+        return group, plain, note
+    from minisgl.distributed.fused import MAX_ROWS, fused_parallel_operations  # needs triton, which only GPUs do
 
-    fused, why = attempt(group, lambda: fused_kernels.make_fused(group, ops, spec.hidden_size, shard, dtype, device))
-    if fused is None:
-        if config.all_reduce == "fused":
-            raise ConfigError(f"--all-reduce fused does not work here: {why}")
-        return SelectedCollectives(group, plain, f"{note}; not fused with the norm: {why}")
-    operations = fused_kernels.fused_parallel_operations(plain, fused)
-    note = f"fused with the norm up to {fused_kernels.MAX_ROWS} tokens, beyond {note}"
-    return SelectedCollectives(group, operations, note)
+    fused, why = attempt(
+        group, lambda: fused_parallel_operations(plain, ops, group, spec.hidden_size, shard, dtype, device)
+    )
+    if fused is not None:
+        return group, fused, f"fused with the norm up to {MAX_ROWS} tokens, beyond {note}"
+    if config.all_reduce == "fused":
+        raise ConfigError(f"--all-reduce fused does not work here: {why}")
+    return group, plain, f"{note}; not fused with the norm: {why}"
 
 
 def parallel_operations(ops: Operations, group: TPGroup, shard: VocabShard) -> Operations:
