@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from helpers.constraints import Cycle, cycle
+from helpers.invariants import check_cache
 from helpers.models import tiny_spec
 from helpers.simulation import record_plans
 from helpers.special import Answer, SlowAnswer, slow_answer, special_requests
@@ -60,7 +61,7 @@ def answers(engine: Engine, requests: list[Request], retractions: int = 0) -> di
         going = np.isin(engine.table.state, (State.PREFILL, State.DECODE)).any()
         if going and engine.scheduler.retracted < retractions and engine.scheduler.step % 4 == 3:
             engine.scheduler.retract_last()
-    engine.cache.check()
+    check_cache(engine.cache)
     assert engine.cache.num_owned == 0
     engine.close()
     return out

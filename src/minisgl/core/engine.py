@@ -65,17 +65,11 @@ class Engine:
             constraint = None
         elif constraint is None:
             constraint = make_constraint(self.constraints, params.grammar)
-        state = RequestState(
-            request,
-            arrival=self._arrivals,
-            step=self.scheduler.step,
-            seed=secrets.randbits(63) if params.seed is None else params.seed,
-            max_tokens=self.model.max_seq_len if params.max_tokens is None else prompt_len + params.max_tokens,
-            eos=self.model.eos_token_ids,
-            constraint=constraint,
-        )
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        limit = self.model.max_seq_len if params.max_tokens is None else prompt_len + params.max_tokens
+        eos = self.model.eos_token_ids
+        self.scheduler.add(RequestState(request, self._arrivals, self.scheduler.step, seed, limit, eos, constraint))
         self._arrivals += 1
-        self.scheduler.add(state)
 
     def abort(self, ids: Iterable[str]) -> None:
         """End these requests; each that is live gets its terminal event from the next `step`."""
@@ -131,7 +125,6 @@ class Engine:
         self._events += self.scheduler.commit(oldest, self.executor.collect())
 
     def stats(self) -> EngineStats:
-        """The counts of this moment."""
         scheduler = self.scheduler
         return EngineStats(
             running=len(scheduler.live) - len(scheduler.waiting),

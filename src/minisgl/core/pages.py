@@ -12,8 +12,7 @@ from minisgl.core.plan import Int32
 from minisgl.core.radix_cache import Node, RadixCache
 
 Slots = NDArray[np.signedinteger[Any]]
-PageWrites = tuple[Int32, Int32, Int32]
-"""page_table[slots, indices] = page ids, as (slots, indices, page ids)."""
+PageWrites = tuple[Int32, Int32, Int32]  # (slots, indices, page ids): page_table[slots, indices] = page ids
 
 
 class OutOfPages(Exception):
@@ -55,9 +54,6 @@ class PageAllocator:
             raise RuntimeError(f"double free of page {twice[0]}")
         self._stack[self.num_free : end] = stacked
         self.num_free = end
-
-    def free_pages(self) -> Int32:
-        return self._stack[: self.num_free].copy()
 
 
 class CacheManager:
@@ -133,11 +129,7 @@ class CacheManager:
     def writes(self, slot: int) -> PageWrites:
         """The row's whole page table as (slots, indices, page ids), for a device that knows nothing of it."""
         count = int(self.row_pages[slot])
-        return (
-            np.full(count, slot, np.int32),
-            np.arange(count, dtype=np.int32),
-            self.page_table[slot, :count].copy(),
-        )
+        return np.full(count, slot, np.int32), np.arange(count, dtype=np.int32), self.page_table[slot, :count].copy()
 
     def pages_needed(self, slots: Slots, new_lens: Slots) -> Int32:
         """Pages that each row lacks to hold `new_lens` tokens, (len(slots),)."""
@@ -147,8 +139,7 @@ class CacheManager:
     def extend(self, slots: Slots, new_lens: Slots) -> PageWrites:
         """Give rows, each named once, the pages that they lack to hold `new_lens` tokens, evicting what that takes.
 
-        Returns the page-table writes (slots, indices, page ids). Raises OutOfPages, changing nothing, when more than
-        `available` pages are needed.
+        Raises OutOfPages, changing nothing, when more than `available` pages are needed.
         """
         need = self.pages_needed(slots, new_lens)
         total = int(need.sum())
@@ -199,28 +190,6 @@ class CacheManager:
         pages = self._cache.evict(self._cache.num_evictable)
         self._allocator.free(pages)
         return len(pages)
-
-    def check(self) -> None:
-        """Raise RuntimeError unless each page is in exactly one place and rows lock exactly what they borrow."""
-        cached = self._cache.check(self._nodes.values())
-        owned = []
-        for slot, count in enumerate(self.row_pages.tolist()):
-            if slot not in self._nodes:
-                if count:
-                    raise RuntimeError(f"row {slot} has ended and holds {count} pages")
-                continue
-            row, borrowed = self.page_table[slot, :count], self._borrowed[slot, :count]
-            owned.append(row[~borrowed])
-            prefix = self._nodes[slot].prefix_pages()
-            index = np.flatnonzero(borrowed)
-            if len(prefix) != self._held[slot] or len(prefix) > count:
-                raise RuntimeError(f"row {slot} locks {len(prefix)} pages, not {self._held[slot]}")
-            if np.any(index >= len(prefix)) or not np.array_equal(prefix[index], row[index]):
-                raise RuntimeError(f"row {slot} borrows pages that it does not lock")
-        places = np.concatenate([self._allocator.free_pages(), cached, *owned])
-        if not np.array_equal(np.sort(places), np.arange(self.num_pages)):
-            counts = f"{self.num_free} free, {len(cached)} cached, {sum(map(len, owned))} owned of {self.num_pages}"
-            raise RuntimeError(f"a page is in no place or in two: {counts}")
 
     def _whole_pages(self, tokens: Int32) -> Int32:
         """The tokens that may come from the cache: whole pages that leave at least one token out."""

@@ -1,7 +1,6 @@
-"""The interface between the scheduler and an executor: the plan of a step, and its result.
+"""The interface between the scheduler and an executor: the plan of a step, and its result, in numpy arrays.
 
-A plan says all that a step needs and nothing about how it is done, in numpy arrays only: the same plan drives one
-device, every rank of a tensor-parallel group, and the simulator.
+The same plan drives one device, every rank of a tensor-parallel group, and the simulator.
 """
 
 from __future__ import annotations
@@ -13,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Int32 = NDArray[np.int32]
-Masks = Int32
-"""(g, ceil(V / 32)): which tokens each of g rows may have next, bit t % 32 of word t // 32, the lowest bit first."""
+Masks = Int32  # (g, ceil(V / 32)): which tokens each of g rows may have next, token t in bit t % 32 of word t // 32
 
 
 class NewRows(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,7 +34,7 @@ class NewRows(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LogitsInit(msgspec.Struct, frozen=True, kw_only=True):
-    """What the device must know of those admitted rows whose logits are changed before sampling.
+    """Those admitted rows whose logits are changed before sampling.
 
     Penalised rows hold m distinct tokens already, counted once a row. `seen` is twice a token's count in the output,
     plus one if it is in the prompt; a row that was retracted comes with the output it had. `w` is the largest number of

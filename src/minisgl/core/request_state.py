@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 from collections import deque
 from collections.abc import Callable
+from dataclasses import InitVar, dataclass
 from typing import Protocol
 
 import numpy as np
@@ -42,8 +43,7 @@ class Constraint(Protocol):
         """Take in the token that was sampled; False when it was not allowed, which ends the request with an error."""
 
 
-ConstraintFactory = Callable[[Grammar], Constraint]
-"""Raises InvalidRequestError for a grammar that it cannot follow."""
+ConstraintFactory = Callable[[Grammar], Constraint]  # raises InvalidRequestError for a grammar that it cannot follow
 
 
 def make_constraint(factory: ConstraintFactory | None, grammar: Grammar) -> Constraint:
@@ -59,7 +59,7 @@ def make_constraint(factory: ConstraintFactory | None, grammar: Grammar) -> Cons
 
 
 class State(enum.IntEnum):
-    """The state of a row. A retracting or ended row is not planned any more; it is freed when no step touches it."""
+    """The state of a row. From RETRACTING on it is not planned any more; it is freed when no step touches it."""
 
     FREE = 0
     PREFILL = 1
@@ -68,6 +68,7 @@ class State(enum.IntEnum):
     ENDED = 4
 
 
+@dataclass(eq=False)
 class RequestState:
     """A request from its acceptance to its terminal event; its tokens live here while it has no row.
 
@@ -75,34 +76,26 @@ class RequestState:
     delivered; `num_scored` of its positions are in launched steps. `cached_tokens` are those of its first admission.
     """
 
-    def __init__(
-        self,
-        request: Request,
-        *,
-        arrival: int,
-        step: int,
-        seed: int,
-        max_tokens: int,
-        eos: tuple[int, ...],
-        constraint: Constraint | None = None,
-    ) -> None:
-        params = request.params
-        self.request = request
-        self.arrival = arrival
-        self.queued_step = step
-        self.seed = seed
-        self.max_tokens = max_tokens
+    request: Request
+    arrival: int
+    queued_step: int
+    seed: int
+    max_tokens: int
+    eos: InitVar[tuple[int, ...]]
+    constraint: Constraint | None = None
+    num_scored: int = 0
+    admitted: bool = False
+    cached_tokens: int = 0
+    slot: int = -1
+
+    def __post_init__(self, eos: tuple[int, ...]) -> None:
+        request, params = self.request, self.request.params
         self.stop_ids = tuple(dict.fromkeys(params.stop_token_ids + (() if params.ignore_eos else eos)))
         self.tokens: Int32 = np.frombuffer(request.prompt_bytes, np.int32)
         self.prompt_len = len(self.tokens)
         self.min_len = self.prompt_len + params.min_tokens  # positions below this one hold no stop token
-        self.sort_key = (request.priority, arrival)  # the lowest is admitted first and retracted last
-        self.constraint = constraint
+        self.sort_key = (request.priority, self.arrival)  # the lowest is admitted first and retracted last
         self.prompt_scores: list[TokenLogprobs | None] = [] if params.prompt_logprobs is None else [None]
-        self.num_scored = 0
-        self.admitted = False
-        self.cached_tokens = 0
-        self.slot = -1
 
     @property
     def reusable(self) -> Int32:
@@ -144,7 +137,6 @@ class RequestTable:
         return len(self._free)
 
     def peek_row(self) -> int:
-        """The row that `admit` will take next."""
         return self._free[0]
 
     def admit(self, request: RequestState, cached: int) -> None:
@@ -183,7 +175,6 @@ class RequestTable:
         self._free.append(slot)
 
     def request(self, slot: int) -> RequestState:
-        """The request in this row."""
         request = self.requests[slot]
         assert request is not None, f"row {slot} is free"
         return request
@@ -200,7 +191,6 @@ class RequestTable:
         return np.asarray(self.penalised[slots] | (self.biases[slots] > 0) | self.constrained[slots])
 
     def new_rows(self, slots: list[int]) -> NewRows | None:
-        """What the device must know of newly admitted rows; None when there are none."""
         if not slots:
             return None
         requests = [self.request(slot) for slot in slots]
@@ -218,7 +208,6 @@ class RequestTable:
         )
 
     def _new_logits_rows(self, slots: list[int]) -> LogitsInit | None:
-        """What the device must know of those admitted rows whose logits will be changed; None without any."""
         changed = [slot for slot in slots if self.changes_logits(slot)]
         if not changed:
             return None
@@ -290,9 +279,8 @@ class RequestTable:
             return {}
         if result.prompt_scores is not None:
             slots = np.repeat(plan.logits.prompt_slots, plan.logits.prompt_counts)
-            for slot, score in zip(
-                slots.tolist(), token_logprobs(result.prompt_scores, self.prompt_top[slots]), strict=True
-            ):
+            scores = token_logprobs(result.prompt_scores, self.prompt_top[slots])
+            for slot, score in zip(slots.tolist(), scores, strict=True):
                 if self.state[slot] != State.ENDED:
                     self.request(slot).prompt_scores.append(score)
         if result.scores is None:

@@ -52,7 +52,6 @@ class Scheduler:
         self.retracted = self.prompt_tokens = self.cached_prompt_tokens = 0
 
     def add(self, request: RequestState) -> None:
-        """Queue an accepted request."""
         self.live[request.request.id] = request
         self._queue(request)
 
@@ -98,7 +97,8 @@ class Scheduler:
             self._schedule_prompts(step)
             if len(step.decodes) or step.chunks:
                 return self._launch(step)
-            if self.table.in_flight.any() or not self._has_work():
+            has_work = len(self._decoding()) or (self.table.state == State.PREFILL).any()
+            if not has_work or self.table.in_flight.any():
                 return None
             self.retract_last()
 
@@ -130,7 +130,7 @@ class Scheduler:
         """
         table, cache = self.table, self.cache
         computed = table.num_computed_tokens
-        slots = np.flatnonzero((table.state == State.DECODE) & (computed + 1 < table.max_tokens))
+        slots = self._decoding()
         need = cache.pages_needed(slots, computed[slots] + 1)
         if int(need.sum()) > cache.available:
             slots = self._retract_for_decodes(slots)
@@ -207,15 +207,14 @@ class Scheduler:
         goal = np.maximum(self.table.prefill_len[rows], self.table.num_computed_tokens[rows] + decodes)
         return self.cache.pages_needed(rows, goal) + np.int32(1)
 
+    def _decoding(self) -> Slots:
+        """Rows that still have a token to decode."""
+        table = self.table
+        return np.flatnonzero((table.state == State.DECODE) & (table.num_computed_tokens + 1 < table.max_tokens))
+
     def _leaving(self) -> Slots:
         """Rows that leave as soon as the step in flight is collected."""
-        return np.flatnonzero((self.table.state == State.RETRACTING) | (self.table.state == State.ENDED))
-
-    def _has_work(self) -> bool:
-        """Whether some running row still has work to launch."""
-        table = self.table
-        decodes = (table.state == State.DECODE) & (table.num_computed_tokens + 1 < table.max_tokens)
-        return bool((decodes | (table.state == State.PREFILL)).any())
+        return np.flatnonzero(self.table.state >= State.RETRACTING)
 
     def _launch(self, step: Draft) -> StepPlan:
         """Turn the decisions into a plan and move the rows on, as if the step had been launched."""
@@ -268,9 +267,8 @@ class Scheduler:
         stop = (table.stop_ids[slots] == tokens[:, None]).any(axis=1)  # never before min_tokens: masked
         full = lengths >= table.max_tokens[slots]
         events = []
-        for slot, token, stopped, ended in zip(
-            slots.tolist(), tokens.tolist(), stop.tolist(), full.tolist(), strict=True
-        ):
+        columns = slots.tolist(), tokens.tolist(), stop.tolist(), full.tolist()
+        for slot, token, stopped, ended in zip(*columns, strict=True):
             request = table.request(slot)
             if request.constraint is not None and not stopped and (error := accept(request.constraint, token)):
                 events.append(self._end(slot, FinishReason.ERROR, error))
@@ -284,13 +282,11 @@ class Scheduler:
                 logprobs=(scores[slot],) if slot in scores else (),
                 prompt_logprobs=tuple(request.prompt_scores),
             )
-            if request.prompt_scores:
-                request.prompt_scores = []
+            request.prompt_scores = []
             events.append(event)
             if finish is not None:
                 self._end(slot, finish)
-        leaving = (table.state[touched] == State.ENDED) | (table.state[touched] == State.RETRACTING)
-        self._settle(touched[leaving].tolist())
+        self._settle(touched[table.state[touched] >= State.RETRACTING].tolist())
         return events
 
     def masks(self, plan: StepPlan, vocab_size: int) -> tuple[Masks, list[TokenEvent]]:
@@ -354,7 +350,6 @@ class Scheduler:
 
 
 def accept(constraint: Constraint, token: int) -> str | None:
-    """Tell the constraint of its token; what is wrong, if anything is."""
     try:
         return None if constraint.accept(token) else f"token {token} breaks the grammar"
     except Exception as error:

@@ -15,12 +15,9 @@ import msgspec
 
 from minisgl.errors import ContextLengthError, InvalidRequestError
 
-MAX_STOP_TOKEN_IDS = 32
-"""Stop ids a request may hold, EOS ids included; the width of the device table that masks them."""
-MAX_LOGPROBS = 20
-"""Most probable tokens whose log-probabilities a request may ask for at each position."""
-MAX_LOGIT_BIAS = 1024
-"""Tokens a request may bias."""
+MAX_STOP_TOKEN_IDS = 32  # of a request, EOS ids included; the width of the device table that masks them
+MAX_LOGPROBS = 20  # most probable tokens whose log-probabilities a request may ask for at each position
+MAX_LOGIT_BIAS = 1024  # tokens a request may bias
 
 
 class FinishReason(enum.StrEnum):

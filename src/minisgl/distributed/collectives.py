@@ -142,8 +142,7 @@ def join_group(rank: int, size: int, rendezvous: str, device: torch.device, one_
         timeout=START_TIMEOUT,
         device_id=device if on_gpu else None,
     )
-    control = TorchCollectives(size, torch.device("cpu"))
-    group = TPGroup(rank, size, TorchCollectives(size, device), control, one_host)
+    group = TPGroup(rank, size, TorchCollectives(size, device), TorchCollectives(size, torch.device("cpu")), one_host)
     group.barrier()
     return group
 

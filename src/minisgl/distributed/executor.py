@@ -1,7 +1,6 @@
-"""The executor of a tensor-parallel group: rank 0's own device, and every plan sent to the workers.
+"""The executor of a tensor-parallel group: every rank executes the same plans in the same order.
 
-Every rank executes the same plans in the same order and samples the same tokens; only rank 0's are fetched. A plan is
-sent before rank 0 starts it, while the device runs the step before.
+All sample the same tokens; only rank 0's are fetched. Plans are sent while the device runs the step before.
 """
 
 from __future__ import annotations

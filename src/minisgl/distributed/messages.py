@@ -1,7 +1,4 @@
-"""Messages between rank 0 and the workers, the processes of the other ranks: msgspec structs in MessagePack.
-
-An array is its dtype, its shape and its bytes.
-"""
+"""Messages between rank 0 and the workers: msgspec structs in MessagePack, where an array is dtype, shape and bytes."""
 
 from __future__ import annotations
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
 import select
 import shutil
 import signal
@@ -18,6 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
@@ -93,9 +93,7 @@ class Worker:
         return executor, group
 
     def _execute(self, executor: LocalExecutor) -> None:
-        launched: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        collector = threading.Thread(target=self._collect, args=(executor, launched), daemon=True)
-        collector.start()
+        collector = ThreadPoolExecutor(1)
         while not isinstance(message := self._receive(), Shutdown):
             match message:
                 case LaunchStep(plan):
@@ -104,18 +102,16 @@ class Worker:
                         continue  # nothing can be collected before its masks have come
                 case FinishStep(masks):
                     executor.finish(masks)
-            launched.put(True)
+            collector.submit(self._collect, executor)
         self._closed.set()
-        launched.put(False)
-        collector.join()
+        collector.shutdown()
         executor.close()
 
-    def _collect(self, executor: LocalExecutor, launched: queue.SimpleQueue[bool]) -> None:
-        while launched.get():
-            try:
-                executor.collect()
-            except Exception as error:
-                self._fail(error)
+    def _collect(self, executor: LocalExecutor) -> None:
+        try:
+            executor.collect()
+        except Exception as error:
+            self._fail(error)
 
     def _receive(self) -> messages.ToWorker:
         return messages.TO_WORKER.decode(self._plans.recv())

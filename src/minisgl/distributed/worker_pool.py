@@ -158,11 +158,8 @@ class WorkerPool:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _listen(self) -> None:
-        poller = zmq.Poller()
-        for socket in (self._reports, *self._monitors):
-            poller.register(socket, zmq.POLLIN)
         while not self._closing.is_set():
-            ready = dict(poller.poll(POLL_MS))
+            ready, _, _ = zmq.select([self._reports, *self._monitors], [], [], POLL_MS / 1000)
             if self._reports in ready:
                 self._handle(messages.FROM_WORKER.decode(self._reports.recv()))
             for rank, monitor in enumerate(self._monitors, start=1):
@@ -185,13 +182,9 @@ class WorkerPool:
 
     def _disconnected_beside(self, rank: int) -> int | None:
         """Another worker whose connection has ended, or does within LAST_REPORT_MS."""
-        others = {monitor: other for other, monitor in enumerate(self._monitors, start=1) if other != rank}
-        if not others:
-            return None
-        poller = zmq.Poller()
-        for monitor in others:
-            poller.register(monitor, zmq.POLLIN)
-        return next((others[monitor] for monitor, _ in poller.poll(LAST_REPORT_MS)), None)
+        others = [monitor for other, monitor in enumerate(self._monitors, start=1) if other != rank]
+        ended = zmq.select(others, [], [], LAST_REPORT_MS / 1000)[0] if others else []
+        return self._monitors.index(ended[0]) + 1 if ended else None
 
     def _disconnected(self, rank: int) -> None:
         """A worker's connection ended: its last report says why. Reports of others are consequences and are dropped."""
