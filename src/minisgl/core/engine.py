@@ -54,10 +54,8 @@ class Engine:
 
         The `constraint` of its grammar may be given; otherwise it is made here, and no step is launched meanwhile.
         """
-        if self._closed:
-            raise EngineDeadError("the engine was closed")
-        if self._failed:
-            raise EngineDeadError("the engine failed in an earlier step")
+        if self._closed or self._failed:
+            raise EngineDeadError("the engine was closed" if self._closed else "the engine failed in an earlier step")
         if request.id in self.scheduler.live:
             raise InvalidRequestError(f"a request with id {request.id!r} is running already", param="id")
         params, prompt_len = request.params, len(request.prompt)

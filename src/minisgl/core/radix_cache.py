@@ -199,7 +199,6 @@ class RadixCache:
         return pages
 
     def _enqueue(self, node: Node) -> None:
-        """Queue an unlocked leaf that is not queued yet; leave any other node alone."""
         if node.evictable and not node.queued:
             node.queued = True
             self._entries += 1

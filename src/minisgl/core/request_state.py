@@ -34,10 +34,7 @@ class Constraint(Protocol):
     """
 
     def fill(self, mask: NDArray[np.int32]) -> None:
-        """Overwrite every word of mask (ceil(V / 32),): bit t % 32 of word t // 32 says whether token t may be next.
-
-        Bits past the vocabulary are not looked at.
-        """
+        """Overwrite mask (ceil(V / 32),): bit t % 32 of word t // 32 says whether token t may be next."""
 
     def accept(self, token: int) -> bool:
         """Take in the token that was sampled; False when it was not allowed, which ends the request with an error."""
@@ -47,7 +44,7 @@ ConstraintFactory = Callable[[Grammar], Constraint]  # raises InvalidRequestErro
 
 
 def make_constraint(factory: ConstraintFactory | None, grammar: Grammar) -> Constraint:
-    """A constraint for one completion. Raises InvalidRequestError without a factory or when it refuses the grammar."""
+    """Raises InvalidRequestError without a factory or when it refuses the grammar."""
     if factory is None:
         raise InvalidRequestError("this engine was built without structured output", param="grammar")
     try:
@@ -130,18 +127,11 @@ class RequestTable:
         self.processed = np.zeros(rows, np.bool_)  # any of these
         self.tokens = np.zeros((rows, max_seq_len), np.int32)
         self.requests: list[RequestState | None] = [None] * rows
-        self._free = deque(range(rows))
-
-    @property
-    def free_rows(self) -> int:
-        return len(self._free)
-
-    def peek_row(self) -> int:
-        return self._free[0]
+        self.free = deque(range(rows))  # the next one to be given first
 
     def admit(self, request: RequestState, cached: int) -> None:
         """Give the request the next row, whose first `cached` tokens are in the cache already."""
-        slot = self._free.popleft()
+        slot = self.free.popleft()
         params, length = request.request.params, len(request.tokens)
         self.state[slot] = State.PREFILL
         self.arrival[slot] = request.arrival
@@ -172,7 +162,7 @@ class RequestTable:
         request.slot = -1
         self.requests[slot] = None
         self.state[slot] = State.FREE
-        self._free.append(slot)
+        self.free.append(slot)
 
     def request(self, slot: int) -> RequestState:
         request = self.requests[slot]
@@ -275,22 +265,20 @@ class RequestTable:
 
     def take_scores(self, plan: StepPlan, result: StepResult) -> dict[int, TokenLogprobs]:
         """The log-probabilities of the step's tokens by slot; those of prompts go to their requests."""
-        if plan.logits is None:
-            return {}
-        if result.prompt_scores is not None:
+        if plan.logits is not None and result.prompt_scores is not None:
             slots = np.repeat(plan.logits.prompt_slots, plan.logits.prompt_counts)
             scores = token_logprobs(result.prompt_scores, self.prompt_top[slots])
             for slot, score in zip(slots.tolist(), scores, strict=True):
                 if self.state[slot] != State.ENDED:
                     self.request(slot).prompt_scores.append(score)
-        if result.scores is None:
+        if plan.logits is None or result.scores is None:
             return {}
         slots = plan.sampled_slots[plan.logits.scored]
         return dict(zip(slots.tolist(), token_logprobs(result.scores, self.top[slots]), strict=True))
 
 
 def count_tokens(prompt: Int32, output: Int32) -> tuple[Int32, Int32]:
-    """The distinct tokens of both, and twice each one's count in the output plus one if it is in the prompt."""
+    """The distinct tokens of both, and what `LogitsInit.seen` says of each."""
     both = 2 * np.bincount(output, minlength=int(prompt.max(initial=-1)) + 1)
     both[prompt] += 1
     tokens = np.flatnonzero(both)

@@ -28,14 +28,14 @@ from minisgl.core.types import FinishReason, TokenEvent
 
 
 class Draft:
-    """What is decided of a step so far; `budget` prompt tokens may still go in."""
+    """What is decided of a step so far."""
 
     def __init__(self, budget: int) -> None:
         self.decodes: Slots = np.empty(0, np.intp)
         self.chunks: list[tuple[int, int]] = []  # (slot, tokens)
         self.admitted: list[int] = []
         self.writes: list[PageWrites] = []
-        self.budget = budget
+        self.budget = budget  # prompt tokens that may still go in
 
 
 class Scheduler:
@@ -56,10 +56,7 @@ class Scheduler:
         self._queue(request)
 
     def _queue(self, request: RequestState) -> None:
-        if not self.waiting or self.waiting[-1].sort_key < request.sort_key:
-            self.waiting.append(request)
-        else:
-            self.waiting.insert(self._queue_index(request), request)
+        self.waiting.insert(self._queue_index(request), request)
 
     def _queue_index(self, request: RequestState) -> int:
         return bisect_left(self.waiting, request.sort_key, key=lambda other: other.sort_key)
@@ -69,8 +66,7 @@ class Scheduler:
         request = self.live.get(request_id)
         if request is None:
             return None
-        if request.slot >= 0:
-            slot = request.slot
+        if (slot := request.slot) >= 0:
             event = self._end(slot, FinishReason.ABORT)
             self._settle([slot])
             return event
@@ -104,30 +100,23 @@ class Scheduler:
 
     def _retract_for_priority(self) -> None:
         table, cache = self.table, self.cache
-        if not self.waiting:
-            return
-        first = self.waiting[0]
-        priority = first.request.priority
-        if not (table.priority > priority).any():  # rows that are free may be among them
+        first = self.waiting[0] if self.waiting else None
+        if first is None or not (table.priority > first.request.priority).any():  # free rows may be among them
             return
         running = table.rows_in(State.PREFILL, State.DECODE)
-        worse = running[table.priority[running] > priority][::-1]
+        worse = running[table.priority[running] > first.request.priority][::-1]
         leaving = self._leaving()
         pages = -(-len(first.tokens) // cache.page_size) - cache.match_len(first.reusable) // cache.page_size
         pages += int(self._promised(running, 1).sum())
         needed = pages - np.cumsum([0, *self._promised(worse, 1)])
-        rows = table.free_rows + len(leaving) + np.arange(len(worse) + 1)
+        rows = len(table.free) + len(leaving) + np.arange(len(worse) + 1)
         available = cache.available_after(np.concatenate([leaving, worse]), first.reusable)[len(leaving) :]
         fits = (rows > 0) & (needed <= available)  # after so many retractions, none of them first
-        if fits.any():
-            for _ in range(int(fits.argmax())):
-                self.retract_last()
+        for _ in range(int(fits.argmax())):  # 0 where nothing helps
+            self.retract_last()
 
     def _schedule_decodes(self, step: Draft) -> None:
-        """Take the rows that decode, with pages for their next token.
-
-        Longest first: attention then ends with short rows, and few multiprocessors wait for the last (Graham's rule).
-        """
+        """Take the rows that decode, with pages for their next token."""
         table, cache = self.table, self.cache
         computed = table.num_computed_tokens
         slots = self._decoding()
@@ -135,6 +124,7 @@ class Scheduler:
         if int(need.sum()) > cache.available:
             slots = self._retract_for_decodes(slots)
             need = cache.pages_needed(slots, computed[slots] + 1)
+        # Longest first: attention then ends with short rows, and few multiprocessors wait for the last (Graham's rule).
         order = np.argsort(-computed[slots], kind="stable")
         step.decodes = slots[order]
         grown = step.decodes[need[order] > 0]
@@ -156,10 +146,10 @@ class Scheduler:
         for slot in self.table.rows_in(State.PREFILL).tolist():
             if not self._prefill(step, slot):
                 return
-        if not self.waiting or self.table.free_rows == 0:
+        if not self.waiting or not self.table.free:
             return
         order = self.policy.order(self.waiting, lambda r: self.cache.match_len(r.reusable), self.step)
-        for request in list(islice(order, self.table.free_rows)):
+        for request in list(islice(order, len(self.table.free))):
             if not self._admit(step, request) or not self._prefill(step, request.slot):
                 return
 
@@ -182,7 +172,7 @@ class Scheduler:
     def _admit(self, step: Draft, request: RequestState) -> bool:
         """Give the request a row if its whole prompt fits beside what running rows will soon need."""
         table, cache = self.table, self.cache
-        slot = table.peek_row()
+        slot = table.free[0]
         cached = cache.acquire(slot, request.reusable)
         need = int(cache.pages_needed(np.array([slot]), np.array([len(request.tokens)]))[0])
         if need + int(self._promised(table.rows_in(State.PREFILL, State.DECODE)).sum()) > cache.available:
@@ -325,10 +315,7 @@ class Scheduler:
         return TokenEvent(id=request.request.id, finish=finish, cached_tokens=request.cached_tokens, error=error)
 
     def retract_last(self) -> int:
-        """Send the last running request, the youngest of the worst priority, back to the queue; its slot.
-
-        It goes now, or when the step in flight is collected. There must be a running request.
-        """
+        """Queue the last running request again, now or when the step in flight is collected; its slot."""
         slot = int(self.table.rows_in(State.PREFILL, State.DECODE)[-1])
         self.retracted += 1
         self.table.state[slot] = State.RETRACTING
