@@ -67,7 +67,7 @@ def test_a_chat_request_passes_through_the_files_that_the_page_lists(
         asyncio.run(main())
     finally:
         sys.setprofile(None)
-        threading.setprofile(None)  # type: ignore[arg-type]
+        threading.setprofile(None)
         built.engine.close()
     listed = re.findall(r"`([a-z_/]+)\.py`", PAGE.read_text().split("before its first token")[1].split("\n## ")[0])
     assert sorted(passed.files) == sorted(listed)

@@ -1,12 +1,14 @@
-"""Streamed tokens/s through one or more API processes, with an engine that costs nothing: what HTTP alone can carry.
+"""Streamed tokens/s through one or more API processes, with an engine that costs nothing: the limit of HTTP alone.
 
     minisgl bench streaming [--api-workers 1] [--clients 64] [--step 0.003] [--tokens 200] [--seconds 10]
 
-The server is as `minisgl` starts it, in place of its engine a process that gives every running request a token each
-step, and the client is `minisgl bench online` at this concurrency, which also tells what each process took.
+The server is as `minisgl` starts it; in place of its engine a process gives every running request a token each step.
+The clients count events on plain sockets, in one process for each API process.
 """
 
 import argparse
+import asyncio
+import json
 import re
 import subprocess
 import sys
@@ -14,18 +16,19 @@ import time
 from collections.abc import Sequence
 
 import msgspec
+import psutil
 import zmq
-from minisgl.engine.messages import Abort, Add, Attach, Detach, Events, FromEngine, Ping, Pong, Ready, ToEngine
 
 from minisgl.cli import Parser
 from minisgl.config import Config
 from minisgl.core.types import EngineStats, FinishReason, ModelInfo, TokenEvent
 from minisgl.formats.hub import locate_model
+from minisgl.server import ipc
 from minisgl.server.launch import serve
-from minisgl_bench.command import online
 
-BACKLOG = 4
-"""Steps the engine may be ahead of what the server has read from its socket."""
+BACKLOG = 4  # steps that the engine may be ahead of the server
+WARM_UP_SECONDS = 2.0
+PROMPT = "Once upon a time there was a server that told stories to many clients at once. " * 4
 
 
 class EchoEngine:
@@ -35,33 +38,33 @@ class EchoEngine:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.inbox = self.context.socket(zmq.PULL)
         self.outboxes: dict[int, zmq.Socket[bytes]] = {}
-        self.live: dict[int, dict[str, tuple[list[int], int, int]]] = {}
+        self.live: dict[int, dict[str, tuple[memoryview[int], int, int]]] = {}
         model = ModelInfo(name="stub", vocab_size=49152, max_seq_len=1 << 20, eos_token_ids=(0,))
-        self.ready = Ready(model, folder, [])
-        self.handle(Attach(0, to_engine, from_engine))
+        self.ready = ipc.Ready(model, folder, [])
+        self.handle(ipc.Attach(ipc.LAUNCHER, to_engine, from_engine))
 
-    def send(self, link: int, message: FromEngine) -> None:
-        """A process that is `BACKLOG` steps behind is waited for."""
+    def send(self, link: int, message: ipc.FromEngine) -> None:
+        """Wait for a process that is `BACKLOG` steps behind."""
         self.outboxes[link].send(msgspec.msgpack.encode(message))
 
-    def handle(self, message: ToEngine) -> None:
+    def handle(self, message: ipc.ToEngine) -> None:
         match message:
-            case Add(request, link):
+            case ipc.Add(request, link):
                 self.live[link][request.id] = (request.prompt, 0, request.params.max_tokens or 16)
-            case Abort(ids):
+            case ipc.Abort(ids):
                 for live in self.live.values():
                     for name in ids:
                         live.pop(name, None)
-            case Ping(nonce, link):
-                self.send(link, Pong(nonce, EngineStats(running=sum(map(len, self.live.values())))))
-            case Attach(link, to_engine, from_engine):
+            case ipc.Ping(nonce, link):
+                self.send(link, ipc.Pong(nonce, EngineStats(running=sum(map(len, self.live.values())))))
+            case ipc.Attach(link, to_engine, from_engine):
                 outbox = self.outboxes[link] = self.context.socket(zmq.PUSH)
                 outbox.setsockopt(zmq.SNDHWM, BACKLOG)
                 outbox.connect(from_engine)
                 self.inbox.connect(to_engine)
                 self.live[link] = {}
                 self.send(link, self.ready)
-            case Detach(link):
+            case ipc.Detach(link):
                 self.outboxes.pop(link).close(linger=0)
                 del self.live[link]
 
@@ -77,10 +80,10 @@ class EchoEngine:
                 else:
                     del live[name]
             if events:
-                self.send(link, Events(events))
+                self.send(link, ipc.Events(events))
 
     def run(self, step: float) -> None:
-        decoder = msgspec.msgpack.Decoder(ToEngine)
+        decoder = msgspec.msgpack.Decoder(ipc.ToEngine)
         due = time.perf_counter()
         while True:
             while self.inbox.poll(0 if any(self.live.values()) else 1000):
@@ -93,43 +96,108 @@ class EchoEngine:
             self.step()
 
 
+class CountingClient(asyncio.Protocol):
+    """Sends one chat after the other on one connection and counts the events of the completions."""
+
+    def __init__(self, tokens: int) -> None:
+        body = json.dumps(
+            {
+                "messages": [{"role": "user", "content": PROMPT}],
+                "max_tokens": tokens,
+                "stream": True,
+                "ignore_eos": True,
+            }
+        )
+        self.request = (
+            f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+        )
+        self.events = self.completions = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        transport.write(self.request)
+
+    def data_received(self, data: bytes) -> None:
+        self.events += data.count(b"data: ")
+        if data.endswith(b"0\r\n\r\n"):
+            self.completions += 1
+            self.transport.write(self.request)
+
+
+async def load(port: int, clients: int, tokens: int, seconds: float) -> tuple[float, float]:
+    """Tokens/s of the completions that end within `seconds`, and events/s; an event may hold several tokens."""
+    loop = asyncio.get_running_loop()
+    made = [
+        (await loop.create_connection(lambda: CountingClient(tokens), "127.0.0.1", port))[1] for _ in range(clients)
+    ]
+    await asyncio.sleep(WARM_UP_SECONDS)
+    events, completions = sum(client.events for client in made), sum(client.completions for client in made)
+    started = time.perf_counter()
+    await asyncio.sleep(seconds)
+    took = time.perf_counter() - started
+    events, completions = sum(c.events for c in made) - events, sum(c.completions for c in made) - completions
+    return completions * tokens / took, events / took
+
+
 def measure(options: argparse.Namespace) -> int:
-    """Start the server, and send it as many requests as take the seconds asked for at the engine's rate."""
-    profile = ["-m", "cProfile", "-o", options.profile] if options.profile else []
-    flags = ["streaming", "--serve", "--api-workers", str(options.api_workers), "--step", str(options.step)]
-    command = [sys.executable, *profile, "-m", "minisgl_bench", *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+    this = [sys.executable, "-m", "minisgl_bench", "streaming", "--tokens", str(options.tokens)]
+    flags = [
+        "--serve",
+        "--api-workers",
+        str(options.api_workers),
+        "--step",
+        str(options.step),
+        "--model",
+        options.model,
+    ]
+    with subprocess.Popen([*this, *flags], stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
-            url = next(found[1] for line in server.stdout if (found := re.search(r"(http://.*:\d+)/v1\n", line)))
-            print(f"the engine offers {options.clients / options.step:,.0f} tokens/s to {options.clients} clients")
-            count = max(1, round(options.seconds / options.step / options.tokens)) * options.clients
-            load = ["--concurrency", options.clients, "--requests", count, "--output-len", options.tokens]
-            sent = ["--endpoint", "chat", "--input-len", 64, "--warmup", options.clients]
-            return online(list(map(str, ["--url", url, "--server-pid", server.pid, *load, *sent])))
+            port = next(found[1] for line in server.stdout if (found := re.search(r"http://.*:(\d+)/v1\n", line)))
+            children = psutil.Process(server.pid).children()
+            api = [child for child in children if "minisgl.server.api_process" in child.cmdline()]
+            api = api or [psutil.Process(server.pid)]
+            seconds = ["--seconds", str(options.seconds), "--port", port]
+            shares = [options.clients // len(api) + (i < options.clients % len(api)) for i in range(len(api))]
+            before = [sum(process.cpu_times()[:2]) for process in api]
+            began = time.perf_counter()
+            commands = [[*this, *seconds, "--clients", str(share)] for share in shares]
+            drivers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+            figures = [json.loads(driver.communicate()[0]) for driver in drivers]
+            took = time.perf_counter() - began
+            busy = [(sum(process.cpu_times()[:2]) - was) / took for process, was in zip(api, before, strict=True)]
         finally:
             server.terminate()
+    tokens, events = (sum(column) for column in zip(*figures, strict=True))
+    print(f"offered   {options.clients / options.step:>10,.0f} tokens/s to {options.clients} clients")
+    print(f"streamed  {tokens:>10,.0f} tokens/s in {events:,.0f} events/s")
+    print(f"busy      {' '.join(f'{share:.0%}' for share in busy)} of a core by each API process")
+    print(f"CPU       {sum(busy) / tokens * 1e6:>10.1f} µs by API processes for each token")
+    return 0
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = Parser(prog="minisgl bench streaming", description=__doc__)
     parser.add_argument("--api-workers", type=int, default=1, help="API processes of the server")
-    parser.add_argument("--clients", type=int, default=64, help="connections, each with one answer at a time")
-    parser.add_argument("--tokens", type=int, default=200, help="tokens of an answer")
-    parser.add_argument("--seconds", type=float, default=10.0, help="time to measure, as far as the server keeps up")
+    parser.add_argument("--clients", type=int, default=64, help="connections, each with one completion at a time")
+    parser.add_argument("--tokens", type=int, default=200, help="tokens of a completion")
+    parser.add_argument("--seconds", type=float, default=10.0, help="time to measure")
     parser.add_argument("--step", type=float, default=0.003, help="seconds of an engine's step")
-    parser.add_argument("--profile", help="write a cProfile of the server process to this file")
+    parser.add_argument("--model", default="", help="folder whose tokenizer is used; default: the bundled model")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--engine", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.engine:
-        start = msgspec.json.decode(sys.stdin.buffer.readline())
-        EchoEngine(start["to_engine"], start["from_engine"], start["config"]["model"]).run(options.step)
+        setup = msgspec.json.decode(sys.stdin.buffer.readline())
+        EchoEngine(setup["to_engine"], setup["from_engine"], setup["config"]["model"]).run(options.step)
     elif options.serve:
-        folder = str(locate_model(None, "huggingface"))
+        folder = options.model or str(locate_model(None, "huggingface"))
         config = Config(model=folder, port=0, log_level="WARNING", api_workers=options.api_workers)
-        engine = [sys.executable, "-m", "minisgl_bench", "streaming", "--engine", "--step", str(options.step)]
-        serve(config, engine)
+        serve(config, [sys.executable, "-m", "minisgl_bench", "streaming", "--engine", "--step", str(options.step)])
+    elif options.port:
+        print(json.dumps(asyncio.run(load(options.port, options.clients, options.tokens, options.seconds))))
     else:
         return measure(options)
     return 0

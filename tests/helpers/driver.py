@@ -117,7 +117,7 @@ class Driver:
         return writes
 
 
-def row_init(
+def new_row(
     slot: int,
     *,
     temperature: float = 0.0,

@@ -12,7 +12,7 @@ HELLO: list[Any] = [{"role": "user", "content": "hello 世界"}]
 
 async def test_a_chat_answer_is_a_whole_object(server: Serving) -> None:
     answer = await server.openai.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=9)
-    prompt = list(server.engine.seen[0].prompt)
+    prompt = list(server.engine.seen[0].prompt.tolist())
     assert answer.id.startswith("chatcmpl-")
     assert (answer.object, answer.model) == ("chat.completion", MODEL)
     assert answer.created > 1_700_000_000
@@ -181,7 +181,7 @@ async def test_message_forms_and_template_variables_reach_the_template(server: S
     ):
         body = {"messages": messages, "max_tokens": 1, **extra}
         assert (await server.http.post("/v1/chat/completions", json=body)).status_code == 200
-        prompt = list(server.engine.seen[-1].prompt)
+        prompt = list(server.engine.seen[-1].prompt.tolist())
         assert server.tokenizer.decode(prompt, skip_special_tokens=False) == template + tail
 
 
@@ -190,7 +190,7 @@ async def test_a_prompt_has_one_bos_whether_the_template_or_the_tokenizer_writes
     chat = {"messages": HELLO, "max_tokens": 1}
     for path, body in (("/v1/chat/completions", chat), ("/v1/completions", {"prompt": "hello", "max_tokens": 1})):
         assert (await server.http.post(path, json=body)).status_code == 200
-        prompt = list(server.engine.seen[-1].prompt)
+        prompt = list(server.engine.seen[-1].prompt.tolist())
         assert (prompt[0], prompt.count(0)) == (0, 1)
 
 

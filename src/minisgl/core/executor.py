@@ -44,7 +44,6 @@ class LocalExecutor:
 
     @property
     def num_pages(self) -> int:
-        """KV pages the scheduler may hand out."""
         return self.runner.kv.num_pages
 
     def launch(self, plan: StepPlan) -> None:

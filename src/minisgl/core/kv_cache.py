@@ -31,7 +31,6 @@ class KVCache:
 
     @property
     def page_size(self) -> int:
-        """Tokens in a page."""
         return self.k.shape[2]
 
     @property
@@ -90,7 +89,6 @@ class DeviceTables:
             getattr(self.sampling, name).index_copy_(0, slots, value)
 
     def write_pages(self, slots: Tensor, indices: Tensor, pages: Tensor) -> None:
-        """page_table[slots, indices] = pages."""
         self.page_table.index_put_((slots, indices), pages)
 
     def slot_mapping(self, slots: Tensor, positions: Tensor, page_size: int) -> Tensor:

@@ -217,5 +217,4 @@ def _ranks(logits: Tensor) -> Tensor:
 
 
 def join(parts: list[TokenScores]) -> TokenScores:
-    """Chunks of scores as one."""
     return parts[0] if len(parts) == 1 else TokenScores(*(torch.cat(column) for column in zip(*parts, strict=True)))

@@ -396,7 +396,6 @@ class Fields:
         )
 
     def number_or_none(self, name: str) -> float | None:
-        """A positive finite number, or None when it is missing."""
         return self.number(name) if name in self else None
 
     def flag(self, name: str, default: bool = _REQUIRED) -> bool:

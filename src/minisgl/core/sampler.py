@@ -38,7 +38,6 @@ class SamplingRows:
     stop_ids: Tensor  # int32 (n, stops)
 
     def select(self, index: Tensor) -> SamplingRows:
-        """The rows with these numbers."""
         return SamplingRows(**{name: value.index_select(0, index) for name, value in vars(self).items()})
 
 
