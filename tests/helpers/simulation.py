@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from helpers.constraints import Cycle
+from helpers.driver import new_row
 from helpers.invariants import check_cache
 from minisgl.config import Config
 from minisgl.core.engine import Engine
-from minisgl.core.plan import NewRows, StepPlan
-from minisgl.core.types import MAX_STOP_TOKEN_IDS, ModelInfo, Request, SamplingParams, TokenEvent
+from minisgl.core.plan import StepPlan
+from minisgl.core.types import ModelInfo, Request, SamplingParams, TokenEvent
 from minisgl_bench.simulated import SimulatedExecutor
 
 VOCAB = 50
@@ -41,16 +42,8 @@ def expected_tokens(request: Request, max_seq_len: int) -> list[int]:
     device = SimulatedExecutor(limit, 1, 1, limit, VOCAB)
     none, one = np.empty(0, np.int32), np.zeros(1, np.int32)
     stops = [*params.stop_token_ids, *([] if params.ignore_eos else [EOS])]
-    init = NewRows(
-        slots=one,
-        temperatures=np.array([params.temperature], np.float32),
-        top_ps=np.ones(1, np.float32),
-        min_ps=np.zeros(1, np.float32),
-        top_ks=one,
-        seeds=np.array([params.seed or 0], np.int64),
-        min_lens=np.array([len(prompt) + params.min_tokens], np.int32),
-        stop_ids=np.array([stops + [-1] * (MAX_STOP_TOKEN_IDS - len(stops))], np.int32),
-    )
+    min_len = len(prompt) + params.min_tokens
+    init = new_row(0, temperature=params.temperature, seed=params.seed or 0, min_len=min_len, stop_ids=stops)
     out: list[int] = []
     constraint = None if params.grammar is None else Cycle(params.grammar, VOCAB, EOS)
     while True:
@@ -60,13 +53,13 @@ def expected_tokens(request: Request, max_seq_len: int) -> list[int]:
             return out
         tokens = np.array(prompt if not out else out[-1:], np.int32)
         start = len(prompt) + len(out) - len(tokens)
-        end = start + len(tokens)
+        pages = np.arange(start, start + len(tokens), dtype=np.int32)
         plan = StepPlan(
             step=len(out),
             init=None if out else init,
-            page_slots=np.zeros(end - start, np.int32),
-            page_indices=np.arange(start, end, dtype=np.int32),
-            page_ids=np.arange(start, end, dtype=np.int32),
+            page_slots=np.zeros_like(pages),
+            page_indices=pages,
+            page_ids=pages,
             decode_slots=none,
             decode_lens=none,
             prefill_slots=one,
