@@ -63,19 +63,6 @@ def test_running_out_of_pages_retracts_and_loses_nothing(overlap: int, cache: st
         assert len({event.cached_tokens for event in mine}) == 1, "tokens of a retracted request count as cached"
 
 
-def test_retraction_never_takes_the_oldest() -> None:
-    engine = simulated_engine(num_pages=24, page_size=4, max_seq_len=96, cache="naive", overlap=False)
-    for i in range(4):
-        engine.add(request(str(i), [i] * 8, max_tokens=40, ignore_eos=True))
-    ends: list[str] = []
-    while engine.has_work:
-        ends += [event.id for event in engine.step() if event.finish]
-        oldest = engine.scheduler.live.get("0")
-        assert oldest is None or oldest.slot >= 0
-    assert engine.stats().retracted > 0
-    assert ends == ["0", "1", "2", "3"]
-
-
 def test_running_requests_decode_in_every_step_in_which_a_long_prompt_is_prefilled() -> None:
     engine = simulated_engine(max_prefill_length=8, num_pages=128, max_seq_len=400)
     plans = record_plans(engine)

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from helpers.constraints import Cycle
-from helpers.driver import new_row
 from helpers.invariants import check_cache
 from minisgl.config import Config
 from minisgl.core.engine import Engine
@@ -36,49 +35,29 @@ def simulated_engine(*, num_pages: int = 64, max_seq_len: int = 128, page_size: 
 
 
 def expected_tokens(request: Request, max_seq_len: int) -> list[int]:
-    """The request's tokens on a simulated device of its own: one page a token, no cache, no batch mates."""
+    """The request's tokens on a simulated device of its own: one page a token, no plans, no cache, no batch mates."""
     params, prompt = request.params, request.prompt
     limit = max_seq_len if params.max_tokens is None else min(max_seq_len, len(prompt) + params.max_tokens)
     device = SimulatedExecutor(limit, 1, 1, limit, VOCAB)
-    none, one = np.empty(0, np.int32), np.zeros(1, np.int32)
+    device.page_table[0] = np.arange(limit)
+    device.seed[0] = (params.seed or 0) if params.temperature > 0 else 0
     stops = [*params.stop_token_ids, *([] if params.ignore_eos else [EOS])]
-    min_len = len(prompt) + params.min_tokens
-    init = new_row(0, temperature=params.temperature, seed=params.seed or 0, min_len=min_len, stop_ids=stops)
-    out: list[int] = []
     constraint = None if params.grammar is None else Cycle(params.grammar, VOCAB, EOS)
+    out: list[int] = []
+    device._write(0, 0, np.array(prompt, np.int32))
     while True:
         allowed = set(range(VOCAB) if constraint is None else constraint.allowed())
         allowed -= set(stops if len(out) < params.min_tokens else [])
         if not allowed:
             return out
-        tokens = np.array(prompt if not out else out[-1:], np.int32)
-        start = len(prompt) + len(out) - len(tokens)
-        pages = np.arange(start, start + len(tokens), dtype=np.int32)
-        plan = StepPlan(
-            step=len(out),
-            init=None if out else init,
-            page_slots=np.zeros_like(pages),
-            page_indices=pages,
-            page_ids=pages,
-            decode_slots=none,
-            decode_lens=none,
-            prefill_slots=one,
-            prefill_starts=np.array([start], np.int32),
-            prefill_lens=np.array([len(tokens)], np.int32),
-            prefill_final=np.ones(1, np.bool_),
-            prefill_tokens=tokens,
-            all_greedy=False,
-            any_filter=False,
-            any_min_len=False,
-        )
-        device.launch(plan)
-        token = int(device.collect().tokens[0])
+        token = device._next(0)
         out.append(min(allowed, key=lambda t: (t - token) % VOCAB))
         if constraint is not None:
             constraint.said += 1
         stopped = out[-1] in stops and len(out) > params.min_tokens
         if stopped or len(prompt) + len(out) >= limit:
             return out
+        device._write(0, len(prompt) + len(out) - 1, np.array(out[-1:], np.int32))
 
 
 def advance(engine: Engine, steps: int = 10_000) -> list[TokenEvent]:
