@@ -33,7 +33,6 @@ def weights() -> Weights:
 
 
 def generate(config: Config, wanted: list[Request], retractions: int = 0) -> list[list[int]]:
-    """Every request's tokens, all added at once; every fifth step one is retracted, up to `retractions` times."""
     executor = make_executor(SPEC, weights(), config, MAX_SEQ_LEN)
     return [answer.tokens for answer in tp_cases.generate(executor, SPEC, config, retractions, wanted)]
 

@@ -216,7 +216,6 @@ class ManagerMachine(RuleBasedStateMachine):
         return out
 
     def read(self, slot: int, length: int) -> list[int]:
-        """What the row's first `length` positions hold."""
         positions = np.arange(length)
         pages = self.cache.page_table[slot, positions // self.size]
         found: list[int] = self.content[pages, positions % self.size].tolist()
@@ -304,7 +303,6 @@ class ManagerMachine(RuleBasedStateMachine):
         return True
 
     def offer(self, slot: int) -> None:
-        """The row publishes what it has computed; its page table stays."""
         row, before = self.rows[slot], self.cache.page_table.copy()
         self.cache.publish(slot, row.tokens[: row.known], row.written)
         assert np.array_equal(before, self.cache.page_table)
@@ -340,7 +338,6 @@ class ManagerMachine(RuleBasedStateMachine):
         self.finds(row)
 
     def finds(self, row: Row) -> None:
-        """What was just offered is in the cache, whole pages of it, and nothing behind."""
         if self.shared:
             whole = min(row.known, row.written) // self.size * self.size
             assert self.cache.match_len(np.append(row.tokens[:whole], 99).astype(np.int32)) == whole

@@ -52,7 +52,6 @@ class EngineProgram:
         self.close()
 
     def ask(self, prompts: list[list[int]], params: list[dict[str, Any]]) -> Answers:
-        """What the engine generates. Raises RuntimeError with its errors when it fails."""
         self._write({"prompts": prompts, "params": params})
         answers: Answers = self._read()
         return answers
@@ -69,7 +68,6 @@ class EngineProgram:
         return "".join(self._errors)
 
     def close(self) -> None:
-        """End the process, its engine first."""
         self._stdin.close()
         try:
             self.process.wait(60)
@@ -98,7 +96,6 @@ class EngineProgram:
 
 
 def ask(settings: dict[str, Any], prompts: list[list[int]], params: list[dict[str, Any]]) -> Answers:
-    """What an engine with these settings generates, started for these prompts alone."""
     with EngineProgram(settings) as engine:
         return engine.ask(prompts, params)
 

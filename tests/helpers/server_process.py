@@ -98,7 +98,6 @@ def ask(url: str, max_tokens: int, stream: bool = False) -> tuple[int, str]:
 
 
 def running(url: str) -> int:
-    """Requests that the engine works at."""
     return int(httpx.get(f"{url}/health").json()["running"])
 
 
@@ -122,12 +121,10 @@ def metrics(url: str) -> dict[str, float]:
 
 
 def api_processes(pid: int) -> list[int]:
-    """The API processes that a server has started."""
     module = b"minisgl.server.api_process"
     return [child for child in children(pid) if module in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 def engine_of(pid: int) -> int:
-    """The engine process of a server."""
     (engine,) = set(children(pid)) - set(api_processes(pid))
     return engine

@@ -19,7 +19,6 @@ EOS = 7
 
 
 def model_info(max_seq_len: int) -> ModelInfo:
-    """A model of `VOCAB` tokens with one EOS id."""
     return ModelInfo(name="simulated", vocab_size=VOCAB, max_seq_len=max_seq_len, eos_token_ids=(EOS,))
 
 
@@ -73,7 +72,6 @@ def advance(engine: Engine, steps: int = 10_000) -> list[TokenEvent]:
 
 
 def run(engine: Engine, requests: Sequence[Request]) -> dict[str, list[TokenEvent]]:
-    """Add all requests and run to the end: the events of each."""
     for request in requests:
         engine.add(request)
     events = advance(engine)
@@ -104,7 +102,6 @@ def record_plans(engine: Engine) -> list[StepPlan]:
 
 
 def tokens_of(events: Sequence[TokenEvent]) -> list[int]:
-    """All tokens of one request's events."""
     return [token for event in events for token in event.tokens]
 
 

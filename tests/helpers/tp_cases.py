@@ -122,14 +122,11 @@ class ThreadCollectives:
 
 
 def thread_groups(size: int) -> list[TPGroup]:
-    """A group of threads, as each rank sees it."""
     device, control = (([torch.empty(0)] * size, threading.Barrier(size, timeout=60)) for _ in range(2))
     return [TPGroup(r, size, ThreadCollectives(r, *device), ThreadCollectives(r, *control)) for r in range(size)]
 
 
 def on_all(size: int, work: Callable[[TPGroup], T]) -> list[T]:
-    """What `work` returns on each rank."""
-
     def run(group: TPGroup) -> T:
         try:
             return work(group)
