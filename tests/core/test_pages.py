@@ -169,10 +169,8 @@ class AllocatorMachine(RuleBasedStateMachine):
 
     @invariant()
     def each_page_is_free_or_out(self) -> None:
-        if hasattr(self, "allocator"):
-            assert len(set(self.out)) == len(self.out)
-            assert self.allocator.num_free == self.num_pages - len(self.out)
-            assert sorted(free_pages(self.allocator) + self.out) == list(range(self.num_pages))
+        assert self.allocator.num_free == self.num_pages - len(self.out)
+        assert sorted(free_pages(self.allocator) + self.out) == list(range(self.num_pages))
 
 
 TestAllocator = AllocatorMachine.TestCase
@@ -352,14 +350,13 @@ class ManagerMachine(RuleBasedStateMachine):
 
     @invariant()
     def each_page_is_in_one_place(self) -> None:
-        if hasattr(self, "cache"):
-            check_cache(self.cache)
-            assert self.shared or self.cache.num_cached == 0
-            assert self.cache.num_free + self.cache.num_cached + self.cache.num_owned == self.cache.num_pages
+        check_cache(self.cache)
+        assert self.shared or self.cache.num_cached == 0
+        assert self.cache.num_free + self.cache.num_cached + self.cache.num_owned == self.cache.num_pages
 
     @invariant()
     def each_row_reads_its_own_prefix(self) -> None:
-        for slot, row in getattr(self, "rows", {}).items():
+        for slot, row in self.rows.items():
             assert self.read(slot, row.written) == self.prefix_ids(row.tokens[: row.written])
 
     def teardown(self) -> None:

@@ -182,8 +182,6 @@ class RadixMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_tree_holds_what_the_model_holds(self) -> None:
-        if not hasattr(self, "tree"):
-            return
         assert sorted(check_tree(self.tree, (node for node, _ in self.locked))) == sorted(self.model.values())
         held = {prefix for _, tokens in self.locked for prefix in self.prefixes(tokens)}
         assert self.tree.num_pages == len(self.model)

@@ -103,19 +103,15 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def pages_are_in_one_place(self) -> None:
-        if hasattr(self, "engine"):
-            check_cache(self.engine.cache)
+        check_cache(self.engine.cache)
 
     @invariant()
     def the_queue_is_sorted(self) -> None:
-        if hasattr(self, "engine"):
-            keys = [request.sort_key for request in self.engine.scheduler.waiting]
-            assert keys == sorted(keys)
+        keys = [request.sort_key for request in self.engine.scheduler.waiting]
+        assert keys == sorted(keys)
 
     @invariant()
     def rows_keep_their_order(self) -> None:
-        if not hasattr(self, "engine"):
-            return
         table = self.engine.table
         used = table.state != State.FREE
         going = (table.state == State.PREFILL) | (table.state == State.DECODE)
