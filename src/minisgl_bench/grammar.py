@@ -16,7 +16,7 @@ import numpy as np
 
 from minisgl.cli import Parser
 from minisgl.core.types import Grammar
-from minisgl.text.grammar import MatcherConstraint, Vocabulary, VocabularySource, compile_grammar
+from minisgl.text.grammar import MatcherConstraint, Vocabulary, compile_grammar
 from minisgl.text.tokenizer import Tokenizer
 
 BATCH = 64
@@ -71,10 +71,8 @@ def main(arguments: Sequence[str]) -> int:
     args = parser.parse_args(arguments)
     tokenizer = Tokenizer.load(args.tokenizer)
     begun = time.perf_counter()
-    source = VocabularySource(
-        folder=str(args.tokenizer), vocab_size=args.vocab_size, eos_token_ids=tokenizer.eos_token_ids
-    )
-    vocabulary = Vocabulary(source)
+    eos = tokenizer.backend.encode(tokenizer.tokens["eos_token"], add_special_tokens=False).ids
+    vocabulary = Vocabulary(args.tokenizer, args.vocab_size, eos)
     mask = np.zeros(vocabulary.num_words, np.int32)
     print(f"{args.vocab_size} tokens, loaded in {time.perf_counter() - begun:.2f} s")
     heads = f"{'compile ms':>11}{'first µs/row':>14}{'µs/row':>8}{'ms/step':>9}{'p99 ms':>8}{'slowest row ms':>16}"
