@@ -1,6 +1,6 @@
 """Logits processors: what a request may do to its logits before a token is sampled, and log-probabilities.
 
-A step samples a token for every row from the model's own logits. For the rows in `StepPlan.special` a copy of their
+A step samples a token for every row from the model's own logits. For the rows in `StepPlan.logits` a copy of their
 logits is then changed and sampled again, the token is overwritten, and log-probabilities are read; without such rows
 nothing follows. The host never waits for the device here.
 """
@@ -97,27 +97,27 @@ class LogitsProcessors:
 
     def run(self, plan: StepPlan, output: StepOutput, masks: Masks | None) -> None:
         """Sample changed rows again and read the log-probabilities of scored ones, overwriting `output`."""
-        special = plan.special
-        assert special is not None
-        if len(special.changed):
-            self._resample(plan, special, output, masks)
-        if len(special.scored):
-            index = upload({"scored": special.scored.astype(np.int64)}, self.device)["scored"]
+        wanted = plan.logits
+        assert wanted is not None
+        if len(wanted.changed):
+            self._resample(plan, wanted, output, masks)
+        if len(wanted.scored):
+            index = upload({"scored": wanted.scored.astype(np.int64)}, self.device)["scored"]
             scores = []
             for rows in self._chunks(len(index)):
                 logits = self._all_logits(output.logits.index_select(0, index[rows]))
-                scores.append(token_scores(logits, output.tokens.index_select(0, index[rows]).long(), special.top))
+                scores.append(token_scores(logits, output.tokens.index_select(0, index[rows]).long(), wanted.top))
             output.scores = join(scores)
 
     def score_prompts(self, plan: StepPlan, hidden: Tensor, output: StepOutput) -> None:
         """The log-probabilities of the plan's prompt tokens by hidden states (q, D)."""
-        special = plan.special
-        assert special is not None
-        targets = upload({"targets": special.prompt_targets.astype(np.int64)}, self.device)["targets"]
+        wanted = plan.logits
+        assert wanted is not None
+        targets = upload({"targets": wanted.prompt_targets.astype(np.int64)}, self.device)["targets"]
         scores = []
         for rows in self._chunks(len(hidden)):
             logits = self._all_logits(self.decoder.logits(hidden[rows]))
-            scores.append(token_scores(logits, targets[rows], special.prompt_top))
+            scores.append(token_scores(logits, targets[rows], wanted.prompt_top))
         output.prompt_scores = join(scores)
 
     def _chunks(self, rows: int) -> list[slice]:
@@ -127,36 +127,34 @@ class LogitsProcessors:
         """Rows' logits of the whole vocabulary; a rank has those of its own tokens."""
         return self.decoder.ops.whole_logits(logits)
 
-    def _resample(self, plan: StepPlan, special: LogitsRows, output: StepOutput, masks: Masks | None) -> None:
+    def _resample(self, plan: StepPlan, wanted: LogitsRows, output: StepOutput, masks: Masks | None) -> None:
         arrays: dict[str, NDArray[Any]] = {
-            "changed": special.changed.astype(np.int64),
-            "slots": plan.sampled_slots[special.changed].astype(np.int64),
-            "penalties": special.penalties,
+            "changed": wanted.changed.astype(np.int64),
+            "slots": plan.sampled_slots[wanted.changed].astype(np.int64),
+            "penalties": wanted.penalties,
         }
         if masks is not None:  # the last one, of all ones, is for changed rows without a grammar
-            mask_of = np.full(len(special.changed), len(masks), np.int64)
-            mask_of[special.constrained] = np.arange(len(masks))
+            mask_of = np.full(len(wanted.changed), len(masks), np.int64)
+            mask_of[wanted.constrained] = np.arange(len(masks))
             arrays["mask_of"] = mask_of
             arrays["masks"] = np.concatenate([masks, np.full_like(masks[:1], -1)])
         inputs = upload(arrays, self.device)
-        for rows in self._chunks(len(special.changed)):
+        for rows in self._chunks(len(wanted.changed)):
             changed, slots = inputs["changed"][rows], inputs["slots"][rows]
             own = self._all_logits(output.logits.index_select(0, changed))
-            logits = self._change(special, own, slots, inputs, rows)
+            logits = self._change(wanted, own, slots, inputs, rows)
             positions = self.tables.length.index_select(0, slots)
             flags = plan.all_greedy, plan.any_filter, plan.any_min_len
             tokens = self.decoder.ops.sample_whole(logits, self.tables.sampling, slots, positions, *flags)
             output.tokens.index_copy_(0, changed, tokens)
             self.tables.last_token.index_copy_(0, slots, tokens)
-            if special.penalised:
+            if wanted.penalised:
                 self.state.count(slots, tokens)
 
-    def _change(
-        self, special: LogitsRows, own: Tensor, slots: Tensor, inputs: dict[str, Tensor], rows: slice
-    ) -> Tensor:
+    def _change(self, wanted: LogitsRows, own: Tensor, slots: Tensor, inputs: dict[str, Tensor], rows: slice) -> Tensor:
         """The float32 logits that these rows sample from, changed in the order that SamplingParams gives."""
-        logits, state, width = own.to(torch.float32, copy=True), self.state, special.bias_width
-        if special.penalised:
+        logits, state, width = own.to(torch.float32, copy=True), self.state, wanted.bias_width
+        if wanted.penalised:
             assert state.seen is not None
             logits = penalise(logits, state.seen.index_select(0, slots), *inputs["penalties"][:, rows])
         if width:

@@ -53,7 +53,7 @@ class ModelRunner:
     def run(self, plan: StepPlan) -> StepOutput:
         """Run a step; where rows wait for masks, the logits processors are left for `finish`."""
         output = self._forward_and_sample(plan)
-        if plan.special is not None and len(plan.special.constrained) == 0:
+        if plan.logits is not None and len(plan.logits.constrained) == 0:
             self.logits_processors.run(plan, output, None)
         return output
 
@@ -110,8 +110,8 @@ class ModelRunner:
         }
         values = upload(arrays, self.device)
         self.tables.write_sampling(values.pop("slots"), values)
-        if init.special is not None:
-            self.logits_processors.state.admit(init.special)
+        if init.logits is not None:
+            self.logits_processors.state.admit(init.logits)
 
     def _forward_batch(self, step: StepTensors) -> ForwardBatch:
         """The step's tokens, decode rows first; advances the rows' lengths by what the step writes."""
@@ -175,8 +175,8 @@ def upload_step(plan: StepPlan, device: torch.device) -> StepTensors:
     lens, decodes = plan.prefill_lens, len(plan.decode_slots)
     ends = np.cumsum(lens)  # of each chunk, among the prefill tokens
     wanted: list[NDArray[Any]] = [np.arange(decodes), decodes + ends[plan.prefill_final] - 1]
-    if plan.special is not None:
-        wanted.append(plan.special.prompt_rows)
+    if plan.logits is not None:
+        wanted.append(plan.logits.prompt_rows)
     positions = np.arange(len(plan.prefill_tokens)) + np.repeat(plan.prefill_starts - (ends - lens), lens)
     arrays = {
         "page_slots": plan.page_slots.astype(np.int64),
