@@ -104,7 +104,7 @@ class Decoder:
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """Logits (n, V) of hidden states (n, D), in their dtype; on a GPU they can be written to `out`.
 
-        On one rank of several they are those of its own tokens (`Operations.whole_logits`).
+        On one rank of several they are those of its own tokens (`Operations.gather_logits`).
         """
         if out is None:
             return linear(hidden, self.weights.head)

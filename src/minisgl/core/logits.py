@@ -125,7 +125,7 @@ class LogitsProcessors:
 
     def _all_logits(self, logits: Tensor) -> Tensor:
         """Rows' logits of the whole vocabulary; a rank has those of its own tokens."""
-        return self.decoder.ops.whole_logits(logits)
+        return self.decoder.ops.gather_logits(logits)
 
     def _resample(self, plan: StepPlan, special: LogitsRows, output: StepOutput, masks: Masks | None) -> None:
         arrays: dict[str, NDArray[Any]] = {
@@ -145,7 +145,7 @@ class LogitsProcessors:
             logits = self._change(special, own, slots, inputs, rows)
             positions = self.tables.length.index_select(0, slots)
             flags = plan.all_greedy, plan.any_filter, plan.any_min_len
-            tokens = self.decoder.ops.sample_whole(logits, self.tables.sampling, slots, positions, *flags)
+            tokens = self.decoder.ops.sample_gathered(logits, self.tables.sampling, slots, positions, *flags)
             output.tokens.index_copy_(0, changed, tokens)
             self.tables.last_token.index_copy_(0, slots, tokens)
             if special.penalised:

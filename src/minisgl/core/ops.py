@@ -160,8 +160,8 @@ class Operations:
 
     `embed` begins a forward pass, which is `whole` when the hidden states of all its tokens are wanted. The result of
     `row_parallel_linear` and `moe` is read by `add_rms_norm` alone, and may be parts of a sum (parts, T, D). On one
-    rank of several, logits are those of its own tokens: `sample` takes such, `whole_logits` makes them those of all
-    tokens, on all ranks alike, and `sample_whole` takes those.
+    rank of several, logits are those of its own tokens: `sample` takes such, `gather_logits` makes them those of all
+    tokens, on all ranks alike, and `sample_gathered` takes those.
     """
 
     name: str
@@ -175,9 +175,9 @@ class Operations:
         [Tensor, Tensor | None, Tensor | None, float, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor
     ]
     moe: Callable[[Tensor, Tensor, Tensor, Tensor, int, bool], Tensor]
-    whole_logits: Callable[[Tensor], Tensor]
+    gather_logits: Callable[[Tensor], Tensor]
     sample: Sample
-    sample_whole: Sample
+    sample_gathered: Sample
 
 
 PLAIN = Operations(
@@ -190,9 +190,9 @@ PLAIN = Operations(
     gated_linear=gated_linear,
     rope_store_kv=rope_store_kv,
     moe=moe,
-    whole_logits=own_logits,
+    gather_logits=own_logits,
     sample=sample_slots,
-    sample_whole=sample_slots,
+    sample_gathered=sample_slots,
 )
 
 
