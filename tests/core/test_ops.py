@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from minisgl.core.kv_cache import allocate_kv, page_bytes
-from minisgl.core.ops import add_rms_norm, apply_rope, can_pack, linear, moe, pack, rms_norm, silu_mul, store_kv
+from minisgl.core.ops import add_rms_norm, apply_rope, linear, moe, pack, rms_norm, silu_mul, store_kv
 
 CPU = torch.device("cpu")
 
@@ -80,10 +80,10 @@ def test_moe_weighs_the_chosen_experts(norm: bool) -> None:
 
 
 def test_only_what_gains_is_packed() -> None:
-    assert not can_pack(torch.randn(4, 4, dtype=torch.bfloat16))
-    assert not can_pack(torch.randn(2, 4, 4))
     packed = pack(torch.randn(4, 4))
-    assert pack(packed) is packed
+    assert packed.is_mkldnn
+    for weight in (packed, torch.randn(4, 4, dtype=torch.bfloat16), torch.randn(2, 4, 4)):
+        assert pack(weight) is weight
 
 
 @pytest.mark.parametrize("rows", [1, 2, 9, 63, 64, 65, 79, 80, 81, 200])

@@ -1,8 +1,7 @@
 """Logits processors: what a request may do to its logits before a token is sampled, and log-probabilities.
 
-A step samples a token for every row from the model's own logits. For the rows in `StepPlan.special` a copy of their
-logits is then changed and sampled again, the token is overwritten, and log-probabilities are read; without such rows
-nothing follows. The host never waits for the device here.
+A step samples a token for every row from the model's own logits. For rows that ask for more, a copy of their logits is
+then changed and sampled again, the token is overwritten, and log-probabilities are read. The host never waits here.
 """
 
 from __future__ import annotations
@@ -20,10 +19,8 @@ from minisgl.core.kv_cache import DeviceTables, upload
 from minisgl.core.plan import LogitsInit, LogitsRows, Masks, StepPlan
 from minisgl.core.types import MAX_LOGIT_BIAS
 
-CHUNK_LOGITS = 1 << 23
-"""Logits that are worked on at a time, which bounds the memory that is taken beside them: about 30 bytes each."""
-WORD = 32
-"""Tokens to an int32 word of a mask; the lowest bit is the first token."""
+CHUNK_LOGITS = 1 << 23  # logits that are worked on at a time, which take about 30 bytes of memory each
+WORD = 32  # tokens in an int32 word of a mask; the lowest bit is the first token
 
 
 class TokenScores(NamedTuple):
@@ -46,7 +43,7 @@ class StepOutput:
 
 @dataclass
 class LogitsState:
-    """What logits processors keep between steps. Both tables come into being with the first row that needs them."""
+    """What logits processors keep between steps. Tables are allocated with the first row that needs them."""
 
     rows: int
     vocab_size: int
@@ -56,14 +53,10 @@ class LogitsState:
     bias_values: Tensor | None = field(default=None, init=False)  # float32 (rows, MAX_LOGIT_BIAS)
 
     def admit(self, init: LogitsInit) -> None:
-        """Start these rows afresh."""
-        arrays: dict[str, NDArray[Any]] = {
-            "slots": init.slots.astype(np.int64),
-            "places": init.seen_slots.astype(np.int64) * self.vocab_size + init.seen_tokens,
-            "seen": init.seen,
-            "bias_ids": init.bias_ids.astype(np.int64),
-            "bias_values": init.bias_values,
-        }
+        """Reset the rows of requests that start."""
+        places = init.seen_slots.astype(np.int64) * self.vocab_size + init.seen_tokens
+        arrays: dict[str, NDArray[Any]] = {"slots": init.slots.astype(np.int64), "places": places, "seen": init.seen}
+        arrays |= {"bias_ids": init.bias_ids.astype(np.int64), "bias_values": init.bias_values}
         values = upload(arrays, self.device)
         width = init.bias_ids.shape[1]
         if self.seen is None and len(init.seen):
@@ -86,7 +79,7 @@ class LogitsState:
 
 
 class LogitsProcessors:
-    """What follows on the logits of one runner's steps."""
+    """The logits processors of one runner."""
 
     def __init__(self, decoder: Decoder, tables: DeviceTables, device: torch.device) -> None:
         self.decoder = decoder
@@ -96,7 +89,7 @@ class LogitsProcessors:
         self.state = LogitsState(len(tables.length), decoder.spec.vocab_size, device)
 
     def run(self, plan: StepPlan, output: StepOutput, masks: Masks | None) -> None:
-        """Sample changed rows again and read the log-probabilities of scored ones, overwriting `output`."""
+        """Sample changed rows again and write the log-probabilities of scored ones, both to `output`."""
         special = plan.special
         assert special is not None
         if len(special.changed):
@@ -105,27 +98,23 @@ class LogitsProcessors:
             index = upload({"scored": special.scored.astype(np.int64)}, self.device)["scored"]
             scores = []
             for rows in self._chunks(len(index)):
-                logits = self._all_logits(output.logits.index_select(0, index[rows]))
+                logits = self.decoder.ops.gather_logits(output.logits.index_select(0, index[rows]))
                 scores.append(token_scores(logits, output.tokens.index_select(0, index[rows]).long(), special.top))
             output.scores = join(scores)
 
     def score_prompts(self, plan: StepPlan, hidden: Tensor, output: StepOutput) -> None:
-        """The log-probabilities of the plan's prompt tokens by hidden states (q, D)."""
+        """Write the log-probabilities of the plan's prompt tokens, by hidden states (q, D), to `output`."""
         special = plan.special
         assert special is not None
         targets = upload({"targets": special.prompt_targets.astype(np.int64)}, self.device)["targets"]
         scores = []
         for rows in self._chunks(len(hidden)):
-            logits = self._all_logits(self.decoder.logits(hidden[rows]))
+            logits = self.decoder.ops.gather_logits(self.decoder.logits(hidden[rows]))
             scores.append(token_scores(logits, targets[rows], special.prompt_top))
         output.prompt_scores = join(scores)
 
     def _chunks(self, rows: int) -> list[slice]:
         return [slice(start, start + self.rows_at_once) for start in range(0, rows, self.rows_at_once)]
-
-    def _all_logits(self, logits: Tensor) -> Tensor:
-        """Rows' logits of the whole vocabulary; a rank has those of its own tokens."""
-        return self.decoder.ops.gather_logits(logits)
 
     def _resample(self, plan: StepPlan, special: LogitsRows, output: StepOutput, masks: Masks | None) -> None:
         arrays: dict[str, NDArray[Any]] = {
@@ -141,7 +130,7 @@ class LogitsProcessors:
         inputs = upload(arrays, self.device)
         for rows in self._chunks(len(special.changed)):
             changed, slots = inputs["changed"][rows], inputs["slots"][rows]
-            own = self._all_logits(output.logits.index_select(0, changed))
+            own = self.decoder.ops.gather_logits(output.logits.index_select(0, changed))
             logits = self._change(special, own, slots, inputs, rows)
             positions = self.tables.length.index_select(0, slots)
             flags = plan.all_greedy, plan.any_filter, plan.any_min_len
@@ -162,8 +151,8 @@ class LogitsProcessors:
         if width:
             assert state.bias_ids is not None
             assert state.bias_values is not None
-            ids, values = (t[:, :width].index_select(0, slots) for t in (state.bias_ids, state.bias_values))
-            logits.scatter_add_(1, ids, values)
+            ids, values = state.bias_ids[:, :width], state.bias_values[:, :width]
+            logits.scatter_add_(1, ids.index_select(0, slots), values.index_select(0, slots))
         if "masks" in inputs:
             logits = forbid(logits, inputs["masks"].index_select(0, inputs["mask_of"][rows]))
         return logits
@@ -207,9 +196,9 @@ def token_scores(logits: Tensor, tokens: Tensor, top: int) -> TokenScores:
 
 
 def _ranks(logits: Tensor) -> Tensor:
-    """An int64 for each float32 logit (n, V), all different, ordered by logit and then by lower id.
+    """An int64 for each float32 logit (n, V), all different, ordered by logit and then by lower id. -0 equals 0.
 
-    The high half is the float's bit pattern made to order as an integer, the low half counts the ids down. -0 is 0.
+    The high half is the float's bit pattern made to order as an integer, the low half counts the ids down.
     """
     bits = (logits + 0.0).view(torch.int32)
     bits = bits ^ (bits >> 31).bitwise_and_(0x7FFFFFFF)

@@ -20,18 +20,16 @@ from minisgl.core.plan import Masks, NewRows, StepPlan
 class DecodeGraphRunner(Protocol):
     """Decode steps as graphs, over a runner's tables and cache."""
 
-    def takes(self, plan: StepPlan) -> bool:
-        """Whether there is a graph for this step."""
+    def takes(self, plan: StepPlan) -> bool: ...
 
     def run(self, plan: StepPlan) -> StepOutput:
-        """The whole step, sampled tokens written back to the tables."""
+        """The whole step, the sampled tokens written back to the tables."""
 
 
 class PiecewiseGraphRunner(Protocol):
     """Steps with prompts as graphs between their attentions."""
 
-    def takes(self, batch: ForwardBatch) -> bool:
-        """Whether there are graphs for this step."""
+    def takes(self, batch: ForwardBatch) -> bool: ...
 
     def forward(self, batch: ForwardBatch, attention: PlannedAttention) -> Tensor:
         """`Decoder.forward`."""
@@ -64,7 +62,6 @@ class ModelRunner:
         return output
 
     def _forward_and_sample(self, plan: StepPlan) -> StepOutput:
-        """Run the model, sample a token for each row that ends here from its own logits, and score prompts."""
         if self.decode_graphs is not None and self.decode_graphs.takes(plan):
             return self.decode_graphs.run(plan)
         # 1) Bring the tables up to date: rows that start, and new pages.
@@ -72,7 +69,7 @@ class ModelRunner:
             self._admit(plan.init)
         step = upload_step(plan, self.device)
         if len(plan.page_ids):
-            self.tables.write_pages(step.page_slots, step.page_indices, step.page_ids)
+            self.tables.page_table.index_put_((step.page_slots, step.page_indices), step.page_ids)
         # 2) Run the layers over all of the step's tokens.
         attention = self.decoder.attention.plan(self._attention_metadata(plan, step), self.kv)
         batch = self._forward_batch(step)
@@ -87,7 +84,6 @@ class ModelRunner:
         return output
 
     def _sample(self, plan: StepPlan, step: StepTensors, hidden: Tensor) -> StepOutput:
-        """Sample a token for each row from hidden states (n, D)."""
         if len(hidden) == 0:
             return StepOutput(torch.empty(0, dtype=torch.int32, device=self.device), hidden)
         logits, positions = self.decoder.logits(hidden), self.tables.length.index_select(0, step.sampled)
@@ -97,7 +93,6 @@ class ModelRunner:
         return StepOutput(tokens, logits)
 
     def _admit(self, init: NewRows) -> None:
-        """Write the sampling parameters of rows that start."""
         arrays: dict[str, NDArray[Any]] = {
             "slots": init.slots.astype(np.int64),
             "temperature": init.temperatures,
@@ -109,7 +104,9 @@ class ModelRunner:
             "stop_ids": init.stop_ids,
         }
         values = upload(arrays, self.device)
-        self.tables.write_sampling(values.pop("slots"), values)
+        slots = values.pop("slots")
+        for name, value in values.items():
+            getattr(self.tables.sampling, name).index_copy_(0, slots, value)
         if init.special is not None:
             self.logits_processors.state.admit(init.special)
 
@@ -136,16 +133,16 @@ class ModelRunner:
         decode = prefill = None
         if len(plan.decode_slots):
             decode = SequenceBatch(
-                page_table=self.tables.page_table, slots=plan.decode_slots,
-                query_lens=np.ones_like(plan.decode_lens), kv_lens=plan.decode_lens + 1,
+                page_table=self.tables.page_table,
+                slots=plan.decode_slots, query_lens=np.ones_like(plan.decode_lens), kv_lens=plan.decode_lens + 1,
                 slots_device=step.decode_slots, cu_query_lens=step.decode_starts, kv_lens_device=step.decode_ends,
             )  # fmt: skip
         if len(plan.prefill_slots):
+            ends, starts = plan.prefill_starts + plan.prefill_lens, step.prefill_query_starts
             prefill = SequenceBatch(
-                page_table=self.tables.page_table, slots=plan.prefill_slots,
-                query_lens=plan.prefill_lens, kv_lens=plan.prefill_starts + plan.prefill_lens,
-                slots_device=step.prefill_slots, cu_query_lens=step.prefill_query_starts,
-                kv_lens_device=step.prefill_ends,
+                page_table=self.tables.page_table,
+                slots=plan.prefill_slots, query_lens=plan.prefill_lens, kv_lens=ends,
+                slots_device=step.prefill_slots, cu_query_lens=starts, kv_lens_device=step.prefill_ends,
             )  # fmt: skip
         return AttentionMetadata(decode=decode, prefill=prefill)
 
@@ -171,7 +168,7 @@ class StepTensors:
 
 
 def upload_step(plan: StepPlan, device: torch.device) -> StepTensors:
-    """Work out where each prefill token goes, and send everything over."""
+    """Compute where each prefill token goes, and upload everything in one copy."""
     lens, decodes = plan.prefill_lens, len(plan.decode_slots)
     ends = np.cumsum(lens)  # of each chunk, among the prefill tokens
     wanted: list[NDArray[Any]] = [np.arange(decodes), decodes + ends[plan.prefill_final] - 1]

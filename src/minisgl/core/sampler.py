@@ -13,9 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FEW = (64, 1024)
-"""How many of the highest logits a filter looks at before it sorts the whole vocabulary, on the CPU."""
-
+FEW = (64, 1024)  # of the highest logits that a filter looks at before it sorts the whole vocabulary, on the CPU
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 SPLITMIX = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
 MURMUR = ((16, 0x85EBCA6B - 2**32), (13, 0xC2B2AE35 - 2**32))
@@ -98,13 +96,13 @@ def threshold(scaled: Tensor, rows: SamplingRows) -> Tensor:
 
 
 def _top_threshold(scaled: Tensor, rows: SamplingRows, width: int) -> tuple[Tensor, Tensor]:
-    """What top_k and top_p keep of the `width` highest, and whether that is what they keep of all; both (n,)."""
+    """`lowest_kept` of the `width` highest."""
     top = scaled.topk(width, dim=-1).values if width < scaled.shape[1] else scaled.sort(dim=-1, descending=True).values
     return lowest_kept(top, scaled.exp().sum(dim=-1, keepdim=True), rows, scaled.shape[1])
 
 
 def lowest_kept(top: Tensor, total: Tensor, rows: SamplingRows, vocab: int) -> tuple[Tensor, Tensor]:
-    """What top_k and top_p keep of the highest w values, and whether that is what they keep of all; both (n,).
+    """The lowest value that top_k and top_p keep of a row's highest w, and whether it is that of all; both (n,).
 
     top float32 (n, w) descending, the first 0; total (n, 1) the sum of the exponentials of all `vocab` values.
     """
@@ -125,10 +123,7 @@ def lowest_kept(top: Tensor, total: Tensor, rows: SamplingRows, vocab: int) -> t
 
 
 def gumbel_noise(seed: Tensor, position: Tensor, vocab_size: int, first: int = 0) -> Tensor:
-    """-log E with E exponential, for each token from `first` on.
-
-    seed int64 (n,), position int32 (n,) -> float32 (n, vocab_size).
-    """
+    """-log E, E exponential, for tokens from `first` on: int64 (n,), int32 (n,) -> float32 (n, vocab_size)."""
     tokens = torch.arange(first, first + vocab_size, dtype=torch.int32, device=seed.device)
     bits = token_hash(seed, position, tokens)
     uniform = bits.view(torch.uint32).to(torch.float32)
@@ -139,8 +134,8 @@ def gumbel_noise(seed: Tensor, position: Tensor, vocab_size: int, first: int = 0
 def token_hash(seed: Tensor, position: Tensor, token: Tensor) -> Tensor:
     """32 random-looking bits for each (seed, position, token): int64 (n,), int32 (n,), int32 (V,) -> int32 (n, V).
 
-    Integers wrap. Seed and position give two 32-bit keys (SplitMix64); a token is mixed with the one and then,
-    again, with the other (MurmurHash3's finaliser).
+    Integers wrap. Seed and position give two 32-bit keys (SplitMix64); a token is mixed with one, then with the other
+    (MurmurHash3's finaliser).
     """
     key = seed + (position.long() + 1) * GOLDEN
     for shift, factor in SPLITMIX:
