@@ -189,7 +189,7 @@ def test_ordinary_steps_run_no_logits_processors() -> None:
     answers(engine, ordinary)
     assert all(plan.special is None for plan in plans)
     assert isinstance(engine.executor, LocalExecutor)
-    tables = engine.executor.runner.logits_processors.state
+    tables = engine.executor.runner.logits_processors
     assert tables.seen is None
     assert tables.bias_ids is None
 

@@ -97,9 +97,9 @@ def test_the_step_that_is_measured_asks_for_everything_a_request_can() -> None:
     assert output.prompt_scores is not None
     assert output.scores.top_ids.shape == (4, MAX_LOGPROBS)
     assert output.prompt_scores.top_ids.shape == (12, MAX_LOGPROBS)
-    special = driver.runner.logits_processors.state
-    assert special.seen is not None
-    assert special.bias_ids is not None
+    processors = driver.runner.logits_processors
+    assert processors.seen is not None
+    assert processors.bias_ids is not None
 
 
 def test_a_warm_up_runs_a_prompt_beside_each_number_of_decodes_on_scratch_pages() -> None:

@@ -105,12 +105,12 @@ class AttentionBackend(Protocol):
     def plan_prefill(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention: ...
 
 
+@dataclass
 class Attention:
     """A backend for prefill chunks beside one for decode rows; they may be the same."""
 
-    def __init__(self, prefill: AttentionBackend, decode: AttentionBackend) -> None:
-        self.prefill = prefill
-        self.decode = decode
+    prefill: AttentionBackend
+    decode: AttentionBackend
 
     def plan(self, metadata: AttentionMetadata, kv: KVCache) -> PlannedAttention:
         """Prepare a step, which has rows of at least one kind."""

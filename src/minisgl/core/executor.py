@@ -18,6 +18,7 @@ from minisgl.core.plan import Masks, Scores, StepPlan, StepResult
 
 P = ParamSpec("P")
 T = TypeVar("T")
+CheckAlive = Callable[[], None]
 
 # How often a rank that waits for a step asks whether the others are alive: on the CPU, and on a GPU, where steps take
 # milliseconds and the next one is in the stream already.
@@ -30,9 +31,7 @@ class LocalExecutor:
     With tensor parallelism `alive` raises when the group is broken; it is called while a result is waited for.
     """
 
-    def __init__(
-        self, runner: ModelRunner, attention_choice: str = "torch", alive: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, runner: ModelRunner, attention_choice: str = "torch", alive: CheckAlive | None = None) -> None:
         self.runner = runner
         self.device = runner.device
         self.attention_choice = attention_choice
@@ -104,7 +103,7 @@ class Pending:
     output: Future[StepOutput]
     copied: torch.cuda.Event | None
 
-    def wait(self, alive: Callable[[], None] | None) -> StepResult:
+    def wait(self, alive: CheckAlive | None) -> StepResult:
         """Return the results, or raise what the step raised, or what `alive` raises meanwhile."""
         while alive is not None and not self.output.done():
             alive()

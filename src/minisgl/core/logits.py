@@ -6,7 +6,7 @@ then changed and sampled again, the token is overwritten, and log-probabilities 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,52 +41,37 @@ class StepOutput:
     prompt_scores: TokenScores | None = None
 
 
-@dataclass
-class LogitsState:
-    """What logits processors keep between steps. Tables are allocated with the first row that needs them."""
-
-    rows: int
-    vocab_size: int
-    device: torch.device
-    seen: Tensor | None = field(default=None, init=False)  # int32 (rows, V), see `penalise`
-    bias_ids: Tensor | None = field(default=None, init=False)  # int64 (rows, MAX_LOGIT_BIAS)
-    bias_values: Tensor | None = field(default=None, init=False)  # float32 (rows, MAX_LOGIT_BIAS)
-
-    def admit(self, init: LogitsInit) -> None:
-        """Reset the rows of requests that start."""
-        places = init.seen_slots.astype(np.int64) * self.vocab_size + init.seen_tokens
-        arrays: dict[str, NDArray[Any]] = {"slots": init.slots.astype(np.int64), "places": places, "seen": init.seen}
-        arrays |= {"bias_ids": init.bias_ids.astype(np.int64), "bias_values": init.bias_values}
-        values = upload(arrays, self.device)
-        width = init.bias_ids.shape[1]
-        if self.seen is None and len(init.seen):
-            self.seen = torch.zeros((self.rows, self.vocab_size), dtype=torch.int32, device=self.device)
-        if self.seen is not None:
-            self.seen.index_fill_(0, values["slots"], 0)
-            self.seen.view(-1).index_copy_(0, values["places"], values["seen"])
-        if self.bias_ids is None and width:
-            self.bias_ids = torch.zeros((self.rows, MAX_LOGIT_BIAS), dtype=torch.int64, device=self.device)
-            self.bias_values = torch.zeros((self.rows, MAX_LOGIT_BIAS), dtype=torch.float32, device=self.device)
-        if self.bias_ids is not None and self.bias_values is not None:
-            self.bias_values.index_fill_(0, values["slots"], 0)
-            self.bias_values[:, :width].index_copy_(0, values["slots"], values["bias_values"])
-            self.bias_ids[:, :width].index_copy_(0, values["slots"], values["bias_ids"])
-
-    def count(self, slots: Tensor, tokens: Tensor) -> None:
-        """Add a sampled token to each row's completion: int64 (n,), int32 (n,)."""
-        assert self.seen is not None
-        self.seen.view(-1).index_add_(0, slots * self.vocab_size + tokens, torch.full_like(tokens, 2))
-
-
 class LogitsProcessors:
-    """The logits processors of one runner."""
+    """The logits processors of one runner. Their tables are allocated with the first row that needs them."""
 
     def __init__(self, decoder: Decoder, tables: DeviceTables, device: torch.device) -> None:
         self.decoder = decoder
         self.tables = tables
         self.device = device
         self.rows_at_once = max(1, CHUNK_LOGITS // decoder.spec.vocab_size)
-        self.state = LogitsState(len(tables.length), decoder.spec.vocab_size, device)
+        self.seen: Tensor | None = None  # int32 (rows, V), see `penalise`
+        self.bias_ids: Tensor | None = None  # int64 (rows, MAX_LOGIT_BIAS)
+        self.bias_values: Tensor | None = None  # float32 (rows, MAX_LOGIT_BIAS)
+
+    def admit(self, init: LogitsInit) -> None:
+        """Reset the rows of requests that start."""
+        rows, vocab, width = len(self.tables.length), self.decoder.spec.vocab_size, init.bias_ids.shape[1]
+        places = init.seen_slots.astype(np.int64) * vocab + init.seen_tokens
+        arrays: dict[str, NDArray[Any]] = {"slots": init.slots.astype(np.int64), "places": places, "seen": init.seen}
+        arrays |= {"bias_ids": init.bias_ids.astype(np.int64), "bias_values": init.bias_values}
+        values = upload(arrays, self.device)
+        if self.seen is None and len(init.seen):
+            self.seen = torch.zeros((rows, vocab), dtype=torch.int32, device=self.device)
+        if self.seen is not None:
+            self.seen.index_fill_(0, values["slots"], 0)
+            self.seen.view(-1).index_copy_(0, values["places"], values["seen"])
+        if self.bias_ids is None and width:
+            self.bias_ids = torch.zeros((rows, MAX_LOGIT_BIAS), dtype=torch.int64, device=self.device)
+            self.bias_values = torch.zeros((rows, MAX_LOGIT_BIAS), dtype=torch.float32, device=self.device)
+        if self.bias_ids is not None and self.bias_values is not None:
+            self.bias_values.index_fill_(0, values["slots"], 0)
+            self.bias_values[:, :width].index_copy_(0, values["slots"], values["bias_values"])
+            self.bias_ids[:, :width].index_copy_(0, values["slots"], values["bias_ids"])
 
     def run(self, plan: StepPlan, output: StepOutput, masks: Masks | None) -> None:
         """Sample changed rows again and write the log-probabilities of scored ones, both to `output`."""
@@ -131,31 +116,30 @@ class LogitsProcessors:
         for rows in self._chunks(len(special.changed)):
             changed, slots = inputs["changed"][rows], inputs["slots"][rows]
             own = self.decoder.ops.gather_logits(output.logits.index_select(0, changed))
-            logits = self._change(special, own, slots, inputs, rows)
+            logits = own.to(torch.float32, copy=True)
+            self._change(special, logits, inputs, rows)
             positions = self.tables.length.index_select(0, slots)
             flags = plan.all_greedy, plan.any_filter, plan.any_min_len
             tokens = self.decoder.ops.sample_gathered(logits, self.tables.sampling, slots, positions, *flags)
             output.tokens.index_copy_(0, changed, tokens)
             self.tables.last_token.index_copy_(0, slots, tokens)
-            if special.penalised:
-                self.state.count(slots, tokens)
+            if self.seen is not None and special.penalised:  # count the tokens
+                places = slots * self.decoder.spec.vocab_size + tokens
+                self.seen.view(-1).index_add_(0, places, torch.full_like(tokens, 2))
 
-    def _change(
-        self, special: LogitsRows, own: Tensor, slots: Tensor, inputs: dict[str, Tensor], rows: slice
-    ) -> Tensor:
-        """The float32 logits that these rows sample from, changed in the order that SamplingParams gives."""
-        logits, state, width = own.to(torch.float32, copy=True), self.state, special.bias_width
+    def _change(self, special: LogitsRows, logits: Tensor, inputs: dict[str, Tensor], rows: slice) -> None:
+        """Change the float32 logits that these rows sample from, in the order that SamplingParams gives."""
+        slots = inputs["slots"][rows]
         if special.penalised:
-            assert state.seen is not None
-            logits = penalise(logits, state.seen.index_select(0, slots), *inputs["penalties"][:, rows])
-        if width:
-            assert state.bias_ids is not None
-            assert state.bias_values is not None
-            ids, values = state.bias_ids[:, :width], state.bias_values[:, :width]
+            assert self.seen is not None
+            penalise(logits, self.seen.index_select(0, slots), *inputs["penalties"][:, rows])
+        if width := special.bias_width:
+            assert self.bias_ids is not None
+            assert self.bias_values is not None
+            ids, values = self.bias_ids[:, :width], self.bias_values[:, :width]
             logits.scatter_add_(1, ids.index_select(0, slots), values.index_select(0, slots))
         if "masks" in inputs:
-            logits = forbid(logits, inputs["masks"].index_select(0, inputs["mask_of"][rows]))
-        return logits
+            forbid(logits, inputs["masks"].index_select(0, inputs["mask_of"][rows]))
 
 
 def penalise(logits: Tensor, seen: Tensor, repetition: Tensor, frequency: Tensor, presence: Tensor) -> Tensor:

@@ -86,19 +86,14 @@ def _sample_random(logits: Tensor, rows: SamplingRows, positions: Tensor, any_fi
 
 def threshold(scaled: Tensor, rows: SamplingRows) -> Tensor:
     """The lowest value that top_k, top_p and min_p keep. scaled float32 (n, V), highest of each row 0 -> (n, 1)."""
-    vocab, by_min_p = scaled.shape[1], rows.min_p.log()
-    for width in FEW if scaled.device.type == "cpu" else ():
-        if width < vocab:
-            lowest, complete = _top_threshold(scaled, rows, width)
-            if bool(complete.all()):
-                return torch.maximum(lowest, by_min_p).unsqueeze(1)
-    return torch.maximum(_top_threshold(scaled, rows, vocab)[0], by_min_p).unsqueeze(1)
-
-
-def _top_threshold(scaled: Tensor, rows: SamplingRows, width: int) -> tuple[Tensor, Tensor]:
-    """`lowest_kept` of the `width` highest."""
-    top = scaled.topk(width, dim=-1).values if width < scaled.shape[1] else scaled.sort(dim=-1, descending=True).values
-    return lowest_kept(top, scaled.exp().sum(dim=-1, keepdim=True), rows, scaled.shape[1])
+    vocab, total = scaled.shape[1], scaled.exp().sum(dim=-1, keepdim=True)
+    few = [width for width in FEW if width < vocab] if scaled.device.type == "cpu" else []
+    for width in (*few, vocab):
+        top = scaled.topk(width, dim=-1).values if width < vocab else scaled.sort(dim=-1, descending=True).values
+        lowest, complete = lowest_kept(top, total, rows, vocab)
+        if width == vocab or bool(complete.all()):
+            break
+    return torch.maximum(lowest, rows.min_p.log()).unsqueeze(1)
 
 
 def lowest_kept(top: Tensor, total: Tensor, rows: SamplingRows, vocab: int) -> tuple[Tensor, Tensor]:
