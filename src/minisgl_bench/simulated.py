@@ -88,17 +88,17 @@ class SimulatedExecutor:
         if self._half is None:
             raise RuntimeError("no step waits for masks")
         (plan, tokens), self._half = self._half, None
-        assert plan.special is not None
+        assert plan.logits is not None
         allowed = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")[:, : self.vocab_size]
-        for row, bits in zip(plan.special.changed[plan.special.constrained], allowed, strict=True):
+        for row, bits in zip(plan.logits.changed[plan.logits.constrained], allowed, strict=True):
             tokens[row] = (tokens[row] + np.argmax(np.roll(bits, -tokens[row]))) % self.vocab_size
         self._complete(plan, tokens)
 
     def _complete(self, plan: StepPlan, tokens: Int32) -> None:
         self.last_token[plan.sampled_slots] = tokens
-        special = plan.special
-        scores = None if special is None else made_up(tokens[special.scored], special.top)
-        prompt = None if special is None else made_up(special.prompt_targets, special.prompt_top)
+        logits = plan.logits
+        scores = None if logits is None else made_up(tokens[logits.scored], logits.top)
+        prompt = None if logits is None else made_up(logits.prompt_targets, logits.prompt_top)
         self._results.append(StepResult(step=plan.step, tokens=tokens, scores=scores, prompt_scores=prompt))
 
     def collect(self) -> StepResult:

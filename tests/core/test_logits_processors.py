@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from helpers.constraints import Cycle, cycle
+from helpers.invariants import check_cache
 from helpers.models import tiny_spec
 from helpers.simulation import record_plans
 from helpers.special import Answer, SlowAnswer, slow_answer, special_requests
@@ -60,7 +61,7 @@ def answers(engine: Engine, requests: list[Request], retractions: int = 0) -> di
         going = np.isin(engine.table.state, (State.PREFILL, State.DECODE)).any()
         if going and engine.scheduler.retracted < retractions and engine.scheduler.step % 4 == 3:
             engine.scheduler.retract_last()
-    engine.cache.check()
+    check_cache(engine.cache)
     assert engine.cache.num_owned == 0
     engine.close()
     return out
@@ -187,7 +188,7 @@ def test_ordinary_steps_run_no_logits_processors() -> None:
     plans = record_plans(engine)
     ordinary = [Request.make(id=str(i), prompt=[i + 1] * 5, params=SamplingParams(max_tokens=6)) for i in range(3)]
     answers(engine, ordinary)
-    assert all(plan.special is None for plan in plans)
+    assert all(plan.logits is None for plan in plans)
     assert isinstance(engine.executor, LocalExecutor)
     tables = engine.executor.runner.logits_processors
     assert tables.seen is None

@@ -25,6 +25,7 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from helpers.invariants import check_cache, free_pages
 from minisgl.core.pages import CacheManager, OutOfPages, PageAllocator
 from minisgl.core.plan import Int32
 
@@ -70,7 +71,7 @@ def test_a_wrong_free_raises_and_changes_nothing(wrong: Int32, message: str) -> 
     allocator.allocate(2)
     with pytest.raises(RuntimeError, match=message):
         allocator.free(wrong)
-    assert sorted(allocator.free_pages().tolist()) == [2, 3]
+    assert sorted(free_pages(allocator)) == [2, 3]
     allocator.free(ids(0, 1))
     assert sorted(allocator.allocate(4).tolist()) == [0, 1, 2, 3]
 
@@ -141,7 +142,7 @@ def test_extend_evicts_the_least_recently_used_prefix_and_never_a_borrowed_one()
         grow(cache, 1, 5)
     grow(cache, 1, 4)
     assert [cache.match_len(ids(n, n, 0)) for n in (1, 2, 3)] == [2, 0, 0]
-    cache.check()
+    check_cache(cache)
 
 
 def test_match_len_is_no_use_of_a_prefix_and_acquire_is() -> None:
@@ -191,7 +192,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         if hasattr(self, "allocator"):
             assert len(set(self.out)) == len(self.out)
             assert self.allocator.num_free == self.num_pages - len(self.out)
-            assert sorted(self.allocator.free_pages().tolist() + self.out) == list(range(self.num_pages))
+            assert sorted(free_pages(self.allocator) + self.out) == list(range(self.num_pages))
 
 
 TestAllocator = AllocatorMachine.TestCase
@@ -344,7 +345,7 @@ class ManagerMachine(RuleBasedStateMachine):
         slots = [slot for slot in order if slot in self.rows][:count]
         new = None if start is None else self.rows[self.pick(start)].tokens
         foretold = self.cache.available_after(np.array(slots, np.intp), new)
-        self.cache.check()
+        check_cache(self.cache)
         if new is not None:
             if not (free := [slot for slot in range(4) if slot not in self.rows]):
                 return
@@ -383,7 +384,7 @@ class ManagerMachine(RuleBasedStateMachine):
     @invariant()
     def each_page_is_in_one_place(self) -> None:
         if hasattr(self, "cache"):
-            self.cache.check()
+            check_cache(self.cache)
             assert self.shared or self.cache.num_cached == 0
             assert self.cache.num_free + self.cache.num_cached + self.cache.num_owned == self.cache.num_pages
 
@@ -398,7 +399,7 @@ class ManagerMachine(RuleBasedStateMachine):
         if hasattr(self, "cache"):
             assert self.cache.num_owned == 0
             self.cache.flush()
-            self.cache.check()
+            check_cache(self.cache)
             assert self.cache.num_free == self.cache.num_pages
 
 

@@ -295,7 +295,7 @@ def test_every_policy_has_a_name_on_the_command_line() -> None:
 
 
 def test_longest_prefix_first_prefers_cached_prompts_until_others_have_waited_too_long() -> None:
-    entries = [RequestState(request(str(i), [i]), arrival=i, step=0, seed=0, max_tokens=9, eos=()) for i in range(4)]
+    entries = [RequestState(request(str(i), [i]), i, 0, 0, 9, ()) for i in range(4)]
     cached = {"0": 0, "1": 8, "2": 4, "3": 8}
     policy = LongestPrefixMatch(patience=10)
 

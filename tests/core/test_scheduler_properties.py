@@ -31,6 +31,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from helpers.constraints import cycle
+from helpers.invariants import check_cache
 from helpers.simulation import VOCAB, expected_tokens, request, simulated_engine, tokens_of
 from minisgl.core.engine import Engine
 from minisgl.core.policy import POLICIES
@@ -126,7 +127,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def pages_are_in_one_place(self) -> None:
         if hasattr(self, "engine"):
-            self.engine.cache.check()
+            check_cache(self.engine.cache)
 
     @invariant()
     def the_queue_is_sorted(self) -> None:
@@ -168,7 +169,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             else:
                 assert got == expected
         cache = self.engine.cache
-        cache.check()
+        check_cache(cache)
         assert cache.num_owned == 0
         cache.flush()
         assert cache.num_free == self.engine.executor.num_pages

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from helpers.constraints import Cycle
+from helpers.invariants import check_cache
 from minisgl.config import Config
 from minisgl.core.engine import Engine
 from minisgl.core.plan import NewRows, StepPlan
@@ -94,7 +95,7 @@ def advance(engine: Engine, steps: int = 10_000) -> list[TokenEvent]:
         if not engine.has_work:
             return events
         events += engine.step()
-        engine.cache.check()
+        check_cache(engine.cache)
     assert steps < 10_000, f"still busy: {engine.stats()}"
     return events
 

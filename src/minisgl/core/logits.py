@@ -75,65 +75,65 @@ class LogitsProcessors:
 
     def run(self, plan: StepPlan, output: StepOutput, masks: Masks | None) -> None:
         """Sample changed rows again and write the log-probabilities of scored ones, both to `output`."""
-        special = plan.special
-        assert special is not None
-        if len(special.changed):
-            self._resample(plan, special, output, masks)
-        if len(special.scored):
-            index = upload({"scored": special.scored.astype(np.int64)}, self.device)["scored"]
+        wanted = plan.logits
+        assert wanted is not None
+        if len(wanted.changed):
+            self._resample(plan, wanted, output, masks)
+        if len(wanted.scored):
+            index = upload({"scored": wanted.scored.astype(np.int64)}, self.device)["scored"]
             scores = []
             for rows in self._chunks(len(index)):
                 logits = self.decoder.ops.gather_logits(output.logits.index_select(0, index[rows]))
-                scores.append(token_scores(logits, output.tokens.index_select(0, index[rows]).long(), special.top))
+                scores.append(token_scores(logits, output.tokens.index_select(0, index[rows]).long(), wanted.top))
             output.scores = join(scores)
 
     def score_prompts(self, plan: StepPlan, hidden: Tensor, output: StepOutput) -> None:
         """Write the log-probabilities of the plan's prompt tokens, by hidden states (q, D), to `output`."""
-        special = plan.special
-        assert special is not None
-        targets = upload({"targets": special.prompt_targets.astype(np.int64)}, self.device)["targets"]
+        wanted = plan.logits
+        assert wanted is not None
+        targets = upload({"targets": wanted.prompt_targets.astype(np.int64)}, self.device)["targets"]
         scores = []
         for rows in self._chunks(len(hidden)):
             logits = self.decoder.ops.gather_logits(self.decoder.logits(hidden[rows]))
-            scores.append(token_scores(logits, targets[rows], special.prompt_top))
+            scores.append(token_scores(logits, targets[rows], wanted.prompt_top))
         output.prompt_scores = join(scores)
 
     def _chunks(self, rows: int) -> list[slice]:
         return [slice(start, start + self.rows_at_once) for start in range(0, rows, self.rows_at_once)]
 
-    def _resample(self, plan: StepPlan, special: LogitsRows, output: StepOutput, masks: Masks | None) -> None:
+    def _resample(self, plan: StepPlan, wanted: LogitsRows, output: StepOutput, masks: Masks | None) -> None:
         arrays: dict[str, NDArray[Any]] = {
-            "changed": special.changed.astype(np.int64),
-            "slots": plan.sampled_slots[special.changed].astype(np.int64),
-            "penalties": special.penalties,
+            "changed": wanted.changed.astype(np.int64),
+            "slots": plan.sampled_slots[wanted.changed].astype(np.int64),
+            "penalties": wanted.penalties,
         }
         if masks is not None:  # the last one, of all ones, is for changed rows without a grammar
-            mask_of = np.full(len(special.changed), len(masks), np.int64)
-            mask_of[special.constrained] = np.arange(len(masks))
+            mask_of = np.full(len(wanted.changed), len(masks), np.int64)
+            mask_of[wanted.constrained] = np.arange(len(masks))
             arrays["mask_of"] = mask_of
             arrays["masks"] = np.concatenate([masks, np.full_like(masks[:1], -1)])
         inputs = upload(arrays, self.device)
-        for rows in self._chunks(len(special.changed)):
+        for rows in self._chunks(len(wanted.changed)):
             changed, slots = inputs["changed"][rows], inputs["slots"][rows]
             own = self.decoder.ops.gather_logits(output.logits.index_select(0, changed))
             logits = own.to(torch.float32, copy=True)
-            self._change(special, logits, inputs, rows)
+            self._change(wanted, logits, inputs, rows)
             positions = self.tables.length.index_select(0, slots)
             flags = plan.all_greedy, plan.any_filter, plan.any_min_len
             tokens = self.decoder.ops.sample_gathered(logits, self.tables.sampling, slots, positions, *flags)
             output.tokens.index_copy_(0, changed, tokens)
             self.tables.last_token.index_copy_(0, slots, tokens)
-            if self.seen is not None and special.penalised:  # count the tokens
+            if self.seen is not None and wanted.penalised:  # count the tokens
                 places = slots * self.decoder.spec.vocab_size + tokens
                 self.seen.view(-1).index_add_(0, places, torch.full_like(tokens, 2))
 
-    def _change(self, special: LogitsRows, logits: Tensor, inputs: dict[str, Tensor], rows: slice) -> None:
+    def _change(self, wanted: LogitsRows, logits: Tensor, inputs: dict[str, Tensor], rows: slice) -> None:
         """Change the float32 logits that these rows sample from, in the order that SamplingParams gives."""
         slots = inputs["slots"][rows]
-        if special.penalised:
+        if wanted.penalised:
             assert self.seen is not None
             penalise(logits, self.seen.index_select(0, slots), *inputs["penalties"][:, rows])
-        if width := special.bias_width:
+        if width := wanted.bias_width:
             assert self.bias_ids is not None
             assert self.bias_values is not None
             ids, values = self.bias_ids[:, :width], self.bias_values[:, :width]

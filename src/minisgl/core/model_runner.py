@@ -50,7 +50,7 @@ class ModelRunner:
     def run(self, plan: StepPlan) -> StepOutput:
         """Run a step; where rows wait for masks, the logits processors are left for `finish`."""
         output = self._forward_and_sample(plan)
-        if plan.special is not None and len(plan.special.constrained) == 0:
+        if plan.logits is not None and len(plan.logits.constrained) == 0:
             self.logits_processors.run(plan, output, None)
         return output
 
@@ -107,8 +107,8 @@ class ModelRunner:
         slots = values.pop("slots")
         for name, value in values.items():
             getattr(self.tables.sampling, name).index_copy_(0, slots, value)
-        if init.special is not None:
-            self.logits_processors.admit(init.special)
+        if init.logits is not None:
+            self.logits_processors.admit(init.logits)
 
     def _forward_batch(self, step: dict[str, Tensor]) -> ForwardBatch:
         """The step's tokens, decode rows first; advances the rows' lengths by what the step writes."""
@@ -155,8 +155,8 @@ def upload_step(plan: StepPlan, device: torch.device) -> dict[str, Tensor]:
     lens, decodes = plan.prefill_lens, len(plan.decode_slots)
     ends = np.cumsum(lens)  # of each chunk, among the prefill tokens
     wanted: list[NDArray[Any]] = [np.arange(decodes), decodes + ends[plan.prefill_final] - 1]
-    if plan.special is not None:
-        wanted.append(plan.special.prompt_rows)
+    if plan.logits is not None:
+        wanted.append(plan.logits.prompt_rows)
     positions = np.arange(len(plan.prefill_tokens)) + np.repeat(plan.prefill_starts - (ends - lens), lens)
     arrays = {
         "page_slots": plan.page_slots.astype(np.int64),  # (p,)

@@ -226,7 +226,7 @@ def prefill_plan(rows: int, length: int, everything: bool = False) -> StepPlan:
         seeds=np.zeros(rows, np.int64),
         min_lens=zeros + length + 1,
         stop_ids=np.zeros((rows, MAX_STOP_TOKEN_IDS), np.int32),
-        special=logits_init if everything else None,
+        logits=logits_init if everything else None,
     )
     return StepPlan(
         step=0,
@@ -244,7 +244,7 @@ def prefill_plan(rows: int, length: int, everything: bool = False) -> StepPlan:
         all_greedy=False,
         any_filter=True,
         any_min_len=True,
-        special=logits_rows(rows, rows * length) if everything else None,
+        logits=logits_rows(rows, rows * length) if everything else None,
     )
 
 

@@ -163,7 +163,7 @@ class EngineServer:
     def run(self) -> int:
         """Load the model and serve; the exit status."""
         try:
-            built = build_engine(self.config, progress=sys.stderr.isatty(), when_gone=leave_soon)
+            built = build_engine(self.config, progress=sys.stderr.isatty(), on_failure=leave_soon)
             self.ready = ipc.Ready(built.engine.model, str(built.folder), list(built.notes))
             self.links.send(self.ready)
             self._serve(built.engine, PendingGrammars(built.engine.constraints))
