@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -150,20 +150,19 @@ class _Group:
     mask: Tensor  # bool (g, 1, 1, n * page_size) which cached tokens a row sees
 
 
+@dataclass
 class _Decode:
-    def __init__(self, rows: SequenceBatch, kv: KVCache) -> None:
-        self.rows = rows
-        self.kv = kv
-        self.groups: dict[int, list[_Group]] = {}
+    rows: SequenceBatch
+    kv: KVCache
+    groups: dict[int, list[_Group]] = field(default_factory=dict)  # by window
 
     def run(self, q: Tensor, layer: int, window: int) -> Tensor:
         if window not in self.groups:
             self.groups[window] = self._group(window)
-        groups = self.groups[window]
-        if len(groups) == 1:
-            return self._attend(q, layer, groups[0])
+        if len(self.groups[window]) == 1:
+            return self._attend(q, layer, self.groups[window][0])
         out = torch.empty_like(q)
-        for group in groups:
+        for group in self.groups[window]:
             out.index_copy_(0, group.order, self._attend(q.index_select(0, group.order), layer, group))
         return out
 
@@ -242,20 +241,18 @@ class _Prefill:
                 row = block.row
                 k = self.kv.k[layer].index_select(0, self.pages[row]).view(-1, kv_heads, head_dim).transpose(0, 1)
                 v = self.kv.v[layer].index_select(0, self.pages[row]).view(-1, kv_heads, head_dim).transpose(0, 1)
-            out[block.first : block.last] = F.scaled_dot_product_attention(
-                q[block.first : block.last].transpose(0, 1).unsqueeze(0),
-                k[None, :, block.low : block.high],
-                v[None, :, block.low : block.high],
-                attn_mask=block.mask,
-                is_causal=block.mask is None,
-                enable_gqa=True,
-            )[0].transpose(0, 1)
+            queries = q[block.first : block.last].transpose(0, 1).unsqueeze(0)
+            keys, values = k[None, :, block.low : block.high], v[None, :, block.low : block.high]
+            heads = F.scaled_dot_product_attention(
+                queries, keys, values, attn_mask=block.mask, is_causal=block.mask is None, enable_gqa=True
+            )
+            out[block.first : block.last] = heads[0].transpose(0, 1)
         return out
 
     def _split(self, window: int) -> list[_Block]:
         blocks, first = [], 0
-        shape = zip(self.rows.query_lens.tolist(), self.rows.kv_lens.tolist(), strict=True)
-        for row, (length, kv_len) in enumerate(shape):
+        lens = zip(self.rows.query_lens.tolist(), self.rows.kv_lens.tolist(), strict=True)
+        for row, (length, kv_len) in enumerate(lens):
             for start in range(kv_len - length, kv_len, QUERY_BLOCK):
                 end = min(start + QUERY_BLOCK, kv_len)
                 low = max(0, start - window + 1) if window else 0

@@ -95,11 +95,11 @@ class Decoder:
             assert layer.down is not None
             hidden = self.ops.gated_linear(x, layer.gate_up, layer.gate_up_bias)
             return self.ops.row_parallel_linear(hidden, layer.down, layer.down_bias)
-        moe = self.spec.moe
+        moe, gate_up, down = self.spec.moe, layer.expert_gate_up, layer.expert_down
         assert moe is not None
-        assert layer.expert_gate_up is not None
-        assert layer.expert_down is not None
-        return self.ops.moe(x, layer.router, layer.expert_gate_up, layer.expert_down, moe.top_k, moe.norm_topk_prob)
+        assert gate_up is not None
+        assert down is not None
+        return self.ops.moe(x, layer.router, gate_up, down, moe.top_k, moe.norm_topk_prob)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """Logits (n, V), a rank's own (n, V / ranks), of hidden states (n, D); on a GPU written to `out` if given."""

@@ -76,10 +76,9 @@ class LocalExecutor:
         return self.runner.finish(plan, output.result(), masks)
 
     def _start(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Enqueue work. A GPU's stream has it when this returns; what it raises is in the future."""
         if self._worker is not None:
             return self._worker.submit(work, *args, **kwargs)
-        done: Future[T] = Future()
+        done: Future[T] = Future()  # a GPU's stream has the work when this returns
         try:
             done.set_result(work(*args, **kwargs))
         except Exception as error:
@@ -119,7 +118,6 @@ class Pending:
 
 
 def _copy_to_host(output: Future[StepOutput], copied: torch.cuda.Event) -> StepOutput:
-    """Start copies to pinned memory, and record `copied` behind them."""
     result = output.result()
     no_logits = result.tokens[:0]  # the next step may take their memory
     scores, prompt_scores = _pinned_scores(result.scores), _pinned_scores(result.prompt_scores)

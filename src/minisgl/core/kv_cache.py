@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,14 +87,6 @@ class DeviceTables:
         return pages.long() * page_size + positions % page_size
 
 
-class TableTensors(Protocol):
-    """The tables that a captured decode step reads and writes: int32 (rows,), (rows,), (rows, max_pages)."""
-
-    last_token: Tensor
-    length: Tensor
-    page_table: Tensor
-
-
 @dataclass(frozen=True, kw_only=True)
 class StepInputs:
     """What a decode step of B rows starts from, in tensors that stay where they are."""
@@ -107,7 +99,6 @@ class StepInputs:
 
     @classmethod
     def allocate(cls, batch: int, max_pages: int, scratch_page: int, device: torch.device) -> StepInputs:
-        """Inputs of `batch` rows that all point at the scratch page."""
         return cls(
             ids=torch.zeros(batch, dtype=torch.int32, device=device),
             positions=torch.zeros(batch, dtype=torch.int32, device=device),
@@ -117,7 +108,7 @@ class StepInputs:
         )
 
 
-def gather_rows(changes: Tensor, tables: TableTensors, inputs: StepInputs, page_size: int) -> None:
+def gather_rows(changes: Tensor, tables: DeviceTables, inputs: StepInputs, page_size: int) -> None:
     """Write new pages into the tables, and the rows' token, position, slot and pages into `inputs`.
 
     changes int32 (3, B), all that the host sends for a decode step: the rows' slots in the tables, the index in its
@@ -136,7 +127,7 @@ def gather_rows(changes: Tensor, tables: TableTensors, inputs: StepInputs, page_
     inputs.slot_mapping.copy_(here.long() * page_size + lengths % page_size)
 
 
-def commit_rows(changes: Tensor, tokens: Tensor, tables: TableTensors, inputs: StepInputs) -> None:
+def commit_rows(changes: Tensor, tokens: Tensor, tables: DeviceTables, inputs: StepInputs) -> None:
     """Write the sampled tokens int32 (B,) and the new lengths back to the rows that are not padding."""
     slots = changes[0].long()
     live = slots != len(tables.length) - 1

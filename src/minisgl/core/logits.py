@@ -102,11 +102,8 @@ class LogitsProcessors:
         return [slice(start, start + self.rows_at_once) for start in range(0, rows, self.rows_at_once)]
 
     def _resample(self, plan: StepPlan, wanted: LogitsRows, output: StepOutput, masks: Masks | None) -> None:
-        arrays: dict[str, NDArray[Any]] = {
-            "changed": wanted.changed.astype(np.int64),
-            "slots": plan.sampled_slots[wanted.changed].astype(np.int64),
-            "penalties": wanted.penalties,
-        }
+        arrays: dict[str, NDArray[Any]] = {"changed": wanted.changed.astype(np.int64), "penalties": wanted.penalties}
+        arrays["slots"] = plan.sampled_slots[wanted.changed].astype(np.int64)
         if masks is not None:  # the last one, of all ones, is for changed rows without a grammar
             mask_of = np.full(len(wanted.changed), len(masks), np.int64)
             mask_of[wanted.constrained] = np.arange(len(masks))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 from minisgl.errors import ModelError
 
@@ -132,10 +132,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
 
 
 def read_spec(folder: Path) -> ModelSpec:
-    """Read `config.json`, and the EOS ids beside it, from a model folder in Hugging Face's layout.
-
-    Raises ModelError naming file and field for what is missing, ill-typed, unknown or contradictory.
-    """
+    """Read `config.json`, and the EOS ids beside it, from a model folder. Raises ModelError naming file and field."""
     path = folder / "config.json"
     config = Fields(read_json(path), str(path))
     name, row = _architecture(config)
@@ -189,7 +186,7 @@ def _architecture(config: Fields) -> tuple[str, Architecture]:
 
 def _kv_heads(config: Fields, row: Architecture, num_heads: int) -> int:
     absent = "num_key_value_heads" not in config.values
-    num_kv_heads = config.integer("num_key_value_heads", row.kv_heads if absent and row.kv_heads else num_heads)
+    num_kv_heads = config.integer("num_key_value_heads", (row.kv_heads if absent else None) or num_heads)
     if num_heads % num_kv_heads:
         raise config.error("num_key_value_heads", f"a divisor of the {num_heads} query heads")
     return num_kv_heads
@@ -265,29 +262,17 @@ def read_rope(config: Fields, max_position: int) -> Rope:
         low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
         if high <= low:
             raise rope.error("high_freq_factor", f"larger than low_freq_factor ({low})")
-        return Rope(
-            kind="llama3", theta=theta, factor=rope.number("factor"), low_freq_factor=low, high_freq_factor=high,
-            original_max_position=original,
-        )  # fmt: skip
-    return Rope(
-        kind=cast(RopeKind, kind),
-        theta=theta,
-        factor=rope.number("factor", max_position / original),
-        original_max_position=original,
-        beta_fast=rope.number("beta_fast", 32.0),
-        beta_slow=rope.number("beta_slow", 1.0),
-        attention_factor=rope.number_or_none("attention_factor"),
-        mscale=rope.number_or_none("mscale"),
-        mscale_all_dim=rope.number_or_none("mscale_all_dim"),
-        truncate=rope.flag("truncate", True),
-    )
+        limits: dict[str, Any] = {"low_freq_factor": low, "high_freq_factor": high}
+        factor = rope.number("factor")
+        return Rope(kind="llama3", theta=theta, factor=factor, original_max_position=original, **limits)
+    names = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
+    given: dict[str, Any] = {name: rope.number(name) for name in names if name in rope}
+    factor, truncate = rope.number("factor", max_position / original), rope.flag("truncate", True)
+    return Rope(kind="yarn", theta=theta, factor=factor, original_max_position=original, truncate=truncate, **given)
 
 
 def read_eos_token_ids(folder: Path, config: Fields, vocab_size: int) -> tuple[int, ...]:
-    """EOS ids of generation_config.json, config.json and the tokenizer's `eos_token`, without repeats, in this order.
-
-    Ids outside of the vocabulary are left out.
-    """
+    """EOS ids in the vocabulary, of generation_config.json, config.json and the tokenizer's `eos_token`, in this order."""
     ids: list[int] = []
     for fields in (_optional(folder / "generation_config.json"), config):
         found: Any = fields.values.get("eos_token_id")
@@ -301,10 +286,9 @@ def read_eos_token_ids(folder: Path, config: Fields, vocab_size: int) -> tuple[i
 
 
 def _tokenizer_eos_id(folder: Path) -> int | None:
-    """The id of tokenizer_config.json's `eos_token`, looked up there, then in tokenizer.json."""
     config = _optional(folder / "tokenizer_config.json")
-    token: Any = config.values.get("eos_token")
-    text = token.get("content") if isinstance(token, dict) else token
+    text: Any = config.values.get("eos_token")
+    text = text.get("content") if isinstance(text, dict) else text
     if text is None:
         return None
     if not isinstance(text, str):
@@ -343,10 +327,10 @@ _REQUIRED: Any = object()
 
 
 class Fields:
-    """A JSON object whose fields are read with a type; `where` names it in errors.
+    """A JSON object, called `where` in errors, whose fields are read with a type.
 
-    Every method raises ModelError naming file and field when the field is ill-typed, or missing without a default.
-    A null counts as missing. Integers fit 31 bits, numbers are positive and finite.
+    Methods raise ModelError naming the field when it is ill-typed, or missing or null without a default. Integers fit
+    31 bits, numbers are positive and finite.
     """
 
     def __init__(self, values: Any, where: str) -> None:
@@ -377,9 +361,6 @@ class Fields:
     def number(self, name: str, default: float = _REQUIRED) -> float:
         rule = "a positive number"
         return float(self._read(name, default, rule, lambda x: type(x) in (int, float) and 0 < x < math.inf))
-
-    def number_or_none(self, name: str) -> float | None:
-        return self.number(name) if name in self else None
 
     def flag(self, name: str, default: bool = _REQUIRED) -> bool:
         return bool(self._read(name, default, "true or false", lambda x: type(x) is bool))

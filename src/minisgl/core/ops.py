@@ -136,7 +136,6 @@ def sample_slots(
     logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor, all_greedy: bool, any_filter: bool,
     any_min_len: bool,
 ) -> Tensor:  # fmt: skip
-    """`sample` with the parameters that a table has for these slots."""
     rows = table.select(slots)
     return sample(logits, rows, positions, all_greedy=all_greedy, any_filter=any_filter, any_min_len=any_min_len)
 

@@ -1,9 +1,7 @@
-"""Choosing tokens from logits: filters, and noise that is a function of seed, position and token.
+"""Sampling: filters, and the Gumbel-max trick: argmax of logit / T - log E is distributed as softmax(logit / T).
 
-A token is sampled by the Gumbel-max trick: argmax of logit / T - log E, E exponential noise, is distributed as
-softmax(logit / T). E comes from a counter-based hash (as in Salmon et al., "Parallel random numbers: as easy as 1, 2,
-3", 2011) of (seed, position, token id), so neither the rest of the batch nor the order of steps can change the token.
-The mixers are the finalisers of SplitMix64 (Steele et al., 2014) and MurmurHash3.
+The exponential noise E is a counter-based hash (Salmon et al., 2011, with the finalisers of SplitMix64, Steele et al.,
+2014, and MurmurHash3) of (seed, position, token id): neither the rest of the batch nor the order of steps matters.
 """
 
 from __future__ import annotations

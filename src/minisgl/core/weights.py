@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +65,9 @@ def load_weights(
     folder: Path, spec: ModelSpec, dtype: torch.dtype, device: torch.device, progress: Progress | None = None,
     sharder: Sharder | None = None,
 ) -> Weights:  # fmt: skip
-    """Read a folder's safetensors into tensors of `dtype` on `device`, one checkpoint tensor at a time.
+    """Read a folder's safetensors, one tensor or shard at a time, once all are checked against `spec`.
 
-    With `sharder` only a rank's shard of each is read. Everything is checked against `spec` before anything is
-    allocated. Raises ModelError naming file and tensor.
+    Raises ModelError naming file and tensor.
     """
     with ExitStack() as stack:
         checkpoint = Checkpoint(folder, stack)
@@ -93,11 +93,10 @@ def load_weights(
 def dummy_weights(
     spec: ModelSpec, dtype: torch.dtype, device: torch.device, seed: int = 0, sharder: Sharder | None = None
 ) -> Weights:
-    """Seeded noise under which activations stay finite, of order one, at any depth and in any dtype.
+    """Seeded noise under which activations stay of order one at any depth; ranks' shards are those of one model.
 
     Norms are 1. Matrices have standard deviation 1 / sqrt(fan in), those that add to the residual stream a further
-    1 / sqrt(2 layers), so that its variance does not grow with depth (as GPT-2 does at initialisation). With `sharder`
-    each tensor is made whole and then split, so that the ranks' shards are those of one model.
+    1 / sqrt(2 layers), so that its variance does not grow with depth (as GPT-2 does at initialisation).
     """
     generator = torch.Generator(device).manual_seed(seed)
     tensors = {}
@@ -137,9 +136,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One tensor of ours: its field, its shape, and its sources in order, concatenated along their first dimension.
+    """One tensor of ours, by its sources in order. `layer` None is a field of Weights.
 
-    `layer` None is a field of Weights. `fused` is a checkpoint tensor that may hold the whole parameter instead.
+    `fused` is a checkpoint tensor that may hold all of it instead.
     """
 
     layer: int | None
@@ -190,22 +189,19 @@ def _linear(layer: int, field: str, modules: Mapping[str, int], columns: int, bi
 
 def _stacked(layer: int | None, field: str, heights: Mapping[str, int], *columns: int) -> Parameter:
     """A parameter of checkpoint tensors (height, *columns), concatenated."""
-    sources, start = [], 0
-    for name, height in heights.items():
-        sources.append(Source(name, (height, *columns), start))
-        start += height
-    return Parameter(layer, field, (start, *columns), tuple(sources))
+    *starts, total = accumulate(heights.values(), initial=0)
+    sources = (Source(name, (heights[name], *columns), start) for name, start in zip(heights, starts, strict=True))
+    return Parameter(layer, field, (total, *columns), tuple(sources))
 
 
 def _expert_parameters(moe: Moe, layer: int, hidden: int) -> list[Parameter]:
     width, experts = moe.width, moe.num_experts
     prefix = f"model.layers.{layer}.mlp."
     gate_up, down = [], []
-    for expert in range(experts):
-        name = f"{prefix}experts.{expert}."
-        gate_up.append(Source(f"{name}gate_proj.weight", (width, hidden), 0, expert))
-        gate_up.append(Source(f"{name}up_proj.weight", (width, hidden), width, expert))
-        down.append(Source(f"{name}down_proj.weight", (hidden, width), 0, expert))
+    for i in range(experts):
+        gate_up.append(Source(f"{prefix}experts.{i}.gate_proj.weight", (width, hidden), 0, i))
+        gate_up.append(Source(f"{prefix}experts.{i}.up_proj.weight", (width, hidden), width, i))
+        down.append(Source(f"{prefix}experts.{i}.down_proj.weight", (hidden, width), 0, i))
     gate_up_shape, down_shape = (experts, 2 * width, hidden), (experts, hidden, width)
     fused_gate_up = Source(f"{prefix}experts.gate_up_proj", gate_up_shape)
     fused_down = Source(f"{prefix}experts.down_proj", down_shape)
