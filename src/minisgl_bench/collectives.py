@@ -187,7 +187,7 @@ class CollectivesRank:
         call = partial(ops.sample, logits, table, slots, slots, False, True, True)
 
         def check() -> None:
-            exact = ops.sample_whole(whole.to(self.dtype).to(self.device), table, slots, slots, False, True, True)
+            exact = ops.sample_gathered(whole.to(self.dtype).to(self.device), table, slots, slots, False, True, True)
             if wrong := int((call() != exact).sum()):
                 raise RuntimeError(f"{wrong} of {rows} tokens differ from one device's")
 

@@ -67,7 +67,7 @@ def parallel_operations(ops: Operations, group: TPGroup, shard: VocabShard) -> O
         embed=embed,
         row_parallel_linear=ops.linear,
         add_rms_norm=add_rms_norm,
-        whole_logits=lambda logits: gather_logits(logits, shard, collectives),
+        gather_logits=lambda logits: gather_logits(logits, shard, collectives),
         sample=sample,
     )
 
