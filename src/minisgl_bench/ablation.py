@@ -22,9 +22,11 @@ from minisgl.core.engine import Engine
 from minisgl.core.executor import LocalExecutor
 from minisgl.core.model_config import ModelSpec
 from minisgl.core.types import ModelInfo, Request
-from minisgl.core.weights import Weights, progress_bar
+from minisgl.core.weights import Weights
 from minisgl.errors import ConfigError
+from minisgl.formats.hub import progress_bar
 from minisgl.gpu.attention.select import available_backends
+from minisgl.gpu.executor import make_executor
 from minisgl_bench.plots import draw_ablation
 from minisgl_bench.profile import Recorder
 from minisgl_bench.report import console, gpu_name, on_gpu, report_path, slug, table, write_report
@@ -216,7 +218,7 @@ class AblationRunner:
         gpu, started = self.device.type == "cuda", time.perf_counter()
         free = torch.cuda.mem_get_info(self.device)[0] if gpu else 0
         length = max_seq_len(config, self.loaded.spec)
-        made = LocalExecutor(self.loaded.spec, self.loaded.weights, config.replace(num_pages=pages), length)
+        made = make_executor(self.loaded.spec, self.loaded.weights, config.replace(num_pages=pages), length)
         self._build_seconds = time.perf_counter() - started
         kv = made.runner.kv.k.nbytes + made.runner.kv.v.nbytes
         self._other_gib = max(0, free - torch.cuda.mem_get_info(self.device)[0] - kv) / 2**30 if gpu else 0.0
@@ -238,7 +240,7 @@ class AblationRunner:
     def _answer(self, engine: Engine, workload: Workload) -> list[list[int]]:
         answers: dict[str, list[int]] = {}
         for prompt, params in zip(workload.prompts, workload.params, strict=True):
-            request = Request(id=str(next(self._ids)), prompt=prompt, params=params)
+            request = Request.make(str(next(self._ids)), prompt, params)
             answers[request.id] = []
             engine.add(request)
         while engine.has_work:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from minisgl.cli import Parser
-from minisgl.core.attention import Attention, GraphBackend, Int32, Rows
+from minisgl.core.attention import Attention, GraphBackend, Int32, SequenceBatch
 from minisgl.core.kv_cache import KVCache
 from minisgl.errors import ConfigError
 from minisgl.gpu.attention.select import Shape, available_backends, make_attention
@@ -98,7 +98,7 @@ def decode_table(args: argparse.Namespace) -> dict[str, float]:
     return results
 
 
-def rows_of(lens: Int32, query_lens: Int32, page_size: int, max_pages: int) -> tuple[Rows, int]:
+def rows_of(lens: Int32, query_lens: Int32, page_size: int, max_pages: int) -> tuple[SequenceBatch, int]:
     """Rows on pages in random order, and how many pages they take."""
     counts = -(-lens // page_size)
     used = int(counts.sum())
@@ -107,7 +107,7 @@ def rows_of(lens: Int32, query_lens: Int32, page_size: int, max_pages: int) -> t
     for row, (end, count) in enumerate(zip(np.cumsum(counts), counts, strict=True)):
         table[row, :count] = order[end - count : end]
     slots = np.arange(len(lens), dtype=np.int32)
-    return Rows(
+    return SequenceBatch(
         page_table=torch.from_numpy(table).to(CUDA),
         slots=slots,
         query_lens=query_lens,

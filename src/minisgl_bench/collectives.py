@@ -22,15 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from minisgl.distributed.select import attempt, fuse, reach
 from torch import Tensor
 
 from minisgl.cli import Parser
-from minisgl.config import Config
 from minisgl.core.ops import Operations, add_rms_norm
-from minisgl.distributed import collectives as pynccl
-from minisgl.distributed.collectives import TPGroup, join_group
-from minisgl.distributed.fused import staged_operations
+from minisgl.distributed.collectives import TPGroup, attempt, join_group, select_nccl
+from minisgl.distributed.fused import fused_parallel_operations, make_fused
 from minisgl.distributed.operations import parallel_operations
 from minisgl.distributed.shard import vocab_shard
 from minisgl.gpu.operations import operations_for
@@ -100,29 +97,25 @@ class CollectivesRank:
 
     def time_gpu_ways(self) -> None:
         group, ops = self.group, operations_for(self.device, self.hidden)
-        if group.least(int(pynccl.available())):
-            bound, why = attempt(group, partial(pynccl.NcclCollectives, group))
-            if bound is None:
-                self.print(f"nccl4py: {why}")
-            else:
-                self.time("all-reduce: nccl4py", partial(self.all_reduce, bound.all_reduce))
+        nccl, note = select_nccl(group, self.device, disable_pynccl=False)
+        if nccl is group:
+            self.print(note)
+        else:
+            self.time("all-reduce: nccl4py", partial(self.all_reduce, nccl.collectives.all_reduce))
         plain = parallel_operations(ops, group, self.shard)
         self.time("all-reduce and norm: torch.distributed, then norm", partial(self.norm, plain.add_rms_norm))
         self.time("sampling: gathered, no filter", partial(self.sampling, plain, 1.0))
         self.time("sampling: gathered, top_p", partial(self.sampling, plain, 0.9))
-        for name, one_shot in (("one shot", 64 * 1024), ("two shots", 0)):
-            config = Config(all_reduce_crossovers=f"{one_shot},{64 * 1024}")
-            reached, why = attempt(group, partial(reach, config, group, self.hidden, self.dtype, self.device))
-            fusion = None
-            if reached is not None:
-                fusion, why = attempt(group, partial(fuse, group, reached, self.hidden, ops, self.shard))
-            if reached is None or fusion is None:
+        for name, one_shot in (("one shot", LARGEST_STEP * self.hidden * self.dtype.itemsize), ("two shots", 0)):
+            make = partial(make_fused, group, ops, self.hidden, self.shard, self.dtype, self.device, one_shot)
+            fused, why = attempt(group, make)
+            if fused is None:
                 self.print(f"fused, {name}: {why}")
                 continue
-            fusion.norm.begin(whole=True)
-            self.time(f"all-reduce and norm: fused, {name}", partial(self.norm, fusion.norm.add_rms_norm))
+            fused.norm.begin(whole=True)
+            self.time(f"all-reduce and norm: fused, {name}", partial(self.norm, fused.norm.add_rms_norm))
             if not one_shot:
-                sharded = staged_operations(ops, plain, self.shard, reached, fusion)
+                sharded = fused_parallel_operations(plain, fused)
                 self.time("sampling: from shards, no filter", partial(self.sampling, sharded, 1.0))
                 self.time("sampling: from shards, top_p", partial(self.sampling, sharded, 0.9))
 

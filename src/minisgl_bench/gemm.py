@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minisgl.cli import Parser
 from minisgl.core.ops import Operations
-from minisgl.gpu.kernels import activation, norm
+from minisgl.gpu.kernels import elementwise
 from minisgl.gpu.operations import fused_operations
 from minisgl_bench.gpu_timing import HEAD_DIM, MODELS, graph_us, noise, require_gpu
 from minisgl_bench.report import hardware, versions
@@ -46,11 +46,16 @@ def layer_weights(model: str) -> dict[str, Tensor]:
 
 
 def cublas_gate_up(x: Tensor, weight: Tensor) -> Tensor:
-    return activation.silu_mul(F.linear(x, weight))
+    return elementwise.silu_mul(F.linear(x, weight))
 
 
 def engine_gemms(ops: Operations) -> dict[str, Gemm]:
-    kinds = {"qkv": ops.linear, "o": ops.project, "gate_up": ops.gated, "down": ops.project}
+    kinds = {
+        "qkv": ops.linear,
+        "o": ops.row_parallel_linear,
+        "gate_up": ops.gated_linear,
+        "down": ops.row_parallel_linear,
+    }
     return {name: partial(without_bias, kind) for name, kind in kinds.items()}
 
 
@@ -65,9 +70,9 @@ def layer_microseconds(layers: Sequence[Mapping[str, Tensor]], rows: int, gemms:
     def work() -> None:
         x = residual
         for layer in layers:
-            qkv = gemms["qkv"](norm.add_rms_norm(x, residual, gain[:hidden], 1e-6), layer["qkv"])
-            x = gemms["o"](norm.rms_norm(qkv[:, :width], gain[:width], 1e-6), layer["o"])
-            normed = norm.add_rms_norm(x, residual, gain[:hidden], 1e-6)
+            qkv = gemms["qkv"](elementwise.add_rms_norm(x, residual, gain[:hidden], 1e-6), layer["qkv"])
+            x = gemms["o"](elementwise.rms_norm(qkv[:, :width], gain[:width], 1e-6), layer["o"])
+            normed = elementwise.add_rms_norm(x, residual, gain[:hidden], 1e-6)
             x = gemms["down"](gemms["gate_up"](normed, layer["gate_up"]), layer["down"])
 
     return graph_us(work, calls=1, replays=10) / len(layers)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from minisgl.cli import Parser
-from minisgl.gpu.kernels import activation, moe, norm, qkv, sampling
+from minisgl.gpu.kernels import elementwise, moe, sampling
 from minisgl_bench.gpu_timing import CUDA, DTYPE, HEAD_DIM, MODELS, VOCAB, graph_us, noise, require_gpu, sampling_rows
 
 SHAPES = tuple(itertools.product(("0.6B", "14B"), (1, 8, 64, 256, 4096)))
@@ -49,7 +49,7 @@ def norms(table: KernelTable) -> None:
     for model, tokens in SHAPES:
         dim = MODELS[model][0]
         x, residual, weight = noise(tokens, dim), noise(tokens, dim), noise(dim)
-        run = partial(norm.add_rms_norm, x, residual, weight, 1e-6)
+        run = partial(elementwise.add_rms_norm, x, residual, weight, 1e-6)
         table.add("add_rms_norm", model, tokens, run, 4 * x.nbytes)
 
 
@@ -57,7 +57,7 @@ def activations(table: KernelTable) -> None:
     """Gate and up are read, their combination is written."""
     for model, tokens in SHAPES:
         x = noise(tokens, 2 * MODELS[model][3])
-        table.add("silu_mul", model, tokens, partial(activation.silu_mul, x), x.nbytes * 3 // 2)
+        table.add("silu_mul", model, tokens, partial(elementwise.silu_mul, x), x.nbytes * 3 // 2)
 
 
 def heads(table: KernelTable) -> None:
@@ -71,7 +71,7 @@ def heads(table: KernelTable) -> None:
         slots = torch.randperm(1024 * 16, device=CUDA)[:tokens]
         caches = [torch.zeros(1025, 16, kv_heads, HEAD_DIM, dtype=DTYPE, device=CUDA) for _ in range(2)]
         norm_weights = noise(HEAD_DIM), noise(HEAD_DIM)
-        run = partial(qkv.rope_store_kv, x, *norm_weights, 1e-6, cos_sin, positions, slots, *caches)
+        run = partial(elementwise.rope_store_kv, x, *norm_weights, 1e-6, cos_sin, positions, slots, *caches)
         table.add("rope_store_kv", model, tokens, run, 2 * x.nbytes)
 
 

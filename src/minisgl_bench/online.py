@@ -23,8 +23,8 @@ from typing import IO, Any, Final, NamedTuple, NoReturn
 import torch
 from rich.console import Console
 
-from minisgl.core.weights import progress_bar
 from minisgl.errors import ConfigError, EngineDeadError
+from minisgl.formats.hub import progress_bar
 from minisgl_bench.client import AnswerError, RequestRecord, Target, error_text, fetch, parse_target
 from minisgl_bench.command import load_kind
 from minisgl_bench.cpu_usage import cores_used, listener_pid, process_tree, watch_client

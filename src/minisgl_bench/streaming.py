@@ -35,7 +35,7 @@ class EchoEngine:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.inbox = self.context.socket(zmq.PULL)
         self.outboxes: dict[int, zmq.Socket[bytes]] = {}
-        self.live: dict[int, dict[str, tuple[list[int], int, int]]] = {}
+        self.live: dict[int, dict[str, tuple[memoryview[int], int, int]]] = {}
         model = ModelInfo(name="stub", vocab_size=49152, max_seq_len=1 << 20, eos_token_ids=(0,))
         self.ready = Ready(model, folder, [])
         self.handle(Attach(0, to_engine, from_engine))

@@ -35,7 +35,7 @@ IDLE = 1e-4
 def serve(engine: Engine, requests: int = 5, tokens: int = 40) -> None:
     params = SamplingParams(max_tokens=tokens, ignore_eos=True, seed=1)
     for index in range(requests):
-        engine.add(Request(id=str(index), prompt=[index + 1] * 24, params=params))
+        engine.add(Request.make(str(index), [index + 1] * 24, params))
     while engine.has_work:
         engine.step()
 
