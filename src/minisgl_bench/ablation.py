@@ -8,6 +8,7 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -27,9 +28,8 @@ from minisgl.errors import ConfigError
 from minisgl.formats.hub import progress_bar
 from minisgl.gpu.attention.select import available_backends
 from minisgl.gpu.executor import make_executor
-from minisgl_bench.plots import draw_ablation
 from minisgl_bench.profile import Recorder
-from minisgl_bench.report import console, gpu_name, on_gpu, report_path, slug, table, write_report
+from minisgl_bench.report import Report, draw_ablation, engine_path, gpu_name, on_gpu, slug, table
 from minisgl_bench.workload import Workload, WorkloadSpec, make_workload, sampling_params
 
 PAGE_SIZES: Final = (1, 4, 16, 64, 256)
@@ -37,13 +37,11 @@ CHUNK_SIZES: Final = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 CPU_CHUNKS: Final = (16, 64, 256)
 GRAPH_BATCHES: Final = (0, 4, 64)
 PIECEWISE_TOKENS: Final = (0, 512, 2048)
-PIECEWISE_CHUNK: Final = 512
-"""The chunk that they are tried at: the smaller a step, the more of it is its launch."""
-WIDTH: Final = 150
+PIECEWISE_CHUNK: Final = 512  # the chunk that they are tried at: the smaller a step, the more of it is its launch
+# Settings that need an executor of their own; with the others an engine can be built on one that is there.
 EXECUTOR_FIELDS: Final = ("attn", "page_size", "cuda_graph_max_bs", "piecewise_cuda_graph_max_tokens")
-"""Settings that need an executor of their own; with the others an engine can be built on one that is there."""
+# Tokens: a request may leave most of a page of 256 empty, and admission keeps one more for it.
 SLACK: Final = 2 * 256
-"""Tokens: a request may leave most of a page of 256 empty, and admission keeps one more for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,14 +127,14 @@ def load(config: Config, most_tokens: int) -> LoadedModel:
     machine = probe_machine()
     gpu = resolve(config, machine).config.device == "cuda"
     plain = config.replace(cuda_graph_max_bs=0, piecewise_cuda_graph_max_tokens=0) if gpu else config
-    built = build_engine(plain, progress=True)
-    executor = built.engine.executor
+    engine = build_engine(plain, progress=True).engine
+    executor = engine.executor
     assert isinstance(executor, LocalExecutor)
     decoder = executor.runner.decoder
     resolved = resolve(config, machine, decoder.spec.checkpoint_dtype).config
-    fits = executor.num_pages * config.page_size
-    built.engine.close()
-    return LoadedModel(decoder.spec, decoder.weights, resolved, built.engine.model, min(fits, most_tokens))
+    kv_tokens = min(executor.num_pages * config.page_size, most_tokens)
+    engine.close()
+    return LoadedModel(decoder.spec, decoder.weights, resolved, engine.model, kv_tokens)
 
 
 class AblationRunner:
@@ -185,10 +183,8 @@ class AblationRunner:
             self._warm.add(variant.scenario)
         runs = [self._once(executor, config, variant) for _ in range(self.repeats)]
         runs.sort(key=lambda run: run.tokens_per_second)
-        # of an even number the slower of the two in the middle
-        return dataclasses.replace(
-            runs[(len(runs) - 1) // 2], each_tokens_per_second=tuple(run.tokens_per_second for run in runs)
-        )
+        median = runs[(len(runs) - 1) // 2]  # of an even number the slower of the two in the middle
+        return dataclasses.replace(median, each_tokens_per_second=tuple(run.tokens_per_second for run in runs))
 
     def _once(self, executor: LocalExecutor, config: Config, variant: Variant) -> Measurement:
         recorder = Recorder(executor)
@@ -197,39 +193,28 @@ class AblationRunner:
         seconds = time.perf_counter() - started
         gaps = 1e3 * np.array(recorder.token_gaps() or [0.0])
         return Measurement(
-            variant=variant,
-            tokens_per_second=generated / seconds,
-            seconds=seconds,
-            output_tokens=generated,
-            input_tokens=prompted,
-            cached_tokens=cached,
-            token_gap_p99_ms=float(np.percentile(gaps, 99)),
-            token_gap_max_ms=float(gaps.max()),
-            build_seconds=self._build_seconds,
-            other_gib=self._other_gib,
-        )
+            variant=variant, tokens_per_second=generated / seconds, seconds=seconds,
+            output_tokens=generated, input_tokens=prompted, cached_tokens=cached,
+            token_gap_p99_ms=float(np.percentile(gaps, 99)), token_gap_max_ms=float(gaps.max()),
+            build_seconds=self._build_seconds, other_gib=self._other_gib,
+        )  # fmt: skip
 
     def _executor_for(self, config: Config) -> LocalExecutor:
         key = tuple(getattr(config, name) for name in EXECUTOR_FIELDS)
         if self._executor is not None and key == self._key:
             return self._executor
         self.close()
-        pages = max(2, self.loaded.kv_tokens // config.page_size)
-        gpu, started = self.device.type == "cuda", time.perf_counter()
-        free = torch.cuda.mem_get_info(self.device)[0] if gpu else 0
-        length = max_seq_len(config, self.loaded.spec)
-        made = make_executor(self.loaded.spec, self.loaded.weights, config.replace(num_pages=pages), length)
+        spec, pages = self.loaded.spec, max(2, self.loaded.kv_tokens // config.page_size)
+        before, started = free_memory(self.device), time.perf_counter()
+        executor = make_executor(spec, self.loaded.weights, config.replace(num_pages=pages), max_seq_len(config, spec))
         self._build_seconds = time.perf_counter() - started
-        kv = made.runner.kv.k.nbytes + made.runner.kv.v.nbytes
-        self._other_gib = max(0, free - torch.cuda.mem_get_info(self.device)[0] - kv) / 2**30 if gpu else 0.0
-        self._executor, self._key, self._warm = made, key, set()
-        return made
+        kv = executor.runner.kv.k.nbytes + executor.runner.kv.v.nbytes
+        self._other_gib = max(0, before - free_memory(self.device) - kv) / 2**30
+        self._executor, self._key, self._warm = executor, key, set()
+        return executor
 
     def _play(self, executor: LocalExecutor | Recorder, config: Config, scenario: Scenario) -> tuple[int, int, int]:
-        """Run a scenario in a new engine, whose cache knows nothing.
-
-        Returns tokens generated, prompt tokens, and how many of those were cached.
-        """
+        """Run a scenario in a new engine with an empty cache: tokens generated, of prompts, and cached of those."""
         model, room = self.loaded.model, executor.num_pages * config.page_size
         model = msgspec.structs.replace(model, max_seq_len=min(model.max_seq_len, room))
         engine = Engine(executor, model, config)
@@ -240,6 +225,7 @@ class AblationRunner:
     def _answer(self, engine: Engine, workload: Workload) -> list[list[int]]:
         answers: dict[str, list[int]] = {}
         for prompt, params in zip(workload.prompts, workload.params, strict=True):
+            engine.model.check(prompt, params)
             request = Request.make(str(next(self._ids)), prompt, params)
             answers[request.id] = []
             engine.add(request)
@@ -247,6 +233,10 @@ class AblationRunner:
             for event in engine.step():
                 answers[event.id] += event.tokens
         return list(answers.values())
+
+
+def free_memory(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
 def play(scenario: Scenario, answer: Callable[[Workload], list[list[int]]], vocab_size: int) -> int:
@@ -320,25 +310,20 @@ def ablation_table(title: str, measured: Sequence[Measurement]) -> Table:
             rows.append([*row, f"failed: {item.error}"])
             continue
         share, each = ratio(item, measured), item.each_tokens_per_second
-        rows.append(
-            [
-                *row,
-                f"{item.tokens_per_second:,.0f}",
-                f"{min(each):,.0f} – {max(each):,.0f}",
-                "" if share is None else f"{share:.3f}",
-                f"{item.cached_tokens / item.input_tokens:.0%}",
-                *(f"{value:.1f}" for value in (item.token_gap_p99_ms, item.token_gap_max_ms, item.build_seconds)),
-                f"{item.other_gib:.2f}",
-            ]
-        )
+        row += [f"{item.tokens_per_second:,.0f}", f"{min(each):,.0f} – {max(each):,.0f}"]
+        row += ["" if share is None else f"{share:.3f}", f"{item.cached_tokens / item.input_tokens:.0%}"]
+        row += [f"{value:.1f}" for value in (item.token_gap_p99_ms, item.token_gap_max_ms, item.build_seconds)]
+        rows.append([*row, f"{item.other_gib:.2f}"])
     columns = ("tokens/s", "from – to", "of default", "cached", "gap p99 ms", "gap max ms", "build s", "other GiB")
     return table(title, ("setting", "workload", *columns), rows, left=2)
 
 
 def run(config: Config, options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Measure every variant, print the table, and write the report after each; 1 when a variant failed."""
-    path, gpu = report_path(config, options.json, "ablation"), on_gpu(config)
-    out = console(WIDTH)
+    report, gpu = (
+        Report("ablation", arguments, engine_path(config, options.json, "ablation"), width=150),
+        on_gpu(config),
+    )
     scenarios = GPU_SCENARIOS if gpu else CPU_SCENARIOS
     loaded = load(config, max(map(scenario_tokens, scenarios.values())))
     found = available_backends(torch.device(loaded.config.device))
@@ -346,29 +331,23 @@ def run(config: Config, options: argparse.Namespace, arguments: Sequence[str]) -
     variants = make_variants(loaded.config, options.only, backends, gpu)
     if not variants:
         raise ConfigError(f"--only {','.join(options.only)}: there is nothing to try on this machine")
-    report: dict[str, Any] = {
+    report.figures |= {
         "config": dataclasses.asdict(loaded.config),
         "kv_tokens": loaded.kv_tokens,
         "scenarios": {name: dataclasses.asdict(scenario) for name, scenario in scenarios.items()},
     }
     measured: list[Measurement] = []
     runner = AblationRunner(loaded, scenarios, options.repeats)
-    try:
-        with progress_bar("trying", len(variants), enabled=True) as advance:
-            for variant in variants:
-                measured.append(runner.run(variant))
-                advance(1)
-                if path is not None:
-                    rows = [{**dataclasses.asdict(item), "of_default": ratio(item, measured)} for item in measured]
-                    write_report(path, "ablation", arguments, {**report, "measurements": rows})
-        title = f"{slug(loaded.model.name)} on {gpu_name() if gpu else 'CPU'}"
-        out.print(ablation_table(title, measured))
-        if path is not None:
-            picture = path.with_suffix(".png")
-            shares = [(item.variant, ratio(item, measured)) for item in measured]
-            bars = [(v.group, f"{v.name} ({v.scenario})", share) for v, share in shares if share is not None]
-            drawn = draw_ablation(picture, title, bars)
-            out.print(f"written to {path}" + (f" and {picture}" if drawn else "; a picture needs minisgl[plot]"))
-    finally:
-        runner.close()
+    with closing(runner), progress_bar("trying", len(variants), enabled=True) as advance:
+        for variant in variants:
+            measured.append(runner.run(variant))
+            advance(1)
+            rows = [{**dataclasses.asdict(item), "of_default": ratio(item, measured)} for item in measured]
+            report.figures["measurements"] = rows
+            report.write()
+    title = f"{slug(loaded.model.name)} on {gpu_name() if gpu else 'CPU'}"
+    report.print(ablation_table(title, measured))
+    shares = [(item.variant, ratio(item, measured)) for item in measured]
+    bars = [(v.group, f"{v.name} ({v.scenario})", share) for v, share in shares if share is not None]
+    report.finish(lambda path: draw_ablation(path, title, bars))
     return 1 if any(item.error is not None for item in measured) else 0

@@ -5,8 +5,7 @@
     minisgl bench collectives --tp 2 --device cpu       gloo alone
 
 An all-reduce is of rows x hidden in bf16, as it ends each block of a model. A figure is the median replay of a CUDA
-graph of CALLS calls, as rank 0 sees it; every way is first checked eagerly on every rank. A way that raises says why
-and is left out. The ways are tried in the order of the table, the safest first.
+graph, as rank 0 sees it; every way is first checked eagerly on every rank. A way that raises says why and is left out.
 """
 
 import argparse
@@ -26,20 +25,16 @@ from torch import Tensor
 
 from minisgl.cli import Parser
 from minisgl.core.ops import Operations, add_rms_norm
-from minisgl.distributed.collectives import TPGroup, attempt, join_group, select_nccl
-from minisgl.distributed.fused import fused_parallel_operations, make_fused
+from minisgl.distributed.collectives import attempt, join_group, noise, select_nccl
 from minisgl.distributed.operations import parallel_operations
 from minisgl.distributed.shard import vocab_shard
 from minisgl.gpu.operations import operations_for
 from minisgl_bench.gpu_timing import VOCAB, graph_us, sampling_rows
 
-CALLS, REPLAYS = 20, 50
-EPS = 1e-6
-LARGEST_STEP = 512
-"""Rows of the largest decode step: only an all-reduce may have more."""
+REPLAYS, EPS = 50, 1e-6
+LARGEST_STEP = 512  # rows of the largest decode step: only an all-reduce may have more
 Call = Callable[[], Any]
-Way = Callable[[int], tuple[Call, Call]]
-"""Makes for a number of rows what checks the way and what is timed."""
+Way = Callable[[int], tuple[Call, Call]]  # makes for a number of rows what checks the way and what is timed
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -49,17 +44,17 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--hidden", type=int, default=5120)
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192])
-    parser.add_argument("--only", default="", help="ways whose name contains this")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--meeting", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.rank:
+        CollectivesRank(options).measure()
+        return 0
     with tempfile.TemporaryDirectory(prefix="minisgl-", dir="/tmp") as folder:
-        others = []
-        if options.meeting is None:
-            options.meeting = f"file://{folder}/meeting"
-            command = [sys.executable, "-m", "minisgl_bench", "collectives", *arguments, "--meeting", options.meeting]
-            others = [subprocess.Popen([*command, "--rank", str(rank)]) for rank in range(1, options.tp)]
+        options.meeting = f"file://{folder}/meeting"
+        command = [sys.executable, "-m", "minisgl_bench", "collectives", *arguments, "--meeting", options.meeting]
+        others = [subprocess.Popen([*command, "--rank", str(rank)]) for rank in range(1, options.tp)]
         try:
             CollectivesRank(options).measure()
         finally:
@@ -79,23 +74,25 @@ class CollectivesRank:
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         if self.cuda:
             torch.cuda.set_device(self.device)
-        self.group: TPGroup = join_group(options.rank, options.tp, options.meeting, self.device)
+        self.group = join_group(options.rank, options.tp, options.meeting, self.device)
         self.shard = vocab_shard(VOCAB, options.rank, options.tp)
         self.results: dict[str, dict[str, Any]] = {}
 
     def measure(self) -> None:
         name = torch.cuda.get_device_name() if self.cuda else "the CPU"
+        about = {"device": name, "tp": self.options.tp, "torch": torch.__version__, "hidden": self.hidden}
         self.print(f"{self.options.tp} x {name}, torch {torch.__version__}, {self.dtype}, hidden size {self.hidden}")
-        base = self.group.collectives
-        self.time("all-reduce: torch.distributed", partial(self.all_reduce, base.all_reduce))
+        collectives = self.group.collectives
+        self.time("all-reduce: torch.distributed", partial(self.all_reduce, collectives.all_reduce))
         if self.cuda:
             self.time_gpu_ways()
         if self.options.json and self.options.rank == 0:
-            about = {"device": name, "tp": self.options.tp, "torch": torch.__version__, "hidden": self.hidden}
             self.options.json.write_text(json.dumps({**about, **self.results}, indent=1))
-        base.close()
+        collectives.close()
 
     def time_gpu_ways(self) -> None:
+        from minisgl.distributed.fused import fused_parallel_operations, make_fused  # needs triton, which only GPUs do
+
         group, ops = self.group, operations_for(self.device, self.hidden)
         nccl, note = select_nccl(group, self.device, disable_pynccl=False)
         if nccl is group:
@@ -124,8 +121,6 @@ class CollectivesRank:
             print(line, flush=True)
 
     def time(self, name: str, way: Way) -> None:
-        if self.options.only not in name:
-            return
         found: dict[str, Any] = {}
         for rows in self.options.rows:
             if rows <= LARGEST_STEP or name.startswith("all-reduce:"):
@@ -137,10 +132,8 @@ class CollectivesRank:
     def one_figure(self, way: Way, rows: int) -> float:
         check, call = way(rows)
         check()
-        for _ in range(3):
-            call()
         if self.cuda:
-            return graph_us(call, CALLS, REPLAYS)
+            return graph_us(call, replays=REPLAYS)
         times = []
         for _ in range(REPLAYS):
             start = time.perf_counter()
@@ -149,11 +142,8 @@ class CollectivesRank:
         return 1e6 * statistics.median(times)
 
     def terms(self, rows: int) -> tuple[Tensor, Tensor]:
-        """This rank's term of a sum, and the sum."""
-        terms = []
-        for rank in range(self.group.size):
-            generator = torch.Generator().manual_seed(1000 * rows + rank)
-            terms.append(torch.randn(rows, self.hidden, generator=generator).to(self.dtype).to(self.device))
+        """This rank's term of a sum, and the sum in float32."""
+        terms = [noise(1000 * rows + i, rows, self.hidden, self.dtype, self.device) for i in range(self.group.size)]
         return terms[self.group.rank], torch.stack([term.float() for term in terms]).sum(0)
 
     def all_reduce(self, call: Callable[[Tensor], Tensor], rows: int) -> tuple[Call, Call]:
@@ -163,25 +153,24 @@ class CollectivesRank:
     def norm(self, call: Callable[..., Tensor | None], rows: int) -> tuple[Call, Call]:
         x, total = self.terms(rows)
         weight, zero = torch.ones(self.hidden, dtype=self.dtype, device=self.device), torch.zeros_like(x)
-        exact = add_rms_norm(total.to(self.dtype), torch.zeros_like(x), weight, EPS)
-        return (
-            lambda: require_close(call(x.clone(), torch.zeros_like(x), weight, EPS), exact),
-            partial(call, zero, torch.zeros_like(x), weight, EPS),
-        )
+        exact = add_rms_norm(total.to(self.dtype), zero.clone(), weight, EPS)
+
+        def check() -> None:
+            require_close(call(x.clone(), torch.zeros_like(x), weight, EPS), exact)
+
+        return check, partial(call, zero, torch.zeros_like(x), weight, EPS)
 
     def sampling(self, ops: Operations, top_p: float, rows: int) -> tuple[Call, Call]:
         """Tokens for rows of a large vocabulary at temperature 0.6, the same on every rank and as one device's."""
-        whole = torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(rows)) * 3
-        mine = torch.zeros(rows, self.shard.width)
+        whole = 3 * noise(rows, rows, VOCAB, self.dtype, self.device)
+        mine = torch.zeros(rows, self.shard.width, dtype=self.dtype, device=self.device)
         mine[:, : self.shard.real] = whole[:, self.shard.first : self.shard.first + self.shard.real]
-        logits = mine.to(self.dtype).to(self.device)
-        table = sampling_rows(rows, self.device, torch.arange(rows), temperature=0.6, top_p=top_p)
+        table = sampling_rows(torch.arange(rows), self.device, temperature=0.6, top_p=top_p)
         slots = torch.arange(rows, dtype=torch.int32, device=self.device)
-        call = partial(ops.sample, logits, table, slots, slots, False, True, True)
+        call = partial(ops.sample, mine, table, slots, slots, False, True, True)
 
         def check() -> None:
-            exact = ops.sample_whole(whole.to(self.dtype).to(self.device), table, slots, slots, False, True, True)
-            if wrong := int((call() != exact).sum()):
+            if wrong := int((call() != ops.sample_whole(whole, table, slots, slots, False, True, True)).sum()):
                 raise RuntimeError(f"{wrong} of {rows} tokens differ from one device's")
 
         return check, call

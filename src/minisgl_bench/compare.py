@@ -16,11 +16,10 @@ from minisgl.errors import ConfigError, MinisglError
 from minisgl.formats.hub import locate_model
 from minisgl.llm import LLM
 from minisgl_bench.offline import measure, warm_up
-from minisgl_bench.report import console, on_gpu, report_path, write_report
+from minisgl_bench.report import Report, engine_path, on_gpu
 from minisgl_bench.workload import Workload, make_workload, workload_spec
 
-FIGURES: Final = '{"version"'
-"""How the line with the figures begins, among whatever else vLLM prints."""
+FIGURES: Final = '{"version"'  # how the line with the figures begins, among whatever else vLLM prints
 TAIL: Final = 30
 
 
@@ -29,13 +28,7 @@ def vllm_settings(config: Config, model: str) -> dict[str, Any]:
 
     `config` is resolved. Page size and attention backend are left to vLLM, whose own choice is its best.
     """
-    optional: dict[str, Any] = {
-        "max_num_seqs": config.max_running_requests,
-        "max_num_batched_tokens": config.max_prefill_length,
-        "gpu_memory_utilization": config.memory_ratio,
-        "max_model_len": config.max_seq_len_override,
-    }
-    return {
+    settings: dict[str, Any] = {
         "model": model,
         "skip_tokenizer_init": True,
         "tensor_parallel_size": config.tp,
@@ -43,8 +36,12 @@ def vllm_settings(config: Config, model: str) -> dict[str, Any]:
         "load_format": "dummy" if config.dummy_weight else "auto",
         "enable_prefix_caching": config.cache == "radix",
         "enforce_eager": config.cuda_graph_max_bs == 0,
-        **{name: value for name, value in optional.items() if value is not None},
+        "max_num_seqs": config.max_running_requests,
+        "max_num_batched_tokens": config.max_prefill_length,
+        "gpu_memory_utilization": config.memory_ratio,
+        "max_model_len": config.max_seq_len_override,
     }
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def run_vllm(settings: Mapping[str, Any], workload: Workload, seed: int) -> dict[str, Any]:
@@ -52,13 +49,8 @@ def run_vllm(settings: Mapping[str, Any], workload: Workload, seed: int) -> dict
 
     Raises MinisglError when it fails, after printing the end of what it said.
     """
-    order = {
-        "settings": settings,
-        "seed": seed,
-        "prompts": workload.prompts,
-        "max_tokens": workload.output_lens,
-        "temperature": workload.params[0].temperature,
-    }
+    order = {"settings": settings, "seed": seed, "prompts": workload.prompts, "max_tokens": workload.output_lens}
+    order["temperature"] = workload.params[0].temperature
     command = [sys.executable, "-m", "minisgl_bench.vllm_process"]
     done = subprocess.run(command, input=json.dumps(order), stdout=subprocess.PIPE, text=True, check=False)
     lines = done.stdout.strip().splitlines()
@@ -73,11 +65,10 @@ def run_vllm(settings: Mapping[str, Any], workload: Workload, seed: int) -> dict
 def run(config: Config, options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if find_spec(options.peer) is None:
         raise ConfigError(f"--with {options.peer}: it is not installed in {sys.prefix}; nothing to compare with")
-    path = report_path(config, options.json, "vllm")
-    spec = workload_spec(options, on_gpu(config))
-    machine = probe_machine()
-    guess = resolve(config, machine).config
-    folder = locate_model(config.model, config.model_source, dtype=guess.dtype, weights=not config.dummy_weight)
+    report = Report("compare", arguments, engine_path(config, options.json, "vllm"))
+    spec, machine = workload_spec(options, on_gpu(config)), probe_machine()
+    dtype = resolve(config, machine).config.dtype
+    folder = locate_model(config.model, config.model_source, dtype=dtype, weights=not config.dummy_weight)
     model = read_spec(folder)
     resolved = resolve(config, machine, model.checkpoint_dtype).config
     workload = make_workload(spec, model.vocab_size)
@@ -86,12 +77,10 @@ def run(config: Config, options: argparse.Namespace, arguments: Sequence[str]) -
         warm_up(llm, workload, on_gpu(config))
         ours, _ = measure(llm, workload)
         notes = list(llm.notes)
-    rates = (ours["output_tokens_per_second"], theirs["output_tokens"] / theirs["seconds"])
-    ratio = rates[0] / rates[1]
-    out = console()
-    out.print(f"minisgl {rates[0]:,.1f}, vllm {theirs['version']} {rates[1]:,.1f} output tokens/s: ratio {ratio:.3f}")
-    if path is not None:
-        report = {"workload": dataclasses.asdict(spec), "config": notes, "ours": ours, "theirs": theirs}
-        write_report(path, "compare", arguments, {**report, "ratio": ratio})
-        out.print(f"written to {path}")
+    rate, their_rate = ours["output_tokens_per_second"], theirs["output_tokens"] / theirs["seconds"]
+    ratio = rate / their_rate
+    report.figures |= {"workload": dataclasses.asdict(spec), "config": notes, "ours": ours, "theirs": theirs}
+    report.figures["ratio"] = ratio
+    report.print(f"minisgl {rate:,.1f}, vllm {theirs['version']} {their_rate:,.1f} output tokens/s: ratio {ratio:.3f}")
+    report.finish()
     return 0

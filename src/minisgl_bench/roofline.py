@@ -23,9 +23,7 @@ from minisgl_bench.gpu_timing import times
 from minisgl_bench.workload import PeakRates, Workload
 
 SIDE: Final = 8192
-BEYOND_L2: Final = 256 * 2**20
-LARGEST: Final = 2 * 2**30
-ROW: Final = 2**16
+BEYOND_L2, LARGEST, ROW = 256 * 2**20, 2 * 2**30, 2**16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,26 +53,21 @@ class Matrices:
 
     shared: int
     head: int
-    expert: int
-    sparse_layers: int
-    num_experts: int
-    top_k: int
+    expert: int = 0
+    sparse_layers: int = 0
+    num_experts: int = 1
+    top_k: int = 0
 
     @classmethod
     def of(cls, spec: ModelSpec) -> Matrices:
-        moe, hidden = spec.moe, spec.hidden_size
-        attention = hidden * spec.head_dim * (2 * spec.num_heads + 2 * spec.num_kv_heads)
+        moe, hidden, head = spec.moe, spec.hidden_size, spec.vocab_size * spec.hidden_size
         sparse = sum(moe.layers) if moe is not None else 0
-        dense = (spec.num_layers - sparse) * 3 * hidden * spec.intermediate_size
-        router = sparse * hidden * moe.num_experts if moe is not None else 0
-        return cls(
-            shared=spec.num_layers * attention + dense + router,
-            head=spec.vocab_size * hidden,
-            expert=3 * hidden * moe.width if moe is not None else 0,
-            sparse_layers=sparse,
-            num_experts=moe.num_experts if moe is not None else 1,
-            top_k=moe.top_k if moe is not None else 0,
-        )
+        attention = spec.num_layers * hidden * spec.head_dim * 2 * (spec.num_heads + spec.num_kv_heads)
+        shared = attention + (spec.num_layers - sparse) * 3 * hidden * spec.intermediate_size
+        if moe is None:
+            return cls(shared, head)
+        router = sparse * hidden * moe.num_experts
+        return cls(shared + router, head, 3 * hidden * moe.width, sparse, moe.num_experts, moe.top_k)
 
     @property
     def active(self) -> int:

@@ -24,8 +24,8 @@ from minisgl.formats.hub import locate_model
 from minisgl.server.launch import serve
 from minisgl_bench.command import online
 
-BACKLOG = 4
-"""Steps the engine may be ahead of what the server has read from its socket."""
+BACKLOG = 4  # steps the engine may be ahead of what the server has read from its socket
+PROGRAM = [sys.executable, "-m", "minisgl_bench", "streaming"]
 
 
 class EchoEngine:
@@ -35,14 +35,13 @@ class EchoEngine:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.inbox = self.context.socket(zmq.PULL)
         self.outboxes: dict[int, zmq.Socket[bytes]] = {}
-        self.live: dict[int, dict[str, tuple[memoryview[int], int, int]]] = {}
+        self.live: dict[int, dict[str, tuple[memoryview[int], int, int]]] = {}  # prompt, tokens given, their limit
         model = ModelInfo(name="stub", vocab_size=49152, max_seq_len=1 << 20, eos_token_ids=(0,))
         self.ready = Ready(model, folder, [])
         self.handle(Attach(0, to_engine, from_engine))
 
     def send(self, link: int, message: FromEngine) -> None:
-        """A process that is `BACKLOG` steps behind is waited for."""
-        self.outboxes[link].send(msgspec.msgpack.encode(message))
+        self.outboxes[link].send(msgspec.msgpack.encode(message))  # waits for a process that is BACKLOG steps behind
 
     def handle(self, message: ToEngine) -> None:
         match message:
@@ -72,9 +71,8 @@ class EchoEngine:
                 finish = FinishReason.LENGTH if done + 1 >= limit else None
                 token = prompt[(done + len(prompt) // 2) % len(prompt)]  # its first ones are special and have no text
                 events.append(TokenEvent(id=name, tokens=(token,), finish=finish))
-                if finish is None:
-                    live[name] = (prompt, done + 1, limit)
-                else:
+                live[name] = (prompt, done + 1, limit)
+                if finish is not None:
                     del live[name]
             if events:
                 self.send(link, Events(events))
@@ -95,9 +93,7 @@ class EchoEngine:
 
 def measure(options: argparse.Namespace) -> int:
     """Start the server, and send it as many requests as take the seconds asked for at the engine's rate."""
-    profile = ["-m", "cProfile", "-o", options.profile] if options.profile else []
-    flags = ["streaming", "--serve", "--api-workers", str(options.api_workers), "--step", str(options.step)]
-    command = [sys.executable, *profile, "-m", "minisgl_bench", *flags]
+    command = [*PROGRAM, "--serve", "--api-workers", str(options.api_workers), "--step", str(options.step)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
@@ -118,7 +114,6 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--tokens", type=int, default=200, help="tokens of an answer")
     parser.add_argument("--seconds", type=float, default=10.0, help="time to measure, as far as the server keeps up")
     parser.add_argument("--step", type=float, default=0.003, help="seconds of an engine's step")
-    parser.add_argument("--profile", help="write a cProfile of the server process to this file")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--engine", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -128,8 +123,7 @@ def main(arguments: Sequence[str]) -> int:
     elif options.serve:
         folder = str(locate_model(None, "huggingface"))
         config = Config(model=folder, port=0, log_level="WARNING", api_workers=options.api_workers)
-        engine = [sys.executable, "-m", "minisgl_bench", "streaming", "--engine", "--step", str(options.step)]
-        serve(config, engine)
+        serve(config, [*PROGRAM, "--engine", "--step", str(options.step)])
     else:
         return measure(options)
     return 0

@@ -1,22 +1,20 @@
-"""The same prompts through transformers' `generate` and through this engine, in one process, taking turns."""
+"""The same prompts through transformers' `generate` and through this engine, in one process, one after the other."""
 
 import dataclasses
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any, Final, NamedTuple
 
 import torch
 import transformers
-from rich.console import Console
 from transformers.generation.streamers import BaseStreamer
 
 from minisgl.config import Config
 from minisgl.errors import ConfigError
 from minisgl.formats.hub import locate_model
 from minisgl.llm import LLM
-from minisgl_bench.report import on_gpu, table
+from minisgl_bench.report import Report, on_gpu, table
 from minisgl_bench.workload import Workload, WorkloadSpec, make_workload
 
 ROUNDS: Final = 3
@@ -30,6 +28,12 @@ class Round(NamedTuple):
     throughput: float
     tokens: list[list[int]]
 
+    @classmethod
+    def of(cls, times: Sequence[float], tokens: list[list[int]], started: float) -> "Round":
+        """From when the first prompt's tokens came, and when the others began, which end now."""
+        rate = sum(map(len, tokens)) / (time.perf_counter() - started)
+        return cls((len(times) - 1) / (times[-1] - times[0]), rate, tokens)
+
 
 class Clock(BaseStreamer):
     def __init__(self) -> None:
@@ -42,19 +46,6 @@ class Clock(BaseStreamer):
         """Nothing follows."""
 
 
-def load(folder: Path, device: str) -> Any:
-    """The checkpoint in transformers, in float32, greedy, with EOS switched off."""
-    library: Any = transformers  # its annotations are partial
-    library.logging.set_verbosity_error()
-    library.logging.disable_progress_bar()
-    model = library.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
-    ).to(device)
-    model.eval()
-    model.generation_config = library.GenerationConfig(do_sample=False, pad_token_id=0)
-    return model
-
-
 def their_round(model: Any, workload: Workload) -> Round:
     clock, tokens, started = Clock(), [], 0.0
     for index, (prompt, length) in enumerate(zip(workload.prompts, workload.output_lens, strict=True)):
@@ -64,7 +55,7 @@ def their_round(model: Any, workload: Workload) -> Round:
         tokens.append(out[0, len(prompt) :].tolist())
         assert len(tokens[-1]) == length
         started = started or time.perf_counter()  # behind the first request
-    return Round(decode_rate(clock.times[1:]), throughput(tokens[1:], started), tokens[1:])
+    return Round.of(clock.times[1:], tokens[1:], started)
 
 
 def our_round(llm: LLM, workload: Workload) -> Round:
@@ -73,16 +64,7 @@ def our_round(llm: LLM, workload: Workload) -> Round:
         times += [time.perf_counter()] * len(delta.token_ids)
     started = time.perf_counter()
     answers = llm.generate(workload.prompts[1:], workload.params[1:], progress=False)
-    tokens = [answer.token_ids for answer in answers]
-    return Round(decode_rate(times), throughput(tokens, started), tokens)
-
-
-def decode_rate(times: Sequence[float]) -> float:
-    return (len(times) - 1) / (times[-1] - times[0])
-
-
-def throughput(tokens: Sequence[Sequence[int]], started: float) -> float:
-    return sum(map(len, tokens)) / (time.perf_counter() - started)
+    return Round.of(times, [answer.token_ids for answer in answers], started)
 
 
 def comparable(config: Config) -> Config:
@@ -94,14 +76,20 @@ def comparable(config: Config) -> Config:
     return config.replace(dtype="float32")
 
 
-def compare_transformers(llm: LLM, config: Config, spec: WorkloadSpec, out: Console) -> dict[str, Any]:
+def compare_transformers(llm: LLM, config: Config, spec: WorkloadSpec, report: Report) -> dict[str, Any]:
     """Print and return the medians of ROUNDS rounds in output tokens/s: one request's decode rate, BATCH's throughput.
 
     Each round has new prompts, so that no prefix is in the cache. `same` counts the requests whose greedy tokens were
     equal; they may part ways where two logits differ by less than rounding.
     """
     folder = locate_model(config.model, config.model_source, dtype="float32")
-    model = load(folder, "cuda" if on_gpu(config) else "cpu")
+    library: Any = transformers  # its annotations are partial
+    library.logging.set_verbosity_error()
+    library.logging.disable_progress_bar()
+    load = library.AutoModelForCausalLM.from_pretrained
+    model = load(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True)
+    model = model.to("cuda" if on_gpu(config) else "cpu").eval()
+    model.generation_config = library.GenerationConfig(do_sample=False, pad_token_id=0)  # greedy, no EOS
     rounds: list[tuple[Round, Round]] = []
     for index in range(ROUNDS):
         size = dataclasses.replace(spec, num_requests=BATCH + 1, temperature=0.0, seed=spec.seed + 1 + index)
@@ -117,7 +105,6 @@ def compare_transformers(llm: LLM, config: Config, spec: WorkloadSpec, out: Cons
         mine, other = (median(getattr(pair[side], kind) for pair in rounds) for side in (0, 1))
         figures |= {f"ours_{kind}": mine, f"theirs_{kind}": other, f"{kind}_ratio": mine / other}
         rows.append((label, f"{mine:.1f}", f"{other:.1f}", f"{mine / other:.2f}x"))
-    columns = ("output tokens/s", "minisgl", "transformers", "ratio")
-    out.print(table(f"medians of {ROUNDS} rounds in turns", columns, rows))
-    out.print(f"the same greedy tokens in {same} of {len(pairs)} requests")
+    report.print(table(f"medians of {ROUNDS} rounds", ("output tokens/s", "minisgl", "transformers", "ratio"), rows))
+    report.print(f"the same greedy tokens in {same} of {len(pairs)} requests")
     return figures

@@ -10,8 +10,8 @@ import msgspec
 
 from minisgl.core.types import SamplingParams
 
+# Prompts are made of ids 0 … HIGHEST_TOKEN, so that the same workload suits every vocabulary.
 HIGHEST_TOKEN: Final = 10_000
-"""Prompts are made of ids 0 … HIGHEST_TOKEN, so that the same workload suits every vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +37,8 @@ class WorkloadSpec:
     temperature: float = 0.6
 
 
+# A CPU's default takes half a minute instead of half an hour.
 CPU_SPEC: Final = WorkloadSpec(num_requests=16, input_len=(32, 128), output_len=(32, 128))
-"""What is measured on a CPU unless flags say otherwise: half a minute instead of half an hour."""
 
 
 def workload_spec(options: argparse.Namespace, gpu: bool) -> WorkloadSpec:

@@ -23,7 +23,7 @@ from minisgl_bench.ablation import (
     scenario_tokens,
 )
 from minisgl_bench.command import ABLATIONS, main
-from minisgl_bench.plots import distinct, draw_ablation
+from minisgl_bench.report import distinct, draw_ablation
 from minisgl_bench.workload import Workload, WorkloadSpec
 
 

@@ -8,9 +8,21 @@ import numpy as np
 import pytest
 
 from minisgl_bench.client import RequestRecord
-from minisgl_bench.cpu_usage import ClientUsage, ProcessCpu, cores_used, process_tree
-from minisgl_bench.metrics import client_figures, client_line, figures, latencies, lines, server_line, spread, times_of
-from minisgl_bench.plots import draw_latencies
+from minisgl_bench.metrics import (
+    ClientUsage,
+    ProcessCpu,
+    client_figures,
+    client_line,
+    cores_used,
+    figures,
+    latencies,
+    lines,
+    process_tree,
+    server_line,
+    spread,
+    times_of,
+)
+from minisgl_bench.report import draw_latencies
 
 
 def record(sent: float, times: list[float], tokens: int, cached: int | None = 0, expected: int = 10) -> RequestRecord:

@@ -1,6 +1,5 @@
 """What is sent and when: traces of three formats, lengths, what recurs, expected hits, statistics of arrivals."""
 
-import asyncio
 import json
 import math
 from pathlib import Path
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 
 from minisgl.errors import ConfigError
-from minisgl_bench.traces import Trace, TraceRequest, read_trace
 from minisgl_bench.traffic import (
     WORDS,
     ChatMessage,
@@ -18,6 +16,8 @@ from minisgl_bench.traffic import (
     Segment,
     Session,
     TextPrompts,
+    Trace,
+    TraceRequest,
     Turn,
     all_turns,
     arrival_times,
@@ -26,6 +26,7 @@ from minisgl_bench.traffic import (
     from_chats,
     from_trace,
     from_workload,
+    read_trace,
     require_fit,
     segment_numbers,
     single,
@@ -142,11 +143,10 @@ def test_requests_that_the_server_cannot_take_are_counted_beforehand() -> None:
 
 
 def count_words(known: set[str], overhead: int) -> TextPrompts:
-
-    async def count(text: str) -> int:
+    def count(text: str) -> int:
         return overhead + sum(1 if word in known else 2 for word in text.split())
 
-    return TextPrompts(*asyncio.run(calibrate(count)))
+    return TextPrompts(*calibrate(count))
 
 
 def test_words_that_are_one_token_are_found_and_the_overhead_with_them() -> None:
@@ -184,17 +184,17 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def bailian(timestamp: float, length: int, ids: list[int], turn: int = 1) -> dict[str, Any]:
+def bailian(timestamp: float, length: int, ids: list[int]) -> dict[str, Any]:
     return {
         "chat_id": 7, "parent_chat_id": -1, "timestamp": timestamp, "input_length": length, "output_length": 9,
-        "type": "text", "turn": turn, "hash_ids": ids,
+        "type": "text", "turn": 1, "hash_ids": ids,
     }  # fmt: skip
 
 
 def test_bailian_times_are_seconds_and_blocks_have_16_tokens(tmp_path: Path) -> None:
-    trace = read_trace(write_rows(tmp_path / "t", [bailian(61.5, 40, [1, 2, 3]), bailian(63.0, 33, [1, 2], 2)]), 10)
+    trace = read_trace(write_rows(tmp_path / "t", [bailian(61.5, 40, [1, 2, 3]), bailian(63.0, 33, [1, 2])]), 10)
     assert (trace.format, trace.block) == ("bailian", 16)
-    assert trace.requests == (TraceRequest(0.0, 40, 9, (1, 2, 3)), TraceRequest(1.5, 33, 9, (1, 2), 2))
+    assert trace.requests == (TraceRequest(0.0, 40, 9, (1, 2, 3)), TraceRequest(1.5, 33, 9, (1, 2)))
 
 
 def test_mooncake_times_are_milliseconds_and_blocks_have_512_tokens(tmp_path: Path) -> None:
