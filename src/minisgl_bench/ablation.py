@@ -108,8 +108,6 @@ class Measurement:
 
 
 class LoadedModel(NamedTuple):
-    """A model in memory: its weights, its configuration without open ends, and the tokens of KV that fit beside it."""
-
     spec: ModelSpec
     weights: Weights
     config: Config
@@ -155,7 +153,6 @@ class AblationRunner:
         self._ids = itertools.count()
 
     def run(self, variant: Variant) -> Measurement:
-        """Measure a variant; one that fails says why, and does not stop the others."""
         try:
             return self._measure(variant)
         except Exception as error:  # whatever it is, it is this variant's result
@@ -240,7 +237,6 @@ def free_memory(device: torch.device) -> int:
 
 
 def play(scenario: Scenario, answer: Callable[[Workload], list[list[int]]], vocab_size: int) -> int:
-    """Put a scenario's requests to `answer`, turn by turn where it has turns; tokens generated."""
     if isinstance(scenario, WorkloadSpec):
         return sum(map(len, answer(make_workload(scenario, vocab_size))))
     rng, total = random.Random(0), 0
@@ -319,7 +315,6 @@ def ablation_table(title: str, measured: Sequence[Measurement]) -> Table:
 
 
 def run(config: Config, options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Measure every variant, print the table, and write the report after each; 1 when a variant failed."""
     report, gpu = (
         Report("ablation", arguments, engine_path(config, options.json, "ablation"), width=150),
         on_gpu(config),

@@ -2,10 +2,9 @@
 
     minisgl bench attention                   decode: backend x batch x mean context x page size, inside a graph
     minisgl bench attention --prefill         prefill of some shapes, eager
-    minisgl bench attention --heads 40 --kv-heads 8 --batch 1 64 256 --context 900
 
-bf16, ragged lengths (uniform, half to one and a half times the mean context). A graph holds as many layers as it takes
-to read more than the GPU's L2 keeps, each on its own keys and values; the figure is the median replay over them.
+bf16, lengths uniform in half to one and a half times the mean context. A graph holds as many layers as it takes to read
+more than the GPU's L2 keeps.
 """
 
 import argparse
@@ -123,7 +122,6 @@ def time_prefills(table: FigureTable, options: argparse.Namespace, backends: Bac
 
 
 def batch_of(lens: Int32, query_lens: Int32, page_size: int, max_pages: int) -> tuple[SequenceBatch, int]:
-    """Rows on pages in random order, and how many pages they take."""
     counts = -(-lens // page_size)
     used = int(counts.sum())
     order = np.random.default_rng(0).permutation(used).astype(np.int32)

@@ -1,8 +1,6 @@
 """Streamed completions over HTTP/1.1, with little work for each event: when its tokens came, and how many there were.
 
-General clients spend several times as long on each piece of a stream, which a benchmark of thousands of streams
-would measure instead of the server. Sessions are sent at their times whatever the server does (open loop), or so many
-at once (closed loop).
+General clients take several times as long for a piece of a stream, and would be measured instead of the server.
 """
 
 from __future__ import annotations
@@ -33,8 +31,6 @@ PATHS: Final = {"ids": "/v1/completions", "text": "/v1/completions", "chat": "/v
 
 
 class AnswerError(Exception):
-    """An answer that cannot be counted: a short kind that many answers may share, and what exactly is wrong."""
-
     def __init__(self, kind: str, detail: str) -> None:
         super().__init__(detail)
         self.kind = kind
@@ -58,7 +54,6 @@ class Target:
         return self.address.startswith("127.") or self.address == "::1"
 
     def post(self, path: str, body: bytes) -> bytes:
-        """The request as it is sent."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         head = [
             f"POST {self.prefix}{path} HTTP/1.1", f"Host: {host}:{self.port}", "Connection: close",
@@ -88,7 +83,6 @@ class Target:
 
 
 def parse_target(url: str, key: str | None) -> Target:
-    """The server at a URL, with or without its `/v1`. Raises ConfigError when there is no such host."""
     url = url if "://" in url else f"http://{url}"
     try:
         parts = urlsplit(url)
@@ -155,7 +149,6 @@ class CompletionStream(asyncio.Protocol):
         self._has_length = False
 
     async def connect(self, target: Target) -> None:
-        """Open a connection. Raises OSError (ssl.SSLError is one)."""
         name = target.host if target.tls is not None else None
         await asyncio.get_running_loop().create_connection(
             lambda: self, target.address, target.port, family=target.family, ssl=target.tls, server_hostname=name
@@ -239,7 +232,6 @@ class CompletionStream(asyncio.Protocol):
             self.events.append(data)
 
     def settle(self) -> None:
-        """Read the counts when all has come. Raises AnswerError."""
         record = self.record
         if self._status != 200:
             raise AnswerError(f"HTTP {self._status}", error_text(bytes(self._body)))
@@ -268,7 +260,6 @@ class CompletionStream(asyncio.Protocol):
 
 
 def decode(data: bytes) -> dict[str, Any]:
-    """A JSON object. Raises ValueError."""
     try:
         value: dict[str, Any] = json.loads(data)
     except ValueError as error:
@@ -333,8 +324,6 @@ async def sleep_until(due: float | None) -> None:
 
 @dataclass(slots=True)
 class PlannedSession:
-    """A session with what is known before the start: a record for each turn, and the bodies that need no answer."""
-
     session: Session
     records: list[RequestRecord]
     bodies: list[bytes | None]
@@ -351,7 +340,6 @@ class LoadClient:
 
     @property
     def keep_text(self) -> bool:
-        """Whether answers are sent back in later turns."""
         return self.options.endpoint == "chat" and self.options.chats is not None
 
     def body(self, turn: Turn, seed: int, answers: Sequence[str]) -> bytes:
@@ -411,7 +399,6 @@ class LoadClient:
     async def closed_loop(
         self, planned: Sequence[PlannedSession], seed: int, concurrency: int, done: Callable[[int], object]
     ) -> None:
-        """Keep `concurrency` sessions going: the next starts when one ends."""
         queue = deque(planned)
 
         async def work() -> None:

@@ -1,11 +1,10 @@
 """Microseconds of what the GPUs of a host do together, each way there is, checked against a plain reference.
 
     minisgl bench collectives --tp 4                    all-reduce, all-reduce with the norm, sampling
-    minisgl bench collectives --tp 4 --rows 1 64 256 --hidden 5120 --json out.json
     minisgl bench collectives --tp 2 --device cpu       gloo alone
 
-An all-reduce is of rows x hidden in bf16, as it ends each block of a model. A figure is the median replay of a CUDA
-graph, as rank 0 sees it; every way is first checked eagerly on every rank. A way that raises says why and is left out.
+Median replays of a CUDA graph, as rank 0 sees them; an all-reduce is of rows x hidden in bf16. A way is first checked
+on every rank; one that raises says why and is left out.
 """
 
 import argparse
@@ -142,7 +141,6 @@ class CollectivesRank:
         return 1e6 * statistics.median(times)
 
     def terms(self, rows: int) -> tuple[Tensor, Tensor]:
-        """This rank's term of a sum, and the sum in float32."""
         terms = [noise(1000 * rows + i, rows, self.hidden, self.dtype, self.device) for i in range(self.group.size)]
         return terms[self.group.rank], torch.stack([term.float() for term in terms]).sum(0)
 

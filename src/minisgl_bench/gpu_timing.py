@@ -55,7 +55,6 @@ def median_us(run: Callable[[], object], count: int = 30) -> float:
 
 
 def graph_us(run: Callable[[], object], calls: int = 20, replays: int = 30) -> float:
-    """Median microseconds of a call inside a CUDA graph of so many."""
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -69,7 +68,6 @@ class FigureTable:
     """Microseconds on this machine's GPU, and the bytes and flops they are worth: printed as they come."""
 
     def __init__(self) -> None:
-        """Raises ConfigError without a GPU."""
         if not torch.cuda.is_available():
             raise ConfigError("this benchmark needs a GPU")
         torch.manual_seed(0)

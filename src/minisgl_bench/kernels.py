@@ -4,11 +4,8 @@
     minisgl bench kernels --only sampling moe     some of them
     minisgl bench gemm --model 14B 32B/4          the GEMMs of a layer, of one of four ranks for 32B/4
 
-A figure is the median replay of a CUDA graph of 20 launches, divided by 20. Bytes are those that must move: inputs
-once, outputs once, for the experts the weights of those that are hit. Small activations stay in L2, as in a step.
-
-A layer of GEMMs is norm, QKV, a norm in place of attention, output, norm, gate and up with `silu_mul`, down: by cuBLAS
-and as the engine takes them, over so many layers that their weights come from the GPU's memory.
+Median replays of a CUDA graph. Bytes are those that must move: inputs and outputs once, the weights of the experts that
+are hit. The GEMMs of a layer are timed with its norms, over so many layers that weights come from the GPU's memory.
 """
 
 import itertools
@@ -43,7 +40,6 @@ Gemm = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def norms(table: FigureTable, models: Sequence[str], rows: Sequence[int]) -> None:
-    """The stream and the branch are read; the stream and the norm are written."""
     for model, tokens in itertools.product(models or ("0.6B", "14B"), rows or ROWS):
         dim, *_ = model_shape(model)
         x, residual, weight = noise(tokens, dim), noise(tokens, dim), noise(dim)
@@ -52,14 +48,12 @@ def norms(table: FigureTable, models: Sequence[str], rows: Sequence[int]) -> Non
 
 
 def activations(table: FigureTable, models: Sequence[str], rows: Sequence[int]) -> None:
-    """Gate and up are read, their combination is written."""
     for model, tokens in itertools.product(models or ("0.6B", "14B"), rows or ROWS):
         x = noise(tokens, 2 * model_shape(model)[3])
         table.add("silu_mul", model, tokens, graph_us(partial(elementwise.silu_mul, x)), x.nbytes * 3 / 2)
 
 
 def heads(table: FigureTable, models: Sequence[str], rows: Sequence[int]) -> None:
-    """The QKV GEMM's output is read; queries, keys and values are written."""
     for model, tokens in itertools.product(models or ("0.6B", "14B"), rows or ROWS):
         _, num_heads, kv_heads, _ = model_shape(model)
         x = noise(tokens, (num_heads + 2 * kv_heads) * HEAD_DIM)
@@ -74,7 +68,6 @@ def heads(table: FigureTable, models: Sequence[str], rows: Sequence[int]) -> Non
 
 
 def samplers(table: FigureTable, models: Sequence[str], rows: Sequence[int]) -> None:
-    """The logits are read once, whatever the filter."""
     for (name, values), tokens in itertools.product(FILTERS.items(), rows or ROWS[:-1]):
         logits = noise(tokens, VOCAB, scale=2.0)
         requests = sampling_rows(torch.randint(2**62, (tokens,)), CUDA, **values)
@@ -126,7 +119,6 @@ def model_shape(model: str) -> tuple[int, int, int, int]:
 
 
 def layer_weights(model: str) -> list[Tensor]:
-    """Random weights of QKV, output, gate and up, down."""
     hidden, num_heads, kv_heads, width = model_shape(model)
     queries = num_heads * HEAD_DIM
     sizes = (queries + 2 * kv_heads * HEAD_DIM, hidden), (hidden, queries), (2 * width, hidden), (hidden, width)

@@ -156,7 +156,6 @@ class ProcessCpu:
 
 
 def process_tree(root: int | None) -> dict[int, ProcessCpu]:
-    """A process and all its descendants; those that end meanwhile are left out."""
     found: dict[int, ProcessCpu] = {}
     with contextlib.suppress(psutil.Error):
         members = [] if root is None else [psutil.Process(root), *psutil.Process(root).children(recursive=True)]

@@ -84,7 +84,6 @@ def warm_up(llm: LLM, workload: Workload, gpu: bool) -> None:
 
 
 def measure(llm: LLM, workload: Workload) -> tuple[dict[str, int | float], list[Step]]:
-    """Run the workload; tokens, seconds and tokens/s, and the steps it took."""
     executor = llm.engine.executor
     llm.engine.executor = recorder = Recorder(executor)
     try:
@@ -108,7 +107,6 @@ def measure(llm: LLM, workload: Workload) -> tuple[dict[str, int | float], list[
 
 
 def local_executor(llm: LLM) -> LocalExecutor:
-    """What an LLM runs in this process: all of it, or rank 0's share."""
     executor = llm.engine.executor
     if isinstance(executor, GroupExecutor):
         return executor.local
@@ -130,7 +128,6 @@ def decode_step_alone(llm: LLM) -> float:
 
 
 def token_times(llm: LLM, length: int, tokens: int) -> list[float]:
-    """When each of `tokens` tokens behind a random prompt of `length` came."""
     (prompt,) = random_tokens([length], llm.model.vocab_size, -1)
     times: list[float] = []
     for delta in llm.stream(prompt, SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)):

@@ -40,7 +40,6 @@ TAIL: Final = 2000
 
 
 def run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Measure all loads with all seeds, print, and write the report; 1 when a request failed."""
     on_gpu = torch.cuda.is_available()
     report = Report("online", arguments, options.json or (RESULTS / "online.json" if on_gpu else None), width=130)
     require_writable(options.samples, "--samples")
@@ -97,7 +96,6 @@ async def measure(client: LoadClient, limit: int | None, report: Report) -> list
 async def measure_one(
     client: LoadClient, found: dict[str, Any], seed: int, sessions: Sequence[Session], concurrency: int | None
 ) -> list[RequestRecord]:
-    """One run, whose figures are added to `found`."""
     options = client.options
     hits = traffic.expected_hits((turn.segments for turn in traffic.all_turns(sessions)), options.cache_page)
     planned = client.prepare(sessions, seed, hits)
@@ -169,7 +167,6 @@ def make_client(options: argparse.Namespace) -> tuple[LoadClient, int | None]:
 
 
 def make_prompts(target: Target, model: str, options: argparse.Namespace) -> IdPrompts | TextPrompts:
-    """Token ids, or words that were found to be one token each."""
     if options.endpoint == "ids":
         return IdPrompts(*options.tokens)
     chat = options.endpoint == "chat"

@@ -58,7 +58,6 @@ def gpu_name() -> str:
 
 
 def slug(name: str) -> str:
-    """The last part of a path or id, in letters, digits, dots and dashes."""
     return re.sub(r"[^A-Za-z0-9.]+", "-", name.rstrip("/").rpartition("/")[2]).strip("-")
 
 
@@ -119,7 +118,6 @@ def require_writable(path: Path | None, flag: str = "--json") -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> Table:
-    """Rows of text; `left` columns are aligned to the left, the others to the right."""
     made = Table(title=title)
     for index, column in enumerate(columns):
         made.add_column(column, justify="left" if index < left else "right")
@@ -129,7 +127,6 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], lef
 
 
 def new_figure(width: float, height: float) -> Any:
-    """A figure of matplotlib's, which is in the extra `plot`; None without it."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -71,7 +71,6 @@ class Matrices:
 
     @property
     def active(self) -> int:
-        """Weights that a token is multiplied by in the layers."""
         return self.shared + self.sparse_layers * self.top_k * self.expert
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:

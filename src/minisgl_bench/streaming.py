@@ -92,7 +92,6 @@ class EchoEngine:
 
 
 def measure(options: argparse.Namespace) -> int:
-    """Start the server, and send it as many requests as take the seconds asked for at the engine's rate."""
     command = [*PROGRAM, "--serve", "--api-workers", str(options.api_workers), "--step", str(options.step)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:

@@ -1,7 +1,6 @@
 """What is sent and when: sessions of turns, whose prompts are made of named segments so that what recurs is known.
 
-Published traces say when each request came, how long it was, and which blocks of its prompt recurred. Their formats
-are told apart by the first line:
+Traces, told apart by their first line:
 
 - Qwen-Bailian (Wang et al., "KVCache Cache in the Wild", ATC 2025): JSON lines, `timestamp` in s, blocks of 16 tokens.
 - Mooncake (Qin et al., FAST 2025): JSON lines, `timestamp` in ms, blocks of 512 tokens.
@@ -45,8 +44,6 @@ group part name line large side end
 
 
 class JsonRow(msgspec.Struct, frozen=True):
-    """A line of a trace in JSON. The i-th of `hash_ids` names the content of the i-th block of the prompt."""
-
     timestamp: Annotated[float, msgspec.Meta(ge=0)]
     input_length: Count
     output_length: Count
@@ -115,7 +112,6 @@ def detect(path: Path, line: str) -> str:
 
 
 def read_json(line: str, kind: str) -> TraceRequest:
-    """A request of a trace in JSON lines. Raises ValueError."""
     row = msgspec.json.decode(line, type=JsonRow)
     ids, length, block = len(row.hash_ids), row.input_length, BLOCK[kind]
     if ids and not length // block <= ids <= -(-length // block):
@@ -143,16 +139,12 @@ class Segment(NamedTuple):
 
 
 class ChatMessage(NamedTuple):
-    """A part of a prompt. Where a prompt is no conversation it is a single message of the user."""
-
     role: str
     segments: tuple[Segment, ...]
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One request: its prompt, and how many tokens its answer shall have."""
-
     messages: tuple[ChatMessage, ...]
     output_length: int
 
@@ -206,7 +198,6 @@ def from_trace(trace: Trace, scale: float, max_input: int | None, max_output: in
 
 
 def from_workload(spec: WorkloadSpec) -> list[Session]:
-    """The lengths that `minisgl bench offline` has for the same spec; nothing recurs."""
     workload = make_workload(spec, vocab_size=HIGHEST_TOKEN + 1)
     pairs = enumerate(zip(workload.prompts, workload.output_lens, strict=True))
     return [Session((single([Segment(("own", i), len(prompt))], length),)) for i, (prompt, length) in pairs]
@@ -256,7 +247,6 @@ def all_turns(sessions: Iterable[Session]) -> list[Turn]:
 
 
 def require_fit(sessions: Sequence[Session], limit: int | None) -> None:
-    """Raise ConfigError where a request is longer than the server's `limit` in tokens, if that is known."""
     needs = [turn.input_length + turn.output_length for turn in all_turns(sessions)]
     if limit is not None and (long := [need for need in needs if need > limit]):
         raise ConfigError(

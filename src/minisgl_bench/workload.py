@@ -42,7 +42,6 @@ CPU_SPEC: Final = WorkloadSpec(num_requests=16, input_len=(32, 128), output_len=
 
 
 def workload_spec(options: argparse.Namespace, gpu: bool) -> WorkloadSpec:
-    """The default of a GPU or of a CPU, with the flags that were given in place of its fields."""
     names = [field.name for field in dataclasses.fields(WorkloadSpec)]
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     return dataclasses.replace(WorkloadSpec() if gpu else CPU_SPEC, **given)

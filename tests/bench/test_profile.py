@@ -14,12 +14,12 @@ from minisgl_bench.profile import (
     SECTIONS,
     TRACED,
     Activity,
+    DeviceTime,
     Recorder,
     Step,
     StepTrace,
     TorchProfiler,
     Tracer,
-    account,
     activities,
     choose_steps,
     full_decodes,
@@ -156,7 +156,7 @@ TRACE = {
 
 
 def test_time_is_told_apart() -> None:
-    spent = account(activities(TRACE))
+    spent = DeviceTime(activities(TRACE))
     assert spent.kernels == pytest.approx({"attention": 10 * US, "gemm": 25 * US, "other": (2 + 12) * US})
     assert spent.gaps == pytest.approx(2 * US)
     assert spent.between == pytest.approx([(1 + 3 + 2) * US])  # before the copy back, after it, before the first kernel
@@ -166,7 +166,7 @@ def test_time_is_told_apart() -> None:
 
 
 def test_overlapping_kernels_count_once() -> None:
-    spent = account(activities({"traceEvents": [event(0, 10, "gemm"), event(5, 10, "norm"), event(6, 2, "norm")]}))
+    spent = DeviceTime(activities({"traceEvents": [event(0, 10, "gemm"), event(5, 10, "norm"), event(6, 2, "norm")]}))
     assert spent.kernels == pytest.approx({"gemm": 10 * US, "other": 5 * US})
     assert (spent.gaps, spent.between) == (0.0, [])
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from helpers.constraints import Cycle
+from helpers.simulated import SimulatedExecutor
 from minisgl.config import Config
 from minisgl.core.engine import Engine
 from minisgl.core.plan import RowInit, StepPlan
 from minisgl.core.types import MAX_STOP_TOKEN_IDS, ModelInfo, Request, SamplingParams, TokenEvent
-from minisgl_bench.simulated import SimulatedExecutor
 
 VOCAB = 50
 EOS = 7
