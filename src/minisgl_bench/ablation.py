@@ -30,7 +30,7 @@ from minisgl.gpu.attention.select import available_backends
 from minisgl.gpu.executor import make_executor
 from minisgl_bench.profile import Recorder
 from minisgl_bench.report import Report, draw_ablation, engine_path, gpu_name, on_gpu, slug, table
-from minisgl_bench.workload import Workload, WorkloadSpec, make_workload, sampling_params
+from minisgl_bench.workload import Workload, sampling_params
 
 PAGE_SIZES: Final = (1, 4, 16, 64, 256)
 CHUNK_SIZES: Final = (512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -44,29 +44,36 @@ EXECUTOR_FIELDS: Final = ("attn", "page_size", "cuda_graph_max_bs", "piecewise_c
 SLACK: Final = 2 * 256
 
 
-@dataclass(frozen=True, kw_only=True)
-class SharedPrefix:
-    """Requests that begin with the same `shared` tokens, and in each turn go on with `own` after everything said."""
+@dataclass(frozen=True)
+class Scenario:
+    """Requests that begin with the same `shared` tokens, and in each turn go on with their own after everything said.
+
+    `own` and `answer` are inclusive ranges of tokens in a turn.
+    """
 
     requests: int
-    own: int
-    answer: int
-    shared: int = 0
+    own: tuple[int, int]
+    answer: tuple[int, int]
     turns: int = 1
+    shared: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of KV that the requests take together, at most, without sharing, in pages of any size."""
+        return self.requests * (self.shared + self.turns * (self.own[1] + self.answer[1]) + SLACK)
 
 
-Scenario = WorkloadSpec | SharedPrefix
-GPU_SCENARIOS: Final[dict[str, Scenario]] = {
-    "batch": WorkloadSpec(num_requests=256, input_len=(100, 1024), output_len=(64, 256)),
-    "long": WorkloadSpec(num_requests=32, input_len=(2048, 12288), output_len=(64, 128)),
-    "chats": SharedPrefix(requests=64, own=512, answer=64, turns=4),
-    "system-prompt": SharedPrefix(requests=256, own=64, answer=64, shared=2048),
+GPU_SCENARIOS: Final = {
+    "batch": Scenario(256, own=(100, 1024), answer=(64, 256)),
+    "long": Scenario(32, own=(2048, 12288), answer=(64, 128)),
+    "chats": Scenario(64, own=(512, 512), answer=(64, 64), turns=4),
+    "system-prompt": Scenario(256, own=(64, 64), answer=(64, 64), shared=2048),
 }
-CPU_SCENARIOS: Final[dict[str, Scenario]] = {
-    "batch": WorkloadSpec(num_requests=4, input_len=(16, 48), output_len=(8, 16)),
-    "long": WorkloadSpec(num_requests=3, input_len=(64, 160), output_len=(8, 16)),
-    "chats": SharedPrefix(requests=2, own=32, answer=8, turns=3),
-    "system-prompt": SharedPrefix(requests=4, own=8, answer=8, shared=96),
+CPU_SCENARIOS: Final = {
+    "batch": Scenario(4, own=(16, 48), answer=(8, 16)),
+    "long": Scenario(3, own=(64, 160), answer=(8, 16)),
+    "chats": Scenario(2, own=(32, 32), answer=(8, 8), turns=3),
+    "system-prompt": Scenario(4, own=(8, 8), answer=(8, 8), shared=96),
 }
 
 
@@ -237,24 +244,17 @@ def free_memory(device: torch.device) -> int:
 
 
 def play(scenario: Scenario, answer: Callable[[Workload], list[list[int]]], vocab_size: int) -> int:
-    if isinstance(scenario, WorkloadSpec):
-        return sum(map(len, answer(make_workload(scenario, vocab_size))))
+    """Put a scenario's requests to `answer`, turn by turn; tokens generated."""
     rng, total = random.Random(0), 0
-    shared = [rng.randrange(vocab_size) for _ in range(scenario.shared)]
-    prompts = [shared] * scenario.requests
+    prompts = [[rng.randrange(vocab_size) for _ in range(scenario.shared)]] * scenario.requests
     for _ in range(scenario.turns):
-        prompts = [prompt + [rng.randrange(vocab_size) for _ in range(scenario.own)] for prompt in prompts]
-        answers = answer(Workload(prompts=prompts, params=sampling_params([scenario.answer] * len(prompts))))
+        own = [[rng.randrange(vocab_size) for _ in range(rng.randint(*scenario.own))] for _ in prompts]
+        prompts = [prompt + tokens for prompt, tokens in zip(prompts, own, strict=True)]
+        params = sampling_params([rng.randint(*scenario.answer) for _ in prompts])
+        answers = answer(Workload(prompts=prompts, params=params))
         prompts = [prompt + tokens for prompt, tokens in zip(prompts, answers, strict=True)]
         total += sum(map(len, answers))
     return total
-
-
-def scenario_tokens(scenario: Scenario) -> int:
-    """Tokens of KV that a scenario's requests take together, at most, without sharing, in pages of any size."""
-    if isinstance(scenario, WorkloadSpec):
-        return scenario.num_requests * (scenario.input_len[1] + scenario.output_len[1] + SLACK)
-    return scenario.requests * (scenario.shared + scenario.turns * (scenario.own + scenario.answer) + SLACK)
 
 
 def make_variants(config: Config, groups: Sequence[str], backends: Sequence[str], gpu: bool) -> list[Variant]:
@@ -320,7 +320,7 @@ def run(config: Config, options: argparse.Namespace, arguments: Sequence[str]) -
         on_gpu(config),
     )
     scenarios = GPU_SCENARIOS if gpu else CPU_SCENARIOS
-    loaded = load(config, max(map(scenario_tokens, scenarios.values())))
+    loaded = load(config, max(scenario.tokens for scenario in scenarios.values()))
     found = available_backends(torch.device(loaded.config.device))
     backends = [name for name, reason in found.items() if reason is None and (name != "torch" or not gpu)]
     variants = make_variants(loaded.config, options.only, backends, gpu)

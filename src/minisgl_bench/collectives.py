@@ -10,8 +10,6 @@ on every rank; one that raises says why and is left out.
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from minisgl.cli import Parser
 from minisgl.core.ops import Operations, add_rms_norm
@@ -37,44 +36,32 @@ Way = Callable[[int], tuple[Call, Call]]  # makes for a number of rows what chec
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Be rank 0, with the other ranks as processes that end with this one."""
     parser = Parser(prog="minisgl bench collectives", description=__doc__)
     parser.add_argument("--tp", type=int, default=4)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--hidden", type=int, default=5120)
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192])
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument("--meeting", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.rank:
-        CollectivesRank(options).measure()
-        return 0
     with tempfile.TemporaryDirectory(prefix="minisgl-", dir="/tmp") as folder:
-        options.meeting = f"file://{folder}/meeting"
-        command = [sys.executable, "-m", "minisgl_bench", "collectives", *arguments, "--meeting", options.meeting]
-        others = [subprocess.Popen([*command, "--rank", str(rank)]) for rank in range(1, options.tp)]
-        try:
-            CollectivesRank(options).measure()
-        finally:
-            for process in others:
-                try:
-                    process.wait(10)
-                except subprocess.TimeoutExpired:
-                    process.kill()
+        spawn(run_rank, (options, f"file://{folder}/rendezvous"), options.tp)  # type: ignore[no-untyped-call]
     return 0
 
 
+def run_rank(rank: int, options: argparse.Namespace, rendezvous: str) -> None:
+    CollectivesRank(rank, options, rendezvous).measure()
+
+
 class CollectivesRank:
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.cuda, self.hidden = options.device == "cuda", options.hidden
-        self.device = torch.device(f"cuda:{options.rank}" if self.cuda else "cpu")
+    def __init__(self, rank: int, options: argparse.Namespace, rendezvous: str) -> None:
+        self.rank, self.options, self.hidden = rank, options, options.hidden
+        self.cuda = options.device == "cuda"
+        self.device = torch.device(f"cuda:{rank}" if self.cuda else "cpu")
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         if self.cuda:
             torch.cuda.set_device(self.device)
-        self.group = join_group(options.rank, options.tp, options.meeting, self.device)
-        self.shard = vocab_shard(VOCAB, options.rank, options.tp)
+        self.group = join_group(rank, options.tp, rendezvous, self.device)
+        self.shard = vocab_shard(VOCAB, rank, options.tp)
         self.results: dict[str, dict[str, Any]] = {}
 
     def measure(self) -> None:
@@ -85,7 +72,7 @@ class CollectivesRank:
         self.time("all-reduce: torch.distributed", partial(self.all_reduce, collectives.all_reduce))
         if self.cuda:
             self.time_gpu_ways()
-        if self.options.json and self.options.rank == 0:
+        if self.options.json and self.rank == 0:
             self.options.json.write_text(json.dumps({**about, **self.results}, indent=1))
         collectives.close()
 
@@ -116,7 +103,7 @@ class CollectivesRank:
                 self.time("sampling: from shards, top_p", partial(self.sampling, sharded, 0.9))
 
     def print(self, line: str) -> None:
-        if self.options.rank == 0:
+        if self.rank == 0:
             print(line, flush=True)
 
     def time(self, name: str, way: Way) -> None:

@@ -39,32 +39,23 @@ EPS = 1e-6
 Gemm = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-def norms(table: FigureTable, models: Sequence[str], rows: Sequence[int]) -> None:
+def elementwise_kernels(table: FigureTable, models: Sequence[str], rows: Sequence[int]) -> None:
+    """Norms read stream and branch and write two, `silu_mul` writes half of what it reads, `rope_store_kv` all of it."""
     for model, tokens in itertools.product(models or ("0.6B", "14B"), rows or ROWS):
-        dim, *_ = model_shape(model)
-        x, residual, weight = noise(tokens, dim), noise(tokens, dim), noise(dim)
-        us = graph_us(partial(elementwise.add_rms_norm, x, residual, weight, EPS))
-        table.add("add_rms_norm", model, tokens, us, 4 * x.nbytes)
-
-
-def activations(table: FigureTable, models: Sequence[str], rows: Sequence[int]) -> None:
-    for model, tokens in itertools.product(models or ("0.6B", "14B"), rows or ROWS):
-        x = noise(tokens, 2 * model_shape(model)[3])
-        table.add("silu_mul", model, tokens, graph_us(partial(elementwise.silu_mul, x)), x.nbytes * 3 / 2)
-
-
-def heads(table: FigureTable, models: Sequence[str], rows: Sequence[int]) -> None:
-    for model, tokens in itertools.product(models or ("0.6B", "14B"), rows or ROWS):
-        _, num_heads, kv_heads, _ = model_shape(model)
-        x = noise(tokens, (num_heads + 2 * kv_heads) * HEAD_DIM)
+        dim, num_heads, kv_heads, width = model_shape(model)
+        x, gate_up = noise(tokens, dim), noise(tokens, 2 * width)
+        qkv = noise(tokens, (num_heads + 2 * kv_heads) * HEAD_DIM)
         angles = torch.rand(8192, HEAD_DIM // 2, device=CUDA) * 6
         cos_sin = torch.cat([angles.cos(), angles.sin()], dim=-1)
         positions = torch.randint(8192, (tokens,), dtype=torch.int32, device=CUDA)
         slots = torch.randperm(1024 * 16, device=CUDA)[:tokens]
         caches = [torch.zeros(1025, 16, kv_heads, HEAD_DIM, dtype=DTYPE, device=CUDA) for _ in range(2)]
         weights = noise(HEAD_DIM), noise(HEAD_DIM)
-        us = graph_us(partial(elementwise.rope_store_kv, x, *weights, EPS, cos_sin, positions, slots, *caches))
-        table.add("rope_store_kv", model, tokens, us, 2 * x.nbytes)
+        rope = partial(elementwise.rope_store_kv, qkv, *weights, EPS, cos_sin, positions, slots, *caches)
+        norm = partial(elementwise.add_rms_norm, x, noise(tokens, dim), noise(dim), EPS)
+        table.add("add_rms_norm", model, tokens, graph_us(norm), 4 * x.nbytes)
+        table.add("silu_mul", model, tokens, graph_us(partial(elementwise.silu_mul, gate_up)), 1.5 * gate_up.nbytes)
+        table.add("rope_store_kv", model, tokens, graph_us(rope), 2 * qkv.nbytes)
 
 
 def samplers(table: FigureTable, models: Sequence[str], rows: Sequence[int]) -> None:
@@ -140,7 +131,7 @@ def layer_us(layers: Sequence[Sequence[Tensor]], rows: int, linear: Gemm, to_nor
     return graph_us(run, calls=1, replays=10) / len(layers)
 
 
-KERNELS = {"norm": norms, "activation": activations, "qkv": heads, "sampling": samplers, "moe": experts, "gemm": gemms}
+KERNELS = {"elementwise": elementwise_kernels, "sampling": samplers, "moe": experts, "gemm": gemms}
 
 
 @torch.inference_mode()

@@ -38,7 +38,10 @@ def run(config: Config, options: argparse.Namespace, arguments: Sequence[str]) -
             report.print(note)
         report.figures |= {"workload": dataclasses.asdict(spec), "config": list(llm.notes)}
         workload = make_workload(spec, llm.model.vocab_size)
-        executor = local_executor(llm)
+        executor = llm.engine.executor
+        if isinstance(executor, GroupExecutor):
+            executor = executor.local  # rank 0's share
+        assert isinstance(executor, LocalExecutor)
         peak = options.peak_rates
         if peak is None and gpu:
             peak = measure_peak_rates(executor.device, executor.runner.kv.k.dtype)
@@ -104,14 +107,6 @@ def measure(llm: LLM, workload: Workload) -> tuple[dict[str, int | float], list[
         **recorder.figures(),
     }
     return figures, recorder.steps
-
-
-def local_executor(llm: LLM) -> LocalExecutor:
-    executor = llm.engine.executor
-    if isinstance(executor, GroupExecutor):
-        return executor.local
-    assert isinstance(executor, LocalExecutor)
-    return executor
 
 
 def process_seconds() -> float:

@@ -223,7 +223,10 @@ def own_server(flags: Sequence[str], key: str | None) -> Iterator[OwnServer]:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
         try:
             target = parse_target(f"http://127.0.0.1:{port}", key)
-            while not is_healthy(target):
+            while True:
+                with contextlib.suppress(ConfigError):
+                    target.call("/health", timeout=5.0)
+                    break
                 require_running(process, log)
                 time.sleep(POLL_SECONDS)
             yield OwnServer(target.url, process.pid, time.perf_counter() - started)
@@ -249,13 +252,6 @@ def ended_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def is_healthy(target: Target) -> bool:
-    with contextlib.suppress(ConfigError):
-        target.call("/health", timeout=5.0)
-        return True
-    return False
 
 
 def require_running(process: subprocess.Popen[bytes], log: IO[bytes]) -> None:

@@ -11,6 +11,7 @@ import csv
 import dataclasses
 import datetime
 import hashlib
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -70,45 +71,32 @@ class Trace:
 
 def read_trace(path: Path, limit: int) -> Trace:
     """The first `limit` requests of a trace. Raises ConfigError naming the file, and the line where one is wrong."""
-    requests: list[TraceRequest] = []
-    kind, names = "", [""]
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            for number, line in enumerate(file, 1):
-                if len(requests) == limit:
-                    break
-                if not line.strip():
-                    continue
-                if not kind:
-                    kind = detect(path, line)
-                    names = [name.strip() for name in line.split(",")]
-                    if kind == "azure":
-                        continue
-                try:
-                    requests.append(read_azure(line, names) if kind == "azure" else read_json(line, kind))
-                except ValueError as error:  # msgspec's errors are such
-                    raise ConfigError(f"{path}:{number}: {error}") from error
+            filled = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+            lines = list(itertools.islice(filled, limit + 1))
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: this is no text: {error}") from error
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
+    if not lines:
+        raise ConfigError(f"{path}: the trace is empty")
+    requests, names = [], [name.strip() for name in lines[0][1].split(",")]
+    kind = "bailian" if '"chat_id"' in lines[0][1] else "mooncake"
+    if not lines[0][1].lstrip().startswith("{"):
+        kind = "azure"
+        if any(name not in names for name in AZURE_FIELDS):
+            raise ConfigError(f"{path}: line 1 is neither a JSON object nor a header with {', '.join(AZURE_FIELDS)}")
+    for number, line in lines[1:] if kind == "azure" else lines[:limit]:
+        try:
+            requests.append(read_azure(line, names) if kind == "azure" else read_json(line, kind))
+        except ValueError as error:  # msgspec's errors are such
+            raise ConfigError(f"{path}:{number}: {error}") from error
     if not requests:
-        raise ConfigError(f"{path}: the trace {'has no requests' if kind else 'is empty'}")
+        raise ConfigError(f"{path}: the trace has no requests")
     requests.sort(key=lambda request: request.arrival)
     start = requests[0].arrival
     return Trace(kind, BLOCK[kind], tuple(request._replace(arrival=request.arrival - start) for request in requests))
-
-
-def detect(path: Path, line: str) -> str:
-    if not line.lstrip().startswith("{"):
-        header = [name.strip() for name in line.split(",")]
-        if all(name in header for name in AZURE_FIELDS):
-            return "azure"
-        raise ConfigError(f"{path}: line 1 is neither a JSON object nor a header with {', '.join(AZURE_FIELDS)}")
-    try:
-        return "bailian" if "chat_id" in msgspec.json.decode(line) else "mooncake"
-    except msgspec.DecodeError as error:
-        raise ConfigError(f"{path}:1: {error}") from error
 
 
 def read_json(line: str, kind: str) -> TraceRequest:

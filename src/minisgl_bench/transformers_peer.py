@@ -28,10 +28,11 @@ class Round(NamedTuple):
     throughput: float
     tokens: list[list[int]]
 
-    @classmethod
-    def of(cls, times: Sequence[float], tokens: list[list[int]], started: float) -> "Round":
-        rate = sum(map(len, tokens)) / (time.perf_counter() - started)
-        return cls((len(times) - 1) / (times[-1] - times[0]), rate, tokens)
+
+def make_round(times: Sequence[float], tokens: list[list[int]], started: float) -> Round:
+    """From when the first prompt's tokens came, and when the others began, which end now."""
+    rate = sum(map(len, tokens)) / (time.perf_counter() - started)
+    return Round((len(times) - 1) / (times[-1] - times[0]), rate, tokens)
 
 
 class Clock(BaseStreamer):
@@ -54,7 +55,7 @@ def their_round(model: Any, workload: Workload) -> Round:
         tokens.append(out[0, len(prompt) :].tolist())
         assert len(tokens[-1]) == length
         started = started or time.perf_counter()  # behind the first request
-    return Round.of(clock.times[1:], tokens[1:], started)
+    return make_round(clock.times[1:], tokens[1:], started)
 
 
 def our_round(llm: LLM, workload: Workload) -> Round:
@@ -63,7 +64,7 @@ def our_round(llm: LLM, workload: Workload) -> Round:
         times += [time.perf_counter()] * len(delta.token_ids)
     started = time.perf_counter()
     answers = llm.generate(workload.prompts[1:], workload.params[1:], progress=False)
-    return Round.of(times, [answer.token_ids for answer in answers], started)
+    return make_round(times, [answer.token_ids for answer in answers], started)
 
 
 def comparable(config: Config) -> Config:

@@ -14,17 +14,16 @@ from minisgl_bench.ablation import (
     GPU_SCENARIOS,
     AblationRunner,
     Measurement,
-    SharedPrefix,
+    Scenario,
     Variant,
     load,
     make_variants,
     play,
     ratio,
-    scenario_tokens,
 )
 from minisgl_bench.command import ABLATIONS, main
 from minisgl_bench.report import distinct, draw_ablation
-from minisgl_bench.workload import Workload, WorkloadSpec
+from minisgl_bench.workload import Workload
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +63,7 @@ def test_a_variant_that_fails_is_told_and_the_next_runs(folder: Path) -> None:
     bad = runner.run(Variant(group="attention", label="fa", scenario="batch", changes={"attn": "fa"}))
     assert bad.error is not None
     assert bad.error.startswith("ConfigError: --attn fa: fa cannot be used")
-    scenarios["batch"] = WorkloadSpec(num_requests=1, input_len=(600, 600), output_len=(1, 1))
+    scenarios["batch"] = Scenario(1, own=(600, 600), answer=(1, 1))
     late = runner.run(Variant(group="default", label="", scenario="batch"))
     assert late.error is not None
     assert "maximum context length is 512" in late.error
@@ -133,18 +132,18 @@ def test_conversations_grow_by_what_was_said() -> None:
         seen.append(workload.prompts)
         return [[7] * (params.max_tokens or 0) for params in workload.params]
 
-    assert play(SharedPrefix(requests=2, own=5, answer=2, turns=3), answer, 100) == 12
+    assert play(Scenario(2, own=(5, 5), answer=(2, 2), turns=3), answer, 100) == 12
     assert [[len(prompt) for prompt in turn] for turn in seen] == [[5, 5], [12, 12], [19, 19]]
     assert seen[1][0][:7] == [*seen[0][0], 7, 7]
     seen.clear()
-    assert play(SharedPrefix(requests=3, own=2, answer=1, shared=6), answer, 100) == 3
+    assert play(Scenario(3, own=(2, 2), answer=(1, 1), shared=6), answer, 100) == 3
     assert len({tuple(prompt[:6]) for prompt in seen[0]}) == 1
     assert len({tuple(prompt) for prompt in seen[0]}) == 3
 
 
 def test_scenarios_say_how_much_they_take() -> None:
-    assert scenario_tokens(SharedPrefix(requests=2, own=5, answer=2, turns=3)) == 2 * (21 + 512)
-    assert max(map(scenario_tokens, GPU_SCENARIOS.values())) < 1_000_000
+    assert Scenario(2, own=(5, 5), answer=(2, 2), turns=3).tokens == 2 * (21 + 512)
+    assert max(scenario.tokens for scenario in GPU_SCENARIOS.values()) < 1_000_000
 
 
 def test_the_picture_needs_matplotlib_alone(tmp_path: Path) -> None:
