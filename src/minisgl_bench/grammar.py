@@ -83,5 +83,5 @@ def main(arguments: Sequence[str]) -> int:
         row = (compiled, 1e3 * first.mean(), 1e3 * later.mean(), steps.mean(), np.percentile(steps, 99), first.max())
         figures.append((name, *(f"{value:.2f}" for value in row)))
     columns = ("grammar", "compile ms", "first µs/row", "µs/row", "ms/step", "p99 ms", "slowest row ms")
-    Console().print(table(title, columns, figures))
+    Console(width=100).print(table(title, columns, figures))
     return 0

@@ -40,7 +40,7 @@ Gemm = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def elementwise_kernels(table: FigureTable, models: Sequence[str], rows: Sequence[int]) -> None:
-    """Norms read stream and branch and write two, `silu_mul` writes half of what it reads, `rope_store_kv` all of it."""
+    """Norms read the stream and a branch and write two, `silu_mul` writes half of its input, `rope_store_kv` all."""
     for model, tokens in itertools.product(models or ("0.6B", "14B"), rows or ROWS):
         dim, num_heads, kv_heads, width = model_shape(model)
         x, gate_up = noise(tokens, dim), noise(tokens, 2 * width)
