@@ -291,7 +291,6 @@ def make_variants(config: Config, groups: Sequence[str], backends: Sequence[str]
 
 
 def ratio(item: Measurement, measured: Sequence[Measurement]) -> float | None:
-    """A variant's tokens/s over those of the first default on the same scenario; None where either failed."""
     for base in measured:
         if base.variant.group == "default" and base.error is None and base.variant.scenario == item.variant.scenario:
             return None if item.error is not None else item.tokens_per_second / base.tokens_per_second

@@ -9,7 +9,6 @@ more than the GPU's L2 keeps.
 
 import argparse
 import itertools
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -72,21 +71,18 @@ def make_backends(options: argparse.Namespace) -> Backends:
 
 
 def time_decodes(table: FigureTable, options: argparse.Namespace, backends: Backends) -> None:
-    """A row for each batch, context and backend; the last column is what the host prepares before a step."""
     for batch, context in itertools.product(options.batch, options.context):
         lens = np.random.default_rng(1).integers(context // 2, context * 3 // 2 + 1, batch).astype(np.int32)
         volume = float(lens.sum()) * 2 * options.kv_heads * HEAD_DIM * 2  # bytes of keys and values a layer
         layers = int(min(32, max(4, BEYOND_L2 // volume)))
         for name, (attention, page) in backends.items():
             if isinstance(attention.decode, GraphBackend):
-                us, host = time_decode(attention.decode, options, lens, layers, page)
-                table.add(name, f"{batch} x {context}", batch, us, volume, host=f"host {host:.0f} µs")
+                us = time_decode(attention.decode, options, lens, layers, page)
+                table.add(name, f"{batch} x {context}", batch, us, volume)
 
 
-def time_decode(
-    backend: GraphBackend, options: argparse.Namespace, lens: Int32, layers: int, page: int
-) -> tuple[float, float]:
-    """Microseconds a layer on the GPU, and of the host a step."""
+def time_decode(backend: GraphBackend, options: argparse.Namespace, lens: Int32, layers: int, page: int) -> float:
+    """Microseconds a layer."""
     max_pages = -(-LONGEST // page)
     rows, used = batch_of(lens, np.ones_like(lens), page, max_pages)
     kv = random_kv(layers, used + 1, page, options.kv_heads)
@@ -99,12 +95,7 @@ def time_decode(
         for layer in range(layers):
             graph.attention.run(q, layer, 0)
 
-    us = graph_us(step, calls=1, replays=15) / layers
-    begin = time.perf_counter()
-    for _ in range(20):
-        lens = lens + page
-        graph.prepare(lens)
-    return us, (time.perf_counter() - begin) / 20 * 1e6
+    return graph_us(step, calls=1, replays=15) / layers
 
 
 def time_prefills(table: FigureTable, options: argparse.Namespace, backends: Backends) -> None:

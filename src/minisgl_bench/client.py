@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import socket
 import ssl
@@ -352,19 +353,14 @@ class LoadClient:
         return json.dumps(fields, separators=(",", ":")).encode()
 
     def prepare(self, sessions: Sequence[Session], seed: int, hits: Sequence[int] = ()) -> list[PlannedSession]:
-        """Make records and bodies; `hits` are the expected cached tokens of all turns, in order."""
-        planned: list[PlannedSession] = []
-        index = 0
-        for session in sessions:
-            item = PlannedSession(session, [], [])
-            for turn in session.turns:
-                record = RequestRecord(index, expected_output=turn.output_length)
+        planned, index = [PlannedSession(session, [], []) for session in sessions], itertools.count()
+        for item in planned:
+            for turn in item.session.turns:
+                record = RequestRecord(next(index), expected_output=turn.output_length)
                 record.expected_input = self.prompts.expected_tokens(turn)
-                record.expected_cached = hits[index] if hits else 0
+                record.expected_cached = hits[record.index] if hits else 0
                 item.records.append(record)
                 item.bodies.append(None if self.keep_text else self.body(turn, seed, ()))
-                index += 1
-            planned.append(item)
         return planned
 
     async def play(
@@ -389,7 +385,6 @@ class LoadClient:
             due = time.perf_counter() + planned.session.think if planned.session.think else None
 
     async def open_loop(self, planned: Sequence[PlannedSession], seed: int, done: Callable[[int], object]) -> None:
-        """Start each session at its time; `planned` is in order of time."""
         start = time.perf_counter() + LEAD
         async with asyncio.TaskGroup() as group:
             for item in planned:

@@ -69,7 +69,6 @@ def burstiness(text: str) -> float:
 
 
 def length_range(text: str) -> tuple[int, int]:
-    """`A:B` or `N` as an inclusive range of token counts."""
     low, _, high = text.partition(":")
     if not (low.isdecimal() and (high or low).isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r} is not a length N or a range A:B")

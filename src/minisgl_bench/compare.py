@@ -45,10 +45,7 @@ def vllm_settings(config: Config, model: str) -> dict[str, Any]:
 
 
 def run_vllm(settings: Mapping[str, Any], workload: Workload, seed: int) -> dict[str, Any]:
-    """Output tokens and seconds of vLLM in a process of its own, in our process group.
-
-    Raises MinisglError when it fails, after printing the end of what it said.
-    """
+    """Output tokens and seconds of vLLM in its own process. Raises MinisglError, the end of its log printed."""
     order = {"settings": settings, "seed": seed, "prompts": workload.prompts, "max_tokens": workload.output_lens}
     order["temperature"] = workload.params[0].temperature
     command = [sys.executable, "-m", "minisgl_bench.vllm_process"]

@@ -75,11 +75,10 @@ class FigureTable:
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {DTYPE}")
         print(f"{'kernel':<22} {'shape':<21} {'tokens':>7} {'µs':>9} {'GB/s':>6} {'TF/s':>5}")
 
-    def add(self, kernel: str, shape: str, tokens: int, us: float, moved: float, flops: float = 0, **more: str) -> None:
-        row = {"kernel": kernel, "shape": shape, "tokens": tokens, "us": us, **more}
+    def add(self, kernel: str, shape: str, tokens: int, us: float, moved: float, flops: float = 0) -> None:
         rates = f"{moved / us / 1e3:>6.0f} {flops / us / 1e6:>5.0f}"
-        print(f"{kernel:<22} {shape:<21} {tokens:>7} {us:>9.1f} {rates}", *more.values(), flush=True)
-        self.rows.append(row)
+        print(f"{kernel:<22} {shape:<21} {tokens:>7} {us:>9.1f} {rates}", flush=True)
+        self.rows.append({"kernel": kernel, "shape": shape, "tokens": tokens, "us": us})
 
     def write(self, path: Path | None) -> None:
         if path is not None:

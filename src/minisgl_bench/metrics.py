@@ -26,17 +26,13 @@ TICK: Final = 0.01
 
 
 def times_of(record: RequestRecord) -> dict[str, float | None]:
-    """Of a request, in s: from sending to the first token and to the last, and the time per token after the first.
-
-    The latter is None for a single token.
-    """
+    """Of a request, in s, from sending; `tpot` is the time per token after the first, None for a single token."""
     first, last = record.times[0], record.times[-1]
     tpot = (last - first) / (record.completion_tokens - 1) if record.completion_tokens > 1 else None
     return {"ttft": first - record.sent, "tpot": tpot, "e2e": last - record.sent}
 
 
 def latencies(records: Sequence[RequestRecord]) -> dict[str, np.ndarray]:
-    """In s: an entry a request, for `itl` one for each two events of a request that follow each other."""
     found = {"itl": np.concatenate([np.empty(0), *(np.diff(np.frombuffer(record.times)) for record in records)])}
     times = [times_of(record) for record in records]
     for name in ("ttft", "tpot", "e2e"):
@@ -166,7 +162,6 @@ def process_tree(root: int | None) -> dict[int, ProcessCpu]:
 def cores_used(
     before: Mapping[int, ProcessCpu], after: Mapping[int, ProcessCpu], seconds: float
 ) -> list[dict[str, Any]]:
-    """Cores that each process used over so many seconds, and those of its busiest thread, the busiest process first."""
     rows = []
     for pid, now in after.items():
         then = before.get(pid, ProcessCpu(now.name, 0.0, {}))

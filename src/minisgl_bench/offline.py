@@ -116,7 +116,6 @@ def process_seconds() -> float:
 
 
 def decode_step_alone(llm: LLM) -> float:
-    """Median seconds of a decode step at batch 1, with CONTEXT tokens in the cache, or as many as the model holds."""
     tokens = min(TOKENS, llm.model.max_seq_len // 2)
     times = token_times(llm, max(1, min(CONTEXT, llm.model.max_seq_len - tokens) - tokens // 2), tokens)
     return median(later - earlier for earlier, later in itertools.pairwise(times))
@@ -131,10 +130,7 @@ def token_times(llm: LLM, length: int, tokens: int) -> list[float]:
 
 
 def split_time(llm: LLM, workload: Workload, steps: Sequence[Step], seconds: float, report: Report) -> dict[str, Any]:
-    """Run the same lengths again, some steps traced; print the split, return it.
-
-    A failure is printed and returned instead: what was measured before it stands.
-    """
+    """Run the same lengths again, some steps traced; print and return the split, or what failed."""
     executor = llm.engine.executor
     other = redraw(workload, llm.model.vocab_size, -2)
 

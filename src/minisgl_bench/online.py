@@ -185,10 +185,7 @@ def make_prompts(target: Target, model: str, options: argparse.Namespace) -> IdP
 
 
 async def warm_up(client: LoadClient, sessions: Sequence[Session], count: int) -> None:
-    """One small request alone, then the first `count` with other tokens and short answers, all at once.
-
-    Raises ConfigError with what the server says when the first fails: then all would.
-    """
+    """One small request alone, which must not fail, then the first `count` with other tokens and short answers."""
     probe = Session((traffic.single([Segment(("probe", 0), PROBE_TOKENS)], 1),))
     planned = client.prepare([probe], WARM_SEED)
     await client.closed_loop(planned, WARM_SEED, 1, lambda done: None)
@@ -210,10 +207,7 @@ class OwnServer(NamedTuple):
 
 @contextlib.contextmanager
 def own_server(flags: Sequence[str], key: str | None) -> Iterator[OwnServer]:
-    """Start `minisgl` with these flags on a free port, wait until it answers, and end it afterwards.
-
-    Raises EngineDeadError with the end of what it said, when it ends before that.
-    """
+    """Start `minisgl` on a free port, wait until it answers, and end it. Raises EngineDeadError when it ends itself."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     command = [sys.executable, "-m", "minisgl", *flags, "--host", "127.0.0.1", "--port", str(port)]

@@ -185,8 +185,6 @@ class StepTrace(NamedTuple):
 
 
 class Tracer(Recorder):
-    """Traces the steps whose indices are in `chosen`, which says for how many steps each stands."""
-
     def __init__(self, executor: Executor, chosen: Mapping[int, float], profiler: TorchProfiler) -> None:
         super().__init__(executor)
         self.chosen = chosen
@@ -258,7 +256,6 @@ def split_time(traces: Sequence[StepTrace]) -> dict[str, Any]:
 def profile(
     executor: Executor, steps: Sequence[Step], run: Callable[[Tracer], None], profiler: TorchProfiler | None = None
 ) -> dict[str, Any]:
-    """Split the time of a run whose `steps` are known, by `run`, which runs it again with the executor it is given."""
     tracer = Tracer(executor, choose_steps(steps), profiler or TorchProfiler())
     run(tracer)
     tracer.end_trace()

@@ -75,10 +75,7 @@ def engine_path(config: Config, asked: Path | None, benchmark: str) -> Path | No
 
 
 class Report:
-    """Figures of one benchmark, where they are printed, and where they are written.
-
-    Raises ConfigError where `path` cannot be written: before minutes of measuring in vain.
-    """
+    """Figures of one benchmark. Raises ConfigError where `path` cannot be written: before minutes of measuring."""
 
     def __init__(self, name: str, arguments: Sequence[str], path: Path | None, width: int = 0) -> None:
         require_writable(path)
@@ -159,10 +156,7 @@ def distinct(names: Sequence[str]) -> list[str]:
 def draw_latencies(
     path: Path, title: str, runs: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]]
 ) -> bool:
-    """Write the distributions of each run, and below them latency against throughput; False without matplotlib.
-
-    `samples` holds for each run the latencies in s, by name.
-    """
+    """Write each run's distributions of `samples`, in s by name, and below them latency against throughput."""
     if (figure := new_figure(15, 8)) is None:
         return False
     grid = figure.subplots(2, 4)

@@ -100,10 +100,7 @@ def visible(lengths: NDArray[np.int64], windows: Sequence[int]) -> int:
 
 
 def roofline(spec: ModelSpec, workload: Workload, running: int, itemsize: int, peak: PeakRates) -> Roofline:
-    """The least time of a workload whose prompts share no prefix, with `running` requests at most at a time.
-
-    `itemsize` is the bytes of a weight and of an element of the KV cache.
-    """
+    """The least time of a workload without shared prefixes, `running` requests at a time, `itemsize` bytes a weight."""
     inputs, outputs = [len(prompt) for prompt in workload.prompts], workload.output_lens
     matrices = Matrices.of(spec)
     prompt_lengths = np.concatenate([np.arange(1, n + 1) for n in inputs])
@@ -127,10 +124,7 @@ def roofline(spec: ModelSpec, workload: Workload, running: int, itemsize: int, p
 
 
 def measure_peak_rates(device: torch.device, dtype: torch.dtype) -> PeakRates:
-    """What the GPU reaches in reading, copying and a large GEMM of random normal `dtype`; takes about a second.
-
-    Raises ConfigError when the GPU has no memory left to measure in.
-    """
+    """What the GPU reaches in reading, copying and a large GEMM. Raises ConfigError when no memory is left for it."""
     free = torch.cuda.mem_get_info(device)[0]
     size = min(LARGEST, free // 4 // (4 * ROW) * (4 * ROW))
     if size < BEYOND_L2:

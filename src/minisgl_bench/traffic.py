@@ -52,8 +52,6 @@ class JsonRow(msgspec.Struct, frozen=True):
 
 
 class TraceRequest(NamedTuple):
-    """`arrival` in s; lengths in tokens; the last block of `hash_ids` may be cut short."""
-
     arrival: float
     input_length: int
     output_length: int
@@ -147,10 +145,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Session:
-    """Requests of one client, each sent `think` s after the answer to the one before; mostly there is just one.
-
-    `due` is when the first is sent, in s after the start.
-    """
+    """Requests of one client: the first `due` s after the start, each other `think` s after the answer before."""
 
     turns: tuple[Turn, ...]
     due: float = 0.0
@@ -171,10 +166,7 @@ def cut(segments: Sequence[Segment], length: int) -> list[Segment]:
 
 
 def from_trace(trace: Trace, scale: float, max_input: int | None, max_output: int | None) -> list[Session]:
-    """A session for each request, cut to the limits; gaps between arrivals are `scale` times the trace's.
-
-    Behind a prompt's blocks comes what the trace knows nothing of, which is the request's own.
-    """
+    """A session for each request, cut to the limits. Behind a prompt's blocks come tokens of its own."""
     sessions = []
     for index, request in enumerate(trace.requests):
         blocks = [Segment(("block", name), trace.block) for name in request.hash_ids]
@@ -261,10 +253,7 @@ def segment_numbers(seed: int, segments: Sequence[Segment], span: int) -> np.nda
 
 
 def expected_hits(prompts: Iterable[Sequence[Segment]], page: int) -> list[int]:
-    """For each prompt the tokens whose KV a cache that forgets nothing holds from those before it.
-
-    Whole pages count, and never the last token: its logits must be computed.
-    """
+    """For each prompt the tokens that a cache without limits holds: whole pages, and never the last token."""
     seen: set[bytes] = set()
     hits = []
     for segments in prompts:
@@ -324,10 +313,6 @@ class TextPrompts:
 
 
 def calibrate(count: Callable[[str], int]) -> tuple[tuple[str, ...], int]:
-    """The words that are one token each for a server, and its overhead; `count` is how many tokens it sees in a text.
-
-    Raises ConfigError when too few are, or when the counts do not add up.
-    """
     first, half, advice = WORDS[0], PROBE_WORDS // 2, "use --endpoint ids, which sends token ids"
     known = count(" ".join([first] * PROBE_WORDS))
     overhead = known - PROBE_WORDS

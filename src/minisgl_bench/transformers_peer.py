@@ -30,7 +30,6 @@ class Round(NamedTuple):
 
 
 def make_round(times: Sequence[float], tokens: list[list[int]], started: float) -> Round:
-    """From when the first prompt's tokens came, and when the others began, which end now."""
     rate = sum(map(len, tokens)) / (time.perf_counter() - started)
     return Round((len(times) - 1) / (times[-1] - times[0]), rate, tokens)
 

@@ -16,10 +16,7 @@ HIGHEST_TOKEN: Final = 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class PeakRates:
-    """What a GPU reaches at most: bytes/s of reading, flop/s of a large GEMM in the model's dtype.
-
-    `copy` is bytes/s of copying, reads and writes together; None where it was not measured.
-    """
+    """What a GPU reaches at most: bytes/s of reading, flop/s of a large GEMM, bytes/s of copying if measured."""
 
     read: float
     flops: float
