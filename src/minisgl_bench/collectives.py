@@ -31,8 +31,7 @@ from minisgl_bench.gpu_timing import VOCAB, graph_us, sampling_rows
 
 REPLAYS, EPS = 50, 1e-6
 LARGEST_STEP = 512  # rows of the largest decode step: only an all-reduce may have more
-Call = Callable[[], Any]
-Way = Callable[[int], tuple[Call, Call]]  # makes for a number of rows what checks the way and what is timed
+Way = Callable[[int], Callable[[], object]]  # checks the way for a number of rows, and makes what is timed
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -116,8 +115,7 @@ class CollectivesRank:
         self.print(f"{name:50}" + "  ".join(f"{rows}: {value}" for rows, value in found.items()))
 
     def one_figure(self, way: Way, rows: int) -> float:
-        check, call = way(rows)
-        check()
+        call = way(rows)
         if self.cuda:
             return graph_us(call, replays=REPLAYS)
         times = []
@@ -131,21 +129,19 @@ class CollectivesRank:
         terms = [noise(1000 * rows + i, rows, self.hidden, self.dtype, self.device) for i in range(self.group.size)]
         return terms[self.group.rank], torch.stack([term.float() for term in terms]).sum(0)
 
-    def all_reduce(self, call: Callable[[Tensor], Tensor], rows: int) -> tuple[Call, Call]:
+    def all_reduce(self, call: Callable[[Tensor], Tensor], rows: int) -> Callable[[], object]:
         x, total = self.terms(rows)
-        return lambda: require_close(call(x.clone()), total), partial(call, torch.zeros_like(x))
+        require_close(call(x.clone()), total)
+        return partial(call, torch.zeros_like(x))
 
-    def norm(self, call: Callable[..., Tensor | None], rows: int) -> tuple[Call, Call]:
+    def norm(self, call: Callable[..., Tensor | None], rows: int) -> Callable[[], object]:
         x, total = self.terms(rows)
         weight, zero = torch.ones(self.hidden, dtype=self.dtype, device=self.device), torch.zeros_like(x)
         exact = add_rms_norm(total.to(self.dtype), zero.clone(), weight, EPS)
+        require_close(call(x.clone(), zero.clone(), weight, EPS), exact)
+        return partial(call, zero, zero.clone(), weight, EPS)
 
-        def check() -> None:
-            require_close(call(x.clone(), torch.zeros_like(x), weight, EPS), exact)
-
-        return check, partial(call, zero, torch.zeros_like(x), weight, EPS)
-
-    def sampling(self, ops: Operations, top_p: float, rows: int) -> tuple[Call, Call]:
+    def sampling(self, ops: Operations, top_p: float, rows: int) -> Callable[[], object]:
         """Tokens for rows of a large vocabulary at temperature 0.6, the same on every rank and as one device's."""
         whole = 3 * noise(rows, rows, VOCAB, self.dtype, self.device)
         mine = torch.zeros(rows, self.shard.width, dtype=self.dtype, device=self.device)
@@ -153,12 +149,9 @@ class CollectivesRank:
         table = sampling_rows(torch.arange(rows), self.device, temperature=0.6, top_p=top_p)
         slots = torch.arange(rows, dtype=torch.int32, device=self.device)
         call = partial(ops.sample, mine, table, slots, slots, False, True, True)
-
-        def check() -> None:
-            if wrong := int((call() != ops.sample_whole(whole, table, slots, slots, False, True, True)).sum()):
-                raise RuntimeError(f"{wrong} of {rows} tokens differ from one device's")
-
-        return check, call
+        if wrong := int((call() != ops.sample_whole(whole, table, slots, slots, False, True, True)).sum()):
+            raise RuntimeError(f"{wrong} of {rows} tokens differ from one device's")
+        return call
 
 
 def require_close(found: Tensor | None, expected: Tensor) -> None:

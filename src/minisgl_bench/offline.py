@@ -15,13 +15,12 @@ from minisgl.core.executor import LocalExecutor
 from minisgl.core.types import SamplingParams
 from minisgl.distributed.executor import GroupExecutor
 from minisgl.llm import LLM
-from minisgl_bench.profile import Recorder, Step, Tracer, profile
+from minisgl_bench.compare import comparable, compare_transformers, measure, warm_up
+from minisgl_bench.profile import Step, Tracer, profile
 from minisgl_bench.report import Report, engine_path, on_gpu, table
 from minisgl_bench.roofline import measure_peak_rates, roofline
-from minisgl_bench.transformers_peer import comparable, compare_transformers
-from minisgl_bench.workload import Workload, WorkloadSpec, make_workload, random_tokens, redraw, workload_spec
+from minisgl_bench.workload import Workload, make_workload, random_tokens, redraw, workload_spec
 
-WARM_TOKENS: Final = 16
 CONTEXT: Final = 1024
 TOKENS: Final = 64
 
@@ -76,37 +75,6 @@ def run(config: Config, options: argparse.Namespace, arguments: Sequence[str]) -
             report.figures["comparison"] = compare_transformers(llm, config, spec, report)
     report.finish()
     return 0
-
-
-def warm_up(llm: LLM, workload: Workload, gpu: bool) -> None:
-    """Run every kernel that the workload will need: on a GPU its very prompt lengths with short answers."""
-    short = make_workload(WorkloadSpec(num_requests=2, input_len=(8, 8), output_len=(4, 4), seed=-1), 2)
-    if gpu:
-        short = redraw(workload, llm.model.vocab_size, -1, WARM_TOKENS)
-    llm.generate(short.prompts, short.params, progress=False)
-
-
-def measure(llm: LLM, workload: Workload) -> tuple[dict[str, int | float], list[Step]]:
-    executor = llm.engine.executor
-    llm.engine.executor = recorder = Recorder(executor)
-    try:
-        started = time.perf_counter()
-        answers = llm.generate(workload.prompts, workload.params)
-        seconds = time.perf_counter() - started
-    finally:
-        llm.engine.executor = executor
-    tokens_in, tokens_out = workload.input_tokens, sum(len(answer.token_ids) for answer in answers)
-    figures = {
-        "requests": len(answers),
-        "input_tokens": tokens_in,
-        "cached_input_tokens": sum(answer.cached_tokens for answer in answers),
-        "output_tokens": tokens_out,
-        "seconds": seconds,
-        "output_tokens_per_second": tokens_out / seconds,
-        "total_tokens_per_second": (tokens_in + tokens_out) / seconds,
-        **recorder.figures(),
-    }
-    return figures, recorder.steps
 
 
 def process_seconds() -> float:
