@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import msgspec
 import numpy as np
@@ -21,9 +21,7 @@ from minisgl.build import build_engine, max_seq_len, probe_machine
 from minisgl.config import Config, resolve
 from minisgl.core.engine import Engine
 from minisgl.core.executor import LocalExecutor
-from minisgl.core.model_config import ModelSpec
-from minisgl.core.types import ModelInfo, Request
-from minisgl.core.weights import Weights
+from minisgl.core.types import Request
 from minisgl.errors import ConfigError
 from minisgl.formats.hub import progress_bar
 from minisgl.gpu.attention.select import available_backends
@@ -77,7 +75,7 @@ CPU_SCENARIOS: Final = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Variant:
     """A setting to try on a scenario. `group` "default" is what the others of the scenario are compared with."""
 
@@ -114,45 +112,30 @@ class Measurement:
     error: str | None = None
 
 
-class LoadedModel(NamedTuple):
-    spec: ModelSpec
-    weights: Weights
-    config: Config
-    model: ModelInfo
-    kv_tokens: int
-
-
-def load(config: Config, most_tokens: int) -> LoadedModel:
-    """Load the model as `config` says, measure the pages that fit, and keep the weights alone.
-
-    `most_tokens` is the most KV that a variant uses. Raises ConfigError or ModelError.
-    """
-    if config.tp > 1:
-        raise ConfigError("an ablation runs on one device; with --tp, run bench offline once for each setting")
-    machine = probe_machine()
-    gpu = resolve(config, machine).config.device == "cuda"
-    plain = config.replace(cuda_graph_max_bs=0, piecewise_cuda_graph_max_tokens=0) if gpu else config
-    engine = build_engine(plain, progress=True).engine
-    executor = engine.executor
-    assert isinstance(executor, LocalExecutor)
-    decoder = executor.runner.decoder
-    resolved = resolve(config, machine, decoder.spec.checkpoint_dtype).config
-    kv_tokens = min(executor.num_pages * config.page_size, most_tokens)
-    engine.close()
-    return LoadedModel(decoder.spec, decoder.weights, resolved, engine.model, kv_tokens)
-
-
 class AblationRunner:
     """Runs variants one after the other, each `repeats` times beside a first time, which compiles what it needs.
 
     An executor is kept for as long as the next variant can use it.
     """
 
-    def __init__(self, loaded: LoadedModel, scenarios: Mapping[str, Scenario], repeats: int = 1) -> None:
-        self.loaded = loaded
+    def __init__(self, config: Config, scenarios: Mapping[str, Scenario], repeats: int = 1) -> None:
+        """Load the model as `config` says, and measure the pages that fit. Raises ConfigError or ModelError."""
+        if config.tp > 1:
+            raise ConfigError("an ablation runs on one device; with --tp, run bench offline once for each setting")
+        machine = probe_machine()
+        gpu = resolve(config, machine).config.device == "cuda"
+        plain = config.replace(cuda_graph_max_bs=0, piecewise_cuda_graph_max_tokens=0) if gpu else config
+        engine = build_engine(plain, progress=True).engine
+        executor = engine.executor
+        assert isinstance(executor, LocalExecutor)
+        self.spec, self.weights = executor.runner.decoder.spec, executor.runner.decoder.weights
+        self.model, self.device = engine.model, executor.device
+        most = max(scenario.tokens for scenario in scenarios.values())
+        self.kv_tokens = min(executor.num_pages * config.page_size, most)
+        engine.close()
+        self.config = resolve(config, machine, self.spec.checkpoint_dtype).config
         self.scenarios = scenarios
         self.repeats = repeats
-        self.device = torch.device(loaded.config.device)
         self._key: tuple[Any, ...] | None = None
         self._executor: LocalExecutor | None = None
         self._build_seconds = self._other_gib = 0.0
@@ -180,7 +163,7 @@ class AblationRunner:
             torch.cuda.empty_cache()
 
     def _measure(self, variant: Variant) -> Measurement:
-        config = self.loaded.config.replace(**variant.changes)
+        config = self.config.replace(**variant.changes)
         executor = self._executor_for(config)
         if variant.scenario not in self._warm:  # a first time, in which kernels are compiled for what comes up in it
             self._play(executor, config, self.scenarios[variant.scenario])
@@ -208,9 +191,9 @@ class AblationRunner:
         if self._executor is not None and key == self._key:
             return self._executor
         self.close()
-        spec, pages = self.loaded.spec, max(2, self.loaded.kv_tokens // config.page_size)
+        spec, pages = self.spec, max(2, self.kv_tokens // config.page_size)
         before, started = free_memory(self.device), time.perf_counter()
-        executor = make_executor(spec, self.loaded.weights, config.replace(num_pages=pages), max_seq_len(config, spec))
+        executor = make_executor(spec, self.weights, config.replace(num_pages=pages), max_seq_len(config, spec))
         self._build_seconds = time.perf_counter() - started
         kv = executor.runner.kv.k.nbytes + executor.runner.kv.v.nbytes
         self._other_gib = max(0, before - free_memory(self.device) - kv) / 2**30
@@ -219,7 +202,7 @@ class AblationRunner:
 
     def _play(self, executor: LocalExecutor | Recorder, config: Config, scenario: Scenario) -> tuple[int, int, int]:
         """Run a scenario in a new engine with an empty cache: tokens generated, of prompts, and cached of those."""
-        model, room = self.loaded.model, executor.num_pages * config.page_size
+        model, room = self.model, executor.num_pages * config.page_size
         model = msgspec.structs.replace(model, max_seq_len=min(model.max_seq_len, room))
         engine = Engine(executor, model, config)
         tokens = play(scenario, functools.partial(self._answer, engine), model.vocab_size)
@@ -264,29 +247,25 @@ def make_variants(config: Config, groups: Sequence[str], backends: Sequence[str]
     another, and the default is measured once more at the end: how far the two are apart is the noise.
     """
     cache = "naive" if config.cache == "radix" else "radix"
-    rows: list[tuple[str, str, str, dict[str, Any]]] = [
-        ("overlap", "batch", "off" if config.overlap else "on", {"overlap": not config.overlap}),
-        ("chats", "chats", cache, {"cache": cache}),
-        ("system-prompt", "system-prompt", cache, {"cache": cache}),
+    tried = [
+        Variant("overlap", "off" if config.overlap else "on", "batch", {"overlap": not config.overlap}),
+        Variant("chats", cache, "chats", {"cache": cache}),
+        Variant("system-prompt", cache, "system-prompt", {"cache": cache}),
     ]
     for chunk in CHUNK_SIZES if gpu else CPU_CHUNKS:
-        rows.append(("chunk-size", "long", str(chunk), {"max_prefill_length": chunk}))
+        tried.append(Variant("chunk-size", str(chunk), "long", {"max_prefill_length": chunk}))
     for batch in GRAPH_BATCHES if gpu else ():
-        rows.append(("graphs", "batch", f"up to {batch}" if batch else "off", {"cuda_graph_max_bs": batch}))
+        tried.append(Variant("graphs", f"up to {batch}" if batch else "off", "batch", {"cuda_graph_max_bs": batch}))
     for tokens in PIECEWISE_TOKENS if gpu else ():
         changes = {"piecewise_cuda_graph_max_tokens": tokens, "max_prefill_length": PIECEWISE_CHUNK}
-        rows.append(("graphs", "long", f"with prompts, {f'up to {tokens}' if tokens else 'off'}", changes))
+        tried.append(Variant("graphs", f"with prompts, {f'up to {tokens}' if tokens else 'off'}", "long", changes))
     for page_size in PAGE_SIZES:
-        rows.append(("page-size", "batch", str(page_size), {"page_size": page_size}))
+        tried.append(Variant("page-size", str(page_size), "batch", {"page_size": page_size}))
     for pair in itertools.product(backends, repeat=2) if len(backends) > 1 else ():
-        rows.append(("attention", "batch", ",".join(pair), {"attn": ",".join(pair)}))
-    tried = [
-        Variant(group=group, label=label, scenario=scenario, changes=changes)
-        for group, scenario, label, changes in rows
-        if group in groups and any(getattr(config, name) != value for name, value in changes.items())
-    ]
+        tried.append(Variant("attention", ",".join(pair), "batch", {"attn": ",".join(pair)}))
+    tried = [v for v in tried if v.group in groups and any(getattr(config, k) != new for k, new in v.changes.items())]
     scenarios = dict.fromkeys(variant.scenario for variant in tried)
-    defaults = [Variant(group="default", label="as configured", scenario=name) for name in scenarios]
+    defaults = [Variant("default", "as configured", name) for name in scenarios]
     return [*defaults, *tried, *defaults[:1]]
 
 
@@ -319,19 +298,18 @@ def run(config: Config, options: argparse.Namespace, arguments: Sequence[str]) -
         on_gpu(config),
     )
     scenarios = GPU_SCENARIOS if gpu else CPU_SCENARIOS
-    loaded = load(config, max(scenario.tokens for scenario in scenarios.values()))
-    found = available_backends(torch.device(loaded.config.device))
+    runner = AblationRunner(config, scenarios, options.repeats)
+    found = available_backends(runner.device)
     backends = [name for name, reason in found.items() if reason is None and (name != "torch" or not gpu)]
-    variants = make_variants(loaded.config, options.only, backends, gpu)
+    variants = make_variants(runner.config, options.only, backends, gpu)
     if not variants:
         raise ConfigError(f"--only {','.join(options.only)}: there is nothing to try on this machine")
     report.figures |= {
-        "config": dataclasses.asdict(loaded.config),
-        "kv_tokens": loaded.kv_tokens,
+        "config": dataclasses.asdict(runner.config),
+        "kv_tokens": runner.kv_tokens,
         "scenarios": {name: dataclasses.asdict(scenario) for name, scenario in scenarios.items()},
     }
     measured: list[Measurement] = []
-    runner = AblationRunner(loaded, scenarios, options.repeats)
     with closing(runner), progress_bar("trying", len(variants), enabled=True) as advance:
         for variant in variants:
             measured.append(runner.run(variant))
@@ -339,7 +317,7 @@ def run(config: Config, options: argparse.Namespace, arguments: Sequence[str]) -
             rows = [{**dataclasses.asdict(item), "of_default": ratio(item, measured)} for item in measured]
             report.figures["measurements"] = rows
             report.write()
-    title = f"{slug(loaded.model.name)} on {gpu_name() if gpu else 'CPU'}"
+    title = f"{slug(runner.model.name)} on {gpu_name() if gpu else 'CPU'}"
     report.print(ablation_table(title, measured))
     shares = [(item.variant, ratio(item, measured)) for item in measured]
     bars = [(v.group, f"{v.name} ({v.scenario})", share) for v, share in shares if share is not None]

@@ -16,7 +16,6 @@ from minisgl_bench.ablation import (
     Measurement,
     Scenario,
     Variant,
-    load,
     make_variants,
     play,
     ratio,
@@ -59,7 +58,7 @@ def test_all_groups_are_measured_against_their_default(
 
 def test_a_variant_that_fails_is_told_and_the_next_runs(folder: Path) -> None:
     scenarios = dict(CPU_SCENARIOS)
-    runner = AblationRunner(load(small(folder), 4096), scenarios)
+    runner = AblationRunner(small(folder), scenarios)
     bad = runner.run(Variant(group="attention", label="fa", scenario="batch", changes={"attn": "fa"}))
     assert bad.error is not None
     assert bad.error.startswith("ConfigError: --attn fa: fa cannot be used")
@@ -74,7 +73,7 @@ def test_a_variant_that_fails_is_told_and_the_next_runs(folder: Path) -> None:
 
 
 def test_of_several_runs_the_median_counts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = AblationRunner(load(small(folder), 4096), CPU_SCENARIOS, repeats=4)
+    runner = AblationRunner(small(folder), CPU_SCENARIOS, repeats=4)
     variant = Variant(group="default", label="", scenario="batch")
     rates = iter([40.0, 10.0, 30.0, 20.0])
 
@@ -90,7 +89,7 @@ def test_of_several_runs_the_median_counts(folder: Path, monkeypatch: pytest.Mon
 
 
 def test_an_executor_serves_variants_that_can_share_it_and_is_freed_after_them(folder: Path) -> None:
-    runner = AblationRunner(load(small(folder), 4096), CPU_SCENARIOS)
+    runner = AblationRunner(small(folder), CPU_SCENARIOS)
     assert runner.run(Variant(group="default", label="", scenario="batch")).error is None
     first = runner._executor
     assert first is not None
