@@ -32,9 +32,7 @@ PATHS: Final = {"ids": "/v1/completions", "text": "/v1/completions", "chat": "/v
 
 
 class AnswerError(Exception):
-    def __init__(self, kind: str, detail: str) -> None:
-        super().__init__(detail)
-        self.kind = kind
+    """An answer that cannot be counted; its arguments are a kind that many may share, and what exactly is wrong."""
 
 
 @dataclass(frozen=True)
@@ -307,7 +305,7 @@ async def stream_completion(
             await stream.done
         stream.settle()
     except AnswerError as error:
-        record.failure, record.detail = error.kind, str(error)
+        record.failure, record.detail = error.args
     except TimeoutError:
         record.failure, record.detail = "timeout", f"nothing more within {timeout:g} s"
     except OSError as error:

@@ -207,21 +207,17 @@ def online_options(arguments: Sequence[str]) -> argparse.Namespace:
         said["cache_page"] = said.get("cache_page", parse(said["serve"]).page_size)
     for name, other in EXCLUDED:
         if name in said and other in said:
-            parser.error(f"{spelled(name)} does not go with {spelled(other)}")
+            parser.error(f"--{name} does not go with --{other}".replace("_", "-"))
     if not said.keys() & {"trace", "rate", "concurrency"}:
         parser.error("one of --trace, --rate, --concurrency is required")
     for name, other in NEEDED.items():
         if name in said and other not in said:
-            parser.error(f"{spelled(name)} needs {spelled(other)}")
+            parser.error(f"--{name} needs --{other}".replace("_", "-"))
     return argparse.Namespace(**{**defaults, **said})
 
 
 def load_kind(options: argparse.Namespace) -> str:
     return "concurrency" if options.concurrency else "rate" if options.rate else "scale"
-
-
-def spelled(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def online(arguments: Sequence[str]) -> int:

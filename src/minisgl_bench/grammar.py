@@ -2,8 +2,7 @@
 
     minisgl bench grammar --tokenizer FOLDER --vocab-size 151936
 
-Every answer follows the same text, each starting at another of its tokens, in one thread; a step is 64 times a token
-followed and a mask filled. The first pass over a grammar pays for what later ones find computed, so it is given apart.
+All follow the same text from different tokens on. The first pass pays for what later ones find computed.
 """
 
 import json

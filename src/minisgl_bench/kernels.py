@@ -89,9 +89,11 @@ def gemms(table: FigureTable, models: Sequence[str], rows: Sequence[int]) -> Non
         "ours": (ops.linear, ops.row_parallel_linear, ops.gated_linear),
     }
     for model in models or ("14B", "32B/4"):
-        layers = [layer_weights(model)]
-        size = sum(weight.nbytes for weight in layers[0])
-        layers += [layer_weights(model) for _ in range(GEMM_BYTES // size - 1)]
+        hidden, num_heads, kv_heads, width = model_shape(model)
+        queries = num_heads * HEAD_DIM
+        sizes = (queries + 2 * kv_heads * HEAD_DIM, hidden), (hidden, queries), (2 * width, hidden), (hidden, width)
+        size = sum(out * inputs for out, inputs in sizes) * DTYPE.itemsize
+        layers = [[noise(*shape, scale=shape[1] ** -0.5) for shape in sizes] for _ in range(GEMM_BYTES // size)]
         for tokens, (way, calls) in itertools.product(rows or (1, 2, 8, 16, 32, 64, 96), ways.items()):
             us = layer_us(layers, tokens, *calls)
             table.add(f"layer of GEMMs, {way}", model, tokens, us, size, size * tokens)
@@ -109,15 +111,8 @@ def model_shape(model: str) -> tuple[int, int, int, int]:
     return hidden, num_heads // size, max(1, kv_heads // size), width // size
 
 
-def layer_weights(model: str) -> list[Tensor]:
-    hidden, num_heads, kv_heads, width = model_shape(model)
-    queries = num_heads * HEAD_DIM
-    sizes = (queries + 2 * kv_heads * HEAD_DIM, hidden), (hidden, queries), (2 * width, hidden), (hidden, width)
-    return [noise(*size, scale=size[1] ** -0.5) for size in sizes]
-
-
 def layer_us(layers: Sequence[Sequence[Tensor]], rows: int, linear: Gemm, to_norm: Gemm, gated: Gemm) -> float:
-    """Microseconds a layer; the result of `to_norm` is read by a norm alone."""
+    """Microseconds a layer of QKV, output, gate and up, down; the result of `to_norm` is read by a norm alone."""
     hidden, queries = layers[0][1].shape
     residual, gain = noise(rows, hidden), noise(max(hidden, queries))
 

@@ -16,8 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import IO, Any, Final, NamedTuple, NoReturn
+from typing import IO, Any, Final, NamedTuple
 
 import torch
 
@@ -124,13 +123,12 @@ def write_samples(path: Path, label: str, records: Sequence[RequestRecord], appe
     with path.open("a" if append else "w") as file:
         for record in records:
             row: dict[str, Any] = {"run": label, "index": record.index, "failure": record.failure}
-            if record.failure is None:
-                row |= {"due": record.due - start, "sent": record.sent - start, **metrics.times_of(record)}
-                for name in ("prompt_tokens", "completion_tokens", "cached_tokens"):
-                    row[name] = getattr(record, name)
-                row["expected_cached_tokens"] = record.expected_cached
-            else:
+            if record.failure is not None:
                 row["detail"] = record.detail
+            else:
+                row |= {"due": record.due - start, "sent": record.sent - start, **metrics.times_of(record)}
+                row |= {"prompt_tokens": record.prompt_tokens, "completion_tokens": record.completion_tokens}
+                row |= {"cached_tokens": record.cached_tokens, "expected_cached_tokens": record.expected_cached}
             file.write(json.dumps(row) + "\n")
 
 
@@ -213,7 +211,9 @@ def own_server(flags: Sequence[str], key: str | None) -> Iterator[OwnServer]:
     command = [sys.executable, "-m", "minisgl", *flags, "--host", "127.0.0.1", "--port", str(port)]
     environment = {**os.environ, **({"MINISGL_API_KEY": key} if key else {})}
     started = time.perf_counter()
-    with tempfile.TemporaryFile() as log, ended_by_sigterm():
+    # SIGTERM unwinds the stack as Ctrl-C does, so that the server does not outlive the benchmark
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
         try:
             target = parse_target(f"http://127.0.0.1:{port}", key)
@@ -232,20 +232,7 @@ def own_server(flags: Sequence[str], key: str | None) -> Iterator[OwnServer]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-
-@contextlib.contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """While inside, SIGTERM unwinds the stack as Ctrl-C does, so that the server does not outlive the benchmark."""
-
-    def leave(number: int, frame: FrameType | None) -> NoReturn:
-        sys.exit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, before)
 
 
 def require_running(process: subprocess.Popen[bytes], log: IO[bytes]) -> None:

@@ -160,21 +160,20 @@ def draw_latencies(
     if (figure := new_figure(15, 8)) is None:
         return False
     grid = figure.subplots(2, 4)
-    for axes, name in zip(grid[0], LATENCIES, strict=True):
+    for axes, below, name in zip(*grid, LATENCIES, strict=True):
         for run, latencies in zip(runs, samples, strict=True):
             if count := len(latencies[name]):
                 values = np.maximum(1e3 * np.sort(latencies[name]), LEAST)
                 axes.plot(values, np.arange(1, count + 1) / count, label=run["label"])
                 axes.set_xscale("log")
         axes.set(xlabel=f"{LATENCIES[name]}, ms", ylabel="share of all", ylim=(0, 1))
-    for axes, name in zip(grid[1], LATENCIES, strict=True):
         drawn = [(run["output_tokens_per_second"], run["latency_ms"][name]) for run in runs if run["latency_ms"][name]]
         drawn.sort(key=lambda pair: pair[0])
         for quantile in QUANTILES if drawn else ():
             heights = [max(LEAST, latency[quantile]) for _, latency in drawn]
-            axes.plot([rate for rate, _ in drawn], heights, marker="o", label=quantile)
-            axes.set_yscale("log")
-        axes.set(xlabel="output tokens/s", ylabel=f"{LATENCIES[name]}, ms")
+            below.plot([rate for rate, _ in drawn], heights, marker="o", label=quantile)
+            below.set_yscale("log")
+        below.set(xlabel="output tokens/s", ylabel=f"{LATENCIES[name]}, ms")
     for axes in grid.flat:
         axes.grid(alpha=0.3)
     for row in grid:

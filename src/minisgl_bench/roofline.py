@@ -1,8 +1,7 @@
 """The least time a workload can take on a GPU: its bytes and its flops at the GPU's peak rates, one after the other.
 
-It is the roofline (Williams et al., CACM 2009) step by step: a decode step reads the weights once or multiplies by
-them, whichever takes longer, and reads the keys and values of every running request; a prompt costs its flops. Norms,
-sampling, writing keys and values, launches and the host are free.
+The roofline (Williams et al., CACM 2009) of each step: a decode step reads the weights or multiplies by them, whichever
+takes longer, and reads all running requests' keys and values; a prompt costs its flops. All else is free.
 """
 
 from __future__ import annotations

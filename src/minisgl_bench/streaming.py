@@ -2,8 +2,7 @@
 
     minisgl bench streaming [--api-workers 1] [--clients 64] [--step 0.003] [--tokens 200] [--seconds 10]
 
-The server is as `minisgl` starts it, in place of its engine a process that gives every running request a token each
-step, and the client is `minisgl bench online` at this concurrency, which also tells what each process took.
+The server is as `minisgl` starts it, but its engine gives every running request a token each step.
 """
 
 import argparse
