@@ -121,6 +121,7 @@ class RequestRecord:
     completion_tokens: int = 0
     cached_tokens: int | None = None
     text: str = ""
+    body: bytes | None = None  # of the request, where it needs no answer to an earlier turn
     failure: str | None = None
     detail: str = ""
 
@@ -321,11 +322,8 @@ async def sleep_until(due: float | None) -> None:
         await asyncio.sleep(left)
 
 
-@dataclass(slots=True)
-class PlannedSession:
-    session: Session
-    records: list[RequestRecord]
-    bodies: list[bytes | None]
+# A session with a record for each turn.
+PlannedSession = tuple[Session, list[RequestRecord]]
 
 
 @dataclass(frozen=True)
@@ -351,42 +349,43 @@ class LoadClient:
         return json.dumps(fields, separators=(",", ":")).encode()
 
     def prepare(self, sessions: Sequence[Session], seed: int, hits: Sequence[int] = ()) -> list[PlannedSession]:
-        planned, index = [PlannedSession(session, [], []) for session in sessions], itertools.count()
-        for item in planned:
-            for turn in item.session.turns:
+        planned: list[PlannedSession] = [(session, []) for session in sessions]
+        index = itertools.count()
+        for session, records in planned:
+            for turn in session.turns:
                 record = RequestRecord(next(index), expected_output=turn.output_length)
+                record.body = None if self.keep_text else self.body(turn, seed, ())
                 record.expected_input = self.prompts.expected_tokens(turn)
                 record.expected_cached = hits[record.index] if hits else 0
-                item.records.append(record)
-                item.bodies.append(None if self.keep_text else self.body(turn, seed, ()))
+                records.append(record)
         return planned
 
     async def play(
         self, planned: PlannedSession, seed: int, start: float | None, done: Callable[[int], object]
     ) -> None:
         """Send a session's turns one after the other; the first at its time after `start`, or at once where None."""
+        session, records = planned
         path, timeout = PATHS[self.options.endpoint], self.options.timeout
         answers: list[str] = []
-        due = None if start is None else start + planned.session.due
-        for number, (turn, record) in enumerate(zip(planned.session.turns, planned.records, strict=True)):
+        due = None if start is None else start + session.due
+        for number, (turn, record) in enumerate(zip(session.turns, records, strict=True)):
             await sleep_until(None if due is None else due - LEAD)
-            body = planned.bodies[number] or self.body(turn, seed, answers)
-            planned.bodies[number] = None
+            body, record.body = record.body or self.body(turn, seed, answers), None
             await stream_completion(self.target, path, body, record, due, timeout, self.keep_text)
             done(1)
             if record.failure is not None:
-                for later in planned.records[number + 1 :]:
+                for later in records[number + 1 :]:
                     later.failure, later.detail = "not sent", "an earlier turn failed"
                     done(1)
                 return
             answers.append(record.text)
-            due = time.perf_counter() + planned.session.think if planned.session.think else None
+            due = time.perf_counter() + session.think if session.think else None
 
     async def open_loop(self, planned: Sequence[PlannedSession], seed: int, done: Callable[[int], object]) -> None:
         start = time.perf_counter() + LEAD
         async with asyncio.TaskGroup() as group:
             for item in planned:
-                await sleep_until(start + item.session.due - LEAD)
+                await sleep_until(start + item[0].due - LEAD)
                 group.create_task(self.play(item, seed, start, done))
 
     async def closed_loop(

@@ -98,7 +98,7 @@ async def measure_one(
     options = client.options
     hits = traffic.expected_hits((turn.segments for turn in traffic.all_turns(sessions)), options.cache_page)
     planned = client.prepare(sessions, seed, hits)
-    records = [record for item in planned for record in item.records]
+    records = [record for _, turns in planned for record in turns]
     pid = options.server_pid or metrics.listener_pid(client.target)
     gc.collect()
     gc.freeze()
@@ -187,7 +187,7 @@ async def warm_up(client: LoadClient, sessions: Sequence[Session], count: int) -
     probe = Session((traffic.single([Segment(("probe", 0), PROBE_TOKENS)], 1),))
     planned = client.prepare([probe], WARM_SEED)
     await client.closed_loop(planned, WARM_SEED, 1, lambda done: None)
-    record = planned[0].records[0]
+    record = planned[0][1][0]
     if record.failure is not None:
         raise ConfigError(f"the server does not answer a first request: {record.failure}: {record.detail}")
     turns = traffic.all_turns(sessions)
