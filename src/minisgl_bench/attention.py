@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from minisgl.cli import Parser
-from minisgl.core.attention import Attention, GraphBackend, Int32, SequenceBatch
+from minisgl.core.attention import Attention, Int32, SequenceBatch
 from minisgl.core.kv_cache import KVCache
 from minisgl.errors import ConfigError
+from minisgl.gpu.attention.interface import GraphBackend
 from minisgl.gpu.attention.select import Shape, available_backends, make_attention
 from minisgl_bench.gpu_timing import CUDA, DTYPE, HEAD_DIM, FigureTable, graph_us, median_us, noise
 

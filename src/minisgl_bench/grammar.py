@@ -15,7 +15,7 @@ from rich.console import Console
 
 from minisgl.cli import Parser
 from minisgl.core.types import Grammar
-from minisgl.text.grammar import MatcherConstraint, Vocabulary, VocabularySource, compile_grammar
+from minisgl.text.grammar import MatcherConstraint, Vocabulary, compile_grammar
 from minisgl.text.tokenizer import Tokenizer
 from minisgl_bench.report import table
 
@@ -65,10 +65,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--vocab-size", type=int, required=True)
     options = parser.parse_args(arguments)
-    tokenizer, folder = Tokenizer.load(options.tokenizer), str(options.tokenizer)
+    tokenizer = Tokenizer.load(options.tokenizer)
     begun = time.perf_counter()
-    eos = tokenizer.eos_token_ids
-    vocabulary = Vocabulary(VocabularySource(folder=folder, vocab_size=options.vocab_size, eos_token_ids=eos))
+    eos = tokenizer.backend.encode(tokenizer.tokens["eos_token"], add_special_tokens=False).ids
+    vocabulary = Vocabulary(options.tokenizer, options.vocab_size, eos)
     title = f"{options.vocab_size} tokens, loaded in {time.perf_counter() - begun:.2f} s"
     mask, figures = np.zeros(vocabulary.num_words, np.int32), []
     for name, (grammar, text) in CASES.items():

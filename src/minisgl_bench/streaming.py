@@ -18,8 +18,8 @@ import zmq
 from minisgl.cli import Parser
 from minisgl.config import Config
 from minisgl.core.types import EngineStats, FinishReason, ModelInfo, TokenEvent
-from minisgl.engine.messages import Abort, Add, Attach, Detach, Events, FromEngine, Ping, Pong, Ready, ToEngine
 from minisgl.formats.hub import locate_model
+from minisgl.server.ipc import Abort, Add, Attach, Detach, Events, FromEngine, Ping, Pong, Ready, ToEngine
 from minisgl.server.launch import serve
 from minisgl_bench.command import online
 

@@ -95,7 +95,7 @@ def test_one_command_serves_a_bare_config_and_replays_a_trace(
         assert run["reported_hit_rate"] == pytest.approx(run["expected_hit_rate"], abs=0.01)
         assert run["within_slo"] == 1
         assert 0 < run["latency_ms"]["ttft"]["p50"] <= run["latency_ms"]["e2e"]["p50"]
-        assert {row["name"] for row in run["server_cpu"]} >= {"minisgl", "minisgl.engine.process"}
+        assert {row["name"] for row in run["server_cpu"]} >= {"minisgl", "minisgl.server.engine_process"}
     rows = [json.loads(line) for line in samples.read_text().splitlines()]
     assert [row["run"] for row in rows] == ["scale 0.5"] * 20 + ["scale 0.1"] * 20
     # 19 gaps of 50 ms, times the scale, as far as requests were sent on time

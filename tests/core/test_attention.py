@@ -62,11 +62,11 @@ def check(sequences: Sequences, decode: list[int], chunks: dict[int, int], windo
     """A step over these rows agrees with the exact attention of each."""
     query_lens = [1] * len(decode) + list(chunks.values())
     q = torch.randn(sum(query_lens), HEADS, HEAD_DIM)
-    geometry = AttentionMetadata(
+    metadata = AttentionMetadata(
         decode=sequences.rows(decode, [1] * len(decode)) if decode else None,
         prefill=sequences.rows(list(chunks), list(chunks.values())) if chunks else None,
     )
-    planned = Attention(TorchAttention(), TorchAttention()).plan(geometry, sequences.kv)
+    planned = Attention(TorchAttention(), TorchAttention()).plan(metadata, sequences.kv)
     for _ in range(2):
         out = planned.run(q, LAYER, window)
         pieces = zip([*decode, *chunks], torch.split(q, query_lens), torch.split(out, query_lens), strict=True)

@@ -6,6 +6,7 @@ import functools
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,9 +14,12 @@ import transformers
 from torch import Tensor
 
 from helpers.driver import CPU, Driver
+from minisgl.core.attention import Attention, TorchAttention
 from minisgl.core.decoder import pack_weights
 from minisgl.core.model_config import ModelSpec, read_spec
 from minisgl.core.weights import Weights, dummy_weights, load_weights
+from minisgl.gpu.attention.triton import TritonAttention
+from minisgl.gpu.kernels.decode import DecodeAttention
 
 PROMPT, GENERATED = 45, 64
 SIZES = {
@@ -120,6 +124,20 @@ def test_chunks_beside_decodes_and_on_a_cached_prefix_match_transformers(case: s
     said = driver.step(decode=[3, 0, 2])
     assert said == [tokens[PROMPT + 1], tokens[PROMPT + 3], tokens[PROMPT + 1]]
     assert_close(driver.logits, logits[[PROMPT, PROMPT + 2, PROMPT]])
+
+
+@pytest.mark.parametrize("case", ["llama-tied-biased", "mistral-window", "qwen3"])
+def test_attention_that_fuses_the_rotary_embedding_says_the_same(case: str) -> None:
+    """In steps of decode rows alone; beside a chunk the same backend gets rotated queries."""
+    spec, weights, _, _ = reference(case)
+    plain, fused = Driver(spec, weights, page_size=16), Driver(spec, weights, page_size=16)
+    fused.decoder.attention = Attention(TorchAttention(), TritonAttention(CPU))
+    with mock.patch.object(DecodeAttention, "run_qkv", autospec=True, side_effect=DecodeAttention.run_qkv) as run_qkv:
+        for decode, chunks in ([], {0: [3, 5, 7], 1: [4] * 20}), ([0, 1], {}), ([1], {2: [1, 2]}), ([0, 1, 2], {}):
+            said = [driver.step(decode, chunks) for driver in (plain, fused)]
+            assert said[0] == said[1]
+            assert_close(fused.logits, plain.logits)
+    assert run_qkv.call_count == 2 * spec.num_layers
 
 
 def test_packed_weights_say_the_same() -> None:

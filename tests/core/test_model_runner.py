@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.driver import CPU, Driver, row_init
+from helpers.driver import CPU, Driver, new_row
 from helpers.models import tiny_spec
 from minisgl.core.attention import Attention, TorchAttention
 from minisgl.core.decoder import Decoder
@@ -58,15 +58,15 @@ def test_a_step_writes_only_its_rows_pages() -> None:
 def test_min_tokens_and_seed_reach_the_sampler() -> None:
     driver = make_driver()
     greedy = driver.step(chunks={0: [1, 2, 3]})[0]
-    stopped = row_init(1, min_len=5, stop_ids=[greedy])
+    stopped = new_row(1, min_len=5, stop_ids=[greedy])
     other = driver.step(chunks={1: [1, 2, 3]}, init=stopped, greedy=False)[0]
     assert other != greedy
     drawn = [
-        driver.step(chunks={slot: [1, 2, 3]}, init=row_init(slot, temperature=3.0, seed=seed), greedy=False)[0]
+        driver.step(chunks={slot: [1, 2, 3]}, init=new_row(slot, temperature=3.0, seed=seed), greedy=False)[0]
         for slot, seed in ((2, 5), (3, 6))
     ]
     again = make_driver(page_size=1)
-    init = row_init(0, temperature=3.0, seed=5)
+    init = new_row(0, temperature=3.0, seed=5)
     assert again.step(chunks={0: [1, 2, 3]}, init=init, greedy=False)[0] == drawn[0] != drawn[1]
 
 

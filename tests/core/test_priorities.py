@@ -66,14 +66,6 @@ def test_a_row_that_is_about_to_leave_is_room_enough() -> None:
     assert engine.stats().retracted == 0
 
 
-def test_equals_displace_nobody() -> None:
-    engine = simulated_engine(max_running_requests=2)
-    for name in "abcd":
-        engine.add(asked(name, 3))
-    assert finish(engine) == list("abcd")
-    assert engine.stats().retracted == 0
-
-
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize(("worst", "wanted", "after"), [(0, 30, "ab"), (5, 22, "bc")])
 def test_pages_are_taken_from_worse_priorities_only_if_that_makes_room(
@@ -170,7 +162,7 @@ def test_a_flood_of_better_ones_displaces_each_row_once() -> None:
 
 
 def test_eight_equal_prompts_are_computed_once() -> None:
-    """n answers to one prompt: the others compute only what is behind its last whole page."""
+    """Even in their first step: the others compute only what is behind the last whole page."""
     engine = simulated_engine(num_pages=64, page_size=4, max_prefill_length=8192)
     plans = record_plans(engine)
     for i in range(8):

@@ -21,14 +21,11 @@ def rows(n: int, **values: Any) -> SamplingRows:
         return torch.as_tensor(values.get(name, default), dtype=dtype).expand(n).clone()
 
     return SamplingRows(
-        temperature=column("temperature", 1.0, torch.float32),
-        top_p=column("top_p", 1.0, torch.float32),
-        min_p=column("min_p", 0.0, torch.float32),
-        top_k=column("top_k", 0, torch.int32),
-        seed=column("seed", 0, torch.int64),
-        min_len=column("min_len", 0, torch.int32),
+        temperature=column("temperature", 1.0, torch.float32), top_p=column("top_p", 1.0, torch.float32),
+        min_p=column("min_p", 0.0, torch.float32), top_k=column("top_k", 0, torch.int32),
+        seed=column("seed", 0, torch.int64), min_len=column("min_len", 0, torch.int32),
         stop_ids=torch.tensor(values.get("stop_ids", [[-1]] * n), dtype=torch.int32),
-    )
+    )  # fmt: skip
 
 
 def chi_square(counts: Tensor, expected: Tensor) -> float:
@@ -84,7 +81,7 @@ def test_looking_at_a_few_logits_first_changes_nothing(monkeypatch: pytest.Monke
     torch.manual_seed(0)
     scaled = torch.cat([torch.randn(8, 500) * s for s in (0.1, 1.0, 5.0)])
     scaled -= scaled.amax(dim=-1, keepdim=True)
-    params = rows(24, top_p=[1.0, 0.9, 0.5, 0.99] * 6, top_k=[0, 0, 20, 200, 499, 600] * 4, min_p=[0.0, 0.01, 0.2] * 8)
+    params = rows(24, top_p=[1.0, 0.9, 0.5, 0.99] * 6, top_k=[0, 0, 200, 20, 499, 600] * 4, min_p=[0.0, 0.01, 0.2] * 8)
     outcomes = []
     for few in ((), (16, 100)):
         monkeypatch.setattr(sampling, "FEW", few)
@@ -123,9 +120,8 @@ def test_sampled_frequencies_are_the_softmax(temperature: float) -> None:
     draws, vocab = 20000, 24
     logits = torch.randn(vocab) * (0.05 if temperature == 0.05 else 1.0)
     positions = torch.arange(draws, dtype=torch.int32)
-    tokens = sample(
-        logits.expand(draws, -1), rows(draws, temperature=temperature, seed=11), positions, any_filter=False
-    )
+    params = rows(draws, temperature=temperature, seed=11)
+    tokens = sample(logits.expand(draws, -1), params, positions, any_filter=False)
     expected = draws * (logits / temperature).softmax(dim=-1)
     assert abs(chi_square(torch.bincount(tokens, minlength=vocab).float(), expected)) < 4
 
@@ -187,12 +183,11 @@ def test_hash_is_what_its_definition_says() -> None:
 @pytest.mark.parametrize("shift", [0, 8, 16, 24])
 def test_every_byte_of_the_hash_is_uniform(axis: str, shift: int) -> None:
     n = 65536
-    if axis == "tokens":
-        bits = hash_of([5], [17], n)[0]
-    elif axis == "positions":
-        bits = hash_of([5] * n, list(range(n)), 1)[:, 0]
-    else:
-        bits = hash_of(list(range(n)), [17] * n, 1)[:, 0]
+    bits = {
+        "tokens": lambda: hash_of([5], [17], n)[0],
+        "positions": lambda: hash_of([5] * n, list(range(n)), 1)[:, 0],
+        "seeds": lambda: hash_of(list(range(n)), [17] * n, 1)[:, 0],
+    }[axis]()
     counts = torch.bincount(bits >> shift & 255, minlength=256).float()
     assert abs(chi_square(counts, torch.full((256,), n / 256))) < 4
 

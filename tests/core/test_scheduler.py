@@ -145,13 +145,6 @@ def test_admission_does_not_reserve_max_tokens() -> None:
     assert engine.stats().running == 8
 
 
-def test_requests_that_share_a_prefix_share_its_pages_even_in_their_first_step() -> None:
-    engine = simulated_engine(num_pages=64, page_size=4, max_prefill_length=8192)
-    shared = list(range(32))
-    events = run(engine, [request(str(i), [*shared, i], max_tokens=2) for i in range(8)])
-    assert [events[str(i)][0].cached_tokens for i in range(8)] == [0] + [32] * 7
-
-
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("when", range(12))
 def test_abort_at_any_moment_ends_with_one_event_and_frees_everything(overlap: bool, when: int) -> None:

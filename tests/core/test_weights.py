@@ -105,7 +105,7 @@ def test_fused_experts_load_as_well(tmp_path: Path) -> None:
     assert_same(load(tmp_path), model, read_spec(tmp_path))
 
 
-NORM = "model.norm.weight"
+NORM, BIAS = "model.norm.weight", "model.layers.1.self_attn.q_proj.bias"
 
 
 @pytest.mark.parametrize(
@@ -114,10 +114,7 @@ NORM = "model.norm.weight"
         (lambda t: t.pop(NORM), [NORM, "missing"]),
         (lambda t: t.update({NORM: torch.ones(31)}), [NORM, "(31,)", "(32,)", "model.safetensors"]),
         (lambda t: t.update({NORM: torch.ones(32, dtype=torch.int8)}), [NORM, "I8"]),
-        (
-            lambda t: t.update({"model.layers.1.self_attn.q_proj.bias": torch.ones(64)}),
-            ["model.layers.1.self_attn.q_proj.bias", "no place"],
-        ),
+        (lambda t: t.update({BIAS: torch.ones(64)}), [BIAS, "no place"]),
     ],
 )
 def test_wrong_tensors_are_refused_by_name(

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from helpers.attention import Case, random_case
-from minisgl.core.attention import AttentionBackend, GraphBackend, TorchAttention
+from minisgl.core.attention import AttentionBackend, TorchAttention
 from minisgl.core.kv_cache import KVCache
+from minisgl.gpu.attention.interface import GraphBackend
 from minisgl.gpu.attention.select import Shape, available_backends, make_attention, refusal
 
 pytestmark = pytest.mark.gpu

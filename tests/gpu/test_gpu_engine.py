@@ -348,7 +348,7 @@ def test_pages_are_as_many_as_asked_for_or_as_fit() -> None:
 def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
     torch.cuda.empty_cache()
     with pytest.raises(
-        ConfigError, match=r"--num-pages 100000000 needs \d+\.\d+ GiB: \d+\.\d+ GiB of memory were free"
+        ConfigError, match=r"--num-pages 100000000 needs \d+\.\d+ GiB, and there are \d+\.\d+ GiB of memory in all"
     ):
         local(gpu_config(num_pages=10**8))
     with pytest.raises(

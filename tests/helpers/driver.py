@@ -14,7 +14,7 @@ from minisgl.core.decoder import Decoder, ForwardBatch
 from minisgl.core.kv_cache import KVCache, allocate_kv
 from minisgl.core.model_config import ModelSpec
 from minisgl.core.model_runner import ModelRunner
-from minisgl.core.plan import RowInit, StepPlan
+from minisgl.core.plan import NewRows, StepPlan
 from minisgl.core.types import MAX_STOP_TOKEN_IDS
 from minisgl.core.weights import Weights
 
@@ -75,7 +75,7 @@ class Driver:
         chunks: Mapping[int, Sequence[int]] | None = None,
         *,
         unfinished: Sequence[int] = (),
-        init: RowInit | None = None,
+        init: NewRows | None = None,
         writes: Sequence[tuple[int, int, int]] = (),
         greedy: bool = True,
     ) -> list[int]:
@@ -117,7 +117,7 @@ class Driver:
         return writes
 
 
-def row_init(
+def new_row(
     slot: int,
     *,
     temperature: float = 0.0,
@@ -127,9 +127,9 @@ def row_init(
     seed: int = 0,
     min_len: int = 0,
     stop_ids: Sequence[int] = (),
-) -> RowInit:
+) -> NewRows:
     """Sampling parameters of one row."""
-    return RowInit(
+    return NewRows(
         slots=np.array([slot], np.int32),
         temperatures=np.array([temperature], np.float32),
         top_ps=np.array([top_p], np.float32),

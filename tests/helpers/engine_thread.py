@@ -16,8 +16,8 @@ from minisgl.config import Config
 from minisgl.core.engine import Engine
 from minisgl.core.plan import Executor, StepResult
 from minisgl.core.request_state import ConstraintFactory
-from minisgl.engine import process
-from minisgl.engine.process import EngineServer, StartLine
+from minisgl.server import engine_process, ipc
+from minisgl.server.engine_process import EngineServer
 from minisgl_bench.profile import Recorder
 
 
@@ -48,7 +48,7 @@ class EngineThread:
     def run(self, to_engine: str, from_engine: str) -> None:
         """Serve until `gone`."""
         try:
-            EngineServer(StartLine(Config(), to_engine, from_engine), self.gone).run()
+            EngineServer(ipc.EngineSetup(Config(), to_engine, from_engine), self.gone).run()
         except RuntimeError as error:
             self.failure = error
 
@@ -80,7 +80,7 @@ async def simulated(
     engine.constraints = constraints
     if fail_at is not None:
         engine.executor = FailingExecutor(engine.executor, fail_at)
-    patch(process, "build_engine", lambda config, **options: Built(engine, folder, ()))
+    patch(engine_process, "build_engine", lambda config, **options: Built(engine, folder, ()))
     thread = EngineThread(engine)
     async with web(folder, engine.model, thread.start, max_live=4096, **(flags or {})) as side:
         yield side, thread

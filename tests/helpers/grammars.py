@@ -11,7 +11,7 @@ import numpy as np
 
 from helpers.tiny_tokenizers import write_tokenizer
 from minisgl.core.types import Grammar
-from minisgl.text.grammar import MatcherConstraint, Vocabulary, VocabularySource, compile_grammar
+from minisgl.text.grammar import MatcherConstraint, Vocabulary, compile_grammar
 
 EOS = (1, 3)
 QUOTE = re.compile(rb'(?<!\\)(?:\\\\)*"')
@@ -23,7 +23,7 @@ PADDED = 421
 def tiny_vocabulary(folder: Path, eos: tuple[int, ...] = EOS, vocab_size: int = PADDED) -> Vocabulary:
     """The tiny byte-level tokenizer's vocabulary."""
     write_tokenizer(folder)
-    return Vocabulary(VocabularySource(folder=str(folder), vocab_size=vocab_size, eos_token_ids=eos))
+    return Vocabulary(folder, vocab_size, eos)
 
 
 def allowed(constraint: MatcherConstraint) -> list[int]:

@@ -54,5 +54,5 @@ class Recorder:
 
 
 def record_to(config: pytest.Config, name: str) -> None:
-    """Record this run in the file `name`, in which `{card}` stands for the card's name."""
-    config.pluginmanager.register(Recorder(Path(name.replace("{card}", gpu_name()))), "minisgl-record")
+    """Record this run in the file `name`, in which `{gpu}` stands for the GPU's name."""
+    config.pluginmanager.register(Recorder(Path(name.replace("{gpu}", gpu_name()))), "minisgl-record")

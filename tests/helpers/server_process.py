@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
-from helpers.processes import BOUND, wait_for
+from helpers.processes import children, wait_for
 from helpers.serving import CHAT_TEMPLATE
 from helpers.tiny_tokenizers import write_tokenizer
 
@@ -113,13 +113,23 @@ def load(url: str, count: int, max_tokens: int) -> list[Future[tuple[int, str]]]
     return futures
 
 
-def kill_the_engine_under_load(process: subprocess.Popen[str], url: str, engine: int) -> None:
-    """Everyone who waits is told, and the server ends and says why."""
-    futures = load(url, 8, 450)
-    os.kill(engine, signal.SIGKILL)
-    answers = [future.result(BOUND) for future in futures]
-    assert {code for _, code in answers} == {"engine_unavailable"}
-    assert {status for status, _ in answers[0::2]} == {503}
-    assert process.wait(BOUND) == 1
-    assert process.stderr is not None
-    assert "error: the engine process ended with signal SIGKILL" in process.stderr.read()
+def metrics(url: str) -> dict[str, float]:
+    """Every sample, with its labels but the model's in the name."""
+    found = {}
+    for family in text_string_to_metric_families(httpx.get(f"{url}/metrics").text):
+        for sample in family.samples:
+            rest = [value for key, value in sorted(sample.labels.items()) if key != "model_name"]
+            found[".".join([sample.name.removeprefix("minisgl:"), *rest])] = sample.value
+    return found
+
+
+def api_processes(pid: int) -> list[int]:
+    """The API processes that a server has started."""
+    module = b"minisgl.server.api_process"
+    return [child for child in children(pid) if module in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def engine_of(pid: int) -> int:
+    """The engine process of a server."""
+    (engine,) = set(children(pid)) - set(api_processes(pid))
+    return engine

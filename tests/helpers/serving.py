@@ -8,7 +8,7 @@ import dataclasses
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,11 @@ from helpers.tiny_tokenizers import write_tokenizer
 from minisgl.config import Config
 from minisgl.core.types import Grammar, ModelInfo
 from minisgl.server.admin import Setup
-from minisgl.server.api import Api, ThreadPreparer
+from minisgl.server.api_process import HttpServer
 from minisgl.server.app import make_app
-from minisgl.server.child import socket_folder
-from minisgl.server.door import with_door
-from minisgl.server.http import HttpServer
-from minisgl.server.limits import Limits, Queue
-from minisgl.server.preparation import Preparation
-from minisgl.server.service import EngineService
+from minisgl.server.engine_client import EngineClient, socket_folder
+from minisgl.server.middleware import with_middleware
+from minisgl.server.preparation import Api, Preparation
 from minisgl.text.tokenizer import Tokenizer
 
 CHAT_TEMPLATE = (
@@ -38,15 +35,21 @@ MODEL = "stub-model"
 
 
 @dataclasses.dataclass
-class Serving:
-    """Handles on everything a test may want to look at."""
+class Web:
+    """The HTTP side of a server, on a port of its own, and clients for it."""
 
-    service: EngineService
-    engine: StubEngine
+    service: EngineClient
     tokenizer: Tokenizer
     http: httpx.AsyncClient
     openai: AsyncOpenAI
     port: int
+
+
+@dataclasses.dataclass
+class Serving(Web):
+    """Handles on everything a test may want to look at."""
+
+    engine: StubEngine
 
     def speak(self, text: str) -> None:
         """From now on the engine says this, then EOS."""
@@ -60,17 +63,6 @@ class Serving:
                 await asyncio.sleep(0.005)
 
 
-@dataclasses.dataclass
-class Web:
-    """The HTTP side of a server, on a port of its own, and clients for it."""
-
-    service: EngineService
-    tokenizer: Tokenizer
-    http: httpx.AsyncClient
-    openai: AsyncOpenAI
-    port: int
-
-
 StartEngine = Callable[[str, str], contextlib.AbstractAsyncContextManager[object]]
 """Runs an engine behind two addresses, to it and from it, for as long as the context lasts."""
 
@@ -82,6 +74,7 @@ async def web(
     start_engine: StartEngine,
     *,
     template: str | None = CHAT_TEMPLATE,
+    add_bos: bool = False,
     health_timeout: float = 5.0,
     max_live: int = 8,
     check_grammar: Callable[[Grammar], None] | None = None,
@@ -89,10 +82,10 @@ async def web(
 ) -> AsyncIterator[Web]:
     """Serve `model` over HTTP; `flags` are fields of Config."""
     config = Config(**flags)
-    tokenizer = Tokenizer.load(write_tokenizer(folder, template=template))
+    tokenizer = Tokenizer.load(write_tokenizer(folder, template=template, add_bos=add_bos))
     sockets = socket_folder()
     to_engine, from_engine = f"ipc://{sockets}/to", f"ipc://{sockets}/from"
-    service = EngineService(to_engine, from_engine, Queue(dataclasses.replace(Limits.of(config), live=max_live)))
+    service = EngineClient(to_engine, from_engine, config, max_live=max_live)
     # With the protocol named asyncio switches off Nagle's delay on each connection, as it does in production.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
@@ -100,15 +93,9 @@ async def web(
     port = listener.getsockname()[1]
     listening = asyncio.Event()
     setup = Setup(config, ["stub = on"], str(folder), time.monotonic())
-    preparation = Preparation(model, tokenizer, service.max_live, config.served_model_name)
-    api = Api(
-        service=service,
-        preparation=preparation,
-        preparer=ThreadPreparer(preparation),
-        health_timeout=health_timeout,
-        check_grammar=check_grammar,
-    )
-    server = HttpServer(with_door(make_app(api, setup), service.metrics, config), listening.set, config)
+    preparation = Preparation(model, tokenizer, max_live, config.served_model_name, check_grammar)
+    api = Api(service=service, preparation=preparation, health_timeout=health_timeout)
+    server = HttpServer(with_middleware(make_app(api, setup), service.metrics, config), listening.set, config)
     url = f"http://127.0.0.1:{port}" if config.ssl_certfile is None else f"https://127.0.0.1:{port}"
     verify = config.ssl_certfile is None or ssl.create_default_context(cafile=config.ssl_certfile)
     try:
@@ -154,14 +141,4 @@ async def serving(
             await asyncio.gather(task, return_exceptions=True)
 
     async with web(folder, model, echoing, **settings) as side:
-        yield Serving(side.service, engines[0], side.tokenizer, side.http, side.openai, side.port)
-
-
-def serve_and(folder: Path, check: Callable[[Serving], Awaitable[None]], *, limit: float = 60, **settings: Any) -> None:
-    """Run `check` against a server; the whole takes at most `limit` s."""
-
-    async def main() -> None:
-        async with asyncio.timeout(limit), serving(folder, **settings) as server:
-            await check(server)
-
-    asyncio.run(main())
+        yield Serving(**vars(side), engine=engines[0])

@@ -10,7 +10,7 @@ from helpers.constraints import Cycle
 from helpers.simulated import SimulatedExecutor
 from minisgl.config import Config
 from minisgl.core.engine import Engine
-from minisgl.core.plan import RowInit, StepPlan
+from minisgl.core.plan import NewRows, StepPlan
 from minisgl.core.types import MAX_STOP_TOKEN_IDS, ModelInfo, Request, SamplingParams, TokenEvent
 
 VOCAB = 50
@@ -40,7 +40,7 @@ def expected_tokens(request: Request, max_seq_len: int) -> list[int]:
     device = SimulatedExecutor(limit, 1, 1, limit, VOCAB)
     none, one = np.empty(0, np.int32), np.zeros(1, np.int32)
     stops = [*params.stop_token_ids, *([] if params.ignore_eos else [EOS])]
-    init = RowInit(
+    init = NewRows(
         slots=one,
         temperatures=np.array([params.temperature], np.float32),
         top_ps=np.ones(1, np.float32),

@@ -18,21 +18,7 @@ import zmq
 import zmq.asyncio
 
 from minisgl.core.types import EngineStats, FinishReason, ModelInfo, Request, TokenEvent, TokenLogprobs
-from minisgl.engine.messages import (
-    Abort,
-    Add,
-    Attach,
-    Detach,
-    Events,
-    Failed,
-    Flush,
-    Flushed,
-    FromEngine,
-    Ping,
-    Pong,
-    Ready,
-    ToEngine,
-)
+from minisgl.server import ipc
 from minisgl.text.tokenizer import Tokenizer
 
 DEADLY_PROMPT = "die now"
@@ -59,7 +45,7 @@ class StubEngine:
         self.given: dict[str, int] = {}
         self.die_on: tuple[int, ...] = ()
         self.say: Callable[[Request], Sequence[int]] | None = None
-        self.ready = Ready(model, str(folder), ["stub = on: it echoes"])
+        self.ready = ipc.Ready(model, str(folder), ["stub = on: it echoes"])
         self._changed = asyncio.Event()
         self._context = zmq.asyncio.Context()
         self._inbox = self._context.socket(zmq.PULL)
@@ -80,7 +66,7 @@ class StubEngine:
         self._outboxes[link] = self._context.socket(zmq.PUSH)
         self._outboxes[link].connect(from_engine)
 
-    async def send(self, message: FromEngine, link: int = 0) -> None:
+    async def send(self, message: ipc.FromEngine, link: int = 0) -> None:
         """Say something to the server."""
         await self._outboxes[link].send(msgspec.msgpack.encode(message))
 
@@ -88,13 +74,13 @@ class StubEngine:
         for link in list(self._outboxes):
             own = [event for event in events if self._owners.get(event.id) == link]
             if own:
-                await self.send(Events(own, [name for name in admitted if self._owners.get(name) == link]), link)
+                await self.send(ipc.Events(own, [name for name in admitted if self._owners.get(name) == link]), link)
 
     async def _listen(self) -> None:
-        decoder: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+        decoder: msgspec.msgpack.Decoder[ipc.ToEngine] = msgspec.msgpack.Decoder(ipc.ToEngine)
         while True:
             match decoder.decode(await self._inbox.recv()):
-                case Add(request, link):
+                case ipc.Add(request, link):
                     self.seen.append(request)
                     self._owners[request.id] = link
                     if self.refuse is not None:
@@ -103,17 +89,25 @@ class StubEngine:
                     else:
                         self.live[request.id] = (request, 0)
                         self._changed.set()
-                case Abort(ids):
+                case ipc.Abort(ids):
                     await self._abort(ids)
-                case Ping(nonce, link):
+                case ipc.Ping(nonce, link):
                     if not self.deaf:
-                        await self.send(Pong(nonce, self.stats()), link)
-                case Flush(nonce, link):
-                    await self.send(Flushed(nonce, 7), link)
-                case Attach(link, to_engine, from_engine):
+                        await self.send(ipc.Pong(nonce, self.stats()), link)
+                case ipc.FlushCache(nonce, link):
+                    await self.send(ipc.CacheFlushed(nonce, 7), link)
+                case ipc.AbortCompletion(nonce, link, completion_id):
+                    others = [
+                        name for name in self.live if self._owners[name] != link and ipc.belongs_to(name, completion_id)
+                    ]
+                    for name in others:
+                        await self.send(ipc.Revoked([name]), self._owners[name])
+                    await self._abort(others)
+                    await self.send(ipc.CompletionAborted(nonce, len(others)), link)
+                case ipc.Attach(link, to_engine, from_engine):
                     self._connect(link, to_engine, from_engine)
                     await self.send(self.ready, link)
-                case Detach(link):
+                case ipc.Detach(link):
                     self._outboxes.pop(link).close(linger=0)
                     await self._abort([name for name, owner in self._owners.items() if owner == link])
 
@@ -198,7 +192,7 @@ def prompt_scored(request: Request) -> tuple[TokenLogprobs | None, ...]:
 
 
 async def serve_process() -> None:
-    """What `python -m minisgl.engine.process` does, with a stub."""
+    """What `python -m minisgl.server.engine_process` does, with a stub."""
     start = msgspec.json.decode(sys.stdin.buffer.readline())
     folder = Path(start["config"]["model"])
     mode = os.environ.get("STUB_MODE", "")
@@ -211,7 +205,7 @@ async def serve_process() -> None:
     engine.deaf = mode == "deaf"
     engine.die_on = tuple(tokenizer.encode(DEADLY_PROMPT))
     if mode == "fail":
-        await engine.send(Failed("no such model, says the stub"))
+        await engine.send(ipc.Failed("no such model, says the stub"))
         await asyncio.sleep(0.2)
         sys.exit(1)
     serving = asyncio.create_task(engine.run())

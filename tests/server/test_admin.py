@@ -8,112 +8,95 @@ from pathlib import Path
 
 import pytest
 
-from helpers.serving import MODEL, Serving, serve_and
+from helpers.serving import MODEL, Serving
 from minisgl import __version__
 
 
-def test_ready_version_and_model(tmp_path: Path) -> None:
-    async def check(server: Serving) -> None:
-        assert (await server.http.get("/ready")).json() == {"status": "ready"}
-        assert (await server.http.get("/version")).json() == {"version": __version__}
-        assert (await server.http.get("/model_info")).json() == {
-            "id": MODEL,
-            "served_names": [MODEL],
-            "model_path": str(tmp_path),
-            "vocab_size": server.tokenizer.vocab_size,
-            "max_model_len": 128,
-            "eos_token_ids": [1],
-            "has_chat_template": True,
-        }
-        server.service.fail()
-        assert (await server.http.get("/ready")).status_code == 503
-        assert (await server.http.get("/version")).status_code == 200
-
-    serve_and(tmp_path, check)
+async def test_ready_version_and_model(server: Serving, tmp_path: Path) -> None:
+    assert (await server.http.get("/ready")).json() == {"status": "ready"}
+    assert (await server.http.get("/version")).json() == {"version": __version__}
+    assert (await server.http.get("/model_info")).json() == {
+        "id": MODEL,
+        "served_names": [MODEL],
+        "model_path": str(tmp_path),
+        "vocab_size": server.tokenizer.vocab_size,
+        "max_model_len": 128,
+        "eos_token_ids": [1],
+        "has_chat_template": True,
+    }
+    server.service.fail()
+    assert (await server.http.get("/ready")).status_code == 503
+    assert (await server.http.get("/version")).status_code == 200
 
 
-def test_server_info_has_the_configuration_and_no_secret(tmp_path: Path) -> None:
-    async def check(server: Serving) -> None:
-        headers = {"Authorization": "Bearer hush-hush"}
-        answer = await server.http.get("/server_info", headers=headers)
-        info = answer.json()
-        assert "hush" not in answer.text
-        assert info["config"]["api_key"] == "1 set"
-        assert info["config"]["max_queued_requests"] == 5
-        assert info["effective"] == ["stub = on"]
-        assert info["stats"]["pages_total"] == 100
-        assert info["queued"] == {"requests": 0, "tokens": 0}
-        assert info["uptime"] >= 0
-        assert info["draining"] is False
-
-    serve_and(tmp_path, check, api_key=("hush-hush",), max_queued_requests=5)
+@pytest.mark.serving(api_key=("hush-hush",), max_queued_requests=5)
+async def test_server_info_has_the_configuration_and_no_secret(server: Serving) -> None:
+    headers = {"Authorization": "Bearer hush-hush"}
+    answer = await server.http.get("/server_info", headers=headers)
+    info = answer.json()
+    assert "hush" not in answer.text
+    assert info["config"]["api_key"] == "1 set"
+    assert info["config"]["max_queued_requests"] == 5
+    assert info["effective"] == ["stub = on"]
+    assert info["stats"]["pages_total"] == 100
+    assert info["queued"] == {"requests": 0, "tokens": 0}
+    assert info["uptime"] >= 0
+    assert info["draining"] is False
 
 
-def test_the_cache_is_flushed_on_request(tmp_path: Path) -> None:
-    async def check(server: Serving) -> None:
-        assert (await server.http.post("/flush_cache")).json() == {"flushed_pages": 7}
-        assert (await server.http.get("/flush_cache")).status_code == 405
-
-    serve_and(tmp_path, check)
+async def test_the_cache_is_flushed_on_request(server: Serving) -> None:
+    assert (await server.http.post("/flush_cache")).json() == {"flushed_pages": 7}
+    assert (await server.http.get("/flush_cache")).status_code == 405
 
 
 @pytest.mark.parametrize("everything", [True, False])
-def test_an_answer_is_aborted_by_its_id_or_with_all(tmp_path: Path, everything: bool) -> None:
-    async def check(server: Serving) -> None:
-        body = {"prompt": ["a b", "c d"], "max_tokens": 100, "stream": True}
-        ids, streams = [], []
-        for _ in range(2):
-            request = server.http.build_request("POST", "/v1/completions", json=body)
-            answer = await server.http.send(request, stream=True)
-            lines = answer.aiter_lines()
-            ids.append(json.loads((await anext(lines)).removeprefix("data: "))["id"])
-            streams.append(lines)
-        order = {"abort_all": True} if everything else {"rid": ids[0]}
-        assert (await server.http.post("/abort_request", json=order)).json() == {"aborted": 4 if everything else 2}
-        rest = [line async for line in streams[0] if line]
-        assert json.loads(rest[-2].removeprefix("data: "))["error"]["code"] == "request_aborted"
-        assert rest[-1] == "data: [DONE]"
-        others = [line async for line in streams[1] if line]
-        assert ("request_aborted" in "".join(others)) is everything
-        await server.until(lambda: not server.engine.live)
-        assert len(server.engine.aborted) == (4 if everything else 2)
-        assert (await server.http.post("/abort_request", json=order)).json() == {"aborted": 0}
-
-    serve_and(tmp_path, check, delay=0.005)
+@pytest.mark.serving(delay=0.005)
+async def test_an_answer_is_aborted_by_its_id_or_with_all(server: Serving, everything: bool) -> None:
+    body = {"prompt": ["a b", "c d"], "max_tokens": 100, "stream": True}
+    ids, streams = [], []
+    for _ in range(2):
+        request = server.http.build_request("POST", "/v1/completions", json=body)
+        answer = await server.http.send(request, stream=True)
+        lines = answer.aiter_lines()
+        ids.append(json.loads((await anext(lines)).removeprefix("data: "))["id"])
+        streams.append(lines)
+    order = {"abort_all": True} if everything else {"rid": ids[0]}
+    assert (await server.http.post("/abort_request", json=order)).json() == {"aborted": 4 if everything else 2}
+    rest = [line async for line in streams[0] if line]
+    assert json.loads(rest[-2].removeprefix("data: "))["error"]["code"] == "request_aborted"
+    assert rest[-1] == "data: [DONE]"
+    others = [line async for line in streams[1] if line]
+    assert ("request_aborted" in "".join(others)) is everything
+    await server.until(lambda: not server.engine.live)
+    assert len(server.engine.aborted) == (4 if everything else 2)
+    assert (await server.http.post("/abort_request", json=order)).json() == {"aborted": 0}
 
 
-def test_an_aborted_answer_that_has_not_begun_is_an_error_that_nobody_retries(tmp_path: Path) -> None:
-    async def check(server: Serving) -> None:
-        body = {"prompt": "hello", "max_tokens": 100}
-        waiting = asyncio.create_task(server.http.post("/v1/completions", json=body))
-        await server.until(lambda: len(server.engine.live) == 1)
-        (request_id,) = server.engine.live
-        assert (await server.http.post("/abort_request", json={"rid": request_id})).json() == {"aborted": 1}
-        answer = await waiting
-        assert (answer.status_code, answer.json()["error"]["code"]) == (499, "request_aborted")
-
-    serve_and(tmp_path, check, delay=0.05)
+@pytest.mark.serving(delay=0.05)
+async def test_an_aborted_answer_that_has_not_begun_is_an_error_that_nobody_retries(server: Serving) -> None:
+    body = {"prompt": "hello", "max_tokens": 100}
+    waiting = asyncio.create_task(server.http.post("/v1/completions", json=body))
+    await server.until(lambda: len(server.engine.live) == 1)
+    (request_id,) = server.engine.live
+    assert (await server.http.post("/abort_request", json={"rid": request_id})).json() == {"aborted": 1}
+    answer = await waiting
+    assert (answer.status_code, answer.json()["error"]["code"]) == (499, "request_aborted")
 
 
 @pytest.mark.parametrize(
     "body", [b"", b"{}", b"[]", b'{"rid": 1}', b'{"rid": "a", "abort_all": true}', b'{"ids": []}', b"x" * 5000]
 )
-def test_what_abort_request_cannot_read_is_refused(tmp_path: Path, body: bytes) -> None:
-    async def check(server: Serving) -> None:
-        answer = await server.http.post("/abort_request", content=body)
-        assert answer.status_code == 400
-        assert answer.json()["error"]["type"] == "invalid_request_error"
-
-    serve_and(tmp_path, check)
+async def test_what_abort_request_cannot_read_is_refused(server: Serving, body: bytes) -> None:
+    answer = await server.http.post("/abort_request", content=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
-def test_a_model_answers_to_each_of_its_names(tmp_path: Path) -> None:
-    async def check(server: Serving) -> None:
-        names = [model["id"] for model in (await server.http.get("/v1/models")).json()["data"]]
-        assert names == ["first", "second"]
-        for name, status in (("first", 200), ("second", 200), ("third", 404)):
-            answer = await server.http.post("/v1/completions", json={"model": name, "prompt": "a", "max_tokens": 1})
-            assert answer.status_code == status
-            assert (await server.http.get(f"/v1/models/{name}")).status_code == status
-
-    serve_and(tmp_path, check, served_model_name=("first", "second"))
+@pytest.mark.serving(served_model_name=("first", "second"))
+async def test_a_model_answers_to_each_of_its_names(server: Serving) -> None:
+    names = [model["id"] for model in (await server.http.get("/v1/models")).json()["data"]]
+    assert names == ["first", "second"]
+    for name, status in (("first", 200), ("second", 200), ("third", 404)):
+        answer = await server.http.post("/v1/completions", json={"model": name, "prompt": "a", "max_tokens": 1})
+        assert answer.status_code == status
+        assert (await server.http.get(f"/v1/models/{name}")).status_code == status

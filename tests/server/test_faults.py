@@ -10,10 +10,12 @@ import threading
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from helpers.engine_thread import simulated
-from helpers.serving import Serving, Web, serve_and
+from helpers.serving import Serving, Web
 from helpers.simulation import VOCAB
 from minisgl.core.engine import Engine
 from minisgl.core.request_state import Constraint
@@ -28,28 +30,25 @@ def body(length: int, max_tokens: int, stream: bool, seed: int) -> dict[str, obj
 
 
 @pytest.mark.parametrize("n", range(1, 21))
-def test_an_exception_in_the_nth_forward_pass_is_told_to_all_who_wait(
+async def test_an_exception_in_the_nth_forward_pass_is_told_to_all_who_wait(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int
 ) -> None:
-    async def main() -> None:
-        async with asyncio.timeout(30), simulated(tmp_path, monkeypatch.setattr, fail_at=n) as (side, thread):
-            path = "/v1/completions"
-            whole = [side.http.post(path, json=body(10, 60, False, i)) for i in range(3)]
-            streams = [side.http.post(path, json=body(10, 60, True, i)) for i in range(3)]
-            answers: list[httpx.Response] = await asyncio.gather(*whole, *streams)
-            for answer in answers[:3]:
-                assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_unavailable")
-            for answer in answers[3:]:
-                lines = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
-                told = json.loads(lines[-2]) if answer.status_code == 200 else answer.json()
-                assert told["error"]["code"] == "engine_unavailable"
-            assert (await side.http.get("/health")).status_code == 503
-            assert (await side.http.get("/ready")).status_code == 503
-            assert (await side.http.post(path, json=body(3, 1, False, 0))).status_code == 503
-            assert (side.service.num_live, side.service.queue.requests, side.service.queue.tokens) == (0, 0, 0)
-            assert str(thread.failure) == f"forward pass {n} failed, says the test"
-
-    asyncio.run(main())
+    async with asyncio.timeout(30), simulated(tmp_path, monkeypatch.setattr, fail_at=n) as (side, thread):
+        path = "/v1/completions"
+        whole = [side.http.post(path, json=body(10, 60, False, i)) for i in range(3)]
+        streams = [side.http.post(path, json=body(10, 60, True, i)) for i in range(3)]
+        answers: list[httpx.Response] = await asyncio.gather(*whole, *streams)
+        for answer in answers[:3]:
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_unavailable")
+        for answer in answers[3:]:
+            lines = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
+            told = json.loads(lines[-2]) if answer.status_code == 200 else answer.json()
+            assert told["error"]["code"] == "engine_unavailable"
+        assert (await side.http.get("/health")).status_code == 503
+        assert (await side.http.get("/ready")).status_code == 503
+        assert (await side.http.post(path, json=body(3, 1, False, 0))).status_code == 503
+        assert (side.service.num_live, side.service.queue.requests, side.service.queue.tokens) == (0, 0, 0)
+        assert str(thread.failure) == f"forward pass {n} failed, says the test"
 
 
 async def vanish(side: Web, rng: random.Random, gate: asyncio.Semaphore) -> None:
@@ -74,78 +73,105 @@ def nothing_left(side: Web, engine: Engine) -> bool:
     return not (service.num_live or queue.requests or queue.tokens or engine.scheduler.live or engine.cache.num_owned)
 
 
-def test_a_thousand_clients_that_vanish_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def main() -> None:
-        rng = random.Random(0)
-        settings = {"num_pages": 200, "max_running_requests": 24, "max_prefill_length": 64}
-        async with asyncio.timeout(200), simulated(tmp_path, monkeypatch.setattr, **settings) as (side, thread):  # type: ignore[arg-type]
-            gate = asyncio.Semaphore(32)
-            await asyncio.gather(*(vanish(side, rng, gate) for _ in range(1000)))
-            async with asyncio.timeout(30):
-                while not nothing_left(side, thread.engine) or thread.engine.has_work:
-                    await asyncio.sleep(0.01)
-            thread.engine.cache.check()
-            assert thread.engine.cache.available == 200
-            answer = await side.http.post("/v1/completions", json=body(10, 5, False, 1))
-            assert answer.json()["usage"]["completion_tokens"] == 5
-            aborted = side.service.metrics.finished["abort"]
-            assert 200 < aborted <= 1000
+async def test_a_thousand_clients_that_vanish_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(0)
+    settings = {"num_pages": 200, "max_running_requests": 24, "max_prefill_length": 64}
+    async with asyncio.timeout(200), simulated(tmp_path, monkeypatch.setattr, **settings) as (side, thread):  # type: ignore[arg-type]
+        gate = asyncio.Semaphore(32)
+        await asyncio.gather(*(vanish(side, rng, gate) for _ in range(1000)))
+        async with asyncio.timeout(30):
+            while not nothing_left(side, thread.engine) or thread.engine.has_work:
+                await asyncio.sleep(0.01)
+        thread.engine.cache.check()
+        assert thread.engine.cache.available == 200
+        answer = await side.http.post("/v1/completions", json=body(10, 5, False, 1))
+        assert answer.json()["usage"]["completion_tokens"] == 5
+        labels = {"finished_reason": "abort"}
+        aborted = side.service.metrics.registry.get_sample_value("minisgl:request_success_total", labels)
+        assert aborted is not None
+        assert 200 < aborted <= 1000
 
-    asyncio.run(main())
 
-
-def test_nobody_waits_for_somebody_elses_grammar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_nobody_waits_for_somebody_elses_grammar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
 
     def factory(grammar: Grammar) -> Constraint:
         assert gate.wait(20)
         raise InvalidRequestError(f"{grammar.source} cannot be followed")
 
-    async def main() -> None:
-        serving = simulated(tmp_path, monkeypatch.setattr, constraints=factory)
-        async with asyncio.timeout(30), serving as (side, thread):
-            requests = [
-                Request.make(id=name, prompt=[9, 10], params=SamplingParams(max_tokens=3, seed=1, grammar=grammar))
-                for name, grammar in (("a", Grammar(kind="regex", source="x")), ("b", None))
-            ]
-            constrained, free = (side.service.submit([request]) for request in requests)
-            with free:
-                tokens = [token async for events in free.batches() for e in events for token in e.tokens]
-                assert len(tokens) == 3
-            assert (await side.service.ping(5)).waiting == 1
-            gate.set()
-            with constrained:
-                (event,) = [e async for events in constrained.batches() for e in events]
-            assert (event.finish, event.error) == (FinishReason.ERROR, "x cannot be followed")
-            assert nothing_left(side, thread.engine)
-
-    asyncio.run(main())
+    serving = simulated(tmp_path, monkeypatch.setattr, constraints=factory)
+    async with asyncio.timeout(30), serving as (side, thread):
+        requests = [
+            Request.make(id=name, prompt=[9, 10], params=SamplingParams(max_tokens=3, seed=1, grammar=grammar))
+            for name, grammar in (("a", Grammar(kind="regex", source="x")), ("b", None))
+        ]
+        constrained, free = (side.service.submit([request]) for request in requests)
+        with free:
+            tokens = [token async for events in free.batches() for e in events for token in e.tokens]
+            assert len(tokens) == 3
+        assert (await side.service.ping(5)).waiting == 1
+        gate.set()
+        with constrained:
+            (event,) = [e async for events in constrained.batches() for e in events]
+        assert (event.finish, event.error) == (FinishReason.ERROR, "x cannot be followed")
+        assert nothing_left(side, thread.engine)
 
 
-def test_an_engine_that_hangs_turns_health_red_and_green_again(tmp_path: Path) -> None:
-    async def check(server: Serving) -> None:
-        server.engine.deaf = True
-        assert (await server.http.get("/health")).json()["error"]["code"] == "engine_unavailable"
-        server.engine.deaf = False
+async def test_a_request_aborted_while_its_grammar_is_compiled_never_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, gate, done = threading.Event(), threading.Event(), threading.Event()
+
+    class Anything:
+        """Allows every token."""
+
+        def fill(self, mask: NDArray[np.int32]) -> None:
+            mask.fill(-1)
+
+        def accept(self, token: int) -> bool:
+            return True
+
+    def factory(grammar: Grammar) -> Constraint:
+        begun.set()
+        assert gate.wait(20)
+        done.set()
+        return Anything()
+
+    serving = simulated(tmp_path, monkeypatch.setattr, constraints=factory)
+    async with asyncio.timeout(30), serving as (side, thread):
+        params = SamplingParams(max_tokens=50, grammar=Grammar(kind="regex", source="x"))
+        with side.service.submit([Request.make(id="a", prompt=[9, 10], params=params)]):
+            await asyncio.to_thread(begun.wait, 20)
+        assert (await side.service.ping(5)).waiting == 0
+        gate.set()
+        await asyncio.to_thread(done.wait, 20)
+        for _ in range(3):  # each is answered between two steps
+            stats = await side.service.ping(5)
+        assert (stats.running, stats.waiting, stats.prompt_tokens) == (0, 0, 0)
+        assert nothing_left(side, thread.engine)
+
+
+@pytest.mark.serving(health_timeout=0.1)
+async def test_an_engine_that_hangs_turns_health_red_and_green_again(server: Serving) -> None:
+    server.engine.deaf = True
+    assert (await server.http.get("/health")).json()["error"]["code"] == "engine_unavailable"
+    server.engine.deaf = False
+    for _ in range(5):
         assert (await server.http.get("/health")).status_code == 200
+    assert server.service._answers == {}, "no question is kept after its answer, or without one"
 
-    serve_and(tmp_path, check, health_timeout=0.1)
 
-
-def test_the_cache_is_flushed_of_what_nobody_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def main() -> None:
-        async with asyncio.timeout(30), simulated(tmp_path, monkeypatch.setattr, num_pages=100) as (side, thread):
-            await side.http.post("/v1/completions", json=body(40, 2, False, 1))
-            cached = thread.engine.cache.num_cached
-            assert cached == 10
-            running = asyncio.create_task(side.http.post("/v1/completions", json=body(20, 100, False, 2)))
-            while not thread.engine.cache.num_owned:
-                await asyncio.sleep(0.001)
-            flushed = (await side.http.post("/flush_cache")).json()["flushed_pages"]
-            assert flushed >= cached, "what the running request uses stays"
-            assert (await running).json()["usage"]["completion_tokens"] == 100
-            thread.engine.cache.check()
-            again = (await side.http.post("/v1/completions", json=body(40, 2, False, 1))).json()
-            assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
-
-    asyncio.run(main())
+async def test_the_cache_is_flushed_of_what_nobody_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with asyncio.timeout(30), simulated(tmp_path, monkeypatch.setattr, num_pages=100) as (side, thread):
+        await side.http.post("/v1/completions", json=body(40, 2, False, 1))
+        cached = thread.engine.cache.num_cached
+        assert cached == 10
+        running = asyncio.create_task(side.http.post("/v1/completions", json=body(20, 100, False, 2)))
+        while not thread.engine.cache.num_owned:
+            await asyncio.sleep(0.001)
+        flushed = (await side.http.post("/flush_cache")).json()["flushed_pages"]
+        assert flushed >= cached, "what the running request uses stays"
+        assert (await running).json()["usage"]["completion_tokens"] == 100
+        thread.engine.cache.check()
+        again = (await side.http.post("/v1/completions", json=body(40, 2, False, 1))).json()
+        assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == 0

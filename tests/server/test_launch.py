@@ -22,9 +22,9 @@ from helpers.stub_engine import DEADLY_PROMPT
 from helpers.tiny_tokenizers import write_tokenizer
 from minisgl.config import Config
 from minisgl.errors import ConfigError, EngineDeadError, ModelError
-from minisgl.server.child import ENGINE_COMMAND, launch_engine
-from minisgl.server.launch import handle_signals, serve
-from minisgl.server.listen import address, listen_socket
+from minisgl.server import launch
+from minisgl.server.engine_client import ENGINE_COMMAND, EngineProcess
+from minisgl.server.launch import handle_signals, listen_socket, serve
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -34,31 +34,12 @@ def test_a_signal_ends_server_and_engine_and_leaves_nothing(tmp_path: Path, numb
         answer = httpx.post(f"{url}/v1/chat/completions", json=body)
         assert answer.json()["usage"]["completion_tokens"] == 4
         (engine,) = children(process.pid)
+        assert os.getsid(engine) == engine != os.getsid(process.pid)
         assert next((tmp_path / "tmp").iterdir()).stat().st_mode & 0o777 == 0o700
         process.send_signal(number)
         assert process.wait(BOUND) == 0
         wait_until_gone([engine])
         assert list((tmp_path / "tmp").iterdir()) == []
-
-
-def test_the_engine_has_a_session_of_its_own(tmp_path: Path) -> None:
-    with server(tmp_path / "model", tmp_path / "tmp") as (process, _):
-        (engine,) = children(process.pid)
-        assert os.getsid(engine) == engine
-        assert os.getsid(process.pid) != engine
-
-
-def test_a_running_answer_is_finished_after_the_first_signal(tmp_path: Path) -> None:
-    with server(tmp_path / "model", tmp_path / "tmp") as (process, url):
-        body = {"prompt": "hello", "max_tokens": 100, "stream": True}
-        with httpx.stream("POST", f"{url}/v1/completions", json=body) as answer:
-            lines = answer.iter_lines()
-            next(lines)
-            process.send_signal(signal.SIGTERM)
-            rest = list(lines)
-        assert '"finish_reason":"length"' in rest[-4]
-        assert rest[-2] == "data: [DONE]"
-        assert process.wait(BOUND) == 0
 
 
 def test_when_the_engine_dies_clients_are_told_and_the_server_goes(tmp_path: Path) -> None:
@@ -70,20 +51,16 @@ def test_when_the_engine_dies_clients_are_told_and_the_server_goes(tmp_path: Pat
         assert "error: the engine process ended with exit status 7" in process.stderr.read()
 
 
-def test_when_the_server_is_killed_the_engine_goes(tmp_path: Path) -> None:
-    with server(tmp_path / "model", tmp_path / "tmp") as (process, _):
-        (engine,) = children(process.pid)
-        process.kill()
-        wait_until_gone([engine])
-
-
-def launch(folder: Path, **environment: str) -> None:
+def launch_engine(folder: Path, **environment: str) -> None:
     """Start an engine, and stop it when it is ready."""
 
     async def main() -> None:
         command = ["env", *(f"{k}={v}" for k, v in environment.items()), *STUB]
-        engine, _ = await launch_engine(Config(model=str(folder)), lambda _: None, command)
-        await engine.stop()
+        engine = await EngineProcess.start(Config(model=str(folder)), command)
+        try:
+            await engine.ready()
+        finally:
+            await engine.stop()
 
     asyncio.run(main())
 
@@ -91,11 +68,11 @@ def launch(folder: Path, **environment: str) -> None:
 def test_what_the_engine_cannot_start_for_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent), prepend=os.pathsep)
     write_tokenizer(tmp_path)
-    launch(tmp_path)
+    launch_engine(tmp_path)
     with pytest.raises(ModelError, match="no such model, says the stub"):
-        launch(tmp_path, STUB_MODE="fail")
+        launch_engine(tmp_path, STUB_MODE="fail")
     with pytest.raises(EngineDeadError, match="ended with exit status 3 before it was ready"):
-        launch(tmp_path, STUB_MODE="exit")
+        launch_engine(tmp_path, STUB_MODE="exit")
 
 
 def test_an_engine_that_cannot_start_ends_by_itself(tmp_path: Path) -> None:
@@ -114,21 +91,14 @@ def test_an_engine_that_cannot_start_ends_by_itself(tmp_path: Path) -> None:
         assert engine.stderr.read() == b""
 
 
-def test_waiting_for_a_slow_engine_is_told_about(tmp_path: Path) -> None:
-    async def main() -> list[float]:
-        told: list[float] = []
-        sleeper = [sys.executable, "-c", "import sys, time; time.sleep(0.5); sys.exit(4)"]
-        from minisgl.server.child import EngineProcess
-
-        engine = await EngineProcess.start(Config(), sleeper)
-        with pytest.raises(EngineDeadError):
-            await engine.ready(told.append, every=0.1)
-        assert await engine.stop() == 4
-        return told
-
-    told = asyncio.run(main())
-    assert len(told) >= 3
-    assert told == sorted(told)
+def test_waiting_for_a_slow_engine_is_told_about(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launch, "LOADING_SECONDS", 0.1)
+    sleeper = [sys.executable, "-c", "import sys, time; time.sleep(1); sys.exit(4)"]
+    with pytest.raises(EngineDeadError, match="ended with exit status 4 before it was ready"):
+        launch.serve(Config(port=0), sleeper)
+    assert capsys.readouterr().err.count("still loading after") >= 3
 
 
 def test_a_port_in_use_is_an_error_before_anything_is_loaded() -> None:
@@ -140,20 +110,10 @@ def test_a_port_in_use_is_an_error_before_anything_is_loaded() -> None:
         listen_socket("no-such-host.invalid", 1919)
 
 
-@pytest.mark.parametrize(("host", "shown"), [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::1", "[::1]")])
-def test_the_url_is_one_that_can_be_opened(host: str, shown: str) -> None:
-    try:
-        listener = listen_socket(host, 0)
-    except ConfigError:
-        pytest.skip(f"no {host} here")
-    with listener:
-        assert address(listener, Config()) == f"http://{shown}:{listener.getsockname()[1]}"
-
-
 def test_neither_torch_nor_transformers_is_imported() -> None:
     code = (
-        "import sys, minisgl.server.app, minisgl.server.http, minisgl.server.launch, minisgl.text.tokenizer\n"
-        "print(sorted({'torch', 'transformers', 'minisgl.gpu', 'minisgl.distributed'} & set(sys.modules)))"
+        "import sys, minisgl.server.api_process, minisgl.server.launch\n"
+        "print(sorted({'torch', 'transformers', 'minisgl.models', 'minisgl.ops'} & set(sys.modules)))"
     )
     result: Any = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
@@ -169,13 +129,9 @@ class Gone(io.TextIOBase):
         raise BrokenPipeError
 
 
-def test_signals_are_heard_when_nobody_reads_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def main() -> None:
-        stop, hurry = asyncio.Event(), asyncio.Event()
-        with handle_signals(stop, hurry):
-            monkeypatch.setattr(sys, "stderr", Gone())
-            for heard in (stop, hurry):
-                os.kill(os.getpid(), signal.SIGTERM)
-                await asyncio.wait_for(heard.wait(), 10)
-
-    asyncio.run(main())
+async def test_signals_are_heard_when_nobody_reads_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    with handle_signals() as shutdown:
+        monkeypatch.setattr(sys, "stderr", Gone())
+        for heard in (shutdown.stop, shutdown.force):
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.wait_for(heard.wait(), 10)

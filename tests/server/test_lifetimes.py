@@ -2,14 +2,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from helpers.serving import MODEL, Serving, serve_and
+from helpers.serving import MODEL, Serving
 from minisgl.core.types import FinishReason, Request, SamplingParams, TokenEvent
 from minisgl.errors import EngineDeadError
 
@@ -30,157 +29,130 @@ async def raw_post(
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
-def test_a_client_that_leaves_ends_its_requests(tmp_path: Path, path: str, stream: bool) -> None:
-    async def check(server: Serving) -> None:
-        body = LONG if path == CHAT else {"prompt": ["a b c", "d e f"], "max_tokens": 100}
-        count = 1 if path == CHAT else 2
-        reader, writer = await raw_post(server, path, {**body, "stream": stream})
-        if stream:
-            await reader.readuntil(b"data: ")
-        await server.until(lambda: len(server.engine.live) == count)
-        writer.close()
-        await server.until(lambda: not server.engine.live, timeout=1.0)
-        assert len(server.engine.aborted) == count
-        assert server.service.num_live == 0
-        assert (await server.http.post(path, json={**body, "max_tokens": 2})).status_code == 200
-
-    serve_and(tmp_path, check, delay=0.02)
-
-
-def test_a_client_that_leaves_before_the_first_token_ends_its_request(tmp_path: Path) -> None:
-    async def check(server: Serving) -> None:
-        _, writer = await raw_post(server, CHAT, {**LONG, "stream": True})
-        await server.until(lambda: len(server.engine.live) == 1)
-        writer.close()
-        await server.until(lambda: bool(server.engine.aborted), timeout=1.0)
-
-    serve_and(tmp_path, check, delay=1.0)
-
-
-def test_closing_the_openai_stream_ends_the_request(tmp_path: Path) -> None:
-    async def check(server: Serving) -> None:
-        stream = await server.openai.chat.completions.create(model=MODEL, stream=True, **LONG)
-        async for _ in stream:
-            break
-        await stream.close()
-        await server.until(lambda: not server.engine.live, timeout=1.0)
-
-    serve_and(tmp_path, check, delay=0.02)
-
-
-def test_when_the_engine_dies_all_who_wait_are_told(tmp_path: Path) -> None:
-    async def check(server: Serving) -> None:
-        whole = [asyncio.create_task(server.http.post(CHAT, json=LONG)) for _ in range(3)]
-        stream = await server.openai.chat.completions.create(model=MODEL, stream=True, **LONG)
-        await anext(aiter(stream))
-        await server.until(lambda: server.service.num_live == 4)
-        server.service.fail()
-        async with asyncio.timeout(2):
-            for response in await asyncio.gather(*whole):
-                assert response.status_code == 503
-                assert response.json()["error"]["code"] == "engine_unavailable"
-            with pytest.raises(openai.APIError, match="the engine ended"):
-                async for _ in stream:
-                    pass
-        for response in (await server.http.post(CHAT, json=LONG), await server.http.get("/health")):
-            assert response.status_code == 503
-            assert response.json()["error"]["type"] == "server_error"
-
-    serve_and(tmp_path, check, delay=0.02)
-
-
-def test_an_engine_that_is_gone_is_noticed_when_sending(tmp_path: Path) -> None:
-    async def check(server: Serving) -> None:
-        server.engine._inbox.close()
-        await server.until(lambda: not server.service._outbox.poll(0, 2))
-        assert (await server.http.post(CHAT, json=LONG)).status_code == 503
-        assert isinstance(server.service.dead, EngineDeadError)
-
-    serve_and(tmp_path, check)
-
-
-def test_an_error_within_a_stream_is_an_event_and_the_stream_still_ends(tmp_path: Path) -> None:
-    async def check(server: Serving) -> None:
-        reader, writer = await raw_post(server, CHAT, {**LONG, "stream": True})
+@pytest.mark.serving(delay=0.02)
+async def test_a_client_that_leaves_ends_its_requests(server: Serving, path: str, stream: bool) -> None:
+    body = LONG if path == CHAT else {"prompt": ["a b c", "d e f"], "max_tokens": 100}
+    count = 1 if path == CHAT else 2
+    reader, writer = await raw_post(server, path, {**body, "stream": stream})
+    if stream:
         await reader.readuntil(b"data: ")
-        server.service.fail()
-        rest = (await reader.readuntil(b"data: [DONE]\n\n")).decode()
-        events = [json.loads(line[6:]) for line in rest.splitlines() if line.startswith('data: {"error')]
-        assert [event["error"]["code"] for event in events] == ["engine_unavailable"]
-        writer.close()
-
-    serve_and(tmp_path, check, delay=0.02)
-
-
-def test_more_requests_than_the_server_keeps_are_turned_away(tmp_path: Path) -> None:
-    async def check(server: Serving) -> None:
-        full = server.service.limits.live
-        waiting = [asyncio.create_task(server.http.post(CHAT, json=LONG)) for _ in range(full)]
-        await server.until(lambda: server.service.num_live == full)
-        response = await server.http.post(CHAT, json=LONG)
-        assert (response.status_code, response.json()["error"]["code"]) == (503, "overloaded")
-        assert {r.status_code for r in await asyncio.gather(*waiting)} == {200}
-        assert (await server.http.post(CHAT, json=LONG)).status_code == 200
-
-    serve_and(tmp_path, check, delay=0.003)
+    await server.until(lambda: len(server.engine.live) == count)
+    writer.close()
+    await server.until(lambda: not server.engine.live, timeout=1.0)
+    assert len(server.engine.aborted) == count
+    assert server.service.num_live == 0
+    assert (await server.http.post(path, json={**body, "max_tokens": 2})).status_code == 200
 
 
-def test_aborting_keeps_what_belongs_to_others_and_drops_the_rest(tmp_path: Path) -> None:
-    async def check(server: Serving) -> None:
-        requests = [Request.make(id=i, prompt=[5, 6, 7], params=SamplingParams(max_tokens=50)) for i in "ab"]
-        events: list[TokenEvent] = []
-        with server.service.submit(requests) as submission:
-            async for batch in submission.batches():
-                events += batch
-                if len(events) > 10:
-                    submission.abort(["a"])
-        tokens = {i: [t for e in events if e.id == i for t in e.tokens] for i in "ab"}
-        assert len(tokens["b"]) == 50
-        assert len(tokens["a"]) < 50
-        assert [e.finish for e in events if e.finish is not None] == [FinishReason.LENGTH]
-        await server.until(lambda: server.engine.aborted == ["a"])
-
-    serve_and(tmp_path, check, delay=0.002)
+@pytest.mark.serving(delay=1.0)
+async def test_a_client_that_leaves_before_the_first_token_ends_its_request(server: Serving) -> None:
+    _, writer = await raw_post(server, CHAT, {**LONG, "stream": True})
+    await server.until(lambda: len(server.engine.live) == 1)
+    writer.close()
+    await server.until(lambda: bool(server.engine.aborted), timeout=1.0)
 
 
-def test_a_slow_tokenisation_does_not_stop_other_streams(tmp_path: Path) -> None:
+@pytest.mark.serving(delay=0.02)
+async def test_closing_the_openai_stream_ends_the_request(server: Serving) -> None:
+    stream = await server.openai.chat.completions.create(model=MODEL, stream=True, **LONG)
+    async for _ in stream:
+        break
+    await stream.close()
+    await server.until(lambda: not server.engine.live, timeout=1.0)
+
+
+@pytest.mark.serving(delay=0.02)
+async def test_when_the_engine_dies_all_who_wait_are_told(server: Serving) -> None:
+    whole = [asyncio.create_task(server.http.post(CHAT, json=LONG)) for _ in range(3)]
+    stream = await server.openai.chat.completions.create(model=MODEL, stream=True, **LONG)
+    await anext(aiter(stream))
+    await server.until(lambda: server.service.num_live == 4)
+    server.service.fail()
+    async with asyncio.timeout(2):
+        for response in await asyncio.gather(*whole):
+            assert response.status_code == 503
+            assert response.json()["error"]["code"] == "engine_unavailable"
+        with pytest.raises(openai.APIError, match="the engine ended"):
+            async for _ in stream:
+                pass
+    for response in (await server.http.post(CHAT, json=LONG), await server.http.get("/health")):
+        assert response.status_code == 503
+        assert response.json()["error"]["type"] == "server_error"
+
+
+async def test_an_engine_that_is_gone_is_noticed_when_sending(server: Serving) -> None:
+    server.engine._inbox.close()
+    await server.until(lambda: not server.service._outbox.poll(0, 2))
+    assert (await server.http.post(CHAT, json=LONG)).status_code == 503
+    assert isinstance(server.service.dead, EngineDeadError)
+
+
+@pytest.mark.serving(delay=0.02)
+async def test_an_error_within_a_stream_is_an_event_and_the_stream_still_ends(server: Serving) -> None:
+    reader, writer = await raw_post(server, CHAT, {**LONG, "stream": True})
+    await reader.readuntil(b"data: ")
+    server.service.fail()
+    rest = (await reader.readuntil(b"data: [DONE]\n\n")).decode()
+    events = [json.loads(line[6:]) for line in rest.splitlines() if line.startswith('data: {"error')]
+    assert [event["error"]["code"] for event in events] == ["engine_unavailable"]
+    writer.close()
+
+
+@pytest.mark.serving(delay=0.003)
+async def test_more_requests_than_the_server_keeps_are_turned_away(server: Serving) -> None:
+    full = server.service.queue.max_live
+    waiting = [asyncio.create_task(server.http.post(CHAT, json=LONG)) for _ in range(full)]
+    await server.until(lambda: server.service.num_live == full)
+    response = await server.http.post(CHAT, json=LONG)
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "overloaded")
+    assert {r.status_code for r in await asyncio.gather(*waiting)} == {200}
+    assert (await server.http.post(CHAT, json=LONG)).status_code == 200
+
+
+@pytest.mark.serving(delay=0.002)
+async def test_aborting_keeps_what_belongs_to_others_and_drops_the_rest(server: Serving) -> None:
+    requests = [Request.make(id=i, prompt=[5, 6, 7], params=SamplingParams(max_tokens=50)) for i in "ab"]
+    events: list[TokenEvent] = []
+    with server.service.submit(requests) as submission:
+        async for batch in submission.batches():
+            events += batch
+            if len(events) > 10:
+                submission.abort(["a"])
+    tokens = {i: [t for e in events if e.id == i for t in e.tokens] for i in "ab"}
+    assert len(tokens["b"]) == 50
+    assert len(tokens["a"]) < 50
+    assert [e.finish for e in events if e.finish is not None] == [FinishReason.LENGTH]
+    await server.until(lambda: server.engine.aborted == ["a"])
+
+
+async def test_a_slow_tokenisation_does_not_stop_other_streams(server: Serving) -> None:
     """The event loop stays free while a long prompt is tokenised."""
-
-    async def check(server: Serving) -> None:
-        words = "word " * 400_000
-        body = {"prompt": words, "max_tokens": 1}
-        slow = asyncio.create_task(server.http.post("/v1/completions", json=body))
-        await asyncio.sleep(0)
-        gaps = []
-        while not slow.done():
-            before = asyncio.get_running_loop().time()
-            await asyncio.sleep(0.001)
-            gaps.append(asyncio.get_running_loop().time() - before)
-        assert (await slow).json()["error"]["code"] == "context_length_exceeded"
-        assert max(gaps) < 0.5
-
-    serve_and(tmp_path, check)
+    words = "word " * 400_000
+    body = {"prompt": words, "max_tokens": 1}
+    slow = asyncio.create_task(server.http.post("/v1/completions", json=body))
+    await asyncio.sleep(0)
+    gaps = []
+    while not slow.done():
+        before = asyncio.get_running_loop().time()
+        await asyncio.sleep(0.001)
+        gaps.append(asyncio.get_running_loop().time() - before)
+    assert (await slow).json()["error"]["code"] == "context_length_exceeded"
+    assert max(gaps) < 0.5
 
 
-def test_chunked_bodies_without_a_length_are_limited_too(tmp_path: Path) -> None:
-    async def check(server: Serving) -> None:
-        async def body() -> Any:
-            for _ in range(17):
-                yield b" " * 2**20
+async def test_chunked_bodies_without_a_length_are_limited_too(server: Serving) -> None:
+    async def body() -> Any:
+        for _ in range(17):
+            yield b" " * 2**20
 
-        response = await server.http.post(CHAT, content=body())
-        assert response.status_code == 413
-        assert isinstance(response, httpx.Response)
-
-    serve_and(tmp_path, check)
+    response = await server.http.post(CHAT, content=body())
+    assert response.status_code == 413
+    assert isinstance(response, httpx.Response)
 
 
-def test_an_offer_of_http2_is_passed_over_in_silence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    async def check(server: Serving) -> None:
-        # As Java's client does by default, with the body of every request.
-        offer = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAEAAEAAAAIAAAAB"}
-        answer = await server.http.post(CHAT, json={**LONG, "max_tokens": 2}, headers=offer)
-        assert answer.json()["usage"]["completion_tokens"] == 2
-        assert [record.message for record in caplog.records if record.levelname == "WARNING"] == []
-
-    serve_and(tmp_path, check)
+async def test_an_offer_of_http2_is_passed_over_in_silence(server: Serving, caplog: pytest.LogCaptureFixture) -> None:
+    # As Java's client does by default, with the body of every request.
+    offer = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAEAAEAAAAIAAAAB"}
+    answer = await server.http.post(CHAT, json={**LONG, "max_tokens": 2}, headers=offer)
+    assert answer.json()["usage"]["completion_tokens"] == 2
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == []

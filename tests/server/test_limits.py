@@ -7,20 +7,24 @@ import contextlib
 import json
 import re
 import socket
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from helpers.serving import Serving, serve_and
+from helpers.serving import Serving, serving
+from minisgl.config import Config
 from minisgl.core.types import Request, SamplingParams
 from minisgl.errors import InvalidRequestError
-from minisgl.server import wire
-from minisgl.server.board import Held
+from minisgl.server import middleware
+from minisgl.server.api_process import HttpServer
+from minisgl.server.engine_client import Queue
 from minisgl.server.errors import OverloadedError, QueueFullError
-from minisgl.server.limits import Limits, Queue
-from minisgl.server.protocol import MAX_MESSAGES
+from minisgl.server.metrics import Metrics
+from minisgl.server.validation import MAX_MESSAGES
 
 TEXT: dict[str, Any] = {"prompt": "hello there", "max_tokens": 3}
 
@@ -30,7 +34,7 @@ def requests(count: int, tokens: int = 10) -> list[Request]:
 
 
 def test_the_queue_takes_what_its_limits_allow_and_no_more() -> None:
-    queue = Queue(Limits(live=8, max_queued_requests=2, max_queued_tokens=30))
+    queue = Queue(Config(max_queued_requests=2, max_queued_tokens=30), Metrics(), 8)
     queue.check(requests(3))  # nothing waits: whatever the server can keep
     queue.enter(10)
     queue.check(requests(1))
@@ -39,7 +43,7 @@ def test_the_queue_takes_what_its_limits_allow_and_no_more() -> None:
     with pytest.raises(QueueFullError, match="prompts of 10 tokens"):
         queue.check(requests(1, tokens=21))
     queue.leave(10, waited=3.0)
-    assert queue.whole == Held(requests=0, tokens=0, live=1)
+    assert (queue.requests, queue.tokens, queue.live) == (0, 0, 1)
     for _ in range(7):
         queue.enter(1)
         queue.leave(1)
@@ -50,113 +54,98 @@ def test_the_queue_takes_what_its_limits_allow_and_no_more() -> None:
 
 
 def test_who_is_turned_away_is_told_to_wait_as_long_as_others_did() -> None:
-    queue = Queue(Limits())
-    assert queue.retry_after == 1
-    for _ in range(50):
+    queue = Queue(Config(max_queued_requests=1), Metrics())
+    for waited, retry_after in ((0.0, 1), (4.0, 4), (1e6, 60)):
+        for _ in range(50):
+            queue.enter(1)
+            queue.leave(1, waited=waited)
         queue.enter(1)
-        queue.leave(1, waited=4.0)
-    assert queue.retry_after == 4
-    for _ in range(50):
-        queue.enter(1)
-        queue.leave(1, waited=1e6)
-    assert queue.retry_after == 60
+        with pytest.raises(QueueFullError) as error:
+            queue.check(requests(1))
+        assert error.value.retry_after == retry_after
+        queue.leave(1)
 
 
 @pytest.mark.parametrize("flags", [{"max_queued_requests": 2}, {"max_queued_tokens": 20}])
-def test_a_full_queue_answers_429_and_takes_requests_again_later(tmp_path: Path, flags: dict[str, int]) -> None:
-    async def check(server: Serving) -> None:
+async def test_a_full_queue_answers_429_and_takes_requests_again_later(tmp_path: Path, flags: dict[str, int]) -> None:
+    async with serving(tmp_path, delay=0.3, **flags) as server:
         body = {"prompt": [5] * 10, "max_tokens": 2}
         waiting = [asyncio.create_task(server.http.post("/v1/completions", json=body)) for _ in range(2)]
         await server.until(lambda: server.service.queue.requests == 2)
         answer = await server.http.post("/v1/completions", json=body)
         assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
         assert 1 <= int(answer.headers["retry-after"]) <= 60
-        assert server.service.metrics.rejected == {"queue_full": 1}
+        page = (await server.http.get("/metrics")).text
+        assert 'request_rejected_total{model_name="stub-model",reason="queue_full"} 1.0' in page
         assert [r.status_code for r in await asyncio.gather(*waiting)] == [200, 200]
         assert (server.service.queue.requests, server.service.queue.tokens) == (0, 0)
         assert (await server.http.post("/v1/completions", json=body)).status_code == 200
 
-    serve_and(tmp_path, check, delay=0.3, **flags)
+
+@pytest.mark.serving(delay=0.02, request_timeout=0.8)
+async def test_a_request_that_takes_too_long_ends_with_504_and_frees_what_it_held(server: Serving) -> None:
+    body = {"prompt": "hello there", "max_tokens": 100}
+    answer = await server.http.post("/v1/completions", json=body)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "request_timeout")
+    stream = await server.http.post("/v1/completions", json={**body, "stream": True})
+    events = [json.loads(line[6:]) for line in stream.text.splitlines() if line.startswith("data: {")]
+    assert stream.status_code == 200
+    assert len(events) > 2
+    assert events[-1]["error"]["code"] == "request_timeout"
+    assert stream.text.endswith("data: [DONE]\n\n")
+    await server.until(lambda: not server.engine.live)
+    assert len(server.engine.aborted) == 2
+    assert server.service.num_live == 0
+    page = (await server.http.get("/metrics")).text
+    assert 'request_success_total{finished_reason="timeout",model_name="stub-model"} 2.0' in page
+    assert (await server.http.post("/v1/completions", json={**body, "max_tokens": 2})).status_code == 200
 
 
-def test_a_request_that_takes_too_long_ends_with_504_and_frees_what_it_held(tmp_path: Path) -> None:
-    async def check(server: Serving) -> None:
-        body = {"prompt": "hello there", "max_tokens": 100}
-        answer = await server.http.post("/v1/completions", json=body)
-        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "request_timeout")
-        stream = await server.http.post("/v1/completions", json={**body, "stream": True})
-        events = [json.loads(line[6:]) for line in stream.text.splitlines() if line.startswith("data: {")]
-        assert stream.status_code == 200
-        assert len(events) > 2
-        assert events[-1]["error"]["code"] == "request_timeout"
-        assert stream.text.endswith("data: [DONE]\n\n")
-        await server.until(lambda: not server.engine.live)
-        assert len(server.engine.aborted) == 2
-        assert server.service.num_live == 0
-        assert server.service.metrics.finished["timeout"] == 2
-        assert (await server.http.post("/v1/completions", json={**body, "max_tokens": 2})).status_code == 200
-
-    serve_and(tmp_path, check, delay=0.02, request_timeout=0.8)
-
-
-def test_a_conversation_has_a_limit_of_messages(tmp_path: Path) -> None:
-    async def check(server: Serving) -> None:
-        messages = [{"role": "user", "content": ""}] * (MAX_MESSAGES + 1)
-        answer = await server.http.post("/v1/chat/completions", json={"messages": messages})
-        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages")
-        assert server.engine.seen == []
-
-    serve_and(tmp_path, check)
+async def test_a_conversation_has_a_limit_of_messages(server: Serving) -> None:
+    messages = [{"role": "user", "content": ""}] * (MAX_MESSAGES + 1)
+    answer = await server.http.post("/v1/chat/completions", json={"messages": messages})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "messages")
+    assert server.engine.seen == []
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_too_large_a_head_is_refused(tmp_path: Path, whole: bool) -> None:
-    async def check(server: Serving) -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-        writer.write(b"GET /version HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * (wire.HEAD_LIMIT * 8))
-        if whole:
-            writer.write(b"\r\n\r\n")
-        head = await reader.readuntil(b"\r\n\r\n")
-        assert head.startswith(b"HTTP/1.1 431 "), head
-        writer.close()
-        assert (await server.http.get("/version")).status_code == 200
-
-    serve_and(tmp_path, check)
+async def test_too_large_a_head_is_refused(server: Serving, whole: bool) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write(b"GET /version HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * (middleware.HEAD_LIMIT * 8))
+    if whole:
+        writer.write(b"\r\n\r\n")
+    head = await reader.readuntil(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 431 "), head
+    writer.close()
+    assert (await server.http.get("/version")).status_code == 200
 
 
 @pytest.mark.parametrize("before", [b"", b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n"])
-@pytest.mark.parametrize(("length", "status"), [(wire.HEAD_LIMIT, b"200"), (wire.HEAD_LIMIT + 1, b"431")])
-def test_a_head_is_refused_by_its_size_however_it_comes(
-    tmp_path: Path, before: bytes, length: int, status: bytes
+@pytest.mark.parametrize(("length", "status"), [(middleware.HEAD_LIMIT, b"200"), (middleware.HEAD_LIMIT + 1, b"431")])
+async def test_a_head_is_refused_by_its_size_however_it_comes(
+    server: Serving, before: bytes, length: int, status: bytes
 ) -> None:
     start, end = b"GET /version HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Long: ", b"\r\n\r\n"
     head = start + b"a" * (length - len(start) - len(end)) + end
-
-    async def check(server: Serving) -> None:
-        for pieces in ([before + head], [before + head[:100], head[100:]]):
-            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-            for piece in pieces:
-                writer.write(piece)
-                await asyncio.sleep(0.05)
-            answer = await reader.read()
-            assert re.findall(rb"HTTP/1.1 (\d+) ", answer) == [*([b"200"] if before else []), status]
-            assert (b"headers_too_large" in answer) == (status == b"431")
-            writer.close()
-
-    serve_and(tmp_path, check)
-
-
-def test_what_is_not_http_is_answered_in_openais_form(tmp_path: Path) -> None:
-    async def check(server: Serving) -> None:
+    for pieces in ([before + head], [before + head[:100], head[100:]]):
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-        writer.write(b"\x16\x03\x01 hello\r\n\r\n")
+        for piece in pieces:
+            writer.write(piece)
+            await asyncio.sleep(0.05)
         answer = await reader.read()
-        head, _, body = answer.partition(b"\r\n\r\n")
-        assert head.startswith(b"HTTP/1.1 400 ")
-        assert json.loads(body)["error"]["code"] == "invalid_http"
+        assert re.findall(rb"HTTP/1.1 (\d+) ", answer) == [*([b"200"] if before else []), status]
+        assert (b"headers_too_large" in answer) == (status == b"431")
         writer.close()
 
-    serve_and(tmp_path, check)
+
+async def test_what_is_not_http_is_answered_in_openais_form(server: Serving) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write(b"\x16\x03\x01 hello\r\n\r\n")
+    answer = await reader.read()
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert json.loads(body)["error"]["code"] == "invalid_http"
+    writer.close()
 
 
 @pytest.mark.parametrize(
@@ -164,80 +153,120 @@ def test_what_is_not_http_is_answered_in_openais_form(tmp_path: Path) -> None:
     [b"", b"POST /v1/comp", b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n{"],
     ids=["nothing", "half a head", "half a body"],
 )
-def test_a_client_that_falls_silent_is_cut_off(tmp_path: Path, data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "READ_TIMEOUT", 0.2)
+async def test_a_client_that_falls_silent_is_cut_off(
+    server: Serving, data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(middleware, "READ_TIMEOUT", 0.2)
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write(data)
+    with contextlib.suppress(ConnectionResetError):
+        assert await reader.read() == b""
+    writer.close()
 
-    async def check(server: Serving) -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-        writer.write(data)
-        with contextlib.suppress(ConnectionResetError):
-            assert await reader.read() == b""
+
+@pytest.mark.serving(delay=0.04)
+async def test_a_client_that_works_slowly_is_not_cut_off(server: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "READ_TIMEOUT", 0.2)
+    answer = await server.http.post("/v1/completions", json={"prompt": "hi", "max_tokens": 20})
+    assert answer.status_code == 200, "generating took longer than a client may be silent"
+    assert (await server.http.get("/version")).status_code == 200
+
+
+@contextlib.asynccontextmanager
+async def serving_app(app: ASGIApp, write_timeout: float = 30.0) -> AsyncIterator[int]:
+    """Any application under the server's own protocol; the port."""
+    listening = asyncio.Event()
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = HttpServer(app, listening.set, Config(write_timeout=write_timeout))
+    running = asyncio.create_task(server.serve([listener]))
+    await listening.wait()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        server.should_exit = True
+        await running
+
+
+async def test_a_client_that_reads_on_after_a_pause_is_not_cut_off() -> None:
+    sizes, resumed = (2**23, 10), asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"8388618")]})
+        await send({"type": "http.response.body", "body": b"x" * sizes[0], "more_body": True})  # until it is read
+        resumed.set()
+        await asyncio.sleep(0.6)  # twice the timeout
+        await send({"type": "http.response.body", "body": b"x" * sizes[1]})
+
+    async with asyncio.timeout(30), serving_app(app, write_timeout=0.3) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert not resumed.is_set()
+        assert len((await reader.read(-1)).partition(b"\r\n\r\n")[2]) == sum(sizes)
         writer.close()
 
-    serve_and(tmp_path, check)
+
+async def test_a_client_is_not_cut_off_while_the_server_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware, "READ_TIMEOUT", 0.2)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.6)  # three times the timeout
+        size, more = 0, True
+        while more:
+            message = await receive()
+            assert message["type"] == "http.request"
+            size, more = size + len(message["body"]), message["more_body"]
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"x-size", str(size).encode())]})
+        await send({"type": "http.response.body"})
+
+    async with asyncio.timeout(30), serving_app(app) as port, httpx.AsyncClient() as client:
+        answer = await client.post(f"http://127.0.0.1:{port}/", content=b"x" * 2**22)
+        assert answer.headers["x-size"] == str(2**22)
 
 
-def test_a_client_that_works_slowly_is_not_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "READ_TIMEOUT", 0.2)
-
-    async def check(server: Serving) -> None:
-        answer = await server.http.post("/v1/completions", json={"prompt": "hi", "max_tokens": 20})
-        assert answer.status_code == 200, "generating took longer than a client may be silent"
-        assert (await server.http.get("/version")).status_code == 200
-
-    serve_and(tmp_path, check, delay=0.04)
-
-
-def test_a_client_that_does_not_read_its_answer_frees_its_pages(tmp_path: Path) -> None:
-    async def check(server: Serving) -> None:
-        slow = socket.socket()
-        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        slow.setblocking(False)
-        loop = asyncio.get_running_loop()
-        await loop.sock_connect(slow, ("127.0.0.1", server.port))
-        body = json.dumps({"prompt": ["hello there"] * 8, "max_tokens": 30_000, "stream": True}).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-        await loop.sock_sendall(slow, head.encode() + body)
-        await server.until(lambda: server.service.num_live == 8)
-        for _ in range(5):
-            await loop.sock_recv(slow, 1)  # a byte now and then is no reading
-            await asyncio.sleep(0.05)
-        await server.until(lambda: server.service.num_live == 0, timeout=30)
-        await server.until(lambda: not server.engine.live)
-        assert len(server.engine.aborted) == 8
-        assert max(server.engine.given.values()) < 30_000
-        slow.close()
-        assert (await server.http.post("/v1/completions", json=TEXT)).status_code == 200
-
-    serve_and(tmp_path, check, write_timeout=0.5, max_seq_len=40_000)
+@pytest.mark.serving(write_timeout=0.5, max_seq_len=40000)
+async def test_a_client_that_does_not_read_its_answer_frees_its_pages(server: Serving) -> None:
+    slow = socket.socket()
+    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    slow.setblocking(False)
+    loop = asyncio.get_running_loop()
+    await loop.sock_connect(slow, ("127.0.0.1", server.port))
+    body = json.dumps({"prompt": ["hello there"] * 8, "max_tokens": 30_000, "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    await loop.sock_sendall(slow, head.encode() + body)
+    await server.until(lambda: server.service.num_live == 8)
+    for _ in range(5):
+        await loop.sock_recv(slow, 1)  # a byte now and then is no reading
+        await asyncio.sleep(0.05)
+    await server.until(lambda: server.service.num_live == 0, timeout=30)
+    await server.until(lambda: not server.engine.live)
+    assert len(server.engine.aborted) == 8
+    assert max(server.engine.given.values()) < 30_000
+    slow.close()
+    assert (await server.http.post("/v1/completions", json=TEXT)).status_code == 200
 
 
-def test_a_client_that_reads_is_not_cut_off(tmp_path: Path) -> None:
-    async def check(server: Serving) -> None:
-        body = {"prompt": "hello there", "max_tokens": 3000, "stream": True}
-        async with server.http.stream("POST", "/v1/completions", json=body) as answer:
-            lines = [line async for line in answer.aiter_lines() if line]
-        assert '"finish_reason":"length"' in lines[-2]
-        assert lines[-1] == "data: [DONE]"
-        assert max(server.engine.given.values()) == 3000
-
-    serve_and(tmp_path, check, write_timeout=0.2, max_seq_len=4096)
+@pytest.mark.serving(write_timeout=0.2, max_seq_len=4096)
+async def test_a_client_that_reads_is_not_cut_off(server: Serving) -> None:
+    body = {"prompt": "hello there", "max_tokens": 3000, "stream": True}
+    async with server.http.stream("POST", "/v1/completions", json=body) as answer:
+        lines = [line async for line in answer.aiter_lines() if line]
+    assert '"finish_reason":"length"' in lines[-2]
+    assert lines[-1] == "data: [DONE]"
+    assert max(server.engine.given.values()) == 3000
 
 
-def test_a_draining_server_finishes_what_it_has_and_refuses_the_rest(tmp_path: Path) -> None:
-    async def check(server: Serving) -> None:
-        body = {"prompt": "hello there", "max_tokens": 40}
-        running = asyncio.create_task(server.http.post("/v1/completions", json=body))
-        await server.until(lambda: server.service.num_live == 1)
-        draining = asyncio.create_task(server.service.drain())
-        await asyncio.sleep(0)
-        for path, method in (("/v1/completions", "POST"), ("/ready", "GET")):
-            refused: httpx.Response = await server.http.request(method, path, json=body)
-            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
-            assert refused.headers["retry-after"] == "5"
-        assert (await server.http.get("/health")).status_code == 200
-        assert not draining.done()
-        assert (await running).json()["usage"]["completion_tokens"] == 40
-        await asyncio.wait_for(draining, 5)
-
-    serve_and(tmp_path, check, delay=0.02)
+@pytest.mark.serving(delay=0.02)
+async def test_a_draining_server_finishes_what_it_has_and_refuses_the_rest(server: Serving) -> None:
+    body = {"prompt": "hello there", "max_tokens": 40}
+    running = asyncio.create_task(server.http.post("/v1/completions", json=body))
+    await server.until(lambda: server.service.num_live == 1)
+    draining = asyncio.create_task(server.service.drain())
+    await asyncio.sleep(0)
+    for path, method in (("/v1/completions", "POST"), ("/ready", "GET")):
+        refused: httpx.Response = await server.http.request(method, path, json=body)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+        assert refused.headers["retry-after"] == "5"
+    assert (await server.http.get("/health")).status_code == 200
+    assert not draining.done()
+    assert (await running).json()["usage"]["completion_tokens"] == 40
+    await asyncio.wait_for(draining, 5)

@@ -1,62 +1,57 @@
-"""The web page at /: what a browser gets, what it may do with it, and that nothing comes from elsewhere."""
+"""The web page at /: what a browser gets, what it may do with it, and that it loads nothing from other servers."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import re
-from pathlib import Path
 
 import pytest
 
-from helpers.serving import Serving, serve_and
-from minisgl.server.page import PAGE, policy
+from helpers.serving import Serving
+from minisgl.server.app import PAGE, page_headers
 
 HTML = PAGE.read_text(encoding="utf-8")
+POLICY = page_headers()["Content-Security-Policy"]
 KEY = {"Authorization": "Bearer one"}
 SCRIPT = "".join(re.findall(r"<script>(.*?)</script>", HTML, re.DOTALL))
 
 
-def test_the_page_needs_no_key_and_what_it_asks_for_does(tmp_path: Path) -> None:
-    async def check(server: Serving) -> None:
-        page = await server.http.get("/")
-        assert (page.status_code, page.text) == (200, HTML)
-        assert page.headers["content-type"] == "text/html; charset=utf-8"
-        assert page.headers["x-content-type-options"] == "nosniff"
-        assert page.headers["content-security-policy"] == policy(HTML)
-        assert (await server.http.head("/")).status_code == 200
-        assert (await server.http.post("/")).status_code == 405
-        for path in re.findall(r'fetch\("([^"]+)"', SCRIPT):
-            assert (await server.http.get(f"/{path}")).status_code == 401
-        assert "/" not in (await server.http.get("/openapi.json", headers=KEY)).json()["paths"]
-
-    serve_and(tmp_path, check, api_key=("one",))
+@pytest.mark.serving(api_key=("one",))
+async def test_the_page_needs_no_key_and_what_it_asks_for_does(server: Serving) -> None:
+    page = await server.http.get("/")
+    assert (page.status_code, page.text) == (200, HTML)
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert page.headers["x-content-type-options"] == "nosniff"
+    assert page.headers["content-security-policy"] == POLICY
+    assert (await server.http.head("/")).status_code == 200
+    assert (await server.http.post("/")).status_code == 405
+    for path in re.findall(r'fetch\("([^"]+)"', SCRIPT):
+        assert (await server.http.get(f"/{path}")).status_code == 401
+    assert "/" not in (await server.http.get("/openapi.json", headers=KEY)).json()["paths"]
 
 
-def test_what_the_page_asks_for_is_there(tmp_path: Path) -> None:
-    async def check(server: Serving) -> None:
-        paths = re.findall(r'fetch\("([^"]+)"', SCRIPT)
-        assert sorted(paths) == ["v1/chat/completions", "v1/models"]
-        assert (await server.http.get("/v1/models")).json()["data"][0]["id"]
-        server.speak("hello there")
-        body = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
-        lines: list[str] = []
-        async with server.http.stream(
-            "POST", "/v1/chat/completions", json={**body, "stream_options": {"include_usage": True}}
-        ) as answer:
-            lines += [line async for line in answer.aiter_lines() if line]
-        assert all(line.startswith("data: ") for line in lines)  # all that its reader of events knows
-        assert '"completion_tokens"' in lines[-2]
-        assert lines[-1] == "data: [DONE]"
-
-    serve_and(tmp_path, check)
+async def test_what_the_page_asks_for_is_there(server: Serving) -> None:
+    paths = re.findall(r'fetch\("([^"]+)"', SCRIPT)
+    assert sorted(paths) == ["v1/chat/completions", "v1/models"]
+    assert (await server.http.get("/v1/models")).json()["data"][0]["id"]
+    server.speak("hello there")
+    body = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
+    lines: list[str] = []
+    async with server.http.stream(
+        "POST", "/v1/chat/completions", json={**body, "stream_options": {"include_usage": True}}
+    ) as answer:
+        lines += [line async for line in answer.aiter_lines() if line]
+    assert all(line.startswith("data: ") for line in lines)  # all that its reader of events knows
+    assert '"completion_tokens"' in lines[-2]
+    assert lines[-1] == "data: [DONE]"
 
 
 @pytest.mark.parametrize("tag", ["style", "script"])
 def test_a_browser_runs_what_is_in_the_page_and_nothing_else(tag: str) -> None:
     (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", HTML, re.DOTALL)
     source = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    rules = dict(rule.strip().split(" ", 1) for rule in policy(HTML).split(";"))
+    rules = dict(rule.strip().split(" ", 1) for rule in POLICY.split(";"))
     assert rules[f"{tag}-src"] == f"'sha256-{source}'"
     assert rules["default-src"] == "'none'"
     assert not re.search(r"\son\w+=|\sstyle=", HTML.replace(text, ""))  # the policy would keep them from working

@@ -7,7 +7,6 @@ memory of both processes may grow by 2 % at most.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
 import os
 import random
@@ -46,13 +45,6 @@ def server(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
         process.wait(60)
 
 
-@dataclasses.dataclass
-class Tally:
-    """What became of every request."""
-
-    outcomes: Counter[str] = dataclasses.field(default_factory=Counter)
-
-
 def resident(pid: int) -> int:
     """Bytes of memory that a process holds."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -83,7 +75,7 @@ def make_request(rng: random.Random) -> tuple[str, dict[str, Any]]:
     return "/v1/completions", body
 
 
-async def client(http: httpx.AsyncClient, rng: random.Random, until: float, tally: Tally) -> None:
+async def client(http: httpx.AsyncClient, rng: random.Random, until: float, outcomes: Counter[str]) -> None:
     """Ask for one answer after the other; sometimes leave in the middle of one."""
     while time.monotonic() < until:
         path, body = make_request(rng)
@@ -93,10 +85,10 @@ async def client(http: httpx.AsyncClient, rng: random.Random, until: float, tall
                 async with asyncio.timeout(None if leave_after is None else leave_after / 20):
                     answer = await http.post(path, json=body)
             except TimeoutError:
-                tally.outcomes["left"] += 1
+                outcomes["left"] += 1
                 continue
             good = answer.status_code == (400 if body["max_tokens"] < 0 else 200)
-            tally.outcomes["good" if good else f"bad {answer.status_code} {answer.text[:200]}"] += 1
+            outcomes["good" if good else f"bad {answer.status_code} {answer.text[:200]}"] += 1
             continue
         events: list[str] = []
         async with http.stream("POST", path, json=body) as answer:
@@ -106,12 +98,12 @@ async def client(http: httpx.AsyncClient, rng: random.Random, until: float, tall
                 if leave_after is not None and len(events) > leave_after:
                     break
         if leave_after is not None and len(events) > leave_after:
-            tally.outcomes["left"] += 1
+            outcomes["left"] += 1
         elif answer.status_code == 400:
-            tally.outcomes["good" if body["max_tokens"] < 0 else "bad 400"] += 1
+            outcomes["good" if body["max_tokens"] < 0 else "bad 400"] += 1
         else:
             whole = events[-1] == "data: [DONE]" and "error" not in json.loads(events[-2][6:])
-            tally.outcomes["good" if whole else f"bad {events[-2]}"] += 1
+            outcomes["good" if whole else f"bad {events[-2]}"] += 1
 
 
 @pytest.mark.soak
@@ -122,12 +114,12 @@ def test_minutes_of_mixed_load_leak_nothing() -> None:
 
     async def main(process: subprocess.Popen[str], url: str) -> None:
         pids = [process.pid, *children(process.pid)]
-        tally, memory = Tally(), list[tuple[float, list[int]]]()
+        outcomes, memory = Counter[str](), list[tuple[float, list[int]]]()
         started = time.monotonic()
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as http:
             clients = [
-                asyncio.create_task(client(http, random.Random(i), started + seconds, tally)) for i in range(CLIENTS)
+                asyncio.create_task(client(http, random.Random(i), started + seconds, outcomes)) for i in range(CLIENTS)
             ]
             while time.monotonic() < started + seconds:
                 await asyncio.sleep(2)
@@ -135,9 +127,9 @@ def test_minutes_of_mixed_load_leak_nothing() -> None:
                 if random.random() < 0.1:
                     await http.post("/flush_cache")
             await asyncio.gather(*clients)
-            bad = {what: count for what, count in tally.outcomes.items() if what not in ("good", "left")}
+            bad = {what: count for what, count in outcomes.items() if what not in ("good", "left")}
             assert not bad
-            assert tally.outcomes["good"] > CLIENTS
+            assert outcomes["good"] > CLIENTS
             async with asyncio.timeout(30):
                 while True:
                     stats = (await http.get("/server_info")).json()["stats"]
@@ -148,7 +140,7 @@ def test_minutes_of_mixed_load_leak_nothing() -> None:
             stats = (await http.get("/server_info")).json()
             assert stats["stats"]["pages_free"] == stats["stats"]["pages_total"]
             assert stats["queued"] == {"requests": 0, "tokens": 0}
-            print(f"\n{dict(tally.outcomes)}; {stats['stats']}")
+            print(f"\n{dict(outcomes)}; {stats['stats']}")
             grown = []
             for name, sizes in zip(("API", "engine"), zip(*(sizes for _, sizes in memory), strict=True), strict=True):
                 warm = [

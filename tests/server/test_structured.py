@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 
+from helpers.grammars import tiny_vocabulary
 from helpers.tiny_tokenizers import write_tokenizer
 from minisgl.core.types import FinishReason, Grammar, Request, SamplingParams, TokenEvent
 from minisgl.errors import InvalidRequestError, UnsupportedParameterError
-from minisgl.server.generation import Choice
-from minisgl.server.structured import grammar_from_request
+from minisgl.server.completion import ChoiceState
+from minisgl.server.protocol import ChatRequest, CompletionRequest
+from minisgl.server.structured import forced_call_grammar, requested_grammar
+from minisgl.text.grammar import compile_grammar
 from minisgl.text.tokenizer import Tokenizer
 
 SCHEMA = {"type": "object", "properties": {"größe": {"type": "integer"}}}
@@ -49,16 +52,16 @@ GOOD: tuple[tuple[dict[str, Any], Grammar | None], ...] = (
 )
 
 
+def requested(fields: dict[str, Any]) -> tuple[Grammar | None, str | None]:
+    """The grammar that a request with these fields asks for, and the field."""
+    return requested_grammar(CompletionRequest.parse(json.dumps({"prompt": "x", **fields}).encode()))
+
+
 @pytest.mark.parametrize(("fields", "grammar"), GOOD, ids=lambda value: str(value)[:60])
 def test_fields_become_a_grammar(fields: dict[str, Any], grammar: Grammar | None) -> None:
-    assert grammar_from_request(fields) == grammar
-
-
-def nested(depth: int) -> dict[str, Any]:
-    value: dict[str, Any] = {}
-    for _ in range(depth):
-        value = {"items": value}
-    return value
+    found, field = requested(fields)
+    assert found == grammar
+    assert field == (None if grammar is None else list(fields)[-1])
 
 
 INNER = "response_format.json_schema"
@@ -77,19 +80,18 @@ BAD: tuple[tuple[dict[str, Any], str], ...] = (
     (openai(name="x", schema=SCHEMA, description=1), f"{INNER}.description"),
     (openai(name="x", schema=SCHEMA, extra=1), f"{INNER}.extra"),
     (openai(name="x", schema={"minimum": float("inf")}), f"{INNER}.schema"),
-    (openai(name="x", schema=nested(100_000)), f"{INNER}.schema"),
     ({"guided_json": 1}, "guided_json"),
     ({"guided_regex": ["a"]}, "guided_regex"),
     ({"guided_choice": []}, "guided_choice"),
-    ({"guided_choice": ["a", 1]}, "guided_choice"),
-    ({"guided_choice": ["a", ""]}, "guided_choice"),
+    ({"guided_choice": ["a", 1]}, "guided_choice.1"),
+    ({"guided_choice": ["a", ""]}, "guided_choice.1"),
     ({"guided_choice": "a"}, "guided_choice"),
     ({"guided_grammar": "  "}, "guided_grammar"),
     ({"structured_outputs": []}, "structured_outputs"),
     ({"structured_outputs": {}}, "structured_outputs"),
     ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
     ({"structured_outputs": {"json_object": False}}, "structured_outputs.json_object"),
-    ({"guided_regex": "a", "guided_json": SCHEMA}, "guided_json"),
+    ({"guided_regex": "a", "guided_json": SCHEMA}, "guided_regex"),
     ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex"),
 )
 
@@ -97,7 +99,7 @@ BAD: tuple[tuple[dict[str, Any], str], ...] = (
 @pytest.mark.parametrize(("fields", "param"), BAD, ids=[str(i) for i in range(len(BAD))])
 def test_a_malformed_field_is_named(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(InvalidRequestError) as caught:
-        grammar_from_request(fields)
+        requested(fields)
     assert caught.value.param == param
     assert caught.value.status == 400
 
@@ -115,7 +117,7 @@ def test_a_malformed_field_is_named(fields: dict[str, Any], param: str) -> None:
 )
 def test_what_is_not_supported_is_refused_by_name(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(UnsupportedParameterError) as caught:
-        grammar_from_request(fields)
+        requested(fields)
     assert caught.value.param == param
 
 
@@ -123,8 +125,49 @@ def test_a_form_that_is_complete_before_min_tokens_loses_no_text(tmp_path: Path)
     write_tokenizer(tmp_path)
     tokenizer = Tokenizer.load(tmp_path)
     ids = tokenizer.encode("yes")
-    choice = Choice(0, Request.make(id="x", prompt=[5], params=SamplingParams(min_tokens=9)), tokenizer)
+    choice = ChoiceState(0, Request.make(id="x", prompt=[5], params=SamplingParams(min_tokens=9)), tokenizer)
     # Nothing more is allowed: the engine ends the request in the step of its last token, without a stop token.
     events = [TokenEvent(id="x", tokens=(token,)) for token in ids]
     piece = choice.take([*events, TokenEvent(id="x", finish=FinishReason.STOP)])
     assert (piece.text, piece.finish, choice.token_ids) == ("yes", FinishReason.STOP, ids)
+
+
+DEFINED = {"$ref": "#/$defs/x", "$defs": {"x": {"properties": {"a": {"type": "integer"}}, "required": ["a"]}}}
+
+
+def chat(**function: Any) -> ChatRequest:
+    """A request for a call of one function."""
+    tool = {"type": "function", "function": {"name": "f", **function}}
+    body = {"messages": [{"role": "user", "content": "x"}], "tools": [tool], "tool_choice": "required"}
+    return ChatRequest.parse(json.dumps(body).encode())
+
+
+@pytest.mark.parametrize(
+    ("function", "good", "bad"),
+    [
+        ({}, ["{}"], ['{"a": 1}', '"x"', "null"]),
+        ({"parameters": None}, ["{}"], ['{"a": 1}', '"x"']),
+        ({"parameters": {}}, ["{}", '{"a": 1}'], ['"x"', "[1]"]),
+        ({"parameters": {"properties": {"a": {"type": "integer"}}}}, ['{"a": 1}'], ['{"a": "x"}', '"x"', "1"]),
+        ({"parameters": {"type": ["object", "null"]}}, ['{"a": 1}'], ["null"]),
+        ({"parameters": DEFINED}, ['{"a": 1}'], ['"x"', "{}"]),
+        ({"parameters": {"anyOf": [{"required": ["a"]}, {"required": ["b"]}]}}, ['{"b": 1}'], ['"x"', "{}"]),
+    ],
+    ids=str,
+)
+def test_the_arguments_are_an_object_and_none_where_none_are_declared(
+    tmp_path: Path, function: dict[str, Any], good: list[str], bad: list[str]
+) -> None:
+    vocabulary = tiny_vocabulary(tmp_path)
+    constraint = compile_grammar(forced_call_grammar(chat(**function)), vocabulary)
+    for arguments in good + bad:
+        way = constraint.copy()
+        text = f'[{{"name": "f", "arguments": {arguments}}}]'
+        taken = all(way.accept(token) for token in vocabulary.tokens.tokenize_str(text)) and way.may_end
+        assert taken is (arguments in good), arguments
+
+
+def test_parameters_that_are_no_object_are_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="must be the JSON schema of an object") as caught:
+        chat(parameters={"type": "string"})
+    assert caught.value.param == "tools.0.function.parameters"

@@ -8,15 +8,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minisgl.server.callforms import HERMES, LLAMA, MISTRAL, CallForm, forced, recognise
-from minisgl.server.chat_answer import message_of
-from minisgl.server.parts import CallBroken, CallEnd, CallStart, Content, Part, Reasoning, merged
-from minisgl.server.reading import Reading
-from minisgl.server.thinking import ThinkSplitter
-from minisgl.server.toolcalls import HEAD_LIMIT, ToolParser
+from minisgl.server.responses import ChatDelta
+from minisgl.server.tools import (
+    HEAD_LIMIT,
+    HERMES,
+    LLAMA,
+    MISTRAL,
+    ReasoningParser,
+    ToolCallParser,
+    ToolFormat,
+    detect_tool_format,
+)
 
 NAMES = frozenset({"f", "get_weather"})
-FORCED = forced(HERMES)
+FORCED = HERMES.forced()
 FORMS = {"hermes": HERMES, "llama": LLAMA, "mistral": MISTRAL, "forced": FORCED}
 PIECES = (
     "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>", '{"name": "f", "arguments": {"a": 1}}',
@@ -35,52 +40,68 @@ def cut(text: str, cuts: list[int]) -> list[str]:
     return [text[a:b] for a, b in itertools.pairwise(ends)]
 
 
-def read(pieces: list[str], form: CallForm, limit: int | None = None) -> list[Part]:
-    parser = ToolParser(form, NAMES, limit)
-    parts = [part for piece in pieces for part in parser.push(piece)]
-    return merged([*parts, *parser.finish()])
+Entry = tuple[str, int, str]
+"""What a delta gives: its kind, the index of its call, and text."""
 
 
-def calls(parts: list[Part], form: CallForm) -> tuple[str | None, list[tuple[str, Any]]]:
-    """Content, and the calls as a client reads them."""
-    message = message_of(parts, Reading(form=form, names=NAMES))
-    found = message.tool_calls or []
-    return message.content, [(str(c.function.name), json.loads(c.function.arguments)) for c in found]
+def entries(deltas: list[ChatDelta]) -> list[Entry]:
+    """The deltas with neighbouring texts of one kind joined."""
+    found: list[Entry] = []
+    for delta in deltas:
+        if delta.content:
+            found.append(("content", 0, delta.content))
+        for call in delta.tool_calls or ():
+            kind = ("name", str(call.function.name)) if call.id else ("arguments", call.function.arguments)
+            found.append((kind[0], int(call.index or 0), kind[1]))
+    joined = itertools.groupby(found, key=lambda entry: entry[:2])
+    return [(*key, "".join(text for *_, text in group)) for key, group in joined]
 
 
-def shown(parts: list[Part]) -> str:
-    """All text in the parts, whatever it was taken for."""
-    return "".join(getattr(p, "rest", "") or getattr(p, "text", "") for p in parts)
+def read(pieces: list[str], form: ToolFormat, limit: int | None = None, stream: bool = True) -> list[Entry]:
+    parser = ToolCallParser(form, NAMES, limit, stream)
+    deltas = [delta for piece in pieces for delta in parser.push(piece)]
+    return entries([*deltas, *parser.finish()])
 
 
+def whole(pieces: list[str], form: ToolFormat, limit: int | None = None) -> tuple[str | None, list[tuple[str, Any]]]:
+    """Content and calls of a whole answer."""
+    found = read(pieces, form, limit, stream=False)
+    names = [text for kind, _, text in found if kind == "name"]
+    arguments = [json.loads(text) for kind, _, text in found if kind == "arguments"]
+    content = "".join(text for kind, _, text in found if kind == "content")
+    return content or None if names else content, list(zip(names, arguments, strict=True))
+
+
+@pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @given(TEXTS, st.lists(st.integers(0, 400), max_size=12))
-@settings(max_examples=400, deadline=None)
-def test_any_split_gives_the_same_parts_as_the_whole(form: CallForm, text: str, cuts: list[int]) -> None:
-    whole = read([text], form)
-    assert read(cut(text, cuts), form) == whole
-    assert read(list(text), form) == whole
+@settings(max_examples=250, deadline=None)
+def test_any_split_gives_the_same_as_no_split(form: ToolFormat, stream: bool, text: str, cuts: list[int]) -> None:
+    at_once = read([text], form, stream=stream)
+    assert read(cut(text, cuts), form, stream=stream) == at_once
+    assert read(list(text), form, stream=stream) == at_once
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 @given(TEXTS)
 @settings(max_examples=300, deadline=None)
-def test_calls_are_whole_and_the_rest_is_content(form: CallForm, text: str) -> None:
-    parts = read([text], form)
-    started = [p.index for p in parts if isinstance(p, CallStart)]
-    assert started == sorted(set(started))
-    ended = [p.index for p in parts if isinstance(p, (CallEnd, CallBroken))]
-    assert ended == started
-    content, found = calls(parts, form)
+def test_calls_are_whole_and_the_rest_is_content(form: ToolFormat, text: str) -> None:
+    content, found = whole([text], form)
     assert all(name in NAMES and isinstance(arguments, dict) for name, arguments in found)
-    if not found:
-        assert content == text
+    assert found or content == text
+    streamed = read([text], form)
+    starts = [(index, name) for kind, index, name in streamed if kind == "name"]
+    assert {name for _, name in starts} <= NAMES
+    assert [index for index, _ in starts] == list(range(len(starts)))
+    assert len(starts) >= len(found)
+    if len(starts) == len(found):
+        assert streamed == read([text], form, stream=False)
 
 
 @pytest.mark.parametrize("text", [p for p in PIECES if "tool" not in p.lower()] + ["2 < 3", "x <tool y", "[1, 2]"])
 @pytest.mark.parametrize("form", [HERMES, MISTRAL])
-def test_text_without_a_marker_is_content(form: CallForm, text: str) -> None:
-    assert calls(read(list(text), form), form) == (text, [])
+def test_text_without_a_marker_is_content(form: ToolFormat, text: str) -> None:
+    assert whole(list(text), form) == (text, [])
 
 
 CALL = {"name": "f", "arguments": {"a": [1, {"b": "}"}]}}
@@ -109,9 +130,9 @@ WANTED = [("f", CALL["arguments"])]
         (FORCED, " [ " + json.dumps(CALL, indent=2) + " ]", None, 1),
     ],
 )  # fmt: skip
-def test_the_forms_models_write(form: CallForm, text: str, content: str | None, count: int) -> None:
+def test_the_forms_models_write(form: ToolFormat, text: str, content: str | None, count: int) -> None:
     for pieces in ([text], list(text)):
-        assert calls(read(pieces, form), form) == (content, WANTED * count)
+        assert whole(pieces, form) == (content, WANTED * count)
 
 
 @pytest.mark.parametrize(
@@ -123,24 +144,28 @@ def test_the_forms_models_write(form: CallForm, text: str, content: str | None, 
         '<tool_call>{"name": "f", "arguments": "{}"}</tool_call>', "<tool_call>null</tool_call>", "<tool_call>" * 5,
         '<tool_call>{"name": "f", "arguments": {"a": "\\x"}}</tool_call>', '<tool_call>{"name": "f", "arguments": {}',
         '<tool_call>{"name": "f", "arguments": {"a": 1]}</tool_call>', "<tool_call>{" + "[" * 3000,
+        '<tool_call>{"name": "f", "arguments": {"a": 1}, "arguments": {"a": 2}}</tool_call>',
+        '<tool_call>{"name": "f", "arguments": {"a": }} \n  and more',
         '<tool_call>{"name": "f", "arguments": ' + '{"a":' * 3000 + "1" + "}" * 3001,
     ],
 )  # fmt: skip
 def test_a_malformed_call_comes_back_as_it_was(text: str) -> None:
     for pieces in ([text], list(text)):
-        assert calls(read(pieces, HERMES), HERMES) == (text, [])
+        assert whole(pieces, HERMES) == (text, [])
 
 
 def test_arguments_are_given_on_as_they_come_and_as_the_model_wrote_them() -> None:
-    parser = ToolParser(HERMES, NAMES)
+    parser = ToolCallParser(HERMES, NAMES, None, stream=True)
     arguments = '{"city":  "Köln", "n": [1,2]}'
     text = f'<tool_call>\n{{"name": "f", "arguments": {arguments}}}\n</tool_call>'
-    pieces = [parser.push(character) for character in text]
-    starts = next(i for i, parts in enumerate(pieces) if parts)
-    assert pieces[starts][0] == CallStart(0, "f")
-    texts = [getattr(part, "text", "") for parts in pieces for part in parts]
-    assert "".join(texts) == arguments
-    assert max(map(len, texts)) == 1
+    given = [entry for character in text for entry in entries(parser.push(character))]
+    assert given == [("name", 0, "f"), *(("arguments", 0, character) for character in arguments)]
+
+
+def test_blanks_after_a_broken_call_are_content() -> None:
+    call, broken = '{"name": "f", "arguments": {"a": 1}}', '{"name": "f", "arguments": {"a": 1}  oops'
+    found = read(list(f"<tool_call>{call}</tool_call> <tool_call>{broken}"), HERMES)
+    assert found[2:] == [("name", 1, "f"), ("arguments", 1, '{"a": 1}'), ("content", 0, "  oops")]
 
 
 def test_long_heads_and_other_key_orders_make_calls_too() -> None:
@@ -148,58 +173,59 @@ def test_long_heads_and_other_key_orders_make_calls_too() -> None:
     turned = '{"arguments": {"a": 1}, "name": "f"}'
     for text in (padded, turned):
         for pieces in ([text], list(text), cut(text, [HEAD_LIMIT - 1, HEAD_LIMIT, HEAD_LIMIT + 1])):
-            assert calls(read(["<tool_call>", *pieces], HERMES), HERMES) == (None, [("f", {"a": 1})])
+            assert whole(["<tool_call>", *pieces], HERMES) == (None, [("f", {"a": 1})])
 
 
 def test_calls_beyond_the_limit_are_dropped_and_text_is_not() -> None:
     text = f"<tool_call>{json.dumps(CALL)}</tool_call><tool_call>{json.dumps(CALL)}</tool_call>ok"
-    assert calls(read(list(text), HERMES, limit=1), HERMES) == ("ok", WANTED)
+    assert whole(list(text), HERMES, limit=1) == ("ok", WANTED)
+    broken = f"<tool_call>{json.dumps(CALL)}</tool_call>" + '<tool_call>{"name": "f", "arguments": {"a": }}'
+    assert whole(list(broken), HERMES, limit=1) == ('<tool_call>{"name": "f", "arguments": {"a": }}', WANTED)
+
+
+def split_reasoning(pieces: list[str], begun: bool) -> tuple[str, str]:
+    parser = ReasoningParser(begun)
+    given = [*map(parser.push, pieces), parser.finish()]
+    return "".join(reasoning for reasoning, _ in given), "".join(content for _, content in given)
 
 
 @given(TEXTS, st.lists(st.integers(0, 300), max_size=10), st.booleans())
 @settings(max_examples=400, deadline=None)
-def test_any_split_gives_the_same_reasoning(text: str, cuts: list[int], opened: bool) -> None:
-    def parts(pieces: list[str]) -> list[Part]:
-        splitter = ThinkSplitter(opened)
-        found = [part for piece in pieces for part in splitter.push(piece)]
-        return merged([*found, *splitter.finish()])
-
-    assert parts(cut(text, cuts)) == parts([text]) == parts(list(text))
+def test_any_split_gives_the_same_reasoning(text: str, cuts: list[int], begun: bool) -> None:
+    at_once = split_reasoning([text], begun)
+    assert split_reasoning(cut(text, cuts), begun) == at_once == split_reasoning(list(text), begun)
 
 
 @pytest.mark.parametrize(
-    ("opened", "text", "expected"),
+    ("begun", "text", "expected"),
     [
-        (False, "<think>\nhm\n</think>\n\nYes.", [Reasoning("hm"), Content("Yes.")]),
-        (True, "hm\n</think>\n\nYes.", [Reasoning("hm"), Content("Yes.")]),
-        (True, "<think>\nhm</think>Yes.", [Reasoning("hm"), Content("Yes.")]),
-        (False, "Yes, <think> it </think>.", [Content("Yes, <think> it </think>.")]),
-        (False, "<think>\n\n</think>\n\nYes.", [Content("Yes.")]),
-        (False, "<think>it goes on </thi", [Reasoning("it goes on </thi")]),
-        (True, "", []),
-        (False, "\n x", [Content("\n x")]),
-        (False, "<thinking>", [Content("<thinking>")]),
-        (False, "a</think>b", [Content("a</think>b")]),
+        (False, "<think>\nhm\n</think>\n\nYes.", ("hm", "Yes.")),
+        (True, "hm\n</think>\n\nYes.", ("hm", "Yes.")),
+        (True, "<think>\nhm</think>Yes.", ("hm", "Yes.")),
+        (False, "Yes, <think> it </think>.", ("", "Yes, <think> it </think>.")),
+        (False, "<think>\n\n</think>\n\nYes.", ("", "Yes.")),
+        (False, "<think>it goes on </thi", ("it goes on </thi", "")),
+        (True, "", ("", "")),
+        (False, "\n x", ("", "\n x")),
+        (False, "<thinking>", ("", "<thinking>")),
+        (False, "a</think>b", ("", "a</think>b")),
     ],
 )
-def test_what_was_thought_and_what_was_said(opened: bool, text: str, expected: list[Part]) -> None:
+def test_reasoning_and_content(begun: bool, text: str, expected: tuple[str, str]) -> None:
     for pieces in ([text], list(text)):
-        splitter = ThinkSplitter(opened)
-        parts = [part for piece in pieces for part in splitter.push(piece)]
-        assert merged([*parts, *splitter.finish()]) == expected
-    assert "<think>" not in shown([p for p in expected if isinstance(p, Reasoning)])
+        assert split_reasoning(pieces, begun) == expected
 
 
 def test_a_template_shows_its_form() -> None:
     qwen = "{{ '<tool_call>\\n{\"name\": <function-name>}\\n</tool_call>' }}"
-    assert recognise(qwen, True) is HERMES
-    assert recognise(qwen, False) is None
-    assert recognise("{{ '[TOOL_CALLS] ' }}", True) is MISTRAL
-    assert recognise("{{ '<|python_tag|>' }}", True) is LLAMA
-    assert recognise("{{ '\"parameters\": ' }}", True) is LLAMA
-    assert recognise("<tool_call><function=f>", True) is None
-    assert recognise("[TOOL_CALLS]f[ARGS]{}", True) is None
-    assert recognise("{% for t in tools %}", True) is None
+    assert detect_tool_format(qwen, True) is HERMES
+    assert detect_tool_format(qwen, False) is None
+    assert detect_tool_format("{{ '[TOOL_CALLS] ' }}", True) is MISTRAL
+    assert detect_tool_format("{{ '<|python_tag|>' }}", True) is LLAMA
+    assert detect_tool_format("{{ '\"parameters\": ' }}", True) is LLAMA
+    assert detect_tool_format("<tool_call><function=f>", True) is None
+    assert detect_tool_format("[TOOL_CALLS]f[ARGS]{}", True) is None
+    assert detect_tool_format("{% for t in tools %}", True) is None
 
 
 def test_ids_suit_the_templates_that_read_them() -> None:
@@ -207,4 +233,4 @@ def test_ids_suit_the_templates_that_read_them() -> None:
     assert HERMES.new_id() != HERMES.new_id()
     assert len(MISTRAL.new_id()) == 9
     assert MISTRAL.new_id().isalnum()
-    assert len(forced(MISTRAL).new_id()) == 9
+    assert len(MISTRAL.forced().new_id()) == 9

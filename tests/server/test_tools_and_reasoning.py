@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from helpers import templates
-from helpers.serving import MODEL, Serving, serve_and
-from minisgl.core.types import Grammar
+from helpers.serving import MODEL, Serving, serving
+from minisgl.core.types import Calls, Grammar
+
+pytestmark = pytest.mark.serving(template=templates.QWEN_TOOLS, max_seq_len=2048)
 
 USER: list[Any] = [{"role": "user", "content": "weather in Köln?"}]
 WEATHER: dict[str, Any] = {
@@ -46,23 +48,17 @@ async def streamed(server: Serving, **body: Any) -> tuple[str, str, dict[int, di
     return content, reasoning, calls, finish
 
 
-def test_an_answer_that_openais_client_parsed_can_be_sent_back(tmp_path: Path) -> None:
-    async def check(server: Serving) -> None:
-        server.speak(f"<tool_call>\n{CALL}\n</tool_call>")
-        tool: Any = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
-        parsed = await server.openai.chat.completions.parse(model=MODEL, messages=USER, tools=[tool])
-        message = parsed.choices[0].message
-        assert message.tool_calls is not None
-        assert message.tool_calls[0].function.parsed_arguments == {"city": "Köln"}
-        history: list[Any] = [
-            *USER,
-            message,
-            {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "1"},
-        ]
-        history += [{"role": "assistant", "content": "{}", "parsed": {}}, *USER]
-        await server.openai.chat.completions.create(model=MODEL, messages=history, max_tokens=1)
-
-    serve_and(tmp_path, check, max_seq_len=1024, template=templates.QWEN_TOOLS)
+@pytest.mark.serving(max_seq_len=1024, template=templates.QWEN_TOOLS)
+async def test_an_answer_that_openais_client_parsed_can_be_sent_back(server: Serving) -> None:
+    server.speak(f"<tool_call>\n{CALL}\n</tool_call>")
+    tool: Any = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+    parsed = await server.openai.chat.completions.parse(model=MODEL, messages=USER, tools=[tool])
+    message = parsed.choices[0].message
+    assert message.tool_calls is not None
+    assert message.tool_calls[0].function.parsed_arguments == {"city": "Köln"}
+    history: list[Any] = [*USER, message, {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "1"}]
+    history += [{"role": "assistant", "content": "{}", "parsed": {}}, *USER]
+    await server.openai.chat.completions.create(model=MODEL, messages=history, max_tokens=1)
 
 
 @pytest.mark.parametrize(
@@ -74,54 +70,44 @@ def test_an_answer_that_openais_client_parsed_can_be_sent_back(tmp_path: Path) -
     ],
     ids=["qwen", "mistral", "llama"],
 )
-def test_calls_come_whole_and_streamed(tmp_path: Path, template: str, text: str, form: str) -> None:
-    async def check(server: Serving) -> None:
-        server.speak(text)
-        body: dict[str, Any] = {"messages": USER, "tools": [WEATHER, TIME]}
-        answer = await server.openai.chat.completions.create(model=MODEL, **body)
-        choice = answer.choices[0]
-        assert choice.finish_reason == "tool_calls"
-        said = None if text.startswith("{") else "I look."
-        assert choice.message.content == said
-        calls = choice.message.tool_calls or []
-        assert [(c.function.name, c.function.arguments) for c in calls if c.type == "function"] == [
-            ("get_weather", ARGUMENTS),
-            ("get_time", "{}"),
-        ]
-        assert len({call.id for call in calls}) == 2
-        assert all(call.id.startswith(form) for call in calls)
-        content, _, parts, finish = await streamed(server, **body)
-        assert (content, finish) == (said or "", "tool_calls")
-        assert [(p["name"], p["arguments"]) for p in parts.values()] == [("get_weather", ARGUMENTS), ("get_time", "{}")]
-
-    serve_and(tmp_path, check, template=template, max_seq_len=2048)
+async def test_calls_come_whole_and_streamed(server: Serving, template: str, text: str, form: str) -> None:
+    server.speak(text)
+    body: dict[str, Any] = {"messages": USER, "tools": [WEATHER, TIME]}
+    answer = await server.openai.chat.completions.create(model=MODEL, **body)
+    choice = answer.choices[0]
+    assert choice.finish_reason == "tool_calls"
+    said = None if text.startswith("{") else "I look."
+    assert choice.message.content == said
+    calls = choice.message.tool_calls or []
+    assert [(c.function.name, c.function.arguments) for c in calls if c.type == "function"] == [
+        ("get_weather", ARGUMENTS),
+        ("get_time", "{}"),
+    ]
+    assert len({call.id for call in calls}) == 2
+    assert all(call.id.startswith(form) for call in calls)
+    content, _, parts, finish = await streamed(server, **body)
+    assert (content, finish) == (said or "", "tool_calls")
+    assert [(p["name"], p["arguments"]) for p in parts.values()] == [("get_weather", ARGUMENTS), ("get_time", "{}")]
 
 
-def test_what_the_template_gets_of_tools_and_calls(tmp_path: Path) -> None:
-    async def check(server: Serving) -> None:
-        function = {"name": "get_weather", "arguments": '{"city": "Bonn"}'}
-        messages = [
-            *USER,
-            {
-                "role": "assistant",
-                "content": None,
-                "tool_calls": [{"id": "c1", "type": "function", "function": function}],
-            },
-            {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "rain"}]},
-        ]
-        body: dict[str, Any] = {"messages": messages, "max_tokens": 1, "tools": [TIME]}
-        for choice, offered in (("auto", True), (None, True), ("none", False)):
-            response = await server.http.post("/v1/chat/completions", json={**body, "tool_choice": choice})
-            assert response.status_code == 200, response.text
-            prompt = server.tokenizer.decode(server.engine.seen[-1].prompt.tolist(), skip_special_tokens=False)
-            assert ("# Tools" in prompt) == offered
-            assert "assistant\n<tool_call>get_weather:[('city', 'Bonn')]</tool_call><|im_end|>" in prompt
-            assert "tool\nrain[c1]<|im_end|>" in prompt
-            if offered:
-                tool = json.loads(prompt.split("# Tools\n")[1].split("\n")[0])
-                assert tool["function"]["parameters"] == {"type": "object", "properties": {}}
-
-    serve_and(tmp_path, check, template=templates.QWEN_TOOLS, max_seq_len=2048)  # fmt: skip
+async def test_what_the_template_gets_of_tools_and_calls(server: Serving) -> None:
+    function = {"name": "get_weather", "arguments": '{"city": "Bonn"}'}
+    messages = [
+        *USER,
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "c1", "type": "function", "function": function}]},
+        {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "rain"}]},
+    ]
+    body: dict[str, Any] = {"messages": messages, "max_tokens": 1, "tools": [TIME]}
+    for choice, offered in (("auto", True), (None, True), ("none", False)):
+        response = await server.http.post("/v1/chat/completions", json={**body, "tool_choice": choice})
+        assert response.status_code == 200, response.text
+        prompt = server.tokenizer.decode(list(server.engine.seen[-1].prompt), skip_special_tokens=False)
+        assert ("# Tools" in prompt) == offered
+        assert "assistant\n<tool_call>get_weather:[('city', 'Bonn')]</tool_call><|im_end|>" in prompt
+        assert "tool\nrain[c1]<|im_end|>" in prompt
+        if offered:
+            tool = json.loads(prompt.split("# Tools\n")[1].split("\n")[0])
+            assert tool["function"]["parameters"] == {"type": "object", "properties": {}}
 
 
 @pytest.mark.parametrize(
@@ -132,12 +118,13 @@ def test_what_the_template_gets_of_tools_and_calls(tmp_path: Path) -> None:
         ({"tool_choice": {"type": "function", "function": {"name": "get_time"}}}, ["get_time"], 1),
     ],
 )
-def test_a_forced_call_is_a_grammar_and_is_read_as_such(
+async def test_a_forced_call_is_a_grammar_and_is_read_as_such(
     tmp_path: Path, extra: dict[str, Any], names: Sequence[str], limit: int | None
 ) -> None:
     checked: list[Grammar] = []
-
-    async def check(server: Serving) -> None:
+    async with serving(
+        tmp_path, template=templates.QWEN_THINKING, check_grammar=checked.append, max_seq_len=2048
+    ) as server:
         server.speak('[{"name": "get_time", "arguments": {"zone": "CET"}}]')
         body = {"messages": USER, "tools": [WEATHER, TIME], **extra}
         answer = await server.openai.chat.completions.create(model=MODEL, **body)
@@ -155,43 +142,32 @@ def test_a_forced_call_is_a_grammar_and_is_read_as_such(
         content, _, parts, finish = await streamed(server, **body)
         assert (content, finish, parts[0]["arguments"]) == ("", "tool_calls", '{"zone": "CET"}')
 
-    serve_and(tmp_path, check, template=templates.QWEN_THINKING, check_grammar=checked.append, max_seq_len=2048)
+
+async def test_a_malformed_call_is_content(server: Serving) -> None:
+    text = 'So: <tool_call>{"name": "get_weather", "arguments": {"city": }} \n </tool_call> and more'
+    server.speak(text)
+    body = {"messages": USER, "tools": [WEATHER]}
+    choice = (await server.openai.chat.completions.create(model=MODEL, **body)).choices[0]  # type: ignore[call-overload]
+    assert (choice.message.content, choice.message.tool_calls, choice.finish_reason) == (text, None, "stop")
+    content, _, parts, finish = await streamed(server, **body)
+    assert finish == "stop"
+    assert (content, parts[0]["arguments"]) == ("So:} \n </tool_call> and more", '{"city": }')
 
 
-def test_a_malformed_call_is_content(tmp_path: Path) -> None:
-    async def check(server: Serving) -> None:
-        text = 'So: <tool_call>{"name": "get_weather", "arguments": {"city": }}</tool_call> and more'
-        server.speak(text)
-        body = {"messages": USER, "tools": [WEATHER]}
-        choice = (await server.openai.chat.completions.create(model=MODEL, **body)).choices[0]  # type: ignore[call-overload]
-        assert (choice.message.content, choice.message.tool_calls, choice.finish_reason) == (text, None, "stop")
-        content, _, parts, finish = await streamed(server, **body)
-        assert finish == "stop"
-        assert (content, parts[0]["arguments"]) == ("So:}</tool_call> and more", '{"city": }')
-
-    serve_and(tmp_path, check, template=templates.QWEN_TOOLS, max_seq_len=2048)
+async def test_without_tools_what_looks_like_a_call_is_text(server: Serving) -> None:
+    server.speak(TWO)
+    for extra in ({}, {"tools": [WEATHER], "tool_choice": "none"}):
+        answer = await server.openai.chat.completions.create(model=MODEL, messages=USER, **extra)  # type: ignore[call-overload]
+        assert answer.choices[0].message.content == TWO
+        assert answer.choices[0].finish_reason == "stop"
 
 
-def test_without_tools_what_looks_like_a_call_is_text(tmp_path: Path) -> None:
-    async def check(server: Serving) -> None:
-        server.speak(TWO)
-        for extra in ({}, {"tools": [WEATHER], "tool_choice": "none"}):
-            answer = await server.openai.chat.completions.create(model=MODEL, messages=USER, **extra)  # type: ignore[call-overload]
-            assert answer.choices[0].message.content == TWO
-            assert answer.choices[0].finish_reason == "stop"
-
-    serve_and(tmp_path, check, template=templates.QWEN_TOOLS, max_seq_len=2048)
-
-
-def test_one_call_where_parallel_calls_are_off(tmp_path: Path) -> None:
-    async def check(server: Serving) -> None:
-        server.speak(TWO)
-        body = {"messages": USER, "tools": [WEATHER, TIME], "parallel_tool_calls": False}
-        answer = await server.openai.chat.completions.create(model=MODEL, **body)  # type: ignore[call-overload]
-        assert len(answer.choices[0].message.tool_calls) == 1
-        assert list((await streamed(server, **body))[2]) == [0]
-
-    serve_and(tmp_path, check, template=templates.QWEN_TOOLS, max_seq_len=2048)
+async def test_one_call_where_parallel_calls_are_off(server: Serving) -> None:
+    server.speak(TWO)
+    body = {"messages": USER, "tools": [WEATHER, TIME], "parallel_tool_calls": False}
+    answer = await server.openai.chat.completions.create(model=MODEL, **body)  # type: ignore[call-overload]
+    assert len(answer.choices[0].message.tool_calls) == 1
+    assert list((await streamed(server, **body))[2]) == [0]
 
 
 @pytest.mark.parametrize(
@@ -205,77 +181,155 @@ def test_one_call_where_parallel_calls_are_off(tmp_path: Path) -> None:
         (templates.QWEN_TOOLS, "<think>x</think>R", {}, None, "<think>x</think>R"),
     ],
 )
-def test_reasoning_is_split_off_where_the_template_knows_it(
-    tmp_path: Path, template: str, text: str, extra: dict[str, Any], reasoning: str | None, content: str
+async def test_reasoning_is_split_off_where_the_template_knows_it(
+    server: Serving, template: str, text: str, extra: dict[str, Any], reasoning: str | None, content: str
 ) -> None:
-    async def check(server: Serving) -> None:
-        server.speak(text)
-        body = {"messages": USER, "logprobs": True, **extra}
-        answer = (await server.http.post("/v1/chat/completions", json=body)).json()["choices"][0]
-        assert answer["message"].get("reasoning_content") == reasoning
-        assert answer["message"]["content"] == content
-        count = len(answer["logprobs"]["content"])
-        assert count == len(server.tokenizer.encode(text)) + 1
-        entries, said, thought = 0, "", ""
-        async with server.http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as response:
-            async for line in response.aiter_lines():
-                if line.startswith("data: {"):
-                    choice = json.loads(line[6:])["choices"][0]
-                    said += choice["delta"].get("content", "")
-                    thought += choice["delta"].get("reasoning_content", "")
-                    entries += len(choice["logprobs"]["content"]) if choice["logprobs"] else 0
-        assert (said, thought or None, entries) == (content, reasoning, count)
-
-    serve_and(tmp_path, check, template=template, max_seq_len=2048)
+    server.speak(text)
+    body = {"messages": USER, "logprobs": True, **extra}
+    answer = (await server.http.post("/v1/chat/completions", json=body)).json()["choices"][0]
+    assert answer["message"].get("reasoning_content") == reasoning
+    assert answer["message"]["content"] == content
+    count = len(answer["logprobs"]["content"])
+    assert count == len(server.tokenizer.encode(text)) + 1
+    entries, said, thought = 0, "", ""
+    async with server.http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as response:
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                choice = json.loads(line[6:])["choices"][0]
+                said += choice["delta"].get("content", "")
+                thought += choice["delta"].get("reasoning_content", "")
+                entries += len(choice["logprobs"]["content"]) if choice["logprobs"] else 0
+    assert (said, thought or None, entries) == (content, reasoning, count)
 
 
-def test_reasoning_then_calls(tmp_path: Path) -> None:
-    async def check(server: Serving) -> None:
-        server.speak(f"<think>I need <tool_call> here</think>\n\n<tool_call>{CALL}</tool_call>")
-        content, reasoning, calls, finish = await streamed(server, messages=USER, tools=[WEATHER])
-        assert (content, reasoning, finish) == ("", "I need <tool_call> here", "tool_calls")
-        assert calls[0]["arguments"] == ARGUMENTS
-
-    serve_and(tmp_path, check, template=templates.QWEN_THINKING, max_seq_len=2048)
+@pytest.mark.serving(template=templates.QWEN_THINKING, max_seq_len=2048)
+async def test_reasoning_then_calls(server: Serving) -> None:
+    server.speak(f"<think>I need <tool_call> here</think>\n\n<tool_call>{CALL}</tool_call>")
+    content, reasoning, calls, finish = await streamed(server, messages=USER, tools=[WEATHER])
+    assert (content, reasoning, finish) == ("", "I need <tool_call> here", "tool_calls")
+    assert calls[0]["arguments"] == ARGUMENTS
 
 
-def test_the_last_message_is_continued(tmp_path: Path) -> None:
-    async def check(server: Serving) -> None:
-        server.speak("</think> 4.")
-        messages = [*USER, {"role": "assistant", "content": "<think>\nTwo and two is "}]
-        body = {"messages": messages, "continue_final_message": True}
-        answer = (await server.http.post("/v1/chat/completions", json=body)).json()["choices"][0]
-        prompt = server.tokenizer.decode(server.engine.seen[-1].prompt.tolist(), skip_special_tokens=False)
-        assert prompt.endswith("<|im_start|>assistant\n<think>\nTwo and two is ")
-        assert answer["message"]["content"] == "4."
-
-    serve_and(tmp_path, check, template=templates.QWEN_THINKING, max_seq_len=2048)
+@pytest.mark.serving(template=templates.QWEN_THINKING, max_seq_len=2048)
+async def test_the_last_message_is_continued(server: Serving) -> None:
+    server.speak("</think> 4.")
+    messages = [*USER, {"role": "assistant", "content": "<think>\nTwo and two is "}]
+    body = {"messages": messages, "continue_final_message": True}
+    answer = (await server.http.post("/v1/chat/completions", json=body)).json()["choices"][0]
+    prompt = server.tokenizer.decode(list(server.engine.seen[-1].prompt), skip_special_tokens=False)
+    assert prompt.endswith("<|im_start|>assistant\n<think>\nTwo and two is ")
+    assert answer["message"]["content"] == "4."
 
 
 @pytest.mark.parametrize(
     ("template", "message"),
     [(None, "no place for tools"), (templates.NEITHER, "way of writing tool calls is not known")],
 )
-def test_tools_are_refused_where_the_template_cannot_say_them(
-    tmp_path: Path, template: str | None, message: str
+async def test_tools_are_refused_where_the_template_cannot_say_them(
+    server: Serving, template: str | None, message: str
 ) -> None:
-    async def check(server: Serving) -> None:
-        for choice in ("auto", "required"):
-            body = {"messages": USER, "tools": [WEATHER], "tool_choice": choice}
-            error = (await server.http.post("/v1/chat/completions", json=body)).json()["error"]
-            assert (error["code"], error["param"]) == ("unsupported_parameter", "tools")
-            assert message in error["message"] or choice == "required"
-        silent: dict[str, Any] = {"messages": USER, "tools": [WEATHER], "tool_choice": "none", "max_tokens": 1}
-        expected = 400 if template is None else 200
-        assert (await server.http.post("/v1/chat/completions", json=silent)).status_code == expected
-
-    serve_and(tmp_path, check, template=template)
+    for choice in ("auto", "required"):
+        body = {"messages": USER, "tools": [WEATHER], "tool_choice": choice}
+        error = (await server.http.post("/v1/chat/completions", json=body)).json()["error"]
+        assert (error["code"], error["param"]) == ("unsupported_parameter", "tools")
+        assert message in error["message"] or choice == "required"
+    silent: dict[str, Any] = {"messages": USER, "tools": [WEATHER], "tool_choice": "none", "max_tokens": 1}
+    expected = 400 if template is None else 200
+    assert (await server.http.post("/v1/chat/completions", json=silent)).status_code == expected
 
 
-def test_reasoning_effort_goes_to_templates_that_know_it(tmp_path: Path) -> None:
-    async def check(server: Serving) -> None:
-        body = {"messages": USER, "reasoning_effort": "low", "max_tokens": 1}
-        assert (await server.http.post("/v1/chat/completions", json=body)).status_code == 200
-        assert server.tokenizer.decode(server.engine.seen[0].prompt.tolist()).endswith("low")
+@pytest.mark.serving(template=templates.QWEN_TOOLS + "{{ reasoning_effort }}", max_seq_len=2048)
+async def test_reasoning_effort_goes_to_templates_that_know_it(server: Serving) -> None:
+    body = {"messages": USER, "reasoning_effort": "low", "max_tokens": 1}
+    assert (await server.http.post("/v1/chat/completions", json=body)).status_code == 200
+    assert server.tokenizer.decode(list(server.engine.seen[0].prompt)).endswith("low")
 
-    serve_and(tmp_path, check, template=templates.QWEN_TOOLS + "{{ reasoning_effort }}", max_seq_len=2048)
+
+ZONED: dict[str, Any] = {
+    "type": "function",
+    "function": {"name": "get_time", "parameters": {"type": "object", "properties": {"zone": {"type": "string"}}}},
+}
+SCHEMA = {"type": "object", "properties": {"sun": {"type": "boolean"}}, "required": ["sun"]}
+FORM: dict[str, Any] = {"type": "json_schema", "json_schema": {"name": "weather", "schema": SCHEMA}}
+ZONE = '{"zone": "CET"}'
+
+
+async def ask(server: Serving, said: str, **extra: Any) -> tuple[dict[str, Any], Grammar]:
+    """What the client gets when the model says this, and what the engine was asked to hold it to."""
+    server.speak(said)
+    body = {"model": MODEL, "messages": USER, "response_format": FORM, **extra}
+    response = await server.http.post("/v1/chat/completions", json=body)
+    assert response.status_code == 200, response.text
+    grammar = server.engine.seen[-1].params.grammar
+    assert grammar is not None
+    message: dict[str, Any] = response.json()["choices"][0]["message"]
+    return message, grammar
+
+
+@pytest.mark.parametrize(
+    ("template", "call", "name", "marks"),
+    [
+        (
+            templates.QWEN_TOOLS,
+            '<tool_call>\n{"name": "get_time", "arguments": ' + ZONE + "}\n</tool_call>",
+            "arguments",
+            ("<tool_call>", "</tool_call>", ""),
+        ),
+        (templates.LLAMA, '{"name": "get_time", "parameters": ' + ZONE + "}", "parameters", ("", "", ";")),
+    ],
+    ids=["qwen", "llama"],
+)
+@pytest.mark.serving(check_grammar=lambda grammar: None)
+async def test_the_answer_is_of_the_form_or_a_call(
+    server: Serving, template: str, call: str, name: str, marks: tuple[str, str, str]
+) -> None:
+    message, grammar = await ask(server, '{"sun": true}', tools=[ZONED])
+    assert (message["content"], message.get("tool_calls")) == ('{"sun": true}', None)
+    assert (grammar.kind, json.loads(grammar.source), grammar.thought) == ("json_schema", SCHEMA, "none")
+    assert isinstance(grammar.calls, Calls)
+    assert (grammar.calls.opening, grammar.calls.closing, grammar.calls.separator) == marks
+    assert grammar.calls.several
+    schema = json.loads(grammar.calls.schema)
+    assert schema["required"] == ["name", name]
+    assert schema["properties"]["name"] == {"const": "get_time"}
+    message, _ = await ask(server, call, tools=[ZONED])
+    assert message["content"] is None
+    assert [c["function"] for c in message["tool_calls"]] == [{"name": "get_time", "arguments": ZONE}]
+    _, grammar = await ask(server, call, tools=[ZONED], parallel_tool_calls=False)
+    assert grammar.calls is not None
+    assert not grammar.calls.several
+    _, grammar = await ask(server, "{}", tools=[ZONED], tool_choice="none")
+    assert grammar.calls is None
+    message, grammar = await ask(server, f"[{call}]", tools=[ZONED], tool_choice="required")
+    assert json.loads(grammar.source)["type"] == "array"
+
+
+@pytest.mark.serving(template=templates.MISTRAL, check_grammar=lambda grammar: None)
+async def test_the_answer_is_of_the_form_or_a_list_of_calls(server: Serving) -> None:
+    call = '[TOOL_CALLS] [{"name": "get_time", "arguments": ' + ZONE + "}]"
+    message, grammar = await ask(server, call, tools=[ZONED], parallel_tool_calls=False)
+    assert [c["function"] for c in message["tool_calls"]] == [{"name": "get_time", "arguments": ZONE}]
+    assert grammar.calls is not None
+    assert (grammar.calls.opening, grammar.calls.closing, grammar.calls.several) == ("[TOOL_CALLS]", "", False)
+    schema = json.loads(grammar.calls.schema)
+    assert (schema["type"], schema["maxItems"]) == ("array", 1)
+
+
+@pytest.mark.parametrize(
+    ("template", "extra", "said", "thought"),
+    [
+        (templates.QWEN_THINKING, {}, '<think>\nso\n</think>\n\n{"sun": true}', "possible"),
+        (templates.QWEN_THINKING, {"chat_template_kwargs": {"enable_thinking": False}}, '{"sun": true}', "none"),
+        (templates.QWEN_THINKING, {"separate_reasoning": False}, '{"sun": true}', "none"),
+        (templates.DEEPSEEK, {}, 'so\n</think>\n\n{"sun": true}', "begun"),
+        (templates.QWEN_TOOLS, {}, '{"sun": true}', "none"),
+    ],
+)
+@pytest.mark.serving(check_grammar=lambda grammar: None)
+async def test_a_model_that_thinks_may_do_so_before_the_form(
+    server: Serving, template: str, extra: dict[str, Any], said: str, thought: str
+) -> None:
+    message, grammar = await ask(server, said, **extra)
+    assert grammar.thought == thought
+    assert message["content"] == '{"sun": true}'
+    assert message.get("reasoning_content") == (None if thought == "none" else "so")

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -33,10 +33,10 @@ QUERY_BLOCK = 512
 class SequenceBatch:
     """Some rows of a step, each a sequence with `query_lens` new tokens at the end of `kv_lens` in the cache.
 
-    All but the page table is known to the host, so that nobody waits for the device. Page-table entries past a
-    row's last page are any valid page. Queries lie row after row: T = sum(query_lens).
+    All but the page table is known to the host, which therefore need not wait for the device. Page-table entries past
+    a row's last page are any valid page. Queries lie row after row: T = sum(query_lens).
 
-    On CUDA the last three are given, and no backend copies anything from the host; elsewhere they may be None.
+    On CUDA the last three are given, and no backend copies anything from the host; on the CPU they may be None.
     """
 
     page_table: Tensor  # int32 (slots, max_pages), on the device
@@ -147,67 +147,6 @@ class _MixedStep:
     def run(self, q: Tensor, layer: int, window: int) -> Tensor:
         queries = torch.split(q, self.sizes)
         return torch.cat([part.run(x, layer, window) for part, x in zip(self.parts, queries, strict=True)])
-
-
-@dataclass(frozen=True)
-class DeviceBatch:
-    """Rows as kernels read them. Only the two maxima are numbers on the host."""
-
-    page_table: Tensor  # int32 (rows, pages), contiguous; as wide as the longest row needs, or wider
-    kv_lens: Tensor  # int32 (rows,)
-    cu_query_lens: Tensor  # int32 (rows + 1,)
-    max_query_len: int
-    max_kv_len: int
-
-
-def to_device(rows: SequenceBatch, page_size: int) -> DeviceBatch:
-    """The rows' own lines of the page table, and their lengths. Copies from the host only what `rows` leaves None."""
-    device = rows.page_table.device
-    max_kv_len = int(rows.kv_lens.max())
-    slots, lens, starts = rows.slots_device, rows.kv_lens_device, rows.cu_query_lens
-    if slots is None:
-        slots = torch.from_numpy(rows.slots.astype(np.int64)).to(device)
-    if lens is None:
-        lens = torch.from_numpy(rows.kv_lens.astype(np.int32)).to(device)
-    if starts is None:
-        starts = torch.from_numpy(np.concatenate([[0], np.cumsum(rows.query_lens)]).astype(np.int32)).to(device)
-    table = rows.page_table[:, : -(-max_kv_len // page_size)].index_select(0, slots)
-    return DeviceBatch(table, lens, starts, int(rows.query_lens.max()), max_kv_len)
-
-
-class GraphDecode(Protocol):
-    """Decode attention over static tensors, for one CUDA graph."""
-
-    @property
-    def attention(self) -> PlannedAttention:
-        """What to capture: it reads the static tensors alone. Layer 0 begins a step, and the layers follow in order.
-
-        Run it once before the capture, after a `prepare`: kernels compile and workspaces appear then.
-        """
-
-    def prepare(self, kv_lens: Int32) -> None:
-        """To be called before each run or replay, with the host's copy of what the static lengths will hold."""
-
-
-@runtime_checkable
-class GraphBackend(AttentionBackend, Protocol):
-    """A backend whose decode can be captured."""
-
-    def graph_decode(self, page_table: Tensor, kv_lens: Tensor, kv: KVCache, max_seq_len: int) -> GraphDecode:
-        """Decode of B rows for a graph: page_table int32 (B, max_pages) and kv_lens int32 (B,), static and contiguous.
-
-        SequenceBatch that pad the batch have length 1 and a line of the page table full of the scratch page.
-        """
-
-
-@dataclass(frozen=True)
-class StaticDecode:
-    """A GraphDecode that the host need not prepare: the kernels read every length on the device."""
-
-    attention: PlannedAttention
-
-    def prepare(self, kv_lens: Int32) -> None:
-        """Nothing depends on the lengths."""
 
 
 class TorchAttention:

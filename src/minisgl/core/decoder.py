@@ -102,7 +102,7 @@ class Decoder:
         return self.ops.moe(x, layer.router, layer.expert_gate_up, layer.expert_down, moe.top_k, moe.norm_topk_prob)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """Logits (n, V) of hidden states (n, D), in their dtype; on a GPU the product can be written to `out`.
+        """Logits (n, V) of hidden states (n, D), in their dtype; on a GPU they can be written to `out`.
 
         On one rank of several they are those of its own tokens (`Operations.whole_logits`).
         """
@@ -143,7 +143,7 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
 
 
 def _llama3(rope: Rope, frequencies: Tensor) -> Tensor:
-    """Meta's rule: long wavelengths are stretched by `factor`, short ones kept, those between interpolated."""
+    """Meta's rule: long wavelengths are lengthened by `factor`, short ones kept, those between interpolated."""
     rotations = rope.original_max_position * frequencies / (2 * math.pi)  # over the original context
     kept = (rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     return torch.lerp(frequencies / rope.factor, frequencies, kept.clamp(0.0, 1.0))
@@ -153,7 +153,7 @@ def _yarn(rope: Rope, head_dim: int, frequencies: Tensor) -> Tensor:
     """NTK-by-parts (arXiv 2309.00071, section 3.2): a linear ramp over dimensions instead of wavelengths."""
 
     def dimension(rotations: float) -> float:
-        """The pair, as a real number, that turns this often over the original context."""
+        """The pair, as a real number, that rotates this often over the original context."""
         wavelength = rope.original_max_position / (rotations * 2 * math.pi)
         return head_dim * math.log(wavelength) / (2 * math.log(rope.theta))
 
@@ -162,8 +162,8 @@ def _yarn(rope: Rope, head_dim: int, frequencies: Tensor) -> Tensor:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
     pairs = torch.arange(head_dim // 2, dtype=torch.float32)
-    stretched = ((pairs - low) / max(high - low, 0.001)).clamp(0.0, 1.0)
-    return torch.lerp(frequencies, frequencies / rope.factor, stretched)
+    ramp = ((pairs - low) / max(high - low, 0.001)).clamp(0.0, 1.0)
+    return torch.lerp(frequencies, frequencies / rope.factor, ramp)
 
 
 def yarn_attention_factor(rope: Rope) -> float:

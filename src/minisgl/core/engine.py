@@ -86,7 +86,6 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` has anything to do."""
         return bool(self.scheduler.live or self._launched or self._events) and not self._failed
 
     def step(self) -> list[TokenEvent]:

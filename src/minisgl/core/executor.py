@@ -25,7 +25,7 @@ POLL_SECONDS = 2e-5
 
 
 class LocalExecutor:
-    """Runs plans on the runner's device. `attention_choice` says which attention backends run, and why.
+    """Runs plans on the runner's device. `attention_choice` names the attention backends and why they were chosen.
 
     On one rank of several `alive` raises when the group is broken; it is asked while a result is waited for.
     """
@@ -44,7 +44,6 @@ class LocalExecutor:
 
     @property
     def num_pages(self) -> int:
-        """KV pages the scheduler may hand out."""
         return self.runner.kv.num_pages
 
     def launch(self, plan: StepPlan) -> None:

@@ -23,7 +23,7 @@ ALIGNMENT = 8
 class KVCache:
     """Keys and values, each (layers, num_pages + 1, page_size, KV heads, head_dim).
 
-    The last page, id `num_pages`, is scratch: padding rows write there, and nobody reads what they wrote.
+    The last page, id `num_pages`, is scratch: padding rows write there, and nothing reads it.
     """
 
     k: Tensor
@@ -31,7 +31,6 @@ class KVCache:
 
     @property
     def page_size(self) -> int:
-        """Tokens in a page."""
         return self.k.shape[2]
 
     @property
@@ -46,14 +45,9 @@ def page_bytes(num_layers: int, page_size: int, num_kv_heads: int, head_dim: int
 
 
 def allocate_kv(
-    num_layers: int,
-    num_pages: int,
-    page_size: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
+    num_layers: int, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype,
     device: torch.device,
-) -> KVCache:
+) -> KVCache:  # fmt: skip
     """A zeroed cache. On the CPU the system gives memory to a page when it is first written."""
     shape = (num_layers, num_pages + 1, page_size, num_kv_heads, head_dim)
     return KVCache(_zeros(shape, dtype, device), _zeros(shape, dtype, device))
@@ -95,7 +89,6 @@ class DeviceTables:
             getattr(self.sampling, name).index_copy_(0, slots, value)
 
     def write_pages(self, slots: Tensor, indices: Tensor, pages: Tensor) -> None:
-        """page_table[slots, indices] = pages."""
         self.page_table.index_put_((slots, indices), pages)
 
     def slot_mapping(self, slots: Tensor, positions: Tensor, page_size: int) -> Tensor:

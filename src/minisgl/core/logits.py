@@ -1,8 +1,8 @@
 """Logits processors: what a request may do to its logits before a token is sampled, and log-probabilities.
 
-A step samples a token for every row from the model's own logits, and where that is all that anybody asked for, nothing
-follows. For the rows in `StepPlan.special` their logits are then changed in a copy and sampled again, the token is
-overwritten, and log-probabilities are read. The host never waits for the device here.
+A step samples a token for every row from the model's own logits. For the rows in `StepPlan.special` a copy of their
+logits is then changed and sampled again, the token is overwritten, and log-probabilities are read; without such rows
+nothing follows. The host never waits for the device here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minisgl.core.decoder import Decoder
 from minisgl.core.kv_cache import DeviceTables, upload
-from minisgl.core.plan import Masks, SpecialInit, SpecialRows, StepPlan
+from minisgl.core.plan import LogitsInit, LogitsRows, Masks, StepPlan
 from minisgl.core.types import MAX_LOGIT_BIAS
 
 CHUNK_LOGITS = 1 << 23
@@ -55,7 +55,7 @@ class LogitsState:
     bias_ids: Tensor | None = field(default=None, init=False)  # int64 (rows, MAX_LOGIT_BIAS)
     bias_values: Tensor | None = field(default=None, init=False)  # float32 (rows, MAX_LOGIT_BIAS)
 
-    def admit(self, init: SpecialInit) -> None:
+    def admit(self, init: LogitsInit) -> None:
         """Start these rows afresh."""
         arrays: dict[str, NDArray[Any]] = {
             "slots": init.slots.astype(np.int64),
@@ -127,7 +127,7 @@ class LogitsProcessors:
         """Rows' logits of the whole vocabulary; a rank has those of its own tokens."""
         return self.decoder.ops.whole_logits(logits)
 
-    def _resample(self, plan: StepPlan, special: SpecialRows, output: StepOutput, masks: Masks | None) -> None:
+    def _resample(self, plan: StepPlan, special: LogitsRows, output: StepOutput, masks: Masks | None) -> None:
         arrays: dict[str, NDArray[Any]] = {
             "changed": special.changed.astype(np.int64),
             "slots": plan.sampled_slots[special.changed].astype(np.int64),
@@ -152,7 +152,7 @@ class LogitsProcessors:
                 self.state.count(slots, tokens)
 
     def _change(
-        self, special: SpecialRows, own: Tensor, slots: Tensor, inputs: dict[str, Tensor], rows: slice
+        self, special: LogitsRows, own: Tensor, slots: Tensor, inputs: dict[str, Tensor], rows: slice
     ) -> Tensor:
         """The float32 logits that these rows sample from, changed in the order that SamplingParams gives."""
         logits, state, width = own.to(torch.float32, copy=True), self.state, special.bias_width
@@ -219,5 +219,4 @@ def _ranks(logits: Tensor) -> Tensor:
 
 
 def join(parts: list[TokenScores]) -> TokenScores:
-    """Chunks of scores as one."""
     return parts[0] if len(parts) == 1 else TokenScores(*(torch.cat(column) for column in zip(*parts, strict=True)))

@@ -27,7 +27,7 @@ RopeKind = Literal["default", "linear", "llama3", "yarn"]
 
 @dataclass(frozen=True, kw_only=True)
 class Rope:
-    """A rotary embedding (RoFormer, arXiv 2104.09864) and how it is stretched to longer contexts.
+    """A rotary embedding (RoFormer, arXiv 2104.09864) and how it is extended to longer contexts.
 
     `theta` is the base. `linear` divides every frequency by `factor`. `llama3` divides those whose wavelength exceeds
     `original_max_position / low_freq_factor` tokens and interpolates up to `original_max_position / high_freq_factor`.
@@ -55,7 +55,7 @@ class Rope:
 class Moe:
     """Sparse layers: a router picks `top_k` of `num_experts` MLPs of `width` for each token.
 
-    `layers[i]` says whether layer i is sparse; `norm_topk_prob` whether the chosen probabilities are scaled to sum 1.
+    `layers[i]`: layer i is sparse. `norm_topk_prob`: the chosen probabilities are scaled to add up to 1.
     """
 
     num_experts: int
@@ -100,7 +100,7 @@ class Architecture:
     """How one architecture differs from Llama, and what it assumes where its config is silent.
 
     `kv_heads` None means as many as query heads, `head_dim` None hidden_size / heads. A config field decides about
-    biases where `bias_fields` is true. `windows`: no layer has one, all layers share one, or layer_types tells.
+    biases where `bias_fields` is true. `windows`: no layer has one, all layers share one, or each has its own.
     """
 
     model_type: str
@@ -396,7 +396,6 @@ class Fields:
         )
 
     def number_or_none(self, name: str) -> float | None:
-        """A positive finite number, or None when it is missing."""
         return self.number(name) if name in self else None
 
     def flag(self, name: str, default: bool = _REQUIRED) -> bool:

@@ -14,7 +14,7 @@ from minisgl.core.attention import AttentionMetadata, PlannedAttention, Sequence
 from minisgl.core.decoder import Decoder, ForwardBatch
 from minisgl.core.kv_cache import DeviceTables, KVCache, upload
 from minisgl.core.logits import LogitsProcessors, StepOutput
-from minisgl.core.plan import Masks, RowInit, StepPlan
+from minisgl.core.plan import Masks, NewRows, StepPlan
 
 
 class DecodeGraphRunner(Protocol):
@@ -51,7 +51,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepOutput:
-        """Do what the plan says; where rows wait for masks, the logits processors are left for `finish`."""
+        """Run a step; where rows wait for masks, the logits processors are left for `finish`."""
         output = self._forward_and_sample(plan)
         if plan.special is not None and len(plan.special.constrained) == 0:
             self.logits_processors.run(plan, output, None)
@@ -96,7 +96,7 @@ class ModelRunner:
         self.tables.last_token.index_copy_(0, step.sampled, tokens)
         return StepOutput(tokens, logits)
 
-    def _admit(self, init: RowInit) -> None:
+    def _admit(self, init: NewRows) -> None:
         """Write the sampling parameters of rows that start."""
         arrays: dict[str, NDArray[Any]] = {
             "slots": init.slots.astype(np.int64),
@@ -136,24 +136,17 @@ class ModelRunner:
         decode = prefill = None
         if len(plan.decode_slots):
             decode = SequenceBatch(
-                page_table=self.tables.page_table,
-                slots=plan.decode_slots,
-                query_lens=np.ones_like(plan.decode_lens),
-                kv_lens=plan.decode_lens + 1,
-                slots_device=step.decode_slots,
-                cu_query_lens=step.decode_starts,
-                kv_lens_device=step.decode_ends,
-            )
+                page_table=self.tables.page_table, slots=plan.decode_slots,
+                query_lens=np.ones_like(plan.decode_lens), kv_lens=plan.decode_lens + 1,
+                slots_device=step.decode_slots, cu_query_lens=step.decode_starts, kv_lens_device=step.decode_ends,
+            )  # fmt: skip
         if len(plan.prefill_slots):
             prefill = SequenceBatch(
-                page_table=self.tables.page_table,
-                slots=plan.prefill_slots,
-                query_lens=plan.prefill_lens,
-                kv_lens=plan.prefill_starts + plan.prefill_lens,
-                slots_device=step.prefill_slots,
-                cu_query_lens=step.prefill_query_starts,
+                page_table=self.tables.page_table, slots=plan.prefill_slots,
+                query_lens=plan.prefill_lens, kv_lens=plan.prefill_starts + plan.prefill_lens,
+                slots_device=step.prefill_slots, cu_query_lens=step.prefill_query_starts,
                 kv_lens_device=step.prefill_ends,
-            )
+            )  # fmt: skip
         return AttentionMetadata(decode=decode, prefill=prefill)
 
 

@@ -94,17 +94,9 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
 
 
 def rope_store_kv(
-    qkv: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
-    cos_sin: Tensor,
-    positions: Tensor,
-    slot_mapping: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    out: Tensor | None = None,
-) -> Tensor:
+    qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, cos_sin: Tensor, positions: Tensor,
+    slot_mapping: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Norm each head of q and k where there are weights, rotate them, store k and v in one layer's pages; return q.
 
     qkv (T, (H + 2K) * hd); q_norm, k_norm (hd,); cos_sin float32 (max_seq_len, hd); positions int32 (T,); slot_mapping
@@ -151,14 +143,9 @@ def own_logits(logits: Tensor) -> Tensor:
 
 
 def sample_slots(
-    logits: Tensor,
-    table: SamplingRows,
-    slots: Tensor,
-    positions: Tensor,
-    all_greedy: bool,
-    any_filter: bool,
+    logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor, all_greedy: bool, any_filter: bool,
     any_min_len: bool,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """`sample` with the parameters that a table has for these slots."""
     rows = table.select(slots)
     return sample(logits, rows, positions, all_greedy=all_greedy, any_filter=any_filter, any_min_len=any_min_len)

@@ -57,7 +57,6 @@ class PageAllocator:
         self.num_free = end
 
     def free_pages(self) -> Int32:
-        """The ids on the free list, in no particular order."""
         return self._stack[: self.num_free].copy()
 
 
@@ -84,7 +83,6 @@ class CacheManager:
 
     @property
     def num_free(self) -> int:
-        """Pages that hold nothing."""
         return self._allocator.num_free
 
     @property

@@ -17,7 +17,7 @@ Masks = Int32
 """(g, ceil(V / 32)): which tokens each of g rows may have next, bit t % 32 of word t // 32, the lowest bit first."""
 
 
-class RowInit(msgspec.Struct, frozen=True, kw_only=True):
+class NewRows(msgspec.Struct, frozen=True, kw_only=True):
     """Sampling parameters of the rows that a step admits; `n` rows, written before anything else in the step.
 
     `seeds` holds 64-bit seeds. Ids in `stop_ids` (padded with -1) cannot be sampled at a position below
@@ -32,10 +32,10 @@ class RowInit(msgspec.Struct, frozen=True, kw_only=True):
     seeds: NDArray[np.int64]  # (n,)
     min_lens: Int32  # (n,)
     stop_ids: Int32  # (n, MAX_STOP_TOKEN_IDS)
-    special: SpecialInit | None = None
+    special: LogitsInit | None = None
 
 
-class SpecialInit(msgspec.Struct, frozen=True, kw_only=True):
+class LogitsInit(msgspec.Struct, frozen=True, kw_only=True):
     """What the device must know of those admitted rows whose logits are changed before sampling.
 
     Penalised rows hold m distinct tokens already, counted once a row. `seen` is twice a token's count in the output,
@@ -51,7 +51,7 @@ class SpecialInit(msgspec.Struct, frozen=True, kw_only=True):
     bias_values: NDArray[np.float32]  # (n, w)
 
 
-class SpecialRows(msgspec.Struct, frozen=True, kw_only=True):
+class LogitsRows(msgspec.Struct, frozen=True, kw_only=True):
     """What a step does for rows that ask for more than sampling; `core/logits.py` executes it.
 
     Of the step's sampled rows, indexed as `StepPlan.sampled_slots`, `changed` have their logits changed before a token
@@ -83,7 +83,7 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     step: int
-    init: RowInit | None
+    init: NewRows | None
     page_slots: Int32  # (p,) page_table[page_slots, page_indices] = page_ids
     page_indices: Int32  # (p,)
     page_ids: Int32  # (p,)
@@ -97,7 +97,7 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
     all_greedy: bool
     any_filter: bool
     any_min_len: bool
-    special: SpecialRows | None = None
+    special: LogitsRows | None = None
 
     @property
     def sampled_slots(self) -> Int32:
@@ -113,7 +113,6 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that go through the model."""
         return len(self.decode_slots) + len(self.prefill_tokens)
 
 

@@ -44,7 +44,6 @@ class Node:
         return nodes
 
     def prefix_pages(self) -> Int32:
-        """The pages of the prefix that ends with this node."""
         return np.concatenate([np.empty(0, np.int32), *(node.pages for node in reversed(self.path()))])
 
 

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from minisgl.core.plan import Int32, RowInit, Scores, SpecialInit, SpecialRows, StepPlan, StepResult
+from minisgl.core.plan import Int32, LogitsInit, LogitsRows, NewRows, Scores, StepPlan, StepResult
 from minisgl.core.types import MAX_STOP_TOKEN_IDS, Grammar, Request, TokenLogprobs
 from minisgl.errors import InvalidRequestError
 
@@ -141,7 +141,6 @@ class RequestTable:
 
     @property
     def free_rows(self) -> int:
-        """How many more requests can run."""
         return len(self._free)
 
     def peek_row(self) -> int:
@@ -198,16 +197,15 @@ class RequestTable:
         return slots[np.lexsort((self.arrival[slots], self.priority[slots]))]
 
     def changes_logits(self, slots: int | NDArray[np.integer]) -> NDArray[np.bool_]:
-        """Whether rows sample from other logits than the model's own."""
         return np.asarray(self.penalised[slots] | (self.biases[slots] > 0) | self.constrained[slots])
 
-    def new_rows(self, slots: list[int]) -> RowInit | None:
+    def new_rows(self, slots: list[int]) -> NewRows | None:
         """What the device must know of newly admitted rows; None when there are none."""
         if not slots:
             return None
         requests = [self.request(slot) for slot in slots]
         params = [request.request.params for request in requests]
-        return RowInit(
+        return NewRows(
             slots=np.array(slots, np.int32),
             temperatures=np.array([p.temperature for p in params], np.float32),
             top_ps=np.array([p.top_p for p in params], np.float32),
@@ -219,7 +217,7 @@ class RequestTable:
             special=self._new_logits_rows(slots),
         )
 
-    def _new_logits_rows(self, slots: list[int]) -> SpecialInit | None:
+    def _new_logits_rows(self, slots: list[int]) -> LogitsInit | None:
         """What the device must know of those admitted rows whose logits will be changed; None without any."""
         changed = [slot for slot in slots if self.changes_logits(slot)]
         if not changed:
@@ -235,7 +233,7 @@ class RequestTable:
             bias_values[index, : len(bias)] = list(bias.values())
             penalised = request.tokens if self.penalised[slot] else EMPTY
             seen.append(count_tokens(penalised[: request.prompt_len], penalised[request.prompt_len :]))
-        return SpecialInit(
+        return LogitsInit(
             slots=np.array(changed, np.int32),
             seen_slots=np.repeat(np.array(changed, np.int32), [len(tokens) for tokens, _ in seen]),
             seen_tokens=np.concatenate([tokens for tokens, _ in seen]),
@@ -244,7 +242,7 @@ class RequestTable:
             bias_values=bias_values,
         )
 
-    def logits_rows(self, sampled: Int32, decodes: int, slots: Int32, starts: Int32, lens: Int32) -> SpecialRows | None:
+    def logits_rows(self, sampled: Int32, decodes: int, slots: Int32, starts: Int32, lens: Int32) -> LogitsRows | None:
         """What a step owes to rows that ask for more than sampling, None if nothing; counts prompt scores as launched.
 
         The step samples a token for the slots `sampled`. It has so many decodes, and chunks of `lens` tokens of the
@@ -271,7 +269,7 @@ class RequestTable:
         if not (len(changed) or len(scored) or counts):
             return None
         changed_slots = sampled[changed]
-        return SpecialRows(
+        return LogitsRows(
             changed=changed,
             penalties=self.penalties[:, changed_slots],
             penalised=bool(self.penalised[changed_slots].any()),

@@ -1,8 +1,8 @@
 """Choosing tokens from logits: filters, and noise that is a function of seed, position and token.
 
-A token is drawn by the Gumbel-max trick: argmax of logit / T - log E, E exponential noise, is distributed as
+A token is sampled by the Gumbel-max trick: argmax of logit / T - log E, E exponential noise, is distributed as
 softmax(logit / T). E comes from a counter-based hash (as in Salmon et al., "Parallel random numbers: as easy as 1, 2,
-3", 2011) of (seed, position, token id), so neither batch mates nor the order of steps can change what is drawn.
+3", 2011) of (seed, position, token id), so neither the rest of the batch nor the order of steps can change the token.
 The mixers are the finalisers of SplitMix64 (Steele et al., 2014) and MurmurHash3.
 """
 
@@ -38,19 +38,13 @@ class SamplingRows:
     stop_ids: Tensor  # int32 (n, stops)
 
     def select(self, index: Tensor) -> SamplingRows:
-        """The rows with these numbers."""
         return SamplingRows(**{name: value.index_select(0, index) for name, value in vars(self).items()})
 
 
 def sample(
-    logits: Tensor,
-    rows: SamplingRows,
-    positions: Tensor,
-    *,
-    all_greedy: bool = False,
-    any_filter: bool = True,
+    logits: Tensor, rows: SamplingRows, positions: Tensor, *, all_greedy: bool = False, any_filter: bool = True,
     any_min_len: bool = True,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Choose a token for each row: logits (n, V), positions int32 (n,) of the chosen tokens -> int32 (n,).
 
     Stop ids cannot be chosen below `min_len`. Greedy rows take the highest logit, of equal ones the lowest id. Others
@@ -65,12 +59,12 @@ def sample(
         return greedy_tokens
     is_greedy = (rows.temperature == 0) | (rows.top_k == 1)
     if logits.device.type == "cpu":
-        random = torch.nonzero(~is_greedy).squeeze(1)  # free here, a wait for the device elsewhere
+        random = torch.nonzero(~is_greedy).squeeze(1)  # on a GPU this would wait for the device
         if len(random):
-            drawn = _draw(logits.index_select(0, random), rows.select(random), positions[random], any_filter)
-            greedy_tokens.index_copy_(0, random, drawn)
+            sampled = _sample_random(logits.index_select(0, random), rows.select(random), positions[random], any_filter)
+            greedy_tokens.index_copy_(0, random, sampled)
         return greedy_tokens
-    return torch.where(is_greedy, greedy_tokens, _draw(logits, rows, positions, any_filter))
+    return torch.where(is_greedy, greedy_tokens, _sample_random(logits, rows, positions, any_filter))
 
 
 def mask_stop_ids(logits: Tensor, rows: SamplingRows, positions: Tensor) -> Tensor:
@@ -82,7 +76,7 @@ def mask_stop_ids(logits: Tensor, rows: SamplingRows, positions: Tensor) -> Tens
     return wide.scatter_(1, column, float("-inf"))[:, :-1]
 
 
-def _draw(logits: Tensor, rows: SamplingRows, positions: Tensor, any_filter: bool) -> Tensor:
+def _sample_random(logits: Tensor, rows: SamplingRows, positions: Tensor, any_filter: bool) -> Tensor:
     scaled = logits.float()
     scaled = scaled - scaled.amax(dim=-1, keepdim=True)  # so that no temperature overflows what counts
     scaled /= rows.temperature.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)

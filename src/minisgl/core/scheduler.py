@@ -1,8 +1,8 @@
 """The scheduler: decides what the next step does, and takes in what a step did. No torch, no clock, no I/O.
 
 A step decodes every running request and, beside them, prefills chunks of prompts under a token budget
-(Sarathi-Serve, Agrawal et al. 2024), so a long prompt stalls nobody. Pages are taken as they are needed. When they
-run out, a request is retracted (preempted): it gives back its row and pages, waits in the queue before all that
+(Sarathi-Serve, Agrawal et al. 2024), so a long prompt does not stall them. Pages are taken as they are needed. When
+they run out, a request is retracted (preempted): it gives back its row and pages, waits in the queue before all that
 arrived after it, and is prefilled again later, mostly from the prefix cache.
 
 Requests are ordered by (priority, arrival), lower first. The last is retracted first. A waiting request also retracts
@@ -86,13 +86,11 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """Plan the next step and account for it as launched; None when no row can do anything now."""
         # 1. If the first waiting request finds no row or too few pages, retract running ones of worse priority for it.
-        # 2. Every running request that is through its prompt decodes one token. While pages are missing, the last
-        #    running request is retracted.
+        # 2. Every running request past its prompt decodes one token. While pages are missing, retract the last.
         # 3. The other running requests prefill a chunk each, in order, until the budget or the pages are used up.
-        # 4. If neither is, waiting requests are admitted in the policy's order and prefill their first chunk. The first
-        #    whose prompt does not fit beside what running requests will soon need ends this: no request overtakes it.
-        # 5. If all this gives no work, although some is left and no step is in flight, pages are missing: the last
-        #    running request is retracted, and 2 to 4 are tried again.
+        # 4. If neither is, waiting requests are admitted in the policy's order and prefill their first chunk, up to the
+        #    first whose prompt does not fit beside what running requests will soon need.
+        # 5. If all this gives no work, although some is left and no step is in flight, retract the last and try again.
         self._retract_for_priority()
         while True:
             step = Draft(self.max_prefill_length)

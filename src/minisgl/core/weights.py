@@ -62,13 +62,9 @@ class Weights:
 
 
 def load_weights(
-    folder: Path,
-    spec: ModelSpec,
-    dtype: torch.dtype,
-    device: torch.device,
-    progress: Progress | None = None,
+    folder: Path, spec: ModelSpec, dtype: torch.dtype, device: torch.device, progress: Progress | None = None,
     sharder: Sharder | None = None,
-) -> Weights:
+) -> Weights:  # fmt: skip
     """Read a folder's safetensors into tensors of `dtype` on `device`, one checkpoint tensor at a time.
 
     With `sharder` only a rank's shard of each is read. Everything is checked against `spec` before anything is
@@ -330,7 +326,7 @@ class Checkpoint:
             raise ModelError(f"{path}: tensor {name} is stored as {dtype}; {', '.join(STORED_DTYPES)} can be read")
 
     def check_complete(self, used: set[str]) -> None:
-        """Raise ModelError for a weight or bias of a known module that is not in `used`: it would change the answer."""
+        """Raise ModelError for a weight or bias of a known module that is not in `used`: it would change the output."""
         modules = {name.rpartition(".")[0] for name in used}
         for name, file in self._file_of.items():
             module, _, kind = name.rpartition(".")

@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 
 from minisgl.config import Config
-from minisgl.core.attention import GraphBackend, GraphDecode, PlannedAttention
+from minisgl.core.attention import PlannedAttention
 from minisgl.core.decoder import Decoder, ForwardBatch
 from minisgl.core.kv_cache import DeviceTables, KVCache, StepInputs
 from minisgl.core.logits import StepOutput
 from minisgl.core.plan import StepPlan
+from minisgl.gpu.attention.interface import GraphBackend, GraphDecode
 
 IN_FLIGHT = 4
 """Copies of `changes` on the host: more than there are steps launched and not collected."""

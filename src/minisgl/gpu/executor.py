@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from minisgl.config import Config
-from minisgl.core.attention import GraphBackend
 from minisgl.core.decoder import Decoder, pack_weights
 from minisgl.core.executor import LocalExecutor
 from minisgl.core.kv_cache import allocate_kv
@@ -17,6 +16,7 @@ from minisgl.core.model_config import ModelSpec
 from minisgl.core.model_runner import ModelRunner
 from minisgl.core.ops import Operations
 from minisgl.core.weights import TORCH_DTYPES, Progress, Sharder, Weights, dummy_weights, load_weights
+from minisgl.gpu.attention.interface import GraphBackend
 from minisgl.gpu.attention.select import Shape, make_attention
 from minisgl.gpu.cuda_graphs import DecodeGraphs, PiecewiseGraphs, graph_sizes, piecewise_max_tokens
 from minisgl.gpu.memory import available_memory, measure_pages, require_pages_fit, require_weights_fit

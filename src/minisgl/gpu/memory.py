@@ -17,7 +17,7 @@ from minisgl.core.decoder import Decoder
 from minisgl.core.kv_cache import allocate_kv, page_bytes
 from minisgl.core.model_config import ModelSpec
 from minisgl.core.model_runner import ModelRunner
-from minisgl.core.plan import RowInit, SpecialInit, SpecialRows, StepPlan
+from minisgl.core.plan import LogitsInit, LogitsRows, NewRows, StepPlan
 from minisgl.core.types import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
 from minisgl.core.weights import Sharder, held_elements
 from minisgl.errors import ConfigError
@@ -213,11 +213,11 @@ def prefill_plan(rows: int, length: int, everything: bool = False) -> StepPlan:
     """
     none, slots = np.empty(0, np.int32), np.arange(rows, dtype=np.int32)
     ones, zeros = np.ones(rows, np.float32), np.zeros(rows, np.int32)
-    special_init = SpecialInit(
+    logits_init = LogitsInit(
         slots=slots, seen_slots=slots, seen_tokens=zeros, seen=zeros + 1, bias_ids=zeros[:, None],
         bias_values=ones[:, None],
     )  # fmt: skip
-    init = RowInit(
+    init = NewRows(
         slots=slots,
         temperatures=ones,
         top_ps=ones * np.float32(0.9),
@@ -226,7 +226,7 @@ def prefill_plan(rows: int, length: int, everything: bool = False) -> StepPlan:
         seeds=np.zeros(rows, np.int64),
         min_lens=zeros + length + 1,
         stop_ids=np.zeros((rows, MAX_STOP_TOKEN_IDS), np.int32),
-        special=special_init if everything else None,
+        special=logits_init if everything else None,
     )
     return StepPlan(
         step=0,
@@ -244,14 +244,14 @@ def prefill_plan(rows: int, length: int, everything: bool = False) -> StepPlan:
         all_greedy=False,
         any_filter=True,
         any_min_len=True,
-        special=special_rows(rows, rows * length) if everything else None,
+        special=logits_rows(rows, rows * length) if everything else None,
     )
 
 
-def special_rows(rows: int, tokens: int) -> SpecialRows:
+def logits_rows(rows: int, tokens: int) -> LogitsRows:
     """Every row is penalised, biased and scored, and every prompt token is scored."""
     slots = np.arange(rows, dtype=np.int32)
-    return SpecialRows(
+    return LogitsRows(
         changed=slots,
         penalties=np.ones((3, rows), np.float32),
         penalised=True,

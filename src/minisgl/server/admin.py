@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import msgspec
-from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
 from minisgl import __version__
 from minisgl.config import Config
 from minisgl.errors import EngineDeadError, InvalidRequestError
-from minisgl.server.api import Api
-from minisgl.server.errors import DrainingError
-from minisgl.server.exposition import CONTENT_TYPE, render
-from minisgl.server.openapi import described
-from minisgl.server.reports import (
+from minisgl.server.engine_client import DRAIN_RETRY_SECONDS
+from minisgl.server.errors import ApiProcessError, DrainingError
+from minisgl.server.metrics import CONTENT_TYPE, ApiProcesses, MetricsPage
+from minisgl.server.openapi import ApiRoute
+from minisgl.server.preparation import Api
+from minisgl.server.responses import (
     Aborted,
     AbortOrder,
-    Flush,
+    FlushReport,
+    Health,
     IsReady,
     ModelFacts,
     Queued,
     ServerInfo,
     Version,
+    json_response,
 )
-from minisgl.server.responses import Health, json_response
-from minisgl.server.service import DRAIN_RETRY_SECONDS
 
 SCRAPE_TIMEOUT = 1.0
 """Seconds that /metrics waits for the engine's counts; an engine in a longer step shows those it gave last."""
@@ -47,90 +45,73 @@ class Setup:
     notes: Sequence[str]
     folder: str
     started: float  # s, on the monotonic clock
-
-    def shown(self) -> dict[str, Any]:
-        """The configuration without secrets: of the keys only how many there are."""
-        return {**dataclasses.asdict(self.config), "api_key": f"{len(self.config.api_key)} set"}
+    processes: ApiProcesses = dataclasses.field(default_factory=ApiProcesses)
 
 
-def make_admin_router(api: Api, setup: Setup) -> APIRouter:
+def admin_routes(api: Api, setup: Setup) -> list[ApiRoute]:
     """The operator's endpoints of one server."""
-    router = APIRouter()
-    service = api.service
+    client, model = api.service, api.preparation.model
 
-    @router.get("/health", **described("health"))
-    async def health() -> Response:
-        """200 when engine and API processes answer in time and prompts can be tokenised, else 503."""
-        api.preparer.check()
-        stats, _ = await asyncio.gather(service.ping(api.health_timeout), api.peers.check(api.health_timeout))
+    async def health(_: Request) -> Response:
+        """200 when the engine and all API processes answer in time, else 503."""
+        stats = await client.ping(api.health_timeout)
+        if silent := setup.processes.num_silent:
+            raise ApiProcessError(f"{silent} of the API processes do not answer")
         return json_response(Health(running=stats.running, waiting=stats.waiting))
 
-    @router.get("/ready", **described("ready"))
-    async def ready() -> Response:
+    async def ready(_: Request) -> Response:
         """200 when new requests are taken, 503 when the server is going down or the engine is gone."""
-        if service.dead is not None:
-            raise service.dead
-        if service.draining:
+        if client.dead is not None:
+            raise client.dead
+        if client.draining:
             raise DrainingError("the server is shutting down", DRAIN_RETRY_SECONDS)
-        api.preparer.check()
         return json_response(IsReady())
 
-    @router.get("/version", **described("version"))
-    async def version() -> Response:
+    async def version(_: Request) -> Response:
         """The version of this program."""
         return json_response(Version(__version__))
 
-    @router.get("/server_info", **described("server_info"))
-    async def server_info() -> Response:
-        """Configuration, the engine's choices, its counts, and how long the server runs (s)."""
-        stats = await service.ping(api.health_timeout)
-        held = service.queue.whole
+    async def server_info(_: Request) -> Response:
+        """Configuration without secrets, the engine's choices and counts, this process' queue, uptime (s)."""
+        stats = await client.ping(api.health_timeout)
+        config = {**dataclasses.asdict(setup.config), "api_key": f"{len(setup.config.api_key)} set"}
         return json_response(
             ServerInfo(
                 version=__version__,
-                config=setup.shown(),
+                config=config,
                 effective=list(setup.notes),
                 stats=stats,
-                queued=Queued(held.requests, held.tokens),
-                draining=service.draining,
+                queued=Queued(client.queue.requests, client.queue.tokens),
+                draining=client.draining,
                 uptime=round(time.monotonic() - setup.started, 3),
             )
         )
 
-    @router.get("/model_info", **described("model_info"))
-    async def model_info() -> Response:
+    async def model_info(_: Request) -> Response:
         """The model: its names, where its files are, and what it can take."""
-        model = api.model
         return json_response(
             ModelFacts(
                 id=model.name,
-                served_names=list(api.names) or [model.name],
+                served_names=list(api.preparation.names),
                 model_path=setup.folder,
                 vocab_size=model.vocab_size,
                 max_model_len=model.max_seq_len,
                 eos_token_ids=list(model.eos_token_ids),
-                has_chat_template=api.tokenizer.has_chat_template,
+                has_chat_template=api.preparation.tokenizer.has_chat_template,
             )
         )
 
-    @router.get("/metrics", **described("metrics"))
-    async def metrics() -> Response:
+    async def metrics(_: Request) -> Response:
         """Prometheus' page. It never fails: without the engine it has the engine's last counts."""
+        with contextlib.suppress(EngineDeadError):
+            await client.ping(SCRAPE_TIMEOUT)
+        page = MetricsPage(client.metrics, setup.processes, client.stats, client.dead is None, model.name)
+        return Response(page.render(), media_type=CONTENT_TYPE)
 
-        async def ask_engine() -> None:
-            with contextlib.suppress(EngineDeadError):
-                await service.ping(SCRAPE_TIMEOUT)
-
-        others, _ = await asyncio.gather(api.peers.tally(SCRAPE_TIMEOUT), ask_engine())
-        page = render(api.tally.plus(others), service.stats, service.dead is None, api.model.name)
-        return Response(page, media_type=CONTENT_TYPE)
-
-    @router.post("/flush_cache", **described("flush_cache"))
-    async def flush_cache() -> Response:
+    async def flush_cache(_: Request) -> Response:
         """Drop every cached page that no request uses."""
-        return json_response(Flush(await service.flush_cache(api.health_timeout)))
+        return json_response(FlushReport(await client.flush_cache(api.health_timeout)))
 
-    @router.post("/abort_request", **described("abort_request"))
     async def abort_request(request: Request) -> Response:
         """End the requests of one answer, or all."""
         body = b""
@@ -143,6 +124,15 @@ def make_admin_router(api: Api, setup: Setup) -> APIRouter:
             raise InvalidRequestError(f"the body cannot be read: {error}", code="invalid_json") from error
         if order.abort_all is (order.rid is not None):
             raise InvalidRequestError("give the answer's id as rid, or abort_all", param="rid")
-        return json_response(Aborted(service.abort(order.rid) + await api.peers.abort(order.rid)))
+        return json_response(Aborted(await client.abort(order.rid, api.health_timeout)))
 
-    return router
+    return [
+        ApiRoute("GET", "/health", health, Health),
+        ApiRoute("GET", "/ready", ready, IsReady),
+        ApiRoute("GET", "/version", version, Version),
+        ApiRoute("GET", "/server_info", server_info, ServerInfo),
+        ApiRoute("GET", "/model_info", model_info, ModelFacts),
+        ApiRoute("GET", "/metrics", metrics, str),
+        ApiRoute("POST", "/flush_cache", flush_cache, FlushReport),
+        ApiRoute("POST", "/abort_request", abort_request, Aborted, [AbortOrder]),
+    ]

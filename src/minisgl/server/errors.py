@@ -53,12 +53,6 @@ class QueueFullError(RetryLaterError):
     code = "queue_full"
 
 
-class TokenizerDeadError(RetryLaterError):
-    """The process that prepared the request ended, or there is none; another one is being started."""
-
-    code = "tokenizer_unavailable"
-
-
 class ApiProcessError(MinisglError):
     """An API process does not answer, cannot be started, or dies again and again."""
 

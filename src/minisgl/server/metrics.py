@@ -1,117 +1,265 @@
-"""What is counted of served requests, at the cost of a few additions a token. `exposition.py` shows it to Prometheus.
+"""What is counted of served requests, and the page that Prometheus reads: vLLM's names, with the prefix `minisgl:`.
 
-Plain numbers without locks: everything happens in the event loop's thread.
+Times are seconds on the monotonic clock.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Sequence
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextvars import ContextVar
+from pathlib import Path
 
-from minisgl.server.records import Exchange, Live
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
 
+from minisgl.core.types import EngineStats
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+PREFIX = "minisgl:"
 SHORT = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
-"""Upper bounds in s for the time of a token: a step of a small model on a fast card to one of the CPU's."""
 LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
-"""Upper bounds in s for what a request waits and takes."""
-TOKENS = (
-    1.0,
-    4.0,
-    16.0,
-    64.0,
-    128.0,
-    256.0,
-    512.0,
-    1024.0,
-    2048.0,
-    4096.0,
-    8192.0,
-    16384.0,
-    32768.0,
-    65536.0,
-    131072.0,
-)
-"""Upper bounds for the tokens of a prompt or an answer."""
-
+TOKENS = (1.0, 4.0, 16.0, *(float(2**n) for n in range(6, 18)))
+"""Upper bounds: s for the time of a token, s for what a request waits and takes, tokens of a prompt or completion."""
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
 """Methods that are counted by name: a client can make up any number of others, and each would be a series for ever."""
+GAUGES = (
+    ("num_requests_running", "running", "requests that decode or prefill"),
+    ("num_requests_waiting", "waiting", "requests that wait for a place, retracted ones included"),
+    ("num_waiting_tokens", "waiting_tokens", "tokens of the requests that wait"),
+    ("kv_pages_total", "pages_total", "KV pages there are"),
+    ("kv_pages_free", "pages_free", "KV pages that hold nothing"),
+    ("kv_pages_cached", "pages_cached", "KV pages in the prefix cache, whether a request uses them or not"),
+)
+"""Name, attribute of `EngineStats`, and what is counted."""
+COUNTERS = (
+    ("prompt_tokens", "prompt_tokens", "tokens of the prompts taken in"),
+    ("generation_tokens", "generated_tokens", "tokens generated"),
+    ("prefix_cache_queries", "prompt_tokens", "prompt tokens looked up in the prefix cache"),
+    ("prefix_cache_hits", "cached_prompt_tokens", "prompt tokens found in the prefix cache"),
+    ("num_preemptions", "retracted", "requests retracted because the KV pages ran out"),
+    ("num_aborted_requests", "aborted", "requests aborted: by a client that left, a limit or an operator"),
+    ("engine_steps", "steps", "steps planned"),
+)
+"""Name without `_total`, attribute of `EngineStats`, and what is counted."""
+START_TIME = "process_start_time_seconds"
+BEAT_SECONDS = 0.5
+SILENT_SECONDS = 3.0  # an API process that has not touched its file for so long hangs
 
 
-class Histogram:
-    """Counts of values by upper bound; `counts` has one entry more, for values above the last bound."""
+@dataclasses.dataclass(slots=True)
+class RequestStats:
+    """A request in the engine. `arrived` is when its HTTP request began; `first` and `last` are those of its tokens."""
 
-    __slots__ = ("bounds", "counts", "sum")
+    prompt_tokens: int
+    arrived: float
+    admitted: float | None = None
+    first: float | None = None
+    last: float = 0.0
+    tokens: int = 0
+    cached_tokens: int = 0
+    finish: str | None = None
 
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self.bounds = tuple(bounds)
-        self.counts = [0] * (len(bounds) + 1)
-        self.sum = 0.0
 
-    def observe(self, value: float, times: int = 1) -> None:
-        """Count a value."""
-        self.counts[bisect_left(self.bounds, value)] += times
-        self.sum += value * times
+@dataclasses.dataclass(slots=True)
+class AccessRecord:
+    """An HTTP request and its response; `status` is 0 until the response begins."""
 
-    @property
-    def count(self) -> int:
-        """How many values there were."""
-        return sum(self.counts)
+    id: str
+    method: str
+    path: str
+    client: str
+    started: float = dataclasses.field(default_factory=time.monotonic)
+    status: int = 0
+    choices: list[RequestStats] = dataclasses.field(default_factory=list)
+
+    def describe(self, now: float) -> str:
+        """The line of the access log."""
+        parts = [f'{self.client} "{self.method} {self.path}" {self.status} id={self.id}']
+        if self.choices:
+            prompt, generated, cached = (
+                sum(getattr(c, name) for c in self.choices) for name in ("prompt_tokens", "tokens", "cached_tokens")
+            )
+            parts.append(f"prompt={prompt} cached={cached} generated={generated}")
+            if times := [c.admitted - c.arrived for c in self.choices if c.admitted is not None]:
+                parts.append(f"queue={max(times):.3f}s")
+            if times := [c.first - c.arrived for c in self.choices if c.first is not None]:
+                parts.append(f"ttft={min(times):.3f}s")
+            parts.append("finish=" + ",".join(c.finish or "none" for c in self.choices))
+        return " ".join([*parts, f"total={now - self.started:.3f}s"])
+
+
+ACCESS_RECORD: ContextVar[AccessRecord | None] = ContextVar("minisgl_access_record", default=None)
+"""Of the HTTP request that the running task answers."""
 
 
 class Metrics:
-    """Histograms over requests and tokens, and requests by how they ended and by their HTTP status."""
+    """What one API process counts; a token costs one `observe`.
 
-    def __init__(self) -> None:
-        self.time_to_first_token = Histogram(LONG)
-        self.inter_token_latency = Histogram(SHORT)
-        self.time_per_output_token = Histogram(SHORT)
-        self.e2e_request_latency = Histogram(LONG)
-        self.queue_time = Histogram(LONG)
-        self.prefill_time = Histogram(LONG)
-        self.decode_time = Histogram(LONG)
-        self.prompt_tokens = Histogram(TOKENS)
-        self.generation_tokens = Histogram(TOKENS)
-        self.finished: dict[str, int] = dict.fromkeys(("stop", "length", "abort", "timeout", "error"), 0)
-        self.rejected: dict[str, int] = {}
-        self.responses: dict[tuple[str, str, int], int] = {}
-        self.preparing = 0
-        """Requests that are being tokenised."""
+    Several API processes keep their counts in `folder`/counts, each in files of its own. PROMETHEUS_MULTIPROC_DIR must
+    have named it before prometheus_client was imported.
+    """
 
-    def on_admitted(self, live: Live, now: float) -> None:
+    def __init__(self, folder: Path | str | None = None) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.counts = None if folder is None else Path(folder) / "counts"
+
+        def histogram(name: str, bounds: Sequence[float], text: str) -> Histogram:
+            return Histogram(PREFIX + name, text, registry=registry, buckets=bounds)
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(PREFIX + name, text, labels, registry=registry)
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(PREFIX + name, text, registry=registry, multiprocess_mode="livesum")
+
+        self.time_to_first_token = histogram("time_to_first_token_seconds", LONG, "from arrival to the first token")
+        self.inter_token_latency = histogram("inter_token_latency_seconds", SHORT, "from one token to the next")
+        self.time_per_output_token = histogram(
+            "time_per_output_token_seconds", SHORT, "mean time of a token after the first, by request"
+        )
+        self.e2e_request_latency = histogram("e2e_request_latency_seconds", LONG, "from arrival to the end")
+        self.queue_time = histogram("request_queue_time_seconds", LONG, "from arrival to a place among the running")
+        self.prefill_time = histogram(
+            "request_prefill_time_seconds", LONG, "from a place among the running to the first token"
+        )
+        self.decode_time = histogram("request_decode_time_seconds", LONG, "from the first token to the last")
+        self.prompt_tokens = histogram("request_prompt_tokens", TOKENS, "tokens of a request's prompt")
+        self.generation_tokens = histogram("request_generation_tokens", TOKENS, "tokens generated for a request")
+        self.finished = counter("request_success", "requests by how they ended", "finished_reason")
+        for reason in ("stop", "length", "abort", "timeout", "error"):
+            self.finished.labels(reason)
+        self.rejected = counter("request_rejected", "requests turned away by a limit", "reason")
+        self.responses = counter("http_requests", "HTTP requests answered", "method", "route", "status")
+        self.queued_requests = gauge("num_requests_queued", "requests without their first token")
+        self.queued_tokens = gauge("num_queued_tokens", "prompt tokens of requests without their first token")
+        self.preparing = gauge("num_requests_preparing", "requests that are being tokenised")
+
+    def on_admitted(self, request: RequestStats, now: float) -> None:
         """A request has a row in the engine; only the first time counts."""
-        if live.admitted is None:
-            live.admitted = now
-            self.queue_time.observe(now - live.arrived)
+        if request.admitted is None:
+            request.admitted = now
+            self.queue_time.observe(now - request.arrived)
 
-    def on_tokens(self, live: Live, count: int, now: float) -> None:
-        """A request has this many tokens more."""
-        if live.first is None:
-            live.first = now
-            self.time_to_first_token.observe(now - live.arrived)
+    def on_tokens(self, request: RequestStats, count: int, now: float) -> None:
+        if request.first is None:
+            request.first = now
+            self.time_to_first_token.observe(now - request.arrived)
         else:
-            self.inter_token_latency.observe((now - live.last) / count, count)
-        live.last = now
-        live.tokens += count
+            latency = (now - request.last) / count
+            for _ in range(count):
+                self.inter_token_latency.observe(latency)
+        request.last = now
+        request.tokens += count
 
-    def on_end(self, live: Live, finish: str, now: float) -> None:
-        """A request is over."""
-        live.finish = finish
-        self.finished[finish] += 1
-        self.e2e_request_latency.observe(now - live.arrived)
-        self.prompt_tokens.observe(live.prompt_tokens)
-        self.generation_tokens.observe(live.tokens)
-        if live.first is not None:
-            if live.admitted is not None:
-                self.prefill_time.observe(live.first - live.admitted)
-            self.decode_time.observe(live.last - live.first)
-            if live.tokens > 1:
-                self.time_per_output_token.observe((live.last - live.first) / (live.tokens - 1))
+    def on_end(self, request: RequestStats, finish: str, now: float) -> None:
+        request.finish = finish
+        self.finished.labels(finish).inc()
+        self.e2e_request_latency.observe(now - request.arrived)
+        self.prompt_tokens.observe(request.prompt_tokens)
+        self.generation_tokens.observe(request.tokens)
+        if request.first is not None:
+            if request.admitted is not None:
+                self.prefill_time.observe(request.first - request.admitted)
+            self.decode_time.observe(request.last - request.first)
+            if request.tokens > 1:
+                self.time_per_output_token.observe((request.last - request.first) / (request.tokens - 1))
 
-    def on_rejected(self, code: str) -> None:
-        """A request was turned away: too much is waiting, or what it needs is gone or going down."""
-        self.rejected[code] = self.rejected.get(code, 0) + 1
-
-    def on_response(self, exchange: Exchange, route: str) -> None:
+    def on_response(self, record: AccessRecord, route: str) -> None:
         """An HTTP request was answered; `route` is the endpoint's path as it is declared."""
-        key = (exchange.method if exchange.method in METHODS else "other", route, exchange.status)
-        self.responses[key] = self.responses.get(key, 0) + 1
+        method = record.method if record.method in METHODS else "other"
+        self.responses.labels(method, route, str(record.status)).inc()
+
+    def families(self) -> Iterable[Metric]:
+        """What all API processes have counted together."""
+        if self.counts is None:
+            return self.registry.collect()
+        families: Iterable[Metric] = MultiProcessCollector(None, str(self.counts)).collect()  # type: ignore[no-untyped-call]
+        return families
+
+
+class ApiProcesses:
+    """Which API processes of a server work: each touches a file in `folder`/beats all the time. None: there is one."""
+
+    def __init__(self, folder: Path | str | None = None) -> None:
+        self.beats = None if folder is None else Path(folder) / "beats"
+
+    async def beat(self) -> None:
+        """Touch this process' file until cancelled."""
+        assert self.beats is not None
+        while True:
+            (self.beats / str(os.getpid())).touch()
+            await asyncio.sleep(BEAT_SECONDS)
+
+    def ages(self) -> dict[int, float]:
+        """By process id how long ago (s) each said that it works."""
+        if self.beats is None:
+            return {os.getpid(): 0.0}
+        now, found = time.time(), {}
+        for file in self.beats.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # it has just ended
+                found[int(file.name)] = now - file.stat().st_mtime
+        return found
+
+    @property
+    def num_silent(self) -> int:
+        return sum(age > SILENT_SECONDS for age in self.ages().values())
+
+
+@dataclasses.dataclass(frozen=True)
+class MetricsPage(Collector):
+    """Everything there is to show at one moment; `stats` is what the engine said last."""
+
+    metrics: Metrics
+    processes: ApiProcesses
+    stats: EngineStats
+    engine_up: bool
+    model: str
+
+    def render(self) -> bytes:
+        return generate_latest(self)
+
+    def collect(self) -> Iterator[Metric]:
+        stats, processes = self.stats, self.processes.ages()
+        used = stats.pages_total - stats.pages_free
+        owned, answering = used - stats.pages_cached, len(processes) - self.processes.num_silent
+        gauges = [(name, text, float(getattr(stats, attribute))) for name, attribute, text in GAUGES]
+        gauges += [
+            ("kv_cache_usage_perc", "share of the KV pages that hold something", share(used, stats.pages_total)),
+            ("kv_cache_owned_perc", "share of the KV pages no other may have", share(owned, stats.pages_total)),
+            ("api_processes", "API processes that answer", answering),
+            ("engine_up", "1 while the engine lives", float(self.engine_up)),
+        ]
+        families: list[Metric] = [GaugeMetricFamily(PREFIX + name, text, value) for name, text, value in gauges]
+        for name, attribute, text in COUNTERS:
+            families.append(CounterMetricFamily(PREFIX + name, text, getattr(stats, attribute)))
+        for family in (*families, *self.metrics.families()):
+            family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
+            if family.name != PREFIX + "http_requests":
+                family.samples = [s._replace(labels={"model_name": self.model, **s.labels}) for s in family.samples]
+            yield family
+        yield from process_families(processes)
+
+
+def process_families(pids: Iterable[int]) -> Iterable[Metric]:
+    """CPU, memory and files of these processes together, as Prometheus names them; the start time is the earliest."""
+    total: dict[str, Metric] = {}
+    for pid in pids:
+        for family in ProcessCollector(pid=functools.partial(int, pid), registry=None).collect():
+            if (before := total.setdefault(family.name, family)) is not family:
+                one, other = before.samples[0], family.samples[0]
+                both = min(one.value, other.value) if one.name == START_TIME else one.value + other.value
+                before.samples = [one._replace(value=both)]
+    return total.values()
+
+
+def share(part: int, whole: int) -> float:
+    """A part of a whole that may be empty."""
+    return part / whole if whole else 0.0

@@ -1,19 +1,22 @@
-"""The objects that responses are made of, as OpenAI's API reference names them; msgspec encodes them."""
+"""The objects that responses are made of, under their names in the APIs; msgspec encodes them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
+from msgspec import UNSET, UnsetType
 from starlette.responses import Response
 
-Unset = msgspec.UnsetType
+from minisgl.core.types import EngineStats
+
+FinishWord = Literal["stop", "length", "tool_calls"]
+TokenEntry = tuple[float | None, int, str | None]
+"""Log-probability, token id, and its text where that was asked for."""
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
-    """`cached_tokens` prompt tokens had their KV in the prefix cache."""
-
     cached_tokens: int
 
 
@@ -25,73 +28,63 @@ class Usage(msgspec.Struct, frozen=True):
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
 
-    @classmethod
-    def of(cls, prompt: int, completion: int, cached: int) -> Usage:
-        """The usage of these counts."""
-        return cls(prompt, completion, prompt + completion, PromptTokensDetails(cached))
-
 
 class FunctionCall(msgspec.Struct, frozen=True):
-    """Whom a call calls, and with what: the text of a JSON object."""
+    """The function that is called, and the text of a JSON object, or in a stream more of it."""
 
     arguments: str
-    name: str | Unset = msgspec.UNSET
+    name: str | UnsetType = UNSET
 
 
 class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
-    """A call; in a stream its first piece has id, type and name, the others only more arguments."""
+    """A call; in a stream its first delta has id, type and name, the others only more arguments."""
 
-    index: int | Unset = msgspec.UNSET
-    id: str | Unset = msgspec.UNSET
-    type: Literal["function"] | Unset = msgspec.UNSET
+    index: int | UnsetType = UNSET
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
     function: FunctionCall
 
 
+class ChatDelta(msgspec.Struct, frozen=True):
+    """A part of a chat answer; the first one has the role."""
+
+    role: str | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCall] | UnsetType = UNSET
+
+
 class AssistantMessage(msgspec.Struct, frozen=True):
-    """A whole answer; `content` is null when it is nothing but calls."""
+    """A whole chat answer; `content` is null when it is nothing but calls."""
 
     content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
-    reasoning_content: str | Unset = msgspec.UNSET
-    tool_calls: list[ToolCall] | Unset = msgspec.UNSET
-
-
-class Delta(msgspec.Struct, frozen=True):
-    """A piece of an answer; the first one has the role."""
-
-    role: str | Unset = msgspec.UNSET
-    content: str | Unset = msgspec.UNSET
-    reasoning_content: str | Unset = msgspec.UNSET
-    tool_calls: list[ToolCall] | Unset = msgspec.UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class TopLogprob(msgspec.Struct, frozen=True):
-    """A token that might have come; `bytes` is exact where `token`, as text, cannot be."""
+    """A token; `bytes` is exact where `token`, as text, cannot be."""
 
     token: str
     logprob: float
     bytes: list[int]
 
 
-class TokenLogprob(msgspec.Struct, frozen=True):
-    """A token of the answer, and the likeliest at its place."""
+class ChatTokenLogprob(TopLogprob, frozen=True):
+    """A token of the answer, and the most probable ones at its position."""
 
-    token: str
-    logprob: float
-    bytes: list[int]
     top_logprobs: list[TopLogprob]
 
 
 class ChatLogprobs(msgspec.Struct, frozen=True):
-    """The tokens of a chat answer or of a piece of it."""
-
-    content: list[TokenLogprob]
+    content: list[ChatTokenLogprob]
     refusal: None = None
 
 
 class TextLogprobs(msgspec.Struct, frozen=True):
-    """The tokens of a completion or of a piece of it; `text_offset` in characters from the beginning of its text."""
+    """The tokens of a completion or of a part of it; `text_offset` in characters from the beginning of its text."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -99,12 +92,7 @@ class TextLogprobs(msgspec.Struct, frozen=True):
     text_offset: list[int]
 
 
-FinishWord = Literal["stop", "length", "tool_calls"]
-
-
 class ChatChoice(msgspec.Struct, frozen=True):
-    """A whole chat answer."""
-
     index: int
     message: AssistantMessage
     finish_reason: FinishWord | None
@@ -112,40 +100,81 @@ class ChatChoice(msgspec.Struct, frozen=True):
 
 
 class ChunkChoice(msgspec.Struct, frozen=True):
-    """A piece of a chat answer."""
-
     index: int
-    delta: Delta
+    delta: ChatDelta
     finish_reason: FinishWord | None = None
     logprobs: ChatLogprobs | None = None
 
 
 class TextChoice(msgspec.Struct, frozen=True):
-    """A completion, whole or a piece of it."""
-
     index: int
     text: str
     finish_reason: FinishWord | None = None
     logprobs: TextLogprobs | None = None
 
 
-Choice = TypeVar("Choice", ChatChoice, ChunkChoice, TextChoice)
+AnyChoice = TypeVar("AnyChoice", ChatChoice, ChunkChoice, TextChoice)
 
 
-class Result(msgspec.Struct, Generic[Choice], frozen=True, kw_only=True):
-    """The envelope of every answer. `usage` is unset in the chunks of a stream that was not asked for it."""
+class Result(msgspec.Struct, Generic[AnyChoice], frozen=True, kw_only=True):
+    """OpenAI's envelope. `usage` is unset in the chunks of a stream that was not asked for it."""
 
     id: str
     object: Literal["chat.completion", "chat.completion.chunk", "text_completion"]
     created: int
     model: str
-    choices: Sequence[Choice]
-    usage: Usage | Unset | None = msgspec.UNSET
+    choices: Sequence[AnyChoice]
+    usage: Usage | UnsetType | None = UNSET
+
+
+class SglangMeta(msgspec.Struct, frozen=True, kw_only=True):
+    """What /generate says beside the text; `e2e_latency` in s."""
+
+    id: str
+    finish_reason: dict[str, Any] | None
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    e2e_latency: float
+    output_token_logprobs: list[TokenEntry] | UnsetType = UNSET
+    output_top_logprobs: list[list[TokenEntry] | None] | UnsetType = UNSET
+    input_token_logprobs: list[TokenEntry] | UnsetType = UNSET
+    input_top_logprobs: list[list[TokenEntry] | None] | UnsetType = UNSET
+
+
+class SglangResult(msgspec.Struct, frozen=True, kw_only=True):
+    """/generate's answer, in a stream all of it so far; `index` says which one of several it is."""
+
+    text: str
+    output_ids: list[int]
+    meta_info: SglangMeta
+    index: int | UnsetType = UNSET
+
+
+class Tokens(msgspec.Struct, frozen=True, kw_only=True):
+    """A text's tokens; `token_strs` are their names in the vocabulary, where they were asked for."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str | None] | None
+
+
+class Detokenized(msgspec.Struct, frozen=True):
+    prompt: str
+
+
+class TokenizerInfo(msgspec.Struct, frozen=True, kw_only=True):
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    chat_template: str | None
+    vocab_size: int
+    model_max_length: int
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
-    """An entry of /v1/models; `max_model_len` is the longest sequence in tokens."""
-
     id: str
     object: Literal["model"] = "model"
     created: int
@@ -154,23 +183,69 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelList(msgspec.Struct, frozen=True):
-    """What /v1/models says."""
-
     data: list[ModelCard]
     object: Literal["list"] = "list"
 
 
 class Health(msgspec.Struct, frozen=True):
-    """What /health says when all is well: requests that run and wait."""
-
     running: int
     waiting: int
     status: Literal["ok"] = "ok"
 
 
-class ErrorObject(msgspec.Struct, frozen=True):
-    """An error; `param` is the field of the request that is at fault, if one is."""
+class AbortOrder(msgspec.Struct, forbid_unknown_fields=True):
+    """The body of /abort_request: the id of an answer, or `abort_all`."""
 
+    rid: str | None = None
+    abort_all: bool = False
+
+
+class IsReady(msgspec.Struct, frozen=True):
+    status: Literal["ready"] = "ready"
+
+
+class Version(msgspec.Struct, frozen=True):
+    version: str
+
+
+class Queued(msgspec.Struct, frozen=True):
+    """Requests without their first token, and the tokens of their prompts."""
+
+    requests: int
+    tokens: int
+
+
+class ServerInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """`config` is as given, `effective` a line for each value that was chosen; `uptime` is in s."""
+
+    version: str
+    config: dict[str, Any]
+    effective: list[str]
+    stats: EngineStats
+    queued: Queued
+    draining: bool
+    uptime: float
+
+
+class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    served_names: list[str]
+    model_path: str
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: list[int]
+    has_chat_template: bool
+
+
+class FlushReport(msgspec.Struct, frozen=True):
+    flushed_pages: int
+
+
+class Aborted(msgspec.Struct, frozen=True):
+    aborted: int
+
+
+class ErrorObject(msgspec.Struct, frozen=True):
     message: str
     type: str
     param: str | None
@@ -178,8 +253,6 @@ class ErrorObject(msgspec.Struct, frozen=True):
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
-    """The body of every response that is no success."""
-
     error: ErrorObject
 
 

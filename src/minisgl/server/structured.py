@@ -1,158 +1,149 @@
-"""Which grammar a request asks for: OpenAI's `response_format`, vLLM's `structured_outputs` and `guided_*`."""
+"""The grammar of an answer: the structured output that a request asks for, and tool calls."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from typing import Any
 
-from minisgl.core.types import Grammar
-from minisgl.errors import InvalidRequestError, UnsupportedParameterError
+import msgspec
 
-SCHEMA_NAME_LENGTH = 64
-SWITCHES = frozenset({"disable_fallback", "disable_any_whitespace", "disable_additional_properties"})
-"""Options of vLLM's beside the constraint, off by default; none is supported."""
+from minisgl.core.types import Calls, Grammar
+from minisgl.errors import InvalidRequestError
+from minisgl.server.protocol import ChatRequest, OpenAIRequest, SglangSampling
+from minisgl.server.tools import ToolFormat
+from minisgl.server.validation import ResponseFormat, Tool, require
+
+SUBSCHEMAS = frozenset(
+    {"items", "additionalItems", "contains", "additionalProperties", "unevaluatedItems", "unevaluatedProperties"}
+    | {"propertyNames", "not", "if", "then", "else"}
+)
+SUBSCHEMA_LISTS = frozenset({"prefixItems", "items", "allOf", "anyOf", "oneOf"})
+SUBSCHEMA_MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 
 
-def grammar_from_request(fields: Mapping[str, Any]) -> Grammar | None:
-    """The grammar that a request asks for, None for plain text. `GrammarCompiler.check` says if it can be followed.
+def requested_grammar(body: OpenAIRequest | SglangSampling) -> tuple[Grammar | None, str | None]:
+    """The grammar that a request asks for and the field that does, (None, None) for plain text.
 
-    `fields` are those of the request, as plain JSON values, that say what form its answer has: `response_format`,
-    `structured_outputs`, `guided_json`, `guided_regex`, `guided_choice`, `guided_grammar`; None is as good as absent.
-    Raises InvalidRequestError for a malformed one and when there are several; `param` names it.
+    Raises InvalidRequestError naming the field. `GrammarCompiler.check` says whether the grammar can be enforced.
     """
-    asked = {name: value for name, value in fields.items() if value is not None}
-    for name in asked:
-        if name not in READERS:
-            raise UnsupportedParameterError(f"{name} is not supported", param=name)
-    found = {name: READERS[name](value, name) for name, value in asked.items()}
-    grammars = {name: grammar for name, grammar in found.items() if grammar is not None}
-    if len(grammars) > 1:
-        names = list(grammars)
-        raise InvalidRequestError(f"{' and '.join(names)} exclude each other", param=names[1])
-    return next(iter(grammars.values()), None)
+    found: dict[str, Grammar] = {}
+    guided: dict[str, Any]
+    if isinstance(body, SglangSampling):
+        guided = {"json": body.json_schema, "regex": body.regex, "grammar": body.ebnf}
+    else:
+        guided = {name: getattr(body, f"guided_{name}") for name in ("json", "regex", "choice", "grammar")}
+        if body.response_format is not None and (grammar := format_grammar(body.response_format)) is not None:
+            found["response_format"] = grammar
+        if (outputs := body.structured_outputs) is not None:
+            given = [name for name in outputs.__struct_fields__ if getattr(outputs, name) is not None]
+            require(len(given) == 1, "structured_outputs must hold exactly one constraint", "structured_outputs")
+            param = f"structured_outputs.{given[0]}"
+            require(outputs.json_object is not False, f"{param} must be true", param)
+            found["structured_outputs"] = make_grammar(given[0], getattr(outputs, given[0]), param)
+    for name, value in guided.items():
+        if value is not None:
+            found[f"guided_{name}"] = make_grammar(name, value, f"guided_{name}")
+    fields = list(found)
+    if len(fields) > 1:
+        raise InvalidRequestError(f"{' and '.join(fields)} exclude each other", param=fields[1])
+    return (found[fields[0]], fields[0]) if fields else (None, None)
 
 
-def field_of(fields: Mapping[str, Any]) -> str | None:
-    """The field that asks for a form of the answer; there is at most one that is not about plain text."""
-    return next((name for name, value in fields.items() if value != {"type": "text"}), None)
+def format_grammar(asked: ResponseFormat) -> Grammar | None:
+    """OpenAI's `response_format`, None for plain text."""
+    param, schema = "response_format", asked.json_schema
+    require(asked.type is not None, f"{param}.type is required", f"{param}.type")
+    plain = asked.type != "json_schema"
+    require(plain == (schema is None), f"{param} has a json_schema where its type says so", f"{param}.json_schema")
+    if schema is None:
+        return None if asked.type == "text" else Grammar(kind="json_object")
+    param += ".json_schema.schema"
+    require(schema.schema is not None, f"{param} is required", param)
+    return make_grammar("json", schema.schema, param)
 
 
-def response_format(value: Any, param: str) -> Grammar | None:
-    """OpenAI's form: {"type": "text" | "json_object" | "json_schema", "json_schema": {name, schema, …}}.
-
-    The schema is enforced as it is written, with `strict` or without.
-    """
-    fields = require_object(value, param)
-    match fields.get("type"):
-        case "text":
-            refuse_others(fields, {"type"}, param)
-            return None
-        case "json_object":
-            refuse_others(fields, {"type"}, param)
-            return Grammar(kind="json_object")
-        case "json_schema":
-            refuse_others(fields, {"type", "json_schema"}, param)
-            return openai_schema(fields.get("json_schema"), f"{param}.json_schema")
-    raise InvalidRequestError(f"{param}.type must be text, json_object or json_schema", param=f"{param}.type")
-
-
-def openai_schema(value: Any, param: str) -> Grammar:
-    """The inner object of a `json_schema` format."""
-    fields = require_object(value, param)
-    refuse_others(fields, {"name", "description", "schema", "strict"}, param)
-    name = fields.get("name", "answer")
-    if not isinstance(name, str) or not 1 <= len(name) <= SCHEMA_NAME_LENGTH:
-        rule = f"a text of 1 to {SCHEMA_NAME_LENGTH} characters"
-        raise InvalidRequestError(f"{param}.name must be {rule}", param=f"{param}.name")
-    for key, kind, rule in (("description", str, "a text"), ("strict", bool, "true or false")):
-        if not isinstance(fields.get(key), (kind, type(None))):
-            raise InvalidRequestError(f"{param}.{key} must be {rule}", param=f"{param}.{key}")
-    if fields.get("schema") is None:
-        raise InvalidRequestError(f"{param}.schema is required", param=f"{param}.schema")
-    return schema(fields["schema"], f"{param}.schema", texts=False)
-
-
-def structured_outputs(value: Any, param: str) -> Grammar | None:
-    """vLLM's form: an object with one of json, regex, choice, grammar, json_object."""
-    fields = require_object(value, param)
-    asked = {n: item for n, item in fields.items() if item is not None and not (n in SWITCHES and item is False)}
-    if switch := next((name for name in asked if name in SWITCHES), None):
-        raise UnsupportedParameterError(f"{param}.{switch} is not supported", param=f"{param}.{switch}")
-    if len(asked) != 1:
-        raise InvalidRequestError(f"{param} must hold exactly one constraint", param=param)
-    ((name, item),) = asked.items()
-    where = f"{param}.{name}"
-    match name:
-        case "json":
-            return schema(item, where)
-        case "regex":
-            return regex(item, where)
-        case "choice":
-            return choice(item, where)
-        case "grammar":
-            return grammar(item, where)
-        case "json_object":
-            if item is not True:
-                raise InvalidRequestError(f"{where} must be true", param=where)
-            return Grammar(kind="json_object")
-    raise UnsupportedParameterError(f"{where} is not supported", param=where)
-
-
-def schema(value: Any, param: str, texts: bool = True) -> Grammar:
-    """A JSON schema as a value, or where `texts` are allowed as its text."""
-    if texts and isinstance(value, str):
+def make_grammar(kind: str, value: Any, param: str) -> Grammar:
+    """The grammar of a constraint, whose kind is one of the fields of `StructuredOutputs`."""
+    if kind == "json" and not isinstance(value, str):
+        try:
+            return Grammar(kind="json_schema", source=json.dumps(value, ensure_ascii=False, allow_nan=False))
+        except ValueError as error:
+            raise InvalidRequestError(f"{param} must not hold NaN or infinite numbers", param=param) from error
+    if kind == "json":
         return Grammar(kind="json_schema", source=value)
-    if not isinstance(value, (dict, bool)):
-        raise InvalidRequestError(f"{param} must be a JSON schema", param=param)
-    try:
-        return Grammar(kind="json_schema", source=json.dumps(value, ensure_ascii=False, allow_nan=False))
-    except RecursionError as error:
-        raise InvalidRequestError(f"{param} is nested too deeply", param=param) from error
-    except ValueError as error:
-        raise InvalidRequestError(f"{param} must not hold NaN or infinite numbers", param=param) from error
+    if kind == "choice":
+        return Grammar(kind="choice", source=json.dumps(value, ensure_ascii=False))
+    if kind == "json_object":
+        return Grammar(kind="json_object")
+    return Grammar(kind="lark" if kind == "grammar" else "regex", source=value)
 
 
-def regex(value: Any, param: str) -> Grammar:
-    """A regular expression that the whole answer matches."""
-    if not isinstance(value, str):
-        raise InvalidRequestError(f"{param} must be a regular expression", param=param)
-    return Grammar(kind="regex", source=value)
+def forced_call_grammar(chat: ChatRequest) -> Grammar:
+    """A JSON list of calls of the tools that may be called: one, or several where the request allows it."""
+    name = chat.named_tool
+    tools = [tool for tool in chat.offered_tools if name is None or tool.function.name == name]
+    single = name is not None or chat.parallel_tool_calls is False
+    return Grammar(kind="json_schema", source=call_list_schema(tools, single))
 
 
-def choice(value: Any, param: str) -> Grammar:
-    """Texts, one of which is the answer."""
-    if not isinstance(value, list) or not value or not all(isinstance(item, str) and item for item in value):
-        raise InvalidRequestError(f"{param} must be a list of non-empty texts", param=param)
-    return Grammar(kind="choice", source=json.dumps(value, ensure_ascii=False))
+def with_optional_calls(grammar: Grammar, chat: ChatRequest, tool_format: ToolFormat) -> Grammar:
+    """The same grammar, or calls as the model writes them."""
+    if tool_format.listed:
+        schema = call_list_schema(chat.offered_tools, chat.parallel_tool_calls is False)
+        calls = Calls(schema=schema, several=False, opening=tool_format.opening)
+    else:
+        at_start = tool_format.at_start
+        call, definitions = call_schema(chat.offered_tools, "parameters" if at_start else "arguments")
+        calls = Calls(
+            schema=json.dumps({**call, "$defs": definitions}),
+            several=chat.parallel_tool_calls is not False,
+            opening="" if at_start else tool_format.opening,
+            closing=tool_format.closing,
+            separator=";" if at_start else "",
+        )
+    return msgspec.structs.replace(grammar, calls=calls)
 
 
-def grammar(value: Any, param: str) -> Grammar:
-    """Lark or GBNF."""
-    if not isinstance(value, str) or not value.strip():
-        raise InvalidRequestError(f"{param} must be a grammar in Lark's or GBNF's syntax", param=param)
-    return Grammar(kind="lark", source=value)
+def call_list_schema(tools: Sequence[Tool], single: bool) -> str:
+    """The JSON schema of a list of calls, as text."""
+    call, definitions = call_schema(tools, "arguments")
+    most = {"maxItems": 1} if single else {}
+    return json.dumps({"type": "array", "items": call, "minItems": 1, **most, "$defs": definitions})
 
 
-def require_object(value: Any, param: str) -> Mapping[str, Any]:
-    """The value, if it is an object."""
-    if not isinstance(value, dict):
-        raise InvalidRequestError(f"{param} must be an object", param=param)
-    return value
+def call_schema(tools: Sequence[Tool], arguments: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The JSON schema of a call, and its definitions: each tool's own schema, whose references go there.
+
+    `arguments` is the model's name for them. They are an object also where the tool's schema takes that for granted.
+    """
+    definitions: dict[str, Any] = {}
+    calls: list[dict[str, Any]] = []
+    for index, tool in enumerate(tools):
+        place = f"#/$defs/arguments{index}"
+        parameters = tool.function.parameters
+        schema = {"additionalProperties": False} if parameters is None else parameters
+        definitions[f"arguments{index}"] = moved({**schema, "type": "object"}, place)
+        properties = {"name": {"const": tool.function.name}, arguments: {"$ref": place}}
+        required = ["name", arguments]
+        calls.append({"type": "object", "properties": properties, "required": required, "additionalProperties": False})
+    return calls[0] if len(calls) == 1 else {"anyOf": calls}, definitions
 
 
-def refuse_others(fields: Mapping[str, Any], known: set[str], param: str) -> None:
-    """Raise for the first field that has a value and is not known."""
-    for name, value in fields.items():
-        if name not in known and value is not None:
-            raise InvalidRequestError(f"{param}.{name} is not known here", param=f"{param}.{name}")
-
-
-READERS: Mapping[str, Callable[[Any, str], Grammar | None]] = {
-    "response_format": response_format,
-    "structured_outputs": structured_outputs,
-    "guided_json": schema,
-    "guided_regex": regex,
-    "guided_choice": choice,
-    "guided_grammar": grammar,
-}
+def moved(schema: Any, place: str) -> Any:
+    """A schema whose references within itself begin at `place`; it walks schemas only, so that constants stay."""
+    if not isinstance(schema, dict):
+        return schema
+    result: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key == "$ref" and isinstance(value, str) and value.startswith("#"):
+            result[key] = place + value[1:]
+        elif key in SUBSCHEMA_LISTS and isinstance(value, list):
+            result[key] = [moved(item, place) for item in value]
+        elif key in SUBSCHEMAS:
+            result[key] = moved(value, place)
+        elif key in SUBSCHEMA_MAPS and isinstance(value, dict):
+            result[key] = {name: moved(item, place) for name, item in value.items()}
+        else:
+            result[key] = value
+    return result

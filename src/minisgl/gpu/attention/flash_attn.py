@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minisgl.core.attention import DeviceBatch, GraphDecode, PlannedAttention, SequenceBatch, StaticDecode, to_device
+from minisgl.core.attention import PlannedAttention, SequenceBatch
 from minisgl.core.kv_cache import KVCache
 from minisgl.errors import ConfigError
+from minisgl.gpu.attention.interface import DeviceBatch, GraphDecode, StaticDecode, to_device
 
 ONE_SPLIT_PAIRS = 256
 """From this many pairs of decode row and KV head on, they fill the GPU: splitting a row's keys only adds a merge."""

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minisgl.core.attention import GraphDecode, Int32, PlannedAttention, SequenceBatch, to_device
+from minisgl.core.attention import Int32, PlannedAttention, SequenceBatch
 from minisgl.core.kv_cache import KVCache
 from minisgl.errors import ConfigError
+from minisgl.gpu.attention.interface import GraphDecode, to_device
 
 WORKSPACE_BYTES = 256 * 2**20
 GRAPH_PLAN_BYTES = 2**20

@@ -8,9 +8,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from minisgl.core.attention import DeviceBatch, GraphDecode, PlannedAttention, SequenceBatch, StaticDecode, to_device
+from minisgl.core.attention import PlannedAttention, SequenceBatch
 from minisgl.core.kv_cache import KVCache
 from minisgl.errors import ConfigError
+from minisgl.gpu.attention.interface import DeviceBatch, GraphDecode, StaticDecode, to_device
 
 
 class TritonAttention:

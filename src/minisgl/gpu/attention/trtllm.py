@@ -11,9 +11,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from minisgl.core.attention import DeviceBatch, GraphDecode, PlannedAttention, SequenceBatch, StaticDecode, to_device
+from minisgl.core.attention import PlannedAttention, SequenceBatch
 from minisgl.core.kv_cache import KVCache
 from minisgl.gpu.attention.flashinfer import load_flashinfer
+from minisgl.gpu.attention.interface import DeviceBatch, GraphDecode, StaticDecode, to_device
 
 WORKSPACE_BYTES = 128 * 2**20
 

@@ -1,0 +1,461 @@
+"""From the engine's tokens to answers: text, chunks of a stream, and whole answers folded from their own chunks."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import time
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from minisgl.core.types import FinishReason, Request, TokenEvent, TokenLogprobs
+from minisgl.errors import EngineDeadError, InvalidRequestError
+from minisgl.server.engine_client import ENGINE_DIED, EngineClient
+from minisgl.server.preparation import PreparedRequest
+from minisgl.server.protocol import ChatRequest, CompletionRequest, GenerateRequest, OpenAIRequest
+from minisgl.server.responses import (
+    AssistantMessage,
+    ChatChoice,
+    ChatDelta,
+    ChatLogprobs,
+    ChatTokenLogprob,
+    ChunkChoice,
+    FinishWord,
+    FunctionCall,
+    PromptTokensDetails,
+    Result,
+    SglangMeta,
+    SglangResult,
+    TextChoice,
+    TextLogprobs,
+    TokenEntry,
+    ToolCall,
+    TopLogprob,
+    Usage,
+    sse,
+)
+from minisgl.server.tools import OutputParser
+from minisgl.text.detokenizer import shown_tokens
+from minisgl.text.tokenizer import Tokenizer
+
+LEAST_LOGPROB = -9999.0
+"""What stands for minus infinity, which JSON does not have; OpenAI's value."""
+EventChunks = AsyncGenerator[bytes, None]
+"""Server-sent events, several together where they came together."""
+
+
+class ScoredToken(NamedTuple):
+    """A token, its log-probabilities (None at the beginning of a prompt), and where its text begins in its choice's."""
+
+    token: int
+    logprobs: TokenLogprobs | None
+    start: int
+
+
+class LogprobWriter:
+    """Writes log-probabilities with the tokens of a vocabulary; `as_ids` writes `token_id:5` for them."""
+
+    def __init__(self, tokenizer: Tokenizer, as_ids: bool = False) -> None:
+        self._token_bytes = tokenizer.token_bytes
+        self._as_ids = as_ids
+
+    def text(self, token: int) -> str:
+        """A token as text. A part of a character is `bytes:` and its bytes, escaped."""
+        if self._as_ids:
+            return f"token_id:{token}"
+        value = self._token_bytes(token)
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in value)
+
+    def chat(self, scored: Iterable[ScoredToken]) -> ChatLogprobs:
+        content = []
+        for token, found, _ in scored:
+            if found is not None:
+                top = zip(found.top_ids, found.top_logprobs, strict=True)
+                tops = [TopLogprob(*self._entry(*entry)) for entry in top]
+                content.append(ChatTokenLogprob(*self._entry(token, found.logprob), tops))
+        return ChatLogprobs(content)
+
+    def _entry(self, token: int, logprob: float) -> tuple[str, float, list[int]]:
+        return self.text(token), finite(logprob), list(self._token_bytes(token))
+
+    def completion(self, scored: Iterable[ScoredToken]) -> TextLogprobs:
+        """The token itself is always among the most probable ones."""
+        written = TextLogprobs([], [], [], [])
+        for token, found, start in scored:
+            top: dict[str, float] | None = None
+            if found is not None:
+                top = {}
+                for other, logprob in zip((*found.top_ids, token), (*found.top_logprobs, found.logprob), strict=True):
+                    top.setdefault(self.text(other), finite(logprob))
+            written.tokens.append(self.text(token))
+            written.token_logprobs.append(None if found is None else finite(found.logprob))
+            written.top_logprobs.append(top)
+            written.text_offset.append(start)
+        return written
+
+
+def finite(logprob: float) -> float:
+    """A log-probability that JSON can hold."""
+    return max(logprob, LEAST_LOGPROB)
+
+
+def mean_logprob(scored: Sequence[ScoredToken]) -> float:
+    """The mean over an answer's tokens, by which answers of different length compare."""
+    values = [entry.logprobs.logprob for entry in scored if entry.logprobs is not None]
+    return sum(values) / len(values) if values else LEAST_LOGPROB
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TextPiece:
+    """New text of one choice and, where they were asked for, its new tokens; `finish` is set in its last piece."""
+
+    index: int
+    text: str
+    finish: FinishReason | None
+    scored: Sequence[ScoredToken] = ()
+
+
+class ChoiceState:
+    """One request's answer while it is generated. `scored` are its tokens, where log-probabilities were asked for.
+
+    With `hidden` the request is there for its prompt: what it generates is not shown.
+    """
+
+    def __init__(
+        self, index: int, request: Request, tokenizer: Tokenizer, special: Sequence[str] = (), hidden: bool = False
+    ) -> None:
+        self.index = index
+        self.request = request
+        self.stream = tokenizer.stream(request.params, special)
+        self.finish: FinishReason | None = None
+        self.token_ids: list[int] = []
+        self.cached_tokens = 0
+        self.scored: list[ScoredToken] = []
+        self.prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+        self._hidden = hidden
+
+    def take(self, events: Sequence[TokenEvent]) -> TextPiece:
+        """Take in events that came together, at least one; raises what the engine refused the request for."""
+        text, scored = "", []
+        for event in events:
+            if event.finish is FinishReason.ERROR:
+                raise InvalidRequestError(event.error or "the engine refused the request")
+            if event.finish is FinishReason.ABORT:
+                raise EngineDeadError(ENGINE_DIED)
+            self.cached_tokens = event.cached_tokens
+            self.finish = event.finish
+            self.prompt_logprobs = event.prompt_logprobs or self.prompt_logprobs
+            if self._hidden:
+                continue
+            before, taken = self.stream.num_tokens, event.tokens
+            text += self.stream.push(shown_tokens(event))
+            stopped = self.stream.stopped
+            if stopped:
+                self.finish = FinishReason.STOP
+                taken = taken[: self.stream.num_tokens - before]
+            elif self.finish is not None:
+                text += self.stream.finish()
+            self.token_ids += taken
+            if event.logprobs:
+                starts = [*self.stream.starts[before:], self.stream.num_characters]
+                scored += [ScoredToken(*entry) for entry in zip(taken, event.logprobs, starts, strict=False)]
+            if stopped:
+                break
+        self.scored += scored
+        return TextPiece(self.index, text, self.finish, scored)
+
+
+class Generation:
+    """The requests that answer one HTTP request, one choice each. They are in the engine while `pieces` runs."""
+
+    def __init__(self, client: EngineClient, tokenizer: Tokenizer, prepared: PreparedRequest) -> None:
+        self.tokenizer = tokenizer
+        self.prepared = prepared
+        body, special = prepared.body, prepared.parser.special_tokens
+        hidden = isinstance(body, CompletionRequest) and body.scores_only
+        self.choices = [
+            ChoiceState(index, request, tokenizer, special, hidden) for index, request in enumerate(prepared.requests)
+        ]
+        self._by_id = {choice.request.id: choice for choice in self.choices}
+        self._client = client
+
+    async def pieces(self) -> AsyncGenerator[list[TextPiece], None]:
+        """What has come since the last look, in batches that hold at least one piece and one of each choice at most.
+
+        Closing the iterator ends the requests in the engine. Raises MinisglError.
+        """
+        with self._client.submit(self.prepared.requests) as submission:
+            async for events in submission.batches():
+                together: dict[str, list[TokenEvent]] = {}
+                for event in events:
+                    together.setdefault(event.id, []).append(event)
+                pieces = []
+                for request_id, own in together.items():
+                    choice = self._by_id[request_id]
+                    if choice.finish is not None:
+                        continue
+                    pieces.append(choice.take(own))
+                    if pieces[-1].finish is not None and own[-1].finish is None:
+                        submission.abort([request_id])
+                if pieces:
+                    yield pieces
+
+    def usage(self) -> Usage:
+        """Tokens so far; a prompt with several answers counts once."""
+        firsts = self.choices[:: self.prepared.body.num_generated]
+        prompt = sum(len(choice.request.prompt) for choice in firsts)
+        completion = sum(len(choice.token_ids) for choice in self.choices)
+        cached = sum(choice.cached_tokens for choice in firsts)
+        return Usage(prompt, completion, prompt + completion, PromptTokensDetails(cached))
+
+
+class OpenAICompletion(abc.ABC):
+    """OpenAI's answers. The chunks of a stream that asked for usage have it: null in all but the last."""
+
+    whole_object: Literal["chat.completion", "text_completion"]
+    chunk_object: Literal["chat.completion.chunk", "text_completion"]
+
+    def __init__(self, generation: Generation, model: str, body: OpenAIRequest, logprobs: bool) -> None:
+        self.generation = generation
+        self.model = model
+        self.options = body
+        self.id = generation.choices[0].request.id.rpartition("-")[0]
+        self.created = int(time.time())
+        as_ids = bool(body.return_tokens_as_token_ids)
+        self.writer = LogprobWriter(generation.tokenizer, as_ids) if logprobs else None
+        self.held: list[list[ScoredToken]] = [[] for _ in generation.choices]
+        """Tokens of each choice whose log-probabilities go with its next chunk."""
+
+    @abc.abstractmethod
+    def chunk_choices(self, piece: TextPiece) -> Sequence[Any]:
+        """The chunks that a piece becomes."""
+
+    @abc.abstractmethod
+    def whole_choice(self, index: int, chunks: Sequence[Any]) -> ChatChoice | TextChoice:
+        """A choice folded from its chunks."""
+
+    def shown(self) -> list[ChoiceState]:
+        """The finished choices that are returned."""
+        return self.generation.choices
+
+    async def whole(self) -> Result[Any]:
+        """Generate all of it."""
+        chunks: list[list[Any]] = [[] for _ in self.generation.choices]
+        async with aclosing(self.generation.pieces()) as batches:
+            async for pieces in batches:
+                for piece in pieces:
+                    chunks[piece.index] += self.chunk_choices(piece)
+        choices = [self.whole_choice(index, chunks[choice.index]) for index, choice in enumerate(self.shown())]
+        return self._result(self.whole_object, choices, self.generation.usage())
+
+    async def chunks(self) -> EventChunks:
+        """Generate it chunk by chunk."""
+        include_usage, options = self.options.include_usage, self.options.stream_options
+        continuous = include_usage and options is not None and options.continuous_usage_stats
+        # All chunks are alike but for the choice and the usage.
+        unfinished = self._result(self.chunk_object, [], None if include_usage else UNSET)
+        head, tail = msgspec.json.encode(unfinished).split(b'"choices":[]')
+        head, tail = b"data: " + head + b'"choices":[', b"]" + tail + b"\n\n"
+        async with aclosing(self.generation.pieces()) as batches:
+            async for pieces in batches:
+                choices = [choice for piece in pieces for choice in self.chunk_choices(piece)]
+                if continuous:
+                    usage = self.generation.usage()
+                    chunks = [sse(self._result(self.chunk_object, [choice], usage)) for choice in choices]
+                else:
+                    chunks = [head + msgspec.json.encode(choice) + tail for choice in choices]
+                if chunks:
+                    yield b"".join(chunks)
+        if include_usage:
+            yield sse(self._result(self.chunk_object, [], self.generation.usage()))
+
+    def _result(self, kind: Any, choices: Sequence[Any], usage: Usage | UnsetType | None) -> Result[Any]:
+        return Result(id=self.id, object=kind, created=self.created, model=self.model, choices=choices, usage=usage)
+
+
+class ChatCompletion(OpenAICompletion):
+    """The first chunk of a choice has the role, the last one only its finish reason.
+
+    Log-probabilities of text that is held back go with the next delta there is.
+    """
+
+    whole_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def __init__(self, generation: Generation, model: str) -> None:
+        body, parser = generation.prepared.body, generation.prepared.parser
+        assert isinstance(body, ChatRequest)
+        super().__init__(generation, model, body, bool(body.logprobs))
+        self.parsers = [OutputParser(parser, bool(body.stream)) for _ in generation.choices]
+        self.opened = [False] * len(generation.choices)
+
+    def chunk_choices(self, piece: TextPiece) -> list[ChunkChoice]:
+        index, parser = piece.index, self.parsers[piece.index]
+        chunks = [ChunkChoice(index, delta) for delta in parser.push(piece.text)]
+        if piece.finish is not None:
+            chunks += [ChunkChoice(index, delta) for delta in parser.finish()]
+            chunks.append(ChunkChoice(index, ChatDelta(), finish_word(piece.finish, parser.called)))
+        if self.writer is not None:
+            self.held[index] += piece.scored
+            if self.held[index] and chunks:
+                chunks[0] = msgspec.structs.replace(chunks[0], logprobs=self.writer.chat(self.held[index]))
+                self.held[index] = []
+        if not self.opened[index]:
+            self.opened[index] = True
+            chunks.insert(0, ChunkChoice(index, ChatDelta(role="assistant", content="")))
+        return chunks
+
+    def whole_choice(self, index: int, chunks: Sequence[ChunkChoice]) -> ChatChoice:
+        deltas = [chunk.delta for chunk in chunks]
+        calls: dict[Any, list[ToolCall]] = {}
+        for delta in deltas:
+            for call in delta.tool_calls or ():
+                calls.setdefault(call.index, []).append(call)
+        tool_calls = []
+        for first, *more in calls.values():
+            function = FunctionCall("".join(part.function.arguments for part in more), first.function.name)
+            tool_calls.append(ToolCall(id=first.id, type="function", function=function))
+        content = "".join(delta.content or "" for delta in deltas)
+        message = AssistantMessage(
+            content=content or (None if tool_calls else ""),
+            reasoning_content="".join(delta.reasoning_content or "" for delta in deltas) or UNSET,
+            tool_calls=tool_calls or UNSET,
+        )
+        logprobs = None
+        if self.writer is not None:
+            logprobs = ChatLogprobs([entry for c in chunks if c.logprobs is not None for entry in c.logprobs.content])
+        return ChatChoice(index, message, chunks[-1].finish_reason, logprobs)
+
+
+class TextCompletion(OpenAICompletion):
+    """The last chunk of a choice has its finish reason, the first one the prompt where that is echoed."""
+
+    whole_object = "text_completion"
+    chunk_object = "text_completion"
+
+    def __init__(self, generation: Generation, model: str) -> None:
+        body = generation.prepared.body
+        assert isinstance(body, CompletionRequest)
+        super().__init__(generation, model, body, body.logprobs is not None)
+        self.echoes = generation.prepared.echoes
+        self.opened: set[int] = set()
+
+    def shown(self) -> list[ChoiceState]:
+        """Of more answers to a prompt than are wanted, those with the best mean log-probability."""
+        choices, generated, wanted = self.generation.choices, self.options.num_generated, self.options.num_choices
+        if generated == wanted:
+            return choices
+        prompts = [choices[first : first + generated] for first in range(0, len(choices), generated)]
+        return [c for answers in prompts for c in sorted(answers, key=lambda c: -mean_logprob(c.scored))[:wanted]]
+
+    def chunk_choices(self, piece: TextPiece) -> list[TextChoice]:
+        """Tokens without text yet go with the next chunk that has some."""
+        index, text, held, shift = piece.index, piece.text, self.held[piece.index], 0
+        if self.echoes:
+            echo, starts = self.echoes[index // self.options.num_generated]
+            shift = len(echo)
+            if index not in self.opened:
+                self.opened.add(index)
+                text = echo + text
+                choice = self.generation.choices[index]
+                prompt = zip(choice.request.prompt, choice.prompt_logprobs, starts, strict=False)
+                held += (ScoredToken(*entry) for entry in prompt)
+        if piece.scored:
+            held += (ScoredToken(token, found, start + shift) for token, found, start in piece.scored)
+        if not text and piece.finish is None:
+            return []
+        self.held[index] = []
+        logprobs = None if self.writer is None else self.writer.completion(held)
+        return [TextChoice(index, text, finish_word(piece.finish, False), logprobs)]
+
+    def whole_choice(self, index: int, chunks: Sequence[TextChoice]) -> TextChoice:
+        logprobs = None
+        if self.writer is not None:
+            parts = [chunk.logprobs for chunk in chunks if chunk.logprobs is not None]
+            names = TextLogprobs.__struct_fields__
+            logprobs = TextLogprobs(**{name: [x for part in parts for x in getattr(part, name)] for name in names})
+        return TextChoice(index, "".join(chunk.text for chunk in chunks), chunks[-1].finish_reason, logprobs)
+
+
+class SglangCompletion:
+    """An answer of /generate; each event of a stream has all the text so far."""
+
+    def __init__(self, generation: Generation, model: str) -> None:
+        assert isinstance(generation.prepared.body, GenerateRequest)
+        self.generation = generation
+        self.body = generation.prepared.body
+        prompts = self.body.prompts
+        several = isinstance(prompts, list) and not isinstance(prompts[0], int)
+        self.is_batch = several or self.body.num_generated > 1
+        self._writer = LogprobWriter(generation.tokenizer)
+        self._started = time.monotonic()
+
+    async def whole(self) -> SglangResult | list[SglangResult]:
+        """Generate all of it."""
+        async for _ in self.generation.pieces():
+            pass
+        results = [self._result(choice) for choice in self.generation.choices]
+        return results if self.is_batch else results[0]
+
+    async def chunks(self) -> EventChunks:
+        """Generate it piece by piece."""
+        async with aclosing(self.generation.pieces()) as batches:
+            async for pieces in batches:
+                yield b"".join([sse(self._result(self.generation.choices[piece.index])) for piece in pieces])
+
+    def _result(self, choice: ChoiceState) -> SglangResult:
+        lists: dict[str, Any] = {}
+        if self.body.return_logprob:
+            lists |= self._logprobs("output", choice.scored)
+        if (start := self.body.prompt_logprobs_from) is not None:
+            entries = zip(choice.request.prompt, choice.prompt_logprobs, strict=False)
+            lists |= self._logprobs("input", [ScoredToken(*entry, 0) for entry in entries][start:])
+        meta = SglangMeta(
+            id=choice.request.id,
+            finish_reason=sglang_finish(choice),
+            prompt_tokens=len(choice.request.prompt),
+            completion_tokens=len(choice.token_ids),
+            cached_tokens=choice.cached_tokens,
+            e2e_latency=round(time.monotonic() - self._started, 6),
+            **lists,
+        )
+        index = choice.index if self.is_batch else UNSET
+        return SglangResult(text=choice.stream.text, output_ids=choice.token_ids, meta_info=meta, index=index)
+
+    def _logprobs(self, side: str, scored: Sequence[ScoredToken]) -> dict[str, Any]:
+        """The tokens of the prompt or of the answer, and where it was asked for the most probable ones."""
+        own = [self._entry(None if found is None else found.logprob, token) for token, found, _ in scored]
+        if not self.body.top_logprobs_num:
+            return {f"{side}_token_logprobs": own}
+        top = [
+            None if f is None else [self._entry(p, t) for t, p in zip(f.top_ids, f.top_logprobs, strict=True)]
+            for _, f, _ in scored
+        ]
+        return {f"{side}_token_logprobs": own, f"{side}_top_logprobs": top}
+
+    def _entry(self, logprob: float | None, token: int) -> TokenEntry:
+        text = self._writer.text(token) if self.body.return_text_in_logprobs else None
+        return None if logprob is None else finite(logprob), token, text
+
+
+def finish_word(finish: FinishReason | None, called: bool) -> FinishWord | None:
+    """Why a choice ended, in OpenAI's words; a call is a reason of its own."""
+    if finish is FinishReason.STOP:
+        return "tool_calls" if called else "stop"
+    return None if finish is None else "length"
+
+
+def sglang_finish(choice: ChoiceState) -> dict[str, Any] | None:
+    """Why an answer ended: at its limit, or at a stop string or the token that is the last one."""
+    if choice.finish is None:
+        return None
+    if choice.finish is FinishReason.LENGTH:
+        return {"type": "length", "length": len(choice.token_ids)}
+    return {"type": "stop", "matched": choice.stream.matched or choice.token_ids[-1]}

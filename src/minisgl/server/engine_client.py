@@ -1,0 +1,490 @@
+"""The engine as the HTTP side sees it: its process, an asyncio bridge over two sockets, and the limits of its queue."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import itertools
+import logging
+import math
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from minisgl.config import Config
+from minisgl.core.types import EngineStats, Request, TokenEvent
+from minisgl.errors import EngineDeadError, InvalidRequestError, MinisglError, ModelError
+from minisgl.server import errors, ipc
+from minisgl.server.metrics import ACCESS_RECORD, Metrics, RequestStats
+
+ENGINE_COMMAND = (sys.executable, "-m", "minisgl.server.engine_process")
+ENGINE_DIED = "the engine ended; nothing can be generated until the server is started again"
+MAX_LIVE_REQUESTS = 4096  # that wait or run; more are turned away rather than queued without bound
+MAX_RETRY_SECONDS = 60
+DRAIN_RETRY_SECONDS = 5  # by then another server may answer
+LAST_WORDS_SECONDS = 0.3  # for the last messages of a process that has ended
+STOP_SECONDS = 2.0  # for a process to go by itself, and then after SIGTERM
+MAX_SOCKET_FOLDER = 80  # characters; the path of a Unix socket has at most 107
+
+T = TypeVar("T", ipc.Pong, ipc.CacheFlushed, ipc.CompletionAborted)
+
+logger = logging.getLogger(__name__)
+
+
+class Queue:
+    """Requests in the engine that have no token yet, and the tokens of their prompts, within `config`'s limits.
+
+    `live` are all that live, `max_live` at most. `wait` is a running mean of the time to the first token, in s: what a
+    client that is turned away is told to wait.
+    """
+
+    def __init__(self, config: Config, metrics: Metrics, max_live: int = MAX_LIVE_REQUESTS) -> None:
+        self.max_requests = math.inf if config.max_queued_requests is None else config.max_queued_requests
+        self.max_tokens = math.inf if config.max_queued_tokens is None else config.max_queued_tokens
+        self.max_live = max_live
+        self.metrics = metrics
+        self.requests = 0
+        self.tokens = 0
+        self.live = 0
+        self.wait = 0.0
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """Raise InvalidRequestError, OverloadedError or QueueFullError unless these may enter beside those that live.
+
+        An empty queue takes whatever the server can keep: otherwise the request could never be served.
+        """
+        retry_after = max(1, min(MAX_RETRY_SECONDS, math.ceil(self.wait)))
+        if len(requests) > self.max_live:
+            raise InvalidRequestError(f"at most {self.max_live} prompts fit in one request", param="prompt")
+        if self.live + len(requests) > self.max_live:
+            raise errors.OverloadedError(f"{self.live} requests are live already; try again later", retry_after)
+        if self.requests and self.requests + len(requests) > self.max_requests:
+            raise errors.QueueFullError(f"{self.requests} requests are waiting already; try again later", retry_after)
+        if self.requests and self.tokens + sum(len(request.prompt) for request in requests) > self.max_tokens:
+            raise errors.QueueFullError(
+                f"prompts of {self.tokens} tokens are waiting already; try again later", retry_after
+            )
+
+    def enter(self, tokens: int) -> None:
+        """A request with so many prompt tokens lives, and waits."""
+        self.live += 1
+        self._change(1, tokens)
+
+    def leave(self, tokens: int, waited: float | None = None) -> None:
+        """It waits no more: it has its first token after `waited` s, or has ended without one."""
+        if waited is not None:
+            self.wait += (waited - self.wait) / 8
+        self._change(-1, -tokens)
+
+    def _change(self, requests: int, tokens: int) -> None:
+        self.requests += requests
+        self.tokens += tokens
+        self.metrics.queued_requests.set(self.requests)
+        self.metrics.queued_tokens.set(self.tokens)
+
+
+class RequestGroup:
+    """Requests in the engine that answer one HTTP request. Leaving the `with` block aborts what is still live.
+
+    After `timeout` s, if one is given, the requests end and the reader gets RequestTimeoutError.
+    """
+
+    def __init__(self, client: EngineClient, requests: Sequence[Request], timeout: float | None = None) -> None:
+        self._client = client
+        self._live = {request.id for request in requests}
+        self._events: list[TokenEvent] = []
+        self._wake = asyncio.Event()
+        self._error: MinisglError | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        if timeout is not None:
+            error = errors.RequestTimeoutError(f"the request took longer than the {timeout:g} s this server allows")
+            self._timer = asyncio.get_running_loop().call_later(timeout, self.fail, error, "timeout")
+
+    def __enter__(self) -> RequestGroup:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._release(self._live, "abort")
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def put(self, event: TokenEvent) -> None:
+        self._events.append(event)
+        if event.finish is not None:
+            self._live.discard(event.id)
+        self._wake.set()
+
+    def fail(self, error: MinisglError, finish: str) -> None:
+        """End everything that is live; the reader gets `error` after what has come already."""
+        if self._error is None and self._live:
+            self._error = error
+            self._release(self._live, finish)
+            self._wake.set()
+
+    def abort(self, ids: Iterable[str]) -> None:
+        """End these requests in the engine, their completions being done; no event of them comes any more."""
+        ids = set(ids)
+        self._release(ids, "stop")
+        self._events = [event for event in self._events if event.id not in ids]
+        self._wake.set()
+
+    def _release(self, ids: set[str], finish: str) -> None:
+        live = self._live & ids
+        self._live -= live
+        if live:
+            self._client.release(sorted(live), finish)
+
+    async def batches(self) -> AsyncIterator[list[TokenEvent]]:
+        """Whatever has come since the last call, until every request has ended or was aborted.
+
+        Raises EngineDeadError, RequestTimeoutError or RequestAbortedError when they end in another way first.
+        """
+        while True:
+            if self._events:
+                events, self._events = self._events, []
+                yield events
+            elif self._error is not None:
+                raise self._error
+            elif self._live:
+                self._wake.clear()
+                await self._wake.wait()
+            else:
+                return
+
+
+class EngineClient:
+    """Both sockets, the requests that are live, and whether the engine is. Belongs to one event loop.
+
+    It binds the sockets and the engine's process connects, so either may be first. No queue here is without bound:
+    `queue` says how many requests may be live, and none has more than its `max_tokens` tokens waiting. `link` is the
+    number that the engine knows this process by, `stats` are its counts when it last answered, `dead` why it is `gone`.
+    """
+
+    def __init__(
+        self,
+        to_engine: str,
+        from_engine: str,
+        config: Config,
+        *,
+        link: int = ipc.LAUNCHER,
+        metrics: Metrics | None = None,
+        max_live: int = MAX_LIVE_REQUESTS,
+    ) -> None:
+        self.dead: EngineDeadError | None = None
+        self.gone = asyncio.Event()
+        self.draining = False
+        self.metrics = metrics or Metrics()
+        self.queue = Queue(config, self.metrics, max_live)
+        self.link = link
+        self.stats = EngineStats()
+        self._timeout = config.request_timeout
+        self._live: dict[str, tuple[RequestStats, RequestGroup]] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._answers: dict[int, asyncio.Future[Any]] = {}
+        self._nonces = itertools.count(1)
+        self._ready: asyncio.Future[ipc.Ready] = asyncio.get_running_loop().create_future()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        # Sending never waits: there is no high-water mark, and a missing peer is an error.
+        self._outbox = self._context.socket(zmq.PUSH)
+        self._inbox = zmq.asyncio.Context.shadow(self._context).socket(zmq.PULL)
+        for option in (zmq.SNDHWM, zmq.RCVHWM, zmq.LINGER):
+            self._outbox.setsockopt(option, 0)
+            self._inbox.setsockopt(option, 0)
+        self._outbox.bind(to_engine)
+        self._inbox.bind(from_engine)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(ipc.FromEngine)
+        self._receiver = asyncio.create_task(self._receive())
+
+    @property
+    def num_live(self) -> int:
+        return len(self._live)
+
+    def submit(self, requests: Sequence[Request]) -> RequestGroup:
+        """Give requests to the engine, all or none.
+
+        Raises EngineDeadError, DrainingError, OverloadedError, QueueFullError or InvalidRequestError.
+        """
+        if self.dead is not None:
+            raise self.dead
+        try:
+            if self.draining:
+                raise errors.DrainingError("the server is shutting down", DRAIN_RETRY_SECONDS)
+            self.queue.check(requests)
+        except errors.RetryLaterError as error:
+            self.metrics.rejected.labels(str(error.code)).inc()
+            raise
+        record = ACCESS_RECORD.get()
+        arrived = time.monotonic() if record is None else record.started
+        group = RequestGroup(self, requests, self._timeout)
+        for request in requests:
+            stats = RequestStats(len(request.prompt), arrived)
+            self._live[request.id] = stats, group
+            self.queue.enter(stats.prompt_tokens)
+            if record is not None:
+                record.choices.append(stats)
+        self._idle.clear()
+        try:
+            for request in requests:
+                self._send(ipc.Add(request, self.link))
+        except EngineDeadError as error:
+            group.fail(error, "error")
+            raise
+        return group
+
+    def release(self, ids: list[str], finish: str) -> None:
+        """Forget these requests and have the engine end them; `finish` is why, for the metrics."""
+        now = time.monotonic()
+        for request_id in ids:
+            if request_id in self._live:
+                self._end(request_id, finish, now)
+        self.send(ipc.Abort(ids))
+
+    async def abort(self, completion_id: str | None, timeout: float) -> int:
+        """End the requests of this completion, or all (None), in every API process; how many those were."""
+        count = self._abort([request_id for request_id in self._live if ipc.belongs_to(request_id, completion_id)])
+        if self.link == ipc.LAUNCHER:
+            return count
+        return count + (await self._ask(ipc.AbortCompletion, ipc.CompletionAborted, timeout, completion_id)).count
+
+    def _abort(self, ids: Iterable[str]) -> int:
+        found = [self._live[request_id][1] for request_id in ids if request_id in self._live]
+        error = errors.RequestAbortedError("the operator ended this request")
+        for group in set(found):
+            group.fail(error, "abort")
+        return len(found)
+
+    async def drain(self) -> None:
+        """Take no request any more, and wait until the last one has ended."""
+        self.draining = True
+        await self._idle.wait()
+
+    async def ping(self, timeout: float) -> EngineStats:
+        """The engine's counts, from between two steps; raises EngineDeadError when they do not come in time (s)."""
+        self.stats = (await self._ask(ipc.Ping, ipc.Pong, timeout)).stats
+        return self.stats
+
+    async def flush_cache(self, timeout: float) -> int:
+        """Drop what no request uses from the prefix cache; the pages freed. Raises EngineDeadError as `ping` does."""
+        return (await self._ask(ipc.FlushCache, ipc.CacheFlushed, timeout)).pages
+
+    async def _ask(self, question: Callable[..., ipc.ToEngine], kind: type[T], timeout: float, *more: object) -> T:
+        if self.dead is not None:
+            raise self.dead
+        nonce = next(self._nonces)
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._answers[nonce] = answer
+        try:
+            self._send(question(nonce, self.link, *more))
+            async with asyncio.timeout(timeout):
+                return await answer
+        except TimeoutError as error:
+            raise EngineDeadError(f"the engine did not answer within {timeout:g} s") from error
+        finally:
+            del self._answers[nonce]
+
+    async def ready(self) -> ipc.Ready:
+        """Wait for the engine to have loaded its model; raises ModelError with what it says when it cannot.
+
+        Raises EngineDeadError when it ended without a word.
+        """
+        ready = await asyncio.shield(self._ready)
+        while self.dead is None and not self._outbox.poll(0, zmq.POLLOUT):
+            await asyncio.sleep(0.01)
+        return ready
+
+    def send(self, message: ipc.ToEngine) -> None:
+        """Tell the engine something that it does not answer; lost when the engine is gone."""
+        if self.dead is None:
+            with contextlib.suppress(EngineDeadError):
+                self._send(message)
+
+    def fail(self, message: str = ENGINE_DIED) -> None:
+        """Everyone who waits gets EngineDeadError, now and from here on."""
+        if self.dead is not None:
+            return
+        self.dead = EngineDeadError(message)
+        self.gone.set()
+        for group in {group for _, group in self._live.values()}:
+            group.fail(self.dead, "error")
+        for waiter in (self._ready, *self._answers.values()):
+            if not waiter.done():
+                waiter.set_exception(self.dead)
+
+    async def close(self) -> None:
+        self.fail("the server is shutting down")
+        self._receiver.cancel()
+        await asyncio.gather(self._receiver, return_exceptions=True)
+        if not self._ready.cancelled():
+            self._ready.exception()  # retrieved, or asyncio warns
+        self._inbox.close()
+        self._outbox.close()
+        self._context.term()
+
+    def _send(self, message: ipc.ToEngine) -> None:
+        try:
+            self._outbox.send(self._encoder.encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            self.fail()
+            raise EngineDeadError(ENGINE_DIED) from None
+
+    def _end(self, request_id: str, finish: str, now: float) -> None:
+        request, _ = self._live.pop(request_id)
+        self.queue.live -= 1
+        if request.first is None:
+            self.queue.leave(request.prompt_tokens)
+        self.metrics.on_end(request, finish, now)
+        if not self._live:
+            self._idle.set()
+
+    async def _receive(self) -> None:
+        try:
+            while True:
+                self._dispatch(self._decoder.decode(await self._inbox.recv()))
+        except Exception:
+            logger.exception("what the engine sends cannot be read")
+            self.fail()
+
+    def _dispatch(self, message: ipc.FromEngine) -> None:
+        match message:
+            case ipc.Events():
+                self._on_events(message, time.monotonic())
+            case ipc.Pong(nonce) | ipc.CacheFlushed(nonce) | ipc.CompletionAborted(nonce):
+                answer = self._answers.get(nonce)
+                if answer is not None and not answer.done():
+                    answer.set_result(message)
+            case ipc.Revoked(ids):
+                self._abort(ids)
+            case ipc.Ready():
+                if not self._ready.done():
+                    self._ready.set_result(message)
+            case ipc.Failed(error):
+                if self._ready.done():
+                    logger.error("the engine failed: %s", error)
+                else:
+                    self._ready.set_exception(ModelError(error))
+                self.fail()
+
+    def _on_events(self, message: ipc.Events, now: float) -> None:
+        live, metrics = self._live, self.metrics
+        for request_id in message.admitted:
+            if request_id in live:
+                metrics.on_admitted(live[request_id][0], now)
+        for event in message.events:
+            if (found := live.get(event.id)) is None:
+                continue
+            request, group = found
+            if event.tokens:
+                if request.first is None:
+                    self.queue.leave(request.prompt_tokens, now - request.arrived)
+                    request.cached_tokens = event.cached_tokens
+                metrics.on_tokens(request, len(event.tokens), now)
+            group.put(event)
+            if event.finish is not None:
+                self._end(event.id, event.finish.value, now)
+
+
+class EngineProcess:
+    """A running engine process and the client of it. Make one with `start`, end it with `stop`.
+
+    `folder` has the sockets; only this user can enter it. `ended` is done, with the exit status, when the process has
+    ended and everyone who waited knows.
+    """
+
+    def __init__(self, process: Process, client: EngineClient, folder: Path) -> None:
+        self.client = client
+        self.folder = folder
+        self._process = process
+        self.ended = asyncio.create_task(self._watch())
+
+    @classmethod
+    async def start(cls, config: Config, command: Sequence[str] = ENGINE_COMMAND) -> EngineProcess:
+        """Start the process. It has its own session, so that Ctrl-C in the terminal reaches the launcher alone."""
+        folder = socket_folder()
+        setup = ipc.EngineSetup(config.replace(api_key=()), *ipc.addresses(folder, ipc.LAUNCHER))
+        client = EngineClient(setup.to_engine, setup.from_engine, config)
+        try:
+            process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, start_new_session=True)
+        except BaseException:
+            await client.close()
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        assert process.stdin is not None
+        process.stdin.write(msgspec.json.encode(setup) + b"\n")
+        return cls(process, client, folder)
+
+    async def ready(self) -> ipc.Ready:
+        """Wait until it serves. Raises ModelError with what the engine says when it cannot, or EngineDeadError."""
+        try:
+            return await self.client.ready()
+        except EngineDeadError as error:
+            status = describe_status(await self.stop())
+            raise EngineDeadError(f"the engine process ended with {status} before it was ready") from error
+
+    async def stop(self) -> int:
+        """End the process; its exit status."""
+        await end_process(self._process)
+        status = await self.ended
+        await self.client.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return status
+
+    async def _watch(self) -> int:
+        status = await self._process.wait()
+        await asyncio.sleep(LAST_WORDS_SECONDS)
+        self.client.fail()
+        return status
+
+
+async def end_process(process: Process) -> int:
+    """End a process: its stdin is closed, then it is told, then made to; its exit status."""
+    assert process.stdin is not None
+    process.stdin.close()
+    for end in (process.terminate, process.kill):
+        with contextlib.suppress(TimeoutError):
+            return await asyncio.wait_for(process.wait(), STOP_SECONDS)
+        with contextlib.suppress(ProcessLookupError):
+            end()
+    return await process.wait()
+
+
+@dataclasses.dataclass(frozen=True)
+class Shutdown:
+    """How a server is told to end: `stop` lets it finish what it has, `force` does not."""
+
+    stop: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+    force: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+
+
+async def wait_first(*waits: Awaitable[Any], timeout: float | None = None) -> None:
+    """Return when one of these is done, or after `timeout` s. Coroutines are cancelled then, the rest goes on."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task, wait in zip(tasks, waits, strict=True):
+            if task is not wait:
+                task.cancel()
+
+
+def describe_status(status: int) -> str:
+    """An exit status in words."""
+    return f"exit status {status}" if status >= 0 else f"signal {signal.Signals(-status).name}"
+
+
+def socket_folder() -> Path:
+    """A new folder that only this user can enter, with a path short enough for sockets."""
+    folder = tempfile.gettempdir()
+    return Path(tempfile.mkdtemp(prefix="minisgl-", dir=folder if len(folder) <= MAX_SOCKET_FOLDER else "/tmp"))

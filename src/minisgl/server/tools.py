@@ -1,0 +1,422 @@
+"""Reading an answer's text as it comes: reasoning, content and tool calls."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import secrets
+import string
+import uuid
+from collections.abc import Callable, Collection
+
+import msgspec
+
+from minisgl.core.types import CLOSE_THOUGHT, OPEN_THOUGHT
+from minisgl.server.responses import ChatDelta, FunctionCall, ToolCall
+
+CALL_HEAD = re.compile(
+    r'\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"([^"\\]*)"\s*,\s*"(arguments|parameters)"\s*:\s*(?=\{)'
+)
+"""The usual beginning of a call: with it the arguments can be streamed, and keep the model's own spelling."""
+HEAD_LIMIT = 1024
+"""Characters in which that beginning is looked for; the arguments of a call that begins otherwise are written anew."""
+JSON_STEP = re.compile(r'[^"\\{}\[\]]+|\\.|["{}\[\]]', re.DOTALL)
+OUTSIDE_STRINGS = " \t\r\n:,0123456789+-.eEtrufalsn"
+"""Characters, brackets aside, that JSON has outside its strings."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToolFormat:
+    """How a model writes calls; each is a JSON object with `name`, and its `arguments` or `parameters`.
+
+    `opening` and `closing` surround a call, or with `listed` a JSON list of calls. With `at_start` the answer itself is
+    the call, `opening` may be missing, and text after it is no call. `short_ids`: nine letters or digits each.
+    """
+
+    opening: str = ""
+    closing: str = ""
+    listed: bool = False
+    at_start: bool = False
+    short_ids: bool = False
+
+    def new_id(self) -> str:
+        if self.short_ids:
+            return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
+        return f"call_{uuid.uuid4().hex[:24]}"
+
+    def forced(self) -> ToolFormat:
+        """The format of an answer that a grammar makes a list of calls, whatever the model's own."""
+        return ToolFormat(listed=True, at_start=True, short_ids=self.short_ids)
+
+
+HERMES = ToolFormat(opening="<tool_call>", closing="</tool_call>")
+"""Qwen 2.5 and 3, Hermes: `<tool_call>{"name": …, "arguments": {…}}</tool_call>`, any number of times."""
+MISTRAL = ToolFormat(opening="[TOOL_CALLS]", listed=True, short_ids=True)
+"""Mistral: `[TOOL_CALLS] [{"name": …, "arguments": {…}}, …]`; its templates refuse ids of another length."""
+LLAMA = ToolFormat(opening="<|python_tag|>", at_start=True)
+"""Llama 3.1 to 3.3: the answer is `{"name": …, "parameters": {…}}`, several of them separated by `;`."""
+
+
+def detect_tool_format(template: str, takes_tools: bool) -> ToolFormat | None:
+    """The format that a chat template shows; None for one that takes no tools or shows none of these formats."""
+    if not takes_tools or "<function=" in template or "[ARGS]" in template:
+        return None
+    if HERMES.opening in template:
+        return HERMES
+    if MISTRAL.opening in template:
+        return MISTRAL
+    return LLAMA if LLAMA.opening in template or '"parameters"' in template else None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParserConfig:
+    """How the answers to a request are parsed. Without `tool_format` no calls are found.
+
+    `names` are the functions that can be called, `max_calls` bounds the calls. With `reasoning` it is split off, and
+    with `reasoning_begun` the prompt has opened it.
+    """
+
+    tool_format: ToolFormat | None = None
+    names: frozenset[str] = frozenset()
+    max_calls: int | None = None
+    reasoning: bool = False
+    reasoning_begun: bool = False
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """Special tokens whose text the parser must see."""
+        marks = (OPEN_THOUGHT, CLOSE_THOUGHT) if self.reasoning else ()
+        if self.tool_format is None or self.tool_format.at_start:
+            return marks
+        return (*marks, *filter(None, (self.tool_format.opening, self.tool_format.closing)))
+
+
+class OutputParser:
+    """Parses one answer. However its text is cut into pieces, the deltas put together are the same.
+
+    With `stream` arguments are given as they come, before it is certain that they are part of a call.
+    """
+
+    def __init__(self, config: ParserConfig, stream: bool) -> None:
+        self._reasoning = ReasoningParser(config.reasoning_begun) if config.reasoning else None
+        self._tools = None
+        if config.tool_format is not None:
+            self._tools = ToolCallParser(config.tool_format, config.names, config.max_calls, stream)
+
+    @property
+    def called(self) -> bool:
+        return self._tools is not None and self._tools.num_calls > 0
+
+    def push(self, text: str) -> list[ChatDelta]:
+        """Take in text; what is certain now."""
+        reasoning, content = ("", text) if self._reasoning is None else self._reasoning.push(text)
+        return self._deltas(reasoning, content)
+
+    def finish(self) -> list[ChatDelta]:
+        """What was held back, at the end of the text."""
+        deltas = [] if self._reasoning is None else self._deltas(*self._reasoning.finish())
+        return deltas if self._tools is None else [*deltas, *self._tools.finish()]
+
+    def _deltas(self, reasoning: str, content: str) -> list[ChatDelta]:
+        deltas = [ChatDelta(reasoning_content=reasoning)] if reasoning else []
+        if self._tools is not None:
+            return [*deltas, *self._tools.push(content)]
+        return [*deltas, ChatDelta(content=content)] if content else deltas
+
+
+class ReasoningParser:
+    """`<think>…</think>` at the beginning of an answer is reasoning, what follows is content.
+
+    `begun` says that the prompt has opened the block. Blanks around the tags are dropped.
+    """
+
+    def __init__(self, begun: bool) -> None:
+        self._begun = begun
+        self._buffer = ""
+        self._shown = False  # some reasoning was given
+        self._state = "start"
+
+    def push(self, text: str) -> tuple[str, str]:
+        """Take in text; the reasoning and the content that are certain now."""
+        if self._state == "content":
+            return "", text
+        self._buffer += text
+        reasoning = ""
+        if self._state == "start":
+            text = self._buffer.lstrip()
+            if OPEN_THOUGHT.startswith(text) and text != OPEN_THOUGHT:
+                return "", ""
+            if text.startswith(OPEN_THOUGHT):
+                self._buffer = text[len(OPEN_THOUGHT) :]
+                self._begun = True
+            if not self._begun:
+                self._state = "content"
+                return "", self._buffer
+            self._state = "reasoning"
+        if self._state == "reasoning":
+            text = self._buffer if self._shown else self._buffer.lstrip()
+            end = text.find(CLOSE_THOUGHT)
+            reasoning = text[: end if end >= 0 else len(text) - partial_end(text, CLOSE_THOUGHT)].rstrip()
+            self._shown = self._shown or bool(reasoning)
+            if end < 0:
+                self._buffer = text[len(reasoning) :]
+                return reasoning, ""
+            self._buffer = text[end + len(CLOSE_THOUGHT) :]
+            self._state = "blanks"
+        self._buffer = self._buffer.lstrip()
+        if self._buffer:
+            self._state = "content"
+        return reasoning, self._buffer
+
+    def finish(self) -> tuple[str, str]:
+        """What was held back, at the end of the text."""
+        if self._state == "reasoning" or (self._state == "start" and self._begun):
+            return self._buffer.rstrip(), ""
+        return "", self._buffer if self._state == "start" else ""
+
+
+class JsonObjectScanner:
+    """Finds the end of the JSON object at `start` of a growing text, and looks at each character once.
+
+    `at` is how far it has read. It is `complete` after the last brace and has `failed` at what is no JSON.
+    `value_end` is the end of the first object or list in it.
+    """
+
+    def __init__(self, start: int) -> None:
+        self.at = start
+        self.complete = False
+        self.failed = False
+        self.value_end: int | None = None
+        self._depth = 0
+        self._in_string = False
+
+    def read(self, text: str) -> None:
+        """Go on in `text`, which has grown since the last time."""
+        for match in JSON_STEP.finditer(text, self.at):
+            step = match[0]
+            self.at = match.end()
+            if self._in_string:
+                self._in_string = step != '"'
+            elif step == '"':
+                self._in_string = True
+            elif step in "{[":
+                self._depth += 1
+            elif step in "}]":
+                self._depth -= 1
+                if self._depth == 1 and self.value_end is None:
+                    self.value_end = self.at
+                if self._depth == 0:
+                    self.complete = True
+                    return
+            elif wrong := step.lstrip(OUTSIDE_STRINGS):
+                self.at -= len(wrong)
+                self.failed = True
+                return
+
+
+class ToolCallParser:
+    """Splits text into content and calls of functions with these `names`; calls beyond `limit` are dropped.
+
+    What turns out to be no call is content. With `stream` a call's arguments are given as they come; where it turns
+    out to be none then, the rest of it is content.
+    """
+
+    def __init__(self, tool_format: ToolFormat, names: Collection[str], limit: int | None, stream: bool) -> None:
+        self.num_calls = 0
+        self._format = tool_format
+        self._names = names
+        self._limit = limit
+        self._stream = stream
+        self._buffer = ""  # what is not decided yet
+        self._at = 0  # what comes before belongs to a call if there is one, else to the content
+        self._trim = False  # blanks after a call are not content
+        self._optional = tool_format.opening if tool_format.at_start else ""
+        self._in_list = False
+        self._next_index = 0
+        self._deltas: list[ChatDelta] = []
+        self._state: Callable[[], bool] = self._before if tool_format.at_start else self._content
+        self._begin_object()
+
+    def push(self, text: str) -> list[ChatDelta]:
+        """Take in text; what is certain now."""
+        self._buffer += text
+        while self._state():
+            pass
+        return self._take_deltas()
+
+    def finish(self) -> list[ChatDelta]:
+        """What was held back, at the end of the text; a call that is not complete is none."""
+        if self._state == self._object:
+            self._fail()
+        if self._state != self._after:
+            self._say(len(self._buffer))
+        return self._take_deltas()
+
+    def _take_deltas(self) -> list[ChatDelta]:
+        deltas, self._deltas = self._deltas, []
+        return deltas
+
+    def _drop(self, size: int) -> str:
+        dropped, self._buffer, self._at = self._buffer[:size], self._buffer[size:], 0
+        return dropped
+
+    def _say(self, size: int) -> None:
+        """The beginning of the buffer is content."""
+        text = self._drop(size)
+        if text := text.lstrip() if self._trim else text:
+            self._deltas.append(ChatDelta(content=text))
+            self._trim = False
+
+    def _go(self, state: Callable[[], bool]) -> bool:
+        self._state = state
+        return True
+
+    def _give_up(self) -> bool:
+        """What was looked at is content; what follows is looked at anew."""
+        self._say(self._at)
+        return self._go(self._content)
+
+    def _skip_blanks(self) -> str:
+        """The next character that is none, empty where it has not come yet."""
+        while self._buffer[self._at : self._at + 1].isspace():
+            self._at += 1
+        return self._buffer[self._at : self._at + 1]
+
+    def _skip(self, mark: str) -> bool:
+        """Skip the mark if it comes next; False while that cannot be said."""
+        rest = self._buffer[self._at : self._at + len(mark)]
+        self._at += len(mark) if rest == mark else 0
+        return rest == mark or not mark.startswith(rest)
+
+    def _content(self) -> bool:
+        if self._format.at_start:
+            self._say(len(self._buffer))
+            return False
+        opening = self._format.opening
+        start = self._buffer.find(opening)
+        end = start if start >= 0 else len(self._buffer) - partial_end(self._buffer, opening)
+        self._say(len(self._buffer[:end].rstrip()))  # blanks before a call are not content
+        if start < 0:
+            return False
+        self._at = self._buffer.index(opening) + len(opening)
+        self._in_list = False
+        return self._go(self._before)
+
+    def _before(self) -> bool:
+        first = self._skip_blanks()
+        if not first:
+            return False
+        if self._optional:
+            decided = self._skip(self._optional)
+            self._optional = "" if decided else self._optional
+            return decided
+        if self._format.listed and not self._in_list:
+            self._in_list = first == "["
+            self._at += 1 if self._in_list else 0
+            return self._in_list or self._give_up()
+        if first != "{":
+            return self._give_up()
+        self._begin_object()
+        return self._go(self._object)
+
+    def _begin_object(self) -> None:
+        self._scanner = JsonObjectScanner(self._at)
+        self._head: re.Match[str] | None = None
+        self._head_decided = False
+        self._announced = False
+        self._sent = 0  # up to here the buffer was given as arguments
+
+    def _object(self) -> bool:
+        if not self._head_decided:
+            head = CALL_HEAD.match(self._buffer, self._at, self._at + HEAD_LIMIT)
+            self._head_decided = head is not None or len(self._buffer) >= self._at + HEAD_LIMIT
+            self._head = head if head is not None and head[1] in self._names else None
+        scanner = self._scanner
+        scanner.read(self._buffer)
+        if self._stream and self._head is not None:
+            end = scanner.value_end or scanner.at
+            if end > self._head.end():
+                self._give(self._head[1], self._buffer[max(self._sent, self._head.end()) : end])
+                self._sent = end
+        if not (scanner.complete or scanner.failed):
+            return False
+        call = self._call() if scanner.complete else None
+        if call is None:
+            return self._fail()
+        if not self._announced:
+            self._give(*call)
+        self.num_calls += 1
+        self._next_index += 1
+        self._trim = True
+        self._drop(scanner.at)
+        return self._go(self._after)
+
+    def _call(self) -> tuple[str, str] | None:
+        """Name and arguments of the complete object, None when it is no call."""
+        value = decode_json(self._buffer[self._at : self._scanner.at])
+        if not isinstance(value, dict) or not isinstance(value.get("name"), str) or value["name"] not in self._names:
+            return None
+        if self._head is not None:
+            name, shown = self._head[1], self._buffer[self._head.end() : self._scanner.value_end]
+            same = value["name"] == name and value[self._head[2]] == decode_json(shown)
+            return (name, shown) if same else None
+        arguments = value.get("arguments", value.get("parameters", {}))
+        return (value["name"], msgspec.json.encode(arguments).decode()) if isinstance(arguments, dict) else None
+
+    def _give(self, name: str, arguments: str) -> None:
+        """Give arguments, announcing the call before the first."""
+        if self._limit is not None and self.num_calls >= self._limit:
+            return
+        index = self._next_index
+        if not self._announced:
+            self._announced = True
+            function = FunctionCall(arguments="", name=name)
+            call = ToolCall(index=index, id=self._format.new_id(), type="function", function=function)
+            self._deltas.append(ChatDelta(tool_calls=[call]))
+        if arguments:
+            call = ToolCall(index=index, function=FunctionCall(arguments=arguments))
+            self._deltas.append(ChatDelta(tool_calls=[call]))
+
+    def _fail(self) -> bool:
+        """The object is no call. What was given as arguments is not looked at again."""
+        if not self._announced:
+            return self._give_up()
+        end = self._scanner.at - self._sent
+        self._drop(self._sent)
+        self._trim = False
+        self._say(end)
+        self._next_index += 1
+        return self._go(self._content)
+
+    def _after(self) -> bool:
+        first = self._skip_blanks()
+        if not first:
+            return False
+        if self._in_list:
+            if first not in ",]":
+                return self._give_up()
+            self._at += 1
+            if first == ",":
+                return self._go(self._before)
+        elif self._format.at_start:
+            self._at += 1 if first == ";" else 0
+            return self._go(self._before) if first in ";{" else self._give_up()
+        elif not self._skip(self._format.closing):
+            return False
+        self._drop(self._at)
+        return self._go(self._content)
+
+
+def partial_end(text: str, marker: str) -> int:
+    """The length of the longest end of `text` that is a beginning of `marker`, but not all of it."""
+    for size in range(min(len(text), len(marker) - 1), 0, -1):
+        if text.endswith(marker[:size]):
+            return size
+    return 0
+
+
+def decode_json(text: str) -> object:
+    try:
+        return msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeEncodeError, RecursionError):
+        return None

@@ -1,0 +1,28 @@
+"""A server for each test that asks for one, with the settings of its `serving` marker and a parametrized template."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers.serving import Serving, serving
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+async def server(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Serving]:
+    settings: dict[str, Any] = {}
+    for marker in reversed(list(request.node.iter_markers("serving"))):
+        settings |= marker.kwargs
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if "template" in parameters:
+        settings["template"] = parameters["template"]
+    async with serving(tmp_path, **settings) as running:
+        yield running

@@ -1,0 +1,173 @@
+"""The engine process: each API process gets its own events, and grammars are compiled beside the steps."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from helpers.engine_thread import EngineThread
+from helpers.simulation import simulated_engine
+from minisgl.build import Built
+from minisgl.config import Config
+from minisgl.core.request_state import Constraint
+from minisgl.core.types import FinishReason, Grammar, Request, SamplingParams, TokenEvent
+from minisgl.errors import InvalidRequestError
+from minisgl.server import engine_process, ipc
+from minisgl.server.engine_client import EngineClient, socket_folder
+from minisgl.server.engine_process import PendingGrammars
+from minisgl.server.errors import RequestAbortedError
+
+
+@pytest.fixture
+async def clients(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[list[EngineClient]]:
+    """The launcher's client of a simulated engine, and those of two API processes."""
+    engine, folder = simulated_engine(max_seq_len=2000, num_pages=2000), socket_folder()
+    monkeypatch.setattr(engine_process, "build_engine", lambda config, **options: Built(engine, Path("/nowhere"), ()))
+    clients = [EngineClient(*ipc.addresses(folder, link), Config(), link=link) for link in range(3)]
+    async with EngineThread(engine).start(*ipc.addresses(folder, ipc.LAUNCHER)):
+        await clients[0].ready()
+        for link in (1, 2):
+            clients[0].send(ipc.Attach(link, *ipc.addresses(folder, link)))
+            assert (await clients[link].ready()).model == engine.model
+        yield clients
+    for client in clients:
+        await client.close()
+
+
+def request(name: str, max_tokens: int) -> Request:
+    return Request.make(id=name, prompt=[5] * 40, params=SamplingParams(max_tokens=max_tokens, ignore_eos=True))
+
+
+async def answer(client: EngineClient, asked: Request) -> list[TokenEvent]:
+    with client.submit([asked]) as group:
+        return [event async for batch in group.batches() for event in batch]
+
+
+async def test_every_process_gets_the_events_of_its_own_requests(clients: list[EngineClient]) -> None:
+    asked = [(link, request(f"{link}-{i}", 10 + i)) for i in range(8) for link in (0, 1, 2)]
+    answers = await asyncio.gather(*(answer(clients[link], one) for link, one in asked))
+    for (_, one), events in zip(asked, answers, strict=True):
+        assert {event.id for event in events} == {one.id}
+        assert sum(len(event.tokens) for event in events) == one.params.max_tokens
+        assert [event.finish for event in events if event.finish] == [FinishReason.LENGTH]
+    for client in clients:
+        count = client.metrics.registry.get_sample_value("minisgl:request_queue_time_seconds_count")
+        assert count == 8
+        stats = await client.ping(5)
+        assert (stats.running, stats.waiting, stats.generated_tokens) == (0, 0, 3 * sum(range(10, 18)))
+
+
+async def test_the_requests_of_a_process_that_is_gone_are_aborted_and_others_go_on(clients: list[EngineClient]) -> None:
+    launcher, lost, kept = clients
+    going_on = [asyncio.create_task(answer(kept, request(f"kept-{i}", 400))) for i in range(3)]
+    group = lost.submit([request(f"lost-{i}", 1900) for i in range(5)])
+    not_begun = {f"lost-{i}" for i in range(5)}
+    async for batch in group.batches():
+        not_begun -= {event.id for event in batch}
+        if not not_begun:  # what comes after the end of a link is not taken
+            break
+    lost.fail("it is dead")  # says nothing to the engine any more
+    launcher.send(ipc.Detach(1))
+    launcher.send(ipc.Detach(1))  # nothing is left to forget
+    for events in await asyncio.gather(*going_on):
+        assert sum(len(event.tokens) for event in events) == 400
+    lost.dead = None
+    lost.send(ipc.Add(request("late", 1900), 1))  # was on its way when its process died
+    for _ in range(3):  # each is answered between two steps
+        stats = await launcher.ping(5)
+    assert (stats.running, stats.waiting, stats.aborted) == (0, 0, 5)
+    assert stats.pages_free + stats.pages_cached == stats.pages_total
+
+
+@pytest.mark.parametrize(("completion_id", "count"), [("a", 2), ("a-1", 1), (None, 3), ("b", 0)])
+async def test_an_answer_is_aborted_in_the_process_that_has_it(
+    clients: list[EngineClient], completion_id: str | None, count: int
+) -> None:
+    _, asked, owner = clients
+    group = owner.submit([request(name, 1900) for name in ("a-0", "a-1", "c-0")])
+    own = asyncio.create_task(answer(asked, request("d-0", 100)))
+    await anext(group.batches())
+    assert await asked.abort(completion_id, 5) == count + (completion_id is None)
+    if count:
+        with pytest.raises(RequestAbortedError):
+            async for _ in group.batches():
+                pass
+        assert owner.num_live == 0
+    if completion_id is None:
+        with pytest.raises(RequestAbortedError):
+            await own
+    else:
+        assert sum(len(event.tokens) for event in await own) == 100
+    group.__exit__(None, None, None)
+    while (await asked.ping(5)).running:
+        pass
+    assert (await asked.ping(5)).aborted == 3 + (completion_id is None)
+
+
+class Anything:
+    """Allows every token."""
+
+    def fill(self, mask: NDArray[np.int32]) -> None:
+        mask.fill(-1)
+
+    def accept(self, token: int) -> bool:
+        return True
+
+
+def constrained(name: str, source: str = "a") -> tuple[Request, Grammar]:
+    grammar = Grammar(kind="regex", source=source)
+    return Request.make(id=name, prompt=[1], params=SamplingParams(grammar=grammar)), grammar
+
+
+def wait_ready(pending: PendingGrammars, count: int) -> list[tuple[Request, Constraint | InvalidRequestError]]:
+    """The next `count` that are ready."""
+    found: list[tuple[Request, Constraint | InvalidRequestError]] = []
+    deadline = time.monotonic() + 10
+    while len(found) < count:
+        assert time.monotonic() < deadline
+        found += pending.ready()
+    return found
+
+
+def test_a_request_is_ready_when_its_grammar_is_and_never_when_it_has_left() -> None:
+    gate, made = threading.Event(), Anything()
+
+    def factory(grammar: Grammar) -> Constraint:
+        assert gate.wait(10)
+        return made
+
+    pending = PendingGrammars(factory)
+    asked = [constrained(name) for name in "abcd"]
+    for one in asked:
+        pending.start(*one)
+    assert pending.drop(["b", "a", "unknown"]) == ["b", "a"]
+    assert (pending.ready(), len(pending), "a" in pending, "c" in pending) == ([], 2, False, True)
+    gate.set()
+    assert wait_ready(pending, 2) == [(asked[2][0], made), (asked[3][0], made)]
+    assert (len(pending), "c" in pending, pending.ready()) == (0, False, [])
+    pending.close()
+
+
+@pytest.mark.parametrize("error", [InvalidRequestError("too much"), RuntimeError("too much")])
+def test_what_cannot_be_followed_is_an_error_of_its_own_request(error: Exception) -> None:
+    def factory(grammar: Grammar) -> Constraint:
+        if grammar.source == "bad":
+            raise error
+        return Anything()
+
+    pending = PendingGrammars(factory)
+    pending.start(*constrained("a", "bad"))
+    pending.start(*constrained("b"))
+    (bad, refusal), (good, constraint) = wait_ready(pending, 2)
+    assert (bad.id, good.id) == ("a", "b")
+    assert isinstance(refusal, InvalidRequestError)
+    assert "too much" in refusal.message
+    assert isinstance(constraint, Anything)
+    pending.close()

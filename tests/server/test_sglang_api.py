@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+import pytest
+
+from helpers.serving import CHAT_TEMPLATE, MODEL, Serving
+from minisgl.server.app import UNSUPPORTED
+
+
+def events(body: str) -> list[Any]:
+    """The JSON of a stream's events; it must end as streams do."""
+    lines = body.split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+
+
+async def test_generate_continues_texts_and_ids(server: Serving) -> None:
+    ids = server.tokenizer.encode("a quick fox")
+    params = {"max_new_tokens": 4, "temperature": 0, "sampling_seed": 3}
+    text = server.tokenizer.decode(ids[:4])
+    for prompt in ({"text": "a quick fox"}, {"input_ids": ids}):
+        answer = (await server.http.post("/generate", json={**prompt, "sampling_params": params})).json()
+        assert (answer["text"], answer["output_ids"]) == (text, ids[:4])
+        meta = answer["meta_info"]
+        assert meta["finish_reason"] == {"type": "length", "length": 4}
+        assert (meta["prompt_tokens"], meta["completion_tokens"]) == (len(ids), 4)
+        assert meta["cached_tokens"] == len(ids) // 2
+        assert meta["id"] == server.engine.seen[-1].id
+        assert server.engine.seen[-1].params.seed == 3
+    several = (await server.http.post("/generate", json={"text": ["a", "b"], "sampling_params": params})).json()
+    assert [answer["text"] for answer in several] == ["aaaa", "bbbb"]
+    twice = (await server.http.post("/generate", json={"text": "a", "sampling_params": {**params, "n": 2}})).json()
+    assert [answer["index"] for answer in twice] == [0, 1]
+
+
+@pytest.mark.serving(delay=0.005)
+async def test_generate_streams_all_of_the_text_so_far(server: Serving) -> None:
+    body = {"text": "a quick fox, and dogs", "sampling_params": {"max_new_tokens": 6}, "stream": True}
+    response = await server.http.post("/generate", json=body)
+    assert response.headers["content-type"].startswith("text/event-stream")
+    found = events(response.text)
+    texts = [event["text"] for event in found]
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
+    assert texts[-1] == server.tokenizer.decode(server.tokenizer.encode("a quick fox, and dogs")[:6])
+    assert [e["meta_info"]["finish_reason"] for e in found[:-1]] == [None] * (len(found) - 1)
+    assert found[-1]["meta_info"]["completion_tokens"] == 6
+
+
+async def test_generate_says_what_it_stopped_at_and_gives_logprobs(server: Serving) -> None:
+    server.speak("a b STOP c")
+    at_text = {"text": "x", "sampling_params": {"max_new_tokens": 50, "stop": "STOP"}}
+    at_token = {"text": "x", "sampling_params": {"max_new_tokens": 50}}
+    for stopped, matched, text in ((at_text, "STOP", "a b "), (at_token, 1, "a b STOP c")):
+        answer = (await server.http.post("/generate", json=stopped)).json()
+        assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": matched}
+        assert answer["text"] == text
+    body: dict[str, Any] = {"text": "a fox", "return_logprob": True, "top_logprobs_num": 2, "logprob_start_len": 1}
+    body["return_text_in_logprobs"] = True
+    meta = (await server.http.post("/generate", json={**body, "sampling_params": {"max_new_tokens": 2}})).json()
+    ids = server.tokenizer.encode("a fox")
+    said = server.tokenizer.encode("a b STOP c")[:2]
+    names = [server.tokenizer.decode([token]) for token in said]
+    found = meta["meta_info"]
+    assert found["output_token_logprobs"] == [[-1.0, said[0], names[0]], [-2.0, said[1], names[1]]]
+    assert [[top[0] for top in tops] for tops in found["output_top_logprobs"]] == [[-0.5, -1.0], [-1.5, -2.0]]
+    assert [entry[:2] for entry in found["input_token_logprobs"]] == [
+        [-1.0 - i, token] for i, token in enumerate(ids[1:], start=1)
+    ]
+
+
+async def test_texts_and_conversations_are_tokenised_and_written_back(server: Serving) -> None:
+    ids = server.tokenizer.encode("Grüße 世界")
+    body = {"model": MODEL, "prompt": "Grüße 世界", "return_token_strs": True}
+    found = (await server.http.post("/tokenize", json=body)).json()
+    assert (found["tokens"], found["count"], found["max_model_len"]) == (ids, len(ids), 128)
+    assert found["token_strs"] == [server.tokenizer.backend.id_to_token(i) for i in ids]
+    back = (await server.http.post("/detokenize", json={"tokens": found["tokens"]})).json()
+    assert back == {"prompt": "Grüße 世界"}
+    messages = [{"role": "user", "content": "hello"}]
+    chat = (await server.http.post("/tokenize", json={"messages": messages})).json()
+    assert chat["tokens"] == server.tokenizer.encode_chat(messages)
+    assert chat["token_strs"] is None
+
+
+async def test_the_tokenizer_is_described_for_clients_that_render_themselves(server: Serving) -> None:
+    assert (await server.http.get("/tokenizer_info")).json() == {
+        "bos_token": "<s>", "eos_token": "</s>", "pad_token": None, "unk_token": None,
+        "chat_template": CHAT_TEMPLATE, "vocab_size": server.tokenizer.vocab_size, "model_max_length": 128,
+    }  # fmt: skip
+
+
+async def test_generate_takes_what_sglangs_clients_send_at_its_defaults(server: Serving) -> None:
+    body = {
+        "text": "x", "stream": False,
+        "sampling_params": {
+            "max_new_tokens": 1, "temperature": 0, "stop_regex": None, "stream_interval": None,
+            "logit_bias": {"7": -5},
+        },
+        "return_logprob": False, "logprob_start_len": -1, "top_logprobs_num": 0, "token_ids_logprob": None,
+        "lora_path": None, "image_data": None, "return_hidden_states": False, "return_routed_experts": False,
+    }  # fmt: skip
+    answer = await server.http.post("/generate", json=body)
+    assert (answer.status_code, "output_token_logprobs" in answer.json()["meta_info"]) == (200, False)
+    assert server.engine.seen[0].params.logit_bias == {7: -5.0}
+
+
+async def test_bos_is_added_to_a_text_unless_told_otherwise(server: Serving) -> None:
+    with_bos = (await server.http.post("/tokenize", json={"prompt": "hi"})).json()["tokens"]
+    without = (await server.http.post("/tokenize", json={"prompt": "hi", "add_special_tokens": False})).json()
+    assert without["tokens"] == with_bos == server.tokenizer.encode("hi")
+    absent = {"add_special_tokens": None, "return_token_strs": None, "model": None}
+    found = (await server.http.post("/tokenize", json={"prompt": "hi", **absent})).json()
+    assert (found["tokens"], found["token_strs"]) == (with_bos, None)
+    messages = [{"role": "user", "content": "hello"}]
+    chat = (await server.http.post("/tokenize", json={"messages": messages, "chat_template": None, **absent})).json()
+    assert chat["tokens"] == server.tokenizer.encode_chat(messages)
+    back = await server.http.post("/detokenize", json={"tokens": with_bos, "skip_special_tokens": None})
+    assert back.json() == {"prompt": server.tokenizer.decode(with_bos, False)}
+
+
+async def test_other_endpoints_are_refused_by_name(server: Serving) -> None:
+    for path in [f"/v1/{name}" for name in UNSUPPORTED] + ["/v1/audio/speech", "/v1/files/x/content", "/rerank"]:
+        response = await server.http.post(path, json={})
+        error = response.json()["error"]
+        assert (response.status_code, error["code"]) == (404, "unsupported_endpoint")
+        assert error["message"] == f"{path} is not supported by this server"
+    with pytest.raises(Exception, match="embeddings is not supported"):
+        await server.openai.embeddings.create(model=MODEL, input="x")
+
+
+async def test_the_openapi_document_describes_bodies_answers_and_errors(server: Serving) -> None:
+    found = (await server.http.get("/openapi.json")).json()
+    paths = found["paths"]
+    assert {"/v1/chat/completions", "/v1/completions", "/generate", "/tokenize", "/v1/models"} <= set(paths)
+    schemas = found["components"]["schemas"]
+    text = json.dumps(found)
+    references = {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}
+    assert references <= set(schemas)
+    assert "logit_bias" in schemas["ChatRequest"]["properties"]
+    assert schemas["ChatRequest"]["additionalProperties"] is False
+    (event,) = (
+        content["schema"]["properties"]["data"]
+        for kind, content in paths["/v1/chat/completions"]["post"]["responses"]["200"]["content"].items()
+        if kind == "text/event-stream"
+    )
+    assert event["anyOf"][0] == {"const": "[DONE]"}
+    assert "ChunkChoice" in event["anyOf"][1]["contentSchema"]["anyOf"][0]["$ref"]
+    message = schemas["Message"]["oneOf"]
+    assert [role["required"] for role in message] == [
+        ["role", "content"],
+        ["role"],
+        ["role", "content", "tool_call_id"],
+    ]
+    assert schemas["GenerateRequest"]["oneOf"][0]["required"] == ["text"]
+    for operations in paths.values():
+        for operation in operations.values():
+            assert "422" not in operation["responses"]
+    statuses = set(paths["/v1/chat/completions"]["post"]["responses"])
+    assert {"200", "400", "401", "404", "413", "429", "500", "503"} <= statuses
+    assert (await server.http.get("/docs")).status_code == 404
