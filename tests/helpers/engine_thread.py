@@ -18,10 +18,10 @@ from minisgl.core.plan import Executor, StepResult
 from minisgl.core.request_state import ConstraintFactory
 from minisgl.server import engine_process, ipc
 from minisgl.server.engine_process import EngineServer
-from minisgl_bench.profile import Relay
+from minisgl_bench.profile import Recorder
 
 
-class FailingExecutor(Relay):
+class FailingExecutor(Recorder):
     """Raises when step `n` is collected."""
 
     def __init__(self, executor: Executor, n: int) -> None:

@@ -8,11 +8,11 @@ import numpy as np
 
 from helpers.constraints import Cycle
 from helpers.invariants import check_cache
+from helpers.simulated import SimulatedExecutor
 from minisgl.config import Config
 from minisgl.core.engine import Engine
 from minisgl.core.plan import StepPlan
 from minisgl.core.types import ModelInfo, Request, SamplingParams, TokenEvent
-from minisgl_bench.simulated import SimulatedExecutor
 
 VOCAB = 50
 EOS = 7

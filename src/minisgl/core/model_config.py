@@ -272,7 +272,7 @@ def read_rope(config: Fields, max_position: int) -> Rope:
 
 
 def read_eos_token_ids(folder: Path, config: Fields, vocab_size: int) -> tuple[int, ...]:
-    """EOS ids in the vocabulary, of generation_config.json, config.json and the tokenizer's `eos_token`, in this order."""
+    """EOS ids in the vocabulary: of generation_config.json, config.json, the tokenizer's `eos_token`, in this order."""
     ids: list[int] = []
     for fields in (_optional(folder / "generation_config.json"), config):
         found: Any = fields.values.get("eos_token_id")
