@@ -107,7 +107,7 @@ def test_the_profile_reserves_what_special_rows_take() -> None:
     before = torch.cuda.memory_allocated(DEVICE)
     built.runner.run(prefill_plan(8, 4, everything=True))
     torch.cuda.synchronize()
-    seen = built.runner.logits_processors.state.seen
+    seen = built.runner.logits_processors.seen
     assert seen is not None
     assert seen.shape == (9, VOCAB)
     assert torch.cuda.memory_allocated(DEVICE) - before >= seen.nbytes

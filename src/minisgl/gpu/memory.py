@@ -201,7 +201,7 @@ def prefill_plan(rows: int, length: int, everything: bool = False) -> StepPlan:
         slots=slots, seen_slots=slots, seen_tokens=zeros, seen=zeros + 1, bias_ids=zeros[:, None],
         bias_values=ones[:, None],
     )  # fmt: skip
-    special = LogitsRows(
+    logits_rows = LogitsRows(
         changed=slots, penalties=np.ones((3, rows), np.float32), penalised=True, bias_width=1, constrained=none,
         scored=slots, top=MAX_LOGPROBS, prompt_rows=np.arange(len(tokens), dtype=np.int32), prompt_targets=tokens,
         prompt_slots=slots, prompt_counts=zeros + length, prompt_top=MAX_LOGPROBS,
@@ -209,11 +209,11 @@ def prefill_plan(rows: int, length: int, everything: bool = False) -> StepPlan:
     init = NewRows(
         slots=slots, temperatures=ones, top_ps=ones * np.float32(0.9), min_ps=ones * np.float32(0.01), top_ks=zeros,
         seeds=np.zeros(rows, np.int64), min_lens=zeros + length + 1,
-        stop_ids=np.zeros((rows, MAX_STOP_TOKEN_IDS), np.int32), special=logits_init if everything else None,
+        stop_ids=np.zeros((rows, MAX_STOP_TOKEN_IDS), np.int32), logits=logits_init if everything else None,
     )  # fmt: skip
     return StepPlan(
         step=0, init=init, page_slots=none, page_indices=none, page_ids=none, decode_slots=none, decode_lens=none,
         prefill_slots=slots, prefill_starts=zeros, prefill_lens=zeros + length, prefill_final=np.ones(rows, np.bool_),
         prefill_tokens=tokens, all_greedy=False, any_filter=True, any_min_len=True,
-        special=special if everything else None,
+        logits=logits_rows if everything else None,
     )  # fmt: skip

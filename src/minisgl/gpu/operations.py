@@ -77,5 +77,5 @@ def fused_operations(device: torch.device) -> Operations:
         rope_store_kv=elementwise.rope_store_kv,
         moe=moe.moe,
         sample=sample,
-        sample_whole=sample,
+        sample_gathered=sample,
     )

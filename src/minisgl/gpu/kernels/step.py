@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr, tensor
 
-from minisgl.core.kv_cache import StepInputs, TableTensors
+from minisgl.core.kv_cache import DeviceTables, StepInputs
 from minisgl.gpu.kernels.jit import after_previous, jit, launch_options
 
 BLOCK = 1024
@@ -41,7 +41,7 @@ def _gather_kernel(
         tl.store(pages + row.to(tl.int64) * width + index, held, mask=index <= here)
 
 
-def gather_rows(changes: Tensor, tables: TableTensors, inputs: StepInputs, page_size: int) -> None:
+def gather_rows(changes: Tensor, tables: DeviceTables, inputs: StepInputs, page_size: int) -> None:
     batch, width = inputs.page_table.shape
     _gather_kernel[(batch,)](
         changes, tables.last_token, tables.length, tables.page_table, inputs.ids, inputs.positions, inputs.kv_lens,
@@ -63,7 +63,7 @@ def _commit_kernel(
     tl.store(length + slot, tl.load(kv_lens + row, mask=within, other=0), mask=live)
 
 
-def commit_rows(changes: Tensor, tokens: Tensor, tables: TableTensors, inputs: StepInputs) -> None:
+def commit_rows(changes: Tensor, tokens: Tensor, tables: DeviceTables, inputs: StepInputs) -> None:
     batch = len(tokens)
     _commit_kernel[(triton.cdiv(batch, BLOCK),)](
         changes, tokens, inputs.kv_lens, tables.last_token, tables.length, batch, len(tables.length) - 1,
