@@ -32,10 +32,10 @@ class Built:
     notes: tuple[str, ...]
 
 
-def build_engine(config: Config, progress: bool = False, when_gone: Callable[[], None] | None = None) -> Built:
+def build_engine(config: Config, progress: bool = False, on_failure: Callable[[], None] | None = None) -> Built:
     """Load the model that `config` names. Raises ConfigError or ModelError with what to change.
 
-    `when_gone` is called from another thread when one of several ranks is gone. A process that torchrun started as
+    `on_failure` is called from another thread when one of several ranks is gone. A process that torchrun started as
     another rank than 0 stays here until rank 0 is done, and ends.
     """
     launched = launcher(config.tp)
@@ -54,7 +54,7 @@ def build_engine(config: Config, progress: bool = False, when_gone: Callable[[],
         if config.tp == 1:
             executor = build_local_executor(resolved.config, folder, spec, wanted, advance)
         else:
-            executor = build_group_executor(resolved.config, folder, spec, wanted, advance, launched, when_gone)
+            executor = build_group_executor(resolved.config, folder, spec, wanted, advance, launched, on_failure)
     bundled = config.model is None or config.model == BUNDLED_MODEL
     model = ModelInfo(
         name="SmolLM2-135M-Instruct" if bundled else config.model or "",

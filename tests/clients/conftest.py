@@ -20,7 +20,6 @@ from minisgl.formats.hub import locate_model
 
 @pytest.fixture(scope="session")
 def clients(tmp_path_factory: pytest.TempPathFactory) -> Clients:
-    """The clients' environment."""
     folder = Path(os.environ.get("CLIENTS_VENV") or CLIENT_TESTS.parent.parent / ".venv-clients").absolute()
     if not (folder / "bin" / "python").exists():
         pytest.fail(f"there are no clients in {folder}: `make test-clients` installs and runs them")
@@ -38,19 +37,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         else:
             shutil.copy(file, folder)
     (folder / "chat_template.jinja").write_text(QWEN_TOOLS, "utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "minisgl",
-        "--model",
-        str(folder),
-        "--port",
-        "0",
-        "--num-pages",
-        "512",
-        "--served-model-name",
-        MODEL,
-    ]
+    options = ["--port", "0", "--num-pages", "512", "--served-model-name", MODEL]
+    command = [sys.executable, "-m", "minisgl", "--model", str(folder), *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "LOG_LEVEL": "WARNING"})
     assert process.stdout is not None
     try:

@@ -20,28 +20,16 @@ from minisgl.text.grammar import compile_grammar
 pytestmark = pytest.mark.clients
 
 PACKAGES = (
-    "@angular-devkit/build-angular@21.2.24",
-    "@angular/cli@21.2.28",
-    "@nestjs/schematics@11.1.0",
-    "@nx/angular@23.2.1",
-    "@nx/js@23.3.1",
-    "@nx/node@23.2.1",
-    "@nx/react@23.3.1",
-    "@nx/web@23.2.1",
-    "@schematics/angular@21.2.28",
-    "css-loader@7.1.5",
-    "sass-loader@16.0.8",
-    "vega-lite@6.4.3",
-    "webpack@5.112.2",
-)
-LARGEST = 200_000
-"""Bytes of a schema that is looked at."""
+    "@angular-devkit/build-angular@21.2.24", "@angular/cli@21.2.28", "@nestjs/schematics@11.1.0", "@nx/angular@23.2.1",
+    "@nx/js@23.3.1", "@nx/node@23.2.1", "@nx/react@23.3.1", "@nx/web@23.2.1", "@schematics/angular@21.2.28",
+    "css-loader@7.1.5", "sass-loader@16.0.8", "vega-lite@6.4.3", "webpack@5.112.2",
+)  # fmt: skip
+LARGEST = 200_000  # bytes of a schema that is read
 WANDERS = (0, 5, 20, 40, 80)
 KEYS = frozenset({"properties", "definitions", "$defs", "type", "oneOf", "anyOf", "$ref", "items"})
 
 
 def schemas_of(package: str, folder: Path) -> Iterator[tuple[str, Any]]:
-    """Names and schemas in a package of npm's."""
     packed = subprocess.run(
         ["npm", "pack", "--silent", package], cwd=folder, capture_output=True, text=True, check=True, timeout=120
     )

@@ -9,7 +9,6 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minisgl.core.model_config import read_spec
-from minisgl.core.weights import load_weights
 from minisgl.formats.gguf import GgufFile
 from minisgl.formats.hub import bundled_model, locate_model
 
@@ -50,13 +49,6 @@ def test_q_and_k_rows_are_in_the_order_of_the_rotary_embedding(folder: Path) -> 
     with torch.no_grad():
         logits = model(torch.tensor([tokenizer.encode("The capital of France is").ids])).logits
     assert tokenizer.id_to_token(int(logits[0, -1].argmax())) == "ĠParis"
-
-
-def test_the_bundled_weights_load(folder: Path) -> None:
-    weights = load_weights(folder, read_spec(folder), torch.bfloat16, torch.device("cpu"))
-    assert weights.head is weights.embedding
-    assert weights.embedding.dtype == torch.bfloat16
-    assert len(weights.layers) == 30
 
 
 def test_the_bundled_tokenizer_cuts_every_digit_off(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import tempfile
 from pathlib import Path
@@ -17,7 +18,7 @@ from helpers.driver import CPU, Driver
 from minisgl.core.attention import Attention, TorchAttention
 from minisgl.core.decoder import pack_weights
 from minisgl.core.model_config import ModelSpec, read_spec
-from minisgl.core.weights import Weights, dummy_weights, load_weights
+from minisgl.core.weights import LayerWeights, Weights, dummy_weights, load_weights
 from minisgl.gpu.attention.triton import TritonAttention
 from minisgl.gpu.kernels.decode import DecodeAttention
 
@@ -67,10 +68,8 @@ def reference(case: str) -> tuple[ModelSpec, Weights, list[int], Tensor]:
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.normal_(1.0, 0.2)
-            else:
-                parameter.normal_(0.0, 1.0 if "embed" in name else 0.15)
+            mean, std = (1.0, 0.2) if "norm" in name else (0.0, 1.0 if "embed" in name else 0.15)
+            parameter.normal_(mean, std)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         spec = read_spec(Path(folder))
@@ -90,16 +89,19 @@ def assert_close(ours: Tensor, theirs: Tensor) -> None:
     assert error <= 1e-4, f"off by {error:.2e} of the largest logit"
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_whole_prefill_and_greedy_decode_match_transformers(case: str) -> None:
-    spec, weights, tokens, logits = reference(case)
-    driver = Driver(spec, weights)
+def check_greedy(driver: Driver, tokens: list[int], logits: Tensor) -> None:
     said = driver.step(chunks={0: tokens[:PROMPT]})
     assert_close(driver.logits, logits[:PROMPT])
     for position in range(PROMPT, PROMPT + GENERATED):
         said += driver.step(decode=[0])
         assert_close(driver.logits, logits[position : position + 1])
     assert said[:GENERATED] == tokens[PROMPT:]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_whole_prefill_and_greedy_decode_match_transformers(case: str) -> None:
+    spec, weights, tokens, logits = reference(case)
+    check_greedy(Driver(spec, weights), tokens, logits)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -142,16 +144,9 @@ def test_attention_that_fuses_the_rotary_embedding_says_the_same(case: str) -> N
 
 def test_packed_weights_say_the_same() -> None:
     spec, weights, tokens, logits = reference("llama-tied-biased")
-    packed = Weights(
-        weights.embedding, [type(layer)(**vars(layer)) for layer in weights.layers], weights.norm, weights.head
-    )
+    packed = copy.deepcopy(weights)
     pack_weights(packed)
-    driver = Driver(spec, packed)
-    said = driver.step(chunks={0: tokens[:PROMPT]})
-    assert_close(driver.logits, logits[:PROMPT])
-    for _ in range(GENERATED - 1):
-        said += driver.step(decode=[0])
-    assert said == tokens[PROMPT:]
+    check_greedy(Driver(spec, packed), tokens, logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -159,14 +154,10 @@ def test_half_precision_stays_near_full_precision(dtype: torch.dtype) -> None:
     torch.set_num_threads(1)
     spec, _, tokens, _ = reference("qwen3")
     half = dummy_weights(spec, dtype, CPU)
-    full = dummy_weights(spec, torch.float32, CPU)
-    for mine, exact in zip(half.layers, full.layers, strict=True):
-        for name, value in vars(mine).items():
-            if value is not None:
-                setattr(exact, name, value.float())
-    full = Weights(half.embedding.float(), full.layers, half.norm.float(), half.head.float())
-    rough, exact_driver = Driver(spec, half, dtype=dtype), Driver(spec, full)
-    for driver in (rough, exact_driver):
+    layers = [LayerWeights(**{k: v.float() for k, v in vars(layer).items() if v is not None}) for layer in half.layers]
+    full = Weights(half.embedding.float(), layers, half.norm.float(), half.head.float())
+    rough, exact = Driver(spec, half, dtype=dtype), Driver(spec, full)
+    for driver in (rough, exact):
         driver.step(chunks={0: tokens[:PROMPT]})
-    error = (rough.logits.float() - exact_driver.logits).abs().max() / exact_driver.logits.abs().max()
+    error = (rough.logits.float() - exact.logits).abs().max() / exact.logits.abs().max()
     assert float(error) < 0.05

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from minisgl.core.logits import forbid, penalise, token_scores
 
@@ -64,9 +63,5 @@ def test_of_equally_probable_tokens_the_lowest_ids_are_named() -> None:
 
 
 def test_masked_logits_have_scores_too() -> None:
-    def scores(logits: list[float]) -> Tensor:
-        return token_scores(torch.tensor([logits]), torch.tensor([1]), 2).top_ids
-
-    assert scores([-1e38, float("-inf"), 3e38]).tolist() == [[2, 0]]
-    assert token_scores(torch.tensor([[0.0, 0.0]]), torch.tensor([1]), 0).top_ids.shape == (1, 0)
-    assert token_scores(torch.tensor([[0.0, 0.0]]), torch.tensor([1]), 20).top_ids.tolist() == [[0, 1]]
+    for logits, top, ids in (([-1e38, float("-inf"), 3e38], 2, [2, 0]), ([0.0, 0.0], 0, []), ([0.0, 0.0], 20, [0, 1])):
+        assert token_scores(torch.tensor([logits]), torch.tensor([1]), top).top_ids.tolist() == [ids]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from helpers.constraints import Cycle, cycle
+from helpers.invariants import check_cache
 from helpers.models import tiny_spec
 from helpers.simulation import record_plans
 from helpers.special import Answer, SlowAnswer, slow_answer, special_requests
@@ -22,7 +24,7 @@ from minisgl.core import logits as logits_module
 from minisgl.core.engine import Engine
 from minisgl.core.executor import LocalExecutor
 from minisgl.core.request_state import State
-from minisgl.core.types import FinishReason, Grammar, ModelInfo, Request, SamplingParams
+from minisgl.core.types import FinishReason, Grammar, ModelInfo, Request, SamplingParams, TokenEvent
 from minisgl.core.weights import Weights, dummy_weights
 from minisgl.gpu.executor import make_executor
 
@@ -48,6 +50,21 @@ def make_engine(**settings: object) -> Engine:
     return Engine(executor, model, config, lambda grammar: Cycle(grammar, SPEC.vocab_size, EOS))
 
 
+def run(engine: Engine, *requests: Request) -> list[TokenEvent]:
+    """All events of requests that are added at once."""
+    for request in requests:
+        engine.add(request)
+    events = []
+    while engine.has_work:
+        events += engine.step()
+    assert engine.cache.num_owned == 0
+    return events
+
+
+def greedy(name: str, prompt: list[int], **params: Any) -> Request:
+    return Request.make(id=name, prompt=prompt, params=SamplingParams(temperature=0.0, **params))
+
+
 def answers(engine: Engine, requests: list[Request], retractions: int = 0) -> dict[str, Answer]:
     """All added at once; every fourth step one is retracted, up to `retractions` times."""
     out = {request.id: Answer() for request in requests}
@@ -60,7 +77,7 @@ def answers(engine: Engine, requests: list[Request], retractions: int = 0) -> di
         going = np.isin(engine.table.state, (State.PREFILL, State.DECODE)).any()
         if going and engine.scheduler.retracted < retractions and engine.scheduler.step % 4 == 3:
             engine.scheduler.retract_last()
-    engine.cache.check()
+    check_cache(engine.cache)
     assert engine.cache.num_owned == 0
     engine.close()
     return out
@@ -117,25 +134,15 @@ def test_work_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_prompt_that_wants_scores_is_not_taken_from_the_cache_but_goes_there() -> None:
     engine = make_engine()
-    prompt = list(range(1, 60))
-
-    def cached(name: str, **params: object) -> int:
-        settings = SamplingParams(temperature=0.0, max_tokens=2, **params)  # type: ignore[arg-type]
-        engine.add(Request.make(id=name, prompt=prompt, params=settings))
-        events = []
-        while engine.has_work:
-            events += engine.step()
-        assert len(events[0].prompt_logprobs) == (59 if params else 0)
-        return events[-1].cached_tokens
-
-    assert [cached("a", prompt_logprobs=1), cached("b"), cached("c", prompt_logprobs=1)] == [0, 48, 0]
+    for name, prompt_logprobs, cached in (("a", 1, 0), ("b", None, 48), ("c", 1, 0)):
+        request = greedy(name, list(range(1, 60)), max_tokens=2, prompt_logprobs=prompt_logprobs)
+        events = run(engine, request)
+        assert len(events[0].prompt_logprobs) == (59 if prompt_logprobs else 0)
+        assert events[-1].cached_tokens == cached
 
 
 def test_a_prompt_retracted_between_chunks_is_scored_on_from_where_it_was() -> None:
-    prompt = [3 * i % 200 for i in range(100)]
-    request = Request.make(
-        id="x", prompt=prompt, params=SamplingParams(temperature=0.0, max_tokens=3, prompt_logprobs=2)
-    )
+    request = greedy("x", [3 * i % 200 for i in range(100)], max_tokens=3, prompt_logprobs=2)
     engine = make_engine(max_prefill_length=20)
     engine.add(request)
     answer, steps = Answer(), 0
@@ -151,21 +158,18 @@ def test_a_prompt_retracted_between_chunks_is_scored_on_from_where_it_was() -> N
 
 
 def test_scores_are_right_for_stop_tokens_and_a_prompt_of_one_token() -> None:
-    params = SamplingParams(
-        temperature=0.0, max_tokens=4, logprobs=3, prompt_logprobs=1, logit_bias={EOS: 100.0}, min_tokens=2
-    )
-    request = Request.make(id="x", prompt=[9], params=params)
+    request = greedy("x", [9], max_tokens=4, logprobs=3, prompt_logprobs=1, logit_bias={EOS: 100.0}, min_tokens=2)
     slow = slow_answer(SPEC, weights(), request, LIMIT)
     assert slow.tokens[-1] == EOS
     assert len(slow.tokens) == 3
     got = answers(make_engine(), [request])["x"]
-    slow.check(got, params)
+    slow.check(got, request.params)
     assert got.prompt_logprobs == [None]
 
 
 def test_a_bias_of_a_hundred_decides_and_of_minus_a_hundred_forbids() -> None:
-    params = SamplingParams(temperature=0.0, max_tokens=5, logit_bias={17: 100.0, 18: -100.0}, ignore_eos=True)
-    assert answers(make_engine(), [Request.make(id="x", prompt=[1, 2], params=params)])["x"].tokens == [17] * 5
+    request = greedy("x", [1, 2], max_tokens=5, logit_bias={17: 100.0, 18: -100.0}, ignore_eos=True)
+    assert answers(make_engine(), [request])["x"].tokens == [17] * 5
 
 
 def test_a_row_used_again_forgets_who_was_there() -> None:
@@ -174,10 +178,8 @@ def test_a_row_used_again_forgets_who_was_there() -> None:
     engine = make_engine(max_running_requests=1)
     for request in (requests[i] for i in (8, 1, 4, 3, 2, 4, 1, 8, 0, 2)):
         answer = Answer()
-        engine.add(request)
-        while engine.has_work:
-            for event in engine.step():
-                answer.take(event)
+        for event in run(engine, request):
+            answer.take(event)
         right()[request.id].check(answer, request.params)
     engine.close()
 
@@ -187,55 +189,39 @@ def test_ordinary_steps_run_no_logits_processors() -> None:
     plans = record_plans(engine)
     ordinary = [Request.make(id=str(i), prompt=[i + 1] * 5, params=SamplingParams(max_tokens=6)) for i in range(3)]
     answers(engine, ordinary)
-    assert all(plan.special is None for plan in plans)
+    assert all(plan.logits is None for plan in plans)
     assert isinstance(engine.executor, LocalExecutor)
-    tables = engine.executor.runner.logits_processors.state
+    tables = engine.executor.runner.logits_processors
     assert tables.seen is None
     assert tables.bias_ids is None
 
 
 @pytest.mark.parametrize("overlap", [True, False])
 def test_a_failing_grammar_ends_its_own_request_only(overlap: bool) -> None:
-    def failing(name: str, source: str) -> Request:
-        params = SamplingParams(temperature=0.0, max_tokens=9, grammar=Grammar(kind="lark", source=source))
-        return Request.make(id=name, prompt=[1, 2, 3], params=params)
-
-    requests = special_requests(SPEC.vocab_size)
+    requests, failing = special_requests(SPEC.vocab_size), ("breaks", "refuses")
+    broken = (greedy(x, [1, 2, 3], max_tokens=9, grammar=Grammar(kind="lark", source=x)) for x in failing)
     engine = make_engine(overlap=overlap, max_running_requests=16)
+    got = {name: Answer() for name in (*(request.id for request in requests), *failing)}
     ends = {}
-    for request in (*requests, failing("breaks", "breaks"), failing("refuses", "refuses")):
-        engine.add(request)
-    got = {request.id: Answer() for request in requests} | {"breaks": Answer(), "refuses": Answer()}
-    while engine.has_work:
-        for event in engine.step():
-            got[event.id].tokens += event.tokens
-            got[event.id].logprobs += event.logprobs
-            got[event.id].prompt_logprobs += event.prompt_logprobs
-            if event.finish:
-                ends[event.id] = event
+    for event in run(engine, *requests, *broken):
+        if event.finish:
+            ends[event.id] = event
+        got[event.id].take(event if event.id not in failing else msgspec.structs.replace(event, error=None))
     check(got, requests)
     assert ends["breaks"].finish is ends["refuses"].finish is FinishReason.ERROR
     assert ends["breaks"].error == "the grammar failed: no fourth mask"
     assert "breaks the grammar" in (ends["refuses"].error or "")
     assert (len(got["breaks"].tokens), len(got["refuses"].tokens)) == (3, 2)
-    assert engine.cache.num_owned == 0
     engine.close()
 
 
-def test_a_grammar_that_allows_nothing_more_ends_the_request_as_a_stop() -> None:
+@pytest.mark.parametrize("params", [{"ignore_eos": True}, {"min_tokens": 9}])
+def test_a_grammar_that_allows_nothing_more_ends_the_request_as_a_stop(params: dict[str, Any]) -> None:
     """With EOS ignored, and with min_tokens that the grammar cannot reach."""
-    for params in (
-        SamplingParams(temperature=0.0, grammar=cycle(3, 4), ignore_eos=True),
-        SamplingParams(temperature=0.0, grammar=cycle(3, 4), min_tokens=9),
-    ):
-        engine = make_engine()
-        engine.add(Request.make(id="x", prompt=[5, 6], params=params))
-        events = []
-        while engine.has_work:
-            events += engine.step()
-        tokens = [token for event in events for token in event.tokens]
-        assert [7 * i <= token < 7 * i + 3 for i, token in enumerate(tokens[:4])] == [True] * 4
-        assert tokens[4:] == ([EOS] if params.ignore_eos else [])
-        assert (events[-1].finish, events[-1].tokens, events[-1].error) == (FinishReason.STOP, (), None)
-        assert engine.cache.num_owned == 0
-        engine.close()
+    engine = make_engine()
+    events = run(engine, greedy("x", [5, 6], grammar=cycle(3, 4), **params))
+    tokens = [token for event in events for token in event.tokens]
+    assert [7 * i <= token < 7 * i + 3 for i, token in enumerate(tokens[:4])] == [True] * 4
+    assert tokens[4:] == ([EOS] if "ignore_eos" in params else [])
+    assert (events[-1].finish, events[-1].tokens, events[-1].error) == (FinishReason.STOP, (), None)
+    engine.close()

@@ -7,15 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.driver import CPU, Driver, new_row
+from helpers.driver import CPU, Driver
 from helpers.models import tiny_spec
-from minisgl.core.attention import Attention, TorchAttention
-from minisgl.core.decoder import Decoder
 from minisgl.core.executor import LocalExecutor
-from minisgl.core.kv_cache import allocate_kv, upload
-from minisgl.core.model_runner import ModelRunner
-from minisgl.core.plan import StepPlan
-from minisgl.core.types import MAX_LOGPROBS
+from minisgl.core.kv_cache import upload
+from minisgl.core.plan import NewRows, StepPlan
+from minisgl.core.types import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
 from minisgl.core.weights import dummy_weights
 from minisgl.gpu.memory import prefill_plan, warm_up
 
@@ -29,10 +26,20 @@ def make_driver(page_size: int = 4) -> Driver:
     return Driver(SPEC, dummy_weights(SPEC, torch.float32, CPU), page_size=page_size)
 
 
+def new_row(slot: int, temperature: float = 0.0, seed: int = 0, min_len: int = 0, stop_id: int = -1) -> NewRows:
+    one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
+    return NewRows(
+        slots=np.array([slot], np.int32), temperatures=one * temperature, top_ps=one, min_ps=zero,
+        top_ks=zero.astype(np.int32), seeds=np.array([seed]), min_lens=np.array([min_len], np.int32),
+        stop_ids=np.full((1, MAX_STOP_TOKEN_IDS), stop_id, np.int32),
+    )  # fmt: skip
+
+
 def test_tables_follow_the_steps() -> None:
     driver = make_driver()
     tables = driver.runner.tables
-    driver.step(chunks={0: [1, 2, 3, 4, 5], 2: [6, 7]}, unfinished=[0])
+    assert driver.step(chunks={0: [1, 2, 3, 4, 5]}, unfinished=[0]) == []
+    driver.step(chunks={2: [6, 7]})
     assert tables.length.tolist() == [5, 0, 2, 0, 0]
     assert int(tables.last_token[0]) == 0
     first = driver.step(decode=[2], chunks={0: [8]})
@@ -40,11 +47,6 @@ def test_tables_follow_the_steps() -> None:
     assert tables.last_token[[2, 0]].tolist() == first
     assert tables.page_table[0, :2].tolist() == driver.pages[0]
     assert tables.page_table[2, :1].tolist() == driver.pages[2]
-
-
-def test_a_step_that_finishes_nothing_samples_nothing() -> None:
-    driver = make_driver()
-    assert driver.step(chunks={0: [1, 2, 3]}, unfinished=[0]) == []
 
 
 def test_a_step_writes_only_its_rows_pages() -> None:
@@ -58,7 +60,7 @@ def test_a_step_writes_only_its_rows_pages() -> None:
 def test_min_tokens_and_seed_reach_the_sampler() -> None:
     driver = make_driver()
     greedy = driver.step(chunks={0: [1, 2, 3]})[0]
-    stopped = new_row(1, min_len=5, stop_ids=[greedy])
+    stopped = new_row(1, min_len=5, stop_id=greedy)
     other = driver.step(chunks={1: [1, 2, 3]}, init=stopped, greedy=False)[0]
     assert other != greedy
     drawn = [
@@ -73,7 +75,6 @@ def test_min_tokens_and_seed_reach_the_sampler() -> None:
 def test_a_row_used_again_starts_afresh() -> None:
     driver = make_driver()
     first = driver.step(chunks={0: [1, 2, 3]}) + driver.step(decode=[0]) + driver.step(decode=[0])
-    driver.step(decode=[0])
     driver.length[0], driver.pages[0] = 0, []
     assert driver.step(chunks={0: [1, 2, 3]}) + driver.step(decode=[0]) + driver.step(decode=[0]) == first
 
@@ -97,9 +98,9 @@ def test_the_step_that_is_measured_asks_for_everything_a_request_can() -> None:
     assert output.prompt_scores is not None
     assert output.scores.top_ids.shape == (4, MAX_LOGPROBS)
     assert output.prompt_scores.top_ids.shape == (12, MAX_LOGPROBS)
-    special = driver.runner.logits_processors.state
-    assert special.seen is not None
-    assert special.bias_ids is not None
+    processors = driver.runner.logits_processors
+    assert processors.seen is not None
+    assert processors.bias_ids is not None
 
 
 def test_a_warm_up_runs_a_prompt_beside_each_number_of_decodes_on_scratch_pages() -> None:
@@ -119,10 +120,7 @@ def step_plan(step: int, slot: int = 0) -> StepPlan:
 
 @pytest.fixture
 def executor() -> Iterator[LocalExecutor]:
-    torch.set_num_threads(1)
-    decoder = Decoder(SPEC, dummy_weights(SPEC, torch.float32, CPU), Attention(TorchAttention(), TorchAttention()), 64)
-    kv = allocate_kv(SPEC.num_layers, 20, 16, SPEC.num_kv_heads, SPEC.head_dim, torch.float32, CPU)
-    executor = LocalExecutor(ModelRunner(decoder, kv, 4, 64, CPU))
+    executor = LocalExecutor(make_driver(page_size=16).runner)
     yield executor
     executor.close()
 

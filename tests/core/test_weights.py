@@ -6,6 +6,7 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,11 +14,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from helpers.driver import CPU, Driver
+from helpers.models import tiny_spec
 from minisgl.core.model_config import ModelSpec, read_spec
 from minisgl.core.weights import Weights, dummy_weights, load_weights, parameters, shard_of, shard_slices
 from minisgl.errors import ModelError
 
-CPU = torch.device("cpu")
 SIZES = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "head_dim": 16,
@@ -49,42 +51,31 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Weights:
     return load_weights(folder, read_spec(folder), dtype, CPU)
 
 
+OURS = {
+    "input_norm": ["input_layernorm.weight"], "post_norm": ["post_attention_layernorm.weight"],
+    "qkv": [f"self_attn.{x}_proj.weight" for x in "qkv"], "qkv_bias": [f"self_attn.{x}_proj.bias" for x in "qkv"],
+    "q_norm": ["self_attn.q_norm.weight"], "k_norm": ["self_attn.k_norm.weight"],
+    "o": ["self_attn.o_proj.weight"], "o_bias": ["self_attn.o_proj.bias"],
+    "gate_up": ["mlp.gate_proj.weight", "mlp.up_proj.weight"], "down": ["mlp.down_proj.weight"],
+    "gate_up_bias": ["mlp.gate_proj.bias", "mlp.up_proj.bias"], "down_bias": ["mlp.down_proj.bias"],
+    "router": ["mlp.gate.weight"], "expert_gate_up": ["mlp.experts.gate_up_proj"],
+    "expert_down": ["mlp.experts.down_proj"],
+}  # fmt: skip
+
+
 def assert_same(weights: Weights, model: Any, spec: ModelSpec) -> None:
     """Every weight of ours is the transformers module's, concatenated where we keep several in one."""
-
-    def same(ours: Tensor | None, *theirs: Tensor | None) -> None:
-        wanted = [tensor for tensor in theirs if tensor is not None]
-        if not wanted:
-            assert ours is None
-        else:
-            assert ours is not None
-            assert torch.equal(ours, torch.cat(wanted).to(ours.dtype))
-
-    same(weights.embedding, model.model.embed_tokens.weight)
-    same(weights.head, model.lm_head.weight)
-    same(weights.norm, model.model.norm.weight)
     assert (weights.head is weights.embedding) == spec.tie_embeddings
-    for ours, theirs in zip(weights.layers, model.model.layers, strict=True):
-        attention, mlp = theirs.self_attn, theirs.mlp
-        same(ours.input_norm, theirs.input_layernorm.weight)
-        same(ours.post_norm, theirs.post_attention_layernorm.weight)
-        same(ours.qkv, attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
-        same(ours.qkv_bias, attention.q_proj.bias, attention.k_proj.bias, attention.v_proj.bias)
-        same(ours.o, attention.o_proj.weight)
-        same(ours.o_bias, attention.o_proj.bias)
-        if spec.qk_norm:
-            same(ours.q_norm, attention.q_norm.weight)
-            same(ours.k_norm, attention.k_norm.weight)
-        if hasattr(mlp, "experts"):
-            same(ours.router, mlp.gate.weight)
-            same(ours.expert_gate_up, mlp.experts.gate_up_proj)
-            same(ours.expert_down, mlp.experts.down_proj)
-            assert ours.gate_up is None
-        else:
-            same(ours.gate_up, mlp.gate_proj.weight, mlp.up_proj.weight)
-            same(ours.gate_up_bias, mlp.gate_proj.bias, mlp.up_proj.bias)
-            same(ours.down, mlp.down_proj.weight)
-            same(ours.down_bias, mlp.down_proj.bias)
+    theirs = {**dict(model.named_parameters()), "lm_head.weight": model.lm_head.weight}
+    pairs = [(weights.embedding, ["model.embed_tokens.weight"]), (weights.norm, ["model.norm.weight"])]
+    pairs.append((weights.head, ["lm_head.weight"]))
+    for index, layer in enumerate(weights.layers):
+        pairs += [(vars(layer)[field], [f"model.layers.{index}.{x}" for x in OURS[field]]) for field in vars(layer)]
+    for ours, names in pairs:
+        assert [name in theirs for name in names] == [ours is not None] * len(names)
+        if ours is not None:
+            assert torch.equal(ours, torch.cat([theirs.pop(name) for name in names]).to(ours.dtype))
+    assert not theirs
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -187,8 +178,8 @@ def test_sources_cover_every_parameter_exactly_once(tmp_path: Path) -> None:
     for parameter in parameters(read_spec(tmp_path)):
         counts = torch.zeros(parameter.shape)
         for source in parameter.sources:
-            (part,) = shard_slices(source, shard_of(parameter, None))
-            region = counts[part.region]
+            ((_, where),) = shard_slices(source, shard_of(parameter, None))
+            region = counts[where]
             assert region.shape == source.shape
             region += 1
         assert bool((counts == 1).all())
@@ -225,17 +216,17 @@ def test_dummy_weights_have_the_scale_that_keeps_activations_of_order_one(tmp_pa
     assert float(weights.embedding.std()) == pytest.approx(256**-0.5, rel=0.05)
 
 
-def test_dummy_activations_stay_finite_in_half_precision_at_depth(tmp_path: Path) -> None:
-    sizes: Any = {**SIZES, "num_hidden_layers": 64, "hidden_size": 128, "head_dim": 32, "intermediate_size": 256}
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(tmp_path)
-    spec = read_spec(tmp_path)
-    weights = dummy_weights(spec, torch.float16, CPU)
-    x = weights.embedding[:32].clone()
-    for layer in weights.layers:
-        assert layer.gate_up is not None
-        assert layer.down is not None
-        normed = torch.nn.functional.rms_norm(x, (128,), layer.input_norm, 1e-5)
-        x = x + normed @ layer.qkv[-128:].T @ layer.o.T
-        gate, up = (torch.nn.functional.rms_norm(x, (128,)) @ layer.gate_up.T).chunk(2, dim=-1)
-        x = x + (torch.nn.functional.silu(gate) * up) @ layer.down.T
-    assert 0.1 < float(x.float().std()) < 10
+def test_dummy_activations_stay_finite_in_half_precision_at_depth() -> None:
+    spec = tiny_spec(num_layers=64, windows=(0,) * 64, hidden_size=128, head_dim=32, intermediate_size=256)
+    driver = Driver(spec, dummy_weights(spec, torch.float16, CPU), dtype=torch.float16)
+    after, stream = driver.decoder.after_attention, []
+
+    def record(*args: Any) -> tuple[Tensor, Tensor]:
+        x, residual = after(*args)
+        stream.append(float(residual.float().std()))
+        return x, residual
+
+    with mock.patch.object(driver.decoder, "after_attention", record):
+        driver.step(chunks={0: list(range(32))})
+    assert len(stream) == 64
+    assert all(0.1 < std < 10 for std in stream)

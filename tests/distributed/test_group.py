@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 import torch
@@ -156,12 +155,8 @@ def test_workers_end_that_are_left_alone_before_they_have_joined() -> None:
     folder = Path(tempfile.mkdtemp(dir="/tmp"))
     started = []
     for rank in (1, 2):
-        process = subprocess.Popen(worker_pool.WORKER_COMMAND, stdin=subprocess.PIPE)
-        start = worker_pool.WorkerStart(rank, 3, "cpu", str(folder))
-        assert process.stdin is not None
-        process.stdin.write(msgspec.json.encode(start) + b"\n")
-        process.stdin.close()
-        started.append(process)
+        command = [*worker_pool.WORKER_COMMAND, str(rank), "3", "cpu", str(folder)]
+        started.append(subprocess.Popen(command, stdin=subprocess.DEVNULL))
     try:
         assert [process.wait(60) for process in started] == [1, 1]
     finally:

@@ -67,7 +67,7 @@ def test_gathered_logits_are_those_of_one_device() -> None:
 
     def logits(group: TPGroup) -> torch.Tensor:
         decoder = build_rank_executor(config(), NOWHERE, spec, MAX_SEQ_LEN, group)[0].runner.decoder
-        return decoder.ops.whole_logits(decoder.logits(hidden))
+        return decoder.ops.gather_logits(decoder.logits(hidden))
 
     for found in on_all(4, logits):
         torch.testing.assert_close(found, alone)

@@ -27,7 +27,6 @@ class FakeWorker:
         self.reports.send(ENCODER.encode(message))
 
     def end(self) -> None:
-        """End as a process does that is killed."""
         self.context.destroy(linger=200)
 
 
@@ -62,8 +61,8 @@ def test_the_worker_that_failed_first_is_named_and_not_who_noticed(
                 workers[event.rank - 1].report(event)
             else:
                 workers[0].end()
-        with pytest.raises(kind, match=message):
-            raise pool.cause_of(RuntimeError("a collective failed"))
+        with pytest.raises(kind, match=message), pool.name_the_cause():
+            raise RuntimeError("a collective failed")
     finally:
         for worker in workers:
             worker.end()

@@ -15,7 +15,6 @@ from minisgl.core.kv_cache import KVCache, allocate_kv
 from minisgl.core.model_config import ModelSpec
 from minisgl.core.model_runner import ModelRunner
 from minisgl.core.plan import NewRows, StepPlan
-from minisgl.core.types import MAX_STOP_TOKEN_IDS
 from minisgl.core.weights import Weights
 
 CPU = torch.device("cpu")
@@ -86,14 +85,14 @@ class Driver:
         decode_lens = [self.length[slot] for slot in decode]
         writes = [*writes, *(write for slot in decode for write in self._grow(slot, 1))]
         writes += [write for slot in chunks for write in self._grow(slot, lens[slot])]
-        columns = np.array(writes, np.int32).reshape(-1, 3).T.copy()
+        page_slots, page_indices, page_ids = np.array(writes, np.int32).reshape(-1, 3).T.copy()
         self.steps += 1
         plan = StepPlan(
             step=self.steps,
             init=init,
-            page_slots=columns[0],
-            page_indices=columns[1],
-            page_ids=columns[2],
+            page_slots=page_slots,
+            page_indices=page_indices,
+            page_ids=page_ids,
             decode_slots=np.array(decode, np.int32),
             decode_lens=np.array(decode_lens, np.int32),
             prefill_slots=np.array(list(chunks), np.int32),
@@ -115,27 +114,3 @@ class Driver:
             writes.append((slot, len(pages), self.free[0]))
             pages.append(self.free.pop(0))
         return writes
-
-
-def new_row(
-    slot: int,
-    *,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    min_p: float = 0.0,
-    seed: int = 0,
-    min_len: int = 0,
-    stop_ids: Sequence[int] = (),
-) -> NewRows:
-    """Sampling parameters of one row."""
-    return NewRows(
-        slots=np.array([slot], np.int32),
-        temperatures=np.array([temperature], np.float32),
-        top_ps=np.array([top_p], np.float32),
-        min_ps=np.array([min_p], np.float32),
-        top_ks=np.array([top_k], np.int32),
-        seeds=np.array([seed], np.int64),
-        min_lens=np.array([min_len], np.int32),
-        stop_ids=np.array([[*stop_ids, *[-1] * (MAX_STOP_TOKEN_IDS - len(stop_ids))]], np.int32),
-    )

@@ -10,9 +10,11 @@ import itertools
 import json
 import sys
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
+from torch import Tensor
 
 from helpers.interpreter import quicken
 from helpers.tp_cases import MAX_SEQ_LEN, SPECS, config, generate
@@ -22,41 +24,36 @@ from minisgl.core.ops import Operations
 from minisgl.distributed import fused
 from minisgl.distributed.collectives import TPGroup, join_group
 from minisgl.distributed.executor import build_rank_executor
-from minisgl.distributed.fused import SymmetricBuffer
-from minisgl.distributed.operations import SelectedCollectives, parallel_operations
+from minisgl.distributed.operations import parallel_operations
 from minisgl.distributed.shard import vocab_shard
 from minisgl.gpu.kernels import all_reduce, sharded_sampling
 from minisgl.gpu.kernels.sharded_sampling import ShardedSampling
 
 CPU = torch.device("cpu")
-ONE_SHOT_BYTES, MAX_ROWS = 3 * 128, 12
-"""One shot up to three rows of float32 of a hidden size of 32, two up to twelve rows."""
+ONE_SHOT_BYTES, MAX_ROWS = 3 * 128, 12  # one shot up to three rows of 32 float32, two up to twelve rows
 
 
 def main() -> None:
-    """Be a rank."""
     rank, size, folder, model = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
     torch.set_num_threads(1)
     quicken()
     group = join_group(rank, size, f"file://{folder}/rendezvous", CPU)
     numbers, mappings = itertools.count(), []
 
-    def allocate(count: int, dtype: torch.dtype, device: torch.device, fill: float = 0.0) -> SymmetricBuffer:
+    def allocate(count: int, dtype: torch.dtype, device: torch.device, fill: float = 0.0) -> tuple[Tensor, Tensor]:
         number = next(numbers)
         paths = [folder / f"{number}-{other}" for other in range(size)]
         paths[rank].write_bytes(torch.full((count,), fill, dtype=dtype).numpy().tobytes())
         group.barrier()
         mapped = [torch.from_file(str(path), shared=True, size=count, dtype=dtype) for path in paths]
         mappings.append(mapped)  # they must live as long as any rank
-        return SymmetricBuffer(mapped[rank], torch.tensor([t.data_ptr() for t in mapped], dtype=torch.int64))
+        return mapped[rank], torch.tensor([t.data_ptr() for t in mapped], dtype=torch.int64)
 
-    def select(
-        config: Config, group: TPGroup, spec: ModelSpec, ops: Operations, dtype: torch.dtype
-    ) -> SelectedCollectives:
-        shard = vocab_shard(spec.vocab_size, rank, size)
-        kernels = fused.make_fused(group, ops, spec.hidden_size, shard, dtype, CPU, ONE_SHOT_BYTES)
+    def select(_: Config, group: TPGroup, spec: ModelSpec, ops: Operations, dtype: torch.dtype) -> Any:
+        shard, hidden = vocab_shard(spec.vocab_size, rank, size), spec.hidden_size
         plain = parallel_operations(ops, group, shard)
-        return SelectedCollectives(group, fused.fused_parallel_operations(plain, kernels), "files")
+        fast = fused.fused_parallel_operations(plain, ops, group, hidden, shard, dtype, CPU, ONE_SHOT_BYTES)
+        return group, fast, "files"
 
     with (
         mock.patch.object(fused, "allocate", allocate),
@@ -70,7 +67,7 @@ def main() -> None:
         mock.patch.object(ShardedSampling, "sample", autospec=True, side_effect=ShardedSampling.sample) as sample,
     ):
         settings = config(max_prefill_length=200)
-        executor, _ = build_rank_executor(settings, folder, SPECS[model], MAX_SEQ_LEN, group)
+        executor, *_ = build_rank_executor(settings, folder, SPECS[model], MAX_SEQ_LEN, group)
         for launches in (one_shot, two_shot):
             launches.reset_mock()  # those of the check
         answers = generate(executor, SPECS[model], settings, count=8)

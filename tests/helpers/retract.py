@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from helpers.invariants import check_cache
 from minisgl.core.engine import Engine
 from minisgl.core.request_state import State
 from minisgl.core.types import Request, TokenEvent
@@ -22,4 +23,4 @@ def events_of(
         going = np.isin(engine.table.state, (State.PREFILL, State.DECODE)).any()
         if going and engine.scheduler.retracted < retractions and engine.scheduler.step % every == every - 1:
             engine.scheduler.retract_last()
-    engine.cache.check()
+    check_cache(engine.cache)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +28,6 @@ class Answer:
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
 
     def take(self, event: TokenEvent) -> None:
-        """Take in what a step did, which was no error."""
         assert event.error is None
         self.tokens += event.tokens
         self.logprobs += event.logprobs
@@ -45,30 +46,24 @@ class SlowAnswer:
         """Assert that an answer is this one and has the scores that were asked for."""
         assert answer.tokens == self.tokens
         at = len(self.prompt) - 1
-        if params.logprobs is None:
-            assert answer.logprobs == []
-        else:
-            check_scores(answer.logprobs, self.tokens, self.logprobs[at:], params.logprobs, tolerance)
-        if params.prompt_logprobs is None:
-            assert answer.prompt_logprobs == []
-        else:
-            first, *others = answer.prompt_logprobs
-            assert first is None
-            scores = [other for other in others if other is not None]
-            assert len(scores) == len(others)
-            check_scores(scores, self.prompt[1:], self.logprobs[:at], params.prompt_logprobs, tolerance)
+        check_scores(answer.logprobs, self.tokens, self.logprobs[at:], params.logprobs, tolerance)
+        first, scores = answer.prompt_logprobs[:1], answer.prompt_logprobs[1:]
+        assert first == ([] if params.prompt_logprobs is None else [None])
+        check_scores(scores, self.prompt[1:], self.logprobs[:at], params.prompt_logprobs, tolerance)
 
 
 def check_scores(
-    scores: list[TokenLogprobs], tokens: list[int], logprobs: list[NDArray[np.float32]], top: int, tolerance: float
-) -> None:
-    """Assert that these are the scores of tokens by each position's log-probabilities (V,)."""
-    assert len(scores) == len(tokens)
-    for score, token, right in zip(scores, tokens, logprobs, strict=False):
-        assert math.isclose(score.logprob, right[token], abs_tol=tolerance)
+    scores: Sequence[TokenLogprobs | None], tokens: list[int], right: list[NDArray[np.float32]], top: int | None,
+    tolerance: float,
+) -> None:  # fmt: skip
+    """Assert that these are the scores of tokens by each position's log-probabilities (V,); `top` None: no scores."""
+    assert len(scores) == (0 if top is None else len(tokens))
+    for score, token, logprobs in zip(scores, tokens, right, strict=False):
+        assert score is not None
+        assert math.isclose(score.logprob, logprobs[token], abs_tol=tolerance)
         assert len(set(score.top_ids)) == len(score.top_ids) == len(score.top_logprobs) == top
-        assert np.allclose(score.top_logprobs, np.sort(right)[::-1][:top], atol=tolerance)
-        assert np.allclose(score.top_logprobs, right[list(score.top_ids)], atol=tolerance)
+        assert np.allclose(score.top_logprobs, np.sort(logprobs)[::-1][:top], atol=tolerance)
+        assert np.allclose(score.top_logprobs, logprobs[list(score.top_ids)], atol=tolerance)
 
 
 def change(logits: NDArray[np.float32], params: SamplingParams, prompt: list[int], answer: list[int]) -> None:
@@ -131,7 +126,7 @@ def special_requests(vocab_size: int, count: int = 24) -> list[Request]:
     shared = rng.integers(0, vocab_size, 40).tolist()
     some = {int(token): float(bias) for token, bias in zip(rng.permutation(vocab_size)[:9], range(-4, 5), strict=True)}
     few = dict.fromkeys([*shared[:8], *range(20, 28)], 4.0)  # so that answers repeat themselves, and prompts
-    kinds: list[dict[str, object]] = [
+    kinds: list[dict[str, Any]] = [
         {},
         {"presence_penalty": 1.5, "logit_bias": few},
         {"frequency_penalty": 0.7, "logit_bias": few, "logprobs": 0},
@@ -150,11 +145,6 @@ def special_requests(vocab_size: int, count: int = 24) -> list[Request]:
         own = rng.integers(0, vocab_size, rng.integers(1, 30)).tolist()
         params = {"ignore_eos": i % 4 != 0, **kinds[i % len(kinds)]}
         params |= {"temperature": 0.8 * (i % 2), "top_k": (0, 0, 20)[i % 3], "top_p": (1.0, 0.9, 1.0)[i % 3]}
-        made.append(
-            Request.make(
-                id=str(i),
-                prompt=(shared if i % 4 < 2 else []) + own,
-                params=SamplingParams(seed=i, max_tokens=8 + i % 7, **params),  # type: ignore[arg-type]
-            )
-        )
+        sampling = SamplingParams(seed=i, max_tokens=8 + i % 7, **params)
+        made.append(Request.make(id=str(i), prompt=(shared if i % 4 < 2 else []) + own, params=sampling))
     return made

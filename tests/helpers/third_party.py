@@ -24,20 +24,15 @@ class Clients:
     home: Path
 
     def run(
-        self,
-        program: str,
-        *arguments: str,
-        environ: Mapping[str, str] | None = None,
-        text: str = "",
-        seconds: float = 240,
+        self, program: str, *arguments: str, environ: Mapping[str, str] = {}, text: str = "", seconds: float = 240
     ) -> str:
-        """What a program of it prints; it fails with what it said when it exits with anything but 0."""
+        """What a program prints; any exit status but 0 fails the test with the output."""
         path = self.folder / "bin" / program
         command = [str(path) if path.exists() else program, *arguments]
-        environment = {**self.environment(), **(environ or {})}
-        done = subprocess.run(
-            command, env=environment, cwd=self.home, input=text, capture_output=True, text=True, timeout=seconds
-        )
+        pipes: Any = {"input": text, "capture_output": True, "text": True}
+        env = {**self.environment(), **environ}
+        done: subprocess.CompletedProcess[str]
+        done = subprocess.run(command, env=env, cwd=self.home, timeout=seconds, **pipes)
         print(done.stdout)
         if done.returncode:
             pytest.fail(f"{program} exits with {done.returncode}:\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}")
@@ -59,6 +54,7 @@ class Clients:
     def session(self, name: str, url: str) -> dict[str, Any]:
         """Run a session's script against a server; each line that it prints says which step it did and what it saw."""
         program = "node" if name.endswith(".mjs") else "python"
-        printed = self.run(program, str(CLIENT_TESTS / "sessions" / name), f"{url}/v1", MODEL)
+        script, environ = CLIENT_TESTS / "sessions" / name, {"PYTHONPATH": str(CLIENT_TESTS.parent)}
+        printed = self.run(program, str(script), f"{url}/v1", MODEL, environ=environ)
         lines = [json.loads(line) for line in printed.splitlines() if line.startswith('{"step"')]
         return {line["step"]: line["seen"] for line in lines}

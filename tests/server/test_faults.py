@@ -14,6 +14,7 @@ import pytest
 
 from helpers.constraints import Cycle, cycle
 from helpers.engine_thread import simulated
+from helpers.invariants import check_cache
 from helpers.serving import Serving, Web, raw_post
 from helpers.simulation import VOCAB
 from minisgl.core.engine import Engine
@@ -79,7 +80,7 @@ async def test_a_thousand_clients_that_vanish_leave_nothing(tmp_path: Path, monk
         async with asyncio.timeout(30):
             while not nothing_left(side, thread.engine) or thread.engine.has_work:
                 await asyncio.sleep(0.01)
-        thread.engine.cache.check()
+        check_cache(thread.engine.cache)
         assert thread.engine.cache.available == 200
         answer = await side.http.post("/v1/completions", json=body(10, 5, False, 1))
         assert answer.json()["usage"]["completion_tokens"] == 5
@@ -160,6 +161,6 @@ async def test_the_cache_is_flushed_of_what_nobody_uses(tmp_path: Path, monkeypa
         flushed = (await side.http.post("/flush_cache")).json()["flushed_pages"]
         assert flushed >= cached, "what the running request uses stays"
         assert (await running).json()["usage"]["completion_tokens"] == 100
-        thread.engine.cache.check()
+        check_cache(thread.engine.cache)
         again = (await side.http.post("/v1/completions", json=body(40, 2, False, 1))).json()
         assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == 0

@@ -1,16 +1,10 @@
-"""Attention over the paged cache: what a step asks for, what a backend is, and the backend in plain torch.
-
-The torch backend is what the CPU runs, and the reference of every kernel. It gathers pages into a dense block for
-`scaled_dot_product_attention`. Decode rows of similar length share a block of at most BLOCK_BYTES, which on a CPU still
-lies in its caches when it is read again (in blocks of 8 rows of 512 tokens, 64 rows take 148 ms for SmolLM2-135M's 30
-layers on two cores; in one block 232).
-"""
+"""Attention over the paged cache: what a step asks for, what a backend is, and the backend in plain torch."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -24,19 +18,18 @@ from minisgl.core.kv_cache import KVCache
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 
+# Of pages gathered for decode rows together. On a CPU a block still lies in its caches when it is read again: 64 rows
+# of 512 tokens take 148 ms in blocks of 8 rows, 232 in one (SmolLM2-135M's 30 layers, two cores).
 BLOCK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
-QUERY_BLOCK = 512
-"""Queries of a chunk handled together, so that the mask of a long prompt stays small."""
+QUERY_BLOCK = 512  # queries of a chunk handled together, so that the mask of a long prompt stays small
 
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceBatch:
     """Some rows of a step, each a sequence with `query_lens` new tokens at the end of `kv_lens` in the cache.
 
-    All but the page table is known to the host, which therefore need not wait for the device. Page-table entries past
-    a row's last page are any valid page. Queries lie row after row: T = sum(query_lens).
-
-    On CUDA the last three are given, and no backend copies anything from the host; on the CPU they may be None.
+    Page-table entries past a row's last page are any valid page. Queries lie row after row: T = sum(query_lens). On
+    CUDA the last three are given, so that no backend copies anything from the host; on the CPU they may be None.
     """
 
     page_table: Tensor  # int32 (slots, max_pages), on the device
@@ -81,7 +74,7 @@ class RopeStore(NamedTuple):
     v_cache: Tensor
 
     def __call__(self, qkv: Tensor, out: Tensor | None = None) -> Tensor:
-        """Rotated queries (T, H, hd) of qkv (T, (H + 2K) * hd), whose keys and values are written; `out` if given."""
+        """Rotated queries (T, H, hd) of qkv (T, (H + 2K) * hd), in `out` if given; stores the keys and values."""
         return self.operation(qkv, *self[1:], out)
 
 
@@ -90,17 +83,11 @@ class FusedAttention(PlannedAttention):
 
     @abstractmethod
     def begin(self, windows: Sequence[int]) -> None:
-        """Prepare a step of layers with these windows, before anything else of the step."""
+        """Prepare a step whose layers have these windows, before anything else of the step."""
 
     @abstractmethod
     def run_qkv(self, qkv: Tensor, rope: RopeStore, layer: int, window: int) -> Tensor:
         """`run` of what `rope` makes of qkv (B, (H + 2K) * hd), with each row's last token its new one."""
-
-
-def begin_step(attention: PlannedAttention, windows: Sequence[int]) -> None:
-    """To be called before anything else of a step whose layers have these windows."""
-    if isinstance(attention, FusedAttention):
-        attention.begin(windows)
 
 
 def attend(attention: PlannedAttention, qkv: Tensor, rope: RopeStore, layer: int, window: int) -> Tensor:
@@ -111,21 +98,19 @@ def attend(attention: PlannedAttention, qkv: Tensor, rope: RopeStore, layer: int
 
 
 class AttentionBackend(Protocol):
-    """A way to compute attention, for one kind of rows or both."""
+    """A way to compute attention, of decode rows with one query each, of prefill chunks, or of both."""
 
-    def plan_decode(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
-        """Prepare rows with one query each."""
+    def plan_decode(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention: ...
 
-    def plan_prefill(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
-        """Prepare chunks."""
+    def plan_prefill(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention: ...
 
 
+@dataclass
 class Attention:
     """A backend for prefill chunks beside one for decode rows; they may be the same."""
 
-    def __init__(self, prefill: AttentionBackend, decode: AttentionBackend) -> None:
-        self.prefill = prefill
-        self.decode = decode
+    prefill: AttentionBackend
+    decode: AttentionBackend
 
     def plan(self, metadata: AttentionMetadata, kv: KVCache) -> PlannedAttention:
         """Prepare a step, which has rows of at least one kind."""
@@ -137,20 +122,17 @@ class Attention:
         return parts[0][1] if len(parts) == 1 else _MixedStep(parts)
 
 
+@dataclass(frozen=True)
 class _MixedStep:
-    """Parts of a step one after the other, each with its number of queries."""
-
-    def __init__(self, parts: list[tuple[int, PlannedAttention]]) -> None:
-        self.sizes = [size for size, _ in parts]
-        self.parts = [part for _, part in parts]
+    parts: list[tuple[int, PlannedAttention]]  # each with its number of queries
 
     def run(self, q: Tensor, layer: int, window: int) -> Tensor:
-        queries = torch.split(q, self.sizes)
-        return torch.cat([part.run(x, layer, window) for part, x in zip(self.parts, queries, strict=True)])
+        queries = torch.split(q, [size for size, _ in self.parts])
+        return torch.cat([part.run(x, layer, window) for (_, part), x in zip(self.parts, queries, strict=True)])
 
 
 class TorchAttention:
-    """The backend called `torch`."""
+    """The backend `torch`, every kernel's reference: gathers pages for `scaled_dot_product_attention`."""
 
     def plan_decode(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
         return _Decode(rows, kv)
@@ -168,20 +150,19 @@ class _Group:
     mask: Tensor  # bool (g, 1, 1, n * page_size) which cached tokens a row sees
 
 
+@dataclass
 class _Decode:
-    def __init__(self, rows: SequenceBatch, kv: KVCache) -> None:
-        self.rows = rows
-        self.kv = kv
-        self.groups: dict[int, list[_Group]] = {}
+    rows: SequenceBatch
+    kv: KVCache
+    groups: dict[int, list[_Group]] = field(default_factory=dict)  # by window
 
     def run(self, q: Tensor, layer: int, window: int) -> Tensor:
         if window not in self.groups:
             self.groups[window] = self._group(window)
-        groups = self.groups[window]
-        if len(groups) == 1:
-            return self._attend(q, layer, groups[0])
+        if len(self.groups[window]) == 1:
+            return self._attend(q, layer, self.groups[window][0])
         out = torch.empty_like(q)
-        for group in groups:
+        for group in self.groups[window]:
             out.index_copy_(0, group.order, self._attend(q.index_select(0, group.order), layer, group))
         return out
 
@@ -217,10 +198,7 @@ class _Decode:
 
 
 def split_by_length(lens: Int32, limit: int) -> list[Int64]:
-    """Rows in groups, each padded to its longest row and then at most `limit` long in all, or of a single row.
-
-    Row numbers keep their order when one group holds all.
-    """
+    """Rows in groups: of one row, or at most `limit` long in all when each row is padded to its group's longest."""
     if len(lens) * int(lens.max()) <= limit:
         return [np.arange(len(lens))]
     groups: list[list[int]] = []
@@ -234,7 +212,7 @@ def split_by_length(lens: Int32, limit: int) -> list[Int64]:
 
 @dataclass(frozen=True)
 class _Block:
-    """Queries `first … last - 1` of the step, against tokens `low … high - 1` of chunk `row`."""
+    """Queries [first, last) of the step, against tokens [low, high) of chunk `row`."""
 
     row: int
     first: int
@@ -254,7 +232,7 @@ class _Prefill:
 
     def run(self, q: Tensor, layer: int, window: int) -> Tensor:
         if window not in self.blocks:
-            self.blocks[window] = self._cut(window)
+            self.blocks[window] = self._split(window)
         kv_heads, head_dim = self.kv.k.shape[3:]
         out = torch.empty_like(q)
         row = -1
@@ -263,20 +241,18 @@ class _Prefill:
                 row = block.row
                 k = self.kv.k[layer].index_select(0, self.pages[row]).view(-1, kv_heads, head_dim).transpose(0, 1)
                 v = self.kv.v[layer].index_select(0, self.pages[row]).view(-1, kv_heads, head_dim).transpose(0, 1)
-            out[block.first : block.last] = F.scaled_dot_product_attention(
-                q[block.first : block.last].transpose(0, 1).unsqueeze(0),
-                k[None, :, block.low : block.high],
-                v[None, :, block.low : block.high],
-                attn_mask=block.mask,
-                is_causal=block.mask is None,
-                enable_gqa=True,
-            )[0].transpose(0, 1)
+            queries = q[block.first : block.last].transpose(0, 1).unsqueeze(0)
+            keys, values = k[None, :, block.low : block.high], v[None, :, block.low : block.high]
+            heads = F.scaled_dot_product_attention(
+                queries, keys, values, attn_mask=block.mask, is_causal=block.mask is None, enable_gqa=True
+            )
+            out[block.first : block.last] = heads[0].transpose(0, 1)
         return out
 
-    def _cut(self, window: int) -> list[_Block]:
+    def _split(self, window: int) -> list[_Block]:
         blocks, first = [], 0
-        shape = zip(self.rows.query_lens.tolist(), self.rows.kv_lens.tolist(), strict=True)
-        for row, (length, kv_len) in enumerate(shape):
+        lens = zip(self.rows.query_lens.tolist(), self.rows.kv_lens.tolist(), strict=True)
+        for row, (length, kv_len) in enumerate(lens):
             for start in range(kv_len - length, kv_len, QUERY_BLOCK):
                 end = min(start + QUERY_BLOCK, kv_len)
                 low = max(0, start - window + 1) if window else 0

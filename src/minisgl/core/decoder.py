@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minisgl.core.attention import Attention, PlannedAttention, RopeStore, attend, begin_step
+from minisgl.core.attention import Attention, FusedAttention, PlannedAttention, RopeStore, attend
 from minisgl.core.kv_cache import KVCache
 from minisgl.core.model_config import ModelSpec, Rope
 from minisgl.core.ops import PLAIN, Operations, linear, pack
@@ -28,7 +28,7 @@ class ForwardBatch:
 class Decoder:
     """A decoder-only transformer: D hidden size, H heads, K KV heads, hd head size, V vocabulary.
 
-    On one rank of several `spec` and `weights` are that rank's share, and `ops` adds up what the ranks computed.
+    With tensor parallelism `spec` and `weights` are a rank's share, and `ops` does the all-reduces.
     """
 
     def __init__(
@@ -46,7 +46,8 @@ class Decoder:
         In each layer all tokens are written before any is read: a row may share pages that another row of the same
         step fills.
         """
-        begin_step(attention, self.spec.windows)
+        if isinstance(attention, FusedAttention):
+            attention.begin(self.spec.windows)
         x, residual = self.embed(batch)
         for index, window in enumerate(self.spec.windows):
             qkv, rope = self.before_attention(index, x, batch, kv)
@@ -60,7 +61,7 @@ class Decoder:
         return self.ops.rms_norm(residual, self.weights.layers[0].input_norm, self.spec.rms_eps), residual
 
     def before_attention(self, index: int, x: Tensor, batch: ForwardBatch, kv: KVCache) -> tuple[Tensor, RopeStore]:
-        """QKV (T, (H + 2K) * hd) of x (T, D), and what rotates queries and keys and writes keys and values."""
+        """QKV (T, (H + 2K) * hd) of x (T, D), and the `rope_store_kv` to apply to it."""
         layer = self.weights.layers[index]
         qkv = self.ops.linear(x, layer.qkv, layer.qkv_bias)
         rope = RopeStore(
@@ -74,7 +75,7 @@ class Decoder:
     ) -> tuple[Tensor, Tensor]:
         """Output projection and MLP: heads (T, H, hd) -> the next layer's normed input and the residual stream.
 
-        The last layer goes on with the wanted rows alone, and ends with the last norm.
+        The last layer keeps only the rows of `logits_indices`, and ends with the last norm.
         """
         ops, eps, layers = self.ops, self.spec.rms_eps, self.weights.layers
         layer, is_last = layers[index], index == len(layers) - 1
@@ -89,35 +90,28 @@ class Decoder:
         return ops.add_rms_norm(x, residual, next_norm, eps), residual
 
     def mlp(self, layer: LayerWeights, x: Tensor) -> Tensor:
-        """The dense or sparse SwiGLU of x (T, D)."""
         if layer.router is None:
             assert layer.gate_up is not None
             assert layer.down is not None
             hidden = self.ops.gated_linear(x, layer.gate_up, layer.gate_up_bias)
             return self.ops.row_parallel_linear(hidden, layer.down, layer.down_bias)
-        moe = self.spec.moe
+        moe, gate_up, down = self.spec.moe, layer.expert_gate_up, layer.expert_down
         assert moe is not None
-        assert layer.expert_gate_up is not None
-        assert layer.expert_down is not None
-        return self.ops.moe(x, layer.router, layer.expert_gate_up, layer.expert_down, moe.top_k, moe.norm_topk_prob)
+        assert gate_up is not None
+        assert down is not None
+        return self.ops.moe(x, layer.router, gate_up, down, moe.top_k, moe.norm_topk_prob)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """Logits (n, V) of hidden states (n, D), in their dtype; on a GPU they can be written to `out`.
-
-        On one rank of several they are those of its own tokens (`Operations.whole_logits`).
-        """
+        """Logits (n, V), a rank's own (n, V / ranks), of hidden states (n, D); on a GPU written to `out` if given."""
         if out is None:
             return linear(hidden, self.weights.head)
         return torch.mm(hidden, self.weights.head.t(), out=out)
 
 
-PACKED = ("qkv", "o", "gate_up", "down")
-
-
 def pack_weights(weights: Weights) -> None:
-    """Replace the matrices by the layout that the device multiplies from fastest, one at a time to save memory."""
+    """`pack` the matrices, one at a time to save memory."""
     for layer in weights.layers:
-        for name in PACKED:
+        for name in ("qkv", "o", "gate_up", "down"):
             if (weight := getattr(layer, name)) is not None:
                 setattr(layer, name, pack(weight))
     weights.head = pack(weights.head)
@@ -143,7 +137,6 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
 
 
 def _llama3(rope: Rope, frequencies: Tensor) -> Tensor:
-    """Meta's rule: long wavelengths are lengthened by `factor`, short ones kept, those between interpolated."""
     rotations = rope.original_max_position * frequencies / (2 * math.pi)  # over the original context
     kept = (rotations - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     return torch.lerp(frequencies / rope.factor, frequencies, kept.clamp(0.0, 1.0))
@@ -152,8 +145,7 @@ def _llama3(rope: Rope, frequencies: Tensor) -> Tensor:
 def _yarn(rope: Rope, head_dim: int, frequencies: Tensor) -> Tensor:
     """NTK-by-parts (arXiv 2309.00071, section 3.2): a linear ramp over dimensions instead of wavelengths."""
 
-    def dimension(rotations: float) -> float:
-        """The pair, as a real number, that rotates this often over the original context."""
+    def dimension(rotations: float) -> float:  # of the pair that rotates so often over the original context
         wavelength = rope.original_max_position / (rotations * 2 * math.pi)
         return head_dim * math.log(wavelength) / (2 * math.log(rope.theta))
 
@@ -167,7 +159,7 @@ def _yarn(rope: Rope, head_dim: int, frequencies: Tensor) -> Tensor:
 
 
 def yarn_attention_factor(rope: Rope) -> float:
-    """What yarn scales cos and sin by, the square root of its attention temperature's inverse."""
+    """What yarn scales cos and sin by: the square root of its attention temperature's inverse."""
 
     def scale(weight: float) -> float:
         return 0.1 * weight * math.log(rope.factor) + 1.0 if rope.factor > 1.0 else 1.0

@@ -54,10 +54,8 @@ class Engine:
 
         The `constraint` of its grammar may be given; otherwise it is made here, and no step is launched meanwhile.
         """
-        if self._closed:
-            raise EngineDeadError("the engine was closed")
-        if self._failed:
-            raise EngineDeadError("the engine failed in an earlier step")
+        if self._closed or self._failed:
+            raise EngineDeadError("the engine was closed" if self._closed else "the engine failed in an earlier step")
         if request.id in self.scheduler.live:
             raise InvalidRequestError(f"a request with id {request.id!r} is running already", param="id")
         params, prompt_len = request.params, len(request.prompt)
@@ -65,17 +63,11 @@ class Engine:
             constraint = None
         elif constraint is None:
             constraint = make_constraint(self.constraints, params.grammar)
-        state = RequestState(
-            request,
-            arrival=self._arrivals,
-            step=self.scheduler.step,
-            seed=secrets.randbits(63) if params.seed is None else params.seed,
-            max_tokens=self.model.max_seq_len if params.max_tokens is None else prompt_len + params.max_tokens,
-            eos=self.model.eos_token_ids,
-            constraint=constraint,
-        )
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        limit = self.model.max_seq_len if params.max_tokens is None else prompt_len + params.max_tokens
+        eos = self.model.eos_token_ids
+        self.scheduler.add(RequestState(request, self._arrivals, self.scheduler.step, seed, limit, eos, constraint))
         self._arrivals += 1
-        self.scheduler.add(state)
 
     def abort(self, ids: Iterable[str]) -> None:
         """End these requests; each that is live gets its terminal event from the next `step`."""
@@ -131,7 +123,6 @@ class Engine:
         self._events += self.scheduler.commit(oldest, self.executor.collect())
 
     def stats(self) -> EngineStats:
-        """The counts of this moment."""
         scheduler = self.scheduler
         return EngineStats(
             running=len(scheduler.live) - len(scheduler.waiting),

@@ -1,4 +1,4 @@
-"""The executor for one device: a GPU's stream, or a thread that stands in for one on the CPU."""
+"""The executor for one device: a GPU's stream, or on the CPU a thread in place of one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -17,22 +18,20 @@ from minisgl.core.plan import Masks, Scores, StepPlan, StepResult
 
 P = ParamSpec("P")
 T = TypeVar("T")
+CheckAlive = Callable[[], None]
 
-ALIVE_SECONDS = 0.1
-"""How often a rank that waits for a step on the CPU asks whether the others are alive."""
-POLL_SECONDS = 2e-5
-"""The same on a GPU, where a step of some milliseconds is waited for; the next one is in its stream already."""
+# How often a rank that waits for a step asks whether the others are alive: on the CPU, and on a GPU, where steps take
+# milliseconds and the next one is in the stream already.
+ALIVE_SECONDS, POLL_SECONDS = 0.1, 2e-5
 
 
 class LocalExecutor:
     """Runs plans on the runner's device. `attention_choice` names the attention backends and why they were chosen.
 
-    On one rank of several `alive` raises when the group is broken; it is asked while a result is waited for.
+    With tensor parallelism `alive` raises when the group is broken; it is called while a result is waited for.
     """
 
-    def __init__(
-        self, runner: ModelRunner, attention_choice: str = "torch", alive: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, runner: ModelRunner, attention_choice: str = "torch", alive: CheckAlive | None = None) -> None:
         self.runner = runner
         self.device = runner.device
         self.attention_choice = attention_choice
@@ -66,7 +65,7 @@ class LocalExecutor:
         return self._pending.popleft().wait(self._alive)
 
     def close(self) -> None:
-        """Wait for every launched step, and give the graphs up."""
+        """Wait for every launched step, and free the graphs."""
         if self._worker is not None:
             self._worker.shutdown()
         else:
@@ -77,10 +76,9 @@ class LocalExecutor:
         return self.runner.finish(plan, output.result(), masks)
 
     def _start(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Have the device do this. A GPU's stream has it when this returns; what it raises is in the future."""
         if self._worker is not None:
             return self._worker.submit(work, *args, **kwargs)
-        done: Future[T] = Future()
+        done: Future[T] = Future()  # a GPU's stream has the work when this returns
         try:
             done.set_result(work(*args, **kwargs))
         except Exception as error:
@@ -96,16 +94,16 @@ class LocalExecutor:
         self._pending.append(Pending(step, self._start(_copy_to_host, output, copied), copied))
 
 
+@dataclass(frozen=True)
 class Pending:
-    """A launched step whose results are on their way to the host: there once `output` and `copied` are done."""
+    """A launched step, whose results are on the host once `output` and `copied` are done."""
 
-    def __init__(self, step: int, output: Future[StepOutput], copied: torch.cuda.Event | None) -> None:
-        self.step = step
-        self.output = output
-        self.copied = copied
+    step: int
+    output: Future[StepOutput]
+    copied: torch.cuda.Event | None
 
-    def wait(self, alive: Callable[[], None] | None) -> StepResult:
-        """The results, or what the step raised, or what `alive` raises meanwhile."""
+    def wait(self, alive: CheckAlive | None) -> StepResult:
+        """Return the results, or raise what the step raised, or what `alive` raises meanwhile."""
         while alive is not None and not self.output.done():
             alive()
             wait([self.output], ALIVE_SECONDS)
@@ -115,23 +113,17 @@ class Pending:
                 alive()
                 time.sleep(POLL_SECONDS)
             self.copied.synchronize()
-        return StepResult(
-            step=self.step,
-            tokens=output.tokens.numpy(),
-            scores=_numbers(output.scores),
-            prompt_scores=_numbers(output.prompt_scores),
-        )
+        scores, prompt_scores = _to_numpy(output.scores), _to_numpy(output.prompt_scores)
+        return StepResult(step=self.step, tokens=output.tokens.numpy(), scores=scores, prompt_scores=prompt_scores)
 
 
 def _copy_to_host(output: Future[StepOutput], copied: torch.cuda.Event) -> StepOutput:
-    """Start copies to pinned memory, and record `copied` behind them."""
-    there = output.result()
-    no_logits = there.tokens[:0]  # the next step may take their memory
-    here = StepOutput(
-        _pinned(there.tokens), no_logits, _pinned_scores(there.scores), _pinned_scores(there.prompt_scores)
-    )
+    result = output.result()
+    no_logits = result.tokens[:0]  # the next step may take their memory
+    scores, prompt_scores = _pinned_scores(result.scores), _pinned_scores(result.prompt_scores)
+    pinned = StepOutput(_pinned(result.tokens), no_logits, scores, prompt_scores)
     copied.record()
-    return here
+    return pinned
 
 
 def _pinned(tensor: Tensor) -> Tensor:
@@ -142,5 +134,5 @@ def _pinned_scores(scores: TokenScores | None) -> TokenScores | None:
     return None if scores is None else TokenScores(*map(_pinned, scores))
 
 
-def _numbers(scores: TokenScores | None) -> Scores | None:
+def _to_numpy(scores: TokenScores | None) -> Scores | None:
     return None if scores is None else Scores(*(tensor.numpy() for tensor in scores))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,12 +35,11 @@ class KVCache:
 
     @property
     def num_pages(self) -> int:
-        """Pages a request may own; also the id of the scratch page."""
+        """Pages that requests may own; also the id of the scratch page."""
         return self.k.shape[1] - 1
 
 
 def page_bytes(num_layers: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-    """Bytes that a page takes in all layers, keys and values."""
     return 2 * num_layers * page_size * num_kv_heads * head_dim * dtype.itemsize
 
 
@@ -48,16 +47,14 @@ def allocate_kv(
     num_layers: int, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype,
     device: torch.device,
 ) -> KVCache:  # fmt: skip
-    """A zeroed cache. On the CPU the system gives memory to a page when it is first written."""
+    """A zeroed cache. On the CPU a page takes memory when it is first written."""
     shape = (num_layers, num_pages + 1, page_size, num_kv_heads, head_dim)
-    return KVCache(_zeros(shape, dtype, device), _zeros(shape, dtype, device))
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    raw = np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)  # calloc: untouched pages cost nothing
-    return torch.from_numpy(raw).view(dtype).view(shape)
+    if device.type == "cpu":
+        size = math.prod(shape) * dtype.itemsize  # by calloc, which gives untouched pages no memory
+        k, v = (torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape) for _ in range(2))
+    else:
+        k, v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+    return KVCache(k, v)
 
 
 class DeviceTables:
@@ -83,27 +80,11 @@ class DeviceTables:
             stop_ids=table(torch.int32, MAX_STOP_TOKEN_IDS).fill_(-1),
         )
 
-    def write_sampling(self, slots: Tensor, values: Mapping[str, Tensor]) -> None:
-        """Set the sampling parameters of newly admitted rows, by the field names of SamplingRows."""
-        for name, value in values.items():
-            getattr(self.sampling, name).index_copy_(0, slots, value)
-
-    def write_pages(self, slots: Tensor, indices: Tensor, pages: Tensor) -> None:
-        self.page_table.index_put_((slots, indices), pages)
-
     def slot_mapping(self, slots: Tensor, positions: Tensor, page_size: int) -> Tensor:
-        """Where positions of rows lie in the cache: int64 (T,) = page * page_size + offset."""
+        """The places in the cache of positions of rows: int64 (T,) = page * page_size + offset."""
         indices = slots * self.page_table.shape[1] + positions // page_size
         pages = self.page_table.view(-1).index_select(0, indices)
         return pages.long() * page_size + positions % page_size
-
-
-class TableTensors(Protocol):
-    """The tables that a captured decode step reads and writes: int32 (rows,), (rows,), (rows, max_pages)."""
-
-    last_token: Tensor
-    length: Tensor
-    page_table: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +99,6 @@ class StepInputs:
 
     @classmethod
     def allocate(cls, batch: int, max_pages: int, scratch_page: int, device: torch.device) -> StepInputs:
-        """Inputs of `batch` rows that all point at the scratch page."""
         return cls(
             ids=torch.zeros(batch, dtype=torch.int32, device=device),
             positions=torch.zeros(batch, dtype=torch.int32, device=device),
@@ -128,11 +108,11 @@ class StepInputs:
         )
 
 
-def gather_rows(changes: Tensor, tables: TableTensors, inputs: StepInputs, page_size: int) -> None:
+def gather_rows(changes: Tensor, tables: DeviceTables, inputs: StepInputs, page_size: int) -> None:
     """Write new pages into the tables, and the rows' token, position, slot and pages into `inputs`.
 
     changes int32 (3, B), all that the host sends for a decode step: the rows' slots in the tables, the index in its
-    page table at which a row gets a new page (-1: none), and that page. The tables' last row is for padding.
+    page table at which a row gets a new page (-1: none), and that page.
     """
     slots, new_index, new_page = changes.long()
     grows = new_index >= 0
@@ -147,7 +127,7 @@ def gather_rows(changes: Tensor, tables: TableTensors, inputs: StepInputs, page_
     inputs.slot_mapping.copy_(here.long() * page_size + lengths % page_size)
 
 
-def commit_rows(changes: Tensor, tokens: Tensor, tables: TableTensors, inputs: StepInputs) -> None:
+def commit_rows(changes: Tensor, tokens: Tensor, tables: DeviceTables, inputs: StepInputs) -> None:
     """Write the sampled tokens int32 (B,) and the new lengths back to the rows that are not padding."""
     slots = changes[0].long()
     live = slots != len(tables.length) - 1
@@ -156,9 +136,9 @@ def commit_rows(changes: Tensor, tokens: Tensor, tables: TableTensors, inputs: S
 
 
 def upload(arrays: Mapping[str, NDArray[Any]], device: torch.device) -> dict[str, Tensor]:
-    """Tensors of the same names, dtypes and shapes on the device. On the CPU they share the arrays' memory.
+    """Tensors of the same names, dtypes and shapes on the device: by one copy, for which the host does not wait.
 
-    Elsewhere one copy from pinned memory carries them all, and the host does not wait for it.
+    On the CPU they share the arrays' memory.
     """
     if device.type == "cpu":
         return {name: torch.from_numpy(array) for name, array in arrays.items()}

@@ -1,13 +1,12 @@
 """Logits processors: what a request may do to its logits before a token is sampled, and log-probabilities.
 
-A step samples a token for every row from the model's own logits. For the rows in `StepPlan.special` a copy of their
-logits is then changed and sampled again, the token is overwritten, and log-probabilities are read; without such rows
-nothing follows. The host never waits for the device here.
+A step samples a token for every row from the model's own logits. For rows that ask for more, a copy of their logits is
+then changed and sampled again, the token is overwritten, and log-probabilities are read. The host never waits here.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,10 +19,8 @@ from minisgl.core.kv_cache import DeviceTables, upload
 from minisgl.core.plan import LogitsInit, LogitsRows, Masks, StepPlan
 from minisgl.core.types import MAX_LOGIT_BIAS
 
-CHUNK_LOGITS = 1 << 23
-"""Logits that are worked on at a time, which bounds the memory that is taken beside them: about 30 bytes each."""
-WORD = 32
-"""Tokens to an int32 word of a mask; the lowest bit is the first token."""
+CHUNK_LOGITS = 1 << 23  # logits that are worked on at a time, which take about 30 bytes of memory each
+WORD = 32  # tokens in an int32 word of a mask; the lowest bit is the first token
 
 
 class TokenScores(NamedTuple):
@@ -44,129 +41,102 @@ class StepOutput:
     prompt_scores: TokenScores | None = None
 
 
-@dataclass
-class LogitsState:
-    """What logits processors keep between steps. Both tables come into being with the first row that needs them."""
-
-    rows: int
-    vocab_size: int
-    device: torch.device
-    seen: Tensor | None = field(default=None, init=False)  # int32 (rows, V), see `penalise`
-    bias_ids: Tensor | None = field(default=None, init=False)  # int64 (rows, MAX_LOGIT_BIAS)
-    bias_values: Tensor | None = field(default=None, init=False)  # float32 (rows, MAX_LOGIT_BIAS)
-
-    def admit(self, init: LogitsInit) -> None:
-        """Start these rows afresh."""
-        arrays: dict[str, NDArray[Any]] = {
-            "slots": init.slots.astype(np.int64),
-            "places": init.seen_slots.astype(np.int64) * self.vocab_size + init.seen_tokens,
-            "seen": init.seen,
-            "bias_ids": init.bias_ids.astype(np.int64),
-            "bias_values": init.bias_values,
-        }
-        values = upload(arrays, self.device)
-        width = init.bias_ids.shape[1]
-        if self.seen is None and len(init.seen):
-            self.seen = torch.zeros((self.rows, self.vocab_size), dtype=torch.int32, device=self.device)
-        if self.seen is not None:
-            self.seen.index_fill_(0, values["slots"], 0)
-            self.seen.view(-1).index_copy_(0, values["places"], values["seen"])
-        if self.bias_ids is None and width:
-            self.bias_ids = torch.zeros((self.rows, MAX_LOGIT_BIAS), dtype=torch.int64, device=self.device)
-            self.bias_values = torch.zeros((self.rows, MAX_LOGIT_BIAS), dtype=torch.float32, device=self.device)
-        if self.bias_ids is not None and self.bias_values is not None:
-            self.bias_values.index_fill_(0, values["slots"], 0)
-            self.bias_values[:, :width].index_copy_(0, values["slots"], values["bias_values"])
-            self.bias_ids[:, :width].index_copy_(0, values["slots"], values["bias_ids"])
-
-    def count(self, slots: Tensor, tokens: Tensor) -> None:
-        """Add a sampled token to each row's completion: int64 (n,), int32 (n,)."""
-        assert self.seen is not None
-        self.seen.view(-1).index_add_(0, slots * self.vocab_size + tokens, torch.full_like(tokens, 2))
-
-
 class LogitsProcessors:
-    """What follows on the logits of one runner's steps."""
+    """The logits processors of one runner. Their tables are allocated with the first row that needs them."""
 
     def __init__(self, decoder: Decoder, tables: DeviceTables, device: torch.device) -> None:
         self.decoder = decoder
         self.tables = tables
         self.device = device
         self.rows_at_once = max(1, CHUNK_LOGITS // decoder.spec.vocab_size)
-        self.state = LogitsState(len(tables.length), decoder.spec.vocab_size, device)
+        self.seen: Tensor | None = None  # int32 (rows, V), see `penalise`
+        self.bias_ids: Tensor | None = None  # int64 (rows, MAX_LOGIT_BIAS)
+        self.bias_values: Tensor | None = None  # float32 (rows, MAX_LOGIT_BIAS)
+
+    def admit(self, init: LogitsInit) -> None:
+        """Reset the rows of requests that start."""
+        rows, vocab, width = len(self.tables.length), self.decoder.spec.vocab_size, init.bias_ids.shape[1]
+        places = init.seen_slots.astype(np.int64) * vocab + init.seen_tokens
+        arrays: dict[str, NDArray[Any]] = {"slots": init.slots.astype(np.int64), "places": places, "seen": init.seen}
+        arrays |= {"bias_ids": init.bias_ids.astype(np.int64), "bias_values": init.bias_values}
+        values = upload(arrays, self.device)
+        if self.seen is None and len(init.seen):
+            self.seen = torch.zeros((rows, vocab), dtype=torch.int32, device=self.device)
+        if self.seen is not None:
+            self.seen.index_fill_(0, values["slots"], 0)
+            self.seen.view(-1).index_copy_(0, values["places"], values["seen"])
+        if self.bias_ids is None and width:
+            self.bias_ids = torch.zeros((rows, MAX_LOGIT_BIAS), dtype=torch.int64, device=self.device)
+            self.bias_values = torch.zeros((rows, MAX_LOGIT_BIAS), dtype=torch.float32, device=self.device)
+        if self.bias_ids is not None and self.bias_values is not None:
+            self.bias_values.index_fill_(0, values["slots"], 0)
+            self.bias_values[:, :width].index_copy_(0, values["slots"], values["bias_values"])
+            self.bias_ids[:, :width].index_copy_(0, values["slots"], values["bias_ids"])
 
     def run(self, plan: StepPlan, output: StepOutput, masks: Masks | None) -> None:
-        """Sample changed rows again and read the log-probabilities of scored ones, overwriting `output`."""
-        special = plan.special
-        assert special is not None
-        if len(special.changed):
-            self._resample(plan, special, output, masks)
-        if len(special.scored):
-            index = upload({"scored": special.scored.astype(np.int64)}, self.device)["scored"]
+        """Sample changed rows again and write the log-probabilities of scored ones, both to `output`."""
+        wanted = plan.logits
+        assert wanted is not None
+        if len(wanted.changed):
+            self._resample(plan, wanted, output, masks)
+        if len(wanted.scored):
+            index = upload({"scored": wanted.scored.astype(np.int64)}, self.device)["scored"]
             scores = []
             for rows in self._chunks(len(index)):
-                logits = self._all_logits(output.logits.index_select(0, index[rows]))
-                scores.append(token_scores(logits, output.tokens.index_select(0, index[rows]).long(), special.top))
+                logits = self.decoder.ops.gather_logits(output.logits.index_select(0, index[rows]))
+                scores.append(token_scores(logits, output.tokens.index_select(0, index[rows]).long(), wanted.top))
             output.scores = join(scores)
 
     def score_prompts(self, plan: StepPlan, hidden: Tensor, output: StepOutput) -> None:
-        """The log-probabilities of the plan's prompt tokens by hidden states (q, D)."""
-        special = plan.special
-        assert special is not None
-        targets = upload({"targets": special.prompt_targets.astype(np.int64)}, self.device)["targets"]
+        """Write the log-probabilities of the plan's prompt tokens, by hidden states (q, D), to `output`."""
+        wanted = plan.logits
+        assert wanted is not None
+        targets = upload({"targets": wanted.prompt_targets.astype(np.int64)}, self.device)["targets"]
         scores = []
         for rows in self._chunks(len(hidden)):
-            logits = self._all_logits(self.decoder.logits(hidden[rows]))
-            scores.append(token_scores(logits, targets[rows], special.prompt_top))
+            logits = self.decoder.ops.gather_logits(self.decoder.logits(hidden[rows]))
+            scores.append(token_scores(logits, targets[rows], wanted.prompt_top))
         output.prompt_scores = join(scores)
 
     def _chunks(self, rows: int) -> list[slice]:
         return [slice(start, start + self.rows_at_once) for start in range(0, rows, self.rows_at_once)]
 
-    def _all_logits(self, logits: Tensor) -> Tensor:
-        """Rows' logits of the whole vocabulary; a rank has those of its own tokens."""
-        return self.decoder.ops.whole_logits(logits)
-
-    def _resample(self, plan: StepPlan, special: LogitsRows, output: StepOutput, masks: Masks | None) -> None:
-        arrays: dict[str, NDArray[Any]] = {
-            "changed": special.changed.astype(np.int64),
-            "slots": plan.sampled_slots[special.changed].astype(np.int64),
-            "penalties": special.penalties,
-        }
+    def _resample(self, plan: StepPlan, wanted: LogitsRows, output: StepOutput, masks: Masks | None) -> None:
+        arrays: dict[str, NDArray[Any]] = {"changed": wanted.changed.astype(np.int64), "penalties": wanted.penalties}
+        arrays["slots"] = plan.sampled_slots[wanted.changed].astype(np.int64)
         if masks is not None:  # the last one, of all ones, is for changed rows without a grammar
-            mask_of = np.full(len(special.changed), len(masks), np.int64)
-            mask_of[special.constrained] = np.arange(len(masks))
+            mask_of = np.full(len(wanted.changed), len(masks), np.int64)
+            mask_of[wanted.constrained] = np.arange(len(masks))
             arrays["mask_of"] = mask_of
             arrays["masks"] = np.concatenate([masks, np.full_like(masks[:1], -1)])
         inputs = upload(arrays, self.device)
-        for rows in self._chunks(len(special.changed)):
+        for rows in self._chunks(len(wanted.changed)):
             changed, slots = inputs["changed"][rows], inputs["slots"][rows]
-            own = self._all_logits(output.logits.index_select(0, changed))
-            logits = self._change(special, own, slots, inputs, rows)
+            own = self.decoder.ops.gather_logits(output.logits.index_select(0, changed))
+            logits = own.to(torch.float32, copy=True)
+            self._change(wanted, logits, inputs, rows)
             positions = self.tables.length.index_select(0, slots)
             flags = plan.all_greedy, plan.any_filter, plan.any_min_len
-            tokens = self.decoder.ops.sample_whole(logits, self.tables.sampling, slots, positions, *flags)
+            tokens = self.decoder.ops.sample_gathered(logits, self.tables.sampling, slots, positions, *flags)
             output.tokens.index_copy_(0, changed, tokens)
             self.tables.last_token.index_copy_(0, slots, tokens)
-            if special.penalised:
-                self.state.count(slots, tokens)
+            if self.seen is not None and wanted.penalised:  # count the tokens
+                places = slots * self.decoder.spec.vocab_size + tokens
+                self.seen.view(-1).index_add_(0, places, torch.full_like(tokens, 2))
 
-    def _change(
-        self, special: LogitsRows, own: Tensor, slots: Tensor, inputs: dict[str, Tensor], rows: slice
-    ) -> Tensor:
-        """The float32 logits that these rows sample from, changed in the order that SamplingParams gives."""
-        logits, state, width = own.to(torch.float32, copy=True), self.state, special.bias_width
-        if special.penalised:
-            assert state.seen is not None
-            logits = penalise(logits, state.seen.index_select(0, slots), *inputs["penalties"][:, rows])
-        if width:
-            assert state.bias_ids is not None
-            assert state.bias_values is not None
-            ids, values = (t[:, :width].index_select(0, slots) for t in (state.bias_ids, state.bias_values))
-            logits.scatter_add_(1, ids, values)
+    def _change(self, wanted: LogitsRows, logits: Tensor, inputs: dict[str, Tensor], rows: slice) -> None:
+        """Change the float32 logits that these rows sample from, in the order that SamplingParams gives."""
+        slots = inputs["slots"][rows]
+        if wanted.penalised:
+            assert self.seen is not None
+            penalise(logits, self.seen.index_select(0, slots), *inputs["penalties"][:, rows])
+        if width := wanted.bias_width:
+            assert self.bias_ids is not None
+            assert self.bias_values is not None
+            ids, values = self.bias_ids[:, :width], self.bias_values[:, :width]
+            logits.scatter_add_(1, ids.index_select(0, slots), values.index_select(0, slots))
         if "masks" in inputs:
-            logits = forbid(logits, inputs["masks"].index_select(0, inputs["mask_of"][rows]))
-        return logits
+            forbid(logits, inputs["masks"].index_select(0, inputs["mask_of"][rows]))
 
 
 def penalise(logits: Tensor, seen: Tensor, repetition: Tensor, frequency: Tensor, presence: Tensor) -> Tensor:
@@ -207,9 +177,9 @@ def token_scores(logits: Tensor, tokens: Tensor, top: int) -> TokenScores:
 
 
 def _ranks(logits: Tensor) -> Tensor:
-    """An int64 for each float32 logit (n, V), all different, ordered by logit and then by lower id.
+    """An int64 for each float32 logit (n, V), all different, ordered by logit and then by lower id. -0 equals 0.
 
-    The high half is the float's bit pattern made to order as an integer, the low half counts the ids down. -0 is 0.
+    The high half is the float's bit pattern made to order as an integer, the low half counts the ids down.
     """
     bits = (logits + 0.0).view(torch.int32)
     bits = bits ^ (bits >> 31).bitwise_and_(0x7FFFFFFF)

@@ -1,9 +1,4 @@
-"""What a model is: the facts of its `config.json` in one form, whatever the architecture's name.
-
-An architecture is a row of `ARCHITECTURES`; the defaults in it are those of the `transformers` configuration class of
-the same name, which decide when a checkpoint leaves a field out. Both forms are read: version 4 (`rope_theta`,
-`rope_scaling`, `torch_dtype`) and 5 (`rope_parameters`, `dtype`).
-"""
+"""What a model is: its `config.json`, of transformers' version 4 or 5, in one form for all architectures."""
 
 from __future__ import annotations
 
@@ -13,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 from minisgl.errors import ModelError
 
@@ -34,7 +29,6 @@ class Rope:
     `yarn` (arXiv 2309.00071) ramps between the two from `beta_fast` to `beta_slow` rotations over
     `original_max_position` tokens (the ramp's ends rounded outwards where `truncate`), and scales cos and sin by
     `attention_factor`; where that is None it follows from `factor`, `mscale` and `mscale_all_dim`.
-    Fields that the kind does not use keep their defaults.
     """
 
     kind: RopeKind
@@ -97,10 +91,10 @@ class ModelSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """How one architecture differs from Llama, and what it assumes where its config is silent.
+    """How one architecture differs from Llama, and the defaults of the transformers configuration of its name.
 
     `kv_heads` None means as many as query heads, `head_dim` None hidden_size / heads. A config field decides about
-    biases where `bias_fields` is true. `windows`: no layer has one, all layers share one, or each has its own.
+    biases where `bias_fields` is true. `windows`: none, of all layers alike, or of each layer ("layers").
     """
 
     model_type: str
@@ -138,26 +132,20 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
 
 
 def read_spec(folder: Path) -> ModelSpec:
-    """Read `config.json`, and the EOS ids beside it, from a model folder in Hugging Face's layout.
-
-    Raises ModelError naming file and field for what is missing, ill-typed, unknown or contradictory.
-    """
+    """Read `config.json`, and the EOS ids beside it, from a model folder. Raises ModelError naming file and field."""
     path = folder / "config.json"
     config = Fields(read_json(path), str(path))
     name, row = _architecture(config)
     if "quantization_config" in config:
         method = config.section("quantization_config").values.get("quant_method", "unknown")
-        raise ModelError(
-            f"{path}: the checkpoint is quantised ({method}); safetensors in float32, float16 or bfloat16, "
-            "and GGUF files, can be read"
-        )
+        readable = "safetensors in float32, float16 or bfloat16, and GGUF files, can be read"
+        raise ModelError(f"{path}: the checkpoint is quantised ({method}); {readable}")
     if (activation := config.text("hidden_act", "silu")) != "silu":
         raise ModelError(f"{path}: hidden_act {activation!r} is not supported; silu is")
     num_layers = config.integer("num_hidden_layers")
     if num_layers > MAX_LAYERS:
         raise config.error("num_hidden_layers", f"at most {MAX_LAYERS}")
     hidden_size, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    num_kv_heads = _kv_heads(config, row, num_heads)
     vocab_size = config.integer("vocab_size")
     max_position = config.integer("max_position_embeddings", row.max_position)
     bias = row.bias_fields and config.flag("attention_bias", False)
@@ -167,7 +155,7 @@ def read_spec(folder: Path) -> ModelSpec:
         hidden_size=hidden_size,
         num_layers=num_layers,
         num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
+        num_kv_heads=_kv_heads(config, row, num_heads),
         head_dim=_head_dim(config, row, hidden_size, num_heads),
         intermediate_size=config.integer("intermediate_size"),
         rms_eps=config.number("rms_norm_eps", 1e-6),
@@ -190,16 +178,15 @@ def _architecture(config: Fields) -> tuple[str, Architecture]:
     if not names:
         model_type = config.text("model_type")
         names = [name for name, row in ARCHITECTURES.items() if row.model_type == model_type] or [model_type]
-    if names[0] not in ARCHITECTURES:
-        raise ModelError(
-            f"{config.where}: architecture {names[0]} is not supported; those that are: {', '.join(ARCHITECTURES)}"
-        )
-    return names[0], ARCHITECTURES[names[0]]
+    name, known = names[0], ", ".join(ARCHITECTURES)
+    if name not in ARCHITECTURES:
+        raise ModelError(f"{config.where}: architecture {name} is not supported; those that are: {known}")
+    return name, ARCHITECTURES[name]
 
 
 def _kv_heads(config: Fields, row: Architecture, num_heads: int) -> int:
     absent = "num_key_value_heads" not in config.values
-    num_kv_heads = config.integer("num_key_value_heads", row.kv_heads if absent and row.kv_heads else num_heads)
+    num_kv_heads = config.integer("num_key_value_heads", (row.kv_heads if absent else None) or num_heads)
     if num_heads % num_kv_heads:
         raise config.error("num_key_value_heads", f"a divisor of the {num_heads} query heads")
     return num_kv_heads
@@ -254,10 +241,7 @@ def _dtype(config: Fields) -> str:
 
 
 def read_rope(config: Fields, max_position: int) -> Rope:
-    """The rope of a `config.json`, from `rope_parameters` or from `rope_theta` and `rope_scaling`.
-
-    Raises ModelError for a kind that is not supported, parameters per layer type, and partial rotation.
-    """
+    """The rope of a `config.json`, from `rope_parameters` or from `rope_theta` and `rope_scaling`."""
     rope = config.section("rope_scaling" if "rope_scaling" in config else "rope_parameters", {})
     if any(isinstance(value, dict) for value in rope.values.values()):
         raise ModelError(f"{rope.where}: rope parameters per layer type are not supported")
@@ -265,11 +249,9 @@ def read_rope(config: Fields, max_position: int) -> Rope:
         if fields.number("partial_rotary_factor", 1.0) != 1.0:
             raise ModelError(f"{fields.where}: partial_rotary_factor other than 1 is not supported")
     theta = rope.number("rope_theta", config.number("rope_theta", 10000.0))
-    kind = rope.text("rope_type", rope.text("type", "default"))
-    if kind not in get_args(RopeKind):
-        raise ModelError(
-            f"{rope.where}: rope kind {kind!r} is not supported; those that are: {', '.join(get_args(RopeKind))}"
-        )
+    kind, known = rope.text("rope_type", rope.text("type", "default")), get_args(RopeKind)
+    if kind not in known:
+        raise ModelError(f"{rope.where}: rope kind {kind!r} is not supported; those that are: {', '.join(known)}")
     if kind == "default":
         return Rope(kind="default", theta=theta)
     if kind == "linear":
@@ -280,30 +262,17 @@ def read_rope(config: Fields, max_position: int) -> Rope:
         low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
         if high <= low:
             raise rope.error("high_freq_factor", f"larger than low_freq_factor ({low})")
-        return Rope(
-            kind="llama3", theta=theta, factor=rope.number("factor"), low_freq_factor=low, high_freq_factor=high,
-            original_max_position=original,
-        )  # fmt: skip
-    return Rope(
-        kind=cast(RopeKind, kind),
-        theta=theta,
-        factor=rope.number("factor", max_position / original),
-        original_max_position=original,
-        beta_fast=rope.number("beta_fast", 32.0),
-        beta_slow=rope.number("beta_slow", 1.0),
-        attention_factor=rope.number_or_none("attention_factor"),
-        mscale=rope.number_or_none("mscale"),
-        mscale_all_dim=rope.number_or_none("mscale_all_dim"),
-        truncate=rope.flag("truncate", True),
-    )
+        limits: dict[str, Any] = {"low_freq_factor": low, "high_freq_factor": high}
+        factor = rope.number("factor")
+        return Rope(kind="llama3", theta=theta, factor=factor, original_max_position=original, **limits)
+    names = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
+    given: dict[str, Any] = {name: rope.number(name) for name in names if name in rope}
+    factor, truncate = rope.number("factor", max_position / original), rope.flag("truncate", True)
+    return Rope(kind="yarn", theta=theta, factor=factor, original_max_position=original, truncate=truncate, **given)
 
 
 def read_eos_token_ids(folder: Path, config: Fields, vocab_size: int) -> tuple[int, ...]:
-    """EOS ids of generation_config.json, config.json and the tokenizer's `eos_token`, without repeats, in this order.
-
-    Files other than config.json may be missing. Ids outside of the vocabulary, which the model can never produce,
-    are left out.
-    """
+    """EOS ids in the vocabulary: of generation_config.json, config.json, the tokenizer's `eos_token`, in this order."""
     ids: list[int] = []
     for fields in (_optional(folder / "generation_config.json"), config):
         found: Any = fields.values.get("eos_token_id")
@@ -317,10 +286,9 @@ def read_eos_token_ids(folder: Path, config: Fields, vocab_size: int) -> tuple[i
 
 
 def _tokenizer_eos_id(folder: Path) -> int | None:
-    """The id of tokenizer_config.json's `eos_token`, looked up there, then in tokenizer.json."""
     config = _optional(folder / "tokenizer_config.json")
-    token: Any = config.values.get("eos_token")
-    text = token.get("content") if isinstance(token, dict) else token
+    text: Any = config.values.get("eos_token")
+    text = text.get("content") if isinstance(text, dict) else text
     if text is None:
         return None
     if not isinstance(text, str):
@@ -338,7 +306,7 @@ def _tokenizer_eos_id(folder: Path) -> int | None:
 
 
 def read_json(path: Path) -> Any:
-    """The value in this JSON file. Raises ModelError naming the file when it is missing, too large or not JSON."""
+    """The value of a JSON file. Raises ModelError naming the file when it is missing, too large or not JSON."""
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ModelError(f"{path}: larger than {MAX_JSON_BYTES} bytes, which no description of a model is")
@@ -355,14 +323,15 @@ def _optional(path: Path) -> Fields:
     return Fields(read_json(path) if path.exists() else {}, str(path))
 
 
+_REQUIRED: Any = object()
+
+
 class Fields:
-    """A JSON object whose fields are read with a type; `where` names it in errors.
+    """A JSON object, called `where` in errors, whose fields are read with a type.
 
-    Every method raises ModelError naming file and field when the field is ill-typed, or missing without a default.
-    A null counts as missing. Integers fit 31 bits, numbers are positive and finite.
+    Methods raise ModelError naming the field when it is ill-typed, or missing or null without a default. Integers fit
+    31 bits, numbers are positive and finite.
     """
-
-    _REQUIRED: Any = object()
 
     def __init__(self, values: Any, where: str) -> None:
         if not isinstance(values, dict):
@@ -377,26 +346,21 @@ class Fields:
         return ModelError(f"{self.where}: {name} must be {rule}, got {_short(self.values.get(name))}")
 
     def _read(self, name: str, default: Any, rule: str, is_valid: Callable[[Any], bool]) -> Any:
-        value = self.values.get(name)
-        if value is None and default is self._REQUIRED:
-            raise ModelError(f"{self.where}: the field {name} is missing")
-        if value is None:
+        if name not in self:
+            if default is _REQUIRED:
+                raise ModelError(f"{self.where}: the field {name} is missing")
             return default
-        if not is_valid(value):
+        if not is_valid(self.values[name]):
             raise self.error(name, rule)
-        return value
+        return self.values[name]
 
     def integer(self, name: str, default: int = _REQUIRED, *, least: int = 1) -> int:
         rule = f"an integer of at least {least}"
         return int(self._read(name, default, rule, lambda x: type(x) is int and least <= x <= MAX_COUNT))
 
     def number(self, name: str, default: float = _REQUIRED) -> float:
-        return float(
-            self._read(name, default, "a positive number", lambda x: type(x) in (int, float) and 0 < x < math.inf)
-        )
-
-    def number_or_none(self, name: str) -> float | None:
-        return self.number(name) if name in self else None
+        rule = "a positive number"
+        return float(self._read(name, default, rule, lambda x: type(x) in (int, float) and 0 < x < math.inf))
 
     def flag(self, name: str, default: bool = _REQUIRED) -> bool:
         return bool(self._read(name, default, "true or false", lambda x: type(x) is bool))
@@ -405,11 +369,8 @@ class Fields:
         return str(self._read(name, default, "a string", lambda x: type(x) is str))
 
     def items(self, name: str, kind: type, default: list[Any] = _REQUIRED) -> list[Any]:
-        """A list whose elements are all of `kind`."""
         rule = f"a list of {kind.__name__}"
-        return list(
-            self._read(name, default, rule, lambda x: isinstance(x, list) and all(type(item) is kind for item in x))
-        )
+        return list(self._read(name, default, rule, lambda x: type(x) is list and all(type(i) is kind for i in x)))
 
     def section(self, name: str, default: Mapping[str, Any] = _REQUIRED) -> Fields:
         return Fields(self._read(name, default, "a JSON object", lambda x: True), f"{self.where}: {name}")

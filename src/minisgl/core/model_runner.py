@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,18 +19,16 @@ from minisgl.core.plan import Masks, NewRows, StepPlan
 class DecodeGraphRunner(Protocol):
     """Decode steps as graphs, over a runner's tables and cache."""
 
-    def takes(self, plan: StepPlan) -> bool:
-        """Whether there is a graph for this step."""
+    def takes(self, plan: StepPlan) -> bool: ...
 
     def run(self, plan: StepPlan) -> StepOutput:
-        """The whole step, sampled tokens written back to the tables."""
+        """The whole step, the sampled tokens written back to the tables."""
 
 
 class PiecewiseGraphRunner(Protocol):
     """Steps with prompts as graphs between their attentions."""
 
-    def takes(self, batch: ForwardBatch) -> bool:
-        """Whether there are graphs for this step."""
+    def takes(self, batch: ForwardBatch) -> bool: ...
 
     def forward(self, batch: ForwardBatch, attention: PlannedAttention) -> Tensor:
         """`Decoder.forward`."""
@@ -53,7 +50,7 @@ class ModelRunner:
     def run(self, plan: StepPlan) -> StepOutput:
         """Run a step; where rows wait for masks, the logits processors are left for `finish`."""
         output = self._forward_and_sample(plan)
-        if plan.special is not None and len(plan.special.constrained) == 0:
+        if plan.logits is not None and len(plan.logits.constrained) == 0:
             self.logits_processors.run(plan, output, None)
         return output
 
@@ -64,7 +61,6 @@ class ModelRunner:
         return output
 
     def _forward_and_sample(self, plan: StepPlan) -> StepOutput:
-        """Run the model, sample a token for each row that ends here from its own logits, and score prompts."""
         if self.decode_graphs is not None and self.decode_graphs.takes(plan):
             return self.decode_graphs.run(plan)
         # 1) Bring the tables up to date: rows that start, and new pages.
@@ -72,7 +68,7 @@ class ModelRunner:
             self._admit(plan.init)
         step = upload_step(plan, self.device)
         if len(plan.page_ids):
-            self.tables.write_pages(step.page_slots, step.page_indices, step.page_ids)
+            self.tables.page_table.index_put_((step["page_slots"], step["page_indices"]), step["page_ids"])
         # 2) Run the layers over all of the step's tokens.
         attention = self.decoder.attention.plan(self._attention_metadata(plan, step), self.kv)
         batch = self._forward_batch(step)
@@ -81,23 +77,22 @@ class ModelRunner:
         else:
             hidden = self.decoder.forward(batch, attention, self.kv)
         # 3) The sampled rows come first, then the prompt tokens that are scored.
-        output = self._sample(plan, step, hidden[: len(step.sampled)])
-        if len(hidden) > len(step.sampled):
-            self.logits_processors.score_prompts(plan, hidden[len(step.sampled) :], output)
+        slots = step["sampled_slots"]
+        output = self._sample(plan, slots, hidden[: len(slots)])
+        if len(hidden) > len(slots):
+            self.logits_processors.score_prompts(plan, hidden[len(slots) :], output)
         return output
 
-    def _sample(self, plan: StepPlan, step: StepTensors, hidden: Tensor) -> StepOutput:
-        """Sample a token for each row from hidden states (n, D)."""
+    def _sample(self, plan: StepPlan, slots: Tensor, hidden: Tensor) -> StepOutput:
         if len(hidden) == 0:
             return StepOutput(torch.empty(0, dtype=torch.int32, device=self.device), hidden)
-        logits, positions = self.decoder.logits(hidden), self.tables.length.index_select(0, step.sampled)
+        logits, positions = self.decoder.logits(hidden), self.tables.length.index_select(0, slots)
         flags = plan.all_greedy, plan.any_filter, plan.any_min_len
-        tokens = self.decoder.ops.sample(logits, self.tables.sampling, step.sampled, positions, *flags)
-        self.tables.last_token.index_copy_(0, step.sampled, tokens)
+        tokens = self.decoder.ops.sample(logits, self.tables.sampling, slots, positions, *flags)
+        self.tables.last_token.index_copy_(0, slots, tokens)
         return StepOutput(tokens, logits)
 
     def _admit(self, init: NewRows) -> None:
-        """Write the sampling parameters of rows that start."""
         arrays: dict[str, NDArray[Any]] = {
             "slots": init.slots.astype(np.int64),
             "temperature": init.temperatures,
@@ -109,89 +104,74 @@ class ModelRunner:
             "stop_ids": init.stop_ids,
         }
         values = upload(arrays, self.device)
-        self.tables.write_sampling(values.pop("slots"), values)
-        if init.special is not None:
-            self.logits_processors.state.admit(init.special)
+        slots = values.pop("slots")
+        for name, value in values.items():
+            getattr(self.tables.sampling, name).index_copy_(0, slots, value)
+        if init.logits is not None:
+            self.logits_processors.admit(init.logits)
 
-    def _forward_batch(self, step: StepTensors) -> ForwardBatch:
+    def _forward_batch(self, step: dict[str, Tensor]) -> ForwardBatch:
         """The step's tokens, decode rows first; advances the rows' lengths by what the step writes."""
-        tables, decodes = self.tables, step.decode_slots
-        ids, slots, positions = step.prefill_tokens, step.token_slots, step.token_positions
+        tables, decodes = self.tables, step["decode_slots"]
+        ids, slots, positions = step["prefill_tokens"], step["token_slots"], step["token_positions"]
         if len(decodes):
             lengths = tables.length.index_select(0, decodes)
             ids = torch.cat([tables.last_token.index_select(0, decodes), ids])
             slots = torch.cat([decodes, slots])
             positions = torch.cat([lengths, positions])
             tables.length.index_copy_(0, decodes, lengths + 1)
-        if len(step.prefill_slots):
-            tables.length.index_copy_(0, step.prefill_slots, step.prefill_ends)
+        if len(step["prefill_slots"]):
+            tables.length.index_copy_(0, step["prefill_slots"], step["prefill_ends"])
         return ForwardBatch(
             ids=ids,
             positions=positions,
             slot_mapping=tables.slot_mapping(slots, positions, self.kv.page_size),
-            logits_indices=step.logits_indices if len(step.prefill_slots) else None,
+            logits_indices=step["logits_indices"] if len(step["prefill_slots"]) else None,
         )
 
-    def _attention_metadata(self, plan: StepPlan, step: StepTensors) -> AttentionMetadata:
-        decode = prefill = None
+    def _attention_metadata(self, plan: StepPlan, step: dict[str, Tensor]) -> AttentionMetadata:
+        table, decode, prefill = self.tables.page_table, None, None
         if len(plan.decode_slots):
+            slots, starts, ends = step["decode_slots"], step["decode_query_starts"], step["decode_ends"]
             decode = SequenceBatch(
-                page_table=self.tables.page_table, slots=plan.decode_slots,
-                query_lens=np.ones_like(plan.decode_lens), kv_lens=plan.decode_lens + 1,
-                slots_device=step.decode_slots, cu_query_lens=step.decode_starts, kv_lens_device=step.decode_ends,
+                page_table=table, slots=plan.decode_slots, query_lens=np.ones_like(plan.decode_lens),
+                kv_lens=plan.decode_lens + 1, slots_device=slots, cu_query_lens=starts, kv_lens_device=ends,
             )  # fmt: skip
         if len(plan.prefill_slots):
+            slots, starts, ends = step["prefill_slots"], step["prefill_query_starts"], step["prefill_ends"]
+            kv_lens = plan.prefill_starts + plan.prefill_lens
             prefill = SequenceBatch(
-                page_table=self.tables.page_table, slots=plan.prefill_slots,
-                query_lens=plan.prefill_lens, kv_lens=plan.prefill_starts + plan.prefill_lens,
-                slots_device=step.prefill_slots, cu_query_lens=step.prefill_query_starts,
-                kv_lens_device=step.prefill_ends,
+                page_table=table, slots=plan.prefill_slots, query_lens=plan.prefill_lens, kv_lens=kv_lens,
+                slots_device=slots, cu_query_lens=starts, kv_lens_device=ends,
             )  # fmt: skip
         return AttentionMetadata(decode=decode, prefill=prefill)
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepTensors:
-    """A plan's integers on the device. Indices are int64, contents of the tables int32."""
+def upload_step(plan: StepPlan, device: torch.device) -> dict[str, Tensor]:
+    """A plan's integers on the device: p new pages, d decode rows, c chunks of t tokens, n rows sampled, q scored.
 
-    page_slots: Tensor  # (p,)
-    page_indices: Tensor  # (p,)
-    page_ids: Tensor  # (p,)
-    decode_slots: Tensor  # (d,)
-    prefill_slots: Tensor  # (c,)
-    prefill_ends: Tensor  # (c,)
-    prefill_tokens: Tensor  # (t,)
-    token_slots: Tensor  # (t,) the row of each prefill token
-    token_positions: Tensor  # (t,)
-    decode_starts: Tensor  # int32 (d + 1,) where each decode row's query begins: 0, 1, 2, …
-    decode_ends: Tensor  # int32 (d,) tokens in the cache, the new one included
-    prefill_query_starts: Tensor  # int32 (c + 1,) where each chunk begins among the t prefill tokens, and t
-    logits_indices: Tensor  # (n + q,) the sampled rows' last tokens, and the scored ones, among the step's d + t
-    sampled: Tensor  # (n,) the slots they belong to
-
-
-def upload_step(plan: StepPlan, device: torch.device) -> StepTensors:
-    """Work out where each prefill token goes, and send everything over."""
+    Indices are int64, contents of the tables int32.
+    """
     lens, decodes = plan.prefill_lens, len(plan.decode_slots)
     ends = np.cumsum(lens)  # of each chunk, among the prefill tokens
     wanted: list[NDArray[Any]] = [np.arange(decodes), decodes + ends[plan.prefill_final] - 1]
-    if plan.special is not None:
-        wanted.append(plan.special.prompt_rows)
+    if plan.logits is not None:
+        wanted.append(plan.logits.prompt_rows)
     positions = np.arange(len(plan.prefill_tokens)) + np.repeat(plan.prefill_starts - (ends - lens), lens)
     arrays = {
-        "page_slots": plan.page_slots.astype(np.int64),
-        "page_indices": plan.page_indices.astype(np.int64),
-        "page_ids": plan.page_ids,
-        "decode_slots": plan.decode_slots.astype(np.int64),
-        "prefill_slots": plan.prefill_slots.astype(np.int64),
-        "prefill_ends": plan.prefill_starts + lens,
-        "prefill_tokens": plan.prefill_tokens,
-        "token_slots": np.repeat(plan.prefill_slots, lens).astype(np.int64),
-        "token_positions": positions.astype(np.int32),
-        "decode_starts": np.arange(decodes + 1, dtype=np.int32),
-        "decode_ends": plan.decode_lens + 1,
-        "prefill_query_starts": np.concatenate([[0], ends]).astype(np.int32),
-        "logits_indices": np.concatenate(wanted).astype(np.int64),
-        "sampled": plan.sampled_slots.astype(np.int64),
+        "page_slots": plan.page_slots.astype(np.int64),  # (p,)
+        "page_indices": plan.page_indices.astype(np.int64),  # (p,)
+        "page_ids": plan.page_ids,  # (p,)
+        "decode_slots": plan.decode_slots.astype(np.int64),  # (d,)
+        "decode_query_starts": np.arange(decodes + 1, dtype=np.int32),  # (d + 1,) among the step's tokens
+        "decode_ends": plan.decode_lens + 1,  # (d,) tokens in the cache, the new one included
+        "prefill_slots": plan.prefill_slots.astype(np.int64),  # (c,)
+        "prefill_query_starts": np.concatenate([[0], ends]).astype(np.int32),  # (c + 1,) among the t, and t
+        "prefill_ends": plan.prefill_starts + lens,  # (c,) tokens in the cache, the new ones included
+        "prefill_tokens": plan.prefill_tokens,  # (t,)
+        "token_slots": np.repeat(plan.prefill_slots, lens).astype(np.int64),  # (t,)
+        "token_positions": positions.astype(np.int32),  # (t,)
+        "logits_indices": np.concatenate(wanted).astype(np.int64),  # (n + q,) among the step's d + t tokens
+        "sampled_slots": plan.sampled_slots.astype(np.int64),  # (n,)
     }
-    return StepTensors(**upload(arrays, device))
+    return upload(arrays, device)

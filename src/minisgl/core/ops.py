@@ -15,18 +15,14 @@ from torch import Tensor
 
 from minisgl.core.sampler import SamplingRows, sample
 
-TYPICAL_ROWS = 8
-"""Rows of the activation that a packed weight is laid out for; layouts differ little from 2 to 512."""
+TYPICAL_ROWS = 8  # of the activation that a packed weight is laid out for; layouts differ little from 2 to 512
+# Above EXACT_ROWS a packed GEMM is padded to a multiple of ROW_STEP: oneDNN compiles and keeps a program for each
+# number of rows, 2 MB for a small model's five shapes, which came to 1 GB for all numbers up to 512.
 EXACT_ROWS, ROW_STEP = 64, 16
-"""Above so many rows a packed GEMM gets a multiple of the step, by rows of zeros.
-
-oneDNN compiles and keeps a program for each number of rows, some 2 MB for the five shapes of a small model: with every
-number up to a prefill budget of 512 that came to 1 GB.
-"""
 
 
 def embed(ids: Tensor, table: Tensor, whole: bool) -> Tensor:
-    """Rows of a table: ids int32 (T,), table (V, D) -> (T, D). `whole` is for other implementations."""
+    """Rows of a table: ids int32 (T,), table (V, D) -> (T, D). `whole` is read by other implementations only."""
     return table.index_select(0, ids)
 
 
@@ -121,8 +117,7 @@ def moe(
     """A sparse SwiGLU layer: each token goes through its `top_k` experts, weighted by the router's softmax.
 
     x (T, D), router (E, D), expert_gate_up (E, 2I, D), expert_down (E, D, I) -> (T, D). The softmax is float32 over
-    all experts; `norm_topk_prob` scales the chosen probabilities to sum 1. Waits for the device: which experts
-    are hit must be known on the host.
+    all experts; `norm_topk_prob` scales the chosen probabilities to sum 1. The host waits for the device.
     """
     probs = F.linear(x, router).float().softmax(dim=-1)
     weights, chosen = probs.topk(top_k, dim=-1)  # (T, top_k)
@@ -137,20 +132,18 @@ def moe(
     return out
 
 
-def own_logits(logits: Tensor) -> Tensor:
-    """The logits themselves, where one device has those of the whole vocabulary."""
-    return logits
-
-
 def sample_slots(
     logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor, all_greedy: bool, any_filter: bool,
     any_min_len: bool,
 ) -> Tensor:  # fmt: skip
-    """`sample` with the parameters that a table has for these slots."""
     rows = table.select(slots)
     return sample(logits, rows, positions, all_greedy=all_greedy, any_filter=any_filter, any_min_len=any_min_len)
 
 
+NormWeight = Tensor | None
+RopeStoreKV = Callable[
+    [Tensor, NormWeight, NormWeight, float, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor
+]
 Sample = Callable[[Tensor, SamplingRows, Tensor, Tensor, bool, bool, bool], Tensor]
 
 
@@ -158,10 +151,9 @@ Sample = Callable[[Tensor, SamplingRows, Tensor, Tensor, bool, bool, bool], Tens
 class Operations:
     """What a decoder and its sampler call: functions of this module, or others that compute the same.
 
-    `embed` begins a forward pass, which is `whole` when the hidden states of all its tokens are wanted. The result of
-    `row_parallel_linear` and `moe` is read by `add_rms_norm` alone, and may be parts of a sum (parts, T, D). On one
-    rank of several, logits are those of its own tokens: `sample` takes such, `whole_logits` makes them those of all
-    tokens, on all ranks alike, and `sample_whole` takes those.
+    `embed` begins a forward pass; `whole`: the hidden states of all its tokens are wanted. Only `add_rms_norm` reads
+    the result of `row_parallel_linear` and `moe`, which may be parts of a sum (parts, T, D). With tensor parallelism
+    `sample` takes a rank's own logits; `gather_logits` makes those of all tokens of them, for `sample_gathered`.
     """
 
     name: str
@@ -171,13 +163,11 @@ class Operations:
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     row_parallel_linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     gated_linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
-    rope_store_kv: Callable[
-        [Tensor, Tensor | None, Tensor | None, float, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor
-    ]
+    rope_store_kv: RopeStoreKV
     moe: Callable[[Tensor, Tensor, Tensor, Tensor, int, bool], Tensor]
-    whole_logits: Callable[[Tensor], Tensor]
+    gather_logits: Callable[[Tensor], Tensor]
     sample: Sample
-    sample_whole: Sample
+    sample_gathered: Sample
 
 
 PLAIN = Operations(
@@ -190,33 +180,20 @@ PLAIN = Operations(
     gated_linear=gated_linear,
     rope_store_kv=rope_store_kv,
     moe=moe,
-    whole_logits=own_logits,
+    gather_logits=lambda logits: logits,
     sample=sample_slots,
-    sample_whole=sample_slots,
+    sample_gathered=sample_slots,
 )
 
 
-def can_pack(weight: Tensor) -> bool:
-    """Whether oneDNN multiplies by this weight faster from a layout of its own than from rows.
-
-    Measured on two cores of a Zen 4 (float32, SmolLM2-135M's matrices): 21 ms against 43 for one row, 21 against 52
-    for 8, 640 against 740 for 512.
-    """
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype == torch.float32
-        and weight.dim() == 2
-        and not weight.is_mkldnn
-        and torch._C._has_mkldnn
-    )
-
-
 def pack(weight: Tensor) -> Tensor:
-    """The weight (out, in) as `linear` reads it fastest: packed where `can_pack`, else itself.
+    """A float32 weight (out, in) on the CPU in oneDNN's layout, any other as it is.
 
-    A packed weight keeps its shape, is good for `linear` only, and may round sums differently.
+    A packed weight keeps its shape, is good for `linear` only, and may round sums differently. SmolLM2-135M's matrices
+    on two cores of a Zen 4: 21 ms against 43 for one row, 21 against 52 for 8, 640 against 740 for 512.
     """
-    if not can_pack(weight):
+    is_plain = weight.device.type == "cpu" and weight.dtype == torch.float32 and not weight.is_mkldnn
+    if not (is_plain and weight.dim() == 2 and torch._C._has_mkldnn):
         return weight
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)
     return packed

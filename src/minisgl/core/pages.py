@@ -12,8 +12,7 @@ from minisgl.core.plan import Int32
 from minisgl.core.radix_cache import Node, RadixCache
 
 Slots = NDArray[np.signedinteger[Any]]
-PageWrites = tuple[Int32, Int32, Int32]
-"""page_table[slots, indices] = page ids, as (slots, indices, page ids)."""
+PageWrites = tuple[Int32, Int32, Int32]  # (slots, indices, page ids): page_table[slots, indices] = page ids
 
 
 class OutOfPages(Exception):
@@ -41,9 +40,7 @@ class PageAllocator:
 
     def free(self, pages: Int32) -> None:
         """Give pages back. Raises RuntimeError, changing nothing, for an unknown id and for a free page."""
-        if len(pages) == 0:
-            return
-        if int(pages.min()) < 0 or int(pages.max()) >= self.num_pages:
+        if len(pages) and (int(pages.min()) < 0 or int(pages.max()) >= self.num_pages):
             raise RuntimeError(f"pages {pages.min()} … {pages.max()} are not all within 0 … {self.num_pages - 1}")
         if (free := pages[self._index[pages] >= 0]).size:
             raise RuntimeError(f"double free of page {free[0]}")
@@ -55,9 +52,6 @@ class PageAllocator:
             raise RuntimeError(f"double free of page {twice[0]}")
         self._stack[self.num_free : end] = stacked
         self.num_free = end
-
-    def free_pages(self) -> Int32:
-        return self._stack[: self.num_free].copy()
 
 
 class CacheManager:
@@ -87,12 +81,10 @@ class CacheManager:
 
     @property
     def num_cached(self) -> int:
-        """Pages in the prefix cache, borrowed by rows or not."""
         return self._cache.num_pages
 
     @property
     def num_owned(self) -> int:
-        """Pages that belong to one row each."""
         return self.num_pages - self.num_free - self.num_cached
 
     @property
@@ -105,10 +97,7 @@ class CacheManager:
         return self._cache.match_pages(self._whole_pages(tokens)) * self.page_size
 
     def acquire(self, slot: int, tokens: Int32) -> int:
-        """Start a row on the longest cached prefix of `tokens`; return its tokens.
-
-        Whole pages, and never the last token: it is computed again for its logits.
-        """
+        """Start a row on the longest cached prefix of `tokens`, whole pages without the last token; its length."""
         assert slot not in self._nodes, f"row {slot} is in use"
         node, pages = self._cache.match(self._whole_pages(tokens))
         self._cache.lock(node)
@@ -122,8 +111,7 @@ class CacheManager:
     def available_after(self, slots: Slots, reused: Int32 | None = None) -> list[int]:
         """What `available` would be before and after each of these rows left, one after the other.
 
-        Pages that rows share become available with the last of them that leaves. Those that are cached of the tokens
-        `reused` do not: a new row is to start on them.
+        Pages that are cached of the tokens `reused` do not become available: a new row is to start on them.
         """
         kept = self._cache.root if reused is None else self._cache.match(self._whole_pages(reused))[0]
         evictable = self._cache.evictable_after([self._nodes[slot] for slot in slots.tolist()], kept)
@@ -131,13 +119,9 @@ class CacheManager:
         return [self.num_free + own + pages for own, pages in zip(accumulate([0, *owned]), evictable, strict=True)]
 
     def writes(self, slot: int) -> PageWrites:
-        """The row's whole page table as (slots, indices, page ids), for a device that knows nothing of it."""
+        """The row's whole page table, for a device that knows nothing of it."""
         count = int(self.row_pages[slot])
-        return (
-            np.full(count, slot, np.int32),
-            np.arange(count, dtype=np.int32),
-            self.page_table[slot, :count].copy(),
-        )
+        return np.full(count, slot, np.int32), np.arange(count, dtype=np.int32), self.page_table[slot, :count].copy()
 
     def pages_needed(self, slots: Slots, new_lens: Slots) -> Int32:
         """Pages that each row lacks to hold `new_lens` tokens, (len(slots),)."""
@@ -147,8 +131,7 @@ class CacheManager:
     def extend(self, slots: Slots, new_lens: Slots) -> PageWrites:
         """Give rows, each named once, the pages that they lack to hold `new_lens` tokens, evicting what that takes.
 
-        Returns the page-table writes (slots, indices, page ids). Raises OutOfPages, changing nothing, when more than
-        `available` pages are needed.
+        Raises OutOfPages, changing nothing, when more than `available` pages are needed.
         """
         need = self.pages_needed(slots, new_lens)
         total = int(need.sum())
@@ -170,10 +153,9 @@ class CacheManager:
         return owners, indices, pages
 
     def publish(self, slot: int, tokens: Int32, computed: int) -> None:
-        """Offer the row's whole pages below `computed` tokens to the cache while the row goes on.
+        """Offer the row's whole pages below `computed` tokens to the cache, which lends those it takes to the row.
 
-        What the cache takes becomes borrowed; where it holds these tokens in other pages already, the row keeps its
-        duplicates. May be called as soon as the step that writes these pages is certain to be launched before, or
+        May be called as soon as the step that writes these pages is certain to be launched before, or
         as, the first step that reads them: steps run in launch order, and within a step each layer writes the KV of
         all rows before any row attends.
         """
@@ -200,30 +182,8 @@ class CacheManager:
         self._allocator.free(pages)
         return len(pages)
 
-    def check(self) -> None:
-        """Raise RuntimeError unless each page is in exactly one place and rows lock exactly what they borrow."""
-        cached = self._cache.check(self._nodes.values())
-        owned = []
-        for slot, count in enumerate(self.row_pages.tolist()):
-            if slot not in self._nodes:
-                if count:
-                    raise RuntimeError(f"row {slot} has ended and holds {count} pages")
-                continue
-            row, borrowed = self.page_table[slot, :count], self._borrowed[slot, :count]
-            owned.append(row[~borrowed])
-            prefix = self._nodes[slot].prefix_pages()
-            index = np.flatnonzero(borrowed)
-            if len(prefix) != self._held[slot] or len(prefix) > count:
-                raise RuntimeError(f"row {slot} locks {len(prefix)} pages, not {self._held[slot]}")
-            if np.any(index >= len(prefix)) or not np.array_equal(prefix[index], row[index]):
-                raise RuntimeError(f"row {slot} borrows pages that it does not lock")
-        places = np.concatenate([self._allocator.free_pages(), cached, *owned])
-        if not np.array_equal(np.sort(places), np.arange(self.num_pages)):
-            counts = f"{self.num_free} free, {len(cached)} cached, {sum(map(len, owned))} owned of {self.num_pages}"
-            raise RuntimeError(f"a page is in no place or in two: {counts}")
-
     def _whole_pages(self, tokens: Int32) -> Int32:
-        """The tokens that may come from the cache: whole pages that leave at least one token out."""
+        """The tokens that may come from the cache: whole pages, without the last token, whose logits are needed."""
         return np.ascontiguousarray(tokens[: (len(tokens) - 1) // self.page_size * self.page_size], np.int32)
 
     def _offer(self, slot: int, tokens: Int32, computed: int) -> Node:

@@ -1,7 +1,6 @@
-"""The interface between the scheduler and an executor: the plan of a step, and its result.
+"""The interface between the scheduler and an executor: the plan of a step, and its result, in numpy arrays.
 
-A plan says all that a step needs and nothing about how it is done, in numpy arrays only: the same plan drives one
-device, every rank of a tensor-parallel group, and the simulator.
+The same plan drives one device, every rank of a tensor-parallel group, and the simulator.
 """
 
 from __future__ import annotations
@@ -13,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Int32 = NDArray[np.int32]
-Masks = Int32
-"""(g, ceil(V / 32)): which tokens each of g rows may have next, bit t % 32 of word t // 32, the lowest bit first."""
+Masks = Int32  # (g, ceil(V / 32)): which tokens each of g rows may have next, token t in bit t % 32 of word t // 32
 
 
 class NewRows(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,11 +30,11 @@ class NewRows(msgspec.Struct, frozen=True, kw_only=True):
     seeds: NDArray[np.int64]  # (n,)
     min_lens: Int32  # (n,)
     stop_ids: Int32  # (n, MAX_STOP_TOKEN_IDS)
-    special: LogitsInit | None = None
+    logits: LogitsInit | None = None
 
 
 class LogitsInit(msgspec.Struct, frozen=True, kw_only=True):
-    """What the device must know of those admitted rows whose logits are changed before sampling.
+    """Those admitted rows whose logits are changed before sampling.
 
     Penalised rows hold m distinct tokens already, counted once a row. `seen` is twice a token's count in the output,
     plus one if it is in the prompt; a row that was retracted comes with the output it had. `w` is the largest number of
@@ -97,7 +95,7 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
     all_greedy: bool
     any_filter: bool
     any_min_len: bool
-    special: LogitsRows | None = None
+    logits: LogitsRows | None = None
 
     @property
     def sampled_slots(self) -> Int32:
@@ -107,9 +105,9 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def constrained_slots(self) -> Int32:
         """Slots whose next token waits for a mask, in the order of the masks."""
-        if self.special is None:
+        if self.logits is None:
             return np.empty(0, np.int32)
-        return self.sampled_slots[self.special.changed[self.special.constrained]]
+        return self.sampled_slots[self.logits.changed[self.logits.constrained]]
 
     @property
     def num_tokens(self) -> int:
@@ -125,12 +123,12 @@ class Scores(msgspec.Struct, frozen=True):
 
 
 class StepResult(msgspec.Struct, frozen=True, kw_only=True):
-    """The tokens a step sampled, in the order of `StepPlan.sampled_slots`, and the scores that `special` asked for."""
+    """The tokens a step sampled, in the order of `StepPlan.sampled_slots`, and the scores that `logits` asked for."""
 
     step: int
     tokens: Int32  # (len(sampled_slots),)
-    scores: Scores | None = None  # of special.scored
-    prompt_scores: Scores | None = None  # of special.prompt_rows
+    scores: Scores | None = None  # of logits.scored
+    prompt_scores: Scores | None = None  # of logits.prompt_rows
 
 
 class Executor(Protocol):

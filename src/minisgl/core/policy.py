@@ -9,27 +9,23 @@ from typing import Protocol
 
 from minisgl.core.request_state import RequestState
 
+CachedLen = Callable[[RequestState], int]  # the prompt tokens of a request that the prefix cache holds now
+
 
 class Policy(Protocol):
     """Orders the waiting requests. Admission stops at the first that does not fit: no request overtakes it."""
 
-    def order(
-        self, waiting: Sequence[RequestState], cached: Callable[[RequestState], int], step: int
-    ) -> Iterable[RequestState]:
-        """The candidates, the next to admit first.
+    def order(self, waiting: Sequence[RequestState], cached: CachedLen, step: int) -> Iterable[RequestState]:
+        """The candidates for step number `step`, the next to admit first.
 
         `waiting` is in order of priority and of arrival; a policy decides among equals of priority only.
-        `cached(request)` counts the prompt tokens that the prefix cache holds now; `step` is the number of the step
-        being planned.
         """
 
 
 class FirstComeFirstServed:
     """Order of priority, then of arrival."""
 
-    def order(
-        self, waiting: Sequence[RequestState], cached: Callable[[RequestState], int], step: int
-    ) -> Iterable[RequestState]:
+    def order(self, waiting: Sequence[RequestState], cached: CachedLen, step: int) -> Iterable[RequestState]:
         return waiting
 
 
@@ -44,9 +40,7 @@ class LongestPrefixMatch:
         self.patience = patience
         self.window = window
 
-    def order(
-        self, waiting: Sequence[RequestState], cached: Callable[[RequestState], int], step: int
-    ) -> Iterable[RequestState]:
+    def order(self, waiting: Sequence[RequestState], cached: CachedLen, step: int) -> Iterable[RequestState]:
         def key(request: RequestState) -> tuple[int, bool, int, int]:
             young = step - request.queued_step < self.patience
             return (request.request.priority, young, -cached(request) if young else 0, request.arrival)
@@ -54,7 +48,7 @@ class LongestPrefixMatch:
         return sorted(islice(waiting, self.window), key=key)
 
 
+# The values of `--schedule-policy`.
 POLICIES: Mapping[str, Callable[[], Policy]] = MappingProxyType(
     {"fcfs": FirstComeFirstServed, "lpm": LongestPrefixMatch}
 )
-"""The values of `--schedule-policy`."""

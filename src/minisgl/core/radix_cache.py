@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -42,9 +42,6 @@ class Node:
             nodes.append(node)
             node = node.parent
         return nodes
-
-    def prefix_pages(self) -> Int32:
-        return np.concatenate([np.empty(0, np.int32), *(node.pages for node in reversed(self.path()))])
 
 
 class RadixCache:
@@ -153,28 +150,6 @@ class RadixCache:
             counts.append(count)
         return counts
 
-    def check(self, holders: Iterable[Node]) -> Int32:
-        """Every page in the tree. Raises RuntimeError unless locks are those of `holders` and the counts are right."""
-        locks = Counter(held for node in holders for held in node.path())
-        nodes = [*self.root.children.values()]
-        for node in nodes:  # grows while it is read
-            nodes += node.children.values()
-        if locks != Counter({node: node.locks for node in nodes if node.locks}):
-            raise RuntimeError("the locks in the tree are not those that rows hold")
-        for node in nodes:
-            if node.parent is None or node.parent.children.get(self._key(node.tokens)) is not node:
-                raise RuntimeError("a node is not its parent's child")
-            if len(node.pages) == 0 or len(node.tokens) != len(node.pages) * self.page_size:
-                raise RuntimeError(f"a node has {len(node.tokens)} tokens in {len(node.pages)} pages")
-            if node.evictable and not node.queued:
-                raise RuntimeError("an unlocked leaf is not queued for eviction")
-        counts = sum(len(node.pages) for node in nodes), sum(len(node.pages) for node in nodes if node.locks == 0)
-        if counts != (self.num_pages, self.num_evictable):
-            raise RuntimeError(
-                f"{counts} pages in the tree and evictable, counted {self.num_pages, self.num_evictable}"
-            )
-        return np.concatenate([self.root.pages, *(node.pages for node in nodes)])
-
     def _key(self, tokens: Int32) -> bytes:
         return tokens[: self.page_size].tobytes()
 
@@ -224,7 +199,6 @@ class RadixCache:
         return pages
 
     def _enqueue(self, node: Node) -> None:
-        """Queue an unlocked leaf that is not queued yet; leave any other node alone."""
         if node.evictable and not node.queued:
             node.queued = True
             self._entries += 1

@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 from collections import deque
 from collections.abc import Callable
+from dataclasses import InitVar, dataclass
 from typing import Protocol
 
 import numpy as np
@@ -33,21 +34,17 @@ class Constraint(Protocol):
     """
 
     def fill(self, mask: NDArray[np.int32]) -> None:
-        """Overwrite every word of mask (ceil(V / 32),): bit t % 32 of word t // 32 says whether token t may be next.
-
-        Bits past the vocabulary are not looked at.
-        """
+        """Overwrite mask (ceil(V / 32),): bit t % 32 of word t // 32 says whether token t may be next."""
 
     def accept(self, token: int) -> bool:
         """Take in the token that was sampled; False when it was not allowed, which ends the request with an error."""
 
 
-ConstraintFactory = Callable[[Grammar], Constraint]
-"""Raises InvalidRequestError for a grammar that it cannot follow."""
+ConstraintFactory = Callable[[Grammar], Constraint]  # raises InvalidRequestError for a grammar that it cannot follow
 
 
 def make_constraint(factory: ConstraintFactory | None, grammar: Grammar) -> Constraint:
-    """A constraint for one completion. Raises InvalidRequestError without a factory or when it refuses the grammar."""
+    """Raises InvalidRequestError without a factory or when it refuses the grammar."""
     if factory is None:
         raise InvalidRequestError("this engine was built without structured output", param="grammar")
     try:
@@ -59,7 +56,7 @@ def make_constraint(factory: ConstraintFactory | None, grammar: Grammar) -> Cons
 
 
 class State(enum.IntEnum):
-    """The state of a row. A retracting or ended row is not planned any more; it is freed when no step touches it."""
+    """The state of a row. From RETRACTING on it is not planned any more; it is freed when no step touches it."""
 
     FREE = 0
     PREFILL = 1
@@ -68,6 +65,7 @@ class State(enum.IntEnum):
     ENDED = 4
 
 
+@dataclass(eq=False)
 class RequestState:
     """A request from its acceptance to its terminal event; its tokens live here while it has no row.
 
@@ -75,34 +73,26 @@ class RequestState:
     delivered; `num_scored` of its positions are in launched steps. `cached_tokens` are those of its first admission.
     """
 
-    def __init__(
-        self,
-        request: Request,
-        *,
-        arrival: int,
-        step: int,
-        seed: int,
-        max_tokens: int,
-        eos: tuple[int, ...],
-        constraint: Constraint | None = None,
-    ) -> None:
-        params = request.params
-        self.request = request
-        self.arrival = arrival
-        self.queued_step = step
-        self.seed = seed
-        self.max_tokens = max_tokens
+    request: Request
+    arrival: int
+    queued_step: int
+    seed: int
+    max_tokens: int
+    eos: InitVar[tuple[int, ...]]
+    constraint: Constraint | None = None
+    num_scored: int = 0
+    admitted: bool = False
+    cached_tokens: int = 0
+    slot: int = -1
+
+    def __post_init__(self, eos: tuple[int, ...]) -> None:
+        request, params = self.request, self.request.params
         self.stop_ids = tuple(dict.fromkeys(params.stop_token_ids + (() if params.ignore_eos else eos)))
         self.tokens: Int32 = np.frombuffer(request.prompt_bytes, np.int32)
         self.prompt_len = len(self.tokens)
         self.min_len = self.prompt_len + params.min_tokens  # positions below this one hold no stop token
-        self.sort_key = (request.priority, arrival)  # the lowest is admitted first and retracted last
-        self.constraint = constraint
+        self.sort_key = (request.priority, self.arrival)  # the lowest is admitted first and retracted last
         self.prompt_scores: list[TokenLogprobs | None] = [] if params.prompt_logprobs is None else [None]
-        self.num_scored = 0
-        self.admitted = False
-        self.cached_tokens = 0
-        self.slot = -1
 
     @property
     def reusable(self) -> Int32:
@@ -134,22 +124,14 @@ class RequestTable:
         self.constrained = np.zeros(rows, np.bool_)
         self.top = np.zeros(rows, np.int32)  # log-probabilities beside the token's own; -1: none at all
         self.prompt_top = np.zeros(rows, np.int32)  # the same of the prompt
-        self.special = np.zeros(rows, np.bool_)  # any of these
+        self.processed = np.zeros(rows, np.bool_)  # any of these
         self.tokens = np.zeros((rows, max_seq_len), np.int32)
         self.requests: list[RequestState | None] = [None] * rows
-        self._free = deque(range(rows))
-
-    @property
-    def free_rows(self) -> int:
-        return len(self._free)
-
-    def peek_row(self) -> int:
-        """The row that `admit` will take next."""
-        return self._free[0]
+        self.free = deque(range(rows))  # the next one to be given first
 
     def admit(self, request: RequestState, cached: int) -> None:
         """Give the request the next row, whose first `cached` tokens are in the cache already."""
-        slot = self._free.popleft()
+        slot = self.free.popleft()
         params, length = request.request.params, len(request.tokens)
         self.state[slot] = State.PREFILL
         self.arrival[slot] = request.arrival
@@ -168,7 +150,7 @@ class RequestTable:
         self.constrained[slot] = request.constraint is not None
         self.top[slot] = -1 if params.logprobs is None else params.logprobs
         self.prompt_top[slot] = -1 if params.prompt_logprobs is None else params.prompt_logprobs
-        self.special[slot] = self.changes_logits(slot) or self.top[slot] >= 0 or self.prompt_top[slot] >= 0
+        self.processed[slot] = self.changes_logits(slot) or self.top[slot] >= 0 or self.prompt_top[slot] >= 0
         self.tokens[slot, :length] = request.tokens
         self.requests[slot] = request
         request.slot = slot
@@ -180,10 +162,9 @@ class RequestTable:
         request.slot = -1
         self.requests[slot] = None
         self.state[slot] = State.FREE
-        self._free.append(slot)
+        self.free.append(slot)
 
     def request(self, slot: int) -> RequestState:
-        """The request in this row."""
         request = self.requests[slot]
         assert request is not None, f"row {slot} is free"
         return request
@@ -200,7 +181,6 @@ class RequestTable:
         return np.asarray(self.penalised[slots] | (self.biases[slots] > 0) | self.constrained[slots])
 
     def new_rows(self, slots: list[int]) -> NewRows | None:
-        """What the device must know of newly admitted rows; None when there are none."""
         if not slots:
             return None
         requests = [self.request(slot) for slot in slots]
@@ -214,11 +194,10 @@ class RequestTable:
             seeds=np.array([r.seed & (2**64 - 1) for r in requests], np.uint64).view(np.int64),
             min_lens=self.min_len[slots],
             stop_ids=self.stop_ids[slots],
-            special=self._new_logits_rows(slots),
+            logits=self._new_logits_rows(slots),
         )
 
     def _new_logits_rows(self, slots: list[int]) -> LogitsInit | None:
-        """What the device must know of those admitted rows whose logits will be changed; None without any."""
         changed = [slot for slot in slots if self.changes_logits(slot)]
         if not changed:
             return None
@@ -248,7 +227,7 @@ class RequestTable:
         The step samples a token for the slots `sampled`. It has so many decodes, and chunks of `lens` tokens of the
         rows `slots`, each behind `starts` tokens.
         """
-        if not (self.special[sampled].any() or self.special[slots].any()):
+        if not (self.processed[sampled].any() or self.processed[slots].any()):
             return None
         changed = np.flatnonzero(self.changes_logits(sampled)).astype(np.int32)
         scored = np.flatnonzero(self.top[sampled] >= 0).astype(np.int32)
@@ -286,23 +265,20 @@ class RequestTable:
 
     def take_scores(self, plan: StepPlan, result: StepResult) -> dict[int, TokenLogprobs]:
         """The log-probabilities of the step's tokens by slot; those of prompts go to their requests."""
-        if plan.special is None:
-            return {}
-        if result.prompt_scores is not None:
-            slots = np.repeat(plan.special.prompt_slots, plan.special.prompt_counts)
-            for slot, score in zip(
-                slots.tolist(), token_logprobs(result.prompt_scores, self.prompt_top[slots]), strict=True
-            ):
+        if plan.logits is not None and result.prompt_scores is not None:
+            slots = np.repeat(plan.logits.prompt_slots, plan.logits.prompt_counts)
+            scores = token_logprobs(result.prompt_scores, self.prompt_top[slots])
+            for slot, score in zip(slots.tolist(), scores, strict=True):
                 if self.state[slot] != State.ENDED:
                     self.request(slot).prompt_scores.append(score)
-        if result.scores is None:
+        if plan.logits is None or result.scores is None:
             return {}
-        slots = plan.sampled_slots[plan.special.scored]
+        slots = plan.sampled_slots[plan.logits.scored]
         return dict(zip(slots.tolist(), token_logprobs(result.scores, self.top[slots]), strict=True))
 
 
 def count_tokens(prompt: Int32, output: Int32) -> tuple[Int32, Int32]:
-    """The distinct tokens of both, and twice each one's count in the output plus one if it is in the prompt."""
+    """The distinct tokens of both, and what `LogitsInit.seen` says of each."""
     both = 2 * np.bincount(output, minlength=int(prompt.max(initial=-1)) + 1)
     both[prompt] += 1
     tokens = np.flatnonzero(both)

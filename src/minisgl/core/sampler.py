@@ -1,9 +1,7 @@
-"""Choosing tokens from logits: filters, and noise that is a function of seed, position and token.
+"""Sampling: filters, and the Gumbel-max trick: argmax of logit / T - log E is distributed as softmax(logit / T).
 
-A token is sampled by the Gumbel-max trick: argmax of logit / T - log E, E exponential noise, is distributed as
-softmax(logit / T). E comes from a counter-based hash (as in Salmon et al., "Parallel random numbers: as easy as 1, 2,
-3", 2011) of (seed, position, token id), so neither the rest of the batch nor the order of steps can change the token.
-The mixers are the finalisers of SplitMix64 (Steele et al., 2014) and MurmurHash3.
+The exponential noise E is a counter-based hash (Salmon et al., 2011, with the finalisers of SplitMix64, Steele et al.,
+2014, and MurmurHash3) of (seed, position, token id): neither the rest of the batch nor the order of steps matters.
 """
 
 from __future__ import annotations
@@ -13,9 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FEW = (64, 1024)
-"""How many of the highest logits a filter looks at before it sorts the whole vocabulary, on the CPU."""
-
+FEW = (64, 1024)  # of the highest logits that a filter looks at before it sorts the whole vocabulary, on the CPU
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 SPLITMIX = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
 MURMUR = ((16, 0x85EBCA6B - 2**32), (13, 0xC2B2AE35 - 2**32))
@@ -88,23 +84,18 @@ def _sample_random(logits: Tensor, rows: SamplingRows, positions: Tensor, any_fi
 
 def threshold(scaled: Tensor, rows: SamplingRows) -> Tensor:
     """The lowest value that top_k, top_p and min_p keep. scaled float32 (n, V), highest of each row 0 -> (n, 1)."""
-    vocab, by_min_p = scaled.shape[1], rows.min_p.log()
-    for width in FEW if scaled.device.type == "cpu" else ():
-        if width < vocab:
-            lowest, complete = _top_threshold(scaled, rows, width)
-            if bool(complete.all()):
-                return torch.maximum(lowest, by_min_p).unsqueeze(1)
-    return torch.maximum(_top_threshold(scaled, rows, vocab)[0], by_min_p).unsqueeze(1)
-
-
-def _top_threshold(scaled: Tensor, rows: SamplingRows, width: int) -> tuple[Tensor, Tensor]:
-    """What top_k and top_p keep of the `width` highest, and whether that is what they keep of all; both (n,)."""
-    top = scaled.topk(width, dim=-1).values if width < scaled.shape[1] else scaled.sort(dim=-1, descending=True).values
-    return lowest_kept(top, scaled.exp().sum(dim=-1, keepdim=True), rows, scaled.shape[1])
+    vocab, total = scaled.shape[1], scaled.exp().sum(dim=-1, keepdim=True)
+    few = [width for width in FEW if width < vocab] if scaled.device.type == "cpu" else []
+    for width in (*few, vocab):
+        top = scaled.topk(width, dim=-1).values if width < vocab else scaled.sort(dim=-1, descending=True).values
+        lowest, complete = lowest_kept(top, total, rows, vocab)
+        if width == vocab or bool(complete.all()):
+            break
+    return torch.maximum(lowest, rows.min_p.log()).unsqueeze(1)
 
 
 def lowest_kept(top: Tensor, total: Tensor, rows: SamplingRows, vocab: int) -> tuple[Tensor, Tensor]:
-    """What top_k and top_p keep of the highest w values, and whether that is what they keep of all; both (n,).
+    """The lowest value that top_k and top_p keep of a row's highest w, and whether it is that of all; both (n,).
 
     top float32 (n, w) descending, the first 0; total (n, 1) the sum of the exponentials of all `vocab` values.
     """
@@ -125,10 +116,7 @@ def lowest_kept(top: Tensor, total: Tensor, rows: SamplingRows, vocab: int) -> t
 
 
 def gumbel_noise(seed: Tensor, position: Tensor, vocab_size: int, first: int = 0) -> Tensor:
-    """-log E with E exponential, for each token from `first` on.
-
-    seed int64 (n,), position int32 (n,) -> float32 (n, vocab_size).
-    """
+    """-log E, E exponential, for tokens from `first` on: int64 (n,), int32 (n,) -> float32 (n, vocab_size)."""
     tokens = torch.arange(first, first + vocab_size, dtype=torch.int32, device=seed.device)
     bits = token_hash(seed, position, tokens)
     uniform = bits.view(torch.uint32).to(torch.float32)
@@ -139,8 +127,8 @@ def gumbel_noise(seed: Tensor, position: Tensor, vocab_size: int, first: int = 0
 def token_hash(seed: Tensor, position: Tensor, token: Tensor) -> Tensor:
     """32 random-looking bits for each (seed, position, token): int64 (n,), int32 (n,), int32 (V,) -> int32 (n, V).
 
-    Integers wrap. Seed and position give two 32-bit keys (SplitMix64); a token is mixed with the one and then,
-    again, with the other (MurmurHash3's finaliser).
+    Integers wrap. Seed and position give two 32-bit keys (SplitMix64); a token is mixed with one, then with the other
+    (MurmurHash3's finaliser).
     """
     key = seed + (position.long() + 1) * GOLDEN
     for shift, factor in SPLITMIX:

@@ -28,14 +28,14 @@ from minisgl.core.types import FinishReason, TokenEvent
 
 
 class Draft:
-    """What is decided of a step so far; `budget` prompt tokens may still go in."""
+    """What is decided of a step so far."""
 
     def __init__(self, budget: int) -> None:
         self.decodes: Slots = np.empty(0, np.intp)
         self.chunks: list[tuple[int, int]] = []  # (slot, tokens)
         self.admitted: list[int] = []
         self.writes: list[PageWrites] = []
-        self.budget = budget
+        self.budget = budget  # prompt tokens that may still go in
 
 
 class Scheduler:
@@ -52,15 +52,11 @@ class Scheduler:
         self.retracted = self.prompt_tokens = self.cached_prompt_tokens = 0
 
     def add(self, request: RequestState) -> None:
-        """Queue an accepted request."""
         self.live[request.request.id] = request
         self._queue(request)
 
     def _queue(self, request: RequestState) -> None:
-        if not self.waiting or self.waiting[-1].sort_key < request.sort_key:
-            self.waiting.append(request)
-        else:
-            self.waiting.insert(self._queue_index(request), request)
+        self.waiting.insert(self._queue_index(request), request)
 
     def _queue_index(self, request: RequestState) -> int:
         return bisect_left(self.waiting, request.sort_key, key=lambda other: other.sort_key)
@@ -70,8 +66,7 @@ class Scheduler:
         request = self.live.get(request_id)
         if request is None:
             return None
-        if request.slot >= 0:
-            slot = request.slot
+        if (slot := request.slot) >= 0:
             event = self._end(slot, FinishReason.ABORT)
             self._settle([slot])
             return event
@@ -98,43 +93,38 @@ class Scheduler:
             self._schedule_prompts(step)
             if len(step.decodes) or step.chunks:
                 return self._launch(step)
-            if self.table.in_flight.any() or not self._has_work():
+            has_work = len(self._decoding()) or (self.table.state == State.PREFILL).any()
+            if not has_work or self.table.in_flight.any():
                 return None
             self.retract_last()
 
     def _retract_for_priority(self) -> None:
         table, cache = self.table, self.cache
-        if not self.waiting:
-            return
-        first = self.waiting[0]
-        priority = first.request.priority
-        if not (table.priority > priority).any():  # rows that are free may be among them
+        first = self.waiting[0] if self.waiting else None
+        if first is None or not (table.priority > first.request.priority).any():  # free rows may be among them
             return
         running = table.rows_in(State.PREFILL, State.DECODE)
-        worse = running[table.priority[running] > priority][::-1]
+        worse = running[table.priority[running] > first.request.priority][::-1]
         leaving = self._leaving()
         pages = -(-len(first.tokens) // cache.page_size) - cache.match_len(first.reusable) // cache.page_size
         pages += int(self._promised(running, 1).sum())
         needed = pages - np.cumsum([0, *self._promised(worse, 1)])
-        rows = table.free_rows + len(leaving) + np.arange(len(worse) + 1)
+        rows = len(table.free) + len(leaving) + np.arange(len(worse) + 1)
         available = cache.available_after(np.concatenate([leaving, worse]), first.reusable)[len(leaving) :]
         fits = (rows > 0) & (needed <= available)  # after so many retractions, none of them first
-        if fits.any():
-            for _ in range(int(fits.argmax())):
-                self.retract_last()
+        for _ in range(int(fits.argmax())):  # 0 where nothing helps
+            self.retract_last()
 
     def _schedule_decodes(self, step: Draft) -> None:
-        """Take the rows that decode, with pages for their next token.
-
-        Longest first: attention then ends with short rows, and few multiprocessors wait for the last (Graham's rule).
-        """
+        """Take the rows that decode, with pages for their next token."""
         table, cache = self.table, self.cache
         computed = table.num_computed_tokens
-        slots = np.flatnonzero((table.state == State.DECODE) & (computed + 1 < table.max_tokens))
+        slots = self._decoding()
         need = cache.pages_needed(slots, computed[slots] + 1)
         if int(need.sum()) > cache.available:
             slots = self._retract_for_decodes(slots)
             need = cache.pages_needed(slots, computed[slots] + 1)
+        # Longest first: attention then ends with short rows, and few multiprocessors wait for the last (Graham's rule).
         order = np.argsort(-computed[slots], kind="stable")
         step.decodes = slots[order]
         grown = step.decodes[need[order] > 0]
@@ -156,10 +146,10 @@ class Scheduler:
         for slot in self.table.rows_in(State.PREFILL).tolist():
             if not self._prefill(step, slot):
                 return
-        if not self.waiting or self.table.free_rows == 0:
+        if not self.waiting or not self.table.free:
             return
         order = self.policy.order(self.waiting, lambda r: self.cache.match_len(r.reusable), self.step)
-        for request in list(islice(order, self.table.free_rows)):
+        for request in list(islice(order, len(self.table.free))):
             if not self._admit(step, request) or not self._prefill(step, request.slot):
                 return
 
@@ -182,7 +172,7 @@ class Scheduler:
     def _admit(self, step: Draft, request: RequestState) -> bool:
         """Give the request a row if its whole prompt fits beside what running rows will soon need."""
         table, cache = self.table, self.cache
-        slot = table.peek_row()
+        slot = table.free[0]
         cached = cache.acquire(slot, request.reusable)
         need = int(cache.pages_needed(np.array([slot]), np.array([len(request.tokens)]))[0])
         if need + int(self._promised(table.rows_in(State.PREFILL, State.DECODE)).sum()) > cache.available:
@@ -207,15 +197,14 @@ class Scheduler:
         goal = np.maximum(self.table.prefill_len[rows], self.table.num_computed_tokens[rows] + decodes)
         return self.cache.pages_needed(rows, goal) + np.int32(1)
 
+    def _decoding(self) -> Slots:
+        """Rows that still have a token to decode."""
+        table = self.table
+        return np.flatnonzero((table.state == State.DECODE) & (table.num_computed_tokens + 1 < table.max_tokens))
+
     def _leaving(self) -> Slots:
         """Rows that leave as soon as the step in flight is collected."""
-        return np.flatnonzero((self.table.state == State.RETRACTING) | (self.table.state == State.ENDED))
-
-    def _has_work(self) -> bool:
-        """Whether some running row still has work to launch."""
-        table = self.table
-        decodes = (table.state == State.DECODE) & (table.num_computed_tokens + 1 < table.max_tokens)
-        return bool((decodes | (table.state == State.PREFILL)).any())
+        return np.flatnonzero(self.table.state >= State.RETRACTING)
 
     def _launch(self, step: Draft) -> StepPlan:
         """Turn the decisions into a plan and move the rows on, as if the step had been launched."""
@@ -249,7 +238,7 @@ class Scheduler:
             all_greedy=bool(table.greedy[sampled].all()),
             any_filter=bool(table.filtered[sampled].any()),
             any_min_len=bool((table.num_computed_tokens[sampled] < table.min_len[sampled]).any()),
-            special=table.logits_rows(sampled, len(decodes), slots, starts, lens),
+            logits=table.logits_rows(sampled, len(decodes), slots, starts, lens),
         )
 
     # Taking in a result
@@ -268,9 +257,8 @@ class Scheduler:
         stop = (table.stop_ids[slots] == tokens[:, None]).any(axis=1)  # never before min_tokens: masked
         full = lengths >= table.max_tokens[slots]
         events = []
-        for slot, token, stopped, ended in zip(
-            slots.tolist(), tokens.tolist(), stop.tolist(), full.tolist(), strict=True
-        ):
+        columns = slots.tolist(), tokens.tolist(), stop.tolist(), full.tolist()
+        for slot, token, stopped, ended in zip(*columns, strict=True):
             request = table.request(slot)
             if request.constraint is not None and not stopped and (error := accept(request.constraint, token)):
                 events.append(self._end(slot, FinishReason.ERROR, error))
@@ -284,13 +272,11 @@ class Scheduler:
                 logprobs=(scores[slot],) if slot in scores else (),
                 prompt_logprobs=tuple(request.prompt_scores),
             )
-            if request.prompt_scores:
-                request.prompt_scores = []
+            request.prompt_scores = []
             events.append(event)
             if finish is not None:
                 self._end(slot, finish)
-        leaving = (table.state[touched] == State.ENDED) | (table.state[touched] == State.RETRACTING)
-        self._settle(touched[leaving].tolist())
+        self._settle(touched[table.state[touched] >= State.RETRACTING].tolist())
         return events
 
     def masks(self, plan: StepPlan, vocab_size: int) -> tuple[Masks, list[TokenEvent]]:
@@ -329,10 +315,7 @@ class Scheduler:
         return TokenEvent(id=request.request.id, finish=finish, cached_tokens=request.cached_tokens, error=error)
 
     def retract_last(self) -> int:
-        """Send the last running request, the youngest of the worst priority, back to the queue; its slot.
-
-        It goes now, or when the step in flight is collected. There must be a running request.
-        """
+        """Queue the last running request again, now or when the step in flight is collected; its slot."""
         slot = int(self.table.rows_in(State.PREFILL, State.DECODE)[-1])
         self.retracted += 1
         self.table.state[slot] = State.RETRACTING
@@ -354,7 +337,6 @@ class Scheduler:
 
 
 def accept(constraint: Constraint, token: int) -> str | None:
-    """Tell the constraint of its token; what is wrong, if anything is."""
     try:
         return None if constraint.accept(token) else f"token {token} breaks the grammar"
     except Exception as error:

@@ -1,12 +1,8 @@
-"""Requests, sampling parameters and events: what users of the engine exchange with it.
-
-All are msgspec structs, so the same objects go through a function call (offline) and through a socket (server).
-"""
+"""Requests, sampling parameters and events: msgspec structs, for calls of the engine (offline) and sockets (server)."""
 
 from __future__ import annotations
 
 import enum
-import math
 from array import array
 from collections.abc import Sequence
 from typing import Literal
@@ -15,12 +11,9 @@ import msgspec
 
 from minisgl.errors import ContextLengthError, InvalidRequestError
 
-MAX_STOP_TOKEN_IDS = 32
-"""Stop ids a request may hold, EOS ids included; the width of the device table that masks them."""
-MAX_LOGPROBS = 20
-"""Most probable tokens whose log-probabilities a request may ask for at each position."""
-MAX_LOGIT_BIAS = 1024
-"""Tokens a request may bias."""
+MAX_STOP_TOKEN_IDS = 32  # of a request, EOS ids included; the width of the device table that masks them
+MAX_LOGPROBS = 20  # most probable tokens whose log-probabilities a request may ask for at each position
+MAX_LOGIT_BIAS = 1024  # tokens a request may bias
 
 
 class FinishReason(enum.StrEnum):
@@ -96,9 +89,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
-        """Take one string as `stop`, as OpenAI does; as a sequence it would be its characters."""
         texts: object = self.stop
-        if isinstance(texts, str):
+        if isinstance(texts, str):  # as OpenAI allows; as a sequence it would be its characters
             msgspec.structs.force_setattr(self, "stop", (texts,))
 
     def validate(self) -> SamplingParams:
@@ -108,10 +100,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             if not ok:
                 raise InvalidRequestError(f"{param} must be {rule}, got {getattr(self, param)!r}", param=param)
 
-        check(math.isfinite(self.temperature) and 0.0 <= self.temperature <= 100.0, "temperature", "between 0 and 100")
-        check(math.isfinite(self.top_p) and 0.0 < self.top_p <= 1.0, "top_p", "in (0, 1]")
+        check(0.0 <= self.temperature <= 100.0, "temperature", "between 0 and 100")
+        check(0.0 < self.top_p <= 1.0, "top_p", "in (0, 1]")
         check(-1 <= self.top_k < 2**31, "top_k", "-1 or 0 (off), or a positive 32-bit integer")
-        check(math.isfinite(self.min_p) and 0.0 <= self.min_p <= 1.0, "min_p", "between 0 and 1")
+        check(0.0 <= self.min_p <= 1.0, "min_p", "between 0 and 1")
         check(self.seed is None or -(2**63) <= self.seed < 2**64, "seed", "a 64-bit integer")
         check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1")
         check(self.min_tokens >= 0, "min_tokens", "at least 0")
@@ -124,8 +116,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         check(len(self.logit_bias) <= MAX_LOGIT_BIAS, "logit_bias", f"of at most {MAX_LOGIT_BIAS} tokens")
         check(all(0 <= t < 2**31 for t in self.logit_bias), "logit_bias", "a map from token ids")
         check(all(-100.0 <= b <= 100.0 for b in self.logit_bias.values()), "logit_bias", "between -100 and 100 each")
-        for name in ("logprobs", "prompt_logprobs"):
-            asked = getattr(self, name)
+        for name, asked in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             check(asked is None or 0 <= asked <= MAX_LOGPROBS, name, f"between 0 and {MAX_LOGPROBS}")
         return self
 
@@ -151,7 +142,6 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def prompt(self) -> memoryview[int]:
-        """The token ids, a view of `prompt_bytes`."""
         return memoryview(self.prompt_bytes).cast("i")
 
 
@@ -206,11 +196,10 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
         limit = f"this model's maximum context length is {self.max_seq_len} tokens"
         if len(prompt) >= self.max_seq_len:
             raise ContextLengthError(f"{limit}, but the prompt has {len(prompt)} and leaves no room", param="prompt")
-        if params.max_tokens is not None and len(prompt) + params.max_tokens > self.max_seq_len:
-            total = f"{len(prompt)} in the prompt and max_tokens {params.max_tokens}"
-            raise ContextLengthError(
-                f"{limit}, but {len(prompt) + params.max_tokens} were asked for ({total})", param="max_tokens"
-            )
+        wanted = len(prompt) + (params.max_tokens or 0)
+        if wanted > self.max_seq_len:
+            parts = f"{len(prompt)} in the prompt and max_tokens {params.max_tokens}"
+            raise ContextLengthError(f"{limit}, but {wanted} were asked for ({parts})", param="max_tokens")
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):

@@ -6,14 +6,15 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from minisgl.core.model_config import Fields, ModelSpec, read_json
+from minisgl.core.model_config import Fields, ModelSpec, Moe, read_json
 from minisgl.errors import ModelError
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -23,8 +24,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 BIAS_STD = 0.02
 BLOCK_OUTPUTS = ("o", "down", "expert_down")
 
-Progress = Callable[[int, int], None]
-"""Called with how many elements were read just now, and how many there are in all."""
+Progress = Callable[[int, int], None]  # called with the number of elements read just now, and that of all
 
 
 @dataclass
@@ -65,17 +65,15 @@ def load_weights(
     folder: Path, spec: ModelSpec, dtype: torch.dtype, device: torch.device, progress: Progress | None = None,
     sharder: Sharder | None = None,
 ) -> Weights:  # fmt: skip
-    """Read a folder's safetensors into tensors of `dtype` on `device`, one checkpoint tensor at a time.
+    """Read a folder's safetensors, one tensor or shard at a time, once all are checked against `spec`.
 
-    With `sharder` only a rank's shard of each is read. Everything is checked against `spec` before anything is
-    allocated. Raises ModelError naming file and tensor.
+    Raises ModelError naming file and tensor.
     """
     with ExitStack() as stack:
         checkpoint = Checkpoint(folder, stack)
-        plan = [(parameter, parameter.sources_in(checkpoint)) for parameter in parameters(spec)]
-        for _, sources in plan:
-            for source in sources:
-                checkpoint.check(source.name, source.shape)
+        plan = [(p, (p.fused,) if p.fused and p.fused.name in checkpoint else p.sources) for p in parameters(spec)]
+        for source in (source for _, sources in plan for source in sources):
+            checkpoint.check(source.name, source.shape)
         checkpoint.check_complete({source.name for _, sources in plan for source in sources})
         total = held_elements(spec, sharder)
         tensors: dict[tuple[int | None, str], Tensor] = {}
@@ -84,8 +82,8 @@ def load_weights(
             make = torch.zeros if shard.padding else torch.empty
             tensor = make(shard.shape(parameter.shape), dtype=dtype, device=device)
             for source in sources:
-                for part in shard_slices(source, shard):
-                    checkpoint.read_into(source.name, tensor[part.region], part.take)
+                for take, region in shard_slices(source, shard):
+                    checkpoint.read_into(source.name, tensor[region], take)
             tensors[parameter.layer, parameter.field] = tensor
             if progress is not None:
                 progress(tensor.numel(), total)
@@ -95,11 +93,10 @@ def load_weights(
 def dummy_weights(
     spec: ModelSpec, dtype: torch.dtype, device: torch.device, seed: int = 0, sharder: Sharder | None = None
 ) -> Weights:
-    """Seeded noise under which activations stay finite, of order one, at any depth and in any dtype.
+    """Seeded noise under which activations stay of order one at any depth; ranks' shards are those of one model.
 
     Norms are 1. Matrices have standard deviation 1 / sqrt(fan in), those that add to the residual stream a further
-    1 / sqrt(2 layers), so that its variance does not grow with depth (as GPT-2 does at initialisation). With `sharder`
-    each tensor is made whole and then split, so that the ranks' shards are those of one model.
+    1 / sqrt(2 layers), so that its variance does not grow with depth (as GPT-2 does at initialisation).
     """
     generator = torch.Generator(device).manual_seed(seed)
     tensors = {}
@@ -117,7 +114,7 @@ def dummy_weights(
 
 
 def assemble(spec: ModelSpec, tensors: Mapping[tuple[int | None, str], Tensor]) -> Weights:
-    """Weights from tensors keyed by (layer, field), as `parameters` names them; one without elements is left out."""
+    """Weights from tensors by (layer, field), as `parameters` names them; one without elements is left out."""
     layers: list[dict[str, Tensor]] = [{} for _ in range(spec.num_layers)]
     for (layer, name), tensor in tensors.items():
         if layer is not None and tensor.numel():
@@ -129,7 +126,7 @@ def assemble(spec: ModelSpec, tensors: Mapping[tuple[int | None, str], Tensor]) 
 
 @dataclass(frozen=True)
 class Source:
-    """One checkpoint tensor and where it goes: `parameter[expert]` (the whole where None), from row `start` on."""
+    """One checkpoint tensor and where it goes: into `parameter[expert]`, or `parameter`, from row `start` on."""
 
     name: str
     shape: tuple[int, ...]
@@ -139,9 +136,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One tensor of ours: its field, its shape, and its sources in order, concatenated along their first dimension.
+    """One tensor of ours, by its sources in order. `layer` None is a field of Weights.
 
-    `layer` None is a field of Weights. `fused` is a checkpoint tensor that may hold the whole parameter instead.
+    `fused` is a checkpoint tensor that may hold all of it instead.
     """
 
     layer: int | None
@@ -150,75 +147,61 @@ class Parameter:
     sources: tuple[Source, ...]
     fused: Source | None = None
 
-    def sources_in(self, checkpoint: Checkpoint) -> tuple[Source, ...]:
-        return (self.fused,) if self.fused is not None and self.fused.name in checkpoint else self.sources
-
 
 def parameters(spec: ModelSpec) -> list[Parameter]:
     """Every parameter of the model, in the order of the forward pass. Nothing else knows Hugging Face's names."""
     hidden, vocab = spec.hidden_size, spec.vocab_size
     found = [_stacked(None, "embedding", {"model.embed_tokens.weight": vocab}, hidden)]
     for layer in range(spec.num_layers):
-        found += _attention_parameters(spec, layer)
-        is_sparse = spec.moe is not None and spec.moe.layers[layer]
-        found += _expert_parameters(spec, layer) if is_sparse else _mlp_parameters(spec, layer)
+        found += _layer_parameters(spec, layer)
     found.append(_stacked(None, "norm", {"model.norm.weight": hidden}))
     if not spec.tie_embeddings:
         found.append(_stacked(None, "head", {"lm_head.weight": vocab}, hidden))
     return found
 
 
-def _stacked(layer: int | None, field: str, heights: Mapping[str, int], *columns: int) -> Parameter:
-    """A parameter of checkpoint tensors (height, *columns), one below the other."""
-    sources, start = [], 0
-    for name, height in heights.items():
-        sources.append(Source(name, (height, *columns), start))
-        start += height
-    return Parameter(layer, field, (start, *columns), tuple(sources))
-
-
-def _attention_parameters(spec: ModelSpec, layer: int) -> list[Parameter]:
-    hidden, head_dim = spec.hidden_size, spec.head_dim
+def _layer_parameters(spec: ModelSpec, layer: int) -> list[Parameter]:
+    hidden, width, head_dim = spec.hidden_size, spec.intermediate_size, spec.head_dim
     q, kv = spec.num_heads * head_dim, spec.num_kv_heads * head_dim
     prefix = f"model.layers.{layer}."
-    attention = f"{prefix}self_attn."
-    heights = {f"{attention}q_proj": q, f"{attention}k_proj": kv, f"{attention}v_proj": kv}
-    found = [
-        _stacked(layer, "input_norm", {f"{prefix}input_layernorm.weight": hidden}),
-        _stacked(layer, "qkv", {f"{name}.weight": height for name, height in heights.items()}, hidden),
-    ]
-    if spec.qkv_bias:
-        found.append(_stacked(layer, "qkv_bias", {f"{name}.bias": height for name, height in heights.items()}))
+    attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+    qkv = {f"{attention}q_proj": q, f"{attention}k_proj": kv, f"{attention}v_proj": kv}
+    found = [_stacked(layer, "input_norm", {f"{prefix}input_layernorm.weight": hidden})]
+    found += _linear(layer, "qkv", qkv, hidden, spec.qkv_bias)
     if spec.qk_norm:
         found.append(_stacked(layer, "q_norm", {f"{attention}q_norm.weight": head_dim}))
         found.append(_stacked(layer, "k_norm", {f"{attention}k_norm.weight": head_dim}))
-    found.append(_stacked(layer, "o", {f"{attention}o_proj.weight": hidden}, q))
-    if spec.o_bias:
-        found.append(_stacked(layer, "o_bias", {f"{attention}o_proj.bias": hidden}))
-    return [*found, _stacked(layer, "post_norm", {f"{prefix}post_attention_layernorm.weight": hidden})]
+    found += _linear(layer, "o", {f"{attention}o_proj": hidden}, q, spec.o_bias)
+    found.append(_stacked(layer, "post_norm", {f"{prefix}post_attention_layernorm.weight": hidden}))
+    if spec.moe is not None and spec.moe.layers[layer]:
+        return found + _expert_parameters(spec.moe, layer, hidden)
+    found += _linear(layer, "gate_up", {f"{mlp}gate_proj": width, f"{mlp}up_proj": width}, hidden, spec.mlp_bias)
+    return found + _linear(layer, "down", {f"{mlp}down_proj": hidden}, width, spec.mlp_bias)
 
 
-def _mlp_parameters(spec: ModelSpec, layer: int) -> list[Parameter]:
-    hidden, width, prefix = spec.hidden_size, spec.intermediate_size, f"model.layers.{layer}.mlp."
-    found = [_stacked(layer, "gate_up", {f"{prefix}{name}_proj.weight": width for name in ("gate", "up")}, hidden)]
-    if spec.mlp_bias:
-        found.append(_stacked(layer, "gate_up_bias", {f"{prefix}{name}_proj.bias": width for name in ("gate", "up")}))
-    found.append(_stacked(layer, "down", {f"{prefix}down_proj.weight": hidden}, width))
-    if spec.mlp_bias:
-        found.append(_stacked(layer, "down_bias", {f"{prefix}down_proj.bias": hidden}))
+def _linear(layer: int, field: str, modules: Mapping[str, int], columns: int, bias: bool) -> list[Parameter]:
+    """The weight, and bias, of modules with so many rows each, concatenated."""
+    found = [_stacked(layer, field, {f"{name}.weight": height for name, height in modules.items()}, columns)]
+    if bias:
+        found.append(_stacked(layer, f"{field}_bias", {f"{name}.bias": height for name, height in modules.items()}))
     return found
 
 
-def _expert_parameters(spec: ModelSpec, layer: int) -> list[Parameter]:
-    assert spec.moe is not None
-    hidden, width, experts = spec.hidden_size, spec.moe.width, spec.moe.num_experts
+def _stacked(layer: int | None, field: str, heights: Mapping[str, int], *columns: int) -> Parameter:
+    """A parameter of checkpoint tensors (height, *columns), concatenated."""
+    *starts, total = accumulate(heights.values(), initial=0)
+    sources = (Source(name, (heights[name], *columns), start) for name, start in zip(heights, starts, strict=True))
+    return Parameter(layer, field, (total, *columns), tuple(sources))
+
+
+def _expert_parameters(moe: Moe, layer: int, hidden: int) -> list[Parameter]:
+    width, experts = moe.width, moe.num_experts
     prefix = f"model.layers.{layer}.mlp."
     gate_up, down = [], []
-    for expert in range(experts):
-        name = f"{prefix}experts.{expert}."
-        gate_up.append(Source(f"{name}gate_proj.weight", (width, hidden), 0, expert))
-        gate_up.append(Source(f"{name}up_proj.weight", (width, hidden), width, expert))
-        down.append(Source(f"{name}down_proj.weight", (hidden, width), 0, expert))
+    for i in range(experts):
+        gate_up.append(Source(f"{prefix}experts.{i}.gate_proj.weight", (width, hidden), 0, i))
+        gate_up.append(Source(f"{prefix}experts.{i}.up_proj.weight", (width, hidden), width, i))
+        down.append(Source(f"{prefix}experts.{i}.down_proj.weight", (hidden, width), 0, i))
     gate_up_shape, down_shape = (experts, 2 * width, hidden), (experts, hidden, width)
     fused_gate_up = Source(f"{prefix}experts.gate_up_proj", gate_up_shape)
     fused_down = Source(f"{prefix}experts.down_proj", down_shape)
@@ -231,22 +214,18 @@ def _expert_parameters(spec: ModelSpec, layer: int) -> list[Parameter]:
 
 @dataclass(frozen=True)
 class Shard:
-    """Ranges [start, stop) of one axis of a parameter, one behind the other, and then `padding` zeros.
-
-    A shard without elements is left out of the model.
-    """
+    """What a rank holds of a parameter: ranges [start, stop) of one axis, concatenated, then `padding` zeros."""
 
     axis: int
     ranges: tuple[tuple[int, int], ...]
     padding: int = 0
 
     def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
-        """The shard's shape, of a parameter of this shape."""
         length = sum(stop - start for start, stop in self.ranges) + self.padding
         return (*whole[: self.axis], length, *whole[self.axis + 1 :])
 
     def of(self, whole: Tensor) -> Tensor:
-        """The shard of a whole parameter; a copy where it is not all of it."""
+        """The shard of a whole parameter, itself or a copy."""
         shape = self.shape(tuple(whole.shape))
         if shape == whole.shape:
             return whole
@@ -257,34 +236,27 @@ class Shard:
         return shard
 
 
-Sharder = Callable[[Parameter], Shard | None]
-"""What a rank holds of a parameter; None: all of it."""
-
-
-class ShardSlice(NamedTuple):
-    """A part of a checkpoint tensor, and the region of the shard that it fills."""
-
-    take: tuple[slice, ...]
-    region: tuple[int | slice, ...]
+Region = tuple[int | slice, ...]
+Sharder = Callable[[Parameter], Shard | None]  # None: a rank holds all of the parameter
 
 
 def shard_of(parameter: Parameter, sharder: Sharder | None) -> Shard:
-    """What is held of a parameter; without a sharder all of it."""
     shard = None if sharder is None else sharder(parameter)
     return shard or Shard(len(parameter.shape) - 1, ((0, parameter.shape[-1]),))
 
 
 def held_elements(spec: ModelSpec, sharder: Sharder | None) -> int:
-    """Elements of all that is held of a model's parameters."""
+    """How many elements a rank holds of all parameters."""
     return sum(math.prod(shard_of(parameter, sharder).shape(parameter.shape)) for parameter in parameters(spec))
 
 
-def shard_slices(source: Source, shard: Shard) -> list[ShardSlice]:
-    """What a rank reads of a source, which is nothing when it holds none of it."""
+def shard_slices(source: Source, shard: Shard) -> list[tuple[Region, Region]]:
+    """Parts of a source that a rank reads, each with the region of the shard that it fills."""
     expert: tuple[int, ...] = () if source.expert is None else (source.expert,)
     axis = shard.axis - len(expert)
     first = source.start if axis == 0 else 0  # where the source begins on the axis that is split
-    found, reached = [], 0
+    found: list[tuple[Region, Region]] = []
+    reached = 0
     for start, stop in shard.ranges:
         low, high = max(start, first), min(stop, first + source.shape[axis])
         if low < high:
@@ -292,16 +264,13 @@ def shard_slices(source: Source, shard: Shard) -> list[ShardSlice]:
             region = [slice(source.start, source.start + source.shape[0]), *take[1:]]
             take[axis] = slice(low - first, high - first)
             region[axis] = slice(reached + low - start, reached + high - start)
-            found.append(ShardSlice(tuple(take), (*expert, *region)))
+            found.append((tuple(take), (*expert, *region)))
         reached += stop - start
     return found
 
 
 class Checkpoint:
-    """The tensors of a model folder by name, mapped while `stack` is open.
-
-    Raises ModelError naming file and tensor for whatever a file lacks or claims wrongly.
-    """
+    """The tensors of a model folder, mapped while `stack` is open. Raises ModelError naming file and tensor."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self.folder = folder
@@ -317,7 +286,6 @@ class Checkpoint:
         return name in self._file_of
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raise ModelError unless there is a floating point tensor of this name and shape."""
         path, file = self._find(name)
         stored = file.get_slice(name)
         if (found := tuple(stored.get_shape())) != shape:
@@ -326,14 +294,14 @@ class Checkpoint:
             raise ModelError(f"{path}: tensor {name} is stored as {dtype}; {', '.join(STORED_DTYPES)} can be read")
 
     def check_complete(self, used: set[str]) -> None:
-        """Raise ModelError for a weight or bias of a known module that is not in `used`: it would change the output."""
+        """Refuse a weight or bias of a known module that is not in `used`: it would change the output."""
         modules = {name.rpartition(".")[0] for name in used}
         for name, file in self._file_of.items():
             module, _, kind = name.rpartition(".")
             if kind in ("weight", "bias") and module in modules and name not in used:
                 raise ModelError(f"{self.folder / file}: tensor {name} has no place in the model the config describes")
 
-    def read_into(self, name: str, destination: Tensor, take: tuple[slice, ...]) -> None:
+    def read_into(self, name: str, destination: Tensor, take: Region) -> None:
         """Copy a part of a tensor into `destination`, converting dtype and device; nothing else of it is read."""
         path, file = self._find(name)
         try:
@@ -360,8 +328,14 @@ class Checkpoint:
     def _read_all(self) -> None:
         single = self.folder / "model.safetensors"
         paths = [single] if single.exists() else sorted(self.folder.glob("*.safetensors"))
+        if not self.folder.is_dir():
+            raise ModelError(f"{self.folder}: no such folder")
         if not paths:
-            raise ModelError(self._why_nothing())
+            pickles = sorted(path.name for path in self.folder.iterdir() if path.suffix in PICKLES)
+            if not pickles:
+                raise ModelError(f"{self.folder}: no *.safetensors file")
+            rule = "is a pickle, which can run any code and is never read; use safetensors"
+            raise ModelError(f"{self.folder}: {pickles[0]} {rule}")
         for path in paths:
             for name in self._open(path.name):
                 if name in self._file_of:
@@ -369,7 +343,7 @@ class Checkpoint:
                 self._file_of[name] = path.name
 
     def _open(self, file: str) -> frozenset[str]:
-        """Map a file; the names of its tensors."""
+        """Map a file, and return the names of its tensors."""
         path = self.folder / file
         try:
             self._files[file] = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
@@ -378,11 +352,3 @@ class Checkpoint:
         except OSError as error:
             raise ModelError(f"{path}: {error.strerror or error}") from error
         return frozenset(self._files[file].keys())
-
-    def _why_nothing(self) -> str:
-        if not self.folder.is_dir():
-            return f"{self.folder}: no such folder"
-        pickles = sorted(path.name for path in self.folder.iterdir() if path.suffix in PICKLES)
-        if pickles:
-            return f"{self.folder}: {pickles[0]} is a pickle, which can run any code and is never read; use safetensors"
-        return f"{self.folder}: no *.safetensors file"

@@ -18,11 +18,9 @@ from torch.distributed import distributed_c10d
 from minisgl.errors import ConfigError
 
 T = TypeVar("T")
-START_TIMEOUT = timedelta(minutes=30)
-"""How long a rank waits for another in a collective on the CPU: loading weights from a slow disk takes long."""
+START_TIMEOUT = timedelta(minutes=30)  # of a collective on the CPU: another rank may load weights from a slow disk
 TEXT_BYTES = 4096
-TOLERANCE = 0.05
-"""Largest error of an all-reduce of a few numbers of order one in 16 bits, relative to the largest result."""
+TOLERANCE = 0.05  # of an all-reduce of a few numbers of order one in 16 bits, relative to the largest result
 
 
 class Collectives(Protocol):
@@ -56,11 +54,9 @@ class TPGroup:
     one_host: bool = True
 
     def least(self, number: int) -> int:
-        """The least of the ranks' numbers."""
         return int(self.control.all_gather(torch.tensor([number], dtype=torch.int64)).min())
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
         self.least(0)
 
 
@@ -146,14 +142,12 @@ def join_group(rank: int, size: int, rendezvous: str, device: torch.device, one_
         timeout=START_TIMEOUT,
         device_id=device if on_gpu else None,
     )
-    control = TorchCollectives(size, torch.device("cpu"))
-    group = TPGroup(rank, size, TorchCollectives(size, device), control, one_host)
+    group = TPGroup(rank, size, TorchCollectives(size, device), TorchCollectives(size, torch.device("cpu")), one_host)
     group.barrier()
     return group
 
 
 def broadcast_text(group: TPGroup, text: str) -> str:
-    """Rank 0's text, on every rank."""
     raw = text.encode()
     assert len(raw) <= TEXT_BYTES
     padded = torch.tensor(list(raw.ljust(TEXT_BYTES, b"\0")), dtype=torch.uint8)

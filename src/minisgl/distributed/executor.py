@@ -1,7 +1,6 @@
-"""The executor of a tensor-parallel group: rank 0's own device, and every plan sent to the workers.
+"""The executor of a tensor-parallel group: every rank executes the same plans in the same order.
 
-Every rank executes the same plans in the same order and samples the same tokens; only rank 0's are fetched. A plan is
-sent before rank 0 starts it, while the device runs the step before.
+All sample the same tokens; only rank 0's are fetched. Plans are sent while the device runs the step before.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from minisgl.core.plan import Masks, StepPlan, StepResult
 from minisgl.core.weights import TORCH_DTYPES, Progress
 from minisgl.distributed.collectives import TPGroup, broadcast_text, join_group
 from minisgl.distributed.messages import FinishStep, LaunchStep, LoadModel
-from minisgl.distributed.operations import SelectedCollectives, select_collectives
+from minisgl.distributed.operations import select_collectives
 from minisgl.distributed.shard import check_shards, local_spec, sharder
 from minisgl.distributed.worker_pool import WorkerPool
 from minisgl.gpu.attention.select import available_backends, capability, choose
@@ -33,12 +32,12 @@ from minisgl.gpu.operations import operations_for
 class GroupExecutor:
     """Runs plans on every rank. An error of any rank is raised by `collect`, or by the next `launch`."""
 
-    def __init__(self, local: LocalExecutor, selected: SelectedCollectives, workers: WorkerPool) -> None:
+    def __init__(self, local: LocalExecutor, group: TPGroup, workers: WorkerPool, collectives: str) -> None:
         self.attention_choice = local.attention_choice
         self.kernels = local.kernels
-        self.collectives = selected.note
+        self.collectives = collectives
         self.local = local
-        self._group = selected.group
+        self._group = group
         self._workers = workers
 
     @property
@@ -57,12 +56,8 @@ class GroupExecutor:
 
     def collect(self) -> StepResult:
         """Wait for the oldest step. Raises EngineDeadError when a worker is gone."""
-        try:
+        with self._workers.name_the_cause():
             return self.local.collect()
-        except Exception as error:
-            if (cause := self._workers.cause_of(error)) is error:
-                raise
-            raise cause from error
 
     def close(self) -> None:
         """Wait for launched steps and end the workers; in a broken group, only end them.
@@ -103,7 +98,7 @@ def build_group_executor(
     choice = choose(config.attn, attention_shape(share, config), available_backends(kind), capability(kind))
     config = config.replace(attn=f"{choice.prefill},{choice.decode}")
     device = torch.device("cpu" if config.device == "cpu" else f"cuda:{launched.local_rank if launched else 0}")
-    use_device(device, config.tp if launched is None else launched.local_size)
+    use_device(device, launched.local_size if launched else config.tp)
     if launched is None:
         workers = WorkerPool.start(config.tp, config.device)
         rendezvous, one_host = f"file://{workers.folder}/rendezvous", True
@@ -112,39 +107,42 @@ def build_group_executor(
         rendezvous, one_host = "env://", launched.one_host
     if on_failure is not None:
         workers.on_failure(on_failure)
-    group = None
+    joined: TPGroup | None = None
     try:
-        group = join_group(0, config.tp, rendezvous, device, one_host)
-        workers.on_failure(group.collectives.abort)
-        if launched is not None:
-            broadcast_text(group, " ".join(workers.addresses))
-            workers.wait_until_started()
-        workers.send(LoadModel(config, str(folder), max_seq_len))
-        local, selected = build_rank_executor(config, folder, spec, max_seq_len, group, progress, workers.check)
-        group.barrier()  # every rank is ready
-    except BaseException as error:
-        failure = workers.cause_of(error) if isinstance(error, Exception) else error
+        with workers.name_the_cause():
+            joined = join_group(0, config.tp, rendezvous, device, one_host)
+            workers.on_failure(joined.collectives.abort)
+            if launched is not None:
+                broadcast_text(joined, " ".join(workers.addresses))
+                workers.wait_until_started()
+            workers.send(LoadModel(config, str(folder), max_seq_len))
+            built = build_rank_executor(config, folder, spec, max_seq_len, joined, progress, workers.check)
+            joined.barrier()  # every rank is ready
+    except BaseException:
         workers.close(force=True)
-        if group is not None:
-            group.collectives.abort()
-            group.collectives.close()
-        raise failure from None if failure is error else error
-    workers.on_failure(selected.group.collectives.abort)
+        if joined is not None:
+            joined.collectives.abort()
+            joined.collectives.close()
+        raise
+    local, group, note = built
+    workers.on_failure(group.collectives.abort)
     local.attention_choice = local.attention_choice.replace("as asked for", choice.why)
-    return GroupExecutor(local, selected, workers)
+    return GroupExecutor(local, group, workers, note)
 
 
 def build_rank_executor(
     config: Config, folder: Path, spec: ModelSpec, max_seq_len: int, group: TPGroup,
     progress: Progress | None = None, alive: Callable[[], None] | None = None,
-) -> tuple[LocalExecutor, SelectedCollectives]:  # fmt: skip
-    """One rank's executor over its share of the model, and the collectives that it uses. Every rank calls this."""
+) -> tuple[LocalExecutor, TPGroup, str]:  # fmt: skip
+    """One rank's executor over its share of the model, the group with its collectives, and a line that names them.
+
+    Every rank calls this.
+    """
     ops = operations_for(torch.device(config.device), spec.hidden_size)
-    selected = select_collectives(config, group, spec, ops, TORCH_DTYPES[config.dtype])
-    share = RankShare(
-        local_spec(spec, group.size), sharder(spec, group.rank, group.size), selected.operations, group.least
-    )
-    return build_local_executor(config, folder, spec, max_seq_len, progress, share, alive), selected
+    group, operations, note = select_collectives(config, group, spec, ops, TORCH_DTYPES[config.dtype])
+    sliced = sharder(spec, group.rank, group.size)
+    share = RankShare(local_spec(spec, group.size), sliced, operations, group.least)
+    return build_local_executor(config, folder, spec, max_seq_len, progress, share, alive), group, note
 
 
 def use_device(device: torch.device, ranks: int) -> None:

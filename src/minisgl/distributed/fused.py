@@ -1,14 +1,12 @@
 """All-reduce, addition to the residual stream and norm in one kernel, and sampling from sharded logits.
 
-For GPUs of one host that can write to each other's memory: torch's symmetric memory allocates the buffers and exchanges
-their addresses. NVLink multicast is not used.
+For GPUs of one host that can write to each other's memory, in buffers of torch's symmetric memory; without multicast.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,25 +21,19 @@ from minisgl.gpu.kernels import all_reduce
 from minisgl.gpu.kernels.all_reduce import GENERATIONS, UNWRITTEN, ReceiveBuffers, buffer_size
 from minisgl.gpu.kernels.sharded_sampling import Barrier, ShardedSampling, flags_size, partial_words
 
-MAX_ROWS = 512
-"""Tokens of a step up to which the kernels are used; NCCL does larger ones."""
+MAX_ROWS = 512  # tokens of a step up to which the kernels are used; NCCL does larger ones
+# Bytes up to which one shot is faster than two, on H200s. In one shot each rank reads all of every other's rows and
+# norms them all; in two it norms its share of the rows and sends the result to the others.
 ONE_SHOT_BYTES, ONE_SHOT_BYTES_TWO_RANKS = 512 * 2**10, 2048 * 2**10
-"""Bytes up to which one shot is faster than two, on H200s. In one shot each rank reads all of every other's rows and
-norms them all; in two it norms its share of the rows and sends the result to the others.
-"""
 CHECKED_ROWS = (1, 5, 64, 256, 512)
 EPS = 1e-6
 
 
-class SymmetricBuffer(NamedTuple):
-    """This rank's tensor, and the addresses of every rank's: int64 (size,) on the device."""
+def allocate(count: int, dtype: torch.dtype, device: torch.device, fill: float = 0.0) -> tuple[Tensor, Tensor]:
+    """A buffer of `count` elements, each `fill`, and the addresses of every rank's: int64 (size,) on the device.
 
-    own: Tensor
-    addresses: Tensor
-
-
-def allocate(count: int, dtype: torch.dtype, device: torch.device, fill: float = 0.0) -> SymmetricBuffer:
-    """A buffer of `count` elements, each `fill`, on every rank; every rank calls it with the same arguments."""
+    Every rank calls it with the same arguments.
+    """
     from torch.distributed import _symmetric_memory as symmetric
 
     own: Tensor = symmetric.empty(count, dtype=dtype, device=device)
@@ -51,7 +43,7 @@ def allocate(count: int, dtype: torch.dtype, device: torch.device, fill: float =
     handle: Any = symmetric.rendezvous(own, dist.group.WORLD.group_name)
     offset = own.data_ptr() - handle.buffer_ptrs[handle.rank]  # in an allocation; the same on every rank
     addresses = [address + offset for address in handle.buffer_ptrs]
-    return SymmetricBuffer(own, torch.tensor(addresses, dtype=torch.int64, device=device))
+    return own, torch.tensor(addresses, dtype=torch.int64, device=device)
 
 
 class FusedNorm:
@@ -111,54 +103,21 @@ class FusedNorm:
                     expect_close(found, expected, f"the fused all-reduce of {rows} rows")
 
 
-@dataclass(frozen=True)
-class FusedCollectives:
-    """The kernels of a group, with their memory."""
+def fused_parallel_operations(
+    plain: Operations, ops: Operations, group: TPGroup, hidden: int, shard: VocabShard, dtype: torch.dtype,
+    device: torch.device, one_shot_bytes: int | None = None,
+) -> Operations:  # fmt: skip
+    """A rank's `plain` operations, with the kernels for steps that these have room for. `ops`: one device's.
 
-    norm: FusedNorm
-    sampling: ShardedSampling
-
-
-def make_fused(
-    group: TPGroup, ops: Operations, hidden: int, shard: VocabShard, dtype: torch.dtype, device: torch.device,
-    one_shot_bytes: int | None = None,
-) -> FusedCollectives:  # fmt: skip
-    """Allocate and check them; every rank calls this. `ops`: one device's. Raises whatever makes them unusable here."""
+    Allocates memory and checks the kernels; every rank calls this. Raises whatever makes them unusable here.
+    """
     if device.type == "cuda":
         require_peers(group, device)
     if one_shot_bytes is None:
         one_shot_bytes = ONE_SHOT_BYTES_TWO_RANKS if group.size == 2 else ONE_SHOT_BYTES
     norm = FusedNorm(group, hidden, dtype, device, one_shot_bytes)
     norm.check(group, ops)
-    return FusedCollectives(norm, make_sampling(group, shard, dtype, device))
-
-
-def require_peers(group: TPGroup, device: torch.device) -> None:
-    """Raise ConfigError unless this GPU can reach the memory of the group's others."""
-    if not group.one_host:
-        raise ConfigError("the ranks are on several hosts")
-    others = [gpu for gpu in range(torch.cuda.device_count()) if gpu != device.index][: group.size - 1]
-    for gpu in others:
-        if not torch.cuda.can_device_access_peer(device.index, gpu):
-            raise ConfigError(f"GPU {device.index} cannot reach the memory of GPU {gpu}")
-
-
-def make_sampling(group: TPGroup, shard: VocabShard, dtype: torch.dtype, device: torch.device) -> ShardedSampling:
-    flags = allocate(flags_size(group.size), torch.int32, device)
-    logits = allocate(MAX_ROWS * shard.width, dtype, device)
-    partials = allocate(partial_words(MAX_ROWS, shard.width), torch.int32, device)
-    return ShardedSampling(
-        barrier=Barrier(group.rank, group.size, flags.own, flags.addresses),
-        vocab=shard.vocab, width=shard.width, rows=MAX_ROWS,
-        own_logits=logits.own.view(MAX_ROWS, shard.width), own_partials=partials.own,
-        logits=logits.addresses, partials=partials.addresses,
-        gathered=torch.empty((MAX_ROWS, group.size * shard.width), dtype=dtype, device=device),
-    )  # fmt: skip
-
-
-def fused_parallel_operations(plain: Operations, fused: FusedCollectives) -> Operations:
-    """A rank's `plain` operations, with the kernels for steps that these have room for."""
-    norm, sampling = fused.norm, fused.sampling
+    sampling = make_sampling(group, shard, dtype, device)
 
     def embed(ids: Tensor, table: Tensor, whole: bool) -> Tensor:
         norm.begin(whole)
@@ -176,3 +135,25 @@ def fused_parallel_operations(plain: Operations, fused: FusedCollectives) -> Ope
         return sampling.sample(rows, table, slots, positions)
 
     return dataclasses.replace(plain, embed=embed, add_rms_norm=add_rms_norm, sample=sample)
+
+
+def require_peers(group: TPGroup, device: torch.device) -> None:
+    """Raise ConfigError unless this GPU can reach the memory of the group's others."""
+    if not group.one_host:
+        raise ConfigError("the ranks are on several hosts")
+    others = [gpu for gpu in range(torch.cuda.device_count()) if gpu != device.index][: group.size - 1]
+    for gpu in others:
+        if not torch.cuda.can_device_access_peer(device.index, gpu):
+            raise ConfigError(f"GPU {device.index} cannot reach the memory of GPU {gpu}")
+
+
+def make_sampling(group: TPGroup, shard: VocabShard, dtype: torch.dtype, device: torch.device) -> ShardedSampling:
+    own_flags, flags = allocate(flags_size(group.size), torch.int32, device)
+    own_logits, logits = allocate(MAX_ROWS * shard.width, dtype, device)
+    own_partials, partials = allocate(partial_words(MAX_ROWS, shard.width), torch.int32, device)
+    return ShardedSampling(
+        barrier=Barrier(group.rank, group.size, own_flags, flags),
+        vocab=shard.vocab, width=shard.width, rows=MAX_ROWS,
+        own_logits=own_logits.view(MAX_ROWS, shard.width), own_partials=own_partials, logits=logits, partials=partials,
+        gathered=torch.empty((MAX_ROWS, group.size * shard.width), dtype=dtype, device=device),
+    )  # fmt: skip

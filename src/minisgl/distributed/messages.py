@@ -1,7 +1,4 @@
-"""Messages between rank 0 and the workers, the processes of the other ranks: msgspec structs in MessagePack.
-
-An array is its dtype, its shape and its bytes.
-"""
+"""Messages between rank 0 and the workers: msgspec structs in MessagePack, where an array is dtype, shape and bytes."""
 
 from __future__ import annotations
 
@@ -16,8 +13,7 @@ from minisgl.core.plan import Masks, StepPlan
 
 DTYPES = frozenset({"<i4", "<i8", "<f4", "|b1"})
 HEARTBEAT_MS = 2000
-SILENCE_MS = 15_000
-"""A host that sends nothing for so long is gone. Between processes of one host the kernel reports an end at once."""
+SILENCE_MS = 15_000  # of a host that is gone; between processes of one host the kernel reports an end at once
 
 
 class LoadModel(msgspec.Struct, frozen=True, tag="load"):
@@ -85,6 +81,6 @@ def _to_array(kind: Any, value: Any) -> Any:
 
 
 ENCODER = msgspec.msgpack.Encoder(enc_hook=_from_array)
+# Both raise ValueError or ValidationError for other messages; arrays are copies.
 TO_WORKER: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker, dec_hook=_to_array)
-"""Its arrays are copies. Like FROM_WORKER it raises ValueError or ValidationError for other messages."""
 FROM_WORKER: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)

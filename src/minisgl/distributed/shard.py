@@ -14,11 +14,10 @@ from minisgl.core.model_config import ModelSpec
 from minisgl.core.weights import Parameter, Shard, Sharder
 from minisgl.errors import ConfigError
 
+# (vocabulary, multiple): from how many tokens on the width of a shard is a multiple of what. The sampling kernels read
+# blocks of 64 tokens at least; the larger multiple gives them large blocks, where it pads less than 3 % for 8 ranks.
 VOCAB_ALIGNMENTS = ((65536, 1024), (0, 64))
-"""(vocabulary, multiple): from how many tokens on the width of a shard is a multiple of what. The sampling kernels read
-blocks of 64 tokens at least; the larger multiple gives them large blocks, where it pads less than 3 % for 8 ranks."""
-ONE_RANK = ("o_bias", "down_bias")
-"""Biases of the GEMMs that are all-reduced: rank 0 alone adds them."""
+ONE_RANK = ("o_bias", "down_bias")  # of the GEMMs that are all-reduced: rank 0 alone adds them
 BY_COLUMN = {"o": 1, "down": 1, "expert_down": 2}
 
 

@@ -1,15 +1,14 @@
 """A worker: the process of a rank other than 0, which executes the plans that rank 0 sends.
 
-Rank 0 starts it by `python -m minisgl.distributed.worker` with a `WorkerStart` on stdin, whose end means that rank 0 is
-gone; or torchrun starts it, and it notices by its connection. Either way it ends at once: it may be in a collective
-that will never finish.
+Rank 0 starts it by `python -m minisgl.distributed.worker RANK SIZE DEVICE FOLDER`, and the end of stdin means that rank
+0 is gone; or torchrun starts it, and it notices by its connection. Either way it ends at once: it may be in a
+collective that will never finish.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import queue
 import select
 import shutil
 import signal
@@ -18,10 +17,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
-import msgspec
 import torch
 import zmq
 
@@ -32,16 +31,13 @@ from minisgl.distributed import messages
 from minisgl.distributed.collectives import TPGroup, broadcast_text, join_group
 from minisgl.distributed.executor import build_rank_executor, use_device
 from minisgl.distributed.messages import FinishStep, LaunchStep, LoadModel, Shutdown, WorkerFailed, WorkerStarted
-from minisgl.distributed.operations import SelectedCollectives
-from minisgl.distributed.worker_pool import POLL_MS, WorkerStart
+from minisgl.distributed.worker_pool import POLL_MS
 from minisgl.errors import ConfigError, MinisglError, ModelError
 from minisgl.formats.hub import locate_model
 
 LINGER_MS = 1000
-SHUTDOWN_SECONDS = 0.5
-"""How long after the end of rank 0's connection its last message, Shutdown, may still arrive."""
-RENDEZVOUS_SECONDS = 2.0
-"""How long the folder of the rendezvous is kept when rank 0 ends before all ranks have joined."""
+SHUTDOWN_SECONDS = 0.5  # after the end of rank 0's connection, in which its last message, Shutdown, may still arrive
+RENDEZVOUS_SECONDS = 2.0  # how long the rendezvous' folder is kept when rank 0 ends before all ranks have joined
 
 
 class Worker:
@@ -74,11 +70,10 @@ class Worker:
         """Join the group, load the model, and execute plans until Shutdown. Ends the process when that fails."""
         self._report(WorkerStarted(self.rank))
         try:
-            group = join()
-            executor, selected = self._load(group)
+            executor, group = self._load(join())
             group.barrier()  # every rank is ready
             self._execute(executor)
-            selected.group.collectives.close()
+            group.collectives.close()
         except Exception as error:
             self._fail(error)
         if self._watcher is not None:  # a socket that another thread waits on must not be closed
@@ -86,7 +81,7 @@ class Worker:
             self._plans.disable_monitor()
         self._context.destroy(linger=LINGER_MS)
 
-    def _load(self, group: TPGroup) -> tuple[LocalExecutor, SelectedCollectives]:
+    def _load(self, group: TPGroup) -> tuple[LocalExecutor, TPGroup]:
         message = self._receive()
         assert isinstance(message, LoadModel)
         config, folder = message.config, Path(message.folder)
@@ -94,12 +89,11 @@ class Worker:
         if not folder.is_dir():  # rank 0 is on another host
             weights = not config.dummy_weight
             folder = locate_model(config.model, config.model_source, dtype=config.dtype, weights=weights)
-        return build_rank_executor(config, folder, read_spec(folder), message.max_seq_len, group)
+        executor, group, _ = build_rank_executor(config, folder, read_spec(folder), message.max_seq_len, group)
+        return executor, group
 
     def _execute(self, executor: LocalExecutor) -> None:
-        launched: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        collector = threading.Thread(target=self._collect, args=(executor, launched), daemon=True)
-        collector.start()
+        collector = ThreadPoolExecutor(1)
         while not isinstance(message := self._receive(), Shutdown):
             match message:
                 case LaunchStep(plan):
@@ -108,18 +102,16 @@ class Worker:
                         continue  # nothing can be collected before its masks have come
                 case FinishStep(masks):
                     executor.finish(masks)
-            launched.put(True)
+            collector.submit(self._collect, executor)
         self._closed.set()
-        launched.put(False)
-        collector.join()
+        collector.shutdown()
         executor.close()
 
-    def _collect(self, executor: LocalExecutor, launched: queue.SimpleQueue[bool]) -> None:
-        while launched.get():
-            try:
-                executor.collect()
-            except Exception as error:
-                self._fail(error)
+    def _collect(self, executor: LocalExecutor) -> None:
+        try:
+            executor.collect()
+        except Exception as error:
+            self._fail(error)
 
     def _receive(self) -> messages.ToWorker:
         return messages.TO_WORKER.decode(self._plans.recv())
@@ -161,18 +153,17 @@ def serve_rank(launched: Launcher) -> int:
 
 def main() -> NoReturn:
     """Entry point of `python -m minisgl.distributed.worker`."""
-    start = msgspec.json.decode(sys.stdin.buffer.readline(), type=WorkerStart)
+    rank, size, device, folder = int(sys.argv[1]), int(sys.argv[2]), torch.device(sys.argv[3]), sys.argv[4]
     joined = threading.Event()
-    follower = threading.Thread(target=end_with_parent, args=(start.folder, joined), daemon=True)
+    follower = threading.Thread(target=end_with_parent, args=(folder, joined), daemon=True)
     follower.start()
-    device = torch.device(start.device)
-    use_device(device, start.size)
-    worker = Worker(start.rank, f"ipc://{start.folder}/plans-{start.rank}", f"ipc://{start.folder}/reports")
+    use_device(device, size)
+    worker = Worker(rank, f"ipc://{folder}/plans-{rank}", f"ipc://{folder}/reports")
     if select.select([sys.stdin], [], [], 0)[0]:  # rank 0 is gone already
         follower.join()
 
     def join() -> TPGroup:
-        group = join_group(start.rank, start.size, f"file://{start.folder}/rendezvous", device)
+        group = join_group(rank, size, f"file://{folder}/rendezvous", device)
         joined.set()
         return group
 

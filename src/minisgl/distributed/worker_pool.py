@@ -10,10 +10,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import msgspec
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
@@ -23,34 +22,19 @@ from minisgl.errors import ConfigError, EngineDeadError, MinisglError
 
 WORKER_COMMAND = (sys.executable, "-m", "minisgl.distributed.worker")
 POLL_MS = 100
-LAST_REPORT_MS = 300
-"""How long the last report of a worker whose connection ended is waited for."""
-CAUSE_SECONDS = 2.0
-"""How long after an error in a collective a worker that may have caused it is looked for."""
+LAST_REPORT_MS = 300  # for the last report of a worker whose connection ended
+CAUSE_SECONDS = 2.0  # after an error in a collective, for news of a worker that may have caused it
 STOP_SECONDS = 5.0
-MAX_FOLDER = 70
-"""Characters of the temporary folder's path; that of a Unix socket has at most 107."""
+MAX_FOLDER = 70  # characters of the temporary folder's path; that of a Unix socket has at most 107
 
 log = logging.getLogger(__name__)
-
-
-class WorkerStart(msgspec.Struct, frozen=True):
-    """A line of JSON on the stdin of a worker that rank 0 started. The end of stdin means that rank 0 is gone.
-
-    `folder` holds the sockets plans-RANK and reports, and the rendezvous. A worker that outlives rank 0 removes it.
-    """
-
-    rank: int
-    size: int
-    device: str
-    folder: str
 
 
 class WorkerPool:
     """Ranks 1 to size - 1. Used by one thread of rank 0; a thread of its own listens.
 
     `address` is a ZeroMQ endpoint that ends with "*", in place of which each socket has a name or port of its own.
-    `folder` is that of the workers that `start` started (see `WorkerStart`).
+    `folder`, of the workers that `start` started, holds the sockets plans-RANK and reports, and the rendezvous.
     """
 
     def __init__(self, size: int, address: str) -> None:
@@ -78,7 +62,7 @@ class WorkerPool:
     def start(cls, size: int, device: str) -> WorkerPool:
         """Start workers as processes of this host, and wait until they run. `device`: "cpu" or "cuda".
 
-        The sockets lie in a folder that only this user can enter.
+        The sockets lie in a folder that only this user can enter. A worker's stdin ends when this process does.
         """
         base = tempfile.gettempdir()
         folder = Path(tempfile.mkdtemp(prefix="minisgl-ranks-", dir=base if len(base) <= MAX_FOLDER else "/tmp"))
@@ -86,12 +70,9 @@ class WorkerPool:
         pool.folder = folder
         try:
             for rank in range(1, size):
-                process = subprocess.Popen(WORKER_COMMAND, stdin=subprocess.PIPE, bufsize=0, start_new_session=True)
-                pool._processes.append(process)
-                start = WorkerStart(rank, size, device if device == "cpu" else f"cuda:{rank}", str(folder))
-                assert process.stdin is not None
-                with contextlib.suppress(BrokenPipeError):  # it has ended: `wait_until_started` raises
-                    process.stdin.write(msgspec.json.encode(start) + b"\n")
+                own = device if device == "cpu" else f"cuda:{rank}"
+                command = [*WORKER_COMMAND, str(rank), str(size), own, str(folder)]
+                pool._processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True))
             pool.wait_until_started()
         except BaseException:
             pool.close(force=True)
@@ -105,7 +86,6 @@ class WorkerPool:
 
     @property
     def broken(self) -> bool:
-        """Whether a worker is gone."""
         return self._failure is not None
 
     def on_failure(self, callback: Callable[[], None]) -> None:
@@ -127,7 +107,6 @@ class WorkerPool:
                         raise EngineDeadError(f"rank {rank} of {self.size} ended with {status} at its start")
 
     def send(self, message: ToWorker) -> None:
-        """Send to every worker; returns at once."""
         data = messages.ENCODER.encode(message)
         for socket in self._plans:
             socket.send(data)
@@ -137,13 +116,19 @@ class WorkerPool:
         if self._failure is not None:
             raise self._failure
 
-    def cause_of(self, error: Exception) -> Exception:
-        """The failure of a worker that explains an error of this rank; the error itself where there is none."""
-        if isinstance(error, MinisglError):
-            return error
-        with self._changed:
-            self._changed.wait_for(lambda: self._failure is not None, CAUSE_SECONDS)
-            return error if self._failure is None else self._failure
+    @contextlib.contextmanager
+    def name_the_cause(self) -> Iterator[None]:
+        """Raise a worker's failure in place of an error of this rank that follows from it."""
+        try:
+            yield
+        except MinisglError:
+            raise
+        except Exception as error:
+            with self._changed:
+                self._changed.wait_for(lambda: self.broken, CAUSE_SECONDS)
+            if self._failure is not None:
+                raise self._failure from error
+            raise
 
     def close(self, force: bool = False) -> None:
         """Let the workers finish and end; kill those that do not end in time, or all of them, by `force`."""
@@ -173,11 +158,8 @@ class WorkerPool:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _listen(self) -> None:
-        poller = zmq.Poller()
-        for socket in (self._reports, *self._monitors):
-            poller.register(socket, zmq.POLLIN)
         while not self._closing.is_set():
-            ready = dict(poller.poll(POLL_MS))
+            ready, _, _ = zmq.select([self._reports, *self._monitors], [], [], POLL_MS / 1000)
             if self._reports in ready:
                 self._handle(messages.FROM_WORKER.decode(self._reports.recv()))
             for rank, monitor in enumerate(self._monitors, start=1):
@@ -200,13 +182,9 @@ class WorkerPool:
 
     def _disconnected_beside(self, rank: int) -> int | None:
         """Another worker whose connection has ended, or does within LAST_REPORT_MS."""
-        others = {monitor: other for other, monitor in enumerate(self._monitors, start=1) if other != rank}
-        if not others:
-            return None
-        poller = zmq.Poller()
-        for monitor in others:
-            poller.register(monitor, zmq.POLLIN)
-        return next((others[monitor] for monitor, _ in poller.poll(LAST_REPORT_MS)), None)
+        others = [monitor for other, monitor in enumerate(self._monitors, start=1) if other != rank]
+        ended = zmq.select(others, [], [], LAST_REPORT_MS / 1000)[0] if others else []
+        return self._monitors.index(ended[0]) + 1 if ended else None
 
     def _disconnected(self, rank: int) -> None:
         """A worker's connection ended: its last report says why. Reports of others are consequences and are dropped."""

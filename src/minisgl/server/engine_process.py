@@ -149,7 +149,7 @@ class EngineServer:
 
     def run(self) -> int:
         try:
-            built = build_engine(self.config, progress=sys.stderr.isatty(), when_gone=leave_soon)
+            built = build_engine(self.config, progress=sys.stderr.isatty(), on_failure=leave_soon)
             self.engine, self.grammars = built.engine, PendingGrammars(built.engine.constraints)
             self.ready = ipc.Ready(built.engine.model, str(built.folder), list(built.notes))
             self.links.send(self.ready)

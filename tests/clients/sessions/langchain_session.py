@@ -2,34 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from typing import Any, Literal
+from typing import Any
 
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_openai import ChatOpenAI, OpenAI
-from pydantic import BaseModel, Field
 
-QUESTION = "What is the capital of France?"
-
-
-class GetWeather(BaseModel):
-    """The weather in a city."""
-
-    city: Literal["Paris", "Rome"]
-    unit: Literal["C", "F"]
-
-
-class Answer(BaseModel):
-    """An answer about a capital."""
-
-    capital: str = Field(max_length=20)
-    large: bool
-
-
-def report(step: str, seen: Any) -> None:
-    """Say what a step saw."""
-    print(json.dumps({"step": step, "seen": seen}), flush=True)
+from helpers.session import QUESTION, Answer, GetWeather, report
 
 
 def main(url: str, model: str) -> None:

@@ -3,40 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 from typing import Any
 
 import litellm
 
-MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
-PARAMETERS = {
-    "type": "object",
-    "properties": {"city": {"enum": ["Paris", "Rome"]}, "unit": {"enum": ["C", "F"]}},
-    "required": ["city", "unit"],
-    "additionalProperties": False,
-}
-TOOLS = [{"type": "function", "function": {"name": "get_weather", "description": "", "parameters": PARAMETERS}}]
-SCHEMA = {
-    "type": "object",
-    "properties": {"capital": {"type": "string", "maxLength": 20}, "large": {"type": "boolean"}},
-    "required": ["capital", "large"],
-    "additionalProperties": False,
-}
+from helpers.session import QUESTION, Answer, GetWeather, report
 
-
-def report(step: str, seen: Any) -> None:
-    """Say what a step saw."""
-    print(json.dumps({"step": step, "seen": seen}), flush=True)
-
-
-def check_arguments(text: str) -> dict[str, str]:
-    """The arguments of a call of `get_weather`, which are valid."""
-    arguments: dict[str, str] = json.loads(text)
-    assert set(arguments) >= {"city", "unit"}, text
-    assert arguments["city"] in ("Paris", "Rome")
-    assert arguments["unit"] in ("C", "F")
-    return arguments
+MESSAGES = [{"role": "user", "content": QUESTION}]
+FUNCTION = {"name": "get_weather", "description": "", "parameters": GetWeather.model_json_schema()}
+TOOLS = [{"type": "function", "function": FUNCTION}]
+FORM = {"name": "answer", "strict": True, "schema": Answer.model_json_schema()}
 
 
 def main(url: str, model: str) -> None:
@@ -63,7 +40,7 @@ def main(url: str, model: str) -> None:
         called = litellm.completion(messages=MESSAGES, max_tokens=64, tools=TOOLS, tool_choice="required", **place)
         call = called.choices[0].message.tool_calls[0]
         assert call.function.name == "get_weather"
-        report(f"{provider}: required tool", check_arguments(call.function.arguments))
+        report(f"{provider}: required tool", GetWeather.model_validate_json(call.function.arguments).model_dump())
 
         chosen = {"type": "function", "function": {"name": "get_weather"}}
         chunks = list(
@@ -71,13 +48,12 @@ def main(url: str, model: str) -> None:
         )
         built = litellm.stream_chunk_builder(chunks, messages=MESSAGES)
         (streamed,) = built.choices[0].message.tool_calls
-        report(f"{provider}: streamed tool", check_arguments(streamed.function.arguments))
+        report(f"{provider}: streamed tool", GetWeather.model_validate_json(streamed.function.arguments).model_dump())
 
-        form = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": SCHEMA}}
+        form = {"type": "json_schema", "json_schema": FORM}
         formed = litellm.completion(messages=MESSAGES, max_tokens=64, response_format=form, **place)
-        value = json.loads(formed.choices[0].message.content)
-        assert set(value) == {"capital", "large"}
-        report(f"{provider}: structured", value)
+        value = Answer.model_validate_json(formed.choices[0].message.content)
+        report(f"{provider}: structured", value.model_dump())
 
         try:
             litellm.completion(messages=MESSAGES, max_tokens=8, **{**place, "temperature": -1})

@@ -42,19 +42,12 @@ const left = await client.chat.completions.create({ ...options, max_completion_t
 for await (const _ of left) break;
 report("leave", true);
 
-const tool = {
-  type: "function",
-  function: {
-    name: "get_weather",
-    description: "The weather in a city",
-    parameters: {
-      type: "object",
-      properties: { city: { type: "string", enum: ["Paris", "Rome"] }, unit: { type: "string", enum: ["C", "F"] } },
-      required: ["city", "unit"],
-      additionalProperties: false,
-    },
-  },
-};
+const closedObject = (properties) => (
+  { type: "object", properties, required: Object.keys(properties), additionalProperties: false }
+);
+const oneOf = (...values) => ({ type: "string", enum: values });
+const parameters = closedObject({ city: oneOf("Paris", "Rome"), unit: oneOf("C", "F") });
+const tool = { type: "function", function: { name: "get_weather", description: "The weather in a city", parameters } };
 const checkCall = (call) => {
   assert.equal(call.type, "function");
   assert.equal(call.function.name, "get_weather");
@@ -64,10 +57,8 @@ const checkCall = (call) => {
   return given;
 };
 const forced = { model, messages, tools: [tool], max_completion_tokens: 64, temperature: 0 };
-const called = await client.chat.completions.create({
-  ...forced,
-  tool_choice: { type: "function", function: { name: "get_weather" } },
-});
+const tool_choice = { type: "function", function: { name: "get_weather" } };
+const called = await client.chat.completions.create({ ...forced, tool_choice });
 assert.equal(called.choices[0].message.tool_calls.length, 1);
 report("named tool", checkCall(called.choices[0].message.tool_calls[0]));
 
@@ -76,45 +67,25 @@ const final = await streamed.finalChatCompletion();
 assert.equal(final.choices[0].finish_reason, "tool_calls");
 report("streamed tool", checkCall(final.choices[0].message.tool_calls[0]));
 
-const answered = await client.chat.completions.create({
-  ...forced,
-  tool_choice: "none",
-  max_completion_tokens: 8,
-  messages: [
-    ...messages,
-    called.choices[0].message,
-    { role: "tool", tool_call_id: called.choices[0].message.tool_calls[0].id, content: "21 C" },
-  ],
-});
+const { message } = called.choices[0];
+const result = { role: "tool", tool_call_id: message.tool_calls[0].id, content: "21 C" };
+const history = [...messages, message, result];
+const none = { ...forced, tool_choice: "none", max_completion_tokens: 8, messages: history };
+const answered = await client.chat.completions.create(none);
 assert.ok(answered.choices[0].message.content.length > 0);
 report("tool answer", answered.choices[0].message.content);
 
-const schema = {
-  type: "object",
-  properties: { capital: { type: "string", maxLength: 20 }, large: { type: "boolean" } },
-  required: ["capital", "large"],
-  additionalProperties: false,
-};
-const parsed = await client.chat.completions.parse({
-  model,
-  messages,
-  max_completion_tokens: 64,
-  temperature: 0,
-  response_format: { type: "json_schema", json_schema: { name: "answer", strict: true, schema } },
-});
+const schema = closedObject({ capital: { type: "string", maxLength: 20 }, large: { type: "boolean" } });
+const response_format = { type: "json_schema", json_schema: { name: "answer", strict: true, schema } };
+const structured = { model, messages, max_completion_tokens: 64, temperature: 0, response_format };
+const parsed = await client.chat.completions.parse(structured);
 const value = JSON.parse(parsed.choices[0].message.content);
 assert.equal(typeof value.capital, "string");
 assert.equal(typeof value.large, "boolean");
 report("structured", value);
 
-const completion = await client.completions.create({
-  model,
-  prompt: "One, two, three,",
-  max_tokens: 4,
-  logprobs: 2,
-  echo: true,
-  temperature: 0,
-});
+const textOptions = { model, prompt: "One, two, three,", max_tokens: 4, logprobs: 2, echo: true, temperature: 0 };
+const completion = await client.completions.create(textOptions);
 assert.ok(completion.choices[0].text.startsWith("One, two, three,"));
 const logprobs = completion.choices[0].logprobs;
 assert.equal(logprobs.tokens.join(""), completion.choices[0].text);

@@ -3,33 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
-from typing import Any, Literal
+from typing import Any
 
 import openai
-from pydantic import BaseModel, Field
 
-QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
+from helpers.session import QUESTION, Answer, GetWeather, report
 
-
-class GetWeather(BaseModel):
-    """The weather in a city."""
-
-    city: Literal["Paris", "Rome"]
-    unit: Literal["C", "F"]
-
-
-class Answer(BaseModel):
-    """An answer about a capital."""
-
-    capital: str = Field(max_length=20)
-    large: bool
-
-
-def report(step: str, seen: Any) -> None:
-    """Say what a step saw."""
-    print(json.dumps({"step": step, "seen": seen}), flush=True)
+MESSAGES: Any = [{"role": "user", "content": QUESTION}]
 
 
 def main(url: str, model: str) -> None:
@@ -41,23 +22,23 @@ def main(url: str, model: str) -> None:
     assert [found.id for found in client.models.list()] == [model]
     report("models", client.models.retrieve(model).id)
 
-    whole = create(messages=QUESTION, max_completion_tokens=8, **greedy)
+    whole = create(messages=MESSAGES, max_completion_tokens=8, **greedy)
     text = whole.choices[0].message.content
     assert text
     assert whole.usage.completion_tokens <= 8
     report("chat", text)
 
     chunks = list(
-        create(messages=QUESTION, max_tokens=8, stream=True, stream_options={"include_usage": True}, **greedy)
+        create(messages=MESSAGES, max_tokens=8, stream=True, stream_options={"include_usage": True}, **greedy)
     )
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == text
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
     report("stream", len(chunks))
 
-    assert asyncio.run(at_once(url, {**greedy, "messages": QUESTION, "max_tokens": 8})) == [text] * 4
+    assert asyncio.run(at_once(url, {**greedy, "messages": MESSAGES, "max_tokens": 8})) == [text] * 4
     report("async", 4)
 
-    several = create(messages=QUESTION, max_tokens=8, n=2, model=model, seed=1, logprobs=True, top_logprobs=2)
+    several = create(messages=MESSAGES, max_tokens=8, n=2, model=model, seed=1, logprobs=True, top_logprobs=2)
     for choice in several.choices:
         assert "".join(token.token for token in choice.logprobs.content).startswith(choice.message.content)
         assert all(len(token.top_logprobs) == 2 for token in choice.logprobs.content)
@@ -65,7 +46,7 @@ def main(url: str, model: str) -> None:
 
     tools = [openai.pydantic_function_tool(GetWeather)]
     called = client.chat.completions.parse(
-        messages=QUESTION, tools=tools, tool_choice="required", parallel_tool_calls=False, max_tokens=64, **greedy
+        messages=MESSAGES, tools=tools, tool_choice="required", parallel_tool_calls=False, max_tokens=64, **greedy
     )
     (call,) = called.choices[0].message.tool_calls or []
     arguments = call.function.parsed_arguments
@@ -74,7 +55,7 @@ def main(url: str, model: str) -> None:
 
     chosen: Any = {"type": "function", "function": {"name": "GetWeather"}}
     with client.chat.completions.stream(
-        messages=QUESTION, tools=tools, tool_choice=chosen, max_tokens=64, **greedy
+        messages=MESSAGES, tools=tools, tool_choice=chosen, max_tokens=64, **greedy
     ) as events:
         deltas = [event for event in events if event.type == "tool_calls.function.arguments.delta"]
         final = events.get_final_completion()
@@ -83,16 +64,16 @@ def main(url: str, model: str) -> None:
     assert "".join(delta.arguments_delta for delta in deltas) == streamed.function.arguments
     report("streamed tool", len(deltas))
 
-    history = [*QUESTION, called.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": "21 C"}]
+    history = [*MESSAGES, called.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": "21 C"}]
     answered = create(messages=history, tools=tools, tool_choice="none", max_tokens=8, **greedy)
     assert answered.choices[0].finish_reason in ("stop", "length")
     report("tool answer", answered.choices[0].message.content)
 
-    formed = client.chat.completions.parse(messages=QUESTION, response_format=Answer, max_tokens=64, **greedy)
+    formed = client.chat.completions.parse(messages=MESSAGES, response_format=Answer, max_tokens=64, **greedy)
     assert isinstance(formed.choices[0].message.parsed, Answer)
     report("structured", formed.choices[0].message.parsed.model_dump())
 
-    with client.chat.completions.stream(messages=QUESTION, response_format=Answer, max_tokens=64, **greedy) as events:
+    with client.chat.completions.stream(messages=MESSAGES, response_format=Answer, max_tokens=64, **greedy) as events:
         assert events.get_final_completion().choices[0].message.parsed == formed.choices[0].message.parsed
     report("streamed structured", True)
 
@@ -107,7 +88,7 @@ def main(url: str, model: str) -> None:
     bodies = ({"temperature": -1}, {"messages": []}, {"model": "another"}, {"max_tokens": 10**6})
     for body in bodies:
         try:
-            create(**{**greedy, "messages": QUESTION, **body})
+            create(**{**greedy, "messages": MESSAGES, **body})
         except (openai.BadRequestError, openai.NotFoundError) as error:
             refused.append(error.param)
     report("errors", refused)

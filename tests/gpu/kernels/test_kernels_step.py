@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor
 
 from minisgl.core import kv_cache as reference
-from minisgl.core.kv_cache import StepInputs
+from minisgl.core.kv_cache import DeviceTables, StepInputs
 from minisgl.gpu.kernels import step as kernels
 
 SCRATCH = 5000
-
-
-@dataclass
-class Tables:
-    last_token: Tensor
-    length: Tensor
-    page_table: Tensor
 
 
 @pytest.mark.parametrize("page_size", [1, 16, 24])
@@ -30,13 +21,10 @@ def test_rows_are_gathered_and_committed_as_the_reference_does(
 ) -> None:
     torch.manual_seed(page_size)
     rows, live, batch = 40, 25, 32
-    tables = Tables(
-        last_token=torch.randint(50000, (rows + 1,), dtype=torch.int32, device=device),
-        length=torch.randint(max_pages * page_size - 1, (rows + 1,), dtype=torch.int32, device=device),
-        page_table=torch.randint(SCRATCH, (rows + 1, max_pages), dtype=torch.int32, device=device),
-    )
-    tables.length[rows] = 0
-    tables.page_table[rows] = SCRATCH
+    tables = DeviceTables(rows, max_pages, SCRATCH, device)
+    tables.last_token.random_(50000)
+    tables.length[:rows].random_(max_pages * page_size - 1)
+    tables.page_table[:rows].random_(SCRATCH)
     changes = torch.full((3, batch), -1, dtype=torch.int32, device=device)
     changes[0] = rows
     changes[0, :live] = torch.randperm(rows, device=device)[:live]

@@ -1,0 +1,53 @@
+"""What must hold of the pages after every step: each is free, cached or owned by one row, and locks are right."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+import numpy as np
+
+from minisgl.core.pages import CacheManager, PageAllocator
+from minisgl.core.plan import Int32
+from minisgl.core.radix_cache import Node, RadixCache
+
+
+def free_pages(allocator: PageAllocator) -> list[int]:
+    free: list[int] = allocator._stack[: allocator.num_free].tolist()
+    return free
+
+
+def check_tree(tree: RadixCache, holders: Iterable[Node]) -> list[int]:
+    """Every page in the tree; asserts that locks are those of `holders` and that the counts are right."""
+    nodes = [*tree.root.children.values()]
+    for node in nodes:  # grows while it is read
+        nodes += node.children.values()
+    locks = Counter(held for node in holders for held in node.path())
+    assert locks == Counter({node: node.locks for node in nodes if node.locks}), "locks are not those that rows hold"
+    for node in nodes:
+        assert node.parent is not None
+        assert node.parent.children[node.tokens[: tree.page_size].tobytes()] is node
+        assert len(node.tokens) == len(node.pages) * tree.page_size > 0
+        assert node.queued or not node.evictable
+    assert tree.num_pages == sum(len(node.pages) for node in nodes)
+    assert tree.num_evictable == sum(len(node.pages) for node in nodes if node.locks == 0)
+    assert len(tree.root.pages) == 0
+    return [page for node in nodes for page in node.pages.tolist()]
+
+
+def check_cache(cache: CacheManager) -> None:
+    """Assert that each page is in exactly one place and that rows lock exactly what they borrow."""
+    places = free_pages(cache._allocator) + check_tree(cache._cache, cache._nodes.values())
+    for slot, count in enumerate(cache.row_pages.tolist()):
+        if slot not in cache._nodes:
+            assert count == 0, f"row {slot} has ended and holds pages"
+            continue
+        row, borrowed = cache.page_table[slot, :count], cache._borrowed[slot, :count]
+        places += row[~borrowed].tolist()
+        held = [node.pages for node in reversed(cache._nodes[slot].path())]
+        prefix: Int32 = np.concatenate([np.empty(0, np.int32), *held])
+        index = np.flatnonzero(borrowed)
+        assert len(prefix) == cache._held[slot] <= count
+        assert (index < len(prefix)).all(), f"row {slot} borrows pages that it does not lock"
+        assert np.array_equal(prefix[index], row[index])
+    assert sorted(places) == list(range(cache.num_pages)), "a page is in no place or in two"
