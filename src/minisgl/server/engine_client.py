@@ -26,6 +26,7 @@ ENGINE_DIED = "the engine ended; nothing can be generated until the server is st
 MAX_LIVE = 4096  # that wait or run; more are turned away rather than queued without bound
 MAX_RETRY_SECONDS = 60
 DRAIN_RETRY_SECONDS = 5  # by then another server may answer
+DRAIN_POLL_SECONDS = 0.05
 
 logger = logging.getLogger(__name__)
 
@@ -160,8 +161,6 @@ class EngineClient:
         self._link = link
         self._timeout = config.request_timeout
         self._live: dict[str, tuple[RequestStats, RequestGroup]] = {}
-        self._idle = asyncio.Event()
-        self._idle.set()
         self._replies: dict[int, asyncio.Future[ipc.Reply]] = {}
         self._nonces = itertools.count(1)
         self._ready: asyncio.Future[ipc.Ready] = asyncio.get_running_loop().create_future()
@@ -206,7 +205,6 @@ class EngineClient:
             self.queue.change(1, stats.prompt_tokens)
             if record is not None:
                 record.choices.append(stats)
-        self._idle.clear()
         try:
             for request in requests:
                 self._send(ipc.Add(request, self._link))
@@ -217,16 +215,15 @@ class EngineClient:
 
     def release(self, ids: list[str], finish: str) -> None:
         """Forget these requests and have the engine end them; `finish` is why, for the metrics."""
-        now = time.monotonic()
         for request_id in ids:
-            if request_id in self._live:
-                self._end(request_id, finish, now)
+            self._end(request_id, finish, time.monotonic())
         self.send(ipc.Abort(ids))
 
     async def drain(self) -> None:
         """Take no request any more, and wait until the last one has ended."""
         self.draining = True
-        await self._idle.wait()
+        while self._live:
+            await asyncio.sleep(DRAIN_POLL_SECONDS)
 
     async def ping(self, timeout: float) -> EngineStats:
         """The engine's counts, from between two steps; raises EngineDeadError when they do not come in time (s)."""
@@ -305,8 +302,6 @@ class EngineClient:
         if request.first is None:
             self.queue.change(-1, -request.prompt_tokens)
         self.metrics.on_end(request, finish, now)
-        if not self._live:
-            self._idle.set()
 
     async def _receive(self) -> None:
         try:
