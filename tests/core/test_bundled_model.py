@@ -56,10 +56,8 @@ def test_the_bundled_tokenizer_cuts_every_digit_off(folder: Path) -> None:
     ours = Tokenizer.from_file(str(folder / "tokenizer.json"))
     state = json.loads(ours.to_str())
     gpt2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-    split = [
-        {"type": "Split", "pattern": {"Regex": rule}, "behavior": "Isolated", "invert": False}
-        for rule in (r"\p{N}", gpt2)
-    ]
+    how = {"type": "Split", "behavior": "Isolated", "invert": False}
+    split = [{**how, "pattern": {"Regex": rule}} for rule in (r"\p{N}", gpt2)]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*split, level]}
     reference = Tokenizer.from_str(json.dumps(state))

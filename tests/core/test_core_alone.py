@@ -24,10 +24,6 @@ def test_core_alone_says_of_twenty_prompts_what_transformers_says() -> None:
     command = [sys.executable, str(PROGRAM), str(folder), str(TOKENS)]
     said = subprocess.run(command, input=json.dumps(prompts), text=True, check=True, capture_output=True).stdout
     model = AutoModelForCausalLM.from_pretrained(folder)
-    theirs = [
-        model.generate(
-            torch.tensor([prompt]), max_new_tokens=TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
-        )[0, len(prompt) :].tolist()
-        for prompt in prompts
-    ]
+    how = {"max_new_tokens": TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    theirs = [model.generate(torch.tensor([p]), **how)[0, len(p) :].tolist() for p in prompts]
     assert json.loads(said) == theirs
