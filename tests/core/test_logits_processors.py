@@ -188,8 +188,7 @@ def test_a_row_used_again_forgets_who_was_there() -> None:
 def test_ordinary_steps_run_no_logits_processors() -> None:
     engine = make_engine()
     plans = record_plans(engine)
-    ordinary = [Request.make(id=str(i), prompt=[i + 1] * 5, params=SamplingParams(max_tokens=6)) for i in range(3)]
-    answers(engine, ordinary)
+    answers(engine, [greedy(str(i), [i + 1] * 5, max_tokens=6) for i in range(3)])
     assert all(plan.logits is None for plan in plans)
     assert isinstance(engine.executor, LocalExecutor)
     tables = engine.executor.runner.logits_processors
