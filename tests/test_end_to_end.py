@@ -12,9 +12,25 @@ from collections.abc import Iterator
 import httpx
 import openai
 import pytest
+from openai.types import Completion
 from openai.types.chat import ChatCompletionMessageParam
 
 from helpers.processes import BOUND, children, server, wait_for, wait_until_gone
+
+NAME = "SmolLM2-135M-Instruct"
+
+
+def connect(url: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+def begin(client: openai.OpenAI) -> openai.Stream[Completion]:
+    """A completion that takes long; its first token has come."""
+    stream = client.completions.create(
+        model=NAME, prompt="Tell me", max_tokens=2000, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(stream))
+    return stream
 
 
 @pytest.fixture(scope="module")
@@ -23,47 +39,42 @@ def url() -> Iterator[str]:
         yield address
 
 
-def test_the_capital_of_france_is_paris(url: str) -> None:
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+@pytest.fixture(scope="module")
+def client(url: str) -> openai.OpenAI:
+    return connect(url)
+
+
+def test_the_capital_of_france_is_paris(client: openai.OpenAI) -> None:
     model = client.models.list().data[0].id
     messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is the capital of France?"}]
     answer = client.chat.completions.create(model=model, messages=messages, temperature=0)
     assert "Paris" in (answer.choices[0].message.content or "")
     assert answer.choices[0].finish_reason == "stop"
-    chunks = list(
-        client.chat.completions.create(
-            model=model,
-            messages=messages,
-            temperature=0,
-            stream=True,
-            stream_options={"include_usage": True},
-        )
+    stream = client.chat.completions.create(
+        model=model, messages=messages, temperature=0, stream=True, stream_options={"include_usage": True}
     )
+    chunks = list(stream)
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert text == answer.choices[0].message.content
-    assert chunks[-1].usage is not None
-    assert answer.usage is not None
+    assert chunks[-1].usage
+    assert answer.usage
     assert chunks[-1].usage.completion_tokens == answer.usage.completion_tokens
 
 
-def test_a_seed_makes_an_answer_repeatable_among_others(url: str) -> None:
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-
-    def sampled(prompts: list[str]) -> list[str]:
+def test_a_seed_makes_an_answer_repeatable_among_others(client: openai.OpenAI) -> None:
+    def sampled(prompts: list[str]) -> str:
         answer = client.completions.create(
-            model="SmolLM2-135M-Instruct", prompt=prompts, max_tokens=12, temperature=0.9, top_p=0.9, seed=7
+            model=NAME, prompt=prompts, max_tokens=12, temperature=0.9, top_p=0.9, seed=7
         )
-        return [choice.text for choice in answer.choices]
+        return answer.choices[0].text
 
-    assert sampled(["The sea", "The sky", "A tree"])[0] == sampled(["The sea"])[0]
+    assert sampled(["The sea", "The sky", "A tree"]) == sampled(["The sea"])
 
 
-def test_an_answer_follows_a_schema_and_a_hostile_one_is_refused(url: str) -> None:
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-
+def test_an_answer_follows_a_schema_and_a_hostile_one_is_refused(client: openai.OpenAI) -> None:
     def answer(schema: dict[str, object]) -> str:
         chat = client.chat.completions.create(
-            model="SmolLM2-135M-Instruct",
+            model=NAME,
             messages=[{"role": "user", "content": "Where is the Louvre? Answer as JSON."}],
             response_format={"type": "json_schema", "json_schema": {"name": "place", "schema": schema}},
             max_tokens=100,
@@ -80,25 +91,15 @@ def test_an_answer_follows_a_schema_and_a_hostile_one_is_refused(url: str) -> No
         answer({"type": "array", "uniqueItems": True})
 
 
-def test_a_client_that_leaves_frees_everything(url: str) -> None:
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-    stream = client.completions.create(
-        model="SmolLM2-135M-Instruct", prompt="Tell me", max_tokens=2000, stream=True, extra_body={"ignore_eos": True}
-    )
-    next(iter(stream))
-    stream.close()
+def test_a_client_that_leaves_frees_everything(url: str, client: openai.OpenAI) -> None:
+    begin(client).close()
     wait_for(lambda: httpx.get(f"{url}/health").json()["running"] == 0)
 
 
 def test_a_killed_engine_answers_with_503_and_ends_the_server() -> None:
     with server() as (process, url):
         (engine,) = children(process.pid)
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-        stream = client.completions.create(
-            model="SmolLM2-135M-Instruct", prompt="Tell me", max_tokens=2000, stream=True,
-            extra_body={"ignore_eos": True},
-        )  # fmt: skip
-        next(iter(stream))
+        stream = begin(connect(url))
         os.kill(engine, signal.SIGKILL)
         with pytest.raises(openai.APIError):
             list(stream)

@@ -34,20 +34,9 @@ def shell(tmp_path: Path) -> Iterator[pexpect.spawn[str]]:
     for entry in models.iterdir() if models.exists() else ():
         if entry.is_dir():
             (tmp_path / "minisgl" / entry.name).symlink_to(entry)
-    environment = {
-        **os.environ,
-        "MINISGL_CACHE": str(tmp_path / "minisgl"),
-        "TERM": "xterm",
-        "PROMPT_TOOLKIT_NO_CPR": "1",
-    }
-    child = pexpect.spawn(
-        sys.executable,
-        ["-m", "minisgl", "--shell", "--max-seq-len-override", "600"],
-        env=environment,
-        encoding="utf-8",
-        timeout=60,
-        dimensions=(40, 200),
-    )
+    own = {"MINISGL_CACHE": str(tmp_path / "minisgl"), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+    command = f"{sys.executable} -m minisgl --shell --max-seq-len-override 600"
+    child = pexpect.spawn(command, env={**os.environ, **own}, encoding="utf-8", timeout=60, dimensions=(40, 200))
     child.expect("/reset forgets")
     child.expect(PROMPT)
     yield child
@@ -129,11 +118,7 @@ def test_the_history_is_kept_where_it_can_be(tmp_path: Path, monkeypatch: pytest
 
 def test_without_a_terminal_lines_come_from_standard_input() -> None:
     shell = f"{sys.executable} -m minisgl --shell --max-seq-len-override 200"
-    text, status = pexpect.run(
-        f"""sh -c "printf 'What is the capital of France?\\n/exit\\n' | {shell}" """,
-        withexitstatus=True,
-        timeout=60,
-        encoding="utf-8",
-    )
+    command = f"""sh -c "printf 'What is the capital of France?\\n/exit\\n' | {shell}" """
+    text, status = pexpect.run(command, withexitstatus=True, timeout=60, encoding="utf-8")
     assert SPEED.search(text)
     assert status == 0

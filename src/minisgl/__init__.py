@@ -1,7 +1,5 @@
 """Mini-SGLang: an OpenAI-compatible server, and an LLM inference engine that reads in an afternoon."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 from minisgl.core.types import FinishReason, SamplingParams

@@ -1,7 +1,5 @@
 """`python -m minisgl`."""
 
-from __future__ import annotations
-
 import sys
 
 from minisgl.cli import main

@@ -18,7 +18,9 @@ from minisgl.distributed.executor import GroupExecutor, build_group_executor
 from minisgl.errors import ConfigError
 from minisgl.formats.hub import locate_model, progress_bar
 from minisgl.gpu.executor import build_local_executor
-from minisgl.text.grammar_check import build_constraints
+from minisgl.text.grammar_check import GrammarCompiler
+
+Executor = LocalExecutor | GroupExecutor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Built:
 def build_engine(config: Config, progress: bool = False, on_failure: Callable[[], None] | None = None) -> Built:
     """Load the model that `config` names. Raises ConfigError or ModelError with what to change.
 
-    `on_failure` is called, from another thread, when one of several ranks is gone. A process that torchrun started as
+    `on_failure` is called from another thread when one of several ranks is gone. A process that torchrun started as
     another rank than 0 stays here until rank 0 is done, and ends.
     """
     launched = launcher(config.tp)
@@ -43,13 +45,11 @@ def build_engine(config: Config, progress: bool = False, on_failure: Callable[[]
         sys.exit(serve_rank(launched))
     machine = probe_machine(launched)
     dtype = resolve(config, machine).config.dtype  # of a checkpoint that is converted; final once the model is known
-    folder = locate_model(
-        config.model, config.model_source, dtype=dtype, weights=not config.dummy_weight, progress=progress
-    )
+    folder = locate_model(config.model, config.model_source, dtype, not config.dummy_weight, progress)
     spec = read_spec(folder)
     resolved = resolve(config, machine, spec.checkpoint_dtype)
     wanted = max_seq_len(resolved.config, spec)
-    executor: LocalExecutor | GroupExecutor
+    executor: Executor
     with progress_bar("Loading weights", enabled=progress) as advance:
         if config.tp == 1:
             executor = build_local_executor(resolved.config, folder, spec, wanted, advance)
@@ -62,7 +62,8 @@ def build_engine(config: Config, progress: bool = False, on_failure: Callable[[]
         max_seq_len=min(wanted, executor.num_pages * config.page_size),
         eos_token_ids=spec.eos_token_ids,
     )
-    engine = Engine(executor, model, resolved.config, build_constraints(folder, model))
+    grammars = GrammarCompiler(folder, model.vocab_size, model.eos_token_ids)
+    engine = Engine(executor, model, resolved.config, grammars.constraint)
     return Built(engine, folder, describe(resolved, spec, executor, model.max_seq_len))
 
 
@@ -78,13 +79,10 @@ def probe_machine(launched: Launcher | None = None) -> Machine:
 
 
 def max_seq_len(config: Config, spec: ModelSpec) -> int:
-    """The context length in tokens: the override, or the model's own."""
     return config.max_seq_len_override or spec.max_position
 
 
-def describe(
-    resolved: Resolved, spec: ModelSpec, executor: LocalExecutor | GroupExecutor, fits: int
-) -> tuple[str, ...]:
+def describe(resolved: Resolved, spec: ModelSpec, executor: Executor, fits: int) -> tuple[str, ...]:
     """The effective configuration, a line each."""
     config, num_pages = resolved.config, executor.num_pages
     chosen = {note.split(" = ")[0]: note for note in resolved.notes}
@@ -97,7 +95,7 @@ def describe(
     ]
     hidden = ["num_pages", "max_seq_len_override", "host", "port", "shell", "model"]
     if config.tp == 1:
-        hidden += ["all_reduce", "all_reduce_crossovers", "disable_pynccl"]
+        hidden += ["all_reduce", "disable_pynccl"]
     for name in (field.name for field in dataclasses.fields(config) if field.name not in hidden):
         if name in chosen or getattr(config, name) not in (None, ()):
             lines.append(chosen.get(name, f"{name} = {getattr(config, name)}"))

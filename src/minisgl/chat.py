@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
@@ -32,7 +32,6 @@ class Shell:
         self.messages: list[Message] = []
 
     def run(self) -> None:
-        """Talk until the user leaves."""
         self.console.print(f"[bold]{self.llm.model.name}[/bold]", HELP, highlight=False)
         while True:
             try:
@@ -49,7 +48,6 @@ class Shell:
                 self.ask(line)
 
     def command(self, line: str) -> None:
-        """Run a slash command."""
         text = HELP if line == "/help" else f"unknown command {line}; {HELP}"
         if line == "/reset":
             self.messages.clear()
@@ -69,19 +67,18 @@ class Shell:
         self.messages.append({"role": "assistant", "content": answer})
 
     def stream(self, prompt: list[int], interrupted: Callable[[], bool]) -> str:
-        """Print an answer as it comes, until it was `interrupted`, and its speed; returns what was printed."""
+        """Print an answer as it comes, until it is `interrupted`, and its speed; returns what was printed."""
         parts: list[str] = []
         tokens, started, first = 0, time.perf_counter(), None
-        deltas = self.llm.stream(prompt, PARAMS)
-        for delta in deltas:
-            first = first or time.perf_counter()
-            tokens += len(delta.token_ids)
-            parts.append(delta.text)
-            self.console.out(delta.text, end="", highlight=False)
-            self.console.file.flush()
-            if interrupted():
-                deltas.close()
-                break
+        with closing(self.llm.stream(prompt, PARAMS)) as deltas:
+            for delta in deltas:
+                first = first or time.perf_counter()
+                tokens += len(delta.token_ids)
+                parts.append(delta.text)
+                self.console.out(delta.text, end="", highlight=False)
+                self.console.file.flush()
+                if interrupted():
+                    break
         stopped = " (stopped)" if interrupted() else ""
         self.console.print("\n" + speed(tokens, started, first) + stopped, style="dim", highlight=False)
         return "".join(parts)
@@ -108,7 +105,7 @@ def interrupt_flag() -> Iterator[Callable[[], bool]]:
 
 
 def open_history() -> History:
-    """The lines of earlier sessions; where they cannot be kept, as in a read-only home, only those of this one."""
+    """The lines of earlier sessions; where no file can be written, only those of this one."""
     file = os.path.join(cache_folder(), "shell_history")
     try:
         os.makedirs(cache_folder(), mode=0o700, exist_ok=True)
@@ -120,10 +117,9 @@ def open_history() -> History:
 
 def run_shell(config: Config) -> None:
     """Load the model and chat. Without a terminal, lines are read from standard input."""
-    console = Console(soft_wrap=True)
+    read: Callable[[], str] = input
     with LLM(config=config) as llm:
-        if not sys.stdin.isatty():
-            Shell(llm, input, console).run()
-            return
-        session: PromptSession[str] = PromptSession(history=open_history())
-        Shell(llm, lambda: session.prompt("> "), console).run()
+        if sys.stdin.isatty():
+            session: PromptSession[str] = PromptSession("> ", history=open_history())
+            read = session.prompt
+        Shell(llm, read, Console(soft_wrap=True)).run()

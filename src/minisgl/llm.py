@@ -23,16 +23,18 @@ from minisgl.text.detokenizer import TextStream, shown_tokens
 from minisgl.text.tokenizer import Tokenizer
 
 Message = dict[str, Any]
+Conversations = Sequence[Message] | Sequence[Sequence[Message]]
 Prompt = str | Sequence[int]
 Prompts = Prompt | Sequence[str] | Sequence[Sequence[int]] | Sequence[Prompt]
+Params = SamplingParams | Sequence[SamplingParams] | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Completion:
-    """The output for one prompt: `finish_reason` is "stop" or "length"; `cached_tokens` of its prompt were cached.
+    """The output for one prompt, of which `cached_tokens` were cached. `finish_reason` is "stop", "length" or "error".
 
-    It is "error" when the grammar failed, and `error` says how. Where they were asked for, `logprobs` has an entry for
-    each of `token_ids` and `prompt_logprobs` one for each of `prompt_token_ids`, None for the first.
+    `error` says how a grammar failed. Where they were asked for, `logprobs` has an entry for each of `token_ids` and
+    `prompt_logprobs` one for each of `prompt_token_ids`, None for the first.
     """
 
     text: str
@@ -58,8 +60,7 @@ class Output:
     """Collects the events of one request, and with `stream` its text, cut at stop strings."""
 
     def __init__(self, request: Request, stream: TextStream | None) -> None:
-        self.request = request
-        self.stream = stream
+        self.request, self.stream = request, stream
         self.token_ids: list[int] = []
         self.shown_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
@@ -102,9 +103,7 @@ class LLM:
     ) -> None:
         self.config = config or from_environment(Config(model=model, **settings))
         built = build_engine(self.config, progress=progress)
-        self.engine = built.engine
-        self.notes = built.notes
-        self.model = self.engine.model
+        self.engine, self.notes, self.model = built.engine, built.notes, built.engine.model
         self.tokenizer = Tokenizer.load(built.folder) if Tokenizer.exists(built.folder) else None
         self._ids = itertools.count()
 
@@ -115,16 +114,9 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """Release the device."""
         self.engine.close()
 
-    def generate(
-        self,
-        prompts: Prompts,
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        progress: bool = True,
-    ) -> list[Completion]:
+    def generate(self, prompts: Prompts, sampling_params: Params = None, *, progress: bool = True) -> list[Completion]:
         """Complete every prompt (texts, or lists of token ids), in their order; all run together.
 
         One `SamplingParams` serves all prompts, a sequence gives each its own. Raises InvalidRequestError before
@@ -143,16 +135,10 @@ class LLM:
         return [self._completion(output) for output in outputs.values()]
 
     def chat(
-        self,
-        messages: Sequence[Message] | Sequence[Sequence[Message]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        progress: bool = True,
-        **template: Any,
+        self, messages: Conversations, sampling_params: Params = None, *, progress: bool = True, **template: Any
     ) -> list[Completion]:
         """Complete one conversation, or several, through the model's chat template; `template` goes to it."""
-        single = len(messages) == 0 or isinstance(messages[0], dict)
-        conversations: Any = [messages] if single else messages
+        conversations: Any = [messages] if len(messages) == 0 or isinstance(messages[0], dict) else messages
         prompts = [self.text.encode_chat(list(conversation), **template) for conversation in conversations]
         return self.generate(prompts, sampling_params, progress=progress)
 
@@ -224,10 +210,8 @@ class LLM:
                 self.engine.step()
 
     def _completion(self, output: Output) -> Completion:
-        params, text = output.request.params, ""
-        if output.stream is not None:
-            text = output.stream.text
-        elif self.tokenizer is not None:
+        params, text = output.request.params, "" if output.stream is None else output.stream.text
+        if output.stream is None and self.tokenizer is not None:
             text = self.tokenizer.decode(output.shown_ids, params.skip_special_tokens)
         return Completion(
             text=text,
@@ -242,7 +226,6 @@ class LLM:
 
 
 def as_list(prompts: Prompts) -> list[Prompt]:
-    """One prompt or several as a list."""
     if isinstance(prompts, str):
         return [prompts]
     several: list[Any] = list(prompts)

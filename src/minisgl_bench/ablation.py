@@ -8,8 +8,9 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import msgspec
 import numpy as np
@@ -20,57 +21,61 @@ from minisgl.build import build_engine, max_seq_len, probe_machine
 from minisgl.config import Config, resolve
 from minisgl.core.engine import Engine
 from minisgl.core.executor import LocalExecutor
-from minisgl.core.model_config import ModelSpec
-from minisgl.core.types import ModelInfo, Request
-from minisgl.core.weights import Weights, progress_bar
+from minisgl.core.types import Request
 from minisgl.errors import ConfigError
+from minisgl.formats.hub import progress_bar
 from minisgl.gpu.attention.select import available_backends
-from minisgl_bench.plots import draw_ablation
+from minisgl.gpu.executor import make_executor
 from minisgl_bench.profile import Recorder
-from minisgl_bench.report import console, gpu_name, on_gpu, report_path, slug, table, write_report
-from minisgl_bench.workload import Workload, WorkloadSpec, make_workload, sampling_params
+from minisgl_bench.report import Report, draw_ablation, engine_path, gpu_name, on_gpu, slug, table
+from minisgl_bench.workload import Workload, sampling_params
 
 PAGE_SIZES: Final = (1, 4, 16, 64, 256)
 CHUNK_SIZES: Final = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 CPU_CHUNKS: Final = (16, 64, 256)
 GRAPH_BATCHES: Final = (0, 4, 64)
 PIECEWISE_TOKENS: Final = (0, 512, 2048)
-PIECEWISE_CHUNK: Final = 512
-"""The chunk that they are tried at: the smaller a step, the more of it is its launch."""
-WIDTH: Final = 150
+PIECEWISE_CHUNK: Final = 512  # the chunk that they are tried at: the smaller a step, the more of it is its launch
+# Settings that need an executor of their own; with the others an engine can be built on one that is there.
 EXECUTOR_FIELDS: Final = ("attn", "page_size", "cuda_graph_max_bs", "piecewise_cuda_graph_max_tokens")
-"""Settings that need an executor of their own; with the others an engine can be built on one that is there."""
+# Tokens: a request may leave most of a page of 256 empty, and admission keeps one more for it.
 SLACK: Final = 2 * 256
-"""Tokens: a request may leave most of a page of 256 empty, and admission keeps one more for it."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SharedPrefix:
-    """Requests that begin with the same `shared` tokens, and in each turn go on with `own` after everything said."""
+@dataclass(frozen=True)
+class Scenario:
+    """Requests that begin with the same `shared` tokens, and in each turn go on with their own after everything said.
+
+    `own` and `answer` are inclusive ranges of tokens in a turn.
+    """
 
     requests: int
-    own: int
-    answer: int
-    shared: int = 0
+    own: tuple[int, int]
+    answer: tuple[int, int]
     turns: int = 1
+    shared: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of KV that the requests take together, at most, without sharing, in pages of any size."""
+        return self.requests * (self.shared + self.turns * (self.own[1] + self.answer[1]) + SLACK)
 
 
-Scenario = WorkloadSpec | SharedPrefix
-GPU_SCENARIOS: Final[dict[str, Scenario]] = {
-    "batch": WorkloadSpec(num_requests=256, input_len=(100, 1024), output_len=(64, 256)),
-    "long": WorkloadSpec(num_requests=32, input_len=(2048, 12288), output_len=(64, 128)),
-    "chats": SharedPrefix(requests=64, own=512, answer=64, turns=4),
-    "system-prompt": SharedPrefix(requests=256, own=64, answer=64, shared=2048),
+GPU_SCENARIOS: Final = {
+    "batch": Scenario(256, own=(100, 1024), answer=(64, 256)),
+    "long": Scenario(32, own=(2048, 12288), answer=(64, 128)),
+    "chats": Scenario(64, own=(512, 512), answer=(64, 64), turns=4),
+    "system-prompt": Scenario(256, own=(64, 64), answer=(64, 64), shared=2048),
 }
-CPU_SCENARIOS: Final[dict[str, Scenario]] = {
-    "batch": WorkloadSpec(num_requests=4, input_len=(16, 48), output_len=(8, 16)),
-    "long": WorkloadSpec(num_requests=3, input_len=(64, 160), output_len=(8, 16)),
-    "chats": SharedPrefix(requests=2, own=32, answer=8, turns=3),
-    "system-prompt": SharedPrefix(requests=4, own=8, answer=8, shared=96),
+CPU_SCENARIOS: Final = {
+    "batch": Scenario(4, own=(16, 48), answer=(8, 16)),
+    "long": Scenario(3, own=(64, 160), answer=(8, 16)),
+    "chats": Scenario(2, own=(32, 32), answer=(8, 8), turns=3),
+    "system-prompt": Scenario(4, own=(8, 8), answer=(8, 8), shared=96),
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Variant:
     """A setting to try on a scenario. `group` "default" is what the others of the scenario are compared with."""
 
@@ -107,47 +112,30 @@ class Measurement:
     error: str | None = None
 
 
-class LoadedModel(NamedTuple):
-    """A model in memory: its weights, its configuration without open ends, and the tokens of KV that fit beside it."""
-
-    spec: ModelSpec
-    weights: Weights
-    config: Config
-    model: ModelInfo
-    kv_tokens: int
-
-
-def load(config: Config, most_tokens: int) -> LoadedModel:
-    """Load the model as `config` says, measure the pages that fit, and keep the weights alone.
-
-    `most_tokens` is the most KV that a variant uses. Raises ConfigError or ModelError.
-    """
-    if config.tp > 1:
-        raise ConfigError("an ablation runs on one device; with --tp, run bench offline once for each setting")
-    machine = probe_machine()
-    gpu = resolve(config, machine).config.device == "cuda"
-    plain = config.replace(cuda_graph_max_bs=0, piecewise_cuda_graph_max_tokens=0) if gpu else config
-    built = build_engine(plain, progress=True)
-    executor = built.engine.executor
-    assert isinstance(executor, LocalExecutor)
-    decoder = executor.runner.decoder
-    resolved = resolve(config, machine, decoder.spec.checkpoint_dtype).config
-    fits = executor.num_pages * config.page_size
-    built.engine.close()
-    return LoadedModel(decoder.spec, decoder.weights, resolved, built.engine.model, min(fits, most_tokens))
-
-
 class AblationRunner:
     """Runs variants one after the other, each `repeats` times beside a first time, which compiles what it needs.
 
     An executor is kept for as long as the next variant can use it.
     """
 
-    def __init__(self, loaded: LoadedModel, scenarios: Mapping[str, Scenario], repeats: int = 1) -> None:
-        self.loaded = loaded
+    def __init__(self, config: Config, scenarios: Mapping[str, Scenario], repeats: int = 1) -> None:
+        """Load the model as `config` says, and measure the pages that fit. Raises ConfigError or ModelError."""
+        if config.tp > 1:
+            raise ConfigError("an ablation runs on one device; with --tp, run bench offline once for each setting")
+        machine = probe_machine()
+        gpu = resolve(config, machine).config.device == "cuda"
+        plain = config.replace(cuda_graph_max_bs=0, piecewise_cuda_graph_max_tokens=0) if gpu else config
+        engine = build_engine(plain, progress=True).engine
+        executor = engine.executor
+        assert isinstance(executor, LocalExecutor)
+        self.spec, self.weights = executor.runner.decoder.spec, executor.runner.decoder.weights
+        self.model, self.device = engine.model, executor.device
+        most = max(scenario.tokens for scenario in scenarios.values())
+        self.kv_tokens = min(executor.num_pages * config.page_size, most)
+        engine.close()
+        self.config = resolve(config, machine, self.spec.checkpoint_dtype).config
         self.scenarios = scenarios
         self.repeats = repeats
-        self.device = torch.device(loaded.config.device)
         self._key: tuple[Any, ...] | None = None
         self._executor: LocalExecutor | None = None
         self._build_seconds = self._other_gib = 0.0
@@ -155,7 +143,6 @@ class AblationRunner:
         self._ids = itertools.count()
 
     def run(self, variant: Variant) -> Measurement:
-        """Measure a variant; one that fails says why, and does not stop the others."""
         try:
             return self._measure(variant)
         except Exception as error:  # whatever it is, it is this variant's result
@@ -176,17 +163,15 @@ class AblationRunner:
             torch.cuda.empty_cache()
 
     def _measure(self, variant: Variant) -> Measurement:
-        config = self.loaded.config.replace(**variant.changes)
+        config = self.config.replace(**variant.changes)
         executor = self._executor_for(config)
         if variant.scenario not in self._warm:  # a first time, in which kernels are compiled for what comes up in it
             self._play(executor, config, self.scenarios[variant.scenario])
             self._warm.add(variant.scenario)
         runs = [self._once(executor, config, variant) for _ in range(self.repeats)]
         runs.sort(key=lambda run: run.tokens_per_second)
-        # of an even number the slower of the two in the middle
-        return dataclasses.replace(
-            runs[(len(runs) - 1) // 2], each_tokens_per_second=tuple(run.tokens_per_second for run in runs)
-        )
+        median = runs[(len(runs) - 1) // 2]  # of an even number the slower of the two in the middle
+        return dataclasses.replace(median, each_tokens_per_second=tuple(run.tokens_per_second for run in runs))
 
     def _once(self, executor: LocalExecutor, config: Config, variant: Variant) -> Measurement:
         recorder = Recorder(executor)
@@ -195,40 +180,29 @@ class AblationRunner:
         seconds = time.perf_counter() - started
         gaps = 1e3 * np.array(recorder.token_gaps() or [0.0])
         return Measurement(
-            variant=variant,
-            tokens_per_second=generated / seconds,
-            seconds=seconds,
-            output_tokens=generated,
-            input_tokens=prompted,
-            cached_tokens=cached,
-            token_gap_p99_ms=float(np.percentile(gaps, 99)),
-            token_gap_max_ms=float(gaps.max()),
-            build_seconds=self._build_seconds,
-            other_gib=self._other_gib,
-        )
+            variant=variant, tokens_per_second=generated / seconds, seconds=seconds,
+            output_tokens=generated, input_tokens=prompted, cached_tokens=cached,
+            token_gap_p99_ms=float(np.percentile(gaps, 99)), token_gap_max_ms=float(gaps.max()),
+            build_seconds=self._build_seconds, other_gib=self._other_gib,
+        )  # fmt: skip
 
     def _executor_for(self, config: Config) -> LocalExecutor:
         key = tuple(getattr(config, name) for name in EXECUTOR_FIELDS)
         if self._executor is not None and key == self._key:
             return self._executor
         self.close()
-        pages = max(2, self.loaded.kv_tokens // config.page_size)
-        gpu, started = self.device.type == "cuda", time.perf_counter()
-        free = torch.cuda.mem_get_info(self.device)[0] if gpu else 0
-        length = max_seq_len(config, self.loaded.spec)
-        made = LocalExecutor(self.loaded.spec, self.loaded.weights, config.replace(num_pages=pages), length)
+        spec, pages = self.spec, max(2, self.kv_tokens // config.page_size)
+        before, started = free_memory(self.device), time.perf_counter()
+        executor = make_executor(spec, self.weights, config.replace(num_pages=pages), max_seq_len(config, spec))
         self._build_seconds = time.perf_counter() - started
-        kv = made.runner.kv.k.nbytes + made.runner.kv.v.nbytes
-        self._other_gib = max(0, free - torch.cuda.mem_get_info(self.device)[0] - kv) / 2**30 if gpu else 0.0
-        self._executor, self._key, self._warm = made, key, set()
-        return made
+        kv = executor.runner.kv.k.nbytes + executor.runner.kv.v.nbytes
+        self._other_gib = max(0, before - free_memory(self.device) - kv) / 2**30
+        self._executor, self._key, self._warm = executor, key, set()
+        return executor
 
     def _play(self, executor: LocalExecutor | Recorder, config: Config, scenario: Scenario) -> tuple[int, int, int]:
-        """Run a scenario in a new engine, whose cache knows nothing.
-
-        Returns tokens generated, prompt tokens, and how many of those were cached.
-        """
-        model, room = self.loaded.model, executor.num_pages * config.page_size
+        """Run a scenario in a new engine with an empty cache: tokens generated, of prompts, and cached of those."""
+        model, room = self.model, executor.num_pages * config.page_size
         model = msgspec.structs.replace(model, max_seq_len=min(model.max_seq_len, room))
         engine = Engine(executor, model, config)
         tokens = play(scenario, functools.partial(self._answer, engine), model.vocab_size)
@@ -238,7 +212,8 @@ class AblationRunner:
     def _answer(self, engine: Engine, workload: Workload) -> list[list[int]]:
         answers: dict[str, list[int]] = {}
         for prompt, params in zip(workload.prompts, workload.params, strict=True):
-            request = Request.make(id=str(next(self._ids)), prompt=prompt, params=params)
+            engine.model.check(prompt, params)
+            request = Request.make(str(next(self._ids)), prompt, params)
             answers[request.id] = []
             engine.add(request)
         while engine.has_work:
@@ -247,26 +222,22 @@ class AblationRunner:
         return list(answers.values())
 
 
+def free_memory(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+
+
 def play(scenario: Scenario, answer: Callable[[Workload], list[list[int]]], vocab_size: int) -> int:
-    """Put a scenario's requests to `answer`, turn by turn where it has turns; tokens generated."""
-    if isinstance(scenario, WorkloadSpec):
-        return sum(map(len, answer(make_workload(scenario, vocab_size))))
+    """Put a scenario's requests to `answer`, turn by turn; tokens generated."""
     rng, total = random.Random(0), 0
-    shared = [rng.randrange(vocab_size) for _ in range(scenario.shared)]
-    prompts = [shared] * scenario.requests
+    prompts = [[rng.randrange(vocab_size) for _ in range(scenario.shared)]] * scenario.requests
     for _ in range(scenario.turns):
-        prompts = [prompt + [rng.randrange(vocab_size) for _ in range(scenario.own)] for prompt in prompts]
-        answers = answer(Workload(prompts=prompts, params=sampling_params([scenario.answer] * len(prompts))))
+        own = [[rng.randrange(vocab_size) for _ in range(rng.randint(*scenario.own))] for _ in prompts]
+        prompts = [prompt + tokens for prompt, tokens in zip(prompts, own, strict=True)]
+        params = sampling_params([rng.randint(*scenario.answer) for _ in prompts])
+        answers = answer(Workload(prompts=prompts, params=params))
         prompts = [prompt + tokens for prompt, tokens in zip(prompts, answers, strict=True)]
         total += sum(map(len, answers))
     return total
-
-
-def scenario_tokens(scenario: Scenario) -> int:
-    """Tokens of KV that a scenario's requests take together, at most, without sharing, in pages of any size."""
-    if isinstance(scenario, WorkloadSpec):
-        return scenario.num_requests * (scenario.input_len[1] + scenario.output_len[1] + SLACK)
-    return scenario.requests * (scenario.shared + scenario.turns * (scenario.own + scenario.answer) + SLACK)
 
 
 def make_variants(config: Config, groups: Sequence[str], backends: Sequence[str], gpu: bool) -> list[Variant]:
@@ -276,34 +247,29 @@ def make_variants(config: Config, groups: Sequence[str], backends: Sequence[str]
     another, and the default is measured once more at the end: how far the two are apart is the noise.
     """
     cache = "naive" if config.cache == "radix" else "radix"
-    rows: list[tuple[str, str, str, dict[str, Any]]] = [
-        ("overlap", "batch", "off" if config.overlap else "on", {"overlap": not config.overlap}),
-        ("chats", "chats", cache, {"cache": cache}),
-        ("system-prompt", "system-prompt", cache, {"cache": cache}),
+    tried = [
+        Variant("overlap", "off" if config.overlap else "on", "batch", {"overlap": not config.overlap}),
+        Variant("chats", cache, "chats", {"cache": cache}),
+        Variant("system-prompt", cache, "system-prompt", {"cache": cache}),
     ]
     for chunk in CHUNK_SIZES if gpu else CPU_CHUNKS:
-        rows.append(("chunk-size", "long", str(chunk), {"max_prefill_length": chunk}))
+        tried.append(Variant("chunk-size", str(chunk), "long", {"max_prefill_length": chunk}))
     for batch in GRAPH_BATCHES if gpu else ():
-        rows.append(("graphs", "batch", f"up to {batch}" if batch else "off", {"cuda_graph_max_bs": batch}))
+        tried.append(Variant("graphs", f"up to {batch}" if batch else "off", "batch", {"cuda_graph_max_bs": batch}))
     for tokens in PIECEWISE_TOKENS if gpu else ():
         changes = {"piecewise_cuda_graph_max_tokens": tokens, "max_prefill_length": PIECEWISE_CHUNK}
-        rows.append(("graphs", "long", f"with prompts, {f'up to {tokens}' if tokens else 'off'}", changes))
+        tried.append(Variant("graphs", f"with prompts, {f'up to {tokens}' if tokens else 'off'}", "long", changes))
     for page_size in PAGE_SIZES:
-        rows.append(("page-size", "batch", str(page_size), {"page_size": page_size}))
+        tried.append(Variant("page-size", str(page_size), "batch", {"page_size": page_size}))
     for pair in itertools.product(backends, repeat=2) if len(backends) > 1 else ():
-        rows.append(("attention", "batch", ",".join(pair), {"attn": ",".join(pair)}))
-    tried = [
-        Variant(group=group, label=label, scenario=scenario, changes=changes)
-        for group, scenario, label, changes in rows
-        if group in groups and any(getattr(config, name) != value for name, value in changes.items())
-    ]
+        tried.append(Variant("attention", ",".join(pair), "batch", {"attn": ",".join(pair)}))
+    tried = [v for v in tried if v.group in groups and any(getattr(config, k) != new for k, new in v.changes.items())]
     scenarios = dict.fromkeys(variant.scenario for variant in tried)
-    defaults = [Variant(group="default", label="as configured", scenario=name) for name in scenarios]
+    defaults = [Variant("default", "as configured", name) for name in scenarios]
     return [*defaults, *tried, *defaults[:1]]
 
 
 def ratio(item: Measurement, measured: Sequence[Measurement]) -> float | None:
-    """A variant's tokens/s over those of the first default on the same scenario; None where either failed."""
     for base in measured:
         if base.variant.group == "default" and base.error is None and base.variant.scenario == item.variant.scenario:
             return None if item.error is not None else item.tokens_per_second / base.tokens_per_second
@@ -318,55 +284,42 @@ def ablation_table(title: str, measured: Sequence[Measurement]) -> Table:
             rows.append([*row, f"failed: {item.error}"])
             continue
         share, each = ratio(item, measured), item.each_tokens_per_second
-        rows.append(
-            [
-                *row,
-                f"{item.tokens_per_second:,.0f}",
-                f"{min(each):,.0f} – {max(each):,.0f}",
-                "" if share is None else f"{share:.3f}",
-                f"{item.cached_tokens / item.input_tokens:.0%}",
-                *(f"{value:.1f}" for value in (item.token_gap_p99_ms, item.token_gap_max_ms, item.build_seconds)),
-                f"{item.other_gib:.2f}",
-            ]
-        )
+        row += [f"{item.tokens_per_second:,.0f}", f"{min(each):,.0f} – {max(each):,.0f}"]
+        row += ["" if share is None else f"{share:.3f}", f"{item.cached_tokens / item.input_tokens:.0%}"]
+        row += [f"{value:.1f}" for value in (item.token_gap_p99_ms, item.token_gap_max_ms, item.build_seconds)]
+        rows.append([*row, f"{item.other_gib:.2f}"])
     columns = ("tokens/s", "from – to", "of default", "cached", "gap p99 ms", "gap max ms", "build s", "other GiB")
     return table(title, ("setting", "workload", *columns), rows, left=2)
 
 
 def run(config: Config, options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Measure every variant, print the table, and write the report after each; 1 when a variant failed."""
-    path, gpu = report_path(config, options.json, "ablation"), on_gpu(config)
-    out = console(WIDTH)
+    report, gpu = (
+        Report("ablation", arguments, engine_path(config, options.json, "ablation"), width=150),
+        on_gpu(config),
+    )
     scenarios = GPU_SCENARIOS if gpu else CPU_SCENARIOS
-    loaded = load(config, max(map(scenario_tokens, scenarios.values())))
-    found = available_backends(torch.device(loaded.config.device))
+    runner = AblationRunner(config, scenarios, options.repeats)
+    found = available_backends(runner.device)
     backends = [name for name, reason in found.items() if reason is None and (name != "torch" or not gpu)]
-    variants = make_variants(loaded.config, options.only, backends, gpu)
+    variants = make_variants(runner.config, options.only, backends, gpu)
     if not variants:
         raise ConfigError(f"--only {','.join(options.only)}: there is nothing to try on this machine")
-    report: dict[str, Any] = {
-        "config": dataclasses.asdict(loaded.config),
-        "kv_tokens": loaded.kv_tokens,
+    report.figures |= {
+        "config": dataclasses.asdict(runner.config),
+        "kv_tokens": runner.kv_tokens,
         "scenarios": {name: dataclasses.asdict(scenario) for name, scenario in scenarios.items()},
     }
     measured: list[Measurement] = []
-    runner = AblationRunner(loaded, scenarios, options.repeats)
-    try:
-        with progress_bar("trying", len(variants), enabled=True) as advance:
-            for variant in variants:
-                measured.append(runner.run(variant))
-                advance(1)
-                if path is not None:
-                    rows = [{**dataclasses.asdict(item), "of_default": ratio(item, measured)} for item in measured]
-                    write_report(path, "ablation", arguments, {**report, "measurements": rows})
-        title = f"{slug(loaded.model.name)} on {gpu_name() if gpu else 'CPU'}"
-        out.print(ablation_table(title, measured))
-        if path is not None:
-            picture = path.with_suffix(".png")
-            shares = [(item.variant, ratio(item, measured)) for item in measured]
-            bars = [(v.group, f"{v.name} ({v.scenario})", share) for v, share in shares if share is not None]
-            drawn = draw_ablation(picture, title, bars)
-            out.print(f"written to {path}" + (f" and {picture}" if drawn else "; a picture needs minisgl[plot]"))
-    finally:
-        runner.close()
+    with closing(runner), progress_bar("trying", len(variants), enabled=True) as advance:
+        for variant in variants:
+            measured.append(runner.run(variant))
+            advance(1)
+            rows = [{**dataclasses.asdict(item), "of_default": ratio(item, measured)} for item in measured]
+            report.figures["measurements"] = rows
+            report.write()
+    title = f"{slug(runner.model.name)} on {gpu_name() if gpu else 'CPU'}"
+    report.print(ablation_table(title, measured))
+    shares = [(item.variant, ratio(item, measured)) for item in measured]
+    bars = [(v.group, f"{v.name} ({v.scenario})", share) for v, share in shares if share is not None]
+    report.finish(lambda path: draw_ablation(path, title, bars))
     return 1 if any(item.error is not None for item in measured) else 0

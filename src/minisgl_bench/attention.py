@@ -2,16 +2,13 @@
 
     minisgl bench attention                   decode: backend x batch x mean context x page size, inside a graph
     minisgl bench attention --prefill         prefill of some shapes, eager
-    minisgl bench attention --heads 40 --kv-heads 8 --batch 1 64 256 --context 900
 
-bf16, ragged lengths (uniform, half to one and a half times the mean context). A graph holds as many layers as it takes
-to read more than the GPU's L2 keeps, each on its own keys and values; the figure is the median replay over them.
+bf16, lengths uniform in half to one and a half times the mean context. A graph holds as many layers as it takes to read
+more than the GPU's L2 keeps.
 """
 
 import argparse
 import itertools
-import json
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -20,51 +17,52 @@ import numpy as np
 import torch
 
 from minisgl.cli import Parser
-from minisgl.core.attention import Attention, GraphBackend, Int32, Rows
+from minisgl.core.attention import Attention, Int32, SequenceBatch
 from minisgl.core.kv_cache import KVCache
 from minisgl.errors import ConfigError
+from minisgl.gpu.attention.interface import GraphBackend
 from minisgl.gpu.attention.select import Shape, available_backends, make_attention
-from minisgl_bench.gpu_timing import CUDA, DTYPE, graph_us, median_us, noise, require_gpu
+from minisgl_bench.gpu_timing import CUDA, DTYPE, HEAD_DIM, FigureTable, graph_us, median_us, noise
 
 BEYOND_L2 = 400 * 10**6
 LONGEST = 8192
+Backends = dict[str, tuple[Attention, int]]  # attention and page size by `backend pN`, for those that work here
+# Rows as (new tokens, tokens in all).
 PREFILLS = {
     "1x8192": [(8192, 8192)],
     "8x1024": [(1024, 1024)] * 8,
     "16x512": [(512, 512)] * 16,
     "1x2048+30k": [(2048, 32768)],
 }
-"""Rows as (new tokens, tokens in all)."""
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = Parser(prog="minisgl bench attention", description=__doc__)
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--backend", nargs="+", default=["fa", "fi", "trtllm", "triton"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32, 64, 128, 256])
     parser.add_argument("--context", nargs="+", type=int, default=[600, 900, 1600, 4096])
     parser.add_argument("--page", nargs="+", type=int, default=[16, 64])
     parser.add_argument("--prefill", action="store_true")
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args(arguments)
-    require_gpu()
-    heads = f"{args.heads}/{args.kv_heads} heads of {args.head_dim}"
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {heads}")
+    options = parser.parse_args(arguments)
+    table = FigureTable()
     print({name: reason or "ok" for name, reason in available_backends(CUDA).items()})
-    results = prefill_table(args) if args.prefill else decode_table(args)
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1))
+    backends = make_backends(options)
+    if options.prefill:
+        time_prefills(table, options, backends)
+    else:
+        time_decodes(table, options, backends)
+    table.write(options.json)
     return 0
 
 
-def make_backends(args: argparse.Namespace) -> dict[str, tuple[Attention, int]]:
-    """Attention and page size by `backend pN`, for those that work here."""
-    found = {}
-    for page, name in itertools.product(args.page, args.backend):
+def make_backends(options: argparse.Namespace) -> Backends:
+    found: Backends = {}
+    for page, name in itertools.product(options.page, options.backend):
         shape = Shape(
-            num_heads=args.heads, num_kv_heads=args.kv_heads, head_dim=args.head_dim, dtype=DTYPE, page_size=page
+            num_heads=options.heads, num_kv_heads=options.kv_heads, head_dim=HEAD_DIM, dtype=DTYPE, page_size=page
         )
         try:
             found[f"{name} p{page}"] = make_attention(name, shape, CUDA)[0], page
@@ -73,42 +71,58 @@ def make_backends(args: argparse.Namespace) -> dict[str, tuple[Attention, int]]:
     return found
 
 
-def decode_table(args: argparse.Namespace) -> dict[str, float]:
-    """Print a line for each batch and context; return microseconds by `batch x context backend pN`."""
-    backends = {
-        column: (attention.decode, page)
-        for column, (attention, page) in make_backends(args).items()
-        if isinstance(attention.decode, GraphBackend)
-    }
-    print("batch x context".ljust(16), *(column.rjust(11) for column in backends), "   (TB/s of the best; host us)")
-    results: dict[str, float] = {}
-    for batch, context in itertools.product(args.batch, args.context):
+def time_decodes(table: FigureTable, options: argparse.Namespace, backends: Backends) -> None:
+    for batch, context in itertools.product(options.batch, options.context):
         lens = np.random.default_rng(1).integers(context // 2, context * 3 // 2 + 1, batch).astype(np.int32)
-        volume = float(lens.sum()) * 2 * args.kv_heads * args.head_dim * 2  # bytes of keys and values a layer
+        volume = float(lens.sum()) * 2 * options.kv_heads * HEAD_DIM * 2  # bytes of keys and values a layer
         layers = int(min(32, max(4, BEYOND_L2 // volume)))
-        times, hosts = {}, []
-        for column, (backend, page) in backends.items():
-            times[column], host = time_decode(backend, args, lens, layers, page)
-            if host > 2:
-                hosts.append(f"{column} {host:.0f}")
-        rate = volume / min(times.values(), default=float("inf")) / 1e6
-        cells = (f"{us:11.1f}" for us in times.values())
-        print(f"{batch} x {context}".ljust(16), *cells, f"   {rate:.2f}; {', '.join(hosts)}", flush=True)
-        results |= {f"{batch}x{context} {column}": us for column, us in times.items()}
-    return results
+        for name, (attention, page) in backends.items():
+            if isinstance(attention.decode, GraphBackend):
+                us = time_decode(attention.decode, options, lens, layers, page)
+                table.add(name, f"{batch} x {context}", batch, us, volume)
 
 
-def rows_of(lens: Int32, query_lens: Int32, page_size: int, max_pages: int) -> tuple[Rows, int]:
-    """Rows on pages in random order, and how many pages they take."""
+def time_decode(backend: GraphBackend, options: argparse.Namespace, lens: Int32, layers: int, page: int) -> float:
+    """Microseconds a layer."""
+    max_pages = -(-LONGEST // page)
+    rows, used = batch_of(lens, np.ones_like(lens), page, max_pages)
+    kv = random_kv(layers, used + 1, page, options.kv_heads)
+    q = noise(len(lens), options.heads, HEAD_DIM)
+    assert rows.kv_lens_device is not None
+    graph = backend.graph_decode(rows.page_table, rows.kv_lens_device, kv, max_pages * page)
+    graph.prepare(lens)
+
+    def step() -> None:
+        for layer in range(layers):
+            graph.attention.run(q, layer, 0)
+
+    return graph_us(step, calls=1, replays=15) / layers
+
+
+def time_prefills(table: FigureTable, options: argparse.Namespace, backends: Backends) -> None:
+    for (label, chunks), (name, (attention, page)) in itertools.product(PREFILLS.items(), backends.items()):
+        if name.startswith("trtllm"):
+            continue  # it is FlashInfer's prefill
+        query_lens, lens = (np.array(part, np.int32) for part in zip(*chunks, strict=True))
+        tokens = int(query_lens.sum())
+        rows, used = batch_of(lens, query_lens, page, -(-int(lens.max()) // page))
+        planned = attention.prefill.plan_prefill(rows, random_kv(1, used + 1, page, options.kv_heads))
+        us = median_us(partial(planned.run, noise(tokens, options.heads, HEAD_DIM), 0, 0), 7)
+        pairs = sum(n * (total - n) + n * (n + 1) / 2 for n, total in chunks)
+        moved = float(lens.sum()) * 2 * options.kv_heads * HEAD_DIM * 2
+        table.add(name, label, tokens, us, moved, 4 * pairs * options.heads * HEAD_DIM)
+
+
+def batch_of(lens: Int32, query_lens: Int32, page_size: int, max_pages: int) -> tuple[SequenceBatch, int]:
     counts = -(-lens // page_size)
     used = int(counts.sum())
     order = np.random.default_rng(0).permutation(used).astype(np.int32)
-    table = np.full((len(lens), max_pages), used, np.int32)
+    pages = np.full((len(lens), max_pages), used, np.int32)
     for row, (end, count) in enumerate(zip(np.cumsum(counts), counts, strict=True)):
-        table[row, :count] = order[end - count : end]
+        pages[row, :count] = order[end - count : end]
     slots = np.arange(len(lens), dtype=np.int32)
-    return Rows(
-        page_table=torch.from_numpy(table).to(CUDA),
+    return SequenceBatch(
+        page_table=torch.from_numpy(pages).to(CUDA),
         slots=slots,
         query_lens=query_lens,
         kv_lens=lens,
@@ -118,50 +132,6 @@ def rows_of(lens: Int32, query_lens: Int32, page_size: int, max_pages: int) -> t
     ), used
 
 
-def time_decode(
-    backend: GraphBackend, args: argparse.Namespace, lens: Int32, layers: int, page: int
-) -> tuple[float, float]:
-    max_pages = -(-LONGEST // page)
-    rows, used = rows_of(lens, np.ones_like(lens), page, max_pages)
-    kv = random_kv(layers, used + 1, page, args)
-    q = noise(len(lens), args.heads, args.head_dim)
-    assert rows.kv_lens_device is not None
-    graph = backend.graph_decode(rows.page_table, rows.kv_lens_device, kv, max_pages * page)
-    graph.prepare(lens)
-
-    def step() -> None:
-        for layer in range(layers):
-            graph.attention.run(q, layer, 0)
-
-    us = graph_us(step, calls=1, replays=15) / layers
-    begin = time.perf_counter()
-    for _ in range(20):
-        lens = lens + page
-        graph.prepare(lens)
-    return us, (time.perf_counter() - begin) / 20 * 1e6
-
-
-def prefill_table(args: argparse.Namespace) -> dict[str, float]:
-    """Print a line for each shape; return microseconds a layer by `shape backend pN`."""
-    args.backend = [name for name in args.backend if name != "trtllm"]
-    backends = make_backends(args)
-    print("prefill".ljust(16), *(column.rjust(11) for column in backends), "   (TFLOP/s of the best)")
-    results: dict[str, float] = {}
-    for label, chunks in PREFILLS.items():
-        query_lens, lens = (np.array(part, np.int32) for part in zip(*chunks, strict=True))
-        q = noise(int(query_lens.sum()), args.heads, args.head_dim)
-        times = {}
-        for column, (attention, page) in backends.items():
-            rows, used = rows_of(lens, query_lens, page, -(-int(lens.max()) // page))
-            planned = attention.prefill.plan_prefill(rows, random_kv(1, used + 1, page, args))
-            times[column] = median_us(partial(planned.run, q, 0, 0), 7)
-        pairs = sum(n * (total - n) + n * (n + 1) / 2 for n, total in chunks)
-        rate = 4 * pairs * args.heads * args.head_dim / min(times.values(), default=float("inf")) / 1e6
-        print(label.ljust(16), *(f"{us:11.1f}" for us in times.values()), f"   {rate:.0f}", flush=True)
-        results |= {f"{label} {column}": us for column, us in times.items()}
-    return results
-
-
-def random_kv(layers: int, pages: int, page_size: int, args: argparse.Namespace) -> KVCache:
-    k = torch.empty((layers, pages, page_size, args.kv_heads, args.head_dim), dtype=DTYPE, device=CUDA).normal_()
+def random_kv(layers: int, pages: int, page_size: int, kv_heads: int) -> KVCache:
+    k = torch.empty((layers, pages, page_size, kv_heads, HEAD_DIM), dtype=DTYPE, device=CUDA).normal_()
     return KVCache(k, torch.empty_like(k).normal_())

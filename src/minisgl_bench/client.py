@@ -1,39 +1,45 @@
-"""A streamed completion over HTTP/1.1, with little work for each event: when its tokens came, and how many there were.
+"""Streamed completions over HTTP/1.1, with little work for each event: when its tokens came, and how many there were.
 
-General clients spend several times as long on each piece of a stream, which a benchmark of thousands of streams
-would measure instead of the server.
+General clients take several times as long for a piece of a stream, and would be measured instead of the server.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import itertools
 import json
 import socket
 import ssl
 import time
+import urllib.error
+import urllib.request
 from array import array
-from collections.abc import Awaitable, Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from http.client import HTTPException
+from typing import Any, Final, cast
 from urllib.parse import urlsplit
 
 import httptools
 
 from minisgl.errors import ConfigError
+from minisgl_bench.traffic import IdPrompts, Session, TextPrompts, Turn
+
+LEAD: Final = 0.2  # how long before its time a request gets its connection, in s
+PATHS: Final = {"ids": "/v1/completions", "text": "/v1/completions", "chat": "/v1/chat/completions"}
 
 
 class AnswerError(Exception):
-    """An answer that cannot be counted: a short kind that many answers may share, and what exactly is wrong."""
-
-    def __init__(self, kind: str, detail: str) -> None:
-        super().__init__(detail)
-        self.kind = kind
+    """An answer that cannot be counted; its arguments are a kind that many may share, and what exactly is wrong."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where a server is: an address that needs no further look-up, and what the request's head says of it."""
+    """Where a server is: its URL without `/v1`, and an address that needs no further look-up."""
 
+    url: str
     host: str
     address: str
     port: int
@@ -44,26 +50,41 @@ class Target:
 
     @property
     def is_local(self) -> bool:
-        """Whether the server is on this machine by its address."""
         return self.address.startswith("127.") or self.address == "::1"
 
-    def request(self, method: str, path: str, body: bytes = b"") -> bytes:
+    def post(self, path: str, body: bytes) -> bytes:
         host = f"[{self.host}]" if ":" in self.host else self.host
         head = [
-            f"{method} {self.prefix}{path} HTTP/1.1", f"Host: {host}:{self.port}", "Connection: close",
+            f"POST {self.prefix}{path} HTTP/1.1", f"Host: {host}:{self.port}", "Connection: close",
             "Accept: text/event-stream, application/json", "User-Agent: minisgl-bench",
+            *([] if self.key is None else [f"Authorization: Bearer {self.key}"]),
+            "Content-Type: application/json", f"Content-Length: {len(body)}",
         ]  # fmt: skip
-        if self.key is not None:
-            head.append(f"Authorization: Bearer {self.key}")
-        if body:
-            head += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
         return "\r\n".join((*head, "", "")).encode("latin-1") + body
+
+    def call(self, path: str, body: object = None, timeout: float = 30.0) -> Any:
+        """The JSON of an answer to GET, or to POST of a body. Raises ConfigError with what the server says instead."""
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
+        request = urllib.request.Request(self.url + path, data, headers)
+        try:
+            no_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+            with no_proxy.open(request, timeout=timeout) as answer:
+                return json.loads(answer.read() or b"null")
+        except urllib.error.HTTPError as error:
+            said = error_text(error.read())
+            raise ConfigError(f"the server refuses {request.get_method()} {path} with {error.code}: {said}") from error
+        except (OSError, HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            raise ConfigError(f"no answer from {self.host}:{self.port}{self.prefix}{path}: {reason}") from error
+        except ValueError as error:
+            raise ConfigError(f"what {path} says is not JSON: {error}") from error
 
 
 def parse_target(url: str, key: str | None) -> Target:
-    """The server at a URL, with or without its `/v1`. Raises ConfigError when there is no such host."""
+    url = url if "://" in url else f"http://{url}"
     try:
-        parts = urlsplit(url if "://" in url else f"http://{url}")
+        parts = urlsplit(url)
         port = parts.port or (443 if parts.scheme == "https" else 80)
     except ValueError as error:
         raise ConfigError(f"--url {url}: {error}") from error
@@ -77,97 +98,8 @@ def parse_target(url: str, key: str | None) -> Target:
         raise ConfigError(f"--url {url}: {error.strerror}") from error
     tls = ssl.create_default_context() if parts.scheme == "https" else None
     prefix = parts.path.rstrip("/").removesuffix("/v1")
-    return Target(parts.hostname, str(where[0]), port, family, prefix, tls, key)
-
-
-class HttpExchange(asyncio.Protocol):
-    """One request on a connection of its own. `done` is set when its answer has come whole, or raises AnswerError.
-
-    `now` is when the bytes at hand came, on the performance counter. `on_…` are called by httptools.
-    """
-
-    def __init__(self) -> None:
-        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.status = 0
-        self.body = bytearray()
-        self.now = 0.0
-        self._parser = httptools.HttpResponseParser(self)
-        self._transport: asyncio.Transport | None = None
-        self._has_length = False
-
-    async def connect(self, target: Target) -> None:
-        """Open a connection. Raises OSError (ssl.SSLError is one)."""
-        name = target.host if target.tls is not None else None
-        await asyncio.get_running_loop().create_connection(
-            lambda: self, target.address, target.port, family=target.family, ssl=target.tls, server_hostname=name
-        )
-
-    def send(self, request: bytes) -> float:
-        """Write the request; when, on the performance counter."""
-        assert self._transport is not None
-        now = time.perf_counter()
-        self._transport.write(request)
-        return now
-
-    def close(self) -> None:
-        if self._transport is not None:
-            self._transport.abort()
-        if not self.done.cancel() and not self.done.cancelled():
-            self.done.exception()  # nobody may have waited for it
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
-
-    def data_received(self, data: bytes) -> None:
-        self.now = time.perf_counter()
-        if self.done.done():
-            return
-        try:
-            self._parser.feed_data(data)
-        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
-            reason = str(error.__context__ or error) if self.status else data[:80].decode("latin-1").split("\r\n")[0]
-            self._end(f"not an answer in HTTP/1.1: {reason}")
-
-    def connection_lost(self, error: Exception | None) -> None:
-        """The end of a body without a length; of any other it is too early."""
-        whole = self.status and not self._has_length and error is None
-        self._end(None if whole else "the connection was closed before the answer's end")
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._has_length |= name.lower() in (b"content-length", b"transfer-encoding")
-
-    def on_headers_complete(self) -> None:
-        status = self._parser.get_status_code()
-        self.status = status if status >= 200 else 0
-
-    def on_body(self, data: bytes) -> None:
-        self.body += data
-
-    def on_message_complete(self) -> None:
-        if self.status:
-            self._end(None)
-
-    def _end(self, failure: str | None) -> None:
-        if not self.done.done() and failure is None:
-            self.done.set_result(None)
-        elif not self.done.done():
-            kind = "cut off" if self.status in (0, 200) else f"HTTP {self.status}"
-            self.done.set_exception(AnswerError(kind, str(failure)))
-        if self._transport is not None:
-            self._transport.close()
-
-
-async def fetch(target: Target, method: str, path: str, body: bytes = b"", timeout: float = 30.0) -> tuple[int, bytes]:
-    """Status and body of an answer. Raises OSError (TimeoutError is one) or AnswerError."""
-    exchange = HttpExchange()
-    try:
-        async with asyncio.timeout(timeout):
-            await exchange.connect(target)
-            exchange.send(target.request(method, path, body))
-            await exchange.done
-    finally:
-        exchange.close()
-    return exchange.status, bytes(exchange.body)
+    base = f"{parts.scheme}://{parts.netloc}{prefix}"
+    return Target(base, parts.hostname, str(where[0]), port, family, prefix, tls, key)
 
 
 @dataclass(slots=True)
@@ -189,28 +121,91 @@ class RequestRecord:
     completion_tokens: int = 0
     cached_tokens: int | None = None
     text: str = ""
+    body: bytes | None = None  # of the request, where it needs no answer to an earlier turn
     failure: str | None = None
     detail: str = ""
 
 
-class CompletionStream(HttpExchange):
-    """The server-sent events of a completion (WHATWG HTML, section 9.2), most of them counted and not decoded.
+class CompletionStream(asyncio.Protocol):
+    """One request on a connection of its own, and the server-sent events of its answer (WHATWG HTML, section 9.2).
 
-    `events` has the last two, or all of them where the answer's text is wanted.
+    Most events are counted and not decoded: `events` has the last two, or all of them where the answer's text is
+    wanted (`keep`). `done` is set when the answer has come whole, or raises AnswerError. httptools calls `on_…`.
     """
 
     def __init__(self, record: RequestRecord, keep: bool) -> None:
-        super().__init__()
         self.record = record
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.finished = False
         self.error = b""
         self.events: list[bytes] = []
         self._keep = keep
-        self._partial = b""
+        self._status = 0
+        self._body = bytearray()  # of an answer other than 200
+        self._partial = b""  # an event that has not ended
+        self._now = 0.0  # when the bytes at hand came
+        self._parser = httptools.HttpResponseParser(self)
+        self._transport: asyncio.Transport | None = None
+        self._has_length = False
+
+    async def connect(self, target: Target) -> None:
+        name = target.host if target.tls is not None else None
+        await asyncio.get_running_loop().create_connection(
+            lambda: self, target.address, target.port, family=target.family, ssl=target.tls, server_hostname=name
+        )
+
+    def send(self, request: bytes) -> None:
+        assert self._transport is not None
+        self.record.sent = time.perf_counter()
+        self._transport.write(request)
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+        if not self.done.cancel() and not self.done.cancelled():
+            self.done.exception()  # nobody may have waited for it
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
+
+    def data_received(self, data: bytes) -> None:
+        self._now = time.perf_counter()
+        if self.done.done():
+            return
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            reason = str(error.__context__ or error) if self._status else data[:80].decode("latin-1").split("\r\n")[0]
+            self._end(f"not an answer in HTTP/1.1: {reason}")
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """The end of a body without a length; of any other it is too early."""
+        whole = self._status and not self._has_length and error is None
+        self._end(None if whole else "the connection was closed before the answer's end")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._has_length |= name.lower() in (b"content-length", b"transfer-encoding")
+
+    def on_headers_complete(self) -> None:
+        status = self._parser.get_status_code()
+        self._status = status if status >= 200 else 0
+
+    def on_message_complete(self) -> None:
+        if self._status:
+            self._end(None)
+
+    def _end(self, failure: str | None) -> None:
+        if not self.done.done() and failure is None:
+            self.done.set_result(None)
+        elif not self.done.done():
+            kind = "cut off" if self._status in (0, 200) else f"HTTP {self._status}"
+            self.done.set_exception(AnswerError(kind, str(failure)))
+        if self._transport is not None:
+            self._transport.close()
 
     def on_body(self, data: bytes) -> None:
-        if self.status != 200:
-            self.body += data
+        if self._status != 200:
+            self._body += data
             return
         data = self._partial + data
         if b"\r" in data:
@@ -222,30 +217,24 @@ class CompletionStream(HttpExchange):
 
     def _take(self, event: bytes) -> None:
         if not event.startswith(b"data:"):  # a comment, or fields before the data
-            lines = [line for line in event.split(b"\n") if line.startswith(b"data:")]
-            if not lines:
+            event = next((line for line in event.split(b"\n") if line.startswith(b"data:")), b"")
+            if not event:
                 return
-            event = lines[0]
         data = event[5:].strip()
         if data == b"[DONE]":
             self.finished = True
-            return
-        if b'"error"' in data and decode(data).get("error"):
+        elif b'"error"' in data and decode(data).get("error"):
             self.error = data
-            return
-        times = self.record.times
-        if not times and not has_token(decode(data)):
-            return
-        times.append(self.now)
-        if not self._keep and len(self.events) == 2:
-            del self.events[0]
-        self.events.append(data)
+        elif self.record.times or has_token(decode(data)):
+            self.record.times.append(self._now)
+            if not self._keep and len(self.events) == 2:
+                del self.events[0]
+            self.events.append(data)
 
     def settle(self) -> None:
-        """Read the counts when all has come. Raises AnswerError."""
         record = self.record
-        if self.status != 200:
-            raise AnswerError(f"HTTP {self.status}", error_text(bytes(self.body)))
+        if self._status != 200:
+            raise AnswerError(f"HTTP {self._status}", error_text(bytes(self._body)))
         if self.error:
             raise AnswerError("error in the stream", error_text(self.error))
         if not self.finished:
@@ -271,7 +260,6 @@ class CompletionStream(HttpExchange):
 
 
 def decode(data: bytes) -> dict[str, Any]:
-    """A JSON object. Raises ValueError."""
     try:
         value: dict[str, Any] = json.loads(data)
     except ValueError as error:
@@ -299,31 +287,26 @@ def error_text(body: bytes) -> str:
 
 
 async def stream_completion(
-    target: Target,
-    path: str,
-    body: bytes,
-    record: RequestRecord,
-    ready: Callable[[], Awaitable[None]],
-    timeout: float,
-    keep: bool,
+    target: Target, path: str, body: bytes, record: RequestRecord, due: float | None, timeout: float, keep: bool
 ) -> None:
-    """Connect, wait for `ready()`, send, and fill the record; what goes wrong ends up in it.
+    """Connect, wait until it is due, send, and fill the record; what goes wrong ends up in it.
 
     `timeout` is how long connecting may take, and then the answer, in s.
     """
     stream = CompletionStream(record, keep)
-    request = target.request("POST", path, body)
+    request = target.post(path, body)
     try:
         async with asyncio.timeout(timeout) as limit:
             await stream.connect(target)
             limit.reschedule(None)
-            await ready()
+            await sleep_until(due)
+            record.due = time.perf_counter() if due is None else due
             limit.reschedule(asyncio.get_running_loop().time() + timeout)
-            record.sent = stream.send(request)
+            stream.send(request)
             await stream.done
         stream.settle()
     except AnswerError as error:
-        record.failure, record.detail = error.kind, str(error)
+        record.failure, record.detail = error.args
     except TimeoutError:
         record.failure, record.detail = "timeout", f"nothing more within {timeout:g} s"
     except OSError as error:
@@ -332,3 +315,88 @@ async def stream_completion(
         record.failure, record.detail = "malformed answer", f"{type(error).__name__}: {error}"
     finally:
         stream.close()
+
+
+async def sleep_until(due: float | None) -> None:
+    if due is not None and (left := due - time.perf_counter()) > 0:
+        await asyncio.sleep(left)
+
+
+# A session with a record for each turn.
+PlannedSession = tuple[Session, list[RequestRecord]]
+
+
+@dataclass(frozen=True)
+class LoadClient:
+    """How requests are made; `options` are those of `minisgl bench online`."""
+
+    target: Target
+    model: str
+    prompts: IdPrompts | TextPrompts
+    options: argparse.Namespace
+
+    @property
+    def keep_text(self) -> bool:
+        return self.options.endpoint == "chat" and self.options.chats is not None
+
+    def body(self, turn: Turn, seed: int, answers: Sequence[str]) -> bytes:
+        fields: dict[str, Any] = {
+            "model": self.model, **self.prompts.fields(turn, seed, answers), "max_tokens": turn.output_length,
+            "temperature": self.options.temperature, "stream": True, "stream_options": {"include_usage": True},
+        }  # fmt: skip
+        if not self.options.no_ignore_eos:
+            fields["ignore_eos"] = True
+        return json.dumps(fields, separators=(",", ":")).encode()
+
+    def prepare(self, sessions: Sequence[Session], seed: int, hits: Sequence[int] = ()) -> list[PlannedSession]:
+        planned: list[PlannedSession] = [(session, []) for session in sessions]
+        index = itertools.count()
+        for session, records in planned:
+            for turn in session.turns:
+                record = RequestRecord(next(index), expected_output=turn.output_length)
+                record.body = None if self.keep_text else self.body(turn, seed, ())
+                record.expected_input = self.prompts.expected_tokens(turn)
+                record.expected_cached = hits[record.index] if hits else 0
+                records.append(record)
+        return planned
+
+    async def play(
+        self, planned: PlannedSession, seed: int, start: float | None, done: Callable[[int], object]
+    ) -> None:
+        """Send a session's turns one after the other; the first at its time after `start`, or at once where None."""
+        session, records = planned
+        path, timeout = PATHS[self.options.endpoint], self.options.timeout
+        answers: list[str] = []
+        due = None if start is None else start + session.due
+        for number, (turn, record) in enumerate(zip(session.turns, records, strict=True)):
+            await sleep_until(None if due is None else due - LEAD)
+            body, record.body = record.body or self.body(turn, seed, answers), None
+            await stream_completion(self.target, path, body, record, due, timeout, self.keep_text)
+            done(1)
+            if record.failure is not None:
+                for later in records[number + 1 :]:
+                    later.failure, later.detail = "not sent", "an earlier turn failed"
+                    done(1)
+                return
+            answers.append(record.text)
+            due = time.perf_counter() + session.think if session.think else None
+
+    async def open_loop(self, planned: Sequence[PlannedSession], seed: int, done: Callable[[int], object]) -> None:
+        start = time.perf_counter() + LEAD
+        async with asyncio.TaskGroup() as group:
+            for item in planned:
+                await sleep_until(start + item[0].due - LEAD)
+                group.create_task(self.play(item, seed, start, done))
+
+    async def closed_loop(
+        self, planned: Sequence[PlannedSession], seed: int, concurrency: int, done: Callable[[int], object]
+    ) -> None:
+        queue = deque(planned)
+
+        async def work() -> None:
+            while queue:
+                await self.play(queue.popleft(), seed, None, done)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(concurrency, len(queue))):
+                group.create_task(work())

@@ -1,19 +1,15 @@
 """Microseconds of what the GPUs of a host do together, each way there is, checked against a plain reference.
 
     minisgl bench collectives --tp 4                    all-reduce, all-reduce with the norm, sampling
-    minisgl bench collectives --tp 4 --rows 1 64 256 --hidden 5120 --json out.json
     minisgl bench collectives --tp 2 --device cpu       gloo alone
 
-An all-reduce is of rows x hidden in bf16, as it ends each block of a model. A figure is the median replay of a CUDA
-graph of CALLS calls, as rank 0 sees it; every way is first checked eagerly on every rank. A way that raises says why
-and is left out. The ways are tried in the order of the table, the safest first.
+Median replays of a CUDA graph, as rank 0 sees them; an all-reduce is of rows x hidden in bf16. A way is first checked
+on every rank; one that raises says why and is left out.
 """
 
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -22,117 +18,94 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from minisgl.distributed.select import attempt, fuse, reach
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
 from minisgl.cli import Parser
-from minisgl.config import Config
 from minisgl.core.ops import Operations, add_rms_norm
-from minisgl.distributed import collectives as pynccl
-from minisgl.distributed.collectives import TPGroup, join_group
-from minisgl.distributed.fused import staged_operations
+from minisgl.distributed.collectives import attempt, join_group, noise, select_nccl
 from minisgl.distributed.operations import parallel_operations
 from minisgl.distributed.shard import vocab_shard
 from minisgl.gpu.operations import operations_for
 from minisgl_bench.gpu_timing import VOCAB, graph_us, sampling_rows
 
-CALLS, REPLAYS = 20, 50
-EPS = 1e-6
-LARGEST_STEP = 512
-"""Rows of the largest decode step: only an all-reduce may have more."""
-Call = Callable[[], Any]
-Way = Callable[[int], tuple[Call, Call]]
-"""Makes for a number of rows what checks the way and what is timed."""
+REPLAYS, EPS = 50, 1e-6
+LARGEST_STEP = 512  # rows of the largest decode step: only an all-reduce may have more
+Way = Callable[[int], Callable[[], object]]  # checks the way for a number of rows, and makes what is timed
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Be rank 0, with the other ranks as processes that end with this one."""
     parser = Parser(prog="minisgl bench collectives", description=__doc__)
     parser.add_argument("--tp", type=int, default=4)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--hidden", type=int, default=5120)
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192])
-    parser.add_argument("--only", default="", help="ways whose name contains this")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument("--meeting", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="minisgl-", dir="/tmp") as folder:
-        others = []
-        if options.meeting is None:
-            options.meeting = f"file://{folder}/meeting"
-            command = [sys.executable, "-m", "minisgl_bench", "collectives", *arguments, "--meeting", options.meeting]
-            others = [subprocess.Popen([*command, "--rank", str(rank)]) for rank in range(1, options.tp)]
-        try:
-            CollectivesRank(options).measure()
-        finally:
-            for process in others:
-                try:
-                    process.wait(10)
-                except subprocess.TimeoutExpired:
-                    process.kill()
+        spawn(run_rank, (options, f"file://{folder}/rendezvous"), options.tp)  # type: ignore[no-untyped-call]
     return 0
 
 
+def run_rank(rank: int, options: argparse.Namespace, rendezvous: str) -> None:
+    CollectivesRank(rank, options, rendezvous).measure()
+
+
 class CollectivesRank:
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.cuda, self.hidden = options.device == "cuda", options.hidden
-        self.device = torch.device(f"cuda:{options.rank}" if self.cuda else "cpu")
+    def __init__(self, rank: int, options: argparse.Namespace, rendezvous: str) -> None:
+        self.rank, self.options, self.hidden = rank, options, options.hidden
+        self.cuda = options.device == "cuda"
+        self.device = torch.device(f"cuda:{rank}" if self.cuda else "cpu")
         self.dtype = torch.bfloat16 if self.cuda else torch.float32
         if self.cuda:
             torch.cuda.set_device(self.device)
-        self.group: TPGroup = join_group(options.rank, options.tp, options.meeting, self.device)
-        self.shard = vocab_shard(VOCAB, options.rank, options.tp)
+        self.group = join_group(rank, options.tp, rendezvous, self.device)
+        self.shard = vocab_shard(VOCAB, rank, options.tp)
         self.results: dict[str, dict[str, Any]] = {}
 
     def measure(self) -> None:
         name = torch.cuda.get_device_name() if self.cuda else "the CPU"
+        about = {"device": name, "tp": self.options.tp, "torch": torch.__version__, "hidden": self.hidden}
         self.print(f"{self.options.tp} x {name}, torch {torch.__version__}, {self.dtype}, hidden size {self.hidden}")
-        base = self.group.collectives
-        self.time("all-reduce: torch.distributed", partial(self.all_reduce, base.all_reduce))
+        collectives = self.group.collectives
+        self.time("all-reduce: torch.distributed", partial(self.all_reduce, collectives.all_reduce))
         if self.cuda:
             self.time_gpu_ways()
-        if self.options.json and self.options.rank == 0:
-            about = {"device": name, "tp": self.options.tp, "torch": torch.__version__, "hidden": self.hidden}
+        if self.options.json and self.rank == 0:
             self.options.json.write_text(json.dumps({**about, **self.results}, indent=1))
-        base.close()
+        collectives.close()
 
     def time_gpu_ways(self) -> None:
+        from minisgl.distributed.fused import fused_parallel_operations, make_fused  # needs triton, which only GPUs do
+
         group, ops = self.group, operations_for(self.device, self.hidden)
-        if group.least(int(pynccl.available())):
-            bound, why = attempt(group, partial(pynccl.NcclCollectives, group))
-            if bound is None:
-                self.print(f"nccl4py: {why}")
-            else:
-                self.time("all-reduce: nccl4py", partial(self.all_reduce, bound.all_reduce))
+        nccl, note = select_nccl(group, self.device, disable_pynccl=False)
+        if nccl is group:
+            self.print(note)
+        else:
+            self.time("all-reduce: nccl4py", partial(self.all_reduce, nccl.collectives.all_reduce))
         plain = parallel_operations(ops, group, self.shard)
         self.time("all-reduce and norm: torch.distributed, then norm", partial(self.norm, plain.add_rms_norm))
         self.time("sampling: gathered, no filter", partial(self.sampling, plain, 1.0))
         self.time("sampling: gathered, top_p", partial(self.sampling, plain, 0.9))
-        for name, one_shot in (("one shot", 64 * 1024), ("two shots", 0)):
-            config = Config(all_reduce_crossovers=f"{one_shot},{64 * 1024}")
-            reached, why = attempt(group, partial(reach, config, group, self.hidden, self.dtype, self.device))
-            fusion = None
-            if reached is not None:
-                fusion, why = attempt(group, partial(fuse, group, reached, self.hidden, ops, self.shard))
-            if reached is None or fusion is None:
+        for name, one_shot in (("one shot", LARGEST_STEP * self.hidden * self.dtype.itemsize), ("two shots", 0)):
+            make = partial(make_fused, group, ops, self.hidden, self.shard, self.dtype, self.device, one_shot)
+            fused, why = attempt(group, make)
+            if fused is None:
                 self.print(f"fused, {name}: {why}")
                 continue
-            fusion.norm.begin(whole=True)
-            self.time(f"all-reduce and norm: fused, {name}", partial(self.norm, fusion.norm.add_rms_norm))
+            fused.norm.begin(whole=True)
+            self.time(f"all-reduce and norm: fused, {name}", partial(self.norm, fused.norm.add_rms_norm))
             if not one_shot:
-                sharded = staged_operations(ops, plain, self.shard, reached, fusion)
+                sharded = fused_parallel_operations(plain, fused)
                 self.time("sampling: from shards, no filter", partial(self.sampling, sharded, 1.0))
                 self.time("sampling: from shards, top_p", partial(self.sampling, sharded, 0.9))
 
     def print(self, line: str) -> None:
-        if self.options.rank == 0:
+        if self.rank == 0:
             print(line, flush=True)
 
     def time(self, name: str, way: Way) -> None:
-        if self.options.only not in name:
-            return
         found: dict[str, Any] = {}
         for rows in self.options.rows:
             if rows <= LARGEST_STEP or name.startswith("all-reduce:"):
@@ -142,12 +115,9 @@ class CollectivesRank:
         self.print(f"{name:50}" + "  ".join(f"{rows}: {value}" for rows, value in found.items()))
 
     def one_figure(self, way: Way, rows: int) -> float:
-        check, call = way(rows)
-        check()
-        for _ in range(3):
-            call()
+        call = way(rows)
         if self.cuda:
-            return graph_us(call, CALLS, REPLAYS)
+            return graph_us(call, replays=REPLAYS)
         times = []
         for _ in range(REPLAYS):
             start = time.perf_counter()
@@ -156,42 +126,32 @@ class CollectivesRank:
         return 1e6 * statistics.median(times)
 
     def terms(self, rows: int) -> tuple[Tensor, Tensor]:
-        """This rank's term of a sum, and the sum."""
-        terms = []
-        for rank in range(self.group.size):
-            generator = torch.Generator().manual_seed(1000 * rows + rank)
-            terms.append(torch.randn(rows, self.hidden, generator=generator).to(self.dtype).to(self.device))
+        terms = [noise(1000 * rows + i, rows, self.hidden, self.dtype, self.device) for i in range(self.group.size)]
         return terms[self.group.rank], torch.stack([term.float() for term in terms]).sum(0)
 
-    def all_reduce(self, call: Callable[[Tensor], Tensor], rows: int) -> tuple[Call, Call]:
+    def all_reduce(self, call: Callable[[Tensor], Tensor], rows: int) -> Callable[[], object]:
         x, total = self.terms(rows)
-        return lambda: require_close(call(x.clone()), total), partial(call, torch.zeros_like(x))
+        require_close(call(x.clone()), total)
+        return partial(call, torch.zeros_like(x))
 
-    def norm(self, call: Callable[..., Tensor | None], rows: int) -> tuple[Call, Call]:
+    def norm(self, call: Callable[..., Tensor | None], rows: int) -> Callable[[], object]:
         x, total = self.terms(rows)
         weight, zero = torch.ones(self.hidden, dtype=self.dtype, device=self.device), torch.zeros_like(x)
-        exact = add_rms_norm(total.to(self.dtype), torch.zeros_like(x), weight, EPS)
-        return (
-            lambda: require_close(call(x.clone(), torch.zeros_like(x), weight, EPS), exact),
-            partial(call, zero, torch.zeros_like(x), weight, EPS),
-        )
+        exact = add_rms_norm(total.to(self.dtype), zero.clone(), weight, EPS)
+        require_close(call(x.clone(), zero.clone(), weight, EPS), exact)
+        return partial(call, zero, zero.clone(), weight, EPS)
 
-    def sampling(self, ops: Operations, top_p: float, rows: int) -> tuple[Call, Call]:
+    def sampling(self, ops: Operations, top_p: float, rows: int) -> Callable[[], object]:
         """Tokens for rows of a large vocabulary at temperature 0.6, the same on every rank and as one device's."""
-        whole = torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(rows)) * 3
-        mine = torch.zeros(rows, self.shard.width)
+        whole = 3 * noise(rows, rows, VOCAB, self.dtype, self.device)
+        mine = torch.zeros(rows, self.shard.width, dtype=self.dtype, device=self.device)
         mine[:, : self.shard.real] = whole[:, self.shard.first : self.shard.first + self.shard.real]
-        logits = mine.to(self.dtype).to(self.device)
-        table = sampling_rows(rows, self.device, torch.arange(rows), temperature=0.6, top_p=top_p)
+        table = sampling_rows(torch.arange(rows), self.device, temperature=0.6, top_p=top_p)
         slots = torch.arange(rows, dtype=torch.int32, device=self.device)
-        call = partial(ops.sample, logits, table, slots, slots, False, True, True)
-
-        def check() -> None:
-            exact = ops.sample_gathered(whole.to(self.dtype).to(self.device), table, slots, slots, False, True, True)
-            if wrong := int((call() != exact).sum()):
-                raise RuntimeError(f"{wrong} of {rows} tokens differ from one device's")
-
-        return check, call
+        call = partial(ops.sample, mine, table, slots, slots, False, True, True)
+        if wrong := int((call() != ops.sample_gathered(whole, table, slots, slots, False, True, True)).sum()):
+            raise RuntimeError(f"{wrong} of {rows} tokens differ from one device's")
+        return call
 
 
 def require_close(found: Tensor | None, expected: Tensor) -> None:

@@ -14,14 +14,19 @@ from minisgl.cli import SERVER_GROUPS, Parser, add_config_flags, config_from, gu
 from minisgl.errors import ConfigError
 from minisgl_bench.workload import PeakRates
 
-NAMES: Final = (
-    "offline", "online", "ablation", "compare", "attention", "collectives", "gemm", "grammar", "kernels", "streaming",
-)  # fmt: skip
+ENGINE: Final = {
+    "offline": "Throughput of a batch of random prompts, EOS ignored. Defaults: the published workload of 256 requests "
+    "on a GPU, a smaller one on a CPU.",
+    "compare": "The workload of `minisgl bench offline` through another engine, in a process of its own, and then "
+    "through this one, with the same flags as far as both have them.",
+    "ablation": "Turns one setting at a time away from the configuration given here, over weights loaded once.",
+}
+# Benchmarks of parts: their modules, and what is put before the arguments.
+PARTS: Final[dict[str, tuple[str, list[str]]]] = {
+    **{name: (name, []) for name in ("attention", "collectives", "grammar", "kernels", "streaming")},
+    "gemm": ("kernels", ["--only", "gemm"]),
+}
 ABLATIONS: Final = ("overlap", "graphs", "chats", "system-prompt", "attention", "page-size", "chunk-size")
-REPEATS: Final = 3
-PAGE: Final = 16
-TOKENS: Final = (256, 10_000)
-"""Ids below are special or bytes in many vocabularies; ids above are not in every vocabulary."""
 SLO_NAMES: Final = ("ttft", "tpot", "e2e")
 UNITS: Final = {"ms": 1e-3, "s": 1.0}
 EXTRA: Final = ("httptools", "psutil")
@@ -54,7 +59,7 @@ def several(text: str, convert: Callable[[str], Any]) -> tuple[Any, ...]:
 
 def seeds(text: str) -> tuple[int, ...]:
     try:
-        return tuple(map(int, text.split(",")))
+        return several(text, int)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers") from None
 
@@ -64,7 +69,6 @@ def burstiness(text: str) -> float:
 
 
 def length_range(text: str) -> tuple[int, int]:
-    """`A:B` or `N` as an inclusive range of token counts."""
     low, _, high = text.partition(":")
     if not (low.isdecimal() and (high or low).isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r} is not a length N or a range A:B")
@@ -87,9 +91,8 @@ def slo(text: str) -> dict[str, float]:
     for part in text.split(","):
         name, _, limit = part.partition("=")
         if name not in SLO_NAMES or not limit:
-            raise argparse.ArgumentTypeError(
-                f"{part!r} is not one of {', '.join(SLO_NAMES)} with a limit, as ttft=300ms"
-            )
+            names = ", ".join(SLO_NAMES)
+            raise argparse.ArgumentTypeError(f"{part!r} is not one of {names} with a limit, as ttft=300ms")
         unit = next((unit for unit in UNITS if limit.endswith(unit)), "")
         limits[name] = number(limit.removesuffix(unit)) * UNITS[unit or "ms"]
     return limits
@@ -112,60 +115,52 @@ def ablations(text: str) -> tuple[str, ...]:
     return names
 
 
-# What was not said of `minisgl bench online`; times are in s. `small` asks for the lengths of a CPU.
-DEFAULTS: Final[dict[str, Any]] = {
-    "trace": None, "scale": (1.0,), "rate": (), "burstiness": 1.0, "concurrency": (), "seeds": (0,), "requests": None,
-    "input_len": None, "output_len": None, "max_input_len": None, "max_output_len": None, "chats": None, "turns": 4,
-    "system_prompts": 1, "system_len": 512, "think": 0.0, "endpoint": "ids", "tokens": TOKENS, "salt": None,
-    "temperature": 0.6, "no_ignore_eos": False, "warmup": 32, "url": "http://127.0.0.1:1919", "serve": None,
-    "model": None, "timeout": 600.0, "server_pid": None, "cache_page": PAGE, "slo": {}, "json": None, "samples": None,
-}  # fmt: skip
-
-
+# Of `minisgl bench online`, by group: flag, what it is when it was not given, type (or choices, or None for a switch),
+# metavar, help. Times are in s.
 # fmt: off
-FLAGS: Final[dict[str, tuple[tuple[str, Any, str | None, str], ...]]] = {
+FLAGS: Final[dict[str, tuple[tuple[str, Any, Any, str | None, str], ...]]] = {
     "how requests come": (
-        ("trace", Path, "FILE", "replay a trace: Qwen-Bailian, Mooncake (JSON lines), Azure (CSV)"),
-        ("scale", partial(several, convert=number), "X,Y", "factors for gaps between arrivals; 0.5 is twice as fast"),
-        ("rate", partial(several, convert=number), "X,Y", "requests (with --chats: conversations) per second"),
-        ("burstiness", burstiness, "X", "of --rate: 1 Poisson (default), less bursts, inf evenly spaced"),
-        ("concurrency", partial(several, convert=count), "N,M", "so many at once, the next when one ends"),
-        ("seeds", seeds, "N,M", "of lengths, times and tokens; each is run (default: 0)"),
+        ("trace", None, Path, "FILE", "replay a trace: Qwen-Bailian, Mooncake (JSON lines), Azure (CSV)"),
+        ("scale", (1.0,), partial(several, convert=number), "X,Y", "of gaps between arrivals; 0.5 is twice as fast"),
+        ("rate", (), partial(several, convert=number), "X,Y", "requests (with --chats: conversations) per second"),
+        ("burstiness", 1.0, burstiness, "X", "of --rate: 1 Poisson (default), less bursts, inf evenly spaced"),
+        ("concurrency", (), partial(several, convert=count), "N,M", "so many at once, the next when one ends"),
+        ("seeds", (0,), seeds, "N,M", "of lengths, times and tokens; each is run (default: 0)"),
     ),
     "what is sent": (
-        ("requests", count, "N", "requests (default: 1000 of a trace, else 256; 16 for --serve on a CPU)"),
-        ("input-len", length_range, "A:B", "tokens in a prompt or message (default: 100:1024; --serve on CPU 32:128)"),
-        ("output-len", length_range, "A:B", "tokens in an answer (the same defaults)"),
-        ("max-input-len", count, "N", "cut the trace's longer prompts"),
-        ("max-output-len", count, "N", "cut the trace's longer answers"),
-        ("chats", count, "N", "conversations of several turns behind shared system prompts"),
-        ("turns", count, "N", "turns in each (default: 4)"),
-        ("system-prompts", count, "N", "different ones (default: 1)"),
-        ("system-len", count, "N", "tokens in a system prompt (default: 512)"),
-        ("think", not_negative, "S", "seconds between an answer and the next turn (default: 0)"),
-        ("endpoint", ("ids", "text", "chat"), None, "ids (default), text: /v1/completions; chat: /v1/chat/completions"),
-        ("tokens", token_range, "LOW:HIGH", f"token ids to send (default: {TOKENS[0]}:{TOKENS[1]})"),
-        ("salt", int, "N", "of the tokens beside the seed (default: random, so that no server has them cached)"),
-        ("temperature", not_negative, "X", "of the sampling (default: 0.6)"),
-        ("no-ignore-eos", None, None, "for servers that do not know ignore_eos"),
-        ("warmup", partial(count, least=0), "N", "requests with short answers before the first run (default: 32)"),
+        ("requests", None, count, "N", "requests (default: 1000 of a trace, else 256; 16 for --serve on a CPU)"),
+        ("input-len", None, length_range, "A:B", "tokens of a prompt (default: 100:1024; --serve on CPU 32:128)"),
+        ("output-len", None, length_range, "A:B", "tokens in an answer (the same defaults)"),
+        ("max-input-len", None, count, "N", "cut the trace's longer prompts"),
+        ("max-output-len", None, count, "N", "cut the trace's longer answers"),
+        ("chats", None, count, "N", "conversations of several turns behind shared system prompts"),
+        ("turns", 4, count, "N", "turns in each (default: 4)"),
+        ("system-prompts", 1, count, "N", "different ones (default: 1)"),
+        ("system-len", 512, count, "N", "tokens in a system prompt (default: 512)"),
+        ("think", 0.0, not_negative, "S", "seconds between an answer and the next turn (default: 0)"),
+        ("endpoint", "ids", ("ids", "text", "chat"), None, "ids (default) or text: /v1/completions; chat"),
+        # ids below are special or bytes in many vocabularies; ids above are not in every vocabulary
+        ("tokens", (256, 10_000), token_range, "LOW:HIGH", "token ids to send (default: 256:10000)"),
+        ("salt", None, int, "N", "of the tokens beside the seed (default: random, so that no server has them cached)"),
+        ("temperature", 0.6, not_negative, "X", "of the sampling (default: 0.6)"),
+        ("no-ignore-eos", False, None, None, "for servers that do not know ignore_eos"),
+        ("warmup", 32, partial(count, least=0), "N", "requests with short answers before the first run (default: 32)"),
     ),
     "to whom": (
-        ("url", str, "URL", "the server (default: http://127.0.0.1:1919)"),
-        ("serve", None, None, "start a server of our own on a free port, with the flags given, and stop it in the end"),
-        ("model", str, "NAME", "its name at the server (default: the first listed); with --serve the model to serve"),
-        ("api-key", str, "KEY", "sent as bearer token (default: OPENAI_API_KEY or MINISGL_API_KEY of the environment)"),
-        ("timeout", number, "S", "seconds for a request (default: 600)"),
-        ("server-pid", count, "PID", "whose CPU time to report, with its children (default: a local listener's)"),
-        ("cache-page", count, "N", f"tokens in a page of the server's prefix cache (default: {PAGE})"),
+        ("url", "http://127.0.0.1:1919", str, "URL", "the server (default: http://127.0.0.1:1919)"),
+        ("serve", None, None, None, "start a server on a free port, with the flags given, and stop it in the end"),
+        ("model", None, str, "NAME", "at the server (default: the first listed); with --serve the one to serve"),
+        ("api-key", None, str, "KEY", "bearer token (default: OPENAI_API_KEY or MINISGL_API_KEY in the environment)"),
+        ("timeout", 600.0, number, "S", "seconds for a request (default: 600)"),
+        ("server-pid", None, count, "PID", "whose CPU time to report, with its children (default: a local listener's)"),
+        ("cache-page", 16, count, "N", "tokens in a page of the server's prefix cache (default: 16)"),
     ),
     "what is reported": (
-        ("slo", slo, "ttft=X,tpot=Y", "limits for goodput: of ttft, tpot, e2e, in ms or with a unit"),
-        ("json", Path, "FILE", JSON_HELP + "; pictures go beside it"),
-        ("samples", Path, "FILE", "write a line of JSON for each request here"),
+        ("slo", {}, slo, "ttft=X,tpot=Y", "limits for goodput: of ttft, tpot, e2e, in ms or with a unit"),
+        ("json", None, Path, "FILE", JSON_HELP + "; pictures go beside it"),
+        ("samples", None, Path, "FILE", "write a line of JSON for each request here"),
     ),
 }
-"""By group: flag, type (or choices, or None for a switch), metavar, help."""
 EXCLUDED: Final = (
     ("rate", "concurrency"), ("rate", "scale"), ("concurrency", "burstiness"), ("concurrency", "scale"),
     ("chats", "trace"), ("chats", "requests"), ("input_len", "trace"), ("output_len", "trace"),
@@ -189,9 +184,11 @@ def online_options(arguments: Sequence[str]) -> argparse.Namespace:
         "times. --serve takes all flags of `minisgl` beside these.",
         argument_default=argparse.SUPPRESS,
     )
+    defaults = {}
     for title, rows in FLAGS.items():
         group = parser.add_argument_group(title)
-        for name, kind, metavar, text in rows:
+        for name, default, kind, metavar, text in rows:
+            defaults[name.replace("-", "_")] = default
             if kind is None:
                 group.add_argument(f"--{name}", action="store_true", help=text)
             elif isinstance(kind, tuple):
@@ -210,31 +207,17 @@ def online_options(arguments: Sequence[str]) -> argparse.Namespace:
         said["cache_page"] = said.get("cache_page", parse(said["serve"]).page_size)
     for name, other in EXCLUDED:
         if name in said and other in said:
-            parser.error(f"{spelled(name)} does not go with {spelled(other)}")
+            parser.error(f"--{name} does not go with --{other}".replace("_", "-"))
     if not said.keys() & {"trace", "rate", "concurrency"}:
         parser.error("one of --trace, --rate, --concurrency is required")
     for name, other in NEEDED.items():
         if name in said and other not in said:
-            parser.error(f"{spelled(name)} needs {spelled(other)}")
-    return argparse.Namespace(**{**DEFAULTS, **said})
+            parser.error(f"--{name} needs --{other}".replace("_", "-"))
+    return argparse.Namespace(**{**defaults, **said})
 
 
 def load_kind(options: argparse.Namespace) -> str:
     return "concurrency" if options.concurrency else "rate" if options.rate else "scale"
-
-
-def spelled(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def without_key(arguments: Sequence[str]) -> list[str]:
-    shown = list(arguments)
-    for index, word in enumerate(shown):
-        if word == "--api-key" and index + 1 < len(shown):
-            shown[index + 1] = "KEY"
-        elif word.startswith("--api-key="):
-            shown[index] = "--api-key=KEY"
-    return shown
 
 
 def online(arguments: Sequence[str]) -> int:
@@ -247,30 +230,20 @@ def online(arguments: Sequence[str]) -> int:
             if error.name not in EXTRA:
                 raise
             raise ConfigError(f"bench online needs {' and '.join(EXTRA)}: pip install 'minisgl[bench]'") from error
-        return run(options, without_key(arguments))
+        hidden = {options.api_key: "KEY", f"--api-key={options.api_key}": "--api-key=KEY"}
+        return run(options, [hidden.get(word, word) for word in arguments])
 
     return guarded(start, debug=debugging())
 
 
-DESCRIPTIONS: Final = {
-    "offline": "Throughput of a batch of random prompts, EOS ignored. Defaults: the published workload of 256 requests "
-    "on a GPU, a smaller one on a CPU.",
-    "compare": "The workload of `minisgl bench offline` through another engine, in a process of its own, and then "
-    "through this one, with the same flags as far as both have them.",
-    "ablation": "Turns one setting at a time away from the configuration given here, over weights loaded once.",
-}
-
-
 def engine_parser(name: str) -> Parser:
-    """The parser of a benchmark that runs an engine in this process: its own flags, and the engine's."""
-    parser = Parser(prog=f"minisgl bench {name}", description=DESCRIPTIONS[name])
+    parser = Parser(prog=f"minisgl bench {name}", description=ENGINE[name])
     add = parser.add_argument_group(name).add_argument
     add("--json", type=Path, metavar="FILE", help=JSON_HELP)
     if name == "ablation":
         names = ", ".join(ABLATIONS)
         add("--only", type=ablations, default=ABLATIONS, metavar="A,B", help=f"of {names} (default: all)")
-        text = f"runs of each, of which the median counts (default: {REPEATS})"
-        add("--repeats", type=count, default=REPEATS, metavar="N", help=text)
+        add("--repeats", type=count, default=3, metavar="N", help="runs, of which the median counts (default: 3)")
     else:
         ranges = "(default: 100:1024; 32:128 on a CPU)"
         add("--num-requests", type=count, metavar="N", help="requests (default: 256; 16 on a CPU)")
@@ -291,34 +264,30 @@ def engine_parser(name: str) -> Parser:
     return parser
 
 
-def engine_benchmark(name: str, arguments: Sequence[str]) -> int:
-    parser = engine_parser(name)
-    options = parser.parse_args(arguments)
-    config = config_from(parser, options)
-
-    def start() -> int:
-        return int(importlib.import_module(f"minisgl_bench.{name}").run(config, options, arguments))
-
-    return guarded(start, debug=config.log_level == "DEBUG")
-
-
 def debugging() -> bool:
     return os.environ.get("LOG_LEVEL", "").upper() == "DEBUG"
 
 
 def main(arguments: Sequence[str]) -> int:
     parser = Parser(prog="minisgl bench", description="Measure, and print the command that measures it again.")
-    parser.add_argument(
-        "name",
-        choices=NAMES,
-        help="offline: a batch of requests through the offline API; online: requests to a server at the times of a "
-        "trace, or others; ablation: each setting against the default; compare: the batch through another engine too; "
-        "the others: parts of the engine and the server alone",
+    text = (
+        "offline: a batch of requests through the offline API; online: requests to a server at the times of a trace, "
     )
-    name = parser.parse_args(arguments[:1]).name
+    text += "or others; ablation: each setting against the default; compare: the batch through another engine too; the "
+    text += "others: parts of the engine and the server alone"
+    parser.add_argument("name", choices=("online", *ENGINE, *PARTS), help=text)
+    name, rest = parser.parse_args(arguments[:1]).name, arguments[1:]
     if name == "online":
-        return online(arguments[1:])
-    if name in DESCRIPTIONS:
-        return engine_benchmark(name, arguments[1:])
-    module = importlib.import_module(f"minisgl_bench.{name}")
-    return guarded(lambda: int(module.main(arguments[1:])), debug=debugging())
+        return online(rest)
+    if name in PARTS:
+        module, before = PARTS[name]
+        part = importlib.import_module(f"minisgl_bench.{module}")
+        return guarded(lambda: int(part.main([*before, *rest])), debug=debugging())
+    parser = engine_parser(name)
+    options = parser.parse_args(rest)
+    config = config_from(parser, options)
+
+    def start() -> int:
+        return int(importlib.import_module(f"minisgl_bench.{name}").run(config, options, rest))
+
+    return guarded(start, debug=config.log_level == "DEBUG")

@@ -1,9 +1,11 @@
-"""What the benchmarks of single kernels share: noise, shapes, sampling tables, and times inside a CUDA graph."""
+"""What the benchmarks of single kernels share: noise, shapes, times inside a CUDA graph, and a table of figures."""
 
 import itertools
+import json
 import statistics
 from collections.abc import Callable
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -15,22 +17,15 @@ CUDA: Final = torch.device("cuda")
 DTYPE: Final = torch.bfloat16
 HEAD_DIM: Final = 128
 VOCAB: Final = 151_936
-MODELS: Final = {
-    "0.6B": (1024, 16, 8, 3072), "8B": (4096, 32, 8, 14336), "14B": (5120, 40, 8, 17408), "32B": (5120, 64, 8, 25600),
-}  # fmt: skip
-"""Of Qwen3: hidden size, heads, KV heads, MLP width."""
-
-
-def require_gpu() -> None:
-    if not torch.cuda.is_available():
-        raise ConfigError("this benchmark needs a GPU")
 
 
 def noise(*shape: int, scale: float = 1.0) -> Tensor:
     return torch.randn(*shape, device=CUDA, dtype=DTYPE).mul_(scale)
 
 
-def sampling_rows(rows: int, device: torch.device, seeds: Tensor, **values: float) -> SamplingRows:
+def sampling_rows(seeds: Tensor, device: torch.device, **values: float) -> SamplingRows:
+    """A device table with a row for each seed, int64 (n,); `values` are those of every row."""
+    rows = len(seeds)
     return SamplingRows(
         temperature=torch.full((rows,), values["temperature"], device=device),
         top_p=torch.full((rows,), values.get("top_p", 1.0), device=device),
@@ -42,10 +37,10 @@ def sampling_rows(rows: int, device: torch.device, seeds: Tensor, **values: floa
     )
 
 
-def times(run: Callable[[], object], count: int, warm: int = 2) -> list[float]:
-    """Seconds of calls on the GPU, after some to warm up."""
-    for _ in range(warm):
-        run()
+def times(run: Callable[[], object], count: int) -> list[float]:
+    """Seconds of calls on the GPU, after two to warm up."""
+    run()
+    run()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]  # type: ignore[no-untyped-call]
     events[0].record()
     for event in events[1:]:
@@ -60,7 +55,6 @@ def median_us(run: Callable[[], object], count: int = 30) -> float:
 
 
 def graph_us(run: Callable[[], object], calls: int = 20, replays: int = 30) -> float:
-    """Median microseconds of a call inside a CUDA graph of so many."""
     run()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -68,3 +62,24 @@ def graph_us(run: Callable[[], object], calls: int = 20, replays: int = 30) -> f
         for _ in range(calls):
             run()
     return median_us(graph.replay, replays) / calls
+
+
+class FigureTable:
+    """Microseconds on this machine's GPU, and the bytes and flops they are worth: printed as they come."""
+
+    def __init__(self) -> None:
+        if not torch.cuda.is_available():
+            raise ConfigError("this benchmark needs a GPU")
+        torch.manual_seed(0)
+        self.rows: list[dict[str, Any]] = []
+        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {DTYPE}")
+        print(f"{'kernel':<22} {'shape':<21} {'tokens':>7} {'µs':>9} {'GB/s':>6} {'TF/s':>5}")
+
+    def add(self, kernel: str, shape: str, tokens: int, us: float, moved: float, flops: float = 0) -> None:
+        rates = f"{moved / us / 1e3:>6.0f} {flops / us / 1e6:>5.0f}"
+        print(f"{kernel:<22} {shape:<21} {tokens:>7} {us:>9.1f} {rates}", flush=True)
+        self.rows.append({"kernel": kernel, "shape": shape, "tokens": tokens, "us": us})
+
+    def write(self, path: Path | None) -> None:
+        if path is not None:
+            path.write_text(json.dumps(self.rows, indent=1) + "\n")

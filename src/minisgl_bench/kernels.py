@@ -1,26 +1,32 @@
 """Microseconds of the fused kernels on this machine's GPU, bf16; the tests compare them with their references.
 
-    minisgl bench kernels                         all kernels, Qwen3-0.6B, 14B and 30B-A3B shapes
+    minisgl bench kernels                         all kernels, at shapes of Qwen3-0.6B, 14B and 30B-A3B
     minisgl bench kernels --only sampling moe     some of them
+    minisgl bench gemm --model 14B 32B/4          the GEMMs of a layer, of one of four ranks for 32B/4
 
-A figure is the median replay of a CUDA graph of 20 launches, divided by 20. Bytes are those that must move: inputs
-once, outputs once, for the experts the weights of those that are hit. Small activations stay in L2, as in a step.
+Median replays of a CUDA graph. Bytes are those that must move: inputs and outputs once, the weights of the experts that
+are hit. The GEMMs of a layer are timed with its norms, over so many layers that weights come from the GPU's memory.
 """
 
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from minisgl.cli import Parser
-from minisgl.gpu.kernels import activation, moe, norm, qkv, sampling
-from minisgl_bench.gpu_timing import CUDA, DTYPE, HEAD_DIM, MODELS, VOCAB, graph_us, noise, require_gpu, sampling_rows
+from minisgl.gpu.kernels import elementwise, moe, sampling
+from minisgl.gpu.operations import fused_operations
+from minisgl_bench.gpu_timing import CUDA, DTYPE, HEAD_DIM, VOCAB, FigureTable, graph_us, noise, sampling_rows
 
-SHAPES = tuple(itertools.product(("0.6B", "14B"), (1, 8, 64, 256, 4096)))
+# Of Qwen3: hidden size, heads, KV heads, MLP width.
+MODELS = {
+    "0.6B": (1024, 16, 8, 3072), "8B": (4096, 32, 8, 14336), "14B": (5120, 40, 8, 17408), "32B": (5120, 64, 8, 25600),
+}  # fmt: skip
+ROWS = (1, 8, 64, 256, 4096)
 FILTERS: dict[str, dict[str, float]] = {
     "greedy": {"temperature": 0.0},
     "T 0.6": {"temperature": 0.6},
@@ -28,91 +34,111 @@ FILTERS: dict[str, dict[str, float]] = {
     "top_k 20, top_p 0.95": {"temperature": 0.6, "top_k": 20, "top_p": 0.95},
     "min_p 0.1": {"temperature": 0.6, "min_p": 0.1},
 }
+GEMM_BYTES = 2 << 30  # of weights that a graph goes through at least
+EPS = 1e-6
+Gemm = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-class KernelTable:
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {DTYPE}")
-        print(f"{'kernel':<14} {'shape':<21} {'T':>5} {'µs':>8} {'GB/s':>6} {'TF/s':>5}")
-
-    def add(self, kernel: str, shape: str, tokens: int, run: Callable[[], object], moved: int, flops: int = 0) -> None:
-        """`moved` are the bytes, and `flops` the work, that a call is worth."""
-        us = graph_us(run)
-        rates = f"{moved / us / 1e3:>6.0f} {flops / us / 1e6:>5.0f}"
-        print(f"{kernel:<14} {shape:<21} {tokens:>5} {us:>8.1f} {rates}", flush=True)
-        self.rows.append({"kernel": kernel, "shape": shape, "tokens": tokens, "us": us})
-
-
-def norms(table: KernelTable) -> None:
-    """The stream and the branch are read; the stream and the norm are written."""
-    for model, tokens in SHAPES:
-        dim = MODELS[model][0]
-        x, residual, weight = noise(tokens, dim), noise(tokens, dim), noise(dim)
-        run = partial(norm.add_rms_norm, x, residual, weight, 1e-6)
-        table.add("add_rms_norm", model, tokens, run, 4 * x.nbytes)
-
-
-def activations(table: KernelTable) -> None:
-    """Gate and up are read, their combination is written."""
-    for model, tokens in SHAPES:
-        x = noise(tokens, 2 * MODELS[model][3])
-        table.add("silu_mul", model, tokens, partial(activation.silu_mul, x), x.nbytes * 3 // 2)
-
-
-def heads(table: KernelTable) -> None:
-    """The QKV GEMM's output is read; queries, keys and values are written."""
-    for model, tokens in SHAPES:
-        _, num_heads, kv_heads, _ = MODELS[model]
-        x = noise(tokens, (num_heads + 2 * kv_heads) * HEAD_DIM)
+def elementwise_kernels(table: FigureTable, models: Sequence[str], rows: Sequence[int]) -> None:
+    """Norms read the stream and a branch and write two, `silu_mul` writes half of its input, `rope_store_kv` all."""
+    for model, tokens in itertools.product(models or ("0.6B", "14B"), rows or ROWS):
+        dim, num_heads, kv_heads, width = model_shape(model)
+        x, gate_up = noise(tokens, dim), noise(tokens, 2 * width)
+        qkv = noise(tokens, (num_heads + 2 * kv_heads) * HEAD_DIM)
         angles = torch.rand(8192, HEAD_DIM // 2, device=CUDA) * 6
         cos_sin = torch.cat([angles.cos(), angles.sin()], dim=-1)
         positions = torch.randint(8192, (tokens,), dtype=torch.int32, device=CUDA)
         slots = torch.randperm(1024 * 16, device=CUDA)[:tokens]
         caches = [torch.zeros(1025, 16, kv_heads, HEAD_DIM, dtype=DTYPE, device=CUDA) for _ in range(2)]
-        norm_weights = noise(HEAD_DIM), noise(HEAD_DIM)
-        run = partial(qkv.rope_store_kv, x, *norm_weights, 1e-6, cos_sin, positions, slots, *caches)
-        table.add("rope_store_kv", model, tokens, run, 2 * x.nbytes)
+        weights = noise(HEAD_DIM), noise(HEAD_DIM)
+        rope = partial(elementwise.rope_store_kv, qkv, *weights, EPS, cos_sin, positions, slots, *caches)
+        norm = partial(elementwise.add_rms_norm, x, noise(tokens, dim), noise(dim), EPS)
+        table.add("add_rms_norm", model, tokens, graph_us(norm), 4 * x.nbytes)
+        table.add("silu_mul", model, tokens, graph_us(partial(elementwise.silu_mul, gate_up)), 1.5 * gate_up.nbytes)
+        table.add("rope_store_kv", model, tokens, graph_us(rope), 2 * qkv.nbytes)
 
 
-def samplers(table: KernelTable) -> None:
-    """The logits are read once, whatever the filter."""
-    for (name, values), tokens in itertools.product(FILTERS.items(), (1, 8, 64, 256)):
+def samplers(table: FigureTable, models: Sequence[str], rows: Sequence[int]) -> None:
+    for (name, values), tokens in itertools.product(FILTERS.items(), rows or ROWS[:-1]):
         logits = noise(tokens, VOCAB, scale=2.0)
-        rows = sampling_rows(tokens, CUDA, torch.randint(2**62, (tokens,)), **values)
+        requests = sampling_rows(torch.randint(2**62, (tokens,)), CUDA, **values)
         slots = torch.arange(tokens, device=CUDA)
         positions = torch.randint(2000, (tokens,), dtype=torch.int32, device=CUDA)
-        table.add("sample", name, tokens, partial(sampling.sample, logits, rows, slots, positions), logits.nbytes)
+        us = graph_us(partial(sampling.sample, logits, requests, slots, positions))
+        table.add("sample", name, tokens, us, logits.nbytes)
 
 
-def experts(table: KernelTable) -> None:
+def experts(table: FigureTable, models: Sequence[str], rows: Sequence[int]) -> None:
     """Qwen3-30B-A3B: 128 experts of width 768, 8 of them a token."""
     dim, width, number, top_k = 2048, 768, 128, 8
     router = noise(number, dim, scale=dim**-0.5)
     gate_up = noise(number, 2 * width, dim, scale=dim**-0.5)
     down = noise(number, dim, width, scale=width**-0.5)
-    for tokens in (1, 8, 64, 256, 4096):
+    for tokens in rows or ROWS:
         x = noise(tokens, dim)
-        hit = len(set(torch.nn.functional.linear(x, router).topk(top_k).indices.flatten().tolist()))
+        hit = len(set(F.linear(x, router).topk(top_k).indices.flatten().tolist()))
         moved = hit * (gate_up[0].nbytes + down[0].nbytes) + 2 * x.nbytes
-        run = partial(moe.moe, x, router, gate_up, down, top_k, True)
-        table.add("moe", "30B-A3B", tokens, run, moved, 2 * tokens * top_k * 3 * width * dim)
+        us = graph_us(partial(moe.moe, x, router, gate_up, down, top_k, True))
+        table.add("moe", "30B-A3B", tokens, us, moved, 2 * tokens * top_k * 3 * width * dim)
 
 
-KERNELS = {"norm": norms, "activation": activations, "qkv": heads, "sampling": samplers, "moe": experts}
+def gemms(table: FigureTable, models: Sequence[str], rows: Sequence[int]) -> None:
+    ops = fused_operations(torch.device("cuda", torch.cuda.current_device()))
+    ways: dict[str, tuple[Gemm, Gemm, Gemm]] = {
+        "cuBLAS": (F.linear, F.linear, cublas_gated_linear),
+        "ours": (ops.linear, ops.row_parallel_linear, ops.gated_linear),
+    }
+    for model in models or ("14B", "32B/4"):
+        hidden, num_heads, kv_heads, width = model_shape(model)
+        queries = num_heads * HEAD_DIM
+        sizes = (queries + 2 * kv_heads * HEAD_DIM, hidden), (hidden, queries), (2 * width, hidden), (hidden, width)
+        size = sum(out * inputs for out, inputs in sizes) * DTYPE.itemsize
+        layers = [[noise(*shape, scale=shape[1] ** -0.5) for shape in sizes] for _ in range(GEMM_BYTES // size)]
+        for tokens, (way, calls) in itertools.product(rows or (1, 2, 8, 16, 32, 64, 96), ways.items()):
+            us = layer_us(layers, tokens, *calls)
+            table.add(f"layer of GEMMs, {way}", model, tokens, us, size, size * tokens)
+
+
+def cublas_gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return elementwise.silu_mul(F.linear(x, weight, bias))
+
+
+def model_shape(model: str) -> tuple[int, int, int, int]:
+    """Hidden size, heads, KV heads and MLP width of `14B`, or of `14B/2` for one of two ranks."""
+    name, _, ranks = model.partition("/")
+    size = int(ranks or 1)
+    hidden, num_heads, kv_heads, width = MODELS[name]
+    return hidden, num_heads // size, max(1, kv_heads // size), width // size
+
+
+def layer_us(layers: Sequence[Sequence[Tensor]], rows: int, linear: Gemm, to_norm: Gemm, gated: Gemm) -> float:
+    """Microseconds a layer of QKV, output, gate and up, down; the result of `to_norm` is read by a norm alone."""
+    hidden, queries = layers[0][1].shape
+    residual, gain = noise(rows, hidden), noise(max(hidden, queries))
+
+    def run() -> None:
+        x = residual
+        for qkv, output, gate_up, down in layers:
+            heads = linear(elementwise.add_rms_norm(x, residual, gain[:hidden], EPS), qkv, None)
+            x = to_norm(elementwise.rms_norm(heads[:, :queries], gain[:queries], EPS), output, None)
+            x = to_norm(gated(elementwise.add_rms_norm(x, residual, gain[:hidden], EPS), gate_up, None), down, None)
+
+    return graph_us(run, calls=1, replays=10) / len(layers)
+
+
+KERNELS = {"elementwise": elementwise_kernels, "sampling": samplers, "moe": experts, "gemm": gemms}
 
 
 @torch.inference_mode()
 def main(arguments: Sequence[str]) -> int:
     parser = Parser(prog="minisgl bench kernels", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=list(KERNELS), default=list(KERNELS))
+    parser.add_argument("--model", nargs="+", default=(), help="of 0.6B, 8B, 14B, 32B; or of n ranks: 32B/4")
+    parser.add_argument("--rows", type=int, nargs="+", default=(), help="tokens of a step")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
-    require_gpu()
-    torch.manual_seed(0)
-    table = KernelTable()
+    table = FigureTable()
     for kernel in options.only:
-        KERNELS[kernel](table)
-    if options.json:
-        options.json.write_text(json.dumps(table.rows, indent=1))
+        KERNELS[kernel](table, options.model, options.rows)
+    table.write(options.json)
     return 0

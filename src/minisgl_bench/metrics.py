@@ -1,38 +1,38 @@
-"""From request records to figures, and figures in the terminal: latencies, rates, goodput, the client's own part."""
+"""From request records to figures, and figures in the terminal: latencies, rates, goodput, CPU use of both sides."""
 
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
+import psutil
 from rich.table import Table
 
-from minisgl_bench.client import RequestRecord
-from minisgl_bench.cpu_usage import ClientUsage
-from minisgl_bench.plots import LATENCIES
-from minisgl_bench.report import table
+from minisgl_bench.client import RequestRecord, Target
+from minisgl_bench.report import LATENCIES, QUANTILES, table
 
-QUANTILES: Final = ("p50", "p90", "p99")
-BUSY: Final = 0.8
-"""Share of a core from which the client's CPU counts as the bottleneck: Python runs one thread at a time."""
-LATE: Final = 0.010
-"""Lag or lateness at p99, in s, from which the client's timing spoils the figures."""
-BOUND: Final = 0.9
-"""Share of a core from which a thread counts as busy all the time."""
+BUSY: Final = 0.8  # share of a core from which the client is the bottleneck: Python runs one thread at a time
+LATE: Final = 0.010  # lag or lateness at p99, in s, from which the client's timing spoils the figures
+BOUND: Final = 0.9  # share of a core from which a thread counts as busy all the time
+TICK: Final = 0.01
 
 
 def times_of(record: RequestRecord) -> dict[str, float | None]:
-    """Of a request, in s: from sending to the first token and to the last, and the time per token after the first.
-
-    The latter is None for a single token.
-    """
+    """Of a request, in s, from sending; `tpot` is the time per token after the first, None for a single token."""
     first, last = record.times[0], record.times[-1]
     tpot = (last - first) / (record.completion_tokens - 1) if record.completion_tokens > 1 else None
     return {"ttft": first - record.sent, "tpot": tpot, "e2e": last - record.sent}
 
 
 def latencies(records: Sequence[RequestRecord]) -> dict[str, np.ndarray]:
-    """In s: an entry a request, for `itl` one for each two events of a request that follow each other."""
     found = {"itl": np.concatenate([np.empty(0), *(np.diff(np.frombuffer(record.times)) for record in records)])}
     times = [times_of(record) for record in records]
     for name in ("ttft", "tpot", "e2e"):
@@ -49,14 +49,8 @@ def spread(values: np.ndarray) -> dict[str, float]:
     return {name: 1e3 * float(value) for name, value in found.items()}
 
 
-def meets(record: RequestRecord, slo: Mapping[str, float]) -> bool:
-    """Whether a request kept every limit, in s; one of a single token keeps any `tpot`."""
-    times = times_of(record)
-    return all((times[name] or 0.0) <= limit for name, limit in slo.items())
-
-
 def figures(records: Sequence[RequestRecord], slo: Mapping[str, float]) -> dict[str, Any]:
-    """All that is reported of a run but the client's part. Goodput is that of Zhong et al., "DistServe", OSDI 2024.
+    """All that is reported of a run but CPU use. Goodput is that of Zhong et al., "DistServe", OSDI 2024.
 
     Hit rates are shares of prompt tokens: those that a prefix cache without limits would hold, and those that the
     server says were cached.
@@ -88,13 +82,41 @@ def figures(records: Sequence[RequestRecord], slo: Mapping[str, float]) -> dict[
         "latency_ms": {name: spread(values) for name, values in latencies(good).items()},
     }
     if slo:
-        kept = sum(meets(record, slo) for record in good)
-        result |= {
-            "slo_ms": {name: 1e3 * limit for name, limit in slo.items()},
-            "within_slo": kept / max(1, len(records)),
-            "goodput_requests_per_second": kept * per_second,
-        }
+        # a request of a single token keeps any limit of tpot
+        kept = sum(all((times_of(r)[name] or 0.0) <= limit for name, limit in slo.items()) for r in good)
+        result["slo_ms"] = {name: 1e3 * limit for name, limit in slo.items()}
+        result["within_slo"] = kept / max(1, len(records))
+        result["goodput_requests_per_second"] = kept * per_second
     return result
+
+
+@dataclass
+class ClientUsage:
+    """The client's own part: seconds it ran, CPU seconds it took, and by how much (s) its event loop woke too late."""
+
+    seconds: float = 0.0
+    cpu: float = 0.0
+    lags: array[float] = field(default_factory=lambda: array("d"))
+
+
+@contextlib.asynccontextmanager
+async def watch_client() -> AsyncIterator[ClientUsage]:
+    usage, loop = ClientUsage(), asyncio.get_running_loop()
+
+    async def measure() -> None:
+        while True:
+            due = loop.time() + TICK
+            await asyncio.sleep(TICK)
+            usage.lags.append(max(0.0, loop.time() - due))
+
+    watching = asyncio.create_task(measure())
+    started, cpu = time.perf_counter(), time.process_time()
+    try:
+        yield usage
+    finally:
+        usage.seconds, usage.cpu = time.perf_counter() - started, time.process_time() - cpu
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
 
 
 def client_figures(usage: ClientUsage, records: Sequence[RequestRecord], tokens: int) -> dict[str, Any]:
@@ -117,13 +139,48 @@ def client_figures(usage: ClientUsage, records: Sequence[RequestRecord], tokens:
     }
 
 
+@dataclass(frozen=True)
+class ProcessCpu:
+    name: str
+    seconds: float
+    threads: dict[int, float]
+
+
+def process_tree(root: int | None) -> dict[int, ProcessCpu]:
+    found: dict[int, ProcessCpu] = {}
+    with contextlib.suppress(psutil.Error):
+        members = [] if root is None else [psutil.Process(root), *psutil.Process(root).children(recursive=True)]
+        for member in members:
+            with contextlib.suppress(psutil.Error), member.oneshot():
+                times, words = member.cpu_times(), member.cmdline() or ["?"]
+                name = words[words.index("-m") + 1] if "-m" in words[:-1] else os.path.basename(words[0])
+                threads = {thread.id: thread.user_time + thread.system_time for thread in member.threads()}
+                found[member.pid] = ProcessCpu(name, times.user + times.system, threads)
+    return found
+
+
+def cores_used(
+    before: Mapping[int, ProcessCpu], after: Mapping[int, ProcessCpu], seconds: float
+) -> list[dict[str, Any]]:
+    rows = []
+    for pid, now in after.items():
+        then = before.get(pid, ProcessCpu(now.name, 0.0, {}))
+        threads = [spent - then.threads.get(task, 0.0) for task, spent in now.threads.items()]
+        cores, busiest = (now.seconds - then.seconds) / seconds, max(threads, default=0.0) / seconds
+        rows.append({"pid": pid, "name": now.name, "cores": cores, "busiest_thread": busiest})
+    return sorted(rows, key=lambda row: -row["cores"])
+
+
+def listener_pid(target: Target) -> int | None:
+    found = psutil.net_connections("tcp") if target.is_local else []
+    return min((c.pid for c in found if c.pid and c.status == "LISTEN" and c.laddr.port == target.port), default=None)
+
+
 def latency_table(title: str, found: Mapping[str, Any]) -> Table:
     columns = ("mean", *QUANTILES, "max")
-    rows = []
-    for name, text in LATENCIES.items():
-        values = found["latency_ms"][name]
-        rows.append((text, *(f"{values[column]:,.1f}" if values else "–" for column in columns)))
-    return table(title, ("ms", *columns), rows)
+    spreads = {text: found["latency_ms"][name] for name, text in LATENCIES.items()}
+    cells = {text: [f"{values[c]:,.1f}" if values else "–" for c in columns] for text, values in spreads.items()}
+    return table(title, ("ms", *columns), [(text, *row) for text, row in cells.items()])
 
 
 def percent(share: float | None) -> str:
@@ -170,16 +227,10 @@ def summary_table(runs: Sequence[Mapping[str, Any]]) -> Table:
     heads = ("requests/s", "output tokens/s", "TTFT", "TPOT", "end to end", "failed", "goodput", "cached / expected")
     rows = []
     for run in runs:
-        spans = [run["latency_ms"][name] for name in ("ttft", "tpot", "e2e")]
-        rows.append(
-            (
-                run["label"],
-                f"{run['requests_per_second']:,.2f}",
-                f"{run['output_tokens_per_second']:,.0f}",
-                *(" / ".join(f"{values[q]:,.0f}" for q in QUANTILES) if values else "–" for values in spans),
-                str(sum(run["failed"].values())),
-                f"{run['goodput_requests_per_second']:,.2f}" if "within_slo" in run else "–",
-                f"{percent(run['reported_hit_rate'])} / {percent(run['expected_hit_rate'])}",
-            )
-        )
+        row = [run["label"], f"{run['requests_per_second']:,.2f}", f"{run['output_tokens_per_second']:,.0f}"]
+        for values in (run["latency_ms"][name] for name in ("ttft", "tpot", "e2e")):
+            row.append(" / ".join(f"{values[q]:,.0f}" for q in QUANTILES) if values else "–")
+        row += [str(sum(run["failed"].values()))]
+        row += [f"{run['goodput_requests_per_second']:,.2f}" if "within_slo" in run else "–"]
+        rows.append([*row, f"{percent(run['reported_hit_rate'])} / {percent(run['expected_hit_rate'])}"])
     return table("p50 / p90 / p99 in ms", ("run", *heads), rows)

@@ -3,51 +3,47 @@
 import argparse
 import dataclasses
 import itertools
+import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any, Final
-
-from rich.console import Console
 
 from minisgl.config import Config
 from minisgl.core.executor import LocalExecutor
 from minisgl.core.types import SamplingParams
 from minisgl.distributed.executor import GroupExecutor
 from minisgl.llm import LLM
-from minisgl_bench.profile import Recorder, Step, Tracer, profile
-from minisgl_bench.report import console, on_gpu, process_seconds, report_path, table, write_report
+from minisgl_bench.compare import comparable, compare_transformers, measure, warm_up
+from minisgl_bench.profile import Step, Tracer, profile
+from minisgl_bench.report import Report, engine_path, on_gpu, table
 from minisgl_bench.roofline import measure_peak_rates, roofline
-from minisgl_bench.transformers_peer import comparable, compare_transformers
-from minisgl_bench.workload import (
-    Workload,
-    WorkloadSpec,
-    make_workload,
-    random_tokens,
-    redraw,
-    workload_spec,
-)
+from minisgl_bench.workload import Workload, make_workload, random_tokens, redraw, workload_spec
 
-WARM_TOKENS: Final = 16
 CONTEXT: Final = 1024
 TOKENS: Final = 64
 
 
 def run(config: Config, options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    path = report_path(config, options.json, "offline")
-    out, gpu = console(), on_gpu(config)
+    report, gpu = Report("offline", arguments, engine_path(config, options.json, "offline")), on_gpu(config)
     spec = workload_spec(options, gpu)
     if options.compare is not None:
         config = comparable(config)
     with LLM(config=config) as llm:
-        first_token = start_to_first_token(llm)
+        token_times(llm, min(8, llm.model.max_seq_len - 1), 1)
+        first_token = process_seconds()
         for note in llm.notes:
-            out.print(note)
-        report: dict[str, Any] = {"workload": dataclasses.asdict(spec), "config": list(llm.notes)}
+            report.print(note)
+        report.figures |= {"workload": dataclasses.asdict(spec), "config": list(llm.notes)}
         workload = make_workload(spec, llm.model.vocab_size)
-        executor = local_executor(llm)
-        cache = executor.runner.kv.k.dtype
-        peak = options.peak_rates or (measure_peak_rates(executor.device, cache) if gpu else None)
+        executor = llm.engine.executor
+        if isinstance(executor, GroupExecutor):
+            executor = executor.local  # rank 0's share
+        assert isinstance(executor, LocalExecutor)
+        peak = options.peak_rates
+        if peak is None and gpu:
+            peak = measure_peak_rates(executor.device, executor.runner.kv.k.dtype)
         warm_up(llm, workload, gpu)
         figures, steps = measure(llm, workload)
         figures["start_to_first_token_seconds"] = first_token
@@ -55,95 +51,45 @@ def run(config: Config, options: argparse.Namespace, arguments: Sequence[str]) -
             figures["decode_step_at_batch_1_ms"] = 1e3 * decode_step_alone(llm)
         if peak is not None:
             # of several ranks the least time is that of one's share, as if they added up in no time
-            model = executor.runner.decoder.spec
+            model, slots = executor.runner.decoder.spec, len(executor.runner.tables.length) - 1
             share = dataclasses.replace(model, vocab_size=model.vocab_size // config.tp)
-            least = roofline(share, workload, len(executor.runner.tables.length) - 1, cache.itemsize, peak)
+            least = roofline(share, workload, slots, executor.runner.kv.k.dtype.itemsize, peak)
             figures["share_of_roofline"] = least.seconds / figures["seconds"]
             totals = {"output_tokens_per_second": least.tokens_per_second, "seconds": least.seconds}
-            report |= {
-                "peak_rates": dataclasses.asdict(peak),
-                "roofline": {**totals, **dataclasses.asdict(least)},
-            }
-            out.print(
+            report.figures["peak_rates"] = dataclasses.asdict(peak)
+            report.figures["roofline"] = {**totals, **dataclasses.asdict(least)}
+            report.print(
                 f"roofline: {least.tokens_per_second:,.0f} output tokens/s (prefill {least.prefill_seconds:.2f} s, KV "
                 f"{least.kv_seconds:.2f} s, GEMMs {least.gemm_seconds:.2f} s) at reading {peak.read / 1e12:.2f} TB/s, "
                 f"{peak.flops / 1e12:.0f} TFLOP/s"
             )
-        report["figures"] = figures
+        report.figures["figures"] = figures
         spans = f"prompts {spec.input_len[0]}–{spec.input_len[1]}, outputs {spec.output_len[0]}–{spec.output_len[1]}"
-        rows = [
-            (name.replace("_", " "), f"{value:,}" if isinstance(value, int) else f"{value:,.3f}")
-            for name, value in figures.items()
-        ]
-        out.print(table(f"{llm.model.name}: {spans}, seed {spec.seed}", ("figure", "value"), rows))
-        if path is not None:
-            write_report(path, "offline", arguments, report)
+        texts = (f"{value:,}" if isinstance(value, int) else f"{value:,.3f}" for value in figures.values())
+        rows = zip((name.replace("_", " ") for name in figures), texts, strict=True)
+        report.print(table(f"{llm.model.name}: {spans}, seed {spec.seed}", ("figure", "value"), rows))
+        report.write()
         if gpu and options.profile:
-            report["split"] = split_time(llm, workload, steps, figures["seconds"], out)
+            report.figures["split"] = split_time(llm, workload, steps, figures["seconds"], report)
         if options.compare is not None:
-            report["comparison"] = compare_transformers(llm, config, spec, out)
-    if path is not None:
-        write_report(path, "offline", arguments, report)
-        out.print(f"written to {path}")
+            report.figures["comparison"] = compare_transformers(llm, config, spec, report)
+    report.finish()
     return 0
 
 
-def warm_up(llm: LLM, workload: Workload, gpu: bool) -> None:
-    """Run every kernel that the workload will need: on a GPU its very prompt lengths with short answers."""
-    short = make_workload(WorkloadSpec(num_requests=2, input_len=(8, 8), output_len=(4, 4), seed=-1), 2)
-    if gpu:
-        short = redraw(workload, llm.model.vocab_size, -1, WARM_TOKENS)
-    llm.generate(short.prompts, short.params, progress=False)
-
-
-def measure(llm: LLM, workload: Workload) -> tuple[dict[str, int | float], list[Step]]:
-    """Run the workload; tokens, seconds and tokens/s, and the steps it took."""
-    executor = llm.engine.executor
-    llm.engine.executor = recorder = Recorder(executor)
-    try:
-        started = time.perf_counter()
-        answers = llm.generate(workload.prompts, workload.params)
-        seconds = time.perf_counter() - started
-    finally:
-        llm.engine.executor = executor
-    tokens_in, tokens_out = workload.input_tokens, sum(len(answer.token_ids) for answer in answers)
-    figures = {
-        "requests": len(answers),
-        "input_tokens": tokens_in,
-        "cached_input_tokens": sum(answer.cached_tokens for answer in answers),
-        "output_tokens": tokens_out,
-        "seconds": seconds,
-        "output_tokens_per_second": tokens_out / seconds,
-        "total_tokens_per_second": (tokens_in + tokens_out) / seconds,
-        **recorder.figures(),
-    }
-    return figures, recorder.steps
-
-
-def local_executor(llm: LLM) -> LocalExecutor:
-    """What an LLM runs in this process: all of it, or rank 0's share."""
-    executor = llm.engine.executor
-    if isinstance(executor, GroupExecutor):
-        return executor.local
-    assert isinstance(executor, LocalExecutor)
-    return executor
-
-
-def start_to_first_token(llm: LLM) -> float:
-    """Seconds from the start of this process to the first token of its first, short request."""
-    token_times(llm, min(8, llm.model.max_seq_len - 1), 1)
-    return process_seconds()
+def process_seconds() -> float:
+    """Seconds since this process started, by Linux's account (proc(5), field 22 of /proc/self/stat)."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / float(os.sysconf("SC_CLK_TCK"))
 
 
 def decode_step_alone(llm: LLM) -> float:
-    """Median seconds of a decode step at batch 1, with CONTEXT tokens in the cache, or as many as the model holds."""
     tokens = min(TOKENS, llm.model.max_seq_len // 2)
     times = token_times(llm, max(1, min(CONTEXT, llm.model.max_seq_len - tokens) - tokens // 2), tokens)
     return median(later - earlier for earlier, later in itertools.pairwise(times))
 
 
 def token_times(llm: LLM, length: int, tokens: int) -> list[float]:
-    """When each of `tokens` tokens behind a random prompt of `length` came."""
     (prompt,) = random_tokens([length], llm.model.vocab_size, -1)
     times: list[float] = []
     for delta in llm.stream(prompt, SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)):
@@ -151,11 +97,8 @@ def token_times(llm: LLM, length: int, tokens: int) -> list[float]:
     return times
 
 
-def split_time(llm: LLM, workload: Workload, steps: Sequence[Step], seconds: float, out: Console) -> dict[str, Any]:
-    """Run the same lengths again, some steps traced; print the split, return it.
-
-    A failure is printed and put in the report instead: what was measured before it stands.
-    """
+def split_time(llm: LLM, workload: Workload, steps: Sequence[Step], seconds: float, report: Report) -> dict[str, Any]:
+    """Run the same lengths again, some steps traced; print and return the split, or what failed."""
     executor = llm.engine.executor
     other = redraw(workload, llm.model.vocab_size, -2)
 
@@ -166,14 +109,14 @@ def split_time(llm: LLM, workload: Workload, steps: Sequence[Step], seconds: flo
     try:
         result = profile(executor, steps, again)
     except (RuntimeError, OSError, ValueError, KeyError) as error:
-        out.print(f"no split of the time: {type(error).__name__}: {error}")
+        report.print(f"no split of the time: {type(error).__name__}: {error}")
         return {"error": str(error)}
     finally:
         llm.engine.executor = executor
     parts = {**result["seconds"], "the rest, or tracing's own cost": seconds - sum(result["seconds"].values())}
     rows = [(name, f"{spent:.3f}", f"{spent / seconds:.1%}") for name, spent in parts.items()]
     title = f"where {seconds:.2f} s went, from {result['traced_steps']} steps traced"
-    out.print(table(title, ("part", "seconds", "share"), rows))
+    report.print(table(title, ("part", "seconds", "share"), rows))
     if result["between_ms"] is not None:
-        out.print(f"device idle before a decode step of the largest batch: {result['between_ms']:.3f} ms")
+        report.print(f"device idle before a decode step of the largest batch: {result['between_ms']:.3f} ms")
     return {**result, "measured_seconds": seconds}

@@ -1,8 +1,7 @@
 """What each step of a run did, and where a run's time goes on the GPU.
 
-The split is of a second run of the same shapes, of which some steps are traced and weighted: tracing a whole run would
-take minutes and slow it down. A decode step differs from its neighbours by one token a row, so a few steps out of each
-section stand for the section; steps with prefill are traced more densely.
+The split is of a second run of the same shapes: tracing all of it would take minutes and slow it down, so a few steps
+out of each section stand for the section.
 """
 
 import itertools
@@ -11,7 +10,6 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, Final, NamedTuple
@@ -20,10 +18,9 @@ import torch
 
 from minisgl.core.plan import Executor, Masks, StepPlan, StepResult
 
+# Into how many sections the steps are cut that only decode, and those that do not.
 SECTIONS: Final = {True: 12, False: 6}
-"""Into how many sections the steps are cut that only decode, and those that do not."""
-TRACED: Final = 8
-"""Steps of each section that are traced, one after the other."""
+TRACED: Final = 8  # steps of each section that are traced, one after the other
 TOP: Final = 16
 PARTS: Final = ("prefill", "decode attention", "GEMMs", "other kernels", "gaps", "host")
 CATEGORIES: Final = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -45,12 +42,17 @@ class Step(NamedTuple):
         return self.prefill_tokens == 0
 
 
-class Relay:
-    """An executor that passes everything on to another one, and notes the steps."""
+class Recorder:
+    """An executor that passes everything on to another one, and notes the steps.
+
+    It keeps what `collect` waited and when it returned, in s on the clock of `time.perf_counter`.
+    """
 
     def __init__(self, executor: Executor) -> None:
         self.executor = executor
         self.steps: list[Step] = []
+        self.waits: list[float] = []
+        self.collected: list[float] = []
 
     @property
     def num_pages(self) -> int:
@@ -64,26 +66,14 @@ class Relay:
         self.executor.finish(masks)
 
     def collect(self) -> StepResult:
-        return self.executor.collect()
-
-    def close(self) -> None:
-        self.executor.close()
-
-
-class Recorder(Relay):
-    """Keeps what `collect` waited and when it returned, in s on the clock of `time.perf_counter`."""
-
-    def __init__(self, executor: Executor) -> None:
-        super().__init__(executor)
-        self.waits: list[float] = []
-        self.collected: list[float] = []
-
-    def collect(self) -> StepResult:
         started = time.perf_counter()
-        result = super().collect()
+        result = self.executor.collect()
         self.collected.append(time.perf_counter())
         self.waits.append(self.collected[-1] - started)
         return result
+
+    def close(self) -> None:
+        self.executor.close()
 
     def token_gaps(self) -> list[float]:
         """Seconds between two collected steps, for each step that decoded: how long running requests waited."""
@@ -95,10 +85,8 @@ class Recorder(Relay):
 
         A host that waits has the next step launched already: that wait is how much slower it could be at no cost.
         """
-        figures: dict[str, int | float] = {
-            "steps": len(self.steps),
-            "steps_with_prefill": sum(not step.decodes_only for step in self.steps),
-        }
+        figures: dict[str, int | float] = {"steps": len(self.steps)}
+        figures["steps_with_prefill"] = sum(not step.decodes_only for step in self.steps)
         if full := [index for index in full_decodes(self.steps) if index > 0]:
             times = [self.collected[i] - self.collected[i - 1] for i in full]
             figures["largest_decode_batch"] = self.steps[full[0]].decode_rows
@@ -135,7 +123,6 @@ class Activity(NamedTuple):
 
 
 def activities(trace: Mapping[str, Any]) -> list[Activity]:
-    """What ran on the device, in order, from a trace in Chrome's format (times in microseconds)."""
     found = []
     for event in trace["traceEvents"]:
         if event.get("ph") == "X" and (category := event.get("cat")) in CATEGORIES:
@@ -144,39 +131,34 @@ def activities(trace: Mapping[str, Any]) -> list[Activity]:
     return sorted(found)
 
 
-@dataclass
 class DeviceTime:
     """Where the time of some steps that followed one another went, in seconds.
 
     `kernels` are by kind ("attention", "gemm", "other") and `by_name`; `gaps` is the device's idle time inside of
-    steps, `between` that from the last kernel of a step to the first of the next one, for each two steps.
+    steps, `between` that from the last kernel of a step to the first of the next one, for each two steps. Time that
+    two activities share counts once, for the earlier one.
     """
 
-    kernels: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    by_name: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    gaps: float = 0.0
-    between: list[float] = field(default_factory=list)
-
-
-def account(timeline: Sequence[Activity]) -> DeviceTime:
-    """Add up a timeline. Time that two activities share counts once, for the earlier one."""
-    spent = DeviceTime()
-    clock = idle = 0.0
-    started = ended = False  # a kernel came; since the last kernel a step ended
-    for activity in timeline:
-        idle += max(0.0, activity.start - clock)
-        if activity.category == "kernel":
-            if started and ended:
-                spent.between.append(idle)
-            elif started:
-                spent.gaps += idle
-            idle, started, ended = 0.0, True, False
-        ended |= activity.ends_step
-        busy = max(0.0, activity.end - max(activity.start, clock))
-        spent.kernels[activity.kind] += busy
-        spent.by_name[activity.name] += busy
-        clock = max(activity.end, clock)
-    return spent
+    def __init__(self, timeline: Sequence[Activity]) -> None:
+        self.kernels: defaultdict[str, float] = defaultdict(float)
+        self.by_name: defaultdict[str, float] = defaultdict(float)
+        self.gaps = 0.0
+        self.between: list[float] = []
+        clock = idle = 0.0
+        started = ended = False  # a kernel came; since the last kernel a step ended
+        for activity in timeline:
+            idle += max(0.0, activity.start - clock)
+            if activity.category == "kernel":
+                if started and ended:
+                    self.between.append(idle)
+                elif started:
+                    self.gaps += idle
+                idle, started, ended = 0.0, True, False
+            ended |= activity.ends_step
+            busy = max(0.0, activity.end - max(activity.start, clock))
+            self.kernels[activity.kind] += busy
+            self.by_name[activity.name] += busy
+            clock = max(activity.end, clock)
 
 
 class TorchProfiler:
@@ -197,16 +179,12 @@ class TorchProfiler:
 
 
 class StepTrace(NamedTuple):
-    """Steps that followed one another, all of one kind; each stands for `weight` steps of the run."""
-
     steps: list[Step]
     weight: float
     timeline: list[Activity]
 
 
-class Tracer(Relay):
-    """Traces the steps whose indices are in `chosen`, which says for how many steps each stands."""
-
+class Tracer(Recorder):
     def __init__(self, executor: Executor, chosen: Mapping[int, float], profiler: TorchProfiler) -> None:
         super().__init__(executor)
         self.chosen = chosen
@@ -225,14 +203,12 @@ class Tracer(Relay):
 
     def end_trace(self) -> None:
         if self._first is not None:
-            indices = range(self._first, len(self.steps))
-            weight = mean(self.chosen[index] for index in indices)
-            self.traces.append(StepTrace([self.steps[index] for index in indices], weight, self.profiler.stop()))
+            weight = mean(self.chosen[index] for index in range(self._first, len(self.steps)))
+            self.traces.append(StepTrace(self.steps[self._first :], weight, self.profiler.stop()))
             self._first = None
 
 
 def choose_steps(steps: Sequence[Step]) -> dict[int, float]:
-    """Which steps to trace, and how many steps each stands for."""
     weights: dict[int, float] = {}
     for decodes_only, count in SECTIONS.items():
         indices = [index for index, step in enumerate(steps) if step.decodes_only == decodes_only]
@@ -254,9 +230,9 @@ def split_time(traces: Sequence[StepTrace]) -> dict[str, Any]:
     seconds = dict.fromkeys(PARTS, 0.0)
     kernels: defaultdict[str, float] = defaultdict(float)
     full: list[float] = []
-    for trace in traces:
-        spent, weight = account(trace.timeline), trace.weight
-        if trace.steps[0].decodes_only:
+    for steps, weight, timeline in traces:
+        spent = DeviceTime(timeline)
+        if steps[0].decodes_only:
             seconds["decode attention"] += weight * spent.kernels["attention"]
             seconds["GEMMs"] += weight * spent.kernels["gemm"]
             seconds["other kernels"] += weight * spent.kernels["other"]
@@ -264,10 +240,10 @@ def split_time(traces: Sequence[StepTrace]) -> dict[str, Any]:
             seconds["prefill"] += weight * sum(spent.kernels.values())
         seconds["gaps"] += weight * spent.gaps
         if spent.between:
-            seconds["host"] += weight * mean(spent.between) * sum(step.sampled > 0 for step in trace.steps)
+            seconds["host"] += weight * mean(spent.between) * sum(step.sampled > 0 for step in steps)
         for name, value in spent.by_name.items():
             kernels[name[:120]] += weight * value
-        if all(step.decodes_only and step.decode_rows == most for step in trace.steps):
+        if all(step.decodes_only and step.decode_rows == most for step in steps):
             full += spent.between
     return {
         "seconds": seconds,
@@ -280,7 +256,6 @@ def split_time(traces: Sequence[StepTrace]) -> dict[str, Any]:
 def profile(
     executor: Executor, steps: Sequence[Step], run: Callable[[Tracer], None], profiler: TorchProfiler | None = None
 ) -> dict[str, Any]:
-    """Split the time of a run whose `steps` are known, by `run`, which runs it again with the executor it is given."""
     tracer = Tracer(executor, choose_steps(steps), profiler or TorchProfiler())
     run(tracer)
     tracer.end_trace()

@@ -1,4 +1,4 @@
-"""What every benchmark says beside its figures: hardware, versions, command, configuration."""
+"""What every benchmark says beside its figures: hardware, versions, command, tables, files and pictures."""
 
 import json
 import os
@@ -6,12 +6,12 @@ import platform
 import re
 import shlex
 import sys
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -19,10 +19,14 @@ from rich.table import Table
 from minisgl.config import BUNDLED_MODEL, Config
 from minisgl.errors import ConfigError
 
-PACKAGES: Final = (
-    "minisgl", "torch", "numpy", "transformers", "triton", "flashinfer-python", "flash-attn-3", "flash-attn", "vllm",
-)  # fmt: skip
+PACKAGES: Final = ("minisgl", "torch", "numpy", "transformers", "triton", "flashinfer-python", "flash-attn-3", "vllm")
 RESULTS: Final = Path("benchmark/results")
+QUANTILES: Final = ("p50", "p90", "p99")
+LATENCIES: Final = {
+    "ttft": "time to first token", "tpot": "time per output token", "itl": "between two events", "e2e": "end to end",
+}  # fmt: skip
+# Where an axis begins, in ms: events that come together are 0 apart, which a logarithm cannot show.
+LEAST: Final = 1e-3
 
 
 def hardware() -> dict[str, Any]:
@@ -54,7 +58,6 @@ def gpu_name() -> str:
 
 
 def slug(name: str) -> str:
-    """The last part of a path or id, in letters, digits, dots and dashes."""
     return re.sub(r"[^A-Za-z0-9.]+", "-", name.rstrip("/").rpartition("/")[2]).strip("-")
 
 
@@ -63,20 +66,39 @@ def on_gpu(config: Config) -> bool:
 
 
 def default_path(model: str, benchmark: str) -> Path:
-    """Where a benchmark on a GPU writes its figures unless told otherwise: under the present folder."""
     return RESULTS / f"{slug(model)}-{gpu_name()}-{benchmark}.json"
 
 
-def report_path(config: Config, asked: Path | None, benchmark: str) -> Path | None:
-    """Where the report goes: what was asked for, on a GPU else the default, and nowhere on a CPU.
+def engine_path(config: Config, asked: Path | None, benchmark: str) -> Path | None:
+    """Where the report of an engine goes: what was asked for, on a GPU else the default, and nowhere on a CPU."""
+    return asked or (default_path(config.model or BUNDLED_MODEL, benchmark) if on_gpu(config) else None)
 
-    Raises ConfigError where it cannot be written: before minutes of measuring in vain.
-    """
-    path = asked
-    if asked is None and on_gpu(config):
-        path = default_path(config.model or BUNDLED_MODEL, benchmark)
-    require_writable(path)
-    return path
+
+class Report:
+    """Figures of one benchmark. Raises ConfigError where `path` cannot be written: before minutes of measuring."""
+
+    def __init__(self, name: str, arguments: Sequence[str], path: Path | None, width: int = 0) -> None:
+        require_writable(path)
+        command = [Path(sys.executable).name, "-m", "minisgl", "bench", name, *arguments]
+        self.path = path
+        self.console = Console(width=max(width, Console().width), soft_wrap=True, highlight=False, markup=False)
+        self.figures: dict[str, Any] = {"command": shlex.join(command), "hardware": hardware(), "versions": versions()}
+
+    def print(self, line: str | Table) -> None:
+        self.console.print(line)
+
+    def write(self) -> None:
+        if self.path is not None:
+            self.path.write_text(json.dumps(self.figures, indent=2) + "\n")
+
+    def finish(self, draw: Callable[[Path], bool] | None = None) -> None:
+        """Write, with a picture beside it by `draw`, which is False without matplotlib."""
+        self.write()
+        if self.path is not None:
+            picture, note = self.path.with_suffix(".png"), ""
+            if draw is not None:
+                note = f" and {picture}" if draw(picture) else "; a picture needs minisgl[plot]"
+            self.print(f"written to {self.path}{note}")
 
 
 def require_writable(path: Path | None, flag: str = "--json") -> None:
@@ -92,32 +114,71 @@ def require_writable(path: Path | None, flag: str = "--json") -> None:
         raise ConfigError(f"{flag} {path}: not a file that can be written")
 
 
-def write_report(path: Path, name: str, arguments: Sequence[str], figures: Mapping[str, Any]) -> None:
-    report = {
-        "command": shlex.join([Path(sys.executable).name, "-m", "minisgl", "bench", name, *arguments]),
-        "hardware": hardware(),
-        "versions": versions(),
-        **figures,
-    }
-    path.write_text(json.dumps(report, indent=2) + "\n")
-
-
-def process_seconds() -> float:
-    """Seconds since this process started, by Linux's account (proc(5), field 22 of /proc/self/stat)."""
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
-
-
-def console(width: int = 0) -> Console:
-    """Standard output in `width` columns at least; a narrower terminal wraps lines."""
-    return Console(width=max(width, Console().width), soft_wrap=True, highlight=False, markup=False)
-
-
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> Table:
-    """Rows of text; the first `left` columns are aligned to the left, the others to the right."""
     made = Table(title=title)
     for index, column in enumerate(columns):
         made.add_column(column, justify="left" if index < left else "right")
     for row in rows:
         made.add_row(*row)
     return made
+
+
+def new_figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def draw_ablation(path: Path, title: str, bars: Sequence[tuple[str, str, float]]) -> bool:
+    """Write a bar for each variant: its group, name, and rate relative to the default; False without matplotlib."""
+    if (figure := new_figure(10, 1.2 + 0.24 * len(bars))) is None:
+        return False
+    groups = list(dict.fromkeys(group for group, _, _ in bars))
+    axes = figure.add_subplot()
+    colours = [f"C{groups.index(group)}" for group, _, _ in bars]
+    drawn = axes.barh(distinct([name for _, name, _ in bars]), [share for _, _, share in bars], color=colours)
+    axes.bar_label(drawn, fmt="%.2f", padding=3)
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.set(xlabel="output tokens/s, relative to the default on the same workload", title=title)
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """The names, a number behind those that came before: bars of one name would lie on each other."""
+    return [name if name not in names[:i] else f"{name} {names[:i].count(name) + 1}" for i, name in enumerate(names)]
+
+
+def draw_latencies(
+    path: Path, title: str, runs: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]]
+) -> bool:
+    """Write each run's distributions of `samples`, in s by name, and below them latency against throughput."""
+    if (figure := new_figure(15, 8)) is None:
+        return False
+    grid = figure.subplots(2, 4)
+    for axes, below, name in zip(*grid, LATENCIES, strict=True):
+        for run, latencies in zip(runs, samples, strict=True):
+            if count := len(latencies[name]):
+                values = np.maximum(1e3 * np.sort(latencies[name]), LEAST)
+                axes.plot(values, np.arange(1, count + 1) / count, label=run["label"])
+                axes.set_xscale("log")
+        axes.set(xlabel=f"{LATENCIES[name]}, ms", ylabel="share of all", ylim=(0, 1))
+        drawn = [(run["output_tokens_per_second"], run["latency_ms"][name]) for run in runs if run["latency_ms"][name]]
+        drawn.sort(key=lambda pair: pair[0])
+        for quantile in QUANTILES if drawn else ():
+            heights = [max(LEAST, latency[quantile]) for _, latency in drawn]
+            below.plot([rate for rate, _ in drawn], heights, marker="o", label=quantile)
+            below.set_yscale("log")
+        below.set(xlabel="output tokens/s", ylabel=f"{LATENCIES[name]}, ms")
+    for axes in grid.flat:
+        axes.grid(alpha=0.3)
+    for row in grid:
+        if row[0].lines:
+            row[0].legend(fontsize="small")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    return True

@@ -1,8 +1,7 @@
 """The least time a workload can take on a GPU: its bytes and its flops at the GPU's peak rates, one after the other.
 
-It is the roofline (Williams et al., CACM 2009) step by step: a decode step reads the weights once or multiplies by
-them, whichever takes longer, and reads the keys and values of every running request; a prompt costs its flops. Norms,
-sampling, writing keys and values, launches and the host are free.
+The roofline (Williams et al., CACM 2009) of each step: a decode step reads the weights or multiplies by them, whichever
+takes longer, and reads all running requests' keys and values; a prompt costs its flops. All else is free.
 """
 
 from __future__ import annotations
@@ -23,9 +22,7 @@ from minisgl_bench.gpu_timing import times
 from minisgl_bench.workload import PeakRates, Workload
 
 SIDE: Final = 8192
-BEYOND_L2: Final = 256 * 2**20
-LARGEST: Final = 2 * 2**30
-ROW: Final = 2**16
+BEYOND_L2, LARGEST, ROW = 256 * 2**20, 2 * 2**30, 2**16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,30 +52,24 @@ class Matrices:
 
     shared: int
     head: int
-    expert: int
-    sparse_layers: int
-    num_experts: int
-    top_k: int
+    expert: int = 0
+    sparse_layers: int = 0
+    num_experts: int = 1
+    top_k: int = 0
 
     @classmethod
     def of(cls, spec: ModelSpec) -> Matrices:
-        moe, hidden = spec.moe, spec.hidden_size
-        attention = hidden * spec.head_dim * (2 * spec.num_heads + 2 * spec.num_kv_heads)
+        moe, hidden, head = spec.moe, spec.hidden_size, spec.vocab_size * spec.hidden_size
         sparse = sum(moe.layers) if moe is not None else 0
-        dense = (spec.num_layers - sparse) * 3 * hidden * spec.intermediate_size
-        router = sparse * hidden * moe.num_experts if moe is not None else 0
-        return cls(
-            shared=spec.num_layers * attention + dense + router,
-            head=spec.vocab_size * hidden,
-            expert=3 * hidden * moe.width if moe is not None else 0,
-            sparse_layers=sparse,
-            num_experts=moe.num_experts if moe is not None else 1,
-            top_k=moe.top_k if moe is not None else 0,
-        )
+        attention = spec.num_layers * hidden * spec.head_dim * 2 * (spec.num_heads + spec.num_kv_heads)
+        shared = attention + (spec.num_layers - sparse) * 3 * hidden * spec.intermediate_size
+        if moe is None:
+            return cls(shared, head)
+        router = sparse * hidden * moe.num_experts
+        return cls(shared + router, head, 3 * hidden * moe.width, sparse, moe.num_experts, moe.top_k)
 
     @property
     def active(self) -> int:
-        """Weights that a token is multiplied by in the layers."""
         return self.shared + self.sparse_layers * self.top_k * self.expert
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -108,10 +99,7 @@ def visible(lengths: NDArray[np.int64], windows: Sequence[int]) -> int:
 
 
 def roofline(spec: ModelSpec, workload: Workload, running: int, itemsize: int, peak: PeakRates) -> Roofline:
-    """The least time of a workload whose prompts share no prefix, with `running` requests at most at a time.
-
-    `itemsize` is the bytes of a weight and of an element of the KV cache.
-    """
+    """The least time of a workload without shared prefixes, `running` requests at a time, `itemsize` bytes a weight."""
     inputs, outputs = [len(prompt) for prompt in workload.prompts], workload.output_lens
     matrices = Matrices.of(spec)
     prompt_lengths = np.concatenate([np.arange(1, n + 1) for n in inputs])
@@ -135,10 +123,7 @@ def roofline(spec: ModelSpec, workload: Workload, running: int, itemsize: int, p
 
 
 def measure_peak_rates(device: torch.device, dtype: torch.dtype) -> PeakRates:
-    """What the GPU reaches in reading, copying and a large GEMM of random normal `dtype`; takes about a second.
-
-    Raises ConfigError when the GPU has no memory left to measure in.
-    """
+    """What the GPU reaches in reading, copying and a large GEMM. Raises ConfigError when no memory is left for it."""
     free = torch.cuda.mem_get_info(device)[0]
     size = min(LARGEST, free // 4 // (4 * ROW) * (4 * ROW))
     if size < BEYOND_L2:

@@ -1,22 +1,38 @@
-"""What is sent and when: sessions of turns, whose prompts are made of named segments so that what recurs is known."""
+"""What is sent and when: sessions of turns, whose prompts are made of named segments so that what recurs is known.
 
+Traces, told apart by their first line:
+
+- Qwen-Bailian (Wang et al., "KVCache Cache in the Wild", ATC 2025): JSON lines, `timestamp` in s, blocks of 16 tokens.
+- Mooncake (Qin et al., FAST 2025): JSON lines, `timestamp` in ms, blocks of 512 tokens.
+- Azure LLM inference traces (Patel et al., "Splitwise", ISCA 2024): CSV with a date, no blocks.
+"""
+
+import csv
 import dataclasses
+import datetime
 import hashlib
+import itertools
 import math
 import random
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from pathlib import Path
+from typing import Annotated, Any, Final, NamedTuple
 
+import msgspec
 import numpy as np
 
 from minisgl.errors import ConfigError
-from minisgl_bench.traces import Trace
 from minisgl_bench.workload import HIGHEST_TOKEN, WorkloadSpec, make_workload
 
+Count = Annotated[int, msgspec.Meta(ge=1)]
+AZURE_FIELDS: Final = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+SECONDS: Final = {"bailian": 1.0, "mooncake": 1e-3}  # the unit of a format's `timestamp`, in s
+BLOCK: Final = {"bailian": 16, "mooncake": 512, "azure": 0}  # tokens that a hash id stands for
 GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
 FEWEST_WORDS: Final = 16
 PROBE_WORDS: Final = 8
+# Common words, most of which are one token, with a space before them, in most vocabularies.
 WORDS: Final[Sequence[str]] = """\
 the of and to in is that for it as was with be by on not he his but at are this have from or had an they
 which one you were all her she there would their we him been has when who will no more if out so up said
@@ -26,7 +42,79 @@ your way down should because long each just state people those too little good w
 see work life men day get here between own under right house water small place high number school great city
 group part name line large side end
 """.split()  # noqa: SIM905
-"""Common words, most of which are one token, with a space before them, in most vocabularies."""
+
+
+class JsonRow(msgspec.Struct, frozen=True):
+    timestamp: Annotated[float, msgspec.Meta(ge=0)]
+    input_length: Count
+    output_length: Count
+    hash_ids: list[Annotated[int, msgspec.Meta(ge=0)]] = []
+
+
+class TraceRequest(NamedTuple):
+    arrival: float
+    input_length: int
+    output_length: int
+    hash_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Requests in order of arrival, the first at 0; `block` is the size of their blocks in tokens, 0 without any."""
+
+    format: str
+    block: int
+    requests: tuple[TraceRequest, ...]
+
+
+def read_trace(path: Path, limit: int) -> Trace:
+    """The first `limit` requests of a trace. Raises ConfigError naming the file, and the line where one is wrong."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            filled = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+            lines = list(itertools.islice(filled, limit + 1))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: this is no text: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    if not lines:
+        raise ConfigError(f"{path}: the trace is empty")
+    requests, names = [], [name.strip() for name in lines[0][1].split(",")]
+    kind = "bailian" if '"chat_id"' in lines[0][1] else "mooncake"
+    if not lines[0][1].lstrip().startswith("{"):
+        kind = "azure"
+        if any(name not in names for name in AZURE_FIELDS):
+            raise ConfigError(f"{path}: line 1 is neither a JSON object nor a header with {', '.join(AZURE_FIELDS)}")
+    for number, line in lines[1:] if kind == "azure" else lines[:limit]:
+        try:
+            requests.append(read_azure(line, names) if kind == "azure" else read_json(line, kind))
+        except ValueError as error:  # msgspec's errors are such
+            raise ConfigError(f"{path}:{number}: {error}") from error
+    if not requests:
+        raise ConfigError(f"{path}: the trace has no requests")
+    requests.sort(key=lambda request: request.arrival)
+    start = requests[0].arrival
+    return Trace(kind, BLOCK[kind], tuple(request._replace(arrival=request.arrival - start) for request in requests))
+
+
+def read_json(line: str, kind: str) -> TraceRequest:
+    row = msgspec.json.decode(line, type=JsonRow)
+    ids, length, block = len(row.hash_ids), row.input_length, BLOCK[kind]
+    if ids and not length // block <= ids <= -(-length // block):
+        raise ValueError(f"{ids} hash_ids for {length} tokens in blocks of {block} ({kind})")
+    return TraceRequest(row.timestamp * SECONDS[kind], length, row.output_length, tuple(row.hash_ids))
+
+
+def read_azure(line: str, names: Sequence[str]) -> TraceRequest:
+    """A request of a trace as CSV, whose dates are in UTC unless they say otherwise. Raises ValueError."""
+    row = dict(zip(names, next(csv.reader([line])), strict=False))
+    if missing := [name for name in AZURE_FIELDS if name not in row]:
+        raise ValueError(f"the line has no {missing[0]}")
+    when = datetime.datetime.fromisoformat(row["TIMESTAMP"])
+    tokens_in, tokens_out = int(row["ContextTokens"]), int(row["GeneratedTokens"])
+    if tokens_in < 1 or tokens_out < 1:
+        raise ValueError("ContextTokens and GeneratedTokens must be at least 1")
+    return TraceRequest(when.replace(tzinfo=when.tzinfo or datetime.UTC).timestamp(), tokens_in, tokens_out)
 
 
 class Segment(NamedTuple):
@@ -37,16 +125,12 @@ class Segment(NamedTuple):
 
 
 class ChatMessage(NamedTuple):
-    """A part of a prompt. Where a prompt is no conversation it is a single message of the user."""
-
     role: str
     segments: tuple[Segment, ...]
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One request: its prompt, and how many tokens its answer shall have."""
-
     messages: tuple[ChatMessage, ...]
     output_length: int
 
@@ -61,10 +145,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Session:
-    """Requests of one client, each sent `think` s after the answer to the one before; mostly there is just one.
-
-    `due` is when the first is sent, in s after the start.
-    """
+    """Requests of one client: the first `due` s after the start, each other `think` s after the answer before."""
 
     turns: tuple[Turn, ...]
     due: float = 0.0
@@ -85,38 +166,27 @@ def cut(segments: Sequence[Segment], length: int) -> list[Segment]:
 
 
 def from_trace(trace: Trace, scale: float, max_input: int | None, max_output: int | None) -> list[Session]:
-    """A session for each request, cut to the limits; gaps between arrivals are `scale` times the trace's.
-
-    Behind a prompt's blocks comes what the trace knows nothing of, which is the request's own.
-    """
+    """A session for each request, cut to the limits. Behind a prompt's blocks come tokens of its own."""
     sessions = []
     for index, request in enumerate(trace.requests):
         blocks = [Segment(("block", name), trace.block) for name in request.hash_ids]
         segments = cut([*blocks, Segment(("own", index), request.input_length)], request.input_length)
-        if max_input is not None:
-            segments = cut(segments, max_input)
         length = min(request.output_length, max_output or request.output_length)
-        sessions.append(Session((single(segments, length),), request.arrival * scale))
+        turn = single(cut(segments, max_input or request.input_length), length)
+        sessions.append(Session((turn,), request.arrival * scale))
     return sessions
 
 
 def from_workload(spec: WorkloadSpec) -> list[Session]:
-    """The lengths that `minisgl bench offline` has for the same spec; nothing recurs."""
     workload = make_workload(spec, vocab_size=HIGHEST_TOKEN + 1)
     pairs = enumerate(zip(workload.prompts, workload.output_lens, strict=True))
     return [Session((single([Segment(("own", i), len(prompt))], length),)) for i, (prompt, length) in pairs]
 
 
 def from_chats(
-    seed: int,
-    chats: int,
-    turns: int,
-    system_prompts: int,
-    system_len: int,
-    message_len: tuple[int, int],
-    answer_len: tuple[int, int],
-    think: float,
-) -> list[Session]:
+    seed: int, chats: int, turns: int, system_prompts: int, system_len: int,
+    message_len: tuple[int, int], answer_len: tuple[int, int], think: float,
+) -> list[Session]:  # fmt: skip
     """Conversations: `turns` messages of the user, each after everything said before, behind a shared system prompt.
 
     Conversation i has system prompt i modulo `system_prompts`. Answers taken up by later turns are of made-up tokens.
@@ -157,7 +227,6 @@ def all_turns(sessions: Iterable[Session]) -> list[Turn]:
 
 
 def require_fit(sessions: Sequence[Session], limit: int | None) -> None:
-    """Raise ConfigError where a request is longer than the server's `limit` in tokens, if that is known."""
     needs = [turn.input_length + turn.output_length for turn in all_turns(sessions)]
     if limit is not None and (long := [need for need in needs if need > limit]):
         raise ConfigError(
@@ -184,10 +253,7 @@ def segment_numbers(seed: int, segments: Sequence[Segment], span: int) -> np.nda
 
 
 def expected_hits(prompts: Iterable[Sequence[Segment]], page: int) -> list[int]:
-    """For each prompt the tokens whose KV a cache that forgets nothing holds from those before it.
-
-    Whole pages count, and never the last token: its logits must be computed.
-    """
+    """For each prompt the tokens that a cache without limits holds: whole pages, and never the last token."""
     seen: set[bytes] = set()
     hits = []
     for segments in prompts:
@@ -246,21 +312,16 @@ class TextPrompts:
         return turn.input_length if len(turn.messages) == 1 or not self.chat else None
 
 
-async def calibrate(count: Callable[[str], Awaitable[int]]) -> tuple[tuple[str, ...], int]:
-    """The words that are one token each for a server, and its overhead; `count` is how many tokens it sees in a text.
-
-    Raises ConfigError when too few are, or when the counts do not add up.
-    """
-    first, half = WORDS[0], PROBE_WORDS // 2
-    known = await count(" ".join([first] * PROBE_WORDS))
+def calibrate(count: Callable[[str], int]) -> tuple[tuple[str, ...], int]:
+    first, half, advice = WORDS[0], PROBE_WORDS // 2, "use --endpoint ids, which sends token ids"
+    known = count(" ".join([first] * PROBE_WORDS))
     overhead = known - PROBE_WORDS
-    good = [w for w in WORDS if overhead >= 0 and await count(" ".join([first] * half + [w] * half)) == known]
-    advice = "use --endpoint ids, which sends token ids"
+    good = [w for w in WORDS if overhead >= 0 and count(" ".join([first] * half + [w] * half)) == known]
     if len(good) < FEWEST_WORDS:
         raise ConfigError(
             f"the server's tokenizer has a token of their own for {len(good)} common words only; {advice}"
         )
     trial = TextPrompts(tuple(good), 0).text([Segment(("trial", 0), 4 * len(good))], 0)
-    if (seen := await count(trial)) != 4 * len(good) + overhead:
+    if (seen := count(trial)) != 4 * len(good) + overhead:
         raise ConfigError(f"{4 * len(good)} words that are one token each are {seen} tokens together; {advice}")
     return tuple(good), overhead

@@ -10,16 +10,13 @@ import msgspec
 
 from minisgl.core.types import SamplingParams
 
+# Prompts are made of ids 0 … HIGHEST_TOKEN, so that the same workload suits every vocabulary.
 HIGHEST_TOKEN: Final = 10_000
-"""Prompts are made of ids 0 … HIGHEST_TOKEN, so that the same workload suits every vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PeakRates:
-    """What a GPU reaches at most: bytes/s of reading, flop/s of a large GEMM in the model's dtype.
-
-    `copy` is bytes/s of copying, reads and writes together; None where it was not measured.
-    """
+    """What a GPU reaches at most: bytes/s of reading, flop/s of a large GEMM, bytes/s of copying if measured."""
 
     read: float
     flops: float
@@ -37,12 +34,11 @@ class WorkloadSpec:
     temperature: float = 0.6
 
 
+# A CPU's default takes half a minute instead of half an hour.
 CPU_SPEC: Final = WorkloadSpec(num_requests=16, input_len=(32, 128), output_len=(32, 128))
-"""What is measured on a CPU unless flags say otherwise: half a minute instead of half an hour."""
 
 
 def workload_spec(options: argparse.Namespace, gpu: bool) -> WorkloadSpec:
-    """The default of a GPU or of a CPU, with the flags that were given in place of its fields."""
     names = [field.name for field in dataclasses.fields(WorkloadSpec)]
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     return dataclasses.replace(WorkloadSpec() if gpu else CPU_SPEC, **given)

@@ -14,17 +14,15 @@ from minisgl_bench.ablation import (
     GPU_SCENARIOS,
     AblationRunner,
     Measurement,
-    SharedPrefix,
+    Scenario,
     Variant,
-    load,
     make_variants,
     play,
     ratio,
-    scenario_tokens,
 )
 from minisgl_bench.command import ABLATIONS, main
-from minisgl_bench.plots import distinct, draw_ablation
-from minisgl_bench.workload import Workload, WorkloadSpec
+from minisgl_bench.report import distinct, draw_ablation
+from minisgl_bench.workload import Workload
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +58,11 @@ def test_all_groups_are_measured_against_their_default(
 
 def test_a_variant_that_fails_is_told_and_the_next_runs(folder: Path) -> None:
     scenarios = dict(CPU_SCENARIOS)
-    runner = AblationRunner(load(small(folder), 4096), scenarios)
+    runner = AblationRunner(small(folder), scenarios)
     bad = runner.run(Variant(group="attention", label="fa", scenario="batch", changes={"attn": "fa"}))
     assert bad.error is not None
     assert bad.error.startswith("ConfigError: --attn fa: fa cannot be used")
-    scenarios["batch"] = WorkloadSpec(num_requests=1, input_len=(600, 600), output_len=(1, 1))
+    scenarios["batch"] = Scenario(1, own=(600, 600), answer=(1, 1))
     late = runner.run(Variant(group="default", label="", scenario="batch"))
     assert late.error is not None
     assert "maximum context length is 512" in late.error
@@ -75,7 +73,7 @@ def test_a_variant_that_fails_is_told_and_the_next_runs(folder: Path) -> None:
 
 
 def test_of_several_runs_the_median_counts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = AblationRunner(load(small(folder), 4096), CPU_SCENARIOS, repeats=4)
+    runner = AblationRunner(small(folder), CPU_SCENARIOS, repeats=4)
     variant = Variant(group="default", label="", scenario="batch")
     rates = iter([40.0, 10.0, 30.0, 20.0])
 
@@ -91,7 +89,7 @@ def test_of_several_runs_the_median_counts(folder: Path, monkeypatch: pytest.Mon
 
 
 def test_an_executor_serves_variants_that_can_share_it_and_is_freed_after_them(folder: Path) -> None:
-    runner = AblationRunner(load(small(folder), 4096), CPU_SCENARIOS)
+    runner = AblationRunner(small(folder), CPU_SCENARIOS)
     assert runner.run(Variant(group="default", label="", scenario="batch")).error is None
     first = runner._executor
     assert first is not None
@@ -133,18 +131,18 @@ def test_conversations_grow_by_what_was_said() -> None:
         seen.append(workload.prompts)
         return [[7] * (params.max_tokens or 0) for params in workload.params]
 
-    assert play(SharedPrefix(requests=2, own=5, answer=2, turns=3), answer, 100) == 12
+    assert play(Scenario(2, own=(5, 5), answer=(2, 2), turns=3), answer, 100) == 12
     assert [[len(prompt) for prompt in turn] for turn in seen] == [[5, 5], [12, 12], [19, 19]]
     assert seen[1][0][:7] == [*seen[0][0], 7, 7]
     seen.clear()
-    assert play(SharedPrefix(requests=3, own=2, answer=1, shared=6), answer, 100) == 3
+    assert play(Scenario(3, own=(2, 2), answer=(1, 1), shared=6), answer, 100) == 3
     assert len({tuple(prompt[:6]) for prompt in seen[0]}) == 1
     assert len({tuple(prompt) for prompt in seen[0]}) == 3
 
 
 def test_scenarios_say_how_much_they_take() -> None:
-    assert scenario_tokens(SharedPrefix(requests=2, own=5, answer=2, turns=3)) == 2 * (21 + 512)
-    assert max(map(scenario_tokens, GPU_SCENARIOS.values())) < 1_000_000
+    assert Scenario(2, own=(5, 5), answer=(2, 2), turns=3).tokens == 2 * (21 + 512)
+    assert max(scenario.tokens for scenario in GPU_SCENARIOS.values()) < 1_000_000
 
 
 def test_the_picture_needs_matplotlib_alone(tmp_path: Path) -> None:

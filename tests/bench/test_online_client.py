@@ -2,19 +2,16 @@
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
 from helpers.raw_server import DONE, HANG, chunked, event, head, json_answer, raw_server, text_event, usage_event
 from minisgl.errors import ConfigError
-from minisgl_bench.client import RequestRecord, fetch, parse_target, stream_completion
+from minisgl_bench.client import RequestRecord, parse_target, stream_completion
 
 SSE = head("200 OK", "Content-Type: text/event-stream", "Transfer-Encoding: chunked")
 BODY = text_event("one") + text_event(' "error" two') + text_event("", "length") + usage_event(7, 9, 3) + DONE
-
-
-async def nothing() -> None:
-    """Ready at once."""
 
 
 def ask(pieces: Sequence[bytes], keep: bool = False, timeout: float = 20.0) -> RequestRecord:
@@ -23,7 +20,7 @@ def ask(pieces: Sequence[bytes], keep: bool = False, timeout: float = 20.0) -> R
         record = RequestRecord(0)
         async with asyncio.timeout(30), raw_server(lambda path, body: pieces) as url:
             target = parse_target(url, "secret")
-            await stream_completion(target, "/v1/completions", b"{}", record, nothing, timeout, keep)
+            await stream_completion(target, "/v1/completions", b"{}", record, None, timeout, keep)
         return record
 
     return asyncio.run(main())
@@ -97,18 +94,18 @@ def test_what_goes_wrong_is_told_by_kind(pieces: list[bytes], failure: str, deta
 def test_nobody_listening_is_a_failure_to_connect() -> None:
     record = RequestRecord(0)
     target = parse_target("127.0.0.1:9", None)
-    asyncio.run(stream_completion(target, "/", b"", record, nothing, 20.0, False))
+    asyncio.run(stream_completion(target, "/", b"", record, None, 20.0, False))
     assert record.failure == "connect: ConnectionRefusedError"
 
 
 def test_a_url_may_have_its_v1_and_a_path_and_the_key_is_sent() -> None:
     target = parse_target("http://127.0.0.1:8000/proxy/v1/", "sk-1")
-    text = target.request("POST", "/v1/completions", b"{}").decode()
+    text = target.post("/v1/completions", b"{}").decode()
     assert text.startswith("POST /proxy/v1/completions HTTP/1.1\r\nHost: 127.0.0.1:8000\r\n")
     assert "\r\nAuthorization: Bearer sk-1\r\n" in text
     assert text.endswith("\r\nContent-Length: 2\r\n\r\n{}")
     assert target.is_local
-    assert "Authorization" not in parse_target("http://[::1]:8000", None).request("GET", "/").decode()
+    assert "Authorization" not in parse_target("http://[::1]:8000", None).post("/", b"").decode()
 
 
 @pytest.mark.parametrize(
@@ -125,13 +122,25 @@ def test_an_address_that_is_none_is_refused(url: str, key: str | None, message: 
         parse_target(url, key)
 
 
-def test_whole_answers_are_fetched() -> None:
-    async def main() -> None:
-        async with raw_server(lambda path, body: [json_answer({"path": path, "body": body}, "418 Teapot")]) as url:
-            target = parse_target(url, None)
-            assert await fetch(target, "POST", "/x", b'{"a":1}') == (418, b'{"path": "/x", "body": {"a": 1}}')
-        async with raw_server(lambda path, body: [HANG]) as url:
-            with pytest.raises(TimeoutError):
-                await fetch(parse_target(url, None), "GET", "/", timeout=0.1)
+def call(pieces: Sequence[bytes], body: object = None) -> Any:
 
-    asyncio.run(main())
+    async def main() -> Any:
+        async with raw_server(lambda path, body: pieces or [json_answer({"path": path, "body": body})]) as url:
+            return await asyncio.to_thread(parse_target(url, None).call, "/x", body, 0.5)
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("pieces", "message"),
+    [
+        ([json_answer(REFUSED, "418 Teapot")], "the server refuses GET /x with 418: slow down"),
+        ([HANG], "no answer from .*/x: timed out"),
+        ([b"SSH-2.0-hello\r\n\r\n"], "no answer from .*/x: SSH-2.0"),
+        ([head("200 OK", "content-length: 1"), b"{"], "what /x says is not JSON"),
+    ],
+)
+def test_whole_answers_are_fetched_and_refusals_told(pieces: list[bytes], message: str) -> None:
+    assert call([], {"a": 1}) == {"path": "/x", "body": {"a": 1}}
+    with pytest.raises(ConfigError, match=message):
+        call(pieces)

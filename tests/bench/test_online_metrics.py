@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from minisgl_bench import metrics
 from minisgl_bench.client import RequestRecord
-from minisgl_bench.cpu_usage import ClientUsage, ProcessCpu, cores_used, process_tree
-from minisgl_bench.metrics import client_figures, client_line, figures, latencies, lines, server_line, spread, times_of
-from minisgl_bench.plots import draw_latencies
+from minisgl_bench.report import draw_latencies
 
 
 def record(sent: float, times: list[float], tokens: int, cached: int | None = 0, expected: int = 10) -> RequestRecord:
@@ -22,8 +21,8 @@ def record(sent: float, times: list[float], tokens: int, cached: int | None = 0,
 
 def test_latencies_are_from_sending_and_tokens_from_usage() -> None:
     one = record(100.0, [100.2, 100.3, 100.6], tokens=5)
-    assert times_of(one) == pytest.approx({"ttft": 0.2, "tpot": 0.4 / 4, "e2e": 0.6})
-    assert times_of(record(0.0, [1.0], tokens=1))["tpot"] is None
+    assert metrics.times_of(one) == pytest.approx({"ttft": 0.2, "tpot": 0.4 / 4, "e2e": 0.6})
+    assert metrics.times_of(record(0.0, [1.0], tokens=1))["tpot"] is None
 
 
 def test_figures_of_a_run() -> None:
@@ -32,7 +31,7 @@ def test_figures_of_a_run() -> None:
         record(2.0, [2.5, 2.6, 3.0], tokens=6, cached=2, expected=7),
         RequestRecord(2, sent=2.5, failure="HTTP 429", detail="too many"),
     ]
-    found = figures(records, {"ttft": 0.3, "tpot": 0.1})
+    found = metrics.figures(records, {"ttft": 0.3, "tpot": 0.1})
     assert found["failed"] == {"HTTP 429": 1}
     assert found["failure_examples"] == {"HTTP 429": "too many"}
     assert found["seconds"] == pytest.approx(2.0)
@@ -52,24 +51,24 @@ def test_figures_of_a_run() -> None:
 
 
 def test_quantiles_are_linear_between_values() -> None:
-    found = spread(np.arange(101) / 1000)
+    found = metrics.spread(np.arange(101) / 1000)
     assert found == pytest.approx({"mean": 50, "p50": 50, "p90": 90, "p99": 99, "max": 100})
-    assert spread(np.empty(0)) == {}
+    assert metrics.spread(np.empty(0)) == {}
 
 
 def test_a_server_that_does_not_report_cached_tokens_has_no_hit_rate() -> None:
-    found = figures([record(0.0, [0.1], 1, cached=None), record(0.0, [0.1], 1)], {})
+    found = metrics.figures([record(0.0, [0.1], 1, cached=None), record(0.0, [0.1], 1)], {})
     assert found["reported_hit_rate"] is None
     assert "within_slo" not in found
 
 
 def test_a_run_in_which_all_failed_has_figures(tmp_path: Path) -> None:
-    found = figures([RequestRecord(0, failure="connect: ConnectionRefusedError")], {"ttft": 1.0})
+    found = metrics.figures([RequestRecord(0, failure="connect: ConnectionRefusedError")], {"ttft": 1.0})
     assert (found["seconds"], found["output_tokens_per_second"], found["goodput_requests_per_second"]) == (0, 0, 0)
-    found["client"] = client_figures(ClientUsage(1.0, 0.1, array("d", [0.0])), [], 0)
-    assert "0 of 1 requests" in lines(found)[0]
-    assert any(line.startswith("failed: 1 × connect") for line in lines(found))
-    assert draw_latencies(tmp_path / "x.png", "none", [{"label": "one", **found}], [latencies([])])
+    found["client"] = metrics.client_figures(metrics.ClientUsage(1.0, 0.1, array("d", [0.0])), [], 0)
+    assert "0 of 1 requests" in metrics.lines(found)[0]
+    assert any(line.startswith("failed: 1 × connect") for line in metrics.lines(found))
+    assert draw_latencies(tmp_path / "x.png", "none", [{"label": "one", **found}], [metrics.latencies([])])
 
 
 @pytest.mark.parametrize(
@@ -83,30 +82,30 @@ def test_a_run_in_which_all_failed_has_figures(tmp_path: Path) -> None:
 )
 def test_the_client_says_when_it_was_the_bottleneck(cpu: float, lag: float, late: float, reason: str | None) -> None:
     sent = [RequestRecord(0, due=1.0, sent=1.0 + late)]
-    found = client_figures(ClientUsage(10.0, cpu, array("d", [lag])), sent, 1000)
+    found = metrics.client_figures(metrics.ClientUsage(10.0, cpu, array("d", [lag])), sent, 1000)
     assert found["cpu_us_per_output_token"] == pytest.approx(1000 * cpu)
     assert found["send_lateness_ms"]["p99"] == pytest.approx(1000 * late)
     if reason is None:
         assert found["bottleneck"] == []
-        assert client_line(found).startswith("the client was not the bottleneck: 0.20 of a core")
+        assert metrics.client_line(found).startswith("the client was not the bottleneck: 0.20 of a core")
     else:
         assert [text.startswith(reason) for text in found["bottleneck"]] == [True]
-        assert client_line(found).startswith(f"the client was a bottleneck ({reason}")
+        assert metrics.client_line(found).startswith(f"the client was a bottleneck ({reason}")
 
 
 def test_cores_are_told_by_process_and_busiest_thread() -> None:
-    before = {1: ProcessCpu("api", 10.0, {1: 9.0, 2: 1.0})}
-    after = {1: ProcessCpu("api", 12.0, {1: 10.9, 2: 1.1}), 5: ProcessCpu("engine", 1.0, {5: 1.0})}
-    rows = cores_used(before, after, 2.0)
+    before = {1: metrics.ProcessCpu("api", 10.0, {1: 9.0, 2: 1.0})}
+    after = {1: metrics.ProcessCpu("api", 12.0, {1: 10.9, 2: 1.1}), 5: metrics.ProcessCpu("engine", 1.0, {5: 1.0})}
+    rows = metrics.cores_used(before, after, 2.0)
     assert [(row["name"], row["cores"]) for row in rows] == [("api", 1.0), ("engine", 0.5)]
     assert rows[0]["busiest_thread"] == pytest.approx(0.95)
-    assert "api): 1.00 cores, its busiest thread takes 0.95, busy all the time" in server_line(rows[0])
-    assert server_line(rows[1]).endswith("takes 0.50")
+    assert "api): 1.00 cores, its busiest thread takes 0.95, busy all the time" in metrics.server_line(rows[0])
+    assert metrics.server_line(rows[1]).endswith("takes 0.50")
 
 
 def test_this_process_is_found_with_its_threads() -> None:
-    tree = process_tree(os.getpid())
+    tree = metrics.process_tree(os.getpid())
     mine = tree[os.getpid()]
     assert mine.seconds > 0
     assert os.getpid() in mine.threads
-    assert process_tree(2**30) == {}
+    assert metrics.process_tree(2**30) == {}

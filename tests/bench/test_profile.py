@@ -9,25 +9,9 @@ from helpers.simulation import simulated_engine
 from minisgl.core.engine import Engine
 from minisgl.core.plan import StepPlan
 from minisgl.core.types import Request, SamplingParams
-from minisgl_bench.profile import (
-    PARTS,
-    SECTIONS,
-    TRACED,
-    Activity,
-    Recorder,
-    Step,
-    StepTrace,
-    TorchProfiler,
-    Tracer,
-    account,
-    activities,
-    choose_steps,
-    full_decodes,
-    profile,
-    split_time,
-)
+from minisgl_bench import profile as profiler
 
-PREFILL, DECODE = Step(0, 64, 1), Step(4, 0, 4)
+PREFILL, DECODE = profiler.Step(0, 64, 1), profiler.Step(4, 0, 4)
 KERNEL = 1e-3
 IDLE = 1e-4
 
@@ -35,23 +19,23 @@ IDLE = 1e-4
 def serve(engine: Engine, requests: int = 5, tokens: int = 40) -> None:
     params = SamplingParams(max_tokens=tokens, ignore_eos=True, seed=1)
     for index in range(requests):
-        engine.add(Request.make(id=str(index), prompt=[index + 1] * 24, params=params))
+        engine.add(Request.make(str(index), [index + 1] * 24, params))
     while engine.has_work:
         engine.step()
 
 
-class FakeDevice(TorchProfiler):
+class FakeDevice(profiler.TorchProfiler):
     """A profiler over launches: each step takes KERNEL in a product, then IDLE, and a copy back if it samples."""
 
     def __init__(self) -> None:
         self.clock = 0.0
-        self.timeline: list[Activity] | None = None
+        self.timeline: list[profiler.Activity] | None = None
 
     def start(self) -> None:
         assert self.timeline is None
         self.timeline = []
 
-    def stop(self) -> list[Activity]:
+    def stop(self) -> list[profiler.Activity]:
         assert self.timeline is not None
         timeline, self.timeline = self.timeline, None
         return timeline
@@ -64,11 +48,11 @@ class FakeDevice(TorchProfiler):
 
     def _take(self, category: str, name: str, seconds: float) -> None:
         if self.timeline is not None:
-            self.timeline.append(Activity(self.clock, self.clock + seconds, category, name))
+            self.timeline.append(profiler.Activity(self.clock, self.clock + seconds, category, name))
         self.clock += seconds
 
 
-class Device(Recorder):
+class Device(profiler.Recorder):
     """A recorder that tells the fake device what is launched."""
 
     fake: FakeDevice
@@ -80,17 +64,17 @@ class Device(Recorder):
 
 def test_every_step_is_stood_for_once() -> None:
     steps = [PREFILL] * 18 + [DECODE] * 1000
-    weights = choose_steps(steps)
+    weights = profiler.choose_steps(steps)
     assert sum(weights[index] for index in weights if index < 18) == pytest.approx(18)
     assert sum(weights[index] for index in weights if index >= 18) == pytest.approx(1000)
-    assert len(weights) == 18 + SECTIONS[True] * TRACED
-    assert choose_steps([DECODE]) == {0: 1.0}
-    assert choose_steps([]) == {}
+    assert len(weights) == 18 + profiler.SECTIONS[True] * profiler.TRACED
+    assert profiler.choose_steps([DECODE]) == {0: 1.0}
+    assert profiler.choose_steps([]) == {}
 
 
 def test_a_traced_run_is_split_as_the_whole_run_is() -> None:
     recorded = simulated_engine()
-    recorder = Recorder(recorded.executor)
+    recorder = profiler.Recorder(recorded.executor)
     recorded.executor = recorder
     serve(recorded, tokens=100)
     steps = recorder.steps
@@ -98,18 +82,18 @@ def test_a_traced_run_is_split_as_the_whole_run_is() -> None:
     device = Device(again.executor)
     device.fake = fake
 
-    def run(tracer: Tracer) -> None:
+    def run(tracer: profiler.Tracer) -> None:
         again.executor = tracer
         serve(again, tokens=100)
 
-    result = profile(device, steps, run, fake)
+    result = profiler.profile(device, steps, run, fake)
     decodes = sum(step.decodes_only for step in steps)
     assert device.steps == steps
     assert result["seconds"]["GEMMs"] == pytest.approx(decodes * KERNEL)
     assert result["seconds"]["prefill"] == pytest.approx((len(steps) - decodes) * KERNEL)
     assert result["seconds"]["host"] == pytest.approx(len(steps) * IDLE, rel=0.1)
     assert result["seconds"]["gaps"] == pytest.approx(0.0, abs=len(steps) * IDLE * 0.1)
-    assert tuple(result["seconds"]) == PARTS
+    assert tuple(result["seconds"]) == profiler.PARTS
     assert result["between_ms"] == pytest.approx(1e3 * IDLE)
     assert result["kernels"]["gemm"] == pytest.approx(len(steps) * KERNEL)
     assert 0 < result["traced_steps"] < len(steps)
@@ -118,13 +102,13 @@ def test_a_traced_run_is_split_as_the_whole_run_is() -> None:
 def test_a_step_that_samples_nothing_has_no_end_of_its_own() -> None:
     fake = FakeDevice()
     fake.start()
-    steps = [Step(0, 16, 0), Step(0, 16, 1), Step(0, 16, 1), Step(0, 16, 0)]
+    steps = [profiler.Step(0, 16, 0), profiler.Step(0, 16, 1), profiler.Step(0, 16, 1), profiler.Step(0, 16, 0)]
     for step in steps:
         fake._take("kernel", "gemm", KERNEL)
         fake.clock += IDLE
         if step.sampled:
             fake._take("gpu_memcpy", "Memcpy DtoH", 0.0)
-    split = split_time([StepTrace(steps, 2.0, fake.stop())])
+    split = profiler.split_time([profiler.StepTrace(steps, 2.0, fake.stop())])
     assert split["seconds"]["prefill"] == pytest.approx(2 * 4 * KERNEL)
     assert split["seconds"]["gaps"] == pytest.approx(2 * IDLE)
     assert split["seconds"]["host"] == pytest.approx(2 * 2 * IDLE)
@@ -156,7 +140,7 @@ TRACE = {
 
 
 def test_time_is_told_apart() -> None:
-    spent = account(activities(TRACE))
+    spent = profiler.DeviceTime(profiler.activities(TRACE))
     assert spent.kernels == pytest.approx({"attention": 10 * US, "gemm": 25 * US, "other": (2 + 12) * US})
     assert spent.gaps == pytest.approx(2 * US)
     assert spent.between == pytest.approx([(1 + 3 + 2) * US])  # before the copy back, after it, before the first kernel
@@ -166,7 +150,9 @@ def test_time_is_told_apart() -> None:
 
 
 def test_overlapping_kernels_count_once() -> None:
-    spent = account(activities({"traceEvents": [event(0, 10, "gemm"), event(5, 10, "norm"), event(6, 2, "norm")]}))
+    spent = profiler.DeviceTime(
+        profiler.activities({"traceEvents": [event(0, 10, "gemm"), event(5, 10, "norm"), event(6, 2, "norm")]})
+    )
     assert spent.kernels == pytest.approx({"gemm": 10 * US, "other": 5 * US})
     assert (spent.gaps, spent.between) == (0.0, [])
 
@@ -186,16 +172,16 @@ def test_overlapping_kernels_count_once() -> None:
     ],
 )
 def test_kernels_are_sorted_by_name(name: str, expected: str) -> None:
-    assert Activity(0.0, 1.0, "kernel", name).kind == expected
+    assert profiler.Activity(0.0, 1.0, "kernel", name).kind == expected
 
 
 def test_a_copy_is_never_a_gemm() -> None:
-    assert Activity(0.0, 1.0, "gpu_memcpy", "Memcpy HtoD (gemm)").kind == "other"
+    assert profiler.Activity(0.0, 1.0, "gpu_memcpy", "Memcpy HtoD (gemm)").kind == "other"
 
 
 def test_the_recorder_times_what_running_requests_wait() -> None:
     engine = simulated_engine(max_running_requests=4, max_prefill_length=256)
-    recorder = Recorder(engine.executor)
+    recorder = profiler.Recorder(engine.executor)
     engine.executor = recorder
     serve(engine, requests=4, tokens=10)
     assert len(recorder.collected) == len(recorder.waits) == len(recorder.steps) == 10
@@ -206,5 +192,5 @@ def test_the_recorder_times_what_running_requests_wait() -> None:
     assert figures["largest_decode_batch"] == 4
     gaps = [later - earlier for earlier, later in itertools.pairwise(recorder.collected)]
     assert recorder.token_gaps() == gaps
-    assert full_decodes([PREFILL, DECODE, Step(3, 0, 3), DECODE]) == [1, 3]
-    assert full_decodes([]) == []
+    assert profiler.full_decodes([PREFILL, DECODE, profiler.Step(3, 0, 3), DECODE]) == [1, 3]
+    assert profiler.full_decodes([]) == []

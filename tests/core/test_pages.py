@@ -1,20 +1,8 @@
 """The free list, and rows that come, grow, publish and go: no page is in two places, each row reads its own prefix.
 
-Planted by hand once in the cache, each caught by `TestManager` and most by a test with a name as well (R: caught by
-test_radix_cache.py too):
-
-1. `release` forgets to unlock its row's node.
-2. Eviction takes pages of locked leaves (R).
-3. A split gives the lower node pages shifted by one (R).
-4. `unlock` counts a node as evictable each time, not only when its last lock goes (R).
-5. `publish` rounds up and offers a page that is written in part.
-6. `release` frees borrowed pages beside its own.
-7. The upper half of a split forgets its locks (R).
-8. Duplicates that a row keeps are marked as borrowed, so nobody frees them.
-9. A row that is used again keeps the flags of the row before.
-10. A parent that became a leaf is not queued for eviction (R).
-
-One more, a use that does not renew `last_used`, is caught by the tests of eviction order alone.
+Faults planted once that `TestManager` notices: a release keeps its lock or frees borrowed pages too, eviction of locked
+leaves, pages shifted by a split, a lock counted twice or lost by a split, a page published when written in part, kept
+duplicates marked as borrowed, flags of the row before, a parent that is a leaf now and not queued.
 """
 
 from __future__ import annotations
@@ -34,17 +22,9 @@ def ids(*values: int) -> Int32:
     return np.array(values, np.int32)
 
 
-def test_a_new_allocator_hands_out_ascending_runs() -> None:
+def test_an_allocator_hands_out_ascending_runs_and_those_freed_together_in_the_same_order() -> None:
     allocator = PageAllocator(8)
-    assert allocator.allocate(3).tolist() == [0, 1, 2]
-    assert allocator.allocate(2).tolist() == [3, 4]
-    assert allocator.allocate(0).tolist() == []
-    assert allocator.num_free == 3
-
-
-def test_pages_freed_together_come_back_in_the_same_order() -> None:
-    allocator = PageAllocator(8)
-    allocator.allocate(8)
+    assert [allocator.allocate(count).tolist() for count in (3, 2, 0, 3)] == [[0, 1, 2], [3, 4], [], [5, 6, 7]]
     allocator.free(ids(5, 6, 7))
     assert allocator.allocate(3).tolist() == [5, 6, 7]
 
@@ -189,10 +169,8 @@ class AllocatorMachine(RuleBasedStateMachine):
 
     @invariant()
     def each_page_is_free_or_out(self) -> None:
-        if hasattr(self, "allocator"):
-            assert len(set(self.out)) == len(self.out)
-            assert self.allocator.num_free == self.num_pages - len(self.out)
-            assert sorted(free_pages(self.allocator) + self.out) == list(range(self.num_pages))
+        assert self.allocator.num_free == self.num_pages - len(self.out)
+        assert sorted(free_pages(self.allocator) + self.out) == list(range(self.num_pages))
 
 
 TestAllocator = AllocatorMachine.TestCase
@@ -218,15 +196,11 @@ class ManagerMachine(RuleBasedStateMachine):
 
     rows: dict[int, Row]
 
-    @initialize(
-        page_size=st.sampled_from([1, 2, 16]),
-        pages=st.integers(4, 32),
-        shared=st.sampled_from([True, True, True, False]),
-    )
-    def start(self, page_size: int, pages: int, shared: bool) -> None:
-        self.shared = shared
+    @initialize(page_size=st.sampled_from([1, 2, 16]), pages=st.integers(4, 32), shared=st.sampled_from([1, 1, 1, 0]))
+    def start(self, page_size: int, pages: int, shared: int) -> None:
+        self.shared = bool(shared)
         self.size = page_size
-        self.cache = CacheManager(pages, page_size, shared, 4, 16)
+        self.cache = CacheManager(pages, page_size, self.shared, 4, 16)
         self.content = np.full((pages, page_size), -1, np.int64)
         self.prefixes: dict[tuple[int, int], int] = {}
         self.rows = {}
@@ -240,7 +214,6 @@ class ManagerMachine(RuleBasedStateMachine):
         return out
 
     def read(self, slot: int, length: int) -> list[int]:
-        """What the row's first `length` positions hold."""
         positions = np.arange(length)
         pages = self.cache.page_table[slot, positions // self.size]
         found: list[int] = self.content[pages, positions % self.size].tolist()
@@ -260,13 +233,10 @@ class ManagerMachine(RuleBasedStateMachine):
         tokens = np.array(whole[: len(whole) - odd % self.size], np.int32)
         expected, available = self.cache.match_len(tokens), self.cache.available
         cached = self.cache.acquire(slot, tokens)
-        assert cached == expected
-        assert cached % self.size == 0
-        assert cached < len(tokens)
+        assert cached == expected < len(tokens)
+        assert cached == 0 or (self.shared and cached % self.size == 0)
         assert self.cache.available >= available - cached // self.size
         assert self.cache.row_pages[slot] == cached // self.size
-        if not self.shared:
-            assert cached == 0
         row = self.rows[slot] = Row(tokens, cached)
         self.compute([slot], [row.written + (row.known - row.written) * parts // 4])
         if share:
@@ -298,7 +268,6 @@ class ManagerMachine(RuleBasedStateMachine):
                 row.known = max(row.known, len(row.tokens) - unseen)
 
     def pick(self, which: int) -> int:
-        """A row that is running."""
         return sorted(self.rows)[which % len(self.rows)]
 
     def compute(self, chosen: list[int], lens: list[int]) -> bool:
@@ -309,20 +278,20 @@ class ManagerMachine(RuleBasedStateMachine):
             max(0, -(-n // self.size) - int(self.cache.row_pages[s])) for s, n in zip(chosen, lens, strict=True)
         ]
         table, counts, available = self.cache.page_table.copy(), self.cache.row_pages.copy(), self.cache.available
-        state = (self.cache.num_free, self.cache.num_cached)
-        if need.sum() > available:
+        state, fits = (self.cache.num_free, self.cache.num_cached), need.sum() <= available
+        if fits:
+            where, indices, pages = self.cache.extend(slots, new_lens)
+            assert self.cache.available == available - need.sum()
+            table[where, indices] = pages
+            counts[slots] += need
+        else:
             with pytest.raises(OutOfPages):
                 self.cache.extend(slots, new_lens)
-            assert np.array_equal(table, self.cache.page_table)
-            assert np.array_equal(counts, self.cache.row_pages)
             assert state == (self.cache.num_free, self.cache.num_cached)
-            return False
-        where, indices, pages = self.cache.extend(slots, new_lens)
-        assert self.cache.available == available - need.sum()
-        table[where, indices] = pages
-        counts[slots] += need
         assert np.array_equal(table, self.cache.page_table)
         assert np.array_equal(counts, self.cache.row_pages)
+        if not fits:
+            return False
         for slot, length in zip(chosen, lens, strict=True):
             row = self.rows[slot]
             positions = np.arange(row.written, length)
@@ -332,7 +301,6 @@ class ManagerMachine(RuleBasedStateMachine):
         return True
 
     def offer(self, slot: int) -> None:
-        """The row publishes what it has computed; its page table stays."""
         row, before = self.rows[slot], self.cache.page_table.copy()
         self.cache.publish(slot, row.tokens[: row.known], row.written)
         assert np.array_equal(before, self.cache.page_table)
@@ -368,7 +336,6 @@ class ManagerMachine(RuleBasedStateMachine):
         self.finds(row)
 
     def finds(self, row: Row) -> None:
-        """What was just offered is in the cache, whole pages of it, and nothing behind."""
         if self.shared:
             whole = min(row.known, row.written) // self.size * self.size
             assert self.cache.match_len(np.append(row.tokens[:whole], 99).astype(np.int32)) == whole
@@ -383,14 +350,13 @@ class ManagerMachine(RuleBasedStateMachine):
 
     @invariant()
     def each_page_is_in_one_place(self) -> None:
-        if hasattr(self, "cache"):
-            check_cache(self.cache)
-            assert self.shared or self.cache.num_cached == 0
-            assert self.cache.num_free + self.cache.num_cached + self.cache.num_owned == self.cache.num_pages
+        check_cache(self.cache)
+        assert self.shared or self.cache.num_cached == 0
+        assert self.cache.num_free + self.cache.num_cached + self.cache.num_owned == self.cache.num_pages
 
     @invariant()
     def each_row_reads_its_own_prefix(self) -> None:
-        for slot, row in getattr(self, "rows", {}).items():
+        for slot, row in self.rows.items():
             assert self.read(slot, row.written) == self.prefix_ids(row.tokens[: row.written])
 
     def teardown(self) -> None:

@@ -25,8 +25,18 @@ def insert(tree: RadixCache, tokens: Int32, first_page: int) -> int:
     return tree.insert(tree.root, tokens, np.arange(first_page, first_page + count, dtype=np.int32))[1]
 
 
-def test_match_pages_changes_nothing() -> None:
-    tree = RadixCache(1)
+def use(tree: RadixCache, tokens: Int32) -> None:
+    node, _ = tree.match(tokens)
+    tree.lock(node)
+    tree.unlock(node)
+
+
+@pytest.fixture
+def tree() -> RadixCache:
+    return RadixCache(1)
+
+
+def test_match_pages_changes_nothing(tree: RadixCache) -> None:
     insert(tree, ids(1, 2, 3), 0)
     insert(tree, ids(7, 8, 9), 3)
     assert tree.match_pages(ids(1, 2, 9)) == 2
@@ -34,16 +44,14 @@ def test_match_pages_changes_nothing() -> None:
     assert tree.evict(1).tolist() == [2]  # still the oldest
 
 
-def test_insert_keeps_a_copy_of_what_it_is_given() -> None:
-    tree = RadixCache(1)
+def test_insert_keeps_a_copy_of_what_it_is_given(tree: RadixCache) -> None:
     tokens, pages = ids(1, 2, 3), ids(4, 5, 6)
     tree.insert(tree.root, tokens, pages)
     tokens[:], pages[:] = 0, 0
     assert tree.match(ids(1, 2, 3))[1].tolist() == [4, 5, 6]
 
 
-def test_a_locked_node_keeps_its_end_when_it_is_split() -> None:
-    tree = RadixCache(1)
+def test_a_locked_node_keeps_its_end_when_it_is_split(tree: RadixCache) -> None:
     insert(tree, ids(1, 2, 3, 4), 0)
     node, _ = tree.match(ids(1, 2, 3, 4))
     tree.lock(node)
@@ -56,14 +64,11 @@ def test_a_locked_node_keeps_its_end_when_it_is_split() -> None:
     assert tree.num_evictable == 4
 
 
-def test_the_least_recently_used_leaf_goes_first_and_from_its_end() -> None:
-    tree = RadixCache(1)
+def test_the_least_recently_used_leaf_goes_first_and_from_its_end(tree: RadixCache) -> None:
     insert(tree, ids(1, 1, 1), 10)
     insert(tree, ids(2, 2, 2), 20)
     insert(tree, ids(3, 3, 3), 30)
-    node, _ = tree.match(ids(1, 1, 1))
-    tree.lock(node)
-    tree.unlock(node)
+    use(tree, ids(1, 1, 1))
     assert tree.evict(2).tolist() == [21, 22]
     assert tree.evict(2).tolist() == [20, 32]
     assert tree.match_pages(ids(3, 3, 3)) == 2
@@ -71,50 +76,35 @@ def test_the_least_recently_used_leaf_goes_first_and_from_its_end() -> None:
     assert tree.num_pages == 0
 
 
-def test_inserting_what_is_cached_is_a_use() -> None:
-    tree = RadixCache(1)
+def test_inserting_what_is_cached_is_a_use(tree: RadixCache) -> None:
     insert(tree, ids(1), 1)
     insert(tree, ids(2), 2)
     insert(tree, ids(1), 3)
     assert tree.evict(1).tolist() == [2]
 
 
-def test_a_parent_is_evicted_by_its_own_age_once_it_is_a_leaf() -> None:
-    tree = RadixCache(1)
+def test_a_parent_is_evicted_by_its_own_age_once_it_is_a_leaf(tree: RadixCache) -> None:
     insert(tree, ids(1, 1), 10)
-    node, _ = tree.match(ids(1))
     insert(tree, ids(2), 20)
-    tree.lock(node)
-    tree.unlock(node)
+    use(tree, ids(1))
     assert [tree.evict(1).tolist() for _ in range(3)] == [[11], [20], [10]]
 
 
-def test_a_split_is_no_use_and_both_halves_keep_their_age() -> None:
-    tree = RadixCache(1)
+def test_a_split_is_no_use_and_both_halves_keep_their_age(tree: RadixCache) -> None:
     for first in (1, 2, 3):
         insert(tree, ids(first, first, first), 10 * first)
     tree.match(ids(2, 2))
-    assert [tree.evict(3).tolist(), *(tree.evict(1).tolist() for _ in range(4))] == [
-        [10, 11, 12],
-        [22],
-        [21],
-        [20],
-        [32],
-    ]
+    assert [tree.evict(count).tolist() for count in (3, 1, 1, 1, 1)] == [[10, 11, 12], [22], [21], [20], [32]]
 
 
-def test_the_eviction_queue_does_not_grow_with_uses() -> None:
-    tree = RadixCache(1)
+def test_the_eviction_queue_does_not_grow_with_uses(tree: RadixCache) -> None:
     insert(tree, ids(1, 2, 3), 0)
     for _ in range(100):
-        node, _ = tree.match(ids(1, 2, 3))
-        tree.lock(node)
-        tree.unlock(node)
+        use(tree, ids(1, 2, 3))
     assert len(tree._queue) == 1
 
 
-def test_check_finds_a_lock_that_no_row_holds() -> None:
-    tree = RadixCache(1)
+def test_check_finds_a_lock_that_no_row_holds(tree: RadixCache) -> None:
     insert(tree, ids(1), 0)
     tree.lock(tree.match(ids(1))[0])
     with pytest.raises(AssertionError, match="locks"):
@@ -192,8 +182,6 @@ class RadixMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_tree_holds_what_the_model_holds(self) -> None:
-        if not hasattr(self, "tree"):
-            return
         assert sorted(check_tree(self.tree, (node for node, _ in self.locked))) == sorted(self.model.values())
         held = {prefix for _, tokens in self.locked for prefix in self.prefixes(tokens)}
         assert self.tree.num_pages == len(self.model)

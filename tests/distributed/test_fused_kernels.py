@@ -17,8 +17,7 @@ from minisgl.gpu.kernels import all_reduce
 GROWING = [(shots, rows) for rows in (1, 3, 1, 7, 2) for shots in (1, 2)]
 """One shot and two in turn, after which the rows have had 10, 8, 4 and 2 calls."""
 AGAIN = [(1, 2)] * 5 + [(2, 2)] * 5 + [(2, 1)] * 3 + [(2, 3)] * 3
-MANY = [(1, 66), (2, 70), (2, 65), (1, 64)]
-"""More rows than programs, not all of them multiples of the ranks."""
+MANY = [(1, 66), (2, 70), (2, 65), (1, 64)]  # more rows than programs, not all of them multiples of the ranks
 
 CASES = {
     "two": Case(world=2, dim=40, dtype="float32", programs=4, calls=GROWING + AGAIN + MANY),
@@ -54,7 +53,7 @@ def test_streams_compute_what_the_reference_does(
     device = torch.device("cuda")
     monkeypatch.setattr(all_reduce, "MAX_BLOCKS", 16)
     if dim > ALONE:
-        monkeypatch.setattr(all_reduce, "launch_options", dict)
+        monkeypatch.setattr(all_reduce, "launch_options", lambda: {"PDL": False})
 
     def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)

@@ -31,7 +31,6 @@ def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def folders(temporary: Path) -> list[Path]:
-    """Where groups have their sockets."""
     return list(temporary.glob("minisgl-ranks-*"))
 
 

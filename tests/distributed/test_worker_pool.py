@@ -27,7 +27,6 @@ class FakeWorker:
         self.reports.send(ENCODER.encode(message))
 
     def end(self) -> None:
-        """End as a process does that is killed."""
         self.context.destroy(linger=200)
 
 

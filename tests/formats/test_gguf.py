@@ -38,10 +38,9 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
 
 
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = model(PROMPT).logits
-    return found
+@torch.no_grad()
+def logits(model: Any) -> Any:
+    return model(PROMPT).logits
 
 
 @pytest.mark.parametrize(
@@ -122,17 +121,13 @@ def test_a_conversion_without_weights_describes_the_model(tmp_path: Path) -> Non
     assert list(folder.glob("*.safetensors")) == []
 
 
-def convert(
-    tmp_path: Path, metadata: dict[str, Any], tensors: dict[str, Any] | None = None, kind: str = "llama"
-) -> Path:
-    """Convert a random model with these changes to its metadata (None removes a key) and more tensors."""
+def convert(tmp_path: Path, metadata: dict[str, Any], tensors: dict[str, Any]) -> Path:
+    """Convert a random Llama with these changes to its metadata and tensors; None removes one."""
     base = tokenizer_metadata()
-    model = random_model(kind, len(base["tokenizer.ggml.tokens"]))
-    changed = {**model_metadata(model, kind), **base, **metadata}
-    kept = {key: value for key, value in changed.items() if value is not None}
-    all_tensors = {**gguf_tensors(model, kind), **(tensors or {})}
-    write_gguf(tmp_path / "model.gguf", kind, kept, {k: v for k, v in all_tensors.items() if v is not None})
-    return convert_gguf(tmp_path / "model.gguf", "float32")
+    model = random_model("llama", len(base["tokenizer.ggml.tokens"]))
+    keys, arrays = {**model_metadata(model, "llama"), **base, **metadata}, {**gguf_tensors(model, "llama"), **tensors}
+    kept = ({name: value for name, value in found.items() if value is not None} for found in (keys, arrays))
+    return convert_gguf(write_gguf(tmp_path / "model.gguf", "llama", *kept), "float32")
 
 
 LLAMA3 = Rope(
@@ -145,6 +140,9 @@ YARN = {
     "llama.rope.scaling.original_context_length": 64,
     "llama.rope.scaling.yarn_beta_fast": 16.0,
 }
+
+
+ADD_BOS = "tokenizer.ggml.add_bos_token"
 
 
 def llama3_divisors(factor: float) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -176,7 +174,7 @@ def test_rope_scaling_is_read_from_metadata_and_the_tensor(
 
 
 def test_a_window_makes_the_llama_architecture_a_mistral(tmp_path: Path) -> None:
-    spec = read_spec(convert(tmp_path, {"llama.attention.sliding_window": 32}))
+    spec = read_spec(convert(tmp_path, {"llama.attention.sliding_window": 32}, {}))
     assert (spec.architecture, spec.windows) == ("MistralForCausalLM", (32, 32))
 
 
@@ -202,6 +200,7 @@ def test_a_window_makes_the_llama_architecture_a_mistral(tmp_path: Path) -> None
         ({"tokenizer.ggml.merges": ["zz yy"]}, {}, ["tokenizer.ggml.merges", "vocabulary"]),
         ({"tokenizer.ggml.eos_token_id": 10**6}, {}, ["tokenizer.ggml.eos_token_id", "below"]),
         ({"tokenizer.ggml.token_type": [1]}, {}, ["tokenizer.ggml.token_type"]),
+        ({ADD_BOS: True, "tokenizer.ggml.bos_token_id": None}, {}, [ADD_BOS, "bos_token_id is missing"]),
         ({"tokenizer.ggml.tokens": ["a", "a"]}, {}, ["tokenizer.ggml.tokens", "twice"]),
     ],
 )
@@ -216,9 +215,8 @@ def test_what_cannot_be_converted_is_refused_by_name(
 def test_an_unknown_architecture_is_refused_with_the_list_and_leaves_nothing_behind(tmp_path: Path) -> None:
     metadata = {**tokenizer_metadata(), "gemma.block_count": 1}
     write_gguf(tmp_path / "model.gguf", "gemma", metadata, {"x": np.ones(4, np.float32)})
-    with pytest.raises(
-        ModelError, match=r"model\.gguf.*gemma is not supported.*llama, mistral, qwen2, qwen3, qwen3moe"
-    ):
+    words = r"model\.gguf.*gemma is not supported.*llama, mistral, qwen2, qwen3, qwen3moe"
+    with pytest.raises(ModelError, match=words):
         convert_gguf(tmp_path / "model.gguf", "float32")
     assert list((tmp_path / "cache" / "gguf").iterdir()) == []
 
@@ -233,20 +231,21 @@ def test_a_truncated_file_is_refused_by_name(tmp_path: Path, share: float) -> No
         GgufFile(path)
 
 
-def string(text: bytes) -> bytes:
-    return struct.pack("<Q", len(text)) + text
+HUGE = 2**62
 
 
 def start(tensors: int, keys: int, version: int = 3) -> bytes:
     return b"GGUF" + struct.pack("<IQQ", version, tensors, keys)
 
 
-def tensor_info(name: bytes, shape: list[int], kind: int, offset: int) -> bytes:
-    dimensions = struct.pack("<I", len(shape)) + b"".join(struct.pack("<Q", size) for size in shape)
-    return string(name) + dimensions + struct.pack("<IQ", kind, offset)
+def entry(name: bytes, kind: int, count: int | None = None, items: int = 0) -> bytes:
+    """A key of metadata whose value is a zero of a type, or an array of `count` items of a type."""
+    value = struct.pack("<II", kind, 0) if count is None else struct.pack("<IIQ", kind, items, count)
+    return struct.pack("<Q", len(name)) + name + value
 
 
-HUGE = 2**62
+def tensor(shape: list[int], kind: int = 0, offset: int = 0) -> bytes:
+    return struct.pack(f"<QcI{len(shape)}QIQ", 1, b"t", len(shape), *shape, kind, offset)
 
 
 @pytest.mark.parametrize(
@@ -255,24 +254,21 @@ HUGE = 2**62
         (b"PK\x03\x04" + bytes(64), ["not a GGUF file"]),
         (start(0, 0, version=1), ["version 1"]),
         (start(0, 0, version=3 << 24), ["byte order"]),
-        (start(0, HUGE), ["truncated"]),
-        (start(HUGE, 0), ["truncated"]),
+        *((start(*counts), ["truncated"]) for counts in ((0, HUGE), (HUGE, 0))),
         (start(0, 1) + struct.pack("<Q", HUGE), ["truncated"]),
-        (start(0, 1) + string(b"k") + struct.pack("<IIQ", 9, 4, HUGE), ["truncated in metadata k"]),
-        (start(0, 1) + string(b"k") + struct.pack("<IIQ", 9, 8, HUGE), ["truncated in metadata k"]),
-        (start(0, 1) + string(b"k") + struct.pack("<IIQ", 9, 9, 1), ["metadata k", "type 9"]),
-        (start(0, 1) + string(b"k") + struct.pack("<I", 77), ["metadata k", "type 77"]),
-        (start(0, 1) + string(b"\xff\xfe") + struct.pack("<II", 4, 0), ["not UTF-8"]),
-        (start(0, 2) + 2 * (string(b"k") + struct.pack("<II", 4, 0)), ["metadata k appears twice"]),
-        (start(0, 1) + string(b"general.alignment") + struct.pack("<II", 4, 0), ["general.alignment 0"]),
-        (start(1, 0) + tensor_info(b"t", [4], 0, HUGE), ["tensor t", "outside"]),
-        (start(1, 0) + tensor_info(b"t", [HUGE, HUGE], 0, 0), ["tensor t", "outside"]),
-        (start(1, 0) + tensor_info(b"t", [0], 0, 0), ["tensor t", "outside"]),
-        (start(1, 0) + tensor_info(b"t", [4] * 9, 0, 0), ["tensor t", "9 dimensions"]),
-        (start(1, 0) + tensor_info(b"t", [4], 999, 0), ["tensor t", "type 999", "Q4_K"]),
-        (start(1, 0) + tensor_info(b"t", [256], 16, 0), ["tensor t", "IQ2_XXS", "Q4_K"]),
-        (start(1, 0) + tensor_info(b"t", [4], 2, 0), ["tensor t", "Q4_0 blocks of 32"]),
-        (start(2, 0) + 2 * tensor_info(b"t", [4], 0, 0) + bytes(64), ["tensor t appears twice"]),
+        *((start(0, 1) + entry(b"k", 9, HUGE, items), ["truncated in metadata k"]) for items in (4, 8)),
+        (start(0, 1) + entry(b"k", 9, 1, 9), ["metadata k", "type 9"]),
+        (start(0, 1) + entry(b"k", 77), ["metadata k", "type 77"]),
+        (start(0, 1) + entry(b"\xff\xfe", 4), ["not UTF-8"]),
+        (start(0, 2) + 2 * entry(b"k", 4), ["metadata k appears twice"]),
+        (start(0, 1) + entry(b"general.alignment", 4), ["general.alignment 0"]),
+        (start(1, 0) + tensor([4], offset=HUGE), ["tensor t", "outside"]),
+        *((start(1, 0) + tensor(shape), ["tensor t", "outside"]) for shape in ([HUGE, HUGE], [0])),
+        (start(1, 0) + tensor([4] * 9), ["tensor t", "9 dimensions"]),
+        (start(1, 0) + tensor([4], 999), ["tensor t", "type 999", "Q4_K"]),
+        (start(1, 0) + tensor([256], 16), ["tensor t", "IQ2_XXS", "Q4_K"]),
+        (start(1, 0) + tensor([4], 2), ["tensor t", "Q4_0 blocks of 32"]),
+        (start(2, 0) + 2 * tensor([4]) + bytes(64), ["tensor t appears twice"]),
     ],
 )
 def test_a_hostile_file_is_refused_by_name(tmp_path: Path, raw: bytes, words: list[str]) -> None:
@@ -297,12 +293,12 @@ def test_no_flipped_byte_of_the_tables_escapes_as_another_error(tmp_path: Path) 
     assert refused > 50
 
 
-def test_a_folder_that_cannot_be_written_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_or_folder_that_is_not_there_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_model(tmp_path / "model.gguf", "llama")
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("MINISGL_CACHE", str(tmp_path / "file"))
-    with pytest.raises(ModelError, match="cannot be converted into"):
-        convert_gguf(tmp_path / "model.gguf", "float32")
+    monkeypatch.setenv("MINISGL_CACHE", str(tmp_path / "model.gguf"))  # no folder
+    for name, words in (("model.gguf", "cannot be converted into"), ("none.gguf", "No such file")):
+        with pytest.raises(ModelError, match=words):
+            convert_gguf(tmp_path / name, "float32")
 
 
 def test_large_models_are_written_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,11 +308,8 @@ def test_large_models_are_written_in_shards(tmp_path: Path, monkeypatch: pytest.
     folder = convert_gguf(tmp_path / "model.gguf", "float32", progress=lambda done, total: steps.append((done, total)))
     places = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     names = sorted(path.name for path in folder.glob("*.safetensors"))
-    assert (
-        names
-        == [f"model-{number:05d}.safetensors" for number in range(1, len(names) + 1)]
-        == sorted({*places.values()})
-    )
+    assert names == sorted({*places.values()})
+    assert names == [f"model-{number:05d}.safetensors" for number in range(1, len(names) + 1)]
     assert 3 <= len(names) <= sum(tensor.numel() for tensor in model.state_dict().values()) // 20_000 + 1
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(model))
     assert {total for _, total in steps} == {sum(done for done, _ in steps)}

@@ -15,7 +15,6 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from helpers.gguf_files import TEMPLATE, tokenizer_metadata, write_gguf
 from helpers.tiny_tokenizers import CORPUS, byte_level_json
-from minisgl.errors import ModelError
 from minisgl.formats.gguf import SPLITS, GgufFile, GgufTokenizer, pre_tokenizer
 
 TEXT = "It's 2024!\n\n  a Öl  naïveTest they'LL"
@@ -70,13 +69,6 @@ def test_bos_and_eos_are_added_where_the_file_or_the_rule_says(
     assert read(tmp_path, {**tokenizer_metadata("gpt-2"), **changes}).tokenizer.encode("").ids == ids
 
 
-def test_adding_a_token_that_is_not_named_is_refused(tmp_path: Path) -> None:
-    metadata = {**tokenizer_metadata(), "tokenizer.ggml.add_bos_token": True}
-    del metadata["tokenizer.ggml.bos_token_id"]
-    with pytest.raises(ModelError, match="bos_token_id is missing"):
-        read(tmp_path, metadata)
-
-
 @pytest.mark.parametrize(("rule", "whole"), [("llama-bpe", True), ("tekken", True), ("qwen2", False), ("gpt-2", False)])
 def test_a_word_that_no_merge_makes_is_a_token_where_the_rule_ignores_merges(
     tmp_path: Path, rule: str, whole: bool
@@ -95,12 +87,9 @@ def test_names_template_and_every_eos_id_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_qwen_file_without_a_rule_gets_qwens(tmp_path: Path) -> None:
-    state = json.loads(read(tmp_path, tokenizer_metadata(None), "qwen2").tokenizer.to_str())
-    assert (
-        state["pre_tokenizer"]
-        == json.loads(read(tmp_path, tokenizer_metadata("qwen2")).tokenizer.to_str())["pre_tokenizer"]
-    )
-    assert state["normalizer"] == {"type": "NFC"}
+    state = read(tmp_path, tokenizer_metadata(None), "qwen2").tokenizer.to_str()
+    assert state == read(tmp_path, tokenizer_metadata("qwen2")).tokenizer.to_str()
+    assert json.loads(state)["normalizer"] == {"type": "NFC"}
 
 
 def sentence_piece_metadata() -> dict[str, Any]:

@@ -18,11 +18,6 @@ from minisgl.formats import hub
 from minisgl.formats.hub import bundled_model, locate_model, progress_bar
 
 
-def test_a_folder_is_itself(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    assert locate_model(str(tmp_path)) == tmp_path
-
-
 @pytest.mark.parametrize("progress", [False, True])
 def test_a_gguf_file_becomes_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, progress: bool) -> None:
     monkeypatch.setenv("MINISGL_CACHE", str(tmp_path / "cache"))
@@ -30,6 +25,7 @@ def test_a_gguf_file_becomes_a_folder(tmp_path: Path, monkeypatch: pytest.Monkey
     folder = locate_model(str(tmp_path / "model.gguf"), dtype="bfloat16", progress=progress)
     assert read_spec(folder).checkpoint_dtype == "bfloat16"
     assert list(folder.glob("*.safetensors"))
+    assert locate_model(str(folder)) == folder  # a folder is itself
 
 
 @pytest.mark.parametrize(
@@ -99,17 +95,16 @@ def test_a_hub_id_is_fetched_without_code_and_pickles(tmp_path: Path, monkeypatc
     assert "*.safetensors" not in fake.patterns
 
 
-def response(status: int) -> Any:
-    return httpx.Response(status, request=httpx.Request("GET", "https://example.org"))
+RESPONSE: Any = httpx.Response(500, request=httpx.Request("GET", "https://example.org"))
 
 
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (errors.GatedRepoError("gated", response=response(403)), "accepted its terms"),
-        (errors.RepositoryNotFoundError("none", response=response(404)), "no such model on Hugging Face"),
+        (errors.GatedRepoError("gated", response=RESPONSE), "accepted its terms"),
+        (errors.RepositoryNotFoundError("none", response=RESPONSE), "no such model on Hugging Face"),
         (errors.LocalEntryNotFoundError("offline"), "cannot be reached"),
-        (errors.HfHubHTTPError("server\ntrace", response=response(500)), "failed: server$"),
+        (errors.HfHubHTTPError("server\ntrace", response=RESPONSE), "failed: server$"),
         (httpx.ConnectError("no route"), "failed: no route"),
     ],
 )
@@ -133,14 +128,11 @@ def test_modelscope_is_asked_where_it_is_the_source(tmp_path: Path, monkeypatch:
     (tmp_path / "config.json").write_text("{}")
     assert locate_model("some/model", "modelscope") == tmp_path
     assert "*.safetensors" in fake.patterns
+    with pytest.raises(ModelError, match="huggingface and modelscope are"):
+        locate_model("some/model", "elsewhere")
     fake.result = RuntimeError("down")
     with pytest.raises(ModelError, match="ModelScope failed: down"):
         locate_model("some/model", "modelscope")
-
-
-def test_an_unknown_source_is_refused() -> None:
-    with pytest.raises(ModelError, match="huggingface and modelscope are"):
-        locate_model("some/model", "elsewhere")
 
 
 def test_a_progress_bar_is_told_its_total_late(capsys: pytest.CaptureFixture[str]) -> None:

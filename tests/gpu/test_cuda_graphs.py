@@ -23,24 +23,7 @@ def test_sizes_end_with_the_largest_and_waste_little(largest: int) -> None:
     assert sizes == sorted(set(sizes))
     assert all(above <= max(1.51 * (below + 1), below + 16) for below, above in itertools.pairwise(sizes))
     assert len(sizes) <= 25
-
-
-def test_none_are_captured_for_no_tokens() -> None:
     assert piecewise_sizes(0) == []
-
-
-class Repeat:
-    """Repeats what a graph would replay, and counts it."""
-
-    def __init__(self) -> None:
-        self.done = 0
-
-    def __call__(self, work: Work) -> Work:
-        def again() -> None:
-            self.done += 1
-            work()
-
-        return again
 
 
 @pytest.mark.parametrize("model", ["qwen3", "llama-biased", "qwen3-moe", "mistral"])
@@ -49,8 +32,12 @@ def test_steps_in_parts_write_and_sample_what_whole_ones_do(model: str) -> None:
     spec = SPECS[model]
     weights = dummy_weights(spec, torch.float32, CPU)
     whole, parts = Driver(spec, weights), Driver(spec, weights)
-    repeat = Repeat()
-    parts.runner.piecewise_graphs = PiecewiseGraphs(parts.decoder, parts.runner.kv, 20, repeat)
+    replays = []
+
+    def capture(work: Work) -> Work:
+        return lambda: replays.append(work())
+
+    parts.runner.piecewise_graphs = PiecewiseGraphs(parts.decoder, parts.runner.kv, 20, capture)
     tokens = [7, 3, 9, 1, 4, 4, 8, 2, 6, 5, 0, 11, 13, 2, 2, 9, 30]
     sampled = [
         [
@@ -64,7 +51,7 @@ def test_steps_in_parts_write_and_sample_what_whole_ones_do(model: str) -> None:
         for driver in (whole, parts)
     ]
     assert sampled[0] == sampled[1]
-    assert repeat.done == 4 * spec.num_layers
+    assert len(replays) == 4 * spec.num_layers
     for old, new in zip(whole.runner.kv.k[:, :-1], parts.runner.kv.k[:, :-1], strict=True):
         torch.testing.assert_close(old, new)
         assert torch.equal(old == 0, new == 0)
@@ -108,20 +95,20 @@ def test_steps_of_a_captured_size_are_the_same_to_the_bit(model: str, attn: str)
 @pytest.mark.gpu
 def test_padding_writes_nowhere_but_to_scratch() -> None:
     long, short = random_prompts([60, 21], seed=2)
-    eager, pieces = pair_of_drivers(GPU_SPECS["qwen3"], 64, "auto")
-    for driver in (eager, pieces):
+    drivers = pair_of_drivers(GPU_SPECS["qwen3"], 64, "auto")
+    for driver in drivers:
         driver.step(chunks={0: long})
         driver.step(chunks={1: short})  # where the padding of the step before was written, and its places still are
-    for old, new in zip(cached(eager), cached(pieces), strict=True):
+    for old, new in zip(*map(cached, drivers), strict=True):
         assert torch.equal(old == 0, new == 0)
         torch.testing.assert_close(old, new, atol=0.05, rtol=0.05)
 
 
 @pytest.mark.gpu
 def test_larger_steps_and_decodes_go_as_before() -> None:
-    eager, pieces = pair_of_drivers(GPU_SPECS["qwen3"], 32, "auto")
-    for driver in (eager, pieces):
+    drivers = pair_of_drivers(GPU_SPECS["qwen3"], 32, "auto")
+    for driver in drivers:
         driver.step(chunks={0: random_prompts([200], seed=3)[0]})
         driver.step(decode=[0])
-    for old, new in zip(cached(eager), cached(pieces), strict=True):
+    for old, new in zip(*map(cached, drivers), strict=True):
         assert torch.equal(old, new)

@@ -18,34 +18,25 @@ from minisgl.gpu.attention.select import Shape, available_backends, make_attenti
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
 KV_HEADS = 2
-XQA_COMPILED = {(group, 128) for group in (2, 4, 5)}
-"""Head groups and dimensions whose XQA kernels need no compiling of half a minute each."""
-
+XQA_COMPILED = {(group, 128) for group in (2, 4, 5)}  # those of other head groups take half a minute each to compile
+# Head group, head dimension, page size.
 SHAPES = [(1, 64, 1), (2, 128, 16), (5, 128, 16), (8, 64, 256), (2, 64, 64), (5, 128, 64), (8, 128, 16), (2, 128, 32)]
-"""Head group, head dimension, page size."""
 DECODES = [(1,), (1, 17, 64, 300, 8000), tuple(int(n) for n in np.random.default_rng(1).integers(1, 2000, 70))]
+# Rows as (new tokens, tokens in all): whole prompts, chunks behind a cached prefix, and both.
 PREFILLS = [((1, 1),), ((700, 700), (3, 3), (64, 64)), ((130, 8000), (1, 500), (2048, 2048)), ((7, 4000), (5, 9))]
-"""Rows as (new tokens, tokens in all): whole prompts, chunks behind a cached prefix, and both."""
 
 
-def backends(name: str, shape: Shape) -> tuple[AttentionBackend, AttentionBackend]:
+def backends(name: str, group: int, head_dim: int, page_size: int) -> tuple[AttentionBackend, AttentionBackend]:
     """A backend for prefill and decode, or a skip where it is missing or refuses."""
+    shape = Shape(
+        num_heads=KV_HEADS * group, num_kv_heads=KV_HEADS, head_dim=head_dim, dtype=torch.bfloat16, page_size=page_size
+    )
     if reason := available_backends(DEVICE)[name] or refusal(name, shape):
         pytest.skip(f"{name}: {reason}")
-    if name == "trtllm" and (shape.num_heads // KV_HEADS, shape.head_dim) not in XQA_COMPILED:
+    if name == "trtllm" and (group, head_dim) not in XQA_COMPILED:
         pytest.skip("XQA would compile for this shape")
     attention, _ = make_attention(name, shape, DEVICE)
     return attention.prefill, attention.decode
-
-
-def shape_of(group: int, head_dim: int, page_size: int) -> Shape:
-    return Shape(
-        num_heads=KV_HEADS * group,
-        num_kv_heads=KV_HEADS,
-        head_dim=head_dim,
-        dtype=torch.bfloat16,
-        page_size=page_size,
-    )
 
 
 def exact(case: Case, window: int) -> Tensor:
@@ -65,7 +56,7 @@ def assert_close(out: Tensor, expected: Tensor) -> None:
     ("name", "window"), [("fa", 0), ("fa", 100), ("fi", 0), ("trtllm", 0), ("triton", 0), ("triton", 100)]
 )
 def test_backend_equals_float32(name: str, group: int, head_dim: int, page_size: int, window: int) -> None:
-    prefill, decode = backends(name, shape_of(group, head_dim, page_size))
+    prefill, decode = backends(name, group, head_dim, page_size)
     for lens in DECODES:
         case = random_case(lens, None, KV_HEADS, group, head_dim, page_size, torch.bfloat16, DEVICE)
         assert_close(decode.plan_decode(case.rows, case.kv).run(case.q, 1, window), exact(case, window))
@@ -78,11 +69,9 @@ def test_backend_equals_float32(name: str, group: int, head_dim: int, page_size:
 @pytest.mark.parametrize(("rows", "page_size"), [(1, 64), (5, 16), (40, 16), (140, 16), (140, 64)])
 @pytest.mark.parametrize("name", ["fa", "fi", "trtllm", "triton"])
 def test_replayed_graph_follows_lengths_and_pages(name: str, page_size: int, rows: int) -> None:
-    shape = shape_of(2, 128, page_size)
-    decode = backends(name, shape)[1]
+    decode = backends(name, 2, 128, page_size)[1]
     assert isinstance(decode, GraphBackend)
-    generator = np.random.default_rng(rows)
-    longest = 3000
+    generator, longest = np.random.default_rng(rows), 3000
     first = random_case([longest] * rows, None, KV_HEADS, 2, 128, page_size, torch.bfloat16, DEVICE)
     kv = first.kv
     table = torch.full((rows, longest // page_size + 9), kv.num_pages, dtype=torch.int32, device=DEVICE)
@@ -104,18 +93,16 @@ def test_replayed_graph_follows_lengths_and_pages(name: str, page_size: int, row
         graph.prepare(host)
         captured.replay()
         if step in (0, 1, 15, 16, 39):
-            case = dataclasses.replace(
-                first, q=q, rows=dataclasses.replace(first.rows, kv_lens=host, kv_lens_device=lens.clone())
-            )
+            rows_now = dataclasses.replace(first.rows, kv_lens=host, kv_lens_device=lens.clone())
+            case = dataclasses.replace(first, q=q, rows=rows_now)
             assert_close(out[1], exact(case, 0))
-            eager = decode.plan_decode(case.rows, kv).run(q, 1, 0)
-            assert_close(out[1], eager.float())
+            assert_close(out[1], decode.plan_decode(case.rows, kv).run(q, 1, 0).float())
 
 
 @pytest.mark.parametrize("name", ["fa", "fi", "triton"])
 def test_steps_in_flight_keep_their_own_plans(name: str) -> None:
     """Plans are made while earlier steps still run: none may see another's."""
-    prefill, decode = backends(name, shape_of(2, 128, 16))
+    prefill, decode = backends(name, 2, 128, 16)
     cases = [
         random_case([50 + 97 * step, 3000 - 190 * step, 7], None, KV_HEADS, 2, 128, 16, torch.bfloat16, DEVICE, step)
         for step in range(12)

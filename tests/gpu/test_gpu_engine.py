@@ -14,7 +14,6 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from helpers.gpu import (
     DEVICE,
@@ -43,19 +42,18 @@ from minisgl.gpu.executor import build_local_executor
 pytestmark = pytest.mark.gpu
 
 MODELS = Path(__file__).parents[2] / "benchmark" / "models"
+# By how much the best logit, of logits with standard deviation 1, must lead for its token to be certain: seven standard
+# deviations of a logit's error, 0.013 in bfloat16 and 0.0016 in float16.
 MARGINS = {"bfloat16": 0.1, "float16": 0.02, "float32": 1e-3}
-"""By how much the best logit, of logits with standard deviation 1, must lead for its token to be certain.
-
-That is seven standard deviations of a logit's error, 0.013 in bfloat16 and 0.0016 in float16.
-"""
 BIASED = dataclasses.replace(
     SPEC, architecture="LlamaForCausalLM", num_heads=16, head_dim=64, qk_norm=False, qkv_bias=True, o_bias=True,
     mlp_bias=True,
 )  # fmt: skip
+# Each of its matrices is large enough for the streaming GEMM (`gpu/kernels/stream.py`).
 WIDE: dict[str, Any] = {"hidden_size": 2048, "num_heads": 40, "num_kv_heads": 8, "intermediate_size": 4352}
-"""Each of its matrices is large enough for the streaming GEMM (`gpu/kernels/stream.py`)."""
+# No expert is left out, so that rounding cannot change which are chosen.
 ALL_EXPERTS = Moe(num_experts=4, top_k=4, width=256, norm_topk_prob=True, layers=(True, True))
-"""No expert is left out, so that rounding cannot change which are chosen."""
+FEW_EXPERTS = Moe(num_experts=8, top_k=2, width=256, norm_topk_prob=False, layers=(False, True))
 SPECS = {
     "qwen3": SPEC,
     "qwen3-group5-dim64": dataclasses.replace(SPEC, num_heads=10, head_dim=64),
@@ -64,9 +62,7 @@ SPECS = {
     "qwen3-wide": dataclasses.replace(SPEC, **WIDE),
     "llama-wide-biased": dataclasses.replace(BIASED, **{**WIDE, "head_dim": 128}),
     "qwen3-moe": dataclasses.replace(SPEC, moe=ALL_EXPERTS),
-    "qwen3-moe-sparse": dataclasses.replace(
-        SPEC, moe=Moe(num_experts=8, top_k=2, width=256, norm_topk_prob=False, layers=(False, True))
-    ),
+    "qwen3-moe-sparse": dataclasses.replace(SPEC, moe=FEW_EXPERTS),
     "qwen3-window": dataclasses.replace(SPEC, windows=(0, 24)),
 }
 CASES = [
@@ -85,7 +81,6 @@ CASES = [
 
 @functools.cache
 def weights(name: str, dtype: str) -> tuple[ModelSpec, Weights, Weights]:
-    """A model, its weights in a dtype, and the same in float32."""
     made = random_weights(SPECS[name], TORCH_DTYPES[dtype])
     return SPECS[name], made, to_float32(made)
 
@@ -107,9 +102,6 @@ def test_greedy_tokens_are_those_of_float32_wherever_it_is_certain(
     assert agreed.sure > 0.5 * agreed.tokens, agreed
 
 
-# No switch changes a token
-
-
 def mixed_requests() -> list[Request]:
     """Half greedy, half sampled from seeds; half share a prefix; some may stop on EOS."""
     shared = random_prompts([40], seed=1)[0]
@@ -127,7 +119,8 @@ def mixed_requests() -> list[Request]:
 def full_precision(**settings: object) -> Built:
     """float32, in which no batch shape and no order of sums can be seen in a token."""
     spec, _, exact = weights("qwen3-window", "bfloat16")
-    return build(spec, exact, gpu_config(dtype="float32", attn="triton", num_pages=64, **settings), max_seq_len=128)
+    config = gpu_config(**{"dtype": "float32", "attn": "triton", "num_pages": 64, **settings})
+    return build(spec, exact, config, max_seq_len=128)
 
 
 @functools.cache
@@ -137,8 +130,8 @@ def alone() -> list[list[int]]:
     return built.answer(mixed_requests())
 
 
+# Half of all cases, in which all settings of any three switches meet.
 SWITCHES = [case for case in itertools.product([8, 3, 0], [1, 0], [1, 0], [1, 0]) if sum(case) % 2]
-"""Half of all cases, in which all settings of any three switches meet."""
 
 
 @pytest.mark.parametrize(("graphs", "overlap", "cache", "retract"), SWITCHES)
@@ -152,13 +145,8 @@ def test_no_switch_changes_a_token(graphs: int, overlap: int, cache: int, retrac
 
 
 def test_pages_running_out_under_graphs_change_no_token() -> None:
-    built = full_precision(max_prefill_length=64)
-    small = build(
-        SPECS["qwen3-window"], weights("qwen3-window", "bfloat16")[2],
-        gpu_config(dtype="float32", attn="triton", num_pages=12), max_seq_len=128,
-    )  # fmt: skip
-    requests = greedy(random_prompts([20] * 8, seed=3), 40)
-    assert small.answer(requests) == built.answer(requests)
+    small, requests = full_precision(num_pages=12), greedy(random_prompts([20] * 8, seed=3), 40)
+    assert small.answer(requests) == full_precision(max_prefill_length=64).answer(requests)
     assert small.engine.stats().retracted > 0
 
 
@@ -171,27 +159,22 @@ def test_switches_change_no_bit_at_fixed_batch_shapes(name: str, pair: str) -> N
     require(pair)
     spec, rough, _ = weights(name, "bfloat16")
     requests = greedy(random_prompts([3 + i for i in range(8)], seed=4), 40)
-    answers = [
-        build(spec, rough, gpu_config(attn=pair, **settings), max_seq_len=64).answer(requests)
-        for settings in (
-            {"cuda_graph_max_bs": 0, "overlap": False, "cache": "naive"},
-            {"cuda_graph_max_bs": 8, "overlap": False, "cache": "naive"},
-            {"cuda_graph_max_bs": 0, "overlap": True},
-            {"cuda_graph_max_bs": 8, "overlap": True},
-        )
+    configs = [
+        gpu_config(attn=pair, cuda_graph_max_bs=graphs, overlap=overlap, cache="radix" if overlap else "naive")
+        for graphs, overlap in itertools.product((0, 8), (False, True))
     ]
+    answers = [build(spec, rough, config, max_seq_len=64).answer(requests) for config in configs]
     assert all(answer == answers[0] for answer in answers)
 
 
 def test_padding_a_batch_changes_no_certain_token(record_property: Callable[[str, object], None]) -> None:
-    """Five rows in a graph of eight: another shape of matrix products, so equal only where float32 is certain."""
+    """Five rows in a graph of eight: other shapes of GEMMs, so equal only where float32 is certain."""
     spec, rough, exact = weights("qwen3", "bfloat16")
     prompts = random_prompts([20 + i for i in range(5)], seed=5)
     eager = build(spec, rough, gpu_config(cuda_graph_max_bs=0)).answer(greedy(prompts, 48))
     padded = build(spec, rough, gpu_config()).answer(greedy(prompts, 48))
-    pairs = [(a, b) for one, other in zip(eager, padded, strict=True) for a, b in zip(one, other, strict=True)]
-    record_property("equal tokens, 5 rows eager and in a graph of 8", sum(a == b for a, b in pairs))
-    record_property("tokens", len(pairs))
+    equal = [a == b for one, other in zip(eager, padded, strict=True) for a, b in zip(one, other, strict=True)]
+    record_property("equal tokens of all, 5 rows eager and in a graph of 8", (sum(equal), len(equal)))
     for answers in (eager, padded):
         assert compare_greedy(spec, exact, prompts, answers, MARGINS["bfloat16"]).wrong == 0
 
@@ -200,14 +183,10 @@ def test_a_seed_says_the_same_alone_and_among_others() -> None:
     prompt = random_prompts([9], seed=6)[0]
     params = SamplingParams(temperature=1.0, seed=11, max_tokens=24, ignore_eos=True)
     wanted = Request.make(id="wanted", prompt=prompt, params=params)
-    others = mixed_requests()[:7]
     by_itself = full_precision().answer([wanted])[0]
-    assert full_precision().answer([*others, wanted])[-1] == by_itself
+    assert full_precision().answer([*mixed_requests()[:7], wanted])[-1] == by_itself
     unlike = Request.make(id="unlike", prompt=prompt, params=msgspec.structs.replace(params, seed=12))
     assert full_precision().answer([unlike])[0] != by_itself
-
-
-# Graphs: which there are, and what a replay touches
 
 
 @pytest.mark.parametrize("largest", [0, 1, 3, 8, 13])
@@ -245,21 +224,12 @@ def test_a_padded_replay_writes_only_its_rows_next_place_and_scratch(pair: str) 
         pages = tables.page_table.cpu()[torch.from_numpy(plan.decode_slots).long(), plan.decode_lens // 16]
         expected = set(zip(pages.tolist(), (plan.decode_lens % 16).tolist(), strict=True))
         for old, new in zip(before, (kv.k, kv.v), strict=True):
-            places = changed_places(old, new)
-            assert {place for place in places if place[0] != kv.num_pages} == expected
+            differs = (old != new).any(dim=-1).any(dim=-1).any(dim=0)  # (page, offset), in any layer
+            assert {(page, offset) for page, offset in differs.nonzero().tolist() if page != kv.num_pages} == expected
         grown = (tables.length - lengths).cpu().numpy()
         assert sorted(np.flatnonzero(grown).tolist()) == sorted(plan.decode_slots.tolist())
         assert grown.max() == 1
         assert int(tables.length[-1]) == 0
-
-
-def changed_places(old: Tensor, new: Tensor) -> set[tuple[int, int]]:
-    """(page, offset) wherever any layer's keys or values differ."""
-    differs = (old != new).any(dim=-1).any(dim=-1).any(dim=0)
-    return {(page, offset) for page, offset in differs.nonzero().tolist()}
-
-
-# The host does not wait
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
@@ -280,13 +250,9 @@ def test_launching_a_step_waits_for_nothing(pair: str, graphs: int) -> None:
 def test_experts_are_chosen_without_waiting() -> None:
     spec, rough, _ = weights("qwen3-moe", "bfloat16")
     built = build(spec, rough, gpu_config())
-    requests = mixed_requests()
-    built.answer(requests)
+    built.answer(mixed_requests())
     built.executor.strict = True
-    assert all(built.answer(requests))
-
-
-# Memory
+    assert all(built.answer(mixed_requests()))
 
 
 def test_a_prompt_of_128k_tokens_beside_a_full_cache_is_answered_as_in_float32() -> None:
@@ -318,8 +284,7 @@ def test_a_prompt_of_128k_tokens_fits_beside_what_is_measured_for_a_real_shape()
         assert executor.num_pages * config.page_size > 2**19
         model = ModelInfo(name="qwen", vocab_size=spec.vocab_size, max_seq_len=limit, eos_token_ids=(0,))
         engine = Engine(executor, model, config)
-        params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
-        engine.add(Request.make(id="long", prompt=[7, 11, 13, 17] * 2**15, params=params))
+        engine.add(greedy([[7, 11, 13, 17] * 2**15], 8)[0])
         events = []
         while engine.has_work:
             events += engine.step()
@@ -329,8 +294,7 @@ def test_a_prompt_of_128k_tokens_fits_beside_what_is_measured_for_a_real_shape()
         executor.close()
 
 
-def local(config: Config, spec: ModelSpec = SPEC) -> int:
-    """Pages of an executor with made-up weights."""
+def pages_of(config: Config, spec: ModelSpec = SPEC) -> int:
     executor = build_local_executor(config.replace(dummy_weight=True), Path(), spec, 512)
     executor.close()
     return executor.num_pages
@@ -338,34 +302,30 @@ def local(config: Config, spec: ModelSpec = SPEC) -> int:
 
 def test_pages_are_as_many_as_asked_for_or_as_fit() -> None:
     torch.cuda.empty_cache()
-    assert local(gpu_config(num_pages=77)) == 77
+    assert pages_of(gpu_config(num_pages=77)) == 77
     free = torch.cuda.mem_get_info(DEVICE)[0]
     page = 2 * SPEC.num_layers * 16 * SPEC.num_kv_heads * SPEC.head_dim * 2
-    pages = local(gpu_config(num_pages=None, memory_ratio=0.05, cuda_graph_max_bs=0))
+    pages = pages_of(gpu_config(num_pages=None, memory_ratio=0.05, cuda_graph_max_bs=0))
     assert 0.04 * free < pages * page < 0.05 * free
 
 
 def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
     torch.cuda.empty_cache()
-    with pytest.raises(
-        ConfigError, match=r"--num-pages 100000000 needs \d+\.\d+ GiB, and there are \d+\.\d+ GiB of memory in all"
-    ):
-        local(gpu_config(num_pages=10**8))
-    with pytest.raises(
-        ConfigError, match=r"no KV page fits: .* GiB .* \(--memory-ratio\), and weights, activations and CUDA graphs"
-    ):
-        local(gpu_config(num_pages=None, memory_ratio=1e-5))
+    message = r"--num-pages 100000000 needs \d+\.\d+ GiB, and there are \d+\.\d+ GiB of memory in all"
+    with pytest.raises(ConfigError, match=message):
+        pages_of(gpu_config(num_pages=10**8))
+    message = r"no KV page fits: .* GiB .* \(--memory-ratio\), and weights, activations and CUDA graphs"
+    with pytest.raises(ConfigError, match=message):
+        pages_of(gpu_config(num_pages=None, memory_ratio=1e-5))
 
 
 def test_weights_that_do_not_fit_are_refused_with_the_numbers() -> None:
-    """The largest model in the repository, thrice as deep."""
+    # The largest model in the repository, three times as deep.
     spec = read_spec(MODELS / "Qwen3-32B")
     deep = dataclasses.replace(spec, num_layers=3 * spec.num_layers, windows=spec.windows * 3)
     refusal = ""
     try:
-        local(gpu_config(num_pages=None), deep)
-    except ConfigError as error:
-        refusal = str(error)
-    except torch.OutOfMemoryError:  # held by a traceback, the weights would take the next test's memory
-        refusal = "out of memory"
+        pages_of(gpu_config(num_pages=None), deep)
+    except (ConfigError, torch.OutOfMemoryError) as error:  # not raised on: a traceback would hold the weights
+        refusal = str(error) if isinstance(error, ConfigError) else "out of memory"
     assert re.search(r"\d+\.\d+ GiB", refusal), refusal

@@ -24,15 +24,11 @@ from helpers.processes import children, wait_for, wait_until_gone
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(900)]
 
-ROOT = Path(__file__).parents[2]
-MODELS = ROOT / "benchmark" / "models"
+MODELS = Path(__file__).parents[2] / "benchmark" / "models"
 SMALL = "Qwen3-0.6B"
-LAYERS = 8
-"""Of the large models: their GEMMs and all-reduces keep the real widths, and groups start in seconds."""
-LARGEST, MEAN = 0.3, 0.03
-"""Bounds on the difference of a log-probability in bfloat16 between one GPU and several, which add in another order."""
-BEHIND = 0.3
-"""By how much one GPU may prefer another token to the one that several chose."""
+LAYERS = 8  # of the large models: their GEMMs and all-reduces keep the real widths, and groups start in seconds
+LARGEST, MEAN = 0.3, 0.03  # differences of a log-probability in bfloat16 between one GPU and several
+BEHIND = 0.3  # by how much one GPU may prefer another token to the one that several chose
 COLLECTIVES: dict[str, dict[str, Any]] = {
     "auto": {"all_reduce": "auto", "cuda_graph_max_bs": 64},
     "fused, no graphs": {"all_reduce": "fused", "cuda_graph_max_bs": 0},
@@ -49,7 +45,6 @@ SAMPLED = [{"max_tokens": 4, "ignore_eos": True, "seed": i, **KINDS[i % 4]} for 
 
 
 def shortened(model: str, folder: Path) -> Path:
-    """The folder of a model with fewer layers."""
     config = json.loads((MODELS / model / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": LAYERS}))
     return folder
@@ -70,7 +65,6 @@ def questions() -> tuple[list[list[int]], list[dict[str, Any]]]:
 
 @pytest.fixture(scope="module")
 def one_gpu() -> Iterator[EngineProgram]:
-    """The small model on one GPU."""
     with EngineProgram(settings(SMALL)) as engine:
         yield engine
 
@@ -112,12 +106,10 @@ def scored(engine: EngineProgram, sequences: list[list[int]]) -> Answers:
 def check_greedy(one_gpu: EngineProgram, found: Answers, prompts: list[list[int]]) -> tuple[float, float]:
     """Hold every token and its log-probability to one GPU's; the largest and the mean difference."""
     one = scored(one_gpu, [[*prompt, *answer] for prompt, answer in zip(prompts, found["tokens"], strict=True)])
-    differences = []
-    for prompt, logprobs, theirs, tops in zip(
-        prompts, found["logprobs"], one["prompt_logprobs"], one["tops"], strict=True
-    ):
+    differences, theirs = [], zip(one["prompt_logprobs"], one["tops"], strict=True)
+    for prompt, logprobs, (scores, tops) in zip(prompts, found["logprobs"], theirs, strict=True):
         begin = len(prompt) - 1
-        mine, own, best = np.array(logprobs), np.array(theirs[begin:]), np.array(tops[begin:])
+        mine, own, best = np.array(logprobs), np.array(scores[begin:]), np.array(tops[begin:])
         assert mine.shape == own.shape
         differences.append(np.abs(mine - own))
         assert float((best - own).max()) < BEHIND

@@ -1,9 +1,8 @@
-"""Special rows on the GPU: what graphs leave for the tail, what the tail makes of it, and that nobody waits for it."""
+"""Logits processors on the GPU: their results beside graphs, and that nothing waits for them."""
 
 from __future__ import annotations
 
 import functools
-import itertools
 
 import msgspec
 import pytest
@@ -50,26 +49,27 @@ def right() -> dict[str, SlowAnswer]:
     return {r.id: slow_answer(SPEC, exact, r, LIMIT, DEVICE) for r in special_requests(VOCAB)}
 
 
-@pytest.mark.parametrize(
-    ("graphs", "overlap", "retract"), list(itertools.product([8, 3, 0], [True, False], [False, True]))
-)
+def check(got: dict[str, Answer], requests: list[Request]) -> None:
+    for request in requests:
+        right()[request.id].check(got[request.id], request.params, tolerance=2e-3)
+
+
+@pytest.mark.parametrize("graphs", [8, 3, 0])
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("retract", [False, True])
 def test_special_answers_are_those_of_the_slow_computation(graphs: int, overlap: bool, retract: bool) -> None:
     requests = special_requests(VOCAB)
     built = make(
         cuda_graph_max_bs=graphs, overlap=overlap, max_prefill_length=8192 if overlap else 7,
         num_pages=24 if retract else 64,
     )  # fmt: skip
-    got = answers(built, requests, retractions=12 if retract else 0)
-    for request in requests:
-        right()[request.id].check(got[request.id], request.params, tolerance=2e-3)
+    check(answers(built, requests, retractions=12 if retract else 0), requests)
 
 
 def test_masks_reach_steps_that_are_replays() -> None:
     requests = [request for request in special_requests(VOCAB) if request.params.grammar is not None][:8]
     built = make(cuda_graph_max_bs=8)
-    got = answers(built, requests)
-    for request in requests:
-        right()[request.id].check(got[request.id], request.params, tolerance=2e-3)
+    check(answers(built, requests), requests)
     assert built.runner.decode_graphs is not None
     replayed = [plan for plan in built.executor.plans if built.runner.decode_graphs.takes(plan)]
     assert any(len(plan.constrained_slots) for plan in replayed)
@@ -80,10 +80,9 @@ def test_graphs_change_no_bit_of_scores_at_fixed_batch_shapes() -> None:
     params = SamplingParams(
         temperature=0.8, max_tokens=40, ignore_eos=True, logprobs=20, frequency_penalty=0.5, logit_bias={7: 3.0}
     )
-    prompts = random_prompts([3 + i for i in range(8)], seed=4)
     requests = [
         Request.make(id=str(i), prompt=prompt, params=msgspec.structs.replace(params, seed=i))
-        for i, prompt in enumerate(prompts)
+        for i, prompt in enumerate(random_prompts([3 + i for i in range(8)], seed=4))
     ]
     on, off = (answers(make("bfloat16", cuda_graph_max_bs=n), requests) for n in (8, 0))
     assert on == off

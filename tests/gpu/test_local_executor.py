@@ -16,15 +16,7 @@ from minisgl.core.weights import dummy_weights
 from minisgl.errors import ConfigError
 from minisgl.gpu import memory
 from minisgl.gpu.executor import build_local_executor
-from minisgl.gpu.memory import (
-    GIB,
-    available_memory,
-    group_limit,
-    group_memory,
-    measure_pages,
-    prefill_plan,
-    total_memory,
-)
+from minisgl.gpu.memory import GIB, group_limit, group_memory
 
 SPEC = tiny_spec(
     architecture="LlamaForCausalLM", vocab_size=97, head_dim=8, qk_norm=False, max_position=64, eos_token_ids=(0,)
@@ -33,7 +25,6 @@ PAGE_BYTES = 2 * SPEC.num_layers * 16 * SPEC.num_kv_heads * SPEC.head_dim * 4
 
 
 def config(**settings: object) -> Config:
-    """A resolved configuration for the CPU."""
     base = Config(
         dummy_weight=True, device="cpu", dtype="float32", attn="torch,torch", cuda_graph_max_bs=0,
         max_running_requests=4, max_prefill_length=32,
@@ -44,13 +35,13 @@ def config(**settings: object) -> Config:
 def measure(config: Config, before: int) -> int:
     attention = Attention(TorchAttention(), TorchAttention())
     decoder = Decoder(SPEC, dummy_weights(SPEC, torch.float32, CPU), attention, 64)
-    return measure_pages(config, decoder, torch.float32, 64, before)
+    return memory.measure_pages(config, decoder, torch.float32, 64, before)
 
 
 def test_building_with_made_up_weights_sizes_the_cache(tmp_path: Path) -> None:
     executor = build_local_executor(config(), tmp_path, SPEC, 64)
     assert executor.num_pages == 4 * 4  # all that 4 rows of 64 tokens can use, in pages of 16
-    executor.launch(prefill_plan(1, 3))
+    executor.launch(memory.prefill_plan(1, 3))
     assert 0 <= int(executor.collect().tokens[0]) < SPEC.vocab_size
     executor.close()
     executor = build_local_executor(config(num_pages=3), tmp_path, SPEC, 64)
@@ -59,7 +50,7 @@ def test_building_with_made_up_weights_sizes_the_cache(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "left", "pages"),
+    ("settings", "left", "found"),  # pages, or the refusal
     [
         ({}, GIB, 16),  # what the rows can use
         ({"max_running_requests": 10**6}, 100 * GIB, 2 * GIB // PAGE_BYTES),
@@ -69,28 +60,19 @@ def test_building_with_made_up_weights_sizes_the_cache(tmp_path: Path) -> None:
         # ranks on the CPU have one memory
         ({"max_running_requests": 10**6, "tp": 2}, 100 * GIB, 2 * GIB // (2 * PAGE_BYTES)),
         ({"max_running_requests": 10**6, "tp": 2, "memory_ratio": 0.75}, GIB // 2, GIB // 4 // (2 * PAGE_BYTES)),
-    ],
-)
-def test_pages_share_the_memory_with_the_weights(
-    settings: dict[str, object], left: int, pages: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(memory, "available_memory", lambda device: left)
-    assert measure(config(**settings), before=max(GIB, left)) == pages
-
-
-@pytest.mark.parametrize(
-    ("settings", "left", "message"),
-    [
         ({}, GIB // 20, r"no KV page fits: 1.00 GiB .* 0.9 may be used .* weights take 0.95"),
         ({"num_pages": 10**6}, GIB // 2, r"--num-pages 1000000 needs 3\.81 GiB: 1.00 GiB"),
         ({"num_pages": 10**6, "tp": 2}, GIB // 2, r"--num-pages 1000000 needs 7\.63 GiB: 1.00 GiB"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_the_numbers(
-    settings: dict[str, object], left: int, message: str, monkeypatch: pytest.MonkeyPatch
+def test_pages_share_the_memory_with_the_weights_or_are_refused_with_the_numbers(
+    settings: dict[str, object], left: int, found: int | str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "available_memory", lambda device: left)
-    with pytest.raises(ConfigError, match=message):
+    if isinstance(found, int):
+        assert measure(config(**settings), before=max(GIB, left)) == found
+        return
+    with pytest.raises(ConfigError, match=found):
         measure(config(**settings), before=GIB)
 
 
@@ -118,4 +100,4 @@ def test_a_control_group_limits_the_memory(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("5000\n")
     assert group_memory(tmp_path) == 4000
     assert group_limit(tmp_path) == 5000
-    assert available_memory(CPU) < total_memory(CPU)
+    assert memory.available_memory(CPU) < memory.total_memory(CPU)

@@ -22,20 +22,35 @@ def without(*names: str) -> dict[str, str | None]:
     return {name: "it is not installed" if name in names else None for name in BACKENDS}
 
 
-def test_pair_names_prefill_then_decode() -> None:
-    choice = choose("fa,fi", SHAPE, ALL, 90)
-    assert (choice.prefill, choice.decode) == ("fa", "fi")
+@pytest.mark.parametrize(
+    ("pair", "shape", "missing", "gpu", "prefill", "decode"),
+    [
+        ("fa,fi", SHAPE, (), 90, "fa", "fi"),
+        ("triton", SHAPE, (), 90, "triton", "triton"),
+        ("auto", SHAPE, (), 90, "fa", "triton"),
+        ("auto", SHAPE, ("fa",), 90, "fi", "triton"),
+        ("auto", SHAPE, ("triton",), 90, "fa", "fa"),
+        ("auto", dataclasses.replace(SHAPE, dtype=torch.float32), (), 90, "triton", "triton"),
+        ("auto", SHAPE, (), 100, "fa", "trtllm"),
+        ("auto", SHAPE, ("trtllm",), 80, "fa", "fi"),
+        ("auto", SHAPE, ("fa", "fi", "trtllm", "triton"), 75, "torch", "torch"),
+    ],
+)
+def test_pair_or_auto_chooses_for_prefill_and_decode(
+    pair: str, shape: Shape, missing: tuple[str, ...], gpu: int, prefill: str, decode: str
+) -> None:
+    choice = choose(pair, shape, without(*missing), gpu)
+    assert (choice.prefill, choice.decode) == (prefill, decode)
 
 
-def test_single_name_serves_both() -> None:
-    choice = choose("triton", SHAPE, ALL, 90)
-    assert (choice.prefill, choice.decode) == ("triton", "triton")
+def test_auto_says_why_and_what_is_missing() -> None:
+    assert str(choose("auto", SHAPE, ALL, 90)) == "prefill fa, decode triton: the fastest measured on Hopper"
+    assert "fa is out, it is not installed" in str(choose("auto", SHAPE, without("fa"), 75))
 
 
 def test_missing_package_is_an_error_that_names_what_works() -> None:
-    with pytest.raises(
-        ConfigError, match="fa cannot be used, it is not installed; what works here: fi, trtllm, triton"
-    ):
+    message = "fa cannot be used, it is not installed; what works here: fi, trtllm, triton"
+    with pytest.raises(ConfigError, match=message):
         choose("fi,fa", SHAPE, without("fa"), 90)
 
 
@@ -61,28 +76,6 @@ def test_shape_a_backend_cannot_take_is_an_error_that_says_what_it_can(
 def test_any_page_size_suits_flash_attention_triton_and_torch(page_size: int) -> None:
     shape = dataclasses.replace(SHAPE, page_size=page_size)
     assert [name for name in ("fa", "triton", "torch") if refusal(name, shape)] == []
-
-
-def test_auto_never_picks_what_the_shape_forbids() -> None:
-    choice = choose("auto", dataclasses.replace(SHAPE, dtype=torch.float32), ALL, 90)
-    assert {choice.prefill, choice.decode} == {"triton"}
-
-
-def test_auto_on_hopper_says_what_it_chose() -> None:
-    assert str(choose("auto", SHAPE, ALL, 90)) == "prefill fa, decode triton: the fastest measured on Hopper"
-    assert choose("auto", SHAPE, without("fa"), 90).decode == "triton"
-    assert choose("auto", SHAPE, without("triton"), 90).decode == "fa"
-
-
-def test_auto_elsewhere_decodes_by_the_best_of_flashinfer() -> None:
-    assert choose("auto", SHAPE, ALL, 100).decode == "trtllm"
-    assert choose("auto", SHAPE, without("trtllm"), 80).decode == "fi"
-
-
-def test_auto_falls_back_to_torch_alone() -> None:
-    choice = choose("auto", SHAPE, without("fa", "fi", "trtllm", "triton"), 75)
-    assert {choice.prefill, choice.decode} == {"torch"}
-    assert "fa is out, it is not installed" in str(choice)
 
 
 def test_cpu_has_torch_alone_and_says_so() -> None:

@@ -24,16 +24,9 @@ class Case:
 
 
 def random_case(
-    kv_lens: Sequence[int],
-    query_lens: Sequence[int] | None,
-    kv_heads: int,
-    group: int,
-    head_dim: int,
-    page_size: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    seed: int = 0,
-) -> Case:
+    kv_lens: Sequence[int], query_lens: Sequence[int] | None, kv_heads: int, group: int, head_dim: int, page_size: int,
+    dtype: torch.dtype, device: torch.device, seed: int = 0,
+) -> Case:  # fmt: skip
     """Rows of these lengths on shuffled pages of their own, with slots out of order; NaN wherever nobody may look."""
     generator = np.random.default_rng(seed)
     torch.manual_seed(seed)
@@ -57,14 +50,10 @@ def random_case(
         place += count
     k[:, -1], v[:, -1] = 0, 0
     q = torch.randn(int(queries.sum()), kv_heads * group, head_dim, device=device).to(dtype)
-    starts = torch.from_numpy(np.concatenate([[0], np.cumsum(queries)]).astype(np.int32)).to(device)
+    starts = np.concatenate([[0], np.cumsum(queries)]).astype(np.int32)
+    on_device = [torch.from_numpy(array).to(device) for array in (table, slots.astype(np.int64), starts, lens)]
     rows = SequenceBatch(
-        page_table=torch.from_numpy(table).to(device),
-        slots=slots,
-        query_lens=queries,
-        kv_lens=lens,
-        slots_device=torch.from_numpy(slots.astype(np.int64)).to(device),
-        cu_query_lens=starts,
-        kv_lens_device=torch.from_numpy(lens).to(device),
-    )
+        page_table=on_device[0], slots=slots, query_lens=queries, kv_lens=lens,
+        slots_device=on_device[1], cu_query_lens=on_device[2], kv_lens_device=on_device[3],
+    )  # fmt: skip
     return Case(q, KVCache(k, v), rows, query_lens is None)

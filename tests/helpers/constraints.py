@@ -7,10 +7,8 @@ from numpy.typing import NDArray
 
 from minisgl.core.types import Grammar
 
-BREAKS = "breaks"
-"""A grammar's source: its constraint raises at the fourth mask."""
-REFUSES = "refuses"
-"""Its constraint accepts no third token."""
+BREAKS = "breaks"  # a grammar's source: its constraint raises at the fourth mask
+REFUSES = "refuses"  # its constraint accepts no third token
 
 
 def cycle(width: int, length: int) -> Grammar:
@@ -19,8 +17,6 @@ def cycle(width: int, length: int) -> Grammar:
 
 
 class Cycle:
-    """The constraint of `cycle`."""
-
     def __init__(self, grammar: Grammar, vocab_size: int, eos: int) -> None:
         self.fails = grammar.source if grammar.source in (BREAKS, REFUSES) else None
         self.width, self.length = (5, 100) if self.fails else map(int, grammar.source.split(","))

@@ -10,14 +10,12 @@ import json
 import subprocess
 import sys
 import threading
-from types import TracebackType
 from typing import Any, TypedDict
 
 from helpers.processes import environment
 from minisgl import LLM, SamplingParams
 
-SECONDS = 540
-"""For the start, and for each batch: kernels are compiled on the way."""
+SECONDS = 540  # for the start, and for each batch: kernels are compiled on the way
 
 
 class Answers(TypedDict):
@@ -37,10 +35,12 @@ class EngineProgram:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         command = [sys.executable, "-m", "helpers.engine_program", json.dumps(settings)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=environment(),
-        )  # fmt: skip
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment())
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        assert self.process.stderr is not None
+        self._stdin, self._stdout, self._stderr = self.process.stdin, self.process.stdout, self.process.stderr
         self._errors: list[str] = []
         self._reader = threading.Thread(target=self._read_errors, daemon=True)
         self._reader.start()
@@ -48,13 +48,10 @@ class EngineProgram:
     def __enter__(self) -> EngineProgram:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def ask(self, prompts: list[list[int]], params: list[dict[str, Any]]) -> Answers:
-        """What the engine generates. Raises RuntimeError with its errors when it fails."""
         self._write({"prompts": prompts, "params": params})
         answers: Answers = self._read()
         return answers
@@ -71,47 +68,39 @@ class EngineProgram:
         return "".join(self._errors)
 
     def close(self) -> None:
-        """End the process, its engine first."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.close()
+        self._stdin.close()
         try:
             self.process.wait(60)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
         self._reader.join()
-        self.process.stdout.close()
+        self._stdout.close()
 
     def _write(self, question: dict[str, Any]) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(question) + "\n")
-        self.process.stdin.flush()
+        self._stdin.write(json.dumps(question) + "\n")
+        self._stdin.flush()
 
     def _read(self) -> Any:
-        assert self.process.stdout is not None
         timer = threading.Timer(SECONDS, self.process.kill)
         timer.start()
-        line = self.process.stdout.readline()
+        line = self._stdout.readline()
         timer.cancel()
         if not line:
             raise RuntimeError(f"the engine ended with {self.process.wait()}: {self.errors()[-4000:]}")
         return json.loads(line)
 
     def _read_errors(self) -> None:
-        assert self.process.stderr is not None
-        with self.process.stderr as lines:
+        with self._stderr as lines:
             self._errors += lines
 
 
 def ask(settings: dict[str, Any], prompts: list[list[int]], params: list[dict[str, Any]]) -> Answers:
-    """What an engine with these settings generates, started for these prompts alone."""
     with EngineProgram(settings) as engine:
         return engine.ask(prompts, params)
 
 
 def answer(llm: LLM, prompts: list[list[int]], params: list[dict[str, Any]]) -> Answers:
-    """One batch."""
     found = llm.generate(prompts, [SamplingParams(**fields) for fields in params], progress=False)
     scores = [[score for score in completion.prompt_logprobs or () if score is not None] for completion in found]
     return {
@@ -124,7 +113,6 @@ def answer(llm: LLM, prompts: list[list[int]], params: list[dict[str, Any]]) -> 
 
 
 def main() -> None:
-    """Answer every line of stdin."""
     with LLM(progress=False, **json.loads(sys.argv[1])) as llm:
         for line in sys.stdin:
             question = json.loads(line)

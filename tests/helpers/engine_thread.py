@@ -18,10 +18,10 @@ from minisgl.core.plan import Executor, StepResult
 from minisgl.core.request_state import ConstraintFactory
 from minisgl.server import engine_process, ipc
 from minisgl.server.engine_process import EngineServer
-from minisgl_bench.profile import Relay
+from minisgl_bench.profile import Recorder
 
 
-class FailingExecutor(Relay):
+class FailingExecutor(Recorder):
     """Raises when step `n` is collected."""
 
     def __init__(self, executor: Executor, n: int) -> None:
@@ -29,7 +29,6 @@ class FailingExecutor(Relay):
         self.n = n
 
     def collect(self) -> StepResult:
-        """Collect, or fail as a forward pass does."""
         result = super().collect()
         if result.step == self.n:
             raise RuntimeError(f"forward pass {self.n} failed, says the test")
@@ -46,7 +45,6 @@ class EngineThread:
         self.thread: threading.Thread | None = None
 
     def run(self, to_engine: str, from_engine: str) -> None:
-        """Serve until `gone`."""
         try:
             EngineServer(ipc.EngineSetup(Config(), to_engine, from_engine), self.gone).run()
         except RuntimeError as error:
@@ -54,7 +52,6 @@ class EngineThread:
 
     @contextlib.asynccontextmanager
     async def start(self, to_engine: str, from_engine: str) -> AsyncIterator[None]:
-        """Run for as long as the context lasts."""
         self.thread = threading.Thread(target=self.run, args=(to_engine, from_engine))
         self.thread.start()
         try:

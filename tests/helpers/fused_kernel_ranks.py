@@ -12,6 +12,7 @@ import mmap
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from unittest import mock
@@ -25,12 +26,11 @@ from minisgl.gpu.kernels import all_reduce
 from minisgl.gpu.kernels.all_reduce import GENERATIONS, UNWRITTEN, ReceiveBuffers, buffer_size
 
 EPS = 1e-6
-SECONDS = 200
-"""After which a rank that waits for ever is ended."""
-
+SECONDS = 200  # after which a rank that waits for ever is ended
 OPERATIONS = {1: all_reduce.one_shot_add_rms_norm, 2: all_reduce.two_shot_add_rms_norm}
 
 Allocate = Callable[[tuple[int, ...], torch.dtype], Tensor]
+Fill = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +83,7 @@ class FusedRun:
         self.calls = [call(shots, rows) for shots, rows in case.calls]
         self.buffers = {shots: self._buffers(shots, case, device, filled) for shots in OPERATIONS}
 
-    def _buffers(
-        self, shots: int, case: Case, device: torch.device, filled: Callable[[Tensor], Tensor]
-    ) -> list[ReceiveBuffers]:
+    def _buffers(self, shots: int, case: Case, device: torch.device, filled: Fill) -> list[ReceiveBuffers]:
         world, rows = case.world, max(rows for _, rows in case.calls)
         shapes = [(rows, world)] if shots == 1 else [(-(-rows // world), world), (rows, 1)]
         sizes = [buffer_size(*shape, case.dim) for shape in shapes]
@@ -105,7 +103,6 @@ class FusedRun:
             operation(self.buffers[shots][rank], empty, empty, self.weight, EPS, empty)
 
     def run(self, rank: int) -> None:
-        """All calls of a rank; then nothing may be left in the generations that come next."""
         for call in self.calls:
             buffers = self.buffers[call.shots][rank]
             OPERATIONS[call.shots](buffers, call.parts[rank], call.residuals[rank], self.weight, EPS, call.outs[rank])
@@ -145,7 +142,6 @@ def shared(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def main() -> None:
-    """Run a case: fork the ranks, end with the first that fails, and check."""
     case = Case(**json.loads(sys.argv[1]))
     torch.set_num_threads(1)
     quicken()
@@ -163,21 +159,17 @@ def main() -> None:
 
 
 def fork(run: FusedRun, rank: int) -> int:
-    """A process that does a rank's calls."""
     if process := os.fork():
         return process
-    status = 1
     try:
         signal.alarm(SECONDS)
         run.load(rank)
         run.run(rank)
         run.check_reset(rank)
-        status = 0
     except BaseException:
-        sys.excepthook(*sys.exc_info())
-    finally:
-        sys.stderr.flush()
-        os._exit(status)
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import itertools
 import json
 import sys
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -29,12 +30,10 @@ from minisgl.gpu.kernels import all_reduce, sharded_sampling
 from minisgl.gpu.kernels.sharded_sampling import ShardedSampling
 
 CPU = torch.device("cpu")
-ONE_SHOT_BYTES, MAX_ROWS = 3 * 128, 12
-"""One shot up to three rows of float32 of a hidden size of 32, two up to twelve rows."""
+ONE_SHOT_BYTES, MAX_ROWS = 3 * 128, 12  # one shot up to three rows of 32 float32, two up to twelve rows
 
 
 def main() -> None:
-    """Be a rank."""
     rank, size, folder, model = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
     torch.set_num_threads(1)
     quicken()
@@ -50,9 +49,7 @@ def main() -> None:
         mappings.append(mapped)  # they must live as long as any rank
         return mapped[rank], torch.tensor([t.data_ptr() for t in mapped], dtype=torch.int64)
 
-    def select(
-        config: Config, group: TPGroup, spec: ModelSpec, ops: Operations, dtype: torch.dtype
-    ) -> tuple[TPGroup, Operations, str]:
+    def select(_: Config, group: TPGroup, spec: ModelSpec, ops: Operations, dtype: torch.dtype) -> Any:
         shard, hidden = vocab_shard(spec.vocab_size, rank, size), spec.hidden_size
         plain = parallel_operations(ops, group, shard)
         fast = fused.fused_parallel_operations(plain, ops, group, hidden, shard, dtype, CPU, ONE_SHOT_BYTES)

@@ -36,7 +36,6 @@ TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
 def random_model(kind: str, vocab_size: int, **extra: Any) -> Any:
-    """A random model of this GGUF architecture."""
     name, options = MODELS[kind]
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**{**SIZES, **options, **extra}, vocab_size=vocab_size)
@@ -77,7 +76,6 @@ def gguf_tensors(model: Any, kind: str) -> dict[str, NDArray[np.float32]]:
 
 
 def model_metadata(model: Any, kind: str) -> dict[str, Any]:
-    """The metadata that describes the model."""
     config = model.config
     metadata: dict[str, Any] = {
         f"{kind}.block_count": config.num_hidden_layers,

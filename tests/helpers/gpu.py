@@ -45,7 +45,6 @@ def require(pair: str) -> None:
 
 
 def need_gpus(count: int) -> None:
-    """Skip where there are fewer."""
     if torch.cuda.device_count() < count:
         pytest.skip(f"needs {count} GPUs")
 
@@ -65,21 +64,16 @@ def random_weights(spec: ModelSpec, dtype: torch.dtype, device: torch.device = D
 
 
 def to_float32(weights: Weights) -> Weights:
-    """The same values in full precision."""
     layers = []
     for layer in weights.layers:
-        wide = dataclasses.replace(layer)
-        for name, value in vars(layer).items():
-            if value is not None:
-                setattr(wide, name, value.float())
-        layers.append(wide)
+        wide = {name: value.float() for name, value in vars(layer).items() if value is not None}
+        layers.append(dataclasses.replace(layer, **wide))
     embedding = weights.embedding.float()
     head = embedding if weights.head is weights.embedding else weights.head.float()
     return Weights(embedding, layers, weights.norm.float(), head)
 
 
 def gpu_config(**settings: object) -> Config:
-    """A resolved configuration for the GPU."""
     base = Config(
         device="cuda", dtype="bfloat16", attn="auto", cuda_graph_max_bs=8, max_running_requests=8,
         max_prefill_length=8192, memory_ratio=0.9, num_pages=512,
@@ -128,8 +122,6 @@ class Watched:
 
 @dataclass(frozen=True)
 class Built:
-    """An engine and what is under it."""
-
     engine: Engine
     executor: Watched
 
@@ -148,7 +140,6 @@ class Built:
 
 
 def build(spec: ModelSpec, weights: Weights, config: Config, max_seq_len: int = 512) -> Built:
-    """An engine on the GPU over weights that lie there."""
     executor = Watched(make_executor(spec, weights, config, max_seq_len))
     fits = min(max_seq_len, executor.num_pages * config.page_size)
     model = ModelInfo(name="small", vocab_size=spec.vocab_size, max_seq_len=fits, eos_token_ids=spec.eos_token_ids)
@@ -156,7 +147,6 @@ def build(spec: ModelSpec, weights: Weights, config: Config, max_seq_len: int = 
 
 
 def greedy(prompts: Sequence[Sequence[int]], max_tokens: int) -> list[Request]:
-    """Greedy requests of one length of answer."""
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
     return [Request.make(id=str(i), prompt=list(prompt), params=params) for i, prompt in enumerate(prompts)]
 
@@ -173,21 +163,14 @@ def reference_driver(spec: ModelSpec, exact: Weights, tokens: int, rows: int = 1
     return Driver(spec, exact, rows=rows, page_size=16, num_pages=pages, max_seq_len=tokens, device=DEVICE)
 
 
-def reference_logits(spec: ModelSpec, exact: Weights, tokens: Sequence[int]) -> Tensor:
-    """float32 logits (T, V) of a whole sequence."""
-    driver = reference_driver(spec, exact, len(tokens))
-    driver.step(chunks={0: tokens})
-    return driver.logits
-
-
 def fused_driver(spec: ModelSpec, weights: Weights, config: Config, max_seq_len: int) -> Driver:
     """A driver that records the logits of the fused operations and the attention backends of `config`."""
-    dtype, rows, num_pages = TORCH_DTYPES[config.dtype], config.max_running_requests, config.num_pages
+    rows, num_pages = config.max_running_requests, config.num_pages
     assert rows is not None
     assert num_pages is not None
     driver = Driver(
         spec, weights, rows=rows, page_size=config.page_size, num_pages=num_pages, max_seq_len=max_seq_len,
-        dtype=dtype, device=DEVICE,
+        dtype=TORCH_DTYPES[config.dtype], device=DEVICE,
     )  # fmt: skip
     attention, _ = make_attention(config.attn, attention_shape(spec, config), DEVICE)
     ops = operations_for(DEVICE, spec.hidden_size)
@@ -197,7 +180,7 @@ def fused_driver(spec: ModelSpec, weights: Weights, config: Config, max_seq_len:
 
 
 def graph_driver(spec: ModelSpec, weights: Weights, config: Config, max_seq_len: int) -> Driver:
-    """A driver over the engine's own runner, graphs and all; it records no logits."""
+    """A driver over the engine's own runner with its graphs; it records no logits."""
     driver = fused_driver(spec, weights, config, max_seq_len)
     driver.runner = make_executor(spec, weights, config, max_seq_len).runner
     return driver
@@ -205,15 +188,10 @@ def graph_driver(spec: ModelSpec, weights: Weights, config: Config, max_seq_len:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How an answer fared against float32: tokens, those that are certain, those of them that differ.
-
-    `largest` is the most by which float32 preferred its own token wherever another was said.
-    """
-
     tokens: int
-    sure: int
-    wrong: int
-    largest: float
+    sure: int  # where float32 leads by more than the margin
+    wrong: int  # those of them that differ
+    largest: float  # by how much float32 leads at most where an answer differs
 
     def __add__(self, other: Agreement) -> Agreement:
         tokens, sure, wrong = self.tokens + other.tokens, self.sure + other.sure, self.wrong + other.wrong
@@ -235,6 +213,8 @@ def compare_greedy(
     """The agreement of all answers with the reference, each judged along its own tokens."""
     total = Agreement(0, 0, 0, 0.0)
     for prompt, answer in zip(prompts, answers, strict=True):
-        logits = reference_logits(spec, exact, [*prompt, *answer[:-1]])
-        total += agreement(logits[len(prompt) - 1 :], answer, margin)
+        tokens = [*prompt, *answer[:-1]]
+        driver = reference_driver(spec, exact, len(tokens))
+        driver.step(chunks={0: tokens})
+        total += agreement(driver.logits[len(prompt) - 1 :], answer, margin)
     return total

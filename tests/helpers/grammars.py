@@ -11,19 +11,16 @@ import numpy as np
 
 from helpers.tiny_tokenizers import write_tokenizer
 from minisgl.core.types import Grammar
-from minisgl.text.grammar import MatcherConstraint, Vocabulary, VocabularySource, compile_grammar
+from minisgl.text.grammar import MatcherConstraint, Vocabulary, compile_grammar
 
 EOS = (1, 3)
-QUOTE = re.compile(rb'(?<!\\)(?:\\\\)*"')
-"""A quotation mark that is not escaped."""
-PADDED = 421
-"""Width of the logits; the tiny tokenizer has fewer tokens, and no multiple of 32."""
+QUOTE = re.compile(rb'(?<!\\)(?:\\\\)*"')  # a quotation mark that is not escaped
+PADDED = 421  # width of the logits; the tiny tokenizer has fewer tokens, and no multiple of 32
 
 
 def tiny_vocabulary(folder: Path, eos: tuple[int, ...] = EOS, vocab_size: int = PADDED) -> Vocabulary:
-    """The tiny byte-level tokenizer's vocabulary."""
     write_tokenizer(folder)
-    return Vocabulary(VocabularySource(folder=str(folder), vocab_size=vocab_size, eos_token_ids=eos))
+    return Vocabulary(folder, vocab_size, eos)
 
 
 def allowed(constraint: MatcherConstraint) -> list[int]:
@@ -49,7 +46,6 @@ def follow(vocabulary: Vocabulary, grammar: Grammar, text: str | bytes) -> Match
 
 
 def matches(vocabulary: Vocabulary, grammar: Grammar, text: str) -> bool:
-    """Whether a text is in a grammar's language."""
     constraint = compile_grammar(grammar, vocabulary)
     pieces = token_bytes(vocabulary)
     taken = all(constraint.accept(pieces.index(bytes([byte]))) for byte in text.encode())

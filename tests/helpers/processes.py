@@ -53,7 +53,6 @@ def server(*flags: str, command: Sequence[str] = MINISGL) -> Iterator[tuple[subp
 
 
 def children(pid: int) -> list[int]:
-    """Processes whose parent is `pid`."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -73,7 +72,6 @@ def descendants(pid: int) -> list[int]:
 
 
 def alive(pid: int) -> bool:
-    """Whether the process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -81,7 +79,6 @@ def alive(pid: int) -> bool:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    """Return when something is so, which must be within `BOUND`."""
     deadline = time.monotonic() + BOUND
     while not condition():
         assert time.monotonic() < deadline
@@ -89,5 +86,4 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def wait_until_gone(pids: Iterable[int]) -> None:
-    """Return when none of these runs any more."""
     wait_for(lambda: not any(map(alive, pids)))

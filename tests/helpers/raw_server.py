@@ -11,22 +11,18 @@ from typing import Any
 Script = Callable[[str, dict[str, Any]], Sequence[bytes]]
 """From a request's path and body to the pieces of an answer, head included; the connection is closed behind them."""
 
-HANG = b"hang"
-"""A piece that is not sent: the server waits instead, for as long as the client does."""
+HANG = b"hang"  # a piece that is not sent: the server waits instead, for as long as the client does
 
 
 def event(value: object) -> bytes:
-    """A server-sent event."""
     return b"data: " + json.dumps(value).encode() + b"\n\n"
 
 
 def text_event(text: str, finish: str | None = None) -> bytes:
-    """A chunk of a completion."""
     return event({"choices": [{"index": 0, "text": text, "finish_reason": finish}], "usage": None})
 
 
 def usage_event(prompt: int, completion: int, cached: int | None) -> bytes:
-    """The chunk behind the last one."""
     details = None if cached is None else {"cached_tokens": cached}
     usage = {"prompt_tokens": prompt, "completion_tokens": completion, "prompt_tokens_details": details}
     return event({"choices": [], "usage": usage})
@@ -36,25 +32,20 @@ DONE = b"data: [DONE]\n\n"
 
 
 def head(status: str = "200 OK", *fields: str) -> bytes:
-    """A response's head."""
     return "\r\n".join((f"HTTP/1.1 {status}", *fields, "", "")).encode()
 
 
 def chunked(body: bytes, end: bool = True) -> bytes:
-    """A body as one chunk, with its end."""
     return b"%x\r\n%s\r\n" % (len(body), body) + (b"0\r\n\r\n" if end else b"")
 
 
 def json_answer(value: object, status: str = "200 OK") -> bytes:
-    """A whole response with a JSON body."""
     body = json.dumps(value).encode()
     return head(status, f"Content-Length: {len(body)}") + body
 
 
 @contextlib.asynccontextmanager
 async def raw_server(script: Script) -> AsyncIterator[str]:
-    """Serve; the URL."""
-
     answering: set[asyncio.Task[None]] = set()
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -38,7 +38,6 @@ class Recorder:
             self.measured[report.nodeid] = dict(report.user_properties)
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Write the file."""
         record = {
             "command": " ".join(["pytest", *session.config.invocation_params.args]),
             "hardware": hardware(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from helpers.processes import children, wait_for
+from helpers.processes import children, environment, wait_for
 from helpers.serving import CHAT_TEMPLATE
 from helpers.tiny_tokenizers import write_tokenizer
 
@@ -46,11 +45,10 @@ def server(
     """A server that is ready, and its URL; `flags` are fields of Config."""
     write_tokenizer(folder, template=template)
     temporary.mkdir()
-    here = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "STUB_MODE": mode, "TMPDIR": str(temporary), "PYTHONPATH": here, **(environ or {})}
+    changed = environment(STUB_MODE=mode, TMPDIR=str(temporary), **(environ or {}))
     command = [sys.executable, "-c", MAIN, json.dumps({"model": str(folder), "port": 0, **flags}), *STUB]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=folder
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=changed, cwd=folder
     )
     try:
         assert process.stdout is not None
@@ -100,7 +98,6 @@ def ask(url: str, max_tokens: int, stream: bool = False) -> tuple[int, str]:
 
 
 def running(url: str) -> int:
-    """Requests that the engine works at."""
     return int(httpx.get(f"{url}/health").json()["running"])
 
 
@@ -124,12 +121,10 @@ def metrics(url: str) -> dict[str, float]:
 
 
 def api_processes(pid: int) -> list[int]:
-    """The API processes that a server has started."""
     module = b"minisgl.server.api_process"
     return [child for child in children(pid) if module in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 def engine_of(pid: int) -> int:
-    """The engine process of a server."""
     (engine,) = set(children(pid)) - set(api_processes(pid))
     return engine

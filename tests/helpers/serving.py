@@ -57,7 +57,6 @@ class Serving(Web):
         self.engine.say = lambda request: ids
 
     async def until(self, condition: Callable[[], bool], timeout: float = 5.0) -> None:
-        """Wait until something is so."""
         async with asyncio.timeout(timeout):
             while not condition():
                 await asyncio.sleep(0.005)

@@ -54,7 +54,6 @@ class StubEngine:
         self._connect(0, to_engine, from_engine)
 
     async def run(self) -> None:
-        """Serve until cancelled."""
         await self.send(self.ready)
         try:
             await asyncio.gather(self._listen(), self._steps())
@@ -67,7 +66,6 @@ class StubEngine:
         self._outboxes[link].connect(from_engine)
 
     async def send(self, message: ipc.FromEngine, link: int = 0) -> None:
-        """Say something to the server."""
         await self._outboxes[link].send(msgspec.msgpack.encode(message))
 
     async def _send_events(self, events: list[TokenEvent], admitted: list[str]) -> None:
@@ -129,7 +127,6 @@ class StubEngine:
                 await self._send_events(events, admitted)
 
     def stats(self) -> EngineStats:
-        """What a real engine would say of itself."""
         return EngineStats(
             running=len(self.live),
             pages_total=100,
@@ -184,7 +181,6 @@ def scored(token: int, position: int, top: int) -> TokenLogprobs:
 
 
 def prompt_scored(request: Request) -> tuple[TokenLogprobs | None, ...]:
-    """The same for a prompt."""
     top = request.params.prompt_logprobs
     if top is None:
         return ()

@@ -10,8 +10,7 @@ QWEN = (
     "</tool_call>{% endfor %}{% if m.tool_call_id %}[{{ m.tool_call_id }}]{% endif %}<|im_end|>\n{% endfor %}"
 )
 OPENING = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-QWEN_TOOLS = QWEN + OPENING
-"""Calls as Hermes writes them, no reasoning."""
+QWEN_TOOLS = QWEN + OPENING  # calls as Hermes writes them, no reasoning
 QWEN_THINKING = QWEN_TOOLS + "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
 """The model opens the block that it thinks in."""
 DEEPSEEK = QWEN + "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}{# </think> #}"

@@ -20,21 +20,13 @@ SIZES = {
     "max_position_embeddings": 32768,
     "eos_token_id": 1,
 }
+MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "mlp_only_layers": [1]}
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     "mistral": ("Mistral", {"sliding_window": 24, "head_dim": 16}),
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
-    "qwen3-moe": (
-        "Qwen3Moe",
-        {
-            "head_dim": 16,
-            "num_experts": 6,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 40,
-            "mlp_only_layers": [1],
-        },
-    ),
+    "qwen3-moe": ("Qwen3Moe", {"head_dim": 16, **MOE}),
 }
 
 

@@ -13,7 +13,7 @@ from helpers.grammars import EOS, PADDED, allowed, follow, sample_text, tiny_voc
 from helpers.tiny_tokenizers import write_tokenizer
 from minisgl.core.types import Calls, Grammar
 from minisgl.errors import InvalidRequestError
-from minisgl.text.grammar import Vocabulary, VocabularySource, compile_grammar
+from minisgl.text.grammar import Vocabulary, compile_grammar
 from minisgl.text.grammar_check import GrammarCompiler
 
 NUMBER = json.dumps(
@@ -39,7 +39,6 @@ TEXTS = {
     "lark": ('start: "(" start ")" | /[0-9]/', "((7))"),
 }
 
-
 TOKENS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 
 
@@ -53,7 +52,7 @@ def vocabulary(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     backend.add_tokens([tokenizers.AddedToken(text, special=False, normalized=False) for text in TOKENS])
     backend.save(str(folder / "tokenizer.json"))
-    return Vocabulary(VocabularySource(folder=str(folder), vocab_size=PADDED, eos_token_ids=EOS))
+    return Vocabulary(folder, PADDED, EOS)
 
 
 def matches(vocabulary: Vocabulary, grammar: Grammar, text: str) -> bool:
@@ -74,7 +73,7 @@ def test_every_kind_may_follow_reasoning_or_be_calls(kind: str, vocabulary: Voca
     assert not [said for said in refused if matches(vocabulary, grammar, said)]
 
 
-CHOICE = Grammar(kind="choice", source='["yes"]')
+CHOICE, OBJECT = Grammar(kind="choice", source='["yes"]'), Grammar(kind="json_schema", source=NUMBER)
 LLAMA_CALL = ONE.replace("arguments", "parameters")
 HERMES_CALL = f"<tool_call>{ONE}</tool_call>"
 
@@ -85,15 +84,11 @@ HERMES_CALL = f"<tool_call>{ONE}</tool_call>"
         (replace(CHOICE, thought="begun"), ["hm <thin hm</think>\nyes", "</think>yes"], ["yes", "hm</think>hm"]),
         (replace(CHOICE, calls=HERMES), ["yes", HERMES_CALL], ["<think>x</think>yes"]),
         (
-            Grammar(kind="json_schema", source=NUMBER, calls=LLAMA),
+            replace(OBJECT, calls=LLAMA),
             [LLAMA_CALL, f"{LLAMA_CALL}; {LLAMA_CALL};{LLAMA_CALL}", '{"n": 1}'],
             [ONE, LLAMA_CALL * 2, f"{LLAMA_CALL};", f'{LLAMA_CALL}; {{"n": 1}}'],
         ),
-        (
-            Grammar(kind="json_schema", source=NUMBER, calls=replace(HERMES, several=False)),
-            [HERMES_CALL],
-            [HERMES_CALL * 2],
-        ),
+        (replace(OBJECT, calls=replace(HERMES, several=False)), [HERMES_CALL], [HERMES_CALL * 2]),
     ],
     ids=["reasoning begun by the prompt", "no reasoning", "calls of Llama", "one call"],
 )
@@ -106,11 +101,11 @@ def test_reasoning_and_calls_come_where_they_may(
 
 def test_masks_show_both_ways(vocabulary: Vocabulary) -> None:
     pieces = token_bytes(vocabulary)
-    start = follow(vocabulary, Grammar(kind="json_schema", source=NUMBER, calls=HERMES), "")
+    start = follow(vocabulary, replace(OBJECT, calls=HERMES), "")
     opening = vocabulary.special_token("<tool_call>")
     assert {pieces[token][:1] for token in allowed(start) if token != opening} == ({b"{"} if opening else {b"{", b"<"})
     assert opening is None or opening in allowed(start)
-    thinking = follow(vocabulary, Grammar(kind="choice", source='["yes"]', thought="begun"), "so")
+    thinking = follow(vocabulary, replace(CHOICE, thought="begun"), "so")
     assert {token for token, piece in enumerate(pieces) if piece and piece.isascii()} <= set(allowed(thinking))
     assert not thinking.may_end
 
@@ -118,7 +113,7 @@ def test_masks_show_both_ways(vocabulary: Vocabulary) -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_sampled_texts_are_json_or_calls(seed: int, tmp_path: Path) -> None:
     vocabulary = tiny_vocabulary(tmp_path)
-    constraint = compile_grammar(Grammar(kind="json_schema", source=NUMBER, calls=HERMES), vocabulary)
+    constraint = compile_grammar(replace(OBJECT, calls=HERMES), vocabulary)
     text = sample_text(constraint, token_bytes(vocabulary), seed, free_tokens=8)
     if text.startswith("{"):
         assert isinstance(json.loads(text)["n"], int)
@@ -129,10 +124,7 @@ def test_sampled_texts_are_json_or_calls(seed: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "source", "schema", "param"),
-    [
-        ("choice", '["yes"]', json.dumps({"type": "object", "not": {}}), "tools"),
-        ("regex", "(", NUMBER, "guided_regex"),
-    ],
+    [("choice", '["yes"]', json.dumps({"type": "object", "not": {}}), "tools"), ("regex", "(", NUMBER, "guided_regex")],
 )
 def test_what_is_wrong_is_about_the_calls_or_the_text(
     kind: str, source: str, schema: str, param: str, tmp_path: Path

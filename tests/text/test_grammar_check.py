@@ -16,22 +16,17 @@ import pytest
 
 from helpers.grammars import EOS, PADDED, allowed
 from helpers.tiny_tokenizers import write_tokenizer
-from minisgl.core.types import Grammar, ModelInfo
+from minisgl.core.types import Grammar
 from minisgl.errors import InvalidRequestError, UnsupportedParameterError
 from minisgl.text import grammar_check
-from minisgl.text.grammar_check import GrammarCompiler, HelperError, Running, build_constraints
+from minisgl.text.grammar_check import GrammarCompiler, HelperError, Running
 
 pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tokenizer(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def compiler(folder: Path) -> Iterator[GrammarCompiler]:
-    compiler = GrammarCompiler(folder, PADDED, EOS)
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GrammarCompiler]:
+    compiler = GrammarCompiler(write_tokenizer(tmp_path_factory.mktemp("tiny")), PADDED, EOS)
     yield compiler
     compiler.close()
 
@@ -52,17 +47,16 @@ def lark(source: str) -> Grammar:
     return Grammar(kind="lark", source=source)
 
 
+A = "#/$defs/a"
 DOUBLING = {
     f"d{i}": {"allOf": [{"properties": {x: {"$ref": f"#/$defs/d{i + 1}"} for x in xs}} for xs in ("x", "xy")]}
     for i in range(30)
 }
 HOSTILE: dict[str, Grammar] = {
     "refers to itself": schema({"$ref": "#"}),
-    "refers in a circle": schema(
-        {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}
-    ),
-    "circle through anyOf": schema({"$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}] * 2}}, "$ref": "#/$defs/a"}),
-    "circle through allOf": schema({"$defs": {"a": {"allOf": [{"$ref": "#/$defs/a"}, {}]}}, "$ref": "#/$defs/a"}),
+    "refers in a circle": schema({"$ref": A, "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": A}}}),
+    "circle through anyOf": schema({"$defs": {"a": {"anyOf": [{"$ref": A}] * 2}}, "$ref": A}),
+    "circle through allOf": schema({"$defs": {"a": {"allOf": [{"$ref": A}, {}]}}, "$ref": A}),
     "100 objects deep": deep('{"properties":{"a":', "}}", 100),
     "10,000 objects deep": deep('{"properties":{"a":', "}}", 10_000),
     "100,000 items deep": deep('{"items":', "}", 90_000),
@@ -167,9 +161,9 @@ def test_grammars_are_checked_from_many_threads_at_once(compiler: GrammarCompile
 
 
 @pytest.fixture
-def own(folder: Path) -> Iterator[GrammarCompiler]:
+def own(tmp_path: Path) -> Iterator[GrammarCompiler]:
     """A compiler whose helper may be ended."""
-    compiler = GrammarCompiler(folder, PADDED, EOS)
+    compiler = GrammarCompiler(write_tokenizer(tmp_path), PADDED, EOS)
     yield compiler
     compiler.close()
 
@@ -241,27 +235,21 @@ def test_the_helper_ends_with_the_process_that_started_it(own: GrammarCompiler) 
 
 
 def test_a_tokenizer_that_is_not_there_is_the_servers_fault(tmp_path: Path) -> None:
-    model = ModelInfo(name="none", vocab_size=PADDED, max_seq_len=100, eos_token_ids=EOS)
-    build_constraints(tmp_path, model)  # loads nothing yet
-    compiler = GrammarCompiler(tmp_path, PADDED, EOS)
+    compiler = GrammarCompiler(tmp_path, PADDED, EOS)  # loads nothing yet
     compiler.close()
     with pytest.raises(HelperError, match="no tokenizer"):
         compiler.check(regex("a"))
     compiler.close()
 
 
-def test_constraints_of_one_grammar_are_made_once_and_independent(folder: Path) -> None:
-    model = ModelInfo(name="tiny", vocab_size=PADDED, max_seq_len=100, eos_token_ids=EOS)
-    make = build_constraints(folder, model)
-    first, second = make(regex("ab|cd")), make(regex("ab|cd"))
+def test_constraints_of_one_grammar_are_independent_and_only_some_are_kept(own: GrammarCompiler) -> None:
+    first, second = own.constraint(regex("ab|cd")), own.constraint(regex("ab|cd"))
+    assert own._compiled.cache_info().hits == 1
     assert first.accept(allowed(first)[0])
     assert len(allowed(first)) == 1
     assert len(allowed(second)) == 2
     with pytest.raises(InvalidRequestError):
-        make(regex("("))
-
-
-def test_compiled_grammars_are_forgotten_when_there_are_many(own: GrammarCompiler) -> None:
+        own.constraint(regex("("))
     for number in range(80):
         own.constraint(regex(f"a{number}"))
     assert own._compiled.cache_info().currsize == 32

@@ -43,10 +43,8 @@ INSTANCES: tuple[tuple[Any, tuple[str, ...], tuple[str, ...]], ...] = (
     (
         None,  # any JSON object
         (
-            '{"a": 1, "b": [true, null, {"c": "x"}]}',
-            '{\n  "a": 1\n}',
-            '{"a":' + " " * 64 + "1}",
-            '{"é": "日 😀 \\u0001 \\n"}',
+            *('{"a": 1, "b": [true, null, {"c": "x"}]}', '{\n  "a": 1\n}'),
+            *('{"a":' + " " * 64 + "1}", '{"é": "日 😀 \\u0001 \\n"}'),
         ),
         (
             *("[]", "{'a': 1}", '{"a": 01}', '{"a": 1,}', '{"a": "\n"}', '{"a": NaN}'),
@@ -88,21 +86,11 @@ def test_a_schema_lets_valid_values_through_and_no_others(
     assert not [text for text in bad if matches(vocabulary, grammar, text)]
 
 
-@pytest.mark.parametrize(
-    "draft",
-    [
-        "https://json-schema.org/schema",
-        "http://json-schema.org/schema#",
-        "http://json-schema.org/draft-07/schema#",
-        "https://json-schema.org/draft/2020-12/schema",
-    ],
-)
-def test_a_schema_may_name_its_draft_or_the_newest(draft: str, vocabulary: Vocabulary) -> None:
-    grammar = schema_grammar({"$schema": draft, "type": "integer", "minimum": 3})
-    assert matches(vocabulary, grammar, "3")
-    assert not matches(vocabulary, grammar, "2")
-
-
-def test_a_draft_that_nobody_knows_is_refused(vocabulary: Vocabulary) -> None:
+def test_a_schema_may_name_its_draft_or_the_newest_and_no_other(vocabulary: Vocabulary) -> None:
+    newest = "https://json-schema.org/schema", "http://json-schema.org/schema#"
+    for draft in (*newest, "http://json-schema.org/draft-07/schema#", "https://json-schema.org/draft/2020-12/schema"):
+        grammar = schema_grammar({"$schema": draft, "type": "integer", "minimum": 3})
+        assert matches(vocabulary, grammar, "3")
+        assert not matches(vocabulary, grammar, "2")
     with pytest.raises(InvalidRequestError, match="example"):
         compile_grammar(schema_grammar({"$schema": "https://example.com/draft", "type": "integer"}), vocabulary)

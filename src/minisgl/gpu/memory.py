@@ -1,7 +1,6 @@
 """How many KV pages fit into a device's memory beside weights, activations and CUDA graphs.
 
-The largest step is run to see what activations take. What graphs take is computed: when they are captured, the KV
-cache has its memory already.
+The largest step is run to see what activations take; what graphs take is computed, as they are captured last.
 """
 
 from __future__ import annotations
@@ -56,9 +55,8 @@ def system_memory(name: str = "MemAvailable") -> int:
 def group_limit(group: Path = CONTROL_GROUP) -> int:
     """Bytes that the control group (version 2) allows; without a limit, more than there are."""
     limit = group / "memory.max"
-    if not limit.exists() or (most := limit.read_text().strip()) == "max":
-        return 2**63 - 1
-    return int(most)
+    most = limit.read_text().strip() if limit.exists() else "max"
+    return 2**63 - 1 if most == "max" else int(most)
 
 
 def group_memory(group: Path = CONTROL_GROUP) -> int:
@@ -102,27 +100,21 @@ def page_cost(config: Config, share: ModelSpec, dtype: torch.dtype) -> int:
 def require_pages_fit(config: Config, share: ModelSpec, dtype: torch.dtype) -> None:
     """Raise ConfigError for a `num_pages` that is wrong whatever is free; `measure_pages` checks the rest."""
     pages, size = config.num_pages, page_cost(config, share, dtype)
-    if pages is None:
-        return
-    if pages * config.page_size < 2:
+    if pages is not None and pages * config.page_size < 2:
         raise ConfigError(f"--num-pages {pages} of {config.page_size} token holds no request; give more")
-    if pages * size > (total := total_memory(torch.device(config.device))):
-        raise ConfigError(
-            f"--num-pages {pages} needs {pages * size / GIB:.2f} GiB, and there are {total / GIB:.2f} GiB of memory in "
-            f"all; a page of {config.page_size} tokens takes {size / GIB:.4f}"
-        )
+    if pages is not None and pages * size > (total := total_memory(torch.device(config.device))):
+        page = f"a page of {config.page_size} tokens takes {size / GIB:.4f}"
+        there = f"there are {total / GIB:.2f} GiB of memory in all"
+        raise ConfigError(f"--num-pages {pages} needs {pages * size / GIB:.2f} GiB, and {there}; {page}")
 
 
-def require_weights_fit(
-    spec: ModelSpec, dtype: torch.dtype, device: torch.device, sharder: Sharder | None = None
-) -> None:
+def require_weights_fit(spec: ModelSpec, dtype: torch.dtype, device: torch.device, sharder: Sharder | None) -> None:
     """Raise ConfigError with the numbers when the weights, or what `sharder` keeps, need more than a GPU has free."""
     needed = held_elements(spec, sharder) * dtype.itemsize
     if device.type == "cuda" and needed > (free := available_memory(device)):
-        name = str(dtype).removeprefix("torch.")
+        takes = f"{needed / GIB:.2f} GiB in {str(dtype).removeprefix('torch.')}"
         raise ConfigError(
-            f"the model does not fit: its weights take {needed / GIB:.2f} GiB in {name}, and {free / GIB:.2f} GiB of "
-            "memory are free"
+            f"the model does not fit: its weights take {takes}, and {free / GIB:.2f} GiB of memory are free"
         )
 
 
@@ -147,10 +139,9 @@ def measure_pages(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_
         f"{what} take {taken / GIB:.2f}; a page of {config.page_size} tokens takes {size / GIB:.4f}"
     )
     if config.num_pages is not None:
-        if config.num_pages * size > before - taken:
-            raise ConfigError(
-                f"--num-pages {config.num_pages} needs {config.num_pages * size / GIB:.2f} GiB: {numbers}"
-            )
+        needed = config.num_pages * size
+        if needed > before - taken:
+            raise ConfigError(f"--num-pages {config.num_pages} needs {needed / GIB:.2f} GiB: {numbers}")
         return config.num_pages
     if device.type == "cpu":
         assert config.max_running_requests is not None
@@ -168,9 +159,9 @@ def _forward_peak(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_
     Each row asks for everything, so the tables for penalties and biases are counted too. The step runs on scratch
     pages, so what attention over a long context takes is not counted.
     """
-    device, spec = torch.device(config.device), decoder.spec
     assert config.max_running_requests is not None
     assert config.max_prefill_length is not None
+    device, spec = torch.device(config.device), decoder.spec
     rows = min(config.max_running_requests, config.max_prefill_length)
     length = min(config.max_prefill_length // rows, max_seq_len)
     kv = allocate_kv(spec.num_layers, 0, config.page_size, spec.num_kv_heads, spec.head_dim, dtype, device)
@@ -193,17 +184,10 @@ def warm_up(runner: ModelRunner, rows: int) -> None:
     compiled by such counts are ready before the first request.
     """
     prompt = prefill_plan(1, WARM_UP_TOKENS)
+    prompt = msgspec.structs.replace(prompt, init=None, prefill_slots=prompt.prefill_slots + rows)  # the padding row
     for count in [2**power for power in range(rows.bit_length())]:
         slots = np.arange(count, dtype=np.int32)
-        runner.run(
-            msgspec.structs.replace(
-                prompt,
-                init=None,
-                prefill_slots=prompt.prefill_slots + rows,  # the row for padding
-                decode_slots=slots,
-                decode_lens=np.ones_like(slots),
-            )
-        )
+        runner.run(msgspec.structs.replace(prompt, decode_slots=slots, decode_lens=np.ones_like(slots)))
 
 
 def prefill_plan(rows: int, length: int, everything: bool = False) -> StepPlan:
@@ -212,56 +196,24 @@ def prefill_plan(rows: int, length: int, everything: bool = False) -> StepPlan:
     With `everything` each row also has penalties and a bias, and asks for as many log-probabilities as it can.
     """
     none, slots = np.empty(0, np.int32), np.arange(rows, dtype=np.int32)
-    ones, zeros = np.ones(rows, np.float32), np.zeros(rows, np.int32)
+    ones, zeros, tokens = np.ones(rows, np.float32), np.zeros(rows, np.int32), np.zeros(rows * length, np.int32)
     logits_init = LogitsInit(
         slots=slots, seen_slots=slots, seen_tokens=zeros, seen=zeros + 1, bias_ids=zeros[:, None],
         bias_values=ones[:, None],
     )  # fmt: skip
+    logits_rows = LogitsRows(
+        changed=slots, penalties=np.ones((3, rows), np.float32), penalised=True, bias_width=1, constrained=none,
+        scored=slots, top=MAX_LOGPROBS, prompt_rows=np.arange(len(tokens), dtype=np.int32), prompt_targets=tokens,
+        prompt_slots=slots, prompt_counts=zeros + length, prompt_top=MAX_LOGPROBS,
+    )  # fmt: skip
     init = NewRows(
-        slots=slots,
-        temperatures=ones,
-        top_ps=ones * np.float32(0.9),
-        min_ps=ones * np.float32(0.01),
-        top_ks=zeros,
-        seeds=np.zeros(rows, np.int64),
-        min_lens=zeros + length + 1,
-        stop_ids=np.zeros((rows, MAX_STOP_TOKEN_IDS), np.int32),
-        logits=logits_init if everything else None,
-    )
+        slots=slots, temperatures=ones, top_ps=ones * np.float32(0.9), min_ps=ones * np.float32(0.01), top_ks=zeros,
+        seeds=np.zeros(rows, np.int64), min_lens=zeros + length + 1,
+        stop_ids=np.zeros((rows, MAX_STOP_TOKEN_IDS), np.int32), logits=logits_init if everything else None,
+    )  # fmt: skip
     return StepPlan(
-        step=0,
-        init=init,
-        page_slots=none,
-        page_indices=none,
-        page_ids=none,
-        decode_slots=none,
-        decode_lens=none,
-        prefill_slots=slots,
-        prefill_starts=zeros,
-        prefill_lens=zeros + length,
-        prefill_final=np.ones(rows, np.bool_),
-        prefill_tokens=np.zeros(rows * length, np.int32),
-        all_greedy=False,
-        any_filter=True,
-        any_min_len=True,
-        logits=logits_rows(rows, rows * length) if everything else None,
-    )
-
-
-def logits_rows(rows: int, tokens: int) -> LogitsRows:
-    """Every row is penalised, biased and scored, and every prompt token is scored."""
-    slots = np.arange(rows, dtype=np.int32)
-    return LogitsRows(
-        changed=slots,
-        penalties=np.ones((3, rows), np.float32),
-        penalised=True,
-        bias_width=1,
-        constrained=np.empty(0, np.int32),
-        scored=slots,
-        top=MAX_LOGPROBS,
-        prompt_rows=np.arange(tokens, dtype=np.int32),
-        prompt_targets=np.zeros(tokens, np.int32),
-        prompt_slots=slots,
-        prompt_counts=np.full(rows, tokens // rows, np.int32),
-        prompt_top=MAX_LOGPROBS,
-    )
+        step=0, init=init, page_slots=none, page_indices=none, page_ids=none, decode_slots=none, decode_lens=none,
+        prefill_slots=slots, prefill_starts=zeros, prefill_lens=zeros + length, prefill_final=np.ones(rows, np.bool_),
+        prefill_tokens=tokens, all_greedy=False, any_filter=True, any_min_len=True,
+        logits=logits_rows if everything else None,
+    )  # fmt: skip

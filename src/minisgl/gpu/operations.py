@@ -16,7 +16,7 @@ MAX_FUSED_DIM = 8192
 
 
 def operations_for(device: torch.device, hidden_size: int) -> Operations:
-    """The kernels on a GPU with triton; plain torch elsewhere and for models wider than the kernels take."""
+    """The kernels on a GPU with triton; plain torch on other devices and for models wider than the kernels take."""
     if device.type == "cuda" and hidden_size <= MAX_FUSED_DIM and find_spec("triton"):
         return fused_operations(device)
     return PLAIN

@@ -1,7 +1,6 @@
-"""Chat templates: a conversation becomes the text the model was trained on.
+"""Chat templates, which are not trusted: they run in jinja2's immutable sandbox and see plain JSON values only.
 
-Templates come with checkpoints and are not trusted: they run in jinja2's immutable sandbox and see plain JSON
-values only. What a template may use is what the `transformers` documentation on writing chat templates promises.
+A template may use what the `transformers` documentation on writing chat templates promises.
 """
 
 from __future__ import annotations
@@ -21,8 +20,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from minisgl.errors import InvalidRequestError, ModelError
-
-NO_TEMPLATE = "this model has no chat template: it is a base model, use /v1/completions with a plain prompt"
 
 
 class GenerationTag(Extension):
@@ -55,7 +52,6 @@ def refuse_private(name: object) -> None:
 
 
 def raise_exception(message: str) -> None:
-    """How a template refuses a conversation."""
     raise jinja2.TemplateError(message)
 
 
@@ -69,31 +65,24 @@ def make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
 
 
 def to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
     """JSON as it is, where jinja2's own filter would escape HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def make_environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals.update(
-        raise_exception=raise_exception, strftime_now=strftime_now, dict=make_dict, namespace=PublicNamespace
-    )
-    return environment
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols])
+    env.filters["tojson"] = to_json
+    env.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    env.globals |= {"dict": make_dict, "namespace": PublicNamespace}
+    return env
 
 
 class ChatTemplate:
-    """A compiled template. `tokens` are the named special tokens it may print, as `bos_token`.
+    """A compiled template. `tokens` are the named special tokens it may print, `variables` the names that it takes.
 
-    `variables` are the names that the template takes from outside. Raises ModelError when the source is no template.
+    Raises ModelError when the source is no template.
     """
 
     def __init__(self, source: str, tokens: Mapping[str, str]) -> None:

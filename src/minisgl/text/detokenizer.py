@@ -14,9 +14,9 @@ class TextStream:
     """The text of one request. Once a stop string is completed it is `stopped`: further tokens are ignored.
 
     The texts that `push` and `finish` return, joined, are what `Tokenizer.decode` says of all tokens, cut where the
-    stop string that is completed first begins. `hidden` are token ids that have no text. `num_tokens` counts the tokens
-    taken in, the one that completed the stop string included; `starts` says how many characters came before each;
-    `num_characters` counts the characters decoded so far, those held back included; `matched` is the stop string.
+    stop string that is completed first (`matched`) begins. `hidden` are token ids that have no text. `num_tokens`
+    counts the tokens taken in, the one that completed the stop string included; `starts` says how many characters came
+    before each; `num_characters` counts the characters decoded so far, those held back included.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, hidden: frozenset[int], params: SamplingParams) -> None:
@@ -41,7 +41,6 @@ class TextStream:
 
     @property
     def text(self) -> str:
-        """All that was shown so far."""
         return "".join(self._shown)
 
     def push(self, tokens: Sequence[int]) -> str:

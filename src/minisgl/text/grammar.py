@@ -1,6 +1,6 @@
 """Structured output: which tokens may come next, through llguidance.
 
-llguidance's grammars: https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md and docs/json_schema.md.
+Its grammars: https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md and docs/json_schema.md.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,70 +25,57 @@ from minisgl.text.tokenizer import load_backend
 MAX_SOURCE_BYTES = 1 << 20
 MAX_CHOICES = 10_000
 MAX_MESSAGE = 300
+# Between the parts of a JSON text. Bounded: a model that falls into repeating newlines must go on with its text.
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
-"""Between the parts of a JSON text. Bounded: a model that falls into repeating newlines must go on with its text."""
+# The newest draft, which many schemas name as theirs; the library has the drafts by their own names only.
 NEWEST_DRAFT = ("https://json-schema.org/schema", "http://json-schema.org/schema")
-"""What many schemas name as theirs, the newest draft; the library has the drafts by their own names only."""
-FIELDS = {
-    "json_object": "response_format",
-    "json_schema": "response_format",
-    "regex": "guided_regex",
-    "choice": "guided_choice",
-    "lark": "guided_grammar",
+# The kind of a grammar: its name in errors, and the request field that usually carries it.
+KINDS = {
+    "json_object": ("json object", "response_format"),
+    "json_schema": ("json schema", "response_format"),
+    "regex": ("regular expression", "guided_regex"),
+    "choice": ("choice", "guided_choice"),
+    "lark": ("grammar", "guided_grammar"),
 }
-"""The request field that usually carries a kind of grammar, an error's default `param`."""
+# Strings, comments and regular expressions of a Lark source.
 LARK_TEXT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|#[^\n]*|/(?:\\.|[^/\\\n])+/')
-"""Strings, comments and regular expressions of a Lark source."""
 STOP_OPTION = re.compile(r"\[[^\]\n]*\bstop\b")
-NOT_DONE = re.compile(
-    r"unimplemented|not supported|unsupported|unknown format|not disjoint|look-?around", re.IGNORECASE
-)
+NOT_DONE = re.compile(r"(?i)unimplemented|not supported|unsupported|unknown format|not disjoint|look-?around")
 ANY_TEXT = "/(?s:.*)/"
 ANY_REASONING = ANY_TEXT + " & ~/(?s:.*" + CLOSE_THOUGHT.replace("/", r"\/") + ".*)/"
 NOTHING_MATCHES = "no text matches it"
 LIMITS = LLParserLimits(step_lexer_fuel=100_000, step_max_items=20_000, max_lexer_states=50_000, verbose_errors=False)
+# CPU time that one completion may take: at once, and more for each of its tokens. An ordinary schema takes a hundredth
+# of it; an ambiguous grammar, whose tokens take the longer the more there are, must not hold up its batch.
 BURST_SECONDS = 0.25
 TOKEN_SECONDS = 0.005
-"""CPU time that one completion may take: this much at once, and this much for each of its tokens. An ordinary schema
-takes a hundredth of it; an ambiguous grammar, whose tokens take the longer the more there are, must not hold up its
-batch."""
-
-
-class VocabularySource(msgspec.Struct, frozen=True, kw_only=True):
-    """What a vocabulary is made of. `vocab_size` is the width of the logits, which may exceed the tokenizer's."""
-
-    folder: str
-    vocab_size: int
-    eos_token_ids: tuple[int, ...]
 
 
 class Vocabulary:
-    """The tokens, shared by all grammars. Takes a second for 150,000 of them.
+    """The tokens of a folder's tokenizer, shared by all grammars. Takes a second for 150,000 of them.
 
-    `num_words` is the length of a mask, ceil(vocab_size / 32); `eos` are the ids that end a text. llguidance is given
-    all of the tokenizer's tokens, `size` with those that only the model has, and at least one id that ends a text:
-    where there is none, a special token is the `placeholder_eos`. Raises UnsupportedParameterError for a tokenizer
-    whose tokens' bytes llguidance cannot tell, ModelError for a broken one.
+    `vocab_size` is the width of the logits, which may exceed the tokenizer's; `num_words` is the length of a mask,
+    ceil(vocab_size / 32); `eos` are the ids that end a text. llguidance is given all of the tokenizer's tokens, `size`
+    with those that only the model has, and at least one id that ends a text: where there is none, a special token is
+    the `placeholder_eos`. Raises UnsupportedParameterError for a tokenizer whose tokens' bytes llguidance cannot tell,
+    ModelError for a broken one.
     """
 
-    def __init__(self, source: VocabularySource) -> None:
-        backend = load_backend(Path(source.folder))
-        backend.no_truncation()
-        backend.no_padding()
+    def __init__(self, folder: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        backend = load_backend(folder)
         known = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-        self.vocab_size = source.vocab_size
-        self.num_words = -(-source.vocab_size // 32)
-        self.size = max(source.vocab_size, known)
-        self.eos = [token for token in source.eos_token_ids if token < min(source.vocab_size, known)]
+        self.vocab_size = vocab_size
+        self.num_words = -(-vocab_size // 32)
+        self.size = max(vocab_size, known)
+        self.eos = [token for token in eos_token_ids if token < min(vocab_size, known)]
         special = (token for token, added in backend.get_added_tokens_decoder().items() if added.special)
         self.placeholder_eos = None if self.eos else next(special, known - 1)
         eos = self.eos if self.placeholder_eos is None else self.placeholder_eos
         try:
             self.tokens = LLTokenizer(backend.to_str(), n_vocab=self.size, eos_token=eos)
         except ValueError as error:
-            raise UnsupportedParameterError(
-                f"structured output is not supported with this model's tokenizer: {error}"
-            ) from error
+            reason = f"structured output is not supported with this model's tokenizer: {error}"
+            raise UnsupportedParameterError(reason) from error
 
     def special_token(self, text: str) -> int | None:
         """The one token that a text is, if llguidance takes it for a special one: any that was added as <...> is."""
@@ -155,13 +143,12 @@ class MatcherConstraint:
 
     @property
     def may_end(self) -> bool:
-        """Whether the text is complete as it is."""
         return self._matcher.is_accepting()
 
     @property
     def error(self) -> str:
         """What went wrong, in a line; empty when nothing did."""
-        return " ".join(self._matcher.get_error().partition("<state>")[0].replace("<non-verbose/>", "").split())
+        return one_line(self._matcher.get_error())
 
 
 def compile_grammar(grammar: Grammar, vocabulary: Vocabulary) -> MatcherConstraint:
@@ -185,11 +172,11 @@ def compile_grammar(grammar: Grammar, vocabulary: Vocabulary) -> MatcherConstrai
         except InvalidRequestError as error:
             error.param = "tools"
             raise
-    raise refusal(grammar, matcher.get_error().partition("<state>")[0])
+    raise refusal(grammar, matcher.get_error())
 
 
 def probe(grammar: Grammar, constraint: MatcherConstraint, steps: int) -> None:
-    """Sample tokens at random. Raises InvalidRequestError when nothing matches or a step is too much."""
+    """Sample tokens at random. Raises InvalidRequestError when nothing matches or a step is too expensive."""
     mask = np.zeros(constraint.vocabulary.num_words, np.int32)
     random = np.random.default_rng(0)
     for step in range(steps):
@@ -225,10 +212,8 @@ def text_grammar(grammar: Grammar) -> str:
             return schema_grammar(checked_schema(grammar))
         case "regex":
             return LLMatcher.grammar_from_regex(grammar.source)
-        case "choice":
-            return LLMatcher.grammar_from_lark(choice_lark(grammar))
-        case "lark":
-            return LLMatcher.grammar_from_lark(checked_lark(grammar))
+    lark = choice_lark(grammar) if grammar.kind == "choice" else checked_lark(grammar)
+    return LLMatcher.grammar_from_lark(lark)
 
 
 def composed_grammar(grammar: Grammar, text: str, vocabulary: Vocabulary) -> str:
@@ -254,16 +239,13 @@ def composed_grammar(grammar: Grammar, text: str, vocabulary: Vocabulary) -> str
 
 
 def named_grammar(name: str, source: str) -> dict[str, Any]:
-    """A grammar of llguidance as a part of another one, to be referred to as @name."""
+    """A grammar as a part of another one, to be referred to as @name."""
     fields = json.loads(source)["grammars"][0] if source.startswith("{") else {"lark_grammar": source}
     return {**fields, "name": name}
 
 
 def schema_grammar(schema: str) -> str:
-    """The grammar of a JSON schema, with bounded whitespace; nothing that cannot be enforced is ignored.
-
-    Raises ValueError when it is nested too deeply.
-    """
+    """The grammar of a JSON schema; nothing that cannot be enforced is ignored. ValueError: nested too deeply."""
     return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITESPACE, "lenient": False})
 
 
@@ -319,16 +301,18 @@ def checked_lark(grammar: Grammar) -> str:
     return source
 
 
-def kind_name(grammar: Grammar) -> str:
-    return {"lark": "grammar", "regex": "regular expression"}.get(grammar.kind, grammar.kind.replace("_", " "))
-
-
 def invalid(grammar: Grammar, reason: str) -> InvalidRequestError:
-    return InvalidRequestError(f"invalid {kind_name(grammar)}: {reason[:MAX_MESSAGE]}", param=FIELDS[grammar.kind])
+    name, field = KINDS[grammar.kind]
+    return InvalidRequestError(f"invalid {name}: {reason[:MAX_MESSAGE]}", param=field)
 
 
 def unsupported(grammar: Grammar, what: str) -> UnsupportedParameterError:
-    return UnsupportedParameterError(f"{what} is not supported", param=FIELDS[grammar.kind])
+    return UnsupportedParameterError(f"{what} is not supported", param=KINDS[grammar.kind][1])
+
+
+def one_line(message: str) -> str:
+    """llguidance's message without the state of its parser."""
+    return " ".join(message.partition("<state>")[0].replace("<non-verbose/>", "").split())
 
 
 def refusal(grammar: Grammar, message: str) -> InvalidRequestError:
@@ -336,8 +320,9 @@ def refusal(grammar: Grammar, message: str) -> InvalidRequestError:
     if "oneOf" in message:
         message = "oneOf whose cases may overlap is not supported; use anyOf"
     if grammar.kind == "regex":
-        message = message.rpartition("error:")[2].partition("\n   1 |")[0]
-    text = " ".join(message.replace("<non-verbose/>", "").split())[:MAX_MESSAGE]
+        message = message.partition("<state>")[0].rpartition("error:")[2].partition("\n   1 |")[0]
+    text = one_line(message)[:MAX_MESSAGE]
     if NOT_DONE.search(text):
-        return UnsupportedParameterError(f"unsupported {kind_name(grammar)}: {text}", param=FIELDS[grammar.kind])
+        name, field = KINDS[grammar.kind]
+        return UnsupportedParameterError(f"unsupported {name}: {text}", param=field)
     return invalid(grammar, text)

@@ -2,7 +2,7 @@
 
 A check runs in a helper process, in a forked child of its own for each grammar, which the kernel ends when its time or
 memory is used up: llguidance's limits do not bound what it does with a large `multipleOf` (35 s and 2 GB). The helper
-is `python -m minisgl.text.grammar_check FD SOURCE`: a socket, and a `VocabularySource` as JSON. It loads the vocabulary
+is `python -m minisgl.text.grammar_check FD FOLDER VOCAB_SIZE EOS...`, where FD is a socket. It loads the vocabulary
 once, answers with a `Verdict`, and then receives a connection for each grammar through the socket (SCM_RIGHTS) until
 the socket ends. A child sends `STARTED` on its connection, then its `Verdict`, or it dies.
 """
@@ -20,40 +20,25 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
-from minisgl.core.types import Grammar, ModelInfo
+from minisgl.core.types import Grammar
 from minisgl.errors import InvalidRequestError, MinisglError, UnsupportedParameterError
-from minisgl.text.grammar import (
-    MatcherConstraint,
-    Vocabulary,
-    VocabularySource,
-    check_size,
-    compile_grammar,
-    invalid,
-    probe,
-)
+from minisgl.text.grammar import MatcherConstraint, Vocabulary, check_size, compile_grammar, invalid, probe
 
 CPU_SECONDS = 1.0
 WALL_SECONDS = 1.7
-MEMORY_BYTES = 1 << 30
-"""What a grammar may add to the child, as address space."""
+MEMORY_BYTES = 1 << 30  # that a grammar may add to the child, as address space
 PROBE_STEPS = 32
 STARTED = b"+"
-START_SECONDS = 60.0
-"""What the helper may take to load the vocabulary."""
-GRACE_SECONDS = 5.0
-"""How long a verdict is waited for after the child's own limit, on a machine too busy to end it in time."""
+START_SECONDS = 60.0  # to load the vocabulary
+GRACE_SECONDS = 5.0  # beyond the child's own limit, on a machine too busy to end it in time
 MAX_CHILDREN = 4
-MAX_CHECKED = 4096
-"""Grammars that are remembered as good, by their digest."""
-MAX_COMPILED = 32
-"""Grammars that are kept compiled; a hostile one holds up to some 100 MB."""
+MAX_CHECKED = 4096  # grammars remembered as good, by their digest
+MAX_COMPILED = 32  # a hostile one holds up to some 100 MB
 
 
 class HelperError(MinisglError):
@@ -64,7 +49,7 @@ class HelperError(MinisglError):
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """What became of a grammar; without an error it can be followed."""
+    """What became of a grammar: without an error it can be followed."""
 
     error: str | None = None
     param: str | None = None
@@ -76,33 +61,28 @@ class Verdict(msgspec.Struct, frozen=True):
             raise kind(self.error, param=self.param)
 
 
-GOOD = msgspec.json.encode(Verdict())
-
-
 def encode_verdict(error: MinisglError) -> bytes:
     return msgspec.json.encode(Verdict(error.message, error.param, isinstance(error, UnsupportedParameterError)))
 
 
 def read_all(connection: socket.socket) -> bytes:
-    """Everything until the other side is done."""
     with connection.makefile("rb") as file:
         return file.read()
 
 
 def main() -> None:
-    """The helper process."""
     control = socket.socket(fileno=int(sys.argv[1]))
-    source = msgspec.json.decode(sys.argv[2], type=VocabularySource)
+    folder, vocab_size, *eos = sys.argv[2:]
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     # Threads there may be are numpy's; they idle, and the children use none.
     warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
     try:
-        vocabulary = Vocabulary(source)
+        vocabulary = Vocabulary(Path(folder), int(vocab_size), [int(token) for token in eos])
     except MinisglError as error:
         control.sendall(encode_verdict(error))
         return
-    control.sendall(GOOD)
+    control.sendall(msgspec.json.encode(Verdict()))
     while fds := socket.recv_fds(control, 1, 1)[1]:
         with socket.socket(fileno=fds[0]) as connection:
             if os.fork() == 0:
@@ -132,7 +112,7 @@ def judge(source: bytes, vocabulary: Vocabulary) -> bytes:
         return encode_verdict(error)
     except Exception as error:  # the library's own failure on this grammar, MemoryError included
         return encode_verdict(invalid(grammar, f"it cannot be compiled: {error!r}"))
-    return GOOD
+    return msgspec.json.encode(Verdict())
 
 
 class Running(NamedTuple):
@@ -143,9 +123,9 @@ class Running(NamedTuple):
 class Helper:
     """The helper process, started when it is first needed and again when it died. Safe to use from several threads."""
 
-    def __init__(self, source: VocabularySource) -> None:
-        self._source = source
-        self._lock = threading.Lock()
+    def __init__(self, folder: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+        self._arguments = [str(value) for value in (folder, vocab_size, *eos_token_ids)]
+        self._lock = threading.RLock()
         self._slots = threading.BoundedSemaphore(MAX_CHILDREN)
         self.running: Running | None = None
 
@@ -160,8 +140,13 @@ class Helper:
         msgspec.json.decode(reply.removeprefix(STARTED), type=Verdict).raise_error()
 
     def close(self) -> None:
+        """End the process, if there is one."""
         with self._lock:
-            self._stop()
+            if self.running is not None:
+                self.running.control.close()
+                self.running.process.kill()
+                self.running.process.wait()
+                self.running = None
 
     def _ask(self, grammar: Grammar) -> bytes:
         """What the child said; empty when there was none: the helper is replaced the next time."""
@@ -184,22 +169,18 @@ class Helper:
         finally:
             with self._lock:
                 if not reply and self.running is running:  # not another thread's new one
-                    self._stop()
+                    self.close()
         return reply
 
     def _start(self) -> Running:
         """A helper that runs. The caller holds the lock."""
         if self.running is not None and self.running.process.poll() is None:
             return self.running
-        self._stop()
+        self.close()
         control, theirs = socket.socketpair()
-        source = msgspec.json.encode(self._source).decode()
         with theirs:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "minisgl.text.grammar_check", str(theirs.fileno()), source],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-            )
+            command = [sys.executable, "-m", "minisgl.text.grammar_check", str(theirs.fileno()), *self._arguments]
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
         self.running = Running(process, control)
         control.settimeout(START_SECONDS)
         reply = b""
@@ -207,7 +188,7 @@ class Helper:
             reply = control.recv(1 << 16)
         control.settimeout(None)
         if not reply:
-            self._stop()
+            self.close()
             raise HelperError("the process that checks grammars did not start")
         verdict = msgspec.json.decode(reply, type=Verdict)
         if verdict.error is not None and not verdict.unsupported:
@@ -215,27 +196,18 @@ class Helper:
         verdict.raise_error()
         return self.running
 
-    def _stop(self) -> None:
-        """End the process, if there is one. The caller holds the lock."""
-        if self.running is not None:
-            self.running.control.close()
-            self.running.process.kill()
-            self.running.process.wait()
-            self.running = None
-
 
 class GrammarCompiler:
     """The grammars that a model can follow. Nothing is loaded before the first use. Safe to use from several threads.
 
-    `folder` holds the tokenizer; `vocab_size` is the width of the logits.
+    The arguments are those of `Vocabulary`.
     """
 
     def __init__(self, folder: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
-        self._source = VocabularySource(folder=str(folder), vocab_size=vocab_size, eos_token_ids=eos_token_ids)
-        self._helper = Helper(self._source)
+        self._helper = Helper(folder, vocab_size, eos_token_ids)
         self._lock = threading.Lock()
-        self._vocabulary: Vocabulary | None = None
-        self._checked: OrderedDict[bytes, None] = OrderedDict()
+        self._checked: set[bytes] = set()
+        self._vocabulary = functools.cache(lambda: Vocabulary(folder, vocab_size, eos_token_ids))
         self._compiled = functools.lru_cache(MAX_COMPILED)(self._compile)
 
     def check(self, grammar: Grammar) -> None:
@@ -246,15 +218,12 @@ class GrammarCompiler:
         """
         check_size(grammar)
         digest = hashlib.sha256(msgspec.json.encode(grammar)).digest()
-        with self._lock:
-            if digest in self._checked:
-                self._checked.move_to_end(digest)
-                return
+        if digest in self._checked:
+            return
         self._helper.check(grammar)
-        with self._lock:
-            self._checked[digest] = None
-            if len(self._checked) > MAX_CHECKED:
-                self._checked.popitem(last=False)
+        if len(self._checked) >= MAX_CHECKED:
+            self._checked.clear()
+        self._checked.add(digest)
 
     def constraint(self, grammar: Grammar) -> MatcherConstraint:
         """A constraint at the start of its text. Raises InvalidRequestError. For the engine process.
@@ -265,18 +234,10 @@ class GrammarCompiler:
             return self._compiled(grammar).copy()
 
     def _compile(self, grammar: Grammar) -> MatcherConstraint:
-        if self._vocabulary is None:
-            self._vocabulary = Vocabulary(self._source)
-        return compile_grammar(grammar, self._vocabulary)
+        return compile_grammar(grammar, self._vocabulary())
 
     def close(self) -> None:
-        """End the process that checks, if it was started."""
         self._helper.close()
-
-
-def build_constraints(folder: Path, model: ModelInfo) -> Callable[[Grammar], MatcherConstraint]:
-    """What makes an engine's constraints for a model; the tokenizer is loaded with the first one."""
-    return GrammarCompiler(folder, model.vocab_size, model.eos_token_ids).constraint
 
 
 if __name__ == "__main__":

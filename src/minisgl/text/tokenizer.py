@@ -14,12 +14,13 @@ from tokenizers import decoders, models, pre_tokenizers
 from minisgl.core.model_config import read_json
 from minisgl.core.types import SamplingParams
 from minisgl.errors import InvalidRequestError, ModelError
-from minisgl.text.chat_template import NO_TEMPLATE, ChatTemplate, cut_after, read_template
+from minisgl.text.chat_template import ChatTemplate, cut_after, read_template
 from minisgl.text.detokenizer import TextStream
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+Messages = Sequence[Mapping[str, Any]]
 
 
 class Tokenizer:
@@ -28,19 +29,9 @@ class Tokenizer:
     `tokens` are the checkpoint's named special tokens; `template` is the source of its chat template.
     """
 
-    def __init__(
-        self,
-        backend: tokenizers.Tokenizer,
-        *,
-        tokens: Mapping[str, str],
-        eos_token_ids: tuple[int, ...] = (),
-        template: str | None = None,
-    ) -> None:
-        backend.no_truncation()
-        backend.no_padding()
+    def __init__(self, backend: tokenizers.Tokenizer, *, tokens: dict[str, str], template: str | None = None) -> None:
         self.backend = backend
         self.tokens = tokens
-        self.eos_token_ids = eos_token_ids
         self.chat_template = None if template is None else ChatTemplate(template, tokens)
         added = backend.get_added_tokens_decoder()
         self._added = {i: token.content for i, token in added.items()}
@@ -50,7 +41,6 @@ class Tokenizer:
 
     @classmethod
     def exists(cls, folder: Path) -> bool:
-        """Whether a folder holds a tokenizer."""
         return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
     @classmethod
@@ -58,12 +48,7 @@ class Tokenizer:
         """Read a checkpoint's tokenizer. Raises ModelError, naming the file, when there is none or it is broken."""
         config = read_object(folder / "tokenizer_config.json")
         tokens = {**special_tokens(read_object(folder / "special_tokens_map.json")), **special_tokens(config)}
-        backend = load_backend(folder)
-        listed = read_object(folder / "generation_config.json").get("eos_token_id")
-        eos = [backend.token_to_id(tokens["eos_token"])] if "eos_token" in tokens else []
-        eos += listed if isinstance(listed, list) else [listed]
-        ids = tuple(dict.fromkeys(i for i in eos if isinstance(i, int)))
-        return cls(backend, tokens=tokens, eos_token_ids=ids, template=read_template(folder, config))
+        return cls(load_backend(folder), tokens=tokens, template=read_template(folder, config))
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -82,14 +67,13 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise InvalidRequestError(
-                f"the text is not valid Unicode: a lone surrogate at character {error.start}"
-            ) from error
+            reason = f"the text is not valid Unicode: a lone surrogate at character {error.start}"
+            raise InvalidRequestError(reason) from error
         # `encode` can hold the interpreter's lock for seconds on a long text; the batch form does not.
         return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of token ids; ids outside the vocabulary have none."""
+        """Ids outside the vocabulary have no text."""
         return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, token: int) -> bytes:
@@ -99,9 +83,7 @@ class Tokenizer:
         """
         if (added := self._added.get(token)) is not None:
             return added.encode()
-        text = self.backend.id_to_token(token)
-        if text is None:
-            return b""
+        text = self.backend.id_to_token(token) or ""
         if b"ByteLevel" in self._decoders:
             table = byte_of_character()
             return bytes(table[c] for c in text) if all(c in table for c in text) else text.encode()
@@ -109,25 +91,21 @@ class Tokenizer:
             return bytes([int(match[1], 16)])
         return text.replace("▁", " ").encode()
 
-    def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], /, *, add_generation_prompt: bool = True, **template_kwargs: Any
-    ) -> str:
+    def render_chat(self, messages: Messages, /, *, add_generation_prompt: bool = True, **template: Any) -> str:
         """A conversation as the model's text. Raises InvalidRequestError when there is no template or it refuses."""
         if self.chat_template is None:
-            raise InvalidRequestError(NO_TEMPLATE, param="messages")
-        return self.chat_template.render(messages, add_generation_prompt, **template_kwargs)
+            reason = "this model has no chat template: it is a base model, use /v1/completions with a plain prompt"
+            raise InvalidRequestError(reason, param="messages")
+        return self.chat_template.render(messages, add_generation_prompt, **template)
 
-    def render_continued(self, messages: Sequence[Mapping[str, Any]], /, **template_kwargs: Any) -> str:
+    def render_continued(self, messages: Messages, /, **template: Any) -> str:
         """A conversation that ends within its last message, for the model to go on there; raises as `render_chat`."""
-        text = self.render_chat(messages, add_generation_prompt=False, **template_kwargs)
+        text = self.render_chat(messages, add_generation_prompt=False, **template)
         return cut_after(text, str(messages[-1].get("content") or ""))
 
-    def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], /, *, add_generation_prompt: bool = True, **template_kwargs: Any
-    ) -> list[int]:
+    def encode_chat(self, messages: Messages, /, **template: Any) -> list[int]:
         """Token ids of a conversation. The template alone writes special tokens, so BOS never doubles."""
-        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt, **template_kwargs)
-        return self.encode(text, add_special_tokens=False)
+        return self.encode(self.render_chat(messages, **template), add_special_tokens=False)
 
     def stream(self, params: SamplingParams, keep: Sequence[str] = ()) -> TextStream:
         """An incremental decoder for one request; the special tokens in `keep` are always shown."""
@@ -164,23 +142,26 @@ def byte_of_character() -> Mapping[str, int]:
 
 
 def load_backend(folder: Path) -> tokenizers.Tokenizer:
-    """tokenizer.json as it is; without one, whatever `transformers` converts the folder's files to."""
+    """tokenizer.json, or what `transformers` converts the folder's other files to; it truncates and pads nothing."""
+    backend: Any
     if (file := folder / "tokenizer.json").is_file():
         try:
-            return tokenizers.Tokenizer.from_file(str(file))
+            backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing more exact
             raise ModelError(f"{file}: not a tokenizer: {error}") from error
-    if not Tokenizer.exists(folder):
-        raise ModelError(f"{folder} holds no tokenizer: none of {', '.join(TOKENIZER_FILES)}")
-    from transformers import AutoTokenizer
+    elif Tokenizer.exists(folder):
+        from transformers import AutoTokenizer
 
-    try:
-        backend = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True
-        ).backend_tokenizer
-    except (OSError, ValueError, ImportError, AttributeError) as error:
-        raise ModelError(f"{folder}: its tokenizer cannot be read: {error}") from error
+        try:
+            found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            backend = found.backend_tokenizer
+        except (OSError, ValueError, ImportError, AttributeError) as error:
+            raise ModelError(f"{folder}: its tokenizer cannot be read: {error}") from error
+    else:
+        raise ModelError(f"{folder} holds no tokenizer: none of {', '.join(TOKENIZER_FILES)}")
     assert isinstance(backend, tokenizers.Tokenizer)
+    backend.no_truncation()
+    backend.no_padding()
     return backend
 
 
@@ -194,10 +175,6 @@ def read_object(file: Path) -> dict[str, Any]:
 
 def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     """The named special tokens of a configuration, each a string or an object with `content`."""
-    found: dict[str, str] = {}
-    for name in TOKEN_NAMES:
-        value = config.get(name)
-        content = value.get("content") if isinstance(value, dict) else value
-        if isinstance(content, str):
-            found[name] = content
-    return found
+    values = {name: config.get(name) for name in TOKEN_NAMES}
+    texts = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}

@@ -15,6 +15,5 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 @pytest.fixture(params=["float16", pytest.param("bfloat16", marks=pytest.mark.gpu)])
 def half(request: pytest.FixtureRequest) -> torch.dtype:
-    """Each of 16 bits."""
     chosen: torch.dtype = getattr(torch, request.param)
     return chosen

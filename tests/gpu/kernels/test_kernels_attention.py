@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from helpers.attention import Case, random_case
 from minisgl.core.attention import RopeStore, TorchAttention
 from minisgl.core.ops import rope_store_kv
+from minisgl.gpu.attention.interface import to_device
 from minisgl.gpu.attention.triton import TritonAttention
 from minisgl.gpu.kernels.attention import flatten_pages
 from minisgl.gpu.kernels.decode import DecodeAttention, DecodeSplit, Workspaces
@@ -28,8 +31,9 @@ def check(case: Case, window: int) -> None:
     assert torch.linalg.vector_norm(out - expected) <= TOLERANCE[case.q.dtype] * torch.linalg.vector_norm(expected)
 
 
+# A row is its length, if it has one query, or (queries, length).
 @pytest.mark.parametrize(
-    ("page_size", "group", "head_dim", "dtype", "lens", "window"),
+    ("page_size", "group", "head_dim", "dtype", "rows", "window"),
     [
         (1, 1, 64, torch.float32, (1, 2, 65, 130), 0),
         (16, 2, 128, torch.float16, (300, 16, 17), 0),
@@ -39,17 +43,6 @@ def check(case: Case, window: int) -> None:
         (64, 2, 64, torch.float16, (299, 64), 128),
         (1, 5, 80, torch.float32, (77, 200), 1),
         (3, 17, 16, torch.float32, (31,), 0),
-    ],
-)
-def test_decode_equals_torch(
-    page_size: int, group: int, head_dim: int, dtype: torch.dtype, lens: tuple[int, ...], window: int
-) -> None:
-    check(random_case(lens, None, 2, group, head_dim, page_size, dtype, DEVICE), window)
-
-
-@pytest.mark.parametrize(
-    ("page_size", "group", "head_dim", "dtype", "chunks", "window"),
-    [
         (1, 1, 64, torch.float32, ((5, 5), (1, 33), (40, 64)), 0),
         (16, 2, 128, torch.float16, ((130, 130), (3, 200)), 0),
         (64, 5, 64, torch.float32, ((1, 1), (60, 190), (64, 64)), 0),
@@ -59,23 +52,21 @@ def test_decode_equals_torch(
         (3, 3, 48, torch.float32, ((10, 31),), 7),
     ],
 )
-def test_prefill_equals_torch(
-    page_size: int, group: int, head_dim: int, dtype: torch.dtype, chunks: tuple[tuple[int, int], ...], window: int
+def test_decode_and_prefill_equal_torch(
+    page_size: int, group: int, head_dim: int, dtype: torch.dtype, rows: tuple[Any, ...], window: int
 ) -> None:
-    query_lens, lens = zip(*chunks, strict=True)
+    query_lens, lens = (None, rows) if isinstance(rows[0], int) else zip(*rows, strict=True)
     check(random_case(lens, query_lens, 2, group, head_dim, page_size, dtype, DEVICE), window)
 
 
 def test_prefill_finds_every_row_among_many() -> None:
-    count = 150
-    lens = tuple(1 + i % 4 for i in range(count))
+    lens = tuple(1 + i % 4 for i in range(150))
     check(random_case(lens, lens, 1, 2, 16, 4, torch.float32, DEVICE), 0)
 
 
 def test_decode_reads_queries_inside_a_wider_row() -> None:
     case = random_case((20, 33), None, 2, 2, 64, 16, torch.float32, DEVICE)
-    wide = torch.randn(2, 8 * 64, device=DEVICE)
-    case.q = wide[:, : 4 * 64].view(2, 4, 64)
+    case.q = torch.randn(2, 8 * 64, device=DEVICE)[:, : 4 * 64].view(2, 4, 64)
     check(case, 0)
 
 
@@ -86,7 +77,7 @@ def test_graph_decode_follows_lengths_and_pages_written_later() -> None:
     graph = TritonAttention(DEVICE).graph_decode(table, lens, case.kv, 320)
     graph.prepare(np.ones(2, np.int32))
     graph.attention.run(case.q, 0, 0)
-    table.copy_(case.rows.page_table[torch.from_numpy(case.rows.slots.astype(np.int64)), :20])
+    table.copy_(case.rows.page_table[case.rows.slots_device, :20])
     lens.copy_(torch.from_numpy(case.rows.kv_lens))
     graph.prepare(case.rows.kv_lens)
     expected = TorchAttention().plan_decode(case.rows, case.kv).run(case.q, 0, 0)
@@ -94,9 +85,8 @@ def test_graph_decode_follows_lengths_and_pages_written_later() -> None:
 
 
 def decode(case: Case, split: DecodeSplit, processors: int = 8) -> DecodeAttention:
-    table = case.rows.page_table[torch.from_numpy(case.rows.slots.astype(np.int64))]
-    lens = torch.from_numpy(case.rows.kv_lens).to(DEVICE)
-    return DecodeAttention(table, lens, case.kv, Workspaces(DEVICE), processors, split)
+    rows = to_device(case.rows, case.kv.page_size)
+    return DecodeAttention(rows.page_table, rows.kv_lens, case.kv, Workspaces(DEVICE), processors, split)
 
 
 @pytest.mark.parametrize("tile", [16, 64])
@@ -159,7 +149,6 @@ def test_flattened_pages_are_those_of_each_row() -> None:
     flatten_pages(table, lens, 4, starts, pages, filled)
     counts = (lens + 3) // 4
     assert starts.tolist() == [0, *counts.cumsum(0).tolist()]
-    assert pages[: int(starts[-1])].tolist() == [
-        p for r, n in enumerate(counts.tolist()) for p in table[r, :n].tolist()
-    ]
+    held = [page for row, count in zip(table, counts, strict=True) for page in row[:count].tolist()]
+    assert pages[: int(starts[-1])].tolist() == held
     assert filled.tolist() == ((lens - 1) % 4 + 1).tolist()

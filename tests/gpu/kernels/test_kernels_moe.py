@@ -25,20 +25,18 @@ def test_layer_is_the_references(
     router = (torch.randn(experts, dim, device=device) / dim**0.5).to(dtype)
     gate_up = (torch.randn(experts, 2 * width, dim, device=device) / dim**0.5).to(dtype)
     down = (torch.randn(experts, dim, width, device=device) / width**0.5).to(dtype)
-    expected = reference.moe(x, router, gate_up, down, top_k, normalise)
-    actual = kernels.moe(x, router, gate_up, down, top_k, normalise)
+    layer = (x, router, gate_up, down, top_k, normalise)
+    expected, actual = reference.moe(*layer), kernels.moe(*layer)
     assert float((actual - expected).float().norm()) <= TOLERANCE[dtype] * float(expected.float().norm())
     torch.testing.assert_close(actual, expected, rtol=10 * TOLERANCE[dtype], atol=2 * TOLERANCE[dtype])
 
 
 def test_every_token_may_choose_the_same_experts(device: torch.device) -> None:
     torch.manual_seed(0)
-    x = torch.rand(50, 32, device=device)  # positive, so that the first experts' rows of ones win everywhere
-    router = torch.zeros(8, 32, device=device)
-    router[:2] = 1.0
-    gate_up, down = torch.randn(8, 64, 32, device=device), torch.randn(8, 32, 32, device=device)
-    expected = reference.moe(x, router, gate_up, down, 2, True)
-    torch.testing.assert_close(kernels.moe(x, router, gate_up, down, 2, True), expected, rtol=1e-4, atol=1e-4)
+    x, router = torch.rand(50, 32, device=device), torch.zeros(8, 32, device=device)
+    router[:2] = 1.0  # x is positive, so these win everywhere
+    layer = (x, router, torch.randn(8, 64, 32, device=device), torch.randn(8, 32, 32, device=device), 2, True)
+    torch.testing.assert_close(kernels.moe(*layer), reference.moe(*layer), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("tile", kernels.MOE_TILES, ids=lambda tile: str(tile.rows))
@@ -48,9 +46,8 @@ def test_every_tile_gives_the_same_layer(
     monkeypatch.setattr(kernels, "MOE_TILES", (tile,))
     torch.manual_seed(1)
     x, router = torch.randn(30, 80, device=device), torch.randn(4, 80, device=device)
-    gate_up, down = torch.randn(4, 48, 80, device=device) / 9, torch.randn(4, 80, 24, device=device) / 5
-    expected = reference.moe(x, router, gate_up, down, 3, False)
-    torch.testing.assert_close(kernels.moe(x, router, gate_up, down, 3, False), expected, rtol=1e-4, atol=1e-5)
+    layer = (x, router, torch.randn(4, 48, 80, device=device) / 9, torch.randn(4, 80, 24, device=device) / 5, 3, False)
+    torch.testing.assert_close(kernels.moe(*layer), reference.moe(*layer), rtol=1e-4, atol=1e-5)
 
 
 def test_tile_grows_with_the_experts_lists() -> None:
@@ -59,6 +56,5 @@ def test_tile_grows_with_the_experts_lists() -> None:
 
 
 def test_no_tokens_give_no_tokens(device: torch.device) -> None:
-    x, router = torch.empty(0, 16, device=device), torch.empty(4, 16, device=device)
-    weights = torch.empty(4, 16, 16, device=device), torch.empty(4, 16, 8, device=device)
-    assert kernels.moe(x, router, *weights, 2, True).shape == (0, 16)
+    x, router, gate_up, down = (torch.empty(s, device=device) for s in ((0, 16), (4, 16), (4, 16, 16), (4, 16, 8)))
+    assert kernels.moe(x, router, gate_up, down, 2, True).shape == (0, 16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -34,28 +35,22 @@ def _noise_kernel(
 
 def table(rows: int, device: torch.device, **values: Any) -> SamplingRows:
     """Parameters of rows, each a number for all or a list that is repeated; seeds count up unless given."""
-
-    def column(name: str, default: Any, dtype: torch.dtype) -> Tensor:
-        value = torch.as_tensor(values.get(name, default), dtype=dtype).reshape(-1)
-        return value.repeat(rows)[:rows].to(device)
-
-    return SamplingRows(
-        temperature=column("temperature", 1.0, torch.float32),
-        top_p=column("top_p", 1.0, torch.float32),
-        min_p=column("min_p", 0.0, torch.float32),
-        top_k=column("top_k", 0, torch.int32),
-        seed=column("seed", list(range(rows)), torch.int64),
-        min_len=column("min_len", 0, torch.int32),
-        stop_ids=torch.as_tensor(values.get("stop_ids", [[-1]] * rows), dtype=torch.int32).to(device),
-    )
+    defaults = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "top_k": 0, "seed": list(range(rows)), "min_len": 0}
+    dtypes = {"top_k": torch.int32, "seed": torch.int64, "min_len": torch.int32}
+    columns = {}
+    for name, default in defaults.items():
+        column = torch.as_tensor(values.get(name, default), dtype=dtypes.get(name, torch.float32)).reshape(-1)
+        columns[name] = column.repeat(rows)[:rows].to(device)
+    stop_ids = torch.as_tensor(values.get("stop_ids", [[-1]] * rows), dtype=torch.int32)
+    return SamplingRows(**columns, stop_ids=stop_ids.to(device))
 
 
-def check(logits: Tensor, rows: SamplingRows) -> Tensor:
+def check(logits: Tensor, rows: SamplingRows, split: int = sampling.SPLIT) -> Tensor:
     """Sample a token for each row of the table by kernel and by reference, and return them."""
-    n = len(logits)
-    slots = torch.arange(n, dtype=torch.int32, device=logits.device)
+    slots = torch.arange(len(logits), dtype=torch.int32, device=logits.device)
     positions = 10 + 3 * slots
-    tokens = sampling.sample(logits, rows, slots, positions)
+    with mock.patch.object(sampling, "SPLIT", split):
+        tokens = sampling.sample(logits, rows, slots, positions)
     assert torch.equal(tokens, reference_sample(logits, rows, positions))
     return tokens
 
@@ -64,8 +59,7 @@ def test_hash_is_the_references_bit_for_bit_and_noise_to_rounding(device: torch.
     vocab = 20000
     seeds = torch.tensor(SEEDS, device=device)
     positions = torch.tensor([0, 1, 2, 131071, 2**31 - 2, 77], dtype=torch.int32, device=device)
-    bits = torch.empty(len(SEEDS), vocab, dtype=torch.int32, device=device)
-    noise = torch.empty(len(SEEDS), vocab, dtype=torch.float32, device=device)
+    bits, noise = (torch.empty(len(SEEDS), vocab, dtype=t, device=device) for t in (torch.int32, torch.float32))
     _noise_kernel[(len(SEEDS),)](seeds, positions, bits, noise, vocab, BLOCK=32768)
     tokens = torch.arange(vocab, dtype=torch.int32, device=device)
     assert torch.equal(bits, reference_hash(seeds, positions, tokens))
@@ -75,12 +69,11 @@ def test_hash_is_the_references_bit_for_bit_and_noise_to_rounding(device: torch.
 @pytest.mark.parametrize("split", [128, 1024])
 @pytest.mark.parametrize("vocab", [40, 1003])
 def test_tokens_without_a_filter_are_the_references(
-    vocab: int, split: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    vocab: int, split: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    monkeypatch.setattr(sampling, "SPLIT", split)
     torch.manual_seed(vocab)
     logits = (3 * torch.randn(10, vocab, device=device)).to(dtype)
-    check(logits, table(10, device, temperature=[0.0, 0.6, 1.0, 5.0, 100.0]))
+    check(logits, table(10, device, temperature=[0.0, 0.6, 1.0, 5.0, 100.0]), split)
 
 
 FILTERS: list[dict[str, float]] = [
@@ -99,12 +92,11 @@ def filter_columns() -> dict[str, list[float]]:
 @pytest.mark.parametrize("dtype", SLOW_DTYPES)
 @pytest.mark.parametrize(("split", "spread"), [(128, 1.0), (1024, 6.0)])
 def test_filtered_tokens_are_the_references(
-    split: int, spread: float, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    split: int, spread: float, dtype: torch.dtype, device: torch.device
 ) -> None:
-    monkeypatch.setattr(sampling, "SPLIT", split)
     torch.manual_seed(5)
     logits = (spread * torch.randn(len(FILTERS), 703, device=device)).to(dtype)
-    tokens = check(logits, table(len(FILTERS), device, temperature=[0.8, 1.3], **filter_columns()))
+    tokens = check(logits, table(len(FILTERS), device, temperature=[0.8, 1.3], **filter_columns()), split)
     assert int(tokens[0]) == int(logits[0].argmax())
 
 
@@ -128,11 +120,10 @@ def test_the_last_token_kept_is_kept_below_zero_too(
     assert set(tokens.tolist()) == {0, 1}
 
 
-def test_of_equal_logits_greedy_takes_the_lowest_id(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    monkeypatch.setattr(sampling, "SPLIT", 64)
+def test_of_equal_logits_greedy_takes_the_lowest_id(device: torch.device) -> None:
     logits = torch.zeros(2, 300, device=device)
     logits[0, [70, 71, 290]] = 1.0
-    assert check(logits, table(2, device, temperature=0.0)).tolist() == [70, 0]
+    assert check(logits, table(2, device, temperature=0.0), split=64).tolist() == [70, 0]
 
 
 def test_flat_distribution_widens_the_search_for_top_p(device: torch.device) -> None:
@@ -144,43 +135,41 @@ def test_flat_distribution_widens_the_search_for_top_p(device: torch.device) -> 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 4}, {"top_p": 0.5}, {"min_p": 0.01}], ids=str)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_stop_ids_wait_for_the_shortest_length(
-    temperature: float, filters: dict[str, Any], device: torch.device, monkeypatch: pytest.MonkeyPatch
+    temperature: float, filters: dict[str, Any], device: torch.device
 ) -> None:
-    monkeypatch.setattr(sampling, "SPLIT", 128)
     torch.manual_seed(8)
     logits = torch.randn(4, 500, device=device)
     logits[:, [3, 200]] = 20.0
     stops = [[3, 200, -1]] * 4
     rows = table(4, device, temperature=temperature, min_len=[0, 1000], stop_ids=stops, **filters)
-    tokens = check(logits, rows).tolist()
+    tokens = check(logits, rows, split=128).tolist()
     assert all(token in (3, 200) for token in tokens[::2])
     assert all(token not in (3, 200) for token in tokens[1::2])
 
 
-def test_a_whole_split_of_masked_tokens_never_wins(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "SPLIT", 64)
+def test_a_whole_split_of_masked_tokens_never_wins(device: torch.device) -> None:
     torch.manual_seed(9)
     logits = torch.randn(4, 200, device=device)
     logits[:, 64:128] = float("-inf")
-    check(logits, table(4, device, top_p=[1.0, 0.9]))
+    check(logits, table(4, device, top_p=[1.0, 0.9]), split=64)
     logits[:, :64] = float("-inf")
-    assert int(check(logits, table(4, device, temperature=[0.0, 2.0])).min()) >= 128
+    assert int(check(logits, table(4, device, temperature=[0.0, 2.0]), split=64).min()) >= 128
 
 
 @pytest.mark.filterwarnings("ignore:overflow")  # the bound is the least float32: over T it is -inf, and its share 0
 @pytest.mark.parametrize("dtype", SLOW_DTYPES)
 @pytest.mark.parametrize("allowed", [1, 2, 9])
-def test_of_a_vocabulary_masked_but_for_a_few_only_those_are_drawn(
-    allowed: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+def test_of_a_vocabulary_masked_but_for_a_few_only_those_are_sampled(
+    allowed: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """As a grammar leaves it: whole strands and splits of -inf, fewer tokens than top_k."""
-    monkeypatch.setattr(sampling, "SPLIT", 128)
+    """As a grammar leaves it: whole segments and splits of -inf, fewer tokens than top_k."""
     torch.manual_seed(12)
     logits = (3 * torch.randn(len(FILTERS), 703, device=device)).to(dtype)
     few = torch.randperm(703, device=device)[:allowed]
     masked = torch.full_like(logits, float("-inf"))
     masked[:, few] = logits[:, few]
-    tokens = check(masked, table(len(FILTERS), device, temperature=[0.8, 0.0, 3.0, 1.3], **filter_columns()))
+    rows = table(len(FILTERS), device, temperature=[0.8, 0.0, 3.0, 1.3], **filter_columns())
+    tokens = check(masked, rows, split=128)
     assert set(tokens.tolist()) <= set(few.tolist())
 
 
@@ -199,9 +188,8 @@ def test_rows_take_their_parameters_by_slot_and_ignore_their_batch(device: torch
     positions = torch.tensor([4, 900, 33, 1, 70], dtype=torch.int32, device=device)
     together = sampling.sample(logits, rows, slots, positions)
     assert torch.equal(together, reference_sample(logits, rows.select(slots.long()), positions))
-    for index in range(5):
-        alone = sampling.sample(logits[index : index + 1], rows, slots[index : index + 1], positions[index : index + 1])
-        assert alone.tolist() == [int(together[index])]
+    alone = [sampling.sample(logits[i : i + 1], rows, slots[i : i + 1], positions[i : i + 1]) for i in range(5)]
+    assert torch.equal(torch.cat(alone), together)
 
 
 def test_no_rows_give_no_tokens(device: torch.device) -> None:

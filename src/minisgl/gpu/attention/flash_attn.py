@@ -15,15 +15,13 @@ from minisgl.core.kv_cache import KVCache
 from minisgl.errors import ConfigError
 from minisgl.gpu.attention.interface import DeviceBatch, GraphDecode, StaticDecode, to_device
 
-ONE_SPLIT_PAIRS = 256
-"""From this many pairs of decode row and KV head on, they fill the GPU: splitting a row's keys only adds a merge."""
+ONE_SPLIT_PAIRS = 256  # so many pairs of decode row and KV head fill the GPU: splitting a row only adds a merge
 
 
 class FlashAttention:
     """Hopper, float16 and bfloat16, head dimensions up to 256, any page size."""
 
     def __init__(self) -> None:
-        """Raises ConfigError when the package cannot be loaded."""
         try:
             self.library: ModuleType = importlib.import_module("flash_attn_interface")
         except (ImportError, OSError) as error:
@@ -52,33 +50,24 @@ class FlashAttentionStep:
     schedules: dict[int, Tensor] = field(default_factory=dict)  # by window: which multiprocessor computes what
 
     def run(self, q: Tensor, layer: int, window: int) -> Tensor:
-        rows = self.rows
+        rows, pairs = self.rows, len(self.rows.kv_lens) * self.kv.k.shape[3]
         options: dict[str, Any] = {
             "cu_seqlens_q": None if self.decode else rows.cu_query_lens,
             "causal": True,
             "window_size": (window - 1, 0) if window else (-1, -1),  # tokens to the left and right, -1: all
-            "num_splits": self._num_splits(),
+            "num_splits": 1 if self.decode and pairs >= ONE_SPLIT_PAIRS else 0,  # 0: the library's choice
         }
         if layer == 0:
             self.schedules.clear()  # a captured step schedules anew in each replay, from the lengths of the moment
         if window not in self.schedules:
-            self.schedules[window] = self._schedule(q, options)
+            page_size, kv_heads = self.kv.k.shape[2:4]
+            self.schedules[window] = self.library.get_scheduler_metadata(
+                len(rows.kv_lens), rows.max_query_len, rows.page_table.shape[1] * page_size, q.shape[1], kv_heads,
+                q.shape[2], rows.kv_lens, qkv_dtype=q.dtype, page_size=page_size, **options,
+            )  # fmt: skip
         out: Tensor = self.library.flash_attn_with_kvcache(
-            q.unsqueeze(1) if self.decode else q, self.kv.k[layer], self.kv.v[layer],
-            cache_seqlens=rows.kv_lens, page_table=rows.page_table,
-            max_seqlen_q=None if self.decode else rows.max_query_len,
+            q.unsqueeze(1) if self.decode else q, self.kv.k[layer], self.kv.v[layer], cache_seqlens=rows.kv_lens,
+            page_table=rows.page_table, max_seqlen_q=None if self.decode else rows.max_query_len,
             scheduler_metadata=self.schedules[window], **options,
         )  # fmt: skip
         return out.squeeze(1) if self.decode else out
-
-    def _num_splits(self) -> int:
-        # 0: the library's choice
-        return 1 if self.decode and len(self.rows.kv_lens) * self.kv.k.shape[3] >= ONE_SPLIT_PAIRS else 0
-
-    def _schedule(self, q: Tensor, options: dict[str, Any]) -> Tensor:
-        rows, (page_size, kv_heads) = self.rows, self.kv.k.shape[2:4]
-        schedule: Tensor = self.library.get_scheduler_metadata(
-            len(rows.kv_lens), rows.max_query_len, rows.page_table.shape[1] * page_size, q.shape[1], kv_heads,
-            q.shape[2], rows.kv_lens, qkv_dtype=q.dtype, page_size=page_size, **options,
-        )  # fmt: skip
-        return schedule

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
@@ -16,7 +16,7 @@ from minisgl.gpu.attention.triton import TritonAttention
 from minisgl.gpu.attention.trtllm import TensorRTLLM
 
 TRITON = {"triton": "triton"}
-FLASHINFER = {"flashinfer": "flashinfer-python (module flashinfer)"}
+FLASHINFER = {"flashinfer": "flashinfer-python (module flashinfer)"} | TRITON
 FLASH_ATTENTION_3 = {"flash_attn_interface": "flash-attn-3 (module flash_attn_interface)"}
 
 
@@ -28,53 +28,34 @@ class Rule:
     text: str
 
 
-ANY = Rule(lambda number: True, "any")
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Backend:
-    """What a backend needs of the machine, what it takes, and how it is made."""
+    """How a backend is made, what it needs of the machine, and what it takes."""
 
     make: Callable[[torch.device], AttentionBackend]
-    capability: Rule = ANY  # of the GPU, as `capability` gives it
-    packages: Mapping[str, str] = field(default_factory=dict)  # module -> how an error names its package
-    half_only: bool = False
-    page_size: Rule = ANY
-    head_dim: Rule = ANY
+    packages: Mapping[str, str]  # module -> how an error names its package
+    capability: Rule  # of the GPU, as `capability` gives it
+    page_size: Rule
+    head_dim: Rule
+    half_only: bool = True
 
+
+ANY = Rule(lambda number: True, "any")
+HOPPER = Rule(lambda gpu: gpu // 10 == 9, "9.x")
+AMPERE_ON = Rule(lambda gpu: gpu >= 80, "8.0 or higher")
+HOPPER_BLACKWELL = Rule(lambda gpu: gpu // 10 in (9, 10, 12), "9.0, 10.x or 12.x")
+POWER_OF_2 = Rule(lambda size: size & (size - 1) == 0, "a --page-size that is a power of two")
+FROM_16_TO_64 = Rule(lambda size: size in (16, 32, 64), "a --page-size of 16, 32 or 64")
+MULTIPLE_OF_8 = Rule(lambda dim: dim <= 256 and dim % 8 == 0, "head dimensions that are a multiple of 8, up to 256")
+MULTIPLE_OF_16 = Rule(lambda dim: dim <= 256 and dim % 16 == 0, "head dimensions that are a multiple of 16, up to 256")
+THREE_DIMS = Rule(lambda dim: dim in (64, 128, 256), "head dimensions 64, 128 and 256")
 
 BACKENDS: dict[str, Backend] = {
-    "fa": Backend(
-        make=lambda device: FlashAttention(),
-        capability=Rule(lambda number: number // 10 == 9, "9.x"),
-        packages=FLASH_ATTENTION_3,
-        half_only=True,
-        head_dim=Rule(lambda dim: dim <= 256 and dim % 8 == 0, "head dimensions that are a multiple of 8, up to 256"),
-    ),
-    "fi": Backend(
-        make=FlashInfer,
-        capability=Rule(lambda number: number >= 80, "8.0 or higher"),
-        packages=FLASHINFER | TRITON,
-        half_only=True,
-        page_size=Rule(lambda size: size & (size - 1) == 0, "a --page-size that is a power of two"),
-        head_dim=Rule(lambda dim: dim in (64, 128, 256), "head dimensions 64, 128 and 256"),
-    ),
-    "trtllm": Backend(
-        make=TensorRTLLM,
-        capability=Rule(lambda number: number // 10 in (9, 10, 12), "9.0, 10.x or 12.x"),
-        packages=FLASHINFER | TRITON,
-        half_only=True,
-        page_size=Rule(lambda size: size in (16, 32, 64), "a --page-size of 16, 32 or 64"),
-        head_dim=Rule(lambda dim: dim <= 256 and dim % 16 == 0, "head dimensions that are a multiple of 16, up to 256"),
-    ),
-    "triton": Backend(
-        make=TritonAttention,
-        packages=TRITON,
-        head_dim=Rule(
-            lambda dim: 16 <= dim <= 256 and dim % 16 == 0, "head dimensions that are a multiple of 16, up to 256"
-        ),
-    ),
-    "torch": Backend(make=lambda device: TorchAttention()),
+    "fa": Backend(lambda device: FlashAttention(), FLASH_ATTENTION_3, HOPPER, ANY, MULTIPLE_OF_8),
+    "fi": Backend(FlashInfer, FLASHINFER, AMPERE_ON, POWER_OF_2, THREE_DIMS),
+    "trtllm": Backend(TensorRTLLM, FLASHINFER, HOPPER_BLACKWELL, FROM_16_TO_64, MULTIPLE_OF_16),
+    "triton": Backend(TritonAttention, TRITON, ANY, ANY, MULTIPLE_OF_16, half_only=False),
+    "torch": Backend(lambda device: TorchAttention(), {}, ANY, ANY, ANY, half_only=False),
 }
 
 
@@ -112,17 +93,16 @@ def capability(device: torch.device) -> int:
 def available_backends(device: torch.device) -> dict[str, str | None]:
     """Each backend with the reason why it cannot run here, or None."""
     gpu = capability(device)
-    if gpu == 0:
-        return {name: None if name == "torch" else "it needs a CUDA GPU" for name in BACKENDS}
     return {name: _unavailable(backend, gpu) for name, backend in BACKENDS.items()}
 
 
 def _unavailable(backend: Backend, gpu: int) -> str | None:
+    if gpu == 0 and backend is not BACKENDS["torch"]:
+        return "it needs a CUDA GPU"
     if not backend.capability.takes(gpu):
         return f"it needs compute capability {backend.capability.text}, the GPU has {gpu / 10}"
-    missing = (package for module, package in backend.packages.items() if find_spec(module) is None)
-    package = next(missing, None)
-    return f"it needs the package {package}" if package else None
+    missing = [package for module, package in backend.packages.items() if find_spec(module) is None]
+    return f"it needs the package {missing[0]}" if missing else None
 
 
 def refusal(name: str, shape: Shape) -> str | None:
@@ -155,7 +135,7 @@ def choose(pair: str, shape: Shape, available: Mapping[str, str | None], gpu: in
 def _automatic(works: list[str], reasons: Mapping[str, str | None], gpu: int) -> AttentionChoice:
     missing = "; ".join(f"{name} is out, {reason}" for name, reason in reasons.items() if reason and gpu)
     prefill: str = next(name for name in ("fa", "fi", "triton", "torch") if name in works)
-    if gpu // 10 == 9:  # as benchmark/attention.py measures; triton's decode needs no work on the host
+    if gpu // 10 == 9:  # as `minisgl bench attention` measures; triton's decode needs no work on the host
         decode = "triton" if "triton" in works else prefill
         why = "the fastest measured on Hopper"
     else:

@@ -1,16 +1,15 @@
-"""The backend called `triton`: our own kernels, which need nothing but torch and triton."""
+"""The backend called `triton`: our own kernels."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from minisgl.core.attention import PlannedAttention, SequenceBatch
 from minisgl.core.kv_cache import KVCache
-from minisgl.errors import ConfigError
 from minisgl.gpu.attention.interface import DeviceBatch, GraphDecode, StaticDecode, to_device
 
 
@@ -18,12 +17,9 @@ class TritonAttention:
     """Any page size, head dimensions up to 256, float16, bfloat16 and (slowly) float32."""
 
     def __init__(self, device: torch.device) -> None:
-        try:
-            from minisgl.gpu.kernels import attention, decode
-        except ImportError as error:
-            raise ConfigError(f"the attention backend triton needs the package triton: {error}") from error
-        self.prefill_kernels: ModuleType = attention
-        self.decode_kernels: ModuleType = decode
+        from minisgl.gpu.kernels import attention, decode  # a machine without a GPU may lack triton
+
+        self.prefill_attention, self.decode_attention = attention.prefill_attention, decode.DecodeAttention
         self.workspaces = decode.Workspaces(device)
         # The interpreter has no multiprocessors; a few make it split rows as a GPU would.
         self.processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
@@ -33,27 +29,21 @@ class TritonAttention:
         return self._decode(on_device.page_table, on_device.kv_lens, kv)
 
     def plan_prefill(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
-        return TritonPrefill(self.prefill_kernels, to_device(rows, kv.page_size), kv)
+        return TritonPrefill(self.prefill_attention, to_device(rows, kv.page_size), kv)
 
     def graph_decode(self, page_table: Tensor, kv_lens: Tensor, kv: KVCache, max_seq_len: int) -> GraphDecode:
         return StaticDecode(self._decode(page_table, kv_lens, kv))
 
     def _decode(self, page_table: Tensor, kv_lens: Tensor, kv: KVCache) -> PlannedAttention:
-        decode: PlannedAttention = self.decode_kernels.DecodeAttention(
-            page_table, kv_lens, kv, self.workspaces, self.processors
-        )
-        return decode
+        return self.decode_attention(page_table, kv_lens, kv, self.workspaces, self.processors)
 
 
 @dataclass(frozen=True)
 class TritonPrefill:
-    kernels: ModuleType
+    kernel: Callable[..., Tensor]
     rows: DeviceBatch
     kv: KVCache
 
     def run(self, q: Tensor, layer: int, window: int) -> Tensor:
         rows, k, v = self.rows, self.kv.k[layer], self.kv.v[layer]
-        out: Tensor = self.kernels.prefill_attention(
-            q, k, v, rows.page_table, rows.cu_query_lens, rows.kv_lens, window=window
-        )
-        return out
+        return self.kernel(q, k, v, rows.page_table, rows.cu_query_lens, rows.kv_lens, window)

@@ -1,12 +1,13 @@
 """The backend called `trtllm`: TensorRT-LLM's attention through FlashInfer, XQA on Hopper and trtllm-gen on Blackwell.
 
-trtllm-gen's prefill exists on Blackwell only; elsewhere `select.py` takes FlashInfer's own kernels for it.
+trtllm-gen's prefill exists on Blackwell only; on other GPUs `select.py` takes FlashInfer's own kernels for it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,51 +29,37 @@ class TensorRTLLM:
         self.workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
     def plan_decode(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
-        on_device = to_device(rows, kv.page_size)
-        return TensorRTLLMDecode(
-            self.library, self.workspace, on_device.page_table, on_device.kv_lens, kv, on_device.max_kv_len
-        )
+        return TensorRTLLMStep(self.library, self.workspace, to_device(rows, kv.page_size), kv, decode=True)
 
     def plan_prefill(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
-        return TensorRTLLMPrefill(self.library, self.workspace, to_device(rows, kv.page_size), kv)
+        return TensorRTLLMStep(self.library, self.workspace, to_device(rows, kv.page_size), kv, decode=False)
 
     def graph_decode(self, page_table: Tensor, kv_lens: Tensor, kv: KVCache, max_seq_len: int) -> GraphDecode:
-        return StaticDecode(TensorRTLLMDecode(self.library, self.workspace, page_table, kv_lens, kv, max_seq_len))
+        starts = torch.empty(0, dtype=torch.int32, device=kv_lens.device)  # only prefill reads them
+        rows = DeviceBatch(page_table, kv_lens, starts, 1, max_seq_len)
+        return StaticDecode(TensorRTLLMStep(self.library, self.workspace, rows, kv, decode=True))
 
 
 @dataclass(frozen=True)
-class TensorRTLLMDecode:
-    library: ModuleType
-    workspace: Tensor
-    page_table: Tensor
-    kv_lens: Tensor
-    kv: KVCache
-    max_kv_len: int
-
-    def run(self, q: Tensor, layer: int, window: int) -> Tensor:
-        out: Tensor = self.library.decode.trtllm_batch_decode_with_kv_cache(
-            q.contiguous(), (self.kv.k[layer], self.kv.v[layer]), self.workspace, self.page_table, self.kv_lens,
-            self.max_kv_len, bmm1_scale=q.shape[-1] ** -0.5, bmm2_scale=1.0,
-            window_left=window - 1 if window else -1, kv_layout="NHD",
-        )  # fmt: skip
-        return out
-
-
-@dataclass(frozen=True)
-class TensorRTLLMPrefill:
+class TensorRTLLMStep:
     library: ModuleType
     workspace: Tensor
     rows: DeviceBatch
     kv: KVCache
+    decode: bool
 
     def run(self, q: Tensor, layer: int, window: int) -> Tensor:
-        rows = self.rows
-        ends = torch.cumsum(rows.kv_lens, 0, dtype=torch.int32)
-        out: Tensor = self.library.prefill.trtllm_batch_context_with_kv_cache(
-            q.contiguous(), (self.kv.k[layer], self.kv.v[layer]), self.workspace, rows.page_table, rows.kv_lens,
-            rows.max_query_len, rows.max_kv_len, bmm1_scale=q.shape[-1] ** -0.5, bmm2_scale=1.0,
-            batch_size=len(rows.kv_lens), cum_seq_lens_q=rows.cu_query_lens,
-            cum_seq_lens_kv=torch.nn.functional.pad(ends, (1, 0)),
-            window_left=window - 1 if window else -1, kv_layout="NHD",
+        rows, lens = self.rows, self.rows.kv_lens
+        operands = (q.contiguous(), (self.kv.k[layer], self.kv.v[layer]), self.workspace, rows.page_table, lens)
+        options: dict[str, Any] = {"bmm1_scale": q.shape[-1] ** -0.5, "bmm2_scale": 1.0, "kv_layout": "NHD"}
+        options["window_left"] = window - 1 if window else -1
+        out: Tensor
+        if self.decode:
+            out = self.library.decode.trtllm_batch_decode_with_kv_cache(*operands, rows.max_kv_len, **options)
+            return out
+        ends = torch.cumsum(lens, 0, dtype=torch.int32)
+        out = self.library.prefill.trtllm_batch_context_with_kv_cache(
+            *operands, rows.max_query_len, rows.max_kv_len, batch_size=len(lens), cum_seq_lens_q=rows.cu_query_lens,
+            cum_seq_lens_kv=torch.nn.functional.pad(ends, (1, 0)), **options,
         )  # fmt: skip
         return out

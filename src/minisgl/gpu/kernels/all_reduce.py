@@ -36,28 +36,27 @@ from moving them past a polling loop. Polls are volatile loads: each reads memor
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr, tensor
 
-from minisgl.gpu.kernels.jit import after_previous, jit, jit_varying, launch_options, warps_for
+from minisgl.gpu.kernels.jit import Kernel, after_previous, jit, jit_varying, launch_options, warps_for
 
 MAX_BLOCKS = 128
 GENERATIONS = 3
-UNWRITTEN = -0.0
-"""The value of every element of a receive buffer at the start."""
+UNWRITTEN = -0.0  # every element of a receive buffer at the start
 
 
 @jit
-def tensor_of(addresses: tl.tensor, peer: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
+def tensor_of(addresses: tensor, peer: tensor, DTYPE: constexpr) -> tensor:
     """A rank's tensor. It is aligned to 16 bytes; unless the compiler knows that, it moves elements one by one."""
     return tl.multiple_of(tl.load(addresses + peer).to(tl.pointer_type(DTYPE)), 16)
 
 
 def buffer_size(rows: int, senders: int, dim: int) -> int:
-    """Elements of a receive buffer (GENERATIONS, rows, senders, dim), all UNWRITTEN at the start."""
+    """Elements of a receive buffer (GENERATIONS, rows, senders, dim)."""
     return GENERATIONS * rows * senders * dim
 
 
@@ -83,15 +82,15 @@ class ReceiveBuffers:
 
 @jit
 def _row_words(
-    buffers: tl.tensor, rank: tl.tensor, generation: tl.tensor, row: tl.tensor, capacity: tl.tensor,
-    SENDERS: tl.constexpr, DIM: tl.constexpr, WORD: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
+    buffers: tensor, rank: tensor, generation: tensor, row: tensor, capacity: tensor, SENDERS: constexpr,
+    DIM: constexpr, WORD: constexpr,
+) -> tensor:  # fmt: skip
     """The address of the first sender's words of a row; the other senders' follow."""
     return tensor_of(buffers, rank, WORD) + (generation * capacity + row) * SENDERS * DIM
 
 
 @jit
-def _words(x: tl.tensor, WORD: tl.constexpr, SENTINEL: tl.constexpr) -> tl.tensor:
+def _words(x: tensor, WORD: constexpr, SENTINEL: constexpr) -> tensor:
     """The bits of x as they are sent, with +0.0 for -0.0."""
     bits = x.to(WORD, bitcast=True)
     return tl.where(bits == SENTINEL, 0, bits).to(WORD)
@@ -99,30 +98,28 @@ def _words(x: tl.tensor, WORD: tl.constexpr, SENTINEL: tl.constexpr) -> tl.tenso
 
 @jit
 def _reset(
-    place: tl.tensor, mask: tl.tensor, RANK: tl.constexpr, SENDERS: tl.constexpr, DIM: tl.constexpr,
-    WORD: tl.constexpr, SENTINEL: tl.constexpr, BLOCK: tl.constexpr,
+    place: tensor, mask: tensor, RANK: constexpr, SENDERS: constexpr, DIM: constexpr, WORD: constexpr,
+    SENTINEL: constexpr, BLOCK: constexpr,
 ) -> None:  # fmt: skip
-    """Overwrite what the other senders wrote with sentinels."""
+    # Overwrite what the other senders wrote with sentinels.
     for sender in tl.static_range(SENDERS):
         if sender != RANK:
             tl.store(place + sender * DIM, tl.full((BLOCK,), SENTINEL, WORD), mask=mask)
 
 
 @jit
-def _advance(generations: tl.tensor, row: tl.tensor, generation: tl.tensor) -> None:
+def _advance(generations: tensor, row: tensor, generation: tensor) -> None:
     tl.debug_barrier()  # every thread has read the generation
     tl.store(generations + row, (generation + 1) % 3)
 
 
 @jit
 def _arrived(
-    own: tl.tensor, place: tl.tensor, mask: tl.tensor, RANK: tl.constexpr, SENDERS: tl.constexpr, DIM: tl.constexpr,
-    SENTINEL: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """The float32 sum of this rank's words and the others', in the order of ranks, and the least of the others' words.
-
-    The sum is complete once the least is not the sentinel, which is the least integer there is.
-    """
+    own: tensor, place: tensor, mask: tensor, RANK: constexpr, SENDERS: constexpr, DIM: constexpr, SENTINEL: constexpr,
+    DTYPE: constexpr, BLOCK: constexpr,
+) -> tensor:  # fmt: skip
+    # The float32 sum of this rank's words and the others', in the order of ranks, and the least of the others' words.
+    # The sum is complete once the least is not the sentinel, which is the least integer there is.
     least = own
     total = tl.zeros((BLOCK,), tl.float32)
     for sender in tl.static_range(SENDERS):
@@ -136,15 +133,12 @@ def _arrived(
 
 @jit
 def _reduce_row(
-    part: tl.tensor, buffers: tl.tensor, results: tl.tensor, generations: tl.tensor, residual: tl.tensor,
-    gain: tl.tensor, out: tl.tensor, row: tl.tensor, slot: tl.tensor, slots: tl.tensor, capacity: tl.tensor,
-    eps: tl.tensor,
-    RANK: tl.constexpr, WORLD: tl.constexpr, DIM: tl.constexpr, WORD: tl.constexpr, SENTINEL: tl.constexpr,
-    BLOCK: tl.constexpr, SEND: tl.constexpr,
+    part: tensor, buffers: tensor, results: tensor, generations: tensor, residual: tensor, gain: tensor, out: tensor,
+    row: tensor, slot: tensor, slots: tensor, capacity: tensor, eps: tensor, RANK: constexpr, WORLD: constexpr,
+    DIM: constexpr, WORD: constexpr, SENTINEL: constexpr, BLOCK: constexpr, SEND: constexpr,
 ) -> None:  # fmt: skip
-    """Add a row, which arrives in `slot` of this rank's buffer, to the residual stream and norm it with the roundings
-    of `core.ops.add_rms_norm`. SEND: write the norm to the other ranks too.
-    """
+    # Add a row, which arrives in `slot` of this rank's buffer, to the residual stream and norm it with the roundings
+    # of `core.ops.add_rms_norm`. SEND: write the norm to the other ranks too.
     column = tl.arange(0, BLOCK)
     mask, place = column < DIM, row * DIM + column
     DTYPE: tl.constexpr = out.dtype.element_ty
@@ -175,10 +169,9 @@ def _reduce_row(
 
 @jit_varying("rows", "capacity")
 def _one_shot_kernel(
-    part: tl.tensor, buffers: tl.tensor, generations: tl.tensor, residual: tl.tensor, weight: tl.tensor, out: tl.tensor,
-    rows: tl.tensor, capacity: tl.tensor, eps: tl.tensor,
-    RANK: tl.constexpr, WORLD: tl.constexpr, DIM: tl.constexpr, WORD: tl.constexpr,
-    SENTINEL: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    part: tensor, buffers: tensor, generations: tensor, residual: tensor, weight: tensor, out: tensor, rows: tensor,
+    capacity: tensor, eps: tensor, RANK: constexpr, WORLD: constexpr, DIM: constexpr, WORD: constexpr,
+    SENTINEL: constexpr, BLOCK: constexpr, PDL: constexpr,
 ) -> None:  # fmt: skip
     program, column = tl.program_id(0), tl.arange(0, BLOCK)
     mask = column < DIM
@@ -200,7 +193,7 @@ def _one_shot_kernel(
 
 
 @jit
-def _row(program: tl.tensor, block: tl.tensor) -> tl.tensor:
+def _row(program: tensor, block: tensor) -> tensor:
     """A program's row in group `block` of as many rows as programs; shifted in each group, so that it owns some."""
     programs = tl.num_programs(0)
     return block * programs + (program + block) % programs
@@ -208,10 +201,9 @@ def _row(program: tl.tensor, block: tl.tensor) -> tl.tensor:
 
 @jit_varying("rows", "capacity")
 def _two_shot_kernel(
-    part: tl.tensor, buffers: tl.tensor, results: tl.tensor, generations: tl.tensor, residual: tl.tensor,
-    weight: tl.tensor, out: tl.tensor, rows: tl.tensor, capacity: tl.tensor, eps: tl.tensor,
-    RANK: tl.constexpr, WORLD: tl.constexpr, DIM: tl.constexpr, WORD: tl.constexpr,
-    SENTINEL: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    part: tensor, buffers: tensor, results: tensor, generations: tensor, residual: tensor, weight: tensor, out: tensor,
+    rows: tensor, capacity: tensor, eps: tensor, RANK: constexpr, WORLD: constexpr, DIM: constexpr, WORD: constexpr,
+    SENTINEL: constexpr, BLOCK: constexpr, PDL: constexpr,
 ) -> None:  # fmt: skip
     program, column = tl.program_id(0), tl.arange(0, BLOCK)
     mask = column < DIM
@@ -259,10 +251,7 @@ def one_shot_add_rms_norm(
     part, residual, out (T, D), contiguous and of the buffers' dtype, T up to `buffers.rows`; weight (D,). The same bits
     on every rank. A call with no rows compiles and loads the kernel, and does not wait.
     """
-    rows, options = _launch(buffers, part, residual, out)
-    _one_shot_kernel[(max(1, min(rows, MAX_BLOCKS)),)](
-        part, *buffers.addresses, buffers.generations, residual, weight, out, rows, buffers.rows, eps, **options
-    )
+    _launch(_one_shot_kernel, buffers, part, residual, weight, eps, out)
 
 
 def two_shot_add_rms_norm(
@@ -272,21 +261,19 @@ def two_shot_add_rms_norm(
 
     Rank r owns rows r, r + WORLD, ...; only these rows of its residual are right from then on.
     """
-    rows, options = _launch(buffers, part, residual, out)
-    _two_shot_kernel[(max(1, min(rows, MAX_BLOCKS)),)](
-        part, *buffers.addresses, buffers.generations, residual, weight, out, rows, buffers.rows, eps, **options
-    )
+    _launch(_two_shot_kernel, buffers, part, residual, weight, eps, out)
 
 
-def _launch(buffers: ReceiveBuffers, part: Tensor, residual: Tensor, out: Tensor) -> tuple[int, dict[str, Any]]:
+def _launch(
+    kernel: Kernel, buffers: ReceiveBuffers, part: Tensor, residual: Tensor, weight: Tensor, eps: float, out: Tensor
+) -> None:
     rows, dim = residual.shape
     assert rows <= buffers.rows
     assert dim == buffers.dim
     assert all(x.is_contiguous() and x.dtype == residual.dtype and x.shape == residual.shape for x in (part, out))
-    pdl = launch_options()
-    block = triton.next_power_of_2(dim)
-    bits = 8 * residual.element_size()
-    return rows, {
-        "RANK": buffers.rank, "WORLD": buffers.world, "DIM": dim, "WORD": {16: tl.int16, 32: tl.int32}[bits],
-        "SENTINEL": -(2 ** (bits - 1)), "BLOCK": block, "PDL": bool(pdl), "num_warps": warps_for(block), **pdl,
-    }  # fmt: skip
+    block, bits = triton.next_power_of_2(dim), 8 * residual.element_size()
+    kernel[(max(1, min(rows, MAX_BLOCKS)),)](
+        part, *buffers.addresses, buffers.generations, residual, weight, out, rows, buffers.rows, eps,
+        RANK=buffers.rank, WORLD=buffers.world, DIM=dim, WORD={16: tl.int16, 32: tl.int32}[bits],
+        SENTINEL=-(2 ** (bits - 1)), BLOCK=block, num_warps=warps_for(block), **launch_options(),
+    )  # fmt: skip

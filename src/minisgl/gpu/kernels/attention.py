@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr, tensor
 
 from minisgl.gpu.kernels.jit import jit, jit_varying
 
@@ -23,9 +24,8 @@ SEARCH = tl.constexpr(128)  # rows that a prefill thread block looks at together
 
 @jit
 def key_value(
-    k: tl.tensor, v: tl.tensor, table: tl.tensor, start: tl.tensor,
-    tokens: tl.tensor, seen: tl.tensor, base: tl.tensor, dims: tl.tensor,
-    PAGE: tl.constexpr, TOKEN: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr,
+    k: tensor, v: tensor, table: tensor, start: tensor, tokens: tensor, seen: tensor, base: tensor, dims: tensor,
+    PAGE: constexpr, TOKEN: constexpr, HEAD_DIM: constexpr, TILE: constexpr,
 ) -> Any:  # fmt: skip
     # k[token, dims] as (dims, TILE) and v as (TILE, dims) of one KV head. TOKEN: elements of a token in the cache.
     if PAGE % TILE == 0:  # `start` is a multiple of TILE: one page holds the tile
@@ -42,9 +42,8 @@ def key_value(
 
 @jit
 def online_softmax(
-    query: tl.tensor, key: tl.tensor, value: tl.tensor, visible: tl.tensor, scale: tl.tensor, acc: tl.tensor,
-    best: tl.tensor, total: tl.tensor,
-) -> Any:  # fmt: skip
+    query: tensor, key: tensor, value: tensor, visible: tensor, scale: tensor, acc: tensor, best: tensor, total: tensor
+) -> Any:
     # One tile of the online softmax in base 2; `scale` holds log2(e). visible broadcasts to (queries, TILE).
     scores = tl.dot(query, key, input_precision="ieee") * scale
     scores = tl.where(visible, scores, float("-inf"))
@@ -58,10 +57,9 @@ def online_softmax(
 
 @jit_varying("rows", "starts", "lens", "table_stride")
 def _prefill_kernel(
-    q: tl.tensor, k: tl.tensor, v: tl.tensor, table: tl.tensor, starts: tl.tensor, lens: tl.tensor, out: tl.tensor,
-    rows: tl.tensor, q_stride: tl.tensor, table_stride: tl.tensor, window: tl.tensor, scale: tl.tensor,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr,
-    M: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
+    q: tensor, k: tensor, v: tensor, table: tensor, starts: tensor, lens: tensor, out: tensor, rows: tensor,
+    q_stride: tensor, table_stride: tensor, window: tensor, scale: tensor, HEADS: constexpr, GROUP: constexpr,
+    HEAD_DIM: constexpr, PAGE: constexpr, M: constexpr, D: constexpr, TILE: constexpr,
 ) -> None:  # fmt: skip
     # A thread block holds QUERIES tokens of one row for the GROUP heads of one KV head. The blocks of row r begin at
     # number starts[r] // QUERIES + r; rounding may leave an empty block between two rows.
@@ -113,17 +111,15 @@ def _prefill_kernel(
 
 
 def prefill_attention(
-    q: Tensor, k: Tensor, v: Tensor, page_table: Tensor, cu_query_lens: Tensor, kv_lens: Tensor, *, window: int
+    q: Tensor, k: Tensor, v: Tensor, page_table: Tensor, cu_query_lens: Tensor, kv_lens: Tensor, window: int
 ) -> Tensor:
     """Causal attention of ragged chunks, each at the end of its row's cached tokens: q (T, H, hd) -> (T, H, hd).
 
     k, v (pages, page_size, K, hd) of one layer; page_table int32 (rows, max_pages); cu_query_lens int32 (rows + 1,);
     kv_lens int32 (rows,), the chunks included; window 0 is none.
     """
-    total, query_heads, head_dim = q.shape
-    rows = len(kv_lens)
-    page_size, kv_heads = k.shape[1:3]
-    group = query_heads // kv_heads
+    (total, query_heads, head_dim), (page_size, kv_heads) = q.shape, k.shape[1:3]
+    rows, group = len(kv_lens), query_heads // kv_heads
     assert q.stride()[1:] == (head_dim, 1)
     assert k.is_contiguous()
     assert v.is_contiguous()
@@ -133,19 +129,17 @@ def prefill_attention(
     block = max(32 if small else 64, triton.next_power_of_2(group))
     out = torch.empty((total, query_heads, head_dim), dtype=q.dtype, device=q.device)
     _prefill_kernel[(kv_heads, total // (block // group) + rows)](
-        q, k, v, page_table, cu_query_lens, kv_lens, out,
-        rows, q.stride(0), page_table.stride(0), window or 1 << 30, math.log2(math.e) * head_dim**-0.5,
-        HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, PAGE=page_size,
-        M=block, D=dims, TILE=32 if small else 64, num_warps=4, num_stages=2 if small else 3,
+        q, k, v, page_table, cu_query_lens, kv_lens, out, rows, q.stride(0), page_table.stride(0), window or 1 << 30,
+        math.log2(math.e) * head_dim**-0.5, HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, PAGE=page_size, M=block,
+        D=dims, TILE=32 if small else 64, num_warps=4, num_stages=2 if small else 3,
     )  # fmt: skip
     return out
 
 
 @jit_varying("rows", "lens", "table_stride")
 def _flatten_kernel(
-    table: tl.tensor, lens: tl.tensor, starts: tl.tensor,
-    pages: tl.tensor, filled: tl.tensor, rows: tl.tensor, table_stride: tl.tensor,
-    PAGE: tl.constexpr, BLOCK: tl.constexpr,
+    table: tensor, lens: tensor, starts: tensor, pages: tensor, filled: tensor, rows: tensor, table_stride: tensor,
+    PAGE: constexpr, BLOCK: constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0)
     start = 0

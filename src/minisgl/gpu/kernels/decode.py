@@ -5,9 +5,8 @@ each program takes an equal range of them (Stream-K, Osama et al., arXiv 2301.03
 some whole rows and the start of another. The program that finishes last with its part of a split row merges the row's
 partial results. So no length of any row leaves multiprocessors idle, and one launch serves every batch.
 
-`run_qkv` takes the QKV GEMM's output itself: it norms and rotates a row's queries and its new key (twin:
-`core.ops.rope_store_kv`). The new key starts the softmax from registers; the program that has the row's end writes it
-to the cache.
+`run_qkv` takes the QKV GEMM's output itself: it does the work of `core.ops.rope_store_kv` too. A row's new key starts
+the softmax from registers; the program that has the row's end writes it to the cache.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr, tensor
 
 from minisgl.core.attention import FusedAttention, RopeStore
 from minisgl.core.kv_cache import KVCache
@@ -33,18 +33,16 @@ TOKEN_BYTES = 256  # of a key head in the measurements behind `decode_split`; wh
 
 
 class DecodeSplit(NamedTuple):
-    """Tokens per tile, warps, pipeline stages, programs per multiprocessor (0: one for each row and KV head)."""
-
-    tile: int
+    tile: int  # tokens per tile
     warps: int
-    stages: int
-    programs: int
+    stages: int  # of the pipeline
+    programs: int  # per multiprocessor; 0: one for each row and KV head
 
 
 @jit_varying("rows", "lens")
 def _tiles_kernel(
-    lens: tl.tensor, starts: tl.tensor, rows: tl.tensor, window: tl.tensor, NEW: tl.constexpr, TILE: tl.constexpr,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    lens: tensor, starts: tensor, rows: tensor, window: tensor, NEW: constexpr, TILE: constexpr, BLOCK: constexpr,
+    PDL: constexpr,
 ) -> None:  # fmt: skip
     after_previous(PDL)
     before = 0
@@ -61,9 +59,9 @@ def _tiles_kernel(
 
 @jit
 def _rotated(
-    x: tl.tensor, norm: tl.tensor, cos_sin: tl.tensor, position: tl.tensor, dims: tl.tensor, mask: tl.tensor,
-    eps: tl.tensor, HEAD_DIM: tl.constexpr, NORM: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
+    x: tensor, norm: tensor, cos_sin: tensor, position: tensor, dims: tensor, mask: tensor, eps: tensor,
+    HEAD_DIM: constexpr, NORM: constexpr,
+) -> tensor:  # fmt: skip
     # Heads at the pointers x (heads, 1), normed and rotated -> (heads, D), with the roundings of `rope_store_kv`.
     HALF: tl.constexpr = HEAD_DIM // 2
     other = tl.where(dims < HALF, dims + HALF, dims - HALF)  # the dimension that is rotated together with this one
@@ -86,10 +84,9 @@ def _rotated(
 
 @jit
 def _merged(
-    partial: tl.tensor, log_sums: tl.tensor, first: tl.tensor, last: tl.tensor, second: tl.tensor,
-    mask: tl.tensor, inner: tl.tensor, member: tl.tensor, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    M: tl.constexpr, D: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
+    partial: tensor, log_sums: tensor, first: tensor, last: tensor, second: tensor, mask: tensor, inner: tensor,
+    member: tensor, GROUP: constexpr, HEAD_DIM: constexpr, M: constexpr, D: constexpr,
+) -> tensor:  # fmt: skip
     # Merges a row's partial results, in slot `second` (0 or 1) of program `first` and slot 0 of those up to `last`.
     # Other multiprocessors wrote them, so the loads bypass this one's L1 cache (.cg).
     best = tl.full([M], float("-inf"), tl.float32)
@@ -114,13 +111,11 @@ def _merged(
 
 @jit_varying("rows", "lens", "table_stride")
 def _decode_kernel(
-    q: tl.tensor, q_norm: tl.tensor, k_norm: tl.tensor, cos_sin: tl.tensor, k: tl.tensor, v: tl.tensor,
-    table: tl.tensor, lens: tl.tensor, starts: tl.tensor, out: tl.tensor,
-    partial: tl.tensor, log_sums: tl.tensor, arrived: tl.tensor,
-    eps: tl.tensor, q_stride: tl.tensor, rows: tl.tensor, table_stride: tl.tensor, window: tl.tensor, scale: tl.tensor,
-    FUSED_ROPE: tl.constexpr, NORM: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    PAGE: tl.constexpr, ROWS: tl.constexpr, M: tl.constexpr, D: tl.constexpr, TILE: tl.constexpr,
-    WHOLE: tl.constexpr, PDL: tl.constexpr,
+    q: tensor, q_norm: tensor, k_norm: tensor, cos_sin: tensor, k: tensor, v: tensor, table: tensor, lens: tensor,
+    starts: tensor, out: tensor, partial: tensor, log_sums: tensor, arrived: tensor, eps: tensor, q_stride: tensor,
+    rows: tensor, table_stride: tensor, window: tensor, scale: tensor, FUSED_ROPE: constexpr, NORM: constexpr,
+    HEADS: constexpr, GROUP: constexpr, HEAD_DIM: constexpr, PAGE: constexpr, ROWS: constexpr, M: constexpr,
+    D: constexpr, TILE: constexpr, WHOLE: constexpr, PDL: constexpr,
 ) -> None:  # fmt: skip
     NEW: tl.constexpr = 1 if FUSED_ROPE else 0  # tokens of a row that are not in the cache yet
     head, program = tl.program_id(0), tl.program_id(1)
@@ -214,11 +209,8 @@ def _decode_kernel(
 
 
 def decode_split(pairs: int, token_bytes: int) -> DecodeSplit:
-    """The fastest measured on an H200 with pages of 16, for so many pairs of row and KV head.
-
-    A token's key has `token_bytes` in a KV head. Five stages are two tiles in flight, seven are three, as the page ids
-    take the first.
-    """
+    # The fastest measured on an H200 with pages of 16, for so many pairs of row and KV head; a token's key has
+    # `token_bytes`. Five stages are two tiles in flight, seven are three, as the page ids take the first.
     if pairs >= 1100:
         split = DecodeSplit(16, 1, 7, 0)
     else:
@@ -232,16 +224,13 @@ class Workspaces:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._parts: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        self._floats: dict[tuple[int, ...], Tensor] = {}
         self._arrived: dict[int, Tensor] = {}
 
-    def parts(self, kv_heads: int, programs: int, group: int, head_dim: int) -> tuple[Tensor, Tensor]:
-        """A program's up to two partial results, and the log2 of their softmax sums: float32 (K, P, 2, G[, hd])."""
-        shape = (kv_heads, programs, 2, group, head_dim)
-        if shape not in self._parts:
-            partial = torch.empty(shape, dtype=torch.float32, device=self.device)
-            self._parts[shape] = (partial, torch.empty(shape[:-1], dtype=torch.float32, device=self.device))
-        return self._parts[shape]
+    def floats(self, *shape: int) -> Tensor:
+        if shape not in self._floats:
+            self._floats[shape] = torch.empty(shape, dtype=torch.float32, device=self.device)
+        return self._floats[shape]
 
     def arrived(self, counters: int) -> Tensor:
         """Partial results written of each row and KV head, zero between launches: int32 (at least counters,)."""
@@ -252,22 +241,17 @@ class Workspaces:
 
 
 class DecodeAttention(FusedAttention):
-    """Decode attention of B rows over one cache.
+    """Decode attention of B rows over one cache. A step starts with `begin`, or with `run` of layer 0.
 
-    page_table int32 (B, max_pages) and kv_lens int32 (B,), at least 1, are read at each launch. A step starts with
-    `begin`, or with `run` of layer 0.
+    page_table int32 (B, max_pages) and kv_lens int32 (B,), at least 1, are read at each launch.
     """
 
     def __init__(
         self, page_table: Tensor, kv_lens: Tensor, kv: KVCache, workspaces: Workspaces, processors: int,
         split: DecodeSplit | None = None,
     ) -> None:  # fmt: skip
-        self.page_table = page_table
-        self.kv_lens = kv_lens
-        self.kv = kv
-        self.workspaces = workspaces
-        self.processors = processors
-        self.split = split
+        self.page_table, self.kv_lens, self.kv = page_table, kv_lens, kv
+        self.workspaces, self.processors, self.split = workspaces, processors, split
         self._starts: dict[tuple[int, bool], Tensor] = {}
         self._current: set[tuple[int, bool]] = set()
 
@@ -298,32 +282,32 @@ class DecodeAttention(FusedAttention):
     def _launch(self, q: Tensor, heads: int, rope: RopeStore | None, layer: int, window: int) -> Tensor:
         k, v = self.kv.k[layer], self.kv.v[layer]
         page_size, kv_heads, head_dim = k.shape[1:]
-        rows, group, pdl, split = len(self.kv_lens), heads // kv_heads, launch_options(), self._split()
+        rows, group, split = len(self.kv_lens), heads // kv_heads, self._split()
         whole = split.programs == 0
         programs = rows if whole else max(1, split.programs * self.processors // kv_heads)
         out = torch.empty((rows, heads, head_dim), dtype=q.dtype, device=q.device)
         partial = log_sums = out
         starts = arrived = self.kv_lens
         if not whole:
-            partial, log_sums = self.workspaces.parts(kv_heads, programs, group, head_dim)
+            # A program's up to two partial results, and the log2 of their softmax sums.
+            partial = self.workspaces.floats(kv_heads, programs, 2, group, head_dim)
+            log_sums = self.workspaces.floats(kv_heads, programs, 2, group)
             arrived = self.workspaces.arrived(rows * kv_heads)
             starts = self._tiles(split.tile, window, rope is not None)
         q_norm, k_norm, eps, cos_sin = (None, None, 0.0, None) if rope is None else rope[1:5]
         _decode_kernel[(kv_heads, programs)](
-            q, q_norm, k_norm, cos_sin, k, v, self.page_table, self.kv_lens, starts, out,
-            partial, log_sums, arrived, eps, q.stride(0), rows, self.page_table.stride(0), window or NO_WINDOW,
-            math.log2(math.e) * head_dim**-0.5,
-            FUSED_ROPE=rope is not None, NORM=q_norm is not None, HEADS=kv_heads, GROUP=group,
-            HEAD_DIM=head_dim, PAGE=page_size, ROWS=max(ROWS_BLOCK, triton.next_power_of_2(rows)),
+            q, q_norm, k_norm, cos_sin, k, v, self.page_table, self.kv_lens, starts, out, partial, log_sums, arrived,
+            eps, q.stride(0), rows, self.page_table.stride(0), window or NO_WINDOW, math.log2(math.e) * head_dim**-0.5,
+            FUSED_ROPE=rope is not None, NORM=q_norm is not None, HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim,
+            PAGE=page_size, ROWS=max(ROWS_BLOCK, triton.next_power_of_2(rows)),
             M=max(MIN_DOT, triton.next_power_of_2(group)), D=triton.next_power_of_2(head_dim), TILE=split.tile,
-            WHOLE=whole, PDL=bool(pdl), num_warps=split.warps, num_stages=split.stages, **pdl,
+            WHOLE=whole, num_warps=split.warps, num_stages=split.stages, **launch_options(),
         )  # fmt: skip
         return out
 
     def _tiles(self, tile: int, window: int, new: bool) -> Tensor:
         """The number of each row's first tile, int32 (B + 1,): computed once a step for each window."""
-        which = (window, new)
-        rows, pdl = len(self.kv_lens), launch_options()
+        which, rows = (window, new), len(self.kv_lens)
         if which not in self._starts:
             self._starts[which] = torch.empty(rows + 1, dtype=torch.int32, device=self.kv_lens.device)
         starts = self._starts[which]
@@ -331,6 +315,6 @@ class DecodeAttention(FusedAttention):
             self._current.add(which)
             _tiles_kernel[(1,)](
                 self.kv_lens, starts, rows, window or NO_WINDOW, NEW=int(new), TILE=tile, BLOCK=ROWS_BLOCK,
-                PDL=bool(pdl), num_warps=4, **pdl,
+                num_warps=4, **launch_options(),
             )  # fmt: skip
         return starts

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr, tensor
 
 from minisgl.gpu.kernels.jit import after_previous, jit, jit_varying, launch_options, warps_for
 
@@ -21,9 +22,8 @@ QKV_TILE = 1024  # elements per thread block: 8 heads of 128
 
 @jit_varying("rows")
 def _norm_kernel(
-    x: tl.tensor, residual: tl.tensor, weight: tl.tensor, out: tl.tensor, x_stride: tl.tensor, rows: tl.tensor,
-    dim: tl.tensor, eps: tl.tensor,
-    ADD: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    x: tensor, residual: tensor, weight: tensor, out: tensor, x_stride: tensor, rows: tensor, dim: tensor, eps: tensor,
+    ADD: constexpr, PARTS: constexpr, ROWS: constexpr, BLOCK: constexpr, PDL: constexpr,
 ) -> None:  # fmt: skip
     after_previous(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
@@ -49,12 +49,12 @@ def _norm_kernel(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x (T, D) with contiguous rows, weight (D,) -> (T, D). D up to 8192. Twin: `core.ops.rms_norm`."""
+    """x (T, D) with contiguous rows, weight (D,) -> (T, D). D up to 8192."""
     return _launch_norm(x, None, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """residual += x in place, and the norm of the sum. x, residual (T, D) -> (T, D). Twin: `core.ops.add_rms_norm`.
+    """residual += x in place, and the norm of the sum. x, residual (T, D) -> (T, D).
 
     x may be float32 (splits, T, D), contiguous, from `linear.split_k_linear`: they are added up and rounded first.
     """
@@ -70,21 +70,17 @@ def _launch_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     assert not parts or x.is_contiguous()
     out = torch.empty((rows, dim), dtype=x.dtype if residual is None else residual.dtype, device=x.device)
     if rows:
-        pdl = launch_options()
         block = triton.next_power_of_2(dim)
         rows_per_block = max(1, NORM_TILE // block) if rows >= FILLING_ROWS else 1
         _norm_kernel[(triton.cdiv(rows, rows_per_block),)](
-            x, residual, weight, out, x.stride(-2), rows, dim, eps,
-            ADD=residual is not None, PARTS=parts, ROWS=rows_per_block, BLOCK=block, PDL=bool(pdl),
-            num_warps=warps_for(rows_per_block * block), **pdl,
+            x, residual, weight, out, x.stride(-2), rows, dim, eps, ADD=residual is not None, PARTS=parts,
+            ROWS=rows_per_block, BLOCK=block, num_warps=warps_for(rows_per_block * block), **launch_options(),
         )  # fmt: skip
     return out
 
 
 @jit
-def _silu_mul_kernel(
-    gate_up: tl.tensor, out: tl.tensor, width: tl.tensor, BLOCK: tl.constexpr, PDL: tl.constexpr
-) -> None:
+def _silu_mul_kernel(gate_up: tensor, out: tensor, width: tensor, BLOCK: constexpr, PDL: constexpr) -> None:
     after_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -95,7 +91,7 @@ def _silu_mul_kernel(
 
 
 @jit
-def gated(gate: tl.tensor, up: tl.tensor) -> tl.tensor:
+def gated(gate: tensor, up: tensor) -> tensor:
     """silu(gate) * up with the twin's roundings: float32 inside, silu rounded to the dtype of the activations."""
     wide = gate.to(tl.float32)
     silu = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype).to(tl.float32)
@@ -103,24 +99,22 @@ def gated(gate: tl.tensor, up: tl.tensor) -> tl.tensor:
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
-    """gate_up (T, 2I), contiguous, gate first -> (T, I). Twin: `core.ops.silu_mul`."""
-    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    """gate_up (T, 2I), contiguous, gate first -> (T, I)."""
     assert gate_up.is_contiguous()
+    rows, width = len(gate_up), gate_up.shape[1] // 2
     out = torch.empty((rows, width), dtype=gate_up.dtype, device=gate_up.device)
     if rows:
-        pdl = launch_options()
         block = min(ACTIVATION_BLOCK, triton.next_power_of_2(width))
         _silu_mul_kernel[(rows, triton.cdiv(width, block))](
-            gate_up, out, width, BLOCK=block, PDL=bool(pdl), num_warps=warps_for(block), **pdl
+            gate_up, out, width, BLOCK=block, num_warps=warps_for(block), **launch_options()
         )
     return out
 
 
 @jit
 def _head_norm(
-    low: tl.tensor, high: tl.tensor, weight: tl.tensor, columns: tl.tensor, half: tl.tensor, mask: tl.tensor,
-    eps: tl.tensor,
-) -> tl.tensor:  # fmt: skip
+    low: tensor, high: tensor, weight: tensor, columns: tensor, half: tensor, mask: tensor, eps: tensor
+) -> tensor:
     gain_low = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)[None, :]
     gain_high = tl.load(weight + half + columns, mask=mask, other=0.0).to(tl.float32)[None, :]
     wide_low, wide_high = low.to(tl.float32), high.to(tl.float32)
@@ -133,10 +127,9 @@ def _head_norm(
 
 @jit_varying("positions", "slot_mapping")
 def _qkv_kernel(
-    qkv: tl.tensor, q_norm: tl.tensor, k_norm: tl.tensor, cos_sin: tl.tensor, positions: tl.tensor,
-    slot_mapping: tl.tensor, q_out: tl.tensor, k_cache: tl.tensor,
-    v_cache: tl.tensor, eps: tl.tensor, heads: tl.tensor, kv_heads: tl.tensor, half: tl.tensor,
-    NORM: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr, PDL: tl.constexpr,
+    qkv: tensor, q_norm: tensor, k_norm: tensor, cos_sin: tensor, positions: tensor, slot_mapping: tensor,
+    q_out: tensor, k_cache: tensor, v_cache: tensor, eps: tensor, heads: tensor, kv_heads: tensor, half: tensor,
+    NORM: constexpr, BLOCK_HEADS: constexpr, BLOCK_HALF: constexpr, PDL: constexpr,
 ) -> None:  # fmt: skip
     after_previous(PDL)
     # Thread blocks of a token: those of query heads first, then of key heads, then of value heads.
@@ -192,23 +185,18 @@ def rope_store_kv(
     qkv (T, (H + 2K) * hd), bias added; q_norm, k_norm (hd,) or None; cos_sin float32 (max_seq_len, hd), cosines first;
     positions int32 (T,); slot_mapping int32 or int64 (T,) = page * page_size + offset; k_cache, v_cache one layer's
     pages (pages, page_size, K, hd) -> (T, H, hd), `out` where it is given. All contiguous.
-    Twins: `core.ops.rms_norm`, `apply_rope` and `store_kv`.
     """
-    kv_heads, head_dim = k_cache.shape[2:]
-    tokens = qkv.shape[0]
+    assert all(x.is_contiguous() for x in (qkv, k_cache, v_cache))
+    tokens, (kv_heads, head_dim) = len(qkv), k_cache.shape[2:]
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
-    assert qkv.is_contiguous()
-    assert k_cache.is_contiguous()
-    assert v_cache.is_contiguous()
     q = torch.empty((tokens, heads, head_dim), dtype=qkv.dtype, device=qkv.device) if out is None else out
     if tokens:
-        pdl = launch_options()
         half = triton.next_power_of_2(head_dim // 2)
         block = min(max(1, QKV_TILE // (2 * half)), triton.next_power_of_2(max(heads, kv_heads)))
         blocks = triton.cdiv(heads, block) + 2 * triton.cdiv(kv_heads, block)
         _qkv_kernel[(tokens, blocks)](
             qkv, q_norm, k_norm, cos_sin, positions, slot_mapping, q, k_cache, v_cache, eps, heads, kv_heads,
             head_dim // 2, NORM=q_norm is not None, BLOCK_HEADS=block, BLOCK_HALF=half,
-            num_warps=warps_for(block * half), PDL=bool(pdl), **pdl,
+            num_warps=warps_for(block * half), **launch_options(),
         )  # fmt: skip
     return q

@@ -31,23 +31,18 @@ def jit(function: Callable[..., Any]) -> Kernel:
 
 
 def jit_varying(*names: str) -> Callable[[Callable[..., Any]], Kernel]:
-    """`jit` without specialisation on these arguments: token counts, and tensors at any address.
-
-    Otherwise an integer that is 1 or a multiple of 16, or an aligned tensor, makes another kernel, and the first step
-    to meet it waits for the compiler.
-    """
-
-    def decorate(function: Callable[..., Any]) -> Kernel:
-        kernel: Kernel = triton.jit(function, do_not_specialize=list(names))
-        return kernel
-
+    """`jit` without specialisation on these arguments: token counts, and tensors at any address."""
+    # Otherwise an integer that is 1 or a multiple of 16, or an aligned tensor, makes another kernel, and the first step
+    # to meet it waits for the compiler.
+    decorate: Callable[[Callable[..., Any]], Kernel] = triton.jit(do_not_specialize=list(names))
     return decorate
 
 
 @functools.cache
 def launch_options() -> dict[str, bool]:
-    """What every launch adds: PDL where the GPU has it."""
-    return {"launch_pdl": True} if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9 else {}
+    """What every launch of a kernel with a constant PDL adds: whether the GPU has it."""
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
+    return {"PDL": True, "launch_pdl": True} if hopper else {"PDL": False}
 
 
 def warps_for(elements: int) -> int:

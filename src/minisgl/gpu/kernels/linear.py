@@ -2,10 +2,8 @@
 
 `linear` and its variants, for weights of up to 8 million elements: a thread block takes some of the output's columns
 and, where that leaves multiprocessors idle, one of several splits of the inner dimension (split-K). Before it waits for
-the previous kernel (PDL) it prefetches its weights into L2: no kernel writes those.
-
-`gemv` and `gated_gemv`, for larger weights and one row: plain loads read the weights once, without tensor cores. A
-thread block takes some rows of the weight and loads their first elements before it waits.
+the previous kernel (PDL) it prefetches its weights into L2: no kernel writes those. `gemv` and `gated_gemv`, for larger
+weights and one row, use no tensor cores: a thread block loads the first elements of its rows before it waits.
 """
 
 from __future__ import annotations
@@ -16,28 +14,33 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr, tensor
 
 from minisgl.gpu.kernels.elementwise import gated
 from minisgl.gpu.kernels.jit import after_previous, jit, jit_varying, launch_options
 
+HALF = (torch.float16, torch.bfloat16)
 MAX_WEIGHTS = 8 << 20  # from about here on cuBLAS reads the weights as fast (H200)
 MAX_ROWS = 64  # from here on cuBLAS is as fast or faster
 MAX_SPLIT_K_ROWS = 128  # the same for `split_k_linear`
 LINE = 64  # 16-bit elements in a cache line of 128 bytes
-
 MAX_GEMV_COLUMNS = 1 << 17  # larger weights are vocabularies, whose GEMMs are long enough for cuBLAS
 GEMV_STEP = 256  # rows of the weight have a multiple of so many elements, so their addresses are aligned
 MAX_GEMV_INNER = (1 << 15) - 1  # keeps the offset of a gated weight's second half within 32 bits
 
 
-class LinearTile(NamedTuple):
-    """Output columns and inner elements a thread block takes at a time, splits of K, warps, pipeline stages."""
-
-    columns: int
-    inner: int
-    splits: int
+class GemvTile(NamedTuple):
+    columns: int  # rows of the weight per thread block
+    inner: int  # elements of each at a time
     warps: int
-    stages: int
+
+
+class LinearTile(NamedTuple):
+    columns: int  # output columns per thread block
+    inner: int  # elements of K at a time
+    splits: int  # of K
+    warps: int
+    stages: int  # of the pipeline
 
 
 SPLIT_K = LinearTile(32, 128, 4, 4, 5)
@@ -47,17 +50,11 @@ FEW_GATED = LinearTile(32, 256, 1, 4, 5)
 MANY_GATED = LinearTile(32, 128, 1, 4, 4)
 
 
-class GemvTile(NamedTuple):
-    """Rows of the weight per thread block, elements of each at a time, warps."""
-
-    columns: int
-    inner: int
-    warps: int
-
-
 @jit
-def _prefetch(weight: tl.tensor, row: tl.tensor, start: tl.tensor, inner: tl.tensor, COLUMNS: tl.constexpr,
-              LENGTH: tl.constexpr, LINES: tl.constexpr, LINE: tl.constexpr) -> None:  # fmt: skip
+def _prefetch(
+    weight: tensor, row: tensor, start: tensor, inner: tensor, COLUMNS: constexpr, LENGTH: constexpr, LINES: constexpr,
+    LINE: constexpr,
+) -> None:  # fmt: skip
     lines = start + tl.minimum(tl.arange(0, LINES) * LINE, LENGTH - LINE)
     rows = row + tl.arange(0, COLUMNS)
     address = weight + rows[:, None].to(tl.int64) * inner + lines[None, :]
@@ -68,10 +65,9 @@ def _prefetch(weight: tl.tensor, row: tl.tensor, start: tl.tensor, inner: tl.ten
 
 @jit_varying("rows")
 def _linear_kernel(
-    x: tl.tensor, weight: tl.tensor, bias: tl.tensor, out: tl.tensor, rows: tl.tensor, columns: tl.tensor,
-    x_stride: tl.tensor, INNER: tl.constexpr, LENGTH: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PREFETCH: tl.constexpr, LINES: tl.constexpr,
-    LINE: tl.constexpr, PDL: tl.constexpr,
+    x: tensor, weight: tensor, bias: tensor, out: tensor, rows: tensor, columns: tensor, x_stride: tensor,
+    INNER: constexpr, LENGTH: constexpr, BIAS: constexpr, GATED: constexpr, ROWS: constexpr, COLUMNS: constexpr,
+    BLOCK: constexpr, PREFETCH: constexpr, LINES: constexpr, LINE: constexpr, PDL: constexpr,
 ) -> None:  # fmt: skip
     first = tl.program_id(0) * COLUMNS
     part = tl.program_id(1)
@@ -106,64 +102,44 @@ def _linear_kernel(
 def fits_linear(x: Tensor, weight: Tensor, most: int) -> bool:
     """Whether x (T, K) by weight (N, K), T up to `most`, is faster here than with cuBLAS (measured on an H200)."""
     columns, inner = weight.shape
-    return (
-        x.shape[0] <= most
-        and x.dtype in (torch.float16, torch.bfloat16)
-        and columns % 128 == 0
-        and inner % 512 == 0
-        and weight.numel() <= MAX_WEIGHTS
-    )
+    small = len(x) <= most and weight.numel() <= MAX_WEIGHTS
+    return small and x.dtype in HALF and columns % 128 == 0 and inner % 512 == 0
 
 
-def padded_rows(rows: int) -> int:
-    """Rows of a thread block's tile: 16 for `mma.sync`, else 64, the least that `wgmma` takes."""
-    return 16 if rows <= 16 else max(64, triton.next_power_of_2(rows))
-
-
-def _launch_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, columns: int, tile: LinearTile, gated: bool
-) -> None:
-    rows, inner = x.shape
-    pdl = launch_options()
+def _launch_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, tile: LinearTile) -> Tensor:
+    (rows, inner), columns, options = x.shape, out.shape[-1], launch_options()
+    padded = 16 if rows <= 16 else max(64, triton.next_power_of_2(rows))  # `mma.sync` takes 16, `wgmma` at least 64
     _linear_kernel[(columns // tile.columns, tile.splits)](
         x, weight, bias, out, rows, columns, x.stride(0), INNER=inner, LENGTH=inner // tile.splits,
-        BIAS=bias is not None, GATED=gated, ROWS=padded_rows(rows), COLUMNS=tile.columns, BLOCK=tile.inner,
-        PREFETCH=bool(pdl), LINES=triton.next_power_of_2(inner // tile.splits // LINE), LINE=LINE, PDL=bool(pdl),
-        num_warps=tile.warps, num_stages=tile.stages, **pdl,
+        BIAS=bias is not None, GATED=columns < len(weight), ROWS=padded, COLUMNS=tile.columns,
+        BLOCK=tile.inner, PREFETCH=options["PDL"], LINES=triton.next_power_of_2(inner // tile.splits // LINE),
+        LINE=LINE, num_warps=tile.warps, num_stages=tile.stages, **options,
     )  # fmt: skip
+    return out
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, tile: LinearTile | None = None) -> Tensor:
     """x (T, K) by weight (N, K), plus bias (N,) -> (T, N)."""
-    columns = weight.shape[0]
-    tile = tile or (FEW if len(x) <= 16 else MANY)
-    out = torch.empty((x.shape[0], columns), dtype=x.dtype, device=x.device)
-    _launch_linear(x, weight, bias, out, columns, tile, gated=False)
-    return out
+    out = torch.empty((len(x), len(weight)), dtype=x.dtype, device=x.device)
+    return _launch_linear(x, weight, bias, out, tile or (FEW if len(x) <= 16 else MANY))
 
 
-def split_k_linear(x: Tensor, weight: Tensor, tile: LinearTile | None = None) -> Tensor:
+def split_k_linear(x: Tensor, weight: Tensor, tile: LinearTile = SPLIT_K) -> Tensor:
     """x (T, K) by weight (N, K) as float32 sums over splits of K -> (splits, T, N); `add_rms_norm` adds them up."""
-    columns = weight.shape[0]
-    tile = tile or SPLIT_K
-    out = torch.empty((tile.splits, x.shape[0], columns), dtype=torch.float32, device=x.device)
-    _launch_linear(x, weight, None, out, columns, tile, gated=False)
-    return out
+    out = torch.empty((tile.splits, len(x), len(weight)), dtype=torch.float32, device=x.device)
+    return _launch_linear(x, weight, None, out, tile)
 
 
 def gated_linear(x: Tensor, weight: Tensor, tile: LinearTile | None = None) -> Tensor:
     """silu(x @ gate) * (x @ up), rounded where `silu_mul` rounds: x (T, K), weight (2I, K), gate first -> (T, I)."""
-    columns = weight.shape[0] // 2
-    tile = tile or (FEW_GATED if len(x) <= 16 else MANY_GATED)
-    out = torch.empty((x.shape[0], columns), dtype=x.dtype, device=x.device)
-    _launch_linear(x, weight, None, out, columns, tile, gated=True)
-    return out
+    out = torch.empty((len(x), len(weight) // 2), dtype=x.dtype, device=x.device)
+    return _launch_linear(x, weight, None, out, tile or (FEW_GATED if len(x) <= 16 else MANY_GATED))
 
 
 @jit
 def _gemv_kernel(
-    x: tl.tensor, weight: tl.tensor, out: tl.tensor, columns: tl.tensor, INNER: tl.constexpr, GATED: tl.constexpr,
-    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    x: tensor, weight: tensor, out: tensor, columns: tensor, INNER: constexpr, GATED: constexpr, COLUMNS: constexpr,
+    BLOCK: constexpr, PDL: constexpr,
 ) -> None:  # fmt: skip
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     k = tl.arange(0, BLOCK)
@@ -199,17 +175,9 @@ def _gemv_kernel(
 def fits_gemv(x: Tensor, weight: Tensor) -> bool:
     """Whether x (1, K) by weight (N, K) is faster here than with cuBLAS (measured on an H200)."""
     columns, inner = weight.shape
-    return (
-        x.shape[0] == 1
-        and x.dtype in (torch.float16, torch.bfloat16)
-        and weight.numel() > MAX_WEIGHTS
-        and columns % 16 == 0
-        and columns <= MAX_GEMV_COLUMNS
-        and inner % GEMV_STEP == 0
-        and inner <= MAX_GEMV_INNER
-        and x.is_contiguous()
-        and weight.is_contiguous()
-    )
+    fits = len(x) == 1 and weight.numel() > MAX_WEIGHTS and columns <= MAX_GEMV_COLUMNS and inner <= MAX_GEMV_INNER
+    divisible = columns % 16 == 0 and inner % GEMV_STEP == 0
+    return fits and divisible and x.dtype in HALF and x.is_contiguous() and weight.is_contiguous()
 
 
 def gemv_tile_for(inner: int, gated: bool) -> GemvTile:
@@ -221,23 +189,20 @@ def gemv_tile_for(inner: int, gated: bool) -> GemvTile:
 
 def gemv(x: Tensor, weight: Tensor, tile: GemvTile | None = None) -> Tensor:
     """x (1, K) by weight (N, K) -> (1, N)."""
-    columns, inner = weight.shape
-    out = torch.empty((1, columns), dtype=x.dtype, device=x.device)
-    _launch_gemv(x, weight, out, columns, tile or gemv_tile_for(inner, gated=False), gated=False)
-    return out
+    out = torch.empty((1, len(weight)), dtype=x.dtype, device=x.device)
+    return _launch_gemv(x, weight, out, tile or gemv_tile_for(x.shape[1], gated=False))
 
 
 def gated_gemv(x: Tensor, weight: Tensor, tile: GemvTile | None = None) -> Tensor:
     """silu(x @ gate) * (x @ up), rounded where `silu_mul` rounds: x (1, K), weight (2I, K), gate first -> (1, I)."""
-    columns, inner = weight.shape[0] // 2, weight.shape[1]
-    out = torch.empty((1, columns), dtype=x.dtype, device=x.device)
-    _launch_gemv(x, weight, out, columns, tile or gemv_tile_for(inner, gated=True), gated=True)
-    return out
+    out = torch.empty((1, len(weight) // 2), dtype=x.dtype, device=x.device)
+    return _launch_gemv(x, weight, out, tile or gemv_tile_for(x.shape[1], gated=True))
 
 
-def _launch_gemv(x: Tensor, weight: Tensor, out: Tensor, columns: int, tile: GemvTile, gated: bool) -> None:
-    pdl = launch_options()
+def _launch_gemv(x: Tensor, weight: Tensor, out: Tensor, tile: GemvTile) -> Tensor:
+    columns = out.shape[1]
     _gemv_kernel[(triton.cdiv(columns, tile.columns),)](
-        x, weight, out, columns, INNER=weight.shape[1], GATED=gated, COLUMNS=tile.columns, BLOCK=tile.inner,
-        PDL=bool(pdl), num_warps=tile.warps, **pdl,
+        x, weight, out, columns, INNER=x.shape[1], GATED=columns < len(weight), COLUMNS=tile.columns, BLOCK=tile.inner,
+        num_warps=tile.warps, **launch_options(),
     )  # fmt: skip
+    return out

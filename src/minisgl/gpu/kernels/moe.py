@@ -2,20 +2,20 @@
 
 Routing writes, for each expert, the list of (token, choice) pairs that chose it. Two grouped GEMMs follow: a thread
 block takes a block of one expert's list and a tile of its outputs. Only the device knows which blocks exist, so the
-grid has as many as the shapes allow, and those past the last one return at once. The last launch sums each token's
-choices. The order of a list depends on timing, but the result does not: rows of a GEMM do not mix, and the sums run
-over a token's choices in order.
+grid has as many as the shapes allow. The last launch sums each token's choices. The order of a list depends on timing,
+but the result does not: rows of a GEMM do not mix, and the sums run over a token's choices in order.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr, tensor
 
 from minisgl.gpu.kernels.elementwise import gated
 from minisgl.gpu.kernels.jit import jit, jit_varying, warps_for
@@ -24,14 +24,11 @@ ROUTED = 8  # tokens per thread block of the routing
 SUM_BLOCK = 1024
 
 
-@dataclass(frozen=True)
-class MoeTile:
-    """How grouped GEMMs are tiled: a thread block makes rows x columns outputs, `inner` of the sum at a time."""
-
-    rows: int
+class MoeTile(NamedTuple):
+    rows: int  # outputs of a thread block: rows x columns
     gate_up_columns: int  # of each of gate and up
     down_columns: int
-    inner: int
+    inner: int  # elements of the sum at a time
     warps: int
     stages: int
 
@@ -51,9 +48,8 @@ def moe_tile_for(pairs: int, experts: int) -> MoeTile:
 
 @jit_varying("tokens")
 def _route_kernel(
-    logits: tl.tensor, weights: tl.tensor, lists: tl.tensor, counts: tl.tensor, tokens: tl.tensor,
-    EXPERTS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr,
-    NORMALISE: tl.constexpr, ROWS: tl.constexpr,
+    logits: tensor, weights: tensor, lists: tensor, counts: tensor, tokens: tensor, EXPERTS: constexpr,
+    BLOCK_EXPERTS: constexpr, TOP_K: constexpr, BLOCK_K: constexpr, NORMALISE: constexpr, ROWS: constexpr,
 ) -> None:  # fmt: skip
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
     expert = tl.arange(0, BLOCK_EXPERTS)[None, :]
@@ -81,9 +77,8 @@ def _route_kernel(
 
 @jit
 def _block_rows(
-    counts: tl.tensor, lists: tl.tensor, tokens: tl.tensor,
-    EXPERTS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr, ROWS: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
+    counts: tensor, lists: tensor, tokens: tensor, EXPERTS: constexpr, BLOCK_EXPERTS: constexpr, ROWS: constexpr
+) -> tensor:
     """This thread block's expert (EXPERTS if there is none), the pairs in its block, and which of those are real."""
     block = tl.program_id(0)
     expert = tl.arange(0, BLOCK_EXPERTS)
@@ -100,9 +95,9 @@ def _block_rows(
 
 @jit_varying("tokens")
 def _gate_up_kernel(
-    x: tl.tensor, weight: tl.tensor, lists: tl.tensor, counts: tl.tensor, hidden: tl.tensor, tokens: tl.tensor,
-    dim: tl.tensor, width: tl.tensor, TOP_K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+    x: tensor, weight: tensor, lists: tensor, counts: tensor, hidden: tensor, tokens: tensor, dim: tensor,
+    width: tensor, TOP_K: constexpr, EXPERTS: constexpr, BLOCK_EXPERTS: constexpr, ROWS: constexpr, COLUMNS: constexpr,
+    INNER: constexpr,
 ) -> None:  # fmt: skip
     expert, pair, real = _block_rows(counts, lists, tokens, EXPERTS, BLOCK_EXPERTS, ROWS)
     if expert < EXPERTS:
@@ -125,9 +120,9 @@ def _gate_up_kernel(
 
 @jit_varying("tokens")
 def _down_kernel(
-    hidden: tl.tensor, weight: tl.tensor, shares: tl.tensor, lists: tl.tensor, counts: tl.tensor, parts: tl.tensor,
-    tokens: tl.tensor, dim: tl.tensor, width: tl.tensor, EXPERTS: tl.constexpr, BLOCK_EXPERTS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+    hidden: tensor, weight: tensor, shares: tensor, lists: tensor, counts: tensor, parts: tensor, tokens: tensor,
+    dim: tensor, width: tensor, EXPERTS: constexpr, BLOCK_EXPERTS: constexpr, ROWS: constexpr, COLUMNS: constexpr,
+    INNER: constexpr,
 ) -> None:  # fmt: skip
     expert, pair, real = _block_rows(counts, lists, tokens, EXPERTS, BLOCK_EXPERTS, ROWS)
     if expert < EXPERTS:
@@ -149,7 +144,7 @@ def _down_kernel(
 
 
 @jit
-def _sum_kernel(parts: tl.tensor, out: tl.tensor, dim: tl.tensor, TOP_K: tl.constexpr, BLOCK: tl.constexpr) -> None:
+def _sum_kernel(parts: tensor, out: tensor, dim: tensor, TOP_K: constexpr, BLOCK: constexpr) -> None:
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -159,19 +154,14 @@ def _sum_kernel(parts: tl.tensor, out: tl.tensor, dim: tl.tensor, TOP_K: tl.cons
     tl.store(out + token * dim + column, total.to(out.dtype.element_ty), mask=column < dim)
 
 
-def moe(
-    x: Tensor, router: Tensor, expert_gate_up: Tensor, expert_down: Tensor, top_k: int, norm_topk_prob: bool
-) -> Tensor:
-    """x (T, D), router (E, D), expert_gate_up (E, 2I, D), expert_down (E, D, I) -> (T, D).
+def moe(x: Tensor, router: Tensor, gate_up: Tensor, down: Tensor, top_k: int, norm_topk_prob: bool) -> Tensor:
+    """x (T, D), router (E, D), gate_up (E, 2I, D), down (E, D, I), all contiguous -> (T, D).
 
-    All contiguous. The sum over a token's experts is in float32 and rounded once.
+    The sum over a token's experts is in float32 and rounded once.
     """
-    tokens, dim = x.shape
-    experts, _, width = expert_down.shape
-    assert x.is_contiguous()
-    assert expert_gate_up.is_contiguous()
-    assert expert_down.is_contiguous()
-    device, pairs = x.device, tokens * top_k
+    assert all(operand.is_contiguous() for operand in (x, gate_up, down))
+    (tokens, dim), (experts, _, width), device = x.shape, down.shape, x.device
+    pairs = tokens * top_k
     out = torch.empty_like(x)
     if not tokens:
         return out
@@ -191,12 +181,11 @@ def moe(
         NORMALISE=norm_topk_prob, ROWS=ROUTED, **sizes,
     )  # fmt: skip
     _gate_up_kernel[(blocks, triton.cdiv(width, tile.gate_up_columns))](
-        x, expert_gate_up, lists, counts, hidden, tokens, dim, width, TOP_K=top_k, COLUMNS=tile.gate_up_columns,
+        x, gate_up, lists, counts, hidden, tokens, dim, width, TOP_K=top_k, COLUMNS=tile.gate_up_columns,
         **sizes, **launch,
     )  # fmt: skip
     _down_kernel[(blocks, triton.cdiv(dim, tile.down_columns))](
-        hidden, expert_down, shares, lists, counts, parts, tokens, dim, width, COLUMNS=tile.down_columns,
-        **sizes, **launch,
+        hidden, down, shares, lists, counts, parts, tokens, dim, width, COLUMNS=tile.down_columns, **sizes, **launch,
     )  # fmt: skip
     block = min(SUM_BLOCK, triton.next_power_of_2(dim))
     _sum_kernel[(tokens, triton.cdiv(dim, block))](

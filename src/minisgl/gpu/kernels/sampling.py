@@ -2,17 +2,13 @@
 
 Two launches. In the first, each row's vocabulary is split over many thread blocks; each finds its split's winner
 (highest logit, or highest logit / T + noise) and, for rows with a filter, the sum of its exponentials and the highest
-logit of every segment of 64 tokens. In the second, one thread block per row picks the winner of winners; for a row with
-a filter it looks for the filter's threshold among the few segments that can matter. What a row needs is decided on the
-device. Splits do not depend on the batch, so neither does the result.
+logit of every segment of 64 tokens. In the second, one thread block per row picks the winner of winners, or looks for
+the filter's threshold. What a row needs is decided on the device. Splits, and so results, do not depend on the batch.
 
-The noise is that of `core/sampler.py`, bit for bit: a hash of (request seed, position, token id).
-
-Filters need no sort. A token is kept when fewer than top_k tokens are more probable, when those more probable hold less
-than top_p of the mass, and when it is at least min_p times as probable as the first. All three are thresholds on its
-logit; the first two are found by bisection over the bit patterns of floats, in those segments only whose highest logit
-reaches a bound: at least w tokens are at or above the w-th highest of the segments' maxima, so for w = k the k-th
-highest logit is among them.
+Filters need no sort. A token is kept when fewer than top_k tokens are more probable, when those hold less than top_p of
+the mass, and when it is at least min_p times as probable as the first. All three are thresholds on its logit; the first
+two are found by bisection over the bit patterns of floats, in those segments only whose highest logit reaches a bound:
+at least w tokens are at or above the w-th highest of the segments' maxima, so for w = k the k-th highest is among them.
 """
 
 from __future__ import annotations
@@ -21,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr, tensor
 
 from minisgl.core.sampler import LARGEST_UNIFORM, SamplingRows
 from minisgl.gpu.kernels.jit import jit, jit_varying
@@ -31,31 +28,22 @@ SEGMENT = 64
 PER_SEGMENT = tl.constexpr(SEGMENT)
 FIRST_WIDTH = tl.constexpr(64)  # segments that top_p alone looks at first; eight times as many each further time
 BLOCK = tl.constexpr(2048)
-KEY_SHIFT = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}
-"""Low bits that are zero in every logit of the dtype once it is float32."""
-LOWEST = tl.constexpr(-3.0e38)
-"""Below it a maximum is -inf: every token was masked."""
+KEY_SHIFT = {torch.float32: 0, torch.float16: 13, torch.bfloat16: 16}  # low bits that are zero in every logit's float32
+LOWEST = tl.constexpr(-3.0e38)  # below it a maximum is -inf: every token was masked
 SMALLEST_TEMPERATURE = tl.constexpr(1e-30)
-SMALLEST_MIN_P = tl.constexpr(1e-37)
-"""Stands for a min_p of 0, whose logarithm is -inf; the noise cannot lift so improbable a token above the first one."""
+SMALLEST_MIN_P = tl.constexpr(1e-37)  # for a min_p of 0; the noise cannot make up for so small a probability
 LARGEST = tl.constexpr(LARGEST_UNIFORM)
-SERIES_BELOW = tl.constexpr(0.0625)
-"""Below this the exponential is taken from its power series: 1 - u has lost the digits of a small u."""
+SERIES_BELOW = tl.constexpr(0.0625)  # below it `exponential` takes a series: 1 - u has lost the digits of a small u
 LOG2_E = tl.constexpr(1.4426950408889634)
 SLACK = tl.constexpr(1.0 + 1e-5)
 LARGEST_INT = tl.constexpr(2**31 - 1)
-FARTHEST = tl.constexpr(90.0)
-"""Factors of two by which a token can be less probable than the highest; the noise makes up for at most 56 of them."""
-FARTHEST_RANK = tl.constexpr((88 + 127) << 23)
-"""The bits of 2^88, less than any u * 2^90 for u from 0.5 up."""
+FARTHEST = tl.constexpr(90.0)  # log2 of how much less probable a token may be than the first; the noise covers 56 of it
+FARTHEST_RANK = tl.constexpr((88 + 127) << 23)  # the bits of 2^88, less than any u * 2^90 for u from 0.5 up
 LARGEST_EXPONENT = tl.constexpr(80.0)
 
 
-# The noise
-
-
 @jit
-def row_keys(seed: tl.tensor, position: tl.tensor) -> tl.tensor:
+def row_keys(seed: tensor, position: tensor) -> tensor:
     """The two 32-bit keys of a row, from its int64 seed and int32 position (SplitMix64's finaliser)."""
     key = seed.to(tl.uint64, bitcast=True) + (position + 1).to(tl.uint64) * 0x9E3779B97F4A7C15
     key = (key ^ (key >> 30)) * 0xBF58476D1CE4E5B9
@@ -65,18 +53,16 @@ def row_keys(seed: tl.tensor, position: tl.tensor) -> tl.tensor:
 
 
 @jit
-def _multiplied(bits: tl.tensor) -> tl.tensor:
+def _multiplied(bits: tensor) -> tensor:
     bits = bits * 0x85EBCA6B
     return (bits ^ (bits >> 13)) * 0xC2B2AE35
 
 
 @jit
-def token_hash(keys: tl.tensor, tokens: tl.tensor) -> tl.tensor:
-    """32 bits for each of int32 token ids, under a row's keys (MurmurHash3's finaliser, twice) -> uint32.
-
-    x ^ (x >> 16) is linear and its own inverse. The one that ends the first finaliser and the one that begins the
-    second cancel, except for the second key between them, whose part is one scalar.
-    """
+def token_hash(keys: tensor, tokens: tensor) -> tensor:
+    """32 bits for each of int32 token ids, under a row's keys (MurmurHash3's finaliser, twice) -> uint32."""
+    # x ^ (x >> 16) is linear and its own inverse. The one that ends the first finaliser and the one that begins the
+    # second cancel, except for the second key between them, whose part is one scalar.
     low, high = keys
     ids = tokens.to(tl.uint32, bitcast=True)
     bits = _multiplied(ids ^ (ids >> 16) ^ (low ^ (low >> 16)))
@@ -85,19 +71,19 @@ def token_hash(keys: tl.tensor, tokens: tl.tensor) -> tl.tensor:
 
 
 @jit
-def scaled_uniform(keys: tl.tensor, tokens: tl.tensor) -> tl.tensor:
+def scaled_uniform(keys: tensor, tokens: tensor) -> tensor:
     """The hash as float32 in (0, 2^32]."""
     return token_hash(keys, tokens).to(tl.float32) + 0.5
 
 
 @jit
-def uniform(keys: tl.tensor, tokens: tl.tensor) -> tl.tensor:
+def uniform(keys: tensor, tokens: tensor) -> tensor:
     """The hash as float32 in (0, 1)."""
     return tl.minimum(scaled_uniform(keys, tokens) * (2.0**-32), LARGEST)
 
 
 @jit
-def exponential(u: tl.tensor) -> tl.tensor:
+def exponential(u: tensor) -> tensor:
     """-log(1 - u), to 1e-6 of itself for every u of `uniform`; never below u."""
     # The series' next term is u^7 / 7, at most 9e-9 of the sum.
     sixth = 1.0 / 4 + u * (1.0 / 5 + u * (1.0 / 6))
@@ -105,26 +91,22 @@ def exponential(u: tl.tensor) -> tl.tensor:
     return tl.where(u < SERIES_BELOW, series, -tl.log(1.0 - u))
 
 
-# Filters
-
-
 @jit
-def float_key(x: tl.tensor, SHIFT: tl.constexpr) -> tl.tensor:
+def float_key(x: tensor, SHIFT: constexpr) -> tensor:
     """An int32 ordered as the float32 x, without the SHIFT low bits that are zero in all of them."""
     bits = x.to(tl.int32, bitcast=True)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
 
 
 @jit
-def key_float(key: tl.tensor, SHIFT: tl.constexpr) -> tl.tensor:
+def key_float(key: tensor, SHIFT: constexpr) -> tensor:
     """The float32 of a key, its SHIFT low bits zero, below zero too."""
     bits = key << SHIFT
     return (bits ^ ((bits >> 31) & ((0x7FFFFFFF >> SHIFT) << SHIFT))).to(tl.float32, bitcast=True)
 
 
 @jit
-def mask_stops(x: tl.tensor, tokens: tl.tensor, stop_ids: tl.tensor, STOPS: tl.constexpr) -> tl.tensor:
-    """Logits with -inf where the token is a stop id."""
+def mask_stops(x: tensor, tokens: tensor, stop_ids: tensor, STOPS: constexpr) -> tensor:
     for index in range(STOPS):
         x = tl.where(tokens == tl.load(stop_ids + index), float("-inf"), x)
     return x
@@ -132,12 +114,8 @@ def mask_stops(x: tl.tensor, tokens: tl.tensor, stop_ids: tl.tensor, STOPS: tl.c
 
 # A row is the tuple (logits, vocab, stop_ids, masked, top, inverse): its logits, their number, the stop ids, whether to
 # mask those, its highest logit, and 1 / T.
-
-
 @jit
-def _listed_logits(
-    row: tl.tensor, segments: tl.tensor, count: tl.tensor, start: tl.tensor, STOPS: tl.constexpr
-) -> tl.tensor:
+def _listed_logits(row: tensor, segments: tensor, count: tensor, start: tensor, STOPS: constexpr) -> tensor:
     """Tokens and logits of a block of the listed segments; -inf past the list, past the vocabulary and at stop ids."""
     logits, vocab, stop_ids, masked = row[0], row[1], row[2], row[3]
     index = start + tl.arange(0, BLOCK)
@@ -151,7 +129,7 @@ def _listed_logits(
 
 
 @jit
-def _list_segments(segments: tl.tensor, live: tl.tensor, BLOCK_SEGMENTS: tl.constexpr) -> tl.tensor:
+def _list_segments(segments: tensor, live: tensor, BLOCK_SEGMENTS: constexpr) -> tensor:
     """Write the numbers of the live segments in ascending order, and return how many they are."""
     ordinal = tl.cumsum(live.to(tl.int32), axis=0)
     tl.debug_barrier()  # every thread is done with the previous list
@@ -161,7 +139,7 @@ def _list_segments(segments: tl.tensor, live: tl.tensor, BLOCK_SEGMENTS: tl.cons
 
 
 @jit
-def _bound(tops: tl.tensor, width: tl.tensor, SEGMENTS: tl.constexpr, SHIFT: tl.constexpr) -> tl.tensor:
+def _bound(tops: tensor, width: tensor, SEGMENTS: constexpr, SHIFT: constexpr) -> tensor:
     """The key of the `width`-th highest of the segments' maxima, or of less than any logit when there are fewer."""
     lowest = float_key(tl.maximum(tl.min(tops, axis=0), LOWEST), SHIFT)  # a segment of masked tokens has -inf
     highest = float_key(tl.max(tops, axis=0), SHIFT)
@@ -175,7 +153,7 @@ def _bound(tops: tl.tensor, width: tl.tensor, SEGMENTS: tl.constexpr, SHIFT: tl.
 
 
 @jit
-def _above(value: tl.tensor, row: tl.tensor, segments: tl.tensor, count: tl.tensor, STOPS: tl.constexpr) -> tl.tensor:
+def _above(value: tensor, row: tensor, segments: tensor, count: tensor, STOPS: constexpr) -> tensor:
     """How many tokens of the listed segments are higher than a value, and their mass: the sum of exp((x - top) / T)."""
     top, inverse = row[4], row[5]
     counts = tl.zeros((BLOCK,), tl.int32)
@@ -190,10 +168,10 @@ def _above(value: tl.tensor, row: tl.tensor, segments: tl.tensor, count: tl.tens
 
 @jit
 def _least_kept(
-    lowest: tl.tensor, limit: tl.tensor, mass: tl.tensor, row: tl.tensor, segments: tl.tensor, count: tl.tensor,
-    STOPS: tl.constexpr, SHIFT: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """The least key, from `lowest` up, above which are fewer than `limit` tokens and less than `mass`."""
+    lowest: tensor, limit: tensor, mass: tensor, row: tensor, segments: tensor, count: tensor, STOPS: constexpr,
+    SHIFT: constexpr,
+) -> tensor:  # fmt: skip
+    # The least key, from `lowest` up, above which are fewer than `limit` tokens and less than `mass`.
     highest = float_key(row[4], SHIFT)  # nothing is above the top
     while lowest < highest:
         middle = (lowest & highest) + ((lowest ^ highest) >> 1)
@@ -207,9 +185,8 @@ def _least_kept(
 
 @jit
 def _winner(
-    least: tl.tensor, minimum: tl.tensor, keys: tl.tensor, row: tl.tensor, segments: tl.tensor, count: tl.tensor,
-    STOPS: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
+    least: tensor, minimum: tensor, keys: tensor, row: tensor, segments: tensor, count: tensor, STOPS: constexpr
+) -> tensor:
     """The token with the highest score among those kept in the listed segments; of equal ones the lowest id."""
     top, inverse = row[4], row[5]
     best = tl.full((BLOCK,), float("-inf"), tl.float32)
@@ -226,15 +203,13 @@ def _winner(
 
 @jit
 def filtered_winner(
-    winner: tl.tensor, row: tl.tensor, keys: tl.tensor, limit: tl.tensor, p: tl.tensor, min_p: tl.tensor,
-    mass: tl.tensor, segment_maxima: tl.tensor, segments: tl.tensor,
-    STOPS: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_SEGMENTS: tl.constexpr, SHIFT: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """The winner among a row's kept tokens; it is `winner`, the winner among all tokens, if that one is kept.
-
-    `mass` is the sum of exp((x - top) / T) over the vocabulary; `limit` is top_k, or vocab where that is off.
-    segment_maxima (SEGMENTS,) are the highest logits of each segment; segments (SEGMENTS,) is scratch.
-    """
+    winner: tensor, row: tensor, keys: tensor, limit: tensor, p: tensor, min_p: tensor, mass: tensor,
+    segment_maxima: tensor, segments: tensor, STOPS: constexpr, SEGMENTS: constexpr, BLOCK_SEGMENTS: constexpr,
+    SHIFT: constexpr,
+) -> tensor:  # fmt: skip
+    # The winner among a row's kept tokens; it is `winner`, the winner among all tokens, if that one is kept.
+    # `mass` is the sum of exp((x - top) / T) over the vocabulary; `limit` is top_k, or vocab where that is off.
+    # segment_maxima (SEGMENTS,) are the highest logits of each segment; segments (SEGMENTS,) is scratch.
     logits, vocab, top, inverse = row[0], row[1], row[4], row[5]
     index = tl.arange(0, BLOCK_SEGMENTS)
     exists = index < SEGMENTS
@@ -265,11 +240,8 @@ def filtered_winner(
     return winner
 
 
-# The two launches
-
-
 @jit
-def row_kind(parameters: tl.tensor, slot: tl.tensor, vocab: tl.tensor) -> tl.tensor:
+def row_kind(parameters: tensor, slot: tensor, vocab: tensor) -> tensor:
     """(sampled rather than greedy, has a filter, 1 / T, top_k or vocab, top_p, min_p) of a row."""
     temperature, top_p, min_p, top_k = parameters[0], parameters[1], parameters[2], parameters[3]
     heat, p = tl.load(temperature + slot), tl.load(top_p + slot)
@@ -281,7 +253,7 @@ def row_kind(parameters: tl.tensor, slot: tl.tensor, vocab: tl.tensor) -> tl.ten
 
 
 @jit
-def _beaten_by(ranked: tl.tensor, u: tl.tensor, PLACE: tl.constexpr) -> tl.tensor:
+def _beaten_by(ranked: tensor, u: tensor, PLACE: constexpr) -> tensor:
     """The highest rank that a token with a higher score than this one can have; never that of a masked token."""
     # E / u = 1 + u/2 + u^2/3 + u^3/4 + ... is at most (1 - u/2) / (1 - u) = 1 + u/2 + u^2/2 + u^3/2 + ...
     highest = (ranked | PLACE).to(tl.float32, bitcast=True) * ((1.0 - 0.5 * u) / (1.0 - u) * SLACK)
@@ -290,16 +262,12 @@ def _beaten_by(ranked: tl.tensor, u: tl.tensor, PLACE: tl.constexpr) -> tl.tenso
 
 @jit
 def _sampled_place(
-    x: tl.tensor, logits: tl.tensor, keys: tl.tensor, first: tl.tensor, reference: tl.tensor, inverse: tl.tensor,
-    SPLIT: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """The place of the highest score (x - reference) / T - log E among the SPLIT logits x from token `first` on.
-
-    That is the least E / exp((x - reference) / T). E is at least u, and nearly u where u is small: the token with the
-    least u / exp(...) wins unless others come within E / u of it. Only those, one after the other, need logarithms.
-    A token's rank is the bits of that ratio (positive floats and their bits are ordered alike), with its place in the
-    low ones.
-    """
+    x: tensor, logits: tensor, keys: tensor, first: tensor, reference: tensor, inverse: tensor, SPLIT: constexpr
+) -> tensor:
+    # The place of the highest score (x - reference) / T - log E among the SPLIT logits x from token `first` on.
+    # That is the least E / exp((x - reference) / T). E is at least u, and nearly u where u is small: the token with the
+    # least u / exp(...) wins unless others come within E / u of it. Only those, one after the other, need logarithms.
+    # A token's rank is that ratio's bits (positive floats and their bits are ordered alike), its place in the low ones.
     PLACE: tl.constexpr = SPLIT - 1
     places = tl.arange(0, SPLIT)
     near = (keys[0] ^ first.to(tl.uint32), keys[1])  # token first + place is first ^ place, first a multiple of SPLIT
@@ -325,10 +293,9 @@ def _sampled_place(
 
 @jit_varying("slots", "positions")
 def _split_kernel(
-    logits: tl.tensor, stride: tl.tensor, slots: tl.tensor, positions: tl.tensor, parameters: tl.tensor,
-    stop_ids: tl.tensor, winners: tl.tensor, maxima: tl.tensor, masses: tl.tensor, segment_maxima: tl.tensor,
-    vocab: tl.tensor, origin: tl.tensor,
-    STOPS: tl.constexpr, SPLIT: tl.constexpr, SEGMENT: tl.constexpr,
+    logits: tensor, stride: tensor, slots: tensor, positions: tensor, parameters: tensor, stop_ids: tensor,
+    winners: tensor, maxima: tensor, masses: tensor, segment_maxima: tensor, vocab: tensor, origin: tensor,
+    STOPS: constexpr, SPLIT: constexpr, SEGMENT: constexpr,
 ) -> None:  # fmt: skip
     split, row = tl.program_id(0), tl.program_id(1)
     places = tl.arange(0, SPLIT)
@@ -361,11 +328,10 @@ def _split_kernel(
 
 @jit_varying("slots", "positions")
 def _choose_kernel(
-    logits: tl.tensor, stride: tl.tensor, slots: tl.tensor, positions: tl.tensor, parameters: tl.tensor,
-    stop_ids: tl.tensor, winners: tl.tensor, maxima: tl.tensor, masses: tl.tensor, segment_maxima: tl.tensor,
-    segment_lists: tl.tensor, out: tl.tensor, vocab: tl.tensor, splits: tl.tensor,
-    STOPS: tl.constexpr, SEGMENTS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK_SEGMENTS: tl.constexpr,
-    SHIFT: tl.constexpr,
+    logits: tensor, stride: tensor, slots: tensor, positions: tensor, parameters: tensor, stop_ids: tensor,
+    winners: tensor, maxima: tensor, masses: tensor, segment_maxima: tensor, segment_lists: tensor, out: tensor,
+    vocab: tensor, splits: tensor, STOPS: constexpr, SEGMENTS: constexpr, BLOCK_SPLITS: constexpr,
+    BLOCK_SEGMENTS: constexpr, SHIFT: constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0)
     slot = tl.load(slots + row).to(tl.int64)
@@ -403,22 +369,23 @@ def sample(logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor
     them; slots int32 or int64 (n,); positions int32 (n,) of the sampled tokens.
     """
     rows, vocab = logits.shape
-    device = logits.device
-    splits = triton.cdiv(vocab, SPLIT)
+    partial = empty_partial(rows, triton.cdiv(vocab, SPLIT), SPLIT // SEGMENT, logits.device)
+    split_winners(logits, table, slots, positions, partial, vocab, SPLIT)
+    return choose(logits, table, slots, positions, partial, vocab)
+
+
+# Results of the first launch: winners int32, maxima and masses float32 (n, splits), segment maxima float32.
+Partial = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def empty_partial(rows: int, splits: int, split_segments: int, device: torch.device) -> Partial:
     winners = torch.empty((rows, splits), dtype=torch.int32, device=device)
     maxima, masses = torch.empty((2, rows, splits), dtype=torch.float32, device=device)
-    segment_maxima = torch.empty((rows, splits * (SPLIT // SEGMENT)), dtype=torch.float32, device=device)
-    partial = (winners, maxima, masses, segment_maxima)
-    split_winners(logits, table, slots, positions, partial, vocab=vocab, split=SPLIT)
-    return choose(logits, table, slots, positions, partial, vocab=vocab)
-
-
-Partial = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Results of the first launch: winners int32, maxima and masses float32 (n, splits), segment maxima float32."""
+    return winners, maxima, masses, torch.empty((rows, splits * split_segments), dtype=torch.float32, device=device)
 
 
 def split_winners(
-    logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor, partial: Partial, *, vocab: int,
+    logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor, partial: Partial, vocab: int,
     split: int, origin: int = 0,
 ) -> None:  # fmt: skip
     """The first launch. Column 0 of the logits is token `origin`; tokens from `vocab` on do not count.
@@ -435,11 +402,10 @@ def split_winners(
 
 
 def choose(
-    logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor, partial: Partial, *, vocab: int
+    logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor, partial: Partial, vocab: int
 ) -> Tensor:
     """The second launch, over the first one's results and logits (n, at least vocab) -> tokens int32 (n,)."""
-    rows, splits = partial[0].shape
-    segments = partial[3].shape[1]
+    (rows, splits), segments = partial[0].shape, partial[3].shape[1]
     out = torch.empty(rows, dtype=torch.int32, device=logits.device)
     if rows:
         segment_lists = torch.empty((rows, segments), dtype=torch.int32, device=logits.device)

@@ -1,9 +1,8 @@
 """Sampling when each GPU of a group has the logits of its own tokens: `sampling.py`'s two launches, one between them.
 
 The first launch runs over a rank's own tokens. Then `_pull_kernel` copies to every rank what the second launch reads:
-each rank's winners, maxima and masses, the winners' logits and, only for rows with a filter, all logits. So a few
-hundred bytes per row cross between the GPUs, and the second launch, on the same numbers everywhere, chooses the same
-token. What a row needs is decided on the device. Twin: `core.sampler.sample`.
+each rank's winners, maxima and masses, the winners' logits and, only for rows with a filter, all logits. So the second
+launch, on the same numbers everywhere, chooses the same token. Twin: `core.sampler.sample`.
 
 Ranks read each other's symmetric memory (see `all_reduce.py`) after a barrier. Nothing signals the end of reading. So a
 tensor that others read must not be written again before the next kernel with a barrier has ended, which lets a rank
@@ -18,18 +17,17 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr, tensor
 
 from minisgl.core.sampler import SamplingRows
 from minisgl.gpu.kernels.all_reduce import MAX_BLOCKS, tensor_of
 from minisgl.gpu.kernels.jit import jit, jit_varying
-from minisgl.gpu.kernels.sampling import LOWEST, SEGMENT, SPLIT, choose, row_kind, split_winners
+from minisgl.gpu.kernels.sampling import LOWEST, SEGMENT, SPLIT, choose, empty_partial, row_kind, split_winners
 
-LINE = 32
-"""int32 flags between two slots of the barrier: a cache line, so that waiting in one slot does not slow the others."""
+LINE = 32  # int32 flags between two slots of the barrier: a cache line, so that waiting in one does not slow the others
 ROWS = 8  # rows whose partials a thread block of the pull takes at a time
 COPY_BLOCK = 8192
-COPIERS = 16
-"""Thread blocks that share the copying of a row's logits from one rank: over NVLink latency dominates."""
+COPIERS = 16  # thread blocks that share the copying of a row's logits from one rank: over NVLink latency dominates
 
 
 def flags_size(world: int) -> int:
@@ -40,14 +38,11 @@ def flags_size(world: int) -> int:
 
 @jit
 def barrier(
-    flags: tl.tensor, epochs: tl.tensor, slot: tl.tensor, RANK: tl.constexpr, WORLD: tl.constexpr,
-    PEERS: tl.constexpr, LINE: tl.constexpr,
-) -> None:  # fmt: skip
-    """Wait until the thread blocks with this slot have arrived on every rank; what they wrote before is then visible.
-
-    flags: addresses of every rank's int32 (slots, LINE), of which WORLD are used; epochs int32 (slots,): this rank's
-    arrivals in each slot, which may wrap around.
-    """
+    flags: tensor, epochs: tensor, slot: tensor, RANK: constexpr, WORLD: constexpr, PEERS: constexpr, LINE: constexpr
+) -> None:
+    # Wait until the thread blocks with this slot have arrived on every rank; what they wrote before is then visible.
+    # flags: addresses of every rank's int32 (slots, LINE), of which WORLD are used; epochs int32 (slots,): this rank's
+    # arrivals in each slot, which may wrap around.
     epoch = tl.load(epochs + slot) + 1
     tl.debug_barrier()  # every thread has written what it had to write, and has read the epoch
     peer = tl.arange(0, PEERS)
@@ -72,22 +67,18 @@ class Barrier:
     """
 
     def __init__(self, rank: int, world: int, own: Tensor, flags: Tensor) -> None:
-        self.rank = rank
-        self.world = world
+        self.rank, self.world, self.flags = rank, world, flags
         self.own = own  # only its address is used, by all ranks: it must live as long as they
-        self.flags = flags
         self.epochs = torch.zeros(MAX_BLOCKS, dtype=torch.int32, device=own.device)
         self.constants = {"RANK": rank, "WORLD": world, "PEERS": triton.next_power_of_2(world), "LINE": LINE}
 
 
 @jit_varying("slots", "rows")
 def _pull_kernel(
-    shards: tl.tensor, partials: tl.tensor, flags: tl.tensor, epochs: tl.tensor, slots: tl.tensor,
-    parameters: tl.tensor, logits: tl.tensor, winners: tl.tensor, maxima: tl.tensor, masses: tl.tensor,
-    segment_maxima: tl.tensor, rows: tl.tensor, capacity: tl.tensor, vocab: tl.tensor, width: tl.tensor,
-    splits: tl.tensor, segments: tl.tensor,
-    RANK: tl.constexpr, WORLD: tl.constexpr, PEERS: tl.constexpr, LINE: tl.constexpr,
-    ROWS: tl.constexpr, COPIERS: tl.constexpr, BLOCK_SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    shards: tensor, partials: tensor, flags: tensor, epochs: tensor, slots: tensor, parameters: tensor, logits: tensor,
+    winners: tensor, maxima: tensor, masses: tensor, segment_maxima: tensor, rows: tensor, capacity: tensor,
+    vocab: tensor, width: tensor, splits: tensor, segments: tensor, RANK: constexpr, WORLD: constexpr, PEERS: constexpr,
+    LINE: constexpr, ROWS: constexpr, COPIERS: constexpr, BLOCK_SPLITS: constexpr, BLOCK: constexpr,
 ) -> None:  # fmt: skip
     program = tl.program_id(0)
     barrier(flags, epochs, program, RANK, WORLD, PEERS, LINE)
@@ -127,10 +118,7 @@ def _pull_kernel(
 
 
 @jit
-def _copy(
-    source: tl.tensor, target: tl.tensor, length: tl.tensor, copier: tl.tensor, COPIERS: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:  # fmt: skip
+def _copy(source: tensor, target: tensor, length: tensor, copier: tensor, COPIERS: constexpr, BLOCK: constexpr) -> None:
     for start in range(copier * BLOCK, length, COPIERS * BLOCK):
         index = start + tl.arange(0, BLOCK)
         within = index < length
@@ -167,27 +155,19 @@ class ShardedSampling:
 
     def sample(self, count: int, table: SamplingRows, slots: Tensor, positions: Tensor) -> Tensor:
         """`sampling.sample` of the first `count` rows of all ranks' `own_logits` -> int32 (count,), equal on all."""
-        world, width, device = self.barrier.world, self.width, self.own_logits.device
-        split = split_for(width)
+        world, width, split = self.barrier.world, self.width, split_for(self.width)
         splits, segments = width // split, width // SEGMENT
         size = self.rows * splits
         winners, rest = self.own_partials[:size].view(self.rows, splits), self.own_partials[size:].view(torch.float32)
-        maxima, masses = rest[: 2 * size].view(2, self.rows, splits)
-        origin = self.barrier.rank * width
+        partial = (winners, *rest[: 2 * size].view(2, self.rows, splits), rest[2 * size :])
         split_winners(
-            self.own_logits[:count], table, slots, positions, (winners, maxima, masses, rest[2 * size :]),
-            vocab=self.vocab, origin=origin, split=split,
+            self.own_logits[:count], table, slots, positions, partial, self.vocab, split, self.barrier.rank * width,
         )  # fmt: skip
-        found = torch.empty((count, world * splits), dtype=torch.int32, device=device)
-        tops, shares = torch.empty((2, count, world * splits), dtype=torch.float32, device=device)
-        segment_maxima = torch.empty((count, world * segments), dtype=torch.float32, device=device)
+        gathered = empty_partial(count, world * splits, segments // splits, self.own_logits.device)
         parameters = (table.temperature, table.top_p, table.min_p, table.top_k)
         _pull_kernel[(min(triton.cdiv(count, ROWS) * world * COPIERS, MAX_BLOCKS),)](
             self.logits, self.partials, self.barrier.flags, self.barrier.epochs, slots, parameters, self.gathered,
-            found, tops, shares, segment_maxima, count, self.rows, self.vocab, width, splits, segments,
-            ROWS=ROWS, COPIERS=COPIERS, BLOCK_SPLITS=triton.next_power_of_2(splits), BLOCK=COPY_BLOCK,
-            num_warps=8, **self.barrier.constants,
+            *gathered, count, self.rows, self.vocab, width, splits, segments, ROWS=ROWS, COPIERS=COPIERS,
+            BLOCK_SPLITS=triton.next_power_of_2(splits), BLOCK=COPY_BLOCK, num_warps=8, **self.barrier.constants,
         )  # fmt: skip
-        return choose(
-            self.gathered[:count], table, slots, positions, (found, tops, shares, segment_maxima), vocab=self.vocab
-        )
+        return choose(self.gathered[:count], table, slots, positions, gathered, self.vocab)

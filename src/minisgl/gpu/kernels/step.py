@@ -1,13 +1,11 @@
-"""The start and the end of a captured decode step: from the device tables to the step's inputs, and back.
-
-The twins of both functions are in `core/kv_cache.py`.
-"""
+"""From the device tables to a captured decode step's inputs, and back. Twins of the same names: `core/kv_cache.py`."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import constexpr, tensor
 
 from minisgl.core.kv_cache import DeviceTables, StepInputs
 from minisgl.gpu.kernels.jit import after_previous, jit, launch_options
@@ -17,10 +15,9 @@ BLOCK = 1024
 
 @jit
 def _gather_kernel(
-    changes: tl.tensor, last_token: tl.tensor, length: tl.tensor, page_table: tl.tensor, ids: tl.tensor,
-    positions: tl.tensor, kv_lens: tl.tensor, slot_mapping: tl.tensor, pages: tl.tensor, batch: tl.tensor,
-    width: tl.tensor, page_size: tl.tensor,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    changes: tensor, last_token: tensor, length: tensor, page_table: tensor, ids: tensor, positions: tensor,
+    kv_lens: tensor, slot_mapping: tensor, pages: tensor, batch: tensor, width: tensor, page_size: tensor,
+    BLOCK: constexpr, PDL: constexpr,
 ) -> None:  # fmt: skip
     after_previous(PDL)
     row = tl.program_id(0)
@@ -45,18 +42,17 @@ def _gather_kernel(
 
 
 def gather_rows(changes: Tensor, tables: DeviceTables, inputs: StepInputs, page_size: int) -> None:
-    (batch, width), pdl = inputs.page_table.shape, launch_options()
+    batch, width = inputs.page_table.shape
     _gather_kernel[(batch,)](
         changes, tables.last_token, tables.length, tables.page_table, inputs.ids, inputs.positions, inputs.kv_lens,
-        inputs.slot_mapping, inputs.page_table, batch, width, page_size, BLOCK=BLOCK, PDL=bool(pdl), num_warps=4, **pdl,
+        inputs.slot_mapping, inputs.page_table, batch, width, page_size, BLOCK=BLOCK, num_warps=4, **launch_options(),
     )  # fmt: skip
 
 
 @jit
 def _commit_kernel(
-    changes: tl.tensor, tokens: tl.tensor, kv_lens: tl.tensor, last_token: tl.tensor, length: tl.tensor,
-    batch: tl.tensor, padding: tl.tensor,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
+    changes: tensor, tokens: tensor, kv_lens: tensor, last_token: tensor, length: tensor, batch: tensor,
+    padding: tensor, BLOCK: constexpr, PDL: constexpr,
 ) -> None:  # fmt: skip
     after_previous(PDL)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -68,8 +64,8 @@ def _commit_kernel(
 
 
 def commit_rows(changes: Tensor, tokens: Tensor, tables: DeviceTables, inputs: StepInputs) -> None:
-    batch, pdl = len(tokens), launch_options()
+    batch = len(tokens)
     _commit_kernel[(triton.cdiv(batch, BLOCK),)](
         changes, tokens, inputs.kv_lens, tables.last_token, tables.length, batch, len(tables.length) - 1,
-        BLOCK=BLOCK, PDL=bool(pdl), **pdl,
+        BLOCK=BLOCK, **launch_options(),
     )  # fmt: skip

@@ -2,12 +2,12 @@
 
 The kernel is CUDA C++ (`stream.cu`), since Triton lacks what it needs: the weight as `wgmma`'s 64-row operand, TMA
 multicast within a cluster, and weight slabs on their way before the previous kernel has ended. NVRTC compiles it when
-it is first needed, into the user's cache folder; both NVRTC and the driver are called through the package
-cuda-bindings, which torch's CUDA builds bring along.
+it is first needed, into the user's cache folder. NVRTC and the driver are called through the package cuda-bindings.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -23,26 +23,23 @@ import torch
 from torch import Tensor
 
 from minisgl.config import cache_folder
-from minisgl.gpu.kernels.linear import MAX_WEIGHTS
+from minisgl.gpu.kernels.linear import HALF, MAX_WEIGHTS
 
-TILE, SLAB = 64, 64
-"""Rows of the weight that a block takes, and elements of each that are fetched and multiplied together."""
+TILE, SLAB = 64, 64  # rows of the weight that a block takes, and elements of each that are fetched together
 TOKENS = (16, 32, 64, 96)  # rows of x that kernels are compiled for
 MAX_ROWS = TOKENS[-1]  # above it cuBLAS is as fast
 MAX_COLUMNS = 1 << 17  # larger weights are vocabularies
-RING_BYTES = {2: 100 << 10, 3: 64 << 10}
-"""Shared memory for slabs on their way, by thread blocks per multiprocessor, which are of one kernel or of two."""
+RING_BYTES = {2: 100 << 10, 3: 64 << 10}  # shared memory for slabs on their way, by thread blocks per multiprocessor
 MAX_STAGES = 16
+ARCHITECTURE = "sm_90a"  # wgmma exists on Hopper only
 MULTIPROCESSORS = 132  # of an H100 or H200; on a GPU with fewer the tiles are only a little slower
 
 
 class StreamTile(NamedTuple):
-    """Rows of x, tiles (`sides`) of a cluster, which share x, splits of K, thread blocks per multiprocessor."""
-
-    tokens: int
-    sides: int
-    splits: int
-    resident: int = 2
+    tokens: int  # rows of x
+    sides: int  # tiles of a cluster, which share x
+    splits: int  # of K
+    resident: int = 2  # thread blocks per multiprocessor
 
 
 def stream_tile_for(rows: int, columns: int) -> StreamTile:
@@ -68,15 +65,9 @@ def stages(tile: StreamTile) -> int:
 
 
 def source(tile: StreamTile, gated: bool, dtype: torch.dtype) -> str:
-    constants = {
-        "TOKENS": tile.tokens,
-        "SIDES": tile.sides,
-        "SPLITS": tile.splits,
-        "STAGES": stages(tile),
-        "GATED": int(gated),
-        "FLOAT16": int(dtype == torch.float16),
-    }
-    defines = "".join(f"#define {name} {value}\n" for name, value in constants.items())
+    names = ("TOKENS", "SIDES", "SPLITS", "STAGES", "GATED", "FLOAT16")
+    values = (tile.tokens, tile.sides, tile.splits, stages(tile), int(gated), int(dtype == torch.float16))
+    defines = "".join(f"#define {name} {value}\n" for name, value in zip(names, values, strict=True))
     return defines + multiply_source(tile.tokens, dtype) + Path(__file__).with_name("stream.cu").read_text()
 
 
@@ -107,52 +98,38 @@ def kernel(tile: StreamTile, gated: bool, dtype: torch.dtype, device: torch.devi
 
 def fits(x: Tensor, weight: Tensor) -> bool:
     """Whether these kernels are the fastest for x (T, K) by weight (N, K), on a device that has them (`trial`)."""
-    return (
-        1 < len(x) <= MAX_ROWS
-        and x.dtype in (torch.float16, torch.bfloat16)
-        and weight.numel() > MAX_WEIGHTS
-        and len(weight) <= MAX_COLUMNS
-        and takes(x, weight)
-    )
-
-
-def takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether these kernels can compute it at all."""
     columns, inner = weight.shape
-    aligned = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
-    return inner % SLAB == 0 and columns % (2 * TILE) == 0 and aligned and weight.is_contiguous()
+    if not 1 < len(x) <= MAX_ROWS or weight.numel() <= MAX_WEIGHTS or columns > MAX_COLUMNS:
+        return False  # others are faster
+    aligned = x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 and weight.is_contiguous()
+    return x.dtype in HALF and inner % SLAB == 0 and columns % (2 * TILE) == 0 and aligned
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, tile: StreamTile | None = None) -> Tensor:
     """x (T, K) by weight (N, K), plus bias (N,) -> (T, N)."""
     out = torch.empty((len(x), len(weight)), dtype=x.dtype, device=x.device)
-    _launch(x, weight, bias, out, tile, gated=False)
-    return out
+    return _launch(x, weight, bias, out, tile)
 
 
 def gated_linear(x: Tensor, weight: Tensor, tile: StreamTile | None = None) -> Tensor:
     """silu(x @ gate) * (x @ up), rounded where `silu_mul` rounds: x (T, K), weight (2I, K), gate first -> (T, I)."""
     out = torch.empty((len(x), len(weight) // 2), dtype=x.dtype, device=x.device)
-    _launch(x, weight, None, out, tile, gated=True)
-    return out
+    return _launch(x, weight, None, out, tile)
 
 
-def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, tile: StreamTile | None, gated: bool) -> None:
-    (rows, inner), columns, halves = x.shape, out.shape[1], 2 if gated else 1
+def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, tile: StreamTile | None) -> Tensor:
+    (rows, inner), columns, halves = x.shape, out.shape[1], len(weight) // out.shape[1]
     tile = tile or stream_tile_for(rows, len(weight))
     assert rows <= tile.tokens
     # Eight rows of gate and eight of up alternate, so that a thread has both values of a column of the result.
-    weights = tensor_map(
-        weight,
-        (inner, 8, halves, columns // 8),
-        (inner, columns * inner, 8 * inner),
-        (SLAB, 8, halves, TILE // 8 // halves),
-    )
+    sizes, box = (inner, 8, halves, columns // 8), (SLAB, 8, halves, TILE // 8 // halves)
+    weights = tensor_map(weight, sizes, (inner, columns * inner, 8 * inner), box)
     tokens = tensor_map(x, (inner, rows), (x.stride(0),), (SLAB, tile.tokens // tile.sides))
     clusters = -(-len(weight) // (TILE * tile.sides))
-    kernel(tile, gated, x.dtype, x.device).launch(
+    kernel(tile, halves == 2, x.dtype, x.device).launch(
         clusters * tile.sides * tile.splits, 128 + 32, (weights, tokens, out, bias, rows, columns, inner // SLAB)
     )
+    return out
 
 
 def trial(device: torch.device) -> str:
@@ -166,11 +143,6 @@ def trial(device: torch.device) -> str:
     except Exception as error:  # whatever it is, cuBLAS still works
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return "" if off < 1e-2 else f"a GEMM was off by {off:.3f}"
-
-
-# NVRTC and the CUDA driver
-
-ARCHITECTURE = "sm_90a"  # wgmma exists on Hopper only
 
 
 def available(device: torch.device) -> str:
@@ -215,7 +187,11 @@ def compile_source(source: str) -> bytes:
     code: bytes = b" " * checked(nvrtc.nvrtcGetCUBINSize(program))
     checked(nvrtc.nvrtcGetCUBIN(program, code))
     checked(nvrtc.nvrtcDestroyProgram(program))
-    write_whole(cached, code)
+    with contextlib.suppress(OSError):  # a folder that cannot be written costs a compilation each time
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as file:
+            file.write(code)
+        os.replace(file.name, cached)  # so that the file appears whole or not at all
     return code
 
 
@@ -227,17 +203,6 @@ def compile_all(sources: Sequence[str]) -> None:
             list(pool.map(compile_source, missing))
 
 
-def write_whole(path: Path, code: bytes) -> None:
-    """Write a file that appears whole or not at all. A folder that cannot be written costs a compilation each time."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(code)
-        os.replace(file.name, path)
-    except OSError:
-        return
-
-
 class CudaKernel:
     """A kernel of one source, launched on the current stream of the current device with PDL (`jit.py`)."""
 
@@ -245,8 +210,7 @@ class CudaKernel:
         """`shared`: bytes of dynamic shared memory. Raises RuntimeError when it cannot be compiled or loaded."""
         from cuda.bindings import driver
 
-        self.driver = driver
-        self.shared = shared
+        self.driver, self.shared = driver, shared
         self.module = checked(driver.cuModuleLoadData(compile_source(source)))
         self.function = checked(driver.cuModuleGetFunction(self.module, name.encode()))
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -264,8 +228,7 @@ class CudaKernel:
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
         config.sharedMemBytes = self.shared
         config.hStream = torch.cuda.current_stream().cuda_stream
-        config.attrs = [self.dependent]
-        config.numAttrs = 1
+        config.attrs, config.numAttrs = [self.dependent], 1
         checked(self.driver.cuLaunchKernelEx(config, self.function, ctypes.addressof(pointers), 0))
 
 
@@ -290,18 +253,16 @@ def tensor_map(x: Tensor, sizes: Sequence[int], strides: Sequence[int], box: Seq
     kinds = driver.CUtensorMapDataType
     half = x.dtype == torch.float16
     kind = kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16 if half else kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-    return checked(
-        driver.cuTensorMapEncodeTiled(
-            kind,
-            len(sizes),
-            x.data_ptr(),
-            [driver.cuuint64_t(size) for size in sizes],
-            [driver.cuuint64_t(stride * x.element_size()) for stride in strides],
-            [driver.cuuint32_t(extent) for extent in box],
-            [driver.cuuint32_t(1)] * len(sizes),
-            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        )
+    layout = (
+        [driver.cuuint64_t(size) for size in sizes],
+        [driver.cuuint64_t(stride * x.element_size()) for stride in strides],
+        [driver.cuuint32_t(extent) for extent in box],
+        [driver.cuuint32_t(1)] * len(sizes),
     )
+    modes = (
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    return checked(driver.cuTensorMapEncodeTiled(kind, len(sizes), x.data_ptr(), *layout, *modes))

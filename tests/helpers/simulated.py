@@ -1,4 +1,4 @@
-"""A device that is a model of one: a roofline clock in place of kernels, token ids in place of keys and values.
+"""A device that is a model of one: token ids in place of keys and values, hashes in place of kernels.
 
 It keeps its tables and pages exactly as a real device would, and makes the next token a hash of the whole prefix
 *as read through the page table*. So a page handed out twice, freed too early or shared wrongly changes the tokens,
@@ -8,7 +8,6 @@ Masks are obeyed: the token is the next one that is allowed. A token's log-proba
 probable tokens are 0, 1, 2, …; penalties and biases change nothing.
 """
 
-import dataclasses
 from collections import deque
 
 import numpy as np
@@ -16,36 +15,13 @@ import numpy as np
 from minisgl.core.plan import Int32, Masks, Scores, StepPlan, StepResult
 
 
-@dataclasses.dataclass(frozen=True)
-class StepCost:
-    """What a step costs: seconds = overhead + max(bytes / bandwidth, flops / peak), as if perfectly overlapped.
-
-    `weight_bytes` are read once a step, `kv_bytes` per cached token that attention reads; `flops` are per token.
-    """
-
-    bandwidth: float = 4.3e12
-    peak: float = 700e12
-    overhead: float = 50e-6
-    weight_bytes: float = 1.2e9
-    kv_bytes: float = 114_688.0
-    flops: float = 1.2e9
-
-    def seconds(self, tokens: int, cached: int) -> float:
-        moved = self.weight_bytes + self.kv_bytes * (cached + tokens)
-        return self.overhead + max(moved / self.bandwidth, self.flops * tokens / self.peak)
-
-
 class SimulatedExecutor:
-    """Executes plans on the model above. `clock` is the simulated time in seconds."""
+    """Executes plans on the model above."""
 
-    def __init__(
-        self, num_pages: int, page_size: int, rows: int, max_seq_len: int, vocab_size: int, cost: StepCost | None = None
-    ) -> None:
+    def __init__(self, num_pages: int, page_size: int, rows: int, max_seq_len: int, vocab_size: int) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
         self.vocab_size = vocab_size
-        self.cost = cost or StepCost()
-        self.clock = 0.0
         self.page_table = np.full((rows, -(-max_seq_len // page_size)), -1, np.int32)
         self.length = np.zeros(rows, np.int32)
         self.last_token = np.zeros(rows, np.int32)
@@ -57,7 +33,7 @@ class SimulatedExecutor:
         self._half: tuple[StepPlan, Int32] | None = None  # launched, and to be finished
 
     def launch(self, plan: StepPlan) -> None:
-        """Execute the plan at once, and advance the clock by what it would have cost."""
+        """Execute the plan at once."""
         if self._half is not None:
             raise RuntimeError(f"step {plan.step}: the step before waits for its masks")
         if (init := plan.init) is not None:
@@ -76,8 +52,6 @@ class SimulatedExecutor:
             self._write(slot, int(start), chunk)
         slots = plan.sampled_slots
         tokens = np.array([self._next(slot) for slot in slots], np.int32)
-        cached = int(plan.decode_lens.sum()) + int(plan.prefill_starts.sum())
-        self.clock += self.cost.seconds(plan.num_tokens, cached)
         if len(plan.constrained_slots):
             self._half = plan, tokens
         else:
