@@ -85,11 +85,9 @@ def test_lm_evals_local_completions(clients: Clients, url: str, tmp_path: Path, 
     rows = [{"question": q, "good": good, "bad": bad} for q, good, bad in QUESTIONS]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "tasks").mkdir()
-    data: dict[str, Any] = {
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
-    }
-    task: dict[str, Any] = {**data, "test_split": "test", "doc_to_text": "{{question}}", "target_delimiter": ""}
+    files = {"data_files": {"test": str(tmp_path / "rows.jsonl")}}
+    task: dict[str, Any] = {"dataset_path": "json", "dataset_kwargs": files, "test_split": "test"}
+    task |= {"doc_to_text": "{{question}}", "target_delimiter": ""}
     choose = {**task, "task": "choose", "output_type": "multiple_choice", "doc_to_choice": "{{[good, bad]}}"}
     choose |= {"doc_to_target": 0, "metric_list": [{"metric": "acc"}]}
     write = {**task, "task": "write", "output_type": "generate_until", "doc_to_target": "{{good}}"}
@@ -118,9 +116,6 @@ def test_lm_evals_local_completions(clients: Clients, url: str, tmp_path: Path, 
     question, good, _ = QUESTIONS[0]
     body = {"prompt": question + good, "echo": True, "logprobs": 0, "max_tokens": 0}
     (scored,) = httpx.post(f"{url}/v1/completions", json=body).json()["choices"]
-    after = [
-        logprob
-        for logprob, offset in zip(scored["logprobs"]["token_logprobs"], scored["logprobs"]["text_offset"], strict=True)
-        if offset >= len(question)
-    ]
-    assert float(sample["resps"][0][0][0]) == pytest.approx(sum(after), abs=1e-3)
+    logprobs, offsets = scored["logprobs"]["token_logprobs"], scored["logprobs"]["text_offset"]
+    after = sum(x for x, offset in zip(logprobs, offsets, strict=True) if offset >= len(question))
+    assert float(sample["resps"][0][0][0]) == pytest.approx(after, abs=1e-3)
