@@ -11,7 +11,7 @@ import pytest
 from helpers.bad_requests import BAD, CHAT, GOOD, STATUS, TEXT, USER
 from helpers.serving import MODEL, Serving
 from minisgl.server.protocol import ChatRequest, CompletionRequest
-from minisgl.text.detokenizer import TextStream
+from minisgl.text.tokenizer import TextStream
 
 
 def check_error(response: httpx.Response, status: int, code: str, param: str | None) -> None:

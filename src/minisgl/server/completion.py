@@ -20,8 +20,7 @@ from minisgl.server.preparation import PreparedRequest
 from minisgl.server.protocol import ChatRequest, CompletionRequest, GenerateRequest, OpenAIRequest, StreamOptions
 from minisgl.server.responses import ChatDelta, ChatLogprobs, ChunkChoice, TextChoice, TextLogprobs, Usage, sse
 from minisgl.server.tools import OutputParser
-from minisgl.text.detokenizer import TextStream, shown_tokens
-from minisgl.text.tokenizer import Tokenizer
+from minisgl.text.tokenizer import TextStream, Tokenizer, shown_tokens
 
 LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON does not have; OpenAI's value
 EventChunks = AsyncGenerator[bytes, None]  # server-sent events, several together where they came together
