@@ -34,7 +34,7 @@ class FinishStep(msgspec.Struct, frozen=True, tag="finish"):
     masks: Masks
 
 
-class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
+class ShutdownWorker(msgspec.Struct, frozen=True, tag="shutdown"):
     """The last message to a worker: it finishes the steps that are launched and ends."""
 
 
@@ -50,7 +50,7 @@ class WorkerFailed(msgspec.Struct, frozen=True, tag="failed"):
     user_error: bool
 
 
-ToWorker = LoadModel | LaunchStep | FinishStep | Shutdown
+ToWorker = LoadModel | LaunchStep | FinishStep | ShutdownWorker
 FromWorker = WorkerStarted | WorkerFailed
 
 

@@ -30,13 +30,15 @@ from minisgl.core.model_config import read_spec
 from minisgl.distributed import messages
 from minisgl.distributed.collectives import TPGroup, broadcast_text, join_group
 from minisgl.distributed.executor import build_rank_executor, use_device
-from minisgl.distributed.messages import FinishStep, LaunchStep, LoadModel, Shutdown, WorkerFailed, WorkerStarted
+from minisgl.distributed.messages import FinishStep, LaunchStep, LoadModel, ShutdownWorker, WorkerFailed, WorkerStarted
 from minisgl.distributed.worker_pool import POLL_MS
 from minisgl.errors import ConfigError, MinisglError, ModelError
 from minisgl.formats.hub import locate_model
 
 LINGER_MS = 1000
-SHUTDOWN_SECONDS = 0.5  # after the end of rank 0's connection, in which its last message, Shutdown, may still arrive
+SHUTDOWN_SECONDS = (
+    0.5  # after the end of rank 0's connection, in which its last message, ShutdownWorker, may still arrive
+)
 RENDEZVOUS_SECONDS = 2.0  # how long the rendezvous' folder is kept when rank 0 ends before all ranks have joined
 
 
@@ -55,7 +57,7 @@ class Worker:
         self._watcher: threading.Thread | None = None
 
     def end_with_connection(self) -> None:
-        """From here on the process ends when its connection to rank 0 does, unless Shutdown has come."""
+        """From here on the process ends when its connection to rank 0 does, unless ShutdownWorker has come."""
         monitor = self._plans.get_monitor_socket(zmq.EVENT_DISCONNECTED)
 
         def watch() -> None:
@@ -67,7 +69,7 @@ class Worker:
         self._watcher.start()
 
     def run(self, join: Callable[[], TPGroup]) -> None:
-        """Join the group, load the model, and execute plans until Shutdown. Ends the process when that fails."""
+        """Join the group, load the model, and execute plans until ShutdownWorker. Ends the process when that fails."""
         self._report(WorkerStarted(self.rank))
         try:
             executor, group = self._load(join())
@@ -94,7 +96,7 @@ class Worker:
 
     def _execute(self, executor: LocalExecutor) -> None:
         collector = ThreadPoolExecutor(1)
-        while not isinstance(message := self._receive(), Shutdown):
+        while not isinstance(message := self._receive(), ShutdownWorker):
             match message:
                 case LaunchStep(plan):
                     executor.launch(plan)

@@ -17,7 +17,7 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from minisgl.distributed import messages
-from minisgl.distributed.messages import FromWorker, Shutdown, ToWorker, WorkerFailed, WorkerStarted
+from minisgl.distributed.messages import FromWorker, ShutdownWorker, ToWorker, WorkerFailed, WorkerStarted
 from minisgl.errors import ConfigError, EngineDeadError, MinisglError
 
 WORKER_COMMAND = (sys.executable, "-m", "minisgl.distributed.worker")
@@ -137,7 +137,7 @@ class WorkerPool:
         self._closing.set()
         force = force or self.broken
         if not force:
-            self.send(Shutdown())
+            self.send(ShutdownWorker())
         deadline = time.monotonic() + (0 if force else STOP_SECONDS)
         for process in self._processes:
             try:
