@@ -1,4 +1,8 @@
-"""The backend called `fi`: FlashInfer (Ye et al., arXiv 2501.01005), which plans a step on the host before it runs."""
+"""The backends of the package FlashInfer (Ye et al., arXiv 2501.01005).
+
+`fi` is its own kernels, which plan a step on the host before it runs; `trtllm` is TensorRT-LLM's attention, XQA on
+Hopper and trtllm-gen on Blackwell.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,10 @@ from torch import Tensor
 from minisgl.core.attention import Int32, PlannedAttention, SequenceBatch
 from minisgl.core.kv_cache import KVCache
 from minisgl.errors import ConfigError
-from minisgl.gpu.attention.interface import GraphDecode, to_device
+from minisgl.gpu.attention.interface import DeviceBackend, DeviceBatch, GraphDecode, to_device
 
 WORKSPACE_BYTES = 256 * 2**20
+TRTLLM_WORKSPACE_BYTES = 128 * 2**20
 GRAPH_PLAN_BYTES = 2**20  # for a captured batch: some dozens of bytes per work item, at most two per multiprocessor
 CUDA_CORE_ROWS = 64  # with fewer rows,
 CUDA_CORE_GROUP = 2  # and at most so many query heads per KV head, decode is faster without tensor cores
@@ -204,6 +209,46 @@ class GraphPlanner:
     def _rows(self, counts: Int32) -> tuple[Tensor, Tensor, Tensor]:
         filled = torch.full((len(counts),), self.shape[-1], dtype=torch.int32)
         return torch.from_numpy(_starts(counts)), torch.empty(0, dtype=torch.int32), filled
+
+
+class TensorRTLLM(DeviceBackend):
+    """float16 and bfloat16, pages of 16, 32 or 64 tokens, head dimensions that are a multiple of 16 up to 256.
+
+    trtllm-gen's prefill exists on Blackwell only; on other GPUs `select.py` takes FlashInfer's own kernels for it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.library = load_flashinfer()
+        # The kernels' counters start at zero, and each launch leaves them at zero.
+        self.workspace = torch.zeros(TRTLLM_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+
+    def step(self, rows: DeviceBatch, kv: KVCache, decode: bool) -> PlannedAttention:
+        return TensorRTLLMStep(self.library, self.workspace, rows, kv, decode)
+
+
+@dataclass(frozen=True)
+class TensorRTLLMStep:
+    library: ModuleType
+    workspace: Tensor
+    rows: DeviceBatch
+    kv: KVCache
+    decode: bool
+
+    def run(self, q: Tensor, layer: int, window: int) -> Tensor:
+        rows, lens = self.rows, self.rows.kv_lens
+        operands = (q.contiguous(), (self.kv.k[layer], self.kv.v[layer]), self.workspace, rows.page_table, lens)
+        options: dict[str, Any] = {"bmm1_scale": q.shape[-1] ** -0.5, "bmm2_scale": 1.0, "kv_layout": "NHD"}
+        options["window_left"] = window - 1 if window else -1
+        out: Tensor
+        if self.decode:
+            out = self.library.decode.trtllm_batch_decode_with_kv_cache(*operands, rows.max_kv_len, **options)
+            return out
+        ends = torch.cumsum(lens, 0, dtype=torch.int32)
+        out = self.library.prefill.trtllm_batch_context_with_kv_cache(
+            *operands, rows.max_query_len, rows.max_kv_len, batch_size=len(lens), cum_seq_lens_q=rows.cu_query_lens,
+            cum_seq_lens_kv=torch.nn.functional.pad(ends, (1, 0)), **options,
+        )  # fmt: skip
+        return out
 
 
 def _options(dtype: torch.dtype, window: int) -> dict[str, Any]:

@@ -11,9 +11,8 @@ import torch
 from minisgl.core.attention import Attention, AttentionBackend, TorchAttention
 from minisgl.errors import ConfigError
 from minisgl.gpu.attention.flash_attn import FlashAttention
-from minisgl.gpu.attention.flashinfer import FlashInfer
+from minisgl.gpu.attention.flashinfer import FlashInfer, TensorRTLLM
 from minisgl.gpu.attention.triton import TritonAttention
-from minisgl.gpu.attention.trtllm import TensorRTLLM
 
 TRITON = {"triton": "triton"}
 FLASHINFER = {"flashinfer": "flashinfer-python (module flashinfer)"} | TRITON
