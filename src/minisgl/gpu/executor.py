@@ -34,10 +34,7 @@ class RankShare:
 
 
 def attention_shape(spec: ModelSpec, config: Config) -> Shape:
-    return Shape(
-        num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
-        dtype=TORCH_DTYPES[config.dtype], page_size=config.page_size,
-    )  # fmt: skip
+    return Shape(head_dim=spec.head_dim, dtype=TORCH_DTYPES[config.dtype], page_size=config.page_size)
 
 
 def build_local_executor(

@@ -60,10 +60,8 @@ BACKENDS: dict[str, Backend] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What backends may refuse. Heads are those of one device."""
+    """What backends may refuse."""
 
-    num_heads: int
-    num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
     page_size: int

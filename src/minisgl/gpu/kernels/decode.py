@@ -224,20 +224,13 @@ class Workspaces:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._floats: dict[tuple[int, ...], Tensor] = {}
-        self._arrived: dict[int, Tensor] = {}
+        self._buffers: dict[tuple[torch.dtype, tuple[int, ...]], Tensor] = {}
 
-    def floats(self, *shape: int) -> Tensor:
-        if shape not in self._floats:
-            self._floats[shape] = torch.empty(shape, dtype=torch.float32, device=self.device)
-        return self._floats[shape]
-
-    def arrived(self, counters: int) -> Tensor:
-        """Partial results written of each row and KV head, zero between launches: int32 (at least counters,)."""
-        size = triton.next_power_of_2(counters)
-        if size not in self._arrived:
-            self._arrived[size] = torch.zeros(size, dtype=torch.int32, device=self.device)
-        return self._arrived[size]
+    def get(self, dtype: torch.dtype, *shape: int) -> Tensor:
+        """A buffer of zeros when it is new, afterwards with what the last launch left in it."""
+        if (dtype, shape) not in self._buffers:
+            self._buffers[dtype, shape] = torch.zeros(shape, dtype=dtype, device=self.device)
+        return self._buffers[dtype, shape]
 
 
 class DecodeAttention(FusedAttention):
@@ -290,9 +283,10 @@ class DecodeAttention(FusedAttention):
         starts = arrived = self.kv_lens
         if not whole:
             # A program's up to two partial results, and the log2 of their softmax sums.
-            partial = self.workspaces.floats(kv_heads, programs, 2, group, head_dim)
-            log_sums = self.workspaces.floats(kv_heads, programs, 2, group)
-            arrived = self.workspaces.arrived(rows * kv_heads)
+            partial = self.workspaces.get(torch.float32, kv_heads, programs, 2, group, head_dim)
+            log_sums = self.workspaces.get(torch.float32, kv_heads, programs, 2, group)
+            # Partial results written of each row and KV head: zero between launches.
+            arrived = self.workspaces.get(torch.int32, triton.next_power_of_2(rows * kv_heads))
             starts = self._tiles(split.tile, window, rope is not None)
         q_norm, k_norm, eps, cos_sin = (None, None, 0.0, None) if rope is None else rope[1:5]
         _decode_kernel[(kv_heads, programs)](
