@@ -1,7 +1,5 @@
-"""The backends of the package FlashInfer (Ye et al., arXiv 2501.01005).
-
-`fi` is its own kernels, which plan a step on the host before it runs; `trtllm` is TensorRT-LLM's attention, XQA on
-Hopper and trtllm-gen on Blackwell.
+"""The backends of the package FlashInfer (Ye et al., arXiv 2501.01005): `fi`, which plans a step on the host before it
+runs, and `trtllm`, TensorRT-LLM's attention, XQA on Hopper and trtllm-gen on Blackwell.
 """
 
 from __future__ import annotations
@@ -157,7 +155,7 @@ class FlashInferGraphStep:
 
     def prepare(self, kv_lens: Int32) -> None:
         counts = (-(-kv_lens // self.kv.page_size)).astype(np.int32)
-        if not np.array_equal(counts, self.counts):
+        if not self.fixed and not np.array_equal(counts, self.counts):
             self.counts = counts
             for planner in self.planners.values():
                 planner.plan(counts)
@@ -181,8 +179,7 @@ class GraphPlanner:
         (heads, head_dim), (page_size, kv_heads), owner = q.shape[1:], step.kv.k.shape[2:4], step.owner
         self.shape = (heads, kv_heads, head_dim, page_size)
         self.options = _options(q.dtype, window)
-        self.fixed = step.fixed
-        if self.fixed:
+        if step.fixed:
             self.wrapper = owner.wrapper("decode-tensor", head_dim, window)
             self.wrapper.plan(step.starts, step.pages, step.filled, *self.shape, disable_split_kv=True, **self.options)
             return
@@ -199,8 +196,6 @@ class GraphPlanner:
 
     def plan(self, counts: Int32) -> None:
         """Plan again, without the copies of a first plan: the graph itself fills starts, pages and filled."""
-        if self.fixed:
-            return
         self.copied.synchronize()  # the previous plan has left its pinned memory
         rows, plan = self._rows(counts), importlib.import_module("flashinfer.decode").fast_decode_plan
         plan(self.wrapper, *rows, *self.shape, global_override_indptr_cpu=rows[0], **self.options)

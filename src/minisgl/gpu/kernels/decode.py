@@ -244,16 +244,17 @@ class DecodeAttention(FusedAttention):
         split: DecodeSplit | None = None,
     ) -> None:  # fmt: skip
         self.page_table, self.kv_lens, self.kv = page_table, kv_lens, kv
-        self.workspaces, self.processors, self.split = workspaces, processors, split
+        self.workspaces, self.processors = workspaces, processors
+        kv_heads, head_dim = kv.k.shape[3:]
+        self.split = split or decode_split(len(kv_lens) * kv_heads, head_dim * kv.k.element_size())
         self._starts: dict[tuple[int, bool], Tensor] = {}
         self._current: set[tuple[int, bool]] = set()
 
     def begin(self, windows: Sequence[int]) -> None:
         """Number the rows' tiles for `run_qkv` in layers with these windows."""
         self._current.clear()
-        split = self._split()
-        for window in dict.fromkeys(windows if split.programs else ()):
-            self._tiles(split.tile, window, new=True)
+        for window in dict.fromkeys(windows if self.split.programs else ()):
+            self._tiles(self.split.tile, window, new=True)
 
     def run(self, q: Tensor, layer: int, window: int) -> Tensor:
         """Attention of q (B, H, hd), whose keys and values are in the cache -> (B, H, hd)."""
@@ -268,14 +269,10 @@ class DecodeAttention(FusedAttention):
         kv_heads, head_dim = self.kv.k.shape[3:]
         return self._launch(qkv, qkv.shape[1] // head_dim - 2 * kv_heads, rope, layer, window)
 
-    def _split(self) -> DecodeSplit:
-        kv_heads, head_dim = self.kv.k.shape[3:]
-        return self.split or decode_split(len(self.kv_lens) * kv_heads, head_dim * self.kv.k.element_size())
-
     def _launch(self, q: Tensor, heads: int, rope: RopeStore | None, layer: int, window: int) -> Tensor:
         k, v = self.kv.k[layer], self.kv.v[layer]
         page_size, kv_heads, head_dim = k.shape[1:]
-        rows, group, split = len(self.kv_lens), heads // kv_heads, self._split()
+        rows, group, split = len(self.kv_lens), heads // kv_heads, self.split
         whole = split.programs == 0
         programs = rows if whole else max(1, split.programs * self.processors // kv_heads)
         out = torch.empty((rows, heads, head_dim), dtype=q.dtype, device=q.device)
