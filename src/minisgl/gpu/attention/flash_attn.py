@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -11,8 +10,7 @@ from torch import Tensor
 
 from minisgl.core.attention import PlannedAttention
 from minisgl.core.kv_cache import KVCache
-from minisgl.errors import ConfigError
-from minisgl.gpu.attention.interface import DeviceBackend, DeviceBatch
+from minisgl.gpu.attention.interface import DeviceBackend, DeviceBatch, load_library
 
 ONE_SPLIT_PAIRS = 256  # so many pairs of decode row and KV head fill the GPU: splitting a row only adds a merge
 
@@ -21,10 +19,7 @@ class FlashAttention(DeviceBackend):
     """Hopper, float16 and bfloat16, head dimensions up to 256, any page size."""
 
     def __init__(self) -> None:
-        try:
-            self.library: ModuleType = importlib.import_module("flash_attn_interface")
-        except (ImportError, OSError) as error:
-            raise ConfigError(f"the attention backend fa cannot load flash_attn_interface: {error}") from error
+        self.library = load_library("flash_attn_interface", "flash-attn-3")
 
     def step(self, rows: DeviceBatch, kv: KVCache, decode: bool) -> PlannedAttention:
         return FlashAttentionStep(self.library, rows, kv, decode)

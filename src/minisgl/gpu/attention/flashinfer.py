@@ -15,8 +15,7 @@ from torch import Tensor
 
 from minisgl.core.attention import Int32, PlannedAttention, SequenceBatch
 from minisgl.core.kv_cache import KVCache
-from minisgl.errors import ConfigError
-from minisgl.gpu.attention.interface import DeviceBackend, DeviceBatch, GraphDecode, to_device
+from minisgl.gpu.attention.interface import DeviceBackend, DeviceBatch, GraphDecode, load_library, to_device
 
 WORKSPACE_BYTES = 256 * 2**20
 TRTLLM_WORKSPACE_BYTES = 128 * 2**20
@@ -24,14 +23,6 @@ GRAPH_PLAN_BYTES = 2**20  # for a captured batch: some dozens of bytes per work 
 CUDA_CORE_ROWS = 64  # with fewer rows,
 CUDA_CORE_GROUP = 2  # and at most so many query heads per KV head, decode is faster without tensor cores
 NO_SPLIT_PROGRAMS = 2  # from so many pairs of row and KV head per multiprocessor on, no row is split
-
-
-def load_flashinfer() -> ModuleType:
-    """Raises ConfigError when the package cannot be loaded."""
-    try:
-        return importlib.import_module("flashinfer")
-    except (ImportError, OSError) as error:
-        raise ConfigError(f"FlashInfer (package flashinfer-python) cannot be loaded: {error}") from error
 
 
 def decode_kind(rows: int, group: int) -> str:
@@ -42,7 +33,7 @@ class FlashInfer:
     """float16 and bfloat16, head dimensions 64, 128 and 256. One step at a time, all on one stream."""
 
     def __init__(self, device: torch.device) -> None:
-        self.library = load_flashinfer()
+        self.library = load_library("flashinfer", "flashinfer-python")
         self.kernels = importlib.import_module("minisgl.gpu.kernels.attention")
         self.device = device
         self.workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
@@ -213,7 +204,7 @@ class TensorRTLLM(DeviceBackend):
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.library = load_flashinfer()
+        self.library = load_library("flashinfer", "flashinfer-python")
         # The kernels' counters start at zero, and each launch leaves them at zero.
         self.workspace = torch.zeros(TRTLLM_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 

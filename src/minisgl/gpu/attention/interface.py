@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from minisgl.core.attention import AttentionBackend, Int32, PlannedAttention, SequenceBatch
 from minisgl.core.kv_cache import KVCache
+from minisgl.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,14 @@ def to_device(rows: SequenceBatch, page_size: int) -> DeviceBatch:
         starts = torch.from_numpy(np.concatenate([[0], np.cumsum(rows.query_lens)]).astype(np.int32)).to(device)
     table = rows.page_table[:, : -(-max_kv_len // page_size)].index_select(0, slots)
     return DeviceBatch(table, lens, starts, int(rows.query_lens.max()), max_kv_len)
+
+
+def load_library(module: str, package: str) -> ModuleType:
+    """A module of a package that may be missing, or may not fit the machine. Raises ConfigError then."""
+    try:
+        return importlib.import_module(module)
+    except (ImportError, OSError) as error:
+        raise ConfigError(f"the attention package {package} cannot be loaded: {error}") from error
 
 
 class GraphDecode(Protocol):
