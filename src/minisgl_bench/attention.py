@@ -61,9 +61,7 @@ def main(arguments: Sequence[str]) -> int:
 def make_backends(options: argparse.Namespace) -> Backends:
     found: Backends = {}
     for page, name in itertools.product(options.page, options.backend):
-        shape = Shape(
-            num_heads=options.heads, num_kv_heads=options.kv_heads, head_dim=HEAD_DIM, dtype=DTYPE, page_size=page
-        )
+        shape = Shape(head_dim=HEAD_DIM, dtype=DTYPE, page_size=page)
         try:
             found[f"{name} p{page}"] = make_attention(name, shape, CUDA)[0], page
         except ConfigError as error:

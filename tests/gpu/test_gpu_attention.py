@@ -28,9 +28,7 @@ PREFILLS = [((1, 1),), ((700, 700), (3, 3), (64, 64)), ((130, 8000), (1, 500), (
 
 def backends(name: str, group: int, head_dim: int, page_size: int) -> tuple[AttentionBackend, AttentionBackend]:
     """A backend for prefill and decode, or a skip where it is missing or refuses."""
-    shape = Shape(
-        num_heads=KV_HEADS * group, num_kv_heads=KV_HEADS, head_dim=head_dim, dtype=torch.bfloat16, page_size=page_size
-    )
+    shape = Shape(head_dim=head_dim, dtype=torch.bfloat16, page_size=page_size)
     if reason := available_backends(DEVICE)[name] or refusal(name, shape):
         pytest.skip(f"{name}: {reason}")
     if name == "trtllm" and (group, head_dim) not in XQA_COMPILED:

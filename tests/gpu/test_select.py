@@ -13,7 +13,7 @@ from minisgl.core.attention import TorchAttention
 from minisgl.errors import ConfigError
 from minisgl.gpu.attention.select import BACKENDS, Shape, available_backends, choose, make_attention, refusal
 
-SHAPE = Shape(num_heads=16, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16, page_size=16)
+SHAPE = Shape(head_dim=128, dtype=torch.bfloat16, page_size=16)
 ALL: dict[str, str | None] = dict.fromkeys(BACKENDS)
 CPU = torch.device("cpu")
 

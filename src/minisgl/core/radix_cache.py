@@ -138,7 +138,7 @@ class RadixCache:
         return np.concatenate(dropped)
 
     def evictable_after(self, unlocked: Sequence[Node], kept: Node) -> list[int]:
-        """What `num_evictable` would be while `kept` is locked, before and after each of these is unlocked in turn."""
+        """What `num_evictable` would be while `kept` is locked, before and after each of these is unlocked."""
         kept_path = set(kept.path())
         count = self.num_evictable - sum(len(node.pages) for node in kept_path if node.locks == 0)
         counts, taken_back = [count], Counter[Node]()

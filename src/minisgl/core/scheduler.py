@@ -207,7 +207,7 @@ class Scheduler:
         return np.flatnonzero(self.table.state >= State.RETRACTING)
 
     def _launch(self, step: Draft) -> StepPlan:
-        """Turn the decisions into a plan and move the rows on, as if the step had been launched."""
+        """Make a plan of the decisions and move the rows on, as if the step had been launched."""
         table, decodes = self.table, step.decodes
         slots = np.array([slot for slot, _ in step.chunks], np.int32)
         lens = np.array([length for _, length in step.chunks], np.int32)

@@ -51,10 +51,7 @@ def locate_model(
 
 
 def bundled_model() -> Path:
-    """The GGUF file inside its package, whose import would ask for a compiled runtime that is not needed.
-
-    Raises ModelError with the command that installs it.
-    """
+    """The GGUF file in its package, which is not imported: that needs a compiled runtime. Raises ModelError."""
     spec = importlib.util.find_spec(BUNDLED_PACKAGE)
     for folder in (spec and spec.submodule_search_locations) or []:
         for path in sorted(Path(folder).glob("*.gguf")):
@@ -92,8 +89,8 @@ def _huggingface(model: str, patterns: list[str], progress: bool) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=LEFT_OUT, tqdm_class=tqdm_class))
     except Exception as error:  # the package's HTTP client, and so its errors, differ from version to version
-        known = [text for kind, text in reasons.items() if isinstance(error, kind)]
-        reason = known[0] if known else f"fetching it from Hugging Face failed: {_first_line(error)}"
+        failed = f"fetching it from Hugging Face failed: {_first_line(error)}"
+        reason = next((text for kind, text in reasons.items() if isinstance(error, kind)), failed)
         raise ModelError(f"{model}: {reason}") from error
 
 

@@ -109,7 +109,7 @@ class DecodeGraphs:
         return CapturedStep(graph, changes, inputs, tokens, attention)
 
     def _step(self, changes: Tensor, inputs: StepInputs, attention: GraphDecode) -> Tensor:
-        from minisgl.gpu.kernels.step import commit_rows, gather_rows  # a machine without a GPU may lack triton
+        from minisgl.gpu.kernels.decode import commit_rows, gather_rows  # a machine without a GPU may lack triton
 
         gather_rows(changes, self.tables, inputs, self.kv.page_size)
         ids, positions, slot_mapping = inputs.ids, inputs.positions, inputs.slot_mapping

@@ -34,10 +34,7 @@ class RankShare:
 
 
 def attention_shape(spec: ModelSpec, config: Config) -> Shape:
-    return Shape(
-        num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
-        dtype=TORCH_DTYPES[config.dtype], page_size=config.page_size,
-    )  # fmt: skip
+    return Shape(head_dim=spec.head_dim, dtype=TORCH_DTYPES[config.dtype], page_size=config.page_size)
 
 
 def build_local_executor(
@@ -79,8 +76,7 @@ def make_executor(
     max_seq_len = min(max_seq_len, num_pages * page_size)
     kv = allocate_kv(spec.num_layers, num_pages, page_size, spec.num_kv_heads, spec.head_dim, dtype, device)
     attention, choice = make_attention(config.attn, attention_shape(spec, config), device)
-    ops = ops or operations_for(device, spec.hidden_size)
-    decoder = Decoder(spec, weights, attention, max_seq_len, ops)
+    decoder = Decoder(spec, weights, attention, max_seq_len, ops or operations_for(device, spec.hidden_size))
     runner = ModelRunner(decoder, kv, config.max_running_requests, max_seq_len, device)
     described = str(choice)
     if config.cuda_graph_max_bs and isinstance(attention.decode, GraphBackend):

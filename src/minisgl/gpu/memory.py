@@ -112,10 +112,8 @@ def require_weights_fit(spec: ModelSpec, dtype: torch.dtype, device: torch.devic
     """Raise ConfigError with the numbers when the weights, or what `sharder` keeps, need more than a GPU has free."""
     needed = held_elements(spec, sharder) * dtype.itemsize
     if device.type == "cuda" and needed > (free := available_memory(device)):
-        takes = f"{needed / GIB:.2f} GiB in {str(dtype).removeprefix('torch.')}"
-        raise ConfigError(
-            f"the model does not fit: its weights take {takes}, and {free / GIB:.2f} GiB of memory are free"
-        )
+        weights = f"its weights take {needed / GIB:.2f} GiB in {str(dtype).removeprefix('torch.')}"
+        raise ConfigError(f"the model does not fit: {weights}, and {free / GIB:.2f} GiB of memory are free")
 
 
 def measure_pages(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_len: int, before: int) -> int:
@@ -180,9 +178,7 @@ def _forward_peak(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_
 
 
 def warm_up(runner: ModelRunner, rows: int) -> None:
-    """Run a short prompt beside 1, 2, 4, … up to `rows` decodes, on scratch pages, so that kernels which are chosen or
-    compiled by such counts are ready before the first request.
-    """
+    """Run a short prompt beside 1, 2, 4, … decodes on scratch pages: it compiles the kernels that `rows` may need."""
     prompt = prefill_plan(1, WARM_UP_TOKENS)
     prompt = msgspec.structs.replace(prompt, init=None, prefill_slots=prompt.prefill_slots + rows)  # the padding row
     for count in [2**power for power in range(rows.bit_length())]:

@@ -37,15 +37,12 @@ def fused_operations(device: torch.device) -> Operations:
 
     no_stream = stream.trial(device)
 
-    def fits_stream(x: Tensor, weight: Tensor) -> bool:
-        return not no_stream and stream.fits(x, weight)
-
     def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if linear.fits_linear(x, weight, linear.MAX_ROWS):
             return linear.linear(x, weight, bias)
         if bias is None and linear.fits_gemv(x, weight):
             return linear.gemv(x, weight)
-        if fits_stream(x, weight):
+        if not no_stream and stream.fits(x, weight):
             return stream.linear(x, weight, bias)
         return cublas_linear(x, weight, bias)
 
@@ -59,7 +56,7 @@ def fused_operations(device: torch.device) -> Operations:
             return linear.gated_linear(x, weight)
         if bias is None and linear.fits_gemv(x, weight):
             return linear.gated_gemv(x, weight)
-        if bias is None and fits_stream(x, weight):
+        if bias is None and not no_stream and stream.fits(x, weight):
             return stream.gated_linear(x, weight)
         return elementwise.silu_mul(cublas_linear(x, weight, bias))
 

@@ -9,7 +9,7 @@ import torch
 
 from minisgl.core import kv_cache as reference
 from minisgl.core.kv_cache import DeviceTables, StepInputs
-from minisgl.gpu.kernels import step as kernels
+from minisgl.gpu.kernels import decode as kernels
 
 SCRATCH = 5000
 

@@ -2,41 +2,27 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from minisgl.core.attention import PlannedAttention, SequenceBatch
+from minisgl.core.attention import PlannedAttention
 from minisgl.core.kv_cache import KVCache
-from minisgl.errors import ConfigError
-from minisgl.gpu.attention.interface import DeviceBatch, GraphDecode, StaticDecode, to_device
+from minisgl.gpu.attention.interface import DeviceBackend, DeviceBatch, load_library
 
 ONE_SPLIT_PAIRS = 256  # so many pairs of decode row and KV head fill the GPU: splitting a row only adds a merge
 
 
-class FlashAttention:
+class FlashAttention(DeviceBackend):
     """Hopper, float16 and bfloat16, head dimensions up to 256, any page size."""
 
     def __init__(self) -> None:
-        try:
-            self.library: ModuleType = importlib.import_module("flash_attn_interface")
-        except (ImportError, OSError) as error:
-            raise ConfigError(f"the attention backend fa cannot load flash_attn_interface: {error}") from error
+        self.library = load_library("flash_attn_interface", "flash-attn-3")
 
-    def plan_decode(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
-        return FlashAttentionStep(self.library, to_device(rows, kv.page_size), kv, decode=True)
-
-    def plan_prefill(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
-        return FlashAttentionStep(self.library, to_device(rows, kv.page_size), kv, decode=False)
-
-    def graph_decode(self, page_table: Tensor, kv_lens: Tensor, kv: KVCache, max_seq_len: int) -> GraphDecode:
-        starts = torch.arange(len(kv_lens) + 1, dtype=torch.int32, device=kv_lens.device)
-        rows = DeviceBatch(page_table, kv_lens, starts, 1, max_seq_len)
-        return StaticDecode(FlashAttentionStep(self.library, rows, kv, decode=True))
+    def step(self, rows: DeviceBatch, kv: KVCache, decode: bool) -> PlannedAttention:
+        return FlashAttentionStep(self.library, rows, kv, decode)
 
 
 @dataclass(frozen=True)

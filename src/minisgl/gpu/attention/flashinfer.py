@@ -1,4 +1,6 @@
-"""The backend called `fi`: FlashInfer (Ye et al., arXiv 2501.01005), which plans a step on the host before it runs."""
+"""The backends of the package FlashInfer (Ye et al., arXiv 2501.01005): `fi`, which plans a step on the host before it
+runs, and `trtllm`, TensorRT-LLM's attention, XQA on Hopper and trtllm-gen on Blackwell.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +15,14 @@ from torch import Tensor
 
 from minisgl.core.attention import Int32, PlannedAttention, SequenceBatch
 from minisgl.core.kv_cache import KVCache
-from minisgl.errors import ConfigError
-from minisgl.gpu.attention.interface import GraphDecode, to_device
+from minisgl.gpu.attention.interface import DeviceBackend, DeviceBatch, GraphDecode, load_library, to_device
 
 WORKSPACE_BYTES = 256 * 2**20
+TRTLLM_WORKSPACE_BYTES = 128 * 2**20
 GRAPH_PLAN_BYTES = 2**20  # for a captured batch: some dozens of bytes per work item, at most two per multiprocessor
 CUDA_CORE_ROWS = 64  # with fewer rows,
 CUDA_CORE_GROUP = 2  # and at most so many query heads per KV head, decode is faster without tensor cores
 NO_SPLIT_PROGRAMS = 2  # from so many pairs of row and KV head per multiprocessor on, no row is split
-
-
-def load_flashinfer() -> ModuleType:
-    """Raises ConfigError when the package cannot be loaded."""
-    try:
-        return importlib.import_module("flashinfer")
-    except (ImportError, OSError) as error:
-        raise ConfigError(f"FlashInfer (package flashinfer-python) cannot be loaded: {error}") from error
 
 
 def decode_kind(rows: int, group: int) -> str:
@@ -39,7 +33,7 @@ class FlashInfer:
     """float16 and bfloat16, head dimensions 64, 128 and 256. One step at a time, all on one stream."""
 
     def __init__(self, device: torch.device) -> None:
-        self.library = load_flashinfer()
+        self.library = load_library("flashinfer", "flashinfer-python")
         self.kernels = importlib.import_module("minisgl.gpu.kernels.attention")
         self.device = device
         self.workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
@@ -152,7 +146,7 @@ class FlashInferGraphStep:
 
     def prepare(self, kv_lens: Int32) -> None:
         counts = (-(-kv_lens // self.kv.page_size)).astype(np.int32)
-        if not np.array_equal(counts, self.counts):
+        if not self.fixed and not np.array_equal(counts, self.counts):
             self.counts = counts
             for planner in self.planners.values():
                 planner.plan(counts)
@@ -176,8 +170,7 @@ class GraphPlanner:
         (heads, head_dim), (page_size, kv_heads), owner = q.shape[1:], step.kv.k.shape[2:4], step.owner
         self.shape = (heads, kv_heads, head_dim, page_size)
         self.options = _options(q.dtype, window)
-        self.fixed = step.fixed
-        if self.fixed:
+        if step.fixed:
             self.wrapper = owner.wrapper("decode-tensor", head_dim, window)
             self.wrapper.plan(step.starts, step.pages, step.filled, *self.shape, disable_split_kv=True, **self.options)
             return
@@ -194,8 +187,6 @@ class GraphPlanner:
 
     def plan(self, counts: Int32) -> None:
         """Plan again, without the copies of a first plan: the graph itself fills starts, pages and filled."""
-        if self.fixed:
-            return
         self.copied.synchronize()  # the previous plan has left its pinned memory
         rows, plan = self._rows(counts), importlib.import_module("flashinfer.decode").fast_decode_plan
         plan(self.wrapper, *rows, *self.shape, global_override_indptr_cpu=rows[0], **self.options)
@@ -204,6 +195,46 @@ class GraphPlanner:
     def _rows(self, counts: Int32) -> tuple[Tensor, Tensor, Tensor]:
         filled = torch.full((len(counts),), self.shape[-1], dtype=torch.int32)
         return torch.from_numpy(_starts(counts)), torch.empty(0, dtype=torch.int32), filled
+
+
+class TensorRTLLM(DeviceBackend):
+    """float16 and bfloat16, pages of 16, 32 or 64 tokens, head dimensions that are a multiple of 16 up to 256.
+
+    trtllm-gen's prefill exists on Blackwell only; on other GPUs `select.py` takes FlashInfer's own kernels for it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.library = load_library("flashinfer", "flashinfer-python")
+        # The kernels' counters start at zero, and each launch leaves them at zero.
+        self.workspace = torch.zeros(TRTLLM_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+
+    def step(self, rows: DeviceBatch, kv: KVCache, decode: bool) -> PlannedAttention:
+        return TensorRTLLMStep(self.library, self.workspace, rows, kv, decode)
+
+
+@dataclass(frozen=True)
+class TensorRTLLMStep:
+    library: ModuleType
+    workspace: Tensor
+    rows: DeviceBatch
+    kv: KVCache
+    decode: bool
+
+    def run(self, q: Tensor, layer: int, window: int) -> Tensor:
+        rows, lens = self.rows, self.rows.kv_lens
+        operands = (q.contiguous(), (self.kv.k[layer], self.kv.v[layer]), self.workspace, rows.page_table, lens)
+        options: dict[str, Any] = {"bmm1_scale": q.shape[-1] ** -0.5, "bmm2_scale": 1.0, "kv_layout": "NHD"}
+        options["window_left"] = window - 1 if window else -1
+        out: Tensor
+        if self.decode:
+            out = self.library.decode.trtllm_batch_decode_with_kv_cache(*operands, rows.max_kv_len, **options)
+            return out
+        ends = torch.cumsum(lens, 0, dtype=torch.int32)
+        out = self.library.prefill.trtllm_batch_context_with_kv_cache(
+            *operands, rows.max_query_len, rows.max_kv_len, batch_size=len(lens), cum_seq_lens_q=rows.cu_query_lens,
+            cum_seq_lens_kv=torch.nn.functional.pad(ends, (1, 0)), **options,
+        )  # fmt: skip
+        return out
 
 
 def _options(dtype: torch.dtype, window: int) -> dict[str, Any]:

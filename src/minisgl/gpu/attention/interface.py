@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -11,6 +14,7 @@ from torch import Tensor
 
 from minisgl.core.attention import AttentionBackend, Int32, PlannedAttention, SequenceBatch
 from minisgl.core.kv_cache import KVCache
+from minisgl.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -39,15 +43,23 @@ def to_device(rows: SequenceBatch, page_size: int) -> DeviceBatch:
     return DeviceBatch(table, lens, starts, int(rows.query_lens.max()), max_kv_len)
 
 
+def load_library(module: str, package: str) -> ModuleType:
+    """A module of a package that may be missing, or may not fit the machine. Raises ConfigError then."""
+    try:
+        return importlib.import_module(module)
+    except (ImportError, OSError) as error:
+        raise ConfigError(f"the attention package {package} cannot be loaded: {error}") from error
+
+
 class GraphDecode(Protocol):
-    """Decode attention over static tensors, for one CUDA graph."""
+    """Decode attention over static tensors, for one CUDA graph.
+
+    `attention` is what to capture. It reads the static tensors alone. Layer 0 begins a step, and the layers follow in
+    order. Run it once before the capture, after a `prepare`: kernels compile and workspaces appear then.
+    """
 
     @property
-    def attention(self) -> PlannedAttention:
-        """What to capture: it reads the static tensors alone. Layer 0 begins a step, and the layers follow in order.
-
-        Run it once before the capture, after a `prepare`: kernels compile and workspaces appear then.
-        """
+    def attention(self) -> PlannedAttention: ...
 
     def prepare(self, kv_lens: Int32) -> None:
         """To be called before each run or replay, with the host's copy of what the static lengths will hold."""
@@ -60,7 +72,7 @@ class GraphBackend(AttentionBackend, Protocol):
     def graph_decode(self, page_table: Tensor, kv_lens: Tensor, kv: KVCache, max_seq_len: int) -> GraphDecode:
         """Decode of B rows for a graph: page_table int32 (B, max_pages) and kv_lens int32 (B,), static and contiguous.
 
-        SequenceBatch that pad the batch have length 1 and a line of the page table full of the scratch page.
+        Rows that pad the batch have length 1 and a line of the page table full of the scratch page.
         """
 
 
@@ -71,4 +83,21 @@ class StaticDecode:
     attention: PlannedAttention
 
     def prepare(self, kv_lens: Int32) -> None:
-        """Nothing depends on the lengths."""
+        pass
+
+
+class DeviceBackend(ABC):
+    """A backend whose kernels read every length on the device, so a graph's step is a step like any other."""
+
+    @abstractmethod
+    def step(self, rows: DeviceBatch, kv: KVCache, decode: bool) -> PlannedAttention: ...
+
+    def plan_decode(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
+        return self.step(to_device(rows, kv.page_size), kv, decode=True)
+
+    def plan_prefill(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
+        return self.step(to_device(rows, kv.page_size), kv, decode=False)
+
+    def graph_decode(self, page_table: Tensor, kv_lens: Tensor, kv: KVCache, max_seq_len: int) -> GraphDecode:
+        starts = torch.arange(len(kv_lens) + 1, dtype=torch.int32, device=kv_lens.device)
+        return StaticDecode(self.step(DeviceBatch(page_table, kv_lens, starts, 1, max_seq_len), kv, decode=True))

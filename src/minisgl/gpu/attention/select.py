@@ -11,9 +11,8 @@ import torch
 from minisgl.core.attention import Attention, AttentionBackend, TorchAttention
 from minisgl.errors import ConfigError
 from minisgl.gpu.attention.flash_attn import FlashAttention
-from minisgl.gpu.attention.flashinfer import FlashInfer
+from minisgl.gpu.attention.flashinfer import FlashInfer, TensorRTLLM
 from minisgl.gpu.attention.triton import TritonAttention
-from minisgl.gpu.attention.trtllm import TensorRTLLM
 
 TRITON = {"triton": "triton"}
 FLASHINFER = {"flashinfer": "flashinfer-python (module flashinfer)"} | TRITON
@@ -61,10 +60,8 @@ BACKENDS: dict[str, Backend] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What backends may refuse. Heads are those of one device."""
+    """What backends may refuse."""
 
-    num_heads: int
-    num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
     page_size: int

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minisgl.core.attention import PlannedAttention, SequenceBatch
+from minisgl.core.attention import PlannedAttention
 from minisgl.core.kv_cache import KVCache
-from minisgl.gpu.attention.interface import DeviceBatch, GraphDecode, StaticDecode, to_device
+from minisgl.gpu.attention.interface import DeviceBackend, DeviceBatch
 
 
-class TritonAttention:
+class TritonAttention(DeviceBackend):
     """Any page size, head dimensions up to 256, float16, bfloat16 and (slowly) float32."""
 
     def __init__(self, device: torch.device) -> None:
@@ -24,18 +24,10 @@ class TritonAttention:
         # The interpreter has no multiprocessors; a few make it split rows as a GPU would.
         self.processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
-    def plan_decode(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
-        on_device = to_device(rows, kv.page_size)
-        return self._decode(on_device.page_table, on_device.kv_lens, kv)
-
-    def plan_prefill(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
-        return TritonPrefill(self.prefill_attention, to_device(rows, kv.page_size), kv)
-
-    def graph_decode(self, page_table: Tensor, kv_lens: Tensor, kv: KVCache, max_seq_len: int) -> GraphDecode:
-        return StaticDecode(self._decode(page_table, kv_lens, kv))
-
-    def _decode(self, page_table: Tensor, kv_lens: Tensor, kv: KVCache) -> PlannedAttention:
-        return self.decode_attention(page_table, kv_lens, kv, self.workspaces, self.processors)
+    def step(self, rows: DeviceBatch, kv: KVCache, decode: bool) -> PlannedAttention:
+        if decode:
+            return self.decode_attention(rows.page_table, rows.kv_lens, kv, self.workspaces, self.processors)
+        return TritonPrefill(self.prefill_attention, rows, kv)
 
 
 @dataclass(frozen=True)

@@ -121,8 +121,7 @@ def prefill_attention(
     (total, query_heads, head_dim), (page_size, kv_heads) = q.shape, k.shape[1:3]
     rows, group = len(kv_lens), query_heads // kv_heads
     assert q.stride()[1:] == (head_dim, 1)
-    assert k.is_contiguous()
-    assert v.is_contiguous()
+    assert all(x.is_contiguous() for x in (k, v))
     dims = triton.next_power_of_2(head_dim)
     # float32 has no fast matmul and twice the bytes.
     small = q.dtype == torch.float32 or dims > 128

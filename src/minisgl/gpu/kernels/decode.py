@@ -1,4 +1,5 @@
 """Decode attention in which every program (thread block) reads the same share of the cache. Twin: `TorchAttention`.
+At the end, the kernels that begin and end a captured decode step. Twins of the same names: `core/kv_cache.py`.
 
 With many rows, each pair of row and KV head is a program. Otherwise the tiles of all rows are numbered through, and
 each program takes an equal range of them (Stream-K, Osama et al., arXiv 2301.03598): a range holds the end of one row,
@@ -22,10 +23,11 @@ from torch import Tensor
 from triton.language import constexpr, tensor
 
 from minisgl.core.attention import FusedAttention, RopeStore
-from minisgl.core.kv_cache import KVCache
+from minisgl.core.kv_cache import DeviceTables, KVCache, StepInputs
 from minisgl.gpu.kernels.attention import MIN_DOT, key_value, online_softmax
 from minisgl.gpu.kernels.jit import after_previous, jit, jit_varying, launch_options
 
+STEP_BLOCK = 1024
 ROWS_BLOCK = 256  # rows looked at together, at least; one kernel serves all batches up to it
 NO_WINDOW = 1 << 30
 MERGED = tl.constexpr(4)  # partial results of a row merged at a time
@@ -224,20 +226,13 @@ class Workspaces:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._floats: dict[tuple[int, ...], Tensor] = {}
-        self._arrived: dict[int, Tensor] = {}
+        self._buffers: dict[tuple[torch.dtype, tuple[int, ...]], Tensor] = {}
 
-    def floats(self, *shape: int) -> Tensor:
-        if shape not in self._floats:
-            self._floats[shape] = torch.empty(shape, dtype=torch.float32, device=self.device)
-        return self._floats[shape]
-
-    def arrived(self, counters: int) -> Tensor:
-        """Partial results written of each row and KV head, zero between launches: int32 (at least counters,)."""
-        size = triton.next_power_of_2(counters)
-        if size not in self._arrived:
-            self._arrived[size] = torch.zeros(size, dtype=torch.int32, device=self.device)
-        return self._arrived[size]
+    def get(self, dtype: torch.dtype, *shape: int) -> Tensor:
+        """A buffer of zeros when it is new, afterwards with what the last launch left in it."""
+        if (dtype, shape) not in self._buffers:
+            self._buffers[dtype, shape] = torch.zeros(shape, dtype=dtype, device=self.device)
+        return self._buffers[dtype, shape]
 
 
 class DecodeAttention(FusedAttention):
@@ -251,16 +246,17 @@ class DecodeAttention(FusedAttention):
         split: DecodeSplit | None = None,
     ) -> None:  # fmt: skip
         self.page_table, self.kv_lens, self.kv = page_table, kv_lens, kv
-        self.workspaces, self.processors, self.split = workspaces, processors, split
+        self.workspaces, self.processors = workspaces, processors
+        kv_heads, head_dim = kv.k.shape[3:]
+        self.split = split or decode_split(len(kv_lens) * kv_heads, head_dim * kv.k.element_size())
         self._starts: dict[tuple[int, bool], Tensor] = {}
         self._current: set[tuple[int, bool]] = set()
 
     def begin(self, windows: Sequence[int]) -> None:
         """Number the rows' tiles for `run_qkv` in layers with these windows."""
         self._current.clear()
-        split = self._split()
-        for window in dict.fromkeys(windows if split.programs else ()):
-            self._tiles(split.tile, window, new=True)
+        for window in dict.fromkeys(windows if self.split.programs else ()):
+            self._tiles(self.split.tile, window, new=True)
 
     def run(self, q: Tensor, layer: int, window: int) -> Tensor:
         """Attention of q (B, H, hd), whose keys and values are in the cache -> (B, H, hd)."""
@@ -275,14 +271,10 @@ class DecodeAttention(FusedAttention):
         kv_heads, head_dim = self.kv.k.shape[3:]
         return self._launch(qkv, qkv.shape[1] // head_dim - 2 * kv_heads, rope, layer, window)
 
-    def _split(self) -> DecodeSplit:
-        kv_heads, head_dim = self.kv.k.shape[3:]
-        return self.split or decode_split(len(self.kv_lens) * kv_heads, head_dim * self.kv.k.element_size())
-
     def _launch(self, q: Tensor, heads: int, rope: RopeStore | None, layer: int, window: int) -> Tensor:
         k, v = self.kv.k[layer], self.kv.v[layer]
         page_size, kv_heads, head_dim = k.shape[1:]
-        rows, group, split = len(self.kv_lens), heads // kv_heads, self._split()
+        rows, group, split = len(self.kv_lens), heads // kv_heads, self.split
         whole = split.programs == 0
         programs = rows if whole else max(1, split.programs * self.processors // kv_heads)
         out = torch.empty((rows, heads, head_dim), dtype=q.dtype, device=q.device)
@@ -290,9 +282,10 @@ class DecodeAttention(FusedAttention):
         starts = arrived = self.kv_lens
         if not whole:
             # A program's up to two partial results, and the log2 of their softmax sums.
-            partial = self.workspaces.floats(kv_heads, programs, 2, group, head_dim)
-            log_sums = self.workspaces.floats(kv_heads, programs, 2, group)
-            arrived = self.workspaces.arrived(rows * kv_heads)
+            partial = self.workspaces.get(torch.float32, kv_heads, programs, 2, group, head_dim)
+            log_sums = self.workspaces.get(torch.float32, kv_heads, programs, 2, group)
+            # Partial results written of each row and KV head: zero between launches.
+            arrived = self.workspaces.get(torch.int32, triton.next_power_of_2(rows * kv_heads))
             starts = self._tiles(split.tile, window, rope is not None)
         q_norm, k_norm, eps, cos_sin = (None, None, 0.0, None) if rope is None else rope[1:5]
         _decode_kernel[(kv_heads, programs)](
@@ -318,3 +311,62 @@ class DecodeAttention(FusedAttention):
                 num_warps=4, **launch_options(),
             )  # fmt: skip
         return starts
+
+
+@jit
+def _gather_kernel(
+    changes: tensor, last_token: tensor, length: tensor, page_table: tensor, ids: tensor, positions: tensor,
+    kv_lens: tensor, slot_mapping: tensor, pages: tensor, batch: tensor, width: tensor, page_size: tensor,
+    BLOCK: constexpr, PDL: constexpr,
+) -> None:  # fmt: skip
+    after_previous(PDL)
+    row = tl.program_id(0)
+    slot = tl.load(changes + row).to(tl.int64)
+    new_index = tl.load(changes + batch + row)
+    new_page = tl.load(changes + 2 * batch + row)
+    position = tl.load(length + slot)
+    table = page_table + slot * width
+    if new_index >= 0:
+        tl.store(table + new_index, new_page)
+    tl.store(ids + row, tl.load(last_token + slot))
+    tl.store(positions + row, position)
+    tl.store(kv_lens + row, position + 1)
+    here = position // page_size
+    page = tl.where(new_index == here, new_page, tl.load(table + here))
+    tl.store(slot_mapping + row, page.to(tl.int64) * page_size + position % page_size)
+    for start in range(0, here + 1, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        held = tl.load(table + index, mask=index <= here, other=0)
+        held = tl.where(index == new_index, new_page, held)
+        tl.store(pages + row.to(tl.int64) * width + index, held, mask=index <= here)
+
+
+def gather_rows(changes: Tensor, tables: DeviceTables, inputs: StepInputs, page_size: int) -> None:
+    batch, width = inputs.page_table.shape
+    _gather_kernel[(batch,)](
+        changes, tables.last_token, tables.length, tables.page_table, inputs.ids, inputs.positions, inputs.kv_lens,
+        inputs.slot_mapping, inputs.page_table, batch, width, page_size, BLOCK=STEP_BLOCK, num_warps=4,
+        **launch_options(),
+    )  # fmt: skip
+
+
+@jit
+def _commit_kernel(
+    changes: tensor, tokens: tensor, kv_lens: tensor, last_token: tensor, length: tensor, batch: tensor,
+    padding: tensor, BLOCK: constexpr, PDL: constexpr,
+) -> None:  # fmt: skip
+    after_previous(PDL)
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    within = row < batch
+    slot = tl.load(changes + row, mask=within, other=0).to(tl.int64)
+    live = within & (slot != padding)
+    tl.store(last_token + slot, tl.load(tokens + row, mask=within, other=0), mask=live)
+    tl.store(length + slot, tl.load(kv_lens + row, mask=within, other=0), mask=live)
+
+
+def commit_rows(changes: Tensor, tokens: Tensor, tables: DeviceTables, inputs: StepInputs) -> None:
+    batch = len(tokens)
+    _commit_kernel[(triton.cdiv(batch, STEP_BLOCK),)](
+        changes, tokens, inputs.kv_lens, tables.last_token, tables.length, batch, len(tables.length) - 1,
+        BLOCK=STEP_BLOCK, **launch_options(),
+    )  # fmt: skip

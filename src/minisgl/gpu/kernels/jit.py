@@ -24,17 +24,15 @@ class Kernel(Protocol):
     def __call__(self, *args: Any, **options: Any) -> Any: ...
 
 
-def jit(function: Callable[..., Any]) -> Kernel:
-    """Compile a kernel at its first launch, once for each combination of constants, dtypes and alignments."""
-    kernel: Kernel = triton.jit(function)
-    return kernel
+Decorator = Callable[[Callable[..., Any]], Kernel]
+jit: Decorator = triton.jit  # compiles at the first launch of each combination of constants, dtypes and alignments
 
 
-def jit_varying(*names: str) -> Callable[[Callable[..., Any]], Kernel]:
+def jit_varying(*names: str) -> Decorator:
     """`jit` without specialisation on these arguments: token counts, and tensors at any address."""
     # Otherwise an integer that is 1 or a multiple of 16, or an aligned tensor, makes another kernel, and the first step
     # to meet it waits for the compiler.
-    decorate: Callable[[Callable[..., Any]], Kernel] = triton.jit(do_not_specialize=list(names))
+    decorate: Decorator = triton.jit(do_not_specialize=list(names))
     return decorate
 
 

@@ -189,18 +189,16 @@ def gemv_tile_for(inner: int, gated: bool) -> GemvTile:
 
 def gemv(x: Tensor, weight: Tensor, tile: GemvTile | None = None) -> Tensor:
     """x (1, K) by weight (N, K) -> (1, N)."""
-    out = torch.empty((1, len(weight)), dtype=x.dtype, device=x.device)
-    return _launch_gemv(x, weight, out, tile or gemv_tile_for(x.shape[1], gated=False))
+    return _launch_gemv(x, weight, len(weight), tile or gemv_tile_for(x.shape[1], gated=False))
 
 
 def gated_gemv(x: Tensor, weight: Tensor, tile: GemvTile | None = None) -> Tensor:
     """silu(x @ gate) * (x @ up), rounded where `silu_mul` rounds: x (1, K), weight (2I, K), gate first -> (1, I)."""
-    out = torch.empty((1, len(weight) // 2), dtype=x.dtype, device=x.device)
-    return _launch_gemv(x, weight, out, tile or gemv_tile_for(x.shape[1], gated=True))
+    return _launch_gemv(x, weight, len(weight) // 2, tile or gemv_tile_for(x.shape[1], gated=True))
 
 
-def _launch_gemv(x: Tensor, weight: Tensor, out: Tensor, tile: GemvTile) -> Tensor:
-    columns = out.shape[1]
+def _launch_gemv(x: Tensor, weight: Tensor, columns: int, tile: GemvTile) -> Tensor:
+    out = torch.empty((1, columns), dtype=x.dtype, device=x.device)
     _gemv_kernel[(triton.cdiv(columns, tile.columns),)](
         x, weight, out, columns, INNER=x.shape[1], GATED=columns < len(weight), COLUMNS=tile.columns, BLOCK=tile.inner,
         num_warps=tile.warps, **launch_options(),

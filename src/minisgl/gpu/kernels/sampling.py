@@ -388,10 +388,7 @@ def split_winners(
     logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor, partial: Partial, vocab: int,
     split: int, origin: int = 0,
 ) -> None:  # fmt: skip
-    """The first launch. Column 0 of the logits is token `origin`; tokens from `vocab` on do not count.
-
-    `split` is a power of two from SEGMENT up, of which `origin` is a multiple.
-    """
+    """The first launch. Column 0 is token `origin`, a multiple of `split`; tokens from `vocab` on do not count."""
     rows, columns = logits.shape
     assert logits.stride(1) == 1
     if rows:

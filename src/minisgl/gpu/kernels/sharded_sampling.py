@@ -160,10 +160,9 @@ class ShardedSampling:
         size = self.rows * splits
         winners, rest = self.own_partials[:size].view(self.rows, splits), self.own_partials[size:].view(torch.float32)
         partial = (winners, *rest[: 2 * size].view(2, self.rows, splits), rest[2 * size :])
-        split_winners(
-            self.own_logits[:count], table, slots, positions, partial, self.vocab, split, self.barrier.rank * width,
-        )  # fmt: skip
-        gathered = empty_partial(count, world * splits, segments // splits, self.own_logits.device)
+        logits = self.own_logits[:count]
+        split_winners(logits, table, slots, positions, partial, self.vocab, split, self.barrier.rank * width)
+        gathered = empty_partial(count, world * splits, segments // splits, logits.device)
         parameters = (table.temperature, table.top_p, table.min_p, table.top_k)
         _pull_kernel[(min(triton.cdiv(count, ROWS) * world * COPIERS, MAX_BLOCKS),)](
             self.logits, self.partials, self.barrier.flags, self.barrier.epochs, slots, parameters, self.gathered,

@@ -107,18 +107,17 @@ def fits(x: Tensor, weight: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, tile: StreamTile | None = None) -> Tensor:
     """x (T, K) by weight (N, K), plus bias (N,) -> (T, N)."""
-    out = torch.empty((len(x), len(weight)), dtype=x.dtype, device=x.device)
-    return _launch(x, weight, bias, out, tile)
+    return _launch(x, weight, bias, len(weight), tile)
 
 
 def gated_linear(x: Tensor, weight: Tensor, tile: StreamTile | None = None) -> Tensor:
     """silu(x @ gate) * (x @ up), rounded where `silu_mul` rounds: x (T, K), weight (2I, K), gate first -> (T, I)."""
-    out = torch.empty((len(x), len(weight) // 2), dtype=x.dtype, device=x.device)
-    return _launch(x, weight, None, out, tile)
+    return _launch(x, weight, None, len(weight) // 2, tile)
 
 
-def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, tile: StreamTile | None) -> Tensor:
-    (rows, inner), columns, halves = x.shape, out.shape[1], len(weight) // out.shape[1]
+def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, columns: int, tile: StreamTile | None) -> Tensor:
+    (rows, inner), halves = x.shape, len(weight) // columns
+    out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
     tile = tile or stream_tile_for(rows, len(weight))
     assert rows <= tile.tokens
     # Eight rows of gate and eight of up alternate, so that a thread has both values of a column of the result.
