@@ -65,9 +65,8 @@ def test_a_locked_node_keeps_its_end_when_it_is_split(tree: RadixCache) -> None:
 
 
 def test_the_least_recently_used_leaf_goes_first_and_from_its_end(tree: RadixCache) -> None:
-    insert(tree, ids(1, 1, 1), 10)
-    insert(tree, ids(2, 2, 2), 20)
-    insert(tree, ids(3, 3, 3), 30)
+    for first in (1, 2, 3):
+        insert(tree, ids(first, first, first), 10 * first)
     use(tree, ids(1, 1, 1))
     assert tree.evict(2).tolist() == [21, 22]
     assert tree.evict(2).tolist() == [20, 32]
