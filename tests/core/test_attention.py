@@ -71,8 +71,10 @@ def check(sequences: Sequences, decode: list[int], chunks: dict[int, int], windo
 
 @pytest.mark.parametrize("page_size", [1, 4, 16])
 @pytest.mark.parametrize("window", [0, 1, 5, 40])
-def test_decode_rows_of_any_length(page_size: int, window: int) -> None:
+def test_decodes_chunks_from_the_start_and_behind_a_prefix_and_both(page_size: int, window: int) -> None:
     check(Sequences([1, 33, 7, 64, 16], page_size), [3, 0, 4, 1, 2], {}, window)
+    check(Sequences([30, 33, 64, 1], page_size), [], {0: 30, 2: 17, 1: 1, 3: 1}, window)
+    check(Sequences([20, 9, 31, 12], page_size), [2, 0], {3: 12, 1: 4}, window)
 
 
 @pytest.mark.parametrize("window", [0, 6])
@@ -80,13 +82,6 @@ def test_decode_rows_of_any_length(page_size: int, window: int) -> None:
 def test_decode_in_several_groups(window: int, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(torch_backend.BLOCK_BYTES, "cpu", budget)
     check(Sequences([1, 33, 7, 64, 16, 30], 4), [3, 0, 4, 1, 2, 5], {}, window)
-
-
-@pytest.mark.parametrize("page_size", [1, 4, 16])
-@pytest.mark.parametrize("window", [0, 1, 5, 40])
-def test_chunks_from_the_start_and_behind_a_prefix(page_size: int, window: int) -> None:
-    check(Sequences([30, 33, 64, 1], page_size), [], {0: 30, 2: 17, 1: 1, 3: 1}, window)
-    check(Sequences([20, 9, 31, 12], page_size), [2, 0], {3: 12, 1: 4}, window)  # beside decodes
 
 
 @pytest.mark.parametrize("window", [0, 300, 2000])

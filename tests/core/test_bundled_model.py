@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from helpers.bundled import bundled_prompts
 from minisgl.core.model_config import read_spec
 from minisgl.formats.gguf import GgufFile
 from minisgl.formats.hub import bundled_model, locate_model
@@ -19,6 +22,7 @@ DOCUMENTS = (
     "It's what they'd said -- \"we'll see\"...   Ça va? 你好，世界 ½ ² Ⅷ 😀\n",
     "<|im_start|>user\nWhat is 17 * 23?<|im_end|>\n<|im_start|>assistant\n",
 )
+CORE_ALONE = Path(__file__).parents[1] / "helpers" / "core_alone.py"
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +82,17 @@ def test_the_bundled_chat_template_and_tokens_are_kept(folder: Path) -> None:
     assert text.endswith("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
     assert tokenizer.encode(text)[0] == 1
     assert tokenizer.encode("hi")[0] != 1
+
+
+def test_core_alone_says_of_twenty_prompts_what_transformers_says() -> None:
+    """The innermost ring runs a real model on a CPU by itself."""
+    tokens = 8
+    torch.set_num_threads(1)
+    folder = locate_model(None, dtype="float32")
+    prompts = bundled_prompts(folder)
+    command = [sys.executable, str(CORE_ALONE), str(folder), str(tokens)]
+    said = subprocess.run(command, input=json.dumps(prompts), text=True, check=True, capture_output=True).stdout
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    options = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    theirs = [model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist() for prompt in prompts]
+    assert json.loads(said) == theirs
