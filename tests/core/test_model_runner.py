@@ -6,17 +6,13 @@ import pytest
 import torch
 
 from helpers.driver import CPU, Driver
-from helpers.models import tiny_spec
+from helpers.models import TINY_LLAMA as SPEC
 from minisgl.core.executor import LocalExecutor
 from minisgl.core.kv_cache import upload
 from minisgl.core.plan import NewRows, StepPlan
 from minisgl.core.types import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
 from minisgl.core.weights import dummy_weights
 from minisgl.gpu.memory import prefill_plan, warm_up
-
-SPEC = tiny_spec(
-    architecture="LlamaForCausalLM", vocab_size=97, head_dim=8, qk_norm=False, max_position=64, eos_token_ids=(0,)
-)
 
 
 def make_driver(page_size: int = 4) -> Driver:

@@ -154,6 +154,14 @@ def test_a_request_fills_the_last_page_and_ends_by_length_and_the_last_token_is_
     assert len(plans) == 1
 
 
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "max_tokens": (0, -1), "min_tokens": (-1,), "temperature": (float("nan"), -0.1, 101.0), "top_p": (0.0, 1.5),
+    "top_k": (-2, 2**31), "min_p": (2.0,), "stop": (("",),), "stop_token_ids": ((VOCAB,), tuple(range(40))),
+    "seed": (2**70,), "presence_penalty": (2.5,), "frequency_penalty": (float("nan"),), "repetition_penalty": (0.0,),
+    "logit_bias": ({VOCAB: 1.0}, {1: float("nan")}), "logprobs": (21,), "prompt_logprobs": (-1,),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("param", "prompt", "params"),
     [
@@ -162,27 +170,7 @@ def test_a_request_fills_the_last_page_and_ends_by_length_and_the_last_token_is_
         ("prompt", [-1], {}),
         ("prompt", [1] * 128, {}),
         ("max_tokens", [1] * 100, {"max_tokens": 29}),
-        *[
-            (name, [1], {name: value})
-            for name, values in {
-                "max_tokens": (0, -1),
-                "min_tokens": (-1,),
-                "temperature": (float("nan"), -0.1, 101.0),
-                "top_p": (0.0, 1.5),
-                "top_k": (-2, 2**31),
-                "min_p": (2.0,),
-                "stop": (("",),),
-                "stop_token_ids": ((VOCAB,), tuple(range(40))),
-                "seed": (2**70,),
-                "presence_penalty": (2.5,),
-                "frequency_penalty": (float("nan"),),
-                "repetition_penalty": (0.0,),
-                "logit_bias": ({VOCAB: 1.0}, {1: float("nan")}),
-                "logprobs": (21,),
-                "prompt_logprobs": (-1,),
-            }.items()
-            for value in values
-        ],
+        *((name, [1], {name: value}) for name, values in REFUSED.items() for value in values),
         ("min_tokens", [1], {"max_tokens": 1, "min_tokens": 2}),
     ],
 )
