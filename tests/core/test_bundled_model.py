@@ -55,23 +55,11 @@ def test_q_and_k_rows_are_in_the_order_of_the_rotary_embedding(folder: Path) -> 
     assert tokenizer.id_to_token(int(logits[0, -1].argmax())) == "ĠParis"
 
 
-def test_the_bundled_tokenizer_cuts_every_digit_off(folder: Path) -> None:
-    """The file's rule is `smollm`: digits one by one, then GPT-2's regex, spelled out here as two regexes."""
-    ours = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    state = json.loads(ours.to_str())
-    gpt2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-    split = [
-        {"type": "Split", "pattern": {"Regex": rule}, "behavior": "Isolated", "invert": False}
-        for rule in (r"\p{N}", gpt2)
-    ]
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*split, level]}
-    reference = Tokenizer.from_str(json.dumps(state))
+def test_the_bundled_tokenizer_cuts_every_digit_off_and_loses_nothing(folder: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     for text in DOCUMENTS:
-        ids = ours.encode(text).ids
-        assert ids == reference.encode(text).ids
-        assert ours.decode(ids, skip_special_tokens=False) == text
-    assert [ours.id_to_token(token) for token in ours.encode("it is 1999").ids] == ["it", "Ġis", "Ġ", *"1999"]
+        assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
+    assert [tokenizer.id_to_token(token) for token in tokenizer.encode("it is 1999").ids] == ["it", "Ġis", "Ġ", *"1999"]
 
 
 def test_the_bundled_chat_template_and_tokens_are_kept(folder: Path) -> None:

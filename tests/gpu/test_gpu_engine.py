@@ -300,17 +300,13 @@ def pages_of(config: Config, spec: ModelSpec = SPEC) -> int:
     return executor.num_pages
 
 
-def test_pages_are_as_many_as_asked_for_or_as_fit() -> None:
+def test_pages_are_as_many_as_asked_for_or_as_fit_or_are_refused_with_the_numbers() -> None:
     torch.cuda.empty_cache()
     assert pages_of(gpu_config(num_pages=77)) == 77
     free = torch.cuda.mem_get_info(DEVICE)[0]
     page = 2 * SPEC.num_layers * 16 * SPEC.num_kv_heads * SPEC.head_dim * 2
     pages = pages_of(gpu_config(num_pages=None, memory_ratio=0.05, cuda_graph_max_bs=0))
     assert 0.04 * free < pages * page < 0.05 * free
-
-
-def test_what_does_not_fit_is_refused_with_the_numbers() -> None:
-    torch.cuda.empty_cache()
     message = r"--num-pages 100000000 needs \d+\.\d+ GiB, and there are \d+\.\d+ GiB of memory in all"
     with pytest.raises(ConfigError, match=message):
         pages_of(gpu_config(num_pages=10**8))
