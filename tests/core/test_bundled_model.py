@@ -15,8 +15,6 @@ from minisgl.core.model_config import read_spec
 from minisgl.formats.gguf import GgufFile
 from minisgl.formats.hub import bundled_model, locate_model
 
-PROGRAM = Path(__file__).parents[1] / "helpers" / "core_alone.py"
-TOKENS = 8
 DOCUMENTS = (
     "The year 1999 had 365 days; 2000 had 366.",
     "def area(r):\n    if r < 0:\n        raise ValueError(r)\n    return 3.14159 * r ** 2\n",
@@ -24,6 +22,7 @@ DOCUMENTS = (
     "It's what they'd said -- \"we'll see\"...   Ça va? 你好，世界 ½ ² Ⅷ 😀\n",
     "<|im_start|>user\nWhat is 17 * 23?<|im_end|>\n<|im_start|>assistant\n",
 )
+CORE_ALONE = Path(__file__).parents[1] / "helpers" / "core_alone.py"
 
 
 @pytest.fixture(scope="module")
@@ -56,21 +55,11 @@ def test_q_and_k_rows_are_in_the_order_of_the_rotary_embedding(folder: Path) -> 
     assert tokenizer.id_to_token(int(logits[0, -1].argmax())) == "ĠParis"
 
 
-def test_the_bundled_tokenizer_cuts_every_digit_off(folder: Path) -> None:
-    """The file's rule is `smollm`: digits one by one, then GPT-2's regex, spelled out here as two regexes."""
-    ours = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    state = json.loads(ours.to_str())
-    gpt2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-    how = {"type": "Split", "behavior": "Isolated", "invert": False}
-    split = [{**how, "pattern": {"Regex": rule}} for rule in (r"\p{N}", gpt2)]
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*split, level]}
-    reference = Tokenizer.from_str(json.dumps(state))
+def test_the_bundled_tokenizer_cuts_every_digit_off_and_loses_nothing(folder: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     for text in DOCUMENTS:
-        ids = ours.encode(text).ids
-        assert ids == reference.encode(text).ids
-        assert ours.decode(ids, skip_special_tokens=False) == text
-    assert [ours.id_to_token(token) for token in ours.encode("it is 1999").ids] == ["it", "Ġis", "Ġ", *"1999"]
+        assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
+    assert [tokenizer.id_to_token(token) for token in tokenizer.encode("it is 1999").ids] == ["it", "Ġis", "Ġ", *"1999"]
 
 
 def test_the_bundled_chat_template_and_tokens_are_kept(folder: Path) -> None:
@@ -85,12 +74,13 @@ def test_the_bundled_chat_template_and_tokens_are_kept(folder: Path) -> None:
 
 def test_core_alone_says_of_twenty_prompts_what_transformers_says() -> None:
     """The innermost ring runs a real model on a CPU by itself."""
+    tokens = 8
     torch.set_num_threads(1)
     folder = locate_model(None, dtype="float32")
     prompts = bundled_prompts(folder)
-    command = [sys.executable, str(PROGRAM), str(folder), str(TOKENS)]
+    command = [sys.executable, str(CORE_ALONE), str(folder), str(tokens)]
     said = subprocess.run(command, input=json.dumps(prompts), text=True, check=True, capture_output=True).stdout
     model = AutoModelForCausalLM.from_pretrained(folder)
-    how = {"max_new_tokens": TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    theirs = [model.generate(torch.tensor([p]), **how)[0, len(p) :].tolist() for p in prompts]
+    options = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    theirs = [model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist() for prompt in prompts]
     assert json.loads(said) == theirs

@@ -11,10 +11,10 @@ from unittest import mock
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
 
 from helpers.driver import CPU, Driver
+from helpers.tiny_models import MOE, random_model
 from minisgl.core.attention import Attention, TorchAttention
 from minisgl.core.decoder import pack_weights
 from minisgl.core.model_config import ModelSpec, read_spec
@@ -27,7 +27,6 @@ SIZES = {
     "vocab_size": 199, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 128,
 }  # fmt: skip
-MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "mlp_only_layers": [1]}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 WINDOW = {"use_sliding_window": True, "sliding_window": 11}
@@ -63,13 +62,7 @@ def reference(case: str) -> tuple[ModelSpec, Weights, list[int], Tensor]:
     """A random model as we read it, and a prompt with transformers' greedy continuation and logits of all of it."""
     torch.set_num_threads(1)
     kind, extra = CASES[case]
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**{**SIZES, **extra})
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            mean, std = (1.0, 0.2) if "norm" in name else (0.0, 1.0 if "embed" in name else 0.15)
-            parameter.normal_(mean, std)
+    model = random_model(kind, std=0.15, **{**SIZES, **extra})
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         spec = read_spec(Path(folder))

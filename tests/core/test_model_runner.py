@@ -1,24 +1,18 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import msgspec
 import numpy as np
 import pytest
 import torch
 
 from helpers.driver import CPU, Driver
-from helpers.models import tiny_spec
+from helpers.models import TINY_LLAMA as SPEC
 from minisgl.core.executor import LocalExecutor
 from minisgl.core.kv_cache import upload
 from minisgl.core.plan import NewRows, StepPlan
 from minisgl.core.types import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
 from minisgl.core.weights import dummy_weights
 from minisgl.gpu.memory import prefill_plan, warm_up
-
-SPEC = tiny_spec(
-    architecture="LlamaForCausalLM", vocab_size=97, head_dim=8, qk_norm=False, max_position=64, eos_token_ids=(0,)
-)
 
 
 def make_driver(page_size: int = 4) -> Driver:
@@ -99,30 +93,19 @@ def test_a_warm_up_runs_a_prompt_beside_each_number_of_decodes_on_scratch_pages(
     assert torch.equal(driver.runner.kv.k[:, :-1], before)
 
 
-def step_plan(step: int, slot: int = 0) -> StepPlan:
+def step_plan(step: int, slot: int) -> StepPlan:
     """A step that prefills and samples one row on scratch pages."""
     plan = prefill_plan(1, 3)
     return msgspec.structs.replace(plan, step=step, init=None, prefill_slots=np.array([slot], np.int32))
 
 
-@pytest.fixture
-def executor() -> Iterator[LocalExecutor]:
+def test_an_executor_returns_steps_in_order_and_raises_a_steps_error_where_it_is_collected() -> None:
     executor = LocalExecutor(make_driver(page_size=16).runner)
-    yield executor
-    executor.close()
-
-
-def test_executor_returns_steps_in_order(executor: LocalExecutor) -> None:
-    for step in range(3):
-        executor.launch(step_plan(step))
+    for step, slot in ((0, 0), (1, 0), (2, 0), (3, 99)):
+        executor.launch(step_plan(step, slot))
     results = [executor.collect() for _ in range(3)]
     assert [result.step for result in results] == [0, 1, 2]
     assert all(result.tokens.dtype == np.int32 and result.tokens.shape == (1,) for result in results)
-
-
-def test_an_error_in_a_step_is_raised_by_its_collect(executor: LocalExecutor) -> None:
-    executor.launch(step_plan(1))
-    executor.launch(step_plan(2, slot=99))
-    assert executor.collect().step == 1
     with pytest.raises(IndexError):
         executor.collect()
+    executor.close()

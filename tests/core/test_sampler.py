@@ -10,18 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.sampling_rows import sampling_rows
 from minisgl.core import sampler as sampling
-from minisgl.core.sampler import SamplingRows, gumbel_noise, mask_stop_ids, sample, threshold, token_hash
-
-DTYPES = {"top_k": torch.int32, "seed": torch.int64, "min_len": torch.int32, "stop_ids": torch.int32}
-OFF: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "top_k": 0, "seed": 0, "min_len": 0}
-
-
-def rows(n: int, **values: Any) -> SamplingRows:
-    """Parameters of n rows, each a number for all or a list."""
-    values = {**OFF, "stop_ids": [[-1]] * n, **values}
-    tensors = {name: torch.as_tensor(x, dtype=DTYPES.get(name, torch.float32)) for name, x in values.items()}
-    return SamplingRows(**{name: x if x.dim() else x.expand(n).clone() for name, x in tensors.items()})
+from minisgl.core.sampler import gumbel_noise, mask_stop_ids, sample, threshold, token_hash
 
 
 def assert_frequencies(values: Tensor, expected: Tensor) -> None:
@@ -34,7 +25,7 @@ def assert_frequencies(values: Tensor, expected: Tensor) -> None:
 def kept(logits: list[float], **params: Any) -> list[int]:
     """Ids that the filters keep."""
     scaled = torch.tensor([logits]) - max(logits)
-    return torch.nonzero(scaled[0] >= threshold(scaled, rows(1, **params))[0]).squeeze(1).tolist()
+    return torch.nonzero(scaled[0] >= threshold(scaled, sampling_rows(1, **params))[0]).squeeze(1).tolist()
 
 
 LOGITS = [math.log(p) for p in (0.1, 0.4, 0.05, 0.25, 0.2)]  # by probability: 1, 3, 4, 0, 2
@@ -74,7 +65,7 @@ def test_looking_at_a_few_logits_first_changes_nothing(monkeypatch: pytest.Monke
     torch.manual_seed(0)
     scaled = torch.cat([torch.randn(8, 500) * s for s in (0.1, 1.0, 5.0)])
     scaled -= scaled.amax(dim=-1, keepdim=True)
-    params = rows(24, top_p=[1.0, 0.9, 0.5, 0.99] * 6, top_k=[0, 0, 200, 20, 499, 600] * 4, min_p=[0.0, 0.01, 0.2] * 8)
+    params = sampling_rows(24, top_p=[1.0, 0.9, 0.5, 0.99], top_k=[0, 0, 200, 20, 499, 600], min_p=[0.0, 0.01, 0.2])
     outcomes = []
     for few in ((), (16, 100)):
         monkeypatch.setattr(sampling, "FEW", few)
@@ -85,7 +76,7 @@ def test_looking_at_a_few_logits_first_changes_nothing(monkeypatch: pytest.Monke
 
 def test_greedy_takes_the_lowest_id_of_equals() -> None:
     logits = torch.tensor([[0.0, 2.0, 2.0], [1.0, 1.0, 1.0], *[[0.0, 3.0, 3.0]] * 8])
-    params = rows(10, temperature=[0.0] * 2 + [5.0] * 8, top_k=[0] * 2 + [1] * 8, seed=list(range(10)))
+    params = sampling_rows(10, temperature=[0.0] * 2 + [5.0] * 8, top_k=[0] * 2 + [1] * 8)
     for all_greedy in (False, True):
         tokens = sample(logits, params, torch.zeros(10, dtype=torch.int32), all_greedy=all_greedy)
         assert tokens.tolist() == [1, 0, *[1] * 8]
@@ -93,7 +84,7 @@ def test_greedy_takes_the_lowest_id_of_equals() -> None:
 
 def test_stop_ids_wait_for_the_minimum_length() -> None:
     logits = torch.tensor([[0.0, 9.0, 5.0, 1.0]] * 3)
-    params = rows(3, temperature=0.0, min_len=[6, 5, 6], stop_ids=[[1, 2], [1, 2], [1, -1]])
+    params = sampling_rows(3, temperature=0.0, min_len=[6, 5, 6], stop_ids=[[1, 2], [1, 2], [1, -1]])
     position = torch.tensor([5, 5, 5], dtype=torch.int32)
     assert sample(logits, params, position).tolist() == [3, 1, 2]
     assert mask_stop_ids(logits, params, position)[0].tolist() == [0.0, -math.inf, -math.inf, 1.0]
@@ -103,7 +94,7 @@ def test_stop_ids_wait_for_the_minimum_length() -> None:
 @pytest.mark.parametrize("temperature", [1e-45, 1e-30, 1e-5])
 def test_a_tiny_temperature_is_as_good_as_greedy(temperature: float) -> None:
     logits = torch.randn(4, 50) * 100
-    params = rows(4, temperature=temperature, top_p=0.9)
+    params = sampling_rows(4, temperature=temperature, top_p=0.9)
     assert sample(logits, params, torch.arange(4, dtype=torch.int32)).tolist() == logits.argmax(dim=-1).tolist()
 
 
@@ -113,7 +104,7 @@ def test_sampled_frequencies_are_the_softmax(temperature: float) -> None:
     draws, vocab = 20000, 24
     logits = torch.randn(vocab) * (0.05 if temperature == 0.05 else 1.0)
     positions = torch.arange(draws, dtype=torch.int32)
-    params = rows(draws, temperature=temperature, seed=11)
+    params = sampling_rows(draws, temperature=temperature, seed=11)
     tokens = sample(logits.expand(draws, -1), params, positions, any_filter=False)
     assert_frequencies(tokens, draws * (logits / temperature).softmax(dim=-1))
 
@@ -121,8 +112,7 @@ def test_sampled_frequencies_are_the_softmax(temperature: float) -> None:
 def test_sampled_frequencies_after_a_filter_are_the_renormalised_softmax() -> None:
     draws = 20000
     logits = torch.tensor(LOGITS).expand(draws, -1)
-    seeds = torch.arange(draws).tolist()
-    tokens = sample(logits, rows(draws, top_p=0.66, seed=seeds), torch.full((draws,), 3, dtype=torch.int32))
+    tokens = sample(logits, sampling_rows(draws, top_p=0.66), torch.full((draws,), 3, dtype=torch.int32))
     assert set(tokens.tolist()) == {1, 3, 4}
     assert_frequencies(
         torch.searchsorted(torch.tensor([1, 3, 4]), tokens), draws * torch.tensor([0.4, 0.25, 0.2]) / 0.85
@@ -132,8 +122,7 @@ def test_sampled_frequencies_after_a_filter_are_the_renormalised_softmax() -> No
 def test_a_row_samples_the_same_whatever_is_beside_it() -> None:
     torch.manual_seed(0)
     logits = torch.randn(9, 300)
-    values: Any = {"temperature": [0.0, 0.7, 1.0] * 3, "top_p": [0.9, 1.0, 0.8] * 3, "top_k": [0, 30, 5] * 3}
-    params = rows(9, seed=list(range(9)), **values)
+    params = sampling_rows(9, temperature=[0.0, 0.7, 1.0], top_p=[0.9, 1.0, 0.8], top_k=[0, 30, 5])
     positions = torch.arange(9, dtype=torch.int32) * 5
     together = sample(logits, params, positions).tolist()
     for row in range(9):
@@ -168,17 +157,8 @@ def test_hash_is_what_its_definition_says() -> None:
 
 
 @pytest.mark.parametrize("axis", ["tokens", "positions", "seeds"])
-@pytest.mark.parametrize("shift", [0, 8, 16, 24])
-def test_every_byte_of_the_hash_is_uniform(axis: str, shift: int) -> None:
-    n = 65536
-    inputs = {"tokens": ([5], [17], n), "positions": ([5] * n, [*range(n)], 1), "seeds": ([*range(n)], [17] * n, 1)}
-    bits = hash_of(*inputs[axis]).flatten()
-    assert_frequencies(bits >> shift & 255, torch.full((256,), n / 256))
-
-
-@pytest.mark.parametrize("axis", ["tokens", "positions", "seeds"])
-def test_neighbours_are_independent(axis: str) -> None:
-    """High nibbles of neighbours fall into all 256 pairs equally often, and single bits do not agree too often."""
+def test_the_hash_is_uniform_and_neighbours_are_independent(axis: str) -> None:
+    """All values of each byte, and of two neighbours' high nibbles, are equally frequent; bits agree by chance."""
     n = 400
     base = hash_of([s for s in range(n) for _ in (0, 1)], [0, 1] * n, 201).view(n, 2, 201)
     pairs = {
@@ -187,8 +167,9 @@ def test_neighbours_are_independent(axis: str) -> None:
         "seeds": (base[:-1, 0], base[1:, 0]),
     }
     first, second = pairs[axis]
-    joint = ((first >> 28) * 16 + (second >> 28)).flatten()
-    assert_frequencies(joint, torch.full((256,), len(joint) / 256))
+    joint = (first >> 28) * 16 + (second >> 28)
+    for values in (joint, *(first >> shift & 255 for shift in (0, 8, 16, 24))):
+        assert_frequencies(values.flatten(), torch.full((256,), values.numel() / 256))
     differing = np.bitwise_count((first ^ second).numpy()).mean()
     assert abs(differing - 16) < 4 * math.sqrt(8 / first.numel())
 

@@ -10,17 +10,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from helpers.simulation import (
-    VOCAB,
-    advance,
-    check_answers,
-    model_info,
-    record_plans,
-    request,
-    run,
-    simulated_engine,
-    tokens_of,
-)
+from helpers import simulation
+from helpers.simulation import VOCAB, advance, check_answers, record_plans, request, run, simulated_engine, tokens_of
 from minisgl.config import Config
 from minisgl.core.plan import StepResult
 from minisgl.core.policy import POLICIES, LongestPrefixMatch
@@ -78,18 +69,14 @@ def test_running_requests_decode_in_every_step_in_which_a_long_prompt_is_prefill
     assert all(len(plan.decode_slots) == 3 for plan in chunks)
 
 
-def test_the_prefill_budget_bounds_every_step() -> None:
-    engine = simulated_engine(max_prefill_length=10, num_pages=256)
-    plans = record_plans(engine)
-    run(engine, [request(str(i), p, max_tokens=3) for i, p in enumerate(prompts(20, 1, 50))])
-    assert max(len(plan.prefill_tokens) for plan in plans) == 10
-
-
-def test_the_longest_row_decodes_first() -> None:
-    engine = simulated_engine(max_prefill_length=64)
+def test_plans_keep_to_the_prefill_budget_and_decode_the_longest_row_first() -> None:
+    engine = simulated_engine(max_prefill_length=27)
     plans = record_plans(engine)
     run(engine, [request(str(i), [i] * n, max_tokens=4, ignore_eos=True) for i, n in enumerate((3, 9, 1, 9, 5))])
     assert [plan.decode_slots.tolist() for plan in plans[1:]] == [[1, 3, 4, 0, 2]] * 3
+    plans.clear()
+    run(engine, [request(str(i), p, max_tokens=1) for i, p in enumerate(prompts(20, 1, 50))])
+    assert max(len(plan.prefill_tokens) for plan in plans) == 27
 
 
 @pytest.mark.parametrize(("pages", "own", "other", "when"), [(5, 4, 8, 5), (5, 7, 8, 2), (6, 8, 8, 5), (7, 7, 8, 6)])
@@ -144,19 +131,6 @@ def test_abort_at_any_moment_ends_with_one_event_and_frees_everything(overlap: b
     assert (engine.table.state == State.FREE).all()
 
 
-@pytest.mark.parametrize("when", range(1, 60, 3))
-def test_abort_among_retractions_frees_everything(when: int) -> None:
-    engine = simulated_engine(num_pages=12, page_size=4, max_seq_len=48, overlap=True)
-    for i in range(3):
-        engine.add(request(str(i), [i] * 8, max_tokens=30, ignore_eos=True))
-    events = advance(engine, when)
-    live = list(engine.scheduler.live)
-    engine.abort(live)
-    events += advance(engine)
-    assert sorted(e.id for e in events if e.finish is FinishReason.ABORT) == live
-    assert engine.cache.num_owned == 0
-
-
 def test_stop_tokens_end_a_request_and_min_tokens_holds_them_off() -> None:
     engine = simulated_engine(num_pages=256, max_seq_len=512, page_size=4)
     wanted = [request(str(i), [i, i + 1], max_tokens=400, min_tokens=m) for i, m in enumerate([0, 0, 100, 100])]
@@ -170,19 +144,22 @@ def test_stop_tokens_end_a_request_and_min_tokens_holds_them_off() -> None:
         assert stopped == (tokens[-1] == 7)
 
 
-def test_max_tokens_one_never_decodes() -> None:
-    engine = simulated_engine()
-    plans = record_plans(engine)
-    events = run(engine, [request("a", [1, 2, 3], max_tokens=1, ignore_eos=True)])
-    assert len(tokens_of(events["a"])) == len(plans) == 1
-
-
-def test_a_request_fills_the_last_page_and_ends_by_length() -> None:
+def test_a_request_fills_the_last_page_and_ends_by_length_and_the_last_token_is_not_decoded() -> None:
     engine = simulated_engine(num_pages=8, page_size=4, max_seq_len=32)
     events = run(engine, [request("a", [1] * 31, ignore_eos=True), request("b", [2] * 20, ignore_eos=True)])
-    assert len(tokens_of(events["a"])) == 1
-    assert len(tokens_of(events["b"])) == 12
+    assert [len(tokens_of(events[name])) for name in "ab"] == [1, 12]
     assert events["b"][-1].finish is FinishReason.LENGTH
+    plans = record_plans(engine)
+    run(engine, [request("a", [1, 2, 3], max_tokens=1, ignore_eos=True)])
+    assert len(plans) == 1
+
+
+REFUSED: dict[str, tuple[Any, ...]] = {
+    "max_tokens": (0, -1), "min_tokens": (-1,), "temperature": (float("nan"), -0.1, 101.0), "top_p": (0.0, 1.5),
+    "top_k": (-2, 2**31), "min_p": (2.0,), "stop": (("",),), "stop_token_ids": ((VOCAB,), tuple(range(40))),
+    "seed": (2**70,), "presence_penalty": (2.5,), "frequency_penalty": (float("nan"),), "repetition_penalty": (0.0,),
+    "logit_bias": ({VOCAB: 1.0}, {1: float("nan")}), "logprobs": (21,), "prompt_logprobs": (-1,),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -193,34 +170,14 @@ def test_a_request_fills_the_last_page_and_ends_by_length() -> None:
         ("prompt", [-1], {}),
         ("prompt", [1] * 128, {}),
         ("max_tokens", [1] * 100, {"max_tokens": 29}),
-        *[
-            (name, [1], {name: value})
-            for name, values in {
-                "max_tokens": (0, -1),
-                "min_tokens": (-1,),
-                "temperature": (float("nan"), -0.1, 101.0),
-                "top_p": (0.0, 1.5),
-                "top_k": (-2, 2**31),
-                "min_p": (2.0,),
-                "stop": (("",),),
-                "stop_token_ids": ((VOCAB,), tuple(range(40))),
-                "seed": (2**70,),
-                "presence_penalty": (2.5,),
-                "frequency_penalty": (float("nan"),),
-                "repetition_penalty": (0.0,),
-                "logit_bias": ({VOCAB: 1.0}, {1: float("nan")}),
-                "logprobs": (21,),
-                "prompt_logprobs": (-1,),
-            }.items()
-            for value in values
-        ],
+        *((name, [1], {name: value}) for name, values in REFUSED.items() for value in values),
         ("min_tokens", [1], {"max_tokens": 1, "min_tokens": 2}),
     ],
 )
 def test_what_the_model_cannot_serve_is_refused_by_name(param: str, prompt: list[int], params: dict[str, Any]) -> None:
     kind = ContextLengthError if len(prompt) >= 100 else InvalidRequestError
     with pytest.raises(InvalidRequestError) as error:
-        model_info(128).check(prompt, SamplingParams(**params))
+        simulation.model_info(128).check(prompt, SamplingParams(**params))
     assert (type(error.value), error.value.param) == (kind, param)
 
 

@@ -10,39 +10,23 @@ from unittest import mock
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from helpers.driver import CPU, Driver
 from helpers.models import tiny_spec
+from helpers.tiny_models import ARCHITECTURES, SIZES, random_model
 from minisgl.core.model_config import ModelSpec, read_spec
-from minisgl.core.weights import Weights, dummy_weights, load_weights, parameters, shard_of, shard_slices
+from minisgl.core.weights import Weights, dummy_weights, load_weights
 from minisgl.errors import ModelError
 
-SIZES = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "head_dim": 16,
-}  # fmt: skip
-MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [1]}
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama", {}),
-    "llama-biases-tied": ("Llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
-    "mistral": ("Mistral", {}),
-    "qwen2": ("Qwen2", {}),
-    "qwen3": ("Qwen3", {"tie_word_embeddings": True}),
-    "qwen3-moe": ("Qwen3Moe", MOE),
-}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {"plain": ("Llama", {}), **ARCHITECTURES}
 
 
-def save(folder: Path, case: str = "llama", **options: Any) -> Any:
-    """A random model of transformers, saved; its parameters are no longer all ones and zeros."""
-    name, extra = CASES[case]
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**SIZES, **extra))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_()
+def save(folder: Path, case: str = "plain", **options: Any) -> Any:
+    """A random model of transformers, saved."""
+    kind, extra = CASES[case]
+    model = random_model(kind, **{**SIZES, "num_hidden_layers": 3, **extra})
     model.save_pretrained(folder, **options)
     return model
 
@@ -81,19 +65,20 @@ def assert_same(weights: Weights, model: Any, spec: ModelSpec) -> None:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_every_architecture_loads_what_transformers_saved(tmp_path: Path, case: str, dtype: torch.dtype) -> None:
-    """Converted to the dtype asked for, from one file or, for experts in half precision, from many with an index."""
+    """Converted to the dtype asked for, from one file or, for experts in half precision, from many with an index.
+
+    Experts may also be stored as one tensor for all.
+    """
     sharded = case == "qwen3-moe" and dtype != torch.float32
     model = save(tmp_path, case, **({"max_shard_size": "30KB"} if sharded else {}))
     assert (len(list(tmp_path.glob("*.safetensors"))) > 2) == sharded
     weights = load(tmp_path, dtype)
     assert weights.layers[2].qkv.dtype == dtype
     assert_same(weights, model, read_spec(tmp_path))
-
-
-def test_fused_experts_load_as_well(tmp_path: Path) -> None:
-    model = save(tmp_path, "qwen3-moe", save_original_format=False)
-    assert "model.layers.0.mlp.experts.gate_up_proj" in load_file(tmp_path / "model.safetensors")
-    assert_same(load(tmp_path), model, read_spec(tmp_path))
+    if case == "qwen3-moe" and not sharded:
+        model = save(tmp_path, case, save_original_format=False)
+        assert "model.layers.0.mlp.experts.gate_up_proj" in load_file(tmp_path / "model.safetensors")
+        assert_same(load(tmp_path), model, read_spec(tmp_path))
 
 
 NORM, BIAS = "model.norm.weight", "model.layers.1.self_attn.q_proj.bias"
@@ -103,8 +88,8 @@ NORM, BIAS = "model.norm.weight", "model.layers.1.self_attn.q_proj.bias"
     ("change", "words"),
     [
         (lambda t: t.pop(NORM), [NORM, "missing"]),
-        (lambda t: t.update({NORM: torch.ones(31)}), [NORM, "(31,)", "(32,)", "model.safetensors"]),
-        (lambda t: t.update({NORM: torch.ones(32, dtype=torch.int8)}), [NORM, "I8"]),
+        (lambda t: t.update({NORM: torch.ones(31)}), [NORM, "(31,)", "(64,)", "model.safetensors"]),
+        (lambda t: t.update({NORM: torch.ones(64, dtype=torch.int8)}), [NORM, "I8"]),
         (lambda t: t.update({BIAS: torch.ones(64)}), [BIAS, "no place"]),
     ],
 )
@@ -128,7 +113,6 @@ def header(content: bytes, claimed: int | None = None) -> bytes:
     "damage",
     [
         lambda raw: raw[:-1],
-        lambda raw: raw[: len(raw) // 2],
         lambda raw: raw[:20],
         lambda raw: b"",
         lambda raw: header(b"{}", 2**63),
@@ -173,19 +157,7 @@ def test_pickles_are_refused_with_the_reason(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_sources_cover_every_parameter_exactly_once(tmp_path: Path) -> None:
-    save(tmp_path, "qwen3-moe")
-    for parameter in parameters(read_spec(tmp_path)):
-        counts = torch.zeros(parameter.shape)
-        for source in parameter.sources:
-            ((_, where),) = shard_slices(source, shard_of(parameter, None))
-            region = counts[where]
-            assert region.shape == source.shape
-            region += 1
-        assert bool((counts == 1).all())
-
-
-@pytest.mark.parametrize("case", ["llama-biases-tied", "qwen2", "qwen3-moe"])
+@pytest.mark.parametrize("case", ["llama", "qwen2", "qwen3-moe"])
 def test_dummy_weights_have_the_checkpoints_shapes_and_a_seed(tmp_path: Path, case: str) -> None:
     save(tmp_path, case)
     spec = read_spec(tmp_path)

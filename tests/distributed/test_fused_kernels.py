@@ -1,4 +1,4 @@
-"""Fused all-reduce, addition and norm: the ranks are processes that share memory, or streams of one GPU."""
+"""Kernels that write to other ranks' memory: the ranks are processes that share memory, or streams of one GPU."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from helpers.fused_kernel_ranks import SECONDS, Case, FusedRun
 from helpers.processes import environment
+from helpers.tp_cases import MAX_SEQ_LEN, NOWHERE, SPECS, config, generate
+from minisgl.gpu.executor import build_local_executor
 from minisgl.gpu.kernels import all_reduce
 
+ENGINE_SECONDS = 240
 GROWING = [(shots, rows) for rows in (1, 3, 1, 7, 2) for shots in (1, 2)]
 """One shot and two in turn, after which the rows have had 10, 8, 4 and 2 calls."""
 AGAIN = [(1, 2)] * 5 + [(2, 2)] * 5 + [(2, 1)] * 3 + [(2, 3)] * 3
@@ -71,3 +75,28 @@ def test_streams_compute_what_the_reference_does(
     run.check()
     for rank in range(case.world):
         run.check_reset(rank)
+
+
+@pytest.mark.parametrize("model", ["qwen3-moe", "llama-biased"])
+def test_fused_ranks_generate_what_one_device_does(tmp_path: Path, model: str) -> None:
+    torch.set_num_threads(1)
+    alone = build_local_executor(config(), NOWHERE, SPECS[model], MAX_SEQ_LEN)
+    expected = [answer.tokens for answer in generate(alone, SPECS[model], config(), count=8)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "helpers.fused_rank", str(rank), "2", str(tmp_path), model],
+            stdout=subprocess.PIPE, text=True, env=environment(TRITON_INTERPRET="1"),
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        printed = [rank.communicate(timeout=ENGINE_SECONDS)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    for text in printed:
+        found = json.loads(text.splitlines()[-1])
+        assert found["tokens"] == expected
+        assert min(found["launches"]) > 5, "one shot, two shots, sampling"

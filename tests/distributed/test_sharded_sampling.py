@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.dtypes import SLOW_DTYPES
 from helpers.interpreter import quicken
-from minisgl.core.sampler import SamplingRows
+from helpers.sampling_rows import SLOW_DTYPES, sampling_rows
 from minisgl.core.sampler import sample as reference_sample
 from minisgl.gpu.kernels import sharded_sampling
 from minisgl.gpu.kernels.sharded_sampling import Barrier, ShardedSampling, flags_size, partial_words, split_for
@@ -50,23 +49,6 @@ class Group:
         return found
 
 
-def parameters(rows: int, device: torch.device) -> SamplingRows:
-    """Greedy, free, and every filter; one that keeps most, and one whose stop ids are masked."""
-
-    def column(values: list[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype).repeat(rows)[:rows].to(device)
-
-    return SamplingRows(
-        temperature=column([0.0, 0.6, 1.0, 1.3, 0.8, 2.0, 1.0], torch.float32),
-        top_p=column([1.0, 1.0, 0.9, 0.5, 1.0, 0.999, 1.0], torch.float32),
-        min_p=column([0.0, 0.0, 0.0, 0.0, 0.1, 0.0, 0.0], torch.float32),
-        top_k=column([0, 0, 0, 7, 0, 0, 300], torch.int32),
-        seed=torch.arange(rows, device=device),
-        min_len=column([0, 0, 0, 100, 0, 0, 0], torch.int32),
-        stop_ids=torch.arange(rows * 2, dtype=torch.int32, device=device).view(rows, 2) * 5 % 64,
-    )
-
-
 @pytest.mark.parametrize("dtype", SLOW_DTYPES)
 @pytest.mark.parametrize(("world", "vocab"), [(2, 200), (3, 64)])
 def test_every_rank_samples_the_references_tokens(
@@ -77,7 +59,13 @@ def test_every_rank_samples_the_references_tokens(
     torch.manual_seed(vocab)
     count, capacity, width = 7, 9, -(-vocab // (64 * world)) * 64
     logits = (torch.randn(count, vocab, device=device) * 2).to(dtype)
-    table, slots = parameters(count, device), torch.arange(count, dtype=torch.int32, device=device).flip(0).contiguous()
+    # Greedy, free, and every filter; one that keeps most, and one whose stop ids are masked.
+    table = sampling_rows(
+        count, device, temperature=[0.0, 0.6, 1.0, 1.3, 0.8, 2.0, 1.0], top_p=[1.0, 1.0, 0.9, 0.5, 1.0, 0.999, 1.0],
+        min_p=[0.0, 0.0, 0.0, 0.0, 0.1, 0.0, 0.0], top_k=[0, 0, 0, 7, 0, 0, 300], min_len=[0, 0, 0, 100, 0, 0, 0],
+        stop_ids=torch.arange(count * 2).view(count, 2) * 5 % 64,
+    )  # fmt: skip
+    slots = torch.arange(count, dtype=torch.int32, device=device).flip(0).contiguous()
     positions = 10 + slots
     shards = [torch.zeros(capacity, width, dtype=dtype, device=device) for _ in range(world)]
     for rank, shard in enumerate(shards):

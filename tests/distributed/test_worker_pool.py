@@ -1,16 +1,28 @@
-"""The workers as rank 0 sees them: which of them it says was the first to fail."""
+"""The workers as rank 0 sees them: the messages, of which nothing else is accepted, and who was the first to fail."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
+import numpy as np
 import pytest
 import zmq
 
-from minisgl.distributed import worker_pool
-from minisgl.distributed.messages import ENCODER, FromWorker, WorkerFailed, WorkerStarted
+from minisgl.config import Config
+from minisgl.distributed import messages, worker_pool
+from minisgl.distributed.messages import (
+    FinishStep,
+    FromWorker,
+    LaunchStep,
+    LoadModel,
+    ToWorker,
+    WorkerFailed,
+    WorkerStarted,
+)
 from minisgl.distributed.worker_pool import WorkerPool
 from minisgl.errors import ConfigError, EngineDeadError
+from minisgl.gpu.memory import prefill_plan
 
 
 class FakeWorker:
@@ -24,7 +36,7 @@ class FakeWorker:
         self.report(WorkerStarted(rank))
 
     def report(self, message: FromWorker) -> None:
-        self.reports.send(ENCODER.encode(message))
+        self.reports.send(messages.ENCODER.encode(message))
 
     def end(self) -> None:
         self.context.destroy(linger=200)
@@ -67,3 +79,44 @@ def test_the_worker_that_failed_first_is_named_and_not_who_noticed(
         for worker in workers:
             worker.end()
         pool.close()
+
+
+def equal(one: object, other: object) -> bool:
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+        return one.dtype == other.dtype and one.shape == other.shape and bool((one == other).all())
+    if isinstance(one, msgspec.Struct):
+        return type(one) is type(other) and all(
+            equal(getattr(one, name), getattr(other, name)) for name in one.__struct_fields__
+        )
+    return bool(one == other)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        LaunchStep(prefill_plan(3, 5, False)),
+        LaunchStep(prefill_plan(3, 5, True)),
+        FinishStep(np.arange(12, dtype=np.int32).reshape(3, 4)[:, ::2]),
+        LoadModel(Config(tp=2, dummy_weight=True), "/a/b", 100),
+        WorkerFailed(1, "why", True),
+    ],
+)
+def test_messages_arrive_as_they_were_sent(message: ToWorker | FromWorker) -> None:
+    data = messages.ENCODER.encode(message)
+    decoder = messages.FROM_WORKER if isinstance(message, WorkerFailed) else messages.TO_WORKER
+    assert equal(decoder.decode(data), message)
+
+
+def test_the_arrays_of_a_plan_are_the_receivers_own() -> None:
+    plan = prefill_plan(3, 5, True)
+    received = messages.TO_WORKER.decode(messages.ENCODER.encode(LaunchStep(plan)))
+    assert isinstance(received, LaunchStep)
+    received.plan.prefill_tokens[:] = 7
+    assert not plan.prefill_tokens.any()
+
+
+def test_other_messages_and_arrays_are_refused() -> None:
+    with pytest.raises((ValueError, msgspec.ValidationError), match="cannot be received in a message"):
+        messages.TO_WORKER.decode(msgspec.msgpack.encode({"type": "finish", "masks": ["|O8", [1], b"\0" * 8]}))
+    with pytest.raises(msgspec.ValidationError):
+        messages.TO_WORKER.decode(msgspec.msgpack.encode({"type": "run", "code": "x"}))

@@ -6,6 +6,7 @@ What `fused` computes is compared with NCCL at its start.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -69,28 +70,23 @@ def one_gpu() -> Iterator[EngineProgram]:
         yield engine
 
 
-class Groups:
-    """The small model on tensor-parallel groups, one for each of COLLECTIVES, which start side by side."""
-
-    def __init__(self) -> None:
-        self.programs: dict[tuple[int, str], EngineProgram] = {}
-
-    def get(self, tp: int, name: str) -> EngineProgram:
-        """A group of `tp` GPUs. All groups of this size are ready then, and their memory is taken."""
-        if (tp, name) not in self.programs:
-            new = [EngineProgram(settings(SMALL, tp=tp, **changes)) for changes in COLLECTIVES.values()]
-            self.programs.update(zip(((tp, other) for other in COLLECTIVES), new, strict=True))
-            for program in new:
-                program.ask([[1, 2, 3]], [{"max_tokens": 1}])
-        return self.programs[tp, name]
+@pytest.fixture(scope="module", params=[2, 4])
+def tp(request: pytest.FixtureRequest) -> int:
+    need_gpus(request.param)
+    return int(request.param)
 
 
 @pytest.fixture(scope="module")
-def groups() -> Iterator[Groups]:
-    started = Groups()
-    yield started
-    for program in started.programs.values():
-        program.close()
+def groups(tp: int) -> Iterator[dict[str, EngineProgram]]:
+    """The small model on groups of `tp` GPUs, one for each of COLLECTIVES, started side by side."""
+    with contextlib.ExitStack() as stack:
+        groups = {
+            name: stack.enter_context(EngineProgram(settings(SMALL, tp=tp, **changes)))
+            for name, changes in COLLECTIVES.items()
+        }
+        for group in groups.values():  # all are ready then, and their memory is taken
+            group.ask([[1, 2, 3]], [{"max_tokens": 1}])
+        yield groups
 
 
 @functools.cache
@@ -120,13 +116,12 @@ def check_greedy(one_gpu: EngineProgram, found: Answers, prompts: list[list[int]
 
 
 @pytest.mark.parametrize("name", COLLECTIVES)
-@pytest.mark.parametrize("tp", [2, 4])
 def test_a_group_generates_what_one_gpu_does_and_ends_with_a_rank(
-    tp: int, name: str, one_gpu: EngineProgram, groups: Groups, record_property: Callable[[str, object], None]
-) -> None:
-    need_gpus(tp)
+    tp: int, name: str, groups: dict[str, EngineProgram], one_gpu: EngineProgram,
+    record_property: Callable[[str, object], None],
+) -> None:  # fmt: skip
     prompts, params = questions()
-    with groups.get(tp, name) as group:
+    with groups[name] as group:
         found = group.ask(prompts, params)
         (note,) = (note for note in found["notes"] if note.startswith("all_reduce"))
         record_property(f"tp {tp}, {name}: {note}: largest, mean difference", check_greedy(one_gpu, found, prompts))

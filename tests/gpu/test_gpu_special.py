@@ -10,8 +10,7 @@ import torch
 
 from helpers.constraints import Cycle
 from helpers.gpu import DEVICE, EOS, SPEC, Built, build, gpu_config, random_prompts, random_weights, to_float32
-from helpers.retract import events_of
-from helpers.special import Answer, SlowAnswer, slow_answer, special_requests
+from helpers.special import Answer, SlowAnswer, answers_of, slow_answer, special_requests
 from minisgl.core.types import Request, SamplingParams
 from minisgl.core.weights import Weights
 from minisgl.gpu.memory import prefill_plan
@@ -35,14 +34,6 @@ def make(dtype: str = "float32", **settings: object) -> Built:
     return built
 
 
-def answers(built: Built, requests: list[Request], retractions: int = 0) -> dict[str, Answer]:
-    """All added at once; every fourth step one is retracted, up to `retractions` times."""
-    engine, out = built.engine, {request.id: Answer() for request in requests}
-    for event in events_of(engine, requests, retractions, every=4):
-        out[event.id].take(event)
-    return out
-
-
 @functools.cache
 def right() -> dict[str, SlowAnswer]:
     exact = weights(torch.float32)
@@ -63,13 +54,13 @@ def test_special_answers_are_those_of_the_slow_computation(graphs: int, overlap:
         cuda_graph_max_bs=graphs, overlap=overlap, max_prefill_length=8192 if overlap else 7,
         num_pages=24 if retract else 64,
     )  # fmt: skip
-    check(answers(built, requests, retractions=12 if retract else 0), requests)
+    check(answers_of(built.engine, requests, retractions=12 if retract else 0), requests)
 
 
 def test_masks_reach_steps_that_are_replays() -> None:
     requests = [request for request in special_requests(VOCAB) if request.params.grammar is not None][:8]
     built = make(cuda_graph_max_bs=8)
-    check(answers(built, requests), requests)
+    check(answers_of(built.engine, requests), requests)
     assert built.runner.decode_graphs is not None
     replayed = [plan for plan in built.executor.plans if built.runner.decode_graphs.takes(plan)]
     assert any(len(plan.constrained_slots) for plan in replayed)
@@ -84,7 +75,7 @@ def test_graphs_change_no_bit_of_scores_at_fixed_batch_shapes() -> None:
         Request.make(id=str(i), prompt=prompt, params=msgspec.structs.replace(params, seed=i))
         for i, prompt in enumerate(random_prompts([3 + i for i in range(8)], seed=4))
     ]
-    on, off = (answers(make("bfloat16", cuda_graph_max_bs=n), requests) for n in (8, 0))
+    on, off = (answers_of(make("bfloat16", cuda_graph_max_bs=n).engine, requests) for n in (8, 0))
     assert on == off
     assert all(len(answer.logprobs) == 40 for answer in on.values())
 
@@ -94,9 +85,9 @@ def test_graphs_change_no_bit_of_scores_at_fixed_batch_shapes() -> None:
 def test_special_steps_wait_for_nothing(graphs: int) -> None:
     built = make("bfloat16", cuda_graph_max_bs=graphs, max_prefill_length=100)
     requests = special_requests(VOCAB)
-    answers(built, requests)
+    answers_of(built.engine, requests)
     built.executor.strict = True
-    got = answers(built, requests)
+    got = answers_of(built.engine, requests)
     assert all(answer.tokens for answer in got.values())
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers.driver import CPU
-from helpers.models import tiny_spec
+from helpers.models import TINY_LLAMA as SPEC
 from minisgl.config import Config
 from minisgl.core.attention import Attention, TorchAttention
 from minisgl.core.decoder import Decoder
@@ -18,9 +18,6 @@ from minisgl.gpu import memory
 from minisgl.gpu.executor import build_local_executor
 from minisgl.gpu.memory import GIB, group_limit, group_memory
 
-SPEC = tiny_spec(
-    architecture="LlamaForCausalLM", vocab_size=97, head_dim=8, qk_norm=False, max_position=64, eos_token_ids=(0,)
-)
 PAGE_BYTES = 2 * SPEC.num_layers * 16 * SPEC.num_kv_heads * SPEC.head_dim * 4
 
 

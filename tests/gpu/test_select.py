@@ -43,12 +43,9 @@ def test_pair_or_auto_chooses_for_prefill_and_decode(
     assert (choice.prefill, choice.decode) == (prefill, decode)
 
 
-def test_auto_says_why_and_what_is_missing() -> None:
+def test_auto_says_why_and_what_is_missing_and_a_missing_choice_is_an_error_that_names_what_works() -> None:
     assert str(choose("auto", SHAPE, ALL, 90)) == "prefill fa, decode triton: the fastest measured on Hopper"
     assert "fa is out, it is not installed" in str(choose("auto", SHAPE, without("fa"), 75))
-
-
-def test_missing_package_is_an_error_that_names_what_works() -> None:
     message = "fa cannot be used, it is not installed; what works here: fi, trtllm, triton"
     with pytest.raises(ConfigError, match=message):
         choose("fi,fa", SHAPE, without("fa"), 90)

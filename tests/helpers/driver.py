@@ -61,13 +61,14 @@ class Driver:
         return [(slot, index, page) for index, page in enumerate(self.pages[slot])]
 
     def step(
-        self, decode: Sequence[int] = (), chunks: Mapping[int, Sequence[int]] = {}, *, unfinished: Sequence[int] = (),
-        init: NewRows | None = None, writes: Sequence[tuple[int, int, int]] = (), greedy: bool = True,
+        self, decode: Sequence[int] = (), chunks: Mapping[int, Sequence[int]] | None = None, *,
+        unfinished: Sequence[int] = (), init: NewRows | None = None, writes: Sequence[tuple[int, int, int]] = (),
+        greedy: bool = True,
     ) -> list[int]:  # fmt: skip
         """Decode rows and prefill chunks in one step; the sampled tokens. Chunks of `unfinished` rows are not final."""
+        chunks = chunks or {}
         lens = {slot: len(tokens) for slot, tokens in chunks.items()}
-        starts = [self.length[slot] for slot in chunks]
-        decode_lens = [self.length[slot] for slot in decode]
+        starts, decode_lens = ([self.length[slot] for slot in slots] for slots in (chunks, decode))
         writes = [*writes, *(write for slot in decode for write in self._grow(slot, 1))]
         writes += [write for slot in chunks for write in self._grow(slot, lens[slot])]
         page_slots, page_indices, page_ids = np.array(writes, np.int32).reshape(-1, 3).T.copy()
@@ -75,8 +76,8 @@ class Driver:
         plan = StepPlan(
             step=self.steps, init=init, page_slots=page_slots, page_indices=page_indices, page_ids=page_ids,
             decode_slots=np.array(decode, np.int32), decode_lens=np.array(decode_lens, np.int32),
-            prefill_slots=np.array(list(chunks), np.int32),
-            prefill_starts=np.array(starts, np.int32), prefill_lens=np.array(list(lens.values()), np.int32),
+            prefill_slots=np.array(list(chunks), np.int32), prefill_starts=np.array(starts, np.int32),
+            prefill_lens=np.array(list(lens.values()), np.int32),
             prefill_final=np.array([slot not in unfinished for slot in chunks], np.bool_),
             prefill_tokens=np.array([token for tokens in chunks.values() for token in tokens], np.int32),
             all_greedy=greedy, any_filter=not greedy, any_min_len=not greedy,

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 import threading
+from pathlib import Path
 from typing import Any, TypedDict
 
 from helpers.processes import environment
@@ -34,16 +36,14 @@ class EngineProgram:
     """A running engine with these settings, fields of Config. It starts at the first question."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        command = [sys.executable, "-m", "helpers.engine_program", json.dumps(settings)]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment())
+        command, pipe = [sys.executable, "-m", "helpers.engine_program", json.dumps(settings)], subprocess.PIPE
+        self._stderr = tempfile.NamedTemporaryFile()  # noqa: SIM115
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=self._stderr, text=True, env=environment()
+        )
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        assert self.process.stderr is not None
-        self._stdin, self._stdout, self._stderr = self.process.stdin, self.process.stdout, self.process.stderr
-        self._errors: list[str] = []
-        self._reader = threading.Thread(target=self._read_errors, daemon=True)
-        self._reader.start()
+        self._stdin, self._stdout = self.process.stdin, self.process.stdout
 
     def __enter__(self) -> EngineProgram:
         return self
@@ -52,20 +52,17 @@ class EngineProgram:
         self.close()
 
     def ask(self, prompts: list[list[int]], params: list[dict[str, Any]]) -> Answers:
-        self._write({"prompts": prompts, "params": params})
-        answers: Answers = self._read()
+        answers: Answers = self._answer_to({"prompts": prompts, "params": params})
         return answers
 
     def begin(self, prompt: list[int], params: dict[str, Any]) -> None:
         """Have a prompt answered; return when its first token is there, the others are on their way."""
-        self._write({"prompts": [prompt], "params": [params], "announce": True})
-        assert self._read() == "begun"
+        assert self._answer_to({"prompts": [prompt], "params": [params], "announce": True}) == "begun"
 
     def errors(self, timeout: float = SECONDS) -> str:
         """What the process wrote to stderr; waits for its end, for so many seconds."""
         self.process.wait(timeout)
-        self._reader.join()
-        return "".join(self._errors)
+        return Path(self._stderr.name).read_text()
 
     def close(self) -> None:
         self._stdin.close()
@@ -74,14 +71,12 @@ class EngineProgram:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        self._reader.join()
         self._stdout.close()
+        self._stderr.close()
 
-    def _write(self, question: dict[str, Any]) -> None:
+    def _answer_to(self, question: dict[str, Any]) -> Any:
         self._stdin.write(json.dumps(question) + "\n")
         self._stdin.flush()
-
-    def _read(self) -> Any:
         timer = threading.Timer(SECONDS, self.process.kill)
         timer.start()
         line = self._stdout.readline()
@@ -89,10 +84,6 @@ class EngineProgram:
         if not line:
             raise RuntimeError(f"the engine ended with {self.process.wait()}: {self.errors()[-4000:]}")
         return json.loads(line)
-
-    def _read_errors(self) -> None:
-        with self._stderr as lines:
-            self._errors += lines
 
 
 def ask(settings: dict[str, Any], prompts: list[list[int]], params: list[dict[str, Any]]) -> Answers:

@@ -20,7 +20,7 @@ from minisgl.core.engine import Engine
 from minisgl.core.executor import LocalExecutor
 from minisgl.core.model_config import ModelSpec, Rope
 from minisgl.core.model_runner import ModelRunner
-from minisgl.core.plan import Masks, StepPlan, StepResult
+from minisgl.core.plan import Masks, StepPlan
 from minisgl.core.types import ModelInfo, Request, SamplingParams
 from minisgl.core.weights import TORCH_DTYPES, Weights, dummy_weights
 from minisgl.gpu.attention.select import available_backends, make_attention
@@ -81,26 +81,22 @@ def gpu_config(**settings: object) -> Config:
     return base.replace(**settings)
 
 
-class Watched:
-    """An executor that notes its plans; while `strict`, a launch that waits for the device is an error."""
+class Watched(LocalExecutor):
+    """Notes its plans; while `strict`, a launch that waits for the device is an error."""
 
-    def __init__(self, inner: LocalExecutor) -> None:
-        self.inner = inner
+    def __init__(self, runner: ModelRunner) -> None:
+        super().__init__(runner)
         self.plans: list[StepPlan] = []
         self.strict = False
-
-    @property
-    def num_pages(self) -> int:
-        return self.inner.num_pages
 
     def launch(self, plan: StepPlan) -> None:
         self.plans.append(plan)
         with self._watch():
-            self.inner.launch(plan)
+            super().launch(plan)
 
     def finish(self, masks: Masks) -> None:
         with self._watch():
-            self.inner.finish(masks)
+            super().finish(masks)
 
     @contextmanager
     def _watch(self) -> Iterator[None]:
@@ -113,12 +109,6 @@ class Watched:
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    def collect(self) -> StepResult:
-        return self.inner.collect()
-
-    def close(self) -> None:
-        self.inner.close()
-
 
 @dataclass(frozen=True)
 class Built:
@@ -127,7 +117,7 @@ class Built:
 
     @property
     def runner(self) -> ModelRunner:
-        return self.executor.inner.runner
+        return self.executor.runner
 
     def answer(self, requests: Iterable[Request], retractions: int = 0) -> list[list[int]]:
         """Every request's tokens, all added at once; every fifth step one is retracted, up to `retractions` times."""
@@ -140,7 +130,7 @@ class Built:
 
 
 def build(spec: ModelSpec, weights: Weights, config: Config, max_seq_len: int = 512) -> Built:
-    executor = Watched(make_executor(spec, weights, config, max_seq_len))
+    executor = Watched(make_executor(spec, weights, config, max_seq_len).runner)
     fits = min(max_seq_len, executor.num_pages * config.page_size)
     model = ModelInfo(name="small", vocab_size=spec.vocab_size, max_seq_len=fits, eos_token_ids=spec.eos_token_ids)
     return Built(Engine(executor, model, config), executor)

@@ -13,8 +13,11 @@ from numpy.typing import NDArray
 
 from helpers.constraints import Cycle, cycle
 from helpers.driver import CPU, Driver
+from helpers.retract import events_of
+from helpers.sampling_rows import sampling_rows
+from minisgl.core.engine import Engine
 from minisgl.core.model_config import ModelSpec
-from minisgl.core.sampler import SamplingRows, sample
+from minisgl.core.sampler import sample
 from minisgl.core.types import Request, SamplingParams, TokenEvent, TokenLogprobs
 from minisgl.core.weights import Weights
 
@@ -32,6 +35,16 @@ class Answer:
         self.tokens += event.tokens
         self.logprobs += event.logprobs
         self.prompt_logprobs += event.prompt_logprobs
+
+
+def answers_of(engine: Engine, requests: Sequence[Request], retractions: int = 0, every: int = 4) -> dict[str, Answer]:
+    """All added at once; every so many steps one is retracted, up to `retractions` times."""
+    answers = {request.id: Answer() for request in requests}
+    for event in events_of(engine, requests, retractions, every):
+        assert not (event.prompt_logprobs and answers[event.id].tokens)
+        answers[event.id].take(event)
+    assert engine.cache.num_owned == 0
+    return answers
 
 
 @dataclass
@@ -87,11 +100,9 @@ def slow_answer(
     eos = spec.eos_token_ids[0]
     stops = [*params.stop_token_ids, *([] if params.ignore_eos else [eos])]
     constraint = None if params.grammar is None else Cycle(params.grammar, spec.vocab_size, eos)
-    rows = SamplingRows(
-        temperature=torch.tensor([params.temperature]), top_p=torch.tensor([params.top_p]),
-        min_p=torch.tensor([params.min_p]), top_k=torch.tensor([max(params.top_k, 0)], dtype=torch.int32),
-        seed=torch.tensor([params.seed or 0]), min_len=torch.tensor([len(prompt) + params.min_tokens]),
-        stop_ids=torch.tensor([stops], dtype=torch.int32).reshape(1, -1),
+    rows = sampling_rows(
+        1, temperature=params.temperature, top_p=params.top_p, min_p=params.min_p, top_k=max(params.top_k, 0),
+        seed=params.seed or 0, min_len=len(prompt) + params.min_tokens, stop_ids=[stops],
     )  # fmt: skip
     driver = Driver(spec, weights, rows=1, page_size=16, num_pages=-(-limit // 16), max_seq_len=limit, device=device)
     answer: list[int] = []

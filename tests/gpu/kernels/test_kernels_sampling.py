@@ -10,7 +10,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from helpers.dtypes import SLOW_DTYPES
+from helpers.sampling_rows import SLOW_DTYPES, sampling_rows
 from minisgl.core.sampler import SamplingRows, gumbel_noise
 from minisgl.core.sampler import sample as reference_sample
 from minisgl.core.sampler import token_hash as reference_hash
@@ -31,18 +31,6 @@ def _noise_kernel(
     hashed = token_hash(keys, tokens).to(tl.int32, bitcast=True)
     tl.store(bits + row * vocab + tokens, hashed, mask=tokens < vocab)
     tl.store(noise + row * vocab + tokens, -tl.log(exponential(uniform(keys, tokens))), mask=tokens < vocab)
-
-
-def table(rows: int, device: torch.device, **values: Any) -> SamplingRows:
-    """Parameters of rows, each a number for all or a list that is repeated; seeds count up unless given."""
-    defaults = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "top_k": 0, "seed": list(range(rows)), "min_len": 0}
-    dtypes = {"top_k": torch.int32, "seed": torch.int64, "min_len": torch.int32}
-    columns = {}
-    for name, default in defaults.items():
-        column = torch.as_tensor(values.get(name, default), dtype=dtypes.get(name, torch.float32)).reshape(-1)
-        columns[name] = column.repeat(rows)[:rows].to(device)
-    stop_ids = torch.as_tensor(values.get("stop_ids", [[-1]] * rows), dtype=torch.int32)
-    return SamplingRows(**columns, stop_ids=stop_ids.to(device))
 
 
 def check(logits: Tensor, rows: SamplingRows, split: int = sampling.SPLIT) -> Tensor:
@@ -73,7 +61,7 @@ def test_tokens_without_a_filter_are_the_references(
 ) -> None:
     torch.manual_seed(vocab)
     logits = (3 * torch.randn(10, vocab, device=device)).to(dtype)
-    check(logits, table(10, device, temperature=[0.0, 0.6, 1.0, 5.0, 100.0]), split)
+    check(logits, sampling_rows(10, device, temperature=[0.0, 0.6, 1.0, 5.0, 100.0]), split)
 
 
 FILTERS: list[dict[str, float]] = [
@@ -96,7 +84,7 @@ def test_filtered_tokens_are_the_references(
 ) -> None:
     torch.manual_seed(5)
     logits = (spread * torch.randn(len(FILTERS), 703, device=device)).to(dtype)
-    tokens = check(logits, table(len(FILTERS), device, temperature=[0.8, 1.3], **filter_columns()), split)
+    tokens = check(logits, sampling_rows(len(FILTERS), device, temperature=[0.8, 1.3], **filter_columns()), split)
     assert int(tokens[0]) == int(logits[0].argmax())
 
 
@@ -106,7 +94,7 @@ def test_filtered_tokens_are_the_references(
 def test_tokens_as_probable_as_the_last_kept_are_kept(filters: dict[str, Any], device: torch.device) -> None:
     torch.manual_seed(6)
     logits = torch.randint(-4, 4, (6, 300), device=device).half()  # about 37 tokens share each value
-    tokens = check(logits, table(6, device, **filters))
+    tokens = check(logits, sampling_rows(6, device, **filters))
     assert len(set(tokens.tolist())) > 4
 
 
@@ -116,20 +104,20 @@ def test_the_last_token_kept_is_kept_below_zero_too(
     filters: dict[str, Any], dtype: torch.dtype, device: torch.device
 ) -> None:
     logits = torch.tensor([-1.0, -1.125, -3.0], device=device).to(dtype).repeat(8, 1)
-    tokens = check(logits, table(8, device, **filters))
+    tokens = check(logits, sampling_rows(8, device, **filters))
     assert set(tokens.tolist()) == {0, 1}
 
 
 def test_of_equal_logits_greedy_takes_the_lowest_id(device: torch.device) -> None:
     logits = torch.zeros(2, 300, device=device)
     logits[0, [70, 71, 290]] = 1.0
-    assert check(logits, table(2, device, temperature=0.0), split=64).tolist() == [70, 0]
+    assert check(logits, sampling_rows(2, device, temperature=0.0), split=64).tolist() == [70, 0]
 
 
 def test_flat_distribution_widens_the_search_for_top_p(device: torch.device) -> None:
     torch.manual_seed(7)
     logits = 0.3 * torch.randn(2, 9000, device=device)
-    check(logits, table(2, device, top_p=[0.999, 0.5]))
+    check(logits, sampling_rows(2, device, top_p=[0.999, 0.5]))
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_k": 4}, {"top_p": 0.5}, {"min_p": 0.01}], ids=str)
@@ -141,7 +129,7 @@ def test_stop_ids_wait_for_the_shortest_length(
     logits = torch.randn(4, 500, device=device)
     logits[:, [3, 200]] = 20.0
     stops = [[3, 200, -1]] * 4
-    rows = table(4, device, temperature=temperature, min_len=[0, 1000], stop_ids=stops, **filters)
+    rows = sampling_rows(4, device, temperature=temperature, min_len=[0, 1000], stop_ids=stops, **filters)
     tokens = check(logits, rows, split=128).tolist()
     assert all(token in (3, 200) for token in tokens[::2])
     assert all(token not in (3, 200) for token in tokens[1::2])
@@ -151,9 +139,9 @@ def test_a_whole_split_of_masked_tokens_never_wins(device: torch.device) -> None
     torch.manual_seed(9)
     logits = torch.randn(4, 200, device=device)
     logits[:, 64:128] = float("-inf")
-    check(logits, table(4, device, top_p=[1.0, 0.9]), split=64)
+    check(logits, sampling_rows(4, device, top_p=[1.0, 0.9]), split=64)
     logits[:, :64] = float("-inf")
-    assert int(check(logits, table(4, device, temperature=[0.0, 2.0]), split=64).min()) >= 128
+    assert int(check(logits, sampling_rows(4, device, temperature=[0.0, 2.0]), split=64).min()) >= 128
 
 
 @pytest.mark.filterwarnings("ignore:overflow")  # the bound is the least float32: over T it is -inf, and its share 0
@@ -168,7 +156,7 @@ def test_of_a_vocabulary_masked_but_for_a_few_only_those_are_sampled(
     few = torch.randperm(703, device=device)[:allowed]
     masked = torch.full_like(logits, float("-inf"))
     masked[:, few] = logits[:, few]
-    rows = table(len(FILTERS), device, temperature=[0.8, 0.0, 3.0, 1.3], **filter_columns())
+    rows = sampling_rows(len(FILTERS), device, temperature=[0.8, 0.0, 3.0, 1.3], **filter_columns())
     tokens = check(masked, rows, split=128)
     assert set(tokens.tolist()) <= set(few.tolist())
 
@@ -176,14 +164,14 @@ def test_of_a_vocabulary_masked_but_for_a_few_only_those_are_sampled(
 def test_tiny_temperature_is_nearly_greedy(device: torch.device) -> None:
     torch.manual_seed(10)
     logits = torch.randn(4, 3000, device=device)
-    tokens = check(logits, table(4, device, temperature=[1e-40, 1e-8, 1e-4], top_p=[1.0, 0.9]))
+    tokens = check(logits, sampling_rows(4, device, temperature=[1e-40, 1e-8, 1e-4], top_p=[1.0, 0.9]))
     assert torch.equal(tokens, logits.argmax(dim=-1).to(torch.int32))
 
 
 def test_rows_take_their_parameters_by_slot_and_ignore_their_batch(device: torch.device) -> None:
     torch.manual_seed(11)
     logits = torch.randn(5, 700, device=device).half()
-    rows = table(9, device, temperature=[0.5, 0.0, 1.5], top_k=[0, 0, 7, 30], top_p=[0.8, 1.0], min_p=[0, 0, 0, 0, 0.1])
+    rows = sampling_rows(9, device, temperature=[0.5, 0, 2], top_k=[0, 0, 7, 30], top_p=[0.8, 1], min_p=[0, 0, 0, 0.1])
     slots = torch.tensor([8, 2, 5, 0, 7], dtype=torch.int32, device=device)
     positions = torch.tensor([4, 900, 33, 1, 70], dtype=torch.int32, device=device)
     together = sampling.sample(logits, rows, slots, positions)
@@ -194,4 +182,4 @@ def test_rows_take_their_parameters_by_slot_and_ignore_their_batch(device: torch
 
 def test_no_rows_give_no_tokens(device: torch.device) -> None:
     none = torch.empty(0, dtype=torch.int32, device=device)
-    assert sampling.sample(torch.empty(0, 100, device=device), table(1, device), none, none).shape == (0,)
+    assert sampling.sample(torch.empty(0, 100, device=device), sampling_rows(1, device), none, none).shape == (0,)
