@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from minisgl.core.types import CLOSE_THOUGHT, OPEN_THOUGHT, Grammar, ModelInfo, Request, SamplingParams
+from minisgl.core.types import REASONING_END, REASONING_START, Grammar, ModelInfo, Request, SamplingParams
 from minisgl.errors import InvalidRequestError, ModelNotFoundError, UnsupportedParameterError
 from minisgl.server import protocol
 from minisgl.server.engine_client import EngineClient
@@ -62,7 +62,7 @@ class Preparation:
         source = "" if template is None else template.source
         self.template_variables = frozenset[str]() if template is None else template.variables
         self.tool_format = detect_tool_format(source, "tools" in self.template_variables)
-        self.reasons = CLOSE_THOUGHT in source
+        self.reasons = REASONING_END in source
 
     def chat(self, body: bytes) -> PreparedRequest:
         chat = ChatRequest.parse(body)
@@ -76,7 +76,7 @@ class Preparation:
         elif grammar is not None and tool_format is not None:
             grammar = with_optional_calls(grammar, chat, tool_format)
         if grammar is not None and reasoning is not None:
-            grammar = msgspec.structs.replace(grammar, thought=reasoning)
+            grammar = msgspec.structs.replace(grammar, reasoning=reasoning)
         limit = "max_tokens" if chat.max_completion_tokens is None else "max_completion_tokens"
         with renamed({None: "messages", "prompt": "messages", "max_tokens": limit}):
             requests = self.requests("chatcmpl", chat, [self.tokenizer.encode(prompt, False)], grammar)
@@ -272,12 +272,12 @@ def reasoning_before(prompt: str, chat: ChatRequest) -> Reasoning:
     """Whether a completion may begin with reasoning; the prompt or the message that it continues may have begun it."""
     if chat.continue_final_message:
         last = chat.messages[-1].text
-        return "begun" if last.rfind(OPEN_THOUGHT) > last.rfind(CLOSE_THOUGHT) else "none"
+        return "begun" if last.rfind(REASONING_START) > last.rfind(REASONING_END) else "none"
     if chat.add_generation_prompt is False:
         return "none"
-    if prompt.rstrip().endswith(OPEN_THOUGHT):
+    if prompt.rstrip().endswith(REASONING_START):
         return "begun"
-    return "none" if prompt.rstrip().endswith(CLOSE_THOUGHT) else "possible"
+    return "none" if prompt.rstrip().endswith(REASONING_END) else "possible"
 
 
 def nth_seed(seed: int | None, n: int) -> int:

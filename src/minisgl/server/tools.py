@@ -12,7 +12,7 @@ from typing import Literal
 
 import msgspec
 
-from minisgl.core.types import CLOSE_THOUGHT, OPEN_THOUGHT
+from minisgl.core.types import REASONING_END, REASONING_START
 from minisgl.server.responses import ChatDelta, FunctionCall, ToolCall
 
 # The usual beginning of a call: with it the arguments can be streamed, and keep the model's own spelling. It is looked
@@ -81,7 +81,7 @@ class ParserConfig:
     @property
     def special_tokens(self) -> tuple[str, ...]:
         """Special tokens whose text the parser must see."""
-        marks = (OPEN_THOUGHT, CLOSE_THOUGHT) if self.reasoning is not None else ()
+        marks = (REASONING_START, REASONING_END) if self.reasoning is not None else ()
         if self.tool_format is None or self.tool_format.at_start:
             return marks
         return (*marks, *filter(None, (self.tool_format.opening, self.tool_format.closing)))
@@ -139,10 +139,10 @@ class ReasoningParser:
         reasoning = ""
         if self._state == "start":
             text = self._buffer.lstrip()
-            if OPEN_THOUGHT.startswith(text) and text != OPEN_THOUGHT:
+            if REASONING_START.startswith(text) and text != REASONING_START:
                 return "", ""
-            if text.startswith(OPEN_THOUGHT):
-                self._buffer = text[len(OPEN_THOUGHT) :]
+            if text.startswith(REASONING_START):
+                self._buffer = text[len(REASONING_START) :]
                 self._begun = True
             if not self._begun:
                 self._state = "content"
@@ -150,13 +150,13 @@ class ReasoningParser:
             self._state = "reasoning"
         if self._state == "reasoning":
             text = self._buffer if self._shown else self._buffer.lstrip()
-            end = text.find(CLOSE_THOUGHT)
-            reasoning = text[: end if end >= 0 else len(text) - partial_end(text, CLOSE_THOUGHT)].rstrip()
+            end = text.find(REASONING_END)
+            reasoning = text[: end if end >= 0 else len(text) - partial_end(text, REASONING_END)].rstrip()
             self._shown = self._shown or bool(reasoning)
             if end < 0:
                 self._buffer = text[len(reasoning) :]
                 return reasoning, ""
-            self._buffer = text[end + len(CLOSE_THOUGHT) :]
+            self._buffer = text[end + len(REASONING_END) :]
             self._state = "blanks"
         self._buffer = self._buffer.lstrip()
         if self._buffer:
