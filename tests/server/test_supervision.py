@@ -132,10 +132,7 @@ def test_two_servers_of_one_model_do_not_disturb_each_other(tmp_path: Path) -> N
 
 @both
 def test_a_start_that_fails_says_why_and_leaves_nothing(tmp_path: Path, workers: int) -> None:
-    with (
-        pytest.raises(AssertionError),
-        server(tmp_path / "model", tmp_path / "tmp", api_workers=workers, mode="fail"),
-    ):
+    with pytest.raises(AssertionError), server(tmp_path / "model", tmp_path / "tmp", api_workers=workers, mode="fail"):
         pass
     assert list((tmp_path / "tmp").iterdir()) == []
 

@@ -34,7 +34,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from minisgl.config import Config
 from minisgl.errors import ConfigError, EngineDeadError, InvalidRequestError, MinisglError
 from minisgl.server import ipc
-from minisgl.server.admin import Setup
 from minisgl.server.app import make_app
 from minisgl.server.engine_client import EngineClient, Shutdown, wait_first
 from minisgl.server.errors import UnauthorizedError, error_body, error_headers
@@ -213,13 +212,11 @@ class HttpServer(uvicorn.Server):
 
     def __init__(self, app: ASGIApp, on_listening: Callable[[], None], config: Config) -> None:
         protocol: Any = functools.partial(BoundedProtocol, write_timeout=config.write_timeout)
-        tls = {"ssl_certfile": config.ssl_certfile, "ssl_keyfile": config.ssl_keyfile}
-        quiet: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False}
+        tls: dict[str, Any] = {"ssl_certfile": config.ssl_certfile, "ssl_keyfile": config.ssl_keyfile}
+        off: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False, "lifespan": "off"}
         # asyncio accepts so many at a time: one of several processes is not to take a whole burst.
         backlog = BACKLOG if config.api_workers == 1 else 1
-        super().__init__(
-            uvicorn.Config(app, http=protocol, ws="none", lifespan="off", backlog=backlog, **tls, **quiet)  # type: ignore[arg-type]
-        )
+        super().__init__(uvicorn.Config(app, http=protocol, ws="none", backlog=backlog, **tls, **off))
         self._write_timeout, self._on_listening = config.write_timeout, on_listening
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -280,8 +277,8 @@ async def serve_api(
     grammars = GrammarCompiler(folder, model.vocab_size, model.eos_token_ids)
     check = grammars.check if has_tokenizer else None
     preparation = Preparation(model, tokenizer, client.queue.max_live, config.served_model_name, check)
-    api = Api(client=client, preparation=preparation)
-    app = with_middleware(make_app(api, Setup(config, ready.notes, ready.folder, started)), client.metrics, config)
+    api = Api(client, preparation, config, ready.notes, ready.folder, started)
+    app = with_middleware(make_app(api), client.metrics, config)
     serving = ipc.Serving(model.name, tokenizer.has_chat_template, has_tokenizer)
     server = HttpServer(app, lambda: say(serving), config)
     try:

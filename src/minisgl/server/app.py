@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from minisgl.errors import InvalidRequestError, MinisglError
 from minisgl.server import protocol, responses
-from minisgl.server.admin import Setup, admin_routes
+from minisgl.server.admin import admin_routes
 from minisgl.server.completion import ChatCompletion, Generation, SglangCompletion, TextCompletion
 from minisgl.server.errors import BODY_LIMIT, BodyTooLargeError, error_body, error_headers, known_error
 from minisgl.server.openapi import ApiRoute, document
@@ -63,8 +63,6 @@ class NamedRoute(Route):
 
 
 class Endpoints:
-    """The endpoints of one served model."""
-
     def __init__(self, api: Api) -> None:
         self.api = api
         self.preparation = api.preparation
@@ -136,9 +134,8 @@ class Endpoints:
         ]
 
 
-def make_app(api: Api, setup: Setup) -> Starlette:
-    """All endpoints, with their document and their errors."""
-    routes = [*Endpoints(api).routes(), *admin_routes(api, setup)]
+def make_app(api: Api) -> Starlette:
+    routes = [*Endpoints(api).routes(), *admin_routes(api)]
     html, headers = PAGE.read_text(encoding="utf-8"), page_headers()
 
     async def show_document(_: Request) -> Response:

@@ -227,18 +227,11 @@ class EngineClient:
 
     async def ping(self, timeout: float) -> EngineStats:
         """The engine's counts, from between two steps; raises EngineDeadError when they do not come in time (s)."""
-        await self._query("stats", timeout)
+        await self.query("stats", timeout)
         return self.stats
 
-    async def flush_cache(self, timeout: float) -> int:
-        """Drop what no request uses from the prefix cache; the pages freed. Raises EngineDeadError as `ping` does."""
-        return await self._query("flush_cache", timeout)
-
-    async def abort(self, completion_id: str | None, timeout: float) -> int:
-        """End the requests of this completion, or all (None), in every API process; how many those were."""
-        return await self._query("abort", timeout, completion_id)
-
-    async def _query(self, action: ipc.Action, timeout: float, completion_id: str | None = None) -> int:
+    async def query(self, action: ipc.Action, timeout: float, completion_id: str | None = None) -> int:
+        """Send an `ipc.Query`; the reply's count. Raises EngineDeadError as `ping` does."""
         if self.dead is not None:
             raise self.dead
         nonce = next(self._nonces)

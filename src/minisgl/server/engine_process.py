@@ -68,7 +68,7 @@ class Links:
         return bool(self._inbox.poll(milliseconds))
 
     def receive(self) -> ipc.ToEngine | None:
-        """The next message, or None when its sender is gone."""
+        """The next message, None when its sender is gone."""
         message: ipc.ToEngine = self._decoder.decode(self._inbox.recv())
         if not isinstance(message, ipc.Abort | ipc.Attach) and message.link not in self._outboxes:
             return None

@@ -110,7 +110,6 @@ async def run(config: Config, command: Sequence[str]) -> None:
 
 
 async def watch_engine(process: Process, client: EngineClient) -> int:
-    """The exit status of the engine process, once everyone who waited for it knows that it has ended."""
     status = await process.wait()
     await asyncio.sleep(LAST_WORDS_SECONDS)
     client.fail()
@@ -309,7 +308,6 @@ def check_public(config: Config, listener: socket.socket) -> None:
 
 
 def check_certificate(config: Config) -> None:
-    """Raise ConfigError for TLS files that cannot be used, before anything is loaded."""
     if config.ssl_certfile is None:
         return
     try:

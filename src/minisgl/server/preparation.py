@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from minisgl.config import Config
 from minisgl.core.types import REASONING_END, REASONING_START, Grammar, ModelInfo, Request, SamplingParams
 from minisgl.errors import InvalidRequestError, ModelNotFoundError, UnsupportedParameterError
 from minisgl.server import protocol
@@ -31,15 +32,10 @@ Echo = tuple[str, list[int]]  # a prompt as text, and where in it the text of ea
 
 @dataclasses.dataclass(frozen=True)
 class PreparedRequest:
-    """A valid body and its requests for the engine.
-
-    `parser` is None where completions are plain text; `echoes` has each prompt that is to be shown.
-    """
-
     body: Generating
     requests: list[Request]
-    parser: ParserConfig | None = None
-    echoes: Sequence[Echo] = ()
+    parser: ParserConfig | None = None  # None where completions are plain text
+    echoes: Sequence[Echo] = ()  # each prompt that is to be shown
 
 
 @dataclasses.dataclass
@@ -139,7 +135,6 @@ class Preparation:
         return Detokenized(self.tokenizer.decode(asked.tokens, bool(asked.skip_special_tokens)))
 
     def tokenizer_info(self) -> TokenizerInfo:
-        """The tokenizer, as its configuration file names things."""
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         tokens = {name: self.tokenizer.tokens.get(name) for name in names}
         template = None if self.tokenizer.chat_template is None else self.tokenizer.chat_template.source
@@ -219,14 +214,18 @@ class Preparation:
             return self.tokenizer.render_chat(messages, add_generation_prompt=add, **variables)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Api:
-    """What every endpoint works with. `created` is a Unix time in s, `health_timeout` in s."""
+    """What every endpoint works with."""
 
     client: EngineClient
     preparation: Preparation
-    health_timeout: float = 5.0
-    created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+    config: Config
+    notes: Sequence[str]  # what the engine made of it
+    folder: str  # of the model
+    started: float  # s, on the monotonic clock
+    health_timeout: float = 5.0  # s
+    created: int = dataclasses.field(default_factory=lambda: int(time.time()))  # Unix time, s
 
     async def prepare(self, prepare: Callable[[bytes], T], body: bytes) -> T:
         with self.client.metrics.preparing.track_inprogress():

@@ -71,16 +71,13 @@ def detect_tool_format(template: str, takes_tools: bool) -> ToolFormat | None:
 
 @dataclasses.dataclass(frozen=True)
 class ParserConfig:
-    """How the completions of a request are parsed; a part that is None is not looked for."""
-
-    tool_format: ToolFormat | None = None
+    tool_format: ToolFormat | None = None  # None: calls are not looked for
     names: frozenset[str] = frozenset()  # of the functions that can be called
     max_calls: int | None = None
-    reasoning: Reasoning | None = None  # what of it the prompt allows, or has begun
+    reasoning: Reasoning | None = None  # what the prompt allows of it, or has begun; None: it is not looked for
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
-        """Special tokens whose text the parser must see."""
         marks = (REASONING_START, REASONING_END) if self.reasoning is not None else ()
         if self.tool_format is None or self.tool_format.at_start:
             return marks
@@ -350,7 +347,6 @@ class ToolCallParser:
         return (value["name"], msgspec.json.encode(arguments).decode()) if isinstance(arguments, dict) else None
 
     def _give(self, name: str, arguments: str) -> None:
-        """Give arguments, announcing the call before the first."""
         if self._limit is not None and self.num_calls >= self._limit:
             return
         index = self._next_index
