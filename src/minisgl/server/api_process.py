@@ -1,7 +1,6 @@
-"""An API process: HTTP in front of an engine. The launcher is one itself, unless `--api-workers` asks for several.
+"""HTTP in front of an engine: in the launcher or, with `--api-workers`, in processes of its own.
 
-Those it starts with an `ipc.WorkerSetup` as a line on stdin. They answer with a line on stdout, an `ipc.Serving`, and
-obey further lines: `stop`, `force`, `engine ended`. The end of stdin means that the launcher is gone.
+Those get an `ipc.WorkerSetup` on stdin, say an `ipc.Serving` on stdout, and obey `stop`, `force` and `engine ended`.
 """
 
 from __future__ import annotations
@@ -132,10 +131,8 @@ class BoundedConnection(h11.Connection):
 
 
 class BoundedProtocol(H11Protocol):
-    """uvicorn's protocol with bounds on time. To a request, being cut off is what its client's leaving would be.
-
-    `write_timeout` is how long (s) the transport's buffer may stay full. A client that reads slowly, but does, empties
-    it in time; one that does not holds pages of the KV cache for nothing.
+    """uvicorn's protocol with bounds on time; being cut off is what the client's leaving would be to a request. One
+    that does not empty the transport's buffer in `write_timeout` s holds pages of the KV cache for nothing.
     """
 
     def __init__(self, *args: Any, write_timeout: float, **options: Any) -> None:
@@ -240,9 +237,8 @@ class HttpServer(uvicorn.Server):
 async def serve_http(
     server: HttpServer, listener: socket.socket, client: EngineClient, shutdown: Shutdown, drain_timeout: float
 ) -> None:
-    """Serve until `shutdown.stop` or the engine's end; live requests are answered before this returns.
-
-    After `stop` they may go on for `drain_timeout` s, or until `force`, while new ones get 503; then they end with 503.
+    """Serve until `shutdown.stop` or the engine's end. After `stop` live requests may go on for `drain_timeout` s, or
+    until `force`, while new ones get 503; then they end with 503.
     """
     loop, stop, force, gone = asyncio.get_running_loop(), shutdown.stop, shutdown.force, client.gone
     serving = asyncio.create_task(server.serve([listener]))
@@ -305,7 +301,7 @@ async def serve_worker(setup: ipc.WorkerSetup, stdin: BinaryIO, stdout: BinaryIO
                 shutdown.stop.set()
             if order == b"force\n":
                 shutdown.force.set()
-        os._exit(1)
+        os._exit(1)  # the launcher is gone
 
     tasks = [asyncio.create_task(obey()), asyncio.create_task(metrics.beat())]
     try:

@@ -55,11 +55,9 @@ class ClientGoneError(Exception):
 
 
 class NamedRoute(Route):
-    """A route that the middleware finds in the scope."""
-
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         match, found = super().matches(scope)
-        return match, {**found, "route": self}
+        return match, {**found, "route": self}  # for the access log and the metrics
 
 
 class Endpoints:
@@ -193,18 +191,14 @@ async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
 
 
 class EventStream(Response):
-    """A response of server-sent events; `first` is the chunk that was waited for before the status was known.
-
-    An error after the headers becomes an event of its own, in the form of an error body. The stream always ends with
-    `[DONE]`, unless the client leaves: then `rest` is closed at once.
-    """
+    """Server-sent events; an error after the headers is one too. The last is `[DONE]`, unless the client leaves."""
 
     media_type = "text/event-stream"
 
     def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None]) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self.first = first
+        self.first = first  # was waited for before the status was known
         self.rest = rest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

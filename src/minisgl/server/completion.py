@@ -151,10 +151,7 @@ class Generation:
         self._client = client
 
     async def pieces(self) -> AsyncGenerator[list[TextPiece], None]:
-        """What has come since the last look, in batches that hold at least one piece and one of each choice at most.
-
-        Closing the iterator ends the requests in the engine. Raises MinisglError.
-        """
+        """Batches of what has come since the last, one piece of a choice at most; closing this ends the requests."""
         with self._client.submit(self.prepared.requests) as submission:
             async for events in submission.batches():
                 together: dict[str, list[TokenEvent]] = {}
@@ -181,10 +178,7 @@ class Generation:
 
 
 class OpenAICompletion(abc.ABC):
-    """A completion in OpenAI's form; the whole one is folded from its own chunks.
-
-    The chunks of a stream that asked for usage have it: null in all but the last.
-    """
+    """A completion in OpenAI's form; the whole one is folded from its own chunks."""
 
     whole_object: Literal["chat.completion", "text_completion"]
     chunk_object: Literal["chat.completion.chunk", "text_completion"]
@@ -224,7 +218,7 @@ class OpenAICompletion(abc.ABC):
     async def chunks(self) -> EventChunks:
         include_usage = bool(self.options.include_usage)
         continuous = include_usage and self.options.continuous_usage_stats
-        # All chunks are alike but for the choice and the usage.
+        # All chunks are alike but for the choice and the usage, which is null in all but the last.
         head = b"data: " + msgspec.json.encode(self._result(self.chunk_object, [])).removesuffix(b"]}")
         tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
         async with aclosing(self.generation.pieces()) as batches:
@@ -245,10 +239,7 @@ class OpenAICompletion(abc.ABC):
 
 
 class ChatCompletion(OpenAICompletion):
-    """The first chunk of a choice has the role, the last one only its finish reason.
-
-    Log-probabilities of text that is held back go with the next delta there is.
-    """
+    """The first chunk of a choice has the role, the last one only its finish reason."""
 
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
@@ -269,7 +260,7 @@ class ChatCompletion(OpenAICompletion):
             called = parser is not None and parser.called
             chunks.append(ChunkChoice(index, ChatDelta(), finish_word(piece.finish, called)))
         if self.writer is not None:
-            self.held[index] += piece.scored
+            self.held[index] += piece.scored  # of text that is held back they go with the next delta
             if self.held[index] and chunks:
                 chunks[0] = msgspec.structs.replace(chunks[0], logprobs=self.writer.chat(self.held[index]))
                 self.held[index] = []

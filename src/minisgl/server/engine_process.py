@@ -1,7 +1,4 @@
-"""The engine process: the engine behind sockets. The launcher starts it, an `ipc.EngineSetup` on its stdin.
-
-Stdin stays open for as long as the launcher lives; its end ends the engine too.
-"""
+"""The engine process: the engine behind sockets. Stdin begins with an `ipc.EngineSetup`; its end ends the engine."""
 
 from __future__ import annotations
 

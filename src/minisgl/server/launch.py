@@ -1,7 +1,4 @@
-"""`serve`: the launcher, which has the listening socket, the engine process and what the user sees of both.
-
-It speaks HTTP itself, or with `--api-workers` leaves that to processes that all accept from its socket.
-"""
+"""`serve`: the launcher of the engine process and, with `--api-workers`, of processes that speak HTTP in its place."""
 
 from __future__ import annotations
 
@@ -117,10 +114,7 @@ async def watch_engine(process: Process, client: EngineClient) -> int:
 
 
 class ApiWorkers:
-    """Several API processes that accept from one socket: replaced when they die, drained and ended together.
-
-    Each has a link of its own to the engine, and keeps its limits by itself. End them with `close`.
-    """
+    """API processes that accept from one socket: replaced when they die, drained and ended together."""
 
     def __init__(self, setup: ipc.WorkerSetup, client: EngineClient, engine_ended: asyncio.Task[int]) -> None:
         self._setup = setup

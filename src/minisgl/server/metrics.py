@@ -1,7 +1,4 @@
-"""What is counted of served requests, and the page that Prometheus reads: vLLM's names, with the prefix `minisgl:`.
-
-Times are seconds on the monotonic clock.
-"""
+"""What is counted of served requests, and the page that Prometheus reads. Times are s on the monotonic clock."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ from prometheus_client.registry import Collector
 from minisgl.core.types import EngineStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-PREFIX = "minisgl:"
+PREFIX = "minisgl:"  # of names that are vLLM's
 # Upper bounds: s for the time of a token, s for what a request waits and takes, tokens of a prompt or completion.
 SHORT = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
 LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
@@ -90,10 +87,8 @@ ACCESS_RECORD: ContextVar[AccessRecord | None] = ContextVar("minisgl_access_reco
 
 
 class Metrics:
-    """What one API process counts; a token costs one `observe`.
-
-    Several API processes keep their counts in the folder `counts`, each in files of its own. PROMETHEUS_MULTIPROC_DIR
-    must have named it before prometheus_client was imported.
+    """What one API process counts; a token costs one `observe`. Several keep their counts in the folder `counts`, each
+    in files of its own; PROMETHEUS_MULTIPROC_DIR must have named it before prometheus_client was imported.
     """
 
     def __init__(self, counts: str | None = None) -> None:

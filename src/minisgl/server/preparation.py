@@ -40,17 +40,13 @@ class PreparedRequest:
 
 @dataclasses.dataclass
 class Preparation:
-    """One served model, the `names` that requests may call it, and how many requests one body may hold.
-
-    `check_grammar` raises InvalidRequestError for a grammar that cannot be enforced; without it none can be. Every
-    method raises InvalidRequestError. Safe to use from several threads.
-    """
+    """One served model. Every method raises InvalidRequestError, and is safe to use from several threads."""
 
     model: ModelInfo
     tokenizer: Tokenizer
-    max_live: int
-    names: Sequence[str] = ()
-    check_grammar: Callable[[Grammar], None] | None = None
+    max_live: int  # requests that one body may hold
+    names: Sequence[str] = ()  # that requests may call the model
+    check_grammar: Callable[[Grammar], None] | None = None  # raises for one that cannot be enforced; None: none can be
 
     def __post_init__(self) -> None:
         self.names = tuple(self.names) or (self.model.name,)
@@ -152,13 +148,9 @@ class Preparation:
         text = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt, params.skip_special_tokens)
         return text, [] if params.prompt_logprobs is None else self.tokenizer.starts(request.prompt.tolist(), text)
 
-    def requests(
-        self, kind: str, body: Generating, prompts: Sequence[Prompt], grammar: Grammar | None
-    ) -> list[Request]:
-        """Checked requests, those of one prompt in a row; their ids are the completion's id and an index.
-
-        A text gets BOS where the tokenizer adds one. Without a seed each request gets one of its own. With one the
-        first of a prompt has it, the others what follows from it.
+    def requests(self, kind: str, body: Generating, prompts: list[Prompt], grammar: Grammar | None) -> list[Request]:
+        """Checked requests, those of one prompt in a row; their ids are the completion's id and an index. Without a
+        seed each gets one of its own. With one the first of a prompt has it, the others what follows from it.
         """
         params, copies = body.params(grammar), body.num_generated
         ids = [self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]

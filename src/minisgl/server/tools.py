@@ -28,17 +28,13 @@ OUTSIDE_STRINGS = " \t\r\n:,0123456789+-.eEtrufalsn"  # what JSON has outside it
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ToolFormat:
-    """How a model writes calls; each is a JSON object with `name`, and its `arguments` or `parameters`.
+    """How a model writes calls; each is a JSON object with `name`, and its `arguments` or `parameters`."""
 
-    `opening` and `closing` surround a call, or with `listed` a JSON list of calls. With `at_start` the completion is
-    the call, `opening` may be missing, and text after it is no call. `short_ids`: nine letters or digits each.
-    """
-
-    opening: str = ""
+    opening: str = ""  # comes before a call, and `closing` after it
     closing: str = ""
-    listed: bool = False
-    at_start: bool = False
-    short_ids: bool = False
+    listed: bool = False  # they surround a JSON list of calls
+    at_start: bool = False  # the completion is the call, `opening` may be missing, and text after it is no call
+    short_ids: bool = False  # nine letters or digits each
 
     def new_id(self) -> str:
         if self.short_ids:
@@ -85,10 +81,7 @@ class ParserConfig:
 
 
 class OutputParser:
-    """Parses one completion. However its text is cut into pieces, the deltas put together are the same.
-
-    With `stream` arguments are given as they come, before it is certain that they are part of a call.
-    """
+    """Parses one completion. However its text is cut into pieces, the deltas put together are the same."""
 
     def __init__(self, config: ParserConfig, stream: bool) -> None:
         self._reasoning = None if config.reasoning is None else ReasoningParser(config.reasoning == "begun")
@@ -117,13 +110,10 @@ class OutputParser:
 
 
 class ReasoningParser:
-    """`<think>…</think>` at the beginning of a completion is reasoning, what follows is content.
-
-    `begun` says that the prompt has opened the block. Blanks around the tags are dropped.
-    """
+    """`<think>…</think>` at the beginning of a completion is reasoning; blanks around the tags are dropped."""
 
     def __init__(self, begun: bool) -> None:
-        self._begun = begun
+        self._begun = begun  # the prompt or the completion has opened the block
         self._buffer = ""
         self._shown = False  # some reasoning was given
         self._state: Literal["start", "reasoning", "blanks", "content"] = "start"
@@ -202,10 +192,8 @@ class JsonObjectScanner:
 
 
 class ToolCallParser:
-    """Splits text into content and calls of functions with these `names`; calls beyond `limit` are dropped.
-
-    What turns out to be no call is content. With `stream` a call's arguments are given as they come; where it turns
-    out to be none then, the rest of it is content.
+    """Splits text into content and calls of functions with these `names`; calls beyond `limit` are dropped. With
+    `stream` arguments are given as they come; where it turns out to be no call then, the rest of it is content.
     """
 
     def __init__(self, tool_format: ToolFormat, names: Collection[str], limit: int | None, stream: bool) -> None:
