@@ -75,8 +75,8 @@ def raw_post(path: str, body: object) -> bytes:
     return f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
 
 
+# Runs an engine that connects to the sockets in this folder, for as long as the context lasts.
 StartEngine = Callable[[str], contextlib.AbstractAsyncContextManager[object]]
-"""Runs an engine that connects to the sockets in this folder, for as long as the context lasts."""
 
 
 @contextlib.asynccontextmanager

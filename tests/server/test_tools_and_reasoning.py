@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -138,9 +139,8 @@ async def test_a_forced_call_is_a_grammar_and_is_read_as_such(
     tmp_path: Path, extra: dict[str, Any], names: Sequence[str], limit: int | None
 ) -> None:
     checked: list[Grammar] = []
-    async with serving(
-        tmp_path, template=templates.QWEN_THINKING, check_grammar=checked.append, max_seq_len=2048
-    ) as server:
+    settings: dict[str, Any] = {"template": templates.QWEN_THINKING, "max_seq_len": 2048}
+    async with serving(tmp_path, check_grammar=checked.append, **settings) as server:
         server.speak('[{"name": "get_time", "arguments": {"zone": "CET"}}]')
         choice = await chat(server, tools=[WEATHER, TIME], **extra)
         assert [name for name, _ in functions(choice)] == ["get_time"]
@@ -203,13 +203,12 @@ async def test_reasoning_is_split_off_where_the_template_knows_it(
     count = len(answer["logprobs"]["content"])
     assert count == len(server.tokenizer.encode(text)) + 1
     entries, said, reasoned = 0, "", ""
-    async with server.http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as response:
-        async for line in response.aiter_lines():
-            if line.startswith("data: {"):
-                choice = json.loads(line[6:])["choices"][0]
-                said += choice["delta"].get("content", "")
-                reasoned += choice["delta"].get("reasoning_content", "")
-                entries += len(choice["logprobs"]["content"]) if choice["logprobs"] else 0
+    response = await server.http.post("/v1/chat/completions", json={**body, "stream": True})
+    for line in re.findall(r"data: (\{.*)", response.text):
+        choice = json.loads(line)["choices"][0]
+        said += choice["delta"].get("content", "")
+        reasoned += choice["delta"].get("reasoning_content", "")
+        entries += len(choice["logprobs"]["content"]) if choice["logprobs"] else 0
     assert (said, reasoned or None, entries) == (content, reasoning, count)
 
 
