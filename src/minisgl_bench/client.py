@@ -163,7 +163,7 @@ class CompletionStream(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
         if not self.done.cancel() and not self.done.cancelled():
-            self.done.exception()  # nobody may have waited for it
+            self.done.exception()  # no task may have waited for it
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass

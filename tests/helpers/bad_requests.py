@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from helpers.serving import MODEL
 from minisgl.server.errors import BODY_LIMIT
+from minisgl.server.protocol import MAX_MESSAGES
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
@@ -172,6 +173,7 @@ SINGLE: dict[str, tuple[str, str | bytes, str, str | None]] = {
     "content a number": (CHAT, messages({"role": "user", "content": 3}), VALUE, "messages.0.content"),
     "part without text": (CHAT, messages({"role": "user", "content": [{"type": "text"}]}),
         MISSING, "messages.0.content.0.text"),
+    "too many messages": (CHAT, messages(*[SAID] * (MAX_MESSAGES + 1)), VALUE, "messages"),
     "unknown role": (CHAT, messages({"role": "wizard", "content": "x"}), VALUE, "messages.0.role"),
     "function role": (CHAT, messages({"role": "function", "name": "f", "content": "x"}),
         UNSUPPORTED, "messages.0.role"),
@@ -220,11 +222,7 @@ SINGLE: dict[str, tuple[str, str | bytes, str, str | None]] = {
     "too many prompts": (TEXT, text(["x"] * 9), VALUE, "prompt"),
     "too many answers": (TEXT, text(["x", "y"], n=5), VALUE, "n"),
     "json mode": (CHAT, chat(response_format={"type": "json_object"}), UNSUPPORTED, "response_format"),
-    "format without type": (CHAT, chat(response_format={}), VALUE, "response_format.type"),
-    "schema missing": (CHAT, chat(response_format={"type": "json_schema"}), VALUE, "response_format.json_schema"),
     "choice without function": (CHAT, chat(tool_choice={"type": "function"}), MISSING, "tool_choice.function"),
-    "two forms": (CHAT, chat(guided_regex="a", guided_choice=["b"]), VALUE, "guided_choice"),
-    "no form": (CHAT, chat(structured_outputs={}), VALUE, "structured_outputs"),
     "unknown form": (CHAT, chat(structured_outputs={"poem": 1}), UNSUPPORTED, "structured_outputs.poem"),
     "tool a string": (CHAT, chat(tools=["f"]), VALUE, "tools.0"),
     "tool of another type": (CHAT, chat(tools=[{"type": "custom"}]), VALUE, "tools.0.type"),

@@ -111,10 +111,17 @@ def load(url: str, count: int, max_tokens: int) -> list[Future[tuple[int, str]]]
 
 
 def metrics(url: str) -> dict[str, float]:
+    return read_metrics(httpx.get(f"{url}/metrics").text)
+
+
+def read_metrics(page: str) -> dict[str, float]:
     """Every sample, with its labels but the model's in the name."""
     found = {}
-    for family in text_string_to_metric_families(httpx.get(f"{url}/metrics").text):
+    for family in text_string_to_metric_families(page):
+        assert family.documentation, family.name
         for sample in family.samples:
+            if sample.name.startswith("minisgl:") and "http" not in sample.name:
+                assert "model_name" in sample.labels
             rest = [value for key, value in sorted(sample.labels.items()) if key != "model_name"]
             found[".".join([sample.name.removeprefix("minisgl:"), *rest])] = sample.value
     return found

@@ -20,7 +20,6 @@ from helpers.stub_engine import StubEngine
 from helpers.tiny_tokenizers import write_tokenizer
 from minisgl.config import Config
 from minisgl.core.types import Grammar, ModelInfo
-from minisgl.server.admin import Setup
 from minisgl.server.api_process import HttpServer, with_middleware
 from minisgl.server.app import make_app
 from minisgl.server.engine_client import EngineClient
@@ -76,8 +75,8 @@ def raw_post(path: str, body: object) -> bytes:
     return f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
 
 
+# Runs an engine that connects to the sockets in this folder, for as long as the context lasts.
 StartEngine = Callable[[str], contextlib.AbstractAsyncContextManager[object]]
-"""Runs an engine that connects to the sockets in this folder, for as long as the context lasts."""
 
 
 @contextlib.asynccontextmanager
@@ -104,10 +103,9 @@ async def web(
     listener.listen()
     port = listener.getsockname()[1]
     listening = asyncio.Event()
-    setup = Setup(config, ["stub = on"], str(folder), time.monotonic())
     preparation = Preparation(model, tokenizer, max_live, config.served_model_name, check_grammar)
-    api = Api(client=client, preparation=preparation, health_timeout=health_timeout)
-    server = HttpServer(with_middleware(make_app(api, setup), client.metrics, config), listening.set, config)
+    api = Api(client, preparation, config, ["stub = on"], str(folder), time.monotonic(), health_timeout)
+    server = HttpServer(with_middleware(make_app(api), client.metrics, config), listening.set, config)
     url = f"http://127.0.0.1:{port}" if config.ssl_certfile is None else f"https://127.0.0.1:{port}"
     verify = config.ssl_certfile is None or ssl.create_default_context(cafile=config.ssl_certfile)
     try:

@@ -21,9 +21,6 @@ from minisgl.core.types import EngineStats, FinishReason, ModelInfo, Request, To
 from minisgl.server import ipc
 from minisgl.text.tokenizer import Tokenizer
 
-DEADLY_PROMPT = "die now"
-"""A prompt with this text ends a stub process in the middle of the answer."""
-
 
 class StubEngine:
     """`delay` is the time of a step in s; each step gives every live request one token.
@@ -44,7 +41,6 @@ class StubEngine:
         self.steps = 0
         self.generated = 0
         self.given: dict[str, int] = {}
-        self.die_on: tuple[int, ...] = ()
         self.say: Callable[[Request], Sequence[int]] | None = None
         self.ready = ipc.Ready(model, str(folder), ["stub = on: it echoes"])
         self._changed = asyncio.Event()
@@ -153,8 +149,6 @@ class StubEngine:
             self.live[request_id] = (request, done)
         else:
             del self.live[request_id]
-        if self.die_on and done == 3 and self.die_on == tuple(request.prompt[-len(self.die_on) :]):
-            os._exit(7)
         return TokenEvent(
             id=request_id,
             tokens=(token,),
@@ -196,7 +190,6 @@ async def serve_process() -> None:
     model = ModelInfo(name="stub", vocab_size=tokenizer.vocab_size, max_seq_len=context, eos_token_ids=(1,))
     engine = StubEngine(start["folder"], model, folder, delay)
     engine.deaf = mode == "deaf"
-    engine.die_on = tuple(tokenizer.encode(DEADLY_PROMPT))
     if mode == "fail":
         await engine.send(ipc.Failed("no such model, says the stub"))
         await asyncio.sleep(0.2)

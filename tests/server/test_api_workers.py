@@ -8,6 +8,7 @@ import socket
 import ssl
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -60,8 +61,9 @@ def test_connections_spread_and_metrics_are_those_of_the_whole(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("everything", [True, False])
-def test_an_answer_is_aborted_whichever_process_is_asked(tmp_path: Path, everything: bool) -> None:
-    with server(tmp_path / "model", tmp_path / "tmp", api_workers=2) as (_, url):
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_answer_is_aborted_by_its_id_or_with_all(tmp_path: Path, workers: int, everything: bool) -> None:
+    with server(tmp_path / "model", tmp_path / "tmp", api_workers=workers) as (_, url):
         clients = [httpx.Client(timeout=20) for _ in range(4)]
         body = {"prompt": "hello there", "max_tokens": 450, "stream": True}
         streams, ids = [], []
@@ -77,6 +79,7 @@ def test_an_answer_is_aborted_whichever_process_is_asked(tmp_path: Path, everyth
         for lines in streams:
             rest = [line for line in lines if line]
             assert json.loads(rest[-2].removeprefix("data: "))["error"]["code"] == "request_aborted"
+            assert rest[-1] == "data: [DONE]"
         assert httpx.post(f"{url}/abort_request", json={"abort_all": True}).json() == {"aborted": 0}
         assert metrics(url)["request_success_total.abort"] == 4
         for client in clients:
@@ -100,10 +103,8 @@ def test_each_process_keeps_its_limits_and_all_are_counted(tmp_path: Path) -> No
 def test_tls_is_spoken_by_every_process(tmp_path: Path) -> None:
     certfile, keyfile = write_certificate(tmp_path)
     context = ssl.create_default_context(cafile=certfile)
-    with server(tmp_path / "model", tmp_path / "tmp", api_workers=2, ssl_certfile=certfile, ssl_keyfile=keyfile) as (
-        _,
-        url,
-    ):
+    tls: dict[str, Any] = {"ssl_certfile": certfile, "ssl_keyfile": keyfile}
+    with server(tmp_path / "model", tmp_path / "tmp", api_workers=2, **tls) as (_, url):
         host, port = url.removeprefix("https://").split(":")
         for _ in range(4):
             assert httpx.get(f"{url}/version", verify=context).status_code == 200

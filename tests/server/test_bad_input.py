@@ -101,8 +101,7 @@ async def test_an_unexpected_fault_is_a_500_that_tells_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(type(server.tokenizer), "render_chat", broken)
         response = await server.http.post(CHAT, json=GOOD)
-    assert response.status_code == 500
-    assert response.json()["error"]["code"] == "internal_error"
+    assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")
     assert "secret" not in response.text
     assert (await server.http.post(CHAT, json=GOOD)).status_code == 200
 

@@ -95,7 +95,7 @@ async def test_an_answer_is_aborted_in_the_process_that_has_it(
     group = owner.submit([request(name, 1900) for name in ("a-0", "a-1", "c-0")])
     own = asyncio.create_task(answer(asked, request("d-0", 100)))
     await anext(group.batches())
-    assert await asked.abort(completion_id, 5) == count + (completion_id is None)
+    assert await asked.query("abort", 5, completion_id) == count + (completion_id is None)
     if count:
         with pytest.raises(RequestAbortedError):
             async for _ in group.batches():

@@ -43,9 +43,10 @@ async def test_an_exception_in_the_nth_forward_pass_is_told_to_all_who_wait(
         for answer in answers[3:]:
             lines = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
             told = json.loads(lines[-2]) if answer.status_code == 200 else answer.json()
-            assert told["error"]["code"] == "engine_unavailable"
-        assert (await side.http.get("/health")).status_code == 503
-        assert (await side.http.get("/ready")).status_code == 503
+            assert (told["error"]["code"], told["error"]["type"]) == ("engine_unavailable", "server_error")
+            assert answer.status_code != 200 or lines[-1] == "[DONE]"
+            assert answer.text.count('{"error"') == 1
+        assert [(await side.http.get(path)).status_code for path in ("/health", "/ready")] == [503, 503]
         assert (await side.http.post(path, json=body(3, 1, False, 0))).status_code == 503
         assert (side.client.num_live, side.client.queue.requests, side.client.queue.tokens) == (0, 0, 0)
         assert str(thread.failure) == f"forward pass {n} failed, says the test"
@@ -143,10 +144,11 @@ async def test_a_request_aborted_while_its_grammar_is_compiled_never_runs(
 @pytest.mark.serving(health_timeout=0.1)
 async def test_an_engine_that_hangs_turns_health_red_and_green_again(server: Serving) -> None:
     server.engine.deaf = True
-    assert (await server.http.get("/health")).json()["error"]["code"] == "engine_unavailable"
+    answer = await server.http.get("/health")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "engine_unavailable")
     server.engine.deaf = False
     for _ in range(5):
-        assert (await server.http.get("/health")).status_code == 200
+        assert (await server.http.get("/health")).json() == {"status": "ok", "running": 0, "waiting": 0}
     assert server.client._replies == {}, "no question is kept after its answer, or without one"
 
 

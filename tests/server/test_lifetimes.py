@@ -1,14 +1,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import Any
 
-import httpx
-import openai
 import pytest
 
-from helpers.serving import MODEL, Serving, raw_post
+from helpers.serving import Serving, raw_post
 from minisgl.core.types import FinishReason, Request, SamplingParams, TokenEvent
 from minisgl.errors import EngineDeadError
 
@@ -28,8 +25,7 @@ async def test_a_client_that_leaves_ends_its_requests(server: Serving, path: str
     await server.until(lambda: len(server.engine.live) == count)
     writer.close()
     await server.until(lambda: not server.engine.live, timeout=1.0)
-    assert len(server.engine.aborted) == count
-    assert server.client.num_live == 0
+    assert (len(server.engine.aborted), server.client.num_live) == (count, 0)
     assert (await server.http.post(path, json={**body, "max_tokens": 2})).status_code == 200
 
 
@@ -41,56 +37,11 @@ async def test_a_client_that_leaves_before_the_first_token_ends_its_request(serv
     await server.until(lambda: bool(server.engine.aborted), timeout=1.0)
 
 
-@pytest.mark.serving(delay=0.02)
-async def test_closing_the_openai_stream_ends_the_request(server: Serving) -> None:
-    stream = await server.openai.chat.completions.create(model=MODEL, stream=True, **LONG)
-    async for _ in stream:
-        break
-    await stream.close()
-    await server.until(lambda: not server.engine.live, timeout=1.0)
-
-
-@pytest.mark.serving(delay=0.02)
-async def test_when_the_engine_dies_all_who_wait_are_told(server: Serving) -> None:
-    whole = [asyncio.create_task(server.http.post(CHAT, json=LONG)) for _ in range(3)]
-    stream = await server.openai.chat.completions.create(model=MODEL, stream=True, **LONG)
-    await anext(aiter(stream))
-    reader, writer = await server.connect(raw_post(CHAT, {**LONG, "stream": True}))
-    await reader.readuntil(b"data: ")
-    await server.until(lambda: server.client.num_live == 5)
-    server.client.fail()
-    async with asyncio.timeout(2):
-        for response in await asyncio.gather(*whole):
-            assert response.status_code == 503
-            assert response.json()["error"]["code"] == "engine_unavailable"
-        with pytest.raises(openai.APIError, match="the engine ended"):
-            async for _ in stream:
-                pass
-        lines = (await reader.readuntil(b"data: [DONE]\n\n")).decode().splitlines()
-        errors = [json.loads(line[6:])["error"]["code"] for line in lines if line.startswith('data: {"error')]
-        assert errors == ["engine_unavailable"]
-        writer.close()
-    for response in (await server.http.post(CHAT, json=LONG), await server.http.get("/health")):
-        assert response.status_code == 503
-        assert response.json()["error"]["type"] == "server_error"
-
-
 async def test_an_engine_that_is_gone_is_noticed_when_sending(server: Serving) -> None:
     server.engine._inbox.close()
     await server.until(lambda: not server.client._outbox.poll(0, 2))
     assert (await server.http.post(CHAT, json=LONG)).status_code == 503
     assert isinstance(server.client.dead, EngineDeadError)
-
-
-@pytest.mark.serving(delay=0.003)
-async def test_more_requests_than_the_server_keeps_are_turned_away(server: Serving) -> None:
-    full = server.client.queue.max_live
-    waiting = [asyncio.create_task(server.http.post(CHAT, json=LONG)) for _ in range(full)]
-    await server.until(lambda: server.client.num_live == full)
-    response = await server.http.post(CHAT, json=LONG)
-    assert (response.status_code, response.json()["error"]["code"]) == (503, "overloaded")
-    assert {r.status_code for r in await asyncio.gather(*waiting)} == {200}
-    assert (await server.http.post(CHAT, json=LONG)).status_code == 200
 
 
 @pytest.mark.serving(delay=0.002)
@@ -131,7 +82,6 @@ async def test_chunked_bodies_without_a_length_are_limited_too(server: Serving) 
 
     response = await server.http.post(CHAT, content=body())
     assert response.status_code == 413
-    assert isinstance(response, httpx.Response)
 
 
 async def test_an_offer_of_http2_is_passed_over_in_silence(server: Serving, caplog: pytest.LogCaptureFixture) -> None:

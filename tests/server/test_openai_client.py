@@ -189,12 +189,3 @@ async def test_models_are_listed_and_found(server: Serving) -> None:
     assert (await server.openai.models.retrieve(MODEL)).id == MODEL
     with pytest.raises(openai.NotFoundError):
         await server.openai.models.retrieve("some/other")
-
-
-@pytest.mark.serving(health_timeout=0.2)
-async def test_health_asks_the_engine(server: Serving) -> None:
-    assert (await server.http.get("/health")).json() == {"status": "ok", "running": 0, "waiting": 0}
-    server.engine.deaf = True
-    response = await server.http.get("/health")
-    assert response.status_code == 503
-    assert response.json()["error"]["code"] == "engine_unavailable"

@@ -88,13 +88,11 @@ async def test_minutes_of_mixed_load_leak_nothing(monkeypatch: pytest.MonkeyPatc
     # The memory that torch keeps for each length of a batch is taken early when there are few lengths.
     flags = ("--max-running-requests", "32", "--max-prefill-length", "64")
     with server(*flags) as (process, url):
-        pids, started = [process.pid, *children(process.pid)], time.monotonic()
+        pids, until = [process.pid, *children(process.pid)], time.monotonic() + seconds
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as http:
-            clients = [
-                asyncio.create_task(client(http, random.Random(i), started + seconds, outcomes)) for i in range(CLIENTS)
-            ]
-            while time.monotonic() < started + seconds:
+            clients = [asyncio.create_task(client(http, random.Random(i), until, outcomes)) for i in range(CLIENTS)]
+            while time.monotonic() < until:
                 await asyncio.sleep(SAMPLE_SECONDS)
                 memory.append([resident(pid) for pid in pids])
                 if random.random() < 0.1:

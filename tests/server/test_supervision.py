@@ -130,16 +130,6 @@ def test_two_servers_of_one_model_do_not_disturb_each_other(tmp_path: Path) -> N
         assert results == [(200, "length")]
 
 
-@both
-def test_a_start_that_fails_says_why_and_leaves_nothing(tmp_path: Path, workers: int) -> None:
-    with (
-        pytest.raises(AssertionError),
-        server(tmp_path / "model", tmp_path / "tmp", api_workers=workers, mode="fail"),
-    ):
-        pass
-    assert list((tmp_path / "tmp").iterdir()) == []
-
-
 def test_sigkill_of_one_api_process_under_load_ends_its_requests_and_nothing_else(tmp_path: Path) -> None:
     with server(tmp_path / "model", tmp_path / "tmp", api_workers=2) as (process, url):
         ended = metrics(url)["request_success_total.length"]

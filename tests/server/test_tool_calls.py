@@ -9,17 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minisgl.server import tools
 from minisgl.server.responses import ChatDelta
-from minisgl.server.tools import (
-    HEAD_LIMIT,
-    HERMES,
-    LLAMA,
-    MISTRAL,
-    ReasoningParser,
-    ToolCallParser,
-    ToolFormat,
-    detect_tool_format,
-)
+from minisgl.server.tools import HEAD_LIMIT, HERMES, LLAMA, MISTRAL, ReasoningParser, ToolCallParser, ToolFormat
 
 NAMES = frozenset({"f", "get_weather"})
 FORCED = HERMES.forced()
@@ -226,8 +218,8 @@ SHOWN = (
 
 
 def test_a_template_shows_its_form() -> None:
-    assert [detect_tool_format(template, True) for template, _ in SHOWN] == [form for _, form in SHOWN]
-    assert detect_tool_format(QWEN, False) is None
+    assert [tools.detect_tool_format(template, True) for template, _ in SHOWN] == [form for _, form in SHOWN]
+    assert tools.detect_tool_format(QWEN, False) is None
 
 
 def test_ids_suit_the_templates_that_read_them() -> None:

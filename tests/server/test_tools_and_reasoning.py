@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -138,9 +139,8 @@ async def test_a_forced_call_is_a_grammar_and_is_read_as_such(
     tmp_path: Path, extra: dict[str, Any], names: Sequence[str], limit: int | None
 ) -> None:
     checked: list[Grammar] = []
-    async with serving(
-        tmp_path, template=templates.QWEN_THINKING, check_grammar=checked.append, max_seq_len=2048
-    ) as server:
+    settings: dict[str, Any] = {"template": templates.QWEN_THINKING, "max_seq_len": 2048}
+    async with serving(tmp_path, check_grammar=checked.append, **settings) as server:
         server.speak('[{"name": "get_time", "arguments": {"zone": "CET"}}]')
         choice = await chat(server, tools=[WEATHER, TIME], **extra)
         assert [name for name, _ in functions(choice)] == ["get_time"]
@@ -202,15 +202,14 @@ async def test_reasoning_is_split_off_where_the_template_knows_it(
     assert answer["message"]["content"] == content
     count = len(answer["logprobs"]["content"])
     assert count == len(server.tokenizer.encode(text)) + 1
-    entries, said, thought = 0, "", ""
-    async with server.http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as response:
-        async for line in response.aiter_lines():
-            if line.startswith("data: {"):
-                choice = json.loads(line[6:])["choices"][0]
-                said += choice["delta"].get("content", "")
-                thought += choice["delta"].get("reasoning_content", "")
-                entries += len(choice["logprobs"]["content"]) if choice["logprobs"] else 0
-    assert (said, thought or None, entries) == (content, reasoning, count)
+    entries, said, reasoned = 0, "", ""
+    response = await server.http.post("/v1/chat/completions", json={**body, "stream": True})
+    for line in re.findall(r"data: (\{.*)", response.text):
+        choice = json.loads(line)["choices"][0]
+        said += choice["delta"].get("content", "")
+        reasoned += choice["delta"].get("reasoning_content", "")
+        entries += len(choice["logprobs"]["content"]) if choice["logprobs"] else 0
+    assert (said, reasoned or None, entries) == (content, reasoning, count)
 
 
 @pytest.mark.serving(template=templates.QWEN_THINKING, max_seq_len=2048)
@@ -277,7 +276,7 @@ async def test_the_answer_is_of_the_form_or_a_call(
     call = f'{marks[0]}{{"name": "get_time", "{name}": {ZONE}}}{marks[1]}'
     choice, grammar = await ask(server, '{"sun": true}', tools=[ZONED])
     assert (choice["message"]["content"], functions(choice)) == ('{"sun": true}', [])
-    assert (grammar.kind, json.loads(grammar.source), grammar.thought) == ("json_schema", SCHEMA, "none")
+    assert (grammar.kind, json.loads(grammar.source), grammar.reasoning) == ("json_schema", SCHEMA, "none")
     assert isinstance(grammar.calls, Calls)
     assert (grammar.calls.opening, grammar.calls.closing, grammar.calls.separator) == marks
     assert grammar.calls.several
@@ -307,7 +306,7 @@ async def test_the_answer_is_of_the_form_or_a_list_of_calls(server: Serving) -> 
 
 
 @pytest.mark.parametrize(
-    ("template", "extra", "said", "thought"),
+    ("template", "extra", "said", "reasoning"),
     [
         (templates.QWEN_THINKING, {}, '<think>\nso\n</think>\n\n{"sun": true}', "possible"),
         (templates.QWEN_THINKING, {"chat_template_kwargs": {"enable_thinking": False}}, '{"sun": true}', "none"),
@@ -318,9 +317,9 @@ async def test_the_answer_is_of_the_form_or_a_list_of_calls(server: Serving) -> 
 )
 @pytest.mark.serving(check_grammar=lambda grammar: None)
 async def test_a_model_that_thinks_may_do_so_before_the_form(
-    server: Serving, template: str, extra: dict[str, Any], said: str, thought: str
+    server: Serving, template: str, extra: dict[str, Any], said: str, reasoning: str
 ) -> None:
     choice, grammar = await ask(server, said, **extra)
-    assert grammar.thought == thought
+    assert grammar.reasoning == reasoning
     assert choice["message"]["content"] == '{"sun": true}'
-    assert choice["message"].get("reasoning_content") == (None if thought == "none" else "so")
+    assert choice["message"].get("reasoning_content") == (None if reasoning == "none" else "so")

@@ -64,7 +64,7 @@ def matches(vocabulary: Vocabulary, grammar: Grammar, text: str) -> bool:
 @pytest.mark.parametrize("kind", TEXTS)
 def test_every_kind_may_follow_reasoning_or_be_calls(kind: str, vocabulary: Vocabulary) -> None:
     source, text = TEXTS[kind]
-    grammar = Grammar(kind=kind, source=source, thought="possible", calls=HERMES)  # type: ignore[arg-type]
+    grammar = Grammar(kind=kind, source=source, reasoning="possible", calls=HERMES)  # type: ignore[arg-type]
     call = f"<tool_call>\n{ONE}\n</tool_call>"
     for said in (text, call, f"{call}\n<tool_call>{ONE}</tool_call>"):
         assert matches(vocabulary, grammar, said)
@@ -81,7 +81,7 @@ HERMES_CALL = f"<tool_call>{ONE}</tool_call>"
 @pytest.mark.parametrize(
     ("grammar", "good", "bad"),
     [
-        (replace(CHOICE, thought="begun"), ["hm <thin hm</think>\nyes", "</think>yes"], ["yes", "hm</think>hm"]),
+        (replace(CHOICE, reasoning="begun"), ["hm <thin hm</think>\nyes", "</think>yes"], ["yes", "hm</think>hm"]),
         (replace(CHOICE, calls=HERMES), ["yes", HERMES_CALL], ["<think>x</think>yes"]),
         (
             replace(OBJECT, calls=LLAMA),
@@ -105,7 +105,7 @@ def test_masks_show_both_ways(vocabulary: Vocabulary) -> None:
     opening = vocabulary.special_token("<tool_call>")
     assert {pieces[token][:1] for token in allowed(start) if token != opening} == ({b"{"} if opening else {b"{", b"<"})
     assert opening is None or opening in allowed(start)
-    thinking = follow(vocabulary, replace(CHOICE, thought="begun"), "so")
+    thinking = follow(vocabulary, replace(CHOICE, reasoning="begun"), "so")
     assert {token for token, piece in enumerate(pieces) if piece and piece.isascii()} <= set(allowed(thinking))
     assert not thinking.may_end
 

@@ -25,7 +25,7 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"
 
 
-OPEN_THOUGHT, CLOSE_THOUGHT = "<think>", "</think>"
+REASONING_START, REASONING_END = "<think>", "</think>"
 """The tags around a model's reasoning."""
 
 
@@ -46,13 +46,13 @@ class Grammar(msgspec.Struct, frozen=True, kw_only=True):
     """What a completion's text must match: a JSON schema, a regular expression, a JSON list of choices, or Lark.
 
     `json_object` is any JSON object, and its source is empty. With `calls` tool calls are allowed too. Reasoning
-    (`thought`) may come before either, from `<think>` to `</think>`: "possible", or "begun" by the prompt.
+    (`reasoning`) may come before either, from `<think>` to `</think>`: "possible", or "begun" by the prompt.
     """
 
     kind: Literal["json_object", "json_schema", "regex", "choice", "lark"]
     source: str = ""
     calls: Calls | None = None
-    thought: Literal["none", "possible", "begun"] = "none"
+    reasoning: Literal["none", "possible", "begun"] = "none"
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):

@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Sequence
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from minisgl import __version__
-from minisgl.config import Config
 from minisgl.errors import EngineDeadError, InvalidRequestError
 from minisgl.server import responses
 from minisgl.server.engine_client import DRAIN_RETRY_SECONDS
@@ -26,18 +24,8 @@ SCRAPE_TIMEOUT = 1.0  # s that /metrics waits for the engine's counts; in a long
 BODY_LIMIT = 4096
 
 
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """What the server was started with, and what the engine made of it: a line for each value."""
-
-    config: Config
-    notes: Sequence[str]
-    folder: str
-    started: float  # s, on the monotonic clock
-
-
-def admin_routes(api: Api, setup: Setup) -> list[ApiRoute]:
-    client, model = api.client, api.preparation.model
+def admin_routes(api: Api) -> list[ApiRoute]:
+    client, model, preparation = api.client, api.preparation.model, api.preparation
 
     async def health(_: Request) -> Response:
         """200 when the engine and all API processes answer in time, else 503."""
@@ -61,30 +49,17 @@ def admin_routes(api: Api, setup: Setup) -> list[ApiRoute]:
     async def server_info(_: Request) -> Response:
         """Configuration without secrets, the engine's choices and counts, this process' queue, uptime (s)."""
         stats = await client.ping(api.health_timeout)
-        config = {**dataclasses.asdict(setup.config), "api_key": f"{len(setup.config.api_key)} set"}
-        info = responses.ServerInfo(
-            version=__version__,
-            config=config,
-            effective=list(setup.notes),
-            stats=stats,
-            queued=responses.Queued(client.queue.requests, client.queue.tokens),
-            draining=client.draining,
-            uptime=round(time.monotonic() - setup.started, 3),
-        )
+        config = {**dataclasses.asdict(api.config), "api_key": f"{len(api.config.api_key)} set"}
+        queued, uptime = responses.Queued(client.queue.requests, client.queue.tokens), time.monotonic() - api.started
+        effective = list(api.notes)
+        info = responses.ServerInfo(__version__, config, effective, stats, queued, client.draining, round(uptime, 3))
         return json_response(info)
 
     async def model_info(_: Request) -> Response:
         """The model: its names, where its files are, and what it can take."""
-        facts = responses.ModelFacts(
-            id=model.name,
-            served_names=list(api.preparation.names),
-            model_path=setup.folder,
-            vocab_size=model.vocab_size,
-            max_model_len=model.max_seq_len,
-            eos_token_ids=list(model.eos_token_ids),
-            has_chat_template=api.preparation.tokenizer.has_chat_template,
-        )
-        return json_response(facts)
+        names, eos, chats = list(preparation.names), list(model.eos_token_ids), preparation.tokenizer.has_chat_template
+        size, length = model.vocab_size, model.max_seq_len
+        return json_response(responses.ModelFacts(model.name, names, api.folder, size, length, eos, chats))
 
     async def metrics(_: Request) -> Response:
         """Prometheus' page. It never fails: without the engine it has the engine's last counts."""
@@ -95,7 +70,7 @@ def admin_routes(api: Api, setup: Setup) -> list[ApiRoute]:
 
     async def flush_cache(_: Request) -> Response:
         """Drop every cached page that no request uses."""
-        return json_response(responses.FlushReport(await client.flush_cache(api.health_timeout)))
+        return json_response(responses.FlushReport(await client.query("flush_cache", api.health_timeout)))
 
     async def abort_request(request: Request) -> Response:
         """End the requests of one answer, or all."""
@@ -109,7 +84,7 @@ def admin_routes(api: Api, setup: Setup) -> list[ApiRoute]:
             raise InvalidRequestError(f"the body cannot be read: {error}", code="invalid_json") from error
         if order.abort_all is (order.rid is not None):
             raise InvalidRequestError("give the answer's id as rid, or abort_all", param="rid")
-        return json_response(responses.Aborted(await client.abort(order.rid, api.health_timeout)))
+        return json_response(responses.Aborted(await client.query("abort", api.health_timeout, order.rid)))
 
     return [
         ApiRoute("GET", "/health", health, responses.Health),

@@ -1,7 +1,6 @@
-"""An API process: HTTP in front of an engine. The launcher is one itself, unless `--api-workers` asks for several.
+"""HTTP in front of an engine: in the launcher or, with `--api-workers`, in processes of its own.
 
-Those it starts with an `ipc.WorkerSetup` as a line on stdin. They answer with a line on stdout, an `ipc.Serving`, and
-obey further lines: `stop`, `force`, `engine ended`. The end of stdin means that the launcher is gone.
+Those get an `ipc.WorkerSetup` on stdin, say an `ipc.Serving` on stdout, and obey `stop`, `force` and `engine ended`.
 """
 
 from __future__ import annotations
@@ -34,7 +33,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from minisgl.config import Config
 from minisgl.errors import ConfigError, EngineDeadError, InvalidRequestError, MinisglError
 from minisgl.server import ipc
-from minisgl.server.admin import Setup
 from minisgl.server.app import make_app
 from minisgl.server.engine_client import EngineClient, Shutdown, wait_first
 from minisgl.server.errors import UnauthorizedError, error_body, error_headers
@@ -133,10 +131,8 @@ class BoundedConnection(h11.Connection):
 
 
 class BoundedProtocol(H11Protocol):
-    """uvicorn's protocol with bounds on time. To a request, being cut off is what its client's leaving would be.
-
-    `write_timeout` is how long (s) the transport's buffer may stay full. A client that reads slowly, but does, empties
-    it in time; one that does not holds pages of the KV cache for nothing.
+    """uvicorn's protocol with bounds on time; being cut off is what the client's leaving would be to a request. One
+    that does not empty the transport's buffer in `write_timeout` s holds pages of the KV cache for nothing.
     """
 
     def __init__(self, *args: Any, write_timeout: float, **options: Any) -> None:
@@ -213,13 +209,11 @@ class HttpServer(uvicorn.Server):
 
     def __init__(self, app: ASGIApp, on_listening: Callable[[], None], config: Config) -> None:
         protocol: Any = functools.partial(BoundedProtocol, write_timeout=config.write_timeout)
-        tls = {"ssl_certfile": config.ssl_certfile, "ssl_keyfile": config.ssl_keyfile}
-        quiet: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False}
+        tls: dict[str, Any] = {"ssl_certfile": config.ssl_certfile, "ssl_keyfile": config.ssl_keyfile}
+        off: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False, "lifespan": "off"}
         # asyncio accepts so many at a time: one of several processes is not to take a whole burst.
         backlog = BACKLOG if config.api_workers == 1 else 1
-        super().__init__(
-            uvicorn.Config(app, http=protocol, ws="none", lifespan="off", backlog=backlog, **tls, **quiet)  # type: ignore[arg-type]
-        )
+        super().__init__(uvicorn.Config(app, http=protocol, ws="none", backlog=backlog, **tls, **off))
         self._write_timeout, self._on_listening = config.write_timeout, on_listening
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -243,9 +237,8 @@ class HttpServer(uvicorn.Server):
 async def serve_http(
     server: HttpServer, listener: socket.socket, client: EngineClient, shutdown: Shutdown, drain_timeout: float
 ) -> None:
-    """Serve until `shutdown.stop` or the engine's end; live requests are answered before this returns.
-
-    After `stop` they may go on for `drain_timeout` s, or until `force`, while new ones get 503; then they end with 503.
+    """Serve until `shutdown.stop` or the engine's end. After `stop` live requests may go on for `drain_timeout` s, or
+    until `force`, while new ones get 503; then they end with 503.
     """
     loop, stop, force, gone = asyncio.get_running_loop(), shutdown.stop, shutdown.force, client.gone
     serving = asyncio.create_task(server.serve([listener]))
@@ -280,8 +273,8 @@ async def serve_api(
     grammars = GrammarCompiler(folder, model.vocab_size, model.eos_token_ids)
     check = grammars.check if has_tokenizer else None
     preparation = Preparation(model, tokenizer, client.queue.max_live, config.served_model_name, check)
-    api = Api(client=client, preparation=preparation)
-    app = with_middleware(make_app(api, Setup(config, ready.notes, ready.folder, started)), client.metrics, config)
+    api = Api(client, preparation, config, ready.notes, ready.folder, started)
+    app = with_middleware(make_app(api), client.metrics, config)
     serving = ipc.Serving(model.name, tokenizer.has_chat_template, has_tokenizer)
     server = HttpServer(app, lambda: say(serving), config)
     try:
@@ -308,7 +301,7 @@ async def serve_worker(setup: ipc.WorkerSetup, stdin: BinaryIO, stdout: BinaryIO
                 shutdown.stop.set()
             if order == b"force\n":
                 shutdown.force.set()
-        os._exit(1)
+        os._exit(1)  # the launcher is gone
 
     tasks = [asyncio.create_task(obey()), asyncio.create_task(metrics.beat())]
     try:

@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from minisgl.errors import InvalidRequestError, MinisglError
 from minisgl.server import protocol, responses
-from minisgl.server.admin import Setup, admin_routes
+from minisgl.server.admin import admin_routes
 from minisgl.server.completion import ChatCompletion, Generation, SglangCompletion, TextCompletion
 from minisgl.server.errors import BODY_LIMIT, BodyTooLargeError, error_body, error_headers, known_error
 from minisgl.server.openapi import ApiRoute, document
@@ -55,16 +55,12 @@ class ClientGoneError(Exception):
 
 
 class NamedRoute(Route):
-    """A route that the middleware finds in the scope."""
-
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         match, found = super().matches(scope)
-        return match, {**found, "route": self}
+        return match, {**found, "route": self}  # for the access log and the metrics
 
 
 class Endpoints:
-    """The endpoints of one served model."""
-
     def __init__(self, api: Api) -> None:
         self.api = api
         self.preparation = api.preparation
@@ -136,9 +132,8 @@ class Endpoints:
         ]
 
 
-def make_app(api: Api, setup: Setup) -> Starlette:
-    """All endpoints, with their document and their errors."""
-    routes = [*Endpoints(api).routes(), *admin_routes(api, setup)]
+def make_app(api: Api) -> Starlette:
+    routes = [*Endpoints(api).routes(), *admin_routes(api)]
     html, headers = PAGE.read_text(encoding="utf-8"), page_headers()
 
     async def show_document(_: Request) -> Response:
@@ -196,18 +191,14 @@ async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
 
 
 class EventStream(Response):
-    """A response of server-sent events; `first` is the chunk that was waited for before the status was known.
-
-    An error after the headers becomes an event of its own, in the form of an error body. The stream always ends with
-    `[DONE]`, unless the client leaves: then `rest` is closed at once.
-    """
+    """Server-sent events; an error after the headers is one too. The last is `[DONE]`, unless the client leaves."""
 
     media_type = "text/event-stream"
 
     def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None]) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self.first = first
+        self.first = first  # was waited for before the status was known
         self.rest = rest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

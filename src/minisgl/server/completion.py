@@ -27,11 +27,9 @@ EventChunks = AsyncGenerator[bytes, None]  # server-sent events, several togethe
 
 
 class ScoredToken(NamedTuple):
-    """A token, its log-probabilities (None at the beginning of a prompt), and where its text begins in its choice's."""
-
     token: int
-    logprobs: TokenLogprobs | None
-    start: int
+    logprobs: TokenLogprobs | None  # None at the beginning of a prompt
+    start: int  # where its text begins in that of its choice
 
 
 class LogprobWriter:
@@ -83,18 +81,15 @@ def finite(logprob: float) -> float:
 
 
 def mean_logprob(scored: Sequence[ScoredToken]) -> float:
-    """By which completions of different length compare."""
     values = [entry.logprobs.logprob for entry in scored if entry.logprobs is not None]
     return sum(values) / len(values) if values else LEAST_LOGPROB
 
 
 class TextPiece(msgspec.Struct, frozen=True):
-    """New text of one choice and, where they were asked for, its new tokens; `finish` is set in its last piece."""
-
     index: int
     text: str
-    finish: FinishReason | None
-    scored: Sequence[ScoredToken] = ()
+    finish: FinishReason | None  # set in the last piece of a choice
+    scored: Sequence[ScoredToken] = ()  # its new tokens, where log-probabilities are wanted
 
 
 @dataclasses.dataclass(slots=True)
@@ -150,17 +145,13 @@ class Generation:
         self.prepared = prepared
         special = () if prepared.parser is None else prepared.parser.special_tokens
         hidden = isinstance(prepared.body, CompletionRequest) and prepared.body.scores_only
-        self.choices: list[ChoiceState] = []
-        for index, request in enumerate(prepared.requests):
-            self.choices.append(ChoiceState(index, request, tokenizer.stream(request.params, special), hidden))
+        requests = enumerate(prepared.requests)
+        self.choices = [ChoiceState(i, r, tokenizer.stream(r.params, special), hidden) for i, r in requests]
         self._by_id = {choice.request.id: choice for choice in self.choices}
         self._client = client
 
     async def pieces(self) -> AsyncGenerator[list[TextPiece], None]:
-        """What has come since the last look, in batches that hold at least one piece and one of each choice at most.
-
-        Closing the iterator ends the requests in the engine. Raises MinisglError.
-        """
+        """Batches of what has come since the last, one piece of a choice at most; closing this ends the requests."""
         with self._client.submit(self.prepared.requests) as submission:
             async for events in submission.batches():
                 together: dict[str, list[TokenEvent]] = {}
@@ -187,10 +178,7 @@ class Generation:
 
 
 class OpenAICompletion(abc.ABC):
-    """A completion in OpenAI's form; the whole one is folded from its own chunks.
-
-    The chunks of a stream that asked for usage have it: null in all but the last.
-    """
+    """A completion in OpenAI's form; the whole one is folded from its own chunks."""
 
     whole_object: Literal["chat.completion", "text_completion"]
     chunk_object: Literal["chat.completion.chunk", "text_completion"]
@@ -216,7 +204,6 @@ class OpenAICompletion(abc.ABC):
         """A choice folded from the chunks of all its text."""
 
     def shown(self) -> list[ChoiceState]:
-        """The finished choices that are returned."""
         return self.generation.choices
 
     async def whole(self) -> responses.Result[Any]:
@@ -231,7 +218,7 @@ class OpenAICompletion(abc.ABC):
     async def chunks(self) -> EventChunks:
         include_usage = bool(self.options.include_usage)
         continuous = include_usage and self.options.continuous_usage_stats
-        # All chunks are alike but for the choice and the usage.
+        # All chunks are alike but for the choice and the usage, which is null in all but the last.
         head = b"data: " + msgspec.json.encode(self._result(self.chunk_object, [])).removesuffix(b"]}")
         tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
         async with aclosing(self.generation.pieces()) as batches:
@@ -252,10 +239,7 @@ class OpenAICompletion(abc.ABC):
 
 
 class ChatCompletion(OpenAICompletion):
-    """The first chunk of a choice has the role, the last one only its finish reason.
-
-    Log-probabilities of text that is held back go with the next delta there is.
-    """
+    """The first chunk of a choice has the role, the last one only its finish reason."""
 
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
@@ -276,7 +260,7 @@ class ChatCompletion(OpenAICompletion):
             called = parser is not None and parser.called
             chunks.append(ChunkChoice(index, ChatDelta(), finish_word(piece.finish, called)))
         if self.writer is not None:
-            self.held[index] += piece.scored
+            self.held[index] += piece.scored  # of text that is held back they go with the next delta
             if self.held[index] and chunks:
                 chunks[0] = msgspec.structs.replace(chunks[0], logprobs=self.writer.chat(self.held[index]))
                 self.held[index] = []
@@ -296,9 +280,8 @@ class ChatCompletion(OpenAICompletion):
             else:  # all arguments of the last call
                 function = msgspec.structs.replace(part.function, name=calls[-1].function.name)
                 calls[-1] = msgspec.structs.replace(calls[-1], function=function)
-        message = responses.AssistantMessage(
-            content or (None if calls else ""), reasoning_content=reasoning or UNSET, tool_calls=calls or UNSET
-        )
+        said = content or (None if calls else "")
+        message = responses.AssistantMessage(said, reasoning_content=reasoning or UNSET, tool_calls=calls or UNSET)
         logprobs = None if self.writer is None else self.writer.chat(choice.scored)
         return responses.ChatChoice(index, message, chunks[-1].finish_reason, logprobs)
 
@@ -378,21 +361,13 @@ class SglangCompletion:
         if (start := self.body.prompt_logprobs_from) is not None:
             entries = zip(choice.request.prompt, choice.prompt_logprobs, strict=False)
             lists |= self._logprobs("input", [ScoredToken(*entry, 0) for entry in entries][start:])
-        meta = responses.SglangMeta(
-            id=choice.request.id,
-            finish_reason=sglang_finish(choice),
-            prompt_tokens=len(choice.request.prompt),
-            completion_tokens=len(choice.token_ids),
-            cached_tokens=choice.cached_tokens,
-            e2e_latency=round(time.monotonic() - self._started, 6),
-            **lists,
-        )
         index = choice.index if self.is_batch else UNSET
-        text, ids = choice.stream.text, choice.token_ids
+        text, ids, name, prompt = choice.stream.text, choice.token_ids, choice.request.id, len(choice.request.prompt)
+        finish, latency = sglang_finish(choice), round(time.monotonic() - self._started, 6)
+        meta = responses.SglangMeta(name, finish, prompt, len(ids), choice.cached_tokens, latency, **lists)
         return responses.SglangResult(text=text, output_ids=ids, meta_info=meta, index=index)
 
     def _logprobs(self, side: str, scored: Sequence[ScoredToken]) -> dict[str, Any]:
-        """The tokens of the prompt or of the completion, and where it was asked for the most probable ones."""
         own = [self._entry(token, None if found is None else found.logprob) for token, found, _ in scored]
         if not self.body.top_logprobs_num:
             return {f"{side}_token_logprobs": own}
@@ -405,14 +380,12 @@ class SglangCompletion:
 
 
 def finish_word(finish: FinishReason | None, called: bool) -> responses.FinishWord | None:
-    """Why a choice ended, in OpenAI's words; a call is a reason of its own."""
     if finish is FinishReason.STOP:
         return "tool_calls" if called else "stop"
     return None if finish is None else "length"
 
 
 def sglang_finish(choice: ChoiceState) -> dict[str, Any] | None:
-    """Why a choice ended: at its limit, or at a stop string or the token that is the last one."""
     if choice.finish is None:
         return None
     if choice.finish is FinishReason.LENGTH:

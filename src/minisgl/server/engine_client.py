@@ -32,31 +32,25 @@ logger = logging.getLogger(__name__)
 
 
 class Queue:
-    """Requests in the engine that have no token yet, and the tokens of their prompts, within `config`'s limits.
-
-    Of requests that wait or run there may be `max_live`. `wait` is a running mean of the time to the first token, in s:
-    what a client that is turned away is told to wait.
-    """
+    """Requests in the engine that have no token yet, and the tokens of their prompts, within `config`'s limits."""
 
     def __init__(self, config: Config, metrics: Metrics, max_live: int = MAX_LIVE) -> None:
         self.max_requests = math.inf if config.max_queued_requests is None else config.max_queued_requests
         self.max_tokens = math.inf if config.max_queued_tokens is None else config.max_queued_tokens
-        self.max_live = max_live
+        self.max_live = max_live  # requests that wait or run
         self.metrics = metrics
         self.requests = self.tokens = 0
-        self.wait = 0.0
+        self.wait = 0.0  # s, running mean of the time to the first token: what clients turned away are told to wait
 
     def check(self, requests: Sequence[Request], live: int) -> None:
-        """Raise InvalidRequestError, OverloadedError or QueueFullError unless these may enter beside `live` others.
-
-        An empty queue takes whatever the server can keep: otherwise the request could never be served.
-        """
+        """Raise InvalidRequestError, OverloadedError or QueueFullError unless these may enter beside `live` others."""
         retry_after = max(1, min(MAX_RETRY_SECONDS, math.ceil(self.wait)))
         count, tokens = len(requests), sum(len(request.prompt) for request in requests)
         if count > self.max_live:
             raise InvalidRequestError(f"at most {self.max_live} prompts fit in one request", param="prompt")
         if live + count > self.max_live:
             raise errors.OverloadedError(f"{live} requests are live already; try again later", retry_after)
+        # An empty queue takes whatever the server can keep: otherwise the request could never be served.
         if self.requests and self.requests + count > self.max_requests:
             raise errors.QueueFullError(f"{self.requests} requests are waiting already; try again later", retry_after)
         if self.requests and self.tokens + tokens > self.max_tokens:
@@ -73,10 +67,7 @@ class Queue:
 
 
 class RequestGroup:
-    """Requests in the engine that answer one HTTP request. Leaving the `with` block aborts what is still live.
-
-    After `timeout` s, if one is given, the requests end and the reader gets RequestTimeoutError.
-    """
+    """Requests in the engine that answer one HTTP request. Leaving the `with` block aborts what is still live."""
 
     def __init__(self, client: EngineClient, requests: Sequence[Request], timeout: float | None = None) -> None:
         self._client = client
@@ -124,10 +115,7 @@ class RequestGroup:
             self._client.release(sorted(live), finish)
 
     async def batches(self) -> AsyncIterator[list[TokenEvent]]:
-        """Whatever has come since the last call, until every request has ended or was aborted.
-
-        Raises EngineDeadError, RequestTimeoutError or RequestAbortedError when they end in another way first.
-        """
+        """What has come since the last batch, until every request has ended; raises the error that ended them first."""
         while True:
             if self._events:
                 events, self._events = self._events, []
@@ -145,19 +133,18 @@ class EngineClient:
     """The sockets of a link, the requests that are live, and whether the engine is. Belongs to one event loop.
 
     It binds the sockets and the engine's process connects, so either may be first. No queue here is without bound:
-    `queue` says how many requests may be live, and none has more than its `max_tokens` tokens waiting. `stats` are the
-    engine's counts when it last replied, `dead` why it is `gone`.
+    `queue` says how many requests may be live, and none has more than its `max_tokens` tokens waiting.
     """
 
     def __init__(
         self, folder: str, config: Config, *, link: int = 0, metrics: Metrics | None = None, max_live: int = MAX_LIVE
     ) -> None:
-        self.dead: EngineDeadError | None = None
+        self.dead: EngineDeadError | None = None  # why the engine is `gone`
         self.gone = asyncio.Event()
         self.draining = False
         self.metrics = metrics or Metrics()
         self.queue = Queue(config, self.metrics, max_live)
-        self.stats = EngineStats()
+        self.stats = EngineStats()  # when the engine last replied
         self._link = link
         self._timeout = config.request_timeout
         self._live: dict[str, tuple[RequestStats, RequestGroup]] = {}
@@ -183,10 +170,7 @@ class EngineClient:
         return len(self._live)
 
     def submit(self, requests: Sequence[Request]) -> RequestGroup:
-        """Give requests to the engine, all or none.
-
-        Raises EngineDeadError, DrainingError, OverloadedError, QueueFullError or InvalidRequestError.
-        """
+        """Give requests to the engine, all or none. Raises EngineDeadError, DrainingError, and as `check` does."""
         if self.dead is not None:
             raise self.dead
         try:
@@ -227,18 +211,11 @@ class EngineClient:
 
     async def ping(self, timeout: float) -> EngineStats:
         """The engine's counts, from between two steps; raises EngineDeadError when they do not come in time (s)."""
-        await self._query("stats", timeout)
+        await self.query("stats", timeout)
         return self.stats
 
-    async def flush_cache(self, timeout: float) -> int:
-        """Drop what no request uses from the prefix cache; the pages freed. Raises EngineDeadError as `ping` does."""
-        return await self._query("flush_cache", timeout)
-
-    async def abort(self, completion_id: str | None, timeout: float) -> int:
-        """End the requests of this completion, or all (None), in every API process; how many those were."""
-        return await self._query("abort", timeout, completion_id)
-
-    async def _query(self, action: ipc.Action, timeout: float, completion_id: str | None = None) -> int:
+    async def query(self, action: ipc.Action, timeout: float, completion_id: str | None = None) -> int:
+        """Send an `ipc.Query`; the reply's count. Raises EngineDeadError as `ping` does."""
         if self.dead is not None:
             raise self.dead
         nonce = next(self._nonces)
@@ -353,8 +330,7 @@ class EngineClient:
 
 @dataclasses.dataclass(frozen=True)
 class Shutdown:
-    """How a server is told to end: `stop` lets it finish what it has, `force` does not."""
-
+    # `stop` lets a server finish what it has, `force` does not.
     stop: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
     force: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
 

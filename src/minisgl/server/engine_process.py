@@ -1,7 +1,4 @@
-"""The engine process: the engine behind sockets. The launcher starts it, an `ipc.EngineSetup` on its stdin.
-
-Stdin stays open for as long as the launcher lives; its end ends the engine too.
-"""
+"""The engine process: the engine behind sockets. Stdin begins with an `ipc.EngineSetup`; its end ends the engine."""
 
 from __future__ import annotations
 
@@ -68,7 +65,7 @@ class Links:
         return bool(self._inbox.poll(milliseconds))
 
     def receive(self) -> ipc.ToEngine | None:
-        """The next message, or None when its sender is gone."""
+        """The next message, None when its sender is gone."""
         message: ipc.ToEngine = self._decoder.decode(self._inbox.recv())
         if not isinstance(message, ipc.Abort | ipc.Attach) and message.link not in self._outboxes:
             return None

@@ -18,10 +18,10 @@ Action = Literal["stats", "flush_cache", "abort"]
 
 
 class EngineSetup(msgspec.Struct, frozen=True):
-    """To the engine process, on its stdin. `folder` has the sockets."""
+    """To the engine process, on its stdin."""
 
     config: Config
-    folder: str
+    folder: str  # of the sockets
 
 
 class WorkerSetup(EngineSetup, frozen=True):
@@ -43,23 +43,20 @@ class Serving(msgspec.Struct, frozen=True):
     error: str | None = None
 
 
-class Add(msgspec.Struct, frozen=True, tag=True):
-    """To the engine: take this request; its events go to `link`."""
+# To the engine: take this request, end those (ids that are not live are ignored), or reply between two steps.
 
+
+class Add(msgspec.Struct, frozen=True, tag=True):
     request: Request
-    link: int = LAUNCHER
+    link: int = LAUNCHER  # where its events go
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
-    """To the engine: end these requests; ids that are not live are ignored."""
-
     ids: list[str]
 
 
 class Query(msgspec.Struct, frozen=True, tag=True):
-    """To the engine: do this between two steps, and reply.
-
-    `flush_cache` drops every cached page that no request uses; `abort` ends the requests of a completion, or all
+    """`flush_cache` drops every cached page that no request uses; `abort` ends the requests of a completion, or all
     (None), of every link: their processes get events that finish with `ABORT`.
     """
 
@@ -69,45 +66,40 @@ class Query(msgspec.Struct, frozen=True, tag=True):
     completion_id: str | None = None
 
 
-class Attach(msgspec.Struct, frozen=True, tag=True):
-    """To the engine, from the launcher: an API process has bound the addresses of this link; it is told `Ready` too."""
+# To the engine, from the launcher: an API process has bound the addresses of this link, or is gone.
 
-    link: int
+
+class Attach(msgspec.Struct, frozen=True, tag=True):
+    link: int  # it is told `Ready` too
 
 
 class Detach(msgspec.Struct, frozen=True, tag=True):
-    """To the engine, from the launcher: the process behind this link is gone; end its requests."""
+    link: int  # its requests are ended
 
-    link: int
+
+# From the engine: to each link once, that the model is loaded; last, why it cannot start or go on; what a step did; and
+# the reply to the query with this nonce.
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """From the engine, once to each link: the model is loaded; `folder` has its tokenizer, `notes` what was chosen."""
-
     model: ModelInfo
-    folder: str
-    notes: list[str]
+    folder: str  # has the tokenizer
+    notes: list[str]  # what was chosen
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """From the engine, last: it cannot start or go on, and why."""
-
     error: str
 
 
 class Events(msgspec.Struct, frozen=True, tag=True):
-    """From the engine: what a step did. `admitted` are requests that have a row now, retracted ones once more."""
-
     events: list[TokenEvent]
-    admitted: list[str] = []
+    admitted: list[str] = []  # requests that have a row now, retracted ones once more
 
 
 class Reply(msgspec.Struct, frozen=True, tag=True):
-    """From the engine, to the query with this nonce. `count` is of pages flushed or requests aborted."""
-
     nonce: int
     stats: EngineStats
-    count: int = 0
+    count: int = 0  # pages flushed or requests aborted
 
 
 ToEngine = Add | Abort | Query | Attach | Detach

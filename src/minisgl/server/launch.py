@@ -1,7 +1,4 @@
-"""`serve`: the launcher, which has the listening socket, the engine process and what the user sees of both.
-
-It speaks HTTP itself, or with `--api-workers` leaves that to processes that all accept from its socket.
-"""
+"""`serve`: the launcher of the engine process and, with `--api-workers`, of processes that speak HTTP in its place."""
 
 from __future__ import annotations
 
@@ -110,7 +107,6 @@ async def run(config: Config, command: Sequence[str]) -> None:
 
 
 async def watch_engine(process: Process, client: EngineClient) -> int:
-    """The exit status of the engine process, once everyone who waited for it knows that it has ended."""
     status = await process.wait()
     await asyncio.sleep(LAST_WORDS_SECONDS)
     client.fail()
@@ -118,10 +114,7 @@ async def watch_engine(process: Process, client: EngineClient) -> int:
 
 
 class ApiWorkers:
-    """Several API processes that accept from one socket: replaced when they die, drained and ended together.
-
-    Each has a link of its own to the engine, and keeps its limits by itself. End them with `close`.
-    """
+    """API processes that accept from one socket: replaced when they die, drained and ended together."""
 
     def __init__(self, setup: ipc.WorkerSetup, client: EngineClient, engine_ended: asyncio.Task[int]) -> None:
         self._setup = setup
@@ -309,7 +302,6 @@ def check_public(config: Config, listener: socket.socket) -> None:
 
 
 def check_certificate(config: Config) -> None:
-    """Raise ConfigError for TLS files that cannot be used, before anything is loaded."""
     if config.ssl_certfile is None:
         return
     try:

@@ -1,7 +1,4 @@
-"""What is counted of served requests, and the page that Prometheus reads: vLLM's names, with the prefix `minisgl:`.
-
-Times are seconds on the monotonic clock.
-"""
+"""What is counted of served requests, and the page that Prometheus reads. Times are s on the monotonic clock."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ from prometheus_client.registry import Collector
 from minisgl.core.types import EngineStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-PREFIX = "minisgl:"
+PREFIX = "minisgl:"  # of names that are vLLM's
 # Upper bounds: s for the time of a token, s for what a request waits and takes, tokens of a prompt or completion.
 SHORT = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
 LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
@@ -52,12 +49,10 @@ SILENT_SECONDS = 3.0  # an API process whose heartbeat is older hangs
 
 @dataclasses.dataclass(slots=True)
 class RequestStats:
-    """A request in the engine. `arrived` is when its HTTP request began; `first` and `last` are those of its tokens."""
-
     prompt_tokens: int
-    arrived: float
+    arrived: float  # when its HTTP request began
     admitted: float | None = None
-    first: float | None = None
+    first: float | None = None  # when its first token came
     last: float = 0.0
     tokens: int = 0
     cached_tokens: int = 0
@@ -66,23 +61,19 @@ class RequestStats:
 
 @dataclasses.dataclass(slots=True)
 class AccessRecord:
-    """An HTTP request and its response; `status` is 0 until the response begins."""
-
     id: str
     method: str
     path: str
     client: str
     started: float = dataclasses.field(default_factory=time.monotonic)
-    status: int = 0
+    status: int = 0  # until the response begins
     choices: list[RequestStats] = dataclasses.field(default_factory=list)
 
     def describe(self, now: float) -> str:
         parts = [f'{self.client} "{self.method} {self.path}" {self.status} id={self.id}']
         if self.choices:
-            prompt, generated, cached = (
-                sum(getattr(c, name) for c in self.choices) for name in ("prompt_tokens", "tokens", "cached_tokens")
-            )
-            parts.append(f"prompt={prompt} cached={cached} generated={generated}")
+            prompt, cached = sum(c.prompt_tokens for c in self.choices), sum(c.cached_tokens for c in self.choices)
+            parts.append(f"prompt={prompt} cached={cached} generated={sum(c.tokens for c in self.choices)}")
             if times := [c.admitted - c.arrived for c in self.choices if c.admitted is not None]:
                 parts.append(f"queue={max(times):.3f}s")
             if times := [c.first - c.arrived for c in self.choices if c.first is not None]:
@@ -96,10 +87,8 @@ ACCESS_RECORD: ContextVar[AccessRecord | None] = ContextVar("minisgl_access_reco
 
 
 class Metrics:
-    """What one API process counts; a token costs one `observe`.
-
-    Several API processes keep their counts in the folder `counts`, each in files of its own. PROMETHEUS_MULTIPROC_DIR
-    must have named it before prometheus_client was imported.
+    """What one API process counts; a token costs one `observe`. Several keep their counts in the folder `counts`, each
+    in files of its own; PROMETHEUS_MULTIPROC_DIR must have named it before prometheus_client was imported.
     """
 
     def __init__(self, counts: str | None = None) -> None:
@@ -167,7 +156,6 @@ class Metrics:
                 self.time_per_output_token.observe((request.last - request.first) / (request.tokens - 1))
 
     def on_response(self, record: AccessRecord, route: str) -> None:
-        """An HTTP request was answered; `route` is the endpoint's path as it is declared."""
         method = record.method if record.method in set(HTTPMethod) else "other"  # a client can make up any number
         self.responses.labels(method, route, str(record.status)).inc()
 
@@ -196,10 +184,8 @@ class Metrics:
 
 @dataclasses.dataclass(frozen=True)
 class MetricsPage(Collector):
-    """Everything there is to show at one moment; `stats` is what the engine said last."""
-
     metrics: Metrics
-    stats: EngineStats
+    stats: EngineStats  # what the engine said last
     engine_up: bool
     model: str
 

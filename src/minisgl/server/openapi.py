@@ -51,18 +51,12 @@ RULES: dict[str, dict[str, Any]] = {
 
 
 class ApiRoute(NamedTuple):
-    """An endpoint; its methods are separated by blanks.
-
-    `result` is the type of its answer (`str` is plain text, None leaves it out of the document), `bodies` are those of
-    its body, and `events` is the type of a stream's events.
-    """
-
-    methods: str
+    methods: str  # separated by blanks
     path: str
     handler: Callable[[Request], Awaitable[Response]]
-    result: Any = None
-    bodies: Sequence[Any] = ()
-    events: Any = None
+    result: Any = None  # the type of its answer: `str` is plain text, None leaves it out of the document
+    bodies: Sequence[Any] = ()  # the types of its body
+    events: Any = None  # the type of a stream's events
 
     def operation(self, schemas: Mapping[str, Any]) -> dict[str, Any]:
         """Its part of the document; `schemas` are those of types, by their names."""

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from minisgl.core.types import CLOSE_THOUGHT, OPEN_THOUGHT, Grammar, ModelInfo, Request, SamplingParams
+from minisgl.config import Config
+from minisgl.core.types import REASONING_END, REASONING_START, Grammar, ModelInfo, Request, SamplingParams
 from minisgl.errors import InvalidRequestError, ModelNotFoundError, UnsupportedParameterError
 from minisgl.server import protocol
 from minisgl.server.engine_client import EngineClient
@@ -31,30 +32,21 @@ Echo = tuple[str, list[int]]  # a prompt as text, and where in it the text of ea
 
 @dataclasses.dataclass(frozen=True)
 class PreparedRequest:
-    """A valid body and its requests for the engine.
-
-    `parser` is None where completions are plain text; `echoes` has each prompt that is to be shown.
-    """
-
     body: Generating
     requests: list[Request]
-    parser: ParserConfig | None = None
-    echoes: Sequence[Echo] = ()
+    parser: ParserConfig | None = None  # None where completions are plain text
+    echoes: Sequence[Echo] = ()  # each prompt that is to be shown
 
 
 @dataclasses.dataclass
 class Preparation:
-    """One served model, the `names` that requests may call it, and how many requests one body may hold.
-
-    `check_grammar` raises InvalidRequestError for a grammar that cannot be enforced; without it none can be. Every
-    method raises InvalidRequestError. Safe to use from several threads.
-    """
+    """One served model. Every method raises InvalidRequestError, and is safe to use from several threads."""
 
     model: ModelInfo
     tokenizer: Tokenizer
-    max_live: int
-    names: Sequence[str] = ()
-    check_grammar: Callable[[Grammar], None] | None = None
+    max_live: int  # requests that one body may hold
+    names: Sequence[str] = ()  # that requests may call the model
+    check_grammar: Callable[[Grammar], None] | None = None  # raises for one that cannot be enforced; None: none can be
 
     def __post_init__(self) -> None:
         self.names = tuple(self.names) or (self.model.name,)
@@ -62,7 +54,7 @@ class Preparation:
         source = "" if template is None else template.source
         self.template_variables = frozenset[str]() if template is None else template.variables
         self.tool_format = detect_tool_format(source, "tools" in self.template_variables)
-        self.reasons = CLOSE_THOUGHT in source
+        self.reasons = REASONING_END in source
 
     def chat(self, body: bytes) -> PreparedRequest:
         chat = ChatRequest.parse(body)
@@ -76,7 +68,7 @@ class Preparation:
         elif grammar is not None and tool_format is not None:
             grammar = with_optional_calls(grammar, chat, tool_format)
         if grammar is not None and reasoning is not None:
-            grammar = msgspec.structs.replace(grammar, thought=reasoning)
+            grammar = msgspec.structs.replace(grammar, reasoning=reasoning)
         limit = "max_tokens" if chat.max_completion_tokens is None else "max_completion_tokens"
         with renamed({None: "messages", "prompt": "messages", "max_tokens": limit}):
             requests = self.requests("chatcmpl", chat, [self.tokenizer.encode(prompt, False)], grammar)
@@ -139,7 +131,6 @@ class Preparation:
         return Detokenized(self.tokenizer.decode(asked.tokens, bool(asked.skip_special_tokens)))
 
     def tokenizer_info(self) -> TokenizerInfo:
-        """The tokenizer, as its configuration file names things."""
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         tokens = {name: self.tokenizer.tokens.get(name) for name in names}
         template = None if self.tokenizer.chat_template is None else self.tokenizer.chat_template.source
@@ -157,13 +148,9 @@ class Preparation:
         text = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt, params.skip_special_tokens)
         return text, [] if params.prompt_logprobs is None else self.tokenizer.starts(request.prompt.tolist(), text)
 
-    def requests(
-        self, kind: str, body: Generating, prompts: Sequence[Prompt], grammar: Grammar | None
-    ) -> list[Request]:
-        """Checked requests, those of one prompt in a row; their ids are the completion's id and an index.
-
-        A text gets BOS where the tokenizer adds one. Without a seed each request gets one of its own. With one the
-        first of a prompt has it, the others what follows from it.
+    def requests(self, kind: str, body: Generating, prompts: list[Prompt], grammar: Grammar | None) -> list[Request]:
+        """Checked requests, those of one prompt in a row; their ids are the completion's id and an index. Without a
+        seed each gets one of its own. With one the first of a prompt has it, the others what follows from it.
         """
         params, copies = body.params(grammar), body.num_generated
         ids = [self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
@@ -219,14 +206,18 @@ class Preparation:
             return self.tokenizer.render_chat(messages, add_generation_prompt=add, **variables)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Api:
-    """What every endpoint works with. `created` is a Unix time in s, `health_timeout` in s."""
+    """What every endpoint works with."""
 
     client: EngineClient
     preparation: Preparation
-    health_timeout: float = 5.0
-    created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+    config: Config
+    notes: Sequence[str]  # what the engine made of it
+    folder: str  # of the model
+    started: float  # s, on the monotonic clock
+    health_timeout: float = 5.0  # s
+    created: int = dataclasses.field(default_factory=lambda: int(time.time()))  # Unix time, s
 
     async def prepare(self, prepare: Callable[[bytes], T], body: bytes) -> T:
         with self.client.metrics.preparing.track_inprogress():
@@ -272,12 +263,12 @@ def reasoning_before(prompt: str, chat: ChatRequest) -> Reasoning:
     """Whether a completion may begin with reasoning; the prompt or the message that it continues may have begun it."""
     if chat.continue_final_message:
         last = chat.messages[-1].text
-        return "begun" if last.rfind(OPEN_THOUGHT) > last.rfind(CLOSE_THOUGHT) else "none"
+        return "begun" if last.rfind(REASONING_START) > last.rfind(REASONING_END) else "none"
     if chat.add_generation_prompt is False:
         return "none"
-    if prompt.rstrip().endswith(OPEN_THOUGHT):
+    if prompt.rstrip().endswith(REASONING_START):
         return "begun"
-    return "none" if prompt.rstrip().endswith(CLOSE_THOUGHT) else "possible"
+    return "none" if prompt.rstrip().endswith(REASONING_END) else "possible"
 
 
 def nth_seed(seed: int | None, n: int) -> int:

@@ -154,12 +154,10 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class JsonSchemaFormat(Body):
-    """The inner object of a `json_schema` format; the schema is enforced with `strict` or without."""
-
     name: Annotated[str, Meta(min_length=1, max_length=64)] = "answer"
     description: str | None = None
     schema: JsonSchema | None = None
-    strict: bool | None = None
+    strict: bool | None = None  # the schema is enforced with it or without
 
 
 class ResponseFormat(Body):
@@ -244,11 +242,9 @@ class Message(Body):
 
 
 class ToolFunction(Body):
-    """What the model is told of a tool; `parameters` is a JSON schema, without one there are no arguments."""
-
     name: Annotated[str, Meta(pattern="^[a-zA-Z0-9_.-]{1,128}$")]
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: dict[str, Any] | None = None  # a JSON schema; without one there are no arguments
     strict: bool | None = None
 
 
@@ -277,7 +273,6 @@ Tools = Annotated[list[Tool], Meta(max_length=MAX_TOOLS)]
 
 
 def prepare_messages(messages: Any) -> None:
-    """Refuse what messages cannot hold here."""
     for index, message in enumerate(messages if isinstance(messages, list) else ()):
         if not isinstance(message, dict):
             continue
@@ -318,12 +313,10 @@ class Sampling(Body):
 
     @property
     def num_generated(self) -> int:
-        """Completions of each prompt."""
         return self.n or 1
 
     @property
     def constraints(self) -> dict[str, Any]:
-        """The fields that ask for structured output."""
         return {name: value for name in CONSTRAINTS if (value := getattr(self, name, None)) is not None}
 
     def sampling_params(self, **others: Any) -> SamplingParams:

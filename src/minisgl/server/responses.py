@@ -33,8 +33,7 @@ class FunctionCall(msgspec.Struct, frozen=True):
 
 
 class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
-    """A call; in a stream its first delta has id, type and name, the others only more arguments."""
-
+    # In a stream a call's first delta has all of them, the others only its index and more arguments.
     index: int | UnsetType = UNSET
     id: str | UnsetType = UNSET
     type: Literal["function"] | UnsetType = UNSET
@@ -103,17 +102,15 @@ AnyChoice = TypeVar("AnyChoice", ChatChoice, ChunkChoice, TextChoice)
 
 
 class Result(msgspec.Struct, Generic[AnyChoice], frozen=True, kw_only=True):
-    """OpenAI's envelope. `usage` is unset in the chunks of a stream that was not asked for it."""
-
     id: str
     object: Literal["chat.completion", "chat.completion.chunk", "text_completion"]
     created: int
     model: str
     choices: Sequence[AnyChoice]
-    usage: Usage | UnsetType | None = UNSET
+    usage: Usage | UnsetType | None = UNSET  # in a stream only where it was asked for
 
 
-class SglangMeta(msgspec.Struct, frozen=True, kw_only=True):
+class SglangMeta(msgspec.Struct, frozen=True):
     id: str
     finish_reason: dict[str, Any] | None
     prompt_tokens: int
@@ -127,12 +124,10 @@ class SglangMeta(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SglangResult(msgspec.Struct, frozen=True, kw_only=True):
-    """/generate's completion, in a stream all of it so far; `index` says which one of several it is."""
-
-    text: str
+    text: str  # in a stream all of it so far
     output_ids: list[int]
     meta_info: SglangMeta
-    index: int | UnsetType = UNSET
+    index: int | UnsetType = UNSET  # which one of several it is
 
 
 class Tokens(msgspec.Struct, frozen=True, kw_only=True):
@@ -176,9 +171,7 @@ class Health(msgspec.Struct, frozen=True):
 
 
 class AbortOrder(msgspec.Struct, forbid_unknown_fields=True):
-    """The body of /abort_request: the id of a completion, or `abort_all`."""
-
-    rid: str | None = None
+    rid: str | None = None  # the id of a completion
     abort_all: bool = False
 
 
@@ -195,7 +188,7 @@ class Queued(msgspec.Struct, frozen=True):
     tokens: int
 
 
-class ServerInfo(msgspec.Struct, frozen=True, kw_only=True):
+class ServerInfo(msgspec.Struct, frozen=True):
     version: str
     config: dict[str, Any]  # as given
     effective: list[str]  # a line for each value that was chosen
@@ -205,7 +198,7 @@ class ServerInfo(msgspec.Struct, frozen=True, kw_only=True):
     uptime: float  # s
 
 
-class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
+class ModelFacts(msgspec.Struct, frozen=True):
     id: str
     served_names: list[str]
     model_path: str

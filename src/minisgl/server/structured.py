@@ -21,10 +21,7 @@ GRAMMAR_KINDS: Mapping[str, Literal["json_schema", "regex", "choice", "lark"]] =
 
 
 def requested_grammar(constraints: Mapping[str, Any]) -> tuple[Grammar | None, str | None]:
-    """The grammar that a request's constraints ask for and the field that does, (None, None) for plain text.
-
-    Raises InvalidRequestError naming the field. `GrammarCompiler.check` says whether the grammar can be enforced.
-    """
+    """The grammar that the constraints ask for, not checked, and the field that does; (None, None) for plain text."""
     found: dict[str, Grammar] = {}
     for name, value in constraints.items():
         match value:
@@ -100,14 +97,11 @@ def call_list_schema(tools: Sequence[Tool], single: bool) -> str:
 
 
 def call_schema(tools: Sequence[Tool], arguments: str) -> dict[str, Any]:
-    """The JSON schema of a call; `arguments` is the model's name for what it calls the tool with.
-
-    They are an object also where the tool's schema takes that for granted. Its references begin at its own `$id`; with
-    a `$schema`, older drafts would ignore that beside `$ref`.
-    """
+    """The JSON schema of a call; `arguments` is the model's name for what it calls the tool with."""
     calls: list[dict[str, Any]] = []
     for index, tool in enumerate(tools):
         schema = {"additionalProperties": False} if tool.function.parameters is None else tool.function.parameters
+        # Its references begin at its own `$id`; with a `$schema`, older drafts would ignore that beside `$ref`.
         schema = {**schema, "type": "object", "$id": f"urn:tool:{index}"}
         schema.pop("$schema", None)
         properties = {"name": {"const": tool.function.name}, arguments: schema}

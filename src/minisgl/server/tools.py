@@ -12,7 +12,7 @@ from typing import Literal
 
 import msgspec
 
-from minisgl.core.types import CLOSE_THOUGHT, OPEN_THOUGHT
+from minisgl.core.types import REASONING_END, REASONING_START
 from minisgl.server.responses import ChatDelta, FunctionCall, ToolCall
 
 # The usual beginning of a call: with it the arguments can be streamed, and keep the model's own spelling. It is looked
@@ -28,17 +28,13 @@ OUTSIDE_STRINGS = " \t\r\n:,0123456789+-.eEtrufalsn"  # what JSON has outside it
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ToolFormat:
-    """How a model writes calls; each is a JSON object with `name`, and its `arguments` or `parameters`.
+    """How a model writes calls; each is a JSON object with `name`, and its `arguments` or `parameters`."""
 
-    `opening` and `closing` surround a call, or with `listed` a JSON list of calls. With `at_start` the completion is
-    the call, `opening` may be missing, and text after it is no call. `short_ids`: nine letters or digits each.
-    """
-
-    opening: str = ""
+    opening: str = ""  # comes before a call, and `closing` after it
     closing: str = ""
-    listed: bool = False
-    at_start: bool = False
-    short_ids: bool = False
+    listed: bool = False  # they surround a JSON list of calls
+    at_start: bool = False  # the completion is the call, `opening` may be missing, and text after it is no call
+    short_ids: bool = False  # nine letters or digits each
 
     def new_id(self) -> str:
         if self.short_ids:
@@ -71,27 +67,21 @@ def detect_tool_format(template: str, takes_tools: bool) -> ToolFormat | None:
 
 @dataclasses.dataclass(frozen=True)
 class ParserConfig:
-    """How the completions of a request are parsed; a part that is None is not looked for."""
-
-    tool_format: ToolFormat | None = None
+    tool_format: ToolFormat | None = None  # None: calls are not looked for
     names: frozenset[str] = frozenset()  # of the functions that can be called
     max_calls: int | None = None
-    reasoning: Reasoning | None = None  # what of it the prompt allows, or has begun
+    reasoning: Reasoning | None = None  # what the prompt allows of it, or has begun; None: it is not looked for
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
-        """Special tokens whose text the parser must see."""
-        marks = (OPEN_THOUGHT, CLOSE_THOUGHT) if self.reasoning is not None else ()
+        marks = (REASONING_START, REASONING_END) if self.reasoning is not None else ()
         if self.tool_format is None or self.tool_format.at_start:
             return marks
         return (*marks, *filter(None, (self.tool_format.opening, self.tool_format.closing)))
 
 
 class OutputParser:
-    """Parses one completion. However its text is cut into pieces, the deltas put together are the same.
-
-    With `stream` arguments are given as they come, before it is certain that they are part of a call.
-    """
+    """Parses one completion. However its text is cut into pieces, the deltas put together are the same."""
 
     def __init__(self, config: ParserConfig, stream: bool) -> None:
         self._reasoning = None if config.reasoning is None else ReasoningParser(config.reasoning == "begun")
@@ -120,13 +110,10 @@ class OutputParser:
 
 
 class ReasoningParser:
-    """`<think>…</think>` at the beginning of a completion is reasoning, what follows is content.
-
-    `begun` says that the prompt has opened the block. Blanks around the tags are dropped.
-    """
+    """`<think>…</think>` at the beginning of a completion is reasoning; blanks around the tags are dropped."""
 
     def __init__(self, begun: bool) -> None:
-        self._begun = begun
+        self._begun = begun  # the prompt or the completion has opened the block
         self._buffer = ""
         self._shown = False  # some reasoning was given
         self._state: Literal["start", "reasoning", "blanks", "content"] = "start"
@@ -139,10 +126,10 @@ class ReasoningParser:
         reasoning = ""
         if self._state == "start":
             text = self._buffer.lstrip()
-            if OPEN_THOUGHT.startswith(text) and text != OPEN_THOUGHT:
+            if REASONING_START.startswith(text) and text != REASONING_START:
                 return "", ""
-            if text.startswith(OPEN_THOUGHT):
-                self._buffer = text[len(OPEN_THOUGHT) :]
+            if text.startswith(REASONING_START):
+                self._buffer = text[len(REASONING_START) :]
                 self._begun = True
             if not self._begun:
                 self._state = "content"
@@ -150,13 +137,13 @@ class ReasoningParser:
             self._state = "reasoning"
         if self._state == "reasoning":
             text = self._buffer if self._shown else self._buffer.lstrip()
-            end = text.find(CLOSE_THOUGHT)
-            reasoning = text[: end if end >= 0 else len(text) - partial_end(text, CLOSE_THOUGHT)].rstrip()
+            end = text.find(REASONING_END)
+            reasoning = text[: end if end >= 0 else len(text) - partial_end(text, REASONING_END)].rstrip()
             self._shown = self._shown or bool(reasoning)
             if end < 0:
                 self._buffer = text[len(reasoning) :]
                 return reasoning, ""
-            self._buffer = text[end + len(CLOSE_THOUGHT) :]
+            self._buffer = text[end + len(REASONING_END) :]
             self._state = "blanks"
         self._buffer = self._buffer.lstrip()
         if self._buffer:
@@ -205,10 +192,8 @@ class JsonObjectScanner:
 
 
 class ToolCallParser:
-    """Splits text into content and calls of functions with these `names`; calls beyond `limit` are dropped.
-
-    What turns out to be no call is content. With `stream` a call's arguments are given as they come; where it turns
-    out to be none then, the rest of it is content.
+    """Splits text into content and calls of functions with these `names`; calls beyond `limit` are dropped. With
+    `stream` arguments are given as they come; where it turns out to be no call then, the rest of it is content.
     """
 
     def __init__(self, tool_format: ToolFormat, names: Collection[str], limit: int | None, stream: bool) -> None:
@@ -350,7 +335,6 @@ class ToolCallParser:
         return (value["name"], msgspec.json.encode(arguments).decode()) if isinstance(arguments, dict) else None
 
     def _give(self, name: str, arguments: str) -> None:
-        """Give arguments, announcing the call before the first."""
         if self._limit is not None and self.num_calls >= self._limit:
             return
         index = self._next_index

@@ -18,7 +18,7 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
 from numpy.typing import NDArray
 
-from minisgl.core.types import CLOSE_THOUGHT, OPEN_THOUGHT, Grammar
+from minisgl.core.types import REASONING_END, REASONING_START, Grammar
 from minisgl.errors import InvalidRequestError, UnsupportedParameterError
 from minisgl.text.tokenizer import load_backend
 
@@ -42,7 +42,7 @@ LARK_TEXT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|#[^\n]*|/(?:\\.|[^/\\\n])+
 STOP_OPTION = re.compile(r"\[[^\]\n]*\bstop\b")
 NOT_DONE = re.compile(r"(?i)unimplemented|not supported|unsupported|unknown format|not disjoint|look-?around")
 ANY_TEXT = "/(?s:.*)/"
-ANY_REASONING = ANY_TEXT + " & ~/(?s:.*" + CLOSE_THOUGHT.replace("/", r"\/") + ".*)/"
+ANY_REASONING = ANY_TEXT + " & ~/(?s:.*" + REASONING_END.replace("/", r"\/") + ".*)/"
 NOTHING_MATCHES = "no text matches it"
 LIMITS = LLParserLimits(step_lexer_fuel=100_000, step_max_items=20_000, max_lexer_states=50_000, verbose_errors=False)
 # CPU time that one completion may take: at once, and more for each of its tokens. An ordinary schema takes a hundredth
@@ -159,7 +159,7 @@ def compile_grammar(grammar: Grammar, vocabulary: Vocabulary) -> MatcherConstrai
     check_size(grammar)
     try:
         source = text_grammar(grammar)
-        if grammar.calls is not None or grammar.thought != "none":
+        if grammar.calls is not None or grammar.reasoning != "none":
             source = composed_grammar(grammar, source, vocabulary)
     except ValueError as error:
         raise refusal(grammar, str(error)) from error
@@ -219,16 +219,16 @@ def text_grammar(grammar: Grammar) -> str:
 def composed_grammar(grammar: Grammar, text: str, vocabulary: Vocabulary) -> str:
     """Reasoning, then the text whose grammar is given, or calls: grammars that refer to each other by name."""
     literal = vocabulary.literal
-    before = {"none": "", "possible": "(reasoning BLANK?)?", "begun": "reasoning BLANK?"}[grammar.thought]
+    before = {"none": "", "possible": "(reasoning BLANK?)?", "begun": "reasoning BLANK?"}[grammar.reasoning]
     answer = "@text" if grammar.calls is None else "(@text | calls)"
     rules = [f"start: {before} {answer}", r"BLANK: /[\x20\n]{1,8}/"]
     parts = [named_grammar("text", text)]
-    if grammar.thought != "none":
-        opening = literal(OPEN_THOUGHT) if grammar.thought == "possible" else ""
-        if vocabulary.special_token(CLOSE_THOUGHT) is None:
-            rules += [f"reasoning: {opening} inner", f'inner[suffix="{CLOSE_THOUGHT}"]: {ANY_TEXT}']
+    if grammar.reasoning != "none":
+        opening = literal(REASONING_START) if grammar.reasoning == "possible" else ""
+        if vocabulary.special_token(REASONING_END) is None:
+            rules += [f"reasoning: {opening} inner", f'inner[suffix="{REASONING_END}"]: {ANY_TEXT}']
         else:
-            rules += [f"reasoning: {opening} INNER {literal(CLOSE_THOUGHT)}", f"INNER: {ANY_REASONING}"]
+            rules += [f"reasoning: {opening} INNER {literal(REASONING_END)}", f"INNER: {ANY_REASONING}"]
     if (calls := grammar.calls) is not None:
         opening, closing, separator = literal(calls.opening), literal(calls.closing), literal(calls.separator)
         between = f"BLANK? {separator} BLANK?" if separator else "BLANK?"
