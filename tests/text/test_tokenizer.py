@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -66,25 +67,25 @@ TALK: list[dict[str, Any]] = [
     {"role": "assistant", "content": "<think>hm</think>\n\nHi 😀"},
     {"role": "user", "content": "bye"},
 ]
-SYSTEM: list[dict[str, Any]] = [{"role": "system", "content": " Be brief. "}, *TALK]
+SYSTEM: dict[str, Any] = {"role": "system", "content": " Be brief. "}
 
 
 @pytest.mark.parametrize(
     ("template", "messages"),
-    [(QWEN_STYLE, TALK), (QWEN_STYLE, SYSTEM), (MISTRAL_STYLE, TALK)],
+    [(QWEN_STYLE, TALK), (QWEN_STYLE, [SYSTEM, *TALK]), (MISTRAL_STYLE, TALK)],
     ids=["qwen", "qwen system", "mistral"],
 )
-@pytest.mark.parametrize("prompt", [True, False])
 def test_conversations_render_and_encode_as_in_transformers(
-    tmp_path: Path, template: str, messages: list[dict[str, Any]], prompt: bool
+    tmp_path: Path, template: str, messages: list[dict[str, Any]]
 ) -> None:
     ours = Tokenizer.load(write_tokenizer(tmp_path, template=template, add_bos=True))
     theirs = AutoTokenizer.from_pretrained(tmp_path)
-    for kwargs in ({}, {"enable_thinking": False}, {"date_string": "1 Jan 2026"}):
-        expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **kwargs)
-        assert ours.render_chat(messages, add_generation_prompt=prompt, **kwargs) == expected
-        ids = theirs.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False, **kwargs)
-        assert ours.encode_chat(messages, add_generation_prompt=prompt, **kwargs) == ids
+    options: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": False}, {"date_string": "1 Jan 2026"})
+    for prompt, more in itertools.product((True, False), options):
+        kwargs = {"add_generation_prompt": prompt, **more}
+        expected = theirs.apply_chat_template(messages, tokenize=False, **kwargs)
+        assert ours.render_chat(messages, **kwargs) == expected
+        assert ours.encode_chat(messages, **kwargs) == theirs.apply_chat_template(messages, return_dict=False, **kwargs)
 
 
 def test_a_template_that_writes_bos_gets_no_second_one(tmp_path: Path) -> None:
@@ -96,14 +97,19 @@ def test_a_template_that_writes_bos_gets_no_second_one(tmp_path: Path) -> None:
     assert tokenizer.starts(ids, "ab")[:2] == [0, 0]  # the text does not show it
 
 
-def test_what_the_template_refuses_is_the_users_error(tmp_path: Path) -> None:
+def test_what_the_template_refuses_and_lone_surrogates_are_the_users_error(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(write_tokenizer(tmp_path, template=MISTRAL_STYLE))
-    with pytest.raises(InvalidRequestError, match="roles must alternate"):
-        tokenizer.render_chat(TALK[1:])
-    with pytest.raises(InvalidRequestError, match="chat template refuses"):
-        tokenizer.render_chat([{"role": "user", "content": 5}])
-    with pytest.raises(InvalidRequestError, match="bos_token cannot be set here"):
-        tokenizer.render_chat(TALK, bos_token="x")
+    refused: tuple[tuple[list[dict[str, Any]], dict[str, Any], str], ...] = (
+        (TALK[1:], {}, "roles must alternate"),
+        ([{"role": "user", "content": 5}], {}, "chat template refuses"),
+        (TALK, {"bos_token": "x"}, "bos_token cannot be set here"),
+        ([{"role": "user", "content": "\udc00"}], {}, "lone surrogate"),
+    )
+    for messages, kwargs, words in refused:
+        with pytest.raises(InvalidRequestError, match=words):
+            tokenizer.encode_chat(messages, **kwargs)
+    with pytest.raises(InvalidRequestError, match="lone surrogate at character 1"):
+        tokenizer.encode("a\ud800b")
 
 
 @pytest.mark.parametrize(
@@ -135,15 +141,12 @@ def test_a_continued_conversation_ends_with_its_last_content(
     assert tokenizer.render_continued([{"content": first}, {"content": last}]) == expected
 
 
-def test_blanks_around_the_content_stay_where_the_template_shows_them() -> None:
+def test_a_continued_text_is_cut_behind_the_content_with_the_blanks_that_the_template_shows() -> None:
     assert cut_after("a: x\na: so far <end>", "so far ") == "a: x\na: so far "
     assert cut_after("a: so far<end>", " so far ") == "a: so far"
-
-
-@pytest.mark.parametrize("content", ["", "  \n", "not shown"])
-def test_what_is_not_shown_cannot_be_continued(content: str) -> None:
-    with pytest.raises(InvalidRequestError, match="no content that can be continued"):
-        cut_after("a: other<end>", content)
+    for content in ("", "  \n", "not shown"):
+        with pytest.raises(InvalidRequestError, match="no content that can be continued"):
+            cut_after("a: other<end>", content)
 
 
 def test_a_model_without_template_completes_but_does_not_chat(tmp_path: Path) -> None:
@@ -154,26 +157,14 @@ def test_a_model_without_template_completes_but_does_not_chat(tmp_path: Path) ->
     assert tokenizer.decode(tokenizer.encode("some text")) == "some text"
 
 
-def test_the_template_is_found_in_each_of_its_places(tmp_path: Path) -> None:
-    inline = write_tokenizer(tmp_path / "inline", chat_template="A{{ messages[0].content }}")
+def test_the_template_is_found_in_each_of_its_places_and_special_tokens_may_be_objects(tmp_path: Path) -> None:
     named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "B{{ messages[0].content }}"}]
+    own, eos = "C{{ messages[0].content }}{{ eos_token }}", {"content": "<|im_end|>", "lstrip": False}
+    inline = write_tokenizer(tmp_path / "inline", chat_template="A{{ messages[0].content }}")
     several = write_tokenizer(tmp_path / "several", chat_template=named)
-    own = write_tokenizer(tmp_path / "own", template="C{{ messages[0].content }}", chat_template="A")
-    message = [{"role": "user", "content": "x"}]
-    assert [Tokenizer.load(folder).render_chat(message) for folder in (inline, several, own)] == ["Ax", "Bx", "Cx"]
-
-
-def test_special_tokens_may_be_objects(tmp_path: Path) -> None:
-    folder = write_tokenizer(tmp_path, template="{{ eos_token }}", eos_token={"content": "<|im_end|>", "lstrip": False})
-    assert Tokenizer.load(folder).render_chat(TALK) == "<|im_end|>"
-
-
-def test_lone_surrogates_are_refused(tmp_path: Path) -> None:
-    tokenizer = Tokenizer.load(write_tokenizer(tmp_path, template="{{ messages[0].content }}"))
-    with pytest.raises(InvalidRequestError, match="lone surrogate at character 1"):
-        tokenizer.encode("a\ud800b")
-    with pytest.raises(InvalidRequestError, match="lone surrogate"):
-        tokenizer.encode_chat([{"role": "user", "content": "\udc00"}])
+    both = write_tokenizer(tmp_path / "both", template=own, chat_template="A", eos_token=eos)
+    rendered = [Tokenizer.load(folder).render_chat([{"content": "x"}]) for folder in (inline, several, both)]
+    assert rendered == ["Ax", "Bx", "Cx<|im_end|>"]
 
 
 def test_truncation_written_in_the_file_is_not_applied(tmp_path: Path) -> None:
@@ -217,8 +208,9 @@ def test_the_bundled_tokenizer_streams_what_it_decodes() -> None:
     assert "user" in tokenizer.render_chat([{"role": "user", "content": "hi"}])
 
 
-BYTE_LEVEL = Tokenizer(tokenizers.Tokenizer.from_str(byte_level_json()), tokens={})
-BYTE_FALLBACK = Tokenizer(tokenizers.Tokenizer.from_str(byte_fallback_json()), tokens={})
+BYTE_LEVEL, BYTE_FALLBACK = (
+    Tokenizer(tokenizers.Tokenizer.from_str(text), tokens={}) for text in (byte_level_json(), byte_fallback_json())
+)
 
 
 def joined(tokenizer: Tokenizer, text: str) -> str:
