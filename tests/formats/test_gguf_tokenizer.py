@@ -21,7 +21,7 @@ TEXT = "It's 2024!\n\n  a Öl  naïveTest they'LL"
 
 
 def read(tmp_path: Path, metadata: dict[str, Any], kind: str = "llama") -> GgufTokenizer:
-    return GgufTokenizer(GgufFile(write_gguf(tmp_path / "t.gguf", kind, metadata, {"x": np.ones(4, np.float32)})))
+    return GgufTokenizer(GgufFile(write_gguf(tmp_path / "t.gguf", kind, {**metadata, "x": np.ones(4, np.float32)})))
 
 
 CUTS = {
