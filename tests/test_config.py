@@ -16,34 +16,35 @@ HOPPER = Machine(True, "NVIDIA H200", 140 * 2**30)
 FOUR = dataclasses.replace(HOPPER, num_gpus=4)
 
 
-REFUSED: tuple[tuple[dict[str, Any], Machine, str], ...] = (
-    *((settings, CPU, message) for settings, message in (
-        ({"tp": 2, "disable_pynccl": True}, "--disable-pynccl is for tensor parallelism on GPUs: give --tp 2 or more"),
-        ({"tp": 2, "all_reduce": "fused"}, "--all-reduce is for tensor parallelism on GPUs"),
-        ({"attn": "fa"}, "--attn fa: fa needs a GPU; on the CPU use torch or auto"),
-        ({"attn": "fa,fi"}, "--attn fa,fi: fa needs a GPU"),
-        ({"attn": "torch,trtllm"}, "--attn torch,trtllm: trtllm needs a GPU"),
-        ({"cuda_graph_max_bs": 256}, "--cuda-graph-max-bs 256: CUDA graphs need a GPU; leave it out or give 0"),
-        ({"device": "cuda"}, "--device cuda: torch sees no CUDA GPU; use --device cpu"),
-        ({"page_size": 257}, "--page-size must be between 1 and 256, got 257"),
-        ({"num_pages": 0}, "--num-pages must be at least 1"),
-        ({"max_running_requests": 0}, "--max-running-requests must be at least 1"),
-        ({"max_prefill_length": -1}, "--max-prefill-length must be at least 1"),
-        ({"max_seq_len_override": 0}, "--max-seq-len-override must be at least 1"),
-        *(({"memory_ratio": ratio}, "--memory-ratio must be in (0, 1]") for ratio in (0.0, 1.5)),
-        ({"cuda_graph_max_bs": -1}, "--cuda-graph-max-bs must be at least 0"),
-        ({"port": -1}, "--port must be between 0 and 65535"),
-        ({"cache": "lru"}, "--cache must be one of radix, naive"),
-        *(({"api_workers": n}, f"--api-workers must be between 1 and 64, got {n}") for n in (0, 65)),
-        ({"all_reduce": "symmetric"}, "--all-reduce must be one of auto, fused, nccl, got 'symmetric'"),
-        *(({"attn": attn}, "--attn must be auto") for attn in ("fa,", "auto,fa")),
-        ({"attn": "cudnn"}, "fa, fi, trtllm, triton, torch"),
-    )),
+ON_THE_CPU: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"tp": 2, "disable_pynccl": True}, "--disable-pynccl is for tensor parallelism on GPUs: give --tp 2 or more"),
+    ({"tp": 2, "all_reduce": "fused"}, "--all-reduce is for tensor parallelism on GPUs"),
+    ({"attn": "fa"}, "--attn fa: fa needs a GPU; on the CPU use torch or auto"),
+    ({"attn": "fa,fi"}, "--attn fa,fi: fa needs a GPU"),
+    ({"attn": "torch,trtllm"}, "--attn torch,trtllm: trtllm needs a GPU"),
+    ({"cuda_graph_max_bs": 256}, "--cuda-graph-max-bs 256: CUDA graphs need a GPU; leave it out or give 0"),
+    ({"device": "cuda"}, "--device cuda: torch sees no CUDA GPU; use --device cpu"),
+    ({"page_size": 257}, "--page-size must be between 1 and 256, got 257"),
+    ({"num_pages": 0}, "--num-pages must be at least 1"),
+    ({"max_running_requests": 0}, "--max-running-requests must be at least 1"),
+    ({"max_prefill_length": -1}, "--max-prefill-length must be at least 1"),
+    ({"max_seq_len_override": 0}, "--max-seq-len-override must be at least 1"),
+    *(({"memory_ratio": ratio}, "--memory-ratio must be in (0, 1]") for ratio in (0.0, 1.5)),
+    ({"cuda_graph_max_bs": -1}, "--cuda-graph-max-bs must be at least 0"),
+    ({"port": -1}, "--port must be between 0 and 65535"),
+    ({"cache": "lru"}, "--cache must be one of radix, naive"),
+    *(({"api_workers": n}, f"--api-workers must be between 1 and 64, got {n}") for n in (0, 65)),
+    ({"all_reduce": "symmetric"}, "--all-reduce must be one of auto, fused, nccl, got 'symmetric'"),
+    *(({"attn": attn}, "--attn must be auto") for attn in ("fa,", "auto,fa")),
+    ({"attn": "cudnn"}, "fa, fi, trtllm, triton, torch"),
+)
+REFUSED = [
+    *((settings, CPU, message) for settings, message in ON_THE_CPU),
     ({"attn": "torch", "cuda_graph_max_bs": 8}, HOPPER, "--cuda-graph-max-bs 0"),
     ({"tp": 8}, FOUR, "--tp 8: torch sees 4 CUDA GPUs\n"),
     ({"tp": 2}, HOPPER, "--tp 2: torch sees 1 CUDA GPU\n"),
     ({"disable_pynccl": True}, FOUR, "--disable-pynccl is for tensor parallelism on GPUs"),
-)  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("settings", "machine", "message"), REFUSED)
