@@ -126,7 +126,7 @@ def test_environment_switches(name: str, value: str, changes: dict[str, Any]) ->
             from_environment(Config(), {switch: "LOUD"})
 
 
-def test_the_launcher_says_which_rank_this_is() -> None:
+def test_the_launcher_says_which_rank_this_is_and_what_is_wrong_there_is_refused() -> None:
     alone: list[dict[str, str]] = [{}, {"WORLD_SIZE": "1", "RANK": "0"}]
     assert [launcher(1, environ) for environ in alone] == [None, None]
     here = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "ten"}
@@ -136,20 +136,15 @@ def test_the_launcher_says_which_rank_this_is() -> None:
     assert apart == Launcher(3, 4, 1, 2, "ten")
     assert apart is not None
     assert (apart.one_host, apart.listen) == (False, "*")
-
-
-@pytest.mark.parametrize(
-    ("environ", "message"),
-    [
+    wrong: tuple[tuple[dict[str, str], str], ...] = (
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is '2', so RANK and MASTER_ADDR must be set as torchrun does: 'RANK'"),
         ({"WORLD_SIZE": "two", "RANK": "0", "MASTER_ADDR": "a"}, "WORLD_SIZE is 'two'"),
         ({"WORLD_SIZE": "4", "RANK": "0", "MASTER_ADDR": "a"}, "--tp 2: WORLD_SIZE says that there are 4 ranks"),
         ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "a"}, "RANK 2, WORLD_SIZE 2"),
-    ],
-)
-def test_what_a_launcher_says_wrongly_is_refused(environ: dict[str, str], message: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(message)):
-        launcher(2, environ)
+    )
+    for environ, message in wrong:
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            launcher(2, environ)
 
 
 def test_cache_folder_follows_the_users_settings() -> None:

@@ -89,20 +89,16 @@ def assert_idle(llm: LLM) -> None:
     assert llm.engine.cache.num_owned == 0
 
 
-def test_stop_strings_cut_the_text_and_leave_nothing_in_the_engine(llm: LLM) -> None:
-    (whole,) = llm.generate(STORY, GREEDY, progress=False)
-    stop = whole.text[20:26]
-    (cut,) = llm.generate(STORY, SamplingParams(temperature=0.0, max_tokens=24, stop=(stop,)), progress=False)
-    assert (cut.text, cut.finish_reason) == (whole.text[: whole.text.index(stop)], "stop")
-    assert_idle(llm)
-
-
-def test_streaming_gives_the_same_text_in_pieces_and_closing_it_aborts(llm: LLM) -> None:
+def test_streamed_pieces_join_to_the_text_and_a_stop_string_or_closing_frees_all(llm: LLM) -> None:
     (whole,) = llm.generate(STORY, GREEDY, progress=False)
     pieces = list(llm.stream(STORY, GREEDY))
     assert "".join(piece.text for piece in pieces) == whole.text
     assert [token for piece in pieces for token in piece.token_ids] == whole.token_ids
     assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["length"]
+    stop = whole.text[20:26]
+    (cut,) = llm.generate(STORY, SamplingParams(temperature=0.0, max_tokens=24, stop=(stop,)), progress=False)
+    assert (cut.text, cut.finish_reason) == (whole.text[: whole.text.index(stop)], "stop")
+    assert_idle(llm)
     stream = llm.stream(STORY, SamplingParams(max_tokens=500, ignore_eos=True))
     next(stream)
     with pytest.raises(InvalidRequestError, match="still being streamed"):
@@ -125,7 +121,10 @@ def test_a_bad_prompt_is_refused_before_anything_is_generated(llm: LLM) -> None:
             llm.generate(prompts, params, progress=False)
         assert isinstance(error.value, ContextLengthError) == ("context" in message)
     assert not llm.engine.has_work
-    assert llm.generate("a", GREEDY, progress=False)[0].token_ids
+    params = SamplingParams(stop="END")  # type: ignore[arg-type]  # one text is no sequence of characters
+    assert params.stop == ("END",)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
+    assert llm.generate("a", params, progress=False)[0].token_ids
 
 
 @pytest.fixture
@@ -186,9 +185,8 @@ def test_a_closed_model_says_so() -> None:
             llm.generate("a", GREEDY, progress=False)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_setting_that_a_cpu_cannot_honour_is_refused_by_name() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
     with pytest.raises(ConfigError, match="fa needs a GPU"):
         LLM(attn="fa,fi")
 
@@ -242,16 +240,9 @@ def test_a_grammar_is_obeyed_where_grammars_are(llm: LLM, monkeypatch: pytest.Mo
     assert_idle(llm)
 
 
-CITY = {
-    "type": "object",
-    "properties": {
-        "city": {"type": "string", "maxLength": 20},
-        "population": {"type": "integer", "minimum": 0, "maximum": 99_999_999},
-        "capital": {"type": "boolean"},
-    },
-    "required": ["city", "population", "capital"],
-    "additionalProperties": False,
-}
+POPULATION = {"type": "integer", "minimum": 0, "maximum": 99_999_999}
+CITY = {"city": {"type": "string", "maxLength": 20}, "population": POPULATION, "capital": {"type": "boolean"}}
+SCHEMA = {"type": "object", "properties": CITY, "required": list(CITY), "additionalProperties": False}
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
@@ -261,7 +252,7 @@ def test_every_kind_of_grammar_beside_a_free_request_that_does_not_change(llm: L
         Grammar(kind="choice", source='["yes", "no", "perhaps"]'),
         Grammar(kind="lark", source='start: sum "; " sum\nsum: /[0-9]{1,3}/ " + " /[0-9]{1,3}/'),
         Grammar(kind="json_schema", source='{"type":"array","items":{"type":"null"},"minItems":2,"maxItems":2}'),
-        Grammar(kind="json_schema", source=json.dumps(CITY)),
+        Grammar(kind="json_schema", source=json.dumps(SCHEMA)),
     )
     (alone,) = llm.generate([STORY], GREEDY, progress=False)
     mate, date, choice, additions, record, city = llm.generate(
@@ -274,11 +265,5 @@ def test_every_kind_of_grammar_beside_a_free_request_that_does_not_change(llm: L
     assert choice.text in ("yes", "no", "perhaps")
     assert re.fullmatch(r"\d{1,3} \+ \d{1,3}; \d{1,3} \+ \d{1,3}", additions.text)
     assert json.loads(record.text) == [None, None]
-    jsonschema.validate(json.loads(city.text), CITY)
+    jsonschema.validate(json.loads(city.text), SCHEMA)
     assert {found.finish_reason for found in (date, choice, additions, record, city)} == {"stop"}
-
-
-def test_one_stop_string_is_no_sequence_of_characters() -> None:
-    params = SamplingParams(stop="END")  # type: ignore[arg-type]
-    assert params.stop == ("END",)
-    assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params

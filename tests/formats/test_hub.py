@@ -18,14 +18,14 @@ from minisgl.formats import hub
 from minisgl.formats.hub import bundled_model, locate_model, progress_bar
 
 
-@pytest.mark.parametrize("progress", [False, True])
-def test_a_gguf_file_becomes_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, progress: bool) -> None:
+def test_a_gguf_file_becomes_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINISGL_CACHE", str(tmp_path / "cache"))
     write_model(tmp_path / "model.gguf", "qwen2")
-    folder = locate_model(str(tmp_path / "model.gguf"), dtype="bfloat16", progress=progress)
-    assert read_spec(folder).checkpoint_dtype == "bfloat16"
-    assert list(folder.glob("*.safetensors"))
-    assert locate_model(str(folder)) == folder  # a folder is itself
+    for dtype, progress in (("bfloat16", False), ("float16", True)):
+        folder = locate_model(str(tmp_path / "model.gguf"), dtype=dtype, progress=progress)
+        assert read_spec(folder).checkpoint_dtype == dtype
+        assert list(folder.glob("*.safetensors"))
+        assert locate_model(str(folder)) == folder  # a folder is itself
 
 
 @pytest.mark.parametrize(

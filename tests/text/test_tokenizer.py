@@ -112,33 +112,29 @@ def test_what_the_template_refuses_and_lone_surrogates_are_the_users_error(tmp_p
         tokenizer.encode("a\ud800b")
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
+def test_a_hostile_template_stays_in_its_sandbox(tmp_path: Path) -> None:
+    for template in (
         "{{ messages.append(1) }}",
         "{{ ''.__class__.__mro__ }}",
         "{% set ns = namespace(__class__=1) %}",
         "{% set ns = namespace() %}{% set ns._x = 1 %}",
         "{{ dict.__base__.x }}",
         "{% for i in range(10000000) %}x{% endfor %}",
-    ],
-)
-def test_a_hostile_template_stays_in_its_sandbox(tmp_path: Path, template: str) -> None:
-    tokenizer = Tokenizer.load(write_tokenizer(tmp_path, template=template))
-    with pytest.raises(InvalidRequestError):
-        tokenizer.render_chat(TALK)
+    ):
+        tokenizer = Tokenizer.load(write_tokenizer(tmp_path, template=template))
+        with pytest.raises(InvalidRequestError):
+            tokenizer.render_chat(TALK)
 
 
-@pytest.mark.parametrize(
-    ("first", "last", "expected"),
-    [("hi", "so far", "[hi][so far"), ("so far", "so far", "[so far][so far"), ("hi", " one, one ", "[hi][one, one")],
-)
-def test_a_continued_conversation_ends_with_its_last_content(
-    tmp_path: Path, first: str, last: str, expected: str
-) -> None:
+def test_a_continued_conversation_ends_with_its_last_content(tmp_path: Path) -> None:
     template = "{% for m in messages %}[{{ m.content | trim }}]{% endfor %}"
     tokenizer = Tokenizer.load(write_tokenizer(tmp_path, template=template))
-    assert tokenizer.render_continued([{"content": first}, {"content": last}]) == expected
+    for contents, expected in (
+        (("hi", "so far"), "[hi][so far"),
+        (("so far", "so far"), "[so far][so far"),
+        (("hi", " one, one "), "[hi][one, one"),
+    ):
+        assert tokenizer.render_continued([{"content": content} for content in contents]) == expected
 
 
 def test_a_continued_text_is_cut_behind_the_content_with_the_blanks_that_the_template_shows() -> None:
