@@ -34,14 +34,15 @@ PROMPT = "Once upon a time there was a server that told stories to many clients 
 class EchoEngine:
     """Speaks the engine's protocol: tokens of the prompt, over and over, one a step for every request."""
 
-    def __init__(self, to_engine: str, from_engine: str, folder: str) -> None:
+    def __init__(self, sockets: str, folder: str) -> None:
+        self.sockets = sockets
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.inbox = self.context.socket(zmq.PULL)
         self.outboxes: dict[int, zmq.Socket[bytes]] = {}
         self.live: dict[int, dict[str, tuple[memoryview[int], int, int]]] = {}
         model = ModelInfo(name="stub", vocab_size=49152, max_seq_len=1 << 20, eos_token_ids=(0,))
         self.ready = ipc.Ready(model, folder, [])
-        self.handle(ipc.Attach(ipc.LAUNCHER, to_engine, from_engine))
+        self.handle(ipc.Attach(ipc.LAUNCHER))
 
     def send(self, link: int, message: ipc.FromEngine) -> None:
         """Wait for a process that is `BACKLOG` steps behind."""
@@ -55,9 +56,10 @@ class EchoEngine:
                 for live in self.live.values():
                     for name in ids:
                         live.pop(name, None)
-            case ipc.Ping(nonce, link):
-                self.send(link, ipc.Pong(nonce, EngineStats(running=sum(map(len, self.live.values())))))
-            case ipc.Attach(link, to_engine, from_engine):
+            case ipc.Query(nonce, link):
+                self.send(link, ipc.Reply(nonce, EngineStats(running=sum(map(len, self.live.values())))))
+            case ipc.Attach(link):
+                to_engine, from_engine = ipc.addresses(self.sockets, link)
                 outbox = self.outboxes[link] = self.context.socket(zmq.PUSH)
                 outbox.setsockopt(zmq.SNDHWM, BACKLOG)
                 outbox.connect(from_engine)
@@ -190,8 +192,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.engine:
-        setup = msgspec.json.decode(sys.stdin.buffer.readline())
-        EchoEngine(setup["to_engine"], setup["from_engine"], setup["config"]["model"]).run(options.step)
+        setup = msgspec.json.decode(sys.stdin.buffer.readline(), type=ipc.EngineSetup)
+        assert setup.config.model is not None
+        EchoEngine(setup.folder, setup.config.model).run(options.step)
     elif options.serve:
         folder = options.model or str(locate_model(None, "huggingface"))
         config = Config(model=folder, port=0, log_level="WARNING", api_workers=options.api_workers)
