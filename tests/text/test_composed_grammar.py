@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -122,13 +123,10 @@ def test_an_error_is_about_the_calls_or_the_text(
     kind: Any, source: str, schema: str, param: str, tmp_path: Path
 ) -> None:
     vocabulary = tiny_vocabulary(tmp_path)
-    compiler = GrammarCompiler(tmp_path, PADDED, EOS)
     grammar = Grammar(kind=kind, source=source, calls=Calls(schema=schema, several=True))
-    try:
+    with closing(GrammarCompiler(tmp_path, PADDED, EOS)) as compiler:
         compiler.check(CHOICE)  # known as good: the same text with calls is not
         for refuse in (compiler.check, lambda grammar: compile_grammar(grammar, vocabulary)):
             with pytest.raises(InvalidRequestError) as refused:
                 refuse(grammar)
             assert refused.value.param == param
-    finally:
-        compiler.close()

@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,8 @@ pytestmark = pytest.mark.timeout(120)
 
 @pytest.fixture(scope="module")
 def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GrammarCompiler]:
-    compiler = GrammarCompiler(write_tokenizer(tmp_path_factory.mktemp("tiny")), PADDED, EOS)
-    yield compiler
-    compiler.close()
+    with closing(GrammarCompiler(write_tokenizer(tmp_path_factory.mktemp("tiny")), PADDED, EOS)) as compiler:
+        yield compiler
 
 
 def schema(value: object) -> Grammar:
@@ -150,15 +150,13 @@ def test_grammars_are_checked_from_many_threads_at_once(compiler: GrammarCompile
 @pytest.fixture
 def own(tmp_path: Path) -> Iterator[GrammarCompiler]:
     """A compiler whose helper may be ended."""
-    compiler = GrammarCompiler(write_tokenizer(tmp_path), PADDED, EOS)
-    yield compiler
-    compiler.close()
+    with closing(GrammarCompiler(write_tokenizer(tmp_path), PADDED, EOS)) as compiler:
+        yield compiler
 
 
 def running(compiler: GrammarCompiler) -> Running:
-    found = compiler._helper.running
-    assert found is not None
-    return found
+    assert compiler._helper.running is not None
+    return compiler._helper.running
 
 
 def test_a_helper_is_replaced_when_killed_and_ends_with_the_process_that_started_it(own: GrammarCompiler) -> None:
@@ -214,10 +212,8 @@ def test_no_thread_ends_the_new_helper_of_another(own: GrammarCompiler, monkeypa
 
 def test_a_tokenizer_that_is_not_there_is_the_servers_fault(tmp_path: Path) -> None:
     compiler = GrammarCompiler(tmp_path, PADDED, EOS)  # loads nothing yet
-    compiler.close()
-    with pytest.raises(HelperError, match="no tokenizer"):
+    with closing(compiler), pytest.raises(HelperError, match="no tokenizer"):
         compiler.check(regex("a"))
-    compiler.close()
 
 
 def test_constraints_of_one_grammar_are_independent_and_only_some_are_kept(own: GrammarCompiler) -> None:
