@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,11 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from helpers.tiny_tokenizers import byte_fallback_json, byte_level_json, write_tokenizer
-from minisgl.core.types import SamplingParams
+from minisgl.core.types import FinishReason, SamplingParams, TokenEvent
 from minisgl.errors import InvalidRequestError, ModelError
 from minisgl.formats.hub import locate_model
 from minisgl.text.chat_template import cut_after
-from minisgl.text.tokenizer import Tokenizer, byte_of_character, make_byte_tokenizer
+from minisgl.text.tokenizer import TextStream, Tokenizer, byte_of_character, make_byte_tokenizer, shown_tokens
 
 # Templates in the manner of two families: what they use of the template language is what counts.
 QWEN_STYLE = """{{- bos_token }}
@@ -145,14 +147,6 @@ def test_a_continued_text_is_cut_behind_the_content_with_the_blanks_that_the_tem
             cut_after("a: other<end>", content)
 
 
-def test_a_model_without_template_completes_but_does_not_chat(tmp_path: Path) -> None:
-    tokenizer = Tokenizer.load(write_tokenizer(tmp_path))
-    assert not tokenizer.has_chat_template
-    with pytest.raises(InvalidRequestError, match="no chat template"):
-        tokenizer.encode_chat(TALK)
-    assert tokenizer.decode(tokenizer.encode("some text")) == "some text"
-
-
 def test_the_template_is_found_in_each_of_its_places_and_special_tokens_may_be_objects(tmp_path: Path) -> None:
     named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "B{{ messages[0].content }}"}]
     own, eos = "C{{ messages[0].content }}{{ eos_token }}", {"content": "<|im_end|>", "lstrip": False}
@@ -163,12 +157,15 @@ def test_the_template_is_found_in_each_of_its_places_and_special_tokens_may_be_o
     assert rendered == ["Ax", "Bx", "Cx<|im_end|>"]
 
 
-def test_truncation_written_in_the_file_is_not_applied(tmp_path: Path) -> None:
-    folder = write_tokenizer(tmp_path)
+def test_a_model_without_template_completes_but_does_not_chat_and_truncation_is_not_applied(tmp_path: Path) -> None:
     text = json.loads(byte_level_json())
     text["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
-    (folder / "tokenizer.json").write_text(json.dumps(text))
-    assert len(Tokenizer.load(folder).encode("a b c d e f g h i")) > 4
+    (write_tokenizer(tmp_path) / "tokenizer.json").write_text(json.dumps(text))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert not tokenizer.has_chat_template
+    with pytest.raises(InvalidRequestError, match="no chat template"):
+        tokenizer.encode_chat(TALK)
+    assert tokenizer.decode(tokenizer.encode("a b c d e f g h i")) == "a b c d e f g h i"
 
 
 def test_a_folder_without_or_with_a_broken_tokenizer_is_named(tmp_path: Path) -> None:
@@ -196,17 +193,138 @@ def test_without_tokenizer_json_the_folder_is_converted(tmp_path: Path) -> None:
     assert tokenizer.vocab_size >= len(model["vocab"])
 
 
-def test_the_bundled_tokenizer_streams_what_it_decodes() -> None:
-    tokenizer = Tokenizer.load(locate_model(None))
-    ids = tokenizer.encode("Größe 123 世界 😀👩‍👩‍👧  two  spaces\n\tdef f(): pass")
-    stream = tokenizer.stream(SamplingParams())
-    assert "".join(stream.push([token]) for token in ids) + stream.finish() == tokenizer.decode(ids)
-    assert "user" in tokenizer.render_chat([{"role": "user", "content": "hi"}])
+TEXTS = ("Hello, 世界! 😀👩‍👩‍👧 naïve  café", " leading and trailing ", "a\n\n\tb", "🏳️‍🌈" * 3, "��", "")
 
 
 BYTE_LEVEL, BYTE_FALLBACK = (
     Tokenizer(tokenizers.Tokenizer.from_str(text), tokens={}) for text in (byte_level_json(), byte_fallback_json())
 )
+LETTERS = {letter: BYTE_LEVEL.encode(letter)[0] for letter in "abxSTOP"}
+FALLBACK = {token: BYTE_FALLBACK.backend.get_vocab()[token] for token in ("a", "h", "▁b", "▁he")} | {
+    byte: 3 + byte for byte in (0x61, 0x62, 0xC3, 0xA9, 0xBD, 0xE4, 0xFF)
+}
+
+
+def collect(stream: TextStream, ids: Sequence[int], cuts: Sequence[int] = ()) -> str:
+    """Push `ids` in pieces that end at `cuts`, and finish."""
+    bounds = [0, *sorted(cut for cut in cuts if cut < len(ids)), len(ids)]
+    text = "".join(stream.push(ids[start:end]) for start, end in itertools.pairwise(bounds)) + stream.finish()
+    assert stream.text == text
+    return text
+
+
+@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, BYTE_FALLBACK], ids=["byte level", "byte fallback"])
+@pytest.mark.parametrize("text", TEXTS)
+def test_encoded_text_comes_back_whole(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert collect(tokenizer.stream(SamplingParams()), ids) == tokenizer.decode(ids) == text
+
+
+@given(st.lists(st.integers(0, 420), max_size=60), st.lists(st.integers(0, 60), max_size=5), st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_pieces_join_to_what_decode_says_for_any_ids(ids: list[int], cuts: list[int], skip: bool) -> None:
+    stream = BYTE_LEVEL.stream(SamplingParams(skip_special_tokens=skip))
+    assert collect(stream, ids, cuts) == BYTE_LEVEL.decode(ids, skip)
+    assert stream.num_tokens == len(ids)
+
+
+@given(st.lists(st.integers(0, 280), max_size=40) | st.text("ab he.世😀é", max_size=40).map(BYTE_FALLBACK.encode))
+@settings(max_examples=400, deadline=None)
+def test_byte_fallback_pieces_join_to_what_decode_says_behind_broken_byte_runs(ids: list[int]) -> None:
+    """A run of byte tokens that turns out invalid changes text that was shown already; what follows still comes."""
+    text, decoded = collect(BYTE_FALLBACK.stream(SamplingParams()), ids), BYTE_FALLBACK.decode(ids)
+    assert len(text) == len(decoded)
+    assert text.rpartition("\ufffd")[2] == decoded.rpartition("\ufffd")[2]
+    assert "\ufffd" in decoded or text == decoded
+
+
+@pytest.mark.parametrize(
+    ("tokens", "pieces"),
+    [
+        ([0xE4, 0xBD, "a", "▁b"], ["", "", "\ufffd\ufffda", " b", ""]),
+        (["a", 0x61, 0xFF, "▁b", "▁he", "h"], ["a", "a", "", "\ufffd b", " he", "h", ""]),
+        (["a", 0x61, 0x62, 0xFF, 0x61, "▁b", 0xC3, 0xA9], ["a", "a", "b", "", "", "\ufffd\ufffd b", "", "é", ""]),
+        (["a", 0x61, 0xFF], ["a", "a", "", "\ufffd"]),
+    ],
+)
+def test_a_broken_byte_run_comes_once_and_the_next_tokens_whole(tokens: list[str | int], pieces: list[str]) -> None:
+    stream = BYTE_FALLBACK.stream(SamplingParams())
+    assert [*(stream.push([FALLBACK[token]]) for token in tokens), stream.finish()] == pieces
+
+
+def test_the_bundled_tokenizer_streams_what_it_decodes() -> None:
+    tokenizer = Tokenizer.load(locate_model(None))
+    ids = tokenizer.encode("Größe 123 世界 😀👩‍👩‍👧  two  spaces\n\tdef f(): pass")
+    assert collect(tokenizer.stream(SamplingParams()), ids, range(len(ids))) == tokenizer.decode(ids)
+    assert "user" in tokenizer.render_chat([{"role": "user", "content": "hi"}])
+
+
+def test_half_a_character_is_held_back_and_at_the_end_a_replacement() -> None:
+    ids = BYTE_LEVEL.encode("🧮")
+    stream = BYTE_LEVEL.stream(SamplingParams())
+    assert [stream.push([token]) for token in ids] == ["", "", "🧮"]
+    assert stream.push(ids[:-1]) == ""
+    assert "\ufffd" in stream.finish()
+
+
+def test_special_tokens_are_shown_only_when_asked_for() -> None:
+    ids = BYTE_LEVEL.encode(text := "<|im_start|>hi<|im_end|>")
+    assert collect(BYTE_LEVEL.stream(SamplingParams()), ids) == "hi"
+    assert collect(BYTE_LEVEL.stream(SamplingParams(), keep=["<|im_end|>"]), ids) == "hi<|im_end|>"
+    assert collect(BYTE_LEVEL.stream(SamplingParams(skip_special_tokens=False)), ids) == text
+
+
+def cut_at_first_completed(text: str, stops: Sequence[str]) -> str:
+    """The plain twin: scan the text character by character."""
+    for end in range(len(text) + 1):
+        starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
+        if starts:
+            return text[: min(starts)]
+    return text
+
+
+ALPHABET = "ab世😀 "
+
+
+@given(
+    st.text(alphabet=ALPHABET, max_size=40),
+    st.lists(st.text(alphabet=ALPHABET, min_size=1, max_size=5), min_size=1, max_size=4),
+    st.lists(st.integers(0, 60), max_size=6),
+)
+@settings(max_examples=400, deadline=None)
+def test_stop_strings_cut_the_same_whatever_the_token_split(text: str, stops: list[str], cuts: list[int]) -> None:
+    expected = cut_at_first_completed(text, stops)
+    for ids in (BYTE_LEVEL.encode(text), [t for character in text for t in BYTE_LEVEL.encode(character)]):
+        stream = BYTE_LEVEL.stream(SamplingParams(stop=tuple(stops)))
+        assert collect(stream, ids, cuts) == expected
+        assert stream.stopped == (expected != text)
+
+
+@pytest.mark.parametrize(
+    ("text", "params", "pieces", "end"),
+    [
+        ("aSTOPb", SamplingParams(stop=("STOP",)), ["a", "", "", "", "", ""], ("", "STOP", 5)),
+        ("STOaST", SamplingParams(stop=("STOP",)), ["", "", "", "STOa", "", ""], ("ST", None, 6)),
+        ("abxabx", SamplingParams(stop=("ab",), min_tokens=3), ["", "ab", "x", "", "", ""], ("", "ab", 5)),
+    ],
+    ids=["held back, then cut", "shown where it does not come", "does not act before min_tokens"],
+)
+def test_a_stop_string_over_several_tokens(text: str, params: SamplingParams, pieces: list[str], end: Any) -> None:
+    stream = BYTE_LEVEL.stream(params)
+    assert [stream.push([LETTERS[letter]]) for letter in text] == pieces
+    assert (stream.finish(), stream.matched, stream.num_tokens) == end
+
+
+def test_the_stop_token_is_no_part_of_the_text() -> None:
+    shown = {end: shown_tokens(TokenEvent(id="a", tokens=(5, 6), finish=end)) for end in (*FinishReason, None)}
+    assert [end for end, tokens in shown.items() if tokens != (5, 6)] == [FinishReason.STOP]
+    assert shown[FinishReason.STOP] == (5,)
+
+
+def test_long_streams_take_linear_time() -> None:
+    assert collect(BYTE_LEVEL.stream(SamplingParams()), [1] * 200_000) == ""  # hidden tokens
+    ids = random.Random(0).choices(range(400), k=3000)
+    assert collect(BYTE_LEVEL.stream(SamplingParams()), ids, range(0, 3000, 7)) == BYTE_LEVEL.decode(ids)
 
 
 def joined(tokenizer: Tokenizer, text: str) -> str:
