@@ -186,13 +186,9 @@ def test_every_flag_is_in_the_tables_and_every_field_in_one_help_group() -> None
 
 @pytest.mark.parametrize(("line", "message"), BAD_LINES)
 def test_bad_command_line_is_one_line_and_status_2(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
+    with pytest.raises(SystemExit, match=r"^2$"):
         cli.main(line.split())
-    error = capsys.readouterr().err
-    assert exit_.value.code == 2
-    assert error.startswith("error: ")
-    assert error.count("\n") == 1
-    assert message in error
+    assert re.fullmatch(rf"error: .*{re.escape(message)}.*\n", capsys.readouterr().err)
 
 
 def test_the_server_starts_unless_the_shell_is_asked_for(started: Mock) -> None:
@@ -221,13 +217,12 @@ def test_the_end_of_the_server_is_one_line_and_a_traceback_only_when_debugging(
 
 
 def test_help_names_every_flag_default_and_switch(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_:
+    with pytest.raises(SystemExit, match=r"^0$"):
         cli.main(["--help"])
     out = capsys.readouterr().out
     examples = re.findall(r"^  minisgl (.+?)  +\S", out.partition("commands:")[0], re.MULTILINE)
     assert [cli.parse(example.split()).shell for example in examples] == [True, False, False]
     text = " ".join(out.split())
-    assert exit_.value.code == 0
     assert "usage: minisgl [serve | chat | bench] [MODEL] [flags] Serve a language model" in text
     for field in dataclasses.fields(Config):
         assert all(flag in text for flag in field.metadata["flags"])

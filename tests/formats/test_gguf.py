@@ -19,9 +19,6 @@ from minisgl.core.weights import load_weights
 from minisgl.errors import ModelError
 from minisgl.formats.gguf import BLOCK_FORMATS, GgufFile, convert_gguf
 
-CPU = torch.device("cpu")
-PROMPT = torch.tensor([[1, 5, 9, 300, 17, 42]])
-
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,7 +28,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @torch.no_grad()
 def logits(model: Any) -> Any:
-    return model(PROMPT).logits
+    return model(torch.tensor([[1, 5, 9, 300, 17, 42]])).logits
 
 
 @pytest.mark.parametrize(
@@ -52,7 +49,7 @@ def test_a_converted_model_computes_what_the_original_does(
     assert spec.architecture == type(model).__name__
     assert spec.tie_embeddings == model.config.tie_word_embeddings
     assert set(spec.eos_token_ids) == {1, 3}
-    load_weights(folder, spec, torch.float32, CPU)
+    load_weights(folder, spec, torch.float32, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("format", BLOCK_FORMATS)
