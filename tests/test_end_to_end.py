@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import httpx
 import openai
@@ -34,14 +35,9 @@ def begin(client: openai.OpenAI) -> openai.Stream[Completion]:
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with server() as (_, address):
-        yield address
-
-
-@pytest.fixture(scope="module")
-def client(url: str) -> openai.OpenAI:
-    return connect(url)
+def client() -> Iterator[openai.OpenAI]:
+    with server() as (_, url):
+        yield connect(url)
 
 
 def test_the_capital_of_france_is_paris(client: openai.OpenAI) -> None:
@@ -53,22 +49,17 @@ def test_the_capital_of_france_is_paris(client: openai.OpenAI) -> None:
     stream = client.chat.completions.create(
         model=model, messages=messages, temperature=0, stream=True, stream_options={"include_usage": True}
     )
-    chunks = list(stream)
-    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
-    assert text == answer.choices[0].message.content
-    assert chunks[-1].usage
+    *chunks, last = stream
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == answer.choices[0].message.content
+    assert last.usage
     assert answer.usage
-    assert chunks[-1].usage.completion_tokens == answer.usage.completion_tokens
+    assert last.usage.completion_tokens == answer.usage.completion_tokens
 
 
 def test_a_seed_makes_an_answer_repeatable_among_others(client: openai.OpenAI) -> None:
-    def sampled(prompts: list[str]) -> str:
-        answer = client.completions.create(
-            model=NAME, prompt=prompts, max_tokens=12, temperature=0.9, top_p=0.9, seed=7
-        )
-        return answer.choices[0].text
-
-    assert sampled(["The sea", "The sky", "A tree"]) == sampled(["The sea"])
+    params: dict[str, Any] = {"model": NAME, "max_tokens": 12, "temperature": 0.9, "top_p": 0.9, "seed": 7}
+    several = client.completions.create(prompt=["The sea", "The sky", "A tree"], **params)
+    assert client.completions.create(prompt="The sea", **params).choices[0].text == several.choices[0].text
 
 
 def test_an_answer_follows_a_schema_and_a_hostile_one_is_refused(client: openai.OpenAI) -> None:
@@ -91,12 +82,12 @@ def test_an_answer_follows_a_schema_and_a_hostile_one_is_refused(client: openai.
         answer({"type": "array", "uniqueItems": True})
 
 
-def test_a_client_that_leaves_frees_everything(url: str, client: openai.OpenAI) -> None:
+def test_a_client_that_leaves_frees_everything(client: openai.OpenAI) -> None:
     begin(client).close()
-    wait_for(lambda: httpx.get(f"{url}/health").json()["running"] == 0)
+    wait_for(lambda: httpx.get(str(client.base_url.join("/health"))).json()["running"] == 0)
 
 
-def test_a_killed_engine_answers_with_503_and_ends_the_server() -> None:
+def test_a_killed_engine_ends_the_answers_and_the_server() -> None:
     with server() as (process, url):
         (engine,) = children(process.pid)
         stream = begin(connect(url))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
+import re
 import signal
 from collections.abc import Iterator
 from typing import Any
 
+import jsonschema
 import msgspec
 import numpy as np
 import pytest
@@ -32,13 +35,17 @@ def llm() -> Iterator[LLM]:
         yield model
 
 
-def test_greedy_tokens_are_those_of_transformers_in_float32(llm: LLM) -> None:
-    model: Any = AutoModelForCausalLM.from_pretrained(locate_model(None), dtype=torch.float32)
-    ours = llm.generate([FRANCE, STORY, *QUESTIONS, *BEGINNINGS], GREEDY, progress=False)
-    for completion in ours:
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    """The bundled model in transformers, in float32."""
+    return AutoModelForCausalLM.from_pretrained(locate_model(None), dtype=torch.float32)
+
+
+@torch.inference_mode()
+def test_greedy_tokens_are_those_of_transformers_in_float32(llm: LLM, reference: Any) -> None:
+    for completion in llm.generate([FRANCE, STORY, *QUESTIONS, *BEGINNINGS], GREEDY, progress=False):
         prompt, answer = completion.prompt_token_ids, completion.token_ids
-        with torch.inference_mode():
-            logits = model(torch.tensor([[*prompt, *answer]])).logits[0]
+        logits = reference(torch.tensor([[*prompt, *answer]])).logits[0]
         assert answer == logits[len(prompt) - 1 : -1].argmax(dim=-1).tolist()
 
 
@@ -53,11 +60,16 @@ def test_chat_knows_the_capital_of_france(llm: LLM) -> None:
     assert other.text != again.text
 
 
-def test_a_single_prompt_may_be_text_or_token_ids_and_there_may_be_none(llm: LLM) -> None:
-    (as_text,) = llm.generate(FRANCE, GREEDY, progress=False)
-    (as_ids,) = llm.generate(as_text.prompt_token_ids, GREEDY, progress=False)
-    assert as_ids.token_ids == as_text.token_ids
+def test_prompts_are_text_or_token_ids_of_any_integer_type_and_there_may_be_none(llm: LLM) -> None:
+    few = SamplingParams(temperature=0.0, max_tokens=3)
+    (as_text,) = llm.generate(FRANCE, few, progress=False)
     assert as_text.text.startswith(" Paris")
+    ids = as_text.prompt_token_ids
+    arrays: list[Any] = [ids, [ids], np.array(ids), np.array([ids]), [np.array(ids)]]
+    for prompts in arrays:
+        (same,) = llm.generate(prompts, few, progress=False)
+        assert same.token_ids == as_text.token_ids
+        assert {type(token) for token in same.prompt_token_ids} == {int}
     assert llm.generate([], GREEDY, progress=False) == []
 
 
@@ -77,20 +89,16 @@ def assert_idle(llm: LLM) -> None:
     assert llm.engine.cache.num_owned == 0
 
 
-def test_stop_strings_cut_the_text_and_leave_nothing_in_the_engine(llm: LLM) -> None:
-    (whole,) = llm.generate(STORY, GREEDY, progress=False)
-    stop = whole.text[20:26]
-    (cut,) = llm.generate(STORY, SamplingParams(temperature=0.0, max_tokens=24, stop=(stop,)), progress=False)
-    assert (cut.text, cut.finish_reason) == (whole.text[: whole.text.index(stop)], "stop")
-    assert_idle(llm)
-
-
-def test_streaming_gives_the_same_text_in_pieces_and_closing_it_aborts(llm: LLM) -> None:
+def test_streamed_pieces_join_to_the_text_and_a_stop_string_or_closing_frees_all(llm: LLM) -> None:
     (whole,) = llm.generate(STORY, GREEDY, progress=False)
     pieces = list(llm.stream(STORY, GREEDY))
     assert "".join(piece.text for piece in pieces) == whole.text
     assert [token for piece in pieces for token in piece.token_ids] == whole.token_ids
     assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["length"]
+    stop = whole.text[20:26]
+    (cut,) = llm.generate(STORY, SamplingParams(temperature=0.0, max_tokens=24, stop=(stop,)), progress=False)
+    assert (cut.text, cut.finish_reason) == (whole.text[: whole.text.index(stop)], "stop")
+    assert_idle(llm)
     stream = llm.stream(STORY, SamplingParams(max_tokens=500, ignore_eos=True))
     next(stream)
     with pytest.raises(InvalidRequestError, match="still being streamed"):
@@ -113,7 +121,10 @@ def test_a_bad_prompt_is_refused_before_anything_is_generated(llm: LLM) -> None:
             llm.generate(prompts, params, progress=False)
         assert isinstance(error.value, ContextLengthError) == ("context" in message)
     assert not llm.engine.has_work
-    assert llm.generate("a", GREEDY, progress=False)[0].token_ids
+    params = SamplingParams(stop="END")  # type: ignore[arg-type]  # one text is no sequence of characters
+    assert params.stop == ("END",)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
+    assert llm.generate("a", params, progress=False)[0].token_ids
 
 
 @pytest.fixture
@@ -165,16 +176,6 @@ def test_a_second_ctrl_c_does_not_wait_for_the_step() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_prompts_are_token_ids_of_any_integer_type(llm: LLM) -> None:
-    few = SamplingParams(temperature=0.0, max_tokens=3)
-    (right,) = llm.generate([[1, 2, 3]], few, progress=False)
-    arrays: list[Any] = [np.array([1, 2, 3]), np.array([[1, 2, 3]]), [np.array([1, 2, 3])]]
-    for prompts in arrays:
-        (same,) = llm.generate(prompts, few, progress=False)
-        assert same.token_ids == right.token_ids
-        assert [type(token) for token in same.prompt_token_ids] == [int, int, int]
-
-
 def test_a_closed_model_says_so() -> None:
     llm = LLM(progress=False, max_running_requests=1, num_pages=8)
     llm.close()
@@ -184,15 +185,14 @@ def test_a_closed_model_says_so() -> None:
             llm.generate("a", GREEDY, progress=False)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_setting_that_a_cpu_cannot_honour_is_refused_by_name() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
     with pytest.raises(ConfigError, match="fa needs a GPU"):
         LLM(attn="fa,fi")
 
 
-def test_logprobs_come_with_completions_and_are_those_of_transformers(llm: LLM) -> None:
-    model: Any = AutoModelForCausalLM.from_pretrained(locate_model(None), dtype=torch.float32)
+@torch.inference_mode()
+def test_logprobs_come_with_completions_and_are_those_of_transformers(llm: LLM, reference: Any) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=8, logprobs=3, prompt_logprobs=2)
     plain, scored = llm.generate([FRANCE, FRANCE], [GREEDY, params], progress=False)
     assert plain.logprobs is plain.prompt_logprobs is None
@@ -200,8 +200,7 @@ def test_logprobs_come_with_completions_and_are_those_of_transformers(llm: LLM) 
     assert scored.prompt_logprobs is not None
     assert scored.token_ids == plain.token_ids[:8]
     whole = torch.tensor([scored.prompt_token_ids + scored.token_ids])
-    with torch.inference_mode():
-        right = model(whole).logits[0].log_softmax(dim=-1)
+    right = reference(whole).logits[0].log_softmax(dim=-1)
     assert scored.prompt_logprobs[0] is None
     given = [score for score in scored.prompt_logprobs[1:] + scored.logprobs if score is not None]
     assert len(given) == whole.shape[1] - 1
@@ -223,15 +222,7 @@ def test_penalties_and_biases_change_what_is_said(llm: LLM) -> None:
     assert again not in answer.token_ids
 
 
-def test_a_grammar_without_structured_output_is_refused(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llm.engine, "constraints", None)
-    params = SamplingParams(grammar=Grammar(kind="json_object"))
-    with pytest.raises(InvalidRequestError, match="without structured output"):
-        llm.generate("a", params, progress=False)
-    assert not llm.engine.has_work
-
-
-def test_a_grammar_is_obeyed_and_its_end_is_the_end(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grammar_is_obeyed_where_grammars_are(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     eos = llm.model.eos_token_ids[0]
     monkeypatch.setattr(llm.engine, "constraints", lambda grammar: Cycle(grammar, llm.model.vocab_size, eos))
     params = SamplingParams(temperature=1.0, seed=3, grammar=cycle(50, 6), ignore_eos=True)
@@ -243,10 +234,36 @@ def test_a_grammar_is_obeyed_and_its_end_is_the_end(llm: LLM, monkeypatch: pytes
     assert other.text.startswith(" Paris")
     assert (bad.finish_reason, len(bad.token_ids)) == ("error", 3)
     assert "no fourth mask" in (bad.error or "")
+    monkeypatch.setattr(llm.engine, "constraints", None)
+    with pytest.raises(InvalidRequestError, match="without structured output"):
+        llm.generate("a", params, progress=False)
     assert_idle(llm)
 
 
-def test_one_stop_string_is_no_sequence_of_characters() -> None:
-    params = SamplingParams(stop="END")  # type: ignore[arg-type]
-    assert params.stop == ("END",)
-    assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
+POPULATION = {"type": "integer", "minimum": 0, "maximum": 99_999_999}
+CITY = {"city": {"type": "string", "maxLength": 20}, "population": POPULATION, "capital": {"type": "boolean"}}
+SCHEMA = {"type": "object", "properties": CITY, "required": list(CITY), "additionalProperties": False}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_every_kind_of_grammar_beside_a_free_request_that_does_not_change(llm: LLM, temperature: float) -> None:
+    grammars = (
+        Grammar(kind="regex", source="[0-9]{4}-[0-9]{2}-[0-9]{2}"),
+        Grammar(kind="choice", source='["yes", "no", "perhaps"]'),
+        Grammar(kind="lark", source='start: sum "; " sum\nsum: /[0-9]{1,3}/ " + " /[0-9]{1,3}/'),
+        Grammar(kind="json_schema", source='{"type":"array","items":{"type":"null"},"minItems":2,"maxItems":2}'),
+        Grammar(kind="json_schema", source=json.dumps(SCHEMA)),
+    )
+    (alone,) = llm.generate([STORY], GREEDY, progress=False)
+    mate, date, choice, additions, record, city = llm.generate(
+        [STORY, "The date is ", "Is water wet? ", "Two sums: ", "A record: ", "Paris as JSON: "],
+        [GREEDY, *(SamplingParams(temperature=temperature, seed=1, max_tokens=160, grammar=g) for g in grammars)],
+        progress=False,
+    )
+    assert mate.token_ids == alone.token_ids
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", date.text)
+    assert choice.text in ("yes", "no", "perhaps")
+    assert re.fullmatch(r"\d{1,3} \+ \d{1,3}; \d{1,3} \+ \d{1,3}", additions.text)
+    assert json.loads(record.text) == [None, None]
+    jsonschema.validate(json.loads(city.text), SCHEMA)
+    assert {found.finish_reason for found in (date, choice, additions, record, city)} == {"stop"}

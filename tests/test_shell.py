@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pexpect
 import pytest
@@ -20,7 +20,6 @@ from rich.console import Console
 from minisgl.chat import Shell, open_history
 from minisgl.config import cache_folder
 from minisgl.core.types import SamplingParams
-from minisgl.llm import LLM
 
 PROMPT = ">(\x08| )"  # the terminal may be told to step over the space
 SPEED = re.compile(r"\d+ tokens, ([\d.]+ tokens/s, )?first after [\d.]+ s")
@@ -44,23 +43,19 @@ def shell(tmp_path: Path) -> Iterator[pexpect.spawn[str]]:
 
 
 def test_a_session_of_chat(shell: pexpect.spawn[str]) -> None:
-    shell.sendline("What is the capital of France? Answer in one word.")
-    shell.expect(SPEED)
-    shell.expect(PROMPT)
+    def say(line: str, shown: re.Pattern[str] | str) -> None:
+        shell.sendline(line)
+        shell.expect(shown)
+        shell.expect(PROMPT)
 
+    say("What is the capital of France? Answer in one word.", SPEED)
     shell.sendline("Write a very long story about the sea.")
     shell.expect(r"([A-Za-z]+[,.]?\s+){12}")  # more than the question has, which is shown again: the answer has begun
     shell.sendintr()
     shell.expect(r"\(stopped\)")
     shell.expect(PROMPT)
-
-    shell.sendline("/reset")
-    shell.expect("starts anew")
-    shell.expect(PROMPT)
-    shell.sendline("/nonsense")
-    shell.expect("unknown command /nonsense")
-    shell.expect(PROMPT)
-
+    say("/reset", "starts anew")
+    say("/nonsense", "unknown command /nonsense")
     shell.send("\x1b[A\x1b[A\x1b[A\x1b[A")  # arrow up, to the first question
     shell.expect("capital of France")
     shell.sendline("")
@@ -75,26 +70,9 @@ def test_a_session_of_chat(shell: pexpect.spawn[str]) -> None:
     assert shell.exitstatus == 0
 
 
-class Interrupting:
-    """A model at which Ctrl-C arrives while its prompt is made, and while the speed of its answer is printed."""
-
-    model = SimpleNamespace(name="stub")
-
-    def __init__(self) -> None:
-        self.conversations: list[list[Any]] = []
-        self.text = SimpleNamespace(encode_chat=self.encode_chat)
-
-    def encode_chat(self, messages: list[Any]) -> list[int]:
-        self.conversations.append(list(messages))
-        os.kill(os.getpid(), signal.SIGINT)
-        return [1]
-
-    def stream(self, prompt: list[int], params: SamplingParams) -> Iterator[Any]:
-        yield SimpleNamespace(text="Yes", token_ids=[2])
-        raise AssertionError("the answer went on after Ctrl-C")
-
-
 class InterruptingFile(io.StringIO):
+    """A terminal at which Ctrl-C arrives while the speed of an answer is printed."""
+
     def write(self, text: str) -> int:
         if "tokens" in text:
             os.kill(os.getpid(), signal.SIGINT)
@@ -102,10 +80,21 @@ class InterruptingFile(io.StringIO):
 
 
 def test_ctrl_c_at_any_moment_of_an_answer_keeps_the_session() -> None:
-    llm, lines = Interrupting(), iter(["Is it?", "Really?", "/exit"])
-    console = Console(file=InterruptingFile())
-    Shell(cast(LLM, llm), lambda: next(lines), console).run()
-    said = [(message["role"], message["content"]) for message in llm.conversations[1]]
+    conversations: list[list[Any]] = []
+
+    def encode_chat(messages: list[Any]) -> list[int]:
+        conversations.append(list(messages))
+        os.kill(os.getpid(), signal.SIGINT)
+        return [1]
+
+    def stream(prompt: list[int], params: SamplingParams) -> Iterator[Any]:
+        yield SimpleNamespace(text="Yes", token_ids=[2])
+        raise AssertionError("the answer went on after Ctrl-C")
+
+    text, lines = SimpleNamespace(encode_chat=encode_chat), iter(["Is it?", "Really?", "/exit"])
+    llm: Any = SimpleNamespace(model=SimpleNamespace(name="stub"), text=text, stream=stream)
+    Shell(llm, lambda: next(lines), Console(file=InterruptingFile())).run()
+    said = [(message["role"], message["content"]) for message in conversations[1]]
     assert said == [("user", "Is it?"), ("assistant", "Yes"), ("user", "Really?")]
 
 

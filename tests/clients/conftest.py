@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from helpers.processes import server
 from helpers.templates import QWEN_TOOLS
 from helpers.third_party import CLIENT_TESTS, MODEL, Clients
 from minisgl.formats.hub import locate_model
@@ -37,13 +34,6 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         else:
             shutil.copy(file, folder)
     (folder / "chat_template.jinja").write_text(QWEN_TOOLS, "utf-8")
-    options = ["--port", "0", "--num-pages", "512", "--served-model-name", MODEL]
-    command = [sys.executable, "-m", "minisgl", "--model", str(folder), *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "LOG_LEVEL": "WARNING"})
-    assert process.stdout is not None
-    try:
-        yield next(found[1] for line in process.stdout if (found := re.search(r"is ready.*(http://\S+)/v1", line)))
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.stdout.close()
-        process.wait(60)
+    flags = ("--model", str(folder), "--num-pages", "512", "--served-model-name", MODEL)
+    with server(*flags) as (_, address):
+        yield address

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from helpers.grammars import sample_text, tiny_vocabulary, token_bytes
-from helpers.schemas import schema_grammar, validate
+from helpers.grammars import json_schema, sample_text, tiny_vocabulary, token_bytes, validate
 from minisgl.errors import InvalidRequestError
 from minisgl.text.grammar import compile_grammar
 
@@ -50,7 +49,7 @@ def test_every_walk_through_a_published_schema_validates(tmp_path: Path) -> None
     for package in PACKAGES:
         for name, schema in schemas_of(package, tmp_path):
             try:
-                start = compile_grammar(schema_grammar(schema), vocabulary)
+                start = compile_grammar(json_schema(schema), vocabulary)
             except InvalidRequestError as error:
                 refused[name] = error.message
                 continue

@@ -21,7 +21,7 @@ TEXT = "It's 2024!\n\n  a Öl  naïveTest they'LL"
 
 
 def read(tmp_path: Path, metadata: dict[str, Any], kind: str = "llama") -> GgufTokenizer:
-    return GgufTokenizer(GgufFile(write_gguf(tmp_path / "t.gguf", kind, metadata, {"x": np.ones(4, np.float32)})))
+    return GgufTokenizer(GgufFile(write_gguf(tmp_path / "t.gguf", kind, {**metadata, "x": np.ones(4, np.float32)})))
 
 
 CUTS = {
@@ -38,9 +38,7 @@ CUTS = {
 def test_each_rule_cuts_text_where_the_model_was_taught_to(rule: str) -> None:
     found = pre_tokenizer(rule).pre_tokenize_str(TEXT)
     assert [TEXT[start:end] for _, (start, end) in found] == CUTS[rule].split("|")
-
-
-def test_the_regexes_are_those_of_transformers() -> None:
+    # The regexes of two are those of transformers.
     assert SPLITS["qwen2"] == (PRETOKENIZE_REGEX,)
     assert SPLITS["llama-bpe"] == (inspect.signature(TikTokenConverter).parameters["pattern"].default,)
 
@@ -53,37 +51,37 @@ def test_the_vocabulary_gives_the_ids_it_was_trained_with(tmp_path: Path) -> Non
         assert ours.decode(ours.encode(text).ids) == theirs.decode(theirs.encode(text).ids)
 
 
+ADD_BOS, ADD_EOS, RULE = (f"tokenizer.ggml.{name}" for name in ("add_bos_token", "add_eos_token", "pre"))
+
+
 @pytest.mark.parametrize(
     ("changes", "ids"),
     [
         ({}, []),
-        ({"tokenizer.ggml.add_bos_token": True}, [0]),
-        ({"tokenizer.ggml.pre": "llama-bpe"}, [0]),
-        ({"tokenizer.ggml.pre": "llama-bpe", "tokenizer.ggml.add_bos_token": False}, []),
-        ({"tokenizer.ggml.add_bos_token": True, "tokenizer.ggml.add_eos_token": True}, [0, 1]),
+        ({ADD_BOS: True}, [0]),
+        ({RULE: "llama-bpe"}, [0]),
+        ({RULE: "llama-bpe", ADD_BOS: False}, []),
+        ({ADD_BOS: True, ADD_EOS: True}, [0, 1]),
     ],
 )
-def test_bos_and_eos_are_added_where_the_file_or_the_rule_says(
+def test_bos_and_eos_are_added_as_the_file_or_rule_says(
     tmp_path: Path, changes: dict[str, Any], ids: list[int]
 ) -> None:
     assert read(tmp_path, {**tokenizer_metadata("gpt-2"), **changes}).tokenizer.encode("").ids == ids
 
 
 @pytest.mark.parametrize(("rule", "whole"), [("llama-bpe", True), ("tekken", True), ("qwen2", False), ("gpt-2", False)])
-def test_a_word_that_no_merge_makes_is_a_token_where_the_rule_ignores_merges(
-    tmp_path: Path, rule: str, whole: bool
-) -> None:
+def test_a_word_without_merges_is_a_token_where_the_rule_ignores_them(tmp_path: Path, rule: str, whole: bool) -> None:
     metadata = tokenizer_metadata(rule)
-    metadata["tokenizer.ggml.tokens"] = [*metadata["tokenizer.ggml.tokens"], "zqzq"]
-    metadata["tokenizer.ggml.token_type"] = [*metadata["tokenizer.ggml.token_type"], 1]
+    metadata["tokenizer.ggml.tokens"] += ["zqzq"]
+    metadata["tokenizer.ggml.token_type"] += [1]
     assert ("zqzq" in read(tmp_path, metadata).tokenizer.encode("zqzq").tokens) == whole
 
 
 def test_names_template_and_every_eos_id_are_kept(tmp_path: Path) -> None:
     found = read(tmp_path, tokenizer_metadata())
     assert found.eos_token_ids() == [1, 3]
-    config = found.config()
-    assert (config["bos_token"], config["eos_token"], config["chat_template"]) == ("<s>", "</s>", TEMPLATE)
+    assert {"bos_token": "<s>", "eos_token": "</s>", "chat_template": TEMPLATE}.items() <= found.config().items()
 
 
 def test_a_qwen_file_without_a_rule_gets_qwens(tmp_path: Path) -> None:
@@ -97,20 +95,14 @@ def sentence_piece_metadata() -> dict[str, Any]:
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.train_from_iterator(CORPUS * 3, trainers.BpeTrainer(vocab_size=250, show_progress=False))
-    vocab = backend.get_vocab()
-    pieces = sorted(vocab, key=vocab.__getitem__)
-    age = {piece: -float(at) for at, piece in enumerate(pieces)}
-    pieces.sort()  # the order of ids tells nothing
-    special = ["<unk>", "<s>", "</s>"]
-    tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    age = backend.get_vocab()
+    pieces = sorted(age)  # the order of ids tells nothing
     return {
         "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.tokens": ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces],
         "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * len(pieces)],
-        "tokenizer.ggml.scores": [0.0] * 259 + [age[piece] for piece in pieces],
-        "tokenizer.ggml.unknown_token_id": 0,
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.scores": [0.0] * 259 + [-float(age[piece]) for piece in pieces],
+        **{f"tokenizer.ggml.{name}_token_id": i for i, name in enumerate(("unknown", "bos", "eos"))},
     }
 
 
@@ -131,12 +123,15 @@ def sentence_piece_ids(text: str, metadata: dict[str, Any]) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("text", ["a", "Numbers: 1 22 333", "the quick  brown fox", "Grüße 你好 😀 xyz", *CORPUS])
-def test_sentence_piece_vocabularies_give_sentence_pieces_ids(tmp_path: Path, text: str) -> None:
+def test_sentence_piece_vocabularies_give_sentence_pieces_ids(tmp_path: Path) -> None:
     metadata = sentence_piece_metadata()
     ours = read(tmp_path, metadata).tokenizer
-    assert ours.encode(text).ids == [1, *sentence_piece_ids(text, metadata)]
-    assert ours.decode(ours.encode(text).ids) == text
+    for text in ("a", "Numbers: 1 22 333", "the quick  brown fox", "Grüße 你好 😀 xyz", *CORPUS):
+        assert ours.encode(text).ids == [1, *sentence_piece_ids(text, metadata)]
+        assert ours.decode(ours.encode(text).ids) == text
+    bare = read(tmp_path, {**metadata, "tokenizer.ggml.add_space_prefix": False}).tokenizer
+    assert bare.decode(bare.encode(" a b").ids) == " a b"
+    assert "▁" not in bare.encode("a").tokens
 
 
 def test_the_piece_with_the_higher_score_wins_whatever_its_id(tmp_path: Path) -> None:
@@ -148,9 +143,3 @@ def test_the_piece_with_the_higher_score_wins_whatever_its_id(tmp_path: Path) ->
     }
     assert sentence_piece_ids("abc", metadata) == [9, 8]
     assert read(tmp_path, metadata).tokenizer.encode("abc").tokens == ["<s>", "▁a", "bc"]
-
-
-def test_the_space_in_front_can_be_off(tmp_path: Path) -> None:
-    ours = read(tmp_path, {**sentence_piece_metadata(), "tokenizer.ggml.add_space_prefix": False}).tokenizer
-    assert ours.decode(ours.encode(" a b").ids) == " a b"
-    assert "▁" not in ours.encode("a").tokens

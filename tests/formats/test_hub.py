@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import types
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import huggingface_hub
@@ -18,14 +18,14 @@ from minisgl.formats import hub
 from minisgl.formats.hub import bundled_model, locate_model, progress_bar
 
 
-@pytest.mark.parametrize("progress", [False, True])
-def test_a_gguf_file_becomes_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, progress: bool) -> None:
+def test_a_gguf_file_becomes_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINISGL_CACHE", str(tmp_path / "cache"))
     write_model(tmp_path / "model.gguf", "qwen2")
-    folder = locate_model(str(tmp_path / "model.gguf"), dtype="bfloat16", progress=progress)
-    assert read_spec(folder).checkpoint_dtype == "bfloat16"
-    assert list(folder.glob("*.safetensors"))
-    assert locate_model(str(folder)) == folder  # a folder is itself
+    for dtype, progress in (("bfloat16", False), ("float16", True)):
+        folder = locate_model(str(tmp_path / "model.gguf"), dtype=dtype, progress=progress)
+        assert read_spec(folder).checkpoint_dtype == dtype
+        assert list(folder.glob("*.safetensors"))
+        assert locate_model(str(folder)) == folder  # a folder is itself
 
 
 @pytest.mark.parametrize(
@@ -68,31 +68,19 @@ def test_a_missing_bundled_model_names_the_one_command(monkeypatch: pytest.Monke
             locate_model(model)
 
 
-class FakeHub:
-    """A hub's snapshot_download that keeps the patterns it was asked for, then returns a folder or raises."""
-
-    def __init__(self, result: Path | Exception) -> None:
-        self.result = result
-        self.patterns: list[str] = []
-
-    def __call__(self, model: str, *, allow_patterns: list[str], **_: Any) -> str:
-        assert model == "some/model"
-        self.patterns = allow_patterns
-        if isinstance(self.result, Exception):
-            raise self.result
-        return str(self.result)
-
-
 def test_a_hub_id_is_fetched_without_code_and_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fake := FakeHub(tmp_path))
+    fetch = Mock(return_value=str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     with pytest.raises(ModelError, match=r"holds no config\.json"):
         locate_model("some/model")
     (tmp_path / "config.json").write_text("{}")
     assert locate_model("some/model") == tmp_path
-    assert "*.safetensors" in fake.patterns
-    assert not [pattern for pattern in fake.patterns if pattern.endswith((".py", ".bin", ".pt", "*"))]
+    patterns = fetch.call_args.kwargs["allow_patterns"]
+    assert "*.safetensors" in patterns
+    assert not [pattern for pattern in patterns if pattern.endswith((".py", ".bin", ".pt", "*"))]
     assert locate_model("some/model", weights=False) == tmp_path
-    assert "*.safetensors" not in fake.patterns
+    assert "*.safetensors" not in fetch.call_args.kwargs["allow_patterns"]
+    assert {call.args for call in fetch.mock_calls} == {("some/model",)}
 
 
 RESPONSE: Any = httpx.Response(500, request=httpx.Request("GET", "https://example.org"))
@@ -108,10 +96,8 @@ RESPONSE: Any = httpx.Response(500, request=httpx.Request("GET", "https://exampl
         (httpx.ConnectError("no route"), "failed: no route"),
     ],
 )
-def test_each_trouble_with_the_hub_is_one_sentence(
-    monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
-) -> None:
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", FakeHub(error))
+def test_trouble_with_the_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch, error: Exception, words: str) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", Mock(side_effect=error))
     with pytest.raises(ModelError, match=words) as caught:
         locate_model("some/model")
     assert "some/model" in caught.value.message
@@ -122,15 +108,14 @@ def test_modelscope_is_asked_where_it_is_the_source(tmp_path: Path, monkeypatch:
     monkeypatch.setitem(sys.modules, "modelscope", None)
     with pytest.raises(ModelError, match="pip install modelscope"):
         locate_model("some/model", "modelscope")
-    module = types.ModuleType("modelscope")
-    monkeypatch.setattr(module, "snapshot_download", fake := FakeHub(tmp_path), raising=False)
-    monkeypatch.setitem(sys.modules, "modelscope", module)
+    fetch = Mock(return_value=str(tmp_path))
+    monkeypatch.setitem(sys.modules, "modelscope", Mock(snapshot_download=fetch))
     (tmp_path / "config.json").write_text("{}")
     assert locate_model("some/model", "modelscope") == tmp_path
-    assert "*.safetensors" in fake.patterns
+    assert "*.safetensors" in fetch.call_args.kwargs["allow_patterns"]
     with pytest.raises(ModelError, match="huggingface and modelscope are"):
         locate_model("some/model", "elsewhere")
-    fake.result = RuntimeError("down")
+    fetch.side_effect = RuntimeError("down")
     with pytest.raises(ModelError, match="ModelScope failed: down"):
         locate_model("some/model", "modelscope")
 

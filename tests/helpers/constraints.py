@@ -7,9 +7,6 @@ from numpy.typing import NDArray
 
 from minisgl.core.types import Grammar
 
-BREAKS = "breaks"  # a grammar's source: its constraint raises at the fourth mask
-REFUSES = "refuses"  # its constraint accepts no third token
-
 
 def cycle(width: int, length: int) -> Grammar:
     """An answer of `length` tokens, the i-th one of the `width` from 7 i on, and then the end."""
@@ -17,8 +14,10 @@ def cycle(width: int, length: int) -> Grammar:
 
 
 class Cycle:
+    """Of the grammar "breaks" it raises at the fourth mask, of "refuses" it accepts no third token."""
+
     def __init__(self, grammar: Grammar, vocab_size: int, eos: int) -> None:
-        self.fails = grammar.source if grammar.source in (BREAKS, REFUSES) else None
+        self.fails = grammar.source if grammar.source in ("breaks", "refuses") else None
         self.width, self.length = (5, 100) if self.fails else map(int, grammar.source.split(","))
         self.vocab_size = vocab_size
         self.eos = eos
@@ -31,7 +30,7 @@ class Cycle:
         return [self.eos] if self.said == self.length else []
 
     def fill(self, mask: NDArray[np.int32]) -> None:
-        if self.fails == BREAKS and self.said == 3:
+        if self.fails == "breaks" and self.said == 3:
             raise RuntimeError("no fourth mask")
         bits = np.zeros(32 * len(mask), np.uint8)
         bits[self.vocab_size :] = 1  # not to be looked at
@@ -39,6 +38,6 @@ class Cycle:
         mask[:] = np.packbits(bits, bitorder="little").view(np.int32)
 
     def accept(self, token: int) -> bool:
-        ok = token in self.allowed() and not (self.fails == REFUSES and self.said == 2)
+        ok = token in self.allowed() and not (self.fails == "refuses" and self.said == 2)
         self.said += 1
         return ok

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,8 @@ from numpy.typing import NDArray
 from helpers.tiny_tokenizers import byte_level_json
 from minisgl.formats.gguf import gguf_name
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "head_dim": 16,
-}
+ATTENTION = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128}
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, **ATTENTION}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
@@ -46,12 +40,6 @@ def random_model(kind: str, vocab_size: int, **extra: Any) -> Any:
     return model
 
 
-def interleave(rows: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """(head, half, pair) rows to (head, pair, half) as llama.cpp's converter leaves them."""
-    half = rows.shape[0] // heads // 2
-    return rows.reshape(heads, 2, half, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
-
-
 def gguf_tensors(model: Any, kind: str) -> dict[str, NDArray[np.float32]]:
     """The model's tensors under GGUF's names, in GGUF's order of rows, experts together."""
     tensors: dict[str, NDArray[np.float32]] = {}
@@ -69,8 +57,10 @@ def gguf_tensors(model: Any, kind: str) -> dict[str, NDArray[np.float32]]:
             continue
         module = name.split(".")[-2]
         if kind in ("llama", "mistral") and module in ("q_proj", "k_proj"):
-            heads = "num_attention_heads" if module == "q_proj" else "num_key_value_heads"
-            values = interleave(values, getattr(model.config, heads))
+            heads = getattr(model.config, "num_attention_heads" if module == "q_proj" else "num_key_value_heads")
+            # (head, half, pair) rows to (head, pair, half) as llama.cpp's converter leaves them.
+            rows = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
+            values = rows.swapaxes(1, 2).reshape(values.shape)
         tensors[gguf_name(name)] = np.ascontiguousarray(values)
     return tensors
 
@@ -78,24 +68,20 @@ def gguf_tensors(model: Any, kind: str) -> dict[str, NDArray[np.float32]]:
 def model_metadata(model: Any, kind: str) -> dict[str, Any]:
     config = model.config
     metadata: dict[str, Any] = {
-        f"{kind}.block_count": config.num_hidden_layers,
-        f"{kind}.context_length": config.max_position_embeddings,
-        f"{kind}.embedding_length": config.hidden_size,
-        f"{kind}.feed_forward_length": config.intermediate_size,
-        f"{kind}.attention.head_count": config.num_attention_heads,
-        f"{kind}.attention.head_count_kv": config.num_key_value_heads,
-        f"{kind}.attention.key_length": config.head_dim,
-        f"{kind}.attention.value_length": config.head_dim,
-        f"{kind}.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        f"{kind}.rope.freq_base": config.rope_parameters["rope_theta"],
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        **{f"attention.{name}_length": config.head_dim for name in ("key", "value")},
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.freq_base": config.rope_parameters["rope_theta"],
     }
     if kind == "qwen3moe":
-        metadata |= {
-            f"{kind}.expert_count": config.num_experts,
-            f"{kind}.expert_used_count": config.num_experts_per_tok,
-            f"{kind}.expert_feed_forward_length": config.moe_intermediate_size,
-        }
-    return metadata
+        metadata |= {"expert_count": config.num_experts, "expert_used_count": config.num_experts_per_tok}
+        metadata["expert_feed_forward_length"] = config.moe_intermediate_size
+    return {f"{kind}.{name}": value for name, value in metadata.items()}
 
 
 def tokenizer_metadata(pre: str | None = "gpt-2") -> dict[str, Any]:
@@ -118,20 +104,20 @@ def tokenizer_metadata(pre: str | None = "gpt-2") -> dict[str, Any]:
 
 
 def write_gguf(
-    path: Path,
-    kind: str,
-    metadata: dict[str, Any],
-    tensors: dict[str, NDArray[Any]],
-    formats: dict[str, gguf.GGMLQuantizationType] | None = None,
+    path: Path, kind: str, entries: Mapping[str, Any], formats: Mapping[str, gguf.GGMLQuantizationType] = {}
 ) -> Path:
-    """Write a GGUF file; a tensor named in `formats` is quantised, or taken as raw blocks when it is bytes."""
+    """Write a GGUF file: arrays as tensors, the others as metadata, None not at all.
+
+    A tensor named in `formats` is quantised, or taken as raw blocks when it is bytes.
+    """
     writer = gguf.GGUFWriter(path, kind)
-    for key, value in metadata.items():
-        writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
-    for name, tensor in tensors.items():
-        format = (formats or {}).get(name)
-        raw = tensor if format is None or tensor.dtype == np.uint8 else gguf.quants.quantize(tensor, format)
-        writer.add_tensor(name, raw, raw_dtype=format)
+    for name, value in entries.items():
+        if isinstance(value, np.ndarray):
+            format = formats.get(name)
+            raw = value if format is None or value.dtype == np.uint8 else gguf.quants.quantize(value, format)
+            writer.add_tensor(name, raw, raw_dtype=format)
+        elif value is not None:
+            writer.add_key_value(name, value, gguf.GGUFValueType.get_type(value))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -139,13 +125,13 @@ def write_gguf(
     return path
 
 
-def write_model(path: Path, kind: str, format: str = "F32", **extra: Any) -> Any:
-    """Write a random model with the small tokenizer, its matrices stored as `format`; returns the model.
+def write_model(path: Path, kind: str, format: str = "F32", changes: Mapping[str, Any] = {}, **config: Any) -> Any:
+    """Write a random model with the small tokenizer, its matrices stored as `format`, and `changes` to its entries.
 
-    The model returned holds the weights as they come out of the file.
+    Returns the model with the weights as they come out of the file.
     """
     tokenizer = tokenizer_metadata("qwen2" if kind.startswith("qwen") else "smollm")
-    model = random_model(kind, len(tokenizer["tokenizer.ggml.tokens"]), **extra)
+    model = random_model(kind, len(tokenizer["tokenizer.ggml.tokens"]), **config)
     quantization = gguf.GGMLQuantizationType[format]
     with torch.no_grad():
         for parameter in model.parameters():
@@ -154,5 +140,5 @@ def write_model(path: Path, kind: str, format: str = "F32", **extra: Any) -> Any
                 parameter.copy_(torch.from_numpy(np.array(gguf.dequantize(stored, quantization))))
     tensors = gguf_tensors(model, kind)
     formats = {name: quantization for name, tensor in tensors.items() if tensor.ndim > 1 and format != "F32"}
-    write_gguf(path, kind, {**model_metadata(model, kind), **tokenizer}, tensors, formats)
+    write_gguf(path, kind, {**model_metadata(model, kind), **tokenizer, **tensors, **changes}, formats)
     return model

@@ -1,12 +1,16 @@
-"""Vocabularies to follow grammars with, and texts sampled from them."""
+"""Grammars, vocabularies to follow them with, texts sampled from them, and what a JSON schema says of a text."""
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
+import jsonschema
 import numpy as np
 
 from helpers.tiny_tokenizers import write_tokenizer
@@ -16,6 +20,31 @@ from minisgl.text.grammar import MatcherConstraint, Vocabulary, compile_grammar
 EOS = (1, 3)
 QUOTE = re.compile(rb'(?<!\\)(?:\\\\)*"')  # a quotation mark that is not escaped
 PADDED = 421  # width of the logits; the tiny tokenizer has fewer tokens, and no multiple of 32
+TIME = r"([01]\d|2[0-3]):[0-5]\d:([0-5]\d|60)(\.\d+)?([zZ]|[+-]([01]\d|2[0-3]):[0-5]\d)"
+LABEL = "[a-zA-Z0-9]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?"
+FORMATS = {  # RFC 3339 and its appendix A, RFC 1123, RFC 3986 in outline
+    "time": TIME,
+    "date-time": rf"\d{{4}}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])[tT]{TIME}",
+    "duration": r"P(?=.)(\d+W|(\d+Y)?(\d+M)?(\d+D)?(T(?=\d)(\d+H)?(\d+M)?(\d+S)?)?)",
+    "hostname": rf"(?=.{{1,253}}$){LABEL}(\.{LABEL})*",
+    "uri": r"[a-zA-Z][a-zA-Z0-9+.-]*:[!-~]*",
+}
+
+
+def regex(source: str) -> Grammar:
+    return Grammar(kind="regex", source=source)
+
+
+def lark(source: str) -> Grammar:
+    return Grammar(kind="lark", source=source)
+
+
+def choice(*texts: str) -> Grammar:
+    return Grammar(kind="choice", source=json.dumps(texts))
+
+
+def json_schema(schema: Any) -> Grammar:
+    return Grammar(kind="json_schema", source=json.dumps(schema, default=float))
 
 
 def tiny_vocabulary(folder: Path, eos: tuple[int, ...] = EOS, vocab_size: int = PADDED) -> Vocabulary:
@@ -46,10 +75,9 @@ def follow(vocabulary: Vocabulary, grammar: Grammar, text: str | bytes) -> Match
 
 
 def matches(vocabulary: Vocabulary, grammar: Grammar, text: str) -> bool:
+    """Whether a text, as the tokenizer cuts it, is in a grammar's language."""
     constraint = compile_grammar(grammar, vocabulary)
-    pieces = token_bytes(vocabulary)
-    taken = all(constraint.accept(pieces.index(bytes([byte]))) for byte in text.encode())
-    return taken and constraint.may_end
+    return all(constraint.accept(token) for token in vocabulary.tokens.tokenize_str(text)) and constraint.may_end
 
 
 def sample_text(
@@ -79,3 +107,19 @@ def sample_text(
         assert constraint.accept(token)
         text += pieces[token]
     raise AssertionError(f"no end after {text!r}")
+
+
+def validate(text: str, schema: Any) -> None:
+    """By the draft that the schema names, or the newest; with decimals, so that multipleOf is exact.
+
+    jsonschema's own checks of formats where they are complete without further packages, plain patterns for the others.
+    """
+    checker = jsonschema.FormatChecker(("date", "ipv4", "ipv6", "uuid", "email"))
+    for name, pattern in FORMATS.items():
+
+        def check(value: object, pattern: str = pattern) -> bool:
+            return not isinstance(value, str) or re.fullmatch(pattern, value) is not None
+
+        checker.checks(name)(check)
+    draft = jsonschema.validators.validator_for(schema, default=jsonschema.Draft202012Validator)
+    draft(schema, format_checker=checker).validate(json.loads(text, parse_float=Decimal))

@@ -12,13 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 MINISGL = (sys.executable, "-m", "minisgl")
-BOUND = 10.0
-"""Seconds that a test waits for what is promised within two, on a machine that does other things beside the tests.
-
-What hangs takes longer: the server drains for 30 s, and clients here wait for as long."""
+BOUND = 10.0  # s that a test waits for what is promised within two; what hangs takes longer: the server drains for 30 s
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -30,10 +28,8 @@ def environment(**changes: str) -> dict[str, str]:
 @contextmanager
 def server(*flags: str, command: Sequence[str] = MINISGL) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """A server on a free port, and its URL, once it is ready."""
-    process = subprocess.Popen(
-        [*command, "--port", "0", "--num-pages", "256", *flags], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        text=True,
-    )  # fmt: skip
+    command = [*command, "--port", "0", "--num-pages", "256", *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout is not None
     try:
         for line in process.stdout:
@@ -53,28 +49,17 @@ def server(*flags: str, command: Sequence[str] = MINISGL) -> Iterator[tuple[subp
 
 
 def children(pid: int) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                stat = (entry / "stat").read_text()
-            except OSError:
-                continue
-            if int(stat.rpartition(")")[2].split()[1]) == pid:
-                found.append(int(entry.name))
-    return sorted(found)
+    return sorted(child.pid for child in psutil.Process(pid).children())
 
 
 def descendants(pid: int) -> list[int]:
-    """Processes that come from `pid`, at whatever remove."""
-    found = children(pid)
-    return found + [late for child in found for late in descendants(child)]
+    return [child.pid for child in psutil.Process(pid).children(recursive=True)]
 
 
 def alive(pid: int) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
         return False
 
 

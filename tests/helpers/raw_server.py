@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
+# From a request's path and body to the pieces of an answer, head included; the connection is closed behind them.
 Script = Callable[[str, dict[str, Any]], Sequence[bytes]]
-"""From a request's path and body to the pieces of an answer, head included; the connection is closed behind them."""
-
 HANG = b"hang"  # a piece that is not sent: the server waits instead, for as long as the client does
+DONE = b"data: [DONE]\n\n"
 
 
 def event(value: object) -> bytes:
@@ -26,9 +27,6 @@ def usage_event(prompt: int, completion: int, cached: int | None) -> bytes:
     details = None if cached is None else {"cached_tokens": cached}
     usage = {"prompt_tokens": prompt, "completion_tokens": completion, "prompt_tokens_details": details}
     return event({"choices": [], "usage": usage})
-
-
-DONE = b"data: [DONE]\n\n"
 
 
 def head(status: str = "200 OK", *fields: str) -> bytes:
@@ -54,10 +52,8 @@ async def raw_server(script: Script) -> AsyncIterator[str]:
         answering.add(task)
         with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             request = (await reader.readuntil(b"\r\n\r\n")).decode()
-            length = next(
-                (int(x.partition(":")[2]) for x in request.split("\r\n") if x.lower().startswith("content-length")), 0
-            )
-            body = json.loads(await reader.readexactly(length)) if length else {}
+            length = re.search(r"\r\ncontent-length: *(\d+)", request, re.IGNORECASE)
+            body = json.loads(await reader.readexactly(int(length[1]))) if length else {}
             for piece in script(request.split(" ")[1], body):
                 if piece == HANG:
                     await reader.read()

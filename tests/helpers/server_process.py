@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from subprocess import PIPE, Popen
 from typing import Any
 
 import httpx
@@ -35,21 +35,14 @@ except MinisglError as error:
 
 @contextmanager
 def server(
-    folder: Path,
-    temporary: Path,
-    mode: str = "",
-    environ: dict[str, str] | None = None,
-    template: str = CHAT_TEMPLATE,
-    **flags: Any,
-) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server that is ready, and its URL; `flags` are fields of Config."""
+    folder: Path, tmp: Path, mode: str = "", environ: Mapping[str, str] = {}, template: str = CHAT_TEMPLATE, **conf: Any
+) -> Iterator[tuple[Popen[str], str]]:
+    """A server that is ready, and its URL; `conf` are fields of Config."""
     write_tokenizer(folder, template=template)
-    temporary.mkdir()
-    changed = environment(STUB_MODE=mode, TMPDIR=str(temporary), **(environ or {}))
-    command = [sys.executable, "-c", MAIN, json.dumps({"model": str(folder), "port": 0, **flags}), *STUB]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=changed, cwd=folder
-    )
+    tmp.mkdir()
+    env = environment(STUB_MODE=mode, TMPDIR=str(tmp), **environ)
+    command = [sys.executable, "-c", MAIN, json.dumps({"model": str(folder), "port": 0, **conf}), *STUB]
+    process = Popen(command, stdout=PIPE, stderr=PIPE, text=True, env=env, cwd=folder)
     try:
         assert process.stdout is not None
         lines = [process.stdout.readline()]
@@ -67,17 +60,14 @@ def server(
 
 
 def ask_for(url: str, path: str, body: dict[str, Any]) -> tuple[int, Any]:
-    """The status of a short answer, and its choices or its error; of a chat's stream the text and how it ended.
-
-    How many tokens an event has depends on what else the machine does.
-    """
+    """The status of a short answer, and its choices or its error; of a chat's stream the text and how it ended."""
     answer = httpx.post(f"{url}/v1/{path}", json={"max_tokens": 4, **body}, timeout=30)
     if answer.headers["content-type"].startswith("text/event-stream"):
         choices = [json.loads(line[6:])["choices"][0] for line in answer.text.split("\n\n")[:-2]]
+        # How many tokens an event has depends on what else the machine does.
         text = "".join(choice["delta"].get("content", "") for choice in choices)
         return answer.status_code, (text, choices[-1]["finish_reason"])
-    value = answer.json()
-    return answer.status_code, value.get("choices", value.get("error"))
+    return answer.status_code, answer.json().get("choices", answer.json().get("error"))
 
 
 def ask(url: str, max_tokens: int, stream: bool = False) -> tuple[int, str]:
@@ -90,10 +80,8 @@ def ask(url: str, max_tokens: int, stream: bool = False) -> tuple[int, str]:
         answer = httpx.post(f"{url}/v1/completions", json=body, timeout=30)
     except httpx.TransportError:
         return 0, "closed"
-    if not stream or answer.status_code != 200:
-        value = answer.json()
-    else:
-        value = json.loads(answer.text.split("\n\n")[-3].removeprefix("data: "))
+    streamed = stream and answer.status_code == 200
+    value = json.loads(answer.text.split("\n\n")[-3].removeprefix("data: ")) if streamed else answer.json()
     return answer.status_code, value["error"]["code"] if "error" in value else value["choices"][0]["finish_reason"]
 
 

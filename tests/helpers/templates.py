@@ -11,11 +11,10 @@ QWEN = (
 )
 OPENING = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 QWEN_TOOLS = QWEN + OPENING  # calls as Hermes writes them, no reasoning
+# The model opens the block that it thinks in; the next template opens it itself.
 QWEN_THINKING = QWEN_TOOLS + "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
-"""The model opens the block that it thinks in."""
 DEEPSEEK = QWEN + "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}{# </think> #}"
-"""The template opens it."""
 LLAMA = QWEN_TOOLS.replace("<tool_call>", "<|python_tag|>").replace("</tool_call>", "")
 MISTRAL = QWEN_TOOLS.replace("<tool_call>", "[TOOL_CALLS]").replace("</tool_call>", "")
+# Takes tools, but says in no known way how they are called.
 NEITHER = "{% for t in tools or [] %}{{ t }}{% endfor %}{% for m in messages %}{{ m.content }}{% endfor %}"
-"""Takes tools, but says in no known way how they are called."""

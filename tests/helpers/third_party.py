@@ -26,30 +26,22 @@ class Clients:
     def run(
         self, program: str, *arguments: str, environ: Mapping[str, str] = {}, text: str = "", seconds: float = 240
     ) -> str:
-        """What a program prints; any exit status but 0 fails the test with the output."""
+        """What a program prints; any exit status but 0 fails the test with the output.
+
+        It has a home of its own, no proxy, and no hub to be asked.
+        """
         path = self.folder / "bin" / program
         command = [str(path) if path.exists() else program, *arguments]
-        pipes: Any = {"input": text, "capture_output": True, "text": True}
-        env = {**self.environment(), **environ}
-        done: subprocess.CompletedProcess[str]
-        done = subprocess.run(command, env=env, cwd=self.home, timeout=seconds, **pipes)
+        env = {"HOME": str(self.home), "PATH": os.environ["PATH"], "CLIENTS_NODE": str(self.folder / "node")}
+        env |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+        env |= {"OPENAI_API_KEY": "none", "NO_PROXY": "*", **environ}
+        done = subprocess.run(
+            command, env=env, cwd=self.home, timeout=seconds, input=text, capture_output=True, text=True, check=False
+        )
         print(done.stdout)
         if done.returncode:
             pytest.fail(f"{program} exits with {done.returncode}:\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}")
         return done.stdout
-
-    def environment(self) -> dict[str, str]:
-        """A home of its own, no proxy, and no hub to be asked."""
-        return {
-            "HOME": str(self.home),
-            "PATH": os.environ["PATH"],
-            "OPENAI_API_KEY": "none",
-            "HF_HUB_OFFLINE": "1",
-            "HF_DATASETS_OFFLINE": "1",
-            "LITELLM_LOCAL_MODEL_COST_MAP": "True",
-            "NO_PROXY": "*",
-            "CLIENTS_NODE": str(self.folder / "node"),
-        }
 
     def session(self, name: str, url: str) -> dict[str, Any]:
         """Run a session's script against a server; each line that it prints says which step it did and what it saw."""

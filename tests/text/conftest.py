@@ -1,4 +1,4 @@
-"""The vocabulary that masks are tested with."""
+"""The vocabulary that masks are tested with, and the bytes of each of its tokens."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from minisgl.text.grammar import Vocabulary
 
 @pytest.fixture(scope="module")
 def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
-    """A small one."""
     return tiny_vocabulary(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
 def pieces(vocabulary: Vocabulary) -> list[bytes]:
-    """The bytes of each token."""
     return token_bytes(vocabulary)

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
 from msgspec.structs import replace
 
-from helpers.grammars import EOS, PADDED, allowed, follow, sample_text, tiny_vocabulary, token_bytes
+from helpers.grammars import EOS, PADDED, allowed, choice, follow, matches, sample_text, tiny_vocabulary, token_bytes
 from helpers.tiny_tokenizers import write_tokenizer
 from minisgl.core.types import Calls, Grammar
 from minisgl.errors import InvalidRequestError
 from minisgl.text.grammar import Vocabulary, compile_grammar
 from minisgl.text.grammar_check import GrammarCompiler
 
-NUMBER = json.dumps(
-    {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
-)
-CALL = json.dumps(
-    {
-        "type": "object",
-        "properties": {"name": {"const": "f"}, "arguments": {"$ref": "#/$defs/arguments0"}},
-        "required": ["name", "arguments"],
-        "additionalProperties": False,
-        "$defs": {"arguments0": {"type": "object", "additionalProperties": {"type": "boolean"}}},
-    }
+
+def closed_object(properties: dict[str, Any], **more: Any) -> str:
+    required = {"required": [*properties], "additionalProperties": False}
+    return json.dumps({"type": "object", "properties": properties, **required, **more})
+
+
+NUMBER = closed_object({"n": {"type": "integer"}})
+BOOLEANS = {"type": "object", "additionalProperties": {"type": "boolean"}}
+CALL = closed_object(
+    {"name": {"const": "f"}, "arguments": {"$ref": "#/$defs/arguments0"}}, **{"$defs": {"arguments0": BOOLEANS}}
 )
 HERMES = Calls(schema=CALL, several=True, opening="<tool_call>", closing="</tool_call>")
 LLAMA = Calls(schema=CALL.replace("arguments", "parameters"), several=True, separator=";")
@@ -39,8 +40,6 @@ TEXTS = {
     "lark": ('start: "(" start ")" | /[0-9]/', "((7))"),
 }
 
-TOKENS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
-
 
 @pytest.fixture(scope="module", params=["letters", "tokens"])
 def vocabulary(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
@@ -50,21 +49,16 @@ def vocabulary(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         return tiny_vocabulary(folder)
     write_tokenizer(folder)
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    backend.add_tokens([tokenizers.AddedToken(text, special=False, normalized=False) for text in TOKENS])
+    tokens = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+    backend.add_tokens([tokenizers.AddedToken(text, special=False, normalized=False) for text in tokens])
     backend.save(str(folder / "tokenizer.json"))
     return Vocabulary(folder, PADDED, EOS)
 
 
-def matches(vocabulary: Vocabulary, grammar: Grammar, text: str) -> bool:
-    """Whether a text, as the tokenizer cuts it, is in a grammar's language."""
-    constraint = compile_grammar(grammar, vocabulary)
-    return all(constraint.accept(token) for token in vocabulary.tokens.tokenize_str(text)) and constraint.may_end
-
-
 @pytest.mark.parametrize("kind", TEXTS)
-def test_every_kind_may_follow_reasoning_or_be_calls(kind: str, vocabulary: Vocabulary) -> None:
+def test_every_kind_may_follow_reasoning_or_be_calls(kind: Any, vocabulary: Vocabulary) -> None:
     source, text = TEXTS[kind]
-    grammar = Grammar(kind=kind, source=source, reasoning="possible", calls=HERMES)  # type: ignore[arg-type]
+    grammar = Grammar(kind=kind, source=source, reasoning="possible", calls=HERMES)
     call = f"<tool_call>\n{ONE}\n</tool_call>"
     for said in (text, call, f"{call}\n<tool_call>{ONE}</tool_call>"):
         assert matches(vocabulary, grammar, said)
@@ -73,7 +67,7 @@ def test_every_kind_may_follow_reasoning_or_be_calls(kind: str, vocabulary: Voca
     assert not [said for said in refused if matches(vocabulary, grammar, said)]
 
 
-CHOICE, OBJECT = Grammar(kind="choice", source='["yes"]'), Grammar(kind="json_schema", source=NUMBER)
+CHOICE, OBJECT = choice("yes"), Grammar(kind="json_schema", source=NUMBER)
 LLAMA_CALL = ONE.replace("arguments", "parameters")
 HERMES_CALL = f"<tool_call>{ONE}</tool_call>"
 
@@ -96,7 +90,7 @@ def test_reasoning_and_calls_come_where_they_may(
     grammar: Grammar, good: list[str], bad: list[str], vocabulary: Vocabulary
 ) -> None:
     assert all(matches(vocabulary, grammar, said) for said in good)
-    assert not [said for said in bad if matches(vocabulary, grammar, said)]
+    assert not any(matches(vocabulary, grammar, said) for said in bad)
 
 
 def test_masks_show_both_ways(vocabulary: Vocabulary) -> None:
@@ -110,33 +104,29 @@ def test_masks_show_both_ways(vocabulary: Vocabulary) -> None:
     assert not thinking.may_end
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_sampled_texts_are_json_or_calls(seed: int, tmp_path: Path) -> None:
+def test_sampled_texts_are_json_or_calls(tmp_path: Path) -> None:
     vocabulary = tiny_vocabulary(tmp_path)
-    constraint = compile_grammar(replace(OBJECT, calls=HERMES), vocabulary)
-    text = sample_text(constraint, token_bytes(vocabulary), seed, free_tokens=8)
-    if text.startswith("{"):
-        assert isinstance(json.loads(text)["n"], int)
-    else:
-        first = text.removeprefix("<tool_call>").partition("</tool_call>")[0]
-        assert json.loads(first)["name"] == "f"
+    start = compile_grammar(replace(OBJECT, calls=HERMES), vocabulary)
+    for seed in range(8):
+        text = sample_text(start.copy(), token_bytes(vocabulary), seed, free_tokens=8)
+        if text.startswith("{"):
+            assert isinstance(json.loads(text)["n"], int)
+        else:
+            assert json.loads(text.removeprefix("<tool_call>").partition("</tool_call>")[0])["name"] == "f"
 
 
 @pytest.mark.parametrize(
     ("kind", "source", "schema", "param"),
     [("choice", '["yes"]', json.dumps({"type": "object", "not": {}}), "tools"), ("regex", "(", NUMBER, "guided_regex")],
 )
-def test_what_is_wrong_is_about_the_calls_or_the_text(
-    kind: str, source: str, schema: str, param: str, tmp_path: Path
+def test_an_error_is_about_the_calls_or_the_text(
+    kind: Any, source: str, schema: str, param: str, tmp_path: Path
 ) -> None:
     vocabulary = tiny_vocabulary(tmp_path)
-    compiler = GrammarCompiler(tmp_path, PADDED, EOS)
-    grammar = Grammar(kind=kind, source=source, calls=Calls(schema=schema, several=True))  # type: ignore[arg-type]
-    try:
+    grammar = Grammar(kind=kind, source=source, calls=Calls(schema=schema, several=True))
+    with closing(GrammarCompiler(tmp_path, PADDED, EOS)) as compiler:
         compiler.check(CHOICE)  # known as good: the same text with calls is not
         for refuse in (compiler.check, lambda grammar: compile_grammar(grammar, vocabulary)):
             with pytest.raises(InvalidRequestError) as refused:
                 refuse(grammar)
             assert refused.value.param == param
-    finally:
-        compiler.close()

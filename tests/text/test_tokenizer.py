@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import itertools
 import json
+import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +14,11 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from helpers.tiny_tokenizers import byte_fallback_json, byte_level_json, write_tokenizer
-from minisgl.core.types import SamplingParams
+from minisgl.core.types import FinishReason, SamplingParams, TokenEvent
 from minisgl.errors import InvalidRequestError, ModelError
 from minisgl.formats.hub import locate_model
 from minisgl.text.chat_template import cut_after
-from minisgl.text.tokenizer import Tokenizer, byte_of_character, make_byte_tokenizer
+from minisgl.text.tokenizer import TextStream, Tokenizer, byte_of_character, make_byte_tokenizer, shown_tokens
 
 # Templates in the manner of two families: what they use of the template language is what counts.
 QWEN_STYLE = """{{- bos_token }}
@@ -66,25 +69,25 @@ TALK: list[dict[str, Any]] = [
     {"role": "assistant", "content": "<think>hm</think>\n\nHi 😀"},
     {"role": "user", "content": "bye"},
 ]
-SYSTEM: list[dict[str, Any]] = [{"role": "system", "content": " Be brief. "}, *TALK]
+SYSTEM: dict[str, Any] = {"role": "system", "content": " Be brief. "}
 
 
 @pytest.mark.parametrize(
     ("template", "messages"),
-    [(QWEN_STYLE, TALK), (QWEN_STYLE, SYSTEM), (MISTRAL_STYLE, TALK)],
+    [(QWEN_STYLE, TALK), (QWEN_STYLE, [SYSTEM, *TALK]), (MISTRAL_STYLE, TALK)],
     ids=["qwen", "qwen system", "mistral"],
 )
-@pytest.mark.parametrize("prompt", [True, False])
 def test_conversations_render_and_encode_as_in_transformers(
-    tmp_path: Path, template: str, messages: list[dict[str, Any]], prompt: bool
+    tmp_path: Path, template: str, messages: list[dict[str, Any]]
 ) -> None:
     ours = Tokenizer.load(write_tokenizer(tmp_path, template=template, add_bos=True))
     theirs = AutoTokenizer.from_pretrained(tmp_path)
-    for kwargs in ({}, {"enable_thinking": False}, {"date_string": "1 Jan 2026"}):
-        expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt, **kwargs)
-        assert ours.render_chat(messages, add_generation_prompt=prompt, **kwargs) == expected
-        ids = theirs.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=False, **kwargs)
-        assert ours.encode_chat(messages, add_generation_prompt=prompt, **kwargs) == ids
+    options: tuple[dict[str, Any], ...] = ({}, {"enable_thinking": False}, {"date_string": "1 Jan 2026"})
+    for prompt, more in itertools.product((True, False), options):
+        kwargs = {"add_generation_prompt": prompt, **more}
+        expected = theirs.apply_chat_template(messages, tokenize=False, **kwargs)
+        assert ours.render_chat(messages, **kwargs) == expected
+        assert ours.encode_chat(messages, **kwargs) == theirs.apply_chat_template(messages, return_dict=False, **kwargs)
 
 
 def test_a_template_that_writes_bos_gets_no_second_one(tmp_path: Path) -> None:
@@ -96,92 +99,73 @@ def test_a_template_that_writes_bos_gets_no_second_one(tmp_path: Path) -> None:
     assert tokenizer.starts(ids, "ab")[:2] == [0, 0]  # the text does not show it
 
 
-def test_what_the_template_refuses_is_the_users_error(tmp_path: Path) -> None:
+def test_what_the_template_refuses_and_lone_surrogates_are_the_users_error(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(write_tokenizer(tmp_path, template=MISTRAL_STYLE))
-    with pytest.raises(InvalidRequestError, match="roles must alternate"):
-        tokenizer.render_chat(TALK[1:])
-    with pytest.raises(InvalidRequestError, match="chat template refuses"):
-        tokenizer.render_chat([{"role": "user", "content": 5}])
-    with pytest.raises(InvalidRequestError, match="bos_token cannot be set here"):
-        tokenizer.render_chat(TALK, bos_token="x")
+    refused: tuple[tuple[list[dict[str, Any]], dict[str, Any], str], ...] = (
+        (TALK[1:], {}, "roles must alternate"),
+        ([{"role": "user", "content": 5}], {}, "chat template refuses"),
+        (TALK, {"bos_token": "x"}, "bos_token cannot be set here"),
+        ([{"role": "user", "content": "\udc00"}], {}, "lone surrogate"),
+    )
+    for messages, kwargs, words in refused:
+        with pytest.raises(InvalidRequestError, match=words):
+            tokenizer.encode_chat(messages, **kwargs)
+    with pytest.raises(InvalidRequestError, match="lone surrogate at character 1"):
+        tokenizer.encode("a\ud800b")
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
+def test_a_hostile_template_stays_in_its_sandbox(tmp_path: Path) -> None:
+    for template in (
         "{{ messages.append(1) }}",
         "{{ ''.__class__.__mro__ }}",
         "{% set ns = namespace(__class__=1) %}",
         "{% set ns = namespace() %}{% set ns._x = 1 %}",
         "{{ dict.__base__.x }}",
         "{% for i in range(10000000) %}x{% endfor %}",
-    ],
-)
-def test_a_hostile_template_stays_in_its_sandbox(tmp_path: Path, template: str) -> None:
-    tokenizer = Tokenizer.load(write_tokenizer(tmp_path, template=template))
-    with pytest.raises(InvalidRequestError):
-        tokenizer.render_chat(TALK)
+    ):
+        tokenizer = Tokenizer.load(write_tokenizer(tmp_path, template=template))
+        with pytest.raises(InvalidRequestError):
+            tokenizer.render_chat(TALK)
 
 
-@pytest.mark.parametrize(
-    ("first", "last", "expected"),
-    [("hi", "so far", "[hi][so far"), ("so far", "so far", "[so far][so far"), ("hi", " one, one ", "[hi][one, one")],
-)
-def test_a_continued_conversation_ends_with_its_last_content(
-    tmp_path: Path, first: str, last: str, expected: str
-) -> None:
+def test_a_continued_conversation_ends_with_its_last_content(tmp_path: Path) -> None:
     template = "{% for m in messages %}[{{ m.content | trim }}]{% endfor %}"
     tokenizer = Tokenizer.load(write_tokenizer(tmp_path, template=template))
-    assert tokenizer.render_continued([{"content": first}, {"content": last}]) == expected
+    for contents, expected in (
+        (("hi", "so far"), "[hi][so far"),
+        (("so far", "so far"), "[so far][so far"),
+        (("hi", " one, one "), "[hi][one, one"),
+    ):
+        assert tokenizer.render_continued([{"content": content} for content in contents]) == expected
 
 
-def test_blanks_around_the_content_stay_where_the_template_shows_them() -> None:
+def test_a_continued_text_is_cut_behind_the_content_with_the_blanks_that_the_template_shows() -> None:
     assert cut_after("a: x\na: so far <end>", "so far ") == "a: x\na: so far "
     assert cut_after("a: so far<end>", " so far ") == "a: so far"
+    for content in ("", "  \n", "not shown"):
+        with pytest.raises(InvalidRequestError, match="no content that can be continued"):
+            cut_after("a: other<end>", content)
 
 
-@pytest.mark.parametrize("content", ["", "  \n", "not shown"])
-def test_what_is_not_shown_cannot_be_continued(content: str) -> None:
-    with pytest.raises(InvalidRequestError, match="no content that can be continued"):
-        cut_after("a: other<end>", content)
+def test_the_template_is_found_in_each_of_its_places_and_special_tokens_may_be_objects(tmp_path: Path) -> None:
+    named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "B{{ messages[0].content }}"}]
+    own, eos = "C{{ messages[0].content }}{{ eos_token }}", {"content": "<|im_end|>", "lstrip": False}
+    inline = write_tokenizer(tmp_path / "inline", chat_template="A{{ messages[0].content }}")
+    several = write_tokenizer(tmp_path / "several", chat_template=named)
+    both = write_tokenizer(tmp_path / "both", template=own, chat_template="A", eos_token=eos)
+    rendered = [Tokenizer.load(folder).render_chat([{"content": "x"}]) for folder in (inline, several, both)]
+    assert rendered == ["Ax", "Bx", "Cx<|im_end|>"]
 
 
-def test_a_model_without_template_completes_but_does_not_chat(tmp_path: Path) -> None:
-    tokenizer = Tokenizer.load(write_tokenizer(tmp_path))
+def test_a_model_without_template_completes_but_does_not_chat_and_truncation_is_not_applied(tmp_path: Path) -> None:
+    text = json.loads(byte_level_json())
+    text["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    (write_tokenizer(tmp_path) / "tokenizer.json").write_text(json.dumps(text))
+    tokenizer = Tokenizer.load(tmp_path)
     assert not tokenizer.has_chat_template
     with pytest.raises(InvalidRequestError, match="no chat template"):
         tokenizer.encode_chat(TALK)
-    assert tokenizer.decode(tokenizer.encode("some text")) == "some text"
-
-
-def test_the_template_is_found_in_each_of_its_places(tmp_path: Path) -> None:
-    inline = write_tokenizer(tmp_path / "inline", chat_template="A{{ messages[0].content }}")
-    named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "B{{ messages[0].content }}"}]
-    several = write_tokenizer(tmp_path / "several", chat_template=named)
-    own = write_tokenizer(tmp_path / "own", template="C{{ messages[0].content }}", chat_template="A")
-    message = [{"role": "user", "content": "x"}]
-    assert [Tokenizer.load(folder).render_chat(message) for folder in (inline, several, own)] == ["Ax", "Bx", "Cx"]
-
-
-def test_special_tokens_may_be_objects(tmp_path: Path) -> None:
-    folder = write_tokenizer(tmp_path, template="{{ eos_token }}", eos_token={"content": "<|im_end|>", "lstrip": False})
-    assert Tokenizer.load(folder).render_chat(TALK) == "<|im_end|>"
-
-
-def test_lone_surrogates_are_refused(tmp_path: Path) -> None:
-    tokenizer = Tokenizer.load(write_tokenizer(tmp_path, template="{{ messages[0].content }}"))
-    with pytest.raises(InvalidRequestError, match="lone surrogate at character 1"):
-        tokenizer.encode("a\ud800b")
-    with pytest.raises(InvalidRequestError, match="lone surrogate"):
-        tokenizer.encode_chat([{"role": "user", "content": "\udc00"}])
-
-
-def test_truncation_written_in_the_file_is_not_applied(tmp_path: Path) -> None:
-    folder = write_tokenizer(tmp_path)
-    text = json.loads(byte_level_json())
-    text["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
-    (folder / "tokenizer.json").write_text(json.dumps(text))
-    assert len(Tokenizer.load(folder).encode("a b c d e f g h i")) > 4
+    assert tokenizer.decode(tokenizer.encode("a b c d e f g h i")) == "a b c d e f g h i"
 
 
 def test_a_folder_without_or_with_a_broken_tokenizer_is_named(tmp_path: Path) -> None:
@@ -209,16 +193,138 @@ def test_without_tokenizer_json_the_folder_is_converted(tmp_path: Path) -> None:
     assert tokenizer.vocab_size >= len(model["vocab"])
 
 
+TEXTS = ("Hello, 世界! 😀👩‍👩‍👧 naïve  café", " leading and trailing ", "a\n\n\tb", "🏳️‍🌈" * 3, "��", "")
+
+
+BYTE_LEVEL, BYTE_FALLBACK = (
+    Tokenizer(tokenizers.Tokenizer.from_str(text), tokens={}) for text in (byte_level_json(), byte_fallback_json())
+)
+LETTERS = {letter: BYTE_LEVEL.encode(letter)[0] for letter in "abxSTOP"}
+FALLBACK = {token: BYTE_FALLBACK.backend.get_vocab()[token] for token in ("a", "h", "▁b", "▁he")} | {
+    byte: 3 + byte for byte in (0x61, 0x62, 0xC3, 0xA9, 0xBD, 0xE4, 0xFF)
+}
+
+
+def collect(stream: TextStream, ids: Sequence[int], cuts: Sequence[int] = ()) -> str:
+    """Push `ids` in pieces that end at `cuts`, and finish."""
+    bounds = [0, *sorted(cut for cut in cuts if cut < len(ids)), len(ids)]
+    text = "".join(stream.push(ids[start:end]) for start, end in itertools.pairwise(bounds)) + stream.finish()
+    assert stream.text == text
+    return text
+
+
+@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, BYTE_FALLBACK], ids=["byte level", "byte fallback"])
+@pytest.mark.parametrize("text", TEXTS)
+def test_encoded_text_comes_back_whole(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert collect(tokenizer.stream(SamplingParams()), ids) == tokenizer.decode(ids) == text
+
+
+@given(st.lists(st.integers(0, 420), max_size=60), st.lists(st.integers(0, 60), max_size=5), st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_pieces_join_to_what_decode_says_for_any_ids(ids: list[int], cuts: list[int], skip: bool) -> None:
+    stream = BYTE_LEVEL.stream(SamplingParams(skip_special_tokens=skip))
+    assert collect(stream, ids, cuts) == BYTE_LEVEL.decode(ids, skip)
+    assert stream.num_tokens == len(ids)
+
+
+@given(st.lists(st.integers(0, 280), max_size=40) | st.text("ab he.世😀é", max_size=40).map(BYTE_FALLBACK.encode))
+@settings(max_examples=400, deadline=None)
+def test_byte_fallback_pieces_join_to_what_decode_says_behind_broken_byte_runs(ids: list[int]) -> None:
+    """A run of byte tokens that turns out invalid changes text that was shown already; what follows still comes."""
+    text, decoded = collect(BYTE_FALLBACK.stream(SamplingParams()), ids), BYTE_FALLBACK.decode(ids)
+    assert len(text) == len(decoded)
+    assert text.rpartition("\ufffd")[2] == decoded.rpartition("\ufffd")[2]
+    assert "\ufffd" in decoded or text == decoded
+
+
+@pytest.mark.parametrize(
+    ("tokens", "pieces"),
+    [
+        ([0xE4, 0xBD, "a", "▁b"], ["", "", "\ufffd\ufffda", " b", ""]),
+        (["a", 0x61, 0xFF, "▁b", "▁he", "h"], ["a", "a", "", "\ufffd b", " he", "h", ""]),
+        (["a", 0x61, 0x62, 0xFF, 0x61, "▁b", 0xC3, 0xA9], ["a", "a", "b", "", "", "\ufffd\ufffd b", "", "é", ""]),
+        (["a", 0x61, 0xFF], ["a", "a", "", "\ufffd"]),
+    ],
+)
+def test_a_broken_byte_run_comes_once_and_the_next_tokens_whole(tokens: list[str | int], pieces: list[str]) -> None:
+    stream = BYTE_FALLBACK.stream(SamplingParams())
+    assert [*(stream.push([FALLBACK[token]]) for token in tokens), stream.finish()] == pieces
+
+
 def test_the_bundled_tokenizer_streams_what_it_decodes() -> None:
     tokenizer = Tokenizer.load(locate_model(None))
     ids = tokenizer.encode("Größe 123 世界 😀👩‍👩‍👧  two  spaces\n\tdef f(): pass")
-    stream = tokenizer.stream(SamplingParams())
-    assert "".join(stream.push([token]) for token in ids) + stream.finish() == tokenizer.decode(ids)
+    assert collect(tokenizer.stream(SamplingParams()), ids, range(len(ids))) == tokenizer.decode(ids)
     assert "user" in tokenizer.render_chat([{"role": "user", "content": "hi"}])
 
 
-BYTE_LEVEL = Tokenizer(tokenizers.Tokenizer.from_str(byte_level_json()), tokens={})
-BYTE_FALLBACK = Tokenizer(tokenizers.Tokenizer.from_str(byte_fallback_json()), tokens={})
+def test_half_a_character_is_held_back_and_at_the_end_a_replacement() -> None:
+    ids = BYTE_LEVEL.encode("🧮")
+    stream = BYTE_LEVEL.stream(SamplingParams())
+    assert [stream.push([token]) for token in ids] == ["", "", "🧮"]
+    assert stream.push(ids[:-1]) == ""
+    assert "\ufffd" in stream.finish()
+
+
+def test_special_tokens_are_shown_only_when_asked_for() -> None:
+    ids = BYTE_LEVEL.encode(text := "<|im_start|>hi<|im_end|>")
+    assert collect(BYTE_LEVEL.stream(SamplingParams()), ids) == "hi"
+    assert collect(BYTE_LEVEL.stream(SamplingParams(), keep=["<|im_end|>"]), ids) == "hi<|im_end|>"
+    assert collect(BYTE_LEVEL.stream(SamplingParams(skip_special_tokens=False)), ids) == text
+
+
+def cut_at_first_completed(text: str, stops: Sequence[str]) -> str:
+    """The plain twin: scan the text character by character."""
+    for end in range(len(text) + 1):
+        starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
+        if starts:
+            return text[: min(starts)]
+    return text
+
+
+ALPHABET = "ab世😀 "
+
+
+@given(
+    st.text(alphabet=ALPHABET, max_size=40),
+    st.lists(st.text(alphabet=ALPHABET, min_size=1, max_size=5), min_size=1, max_size=4),
+    st.lists(st.integers(0, 60), max_size=6),
+)
+@settings(max_examples=400, deadline=None)
+def test_stop_strings_cut_the_same_whatever_the_token_split(text: str, stops: list[str], cuts: list[int]) -> None:
+    expected = cut_at_first_completed(text, stops)
+    for ids in (BYTE_LEVEL.encode(text), [t for character in text for t in BYTE_LEVEL.encode(character)]):
+        stream = BYTE_LEVEL.stream(SamplingParams(stop=tuple(stops)))
+        assert collect(stream, ids, cuts) == expected
+        assert stream.stopped == (expected != text)
+
+
+@pytest.mark.parametrize(
+    ("text", "params", "pieces", "end"),
+    [
+        ("aSTOPb", SamplingParams(stop=("STOP",)), ["a", "", "", "", "", ""], ("", "STOP", 5)),
+        ("STOaST", SamplingParams(stop=("STOP",)), ["", "", "", "STOa", "", ""], ("ST", None, 6)),
+        ("abxabx", SamplingParams(stop=("ab",), min_tokens=3), ["", "ab", "x", "", "", ""], ("", "ab", 5)),
+    ],
+    ids=["held back, then cut", "shown where it does not come", "does not act before min_tokens"],
+)
+def test_a_stop_string_over_several_tokens(text: str, params: SamplingParams, pieces: list[str], end: Any) -> None:
+    stream = BYTE_LEVEL.stream(params)
+    assert [stream.push([LETTERS[letter]]) for letter in text] == pieces
+    assert (stream.finish(), stream.matched, stream.num_tokens) == end
+
+
+def test_the_stop_token_is_no_part_of_the_text() -> None:
+    shown = {end: shown_tokens(TokenEvent(id="a", tokens=(5, 6), finish=end)) for end in (*FinishReason, None)}
+    assert [end for end, tokens in shown.items() if tokens != (5, 6)] == [FinishReason.STOP]
+    assert shown[FinishReason.STOP] == (5,)
+
+
+def test_long_streams_take_linear_time() -> None:
+    assert collect(BYTE_LEVEL.stream(SamplingParams()), [1] * 200_000) == ""  # hidden tokens
+    ids = random.Random(0).choices(range(400), k=3000)
+    assert collect(BYTE_LEVEL.stream(SamplingParams()), ids, range(0, 3000, 7)) == BYTE_LEVEL.decode(ids)
 
 
 def joined(tokenizer: Tokenizer, text: str) -> str:
