@@ -1,7 +1,4 @@
-"""Microseconds of attention per layer for each backend, on this machine's GPU.
-
-    minisgl bench attention                   decode: backend x batch x mean context x page size, inside a graph
-    minisgl bench attention --prefill         prefill of some shapes, eager
+"""Microseconds of decode attention per layer on this machine's GPU: backend x batch x mean context x page size.
 
 bf16, lengths uniform in half to one and a half times the mean context. A graph holds as many layers as it takes to read
 more than the GPU's L2 keeps.
@@ -10,7 +7,6 @@ more than the GPU's L2 keeps.
 import argparse
 import itertools
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,18 +18,11 @@ from minisgl.core.kv_cache import KVCache
 from minisgl.errors import ConfigError
 from minisgl.gpu.attention.interface import GraphBackend
 from minisgl.gpu.attention.select import Shape, available_backends, make_attention
-from minisgl_bench.gpu_timing import CUDA, DTYPE, HEAD_DIM, FigureTable, graph_us, median_us, noise
+from minisgl_bench.gpu_timing import CUDA, DTYPE, HEAD_DIM, FigureTable, graph_us, noise
 
 BEYOND_L2 = 400 * 10**6
 LONGEST = 8192
 Backends = dict[str, tuple[Attention, int]]  # attention and page size by `backend pN`, for those that work here
-# Rows as (new tokens, tokens in all).
-PREFILLS = {
-    "1x8192": [(8192, 8192)],
-    "8x1024": [(1024, 1024)] * 8,
-    "16x512": [(512, 512)] * 16,
-    "1x2048+30k": [(2048, 32768)],
-}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -44,16 +33,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32, 64, 128, 256])
     parser.add_argument("--context", nargs="+", type=int, default=[600, 900, 1600, 4096])
     parser.add_argument("--page", nargs="+", type=int, default=[16, 64])
-    parser.add_argument("--prefill", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     table = FigureTable()
     print({name: reason or "ok" for name, reason in available_backends(CUDA).items()})
-    backends = make_backends(options)
-    if options.prefill:
-        time_prefills(table, options, backends)
-    else:
-        time_decodes(table, options, backends)
+    time_decodes(table, options, make_backends(options))
     table.write(options.json)
     return 0
 
@@ -85,7 +69,7 @@ def time_decodes(table: FigureTable, options: argparse.Namespace, backends: Back
 def time_decode(backend: GraphBackend, options: argparse.Namespace, lens: Int32, layers: int, page: int) -> float:
     """Microseconds a layer."""
     max_pages = -(-LONGEST // page)
-    rows, used = batch_of(lens, np.ones_like(lens), page, max_pages)
+    rows, used = batch_of(lens, page, max_pages)
     kv = random_kv(layers, used + 1, page, options.kv_heads)
     q = noise(len(lens), options.heads, HEAD_DIM)
     assert rows.kv_lens_device is not None
@@ -99,21 +83,7 @@ def time_decode(backend: GraphBackend, options: argparse.Namespace, lens: Int32,
     return graph_us(step, calls=1, replays=15) / layers
 
 
-def time_prefills(table: FigureTable, options: argparse.Namespace, backends: Backends) -> None:
-    for (label, chunks), (name, (attention, page)) in itertools.product(PREFILLS.items(), backends.items()):
-        if name.startswith("trtllm"):
-            continue  # it is FlashInfer's prefill
-        query_lens, lens = (np.array(part, np.int32) for part in zip(*chunks, strict=True))
-        tokens = int(query_lens.sum())
-        rows, used = batch_of(lens, query_lens, page, -(-int(lens.max()) // page))
-        planned = attention.prefill.plan_prefill(rows, random_kv(1, used + 1, page, options.kv_heads))
-        us = median_us(partial(planned.run, noise(tokens, options.heads, HEAD_DIM), 0, 0), 7)
-        pairs = sum(n * (total - n) + n * (n + 1) / 2 for n, total in chunks)
-        moved = float(lens.sum()) * 2 * options.kv_heads * HEAD_DIM * 2
-        table.add(name, label, tokens, us, moved, 4 * pairs * options.heads * HEAD_DIM)
-
-
-def batch_of(lens: Int32, query_lens: Int32, page_size: int, max_pages: int) -> tuple[SequenceBatch, int]:
+def batch_of(lens: Int32, page_size: int, max_pages: int) -> tuple[SequenceBatch, int]:
     counts = -(-lens // page_size)
     used = int(counts.sum())
     order = np.random.default_rng(0).permutation(used).astype(np.int32)
@@ -124,14 +94,14 @@ def batch_of(lens: Int32, query_lens: Int32, page_size: int, max_pages: int) -> 
     return SequenceBatch(
         page_table=torch.from_numpy(pages).to(CUDA),
         slots=slots,
-        query_lens=query_lens,
+        query_lens=np.ones_like(lens),
         kv_lens=lens,
         slots_device=torch.from_numpy(slots.astype(np.int64)).to(CUDA),
-        cu_query_lens=torch.from_numpy(np.concatenate([[0], np.cumsum(query_lens)]).astype(np.int32)).to(CUDA),
+        cu_query_lens=torch.arange(len(lens) + 1, dtype=torch.int32, device=CUDA),
         kv_lens_device=torch.from_numpy(lens).to(CUDA),
     ), used
 
 
 def random_kv(layers: int, pages: int, page_size: int, kv_heads: int) -> KVCache:
-    k = torch.empty((layers, pages, page_size, kv_heads, HEAD_DIM), dtype=DTYPE, device=CUDA).normal_()
-    return KVCache(k, torch.empty_like(k).normal_())
+    k, v = (noise(layers, pages, page_size, kv_heads, HEAD_DIM) for _ in range(2))
+    return KVCache(k, v)

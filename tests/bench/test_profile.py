@@ -95,7 +95,6 @@ def test_a_traced_run_is_split_as_the_whole_run_is() -> None:
     assert result["seconds"]["gaps"] == pytest.approx(0.0, abs=len(steps) * IDLE * 0.1)
     assert tuple(result["seconds"]) == profiler.PARTS
     assert result["between_ms"] == pytest.approx(1e3 * IDLE)
-    assert result["kernels"]["gemm"] == pytest.approx(len(steps) * KERNEL)
     assert 0 < result["traced_steps"] < len(steps)
 
 
