@@ -293,10 +293,8 @@ def ablation_table(title: str, measured: Sequence[Measurement]) -> Table:
 
 
 def run(config: Config, options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    report, gpu = (
-        Report("ablation", arguments, engine_path(config, options.json, "ablation"), width=150),
-        on_gpu(config),
-    )
+    report = Report("ablation", arguments, engine_path(config, options.json, "ablation"), width=150)
+    gpu = on_gpu(config)
     scenarios = GPU_SCENARIOS if gpu else CPU_SCENARIOS
     runner = AblationRunner(config, scenarios, options.repeats)
     found = available_backends(runner.device)

@@ -7,18 +7,17 @@ more than the GPU's L2 keeps.
 import argparse
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from minisgl.cli import Parser
-from minisgl.core.attention import Attention, Int32, SequenceBatch
+from minisgl.core.attention import Attention, Int32
 from minisgl.core.kv_cache import KVCache
 from minisgl.errors import ConfigError
 from minisgl.gpu.attention.interface import GraphBackend
 from minisgl.gpu.attention.select import Shape, available_backends, make_attention
-from minisgl_bench.gpu_timing import CUDA, DTYPE, HEAD_DIM, FigureTable, graph_us, noise
+from minisgl_bench.gpu_timing import CUDA, DTYPE, HEAD_DIM, graph_us, noise, print_figure, print_heading
 
 BEYOND_L2 = 400 * 10**6
 LONGEST = 8192
@@ -33,29 +32,25 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32, 64, 128, 256])
     parser.add_argument("--context", nargs="+", type=int, default=[600, 900, 1600, 4096])
     parser.add_argument("--page", nargs="+", type=int, default=[16, 64])
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
-    table = FigureTable()
+    print_heading()
     print({name: reason or "ok" for name, reason in available_backends(CUDA).items()})
-    time_decodes(table, options, make_backends(options))
-    table.write(options.json)
+    time_decodes(options, make_backends(options))
     return 0
 
 
 def make_backends(options: argparse.Namespace) -> Backends:
     found: Backends = {}
     for page, name in itertools.product(options.page, options.backend):
-        shape = Shape(
-            num_heads=options.heads, num_kv_heads=options.kv_heads, head_dim=HEAD_DIM, dtype=DTYPE, page_size=page
-        )
+        sizes = {"num_heads": options.heads, "num_kv_heads": options.kv_heads, "head_dim": HEAD_DIM}
         try:
-            found[f"{name} p{page}"] = make_attention(name, shape, CUDA)[0], page
+            found[f"{name} p{page}"] = make_attention(name, Shape(**sizes, dtype=DTYPE, page_size=page), CUDA)[0], page
         except ConfigError as error:
             print(f"{name} p{page}: {error}")
     return found
 
 
-def time_decodes(table: FigureTable, options: argparse.Namespace, backends: Backends) -> None:
+def time_decodes(options: argparse.Namespace, backends: Backends) -> None:
     for batch, context in itertools.product(options.batch, options.context):
         lens = np.random.default_rng(1).integers(context // 2, context * 3 // 2 + 1, batch).astype(np.int32)
         volume = float(lens.sum()) * 2 * options.kv_heads * HEAD_DIM * 2  # bytes of keys and values a layer
@@ -63,17 +58,16 @@ def time_decodes(table: FigureTable, options: argparse.Namespace, backends: Back
         for name, (attention, page) in backends.items():
             if isinstance(attention.decode, GraphBackend):
                 us = time_decode(attention.decode, options, lens, layers, page)
-                table.add(name, f"{batch} x {context}", batch, us, volume)
+                print_figure(name, f"{batch} x {context}", batch, us, volume)
 
 
 def time_decode(backend: GraphBackend, options: argparse.Namespace, lens: Int32, layers: int, page: int) -> float:
     """Microseconds a layer."""
     max_pages = -(-LONGEST // page)
-    rows, used = batch_of(lens, page, max_pages)
-    kv = random_kv(layers, used + 1, page, options.kv_heads)
+    pages, used = page_table(lens, page, max_pages)
+    k, v = (noise(layers, used + 1, page, options.kv_heads, HEAD_DIM) for _ in range(2))
     q = noise(len(lens), options.heads, HEAD_DIM)
-    assert rows.kv_lens_device is not None
-    graph = backend.graph_decode(rows.page_table, rows.kv_lens_device, kv, max_pages * page)
+    graph = backend.graph_decode(pages, torch.from_numpy(lens).to(CUDA), KVCache(k, v), max_pages * page)
     graph.prepare(lens)
 
     def step() -> None:
@@ -83,25 +77,12 @@ def time_decode(backend: GraphBackend, options: argparse.Namespace, lens: Int32,
     return graph_us(step, calls=1, replays=15) / layers
 
 
-def batch_of(lens: Int32, page_size: int, max_pages: int) -> tuple[SequenceBatch, int]:
+def page_table(lens: Int32, page_size: int, max_pages: int) -> tuple[torch.Tensor, int]:
+    """Pages of these sequences in random order, int32 (rows, max_pages), and their number; unused entries name it."""
     counts = -(-lens // page_size)
     used = int(counts.sum())
     order = np.random.default_rng(0).permutation(used).astype(np.int32)
     pages = np.full((len(lens), max_pages), used, np.int32)
     for row, (end, count) in enumerate(zip(np.cumsum(counts), counts, strict=True)):
         pages[row, :count] = order[end - count : end]
-    slots = np.arange(len(lens), dtype=np.int32)
-    return SequenceBatch(
-        page_table=torch.from_numpy(pages).to(CUDA),
-        slots=slots,
-        query_lens=np.ones_like(lens),
-        kv_lens=lens,
-        slots_device=torch.from_numpy(slots.astype(np.int64)).to(CUDA),
-        cu_query_lens=torch.arange(len(lens) + 1, dtype=torch.int32, device=CUDA),
-        kv_lens_device=torch.from_numpy(lens).to(CUDA),
-    ), used
-
-
-def random_kv(layers: int, pages: int, page_size: int, kv_heads: int) -> KVCache:
-    k, v = (noise(layers, pages, page_size, kv_heads, HEAD_DIM) for _ in range(2))
-    return KVCache(k, v)
+    return torch.from_numpy(pages).to(CUDA), used

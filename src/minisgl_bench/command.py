@@ -50,18 +50,12 @@ def number(text: str, words: str = "above 0") -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not a number {words}")
 
 
+natural = partial(count, least=0)
 not_negative = partial(number, words="of at least 0")
 
 
 def several(text: str, convert: Callable[[str], Any]) -> tuple[Any, ...]:
     return tuple(map(convert, text.split(",")))
-
-
-def seeds(text: str) -> tuple[int, ...]:
-    try:
-        return several(text, int)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers") from None
 
 
 def burstiness(text: str) -> float:
@@ -125,7 +119,7 @@ FLAGS: Final[dict[str, tuple[tuple[str, Any, Any, str | None, str], ...]]] = {
         ("rate", (), partial(several, convert=number), "X,Y", "requests (with --chats: conversations) per second"),
         ("burstiness", 1.0, burstiness, "X", "of --rate: 1 Poisson (default), less bursts, inf evenly spaced"),
         ("concurrency", (), partial(several, convert=count), "N,M", "so many at once, the next when one ends"),
-        ("seeds", (0,), seeds, "N,M", "of lengths, times and tokens; each is run (default: 0)"),
+        ("seeds", (0,), partial(several, convert=natural), "N,M", "of lengths, times and tokens; each is run (default: 0)"),
     ),
     "what is sent": (
         ("requests", None, count, "N", "requests (default: 1000 of a trace, else 256; 16 for --serve on a CPU)"),
@@ -144,7 +138,7 @@ FLAGS: Final[dict[str, tuple[tuple[str, Any, Any, str | None, str], ...]]] = {
         ("salt", None, int, "N", "of the tokens beside the seed (default: random, so that no server has them cached)"),
         ("temperature", 0.6, not_negative, "X", "of the sampling (default: 0.6)"),
         ("no-ignore-eos", False, None, None, "for servers that do not know ignore_eos"),
-        ("warmup", 32, partial(count, least=0), "N", "requests with short answers before the first run (default: 32)"),
+        ("warmup", 32, natural, "N", "requests with short answers before the first run (default: 32)"),
     ),
     "to whom": (
         ("url", "http://127.0.0.1:1919", str, "URL", "the server (default: http://127.0.0.1:1919)"),
@@ -270,11 +264,8 @@ def debugging() -> bool:
 
 def main(arguments: Sequence[str]) -> int:
     parser = Parser(prog="minisgl bench", description="Measure, and print the command that measures it again.")
-    text = (
-        "offline: a batch of requests through the offline API; online: requests to a server at the times of a trace, "
-    )
-    text += "or others; ablation: each setting against the default; compare: the batch through another engine too; the "
-    text += "others: parts of the engine and the server alone"
+    text = "offline: a batch through the offline API; online: requests to a server at the times of a trace, or others; "
+    text += "ablation: each setting against the default; compare: another engine too; the others: parts alone"
     parser.add_argument("name", choices=("online", *ENGINE, *PARTS), help=text)
     name, rest = parser.parse_args(arguments[:1]).name, arguments[1:]
     if name == "online":

@@ -1,11 +1,9 @@
-"""What the benchmarks of single kernels share: noise, shapes, times inside a CUDA graph, and a table of figures."""
+"""What the benchmarks of single kernels share: noise, shapes, times inside a CUDA graph, lines of figures."""
 
 import itertools
-import json
 import statistics
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -64,22 +62,15 @@ def graph_us(run: Callable[[], object], calls: int = 20, replays: int = 30) -> f
     return median_us(graph.replay, replays) / calls
 
 
-class FigureTable:
-    """Microseconds on this machine's GPU, and the bytes and flops they are worth: printed as they come."""
+def print_heading() -> None:
+    """Print what stands above the lines of `print_figure`. Raises ConfigError without a GPU."""
+    if not torch.cuda.is_available():
+        raise ConfigError("this benchmark needs a GPU")
+    torch.manual_seed(0)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {DTYPE}")
+    print(f"{'kernel':<22} {'shape':<21} {'tokens':>7} {'µs':>9} {'GB/s':>6} {'TF/s':>5}")
 
-    def __init__(self) -> None:
-        if not torch.cuda.is_available():
-            raise ConfigError("this benchmark needs a GPU")
-        torch.manual_seed(0)
-        self.rows: list[dict[str, Any]] = []
-        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {DTYPE}")
-        print(f"{'kernel':<22} {'shape':<21} {'tokens':>7} {'µs':>9} {'GB/s':>6} {'TF/s':>5}")
 
-    def add(self, kernel: str, shape: str, tokens: int, us: float, moved: float, flops: float = 0) -> None:
-        rates = f"{moved / us / 1e3:>6.0f} {flops / us / 1e6:>5.0f}"
-        print(f"{kernel:<22} {shape:<21} {tokens:>7} {us:>9.1f} {rates}", flush=True)
-        self.rows.append({"kernel": kernel, "shape": shape, "tokens": tokens, "us": us})
-
-    def write(self, path: Path | None) -> None:
-        if path is not None:
-            path.write_text(json.dumps(self.rows, indent=1) + "\n")
+def print_figure(kernel: str, shape: str, tokens: int, us: float, moved: float, flops: float = 0) -> None:
+    rates = f"{moved / us / 1e3:>6.0f} {flops / us / 1e6:>5.0f}"
+    print(f"{kernel:<22} {shape:<21} {tokens:>7} {us:>9.1f} {rates}", flush=True)

@@ -318,9 +318,7 @@ def calibrate(count: Callable[[str], int]) -> tuple[tuple[str, ...], int]:
     overhead = known - PROBE_WORDS
     good = [w for w in WORDS if overhead >= 0 and count(" ".join([first] * half + [w] * half)) == known]
     if len(good) < FEWEST_WORDS:
-        raise ConfigError(
-            f"the server's tokenizer has a token of their own for {len(good)} common words only; {advice}"
-        )
+        raise ConfigError(f"the server's tokenizer has a token each for {len(good)} common words only; {advice}")
     trial = TextPrompts(tuple(good), 0).text([Segment(("trial", 0), 4 * len(good))], 0)
     if (seen := count(trial)) != 4 * len(good) + overhead:
         raise ConfigError(f"{4 * len(good)} words that are one token each are {seen} tokens together; {advice}")
