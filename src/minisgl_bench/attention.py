@@ -1,7 +1,6 @@
 """Microseconds of decode attention per layer on this machine's GPU: backend x batch x mean context x page size.
 
-bf16, lengths uniform in half to one and a half times the mean context. A graph holds as many layers as it takes to read
-more than the GPU's L2 keeps.
+bf16, lengths uniform in half to one and a half times the mean. A graph reads with its layers more than the L2 holds.
 """
 
 import argparse

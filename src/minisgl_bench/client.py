@@ -1,7 +1,4 @@
-"""Streamed completions over HTTP/1.1, with little work for each event: when its tokens came, and how many there were.
-
-General clients take several times as long for a piece of a stream, and would be measured instead of the server.
-"""
+"""Streamed completions over HTTP/1.1 with little work for each event; a general client would be what is measured."""
 
 from __future__ import annotations
 
@@ -47,10 +44,6 @@ class Target:
     prefix: str
     tls: ssl.SSLContext | None
     key: str | None
-
-    @property
-    def is_local(self) -> bool:
-        return self.address.startswith("127.") or self.address == "::1"
 
     def post(self, path: str, body: bytes) -> bytes:
         host = f"[{self.host}]" if ":" in self.host else self.host

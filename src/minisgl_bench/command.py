@@ -64,10 +64,8 @@ def burstiness(text: str) -> float:
 
 def length_range(text: str) -> tuple[int, int]:
     low, _, high = text.partition(":")
-    if not (low.isdecimal() and (high or low).isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a length N or a range A:B")
-    if not 1 <= int(low) <= int(high or low):
-        raise argparse.ArgumentTypeError(f"{text!r}: lengths are at least 1, the smaller one first")
+    if not (low.isdecimal() and (high or low).isdecimal() and 1 <= int(low) <= int(high or low)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a length N or a range A:B, of at least 1")
     return int(low), int(high or low)
 
 
@@ -119,7 +117,7 @@ FLAGS: Final[dict[str, tuple[tuple[str, Any, Any, str | None, str], ...]]] = {
         ("rate", (), partial(several, convert=number), "X,Y", "requests (with --chats: conversations) per second"),
         ("burstiness", 1.0, burstiness, "X", "of --rate: 1 Poisson (default), less bursts, inf evenly spaced"),
         ("concurrency", (), partial(several, convert=count), "N,M", "so many at once, the next when one ends"),
-        ("seeds", (0,), partial(several, convert=natural), "N,M", "of lengths, times and tokens; each is run (default: 0)"),
+        ("seeds", (0,), partial(several, convert=natural), "N,M", "of lengths, times, tokens: each is run (0)"),
     ),
     "what is sent": (
         ("requests", None, count, "N", "requests (default: 1000 of a trace, else 256; 16 for --serve on a CPU)"),
@@ -152,7 +150,6 @@ FLAGS: Final[dict[str, tuple[tuple[str, Any, Any, str | None, str], ...]]] = {
     "what is reported": (
         ("slo", {}, slo, "ttft=X,tpot=Y", "limits for goodput: of ttft, tpot, e2e, in ms or with a unit"),
         ("json", None, Path, "FILE", JSON_HELP + "; pictures go beside it"),
-        ("samples", None, Path, "FILE", "write a line of JSON for each request here"),
     ),
 }
 EXCLUDED: Final = (

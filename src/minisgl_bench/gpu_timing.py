@@ -8,7 +8,6 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from minisgl.core.sampler import SamplingRows
 from minisgl.errors import ConfigError
 
 CUDA: Final = torch.device("cuda")
@@ -19,20 +18,6 @@ VOCAB: Final = 151_936
 
 def noise(*shape: int, scale: float = 1.0) -> Tensor:
     return torch.randn(*shape, device=CUDA, dtype=DTYPE).mul_(scale)
-
-
-def sampling_rows(seeds: Tensor, device: torch.device, **values: float) -> SamplingRows:
-    """A device table with a row for each seed, int64 (n,); `values` are those of every row."""
-    rows = len(seeds)
-    return SamplingRows(
-        temperature=torch.full((rows,), values["temperature"], device=device),
-        top_p=torch.full((rows,), values.get("top_p", 1.0), device=device),
-        min_p=torch.full((rows,), values.get("min_p", 0.0), device=device),
-        top_k=torch.full((rows,), int(values.get("top_k", 0)), dtype=torch.int32, device=device),
-        seed=seeds.to(device),
-        min_len=torch.zeros(rows, dtype=torch.int32, device=device),
-        stop_ids=torch.full((rows, 32), -1, dtype=torch.int32, device=device),
-    )
 
 
 def times(run: Callable[[], object], count: int) -> list[float]:

@@ -1,11 +1,7 @@
-"""Microseconds of the fused kernels on this machine's GPU, bf16; the tests compare them with their references.
+"""Microseconds of the fused kernels on this machine's GPU in bf16, at shapes of Qwen3: median replays of a CUDA graph.
 
-    minisgl bench kernels                         all kernels, at shapes of Qwen3-0.6B, 14B and 30B-A3B
-    minisgl bench kernels --only sampling moe     some of them
-    minisgl bench gemm --model 14B 32B/4          the GEMMs of a layer, of one of four ranks for 32B/4
-
-Median replays of a CUDA graph. Bytes are those that must move: inputs and outputs once, the weights of the experts that
-are hit. The GEMMs of a layer are timed with its norms, over so many layers that weights come from the GPU's memory.
+Bytes are those that must move: inputs and outputs once, the weights of the experts that are hit. The GEMMs of a layer
+are timed with its norms, over so many layers that weights come from the GPU's memory.
 """
 
 import itertools
@@ -17,19 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minisgl.cli import Parser
+from minisgl.core.sampler import SamplingRows
 from minisgl.gpu.kernels import elementwise, moe, sampling
 from minisgl.gpu.operations import fused_operations
-from minisgl_bench.gpu_timing import (
-    CUDA,
-    DTYPE,
-    HEAD_DIM,
-    VOCAB,
-    graph_us,
-    noise,
-    print_figure,
-    print_heading,
-    sampling_rows,
-)
+from minisgl_bench.gpu_timing import CUDA, DTYPE, HEAD_DIM, VOCAB, graph_us, noise, print_figure, print_heading
 
 # Of Qwen3: hidden size, heads, KV heads, MLP width.
 MODELS = {
@@ -70,7 +57,15 @@ def elementwise_kernels(models: Sequence[str], rows: Sequence[int]) -> None:
 def samplers(models: Sequence[str], rows: Sequence[int]) -> None:
     for (name, values), tokens in itertools.product(FILTERS.items(), rows or ROWS[:-1]):
         logits = noise(tokens, VOCAB, scale=2.0)
-        requests = sampling_rows(torch.randint(2**62, (tokens,)), CUDA, **values)
+        requests = SamplingRows(
+            temperature=torch.full((tokens,), values["temperature"], device=CUDA),
+            top_p=torch.full((tokens,), values.get("top_p", 1.0), device=CUDA),
+            min_p=torch.full((tokens,), values.get("min_p", 0.0), device=CUDA),
+            top_k=torch.full((tokens,), int(values.get("top_k", 0)), dtype=torch.int32, device=CUDA),
+            seed=torch.randint(2**62, (tokens,), device=CUDA),
+            min_len=torch.zeros(tokens, dtype=torch.int32, device=CUDA),
+            stop_ids=torch.full((tokens, 32), -1, dtype=torch.int32, device=CUDA),
+        )
         slots = torch.arange(tokens, device=CUDA)
         positions = torch.randint(2000, (tokens,), dtype=torch.int32, device=CUDA)
         us = graph_us(partial(sampling.sample, logits, requests, slots, positions))

@@ -172,7 +172,8 @@ def cores_used(
 
 
 def listener_pid(target: Target) -> int | None:
-    found = psutil.net_connections("tcp") if target.is_local else []
+    local = target.address.startswith("127.") or target.address == "::1"
+    found = psutil.net_connections("tcp") if local else []
     return min((c.pid for c in found if c.pid and c.status == "LISTEN" and c.laddr.port == target.port), default=None)
 
 

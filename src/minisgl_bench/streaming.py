@@ -1,7 +1,5 @@
 """Streamed tokens/s through one or more API processes, with an engine that costs nothing: the limit of HTTP alone.
 
-    minisgl bench streaming [--api-workers 1] [--clients 64] [--step 0.003] [--tokens 200] [--seconds 10]
-
 The server is as `minisgl` starts it; in place of its engine a process gives every running request a token each step.
 The clients count events on plain sockets, in one process for each API process.
 """

@@ -18,6 +18,7 @@ from tokenizers import models, pre_tokenizers
 
 from helpers.raw_server import DONE, chunked, event, head, json_answer, raw_server, text_event, usage_event
 from minisgl.errors import EngineDeadError
+from minisgl_bench import online
 from minisgl_bench.command import main
 from minisgl_bench.online import OwnServer, own_server
 from minisgl_bench.traffic import WORDS
@@ -75,13 +76,21 @@ def report(path: Path) -> dict[str, Any]:
 
 
 def test_one_command_serves_a_bare_config_and_replays_a_trace(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, trace = write_model(tmp_path / "model"), write_trace(tmp_path / "trace.jsonl")
-    path, samples = tmp_path / "report.json", tmp_path / "samples.jsonl"
+    path, measured = tmp_path / "report.json", online.measure_one
+    dues: list[list[float]] = []
+
+    async def measure_one(*arguments: Any) -> Any:
+        records = await measured(*arguments)
+        dues.append([record.due - records[0].due for record in records])
+        return records
+
+    monkeypatch.setattr(online, "measure_one", measure_one)
     status = bench(
         "--serve", "--model", model, *SERVER_FLAGS, "--trace", trace, "--scale", "0.5,0.1", "--tokens", "256:512",
-        "--slo", "ttft=60s,tpot=60s", "--json", path, "--samples", samples, "--api-key", "sk-hidden",
+        "--slo", "ttft=60s,tpot=60s", "--json", path, "--api-key", "sk-hidden",
     )  # fmt: skip
     printed = capsys.readouterr().out
     assert status == 0, printed
@@ -96,10 +105,8 @@ def test_one_command_serves_a_bare_config_and_replays_a_trace(
         assert run["within_slo"] == 1
         assert 0 < run["latency_ms"]["ttft"]["p50"] <= run["latency_ms"]["e2e"]["p50"]
         assert {row["name"] for row in run["server_cpu"]} >= {"minisgl", "minisgl.server.engine_process"}
-    rows = [json.loads(line) for line in samples.read_text().splitlines()]
-    assert [row["run"] for row in rows] == ["scale 0.5"] * 20 + ["scale 0.1"] * 20
-    # 19 gaps of 50 ms, times the scale, as far as requests were sent on time
-    assert [row["due"] - rows[0]["due"] for row in rows[:20]] == pytest.approx([0.025 * i for i in range(20)])
+    for found_dues, gap in zip(dues, (0.025, 0.005), strict=True):  # 50 ms, times the scale
+        assert found_dues == pytest.approx([gap * i for i in range(20)])
     assert path.with_suffix(".png").stat().st_size > 10_000
     assert "prefix cache: " in printed
     assert "p50 / p90 / p99 in ms" in printed
@@ -160,7 +167,6 @@ def test_chats_find_what_was_said_before_in_the_cache(endpoint: str, url: str, t
         ),
         (("--rate", "1", "--requests", "2", "--input-len", "2000"), "2 of 2 requests are longer than the 1024 tokens"),
         (("--rate", "1", "--json", "/nowhere/x.json"), "--json /nowhere/x.json: not a file that can be written"),
-        (("--rate", "1", "--samples", "/nowhere/x"), "--samples /nowhere/x: not a file that can be written"),
         (("--trace", "/nowhere/x"), "/nowhere/x: No such file"),
     ],
 )
