@@ -282,10 +282,7 @@ def error_text(body: bytes) -> str:
 async def stream_completion(
     target: Target, path: str, body: bytes, record: RequestRecord, due: float | None, timeout: float, keep: bool
 ) -> None:
-    """Connect, wait until it is due, send, and fill the record; what goes wrong ends up in it.
-
-    `timeout` is how long connecting may take, and then the answer, in s.
-    """
+    """Connect, wait until due, send; fill the record, also with a failure. `timeout`: s to connect, and to answer."""
     stream = CompletionStream(record, keep)
     request = target.post(path, body)
     try:

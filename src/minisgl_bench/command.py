@@ -164,10 +164,7 @@ NEEDED: Final = {
 
 
 def online_options(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options of a command line of `minisgl bench online`; what does not fit together is the parser's error.
-
-    `serve` holds the flags of a server of our own; it is None for one that runs already at `url`.
-    """
+    """The options of `minisgl bench online`. `serve` holds the flags of a server of our own, None for one at `url`."""
     parser = Parser(
         prog="minisgl bench online",
         description="Sends requests to a server that speaks OpenAI's protocol and measures what each client would see.",
@@ -274,8 +271,5 @@ def main(arguments: Sequence[str]) -> int:
     parser = engine_parser(name)
     options = parser.parse_args(rest)
     config = config_from(parser, options)
-
-    def start() -> int:
-        return int(importlib.import_module(f"minisgl_bench.{name}").run(config, options, rest))
-
-    return guarded(start, debug=config.log_level == "DEBUG")
+    debug, module = config.log_level == "DEBUG", f"minisgl_bench.{name}"
+    return guarded(lambda: int(importlib.import_module(module).run(config, options, rest)), debug=debug)

@@ -33,10 +33,6 @@ def times(run: Callable[[], object], count: int) -> list[float]:
     return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
 
 
-def median_us(run: Callable[[], object], count: int = 30) -> float:
-    return 1e6 * statistics.median(times(run, count))
-
-
 def graph_us(run: Callable[[], object], calls: int = 20, replays: int = 30) -> float:
     run()
     torch.cuda.synchronize()
@@ -44,7 +40,7 @@ def graph_us(run: Callable[[], object], calls: int = 20, replays: int = 30) -> f
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for _ in range(calls):
             run()
-    return median_us(graph.replay, replays) / calls
+    return 1e6 * statistics.median(times(graph.replay, replays)) / calls
 
 
 def print_heading() -> None:

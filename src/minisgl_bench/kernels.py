@@ -89,7 +89,7 @@ def experts(models: Sequence[str], rows: Sequence[int]) -> None:
 def gemms(models: Sequence[str], rows: Sequence[int]) -> None:
     ops = fused_operations(torch.device("cuda", torch.cuda.current_device()))
     ways: dict[str, tuple[Gemm, Gemm, Gemm]] = {
-        "cuBLAS": (F.linear, F.linear, cublas_gated_linear),
+        "cuBLAS": (F.linear, F.linear, lambda x, weight, bias: elementwise.silu_mul(F.linear(x, weight, bias))),
         "ours": (ops.linear, ops.row_parallel_linear, ops.gated_linear),
     }
     for model in models or ("14B", "32B/4"):
@@ -101,10 +101,6 @@ def gemms(models: Sequence[str], rows: Sequence[int]) -> None:
         for tokens, (way, calls) in itertools.product(rows or (1, 2, 8, 16, 32, 64, 96), ways.items()):
             us = layer_us(layers, tokens, *calls)
             print_figure(f"layer of GEMMs, {way}", model, tokens, us, size, size * tokens)
-
-
-def cublas_gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return elementwise.silu_mul(F.linear(x, weight, bias))
 
 
 def model_shape(model: str) -> tuple[int, int, int, int]:

@@ -50,11 +50,7 @@ def spread(values: np.ndarray) -> dict[str, float]:
 
 
 def figures(records: Sequence[RequestRecord], slo: Mapping[str, float]) -> dict[str, Any]:
-    """All that is reported of a run but CPU use. Goodput is that of Zhong et al., "DistServe", OSDI 2024.
-
-    Hit rates are shares of prompt tokens: those that a prefix cache without limits would hold, and those that the
-    server says were cached.
-    """
+    """All that is reported of a run but CPU use. Goodput is that of Zhong et al., "DistServe", OSDI 2024."""
     good = [record for record in records if record.failure is None]
     failed = [record for record in records if record.failure is not None]
     start = min((record.sent for record in records if record.sent), default=0.0)

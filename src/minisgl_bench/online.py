@@ -28,12 +28,9 @@ from minisgl_bench.traffic import IdPrompts, Segment, Session, TextPrompts, Turn
 from minisgl_bench.workload import CPU_SPEC, WorkloadSpec
 
 TRACE_REQUESTS: Final = 1000
-WARM_SEED: Final = -1
-WARM_TOKENS: Final = 16
-PROBE_TOKENS: Final = 8
-POLL_SECONDS: Final = 0.1
-STOP_SECONDS: Final = 15.0
-TAIL: Final = 2000
+WARM_SEED, WARM_TOKENS, PROBE_TOKENS = -1, 16, 8
+POLL_SECONDS, STOP_SECONDS = 0.1, 15.0
+TAIL: Final = 2000  # bytes of a server's log in an error
 
 
 def run(options: argparse.Namespace, arguments: Sequence[str]) -> int:

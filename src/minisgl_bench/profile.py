@@ -42,10 +42,7 @@ class Step(NamedTuple):
 
 
 class Recorder:
-    """An executor that passes everything on to another one, and notes the steps.
-
-    It keeps what `collect` waited and when it returned, in s on the clock of `time.perf_counter`.
-    """
+    """Passes all on to another executor; notes the steps, and how long `collect` waited and when it returned, in s."""
 
     def __init__(self, executor: Executor) -> None:
         self.executor = executor
@@ -80,16 +77,14 @@ class Recorder:
         return [gap for gap, step in zip(gaps, self.steps[1:], strict=True) if step.decode_rows]
 
     def figures(self) -> dict[str, int | float]:
-        """Steps, and of the decode steps with the most rows the median time and the host's mean wait for the device.
-
-        A host that waits has the next step launched already: that wait is how much slower it could be at no cost.
-        """
+        """Of the decode steps with the most rows also the median time, and how long the host waited for the device."""
         figures: dict[str, int | float] = {"steps": len(self.steps)}
         figures["steps_with_prefill"] = sum(not step.decodes_only for step in self.steps)
         if full := [index for index in full_decodes(self.steps) if index > 0]:
             times = [self.collected[i] - self.collected[i - 1] for i in full]
             figures["largest_decode_batch"] = self.steps[full[0]].decode_rows
             figures["decode_step_at_largest_batch_ms"] = 1e3 * median(times)
+            # a host that waits has launched the next step already: it could be slower by that at no cost
             figures["host_waits_per_step_at_largest_batch_ms"] = 1e3 * mean(self.waits[i] for i in full)
         return figures
 

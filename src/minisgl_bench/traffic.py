@@ -30,8 +30,7 @@ AZURE_FIELDS: Final = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 SECONDS: Final = {"bailian": 1.0, "mooncake": 1e-3}  # the unit of a format's `timestamp`, in s
 BLOCK: Final = {"bailian": 16, "mooncake": 512, "azure": 0}  # tokens that a hash id stands for
 GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
-FEWEST_WORDS: Final = 16
-PROBE_WORDS: Final = 8
+FEWEST_WORDS, PROBE_WORDS = 16, 8
 # Common words, most of which are one token, with a space before them, in most vocabularies.
 WORDS: Final[Sequence[str]] = """\
 the of and to in is that for it as was with be by on not he his but at are this have from or had an they
@@ -187,10 +186,9 @@ def from_chats(
     seed: int, chats: int, turns: int, system_prompts: int, system_len: int,
     message_len: tuple[int, int], answer_len: tuple[int, int], think: float,
 ) -> list[Session]:  # fmt: skip
-    """Conversations: `turns` messages of the user, each after everything said before, behind a shared system prompt.
+    """Conversations of `turns` messages, each after all said before: answers of made-up tokens, a shared system prompt.
 
-    Conversation i has system prompt i modulo `system_prompts`. Answers taken up by later turns are of made-up tokens.
-    Ranges are inclusive, in tokens.
+    Conversation i has system prompt i modulo `system_prompts`. Ranges are inclusive, in tokens.
     """
     rng = random.Random(seed)
     sessions = []
@@ -236,10 +234,7 @@ def require_fit(sessions: Sequence[Session], limit: int | None) -> None:
 
 
 def segment_numbers(seed: int, segments: Sequence[Segment], span: int) -> np.ndarray:
-    """Numbers below `span`, one a token: int64[total]. A function of seed, key and place in the segment.
-
-    The mixing is that of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014).
-    """
+    """Numbers below `span`, int64[total], of seed, key, place; mixed as in SplitMix64 (Steele et al., OOPSLA 2014)."""
     keys = [f"{seed}/{name}/{number}".encode() for (name, number), _ in segments]
     bases = [int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) for key in keys]
     lengths = np.array([segment.length for segment in segments], np.int64)

@@ -75,7 +75,7 @@ def test_a_variant_that_fails_is_told_and_the_next_runs(folder: Path) -> None:
 def test_of_several_runs_the_median_counts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = AblationRunner(small(folder), CPU_SCENARIOS, repeats=4)
     variant = Variant(group="default", label="", scenario="batch")
-    rates = iter([40.0, 10.0, 30.0, 20.0])
+    rates = iter([99.0, 40.0, 10.0, 30.0, 20.0])  # the first is the warm-up's
 
     def once(*_: object) -> Measurement:
         rate = next(rates)
