@@ -312,8 +312,7 @@ async def sleep_until(due: float | None) -> None:
         await asyncio.sleep(left)
 
 
-# A session with a record for each turn.
-PlannedSession = tuple[Session, list[RequestRecord]]
+PlannedSession = tuple[Session, list[RequestRecord]]  # with a record for each turn
 
 
 @dataclass(frozen=True)

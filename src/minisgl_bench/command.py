@@ -21,15 +21,10 @@ ENGINE: Final = {
     "through this one, with the same flags as far as both have them.",
     "ablation": "Turns one setting at a time away from the configuration given here, over weights loaded once.",
 }
-# Benchmarks of parts: their modules, and what is put before the arguments.
-PARTS: Final[dict[str, tuple[str, list[str]]]] = {
-    **{name: (name, []) for name in ("attention", "collectives", "grammar", "kernels", "streaming")},
-    "gemm": ("kernels", ["--only", "gemm"]),
-}
+PARTS: Final = ("attention", "collectives", "gemm", "grammar", "kernels", "streaming")
 ABLATIONS: Final = ("overlap", "graphs", "chats", "system-prompt", "attention", "page-size", "chunk-size")
 SLO_NAMES: Final = ("ttft", "tpot", "e2e")
 UNITS: Final = {"ms": 1e-3, "s": 1.0}
-EXTRA: Final = ("httptools", "psutil")
 JSON_HELP: Final = (
     "write figures, hardware, versions and command here (default: benchmark/results/MODEL-GPU-NAME.json on a GPU; "
     "nowhere on a CPU)"
@@ -215,9 +210,9 @@ def online(arguments: Sequence[str]) -> int:
         try:
             from minisgl_bench.online import run
         except ModuleNotFoundError as error:
-            if error.name not in EXTRA:
+            if error.name not in ("httptools", "psutil"):
                 raise
-            raise ConfigError(f"bench online needs {' and '.join(EXTRA)}: pip install 'minisgl[bench]'") from error
+            raise ConfigError("bench online needs httptools and psutil: pip install 'minisgl[bench]'") from error
         hidden = {options.api_key: "KEY", f"--api-key={options.api_key}": "--api-key=KEY"}
         return run(options, [hidden.get(word, word) for word in arguments])
 
@@ -265,9 +260,10 @@ def main(arguments: Sequence[str]) -> int:
     if name == "online":
         return online(rest)
     if name in PARTS:
-        module, before = PARTS[name]
-        part = importlib.import_module(f"minisgl_bench.{module}")
-        return guarded(lambda: int(part.main([*before, *rest])), debug=debugging())
+        if name == "gemm":
+            name, rest = "kernels", ["--only", "gemm", *rest]
+        part = importlib.import_module(f"minisgl_bench.{name}")
+        return guarded(lambda: int(part.main(rest)), debug=debugging())
     parser = engine_parser(name)
     options = parser.parse_args(rest)
     config = config_from(parser, options)

@@ -1,7 +1,4 @@
-"""The offline workload through another engine and through this one: vLLM in a process of its own, or transformers.
-
-`minisgl bench compare` is the former, `minisgl bench offline --compare transformers` the latter.
-"""
+"""The offline workload through another engine and through this one: vLLM in a process of its own, or transformers."""
 
 import argparse
 import dataclasses

@@ -142,8 +142,11 @@ class ProcessCpu:
     threads: dict[int, float]
 
 
-def process_tree(root: int | None) -> dict[int, ProcessCpu]:
-    found: dict[int, ProcessCpu] = {}
+ProcessTree = dict[int, ProcessCpu]  # by process id
+
+
+def process_tree(root: int | None) -> ProcessTree:
+    found: ProcessTree = {}
     with contextlib.suppress(psutil.Error):
         members = [] if root is None else [psutil.Process(root), *psutil.Process(root).children(recursive=True)]
         for member in members:
@@ -155,9 +158,7 @@ def process_tree(root: int | None) -> dict[int, ProcessCpu]:
     return found
 
 
-def cores_used(
-    before: Mapping[int, ProcessCpu], after: Mapping[int, ProcessCpu], seconds: float
-) -> list[dict[str, Any]]:
+def cores_used(before: ProcessTree, after: ProcessTree, seconds: float) -> list[dict[str, Any]]:
     rows = []
     for pid, now in after.items():
         then = before.get(pid, ProcessCpu(now.name, 0.0, {}))

@@ -1,5 +1,6 @@
 """What every benchmark says beside its figures: hardware, versions, command, tables, files and pictures."""
 
+import contextlib
 import json
 import os
 import platform
@@ -45,10 +46,8 @@ def hardware() -> dict[str, Any]:
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 

@@ -1,10 +1,7 @@
 """What is sent and when: sessions of turns, whose prompts are made of named segments so that what recurs is known.
 
-Traces, told apart by their first line:
-
-- Qwen-Bailian (Wang et al., "KVCache Cache in the Wild", ATC 2025): JSON lines, `timestamp` in s, blocks of 16 tokens.
-- Mooncake (Qin et al., FAST 2025): JSON lines, `timestamp` in ms, blocks of 512 tokens.
-- Azure LLM inference traces (Patel et al., "Splitwise", ISCA 2024): CSV with a date, no blocks.
+Traces are of Qwen-Bailian (Wang et al., "KVCache Cache in the Wild", ATC 2025), Mooncake (Qin et al., FAST 2025) or
+Azure (Patel et al., "Splitwise", ISCA 2024), told apart by their first line.
 """
 
 import csv
@@ -26,7 +23,7 @@ from minisgl.errors import ConfigError
 from minisgl_bench.workload import HIGHEST_TOKEN, WorkloadSpec, make_workload
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
-AZURE_FIELDS: Final = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+AZURE_FIELDS: Final = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")  # CSV; the others are JSON lines
 SECONDS: Final = {"bailian": 1.0, "mooncake": 1e-3}  # the unit of a format's `timestamp`, in s
 BLOCK: Final = {"bailian": 16, "mooncake": 512, "azure": 0}  # tokens that a hash id stands for
 GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
@@ -280,10 +277,7 @@ class IdPrompts:
 
 @dataclass(frozen=True)
 class TextPrompts:
-    """Words for /v1/completions, or messages for /v1/chat/completions where `chat`.
-
-    The server counts `overhead` tokens beside the words, such as BOS. In a conversation its own answers are sent back.
-    """
+    """Words for /v1/completions or, if `chat`, messages. The server counts `overhead` tokens beside them, as BOS."""
 
     words: tuple[str, ...]
     overhead: int
