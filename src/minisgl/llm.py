@@ -19,8 +19,7 @@ from minisgl.build import build_engine
 from minisgl.config import Config, from_environment
 from minisgl.core.types import FinishReason, Request, SamplingParams, TokenEvent, TokenLogprobs
 from minisgl.errors import InvalidRequestError
-from minisgl.text.detokenizer import TextStream, shown_tokens
-from minisgl.text.tokenizer import Tokenizer
+from minisgl.text.tokenizer import TextStream, Tokenizer, shown_tokens
 
 Message = dict[str, Any]
 Conversations = Sequence[Message] | Sequence[Sequence[Message]]

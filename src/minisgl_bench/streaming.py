@@ -33,16 +33,18 @@ PROMPT = "Once upon a time there was a server that told stories to many clients 
 class EchoEngine:
     """Speaks the engine's protocol: tokens of the prompt, over and over, one a step for every request."""
 
-    def __init__(self, to_engine: str, from_engine: str, folder: str) -> None:
+    def __init__(self, sockets: str, folder: str) -> None:
+        self.sockets = sockets
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.inbox = self.context.socket(zmq.PULL)
         self.outboxes: dict[int, zmq.Socket[bytes]] = {}
         self.live: dict[str, tuple[int, list[int]]] = {}  # link and tokens to come, the next one last
         model = ModelInfo(name="stub", vocab_size=49152, max_seq_len=1 << 20, eos_token_ids=(0,))
         self.ready = ipc.Ready(model, folder, [])
-        self.attach(ipc.LAUNCHER, to_engine, from_engine)
+        self.attach(ipc.LAUNCHER)
 
-    def attach(self, link: int, to_engine: str, from_engine: str) -> None:
+    def attach(self, link: int) -> None:
+        to_engine, from_engine = ipc.addresses(self.sockets, link)
         self.outboxes[link] = self.context.socket(zmq.PUSH)
         self.outboxes[link].setsockopt(zmq.SNDHWM, BACKLOG)
         self.outboxes[link].connect(from_engine)
@@ -62,10 +64,10 @@ class EchoEngine:
             case ipc.Abort(ids):
                 for name in ids:
                     self.live.pop(name, None)
-            case ipc.Ping(nonce, link):
-                self.send(link, ipc.Pong(nonce, EngineStats(running=len(self.live))))
-            case ipc.Attach(link, to_engine, from_engine):
-                self.attach(link, to_engine, from_engine)
+            case ipc.Query(nonce, link):
+                self.send(link, ipc.Reply(nonce, EngineStats(running=len(self.live))))
+            case ipc.Attach(link):
+                self.attach(link)
 
     def step(self) -> None:
         events: dict[int, list[TokenEvent]] = {link: [] for link in self.outboxes}
@@ -169,8 +171,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.engine:
-        setup = msgspec.json.decode(sys.stdin.buffer.readline())
-        EchoEngine(setup["to_engine"], setup["from_engine"], setup["config"]["model"]).run(options.step)
+        setup = msgspec.json.decode(sys.stdin.buffer.readline(), type=ipc.EngineSetup)
+        EchoEngine(setup.folder, str(setup.config.model)).run(options.step)
     elif options.serve:
         folder = options.model or str(locate_model(None, "huggingface"))
         config = Config(model=folder, port=0, log_level="WARNING", api_workers=options.api_workers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import tarfile
@@ -30,11 +29,9 @@ KEYS = frozenset({"properties", "definitions", "$defs", "type", "oneOf", "anyOf"
 
 
 def schemas_of(package: str, folder: Path) -> Iterator[tuple[str, Any]]:
-    packed = subprocess.run(
-        ["npm", "pack", "--silent", package], cwd=folder, capture_output=True, text=True, check=True, timeout=120
-    )
-    archive = (folder / packed.stdout.split()[-1]).read_bytes()
-    with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+    command = ["npm", "pack", "--silent", package]
+    packed = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, timeout=120)
+    with tarfile.open(folder / packed.stdout.split()[-1]) as files:
         for file in files:
             named = any(word in file.name for word in ("schema", "options.json"))
             if not (named and file.name.endswith(".json") and file.size < LARGEST):

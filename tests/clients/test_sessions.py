@@ -17,39 +17,29 @@ from helpers.third_party import MODEL, Clients
 pytestmark = pytest.mark.clients
 
 
-def test_openais_python_client(clients: Clients, url: str) -> None:
-    seen = clients.session("openai_session.py", url)
-    assert list(seen) == [
+LITELLM = ("chat", "stream", "async", "required tool", "streamed tool", "structured", "error")
+SESSIONS = {
+    "openai_session.py": (
         "models", "chat", "stream", "async", "choices and logprobs", "required tool", "streamed tool", "tool answer",
         "structured", "streamed structured", "completion", "errors",
-    ]  # fmt: skip
-    assert seen["errors"] == ["temperature", "messages", "model", "max_tokens"]
-
-
-def test_openais_node_client(clients: Clients, url: str) -> None:
-    seen = clients.session("openai_session.mjs", url)
-    assert list(seen) == [
+    ),
+    "openai_session.mjs": (
         "models", "chat", "stream", "stream helper", "leave", "named tool", "streamed tool", "tool answer",
         "structured", "completion", "errors",
-    ]  # fmt: skip
-
-
-def test_langchain(clients: Clients, url: str) -> None:
-    seen = clients.session("langchain_session.py", url)
-    assert list(seen) == [
+    ),
+    "langchain_session.py": (
         "chat", "stream", "batch", "logprobs", "required tool", "streamed tool", "tool answer",
         "structured by json_schema", "structured by function_calling", "completion", "completion stream",
-    ]  # fmt: skip
+    ),
+    "litellm_session.py": (
+        *(f"openai: {step}" for step in LITELLM), *(f"hosted_vllm: {step}" for step in LITELLM), "text completion",
+    ),
+}  # fmt: skip
 
 
-def test_litellm(clients: Clients, url: str) -> None:
-    seen = clients.session("litellm_session.py", url)
-    steps = ("chat", "stream", "async", "required tool", "streamed tool", "structured", "error")
-    assert list(seen) == [
-        *(f"{provider}: {step}" for provider in ("openai", "hosted_vllm") for step in steps),
-        "text completion",
-    ]
-    assert seen["openai: error"] == seen["hosted_vllm: error"] == 400
+@pytest.mark.parametrize("script", SESSIONS)
+def test_a_clients_session(clients: Clients, url: str, script: str) -> None:
+    assert tuple(clients.session(script, url)) == SESSIONS[script]
 
 
 def test_the_llm_command(clients: Clients, url: str, tmp_path: Path) -> None:
@@ -95,11 +85,9 @@ def test_lm_evals_local_completions(clients: Clients, url: str, tmp_path: Path, 
     rows = [{"question": q, "good": good, "bad": bad} for q, good, bad in QUESTIONS]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "tasks").mkdir()
-    data: dict[str, Any] = {
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
-    }
-    task: dict[str, Any] = {**data, "test_split": "test", "doc_to_text": "{{question}}", "target_delimiter": ""}
+    files = {"data_files": {"test": str(tmp_path / "rows.jsonl")}}
+    task: dict[str, Any] = {"dataset_path": "json", "dataset_kwargs": files, "test_split": "test"}
+    task |= {"doc_to_text": "{{question}}", "target_delimiter": ""}
     choose = {**task, "task": "choose", "output_type": "multiple_choice", "doc_to_choice": "{{[good, bad]}}"}
     choose |= {"doc_to_target": 0, "metric_list": [{"metric": "acc"}]}
     write = {**task, "task": "write", "output_type": "generate_until", "doc_to_target": "{{good}}"}
@@ -128,9 +116,6 @@ def test_lm_evals_local_completions(clients: Clients, url: str, tmp_path: Path, 
     question, good, _ = QUESTIONS[0]
     body = {"prompt": question + good, "echo": True, "logprobs": 0, "max_tokens": 0}
     (scored,) = httpx.post(f"{url}/v1/completions", json=body).json()["choices"]
-    after = [
-        logprob
-        for logprob, offset in zip(scored["logprobs"]["token_logprobs"], scored["logprobs"]["text_offset"], strict=True)
-        if offset >= len(question)
-    ]
-    assert float(sample["resps"][0][0][0]) == pytest.approx(sum(after), abs=1e-3)
+    logprobs, offsets = scored["logprobs"]["token_logprobs"], scored["logprobs"]["text_offset"]
+    after = sum(x for x, offset in zip(logprobs, offsets, strict=True) if offset >= len(question))
+    assert float(sample["resps"][0][0][0]) == pytest.approx(after, abs=1e-3)

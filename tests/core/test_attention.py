@@ -9,7 +9,8 @@ from torch import Tensor
 
 from minisgl.core import attention as torch_backend
 from minisgl.core.attention import Attention, AttentionMetadata, SequenceBatch, TorchAttention, split_by_length
-from minisgl.core.kv_cache import KVCache, allocate_kv
+from minisgl.core.kv_cache import allocate_kv
+from minisgl.core.ops import store_kv
 
 HEADS, KV_HEADS, HEAD_DIM, MAX_TOKENS = 6, 2, 8, 1300
 LAYER = 1
@@ -23,19 +24,17 @@ class Sequences:
         torch.set_num_threads(1)
         max_pages = -(-MAX_TOKENS // page_size)
         need = [-(-length // page_size) for length in kv_lens]
-        self.kv: KVCache = allocate_kv(2, sum(need), page_size, KV_HEADS, HEAD_DIM, torch.float32, torch.device("cpu"))
+        self.kv = allocate_kv(2, sum(need), page_size, KV_HEADS, HEAD_DIM, torch.float32, torch.device("cpu"))
         self.kv.k.fill_(50.0)
         self.kv.v.fill_(1e4)
         self.table = torch.full((len(kv_lens), max_pages), sum(need), dtype=torch.int32)
         self.k = [torch.randn(length, KV_HEADS, HEAD_DIM) for length in kv_lens]
         self.v = [torch.randn(length, KV_HEADS, HEAD_DIM) for length in kv_lens]
-        pages = torch.split(torch.randperm(sum(need), dtype=torch.int32), need)
-        for row, length in enumerate(kv_lens):
-            self.table[row, : need[row]] = pages[row]
-            token = torch.arange(length)
-            places = pages[row][token // page_size].long() * page_size + token % page_size
-            self.kv.k[LAYER].view(-1, KV_HEADS, HEAD_DIM)[places] = self.k[row]
-            self.kv.v[LAYER].view(-1, KV_HEADS, HEAD_DIM)[places] = self.v[row]
+        for row, pages in enumerate(torch.split(torch.randperm(sum(need), dtype=torch.int32), need)):
+            self.table[row, : need[row]] = pages
+            token = torch.arange(kv_lens[row])
+            slots = pages[token // page_size].long() * page_size + token % page_size
+            store_kv(self.k[row], self.v[row], self.kv.k[LAYER], self.kv.v[LAYER], slots)
 
     def rows(self, slots: list[int], query_lens: list[int]) -> SequenceBatch:
         queries, kv = np.array(query_lens, np.int32), np.array([len(self.k[slot]) for slot in slots], np.int32)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,10 +10,13 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from helpers.bundled import bundled_prompts
 from minisgl.core.model_config import read_spec
 from minisgl.formats.gguf import GgufFile
 from minisgl.formats.hub import bundled_model, locate_model
 
+PROGRAM = Path(__file__).parents[1] / "helpers" / "core_alone.py"
+TOKENS = 8
 DOCUMENTS = (
     "The year 1999 had 365 days; 2000 had 366.",
     "def area(r):\n    if r < 0:\n        raise ValueError(r)\n    return 3.14159 * r ** 2\n",
@@ -56,10 +61,8 @@ def test_the_bundled_tokenizer_cuts_every_digit_off(folder: Path) -> None:
     ours = Tokenizer.from_file(str(folder / "tokenizer.json"))
     state = json.loads(ours.to_str())
     gpt2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-    split = [
-        {"type": "Split", "pattern": {"Regex": rule}, "behavior": "Isolated", "invert": False}
-        for rule in (r"\p{N}", gpt2)
-    ]
+    how = {"type": "Split", "behavior": "Isolated", "invert": False}
+    split = [{**how, "pattern": {"Regex": rule}} for rule in (r"\p{N}", gpt2)]
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*split, level]}
     reference = Tokenizer.from_str(json.dumps(state))
@@ -78,3 +81,16 @@ def test_the_bundled_chat_template_and_tokens_are_kept(folder: Path) -> None:
     assert text.endswith("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
     assert tokenizer.encode(text)[0] == 1
     assert tokenizer.encode("hi")[0] != 1
+
+
+def test_core_alone_says_of_twenty_prompts_what_transformers_says() -> None:
+    """The innermost ring runs a real model on a CPU by itself."""
+    torch.set_num_threads(1)
+    folder = locate_model(None, dtype="float32")
+    prompts = bundled_prompts(folder)
+    command = [sys.executable, str(PROGRAM), str(folder), str(TOKENS)]
+    said = subprocess.run(command, input=json.dumps(prompts), text=True, check=True, capture_output=True).stdout
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    how = {"max_new_tokens": TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    theirs = [model.generate(torch.tensor([p]), **how)[0, len(p) :].tolist() for p in prompts]
+    assert json.loads(said) == theirs

@@ -56,8 +56,7 @@ def test_store_kv_writes_its_places_and_no_other() -> None:
 
 def test_kv_cache_has_a_scratch_page_and_any_dtype() -> None:
     kv = allocate_kv(2, 3, 4, 2, 5, torch.bfloat16, CPU)
-    assert kv.k.shape == kv.v.shape == (2, 4, 4, 2, 5)
-    assert kv.k.dtype == torch.bfloat16
+    assert (kv.k.shape, kv.v.shape, kv.k.dtype) == ((2, 4, 4, 2, 5), (2, 4, 4, 2, 5), torch.bfloat16)
     assert (kv.num_pages, kv.page_size) == (3, 4)
     assert page_bytes(2, 4, 2, 5, torch.bfloat16) == 2 * kv.k[:, 0].numel() * kv.k.element_size()
 

@@ -13,19 +13,15 @@ from torch import Tensor
 from minisgl.core import sampler as sampling
 from minisgl.core.sampler import SamplingRows, gumbel_noise, mask_stop_ids, sample, threshold, token_hash
 
+DTYPES = {"top_k": torch.int32, "seed": torch.int64, "min_len": torch.int32, "stop_ids": torch.int32}
+OFF: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "top_k": 0, "seed": 0, "min_len": 0}
+
 
 def rows(n: int, **values: Any) -> SamplingRows:
     """Parameters of n rows, each a number for all or a list."""
-
-    def column(name: str, default: float, dtype: torch.dtype) -> Tensor:
-        return torch.as_tensor(values.get(name, default), dtype=dtype).expand(n).clone()
-
-    return SamplingRows(
-        temperature=column("temperature", 1.0, torch.float32), top_p=column("top_p", 1.0, torch.float32),
-        min_p=column("min_p", 0.0, torch.float32), top_k=column("top_k", 0, torch.int32),
-        seed=column("seed", 0, torch.int64), min_len=column("min_len", 0, torch.int32),
-        stop_ids=torch.tensor(values.get("stop_ids", [[-1]] * n), dtype=torch.int32),
-    )  # fmt: skip
+    values = {**OFF, "stop_ids": [[-1]] * n, **values}
+    tensors = {name: torch.as_tensor(x, dtype=DTYPES.get(name, torch.float32)) for name, x in values.items()}
+    return SamplingRows(**{name: x if x.dim() else x.expand(n).clone() for name, x in tensors.items()})
 
 
 def assert_frequencies(values: Tensor, expected: Tensor) -> None:
@@ -175,11 +171,8 @@ def test_hash_is_what_its_definition_says() -> None:
 @pytest.mark.parametrize("shift", [0, 8, 16, 24])
 def test_every_byte_of_the_hash_is_uniform(axis: str, shift: int) -> None:
     n = 65536
-    bits = {
-        "tokens": lambda: hash_of([5], [17], n)[0],
-        "positions": lambda: hash_of([5] * n, list(range(n)), 1)[:, 0],
-        "seeds": lambda: hash_of(list(range(n)), [17] * n, 1)[:, 0],
-    }[axis]()
+    inputs = {"tokens": ([5], [17], n), "positions": ([5] * n, [*range(n)], 1), "seeds": ([*range(n)], [17] * n, 1)}
+    bits = hash_of(*inputs[axis]).flatten()
     assert_frequencies(bits >> shift & 255, torch.full((256,), n / 256))
 
 

@@ -121,7 +121,7 @@ def test_wrong_tensors_are_refused_by_name(
 
 
 def header(content: bytes, claimed: int | None = None) -> bytes:
-    return struct.pack("<Q", len(content) if claimed is None else claimed) + content
+    return struct.pack("<Q", claimed or len(content)) + content
 
 
 @pytest.mark.parametrize(
@@ -189,8 +189,7 @@ def test_sources_cover_every_parameter_exactly_once(tmp_path: Path) -> None:
 def test_dummy_weights_have_the_checkpoints_shapes_and_a_seed(tmp_path: Path, case: str) -> None:
     save(tmp_path, case)
     spec = read_spec(tmp_path)
-    real, first, again = load(tmp_path), *(dummy_weights(spec, torch.float32, CPU, seed=s) for s in (1, 1))
-    other = dummy_weights(spec, torch.float32, CPU, seed=2)
+    real, (first, again, other) = load(tmp_path), (dummy_weights(spec, torch.float32, CPU, seed=s) for s in (1, 1, 2))
     assert torch.equal(first.head, again.head)
     assert not torch.equal(first.head, other.head)
     for ours, theirs in zip(first.layers, real.layers, strict=True):

@@ -17,9 +17,14 @@ DETOKENIZE = "/detokenize"
 USER = [{"role": "user", "content": "hi"}]
 GOOD: dict[str, Any] = {"model": MODEL, "messages": USER, "max_tokens": 2}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
-VALUE, UNSUPPORTED, UNKNOWN, MISSING = "invalid_value", "unsupported_parameter", "unknown_parameter", (
-    "missing_required_parameter"
-)  # fmt: skip
+VALUE, UNSUPPORTED, UNKNOWN = "invalid_value", "unsupported_parameter", "unknown_parameter"
+MISSING, TOO_LONG = "missing_required_parameter", "context_length_exceeded"
+STATUS = {
+    "model_not_found": 404, "not_found": 404, "unsupported_endpoint": 404, "method_not_allowed": 405,
+    "request_too_large": 413,
+}  # fmt: skip
+SAID = {"role": "user", "content": "x"}
+CONTINUED = {"continue_final_message": True}
 NAN, INFINITE = float("nan"), float("inf")
 
 
@@ -29,7 +34,6 @@ class Bad(NamedTuple):
     name: str
     path: str
     body: str | bytes
-    status: int
     code: str
     param: str | None
 
@@ -44,35 +48,24 @@ def text(prompt: Any = "x", **changes: Any) -> str:
 
 NUMBERS: tuple[Any, ...] = ("high", True, [1], {}, NAN, INFINITE, -INFINITE)
 WRONG: dict[str, tuple[Any, ...]] = {
-    "temperature": (*NUMBERS, -0.1, 101),
-    "top_p": (*NUMBERS, 0, -1, 1.1),
+    "temperature": (*NUMBERS, -0.1, 101), "top_p": (*NUMBERS, 0, -1, 1.1), "min_p": (*NUMBERS, -0.1, 2),
     "top_k": ("7", True, 1.5, -2, 2**31, []),
-    "min_p": (*NUMBERS, -0.1, 2),
     "seed": ("7", True, 0.5, 2**64, -(2**63) - 1, []),
     "stop": ("", [""], [1], 3, ["x"] * 17, {}, "x" * 1025),
-    "stop_token_ids": ([10**6], [-1], ["1"], [True], "1", 5, list(range(40)), [10**40]),
+    "stop_token_ids": ([10**6], [-1], ["1"], [True], "1", 5, list(range(40)), [10**40], [5.0]),
     "max_tokens": (0, -1, "5", 1.5, True, []),
-    "min_tokens": (-1, 3, "1", 0.5, True),
-    "ignore_eos": ("yes", 1, []),
-    "skip_special_tokens": ("no", 0, {}),
-    "presence_penalty": (*NUMBERS, 2.1, -2.1),
-    "frequency_penalty": (*NUMBERS, 2.1, -2.1),
+    "min_tokens": (-1, 3, "1", 0.5, True), "ignore_eos": ("yes", 1, []), "skip_special_tokens": ("no", 0, {}),
+    "presence_penalty": (*NUMBERS, 2.1, -2.1), "frequency_penalty": (*NUMBERS, 2.1, -2.1),
     "repetition_penalty": (*NUMBERS, 0, -1, 101),
     "logit_bias": (
         {"x": 1}, {"-1": 1}, {"1.5": 1}, {"": 1}, {"5": 101}, {"5": -101}, {"5": "1"}, {"5": True}, {"5": NAN},
         {"999999": 1}, {"9999999999": 1}, [5], "5", {str(i): 1 for i in range(1025)}, {"5": None},
     ),
     "n": (0, -1, True, "2", 1.5, 129, 9, []),
-    "stream": ("yes", 1, [], {}),
-    "priority": (1.5, "1", True, 2**31, -(2**31) - 1),
+    "stream": ("yes", 1, [], {}), "priority": (1.5, "1", True, 2**31, -(2**31) - 1),
     "return_tokens_as_token_ids": ("yes", 1),
-    "user": (5, {}, []),
-    "metadata": ("x", {"a": 1}, [], {"a": {}}),
-    "store": ("yes", 1),
-    "response_format": ("json", [], 5),
-    "guided_regex": (5, []),
-    "guided_choice": ("x", [1], []),
-    "model": (5, [], {}),
+    "user": (5, {}, []), "metadata": ("x", {"a": 1}, [], {"a": {}}), "store": ("yes", 1),
+    "response_format": ("json", [], 5), "guided_regex": (5, []), "guided_choice": ("x", [1], []), "model": (5, [], {}),
 }  # fmt: skip
 """Fields of chats and completions, with values that each refuses."""
 
@@ -82,9 +75,7 @@ ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
         "top_logprobs": (3, 21, -1, "2", True),
         "max_completion_tokens": ("5", 1.5, True),
         "tool_choice": ("required", "always", 5, {"type": "function", "function": {"name": "f"}}),
-        "parallel_tool_calls": ("yes", 1),
-        "separate_reasoning": ("yes", 1),
-        "add_generation_prompt": ("yes", 1),
+        "parallel_tool_calls": ("yes", 1), "separate_reasoning": ("yes", 1), "add_generation_prompt": ("yes", 1),
         "continue_final_message": ("yes", True, 1),
         "chat_template_kwargs": (
             "x", [], {"messages": []}, {"add_generation_prompt": True}, {"tools": []}, {"bos_token": "x"},
@@ -97,7 +88,7 @@ ONLY: dict[str, dict[str, tuple[Any, ...]]] = {
         "best_of": (0, 129, "2", True, 1.5),
         "prompt": (
             "", [], ["x", ""], None, ["x", 1], [True], [[5], [-1]], [10**6], [10**40], [[]], [["x"]], 5, {"a": 1},
-            [None],
+            [None], [5.0], [[5.0]],
         ),
     },
 }  # fmt: skip
@@ -120,17 +111,10 @@ REFUSED: dict[str, dict[str, tuple[Any, ...]]] = {
 """Fields that are known and asked for something that is not supported."""
 
 NATIVE: dict[str, tuple[Any, ...]] = {
-    "max_new_tokens": (0, -1, "5", 1.5),
-    "min_new_tokens": (-1, 200, "5"),
-    "temperature": (-1, "hot", NAN),
-    "top_p": (0, 2),
-    "sampling_seed": (2**64, "x"),
-    "stop": ("", [1]),
-    "stop_token_ids": ([10**6], ["x"]),
-    "n": (0, 129, "2"),
-    "regex": (5,),
-    "logit_bias": ([5], {"999999": 1}),
-}
+    **{name: WRONG[name] for name in ("temperature", "top_p", "min_p", "stop", "stop_token_ids", "logit_bias")},
+    "max_new_tokens": WRONG["max_tokens"], "min_new_tokens": (-1, 200, "5"), "sampling_seed": WRONG["seed"],
+    "top_k": WRONG["top_k"], "n": (0, 129, "2"), "regex": (5,),
+}  # fmt: skip
 
 
 def messages(*several: Any) -> str:
@@ -145,20 +129,28 @@ def call(**changes: Any) -> dict[str, Any]:
     return {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}, **changes}
 
 
+def called(arguments: Any) -> str:
+    return messages(answer(tool_calls=[call(function={"name": "f", "arguments": arguments})]))
+
+
+def native(params: Any) -> str:
+    return json.dumps({"text": "x", "sampling_params": params})
+
+
 def generated() -> Iterator[Bad]:
     """Every wrong value of every field."""
     for path, body in ((CHAT, chat), (TEXT, text)):
         for field, values in (WRONG | ONLY[path]).items():
             for value in values:
                 name = f"{path} {field}={str(value)[:30]}"
-                yield Bad(name, path, body(**{field: value}), 400, VALUE, field)
+                yield Bad(name, path, body(**{field: value}), VALUE, field)
         for field, values in REFUSED[path].items():
             for value in values:
-                yield Bad(f"{path} {field}={value}", path, body(**{field: value}), 400, UNSUPPORTED, field)
+                yield Bad(f"{path} {field}={value}", path, body(**{field: value}), UNSUPPORTED, field)
     for field, values in NATIVE.items():
         for value in values:
-            native = json.dumps({"text": "x", "sampling_params": {field: value}})
-            yield Bad(f"{GENERATE} {field}={value}", GENERATE, native, 400, VALUE, f"sampling_params.{field}")
+            name = f"{GENERATE} {field}={value}"
+            yield Bad(name, GENERATE, native({field: value}), VALUE, f"sampling_params.{field}")
     for path in (CHAT, TEXT, GENERATE, TOKENIZE, DETOKENIZE):
         broken: tuple[tuple[str, str | bytes], ...] = (
             ("cut JSON", '{"messages": ['), ("no body", ""), ("a list", "[1]"), ("a string", '"x"'), ("null", "null"),
@@ -167,132 +159,115 @@ def generated() -> Iterator[Bad]:
             ("not JSON", "model=x"), ("a comment", '{"model": "x" /* y */}'),
         )  # fmt: skip
         for name, content in broken:
-            yield Bad(f"{path} {name}", path, content, 400, "invalid_json", None)
-        yield Bad(f"{path} body too large", path, b" " * (BODY_LIMIT + 1), 413, "request_too_large", None)
+            yield Bad(f"{path} {name}", path, content, "invalid_json", None)
+        yield Bad(f"{path} body too large", path, b" " * (BODY_LIMIT + 1), "request_too_large", None)
 
 
-SINGLE: dict[str, tuple[str, str | bytes, int, str, str | None]] = {
-    "no messages": (CHAT, "{}", 400, MISSING, "messages"),
-    "no prompt": (TEXT, "{}", 400, MISSING, "prompt"),
-    "message a string": (CHAT, messages("hi"), 400, VALUE, "messages.0"),
-    "user without content": (CHAT, messages({"role": "user"}), 400, VALUE, "messages.0.content"),
-    "message without role": (CHAT, messages({"content": "x"}), 400, MISSING, "messages.0.role"),
-    "content a number": (CHAT, messages({"role": "user", "content": 3}), 400, VALUE, "messages.0.content"),
+SINGLE: dict[str, tuple[str, str | bytes, str, str | None]] = {
+    "no messages": (CHAT, "{}", MISSING, "messages"),
+    "no prompt": (TEXT, "{}", MISSING, "prompt"),
+    "message a string": (CHAT, messages("hi"), VALUE, "messages.0"),
+    "user without content": (CHAT, messages({"role": "user"}), VALUE, "messages.0.content"),
+    "message without role": (CHAT, messages({"content": "x"}), MISSING, "messages.0.role"),
+    "content a number": (CHAT, messages({"role": "user", "content": 3}), VALUE, "messages.0.content"),
     "part without text": (CHAT, messages({"role": "user", "content": [{"type": "text"}]}),
-        400, MISSING, "messages.0.content.0.text"),
-    "unknown role": (CHAT, messages({"role": "wizard", "content": "x"}), 400, VALUE, "messages.0.role"),
+        MISSING, "messages.0.content.0.text"),
+    "unknown role": (CHAT, messages({"role": "wizard", "content": "x"}), VALUE, "messages.0.role"),
     "function role": (CHAT, messages({"role": "function", "name": "f", "content": "x"}),
-        400, UNSUPPORTED, "messages.0.role"),
-    "tool without id": (CHAT, messages({"role": "tool", "content": "x"}), 400, VALUE, "messages.0.tool_call_id"),
-    "tool without content": (CHAT, messages({"role": "tool", "tool_call_id": "1"}), 400, VALUE, "messages.0.content"),
-    "id of a user": (CHAT, messages({"role": "user", "content": "x", "tool_call_id": "1"}),
-        400, VALUE, "messages.0.tool_call_id"),
-    "calls of a user": (CHAT, messages({"role": "user", "content": "x", "tool_calls": [call()]}),
-        400, VALUE, "messages.0.tool_calls"),
+        UNSUPPORTED, "messages.0.role"),
+    "tool without id": (CHAT, messages({"role": "tool", "content": "x"}), VALUE, "messages.0.tool_call_id"),
+    "tool without content": (CHAT, messages({"role": "tool", "tool_call_id": "1"}), VALUE, "messages.0.content"),
+    "id of a user": (CHAT, messages({**SAID, "tool_call_id": "1"}), VALUE, "messages.0.tool_call_id"),
+    "calls of a user": (CHAT, messages({**SAID, "tool_calls": [call()]}), VALUE, "messages.0.tool_calls"),
     "call without function": (CHAT, messages(answer(tool_calls=[{"id": "c", "type": "function"}])),
-        400, MISSING, "messages.0.tool_calls.0.function"),
-    "arguments no JSON": (CHAT, messages(answer(tool_calls=[call(function={"name": "f", "arguments": "{"})])),
-        400, VALUE, "messages.0.tool_calls.0.function.arguments"),
-    "arguments a list": (CHAT, messages(answer(tool_calls=[call(function={"name": "f", "arguments": "[]"})])),
-        400, VALUE, "messages.0.tool_calls.0.function.arguments"),
-    "arguments an object": (CHAT, messages(answer(tool_calls=[call(function={"name": "f", "arguments": {}})])),
-        400, VALUE, "messages.0.tool_calls.0.function.arguments"),
+        MISSING, "messages.0.tool_calls.0.function"),
+    "arguments no JSON": (CHAT, called("{"), VALUE, "messages.0.tool_calls.0.function.arguments"),
+    "arguments a list": (CHAT, called("[]"), VALUE, "messages.0.tool_calls.0.function.arguments"),
+    "arguments an object": (CHAT, called({}), VALUE, "messages.0.tool_calls.0.function.arguments"),
     "old function call": (CHAT, messages(answer(function_call={"name": "f", "arguments": "{}"})),
-        400, UNSUPPORTED, "messages.0.function_call"),
-    "refusal sent back": (CHAT, messages(answer(refusal="no")), 400, UNSUPPORTED, "messages.0.refusal"),
+        UNSUPPORTED, "messages.0.function_call"),
+    "refusal sent back": (CHAT, messages(answer(refusal="no")), UNSUPPORTED, "messages.0.refusal"),
     "image": (CHAT, messages({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}),
-        400, UNSUPPORTED, "messages.0.content"),
+        UNSUPPORTED, "messages.0.content"),
     "audio part": (CHAT, messages({"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}),
-        400, UNSUPPORTED, "messages.0.content"),
-    "unknown field": (CHAT, chat(colour="red"), 400, UNKNOWN, "colour"),
-    "unknown field of a completion": (TEXT, text(colour="red"), 400, UNKNOWN, "colour"),
-    "messages in a completion": (TEXT, text(messages=USER), 400, UNKNOWN, "messages"),
-    "prompt in a chat": (CHAT, chat(prompt="x"), 400, UNKNOWN, "prompt"),
-    "unknown field of a message": (CHAT, messages({"role": "user", "content": "x", "mood": 1}),
-        400, UNKNOWN, "messages.0.mood"),
-    "odd unknown field": (CHAT, chat(**{"what is": 1}), 400, UNKNOWN, "what is"),
-    "unknown model": (CHAT, chat(model="gpt-9"), 404, "model_not_found", "model"),
-    "unknown model of a completion": (TEXT, text(model="gpt-9"), 404, "model_not_found", "model"),
-    "unknown model of tokenize": (TOKENIZE, '{"prompt": "x", "model": "y"}', 404, "model_not_found", "model"),
-    "prompt too long": (TEXT, text("a b " * 400), 400, "context_length_exceeded", "prompt"),
-    "chat too long": (CHAT, messages({"role": "user", "content": "a b " * 400}),
-        400, "context_length_exceeded", "messages"),
-    "text to generate too long": (GENERATE, json.dumps({"text": "a b " * 400}), 400, "context_length_exceeded", "text"),
-    "prompt and max_tokens too long": (TEXT, text(max_tokens=128), 400, "context_length_exceeded", "max_tokens"),
-    "max_tokens huge": (CHAT, chat(max_tokens=10**30), 400, "context_length_exceeded", "max_tokens"),
-    "temperature overflows": (CHAT, '{"messages": [], "temperature": 1e999}', 400, VALUE, "temperature"),
-    "two limits": (CHAT, chat(max_completion_tokens=3), 400, VALUE, "max_tokens"),
-    "no tokens": (CHAT, json.dumps({"messages": USER, "max_completion_tokens": 0}),
-        400, VALUE, "max_completion_tokens"),
-    "too many tokens": (CHAT, json.dumps({"messages": USER, "max_completion_tokens": 128}),
-        400, "context_length_exceeded", "max_completion_tokens"),
-    "many unknown fields": (CHAT, json.dumps({f"x{i}": 1 for i in range(2000)}), 400, VALUE, None),
-    "many bad ids": (CHAT, chat(stop_token_ids=["x"] * 2000), 400, VALUE, "stop_token_ids"),
-    "stream_options alone": (CHAT, chat(stream_options={"include_usage": True}), 400, VALUE, "stream_options"),
-    "unknown stream option": (CHAT, chat(stream=True, stream_options={"colour": 1}),
-        400, UNKNOWN, "stream_options.colour"),
+        UNSUPPORTED, "messages.0.content"),
+    "unknown field": (CHAT, chat(colour="red"), UNKNOWN, "colour"),
+    "unknown field of a completion": (TEXT, text(colour="red"), UNKNOWN, "colour"),
+    "messages in a completion": (TEXT, text(messages=USER), UNKNOWN, "messages"),
+    "prompt in a chat": (CHAT, chat(prompt="x"), UNKNOWN, "prompt"),
+    "unknown field of a message": (CHAT, messages({**SAID, "mood": 1}), UNKNOWN, "messages.0.mood"),
+    "odd unknown field": (CHAT, chat(**{"what is": 1}), UNKNOWN, "what is"),
+    "unknown model": (CHAT, chat(model="gpt-9"), "model_not_found", "model"),
+    "unknown model of a completion": (TEXT, text(model="gpt-9"), "model_not_found", "model"),
+    "unknown model of tokenize": (TOKENIZE, '{"prompt": "x", "model": "y"}', "model_not_found", "model"),
+    "prompt too long": (TEXT, text("a b " * 400), TOO_LONG, "prompt"),
+    "chat too long": (CHAT, messages({"role": "user", "content": "a b " * 400}), TOO_LONG, "messages"),
+    "text to generate too long": (GENERATE, json.dumps({"text": "a b " * 400}), TOO_LONG, "text"),
+    "prompt and max_tokens too long": (TEXT, text(max_tokens=128), TOO_LONG, "max_tokens"),
+    "max_tokens huge": (CHAT, chat(max_tokens=10**30), TOO_LONG, "max_tokens"),
+    "temperature overflows": (CHAT, '{"messages": [], "temperature": 1e999}', VALUE, "temperature"),
+    "two limits": (CHAT, chat(max_completion_tokens=3), VALUE, "max_tokens"),
+    "no tokens": (CHAT, chat(max_tokens=None, max_completion_tokens=0), VALUE, "max_completion_tokens"),
+    "too many tokens": (CHAT, chat(max_tokens=None, max_completion_tokens=128), TOO_LONG, "max_completion_tokens"),
+    "many unknown fields": (CHAT, json.dumps({f"x{i}": 1 for i in range(2000)}), VALUE, None),
+    "many bad ids": (CHAT, chat(stop_token_ids=["x"] * 2000), VALUE, "stop_token_ids"),
+    "stream_options alone": (CHAT, chat(stream_options={"include_usage": True}), VALUE, "stream_options"),
+    "unknown stream option": (CHAT, chat(stream=True, stream_options={"colour": 1}), UNKNOWN, "stream_options.colour"),
     "stream option a string": (CHAT, chat(stream=True, stream_options={"include_usage": "x"}),
-        400, VALUE, "stream_options.include_usage"),
-    "best_of below n": (TEXT, text(n=3, best_of=2), 400, VALUE, "best_of"),
-    "best_of streamed": (TEXT, text(best_of=2, stream=True), 400, VALUE, "best_of"),
-    "too many prompts": (TEXT, text(["x"] * 9), 400, VALUE, "prompt"),
-    "too many answers": (TEXT, text(["x", "y"], n=5), 400, VALUE, "n"),
-    "json mode": (CHAT, chat(response_format={"type": "json_object"}), 400, UNSUPPORTED, "response_format"),
-    "format without type": (CHAT, chat(response_format={}), 400, VALUE, "response_format.type"),
-    "schema missing": (CHAT, chat(response_format={"type": "json_schema"}), 400, VALUE, "response_format.json_schema"),
-    "choice without function": (CHAT, chat(tool_choice={"type": "function"}), 400, MISSING, "tool_choice.function"),
-    "two forms": (CHAT, chat(guided_regex="a", guided_choice=["b"]), 400, VALUE, "guided_choice"),
-    "no form": (CHAT, chat(structured_outputs={}), 400, VALUE, "structured_outputs"),
-    "unknown form": (CHAT, chat(structured_outputs={"poem": 1}), 400, UNSUPPORTED, "structured_outputs.poem"),
-    "tool a string": (CHAT, chat(tools=["f"]), 400, VALUE, "tools.0"),
-    "tool of another type": (CHAT, chat(tools=[{"type": "custom"}]), 400, VALUE, "tools.0.type"),
-    "tool without function": (CHAT, chat(tools=[{"type": "function"}]), 400, MISSING, "tools.0.function"),
-    "tool without name": (CHAT, chat(tools=[{"type": "function", "function": {}}]),
-        400, MISSING, "tools.0.function.name"),
+        VALUE, "stream_options.include_usage"),
+    "best_of below n": (TEXT, text(n=3, best_of=2), VALUE, "best_of"),
+    "best_of streamed": (TEXT, text(best_of=2, stream=True), VALUE, "best_of"),
+    "too many prompts": (TEXT, text(["x"] * 9), VALUE, "prompt"),
+    "too many answers": (TEXT, text(["x", "y"], n=5), VALUE, "n"),
+    "json mode": (CHAT, chat(response_format={"type": "json_object"}), UNSUPPORTED, "response_format"),
+    "format without type": (CHAT, chat(response_format={}), VALUE, "response_format.type"),
+    "schema missing": (CHAT, chat(response_format={"type": "json_schema"}), VALUE, "response_format.json_schema"),
+    "choice without function": (CHAT, chat(tool_choice={"type": "function"}), MISSING, "tool_choice.function"),
+    "two forms": (CHAT, chat(guided_regex="a", guided_choice=["b"]), VALUE, "guided_choice"),
+    "no form": (CHAT, chat(structured_outputs={}), VALUE, "structured_outputs"),
+    "unknown form": (CHAT, chat(structured_outputs={"poem": 1}), UNSUPPORTED, "structured_outputs.poem"),
+    "tool a string": (CHAT, chat(tools=["f"]), VALUE, "tools.0"),
+    "tool of another type": (CHAT, chat(tools=[{"type": "custom"}]), VALUE, "tools.0.type"),
+    "tool without function": (CHAT, chat(tools=[{"type": "function"}]), MISSING, "tools.0.function"),
+    "tool without name": (CHAT, chat(tools=[{"type": "function", "function": {}}]), MISSING, "tools.0.function.name"),
     "tool with a bad name": (CHAT, chat(tools=[{"type": "function", "function": {"name": "a b"}}]),
-        400, VALUE, "tools.0.function.name"),
-    "two tools of one name": (CHAT, chat(tools=[TOOL, TOOL]), 400, VALUE, "tools"),
-    "too many tools": (CHAT, chat(tools=[TOOL] * 129), 400, VALUE, "tools"),
+        VALUE, "tools.0.function.name"),
+    "two tools of one name": (CHAT, chat(tools=[TOOL, TOOL]), VALUE, "tools"),
+    "too many tools": (CHAT, chat(tools=[TOOL] * 129), VALUE, "tools"),
     "tool that is not there": (CHAT, chat(tools=[TOOL], tool_choice={"type": "function", "function": {"name": "g"}}),
-        400, VALUE, "tool_choice"),
-    "tools and a form": (CHAT, chat(tools=[TOOL], guided_regex="a"), 400, UNSUPPORTED, "tools"),
-    "continue and begin": (
-        CHAT, messages(*USER, answer(content="x")).replace("}]", "}], \"continue_final_message\": true, "
-                                                           "\"add_generation_prompt\": true", 1),
-        400, VALUE, "continue_final_message",
-    ),
-    "continue a call": (
-        CHAT, chat(messages=[*USER, answer(content="x", tool_calls=[call()])], continue_final_message=True),
-        400, VALUE, "continue_final_message",
-    ),
+        VALUE, "tool_choice"),
+    "tools and a form": (CHAT, chat(tools=[TOOL], guided_regex="a"), UNSUPPORTED, "tools"),
+    "continue and begin": (CHAT, chat(messages=[*USER, answer(content="x")], **CONTINUED, add_generation_prompt=True),
+        VALUE, "continue_final_message"),
+    "continue a call": (CHAT, chat(messages=[*USER, answer(content="x", tool_calls=[call()])], **CONTINUED),
+        VALUE, "continue_final_message"),
     "a form beside plain text": (CHAT, chat(response_format={"type": "text"}, guided_regex="a"),
-        400, UNSUPPORTED, "guided_regex"),
-    "generate nothing": (GENERATE, "{}", 400, VALUE, "text"),
-    "generate both": (GENERATE, '{"text": "x", "input_ids": [5]}', 400, VALUE, "text"),
-    "generate empty": (GENERATE, '{"text": ""}', 400, VALUE, "text"),
-    "generate no ids": (GENERATE, '{"input_ids": []}', 400, VALUE, "input_ids"),
-    "generate bad ids": (GENERATE, '{"input_ids": [-1]}', 400, VALUE, "input_ids"),
-    "generate an image": (GENERATE, '{"text": "x", "image_data": "y"}', 400, UNSUPPORTED, "image_data"),
-    "generate a tag": (GENERATE, '{"text": "x", "sampling_params": {"structural_tag": "x"}}',
-        400, UNSUPPORTED, "sampling_params.structural_tag"),
-    "generate two forms": (GENERATE, '{"text": "x", "sampling_params": {"regex": "x", "ebnf": "x"}}',
-        400, VALUE, "sampling_params"),
-    "generate an unknown parameter": (GENERATE, '{"text": "x", "sampling_params": {"heat": 1}}',
-        400, UNKNOWN, "sampling_params.heat"),
-    "generate a list of parameters": (GENERATE, '{"text": "x", "sampling_params": []}', 400, VALUE, "sampling_params"),
-    "top without logprob": (GENERATE, '{"text": "x", "top_logprobs_num": 2}', 400, VALUE, "top_logprobs_num"),
-    "tokenize nothing": (TOKENIZE, "{}", 400, MISSING, "prompt"),
-    "tokenize ids": (TOKENIZE, '{"prompt": [1]}', 400, VALUE, "prompt"),
-    "tokenize no messages": (TOKENIZE, '{"messages": []}', 400, VALUE, "messages"),
+        UNSUPPORTED, "guided_regex"),
+    "generate nothing": (GENERATE, "{}", VALUE, "text"),
+    "generate both": (GENERATE, '{"text": "x", "input_ids": [5]}', VALUE, "text"),
+    "generate empty": (GENERATE, '{"text": ""}', VALUE, "text"),
+    "generate no ids": (GENERATE, '{"input_ids": []}', VALUE, "input_ids"),
+    "generate bad ids": (GENERATE, '{"input_ids": [-1]}', VALUE, "input_ids"),
+    "generate from fractions": (GENERATE, '{"input_ids": [5.0]}', VALUE, "input_ids"),
+    "generate an image": (GENERATE, '{"text": "x", "image_data": "y"}', UNSUPPORTED, "image_data"),
+    "generate a tag": (GENERATE, native({"structural_tag": "x"}), UNSUPPORTED, "sampling_params.structural_tag"),
+    "generate two forms": (GENERATE, native({"regex": "x", "ebnf": "x"}), VALUE, "sampling_params"),
+    "generate an unknown parameter": (GENERATE, native({"heat": 1}), UNKNOWN, "sampling_params.heat"),
+    "generate a list of parameters": (GENERATE, '{"text": "x", "sampling_params": []}', VALUE, "sampling_params"),
+    "top without logprob": (GENERATE, '{"text": "x", "top_logprobs_num": 2}', VALUE, "top_logprobs_num"),
+    "tokenize nothing": (TOKENIZE, "{}", MISSING, "prompt"),
+    "tokenize ids": (TOKENIZE, '{"prompt": [1]}', VALUE, "prompt"),
+    "tokenize no messages": (TOKENIZE, '{"messages": []}', VALUE, "messages"),
     "tokenize too much": (TOKENIZE, '{"prompt": "x", "messages": [{"role": "user", "content": "x"}]}',
-        400, UNKNOWN, "prompt"),
-    "detokenize nothing": (DETOKENIZE, "{}", 400, MISSING, "tokens"),
-    "detokenize text": (DETOKENIZE, '{"tokens": "x"}', 400, VALUE, "tokens"),
-    "detokenize too high": (DETOKENIZE, '{"tokens": [1000000]}', 400, VALUE, "tokens"),
-    "detokenize beyond 64 bits": (DETOKENIZE, '{"tokens": [1' + "0" * 40 + "]}", 400, VALUE, "tokens"),
-    "no such path": ("/v1/nothing", "{}", 404, "not_found", None),
-    "embeddings": ("/v1/embeddings", "{}", 404, "unsupported_endpoint", None),
-    "wrong method": ("/v1/models", "{}", 405, "method_not_allowed", None),
+        UNKNOWN, "prompt"),
+    "detokenize nothing": (DETOKENIZE, "{}", MISSING, "tokens"),
+    "detokenize text": (DETOKENIZE, '{"tokens": "x"}', VALUE, "tokens"),
+    "detokenize fractions": (DETOKENIZE, '{"tokens": [5.0]}', VALUE, "tokens"),
+    "detokenize too high": (DETOKENIZE, '{"tokens": [1000000]}', VALUE, "tokens"),
+    "detokenize beyond 64 bits": (DETOKENIZE, '{"tokens": [1' + "0" * 40 + "]}", VALUE, "tokens"),
+    "no such path": ("/v1/nothing", "{}", "not_found", None),
+    "embeddings": ("/v1/embeddings", "{}", "unsupported_endpoint", None),
+    "wrong method": ("/v1/models", "{}", "method_not_allowed", None),
 }  # fmt: skip
 
 BAD = [*generated(), *(Bad(name, *row) for name, row in SINGLE.items())]

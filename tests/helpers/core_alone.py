@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
 
 INNER = ("minisgl.core", "minisgl.config", "minisgl.errors")
 OUTER = ("rich", "zmq", "tokenizers", "transformers", "gguf", "fastapi", "starlette", "uvicorn", "pydantic", "jinja2")
@@ -20,17 +17,13 @@ OUTER = ("rich", "zmq", "tokenizers", "transformers", "gguf", "fastapi", "starle
 class Barrier:
     """A finder that refuses outer modules."""
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
         is_outer = name.startswith("minisgl.") and not any(f"{name}.".startswith(f"{inner}.") for inner in INNER)
         if is_outer or name.partition(".")[0] in OUTER:
             raise ImportError(f"core imports {name}")
-        return None
 
 
 def main() -> None:
-    """Answer every prompt with so many tokens."""
     sys.meta_path.insert(0, Barrier())
     import torch
 
@@ -57,14 +50,14 @@ def main() -> None:
     config = Config(page_size=page_size, max_running_requests=rows, max_prefill_length=64)
     engine = Engine(executor, model, config)
     params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
-    answers: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
-    for name, prompt in zip(answers, prompts, strict=True):
-        engine.add(Request.make(id=name, prompt=prompt, params=params))
+    answers: list[list[int]] = [[] for _ in prompts]
+    for index, prompt in enumerate(prompts):
+        engine.add(Request.make(id=str(index), prompt=prompt, params=params))
     while engine.has_work:
         for event in engine.step():
-            answers[event.id] += event.tokens
+            answers[int(event.id)] += event.tokens
     engine.close()
-    print(json.dumps(list(answers.values())))
+    print(json.dumps(answers))
 
 
 if __name__ == "__main__":

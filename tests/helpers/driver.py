@@ -35,17 +35,9 @@ class Driver:
     """A runner and what a scheduler would know: which pages a row has and how many of its tokens are cached."""
 
     def __init__(
-        self,
-        spec: ModelSpec,
-        weights: Weights,
-        *,
-        rows: int = 4,
-        page_size: int = 4,
-        num_pages: int = 256,
-        max_seq_len: int = 256,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device = CPU,
-    ) -> None:
+        self, spec: ModelSpec, weights: Weights, *, rows: int = 4, page_size: int = 4, num_pages: int = 256,
+        max_seq_len: int = 256, dtype: torch.dtype = torch.float32, device: torch.device = CPU,
+    ) -> None:  # fmt: skip
         attention = Attention(TorchAttention(), TorchAttention())
         self.decoder = RecordingDecoder(spec, weights, attention, max_seq_len)
         kv = allocate_kv(spec.num_layers, num_pages, page_size, spec.num_kv_heads, spec.head_dim, dtype, device)
@@ -69,17 +61,10 @@ class Driver:
         return [(slot, index, page) for index, page in enumerate(self.pages[slot])]
 
     def step(
-        self,
-        decode: Sequence[int] = (),
-        chunks: Mapping[int, Sequence[int]] | None = None,
-        *,
-        unfinished: Sequence[int] = (),
-        init: NewRows | None = None,
-        writes: Sequence[tuple[int, int, int]] = (),
-        greedy: bool = True,
-    ) -> list[int]:
+        self, decode: Sequence[int] = (), chunks: Mapping[int, Sequence[int]] = {}, *, unfinished: Sequence[int] = (),
+        init: NewRows | None = None, writes: Sequence[tuple[int, int, int]] = (), greedy: bool = True,
+    ) -> list[int]:  # fmt: skip
         """Decode rows and prefill chunks in one step; the sampled tokens. Chunks of `unfinished` rows are not final."""
-        chunks = chunks or {}
         lens = {slot: len(tokens) for slot, tokens in chunks.items()}
         starts = [self.length[slot] for slot in chunks]
         decode_lens = [self.length[slot] for slot in decode]
@@ -88,22 +73,14 @@ class Driver:
         page_slots, page_indices, page_ids = np.array(writes, np.int32).reshape(-1, 3).T.copy()
         self.steps += 1
         plan = StepPlan(
-            step=self.steps,
-            init=init,
-            page_slots=page_slots,
-            page_indices=page_indices,
-            page_ids=page_ids,
-            decode_slots=np.array(decode, np.int32),
-            decode_lens=np.array(decode_lens, np.int32),
+            step=self.steps, init=init, page_slots=page_slots, page_indices=page_indices, page_ids=page_ids,
+            decode_slots=np.array(decode, np.int32), decode_lens=np.array(decode_lens, np.int32),
             prefill_slots=np.array(list(chunks), np.int32),
-            prefill_starts=np.array(starts, np.int32),
-            prefill_lens=np.array(list(lens.values()), np.int32),
+            prefill_starts=np.array(starts, np.int32), prefill_lens=np.array(list(lens.values()), np.int32),
             prefill_final=np.array([slot not in unfinished for slot in chunks], np.bool_),
             prefill_tokens=np.array([token for tokens in chunks.values() for token in tokens], np.int32),
-            all_greedy=greedy,
-            any_filter=not greedy,
-            any_min_len=not greedy,
-        )
+            all_greedy=greedy, any_filter=not greedy, any_min_len=not greedy,
+        )  # fmt: skip
         tokens: list[int] = self.runner.run(plan).tokens.tolist()
         return tokens
 

@@ -44,15 +44,15 @@ class EngineThread:
         self.gone = threading.Event()
         self.thread: threading.Thread | None = None
 
-    def run(self, to_engine: str, from_engine: str) -> None:
+    def run(self, sockets: str) -> None:
         try:
-            EngineServer(ipc.EngineSetup(Config(), to_engine, from_engine), self.gone).run()
+            EngineServer(ipc.EngineSetup(Config(), sockets), self.gone).run()
         except RuntimeError as error:
             self.failure = error
 
     @contextlib.asynccontextmanager
-    async def start(self, to_engine: str, from_engine: str) -> AsyncIterator[None]:
-        self.thread = threading.Thread(target=self.run, args=(to_engine, from_engine))
+    async def start(self, sockets: str) -> AsyncIterator[None]:
+        self.thread = threading.Thread(target=self.run, args=(sockets,))
         self.thread.start()
         try:
             yield

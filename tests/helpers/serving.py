@@ -1,10 +1,11 @@
-"""A whole server in the test's event loop: uvicorn on a free port, the service, and an echoing engine."""
+"""A whole server in the test's event loop: uvicorn on a free port, the engine client, and an echoing engine."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import dataclasses
+import json
 import socket
 import ssl
 import time
@@ -20,10 +21,10 @@ from helpers.tiny_tokenizers import write_tokenizer
 from minisgl.config import Config
 from minisgl.core.types import Grammar, ModelInfo
 from minisgl.server.admin import Setup
-from minisgl.server.api_process import HttpServer
+from minisgl.server.api_process import HttpServer, with_middleware
 from minisgl.server.app import make_app
-from minisgl.server.engine_client import EngineClient, socket_folder
-from minisgl.server.middleware import with_middleware
+from minisgl.server.engine_client import EngineClient
+from minisgl.server.launch import socket_folder
 from minisgl.server.preparation import Api, Preparation
 from minisgl.text.tokenizer import Tokenizer
 
@@ -38,11 +39,19 @@ MODEL = "stub-model"
 class Web:
     """The HTTP side of a server, on a port of its own, and clients for it."""
 
-    service: EngineClient
+    client: EngineClient
     tokenizer: Tokenizer
     http: httpx.AsyncClient
     openai: AsyncOpenAI
     port: int
+
+    async def connect(self, *pieces: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A connection of its own on which these pieces were sent, a little apart."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        for number, piece in enumerate(pieces):
+            await asyncio.sleep(0.05 if number else 0.0)
+            writer.write(piece)
+        return reader, writer
 
 
 @dataclasses.dataclass
@@ -62,8 +71,13 @@ class Serving(Web):
                 await asyncio.sleep(0.005)
 
 
-StartEngine = Callable[[str, str], contextlib.AbstractAsyncContextManager[object]]
-"""Runs an engine behind two addresses, to it and from it, for as long as the context lasts."""
+def raw_post(path: str, body: object) -> bytes:
+    data = json.dumps(body).encode()
+    return f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+
+
+StartEngine = Callable[[str], contextlib.AbstractAsyncContextManager[object]]
+"""Runs an engine that connects to the sockets in this folder, for as long as the context lasts."""
 
 
 @contextlib.asynccontextmanager
@@ -83,8 +97,7 @@ async def web(
     config = Config(**flags)
     tokenizer = Tokenizer.load(write_tokenizer(folder, template=template, add_bos=add_bos))
     sockets = socket_folder()
-    to_engine, from_engine = f"ipc://{sockets}/to", f"ipc://{sockets}/from"
-    service = EngineClient(to_engine, from_engine, config, max_live=max_live)
+    client = EngineClient(sockets.name, config, max_live=max_live)
     # With the protocol named asyncio switches off Nagle's delay on each connection, as it does in production.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
@@ -93,13 +106,13 @@ async def web(
     listening = asyncio.Event()
     setup = Setup(config, ["stub = on"], str(folder), time.monotonic())
     preparation = Preparation(model, tokenizer, max_live, config.served_model_name, check_grammar)
-    api = Api(service=service, preparation=preparation, health_timeout=health_timeout)
-    server = HttpServer(with_middleware(make_app(api, setup), service.metrics, config), listening.set, config)
+    api = Api(client=client, preparation=preparation, health_timeout=health_timeout)
+    server = HttpServer(with_middleware(make_app(api, setup), client.metrics, config), listening.set, config)
     url = f"http://127.0.0.1:{port}" if config.ssl_certfile is None else f"https://127.0.0.1:{port}"
     verify = config.ssl_certfile is None or ssl.create_default_context(cafile=config.ssl_certfile)
     try:
-        async with start_engine(to_engine, from_engine):
-            await service.ready()
+        async with start_engine(sockets.name):
+            await client.ready()
             running = asyncio.create_task(server.serve([listener]))
             await listening.wait()
             try:
@@ -107,17 +120,15 @@ async def web(
                     httpx.AsyncClient(base_url=url, timeout=20.0, verify=verify) as http,
                     AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20.0) as openai,
                 ):
-                    yield Web(service, tokenizer, http, openai, port)
+                    yield Web(client, tokenizer, http, openai, port)
             finally:
-                service.fail("the test is over")
+                client.fail("the test is over")
                 server.should_exit = True
                 await running
     finally:
         listener.close()
-        await service.close()
-        for path in sockets.iterdir():
-            path.unlink()
-        sockets.rmdir()
+        await client.close()
+        sockets.cleanup()
 
 
 @contextlib.asynccontextmanager
@@ -130,8 +141,8 @@ async def serving(
     engines: list[StubEngine] = []
 
     @contextlib.asynccontextmanager
-    async def echoing(to_engine: str, from_engine: str) -> AsyncIterator[None]:
-        engines.append(StubEngine(to_engine, from_engine, model, folder, delay))
+    async def echoing(sockets: str) -> AsyncIterator[None]:
+        engines.append(StubEngine(sockets, model, folder, delay))
         task = asyncio.create_task(engines[0].run())
         try:
             yield

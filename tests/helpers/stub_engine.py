@@ -31,7 +31,8 @@ class StubEngine:
     Where `say` is set it gives a request's tokens, and after them comes EOS.
     """
 
-    def __init__(self, to_engine: str, from_engine: str, model: ModelInfo, folder: Path, delay: float = 0.0) -> None:
+    def __init__(self, sockets: str, model: ModelInfo, folder: Path, delay: float = 0.0) -> None:
+        self.sockets = sockets
         self.model = model
         self.folder = folder
         self.delay = delay
@@ -51,7 +52,7 @@ class StubEngine:
         self._inbox = self._context.socket(zmq.PULL)
         self._outboxes: dict[int, zmq.asyncio.Socket] = {}
         self._owners: dict[str, int] = {}
-        self._connect(0, to_engine, from_engine)
+        self._connect(0)
 
     async def run(self) -> None:
         await self.send(self.ready)
@@ -60,7 +61,8 @@ class StubEngine:
         finally:
             self._context.destroy(linger=500)
 
-    def _connect(self, link: int, to_engine: str, from_engine: str) -> None:
+    def _connect(self, link: int) -> None:
+        to_engine, from_engine = ipc.addresses(self.sockets, link)
         self._inbox.connect(to_engine)
         self._outboxes[link] = self._context.socket(zmq.PUSH)
         self._outboxes[link].connect(from_engine)
@@ -89,21 +91,16 @@ class StubEngine:
                         self._changed.set()
                 case ipc.Abort(ids):
                     await self._abort(ids)
-                case ipc.Ping(nonce, link):
+                case ipc.Query(nonce, link, action, completion_id):
+                    count = 7
+                    if action == "abort":
+                        ids = [name for name in self.live if ipc.belongs_to(name, completion_id)]
+                        await self._abort(ids)
+                        count = len(ids)
                     if not self.deaf:
-                        await self.send(ipc.Pong(nonce, self.stats()), link)
-                case ipc.FlushCache(nonce, link):
-                    await self.send(ipc.CacheFlushed(nonce, 7), link)
-                case ipc.AbortCompletion(nonce, link, completion_id):
-                    others = [
-                        name for name in self.live if self._owners[name] != link and ipc.belongs_to(name, completion_id)
-                    ]
-                    for name in others:
-                        await self.send(ipc.Revoked([name]), self._owners[name])
-                    await self._abort(others)
-                    await self.send(ipc.CompletionAborted(nonce, len(others)), link)
-                case ipc.Attach(link, to_engine, from_engine):
-                    self._connect(link, to_engine, from_engine)
+                        await self.send(ipc.Reply(nonce, self.stats(), count), link)
+                case ipc.Attach(link):
+                    self._connect(link)
                     await self.send(self.ready, link)
                 case ipc.Detach(link):
                     self._outboxes.pop(link).close(linger=0)
@@ -197,7 +194,7 @@ async def serve_process() -> None:
     delay, context = float(os.environ.get("STUB_DELAY", "0.01")), int(os.environ.get("STUB_CONTEXT", "512"))
     tokenizer = Tokenizer.load(folder)
     model = ModelInfo(name="stub", vocab_size=tokenizer.vocab_size, max_seq_len=context, eos_token_ids=(1,))
-    engine = StubEngine(start["to_engine"], start["from_engine"], model, folder, delay)
+    engine = StubEngine(start["folder"], model, folder, delay)
     engine.deaf = mode == "deaf"
     engine.die_on = tuple(tokenizer.encode(DEADLY_PROMPT))
     if mode == "fail":

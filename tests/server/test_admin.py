@@ -24,7 +24,7 @@ async def test_ready_version_and_model(server: Serving, tmp_path: Path) -> None:
         "eos_token_ids": [1],
         "has_chat_template": True,
     }
-    server.service.fail()
+    server.client.fail()
     assert (await server.http.get("/ready")).status_code == 503
     assert (await server.http.get("/version")).status_code == 200
 

@@ -8,10 +8,10 @@ from typing import Any
 import httpx
 import pytest
 
-from helpers.bad_requests import BAD, CHAT, GOOD, TEXT, USER
+from helpers.bad_requests import BAD, CHAT, GOOD, STATUS, TEXT, USER
 from helpers.serving import MODEL, Serving
 from minisgl.server.protocol import ChatRequest, CompletionRequest
-from minisgl.text.detokenizer import TextStream
+from minisgl.text.tokenizer import TextStream
 
 
 def check_error(response: httpx.Response, status: int, code: str, param: str | None) -> None:
@@ -32,18 +32,18 @@ async def test_every_bad_request_gets_its_error_and_leaves_the_server_well(serve
     assert len(BAD) >= 300
     assert len({bad.name for bad in BAD}) == len(BAD)
     wrong: list[str] = []
-    for name, path, body, status, code, param in BAD:
+    for name, path, body, code, param in BAD:
         seen = len(server.engine.seen)
         response = await server.http.post(path, content=body)
         try:
-            check_error(response, status, code, param)
+            check_error(response, STATUS.get(code, 400), code, param)
             assert len(server.engine.seen) == seen
             good = await server.http.post(TEXT, json={"prompt": [5], "max_tokens": 1})
             assert good.status_code == 200
         except AssertionError as error:
             wrong.append(f"{name}: {str(error).splitlines()[0]}")
     assert not wrong, "\n".join(wrong)
-    assert server.service.num_live == 0
+    assert server.client.num_live == 0
     assert not server.engine.live
 
 
@@ -69,26 +69,19 @@ async def test_unsupported_fields_pass_when_they_ask_for_nothing(server: Serving
     for name in fields - base.keys():
         response = await server.http.post(path, json={**base, name: None})
         assert response.status_code == 200, (name, response.text)
+        assert response.json()["model"] == MODEL  # it is the one served also where none is named
 
 
-async def test_a_missing_model_means_the_one_served(server: Serving) -> None:
-    response = await server.http.post(CHAT, json={"messages": USER, "max_tokens": 1})
-    assert response.json()["model"] == MODEL
-
-
-@pytest.mark.serving(template=None)
-async def test_a_base_model_refuses_chats_and_completes(server: Serving) -> None:
+@pytest.mark.parametrize(
+    ("template", "message"), [(None, "no chat template"), ("{{ raise_exception('only poems') }}", "only poems")]
+)
+async def test_what_the_template_refuses_is_a_400_and_may_be_completed(
+    server: Serving, template: str | None, message: str
+) -> None:
     response = await server.http.post(CHAT, json=GOOD)
     check_error(response, 400, "invalid_value", "messages")
-    assert "no chat template" in response.json()["error"]["message"]
+    assert message in response.json()["error"]["message"]
     assert (await server.http.post(TEXT, json={"prompt": "x"})).status_code == 200
-
-
-@pytest.mark.serving(template="{{ raise_exception('only poems') }}")
-async def test_what_the_template_refuses_is_a_400(server: Serving) -> None:
-    response = await server.http.post(CHAT, json=GOOD)
-    check_error(response, 400, "invalid_value", "messages")
-    assert "only poems" in response.json()["error"]["message"]
 
 
 async def test_what_the_engine_refuses_is_a_400_also_for_streams(server: Serving) -> None:

@@ -54,13 +54,9 @@ async def test_several_prompts_with_n_are_numbered_prompt_by_prompt(server: Serv
 
 async def test_best_of_returns_the_most_probable_by_the_token(server: Serving) -> None:
     # The stub's log-probabilities fall with each token: the shortest answer is the best.
-    lengths = {0: 5, 1: 2, 2: 7, 3: 3}
-
-    def say(request: Any) -> list[int]:
-        number = int(request.id.rpartition("-")[2])
-        return server.tokenizer.encode("abcdefgh")[:1] * lengths[number]
-
-    server.engine.say = say
+    lengths = {"0": 5, "1": 2, "2": 7, "3": 3}
+    letter = server.tokenizer.encode("abcdefgh")[:1]
+    server.engine.say = lambda request: letter * lengths[request.id.rpartition("-")[2]]
     answer = await server.openai.completions.create(model=MODEL, prompt="x", max_tokens=9, n=2, best_of=4)
     assert [(c.index, len(c.text)) for c in answer.choices] == [(0, 2), (1, 3)]
     assert [c.logprobs for c in answer.choices] == [None, None]
@@ -84,26 +80,20 @@ async def test_chat_logprobs_have_tokens_bytes_and_likeliest(server: Serving) ->
     text = "Hi 😀!"
     server.speak(text)
     tokens = server.tokenizer.encode(text)
-    for stream in (False, True):
-        body: Any = {"model": MODEL, "messages": USER, "max_tokens": 30, "logprobs": True, "top_logprobs": 2}
-        found: list[Any] = []
-        if stream:
-            async for chunk in await server.openai.chat.completions.create(**body, stream=True):
-                if chunk.choices[0].logprobs is not None:
-                    found += chunk.choices[0].logprobs.content or []
-        else:
-            answer = await server.openai.chat.completions.create(**body)
-            assert answer.choices[0].message.content == text
-            assert answer.choices[0].logprobs is not None
-            found = list(answer.choices[0].logprobs.content or [])
+    body: Any = {"model": MODEL, "messages": USER, "max_tokens": 30, "logprobs": True, "top_logprobs": 2}
+    answer = await server.openai.chat.completions.create(**body)
+    assert answer.choices[0].message.content == text
+    chunks = [chunk async for chunk in await server.openai.chat.completions.create(**body, stream=True)]
+    for answers in ([answer], chunks):
+        logprobs = [answer.choices[0].logprobs for answer in answers]
+        found = [entry for part in logprobs if part is not None for entry in part.content or ()]
         assert [entry.logprob for entry in found] == [-1.0 - i for i in range(len(tokens) + 1)]
         assert b"".join(bytes(entry.bytes) for entry in found) == (text + "</s>").encode()
         parts = [entry.token for entry in found if entry.token.startswith("bytes:")]
         assert parts
         assert all(part.startswith("bytes:\\x") for part in parts)
-        assert [[top.logprob for top in entry.top_logprobs] for entry in found] == [
-            list(scored(0, i, 2).top_logprobs) for i in range(len(found))
-        ]
+        tops = [list(scored(0, i, 2).top_logprobs) for i in range(len(found))]
+        assert [[top.logprob for top in entry.top_logprobs] for entry in found] == tops
         assert found[0].top_logprobs[1].token == found[0].token
 
 
@@ -114,12 +104,11 @@ async def test_streamed_logprobs_are_those_of_the_whole_answer(server: Serving, 
     body = {"prompt": "x", "max_tokens": 40, "logprobs": 1, "stop": stop}
     whole = (await server.http.post(TEXT, json=body)).json()["choices"][0]
     text = ""
-    names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
-    lists: dict[str, list[Any]] = {name: [] for name in names}
+    lists: dict[str, list[Any]] = {name: [] for name in whole["logprobs"]}
     async for chunk in await server.openai.completions.create(model=MODEL, stream=True, **body):  # type: ignore[call-overload]
         text += chunk.choices[0].text
-        for name in names:
-            lists[name] += getattr(chunk.choices[0].logprobs, name)
+        for name, found in lists.items():
+            found += getattr(chunk.choices[0].logprobs, name)
     assert text == whole["text"]
     assert lists == whole["logprobs"]
     assert "dogs" in text or stop == "dog"
@@ -139,8 +128,7 @@ async def test_echo_gives_the_prompt_with_its_logprobs_as_harnesses_need_it(serv
             answer = (await server.http.post(TEXT, json=body)).json()
             choice = answer["choices"][0]
             found = choice["logprobs"]
-            generated = server.tokenizer.decode(ids[:1]) if limit else ""
-            assert choice["text"] == prompt + generated
+            assert choice["text"] == prompt + server.tokenizer.decode(ids[:limit])
             assert len(found["tokens"]) == len(ids) + limit
             assert found["token_logprobs"][: len(ids)] == [None, *(-1.0 - i for i in range(1, len(ids)))]
             assert found["top_logprobs"][0] is None

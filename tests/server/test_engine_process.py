@@ -8,37 +8,38 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 
+from helpers.constraints import Cycle, cycle
 from helpers.engine_thread import EngineThread
-from helpers.simulation import simulated_engine
+from helpers.simulation import VOCAB, simulated_engine
 from minisgl.build import Built
 from minisgl.config import Config
 from minisgl.core.request_state import Constraint
 from minisgl.core.types import FinishReason, Grammar, Request, SamplingParams, TokenEvent
 from minisgl.errors import InvalidRequestError
 from minisgl.server import engine_process, ipc
-from minisgl.server.engine_client import EngineClient, socket_folder
+from minisgl.server.engine_client import EngineClient
 from minisgl.server.engine_process import PendingGrammars
 from minisgl.server.errors import RequestAbortedError
+from minisgl.server.launch import socket_folder
 
 
 @pytest.fixture
 async def clients(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[list[EngineClient]]:
     """The launcher's client of a simulated engine, and those of two API processes."""
-    engine, folder = simulated_engine(max_seq_len=2000, num_pages=2000), socket_folder()
+    engine = simulated_engine(max_seq_len=2000, num_pages=2000)
     monkeypatch.setattr(engine_process, "build_engine", lambda config, **options: Built(engine, Path("/nowhere"), ()))
-    clients = [EngineClient(*ipc.addresses(folder, link), Config(), link=link) for link in range(3)]
-    async with EngineThread(engine).start(*ipc.addresses(folder, ipc.LAUNCHER)):
-        await clients[0].ready()
-        for link in (1, 2):
-            clients[0].send(ipc.Attach(link, *ipc.addresses(folder, link)))
-            assert (await clients[link].ready()).model == engine.model
-        yield clients
-    for client in clients:
-        await client.close()
+    with socket_folder() as folder:
+        clients = [EngineClient(folder, Config(), link=link) for link in range(3)]
+        async with EngineThread(engine).start(folder):
+            await clients[0].ready()
+            for link in (1, 2):
+                clients[0].send(ipc.Attach(link))
+                assert (await clients[link].ready()).model == engine.model
+            yield clients
+        for client in clients:
+            await client.close()
 
 
 def request(name: str, max_tokens: int) -> Request:
@@ -111,63 +112,30 @@ async def test_an_answer_is_aborted_in_the_process_that_has_it(
     assert (await asked.ping(5)).aborted == 3 + (completion_id is None)
 
 
-class Anything:
-    """Allows every token."""
-
-    def fill(self, mask: NDArray[np.int32]) -> None:
-        mask.fill(-1)
-
-    def accept(self, token: int) -> bool:
-        return True
-
-
-def constrained(name: str, source: str = "a") -> tuple[Request, Grammar]:
-    grammar = Grammar(kind="regex", source=source)
-    return Request.make(id=name, prompt=[1], params=SamplingParams(grammar=grammar)), grammar
-
-
-def wait_ready(pending: PendingGrammars, count: int) -> list[tuple[Request, Constraint | InvalidRequestError]]:
-    """The next `count` that are ready."""
-    found: list[tuple[Request, Constraint | InvalidRequestError]] = []
-    deadline = time.monotonic() + 10
-    while len(found) < count:
-        assert time.monotonic() < deadline
-        found += pending.ready()
-    return found
-
-
-def test_a_request_is_ready_when_its_grammar_is_and_never_when_it_has_left() -> None:
-    gate, made = threading.Event(), Anything()
+@pytest.mark.parametrize("error", [InvalidRequestError("too much"), RuntimeError("too much")])
+def test_a_request_is_ready_when_its_grammar_is_and_never_when_it_has_left(error: Exception) -> None:
+    gate, made = threading.Event(), Cycle(cycle(5, 100), VOCAB, eos=1)
 
     def factory(grammar: Grammar) -> Constraint:
         assert gate.wait(10)
+        if grammar.source == "c":
+            raise error
         return made
 
     pending = PendingGrammars(factory)
-    asked = [constrained(name) for name in "abcd"]
-    for one in asked:
-        pending.start(*one)
+    for name in "abcd":
+        grammar = Grammar(kind="regex", source=name)
+        pending.start(Request.make(id=name, prompt=[1], params=SamplingParams(grammar=grammar)), grammar)
     assert pending.drop(["b", "a", "unknown"]) == ["b", "a"]
-    assert (pending.ready(), len(pending), "a" in pending, "c" in pending) == ([], 2, False, True)
+    assert (pending.ready(), list(pending.requests)) == ([], ["c", "d"])
     gate.set()
-    assert wait_ready(pending, 2) == [(asked[2][0], made), (asked[3][0], made)]
-    assert (len(pending), "c" in pending, pending.ready()) == (0, False, [])
-    pending.close()
-
-
-@pytest.mark.parametrize("error", [InvalidRequestError("too much"), RuntimeError("too much")])
-def test_what_cannot_be_followed_is_an_error_of_its_own_request(error: Exception) -> None:
-    def factory(grammar: Grammar) -> Constraint:
-        if grammar.source == "bad":
-            raise error
-        return Anything()
-
-    pending = PendingGrammars(factory)
-    pending.start(*constrained("a", "bad"))
-    pending.start(*constrained("b"))
-    (bad, refusal), (good, constraint) = wait_ready(pending, 2)
-    assert (bad.id, good.id) == ("a", "b")
-    assert isinstance(refusal, InvalidRequestError)
-    assert "too much" in refusal.message
-    assert isinstance(constraint, Anything)
+    deadline, found = time.monotonic() + 10, pending.ready()
+    while len(found) < 2:
+        assert time.monotonic() < deadline
+        found += pending.ready()
+    assert [request.id for request, _ in found] == ["c", "d"]
+    assert isinstance(found[0][1], InvalidRequestError)
+    assert "too much" in found[0][1].message
+    assert found[1][1] is made
+    assert (pending.requests, pending.ready()) == ({}, [])
     pending.close()

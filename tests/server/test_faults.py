@@ -10,13 +10,12 @@ import threading
 from pathlib import Path
 
 import httpx
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 
+from helpers.constraints import Cycle, cycle
 from helpers.engine_thread import simulated
 from helpers.invariants import check_cache
-from helpers.serving import Serving, Web
+from helpers.serving import Serving, Web, raw_post
 from helpers.simulation import VOCAB
 from minisgl.core.engine import Engine
 from minisgl.core.request_state import Constraint
@@ -48,17 +47,15 @@ async def test_an_exception_in_the_nth_forward_pass_is_told_to_all_who_wait(
         assert (await side.http.get("/health")).status_code == 503
         assert (await side.http.get("/ready")).status_code == 503
         assert (await side.http.post(path, json=body(3, 1, False, 0))).status_code == 503
-        assert (side.service.num_live, side.service.queue.requests, side.service.queue.tokens) == (0, 0, 0)
+        assert (side.client.num_live, side.client.queue.requests, side.client.queue.tokens) == (0, 0, 0)
         assert str(thread.failure) == f"forward pass {n} failed, says the test"
 
 
 async def vanish(side: Web, rng: random.Random, gate: asyncio.Semaphore) -> None:
     """Ask for an answer and leave after some of it, or before it begins."""
     async with gate:
-        reader, writer = await asyncio.open_connection("127.0.0.1", side.port)
-        data = json.dumps(body(rng.randint(1, 40), 80, rng.random() < 0.8, rng.randrange(1000))).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
-        writer.write(head.encode() + data)
+        asked = body(rng.randint(1, 40), 80, rng.random() < 0.8, rng.randrange(1000))
+        reader, writer = await side.connect(raw_post("/v1/completions", asked))
         with contextlib.suppress(TimeoutError, asyncio.IncompleteReadError):
             async with asyncio.timeout(rng.choice((0, 0.01, 0.2))):
                 for _ in range(rng.randint(0, 20)):
@@ -70,8 +67,8 @@ async def vanish(side: Web, rng: random.Random, gate: asyncio.Semaphore) -> None
 
 def nothing_left(side: Web, engine: Engine) -> bool:
     """Whether every count is back to zero."""
-    service, queue = side.service, side.service.queue
-    return not (service.num_live or queue.requests or queue.tokens or engine.scheduler.live or engine.cache.num_owned)
+    client, queue = side.client, side.client.queue
+    return not (client.num_live or queue.requests or queue.tokens or engine.scheduler.live or engine.cache.num_owned)
 
 
 async def test_a_thousand_clients_that_vanish_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +85,7 @@ async def test_a_thousand_clients_that_vanish_leave_nothing(tmp_path: Path, monk
         answer = await side.http.post("/v1/completions", json=body(10, 5, False, 1))
         assert answer.json()["usage"]["completion_tokens"] == 5
         labels = {"finished_reason": "abort"}
-        aborted = side.service.metrics.registry.get_sample_value("minisgl:request_success_total", labels)
+        aborted = side.client.metrics.registry.get_sample_value("minisgl:request_success_total", labels)
         assert aborted is not None
         assert 200 < aborted <= 1000
 
@@ -106,11 +103,11 @@ async def test_nobody_waits_for_somebody_elses_grammar(tmp_path: Path, monkeypat
             Request.make(id=name, prompt=[9, 10], params=SamplingParams(max_tokens=3, seed=1, grammar=grammar))
             for name, grammar in (("a", Grammar(kind="regex", source="x")), ("b", None))
         ]
-        constrained, free = (side.service.submit([request]) for request in requests)
+        constrained, free = (side.client.submit([request]) for request in requests)
         with free:
             tokens = [token async for events in free.batches() for e in events for token in e.tokens]
             assert len(tokens) == 3
-        assert (await side.service.ping(5)).waiting == 1
+        assert (await side.client.ping(5)).waiting == 1
         gate.set()
         with constrained:
             (event,) = [e async for events in constrained.batches() for e in events]
@@ -123,31 +120,22 @@ async def test_a_request_aborted_while_its_grammar_is_compiled_never_runs(
 ) -> None:
     begun, gate, done = threading.Event(), threading.Event(), threading.Event()
 
-    class Anything:
-        """Allows every token."""
-
-        def fill(self, mask: NDArray[np.int32]) -> None:
-            mask.fill(-1)
-
-        def accept(self, token: int) -> bool:
-            return True
-
     def factory(grammar: Grammar) -> Constraint:
         begun.set()
         assert gate.wait(20)
         done.set()
-        return Anything()
+        return Cycle(cycle(5, 100), VOCAB, eos=1)
 
     serving = simulated(tmp_path, monkeypatch.setattr, constraints=factory)
     async with asyncio.timeout(30), serving as (side, thread):
         params = SamplingParams(max_tokens=50, grammar=Grammar(kind="regex", source="x"))
-        with side.service.submit([Request.make(id="a", prompt=[9, 10], params=params)]):
+        with side.client.submit([Request.make(id="a", prompt=[9, 10], params=params)]):
             await asyncio.to_thread(begun.wait, 20)
-        assert (await side.service.ping(5)).waiting == 0
+        assert (await side.client.ping(5)).waiting == 0
         gate.set()
         await asyncio.to_thread(done.wait, 20)
         for _ in range(3):  # each is answered between two steps
-            stats = await side.service.ping(5)
+            stats = await side.client.ping(5)
         assert (stats.running, stats.waiting, stats.prompt_tokens) == (0, 0, 0)
         assert nothing_left(side, thread.engine)
 
@@ -159,7 +147,7 @@ async def test_an_engine_that_hangs_turns_health_red_and_green_again(server: Ser
     server.engine.deaf = False
     for _ in range(5):
         assert (await server.http.get("/health")).status_code == 200
-    assert server.service._answers == {}, "no question is kept after its answer, or without one"
+    assert server.client._replies == {}, "no question is kept after its answer, or without one"
 
 
 async def test_the_cache_is_flushed_of_what_nobody_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

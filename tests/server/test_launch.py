@@ -23,8 +23,8 @@ from helpers.tiny_tokenizers import write_tokenizer
 from minisgl.config import Config
 from minisgl.errors import ConfigError, EngineDeadError, ModelError
 from minisgl.server import launch
-from minisgl.server.engine_client import ENGINE_COMMAND, EngineProcess
-from minisgl.server.launch import handle_signals, listen_socket, serve
+from minisgl.server.ipc import EngineSetup
+from minisgl.server.launch import ENGINE_COMMAND, handle_signals, listen_socket, serve
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -51,38 +51,27 @@ def test_when_the_engine_dies_clients_are_told_and_the_server_goes(tmp_path: Pat
         assert "error: the engine process ended with exit status 7" in process.stderr.read()
 
 
-def launch_engine(folder: Path, **environment: str) -> None:
-    """Start an engine, and stop it when it is ready."""
-
-    async def main() -> None:
-        command = ["env", *(f"{k}={v}" for k, v in environment.items()), *STUB]
-        engine = await EngineProcess.start(Config(model=str(folder)), command)
-        try:
-            await engine.ready()
-        finally:
-            await engine.stop()
-
-    asyncio.run(main())
-
-
-def test_what_the_engine_cannot_start_for_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_the_engine_cannot_start_for_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent), prepend=os.pathsep)
-    write_tokenizer(tmp_path)
-    launch_engine(tmp_path)
-    with pytest.raises(ModelError, match="no such model, says the stub"):
-        launch_engine(tmp_path, STUB_MODE="fail")
-    with pytest.raises(EngineDeadError, match="ended with exit status 3 before it was ready"):
-        launch_engine(tmp_path, STUB_MODE="exit")
+    config = Config(model=str(write_tokenizer(tmp_path)), port=0, api_workers=workers)
+    for mode, error, text in (
+        ("fail", ModelError, "no such model, says the stub"),
+        ("exit", EngineDeadError, "ended with exit status 3 before it was ready"),
+    ):
+        with pytest.raises(error, match=text):
+            serve(config, ["env", f"STUB_MODE={mode}", *STUB])
 
 
 def test_an_engine_that_cannot_start_ends_by_itself(tmp_path: Path) -> None:
-    sockets = {"to_engine": f"ipc://{tmp_path}/to", "from_engine": f"ipc://{tmp_path}/from"}
-    start = msgspec.json.encode({"config": Config(model=str(tmp_path / "none")), **sockets}) + b"\n"
+    setup = msgspec.json.encode(EngineSetup(Config(model=str(tmp_path / "none")), str(tmp_path))) + b"\n"
     # Its stdin stays open, as the parent leaves it until it has read what was wrong.
     with subprocess.Popen(ENGINE_COMMAND, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as engine:
         assert engine.stdin is not None
         assert engine.stderr is not None
-        engine.stdin.write(start)
+        engine.stdin.write(setup)
         engine.stdin.flush()
         try:
             assert engine.wait(60) == 1
@@ -130,8 +119,8 @@ class Gone(io.TextIOBase):
 
 
 async def test_signals_are_heard_when_nobody_reads_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    with handle_signals() as shutdown:
-        monkeypatch.setattr(sys, "stderr", Gone())
-        for heard in (shutdown.stop, shutdown.force):
-            os.kill(os.getpid(), signal.SIGTERM)
-            await asyncio.wait_for(heard.wait(), 10)
+    shutdown = handle_signals()
+    monkeypatch.setattr(sys, "stderr", Gone())
+    for heard in (shutdown.stop, shutdown.force):
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.wait_for(heard.wait(), 10)

@@ -8,23 +8,12 @@ import httpx
 import openai
 import pytest
 
-from helpers.serving import MODEL, Serving
+from helpers.serving import MODEL, Serving, raw_post
 from minisgl.core.types import FinishReason, Request, SamplingParams, TokenEvent
 from minisgl.errors import EngineDeadError
 
 CHAT = "/v1/chat/completions"
 LONG: dict[str, Any] = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 100}
-
-
-async def raw_post(
-    server: Serving, path: str, body: dict[str, Any]
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """A request on a socket of its own."""
-    data = json.dumps(body).encode()
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
-    writer.write(head.encode() + data)
-    return reader, writer
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -33,20 +22,20 @@ async def raw_post(
 async def test_a_client_that_leaves_ends_its_requests(server: Serving, path: str, stream: bool) -> None:
     body = LONG if path == CHAT else {"prompt": ["a b c", "d e f"], "max_tokens": 100}
     count = 1 if path == CHAT else 2
-    reader, writer = await raw_post(server, path, {**body, "stream": stream})
+    reader, writer = await server.connect(raw_post(path, {**body, "stream": stream}))
     if stream:
         await reader.readuntil(b"data: ")
     await server.until(lambda: len(server.engine.live) == count)
     writer.close()
     await server.until(lambda: not server.engine.live, timeout=1.0)
     assert len(server.engine.aborted) == count
-    assert server.service.num_live == 0
+    assert server.client.num_live == 0
     assert (await server.http.post(path, json={**body, "max_tokens": 2})).status_code == 200
 
 
 @pytest.mark.serving(delay=1.0)
 async def test_a_client_that_leaves_before_the_first_token_ends_its_request(server: Serving) -> None:
-    _, writer = await raw_post(server, CHAT, {**LONG, "stream": True})
+    _, writer = await server.connect(raw_post(CHAT, {**LONG, "stream": True}))
     await server.until(lambda: len(server.engine.live) == 1)
     writer.close()
     await server.until(lambda: bool(server.engine.aborted), timeout=1.0)
@@ -66,8 +55,10 @@ async def test_when_the_engine_dies_all_who_wait_are_told(server: Serving) -> No
     whole = [asyncio.create_task(server.http.post(CHAT, json=LONG)) for _ in range(3)]
     stream = await server.openai.chat.completions.create(model=MODEL, stream=True, **LONG)
     await anext(aiter(stream))
-    await server.until(lambda: server.service.num_live == 4)
-    server.service.fail()
+    reader, writer = await server.connect(raw_post(CHAT, {**LONG, "stream": True}))
+    await reader.readuntil(b"data: ")
+    await server.until(lambda: server.client.num_live == 5)
+    server.client.fail()
     async with asyncio.timeout(2):
         for response in await asyncio.gather(*whole):
             assert response.status_code == 503
@@ -75,6 +66,10 @@ async def test_when_the_engine_dies_all_who_wait_are_told(server: Serving) -> No
         with pytest.raises(openai.APIError, match="the engine ended"):
             async for _ in stream:
                 pass
+        lines = (await reader.readuntil(b"data: [DONE]\n\n")).decode().splitlines()
+        errors = [json.loads(line[6:])["error"]["code"] for line in lines if line.startswith('data: {"error')]
+        assert errors == ["engine_unavailable"]
+        writer.close()
     for response in (await server.http.post(CHAT, json=LONG), await server.http.get("/health")):
         assert response.status_code == 503
         assert response.json()["error"]["type"] == "server_error"
@@ -82,27 +77,16 @@ async def test_when_the_engine_dies_all_who_wait_are_told(server: Serving) -> No
 
 async def test_an_engine_that_is_gone_is_noticed_when_sending(server: Serving) -> None:
     server.engine._inbox.close()
-    await server.until(lambda: not server.service._outbox.poll(0, 2))
+    await server.until(lambda: not server.client._outbox.poll(0, 2))
     assert (await server.http.post(CHAT, json=LONG)).status_code == 503
-    assert isinstance(server.service.dead, EngineDeadError)
-
-
-@pytest.mark.serving(delay=0.02)
-async def test_an_error_within_a_stream_is_an_event_and_the_stream_still_ends(server: Serving) -> None:
-    reader, writer = await raw_post(server, CHAT, {**LONG, "stream": True})
-    await reader.readuntil(b"data: ")
-    server.service.fail()
-    rest = (await reader.readuntil(b"data: [DONE]\n\n")).decode()
-    events = [json.loads(line[6:]) for line in rest.splitlines() if line.startswith('data: {"error')]
-    assert [event["error"]["code"] for event in events] == ["engine_unavailable"]
-    writer.close()
+    assert isinstance(server.client.dead, EngineDeadError)
 
 
 @pytest.mark.serving(delay=0.003)
 async def test_more_requests_than_the_server_keeps_are_turned_away(server: Serving) -> None:
-    full = server.service.queue.max_live
+    full = server.client.queue.max_live
     waiting = [asyncio.create_task(server.http.post(CHAT, json=LONG)) for _ in range(full)]
-    await server.until(lambda: server.service.num_live == full)
+    await server.until(lambda: server.client.num_live == full)
     response = await server.http.post(CHAT, json=LONG)
     assert (response.status_code, response.json()["error"]["code"]) == (503, "overloaded")
     assert {r.status_code for r in await asyncio.gather(*waiting)} == {200}
@@ -113,7 +97,7 @@ async def test_more_requests_than_the_server_keeps_are_turned_away(server: Servi
 async def test_aborting_keeps_what_belongs_to_others_and_drops_the_rest(server: Serving) -> None:
     requests = [Request.make(id=i, prompt=[5, 6, 7], params=SamplingParams(max_tokens=50)) for i in "ab"]
     events: list[TokenEvent] = []
-    with server.service.submit(requests) as submission:
+    with server.client.submit(requests) as submission:
         async for batch in submission.batches():
             events += batch
             if len(events) > 10:

@@ -15,16 +15,16 @@ import httpx
 import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from helpers.serving import Serving, serving
+from helpers.serving import Serving, raw_post, serving
 from minisgl.config import Config
 from minisgl.core.types import Request, SamplingParams
 from minisgl.errors import InvalidRequestError
-from minisgl.server import middleware
+from minisgl.server import api_process
 from minisgl.server.api_process import HttpServer
 from minisgl.server.engine_client import Queue
 from minisgl.server.errors import OverloadedError, QueueFullError
 from minisgl.server.metrics import Metrics
-from minisgl.server.validation import MAX_MESSAGES
+from minisgl.server.protocol import MAX_MESSAGES
 
 TEXT: dict[str, Any] = {"prompt": "hello there", "max_tokens": 3}
 
@@ -35,35 +35,32 @@ def requests(count: int, tokens: int = 10) -> list[Request]:
 
 def test_the_queue_takes_what_its_limits_allow_and_no_more() -> None:
     queue = Queue(Config(max_queued_requests=2, max_queued_tokens=30), Metrics(), 8)
-    queue.check(requests(3))  # nothing waits: whatever the server can keep
-    queue.enter(10)
-    queue.check(requests(1))
+    queue.check(requests(3), 0)  # nothing waits: whatever the server can keep
+    queue.change(1, 10)
+    queue.check(requests(1), 1)
     with pytest.raises(QueueFullError, match="1 requests are waiting"):
-        queue.check(requests(2))
+        queue.check(requests(2), 1)
     with pytest.raises(QueueFullError, match="prompts of 10 tokens"):
-        queue.check(requests(1, tokens=21))
-    queue.leave(10, waited=3.0)
-    assert (queue.requests, queue.tokens, queue.live) == (0, 0, 1)
-    for _ in range(7):
-        queue.enter(1)
-        queue.leave(1)
+        queue.check(requests(1, tokens=21), 1)
+    queue.change(-1, -10, waited=3.0)
+    assert (queue.requests, queue.tokens) == (0, 0)
     with pytest.raises(OverloadedError, match="8 requests are live"):
-        queue.check(requests(1))
+        queue.check(requests(1), 8)
     with pytest.raises(InvalidRequestError, match="at most 8 prompts"):
-        queue.check(requests(9))
+        queue.check(requests(9), 0)
 
 
 def test_who_is_turned_away_is_told_to_wait_as_long_as_others_did() -> None:
     queue = Queue(Config(max_queued_requests=1), Metrics())
     for waited, retry_after in ((0.0, 1), (4.0, 4), (1e6, 60)):
         for _ in range(50):
-            queue.enter(1)
-            queue.leave(1, waited=waited)
-        queue.enter(1)
+            queue.change(1, 1)
+            queue.change(-1, -1, waited=waited)
+        queue.change(1, 1)
         with pytest.raises(QueueFullError) as error:
-            queue.check(requests(1))
+            queue.check(requests(1), 1)
         assert error.value.retry_after == retry_after
-        queue.leave(1)
+        queue.change(-1, -1)
 
 
 @pytest.mark.parametrize("flags", [{"max_queued_requests": 2}, {"max_queued_tokens": 20}])
@@ -71,14 +68,14 @@ async def test_a_full_queue_answers_429_and_takes_requests_again_later(tmp_path:
     async with serving(tmp_path, delay=0.3, **flags) as server:
         body = {"prompt": [5] * 10, "max_tokens": 2}
         waiting = [asyncio.create_task(server.http.post("/v1/completions", json=body)) for _ in range(2)]
-        await server.until(lambda: server.service.queue.requests == 2)
+        await server.until(lambda: server.client.queue.requests == 2)
         answer = await server.http.post("/v1/completions", json=body)
         assert (answer.status_code, answer.json()["error"]["code"]) == (429, "queue_full")
         assert 1 <= int(answer.headers["retry-after"]) <= 60
         page = (await server.http.get("/metrics")).text
         assert 'request_rejected_total{model_name="stub-model",reason="queue_full"} 1.0' in page
         assert [r.status_code for r in await asyncio.gather(*waiting)] == [200, 200]
-        assert (server.service.queue.requests, server.service.queue.tokens) == (0, 0)
+        assert (server.client.queue.requests, server.client.queue.tokens) == (0, 0)
         assert (await server.http.post("/v1/completions", json=body)).status_code == 200
 
 
@@ -95,7 +92,7 @@ async def test_a_request_that_takes_too_long_ends_with_504_and_frees_what_it_hel
     assert stream.text.endswith("data: [DONE]\n\n")
     await server.until(lambda: not server.engine.live)
     assert len(server.engine.aborted) == 2
-    assert server.service.num_live == 0
+    assert server.client.num_live == 0
     page = (await server.http.get("/metrics")).text
     assert 'request_success_total{finished_reason="timeout",model_name="stub-model"} 2.0' in page
     assert (await server.http.post("/v1/completions", json={**body, "max_tokens": 2})).status_code == 200
@@ -108,12 +105,8 @@ async def test_a_conversation_has_a_limit_of_messages(server: Serving) -> None:
     assert server.engine.seen == []
 
 
-@pytest.mark.parametrize("whole", [True, False])
-async def test_too_large_a_head_is_refused(server: Serving, whole: bool) -> None:
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-    writer.write(b"GET /version HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * (middleware.HEAD_LIMIT * 8))
-    if whole:
-        writer.write(b"\r\n\r\n")
+async def test_a_head_without_an_end_is_refused(server: Serving) -> None:
+    reader, writer = await server.connect(b"GET / HTTP/1.1\r\nX-Long: " + b"a" * (api_process.HEAD_LIMIT * 8))
     head = await reader.readuntil(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 431 "), head
     writer.close()
@@ -121,17 +114,14 @@ async def test_too_large_a_head_is_refused(server: Serving, whole: bool) -> None
 
 
 @pytest.mark.parametrize("before", [b"", b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n"])
-@pytest.mark.parametrize(("length", "status"), [(middleware.HEAD_LIMIT, b"200"), (middleware.HEAD_LIMIT + 1, b"431")])
+@pytest.mark.parametrize(("length", "status"), [(api_process.HEAD_LIMIT, b"200"), (api_process.HEAD_LIMIT + 1, b"431")])
 async def test_a_head_is_refused_by_its_size_however_it_comes(
     server: Serving, before: bytes, length: int, status: bytes
 ) -> None:
     start, end = b"GET /version HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Long: ", b"\r\n\r\n"
     head = start + b"a" * (length - len(start) - len(end)) + end
     for pieces in ([before + head], [before + head[:100], head[100:]]):
-        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-        for piece in pieces:
-            writer.write(piece)
-            await asyncio.sleep(0.05)
+        reader, writer = await server.connect(*pieces)
         answer = await reader.read()
         assert re.findall(rb"HTTP/1.1 (\d+) ", answer) == [*([b"200"] if before else []), status]
         assert (b"headers_too_large" in answer) == (status == b"431")
@@ -139,8 +129,7 @@ async def test_a_head_is_refused_by_its_size_however_it_comes(
 
 
 async def test_what_is_not_http_is_answered_in_openais_form(server: Serving) -> None:
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-    writer.write(b"\x16\x03\x01 hello\r\n\r\n")
+    reader, writer = await server.connect(b"\x16\x03\x01 hello\r\n\r\n")
     answer = await reader.read()
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 ")
@@ -156,9 +145,8 @@ async def test_what_is_not_http_is_answered_in_openais_form(server: Serving) -> 
 async def test_a_client_that_falls_silent_is_cut_off(
     server: Serving, data: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(middleware, "READ_TIMEOUT", 0.2)
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-    writer.write(data)
+    monkeypatch.setattr(api_process, "READ_TIMEOUT", 0.2)
+    reader, writer = await server.connect(data)
     with contextlib.suppress(ConnectionResetError):
         assert await reader.read() == b""
     writer.close()
@@ -166,7 +154,7 @@ async def test_a_client_that_falls_silent_is_cut_off(
 
 @pytest.mark.serving(delay=0.04)
 async def test_a_client_that_works_slowly_is_not_cut_off(server: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(middleware, "READ_TIMEOUT", 0.2)
+    monkeypatch.setattr(api_process, "READ_TIMEOUT", 0.2)
     answer = await server.http.post("/v1/completions", json={"prompt": "hi", "max_tokens": 20})
     assert answer.status_code == 200, "generating took longer than a client may be silent"
     assert (await server.http.get("/version")).status_code == 200
@@ -206,7 +194,7 @@ async def test_a_client_that_reads_on_after_a_pause_is_not_cut_off() -> None:
 
 
 async def test_a_client_is_not_cut_off_while_the_server_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(middleware, "READ_TIMEOUT", 0.2)
+    monkeypatch.setattr(api_process, "READ_TIMEOUT", 0.2)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await asyncio.sleep(0.6)  # three times the timeout
@@ -230,14 +218,13 @@ async def test_a_client_that_does_not_read_its_answer_frees_its_pages(server: Se
     slow.setblocking(False)
     loop = asyncio.get_running_loop()
     await loop.sock_connect(slow, ("127.0.0.1", server.port))
-    body = json.dumps({"prompt": ["hello there"] * 8, "max_tokens": 30_000, "stream": True}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-    await loop.sock_sendall(slow, head.encode() + body)
-    await server.until(lambda: server.service.num_live == 8)
+    body = {"prompt": ["hello there"] * 8, "max_tokens": 30_000, "stream": True}
+    await loop.sock_sendall(slow, raw_post("/v1/completions", body))
+    await server.until(lambda: server.client.num_live == 8)
     for _ in range(5):
         await loop.sock_recv(slow, 1)  # a byte now and then is no reading
         await asyncio.sleep(0.05)
-    await server.until(lambda: server.service.num_live == 0, timeout=30)
+    await server.until(lambda: server.client.num_live == 0, timeout=30)
     await server.until(lambda: not server.engine.live)
     assert len(server.engine.aborted) == 8
     assert max(server.engine.given.values()) < 30_000
@@ -245,22 +232,12 @@ async def test_a_client_that_does_not_read_its_answer_frees_its_pages(server: Se
     assert (await server.http.post("/v1/completions", json=TEXT)).status_code == 200
 
 
-@pytest.mark.serving(write_timeout=0.2, max_seq_len=4096)
-async def test_a_client_that_reads_is_not_cut_off(server: Serving) -> None:
-    body = {"prompt": "hello there", "max_tokens": 3000, "stream": True}
-    async with server.http.stream("POST", "/v1/completions", json=body) as answer:
-        lines = [line async for line in answer.aiter_lines() if line]
-    assert '"finish_reason":"length"' in lines[-2]
-    assert lines[-1] == "data: [DONE]"
-    assert max(server.engine.given.values()) == 3000
-
-
 @pytest.mark.serving(delay=0.02)
 async def test_a_draining_server_finishes_what_it_has_and_refuses_the_rest(server: Serving) -> None:
     body = {"prompt": "hello there", "max_tokens": 40}
     running = asyncio.create_task(server.http.post("/v1/completions", json=body))
-    await server.until(lambda: server.service.num_live == 1)
-    draining = asyncio.create_task(server.service.drain())
+    await server.until(lambda: server.client.num_live == 1)
+    draining = asyncio.create_task(server.client.drain())
     await asyncio.sleep(0)
     for path, method in (("/v1/completions", "POST"), ("/ready", "GET")):
         refused: httpx.Response = await server.http.request(method, path, json=body)

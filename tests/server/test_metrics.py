@@ -6,7 +6,6 @@ import asyncio
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,16 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from helpers.serving import MODEL, Serving
 from minisgl.core.types import EngineStats
 from minisgl.server.launch import describe_load, report_status
-from minisgl.server.metrics import (
-    COUNTERS,
-    GAUGES,
-    SILENT_SECONDS,
-    ApiProcesses,
-    Metrics,
-    MetricsPage,
-    RequestStats,
-    share,
-)
+from minisgl.server.metrics import COUNTERS, GAUGES, SILENT_SECONDS, Metrics, MetricsPage, RequestStats, share
 
 
 def request_stats() -> RequestStats:
@@ -83,11 +73,11 @@ async def test_the_metrics_are_those_of_the_requests_served(server: Serving) -> 
     await server.http.post("/v1/completions", json={"prompt": text, "max_tokens": 60, "stop": ["there"]})
     await server.http.post("/v1/completions", json={"prompt": ""})
     left = asyncio.create_task(server.http.post("/v1/completions", json={"prompt": text, "max_tokens": 100}))
-    await server.until(lambda: server.service.num_live == 1)
+    await server.until(lambda: server.client.num_live == 1)
     left.cancel()
-    await server.until(lambda: server.service.num_live == 0)
+    await server.until(lambda: server.client.num_live == 0)
     labels = {"method": "POST", "route": "/v1/completions", "status": "499"}
-    counts = server.service.metrics.registry
+    counts = server.client.metrics.registry
     await server.until(lambda: counts.get_sample_value("minisgl:http_requests_total", labels) == 1)
     found = await scrape(server)
     assert found["num_requests_running"] == 0
@@ -123,7 +113,7 @@ async def test_metrics_are_shown_while_the_engine_is_deaf_or_dead(
     assert (await scrape(server))["engine_up"] == 1
     server.engine.deaf = True
     assert (await scrape(server))["kv_pages_total"] == 100
-    server.service.fail()
+    server.client.fail()
     assert (await scrape(server))["engine_up"] == 0
 
 
@@ -138,41 +128,34 @@ def test_a_token_costs_one_observation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_processes_of_a_server_are_counted_together(tmp_path: Path) -> None:
-    """Each in a process of its own, as the launcher starts them; one has ended, and its gauges with it."""
+    """Each in a process of its own, as the launcher starts them; one has ended, one is starting, one hangs."""
     code = (
-        "import sys\nfrom pathlib import Path\nfrom minisgl.server.metrics import Metrics, RequestStats\n"
-        "metrics, request = Metrics(Path(sys.argv[1])), RequestStats(2, 1.0)\n"
+        "import os, sys, time\nfrom minisgl.server.metrics import Metrics, RequestStats\n"
+        "metrics, request = Metrics(os.environ['PROMETHEUS_MULTIPROC_DIR']), RequestStats(2, 1.0)\n"
         "metrics.on_tokens(request, 1, 1.02)\nmetrics.on_end(request, 'stop', 1.5)\nmetrics.queued_tokens.set(7)\n"
-        "metrics.rejected.labels('queue_full').inc()\nprint(__import__('os').getpid())\n"
+        "metrics.rejected.labels('queue_full').inc()\n"
+        "if age := float(sys.argv[1]):\n    metrics.heartbeat.set(time.time() - age)\n"
+        "print(os.getpid())\n"
     )
-    counts = tmp_path / "counts"
-    environ = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(counts)}
-    counts.mkdir()
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    pids = [int(subprocess.run(command, env=environ, capture_output=True, check=True).stdout) for _ in range(3)]
-    mark_process_dead(pids[0], str(counts))  # type: ignore[no-untyped-call]
-    page = MetricsPage(Metrics(tmp_path), ApiProcesses(), EngineStats(), True, "m").render().decode()
+    counts = str(tmp_path)
+    environ = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": counts}
+    ended, _, hanging, working = (
+        int(subprocess.run([sys.executable, "-c", code, age], env=environ, capture_output=True, check=True).stdout)
+        for age in ("0.1", "0", str(SILENT_SECONDS + 1), str(SILENT_SECONDS - 60))
+    )
+    mark_process_dead(ended, counts)  # type: ignore[no-untyped-call]
+    metrics = Metrics(counts)
+    assert (set(metrics.silences()), metrics.num_silent()) == ({hanging, working}, 1)
+    page = MetricsPage(metrics, EngineStats(), True, "m").render().decode()
     for line in (
-        'minisgl:time_to_first_token_seconds_bucket{le="0.025",model_name="m"} 3.0',
-        'minisgl:request_success_total{finished_reason="stop",model_name="m"} 3.0',
-        'minisgl:request_rejected_total{model_name="m",reason="queue_full"} 3.0',
-        'minisgl:num_queued_tokens{model_name="m"} 14.0',
+        'minisgl:time_to_first_token_seconds_bucket{le="0.025",model_name="m"} 4.0',
+        'minisgl:request_success_total{finished_reason="stop",model_name="m"} 4.0',
+        'minisgl:request_rejected_total{model_name="m",reason="queue_full"} 4.0',
+        'minisgl:num_queued_tokens{model_name="m"} 21.0',
         'minisgl:api_processes{model_name="m"} 1.0',
     ):
         assert line in page.splitlines()
     assert "_created" not in page
-
-
-async def test_a_process_that_does_not_touch_its_file_is_silent(tmp_path: Path) -> None:
-    processes, other = ApiProcesses(tmp_path), tmp_path / "beats" / "1"
-    other.parent.mkdir()
-    beating = asyncio.create_task(processes.beat())
-    await asyncio.sleep(0)
-    other.touch()
-    assert (set(processes.ages()), processes.num_silent) == ({1, os.getpid()}, 0)
-    os.utime(other, (1.0, time.time() - SILENT_SECONDS - 1))
-    assert processes.num_silent == 1
-    beating.cancel()
 
 
 @pytest.mark.serving(delay=0.005)
@@ -180,11 +163,11 @@ async def test_the_status_line_is_said_under_load_and_not_when_idle(
     server: Serving, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "minisgl")
-    reporting = asyncio.create_task(report_status(server.service, every=0.05))
+    reporting = asyncio.create_task(report_status(server.client, every=0.05))
     nothing = EngineStats()
     for _ in range(3):
-        server.service.stats = nothing
-        await server.until(lambda: server.service.stats is not nothing)
+        server.client.stats = nothing
+        await server.until(lambda: server.client.stats is not nothing)
     assert [r for r in caplog.records if r.name == "minisgl.status"] == []
     await server.http.post("/v1/completions", json={"prompt": "hello", "max_tokens": 50})
     await server.until(lambda: any(r.name == "minisgl.status" for r in caplog.records))

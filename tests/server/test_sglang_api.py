@@ -73,16 +73,28 @@ async def test_generate_says_what_it_stopped_at_and_gives_logprobs(server: Servi
 
 async def test_texts_and_conversations_are_tokenised_and_written_back(server: Serving) -> None:
     ids = server.tokenizer.encode("Grüße 世界")
+    absent = {"add_special_tokens": None, "return_token_strs": None, "model": None}
     body = {"model": MODEL, "prompt": "Grüße 世界", "return_token_strs": True}
     found = (await server.http.post("/tokenize", json=body)).json()
     assert (found["tokens"], found["count"], found["max_model_len"]) == (ids, len(ids), 128)
     assert found["token_strs"] == [server.tokenizer.backend.id_to_token(i) for i in ids]
-    back = (await server.http.post("/detokenize", json={"tokens": found["tokens"]})).json()
-    assert back == {"prompt": "Grüße 世界"}
+    found = (await server.http.post("/tokenize", json={"prompt": "Grüße 世界", **absent})).json()
+    assert (found["tokens"], found["token_strs"]) == (ids, None)
+    for flag in ({}, {"skip_special_tokens": None}):
+        back = await server.http.post("/detokenize", json={"tokens": ids, **flag})
+        assert back.json() == {"prompt": "Grüße 世界"}
     messages = [{"role": "user", "content": "hello"}]
-    chat = (await server.http.post("/tokenize", json={"messages": messages})).json()
-    assert chat["tokens"] == server.tokenizer.encode_chat(messages)
-    assert chat["token_strs"] is None
+    for more in ({}, {"chat_template": None, **absent}):
+        chat = (await server.http.post("/tokenize", json={"messages": messages, **more})).json()
+        assert (chat["tokens"], chat["token_strs"]) == (server.tokenizer.encode_chat(messages), None)
+
+
+@pytest.mark.serving(add_bos=True)
+async def test_bos_is_added_to_a_text_unless_told_otherwise(server: Serving) -> None:
+    ids = server.tokenizer.encode("hi")
+    for special, tokens in ((None, ids), (True, ids), (False, ids[1:])):
+        found = await server.http.post("/tokenize", json={"prompt": "hi", "add_special_tokens": special})
+        assert found.json()["tokens"] == tokens
 
 
 async def test_the_tokenizer_is_described_for_clients_that_render_themselves(server: Serving) -> None:
@@ -105,20 +117,6 @@ async def test_generate_takes_what_sglangs_clients_send_at_its_defaults(server: 
     answer = await server.http.post("/generate", json=body)
     assert (answer.status_code, "output_token_logprobs" in answer.json()["meta_info"]) == (200, False)
     assert server.engine.seen[0].params.logit_bias == {7: -5.0}
-
-
-async def test_bos_is_added_to_a_text_unless_told_otherwise(server: Serving) -> None:
-    with_bos = (await server.http.post("/tokenize", json={"prompt": "hi"})).json()["tokens"]
-    without = (await server.http.post("/tokenize", json={"prompt": "hi", "add_special_tokens": False})).json()
-    assert without["tokens"] == with_bos == server.tokenizer.encode("hi")
-    absent = {"add_special_tokens": None, "return_token_strs": None, "model": None}
-    found = (await server.http.post("/tokenize", json={"prompt": "hi", **absent})).json()
-    assert (found["tokens"], found["token_strs"]) == (with_bos, None)
-    messages = [{"role": "user", "content": "hello"}]
-    chat = (await server.http.post("/tokenize", json={"messages": messages, "chat_template": None, **absent})).json()
-    assert chat["tokens"] == server.tokenizer.encode_chat(messages)
-    back = await server.http.post("/detokenize", json={"tokens": with_bos, "skip_special_tokens": None})
-    assert back.json() == {"prompt": server.tokenizer.decode(with_bos, False)}
 
 
 async def test_other_endpoints_are_refused_by_name(server: Serving) -> None:
@@ -148,12 +146,8 @@ async def test_the_openapi_document_describes_bodies_answers_and_errors(server: 
     )
     assert event["anyOf"][0] == {"const": "[DONE]"}
     assert "ChunkChoice" in event["anyOf"][1]["contentSchema"]["anyOf"][0]["$ref"]
-    message = schemas["Message"]["oneOf"]
-    assert [role["required"] for role in message] == [
-        ["role", "content"],
-        ["role"],
-        ["role", "content", "tool_call_id"],
-    ]
+    roles = [["role", "content"], ["role"], ["role", "content", "tool_call_id"]]
+    assert [role["required"] for role in schemas["Message"]["oneOf"]] == roles
     assert schemas["GenerateRequest"]["oneOf"][0]["required"] == ["text"]
     for operations in paths.values():
         for operation in operations.values():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from typing import Any
 
 import pytest
@@ -216,21 +217,21 @@ def test_reasoning_and_content(begun: bool, text: str, expected: tuple[str, str]
         assert split_reasoning(pieces, begun) == expected
 
 
+QWEN = "{{ '<tool_call>\\n{\"name\": <function-name>}\\n</tool_call>' }}"
+SHOWN = (
+    (QWEN, HERMES), ("{{ '[TOOL_CALLS] ' }}", MISTRAL), ("{{ '<|python_tag|>' }}", LLAMA),
+    ("{{ '\"parameters\": ' }}", LLAMA), ("<tool_call><function=f>", None), ("[TOOL_CALLS]f[ARGS]{}", None),
+    ("{% for t in tools %}", None),
+)  # fmt: skip
+
+
 def test_a_template_shows_its_form() -> None:
-    qwen = "{{ '<tool_call>\\n{\"name\": <function-name>}\\n</tool_call>' }}"
-    assert detect_tool_format(qwen, True) is HERMES
-    assert detect_tool_format(qwen, False) is None
-    assert detect_tool_format("{{ '[TOOL_CALLS] ' }}", True) is MISTRAL
-    assert detect_tool_format("{{ '<|python_tag|>' }}", True) is LLAMA
-    assert detect_tool_format("{{ '\"parameters\": ' }}", True) is LLAMA
-    assert detect_tool_format("<tool_call><function=f>", True) is None
-    assert detect_tool_format("[TOOL_CALLS]f[ARGS]{}", True) is None
-    assert detect_tool_format("{% for t in tools %}", True) is None
+    assert [detect_tool_format(template, True) for template, _ in SHOWN] == [form for _, form in SHOWN]
+    assert detect_tool_format(QWEN, False) is None
 
 
 def test_ids_suit_the_templates_that_read_them() -> None:
     assert HERMES.new_id().startswith("call_")
     assert HERMES.new_id() != HERMES.new_id()
-    assert len(MISTRAL.new_id()) == 9
-    assert MISTRAL.new_id().isalnum()
-    assert len(MISTRAL.forced().new_id()) == 9
+    for form in (MISTRAL, MISTRAL.forced()):
+        assert re.fullmatch(r"[A-Za-z0-9]{9}", form.new_id())

@@ -14,24 +14,48 @@ from minisgl.core.types import Calls, Grammar
 pytestmark = pytest.mark.serving(template=templates.QWEN_TOOLS, max_seq_len=2048)
 
 USER: list[Any] = [{"role": "user", "content": "weather in Köln?"}]
-WEATHER: dict[str, Any] = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "Look it up.",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-    },
-}
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TIME: dict[str, Any] = {"type": "function", "function": {"name": "get_time"}}
 CALL = '{"name": "get_weather", "arguments": {"city":  "Köln"}}'
 ARGUMENTS = '{"city":  "Köln"}'
 TWO = f'<tool_call>\n{CALL}\n</tool_call>\n<tool_call>\n{{"name": "get_time", "arguments": {{}}}}\n</tool_call>'
 
 
+def tool(name: str, parameters: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": parameters, **more}}
+
+
+WEATHER = tool("get_weather", CITY, description="Look it up.")
+ZONED = tool("get_time", {"type": "object", "properties": {"zone": {"type": "string"}}})
+ZONE = '{"zone": "CET"}'
+SCHEMA = {"type": "object", "properties": {"sun": {"type": "boolean"}}, "required": ["sun"]}
+FORM: dict[str, Any] = {"type": "json_schema", "json_schema": {"name": "weather", "schema": SCHEMA}}
+
+
+async def chat(server: Serving, **body: Any) -> dict[str, Any]:
+    """The choice of a whole completion."""
+    response = await server.http.post("/v1/chat/completions", json={"messages": USER, **body})
+    assert response.status_code == 200, response.text
+    choice: dict[str, Any] = response.json()["choices"][0]
+    return choice
+
+
+def prompt_of(server: Serving) -> str:
+    """The last request's prompt."""
+    return server.tokenizer.decode(list(server.engine.seen[-1].prompt), skip_special_tokens=False)
+
+
+def functions(choice: dict[str, Any]) -> list[tuple[str, str]]:
+    """Names and arguments of the calls."""
+    calls = choice["message"].get("tool_calls", ())
+    return [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
+
+
 async def streamed(server: Serving, **body: Any) -> tuple[str, str, dict[int, dict[str, str]], str | None]:
     """Content, reasoning, calls and the finish reason, put together as a client of OpenAI's does."""
     content, reasoning, finish = "", "", None
     calls: dict[int, dict[str, str]] = {}
+    body = {"messages": USER, **body}
     async for chunk in await server.openai.chat.completions.create(model=MODEL, stream=True, **body):
         choice = chunk.choices[0]
         content += choice.delta.content or ""
@@ -48,11 +72,10 @@ async def streamed(server: Serving, **body: Any) -> tuple[str, str, dict[int, di
     return content, reasoning, calls, finish
 
 
-@pytest.mark.serving(max_seq_len=1024, template=templates.QWEN_TOOLS)
 async def test_an_answer_that_openais_client_parsed_can_be_sent_back(server: Serving) -> None:
     server.speak(f"<tool_call>\n{CALL}\n</tool_call>")
-    tool: Any = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
-    parsed = await server.openai.chat.completions.parse(model=MODEL, messages=USER, tools=[tool])
+    strict: Any = tool("get_weather", CITY, strict=True)
+    parsed = await server.openai.chat.completions.parse(model=MODEL, messages=USER, tools=[strict])
     message = parsed.choices[0].message
     assert message.tool_calls is not None
     assert message.tool_calls[0].function.parsed_arguments == {"city": "Köln"}
@@ -72,22 +95,17 @@ async def test_an_answer_that_openais_client_parsed_can_be_sent_back(server: Ser
 )
 async def test_calls_come_whole_and_streamed(server: Serving, template: str, text: str, form: str) -> None:
     server.speak(text)
-    body: dict[str, Any] = {"messages": USER, "tools": [WEATHER, TIME]}
-    answer = await server.openai.chat.completions.create(model=MODEL, **body)
-    choice = answer.choices[0]
-    assert choice.finish_reason == "tool_calls"
+    choice = await chat(server, tools=[WEATHER, TIME])
     said = None if text.startswith("{") else "I look."
-    assert choice.message.content == said
-    calls = choice.message.tool_calls or []
-    assert [(c.function.name, c.function.arguments) for c in calls if c.type == "function"] == [
-        ("get_weather", ARGUMENTS),
-        ("get_time", "{}"),
-    ]
-    assert len({call.id for call in calls}) == 2
-    assert all(call.id.startswith(form) for call in calls)
-    content, _, parts, finish = await streamed(server, **body)
+    assert (choice["message"]["content"], choice["finish_reason"]) == (said, "tool_calls")
+    calls = choice["message"]["tool_calls"]
+    assert functions(choice) == [("get_weather", ARGUMENTS), ("get_time", "{}")]
+    assert {call["type"] for call in calls} == {"function"}
+    assert len({call["id"] for call in calls}) == 2
+    assert all(call["id"].startswith(form) for call in calls)
+    content, _, parts, finish = await streamed(server, tools=[WEATHER, TIME])
     assert (content, finish) == (said or "", "tool_calls")
-    assert [(p["name"], p["arguments"]) for p in parts.values()] == [("get_weather", ARGUMENTS), ("get_time", "{}")]
+    assert [(part["name"], part["arguments"]) for part in parts.values()] == functions(choice)
 
 
 async def test_what_the_template_gets_of_tools_and_calls(server: Serving) -> None:
@@ -97,17 +115,15 @@ async def test_what_the_template_gets_of_tools_and_calls(server: Serving) -> Non
         {"role": "assistant", "content": None, "tool_calls": [{"id": "c1", "type": "function", "function": function}]},
         {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "rain"}]},
     ]
-    body: dict[str, Any] = {"messages": messages, "max_tokens": 1, "tools": [TIME]}
     for choice, offered in (("auto", True), (None, True), ("none", False)):
-        response = await server.http.post("/v1/chat/completions", json={**body, "tool_choice": choice})
-        assert response.status_code == 200, response.text
-        prompt = server.tokenizer.decode(list(server.engine.seen[-1].prompt), skip_special_tokens=False)
+        await chat(server, messages=messages, max_tokens=1, tools=[TIME], tool_choice=choice)
+        prompt = prompt_of(server)
         assert ("# Tools" in prompt) == offered
         assert "assistant\n<tool_call>get_weather:[('city', 'Bonn')]</tool_call><|im_end|>" in prompt
         assert "tool\nrain[c1]<|im_end|>" in prompt
         if offered:
-            tool = json.loads(prompt.split("# Tools\n")[1].split("\n")[0])
-            assert tool["function"]["parameters"] == {"type": "object", "properties": {}}
+            shown = json.loads(prompt.split("# Tools\n")[1].split("\n")[0])
+            assert shown["function"]["parameters"] == {"type": "object", "properties": {}}
 
 
 @pytest.mark.parametrize(
@@ -126,11 +142,9 @@ async def test_a_forced_call_is_a_grammar_and_is_read_as_such(
         tmp_path, template=templates.QWEN_THINKING, check_grammar=checked.append, max_seq_len=2048
     ) as server:
         server.speak('[{"name": "get_time", "arguments": {"zone": "CET"}}]')
-        body = {"messages": USER, "tools": [WEATHER, TIME], **extra}
-        answer = await server.openai.chat.completions.create(model=MODEL, **body)
-        calls = answer.choices[0].message.tool_calls or []
-        assert [c.function.name for c in calls if c.type == "function"] == ["get_time"]
-        assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (None, "tool_calls")
+        choice = await chat(server, tools=[WEATHER, TIME], **extra)
+        assert [name for name, _ in functions(choice)] == ["get_time"]
+        assert (choice["message"]["content"], choice["finish_reason"]) == (None, "tool_calls")
         grammar = server.engine.seen[0].params.grammar
         assert grammar is not None
         assert checked == [grammar]
@@ -139,17 +153,16 @@ async def test_a_forced_call_is_a_grammar_and_is_read_as_such(
         items = schema["items"].get("anyOf", [schema["items"]])
         assert [item["properties"]["name"]["const"] for item in items] == names
         assert schema.get("maxItems") == limit
-        content, _, parts, finish = await streamed(server, **body)
-        assert (content, finish, parts[0]["arguments"]) == ("", "tool_calls", '{"zone": "CET"}')
+        content, _, parts, finish = await streamed(server, tools=[WEATHER, TIME], **extra)
+        assert (content, finish, parts[0]["arguments"]) == ("", "tool_calls", ZONE)
 
 
 async def test_a_malformed_call_is_content(server: Serving) -> None:
     text = 'So: <tool_call>{"name": "get_weather", "arguments": {"city": }} \n </tool_call> and more'
     server.speak(text)
-    body = {"messages": USER, "tools": [WEATHER]}
-    choice = (await server.openai.chat.completions.create(model=MODEL, **body)).choices[0]  # type: ignore[call-overload]
-    assert (choice.message.content, choice.message.tool_calls, choice.finish_reason) == (text, None, "stop")
-    content, _, parts, finish = await streamed(server, **body)
+    choice = await chat(server, tools=[WEATHER])
+    assert (choice["message"]["content"], functions(choice), choice["finish_reason"]) == (text, [], "stop")
+    content, _, parts, finish = await streamed(server, tools=[WEATHER])
     assert finish == "stop"
     assert (content, parts[0]["arguments"]) == ("So:} \n </tool_call> and more", '{"city": }')
 
@@ -157,16 +170,14 @@ async def test_a_malformed_call_is_content(server: Serving) -> None:
 async def test_without_tools_what_looks_like_a_call_is_text(server: Serving) -> None:
     server.speak(TWO)
     for extra in ({}, {"tools": [WEATHER], "tool_choice": "none"}):
-        answer = await server.openai.chat.completions.create(model=MODEL, messages=USER, **extra)  # type: ignore[call-overload]
-        assert answer.choices[0].message.content == TWO
-        assert answer.choices[0].finish_reason == "stop"
+        choice = await chat(server, **extra)
+        assert (choice["message"]["content"], choice["finish_reason"]) == (TWO, "stop")
 
 
 async def test_one_call_where_parallel_calls_are_off(server: Serving) -> None:
     server.speak(TWO)
-    body = {"messages": USER, "tools": [WEATHER, TIME], "parallel_tool_calls": False}
-    answer = await server.openai.chat.completions.create(model=MODEL, **body)  # type: ignore[call-overload]
-    assert len(answer.choices[0].message.tool_calls) == 1
+    body: dict[str, Any] = {"tools": [WEATHER, TIME], "parallel_tool_calls": False}
+    assert len(functions(await chat(server, **body))) == 1
     assert list((await streamed(server, **body))[2]) == [0]
 
 
@@ -186,7 +197,7 @@ async def test_reasoning_is_split_off_where_the_template_knows_it(
 ) -> None:
     server.speak(text)
     body = {"messages": USER, "logprobs": True, **extra}
-    answer = (await server.http.post("/v1/chat/completions", json=body)).json()["choices"][0]
+    answer = await chat(server, **body)
     assert answer["message"].get("reasoning_content") == reasoning
     assert answer["message"]["content"] == content
     count = len(answer["logprobs"]["content"])
@@ -205,7 +216,7 @@ async def test_reasoning_is_split_off_where_the_template_knows_it(
 @pytest.mark.serving(template=templates.QWEN_THINKING, max_seq_len=2048)
 async def test_reasoning_then_calls(server: Serving) -> None:
     server.speak(f"<think>I need <tool_call> here</think>\n\n<tool_call>{CALL}</tool_call>")
-    content, reasoning, calls, finish = await streamed(server, messages=USER, tools=[WEATHER])
+    content, reasoning, calls, finish = await streamed(server, tools=[WEATHER])
     assert (content, reasoning, finish) == ("", "I need <tool_call> here", "tool_calls")
     assert calls[0]["arguments"] == ARGUMENTS
 
@@ -214,10 +225,8 @@ async def test_reasoning_then_calls(server: Serving) -> None:
 async def test_the_last_message_is_continued(server: Serving) -> None:
     server.speak("</think> 4.")
     messages = [*USER, {"role": "assistant", "content": "<think>\nTwo and two is "}]
-    body = {"messages": messages, "continue_final_message": True}
-    answer = (await server.http.post("/v1/chat/completions", json=body)).json()["choices"][0]
-    prompt = server.tokenizer.decode(list(server.engine.seen[-1].prompt), skip_special_tokens=False)
-    assert prompt.endswith("<|im_start|>assistant\n<think>\nTwo and two is ")
+    answer = await chat(server, messages=messages, continue_final_message=True)
+    assert prompt_of(server).endswith("<|im_start|>assistant\n<think>\nTwo and two is ")
     assert answer["message"]["content"] == "4."
 
 
@@ -240,51 +249,34 @@ async def test_tools_are_refused_where_the_template_cannot_say_them(
 
 @pytest.mark.serving(template=templates.QWEN_TOOLS + "{{ reasoning_effort }}", max_seq_len=2048)
 async def test_reasoning_effort_goes_to_templates_that_know_it(server: Serving) -> None:
-    body = {"messages": USER, "reasoning_effort": "low", "max_tokens": 1}
-    assert (await server.http.post("/v1/chat/completions", json=body)).status_code == 200
-    assert server.tokenizer.decode(list(server.engine.seen[0].prompt)).endswith("low")
-
-
-ZONED: dict[str, Any] = {
-    "type": "function",
-    "function": {"name": "get_time", "parameters": {"type": "object", "properties": {"zone": {"type": "string"}}}},
-}
-SCHEMA = {"type": "object", "properties": {"sun": {"type": "boolean"}}, "required": ["sun"]}
-FORM: dict[str, Any] = {"type": "json_schema", "json_schema": {"name": "weather", "schema": SCHEMA}}
-ZONE = '{"zone": "CET"}'
+    await chat(server, reasoning_effort="low", max_tokens=1)
+    assert prompt_of(server).endswith("low")
 
 
 async def ask(server: Serving, said: str, **extra: Any) -> tuple[dict[str, Any], Grammar]:
     """What the client gets when the model says this, and what the engine was asked to hold it to."""
     server.speak(said)
-    body = {"model": MODEL, "messages": USER, "response_format": FORM, **extra}
-    response = await server.http.post("/v1/chat/completions", json=body)
-    assert response.status_code == 200, response.text
+    choice = await chat(server, response_format=FORM, **extra)
     grammar = server.engine.seen[-1].params.grammar
     assert grammar is not None
-    message: dict[str, Any] = response.json()["choices"][0]["message"]
-    return message, grammar
+    return choice, grammar
 
 
 @pytest.mark.parametrize(
-    ("template", "call", "name", "marks"),
+    ("template", "name", "marks"),
     [
-        (
-            templates.QWEN_TOOLS,
-            '<tool_call>\n{"name": "get_time", "arguments": ' + ZONE + "}\n</tool_call>",
-            "arguments",
-            ("<tool_call>", "</tool_call>", ""),
-        ),
-        (templates.LLAMA, '{"name": "get_time", "parameters": ' + ZONE + "}", "parameters", ("", "", ";")),
+        (templates.QWEN_TOOLS, "arguments", ("<tool_call>", "</tool_call>", "")),
+        (templates.LLAMA, "parameters", ("", "", ";")),
     ],
     ids=["qwen", "llama"],
 )
 @pytest.mark.serving(check_grammar=lambda grammar: None)
 async def test_the_answer_is_of_the_form_or_a_call(
-    server: Serving, template: str, call: str, name: str, marks: tuple[str, str, str]
+    server: Serving, template: str, name: str, marks: tuple[str, str, str]
 ) -> None:
-    message, grammar = await ask(server, '{"sun": true}', tools=[ZONED])
-    assert (message["content"], message.get("tool_calls")) == ('{"sun": true}', None)
+    call = f'{marks[0]}{{"name": "get_time", "{name}": {ZONE}}}{marks[1]}'
+    choice, grammar = await ask(server, '{"sun": true}', tools=[ZONED])
+    assert (choice["message"]["content"], functions(choice)) == ('{"sun": true}', [])
     assert (grammar.kind, json.loads(grammar.source), grammar.thought) == ("json_schema", SCHEMA, "none")
     assert isinstance(grammar.calls, Calls)
     assert (grammar.calls.opening, grammar.calls.closing, grammar.calls.separator) == marks
@@ -292,23 +284,22 @@ async def test_the_answer_is_of_the_form_or_a_call(
     schema = json.loads(grammar.calls.schema)
     assert schema["required"] == ["name", name]
     assert schema["properties"]["name"] == {"const": "get_time"}
-    message, _ = await ask(server, call, tools=[ZONED])
-    assert message["content"] is None
-    assert [c["function"] for c in message["tool_calls"]] == [{"name": "get_time", "arguments": ZONE}]
+    choice, _ = await ask(server, call, tools=[ZONED])
+    assert (choice["message"]["content"], functions(choice)) == (None, [("get_time", ZONE)])
     _, grammar = await ask(server, call, tools=[ZONED], parallel_tool_calls=False)
     assert grammar.calls is not None
     assert not grammar.calls.several
     _, grammar = await ask(server, "{}", tools=[ZONED], tool_choice="none")
     assert grammar.calls is None
-    message, grammar = await ask(server, f"[{call}]", tools=[ZONED], tool_choice="required")
+    _, grammar = await ask(server, f"[{call}]", tools=[ZONED], tool_choice="required")
     assert json.loads(grammar.source)["type"] == "array"
 
 
 @pytest.mark.serving(template=templates.MISTRAL, check_grammar=lambda grammar: None)
 async def test_the_answer_is_of_the_form_or_a_list_of_calls(server: Serving) -> None:
     call = '[TOOL_CALLS] [{"name": "get_time", "arguments": ' + ZONE + "}]"
-    message, grammar = await ask(server, call, tools=[ZONED], parallel_tool_calls=False)
-    assert [c["function"] for c in message["tool_calls"]] == [{"name": "get_time", "arguments": ZONE}]
+    choice, grammar = await ask(server, call, tools=[ZONED], parallel_tool_calls=False)
+    assert functions(choice) == [("get_time", ZONE)]
     assert grammar.calls is not None
     assert (grammar.calls.opening, grammar.calls.closing, grammar.calls.several) == ("[TOOL_CALLS]", "", False)
     schema = json.loads(grammar.calls.schema)
@@ -329,7 +320,7 @@ async def test_the_answer_is_of_the_form_or_a_list_of_calls(server: Serving) -> 
 async def test_a_model_that_thinks_may_do_so_before_the_form(
     server: Serving, template: str, extra: dict[str, Any], said: str, thought: str
 ) -> None:
-    message, grammar = await ask(server, said, **extra)
+    choice, grammar = await ask(server, said, **extra)
     assert grammar.thought == thought
-    assert message["content"] == '{"sun": true}'
-    assert message.get("reasoning_content") == (None if thought == "none" else "so")
+    assert choice["message"]["content"] == '{"sun": true}'
+    assert choice["message"].get("reasoning_content") == (None if thought == "none" else "so")

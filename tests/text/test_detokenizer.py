@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from helpers.tiny_tokenizers import byte_fallback_json, byte_level_json
 from minisgl.core.types import FinishReason, SamplingParams, TokenEvent
-from minisgl.text.detokenizer import TextStream, shown_tokens
-from minisgl.text.tokenizer import Tokenizer
+from minisgl.text.tokenizer import TextStream, Tokenizer, shown_tokens
 
 TEXTS = ("Hello, 世界! 😀👩‍👩‍👧 naïve  café", " leading and trailing ", "a\n\n\tb", "🏳️‍🌈" * 3, "��", "")
 

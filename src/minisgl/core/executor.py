@@ -96,7 +96,7 @@ class LocalExecutor:
 
 @dataclass(frozen=True)
 class Pending:
-    """A launched step, whose results are on the host once `output` and `copied` are done."""
+    """A launched step. Its results are on the host once `output` and `copied` are done."""
 
     step: int
     output: Future[StepOutput]

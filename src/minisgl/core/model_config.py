@@ -186,7 +186,7 @@ def _architecture(config: Fields) -> tuple[str, Architecture]:
 
 def _kv_heads(config: Fields, row: Architecture, num_heads: int) -> int:
     absent = "num_key_value_heads" not in config.values
-    num_kv_heads = config.integer("num_key_value_heads", (row.kv_heads if absent else None) or num_heads)
+    num_kv_heads = config.integer("num_key_value_heads", (absent and row.kv_heads) or num_heads)
     if num_heads % num_kv_heads:
         raise config.error("num_key_value_heads", f"a divisor of the {num_heads} query heads")
     return num_kv_heads
@@ -272,7 +272,7 @@ def read_rope(config: Fields, max_position: int) -> Rope:
 
 
 def read_eos_token_ids(folder: Path, config: Fields, vocab_size: int) -> tuple[int, ...]:
-    """EOS ids in the vocabulary: of generation_config.json, config.json, the tokenizer's `eos_token`, in this order."""
+    """EOS ids in the vocabulary: of generation_config.json, config.json, then the tokenizer's `eos_token`."""
     ids: list[int] = []
     for fields in (_optional(folder / "generation_config.json"), config):
         found: Any = fields.values.get("eos_token_id")

@@ -116,8 +116,8 @@ def moe(
 ) -> Tensor:
     """A sparse SwiGLU layer: each token goes through its `top_k` experts, weighted by the router's softmax.
 
-    x (T, D), router (E, D), expert_gate_up (E, 2I, D), expert_down (E, D, I) -> (T, D). The softmax is float32 over
-    all experts; `norm_topk_prob` scales the chosen probabilities to sum 1. The host waits for the device.
+    x (T, D), router (E, D), expert_gate_up (E, 2I, D), expert_down (E, D, I) -> (T, D). The softmax is float32 over all
+    experts; `norm_topk_prob` scales the chosen probabilities to sum 1. The host waits for the device.
     """
     probs = F.linear(x, router).float().softmax(dim=-1)
     weights, chosen = probs.topk(top_k, dim=-1)  # (T, top_k)

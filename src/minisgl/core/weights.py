@@ -21,7 +21,6 @@ TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": 
 STORED_DTYPES = ("F64", "F32", "F16", "BF16")
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-BIAS_STD = 0.02
 BLOCK_OUTPUTS = ("o", "down", "expert_down")
 
 Progress = Callable[[int, int], None]  # called with the number of elements read just now, and that of all
@@ -105,7 +104,7 @@ def dummy_weights(
         if parameter.field.endswith("norm"):
             tensor.fill_(1.0)
         else:
-            std = BIAS_STD if parameter.field.endswith("bias") else 1.0 / math.sqrt(parameter.shape[-1])
+            std = 0.02 if parameter.field.endswith("bias") else 1.0 / math.sqrt(parameter.shape[-1])
             if parameter.field in BLOCK_OUTPUTS:
                 std /= math.sqrt(2 * spec.num_layers)
             tensor.normal_(0.0, std, generator=generator)

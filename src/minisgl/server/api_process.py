@@ -1,7 +1,7 @@
 """An API process: HTTP in front of an engine. The launcher is one itself, unless `--api-workers` asks for several.
 
-Those it starts with an `ipc.WorkerSetup` as a line on stdin. They answer with a line on stdout, an `ipc.Serving` or
-`ipc.Unable`, and obey further lines: `stop`, `force`, `engine ended`. The end of stdin means that the launcher is gone.
+Those it starts with an `ipc.WorkerSetup` as a line on stdin. They answer with a line on stdout, an `ipc.Serving`, and
+obey further lines: `stop`, `force`, `engine ended`. The end of stdin means that the launcher is gone.
 """
 
 from __future__ import annotations
@@ -9,57 +9,218 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import hashlib
+import hmac
 import logging
 import os
+import re
 import socket
 import sys
-from collections.abc import Callable, Iterator
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from http import HTTPStatus
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Literal
 
+import h11
 import msgspec
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from minisgl.config import Config
-from minisgl.errors import ConfigError, EngineDeadError, MinisglError
+from minisgl.errors import ConfigError, EngineDeadError, InvalidRequestError, MinisglError
 from minisgl.server import ipc
 from minisgl.server.admin import Setup
 from minisgl.server.app import make_app
 from minisgl.server.engine_client import EngineClient, Shutdown, wait_first
-from minisgl.server.metrics import ApiProcesses, Metrics
-from minisgl.server.middleware import BoundedProtocol, with_middleware
+from minisgl.server.errors import UnauthorizedError, error_body, error_headers
+from minisgl.server.metrics import ACCESS_RECORD, AccessRecord, Metrics
 from minisgl.server.preparation import Api, Preparation
+from minisgl.server.responses import json_response
 from minisgl.text.grammar_check import GrammarCompiler
 from minisgl.text.tokenizer import Tokenizer, make_byte_tokenizer
 
+OPEN_PATHS = frozenset({"/", "/health", "/ready"})  # without a key: for load balancers; the page asks for one
+QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds, logged at DEBUG
+HEAD_LIMIT = 64 * 2**10  # bytes of the request line and the headers
+READ_TIMEOUT = 30.0  # seconds between two pieces of a request
 BACKLOG = 2048  # connections that may wait to be accepted
 ANSWER_SECONDS = 1.0  # in which requests are still answered, with 503, when the engine has ended or was given up
+Announce = Callable[[ipc.Serving], None]
 
 logger = logging.getLogger(__name__)
+access_logger = logging.getLogger("minisgl.access")
+
+
+class AccessLog:
+    """Gives each request an id, its own or the client's X-Request-Id, and a line in the log when it is answered."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else uuid.uuid4().hex
+        host, port = scope.get("client") or ("-", 0)
+        path = scope.get("raw_path", b"").decode("latin-1") or scope["path"]
+        record = AccessRecord(request_id, scope["method"], path[:256], f"{host}:{port}")
+        header = (b"x-request-id", request_id.encode())
+
+        async def send_noting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                message = {**message, "headers": [*message["headers"], header]}
+            await send(message)
+
+        token = ACCESS_RECORD.set(record)
+        try:
+            await self.app(scope, receive, send_noting)
+        finally:
+            ACCESS_RECORD.reset(token)
+            self.metrics.on_response(record, getattr(scope.get("route"), "path", "unmatched"))
+            level = logging.DEBUG if record.path in QUIET_PATHS else logging.INFO
+            access_logger.log(level, "%s", record.describe(time.monotonic()))
+
+
+class KeyGuard:
+    """Lets a request through when it has one of the keys as its bearer token (RFC 6750), else answers 401."""
+
+    def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
+        self.app = app
+        self.digests = [digest(key) for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] in OPEN_PATHS or self.allows(Headers(scope=scope)):
+            await self.app(scope, receive, send)
+            return
+        error = UnauthorizedError("this server asks for an API key: send it as 'Authorization: Bearer KEY'")
+        await json_response(error_body(error), error.status, error_headers(error))(scope, receive, send)
+
+    def allows(self, headers: Headers) -> bool:
+        """Whether a key is right; the time this takes says nothing about the keys, not even their lengths."""
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        given = digest(key.strip())
+        right = [hmac.compare_digest(given, known) for known in self.digests]
+        return any(right) and scheme.lower() == "bearer"
+
+
+def digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def with_middleware(app: ASGIApp, metrics: Metrics, config: Config) -> ASGIApp:
+    if config.api_key:
+        app = KeyGuard(app, config.api_key)
+    if config.cors_origins:
+        exposed, methods = ("X-Request-Id", "Retry-After"), ("GET", "POST")
+        app = CORSMiddleware(app, config.cors_origins, methods, allow_headers=("*",), expose_headers=exposed)
+    return AccessLog(app, metrics)
+
+
+class BoundedConnection(h11.Connection):
+    """h11's part of a connection, with a bound on every head; h11's own is on those that come in pieces."""
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        before = len(self.trailing_data[0]) if self.their_state is h11.IDLE else 0
+        event = super().next_event()
+        if isinstance(event, h11.Request) and before - len(self.trailing_data[0]) > HEAD_LIMIT:
+            raise h11.RemoteProtocolError("too large a head", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+        return event
+
+
+class BoundedProtocol(H11Protocol):
+    """uvicorn's protocol with bounds on time. To a request, being cut off is what its client's leaving would be.
+
+    `write_timeout` is how long (s) the transport's buffer may stay full. A client that reads slowly, but does, empties
+    it in time; one that does not holds pages of the KV cache for nothing.
+    """
+
+    def __init__(self, *args: Any, write_timeout: float, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.conn: BoundedConnection = BoundedConnection(h11.SERVER, HEAD_LIMIT)
+        self.write_timeout = write_timeout
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect_more()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer("read")
+        self._stop_timer("write")
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        state = self.conn.their_state
+        if state is h11.SEND_BODY or (state is h11.IDLE and self.conn.trailing_data[0]):
+            self._expect_more()
+        else:
+            self._stop_timer("read")
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._timers["write"] = self.loop.call_later(self.write_timeout, self._cut_off, "did not read its answer")
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_timer("write")
+
+    def _unsupported_upgrade_warning(self) -> None:
+        pass  # some clients, such as Java's, offer HTTP/2 with every request
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what cannot be read as HTTP, in OpenAI's form, and close: 431 (RFC 6585) for too large a head."""
+        code, status = "invalid_http", HTTPStatus.BAD_REQUEST
+        error = sys.exception()  # uvicorn calls this while it handles what h11 raised
+        if isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431:
+            code, status = "headers_too_large", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+            msg = f"URL and headers must have at most {HEAD_LIMIT} bytes"
+        body = msgspec.json.encode(error_body(InvalidRequestError(msg, code=code)))
+        headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+        response = h11.Response(status_code=status, headers=headers, reason=status.phrase.encode())
+        for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+    def _expect_more(self) -> None:
+        self._stop_timer("read")
+        self._timers["read"] = self.loop.call_later(READ_TIMEOUT, self._on_silence)
+
+    def _stop_timer(self, name: Literal["read", "write"]) -> None:
+        if (timer := self._timers.pop(name, None)) is not None:
+            timer.cancel()
+
+    def _on_silence(self) -> None:
+        if self.flow.read_paused:  # it is us who do not read
+            self._expect_more()
+        elif self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]:  # it has never asked for anything
+            self.transport.close()
+        else:
+            self._cut_off("fell silent in the middle of a request")
+
+    def _cut_off(self, why: str) -> None:
+        logger.warning("%s:%s %s; it is cut off", *(self.client or ("-", 0)), why)
+        self.transport.abort()
 
 
 class HttpServer(uvicorn.Server):
     """A uvicorn server that says when it listens and leaves the signals to us."""
 
     def __init__(self, app: ASGIApp, on_listening: Callable[[], None], config: Config) -> None:
+        protocol: Any = functools.partial(BoundedProtocol, write_timeout=config.write_timeout)
+        tls = {"ssl_certfile": config.ssl_certfile, "ssl_keyfile": config.ssl_keyfile}
+        quiet: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False}
+        # asyncio accepts so many at a time: one of several processes is not to take a whole burst.
+        backlog = BACKLOG if config.api_workers == 1 else 1
         super().__init__(
-            uvicorn.Config(
-                app,
-                http=functools.partial(BoundedProtocol, write_timeout=config.write_timeout),  # type: ignore[arg-type]
-                ssl_certfile=config.ssl_certfile,
-                ssl_keyfile=config.ssl_keyfile,
-                log_config=None,
-                access_log=False,
-                lifespan="off",
-                ws="none",
-                server_header=False,
-                # asyncio accepts so many at a time: one of several processes is not to take a whole burst.
-                backlog=BACKLOG if config.api_workers == 1 else 1,
-            )
+            uvicorn.Config(app, http=protocol, ws="none", lifespan="off", backlog=backlog, **tls, **quiet)  # type: ignore[arg-type]
         )
-        self._write_timeout = config.write_timeout
-        self._on_listening = on_listening
+        self._write_timeout, self._on_listening = config.write_timeout, on_listening
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, and say so. Raises ConfigError when another process took the port while the model loaded."""
@@ -74,9 +235,8 @@ class HttpServer(uvicorn.Server):
             raise ConfigError(f"cannot listen on the port any more: {error.strerror}") from error
         self._on_listening()
 
-    @contextlib.contextmanager
+    @contextlib.contextmanager  # signals are the launcher's
     def capture_signals(self) -> Iterator[None]:
-        """Signals are the launcher's."""
         yield
 
 
@@ -108,13 +268,7 @@ async def serve_http(
 
 
 async def serve_api(
-    config: Config,
-    client: EngineClient,
-    listener: socket.socket,
-    shutdown: Shutdown,
-    on_listening: Callable[[ipc.Serving], None],
-    started: float,
-    processes: ApiProcesses,
+    config: Config, client: EngineClient, listener: socket.socket, shutdown: Shutdown, started: float, say: Announce
 ) -> None:
     """Put HTTP in front of an engine, once it is ready; `started` is on the monotonic clock. Raises ModelError."""
     ready = await client.ready()
@@ -126,11 +280,10 @@ async def serve_api(
     grammars = GrammarCompiler(folder, model.vocab_size, model.eos_token_ids)
     check = grammars.check if has_tokenizer else None
     preparation = Preparation(model, tokenizer, client.queue.max_live, config.served_model_name, check)
-    api = Api(service=client, preparation=preparation)
-    setup = Setup(config, ready.notes, ready.folder, started, processes)
-    app = with_middleware(make_app(api, setup), client.metrics, config)
+    api = Api(client=client, preparation=preparation)
+    app = with_middleware(make_app(api, Setup(config, ready.notes, ready.folder, started)), client.metrics, config)
     serving = ipc.Serving(model.name, tokenizer.has_chat_template, has_tokenizer)
-    server = HttpServer(app, lambda: on_listening(serving), config)
+    server = HttpServer(app, lambda: say(serving), config)
     try:
         await serve_http(server, listener, client, shutdown, config.drain_timeout)
     finally:
@@ -139,12 +292,11 @@ async def serve_api(
 
 async def serve_worker(setup: ipc.WorkerSetup, stdin: BinaryIO, stdout: BinaryIO) -> int:
     """Serve as one of several until told to stop; the exit status."""
-    config, metrics, processes = setup.config, Metrics(setup.folder), ApiProcesses(setup.folder)
-    client = EngineClient(*ipc.addresses(setup.folder, setup.link), config, link=setup.link, metrics=metrics)
-    shutdown = Shutdown()
+    metrics, shutdown = Metrics(setup.counts), Shutdown()
+    client = EngineClient(setup.folder, setup.config, link=setup.link, metrics=metrics)
 
-    def say(message: ipc.Serving | ipc.Unable) -> None:
-        stdout.write(msgspec.json.encode(message) + b"\n")
+    def say(serving: ipc.Serving) -> None:
+        stdout.write(msgspec.json.encode(serving) + b"\n")
 
     async def obey() -> None:
         lines = asyncio.StreamReader()
@@ -158,14 +310,13 @@ async def serve_worker(setup: ipc.WorkerSetup, stdin: BinaryIO, stdout: BinaryIO
                 shutdown.force.set()
         os._exit(1)
 
-    tasks = [asyncio.create_task(obey()), asyncio.create_task(processes.beat())]
+    tasks = [asyncio.create_task(obey()), asyncio.create_task(metrics.beat())]
     try:
         listener = socket.socket(fileno=setup.listener)
-        await serve_api(config, client, listener, shutdown, say, setup.started, processes)
-    except EngineDeadError:
-        return 1
+        await serve_api(setup.config, client, listener, shutdown, setup.started, say)
     except MinisglError as error:
-        say(ipc.Unable(error.message))
+        if not isinstance(error, EngineDeadError):
+            say(ipc.Serving(error=error.message))
         return 1
     finally:
         for task in tasks:
@@ -180,10 +331,7 @@ def main() -> int:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     stdin = os.fdopen(os.dup(sys.stdin.fileno()), "rb", buffering=0)
     setup = msgspec.json.decode(stdin.readline(), type=ipc.WorkerSetup)
-    level = setup.config.log_level
-    logging.basicConfig(level=level, format=f"%(asctime)s %(levelname)s api-{setup.row} %(name)s: %(message)s")
-    if level == "INFO":
-        logging.getLogger("uvicorn").setLevel("WARNING")
+    ipc.start_logging(setup.config, f"api-{setup.row} ")
     return asyncio.run(serve_worker(setup, stdin, stdout))
 
 

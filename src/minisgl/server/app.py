@@ -4,56 +4,62 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import functools
 import hashlib
 import logging
-import re
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, Response
+from starlette.routing import Match, Route
 from starlette.types import Receive, Scope, Send
 
 from minisgl.errors import InvalidRequestError, MinisglError
 from minisgl.server import protocol, responses
 from minisgl.server.admin import Setup, admin_routes
 from minisgl.server.completion import ChatCompletion, Generation, SglangCompletion, TextCompletion
-from minisgl.server.errors import BODY_LIMIT, BodyTooLargeError, error_body, error_headers, internal_error
+from minisgl.server.errors import BODY_LIMIT, BodyTooLargeError, error_body, error_headers, known_error
 from minisgl.server.openapi import ApiRoute, document
 from minisgl.server.preparation import Api, PreparedRequest
+from minisgl.server.responses import SSE_DONE, json_response, sse
 
-DRAIN_LIMIT = 4 * BODY_LIMIT
-"""Bytes of a body that is too large are read up to here, so that the client gets to read the answer."""
+DRAIN_LIMIT = 4 * BODY_LIMIT  # bytes of a larger body that are read, so that the client gets to read the error
+# Endpoints of other servers, beneath /v1 and outside, refused by name.
 UNSUPPORTED = (
-    *("embeddings", "moderations", "responses", "files", "batches", "uploads", "realtime", "rerank", "score"),
-    *("audio", "images", "videos", "fine_tuning", "assistants", "threads", "vector_stores", "evals", "containers"),
-    *("conversations", "messages", "engines", "edits", "organization", "skills"),
-)
-"""Endpoints of other servers beneath /v1, refused by name; the next are those outside."""
+    "embeddings", "moderations", "responses", "files", "batches", "uploads", "realtime", "rerank", "score", "audio",
+    "images", "videos", "fine_tuning", "assistants", "threads", "vector_stores", "evals", "containers",
+    "conversations", "messages", "engines", "edits", "organization", "skills",
+)  # fmt: skip
 UNSUPPORTED_OUTSIDE = ("embeddings", "rerank", "score", "pooling", "classify", "encode")
 PAGE = Path(__file__).with_name("page.html")
 
 T = TypeVar("T")
+Prepare = Callable[[bytes], PreparedRequest]
 AnyCompletion = type[ChatCompletion] | type[TextCompletion] | type[SglangCompletion]
 
 logger = logging.getLogger(__name__)
 
 
 class UnsupportedEndpointError(InvalidRequestError):
-    """An endpoint that other servers have and this one has not."""
-
     status = 404
     code = "unsupported_endpoint"
 
 
 class ClientGoneError(Exception):
     """The client closed the connection before the answer was complete."""
+
+
+class NamedRoute(Route):
+    """A route that the middleware finds in the scope."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        match, found = super().matches(scope)
+        return match, {**found, "route": self}
 
 
 class Endpoints:
@@ -65,25 +71,23 @@ class Endpoints:
 
     async def chat(self, request: Request) -> Response:
         """Answer a conversation."""
-        prepared = await self.api.prepare(self.preparation.chat, await read_body(request))
-        return await self.respond(request, prepared, ChatCompletion)
+        return await self.respond(request, self.preparation.chat, ChatCompletion)
 
     async def completion(self, request: Request) -> Response:
         """Continue one text, or several."""
-        prepared = await self.api.prepare(self.preparation.completion, await read_body(request))
-        return await self.respond(request, prepared, TextCompletion)
+        return await self.respond(request, self.preparation.completion, TextCompletion)
 
     async def generate(self, request: Request) -> Response:
         """Continue one text, or several, in SGLang's own words."""
-        prepared = await self.api.prepare(self.preparation.generate, await read_body(request))
-        return await self.respond(request, prepared, SglangCompletion)
+        return await self.respond(request, self.preparation.generate, SglangCompletion)
 
-    async def respond(self, request: Request, prepared: PreparedRequest, kind: AnyCompletion) -> Response:
-        """The answer, whole or streamed. The requests end when the client leaves."""
-        generation = Generation(self.api.service, self.preparation.tokenizer, prepared)
+    async def respond(self, request: Request, prepare: Prepare, kind: AnyCompletion) -> Response:
+        """The completion, whole or streamed. The requests end when the client leaves."""
+        prepared = await self.api.prepare(prepare, await read_body(request))
+        generation = Generation(self.api.client, self.preparation.tokenizer, prepared)
         completion = kind(generation, self.preparation.model.name)
         if not prepared.body.stream:
-            return responses.json_response(await unless_disconnected(request.receive, completion.whole()))
+            return json_response(await unless_disconnected(request.receive, completion.whole()))
         chunks = completion.chunks()
         try:
             first = await unless_disconnected(request.receive, anext(chunks))
@@ -94,25 +98,24 @@ class Endpoints:
 
     async def tokenize(self, request: Request) -> Response:
         """The tokens of a text or of a conversation."""
-        return responses.json_response(await self.api.prepare(self.preparation.tokenize, await read_body(request)))
+        return json_response(await self.api.prepare(self.preparation.tokenize, await read_body(request)))
 
     async def detokenize(self, request: Request) -> Response:
         """The text of tokens."""
-        return responses.json_response(await self.api.prepare(self.preparation.detokenize, await read_body(request)))
+        return json_response(await self.api.prepare(self.preparation.detokenize, await read_body(request)))
 
     async def tokenizer_info(self, _: Request) -> Response:
         """The special tokens and the chat template."""
-        return responses.json_response(self.preparation.tokenizer_info())
+        return json_response(self.preparation.tokenizer_info())
 
     async def models(self, _: Request) -> Response:
         """The one model served, under each of its names."""
-        return responses.json_response(responses.ModelList([self.model_card(name) for name in self.preparation.names]))
+        return json_response(responses.ModelList(list(map(self.model_card, self.preparation.names))))
 
     async def model(self, request: Request) -> Response:
         """The model served, by its id."""
-        name = request.path_params["name"]
-        self.preparation.check_model(name)
-        return responses.json_response(self.model_card(name))
+        self.preparation.check_model(request.path_params["name"])
+        return json_response(self.model_card(request.path_params["name"]))
 
     def model_card(self, name: str) -> responses.ModelCard:
         return responses.ModelCard(id=name, created=self.api.created, max_model_len=self.preparation.model.max_seq_len)
@@ -136,21 +139,21 @@ class Endpoints:
 def make_app(api: Api, setup: Setup) -> Starlette:
     """All endpoints, with their document and their errors."""
     routes = [*Endpoints(api).routes(), *admin_routes(api, setup)]
-    openapi = functools.cache(lambda: document(routes))
     html, headers = PAGE.read_text(encoding="utf-8"), page_headers()
 
     async def show_document(_: Request) -> Response:
-        return responses.json_response(openapi())
+        return json_response(document(routes))
 
     async def page(_: Request) -> Response:
         return HTMLResponse(html, headers=headers)
 
     routes += [ApiRoute("GET", "/openapi.json", show_document), ApiRoute("GET", "/", page)]
-    for base in [f"/v1/{name}" for name in UNSUPPORTED] + [f"/{name}" for name in UNSUPPORTED_OUTSIDE]:
-        for path in (base, base + "/{rest:path}"):
-            routes.append(ApiRoute("GET POST PUT PATCH DELETE", path, refuse_endpoint))
+    bases = [f"/v1/{name}" for name in UNSUPPORTED] + [f"/{name}" for name in UNSUPPORTED_OUTSIDE]
+    paths = [base + rest for base in bases for rest in ("", "/{rest:path}")]
+    routes += [ApiRoute("GET POST PUT PATCH DELETE", path, refuse_endpoint) for path in paths]
     kinds = (MinisglError, HTTPException, Exception, ClientGoneError, ClientDisconnect)
-    return Starlette(routes=routes, exception_handlers=dict.fromkeys(kinds, on_error))
+    named = [NamedRoute(route.path, route.handler, methods=route.methods.split()) for route in routes]
+    return Starlette(routes=named, exception_handlers=dict.fromkeys(kinds, on_error))
 
 
 async def refuse_endpoint(request: Request) -> Response:
@@ -180,24 +183,16 @@ async def disconnected(receive: Receive) -> None:
 
 async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
     """The result of `work`; it is cancelled and ClientGoneError raised when the client leaves first."""
-    task = asyncio.ensure_future(work)
-    watch = asyncio.ensure_future(disconnected(receive))
+    tasks = task, watch = asyncio.ensure_future(work), asyncio.ensure_future(disconnected(receive))
     try:
-        await asyncio.wait((task, watch), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
         raise ClientGoneError
     finally:
-        await cancel(task)
-        await cancel(watch)
-
-
-async def cancel(task: asyncio.Future[Any]) -> None:
-    """Cancel a task and wait until it has cleaned up."""
-    task.cancel()
-    await asyncio.wait((task,))
-    if not task.cancelled():
-        task.exception()
+        task.cancel()
+        watch.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)  # they have cleaned up
 
 
 class EventStream(Response):
@@ -216,7 +211,6 @@ class EventStream(Response):
         self.rest = rest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the whole stream."""
         async with aclosing(self.rest):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             try:
@@ -229,12 +223,11 @@ class EventStream(Response):
         try:
             async for chunk in self.rest:
                 await send_body(send, chunk)
-        except MinisglError as error:
-            await send_body(send, responses.sse(error_body(error)))
-        except Exception:
-            logger.exception("a stream failed")
-            await send_body(send, responses.sse(error_body(internal_error())))
-        await send_body(send, responses.SSE_DONE, more=False)
+        except Exception as error:
+            if not isinstance(error, MinisglError):
+                logger.exception("a stream failed")
+            await send_body(send, sse(error_body(known_error(error))))
+        await send_body(send, SSE_DONE, more=False)
 
 
 def send_body(send: Send, chunk: bytes, more: bool = True) -> Awaitable[None]:
@@ -246,12 +239,13 @@ async def on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, (ClientGoneError, ClientDisconnect)):
         return Response(status_code=499)  # nginx's "client closed request", for the log
     if isinstance(error, HTTPException):  # the router's 404 and 405
-        shown = MinisglError(f"{request.method} {request.url.path}: {HTTPStatus(error.status_code).phrase}")
+        method = request.method.replace("HEAD", "GET")  # whose length an answer to HEAD has
+        shown = MinisglError(f"{method} {request.url.path}: {HTTPStatus(error.status_code).phrase}")
         shown.type = "invalid_request_error" if error.status_code < 500 else "server_error"
         shown.code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-        return responses.json_response(error_body(shown), error.status_code, dict(error.headers or {}))
-    known = error if isinstance(error, MinisglError) else internal_error()
-    return responses.json_response(error_body(known), known.status, error_headers(known))
+        return json_response(error_body(shown), error.status_code, dict(error.headers or {}))
+    known = known_error(error)
+    return json_response(error_body(known), known.status, error_headers(known))
 
 
 def page_headers() -> dict[str, str]:
@@ -259,9 +253,8 @@ def page_headers() -> dict[str, str]:
     html = PAGE.read_text(encoding="utf-8")
     allowed = {}
     for tag in ("style", "script"):
-        texts = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
-        digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in texts]
-        allowed[tag] = " ".join(f"'sha256-{digest}'" for digest in digests)
+        text = html.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        allowed[tag] = f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
     return {
         "Content-Security-Policy": f"default-src 'none'; style-src {allowed['style']}; script-src {allowed['script']}; "
         "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",

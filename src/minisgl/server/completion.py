@@ -1,4 +1,4 @@
-"""From the engine's tokens to answers: text, chunks of a stream, and whole answers folded from their own chunks."""
+"""From the engine's tokens to completions: text, the chunks of a stream, and whole ones folded from their chunks."""
 
 from __future__ import annotations
 
@@ -14,38 +14,16 @@ from msgspec import UNSET, UnsetType
 
 from minisgl.core.types import FinishReason, Request, TokenEvent, TokenLogprobs
 from minisgl.errors import EngineDeadError, InvalidRequestError
+from minisgl.server import responses
 from minisgl.server.engine_client import ENGINE_DIED, EngineClient
 from minisgl.server.preparation import PreparedRequest
-from minisgl.server.protocol import ChatRequest, CompletionRequest, GenerateRequest, OpenAIRequest
-from minisgl.server.responses import (
-    AssistantMessage,
-    ChatChoice,
-    ChatDelta,
-    ChatLogprobs,
-    ChatTokenLogprob,
-    ChunkChoice,
-    FinishWord,
-    FunctionCall,
-    PromptTokensDetails,
-    Result,
-    SglangMeta,
-    SglangResult,
-    TextChoice,
-    TextLogprobs,
-    TokenEntry,
-    ToolCall,
-    TopLogprob,
-    Usage,
-    sse,
-)
+from minisgl.server.protocol import ChatRequest, CompletionRequest, GenerateRequest, OpenAIRequest, StreamOptions
+from minisgl.server.responses import ChatDelta, ChatLogprobs, ChunkChoice, TextChoice, TextLogprobs, Usage, sse
 from minisgl.server.tools import OutputParser
-from minisgl.text.detokenizer import shown_tokens
-from minisgl.text.tokenizer import Tokenizer
+from minisgl.text.tokenizer import TextStream, Tokenizer, shown_tokens
 
-LEAST_LOGPROB = -9999.0
-"""What stands for minus infinity, which JSON does not have; OpenAI's value."""
-EventChunks = AsyncGenerator[bytes, None]
-"""Server-sent events, several together where they came together."""
+LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON does not have; OpenAI's value
+EventChunks = AsyncGenerator[bytes, None]  # server-sent events, several together where they came together
 
 
 class ScoredToken(NamedTuple):
@@ -78,8 +56,8 @@ class LogprobWriter:
         for token, found, _ in scored:
             if found is not None:
                 top = zip(found.top_ids, found.top_logprobs, strict=True)
-                tops = [TopLogprob(*self._entry(*entry)) for entry in top]
-                content.append(ChatTokenLogprob(*self._entry(token, found.logprob), tops))
+                tops = [responses.TopLogprob(*self._entry(*entry)) for entry in top]
+                content.append(responses.ChatTokenLogprob(*self._entry(token, found.logprob), tops))
         return ChatLogprobs(content)
 
     def _entry(self, token: int, logprob: float) -> tuple[str, float, list[int]]:
@@ -89,31 +67,28 @@ class LogprobWriter:
         """The token itself is always among the most probable ones."""
         written = TextLogprobs([], [], [], [])
         for token, found, start in scored:
-            top: dict[str, float] | None = None
+            top: dict[str, float] = {}
             if found is not None:
-                top = {}
                 for other, logprob in zip((*found.top_ids, token), (*found.top_logprobs, found.logprob), strict=True):
                     top.setdefault(self.text(other), finite(logprob))
             written.tokens.append(self.text(token))
             written.token_logprobs.append(None if found is None else finite(found.logprob))
-            written.top_logprobs.append(top)
+            written.top_logprobs.append(top or None)
             written.text_offset.append(start)
         return written
 
 
 def finite(logprob: float) -> float:
-    """A log-probability that JSON can hold."""
     return max(logprob, LEAST_LOGPROB)
 
 
 def mean_logprob(scored: Sequence[ScoredToken]) -> float:
-    """The mean over an answer's tokens, by which answers of different length compare."""
+    """By which completions of different length compare."""
     values = [entry.logprobs.logprob for entry in scored if entry.logprobs is not None]
     return sum(values) / len(values) if values else LEAST_LOGPROB
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class TextPiece:
+class TextPiece(msgspec.Struct, frozen=True):
     """New text of one choice and, where they were asked for, its new tokens; `finish` is set in its last piece."""
 
     index: int
@@ -122,27 +97,22 @@ class TextPiece:
     scored: Sequence[ScoredToken] = ()
 
 
+@dataclasses.dataclass(slots=True)
 class ChoiceState:
-    """One request's answer while it is generated. `scored` are its tokens, where log-probabilities were asked for.
+    """One request's completion while it is generated."""
 
-    With `hidden` the request is there for its prompt: what it generates is not shown.
-    """
-
-    def __init__(
-        self, index: int, request: Request, tokenizer: Tokenizer, special: Sequence[str] = (), hidden: bool = False
-    ) -> None:
-        self.index = index
-        self.request = request
-        self.stream = tokenizer.stream(request.params, special)
-        self.finish: FinishReason | None = None
-        self.token_ids: list[int] = []
-        self.cached_tokens = 0
-        self.scored: list[ScoredToken] = []
-        self.prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
-        self._hidden = hidden
+    index: int
+    request: Request
+    stream: TextStream
+    hidden: bool = False  # the request is there for its prompt: what it generates is not shown
+    finish: FinishReason | None = None
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    cached_tokens: int = 0
+    scored: list[ScoredToken] = dataclasses.field(default_factory=list)  # tokens, where log-probabilities are wanted
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
 
     def take(self, events: Sequence[TokenEvent]) -> TextPiece:
-        """Take in events that came together, at least one; raises what the engine refused the request for."""
+        """Take in events that came together, at least one; raises InvalidRequestError when the engine refuses."""
         text, scored = "", []
         for event in events:
             if event.finish is FinishReason.ERROR:
@@ -152,7 +122,7 @@ class ChoiceState:
             self.cached_tokens = event.cached_tokens
             self.finish = event.finish
             self.prompt_logprobs = event.prompt_logprobs or self.prompt_logprobs
-            if self._hidden:
+            if self.hidden:
                 continue
             before, taken = self.stream.num_tokens, event.tokens
             text += self.stream.push(shown_tokens(event))
@@ -173,16 +143,16 @@ class ChoiceState:
 
 
 class Generation:
-    """The requests that answer one HTTP request, one choice each. They are in the engine while `pieces` runs."""
+    """The requests of one HTTP request, one choice each. They are in the engine while `pieces` runs."""
 
     def __init__(self, client: EngineClient, tokenizer: Tokenizer, prepared: PreparedRequest) -> None:
         self.tokenizer = tokenizer
         self.prepared = prepared
-        body, special = prepared.body, prepared.parser.special_tokens
-        hidden = isinstance(body, CompletionRequest) and body.scores_only
-        self.choices = [
-            ChoiceState(index, request, tokenizer, special, hidden) for index, request in enumerate(prepared.requests)
-        ]
+        special = () if prepared.parser is None else prepared.parser.special_tokens
+        hidden = isinstance(prepared.body, CompletionRequest) and prepared.body.scores_only
+        self.choices: list[ChoiceState] = []
+        for index, request in enumerate(prepared.requests):
+            self.choices.append(ChoiceState(index, request, tokenizer.stream(request.params, special), hidden))
         self._by_id = {choice.request.id: choice for choice in self.choices}
         self._client = client
 
@@ -208,16 +178,19 @@ class Generation:
                     yield pieces
 
     def usage(self) -> Usage:
-        """Tokens so far; a prompt with several answers counts once."""
+        """Tokens so far; a prompt with several choices counts once."""
         firsts = self.choices[:: self.prepared.body.num_generated]
         prompt = sum(len(choice.request.prompt) for choice in firsts)
         completion = sum(len(choice.token_ids) for choice in self.choices)
         cached = sum(choice.cached_tokens for choice in firsts)
-        return Usage(prompt, completion, prompt + completion, PromptTokensDetails(cached))
+        return Usage(prompt, completion, prompt + completion, responses.PromptTokensDetails(cached))
 
 
 class OpenAICompletion(abc.ABC):
-    """OpenAI's answers. The chunks of a stream that asked for usage have it: null in all but the last."""
+    """A completion in OpenAI's form; the whole one is folded from its own chunks.
+
+    The chunks of a stream that asked for usage have it: null in all but the last.
+    """
 
     whole_object: Literal["chat.completion", "text_completion"]
     chunk_object: Literal["chat.completion.chunk", "text_completion"]
@@ -225,59 +198,57 @@ class OpenAICompletion(abc.ABC):
     def __init__(self, generation: Generation, model: str, body: OpenAIRequest, logprobs: bool) -> None:
         self.generation = generation
         self.model = model
-        self.options = body
+        self.options = body.stream_options or StreamOptions()
         self.id = generation.choices[0].request.id.rpartition("-")[0]
         self.created = int(time.time())
         as_ids = bool(body.return_tokens_as_token_ids)
         self.writer = LogprobWriter(generation.tokenizer, as_ids) if logprobs else None
+        self.opened: set[int] = set()  # choices with a chunk
+        # Tokens of each choice whose log-probabilities go with its next chunk.
         self.held: list[list[ScoredToken]] = [[] for _ in generation.choices]
-        """Tokens of each choice whose log-probabilities go with its next chunk."""
 
     @abc.abstractmethod
     def chunk_choices(self, piece: TextPiece) -> Sequence[Any]:
         """The chunks that a piece becomes."""
 
     @abc.abstractmethod
-    def whole_choice(self, index: int, chunks: Sequence[Any]) -> ChatChoice | TextChoice:
-        """A choice folded from its chunks."""
+    def whole_choice(self, index: int, choice: ChoiceState, chunks: Sequence[Any]) -> Any:
+        """A choice folded from the chunks of all its text."""
 
     def shown(self) -> list[ChoiceState]:
         """The finished choices that are returned."""
         return self.generation.choices
 
-    async def whole(self) -> Result[Any]:
-        """Generate all of it."""
-        chunks: list[list[Any]] = [[] for _ in self.generation.choices]
-        async with aclosing(self.generation.pieces()) as batches:
-            async for pieces in batches:
-                for piece in pieces:
-                    chunks[piece.index] += self.chunk_choices(piece)
-        choices = [self.whole_choice(index, chunks[choice.index]) for index, choice in enumerate(self.shown())]
+    async def whole(self) -> responses.Result[Any]:
+        async for _ in self.generation.pieces():
+            pass
+        choices = []
+        for index, choice in enumerate(self.shown()):
+            piece = TextPiece(choice.index, choice.stream.text, choice.finish, choice.scored)
+            choices.append(self.whole_choice(index, choice, self.chunk_choices(piece)))
         return self._result(self.whole_object, choices, self.generation.usage())
 
     async def chunks(self) -> EventChunks:
-        """Generate it chunk by chunk."""
-        include_usage, options = self.options.include_usage, self.options.stream_options
-        continuous = include_usage and options is not None and options.continuous_usage_stats
+        include_usage = bool(self.options.include_usage)
+        continuous = include_usage and self.options.continuous_usage_stats
         # All chunks are alike but for the choice and the usage.
-        unfinished = self._result(self.chunk_object, [], None if include_usage else UNSET)
-        head, tail = msgspec.json.encode(unfinished).split(b'"choices":[]')
-        head, tail = b"data: " + head + b'"choices":[', b"]" + tail + b"\n\n"
+        head = b"data: " + msgspec.json.encode(self._result(self.chunk_object, [])).removesuffix(b"]}")
+        tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
         async with aclosing(self.generation.pieces()) as batches:
             async for pieces in batches:
+                tail = self._usage_tail() if continuous else tail
                 choices = [choice for piece in pieces for choice in self.chunk_choices(piece)]
-                if continuous:
-                    usage = self.generation.usage()
-                    chunks = [sse(self._result(self.chunk_object, [choice], usage)) for choice in choices]
-                else:
-                    chunks = [head + msgspec.json.encode(choice) + tail for choice in choices]
-                if chunks:
-                    yield b"".join(chunks)
+                if choices:
+                    yield b"".join([head + msgspec.json.encode(choice) + tail for choice in choices])
         if include_usage:
-            yield sse(self._result(self.chunk_object, [], self.generation.usage()))
+            yield head + self._usage_tail()
 
-    def _result(self, kind: Any, choices: Sequence[Any], usage: Usage | UnsetType | None) -> Result[Any]:
-        return Result(id=self.id, object=kind, created=self.created, model=self.model, choices=choices, usage=usage)
+    def _usage_tail(self) -> bytes:
+        return b'],"usage":' + msgspec.json.encode(self.generation.usage()) + b"}\n\n"
+
+    def _result(self, kind: Any, choices: Sequence[Any], usage: Usage | UnsetType = UNSET) -> responses.Result[Any]:
+        name, created, model = self.id, self.created, self.model
+        return responses.Result(id=name, object=kind, created=created, model=model, choices=choices, usage=usage)
 
 
 class ChatCompletion(OpenAICompletion):
@@ -293,45 +264,43 @@ class ChatCompletion(OpenAICompletion):
         body, parser = generation.prepared.body, generation.prepared.parser
         assert isinstance(body, ChatRequest)
         super().__init__(generation, model, body, bool(body.logprobs))
-        self.parsers = [OutputParser(parser, bool(body.stream)) for _ in generation.choices]
-        self.opened = [False] * len(generation.choices)
+        self.parsers = [None if parser is None else OutputParser(parser, bool(body.stream)) for _ in generation.choices]
 
     def chunk_choices(self, piece: TextPiece) -> list[ChunkChoice]:
         index, parser = piece.index, self.parsers[piece.index]
-        chunks = [ChunkChoice(index, delta) for delta in parser.push(piece.text)]
+        if parser is not None:
+            chunks = [ChunkChoice(index, delta) for delta in parser.push(piece.text, piece.finish is not None)]
+        else:
+            chunks = [ChunkChoice(index, ChatDelta(content=piece.text))] if piece.text else []
         if piece.finish is not None:
-            chunks += [ChunkChoice(index, delta) for delta in parser.finish()]
-            chunks.append(ChunkChoice(index, ChatDelta(), finish_word(piece.finish, parser.called)))
+            called = parser is not None and parser.called
+            chunks.append(ChunkChoice(index, ChatDelta(), finish_word(piece.finish, called)))
         if self.writer is not None:
             self.held[index] += piece.scored
             if self.held[index] and chunks:
                 chunks[0] = msgspec.structs.replace(chunks[0], logprobs=self.writer.chat(self.held[index]))
                 self.held[index] = []
-        if not self.opened[index]:
-            self.opened[index] = True
+        if index not in self.opened:
+            self.opened.add(index)
             chunks.insert(0, ChunkChoice(index, ChatDelta(role="assistant", content="")))
         return chunks
 
-    def whole_choice(self, index: int, chunks: Sequence[ChunkChoice]) -> ChatChoice:
+    def whole_choice(self, index: int, choice: ChoiceState, chunks: Sequence[ChunkChoice]) -> responses.ChatChoice:
         deltas = [chunk.delta for chunk in chunks]
-        calls: dict[Any, list[ToolCall]] = {}
-        for delta in deltas:
-            for call in delta.tool_calls or ():
-                calls.setdefault(call.index, []).append(call)
-        tool_calls = []
-        for first, *more in calls.values():
-            function = FunctionCall("".join(part.function.arguments for part in more), first.function.name)
-            tool_calls.append(ToolCall(id=first.id, type="function", function=function))
         content = "".join(delta.content or "" for delta in deltas)
-        message = AssistantMessage(
-            content=content or (None if tool_calls else ""),
-            reasoning_content="".join(delta.reasoning_content or "" for delta in deltas) or UNSET,
-            tool_calls=tool_calls or UNSET,
+        reasoning = "".join(delta.reasoning_content or "" for delta in deltas)
+        calls: list[responses.ToolCall] = []
+        for part in [part for delta in deltas for part in delta.tool_calls or ()]:
+            if part.id is not UNSET:
+                calls.append(msgspec.structs.replace(part, index=UNSET))
+            else:  # all arguments of the last call
+                function = msgspec.structs.replace(part.function, name=calls[-1].function.name)
+                calls[-1] = msgspec.structs.replace(calls[-1], function=function)
+        message = responses.AssistantMessage(
+            content or (None if calls else ""), reasoning_content=reasoning or UNSET, tool_calls=calls or UNSET
         )
-        logprobs = None
-        if self.writer is not None:
-            logprobs = ChatLogprobs([entry for c in chunks if c.logprobs is not None for entry in c.logprobs.content])
-        return ChatChoice(index, message, chunks[-1].finish_reason, logprobs)
+        logprobs = None if self.writer is None else self.writer.chat(choice.scored)
+        return responses.ChatChoice(index, message, chunks[-1].finish_reason, logprobs)
 
 
 class TextCompletion(OpenAICompletion):
@@ -344,22 +313,21 @@ class TextCompletion(OpenAICompletion):
         body = generation.prepared.body
         assert isinstance(body, CompletionRequest)
         super().__init__(generation, model, body, body.logprobs is not None)
-        self.echoes = generation.prepared.echoes
-        self.opened: set[int] = set()
+        self.body = body
 
     def shown(self) -> list[ChoiceState]:
-        """Of more answers to a prompt than are wanted, those with the best mean log-probability."""
-        choices, generated, wanted = self.generation.choices, self.options.num_generated, self.options.num_choices
+        """Of more choices of a prompt than are wanted, those with the best mean log-probability."""
+        choices, generated, wanted = self.generation.choices, self.body.num_generated, self.body.n or 1
         if generated == wanted:
             return choices
         prompts = [choices[first : first + generated] for first in range(0, len(choices), generated)]
-        return [c for answers in prompts for c in sorted(answers, key=lambda c: -mean_logprob(c.scored))[:wanted]]
+        return [c for several in prompts for c in sorted(several, key=lambda c: -mean_logprob(c.scored))[:wanted]]
 
     def chunk_choices(self, piece: TextPiece) -> list[TextChoice]:
         """Tokens without text yet go with the next chunk that has some."""
         index, text, held, shift = piece.index, piece.text, self.held[piece.index], 0
-        if self.echoes:
-            echo, starts = self.echoes[index // self.options.num_generated]
+        if echoes := self.generation.prepared.echoes:
+            echo, starts = echoes[index // self.body.num_generated]
             shift = len(echo)
             if index not in self.opened:
                 self.opened.add(index)
@@ -375,17 +343,12 @@ class TextCompletion(OpenAICompletion):
         logprobs = None if self.writer is None else self.writer.completion(held)
         return [TextChoice(index, text, finish_word(piece.finish, False), logprobs)]
 
-    def whole_choice(self, index: int, chunks: Sequence[TextChoice]) -> TextChoice:
-        logprobs = None
-        if self.writer is not None:
-            parts = [chunk.logprobs for chunk in chunks if chunk.logprobs is not None]
-            names = TextLogprobs.__struct_fields__
-            logprobs = TextLogprobs(**{name: [x for part in parts for x in getattr(part, name)] for name in names})
-        return TextChoice(index, "".join(chunk.text for chunk in chunks), chunks[-1].finish_reason, logprobs)
+    def whole_choice(self, index: int, choice: ChoiceState, chunks: Sequence[TextChoice]) -> TextChoice:
+        return msgspec.structs.replace(chunks[0], index=index)
 
 
 class SglangCompletion:
-    """An answer of /generate; each event of a stream has all the text so far."""
+    """A completion of /generate; each event of a stream has all the text so far."""
 
     def __init__(self, generation: Generation, model: str) -> None:
         assert isinstance(generation.prepared.body, GenerateRequest)
@@ -397,27 +360,25 @@ class SglangCompletion:
         self._writer = LogprobWriter(generation.tokenizer)
         self._started = time.monotonic()
 
-    async def whole(self) -> SglangResult | list[SglangResult]:
-        """Generate all of it."""
+    async def whole(self) -> responses.SglangResult | list[responses.SglangResult]:
         async for _ in self.generation.pieces():
             pass
         results = [self._result(choice) for choice in self.generation.choices]
         return results if self.is_batch else results[0]
 
     async def chunks(self) -> EventChunks:
-        """Generate it piece by piece."""
         async with aclosing(self.generation.pieces()) as batches:
             async for pieces in batches:
                 yield b"".join([sse(self._result(self.generation.choices[piece.index])) for piece in pieces])
 
-    def _result(self, choice: ChoiceState) -> SglangResult:
+    def _result(self, choice: ChoiceState) -> responses.SglangResult:
         lists: dict[str, Any] = {}
         if self.body.return_logprob:
             lists |= self._logprobs("output", choice.scored)
         if (start := self.body.prompt_logprobs_from) is not None:
             entries = zip(choice.request.prompt, choice.prompt_logprobs, strict=False)
             lists |= self._logprobs("input", [ScoredToken(*entry, 0) for entry in entries][start:])
-        meta = SglangMeta(
+        meta = responses.SglangMeta(
             id=choice.request.id,
             finish_reason=sglang_finish(choice),
             prompt_tokens=len(choice.request.prompt),
@@ -427,25 +388,23 @@ class SglangCompletion:
             **lists,
         )
         index = choice.index if self.is_batch else UNSET
-        return SglangResult(text=choice.stream.text, output_ids=choice.token_ids, meta_info=meta, index=index)
+        text, ids = choice.stream.text, choice.token_ids
+        return responses.SglangResult(text=text, output_ids=ids, meta_info=meta, index=index)
 
     def _logprobs(self, side: str, scored: Sequence[ScoredToken]) -> dict[str, Any]:
-        """The tokens of the prompt or of the answer, and where it was asked for the most probable ones."""
-        own = [self._entry(None if found is None else found.logprob, token) for token, found, _ in scored]
+        """The tokens of the prompt or of the completion, and where it was asked for the most probable ones."""
+        own = [self._entry(token, None if found is None else found.logprob) for token, found, _ in scored]
         if not self.body.top_logprobs_num:
             return {f"{side}_token_logprobs": own}
-        top = [
-            None if f is None else [self._entry(p, t) for t, p in zip(f.top_ids, f.top_logprobs, strict=True)]
-            for _, f, _ in scored
-        ]
-        return {f"{side}_token_logprobs": own, f"{side}_top_logprobs": top}
+        tops = [None if f is None else list(map(self._entry, f.top_ids, f.top_logprobs)) for _, f, _ in scored]
+        return {f"{side}_token_logprobs": own, f"{side}_top_logprobs": tops}
 
-    def _entry(self, logprob: float | None, token: int) -> TokenEntry:
+    def _entry(self, token: int, logprob: float | None) -> responses.TokenEntry:
         text = self._writer.text(token) if self.body.return_text_in_logprobs else None
         return None if logprob is None else finite(logprob), token, text
 
 
-def finish_word(finish: FinishReason | None, called: bool) -> FinishWord | None:
+def finish_word(finish: FinishReason | None, called: bool) -> responses.FinishWord | None:
     """Why a choice ended, in OpenAI's words; a call is a reason of its own."""
     if finish is FinishReason.STOP:
         return "tool_calls" if called else "stop"
@@ -453,7 +412,7 @@ def finish_word(finish: FinishReason | None, called: bool) -> FinishWord | None:
 
 
 def sglang_finish(choice: ChoiceState) -> dict[str, Any] | None:
-    """Why an answer ended: at its limit, or at a stop string or the token that is the last one."""
+    """Why a choice ended: at its limit, or at a stop string or the token that is the last one."""
     if choice.finish is None:
         return None
     if choice.finish is FinishReason.LENGTH:

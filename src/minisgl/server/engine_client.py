@@ -1,4 +1,4 @@
-"""The engine as the HTTP side sees it: its process, an asyncio bridge over two sockets, and the limits of its queue."""
+"""The engine as the HTTP side sees it: an asyncio bridge over two sockets, and the limits of its queue."""
 
 from __future__ import annotations
 
@@ -8,36 +8,25 @@ import dataclasses
 import itertools
 import logging
 import math
-import shutil
-import signal
-import sys
-import tempfile
 import time
-from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
+from typing import Any
 
 import msgspec
 import zmq
 import zmq.asyncio
 
 from minisgl.config import Config
-from minisgl.core.types import EngineStats, Request, TokenEvent
+from minisgl.core.types import EngineStats, FinishReason, Request, TokenEvent
 from minisgl.errors import EngineDeadError, InvalidRequestError, MinisglError, ModelError
 from minisgl.server import errors, ipc
 from minisgl.server.metrics import ACCESS_RECORD, Metrics, RequestStats
 
-ENGINE_COMMAND = (sys.executable, "-m", "minisgl.server.engine_process")
 ENGINE_DIED = "the engine ended; nothing can be generated until the server is started again"
-MAX_LIVE_REQUESTS = 4096  # that wait or run; more are turned away rather than queued without bound
+MAX_LIVE = 4096  # that wait or run; more are turned away rather than queued without bound
 MAX_RETRY_SECONDS = 60
 DRAIN_RETRY_SECONDS = 5  # by then another server may answer
-LAST_WORDS_SECONDS = 0.3  # for the last messages of a process that has ended
-STOP_SECONDS = 2.0  # for a process to go by itself, and then after SIGTERM
-MAX_SOCKET_FOLDER = 80  # characters; the path of a Unix socket has at most 107
-
-T = TypeVar("T", ipc.Pong, ipc.CacheFlushed, ipc.CompletionAborted)
+DRAIN_POLL_SECONDS = 0.05
 
 logger = logging.getLogger(__name__)
 
@@ -45,49 +34,38 @@ logger = logging.getLogger(__name__)
 class Queue:
     """Requests in the engine that have no token yet, and the tokens of their prompts, within `config`'s limits.
 
-    `live` are all that live, `max_live` at most. `wait` is a running mean of the time to the first token, in s: what a
-    client that is turned away is told to wait.
+    Of requests that wait or run there may be `max_live`. `wait` is a running mean of the time to the first token, in s:
+    what a client that is turned away is told to wait.
     """
 
-    def __init__(self, config: Config, metrics: Metrics, max_live: int = MAX_LIVE_REQUESTS) -> None:
+    def __init__(self, config: Config, metrics: Metrics, max_live: int = MAX_LIVE) -> None:
         self.max_requests = math.inf if config.max_queued_requests is None else config.max_queued_requests
         self.max_tokens = math.inf if config.max_queued_tokens is None else config.max_queued_tokens
         self.max_live = max_live
         self.metrics = metrics
-        self.requests = 0
-        self.tokens = 0
-        self.live = 0
+        self.requests = self.tokens = 0
         self.wait = 0.0
 
-    def check(self, requests: Sequence[Request]) -> None:
-        """Raise InvalidRequestError, OverloadedError or QueueFullError unless these may enter beside those that live.
+    def check(self, requests: Sequence[Request], live: int) -> None:
+        """Raise InvalidRequestError, OverloadedError or QueueFullError unless these may enter beside `live` others.
 
         An empty queue takes whatever the server can keep: otherwise the request could never be served.
         """
         retry_after = max(1, min(MAX_RETRY_SECONDS, math.ceil(self.wait)))
-        if len(requests) > self.max_live:
+        count, tokens = len(requests), sum(len(request.prompt) for request in requests)
+        if count > self.max_live:
             raise InvalidRequestError(f"at most {self.max_live} prompts fit in one request", param="prompt")
-        if self.live + len(requests) > self.max_live:
-            raise errors.OverloadedError(f"{self.live} requests are live already; try again later", retry_after)
-        if self.requests and self.requests + len(requests) > self.max_requests:
+        if live + count > self.max_live:
+            raise errors.OverloadedError(f"{live} requests are live already; try again later", retry_after)
+        if self.requests and self.requests + count > self.max_requests:
             raise errors.QueueFullError(f"{self.requests} requests are waiting already; try again later", retry_after)
-        if self.requests and self.tokens + sum(len(request.prompt) for request in requests) > self.max_tokens:
-            raise errors.QueueFullError(
-                f"prompts of {self.tokens} tokens are waiting already; try again later", retry_after
-            )
+        if self.requests and self.tokens + tokens > self.max_tokens:
+            text = f"prompts of {self.tokens} tokens are waiting already; try again later"
+            raise errors.QueueFullError(text, retry_after)
 
-    def enter(self, tokens: int) -> None:
-        """A request with so many prompt tokens lives, and waits."""
-        self.live += 1
-        self._change(1, tokens)
-
-    def leave(self, tokens: int, waited: float | None = None) -> None:
-        """It waits no more: it has its first token after `waited` s, or has ended without one."""
+    def change(self, requests: int, tokens: int, waited: float | None = None) -> None:
         if waited is not None:
             self.wait += (waited - self.wait) / 8
-        self._change(-1, -tokens)
-
-    def _change(self, requests: int, tokens: int) -> None:
         self.requests += requests
         self.tokens += tokens
         self.metrics.queued_requests.set(self.requests)
@@ -164,35 +142,26 @@ class RequestGroup:
 
 
 class EngineClient:
-    """Both sockets, the requests that are live, and whether the engine is. Belongs to one event loop.
+    """The sockets of a link, the requests that are live, and whether the engine is. Belongs to one event loop.
 
     It binds the sockets and the engine's process connects, so either may be first. No queue here is without bound:
-    `queue` says how many requests may be live, and none has more than its `max_tokens` tokens waiting. `link` is the
-    number that the engine knows this process by, `stats` are its counts when it last answered, `dead` why it is `gone`.
+    `queue` says how many requests may be live, and none has more than its `max_tokens` tokens waiting. `stats` are the
+    engine's counts when it last replied, `dead` why it is `gone`.
     """
 
     def __init__(
-        self,
-        to_engine: str,
-        from_engine: str,
-        config: Config,
-        *,
-        link: int = ipc.LAUNCHER,
-        metrics: Metrics | None = None,
-        max_live: int = MAX_LIVE_REQUESTS,
+        self, folder: str, config: Config, *, link: int = 0, metrics: Metrics | None = None, max_live: int = MAX_LIVE
     ) -> None:
         self.dead: EngineDeadError | None = None
         self.gone = asyncio.Event()
         self.draining = False
         self.metrics = metrics or Metrics()
         self.queue = Queue(config, self.metrics, max_live)
-        self.link = link
         self.stats = EngineStats()
+        self._link = link
         self._timeout = config.request_timeout
         self._live: dict[str, tuple[RequestStats, RequestGroup]] = {}
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self._answers: dict[int, asyncio.Future[Any]] = {}
+        self._replies: dict[int, asyncio.Future[ipc.Reply]] = {}
         self._nonces = itertools.count(1)
         self._ready: asyncio.Future[ipc.Ready] = asyncio.get_running_loop().create_future()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -202,6 +171,7 @@ class EngineClient:
         for option in (zmq.SNDHWM, zmq.RCVHWM, zmq.LINGER):
             self._outbox.setsockopt(option, 0)
             self._inbox.setsockopt(option, 0)
+        to_engine, from_engine = ipc.addresses(folder, link)
         self._outbox.bind(to_engine)
         self._inbox.bind(from_engine)
         self._encoder = msgspec.msgpack.Encoder()
@@ -222,7 +192,7 @@ class EngineClient:
         try:
             if self.draining:
                 raise errors.DrainingError("the server is shutting down", DRAIN_RETRY_SECONDS)
-            self.queue.check(requests)
+            self.queue.check(requests, len(self._live))
         except errors.RetryLaterError as error:
             self.metrics.rejected.labels(str(error.code)).inc()
             raise
@@ -232,13 +202,12 @@ class EngineClient:
         for request in requests:
             stats = RequestStats(len(request.prompt), arrived)
             self._live[request.id] = stats, group
-            self.queue.enter(stats.prompt_tokens)
+            self.queue.change(1, stats.prompt_tokens)
             if record is not None:
                 record.choices.append(stats)
-        self._idle.clear()
         try:
             for request in requests:
-                self._send(ipc.Add(request, self.link))
+                self._send(ipc.Add(request, self._link))
         except EngineDeadError as error:
             group.fail(error, "error")
             raise
@@ -246,67 +215,54 @@ class EngineClient:
 
     def release(self, ids: list[str], finish: str) -> None:
         """Forget these requests and have the engine end them; `finish` is why, for the metrics."""
-        now = time.monotonic()
         for request_id in ids:
-            if request_id in self._live:
-                self._end(request_id, finish, now)
+            self._end(request_id, finish, time.monotonic())
         self.send(ipc.Abort(ids))
-
-    async def abort(self, completion_id: str | None, timeout: float) -> int:
-        """End the requests of this completion, or all (None), in every API process; how many those were."""
-        count = self._abort([request_id for request_id in self._live if ipc.belongs_to(request_id, completion_id)])
-        if self.link == ipc.LAUNCHER:
-            return count
-        return count + (await self._ask(ipc.AbortCompletion, ipc.CompletionAborted, timeout, completion_id)).count
-
-    def _abort(self, ids: Iterable[str]) -> int:
-        found = [self._live[request_id][1] for request_id in ids if request_id in self._live]
-        error = errors.RequestAbortedError("the operator ended this request")
-        for group in set(found):
-            group.fail(error, "abort")
-        return len(found)
 
     async def drain(self) -> None:
         """Take no request any more, and wait until the last one has ended."""
         self.draining = True
-        await self._idle.wait()
+        while self._live:
+            await asyncio.sleep(DRAIN_POLL_SECONDS)
 
     async def ping(self, timeout: float) -> EngineStats:
         """The engine's counts, from between two steps; raises EngineDeadError when they do not come in time (s)."""
-        self.stats = (await self._ask(ipc.Ping, ipc.Pong, timeout)).stats
+        await self._query("stats", timeout)
         return self.stats
 
     async def flush_cache(self, timeout: float) -> int:
         """Drop what no request uses from the prefix cache; the pages freed. Raises EngineDeadError as `ping` does."""
-        return (await self._ask(ipc.FlushCache, ipc.CacheFlushed, timeout)).pages
+        return await self._query("flush_cache", timeout)
 
-    async def _ask(self, question: Callable[..., ipc.ToEngine], kind: type[T], timeout: float, *more: object) -> T:
+    async def abort(self, completion_id: str | None, timeout: float) -> int:
+        """End the requests of this completion, or all (None), in every API process; how many those were."""
+        return await self._query("abort", timeout, completion_id)
+
+    async def _query(self, action: ipc.Action, timeout: float, completion_id: str | None = None) -> int:
         if self.dead is not None:
             raise self.dead
         nonce = next(self._nonces)
-        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._answers[nonce] = answer
+        waiter: asyncio.Future[ipc.Reply] = asyncio.get_running_loop().create_future()
+        self._replies[nonce] = waiter
         try:
-            self._send(question(nonce, self.link, *more))
+            self._send(ipc.Query(nonce, self._link, action, completion_id))
             async with asyncio.timeout(timeout):
-                return await answer
+                reply = await waiter
         except TimeoutError as error:
             raise EngineDeadError(f"the engine did not answer within {timeout:g} s") from error
         finally:
-            del self._answers[nonce]
+            del self._replies[nonce]
+        self.stats = reply.stats
+        return reply.count
 
     async def ready(self) -> ipc.Ready:
-        """Wait for the engine to have loaded its model; raises ModelError with what it says when it cannot.
-
-        Raises EngineDeadError when it ended without a word.
-        """
+        """Wait for the model to be loaded. Raises ModelError when it cannot be, EngineDeadError if the engine ended."""
         ready = await asyncio.shield(self._ready)
         while self.dead is None and not self._outbox.poll(0, zmq.POLLOUT):
             await asyncio.sleep(0.01)
         return ready
 
     def send(self, message: ipc.ToEngine) -> None:
-        """Tell the engine something that it does not answer; lost when the engine is gone."""
         if self.dead is None:
             with contextlib.suppress(EngineDeadError):
                 self._send(message)
@@ -319,7 +275,8 @@ class EngineClient:
         self.gone.set()
         for group in {group for _, group in self._live.values()}:
             group.fail(self.dead, "error")
-        for waiter in (self._ready, *self._answers.values()):
+        waiters: list[asyncio.Future[Any]] = [self._ready, *self._replies.values()]
+        for waiter in waiters:
             if not waiter.done():
                 waiter.set_exception(self.dead)
 
@@ -342,12 +299,9 @@ class EngineClient:
 
     def _end(self, request_id: str, finish: str, now: float) -> None:
         request, _ = self._live.pop(request_id)
-        self.queue.live -= 1
         if request.first is None:
-            self.queue.leave(request.prompt_tokens)
+            self.queue.change(-1, -request.prompt_tokens)
         self.metrics.on_end(request, finish, now)
-        if not self._live:
-            self._idle.set()
 
     async def _receive(self) -> None:
         try:
@@ -361,12 +315,10 @@ class EngineClient:
         match message:
             case ipc.Events():
                 self._on_events(message, time.monotonic())
-            case ipc.Pong(nonce) | ipc.CacheFlushed(nonce) | ipc.CompletionAborted(nonce):
-                answer = self._answers.get(nonce)
-                if answer is not None and not answer.done():
-                    answer.set_result(message)
-            case ipc.Revoked(ids):
-                self._abort(ids)
+            case ipc.Reply(nonce):
+                waiter = self._replies.get(nonce)
+                if waiter is not None and not waiter.done():
+                    waiter.set_result(message)
             case ipc.Ready():
                 if not self._ready.done():
                     self._ready.set_result(message)
@@ -386,78 +338,17 @@ class EngineClient:
             if (found := live.get(event.id)) is None:
                 continue
             request, group = found
+            if event.finish is FinishReason.ABORT:  # what this process aborts is not live here any more
+                group.fail(errors.RequestAbortedError("the operator ended this request"), "abort")
+                continue
             if event.tokens:
                 if request.first is None:
-                    self.queue.leave(request.prompt_tokens, now - request.arrived)
+                    self.queue.change(-1, -request.prompt_tokens, now - request.arrived)
                     request.cached_tokens = event.cached_tokens
                 metrics.on_tokens(request, len(event.tokens), now)
             group.put(event)
             if event.finish is not None:
                 self._end(event.id, event.finish.value, now)
-
-
-class EngineProcess:
-    """A running engine process and the client of it. Make one with `start`, end it with `stop`.
-
-    `folder` has the sockets; only this user can enter it. `ended` is done, with the exit status, when the process has
-    ended and everyone who waited knows.
-    """
-
-    def __init__(self, process: Process, client: EngineClient, folder: Path) -> None:
-        self.client = client
-        self.folder = folder
-        self._process = process
-        self.ended = asyncio.create_task(self._watch())
-
-    @classmethod
-    async def start(cls, config: Config, command: Sequence[str] = ENGINE_COMMAND) -> EngineProcess:
-        """Start the process. It has its own session, so that Ctrl-C in the terminal reaches the launcher alone."""
-        folder = socket_folder()
-        setup = ipc.EngineSetup(config.replace(api_key=()), *ipc.addresses(folder, ipc.LAUNCHER))
-        client = EngineClient(setup.to_engine, setup.from_engine, config)
-        try:
-            process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, start_new_session=True)
-        except BaseException:
-            await client.close()
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        assert process.stdin is not None
-        process.stdin.write(msgspec.json.encode(setup) + b"\n")
-        return cls(process, client, folder)
-
-    async def ready(self) -> ipc.Ready:
-        """Wait until it serves. Raises ModelError with what the engine says when it cannot, or EngineDeadError."""
-        try:
-            return await self.client.ready()
-        except EngineDeadError as error:
-            status = describe_status(await self.stop())
-            raise EngineDeadError(f"the engine process ended with {status} before it was ready") from error
-
-    async def stop(self) -> int:
-        """End the process; its exit status."""
-        await end_process(self._process)
-        status = await self.ended
-        await self.client.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
-        return status
-
-    async def _watch(self) -> int:
-        status = await self._process.wait()
-        await asyncio.sleep(LAST_WORDS_SECONDS)
-        self.client.fail()
-        return status
-
-
-async def end_process(process: Process) -> int:
-    """End a process: its stdin is closed, then it is told, then made to; its exit status."""
-    assert process.stdin is not None
-    process.stdin.close()
-    for end in (process.terminate, process.kill):
-        with contextlib.suppress(TimeoutError):
-            return await asyncio.wait_for(process.wait(), STOP_SECONDS)
-        with contextlib.suppress(ProcessLookupError):
-            end()
-    return await process.wait()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -477,14 +368,3 @@ async def wait_first(*waits: Awaitable[Any], timeout: float | None = None) -> No
         for task, wait in zip(tasks, waits, strict=True):
             if task is not wait:
                 task.cancel()
-
-
-def describe_status(status: int) -> str:
-    """An exit status in words."""
-    return f"exit status {status}" if status >= 0 else f"signal {signal.Signals(-status).name}"
-
-
-def socket_folder() -> Path:
-    """A new folder that only this user can enter, with a path short enough for sockets."""
-    folder = tempfile.gettempdir()
-    return Path(tempfile.mkdtemp(prefix="minisgl-", dir=folder if len(folder) <= MAX_SOCKET_FOLDER else "/tmp"))

@@ -5,11 +5,10 @@ Stdin stays open for as long as the launcher lives; its end ends the engine too.
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import msgspec
@@ -35,31 +34,30 @@ class Links:
     sent to a link that is gone is dropped. The number of a link is never used again.
     """
 
-    def __init__(self, to_engine: str, from_engine: str) -> None:
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._inbox = self._context.socket(zmq.PULL)
         self._inbox.setsockopt(zmq.RCVHWM, 0)
         self._outboxes: dict[int, zmq.Socket[bytes]] = {}
-        self._addresses: dict[int, str] = {}
         self._owners: dict[str, int] = {}  # the link of each live request, but for the launcher's
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ipc.ToEngine)
-        self.attach(ipc.Attach(ipc.LAUNCHER, to_engine, from_engine))
+        self.attach(ipc.LAUNCHER)
 
-    def attach(self, order: ipc.Attach) -> None:
-        outbox = self._context.socket(zmq.PUSH)
+    def attach(self, link: int) -> None:
+        to_engine, from_engine = ipc.addresses(self._folder, link)
+        outbox = self._outboxes[link] = self._context.socket(zmq.PUSH)
         outbox.setsockopt(zmq.SNDHWM, 0)
         outbox.setsockopt(zmq.LINGER, LINGER_MS)
-        outbox.connect(order.from_engine)
-        self._inbox.connect(order.to_engine)
-        self._outboxes[order.link] = outbox
-        self._addresses[order.link] = order.to_engine
+        outbox.connect(from_engine)
+        self._inbox.connect(to_engine)
 
     def detach(self, link: int) -> list[str]:
         """Forget a process that is gone; its live requests."""
         if link not in self._outboxes:
             return []
-        self._inbox.disconnect(self._addresses.pop(link))
+        self._inbox.disconnect(ipc.addresses(self._folder, link)[0])
         self._outboxes.pop(link).close(linger=0)
         orphans = [request_id for request_id, owner in self._owners.items() if owner == link]
         for request_id in orphans:
@@ -82,31 +80,21 @@ class Links:
         if (outbox := self._outboxes.get(link)) is not None:
             outbox.send(self._encoder.encode(message))
 
-    def send_events(self, events: Sequence[TokenEvent], admitted: Iterable[str] = ()) -> None:
-        """Tell each process what a step did for its requests."""
+    def send_events(self, events: list[TokenEvent], admitted: Iterable[str] = ()) -> None:
         owners = self._owners
         if not owners:
-            self.send(ipc.Events(list(events), list(admitted)))
+            self.send(ipc.Events(events, list(admitted)))
             return
-        shares: dict[int, ipc.Events] = {}
+        shares = {link: ipc.Events([], []) for link in self._outboxes}
         for request_id in admitted:
-            link = owners.get(request_id, ipc.LAUNCHER)
-            shares.setdefault(link, ipc.Events([], [])).admitted.append(request_id)
+            shares[owners.get(request_id, ipc.LAUNCHER)].admitted.append(request_id)
         for event in events:
-            link = owners.get(event.id, ipc.LAUNCHER)
-            shares.setdefault(link, ipc.Events([], [])).events.append(event)
+            shares[owners.get(event.id, ipc.LAUNCHER)].events.append(event)
             if event.finish is not None:
                 owners.pop(event.id, None)
         for link, share in shares.items():
-            self.send(share, link)
-
-    def revoke(self, completion_id: str | None, asker: int) -> list[str]:
-        """The requests of a completion, or all (None), of other links than `asker`; their processes are told of it."""
-        owned = [(name, link) for name, link in self._owners.items() if link != asker]
-        revoked = [(name, link) for name, link in owned if ipc.belongs_to(name, completion_id)]
-        for name, link in revoked:
-            self.send(ipc.Revoked([name]), link)
-        return [name for name, _ in revoked]
+            if share.events or share.admitted:
+                self.send(share, link)
 
     def close(self) -> None:
         for socket in (self._inbox, *self._outboxes.values()):
@@ -119,29 +107,25 @@ class PendingGrammars:
     def __init__(self, factory: ConstraintFactory | None) -> None:
         self._factory = factory
         self._thread = ThreadPoolExecutor(1, "minisgl-grammar")
-        self._pending: dict[str, tuple[Request, Future[Constraint]]] = {}
-
-    def __len__(self) -> int:
-        return len(self._pending)
-
-    def __contains__(self, request_id: object) -> bool:
-        return request_id in self._pending
+        self.requests: dict[str, tuple[Request, Future[Constraint]]] = {}
 
     def start(self, request: Request, grammar: Grammar) -> None:
-        self._pending[request.id] = (request, self._thread.submit(make_constraint, self._factory, grammar))
+        self.requests[request.id] = (request, self._thread.submit(make_constraint, self._factory, grammar))
 
     def drop(self, ids: Iterable[str]) -> list[str]:
         """Forget these requests; those of them that were pending."""
-        dropped = [request_id for request_id in ids if request_id in self._pending]
+        dropped = [request_id for request_id in ids if request_id in self.requests]
         for request_id in dropped:
-            self._pending.pop(request_id)[1].cancel()
+            self.requests.pop(request_id)[1].cancel()
         return dropped
 
     def ready(self) -> list[tuple[Request, Constraint | InvalidRequestError]]:
         """The requests whose grammar was compiled, or refused, since the last call."""
         ready: list[tuple[Request, Constraint | InvalidRequestError]] = []
-        for request, compiled in [found for found in self._pending.values() if found[1].done()]:
-            del self._pending[request.id]
+        for request, compiled in list(self.requests.values()):
+            if not compiled.done():  # nor are those after it
+                break
+            del self.requests[request.id]
             try:
                 ready.append((request, compiled.result()))
             except InvalidRequestError as error:
@@ -155,18 +139,21 @@ class PendingGrammars:
 class EngineServer:
     """Moves messages in, steps the engine, moves events out, in one thread, until `parent_gone`."""
 
+    engine: Engine
+    grammars: PendingGrammars
+    ready: ipc.Ready
+
     def __init__(self, setup: ipc.EngineSetup, parent_gone: threading.Event) -> None:
-        self.config = setup.config
-        self.parent_gone = parent_gone
-        self.links = Links(setup.to_engine, setup.from_engine)
+        self.config, self.parent_gone = setup.config, parent_gone
+        self.links = Links(setup.folder)
 
     def run(self) -> int:
-        """Load the model and serve; the exit status."""
         try:
             built = build_engine(self.config, progress=sys.stderr.isatty(), on_failure=leave_soon)
+            self.engine, self.grammars = built.engine, PendingGrammars(built.engine.constraints)
             self.ready = ipc.Ready(built.engine.model, str(built.folder), list(built.notes))
             self.links.send(self.ready)
-            self._serve(built.engine, PendingGrammars(built.engine.constraints))
+            self._serve()
         except MinisglError as error:
             self.links.send(ipc.Failed(error.message))
             return 1
@@ -177,16 +164,17 @@ class EngineServer:
             self.links.close()
         return 0
 
-    def _serve(self, engine: Engine, grammars: PendingGrammars) -> None:
+    def _serve(self) -> None:
+        engine, grammars = self.engine, self.grammars
         try:
             while not self.parent_gone.is_set():
                 # With nothing to compute, sleep until a message comes.
-                if engine.has_work or self.links.poll(COMPILING_POLL_MS if grammars else IDLE_POLL_MS):
+                if engine.has_work or self.links.poll(COMPILING_POLL_MS if grammars.requests else IDLE_POLL_MS):
                     while self.links.poll(0):
                         if (message := self.links.receive()) is not None:
-                            self._take(message, engine, grammars)
+                            self._handle(message)
                 for request, compiled in grammars.ready():
-                    self._add(engine, request, compiled)
+                    self._add(request, compiled)
                 if engine.has_work:
                     events = engine.step()
                     if events or engine.admitted:
@@ -195,46 +183,49 @@ class EngineServer:
             grammars.close()
         engine.close()
 
-    def _take(self, message: ipc.ToEngine, engine: Engine, grammars: PendingGrammars) -> None:
+    def _handle(self, message: ipc.ToEngine) -> None:
         match message:
             case ipc.Add(request):
                 grammar = request.params.grammar
                 if grammar is None:
-                    self._add(engine, request)
-                elif request.id in grammars:
-                    error = InvalidRequestError(f"a request with id {request.id!r} is running already")
-                    self._add(engine, request, error)
+                    self._add(request)
+                elif request.id in self.grammars.requests:
+                    self._add(request, InvalidRequestError(f"a request with id {request.id!r} is running already"))
                 else:
-                    grammars.start(request, grammar)
+                    self.grammars.start(request, grammar)
             case ipc.Abort(ids):
-                self._abort(ids, engine, grammars)
-            case ipc.AbortCompletion(nonce, link, completion_id):
-                revoked = self.links.revoke(completion_id, link)
-                self._abort(revoked, engine, grammars)
-                self.links.send(ipc.CompletionAborted(nonce, len(revoked)), link)
-            case ipc.Ping(nonce, link):
-                stats = engine.stats()
-                stats = msgspec.structs.replace(stats, waiting=stats.waiting + len(grammars))
-                self.links.send(ipc.Pong(nonce, stats), link)
-            case ipc.FlushCache(nonce, link):
-                self.links.send(ipc.CacheFlushed(nonce, engine.flush_cache()), link)
+                self._abort(ids)
+            case ipc.Query():
+                self._answer(message)
             case ipc.Attach(link):
-                self.links.attach(message)
+                self.links.attach(link)
                 self.links.send(self.ready, link)
             case ipc.Detach(link):
-                self._abort(self.links.detach(link), engine, grammars)
+                self._abort(self.links.detach(link))
 
-    def _abort(self, ids: list[str], engine: Engine, grammars: PendingGrammars) -> None:
-        if dropped := grammars.drop(ids):
+    def _answer(self, query: ipc.Query) -> None:
+        engine, pending, count = self.engine, self.grammars.requests, 0
+        if query.action == "flush_cache":
+            count = engine.flush_cache()
+        elif query.action == "abort":
+            live = (*engine.scheduler.live, *pending)
+            ids = [request_id for request_id in live if ipc.belongs_to(request_id, query.completion_id)]
+            self._abort(ids)
+            count = len(ids)
+        stats = engine.stats()
+        stats = msgspec.structs.replace(stats, waiting=stats.waiting + len(pending))
+        self.links.send(ipc.Reply(query.nonce, stats, count), query.link)
+
+    def _abort(self, ids: list[str]) -> None:
+        if dropped := self.grammars.drop(ids):
             self.links.send_events([TokenEvent(id=gone, finish=FinishReason.ABORT) for gone in dropped])
-        engine.abort(ids)
+        self.engine.abort(ids)
 
-    def _add(self, engine: Engine, request: Request, compiled: Constraint | InvalidRequestError | None = None) -> None:
-        """Have the engine take the request, or tell its process why not."""
+    def _add(self, request: Request, compiled: Constraint | InvalidRequestError | None = None) -> None:
         try:
             if isinstance(compiled, InvalidRequestError):
                 raise compiled
-            engine.add(request, compiled)
+            self.engine.add(request, compiled)
         except InvalidRequestError as error:
             self.links.send_events([TokenEvent(id=request.id, finish=FinishReason.ERROR, error=error.message)])
 
@@ -256,10 +247,8 @@ def leave_soon() -> None:
 
 
 def main() -> int:
-    """Entry point of `python -m minisgl.server.engine_process`."""
     setup = msgspec.json.decode(sys.stdin.buffer.readline(), type=ipc.EngineSetup)
-    level = setup.config.log_level
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s engine %(name)s: %(message)s")
+    ipc.start_logging(setup.config, "engine ")
     gone = threading.Event()
     threading.Thread(target=watch_parent, args=(sys.stdin.fileno(), gone), daemon=True).start()
     status = EngineServer(setup, gone).run()

@@ -1,7 +1,4 @@
-"""The server's own errors, and how every error looks to OpenAI's clients.
-
-Light on imports: the launcher needs it before there is an HTTP side.
-"""
+"""The server's own errors, and how every error looks to OpenAI's clients."""
 
 from __future__ import annotations
 
@@ -9,20 +6,15 @@ from typing import Any
 
 from minisgl.errors import InvalidRequestError, MinisglError
 
-BODY_LIMIT = 16 * 2**20
-"""Bytes a request body may have."""
+BODY_LIMIT = 16 * 2**20  # bytes of a request's body
 
 
 class BodyTooLargeError(InvalidRequestError):
-    """The request body exceeds `BODY_LIMIT`."""
-
     status = 413
     code = "request_too_large"
 
 
 class UnauthorizedError(InvalidRequestError):
-    """The request has no API key, or a wrong one (RFC 6750)."""
-
     status = 401
     type = "authentication_error"
     code = "invalid_api_key"
@@ -39,61 +31,49 @@ class RetryLaterError(MinisglError):
 
 
 class OverloadedError(RetryLaterError):
-    """As many requests are live as the server keeps."""
-
     type = "overloaded_error"
     code = "overloaded"
 
 
 class QueueFullError(RetryLaterError):
-    """As many requests or prompt tokens wait as the operator allows."""
-
     status = 429
     type = "rate_limit_error"
     code = "queue_full"
 
 
 class ApiProcessError(MinisglError):
-    """An API process does not answer, cannot be started, or dies again and again."""
-
     status = 503
     code = "api_process_unavailable"
 
 
 class DrainingError(RetryLaterError):
-    """The server finishes what it has and takes nothing new."""
-
     code = "shutting_down"
 
 
 class RequestTimeoutError(MinisglError):
-    """The request took longer than `--request-timeout`; what it held is free again."""
-
     status = 504
     type = "timeout_error"
     code = "request_timeout"
 
 
 class RequestAbortedError(MinisglError):
-    """The operator ended the request. The status is one that clients do not retry by themselves."""
-
-    status = 499
+    status = 499  # clients do not retry it by themselves
     type = "invalid_request_error"
     code = "request_aborted"
 
 
 def error_body(error: MinisglError) -> dict[str, Any]:
-    """OpenAI's error object: `{"error": {"message", "type", "param", "code"}}`."""
     return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
 
 
 def error_headers(error: MinisglError) -> dict[str, str]:
-    """The headers that say more of an error than its body: when to come again, or how to identify oneself."""
     if isinstance(error, RetryLaterError):
         return {"retry-after": str(error.retry_after)}
     return {"www-authenticate": "Bearer"} if isinstance(error, UnauthorizedError) else {}
 
 
-def internal_error() -> MinisglError:
-    """A fault of ours, as far as a client may know of it."""
+def known_error(error: Exception) -> MinisglError:
+    """What a client may know of an error: nothing of a fault of ours."""
+    if isinstance(error, MinisglError):
+        return error
     return MinisglError("internal error: the server's log says more", code="internal_error")

@@ -1,12 +1,12 @@
-"""What the processes of a server say to each other: MessagePack over ZeroMQ, and lines of JSON on stdin and stdout.
+"""The messages between a server's processes: MessagePack over ZeroMQ, and lines of JSON on stdin and stdout.
 
 Each API process has a *link* to the engine. Link 0 is the launcher's, which serves HTTP itself when it is the only one.
-A reply repeats the nonce of its question.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+import logging
+from typing import Literal
 
 import msgspec
 
@@ -14,42 +14,33 @@ from minisgl.config import Config
 from minisgl.core.types import EngineStats, ModelInfo, Request, TokenEvent
 
 LAUNCHER = 0
+Action = Literal["stats", "flush_cache", "abort"]
 
 
-class EngineSetup(msgspec.Struct, frozen=True, tag=True):
-    """To the engine process, on its stdin: the addresses are the launcher's."""
-
-    config: Config
-    to_engine: str
-    from_engine: str
-
-
-class WorkerSetup(msgspec.Struct, frozen=True, tag=True):
-    """To an API process, on its stdin. `listener` is an inherited file descriptor, `started` on the monotonic clock.
-
-    `folder` has the sockets, and what `Metrics` and `ApiProcesses` keep there.
-    """
+class EngineSetup(msgspec.Struct, frozen=True):
+    """To the engine process, on its stdin. `folder` has the sockets."""
 
     config: Config
-    row: int
-    link: int
     folder: str
-    listener: int
-    started: float
 
 
-class Serving(msgspec.Struct, frozen=True, tag=True):
-    """From an API process, on its stdout: it takes connections. `has_tokenizer` is False where text is bytes."""
+class WorkerSetup(EngineSetup, frozen=True):
+    """To an API process, on its stdin."""
 
-    model: str
-    chats: bool
-    has_tokenizer: bool
+    counts: str  # the folder of Prometheus' files
+    listener: int  # an inherited file descriptor
+    started: float  # s, on the monotonic clock
+    row: int = 0
+    link: int = LAUNCHER
 
 
-class Unable(msgspec.Struct, frozen=True, tag=True):
-    """From an API process, on its stdout: it cannot serve, and why."""
+class Serving(msgspec.Struct, frozen=True):
+    """From an API process, on its stdout: it takes connections, or cannot because of `error`."""
 
-    error: str
+    model: str = ""
+    chats: bool = False
+    has_tokenizer: bool = True  # False: text is bytes
+    error: str | None = None
 
 
 class Add(msgspec.Struct, frozen=True, tag=True):
@@ -65,34 +56,23 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
     ids: list[str]
 
 
-class AbortCompletion(msgspec.Struct, frozen=True, tag=True):
-    """To the engine: end the requests of this completion, or all (None), of other links."""
+class Query(msgspec.Struct, frozen=True, tag=True):
+    """To the engine: do this between two steps, and reply.
 
-    nonce: int
-    link: int
-    completion_id: str | None
-
-
-class Ping(msgspec.Struct, frozen=True, tag=True):
-    """To the engine: answer between two steps."""
+    `flush_cache` drops every cached page that no request uses; `abort` ends the requests of a completion, or all
+    (None), of every link: their processes get events that finish with `ABORT`.
+    """
 
     nonce: int
     link: int = LAUNCHER
-
-
-class FlushCache(msgspec.Struct, frozen=True, tag=True):
-    """To the engine: drop every cached page that no request uses."""
-
-    nonce: int
-    link: int = LAUNCHER
+    action: Action = "stats"
+    completion_id: str | None = None
 
 
 class Attach(msgspec.Struct, frozen=True, tag=True):
-    """To the engine, from the launcher: an API process has bound these addresses; it is told `Ready` too."""
+    """To the engine, from the launcher: an API process has bound the addresses of this link; it is told `Ready` too."""
 
     link: int
-    to_engine: str
-    from_engine: str
 
 
 class Detach(msgspec.Struct, frozen=True, tag=True):
@@ -122,32 +102,19 @@ class Events(msgspec.Struct, frozen=True, tag=True):
     admitted: list[str] = []
 
 
-class Pong(msgspec.Struct, frozen=True, tag=True):
+class Reply(msgspec.Struct, frozen=True, tag=True):
+    """From the engine, to the query with this nonce. `count` is of pages flushed or requests aborted."""
+
     nonce: int
     stats: EngineStats
+    count: int = 0
 
 
-class CacheFlushed(msgspec.Struct, frozen=True, tag=True):
-    nonce: int
-    pages: int
+ToEngine = Add | Abort | Query | Attach | Detach
+FromEngine = Ready | Failed | Events | Reply
 
 
-class CompletionAborted(msgspec.Struct, frozen=True, tag=True):
-    nonce: int
-    count: int
-
-
-class Revoked(msgspec.Struct, frozen=True, tag=True):
-    """From the engine: an operator who asked another API process has ended these requests."""
-
-    ids: list[str]
-
-
-ToEngine = Add | Abort | AbortCompletion | Ping | FlushCache | Attach | Detach
-FromEngine = Ready | Failed | Events | Pong | CacheFlushed | CompletionAborted | Revoked
-
-
-def addresses(folder: Path | str, link: int) -> tuple[str, str]:
+def addresses(folder: str, link: int) -> tuple[str, str]:
     """Of a link: to the engine, and from it."""
     return f"ipc://{folder}/to{link}", f"ipc://{folder}/from{link}"
 
@@ -155,3 +122,9 @@ def addresses(folder: Path | str, link: int) -> tuple[str, str]:
 def belongs_to(request_id: str, completion_id: str | None) -> bool:
     """Whether a request is one of this completion's, whose id and an index make the request's; None means all."""
     return completion_id is None or request_id == completion_id or request_id.rpartition("-")[0] == completion_id
+
+
+def start_logging(config: Config, process: str = "") -> None:
+    logging.basicConfig(level=config.log_level, format=f"%(asctime)s %(levelname)s {process}%(name)s: %(message)s")
+    if config.log_level == "INFO":
+        logging.getLogger("uvicorn").setLevel("WARNING")  # it would say what we say ourselves

@@ -10,16 +10,16 @@ import contextlib
 import importlib
 import ipaddress
 import itertools
-import json
 import logging
 import signal
 import socket
 import ssl
 import sys
+import tempfile
 import time
 from asyncio.subprocess import PIPE, Process
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -28,24 +28,20 @@ from prometheus_client.multiprocess import mark_process_dead
 from minisgl import __version__
 from minisgl.config import BUNDLED_MODEL, Config, check, environment_with
 from minisgl.core.types import EngineStats
-from minisgl.errors import ConfigError, EngineDeadError, ModelError
+from minisgl.errors import ConfigError, EngineDeadError, MinisglError, ModelError
 from minisgl.server import ipc
-from minisgl.server.engine_client import (
-    ENGINE_COMMAND,
-    EngineClient,
-    EngineProcess,
-    Shutdown,
-    describe_status,
-    end_process,
-    wait_first,
-)
+from minisgl.server.engine_client import EngineClient, Shutdown, wait_first
 from minisgl.server.errors import ApiProcessError
-from minisgl.server.metrics import ApiProcesses, share
+from minisgl.server.metrics import share
 
+ENGINE_COMMAND = (sys.executable, "-m", "minisgl.server.engine_process")
 WORKER_COMMAND = (sys.executable, "-m", "minisgl.server.api_process")
 MOST_DEATHS, DEATHS_SECONDS = 5, 60.0  # with one death more of an API process in that time the server ends
+LAST_WORDS_SECONDS = 0.3  # for the last messages of an engine that has ended
 LAST_SECONDS = 2.0  # for API processes to end when nothing is answered any more but with an error
+STOP_SECONDS = 2.0  # for a process to go by itself, and then after SIGTERM
 LOADING_SECONDS = STATUS_SECONDS = 5.0
+MAX_SOCKET_FOLDER = 80  # characters; the path of a Unix socket has at most 107
 
 logger = logging.getLogger(__name__)
 status_logger = logging.getLogger("minisgl.status")
@@ -59,56 +55,66 @@ def serve(config: Config, command: Sequence[str] = ENGINE_COMMAND) -> None:
     """
     check(config)
     check_certificate(config)
-    logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    if config.log_level == "INFO":
-        logging.getLogger("uvicorn").setLevel("WARNING")  # it would say what we say ourselves
+    ipc.start_logging(config)
     asyncio.run(run(config, command))
 
 
 async def run(config: Config, command: Sequence[str]) -> None:
-    """The whole life of a server, in one event loop."""
-    with listen_socket(config.host, config.port) as listener, handle_signals() as shutdown:
+    with listen_socket(config.host, config.port) as listener, socket_folder() as folder:
         check_public(config, listener)
-        started, stop = time.monotonic(), shutdown.stop
+        started, shutdown = time.monotonic(), handle_signals()
+        stop = shutdown.stop
         print_status(f"loading {config.model or BUNDLED_MODEL} …")
-        engine = await EngineProcess.start(config, command)
-        loading = asyncio.create_task(engine.ready())
-        status: asyncio.Task[None] | None = None
+        process = await start_process(command, ipc.EngineSetup(config.replace(api_key=()), folder))
+        client = EngineClient(folder, config)
+        ended = asyncio.create_task(watch_engine(process, client))
+        loading, status = asyncio.create_task(client.ready()), asyncio.create_task(report_status(client))
         workers: ApiWorkers | None = None
         try:
             # What speaks HTTP gets ready while the engine loads.
             if config.api_workers == 1:
                 await asyncio.to_thread(importlib.import_module, "minisgl.server.api_process")
             else:
-                workers = ApiWorkers(config, engine, listener, started)
+                setup = ipc.WorkerSetup(config, folder, tempfile.mkdtemp(dir=folder), listener.fileno(), started)
+                workers = ApiWorkers(setup, client, ended)
             while not loading.done() and not stop.is_set():
                 await wait_first(loading, stop.wait(), timeout=LOADING_SECONDS)
                 if not loading.done() and not stop.is_set():
                     print_status(f"still loading after {time.monotonic() - started:.0f} s …")
             if stop.is_set():
                 return
-            ready = loading.result()
-            status = asyncio.create_task(report_status(engine.client))
+            with contextlib.suppress(EngineDeadError):  # its exit status says more, below
+                ready = loading.result()
 
-            def on_listening(serving: ipc.Serving) -> None:
-                announce(config, address(listener, config), ready, serving, started)
+                def on_listening(serving: ipc.Serving) -> None:
+                    announce(config, address(listener, config), ready, serving, started)
 
-            if workers is None:
-                from minisgl.server.api_process import serve_api
+                if workers is None:
+                    from minisgl.server.api_process import serve_api
 
-                await serve_api(config, engine.client, listener, shutdown, on_listening, started, ApiProcesses())
-            else:
-                await workers.serve(shutdown, on_listening)
+                    await serve_api(config, client, listener, shutdown, started, on_listening)
+                else:
+                    await workers.serve(shutdown, on_listening)
         finally:
-            if status is not None:
-                status.cancel()
             if workers is not None:
                 await workers.close()
             loading.cancel()
-            await asyncio.gather(loading, return_exceptions=True)
-            exit_status = await engine.stop()
+            status.cancel()
+            await asyncio.gather(loading, status, return_exceptions=True)
+            await end_process(process)
+            exit_status = await ended
+            await client.close()
         if not stop.is_set():
-            raise EngineDeadError(f"the engine process ended with {describe_status(exit_status)}")
+            when = " before it was ready" if loading.exception() else ""
+            raise EngineDeadError(f"the engine process ended with {describe_status(exit_status)}{when}")
+
+
+async def watch_engine(process: Process, client: EngineClient) -> int:
+    """The exit status of the engine process, once everyone who waited for it knows that it has ended."""
+    status = await process.wait()
+    await asyncio.sleep(LAST_WORDS_SECONDS)
+    client.fail()
+    return status
 
 
 class ApiWorkers:
@@ -117,49 +123,45 @@ class ApiWorkers:
     Each has a link of its own to the engine, and keeps its limits by itself. End them with `close`.
     """
 
-    def __init__(self, config: Config, engine: EngineProcess, listener: socket.socket, started: float) -> None:
-        self._config = config
-        self._engine = engine
-        self._listener = listener
-        self._started = started
-        self._counts, self._beats = engine.folder / "counts", engine.folder / "beats"
-        self._counts.mkdir()
-        self._beats.mkdir()
+    def __init__(self, setup: ipc.WorkerSetup, client: EngineClient, engine_ended: asyncio.Task[int]) -> None:
+        self._setup = setup
+        self._client = client
+        self._engine_ended = engine_ended
         self._links = itertools.count(1)
         self._processes: dict[int, Process] = {}
+        self._ending: dict[int, asyncio.Task[int]] = {}
+        self._serving: dict[int, ipc.Serving] = {}
+        self._all_serve = asyncio.Event()
+        self._error: MinisglError | None = None
+        self._failed = asyncio.Event()
         self._deaths: deque[float] = deque(maxlen=MOST_DEATHS + 1)
         self._order = b""  # what they were told last
-        loop, rows = asyncio.get_running_loop(), range(config.api_workers)
-        self._failed: asyncio.Future[None] = loop.create_future()
-        self._serving: list[asyncio.Future[ipc.Serving]] = [loop.create_future() for _ in rows]
-        self._keeping = [asyncio.create_task(self._keep(row)) for row in rows]
+        self._keeping = [asyncio.create_task(self._keep(row)) for row in range(setup.config.api_workers)]
 
     async def serve(self, shutdown: Shutdown, on_listening: Callable[[ipc.Serving], None]) -> None:
         """Serve an engine that is ready until `shutdown` or its end. Raises ModelError or ApiProcessError."""
-        ended, stop = self._engine.ended, shutdown.stop
-        await wait_first(asyncio.wait(self._serving, return_when=asyncio.FIRST_EXCEPTION), stop.wait(), ended)
+        ended, stop = self._engine_ended, shutdown.stop
+        await wait_first(self._all_serve.wait(), self._failed.wait(), stop.wait(), ended)
         if stop.is_set() or ended.done():
             return
-        serving = [outcome.result() for outcome in self._serving if outcome.done()]
-        on_listening(serving[0])
-        await wait_first(stop.wait(), ended, self._failed)
+        if self._error is None:
+            on_listening(self._serving[0])
+            await wait_first(stop.wait(), ended, self._failed.wait())
         all_over = asyncio.create_task(asyncio.wait(self._keeping))
         if stop.is_set() and not ended.done():
             self._tell(b"stop\n")
-            await wait_first(all_over, shutdown.force.wait(), ended, timeout=self._config.drain_timeout + LAST_SECONDS)
+            timeout = self._setup.config.drain_timeout + LAST_SECONDS
+            await wait_first(all_over, shutdown.force.wait(), ended, timeout=timeout)
         self._tell(b"engine ended\n" if ended.done() else b"force\n")
         await wait_first(all_over, timeout=LAST_SECONDS)
-        if self._failed.done():
-            self._failed.result()
+        if self._error is not None:
+            raise self._error
 
     async def close(self) -> None:
         for task in self._keeping:
             task.cancel()
         await asyncio.gather(*self._keeping, return_exceptions=True)
-        outcomes: list[asyncio.Future[Any]] = [*self._serving, self._failed]
-        for outcome in outcomes:
-            if outcome.done():
-                outcome.exception()  # retrieved, or asyncio warns
+        await asyncio.gather(*self._ending.values())
 
     def _tell(self, order: bytes) -> None:
         self._order = order
@@ -167,9 +169,11 @@ class ApiWorkers:
             assert process.stdin is not None
             process.stdin.write(order)
 
+    def _fail(self, error: MinisglError) -> None:
+        self._error = self._error or error
+        self._failed.set()
+
     async def _keep(self, row: int) -> None:
-        """Have one process, at every time."""
-        serving = self._serving[row]
         while True:
             try:
                 end = f"ended with {describe_status(await self._run(row))}"
@@ -177,57 +181,79 @@ class ApiWorkers:
                 end = f"cannot be started: {error}"
             if self._order:
                 return
-            if not serving.done():
-                serving.set_exception(ModelError(f"API process {row} {end} before it could serve"))
-            if serving.exception() is not None:
+            if row not in self._serving:
+                self._fail(ModelError(f"API process {row} {end} before it could serve"))
                 return
             self._deaths.append(time.monotonic())
             if len(self._deaths) > MOST_DEATHS and self._deaths[-1] - self._deaths[0] < DEATHS_SECONDS:
-                if not self._failed.done():
-                    text = f"API process {row} {end}, the last of too many in {DEATHS_SECONDS:.0f} s"
-                    self._failed.set_exception(ApiProcessError(text))
+                self._fail(ApiProcessError(f"API process {row} {end}, the last of too many in {DEATHS_SECONDS:.0f} s"))
                 return
             logger.error("API process %d %s; its requests are ended, and another one is started", row, end)
 
     async def _run(self, row: int) -> int:
         """One life of a process; its exit status. Nothing of it is left in the engine."""
-        engine, link = self._engine, next(self._links)
-        # A session of its own, so that Ctrl-C in the terminal reaches the launcher alone.
-        process = await asyncio.create_subprocess_exec(
-            *WORKER_COMMAND,
-            stdin=PIPE,
-            stdout=PIPE,
-            start_new_session=True,
-            pass_fds=[self._listener.fileno()],
-            env=environment_with(PROMETHEUS_MULTIPROC_DIR=str(self._counts)),
-        )
+        setup = msgspec.structs.replace(self._setup, row=row, link=next(self._links))
+        env = environment_with(PROMETHEUS_MULTIPROC_DIR=setup.counts)
+        process = await start_process(WORKER_COMMAND, setup, stdout=PIPE, pass_fds=[setup.listener], env=env)
         assert process.stdin is not None
         assert process.stdout is not None
+        process.stdin.write(self._order)
         self._processes[row] = process
-        setup = ipc.WorkerSetup(self._config, row, link, str(engine.folder), self._listener.fileno(), self._started)
-        process.stdin.write(msgspec.json.encode(setup) + b"\n" + self._order)
         try:
-            await engine.client.ready()
-            engine.client.send(ipc.Attach(link, *ipc.addresses(engine.folder, link)))
-            line = await process.stdout.readline()
-            if line and not self._serving[row].done():
-                said: ipc.Serving | ipc.Unable = msgspec.json.decode(line, type=ipc.Serving | ipc.Unable)
-                if isinstance(said, ipc.Serving):
-                    self._serving[row].set_result(said)
-                else:
-                    self._serving[row].set_exception(ModelError(said.error))
+            await self._client.ready()
+            self._client.send(ipc.Attach(setup.link))
+            if line := await process.stdout.readline():
+                serving = msgspec.json.decode(line, type=ipc.Serving)
+                if serving.error is None:
+                    self._serving[row] = serving
+                elif row not in self._serving:
+                    self._fail(ModelError(serving.error))
+                if len(self._serving) == len(self._keeping):
+                    self._all_serve.set()
             await process.wait()
         finally:
             del self._processes[row]
-            status = await asyncio.shield(asyncio.create_task(end_process(process)))
-            engine.client.send(ipc.Detach(link))
-            mark_process_dead(process.pid, str(self._counts))  # type: ignore[no-untyped-call]
-            (self._beats / str(process.pid)).unlink(missing_ok=True)
+            self._ending[row] = asyncio.create_task(end_process(process))
+            status = await asyncio.shield(self._ending[row])
+            self._client.send(ipc.Detach(setup.link))
+            mark_process_dead(process.pid, setup.counts)  # type: ignore[no-untyped-call]
         return status
+
+
+async def start_process(command: Sequence[str], setup: ipc.EngineSetup, **options: Any) -> Process:
+    """Start a process with its setup as a line on stdin, whose end tells it that the launcher is gone."""
+    # A session of its own, so that Ctrl-C in the terminal reaches the launcher alone.
+    process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, start_new_session=True, **options)
+    assert process.stdin is not None
+    process.stdin.write(msgspec.json.encode(setup) + b"\n")
+    return process
+
+
+async def end_process(process: Process) -> int:
+    """End a process: its stdin is closed, then it is told, then made to; its exit status."""
+    assert process.stdin is not None
+    process.stdin.close()
+    for end in (process.terminate, process.kill):
+        with contextlib.suppress(TimeoutError):
+            return await asyncio.wait_for(process.wait(), STOP_SECONDS)
+        with contextlib.suppress(ProcessLookupError):
+            end()
+    return await process.wait()
+
+
+def describe_status(status: int) -> str:
+    return f"exit status {status}" if status >= 0 else f"signal {signal.Signals(-status).name}"
+
+
+def socket_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder that only this user can enter, with a path short enough for sockets."""
+    folder = tempfile.gettempdir() if len(tempfile.gettempdir()) <= MAX_SOCKET_FOLDER else "/tmp"
+    return tempfile.TemporaryDirectory(prefix="minisgl-", dir=folder, ignore_cleanup_errors=True)
 
 
 async def report_status(client: EngineClient, every: float = STATUS_SECONDS) -> None:
     """Log a line every so often (s) while there is work, until cancelled or the engine is gone."""
+    await client.ready()
     before, since = client.stats, time.monotonic()
     while client.dead is None:
         await asyncio.sleep(every)
@@ -257,10 +283,7 @@ def describe_load(before: EngineStats, now: EngineStats, seconds: float) -> str:
 
 
 def listen_socket(host: str, port: int) -> socket.socket:
-    """A socket bound to the address and not listening yet: taken before the model is loaded, answering after.
-
-    Raises ConfigError when the address cannot be had.
-    """
+    """A socket that is bound, but does not listen before the model is loaded. Raises ConfigError."""
     try:
         family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
@@ -297,16 +320,14 @@ def check_certificate(config: Config) -> None:
 
 
 def address(listener: socket.socket, config: Config) -> str:
-    """The URL to reach a bound socket from this machine."""
     scheme = "http" if config.ssl_certfile is None else "https"
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
-@contextlib.contextmanager
-def handle_signals() -> Iterator[Shutdown]:
-    """The first SIGINT or SIGTERM sets `stop`, the second `force`."""
+def handle_signals() -> Shutdown:
+    """The first SIGINT or SIGTERM sets `stop`, the second `force`, for as long as the event loop lives."""
     shutdown, loop = Shutdown(), asyncio.get_running_loop()
 
     def on_signal() -> None:
@@ -316,26 +337,15 @@ def handle_signals() -> Iterator[Shutdown]:
             shutdown.stop.set()
             print_status("stopping; once more to stop at once")
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    for number in numbers:
+    for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal)
-    try:
-        yield shutdown
-    finally:
-        for number in numbers:
-            loop.remove_signal_handler(number)
+    return shutdown
 
 
 def announce(config: Config, url: str, ready: ipc.Ready, serving: ipc.Serving, started: float) -> None:
     """The ready line, the effective configuration and a request to paste; `started` is on the monotonic clock."""
     if not serving.has_tokenizer:
         print_status(f"{ready.folder} has no tokenizer: text is bytes, and any other token reads as its number")
-    question = "What is the capital of France?"
-    path, body = (
-        ("chat/completions", {"messages": [{"role": "user", "content": question}]})
-        if serving.chats
-        else ("completions", {"prompt": "The capital of France is"})
-    )
     seconds = time.monotonic() - started
     print(f"\nMini-SGLang {__version__} is ready after {seconds:.1f} s: {serving.model} on {url}/v1\n")
     for note in ready.notes:
@@ -344,9 +354,11 @@ def announce(config: Config, url: str, ready: ipc.Ready, serving: ipc.Serving, s
     if config.api_key:
         print(f"  api_key = {len(config.api_key)} set: clients send one as 'Authorization: Bearer KEY'")
         headers += ' -H "Authorization: Bearer $MINISGL_API_KEY"'
+    path, body = "completions", '{"prompt": "The capital of France is"}'
     if serving.chats:
+        path, body = "chat/completions", '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
         print(f"\nchat in a browser: {url}/")
-    print(f"\ncurl {url}/v1/{path} {headers} \\\n  -d '{json.dumps(body)}'\n", flush=True)
+    print(f"\ncurl {url}/v1/{path} {headers} \\\n  -d '{body}'\n", flush=True)
 
 
 def print_status(line: str) -> None:

@@ -6,14 +6,14 @@ Times are seconds on the monotonic clock.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import functools
+import glob
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
-from pathlib import Path
+from http import HTTPMethod
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -24,12 +24,11 @@ from minisgl.core.types import EngineStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIX = "minisgl:"
+# Upper bounds: s for the time of a token, s for what a request waits and takes, tokens of a prompt or completion.
 SHORT = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
 LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
 TOKENS = (1.0, 4.0, 16.0, *(float(2**n) for n in range(6, 18)))
-"""Upper bounds: s for the time of a token, s for what a request waits and takes, tokens of a prompt or completion."""
-METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"})
-"""Methods that are counted by name: a client can make up any number of others, and each would be a series for ever."""
+# Name (of counters without `_total`), attribute of `EngineStats`, and what is counted.
 GAUGES = (
     ("num_requests_running", "running", "requests that decode or prefill"),
     ("num_requests_waiting", "waiting", "requests that wait for a place, retracted ones included"),
@@ -38,7 +37,6 @@ GAUGES = (
     ("kv_pages_free", "pages_free", "KV pages that hold nothing"),
     ("kv_pages_cached", "pages_cached", "KV pages in the prefix cache, whether a request uses them or not"),
 )
-"""Name, attribute of `EngineStats`, and what is counted."""
 COUNTERS = (
     ("prompt_tokens", "prompt_tokens", "tokens of the prompts taken in"),
     ("generation_tokens", "generated_tokens", "tokens generated"),
@@ -48,10 +46,8 @@ COUNTERS = (
     ("num_aborted_requests", "aborted", "requests aborted: by a client that left, a limit or an operator"),
     ("engine_steps", "steps", "steps planned"),
 )
-"""Name without `_total`, attribute of `EngineStats`, and what is counted."""
-START_TIME = "process_start_time_seconds"
 BEAT_SECONDS = 0.5
-SILENT_SECONDS = 3.0  # an API process that has not touched its file for so long hangs
+SILENT_SECONDS = 3.0  # an API process whose heartbeat is older hangs
 
 
 @dataclasses.dataclass(slots=True)
@@ -81,7 +77,6 @@ class AccessRecord:
     choices: list[RequestStats] = dataclasses.field(default_factory=list)
 
     def describe(self, now: float) -> str:
-        """The line of the access log."""
         parts = [f'{self.client} "{self.method} {self.path}" {self.status} id={self.id}']
         if self.choices:
             prompt, generated, cached = (
@@ -96,20 +91,20 @@ class AccessRecord:
         return " ".join([*parts, f"total={now - self.started:.3f}s"])
 
 
+# Of the HTTP request that the running task answers.
 ACCESS_RECORD: ContextVar[AccessRecord | None] = ContextVar("minisgl_access_record", default=None)
-"""Of the HTTP request that the running task answers."""
 
 
 class Metrics:
     """What one API process counts; a token costs one `observe`.
 
-    Several API processes keep their counts in `folder`/counts, each in files of its own. PROMETHEUS_MULTIPROC_DIR must
-    have named it before prometheus_client was imported.
+    Several API processes keep their counts in the folder `counts`, each in files of its own. PROMETHEUS_MULTIPROC_DIR
+    must have named it before prometheus_client was imported.
     """
 
-    def __init__(self, folder: Path | str | None = None) -> None:
+    def __init__(self, counts: str | None = None) -> None:
         self.registry = registry = CollectorRegistry()
-        self.counts = None if folder is None else Path(folder) / "counts"
+        self.counts = counts
 
         def histogram(name: str, bounds: Sequence[float], text: str) -> Histogram:
             return Histogram(PREFIX + name, text, registry=registry, buckets=bounds)
@@ -122,14 +117,10 @@ class Metrics:
 
         self.time_to_first_token = histogram("time_to_first_token_seconds", LONG, "from arrival to the first token")
         self.inter_token_latency = histogram("inter_token_latency_seconds", SHORT, "from one token to the next")
-        self.time_per_output_token = histogram(
-            "time_per_output_token_seconds", SHORT, "mean time of a token after the first, by request"
-        )
+        self.time_per_output_token = histogram("time_per_output_token_seconds", SHORT, "by request, after the first")
         self.e2e_request_latency = histogram("e2e_request_latency_seconds", LONG, "from arrival to the end")
         self.queue_time = histogram("request_queue_time_seconds", LONG, "from arrival to a place among the running")
-        self.prefill_time = histogram(
-            "request_prefill_time_seconds", LONG, "from a place among the running to the first token"
-        )
+        self.prefill_time = histogram("request_prefill_time_seconds", LONG, "from there to the first token")
         self.decode_time = histogram("request_decode_time_seconds", LONG, "from the first token to the last")
         self.prompt_tokens = histogram("request_prompt_tokens", TOKENS, "tokens of a request's prompt")
         self.generation_tokens = histogram("request_generation_tokens", TOKENS, "tokens generated for a request")
@@ -141,6 +132,9 @@ class Metrics:
         self.queued_requests = gauge("num_requests_queued", "requests without their first token")
         self.queued_tokens = gauge("num_queued_tokens", "prompt tokens of requests without their first token")
         self.preparing = gauge("num_requests_preparing", "requests that are being tokenised")
+        # Of no registry: one API process has none, and of several the files are read.
+        name, text = PREFIX + "api_process_heartbeat", "Unix time at which an API process last said that it works"
+        self.heartbeat = Gauge(name, text, registry=None, multiprocess_mode="liveall")
 
     def on_admitted(self, request: RequestStats, now: float) -> None:
         """A request has a row in the engine; only the first time counts."""
@@ -174,43 +168,30 @@ class Metrics:
 
     def on_response(self, record: AccessRecord, route: str) -> None:
         """An HTTP request was answered; `route` is the endpoint's path as it is declared."""
-        method = record.method if record.method in METHODS else "other"
+        method = record.method if record.method in set(HTTPMethod) else "other"  # a client can make up any number
         self.responses.labels(method, route, str(record.status)).inc()
 
-    def families(self) -> Iterable[Metric]:
-        """What all API processes have counted together."""
-        if self.counts is None:
-            return self.registry.collect()
-        families: Iterable[Metric] = MultiProcessCollector(None, str(self.counts)).collect()  # type: ignore[no-untyped-call]
-        return families
-
-
-class ApiProcesses:
-    """Which API processes of a server work: each touches a file in `folder`/beats all the time. None: there is one."""
-
-    def __init__(self, folder: Path | str | None = None) -> None:
-        self.beats = None if folder is None else Path(folder) / "beats"
-
     async def beat(self) -> None:
-        """Touch this process' file until cancelled."""
-        assert self.beats is not None
         while True:
-            (self.beats / str(os.getpid())).touch()
+            self.heartbeat.set_to_current_time()
             await asyncio.sleep(BEAT_SECONDS)
 
-    def ages(self) -> dict[int, float]:
-        """By process id how long ago (s) each said that it works."""
-        if self.beats is None:
+    def silences(self) -> dict[int, float]:
+        """By process id how long ago (s) each API process said that it works."""
+        if self.counts is None:
             return {os.getpid(): 0.0}
-        now, found = time.time(), {}
-        for file in self.beats.iterdir():
-            with contextlib.suppress(FileNotFoundError):  # it has just ended
-                found[int(file.name)] = now - file.stat().st_mtime
-        return found
+        files, now = glob.glob(f"{self.counts}/gauge_liveall_*.db"), time.time()
+        samples = [s for family in MultiProcessCollector.merge(files) for s in family.samples]  # type: ignore[no-untyped-call]
+        return {int(s.labels["pid"]): now - s.value for s in samples if s.value}
 
-    @property
     def num_silent(self) -> int:
-        return sum(age > SILENT_SECONDS for age in self.ages().values())
+        return sum(seconds > SILENT_SECONDS for seconds in self.silences().values())
+
+    def families(self) -> Iterable[Metric]:
+        if self.counts is None:
+            return self.registry.collect()
+        families: Iterable[Metric] = MultiProcessCollector(None, self.counts).collect()  # type: ignore[no-untyped-call]
+        return families
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +199,6 @@ class MetricsPage(Collector):
     """Everything there is to show at one moment; `stats` is what the engine said last."""
 
     metrics: Metrics
-    processes: ApiProcesses
     stats: EngineStats
     engine_up: bool
     model: str
@@ -227,9 +207,9 @@ class MetricsPage(Collector):
         return generate_latest(self)
 
     def collect(self) -> Iterator[Metric]:
-        stats, processes = self.stats, self.processes.ages()
+        stats, processes = self.stats, self.metrics.silences()
         used = stats.pages_total - stats.pages_free
-        owned, answering = used - stats.pages_cached, len(processes) - self.processes.num_silent
+        owned, answering = used - stats.pages_cached, len(processes) - self.metrics.num_silent()
         gauges = [(name, text, float(getattr(stats, attribute))) for name, attribute, text in GAUGES]
         gauges += [
             ("kv_cache_usage_perc", "share of the KV pages that hold something", share(used, stats.pages_total)),
@@ -253,13 +233,13 @@ def process_families(pids: Iterable[int]) -> Iterable[Metric]:
     total: dict[str, Metric] = {}
     for pid in pids:
         for family in ProcessCollector(pid=functools.partial(int, pid), registry=None).collect():
-            if (before := total.setdefault(family.name, family)) is not family:
-                one, other = before.samples[0], family.samples[0]
-                both = min(one.value, other.value) if one.name == START_TIME else one.value + other.value
-                before.samples = [one._replace(value=both)]
+            before = total.setdefault(family.name, family)
+            if before is not family:
+                first, value = before.samples[0], family.samples[0].value
+                both = min(first.value, value) if "start_time" in first.name else first.value + value
+                before.samples = [first._replace(value=both)]
     return total.values()
 
 
 def share(part: int, whole: int) -> float:
-    """A part of a whole that may be empty."""
     return part / whole if whole else 0.0

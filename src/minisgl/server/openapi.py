@@ -1,20 +1,19 @@
-"""Routes that say what they take and answer, and the OpenAPI document made from them."""
+"""Endpoints that say what they take and answer, and the OpenAPI document made from them."""
 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Match, Route
-from starlette.types import Scope
 
 from minisgl import __version__
+from minisgl.server.protocol import Body
 from minisgl.server.responses import ErrorBody
-from minisgl.server.validation import Body
 
 ERRORS: Mapping[int, str] = {
     400: "The request can never be served as it is; `param` names the field.",
@@ -28,37 +27,42 @@ ERRORS: Mapping[int, str] = {
     503: "The engine is gone, the server is shutting down, or too many requests are live.",
     504: "The request took longer than the server allows.",
 }
+NULL: dict[str, Any] = {"type": "null"}
+GIVEN: dict[str, Any] = {"not": NULL}
+NO_CALLS: dict[str, Any] = {"tool_calls": {"enum": [None, []]}, "reasoning_content": {"enum": [None, ""]}}
+USER: dict[str, Any] = {"role": {"enum": ["system", "developer", "user"]}, "content": GIVEN, "tool_call_id": NULL}
+TOOL: dict[str, Any] = {"role": {"const": "tool"}, "content": GIVEN, "tool_call_id": GIVEN}
+# Which fields of a body go together, as its checks have it.
+RULES: dict[str, dict[str, Any]] = {
+    "Message": {
+        "oneOf": [
+            {"properties": USER | NO_CALLS, "required": ["role", "content"]},
+            {"properties": {"role": {"const": "assistant"}, "tool_call_id": NULL}, "required": ["role"]},
+            {"properties": TOOL | NO_CALLS, "required": ["role", "content", "tool_call_id"]},
+        ]
+    },
+    "GenerateRequest": {
+        "oneOf": [
+            {"required": ["text"], "properties": {"text": GIVEN, "input_ids": NULL}},
+            {"required": ["input_ids"], "properties": {"input_ids": GIVEN, "text": NULL}},
+        ]
+    },
+}
 
 
-class ApiRoute(Route):
-    """A route that middleware finds in the scope.
+class ApiRoute(NamedTuple):
+    """An endpoint; its methods are separated by blanks.
 
     `result` is the type of its answer (`str` is plain text, None leaves it out of the document), `bodies` are those of
     its body, and `events` is the type of a stream's events.
     """
 
-    def __init__(
-        self,
-        methods: str,
-        path: str,
-        handler: Callable[[Request], Awaitable[Response]],
-        result: Any = None,
-        bodies: Sequence[Any] = (),
-        events: Any = None,
-    ) -> None:
-        super().__init__(path, handler, methods=methods.split())
-        self.methods = set(methods.split())  # HEAD is left to the middleware
-        self.result = result
-        self.bodies = bodies
-        self.events = events
-
-    def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        match, found = super().matches(scope)
-        return match, {**found, "route": self}
-
-    def types(self) -> list[Any]:
-        """Every type that its operation refers to."""
-        return [kind for kind in (self.result, *self.bodies, self.events) if kind is not None]
+    methods: str
+    path: str
+    handler: Callable[[Request], Awaitable[Response]]
+    result: Any = None
+    bodies: Sequence[Any] = ()
+    events: Any = None
 
     def operation(self, schemas: Mapping[str, Any]) -> dict[str, Any]:
         """Its part of the document; `schemas` are those of types, by their names."""
@@ -70,19 +74,15 @@ class ApiRoute(Route):
             value = {"anyOf": [schemas[str(self.events)], schemas[str(ErrorBody)]]}
             event = {"contentMediaType": "application/json", "contentSchema": value}
             data = {"type": "string", "anyOf": [{"const": "[DONE]"}, event]}
-            content["text/event-stream"] = {
-                "schema": {"type": "object", "properties": {"data": data}, "required": ["data"]}
-            }
+            stream = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+            content["text/event-stream"] = {"schema": stream}
         responses = {str(status): {"description": text, "content": error} for status, text in ERRORS.items()}
         responses["200"] = {"description": "The answer.", "content": content}
-        described: dict[str, Any] = {
-            "operationId": self.name,
-            "description": inspect.getdoc(self.endpoint),
-            "responses": responses,
-        }
-        if self.param_convertors:
+        name, text = getattr(self.handler, "__name__", ""), inspect.getdoc(self.handler)
+        described: dict[str, Any] = {"operationId": name, "description": text, "responses": responses}
+        if params := re.findall(r"{(\w+)", self.path):
             place: dict[str, Any] = {"in": "path", "required": True, "schema": {"type": "string"}}
-            described["parameters"] = [{"name": name, **place} for name in self.param_convertors]
+            described["parameters"] = [{"name": name, **place} for name in params]
         if self.bodies:
             body = {"anyOf": [schemas[str(kind)] for kind in self.bodies]}
             described["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
@@ -92,18 +92,19 @@ class ApiRoute(Route):
 def document(routes: Sequence[ApiRoute]) -> dict[str, Any]:
     """The whole document. Every endpoint can answer with every error."""
     routes = [route for route in routes if route.result is not None]
-    types = [*(kind for route in routes for kind in route.types()), ErrorBody]
+    types = [kind for route in routes for kind in (route.result, *route.bodies, route.events) if kind is not None]
+    types.append(ErrorBody)
     references, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     schemas = dict(zip(map(str, types), references, strict=True))
     for body in subclasses(Body):
         if body.__name__ in components:
             unsupported = {name: {"enum": [None, *values]} for name, values in body.unsupported.items()}
             components[body.__name__]["properties"] |= unsupported
-            components[body.__name__] |= body.rules
+            components[body.__name__] |= RULES.get(body.__name__, {})
     paths: dict[str, Any] = {}
     for route in routes:
         path = route.path.replace(":path}", "}")
-        paths.setdefault(path, {}).update({m.lower(): route.operation(schemas) for m in route.methods or ()})
+        paths.setdefault(path, {}).update({m.lower(): route.operation(schemas) for m in route.methods.split()})
     info = {"title": "Mini-SGLang", "version": __version__}
     return {"openapi": "3.1.0", "info": info, "paths": paths, "components": {"schemas": components}}
 

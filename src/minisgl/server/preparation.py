@@ -9,45 +9,40 @@ import secrets
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
 from minisgl.core.types import CLOSE_THOUGHT, OPEN_THOUGHT, Grammar, ModelInfo, Request, SamplingParams
 from minisgl.errors import InvalidRequestError, ModelNotFoundError, UnsupportedParameterError
+from minisgl.server import protocol
 from minisgl.server.engine_client import EngineClient
-from minisgl.server.protocol import (
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    GenerateRequest,
-    TokenizeConversation,
-    TokenizeText,
-    parse_prompts,
-)
+from minisgl.server.protocol import ChatRequest, CompletionRequest, GenerateRequest, TokenizeConversation, require
 from minisgl.server.responses import Detokenized, TokenizerInfo, Tokens
 from minisgl.server.structured import forced_call_grammar, requested_grammar, with_optional_calls
-from minisgl.server.tools import ParserConfig, ToolFormat, detect_tool_format
-from minisgl.server.validation import Tool, parse_object
+from minisgl.server.tools import ParserConfig, Reasoning, ToolFormat, detect_tool_format
 from minisgl.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
-TEXT_ONLY = ParserConfig()
-
-Echo = tuple[str, list[int]]
-"""A prompt as text, and where in it the text of each of its tokens begins, in characters."""
+Prompt = str | list[int]
+Generating = ChatRequest | CompletionRequest | GenerateRequest
+Echo = tuple[str, list[int]]  # a prompt as text, and where in it the text of each of its tokens begins
 
 
 @dataclasses.dataclass(frozen=True)
 class PreparedRequest:
-    """A valid body and its requests for the engine; `echoes` has each prompt that is to be shown."""
+    """A valid body and its requests for the engine.
 
-    body: ChatRequest | CompletionRequest | GenerateRequest
+    `parser` is None where completions are plain text; `echoes` has each prompt that is to be shown.
+    """
+
+    body: Generating
     requests: list[Request]
-    parser: ParserConfig = TEXT_ONLY
+    parser: ParserConfig | None = None
     echoes: Sequence[Echo] = ()
 
 
+@dataclasses.dataclass
 class Preparation:
     """One served model, the `names` that requests may call it, and how many requests one body may hold.
 
@@ -55,86 +50,79 @@ class Preparation:
     method raises InvalidRequestError. Safe to use from several threads.
     """
 
-    def __init__(
-        self,
-        model: ModelInfo,
-        tokenizer: Tokenizer,
-        max_live: int,
-        names: Sequence[str] = (),
-        check_grammar: Callable[[Grammar], None] | None = None,
-    ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.max_live = max_live
-        self.names = tuple(names) or (model.name,)
-        self.check_grammar = check_grammar
-        template = tokenizer.chat_template
-        self.template_variables = frozenset[str]() if template is None else template.variables
+    model: ModelInfo
+    tokenizer: Tokenizer
+    max_live: int
+    names: Sequence[str] = ()
+    check_grammar: Callable[[Grammar], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.names = tuple(self.names) or (self.model.name,)
+        template = self.tokenizer.chat_template
         source = "" if template is None else template.source
+        self.template_variables = frozenset[str]() if template is None else template.variables
         self.tool_format = detect_tool_format(source, "tools" in self.template_variables)
         self.reasons = CLOSE_THOUGHT in source
 
     def chat(self, body: bytes) -> PreparedRequest:
-        """A request to /v1/chat/completions."""
         chat = ChatRequest.parse(body)
         self.check_model(chat.model)
-        grammar, field = requested_grammar(chat)
+        grammar, field = constraint_of(chat)
         prompt = self.render(chat, chat.offered_tools)
-        parser = self.parser_config(chat, prompt)
-        if chat.must_call:
-            grammar, field = forced_call_grammar(chat), "tools"
-        elif grammar is not None and parser.tool_format is not None:
-            grammar = with_optional_calls(grammar, chat, parser.tool_format)
-        if grammar is not None and parser.reasoning:
-            grammar = msgspec.structs.replace(grammar, thought=reasoning_before(prompt, chat))
+        reasoning = reasoning_before(prompt, chat) if self.reasons and chat.separate_reasoning is not False else None
+        tool_format = self.require_tool_format() if chat.offered_tools else None
+        if chat.must_call and tool_format is not None:
+            grammar, field, tool_format = forced_call_grammar(chat), "tools", tool_format.forced()
+        elif grammar is not None and tool_format is not None:
+            grammar = with_optional_calls(grammar, chat, tool_format)
+        if grammar is not None and reasoning is not None:
+            grammar = msgspec.structs.replace(grammar, thought=reasoning)
         limit = "max_tokens" if chat.max_completion_tokens is None else "max_completion_tokens"
         with renamed({None: "messages", "prompt": "messages", "max_tokens": limit}):
-            ids = self.tokenizer.encode(prompt, add_special_tokens=False)
-            requests = self.requests("chatcmpl", [ids], chat.params(grammar), chat.num_generated, chat.priority)
+            requests = self.requests("chatcmpl", chat, [self.tokenizer.encode(prompt, False)], grammar)
         self.require_grammar(grammar, field)
-        return PreparedRequest(chat, requests, parser)
+        if tool_format is None and reasoning is None:
+            return PreparedRequest(chat, requests)
+        names = frozenset(tool.function.name for tool in chat.offered_tools)
+        most = 1 if chat.parallel_tool_calls is False else None
+        return PreparedRequest(chat, requests, ParserConfig(tool_format, names, most, reasoning))
 
     def completion(self, body: bytes) -> PreparedRequest:
-        """A request to /v1/completions, with the prompts to be echoed."""
-        completion = CompletionRequest.parse(body)
-        prompts = parse_prompts(completion.prompt, "prompt")
-        self.check_model(completion.model)
-        grammar, field = requested_grammar(completion)
-        params = completion.params(grammar)
+        asked = CompletionRequest.parse(body)
+        prompts = parse_prompts(asked.prompt, "prompt")
+        self.check_model(asked.model)
+        grammar, field = constraint_of(asked)
         with renamed({None: "prompt"}):
-            ids = self.encode(prompts)
-            requests = self.requests("cmpl", ids, params, completion.num_generated, completion.priority)
+            requests = self.requests("cmpl", asked, prompts, grammar)
         self.require_grammar(grammar, field)
-        echoes = [self.echo(*entry, params) for entry in zip(prompts, ids, strict=True)] if completion.echo else []
-        return PreparedRequest(completion, requests, echoes=echoes)
+        firsts = requests[:: asked.num_generated]
+        echoes = [self.echo(*entry) for entry in zip(prompts, firsts, strict=True)] if asked.echo else []
+        return PreparedRequest(asked, requests, echoes=echoes)
 
     def generate(self, body: bytes) -> PreparedRequest:
-        """A request to /generate."""
         asked = GenerateRequest.parse(body)
         field = "text" if asked.text is not None else "input_ids"
         prompts = parse_prompts(asked.prompts, field)
         try:
-            grammar, _ = requested_grammar(asked.sampling)
+            grammar, _ = constraint_of(asked.sampling)
         except InvalidRequestError as error:
             error.param = "sampling_params"
             raise
         names: dict[str | None, str] = {name: f"sampling_params.{name}" for name in SamplingParams.__struct_fields__}
         names |= {"max_tokens": "sampling_params.max_new_tokens", "min_tokens": "sampling_params.min_new_tokens"}
         with renamed({**names, "seed": "sampling_params.sampling_seed", None: field, "prompt": field}):
-            ids = self.encode(prompts)
-            requests = self.requests("gen", ids, asked.params(grammar), asked.num_generated, asked.priority)
+            requests = self.requests("gen", asked, prompts, grammar)
         self.require_grammar(grammar, "sampling_params")
         return PreparedRequest(asked, requests)
 
     def tokenize(self, body: bytes) -> Tokens:
-        """The tokens of a text or of a conversation."""
-        value = parse_object(body)
-        asked: TokenizeConversation | TokenizeText
+        value = protocol.parse_object(body)
+        asked: TokenizeConversation | protocol.TokenizeText
         if "messages" in value:
             asked = TokenizeConversation.parse(value)
             text, field, special = self.render(asked, asked.tools or ()), "messages", bool(asked.add_special_tokens)
         else:
-            asked = TokenizeText.parse(value)
+            asked = protocol.TokenizeText.parse(value)
             text, field, special = asked.prompt, "prompt", asked.add_special_tokens is not False
         self.check_model(asked.model)
         with renamed({None: field}):
@@ -143,8 +131,7 @@ class Preparation:
         return Tokens(count=len(ids), max_model_len=self.model.max_seq_len, tokens=ids, token_strs=names)
 
     def detokenize(self, body: bytes) -> Detokenized:
-        """The text of tokens."""
-        asked = DetokenizeRequest.parse(body)
+        asked = protocol.DetokenizeRequest.parse(body)
         self.check_model(asked.model)
         last = self.model.vocab_size - 1
         if not all(0 <= token <= last for token in asked.tokens):
@@ -154,57 +141,49 @@ class Preparation:
     def tokenizer_info(self) -> TokenizerInfo:
         """The tokenizer, as its configuration file names things."""
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
-        template = self.tokenizer.chat_template
-        return TokenizerInfo(
-            **{name: self.tokenizer.tokens.get(name) for name in names},
-            chat_template=None if template is None else template.source,
-            vocab_size=self.model.vocab_size,
-            model_max_length=self.model.max_seq_len,
-        )
+        tokens = {name: self.tokenizer.tokens.get(name) for name in names}
+        template = None if self.tokenizer.chat_template is None else self.tokenizer.chat_template.source
+        size, length = self.model.vocab_size, self.model.max_seq_len
+        return TokenizerInfo(**tokens, chat_template=template, vocab_size=size, model_max_length=length)
 
     def check_model(self, name: str | None) -> None:
         """Raise ModelNotFoundError for any other model than the one served; none named means that one."""
         if name not in (None, self.model.name, *self.names):
             raise ModelNotFoundError(f"the model {name!r} is not served here; {self.model.name!r} is", param="model")
 
-    def encode(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-        """Token ids of every prompt, with BOS where the tokenizer adds one to a text."""
-        return [self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-
-    def echo(self, prompt: str | list[int], ids: list[int], params: SamplingParams) -> Echo:
+    def echo(self, prompt: Prompt, request: Request) -> Echo:
         """A prompt as text; where its tokens begin is only needed where they are scored."""
+        params = request.params
         text = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt, params.skip_special_tokens)
-        return text, [] if params.prompt_logprobs is None else self.tokenizer.starts(ids, text)
+        return text, [] if params.prompt_logprobs is None else self.tokenizer.starts(request.prompt.tolist(), text)
 
     def requests(
-        self, kind: str, prompts: Sequence[list[int]], params: SamplingParams, copies: int, priority: int | None
+        self, kind: str, body: Generating, prompts: Sequence[Prompt], grammar: Grammar | None
     ) -> list[Request]:
-        """Checked requests, `copies` of each prompt in a row; their ids are the answer's id and an index.
+        """Checked requests, those of one prompt in a row; their ids are the completion's id and an index.
 
-        Without a seed each gets one of its own. With one the first copy has it, the others what follows from it.
+        A text gets BOS where the tokenizer adds one. Without a seed each request gets one of its own. With one the
+        first of a prompt has it, the others what follows from it.
         """
-        base = f"{kind}-{uuid.uuid4().hex}"
-        for prompt in prompts:
+        params, copies = body.params(grammar), body.num_generated
+        ids = [self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        for prompt in ids:
             self.model.check(prompt, params)
-        if len(prompts) * copies > self.max_live:
-            raise InvalidRequestError(
-                f"at most {self.max_live} answers fit in one request", param="n" if copies > 1 else "prompt"
-            )
-        return [
-            Request.make(
-                id=f"{base}-{index * copies + copy}",
-                prompt=prompt,
-                params=msgspec.structs.replace(params, seed=nth_seed(params.seed, copy)),
-                priority=priority or 0,
-            )
-            for index, prompt in enumerate(prompts)
-            for copy in range(copies)
-        ]
+        field = "n" if copies > 1 else "prompt"
+        require(len(ids) * copies <= self.max_live, f"at most {self.max_live} answers fit in one request", field)
+        requests: list[Request] = []
+        base = f"{kind}-{uuid.uuid4().hex}"
+        for prompt in ids:
+            for copy in range(copies):
+                seeded = msgspec.structs.replace(params, seed=nth_seed(params.seed, copy))
+                name = f"{base}-{len(requests)}"
+                requests.append(Request.make(id=name, prompt=prompt, params=seeded, priority=body.priority or 0))
+        return requests
 
     def require_tool_format(self) -> ToolFormat:
         """The model's own format of tool calls; raises UnsupportedParameterError when it has none that is known."""
-        takes_tools = "tools" in self.template_variables
-        require_supported(takes_tools, "this model's chat template has no place for tools", "tools")
+        if "tools" not in self.template_variables:
+            raise UnsupportedParameterError("this model's chat template has no place for tools", param="tools")
         if self.tool_format is None:
             raise UnsupportedParameterError("this model's way of writing tool calls is not known here", param="tools")
         return self.tool_format
@@ -222,16 +201,16 @@ class Preparation:
                 error.param = param
             raise
 
-    def render(self, chat: ChatRequest | TokenizeConversation, tools: Sequence[Tool]) -> str:
-        """The text of a conversation."""
+    def render(self, chat: ChatRequest | TokenizeConversation, tools: Sequence[protocol.Tool]) -> str:
         variables: dict[str, Any] = dict(chat.chat_template_kwargs or {})
         if tools:
             self.require_tool_format()
             variables["tools"] = [tool.for_template() for tool in tools]
         if isinstance(chat, ChatRequest) and chat.reasoning_effort is not None:
-            known = "reasoning_effort" in self.template_variables
-            require_supported(known, "this model's chat template does not know reasoning_effort", "reasoning_effort")
-            variables.setdefault("reasoning_effort", chat.reasoning_effort)
+            name = "reasoning_effort"
+            if name not in self.template_variables:
+                raise UnsupportedParameterError(f"this model's chat template does not know {name}", param=name)
+            variables.setdefault(name, chat.reasoning_effort)
         messages = [message.for_template(f"messages.{index}") for index, message in enumerate(chat.messages)]
         with renamed({None: "messages"}):
             if chat.continue_final_message:
@@ -239,38 +218,41 @@ class Preparation:
             add = chat.add_generation_prompt is not False
             return self.tokenizer.render_chat(messages, add_generation_prompt=add, **variables)
 
-    def parser_config(self, chat: ChatRequest, prompt: str) -> ParserConfig:
-        """How the answers to a chat are parsed."""
-        reasoning = self.reasons and chat.separate_reasoning is not False
-        begun = reasoning and reasoning_before(prompt, chat) == "begun"
-        if not chat.offered_tools:
-            return ParserConfig(reasoning=reasoning, reasoning_begun=begun)
-        tool_format = self.require_tool_format()
-        return ParserConfig(
-            tool_format=tool_format.forced() if chat.must_call else tool_format,
-            names=frozenset(tool.function.name for tool in chat.offered_tools),
-            max_calls=1 if chat.parallel_tool_calls is False else None,
-            reasoning=reasoning,
-            reasoning_begun=begun,
-        )
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Api:
     """What every endpoint works with. `created` is a Unix time in s, `health_timeout` in s."""
 
-    service: EngineClient
+    client: EngineClient
     preparation: Preparation
     health_timeout: float = 5.0
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
     async def prepare(self, prepare: Callable[[bytes], T], body: bytes) -> T:
-        """Call a method of the preparation in a thread."""
-        with self.service.metrics.preparing.track_inprogress():
+        with self.client.metrics.preparing.track_inprogress():
             try:
                 return await asyncio.to_thread(prepare, body)
             except RecursionError as error:
                 raise InvalidRequestError("the body is nested too deeply") from error
+
+
+def parse_prompts(value: Any, param: str) -> list[Prompt]:
+    """Every prompt, a text or token ids; raises InvalidRequestError unless there is at least one and none is empty."""
+    single = isinstance(value, str) or (is_list_of(int, value) and bool(value))
+    several = is_list_of(str, value) or (isinstance(value, list) and all(is_list_of(int, item) for item in value))
+    kinds = "a string, a list of strings, token ids or a list of lists of token ids"
+    require(single or several, f"{param} must be {kinds}", param)
+    require(value and (single or all(value)), f"{param} must not be empty", param)
+    return [value] if single else value
+
+
+def is_list_of(kind: type, value: object) -> bool:
+    """Whether `value` is a list of exactly this type (a bool is no int)."""
+    return isinstance(value, list) and all(type(item) is kind for item in value)
+
+
+def constraint_of(body: protocol.Sampling) -> tuple[Grammar | None, str | None]:
+    return requested_grammar(body.constraints) if body.constraints else (None, None)
 
 
 @contextlib.contextmanager
@@ -286,8 +268,8 @@ def renamed(names: Mapping[str | None, str]) -> Iterator[None]:
         raise
 
 
-def reasoning_before(prompt: str, chat: ChatRequest) -> Literal["none", "possible", "begun"]:
-    """Whether an answer may begin with reasoning; the prompt or the message that it continues may have begun it."""
+def reasoning_before(prompt: str, chat: ChatRequest) -> Reasoning:
+    """Whether a completion may begin with reasoning; the prompt or the message that it continues may have begun it."""
     if chat.continue_final_message:
         last = chat.messages[-1].text
         return "begun" if last.rfind(OPEN_THOUGHT) > last.rfind(CLOSE_THOUGHT) else "none"
@@ -298,13 +280,8 @@ def reasoning_before(prompt: str, chat: ChatRequest) -> Literal["none", "possibl
     return "none" if prompt.rstrip().endswith(CLOSE_THOUGHT) else "possible"
 
 
-def require_supported(condition: bool, message: str, param: str | None) -> None:
-    if not condition:
-        raise UnsupportedParameterError(message, param=param)
-
-
 def nth_seed(seed: int | None, n: int) -> int:
-    """The seed of the n-th answer to a prompt: the given one, then SplitMix64's (Steele et al. 2014) steps from it."""
+    """The seed of the n-th choice of a prompt: the given one, then SplitMix64's (Steele et al. 2014) steps from it."""
     if seed is None:
         return secrets.randbits(63)
     if n == 0:

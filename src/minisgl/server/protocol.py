@@ -1,66 +1,69 @@
-"""The bodies of the endpoints: their fields, what is refused by name, and how they become `SamplingParams`."""
+"""Request bodies: what they are made of, what is refused by name, and how they become `SamplingParams`."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+import json
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
+import msgspec
 from msgspec import Meta
 
 from minisgl.core.types import MAX_LOGIT_BIAS, MAX_LOGPROBS, Grammar, SamplingParams
-from minisgl.server.validation import (
-    NULL,
-    Body,
-    ChoiceTexts,
-    GrammarText,
-    JsonSchema,
-    Messages,
-    NamedTool,
-    Neutral,
-    ResponseFormat,
-    StructuredOutputs,
-    Tool,
-    Tools,
-    drop_unsupported,
-    prepare_messages,
-    require,
-)
+from minisgl.errors import InvalidRequestError, UnsupportedParameterError
 
-COMPLETION_MAX_TOKENS = 16
-"""The default of `max_tokens` in /v1/completions."""
-GENERATE_MAX_TOKENS = 128
-"""The default of `max_new_tokens` in /generate."""
+COMPLETION_MAX_TOKENS = 16  # the default of max_tokens in /v1/completions
+GENERATE_MAX_TOKENS = 128  # the default of max_new_tokens in /generate
 MAX_CHOICES = 128
-ANY_UNSUPPORTED: Neutral = {"return_hidden_states": (False,), "lora_path": (), "session_params": (), "rid": ()}
-SAMPLING_UNSUPPORTED: Neutral = {
-    **ANY_UNSUPPORTED,
-    "service_tier": ("auto", "default"),
-    "use_beam_search": (False,), "length_penalty": (1,), "include_stop_str_in_output": (False,),
-    "spaces_between_special_tokens": (True,), "no_stop_trim": (False,), "truncate_prompt_tokens": (),
-    "allowed_token_ids": (), "bad_words": ([],), "prompt_logprobs": (), "return_token_ids": (False,),
-    "logits_processors": (), "guided_decoding_backend": (), "guided_whitespace_pattern": (), "regex": (), "ebnf": (),
-    "json_schema": (), "stop_regex": (), "request_id": (), "cache_salt": (), "kv_transfer_params": (),
-    "vllm_xargs": (),
+MAX_FIELDS = 1000
+MAX_EXACT = 2**53  # up to here every integer is a double of its own
+MAX_MESSAGES = 16384
+MAX_TOOLS = 128
+
+# Fields of OpenAI, vLLM and SGLang (their API documentation) that are known and not supported, each with the values
+# that ask for nothing; null always does.
+Unsupported = Mapping[str, tuple[Any, ...]]
+ANY_UNSUPPORTED: Unsupported = {"return_hidden_states": (False,), "lora_path": (), "session_params": (), "rid": ()}
+OPENAI_UNSUPPORTED: Unsupported = {
+    **ANY_UNSUPPORTED, "service_tier": ("auto", "default"), "use_beam_search": (False,), "length_penalty": (1,),
+    "include_stop_str_in_output": (False,), "spaces_between_special_tokens": (True,), "no_stop_trim": (False,),
+    "truncate_prompt_tokens": (), "allowed_token_ids": (), "bad_words": ([],), "prompt_logprobs": (),
+    "return_token_ids": (False,), "logits_processors": (), "guided_decoding_backend": (),
+    "guided_whitespace_pattern": (), "regex": (), "ebnf": (), "json_schema": (), "stop_regex": (), "request_id": (),
+    "cache_salt": (), "kv_transfer_params": (), "vllm_xargs": (),
 }  # fmt: skip
-"""OpenAI's, vLLM's and SGLang's fields (their API documentation) of both chats and completions."""
-CHAT_UNSUPPORTED: Neutral = {
-    **SAMPLING_UNSUPPORTED,
-    "functions": ([],), "function_call": ("none", "auto"), "modalities": (["text"],), "audio": (), "prediction": (),
-    "verbosity": ("medium",), "web_search_options": (), "echo": (False,), "best_of": (1,),
-    "add_special_tokens": (False,), "chat_template": (), "documents": ([],), "mm_processor_kwargs": (),
-    "include_reasoning": (True,), "stream_reasoning": (True,),
+CHAT_UNSUPPORTED: Unsupported = {
+    **OPENAI_UNSUPPORTED, "functions": ([],), "function_call": ("none", "auto"), "modalities": (["text"],),
+    "audio": (), "prediction": (), "verbosity": ("medium",), "web_search_options": (), "echo": (False,),
+    "best_of": (1,), "add_special_tokens": (False,), "chat_template": (), "documents": ([],),
+    "mm_processor_kwargs": (), "include_reasoning": (True,), "stream_reasoning": (True,),
 }  # fmt: skip
-COMPLETION_UNSUPPORTED: Neutral = {
-    **SAMPLING_UNSUPPORTED, "suffix": ("",), "add_special_tokens": (True,), "prompt_embeds": ()
+COMPLETION_UNSUPPORTED: Unsupported = {
+    **OPENAI_UNSUPPORTED, "suffix": ("",), "add_special_tokens": (True,), "prompt_embeds": ()
 }  # fmt: skip
-GENERATE_UNSUPPORTED: Neutral = {
+GENERATE_UNSUPPORTED: Unsupported = {
     **ANY_UNSUPPORTED, "image_data": (), "audio_data": (), "video_data": (), "input_embeds": (),
     "token_ids_logprob": (), "return_routed_experts": (False,), "custom_logit_processor": (),
 }  # fmt: skip
-TOKENIZE_UNSUPPORTED: Neutral = {"chat_template": (), "mm_processor_kwargs": ()}
-SGLANG_SAMPLING_UNSUPPORTED: Neutral = {
+SGLANG_SAMPLING_UNSUPPORTED: Unsupported = {
     "structural_tag": (), "spaces_between_special_tokens": (True,), "no_stop_trim": (False,), "stop_regex": (),
     "stream_interval": (), "custom_params": (),
 }  # fmt: skip
+OUTPUTS_UNSUPPORTED: Unsupported = {
+    "disable_fallback": (False,), "disable_any_whitespace": (False,), "disable_additional_properties": (False,)
+}  # fmt: skip
+# Fields that ask for structured output, of every endpoint.
+CONSTRAINTS = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice",
+               "guided_grammar", "json_schema", "regex", "ebnf")  # fmt: skip
+
+# JSON schemas of prompts, which are checked here, not by msgspec.
+TEXT_SCHEMA: dict[str, Any] = {"type": "string", "minLength": 1}
+IDS_SCHEMA: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
+TEXTS = [TEXT_SCHEMA, {"type": "array", "minItems": 1, "items": TEXT_SCHEMA}]
+IDS = [IDS_SCHEMA, {"type": "array", "minItems": 1, "items": IDS_SCHEMA}]
+
+NonEmpty = Annotated[str, Meta(min_length=1)]
 Choices = Annotated[int, Meta(ge=1, le=MAX_CHOICES)]
 Count = Annotated[int, Meta(ge=0)]
 Logprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
@@ -68,37 +71,226 @@ StopText = Annotated[str, Meta(min_length=1, max_length=1024)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Priority = Annotated[int, Meta(ge=-(2**31), lt=2**31)]
 Seed = Annotated[int, Meta(extra_json_schema={"minimum": -(2**63), "exclusiveMaximum": 2**64})]
-Unit = Annotated[float, Meta(ge=0, le=1)]
-LogitBias = Annotated[
-    dict[Annotated[str, Meta(pattern="^[0-9]{1,9}$")], Annotated[float, Meta(ge=-100, le=100)]],
-    Meta(max_length=MAX_LOGIT_BIAS),
-]
-NON_EMPTY_TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
-TEXTS = [NON_EMPTY_TEXT, {"type": "array", "minItems": 1, "items": NON_EMPTY_TEXT}]
-TOKEN_IDS: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
-IDS = [TOKEN_IDS, {"type": "array", "minItems": 1, "items": TOKEN_IDS}]
-
-EITHER = [
-    {"required": [given], "properties": {given: {"not": NULL}, other: NULL}}
-    for given, other in (("text", "input_ids"), ("input_ids", "text"))
-]
-
-Prompts = list[str | list[int]]
+TokenKey = Annotated[str, Meta(pattern="^[0-9]{1,9}$")]
+LogitBias = Annotated[dict[TokenKey, Annotated[float, Meta(ge=-100, le=100)]], Meta(max_length=MAX_LOGIT_BIAS)]
+JsonSchema = dict[str, Any] | bool
+GrammarText = Annotated[str, Meta(pattern=r"\S")]
+ChoiceTexts = Annotated[list[NonEmpty], Meta(min_length=1)]
 
 
-def parse_prompts(value: Any, param: str) -> Prompts:
-    """Every prompt, a text or token ids; raises InvalidRequestError unless there is at least one and none is empty."""
-    single = isinstance(value, str) or (is_list_of(int, value) and bool(value))
-    several = is_list_of(str, value) or (isinstance(value, list) and all(is_list_of(int, item) for item in value))
-    kinds = "a string, a list of strings, token ids or a list of lists of token ids"
-    require(single or several, f"{param} must be {kinds}", param)
-    require(value and (single or all(value)), f"{param} must not be empty", param)
-    return [value] if single else value
+def require(condition: object, message: str, param: str | None) -> None:
+    """Raise InvalidRequestError unless the condition holds."""
+    if not condition:
+        raise InvalidRequestError(message, param=param)
 
 
-def is_list_of(kind: type, value: object) -> bool:
-    """Whether `value` is a list of exactly this type (a bool is no int)."""
-    return isinstance(value, list) and all(type(item) is kind for item in value)
+def drop_unsupported(value: dict[str, Any], unsupported: Unsupported, where: str = "") -> None:
+    """Remove these fields; raises UnsupportedParameterError for the first that asks for something."""
+    for name in [name for name in value if name in unsupported]:
+        asked = value.pop(name)
+        neutral = any(asked == ok and isinstance(asked, bool) == isinstance(ok, bool) for ok in unsupported[name])
+        if asked is not None and not neutral:
+            raise UnsupportedParameterError(f"{where}{name} is not supported", param=where + name)
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """The JSON object in a body; raises InvalidRequestError."""
+    try:
+        value = json.loads(body.decode())
+        if b"\\u" in body:
+            json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate has no encoding
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequestError(f"the body is not valid JSON: {error}", code="invalid_json") from error
+    if not isinstance(value, dict):
+        raise InvalidRequestError("the body must be a JSON object", code="invalid_json")
+    return value
+
+
+def with_integers(value: dict[str, Any]) -> dict[str, Any]:
+    """Make 3.0 an integer, as JSON Schema does; not in lists, where numbers are token ids."""
+    whole = {n: int(x) for n, x in value.items() if isinstance(x, float) and x.is_integer() and abs(x) <= MAX_EXACT}
+    return value | whole
+
+
+def invalid_field(error: str) -> InvalidRequestError:
+    """The error for a complaint of msgspec, with the field as the user wrote it: `messages.0.role`."""
+    found = re.fullmatch(r"(.*?)(?: - at (?:`key` in )?`\$([^`]*)`)?", error, re.DOTALL)
+    assert found is not None
+    # Keys of maps are the user's: the error names the map.
+    param = re.sub(r"\[(\d+)\]", r".\1", (found[2] or "").partition("[...]")[0]).lstrip(".")
+    if named := re.fullmatch(r"Object (contains unknown|missing required) field `(.*)`", found[1], re.DOTALL):
+        param = ".".join(filter(None, (param, named[2])))
+        if named[1] == "missing required":
+            return InvalidRequestError(f"{param} is required", param=param, code="missing_required_parameter")
+        return InvalidRequestError(f"unknown field: {param}", param=param, code="unknown_parameter")
+    return InvalidRequestError(f"{param}: {found[1]}", param=param or None)
+
+
+class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """An object of a request. Values keep their JSON type ("5" is no number), and an unknown field is an error."""
+
+    unsupported: ClassVar[Unsupported] = {}
+
+    @classmethod
+    def parse(cls, body: bytes | dict[str, Any]) -> Self:
+        """Validate a body, or the object in it, which is changed; raises InvalidRequestError naming the field."""
+        value = parse_object(body) if isinstance(body, bytes) else body
+        require(len(value) <= MAX_FIELDS, f"the body has {len(value)} fields", None)
+        drop_unsupported(value, cls.unsupported)
+        cls.prepare(value)
+        try:
+            parsed = msgspec.convert(with_integers(value), cls)
+        except msgspec.ValidationError as error:
+            raise invalid_field(str(error)) from error
+        parsed.check()
+        return parsed
+
+    @classmethod
+    def prepare(cls, value: dict[str, Any]) -> None:
+        """Change or refuse the JSON object before it is converted."""
+
+    def check(self) -> None:
+        """Raise InvalidRequestError for fields that do not go together."""
+
+
+class JsonSchemaFormat(Body):
+    """The inner object of a `json_schema` format; the schema is enforced with `strict` or without."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=64)] = "answer"
+    description: str | None = None
+    schema: JsonSchema | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"] | None = None
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(Body):
+    """vLLM's structured output: exactly one of these."""
+
+    unsupported = OUTPUTS_UNSUPPORTED
+
+    json: str | JsonSchema | None = None
+    regex: str | None = None
+    choice: ChoiceTexts | None = None
+    grammar: GrammarText | None = None
+    json_object: bool | None = None
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+class CalledFunction(Body):
+    name: str
+    arguments: str  # the text of a JSON object
+    parsed_arguments: Any = None  # OpenAI's clients add it to completions that they parse, and send it back
+
+
+class MessageToolCall(Body, kw_only=True):
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None
+
+    def for_template(self, where: str) -> dict[str, Any]:
+        """The call as chat templates take it; raises InvalidRequestError for arguments that are no JSON object."""
+        try:
+            arguments = json.loads(self.function.arguments or "{}")
+        except (ValueError, RecursionError):
+            arguments = None
+        param = f"{where}.function.arguments"
+        require(isinstance(arguments, dict), "arguments must be the text of a JSON object", param)
+        return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
+
+
+class Message(Body):
+    """A message of a conversation. `developer` is OpenAI's newer word for `system`, which templates know."""
+
+    unsupported = {"refusal": (), "annotations": ([],), "audio": (), "function_call": ()}
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[MessageToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    parsed: Any = None
+
+    @property
+    def text(self) -> str:
+        """The content; text parts become lines."""
+        return self.content if isinstance(self.content, str) else "\n".join(p.text for p in self.content or ())
+
+    def for_template(self, where: str) -> dict[str, Any]:
+        """The message as chat templates take it; raises InvalidRequestError for what its role cannot have."""
+        assistant, tool = self.role == "assistant", self.role == "tool"
+        require(assistant or self.content is not None, f"{where}.content is required", f"{where}.content")
+        rule = "tool messages, and only they, name the call they answer: tool_call_id"
+        require(tool == (self.tool_call_id is not None), rule, f"{where}.tool_call_id")
+        for name in ("tool_calls", "reasoning_content"):
+            require(assistant or not getattr(self, name), f"{name} belongs to assistant messages", f"{where}.{name}")
+        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": self.text}
+        for name in ("name", "tool_call_id", "reasoning_content"):
+            if (value := getattr(self, name)) is not None:
+                message[name] = value
+        if self.tool_calls:
+            calls = enumerate(self.tool_calls)
+            message["tool_calls"] = [call.for_template(f"{where}.tool_calls.{index}") for index, call in calls]
+        return message
+
+
+class ToolFunction(Body):
+    """What the model is told of a tool; `parameters` is a JSON schema, without one there are no arguments."""
+
+    name: Annotated[str, Meta(pattern="^[a-zA-Z0-9_.-]{1,128}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    type: Literal["function"]
+    function: ToolFunction
+
+    def for_template(self) -> dict[str, Any]:
+        function = self.function
+        parameters = function.parameters or {"type": "object", "properties": {}}
+        shown = {"name": function.name, "description": function.description or "", "parameters": parameters}
+        return {"type": "function", "function": shown}
+
+
+class NamedFunction(Body):
+    name: str
+
+
+class NamedTool(Body):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+Messages = Annotated[list[Message], Meta(max_length=MAX_MESSAGES, extra_json_schema={"minItems": 1})]
+Tools = Annotated[list[Tool], Meta(max_length=MAX_TOOLS)]
+
+
+def prepare_messages(messages: Any) -> None:
+    """Refuse what messages cannot hold here."""
+    for index, message in enumerate(messages if isinstance(messages, list) else ()):
+        if not isinstance(message, dict):
+            continue
+        where = f"messages.{index}."
+        drop_unsupported(message, Message.unsupported, where)
+        if message.get("role") == "function":
+            text = "the function role is not supported: use tools and the tool role"
+            raise UnsupportedParameterError(text, param=f"{where}role")
+        parts = message.get("content")
+        for part in parts if isinstance(parts, list) else ():
+            kind = part.get("type") if isinstance(part, dict) else None
+            if isinstance(kind, str) and kind != "text":
+                raise UnsupportedParameterError(f"content of type {kind!r} is not supported", param=f"{where}content")
 
 
 class StreamOptions(Body):
@@ -110,13 +302,11 @@ class StreamOptions(Body):
 
 
 class Sampling(Body):
-    """The sampling fields that every endpoint has under the same name."""
-
     n: Choices | None = None
     temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1, lt=2**31)] | None = None
-    min_p: Unit | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     stop: StopText | Annotated[list[StopText], Meta(max_length=16)] | None = None
     stop_token_ids: list[int] | None = None
     logit_bias: LogitBias | None = None
@@ -125,6 +315,16 @@ class Sampling(Body):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
+
+    @property
+    def num_generated(self) -> int:
+        """Completions of each prompt."""
+        return self.n or 1
+
+    @property
+    def constraints(self) -> dict[str, Any]:
+        """The fields that ask for structured output."""
+        return {name: value for name in CONSTRAINTS if (value := getattr(self, name, None)) is not None}
 
     def sampling_params(self, **others: Any) -> SamplingParams:
         """The engine's parameters, not validated: `others`, and the given fields that the engine has too."""
@@ -164,7 +364,9 @@ class OpenAIRequest(Sampling):
     def prepare(cls, value: dict[str, Any]) -> None:
         if isinstance(outputs := value.get("structured_outputs"), dict):
             unknown = dict.fromkeys(outputs.keys() - set(StructuredOutputs.__struct_fields__), ())
-            drop_unsupported(outputs, {**unknown, **StructuredOutputs.unsupported}, "structured_outputs.")
+            drop_unsupported(outputs, {**unknown, **OUTPUTS_UNSUPPORTED}, "structured_outputs.")
+        if isinstance(wanted := value.get("response_format"), dict):
+            value["response_format"] = {name: item for name, item in wanted.items() if item is not None}
 
     def check(self) -> None:
         options = self.stream_options
@@ -172,22 +374,8 @@ class OpenAIRequest(Sampling):
         plain = options is None or not options.include_obfuscation
         require(plain, "include_obfuscation must be false", "stream_options.include_obfuscation")
 
-    @property
-    def num_choices(self) -> int:
-        return self.n or 1
-
-    @property
-    def num_generated(self) -> int:
-        return self.num_choices
-
-    @property
-    def include_usage(self) -> bool:
-        """Whether a stream ends with a chunk that has the usage."""
-        return self.stream_options is not None and bool(self.stream_options.include_usage)
-
 
 def check_conversation(chat: ChatRequest | TokenizeConversation) -> None:
-    """Raise InvalidRequestError for tools or a continued message that cannot be."""
     require(chat.messages, "messages must not be empty", "messages")
     for index, tool in enumerate(chat.tools or ()):
         kind = (tool.function.parameters or {}).get("type")
@@ -203,8 +391,6 @@ def check_conversation(chat: ChatRequest | TokenizeConversation) -> None:
 
 
 class ChatRequest(OpenAIRequest, kw_only=True):
-    """The body of /v1/chat/completions."""
-
     unsupported = CHAT_UNSUPPORTED
 
     messages: Messages
@@ -254,15 +440,12 @@ class ChatRequest(OpenAIRequest, kw_only=True):
         return self.tool_choice == "required" or self.named_tool is not None
 
     def params(self, grammar: Grammar | None) -> SamplingParams:
-        """The engine's parameters; without a limit the answer may be as long as the model allows."""
         limit = self.max_completion_tokens if self.max_tokens is None else self.max_tokens
         logprobs = (self.top_logprobs or 0) if self.logprobs else None
         return self.sampling_params(max_tokens=limit, logprobs=logprobs, grammar=grammar)
 
 
 class CompletionRequest(OpenAIRequest, kw_only=True):
-    """The body of /v1/completions."""
-
     unsupported = COMPLETION_UNSUPPORTED
 
     prompt: Annotated[Any, Meta(extra_json_schema={"anyOf": TEXTS + IDS})]
@@ -272,7 +455,7 @@ class CompletionRequest(OpenAIRequest, kw_only=True):
 
     @property
     def num_generated(self) -> int:
-        return self.num_choices if self.best_of is None else self.best_of
+        return self.best_of or self.n or 1
 
     @property
     def scores_only(self) -> bool:
@@ -281,22 +464,22 @@ class CompletionRequest(OpenAIRequest, kw_only=True):
 
     def check(self) -> None:
         super().check()
-        more = self.num_generated > self.num_choices
-        require(self.num_generated >= self.num_choices, "best_of must be at least n", "best_of")
-        require(not (more and self.stream), "best_of above n cannot be streamed: which is best shows last", "best_of")
+        returned = self.n or 1
+        require(self.num_generated >= returned, "best_of must be at least n", "best_of")
+        rule = "best_of above n cannot be streamed: which is best shows last"
+        require(self.num_generated == returned or not self.stream, rule, "best_of")
 
     def params(self, grammar: Grammar | None) -> SamplingParams:
-        """The engine's parameters. The best answers are found by their log-probabilities."""
         limit = COMPLETION_MAX_TOKENS if self.max_tokens is None else self.max_tokens
         limit = 1 if self.scores_only else limit  # the engine generates at least one
-        logprobs = 0 if self.logprobs is None and self.num_generated > self.num_choices else self.logprobs
+        logprobs = self.logprobs
+        if logprobs is None and self.num_generated > (self.n or 1):
+            logprobs = 0  # they say which choices are best
         prompt = self.logprobs if self.echo else None
         return self.sampling_params(max_tokens=limit, logprobs=logprobs, prompt_logprobs=prompt, grammar=grammar)
 
 
 class SglangSampling(Sampling):
-    """`sampling_params` of /generate."""
-
     unsupported = SGLANG_SAMPLING_UNSUPPORTED
 
     max_new_tokens: Annotated[int, Meta(ge=1)] | None = None
@@ -311,10 +494,9 @@ class GenerateRequest(Body):
     """SGLang's /generate. `logprob_start_len` -1 gives no prompt log-probabilities, else those from there on."""
 
     unsupported = GENERATE_UNSUPPORTED
-    rules: ClassVar[dict[str, Any]] = {"oneOf": EITHER}
 
-    text: Annotated[Any, Meta(extra_json_schema={"anyOf": [*TEXTS, NULL]})] = None
-    input_ids: Annotated[Any, Meta(extra_json_schema={"anyOf": [*IDS, NULL]})] = None
+    text: Annotated[Any, Meta(extra_json_schema={"anyOf": [*TEXTS, {"type": "null"}]})] = None
+    input_ids: Annotated[Any, Meta(extra_json_schema={"anyOf": [*IDS, {"type": "null"}]})] = None
     sampling_params: SglangSampling | None = None
     stream: bool | None = None
     return_logprob: bool | None = None
@@ -327,6 +509,7 @@ class GenerateRequest(Body):
     def prepare(cls, value: dict[str, Any]) -> None:
         if isinstance(sampling := value.get("sampling_params"), dict):
             drop_unsupported(sampling, SGLANG_SAMPLING_UNSUPPORTED, "sampling_params.")
+            value["sampling_params"] = with_integers(sampling)
 
     def check(self) -> None:
         given = [name for name in ("text", "input_ids") if getattr(self, name) is not None]
@@ -342,7 +525,7 @@ class GenerateRequest(Body):
 
     @property
     def num_generated(self) -> int:
-        return self.sampling.n or 1
+        return self.sampling.num_generated
 
     @property
     def prompts(self) -> Any:
@@ -355,41 +538,36 @@ class GenerateRequest(Body):
         return None if start is None or start < 0 else start
 
     def params(self, grammar: Grammar | None) -> SamplingParams:
-        """The engine's parameters."""
         sampling = self.sampling
         top = (self.top_logprobs_num or 0) if self.return_logprob else None
-        return sampling.sampling_params(
-            seed=sampling.sampling_seed,
-            max_tokens=GENERATE_MAX_TOKENS if sampling.max_new_tokens is None else sampling.max_new_tokens,
-            min_tokens=sampling.min_new_tokens or 0,
-            logprobs=top,
-            prompt_logprobs=None if self.prompt_logprobs_from is None else top,
-            grammar=grammar,
-        )
+        prompt = None if self.prompt_logprobs_from is None else top
+        limit, least = sampling.max_new_tokens or GENERATE_MAX_TOKENS, sampling.min_new_tokens or 0
+        others = {"seed": sampling.sampling_seed, "logprobs": top, "prompt_logprobs": prompt, "grammar": grammar}
+        return sampling.sampling_params(max_tokens=limit, min_tokens=least, **others)
 
 
-class TokenizeText(Body):
-    """A text for vLLM's /tokenize; special tokens are added unless told otherwise."""
-
-    prompt: str
+class TokenizeOptions(Body):
     model: str | None = None
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 
 
-class TokenizeConversation(Body):
+class TokenizeText(TokenizeOptions, kw_only=True):
+    """A text for vLLM's /tokenize; special tokens are added unless told otherwise."""
+
+    prompt: str
+
+
+class TokenizeConversation(TokenizeOptions, kw_only=True):
     """A conversation for /tokenize; its template writes the special tokens itself, more are added where told so."""
 
-    unsupported = TOKENIZE_UNSUPPORTED
+    unsupported = {"chat_template": (), "mm_processor_kwargs": ()}
 
     messages: Messages
     tools: Tools | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    model: str | None = None
-    add_special_tokens: bool | None = None
-    return_token_strs: bool | None = None
 
     @classmethod
     def prepare(cls, value: dict[str, Any]) -> None:
@@ -400,8 +578,6 @@ class TokenizeConversation(Body):
 
 
 class DetokenizeRequest(Body):
-    """Token ids for vLLM's /detokenize."""
-
     tokens: list[int]
     model: str | None = None
     skip_special_tokens: bool | None = None

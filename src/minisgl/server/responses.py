@@ -11,9 +11,9 @@ from starlette.responses import Response
 
 from minisgl.core.types import EngineStats
 
+SSE_DONE = b"data: [DONE]\n\n"
 FinishWord = Literal["stop", "length", "tool_calls"]
-TokenEntry = tuple[float | None, int, str | None]
-"""Log-probability, token id, and its text where that was asked for."""
+TokenEntry = tuple[float | None, int, str | None]  # log-probability, token id, and its text where it was asked for
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
@@ -21,18 +21,14 @@ class PromptTokensDetails(msgspec.Struct, frozen=True):
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """Counts of tokens; the token that ended a text is among the completion's."""
-
     prompt_tokens: int
-    completion_tokens: int
+    completion_tokens: int  # with the token that ended the text
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
 
 
 class FunctionCall(msgspec.Struct, frozen=True):
-    """The function that is called, and the text of a JSON object, or in a stream more of it."""
-
-    arguments: str
+    arguments: str  # the text of a JSON object, or in a stream more of it
     name: str | UnsetType = UNSET
 
 
@@ -46,8 +42,6 @@ class ToolCall(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ChatDelta(msgspec.Struct, frozen=True):
-    """A part of a chat answer; the first one has the role."""
-
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
     reasoning_content: str | UnsetType = UNSET
@@ -55,9 +49,7 @@ class ChatDelta(msgspec.Struct, frozen=True):
 
 
 class AssistantMessage(msgspec.Struct, frozen=True):
-    """A whole chat answer; `content` is null when it is nothing but calls."""
-
-    content: str | None
+    content: str | None  # null when there is nothing but calls
     role: Literal["assistant"] = "assistant"
     refusal: None = None
     reasoning_content: str | UnsetType = UNSET
@@ -65,16 +57,12 @@ class AssistantMessage(msgspec.Struct, frozen=True):
 
 
 class TopLogprob(msgspec.Struct, frozen=True):
-    """A token; `bytes` is exact where `token`, as text, cannot be."""
-
     token: str
     logprob: float
-    bytes: list[int]
+    bytes: list[int]  # exact where the text cannot be
 
 
 class ChatTokenLogprob(TopLogprob, frozen=True):
-    """A token of the answer, and the most probable ones at its position."""
-
     top_logprobs: list[TopLogprob]
 
 
@@ -84,12 +72,10 @@ class ChatLogprobs(msgspec.Struct, frozen=True):
 
 
 class TextLogprobs(msgspec.Struct, frozen=True):
-    """The tokens of a completion or of a part of it; `text_offset` in characters from the beginning of its text."""
-
     tokens: list[str]
     token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int]
+    text_offset: list[int]  # characters from the beginning of the choice's text
 
 
 class ChatChoice(msgspec.Struct, frozen=True):
@@ -128,14 +114,12 @@ class Result(msgspec.Struct, Generic[AnyChoice], frozen=True, kw_only=True):
 
 
 class SglangMeta(msgspec.Struct, frozen=True, kw_only=True):
-    """What /generate says beside the text; `e2e_latency` in s."""
-
     id: str
     finish_reason: dict[str, Any] | None
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
-    e2e_latency: float
+    e2e_latency: float  # s
     output_token_logprobs: list[TokenEntry] | UnsetType = UNSET
     output_top_logprobs: list[list[TokenEntry] | None] | UnsetType = UNSET
     input_token_logprobs: list[TokenEntry] | UnsetType = UNSET
@@ -143,7 +127,7 @@ class SglangMeta(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SglangResult(msgspec.Struct, frozen=True, kw_only=True):
-    """/generate's answer, in a stream all of it so far; `index` says which one of several it is."""
+    """/generate's completion, in a stream all of it so far; `index` says which one of several it is."""
 
     text: str
     output_ids: list[int]
@@ -152,12 +136,10 @@ class SglangResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Tokens(msgspec.Struct, frozen=True, kw_only=True):
-    """A text's tokens; `token_strs` are their names in the vocabulary, where they were asked for."""
-
     count: int
     max_model_len: int
     tokens: list[int]
-    token_strs: list[str | None] | None
+    token_strs: list[str | None] | None  # their names in the vocabulary, where they were asked for
 
 
 class Detokenized(msgspec.Struct, frozen=True):
@@ -194,7 +176,7 @@ class Health(msgspec.Struct, frozen=True):
 
 
 class AbortOrder(msgspec.Struct, forbid_unknown_fields=True):
-    """The body of /abort_request: the id of an answer, or `abort_all`."""
+    """The body of /abort_request: the id of a completion, or `abort_all`."""
 
     rid: str | None = None
     abort_all: bool = False
@@ -209,22 +191,18 @@ class Version(msgspec.Struct, frozen=True):
 
 
 class Queued(msgspec.Struct, frozen=True):
-    """Requests without their first token, and the tokens of their prompts."""
-
     requests: int
     tokens: int
 
 
 class ServerInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """`config` is as given, `effective` a line for each value that was chosen; `uptime` is in s."""
-
     version: str
-    config: dict[str, Any]
-    effective: list[str]
+    config: dict[str, Any]  # as given
+    effective: list[str]  # a line for each value that was chosen
     stats: EngineStats
     queued: Queued
     draining: bool
-    uptime: float
+    uptime: float  # s
 
 
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -257,13 +235,9 @@ class ErrorBody(msgspec.Struct, frozen=True):
 
 
 def json_response(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """A response with `value` as JSON."""
     return Response(msgspec.json.encode(value), status, headers, media_type="application/json")
 
 
 def sse(value: object) -> bytes:
-    """A server-sent event with `value` as JSON (WHATWG HTML, section 9.2)."""
+    """A server-sent event (WHATWG HTML, section 9.2)."""
     return b"data: " + msgspec.json.encode(value) + b"\n\n"
-
-
-SSE_DONE = b"data: [DONE]\n\n"

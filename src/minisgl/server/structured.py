@@ -1,49 +1,41 @@
-"""The grammar of an answer: the structured output that a request asks for, and tool calls."""
+"""The grammar of a completion: the structured output that a request asks for, and tool calls."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import msgspec
 
 from minisgl.core.types import Calls, Grammar
 from minisgl.errors import InvalidRequestError
-from minisgl.server.protocol import ChatRequest, OpenAIRequest, SglangSampling
+from minisgl.server.protocol import ChatRequest, ResponseFormat, StructuredOutputs, Tool, require
 from minisgl.server.tools import ToolFormat
-from minisgl.server.validation import ResponseFormat, Tool, require
 
-SUBSCHEMAS = frozenset(
-    {"items", "additionalItems", "contains", "additionalProperties", "unevaluatedItems", "unevaluatedProperties"}
-    | {"propertyNames", "not", "if", "then", "else"}
-)
-SUBSCHEMA_LISTS = frozenset({"prefixItems", "items", "allOf", "anyOf", "oneOf"})
-SUBSCHEMA_MAPS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+# Kinds of grammars by the names of fields, those of StructuredOutputs without `guided_`.
+GRAMMAR_KINDS: Mapping[str, Literal["json_schema", "regex", "choice", "lark"]] = {
+    "json": "json_schema", "json_schema": "json_schema", "regex": "regex", "choice": "choice", "grammar": "lark",
+    "ebnf": "lark",
+}  # fmt: skip
 
 
-def requested_grammar(body: OpenAIRequest | SglangSampling) -> tuple[Grammar | None, str | None]:
-    """The grammar that a request asks for and the field that does, (None, None) for plain text.
+def requested_grammar(constraints: Mapping[str, Any]) -> tuple[Grammar | None, str | None]:
+    """The grammar that a request's constraints ask for and the field that does, (None, None) for plain text.
 
     Raises InvalidRequestError naming the field. `GrammarCompiler.check` says whether the grammar can be enforced.
     """
     found: dict[str, Grammar] = {}
-    guided: dict[str, Any]
-    if isinstance(body, SglangSampling):
-        guided = {"json": body.json_schema, "regex": body.regex, "grammar": body.ebnf}
-    else:
-        guided = {name: getattr(body, f"guided_{name}") for name in ("json", "regex", "choice", "grammar")}
-        if body.response_format is not None and (grammar := format_grammar(body.response_format)) is not None:
-            found["response_format"] = grammar
-        if (outputs := body.structured_outputs) is not None:
-            given = [name for name in outputs.__struct_fields__ if getattr(outputs, name) is not None]
-            require(len(given) == 1, "structured_outputs must hold exactly one constraint", "structured_outputs")
-            param = f"structured_outputs.{given[0]}"
-            require(outputs.json_object is not False, f"{param} must be true", param)
-            found["structured_outputs"] = make_grammar(given[0], getattr(outputs, given[0]), param)
-    for name, value in guided.items():
-        if value is not None:
-            found[f"guided_{name}"] = make_grammar(name, value, f"guided_{name}")
+    for name, value in constraints.items():
+        match value:
+            case ResponseFormat():
+                grammar = format_grammar(value)
+            case StructuredOutputs():
+                grammar = outputs_grammar(value)
+            case _:
+                grammar = make_grammar(name.removeprefix("guided_"), value, name)
+        if grammar is not None:
+            found[name] = grammar
     fields = list(found)
     if len(fields) > 1:
         raise InvalidRequestError(f"{' and '.join(fields)} exclude each other", param=fields[1])
@@ -51,7 +43,6 @@ def requested_grammar(body: OpenAIRequest | SglangSampling) -> tuple[Grammar | N
 
 
 def format_grammar(asked: ResponseFormat) -> Grammar | None:
-    """OpenAI's `response_format`, None for plain text."""
     param, schema = "response_format", asked.json_schema
     require(asked.type is not None, f"{param}.type is required", f"{param}.type")
     plain = asked.type != "json_schema"
@@ -63,20 +54,22 @@ def format_grammar(asked: ResponseFormat) -> Grammar | None:
     return make_grammar("json", schema.schema, param)
 
 
+def outputs_grammar(outputs: StructuredOutputs) -> Grammar:
+    given = [name for name in outputs.__struct_fields__ if getattr(outputs, name) is not None]
+    require(len(given) == 1, "structured_outputs must hold exactly one constraint", "structured_outputs")
+    param = f"structured_outputs.{given[0]}"
+    require(outputs.json_object is not False, f"{param} must be true", param)
+    return make_grammar(given[0], getattr(outputs, given[0]), param)
+
+
 def make_grammar(kind: str, value: Any, param: str) -> Grammar:
-    """The grammar of a constraint, whose kind is one of the fields of `StructuredOutputs`."""
-    if kind == "json" and not isinstance(value, str):
-        try:
-            return Grammar(kind="json_schema", source=json.dumps(value, ensure_ascii=False, allow_nan=False))
-        except ValueError as error:
-            raise InvalidRequestError(f"{param} must not hold NaN or infinite numbers", param=param) from error
-    if kind == "json":
-        return Grammar(kind="json_schema", source=value)
-    if kind == "choice":
-        return Grammar(kind="choice", source=json.dumps(value, ensure_ascii=False))
     if kind == "json_object":
         return Grammar(kind="json_object")
-    return Grammar(kind="lark" if kind == "grammar" else "regex", source=value)
+    try:
+        source = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise InvalidRequestError(f"{param} must not hold NaN or infinite numbers", param=param) from error
+    return Grammar(kind=GRAMMAR_KINDS[kind], source=source)
 
 
 def forced_call_grammar(chat: ChatRequest) -> Grammar:
@@ -89,61 +82,35 @@ def forced_call_grammar(chat: ChatRequest) -> Grammar:
 
 def with_optional_calls(grammar: Grammar, chat: ChatRequest, tool_format: ToolFormat) -> Grammar:
     """The same grammar, or calls as the model writes them."""
+    single, opening = chat.parallel_tool_calls is False, tool_format.opening
     if tool_format.listed:
-        schema = call_list_schema(chat.offered_tools, chat.parallel_tool_calls is False)
-        calls = Calls(schema=schema, several=False, opening=tool_format.opening)
+        calls = Calls(schema=call_list_schema(chat.offered_tools, single), several=False, opening=opening)
+    elif tool_format.at_start:
+        call = call_schema(chat.offered_tools, "parameters")
+        calls = Calls(schema=json.dumps(call), several=not single, separator=";")
     else:
-        at_start = tool_format.at_start
-        call, definitions = call_schema(chat.offered_tools, "parameters" if at_start else "arguments")
-        calls = Calls(
-            schema=json.dumps({**call, "$defs": definitions}),
-            several=chat.parallel_tool_calls is not False,
-            opening="" if at_start else tool_format.opening,
-            closing=tool_format.closing,
-            separator=";" if at_start else "",
-        )
+        call = call_schema(chat.offered_tools, "arguments")
+        calls = Calls(schema=json.dumps(call), several=not single, opening=opening, closing=tool_format.closing)
     return msgspec.structs.replace(grammar, calls=calls)
 
 
 def call_list_schema(tools: Sequence[Tool], single: bool) -> str:
-    """The JSON schema of a list of calls, as text."""
-    call, definitions = call_schema(tools, "arguments")
     most = {"maxItems": 1} if single else {}
-    return json.dumps({"type": "array", "items": call, "minItems": 1, **most, "$defs": definitions})
+    return json.dumps({"type": "array", "items": call_schema(tools, "arguments"), "minItems": 1, **most})
 
 
-def call_schema(tools: Sequence[Tool], arguments: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The JSON schema of a call, and its definitions: each tool's own schema, whose references go there.
+def call_schema(tools: Sequence[Tool], arguments: str) -> dict[str, Any]:
+    """The JSON schema of a call; `arguments` is the model's name for what it calls the tool with.
 
-    `arguments` is the model's name for them. They are an object also where the tool's schema takes that for granted.
+    They are an object also where the tool's schema takes that for granted. Its references begin at its own `$id`; with
+    a `$schema`, older drafts would ignore that beside `$ref`.
     """
-    definitions: dict[str, Any] = {}
     calls: list[dict[str, Any]] = []
     for index, tool in enumerate(tools):
-        place = f"#/$defs/arguments{index}"
-        parameters = tool.function.parameters
-        schema = {"additionalProperties": False} if parameters is None else parameters
-        definitions[f"arguments{index}"] = moved({**schema, "type": "object"}, place)
-        properties = {"name": {"const": tool.function.name}, arguments: {"$ref": place}}
+        schema = {"additionalProperties": False} if tool.function.parameters is None else tool.function.parameters
+        schema = {**schema, "type": "object", "$id": f"urn:tool:{index}"}
+        schema.pop("$schema", None)
+        properties = {"name": {"const": tool.function.name}, arguments: schema}
         required = ["name", arguments]
         calls.append({"type": "object", "properties": properties, "required": required, "additionalProperties": False})
-    return calls[0] if len(calls) == 1 else {"anyOf": calls}, definitions
-
-
-def moved(schema: Any, place: str) -> Any:
-    """A schema whose references within itself begin at `place`; it walks schemas only, so that constants stay."""
-    if not isinstance(schema, dict):
-        return schema
-    result: dict[str, Any] = {}
-    for key, value in schema.items():
-        if key == "$ref" and isinstance(value, str) and value.startswith("#"):
-            result[key] = place + value[1:]
-        elif key in SUBSCHEMA_LISTS and isinstance(value, list):
-            result[key] = [moved(item, place) for item in value]
-        elif key in SUBSCHEMAS:
-            result[key] = moved(value, place)
-        elif key in SUBSCHEMA_MAPS and isinstance(value, dict):
-            result[key] = {name: moved(item, place) for name, item in value.items()}
-        else:
-            result[key] = value
-    return result
+    return calls[0] if len(calls) == 1 else {"anyOf": calls}

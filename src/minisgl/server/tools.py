@@ -1,4 +1,4 @@
-"""Reading an answer's text as it comes: reasoning, content and tool calls."""
+"""Parsing a completion's text as it comes: reasoning, content and tool calls."""
 
 from __future__ import annotations
 
@@ -8,28 +8,29 @@ import secrets
 import string
 import uuid
 from collections.abc import Callable, Collection
+from typing import Literal
 
 import msgspec
 
 from minisgl.core.types import CLOSE_THOUGHT, OPEN_THOUGHT
 from minisgl.server.responses import ChatDelta, FunctionCall, ToolCall
 
+# The usual beginning of a call: with it the arguments can be streamed, and keep the model's own spelling. It is looked
+# for in so many characters; the arguments of a call that begins otherwise are written anew.
 CALL_HEAD = re.compile(
     r'\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?"name"\s*:\s*"([^"\\]*)"\s*,\s*"(arguments|parameters)"\s*:\s*(?=\{)'
 )
-"""The usual beginning of a call: with it the arguments can be streamed, and keep the model's own spelling."""
 HEAD_LIMIT = 1024
-"""Characters in which that beginning is looked for; the arguments of a call that begins otherwise are written anew."""
+Reasoning = Literal["none", "possible", "begun"]
 JSON_STEP = re.compile(r'[^"\\{}\[\]]+|\\.|["{}\[\]]', re.DOTALL)
-OUTSIDE_STRINGS = " \t\r\n:,0123456789+-.eEtrufalsn"
-"""Characters, brackets aside, that JSON has outside its strings."""
+OUTSIDE_STRINGS = " \t\r\n:,0123456789+-.eEtrufalsn"  # what JSON has outside its strings, brackets aside
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ToolFormat:
     """How a model writes calls; each is a JSON object with `name`, and its `arguments` or `parameters`.
 
-    `opening` and `closing` surround a call, or with `listed` a JSON list of calls. With `at_start` the answer itself is
+    `opening` and `closing` surround a call, or with `listed` a JSON list of calls. With `at_start` the completion is
     the call, `opening` may be missing, and text after it is no call. `short_ids`: nine letters or digits each.
     """
 
@@ -45,16 +46,16 @@ class ToolFormat:
         return f"call_{uuid.uuid4().hex[:24]}"
 
     def forced(self) -> ToolFormat:
-        """The format of an answer that a grammar makes a list of calls, whatever the model's own."""
+        """The format of a completion that a grammar makes a list of calls, whatever the model's own."""
         return ToolFormat(listed=True, at_start=True, short_ids=self.short_ids)
 
 
+# Qwen 2.5 and 3, Hermes: `<tool_call>{"name": …, "arguments": {…}}</tool_call>`, any number of times.
 HERMES = ToolFormat(opening="<tool_call>", closing="</tool_call>")
-"""Qwen 2.5 and 3, Hermes: `<tool_call>{"name": …, "arguments": {…}}</tool_call>`, any number of times."""
+# Mistral: `[TOOL_CALLS] [{"name": …, "arguments": {…}}, …]`; its templates refuse ids of another length.
 MISTRAL = ToolFormat(opening="[TOOL_CALLS]", listed=True, short_ids=True)
-"""Mistral: `[TOOL_CALLS] [{"name": …, "arguments": {…}}, …]`; its templates refuse ids of another length."""
+# Llama 3.1 to 3.3: the completion is `{"name": …, "parameters": {…}}`, several of them separated by `;`.
 LLAMA = ToolFormat(opening="<|python_tag|>", at_start=True)
-"""Llama 3.1 to 3.3: the answer is `{"name": …, "parameters": {…}}`, several of them separated by `;`."""
 
 
 def detect_tool_format(template: str, takes_tools: bool) -> ToolFormat | None:
@@ -68,37 +69,32 @@ def detect_tool_format(template: str, takes_tools: bool) -> ToolFormat | None:
     return LLAMA if LLAMA.opening in template or '"parameters"' in template else None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class ParserConfig:
-    """How the answers to a request are parsed. Without `tool_format` no calls are found.
-
-    `names` are the functions that can be called, `max_calls` bounds the calls. With `reasoning` it is split off, and
-    with `reasoning_begun` the prompt has opened it.
-    """
+    """How the completions of a request are parsed; a part that is None is not looked for."""
 
     tool_format: ToolFormat | None = None
-    names: frozenset[str] = frozenset()
+    names: frozenset[str] = frozenset()  # of the functions that can be called
     max_calls: int | None = None
-    reasoning: bool = False
-    reasoning_begun: bool = False
+    reasoning: Reasoning | None = None  # what of it the prompt allows, or has begun
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
         """Special tokens whose text the parser must see."""
-        marks = (OPEN_THOUGHT, CLOSE_THOUGHT) if self.reasoning else ()
+        marks = (OPEN_THOUGHT, CLOSE_THOUGHT) if self.reasoning is not None else ()
         if self.tool_format is None or self.tool_format.at_start:
             return marks
         return (*marks, *filter(None, (self.tool_format.opening, self.tool_format.closing)))
 
 
 class OutputParser:
-    """Parses one answer. However its text is cut into pieces, the deltas put together are the same.
+    """Parses one completion. However its text is cut into pieces, the deltas put together are the same.
 
     With `stream` arguments are given as they come, before it is certain that they are part of a call.
     """
 
     def __init__(self, config: ParserConfig, stream: bool) -> None:
-        self._reasoning = ReasoningParser(config.reasoning_begun) if config.reasoning else None
+        self._reasoning = None if config.reasoning is None else ReasoningParser(config.reasoning == "begun")
         self._tools = None
         if config.tool_format is not None:
             self._tools = ToolCallParser(config.tool_format, config.names, config.max_calls, stream)
@@ -107,25 +103,24 @@ class OutputParser:
     def called(self) -> bool:
         return self._tools is not None and self._tools.num_calls > 0
 
-    def push(self, text: str) -> list[ChatDelta]:
-        """Take in text; what is certain now."""
-        reasoning, content = ("", text) if self._reasoning is None else self._reasoning.push(text)
-        return self._deltas(reasoning, content)
-
-    def finish(self) -> list[ChatDelta]:
-        """What was held back, at the end of the text."""
-        deltas = [] if self._reasoning is None else self._deltas(*self._reasoning.finish())
-        return deltas if self._tools is None else [*deltas, *self._tools.finish()]
-
-    def _deltas(self, reasoning: str, content: str) -> list[ChatDelta]:
+    def push(self, text: str, last: bool) -> list[ChatDelta]:
+        """Take in text, the end of it where `last`; what is certain now."""
+        reasoning, content = "", text
+        if self._reasoning is not None:
+            reasoning, content = self._reasoning.push(text)
+            rest = self._reasoning.finish() if last else ("", "")
+            reasoning, content = reasoning + rest[0], content + rest[1]
         deltas = [ChatDelta(reasoning_content=reasoning)] if reasoning else []
         if self._tools is not None:
-            return [*deltas, *self._tools.push(content)]
-        return [*deltas, ChatDelta(content=content)] if content else deltas
+            deltas += self._tools.push(content)
+            deltas += self._tools.finish() if last else ()
+        elif content:
+            deltas.append(ChatDelta(content=content))
+        return deltas
 
 
 class ReasoningParser:
-    """`<think>…</think>` at the beginning of an answer is reasoning, what follows is content.
+    """`<think>…</think>` at the beginning of a completion is reasoning, what follows is content.
 
     `begun` says that the prompt has opened the block. Blanks around the tags are dropped.
     """
@@ -134,7 +129,7 @@ class ReasoningParser:
         self._begun = begun
         self._buffer = ""
         self._shown = False  # some reasoning was given
-        self._state = "start"
+        self._state: Literal["start", "reasoning", "blanks", "content"] = "start"
 
     def push(self, text: str) -> tuple[str, str]:
         """Take in text; the reasoning and the content that are certain now."""
@@ -175,37 +170,32 @@ class ReasoningParser:
         return "", self._buffer if self._state == "start" else ""
 
 
+@dataclasses.dataclass
 class JsonObjectScanner:
-    """Finds the end of the JSON object at `start` of a growing text, and looks at each character once.
+    """Finds the end of the JSON object at `at` of a growing text, and looks at each character once."""
 
-    `at` is how far it has read. It is `complete` after the last brace and has `failed` at what is no JSON.
-    `value_end` is the end of the first object or list in it.
-    """
-
-    def __init__(self, start: int) -> None:
-        self.at = start
-        self.complete = False
-        self.failed = False
-        self.value_end: int | None = None
-        self._depth = 0
-        self._in_string = False
+    at: int  # how far it has read
+    complete: bool = False  # it has read the last brace
+    failed: bool = False  # at what is no JSON
+    value_end: int | None = None  # of the first object or list in the object
+    depth: int = 0
+    in_string: bool = False
 
     def read(self, text: str) -> None:
-        """Go on in `text`, which has grown since the last time."""
         for match in JSON_STEP.finditer(text, self.at):
             step = match[0]
             self.at = match.end()
-            if self._in_string:
-                self._in_string = step != '"'
+            if self.in_string:
+                self.in_string = step != '"'
             elif step == '"':
-                self._in_string = True
+                self.in_string = True
             elif step in "{[":
-                self._depth += 1
+                self.depth += 1
             elif step in "}]":
-                self._depth -= 1
-                if self._depth == 1 and self.value_end is None:
+                self.depth -= 1
+                if self.depth == 1 and self.value_end is None:
                     self.value_end = self.at
-                if self._depth == 0:
+                if self.depth == 0:
                     self.complete = True
                     return
             elif wrong := step.lstrip(OUTSIDE_STRINGS):
@@ -233,36 +223,34 @@ class ToolCallParser:
         self._optional = tool_format.opening if tool_format.at_start else ""
         self._in_list = False
         self._next_index = 0
-        self._deltas: list[ChatDelta] = []
+        self._deltas: list[ChatDelta] = []  # of the current push
         self._state: Callable[[], bool] = self._before if tool_format.at_start else self._content
         self._begin_object()
 
     def push(self, text: str) -> list[ChatDelta]:
         """Take in text; what is certain now."""
+        self._deltas = []
         self._buffer += text
         while self._state():
             pass
-        return self._take_deltas()
+        return self._deltas
 
     def finish(self) -> list[ChatDelta]:
         """What was held back, at the end of the text; a call that is not complete is none."""
+        self._deltas = []
         if self._state == self._object:
             self._fail()
         if self._state != self._after:
             self._say(len(self._buffer))
-        return self._take_deltas()
+        return self._deltas
 
-    def _take_deltas(self) -> list[ChatDelta]:
-        deltas, self._deltas = self._deltas, []
-        return deltas
-
-    def _drop(self, size: int) -> str:
-        dropped, self._buffer, self._at = self._buffer[:size], self._buffer[size:], 0
-        return dropped
+    def _drop(self, size: int) -> None:
+        self._buffer, self._at = self._buffer[size:], 0
 
     def _say(self, size: int) -> None:
         """The beginning of the buffer is content."""
-        text = self._drop(size)
+        text = self._buffer[:size]
+        self._drop(size)
         if text := text.lstrip() if self._trim else text:
             self._deltas.append(ChatDelta(content=text))
             self._trim = False
@@ -292,11 +280,11 @@ class ToolCallParser:
         if self._format.at_start:
             self._say(len(self._buffer))
             return False
-        opening = self._format.opening
-        start = self._buffer.find(opening)
-        end = start if start >= 0 else len(self._buffer) - partial_end(self._buffer, opening)
-        self._say(len(self._buffer[:end].rstrip()))  # blanks before a call are not content
-        if start < 0:
+        before, opening, _ = self._buffer.partition(self._format.opening)
+        if not opening:
+            before = before[: len(before) - partial_end(before, self._format.opening)]
+        self._say(len(before.rstrip()))  # blanks before a call are not content
+        if not opening:
             return False
         self._at = self._buffer.index(opening) + len(opening)
         self._in_list = False
@@ -322,16 +310,14 @@ class ToolCallParser:
     def _begin_object(self) -> None:
         self._scanner = JsonObjectScanner(self._at)
         self._head: re.Match[str] | None = None
-        self._head_decided = False
         self._announced = False
         self._sent = 0  # up to here the buffer was given as arguments
 
     def _object(self) -> bool:
-        if not self._head_decided:
-            head = CALL_HEAD.match(self._buffer, self._at, self._at + HEAD_LIMIT)
-            self._head_decided = head is not None or len(self._buffer) >= self._at + HEAD_LIMIT
-            self._head = head if head is not None and head[1] in self._names else None
         scanner = self._scanner
+        if self._head is None and scanner.at < self._at + HEAD_LIMIT:
+            head = CALL_HEAD.match(self._buffer, self._at, self._at + HEAD_LIMIT)
+            self._head = head if head is not None and head[1] in self._names else None
         scanner.read(self._buffer)
         if self._stream and self._head is not None:
             end = scanner.value_end or scanner.at
@@ -370,21 +356,22 @@ class ToolCallParser:
         index = self._next_index
         if not self._announced:
             self._announced = True
-            function = FunctionCall(arguments="", name=name)
-            call = ToolCall(index=index, id=self._format.new_id(), type="function", function=function)
-            self._deltas.append(ChatDelta(tool_calls=[call]))
+            head = FunctionCall(arguments="", name=name)
+            self._add(ToolCall(index=index, id=self._format.new_id(), type="function", function=head))
         if arguments:
-            call = ToolCall(index=index, function=FunctionCall(arguments=arguments))
-            self._deltas.append(ChatDelta(tool_calls=[call]))
+            self._add(ToolCall(index=index, function=FunctionCall(arguments=arguments)))
+
+    def _add(self, call: ToolCall) -> None:
+        self._deltas.append(ChatDelta(tool_calls=[call]))
 
     def _fail(self) -> bool:
         """The object is no call. What was given as arguments is not looked at again."""
         if not self._announced:
             return self._give_up()
-        end = self._scanner.at - self._sent
+        rest = self._scanner.at - self._sent
         self._drop(self._sent)
         self._trim = False
-        self._say(end)
+        self._say(rest)
         self._next_index += 1
         return self._go(self._content)
 

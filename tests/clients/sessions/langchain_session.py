@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import sys
 from typing import Any
 
@@ -14,10 +16,10 @@ from helpers.session import QUESTION, Answer, GetWeather, report
 def main(url: str, model: str) -> None:
     """Everything that an application may do with a chat model."""
 
+    place: Any = {"base_url": url, "api_key": "none", "model": model, "temperature": 0, "max_retries": 0}
+
     def chat(limit: int = 8, **settings: Any) -> Any:
-        return ChatOpenAI(
-            base_url=url, api_key="none", model=model, max_tokens=limit, temperature=0, max_retries=0, **settings
-        )
+        return ChatOpenAI(**place, max_tokens=limit, **settings)
 
     message = chat().invoke([SystemMessage("Be brief."), HumanMessage(QUESTION)])
     assert message.content
@@ -27,9 +29,7 @@ def main(url: str, model: str) -> None:
 
     one = chat().invoke(QUESTION).content
     chunks = list(chat(stream_usage=True).stream(QUESTION))
-    whole = chunks[0]
-    for chunk in chunks[1:]:
-        whole += chunk
+    whole = functools.reduce(operator.add, chunks)
     assert whole.content == one
     assert whole.usage_metadata["output_tokens"] <= 8
     report("stream", [len(chunks), whole.content])
@@ -51,11 +51,7 @@ def main(url: str, model: str) -> None:
     assert call["name"] == "GetWeather"
     report("required tool", GetWeather.model_validate(call["args"]).model_dump())
 
-    pieces = None
-    for chunk in bound.stream("How is the weather in Rome?"):
-        pieces = chunk if pieces is None else pieces + chunk
-    assert pieces is not None
-    (streamed,) = pieces.tool_calls
+    (streamed,) = functools.reduce(operator.add, bound.stream("How is the weather in Rome?")).tool_calls
     assert streamed["args"] == call["args"]
     report("streamed tool", streamed["args"])
 
@@ -70,7 +66,7 @@ def main(url: str, model: str) -> None:
         assert isinstance(structured, Answer)
         report(f"structured by {method}", structured.model_dump())
 
-    text = OpenAI(base_url=url, api_key="none", model=model, max_tokens=4, temperature=0, max_retries=0)
+    text = OpenAI(**place, max_tokens=4)
     report("completion", text.invoke("One, two, three,"))
     assert "".join(text.stream("One, two, three,")) == text.invoke("One, two, three,")
     report("completion stream", True)

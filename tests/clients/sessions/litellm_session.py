@@ -55,10 +55,13 @@ def main(url: str, model: str) -> None:
         value = Answer.model_validate_json(formed.choices[0].message.content)
         report(f"{provider}: structured", value.model_dump())
 
+        status = 0
         try:
             litellm.completion(messages=MESSAGES, max_tokens=8, **{**place, "temperature": -1})
         except litellm.BadRequestError as error:
-            report(f"{provider}: error", error.status_code)
+            status = error.status_code
+        assert status == 400
+        report(f"{provider}: error", status)
 
     place = {"model": f"text-completion-openai/{model}", "api_base": url, "api_key": "none"}
     completion = litellm.text_completion(prompt="One, two, three,", max_tokens=4, temperature=0, **place)

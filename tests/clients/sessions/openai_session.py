@@ -28,9 +28,8 @@ def main(url: str, model: str) -> None:
     assert whole.usage.completion_tokens <= 8
     report("chat", text)
 
-    chunks = list(
-        create(messages=MESSAGES, max_tokens=8, stream=True, stream_options={"include_usage": True}, **greedy)
-    )
+    streaming: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
+    chunks = list(create(messages=MESSAGES, max_tokens=8, **streaming, **greedy))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == text
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
     report("stream", len(chunks))
@@ -84,13 +83,12 @@ def main(url: str, model: str) -> None:
     report("completion", scored.choices[0].text)
 
     refused: list[str | None] = []
-    bodies: tuple[dict[str, Any], ...]
-    bodies = ({"temperature": -1}, {"messages": []}, {"model": "another"}, {"max_tokens": 10**6})
-    for body in bodies:
+    for name, value in (("temperature", -1), ("messages", []), ("model", "another"), ("max_tokens", 10**6)):
         try:
-            create(**{**greedy, "messages": MESSAGES, **body})
+            create(**{**greedy, "messages": MESSAGES, name: value})
         except (openai.BadRequestError, openai.NotFoundError) as error:
             refused.append(error.param)
+    assert refused == ["temperature", "messages", "model", "max_tokens"]
     report("errors", refused)
 
 
