@@ -60,7 +60,7 @@ def burstiness(text: str) -> float:
 def length_range(text: str) -> tuple[int, int]:
     low, _, high = text.partition(":")
     if not (low.isdecimal() and (high or low).isdecimal() and 1 <= int(low) <= int(high or low)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a length N or a range A:B, of at least 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a length N or a range A:B from 1 up, the smaller one first")
     return int(low), int(high or low)
 
 
