@@ -44,10 +44,7 @@ SLACK: Final = 2 * 256
 
 @dataclass(frozen=True)
 class Scenario:
-    """Requests that begin with the same `shared` tokens, and in each turn go on with their own after everything said.
-
-    `own` and `answer` are inclusive ranges of tokens in a turn.
-    """
+    """Requests that share a beginning and go on in turns. Tokens of a turn are inclusive ranges, `shared` a number."""
 
     requests: int
     own: tuple[int, int]
@@ -166,7 +163,7 @@ class AblationRunner:
         config = self.config.replace(**variant.changes)
         executor = self._executor_for(config)
         if variant.scenario not in self._warm:  # a first time, in which kernels are compiled for what comes up in it
-            self._play(executor, config, self.scenarios[variant.scenario])
+            self._once(executor, config, variant)
             self._warm.add(variant.scenario)
         runs = [self._once(executor, config, variant) for _ in range(self.repeats)]
         runs.sort(key=lambda run: run.tokens_per_second)
@@ -174,14 +171,18 @@ class AblationRunner:
         return dataclasses.replace(median, each_tokens_per_second=tuple(run.tokens_per_second for run in runs))
 
     def _once(self, executor: LocalExecutor, config: Config, variant: Variant) -> Measurement:
-        recorder = Recorder(executor)
+        """One run in a new engine with an empty cache."""
+        recorder, room = Recorder(executor), executor.num_pages * config.page_size
+        model = msgspec.structs.replace(self.model, max_seq_len=min(self.model.max_seq_len, room))
+        engine = Engine(recorder, model, config)
         started = time.perf_counter()
-        generated, prompted, cached = self._play(recorder, config, self.scenarios[variant.scenario])
-        seconds = time.perf_counter() - started
+        answer = functools.partial(self._answer, engine)
+        generated = play(self.scenarios[variant.scenario], answer, model.vocab_size)
+        seconds, stats = time.perf_counter() - started, engine.stats()
         gaps = 1e3 * np.array(recorder.token_gaps() or [0.0])
         return Measurement(
             variant=variant, tokens_per_second=generated / seconds, seconds=seconds,
-            output_tokens=generated, input_tokens=prompted, cached_tokens=cached,
+            output_tokens=generated, input_tokens=stats.prompt_tokens, cached_tokens=stats.cached_prompt_tokens,
             token_gap_p99_ms=float(np.percentile(gaps, 99)), token_gap_max_ms=float(gaps.max()),
             build_seconds=self._build_seconds, other_gib=self._other_gib,
         )  # fmt: skip
@@ -199,15 +200,6 @@ class AblationRunner:
         self._other_gib = max(0, before - free_memory(self.device) - kv) / 2**30
         self._executor, self._key, self._warm = executor, key, set()
         return executor
-
-    def _play(self, executor: LocalExecutor | Recorder, config: Config, scenario: Scenario) -> tuple[int, int, int]:
-        """Run a scenario in a new engine with an empty cache: tokens generated, of prompts, and cached of those."""
-        model, room = self.model, executor.num_pages * config.page_size
-        model = msgspec.structs.replace(model, max_seq_len=min(model.max_seq_len, room))
-        engine = Engine(executor, model, config)
-        tokens = play(scenario, functools.partial(self._answer, engine), model.vocab_size)
-        stats = engine.stats()
-        return tokens, stats.prompt_tokens, stats.cached_prompt_tokens
 
     def _answer(self, engine: Engine, workload: Workload) -> list[list[int]]:
         answers: dict[str, list[int]] = {}
@@ -241,10 +233,9 @@ def play(scenario: Scenario, answer: Callable[[Workload], list[list[int]]], voca
 
 
 def make_variants(config: Config, groups: Sequence[str], backends: Sequence[str], gpu: bool) -> list[Variant]:
-    """The defaults of the scenarios that these groups need, and everything to compare with them.
+    """The defaults of the scenarios that these groups need, and everything that differs from the resolved `config`.
 
-    `config` is resolved; a value that it has already is not tried again. Variants that can share an executor follow one
-    another, and the default is measured once more at the end: how far the two are apart is the noise.
+    Variants that can share an executor follow one another. The first default comes again at the end: that is the noise.
     """
     cache = "naive" if config.cache == "radix" else "radix"
     tried = [
@@ -293,10 +284,8 @@ def ablation_table(title: str, measured: Sequence[Measurement]) -> Table:
 
 
 def run(config: Config, options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    report, gpu = (
-        Report("ablation", arguments, engine_path(config, options.json, "ablation"), width=150),
-        on_gpu(config),
-    )
+    report = Report("ablation", arguments, engine_path(config, options.json, "ablation"), width=150)
+    gpu = on_gpu(config)
     scenarios = GPU_SCENARIOS if gpu else CPU_SCENARIOS
     runner = AblationRunner(config, scenarios, options.repeats)
     found = available_backends(runner.device)

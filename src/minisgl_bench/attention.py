@@ -1,39 +1,26 @@
-"""Microseconds of attention per layer for each backend, on this machine's GPU.
+"""Microseconds of decode attention per layer on this machine's GPU: backend x batch x mean context x page size.
 
-    minisgl bench attention                   decode: backend x batch x mean context x page size, inside a graph
-    minisgl bench attention --prefill         prefill of some shapes, eager
-
-bf16, lengths uniform in half to one and a half times the mean context. A graph holds as many layers as it takes to read
-more than the GPU's L2 keeps.
+bf16, lengths uniform in half to one and a half times the mean. A graph reads with its layers more than the L2 holds.
 """
 
 import argparse
 import itertools
 from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from minisgl.cli import Parser
-from minisgl.core.attention import Attention, Int32, SequenceBatch
+from minisgl.core.attention import Attention, Int32
 from minisgl.core.kv_cache import KVCache
 from minisgl.errors import ConfigError
 from minisgl.gpu.attention.interface import GraphBackend
 from minisgl.gpu.attention.select import Shape, available_backends, make_attention
-from minisgl_bench.gpu_timing import CUDA, DTYPE, HEAD_DIM, FigureTable, graph_us, median_us, noise
+from minisgl_bench.gpu_timing import CUDA, DTYPE, HEAD_DIM, graph_us, noise, print_figure, print_heading
 
 BEYOND_L2 = 400 * 10**6
 LONGEST = 8192
 Backends = dict[str, tuple[Attention, int]]  # attention and page size by `backend pN`, for those that work here
-# Rows as (new tokens, tokens in all).
-PREFILLS = {
-    "1x8192": [(8192, 8192)],
-    "8x1024": [(1024, 1024)] * 8,
-    "16x512": [(512, 512)] * 16,
-    "1x2048+30k": [(2048, 32768)],
-}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -44,17 +31,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32, 64, 128, 256])
     parser.add_argument("--context", nargs="+", type=int, default=[600, 900, 1600, 4096])
     parser.add_argument("--page", nargs="+", type=int, default=[16, 64])
-    parser.add_argument("--prefill", action="store_true")
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
-    table = FigureTable()
+    print_heading()
     print({name: reason or "ok" for name, reason in available_backends(CUDA).items()})
-    backends = make_backends(options)
-    if options.prefill:
-        time_prefills(table, options, backends)
-    else:
-        time_decodes(table, options, backends)
-    table.write(options.json)
+    time_decodes(options, make_backends(options))
     return 0
 
 
@@ -69,7 +49,7 @@ def make_backends(options: argparse.Namespace) -> Backends:
     return found
 
 
-def time_decodes(table: FigureTable, options: argparse.Namespace, backends: Backends) -> None:
+def time_decodes(options: argparse.Namespace, backends: Backends) -> None:
     for batch, context in itertools.product(options.batch, options.context):
         lens = np.random.default_rng(1).integers(context // 2, context * 3 // 2 + 1, batch).astype(np.int32)
         volume = float(lens.sum()) * 2 * options.kv_heads * HEAD_DIM * 2  # bytes of keys and values a layer
@@ -77,17 +57,16 @@ def time_decodes(table: FigureTable, options: argparse.Namespace, backends: Back
         for name, (attention, page) in backends.items():
             if isinstance(attention.decode, GraphBackend):
                 us = time_decode(attention.decode, options, lens, layers, page)
-                table.add(name, f"{batch} x {context}", batch, us, volume)
+                print_figure(name, f"{batch} x {context}", batch, us, volume)
 
 
 def time_decode(backend: GraphBackend, options: argparse.Namespace, lens: Int32, layers: int, page: int) -> float:
     """Microseconds a layer."""
     max_pages = -(-LONGEST // page)
-    rows, used = batch_of(lens, np.ones_like(lens), page, max_pages)
-    kv = random_kv(layers, used + 1, page, options.kv_heads)
+    pages, used = page_table(lens, page, max_pages)
+    k, v = (noise(layers, used + 1, page, options.kv_heads, HEAD_DIM) for _ in range(2))
     q = noise(len(lens), options.heads, HEAD_DIM)
-    assert rows.kv_lens_device is not None
-    graph = backend.graph_decode(rows.page_table, rows.kv_lens_device, kv, max_pages * page)
+    graph = backend.graph_decode(pages, torch.from_numpy(lens).to(CUDA), KVCache(k, v), max_pages * page)
     graph.prepare(lens)
 
     def step() -> None:
@@ -97,39 +76,12 @@ def time_decode(backend: GraphBackend, options: argparse.Namespace, lens: Int32,
     return graph_us(step, calls=1, replays=15) / layers
 
 
-def time_prefills(table: FigureTable, options: argparse.Namespace, backends: Backends) -> None:
-    for (label, chunks), (name, (attention, page)) in itertools.product(PREFILLS.items(), backends.items()):
-        if name.startswith("trtllm"):
-            continue  # it is FlashInfer's prefill
-        query_lens, lens = (np.array(part, np.int32) for part in zip(*chunks, strict=True))
-        tokens = int(query_lens.sum())
-        rows, used = batch_of(lens, query_lens, page, -(-int(lens.max()) // page))
-        planned = attention.prefill.plan_prefill(rows, random_kv(1, used + 1, page, options.kv_heads))
-        us = median_us(partial(planned.run, noise(tokens, options.heads, HEAD_DIM), 0, 0), 7)
-        pairs = sum(n * (total - n) + n * (n + 1) / 2 for n, total in chunks)
-        moved = float(lens.sum()) * 2 * options.kv_heads * HEAD_DIM * 2
-        table.add(name, label, tokens, us, moved, 4 * pairs * options.heads * HEAD_DIM)
-
-
-def batch_of(lens: Int32, query_lens: Int32, page_size: int, max_pages: int) -> tuple[SequenceBatch, int]:
+def page_table(lens: Int32, page_size: int, max_pages: int) -> tuple[torch.Tensor, int]:
+    """Pages of these sequences in random order, int32 (rows, max_pages), and their number; unused entries name it."""
     counts = -(-lens // page_size)
     used = int(counts.sum())
     order = np.random.default_rng(0).permutation(used).astype(np.int32)
     pages = np.full((len(lens), max_pages), used, np.int32)
     for row, (end, count) in enumerate(zip(np.cumsum(counts), counts, strict=True)):
         pages[row, :count] = order[end - count : end]
-    slots = np.arange(len(lens), dtype=np.int32)
-    return SequenceBatch(
-        page_table=torch.from_numpy(pages).to(CUDA),
-        slots=slots,
-        query_lens=query_lens,
-        kv_lens=lens,
-        slots_device=torch.from_numpy(slots.astype(np.int64)).to(CUDA),
-        cu_query_lens=torch.from_numpy(np.concatenate([[0], np.cumsum(query_lens)]).astype(np.int32)).to(CUDA),
-        kv_lens_device=torch.from_numpy(lens).to(CUDA),
-    ), used
-
-
-def random_kv(layers: int, pages: int, page_size: int, kv_heads: int) -> KVCache:
-    k = torch.empty((layers, pages, page_size, kv_heads, HEAD_DIM), dtype=DTYPE, device=CUDA).normal_()
-    return KVCache(k, torch.empty_like(k).normal_())
+    return torch.from_numpy(pages).to(CUDA), used

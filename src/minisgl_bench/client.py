@@ -1,7 +1,4 @@
-"""Streamed completions over HTTP/1.1, with little work for each event: when its tokens came, and how many there were.
-
-General clients take several times as long for a piece of a stream, and would be measured instead of the server.
-"""
+"""Streamed completions over HTTP/1.1 with little work for each event; a general client would be what is measured."""
 
 from __future__ import annotations
 
@@ -47,10 +44,6 @@ class Target:
     prefix: str
     tls: ssl.SSLContext | None
     key: str | None
-
-    @property
-    def is_local(self) -> bool:
-        return self.address.startswith("127.") or self.address == "::1"
 
     def post(self, path: str, body: bytes) -> bytes:
         host = f"[{self.host}]" if ":" in self.host else self.host
@@ -289,10 +282,7 @@ def error_text(body: bytes) -> str:
 async def stream_completion(
     target: Target, path: str, body: bytes, record: RequestRecord, due: float | None, timeout: float, keep: bool
 ) -> None:
-    """Connect, wait until it is due, send, and fill the record; what goes wrong ends up in it.
-
-    `timeout` is how long connecting may take, and then the answer, in s.
-    """
+    """Connect, wait until due, send; fill the record, also with a failure. `timeout`: s to connect, and to answer."""
     stream = CompletionStream(record, keep)
     request = target.post(path, body)
     try:
@@ -322,8 +312,7 @@ async def sleep_until(due: float | None) -> None:
         await asyncio.sleep(left)
 
 
-# A session with a record for each turn.
-PlannedSession = tuple[Session, list[RequestRecord]]
+PlannedSession = tuple[Session, list[RequestRecord]]  # with a record for each turn
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,6 @@
-"""Microseconds of what the GPUs of a host do together, each way there is, checked against a plain reference.
+"""Microseconds of each all-reduce of rows x hidden in bf16, alone and with the norm: median replays of a graph.
 
-    minisgl bench collectives --tp 4                    all-reduce, all-reduce with the norm, sampling
-    minisgl bench collectives --tp 2 --device cpu       gloo alone
-
-Median replays of a CUDA graph, as rank 0 sees them; an all-reduce is of rows x hidden in bf16. A way is first checked
-on every rank; one that raises says why and is left out.
+Each is checked against a plain sum first, and one that raises on a rank says why. On a CPU gloo is timed.
 """
 
 import argparse
@@ -22,16 +18,15 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from minisgl.cli import Parser
-from minisgl.core.ops import Operations, add_rms_norm
+from minisgl.core.ops import add_rms_norm
 from minisgl.distributed.collectives import attempt, join_group, noise, select_nccl
-from minisgl.distributed.operations import parallel_operations
-from minisgl.distributed.shard import vocab_shard
 from minisgl.gpu.operations import operations_for
-from minisgl_bench.gpu_timing import VOCAB, graph_us, sampling_rows
+from minisgl_bench.gpu_timing import graph_us
 
 REPLAYS, EPS = 50, 1e-6
 LARGEST_STEP = 512  # rows of the largest decode step: only an all-reduce may have more
-Way = Callable[[int], Callable[[], object]]  # checks the way for a number of rows, and makes what is timed
+# Checks a collective for a number of rows, and returns the call that is timed.
+MakeCall = Callable[[int], Callable[[], object]]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -60,7 +55,6 @@ class CollectivesRank:
         if self.cuda:
             torch.cuda.set_device(self.device)
         self.group = join_group(rank, options.tp, rendezvous, self.device)
-        self.shard = vocab_shard(VOCAB, rank, options.tp)
         self.results: dict[str, dict[str, Any]] = {}
 
     def measure(self) -> None:
@@ -70,52 +64,53 @@ class CollectivesRank:
         collectives = self.group.collectives
         self.time("all-reduce: torch.distributed", partial(self.all_reduce, collectives.all_reduce))
         if self.cuda:
-            self.time_gpu_ways()
+            self.time_gpu_collectives()
         if self.options.json and self.rank == 0:
             self.options.json.write_text(json.dumps({**about, **self.results}, indent=1))
         collectives.close()
 
-    def time_gpu_ways(self) -> None:
-        from minisgl.distributed.fused import fused_parallel_operations, make_fused  # needs triton, which only GPUs do
-
-        group, ops = self.group, operations_for(self.device, self.hidden)
-        nccl, note = select_nccl(group, self.device, disable_pynccl=False)
-        if nccl is group:
+    def time_gpu_collectives(self) -> None:
+        nccl, note = select_nccl(self.group, self.device, disable_pynccl=False)
+        if nccl is self.group:
             self.print(note)
         else:
             self.time("all-reduce: nccl4py", partial(self.all_reduce, nccl.collectives.all_reduce))
-        plain = parallel_operations(ops, group, self.shard)
-        self.time("all-reduce and norm: torch.distributed, then norm", partial(self.norm, plain.add_rms_norm))
-        self.time("sampling: gathered, no filter", partial(self.sampling, plain, 1.0))
-        self.time("sampling: gathered, top_p", partial(self.sampling, plain, 0.9))
-        for name, one_shot in (("one shot", LARGEST_STEP * self.hidden * self.dtype.itemsize), ("two shots", 0)):
-            make = partial(make_fused, group, ops, self.hidden, self.shard, self.dtype, self.device, one_shot)
-            fused, why = attempt(group, make)
+        ops, all_reduce = operations_for(self.device, self.hidden), self.group.collectives.all_reduce
+
+        def all_reduce_then_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+            return ops.add_rms_norm(all_reduce(x), residual, weight, eps)
+
+        self.time("all-reduce and norm: torch.distributed, then norm", partial(self.norm, all_reduce_then_norm))
+        for name, one_shot_bytes in (("one shot", LARGEST_STEP * self.hidden * self.dtype.itemsize), ("two shots", 0)):
+            fused, why = attempt(self.group, partial(self.fused_norm, one_shot_bytes))
             if fused is None:
                 self.print(f"fused, {name}: {why}")
-                continue
-            fused.norm.begin(whole=True)
-            self.time(f"all-reduce and norm: fused, {name}", partial(self.norm, fused.norm.add_rms_norm))
-            if not one_shot:
-                sharded = fused_parallel_operations(plain, fused)
-                self.time("sampling: from shards, no filter", partial(self.sampling, sharded, 1.0))
-                self.time("sampling: from shards, top_p", partial(self.sampling, sharded, 0.9))
+            else:
+                self.time(f"all-reduce and norm: fused, {name}", partial(self.norm, fused))
+
+    def fused_norm(self, one_shot_bytes: int) -> Callable[..., Tensor | None]:
+        from minisgl.distributed.fused import FusedNorm, require_peers  # needs triton, which only GPUs do
+
+        require_peers(self.group, self.device)
+        norm = FusedNorm(self.group, self.hidden, self.dtype, self.device, one_shot_bytes)
+        norm.begin(whole=True)
+        return norm.add_rms_norm
 
     def print(self, line: str) -> None:
         if self.rank == 0:
             print(line, flush=True)
 
-    def time(self, name: str, way: Way) -> None:
+    def time(self, name: str, make_call: MakeCall) -> None:
         found: dict[str, Any] = {}
         for rows in self.options.rows:
             if rows <= LARGEST_STEP or name.startswith("all-reduce:"):
-                us, why = attempt(self.group, partial(self.one_figure, way, rows))
+                us, why = attempt(self.group, partial(self.one_figure, make_call, rows))
                 found[str(rows)] = round(us, 1) if us is not None else why
         self.results[name] = found
         self.print(f"{name:50}" + "  ".join(f"{rows}: {value}" for rows, value in found.items()))
 
-    def one_figure(self, way: Way, rows: int) -> float:
-        call = way(rows)
+    def one_figure(self, make_call: MakeCall, rows: int) -> float:
+        call = make_call(rows)
         if self.cuda:
             return graph_us(call, replays=REPLAYS)
         times = []
@@ -126,6 +121,7 @@ class CollectivesRank:
         return 1e6 * statistics.median(times)
 
     def terms(self, rows: int) -> tuple[Tensor, Tensor]:
+        """This rank's term, and the sum of all, in float32."""
         terms = [noise(1000 * rows + i, rows, self.hidden, self.dtype, self.device) for i in range(self.group.size)]
         return terms[self.group.rank], torch.stack([term.float() for term in terms]).sum(0)
 
@@ -140,18 +136,6 @@ class CollectivesRank:
         exact = add_rms_norm(total.to(self.dtype), zero.clone(), weight, EPS)
         require_close(call(x.clone(), zero.clone(), weight, EPS), exact)
         return partial(call, zero, zero.clone(), weight, EPS)
-
-    def sampling(self, ops: Operations, top_p: float, rows: int) -> Callable[[], object]:
-        """Tokens for rows of a large vocabulary at temperature 0.6, the same on every rank and as one device's."""
-        whole = 3 * noise(rows, rows, VOCAB, self.dtype, self.device)
-        mine = torch.zeros(rows, self.shard.width, dtype=self.dtype, device=self.device)
-        mine[:, : self.shard.real] = whole[:, self.shard.first : self.shard.first + self.shard.real]
-        table = sampling_rows(torch.arange(rows), self.device, temperature=0.6, top_p=top_p)
-        slots = torch.arange(rows, dtype=torch.int32, device=self.device)
-        call = partial(ops.sample, mine, table, slots, slots, False, True, True)
-        if wrong := int((call() != ops.sample_gathered(whole, table, slots, slots, False, True, True)).sum()):
-            raise RuntimeError(f"{wrong} of {rows} tokens differ from one device's")
-        return call
 
 
 def require_close(found: Tensor | None, expected: Tensor) -> None:

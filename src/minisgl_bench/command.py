@@ -21,15 +21,10 @@ ENGINE: Final = {
     "through this one, with the same flags as far as both have them.",
     "ablation": "Turns one setting at a time away from the configuration given here, over weights loaded once.",
 }
-# Benchmarks of parts: their modules, and what is put before the arguments.
-PARTS: Final[dict[str, tuple[str, list[str]]]] = {
-    **{name: (name, []) for name in ("attention", "collectives", "grammar", "kernels", "streaming")},
-    "gemm": ("kernels", ["--only", "gemm"]),
-}
+PARTS: Final = ("attention", "collectives", "gemm", "grammar", "kernels", "streaming")
 ABLATIONS: Final = ("overlap", "graphs", "chats", "system-prompt", "attention", "page-size", "chunk-size")
 SLO_NAMES: Final = ("ttft", "tpot", "e2e")
 UNITS: Final = {"ms": 1e-3, "s": 1.0}
-EXTRA: Final = ("httptools", "psutil")
 JSON_HELP: Final = (
     "write figures, hardware, versions and command here (default: benchmark/results/MODEL-GPU-NAME.json on a GPU; "
     "nowhere on a CPU)"
@@ -50,18 +45,12 @@ def number(text: str, words: str = "above 0") -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not a number {words}")
 
 
+natural = partial(count, least=0)
 not_negative = partial(number, words="of at least 0")
 
 
 def several(text: str, convert: Callable[[str], Any]) -> tuple[Any, ...]:
     return tuple(map(convert, text.split(",")))
-
-
-def seeds(text: str) -> tuple[int, ...]:
-    try:
-        return several(text, int)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers") from None
 
 
 def burstiness(text: str) -> float:
@@ -70,10 +59,8 @@ def burstiness(text: str) -> float:
 
 def length_range(text: str) -> tuple[int, int]:
     low, _, high = text.partition(":")
-    if not (low.isdecimal() and (high or low).isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a length N or a range A:B")
-    if not 1 <= int(low) <= int(high or low):
-        raise argparse.ArgumentTypeError(f"{text!r}: lengths are at least 1, the smaller one first")
+    if not (low.isdecimal() and (high or low).isdecimal() and 1 <= int(low) <= int(high or low)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a length N or a range A:B from 1 up, the smaller one first")
     return int(low), int(high or low)
 
 
@@ -125,7 +112,7 @@ FLAGS: Final[dict[str, tuple[tuple[str, Any, Any, str | None, str], ...]]] = {
         ("rate", (), partial(several, convert=number), "X,Y", "requests (with --chats: conversations) per second"),
         ("burstiness", 1.0, burstiness, "X", "of --rate: 1 Poisson (default), less bursts, inf evenly spaced"),
         ("concurrency", (), partial(several, convert=count), "N,M", "so many at once, the next when one ends"),
-        ("seeds", (0,), seeds, "N,M", "of lengths, times and tokens; each is run (default: 0)"),
+        ("seeds", (0,), partial(several, convert=natural), "N,M", "of lengths, times, tokens: each is run (0)"),
     ),
     "what is sent": (
         ("requests", None, count, "N", "requests (default: 1000 of a trace, else 256; 16 for --serve on a CPU)"),
@@ -144,7 +131,7 @@ FLAGS: Final[dict[str, tuple[tuple[str, Any, Any, str | None, str], ...]]] = {
         ("salt", None, int, "N", "of the tokens beside the seed (default: random, so that no server has them cached)"),
         ("temperature", 0.6, not_negative, "X", "of the sampling (default: 0.6)"),
         ("no-ignore-eos", False, None, None, "for servers that do not know ignore_eos"),
-        ("warmup", 32, partial(count, least=0), "N", "requests with short answers before the first run (default: 32)"),
+        ("warmup", 32, natural, "N", "requests with short answers before the first run (default: 32)"),
     ),
     "to whom": (
         ("url", "http://127.0.0.1:1919", str, "URL", "the server (default: http://127.0.0.1:1919)"),
@@ -158,7 +145,6 @@ FLAGS: Final[dict[str, tuple[tuple[str, Any, Any, str | None, str], ...]]] = {
     "what is reported": (
         ("slo", {}, slo, "ttft=X,tpot=Y", "limits for goodput: of ttft, tpot, e2e, in ms or with a unit"),
         ("json", None, Path, "FILE", JSON_HELP + "; pictures go beside it"),
-        ("samples", None, Path, "FILE", "write a line of JSON for each request here"),
     ),
 }
 EXCLUDED: Final = (
@@ -173,10 +159,7 @@ NEEDED: Final = {
 
 
 def online_options(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options of a command line of `minisgl bench online`; what does not fit together is the parser's error.
-
-    `serve` holds the flags of a server of our own; it is None for one that runs already at `url`.
-    """
+    """The options of `minisgl bench online`. `serve` holds the flags of a server of our own, None for one at `url`."""
     parser = Parser(
         prog="minisgl bench online",
         description="Sends requests to a server that speaks OpenAI's protocol and measures what each client would see.",
@@ -225,11 +208,11 @@ def online(arguments: Sequence[str]) -> int:
 
     def start() -> int:
         try:
-            from minisgl_bench.online import run
+            run = importlib.import_module("minisgl_bench.online").run
         except ModuleNotFoundError as error:
-            if error.name not in EXTRA:
+            if error.name not in ("httptools", "psutil"):
                 raise
-            raise ConfigError(f"bench online needs {' and '.join(EXTRA)}: pip install 'minisgl[bench]'") from error
+            raise ConfigError("bench online needs httptools and psutil: pip install 'minisgl[bench]'") from error
         hidden = {options.api_key: "KEY", f"--api-key={options.api_key}": "--api-key=KEY"}
         return run(options, [hidden.get(word, word) for word in arguments])
 
@@ -270,24 +253,19 @@ def debugging() -> bool:
 
 def main(arguments: Sequence[str]) -> int:
     parser = Parser(prog="minisgl bench", description="Measure, and print the command that measures it again.")
-    text = (
-        "offline: a batch of requests through the offline API; online: requests to a server at the times of a trace, "
-    )
-    text += "or others; ablation: each setting against the default; compare: the batch through another engine too; the "
-    text += "others: parts of the engine and the server alone"
+    text = "offline: a batch through the offline API; online: requests to a server at the times of a trace, or others; "
+    text += "ablation: each setting against the default; compare: another engine too; the others: parts alone"
     parser.add_argument("name", choices=("online", *ENGINE, *PARTS), help=text)
     name, rest = parser.parse_args(arguments[:1]).name, arguments[1:]
     if name == "online":
         return online(rest)
     if name in PARTS:
-        module, before = PARTS[name]
-        part = importlib.import_module(f"minisgl_bench.{module}")
-        return guarded(lambda: int(part.main([*before, *rest])), debug=debugging())
+        if name == "gemm":
+            name, rest = "kernels", ["--only", "gemm", *rest]
+        part = importlib.import_module(f"minisgl_bench.{name}")
+        return guarded(lambda: int(part.main(rest)), debug=debugging())
     parser = engine_parser(name)
     options = parser.parse_args(rest)
     config = config_from(parser, options)
-
-    def start() -> int:
-        return int(importlib.import_module(f"minisgl_bench.{name}").run(config, options, rest))
-
-    return guarded(start, debug=config.log_level == "DEBUG")
+    debug, module = config.log_level == "DEBUG", f"minisgl_bench.{name}"
+    return guarded(lambda: int(importlib.import_module(module).run(config, options, rest)), debug=debug)

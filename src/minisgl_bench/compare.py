@@ -1,7 +1,4 @@
-"""The offline workload through another engine and through this one: vLLM in a process of its own, or transformers.
-
-`minisgl bench compare` is the former, `minisgl bench offline --compare transformers` the latter.
-"""
+"""The offline workload through another engine and through this one: vLLM in a process of its own, or transformers."""
 
 import argparse
 import dataclasses
@@ -29,10 +26,8 @@ from minisgl_bench.report import Report, engine_path, on_gpu, table
 from minisgl_bench.workload import Workload, WorkloadSpec, make_workload, redraw, workload_spec
 
 FIGURES: Final = '{"version"'  # how the line with the figures begins, among whatever else vLLM prints
-TAIL: Final = 30
-WARM_TOKENS: Final = 16
-ROUNDS: Final = 3
-BATCH: Final = 8
+TAIL: Final = 30  # lines of vLLM's log in an error
+WARM_TOKENS, ROUNDS, BATCH = 16, 3, 8
 
 
 def warm_up(llm: LLM, workload: Workload, gpu: bool) -> None:
@@ -67,10 +62,7 @@ def measure(llm: LLM, workload: Workload) -> tuple[dict[str, int | float], list[
 
 
 def vllm_settings(config: Config, model: str) -> dict[str, Any]:
-    """Our flags as arguments of `vllm.LLM`; what was not said is left to its defaults.
-
-    `config` is resolved. Page size and attention backend are left to vLLM, whose own choice is its best.
-    """
+    """A resolved configuration as arguments of `vllm.LLM`; page size and attention are left to its own choice."""
     settings: dict[str, Any] = {
         "model": model,
         "skip_tokenizer_init": True,

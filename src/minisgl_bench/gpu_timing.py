@@ -1,16 +1,13 @@
-"""What the benchmarks of single kernels share: noise, shapes, times inside a CUDA graph, and a table of figures."""
+"""What the benchmarks of single kernels share: noise, shapes, times inside a CUDA graph, lines of figures."""
 
 import itertools
-import json
 import statistics
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from minisgl.core.sampler import SamplingRows
 from minisgl.errors import ConfigError
 
 CUDA: Final = torch.device("cuda")
@@ -21,20 +18,6 @@ VOCAB: Final = 151_936
 
 def noise(*shape: int, scale: float = 1.0) -> Tensor:
     return torch.randn(*shape, device=CUDA, dtype=DTYPE).mul_(scale)
-
-
-def sampling_rows(seeds: Tensor, device: torch.device, **values: float) -> SamplingRows:
-    """A device table with a row for each seed, int64 (n,); `values` are those of every row."""
-    rows = len(seeds)
-    return SamplingRows(
-        temperature=torch.full((rows,), values["temperature"], device=device),
-        top_p=torch.full((rows,), values.get("top_p", 1.0), device=device),
-        min_p=torch.full((rows,), values.get("min_p", 0.0), device=device),
-        top_k=torch.full((rows,), int(values.get("top_k", 0)), dtype=torch.int32, device=device),
-        seed=seeds.to(device),
-        min_len=torch.zeros(rows, dtype=torch.int32, device=device),
-        stop_ids=torch.full((rows, 32), -1, dtype=torch.int32, device=device),
-    )
 
 
 def times(run: Callable[[], object], count: int) -> list[float]:
@@ -50,10 +33,6 @@ def times(run: Callable[[], object], count: int) -> list[float]:
     return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
 
 
-def median_us(run: Callable[[], object], count: int = 30) -> float:
-    return 1e6 * statistics.median(times(run, count))
-
-
 def graph_us(run: Callable[[], object], calls: int = 20, replays: int = 30) -> float:
     run()
     torch.cuda.synchronize()
@@ -61,25 +40,18 @@ def graph_us(run: Callable[[], object], calls: int = 20, replays: int = 30) -> f
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for _ in range(calls):
             run()
-    return median_us(graph.replay, replays) / calls
+    return 1e6 * statistics.median(times(graph.replay, replays)) / calls
 
 
-class FigureTable:
-    """Microseconds on this machine's GPU, and the bytes and flops they are worth: printed as they come."""
+def print_heading() -> None:
+    """Print what stands above the lines of `print_figure`. Raises ConfigError without a GPU."""
+    if not torch.cuda.is_available():
+        raise ConfigError("this benchmark needs a GPU")
+    torch.manual_seed(0)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {DTYPE}")
+    print(f"{'kernel':<22} {'shape':<21} {'tokens':>7} {'µs':>9} {'GB/s':>6} {'TF/s':>5}")
 
-    def __init__(self) -> None:
-        if not torch.cuda.is_available():
-            raise ConfigError("this benchmark needs a GPU")
-        torch.manual_seed(0)
-        self.rows: list[dict[str, Any]] = []
-        print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {DTYPE}")
-        print(f"{'kernel':<22} {'shape':<21} {'tokens':>7} {'µs':>9} {'GB/s':>6} {'TF/s':>5}")
 
-    def add(self, kernel: str, shape: str, tokens: int, us: float, moved: float, flops: float = 0) -> None:
-        rates = f"{moved / us / 1e3:>6.0f} {flops / us / 1e6:>5.0f}"
-        print(f"{kernel:<22} {shape:<21} {tokens:>7} {us:>9.1f} {rates}", flush=True)
-        self.rows.append({"kernel": kernel, "shape": shape, "tokens": tokens, "us": us})
-
-    def write(self, path: Path | None) -> None:
-        if path is not None:
-            path.write_text(json.dumps(self.rows, indent=1) + "\n")
+def print_figure(kernel: str, shape: str, tokens: int, us: float, moved: float, flops: float = 0) -> None:
+    rates = f"{moved / us / 1e3:>6.0f} {flops / us / 1e6:>5.0f}"
+    print(f"{kernel:<22} {shape:<21} {tokens:>7} {us:>9.1f} {rates}", flush=True)

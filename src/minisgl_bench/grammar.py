@@ -1,7 +1,5 @@
 """Time structured output on this machine: compiling, then for 64 answers at once following a token and filling a mask.
 
-    minisgl bench grammar --tokenizer FOLDER --vocab-size 151936
-
 All follow the same text from different tokens on. The first pass pays for what later ones find computed.
 """
 

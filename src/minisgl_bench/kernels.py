@@ -1,26 +1,22 @@
-"""Microseconds of the fused kernels on this machine's GPU, bf16; the tests compare them with their references.
+"""Microseconds of the fused kernels on this machine's GPU in bf16, at shapes of Qwen3: median replays of a CUDA graph.
 
-    minisgl bench kernels                         all kernels, at shapes of Qwen3-0.6B, 14B and 30B-A3B
-    minisgl bench kernels --only sampling moe     some of them
-    minisgl bench gemm --model 14B 32B/4          the GEMMs of a layer, of one of four ranks for 32B/4
-
-Median replays of a CUDA graph. Bytes are those that must move: inputs and outputs once, the weights of the experts that
-are hit. The GEMMs of a layer are timed with its norms, over so many layers that weights come from the GPU's memory.
+Bytes are those that must move: inputs and outputs once, the weights of the experts that are hit. The GEMMs of a layer
+are timed with its norms, over so many layers that weights come from the GPU's memory.
 """
 
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from minisgl.cli import Parser
+from minisgl.core.sampler import SamplingRows
 from minisgl.gpu.kernels import elementwise, moe, sampling
 from minisgl.gpu.operations import fused_operations
-from minisgl_bench.gpu_timing import CUDA, DTYPE, HEAD_DIM, VOCAB, FigureTable, graph_us, noise, sampling_rows
+from minisgl_bench.gpu_timing import CUDA, DTYPE, HEAD_DIM, VOCAB, graph_us, noise, print_figure, print_heading
 
 # Of Qwen3: hidden size, heads, KV heads, MLP width.
 MODELS = {
@@ -39,7 +35,7 @@ EPS = 1e-6
 Gemm = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-def elementwise_kernels(table: FigureTable, models: Sequence[str], rows: Sequence[int]) -> None:
+def elementwise_kernels(models: Sequence[str], rows: Sequence[int]) -> None:
     """Norms read the stream and a branch and write two, `silu_mul` writes half of its input, `rope_store_kv` all."""
     for model, tokens in itertools.product(models or ("0.6B", "14B"), rows or ROWS):
         dim, num_heads, kv_heads, width = model_shape(model)
@@ -53,22 +49,30 @@ def elementwise_kernels(table: FigureTable, models: Sequence[str], rows: Sequenc
         weights = noise(HEAD_DIM), noise(HEAD_DIM)
         rope = partial(elementwise.rope_store_kv, qkv, *weights, EPS, cos_sin, positions, slots, *caches)
         norm = partial(elementwise.add_rms_norm, x, noise(tokens, dim), noise(dim), EPS)
-        table.add("add_rms_norm", model, tokens, graph_us(norm), 4 * x.nbytes)
-        table.add("silu_mul", model, tokens, graph_us(partial(elementwise.silu_mul, gate_up)), 1.5 * gate_up.nbytes)
-        table.add("rope_store_kv", model, tokens, graph_us(rope), 2 * qkv.nbytes)
+        print_figure("add_rms_norm", model, tokens, graph_us(norm), 4 * x.nbytes)
+        print_figure("silu_mul", model, tokens, graph_us(partial(elementwise.silu_mul, gate_up)), 1.5 * gate_up.nbytes)
+        print_figure("rope_store_kv", model, tokens, graph_us(rope), 2 * qkv.nbytes)
 
 
-def samplers(table: FigureTable, models: Sequence[str], rows: Sequence[int]) -> None:
+def samplers(models: Sequence[str], rows: Sequence[int]) -> None:
     for (name, values), tokens in itertools.product(FILTERS.items(), rows or ROWS[:-1]):
         logits = noise(tokens, VOCAB, scale=2.0)
-        requests = sampling_rows(torch.randint(2**62, (tokens,)), CUDA, **values)
+        requests = SamplingRows(
+            temperature=torch.full((tokens,), values["temperature"], device=CUDA),
+            top_p=torch.full((tokens,), values.get("top_p", 1.0), device=CUDA),
+            min_p=torch.full((tokens,), values.get("min_p", 0.0), device=CUDA),
+            top_k=torch.full((tokens,), int(values.get("top_k", 0)), dtype=torch.int32, device=CUDA),
+            seed=torch.randint(2**62, (tokens,), device=CUDA),
+            min_len=torch.zeros(tokens, dtype=torch.int32, device=CUDA),
+            stop_ids=torch.full((tokens, 32), -1, dtype=torch.int32, device=CUDA),
+        )
         slots = torch.arange(tokens, device=CUDA)
         positions = torch.randint(2000, (tokens,), dtype=torch.int32, device=CUDA)
         us = graph_us(partial(sampling.sample, logits, requests, slots, positions))
-        table.add("sample", name, tokens, us, logits.nbytes)
+        print_figure("sample", name, tokens, us, logits.nbytes)
 
 
-def experts(table: FigureTable, models: Sequence[str], rows: Sequence[int]) -> None:
+def experts(models: Sequence[str], rows: Sequence[int]) -> None:
     """Qwen3-30B-A3B: 128 experts of width 768, 8 of them a token."""
     dim, width, number, top_k = 2048, 768, 128, 8
     router = noise(number, dim, scale=dim**-0.5)
@@ -79,13 +83,13 @@ def experts(table: FigureTable, models: Sequence[str], rows: Sequence[int]) -> N
         hit = len(set(F.linear(x, router).topk(top_k).indices.flatten().tolist()))
         moved = hit * (gate_up[0].nbytes + down[0].nbytes) + 2 * x.nbytes
         us = graph_us(partial(moe.moe, x, router, gate_up, down, top_k, True))
-        table.add("moe", "30B-A3B", tokens, us, moved, 2 * tokens * top_k * 3 * width * dim)
+        print_figure("moe", "30B-A3B", tokens, us, moved, 2 * tokens * top_k * 3 * width * dim)
 
 
-def gemms(table: FigureTable, models: Sequence[str], rows: Sequence[int]) -> None:
+def gemms(models: Sequence[str], rows: Sequence[int]) -> None:
     ops = fused_operations(torch.device("cuda", torch.cuda.current_device()))
     ways: dict[str, tuple[Gemm, Gemm, Gemm]] = {
-        "cuBLAS": (F.linear, F.linear, cublas_gated_linear),
+        "cuBLAS": (F.linear, F.linear, lambda x, weight, bias: elementwise.silu_mul(F.linear(x, weight, bias))),
         "ours": (ops.linear, ops.row_parallel_linear, ops.gated_linear),
     }
     for model in models or ("14B", "32B/4"):
@@ -96,11 +100,7 @@ def gemms(table: FigureTable, models: Sequence[str], rows: Sequence[int]) -> Non
         layers = [[noise(*shape, scale=shape[1] ** -0.5) for shape in sizes] for _ in range(GEMM_BYTES // size)]
         for tokens, (way, calls) in itertools.product(rows or (1, 2, 8, 16, 32, 64, 96), ways.items()):
             us = layer_us(layers, tokens, *calls)
-            table.add(f"layer of GEMMs, {way}", model, tokens, us, size, size * tokens)
-
-
-def cublas_gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return elementwise.silu_mul(F.linear(x, weight, bias))
+            print_figure(f"layer of GEMMs, {way}", model, tokens, us, size, size * tokens)
 
 
 def model_shape(model: str) -> tuple[int, int, int, int]:
@@ -135,10 +135,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--only", nargs="+", choices=list(KERNELS), default=list(KERNELS))
     parser.add_argument("--model", nargs="+", default=(), help="of 0.6B, 8B, 14B, 32B; or of n ranks: 32B/4")
     parser.add_argument("--rows", type=int, nargs="+", default=(), help="tokens of a step")
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
-    table = FigureTable()
+    print_heading()
     for kernel in options.only:
-        KERNELS[kernel](table, options.model, options.rows)
-    table.write(options.json)
+        KERNELS[kernel](options.model, options.rows)
     return 0

@@ -50,11 +50,7 @@ def spread(values: np.ndarray) -> dict[str, float]:
 
 
 def figures(records: Sequence[RequestRecord], slo: Mapping[str, float]) -> dict[str, Any]:
-    """All that is reported of a run but CPU use. Goodput is that of Zhong et al., "DistServe", OSDI 2024.
-
-    Hit rates are shares of prompt tokens: those that a prefix cache without limits would hold, and those that the
-    server says were cached.
-    """
+    """All that is reported of a run but CPU use. Goodput is that of Zhong et al., "DistServe", OSDI 2024."""
     good = [record for record in records if record.failure is None]
     failed = [record for record in records if record.failure is not None]
     start = min((record.sent for record in records if record.sent), default=0.0)
@@ -146,8 +142,11 @@ class ProcessCpu:
     threads: dict[int, float]
 
 
-def process_tree(root: int | None) -> dict[int, ProcessCpu]:
-    found: dict[int, ProcessCpu] = {}
+ProcessTree = dict[int, ProcessCpu]  # by process id
+
+
+def process_tree(root: int | None) -> ProcessTree:
+    found: ProcessTree = {}
     with contextlib.suppress(psutil.Error):
         members = [] if root is None else [psutil.Process(root), *psutil.Process(root).children(recursive=True)]
         for member in members:
@@ -159,9 +158,7 @@ def process_tree(root: int | None) -> dict[int, ProcessCpu]:
     return found
 
 
-def cores_used(
-    before: Mapping[int, ProcessCpu], after: Mapping[int, ProcessCpu], seconds: float
-) -> list[dict[str, Any]]:
+def cores_used(before: ProcessTree, after: ProcessTree, seconds: float) -> list[dict[str, Any]]:
     rows = []
     for pid, now in after.items():
         then = before.get(pid, ProcessCpu(now.name, 0.0, {}))
@@ -172,7 +169,8 @@ def cores_used(
 
 
 def listener_pid(target: Target) -> int | None:
-    found = psutil.net_connections("tcp") if target.is_local else []
+    local = target.address.startswith("127.") or target.address == "::1"
+    found = psutil.net_connections("tcp") if local else []
     return min((c.pid for c in found if c.pid and c.status == "LISTEN" and c.laddr.port == target.port), default=None)
 
 

@@ -5,7 +5,6 @@ import asyncio
 import contextlib
 import gc
 import itertools
-import json
 import os
 import secrets
 import signal
@@ -15,7 +14,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import IO, Any, Final, NamedTuple
 
 import torch
@@ -25,23 +23,19 @@ from minisgl.formats.hub import progress_bar
 from minisgl_bench import metrics, traffic
 from minisgl_bench.client import PATHS, LoadClient, RequestRecord, Target, parse_target
 from minisgl_bench.command import load_kind
-from minisgl_bench.report import RESULTS, Report, default_path, draw_latencies, require_writable, slug
+from minisgl_bench.report import RESULTS, Report, default_path, draw_latencies, slug
 from minisgl_bench.traffic import IdPrompts, Segment, Session, TextPrompts, Turn
 from minisgl_bench.workload import CPU_SPEC, WorkloadSpec
 
 TRACE_REQUESTS: Final = 1000
-WARM_SEED: Final = -1
-WARM_TOKENS: Final = 16
-PROBE_TOKENS: Final = 8
-POLL_SECONDS: Final = 0.1
-STOP_SECONDS: Final = 15.0
-TAIL: Final = 2000
+WARM_SEED, WARM_TOKENS, PROBE_TOKENS = -1, 16, 8
+POLL_SECONDS, STOP_SECONDS = 0.1, 15.0
+TAIL: Final = 2000  # bytes of a server's log in an error
 
 
 def run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     on_gpu = torch.cuda.is_available()
     report = Report("online", arguments, options.json or (RESULTS / "online.json" if on_gpu else None), width=130)
-    require_writable(options.samples, "--samples")
     if options.trace is not None:
         traffic.read_trace(options.trace, options.requests or TRACE_REQUESTS)  # errors are told before a server starts
     options.small = options.serve is not None and not on_gpu
@@ -87,8 +81,6 @@ async def measure(client: LoadClient, limit: int | None, report: Report) -> list
         report.print(metrics.latency_table(f"{client.model}, {label}", found))
         for line in metrics.lines(found):
             report.print(line)
-        if options.samples is not None:
-            write_samples(options.samples, label, records, append=number > 0)
     return samples
 
 
@@ -116,20 +108,6 @@ async def measure_one(
     if after:
         found["server_cpu"] = metrics.cores_used(before, after, usage.seconds)
     return records
-
-
-def write_samples(path: Path, label: str, records: Sequence[RequestRecord], append: bool) -> None:
-    start = min((record.sent for record in records if record.sent), default=0.0)
-    with path.open("a" if append else "w") as file:
-        for record in records:
-            row: dict[str, Any] = {"run": label, "index": record.index, "failure": record.failure}
-            if record.failure is not None:
-                row["detail"] = record.detail
-            else:
-                row |= {"due": record.due - start, "sent": record.sent - start, **metrics.times_of(record)}
-                row |= {"prompt_tokens": record.prompt_tokens, "completion_tokens": record.completion_tokens}
-                row |= {"cached_tokens": record.cached_tokens, "expected_cached_tokens": record.expected_cached}
-            file.write(json.dumps(row) + "\n")
 
 
 def make_sessions(options: argparse.Namespace, kind: str, value: float, seed: int) -> list[Session]:

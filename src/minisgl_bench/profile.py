@@ -21,7 +21,6 @@ from minisgl.core.plan import Executor, Masks, StepPlan, StepResult
 # Into how many sections the steps are cut that only decode, and those that do not.
 SECTIONS: Final = {True: 12, False: 6}
 TRACED: Final = 8  # steps of each section that are traced, one after the other
-TOP: Final = 16
 PARTS: Final = ("prefill", "decode attention", "GEMMs", "other kernels", "gaps", "host")
 CATEGORIES: Final = ("kernel", "gpu_memcpy", "gpu_memset")
 ATTENTION: Final = ("flash", "fmha", "mha", "attention", "attn", "batchdecode", "batchprefill", "xqa", "mergestate",
@@ -43,10 +42,7 @@ class Step(NamedTuple):
 
 
 class Recorder:
-    """An executor that passes everything on to another one, and notes the steps.
-
-    It keeps what `collect` waited and when it returned, in s on the clock of `time.perf_counter`.
-    """
+    """Passes all on to another executor; notes the steps, and how long `collect` waited and when it returned, in s."""
 
     def __init__(self, executor: Executor) -> None:
         self.executor = executor
@@ -81,16 +77,14 @@ class Recorder:
         return [gap for gap, step in zip(gaps, self.steps[1:], strict=True) if step.decode_rows]
 
     def figures(self) -> dict[str, int | float]:
-        """Steps, and of the decode steps with the most rows the median time and the host's mean wait for the device.
-
-        A host that waits has the next step launched already: that wait is how much slower it could be at no cost.
-        """
+        """Of the decode steps with the most rows also the median time, and how long the host waited for the device."""
         figures: dict[str, int | float] = {"steps": len(self.steps)}
         figures["steps_with_prefill"] = sum(not step.decodes_only for step in self.steps)
         if full := [index for index in full_decodes(self.steps) if index > 0]:
             times = [self.collected[i] - self.collected[i - 1] for i in full]
             figures["largest_decode_batch"] = self.steps[full[0]].decode_rows
             figures["decode_step_at_largest_batch_ms"] = 1e3 * median(times)
+            # a host that waits has launched the next step already: it could be slower by that at no cost
             figures["host_waits_per_step_at_largest_batch_ms"] = 1e3 * mean(self.waits[i] for i in full)
         return figures
 
@@ -134,14 +128,13 @@ def activities(trace: Mapping[str, Any]) -> list[Activity]:
 class DeviceTime:
     """Where the time of some steps that followed one another went, in seconds.
 
-    `kernels` are by kind ("attention", "gemm", "other") and `by_name`; `gaps` is the device's idle time inside of
+    `kernels` are by kind ("attention", "gemm", "other"); `gaps` is the device's idle time inside of
     steps, `between` that from the last kernel of a step to the first of the next one, for each two steps. Time that
     two activities share counts once, for the earlier one.
     """
 
     def __init__(self, timeline: Sequence[Activity]) -> None:
         self.kernels: defaultdict[str, float] = defaultdict(float)
-        self.by_name: defaultdict[str, float] = defaultdict(float)
         self.gaps = 0.0
         self.between: list[float] = []
         clock = idle = 0.0
@@ -157,7 +150,6 @@ class DeviceTime:
             ended |= activity.ends_step
             busy = max(0.0, activity.end - max(activity.start, clock))
             self.kernels[activity.kind] += busy
-            self.by_name[activity.name] += busy
             clock = max(activity.end, clock)
 
 
@@ -224,11 +216,10 @@ def split_time(traces: Sequence[StepTrace]) -> dict[str, Any]:
     """A whole run's seconds on the device by part of PARTS, as the traced steps stand for it.
 
     Before a trace's first step the device idles as long as between the others. `between_ms` is its mean idle time
-    before a decode step of the most rows: what the host adds to such a step. `kernels` are the longest, with seconds.
+    before a decode step of the most rows: what the host adds to such a step.
     """
     most = max((step.decode_rows for trace in traces for step in trace.steps if step.decodes_only), default=0)
     seconds = dict.fromkeys(PARTS, 0.0)
-    kernels: defaultdict[str, float] = defaultdict(float)
     full: list[float] = []
     for steps, weight, timeline in traces:
         spent = DeviceTime(timeline)
@@ -241,15 +232,12 @@ def split_time(traces: Sequence[StepTrace]) -> dict[str, Any]:
         seconds["gaps"] += weight * spent.gaps
         if spent.between:
             seconds["host"] += weight * mean(spent.between) * sum(step.sampled > 0 for step in steps)
-        for name, value in spent.by_name.items():
-            kernels[name[:120]] += weight * value
         if all(step.decodes_only and step.decode_rows == most for step in steps):
             full += spent.between
     return {
         "seconds": seconds,
         "between_ms": 1e3 * mean(full) if full else None,
         "traced_steps": sum(len(trace.steps) for trace in traces),
-        "kernels": dict(sorted(kernels.items(), key=lambda item: -item[1])[:TOP]),
     }
 
 

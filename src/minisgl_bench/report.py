@@ -1,5 +1,6 @@
 """What every benchmark says beside its figures: hardware, versions, command, tables, files and pictures."""
 
+import contextlib
 import json
 import os
 import platform
@@ -45,10 +46,8 @@ def hardware() -> dict[str, Any]:
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 
@@ -101,7 +100,7 @@ class Report:
             self.print(f"written to {self.path}{note}")
 
 
-def require_writable(path: Path | None, flag: str = "--json") -> None:
+def require_writable(path: Path | None) -> None:
     """Make the report's folder where it is RESULTS; raise ConfigError where the file cannot be written."""
     if path is None:
         return
@@ -109,9 +108,9 @@ def require_writable(path: Path | None, flag: str = "--json") -> None:
         if path.parent == RESULTS:
             path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"{path.parent}: {error.strerror}; give {flag} FILE") from error
+        raise ConfigError(f"{path.parent}: {error.strerror}; give --json FILE") from error
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"{flag} {path}: not a file that can be written")
+        raise ConfigError(f"--json {path}: not a file that can be written")
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> Table:

@@ -1,7 +1,5 @@
 """Streamed tokens/s through one or more API processes, with an engine that costs nothing: the limit of HTTP alone.
 
-    minisgl bench streaming [--api-workers 1] [--clients 64] [--step 0.003] [--tokens 200] [--seconds 10]
-
 The server is as `minisgl` starts it; in place of its engine a process gives every running request a token each step.
 The clients count events on plain sockets, in one process for each API process.
 """
@@ -26,6 +24,7 @@ from minisgl.formats.hub import locate_model
 from minisgl.server import ipc
 from minisgl.server.launch import serve
 
+PROGRAM = (sys.executable, "-m", "minisgl_bench", "streaming")
 BACKLOG = 4  # steps that the engine may be ahead of the server
 WARM_UP_SECONDS = 2.0
 PROMPT = "Once upon a time there was a server that told stories to many clients at once. " * 4
@@ -39,10 +38,18 @@ class EchoEngine:
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.inbox = self.context.socket(zmq.PULL)
         self.outboxes: dict[int, zmq.Socket[bytes]] = {}
-        self.live: dict[int, dict[str, tuple[memoryview[int], int, int]]] = {}
+        self.live: dict[str, tuple[int, list[int]]] = {}  # link and tokens to come, the next one last
         model = ModelInfo(name="stub", vocab_size=49152, max_seq_len=1 << 20, eos_token_ids=(0,))
         self.ready = ipc.Ready(model, folder, [])
-        self.handle(ipc.Attach(ipc.LAUNCHER))
+        self.attach(ipc.LAUNCHER)
+
+    def attach(self, link: int) -> None:
+        to_engine, from_engine = ipc.addresses(self.sockets, link)
+        self.outboxes[link] = self.context.socket(zmq.PUSH)
+        self.outboxes[link].setsockopt(zmq.SNDHWM, BACKLOG)
+        self.outboxes[link].connect(from_engine)
+        self.inbox.connect(to_engine)
+        self.send(link, self.ready)
 
     def send(self, link: int, message: ipc.FromEngine) -> None:
         """Wait for a process that is `BACKLOG` steps behind."""
@@ -51,46 +58,36 @@ class EchoEngine:
     def handle(self, message: ipc.ToEngine) -> None:
         match message:
             case ipc.Add(request, link):
-                self.live[link][request.id] = (request.prompt, 0, request.params.max_tokens or 16)
+                echo = request.prompt[len(request.prompt) // 2 :].tolist()  # the first ones are special, without text
+                limit = request.params.max_tokens or 16
+                self.live[request.id] = link, (echo * (limit // len(echo) + 1))[:limit]
             case ipc.Abort(ids):
-                for live in self.live.values():
-                    for name in ids:
-                        live.pop(name, None)
+                for name in ids:
+                    self.live.pop(name, None)
             case ipc.Query(nonce, link):
-                self.send(link, ipc.Reply(nonce, EngineStats(running=sum(map(len, self.live.values())))))
+                self.send(link, ipc.Reply(nonce, EngineStats(running=len(self.live))))
             case ipc.Attach(link):
-                to_engine, from_engine = ipc.addresses(self.sockets, link)
-                outbox = self.outboxes[link] = self.context.socket(zmq.PUSH)
-                outbox.setsockopt(zmq.SNDHWM, BACKLOG)
-                outbox.connect(from_engine)
-                self.inbox.connect(to_engine)
-                self.live[link] = {}
-                self.send(link, self.ready)
-            case ipc.Detach(link):
-                self.outboxes.pop(link).close(linger=0)
-                del self.live[link]
+                self.attach(link)
 
     def step(self) -> None:
-        for link, live in self.live.items():
-            events = []
-            for name, (prompt, done, limit) in list(live.items()):
-                finish = FinishReason.LENGTH if done + 1 >= limit else None
-                token = prompt[(done + len(prompt) // 2) % len(prompt)]  # its first ones are special and have no text
-                events.append(TokenEvent(id=name, tokens=(token,), finish=finish))
-                if finish is None:
-                    live[name] = (prompt, done + 1, limit)
-                else:
-                    del live[name]
-            if events:
-                self.send(link, ipc.Events(events))
+        events: dict[int, list[TokenEvent]] = {link: [] for link in self.outboxes}
+        for name, (link, tokens) in list(self.live.items()):
+            token = tokens.pop()
+            finish = None if tokens else FinishReason.LENGTH
+            events[link].append(TokenEvent(id=name, tokens=(token,), finish=finish))
+            if finish is not None:
+                del self.live[name]
+        for link, share in events.items():
+            if share:
+                self.send(link, ipc.Events(share))
 
     def run(self, step: float) -> None:
         decoder = msgspec.msgpack.Decoder(ipc.ToEngine)
         due = time.perf_counter()
         while True:
-            while self.inbox.poll(0 if any(self.live.values()) else 1000):
+            while self.inbox.poll(0 if self.live else 1000):
                 self.handle(decoder.decode(self.inbox.recv()))
-            if not any(self.live.values()):
+            if not self.live:
                 due = time.perf_counter()
                 continue
             due = max(due + step, time.perf_counter() - step)
@@ -102,17 +99,10 @@ class CountingClient(asyncio.Protocol):
     """Sends one chat after the other on one connection and counts the events of the completions."""
 
     def __init__(self, tokens: int) -> None:
-        body = json.dumps(
-            {
-                "messages": [{"role": "user", "content": PROMPT}],
-                "max_tokens": tokens,
-                "stream": True,
-                "ignore_eos": True,
-            }
-        )
-        self.request = (
-            f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
-        )
+        message = {"role": "user", "content": PROMPT}
+        body = json.dumps({"messages": [message], "max_tokens": tokens, "stream": True, "ignore_eos": True})
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        self.request = (head + body).encode()
         self.events = self.completions = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -130,41 +120,30 @@ class CountingClient(asyncio.Protocol):
 async def load(port: int, clients: int, tokens: int, seconds: float) -> tuple[float, float]:
     """Tokens/s of the completions that end within `seconds`, and events/s; an event may hold several tokens."""
     loop = asyncio.get_running_loop()
-    made = [
-        (await loop.create_connection(lambda: CountingClient(tokens), "127.0.0.1", port))[1] for _ in range(clients)
-    ]
+    made = []
+    for _ in range(clients):
+        made.append((await loop.create_connection(lambda: CountingClient(tokens), "127.0.0.1", port))[1])
     await asyncio.sleep(WARM_UP_SECONDS)
-    events, completions = sum(client.events for client in made), sum(client.completions for client in made)
+    for client in made:
+        client.events = client.completions = 0
     started = time.perf_counter()
     await asyncio.sleep(seconds)
     took = time.perf_counter() - started
-    events, completions = sum(c.events for c in made) - events, sum(c.completions for c in made) - completions
-    return completions * tokens / took, events / took
+    return sum(client.completions for client in made) * tokens / took, sum(client.events for client in made) / took
 
 
-def measure(options: argparse.Namespace) -> int:
-    this = [sys.executable, "-m", "minisgl_bench", "streaming", "--tokens", str(options.tokens)]
-    flags = [
-        "--serve",
-        "--api-workers",
-        str(options.api_workers),
-        "--step",
-        str(options.step),
-        "--model",
-        options.model,
-    ]
-    with subprocess.Popen([*this, *flags], stdout=subprocess.PIPE, text=True) as server:
+def measure(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    with subprocess.Popen([*PROGRAM, *arguments, "--serve"], stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
             port = next(found[1] for line in server.stdout if (found := re.search(r"http://.*:(\d+)/v1\n", line)))
             children = psutil.Process(server.pid).children()
             api = [child for child in children if "minisgl.server.api_process" in child.cmdline()]
             api = api or [psutil.Process(server.pid)]
-            seconds = ["--seconds", str(options.seconds), "--port", port]
             shares = [options.clients // len(api) + (i < options.clients % len(api)) for i in range(len(api))]
             before = [sum(process.cpu_times()[:2]) for process in api]
             began = time.perf_counter()
-            commands = [[*this, *seconds, "--clients", str(share)] for share in shares]
+            commands = [[*PROGRAM, *arguments, "--port", port, "--clients", str(share)] for share in shares]
             drivers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
             figures = [json.loads(driver.communicate()[0]) for driver in drivers]
             took = time.perf_counter() - began
@@ -193,14 +172,13 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if options.engine:
         setup = msgspec.json.decode(sys.stdin.buffer.readline(), type=ipc.EngineSetup)
-        assert setup.config.model is not None
-        EchoEngine(setup.folder, setup.config.model).run(options.step)
+        EchoEngine(setup.folder, str(setup.config.model)).run(options.step)
     elif options.serve:
         folder = options.model or str(locate_model(None, "huggingface"))
         config = Config(model=folder, port=0, log_level="WARNING", api_workers=options.api_workers)
-        serve(config, [sys.executable, "-m", "minisgl_bench", "streaming", "--engine", "--step", str(options.step)])
+        serve(config, [*PROGRAM, *arguments, "--engine"])
     elif options.port:
         print(json.dumps(asyncio.run(load(options.port, options.clients, options.tokens, options.seconds))))
     else:
-        return measure(options)
+        return measure(options, arguments)
     return 0

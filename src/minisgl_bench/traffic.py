@@ -1,10 +1,7 @@
 """What is sent and when: sessions of turns, whose prompts are made of named segments so that what recurs is known.
 
-Traces, told apart by their first line:
-
-- Qwen-Bailian (Wang et al., "KVCache Cache in the Wild", ATC 2025): JSON lines, `timestamp` in s, blocks of 16 tokens.
-- Mooncake (Qin et al., FAST 2025): JSON lines, `timestamp` in ms, blocks of 512 tokens.
-- Azure LLM inference traces (Patel et al., "Splitwise", ISCA 2024): CSV with a date, no blocks.
+Traces are of Qwen-Bailian (Wang et al., "KVCache Cache in the Wild", ATC 2025), Mooncake (Qin et al., FAST 2025) or
+Azure (Patel et al., "Splitwise", ISCA 2024), told apart by their first line.
 """
 
 import csv
@@ -26,12 +23,11 @@ from minisgl.errors import ConfigError
 from minisgl_bench.workload import HIGHEST_TOKEN, WorkloadSpec, make_workload
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
-AZURE_FIELDS: Final = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+AZURE_FIELDS: Final = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")  # CSV; the others are JSON lines
 SECONDS: Final = {"bailian": 1.0, "mooncake": 1e-3}  # the unit of a format's `timestamp`, in s
 BLOCK: Final = {"bailian": 16, "mooncake": 512, "azure": 0}  # tokens that a hash id stands for
 GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
-FEWEST_WORDS: Final = 16
-PROBE_WORDS: Final = 8
+FEWEST_WORDS, PROBE_WORDS = 16, 8
 # Common words, most of which are one token, with a space before them, in most vocabularies.
 WORDS: Final[Sequence[str]] = """\
 the of and to in is that for it as was with be by on not he his but at are this have from or had an they
@@ -187,10 +183,9 @@ def from_chats(
     seed: int, chats: int, turns: int, system_prompts: int, system_len: int,
     message_len: tuple[int, int], answer_len: tuple[int, int], think: float,
 ) -> list[Session]:  # fmt: skip
-    """Conversations: `turns` messages of the user, each after everything said before, behind a shared system prompt.
+    """Conversations of `turns` messages, each after all said before: answers of made-up tokens, a shared system prompt.
 
-    Conversation i has system prompt i modulo `system_prompts`. Answers taken up by later turns are of made-up tokens.
-    Ranges are inclusive, in tokens.
+    Conversation i has system prompt i modulo `system_prompts`. Ranges are inclusive, in tokens.
     """
     rng = random.Random(seed)
     sessions = []
@@ -236,10 +231,7 @@ def require_fit(sessions: Sequence[Session], limit: int | None) -> None:
 
 
 def segment_numbers(seed: int, segments: Sequence[Segment], span: int) -> np.ndarray:
-    """Numbers below `span`, one a token: int64[total]. A function of seed, key and place in the segment.
-
-    The mixing is that of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014).
-    """
+    """Numbers below `span`, int64[total], of seed, key, place; mixed as in SplitMix64 (Steele et al., OOPSLA 2014)."""
     keys = [f"{seed}/{name}/{number}".encode() for (name, number), _ in segments]
     bases = [int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) for key in keys]
     lengths = np.array([segment.length for segment in segments], np.int64)
@@ -285,10 +277,7 @@ class IdPrompts:
 
 @dataclass(frozen=True)
 class TextPrompts:
-    """Words for /v1/completions, or messages for /v1/chat/completions where `chat`.
-
-    The server counts `overhead` tokens beside the words, such as BOS. In a conversation its own answers are sent back.
-    """
+    """Words for /v1/completions or, if `chat`, messages. The server counts `overhead` tokens beside them, as BOS."""
 
     words: tuple[str, ...]
     overhead: int
@@ -318,9 +307,7 @@ def calibrate(count: Callable[[str], int]) -> tuple[tuple[str, ...], int]:
     overhead = known - PROBE_WORDS
     good = [w for w in WORDS if overhead >= 0 and count(" ".join([first] * half + [w] * half)) == known]
     if len(good) < FEWEST_WORDS:
-        raise ConfigError(
-            f"the server's tokenizer has a token of their own for {len(good)} common words only; {advice}"
-        )
+        raise ConfigError(f"the server's tokenizer has a token each for {len(good)} common words only; {advice}")
     trial = TextPrompts(tuple(good), 0).text([Segment(("trial", 0), 4 * len(good))], 0)
     if (seen := count(trial)) != 4 * len(good) + overhead:
         raise ConfigError(f"{4 * len(good)} words that are one token each are {seen} tokens together; {advice}")

@@ -19,10 +19,8 @@ def main() -> None:
     others = [[rng.randint(0, highest) for _ in prompt] for prompt in prompts]
 
     def generate(tokens: list[list[int]], lengths: list[int]) -> int:
-        params = [
-            vllm.SamplingParams(temperature=order["temperature"], max_tokens=length, ignore_eos=True, detokenize=False)
-            for length in lengths
-        ]
+        same = {"temperature": order["temperature"], "ignore_eos": True, "detokenize": False}
+        params = [vllm.SamplingParams(max_tokens=length, **same) for length in lengths]
         outputs = llm.generate([{"prompt_token_ids": ids} for ids in tokens], params, use_tqdm=False)
         return sum(len(output.outputs[0].token_ids) for output in outputs)
 

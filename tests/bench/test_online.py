@@ -18,6 +18,7 @@ from tokenizers import models, pre_tokenizers
 
 from helpers.raw_server import DONE, chunked, event, head, json_answer, raw_server, text_event, usage_event
 from minisgl.errors import EngineDeadError
+from minisgl_bench import online
 from minisgl_bench.command import main
 from minisgl_bench.online import OwnServer, own_server
 from minisgl_bench.traffic import WORDS
@@ -48,20 +49,19 @@ def write_words(folder: Path) -> None:
 
 
 def write_trace(path: Path) -> Path:
-    rows: list[dict[str, Any]] = []
+    rows: list[str] = []
     history = {chat: [0, 1, 2] for chat in range(5)}
     own = itertools.count(100)
     for turn, chat in itertools.product(range(4), range(5)):
-        history[chat] = [*history[chat], *itertools.islice(own, 2)]
-        length = 16 * len(history[chat]) - (chat + turn) % 5
-        rows.append(
-            {
-                "chat_id": 5 * turn + chat, "parent_chat_id": 5 * turn + chat - 5 if turn else -1, "turn": turn + 1,
-                "timestamp": 10 + 0.05 * len(rows), "input_length": length, "output_length": 3 + chat, "type": "text",
-                "hash_ids": history[chat],
-            }
-        )  # fmt: skip
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        history[chat] += itertools.islice(own, 2)
+        row: dict[str, Any] = {
+            "chat_id": 5 * turn + chat,
+            "timestamp": 10 + 0.05 * len(rows),
+            "output_length": 3 + chat,
+        }
+        row |= {"input_length": 16 * len(history[chat]) - (chat + turn) % 5, "hash_ids": history[chat]}
+        rows.append(json.dumps(row) + "\n")
+    path.write_text("".join(rows))
     return path
 
 
@@ -69,19 +69,26 @@ def bench(*words: str | Path) -> int:
     return main(["online", *map(str, words)])
 
 
-def report(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
+def report(path: Path) -> Any:
+    return json.loads(path.read_text())
 
 
 def test_one_command_serves_a_bare_config_and_replays_a_trace(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, trace = write_model(tmp_path / "model"), write_trace(tmp_path / "trace.jsonl")
-    path, samples = tmp_path / "report.json", tmp_path / "samples.jsonl"
+    path, measured = tmp_path / "report.json", online.measure_one
+    dues: list[list[float]] = []
+
+    async def measure_one(*arguments: Any) -> Any:
+        records = await measured(*arguments)
+        dues.append([record.due - records[0].due for record in records])
+        return records
+
+    monkeypatch.setattr(online, "measure_one", measure_one)
     status = bench(
         "--serve", "--model", model, *SERVER_FLAGS, "--trace", trace, "--scale", "0.5,0.1", "--tokens", "256:512",
-        "--slo", "ttft=60s,tpot=60s", "--json", path, "--samples", samples, "--api-key", "sk-hidden",
+        "--slo", "ttft=60s,tpot=60s", "--json", path, "--api-key", "sk-hidden",
     )  # fmt: skip
     printed = capsys.readouterr().out
     assert status == 0, printed
@@ -96,10 +103,8 @@ def test_one_command_serves_a_bare_config_and_replays_a_trace(
         assert run["within_slo"] == 1
         assert 0 < run["latency_ms"]["ttft"]["p50"] <= run["latency_ms"]["e2e"]["p50"]
         assert {row["name"] for row in run["server_cpu"]} >= {"minisgl", "minisgl.server.engine_process"}
-    rows = [json.loads(line) for line in samples.read_text().splitlines()]
-    assert [row["run"] for row in rows] == ["scale 0.5"] * 20 + ["scale 0.1"] * 20
-    # 19 gaps of 50 ms, times the scale, as far as requests were sent on time
-    assert [row["due"] - rows[0]["due"] for row in rows[:20]] == pytest.approx([0.025 * i for i in range(20)])
+    for found_dues, gap in zip(dues, (0.025, 0.005), strict=True):  # 50 ms, times the scale
+        assert found_dues == pytest.approx([gap * i for i in range(20)])
     assert path.with_suffix(".png").stat().st_size > 10_000
     assert "prefix cache: " in printed
     assert "p50 / p90 / p99 in ms" in printed
@@ -154,13 +159,9 @@ def test_chats_find_what_was_said_before_in_the_cache(endpoint: str, url: str, t
     [
         (("--url", "http://127.0.0.1:9", "--rate", "1"), "no answer from 127.0.0.1:9/v1/models"),
         (("--rate", "1", "--model", "other"), "--model other: the server lists "),
-        (
-            ("--rate", "1", "--requests", "2", "--input-len", "9", "--output-len", "2"),
-            "does not answer a first request: HTTP 400: token ids must be between 0 and",
-        ),
+        (("--rate", "1", *LENGTHS), "does not answer a first request: HTTP 400: token ids must be between 0 and"),
         (("--rate", "1", "--requests", "2", "--input-len", "2000"), "2 of 2 requests are longer than the 1024 tokens"),
         (("--rate", "1", "--json", "/nowhere/x.json"), "--json /nowhere/x.json: not a file that can be written"),
-        (("--rate", "1", "--samples", "/nowhere/x"), "--samples /nowhere/x: not a file that can be written"),
         (("--trace", "/nowhere/x"), "/nowhere/x: No such file"),
     ],
 )
@@ -218,9 +219,10 @@ def test_a_server_that_does_not_start_is_told_with_its_last_words(tmp_path: Path
         raise AssertionError
 
 
-@pytest.fixture
-def failing() -> Iterator[str]:
-    number = itertools.count()
+def test_requests_that_fail_are_counted_by_kind_and_the_status_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    number, path = itertools.count(), tmp_path / "report.json"
     refused = {"error": {"message": "no room"}}
     sse = head("200 OK", "Transfer-Encoding: chunked")
 
@@ -236,36 +238,16 @@ def failing() -> Iterator[str]:
         good = [sse, *(chunked(text_event("a"), end=False) for _ in range(3)), chunked(counts + DONE)]
         return ways.get(next(number), good)
 
-    loop = asyncio.new_event_loop()
-    found: list[str] = []
-    up, over = threading.Event(), asyncio.Event()
+    async def measure() -> int:
+        words = ("--requests", "12", "--input-len", "5", "--output-len", "8", "--warmup", "0", "--json", path)
+        async with raw_server(script) as url:
+            return await asyncio.to_thread(bench, "--url", url, "--concurrency", "1", *words)
 
-    async def serve() -> None:
-        async with raw_server(script) as where:
-            found.append(where)
-            up.set()
-            await over.wait()
-
-    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
-    thread.start()
-    up.wait()
-    yield found[0]
-    loop.call_soon_threadsafe(over.set)
-    thread.join()
-    loop.close()
-
-
-def test_requests_that_fail_are_counted_by_kind_and_the_status_says_so(
-    failing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "report.json"
-    words = ("--requests", "12", "--input-len", "5", "--output-len", "8", "--warmup", "0", "--json", path)
-    assert bench("--url", failing, "--concurrency", "1", *words) == 1
+    assert asyncio.run(measure()) == 1
     (run,) = report(path)["runs"]
     assert run["failed"] == {"HTTP 503": 1, "error in the stream": 1, "cut off": 1}
     assert (run["input_tokens"], run["output_tokens"], run["reported_hit_rate"]) == (9 * 5, 9 * 8, None)
     assert run["tokens_per_event"] == pytest.approx(8 / 3)
     printed = capsys.readouterr().out
-    assert "9 of 12 requests in " in printed
-    assert "failed: 1 × HTTP 503: no room" in printed
-    assert "not reported by the server" in printed
+    for text in ("9 of 12 requests in ", "failed: 1 × HTTP 503: no room", "not reported by the server"):
+        assert text in printed

@@ -12,16 +12,8 @@ from minisgl.errors import ConfigError
 from minisgl_bench import traffic
 from minisgl_bench.workload import WorkloadSpec, make_workload
 
-TRACE = traffic.Trace(
-    "bailian",
-    16,
-    (
-        traffic.TraceRequest(0.0, 40, 9, (1, 2, 3)),
-        traffic.TraceRequest(2.0, 48, 5, (1, 2, 4)),
-        traffic.TraceRequest(3.0, 50, 700, (1, 9, 3)),
-        traffic.TraceRequest(5.0, 7, 1),
-    ),
-)
+REQUESTS = ((0.0, 40, 9, (1, 2, 3)), (2.0, 48, 5, (1, 2, 4)), (3.0, 50, 700, (1, 9, 3)), (5.0, 7, 1))
+TRACE = traffic.Trace("bailian", 16, tuple(traffic.TraceRequest(*row) for row in REQUESTS))
 
 
 def tokens(session: traffic.Session, seed: int = 0) -> list[int]:
@@ -163,16 +155,13 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def bailian(timestamp: float, length: int, ids: list[int]) -> dict[str, Any]:
-    return {
-        "chat_id": 7, "parent_chat_id": -1, "timestamp": timestamp, "input_length": length, "output_length": 9,
-        "type": "text", "turn": 1, "hash_ids": ids,
-    }  # fmt: skip
+    row = {"chat_id": 7, "parent_chat_id": -1, "timestamp": timestamp, "input_length": length, "output_length": 9}
+    return row | {"type": "text", "turn": 1, "hash_ids": ids}
 
 
 def test_bailian_times_are_seconds_and_blocks_have_16_tokens(tmp_path: Path) -> None:
-    trace = traffic.read_trace(
-        write_rows(tmp_path / "t", [bailian(61.5, 40, [1, 2, 3]), bailian(63.0, 33, [1, 2])]), 10
-    )
+    rows = [bailian(61.5, 40, [1, 2, 3]), bailian(63.0, 33, [1, 2])]
+    trace = traffic.read_trace(write_rows(tmp_path / "t", rows), 10)
     assert (trace.format, trace.block) == ("bailian", 16)
     assert trace.requests == (traffic.TraceRequest(0.0, 40, 9, (1, 2, 3)), traffic.TraceRequest(1.5, 33, 9, (1, 2)))
 
@@ -181,26 +170,22 @@ def test_mooncake_times_are_milliseconds_and_blocks_have_512_tokens(tmp_path: Pa
     rows = [{"timestamp": t, "input_length": 513, "output_length": 4, "hash_ids": [0, t]} for t in (3000, 0, 250)]
     trace = traffic.read_trace(write_rows(tmp_path / "t", rows), 10)
     assert (trace.format, trace.block) == ("mooncake", 512)
-    assert [request.arrival for request in trace.requests] == [0.0, 0.25, 3.0]
-    assert [request.hash_ids[1] for request in trace.requests] == [0, 250, 3000]
+    assert [(r.arrival, r.hash_ids[1]) for r in trace.requests] == [(0.0, 0), (0.25, 250), (3.0, 3000)]
+
+
+LONG = '{"timestamp": 0, "input_length": 600, "output_length": 1, "hash_ids": [1, 2, 3]'
+AZURE = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 
 
 def test_azure_times_are_dates_and_nothing_is_known_of_blocks(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
-    lines = ("2023-11-16 18:15:46.6805900,374,44", "2023-11-16 18:15:50.9305900,396,109", "")
-    path.write_text("\n".join(("TIMESTAMP,ContextTokens,GeneratedTokens", *lines)))
+    path.write_text(f"{AZURE}2023-11-16 18:15:46.6805900,374,44\n2023-11-16 18:15:50.9305900,396,109\n")
     trace = traffic.read_trace(path, 10)
     assert (trace.format, trace.block) == ("azure", 0)
-    assert [(r.arrival, r.input_length, r.output_length) for r in trace.requests] == [
-        (0.0, 374, 44),
-        (pytest.approx(4.25), 396, 109),
-    ]
-
-
-def test_arrivals_of_two_utc_offsets_are_in_one_time(tmp_path: Path) -> None:
-    path = tmp_path / "t.csv"
+    assert [(r.input_length, r.output_length) for r in trace.requests] == [(374, 44), (396, 109)]
+    assert [r.arrival for r in trace.requests] == [0.0, pytest.approx(4.25)]
     dates = ("2023-11-16 18:15:46", "2023-11-16 19:15:47+01:00", "2023-11-16 13:15:48-05:00")
-    path.write_text("\n".join(("TIMESTAMP,ContextTokens,GeneratedTokens", *(f"{date},5,6" for date in dates))))
+    path.write_text(AZURE + "\n".join(f"{date},5,6" for date in dates))
     assert [request.arrival for request in traffic.read_trace(path, 10).requests] == [0.0, 1.0, 2.0]
 
 
@@ -218,14 +203,11 @@ def test_only_as_many_lines_are_read_as_asked_for(tmp_path: Path) -> None:
         ('{"timestamp": \n', "t:1: "),
         ('{"timestamp": 0, "input_length": 1, "output_length": 1}\n\n{"timestamp": 1}\n', "t:3: .*input_length"),
         ('{"timestamp": 0, "input_length": 0, "output_length": 1}\n', r"t:1: .*>= 1.*input_length"),
-        (
-            '{"timestamp": 0, "input_length": 600, "output_length": 1, "hash_ids": [1, 2, 3]}\n',
-            r"t:1: 3 hash_ids for 600 tokens in blocks of 512 \(mooncake\)",
-        ),
-        ("TIMESTAMP,ContextTokens,GeneratedTokens\n", "t: the trace has no requests"),
-        ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,x,4\n", "t:2: .*'x'"),
-        ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,4\n", "t:2: the line has no GeneratedTokens"),
-        ("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,4,0\n", "t:2: .*at least 1"),
+        (LONG + "}\n", r"t:1: 3 hash_ids for 600 tokens in blocks of 512 \(mooncake\)"),
+        (AZURE, "t: the trace has no requests"),
+        (AZURE + "2023-11-16 18:15:46,x,4\n", "t:2: .*'x'"),
+        (AZURE + "2023-11-16 18:15:46,4\n", "t:2: the line has no GeneratedTokens"),
+        (AZURE + "2023-11-16 18:15:46,4,0\n", "t:2: .*at least 1"),
     ],
 )
 def test_a_wrong_line_is_named(text: str, message: str, tmp_path: Path) -> None:
