@@ -1,7 +1,5 @@
 """Set before anything imports triton: without a CUDA GPU kernels run in its interpreter. And `--record FILE`."""
 
-from __future__ import annotations
-
 import os
 
 import pytest

@@ -1,7 +1,5 @@
 """The command line: every published command and every spelling parses to what it says; errors are one line."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import shlex

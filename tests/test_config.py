@@ -1,7 +1,5 @@
 """The configuration: what is refused, what is filled in, what the environment says."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from typing import Any

@@ -1,7 +1,5 @@
 """The documentation names every flag and switch, and its links lead somewhere."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

@@ -1,7 +1,5 @@
 """`python -m minisgl` as a user starts it: the real engine process, the bundled model, the openai client."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """The offline API on the bundled model, the answers held against transformers in float32."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import re

@@ -1,7 +1,5 @@
 """The files that a chat request passes through before its first token are those that the architecture page lists."""
 
-from __future__ import annotations
-
 import asyncio
 import re
 import sys

@@ -214,7 +214,7 @@ def online(arguments: Sequence[str]) -> int:
                 raise
             raise ConfigError("bench online needs httptools and psutil: pip install 'minisgl[bench]'") from error
         hidden = {options.api_key: "KEY", f"--api-key={options.api_key}": "--api-key=KEY"}
-        return run(options, [hidden.get(word, word) for word in arguments])
+        return int(run(options, [hidden.get(word, word) for word in arguments]))
 
     return guarded(start, debug=debugging())
 

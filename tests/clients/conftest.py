@@ -1,7 +1,5 @@
 """What the sessions of third-party clients share: where the clients are, and a server of the bundled model."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator

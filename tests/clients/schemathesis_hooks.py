@@ -1,7 +1,5 @@
 """Names that the server knows, where made-up bodies and paths hold others: they would all end in 404."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import schemathesis

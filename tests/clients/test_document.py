@@ -3,8 +3,6 @@
 SCHEMATHESIS_CASES says how many for each endpoint, 500 for the whole test; by default fewer, which takes a minute.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

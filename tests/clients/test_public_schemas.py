@@ -1,7 +1,5 @@
 """JSON schemas that others published, fetched from npm: what is followed validates, what is not is refused by name."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import tarfile

@@ -3,8 +3,6 @@
 The model is too small to call a tool by itself, so calls are forced, and what is checked is their form.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

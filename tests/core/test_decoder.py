@@ -1,7 +1,5 @@
 """The decoder says what transformers says, however a sequence is cut into steps."""
 
-from __future__ import annotations
-
 import copy
 import functools
 import tempfile

@@ -4,8 +4,6 @@ The product of cache, chunk, overlap, page size, batch and retraction, and a par
 greedy and seeded requests, filtered in every way, against one request at a time without any of it.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 

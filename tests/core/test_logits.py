@@ -1,7 +1,5 @@
 """Penalties, masks and log-probabilities against loops over tokens."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

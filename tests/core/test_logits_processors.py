@@ -3,8 +3,6 @@
 Every request is compared with `slow_answer`: tokens exactly, log-probabilities to 1e-4.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 from typing import Any

@@ -5,8 +5,6 @@ leaves, pages shifted by a split, a lock counted twice or lost by a split, a pag
 duplicates marked as borrowed, flags of the row before, a parent that is a leaf now and not queued.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from hypothesis import Phase, settings

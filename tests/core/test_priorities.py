@@ -1,7 +1,5 @@
 """Who goes first and who gives way, over the simulated device."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -1,7 +1,5 @@
 """The prefix tree by examples. Random insertions, matches, locks and evictions are in test_pages, by its manager."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

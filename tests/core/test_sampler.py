@@ -1,7 +1,5 @@
 """Sampling: the filters' sets exactly, the noise and the sampled tokens by chi-square at a fixed seed."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The scheduler over the simulated device, where a wrong page or length changes the tokens."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from typing import Any

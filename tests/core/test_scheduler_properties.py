@@ -8,8 +8,6 @@ admitted row of several told to the device; prompts that are to be scored starti
 before `min_tokens`.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from hypothesis import Phase, settings
 from hypothesis import strategies as st

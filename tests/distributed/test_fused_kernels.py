@@ -1,7 +1,5 @@
 """Kernels that write to other ranks' memory: the ranks are processes that share memory, or streams of one GPU."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import subprocess

@@ -1,7 +1,5 @@
 """Groups of real processes, through gloo: what they generate, what they read, and how they end."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

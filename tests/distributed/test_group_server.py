@@ -1,7 +1,5 @@
 """A server over several ranks: one that dies mid-stream, a server that dies, and ranks that torchrun starts."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """Ranks generate what one device does, whatever the architecture and the settings. Here the ranks are threads."""
 
-from __future__ import annotations
-
 from unittest import mock
 
 import pytest

@@ -1,7 +1,5 @@
 """Sampling from sharded logits, the ranks all on one device: streams of a GPU, or one after the other."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

@@ -1,7 +1,5 @@
 """The workers as rank 0 sees them: the messages, of which nothing else is accepted, and who was the first to fail."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import msgspec

@@ -1,7 +1,5 @@
 """Tests marked `gpu` are skipped without a CUDA GPU, and give their memory back."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

@@ -1,7 +1,5 @@
 """Piecewise graphs: their sizes, and that steps write and sample the same, bit for bit on a GPU, as without them."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 

@@ -1,7 +1,5 @@
 """Every attention backend on the GPU, bfloat16, against the torch backend in float32."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np

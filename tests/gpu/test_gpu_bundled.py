@@ -5,8 +5,6 @@ The limits are about 1.5 times what was measured, and `--record` writes down wha
 log-probabilities to 1e-2, float32 does.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 from collections.abc import Callable

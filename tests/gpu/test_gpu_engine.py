@@ -1,7 +1,5 @@
 """The engine on a GPU: its tokens, which no switch changes, what it may write, and that its launches do not wait."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools

@@ -4,8 +4,6 @@ A group starts once for each configuration, together with the others, and all ch
 What `fused` computes is compared with NCCL at its start.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

@@ -1,7 +1,5 @@
 """Logits processors on the GPU: their results beside graphs, and that nothing waits for them."""
 
-from __future__ import annotations
-
 import functools
 
 import msgspec

@@ -1,7 +1,5 @@
 """Building an executor: how many KV pages there are, and what does not fit."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

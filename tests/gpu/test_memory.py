@@ -1,7 +1,5 @@
 """What is kept free for CUDA graphs, against what they took of an H200."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

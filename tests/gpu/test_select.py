@@ -1,7 +1,5 @@
 """What `--attn` means on which GPU, with which packages and for which model."""
 
-from __future__ import annotations
-
 import dataclasses
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Random paged caches with rows over them, for comparing attention backends."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Requests that must be refused: name, path, body, and the status, code and field of the error."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Twenty prompts for the bundled model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from tokenizers import Tokenizer

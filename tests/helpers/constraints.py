@@ -1,7 +1,5 @@
 """A grammar that is easy to foresee, and two that fail."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

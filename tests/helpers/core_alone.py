@@ -4,8 +4,6 @@ Not a module of the helpers' package: it imports nothing of the tests. Every oth
 package but those that core may import, cannot be imported.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Drives a runner with hand-made plans, one row at a time or several together."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 

@@ -1,7 +1,5 @@
 """The engine process's own loop in a thread, over a simulated device: real scheduler, cache and messages."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import threading

@@ -4,8 +4,6 @@
 triton's interpreter, and ends with status 0 if every value is right.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import mmap

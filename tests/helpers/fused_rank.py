@@ -4,8 +4,6 @@ Files that all ranks map stand in for symmetric memory. Every rank runs an engin
 prints their tokens and how often it launched each kernel as a line of JSON.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import sys

@@ -1,7 +1,5 @@
 """Operands of GEMMs, and how far a result is from what was wanted."""
 
-from __future__ import annotations
-
 import torch
 
 

@@ -1,7 +1,5 @@
 """GGUF files made on the spot from small random models of transformers."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Grammars, vocabularies to follow them with, texts sampled from them, and what a JSON schema says of a text."""
 
-from __future__ import annotations
-
 import json
 import random
 import re

@@ -1,7 +1,5 @@
 """Triton's interpreter without its searches that find nothing, a quarter of its time."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

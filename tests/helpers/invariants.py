@@ -1,7 +1,5 @@
 """What must hold of the pages after every step: each is free, cached or owned by one row, and locks are right."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable
 

@@ -1,7 +1,5 @@
 """Small models for tests, described by how they differ from one."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

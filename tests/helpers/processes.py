@@ -1,7 +1,5 @@
 """The program as a user starts it, and its processes as the system sees them."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

@@ -1,7 +1,5 @@
 """A server that answers every connection with given bytes, in given pieces, as real servers do or should not."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

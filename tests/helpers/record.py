@@ -1,7 +1,5 @@
 """`pytest --record FILE`: how the tests ended and what they measured, with hardware and versions, as JSON."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections import Counter

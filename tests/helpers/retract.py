@@ -1,7 +1,5 @@
 """An engine run to its end, with retractions on the way."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Sampling parameters of some rows, and the dtypes of tests of sampling kernels."""
 
-from __future__ import annotations
-
 from typing import Any, Final
 
 import pytest

@@ -1,7 +1,5 @@
 """The server as a process of its own, with the stub engine as another."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """A whole server in the test's event loop: uvicorn on a free port, the engine client, and an echoing engine."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import dataclasses

@@ -1,7 +1,5 @@
 """What the sessions of Python's clients ask for, and how they report."""
 
-from __future__ import annotations
-
 import json
 from typing import Any, Literal
 

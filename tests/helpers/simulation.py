@@ -1,7 +1,5 @@
 """A simulated device, an engine over it, and what each request must get from it."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Requests that ask for more than sampling, and their answers computed the slow way."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -5,8 +5,6 @@ folder of the tokenizer, and the environment's STUB_MODE (`fail`, `exit`, `deaf`
 STUB_DELAY how long its steps take (s), STUB_CONTEXT how many tokens a sequence may have.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 import sys

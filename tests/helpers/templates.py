@@ -1,7 +1,5 @@
 """Small chat templates with what the large ones have: tools, calls in the history, reasoning."""
 
-from __future__ import annotations
-
 QWEN = (
     "{% if tools %}# Tools\n{% for t in tools %}{{ t | tojson }}\n{% endfor %}"
     'Answer with <tool_call>{"name": …, "arguments": …}</tool_call>\n{% endif %}'

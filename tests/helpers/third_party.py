@@ -1,7 +1,5 @@
 """Third-party clients in an environment of their own, as `make test-clients` makes it."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

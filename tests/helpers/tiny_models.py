@@ -1,7 +1,5 @@
 """Small random models saved by transformers, tokenizer and all, for tests that start from a folder."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

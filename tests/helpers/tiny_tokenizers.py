@@ -1,7 +1,5 @@
 """Small tokenizers made on the spot: nothing is downloaded."""
 
-from __future__ import annotations
-
 import functools
 import json
 from pathlib import Path

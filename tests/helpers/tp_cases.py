@@ -1,7 +1,5 @@
 """Small models, mixed requests, an engine over any executor, and tensor-parallel ranks in threads."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor

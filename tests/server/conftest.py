@@ -1,7 +1,5 @@
 """A server for each test that asks for one, with the settings of its `serving` marker and a parametrized template."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The operator's endpoints."""
 
-from __future__ import annotations
-
 import asyncio
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Several API processes in front of one engine look like one server."""
 
-from __future__ import annotations
-
 import json
 import re
 import socket

@@ -1,7 +1,5 @@
 """The engine process: each API process gets its own events, and grammars are compiled beside the steps."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 import time

@@ -1,7 +1,5 @@
 """What goes wrong: forward passes that fail, clients that vanish, an engine that hangs. Nothing may stay behind."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

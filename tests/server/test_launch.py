@@ -1,7 +1,5 @@
 """The server as a process of its own, with an engine that is one too."""
 
-from __future__ import annotations
-
 import asyncio
 import io
 import os

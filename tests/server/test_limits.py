@@ -1,7 +1,5 @@
 """What bounds a server: its queue, the time of a request, the size of a head, readers and writers that stall."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

@@ -1,7 +1,5 @@
 """The address: who may reach it, over TLS or not; what is wrong with it is said before anything is loaded."""
 
-from __future__ import annotations
-
 import socket
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What is counted, and how Prometheus sees it."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import re

@@ -1,7 +1,5 @@
 """What every request passes: keys, CORS, the request's id and its line in the log."""
 
-from __future__ import annotations
-
 import asyncio
 import hmac
 import itertools

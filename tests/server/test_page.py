@@ -1,7 +1,5 @@
 """The web page at /: what a browser gets, what it may do with it, and that it loads nothing from other servers."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import re

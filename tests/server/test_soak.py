@@ -4,8 +4,6 @@ SOAK_SECONDS says how long, 120 by default. Nothing may go unanswered, no page m
 memory of both processes may grow by 2 % at most.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

@@ -1,7 +1,5 @@
 """What of a request asks for a form of the answer."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

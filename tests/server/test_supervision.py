@@ -1,7 +1,5 @@
 """Processes that die, hang or are told to go, under load: every client is answered, and nothing stays behind."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

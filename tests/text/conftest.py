@@ -1,7 +1,5 @@
 """The vocabulary that masks are tested with, and the bytes of each of its tokens."""
 
-from __future__ import annotations
-
 import pytest
 
 from helpers.grammars import tiny_vocabulary, token_bytes

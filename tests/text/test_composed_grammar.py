@@ -1,7 +1,5 @@
 """A grammar with reasoning before it and calls beside it: what may be said, and where it may end."""
 
-from __future__ import annotations
-
 import json
 from contextlib import closing
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Masks against brute force, and where a text may end."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

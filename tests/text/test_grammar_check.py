@@ -1,7 +1,5 @@
 """What the API refuses, in bounded time, and the process that finds out."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

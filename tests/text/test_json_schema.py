@@ -1,7 +1,5 @@
 """Texts sampled at random from the masks, over a table of schemas of rising difficulty: each validates."""
 
-from __future__ import annotations
-
 import json
 from decimal import Decimal
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A session of LangChain's client for OpenAI: `python langchain_session.py BASE_URL MODEL`."""
 
-from __future__ import annotations
-
 import functools
 import operator
 import sys

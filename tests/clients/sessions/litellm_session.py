@@ -1,7 +1,5 @@
 """A session of LiteLLM: `python litellm_session.py BASE_URL MODEL`."""
 
-from __future__ import annotations
-
 import asyncio
 import sys
 from typing import Any

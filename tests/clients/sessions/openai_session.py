@@ -1,7 +1,5 @@
 """A session of OpenAI's Python client: `python openai_session.py BASE_URL MODEL`."""
 
-from __future__ import annotations
-
 import asyncio
 import sys
 from typing import Any

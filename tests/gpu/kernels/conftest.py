@@ -1,7 +1,5 @@
 """The dtypes of kernels' tests. The interpreter computes in numpy, which has no bfloat16."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

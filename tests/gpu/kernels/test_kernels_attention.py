@@ -1,7 +1,5 @@
 """Our attention kernels against the torch backend; without a GPU they run in Triton's interpreter."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

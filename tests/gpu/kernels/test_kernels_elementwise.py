@@ -1,7 +1,5 @@
 """RMS norm, SwiGLU and the fused rotary embedding with KV write against their twins in `core.ops`."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

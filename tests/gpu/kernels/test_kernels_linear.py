@@ -1,7 +1,5 @@
 """GEMMs for few rows against torch's; split-K sums through the norm that adds them up."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """The grouped expert kernels against `reference.moe`."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """The sampling kernels against `core.sampler.sample`: the same hash, the same noise, the same tokens."""
 
-from __future__ import annotations
-
 from typing import Any
 from unittest import mock
 

@@ -1,7 +1,5 @@
 """The kernels at both ends of a decode step against their references."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

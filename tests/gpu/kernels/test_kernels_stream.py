@@ -1,7 +1,5 @@
 """GEMMs of a large weight with a few rows, against torch's."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest
