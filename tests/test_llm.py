@@ -119,7 +119,7 @@ def test_a_bad_prompt_is_refused_before_anything_is_generated(llm: LLM) -> None:
             llm.generate(prompts, params, progress=False)
         assert isinstance(error.value, ContextLengthError) == ("context" in message)
     assert not llm.engine.has_work
-    params = SamplingParams(stop="END")  # type: ignore[arg-type]  # one text is no sequence of characters
+    params = SamplingParams(stop="END", max_tokens=4)  # type: ignore[arg-type]  # one text is no sequence of characters
     assert params.stop == ("END",)
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
     assert llm.generate("a", params, progress=False)[0].token_ids
