@@ -1,5 +1,7 @@
 """The shell in a pseudo-terminal, as a person uses it."""
 
+from __future__ import annotations
+
 import io
 import os
 import re

@@ -47,6 +47,8 @@ async def test_an_exception_in_the_nth_forward_pass_is_told_to_all_who_wait(
         assert [(await side.http.get(path)).status_code for path in ("/health", "/ready")] == [503, 503]
         assert (await side.http.post(path, json=body(3, 1, False, 0))).status_code == 503
         assert (side.client.num_live, side.client.queue.requests, side.client.queue.tokens) == (0, 0, 0)
+        assert thread.thread is not None
+        await asyncio.to_thread(thread.thread.join, 10)  # it tells the clients before it ends
         assert str(thread.failure) == f"forward pass {n} failed, says the test"
 
 
