@@ -115,9 +115,9 @@ def lowest_kept(top: Tensor, total: Tensor, rows: SamplingRows, vocab: int) -> t
     return lowest.masked_fill(unlimited, float("-inf")).squeeze(1), complete.squeeze(1)
 
 
-def gumbel_noise(seed: Tensor, position: Tensor, vocab_size: int, first: int = 0) -> Tensor:
-    """-log E, E exponential, for tokens from `first` on: int64 (n,), int32 (n,) -> float32 (n, vocab_size)."""
-    tokens = torch.arange(first, first + vocab_size, dtype=torch.int32, device=seed.device)
+def gumbel_noise(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
+    """-log E, E exponential, for each token: int64 (n,), int32 (n,) -> float32 (n, vocab_size)."""
+    tokens = torch.arange(vocab_size, dtype=torch.int32, device=seed.device)
     bits = token_hash(seed, position, tokens)
     uniform = bits.view(torch.uint32).to(torch.float32)
     uniform.add_(0.5).mul_(2.0**-32).clamp_(max=LARGEST_UNIFORM)
