@@ -181,8 +181,6 @@ SINGLE: dict[str, tuple[str, str | bytes, str, str | None]] = {
     "calls of a user": (CHAT, messages({**SAID, "tool_calls": [call()]}), VALUE, "messages.0.tool_calls"),
     "call without function": (CHAT, messages(answer(tool_calls=[{"id": "c", "type": "function"}])),
         MISSING, "messages.0.tool_calls.0.function"),
-    "arguments no JSON": (CHAT, called("{"), VALUE, "messages.0.tool_calls.0.function.arguments"),
-    "arguments a list": (CHAT, called("[]"), VALUE, "messages.0.tool_calls.0.function.arguments"),
     "arguments an object": (CHAT, called({}), VALUE, "messages.0.tool_calls.0.function.arguments"),
     "old function call": (CHAT, messages(answer(function_call={"name": "f", "arguments": "{}"})),
         UNSUPPORTED, "messages.0.function_call"),

@@ -47,7 +47,9 @@ def server(*flags: str, command: Sequence[str] = MINISGL) -> Iterator[tuple[subp
 
 
 def children(pid: int) -> list[int]:
-    return sorted(child.pid for child in psutil.Process(pid).children())
+    """Child processes, without those that render chat templates."""
+    found, module = [child.pid for child in psutil.Process(pid).children()], b"minisgl.text.template_process"
+    return sorted(child for child in found if module not in Path(f"/proc/{child}/cmdline").read_bytes())
 
 
 def descendants(pid: int) -> list[int]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from helpers.processes import BOUND, children, wait_for, wait_until_gone
+from helpers.processes import BOUND, children, descendants, wait_for, wait_until_gone
 from helpers.server_process import api_processes, ask, engine_of, load, metrics, server
 
 both = pytest.mark.parametrize("workers", [1, 2])
@@ -34,8 +34,8 @@ def test_sigkill_of_the_engine_under_load_fails_everyone_at_once(tmp_path: Path,
 @both
 def test_sigkill_of_the_launcher_under_load_leaves_nothing(tmp_path: Path, workers: int) -> None:
     with server(tmp_path / "model", tmp_path / "tmp", api_workers=workers) as (process, url):
-        every = children(process.pid)
-        assert len(every) == (1 if workers == 1 else 1 + workers)
+        every = descendants(process.pid)
+        assert len(children(process.pid)) == (1 if workers == 1 else 1 + workers)
         futures = load(url, 4, 450)
         process.kill()
         wait_until_gone(every)
@@ -60,7 +60,7 @@ def test_an_engine_that_is_stopped_and_goes_on_loses_nothing(tmp_path: Path, sec
 @both
 def test_sigterm_under_load_lets_answers_finish_and_takes_no_new_ones(tmp_path: Path, workers: int) -> None:
     with server(tmp_path / "model", tmp_path / "tmp", api_workers=workers) as (process, url):
-        every = children(process.pid)
+        every = descendants(process.pid)
         futures = load(url, 6, 200)
         process.send_signal(signal.SIGTERM)
         wait_for(lambda: httpx.get(f"{url}/ready").status_code == 503)
@@ -80,7 +80,7 @@ def test_sigterm_under_load_lets_answers_finish_and_takes_no_new_ones(tmp_path: 
 def test_a_drain_has_an_end(tmp_path: Path, workers: int, how: str) -> None:
     timeout = 30.0 if how == "second signal" else 0.2
     with server(tmp_path / "model", tmp_path / "tmp", api_workers=workers, drain_timeout=timeout) as (process, url):
-        every = children(process.pid)
+        every = descendants(process.pid)
         futures = load(url, 4, 490)
         if how == "a process hangs":
             os.kill(api_processes(process.pid)[0], signal.SIGSTOP)
@@ -145,7 +145,7 @@ def test_sigkill_of_one_api_process_under_load_ends_its_requests_and_nothing_els
         assert page["request_success_total.length"] >= ended + 8 - len(lost) + 4
         assert page["num_aborted_requests_total"] == len(lost)
         assert page["num_requests_running"] == page["num_requests_queued"] == page["num_queued_tokens"] == 0
-        every = children(process.pid)
+        every = descendants(process.pid)
         process.terminate()
         _, log = process.communicate(timeout=10)
         assert process.returncode == 0

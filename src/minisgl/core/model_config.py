@@ -308,6 +308,8 @@ def _tokenizer_eos_id(folder: Path) -> int | None:
 def read_json(path: Path) -> Any:
     """The value of a JSON file. Raises ModelError naming the file when it is missing, too large or not JSON."""
     try:
+        if path.exists() and not path.is_file():  # to read a FIFO takes for ever
+            raise ModelError(f"{path}: not a regular file")
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ModelError(f"{path}: larger than {MAX_JSON_BYTES} bytes, which no description of a model is")
         return json.loads(path.read_bytes())

@@ -429,8 +429,11 @@ class GgufTokenizer:
         for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
             if (token := self.token_id(key)) is not None:
                 config[f"{name}_token"] = self._tokens[token]
-        if "tokenizer.chat_template" in self._fields:
-            config["chat_template"] = self._fields.text("tokenizer.chat_template")
+        keys = {"default": "tokenizer.chat_template", "tool_use": "tokenizer.chat_template.tool_use"}
+        named = {name: self._fields.text(key) for name, key in keys.items() if key in self._fields}
+        if named:
+            several = [{"name": name, "template": text} for name, text in named.items()]
+            config["chat_template"] = several if len(named) > 1 else next(iter(named.values()))
         return config
 
     def _rule(self) -> str:

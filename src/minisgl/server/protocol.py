@@ -184,7 +184,7 @@ class TextPart(Body):
 
 class CalledFunction(Body):
     name: str
-    arguments: str  # the text of a JSON object
+    arguments: str  # JSON, but of an answer that was cut the beginning only
     parsed_arguments: Any = None  # OpenAI's clients add it to completions that they parse, and send it back
 
 
@@ -194,15 +194,9 @@ class MessageToolCall(Body, kw_only=True):
     function: CalledFunction
     index: int | None = None
 
-    def for_template(self, where: str) -> dict[str, Any]:
-        """The call as chat templates take it; raises InvalidRequestError for arguments that are no JSON object."""
-        try:
-            arguments = json.loads(self.function.arguments or "{}")
-        except (ValueError, RecursionError):
-            arguments = None
-        param = f"{where}.function.arguments"
-        require(isinstance(arguments, dict), "arguments must be the text of a JSON object", param)
-        return {"id": self.id, "type": "function", "function": {"name": self.function.name, "arguments": arguments}}
+    def for_template(self) -> dict[str, Any]:
+        function = {"name": self.function.name, "arguments": self.function.arguments}
+        return {"id": self.id, "type": "function", "function": function}
 
 
 class Message(Body):
@@ -236,8 +230,7 @@ class Message(Body):
             if (value := getattr(self, name)) is not None:
                 message[name] = value
         if self.tool_calls:
-            calls = enumerate(self.tool_calls)
-            message["tool_calls"] = [call.for_template(f"{where}.tool_calls.{index}") for index, call in calls]
+            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
         return message
 
 

@@ -1,110 +1,259 @@
-"""Chat templates, which are not trusted: they run in jinja2's immutable sandbox and see plain JSON values only.
+"""Conversations as a model's text, through its chat template.
 
-A template may use what the `transformers` documentation on writing chat templates promises.
+Templates differ in what they take: content as a text or as a list of parts, tools or none, arguments of calls as an
+object or as text. Probes, small conversations that are rendered at the start, find out what a template shows, and every
+conversation is put into that form. What a template cannot show is written into the content, in Hermes' format.
 """
 
 from __future__ import annotations
 
-import datetime
+import contextlib
 import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import jinja2
-import jinja2.meta
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
+from minisgl.errors import InvalidRequestError, ModelError, UnsupportedParameterError
 
-from minisgl.errors import InvalidRequestError, ModelError
-
-
-class GenerationTag(Extension):
-    """`{% generation %}…{% endgeneration %}` marks what to train on; here it is its content."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+WALL_SECONDS = 20.0  # for an answer of the process; its own limit is on CPU time
+MAX_SOURCE_BYTES = 1 << 22
+WORD = "probe of the words"
+CALL: dict[str, Any] = {"name": "called", "arguments": {"word": "x"}}
+TOOL = {"name": "offered", "description": "x", "parameters": {"type": "object", "properties": {}}}
+TOOLS_TEXT = """You may call functions. Each line is the JSON description of one:
+{tools}
+To call one, write nothing but its name and its arguments as JSON, in this form:
+<tool_call>
+{{"name": "function name", "arguments": {{"parameter name": "value"}}}}
+</tool_call>
+Where no function helps, answer in plain text."""
 
 
-class PublicNamespace(Namespace):
-    """jinja2's `namespace` without underscored names, which reach into the interpreter."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:  # without `self`, which may be an attribute's name
-        self, *rest = args
-        for name in dict(*rest, **kwargs):
-            refuse_private(name)
-        Namespace.__init__(self, *rest, **kwargs)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        refuse_private(name)
-        super().__setitem__(name, value)
+class TemplateLimitError(InvalidRequestError):
+    """A rendering took too much time, or its process died of it."""
 
 
-def refuse_private(name: object) -> None:
-    if str(name).startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a namespace attribute must not start with an underscore: {name!r}")
+class TemplateProcess:
+    """The process of `template_process`, started again when it ended. Safe to use from several threads."""
+
+    def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
+        self._setup = json.dumps({"source": source, "tokens": tokens}).encode()
+        self._lock = threading.Lock()
+        self.variables = self._start()
+
+    def render(self, variables: Mapping[str, Any]) -> str:
+        """Raises InvalidRequestError when the template refuses, TemplateLimitError when it takes too much."""
+        try:
+            line = json.dumps(variables).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InvalidRequestError(f"chat templates take JSON values only: {error}", param="messages") from error
+        with self._lock:
+            reply = self._ask(line)
+            if reply is None and self._process.returncode != -signal.SIGPROF:
+                reply = self._ask(line)  # it was ended from outside
+        if reply is None:
+            raise TemplateLimitError("the model's chat template takes too much time for this", param="messages")
+        if "error" in reply:
+            raise InvalidRequestError(f"the model's chat template refuses this: {reply['error']}", param="messages")
+        return str(reply["text"])
+
+    def _start(self) -> frozenset[str]:
+        ours, theirs = socket.socketpair()
+        ours.settimeout(WALL_SECONDS)
+        with theirs:
+            command, null = [sys.executable, "-m", "minisgl.text.template_process"], subprocess.DEVNULL
+            self._process = subprocess.Popen(command, stdin=theirs.fileno(), stdout=null, start_new_session=True)
+        self._link, self._replies = ours, ours.makefile("rb")
+        self._end = weakref.finalize(self, end_process, self._process, self._link, self._replies)
+        reply = self._ask(self._setup) or {"error": "it takes too much time"}
+        if "error" in reply:
+            self._end()
+            raise ModelError(f"the model's chat template is broken: {reply['error']}")
+        return frozenset(reply["variables"])
+
+    def _ask(self, line: bytes) -> dict[str, Any] | None:
+        """None when the process ended."""
+        if not self._end.alive:
+            self._start()
+        with contextlib.suppress(OSError):
+            self._link.sendall(line + b"\n")
+            if (reply := self._replies.readline()).endswith(b"\n"):
+                decoded: dict[str, Any] = json.loads(reply)
+                return decoded
+        self._end()
+        return None
 
 
-def raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def strftime_now(pattern: str) -> str:
-    return datetime.datetime.now().strftime(pattern)
-
-
-def make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
-    """`dict(…)` without the type's other attributes."""
-    return dict(*args, **kwargs)
-
-
-def to_json(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    """JSON as it is, where jinja2's own filter would escape HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def make_environment() -> ImmutableSandboxedEnvironment:
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols])
-    env.filters["tojson"] = to_json
-    env.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
-    env.globals |= {"dict": make_dict, "namespace": PublicNamespace}
-    return env
+def end_process(process: subprocess.Popen[bytes], link: socket.socket, replies: BinaryIO) -> None:
+    replies.close()
+    link.close()
+    process.kill()
+    process.wait()
 
 
 class ChatTemplate:
-    """A compiled template. `tokens` are the named special tokens it may print, `variables` the names that it takes.
+    """A model's template. `variables` are the names that it takes. Safe to use from several threads.
 
-    Raises ModelError when the source is no template.
+    `tokens` are the named special tokens it may print. Raises ModelError when the source is no template.
     """
 
     def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
         self.source = source
-        self._tokens = dict(tokens)
-        try:
-            environment = make_environment()
-            self._template = environment.from_string(source)
-            self.variables = frozenset(jinja2.meta.find_undeclared_variables(environment.parse(source)))
-        except jinja2.TemplateSyntaxError as error:
-            raise ModelError(f"the model's chat template is broken: line {error.lineno}: {error.message}") from error
+        self._tokens = frozenset(tokens)
+        self._process = TemplateProcess(source, tokens)
+        self.variables = self._process.variables
+        self.takes_tools = "tools" in self.variables
+        self._in_parts: dict[str, bool] = {}  # roles whose content is a list
+        self._lost: set[str] = set()  # roles whose content it leaves out
+        self._shows_system = self._shows_calls = self._shows_results = self._takes_text_arguments = True
+        self._no_content: str | None = ""  # of a message that is calls only
+        self._probe()
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, /, **variables: Any) -> str:
-        """The conversation as text. Raises InvalidRequestError when the template refuses it."""
-        fixed = {**self._tokens, "messages": list(messages), "add_generation_prompt": add_generation_prompt}
-        if taken := sorted(fixed.keys() & variables.keys()):
+        """The conversation as text. Raises InvalidRequestError when the template refuses it or leaves words out."""
+        fixed = self._tokens | {"messages", "add_generation_prompt"}
+        if taken := sorted(fixed & variables.keys()):
             raise InvalidRequestError(f"{taken[0]} cannot be set here", param="chat_template_kwargs")
         try:
-            return self._template.render({"tools": None, "documents": None, **variables, **fixed})
-        except Exception as error:  # the template is foreign code run on the user's values
-            reason = str(error) or type(error).__name__
-            raise InvalidRequestError(f"the model's chat template refuses this: {reason}", param="messages") from error
+            adapted = self._adapt(messages, variables.get("tools") or ())
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InvalidRequestError(f"a message is not as OpenAI's are: {error!r}", param="messages") from error
+        variables["messages"] = [self._shape(message) for message in adapted]
+        text = self._process.render({**variables, "add_generation_prompt": add_generation_prompt})
+        for message in adapted if self._lost else ():
+            role, content = str(message.get("role")), str(message["content"] or "")
+            if role in self._lost and content.strip() not in text:
+                reason = f"the model's chat template leaves out what the role {role} says"
+                raise InvalidRequestError(reason, param="messages")
+        return text
+
+    def _adapt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]) -> list[dict[str, Any]]:
+        """The messages with texts as contents, and with what the template does not show by itself."""
+        adapted: list[dict[str, Any]] = []
+        before = None
+        for message in messages:
+            role, content, calls = message.get("role"), text_of(message.get("content")), message.get("tool_calls")
+            new = {**message, "content": content}
+            if calls and self._shows_calls:
+                new["content"] = content or self._no_content
+                new["tool_calls"] = [self._with_arguments(call) for call in calls]
+            elif calls:
+                del new["tool_calls"]
+                written = [tagged("tool_call", json.dumps(function_of(call), ensure_ascii=False)) for call in calls]
+                new["content"] = "\n".join(filter(None, (content, *written)))
+            if role == "tool" and not self._shows_results:
+                new = {"role": "user", "content": tagged("tool_response", content)}
+                if before == "tool":  # many templates want user and assistant in turn
+                    new["content"] = f"{adapted.pop()['content']}\n{new['content']}"
+            adapted.append(new)
+            before = role
+        if tools and not self.takes_tools:
+            self._describe(tools, adapted)
+        return adapted
+
+    def _describe(self, tools: Sequence[Any], messages: list[dict[str, Any]]) -> None:
+        text = TOOLS_TEXT.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
+        role = "system" if self._shows_system else "user"
+        first = next((message for message in messages if message.get("role") == role), None)
+        if first is None or (role == "system" and first is not messages[0]):
+            messages.insert(0, {"role": role, "content": text})
+        else:
+            both = (first["content"], text) if role == "system" else (text, first["content"])
+            first["content"] = "\n\n".join(both)
+
+    def _shape(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        content = message["content"]
+        if isinstance(content, str) and self._in_parts.get(str(message.get("role")), self._in_parts.get("user")):
+            content = [{"type": "text", "text": content}]
+        return {**message, "content": content}
+
+    def _with_arguments(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """The call with an object as its arguments, or with text that is none where the template takes it."""
+        function = function_of(call)
+        if isinstance(function["arguments"], str) and not self._takes_text_arguments:
+            function["arguments"] = {}
+        return {**call, "function": {**call.get("function", {}), **function}}
+
+    def _probe(self) -> None:
+        """Find out what the template shows. Raises ModelError when that alone takes too much."""
+        user, calling = turn("user"), turn("assistant", "", tool_calls=[made_call(CALL["arguments"])])
+        self._shows("user", turn("user", WORD))
+        self._shows_system = self._shows("system", turn("system", WORD), user)
+        self._shows("assistant", user, turn("assistant", WORD), user)
+        if CALL["name"] not in (self._try(user, calling) or ""):
+            self._no_content = None
+            self._shows_calls = CALL["name"] in (self._try(user, calling) or "")
+        if self._shows_calls:
+            text_call = turn("assistant", "", tool_calls=[made_call(WORD)])
+            self._takes_text_arguments = WORD in (self._try(user, text_call) or "")
+        self._shows_results = self._shows("tool", user, calling, turn("tool", WORD, tool_call_id="probe0001"))
+        self._lost.discard("tool")  # it is the user's then
+
+    def _shows(self, role: str, *messages: Mapping[str, Any]) -> bool:
+        """Whether the template shows WORD, which this role says, in one of the two shapes."""
+        rendered = False
+        for in_parts in (False, True):
+            self._in_parts[role] = in_parts
+            text = self._try(*messages)
+            if text is not None and WORD in text:
+                return True
+            rendered = rendered or text is not None
+        del self._in_parts[role]
+        if rendered:
+            self._lost.add(role)
+        return False
+
+    def _try(self, *messages: Mapping[str, Any]) -> str | None:
+        """None when the template refuses."""
+        adapted = [self._shape(message) for message in self._adapt(messages, ())]
+        tools = [{"type": "function", "function": TOOL}]
+        try:
+            return self._process.render({"messages": adapted, "tools": tools, "add_generation_prompt": False})
+        except TemplateLimitError as error:
+            raise ModelError("the model's chat template takes too much time for a short conversation") from error
+        except InvalidRequestError:
+            return None
+
+
+def turn(role: str, content: str = "x", **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+def made_call(arguments: object) -> dict[str, Any]:
+    return {"id": "probe0001", "type": "function", "function": {**CALL, "arguments": arguments}}
+
+
+def tagged(tag: str, text: str) -> str:
+    return f"<{tag}>\n{text}\n</{tag}>"
+
+
+def text_of(content: Any) -> Any:
+    """A message's content as one text, its parts as lines; what is neither stays as it is."""
+    if content is None:
+        return ""
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        if part["type"] != "text":
+            raise UnsupportedParameterError(f"content of type {part['type']!r} is not supported", param="messages")
+    return "\n".join(part["text"] for part in content)
+
+
+def function_of(call: Mapping[str, Any]) -> dict[str, Any]:
+    """The name and the arguments of a call, which may be any text: of an answer that was cut it is no whole JSON."""
+    function = call.get("function", call)
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            decoded = json.loads(arguments)
+            arguments = decoded if isinstance(decoded, dict) else arguments
+    return {"name": function["name"], "arguments": arguments}
 
 
 def cut_after(text: str, content: str) -> str:
@@ -120,12 +269,29 @@ def cut_after(text: str, content: str) -> str:
     return text[: start + len(whole if text.startswith(whole, start) else bare)]
 
 
-def read_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> str | None:
-    """The source of a checkpoint's chat template: its own file, or the configuration's single or "default" one."""
-    if (file := folder / "chat_template.jinja").is_file():
-        return file.read_text("utf-8")
-    source = tokenizer_config.get("chat_template")
-    if isinstance(source, list):
-        named = {entry["name"]: entry["template"] for entry in source}
-        source = named.get("default") or next(iter(named.values()), None)
-    return source if isinstance(source, str) and source else None
+def read_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
+    """The sources of a checkpoint's chat templates by their names, of which "default" and "tool_use" are known."""
+    found = tokenizer_config.get("chat_template") or {}
+    if isinstance(found, str):
+        found = {"default": found}
+    elif isinstance(found, list) and all(isinstance(item, dict) for item in found):
+        found = {item.get("name"): item.get("template") for item in found}
+    if not isinstance(found, dict) or not all(isinstance(text, str) for pair in found.items() for text in pair):
+        raise ModelError(f"{folder / 'tokenizer_config.json'}: chat_template is no text and no list of named ones")
+    files = {file.stem: file for file in sorted(folder.glob("additional_chat_templates/*.jinja"))}
+    if (own := folder / "chat_template.jinja").exists():
+        files["default"] = own
+    return found | {name: read_source(file) for name, file in files.items()}
+
+
+def read_source(file: Path) -> str:
+    try:
+        if not file.is_file():
+            raise ModelError(f"{file}: not a regular file")
+        if file.stat().st_size > MAX_SOURCE_BYTES:
+            raise ModelError(f"{file}: larger than {MAX_SOURCE_BYTES} bytes, which no chat template is")
+        return file.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{file}: not UTF-8 at byte {error.start}") from error
+    except OSError as error:
+        raise ModelError(f"{file}: {error.strerror}") from error

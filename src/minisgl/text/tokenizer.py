@@ -18,7 +18,7 @@ from tokenizers.decoders import DecodeStream
 from minisgl.core.model_config import read_json
 from minisgl.core.types import FinishReason, SamplingParams, TokenEvent
 from minisgl.errors import InvalidRequestError, ModelError
-from minisgl.text.chat_template import ChatTemplate, cut_after, read_template
+from minisgl.text.chat_template import ChatTemplate, cut_after, read_templates, text_of
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -29,13 +29,18 @@ Messages = Sequence[Mapping[str, Any]]
 class Tokenizer:
     """The tokenizer of a checkpoint and its `chat_template`, if it has one. Safe to use from several threads.
 
-    `tokens` are the checkpoint's named special tokens; `template` is the source of its chat template.
+    `tokens` are the checkpoint's named special tokens; `templates` are the sources of its chat templates.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, *, tokens: dict[str, str], template: str | None = None) -> None:
+    def __init__(
+        self, backend: tokenizers.Tokenizer, *, tokens: dict[str, str], templates: Mapping[str, str] = {}
+    ) -> None:
         self.backend = backend
         self.tokens = tokens
-        self.chat_template = None if template is None else ChatTemplate(template, tokens)
+        default = templates.get("default") or next(iter(templates.values()), "")
+        tool_use = templates.get("tool_use") or default
+        self.chat_template = ChatTemplate(default, tokens) if default else None
+        self.tool_template = self.chat_template if tool_use == default else ChatTemplate(tool_use, tokens)
         added = backend.get_added_tokens_decoder()
         self._added = {i: token.content for i, token in added.items()}
         self._special = {i: token.content for i, token in added.items() if token.special}
@@ -51,7 +56,7 @@ class Tokenizer:
         """Read a checkpoint's tokenizer. Raises ModelError, naming the file, when there is none or it is broken."""
         config = read_object(folder / "tokenizer_config.json")
         tokens = {**special_tokens(read_object(folder / "special_tokens_map.json")), **special_tokens(config)}
-        return cls(load_backend(folder), tokens=tokens, template=read_template(folder, config))
+        return cls(load_backend(folder), tokens=tokens, templates=read_templates(folder, config))
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -61,6 +66,9 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         return self.chat_template is not None
+
+    def template_for(self, tools: bool) -> ChatTemplate | None:
+        return self.tool_template if tools else self.chat_template
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a plain prompt, with BOS where the model's post-processor adds one.
@@ -96,15 +104,16 @@ class Tokenizer:
 
     def render_chat(self, messages: Messages, /, *, add_generation_prompt: bool = True, **template: Any) -> str:
         """A conversation as the model's text. Raises InvalidRequestError when there is no template or it refuses."""
-        if self.chat_template is None:
+        chosen = self.template_for(bool(template.get("tools")))
+        if chosen is None:
             reason = "this model has no chat template: it is a base model, use /v1/completions with a plain prompt"
             raise InvalidRequestError(reason, param="messages")
-        return self.chat_template.render(messages, add_generation_prompt, **template)
+        return chosen.render(messages, add_generation_prompt, **template)
 
     def render_continued(self, messages: Messages, /, **template: Any) -> str:
         """A conversation that ends within its last message, for the model to go on there; raises as `render_chat`."""
         text = self.render_chat(messages, add_generation_prompt=False, **template)
-        return cut_after(text, str(messages[-1].get("content") or ""))
+        return cut_after(text, str(text_of(messages[-1].get("content"))))
 
     def encode_chat(self, messages: Messages, /, **template: Any) -> list[int]:
         """Token ids of a conversation. The template alone writes special tokens, so BOS never doubles."""
@@ -170,7 +179,7 @@ def load_backend(folder: Path) -> tokenizers.Tokenizer:
 
 def read_object(file: Path) -> dict[str, Any]:
     """A JSON object; an absent file is an empty one. Raises ModelError naming the file."""
-    value = read_json(file) if file.is_file() else {}
+    value = read_json(file) if file.exists() else {}
     if not isinstance(value, dict):
         raise ModelError(f"{file}: not a JSON object")
     return value

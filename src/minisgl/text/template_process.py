@@ -1,0 +1,144 @@
+"""The process that renders a chat template, which is not trusted: `python -m minisgl.text.template_process`.
+
+The template runs in jinja2's immutable sandbox, sees plain JSON values only, and may use what the `transformers`
+documentation on writing chat templates promises. The kernel ends the process when a rendering uses up its CPU time; a
+sandbox alone does not bound what `9 ** 9 ** 9` takes. Standard input is a socket: lines of JSON come and go. The first
+has the template's `source` and its special `tokens`, and the answer the template's `variables`; each other line has
+the variables of a rendering, and the answer its `text`. An answer with an `error` says why there is none.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import resource
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.meta
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+CPU_SECONDS = 1.0  # of a rendering
+MEMORY_BYTES = 1 << 30  # that renderings may add to the process, as address space
+# A text that is much longer than what it was made of fills the memory of the process that asked for it.
+FREE_CHARACTERS, MAX_GROWTH = 1 << 20, 8
+MAX_REASON = 1000  # characters
+
+
+class GenerationTag(Extension):
+    """`{% generation %}…{% endgeneration %}` marks what to train on; here it is its content."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class PublicNamespace(Namespace):
+    """jinja2's `namespace` without underscored names, which reach into the interpreter."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:  # without `self`, which may be an attribute's name
+        self, *rest = args
+        for name in dict(*rest, **kwargs):
+            refuse_private(name)
+        Namespace.__init__(self, *rest, **kwargs)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        refuse_private(name)
+        super().__setitem__(name, value)
+
+
+def refuse_private(name: object) -> None:
+    if str(name).startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace attribute must not start with an underscore: {name!r}")
+
+
+def raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def strftime_now(pattern: str) -> str:
+    return datetime.datetime.now().strftime(pattern)
+
+
+def make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+    """`dict(…)` without the type's other attributes."""
+    return dict(*args, **kwargs)
+
+
+def to_json(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """JSON as it is, where jinja2's own filter would escape HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def make_environment() -> ImmutableSandboxedEnvironment:
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols])
+    env.filters["tojson"] = to_json
+    env.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    env.globals |= {"dict": make_dict, "namespace": PublicNamespace}
+    return env
+
+
+class Renderer:
+    """Answers the lines of standard input."""
+
+    def __init__(self) -> None:
+        self.template: jinja2.Template | None = None
+
+    def answer(self, line: bytes) -> bytes:
+        """The answer to a line. Too much CPU time ends the process (SIGPROF)."""
+        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+        try:
+            values = json.loads(line)
+            reply = json.dumps(self.compile(**values) if self.template is None else {"text": self.render(line, values)})
+        except Exception as error:  # the template is foreign code run on the user's values
+            reply = json.dumps({"error": str(error)[:MAX_REASON] or type(error).__name__})
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        return reply.encode() + b"\n"
+
+    def compile(self, source: str, tokens: dict[str, str]) -> dict[str, Any]:
+        environment = make_environment()
+        try:
+            unset = {"tools": None, "documents": None}
+            self.template = environment.from_string(source, globals={**unset, **tokens})
+            return {"variables": sorted(jinja2.meta.find_undeclared_variables(environment.parse(source)))}
+        except jinja2.TemplateSyntaxError as error:
+            return {"error": f"line {error.lineno}: {error.message}"}
+        except (RecursionError, SyntaxError, MemoryError):  # of jinja2's parser, and of Python's
+            return {"error": "it is nested too deeply"}
+
+    def render(self, line: bytes, values: dict[str, Any]) -> str:
+        assert self.template is not None
+        text = self.template.render(values)
+        if len(text) > FREE_CHARACTERS + MAX_GROWTH * len(line):
+            raise ValueError(f"a prompt of {len(text)} characters is made of {len(line)}")
+        return text
+
+
+def bound_memory() -> None:
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, used + MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def main() -> None:
+    bound_memory()
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # that it is ignored would be inherited
+    renderer = Renderer()
+    with socket.socket(fileno=0) as link, link.makefile("rb") as lines:
+        for line in lines:
+            link.sendall(renderer.answer(line))
+
+
+if __name__ == "__main__":
+    main()
