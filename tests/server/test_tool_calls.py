@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 
 from minisgl.server import tools
 from minisgl.server.responses import ChatDelta
-from minisgl.server.tools import HEAD_LIMIT, HERMES, LLAMA, MISTRAL, ReasoningParser, ToolCallParser, ToolFormat
+from minisgl.server.tools import (
+    HEAD_LIMIT,
+    HERMES,
+    LLAMA,
+    MISTRAL,
+    ReasoningParser,
+    ToolCallParser,
+    ToolFormat,
+)
 
 NAMES = frozenset({"f", "get_weather"})
 FORCED = HERMES.forced()
@@ -48,10 +56,12 @@ def entries(deltas: list[ChatDelta]) -> list[Entry]:
     return [(*key, "".join(text for *_, text in group)) for key, group in joined]
 
 
-def read(pieces: list[str], form: ToolFormat, limit: int | None = None, stream: bool = True) -> list[Entry]:
+def read(
+    pieces: list[str], form: ToolFormat, limit: int | None = None, stream: bool = True, was_cut: bool = False
+) -> list[Entry]:
     parser = ToolCallParser(form, NAMES, limit, stream)
     deltas = [delta for piece in pieces for delta in parser.push(piece)]
-    return entries([*deltas, *parser.finish()])
+    return entries([*deltas, *parser.finish(was_cut)])
 
 
 def whole(pieces: list[str], form: ToolFormat, limit: int | None = None) -> tuple[str | None, list[tuple[str, Any]]]:
@@ -65,12 +75,14 @@ def whole(pieces: list[str], form: ToolFormat, limit: int | None = None) -> tupl
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-@given(TEXTS, st.lists(st.integers(0, 400), max_size=12))
+@given(TEXTS, st.lists(st.integers(0, 400), max_size=12), st.booleans())
 @settings(max_examples=250, deadline=None)
-def test_any_split_gives_the_same_as_no_split(form: ToolFormat, stream: bool, text: str, cuts: list[int]) -> None:
-    at_once = read([text], form, stream=stream)
-    assert read(cut(text, cuts), form, stream=stream) == at_once
-    assert read(list(text), form, stream=stream) == at_once
+def test_any_split_gives_the_same_as_no_split(
+    form: ToolFormat, stream: bool, text: str, cuts: list[int], was_cut: bool
+) -> None:
+    at_once = read([text], form, stream=stream, was_cut=was_cut)
+    assert read(cut(text, cuts), form, stream=stream, was_cut=was_cut) == at_once
+    assert read(list(text), form, stream=stream, was_cut=was_cut) == at_once
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
@@ -79,7 +91,7 @@ def test_any_split_gives_the_same_as_no_split(form: ToolFormat, stream: bool, te
 def test_calls_are_whole_and_the_rest_is_content(form: ToolFormat, text: str) -> None:
     content, found = whole([text], form)
     assert all(name in NAMES and isinstance(arguments, dict) for name, arguments in found)
-    assert found or content == text
+    assert found or content == ("" if form.only_calls else text)
     streamed = read([text], form)
     starts = [(index, name) for kind, index, name in streamed if kind == "name"]
     assert {name for _, name in starts} <= NAMES
@@ -151,6 +163,32 @@ def test_arguments_are_given_on_as_they_come_and_as_the_model_wrote_them() -> No
     text = f'<tool_call>\n{{"name": "f", "arguments": {arguments}}}\n</tool_call>'
     given = [entry for character in text for entry in entries(parser.push(character))]
     assert given == [("name", 0, "f"), *(("arguments", 0, character) for character in arguments)]
+
+
+SPOKEN = {
+    "hermes": (HERMES, "Hm.\n<tool_call>\n" + json.dumps(CALL) + "\n</tool_call>"),
+    "llama": (LLAMA, json.dumps(CALL).replace("arguments", "parameters")),
+    "mistral": (MISTRAL, f"[TOOL_CALLS] [{json.dumps(CALL)}, {json.dumps(CALL)}]"),
+    "forced": (FORCED, json.dumps([CALL, CALL])),
+    "forced, indented": (FORCED, " [ " + json.dumps(CALL, indent=2) + " ]"),
+}
+
+
+@pytest.mark.parametrize(("form", "text"), SPOKEN.values(), ids=SPOKEN)
+def test_a_call_that_is_cut_anywhere_is_the_same_whole_and_streamed(form: ToolFormat, text: str) -> None:
+    """From the first character of its arguments on it is a call, and what a grammar forces is never content."""
+    first = text.index("{", text.index("{") + 1)
+    for size in range(len(text) + 1):
+        said = text[:size]
+        found = read([said], form, stream=False, was_cut=True)
+        assert found == read(list(said), form, stream=True, was_cut=True)
+        kinds = [kind for kind, _, _ in found]
+        assert ("name" in kinds) == (size > first)
+        if form.only_calls:
+            assert "content" not in kinds
+            assert read([said], form, stream=False) == read(list(said), form, stream=True) == found
+    names, arguments = found[-2:]
+    assert (names[0], names[2], json.loads(arguments[2])) == ("name", "f", CALL["arguments"])
 
 
 def test_blanks_after_a_broken_call_are_content() -> None:

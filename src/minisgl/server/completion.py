@@ -253,7 +253,7 @@ class ChatCompletion(OpenAICompletion):
     def chunk_choices(self, piece: TextPiece) -> list[ChunkChoice]:
         index, parser = piece.index, self.parsers[piece.index]
         if parser is not None:
-            chunks = [ChunkChoice(index, delta) for delta in parser.push(piece.text, piece.finish is not None)]
+            chunks = [ChunkChoice(index, delta) for delta in parser.push(piece.text, piece.finish)]
         else:
             chunks = [ChunkChoice(index, ChatDelta(content=piece.text))] if piece.text else []
         if piece.finish is not None:

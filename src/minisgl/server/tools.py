@@ -12,7 +12,7 @@ from typing import Literal
 
 import msgspec
 
-from minisgl.core.types import REASONING_END, REASONING_START
+from minisgl.core.types import REASONING_END, REASONING_START, FinishReason
 from minisgl.server.responses import ChatDelta, FunctionCall, ToolCall
 
 # The usual beginning of a call: with it the arguments can be streamed, and keep the model's own spelling. It is looked
@@ -35,6 +35,7 @@ class ToolFormat:
     listed: bool = False  # they surround a JSON list of calls
     at_start: bool = False  # the completion is the call, `opening` may be missing, and text after it is no call
     short_ids: bool = False  # nine letters or digits each
+    only_calls: bool = False  # a grammar lets the completion be nothing else
 
     def new_id(self) -> str:
         if self.short_ids:
@@ -43,7 +44,7 @@ class ToolFormat:
 
     def forced(self) -> ToolFormat:
         """The format of a completion that a grammar makes a list of calls, whatever the model's own."""
-        return ToolFormat(listed=True, at_start=True, short_ids=self.short_ids)
+        return ToolFormat(listed=True, at_start=True, short_ids=self.short_ids, only_calls=True)
 
 
 # Qwen 2.5 and 3, Hermes: `<tool_call>{"name": …, "arguments": {…}}</tool_call>`, any number of times.
@@ -93,9 +94,9 @@ class OutputParser:
     def called(self) -> bool:
         return self._tools is not None and self._tools.num_calls > 0
 
-    def push(self, text: str, last: bool) -> list[ChatDelta]:
-        """Take in text, the end of it where `last`; what is certain now."""
-        reasoning, content = "", text
+    def push(self, text: str, finish: FinishReason | None) -> list[ChatDelta]:
+        """Take in text, the end of it where there is a `finish`; what is certain now."""
+        reasoning, content, last = "", text, finish is not None
         if self._reasoning is not None:
             reasoning, content = self._reasoning.push(text)
             rest = self._reasoning.finish() if last else ("", "")
@@ -103,7 +104,7 @@ class OutputParser:
         deltas = [ChatDelta(reasoning_content=reasoning)] if reasoning else []
         if self._tools is not None:
             deltas += self._tools.push(content)
-            deltas += self._tools.finish() if last else ()
+            deltas += self._tools.finish(finish is FinishReason.LENGTH) if last else ()
         elif content:
             deltas.append(ChatDelta(content=content))
         return deltas
@@ -220,10 +221,13 @@ class ToolCallParser:
             pass
         return self._deltas
 
-    def finish(self) -> list[ChatDelta]:
-        """What was held back, at the end of the text; a call that is not complete is none."""
+    def finish(self, was_cut: bool = False) -> list[ChatDelta]:
+        """What was held back, at the end of the text; a call that is not complete is none, unless the text was cut."""
         self._deltas = []
         if self._state == self._object:
+            if self._head is not None and (was_cut or self._format.only_calls):
+                self._give_arguments(self._head)
+                return self._deltas
             self._fail()
         if self._state != self._after:
             self._say(len(self._buffer))
@@ -234,7 +238,7 @@ class ToolCallParser:
 
     def _say(self, size: int) -> None:
         """The beginning of the buffer is content."""
-        text = self._buffer[:size]
+        text = "" if self._format.only_calls else self._buffer[:size]
         self._drop(size)
         if text := text.lstrip() if self._trim else text:
             self._deltas.append(ChatDelta(content=text))
@@ -305,10 +309,7 @@ class ToolCallParser:
             self._head = head if head is not None and head[1] in self._names else None
         scanner.read(self._buffer)
         if self._stream and self._head is not None:
-            end = scanner.value_end or scanner.at
-            if end > self._head.end():
-                self._give(self._head[1], self._buffer[max(self._sent, self._head.end()) : end])
-                self._sent = end
+            self._give_arguments(self._head)
         if not (scanner.complete or scanner.failed):
             return False
         call = self._call() if scanner.complete else None
@@ -321,6 +322,13 @@ class ToolCallParser:
         self._trim = True
         self._drop(scanner.at)
         return self._go(self._after)
+
+    def _give_arguments(self, head: re.Match[str]) -> None:
+        """What has come of the arguments of the call that begins so, and was not given yet."""
+        end = self._scanner.value_end or self._scanner.at
+        if end > head.end():
+            self._give(head[1], self._buffer[max(self._sent, head.end()) : end])
+            self._sent = end
 
     def _call(self) -> tuple[str, str] | None:
         """Name and arguments of the complete object, None when it is no call."""
