@@ -60,6 +60,29 @@ def test_a_seed_makes_an_answer_repeatable_among_others(client: openai.OpenAI) -
     assert client.completions.create(prompt="The sea", **params).choices[0].text == several.choices[0].text
 
 
+def test_the_bundled_model_calls_tools_though_its_template_has_no_place_for_them(client: openai.OpenAI) -> None:
+    city = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 20}}, "required": ["city"]}
+    parameters = {**city, "additionalProperties": False}
+    function = {"name": "get_weather", "description": "The weather in a city", "parameters": parameters}
+    question: Any = {"role": "user", "content": "What is the weather in Paris?"}
+
+    def ask(*more: Any, **options: Any) -> Any:
+        options = {"model": NAME, "temperature": 0, "max_tokens": 200, **options}
+        tools: Any = [{"type": "function", "function": function}]
+        return client.chat.completions.create(messages=[question, *more], tools=tools, **options).choices[0]
+
+    for choice in ("required", {"type": "function", "function": {"name": "get_weather"}}):
+        answer = ask(tool_choice=choice)
+        assert (answer.message.content, answer.finish_reason) == (None, "tool_calls")
+        call = answer.message.tool_calls[0]
+        assert call.function.name == "get_weather"
+        assert "Paris" in json.loads(call.function.arguments)["city"]
+    told = ask(answer.message, {"role": "tool", "tool_call_id": call.id, "content": "18 degrees and sunny"})
+    assert "sunny" in told.message.content
+    cut = ask(tool_choice="required", max_tokens=1)
+    assert (cut.message.content, cut.message.tool_calls, cut.finish_reason) == ("", None, "length")
+
+
 def test_an_answer_follows_a_schema_and_a_hostile_one_is_refused(client: openai.OpenAI) -> None:
     def answer(schema: dict[str, object]) -> str:
         chat = client.chat.completions.create(

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from minisgl.server import tools
 from minisgl.server.responses import ChatDelta
 from minisgl.server.tools import (
+    GENERIC,
     HEAD_LIMIT,
     HERMES,
     LLAMA,
@@ -255,7 +256,7 @@ SHOWN = (
 
 def test_a_template_shows_its_form() -> None:
     assert [tools.detect_tool_format(template, True) for template, _ in SHOWN] == [form for _, form in SHOWN]
-    assert tools.detect_tool_format(QWEN, False) is None
+    assert tools.detect_tool_format(QWEN, False) == GENERIC
 
 
 def test_ids_suit_the_templates_that_read_them() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from helpers import templates
-from helpers.serving import MODEL, Serving, serving
+from helpers.serving import CHAT_TEMPLATE, MODEL, Serving, serving
 from minisgl.core.types import Calls, Grammar
 
 pytestmark = pytest.mark.serving(template=templates.QWEN_TOOLS, max_seq_len=2048)
@@ -225,6 +225,86 @@ async def test_the_last_message_is_continued(server: Serving) -> None:
     answer = await chat(server, messages=messages, continue_final_message=True)
     assert prompt_of(server).endswith("<|im_start|>assistant\n<think>\nTwo and two is ")
     assert answer["message"]["content"] == "4."
+
+
+@pytest.mark.parametrize("end", ["", "get_w", "city", "Köl", "}"])
+@pytest.mark.parametrize("choice", ["required", "auto"])
+@pytest.mark.serving(check_grammar=lambda grammar: None)
+async def test_a_call_that_max_tokens_cuts_is_the_same_whole_and_streamed_and_can_be_sent_back(
+    server: Serving, choice: Any, end: str
+) -> None:
+    text = f"[{CALL}]" if choice == "required" else f"<tool_call>{CALL}</tool_call>"
+    server.speak(text)
+    tokens = len(server.tokenizer.encode(text[: text.index(end) + max(1, len(end))]))
+    body: dict[str, Any] = {"tools": [WEATHER], "tool_choice": choice, "max_tokens": tokens}
+    answer = await chat(server, **body)
+    content, _, calls, finish = await streamed(server, **body)
+    assert [(call["name"], call["arguments"]) for call in calls.values()] == functions(answer)
+    assert (answer["message"]["content"] or "", answer["finish_reason"]) == (content, finish)
+    assert finish == "length"
+    assert bool(calls) == (end in ("city", "Köl", "}"))
+    assert choice == "auto" or content == ""
+    history = [*USER, answer["message"], *USER]
+    for call in answer["message"].get("tool_calls", ()):
+        history.insert(2, {"role": "tool", "tool_call_id": call["id"], "content": "dry"})
+    await chat(server, messages=history, max_tokens=1)
+    await chat(server, messages=history, max_tokens=1, tools=[WEATHER])
+
+
+@pytest.mark.parametrize("arguments", ['{"text": "', "", "[]", "5", "null", "no JSON", "[" * 100_000])
+@pytest.mark.parametrize("template", [templates.QWEN_TOOLS, CHAT_TEMPLATE], ids=["tools", "no tools"])
+async def test_earlier_calls_may_have_any_text_as_arguments(server: Serving, template: str, arguments: str) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "get_weather", "arguments": arguments}}
+    messages = [*USER, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    response = await server.http.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 1})
+    if len(arguments) < 1000 or template == templates.QWEN_TOOLS:
+        assert response.status_code == 200, response.text
+        assert "get_weather" in prompt_of(server)
+    else:  # that long a text is shown, and too much for the model
+        assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+@pytest.mark.serving(template=CHAT_TEMPLATE, check_grammar=lambda grammar: None)
+async def test_a_model_without_a_place_for_tools_is_told_of_them(
+    server: Serving, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.speak(f"<tool_call>\n{CALL}\n</tool_call>")
+    for _ in range(2):
+        choice = await chat(server, tools=[WEATHER])
+        assert (functions(choice), choice["finish_reason"]) == ([("get_weather", ARGUMENTS)], "tool_calls")
+    assert prompt_of(server).startswith("<|im_start|>system\nYou may call functions.")
+    assert '"name": "get_weather"' in prompt_of(server)
+    assert [record.message for record in caplog.records if "no place for tools" in record.message] == [
+        "the chat template has no place for tools: a system text lists them, a grammar forms calls"
+    ]
+    grammar = server.engine.seen[-1].params.grammar
+    assert grammar is not None
+    assert grammar.calls is not None
+    assert (grammar.kind, grammar.calls.opening, grammar.calls.several) == ("lark", "<tool_call>", True)
+    content, _, calls, _ = await streamed(server, tools=[WEATHER])
+    assert (content, calls[0]["arguments"]) == ("", ARGUMENTS)
+    server.speak("It rains.")
+    assert (await chat(server, tools=[WEATHER]))["message"]["content"] == "It rains."
+    choice, grammar = await ask(server, '{"sun": true}', tools=[WEATHER])
+    assert (choice["message"]["content"], json.loads(grammar.source)) == ('{"sun": true}', SCHEMA)
+    _, grammar = await ask(server, f"[{CALL}]", tools=[WEATHER], tool_choice="required")
+    assert json.loads(grammar.source)["type"] == "array"
+    await chat(server, tools=[WEATHER], tool_choice="none", max_tokens=1)
+    assert "You may call" not in prompt_of(server)
+    tokens = await server.http.post("/tokenize", json={"messages": USER, "tools": [WEATHER]})
+    assert "You may call" in server.tokenizer.decode(tokens.json()["tokens"])
+
+
+async def test_tools_take_the_template_that_is_named_for_them(tmp_path: Path) -> None:
+    folder = tmp_path / "additional_chat_templates"
+    folder.mkdir()
+    (folder / "tool_use.jinja").write_text(templates.QWEN_TOOLS)
+    async with serving(tmp_path, template=CHAT_TEMPLATE, max_seq_len=2048) as server:
+        server.speak(f"<tool_call>{CALL}</tool_call>")
+        assert functions(await chat(server, tools=[WEATHER])) == [("get_weather", ARGUMENTS)]
+        assert prompt_of(server).startswith("# Tools")
+        await chat(server)
+        assert prompt_of(server).startswith("<|im_start|>user")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import logging
 import secrets
 import time
 import uuid
@@ -20,10 +21,11 @@ from minisgl.server import protocol
 from minisgl.server.engine_client import EngineClient
 from minisgl.server.protocol import ChatRequest, CompletionRequest, GenerateRequest, TokenizeConversation, require
 from minisgl.server.responses import Detokenized, TokenizerInfo, Tokens
-from minisgl.server.structured import forced_call_grammar, requested_grammar, with_optional_calls
+from minisgl.server.structured import forced_call_grammar, requested_grammar, text_without_calls, with_optional_calls
 from minisgl.server.tools import ParserConfig, Reasoning, ToolFormat, detect_tool_format
 from minisgl.text.tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Prompt = str | list[int]
 Generating = ChatRequest | CompletionRequest | GenerateRequest
@@ -50,23 +52,24 @@ class Preparation:
 
     def __post_init__(self) -> None:
         self.names = tuple(self.names) or (self.model.name,)
-        template = self.tokenizer.chat_template
-        source = "" if template is None else template.source
-        self.template_variables = frozenset[str]() if template is None else template.variables
-        self.tool_format = detect_tool_format(source, "tools" in self.template_variables)
-        self.reasons = REASONING_END in source
+        template = self.tokenizer.tool_template
+        self.tool_format = None if template is None else detect_tool_format(template.source, template.takes_tools)
+        self.described_tools = False  # and said so in the log
 
     def chat(self, body: bytes) -> PreparedRequest:
         chat = ChatRequest.parse(body)
         self.check_model(chat.model)
         grammar, field = constraint_of(chat)
         prompt = self.render(chat, chat.offered_tools)
-        reasoning = reasoning_before(prompt, chat) if self.reasons and chat.separate_reasoning is not False else None
+        template = self.tokenizer.template_for(bool(chat.offered_tools))
+        reasons = template is not None and REASONING_END in template.source and chat.separate_reasoning is not False
+        reasoning = reasoning_before(prompt, chat) if reasons else None
         tool_format = self.require_tool_format() if chat.offered_tools else None
         if chat.must_call and tool_format is not None:
             grammar, field, tool_format = forced_call_grammar(chat), "tools", tool_format.forced()
-        elif grammar is not None and tool_format is not None:
-            grammar = with_optional_calls(grammar, chat, tool_format)
+        elif tool_format is not None and (grammar is not None or tool_format.generic):
+            field = field or "tools"
+            grammar = with_optional_calls(grammar or text_without_calls(tool_format), chat, tool_format)
         if grammar is not None and reasoning is not None:
             grammar = msgspec.structs.replace(grammar, reasoning=reasoning)
         limit = "max_tokens" if chat.max_completion_tokens is None else "max_completion_tokens"
@@ -168,11 +171,17 @@ class Preparation:
         return requests
 
     def require_tool_format(self) -> ToolFormat:
-        """The model's own format of tool calls; raises UnsupportedParameterError when it has none that is known."""
-        if "tools" not in self.template_variables:
-            raise UnsupportedParameterError("this model's chat template has no place for tools", param="tools")
+        """The format of tool calls; raises UnsupportedParameterError when the model has one that is not known."""
+        if self.tokenizer.tool_template is None:
+            raise UnsupportedParameterError("this model has no chat template, so no place for tools", param="tools")
         if self.tool_format is None:
             raise UnsupportedParameterError("this model's way of writing tool calls is not known here", param="tools")
+        if self.tool_format.generic and self.check_grammar is None:
+            reason = "the chat template has no place for tools, and this server has no grammar to form calls"
+            raise UnsupportedParameterError(reason, param="tools")
+        if self.tool_format.generic and not self.described_tools:
+            self.described_tools = True
+            logger.warning("the chat template has no place for tools: a system text lists them, a grammar forms calls")
         return self.tool_format
 
     def require_grammar(self, grammar: Grammar | None, param: str | None) -> None:
@@ -194,8 +203,8 @@ class Preparation:
             self.require_tool_format()
             variables["tools"] = [tool.for_template() for tool in tools]
         if isinstance(chat, ChatRequest) and chat.reasoning_effort is not None:
-            name = "reasoning_effort"
-            if name not in self.template_variables:
+            name, template = "reasoning_effort", self.tokenizer.template_for(bool(tools))
+            if template is None or name not in template.variables:
                 raise UnsupportedParameterError(f"this model's chat template does not know {name}", param=name)
             variables.setdefault(name, chat.reasoning_effort)
         messages = [message.for_template(f"messages.{index}") for index, message in enumerate(chat.messages)]

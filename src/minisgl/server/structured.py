@@ -77,6 +77,11 @@ def forced_call_grammar(chat: ChatRequest) -> Grammar:
     return Grammar(kind="json_schema", source=call_list_schema(tools, single))
 
 
+def text_without_calls(tool_format: ToolFormat) -> Grammar:
+    """Any text in which no call begins."""
+    return Grammar(kind="lark", source=f"start: TEXT\nTEXT: /(?s:.*)/ & ~/(?s:.*{tool_format.opening}.*)/")
+
+
 def with_optional_calls(grammar: Grammar, chat: ChatRequest, tool_format: ToolFormat) -> Grammar:
     """The same grammar, or calls as the model writes them."""
     single, opening = chat.parallel_tool_calls is False, tool_format.opening

@@ -35,6 +35,7 @@ class ToolFormat:
     listed: bool = False  # they surround a JSON list of calls
     at_start: bool = False  # the completion is the call, `opening` may be missing, and text after it is no call
     short_ids: bool = False  # nine letters or digits each
+    generic: bool = False  # the model does not know it
     only_calls: bool = False  # a grammar lets the completion be nothing else
 
     def new_id(self) -> str:
@@ -53,11 +54,15 @@ HERMES = ToolFormat(opening="<tool_call>", closing="</tool_call>")
 MISTRAL = ToolFormat(opening="[TOOL_CALLS]", listed=True, short_ids=True)
 # Llama 3.1 to 3.3: the completion is `{"name": …, "parameters": {…}}`, several of them separated by `;`.
 LLAMA = ToolFormat(opening="<|python_tag|>", at_start=True)
+# A model whose template has no place for tools: it was not trained to call, so a grammar holds it to Hermes' format.
+GENERIC = dataclasses.replace(HERMES, generic=True)
 
 
 def detect_tool_format(template: str, takes_tools: bool) -> ToolFormat | None:
-    """The format that a chat template shows; None for one that takes no tools or shows none of these formats."""
-    if not takes_tools or "<function=" in template or "[ARGS]" in template:
+    """The format that a chat template shows; None for one that takes tools and shows none of these formats."""
+    if not takes_tools:
+        return GENERIC
+    if "<function=" in template or "[ARGS]" in template:
         return None
     if HERMES.opening in template:
         return HERMES
