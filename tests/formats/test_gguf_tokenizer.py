@@ -80,6 +80,8 @@ def test_names_template_and_every_eos_id_are_kept(tmp_path: Path) -> None:
     found = read(tmp_path, tokenizer_metadata())
     assert found.eos_token_ids() == [1, 3]
     assert {"bos_token": "<s>", "eos_token": "</s>", "chat_template": TEMPLATE}.items() <= found.config().items()
+    named = read(tmp_path, {**tokenizer_metadata(), "tokenizer.chat_template.tool_use": "T"}).config()["chat_template"]
+    assert named == [{"name": "default", "template": TEMPLATE}, {"name": "tool_use", "template": "T"}]
 
 
 def test_a_qwen_file_without_a_rule_gets_qwens(tmp_path: Path) -> None:
