@@ -5,6 +5,7 @@ import json
 import re
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -16,6 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from helpers.bundled import BEGINNINGS, QUESTIONS
 from helpers.constraints import Cycle, cycle
+from helpers.tiny_models import save_model
+from helpers.tiny_tokenizers import byte_fallback_json
 from minisgl import LLM, SamplingParams
 from minisgl.core.plan import StepPlan
 from minisgl.core.types import Grammar
@@ -103,6 +106,19 @@ def test_streamed_pieces_join_to_the_text_and_a_stop_string_or_closing_frees_all
         llm.generate("hello", GREEDY, progress=False)
     stream.close()
     assert_idle(llm)
+
+
+def test_the_first_word_of_a_completion_keeps_its_space(tmp_path: Path) -> None:
+    (save_model(tmp_path) / "tokenizer.json").write_text(byte_fallback_json(), "utf-8")
+    with LLM(str(tmp_path), progress=False, num_pages=64) as model:
+        prompt, (word,) = model.text.encode("a b"), model.text.encode("he", False)
+        params = SamplingParams(max_tokens=2, logit_bias={word: 100.0}, stop=("never",))
+        for given in ("a b", prompt):
+            for each in (params, msgspec.structs.replace(params, stop=())):
+                assert [found.text for found in model.generate(given, each, progress=False)] == [" he he"]
+            assert "".join(delta.text for delta in model.stream(given, params)) == " he he"
+        stopped = msgspec.structs.replace(params, stop=(" he he",))
+        assert model.generate(prompt, stopped, progress=False)[0].text == ""
 
 
 def test_a_bad_prompt_is_refused_before_anything_is_generated(llm: LLM) -> None:

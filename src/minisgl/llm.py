@@ -129,7 +129,8 @@ class LLM:
         if len(each) != len(several):
             raise InvalidRequestError(f"{len(several)} prompts, but {len(each)} sampling_params")
         requests = [self._request(prompt, p) for prompt, p in zip(several, each, strict=True)]
-        outputs = {r.id: Output(r, self.text.stream(r.params) if r.params.stop else None) for r in requests}
+        streams = {r.id: self.text.stream(r.params, prompt=r.prompt) for r in requests if r.params.stop}
+        outputs = {r.id: Output(r, streams.get(r.id)) for r in requests}
         self._run(outputs, progress)
         return [self._completion(output) for output in outputs.values()]
 
@@ -145,7 +146,8 @@ class LLM:
         """Complete one prompt, a delta a step. Closing the iterator early aborts the request."""
         self._require_idle()
         request = self._request(prompt, sampling_params or SamplingParams())
-        output = Output(request, None if self.tokenizer is None else self.tokenizer.stream(request.params))
+        text = None if self.tokenizer is None else self.tokenizer.stream(request.params, prompt=request.prompt)
+        output = Output(request, text)
         try:
             with defer_sigint():
                 self.engine.add(request)
@@ -209,14 +211,15 @@ class LLM:
                 self.engine.step()
 
     def _completion(self, output: Output) -> Completion:
-        params, text = output.request.params, "" if output.stream is None else output.stream.text
+        params, prompt = output.request.params, output.request.prompt
+        text = "" if output.stream is None else output.stream.text
         if output.stream is None and self.tokenizer is not None:
-            text = self.tokenizer.decode(output.shown_ids, params.skip_special_tokens)
+            text = self.tokenizer.decode(output.shown_ids, params.skip_special_tokens, prompt)
         return Completion(
             text=text,
             token_ids=output.token_ids,
             finish_reason=str(output.finish),
-            prompt_token_ids=output.request.prompt.tolist(),
+            prompt_token_ids=prompt.tolist(),
             cached_tokens=output.cached_tokens,
             logprobs=None if params.logprobs is None else output.logprobs,
             prompt_logprobs=None if params.prompt_logprobs is None else output.prompt_logprobs,

@@ -85,6 +85,7 @@ async def web(
     *,
     template: str | None = CHAT_TEMPLATE,
     add_bos: bool = False,
+    state: str = "",
     health_timeout: float = 5.0,
     max_live: int = 8,
     check_grammar: Callable[[Grammar], None] | None = None,
@@ -92,7 +93,7 @@ async def web(
 ) -> AsyncIterator[Web]:
     """Serve `model` over HTTP; `flags` are fields of Config."""
     config = Config(**flags)
-    tokenizer = Tokenizer.load(write_tokenizer(folder, template=template, add_bos=add_bos))
+    tokenizer = Tokenizer.load(write_tokenizer(folder, template=template, add_bos=add_bos, state=state))
     sockets = socket_folder()
     client = EngineClient(sockets.name, config, max_live=max_live)
     # With the protocol named asyncio switches off Nagle's delay on each connection, as it does in production.
@@ -129,10 +130,10 @@ async def web(
 
 @contextlib.asynccontextmanager
 async def serving(
-    folder: Path, *, delay: float = 0.0, max_seq_len: int = 128, **settings: Any
+    folder: Path, *, delay: float = 0.0, max_seq_len: int = 128, state: str = "", **settings: Any
 ) -> AsyncIterator[Serving]:
     """Serve a model whose engine echoes; `settings` are those of `web`."""
-    vocab_size = Tokenizer.load(write_tokenizer(folder)).vocab_size
+    vocab_size = Tokenizer.load(write_tokenizer(folder, state=state)).vocab_size
     model = ModelInfo(name=MODEL, vocab_size=vocab_size, max_seq_len=max_seq_len, eos_token_ids=(1,))
     engines: list[StubEngine] = []
 
@@ -146,5 +147,5 @@ async def serving(
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-    async with web(folder, model, echoing, **settings) as side:
+    async with web(folder, model, echoing, state=state, **settings) as side:
         yield Serving(**vars(side), engine=engines[0])

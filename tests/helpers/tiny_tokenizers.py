@@ -48,10 +48,22 @@ def byte_fallback_json() -> str:
     return backend.to_str()
 
 
-def write_tokenizer(folder: Path, *, template: str | None = None, add_bos: bool = False, **config: Any) -> Path:
-    """A checkpoint folder with the byte-level tokenizer; `config` goes into tokenizer_config.json."""
+@functools.cache
+def metaspace_json(prepend: str) -> str:
+    """`byte_fallback_json` with Metaspace, which prepends a space "always", to the "first" word, or "never"."""
+    backend = tokenizers.Tokenizer.from_str(byte_fallback_json())
+    backend.normalizer = normalizers.Sequence([])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend, split=False)
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme=prepend)])
+    return backend.to_str()
+
+
+def write_tokenizer(
+    folder: Path, *, template: str | None = None, add_bos: bool = False, state: str = "", **config: Any
+) -> Path:
+    """A checkpoint folder with the byte-level tokenizer, or the one of `state`; `config` is tokenizer_config.json's."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.json").write_text(byte_level_json(add_bos), "utf-8")
+    (folder / "tokenizer.json").write_text(state or byte_level_json(add_bos), "utf-8")
     tokens = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps({**tokens, **config}), "utf-8")
     if template is not None:

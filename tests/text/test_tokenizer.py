@@ -1,6 +1,7 @@
 import itertools
 import json
 import random
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from helpers.tiny_tokenizers import byte_fallback_json, byte_level_json, write_tokenizer
+from helpers.tiny_tokenizers import byte_fallback_json, byte_level_json, metaspace_json, write_tokenizer
 from minisgl.core.types import FinishReason, SamplingParams, TokenEvent
 from minisgl.errors import InvalidRequestError, ModelError
 from minisgl.formats.hub import locate_model
@@ -216,6 +217,69 @@ def collect(stream: TextStream, ids: Sequence[int], cuts: Sequence[int] = ()) ->
 def test_encoded_text_comes_back_whole(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     assert collect(tokenizer.stream(SamplingParams()), ids) == tokenizer.decode(ids) == text
+
+
+STATES = {
+    "byte level": byte_level_json(),
+    "byte fallback": byte_fallback_json(),
+    "byte level, BOS": byte_level_json(add_bos=True),
+    **{f"Metaspace, {prepend}": metaspace_json(prepend) for prepend in ("always", "first", "never")},
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+@given(
+    text=st.text("ab he.世😀é\ufffd", min_size=1, max_size=20),
+    at=st.integers(1, 30),
+    cuts=st.lists(st.integers(0, 30), max_size=4),
+    skip=st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_a_completion_goes_on_where_its_prompts_text_ends(
+    name: str, text: str, at: int, cuts: list[int], skip: bool
+) -> None:
+    tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(STATES[name]), tokens={})
+    ids = tokenizer.encode(text)
+    prompt, rest = ids[:at], ids[at:]
+    shown, whole = tokenizer.decode(prompt, skip), tokenizer.decode(ids, skip)
+    before = b"".join(map(tokenizer.token_bytes, prompt))
+    if before.decode(errors="ignore").encode() != before:  # the prompt ends within a character
+        return
+    assert tokenizer.decode(rest, skip, prompt) == whole[len(shown) :]
+    stream = tokenizer.stream(SamplingParams(skip_special_tokens=skip), prompt=memoryview(array("i", prompt)))
+    assert collect(stream, rest, cuts) == whole[len(shown) :]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "ids", "text"),
+    [
+        (["▁a"], ["▁b", "▁he"], " b he"),
+        (["<s>", "▁a"], ["▁b"], " b"),
+        (["<s>"], ["▁b"], "b"),  # the first word of all has no space before it
+        (["▁a", "</s>"], ["▁b"], " b"),
+        (["▁"], ["▁b"], " b"),
+        ([], ["▁b"], "b"),
+        (["▁a", 999], ["▁b"], " b"),  # an id that only the model has
+        (["▁a", "<0xE4>"], ["▁b"], " b"),  # the prompt ends within a character
+        (["▁a", "<0xC3>", "<0xA9>"], ["▁b"], " b"),
+        (["▁a"], ["<0xC3>", "<0xA9>", "b"], "éb"),
+        (["▁a"], ["<0xFF>", "▁b"], "\ufffd b"),
+        (["<0x61>"], ["<0xFF>", "▁b"], "\ufffd b"),  # they are one run of bytes, which is broken
+    ],
+)
+def test_the_first_word_keeps_its_space_behind_a_prompt(prompt: list[str | int], ids: list[str], text: str) -> None:
+    numbers = BYTE_FALLBACK.backend.get_vocab()
+    before = [token if isinstance(token, int) else numbers[token] for token in prompt]
+    after = [numbers[token] for token in ids]
+    assert BYTE_FALLBACK.decode(after, prompt=before) == text
+    assert collect(BYTE_FALLBACK.stream(SamplingParams(), prompt=before), after, range(9)) == text
+
+
+def test_a_stop_string_may_begin_with_the_space_of_the_first_word() -> None:
+    numbers = BYTE_FALLBACK.backend.get_vocab()
+    for stop, text in ((" b", ""), (" b he", ""), (" he", " b"), ("b", " ")):
+        stream = BYTE_FALLBACK.stream(SamplingParams(stop=(stop,)), prompt=[numbers["▁a"]])
+        assert (collect(stream, [numbers["▁b"], numbers["▁he"]]), stream.matched) == (text, stop)
 
 
 @given(st.lists(st.integers(0, 420), max_size=60), st.lists(st.integers(0, 60), max_size=5), st.booleans())

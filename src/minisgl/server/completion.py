@@ -146,7 +146,7 @@ class Generation:
         special = () if prepared.parser is None else prepared.parser.special_tokens
         hidden = isinstance(prepared.body, CompletionRequest) and prepared.body.scores_only
         requests = enumerate(prepared.requests)
-        self.choices = [ChoiceState(i, r, tokenizer.stream(r.params, special), hidden) for i, r in requests]
+        self.choices = [ChoiceState(i, r, tokenizer.stream(r.params, special, r.prompt), hidden) for i, r in requests]
         self._by_id = {choice.request.id: choice for choice in self.choices}
         self._client = client
 

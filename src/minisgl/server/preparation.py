@@ -146,10 +146,10 @@ class Preparation:
             raise ModelNotFoundError(f"the model {name!r} is not served here; {self.model.name!r} is", param="model")
 
     def echo(self, prompt: Prompt, request: Request) -> Echo:
-        """A prompt as text; where its tokens begin is only needed where they are scored."""
-        params = request.params
-        text = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt, params.skip_special_tokens)
-        return text, [] if params.prompt_logprobs is None else self.tokenizer.starts(request.prompt.tolist(), text)
+        """A prompt as text, of ids with their special tokens; where its tokens begin is only needed to score them."""
+        text = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt, skip_special_tokens=False)
+        scored = request.params.prompt_logprobs is not None
+        return text, self.tokenizer.starts(request.prompt.tolist(), text) if scored else []
 
     def requests(self, kind: str, body: Generating, prompts: list[Prompt], grammar: Grammar | None) -> list[Request]:
         """Checked requests, those of one prompt in a row; their ids are the completion's id and an index. Without a

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from minisgl.text.chat_template import ChatTemplate, cut_after, read_templates, 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+MAX_CONTEXT = 64  # tokens at the end of a prompt that are looked at for a context
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -83,9 +84,21 @@ class Tokenizer:
         # `encode` can hold the interpreter's lock for seconds on a long text; the batch form does not.
         return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Ids outside the vocabulary have no text."""
-        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True, prompt: Sequence[int] = ()) -> str:
+        """The text of `ids` where they follow a prompt, or begin a text. Ids outside the vocabulary have no text."""
+        context = self._context(prompt, self._special if skip_special_tokens else ())
+        text = self.backend.decode([*context, *ids], skip_special_tokens=skip_special_tokens)
+        return text[len(self.backend.decode(context, skip_special_tokens=False)) :] if context else text
+
+    def _context(self, prompt: Sequence[int], hidden: Container[int]) -> list[int]:
+        """The last token of a prompt that has a text of whole characters, to decode what follows with: a decoder may
+        take the space from the first word of a text.
+        """
+        for token in prompt[: -MAX_CONTEXT - 1 : -1]:
+            known = token not in hidden and self.backend.id_to_token(token) is not None
+            if known and "\ufffd" not in self.backend.decode([token], skip_special_tokens=False):
+                return [token]
+        return []
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of one token, which may be a part of a character; empty for an id outside the vocabulary.
@@ -119,10 +132,11 @@ class Tokenizer:
         """Token ids of a conversation. The template alone writes special tokens, so BOS never doubles."""
         return self.encode(self.render_chat(messages, **template), add_special_tokens=False)
 
-    def stream(self, params: SamplingParams, keep: Sequence[str] = ()) -> TextStream:
-        """An incremental decoder for one request; the special tokens in `keep` are always shown."""
-        hidden = (i for i, text in self._special.items() if text not in keep) if params.skip_special_tokens else ()
-        return TextStream(self.backend, frozenset(hidden), params)
+    def stream(self, params: SamplingParams, keep: Sequence[str] = (), prompt: Sequence[int] = ()) -> TextStream:
+        """An incremental decoder of what follows `prompt`; the special tokens in `keep` are always shown."""
+        special = self._special.items() if params.skip_special_tokens else ()
+        hidden = frozenset(i for i, text in special if text not in keep)
+        return TextStream(self.backend, hidden, params, self._context(prompt, hidden))
 
     def starts(self, ids: Sequence[int], text: str) -> list[int]:
         """Where each token's text begins in `text`, which these tokens were encoded from; in characters."""
@@ -196,12 +210,15 @@ class TextStream:
     """The text of one request. Once a stop string is completed it is `stopped`: further tokens are ignored.
 
     The texts that `push` and `finish` return, joined, are what `Tokenizer.decode` says of all tokens, cut where the
-    stop string that is completed first (`matched`) begins. `hidden` are token ids that have no text. `num_tokens`
-    counts the tokens taken in, the one that completed the stop string included; `starts` says how many characters came
-    before each; `num_characters` counts the characters decoded so far, those held back included.
+    stop string that is completed first (`matched`) begins. `hidden` are token ids that have no text; `context` are
+    tokens before the first. `num_tokens` counts the tokens taken in, the one that completed the stop string included;
+    `starts` says how many characters came before each; `num_characters` counts those decoded so far, those held back
+    included.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, hidden: frozenset[int], params: SamplingParams) -> None:
+    def __init__(
+        self, backend: tokenizers.Tokenizer, hidden: frozenset[int], params: SamplingParams, context: Sequence[int] = ()
+    ) -> None:
         self.num_tokens = 0
         self.num_characters = 0
         self.starts: list[int] = []
@@ -211,8 +228,9 @@ class TextStream:
         self._stops = params.stop
         self._min_tokens = params.min_tokens
         self._longest = max(map(len, params.stop), default=0)
-        self._decoder = DecodeStream(skip_special_tokens=False)
-        self._ids: list[int] = []
+        self._ids = list(context)
+        self._decoder = DecodeStream(ids=self._ids, skip_special_tokens=False)
+        self._context_length = len(backend.decode(self._ids, skip_special_tokens=False))
         self._pending = False  # the last tokens have given no text yet
         self._held = ""  # decoded, but it may begin a stop string
         self._shown: list[str] = []
@@ -262,7 +280,8 @@ class TextStream:
 
     def _rest(self) -> str:
         """The text of all tokens behind the characters decoded so far."""
-        return self._backend.decode(self._ids, skip_special_tokens=False)[self.num_characters :]
+        text = self._backend.decode(self._ids, skip_special_tokens=False)
+        return text[self._context_length + self.num_characters :]
 
     def _take(self, piece: str) -> None:
         """Show what cannot belong to a stop string any more; a match must end inside `piece`."""
