@@ -1,5 +1,9 @@
 """Typed errors. Each knows its HTTP status and how OpenAI's error object names it."""
 
+from __future__ import annotations
+
+from contextlib import ContextDecorator
+
 
 class MinisglError(Exception):
     """Base of every error raised on purpose. `param` names the request field at fault, if one is."""
@@ -56,3 +60,26 @@ class EngineDeadError(MinisglError):
 
     status = 503
     code = "engine_unavailable"
+
+
+class NativePanicError(MinisglError):
+    """A library in native code gave up, on its input or by a fault of its own."""
+
+    code = "internal_error"
+
+
+class PanicGuard(ContextDecorator):
+    """Around calls of libraries written in Rust: a panic, which is no Exception, becomes a NativePanicError.
+
+    Otherwise it would pass every handler of errors, and end a thread or a process with all that they serve.
+    """
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if type(error).__name__ == "PanicException":  # each library has a class of its own, which it does not export
+            raise NativePanicError(str(error)) from error
+
+
+NO_PANICS = PanicGuard()

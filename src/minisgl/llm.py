@@ -146,8 +146,8 @@ class LLM:
         """Complete one prompt, a delta a step. Closing the iterator early aborts the request."""
         self._require_idle()
         request = self._request(prompt, sampling_params or SamplingParams())
-        text = None if self.tokenizer is None else self.tokenizer.stream(request.params, prompt=request.prompt)
-        output = Output(request, text)
+        decoder = None if self.tokenizer is None else self.tokenizer.stream(request.params, prompt=request.prompt)
+        output = Output(request, decoder)
         try:
             with defer_sigint():
                 self.engine.add(request)

@@ -130,10 +130,10 @@ async def web(
 
 @contextlib.asynccontextmanager
 async def serving(
-    folder: Path, *, delay: float = 0.0, max_seq_len: int = 128, state: str = "", **settings: Any
+    folder: Path, *, delay: float = 0.0, max_seq_len: int = 128, **settings: Any
 ) -> AsyncIterator[Serving]:
     """Serve a model whose engine echoes; `settings` are those of `web`."""
-    vocab_size = Tokenizer.load(write_tokenizer(folder, state=state)).vocab_size
+    vocab_size = Tokenizer.load(write_tokenizer(folder, state=settings.get("state", ""))).vocab_size
     model = ModelInfo(name=MODEL, vocab_size=vocab_size, max_seq_len=max_seq_len, eos_token_ids=(1,))
     engines: list[StubEngine] = []
 
@@ -147,5 +147,5 @@ async def serving(
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-    async with web(folder, model, echoing, state=state, **settings) as side:
+    async with web(folder, model, echoing, **settings) as side:
         yield Serving(**vars(side), engine=engines[0])

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minisgl.core.model_config import Fields, ModelSpec, Moe, read_json
-from minisgl.errors import ModelError
+from minisgl.errors import NO_PANICS, ModelError, NativePanicError
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 STORED_DTYPES = ("F64", "F32", "F16", "BF16")
@@ -304,8 +304,9 @@ class Checkpoint:
         """Copy a part of a tensor into `destination`, converting dtype and device; nothing else of it is read."""
         path, file = self._find(name)
         try:
-            destination.copy_(file.get_slice(name)[take])
-        except SafetensorError as error:
+            with NO_PANICS:
+                destination.copy_(file.get_slice(name)[take])
+        except (SafetensorError, NativePanicError) as error:
             raise ModelError(f"{path}: tensor {name}: {error}") from error
 
     def _find(self, name: str) -> tuple[Path, Any]:
@@ -345,9 +346,10 @@ class Checkpoint:
         """Map a file, and return the names of its tensors."""
         path = self.folder / file
         try:
-            self._files[file] = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-        except SafetensorError as error:
+            with NO_PANICS:
+                self._files[file] = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+                return frozenset(self._files[file].keys())
+        except (SafetensorError, NativePanicError) as error:
             raise ModelError(f"{path}: not a complete safetensors file: {error}") from error
         except OSError as error:
             raise ModelError(f"{path}: {error.strerror or error}") from error
-        return frozenset(self._files[file].keys())

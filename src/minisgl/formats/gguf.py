@@ -27,7 +27,7 @@ from torch import Tensor
 from minisgl.config import cache_folder
 from minisgl.core.model_config import Fields, ModelSpec, read_spec
 from minisgl.core.weights import INDEX, Source, parameters
-from minisgl.errors import ModelError
+from minisgl.errors import NO_PANICS, ModelError
 
 CONVERSION = 1  # part of the cache key; raised whenever the conversion gives something else than before
 SHARD_ELEMENTS = 2**29
@@ -473,7 +473,8 @@ class GgufTokenizer:
     def _bpe(self, merges: list[Any], **options: Any) -> models.BPE:
         vocabulary = {token: index for index, token in enumerate(self._tokens)}
         try:
-            return models.BPE(vocab=vocabulary, merges=merges, **options)
+            with NO_PANICS:
+                return models.BPE(vocab=vocabulary, merges=merges, **options)
         except Exception as error:  # the library raises nothing narrower
             raise self._file.error(f"{PREFIX}merges does not fit the vocabulary: {error}") from error
 

@@ -19,7 +19,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 from numpy.typing import NDArray
 
 from minisgl.core.types import REASONING_END, REASONING_START, Grammar
-from minisgl.errors import InvalidRequestError, UnsupportedParameterError
+from minisgl.errors import NO_PANICS, InvalidRequestError, NativePanicError, UnsupportedParameterError
 from minisgl.text.tokenizer import load_backend
 
 MAX_SOURCE_BYTES = 1 << 20
@@ -72,8 +72,9 @@ class Vocabulary:
         self.placeholder_eos = None if self.eos else next(special, known - 1)
         eos = self.eos if self.placeholder_eos is None else self.placeholder_eos
         try:
-            self.tokens = LLTokenizer(backend.to_str(), n_vocab=self.size, eos_token=eos)
-        except ValueError as error:
+            with NO_PANICS:
+                self.tokens = LLTokenizer(backend.to_str(), n_vocab=self.size, eos_token=eos)
+        except (ValueError, NativePanicError) as error:
             reason = f"structured output is not supported with this model's tokenizer: {error}"
             raise UnsupportedParameterError(reason) from error
 
@@ -107,6 +108,7 @@ class MatcherConstraint:
         self._scratch = np.zeros(-(-vocabulary.size // 32), np.int32) if padded else None
         self._seconds_left = BURST_SECONDS
 
+    @NO_PANICS
     def fill(self, mask: NDArray[np.int32]) -> None:
         """Overwrite mask (ceil(V / 32),): bit t % 32 of word t // 32 says whether token t may come next.
 
@@ -130,6 +132,7 @@ class MatcherConstraint:
         if (token := self.vocabulary.placeholder_eos) is not None and token < self.vocabulary.vocab_size:
             mask[token // 32 : token // 32 + 1].view(np.uint32)[0] &= np.uint32(~(1 << token % 32) & 0xFFFFFFFF)
 
+    @NO_PANICS
     def accept(self, token: int) -> bool:
         """Take in the token that follows; False when it may not, and from then on."""
         begun = time.thread_time()
@@ -137,6 +140,7 @@ class MatcherConstraint:
         self._seconds_left += begun - time.thread_time()
         return accepted
 
+    @NO_PANICS
     def copy(self) -> MatcherConstraint:
         """Another one at the same place, which shares what was computed of the grammar so far."""
         return MatcherConstraint(self._matcher.deep_copy(), self.vocabulary)
@@ -151,6 +155,7 @@ class MatcherConstraint:
         return one_line(self._matcher.get_error())
 
 
+@NO_PANICS
 def compile_grammar(grammar: Grammar, vocabulary: Vocabulary) -> MatcherConstraint:
     """A constraint at the start of its text. May take seconds for a hostile grammar.
 

@@ -17,7 +17,7 @@ from tokenizers.decoders import DecodeStream
 
 from minisgl.core.model_config import read_json
 from minisgl.core.types import FinishReason, SamplingParams, TokenEvent
-from minisgl.errors import InvalidRequestError, ModelError
+from minisgl.errors import NO_PANICS, InvalidRequestError, ModelError, NativePanicError
 from minisgl.text.chat_template import ChatTemplate, cut_after, read_templates, text_of
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -74,16 +74,20 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a plain prompt, with BOS where the model's post-processor adds one.
 
-        Raises InvalidRequestError for text that is no valid Unicode.
+        Raises InvalidRequestError for text that is no valid Unicode, or too much for the tokenizer.
         """
         try:
             text.encode()
+            with NO_PANICS:
+                # `encode` can hold the interpreter's lock for seconds on a long text; the batch form does not.
+                return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         except UnicodeEncodeError as error:
             reason = f"the text is not valid Unicode: a lone surrogate at character {error.start}"
             raise InvalidRequestError(reason) from error
-        # `encode` can hold the interpreter's lock for seconds on a long text; the batch form does not.
-        return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        except NativePanicError as error:
+            raise InvalidRequestError(f"the tokenizer cannot take this text: {error}") from error
 
+    @NO_PANICS
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True, prompt: Sequence[int] = ()) -> str:
         """The text of `ids` where they follow a prompt, or begin a text. Ids outside the vocabulary have no text."""
         context = self._context(prompt, self._special if skip_special_tokens else ())
@@ -172,7 +176,8 @@ def load_backend(folder: Path) -> tokenizers.Tokenizer:
     backend: Any
     if (file := folder / "tokenizer.json").is_file():
         try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
+            with NO_PANICS:
+                backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing more exact
             raise ModelError(f"{file}: not a tokenizer: {error}") from error
     elif Tokenizer.exists(folder):
@@ -243,6 +248,7 @@ class TextStream:
     def text(self) -> str:
         return "".join(self._shown)
 
+    @NO_PANICS
     def push(self, tokens: Sequence[int]) -> str:
         """Take in tokens; the text that can be shown now."""
         before = len(self._shown)
@@ -255,6 +261,7 @@ class TextStream:
                 self._take(piece)
         return "".join(self._shown[before:])
 
+    @NO_PANICS
     def finish(self) -> str:
         """What was held back, when the request ended for another reason than a stop string."""
         before = len(self._shown)
