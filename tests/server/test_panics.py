@@ -10,6 +10,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import tokenizers
+import torch
 
 from helpers.grammars import regex, tiny_vocabulary
 from helpers.server_process import read_metrics
@@ -153,11 +154,11 @@ def test_a_panic_over_a_models_files_names_the_file(tmp_path: Path, monkeypatch:
     spec = read_spec(folder)
 
     def load() -> object:
-        return weights.load_weights(folder, spec, weights.TORCH_DTYPES["float32"], weights.torch.device("cpu"))
+        return weights.load_weights(folder, spec, torch.float32, torch.device("cpu"))
 
     cases: list[tuple[Any, str, Any, Callable[[], object], type[Exception], str]] = [
         (weights, "safe_open", panics, load, ModelError, r"model\.safetensors: .*planted"),
-        (tokenizer.tokenizers, "Tokenizer", Mock(from_file=panics), lambda: Tokenizer.load(folder), ModelError,
+        (tokenizers, "Tokenizer", Mock(from_file=panics), lambda: Tokenizer.load(folder), ModelError,
          r"tokenizer\.json: .*planted"),
         (grammar, "LLTokenizer", panics, lambda: Vocabulary(write_tokenizer(tmp_path), 410, [1]),
          UnsupportedParameterError, "planted"),

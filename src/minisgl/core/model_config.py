@@ -16,6 +16,7 @@ CHECKPOINT_DTYPES = ("float32", "float16", "bfloat16")
 MAX_LAYERS = 10_000
 MAX_COUNT = 2**31 - 1
 MAX_JSON_BYTES = 256 * 2**20
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
 
@@ -305,16 +306,28 @@ def _tokenizer_eos_id(folder: Path) -> int | None:
     return found if type(found) is int else None
 
 
+def require_file(path: Path) -> None:
+    """Raise ModelError for what is no regular file, and for what Git leaves in the place of a large one."""
+    try:
+        if not path.is_file():  # to open a FIFO would wait for its writer
+            raise ModelError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
+        with path.open("rb") as file:
+            start = file.read(len(LFS_POINTER))
+    except OSError as error:
+        raise ModelError(f"{path}: {error.strerror}") from error
+    if start == LFS_POINTER:
+        raise ModelError(f"{path}: a Git LFS pointer, not the file it stands for, which `git lfs pull` fetches")
+
+
 def read_json(path: Path) -> Any:
     """The value of a JSON file. Raises ModelError naming the file when it is missing, too large or not JSON."""
+    require_file(path)
     try:
         if path.exists() and not path.is_file():  # to read a FIFO takes for ever
             raise ModelError(f"{path}: not a regular file")
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ModelError(f"{path}: larger than {MAX_JSON_BYTES} bytes, which no description of a model is")
         return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ModelError(f"{path}: no such file") from None
     except OSError as error:
         raise ModelError(f"{path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

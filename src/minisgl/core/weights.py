@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -14,16 +15,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from minisgl.core.model_config import Fields, ModelSpec, Moe, read_json
+from minisgl.core.model_config import Fields, ModelSpec, Moe, read_json, require_file
 from minisgl.errors import NO_PANICS, ModelError, NativePanicError
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 STORED_DTYPES = ("F64", "F32", "F16", "BF16")
 INDEX = "model.safetensors.index.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 BLOCK_OUTPUTS = ("o", "down", "expert_down")
 
 Progress = Callable[[int, int], None]  # called with the number of elements read just now, and that of all
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -74,6 +78,9 @@ def load_weights(
         for source in (source for _, sources in plan for source in sources):
             checkpoint.check(source.name, source.shape)
         checkpoint.check_complete({source.name for _, sources in plan for source in sources})
+        if spec.tie_embeddings and HEAD in checkpoint and checkpoint.differ(EMBEDDING, HEAD):
+            tied = "the config ties the output head to the embedding (tie_word_embeddings)"
+            logger.warning("%s: %s, and the other %s in the file is not used", folder, tied, HEAD)
         total = held_elements(spec, sharder)
         tensors: dict[tuple[int | None, str], Tensor] = {}
         for parameter, sources in plan:
@@ -150,12 +157,12 @@ class Parameter:
 def parameters(spec: ModelSpec) -> list[Parameter]:
     """Every parameter of the model, in the order of the forward pass. Nothing else knows Hugging Face's names."""
     hidden, vocab = spec.hidden_size, spec.vocab_size
-    found = [_stacked(None, "embedding", {"model.embed_tokens.weight": vocab}, hidden)]
+    found = [_stacked(None, "embedding", {EMBEDDING: vocab}, hidden)]
     for layer in range(spec.num_layers):
         found += _layer_parameters(spec, layer)
     found.append(_stacked(None, "norm", {"model.norm.weight": hidden}))
     if not spec.tie_embeddings:
-        found.append(_stacked(None, "head", {"lm_head.weight": vocab}, hidden))
+        found.append(_stacked(None, "head", {HEAD: vocab}, hidden))
     return found
 
 
@@ -300,6 +307,14 @@ class Checkpoint:
             if kind in ("weight", "bias") and module in modules and name not in used:
                 raise ModelError(f"{self.folder / file}: tensor {name} has no place in the model the config describes")
 
+    def differ(self, name: str, other: str) -> bool:
+        """Whether two matrices are not the same, as far as some of their rows tell."""
+        first, second = (self._find(which)[1].get_slice(which) for which in (name, other))
+        if (shape := first.get_shape()) != second.get_shape():
+            return True
+        rows = range(0, shape[0], -(-shape[0] // 64))
+        return any(not torch.equal(first[row].float(), second[row].float()) for row in rows)
+
     def read_into(self, name: str, destination: Tensor, take: Region) -> None:
         """Copy a part of a tensor into `destination`, converting dtype and device; nothing else of it is read."""
         path, file = self._find(name)
@@ -345,6 +360,7 @@ class Checkpoint:
     def _open(self, file: str) -> frozenset[str]:
         """Map a file, and return the names of its tensors."""
         path = self.folder / file
+        require_file(path)
         try:
             with NO_PANICS:
                 self._files[file] = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))

@@ -25,7 +25,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch import Tensor
 
 from minisgl.config import cache_folder
-from minisgl.core.model_config import Fields, ModelSpec, read_spec
+from minisgl.core.model_config import Fields, ModelSpec, read_spec, require_file
 from minisgl.core.weights import INDEX, Source, parameters
 from minisgl.errors import NO_PANICS, ModelError
 
@@ -163,6 +163,7 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        require_file(path)
         try:
             self._data: NDArray[np.uint8] = np.memmap(path, dtype=np.uint8, mode="r")
         except (OSError, ValueError) as error:

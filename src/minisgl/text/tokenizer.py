@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import re
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 from tokenizers.decoders import DecodeStream
 
-from minisgl.core.model_config import read_json
+from minisgl.core.model_config import read_json, require_file
 from minisgl.core.types import FinishReason, SamplingParams, TokenEvent
 from minisgl.errors import NO_PANICS, InvalidRequestError, ModelError, NativePanicError
 from minisgl.text.chat_template import ChatTemplate, cut_after, read_templates, text_of
@@ -50,7 +51,7 @@ class Tokenizer:
 
     @classmethod
     def exists(cls, folder: Path) -> bool:
-        return any((folder / name).is_file() for name in TOKENIZER_FILES)
+        return any((folder / name).exists() for name in TOKENIZER_FILES)
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
@@ -174,25 +175,46 @@ def byte_of_character() -> Mapping[str, int]:
 def load_backend(folder: Path) -> tokenizers.Tokenizer:
     """tokenizer.json, or what `transformers` converts the folder's other files to; it truncates and pads nothing."""
     backend: Any
-    if (file := folder / "tokenizer.json").is_file():
+    if (file := folder / "tokenizer.json").exists():
+        require_file(file)
         try:
             with NO_PANICS:
                 backend = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing more exact
             raise ModelError(f"{file}: not a tokenizer: {error}") from error
-    elif Tokenizer.exists(folder):
-        from transformers import AutoTokenizer
-
-        try:
-            found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-            backend = found.backend_tokenizer
-        except (OSError, ValueError, ImportError, AttributeError) as error:
-            raise ModelError(f"{folder}: its tokenizer cannot be read: {error}") from error
     else:
-        raise ModelError(f"{folder} holds no tokenizer: none of {', '.join(TOKENIZER_FILES)}")
+        backend = convert_tokenizer(folder)
     assert isinstance(backend, tokenizers.Tokenizer)
     backend.no_truncation()
     backend.no_padding()
+    return backend
+
+
+def convert_tokenizer(folder: Path) -> Any:
+    """What `transformers` makes of another tokenizer's files, in the form of this library."""
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
+    if not files:
+        raise ModelError(f"{folder} holds no tokenizer: none of {', '.join(TOKENIZER_FILES)}")
+    for file in files:
+        require_file(file)
+    if files[0].suffix == ".model" and files[0].read_bytes()[:1] == b"\n":  # as a message of protobuf begins
+        try:
+            for package in ("sentencepiece", "google.protobuf"):
+                importlib.import_module(package)
+        except ImportError as error:
+            needed = "needs a tokenizer.json beside it, or the packages sentencepiece and protobuf"
+            raise ModelError(f"{files[0]}: a SentencePiece model, which {needed}") from error
+    from transformers import AutoTokenizer
+
+    try:
+        with NO_PANICS:
+            found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            backend = found.backend_tokenizer
+    except Exception as error:  # of any of the packages that it converts with
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"{files[0]}: the tokenizer cannot be read: {reason}") from error
+    if len(backend.get_vocab()) <= len(backend.get_added_tokens_decoder()):
+        raise ModelError(f"{files[0]}: the tokenizer cannot be read: transformers finds no tokens in it")
     return backend
 
 
