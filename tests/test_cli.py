@@ -1,11 +1,13 @@
 """The command line: every published command and every spelling parses to what it says; errors are one line."""
 
 import dataclasses
+import os
 import re
 import shlex
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -196,6 +198,29 @@ def test_the_server_starts_unless_the_shell_is_asked_for(started: Mock) -> None:
     configs: list[Config] = [config for _, (config,), _ in started.mock_calls]
     assert {config.port for config in configs} == {80}
     assert [resolve(config, Machine()).config.max_running_requests for config in configs] == [256, 256, 1, 7]
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("/no/such/model", "no such file or folder"),
+        ("{}", "holds no config.json"),
+        ("{}/model.bin", "not a GGUF file"),
+        ("{}/fifo.gguf", "neither a folder nor a regular file"),
+        ("what is this?", "nor the id of a model"),
+        ("~no-such-user/model", "home directory"),
+        ("a" * 300, "File name too long"),
+    ],
+)
+@pytest.mark.parametrize("command", ["serve", "chat"])
+def test_a_model_that_is_not_there_is_said_before_anything_starts(
+    started: Mock, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, model: str, words: str
+) -> None:
+    (tmp_path / "model.bin").touch()
+    os.mkfifo(tmp_path / "fifo.gguf")
+    assert cli.main([command, "--model", model.format(tmp_path)]) == 1
+    assert re.fullmatch(rf"error: .*{re.escape(words)}.*\n", capsys.readouterr().err)
+    assert started.mock_calls == []
 
 
 def test_the_end_of_the_server_is_one_line_and_a_traceback_only_when_debugging(

@@ -173,6 +173,9 @@ def start(config: Config) -> int:
         from minisgl.distributed.worker import serve_rank
 
         return serve_rank(launched)
+    from minisgl.formats.hub import find_local
+
+    find_local(config.model)  # what is not there is said before anything starts
     if config.shell:
         from minisgl.chat import run_shell
 

@@ -68,6 +68,11 @@ class NativePanicError(MinisglError):
     code = "internal_error"
 
 
+def is_panic(error: BaseException | None) -> bool:
+    """Whether a library written in Rust panicked: each has a class of its own for that, which it does not export."""
+    return type(error).__name__ == "PanicException"
+
+
 class PanicGuard(ContextDecorator):
     """Around calls of libraries written in Rust: a panic, which is no Exception, becomes a NativePanicError.
 
@@ -78,7 +83,7 @@ class PanicGuard(ContextDecorator):
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if type(error).__name__ == "PanicException":  # each library has a class of its own, which it does not export
+        if is_panic(error):
             raise NativePanicError(str(error)) from error
 
 

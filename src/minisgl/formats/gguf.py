@@ -6,12 +6,9 @@ trusts the counts it finds in a file; the `gguf` package undoes the block format
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +21,6 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
-from minisgl.config import cache_folder
 from minisgl.core.model_config import Fields, ModelSpec, read_spec, require_file
 from minisgl.core.weights import INDEX, Source, parameters
 from minisgl.errors import NO_PANICS, ModelError
@@ -37,37 +33,10 @@ NAMES = [gguf.get_tensor_name_map(arch, 1) for arch in (gguf.MODEL_ARCH.QWEN3MOE
 Progress = Callable[[int, int], None] | None  # is told the bytes converted just now and in all
 
 
-def convert_gguf(path: Path, dtype: str, *, weights: bool = True, progress: Progress = None) -> Path:
-    """The folder that holds this GGUF file in Hugging Face's layout, its tensors stored as `dtype`.
+def write_folder(path: Path, folder: Path, dtype: str, weights: bool, progress: Progress) -> None:
+    """Write a GGUF file in Hugging Face's layout. Raises ModelError, OSError or SafetensorError."""
+    file = GgufFile(path)
 
-    Made on the first call and found in the cache folder afterwards; a changed file is converted anew. The folder
-    appears whole or not at all, also where two processes convert at once. Without `weights` it holds no tensors.
-    Raises ModelError naming the file, and the tensor.
-    """
-    cache = Path(cache_folder()) / "gguf"
-    try:
-        path = path.resolve(strict=True)
-        facts = path.stat()
-        key = json.dumps([str(path), facts.st_size, facts.st_mtime_ns, dtype, weights, CONVERSION])
-        folder = cache / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-        if folder.is_dir():
-            return folder
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".converting-", dir=cache, ignore_cleanup_errors=True) as work:
-            written = Path(work) / "model"
-            written.mkdir()
-            _write_folder(GgufFile(path), written, dtype, weights, progress)
-            try:
-                os.rename(written, folder)
-            except OSError:  # another process was quicker; its folder holds the same
-                if not folder.is_dir():
-                    raise
-    except OSError as error:
-        raise ModelError(f"{path}: cannot be converted into {cache}: {error.strerror or error}") from error
-    return folder
-
-
-def _write_folder(file: GgufFile, folder: Path, dtype: str, weights: bool, progress: Progress) -> None:
     def write_json(name: str, value: Any) -> None:
         (folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -75,7 +44,7 @@ def _write_folder(file: GgufFile, folder: Path, dtype: str, weights: bool, progr
     write_json("config.json", hf_config(file, dtype))
     write_json("generation_config.json", {"eos_token_id": tokenizer.eos_token_ids()})
     write_json("tokenizer_config.json", tokenizer.config())
-    tokenizer.tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.tokenizer.to_str(pretty=True), encoding="utf-8")
     spec = read_spec(folder)
     groups: dict[str, list[Source]] = {}
     for parameter in parameters(spec):

