@@ -10,6 +10,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,17 @@ def test_what_nothing_leads_to_goes_when_something_new_comes(model: Path, tmp_pa
     new = convert(replaced)
     assert {entry.name for entry in cache.iterdir()} == {kept.name, new.name, "notes"}
     assert convert(model) == kept
+
+
+def test_several_conversions_at_once_do_not_take_each_others_work(tmp_path: Path, cache: Path) -> None:
+    paths = []
+    for kind in ("llama", "qwen2", "qwen3"):
+        write_model(path := tmp_path / f"{kind}.gguf", kind)
+        paths.append(path)
+    with ThreadPoolExecutor(6) as pool:
+        folders = list(pool.map(convert, paths * 2))
+    assert folders[:3] == folders[3:]
+    assert sorted(cache.iterdir()) == sorted(folders[:3])
 
 
 def test_what_another_process_uses_stays(model: Path, tmp_path: Path) -> None:

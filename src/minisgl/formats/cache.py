@@ -53,14 +53,15 @@ def convert_gguf(path: Path, dtype: str, *, weights: bool = True, progress: Prog
     cache, kind = Path(cache_folder()) / "gguf", (dtype, weights, CONVERSION)
     try:
         path = path.resolve(strict=True)
+        now = facts(path)  # before it is read: what changes while it is read is read again the next time
         for folder, found in conversions(cache).items():
-            if (found.dtype, found.weights, found.version) == kind and found.sources.get(str(path)) == facts(path):
+            if (found.dtype, found.weights, found.version) == kind and found.sources.get(str(path)) == now:
                 return folder
         require_file(path)
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         key = hashlib.sha256(json.dumps([content, *kind]).encode()).hexdigest()[:16]
-        wanted = Conversion(*kind, {str(path): facts(path)})
+        wanted = Conversion(*kind, {str(path): now})
         if (known := find(cache, key)) is None:
             return make_folder(cache, key, path, wanted, progress)
         with contextlib.suppress(OSError):  # the cache may be another user's
@@ -74,7 +75,7 @@ def convert_gguf(path: Path, dtype: str, *, weights: bool = True, progress: Prog
 def make_folder(cache: Path, key: str, path: Path, wanted: Conversion, progress: Progress) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with (
-        locked(cache) as alone,
+        locked(cache, fcntl.LOCK_EX) as alone,
         tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=cache, ignore_cleanup_errors=True) as work,
     ):
         if (found := find(cache, key)) is not None:  # another process was quicker
@@ -93,8 +94,11 @@ def make_folder(cache: Path, key: str, path: Path, wanted: Conversion, progress:
 
 
 def facts(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
+    """A file's size and time, (-1, -1) where there is none."""
+    try:
+        return (status := path.stat()).st_size, status.st_mtime_ns
+    except OSError:
+        return -1, -1
 
 
 def conversions(cache: Path) -> dict[Path, Conversion]:
@@ -118,51 +122,35 @@ def take_stale(cache: Path, work: Path) -> None:
     """
     known = conversions(cache)
     for entry in set(cache.iterdir()) - {work}:
-        alive = entry in known and any(is_unchanged(Path(path), then) for path, then in known[entry].sources.items())
+        alive = entry in known and any(facts(Path(path)) == then for path, then in known[entry].sources.items())
         if entry.name.startswith(UNFINISHED) or (CONVERTED.fullmatch(entry.name) and not alive and not in_use(entry)):
             with contextlib.suppress(OSError):
                 os.rename(entry, work / entry.name)
 
 
-def is_unchanged(path: Path, then: tuple[int, int]) -> bool:
-    try:
-        return facts(path) == then
-    except OSError:
-        return False
-
-
-def lock(folder: Path, kind: int) -> int | None:
-    """Lock a folder until the handle that this gives is closed; None where another has it, or it cannot be locked."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(handle, kind)
-    except OSError:
-        os.close(handle)
-        return None
-    return handle
-
-
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[bool]:
-    """Wait to be the only one here; whether that is so, since not every file system has locks."""
-    handle = lock(folder, fcntl.LOCK_EX)
+def locked(folder: Path, kind: int) -> Iterator[bool]:
+    """Lock a folder; whether it is, which another process may prevent, and a file system without locks."""
+    handle, locked = os.open(folder, os.O_RDONLY), False
     try:
-        yield handle is not None
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, kind)
+            locked = True
+        yield locked
     finally:
-        if handle is not None:
-            os.close(handle)
+        os.close(handle)
 
 
 def in_use(folder: Path) -> bool:
-    if (handle := lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)) is not None:
-        os.close(handle)
-    return handle is None
+    try:
+        with locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB) as free:
+            return not free
+    except OSError:
+        return True
 
 
 @functools.cache
 def keep_in_use(folder: Path) -> None:
     """Nobody removes the folder as long as this process lives."""
-    lock(folder, fcntl.LOCK_SH)
+    with contextlib.suppress(OSError):
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_SH)
