@@ -19,7 +19,7 @@ from minisgl.build import build_engine
 from minisgl.config import Config, from_environment
 from minisgl.core.types import FinishReason, Request, SamplingParams, TokenEvent, TokenLogprobs
 from minisgl.errors import InvalidRequestError
-from minisgl.text.tokenizer import TextStream, Tokenizer, shown_tokens
+from minisgl.text.tokenizer import TextStream, Tokenizer, shown_tokens, stop_token
 
 Message = dict[str, Any]
 Conversations = Sequence[Message] | Sequence[Sequence[Message]]
@@ -32,8 +32,9 @@ Params = SamplingParams | Sequence[SamplingParams] | None
 class Completion:
     """The output for one prompt, of which `cached_tokens` were cached. `finish_reason` is "stop", "length" or "error".
 
-    `error` says how a grammar failed. Where they were asked for, `logprobs` has an entry for each of `token_ids` and
-    `prompt_logprobs` one for each of `prompt_token_ids`, None for the first.
+    `stop_reason` is the stop string or the one of `stop_token_ids` that ended it. `error` says how a grammar failed.
+    Where they were asked for, `logprobs` has an entry for each of `token_ids` and `prompt_logprobs` one for each of
+    `prompt_token_ids`, None for the first.
     """
 
     text: str
@@ -43,6 +44,7 @@ class Completion:
     cached_tokens: int
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    stop_reason: int | str | None = None
     error: str | None = None
 
 
@@ -66,6 +68,7 @@ class Output:
         self.prompt_logprobs: list[TokenLogprobs | None] = []
         self.error: str | None = None
         self.finish: FinishReason | None = None
+        self.matched: int | str | None = None
         self.cached_tokens = 0
 
     def take(self, event: TokenEvent) -> str:
@@ -73,18 +76,21 @@ class Output:
         if self.finish is not None:
             return ""
         self.token_ids += event.tokens
-        self.shown_ids += shown_tokens(event)
+        shown = shown_tokens(event, self.request.params)
+        self.shown_ids += shown
         self.logprobs += event.logprobs
         self.prompt_logprobs += event.prompt_logprobs
         self.cached_tokens = event.cached_tokens
         self.finish, self.error = event.finish, event.error
+        self.matched = stop_token(event, self.request.params)
         if self.stream is None:
             return ""
-        text = self.stream.push(shown_tokens(event))
+        text = self.stream.push(shown)
         if self.finish is not None and not self.stream.stopped:
             text += self.stream.finish()
         if self.stream.stopped:
             self.finish = FinishReason.STOP
+            self.matched = self.stream.matched
         return text
 
 
@@ -173,6 +179,8 @@ class LLM:
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
         ids = self.text.encode(prompt) if isinstance(prompt, str) else as_ids(prompt)
+        params = self.text.with_bad_words(params.validate()) if params.bad_words else params
+        ids = self.model.truncate(ids, params)
         self.model.check(ids, params)
         return Request.make(str(next(self._ids)), ids, params)
 
@@ -223,6 +231,7 @@ class LLM:
             cached_tokens=output.cached_tokens,
             logprobs=None if params.logprobs is None else output.logprobs,
             prompt_logprobs=None if params.prompt_logprobs is None else output.prompt_logprobs,
+            stop_reason=output.matched,
             error=output.error,
         )
 

@@ -134,6 +134,39 @@ def test_a_bias_of_a_hundred_decides_and_of_minus_a_hundred_forbids() -> None:
     assert answers_of(make_engine(), [request])["x"].tokens == [17] * 5
 
 
+FEW = tuple(range(0, SPEC.vocab_size, 9))
+FILTERED: dict[str, dict[str, Any]] = {
+    "few tokens": {"allowed_token_ids": FEW},
+    "few tokens, sampled": {"allowed_token_ids": FEW[:7], "temperature": 0.9, "top_p": 0.9, "logprobs": 3},
+    "few tokens and penalties": {"allowed_token_ids": FEW[:5], "frequency_penalty": 0.9, "logit_bias": {FEW[1]: 5.0}},
+    "no token": {"bad_word_ids": tuple((token,) for token in range(40, SPEC.vocab_size))},
+    "no pair": {"logit_bias": {17: 100.0, 18: 99.0}, "bad_word_ids": ((17, 17), (18, 18), (17, 18, 17, 18))},
+    "no triple": {"allowed_token_ids": (4, 5, 6), "bad_word_ids": ((4, 4, 5), (5, 4, 5), (5, 5), (4, 4, 4))},
+    "nothing left": {"allowed_token_ids": (4, 5), "bad_word_ids": ((4, 4, 5), (4, 4, 4), (5, 5), (5, 4))},
+    "ids beyond the vocabulary": {"bad_word_ids": ((10**6,), (5, 10**6), (10**6, 5)), "logprobs": 1},
+    "within a grammar": {"grammar": cycle(6, 5), "bad_word_ids": ((0,), (8, 14), (1, 7)), "allowed_token_ids": FEW},
+    "no stop token": {"allowed_token_ids": (EOS, 3), "min_tokens": 4},
+}
+
+
+@pytest.mark.parametrize(("overlap", "retract"), [(True, False), (True, True), (False, False)])
+def test_forbidden_tokens_and_words_are_never_sampled(overlap: bool, retract: bool) -> None:
+    made = []
+    for seed, (name, params) in enumerate(FILTERED.items()):
+        sampling = SamplingParams(**{"seed": seed, "max_tokens": 14, "temperature": 0.0, **params})
+        made.append(Request.make(id=name, prompt=[3 * seed + 1, 17, 4], params=sampling))
+    ordinary = special_requests(SPEC.vocab_size)[:4]
+    engine = make_engine(overlap=overlap, num_pages=24 if retract else 64)
+    answers = answers_of(engine, [*made, *ordinary], retractions=6 if retract else 0)
+    check({request.id: answers[request.id] for request in ordinary}, ordinary)
+    for request in made:
+        slow = slow_answer(SPEC, weights(), request, LIMIT)
+        slow.check(answers[request.id], request.params)
+        free = msgspec.structs.replace(request.params, allowed_token_ids=None, bad_word_ids=())
+        without = slow_answer(SPEC, weights(), msgspec.structs.replace(request, params=free), LIMIT)
+        assert (slow.tokens != without.tokens) == (request.id != "ids beyond the vocabulary"), request.id
+
+
 def test_a_row_used_again_forgets_who_was_there() -> None:
     """Rows are taken in turn: with one row each request follows another's penalties, counts and biases."""
     requests = special_requests(SPEC.vocab_size)

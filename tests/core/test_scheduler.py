@@ -157,6 +157,8 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "top_k": (-2, 2**31), "min_p": (2.0,), "stop": (("",),), "stop_token_ids": ((VOCAB,), tuple(range(40))),
     "seed": (2**70,), "presence_penalty": (2.5,), "frequency_penalty": (float("nan"),), "repetition_penalty": (0.0,),
     "logit_bias": ({VOCAB: 1.0}, {1: float("nan")}), "logprobs": (21,), "prompt_logprobs": (-1,),
+    "allowed_token_ids": ((), (VOCAB,), (-1,)), "bad_words": (("",), (" ",), ("x",) * 1025),
+    "bad_word_ids": (((),), ((1, -1),)), "truncate_prompt_tokens": (0, -2),
 }  # fmt: skip
 
 

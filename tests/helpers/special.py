@@ -116,6 +116,13 @@ def slow_answer(
             if not allowed:
                 return SlowAnswer(prompt, answer, logprobs)
             logits[np.setdiff1d(np.arange(spec.vocab_size), allowed)] = -np.inf
+        if params.allowed_token_ids is not None:
+            logits[[token for token in range(spec.vocab_size) if token not in params.allowed_token_ids]] = -np.inf
+        for *before, last in params.bad_word_ids:
+            if last < len(logits) and answer[len(answer) - len(before) :] == before:
+                logits[last] = -np.inf
+        if np.isneginf(logits).all():
+            return SlowAnswer(prompt, answer, logprobs)
         position = torch.tensor([len(prompt) + len(answer)], dtype=torch.int32)
         token = int(sample(torch.from_numpy(logits)[None], rows, position)[0])
         answer.append(token)

@@ -20,6 +20,9 @@ async def test_ready_version_and_model(server: Serving, tmp_path: Path) -> None:
         "max_model_len": 128,
         "eos_token_ids": [1],
         "has_chat_template": True,
+        "tokenizer_path": str(tmp_path),
+        "is_generation": True,
+        "preferred_sampling_params": None,
     }
     server.client.fail()
     assert [(await server.http.get(path)).status_code for path in ("/ready", "/version")] == [503, 200]

@@ -113,6 +113,8 @@ async def test_every_sampling_field_reaches_the_engine(server: Serving) -> None:
         "min_p": 0.1, "seed": -3, "stop": "zz", "stop_token_ids": [4, 5], "ignore_eos": True, "min_tokens": 2,
         "skip_special_tokens": False, "presence_penalty": -1, "frequency_penalty": 1.5, "repetition_penalty": 1.1,
         "logit_bias": {"7": -100, "12": 3}, "logprobs": 2, "priority": 4, "user": "u", "metadata": {"a": "b"},
+        "prompt_logprobs": 3, "allowed_token_ids": [7, 9], "bad_words": ["no"], "include_stop_str_in_output": True,
+        "truncate_prompt_tokens": -1,
         "store": True, "n": 1, "best_of": 1,
         "echo": True, "suffix": None, "service_tier": "auto",
     }  # fmt: skip
@@ -123,7 +125,10 @@ async def test_every_sampling_field_reaches_the_engine(server: Serving) -> None:
         "temperature": 0.0, "top_p": 0.5, "top_k": 7, "min_p": 0.1, "seed": -3, "max_tokens": 5, "min_tokens": 2,
         "stop": ("zz",), "stop_token_ids": (4, 5), "ignore_eos": True, "skip_special_tokens": False,
         "presence_penalty": -1.0, "frequency_penalty": 1.5, "repetition_penalty": 1.1,
-        "logit_bias": {7: -100.0, 12: 3.0}, "logprobs": 2, "prompt_logprobs": 2, "grammar": None,
+        "logit_bias": {7: -100.0, 12: 3.0}, "logprobs": 2, "prompt_logprobs": 3, "grammar": None,
+        "allowed_token_ids": (7, 9), "bad_words": ("no",), "include_stop_str_in_output": True,
+        "truncate_prompt_tokens": -1,
+        "bad_word_ids": tuple(sorted(tuple(server.tokenizer.encode(word)) for word in ("no", " no"))),
     }  # fmt: skip
 
 

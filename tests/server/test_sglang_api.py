@@ -98,6 +98,7 @@ async def test_bos_is_added_to_a_text_unless_told_otherwise(server: Serving) -> 
 async def test_the_tokenizer_is_described_for_clients_that_render_themselves(server: Serving) -> None:
     assert (await server.http.get("/tokenizer_info")).json() == {
         "bos_token": "<s>", "eos_token": "</s>", "pad_token": None, "unk_token": None,
+        "tokenizer_class": "PreTrainedTokenizerFast",
         "chat_template": CHAT_TEMPLATE, "vocab_size": server.tokenizer.vocab_size, "model_max_length": 128,
     }  # fmt: skip
 

@@ -378,7 +378,10 @@ def test_a_stop_string_over_several_tokens(text: str, params: SamplingParams, pi
 
 
 def test_the_stop_token_is_no_part_of_the_text() -> None:
-    shown = {end: shown_tokens(TokenEvent(id="a", tokens=(5, 6), finish=end)) for end in (*FinishReason, None)}
+    shown = {
+        end: shown_tokens(TokenEvent(id="a", tokens=(5, 6), finish=end), SamplingParams())
+        for end in (*FinishReason, None)
+    }
     assert [end for end, tokens in shown.items() if tokens != (5, 6)] == [FinishReason.STOP]
     assert shown[FinishReason.STOP] == (5,)
 

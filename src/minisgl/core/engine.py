@@ -10,7 +10,7 @@ from minisgl.config import Config
 from minisgl.core.pages import CacheManager
 from minisgl.core.plan import Executor, StepPlan
 from minisgl.core.policy import POLICIES
-from minisgl.core.request_state import Constraint, ConstraintFactory, RequestState, RequestTable, make_constraint
+from minisgl.core.request_state import Constraint, ConstraintFactory, RequestState, RequestTable, full_constraint
 from minisgl.core.scheduler import Scheduler
 from minisgl.core.types import EngineStats, ModelInfo, Request, TokenEvent
 from minisgl.errors import EngineDeadError, InvalidRequestError
@@ -59,10 +59,7 @@ class Engine:
         if request.id in self.scheduler.live:
             raise InvalidRequestError(f"a request with id {request.id!r} is running already", param="id")
         params, prompt_len = request.params, len(request.prompt)
-        if params.grammar is None:
-            constraint = None
-        elif constraint is None:
-            constraint = make_constraint(self.constraints, params.grammar)
+        constraint = full_constraint(self.constraints, params, self.model.vocab_size, constraint)
         seed = secrets.randbits(63) if params.seed is None else params.seed
         limit = self.model.max_seq_len if params.max_tokens is None else prompt_len + params.max_tokens
         eos = self.model.eos_token_ids
@@ -126,6 +123,7 @@ class Engine:
         scheduler = self.scheduler
         return EngineStats(
             running=len(scheduler.live) - len(scheduler.waiting),
+            max_running=len(self.table.requests),
             waiting=len(scheduler.waiting),
             waiting_tokens=sum(request.prompt_len for request in scheduler.waiting),
             pages_total=self.executor.num_pages,

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minisgl.core.plan import Int32, LogitsInit, LogitsRows, NewRows, Scores, StepPlan, StepResult
-from minisgl.core.types import MAX_STOP_TOKEN_IDS, Grammar, Request, TokenLogprobs
+from minisgl.core.types import MAX_STOP_TOKEN_IDS, Grammar, Request, SamplingParams, TokenLogprobs
 from minisgl.errors import InvalidRequestError
 
 Slots = NDArray[np.intp]
@@ -53,6 +53,51 @@ def make_constraint(factory: ConstraintFactory | None, grammar: Grammar) -> Cons
         raise
     except Exception as error:
         raise InvalidRequestError(f"this {grammar.kind} cannot be followed: {error}", param="grammar") from error
+
+
+def full_constraint(
+    factory: ConstraintFactory | None, params: SamplingParams, vocab_size: int, compiled: Constraint | None
+) -> Constraint | None:
+    """The constraint of all that limits a request's tokens, None for nothing; its grammar may be compiled already."""
+    if params.grammar is None:
+        compiled = None
+    elif compiled is None:
+        compiled = make_constraint(factory, params.grammar)
+    plain = params.allowed_token_ids is None and not params.bad_word_ids
+    return compiled if plain else TokenFilter(params, vocab_size, compiled)
+
+
+class TokenFilter:
+    """The constraint of `allowed_token_ids` and `bad_word_ids`, beside that of a grammar."""
+
+    def __init__(self, params: SamplingParams, vocab_size: int, grammar: Constraint | None) -> None:
+        self._grammar = grammar
+        allowed = np.full(vocab_size, params.allowed_token_ids is None)
+        allowed[list(params.allowed_token_ids or ())] = True
+        self._endings: dict[tuple[int, ...], set[int]] = {}  # what must not follow these tokens
+        for *before, last in params.bad_word_ids:
+            if last < vocab_size and before:
+                self._endings.setdefault(tuple(before), set()).add(last)
+            elif last < vocab_size:
+                allowed[last] = False
+        bits = np.packbits(allowed, bitorder="little")
+        self._mask = np.pad(bits, (0, -len(bits) % 4)).view(np.int32)
+        self._lengths = sorted({len(before) for before in self._endings})
+        self._said: list[int] = []
+
+    def fill(self, mask: NDArray[np.int32]) -> None:
+        if self._grammar is None:
+            mask[:] = self._mask
+        else:
+            self._grammar.fill(mask)
+            mask &= self._mask
+        for length in self._lengths:
+            for token in self._endings.get(tuple(self._said[-length:]), ()):
+                mask[token // 32] &= ~np.uint32(1 << token % 32).view(np.int32)
+
+    def accept(self, token: int) -> bool:
+        self._said.append(token)
+        return self._grammar is None or self._grammar.accept(token)
 
 
 class State(enum.IntEnum):

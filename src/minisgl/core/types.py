@@ -14,6 +14,7 @@ from minisgl.errors import ContextLengthError, InvalidRequestError
 MAX_STOP_TOKEN_IDS = 32  # of a request, EOS ids included; the width of the device table that masks them
 MAX_LOGPROBS = 20  # most probable tokens whose log-probabilities a request may ask for at each position
 MAX_LOGIT_BIAS = 1024  # tokens a request may bias
+MAX_BAD_WORDS = 1024  # words a request may forbid
 
 
 class FinishReason(enum.StrEnum):
@@ -67,6 +68,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     times a token's count in the output and `presence_penalty` once for it, both subtracted (OpenAI), `logit_bias`
     added; then what `grammar` forbids is masked. `logprobs` asks for the log-probability of each token generated and
     of that many most probable ones, by the model's own logits; `prompt_logprobs` for the same of the prompt.
+
+    `allowed_token_ids` are the only tokens that may be sampled. The sequences of tokens in `bad_word_ids` are not
+    generated: the last token of one is forbidden where the completion ends in those before it; the tokenizer adds those
+    of `bad_words`. `include_stop_str_in_output` keeps the stop string, or the text of the stop token, in the text.
+    `truncate_prompt_tokens` cuts a longer prompt to its last tokens, with -1 to as many as leave room for `max_tokens`.
     """
 
     temperature: float = 1.0
@@ -87,6 +93,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str, ...] = ()
+    bad_word_ids: tuple[tuple[int, ...], ...] = ()
+    include_stop_str_in_output: bool = False
+    truncate_prompt_tokens: int | None = None
 
     def __post_init__(self) -> None:
         texts: object = self.stop
@@ -98,7 +109,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
         def check(ok: bool, param: str, rule: str) -> None:
             if not ok:
-                raise InvalidRequestError(f"{param} must be {rule}, got {getattr(self, param)!r}", param=param)
+                raise InvalidRequestError(f"{param} must be {rule}, got {getattr(self, param)!r:.200}", param=param)
 
         check(0.0 <= self.temperature <= 100.0, "temperature", "between 0 and 100")
         check(0.0 < self.top_p <= 1.0, "top_p", "in (0, 1]")
@@ -118,6 +129,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         check(all(-100.0 <= b <= 100.0 for b in self.logit_bias.values()), "logit_bias", "between -100 and 100 each")
         for name, asked in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             check(asked is None or 0 <= asked <= MAX_LOGPROBS, name, f"between 0 and {MAX_LOGPROBS}")
+        allowed, cut = self.allowed_token_ids, self.truncate_prompt_tokens
+        check(allowed is None or min(allowed, default=-1) >= 0, "allowed_token_ids", "made of token ids, at least one")
+        check(len(self.bad_words) <= MAX_BAD_WORDS, "bad_words", f"at most {MAX_BAD_WORDS} words")
+        check(all(word.strip() for word in self.bad_words), "bad_words", "made of words")
+        check(all(ids and min(ids) >= 0 for ids in self.bad_word_ids), "bad_word_ids", "made of lists of token ids")
+        check(cut is None or cut == -1 or cut >= 1, "truncate_prompt_tokens", "-1 or at least 1")
         return self
 
 
@@ -179,6 +196,13 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_seq_len: int
     eos_token_ids: tuple[int, ...]
 
+    def truncate(self, prompt: list[int], params: SamplingParams) -> list[int]:
+        """The prompt, cut as `truncate_prompt_tokens` says."""
+        cut = params.truncate_prompt_tokens
+        if cut == -1:
+            cut = max(1, self.max_seq_len - (params.max_tokens or 1))
+        return prompt if cut is None or cut < 1 else prompt[-cut:]
+
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Raise InvalidRequestError or ContextLengthError when this model can never serve such a request."""
         params.validate()
@@ -193,6 +217,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
             raise InvalidRequestError(f"at most {allowed} stop_token_ids are allowed", param="stop_token_ids")
         if any(token >= self.vocab_size for token in params.logit_bias):
             raise InvalidRequestError(f"logit_bias must be of tokens below {self.vocab_size}", param="logit_bias")
+        if params.allowed_token_ids is not None and max(params.allowed_token_ids) >= self.vocab_size:
+            raise InvalidRequestError(f"allowed_token_ids must be below {self.vocab_size}", param="allowed_token_ids")
         limit = f"this model's maximum context length is {self.max_seq_len} tokens"
         if len(prompt) >= self.max_seq_len:
             raise ContextLengthError(f"{limit}, but the prompt has {len(prompt)} and leaves no room", param="prompt")
@@ -206,6 +232,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """A snapshot of the engine's counts; pages are KV pages, `waiting_tokens` those of waiting prompts."""
 
     running: int = 0
+    max_running: int = 0
     waiting: int = 0
     waiting_tokens: int = 0
     pages_total: int = 0

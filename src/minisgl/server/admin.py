@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import dataclasses
+import datetime
 import time
+import uuid
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from minisgl import __version__
+from minisgl.core.types import EngineStats, SamplingParams
+from minisgl.core.types import Request as EngineRequest
 from minisgl.errors import EngineDeadError, InvalidRequestError
 from minisgl.server import responses
 from minisgl.server.engine_client import DRAIN_RETRY_SECONDS
-from minisgl.server.errors import ApiProcessError, DrainingError
+from minisgl.server.errors import ApiProcessError, DrainingError, OverloadedError, QueueFullError
 from minisgl.server.metrics import CONTENT_TYPE, MetricsPage
 from minisgl.server.openapi import ApiRoute
 from minisgl.server.preparation import Api
@@ -26,6 +31,7 @@ BODY_LIMIT = 4096
 
 def admin_routes(api: Api) -> list[ApiRoute]:
     client, model, preparation = api.client, api.preparation.model, api.preparation
+    counted = api.started, 0  # when /v1/loads was last asked for, and the tokens generated until then
 
     async def health(_: Request) -> Response:
         """200 when the engine and all API processes answer in time, else 503."""
@@ -33,6 +39,20 @@ def admin_routes(api: Api) -> list[ApiRoute]:
         if silent := client.metrics.num_silent():
             raise ApiProcessError(f"{silent} of the API processes do not answer")
         return json_response(responses.Health(running=stats.running, waiting=stats.waiting))
+
+    async def health_generate(request: Request) -> Response:
+        """200 when the engine generates a token in time, for this request or for another that it is busy with."""
+        answer, before = await health(request), client.stats.generated_tokens
+        params = SamplingParams(temperature=0, max_tokens=1)
+        probe = EngineRequest.make(id=f"health-{uuid.uuid4().hex}-0", prompt=[0], params=params)
+        with contextlib.suppress(TimeoutError, QueueFullError, OverloadedError), client.submit([probe]) as group:
+            async with asyncio.timeout(api.health_timeout):
+                async for _ in group.batches():
+                    return answer
+        stats = await client.ping(api.health_timeout)
+        if stats.generated_tokens == before:
+            raise EngineDeadError(f"the engine generated nothing within {api.health_timeout:g} s")
+        return answer
 
     async def ready(_: Request) -> Response:
         """200 when new requests are taken, 503 when the server is going down or the engine is gone."""
@@ -52,14 +72,31 @@ def admin_routes(api: Api) -> list[ApiRoute]:
         config = {**dataclasses.asdict(api.config), "api_key": f"{len(api.config.api_key)} set"}
         queued, uptime = responses.Queued(client.queue.requests, client.queue.tokens), time.monotonic() - api.started
         effective = list(api.notes)
-        info = responses.ServerInfo(__version__, config, effective, stats, queued, client.draining, round(uptime, 3))
+        info = responses.ServerInfo(
+            __version__, config, effective, stats, queued, client.draining, round(uptime, 3), model_path=api.folder,
+            served_model_name=preparation.names[0], tp_size=api.config.tp, context_length=model.max_seq_len,
+            max_total_num_tokens=stats.pages_total * api.config.page_size, max_running_requests=stats.max_running,
+        )  # fmt: skip
         return json_response(info)
+
+    async def loads(_: Request) -> Response:
+        """How busy the engine is, under SGLang's names."""
+        nonlocal counted
+        stats = await client.ping(api.health_timeout)
+        (since, generated), counted = counted, (time.monotonic(), stats.generated_tokens)
+        rate = (stats.generated_tokens - generated) / max(counted[0] - since, 1e-3)
+        return json_response(describe_loads(stats, api.config.page_size, rate))
+
+    async def load(_: Request) -> Response:
+        """The requests that wait or run."""
+        stats = await client.ping(api.health_timeout)
+        return json_response(responses.ServerLoad(stats.running + stats.waiting))
 
     async def model_info(_: Request) -> Response:
         """The model: its names, where its files are, and what it can take."""
         names, eos, chats = list(preparation.names), list(model.eos_token_ids), preparation.tokenizer.has_chat_template
         size, length = model.vocab_size, model.max_seq_len
-        return json_response(responses.ModelFacts(model.name, names, api.folder, size, length, eos, chats))
+        return json_response(responses.ModelFacts(model.name, names, api.folder, size, length, eos, chats, api.folder))
 
     async def metrics(_: Request) -> Response:
         """Prometheus' page. It never fails: without the engine it has the engine's last counts."""
@@ -80,7 +117,7 @@ def admin_routes(api: Api) -> list[ApiRoute]:
                 raise InvalidRequestError(f"the body must have at most {BODY_LIMIT} bytes")
         try:
             order = msgspec.json.decode(body, type=responses.AbortOrder)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise InvalidRequestError(f"the body cannot be read: {error}", code="invalid_json") from error
         if order.abort_all is (order.rid is not None):
             raise InvalidRequestError("give the answer's id as rid, or abort_all", param="rid")
@@ -88,11 +125,34 @@ def admin_routes(api: Api) -> list[ApiRoute]:
 
     return [
         ApiRoute("GET", "/health", health, responses.Health),
+        ApiRoute("GET", "/health_generate", health_generate, responses.Health),
         ApiRoute("GET", "/ready", ready, responses.IsReady),
         ApiRoute("GET", "/version", version, responses.Version),
         ApiRoute("GET", "/server_info", server_info, responses.ServerInfo),
+        ApiRoute("GET", "/get_server_info", server_info),
         ApiRoute("GET", "/model_info", model_info, responses.ModelFacts),
+        ApiRoute("GET", "/get_model_info", model_info),
+        ApiRoute("GET", "/v1/loads", loads, responses.Loads),
+        ApiRoute("GET", "/load", load, responses.ServerLoad),
         ApiRoute("GET", "/metrics", metrics, str),
         ApiRoute("POST", "/flush_cache", flush_cache, responses.FlushReport),
         ApiRoute("POST", "/abort_request", abort_request, responses.Aborted, [responses.AbortOrder]),
     ]
+
+
+def describe_loads(stats: EngineStats, page_size: int, throughput: float) -> responses.Loads:
+    used, waiting = (stats.pages_total - stats.pages_free - stats.pages_cached) * page_size, stats.waiting_tokens
+    size, requests = stats.pages_total * page_size, stats.running + stats.waiting
+    usage, utilization = used / max(size, 1), stats.running / max(stats.max_running, 1)
+    rank = responses.RankLoad(
+        num_running_reqs=stats.running, num_waiting_reqs=stats.waiting, num_total_reqs=requests,
+        num_waiting_uncached_tokens=waiting, num_used_tokens=used, num_total_tokens=used + waiting,
+        max_total_num_tokens=size, max_running_requests=stats.max_running, token_usage=usage, utilization=utilization,
+        cache_hit_rate=stats.cached_prompt_tokens / max(stats.prompt_tokens, 1), gen_throughput=throughput,
+    )  # fmt: skip
+    together = responses.AllLoads(
+        total_running_reqs=stats.running, total_waiting_reqs=stats.waiting, total_reqs=requests,
+        total_tokens=used + waiting, avg_token_usage=usage, avg_throughput=throughput, avg_utilization=utilization,
+    )  # fmt: skip
+    now = datetime.datetime.now(datetime.UTC).isoformat()
+    return responses.Loads(timestamp=now, version=__version__, loads=[rank], aggregate=together)

@@ -24,6 +24,7 @@ from minisgl.server import protocol, responses
 from minisgl.server.admin import admin_routes
 from minisgl.server.completion import ChatCompletion, Generation, SglangCompletion, TextCompletion
 from minisgl.server.errors import BODY_LIMIT, BodyTooLargeError, error_body, error_headers, known_error
+from minisgl.server.generate import GenerateRequest
 from minisgl.server.openapi import ApiRoute, document
 from minisgl.server.preparation import Api, PreparedRequest
 from minisgl.server.responses import SSE_DONE, json_response, sse
@@ -114,7 +115,8 @@ class Endpoints:
         return json_response(self.model_card(request.path_params["name"]))
 
     def model_card(self, name: str) -> responses.ModelCard:
-        return responses.ModelCard(id=name, created=self.api.created, max_model_len=self.preparation.model.max_seq_len)
+        model = self.preparation.model
+        return responses.ModelCard(id=name, created=self.api.created, root=model.name, max_model_len=model.max_seq_len)
 
     def routes(self) -> list[ApiRoute]:
         chat, chunk = responses.Result[responses.ChatChoice], responses.Result[responses.ChunkChoice]
@@ -123,12 +125,14 @@ class Endpoints:
         return [
             ApiRoute("POST", "/v1/chat/completions", self.chat, chat, [protocol.ChatRequest], chunk),
             ApiRoute("POST", "/v1/completions", self.completion, text, [protocol.CompletionRequest], text),
-            ApiRoute("POST", "/generate", self.generate, sglang, [protocol.GenerateRequest], responses.SglangResult),
+            ApiRoute("POST", "/generate", self.generate, sglang, [GenerateRequest], responses.SglangResult),
             ApiRoute("POST", "/tokenize", self.tokenize, responses.Tokens, tokenize),
             ApiRoute("POST", "/detokenize", self.detokenize, responses.Detokenized, [protocol.DetokenizeRequest]),
             ApiRoute("GET", "/tokenizer_info", self.tokenizer_info, responses.TokenizerInfo),
             ApiRoute("GET", "/v1/models", self.models, responses.ModelList),
             ApiRoute("GET", "/v1/models/{name:path}", self.model, responses.ModelCard),
+            ApiRoute("POST", "/v1/tokenize", self.tokenize),
+            ApiRoute("POST", "/v1/detokenize", self.detokenize),
         ]
 
 

@@ -16,8 +16,9 @@ from minisgl.core.types import FinishReason, Request, TokenEvent, TokenLogprobs
 from minisgl.errors import EngineDeadError, InvalidRequestError
 from minisgl.server import responses
 from minisgl.server.engine_client import ENGINE_DIED, EngineClient
+from minisgl.server.generate import GenerateRequest
 from minisgl.server.preparation import PreparedRequest
-from minisgl.server.protocol import ChatRequest, CompletionRequest, GenerateRequest, OpenAIRequest, StreamOptions
+from minisgl.server.protocol import ChatRequest, CompletionRequest, OpenAIRequest, StreamOptions
 from minisgl.server.responses import ChatDelta, ChatLogprobs, ChunkChoice, TextChoice, TextLogprobs, Usage, sse
 from minisgl.server.tools import OutputParser
 from minisgl.text.tokenizer import TextStream, Tokenizer, shown_tokens
@@ -61,6 +62,21 @@ class LogprobWriter:
     def _entry(self, token: int, logprob: float) -> tuple[str, float, list[int]]:
         return self.text(token), finite(logprob), list(self._token_bytes(token))
 
+    def prompt(self, choice: ChoiceState, most: int) -> responses.PromptLogprobs:
+        """vLLM's `prompt_logprobs`."""
+        written: responses.PromptLogprobs = []
+        for token, found in zip(choice.request.prompt, choice.prompt_logprobs, strict=False):
+            if found is None:
+                written.append(None)
+                continue
+            top = list(zip(found.top_ids, found.top_logprobs, strict=True))[:most]
+            ranked = [(*entry, rank) for rank, entry in enumerate(top, start=1)]
+            entries: dict[str, responses.PromptLogprob] = {}
+            for other, logprob, rank in (*ranked, (token, found.logprob, None)):
+                entries.setdefault(str(other), responses.PromptLogprob(finite(logprob), rank, self.text(other)))
+            written.append(entries)
+        return written
+
     def completion(self, scored: Iterable[ScoredToken]) -> TextLogprobs:
         """The token itself is always among the most probable ones."""
         written = TextLogprobs([], [], [], [])
@@ -80,6 +96,10 @@ def finite(logprob: float) -> float:
     return max(logprob, LEAST_LOGPROB)
 
 
+def most_probable(found: TokenLogprobs | None, most: int) -> TokenLogprobs | None:
+    return None if found is None else TokenLogprobs(found.logprob, found.top_ids[:most], found.top_logprobs[:most])
+
+
 def mean_logprob(scored: Sequence[ScoredToken]) -> float:
     values = [entry.logprobs.logprob for entry in scored if entry.logprobs is not None]
     return sum(values) / len(values) if values else LEAST_LOGPROB
@@ -90,6 +110,7 @@ class TextPiece(msgspec.Struct, frozen=True):
     text: str
     finish: FinishReason | None  # set in the last piece of a choice
     scored: Sequence[ScoredToken] = ()  # its new tokens, where log-probabilities are wanted
+    tokens: Sequence[int] = ()  # all of its new tokens
 
 
 @dataclasses.dataclass(slots=True)
@@ -101,6 +122,7 @@ class ChoiceState:
     stream: TextStream
     hidden: bool = False  # the request is there for its prompt: what it generates is not shown
     finish: FinishReason | None = None
+    matched: int | str | None = None  # the stop token or string that ended it
     token_ids: list[int] = dataclasses.field(default_factory=list)
     cached_tokens: int = 0
     scored: list[ScoredToken] = dataclasses.field(default_factory=list)  # tokens, where log-probabilities are wanted
@@ -108,7 +130,7 @@ class ChoiceState:
 
     def take(self, events: Sequence[TokenEvent]) -> TextPiece:
         """Take in events that came together, at least one; raises InvalidRequestError when the engine refuses."""
-        text, scored = "", []
+        text, scored, known = "", [], len(self.token_ids)
         for event in events:
             if event.finish is FinishReason.ERROR:
                 raise InvalidRequestError(event.error or "the engine refused the request")
@@ -118,12 +140,15 @@ class ChoiceState:
             self.finish = event.finish
             self.prompt_logprobs = event.prompt_logprobs or self.prompt_logprobs
             if self.hidden:
+                self.finish = FinishReason.LENGTH if event.finish is not None else None
                 continue
             before, taken = self.stream.num_tokens, event.tokens
-            text += self.stream.push(shown_tokens(event))
+            text += self.stream.push(shown_tokens(event, self.request.params))
             stopped = self.stream.stopped
+            if event.finish is FinishReason.STOP and taken:
+                self.matched = taken[-1]
             if stopped:
-                self.finish = FinishReason.STOP
+                self.finish, self.matched = FinishReason.STOP, self.stream.matched
                 taken = taken[: self.stream.num_tokens - before]
             elif self.finish is not None:
                 text += self.stream.finish()
@@ -134,7 +159,12 @@ class ChoiceState:
             if stopped:
                 break
         self.scored += scored
-        return TextPiece(self.index, text, self.finish, scored)
+        return TextPiece(self.index, text, self.finish, scored, self.token_ids[known:])
+
+    def ended(self) -> dict[str, Any]:
+        """What ended it, as a choice has it."""
+        known = isinstance(self.matched, str) or self.matched in self.request.params.stop_token_ids
+        return {"stop_reason": self.matched if known else None, "matched_stop": self.matched}
 
 
 class Generation:
@@ -144,7 +174,8 @@ class Generation:
         self.tokenizer = tokenizer
         self.prepared = prepared
         special = () if prepared.parser is None else prepared.parser.special_tokens
-        hidden = isinstance(prepared.body, CompletionRequest) and prepared.body.scores_only
+        body = prepared.body
+        hidden = not isinstance(body, ChatRequest) and body.scores_only
         requests = enumerate(prepared.requests)
         self.choices = [ChoiceState(i, r, tokenizer.stream(r.params, special, r.prompt), hidden) for i, r in requests]
         self._by_id = {choice.request.id: choice for choice in self.choices}
@@ -168,11 +199,11 @@ class Generation:
                 if pieces:
                     yield pieces
 
-    def usage(self) -> Usage:
-        """Tokens so far; a prompt with several choices counts once."""
+    def usage(self, generated: int | None = None) -> Usage:
+        """Tokens so far, or so many generated ones; a prompt with several choices counts once."""
         firsts = self.choices[:: self.prepared.body.num_generated]
         prompt = sum(len(choice.request.prompt) for choice in firsts)
-        completion = sum(len(choice.token_ids) for choice in self.choices)
+        completion = sum(len(choice.token_ids) for choice in self.choices) if generated is None else generated
         cached = sum(choice.cached_tokens for choice in firsts)
         return Usage(prompt, completion, prompt + completion, responses.PromptTokensDetails(cached))
 
@@ -186,7 +217,11 @@ class OpenAICompletion(abc.ABC):
     def __init__(self, generation: Generation, model: str, body: OpenAIRequest, logprobs: bool) -> None:
         self.generation = generation
         self.model = model
-        self.options = body.stream_options or StreamOptions()
+        options = body.stream_options or StreamOptions()
+        self.include_usage = bool(options.include_usage)
+        self.continuous = self.include_usage and bool(options.continuous_usage_stats)
+        self.return_token_ids = bool(body.return_token_ids)
+        self.prompt_top = body.prompt_logprobs
         self.id = generation.choices[0].request.id.rpartition("-")[0]
         self.created = int(time.time())
         as_ids = bool(body.return_tokens_as_token_ids)
@@ -194,6 +229,7 @@ class OpenAICompletion(abc.ABC):
         self.opened: set[int] = set()  # choices with a chunk
         # Tokens of each choice whose log-probabilities go with its next chunk.
         self.held: list[list[ScoredToken]] = [[] for _ in generation.choices]
+        self.held_ids: list[list[int]] = [[] for _ in generation.choices]  # the same, where ids are wanted
 
     @abc.abstractmethod
     def chunk_choices(self, piece: TextPiece) -> Sequence[Any]:
@@ -211,31 +247,50 @@ class OpenAICompletion(abc.ABC):
             pass
         choices = []
         for index, choice in enumerate(self.shown()):
-            piece = TextPiece(choice.index, choice.stream.text, choice.finish, choice.scored)
+            piece = TextPiece(choice.index, choice.stream.text, choice.finish, choice.scored, choice.token_ids)
             choices.append(self.whole_choice(index, choice, self.chunk_choices(piece)))
-        return self._result(self.whole_object, choices, self.generation.usage())
+        return self._result(self.whole_object, choices, usage=self.generation.usage(), **self.of_prompt())
+
+    def of_prompt(self) -> dict[str, Any]:
+        """Fields of a whole answer that are about its prompt."""
+        return {}
+
+    def tail(self, choice: Any, tail: bytes) -> bytes:
+        """What follows this choice in its chunk; `tail` for most."""
+        return tail
+
+    def take_ids(self, piece: TextPiece) -> None:
+        if self.return_token_ids:
+            self.held_ids[piece.index] += piece.tokens
+
+    def give_ids(self, index: int) -> list[int] | UnsetType:
+        ids, self.held_ids[index] = self.held_ids[index], []
+        return ids if self.return_token_ids else UNSET
+
+    def prompt_logprobs(self, choice: ChoiceState) -> responses.PromptLogprobs | UnsetType:
+        most = self.prompt_top
+        return UNSET if most is None else LogprobWriter(self.generation.tokenizer).prompt(choice, most)
 
     async def chunks(self) -> EventChunks:
-        include_usage = bool(self.options.include_usage)
-        continuous = include_usage and self.options.continuous_usage_stats
         # All chunks are alike but for the choice and the usage, which is null in all but the last.
         head = b"data: " + msgspec.json.encode(self._result(self.chunk_object, [])).removesuffix(b"]}")
-        tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
+        tail = b'],"usage":null}\n\n' if self.include_usage else b"]}\n\n"
         async with aclosing(self.generation.pieces()) as batches:
             async for pieces in batches:
-                tail = self._usage_tail() if continuous else tail
+                tail = self.usage_tail() if self.continuous else tail
                 choices = [choice for piece in pieces for choice in self.chunk_choices(piece)]
                 if choices:
-                    yield b"".join([head + msgspec.json.encode(choice) + tail for choice in choices])
-        if include_usage:
-            yield head + self._usage_tail()
+                    chunks = [head + msgspec.json.encode(choice) + self.tail(choice, tail) for choice in choices]
+                    yield b"".join(chunks)
+        if self.include_usage:
+            yield head + self.usage_tail()
 
-    def _usage_tail(self) -> bytes:
-        return b'],"usage":' + msgspec.json.encode(self.generation.usage()) + b"}\n\n"
+    def usage_tail(self, generated: int | None = None) -> bytes:
+        return b'],"usage":' + msgspec.json.encode(self.generation.usage(generated)) + b"}\n\n"
 
-    def _result(self, kind: Any, choices: Sequence[Any], usage: Usage | UnsetType = UNSET) -> responses.Result[Any]:
+    def _result(self, kind: Any, choices: Sequence[Any], **more: Any) -> responses.Result[Any]:
         name, created, model = self.id, self.created, self.model
-        return responses.Result(id=name, object=kind, created=created, model=model, choices=choices, usage=usage)
+        return responses.Result(id=name, object=kind, created=created, model=model, choices=choices, **more)
 
 
 class ChatCompletion(OpenAICompletion):
@@ -248,6 +303,7 @@ class ChatCompletion(OpenAICompletion):
         body, parser = generation.prepared.body, generation.prepared.parser
         assert isinstance(body, ChatRequest)
         super().__init__(generation, model, body, bool(body.logprobs))
+        self.prompt_due = self.return_token_ids
         self.parsers = [None if parser is None else OutputParser(parser, bool(body.stream)) for _ in generation.choices]
 
     def chunk_choices(self, piece: TextPiece) -> list[ChunkChoice]:
@@ -258,7 +314,11 @@ class ChatCompletion(OpenAICompletion):
             chunks = [ChunkChoice(index, ChatDelta(content=piece.text))] if piece.text else []
         if piece.finish is not None:
             called = parser is not None and parser.called
-            chunks.append(ChunkChoice(index, ChatDelta(), finish_word(piece.finish, called)))
+            ended = self.generation.choices[index].ended()
+            chunks.append(ChunkChoice(index, ChatDelta(), finish_word(piece.finish, called), **ended))
+        self.take_ids(piece)
+        if self.return_token_ids and chunks:
+            chunks[0] = msgspec.structs.replace(chunks[0], token_ids=self.give_ids(index))
         if self.writer is not None:
             self.held[index] += piece.scored  # of text that is held back they go with the next delta
             if self.held[index] and chunks:
@@ -283,7 +343,24 @@ class ChatCompletion(OpenAICompletion):
         said = content or (None if calls else "")
         message = responses.AssistantMessage(said, reasoning_content=reasoning or UNSET, tool_calls=calls or UNSET)
         logprobs = None if self.writer is None else self.writer.chat(choice.scored)
-        return responses.ChatChoice(index, message, chunks[-1].finish_reason, logprobs)
+        ids = choice.token_ids if self.return_token_ids else UNSET
+        return responses.ChatChoice(index, message, chunks[-1].finish_reason, logprobs, token_ids=ids, **choice.ended())
+
+    def of_prompt(self) -> dict[str, Any]:
+        first = self.generation.choices[0]
+        ids = first.request.prompt.tolist() if self.return_token_ids else UNSET
+        return {"prompt_token_ids": ids, "prompt_logprobs": self.prompt_logprobs(first)}
+
+    def tail(self, choice: ChunkChoice, tail: bytes) -> bytes:
+        """The chunk of a role counts no token, and the first one has the prompt's ids where they are wanted."""
+        if choice.delta.role is UNSET:
+            return tail
+        tail = self.usage_tail(0) if self.continuous else tail
+        if self.prompt_due:
+            self.prompt_due = False
+            ids = msgspec.json.encode(self.generation.choices[0].request.prompt.tolist())
+            tail = b'],"prompt_token_ids":' + ids + tail[1:]
+        return tail
 
 
 class TextCompletion(OpenAICompletion):
@@ -297,6 +374,7 @@ class TextCompletion(OpenAICompletion):
         assert isinstance(body, CompletionRequest)
         super().__init__(generation, model, body, body.logprobs is not None)
         self.body = body
+        self.prompts_due = set(range(len(generation.choices)) if self.return_token_ids else ())
 
     def shown(self) -> list[ChoiceState]:
         """Of more choices of a prompt than are wanted, those with the best mean log-probability."""
@@ -316,18 +394,24 @@ class TextCompletion(OpenAICompletion):
                 self.opened.add(index)
                 text = echo + text
                 choice = self.generation.choices[index]
-                prompt = zip(choice.request.prompt, choice.prompt_logprobs, starts, strict=False)
-                held += (ScoredToken(*entry) for entry in prompt)
+                found = (most_probable(entry, self.body.logprobs or 0) for entry in choice.prompt_logprobs)
+                held += map(ScoredToken, choice.request.prompt, found, starts)
+        self.take_ids(piece)
         if piece.scored:
             held += (ScoredToken(token, found, start + shift) for token, found, start in piece.scored)
         if not text and piece.finish is None:
             return []
         self.held[index] = []
+        choice = self.generation.choices[index]
         logprobs = None if self.writer is None else self.writer.completion(held)
-        return [TextChoice(index, text, finish_word(piece.finish, False), logprobs)]
+        ended = {} if piece.finish is None else choice.ended()
+        prompt_ids = choice.request.prompt.tolist() if index in self.prompts_due else UNSET
+        self.prompts_due.discard(index)
+        more = {"prompt_token_ids": prompt_ids, "token_ids": self.give_ids(index), **ended}
+        return [TextChoice(index, text, finish_word(piece.finish, False), logprobs, **more)]
 
     def whole_choice(self, index: int, choice: ChoiceState, chunks: Sequence[TextChoice]) -> TextChoice:
-        return msgspec.structs.replace(chunks[0], index=index)
+        return msgspec.structs.replace(chunks[0], index=index, prompt_logprobs=self.prompt_logprobs(choice))
 
 
 class SglangCompletion:
@@ -337,9 +421,7 @@ class SglangCompletion:
         assert isinstance(generation.prepared.body, GenerateRequest)
         self.generation = generation
         self.body = generation.prepared.body
-        prompts = self.body.prompts
-        several = isinstance(prompts, list) and not isinstance(prompts[0], int)
-        self.is_batch = several or self.body.num_generated > 1
+        self.is_batch = self.body.is_batch or self.body.num_generated > 1
         self._writer = LogprobWriter(generation.tokenizer)
         self._started = time.monotonic()
 
@@ -356,20 +438,22 @@ class SglangCompletion:
 
     def _result(self, choice: ChoiceState) -> responses.SglangResult:
         lists: dict[str, Any] = {}
-        if self.body.return_logprob:
-            lists |= self._logprobs("output", choice.scored)
-        if (start := self.body.prompt_logprobs_from) is not None:
+        number = choice.index // self.body.num_generated  # of the prompt
+        if (top := self.body.top_logprobs(number)) is not None:
+            start = self.body.prompt_logprobs_from(number)
             entries = zip(choice.request.prompt, choice.prompt_logprobs, strict=False)
-            lists |= self._logprobs("input", [ScoredToken(*entry, 0) for entry in entries][start:])
+            scored = [] if start is None else [ScoredToken(*entry, 0) for entry in entries][start:]
+            lists = self._logprobs("output", choice.scored, top) | self._logprobs("input", scored, top)
         index = choice.index if self.is_batch else UNSET
-        text, ids, name, prompt = choice.stream.text, choice.token_ids, choice.request.id, len(choice.request.prompt)
+        text, ids, prompt = choice.stream.text, choice.token_ids, len(choice.request.prompt)
+        name = self.body.of_prompt("rid", number) or choice.request.id
         finish, latency = sglang_finish(choice), round(time.monotonic() - self._started, 6)
         meta = responses.SglangMeta(name, finish, prompt, len(ids), choice.cached_tokens, latency, **lists)
         return responses.SglangResult(text=text, output_ids=ids, meta_info=meta, index=index)
 
-    def _logprobs(self, side: str, scored: Sequence[ScoredToken]) -> dict[str, Any]:
+    def _logprobs(self, side: str, scored: Sequence[ScoredToken], top: int) -> dict[str, Any]:
         own = [self._entry(token, None if found is None else found.logprob) for token, found, _ in scored]
-        if not self.body.top_logprobs_num:
+        if not top:
             return {f"{side}_token_logprobs": own}
         tops = [None if f is None else list(map(self._entry, f.top_ids, f.top_logprobs)) for _, f, _ in scored]
         return {f"{side}_token_logprobs": own, f"{side}_top_logprobs": tops}
@@ -390,4 +474,4 @@ def sglang_finish(choice: ChoiceState) -> dict[str, Any] | None:
         return None
     if choice.finish is FinishReason.LENGTH:
         return {"type": "length", "length": len(choice.token_ids)}
-    return {"type": "stop", "matched": choice.stream.matched or choice.token_ids[-1]}
+    return {"type": "stop", "matched": choice.matched}

@@ -19,7 +19,8 @@ from minisgl.core.types import REASONING_END, REASONING_START, Grammar, ModelInf
 from minisgl.errors import InvalidRequestError, ModelNotFoundError, UnsupportedParameterError
 from minisgl.server import protocol
 from minisgl.server.engine_client import EngineClient
-from minisgl.server.protocol import ChatRequest, CompletionRequest, GenerateRequest, TokenizeConversation, require
+from minisgl.server.generate import GenerateRequest
+from minisgl.server.protocol import ChatRequest, CompletionRequest, TokenizeConversation, require
 from minisgl.server.responses import Detokenized, TokenizerInfo, Tokens
 from minisgl.server.structured import forced_call_grammar, requested_grammar, text_without_calls, with_optional_calls
 from minisgl.server.tools import ParserConfig, Reasoning, ToolFormat, detect_tool_format
@@ -74,7 +75,8 @@ class Preparation:
             grammar = msgspec.structs.replace(grammar, reasoning=reasoning)
         limit = "max_tokens" if chat.max_completion_tokens is None else "max_completion_tokens"
         with renamed({None: "messages", "prompt": "messages", "max_tokens": limit}):
-            requests = self.requests("chatcmpl", chat, [self.tokenizer.encode(prompt, False)], grammar)
+            params = self.tokenizer.with_bad_words(chat.params(grammar))
+            requests = self.requests("chatcmpl", chat, [self.tokenizer.encode(prompt, False)], [params])
         self.require_grammar(grammar, field)
         if tool_format is None and reasoning is None:
             return PreparedRequest(chat, requests)
@@ -88,7 +90,8 @@ class Preparation:
         self.check_model(asked.model)
         grammar, field = constraint_of(asked)
         with renamed({None: "prompt"}):
-            requests = self.requests("cmpl", asked, prompts, grammar)
+            params = self.tokenizer.with_bad_words(asked.params(grammar))
+            requests = self.requests("cmpl", asked, prompts, [params] * len(prompts))
         self.require_grammar(grammar, field)
         firsts = requests[:: asked.num_generated]
         echoes = [self.echo(*entry) for entry in zip(prompts, firsts, strict=True)] if asked.echo else []
@@ -99,15 +102,19 @@ class Preparation:
         field = "text" if asked.text is not None else "input_ids"
         prompts = parse_prompts(asked.prompts, field)
         try:
-            grammar, _ = constraint_of(asked.sampling)
+            params = [asked.params(i, constraint_of(asked.sampling(i))[0]) for i in range(len(prompts))]
         except InvalidRequestError as error:
             error.param = "sampling_params"
             raise
         names: dict[str | None, str] = {name: f"sampling_params.{name}" for name in SamplingParams.__struct_fields__}
         names |= {"max_tokens": "sampling_params.max_new_tokens", "min_tokens": "sampling_params.min_new_tokens"}
         with renamed({**names, "seed": "sampling_params.sampling_seed", None: field, "prompt": field}):
-            requests = self.requests("gen", asked, prompts, grammar)
-        self.require_grammar(grammar, "sampling_params")
+            requests = self.requests("gen", asked, prompts, params)
+        for grammar in dict.fromkeys(each.grammar for each in params):
+            self.require_grammar(grammar, "sampling_params")
+        for index, request in enumerate(requests):
+            if (rid := asked.of_prompt("rid", index // asked.num_generated)) is not None:  # it need not be unique
+                requests[index] = msgspec.structs.replace(request, id=f"{rid}-{uuid.uuid4().hex}")
         return PreparedRequest(asked, requests)
 
     def tokenize(self, body: bytes) -> Tokens:
@@ -135,7 +142,8 @@ class Preparation:
 
     def tokenizer_info(self) -> TokenizerInfo:
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
-        tokens = {name: self.tokenizer.tokens.get(name) for name in names}
+        tokens: dict[str, Any] = {name: self.tokenizer.tokens.get(name) for name in names}
+        tokens["tokenizer_class"] = self.tokenizer.kind
         template = None if self.tokenizer.chat_template is None else self.tokenizer.chat_template.source
         size, length = self.model.vocab_size, self.model.max_seq_len
         return TokenizerInfo(**tokens, chat_template=template, vocab_size=size, model_max_length=length)
@@ -147,25 +155,32 @@ class Preparation:
 
     def echo(self, prompt: Prompt, request: Request) -> Echo:
         """A prompt as text, of ids with their special tokens; where its tokens begin is only needed to score them."""
-        text = prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt, skip_special_tokens=False)
-        scored = request.params.prompt_logprobs is not None
-        return text, self.tokenizer.starts(request.prompt.tolist(), text) if scored else []
+        ids, params = request.prompt.tolist(), request.params
+        if isinstance(prompt, str) and params.truncate_prompt_tokens is None:
+            text = prompt
+        else:
+            text = self.tokenizer.decode(ids, skip_special_tokens=False)
+        return text, [] if params.prompt_logprobs is None else self.tokenizer.starts(ids, text)
 
-    def requests(self, kind: str, body: Generating, prompts: list[Prompt], grammar: Grammar | None) -> list[Request]:
-        """Checked requests, those of one prompt in a row; their ids are the completion's id and an index. Without a
-        seed each gets one of its own. With one the first of a prompt has it, the others what follows from it.
+    def requests(
+        self, kind: str, body: Generating, prompts: list[Prompt], params: Sequence[SamplingParams]
+    ) -> list[Request]:
+        """Checked requests with each prompt's parameters, those of one prompt in a row; their ids are the completion's
+        id and an index. Without a seed each gets one of its own. With one the first of a prompt has it, the others what
+        follows from it.
         """
-        params, copies = body.params(grammar), body.num_generated
+        copies = body.num_generated
         ids = [self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-        for prompt in ids:
-            self.model.check(prompt, params)
+        ids = [self.model.truncate(prompt, own) for prompt, own in zip(ids, params, strict=True)]
+        for prompt, own in zip(ids, params, strict=True):
+            self.model.check(prompt, own)
         field = "n" if copies > 1 else "prompt"
         require(len(ids) * copies <= self.max_live, f"at most {self.max_live} answers fit in one request", field)
         requests: list[Request] = []
         base = f"{kind}-{uuid.uuid4().hex}"
-        for prompt in ids:
+        for prompt, own in zip(ids, params, strict=True):
             for copy in range(copies):
-                seeded = msgspec.structs.replace(params, seed=nth_seed(params.seed, copy))
+                seeded = msgspec.structs.replace(own, seed=nth_seed(own.seed, copy))
                 name = f"{base}-{len(requests)}"
                 requests.append(Request.make(id=name, prompt=prompt, params=seeded, priority=body.priority or 0))
         return requests

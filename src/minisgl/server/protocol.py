@@ -10,11 +10,10 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import msgspec
 from msgspec import Meta
 
-from minisgl.core.types import MAX_LOGIT_BIAS, MAX_LOGPROBS, Grammar, SamplingParams
+from minisgl.core.types import MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_LOGPROBS, Grammar, SamplingParams
 from minisgl.errors import InvalidRequestError, UnsupportedParameterError
 
 COMPLETION_MAX_TOKENS = 16  # the default of max_tokens in /v1/completions
-GENERATE_MAX_TOKENS = 128  # the default of max_new_tokens in /generate
 MAX_CHOICES = 128
 MAX_FIELDS = 1000
 MAX_EXACT = 2**53  # up to here every integer is a double of its own
@@ -24,14 +23,12 @@ MAX_TOOLS = 128
 # Fields of OpenAI, vLLM and SGLang (their API documentation) that are known and not supported, each with the values
 # that ask for nothing; null always does.
 Unsupported = Mapping[str, tuple[Any, ...]]
-ANY_UNSUPPORTED: Unsupported = {"return_hidden_states": (False,), "lora_path": (), "session_params": (), "rid": ()}
+ANY_UNSUPPORTED: Unsupported = {"return_hidden_states": (False,), "lora_path": (), "session_params": ()}
 OPENAI_UNSUPPORTED: Unsupported = {
     **ANY_UNSUPPORTED, "service_tier": ("auto", "default"), "use_beam_search": (False,), "length_penalty": (1,),
-    "include_stop_str_in_output": (False,), "spaces_between_special_tokens": (True,), "no_stop_trim": (False,),
-    "truncate_prompt_tokens": (), "allowed_token_ids": (), "bad_words": ([],), "prompt_logprobs": (),
-    "return_token_ids": (False,), "logits_processors": (), "guided_decoding_backend": (),
-    "guided_whitespace_pattern": (), "regex": (), "ebnf": (), "json_schema": (), "stop_regex": (), "request_id": (),
-    "cache_salt": (), "kv_transfer_params": (), "vllm_xargs": (),
+    "spaces_between_special_tokens": (True,), "logits_processors": (), "guided_decoding_backend": (),
+    "guided_whitespace_pattern": (), "stop_regex": (), "request_id": (), "rid": (), "cache_salt": (),
+    "kv_transfer_params": (), "vllm_xargs": (),
 }  # fmt: skip
 CHAT_UNSUPPORTED: Unsupported = {
     **OPENAI_UNSUPPORTED, "functions": ([],), "function_call": ("none", "auto"), "modalities": (["text"],),
@@ -42,20 +39,13 @@ CHAT_UNSUPPORTED: Unsupported = {
 COMPLETION_UNSUPPORTED: Unsupported = {
     **OPENAI_UNSUPPORTED, "suffix": ("",), "add_special_tokens": (True,), "prompt_embeds": ()
 }  # fmt: skip
-GENERATE_UNSUPPORTED: Unsupported = {
-    **ANY_UNSUPPORTED, "image_data": (), "audio_data": (), "video_data": (), "input_embeds": (),
-    "token_ids_logprob": (), "return_routed_experts": (False,), "custom_logit_processor": (),
-}  # fmt: skip
-SGLANG_SAMPLING_UNSUPPORTED: Unsupported = {
-    "structural_tag": (), "spaces_between_special_tokens": (True,), "no_stop_trim": (False,), "stop_regex": (),
-    "stream_interval": (), "custom_params": (),
-}  # fmt: skip
 OUTPUTS_UNSUPPORTED: Unsupported = {
     "disable_fallback": (False,), "disable_any_whitespace": (False,), "disable_additional_properties": (False,)
 }  # fmt: skip
 # Fields that ask for structured output, of every endpoint.
 CONSTRAINTS = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice",
                "guided_grammar", "json_schema", "regex", "ebnf")  # fmt: skip
+LISTS = frozenset(("stop_token_ids", "allowed_token_ids", "bad_words"))  # that SamplingParams has as tuples
 
 # JSON schemas of prompts, which are checked here, not by msgspec.
 TEXT_SCHEMA: dict[str, Any] = {"type": "string", "minLength": 1}
@@ -126,24 +116,42 @@ def invalid_field(error: str) -> InvalidRequestError:
     return InvalidRequestError(f"{param}: {found[1]}", param=param or None)
 
 
+Parts = Mapping[str, "type[Body]"]
+
+
 class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """An object of a request. Values keep their JSON type ("5" is no number), and an unknown field is an error."""
+    """An object of a request. Values keep their JSON type ("5" is no number). An unknown field is an error unless it is
+    null. `parts` says which fields hold such objects, or lists of them.
+    """
 
     unsupported: ClassVar[Unsupported] = {}
+    parts: ClassVar[Parts] = {}
 
     @classmethod
     def parse(cls, body: bytes | dict[str, Any]) -> Self:
         """Validate a body, or the object in it, which is changed; raises InvalidRequestError naming the field."""
         value = parse_object(body) if isinstance(body, bytes) else body
         require(len(value) <= MAX_FIELDS, f"the body has {len(value)} fields", None)
-        drop_unsupported(value, cls.unsupported)
         cls.prepare(value)
+        cls.tidy(value)
         try:
             parsed = msgspec.convert(with_integers(value), cls)
         except msgspec.ValidationError as error:
             raise invalid_field(str(error)) from error
         parsed.check()
         return parsed
+
+    @classmethod
+    def tidy(cls, value: dict[str, Any], where: str = "") -> None:
+        """Remove what asks for nothing, here and in the parts; raises UnsupportedParameterError as above."""
+        drop_unsupported(value, cls.unsupported, where)
+        for name in [name for name, item in value.items() if item is None and name not in cls.__struct_fields__]:
+            del value[name]
+        for name, part in cls.parts.items():
+            found = value.get(name)
+            for index, item in enumerate(found if isinstance(found, list) else [found]):
+                if isinstance(item, dict):
+                    part.tidy(item, f"{where}{name}.{index}." if isinstance(found, list) else f"{where}{name}.")
 
     @classmethod
     def prepare(cls, value: dict[str, Any]) -> None:
@@ -164,6 +172,8 @@ class ResponseFormat(Body):
     type: Literal["text", "json_object", "json_schema"] | None = None
     json_schema: JsonSchemaFormat | None = None
 
+    parts = {"json_schema": JsonSchemaFormat}
+
 
 class StructuredOutputs(Body):
     """vLLM's structured output: exactly one of these."""
@@ -177,18 +187,18 @@ class StructuredOutputs(Body):
     json_object: bool | None = None
 
 
-class TextPart(Body):
+class TextPart(Body, forbid_unknown_fields=False):
     type: Literal["text"]
     text: str
 
 
-class CalledFunction(Body):
+class CalledFunction(Body, forbid_unknown_fields=False):
     name: str
     arguments: str  # JSON, but of an answer that was cut the beginning only
     parsed_arguments: Any = None  # OpenAI's clients add it to completions that they parse, and send it back
 
 
-class MessageToolCall(Body, kw_only=True):
+class MessageToolCall(Body, kw_only=True, forbid_unknown_fields=False):
     id: str
     type: Literal["function"] = "function"
     function: CalledFunction
@@ -199,8 +209,11 @@ class MessageToolCall(Body, kw_only=True):
         return {"id": self.id, "type": "function", "function": function}
 
 
-class Message(Body):
-    """A message of a conversation. `developer` is OpenAI's newer word for `system`, which templates know."""
+class Message(Body, forbid_unknown_fields=False):
+    """A message of a conversation. `developer` is OpenAI's newer word for `system`, which templates know.
+
+    What clients keep in messages and their parts for themselves or for other servers (`cache_control`) is ignored.
+    """
 
     unsupported = {"refusal": (), "annotations": ([],), "audio": (), "function_call": ()}
 
@@ -239,11 +252,15 @@ class ToolFunction(Body):
     description: str | None = None
     parameters: dict[str, Any] | None = None  # a JSON schema; without one there are no arguments
     strict: bool | None = None
+    cache_control: Any = None  # of agents that cache prompts elsewhere
 
 
 class Tool(Body):
+    parts = {"function": ToolFunction}
+
     type: Literal["function"]
     function: ToolFunction
+    cache_control: Any = None
 
     def for_template(self) -> dict[str, Any]:
         function = self.function
@@ -257,6 +274,8 @@ class NamedFunction(Body):
 
 
 class NamedTool(Body):
+    parts = {"function": NamedFunction}
+
     type: Literal["function"]
     function: NamedFunction
 
@@ -270,7 +289,6 @@ def prepare_messages(messages: Any) -> None:
         if not isinstance(message, dict):
             continue
         where = f"messages.{index}."
-        drop_unsupported(message, Message.unsupported, where)
         if message.get("role") == "function":
             text = "the function role is not supported: use tools and the tool role"
             raise UnsupportedParameterError(text, param=f"{where}role")
@@ -303,6 +321,7 @@ class Sampling(Body):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
+    no_stop_trim: bool | None = None  # SGLang's word for vLLM's include_stop_str_in_output
 
     @property
     def num_generated(self) -> int:
@@ -317,7 +336,10 @@ class Sampling(Body):
         names = set(self.__struct_fields__) & set(SamplingParams.__struct_fields__) - others.keys()
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         given["logit_bias"] = {int(token): bias for token, bias in (self.logit_bias or {}).items()}
-        given["stop_token_ids"] = tuple(self.stop_token_ids or ())
+        for name in LISTS & names & given.keys():
+            given[name] = tuple(given[name])
+        if self.no_stop_trim:
+            given["include_stop_str_in_output"] = True
         given["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         return SamplingParams(**given, **others)
 
@@ -325,12 +347,22 @@ class Sampling(Body):
 class OpenAIRequest(Sampling):
     """What chats and completions share. `user` and the fields after it change nothing in the answer."""
 
+    parts = {
+        "response_format": ResponseFormat, "structured_outputs": StructuredOutputs, "stream_options": StreamOptions,
+    }  # fmt: skip
+
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Count | None = None
     seed: Seed | None = None
     min_tokens: Count | None = None
+    prompt_logprobs: Logprobs | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: Annotated[list[StopText], Meta(max_length=MAX_BAD_WORDS)] | None = None
+    include_stop_str_in_output: bool | None = None
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1, lt=2**31)] | None = None
+    return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     priority: Priority | None = None
     response_format: ResponseFormat | None = None
@@ -339,6 +371,9 @@ class OpenAIRequest(Sampling):
     guided_regex: str | None = None
     guided_choice: ChoiceTexts | None = None
     guided_grammar: GrammarText | None = None
+    json_schema: str | JsonSchema | None = None
+    regex: str | None = None
+    ebnf: GrammarText | None = None
     user: str | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
@@ -351,14 +386,14 @@ class OpenAIRequest(Sampling):
         if isinstance(outputs := value.get("structured_outputs"), dict):
             unknown = dict.fromkeys(outputs.keys() - set(StructuredOutputs.__struct_fields__), ())
             drop_unsupported(outputs, {**unknown, **OUTPUTS_UNSUPPORTED}, "structured_outputs.")
-        if isinstance(wanted := value.get("response_format"), dict):
-            value["response_format"] = {name: item for name, item in wanted.items() if item is not None}
 
     def check(self) -> None:
         options = self.stream_options
         require(self.stream or options is None, "stream_options is only allowed with stream", "stream_options")
         plain = options is None or not options.include_obfuscation
         require(plain, "include_obfuscation must be false", "stream_options.include_obfuscation")
+        whole = not self.stream or self.prompt_logprobs is None
+        require(whole, "prompt_logprobs cannot be streamed", "prompt_logprobs")
 
 
 def check_conversation(chat: ChatRequest | TokenizeConversation) -> None:
@@ -378,6 +413,7 @@ def check_conversation(chat: ChatRequest | TokenizeConversation) -> None:
 
 class ChatRequest(OpenAIRequest, kw_only=True):
     unsupported = CHAT_UNSUPPORTED
+    parts = {**OpenAIRequest.parts, "messages": Message, "tools": Tool, "tool_choice": NamedTool}
 
     messages: Messages
     tools: Tools | None = None
@@ -445,8 +481,8 @@ class CompletionRequest(OpenAIRequest, kw_only=True):
 
     @property
     def scores_only(self) -> bool:
-        """Whether only the prompt is wanted: `echo` with a `max_tokens` of 0."""
-        return bool(self.echo) and self.max_tokens == 0
+        """Whether only the prompt is wanted: `echo` or `prompt_logprobs` with a `max_tokens` of 0."""
+        return self.max_tokens == 0 and (bool(self.echo) or self.prompt_logprobs is not None)
 
     def check(self) -> None:
         super().check()
@@ -461,75 +497,9 @@ class CompletionRequest(OpenAIRequest, kw_only=True):
         logprobs = self.logprobs
         if logprobs is None and self.num_generated > (self.n or 1):
             logprobs = 0  # they say which choices are best
-        prompt = self.logprobs if self.echo else None
+        asked = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        prompt = max((most for most in asked if most is not None), default=None)
         return self.sampling_params(max_tokens=limit, logprobs=logprobs, prompt_logprobs=prompt, grammar=grammar)
-
-
-class SglangSampling(Sampling):
-    unsupported = SGLANG_SAMPLING_UNSUPPORTED
-
-    max_new_tokens: Annotated[int, Meta(ge=1)] | None = None
-    min_new_tokens: Count | None = None
-    sampling_seed: Seed | None = None
-    json_schema: str | None = None
-    regex: str | None = None
-    ebnf: GrammarText | None = None
-
-
-class GenerateRequest(Body):
-    """SGLang's /generate. `logprob_start_len` -1 gives no prompt log-probabilities, else those from there on."""
-
-    unsupported = GENERATE_UNSUPPORTED
-
-    text: Annotated[Any, Meta(extra_json_schema={"anyOf": [*TEXTS, {"type": "null"}]})] = None
-    input_ids: Annotated[Any, Meta(extra_json_schema={"anyOf": [*IDS, {"type": "null"}]})] = None
-    sampling_params: SglangSampling | None = None
-    stream: bool | None = None
-    return_logprob: bool | None = None
-    logprob_start_len: Annotated[int, Meta(ge=-1)] | None = None
-    top_logprobs_num: Logprobs | None = None
-    return_text_in_logprobs: bool | None = None
-    priority: Priority | None = None
-
-    @classmethod
-    def prepare(cls, value: dict[str, Any]) -> None:
-        if isinstance(sampling := value.get("sampling_params"), dict):
-            drop_unsupported(sampling, SGLANG_SAMPLING_UNSUPPORTED, "sampling_params.")
-            value["sampling_params"] = with_integers(sampling)
-
-    def check(self) -> None:
-        given = [name for name in ("text", "input_ids") if getattr(self, name) is not None]
-        require(len(given) == 1, "give either text or input_ids", "text")
-        nothing = {"logprob_start_len": -1, "top_logprobs_num": 0, "return_text_in_logprobs": False}
-        for name, value in nothing.items():
-            neutral = getattr(self, name) in (None, value)
-            require(self.return_logprob or neutral, f"{name} is only allowed with return_logprob", name)
-
-    @property
-    def sampling(self) -> SglangSampling:
-        return self.sampling_params or SglangSampling()
-
-    @property
-    def num_generated(self) -> int:
-        return self.sampling.num_generated
-
-    @property
-    def prompts(self) -> Any:
-        return self.input_ids if self.text is None else self.text
-
-    @property
-    def prompt_logprobs_from(self) -> int | None:
-        """The prompt position from which log-probabilities are wanted, None for none."""
-        start = self.logprob_start_len if self.return_logprob else None
-        return None if start is None or start < 0 else start
-
-    def params(self, grammar: Grammar | None) -> SamplingParams:
-        sampling = self.sampling
-        top = (self.top_logprobs_num or 0) if self.return_logprob else None
-        prompt = None if self.prompt_logprobs_from is None else top
-        limit, least = sampling.max_new_tokens or GENERATE_MAX_TOKENS, sampling.min_new_tokens or 0
-        others = {"seed": sampling.sampling_seed, "logprobs": top, "prompt_logprobs": prompt, "grammar": grammar}
-        return sampling.sampling_params(max_tokens=limit, min_tokens=least, **others)
 
 
 class TokenizeOptions(Body):
@@ -548,6 +518,7 @@ class TokenizeConversation(TokenizeOptions, kw_only=True):
     """A conversation for /tokenize; its template writes the special tokens itself, more are added where told so."""
 
     unsupported = {"chat_template": (), "mm_processor_kwargs": ()}
+    parts = {"messages": Message, "tools": Tool}
 
     messages: Messages
     tools: Tools | None = None

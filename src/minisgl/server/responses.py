@@ -77,25 +77,44 @@ class TextLogprobs(msgspec.Struct, frozen=True):
     text_offset: list[int]  # characters from the beginning of the choice's text
 
 
-class ChatChoice(msgspec.Struct, frozen=True):
+class PromptLogprob(msgspec.Struct, frozen=True):
+    logprob: float
+    rank: int | None  # from 1; null where the token is not among those asked for
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]  # for each prompt token; by token id
+
+
+class Ended(msgspec.Struct, frozen=True, kw_only=True):
+    """What ended a choice, in vLLM's word (a stop string or one of `stop_token_ids`) and SGLang's (or EOS), and ids."""
+
+    stop_reason: int | str | UnsetType | None = UNSET
+    matched_stop: int | str | UnsetType | None = UNSET
+    token_ids: list[int] | UnsetType = UNSET  # where they were asked for
+
+
+class ChatChoice(Ended, frozen=True):
     index: int
     message: AssistantMessage
     finish_reason: FinishWord | None
     logprobs: ChatLogprobs | None = None
 
 
-class ChunkChoice(msgspec.Struct, frozen=True):
+class ChunkChoice(Ended, frozen=True):
     index: int
     delta: ChatDelta
     finish_reason: FinishWord | None = None
     logprobs: ChatLogprobs | None = None
 
 
-class TextChoice(msgspec.Struct, frozen=True):
+class TextChoice(Ended, frozen=True):
     index: int
     text: str
     finish_reason: FinishWord | None = None
     logprobs: TextLogprobs | None = None
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 AnyChoice = TypeVar("AnyChoice", ChatChoice, ChunkChoice, TextChoice)
@@ -108,6 +127,8 @@ class Result(msgspec.Struct, Generic[AnyChoice], frozen=True, kw_only=True):
     model: str
     choices: Sequence[AnyChoice]
     usage: Usage | UnsetType | None = UNSET  # in a stream only where it was asked for
+    prompt_token_ids: list[int] | UnsetType = UNSET  # of a chat, these two; in a stream in its first chunk
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class SglangMeta(msgspec.Struct, frozen=True):
@@ -146,6 +167,7 @@ class TokenizerInfo(msgspec.Struct, frozen=True, kw_only=True):
     eos_token: str | None
     pad_token: str | None
     unk_token: str | None
+    tokenizer_class: str
     chat_template: str | None
     vocab_size: int
     model_max_length: int
@@ -156,6 +178,8 @@ class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "minisgl"
+    root: str  # what --model says
+    parent: None = None
     max_model_len: int
 
 
@@ -188,6 +212,46 @@ class Queued(msgspec.Struct, frozen=True):
     tokens: int
 
 
+class RankLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """The load of the engine under SGLang's names; token counts are of KV pages, a waiting prompt's of all of it."""
+
+    dp_rank: int = 0
+    num_running_reqs: int
+    num_waiting_reqs: int
+    num_total_reqs: int
+    num_waiting_uncached_tokens: int
+    num_used_tokens: int
+    num_total_tokens: int  # used and waiting
+    max_total_num_tokens: int
+    max_running_requests: int
+    token_usage: float
+    utilization: float  # running of max_running_requests
+    cache_hit_rate: float  # since the start
+    gen_throughput: float  # tokens/s since the call before
+
+
+class AllLoads(msgspec.Struct, frozen=True, kw_only=True):
+    total_running_reqs: int
+    total_waiting_reqs: int
+    total_reqs: int
+    total_tokens: int
+    avg_token_usage: float
+    avg_throughput: float
+    avg_utilization: float
+
+
+class Loads(msgspec.Struct, frozen=True, kw_only=True):
+    timestamp: str  # ISO 8601
+    version: str
+    dp_rank_count: int = 1
+    loads: list[RankLoad]
+    aggregate: AllLoads
+
+
+class ServerLoad(msgspec.Struct, frozen=True):
+    server_load: int  # requests that wait or run
+
+
 class ServerInfo(msgspec.Struct, frozen=True):
     version: str
     config: dict[str, Any]  # as given
@@ -196,6 +260,14 @@ class ServerInfo(msgspec.Struct, frozen=True):
     queued: Queued
     draining: bool
     uptime: float  # s
+    # SGLang's names, which gateways read
+    model_path: str
+    served_model_name: str
+    tp_size: int
+    context_length: int
+    max_total_num_tokens: int
+    max_running_requests: int
+    dp_size: int = 1
 
 
 class ModelFacts(msgspec.Struct, frozen=True):
@@ -206,6 +278,9 @@ class ModelFacts(msgspec.Struct, frozen=True):
     max_model_len: int
     eos_token_ids: list[int]
     has_chat_template: bool
+    tokenizer_path: str
+    is_generation: bool = True
+    preferred_sampling_params: None = None
 
 
 class FlushReport(msgspec.Struct, frozen=True):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from msgspec.structs import replace
 from tokenizers import decoders, models, pre_tokenizers
 from tokenizers.decoders import DecodeStream
 
@@ -33,6 +34,8 @@ class Tokenizer:
 
     `tokens` are the checkpoint's named special tokens; `templates` are the sources of its chat templates.
     """
+
+    kind = "PreTrainedTokenizerFast"  # the class that transformers has for it
 
     def __init__(
         self, backend: tokenizers.Tokenizer, *, tokens: dict[str, str], templates: Mapping[str, str] = {}
@@ -58,7 +61,9 @@ class Tokenizer:
         """Read a checkpoint's tokenizer. Raises ModelError, naming the file, when there is none or it is broken."""
         config = read_object(folder / "tokenizer_config.json")
         tokens = {**special_tokens(read_object(folder / "special_tokens_map.json")), **special_tokens(config)}
-        return cls(load_backend(folder), tokens=tokens, templates=read_templates(folder, config))
+        loaded = cls(load_backend(folder), tokens=tokens, templates=read_templates(folder, config))
+        loaded.kind = str(config.get("tokenizer_class") or cls.kind)
+        return loaded
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -105,6 +110,12 @@ class Tokenizer:
             if text and "\ufffd" not in text and token not in hidden:
                 return [token]
         return []
+
+    def with_bad_words(self, params: SamplingParams) -> SamplingParams:
+        """The same parameters with the tokens of `bad_words`, each at the beginning of a text and behind a space."""
+        texts = {text for word in params.bad_words for text in (word, " " + word.lstrip())}
+        ids = {tuple(self.encode(text, add_special_tokens=False)) for text in texts} - {()}
+        return replace(params, bad_word_ids=(*params.bad_word_ids, *sorted(ids))) if ids else params
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes of one token, which may be a part of a character; empty for an id outside the vocabulary.
@@ -238,10 +249,10 @@ class TextStream:
     """The text of one request. Once a stop string is completed it is `stopped`: further tokens are ignored.
 
     The texts that `push` and `finish` return, joined, are what `Tokenizer.decode` says of all tokens, cut where the
-    stop string that is completed first (`matched`) begins. `hidden` are token ids that have no text; `context` are
-    tokens before the first. `num_tokens` counts the tokens taken in, the one that completed the stop string included;
-    `starts` says how many characters came before each; `num_characters` counts those decoded so far, those held back
-    included.
+    stop string that is completed first (`matched`) begins, or ends if it is to be shown. `hidden` are token ids that
+    have no text; `context` are tokens before the first. `num_tokens` counts the tokens taken in, the one that completed
+    the stop string included; `starts` says how many characters came before each; `num_characters` counts those
+    decoded so far, those held back included.
     """
 
     def __init__(
@@ -255,6 +266,7 @@ class TextStream:
         self._hidden = hidden
         self._stops = params.stop
         self._min_tokens = params.min_tokens
+        self._include_stop = params.include_stop_str_in_output
         self._longest = max(map(len, params.stop), default=0)
         self._context = list(context)
         self._decoder = DecodeStream(ids=self._context, skip_special_tokens=False)
@@ -322,7 +334,8 @@ class TextStream:
         text = self._held + piece
         matches = self._matches(text, len(self._held)) if self.num_tokens >= self._min_tokens else []
         if matches:
-            _, safe, self.matched = min(matches)  # the one completed first; of several, the longest
+            end, start, self.matched = min(matches)  # the one completed first; of several, the longest
+            safe = end if self._include_stop else start
             self._held = ""
         else:
             safe = self._safe_length(text)
@@ -344,6 +357,13 @@ class TextStream:
         return len(text)
 
 
-def shown_tokens(event: TokenEvent) -> tuple[int, ...]:
-    """The event's tokens without the stop token that ended the request: it is not part of the text."""
-    return event.tokens[:-1] if event.finish is FinishReason.STOP else event.tokens
+def shown_tokens(event: TokenEvent, params: SamplingParams) -> tuple[int, ...]:
+    """The event's tokens without the stop token that ended the request, unless it is to be shown."""
+    hidden = event.finish is FinishReason.STOP and not params.include_stop_str_in_output
+    return event.tokens[:-1] if hidden else event.tokens
+
+
+def stop_token(event: TokenEvent, params: SamplingParams) -> int | None:
+    """The one of `stop_token_ids` that ended the request; None when something else did, as EOS."""
+    last = event.tokens[-1] if event.finish is FinishReason.STOP and event.tokens else None
+    return last if last in params.stop_token_ids else None
