@@ -36,6 +36,7 @@ class StubEngine:
         self.aborted: list[str] = []
         self.refuse: str | None = None
         self.deaf = False
+        self.end_silently = False  # each request ends at once, as one whose grammar allows no token
         self.steps = 0
         self.generated = 0
         self.given: dict[str, int] = {}
@@ -134,6 +135,9 @@ class StubEngine:
     def _advance(self, request_id: str) -> TokenEvent:
         request, done = self.live[request_id]
         params = request.params
+        if self.end_silently:
+            del self.live[request_id]
+            return TokenEvent(id=request_id, finish=FinishReason.STOP)
         self.generated += 1
         self.given[request_id] = done + 1
         token = self._token(request, done)

@@ -100,9 +100,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     truncate_prompt_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        texts: object = self.stop
-        if isinstance(texts, str):  # as OpenAI allows; as a sequence it would be its characters
-            msgspec.structs.force_setattr(self, "stop", (texts,))
+        for name in ("stop", "bad_words"):
+            if isinstance(text := getattr(self, name), str):  # as OpenAI allows; as a sequence it is its characters
+                msgspec.structs.force_setattr(self, name, (text,))
 
     def validate(self) -> SamplingParams:
         """Return self; raise InvalidRequestError naming the first parameter that is out of range."""

@@ -27,6 +27,7 @@ from minisgl.server.responses import json_response
 
 SCRAPE_TIMEOUT = 1.0  # s that /metrics waits for the engine's counts; in a longer step those it gave last are shown
 BODY_LIMIT = 4096
+HEALTH_POLL = 0.02  # s
 
 
 def admin_routes(api: Api) -> list[ApiRoute]:
@@ -45,14 +46,15 @@ def admin_routes(api: Api) -> list[ApiRoute]:
         answer, before = await health(request), client.stats.generated_tokens
         params = SamplingParams(temperature=0, max_tokens=1)
         probe = EngineRequest.make(id=f"health-{uuid.uuid4().hex}-0", prompt=[0], params=params)
-        with contextlib.suppress(TimeoutError, QueueFullError, OverloadedError), client.submit([probe]) as group:
-            async with asyncio.timeout(api.health_timeout):
-                async for _ in group.batches():
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(QueueFullError, OverloadedError):
+                stack.enter_context(client.submit([probe]))
+            deadline = time.monotonic() + api.health_timeout
+            while time.monotonic() < deadline:
+                if (await client.ping(api.health_timeout)).generated_tokens != before:
                     return answer
-        stats = await client.ping(api.health_timeout)
-        if stats.generated_tokens == before:
-            raise EngineDeadError(f"the engine generated nothing within {api.health_timeout:g} s")
-        return answer
+                await asyncio.sleep(HEALTH_POLL)
+        raise EngineDeadError(f"the engine generated nothing within {api.health_timeout:g} s")
 
     async def ready(_: Request) -> Response:
         """200 when new requests are taken, 503 when the server is going down or the engine is gone."""
