@@ -236,6 +236,34 @@ def test_penalties_and_biases_change_what_is_said(llm: LLM) -> None:
     assert again not in answer.token_ids
 
 
+def test_words_and_tokens_are_kept_out_and_the_stop_is_shown(llm: LLM) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=16)
+    (plain,) = llm.generate(FRANCE, params, progress=False)
+    words = ["Paris", "city"]
+    kept_out = msgspec.structs.replace(params, bad_words=words)
+    capital = llm.text.encode(" Berlin Rome Paris", add_special_tokens=False)
+    few = msgspec.structs.replace(params, allowed_token_ids=tuple(capital))
+    shown = msgspec.structs.replace(params, stop=("Paris",), include_stop_str_in_output=True)
+    ended = msgspec.structs.replace(params, stop_token_ids=(plain.token_ids[2],), include_stop_str_in_output=True)
+    cut = msgspec.structs.replace(params, truncate_prompt_tokens=3)
+    others = llm.generate([FRANCE] * 6, [params, kept_out, few, shown, ended, cut], progress=False)
+    assert others[0].token_ids == plain.token_ids
+    assert "Paris" in plain.text
+    assert not any(word in others[1].text for word in words)
+    assert others[1].token_ids != plain.token_ids
+    assert set(others[2].token_ids) <= set(capital)
+    assert others[3].text == plain.text[: plain.text.index("Paris") + 5]
+    assert (others[3].finish_reason, others[3].stop_reason) == ("stop", "Paris")
+    assert (others[4].text, others[4].stop_reason) == (llm.text.decode(plain.token_ids[:3]), plain.token_ids[2])
+    assert others[5].prompt_token_ids == plain.prompt_token_ids[-3:]
+    assert "".join(piece.text for piece in llm.stream(FRANCE, shown)) == others[3].text
+    (long,) = llm.generate([[5] * 9000], msgspec.structs.replace(params, truncate_prompt_tokens=-1), progress=False)
+    assert len(long.prompt_token_ids) == llm.model.max_seq_len - 16
+    for bad, name in (({"bad_words": ("",)}, "bad_words"), ({"allowed_token_ids": ()}, "allowed_token_ids")):
+        with pytest.raises(InvalidRequestError, match=name):
+            llm.generate(FRANCE, SamplingParams(**bad), progress=False)
+
+
 def test_a_grammar_is_obeyed_where_grammars_are(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     eos = llm.model.eos_token_ids[0]
     monkeypatch.setattr(llm.engine, "constraints", lambda grammar: Cycle(grammar, llm.model.vocab_size, eos))

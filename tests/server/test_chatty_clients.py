@@ -3,12 +3,17 @@
 import asyncio
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers.serving import MODEL, Serving
+from helpers.engine_thread import EngineThread
+from helpers.serving import MODEL, Serving, web
 from helpers.templates import QWEN_TOOLS
+from helpers.tiny_models import save_model
+from minisgl.build import build_engine
+from minisgl.config import Config
 
 CHAT, TEXT, GENERATE = "/v1/chat/completions", "/v1/completions", "/generate"
 TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
@@ -261,7 +266,7 @@ def events(body: str) -> list[Any]:
 async def test_streams_have_ids_and_reasons_once_and_the_role_counts_no_token(server: Serving, n: int) -> None:
     server.speak(SAID)
     said = [*server.tokenizer.encode(SAID), 1]
-    more = {"stream": True, "return_token_ids": True, "n": n, "max_tokens": 60}
+    more: dict[str, Any] = {"stream": True, "return_token_ids": True, "n": n, "max_tokens": 60}
     more["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
     for path, base in ((CHAT, {"messages": [user()]}), (TEXT, {"prompt": "a quick fox"})):
         chunks = events((await server.http.post(path, json={**base, **more})).text)
@@ -326,8 +331,12 @@ async def test_a_server_that_is_full_is_healthy_while_it_generates(server: Servi
 
 async def test_a_request_that_a_grammar_ends_without_a_token_has_no_stop_token(server: Serving) -> None:
     server.engine.end_silently = True
-    for path, body in ((TEXT, {"prompt": "a"}), (CHAT, {"messages": [user()]}), (GENERATE, {"text": "a"})):
-        body |= {"sampling_params": {"max_new_tokens": 4}} if path == GENERATE else {"max_tokens": 4}
+    limit = {"max_tokens": 4}
+    rows: list[tuple[str, dict[str, Any]]] = [
+        (TEXT, {"prompt": "a", **limit}), (CHAT, {"messages": [user()], **limit}),
+        (GENERATE, {"text": "a", "sampling_params": {"max_new_tokens": 4}}),
+    ]  # fmt: skip
+    for path, body in rows:
         answer = (await server.http.post(path, json=body)).json()
         if path == GENERATE:
             assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": None}
@@ -410,3 +419,37 @@ async def test_an_agent_caches_its_parts_and_sends_back_what_it_was_told(server:
         assert word in prompt
     assert "ephemeral" not in prompt
     assert "signature" not in prompt
+
+
+async def test_a_real_engine_scores_the_prompt_and_keeps_words_out(tmp_path: Path) -> None:
+    built = build_engine(Config(model=str(save_model(tmp_path)), device="cpu", num_pages=64, max_seq_len_override=256))
+    async with web(tmp_path, built.engine.model, EngineThread(built.engine).start) as side:
+
+        async def ask(path: str, **body: Any) -> Any:
+            answer = await side.http.post(path, json=body)
+            assert answer.status_code == 200, answer.text
+            return answer.json()
+
+        assert (await side.http.get("/health_generate")).status_code == 200
+        prompt = side.tokenizer.encode("a quick fox")
+        base = {"prompt": prompt, "max_tokens": 12, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+        plain = (await ask(TEXT, **base, echo=True, logprobs=3))["choices"][0]
+        both = (await ask(TEXT, **base, prompt_logprobs=3))["choices"][0]
+        echoed = plain["logprobs"]["token_logprobs"][: len(prompt)]
+        found = [own and own[str(token)]["logprob"] for token, own in zip(prompt, both["prompt_logprobs"], strict=True)]
+        assert found == [None, *echoed[1:]]
+        assert [len(top) in (3, 4) for top in both["prompt_logprobs"][1:]] == [True] * (len(prompt) - 1)
+        limit = {"max_new_tokens": 0}
+        scored = await ask(GENERATE, input_ids=prompt, sampling_params=limit, return_logprob=True, logprob_start_len=0)
+        assert [entry[0] for entry in scored["meta_info"]["input_token_logprobs"]] == found
+        ids = both["token_ids"]
+        few = (await ask(TEXT, **base, allowed_token_ids=[7, 9, 11]))["choices"][0]
+        assert set(few["token_ids"]) <= {7, 9, 11}
+        texts = {token: side.tokenizer.decode([token]) for token in ids}
+        words = [text for token, text in texts.items() if text.strip() and side.tokenizer.encode(text) == [token]]
+        without = (await ask(TEXT, **base, bad_words=words))["choices"][0]
+        assert words
+        assert not any(word in without["text"] for word in words)
+        stopped = (await ask(TEXT, **{**base, "ignore_eos": False}, stop_token_ids=[ids[3]]))["choices"][0]
+        assert (stopped["stop_reason"], stopped["matched_stop"]) == (ids[3], ids[3])
+    built.engine.close()

@@ -137,7 +137,8 @@ async def test_the_openapi_document_describes_bodies_answers_and_errors(server: 
     references = {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}
     assert references <= set(schemas)
     assert "logit_bias" in schemas["ChatRequest"]["properties"]
-    assert schemas["ChatRequest"]["additionalProperties"] is False
+    assert schemas["ChatRequest"]["additionalProperties"] == {"type": "null"}
+    assert "additionalProperties" not in schemas["Message"]
     answers = paths["/v1/chat/completions"]["post"]["responses"]["200"]["content"]
     event = answers["text/event-stream"]["schema"]["properties"]["data"]
     assert event["anyOf"][0] == {"const": "[DONE]"}

@@ -45,6 +45,10 @@ GOOD: tuple[tuple[dict[str, Any], Grammar | None], ...] = (
     ({"structured_outputs": {"regex": "a", "disable_fallback": False, "disable_any_whitespace": False}}, REGEX_A),
     ({"structured_outputs": {"json_object": True}}, Grammar(kind="json_object")),
     ({"response_format": {"type": "text"}, "guided_regex": "a"}, REGEX_A),
+    ({"regex": "a"}, REGEX_A),
+    ({"ebnf": 'root ::= "a"'}, Grammar(kind="lark", source='root ::= "a"')),
+    ({"json_schema": SCHEMA}, SCHEMA_GRAMMAR),
+    ({"regex": None, "json_schema": json.dumps(SCHEMA)}, Grammar(kind="json_schema", source=json.dumps(SCHEMA))),
 )
 
 
@@ -89,6 +93,8 @@ BAD: tuple[tuple[dict[str, Any], str], ...] = (
     ({"structured_outputs": {"json_object": False}}, "structured_outputs.json_object"),
     ({"guided_regex": "a", "guided_json": SCHEMA}, "guided_regex"),
     ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex"),
+    ({"regex": "a", "ebnf": 'root ::= "a"'}, "ebnf"),
+    ({"guided_regex": "a", "regex": "a"}, "regex"),
 )
 
 

@@ -17,7 +17,14 @@ from minisgl.core.types import FinishReason, SamplingParams, TokenEvent
 from minisgl.errors import InvalidRequestError, ModelError
 from minisgl.formats.hub import locate_model
 from minisgl.text.chat_template import cut_after
-from minisgl.text.tokenizer import TextStream, Tokenizer, byte_of_character, make_byte_tokenizer, shown_tokens
+from minisgl.text.tokenizer import (
+    TextStream,
+    Tokenizer,
+    byte_of_character,
+    make_byte_tokenizer,
+    shown_tokens,
+    stop_token,
+)
 
 # Templates in the manner of two families: what they use of the template language is what counts.
 QWEN_STYLE = """{{- bos_token }}
@@ -336,12 +343,12 @@ def test_special_tokens_are_shown_only_when_asked_for() -> None:
     assert collect(BYTE_LEVEL.stream(SamplingParams(skip_special_tokens=False)), ids) == text
 
 
-def cut_at_first_completed(text: str, stops: Sequence[str]) -> str:
+def cut_at_first_completed(text: str, stops: Sequence[str], include: bool = False) -> str:
     """The plain twin: scan the text character by character."""
     for end in range(len(text) + 1):
         starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
         if starts:
-            return text[: min(starts)]
+            return text[: end if include else min(starts)]
     return text
 
 
@@ -352,14 +359,17 @@ ALPHABET = "ab世😀 "
     st.text(alphabet=ALPHABET, max_size=40),
     st.lists(st.text(alphabet=ALPHABET, min_size=1, max_size=5), min_size=1, max_size=4),
     st.lists(st.integers(0, 60), max_size=6),
+    st.booleans(),
 )
 @settings(max_examples=400, deadline=None)
-def test_stop_strings_cut_the_same_whatever_the_token_split(text: str, stops: list[str], cuts: list[int]) -> None:
-    expected = cut_at_first_completed(text, stops)
+def test_stop_strings_cut_the_same_whatever_the_token_split(
+    text: str, stops: list[str], cuts: list[int], include: bool
+) -> None:
+    expected = cut_at_first_completed(text, stops, include)
     for ids in (BYTE_LEVEL.encode(text), [t for character in text for t in BYTE_LEVEL.encode(character)]):
-        stream = BYTE_LEVEL.stream(SamplingParams(stop=tuple(stops)))
+        stream = BYTE_LEVEL.stream(SamplingParams(stop=tuple(stops), include_stop_str_in_output=include))
         assert collect(stream, ids, cuts) == expected
-        assert stream.stopped == (expected != text)
+        assert stream.stopped == any(stop in text for stop in stops)
 
 
 @pytest.mark.parametrize(
@@ -384,6 +394,20 @@ def test_the_stop_token_is_no_part_of_the_text() -> None:
     }
     assert [end for end, tokens in shown.items() if tokens != (5, 6)] == [FinishReason.STOP]
     assert shown[FinishReason.STOP] == (5,)
+    ended = TokenEvent(id="a", tokens=(5, 6), finish=FinishReason.STOP)
+    assert shown_tokens(ended, SamplingParams(include_stop_str_in_output=True)) == (5, 6)
+    reasons = [stop_token(ended, SamplingParams(stop_token_ids=ids)) for ids in ((), (5,), (6, 7))]
+    assert reasons == [None, None, 6]
+    assert stop_token(TokenEvent(id="a", finish=FinishReason.STOP), SamplingParams(stop_token_ids=(6,))) is None
+
+
+def test_bad_words_become_tokens_at_a_beginning_and_behind_a_space() -> None:
+    for word in ("fox", " fox", "世界", "a b"):
+        found = BYTE_LEVEL.with_bad_words(SamplingParams(bad_words=(word,), bad_word_ids=((7, 8),))).bad_word_ids
+        assert found[0] == (7, 8)
+        assert {BYTE_LEVEL.decode(ids) for ids in found[1:]} == {word, " " + word.lstrip()}
+    plain = SamplingParams()
+    assert BYTE_LEVEL.with_bad_words(plain) is plain
 
 
 def test_long_streams_take_linear_time() -> None:

@@ -95,6 +95,8 @@ def document(routes: Sequence[ApiRoute]) -> dict[str, Any]:
             unsupported = {name: {"enum": [None, *values]} for name, values in body.unsupported.items()}
             components[body.__name__]["properties"] |= unsupported
             components[body.__name__] |= RULES.get(body.__name__, {})
+            if components[body.__name__].get("additionalProperties") is False:
+                components[body.__name__]["additionalProperties"] = NULL
     paths: dict[str, Any] = {}
     for route in routes:
         path = route.path.replace(":path}", "}")
