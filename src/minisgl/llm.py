@@ -19,7 +19,7 @@ from minisgl.build import build_engine
 from minisgl.config import Config, from_environment
 from minisgl.core.types import FinishReason, Request, SamplingParams, TokenEvent, TokenLogprobs
 from minisgl.errors import InvalidRequestError
-from minisgl.text.tokenizer import TextStream, Tokenizer, shown_tokens, stop_token
+from minisgl.text.tokenizer import TextStream, Tokenizer, shown_tokens
 
 Message = dict[str, Any]
 Conversations = Sequence[Message] | Sequence[Sequence[Message]]
@@ -68,7 +68,6 @@ class Output:
         self.prompt_logprobs: list[TokenLogprobs | None] = []
         self.error: str | None = None
         self.finish: FinishReason | None = None
-        self.matched: int | str | None = None
         self.cached_tokens = 0
 
     def take(self, event: TokenEvent) -> str:
@@ -82,7 +81,6 @@ class Output:
         self.prompt_logprobs += event.prompt_logprobs
         self.cached_tokens = event.cached_tokens
         self.finish, self.error = event.finish, event.error
-        self.matched = stop_token(event, self.request.params)
         if self.stream is None:
             return ""
         text = self.stream.push(shown)
@@ -90,7 +88,6 @@ class Output:
             text += self.stream.finish()
         if self.stream.stopped:
             self.finish = FinishReason.STOP
-            self.matched = self.stream.matched
         return text
 
 
@@ -221,6 +218,8 @@ class LLM:
     def _completion(self, output: Output) -> Completion:
         params, prompt = output.request.params, output.request.prompt
         text = "" if output.stream is None else output.stream.text
+        last = output.token_ids[-1] if output.finish is FinishReason.STOP and output.token_ids else None
+        matched = None if output.stream is None else output.stream.matched
         if output.stream is None and self.tokenizer is not None:
             text = self.tokenizer.decode(output.shown_ids, params.skip_special_tokens, prompt)
         return Completion(
@@ -231,7 +230,7 @@ class LLM:
             cached_tokens=output.cached_tokens,
             logprobs=None if params.logprobs is None else output.logprobs,
             prompt_logprobs=None if params.prompt_logprobs is None else output.prompt_logprobs,
-            stop_reason=output.matched,
+            stop_reason=last if matched is None and last in params.stop_token_ids else matched,
             error=output.error,
         )
 

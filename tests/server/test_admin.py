@@ -52,12 +52,32 @@ async def test_an_aborted_answer_that_has_not_begun_is_an_error_that_nobody_retr
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{}", b"[]", b'{"rid": 1}', b'{"rid": "a", "abort_all": true}', b'{"ids": []}', b"x" * 5000]
+    "body",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b'{"rid": 1}',
+        b'{"rid": "a", "abort_all": true}',
+        b'{"ids": []}',
+        b"x" * 5000,
+        b"\xff",
+        b'{"rid": "\xff"}',
+        b'{"rid": ""}',
+        b'{"rid": null, "abort_all": false}',
+        b"[" * 4000,
+        b'{"abort_all": 1}',
+    ],
 )
 async def test_what_abort_request_cannot_read_is_refused(server: Serving, body: bytes) -> None:
     answer = await server.http.post("/abort_request", content=body)
     assert answer.status_code == 400
     assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+async def test_abort_request_takes_what_sglangs_clients_send(server: Serving) -> None:
+    for body in ({"rid": "", "abort_all": True}, {"abort_all": True, "message": None}, {"rid": "x", "abort_all": None}):
+        assert (await server.http.post("/abort_request", json=body)).json() == {"aborted": 0}
 
 
 @pytest.mark.serving(served_model_name=("first", "second"))

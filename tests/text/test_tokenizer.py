@@ -17,14 +17,7 @@ from minisgl.core.types import FinishReason, SamplingParams, TokenEvent
 from minisgl.errors import InvalidRequestError, ModelError
 from minisgl.formats.hub import locate_model
 from minisgl.text.chat_template import cut_after
-from minisgl.text.tokenizer import (
-    TextStream,
-    Tokenizer,
-    byte_of_character,
-    make_byte_tokenizer,
-    shown_tokens,
-    stop_token,
-)
+from minisgl.text.tokenizer import TextStream, Tokenizer, byte_of_character, make_byte_tokenizer, shown_tokens
 
 # Templates in the manner of two families: what they use of the template language is what counts.
 QWEN_STYLE = """{{- bos_token }}
@@ -396,9 +389,6 @@ def test_the_stop_token_is_no_part_of_the_text() -> None:
     assert shown[FinishReason.STOP] == (5,)
     ended = TokenEvent(id="a", tokens=(5, 6), finish=FinishReason.STOP)
     assert shown_tokens(ended, SamplingParams(include_stop_str_in_output=True)) == (5, 6)
-    reasons = [stop_token(ended, SamplingParams(stop_token_ids=ids)) for ids in ((), (5,), (6, 7))]
-    assert reasons == [None, None, 6]
-    assert stop_token(TokenEvent(id="a", finish=FinishReason.STOP), SamplingParams(stop_token_ids=(6,))) is None
 
 
 def test_bad_words_become_tokens_at_a_beginning_and_behind_a_space() -> None:

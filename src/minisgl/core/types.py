@@ -217,8 +217,10 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
             raise InvalidRequestError(f"at most {allowed} stop_token_ids are allowed", param="stop_token_ids")
         if any(token >= self.vocab_size for token in params.logit_bias):
             raise InvalidRequestError(f"logit_bias must be of tokens below {self.vocab_size}", param="logit_bias")
-        if params.allowed_token_ids is not None and max(params.allowed_token_ids) >= self.vocab_size:
-            raise InvalidRequestError(f"allowed_token_ids must be below {self.vocab_size}", param="allowed_token_ids")
+        only = params.allowed_token_ids or (0,)
+        if max(only) >= self.vocab_size or len(only) > self.vocab_size:
+            text = f"allowed_token_ids must be at most {self.vocab_size} ids below that"
+            raise InvalidRequestError(text, param="allowed_token_ids")
         limit = f"this model's maximum context length is {self.max_seq_len} tokens"
         if len(prompt) >= self.max_seq_len:
             raise ContextLengthError(f"{limit}, but the prompt has {len(prompt)} and leaves no room", param="prompt")

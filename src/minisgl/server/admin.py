@@ -23,6 +23,7 @@ from minisgl.server.errors import ApiProcessError, DrainingError, OverloadedErro
 from minisgl.server.metrics import CONTENT_TYPE, MetricsPage
 from minisgl.server.openapi import ApiRoute
 from minisgl.server.preparation import Api
+from minisgl.server.protocol import parse_object
 from minisgl.server.responses import json_response
 
 SCRAPE_TIMEOUT = 1.0  # s that /metrics waits for the engine's counts; in a longer step those it gave last are shown
@@ -117,9 +118,10 @@ def admin_routes(api: Api) -> list[ApiRoute]:
         async for part in request.stream():
             if len(body := body + part) > BODY_LIMIT:
                 raise InvalidRequestError(f"the body must have at most {BODY_LIMIT} bytes")
+        given = {name: value for name, value in parse_object(body).items() if value not in (None, "")}
         try:
-            order = msgspec.json.decode(body, type=responses.AbortOrder)
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            order = msgspec.convert(given, responses.AbortOrder)
+        except msgspec.ValidationError as error:
             raise InvalidRequestError(f"the body cannot be read: {error}", code="invalid_json") from error
         if order.abort_all is (order.rid is not None):
             raise InvalidRequestError("give the answer's id as rid, or abort_all", param="rid")
@@ -152,9 +154,7 @@ def describe_loads(stats: EngineStats, page_size: int, throughput: float) -> res
         max_total_num_tokens=size, max_running_requests=stats.max_running, token_usage=usage, utilization=utilization,
         cache_hit_rate=stats.cached_prompt_tokens / max(stats.prompt_tokens, 1), gen_throughput=throughput,
     )  # fmt: skip
-    together = responses.AllLoads(
-        total_running_reqs=stats.running, total_waiting_reqs=stats.waiting, total_reqs=requests,
-        total_tokens=used + waiting, avg_token_usage=usage, avg_throughput=throughput, avg_utilization=utilization,
-    )  # fmt: skip
+    together = {"total_running_reqs": stats.running, "total_waiting_reqs": stats.waiting, "total_reqs": requests}
+    together |= {"total_tokens": used + waiting}
     now = datetime.datetime.now(datetime.UTC).isoformat()
     return responses.Loads(timestamp=now, version=__version__, loads=[rank], aggregate=together)

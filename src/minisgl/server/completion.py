@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import itertools
 import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
@@ -12,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from minisgl.core.types import FinishReason, Request, TokenEvent, TokenLogprobs
+from minisgl.core.types import MAX_LOGPROBS, FinishReason, Request, TokenEvent, TokenLogprobs
 from minisgl.errors import EngineDeadError, InvalidRequestError
 from minisgl.server import responses
 from minisgl.server.engine_client import ENGINE_DIED, EngineClient
@@ -34,11 +35,15 @@ class ScoredToken(NamedTuple):
 
 
 class LogprobWriter:
-    """Writes log-probabilities with the tokens of a vocabulary; `as_ids` writes `token_id:5` for them."""
+    """Writes log-probabilities with the tokens of a vocabulary; `as_ids` writes `token_id:5` for them.
 
-    def __init__(self, tokenizer: Tokenizer, as_ids: bool = False) -> None:
+    `most` is how many of the most probable tokens are written of those that were computed.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, as_ids: bool = False, most: int = MAX_LOGPROBS) -> None:
         self._token_bytes = tokenizer.token_bytes
         self._as_ids = as_ids
+        self._most = most
 
     def text(self, token: int) -> str:
         """A token as text. A part of a character is `bytes:` and its bytes, escaped."""
@@ -62,19 +67,16 @@ class LogprobWriter:
     def _entry(self, token: int, logprob: float) -> tuple[str, float, list[int]]:
         return self.text(token), finite(logprob), list(self._token_bytes(token))
 
-    def prompt(self, choice: ChoiceState, most: int) -> responses.PromptLogprobs:
+    def prompt(self, choice: ChoiceState) -> responses.PromptLogprobs:
         """vLLM's `prompt_logprobs`."""
         written: responses.PromptLogprobs = []
         for token, found in zip(choice.request.prompt, choice.prompt_logprobs, strict=False):
-            if found is None:
-                written.append(None)
-                continue
-            top = list(zip(found.top_ids, found.top_logprobs, strict=True))[:most]
-            ranked = [(*entry, rank) for rank, entry in enumerate(top, start=1)]
             entries: dict[str, responses.PromptLogprob] = {}
-            for other, logprob, rank in (*ranked, (token, found.logprob, None)):
-                entries.setdefault(str(other), responses.PromptLogprob(finite(logprob), rank, self.text(other)))
-            written.append(entries)
+            if found is not None:
+                top = zip(found.top_ids[: self._most], found.top_logprobs, itertools.count(1), strict=False)
+                for other, logprob, rank in (*top, (token, found.logprob, None)):
+                    entries.setdefault(str(other), responses.PromptLogprob(finite(logprob), rank, self.text(other)))
+            written.append(entries or None)
         return written
 
     def completion(self, scored: Iterable[ScoredToken]) -> TextLogprobs:
@@ -83,7 +85,8 @@ class LogprobWriter:
         for token, found, start in scored:
             top: dict[str, float] = {}
             if found is not None:
-                for other, logprob in zip((*found.top_ids, token), (*found.top_logprobs, found.logprob), strict=True):
+                entries = [*zip(found.top_ids, found.top_logprobs, strict=True)][: self._most]
+                for other, logprob in (*entries, (token, found.logprob)):
                     top.setdefault(self.text(other), finite(logprob))
             written.tokens.append(self.text(token))
             written.token_logprobs.append(None if found is None else finite(found.logprob))
@@ -94,10 +97,6 @@ class LogprobWriter:
 
 def finite(logprob: float) -> float:
     return max(logprob, LEAST_LOGPROB)
-
-
-def most_probable(found: TokenLogprobs | None, most: int) -> TokenLogprobs | None:
-    return None if found is None else TokenLogprobs(found.logprob, found.top_ids[:most], found.top_logprobs[:most])
 
 
 def mean_logprob(scored: Sequence[ScoredToken]) -> float:
@@ -214,18 +213,18 @@ class OpenAICompletion(abc.ABC):
     whole_object: Literal["chat.completion", "text_completion"]
     chunk_object: Literal["chat.completion.chunk", "text_completion"]
 
-    def __init__(self, generation: Generation, model: str, body: OpenAIRequest, logprobs: bool) -> None:
+    def __init__(self, generation: Generation, model: str, body: OpenAIRequest, logprobs: int | None) -> None:
         self.generation = generation
         self.model = model
         options = body.stream_options or StreamOptions()
         self.include_usage = bool(options.include_usage)
         self.continuous = self.include_usage and bool(options.continuous_usage_stats)
         self.return_token_ids = bool(body.return_token_ids)
-        self.prompt_top = body.prompt_logprobs
+        self.prompt_logprobs = body.prompt_logprobs
         self.id = generation.choices[0].request.id.rpartition("-")[0]
         self.created = int(time.time())
         as_ids = bool(body.return_tokens_as_token_ids)
-        self.writer = LogprobWriter(generation.tokenizer, as_ids) if logprobs else None
+        self.writer = None if logprobs is None else LogprobWriter(generation.tokenizer, as_ids, logprobs)
         self.opened: set[int] = set()  # choices with a chunk
         # Tokens of each choice whose log-probabilities go with its next chunk.
         self.held: list[list[ScoredToken]] = [[] for _ in generation.choices]
@@ -259,17 +258,13 @@ class OpenAICompletion(abc.ABC):
         """What follows this choice in its chunk; `tail` for most."""
         return tail
 
-    def take_ids(self, piece: TextPiece) -> None:
-        if self.return_token_ids:
-            self.held_ids[piece.index] += piece.tokens
-
     def give_ids(self, index: int) -> list[int] | UnsetType:
         ids, self.held_ids[index] = self.held_ids[index], []
         return ids if self.return_token_ids else UNSET
 
-    def prompt_logprobs(self, choice: ChoiceState) -> responses.PromptLogprobs | UnsetType:
-        most = self.prompt_top
-        return UNSET if most is None else LogprobWriter(self.generation.tokenizer).prompt(choice, most)
+    def scores(self, choice: ChoiceState) -> responses.PromptLogprobs | UnsetType:
+        most = self.prompt_logprobs
+        return UNSET if most is None else LogprobWriter(self.generation.tokenizer, most=most).prompt(choice)
 
     async def chunks(self) -> EventChunks:
         # All chunks are alike but for the choice and the usage, which is null in all but the last.
@@ -302,7 +297,7 @@ class ChatCompletion(OpenAICompletion):
     def __init__(self, generation: Generation, model: str) -> None:
         body, parser = generation.prepared.body, generation.prepared.parser
         assert isinstance(body, ChatRequest)
-        super().__init__(generation, model, body, bool(body.logprobs))
+        super().__init__(generation, model, body, (body.top_logprobs or 0) if body.logprobs else None)
         self.prompt_due = self.return_token_ids
         self.parsers = [None if parser is None else OutputParser(parser, bool(body.stream)) for _ in generation.choices]
 
@@ -316,7 +311,7 @@ class ChatCompletion(OpenAICompletion):
             called = parser is not None and parser.called
             ended = self.generation.choices[index].ended()
             chunks.append(ChunkChoice(index, ChatDelta(), finish_word(piece.finish, called), **ended))
-        self.take_ids(piece)
+        self.held_ids[index] += piece.tokens
         if self.return_token_ids and chunks:
             chunks[0] = msgspec.structs.replace(chunks[0], token_ids=self.give_ids(index))
         if self.writer is not None:
@@ -349,7 +344,7 @@ class ChatCompletion(OpenAICompletion):
     def of_prompt(self) -> dict[str, Any]:
         first = self.generation.choices[0]
         ids = first.request.prompt.tolist() if self.return_token_ids else UNSET
-        return {"prompt_token_ids": ids, "prompt_logprobs": self.prompt_logprobs(first)}
+        return {"prompt_token_ids": ids, "prompt_logprobs": self.scores(first)}
 
     def tail(self, choice: ChunkChoice, tail: bytes) -> bytes:
         """The chunk of a role counts no token, and the first one has the prompt's ids where they are wanted."""
@@ -372,7 +367,7 @@ class TextCompletion(OpenAICompletion):
     def __init__(self, generation: Generation, model: str) -> None:
         body = generation.prepared.body
         assert isinstance(body, CompletionRequest)
-        super().__init__(generation, model, body, body.logprobs is not None)
+        super().__init__(generation, model, body, body.logprobs)
         self.body = body
         self.prompts_due = set(range(len(generation.choices)) if self.return_token_ids else ())
 
@@ -394,9 +389,8 @@ class TextCompletion(OpenAICompletion):
                 self.opened.add(index)
                 text = echo + text
                 choice = self.generation.choices[index]
-                found = (most_probable(entry, self.body.logprobs or 0) for entry in choice.prompt_logprobs)
-                held += map(ScoredToken, choice.request.prompt, found, starts)
-        self.take_ids(piece)
+                held += map(ScoredToken, choice.request.prompt, choice.prompt_logprobs, starts)
+        self.held_ids[index] += piece.tokens
         if piece.scored:
             held += (ScoredToken(token, found, start + shift) for token, found, start in piece.scored)
         if not text and piece.finish is None:
@@ -411,7 +405,7 @@ class TextCompletion(OpenAICompletion):
         return [TextChoice(index, text, finish_word(piece.finish, False), logprobs, **more)]
 
     def whole_choice(self, index: int, choice: ChoiceState, chunks: Sequence[TextChoice]) -> TextChoice:
-        return msgspec.structs.replace(chunks[0], index=index, prompt_logprobs=self.prompt_logprobs(choice))
+        return msgspec.structs.replace(chunks[0], index=index, prompt_logprobs=self.scores(choice))
 
 
 class SglangCompletion:

@@ -26,7 +26,10 @@ from minisgl.server.structured import forced_call_grammar, requested_grammar, te
 from minisgl.server.tools import ParserConfig, Reasoning, ToolFormat, detect_tool_format
 from minisgl.text.tokenizer import Tokenizer
 
+MAX_REPEATED = 2**22  # token ids that go to the engine with each of a body's requests
+
 logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 Prompt = str | list[int]
 Generating = ChatRequest | CompletionRequest | GenerateRequest
@@ -176,6 +179,9 @@ class Preparation:
             self.model.check(prompt, own)
         field = "n" if copies > 1 else "prompt"
         require(len(ids) * copies <= self.max_live, f"at most {self.max_live} answers fit in one request", field)
+        sizes = [len(own.allowed_token_ids or ()) + sum(map(len, own.bad_word_ids)) for own in params]
+        rule = f"allowed_token_ids and bad_words of all answers may hold {MAX_REPEATED} tokens together"
+        require(sum(sizes) * copies <= MAX_REPEATED, rule, "allowed_token_ids")
         requests: list[Request] = []
         base = f"{kind}-{uuid.uuid4().hex}"
         for prompt, own in zip(ids, params, strict=True):

@@ -132,7 +132,6 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         """Validate a body, or the object in it, which is changed; raises InvalidRequestError naming the field."""
         value = parse_object(body) if isinstance(body, bytes) else body
         require(len(value) <= MAX_FIELDS, f"the body has {len(value)} fields", None)
-        cls.prepare(value)
         cls.tidy(value)
         try:
             parsed = msgspec.convert(with_integers(value), cls)
@@ -152,10 +151,6 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             for index, item in enumerate(found if isinstance(found, list) else [found]):
                 if isinstance(item, dict):
                     part.tidy(item, f"{where}{name}.{index}." if isinstance(found, list) else f"{where}{name}.")
-
-    @classmethod
-    def prepare(cls, value: dict[str, Any]) -> None:
-        """Change or refuse the JSON object before it is converted."""
 
     def check(self) -> None:
         """Raise InvalidRequestError for fields that do not go together."""
@@ -185,6 +180,11 @@ class StructuredOutputs(Body):
     choice: ChoiceTexts | None = None
     grammar: GrammarText | None = None
     json_object: bool | None = None
+
+    @classmethod
+    def tidy(cls, value: dict[str, Any], where: str = "") -> None:
+        unknown = dict.fromkeys(value.keys() - set(cls.__struct_fields__), ())
+        drop_unsupported(value, {**unknown, **cls.unsupported}, where)
 
 
 class TextPart(Body, forbid_unknown_fields=False):
@@ -224,6 +224,18 @@ class Message(Body, forbid_unknown_fields=False):
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     parsed: Any = None
+
+    @classmethod
+    def tidy(cls, value: dict[str, Any], where: str = "") -> None:
+        super().tidy(value, where)
+        if value.get("role") == "function":
+            text = "the function role is not supported: use tools and the tool role"
+            raise UnsupportedParameterError(text, param=f"{where}role")
+        parts = value.get("content")
+        for part in parts if isinstance(parts, list) else ():
+            kind = part.get("type") if isinstance(part, dict) else None
+            if isinstance(kind, str) and kind != "text":
+                raise UnsupportedParameterError(f"content of type {kind!r} is not supported", param=f"{where}content")
 
     @property
     def text(self) -> str:
@@ -282,21 +294,6 @@ class NamedTool(Body):
 
 Messages = Annotated[list[Message], Meta(max_length=MAX_MESSAGES, extra_json_schema={"minItems": 1})]
 Tools = Annotated[list[Tool], Meta(max_length=MAX_TOOLS)]
-
-
-def prepare_messages(messages: Any) -> None:
-    for index, message in enumerate(messages if isinstance(messages, list) else ()):
-        if not isinstance(message, dict):
-            continue
-        where = f"messages.{index}."
-        if message.get("role") == "function":
-            text = "the function role is not supported: use tools and the tool role"
-            raise UnsupportedParameterError(text, param=f"{where}role")
-        parts = message.get("content")
-        for part in parts if isinstance(parts, list) else ():
-            kind = part.get("type") if isinstance(part, dict) else None
-            if isinstance(kind, str) and kind != "text":
-                raise UnsupportedParameterError(f"content of type {kind!r} is not supported", param=f"{where}content")
 
 
 class StreamOptions(Body):
@@ -381,12 +378,6 @@ class OpenAIRequest(Sampling):
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
 
-    @classmethod
-    def prepare(cls, value: dict[str, Any]) -> None:
-        if isinstance(outputs := value.get("structured_outputs"), dict):
-            unknown = dict.fromkeys(outputs.keys() - set(StructuredOutputs.__struct_fields__), ())
-            drop_unsupported(outputs, {**unknown, **OUTPUTS_UNSUPPORTED}, "structured_outputs.")
-
     def check(self) -> None:
         options = self.stream_options
         require(self.stream or options is None, "stream_options is only allowed with stream", "stream_options")
@@ -427,11 +418,6 @@ class ChatRequest(OpenAIRequest, kw_only=True):
     parallel_tool_calls: bool | None = None
     separate_reasoning: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
-
-    @classmethod
-    def prepare(cls, value: dict[str, Any]) -> None:
-        super().prepare(value)
-        prepare_messages(value.get("messages"))
 
     def check(self) -> None:
         super().check()
@@ -525,10 +511,6 @@ class TokenizeConversation(TokenizeOptions, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-
-    @classmethod
-    def prepare(cls, value: dict[str, Any]) -> None:
-        prepare_messages(value.get("messages"))
 
     def check(self) -> None:
         check_conversation(self)

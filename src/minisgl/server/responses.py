@@ -230,22 +230,12 @@ class RankLoad(msgspec.Struct, frozen=True, kw_only=True):
     gen_throughput: float  # tokens/s since the call before
 
 
-class AllLoads(msgspec.Struct, frozen=True, kw_only=True):
-    total_running_reqs: int
-    total_waiting_reqs: int
-    total_reqs: int
-    total_tokens: int
-    avg_token_usage: float
-    avg_throughput: float
-    avg_utilization: float
-
-
 class Loads(msgspec.Struct, frozen=True, kw_only=True):
     timestamp: str  # ISO 8601
     version: str
     dp_rank_count: int = 1
     loads: list[RankLoad]
-    aggregate: AllLoads
+    aggregate: dict[str, int]  # for gateways of earlier versions
 
 
 class ServerLoad(msgspec.Struct, frozen=True):

@@ -361,9 +361,3 @@ def shown_tokens(event: TokenEvent, params: SamplingParams) -> tuple[int, ...]:
     """The event's tokens without the stop token that ended the request, unless it is to be shown."""
     hidden = event.finish is FinishReason.STOP and not params.include_stop_str_in_output
     return event.tokens[:-1] if hidden else event.tokens
-
-
-def stop_token(event: TokenEvent, params: SamplingParams) -> int | None:
-    """The one of `stop_token_ids` that ended the request; None when something else did, as EOS."""
-    last = event.tokens[-1] if event.finish is FinishReason.STOP and event.tokens else None
-    return last if last in params.stop_token_ids else None
