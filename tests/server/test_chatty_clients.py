@@ -380,7 +380,7 @@ async def test_an_evaluation_harness_runs_its_chat_and_its_likelihood_task(serve
 
 
 @pytest.mark.serving(template=QWEN_TOOLS, max_seq_len=2048)
-async def test_an_agent_caches_its_parts_and_sends_back_what_it_was_told(server: Serving) -> None:
+async def test_a_coding_assistant_caches_its_parts_and_sends_back_what_it_was_told(server: Serving) -> None:
     function = {"name": "read", "description": "Read a file", "parameters": {"type": "object"}, **CACHED}
     body: dict[str, Any] = {
         "model": MODEL, "max_tokens": 200, "stream": True, "stream_options": {"include_usage": True, "extra": None},

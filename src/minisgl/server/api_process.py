@@ -43,7 +43,8 @@ from minisgl.text.grammar_check import GrammarCompiler
 from minisgl.text.tokenizer import Tokenizer, make_byte_tokenizer
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready"})  # without a key: for load balancers; the page asks for one
-QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds, logged at DEBUG
+# asked every few seconds, logged at DEBUG
+QUIET_PATHS = frozenset({"/health", "/health_generate", "/ready", "/metrics", "/load", "/v1/loads"})
 HEAD_LIMIT = 64 * 2**10  # bytes of the request line and the headers
 READ_TIMEOUT = 30.0  # seconds between two pieces of a request
 BACKLOG = 2048  # connections that may wait to be accepted

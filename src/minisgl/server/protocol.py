@@ -264,7 +264,7 @@ class ToolFunction(Body):
     description: str | None = None
     parameters: dict[str, Any] | None = None  # a JSON schema; without one there are no arguments
     strict: bool | None = None
-    cache_control: Any = None  # of agents that cache prompts elsewhere
+    cache_control: Any = None  # of clients that cache prompts elsewhere
 
 
 class Tool(Body):
