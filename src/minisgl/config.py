@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 CPU_PREFILL_LENGTH = 512
 PIECEWISE_TOKENS = 2048
+HOST_PATTERN = r"\*|(\*\.)?[\w.-]+|\[[\da-fA-F:.]+\]"
 MAX_SECONDS = 366 * 86400.0
 
 
@@ -105,6 +107,10 @@ class Config:
         help="keys of which clients must send one; the environment hides them from ps; default: none needed")
     allow_public: bool = setting(
         False, "--allow-public", help="listen on an address that other machines reach even without --api-key")
+    allowed_hosts: tuple[str, ...] = setting(
+        (), "--allowed-hosts",
+        help="names that a request's Host may have, such as *.example.com; * for any; "
+        "default: without key and --allow-public localhost and the like, else any")
     cors_origins: tuple[str, ...] = setting(
         (), "--cors-origins", help="origins whose web pages may call the server; * for all; default: none")
     ssl_certfile: str | None = setting(None, "--ssl-certfile", help="PEM certificate chain; the server speaks TLS")
@@ -243,6 +249,8 @@ def check(config: Config) -> None:
             raise ConfigError(f"{flag_of(name)} must be {rule}, got {getattr(config, name)!r}")
     if any(not key.isascii() or not key.isprintable() for key in config.api_key):
         raise ConfigError("--api-key must be made of printable ASCII: it travels in a header")
+    if any(not re.fullmatch(HOST_PATTERN, name) for name in config.allowed_hosts):
+        raise ConfigError("--allowed-hosts takes names without scheme, port and path; an IPv6 address is in brackets")
     if (config.ssl_certfile is None) != (config.ssl_keyfile is None):
         raise ConfigError("--ssl-certfile and --ssl-keyfile go together; give both or neither")
 

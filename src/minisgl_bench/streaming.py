@@ -101,7 +101,8 @@ class CountingClient(asyncio.Protocol):
     def __init__(self, tokens: int) -> None:
         message = {"role": "user", "content": PROMPT}
         body = json.dumps({"messages": [message], "max_tokens": tokens, "stream": True, "ignore_eos": True})
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+        head += "Content-Type: application/json\r\n\r\n"
         self.request = (head + body).encode()
         self.events = self.completions = 0
 

@@ -30,6 +30,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ prefix | default('') }}{% endif %}"
 )
 MODEL = "stub-model"
+JSON = {"Content-Type": "application/json"}  # also of the bodies that tests give as bytes
 
 
 @dataclasses.dataclass
@@ -70,7 +71,8 @@ class Serving(Web):
 
 def raw_post(path: str, body: object) -> bytes:
     data = json.dumps(body).encode()
-    return f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
+    return f"{head}\r\n\r\n".encode() + data
 
 
 # Runs an engine that connects to the sockets in this folder, for as long as the context lasts.
@@ -114,7 +116,7 @@ async def web(
             await listening.wait()
             try:
                 async with (
-                    httpx.AsyncClient(base_url=url, timeout=20.0, verify=verify) as http,
+                    httpx.AsyncClient(base_url=url, timeout=20.0, verify=verify, headers=JSON) as http,
                     AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20.0) as openai,
                 ):
                     yield Web(client, tokenizer, http, openai, port)

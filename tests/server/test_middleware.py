@@ -121,7 +121,7 @@ def test_a_head_whose_endpoint_fails_is_counted_under_its_route() -> None:
 
     async def ask() -> None:
         transport = httpx.ASGITransport(with_middleware(app, metrics, Config()), raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             for method in ("HEAD", "GET"):
                 assert (await client.request(method, "/broken")).status_code == 500
 

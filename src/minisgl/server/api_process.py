@@ -35,7 +35,7 @@ from minisgl.errors import ConfigError, EngineDeadError, InvalidRequestError, Mi
 from minisgl.server import ipc
 from minisgl.server.app import make_app
 from minisgl.server.engine_client import EngineClient, Shutdown, wait_first
-from minisgl.server.errors import UnauthorizedError, error_body, error_headers
+from minisgl.server.errors import ForbiddenError, UnauthorizedError, error_body, error_headers
 from minisgl.server.metrics import ACCESS_RECORD, AccessRecord, Metrics
 from minisgl.server.preparation import Api, Preparation
 from minisgl.server.responses import json_response
@@ -46,6 +46,8 @@ OPEN_PATHS = frozenset({"/", "/health", "/ready"})  # without a key: for load ba
 # asked every few seconds, logged at DEBUG
 QUIET_PATHS = frozenset({"/health", "/health_generate", "/ready", "/metrics", "/load", "/v1/loads"})
 HEAD_LIMIT = 64 * 2**10  # bytes of the request line and the headers
+HOST = re.compile(r"([^:\[\]]+|\[[\da-f:.]+\])(:\d*)?")
+ABSOLUTE_TARGET = re.compile(rb"https?://([^/?#]+)", re.IGNORECASE)
 READ_TIMEOUT = 30.0  # seconds between two pieces of a request
 BACKLOG = 2048  # connections that may wait to be accepted
 ANSWER_SECONDS = 1.0  # in which requests are still answered, with 503, when the engine has ended or was given up
@@ -85,6 +87,31 @@ class AccessLog:
             access_logger.log(level, "%s", record.describe(time.monotonic()))
 
 
+class HostGuard:
+    """Refuses a Host that is no name of this server: by DNS rebinding a web page reads under a name of its own what
+    this machine alone can reach.
+    """
+
+    def __init__(self, app: ASGIApp, config: Config) -> None:
+        self.app = app
+        names = [name.lower() for name in ("localhost", "127.0.0.1", "[::1]", config.host, *config.allowed_hosts)]
+        self.names = frozenset(f"[{name}]" if re.fullmatch(r"[\da-f]*:[\da-f:.]+", name) else name for name in names)
+        self.domains = tuple(name[1:] for name in names if name.startswith("*."))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        host = Headers(scope=scope).get("host")  # HTTP/1.0 has none, and no web page speaks that
+        if host is None or self.allows(host):
+            await self.app(scope, receive, send)
+            return
+        rule = "is no name of this server; --allowed-hosts NAME allows more"
+        error = ForbiddenError(f"the Host {host[:256]!r} {rule}", code="host_not_allowed")
+        await json_response(error_body(error), error.status)(scope, receive, send)
+
+    def allows(self, host: str) -> bool:
+        match = HOST.fullmatch(host.lower())
+        return match is not None and (match[1] in self.names or match[1].endswith(self.domains))
+
+
 class KeyGuard:
     """Lets a request through when it has one of the keys as its bearer token (RFC 6750), else answers 401."""
 
@@ -117,6 +144,8 @@ def with_middleware(app: ASGIApp, metrics: Metrics, config: Config) -> ASGIApp:
     if config.cors_origins:
         exposed, methods = ("X-Request-Id", "Retry-After"), ("GET", "POST")
         app = CORSMiddleware(app, config.cors_origins, methods, allow_headers=("*",), expose_headers=exposed)
+    if "*" not in config.allowed_hosts and (config.allowed_hosts or not (config.api_key or config.allow_public)):
+        app = HostGuard(app, config)
     return AccessLog(app, metrics)
 
 
@@ -126,9 +155,29 @@ class BoundedConnection(h11.Connection):
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         before = len(self.trailing_data[0]) if self.their_state is h11.IDLE else 0
         event = super().next_event()
-        if isinstance(event, h11.Request) and before - len(self.trailing_data[0]) > HEAD_LIMIT:
+        if not isinstance(event, h11.Request):
+            return event
+        if before - len(self.trailing_data[0]) > HEAD_LIMIT:
             raise h11.RemoteProtocolError("too large a head", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
-        return event
+        return as_rfc_9112(event)
+
+
+def as_rfc_9112(request: h11.Request) -> h11.Request:
+    """The request where h11 leaves RFC 9112 to others: an absolute target names the Host (3.2.2), and a body that has
+    both length and encoding is the last on its connection (6.1).
+    """
+    headers, target = request.headers, request.target
+    names = {name.lower() for name, _ in headers.raw_items()}
+    twice = b"transfer-encoding" in names and b"content-length" in names
+    absolute = None if target.startswith(b"/") else ABSOLUTE_TARGET.match(target)
+    if not (twice or absolute):
+        return request
+    changed = [(b"connection", b"close")] if twice else []
+    if absolute is not None:
+        changed.append((b"host", absolute[1]))
+        target = b"/" + target[absolute.end() :].removeprefix(b"/")
+    kept = [(name, value) for name, value in headers if name != b"host" or absolute is None]
+    return h11.Request(method=request.method, target=target, headers=kept + changed, http_version=request.http_version)
 
 
 class BoundedProtocol(H11Protocol):

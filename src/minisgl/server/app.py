@@ -6,6 +6,7 @@ import asyncio
 import base64
 import hashlib
 import logging
+import re
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from http import HTTPStatus
@@ -13,17 +14,27 @@ from pathlib import Path
 from typing import TypeVar
 
 from starlette.applications import Starlette
+from starlette.datastructures import URL
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, Response
+from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Match, Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from minisgl.errors import InvalidRequestError, MinisglError
 from minisgl.server import protocol, responses
 from minisgl.server.admin import admin_routes
 from minisgl.server.completion import ChatCompletion, Generation, SglangCompletion, TextCompletion
-from minisgl.server.errors import BODY_LIMIT, BodyTooLargeError, error_body, error_headers, known_error
+from minisgl.server.errors import (
+    BODY_LIMIT,
+    BodyTooLargeError,
+    ForbiddenError,
+    MediaTypeError,
+    error_body,
+    error_headers,
+    known_error,
+)
 from minisgl.server.generate import GenerateRequest
 from minisgl.server.openapi import ApiRoute, document
 from minisgl.server.preparation import Api, PreparedRequest
@@ -37,6 +48,7 @@ UNSUPPORTED = (
     "conversations", "messages", "engines", "edits", "organization", "skills",
 )  # fmt: skip
 UNSUPPORTED_OUTSIDE = ("embeddings", "rerank", "score", "pooling", "classify", "encode")
+JSON_TYPE = re.compile(rb" *[\w.-]+/([\w.-]+\+)?json *(;|$)", re.IGNORECASE)
 PAGE = Path(__file__).with_name("page.html")
 
 T = TypeVar("T")
@@ -59,6 +71,31 @@ class NamedRoute(Route):
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         match, found = super().matches(scope)
         return match, {**found, "route": self}  # for the access log and the metrics
+
+
+class ForgeryGuard:
+    """In a server without keys: refuses what a web page of another origin can send without asking first (W3C, Fetch):
+    a body that is not JSON, and where `same_origin` is set everything.
+    """
+
+    def __init__(self, app: ASGIApp, same_origin: bool) -> None:
+        self.app, self.same_origin = app, same_origin
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope["headers"])
+        has_body = b"transfer-encoding" in headers or headers.get(b"content-length", b"").strip(b"0")
+        if has_body and not JSON_TYPE.match(headers.get(b"content-type", b"")):
+            raise MediaTypeError("the body must be JSON, sent with 'Content-Type: application/json'")
+        if self.same_origin and is_foreign(headers, scope["scheme"].encode()):
+            raise ForbiddenError("web pages of other origins may not do this", code="cross_origin")
+        await self.app(scope, receive, send)
+
+
+def is_foreign(headers: dict[bytes, bytes], scheme: bytes) -> bool:
+    """Whether a web page of another origin sent this; what is no browser sends neither header."""
+    if (origin := headers.get(b"origin")) is not None:
+        return origin.lower() != (scheme + b"://" + headers.get(b"host", b"")).lower()
+    return headers.get(b"sec-fetch-site", b"none") not in (b"none", b"same-origin")
 
 
 class Endpoints:
@@ -137,7 +174,8 @@ class Endpoints:
 
 
 def make_app(api: Api) -> Starlette:
-    routes = [*Endpoints(api).routes(), *admin_routes(api)]
+    operator_routes = admin_routes(api)
+    routes = [*Endpoints(api).routes(), *operator_routes]
     html, headers = PAGE.read_text(encoding="utf-8"), page_headers()
 
     async def show_document(_: Request) -> Response:
@@ -151,8 +189,23 @@ def make_app(api: Api) -> Starlette:
     paths = [base + rest for base in bases for rest in ("", "/{rest:path}")]
     routes += [ApiRoute("GET POST PUT PATCH DELETE", path, refuse_endpoint) for path in paths]
     kinds = (MinisglError, HTTPException, Exception, ClientGoneError, ClientDisconnect)
-    named = [NamedRoute(route.path, route.handler, methods=route.methods.split()) for route in routes]
-    return Starlette(routes=named, exception_handlers=dict.fromkeys(kinds, on_error))
+    named = []
+    for route in routes:
+        guards = []
+        if route.methods != "GET" and route.result is not None and not api.config.api_key:
+            guards.append(Middleware(ForgeryGuard, same_origin=route in operator_routes))
+        named.append(NamedRoute(route.path, route.handler, methods=route.methods.split(), middleware=guards))
+
+    async def drop_slashes(scope: Scope, receive: Receive, send: Send) -> None:
+        """A path with slashes behind it leads to the one without, under whatever name the client calls the server."""
+        path = scope["path"].rstrip("/")
+        if path == scope["path"] or not any(route.matches({**scope, "path": path})[0] != Match.NONE for route in named):
+            raise HTTPException(404)
+        await RedirectResponse(str(URL(path=path, query=scope["query_string"].decode())))(scope, receive, send)
+
+    app = Starlette(routes=named, exception_handlers=dict.fromkeys(kinds, on_error))
+    app.router.redirect_slashes, app.router.default = False, drop_slashes
+    return app
 
 
 async def refuse_endpoint(request: Request) -> Response:

@@ -20,6 +20,17 @@ class UnauthorizedError(InvalidRequestError):
     code = "invalid_api_key"
 
 
+class ForbiddenError(InvalidRequestError):
+    """What a web page that the user did not mean to let in would send."""
+
+    status = 403
+
+
+class MediaTypeError(InvalidRequestError):
+    status = 415
+    code = "unsupported_media_type"
+
+
 class RetryLaterError(MinisglError):
     """The same request may succeed after `retry_after` s, which the response's Retry-After says."""
 

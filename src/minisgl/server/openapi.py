@@ -18,8 +18,10 @@ from minisgl.server.responses import ErrorBody
 ERRORS: Mapping[int, str] = {
     400: "The request can never be served as it is; `param` names the field.",
     401: "The API key is missing or wrong.",
+    403: "The Host is not a name of this server, or a web page of another origin asks.",
     404: "There is no such model, or no such endpoint.",
     413: "The body is too large.",
+    415: "The body's Content-Type is not JSON.",
     429: "Too much is waiting; come again after Retry-After seconds.",
     431: "The headers are too large.",
     499: "The operator ended the request.",
