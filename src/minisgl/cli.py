@@ -20,6 +20,7 @@ from typing import Any, Final, NoReturn
 from minisgl import __version__
 from minisgl.config import Config, check, from_environment, launcher, split_words
 from minisgl.errors import ConfigError, MinisglError
+from minisgl.system import print_text
 
 # Sections of `--help`, and the fields of `Config` in each.
 GROUPS: Final = (
@@ -159,8 +160,8 @@ def guarded(run: Callable[[], int], debug: bool) -> int:
         return run()
     except MinisglError as error:
         if debug:
-            traceback.print_exc()
-        print(f"error: {error.message}", file=sys.stderr)
+            print_text(traceback.format_exc(), sys.stderr)
+        print_text(f"error: {error.message}", sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -21,8 +21,8 @@ from minisgl.core.types import Grammar, ModelInfo
 from minisgl.server.api_process import HttpServer, with_middleware
 from minisgl.server.app import make_app
 from minisgl.server.engine_client import EngineClient
-from minisgl.server.launch import socket_folder
 from minisgl.server.preparation import Api, Preparation
+from minisgl.system import PrivateFolder
 from minisgl.text.tokenizer import Tokenizer
 
 CHAT_TEMPLATE = (
@@ -96,7 +96,7 @@ async def web(
     """Serve `model` over HTTP; `flags` are fields of Config."""
     config = Config(**flags)
     tokenizer = Tokenizer.load(write_tokenizer(folder, template=template, add_bos=add_bos, state=state))
-    sockets = socket_folder()
+    sockets = PrivateFolder()
     client = EngineClient(sockets.name, config, max_live=max_live)
     # With the protocol named asyncio switches off Nagle's delay on each connection, as it does in production.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)

@@ -20,7 +20,7 @@ from minisgl.server import engine_process, ipc
 from minisgl.server.engine_client import EngineClient
 from minisgl.server.engine_process import PendingGrammars
 from minisgl.server.errors import RequestAbortedError
-from minisgl.server.launch import socket_folder
+from minisgl.system import PrivateFolder
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ async def clients(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[list[EngineC
     """The launcher's client of a simulated engine, and those of two API processes."""
     engine = simulated_engine(max_seq_len=2000, num_pages=2000)
     monkeypatch.setattr(engine_process, "build_engine", lambda config, **options: Built(engine, Path("/nowhere"), ()))
-    with socket_folder() as folder:
+    with PrivateFolder() as folder:
         clients = [EngineClient(folder, Config(), link=link) for link in range(3)]
         async with EngineThread(engine).start(folder):
             await clients[0].ready()

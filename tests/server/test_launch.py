@@ -1,7 +1,5 @@
 """The server as a process of its own, with an engine that is one too."""
 
-import asyncio
-import io
 import os
 import signal
 import socket
@@ -22,10 +20,10 @@ from minisgl.config import Config
 from minisgl.errors import ConfigError, EngineDeadError, ModelError
 from minisgl.server import launch
 from minisgl.server.ipc import EngineSetup
-from minisgl.server.launch import ENGINE_COMMAND, handle_signals, listen_socket, serve
+from minisgl.server.launch import ENGINE_COMMAND, listen_socket, serve
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_server_and_engine_and_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
     with server(tmp_path / "model", tmp_path / "tmp") as (process, url):
         body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
@@ -97,21 +95,3 @@ def test_neither_torch_nor_transformers_is_imported() -> None:
     )
     result: Any = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
-
-
-class Gone(io.TextIOBase):
-    """A terminal that was closed."""
-
-    def write(self, text: str) -> int:
-        raise BrokenPipeError
-
-    def flush(self) -> None:
-        raise BrokenPipeError
-
-
-async def test_signals_are_heard_when_nobody_reads_what_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    shutdown = handle_signals()
-    monkeypatch.setattr(sys, "stderr", Gone())
-    for heard in (shutdown.stop, shutdown.force):
-        os.kill(os.getpid(), signal.SIGTERM)
-        await asyncio.wait_for(heard.wait(), 10)

@@ -116,9 +116,12 @@ async def test_without_a_key_bodies_have_the_content_type_of_json(server: Servin
     for path in paths:
         for kind in JSON_TYPES:
             assert (await post(server, path, kind)).status_code == 400, (path, kind)
-        for kind in OTHER_TYPES:
-            answer = await post(server, path, kind)
-            assert (answer.status_code, answer.json()["error"]["code"]) == (415, "unsupported_media_type"), (path, kind)
+        for other in OTHER_TYPES:
+            answer = await post(server, path, other)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (415, "unsupported_media_type"), (
+                path,
+                other,
+            )
         assert (await post(server, path, None, b"")).status_code == 400, "without a body there is nothing to refuse"
     for path, expected in (("/nothing", 404), ("/v1/models", 405), ("/v1/audio/transcriptions", 404)):
         assert (await post(server, path, "multipart/form-data; boundary=x")).status_code == expected
@@ -219,5 +222,5 @@ async def test_redirects_are_relative(server: Serving) -> None:
             answer = await server.http.request(method, path)
             assert (answer.status_code, answer.headers["location"]) == (307, location)
     for path in ("//health/", "//evil.example/", "/nothing/", "/health/x/", "/%0d%0aLocation:x/"):
-        answer = await exchange(server, f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
-        assert answer.split()[1] == b"404", path
+        said = await exchange(server, f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        assert said.split()[1] == b"404", path

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,13 +17,13 @@ from zmq.utils.monitor import recv_monitor_message
 from minisgl.distributed import messages
 from minisgl.distributed.messages import FromWorker, ShutdownWorker, ToWorker, WorkerFailed, WorkerStarted
 from minisgl.errors import ConfigError, EngineDeadError, MinisglError
+from minisgl.system import PrivateFolder
 
 WORKER_COMMAND = (sys.executable, "-m", "minisgl.distributed.worker")
 POLL_MS = 100
 LAST_REPORT_MS = 300  # for the last report of a worker whose connection ended
 CAUSE_SECONDS = 2.0  # after an error in a collective, for news of a worker that may have caused it
 STOP_SECONDS = 5.0
-MAX_FOLDER = 70  # characters of the temporary folder's path; that of a Unix socket has at most 107
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +38,7 @@ class WorkerPool:
     def __init__(self, size: int, address: str) -> None:
         self.size = size
         self.folder: Path | None = None
+        self._remove_folder: Callable[[], None] = lambda: None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._plans = [self._bind(zmq.PUSH, address, f"plans-{rank}") for rank in range(1, size)]
         self._reports = self._bind(zmq.PULL, address, "reports")
@@ -64,10 +63,10 @@ class WorkerPool:
 
         The sockets lie in a folder that only this user can enter. A worker's stdin ends when this process does.
         """
-        base = tempfile.gettempdir()
-        folder = Path(tempfile.mkdtemp(prefix="minisgl-ranks-", dir=base if len(base) <= MAX_FOLDER else "/tmp"))
+        private = PrivateFolder("minisgl-ranks-")
+        folder = Path(private.name)
         pool = cls(size, f"ipc://{folder}/*")
-        pool.folder = folder
+        pool.folder, pool._remove_folder = folder, private.cleanup
         try:
             for rank in range(1, size):
                 own = device if device == "cpu" else f"cuda:{rank}"
@@ -152,10 +151,6 @@ class WorkerPool:
         for socket in self._plans:
             socket.disable_monitor()
         self._context.destroy(linger=0 if self._processes or force else int(STOP_SECONDS * 1000))
-
-    def _remove_folder(self) -> None:
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _listen(self) -> None:
         while not self._closing.is_set():

@@ -30,6 +30,7 @@ from minisgl.server import ipc
 from minisgl.server.engine_client import EngineClient, Shutdown, wait_first
 from minisgl.server.errors import ApiProcessError
 from minisgl.server.metrics import share
+from minisgl.system import PrivateFolder, flush_standard_streams, open_standard_streams, print_text
 
 ENGINE_COMMAND = (sys.executable, "-m", "minisgl.server.engine_process")
 WORKER_COMMAND = (sys.executable, "-m", "minisgl.server.api_process")
@@ -38,26 +39,29 @@ LAST_WORDS_SECONDS = 0.3  # for the last messages of an engine that has ended
 LAST_SECONDS = 2.0  # for API processes to end when nothing is answered any more but with an error
 STOP_SECONDS = 2.0  # for a process to go by itself, and then after SIGTERM
 LOADING_SECONDS = STATUS_SECONDS = 5.0
-MAX_SOCKET_FOLDER = 80  # characters; the path of a Unix socket has at most 107
 
 logger = logging.getLogger(__name__)
 status_logger = logging.getLogger("minisgl.status")
 
 
 def serve(config: Config, command: Sequence[str] = ENGINE_COMMAND) -> None:
-    """Serve until SIGINT or SIGTERM. `command` starts the engine's process.
+    """Serve until SIGINT, SIGTERM or SIGHUP. `command` starts the engine's process.
 
     Raises ConfigError when the port is taken, ModelError when the model cannot be served, EngineDeadError when the
     engine dies, ApiProcessError when API processes die again and again.
     """
+    open_standard_streams()
     check(config)
     check_certificate(config)
     ipc.start_logging(config)
-    asyncio.run(run(config, command))
+    try:
+        asyncio.run(run(config, command))
+    finally:
+        flush_standard_streams()
 
 
 async def run(config: Config, command: Sequence[str]) -> None:
-    with listen_socket(config.host, config.port) as listener, socket_folder() as folder:
+    with listen_socket(config.host, config.port) as listener, PrivateFolder() as folder:
         check_public(config, listener)
         started, shutdown = time.monotonic(), handle_signals()
         stop = shutdown.stop
@@ -238,12 +242,6 @@ def describe_status(status: int) -> str:
     return f"exit status {status}" if status >= 0 else f"signal {signal.Signals(-status).name}"
 
 
-def socket_folder() -> tempfile.TemporaryDirectory[str]:
-    """A folder that only this user can enter, with a path short enough for sockets."""
-    folder = tempfile.gettempdir() if len(tempfile.gettempdir()) <= MAX_SOCKET_FOLDER else "/tmp"
-    return tempfile.TemporaryDirectory(prefix="minisgl-", dir=folder, ignore_cleanup_errors=True)
-
-
 async def report_status(client: EngineClient, every: float = STATUS_SECONDS) -> None:
     """Log a line every so often (s) while there is work, until cancelled or the engine is gone."""
     await client.ready()
@@ -319,18 +317,19 @@ def address(listener: socket.socket, config: Config) -> str:
 
 
 def handle_signals() -> Shutdown:
-    """The first SIGINT or SIGTERM sets `stop`, the second `force`, for as long as the event loop lives."""
+    """The first SIGINT, SIGTERM or SIGHUP sets `stop`, the second `force`, for as long as the event loop lives."""
     shutdown, loop = Shutdown(), asyncio.get_running_loop()
 
-    def on_signal() -> None:
-        if shutdown.stop.is_set():
-            shutdown.force.set()
-        else:
+    def on_signal(number: int) -> None:
+        if not shutdown.stop.is_set():
             shutdown.stop.set()
             print_status("stopping; once more to stop at once")
+        elif number != signal.SIGHUP:  # of a closed terminal there may be several: the shell's and the kernel's
+            shutdown.force.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
+            loop.add_signal_handler(number, on_signal, number)
     return shutdown
 
 
@@ -339,21 +338,20 @@ def announce(config: Config, url: str, ready: ipc.Ready, serving: ipc.Serving, s
     if not serving.has_tokenizer:
         print_status(f"{ready.folder} has no tokenizer: text is bytes, and any other token reads as its number")
     seconds = time.monotonic() - started
-    print(f"\nMini-SGLang {__version__} is ready after {seconds:.1f} s: {serving.model} on {url}/v1\n")
-    for note in ready.notes:
-        print(f"  {note}")
+    lines = [f"\nMini-SGLang {__version__} is ready after {seconds:.1f} s: {serving.model} on {url}/v1\n"]
+    lines += [f"  {note}" for note in ready.notes]
     headers = "-H 'Content-Type: application/json'"
     if config.api_key:
-        print(f"  api_key = {len(config.api_key)} set: clients send one as 'Authorization: Bearer KEY'")
+        lines.append(f"  api_key = {len(config.api_key)} set: clients send one as 'Authorization: Bearer KEY'")
         headers += ' -H "Authorization: Bearer $MINISGL_API_KEY"'
     path, body = "completions", '{"prompt": "The capital of France is"}'
     if serving.chats:
         path, body = "chat/completions", '{"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
-        print(f"\nchat in a browser: {url}/")
-    print(f"\ncurl {url}/v1/{path} {headers} \\\n  -d '{body}'\n", flush=True)
+        lines.append(f"\nchat in a browser: {url}/")
+    lines.append(f"\ncurl {url}/v1/{path} {headers} \\\n  -d '{body}'\n")
+    print_text("\n".join(lines), sys.stdout)
 
 
 def print_status(line: str) -> None:
-    """A line to stderr: stdout is for what the user asked for. A closed terminal is no error."""
-    with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
+    """A line to stderr: stdout is for what the user asked for."""
+    print_text(line, sys.stderr)

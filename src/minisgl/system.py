@@ -1,0 +1,85 @@
+"""What a process has of its system: standard streams, a private folder, the tool that installs packages."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import glob
+import importlib.util
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import TextIO
+
+MAX_FOLDER = 70  # characters of the temporary folder's path; that of a Unix socket has at most 107
+
+
+class PrivateFolder(tempfile.TemporaryDirectory[str]):
+    """A folder for sockets that only this user can enter. Making one removes those of processes that were killed: a
+    process holds the lock in its folder for as long as it lives.
+    """
+
+    def __init__(self, prefix: str = "minisgl-") -> None:
+        base = tempfile.gettempdir() if len(tempfile.gettempdir()) <= MAX_FOLDER else "/tmp"
+        for folder in glob.glob(os.path.join(glob.escape(base), "minisgl-*")):
+            with contextlib.suppress(OSError):
+                if os.lstat(folder).st_uid == os.getuid():
+                    remove_unlocked(folder)
+        super().__init__(prefix=prefix, dir=base, ignore_cleanup_errors=True)
+        self._lock = open(os.path.join(self.name, "locking"), "w")  # noqa: SIM115
+        with contextlib.suppress(OSError):  # where there are no locks nothing is removed
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            os.rename(self._lock.name, os.path.join(self.name, "lock"))
+
+    def cleanup(self) -> None:
+        self._lock.close()
+        super().cleanup()
+
+
+def remove_unlocked(folder: str) -> None:
+    with open(os.path.join(folder, "lock")) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def open_standard_streams() -> None:
+    """Lead standard streams that are closed to /dev/null: else the next socket would get their numbers."""
+    while (null := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(null, True)
+    os.close(null)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+
+
+def print_text(text: str, stream: TextIO | None) -> None:
+    """Print where perhaps nobody reads: into a closed pipe, onto a full disk, in a terminal that is gone."""
+    with contextlib.suppress(OSError, ValueError):
+        if stream is not None:
+            print(text, file=stream, flush=True)
+
+
+def flush_standard_streams() -> None:
+    """Drop what nobody could be told: at its end Python would try again, and fail with status 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as null:
+                os.dup2(null.fileno(), stream.fileno())
+
+
+def install_command(*packages: str, options: str = "") -> str:
+    """The command that installs packages into this environment, by the tool that made it: pipx, uv or pip."""
+    folder, words = Path(sys.prefix), shlex.join(packages)
+    if (folder / "pipx_metadata.json").is_file():
+        more = f" --pip-args={shlex.quote(options)}" if options else ""
+        return f"pipx inject {folder.name} {words}{more}"
+    tool = "pip install"
+    if (folder / "uv-receipt.toml").is_file():
+        tool = f"uv pip install --python {shlex.quote(sys.prefix)}"
+    elif importlib.util.find_spec("pip") is None:
+        tool = "uv pip install"
+    return " ".join(filter(None, (tool, options, words)))
