@@ -22,7 +22,7 @@ from helpers.tiny_tokenizers import byte_fallback_json
 from minisgl import LLM, SamplingParams
 from minisgl.core.plan import StepPlan
 from minisgl.core.types import Grammar
-from minisgl.errors import ConfigError, ContextLengthError, EngineDeadError, InvalidRequestError
+from minisgl.errors import ConfigError, ContextLengthError, EngineDeadError, InvalidRequestError, UnknownKeywordError
 from minisgl.formats.hub import locate_model
 from minisgl.llm import defer_sigint
 
@@ -309,3 +309,38 @@ def test_every_kind_of_grammar_beside_a_free_request_that_does_not_change(llm: L
     assert json.loads(record.text) == [None, None]
     jsonschema.validate(json.loads(city.text), SCHEMA)
     assert {found.finish_reason for found in (date, choice, additions, record, city)} == {"stop"}
+
+
+@pytest.mark.parametrize(
+    ("keyword", "message"),
+    [
+        ("pagesize", "there is no setting pagesize; did you mean page_size?"),
+        ("modle", "did you mean model?"),
+        ("tensor_parallel_size", "did you mean tp?"),
+        ("attention_backend", "did you mean attn?"),
+        ("memory_ration", "did you mean memory_ratio?"),
+        ("quantum", "there is no setting quantum"),
+    ],
+)
+def test_a_setting_that_there_is_not_is_answered_with_the_most_similar(keyword: str, message: str) -> None:
+    with pytest.raises(UnknownKeywordError) as caught:
+        LLM(**dict[str, Any]({keyword: 3}))
+    assert caught.value.message.endswith(message)
+    assert isinstance(caught.value, TypeError), "what Python raises"
+
+
+@pytest.mark.parametrize(
+    ("keyword", "message"),
+    [
+        ("temprature", "SamplingParams has no parameter temprature; did you mean temperature?"),
+        ("max_new_tokens", "did you mean max_tokens?"),
+        ("stop_tokens_ids", "did you mean stop_token_ids?"),
+        ("beam_width", "SamplingParams has no parameter beam_width"),
+    ],
+)
+def test_a_parameter_that_there_is_not_is_answered_with_the_most_similar(keyword: str, message: str) -> None:
+    with pytest.raises(UnknownKeywordError) as caught:
+        SamplingParams(**dict[str, Any]({keyword: 1}))
+    assert caught.value.message.endswith(message)
+    with pytest.raises(TypeError, match="positional"):
+        SamplingParams(1.0)  # type: ignore[call-arg]

@@ -1,7 +1,7 @@
 """The command line: flags made from the fields of `Config`, and what they start.
 
 `minisgl serve MODEL [flags]` serves HTTP, `minisgl chat MODEL [flags]` chats, `minisgl bench NAME [flags]` runs a
-benchmark; `minisgl --model MODEL [flags]` serves, with `--shell` it chats.
+benchmark; without a command the server starts, or with `--shell` the chat.
 Exit status: 0 done, 1 could not start or ended with an error, 2 a bad command line, 130 interrupted.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 import traceback
 import types
@@ -19,7 +20,7 @@ from typing import Any, Final, NoReturn
 
 from minisgl import __version__
 from minisgl.config import Config, check, from_environment, launcher, split_words
-from minisgl.errors import ConfigError, MinisglError
+from minisgl.errors import ConfigError, MinisglError, did_you_mean
 from minisgl.system import print_text
 
 # Sections of `--help`, and the fields of `Config` in each.
@@ -49,6 +50,7 @@ commands:
   bench NAME     measure: offline, online, ablation or compare; see minisgl bench NAME --help"""
 
 
+COMMANDS: Final = ("serve", "chat", "bench")
 METAVARS: Final = {int: "N", float: "X", str: "TEXT"}
 
 
@@ -75,8 +77,7 @@ def build_parser(command: str | None = None) -> Parser:
     """The parser of `minisgl`, or of a command; a flag that was not given leaves nothing in the namespace."""
     usage = f"minisgl {command or '[serve | chat | bench]'} [MODEL] [flags]"
     parser = Parser(prog="minisgl", usage=usage, description=ABOUT)
-    if command is not None:
-        parser.add_argument("positional_model", nargs="?", metavar="MODEL", help="as --model")
+    parser.add_argument("positional_model", nargs="?", metavar="MODEL", help="as --model")
     parser.add_argument("--version", action="version", version=f"minisgl {__version__}")
     add_config_flags(parser)
     switches = [environment_help(field) for field in dataclasses.fields(Config) if field.metadata["env"]]
@@ -139,11 +140,15 @@ def parse(arguments: Sequence[str]) -> Config:
     command = arguments[0] if arguments and arguments[0] in ("serve", "chat") else None
     parser = build_parser(command)
     namespace, rest = parser.parse_known_args(arguments[1:] if command else arguments)
-    if rest and not (command or rest[0].startswith("-")):
-        parser.error(f"write minisgl serve {rest[0]} or minisgl chat {rest[0]}, the command first")
+    model = vars(namespace).pop("positional_model", None)
+    if model in COMMANDS and command is None:
+        parser.error(f"the command comes first: {model}")
+    if model and command is None and (hint := did_you_mean(model, COMMANDS)) and not os.path.exists(model):
+        parser.error(f"no command {model}{hint}")
     if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if (model := vars(namespace).pop("positional_model", None)) is not None:
+        hint = did_you_mean(rest[0], [flag for action in parser._actions for flag in action.option_strings])
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+    if model is not None:
         if "model" in namespace:
             parser.error(f"the model is given twice: {model} and --model {namespace.model}")
         namespace.model = model

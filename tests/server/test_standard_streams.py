@@ -74,7 +74,8 @@ def test_a_server_serves_whatever_its_standard_streams_are(tmp_path: Path, redir
 def test_a_server_serves_into_a_pipe_that_nobody_reads(tmp_path: Path, streams: list[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    with serving(tmp_path, **dict.fromkeys(streams, writer)) as (process, port):
+    outputs: dict[str, Any] = dict.fromkeys(streams, writer)
+    with serving(tmp_path, **outputs) as (process, port):
         os.close(writer)
         assert answers(port)
         process.send_signal(signal.SIGTERM)
@@ -91,7 +92,7 @@ def test_a_server_serves_in_a_program_without_streams(tmp_path: Path, before: st
 def test_a_server_whose_terminal_is_closed_drains_and_ends(tmp_path: Path) -> None:
     controller, terminal = pty.openpty()
     take = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
-    streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
+    streams: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
     with serving(tmp_path, before=take, start_new_session=True, **streams) as (process, port):
         os.close(terminal)
         assert answers(port)

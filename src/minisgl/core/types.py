@@ -5,11 +5,11 @@ from __future__ import annotations
 import enum
 from array import array
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
-from minisgl.errors import ContextLengthError, InvalidRequestError
+from minisgl.errors import ContextLengthError, InvalidRequestError, UnknownKeywordError, did_you_mean
 
 MAX_STOP_TOKEN_IDS = 32  # of a request, EOS ids included; the width of the device table that masks them
 MAX_LOGPROBS = 20  # most probable tokens whose log-probabilities a request may ask for at each position
@@ -56,7 +56,20 @@ class Grammar(msgspec.Struct, frozen=True, kw_only=True):
     reasoning: Literal["none", "possible", "begun"] = "none"
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+class SuggestingMeta(msgspec.StructMeta):
+    """Of structs whose constructor suggests a name for a keyword that it does not have."""
+
+    def __call__(cls, *args: Any, **keywords: Any) -> Any:
+        try:
+            return super().__call__(*args, **keywords)
+        except TypeError as error:
+            for name in keywords.keys() - cls.__struct_fields__:
+                text = f"{cls.__name__} has no parameter {name}{did_you_mean(name, cls.__struct_fields__)}"
+                raise UnknownKeywordError(text) from error
+            raise
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, metaclass=SuggestingMeta):
     """How to sample the tokens of one request, and when to end it.
 
     `temperature` 0 is greedy. `top_k` 0 or -1 keeps the whole vocabulary. With `seed` None a random one is used.
