@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import glob
 import importlib.util
 import os
 import shlex
@@ -24,10 +23,12 @@ class PrivateFolder(tempfile.TemporaryDirectory[str]):
 
     def __init__(self, prefix: str = "minisgl-") -> None:
         base = tempfile.gettempdir() if len(tempfile.gettempdir()) <= MAX_FOLDER else "/tmp"
-        for folder in glob.glob(os.path.join(glob.escape(base), "minisgl-*")):
+        for lock in Path(base).glob("minisgl-*/lock"):
             with contextlib.suppress(OSError):
-                if os.lstat(folder).st_uid == os.getuid():
-                    remove_unlocked(folder)
+                if lock.parent.lstat().st_uid == os.getuid():
+                    with lock.open() as file:
+                        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        shutil.rmtree(lock.parent, ignore_errors=True)
         super().__init__(prefix=prefix, dir=base, ignore_cleanup_errors=True)
         self._lock = open(os.path.join(self.name, "locking"), "w")  # noqa: SIM115
         with contextlib.suppress(OSError):  # where there are no locks nothing is removed
@@ -37,12 +38,6 @@ class PrivateFolder(tempfile.TemporaryDirectory[str]):
     def cleanup(self) -> None:
         self._lock.close()
         super().cleanup()
-
-
-def remove_unlocked(folder: str) -> None:
-    with open(os.path.join(folder, "lock")) as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def open_standard_streams() -> None:

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from minisgl.cli import SERVER_GROUPS, Parser, add_config_flags, config_from, guarded, parse
 from minisgl.errors import ConfigError
+from minisgl.system import install_command
 from minisgl_bench.workload import PeakRates
 
 ENGINE: Final = {
@@ -212,7 +213,8 @@ def online(arguments: Sequence[str]) -> int:
         except ModuleNotFoundError as error:
             if error.name not in ("httptools", "psutil"):
                 raise
-            raise ConfigError("bench online needs httptools and psutil: pip install 'minisgl[bench]'") from error
+            command = install_command("httptools", "psutil")
+            raise ConfigError(f"bench online needs httptools and psutil: {command}") from error
         hidden = {options.api_key: "KEY", f"--api-key={options.api_key}": "--api-key=KEY"}
         return int(run(options, [hidden.get(word, word) for word in arguments]))
 

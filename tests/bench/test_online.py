@@ -18,6 +18,7 @@ from tokenizers import models, pre_tokenizers
 
 from helpers.raw_server import DONE, chunked, event, head, json_answer, raw_server, text_event, usage_event
 from minisgl.errors import EngineDeadError
+from minisgl.system import install_command
 from minisgl_bench import online
 from minisgl_bench.command import main
 from minisgl_bench.online import OwnServer, own_server
@@ -181,7 +182,10 @@ def test_a_missing_package_is_named_with_the_extra(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "httptools", None)
     assert bench("--rate", "1") == 1
-    assert capsys.readouterr().err == "error: bench online needs httptools and psutil: pip install 'minisgl[bench]'\n"
+    assert (
+        capsys.readouterr().err
+        == f"error: bench online needs httptools and psutil: {install_command('httptools', 'psutil')}\n"
+    )
 
 
 def test_a_wrong_trace_is_told_before_a_server_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import transformers
@@ -61,6 +62,15 @@ def test_processes_generate_what_one_does_and_the_reference(tmp_path: Path, name
     assert retracted > 0
     assert children(os.getpid()) == before
     check_greedy(tmp_path, together)
+
+
+def test_a_group_on_one_host_has_no_socket_that_others_reach(tmp_path: Path) -> None:
+    save_model(tmp_path)
+    with LLM(str(tmp_path), tp=2, **SETTINGS):
+        pids = [os.getpid(), *children(os.getpid())]
+        found = [c.laddr.ip for pid in pids for c in psutil.Process(pid).net_connections("inet")]
+        assert found, "gloo's"
+        assert set(found) <= {"127.0.0.1", "::1"}
 
 
 def test_four_processes_generate_what_one_does(tmp_path: Path) -> None:

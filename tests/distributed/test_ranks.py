@@ -1,5 +1,6 @@
 """Ranks generate what one device does, whatever the architecture and the settings. Here the ranks are threads."""
 
+import os
 from unittest import mock
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from helpers.special import slow_answer, special_requests
 from helpers.tp_cases import MAX_SEQ_LEN, NOWHERE, SPECS, ThreadGroup, config, generate, on_all
 from minisgl.core.weights import dummy_weights
-from minisgl.distributed.collectives import TPGroup, expect_close
+from minisgl.distributed.collectives import TPGroup, expect_close, join_group
 from minisgl.distributed.executor import build_rank_executor
 from minisgl.errors import EngineDeadError
 from minisgl.gpu.executor import build_local_executor
@@ -103,3 +104,22 @@ def test_collectives_that_are_off_are_refused(error: float) -> None:
         return
     with pytest.raises(RuntimeError, match="an all-reduce is off by"):
         expect_close(wrong, right, "an all-reduce")
+
+
+@pytest.mark.parametrize(("one_host", "given", "bound"), [(True, "", "lo"), (False, "", None), (True, "eth7", "eth7")])
+def test_gloo_binds_to_loopback_by_name_on_one_host(
+    monkeypatch: pytest.MonkeyPatch, one_host: bool, given: str, bound: str | None
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", given)  # and so it is put back at the end
+    if not given:
+        del os.environ["GLOO_SOCKET_IFNAME"]
+    seen: list[str | None] = []
+
+    def stop(*_: object, **__: object) -> None:
+        seen.append(os.environ.get("GLOO_SOCKET_IFNAME"))
+        raise InterruptedError
+
+    monkeypatch.setattr("torch.distributed.init_process_group", stop)
+    with pytest.raises(InterruptedError):
+        join_group(0, 2, "file:///nowhere", torch.device("cpu"), one_host)
+    assert seen == [bound]

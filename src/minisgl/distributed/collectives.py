@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
+from minisgl.config import bind_gloo_to_loopback
 from minisgl.errors import ConfigError
 
 T = TypeVar("T")
@@ -134,6 +135,8 @@ def join_group(rank: int, size: int, rendezvous: str, device: torch.device, one_
     if dist.is_initialized():
         raise ConfigError("torch.distributed is in use in this process already; it can be in one group of ranks only")
     on_gpu = device.type == "cuda"
+    if one_host:
+        bind_gloo_to_loopback()
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         init_method=rendezvous,

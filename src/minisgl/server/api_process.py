@@ -94,9 +94,10 @@ class HostGuard:
 
     def __init__(self, app: ASGIApp, config: Config) -> None:
         self.app = app
-        names = [name.lower() for name in ("localhost", "127.0.0.1", "[::1]", config.host, *config.allowed_hosts)]
-        self.names = frozenset(f"[{name}]" if re.fullmatch(r"[\da-f]*:[\da-f:.]+", name) else name for name in names)
-        self.domains = tuple(name[1:] for name in names if name.startswith("*."))
+        own = f"[{config.host}]" if ":" in config.host else config.host
+        names = ("localhost", "127.0.0.1", "[::1]", own, *config.allowed_hosts)
+        self.names = frozenset(name.lower() for name in names)
+        self.domains = tuple(name[1:] for name in self.names if name.startswith("*."))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         host = Headers(scope=scope).get("host")  # HTTP/1.0 has none, and no web page speaks that

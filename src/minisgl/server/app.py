@@ -86,16 +86,13 @@ class ForgeryGuard:
         has_body = b"transfer-encoding" in headers or headers.get(b"content-length", b"").strip(b"0")
         if has_body and not JSON_TYPE.match(headers.get(b"content-type", b"")):
             raise MediaTypeError("the body must be JSON, sent with 'Content-Type: application/json'")
-        if self.same_origin and is_foreign(headers, scope["scheme"].encode()):
-            raise ForbiddenError("web pages of other origins may not do this", code="cross_origin")
+        if self.same_origin:
+            own = scope["scheme"].encode() + b"://" + headers.get(b"host", b"")
+            # What is no browser sends neither header.
+            foreign = headers.get(b"sec-fetch-site", b"none") not in (b"none", b"same-origin")
+            if foreign or headers.get(b"origin", own).lower() != own.lower():
+                raise ForbiddenError("web pages of other origins may not do this", code="cross_origin")
         await self.app(scope, receive, send)
-
-
-def is_foreign(headers: dict[bytes, bytes], scheme: bytes) -> bool:
-    """Whether a web page of another origin sent this; what is no browser sends neither header."""
-    if (origin := headers.get(b"origin")) is not None:
-        return origin.lower() != (scheme + b"://" + headers.get(b"host", b"")).lower()
-    return headers.get(b"sec-fetch-site", b"none") not in (b"none", b"same-origin")
 
 
 class Endpoints:
