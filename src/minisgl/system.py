@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import TextIO
 
-MAX_FOLDER = 70  # characters of the temporary folder's path; that of a Unix socket has at most 107
+MAX_PATH = 88  # characters before the random ones of a folder's name; the path of a Unix socket has at most 107
 
 
 class PrivateFolder(tempfile.TemporaryDirectory[str]):
@@ -22,7 +22,7 @@ class PrivateFolder(tempfile.TemporaryDirectory[str]):
     """
 
     def __init__(self, prefix: str = "minisgl-") -> None:
-        base = tempfile.gettempdir() if len(tempfile.gettempdir()) <= MAX_FOLDER else "/tmp"
+        base = tempfile.gettempdir() if len(tempfile.gettempdir() + prefix) <= MAX_PATH else "/tmp"
         for lock in Path(base).glob("minisgl-*/lock"):
             with contextlib.suppress(OSError):
                 if lock.parent.lstat().st_uid == os.getuid():

@@ -1,6 +1,7 @@
 """A server for each test that asks for one, with the settings of its `serving` marker and a parametrized template."""
 
-from collections.abc import AsyncIterator
+import signal
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,14 @@ from helpers.serving import Serving, serving
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def _sighup() -> Iterator[None]:
+    """SIGHUP as a terminal has it, where the tests themselves run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture

@@ -179,6 +179,7 @@ def test_a_folder_without_or_with_a_broken_tokenizer_is_named(tmp_path: Path) ->
         Tokenizer.load(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:Deprecated in 0.9.0:DeprecationWarning")  # transformers 5.0 does it
 def test_without_tokenizer_json_the_folder_is_converted(tmp_path: Path) -> None:
     """vocab.json and merges.txt, as older GPT-2-like checkpoints have."""
     model = json.loads(byte_level_json())["model"]
