@@ -13,6 +13,7 @@ from minisgl.config import BUNDLED_MODEL, Config, Launcher, Machine, Resolved, l
 from minisgl.core.engine import Engine
 from minisgl.core.executor import LocalExecutor
 from minisgl.core.model_config import ModelSpec, read_spec
+from minisgl.core.plugins import load_eviction, load_policy
 from minisgl.core.types import ModelInfo
 from minisgl.distributed.executor import GroupExecutor, build_group_executor
 from minisgl.errors import ConfigError
@@ -44,6 +45,8 @@ def build_engine(config: Config, progress: bool = False, on_failure: Callable[[]
 
         sys.exit(serve_rank(launched))
     machine = probe_machine(launched)
+    load_policy(config.schedule_policy)  # what is wrong with a policy is said before the model loads
+    load_eviction(config.eviction)
     dtype = resolve(config, machine).config.dtype  # of a checkpoint that is converted; final once the model is known
     folder = locate_model(config.model, config.model_source, dtype, not config.dummy_weight, progress)
     spec = read_spec(folder)

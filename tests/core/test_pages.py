@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from helpers.invariants import check_cache, free_pages
 from minisgl.core.pages import CacheManager, OutOfPages, PageAllocator
 from minisgl.core.plan import Int32
+from minisgl.core.radix_cache import Match
 
 
 def ids(*values: int) -> Int32:
@@ -144,6 +145,7 @@ class ManagerMachine(RuleBasedStateMachine):
         self.cache = CacheManager(pages, page_size, self.shared, 4, 16)
         self.content = np.full((pages, page_size), -1, np.int64)
         self.prefixes: dict[tuple[int, int], int] = {}
+        self.looked_up: list[tuple[Int32, Match]] = []  # prompts, and how far each was found
         self.rows = {}
 
     def prefix_ids(self, tokens: Int32) -> list[int]:
@@ -175,6 +177,7 @@ class ManagerMachine(RuleBasedStateMachine):
         expected, available = self.cache.match_len(tokens), self.cache.available
         cached = self.cache.acquire(slot, tokens)
         assert cached == expected < len(tokens)
+        self.looked_up.append((tokens, Match()))
         assert cached == 0 or (self.shared and cached % self.size == 0)
         assert self.cache.available >= available - cached // self.size
         assert self.cache.row_pages[slot] == cached // self.size
@@ -295,6 +298,13 @@ class ManagerMachine(RuleBasedStateMachine):
         check_cache(self.cache)
         assert self.shared or self.cache.num_cached == 0
         assert self.cache.num_free + self.cache.num_cached + self.cache.num_owned == self.cache.num_pages
+
+    @invariant()
+    def an_earlier_match_is_brought_up_to_date(self) -> None:
+        for tokens, match in self.looked_up[-6:]:
+            assert self.cache.match_len(tokens, match) == self.cache.match_len(tokens)
+            fresh = self.cache._cache.find(self.cache._whole_pages(tokens))
+            assert self.cache.available_beside(match) == self.cache.available_beside(fresh)
 
     @invariant()
     def each_row_reads_its_own_prefix(self) -> None:

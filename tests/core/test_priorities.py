@@ -114,16 +114,16 @@ def test_who_is_retracted_for_another_makes_room_for_it(
         num_pages=pages, page_size=4, max_seq_len=40, overlap=False, max_prefill_length=4096, max_running_requests=rows
     )
     scheduler = engine.scheduler
-    retract = scheduler._retract_for_priority
+    make_room = scheduler._make_room
     wanted: list[RequestState] = []
 
-    def noting() -> None:
-        first, before = scheduler.waiting[0] if scheduler.waiting else None, scheduler.retracted
-        retract()
+    def noting(first: RequestState | None) -> None:
+        before = scheduler.retracted
+        make_room(first)
         if scheduler.retracted > before and first is not None:
             wanted.append(first)
 
-    scheduler._retract_for_priority = noting  # type: ignore[method-assign]
+    scheduler._make_room = noting  # type: ignore[method-assign]
     for number, (shared, own, priority) in enumerate(prompts):
         prompt = [*range(shared), *([number] * own)][:36]
         engine.add(request(str(number), prompt, priority, max_tokens=4, ignore_eos=True))

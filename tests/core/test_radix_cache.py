@@ -1,11 +1,13 @@
 """The prefix tree by examples. Random insertions, matches, locks and evictions are in test_pages, by its manager."""
 
+import itertools
+
 import numpy as np
 import pytest
 
 from helpers.invariants import check_tree
 from minisgl.core.plan import Int32
-from minisgl.core.radix_cache import RadixCache
+from minisgl.core.radix_cache import EvictionPolicy, Match, Node, RadixCache, SegmentedLRU
 
 
 def ids(*values: int) -> Int32:
@@ -19,9 +21,7 @@ def insert(tree: RadixCache, tokens: Int32, first_page: int) -> None:
 
 
 def use(tree: RadixCache, tokens: Int32) -> None:
-    node, _ = tree.match(tokens)
-    tree.lock(node)
-    tree.unlock(node)
+    tree.use(tree.match(tokens))
 
 
 @pytest.fixture
@@ -29,10 +29,15 @@ def tree() -> RadixCache:
     return RadixCache(1)
 
 
-def test_match_pages_changes_nothing(tree: RadixCache) -> None:
+def found(tree: RadixCache, tokens: Int32) -> int:
+    match = tree.find(tokens)
+    return match.end + match.used
+
+
+def test_find_changes_nothing(tree: RadixCache) -> None:
     insert(tree, ids(1, 2, 3), 0)
     insert(tree, ids(7, 8, 9), 3)
-    assert tree.match_pages(ids(1, 2, 9)) == 2
+    assert found(tree, ids(1, 2, 9)) == 2
     assert [len(node.pages) for node in tree.root.children.values()] == [3, 3]
     assert tree.evict(1).tolist() == [2]  # still the oldest
 
@@ -41,12 +46,12 @@ def test_insert_keeps_a_copy_of_what_it_is_given(tree: RadixCache) -> None:
     tokens, pages = ids(1, 2, 3), ids(4, 5, 6)
     tree.insert(tree.root, tokens, pages)
     tokens[:], pages[:] = 0, 0
-    assert tree.match(ids(1, 2, 3))[1].tolist() == [4, 5, 6]
+    assert tree.match(ids(1, 2, 3)).pages.tolist() == [4, 5, 6]
 
 
 def test_a_locked_node_keeps_its_end_when_it_is_split(tree: RadixCache) -> None:
     insert(tree, ids(1, 2, 3, 4), 0)
-    node, _ = tree.match(ids(1, 2, 3, 4))
+    node = tree.match(ids(1, 2, 3, 4))
     tree.lock(node)
     insert(tree, ids(1, 2, 8), 10)
     assert node.tokens.tolist() == [3, 4]
@@ -59,7 +64,7 @@ def test_a_locked_node_keeps_its_end_when_it_is_split(tree: RadixCache) -> None:
 
 def test_a_locked_leaf_stays_though_it_is_the_oldest(tree: RadixCache) -> None:
     insert(tree, ids(1), 10)
-    tree.lock(tree.match(ids(1))[0])
+    tree.lock(tree.match(ids(1)))
     insert(tree, ids(2), 20)
     assert tree.evict(9).tolist() == [20]
 
@@ -70,16 +75,103 @@ def test_the_least_recently_used_leaf_goes_first_and_from_its_end(tree: RadixCac
     use(tree, ids(1, 1, 1))
     assert tree.evict(2).tolist() == [21, 22]
     assert tree.evict(2).tolist() == [20, 32]
-    assert tree.match_pages(ids(3, 3, 3)) == 2
+    assert found(tree, ids(3, 3, 3)) == 2
     assert tree.evict(9).tolist() == [30, 31, 10, 11, 12]
     assert tree.num_pages == 0
 
 
-def test_inserting_what_is_cached_is_a_use(tree: RadixCache) -> None:
+def test_only_an_admitted_request_is_a_use(tree: RadixCache) -> None:
+    """Not a look-up, a lock, an unlock, nor pages that are offered and known."""
+    for first in (1, 2, 3):
+        insert(tree, ids(first), first)
+    node = tree.match(ids(1))
+    tree.lock(node)
+    tree.unlock(node)
+    insert(tree, ids(1), 4)
+    tree.evictable_after([])
+    assert tree.evict(1).tolist() == [1]
+    use(tree, ids(2))
+    assert [(tree.match(ids(n)).uses, tree.match(ids(n)).last_used) for n in (2, 3)] == [(2, 4), (1, 3)]
+    assert tree.evict(1).tolist() == [3]
+
+
+def test_slru_keeps_what_was_used_again_for_some_seconds_longer() -> None:
+    now = 0.0
+    tree = RadixCache(1, eviction=SegmentedLRU(protect=10), clock=lambda: now)
     insert(tree, ids(1), 1)
-    insert(tree, ids(2), 2)
-    insert(tree, ids(1), 3)
-    assert tree.evict(1).tolist() == [2]
+    use(tree, ids(1))
+    for second, page in ((5, 2), (9, 3), (11, 4)):
+        now = second
+        insert(tree, ids(page), page)
+    assert [tree.evict(1).tolist() for _ in range(4)] == [[2], [3], [1], [4]]
+
+
+def test_a_key_that_grows_by_itself_is_looked_at_again_once() -> None:
+    numbers = itertools.count()
+
+    class Growing(EvictionPolicy):
+        def key(self, node: Node) -> float:
+            return next(numbers)
+
+    tree = RadixCache(1, eviction=Growing())
+    for first in (1, 2, 3):
+        insert(tree, ids(first), first)
+    assert sorted(tree.evict(3).tolist()) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), "late", None, ZeroDivisionError("x")])
+def test_lru_takes_the_place_of_an_eviction_policy_that_fails(wrong: object, caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(EvictionPolicy):
+        def key(self, node: Node) -> float:
+            if node.pages[0] < 2:
+                return -float(node.pages[0])
+            if isinstance(wrong, Exception):
+                raise wrong
+            return wrong  # type: ignore[return-value]
+
+    tree = RadixCache(1, eviction=Failing())
+    for first in (0, 1, 2, 3):
+        insert(tree, ids(first), first)
+    use(tree, ids(1))
+    assert "the eviction policy Failing failed; lru takes its place" in caplog.text
+    assert sorted(tree.evict(3).tolist()) == [0, 2, 3]
+
+
+def test_a_match_is_taken_up_again_without_reading_the_prefix_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through 1,000 nodes the first look-up compares 1,000 times, the next one not at all, also after new branches."""
+    tree = RadixCache(4)
+    tokens = np.arange(4000, dtype=np.int32)
+    node = tree.root
+    for page in range(1000):
+        node, _ = tree.insert(node, tokens[4 * page : 4 * page + 4], ids(page))
+    walked = 0
+    walk = RadixCache._walk
+
+    def counting(self: RadixCache, node: Node, tokens: Int32) -> tuple[list[Node], int]:
+        nonlocal walked
+        path, used = walk(self, node, tokens)
+        walked += len(path)
+        return path, used
+
+    monkeypatch.setattr(RadixCache, "_walk", counting)
+    match = Match()
+    for other in (5000, 6000, 7000):
+        assert (tree.find(tokens, match).end, match.used) == (1000, 0)
+        tree.insert(tree.root, ids(*range(other, other + 4)), ids(other))
+    assert walked == 1000
+    tree.lock(tree.match(tokens[:2000]))
+    tree.evict(400)
+    assert (tree.find(tokens, match).end, match.used) == (600, 0)
+
+
+def test_a_prefix_is_found_in_the_middle_of_a_node_once(tree: RadixCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    insert(tree, ids(1, 2, 3, 4), 0)
+    match = tree.find(ids(1, 2, 3, 9))
+    monkeypatch.setattr(tree, "_walk", None)
+    assert (tree.find(ids(1, 2, 3, 9), match).end, match.used, tree.evictable_in(match)) == (0, 3, 3)
+    monkeypatch.undo()
+    assert tree.evict(2).tolist() == [2, 3]
+    assert (tree.find(ids(1, 2, 3, 9), match).end, match.used) == (2, 0)
 
 
 def test_a_parent_is_evicted_by_its_own_age_once_it_is_a_leaf(tree: RadixCache) -> None:
@@ -105,6 +197,6 @@ def test_the_eviction_queue_does_not_grow_with_uses(tree: RadixCache) -> None:
 
 def test_check_finds_a_lock_that_no_row_holds(tree: RadixCache) -> None:
     insert(tree, ids(1), 0)
-    tree.lock(tree.match(ids(1))[0])
+    tree.lock(tree.match(ids(1)))
     with pytest.raises(AssertionError, match="locks"):
         check_tree(tree, [])

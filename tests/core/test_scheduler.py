@@ -1,6 +1,5 @@
 """The scheduler over the simulated device, where a wrong page or length changes the tokens."""
 
-import dataclasses
 import itertools
 from typing import Any
 
@@ -10,10 +9,10 @@ import pytest
 
 from helpers import simulation
 from helpers.simulation import VOCAB, advance, check_answers, record_plans, request, run, simulated_engine, tokens_of
-from minisgl.config import Config
+from minisgl.config import SCHEDULE_POLICIES
 from minisgl.core.plan import StepResult
-from minisgl.core.policy import POLICIES, LongestPrefixMatch
-from minisgl.core.request_state import RequestState, State
+from minisgl.core.policy import POLICIES
+from minisgl.core.request_state import State
 from minisgl.core.types import FinishReason, Grammar, Request, SamplingParams
 from minisgl.errors import ContextLengthError, EngineDeadError, InvalidRequestError
 
@@ -221,22 +220,7 @@ def test_a_failed_step_ends_the_engine_instead_of_hanging_it() -> None:
 
 
 def test_every_policy_has_a_name_on_the_command_line() -> None:
-    (field,) = (field for field in dataclasses.fields(Config) if field.name == "schedule_policy")
-    assert field.metadata["choices"] == tuple(POLICIES)
-
-
-def test_longest_prefix_first_prefers_cached_prompts_until_others_have_waited_too_long() -> None:
-    entries = [RequestState(request(str(i), [i]), i, 0, 0, 9, ()) for i in range(4)]
-    cached = {"0": 0, "1": 8, "2": 4, "3": 8}
-    policy = LongestPrefixMatch(patience=10)
-
-    def order(step: int) -> list[str]:
-        return [e.request.id for e in policy.order(entries, lambda e: cached[e.request.id], step)]
-
-    assert order(9) == ["1", "3", "2", "0"]
-    entries[0].queued_step = -1
-    assert order(9) == ["0", "1", "3", "2"]
-    assert order(10) == ["0", "1", "2", "3"]
+    assert tuple(POLICIES) == SCHEDULE_POLICIES
 
 
 def test_prompt_tokens_are_counted_with_what_was_cached_of_them_when_a_row_is_given() -> None:

@@ -18,6 +18,7 @@ from helpers.invariants import check_cache
 from helpers.simulation import VOCAB, expected_tokens, request, simulated_engine, tokens_of
 from minisgl.core.engine import Engine
 from minisgl.core.policy import POLICIES
+from minisgl.core.radix_cache import EVICTIONS
 from minisgl.core.request_state import State
 from minisgl.core.types import FinishReason, Request, TokenEvent
 
@@ -32,15 +33,17 @@ class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
         page_size=st.sampled_from([1, 2, 5, 8]),
         spare=st.integers(0, 60),
-        cache=st.sampled_from(["radix", "naive"]),
+        cache=st.sampled_from(["radix", "radix", "naive"]),
         overlap=st.booleans(),
         max_running_requests=st.integers(1, 5),
         max_prefill_length=st.integers(1, 30),
         schedule_policy=st.sampled_from(list(POLICIES)),
+        eviction=st.sampled_from(list(EVICTIONS)),
     )
     def start(self, page_size: int, spare: int, **settings: object) -> None:
         pages = -(-(MAX_SEQ_LEN + spare) // page_size)
         self.engine = simulated_engine(page_size=page_size, num_pages=pages, max_seq_len=MAX_SEQ_LEN, **settings)
+        self.engine.scheduler.policy.strict = self.engine.cache.strict = True
         self.requests: dict[str, Request] = {}
         self.events: dict[str, list[TokenEvent]] = {}
         self.aborted: set[str] = set()

@@ -25,6 +25,7 @@ def check_tree(tree: RadixCache, holders: Iterable[Node]) -> list[int]:
     for node in nodes:
         assert node.parent is not None
         assert node.parent.children[node.tokens[: tree.page_size].tobytes()] is node
+        assert node.end == node.parent.end + len(node.pages)
         assert len(node.tokens) == len(node.pages) * tree.page_size > 0
         assert node.queued or not node.evictable
     assert tree.num_pages == sum(len(node.pages) for node in nodes)

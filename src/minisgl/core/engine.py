@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from minisgl.config import Config
 from minisgl.core.pages import CacheManager
 from minisgl.core.plan import Executor, StepPlan
-from minisgl.core.policy import POLICIES
+from minisgl.core.plugins import load_eviction, load_policy
 from minisgl.core.request_state import Constraint, ConstraintFactory, RequestState, RequestTable, full_constraint
 from minisgl.core.scheduler import Scheduler
 from minisgl.core.types import EngineStats, ModelInfo, Request, TokenEvent
@@ -25,12 +26,18 @@ class Engine:
 
     A mask depends on the token before it. So where rows follow a grammar, the older step's tokens are taken in first,
     and the masks computed while the device runs the newer step's forward pass; then the step is finished with them.
-    `constraints` makes a constraint of a grammar; without it grammars are refused. `admitted` are the ids of the
+    `constraints` makes a constraint of a grammar; without it grammars are refused. `clock` tells the seconds by which
+    policies decide; a simulation gives its own. `admitted` are the ids of the
     requests that the last `step` gave a row, retracted ones once more.
     """
 
     def __init__(
-        self, executor: Executor, model: ModelInfo, config: Config, constraints: ConstraintFactory | None = None
+        self,
+        executor: Executor,
+        model: ModelInfo,
+        config: Config,
+        constraints: ConstraintFactory | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         assert config.max_running_requests is not None
         assert config.max_prefill_length is not None
@@ -39,10 +46,12 @@ class Engine:
         self.model = model
         self.constraints = constraints
         self.overlap = config.overlap
-        self.cache = CacheManager(executor.num_pages, config.page_size, config.cache == "radix", rows, max_pages)
+        self.clock = clock
+        shared, eviction = config.cache == "radix", load_eviction(config.eviction)
+        self.cache = CacheManager(executor.num_pages, config.page_size, shared, rows, max_pages, eviction, clock)
         self.table = RequestTable(rows, model.max_seq_len)
-        policy = POLICIES[config.schedule_policy]()
-        self.scheduler = Scheduler(self.table, self.cache, policy, config.max_prefill_length)
+        policy = load_policy(config.schedule_policy)
+        self.scheduler = Scheduler(self.table, self.cache, policy, config.max_prefill_length, clock)
         self._launched: deque[StepPlan] = deque()
         self._events: list[TokenEvent] = []
         self.admitted: list[str] = []
@@ -63,7 +72,7 @@ class Engine:
         seed = secrets.randbits(63) if params.seed is None else params.seed
         limit = self.model.max_seq_len if params.max_tokens is None else prompt_len + params.max_tokens
         eos = self.model.eos_token_ids
-        self.scheduler.add(RequestState(request, self._arrivals, self.scheduler.step, seed, limit, eos, constraint))
+        self.scheduler.add(RequestState(request, self._arrivals, self.clock(), seed, limit, eos, constraint))
         self._arrivals += 1
 
     def abort(self, ids: Iterable[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
@@ -9,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minisgl.core.plan import Int32
-from minisgl.core.radix_cache import Node, RadixCache
+from minisgl.core.radix_cache import EvictionPolicy, Match, Node, RadixCache
 
 Slots = NDArray[np.signedinteger[Any]]
 PageWrites = tuple[Int32, Int32, Int32]  # (slots, indices, page ids): page_table[slots, indices] = page ids
@@ -62,18 +64,36 @@ class CacheManager:
     Without `shared` rows share nothing and the cache stays empty.
     """
 
-    def __init__(self, num_pages: int, page_size: int, shared: bool, max_rows: int, max_pages_per_row: int) -> None:
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        shared: bool,
+        max_rows: int,
+        max_pages_per_row: int,
+        eviction: EvictionPolicy | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
         self.page_table: Int32 = np.zeros((max_rows, max_pages_per_row), np.int32)
         self.row_pages: Int32 = np.zeros(max_rows, np.int32)
         self._allocator = PageAllocator(num_pages)
-        self._cache = RadixCache(page_size, shared)
+        self._cache = RadixCache(page_size, shared, eviction, clock)
         self._borrowed = np.zeros((max_rows, max_pages_per_row), np.bool_)
         # The node that a live row locks, and the pages of the prefix that ends there. Pages behind it are the
         # row's own; of those before it, the row may own duplicates of what the cache holds.
         self._nodes: dict[int, Node] = {}
         self._held: Int32 = np.zeros(max_rows, np.int32)
+
+    @property
+    def strict(self) -> bool:
+        """Whether a failure of the eviction policy is raised, not handled."""
+        return self._cache.strict
+
+    @strict.setter
+    def strict(self, value: bool) -> None:
+        self._cache.strict = value
 
     @property
     def num_free(self) -> int:
@@ -92,15 +112,25 @@ class CacheManager:
         """Pages that `extend` can give: free ones, and cached ones that no row borrows."""
         return self.num_free + self._cache.num_evictable
 
-    def match_len(self, tokens: Int32) -> int:
-        """Tokens that `acquire` would find cached. Changes nothing."""
-        return self._cache.match_pages(self._whole_pages(tokens)) * self.page_size
+    def match_len(self, tokens: Int32, found: Match | None = None) -> int:
+        """Tokens that `acquire` would find cached. Changes nothing but `found`, an earlier match of these tokens."""
+        found = self._cache.find(self._whole_pages(tokens), found)
+        return (found.end + found.used) * self.page_size
 
-    def acquire(self, slot: int, tokens: Int32) -> int:
-        """Start a row on the longest cached prefix of `tokens`, whole pages without the last token; its length."""
+    def available_beside(self, found: Match) -> int:
+        """What `available` would be if a row borrowed this prefix."""
+        return self.available - self._cache.evictable_in(found)
+
+    def acquire(self, slot: int, tokens: Int32, found: Match | None = None, again: bool = False) -> int:
+        """Start a row on the longest cached prefix of `tokens`, whole pages without the last token; its length.
+
+        `again` says that the request had a row before.
+        """
         assert slot not in self._nodes, f"row {slot} is in use"
-        node, pages = self._cache.match(self._whole_pages(tokens))
+        node = self._cache.match(self._whole_pages(tokens), found)
         self._cache.lock(node)
+        self._cache.use(node, again)
+        pages: Int32 = np.concatenate([np.empty(0, np.int32), *(held.pages for held in reversed(node.path()))])
         self._nodes[slot] = node
         self._held[slot] = self.row_pages[slot] = len(pages)
         self.page_table[slot, : len(pages)] = pages
@@ -108,13 +138,15 @@ class CacheManager:
         self._borrowed[slot, : len(pages)] = True
         return len(pages) * self.page_size
 
-    def available_after(self, slots: Slots, reused: Int32 | None = None) -> list[int]:
+    def available_after(self, slots: Slots, reused: Int32 | None = None, found: Match | None = None) -> list[int]:
         """What `available` would be before and after each of these rows left, one after the other.
 
         Pages that are cached of the tokens `reused` do not become available: a new row is to start on them.
         """
-        kept = self._cache.root if reused is None else self._cache.match(self._whole_pages(reused))[0]
-        evictable = self._cache.evictable_after([self._nodes[slot] for slot in slots.tolist()], kept)
+        kept = self._cache.root if reused is None else self._cache.match(self._whole_pages(reused), found)
+        self._cache.lock(kept)
+        evictable = self._cache.evictable_after([self._nodes[slot] for slot in slots.tolist()])
+        self._cache.unlock(kept)
         owned = [int(self.row_pages[s] - self._borrowed[s, : self.row_pages[s]].sum()) for s in slots.tolist()]
         return [self.num_free + own + pages for own, pages in zip(accumulate([0, *owned]), evictable, strict=True)]
 
@@ -160,10 +192,8 @@ class CacheManager:
         all rows before any row attends.
         """
         node = self._offer(slot, tokens, computed)
-        if node is not self._nodes[slot]:
-            self._cache.lock(node)
-            self._cache.unlock(self._nodes[slot])
-            self._nodes[slot] = node
+        self._cache.lock(node, below=self._nodes[slot])
+        self._nodes[slot] = node
 
     def release(self, slot: int, tokens: Int32, computed: int) -> None:
         """End a row: whole pages below `computed` whose `tokens` are known go to the cache, its other pages are freed.

@@ -3,31 +3,40 @@
 from __future__ import annotations
 
 import heapq
-from collections import Counter
-from collections.abc import Sequence
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+from types import MappingProxyType
 
 import numpy as np
 
 from minisgl.core.plan import Int32
 
+logger = logging.getLogger(__name__)
+
 
 class Node:
     """A run of whole pages. The path from the root spells the prefix whose KV the pages hold.
 
-    `tokens` is (len(pages) * page_size,). `locks` counts the rows that hold this node or one below it, so a node
-    without locks has none below it. `last_used` counts uses of the tree, it is not a time. `queued` says that the
-    eviction queue has an entry for this node.
+    `tokens` is (len(pages) * page_size,), and `end` counts the pages of the prefix, -1 once the node is evicted.
+    `locks` counts the rows that hold this node or one below it, so a node without locks has none below it. `uses`
+    counts the requests that were admitted with it or made it, the last time as number `last_used` of such times in the
+    tree, at `used_at` seconds. `queued` says that the eviction queue has an entry for this node.
     """
 
-    __slots__ = ("children", "last_used", "locks", "pages", "parent", "queued", "tokens")
+    __slots__ = ("children", "end", "last_used", "locks", "pages", "parent", "queued", "tokens", "used_at", "uses")
 
     def __init__(self, tokens: Int32, pages: Int32, parent: Node | None) -> None:
         self.tokens = tokens
         self.pages = pages
         self.parent = parent
+        self.end: int = len(pages) + (0 if parent is None else parent.end)
         self.children: dict[bytes, Node] = {}
         self.locks = 0
-        self.last_used = 0
+        self.uses = self.last_used = 0
+        self.used_at = 0.0
         self.queued = False
 
     @property
@@ -35,13 +44,56 @@ class Node:
         """Whether eviction may take pages from this node's end: an unlocked leaf, and not the root."""
         return not self.locks and not self.children and self.parent is not None
 
-    def path(self) -> list[Node]:
-        """This node and those above it, without the root."""
+    def path(self, top: Node | None = None) -> list[Node]:
+        """This node and those above it, below `top` or the root."""
         nodes, node = [], self
-        while node.parent is not None:
+        while node.parent is not None and node is not top:
             nodes.append(node)
             node = node.parent
         return nodes
+
+
+class EvictionPolicy:
+    """Which unlocked leaf loses its last pages first: the one with the lowest key. LRU, and the base of every other.
+
+    A use is a request that is admitted, never a lock or an attempt. Between two uses of a node its key must not fall;
+    one that grows by itself is looked at again when its turn comes.
+    """
+
+    def key(self, node: Node) -> float:
+        return node.last_used
+
+
+class SegmentedLRU(EvictionPolicy):
+    """LRU in which a prefix that was used again counts as used `protect` seconds later (SLRU: Karedla et al. 1994).
+
+    So prompts that come once do not drive out those that come again, and what is used no more goes in the end.
+    """
+
+    def __init__(self, protect: float = 60.0) -> None:
+        self.protect = protect
+
+    def key(self, node: Node) -> float:
+        return node.used_at + (self.protect if node.uses > 1 else 0.0)
+
+
+# The values of `--eviction`.
+EVICTIONS: Mapping[str, Callable[..., EvictionPolicy]] = MappingProxyType({"lru": EvictionPolicy, "slru": SegmentedLRU})
+
+
+class Match:
+    """How far a sequence of tokens was found in the tree, so that the next look-up goes on from there.
+
+    `node` ends its first `end` pages; `used` more are the first of its `child`, whose tokens were `run`.
+    """
+
+    __slots__ = ("child", "end", "node", "run", "used")
+
+    def __init__(self) -> None:
+        self.node: Node | None = None
+        self.child: Node | None = None
+        self.run: Int32 | None = None
+        self.end = self.used = 0
 
 
 class RadixCache:
@@ -50,50 +102,84 @@ class RadixCache:
     What `match` and `insert` return stays valid while it is locked; a node keeps its end whatever happens around it.
     Siblings differ in their first page, whose bytes are their key in `children`. Only leaves are evicted, from their
     ends, so what remains is always reachable. The eviction queue is a heap with at most one entry a node, made when
-    the node becomes an unlocked leaf. An entry may be out of date: its `last_used` can only be too small, so it is
-    checked, and put back or dropped, when it comes up.
+    the node becomes an unlocked leaf. An entry may be out of date: its key can only be too small, so it is checked, and
+    put back or dropped, when it comes up.
 
     Without `shared` it never matches and takes no pages: every request computes its whole prompt.
     """
 
-    def __init__(self, page_size: int, shared: bool = True) -> None:
+    def __init__(
+        self,
+        page_size: int,
+        shared: bool = True,
+        eviction: EvictionPolicy | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.page_size = page_size
         self.shared = shared
+        self.eviction = eviction or EvictionPolicy()
+        self.clock = clock
+        self.strict = False  # a failure of the eviction policy is raised, LRU does not take its place
         self.root = Node(np.empty(0, np.int32), np.empty(0, np.int32), None)
         self.num_pages = 0
         self.num_evictable = 0  # pages that no lock protects
-        self._queue: list[tuple[int, int, Node]] = []  # (last_used, a number that breaks ties, node)
+        self._queue: list[tuple[float, int, Node]] = []  # (key, a number that breaks ties, node)
         self._entries = 0
         self._uses = 0
 
-    def match_pages(self, tokens: Int32) -> int:
-        """Pages of the longest cached prefix of `tokens`. Changes nothing."""
-        path, used = self._walk(self.root, tokens)
-        return sum(len(node.pages) for node in path[:-1]) + used
+    def find(self, tokens: Int32, found: Match | None = None) -> Match:
+        """The longest cached prefix of `tokens`. Changes nothing but `found`, an earlier match of them or of fewer."""
+        found = found or Match()
+        node = found.node if found.node is not None and found.node.end == found.end else self.root
+        rest = tokens[node.end * self.page_size :]
+        child = node.children.get(self._page(rest))
+        used = found.used if child is not None and child.tokens is found.run else 0
+        if child is not None and not used:
+            path, used = self._walk(node, rest)
+            child = path[-1]
+            if used == len(child.pages):
+                node, child, used = child, None, 0
+            else:
+                assert child.parent is not None
+                node = child.parent
+        found.node, found.end, found.used = node, node.end, used
+        found.child, found.run = child, None if child is None else child.tokens
+        return found
 
-    def match(self, tokens: Int32) -> tuple[Node, Int32]:
-        """The node that ends the longest cached prefix of `tokens`, split off if need be, and the prefix's pages."""
-        path, used = self._walk(self.root, tokens)
-        if not path:
-            return self.root, np.empty(0, np.int32)
-        path[-1] = self._split(path[-1], used)
-        return path[-1], np.concatenate([node.pages for node in path])
+    def match(self, tokens: Int32, found: Match | None = None) -> Node:
+        """The node that ends the longest cached prefix of `tokens`, split off if need be."""
+        found = self.find(tokens, found)
+        assert found.node is not None
+        return found.node if found.child is None else self._split(found.child, found.used)
 
-    def lock(self, node: Node) -> None:
-        """Protect the prefix that ends with `node` from eviction, once more; a use of it."""
+    def evictable_in(self, found: Match) -> int:
+        """Pages of this prefix that no lock protects."""
+        node, child = found.node, found.child
+        count = found.used if child is not None and not child.locks else 0
+        while node is not None and node.parent is not None and not node.locks:  # above a lock everything is locked
+            count += len(node.pages)
+            node = node.parent
+        return count
+
+    def use(self, node: Node, again: bool = False) -> None:
+        """A request was admitted on the prefix that ends with `node`, `again` after it was retracted."""
         self._uses += 1
-        for held in node.path():
-            held.last_used = self._uses
+        now = self.clock()
+        for used in node.path():
+            used.last_used, used.used_at = self._uses, now
+            used.uses += not again
+
+    def lock(self, node: Node, below: Node | None = None) -> None:
+        """Protect the prefix that ends with `node` from eviction, once more; only what is behind `below`, if given."""
+        for held in node.path(below):
             if held.locks == 0:
                 self.num_evictable -= len(held.pages)
             held.locks += 1
 
     def unlock(self, node: Node) -> None:
-        """Take back one `lock`; a use of the prefix, too."""
-        self._uses += 1
+        """Take back one `lock`."""
         for held in node.path():
             assert held.locks > 0, "unlocked more often than locked"
-            held.last_used = self._uses
             held.locks -= 1
             if held.locks == 0:
                 self.num_evictable += len(held.pages)
@@ -108,49 +194,74 @@ class RadixCache:
         if not self.shared:
             return node, len(pages)
         path, used = self._walk(node, tokens)
-        self._uses += 1
-        for passed in path:
-            passed.last_used = self._uses
         known = sum(len(passed.pages) for passed in path[:-1]) + used
         if known == len(pages):
             return node, known
         parent = self._split(path[-1], used) if path else node
         leaf = Node(tokens[known * self.page_size :].copy(), pages[known:].copy(), parent)
-        leaf.last_used = self._uses
-        parent.children[self._key(leaf.tokens)] = leaf
+        self._uses += 1
+        leaf.uses, leaf.last_used, leaf.used_at = 1, self._uses, self.clock()
+        parent.children[self._page(leaf.tokens)] = leaf
         self.num_pages += len(leaf.pages)
         self.num_evictable += len(leaf.pages)
         self._enqueue(leaf)
         return leaf, known
 
     def evict(self, count: int) -> Int32:
-        """Drop up to `count` unlocked pages, from the ends of the least recently used leaves; return their ids."""
+        """Drop up to `count` unlocked pages, from the ends of the leaves with the lowest keys; return their ids."""
         dropped: list[Int32] = [np.empty(0, np.int32)]
         missing = min(count, self.num_evictable)
+        put_back: set[Node] = set()
         while missing > 0:
-            last_used, _, node = heapq.heappop(self._queue)
+            key, _, node = heapq.heappop(self._queue)
             node.queued = False
-            if node.last_used != last_used:
+            if node.evictable and node not in put_back and self._key(node) > key:
+                put_back.add(node)
                 self._enqueue(node)
             elif node.evictable:
                 dropped.append(self._trim(node, min(missing, len(node.pages))))
                 missing -= len(dropped[-1])
         return np.concatenate(dropped)
 
-    def evictable_after(self, unlocked: Sequence[Node], kept: Node) -> list[int]:
-        """What `num_evictable` would be while `kept` is locked, before and after each of these is unlocked."""
-        kept_path = set(kept.path())
-        count = self.num_evictable - sum(len(node.pages) for node in kept_path if node.locks == 0)
-        counts, taken_back = [count], Counter[Node]()
-        for node in unlocked:
-            for held in node.path():
-                taken_back[held] += 1
-                if taken_back[held] == held.locks and held not in kept_path:
-                    count += len(held.pages)
-            counts.append(count)
-        return counts
+    def evictable_after(self, unlocked: Sequence[Node]) -> list[int]:
+        """What `num_evictable` would be before and after each of these is unlocked."""
+        gains = [0] * len(unlocked)
+        # By node: how many of these unlock it, and which is the last. A node that keeps a lock keeps all above it, too.
+        ends: dict[Node, tuple[int, int]] = {}
+        for index, node in enumerate(unlocked):
+            ends[node] = (ends.get(node, (0, 0))[0] + 1, index)
+        deepest = [(-node.end, id(node), node) for node in ends]
+        heapq.heapify(deepest)
+        while deepest:
+            node = heapq.heappop(deepest)[2]
+            count, last = ends[node]
+            parent = node.parent
+            if parent is None or count < node.locks:
+                continue
+            gains[last] += len(node.pages)
+            if parent not in ends:
+                heapq.heappush(deepest, (-parent.end, id(parent), parent))
+            above = ends.get(parent, (0, 0))
+            ends[parent] = (above[0] + count, max(above[1], last))
+        return list(accumulate(gains, initial=self.num_evictable))
 
-    def _key(self, tokens: Int32) -> bytes:
+    def _key(self, node: Node) -> float:
+        """The node's key; a policy that fails is replaced by LRU."""
+        try:
+            key = float(self.eviction.key(node))
+            if math.isnan(key):
+                raise ValueError("the key is not a number")
+        except (Exception, SystemExit):
+            if self.strict:
+                raise
+            logger.exception("the eviction policy %s failed; lru takes its place", type(self.eviction).__name__)
+            self.eviction = EvictionPolicy()
+            self._queue[:] = [(other.last_used, number, other) for _, number, other in self._queue]
+            heapq.heapify(self._queue)
+            return node.last_used
+        return key
+
+    def _page(self, tokens: Int32) -> bytes:
         return tokens[: self.page_size].tobytes()
 
     def _walk(self, node: Node, tokens: Int32) -> tuple[list[Node], int]:
@@ -177,10 +288,10 @@ class RadixCache:
         assert node.parent is not None, "the root has no pages to split"
         middle = count * self.page_size
         upper = Node(node.tokens[:middle].copy(), node.pages[:count].copy(), node.parent)
-        upper.locks, upper.last_used = node.locks, node.last_used
-        node.parent.children[self._key(upper.tokens)] = upper
+        upper.locks, upper.uses, upper.last_used, upper.used_at = node.locks, node.uses, node.last_used, node.used_at
+        node.parent.children[self._page(upper.tokens)] = upper
         node.tokens, node.pages, node.parent = node.tokens[middle:].copy(), node.pages[count:].copy(), upper
-        upper.children[self._key(node.tokens)] = node
+        upper.children[self._page(node.tokens)] = node
         return upper
 
     def _trim(self, leaf: Node, count: int) -> Int32:
@@ -191,10 +302,12 @@ class RadixCache:
         self.num_evictable -= count
         if keep:
             leaf.pages, leaf.tokens = leaf.pages[:keep].copy(), leaf.tokens[: keep * self.page_size].copy()
+            leaf.end -= count
             self._enqueue(leaf)
         else:
             assert leaf.parent is not None, "the root is no leaf"
-            del leaf.parent.children[self._key(leaf.tokens)]
+            del leaf.parent.children[self._page(leaf.tokens)]
+            leaf.end = -1
             self._enqueue(leaf.parent)
         return pages
 
@@ -202,4 +315,4 @@ class RadixCache:
         if node.evictable and not node.queued:
             node.queued = True
             self._entries += 1
-            heapq.heappush(self._queue, (node.last_used, self._entries, node))
+            heapq.heappush(self._queue, (self._key(node), self._entries, node))

@@ -11,13 +11,14 @@ from __future__ import annotations
 import enum
 from collections import deque
 from collections.abc import Callable
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, field
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from minisgl.core.plan import Int32, LogitsInit, LogitsRows, NewRows, Scores, StepPlan, StepResult
+from minisgl.core.radix_cache import Match
 from minisgl.core.types import MAX_STOP_TOKEN_IDS, Grammar, Request, SamplingParams, TokenLogprobs
 from minisgl.errors import InvalidRequestError
 
@@ -114,13 +115,15 @@ class State(enum.IntEnum):
 class RequestState:
     """A request from its acceptance to its terminal event; its tokens live here while it has no row.
 
+    It arrived as number `arrival`, at `arrived_at` seconds of the engine's clock. The lowest `sort_key` is admitted
+    first and retracted last. `match` is how far `reusable` was found in the prefix cache when it was last looked up.
     `max_tokens` counts the prompt, too. `prompt_scores` collects the prompt's log-probabilities until they are
     delivered; `num_scored` of its positions are in launched steps. `cached_tokens` are those of its first admission.
     """
 
     request: Request
     arrival: int
-    queued_step: int
+    arrived_at: float
     seed: int
     max_tokens: int
     eos: InitVar[tuple[int, ...]]
@@ -129,6 +132,7 @@ class RequestState:
     admitted: bool = False
     cached_tokens: int = 0
     slot: int = -1
+    match: Match = field(default_factory=Match)
 
     def __post_init__(self, eos: tuple[int, ...]) -> None:
         request, params = self.request, self.request.params
@@ -136,7 +140,8 @@ class RequestState:
         self.tokens: Int32 = np.frombuffer(request.prompt_bytes, np.int32)
         self.prompt_len = len(self.tokens)
         self.min_len = self.prompt_len + params.min_tokens  # positions below this one hold no stop token
-        self.sort_key = (request.priority, self.arrival)  # the lowest is admitted first and retracted last
+        self.priority = request.priority
+        self.sort_key: tuple[tuple[float, ...], int] = ((self.priority,), self.arrival)
         self.prompt_scores: list[TokenLogprobs | None] = [] if params.prompt_logprobs is None else [None]
 
     @property
@@ -152,8 +157,6 @@ class RequestTable:
 
     def __init__(self, rows: int, max_seq_len: int) -> None:
         self.state = np.zeros(rows, np.int8)
-        self.arrival = np.zeros(rows, np.int64)
-        self.priority = np.zeros(rows, np.int64)
         self.prefill_len = np.zeros(rows, np.int32)
         self.num_computed_tokens = np.zeros(rows, np.int32)
         self.num_tokens = np.zeros(rows, np.int32)
@@ -179,8 +182,6 @@ class RequestTable:
         slot = self.free.popleft()
         params, length = request.request.params, len(request.tokens)
         self.state[slot] = State.PREFILL
-        self.arrival[slot] = request.arrival
-        self.priority[slot] = request.request.priority
         self.prefill_len[slot] = self.num_tokens[slot] = length
         self.num_computed_tokens[slot] = cached
         self.max_tokens[slot] = request.max_tokens
@@ -204,7 +205,7 @@ class RequestTable:
         """Free a row; the caller has released its pages."""
         request = self.request(slot)
         request.tokens = self.tokens[slot, : self.num_tokens[slot]].copy()
-        request.slot = -1
+        request.slot, request.match = -1, Match()
         self.requests[slot] = None
         self.state[slot] = State.FREE
         self.free.append(slot)
@@ -215,12 +216,10 @@ class RequestTable:
         return request
 
     def rows_in(self, *states: State) -> Slots:
-        """Slots in any of these states, sorted."""
-        return self.sort(np.flatnonzero(np.isin(self.state, states) if len(states) > 1 else self.state == states[0]))
+        return np.flatnonzero(np.isin(self.state, states) if len(states) > 1 else self.state == states[0])
 
-    def sort(self, slots: Slots) -> Slots:
-        """These slots, the best priority first and of equals the oldest: the last is the first to be retracted."""
-        return slots[np.lexsort((self.arrival[slots], self.priority[slots]))]
+    def requests_in(self, *states: State) -> list[RequestState]:
+        return [self.request(slot) for slot in self.rows_in(*states).tolist()]
 
     def changes_logits(self, slots: int | NDArray[np.integer]) -> NDArray[np.bool_]:
         return np.asarray(self.penalised[slots] | (self.biases[slots] > 0) | self.constrained[slots])

@@ -1,28 +1,31 @@
-"""The scheduler: decides what the next step does, and takes in what a step did. No torch, no clock, no I/O.
+"""The scheduler: decides what the next step does, and takes in what a step did. No torch, no I/O.
 
 A step decodes every running request and, beside them, prefills chunks of prompts under a token budget
 (Sarathi-Serve, Agrawal et al. 2024), so a long prompt does not stall them. Pages are taken as they are needed. When
-they run out, a request is retracted (preempted): it gives back its row and pages, waits in the queue before all that
-arrived after it, and is prefilled again later, mostly from the prefix cache.
+they run out, a request is retracted (preempted): it gives back its row and pages, keeps its place in the queue, and is
+prefilled again later, mostly from the prefix cache.
 
-Requests are ordered by (priority, arrival), lower first. The last is retracted first. A waiting request also retracts
-running ones, but only of strictly worse priority, and only if that makes room for it. So no two requests can retract
-each other again and again, the first in order is never retracted, and among equals each becomes the first in the end.
-A request of worse priority waits for as long as better ones keep coming: that is what a priority says.
+A policy says whose prompts go on, who is retracted first, and who gives way to a waiting request; first come, first
+served unless another is asked for. That one orders requests by (priority, arrival), lower first. The last is retracted
+first. A waiting request also retracts running ones, but only of strictly worse priority, and only if that makes room
+for it. So no two requests can retract each other again and again, the first in order is never retracted, and among
+equals each becomes the first in the end. A request of worse priority waits for as long as better ones keep coming: that
+is what a priority says.
 """
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable
-from itertools import islice
+from collections.abc import Callable, Iterable
+from heapq import merge
 
 import numpy as np
 
 from minisgl.core.pages import CacheManager, PageWrites
 from minisgl.core.plan import Int32, Masks, StepPlan, StepResult
-from minisgl.core.policy import Policy
+from minisgl.core.policy import Policy, PolicyGuard, View
 from minisgl.core.request_state import EMPTY, Constraint, RequestState, RequestTable, Slots, State
 from minisgl.core.types import FinishReason, TokenEvent
 
@@ -41,25 +44,39 @@ class Draft:
 class Scheduler:
     """Owns the waiting queue and the request table; the cache manager owns the pages."""
 
-    def __init__(self, table: RequestTable, cache: CacheManager, policy: Policy, max_prefill_length: int) -> None:
+    def __init__(
+        self,
+        table: RequestTable,
+        cache: CacheManager,
+        policy: Policy,
+        max_prefill_length: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.table = table
         self.cache = cache
-        self.policy = policy
         self.max_prefill_length = max_prefill_length
+        self.clock = clock
+        self.view = View(table, cache, clock())
         self.waiting: deque[RequestState] = deque()  # in the order of their sort keys
         self.live: dict[str, RequestState] = {}
         self.step = 0
         self.retracted = self.prompt_tokens = self.cached_prompt_tokens = 0
+        self.policy = PolicyGuard(policy, self.view, self.live, self._sort_queue)
+        self._room_for: RequestState | None = None  # for whom running requests were retracted
 
     def add(self, request: RequestState) -> None:
         self.live[request.request.id] = request
+        self.policy.place(request)
         self._queue(request)
 
     def _queue(self, request: RequestState) -> None:
         self.waiting.insert(self._queue_index(request), request)
 
+    def _sort_queue(self) -> None:
+        self.waiting = deque(sorted(self.waiting, key=by_place))
+
     def _queue_index(self, request: RequestState) -> int:
-        return bisect_left(self.waiting, request.sort_key, key=lambda other: other.sort_key)
+        return bisect_left(self.waiting, request.sort_key, key=by_place)
 
     def abort(self, request_id: str) -> TokenEvent | None:
         """End a request in whatever state it is; None when it is not live. Its pages may be freed later."""
@@ -70,27 +87,33 @@ class Scheduler:
             event = self._end(slot, FinishReason.ABORT)
             self._settle([slot])
             return event
+        self._leave_queue(request)
+        del self.live[request_id]
+        return TokenEvent(id=request_id, finish=FinishReason.ABORT, cached_tokens=request.cached_tokens)
+
+    def _leave_queue(self, request: RequestState) -> None:
         index = self._queue_index(request)
         assert self.waiting[index] is request
         del self.waiting[index]
-        del self.live[request_id]
-        return TokenEvent(id=request_id, finish=FinishReason.ABORT, cached_tokens=request.cached_tokens)
 
     # Planning a step
 
     def schedule(self) -> StepPlan | None:
         """Plan the next step and account for it as launched; None when no row can do anything now."""
-        # 1. If the first waiting request finds no row or too few pages, retract running ones of worse priority for it.
+        # 1. The policy puts the prompts in order, of waiting and of running requests. If the first waiting one finds no
+        #    row or too few pages, retract running ones that give way to it.
         # 2. Every running request past its prompt decodes one token. While pages are missing, retract the last.
-        # 3. The other running requests prefill a chunk each, in order, until the budget or the pages are used up.
-        # 4. If neither is, waiting requests are admitted in the policy's order and prefill their first chunk, up to the
-        #    first whose prompt does not fit beside what running requests will soon need.
-        # 5. If all this gives no work, although some is left and no step is in flight, retract the last and try again.
-        self._retract_for_priority()
+        # 3. In the policy's order, until the budget is used up, running requests prefill a chunk each. Waiting ones are
+        #    admitted and prefill their first, up to the first whose prompt does not fit beside what running requests
+        #    will soon need.
+        # 4. If all this gives no work, although some is left and no step is in flight, retract the last and try again.
+        self.view.now = self.clock()
+        prompts = self._prompts_in_order()
+        self._make_room(next((request for request in prompts if request.slot < 0), None))
         while True:
             step = Draft(self.max_prefill_length)
             self._schedule_decodes(step)
-            self._schedule_prompts(step)
+            self._schedule_prompts(step, prompts)
             if len(step.decodes) or step.chunks:
                 return self._launch(step)
             has_work = len(self._decoding()) or (self.table.state == State.PREFILL).any()
@@ -98,22 +121,39 @@ class Scheduler:
                 return None
             self.retract_last()
 
-    def _retract_for_priority(self) -> None:
+    def _prompts_in_order(self) -> list[RequestState]:
+        """Whose prompts may go on: all running requests not past theirs, and as many waiting ones as may fit."""
+        prefilling = sorted(self.table.requests_in(State.PREFILL), key=by_place)
+        if not (prefilling or self.waiting):
+            return []
+
+        def in_queue_order() -> Iterable[RequestState]:
+            return merge(prefilling, self.waiting, key=by_place) if prefilling else self.waiting
+
+        prompts = self.policy.order(in_queue_order, len(prefilling) + len(self.table.free) + 1)
+        prompts += [request for request in prefilling if request not in prompts]
+        # Whom others were retracted for goes before all to whom it would not give way itself.
+        if (promised := self._room_for) is not None and promised.slot < 0 and promised.request.id in self.live:
+            ahead = [request for request in prompts if self.policy.make_room(request, [promised])]
+            prompts = [*ahead, promised, *(other for other in prompts if other not in ahead and other is not promised)]
+        return prompts
+
+    def _make_room(self, first: RequestState | None) -> None:
+        """Retract running requests that give way to the first waiting one, if it fits then and not before."""
         table, cache = self.table, self.cache
-        first = self.waiting[0] if self.waiting else None
-        if first is None or not (table.priority > first.request.priority).any():  # free rows may be among them
+        running = table.requests_in(State.PREFILL, State.DECODE)
+        yielding = [] if first is None else [request.slot for request in self.policy.make_room(first, running)]
+        if first is None or not yielding:
             return
-        running = table.rows_in(State.PREFILL, State.DECODE)
-        worse = running[table.priority[running] > first.request.priority][::-1]
-        leaving = self._leaving()
-        pages = -(-len(first.tokens) // cache.page_size) - cache.match_len(first.reusable) // cache.page_size
-        pages += int(self._promised(running, 1).sum())
-        needed = pages - np.cumsum([0, *self._promised(worse, 1)])
-        rows = len(table.free) + len(leaving) + np.arange(len(worse) + 1)
-        available = cache.available_after(np.concatenate([leaving, worse]), first.reusable)[len(leaving) :]
+        leaving, slots = self._leaving(), np.array(yielding, np.intp)
+        pages = self._pages_lacking(first) + int(self._promised(table.rows_in(State.PREFILL, State.DECODE), 1).sum())
+        needed = pages - np.cumsum([0, *self._promised(slots, 1)])
+        rows = len(table.free) + len(leaving) + np.arange(len(slots) + 1)
+        available = cache.available_after(np.concatenate([leaving, slots]), first.reusable, first.match)[len(leaving) :]
         fits = (rows > 0) & (needed <= available)  # after so many retractions, none of them first
-        for _ in range(int(fits.argmax())):  # 0 where nothing helps
-            self.retract_last()
+        for slot in yielding[: int(fits.argmax())]:  # 0 where nothing helps
+            self._retract(slot)
+            self._room_for = first
 
     def _schedule_decodes(self, step: Draft) -> None:
         """Take the rows that decode, with pages for their next token."""
@@ -134,52 +174,54 @@ class Scheduler:
     def _retract_for_decodes(self, slots: Slots) -> Slots:
         """The decode rows that can go on now, after retracting as many of the last as it takes."""
         table, cache = self.table, self.cache
-        slots = table.sort(slots)
+        last_first = self._retraction_order()
+        running: Slots = np.array(last_first[::-1], np.intp)
+        slots = running[np.isin(running, slots)]
         need = cache.pages_needed(slots, table.num_computed_tokens[slots] + 1)
         while len(slots) and int(need.sum()) > cache.available_after(self._leaving())[-1]:
-            keep = slots != self.retract_last()
+            slot = last_first.pop(0)
+            self._retract(slot)
+            keep = slots != slot
             slots, need = slots[keep], need[keep]
-        return slots[np.cumsum(need) <= cache.available]
+        going_on: Slots = slots[(need == 0) | (np.cumsum(need) <= cache.available)]
+        return going_on
 
-    def _schedule_prompts(self, step: Draft) -> None:
-        """Prefill running requests, then waiting ones, while budget, pages and rows last."""
-        for slot in self.table.rows_in(State.PREFILL).tolist():
-            if not self._prefill(step, slot):
-                return
-        if not self.waiting or not self.table.free:
-            return
-        order = self.policy.order(self.waiting, lambda r: self.cache.match_len(r.reusable), self.step)
-        for request in list(islice(order, len(self.table.free))):
-            if not self._admit(step, request) or not self._prefill(step, request.slot):
+    def _schedule_prompts(self, step: Draft, prompts: list[RequestState]) -> None:
+        """Prefill these, admitting those that wait up to the first that does not fit, while budget and pages last."""
+        fits = True
+        for request in prompts:
+            if request.slot < 0:
+                fits = fits and self._admit(step, request)
+            if request.slot >= 0 and self.table.state[request.slot] == State.PREFILL:
+                self._prefill(step, request.slot)
+            if not step.budget:
                 return
 
-    def _prefill(self, step: Draft, slot: int) -> bool:
-        """Prefill a chunk of this row's prompt, as large as budget and pages allow; whether both are left."""
+    def _prefill(self, step: Draft, slot: int) -> None:
+        """Prefill a chunk of this row's prompt, as large as budget and pages allow."""
         table, cache = self.table, self.cache
         computed = int(table.num_computed_tokens[slot])
         room = (int(cache.row_pages[slot]) + cache.available) * cache.page_size - computed
         length = min(int(table.prefill_len[slot]) - computed, step.budget, room)
         if length <= 0:
-            return False
+            return
         end = computed + length
         step.writes.append(cache.extend(np.array([slot]), np.array([end])))
         table.num_computed_tokens[slot] = end
         cache.publish(slot, table.tokens[slot, : table.num_tokens[slot]], end)
         step.chunks.append((slot, length))
         step.budget -= length
-        return step.budget > 0
 
     def _admit(self, step: Draft, request: RequestState) -> bool:
         """Give the request a row if its whole prompt fits beside what running rows will soon need."""
         table, cache = self.table, self.cache
-        slot = table.free[0]
-        cached = cache.acquire(slot, request.reusable)
-        need = int(cache.pages_needed(np.array([slot]), np.array([len(request.tokens)]))[0])
-        if need + int(self._promised(table.rows_in(State.PREFILL, State.DECODE)).sum()) > cache.available:
-            cache.release(slot, request.tokens, cached)
+        need = self._pages_lacking(request) + int(self._promised(table.rows_in(State.PREFILL, State.DECODE)).sum())
+        if not table.free or need > cache.available_beside(request.match):
             return False
+        slot = table.free[0]
+        cached = cache.acquire(slot, request.reusable, request.match, again=request.admitted)
+        self._leave_queue(request)
         table.admit(request, cached)
-        self.waiting.remove(request)
         if not request.admitted:
             request.admitted = True
             request.cached_tokens = cached
@@ -188,6 +230,11 @@ class Scheduler:
         step.admitted.append(slot)
         step.writes.append(cache.writes(slot))
         return True
+
+    def _pages_lacking(self, request: RequestState) -> int:
+        """Pages that a waiting request's prompt takes beside those that are cached of it."""
+        size = self.cache.page_size
+        return -(-len(request.tokens) // size) - self.cache.match_len(request.reusable, request.match) // size
 
     def _promised(self, rows: Slots, decodes: int = 0) -> Int32:
         """Pages that each of these running rows will take: for the rest of its prompt or so many decodes, and one more.
@@ -314,13 +361,21 @@ class Scheduler:
         self.table.state[slot] = State.ENDED
         return TokenEvent(id=request.request.id, finish=finish, cached_tokens=request.cached_tokens, error=error)
 
-    def retract_last(self) -> int:
-        """Queue the last running request again, now or when the step in flight is collected; its slot."""
-        slot = int(self.table.rows_in(State.PREFILL, State.DECODE)[-1])
+    def _retraction_order(self) -> list[int]:
+        """Slots of all running requests, the first to be retracted first."""
+        running = self.table.requests_in(State.PREFILL, State.DECODE)
+        named = self.policy.retract(running)
+        named += sorted(set(running).difference(named), key=by_place, reverse=True)
+        return [request.slot for request in named]
+
+    def retract_last(self) -> None:
+        self._retract(self._retraction_order()[0])
+
+    def _retract(self, slot: int) -> None:
+        """Queue a running request again, now or when the step in flight is collected."""
         self.retracted += 1
         self.table.state[slot] = State.RETRACTING
         self._settle([slot])
-        return slot
 
     def _settle(self, slots: Iterable[int]) -> None:
         """Release the rows among these, all leaving, that no launched step touches."""
@@ -334,6 +389,10 @@ class Scheduler:
             table.vacate(slot)
             if retracting:
                 self._queue(request)
+
+
+def by_place(request: RequestState) -> tuple[tuple[float, ...], int]:
+    return request.sort_key
 
 
 def accept(constraint: Constraint, token: int) -> str | None:
