@@ -33,6 +33,20 @@ ON_THE_CPU: tuple[tuple[dict[str, Any], str], ...] = (
     ({"cache": "lru"}, "--cache must be one of radix, naive"),
     *(({"api_workers": n}, f"--api-workers must be between 1 and 64, got {n}") for n in (0, 65)),
     ({"all_reduce": "symmetric"}, "--all-reduce must be one of auto, fused, nccl, got 'symmetric'"),
+    *(
+        ({"schedule_policy": name}, "fcfs, lpm, srpf, priority, an entry point")
+        for name in ("", "sjf", "lpm.patience=5")
+    ),
+    (
+        {"eviction": "fifo"},
+        "--eviction must be one of lru, slru, an entry point of minisgl.evictions, or path.py:Class",
+    ),
+    ({"eviction": "slru", "cache": "naive"}, "--eviction is of the prefix cache: leave it out with --cache naive"),
+    *(
+        ({"client_priorities": (bad,)}, f"--client-priorities must be LOW:HIGH or N=LOW:HIGH, got {bad!r}")
+        for bad in ("", "1", "9:0", "a:b", "0=0:1", "x=0:1", "1:2:3", "1.5:2", "=0:1", "0:" + "9" * 11, "0:٣")
+    ),
+    ({"client_priorities": ("0:1", "2=0:1"), "api_key": ("a",)}, "--client-priorities: there are 1 keys in --api-key"),
     *(({"attn": attn}, "--attn must be auto") for attn in ("fa,", "auto,fa")),
     ({"attn": "cudnn"}, "fa, fi, trtllm, triton, torch"),
 )

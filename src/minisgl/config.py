@@ -117,6 +117,9 @@ class Config:
         (), "--allowed-hosts",
         help="names that a request's Host may have, such as *.example.com; * for any; "
         "default: without key and --allow-public localhost and the like, else any")
+    client_priorities: tuple[str, ...] = setting(
+        (), "--client-priorities",
+        help="priorities that requests may ask for, LOW:HIGH; N=LOW:HIGH for the N-th --api-key; default: all ignored")
     cors_origins: tuple[str, ...] = setting(
         (), "--cors-origins", help="origins whose web pages may call the server; * for all; default: none")
     ssl_certfile: str | None = setting(None, "--ssl-certfile", help="PEM certificate chain; the server speaks TLS")
@@ -280,8 +283,21 @@ def check(config: Config) -> None:
         raise ConfigError("--allowed-hosts takes names without scheme, port and path; an IPv6 address is in brackets")
     if config.cache == "naive" and config.eviction != "lru":
         raise ConfigError("--eviction is of the prefix cache: leave it out with --cache naive")
+    if any(number > len(config.api_key) for number in priority_ranges(config.client_priorities)):
+        raise ConfigError(f"--client-priorities: there are {len(config.api_key)} keys in --api-key")
     if (config.ssl_certfile is None) != (config.ssl_keyfile is None):
         raise ConfigError("--ssl-certfile and --ssl-keyfile go together; give both or neither")
+
+
+def priority_ranges(values: Iterable[str]) -> dict[int, tuple[int, int]]:
+    """What `--client-priorities` says: the range of each API key that has its own, by number; 0 is all others."""
+    ranges = {}
+    for value in values:
+        match = re.fullmatch(r"(?a)(?:([1-9]\d{0,3})=)?([+-]?\d{1,10}):([+-]?\d{1,10})", value)
+        if match is None or int(match[2]) > int(match[3]):
+            raise ConfigError(f"--client-priorities must be LOW:HIGH or N=LOW:HIGH, got {value!r}")
+        ranges[int(match[1] or 0)] = int(match[2]), int(match[3])
+    return ranges
 
 
 def flag_of(name: str) -> str:

@@ -26,6 +26,50 @@ from minisgl.server.metrics import Metrics
 TEXT: dict[str, Any] = {"prompt": "hello there", "max_tokens": 3}
 
 
+KEYS = ("one", "two", "three")
+# Who may ask for which priority: settings, the client's key, the priority, and the one it gets, None for a 400.
+PRIORITIES: list[tuple[dict[str, Any], str, int, int | None]] = [
+    *(({}, "", asked, 0) for asked in (-(2**31), -1, 0, 7, 2**31 - 1)),  # by default it is ignored
+    *(({"client_priorities": ("0:9",)}, "", asked, got) for asked, got in ((0, 0), (9, 9), (10, None), (-1, None))),
+    *(({"client_priorities": ("0:0",)}, "", asked, got) for asked, got in ((0, 0), (1, None), (-(2**31), None))),
+    *(
+        ({"client_priorities": ("2=-5:5", "1:3"), "api_key": KEYS}, key, asked, got)
+        for key, asked, got in (
+            ("one", 1, 1), ("one", -5, None), ("two", -5, -5), ("two", 6, None), ("three", 3, 3), ("three", 0, None),
+        )
+    ),
+    *(
+        ({"client_priorities": ("3=-9:-9",), "api_key": KEYS}, key, asked, got)
+        for key, asked, got in (("one", -9, 0), ("two", 5, 0), ("three", -9, -9), ("three", 0, None))
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("settings", "key", "asked", "got"), PRIORITIES)
+async def test_a_priority_counts_within_the_range_of_the_clients_key(
+    settings: dict[str, Any], key: str, asked: int, got: int | None, tmp_path: Path
+) -> None:
+    async with serving(tmp_path, **settings) as server:
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+        bodies = {
+            "/v1/chat/completions": chat,
+            "/v1/completions": {**TEXT, "n": 2},
+            "/generate": {"text": "hi", "sampling_params": {"max_new_tokens": 1}},
+        }
+        for path, body in bodies.items():
+            answer = await server.http.post(path, json={**body, "priority": asked}, headers=headers)
+            if got is None:
+                error = answer.json()["error"]
+                assert (answer.status_code, error["param"], error["code"]) == (400, "priority", "invalid_value")
+                assert f"got {asked}" in error["message"]
+            else:
+                assert answer.status_code == 200, answer.text
+            assert (await server.http.post(path, json=body, headers=headers)).status_code == 200
+        seen = [request.priority for request in server.engine.seen]
+        assert seen == ([0, 0, 0, 0] if got is None else [got, 0, got, got, 0, 0, got, 0])
+
+
 def requests(count: int, tokens: int = 10) -> list[Request]:
     return [Request.make(id=str(i), prompt=[5] * tokens, params=SamplingParams()) for i in range(count)]
 

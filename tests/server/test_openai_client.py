@@ -107,6 +107,7 @@ async def test_eos_is_not_shown_and_ignore_eos_goes_past_it(server: Serving) -> 
     assert ended["usage"]["completion_tokens"] == len(server.tokenizer.encode("ab")) + 1
 
 
+@pytest.mark.serving(client_priorities=("0:4",))
 async def test_every_sampling_field_reaches_the_engine(server: Serving) -> None:
     body = {
         "model": MODEL, "prompt": "hi there", "max_tokens": 5, "temperature": 0, "top_p": 0.5, "top_k": 7,
@@ -132,6 +133,7 @@ async def test_every_sampling_field_reaches_the_engine(server: Serving) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.serving(client_priorities=("0:4",))
 async def test_whole_numbers_may_be_written_with_a_point(server: Serving) -> None:
     body = {
         "prompt": "x", "max_tokens": 3.0, "top_k": 7.0, "seed": -3.0, "min_tokens": 2.0, "priority": 4.0,

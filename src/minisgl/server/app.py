@@ -115,6 +115,7 @@ class Endpoints:
     async def respond(self, request: Request, prepare: Prepare, kind: AnyCompletion) -> Response:
         """The completion, whole or streamed. The requests end when the client leaves."""
         prepared = await self.api.prepare(prepare, await read_body(request))
+        self.api.prioritize(prepared, request.scope.get("api_key", 0))
         generation = Generation(self.api.client, self.preparation.tokenizer, prepared)
         completion = kind(generation, self.preparation.model.name)
         if not prepared.body.stream:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from minisgl.config import Config
+from minisgl.config import Config, priority_ranges
 from minisgl.core.types import REASONING_END, REASONING_START, Grammar, ModelInfo, Request, SamplingParams
 from minisgl.errors import InvalidRequestError, ModelNotFoundError, UnsupportedParameterError
 from minisgl.server import protocol
@@ -188,7 +188,7 @@ class Preparation:
             for copy in range(copies):
                 seeded = msgspec.structs.replace(own, seed=nth_seed(own.seed, copy))
                 name = f"{base}-{len(requests)}"
-                requests.append(Request.make(id=name, prompt=prompt, params=seeded, priority=body.priority or 0))
+                requests.append(Request.make(id=name, prompt=prompt, params=seeded))
         return requests
 
     def require_tool_format(self) -> ToolFormat:
@@ -248,6 +248,16 @@ class Api:
     started: float  # s, on the monotonic clock
     health_timeout: float = 5.0  # s
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))  # Unix time, s
+
+    def prioritize(self, prepared: PreparedRequest, key: int) -> None:
+        """Give the requests the priority that is asked for, if the holder of this key (0: of none) may ask for one."""
+        priority, ranges = prepared.body.priority, priority_ranges(self.config.client_priorities)
+        if priority is None or not (allowed := ranges.get(key, ranges.get(0))):
+            return
+        low, high = allowed
+        require(low <= priority <= high, f"priority must be between {low} and {high}, got {priority}", "priority")
+        replaced = [msgspec.structs.replace(request, priority=priority) for request in prepared.requests]
+        prepared.requests[:] = replaced
 
     async def prepare(self, prepare: Callable[[bytes], T], body: bytes) -> T:
         with self.client.metrics.preparing.track_inprogress():
