@@ -7,7 +7,7 @@ import pytest
 
 from helpers.invariants import check_tree
 from minisgl.core.plan import Int32
-from minisgl.core.radix_cache import EvictionPolicy, Match, Node, RadixCache, SegmentedLRU
+from minisgl.core.radix_cache import EvictionPolicy, GuardedEviction, Match, Node, RadixCache, SegmentedLRU
 
 
 def ids(*values: int) -> Int32:
@@ -129,7 +129,7 @@ def test_lru_takes_the_place_of_an_eviction_policy_that_fails(wrong: object, cap
                 raise wrong
             return wrong  # type: ignore[return-value]
 
-    tree = RadixCache(1, eviction=Failing())
+    tree = RadixCache(1, eviction=GuardedEviction(Failing()))
     for first in (0, 1, 2, 3):
         insert(tree, ids(first), first)
     use(tree, ids(1))

@@ -43,7 +43,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def start(self, page_size: int, spare: int, **settings: object) -> None:
         pages = -(-(MAX_SEQ_LEN + spare) // page_size)
         self.engine = simulated_engine(page_size=page_size, num_pages=pages, max_seq_len=MAX_SEQ_LEN, **settings)
-        self.engine.scheduler.policy.strict = self.engine.cache.strict = True
+        self.engine.scheduler.policy.strict = True
         self.requests: dict[str, Request] = {}
         self.events: dict[str, list[TokenEvent]] = {}
         self.aborted: set[str] = set()

@@ -87,15 +87,6 @@ class CacheManager:
         self._held: Int32 = np.zeros(max_rows, np.int32)
 
     @property
-    def strict(self) -> bool:
-        """Whether a failure of the eviction policy is raised, not handled."""
-        return self._cache.strict
-
-    @strict.setter
-    def strict(self, value: bool) -> None:
-        self._cache.strict = value
-
-    @property
     def num_free(self) -> int:
         return self._allocator.num_free
 

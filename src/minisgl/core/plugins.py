@@ -21,7 +21,7 @@ import numpy as np
 from minisgl.core.pages import CacheManager
 from minisgl.core.plan import StepResult
 from minisgl.core.policy import POLICIES, Policy
-from minisgl.core.radix_cache import EVICTIONS, EvictionPolicy
+from minisgl.core.radix_cache import EVICTIONS, EvictionPolicy, GuardedEviction
 from minisgl.core.request_state import RequestState, RequestTable
 from minisgl.core.scheduler import Scheduler
 from minisgl.core.types import Request, SamplingParams
@@ -47,7 +47,10 @@ def load_eviction(spec: str) -> EvictionPolicy:
     def make() -> EvictionPolicy:
         return construct(spec, EVICTIONS, "minisgl.evictions", EvictionPolicy)
 
-    return make() if spec in EVICTIONS else in_time(spec, lambda: try_out(Policy(), make(), make()))
+    if spec in EVICTIONS:
+        return make()
+    policy = in_time(spec, lambda: try_out(Policy(), GuardedEviction(make(), strict=True), make()))
+    return GuardedEviction(policy)
 
 
 def construct(spec: str, shipped: Mapping[str, Callable[..., T]], group: str, base: type[T]) -> T:
@@ -119,19 +122,22 @@ def try_out(policy: Policy, eviction: EvictionPolicy, fresh: T) -> T:
 
     Raises what they raise, ValueError for a wrong answer, and ConfigError when a request never ends.
     """
-    seconds = itertools.count(1000.0, 0.5)
-    table, cache = RequestTable(4, 48), CacheManager(14, 4, True, 4, 12, eviction, lambda: next(seconds))
-    scheduler = Scheduler(table, cache, policy, 12, lambda: next(seconds))
-    scheduler.policy.strict = cache.strict = True
-    for number in range(24):
-        prompt = [*range(4 * (number % 4)), *([number] * (1 + number * 5 % 23))]
-        request = Request.make(str(number), prompt, SamplingParams(), priority=number % 3)
-        limit = len(prompt) + 1 + number % 9
-        scheduler.add(RequestState(request, number, next(seconds), 0, limit, ()))
-        for _ in range(TRIAL_STEPS if number == 23 else 2):
-            if (plan := scheduler.schedule()) is not None:
-                tokens = np.ones(len(plan.sampled_slots), np.int32)
-                scheduler.commit(plan, StepResult(step=plan.step, tokens=tokens))
-    if scheduler.live:
-        raise ConfigError(f"{len(scheduler.live)} of 24 requests had not ended after {TRIAL_STEPS} steps")
+    for shared in (True, False):
+        seconds = itertools.count(1000.0, 0.5)
+        table, cache = RequestTable(4, 48), CacheManager(14, 4, shared, 4, 12, eviction, seconds.__next__)
+        scheduler = Scheduler(table, cache, policy, 12, seconds.__next__)
+        scheduler.policy.strict = True
+        for number in range(24):
+            prompt = [*range(4 * (number % 4)), *([number] * (1 + number * 5 % 23))]
+            request = Request.make(str(number), prompt, SamplingParams(), priority=number % 3)
+            limit = len(prompt) + 1 + number % 9
+            scheduler.add(RequestState(request, number, next(seconds), 0, limit, ()))
+            for _ in range(TRIAL_STEPS if number == 23 else 2):
+                if not scheduler.live:
+                    break
+                if (plan := scheduler.schedule()) is not None:
+                    tokens = np.ones(len(plan.sampled_slots), np.int32)
+                    scheduler.commit(plan, StepResult(step=plan.step, tokens=tokens))
+        if scheduler.live:
+            raise ConfigError(f"{len(scheduler.live)} of 24 requests had not ended after {TRIAL_STEPS} steps")
     return fresh

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
@@ -77,6 +76,25 @@ class SegmentedLRU(EvictionPolicy):
         return node.used_at + (self.protect if node.uses > 1 else 0.0)
 
 
+class GuardedEviction(EvictionPolicy):
+    """A policy from outside; when it fails, LRU takes its place, or with `strict` the failure is raised."""
+
+    def __init__(self, policy: EvictionPolicy, strict: bool = False) -> None:
+        self.policy, self.strict = policy, strict
+
+    def key(self, node: Node) -> float:
+        try:
+            if (key := float(self.policy.key(node))) == key:
+                return key
+            raise ValueError("the key is not a number")
+        except (Exception, SystemExit):
+            if self.strict:
+                raise
+            logger.exception("the eviction policy %s failed; lru takes its place", type(self.policy).__name__)
+            self.policy = EvictionPolicy()
+            return node.last_used
+
+
 # The values of `--eviction`.
 EVICTIONS: Mapping[str, Callable[..., EvictionPolicy]] = MappingProxyType({"lru": EvictionPolicy, "slru": SegmentedLRU})
 
@@ -119,7 +137,6 @@ class RadixCache:
         self.shared = shared
         self.eviction = eviction or EvictionPolicy()
         self.clock = clock
-        self.strict = False  # a failure of the eviction policy is raised, LRU does not take its place
         self.root = Node(np.empty(0, np.int32), np.empty(0, np.int32), None)
         self.num_pages = 0
         self.num_evictable = 0  # pages that no lock protects
@@ -215,7 +232,7 @@ class RadixCache:
         while missing > 0:
             key, _, node = heapq.heappop(self._queue)
             node.queued = False
-            if node.evictable and node not in put_back and self._key(node) > key:
+            if node.evictable and node not in put_back and self.eviction.key(node) > key:
                 put_back.add(node)
                 self._enqueue(node)
             elif node.evictable:
@@ -244,22 +261,6 @@ class RadixCache:
             above = ends.get(parent, (0, 0))
             ends[parent] = (above[0] + count, max(above[1], last))
         return list(accumulate(gains, initial=self.num_evictable))
-
-    def _key(self, node: Node) -> float:
-        """The node's key; a policy that fails is replaced by LRU."""
-        try:
-            key = float(self.eviction.key(node))
-            if math.isnan(key):
-                raise ValueError("the key is not a number")
-        except (Exception, SystemExit):
-            if self.strict:
-                raise
-            logger.exception("the eviction policy %s failed; lru takes its place", type(self.eviction).__name__)
-            self.eviction = EvictionPolicy()
-            self._queue[:] = [(other.last_used, number, other) for _, number, other in self._queue]
-            heapq.heapify(self._queue)
-            return node.last_used
-        return key
 
     def _page(self, tokens: Int32) -> bytes:
         return tokens[: self.page_size].tobytes()
@@ -315,4 +316,4 @@ class RadixCache:
         if node.evictable and not node.queued:
             node.queued = True
             self._entries += 1
-            heapq.heappush(self._queue, (self._key(node), self._entries, node))
+            heapq.heappush(self._queue, (self.eviction.key(node), self._entries, node))

@@ -133,7 +133,7 @@ class Scheduler:
         prompts = self.policy.order(in_queue_order, len(prefilling) + len(self.table.free) + 1)
         prompts += [request for request in prefilling if request not in prompts]
         # Whom others were retracted for goes before all to whom it would not give way itself.
-        if (promised := self._room_for) is not None and promised.slot < 0 and promised.request.id in self.live:
+        if (promised := self._room_for) is not None and self.live.get(promised.request.id) is promised:
             ahead = [request for request in prompts if self.policy.make_room(request, [promised])]
             prompts = [*ahead, promised, *(other for other in prompts if other not in ahead and other is not promised)]
         return prompts
@@ -141,9 +141,11 @@ class Scheduler:
     def _make_room(self, first: RequestState | None) -> None:
         """Retract running requests that give way to the first waiting one, if it fits then and not before."""
         table, cache = self.table, self.cache
+        if first is None:
+            return
         running = table.requests_in(State.PREFILL, State.DECODE)
-        yielding = [] if first is None else [request.slot for request in self.policy.make_room(first, running)]
-        if first is None or not yielding:
+        yielding = [request.slot for request in self.policy.make_room(first, running)]
+        if not yielding:
             return
         leaving, slots = self._leaving(), np.array(yielding, np.intp)
         pages = self._pages_lacking(first) + int(self._promised(table.rows_in(State.PREFILL, State.DECODE), 1).sum())
@@ -227,6 +229,8 @@ class Scheduler:
             request.cached_tokens = cached
             self.prompt_tokens += request.prompt_len
             self.cached_prompt_tokens += cached
+        if self._room_for is request:
+            self._room_for = None
         step.admitted.append(slot)
         step.writes.append(cache.writes(slot))
         return True
