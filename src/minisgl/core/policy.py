@@ -81,7 +81,7 @@ class LongestPrefixMatch(Policy):
     all, one that is cached in half before `patience` / 2 seconds; so none starves.
     """
 
-    def __init__(self, patience: float = 30.0) -> None:
+    def __init__(self, patience: float = 60.0) -> None:
         self.patience = patience
 
     def order(self, requests: Iterable[RequestState], view: View) -> Iterable[RequestState]:
@@ -150,7 +150,8 @@ class PolicyGuard:
 
     def order(self, requests: Callable[[], Iterable[RequestState]], most: int) -> list[RequestState]:
         def allowed(request: RequestState) -> bool:
-            return request.slot < 0 or self.view.prefilling(request)
+            known = self.live.get(request.request.id) is request
+            return known and (request.slot < 0 or self.view.prefilling(request))
 
         return self._ask(lambda policy: policy.order(requests(), self.view), allowed, most)
 
@@ -177,8 +178,9 @@ class PolicyGuard:
         """The first so many requests named; raises ValueError for a wrong one and for one that is named twice."""
         named: dict[RequestState, None] = {}
         for request in islice(answer, most):
-            if request in named or self.live.get(request.request.id) is not request or not allowed(request):
-                raise ValueError(f"it returned the request {request.request.id!r}, which it may not, or twice")
+            if not isinstance(request, RequestState) or request in named or not allowed(request):
+                what = f"request {request.request.id!r}" if isinstance(request, RequestState) else repr(request)[:80]
+                raise ValueError(f"it returned {what}, which it was not given, or twice")
             named[request] = None
         return list(named)
 
