@@ -34,7 +34,7 @@ RINGS = (
 """Innermost first; a module imports from its own ring and from inner ones."""
 CORE_IMPORTS = {"torch", "numpy", "msgspec", "safetensors"}
 
-DECISIONS = ("types", "plan", "request_state", "policy", "scheduler", "engine", "pages", "radix_cache")
+DECISIONS = ("types", "plan", "request_state", "policy", "plugins", "scheduler", "engine", "pages", "radix_cache")
 """What is decided: these files of `core` know no torch."""
 TORCHLESS = (
     *(f"minisgl.{part}" for part in ("text", "server", "config", "cli")),

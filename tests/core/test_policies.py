@@ -1,6 +1,7 @@
 """Policies, shipped ones and those of a user's file: their order by steps, what is wrong with them, what they cost."""
 
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -202,8 +203,7 @@ def test_slru_keeps_the_prompts_that_come_again_where_lru_drops_them() -> None:
     cached = {}
     for eviction in EVICTIONS:
         engine = policy_engine("fcfs", num_pages=44, max_seq_len=64, max_running_requests=1, eviction=eviction)
-        clock = itertools.count(1000.0)
-        engine.cache._cache.clock = clock.__next__
+        engine.scheduler.clock = itertools.count(1000.0).__next__
         prompts = [[40 + i] * 16 if i < 2 else [turn, i] * 8 for turn in range(8) for i in (0, 0, 1, 1, *range(2, 14))]
         answers = run(engine, [request(str(i), prompt, max_tokens=1) for i, prompt in enumerate(prompts)])
         cached[eviction] = sum(event.cached_tokens for events in answers.values() for event in events)
@@ -410,3 +410,14 @@ def test_a_policy_that_fails_while_serving_is_replaced(
     assert "the scheduling policy Mine failed; fcfs takes its place" in caplog.text
     assert type(engine.scheduler.policy.policy) is Policy
     check_answers(engine, wanted, {name: [event for event in events if event.id == name] for name in names})
+
+
+@pytest.mark.parametrize("flag", ["policy", "eviction"])
+def test_the_recipe_of_the_contributors_page_works(flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (EXAMPLES.parent / "CONTRIBUTING.md").read_text()
+    text, spec = re.findall(rf"```python\n(# mine.py, run with --{flag} (\S+)\n.*?)```", page, re.DOTALL)[0]
+    (tmp_path / "mine.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    engine = simulated_engine(**{"schedule_policy" if flag == "policy" else "eviction": spec})
+    run(engine, [asked(chr(97 + i), 1 + i, max_tokens=9) for i in range(20)])
+    assert engine.stats().running == engine.stats().waiting == 0

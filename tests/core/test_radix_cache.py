@@ -21,7 +21,7 @@ def insert(tree: RadixCache, tokens: Int32, first_page: int) -> None:
 
 
 def use(tree: RadixCache, tokens: Int32) -> None:
-    tree.use(tree.match(tokens))
+    tree.use(tree.match(tokens), 0.0)
 
 
 @pytest.fixture
@@ -96,13 +96,11 @@ def test_only_an_admitted_request_is_a_use(tree: RadixCache) -> None:
 
 
 def test_slru_keeps_what_was_used_again_for_some_seconds_longer() -> None:
-    now = 0.0
-    tree = RadixCache(1, eviction=SegmentedLRU(protect=10), clock=lambda: now)
+    tree = RadixCache(1, eviction=SegmentedLRU(protect=10))
     insert(tree, ids(1), 1)
     use(tree, ids(1))
-    for second, page in ((5, 2), (9, 3), (11, 4)):
-        now = second
-        insert(tree, ids(page), page)
+    for second, page in ((5.0, 2), (9.0, 3), (11.0, 4)):
+        tree.insert(tree.root, ids(page), ids(page), second)
     assert [tree.evict(1).tolist() for _ in range(4)] == [[2], [3], [1], [4]]
 
 

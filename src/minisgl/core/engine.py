@@ -48,7 +48,7 @@ class Engine:
         self.overlap = config.overlap
         self.clock = clock
         shared, eviction = config.cache == "radix", load_eviction(config.eviction)
-        self.cache = CacheManager(executor.num_pages, config.page_size, shared, rows, max_pages, eviction, clock)
+        self.cache = CacheManager(executor.num_pages, config.page_size, shared, rows, max_pages, eviction)
         self.table = RequestTable(rows, model.max_seq_len)
         policy = load_policy(config.schedule_policy)
         self.scheduler = Scheduler(self.table, self.cache, policy, config.max_prefill_length, clock)

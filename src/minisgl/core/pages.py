@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
@@ -72,14 +70,14 @@ class CacheManager:
         max_rows: int,
         max_pages_per_row: int,
         eviction: EvictionPolicy | None = None,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
         self.page_table: Int32 = np.zeros((max_rows, max_pages_per_row), np.int32)
         self.row_pages: Int32 = np.zeros(max_rows, np.int32)
         self._allocator = PageAllocator(num_pages)
-        self._cache = RadixCache(page_size, shared, eviction, clock)
+        self._cache = RadixCache(page_size, shared, eviction)
+        self.now = 0.0  # s, for the eviction policy; whoever plans steps sets it
         self._borrowed = np.zeros((max_rows, max_pages_per_row), np.bool_)
         # The node that a live row locks, and the pages of the prefix that ends there. Pages behind it are the
         # row's own; of those before it, the row may own duplicates of what the cache holds.
@@ -113,14 +111,11 @@ class CacheManager:
         return self.available - self._cache.evictable_in(found)
 
     def acquire(self, slot: int, tokens: Int32, found: Match | None = None, again: bool = False) -> int:
-        """Start a row on the longest cached prefix of `tokens`, whole pages without the last token; its length.
-
-        `again` says that the request had a row before.
-        """
+        """Start a row, for a request `again`, on the longest cached prefix of `tokens` without the last; its length."""
         assert slot not in self._nodes, f"row {slot} is in use"
         node = self._cache.match(self._whole_pages(tokens), found)
         self._cache.lock(node)
-        self._cache.use(node, again)
+        self._cache.use(node, self.now, again)
         pages: Int32 = np.concatenate([np.empty(0, np.int32), *(held.pages for held in reversed(node.path()))])
         self._nodes[slot] = node
         self._held[slot] = self.row_pages[slot] = len(pages)
@@ -215,7 +210,7 @@ class CacheManager:
         if whole <= held:
             return node
         own = np.ascontiguousarray(tokens[held * self.page_size : whole * self.page_size], np.int32)
-        end, known = self._cache.insert(node, own, self.page_table[slot, held:whole])
+        end, known = self._cache.insert(node, own, self.page_table[slot, held:whole], self.now)
         if end is not node:
             self._borrowed[slot, held + known : whole] = True
             self._held[slot] = whole

@@ -12,16 +12,18 @@ from minisgl.core.request_state import RequestState, RequestTable, State
 
 logger = logging.getLogger(__name__)
 
-Key = float | tuple[float, ...]
 WINDOW = 128  # requests that are compared with each other in one step, which bounds its cost
 
 
 class View:
     """What a policy sees beside the requests: the time, in seconds, and what is computed already."""
 
-    def __init__(self, table: RequestTable, cache: CacheManager, now: float) -> None:
+    def __init__(self, table: RequestTable, cache: CacheManager) -> None:
         self._table, self._cache = table, cache
-        self.now = now
+
+    @property
+    def now(self) -> float:
+        return self._cache.now
 
     @property
     def running(self) -> list[RequestState]:
@@ -50,7 +52,7 @@ class Policy:
     that it was not given, the error is logged and first come, first served takes its place.
     """
 
-    def key(self, request: RequestState) -> Key:
+    def key(self, request: RequestState) -> float | tuple[float, ...]:
         """Its place in the queue, the lowest first; of equals the oldest is first. It is asked once, on arrival."""
         return request.priority
 
@@ -77,8 +79,7 @@ class Policy:
 class LongestPrefixMatch(Policy):
     """Prompts whose prefix is cached first, so that it is used while it is cached (RadixAttention).
 
-    A prompt that is cached in full goes before one that arrived up to `patience` seconds earlier and is not cached at
-    all, one that is cached in half before `patience` / 2 seconds; so none starves.
+    The part that is cached counts as waiting: all of a prompt as `patience` seconds, a half as half of them.
     """
 
     def __init__(self, patience: float = 60.0) -> None:
@@ -98,7 +99,7 @@ class ShortestRemainingPrompt(Policy):
     def __init__(self, aging: float = 1000.0) -> None:
         self.aging = aging
 
-    def key(self, request: RequestState) -> Key:
+    def key(self, request: RequestState) -> float | tuple[float, ...]:
         return request.priority, request.prompt_len + self.aging * request.arrived_at
 
     def order(self, requests: Iterable[RequestState], view: View) -> Iterable[RequestState]:
@@ -114,7 +115,7 @@ class PriorityWithAging(Policy):
     def __init__(self, aging: float = 60.0) -> None:
         self.aging = aging
 
-    def key(self, request: RequestState) -> Key:
+    def key(self, request: RequestState) -> float | tuple[float, ...]:
         return request.priority + request.arrived_at / self.aging if self.aging else request.priority
 
     def make_room(self, waiting: RequestState, running: Sequence[RequestState], view: View) -> Iterable[RequestState]:
@@ -156,8 +157,7 @@ class PolicyGuard:
         return self._ask(lambda policy: policy.order(requests(), self.view), allowed, most)
 
     def retract(self, running: Sequence[RequestState]) -> list[RequestState]:
-        known = set(running)
-        return self._ask(lambda policy: policy.retract(running, self.view), known.__contains__, len(known))
+        return self._ask(lambda policy: policy.retract(running, self.view), set(running).__contains__, len(running))
 
     def make_room(self, waiting: RequestState, running: Sequence[RequestState]) -> list[RequestState]:
         known = set(running)
@@ -166,22 +166,19 @@ class PolicyGuard:
     def _ask(
         self, question: Callable[[Policy], Iterable[RequestState]], allowed: Callable[[RequestState], bool], most: int
     ) -> list[RequestState]:
+        """The first so many requests that the policy names; it fails by a wrong one and by one that is named twice."""
+        named: dict[RequestState, None] = {}
         try:
-            return self._checked(question(self.policy), allowed, most)
+            for request in islice(question(self.policy), most):
+                if not isinstance(request, RequestState) or request in named or not allowed(request):
+                    what = (
+                        f"request {request.request.id!r}" if isinstance(request, RequestState) else repr(request)[:80]
+                    )
+                    raise ValueError(f"it returned {what}, which it was not given, or twice")
+                named[request] = None
         except (Exception, SystemExit):
             self._replace()
-        return self._checked(question(self.policy), allowed, most)
-
-    def _checked(
-        self, answer: Iterable[RequestState], allowed: Callable[[RequestState], bool], most: int
-    ) -> list[RequestState]:
-        """The first so many requests named; raises ValueError for a wrong one and for one that is named twice."""
-        named: dict[RequestState, None] = {}
-        for request in islice(answer, most):
-            if not isinstance(request, RequestState) or request in named or not allowed(request):
-                what = f"request {request.request.id!r}" if isinstance(request, RequestState) else repr(request)[:80]
-                raise ValueError(f"it returned {what}, which it was not given, or twice")
-            named[request] = None
+            return self._ask(question, allowed, most)
         return list(named)
 
     def _replace(self) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import heapq
 import logging
-import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
@@ -64,10 +64,7 @@ class EvictionPolicy:
 
 
 class SegmentedLRU(EvictionPolicy):
-    """LRU in which a prefix that was used again counts as used `protect` seconds later (SLRU: Karedla et al. 1994).
-
-    So prompts that come once do not drive out those that come again, and what is used no more goes in the end.
-    """
+    """LRU in which what was used again counts as used `protect` seconds later, so prompts that come once go first."""
 
     def __init__(self, protect: float = 60.0) -> None:
         self.protect = protect
@@ -99,19 +96,15 @@ class GuardedEviction(EvictionPolicy):
 EVICTIONS: Mapping[str, Callable[..., EvictionPolicy]] = MappingProxyType({"lru": EvictionPolicy, "slru": SegmentedLRU})
 
 
+@dataclass(slots=True, eq=False)
 class Match:
-    """How far a sequence of tokens was found in the tree, so that the next look-up goes on from there.
+    """How far a sequence of tokens was found in the tree, so that the next look-up goes on from there."""
 
-    `node` ends its first `end` pages; `used` more are the first of its `child`, whose tokens were `run`.
-    """
-
-    __slots__ = ("child", "end", "node", "run", "used")
-
-    def __init__(self) -> None:
-        self.node: Node | None = None
-        self.child: Node | None = None
-        self.run: Int32 | None = None
-        self.end = self.used = 0
+    node: Node | None = None  # ends the first `end` pages
+    end: int = 0
+    child: Node | None = None  # holds `used` pages more; its tokens were `run`
+    used: int = 0
+    run: Int32 | None = None
 
 
 class RadixCache:
@@ -126,17 +119,10 @@ class RadixCache:
     Without `shared` it never matches and takes no pages: every request computes its whole prompt.
     """
 
-    def __init__(
-        self,
-        page_size: int,
-        shared: bool = True,
-        eviction: EvictionPolicy | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, page_size: int, shared: bool = True, eviction: EvictionPolicy | None = None) -> None:
         self.page_size = page_size
         self.shared = shared
         self.eviction = eviction or EvictionPolicy()
-        self.clock = clock
         self.root = Node(np.empty(0, np.int32), np.empty(0, np.int32), None)
         self.num_pages = 0
         self.num_evictable = 0  # pages that no lock protects
@@ -153,12 +139,10 @@ class RadixCache:
         used = found.used if child is not None and child.tokens is found.run else 0
         if child is not None and not used:
             path, used = self._walk(node, rest)
-            child = path[-1]
-            if used == len(child.pages):
-                node, child, used = child, None, 0
-            else:
-                assert child.parent is not None
-                node = child.parent
+            if used == len(path[-1].pages):
+                node, child, used = path[-1], None, 0
+            elif len(path) > 1:
+                node, child = path[-2:]
         found.node, found.end, found.used = node, node.end, used
         found.child, found.run = child, None if child is None else child.tokens
         return found
@@ -178,10 +162,9 @@ class RadixCache:
             node = node.parent
         return count
 
-    def use(self, node: Node, again: bool = False) -> None:
+    def use(self, node: Node, now: float, again: bool = False) -> None:
         """A request was admitted on the prefix that ends with `node`, `again` after it was retracted."""
         self._uses += 1
-        now = self.clock()
         for used in node.path():
             used.last_used, used.used_at = self._uses, now
             used.uses += not again
@@ -202,7 +185,7 @@ class RadixCache:
                 self.num_evictable += len(held.pages)
                 self._enqueue(held)
 
-    def insert(self, node: Node, tokens: Int32, pages: Int32) -> tuple[Node, int]:
+    def insert(self, node: Node, tokens: Int32, pages: Int32, now: float = 0.0) -> tuple[Node, int]:
         """Offer `pages`, holding the KV of `tokens` behind the prefix that ends with `node`.
 
         Returns (end, known): pages before `known` are the caller's to keep or free, the cache now owns `pages[known:]`.
@@ -217,7 +200,7 @@ class RadixCache:
         parent = self._split(path[-1], used) if path else node
         leaf = Node(tokens[known * self.page_size :].copy(), pages[known:].copy(), parent)
         self._uses += 1
-        leaf.uses, leaf.last_used, leaf.used_at = 1, self._uses, self.clock()
+        leaf.uses, leaf.last_used, leaf.used_at = 1, self._uses, now
         parent.children[self._page(leaf.tokens)] = leaf
         self.num_pages += len(leaf.pages)
         self.num_evictable += len(leaf.pages)
@@ -242,25 +225,16 @@ class RadixCache:
 
     def evictable_after(self, unlocked: Sequence[Node]) -> list[int]:
         """What `num_evictable` would be before and after each of these is unlocked."""
-        gains = [0] * len(unlocked)
-        # By node: how many of these unlock it, and which is the last. A node that keeps a lock keeps all above it, too.
-        ends: dict[Node, tuple[int, int]] = {}
-        for index, node in enumerate(unlocked):
-            ends[node] = (ends.get(node, (0, 0))[0] + 1, index)
-        deepest = [(-node.end, id(node), node) for node in ends]
-        heapq.heapify(deepest)
-        while deepest:
-            node = heapq.heappop(deepest)[2]
-            count, last = ends[node]
-            parent = node.parent
-            if parent is None or count < node.locks:
-                continue
-            gains[last] += len(node.pages)
-            if parent not in ends:
-                heapq.heappush(deepest, (-parent.end, id(parent), parent))
-            above = ends.get(parent, (0, 0))
-            ends[parent] = (above[0] + count, max(above[1], last))
-        return list(accumulate(gains, initial=self.num_evictable))
+        counts, taken_back = [self.num_evictable], Counter[Node]()
+        for node in unlocked:
+            count, locks = counts[-1], 1
+            while node.parent is not None:
+                taken_back[node] += locks
+                if taken_back[node] < node.locks:  # so all above is locked, too
+                    break
+                count, locks, node = count + len(node.pages), node.locks, node.parent
+            counts.append(count)
+        return counts
 
     def _page(self, tokens: Int32) -> bytes:
         return tokens[: self.page_size].tobytes()

@@ -9,8 +9,7 @@ A policy says whose prompts go on, who is retracted first, and who gives way to 
 served unless another is asked for. That one orders requests by (priority, arrival), lower first. The last is retracted
 first. A waiting request also retracts running ones, but only of strictly worse priority, and only if that makes room
 for it. So no two requests can retract each other again and again, the first in order is never retracted, and among
-equals each becomes the first in the end. A request of worse priority waits for as long as better ones keep coming: that
-is what a priority says.
+equals each becomes the first in the end.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ class Scheduler:
         self.cache = cache
         self.max_prefill_length = max_prefill_length
         self.clock = clock
-        self.view = View(table, cache, clock())
+        self.view = View(table, cache)
         self.waiting: deque[RequestState] = deque()  # in the order of their sort keys
         self.live: dict[str, RequestState] = {}
         self.step = 0
@@ -70,13 +69,15 @@ class Scheduler:
         self._queue(request)
 
     def _queue(self, request: RequestState) -> None:
-        self.waiting.insert(self._queue_index(request), request)
+        self.waiting.insert(bisect_left(self.waiting, by_place(request), key=by_place), request)
+
+    def _leave_queue(self, request: RequestState) -> None:
+        index = bisect_left(self.waiting, by_place(request), key=by_place)
+        assert self.waiting[index] is request
+        del self.waiting[index]
 
     def _sort_queue(self) -> None:
         self.waiting = deque(sorted(self.waiting, key=by_place))
-
-    def _queue_index(self, request: RequestState) -> int:
-        return bisect_left(self.waiting, request.sort_key, key=by_place)
 
     def abort(self, request_id: str) -> TokenEvent | None:
         """End a request in whatever state it is; None when it is not live. Its pages may be freed later."""
@@ -91,11 +92,6 @@ class Scheduler:
         del self.live[request_id]
         return TokenEvent(id=request_id, finish=FinishReason.ABORT, cached_tokens=request.cached_tokens)
 
-    def _leave_queue(self, request: RequestState) -> None:
-        index = self._queue_index(request)
-        assert self.waiting[index] is request
-        del self.waiting[index]
-
     # Planning a step
 
     def schedule(self) -> StepPlan | None:
@@ -107,7 +103,7 @@ class Scheduler:
         #    admitted and prefill their first, up to the first whose prompt does not fit beside what running requests
         #    will soon need.
         # 4. If all this gives no work, although some is left and no step is in flight, retract the last and try again.
-        self.view.now = self.clock()
+        self.cache.now = self.clock()
         prompts = self._prompts_in_order()
         self._make_room(next((request for request in prompts if request.slot < 0), None))
         while True:
@@ -126,11 +122,8 @@ class Scheduler:
         prefilling = sorted(self.table.requests_in(State.PREFILL), key=by_place)
         if not (prefilling or self.waiting):
             return []
-
-        def in_queue_order() -> Iterable[RequestState]:
-            return merge(prefilling, self.waiting, key=by_place) if prefilling else self.waiting
-
-        prompts = self.policy.order(in_queue_order, len(prefilling) + len(self.table.free) + 1)
+        most = len(prefilling) + len(self.table.free) + 1
+        prompts = self.policy.order(lambda: merge(prefilling, self.waiting, key=by_place), most)
         prompts += [request for request in prefilling if request not in prompts]
         # Whom others were retracted for goes before all to whom it would not give way itself.
         if (promised := self._room_for) is not None and self.live.get(promised.request.id) is promised:
@@ -144,16 +137,16 @@ class Scheduler:
         if first is None:
             return
         running = table.requests_in(State.PREFILL, State.DECODE)
-        yielding = [request.slot for request in self.policy.make_room(first, running)]
-        if not yielding:
+        slots = np.array([request.slot for request in self.policy.make_room(first, running)], np.intp)
+        if not len(slots):
             return
-        leaving, slots = self._leaving(), np.array(yielding, np.intp)
+        leaving = self._leaving()
         pages = self._pages_lacking(first) + int(self._promised(table.rows_in(State.PREFILL, State.DECODE), 1).sum())
         needed = pages - np.cumsum([0, *self._promised(slots, 1)])
         rows = len(table.free) + len(leaving) + np.arange(len(slots) + 1)
         available = cache.available_after(np.concatenate([leaving, slots]), first.reusable, first.match)[len(leaving) :]
         fits = (rows > 0) & (needed <= available)  # after so many retractions, none of them first
-        for slot in yielding[: int(fits.argmax())]:  # 0 where nothing helps
+        for slot in slots[: int(fits.argmax())].tolist():  # 0 where nothing helps
             self._retract(slot)
             self._room_for = first
 
