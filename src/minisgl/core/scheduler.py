@@ -124,7 +124,7 @@ class Scheduler:
             return []
         most = len(prefilling) + len(self.table.free) + 1
         prompts = self.policy.order(lambda: merge(prefilling, self.waiting, key=by_place), most)
-        prompts += [request for request in prefilling if request not in prompts]
+        prompts += sorted(set(prefilling).difference(prompts), key=by_place)
         # Whom others were retracted for goes before all to whom it would not give way itself.
         if (promised := self._room_for) is not None and self.live.get(promised.request.id) is promised:
             ahead = [request for request in prompts if self.policy.make_room(request, [promised])]

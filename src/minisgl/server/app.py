@@ -22,6 +22,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from minisgl.config import priority_ranges
 from minisgl.errors import InvalidRequestError, MinisglError
 from minisgl.server import protocol, responses
 from minisgl.server.admin import admin_routes
@@ -37,7 +38,7 @@ from minisgl.server.errors import (
 )
 from minisgl.server.generate import GenerateRequest
 from minisgl.server.openapi import ApiRoute, document
-from minisgl.server.preparation import Api, PreparedRequest
+from minisgl.server.preparation import Api, PreparedRequest, prioritize
 from minisgl.server.responses import SSE_DONE, json_response, sse
 
 DRAIN_LIMIT = 4 * BODY_LIMIT  # bytes of a larger body that are read, so that the client gets to read the error
@@ -99,6 +100,7 @@ class Endpoints:
     def __init__(self, api: Api) -> None:
         self.api = api
         self.preparation = api.preparation
+        self.priorities = priority_ranges(api.config.client_priorities)  # by the number of the API key
 
     async def chat(self, request: Request) -> Response:
         """Answer a conversation."""
@@ -115,7 +117,7 @@ class Endpoints:
     async def respond(self, request: Request, prepare: Prepare, kind: AnyCompletion) -> Response:
         """The completion, whole or streamed. The requests end when the client leaves."""
         prepared = await self.api.prepare(prepare, await read_body(request))
-        self.api.prioritize(prepared, request.scope.get("api_key", 0))
+        prioritize(prepared, self.priorities.get(request.scope.get("api_key", 0), self.priorities.get(0)))
         generation = Generation(self.api.client, self.preparation.tokenizer, prepared)
         completion = kind(generation, self.preparation.model.name)
         if not prepared.body.stream:

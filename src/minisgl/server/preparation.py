@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from minisgl.config import Config, priority_ranges
+from minisgl.config import Config
 from minisgl.core.types import REASONING_END, REASONING_START, Grammar, ModelInfo, Request, SamplingParams
 from minisgl.errors import InvalidRequestError, ModelNotFoundError, UnsupportedParameterError
 from minisgl.server import protocol
@@ -249,22 +249,21 @@ class Api:
     health_timeout: float = 5.0  # s
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))  # Unix time, s
 
-    def prioritize(self, prepared: PreparedRequest, key: int) -> None:
-        """Give the requests the priority that is asked for, if the holder of this key (0: of none) may ask for one."""
-        priority, ranges = prepared.body.priority, priority_ranges(self.config.client_priorities)
-        if priority is None or not (allowed := ranges.get(key, ranges.get(0))):
-            return
-        low, high = allowed
-        require(low <= priority <= high, f"priority must be between {low} and {high}, got {priority}", "priority")
-        replaced = [msgspec.structs.replace(request, priority=priority) for request in prepared.requests]
-        prepared.requests[:] = replaced
-
     async def prepare(self, prepare: Callable[[bytes], T], body: bytes) -> T:
         with self.client.metrics.preparing.track_inprogress():
             try:
                 return await asyncio.to_thread(prepare, body)
             except RecursionError as error:
                 raise InvalidRequestError("the body is nested too deeply") from error
+
+
+def prioritize(prepared: PreparedRequest, allowed: tuple[int, int] | None) -> None:
+    """Give the requests the priority that is asked for; raises outside the range, and ignores it without one."""
+    priority = prepared.body.priority
+    if priority is not None and allowed is not None:
+        low, high = allowed
+        require(low <= priority <= high, f"priority must be between {low} and {high}, got {priority}", "priority")
+        prepared.requests[:] = [msgspec.structs.replace(request, priority=priority) for request in prepared.requests]
 
 
 def parse_prompts(value: Any, param: str) -> list[Prompt]:
