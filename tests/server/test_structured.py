@@ -17,6 +17,8 @@ from minisgl.text.grammar import compile_grammar
 from minisgl.text.tokenizer import Tokenizer
 
 SCHEMA = {"type": "object", "properties": {"größe": {"type": "integer"}}}
+UNIQUE = {"type": "array", "uniqueItems": True}
+COMPACT = Grammar(kind="json_object", compact=True)
 REGEX_A = Grammar(kind="regex", source="a")
 SCHEMA_GRAMMAR = Grammar(kind="json_schema", source=json.dumps(SCHEMA, ensure_ascii=False))
 
@@ -44,6 +46,12 @@ GOOD: tuple[tuple[dict[str, Any], Grammar | None], ...] = (
     ({"structured_outputs": {"grammar": "root ::= x"}}, Grammar(kind="lark", source="root ::= x")),
     ({"structured_outputs": {"regex": "a", "disable_fallback": False, "disable_any_whitespace": False}}, REGEX_A),
     ({"structured_outputs": {"json_object": True}}, Grammar(kind="json_object")),
+    ({"structured_outputs": {"json_object": True, "disable_any_whitespace": True}}, COMPACT),
+    ({"structured_outputs": {"disable_any_whitespace": True}, "response_format": {"type": "json_object"}}, COMPACT),
+    ({"structured_outputs": {"disable_any_whitespace": True}, "response_format": {"type": "text"}}, None),
+    (openai(name="x", strict=True, schema=UNIQUE), Grammar(kind="json_schema", source=json.dumps(UNIQUE))),
+    (openai(name="x", strict=False, schema=UNIQUE), Grammar(kind="json_schema", source='{"type":"array"}')),
+    (openai(name="x", strict=False, schema={"not": {}}), Grammar(kind="json_schema", source="false")),
     ({"response_format": {"type": "text"}, "guided_regex": "a"}, REGEX_A),
     ({"regex": "a"}, REGEX_A),
     ({"ebnf": 'root ::= "a"'}, Grammar(kind="lark", source='root ::= "a"')),
@@ -89,6 +97,8 @@ BAD: tuple[tuple[dict[str, Any], str], ...] = (
     ({"guided_grammar": "  "}, "guided_grammar"),
     ({"structured_outputs": []}, "structured_outputs"),
     ({"structured_outputs": {}}, "structured_outputs"),
+    ({"structured_outputs": {"disable_any_whitespace": True}}, "structured_outputs"),
+    ({"structured_outputs": {}, "guided_regex": "a"}, "structured_outputs"),
     ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
     ({"structured_outputs": {"json_object": False}}, "structured_outputs.json_object"),
     ({"guided_regex": "a", "guided_json": SCHEMA}, "guided_regex"),
@@ -100,7 +110,10 @@ BAD: tuple[tuple[dict[str, Any], str], ...] = (
 
 UNSUPPORTED: tuple[tuple[dict[str, Any], str], ...] = (
     ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag"),
-    ({"structured_outputs": {"disable_any_whitespace": True}}, "structured_outputs.disable_any_whitespace"),
+    (
+        {"structured_outputs": {"disable_additional_properties": True}},
+        "structured_outputs.disable_additional_properties",
+    ),
     ({"guided_decoding_backend": "xgrammar"}, "guided_decoding_backend"),
 )
 
@@ -148,6 +161,7 @@ def chat(**function: Any) -> ChatRequest:
         ({"parameters": {"type": ["object", "null"]}}, ['{"a": 1}'], ["null"]),
         ({"parameters": DEFINED}, ['{"a": 1}'], ['"x"', "{}"]),
         ({"parameters": OLDER}, ['{"a": 1}'], ['"x"', "{}"]),
+        ({"parameters": {"dependentRequired": {"a": ["b"]}}, "strict": False}, ['{"a": 1}'], ['"x"']),
         ({"parameters": {"anyOf": [{"required": ["a"]}, {"required": ["b"]}]}}, ['{"b": 1}'], ['"x"', "{}"]),
     ],
     ids=str,

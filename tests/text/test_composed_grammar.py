@@ -125,7 +125,10 @@ def test_sampled_texts_are_json_or_calls(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "source", "schema", "param"),
-    [("choice", '["yes"]', json.dumps({"type": "object", "not": {}}), "tools"), ("regex", "(", NUMBER, "guided_regex")],
+    [
+        ("choice", '["yes"]', json.dumps({"type": "object", "not": {"required": ["a"]}}), "tools"),
+        ("regex", "(", NUMBER, "guided_regex"),
+    ],
 )
 def test_an_error_is_about_the_calls_or_the_text(
     kind: Any, source: str, schema: str, param: str, tmp_path: Path

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import msgspec
 import pytest
 
 from helpers.grammars import json_schema, matches, sample_text, validate
 from minisgl.core.types import Grammar
-from minisgl.errors import InvalidRequestError
+from minisgl.errors import InvalidRequestError, UnsupportedParameterError
 from minisgl.text.grammar import Vocabulary, compile_grammar
+from minisgl.text.json_schema import LARGEST, loosened_source, rewritten
 
 SCHEMAS: dict[str, Any] = json.loads(Path(__file__).with_name("schemas.json").read_text("utf-8"), parse_float=Decimal)
 ANY_OBJECT = Grammar(kind="json_object")
@@ -28,11 +30,11 @@ def test_every_text_sampled_from_the_masks_validates(name: str, vocabulary: Voca
 
 OBJECTS = (
     *('{"a": 1, "b": [true, null, {"c": "x"}]}', '{\n  "a": 1\n}'),
-    *('{"a":' + " " * 64 + "1}", '{"é": "日 😀 \\u0001 \\n"}'),
+    *('{"a":' + " " * 8 + "1}", '{"é": "日 😀 \\u0001 \\n"}'),
 )
 NO_OBJECTS = (
     *("[]", "{'a': 1}", '{"a": 01}', '{"a": 1,}', '{"a": "\n"}', '{"a": NaN}'),
-    *(' {"a": 1}', '{"a": 1} ', '{"a": 1', '{"a":' + " " * 65 + "1}"),
+    *(' {"a": 1}', '{"a": 1} ', '{"a": 1', '{"a":' + " " * 9 + "1}"),
 )
 LIST = {"type": "array", "items": {"type": "integer"}, "minItems": 1, "maxItems": 2}
 CLOSED = {"properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False, "type": "object"}
@@ -73,3 +75,123 @@ def test_a_schema_may_name_its_draft_or_the_newest_and_no_other(vocabulary: Voca
         assert not matches(vocabulary, grammar, "2")
     with pytest.raises(InvalidRequestError, match="example"):
         compile_grammar(json_schema({"$schema": "https://example.com/draft", "type": "integer"}), vocabulary)
+
+
+LIBRARIES: dict[str, dict[str, Any]] = json.loads(
+    Path(__file__).with_name("library_schemas.json").read_text("utf-8"), parse_float=Decimal
+)
+EMITTED = [(library, form) for library, forms in LIBRARIES.items() for form in forms]
+
+
+@pytest.mark.parametrize(("library", "form"), EMITTED, ids=str)
+def test_what_libraries_emit_is_followed(library: str, form: str, vocabulary: Vocabulary, pieces: list[bytes]) -> None:
+    schema = LIBRARIES[library][form]
+    start = compile_grammar(json_schema(schema), vocabulary)
+    for seed, free_tokens in enumerate((0, 20, 60)):
+        validate(sample_text(start.copy(), pieces, seed, free_tokens), schema)
+
+
+ANY, OBJECT, ARRAY, STRING = {}, {"type": "object"}, {"type": "array"}, {"type": "string"}
+NAMES = {"type": "object", "properties": {"a": True, "b": True}, "additionalProperties": False}
+# A schema with keywords that say nothing, or can be said in others, and what is left of it.
+REWRITTEN: tuple[tuple[Any, Any], ...] = (
+    ({"uniqueItems": False}, ANY),
+    ({"type": "array", "uniqueItems": True, "maxItems": 1}, {"type": "array", "maxItems": 1}),
+    ({"type": "string", "uniqueItems": True, "propertyNames": {"pattern": "a"}}, STRING),
+    ({"type": ["string", "null"], "contains": {"type": "null"}, "minProperties": 2}, {"type": ["string", "null"]}),
+    ({"type": "string", "format": "slug"}, STRING),
+    ({"type": "string", "format": "slug", "pattern": "^a"}, {"type": "string", "pattern": "^a"}),
+    ({"type": "string", "format": "uuid", "pattern": "^(?=a)"}, {"type": "string", "format": "uuid"}),
+    ({"type": "string", "format": "uuid", "pattern": r"^\\b"}, ...),
+    ({"type": "integer", "format": "int32"}, {"type": "integer"}),
+    ({"not": False}, ANY),
+    ({"type": "object", "properties": {"n": {"not": {}}}}, {"type": "object", "properties": {"n": False}}),
+    ({"anyOf": [{"not": True}, STRING]}, {"anyOf": [False, STRING]}),
+    ({"if": {"type": "string"}}, ANY),
+    ({"if": {"type": "string"}, "then": True, "else": {}}, ANY),
+    ({"then": {"type": "string"}, "else": {"type": "null"}}, ANY),
+    ({"type": "array", "contains": {"type": "null"}, "minContains": 0}, ARRAY),
+    ({"type": "array", "minContains": 2, "maxContains": 3}, ARRAY),
+    ({"type": "object", "minProperties": 0, "dependentRequired": {}, "dependentSchemas": {"a": {}}}, OBJECT),
+    ({"type": "object", "dependentRequired": {"a": ["b"]}, "required": ["b"]}, {"type": "object", "required": ["b"]}),
+    ({"type": "object", "unevaluatedProperties": True}, OBJECT),
+    ({"type": "array", "unevaluatedItems": {}}, ARRAY),
+    ({"type": "object", "unevaluatedProperties": False}, {"type": "object", "additionalProperties": False}),
+    ({"type": "object", "allOf": [{}], "unevaluatedProperties": False}, ...),
+    ({"type": "object", "propertyNames": {"type": "string"}}, OBJECT),
+    ({"type": "object", "propertyNames": {"type": "string", "enum": ["a", "b"]}}, NAMES),
+    ({"type": "object", "propertyNames": {"const": "a"}, "properties": {"a": STRING, "b": STRING}},
+     {"type": "object", "properties": {"a": STRING}, "additionalProperties": False}),
+    ({"$ref": "#/$defs/d", "$defs": {"e": {"enum": ["a", "b"]}, "d": {"propertyNames": {"$ref": "#/$defs/e"}}}},
+     {"$ref": "#/$defs/d", "$defs": {"e": {"enum": ["a", "b"]}, "d": {"properties": NAMES["properties"],
+                                                                     "additionalProperties": False}}}),
+    ({"type": "object", "propertyNames": {"pattern": "^x"}, "additionalProperties": STRING},
+     {"type": "object", "patternProperties": {"^x": STRING}, "additionalProperties": False}),
+    ({"type": "object", "propertyNames": {"minLength": 2}},
+     {"type": "object", "patternProperties": {r"^[\s\S]{2,}$": True}, "additionalProperties": False}),
+    ({"type": "object", "propertyNames": {"maxLength": 3}},
+     {"type": "object", "patternProperties": {r"^[\s\S]{0,3}$": True}, "additionalProperties": False}),
+    ({"type": "object", "propertyNames": {"format": "uuid"}}, ...),
+    ({"type": "object", "propertyNames": {"type": "integer"}}, ...),
+    ({"type": "number", "minimum": -3.4e38, "maximum": 1e308},
+     {"type": "number", "minimum": -LARGEST, "maximum": LARGEST}),
+    ({"type": "number", "minimum": 3.4e38}, ...),
+    ({"type": "integer", "maximum": 10**30}, ...),
+    ({"properties": {"format": {"format": "slug"}, "not": {"items": {"uniqueItems": False}}}},
+     {"properties": {"format": {}, "not": {"items": {}}}}),
+    ({"items": [{"format": "slug"}], "additionalItems": {"format": "slug"}}, {"items": [{}], "additionalItems": {}}),
+    ({"enum": [{"format": "slug"}], "default": {"not": {}}, "examples": [{"uniqueItems": False}]}, ...),
+    ({"uniqueItems": "yes", "format": 5, "minProperties": "0", "dependentRequired": 1}, ...),
+    (True, ...),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("schema", "left"), REWRITTEN, ids=str)
+def test_what_says_nothing_is_left_out_and_the_rest_kept(schema: Any, left: Any) -> None:
+    before = json.dumps(schema)
+    assert rewritten(schema) == (schema if left is ... else left)
+    assert (rewritten(schema) is schema) == (left is ...)
+    assert json.dumps(schema) == before
+
+
+# What constrains and cannot be followed, and the text that follows it loosely but not as it is written.
+LOOSE: tuple[tuple[Any, str, str], ...] = (
+    ({"type": "array", "uniqueItems": True}, "uniqueItems", "[1,1]"),
+    ({"type": "integer", "not": {"const": 3}}, "not", "3"),
+    ({"if": {"type": "string"}, "then": {"minLength": 3}}, "if", '"a"'),
+    ({"type": "array", "contains": {"type": "string"}}, "contains", "[]"),
+    ({"type": "array", "prefixItems": [{}], "unevaluatedItems": False}, "unevaluatedItems", "[1,2]"),
+    ({"type": "object", "dependentRequired": {"a": ["b"]}}, "dependentRequired", '{"a":1}'),
+    ({"type": "object", "propertyNames": {"format": "uuid"}}, "propertyNames", '{"a":1}'),
+    ({"type": "object", "allOf": [{}], "unevaluatedProperties": False}, "unevaluatedProperties", '{"a":1}'),
+    ({"properties": {"a": {}}, "maxProperties": 1, "type": "object"}, "maxProperties", '{"a":1,"b":1}'),
+    ({"oneOf": [{"type": "integer"}, {"minimum": 1}]}, "oneOf", "5"),
+    ({"type": "string", "pattern": "^(?=b)"}, "look-a", '"a"'),
+    ({"patternProperties": {"(?!b)a": {"type": "null"}}, "type": "object"}, "look-a", '{"a":1}'),
+)
+
+
+@pytest.mark.parametrize(("schema", "said", "text"), LOOSE, ids=str)
+def test_what_cannot_be_followed_is_refused_by_name_or_left_out(
+    schema: Any, said: str, text: str, vocabulary: Vocabulary
+) -> None:
+    inner = {"type": "object", "properties": {"x": schema}, "required": ["x"]}
+    kind = InvalidRequestError if said == "maxProperties" else UnsupportedParameterError
+    with pytest.raises(kind, match=said):
+        compile_grammar(json_schema(inner), vocabulary)
+    loose = Grammar(kind="json_schema", source=loosened_source(json.dumps(inner)))
+    assert matches(vocabulary, loose, f'{{"x":{text}}}')
+    assert not matches(vocabulary, loose, text)
+    with pytest.raises(jsonschema.ValidationError):
+        validate(f'{{"x":{text}}}', inner)
+
+
+def test_compact_json_has_no_white_space_between_its_parts(vocabulary: Vocabulary) -> None:
+    for grammar in (Grammar(kind="json_object"), json_schema({"properties": {"a": {"type": "array"}}})):
+        compact = msgspec.structs.replace(grammar, compact=True)
+        for text in ('{"a":[1,{"b":" c"}],"d":{}}', "{}"):
+            assert matches(vocabulary, grammar, text)
+            assert matches(vocabulary, compact, text)
+        for text in ('{"a": []}', '{"a":[1, 2]}', "{ }", '{"a":\n[]}'):
+            assert matches(vocabulary, grammar, text)
+            assert not matches(vocabulary, compact, text)

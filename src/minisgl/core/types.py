@@ -48,12 +48,14 @@ class Grammar(msgspec.Struct, frozen=True, kw_only=True):
 
     `json_object` is any JSON object, and its source is empty. With `calls` tool calls are allowed too. Reasoning
     (`reasoning`) may come before either, from `<think>` to `</think>`: "possible", or "begun" by the prompt.
+    JSON that is `compact` has no white space between its parts.
     """
 
     kind: Literal["json_object", "json_schema", "regex", "choice", "lark"]
     source: str = ""
     calls: Calls | None = None
     reasoning: Literal["none", "possible", "begun"] = "none"
+    compact: bool = False
 
 
 class SuggestingMeta(msgspec.StructMeta):

@@ -40,7 +40,7 @@ COMPLETION_UNSUPPORTED: Unsupported = {
     **OPENAI_UNSUPPORTED, "suffix": ("",), "add_special_tokens": (True,), "prompt_embeds": ()
 }  # fmt: skip
 OUTPUTS_UNSUPPORTED: Unsupported = {
-    "disable_fallback": (False,), "disable_any_whitespace": (False,), "disable_additional_properties": (False,)
+    "disable_fallback": (False,), "disable_additional_properties": (False,)
 }  # fmt: skip
 # Fields that ask for structured output, of every endpoint.
 CONSTRAINTS = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice",
@@ -160,7 +160,7 @@ class JsonSchemaFormat(Body):
     name: Annotated[str, Meta(min_length=1, max_length=64)] = "answer"
     description: str | None = None
     schema: JsonSchema | None = None
-    strict: bool | None = None  # the schema is enforced with it or without
+    strict: bool | None = None  # false: keywords that cannot be followed are left out
 
 
 class ResponseFormat(Body):
@@ -171,7 +171,7 @@ class ResponseFormat(Body):
 
 
 class StructuredOutputs(Body):
-    """vLLM's structured output: exactly one of these."""
+    """vLLM's structured output: exactly one of these, or only the option beside another field's."""
 
     unsupported = OUTPUTS_UNSUPPORTED
 
@@ -180,6 +180,12 @@ class StructuredOutputs(Body):
     choice: ChoiceTexts | None = None
     grammar: GrammarText | None = None
     json_object: bool | None = None
+    disable_any_whitespace: bool | None = None
+
+    @property
+    def constraints(self) -> list[str]:
+        names = (name for name in self.__struct_fields__ if name != "disable_any_whitespace")
+        return [name for name in names if getattr(self, name) is not None]
 
     @classmethod
     def tidy(cls, value: dict[str, Any], where: str = "") -> None:

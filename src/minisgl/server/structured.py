@@ -12,6 +12,7 @@ from minisgl.core.types import Calls, Grammar
 from minisgl.errors import InvalidRequestError
 from minisgl.server.protocol import ChatRequest, ResponseFormat, StructuredOutputs, Tool, require
 from minisgl.server.tools import ToolFormat
+from minisgl.text.json_schema import loosened_source, rewritten
 
 # Kinds of grammars by the names of fields, those of StructuredOutputs without `guided_`.
 GRAMMAR_KINDS: Mapping[str, Literal["json_schema", "regex", "choice", "lark"]] = {
@@ -23,12 +24,15 @@ GRAMMAR_KINDS: Mapping[str, Literal["json_schema", "regex", "choice", "lark"]] =
 def requested_grammar(constraints: Mapping[str, Any]) -> tuple[Grammar | None, str | None]:
     """The grammar that the constraints ask for, not checked, and the field that does; (None, None) for plain text."""
     found: dict[str, Grammar] = {}
+    compact = False
     for name, value in constraints.items():
         match value:
             case ResponseFormat():
                 grammar = format_grammar(value)
             case StructuredOutputs():
-                grammar = outputs_grammar(value)
+                compact = value.disable_any_whitespace is True
+                optional = compact and len(constraints) > 1
+                grammar = outputs_grammar(value) if value.constraints or not optional else None
             case _:
                 grammar = make_grammar(name.removeprefix("guided_"), value, name)
         if grammar is not None:
@@ -36,7 +40,7 @@ def requested_grammar(constraints: Mapping[str, Any]) -> tuple[Grammar | None, s
     fields = list(found)
     if len(fields) > 1:
         raise InvalidRequestError(f"{' and '.join(fields)} exclude each other", param=fields[1])
-    return (found[fields[0]], fields[0]) if fields else (None, None)
+    return (msgspec.structs.replace(found[fields[0]], compact=compact), fields[0]) if fields else (None, None)
 
 
 def format_grammar(asked: ResponseFormat) -> Grammar | None:
@@ -48,11 +52,13 @@ def format_grammar(asked: ResponseFormat) -> Grammar | None:
         return None if asked.type == "text" else Grammar(kind="json_object")
     param += ".json_schema.schema"
     require(schema.schema is not None, f"{param} is required", param)
-    return make_grammar("json", schema.schema, param)
+    grammar = make_grammar("json", schema.schema, param)
+    source = loosened_source(grammar.source) if schema.strict is False else grammar.source
+    return msgspec.structs.replace(grammar, source=source)
 
 
 def outputs_grammar(outputs: StructuredOutputs) -> Grammar:
-    given = [name for name in outputs.__struct_fields__ if getattr(outputs, name) is not None]
+    given = outputs.constraints
     require(len(given) == 1, "structured_outputs must hold exactly one constraint", "structured_outputs")
     param = f"structured_outputs.{given[0]}"
     require(outputs.json_object is not False, f"{param} must be true", param)
@@ -109,7 +115,8 @@ def call_schema(tools: Sequence[Tool], arguments: str) -> dict[str, Any]:
         # Its references begin at its own `$id`; with a `$schema`, older drafts would ignore that beside `$ref`.
         schema = {**schema, "type": "object", "$id": f"urn:tool:{index}"}
         schema.pop("$schema", None)
-        properties = {"name": {"const": tool.function.name}, arguments: schema}
+        followed = rewritten(schema, lenient=True) if tool.function.strict is False else schema
+        properties = {"name": {"const": tool.function.name}, arguments: followed}
         required = ["name", arguments]
         calls.append({"type": "object", "properties": properties, "required": required, "additionalProperties": False})
     return calls[0] if len(calls) == 1 else {"anyOf": calls}

@@ -20,15 +20,15 @@ from numpy.typing import NDArray
 
 from minisgl.core.types import REASONING_END, REASONING_START, Grammar
 from minisgl.errors import NO_PANICS, InvalidRequestError, NativePanicError, UnsupportedParameterError
+from minisgl.text.json_schema import rewritten
 from minisgl.text.tokenizer import load_backend
 
 MAX_SOURCE_BYTES = 1 << 20
 MAX_CHOICES = 10_000
 MAX_MESSAGE = 300
 # Between the parts of a JSON text. Bounded: a model that falls into repeating newlines must go on with its text.
-WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
-# The newest draft, which many schemas name as theirs; the library has the drafts by their own names only.
-NEWEST_DRAFT = ("https://json-schema.org/schema", "http://json-schema.org/schema")
+WHITESPACE = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,8}"}
+NO_WHITESPACE = {"whitespace_flexible": False}
 # The kind of a grammar: its name in errors, and the request field that usually carries it.
 KINDS = {
     "json_object": ("json object", "response_format"),
@@ -40,6 +40,7 @@ KINDS = {
 # Strings, comments and regular expressions of a Lark source.
 LARK_TEXT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|#[^\n]*|/(?:\\.|[^/\\\n])+/')
 STOP_OPTION = re.compile(r"\[[^\]\n]*\bstop\b")
+UNIMPLEMENTED = re.compile(r"Unimplemented keys: \[(.*?)\]")
 NOT_DONE = re.compile(r"(?i)unimplemented|not supported|unsupported|unknown format|not disjoint|look-?around")
 ANY_TEXT = "/(?s:.*)/"
 ANY_REASONING = ANY_TEXT + " & ~/(?s:.*" + REASONING_END.replace("/", r"\/") + ".*)/"
@@ -212,9 +213,9 @@ def text_grammar(grammar: Grammar) -> str:
     """llguidance's grammar of the text alone."""
     match grammar.kind:
         case "json_object":
-            return schema_grammar('{"type":"object"}')
+            return schema_grammar('{"type":"object"}', grammar)
         case "json_schema":
-            return schema_grammar(checked_schema(grammar))
+            return schema_grammar(grammar.source, grammar)
         case "regex":
             return LLMatcher.grammar_from_regex(grammar.source)
     lark = choice_lark(grammar) if grammar.kind == "choice" else checked_lark(grammar)
@@ -239,7 +240,7 @@ def composed_grammar(grammar: Grammar, text: str, vocabulary: Vocabulary) -> str
         between = f"BLANK? {separator} BLANK?" if separator else "BLANK?"
         rules.append(f"calls: call ({between} call)*" if calls.several else "calls: call")
         rules.append(f"call: {opening and f'{opening} BLANK?'} @call {closing and f'BLANK? {closing}'}")
-        parts.append(named_grammar("call", schema_grammar(calls.schema)))
+        parts.append(named_grammar("call", schema_grammar(calls.schema, grammar)))
     return json.dumps({"grammars": [{"name": "answer", "lark_grammar": "\n".join(rules)}, *parts]}, allow_nan=False)
 
 
@@ -249,31 +250,27 @@ def named_grammar(name: str, source: str) -> dict[str, Any]:
     return {**fields, "name": name}
 
 
-def schema_grammar(schema: str) -> str:
-    """The grammar of a JSON schema; nothing that cannot be enforced is ignored. ValueError: nested too deeply."""
-    return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITESPACE, "lenient": False})
+def schema_grammar(source: str, grammar: Grammar) -> str:
+    """llguidance's grammar of a JSON schema; nothing that cannot be enforced is ignored. ValueError: nested too deeply.
 
-
-def checked_schema(grammar: Grammar) -> str:
-    """A JSON schema; duplicate keys and numbers out of range are llguidance's to judge."""
+    Duplicate keys and numbers out of range are llguidance's to judge.
+    """
     try:
-        schema = msgspec.json.decode(grammar.source)
+        schema = msgspec.json.decode(source)
     except msgspec.DecodeError as error:
         raise invalid(grammar, f"not valid JSON: {error}") from error
     except RecursionError as error:
         raise invalid(grammar, "nested too deeply") from error
-    if schema is False:
-        raise invalid(grammar, NOTHING_MATCHES)
-    if schema is True:
-        return "{}"
-    if not isinstance(schema, dict):
+    if not isinstance(schema, dict | bool):
         raise invalid(grammar, "a JSON schema is an object, true or false")
-    if "x-guidance" in schema:
+    if isinstance(schema, dict) and "x-guidance" in schema:
         raise unsupported(grammar, "x-guidance")
-    if str(schema.get("$schema")).rstrip("#") in NEWEST_DRAFT:
-        del schema["$schema"]
-        return json.dumps(schema, ensure_ascii=False)
-    return grammar.source
+    if (new := rewritten(schema)) is False:
+        raise invalid(grammar, NOTHING_MATCHES)
+    if new is True or new is not schema:
+        source = "{}" if new is True else json.dumps(new, ensure_ascii=False)
+    whitespace = NO_WHITESPACE if grammar.compact else WHITESPACE
+    return LLMatcher.grammar_from_json_schema(source, overrides={**whitespace, "lenient": False})
 
 
 def choice_lark(grammar: Grammar) -> str:
@@ -324,6 +321,8 @@ def refusal(grammar: Grammar, message: str) -> InvalidRequestError:
     """llguidance's message as an error of ours, without what repeats the source."""
     if "oneOf" in message:
         message = "oneOf whose cases may overlap is not supported; use anyOf"
+    if named := UNIMPLEMENTED.search(message):
+        message = f"{named[1].replace(chr(34), '')}: not supported; with strict false it is left out"
     if grammar.kind == "regex":
         message = message.partition("<state>")[0].rpartition("error:")[2].partition("\n   1 |")[0]
     text = one_line(message)[:MAX_MESSAGE]

@@ -1,0 +1,193 @@
+"""JSON schemas as libraries write them, rewritten in the keywords that llguidance follows.
+
+https://json-schema.org/draft/2020-12/json-schema-validation. What constrains nothing is left out, and what can be said
+in other keywords is. Nothing is loosened but by `loosened`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import msgspec
+
+Schema = dict[str, Any]
+
+# Those that llguidance enforces; any other is a remark, as the specification has it.
+FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
+# The newest draft, which many schemas name as theirs; llguidance has the drafts by their own names only.
+NEWEST_DRAFT = ("https://json-schema.org/schema", "http://json-schema.org/schema")
+# Where schemas are in a schema: alone or in a list, and by name.
+NESTED = ("additionalProperties", "additionalItems", "items", "prefixItems", "allOf", "anyOf", "oneOf")
+NAMED = ("properties", "patternProperties", "$defs", "definitions")
+APPLICATORS = ("$ref", "$dynamicRef", "allOf", "anyOf", "oneOf", "if", "dependentSchemas", "dependencies", "contains")
+OF_TYPE = {
+    "array": ("uniqueItems", "contains", "minContains", "maxContains", "unevaluatedItems"),
+    "object": ("propertyNames", "dependentRequired", "dependentSchemas", "dependencies", "unevaluatedProperties",
+               "minProperties", "maxProperties"),
+}  # fmt: skip
+NOT_FOLLOWED = ("not", "if", "then", "else", *OF_TYPE["array"], *OF_TYPE["object"])
+# Of regular expressions: look-around, back references and word boundaries, behind an even number of backslashes.
+NOT_REGULAR = re.compile(r"(?<!\\)(?:\\\\)*(?:\(\?<?[=!]|\\[bB1-9k])")
+BOUNDS = {"minimum": -1, "exclusiveMinimum": -1, "maximum": 1, "exclusiveMaximum": 1}
+LARGEST = 10**18  # llguidance cannot say a larger bound of a number, as the range of a float has
+
+
+def rewritten(schema: Any, lenient: bool = False) -> Any:
+    """A schema that allows the same; `schema` itself, which is not changed, if there is nothing to do.
+
+    With `lenient` it may allow more: what llguidance cannot follow is left out.
+    """
+    changed = False
+    root = [schema]
+    todo: list[tuple[Any, Any, Schema]] = [(root, 0, {})]  # a schema's place, and what its references begin at
+    while todo:
+        container, key, base = todo.pop()
+        if not isinstance(old := container[key], dict):
+            continue
+        base = old if not base or "$id" in old else base
+        new = simplified(old, base)
+        if lenient and isinstance(new, dict):
+            new = loosened(new)
+        changed |= new != old
+        if new is False:
+            container[key] = new
+            continue
+        container[key] = new = dict(new)
+        for name in (*NESTED, *NAMED):
+            inner = new.get(name)
+            if isinstance(inner, list):
+                new[name] = inner = list(inner)
+                todo += [(inner, index, base) for index in range(len(inner))]
+            elif isinstance(inner, dict) and name in NAMED:
+                new[name] = inner = dict(inner)
+                todo += [(inner, each, base) for each in inner]
+            elif isinstance(inner, dict):
+                todo.append((new, name, base))
+    return root[0] if changed else schema
+
+
+def simplified(schema: Schema, base: Schema) -> Schema | bool:
+    """The same of one schema, leaving alone those in it; False where nothing is allowed."""
+    if trivial(schema.get("not")):
+        return False
+    rest = {key: value for key, value in schema.items() if not constrains_nothing(key, value, schema)}
+    if isinstance(pattern := rest.get("pattern"), str) and "format" in rest and NOT_REGULAR.search(pattern):
+        del rest["pattern"]  # libraries write the format once more as a pattern
+    if rest.get("type") != "integer":
+        for key, sign in BOUNDS.items():
+            value = rest.get(key)
+            if isinstance(value, (int, float)) and sign * value > LARGEST:
+                rest[key] = sign * LARGEST
+    if rest.get("unevaluatedProperties") is False and not any(key in rest for key in APPLICATORS):
+        del rest["unevaluatedProperties"]
+        rest.setdefault("additionalProperties", False)
+    return with_names(rest, base) if "propertyNames" in rest and "patternProperties" not in rest else rest
+
+
+def constrains_nothing(key: str, value: Any, schema: Schema) -> bool:
+    """Whether a keyword says nothing beside the others of its schema."""
+    types = schema.get("type")
+    given = [types] if isinstance(types, str) else types
+    if isinstance(given, list) and any(key in OF_TYPE[kind] for kind in OF_TYPE if kind not in given):
+        return True
+    match key:
+        case "format":
+            return isinstance(value, str) and value not in FORMATS
+        case "$schema":
+            return isinstance(value, str) and value.rstrip("#") in NEWEST_DRAFT
+        case "uniqueItems":
+            return value is False or schema.get("maxItems") in (0, 1)
+        case "contains":
+            return trivial_contains(schema)
+        case "minContains" | "maxContains":
+            return "contains" not in schema or trivial_contains(schema)
+        case "if":
+            return all(trivial(schema.get(name, True)) for name in ("then", "else"))
+        case "then" | "else":
+            return "if" not in schema or trivial(value)
+        case "not":
+            return value is False
+        case "propertyNames":
+            return trivial(value) or value == {"type": "string"}
+        case "unevaluatedProperties" | "unevaluatedItems":
+            return trivial(value)
+        case "minProperties":
+            return value == 0
+        case "dependentSchemas":
+            return isinstance(value, dict) and all(map(trivial, value.values()))
+        case "dependentRequired" | "dependencies":
+            required = schema.get("required")
+            there = required if isinstance(required, list) else []
+            rules = value.values() if isinstance(value, dict) else [None]
+            return all(trivial(rule) or (isinstance(rule, list) and all(n in there for n in rule)) for rule in rules)
+    return key == "$dynamicAnchor"
+
+
+def trivial(schema: Any) -> bool:
+    return schema is True or schema == {}
+
+
+def trivial_contains(schema: Schema) -> bool:
+    return schema.get("minContains") == 0 and "maxContains" not in schema
+
+
+def with_names(schema: Schema, base: Schema) -> Schema:
+    """A schema whose `propertyNames` are a list, a pattern or a length, said by properties; else the same."""
+    names, values = schema["propertyNames"], schema.get("additionalProperties", True)
+    if isinstance(names, dict) and isinstance(reference := names.get("$ref"), str):
+        names = referred(base, reference)
+    if not isinstance(names, dict):
+        return schema
+    said = {key: value for key, value in names.items() if key not in ("title", "description")}
+    if said.get("type") == "string":
+        del said["type"]
+    closed = {key: value for key, value in schema.items() if key != "propertyNames"} | {"additionalProperties": False}
+    match said:
+        case {"enum": [*texts], **others} if not others:
+            return closed | {"properties": listed(texts, schema, values)}
+        case {"const": str(text), **others} if not others:
+            return closed | {"properties": listed([text], schema, values)}
+    if schema.get("properties"):
+        return schema
+    match said:
+        case {"pattern": str(pattern), **others} if not others:
+            return closed | {"patternProperties": {pattern: values}}
+        case {"minLength": int(), **others} | {"maxLength": int(), **others} if not others.keys() - {"maxLength"}:
+            pattern = rf"^[\s\S]{{{said.get('minLength', 0)},{said.get('maxLength', '')}}}$"
+            return closed | {"patternProperties": {pattern: values}}
+    return schema
+
+
+def listed(names: list[Any], schema: Schema, values: Any) -> Schema:
+    properties = schema.get("properties") or {}
+    return {name: properties.get(name, values) for name in names if isinstance(name, str)}
+
+
+def referred(base: Schema, reference: str) -> Any:
+    """What a reference within a schema points to; None where it points elsewhere."""
+    found: Any = base
+    first, *path = reference.split("/")
+    for part in path:
+        found = found.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(found, dict) else None
+    return found if first == "#" else None
+
+
+def loosened(schema: Schema) -> Schema:
+    """One schema without what llguidance cannot follow."""
+    rest = {key: value for key, value in schema.items() if key not in NOT_FOLLOWED}
+    if isinstance(pattern := rest.get("pattern"), str) and NOT_REGULAR.search(pattern):
+        del rest["pattern"]
+    if isinstance(patterns := rest.get("patternProperties"), dict):
+        rest["patternProperties"] = {name: value for name, value in patterns.items() if not NOT_REGULAR.search(name)}
+    if "oneOf" in rest and "anyOf" not in rest:
+        rest["anyOf"] = rest.pop("oneOf")
+    return rest
+
+
+def loosened_source(source: str) -> str:
+    """The same of a whole schema as text; one that is no JSON is for others to refuse."""
+    try:
+        return msgspec.json.encode(rewritten(msgspec.json.decode(source), lenient=True)).decode()
+    except (msgspec.DecodeError, RecursionError):
+        return source
