@@ -77,6 +77,30 @@ def test_no_setting_changes_a_special_answer(overlap: bool, cache: str, chunk: i
     assert (engine.stats().retracted >= 4) == retract
 
 
+@pytest.mark.parametrize(("overlap", "batch", "chunk"), list(itertools.product([True, False], [8, 40], [7, 8192])))
+def test_no_dear_grammar_changes_a_special_answer(
+    overlap: bool, batch: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = special_requests(SPEC.vocab_size)
+    engine = make_engine(overlap=overlap, max_running_requests=batch, max_prefill_length=chunk)
+    postponed: list[int] = []
+    hold = engine.scheduler._hold
+
+    def make_dear(grammar: Grammar) -> Cycle:
+        constraint = Cycle(grammar, SPEC.vocab_size, EOS)
+        constraint.millis = 10
+        return constraint
+
+    def record(slots: Any) -> None:
+        postponed.extend(slots.tolist())
+        hold(slots)
+
+    engine.constraints = make_dear
+    monkeypatch.setattr(engine.scheduler, "_hold", record)
+    check(answers_of(engine, requests, retractions=3), requests)
+    assert len(postponed) > 20
+
+
 @pytest.mark.parametrize(
     ("kind", "neutral"),
     [
@@ -202,7 +226,7 @@ def test_a_failing_grammar_ends_its_own_request_only(overlap: bool) -> None:
     assert ends["breaks"].finish is ends["refuses"].finish is FinishReason.ERROR
     assert ends["breaks"].error == "the grammar failed: no fourth mask"
     assert "breaks the grammar" in (ends["refuses"].error or "")
-    assert (len(got["breaks"].tokens), len(got["refuses"].tokens)) == (3, 2)
+    assert (len(got["breaks"].tokens), len(got["refuses"].tokens)) == (3, 3)
 
 
 @pytest.mark.parametrize("params", [{"ignore_eos": True}, {"min_tokens": 9}])

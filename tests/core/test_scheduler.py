@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from helpers import simulation
+from helpers.constraints import cycle
 from helpers.simulation import VOCAB, advance, check_answers, record_plans, request, run, simulated_engine, tokens_of
 from minisgl.config import SCHEDULE_POLICIES
 from minisgl.core.plan import StepResult
@@ -238,3 +239,44 @@ def test_prompt_tokens_are_counted_with_what_was_cached_of_them_when_a_row_is_gi
     assert seen >= {24, 48}
     assert stats.retracted
     assert (stats.prompt_tokens, stats.cached_prompt_tokens) == (48, 3 * 8)
+
+
+def test_rows_with_dear_masks_sit_out_and_the_others_go_on() -> None:
+    engine = simulated_engine(num_pages=400, max_seq_len=200, max_running_requests=40, max_prefill_length=400)
+    engine.add(request("plain", [1], max_tokens=150, ignore_eos=True))
+    engine.add(request("cheap", [2], max_tokens=150, ignore_eos=True, grammar=cycle(3, 150)))
+    dear = [request(f"dear{i}", [i], max_tokens=9, ignore_eos=True, grammar=cycle(3, 9, 2)) for i in range(30)]
+    for each in dear:
+        engine.add(each)
+    plans, events = record_plans(engine), []
+    for _ in range(100):
+        before = len(plans)
+        events += engine.step()
+        assert len(plans) == before + 1
+    # None of them held another up: a token a step, but for those of the first steps, before masks were seen to be dear.
+    for name in ("plain", "cheap"):
+        assert len(tokens_of([event for event in events if event.id == name])) >= 90
+    assert max(len(plan.constrained_slots) for plan in plans[:2]) == 31
+    assert max(len(plan.constrained_slots) for plan in plans[4:]) <= 4
+    events += advance(engine)
+    ends = {event.id: event for event in events if event.finish}
+    for each in dear:
+        assert tokens_of([event for event in events if event.id == each.id]) == simulation.expected_tokens(each, 200)
+    # Each in its turn: no row is done long before the last one begins.
+    lasts = [index for index, event in enumerate(events) if event.finish and event.id.startswith("dear")]
+    firsts = [index for index, event in enumerate(events) if event.tokens and event.id == "dear29"]
+    assert firsts[3] < min(lasts)
+    assert len(ends) == 32
+
+
+def test_the_masks_of_all_choices_of_a_completion_share_a_budget() -> None:
+    engine = simulated_engine(num_pages=400, max_seq_len=200, max_running_requests=40, max_prefill_length=400)
+    names = [*(f"many-{i}" for i in range(20)), "one-0", "other"]
+    events = run(
+        engine, [request(name, [3], max_tokens=20, ignore_eos=True, grammar=cycle(4, 20, 20)) for name in names]
+    )
+    for name in names:
+        last, finish = events[name][-1], FinishReason.ERROR if name.startswith("many") else FinishReason.LENGTH
+        assert last.finish is finish, name
+        assert ("the grammar failed: it took over 0.5 s" in (last.error or "")) == name.startswith("many")
+    assert engine.cache.num_owned == 0

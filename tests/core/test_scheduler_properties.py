@@ -58,7 +58,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority=st.integers(-1, 1),
         logprobs=st.none() | st.integers(0, 3),
         prompt_logprobs=st.none() | st.integers(0, 3),
-        grammar=st.none() | st.builds(cycle, st.integers(1, VOCAB), st.integers(0, 8)),
+        grammar=st.none() | st.builds(cycle, st.integers(1, VOCAB), st.integers(0, 8), st.sampled_from([0, 3, 9])),
         min_tokens=st.integers(0, 1),
     )
     def add(self, shared: int, own: list[int], priority: int, **params: object) -> None:
@@ -115,7 +115,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def rows_keep_their_order(self) -> None:
         table = self.engine.table
         used = table.state != State.FREE
-        going = (table.state == State.PREFILL) | (table.state == State.DECODE)
+        going = (table.state == State.PREFILL) | (table.state == State.DECODE) | (table.state == State.HELD)
         assert (table.num_computed_tokens[used] <= table.num_tokens[used] + 1).all()
         assert (table.num_tokens[used] <= table.max_tokens[used]).all()
         assert (table.in_flight[used] <= 2).all()

@@ -6,9 +6,12 @@ from numpy.typing import NDArray
 from minisgl.core.types import Grammar
 
 
-def cycle(width: int, length: int) -> Grammar:
-    """An answer of `length` tokens, the i-th one of the `width` from 7 i on, and then the end."""
-    return Grammar(kind="regex", source=f"{width},{length}")
+def cycle(width: int, length: int, millis: int = 0) -> Grammar:
+    """An answer of `length` tokens, the i-th one of the `width` from 7 i on, and then the end.
+
+    Two of three masks say that they took so many ms.
+    """
+    return Grammar(kind="regex", source=f"{width},{length},{millis}")
 
 
 class Cycle:
@@ -16,10 +19,15 @@ class Cycle:
 
     def __init__(self, grammar: Grammar, vocab_size: int, eos: int) -> None:
         self.fails = grammar.source if grammar.source in ("breaks", "refuses") else None
-        self.width, self.length = (5, 100) if self.fails else map(int, grammar.source.split(","))
+        numbers = (5, 100, 0) if self.fails else map(int, grammar.source.split(","))
+        self.width, self.length, self.millis = numbers
         self.vocab_size = vocab_size
         self.eos = eos
         self.said = 0
+
+    @property
+    def seconds(self) -> float:
+        return self.millis / 1000 if self.said % 3 else 0.0
 
     def allowed(self) -> list[int]:
         """The tokens that may come next; none but the end behind the last, and nothing at all behind that."""

@@ -12,7 +12,7 @@ from minisgl.core.pages import CacheManager
 from minisgl.core.plan import Executor, StepPlan
 from minisgl.core.plugins import load_eviction, load_policy
 from minisgl.core.request_state import Constraint, ConstraintFactory, RequestState, RequestTable, full_constraint
-from minisgl.core.scheduler import Scheduler
+from minisgl.core.scheduler import STEP_SECONDS, Scheduler
 from minisgl.core.types import EngineStats, ModelInfo, Request, TokenEvent
 from minisgl.errors import EngineDeadError, InvalidRequestError
 
@@ -26,6 +26,7 @@ class Engine:
 
     A mask depends on the token before it. So where rows follow a grammar, the older step's tokens are taken in first,
     and the masks computed while the device runs the newer step's forward pass; then the step is finished with them.
+    Masks that would hold the step up are computed beside later steps; their rows sit out until then.
     `constraints` makes a constraint of a grammar; without it grammars are refused. `clock` tells the seconds by which
     policies decide; a simulation gives its own. `admitted` are the ids of the
     requests that the last `step` gave a row, retracted ones once more.
@@ -105,11 +106,13 @@ class Engine:
         return self.cache.flush()
 
     def _advance(self) -> None:
+        begun = time.perf_counter()
         self.admitted = []
         plan = self.scheduler.schedule()
         if plan is None:
             if self._launched:
                 self._collect()
+            self._events += self.scheduler.fill_held(self.model.vocab_size)
             return
         self.executor.launch(plan)
         self._launched.append(plan)
@@ -117,10 +120,13 @@ class Engine:
             self.admitted = [self.table.request(slot).request.id for slot in plan.init.slots.tolist()]
         if len(self._launched) > 1:
             self._collect()
+        # Half of what the step takes without them, within bounds: other rows wait for all masks.
+        self.scheduler.mask_budget = min(max((time.perf_counter() - begun) / 2, STEP_SECONDS[0]), STEP_SECONDS[1])
         if len(plan.constrained_slots):
             masks, ended = self.scheduler.masks(plan, self.model.vocab_size)
             self._events += ended
             self.executor.finish(masks)
+        self._events += self.scheduler.fill_held(self.model.vocab_size)
         if not self.overlap:
             self._collect()
 

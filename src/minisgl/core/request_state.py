@@ -34,6 +34,10 @@ class Constraint(Protocol):
     this request, with an error.
     """
 
+    @property
+    def seconds(self) -> float:
+        """CPU time that the last mask and the token before it took."""
+
     def fill(self, mask: NDArray[np.int32]) -> None:
         """Overwrite mask (ceil(V / 32),): bit t % 32 of word t // 32 says whether token t may be next."""
 
@@ -100,15 +104,29 @@ class TokenFilter:
         self._said.append(token)
         return self._grammar is None or self._grammar.accept(token)
 
+    @property
+    def seconds(self) -> float:
+        return 0.0 if self._grammar is None else self._grammar.seconds
+
+
+@dataclass
+class MaskBudget:
+    """CPU seconds that the masks of a completion may still take, of all its choices together."""
+
+    seconds: float
+
 
 class State(enum.IntEnum):
-    """The state of a row. From RETRACTING on it is not planned any more; it is freed when no step touches it."""
+    """The state of a row. A HELD one is not planned before it has its mask, so it is not retracted either. From
+    RETRACTING on it is not planned any more; it is freed when no step touches it.
+    """
 
     FREE = 0
     PREFILL = 1
     DECODE = 2
-    RETRACTING = 3
-    ENDED = 4
+    HELD = 3
+    RETRACTING = 4
+    ENDED = 5
 
 
 @dataclass(eq=False)
@@ -119,6 +137,7 @@ class RequestState:
     first and retracted last. `match` is how far `reusable` was found in the prefix cache when it was last looked up.
     `max_tokens` counts the prompt, too. `prompt_scores` collects the prompt's log-probabilities until they are
     delivered; `num_scored` of its positions are in launched steps. `cached_tokens` are those of its first admission.
+    The constraint has taken in `num_followed` tokens; `mask` is that of the next one if it was computed early.
     """
 
     request: Request
@@ -143,6 +162,9 @@ class RequestState:
         self.priority = request.priority
         self.sort_key: tuple[tuple[float, ...], int] = ((self.priority,), self.arrival)
         self.prompt_scores: list[TokenLogprobs | None] = [] if params.prompt_logprobs is None else [None]
+        self.num_followed = self.prompt_len
+        self.mask: Int32 | None = None
+        self.mask_budget: MaskBudget | None = None
 
     @property
     def reusable(self) -> Int32:
@@ -170,6 +192,8 @@ class RequestTable:
         self.penalised = np.zeros(rows, np.bool_)
         self.biases = np.zeros(rows, np.int32)
         self.constrained = np.zeros(rows, np.bool_)
+        self.mask_seconds = np.zeros(rows, np.float64)  # what the last mask took
+        self.held_since = np.zeros(rows, np.int64)  # the step in which a HELD row became one
         self.top = np.zeros(rows, np.int32)  # log-probabilities beside the token's own; -1: none at all
         self.prompt_top = np.zeros(rows, np.int32)  # the same of the prompt
         self.processed = np.zeros(rows, np.bool_)  # any of these
@@ -194,6 +218,7 @@ class RequestTable:
         self.penalised[slot] = tuple(self.penalties[:, slot]) != (1.0, 0.0, 0.0)
         self.biases[slot] = len(params.logit_bias)
         self.constrained[slot] = request.constraint is not None
+        self.mask_seconds[slot] = 0.0
         self.top[slot] = -1 if params.logprobs is None else params.logprobs
         self.prompt_top[slot] = -1 if params.prompt_logprobs is None else params.prompt_logprobs
         self.processed[slot] = self.changes_logits(slot) or self.top[slot] >= 0 or self.prompt_top[slot] >= 0

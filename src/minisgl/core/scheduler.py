@@ -19,14 +19,22 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable
 from heapq import merge
+from weakref import WeakValueDictionary
 
 import numpy as np
 
 from minisgl.core.pages import CacheManager, PageWrites
 from minisgl.core.plan import Int32, Masks, StepPlan, StepResult
 from minisgl.core.policy import Policy, PolicyGuard, View
-from minisgl.core.request_state import EMPTY, Constraint, RequestState, RequestTable, Slots, State
+from minisgl.core.request_state import EMPTY, MaskBudget, RequestState, RequestTable, Slots, State
 from minisgl.core.types import FinishReason, TokenEvent
+
+# What masks may take of a step, at least and at most. An ordinary one (a JSON schema: 50 µs) does not count.
+STEP_SECONDS = (0.0005, 0.004)
+ORDINARY_SECONDS = 0.0001
+# CPU time that a completion may take in total: at once, and more for each token of any of its choices.
+BURST_SECONDS = 0.5
+TOKEN_SECONDS = 0.002
 
 
 class Draft:
@@ -59,12 +67,19 @@ class Scheduler:
         self.waiting: deque[RequestState] = deque()  # in the order of their sort keys
         self.live: dict[str, RequestState] = {}
         self.step = 0
+        self._late: dict[int, list[int]] = {}  # by step, slots whose token is dropped
+        self.mask_budget = STEP_SECONDS[0]
+        self._owed = 0.0  # seconds that masks took, to be saved in the next steps
+        self._budgets: WeakValueDictionary[str, MaskBudget] = WeakValueDictionary()
         self.retracted = self.prompt_tokens = self.cached_prompt_tokens = 0
         self.policy = PolicyGuard(policy, self.view, self.live, self._sort_queue)
         self._room_for: RequestState | None = None  # for whom running requests were retracted
 
     def add(self, request: RequestState) -> None:
         self.live[request.request.id] = request
+        if request.constraint is not None:  # the ids of a completion's choices differ behind the last hyphen
+            completion = request.request.id.rpartition("-")[0] or request.request.id
+            request.mask_budget = self._budgets.setdefault(completion, MaskBudget(BURST_SECONDS))
         self.policy.place(request)
         self._queue(request)
 
@@ -263,12 +278,14 @@ class Scheduler:
         table.in_flight[decodes] += 1
         table.in_flight[slots] += 1
         sampled = np.concatenate([decodes, slots[final]]).astype(np.int32)
+        again = [slot for slot in slots.tolist() if table.penalised[slot] and table.request(slot).mask is not None]
         writes = [np.concatenate([EMPTY, *part]) for part in zip(*step.writes, strict=True)] or [EMPTY] * 3
         tokens = [table.tokens[slot, start:end] for slot, start, end in zip(slots, starts, ends, strict=True)]
         self.step += 1
+        self._hold_dear(sampled)
         return StepPlan(
             step=self.step,
-            init=table.new_rows(step.admitted),
+            init=table.new_rows([*step.admitted, *(slot for slot in again if slot not in step.admitted)]),
             page_slots=writes[0],
             page_indices=writes[1],
             page_ids=writes[2],
@@ -294,6 +311,7 @@ class Scheduler:
         table.in_flight[touched] -= 1
         scores = table.take_scores(plan, result)
         going = table.state[plan.sampled_slots] != State.ENDED
+        going &= ~np.isin(plan.sampled_slots, self._late.pop(plan.step, []))
         slots, tokens = plan.sampled_slots[going], result.tokens[going]
         lengths = table.num_tokens[slots] + 1
         table.tokens[slots, lengths - 1] = tokens
@@ -304,9 +322,6 @@ class Scheduler:
         columns = slots.tolist(), tokens.tolist(), stop.tolist(), full.tolist()
         for slot, token, stopped, ended in zip(*columns, strict=True):
             request = table.request(slot)
-            if request.constraint is not None and not stopped and (error := accept(request.constraint, token)):
-                events.append(self._end(slot, FinishReason.ERROR, error))
-                continue
             finish = FinishReason.STOP if stopped else FinishReason.LENGTH if ended else None
             event = TokenEvent(
                 id=request.request.id,
@@ -323,33 +338,106 @@ class Scheduler:
         self._settle(touched[table.state[touched] >= State.RETRACTING].tolist())
         return events
 
+    # Masks of rows that follow a grammar
+
     def masks(self, plan: StepPlan, vocab_size: int) -> tuple[Masks, list[TokenEvent]]:
         """The masks of the step launched last, all before it being taken in, and the ends of those that cannot go on.
 
-        A row whose constraint allows nothing more ends there, as by a stop token that is not seen.
+        A row whose constraint allows nothing more ends there, as by a stop token that is not seen. Behind masks that
+        took more than a step's budget the others are late: their tokens are dropped, and their rows are held.
         """
         table, slots = self.table, plan.constrained_slots
         masks: Masks = np.full((len(slots), -(-vocab_size // 32)), -1, np.int32)
-        events = []
+        events: list[TokenEvent] = []
+        late: list[int] = []
+        spent = 0.0
         for slot, mask in zip(slots.tolist(), masks, strict=True):
             if table.state[slot] == State.ENDED:
                 continue
-            constraint = table.request(slot).constraint
-            assert constraint is not None
-            try:
-                constraint.fill(mask)
-            except Exception as error:
-                mask[:] = -1
-                events.append(self._end(slot, FinishReason.ERROR, f"the grammar failed: {error}"))
-                continue
-            if rest := vocab_size % 32:
-                mask[-1] &= np.int32((1 << rest) - 1)  # the other bits stand for no token
-            if table.num_tokens[slot] < table.min_len[slot]:
-                for token in table.request(slot).stop_ids:
-                    mask[token // 32] &= ~np.uint32(1 << token % 32).view(np.int32)
-            if not mask.any():
-                events.append(self._end(slot, FinishReason.STOP))
+            request = table.request(slot)
+            if request.mask is not None:
+                mask[:], request.mask = request.mask, None
+            elif spent > self.mask_budget:
+                late.append(slot)
+                # Its last token goes through the model once more, as a chunk of one.
+                known = int(table.num_tokens[slot])
+                table.prefill_len[slot], table.num_computed_tokens[slot] = known, known - 1
+                if table.penalised[slot]:  # the device counted the token that is dropped
+                    request.tokens = table.tokens[slot, :known].copy()
+            else:
+                seconds, ends = self._fill(slot, mask, vocab_size)
+                spent += seconds
+                events += ends
+        self._late[plan.step] = late
+        self._hold(np.array(late, np.intp))
+        self._owed += spent
         return masks, events
+
+    def fill_held(self, vocab_size: int) -> list[TokenEvent]:
+        """Spend what the step's masks left of its budget on the held rows; the ends of those that cannot go on."""
+        table = self.table
+        rows = np.flatnonzero((table.state == State.HELD) & (table.in_flight == 0))
+        # Those whose masks are cheap first, then in the order in which they came.
+        dear = table.mask_seconds[rows] > ORDINARY_SECONDS
+        events: list[TokenEvent] = []
+        for slot in rows[np.lexsort((table.held_since[rows], dear))].tolist():
+            if self._owed >= self.mask_budget:
+                break
+            mask: Int32 = np.full(-(-vocab_size // 32), -1, np.int32)
+            seconds, ends = self._fill(slot, mask, vocab_size)
+            self._owed += seconds
+            if ends:
+                events += ends
+                self._settle([slot])
+                continue
+            table.request(slot).mask = mask
+            again = table.prefill_len[slot] == table.num_tokens[slot]
+            table.state[slot] = State.PREFILL if again else State.DECODE
+        self._owed = max(0.0, self._owed - self.mask_budget)
+        return events
+
+    def _hold_dear(self, sampled: Int32) -> None:
+        """Hold these rows behind the step that is launched, if there is no time for all their next masks in one."""
+        table = self.table
+        dear = sampled[table.mask_seconds[sampled] > ORDINARY_SECONDS]
+        if (table.state == State.HELD).any() or table.mask_seconds[dear].sum() > self.mask_budget:
+            self._hold(dear)
+
+    def _hold(self, slots: Slots | Int32) -> None:
+        self.table.state[slots] = State.HELD
+        self.table.held_since[slots] = self.step
+
+    def _fill(self, slot: int, mask: Int32, vocab_size: int) -> tuple[float, list[TokenEvent]]:
+        """Overwrite the mask of a row's next token; what of the step's budget that took, the row's end if it ends."""
+        begun = time.perf_counter()
+        end = self._follow(slot, mask, vocab_size)
+        taken = max(float(self.table.mask_seconds[slot]), time.perf_counter() - begun)  # more on a busy machine
+        return max(0.0, taken - ORDINARY_SECONDS), end
+
+    def _follow(self, slot: int, mask: Int32, vocab_size: int) -> list[TokenEvent]:
+        table, request = self.table, self.table.request(slot)
+        constraint, total = request.constraint, request.mask_budget
+        assert constraint is not None
+        assert total is not None
+        try:
+            for token in table.tokens[slot, request.num_followed : table.num_tokens[slot]].tolist():
+                if not constraint.accept(token):
+                    raise ValueError(f"token {token} breaks the grammar")
+            request.num_followed = int(table.num_tokens[slot])
+            constraint.fill(mask)
+            table.mask_seconds[slot] = constraint.seconds
+            total.seconds += TOKEN_SECONDS - constraint.seconds
+            if total.seconds < 0:
+                raise TimeoutError(f"it took over {BURST_SECONDS} s and {TOKEN_SECONDS} s a token")
+        except Exception as error:
+            mask[:] = -1
+            return [self._end(slot, FinishReason.ERROR, f"the grammar failed: {error}")]
+        if rest := vocab_size % 32:
+            mask[-1] &= np.int32((1 << rest) - 1)  # the other bits stand for no token
+        if table.num_tokens[slot] < table.min_len[slot]:
+            for token in request.stop_ids:
+                mask[token // 32] &= ~np.uint32(1 << token % 32).view(np.int32)
+        return [] if mask.any() else [self._end(slot, FinishReason.STOP)]
 
     def _end(self, slot: int, finish: FinishReason, error: str | None = None) -> TokenEvent:
         """End a request: it is live no more, and its row leaves when nothing launched touches it; its last event."""
@@ -390,10 +478,3 @@ class Scheduler:
 
 def by_place(request: RequestState) -> tuple[tuple[float, ...], int]:
     return request.sort_key
-
-
-def accept(constraint: Constraint, token: int) -> str | None:
-    try:
-        return None if constraint.accept(token) else f"token {token} breaks the grammar"
-    except Exception as error:
-        return f"the grammar failed: {error}"

@@ -46,10 +46,6 @@ ANY_TEXT = "/(?s:.*)/"
 ANY_REASONING = ANY_TEXT + " & ~/(?s:.*" + REASONING_END.replace("/", r"\/") + ".*)/"
 NOTHING_MATCHES = "no text matches it"
 LIMITS = LLParserLimits(step_lexer_fuel=100_000, step_max_items=20_000, max_lexer_states=50_000, verbose_errors=False)
-# CPU time that one completion may take: at once, and more for each of its tokens. An ordinary schema takes a hundredth
-# of it; an ambiguous grammar, whose tokens take the longer the more there are, must not hold up its batch.
-BURST_SECONDS = 0.25
-TOKEN_SECONDS = 0.005
 
 
 class Vocabulary:
@@ -91,7 +87,7 @@ class Vocabulary:
 
 
 class GrammarError(Exception):
-    """A grammar that compiled, but became too complex or too slow on the way."""
+    """A grammar that compiled, but became too complex on the way."""
 
 
 class MatcherConstraint:
@@ -107,16 +103,14 @@ class MatcherConstraint:
         self.vocabulary = vocabulary
         padded = vocabulary.size != vocabulary.vocab_size
         self._scratch = np.zeros(-(-vocabulary.size // 32), np.int32) if padded else None
-        self._seconds_left = BURST_SECONDS
+        self.seconds = 0.0
 
     @NO_PANICS
     def fill(self, mask: NDArray[np.int32]) -> None:
         """Overwrite mask (ceil(V / 32),): bit t % 32 of word t // 32 says whether token t may come next.
 
-        Raises GrammarError when llguidance's limits of one step are exceeded, or the completion's time is used up.
+        Raises GrammarError when llguidance's limits of one step are exceeded.
         """
-        if self._seconds_left < 0:
-            raise GrammarError(f"more than {BURST_SECONDS} s beyond {TOKEN_SECONDS} s a token")
         begun = time.thread_time()
         assert mask.shape == (self.vocabulary.num_words,)
         assert mask.dtype == np.int32
@@ -125,7 +119,7 @@ class MatcherConstraint:
         self._matcher.unsafe_compute_mask_ptr(target.ctypes.data, target.nbytes)
         if self._matcher.is_error():
             raise GrammarError(self.error)
-        self._seconds_left += TOKEN_SECONDS + begun - time.thread_time()
+        self.seconds += time.thread_time() - begun
         if self._scratch is not None:
             mask[:] = self._scratch[: len(mask)]
             if rest := self.vocabulary.vocab_size % 32:
@@ -138,7 +132,7 @@ class MatcherConstraint:
         """Take in the token that follows; False when it may not, and from then on."""
         begun = time.thread_time()
         accepted = self._matcher.consume_token(token)
-        self._seconds_left += begun - time.thread_time()
+        self.seconds = time.thread_time() - begun
         return accepted
 
     @NO_PANICS
