@@ -131,9 +131,32 @@ def test_a_request_is_ready_when_its_grammar_is_and_never_when_it_has_left(error
     while len(found) < 2:
         assert time.monotonic() < deadline
         found += pending.ready()
+    found.sort(key=lambda each: each[0].id)
     assert [request.id for request, _ in found] == ["c", "d"]
     assert isinstance(found[0][1], InvalidRequestError)
     assert "too much" in found[0][1].message
     assert found[1][1] is made
     assert (pending.requests, pending.ready()) == ({}, [])
+    pending.close()
+
+
+def test_no_request_waits_for_the_grammar_of_another() -> None:
+    gate, made = threading.Event(), Cycle(cycle(5, 100), VOCAB, eos=1)
+
+    def factory(grammar: Grammar) -> Constraint:
+        assert grammar.source != "slow" or gate.wait(10)
+        return made
+
+    pending = PendingGrammars(factory)
+    for name in ("slow", "a", "b"):
+        grammar = Grammar(kind="regex", source=name)
+        pending.start(Request.make(id=name, prompt=[1], params=SamplingParams(grammar=grammar)), grammar)
+    deadline, found = time.monotonic() + 10, pending.ready()
+    while len(found) < 2:
+        assert time.monotonic() < deadline
+        found += pending.ready()
+    assert ([request.id for request, _ in found], list(pending.requests)) == (["a", "b"], ["slow"])
+    gate.set()
+    while not pending.ready():
+        assert time.monotonic() < deadline
     pending.close()

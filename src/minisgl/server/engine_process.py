@@ -19,6 +19,7 @@ from minisgl.errors import InvalidRequestError, MinisglError
 from minisgl.server import ipc
 
 IDLE_POLL_MS = 200
+COMPILERS = 2  # threads, so that a known grammar need not wait for a slow one
 COMPILING_POLL_MS = 2  # while there is nothing to compute but grammars are being compiled
 GRACE_SECONDS = 1.5  # for a step that runs when the launcher or a rank is gone
 LINGER_MS = 1000  # for the last messages to leave when the engine ends
@@ -99,15 +100,15 @@ class Links:
 
 
 class PendingGrammars:
-    """Requests that wait while a thread compiles their grammars, in order. Belongs to the thread that steps."""
+    """Requests that wait while threads compile their grammars. Belongs to the thread that steps."""
 
     def __init__(self, factory: ConstraintFactory | None) -> None:
         self._factory = factory
-        self._thread = ThreadPoolExecutor(1, "minisgl-grammar")
+        self._threads = ThreadPoolExecutor(COMPILERS, "minisgl-grammar")
         self.requests: dict[str, tuple[Request, Future[Constraint]]] = {}
 
     def start(self, request: Request, grammar: Grammar) -> None:
-        self.requests[request.id] = (request, self._thread.submit(make_constraint, self._factory, grammar))
+        self.requests[request.id] = (request, self._threads.submit(make_constraint, self._factory, grammar))
 
     def drop(self, ids: Iterable[str]) -> list[str]:
         """Forget these requests; those of them that were pending."""
@@ -120,8 +121,8 @@ class PendingGrammars:
         """The requests whose grammar was compiled, or refused, since the last call."""
         ready: list[tuple[Request, Constraint | InvalidRequestError]] = []
         for request, compiled in list(self.requests.values()):
-            if not compiled.done():  # nor are those after it
-                break
+            if not compiled.done():
+                continue
             del self.requests[request.id]
             try:
                 ready.append((request, compiled.result()))
@@ -130,7 +131,7 @@ class PendingGrammars:
         return ready
 
     def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 class EngineServer:

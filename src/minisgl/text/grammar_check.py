@@ -207,7 +207,8 @@ class GrammarCompiler:
         self._helper = Helper(folder, vocab_size, eos_token_ids)
         self._lock = threading.Lock()
         self._checked: set[bytes] = set()
-        self._vocabulary = functools.cache(lambda: Vocabulary(folder, vocab_size, eos_token_ids))
+        self._load = functools.partial(Vocabulary, folder, vocab_size, eos_token_ids)
+        self._vocabulary: Vocabulary | None = None
         self._compiled = functools.lru_cache(MAX_COMPILED)(self._compile)
 
     def check(self, grammar: Grammar) -> None:
@@ -230,11 +231,12 @@ class GrammarCompiler:
 
         It compiles in this process, with llguidance's limits alone: an unchecked grammar may take seconds.
         """
-        with self._lock:
-            return self._compiled(grammar).copy()
+        return self._compiled(grammar).copy()
 
     def _compile(self, grammar: Grammar) -> MatcherConstraint:
-        return compile_grammar(grammar, self._vocabulary())
+        with self._lock:  # loaded once
+            vocabulary = self._vocabulary = self._vocabulary or self._load()
+        return compile_grammar(grammar, vocabulary)
 
     def close(self) -> None:
         self._helper.close()
