@@ -91,7 +91,8 @@ def test_what_libraries_emit_is_followed(library: str, form: str, vocabulary: Vo
         validate(sample_text(start.copy(), pieces, seed, free_tokens), schema)
 
 
-ANY, OBJECT, ARRAY, STRING = {}, {"type": "object"}, {"type": "array"}, {"type": "string"}
+ANY: dict[str, Any] = {}
+OBJECT, ARRAY, STRING = {"type": "object"}, {"type": "array"}, {"type": "string"}
 NAMES = {"type": "object", "properties": {"a": True, "b": True}, "additionalProperties": False}
 # A schema with keywords that say nothing, or can be said in others, and what is left of it.
 REWRITTEN: tuple[tuple[Any, Any], ...] = (

@@ -27,8 +27,8 @@ MAX_SOURCE_BYTES = 1 << 20
 MAX_CHOICES = 10_000
 MAX_MESSAGE = 300
 # Between the parts of a JSON text. Bounded: a model that falls into repeating newlines must go on with its text.
-WHITESPACE = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,8}"}
-NO_WHITESPACE = {"whitespace_flexible": False}
+SPACED: Any = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,8}", "lenient": False}
+COMPACT: Any = {"whitespace_flexible": False, "lenient": False}
 # The kind of a grammar: its name in errors, and the request field that usually carries it.
 KINDS = {
     "json_object": ("json object", "response_format"),
@@ -263,8 +263,7 @@ def schema_grammar(source: str, grammar: Grammar) -> str:
         raise invalid(grammar, NOTHING_MATCHES)
     if new is True or new is not schema:
         source = "{}" if new is True else json.dumps(new, ensure_ascii=False)
-    whitespace = NO_WHITESPACE if grammar.compact else WHITESPACE
-    return LLMatcher.grammar_from_json_schema(source, overrides={**whitespace, "lenient": False})
+    return LLMatcher.grammar_from_json_schema(source, overrides=COMPACT if grammar.compact else SPACED)
 
 
 def choice_lark(grammar: Grammar) -> str:

@@ -47,11 +47,11 @@ def rewritten(schema: Any, lenient: bool = False) -> Any:
             continue
         base = old if not base or "$id" in old else base
         new = simplified(old, base)
-        if lenient and isinstance(new, dict):
+        if new is not None and lenient:
             new = loosened(new)
         changed |= new != old
-        if new is False:
-            container[key] = new
+        if new is None:
+            container[key] = False
             continue
         container[key] = new = dict(new)
         for name in (*NESTED, *NAMED):
@@ -67,10 +67,10 @@ def rewritten(schema: Any, lenient: bool = False) -> Any:
     return root[0] if changed else schema
 
 
-def simplified(schema: Schema, base: Schema) -> Schema | bool:
-    """The same of one schema, leaving alone those in it; False where nothing is allowed."""
+def simplified(schema: Schema, base: Schema) -> Schema | None:
+    """The same of one schema, leaving alone those in it; None where nothing is allowed."""
     if trivial(schema.get("not")):
-        return False
+        return None
     rest = {key: value for key, value in schema.items() if not constrains_nothing(key, value, schema)}
     if isinstance(pattern := rest.get("pattern"), str) and "format" in rest and NOT_REGULAR.search(pattern):
         del rest["pattern"]  # libraries write the format once more as a pattern
@@ -113,7 +113,7 @@ def constrains_nothing(key: str, value: Any, schema: Schema) -> bool:
         case "unevaluatedProperties" | "unevaluatedItems":
             return trivial(value)
         case "minProperties":
-            return value == 0
+            return bool(value == 0)
         case "dependentSchemas":
             return isinstance(value, dict) and all(map(trivial, value.values()))
         case "dependentRequired" | "dependencies":
@@ -125,7 +125,7 @@ def constrains_nothing(key: str, value: Any, schema: Schema) -> bool:
 
 
 def trivial(schema: Any) -> bool:
-    return schema is True or schema == {}
+    return schema is True or (isinstance(schema, dict) and not schema)
 
 
 def trivial_contains(schema: Schema) -> bool:
