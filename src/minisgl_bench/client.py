@@ -11,10 +11,9 @@ import ssl
 import time
 import urllib.error
 import urllib.request
-from array import array
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.client import HTTPException
 from typing import Any, Final, cast
 from urllib.parse import urlsplit
@@ -22,6 +21,7 @@ from urllib.parse import urlsplit
 import httptools
 
 from minisgl.errors import ConfigError
+from minisgl_bench.metrics import RequestRecord
 from minisgl_bench.traffic import IdPrompts, Session, TextPrompts, Turn
 
 LEAD: Final = 0.2  # how long before its time a request gets its connection, in s
@@ -93,30 +93,6 @@ def parse_target(url: str, key: str | None) -> Target:
     prefix = parts.path.rstrip("/").removesuffix("/v1")
     base = f"{parts.scheme}://{parts.netloc}{prefix}"
     return Target(base, parts.hostname, str(where[0]), port, family, prefix, tls, key)
-
-
-@dataclass(slots=True)
-class RequestRecord:
-    """What became of one request. Times are in s on the performance counter, `times` one for each event with tokens.
-
-    Counts are the server's own, from `usage`; None is what it did not say. `failure` is a short kind that many requests
-    may share, `detail` what exactly happened to this one.
-    """
-
-    index: int
-    due: float = 0.0
-    sent: float = 0.0
-    times: array[float] = field(default_factory=lambda: array("d"))
-    expected_input: int | None = None
-    expected_output: int = 0
-    expected_cached: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cached_tokens: int | None = None
-    text: str = ""
-    body: bytes | None = None  # of the request, where it needs no answer to an earlier turn
-    failure: str | None = None
-    detail: str = ""
 
 
 class CompletionStream(asyncio.Protocol):

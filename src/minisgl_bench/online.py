@@ -20,14 +20,13 @@ import torch
 
 from minisgl.errors import ConfigError, EngineDeadError
 from minisgl.formats.hub import progress_bar
-from minisgl_bench import metrics, traffic
-from minisgl_bench.client import PATHS, LoadClient, RequestRecord, Target, parse_target
+from minisgl_bench import metrics, traffic, usage
+from minisgl_bench.client import PATHS, LoadClient, Target, parse_target
 from minisgl_bench.command import load_kind
+from minisgl_bench.metrics import RequestRecord
 from minisgl_bench.report import RESULTS, Report, default_path, draw_latencies, slug
 from minisgl_bench.traffic import IdPrompts, Segment, Session, TextPrompts, Turn
-from minisgl_bench.workload import CPU_SPEC, WorkloadSpec
 
-TRACE_REQUESTS: Final = 1000
 WARM_SEED, WARM_TOKENS, PROBE_TOKENS = -1, 16, 8
 POLL_SECONDS, STOP_SECONDS = 0.1, 15.0
 TAIL: Final = 2000  # bytes of a server's log in an error
@@ -37,7 +36,9 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     on_gpu = torch.cuda.is_available()
     report = Report("online", arguments, options.json or (RESULTS / "online.json" if on_gpu else None), width=130)
     if options.trace is not None:
-        traffic.read_trace(options.trace, options.requests or TRACE_REQUESTS)  # errors are told before a server starts
+        traffic.read_trace(
+            options.trace, options.requests or traffic.TRACE_REQUESTS
+        )  # errors are told before a server starts
     options.small = options.serve is not None and not on_gpu
     options.salt = secrets.randbits(32) if options.salt is None else options.salt
     report.figures |= {"model": None, "salt": options.salt, "runs": []}
@@ -67,7 +68,7 @@ async def measure(client: LoadClient, limit: int | None, report: Report) -> list
     samples, options = [], client.options
     kind = load_kind(options)
     for number, (value, seed) in enumerate(itertools.product(getattr(options, kind), options.seeds)):
-        sessions = make_sessions(options, kind, value, seed)
+        sessions = traffic.make_sessions(options, kind, value, seed)
         traffic.require_fit(sessions, limit)
         if not number:
             await warm_up(client, sessions, options.warmup)
@@ -79,7 +80,7 @@ async def measure(client: LoadClient, limit: int | None, report: Report) -> list
         report.figures["runs"].append(found)
         samples.append(metrics.latencies([record for record in records if record.failure is None]))
         report.print(metrics.latency_table(f"{client.model}, {label}", found))
-        for line in metrics.lines(found):
+        for line in (*metrics.lines(found), *usage.lines(found)):
             report.print(line)
     return samples
 
@@ -91,40 +92,23 @@ async def measure_one(
     hits = traffic.expected_hits((turn.segments for turn in traffic.all_turns(sessions)), options.cache_page)
     planned = client.prepare(sessions, seed, hits)
     records = [record for _, turns in planned for record in turns]
-    pid = options.server_pid or metrics.listener_pid(client.target)
+    pid = options.server_pid or usage.listener_pid(client.target)
     gc.collect()
     gc.freeze()
     with progress_bar(found["label"], len(records), enabled=True) as done:
-        before = metrics.process_tree(pid)
-        async with metrics.watch_client() as usage:
+        before = usage.process_tree(pid)
+        async with usage.watch_client() as client_usage:
             if concurrency is not None:
                 await client.closed_loop(planned, seed, concurrency, done)
             else:
                 await client.open_loop(planned, seed, done)
-        after = metrics.process_tree(pid)
+        after = usage.process_tree(pid)
     gc.unfreeze()
     found |= metrics.figures(records, options.slo)
-    found["client"] = metrics.client_figures(usage, records, found["output_tokens"])
+    found["client"] = usage.client_figures(client_usage, records, found["output_tokens"])
     if after:
-        found["server_cpu"] = metrics.cores_used(before, after, usage.seconds)
+        found["server_cpu"] = usage.cores_used(before, after, client_usage.seconds)
     return records
-
-
-def make_sessions(options: argparse.Namespace, kind: str, value: float, seed: int) -> list[Session]:
-    default = CPU_SPEC if options.small else WorkloadSpec()
-    inputs, outputs = options.input_len or default.input_len, options.output_len or default.output_len
-    if options.trace is not None:
-        trace = traffic.read_trace(options.trace, options.requests or TRACE_REQUESTS)
-        scale = value if kind == "scale" else 1.0
-        sessions = traffic.from_trace(trace, scale, options.max_input_len, options.max_output_len)
-    elif options.chats is not None:
-        shape = (options.chats, options.turns, options.system_prompts, options.system_len)
-        sessions = traffic.from_chats(seed, *shape, inputs, outputs, options.think)
-    else:
-        count = options.requests or default.num_requests
-        spec = WorkloadSpec(num_requests=count, input_len=inputs, output_len=outputs, seed=seed)
-        sessions = traffic.from_workload(spec)
-    return traffic.with_arrivals(sessions, value, options.burstiness, seed) if kind == "rate" else sessions
 
 
 def make_client(options: argparse.Namespace) -> tuple[LoadClient, int | None]:

@@ -4,6 +4,7 @@ Traces are of Qwen-Bailian (Wang et al., "KVCache Cache in the Wild", ATC 2025),
 Azure (Patel et al., "Splitwise", ISCA 2024), told apart by their first line.
 """
 
+import argparse
 import csv
 import dataclasses
 import datetime
@@ -20,13 +21,14 @@ import msgspec
 import numpy as np
 
 from minisgl.errors import ConfigError
-from minisgl_bench.workload import HIGHEST_TOKEN, WorkloadSpec, make_workload
+from minisgl_bench.workload import CPU_SPEC, HIGHEST_TOKEN, WorkloadSpec, make_workload
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 AZURE_FIELDS: Final = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")  # CSV; the others are JSON lines
 SECONDS: Final = {"bailian": 1.0, "mooncake": 1e-3}  # the unit of a format's `timestamp`, in s
 BLOCK: Final = {"bailian": 16, "mooncake": 512, "azure": 0}  # tokens that a hash id stands for
 GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
+TRACE_REQUESTS: Final = 1000
 FEWEST_WORDS, PROBE_WORDS = 16, 8
 # Common words, most of which are one token, with a space before them, in most vocabularies.
 WORDS: Final[Sequence[str]] = """\
@@ -215,6 +217,23 @@ def arrival_times(count: int, rate: float, burstiness: float, seed: int) -> np.n
 def with_arrivals(sessions: Sequence[Session], rate: float, burstiness: float, seed: int) -> list[Session]:
     times = arrival_times(len(sessions), rate, burstiness, seed)
     return [dataclasses.replace(session, due=float(due)) for session, due in zip(sessions, times, strict=True)]
+
+
+def make_sessions(options: argparse.Namespace, kind: str, value: float, seed: int) -> list[Session]:
+    default = CPU_SPEC if options.small else WorkloadSpec()
+    inputs, outputs = options.input_len or default.input_len, options.output_len or default.output_len
+    if options.trace is not None:
+        trace = read_trace(options.trace, options.requests or TRACE_REQUESTS)
+        scale = value if kind == "scale" else 1.0
+        sessions = from_trace(trace, scale, options.max_input_len, options.max_output_len)
+    elif options.chats is not None:
+        shape = (options.chats, options.turns, options.system_prompts, options.system_len)
+        sessions = from_chats(seed, *shape, inputs, outputs, options.think)
+    else:
+        count = options.requests or default.num_requests
+        spec = WorkloadSpec(num_requests=count, input_len=inputs, output_len=outputs, seed=seed)
+        sessions = from_workload(spec)
+    return with_arrivals(sessions, value, options.burstiness, seed) if kind == "rate" else sessions
 
 
 def all_turns(sessions: Iterable[Session]) -> list[Turn]:

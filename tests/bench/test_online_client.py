@@ -8,7 +8,8 @@ import pytest
 
 from helpers.raw_server import DONE, HANG, chunked, event, head, json_answer, raw_server, text_event, usage_event
 from minisgl.errors import ConfigError
-from minisgl_bench.client import RequestRecord, parse_target, stream_completion
+from minisgl_bench.client import parse_target, stream_completion
+from minisgl_bench.metrics import RequestRecord
 
 SSE = head("200 OK", "Content-Type: text/event-stream", "Transfer-Encoding: chunked")
 BODY = text_event("one") + text_event(' "error" two') + text_event("", "length") + usage_event(7, 9, 3) + DONE
