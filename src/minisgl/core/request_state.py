@@ -241,7 +241,7 @@ class RequestTable:
         return request
 
     def rows_in(self, *states: State) -> Slots:
-        return np.flatnonzero(np.isin(self.state, states) if len(states) > 1 else self.state == states[0])
+        return (np.isin(self.state, states) if len(states) > 1 else self.state == states[0]).nonzero()[0]
 
     def requests_in(self, *states: State) -> list[RequestState]:
         return [self.request(slot) for slot in self.rows_in(*states).tolist()]

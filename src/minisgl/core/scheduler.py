@@ -310,9 +310,10 @@ class Scheduler:
         touched = np.concatenate([plan.decode_slots, plan.prefill_slots])
         table.in_flight[touched] -= 1
         scores = table.take_scores(plan, result)
-        going = table.state[plan.sampled_slots] != State.ENDED
-        going &= ~np.isin(plan.sampled_slots, self._late.pop(plan.step, []))
-        slots, tokens = plan.sampled_slots[going], result.tokens[going]
+        sampled = plan.sampled_slots
+        going = table.state[sampled] != State.ENDED
+        going &= ~np.isin(sampled, self._late.pop(plan.step, []))
+        slots, tokens = sampled[going], result.tokens[going]
         lengths = table.num_tokens[slots] + 1
         table.tokens[slots, lengths - 1] = tokens
         table.num_tokens[slots] = lengths
