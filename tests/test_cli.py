@@ -272,7 +272,9 @@ def test_help_names_every_flag_default_and_switch(capsys: pytest.CaptureFixture[
     assert "(default: 1919)" in text
 
 
-@pytest.mark.parametrize("line", ["--help", "serve --help", "bench offline --help", "bench online --help"])
+@pytest.mark.parametrize(
+    "line", ["--help", "serve --help", "bench offline --help", "bench online --help", "bench simulate --help"]
+)
 def test_help_answers_quickly_and_without_heavy_imports(line: str) -> None:
     code = (
         f"import sys\nfrom minisgl.cli import main\ntry:\n    main({line.split()})\nexcept SystemExit: pass\n"

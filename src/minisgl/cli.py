@@ -58,7 +58,8 @@ examples:
 commands:
   serve [MODEL]  serve HTTP; also without a command
   chat [MODEL]   chat in this terminal; also --shell
-  bench NAME     measure: offline, online, ablation or compare; see minisgl bench NAME --help"""
+  bench NAME     measure: offline, online, ablation or compare; see minisgl bench NAME --help
+  simulate       a load test in virtual time, without a GPU; see minisgl simulate --help"""
 
 
 COMMANDS: Final = ("serve", "chat", "bench")

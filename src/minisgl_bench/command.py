@@ -2,15 +2,19 @@
 
 import argparse
 import contextlib
+import dataclasses
 import importlib
+import itertools
 import math
 import os
-from collections.abc import Callable, Sequence
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from minisgl.cli import SERVER_GROUPS, Parser, add_config_flags, config_from, guarded, parse
+from minisgl.config import Config
 from minisgl.errors import ConfigError
 from minisgl.system import install_command
 from minisgl_bench.workload import PeakRates
@@ -22,7 +26,7 @@ ENGINE: Final = {
     "through this one, with the same flags as far as both have them.",
     "ablation": "Turns one setting at a time away from the configuration given here, over weights loaded once.",
 }
-PARTS: Final = ("attention", "collectives", "gemm", "grammar", "kernels", "streaming")
+PARTS: Final = ("attention", "calibrate", "collectives", "gemm", "grammar", "kernels", "streaming")
 ABLATIONS: Final = ("overlap", "graphs", "chats", "system-prompt", "attention", "page-size", "chunk-size")
 SLO_NAMES: Final = ("ttft", "tpot", "e2e")
 UNITS: Final = {"ms": 1e-3, "s": 1.0}
@@ -51,7 +55,10 @@ not_negative = partial(number, words="of at least 0")
 
 
 def several(text: str, convert: Callable[[str], Any]) -> tuple[Any, ...]:
-    return tuple(map(convert, text.split(",")))
+    try:
+        return tuple(map(convert, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not made of numbers, separated by commas") from None
 
 
 def burstiness(text: str) -> float:
@@ -103,10 +110,23 @@ def ablations(text: str) -> tuple[str, ...]:
     return names
 
 
+TO_WHOM: Final = "to whom"
+HOW_THEY_COME: Final = (
+    "One of --trace, --rate, --concurrency says how requests come; with --trace the other two replace its times."
+)
+GPU_HELP: Final = "h200 (default), h100, a100, or a .json file of `minisgl bench calibrate`"
+HASH_HELP: Final = "make each token a hash of what its pages hold, as the tests do: slow, and it finds a broken cache"
+# The fields of `Config` that a simulation can compare.
+GRID: Final = (
+    "model", "model_source", "dtype", "max_seq_len_override", "tp", "all_reduce", "max_running_requests",
+    "max_prefill_length", "schedule_policy", "eviction", "page_size", "num_pages", "memory_ratio", "cache",
+    "cuda_graph_max_bs", "piecewise_cuda_graph_max_tokens",
+)  # fmt: skip
+FlagRow = tuple[str, Any, Any, str | None, str]
 # Of `minisgl bench online`, by group: flag, what it is when it was not given, type (or choices, or None for a switch),
 # metavar, help. Times are in s.
 # fmt: off
-FLAGS: Final[dict[str, tuple[tuple[str, Any, Any, str | None, str], ...]]] = {
+FLAGS: Final[dict[str, tuple[FlagRow, ...]]] = {
     "how requests come": (
         ("trace", None, Path, "FILE", "replay a trace: Qwen-Bailian, Mooncake (JSON lines), Azure (CSV)"),
         ("scale", (1.0,), partial(several, convert=number), "X,Y", "of gaps between arrivals; 0.5 is twice as fast"),
@@ -134,7 +154,7 @@ FLAGS: Final[dict[str, tuple[tuple[str, Any, Any, str | None, str], ...]]] = {
         ("no-ignore-eos", False, None, None, "for servers that do not know ignore_eos"),
         ("warmup", 32, natural, "N", "requests with short answers before the first run (default: 32)"),
     ),
-    "to whom": (
+    TO_WHOM: (
         ("url", "http://127.0.0.1:1919", str, "URL", "the server (default: http://127.0.0.1:1919)"),
         ("serve", None, None, None, "start a server on a free port, with the flags given, and stop it in the end"),
         ("model", None, str, "NAME", "at the server (default: the first listed); with --serve the one to serve"),
@@ -159,17 +179,10 @@ NEEDED: Final = {
 # fmt: on
 
 
-def online_options(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options of `minisgl bench online`. `serve` holds the flags of a server of our own, None for one at `url`."""
-    parser = Parser(
-        prog="minisgl bench online",
-        description="Sends requests to a server that speaks OpenAI's protocol and measures what each client would see.",
-        epilog="One of --trace, --rate, --concurrency says how requests come; with --trace the other two replace its "
-        "times. --serve takes all flags of `minisgl` beside these.",
-        argument_default=argparse.SUPPRESS,
-    )
+def add_flags(parser: Parser, rows_of: Mapping[str, Sequence[FlagRow]]) -> dict[str, Any]:
+    """Add flags group by group, absent ones leaving nothing in the namespace; what they are then."""
     defaults = {}
-    for title, rows in FLAGS.items():
+    for title, rows in rows_of.items():
         group = parser.add_argument_group(title)
         for name, default, kind, metavar, text in rows:
             defaults[name.replace("-", "_")] = default
@@ -179,6 +192,30 @@ def online_options(arguments: Sequence[str]) -> argparse.Namespace:
                 group.add_argument(f"--{name}", choices=kind, help=text)
             else:
                 group.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
+    return defaults
+
+
+def check_traffic(parser: Parser, said: Mapping[str, Any]) -> None:
+    """End with the parser's error where flags contradict each other or one lacks another."""
+    for name, other in EXCLUDED:
+        if name in said and other in said:
+            parser.error(f"--{name} does not go with --{other}".replace("_", "-"))
+    if not said.keys() & {"trace", "rate", "concurrency"}:
+        parser.error("one of --trace, --rate, --concurrency is required")
+    for name, other in NEEDED.items():
+        if name in said and other not in said:
+            parser.error(f"--{name} needs --{other}".replace("_", "-"))
+
+
+def online_options(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of `minisgl bench online`. `serve` holds the flags of a server of our own, None for one at `url`."""
+    parser = Parser(
+        prog="minisgl bench online",
+        description="Sends requests to a server that speaks OpenAI's protocol and measures what each client would see.",
+        epilog=f"{HOW_THEY_COME} --serve takes all flags of `minisgl` beside these.",
+        argument_default=argparse.SUPPRESS,
+    )
+    defaults = add_flags(parser, FLAGS)
     namespace, rest = parser.parse_known_args(arguments)
     said = vars(namespace)
     said["api_key"] = said.get("api_key") or os.environ.get("OPENAI_API_KEY") or os.environ.get("MINISGL_API_KEY")
@@ -189,15 +226,48 @@ def online_options(arguments: Sequence[str]) -> argparse.Namespace:
             parser.error("--serve starts the server: it does not go with --url")
         said["serve"] = ["--model", said.pop("model"), *rest] if "model" in said else rest
         said["cache_page"] = said.get("cache_page", parse(said["serve"]).page_size)
-    for name, other in EXCLUDED:
-        if name in said and other in said:
-            parser.error(f"--{name} does not go with --{other}".replace("_", "-"))
-    if not said.keys() & {"trace", "rate", "concurrency"}:
-        parser.error("one of --trace, --rate, --concurrency is required")
-    for name, other in NEEDED.items():
-        if name in said and other not in said:
-            parser.error(f"--{name} needs --{other}".replace("_", "-"))
+    check_traffic(parser, said)
     return argparse.Namespace(**{**defaults, **said})
+
+
+def simulate_parser() -> tuple[Parser, dict[str, Any]]:
+    """The parser of `minisgl simulate`, and what a flag is that was not given."""
+    parser = Parser(
+        prog="minisgl simulate",
+        description="Runs the scheduler, the prefix cache and the engine's loop in virtual time, over a model of what "
+        "steps cost on a GPU, and reports what clients would see. No GPU and no weights are needed.",
+        epilog=f"{HOW_THEY_COME} Flags of the configuration take several values, separated by commas; every "
+        "combination is simulated.",
+        argument_default=argparse.SUPPRESS,
+    )
+    what = parser.add_argument_group("what is simulated")
+    what.add_argument("--gpu", type=partial(several, convert=str), metavar="A,B", help=GPU_HELP)
+    what.add_argument("--hash-tokens", action="store_true", help=HASH_HELP)
+    fields, hints = {field.name: field for field in dataclasses.fields(Config)}, typing.get_type_hints(Config)
+    for name in [name for name in GRID if name in fields]:
+        hint, default = hints[name], fields[name].default
+        kind = next((kind for kind in (int, float) if kind in (hint, *typing.get_args(hint))), str)
+        text = fields[name].metadata["help"].replace("%", "%%") + (f" (default: {default})" if default else "")
+        convert = partial(several, convert=kind)
+        what.add_argument(*fields[name].metadata["flags"], dest=name, type=convert, metavar="X,Y", help=text)
+    left_out = ("endpoint", "tokens", "salt", "temperature", "no-ignore-eos", "warmup")
+    rows = {title: [row for row in rows if row[0] not in left_out] for title, rows in FLAGS.items() if title != TO_WHOM}
+    return parser, {"gpu": ("h200",), "hash_tokens": False, "small": False, **add_flags(parser, rows)}
+
+
+def simulate(arguments: Sequence[str]) -> int:
+    """Entry point of `minisgl simulate`; the exit status."""
+    parser, defaults = simulate_parser()
+    said = vars(parser.parse_args(arguments))
+    check_traffic(parser, said)
+    grid = {name: said.pop(name) for name in GRID if name in said}
+    configs = []
+    for values in itertools.product(*grid.values()):
+        chosen = dict(zip(grid, values, strict=True))
+        configs.append((chosen, config_from(parser, argparse.Namespace(**chosen))))
+    options = argparse.Namespace(**{**defaults, **said})
+    run = importlib.import_module("minisgl_bench.simulate").run
+    return guarded(lambda: int(run(configs, options, arguments)), debug=debugging())
 
 
 def load_kind(options: argparse.Namespace) -> str:
@@ -256,11 +326,12 @@ def debugging() -> bool:
 def main(arguments: Sequence[str]) -> int:
     parser = Parser(prog="minisgl bench", description="Measure, and print the command that measures it again.")
     text = "offline: a batch through the offline API; online: requests to a server at the times of a trace, or others; "
+    text += "simulate: the same in virtual time; "
     text += "ablation: each setting against the default; compare: another engine too; the others: parts alone"
-    parser.add_argument("name", choices=("online", *ENGINE, *PARTS), help=text)
+    parser.add_argument("name", choices=("online", "simulate", *ENGINE, *PARTS), help=text)
     name, rest = parser.parse_args(arguments[:1]).name, arguments[1:]
-    if name == "online":
-        return online(rest)
+    if name in ("online", "simulate"):
+        return online(rest) if name == "online" else simulate(rest)
     if name in PARTS:
         if name == "gemm":
             name, rest = "kernels", ["--only", "gemm", *rest]

@@ -1,0 +1,243 @@
+"""What a step costs on a GPU: a roofline for each part of it, with constants that are measured for each kind of GPU.
+
+A GEMM takes as long as reading its weights or computing, whichever is longer (Williams et al., CACM 2009). Attention of
+decodes reads keys and values, that of prompts computes. All else moves activations. Each kernel has a time of its own
+on top, and a step that is launched kernel by kernel is never faster than its launches.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from bisect import bisect_left
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import numpy as np
+import torch
+
+from minisgl.config import Config
+from minisgl.core.model_config import ModelSpec
+from minisgl.core.plan import StepPlan
+from minisgl.core.weights import held_elements
+from minisgl.distributed.shard import local_spec, sharder, vocab_shard
+from minisgl.errors import ConfigError
+from minisgl.gpu.cuda_graphs import graph_sizes, piecewise_max_tokens, piecewise_sizes
+from minisgl.gpu.memory import DEFAULT_RATIO, graph_bytes, page_cost, token_bytes
+from minisgl_bench.simulated_executor import StepSeconds
+
+FOLDER: Final = Path(__file__).parent / "gpus"
+ROWS: Final = 64  # a block of rows: the smallest tile
+TILES: Final = ((1, 256), (2, 128), (2, 256))  # blocks and columns of a GEMM's tile
+PARTS: Final = (1, 2, 3, 4)  # of the inner dimension, in a tile of their own
+RIDGE: Final = 4
+GRAPH_KERNELS, EAGER_KERNELS = 3, 12  # launches a layer, of a step with prompts: with piecewise CUDA graphs, without
+FUSED_ROWS: Final = 512  # the most of an all-reduce that is fused with the norm
+
+
+class GpuConstants(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One kind of GPU, as `minisgl bench calibrate` writes it. Rates are in bytes/s and FLOP/s, times in s.
+
+    `kv_read` has the rate of decode attention by query heads for each KV head; between two entries it is interpolated.
+    """
+
+    name: str
+    source: str  # of the figures: measured, or published
+    memory: int  # bytes that a process finds free
+    multiprocessors: int
+    read: float  # of weights
+    move: float  # of activations, bytes read and written
+    flops: float  # of large GEMMs in half precision
+    attention_flops: float  # of prompts
+    expert_read: float  # of a mixture's weights
+    expert_flops: float
+    kv_read: dict[int, float]
+    gemm_seconds: float  # beside a GEMM's roofline, the small kernels behind it included
+    attention_seconds: float  # beside a decode attention's reading
+    prefill_attention_seconds: float  # beside the computing of a prompt's
+    launch_seconds: float  # of a kernel by the host
+    gap_seconds: float  # between two steps on the device
+    link: float  # of an all-reduce, bytes/s that each GPU sends
+    link_seconds: float  # of the smallest all-reduce, fused with the norm
+    nccl_seconds: float  # of a small one through NCCL
+    host_seconds: float  # to plan, launch and take in a step
+    host_row_seconds: float  # of each request in it
+    request_seconds: float  # of the server for a request before its engine has it, one after the other
+    event_seconds: float  # from the engine to the client
+
+
+def gpu_names() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def read_gpu(name: str) -> GpuConstants:
+    """The constants of a GPU by name, or of a file that `minisgl bench calibrate` wrote. Raises ConfigError."""
+    path = Path(name) if name.endswith(".json") else FOLDER / f"{name.lower()}.json"
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=GpuConstants)
+    except OSError as error:
+        known = ", ".join(gpu_names())
+        raise ConfigError(f"--gpu {name}: {error.strerror}; known are {known}, or give a .json file") from error
+    except msgspec.MsgspecError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def kv_rate(rates: Mapping[int, float], group: float) -> float:
+    return float(np.interp(group, list(rates), list(rates.values())))
+
+
+def gemm_work(gpu: GpuConstants, blocks: int, outputs: int) -> float:
+    """Outputs that the GPU computes in the time of a GEMM of `blocks` x ROWS rows: whole waves of tiles, at best.
+
+    A tile is one multiprocessor's, and PARTS of the inner dimension can be tiles of their own.
+    """
+    least = math.inf
+    for (tall, wide), parts in itertools.product(TILES, PARTS):
+        waves = -(-blocks // tall) * -(-outputs // wide) * parts / gpu.multiprocessors
+        least = min(least, math.ceil(waves) * gpu.multiprocessors * tall * ROWS * wide / parts)
+    return least
+
+
+def gemm_seconds(gpu: GpuConstants, blocks: int, outputs: int, inputs: int, item: int) -> float:
+    """Near the ridge of the roofline neither part hides the other whole."""
+    reading, computing = outputs * inputs * item / gpu.read, 2 * gemm_work(gpu, blocks, outputs) * inputs / gpu.flops
+    return float((reading**RIDGE + computing**RIDGE) ** (1 / RIDGE)) + gpu.gemm_seconds
+
+
+class CostModel:
+    """Seconds of a step on each of `config.tp` GPUs that share the model `spec`."""
+
+    def __init__(self, spec: ModelSpec, config: Config, gpu: GpuConstants) -> None:
+        self.gpu = gpu
+        self.config = config
+        self.tp = config.tp
+        dtype: torch.dtype = getattr(torch, config.dtype)
+        self.item = dtype.itemsize
+        self.spec = share = local_spec(spec, config.tp)
+        self.vocab = vocab_shard(spec.vocab_size, 0, config.tp).width
+        self.windows = tuple(sorted({window for window in share.windows if window}))
+        self.layers_of = {window: share.windows.count(window) for window in (0, *self.windows)}
+        self.kv_bytes = 2 * share.num_kv_heads * share.head_dim * self.item  # of a token in a layer
+        self.kv_read = kv_rate(gpu.kv_read, share.num_heads / share.num_kv_heads)
+        self.attention_flops = 4 * share.num_heads * share.head_dim  # of a query and a key
+        sparse = 0 if share.moe is None else sum(share.moe.layers)
+        self.sparse_layers, self.dense_layers = sparse, share.num_layers - sparse
+        self.graph_sizes = graph_sizes(config.cuda_graph_max_bs) if config.cuda_graph_max_bs else []
+        self.piecewise_sizes = piecewise_sizes(piecewise_max_tokens(config))
+        self.rest, self.layer_gemms, self.head_gemm = cache(self._rest), cache(self._layer_gemms), cache(self._gemm)
+        # Of a token in all layers: twice a norm that reads two rows and writes two, the rotary embedding, the MLP's.
+        ends = 2 * (share.num_heads + 2 * share.num_kv_heads) * share.head_dim
+        moved = share.num_layers * (8 * share.hidden_size + ends) + self.dense_layers * 3 * share.intermediate_size
+        if share.moe is not None:
+            moved += sparse * share.moe.top_k * (3 * share.moe.width + 2 * share.hidden_size)
+        self.moved = moved * self.item
+
+    def __call__(self, plan: StepPlan) -> StepSeconds:
+        decodes, chunks, gpu = len(plan.decode_slots), len(plan.prefill_slots), self.gpu
+        sampled = decodes + int(plan.prefill_final.sum()) if chunks else decodes
+        device, kernels = self.rest(plan.num_tokens, sampled, chunks > 0)
+        if decodes:
+            device += self.decode_attention(plan.decode_lens)
+        if chunks:
+            device += self.prefill_attention(plan.prefill_starts, plan.prefill_lens)
+        host = gpu.host_seconds + gpu.host_row_seconds * (decodes + chunks)
+        return StepSeconds(host, kernels * gpu.launch_seconds, device)
+
+    def _rest(self, tokens: int, sampled: int, prompts: bool) -> tuple[float, int]:
+        """A step without its attention: seconds of the device, and launches."""
+        sizes = self.piecewise_sizes if prompts else self.graph_sizes
+        in_graphs = bool(sizes) and tokens <= sizes[-1]
+        rows = sizes[bisect_left(sizes, tokens)] if in_graphs else tokens  # graphs pad
+        kernels = (GRAPH_KERNELS if in_graphs else EAGER_KERNELS) * self.spec.num_layers
+        seconds = self.gpu.gap_seconds + self.layers_seconds(rows) + self.head_seconds(sampled)
+        return seconds, kernels if prompts or not in_graphs else 1
+
+    def _gemm(self, blocks: int, outputs: int, inputs: int) -> float:
+        return gemm_seconds(self.gpu, blocks, outputs, inputs, self.item)
+
+    def _layer_gemms(self, blocks: int) -> float:
+        """The GEMMs of all layers, without experts."""
+        spec, hidden, width = self.spec, self.spec.hidden_size, self.spec.intermediate_size
+        queries, both = spec.num_heads * spec.head_dim, 2 * spec.num_kv_heads * spec.head_dim
+        seconds = (self._gemm(blocks, queries + both, hidden) + self._gemm(blocks, hidden, queries)) * spec.num_layers
+        if self.dense_layers:
+            mlp = self._gemm(blocks, 2 * width, hidden) + self._gemm(blocks, hidden, width)
+            seconds += mlp * self.dense_layers
+        return seconds
+
+    def _experts(self, rows: int) -> float:
+        """Both GEMMs of the experts that so many rows meet if their choices are spread evenly."""
+        moe = self.spec.moe
+        if moe is None:
+            return 0.0
+        met = moe.num_experts * (1 - (1 - moe.top_k / moe.num_experts) ** rows)
+        weights = 3 * self.spec.hidden_size * moe.width
+        reading = met * weights * self.item / self.gpu.expert_read
+        computing = 2 * rows * moe.top_k * weights / self.gpu.expert_flops
+        return self.sparse_layers * (max(reading, computing) + 2 * self.gpu.gemm_seconds)
+
+    def _all_reduce(self, rows: int) -> float:
+        if self.tp == 1:
+            return 0.0
+        fused = rows <= FUSED_ROWS and self.config.all_reduce != "nccl"
+        sent = 2 * (self.tp - 1) / self.tp * rows * self.spec.hidden_size * self.item
+        return (self.gpu.link_seconds if fused else self.gpu.nccl_seconds) + sent / self.gpu.link
+
+    def layers_seconds(self, rows: int) -> float:
+        """All layers but their attention, for so many tokens."""
+        seconds = self.layer_gemms(-(-rows // ROWS)) + self._experts(rows) + rows * self.moved / self.gpu.move
+        return seconds + 2 * self.spec.num_layers * self._all_reduce(rows)
+
+    def head_seconds(self, rows: int) -> float:
+        """Logits and a token for so many rows, whose logits all ranks gather; none where no prompt ends."""
+        if not rows:
+            return 0.0
+        logits = rows * self.vocab * self.item  # of a rank
+        seconds = self.head_gemm(-(-rows // ROWS), self.vocab, self.spec.hidden_size)
+        seconds += (1 + self.tp) * logits / self.gpu.move
+        if self.tp > 1:
+            seconds += self.gpu.nccl_seconds + (self.tp - 1) * logits / self.gpu.link
+        return seconds
+
+    def decode_attention(self, lengths: np.ndarray) -> float:
+        tokens: int = sum(lengths.tolist()) + len(lengths)  # faster than numpy up to 100 rows
+        seen = self.layers_of[0] * tokens
+        for window in self.windows:
+            seen += self.layers_of[window] * int(np.minimum(lengths + 1, window).sum())
+        return seen * self.kv_bytes / self.kv_read + self.spec.num_layers * self.gpu.attention_seconds
+
+    def prefill_attention(self, starts: np.ndarray, lengths: np.ndarray) -> float:
+        starts, lengths = starts.astype(np.float64), lengths.astype(np.float64)
+        ends = starts + lengths
+        # each query sees all before it and itself; the keys and values of a chunk are read at least once
+        seen, read = self.layers_of[0] * float((ends * (ends + 1) - starts * (starts + 1)).sum()) / 2, float(ends.sum())
+        for window in self.windows:
+            inside = np.minimum(ends, window)
+            first = np.minimum(starts, window)
+            growing = (inside * (inside + 1) - first * (first + 1)) / 2
+            seen += self.layers_of[window] * float((growing + (lengths - (inside - first)) * window).sum())
+        computing = seen * self.attention_flops / self.gpu.attention_flops
+        reading = self.spec.num_layers * read * self.kv_bytes / self.gpu.read
+        return max(computing, reading) + self.spec.num_layers * self.gpu.prefill_attention_seconds
+
+
+def pages_that_fit(spec: ModelSpec, config: Config, gpu: GpuConstants, max_seq_len: int) -> int:
+    """KV pages beside weights, CUDA graphs and the largest step's activations. Raises ConfigError if none fits."""
+    assert config.max_prefill_length is not None
+    assert config.max_running_requests is not None
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    share, vocab = local_spec(spec, config.tp), vocab_shard(spec.vocab_size, 0, config.tp).width
+    weights = held_elements(spec, sharder(spec, 0, config.tp) if config.tp > 1 else None) * dtype.itemsize
+    # logits of all rows in float32 a few times, when each asks for log-probabilities
+    logits = 6 * config.max_running_requests * spec.vocab_size * 4
+    activations = config.max_prefill_length * token_bytes(share, dtype.itemsize) + logits
+    graphs = graph_bytes(config, share, vocab, dtype, max_seq_len)
+    ratio = DEFAULT_RATIO if config.memory_ratio is None else config.memory_ratio
+    room, size = ratio * gpu.memory - weights - activations - graphs, page_cost(config, share, dtype)
+    if room < 2 * size:
+        needed = (weights + activations + graphs) / 2**30
+        raise ConfigError(f"{gpu.name}: weights, activations and graphs take {needed:.1f} GiB, so no KV page fits")
+    return int(room // size)

@@ -1,0 +1,125 @@
+"""`minisgl simulate`: a load test of the engine in virtual time, for every combination of the settings asked for."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from minisgl.config import Config
+from minisgl.core.model_config import ModelSpec, read_spec
+from minisgl.formats.hub import locate_model, progress_bar
+from minisgl_bench import metrics, traffic
+from minisgl_bench.command import load_kind
+from minisgl_bench.cost_model import GpuConstants, read_gpu
+from minisgl_bench.report import Report, draw_latencies, slug
+from minisgl_bench.simulation import Clients, Replica
+from minisgl_bench.traffic import Session
+
+SHOWN: Final = ("tp", "dtype", "max_running_requests", "max_prefill_length", "schedule_policy", "page_size", "cache")
+
+
+class Case(NamedTuple):
+    """One simulation: the settings that the user gave, by name, and what they mean."""
+
+    settings: dict[str, Any]
+    config: Config
+    gpu: GpuConstants
+    sessions: Sequence[Session]
+    concurrency: int | None
+
+
+@cache
+def spec_of(config: Config) -> ModelSpec:
+    return read_spec(locate_model(config.model, config.model_source, weights=False))
+
+
+def run(configs: Sequence[tuple[Mapping[str, Any], Config]], options: argparse.Namespace, words: Sequence[str]) -> int:
+    """Simulate each configuration, which comes with the settings that the user gave, and report."""
+    report = Report("simulate", words, options.json, width=150)
+    cases = make_cases(configs, options)
+    replicas = deque(Replica(spec_of(case.config), case.config, case.gpu, options.hash_tokens) for case in cases)
+    for case, replica in zip(cases, replicas, strict=True):  # what cannot run is told before anything runs
+        traffic.require_fit(case.sessions, replica.model.max_seq_len)
+    gpus = {case.gpu.name: case.gpu for case in cases}
+    for gpu in gpus.values():
+        report.print(f"{gpu.name}: {gpu.source}")
+    report.figures |= {"gpus": [msgspec.to_builtins(gpu) for gpu in gpus.values()]}
+    names = [name for name in cases[0].settings if len({str(case.settings[name]) for case in cases}) > 1]
+    names = names or [load_kind(options)]
+    runs, samples = [], []
+    total = sum(len(traffic.all_turns(case.sessions)) for case in cases)
+    gc.collect()
+    gc.freeze()
+    with progress_bar("Simulating", total, enabled=True) as done:
+        for case in cases:
+            label = ", ".join(described(name, case.settings[name]) for name in names)
+            found, latencies = simulate(case, replicas.popleft(), options.slo, done)
+            runs.append({"label": label, **case.settings, **found})
+            samples.append(latencies)
+    gc.unfreeze()
+    model = slug(cases[0].config.model or spec_of(cases[0].config).architecture)
+    if len(runs) == 1:
+        report.print(metrics.latency_table(f"{model}, {runs[0]['label']}, simulated", runs[0]))
+        for line in (*metrics.lines(runs[0]), simulation_line(runs[0])):
+            report.print(line)
+    else:
+        report.print(metrics.summary_table(runs))
+    report.figures["runs"] = runs
+    report.finish(lambda path: draw_latencies(path, f"{model}, simulated", runs, samples))
+    return 0
+
+
+def described(name: str, value: object) -> str:
+    return value if isinstance(value, str) else f"{name.replace('_', ' ')} {value:g}"
+
+
+def make_cases(configs: Sequence[tuple[Mapping[str, Any], Config]], options: argparse.Namespace) -> list[Case]:
+    kind = load_kind(options)
+    loads = [
+        (value, seed, traffic.make_sessions(options, kind, value, seed))
+        for value, seed in itertools.product(getattr(options, kind), options.seeds)
+    ]
+    cases = []
+    for (chosen, config), name, (value, seed, sessions) in itertools.product(configs, options.gpu, loads):
+        settings = {**chosen, "gpu": Path(name).stem, kind: value, "seed": seed}
+        cases.append(Case(settings, config, read_gpu(name), sessions, value if kind == "concurrency" else None))
+    return cases
+
+
+def simulate(
+    case: Case, replica: Replica, slo: Mapping[str, float], done: Callable[[int], object]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The figures of `bench online` and of the simulation itself, and the latencies behind them."""
+    shared = case.config.cache == "radix"
+    turns = (turn.segments for turn in traffic.all_turns(case.sessions))
+    hits = traffic.expected_hits(turns, case.config.page_size) if shared else []
+    clients = Clients(replica, case.sessions, hits, case.concurrency, case.settings["seed"])
+    started = time.perf_counter()
+    clients.run(done)
+    seconds = time.perf_counter() - started
+    stats = replica.engine.stats()
+    found = metrics.figures(clients.records, slo) | {
+        "config": {name: getattr(replica.config, name) for name in SHOWN},
+        "pages": stats.pages_total,
+        "steps": stats.steps,
+        "retracted": stats.retracted,
+        "simulation_seconds": seconds,
+    }
+    return found, metrics.latencies(clients.records)
+
+
+def simulation_line(found: Mapping[str, Any]) -> str:
+    faster = found["seconds"] / max(1e-9, found["simulation_seconds"])
+    return (
+        f"{found['steps']:,} steps, {found['retracted']:,} retractions, {found['pages']:,} KV pages; "
+        f"simulated in {found['simulation_seconds']:.2f} s, {faster:,.0f} times real time"
+    )

@@ -1,0 +1,124 @@
+"""Simulations against measurements: `benchmark/results` and the figures of an Azure trace, as in docs/simulator.md."""
+
+import itertools
+import json
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from minisgl.config import Config
+from minisgl.core.model_config import read_spec
+from minisgl_bench import metrics, traffic
+from minisgl_bench.cost_model import read_gpu
+from minisgl_bench.simulation import Clients, Replica
+from minisgl_bench.traffic import Trace, TraceRequest
+from minisgl_bench.workload import WorkloadSpec
+
+ROOT = Path(__file__).parents[2]
+RESULTS, MODELS = ROOT / "benchmark" / "results", ROOT / "benchmark" / "models"
+# One record is of an all-reduce that is gone.
+OFFLINE = sorted(path.stem for path in RESULTS.glob("*.json") if re.search("offline|64-rows(?!-symm)", path.stem))
+# Qwen3-32B on four H200s, the first 1,000 requests of the Azure trace, answers of at most 1,024 tokens, no prefix
+# cache, November 2026: scale and prefill budget; median TTFT and TPOT in ms, output tokens/s.
+AZURE = {
+    (0.5, 8192): (71, 11.7, 2231),
+    (0.5, 16384): (69, 11.6, 2232),
+    (0.25, 8192): (262, 34.2, 3873),
+    (0.25, 16384): (296, 36.4, 3817),
+}
+LATER = {"Qwen3-32B-tp4-4xH200-offline": 8748}  # output tokens/s of 28 November, of which there is no record
+LIMITS = {"TTFT p50, ms": 0.15, "TPOT p50, ms": 0.15, "output tokens/s": 0.10}
+Row = tuple[str, str, float, float]  # what was run, the figure, simulated, measured
+
+
+def record(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def rows_of(title: str, found: dict[str, Any], measured: tuple[float, float, float]) -> list[Row]:
+    latency = found["latency_ms"]
+    values = latency["ttft"]["p50"], latency["tpot"]["p50"], found["output_tokens_per_second"]
+    return [(title, name, value, known) for name, value, known in zip(LIMITS, values, measured, strict=True)]
+
+
+@cache
+def offline(name: str) -> list[Row]:
+    """The workload of a record; no server is in the way."""
+    known = record(name)
+    match = re.match(r"(Qwen3-[0-9.]+B(?:-A3B)?)(?:-tp(\d))?-(?:\dx)?(H\d+)", name)
+    assert match is not None
+    model, tp, gpu = match.groups()
+    notes = dict(note.split(" = ") for note in known["config"] if " = " in note)
+    config = Config(
+        tp=int(tp or 1),
+        max_prefill_length=int(notes["max_prefill_length"].split(":")[0]),
+        all_reduce="nccl" if name.endswith("nccl") else "auto",
+        overlap=not name.endswith("no-overlap"),
+    )
+    spec = msgspec.convert(known["workload"], WorkloadSpec)
+    alone = msgspec.structs.replace(read_gpu(gpu), request_seconds=0.0, event_seconds=0.0)
+    replica = Replica(read_spec(MODELS / model), config, alone)
+    Clients(replica, traffic.from_workload(spec), (), None, 0).run(lambda done: None)
+    rate = sum(make_lengths(spec)) / replica.clock.now
+    assert replica.executor.num_pages == pytest.approx(int(notes["num_pages"].split(":")[0]), rel=0.06)
+    rows = [(f"`{name}.json`", "output tokens/s", rate, known["figures"]["output_tokens_per_second"])]
+    return rows + [("the same later, without a record", "output tokens/s", rate, LATER.get(name, 0))] * (name in LATER)
+
+
+def make_lengths(spec: WorkloadSpec) -> list[int]:
+    return [turn.output_length for turn in traffic.all_turns(traffic.from_workload(spec))]
+
+
+@cache
+def online(seed: int) -> list[Row]:
+    """256 requests at once to a server of Qwen3-0.6B."""
+    known = record("Qwen3-0.6B-H200-online")["runs"][seed]
+    replica = Replica(read_spec(MODELS / "Qwen3-0.6B"), Config(max_prefill_length=16384), read_gpu("h200"))
+    clients = Clients(replica, traffic.from_workload(WorkloadSpec(seed=seed)), (), 256, 0)
+    clients.run(lambda done: None)
+    measured = *(known["latency_ms"][name]["p50"] for name in ("ttft", "tpot")), known["output_tokens_per_second"]
+    return rows_of(f"`Qwen3-0.6B-H200-online.json`, seed {seed}", metrics.figures(clients.records, {}), measured)
+
+
+@cache
+def azure(scale: float, chunk: int) -> list[Row]:
+    lists = json.loads((Path(__file__).parent / "azure_1000.json").read_text())
+    times = [ms / 1000 for ms in itertools.accumulate(lists["gaps_ms"])]
+    requests = map(TraceRequest, times, lists["inputs"], lists["outputs"])
+    sessions = traffic.from_trace(Trace("azure", 0, tuple(requests)), scale, None, 1024)
+    config = Config(tp=4, cache="naive", max_prefill_length=chunk)
+    clients = Clients(Replica(read_spec(MODELS / "Qwen3-32B"), config, read_gpu("h200")), sessions, (), None, 0)
+    clients.run(lambda done: None)
+    title = f"Azure, gaps × {scale}, chunk {chunk:,}"
+    return rows_of(title, metrics.figures(clients.records, {}), AZURE[scale, chunk])
+
+
+def check(rows: list[Row]) -> None:
+    """Simulated figures are close to measured ones, and the page says what is simulated now."""
+    page = (ROOT / "docs" / "simulator.md").read_text()
+    for title, name, simulated, measured in rows:
+        digits = 1 if simulated < 100 else 0
+        line = f"| {title} | {name} | {simulated:,.{digits}f} | {measured:,.{digits}f} | {simulated / measured:.2f} |"
+        assert simulated == pytest.approx(measured, rel=LIMITS[name]), line
+        told = re.search(re.escape(f"| {title} | {name} | ") + r"([0-9,.]+)", page)
+        assert told is not None, line
+        assert float(told[1].replace(",", "")) == pytest.approx(simulated, rel=0.02), line
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_throughput_of_each_offline_record_within_a_tenth(name: str) -> None:
+    check(offline(name))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_server_with_256_requests_at_once(seed: int) -> None:
+    check(online(seed))
+
+
+@pytest.mark.parametrize(("scale", "chunk"), AZURE)
+def test_a_server_under_the_azure_trace(scale: float, chunk: int) -> None:
+    check(azure(scale, chunk))
