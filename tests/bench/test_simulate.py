@@ -54,16 +54,7 @@ def report_of(path: Path, *words: str) -> Any:
 def test_a_grid_has_a_run_for_each_combination_and_one_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = [
-        "--rate",
-        "20,40",
-        "--policy",
-        "fcfs,lpm:patience=5",
-        "--max-running-requests",
-        "2,8",
-        "--gpu",
-        "h200,a100",
-    ]
+    flags = ["--rate=40", "--policy=fcfs,lpm:patience=5", "--max-running-requests=2,8", "--gpu=h200,a100"]
     found = report_of(tmp_path / "grid.json", *flags)
     runs = found["runs"]
     assert len(runs) == len({run["label"] for run in runs}) == 8

@@ -267,20 +267,23 @@ class Scheduler:
 
     def _launch(self, step: Draft) -> StepPlan:
         """Make a plan of the decisions and move the rows on, as if the step had been launched."""
-        table, decodes = self.table, step.decodes
-        slots = np.array([slot for slot, _ in step.chunks], np.int32)
-        lens = np.array([length for _, length in step.chunks], np.int32)
-        ends = table.num_computed_tokens[slots]
-        starts, final = ends - lens, ends == table.prefill_len[slots]
+        table, decodes = self.table, step.decodes.astype(np.int32)
         decode_lens = table.num_computed_tokens[decodes]
-        table.num_computed_tokens[decodes] += 1
-        table.state[slots[final]] = State.DECODE
+        table.num_computed_tokens[decodes] = decode_lens + 1
         table.in_flight[decodes] += 1
-        table.in_flight[slots] += 1
-        sampled = np.concatenate([decodes, slots[final]]).astype(np.int32)
+        sampled, slots, lens, starts, tokens = decodes, EMPTY, EMPTY, EMPTY, EMPTY
+        final = EMPTY.astype(np.bool_)
+        if step.chunks:
+            slots, lens = (np.array(column, np.int32) for column in zip(*step.chunks, strict=True))
+            ends = table.num_computed_tokens[slots]
+            starts, final = ends - lens, ends == table.prefill_len[slots]
+            table.state[slots[final]] = State.DECODE
+            table.in_flight[slots] += 1
+            sampled = np.concatenate([decodes, slots[final]])
+            rows = zip(slots, starts, ends, strict=True)
+            tokens = np.concatenate([table.tokens[slot, start:end] for slot, start, end in rows])
         again = [slot for slot in slots.tolist() if table.penalised[slot] and table.request(slot).mask is not None]
         writes = [np.concatenate([EMPTY, *part]) for part in zip(*step.writes, strict=True)] or [EMPTY] * 3
-        tokens = [table.tokens[slot, start:end] for slot, start, end in zip(slots, starts, ends, strict=True)]
         self.step += 1
         self._hold_dear(sampled)
         return StepPlan(
@@ -289,13 +292,13 @@ class Scheduler:
             page_slots=writes[0],
             page_indices=writes[1],
             page_ids=writes[2],
-            decode_slots=decodes.astype(np.int32),
+            decode_slots=decodes,
             decode_lens=decode_lens,
             prefill_slots=slots,
             prefill_starts=starts,
             prefill_lens=lens,
             prefill_final=final,
-            prefill_tokens=np.concatenate([EMPTY, *tokens]),
+            prefill_tokens=tokens,
             all_greedy=bool(table.greedy[sampled].all()),
             any_filter=bool(table.filtered[sampled].any()),
             any_min_len=bool((table.num_computed_tokens[sampled] < table.min_len[sampled]).any()),
