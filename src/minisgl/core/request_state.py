@@ -8,11 +8,10 @@ has seen, tokens that the request may reach, prompt included. While a step is in
 
 from __future__ import annotations
 
-import enum
 from collections import deque
 from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,17 +115,19 @@ class MaskBudget:
     seconds: float
 
 
-class State(enum.IntEnum):
+class State:
     """The state of a row. A HELD one is not planned before it has its mask, so it is not retracted either. From
     RETRACTING on it is not planned any more; it is freed when no step touches it.
+
+    Plain numbers: to compare an array with a member of an enum takes 4 µs longer.
     """
 
-    FREE = 0
-    PREFILL = 1
-    DECODE = 2
-    HELD = 3
-    RETRACTING = 4
-    ENDED = 5
+    FREE: Final = 0
+    PREFILL: Final = 1
+    DECODE: Final = 2
+    HELD: Final = 3
+    RETRACTING: Final = 4
+    ENDED: Final = 5
 
 
 @dataclass(eq=False)
@@ -240,10 +241,10 @@ class RequestTable:
         assert request is not None, f"row {slot} is free"
         return request
 
-    def rows_in(self, *states: State) -> Slots:
+    def rows_in(self, *states: int) -> Slots:
         return (np.isin(self.state, states) if len(states) > 1 else self.state == states[0]).nonzero()[0]
 
-    def requests_in(self, *states: State) -> list[RequestState]:
+    def requests_in(self, *states: int) -> list[RequestState]:
         return [self.request(slot) for slot in self.rows_in(*states).tolist()]
 
     def changes_logits(self, slots: int | NDArray[np.integer]) -> NDArray[np.bool_]:
