@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -84,14 +85,18 @@ def online(seed: int) -> list[Row]:
     return rows_of(f"`Qwen3-0.6B-H200-online.json`, seed {seed}", metrics.figures(clients.records, {}), measured)
 
 
-@cache
-def azure(scale: float, chunk: int) -> list[Row]:
+def azure_clients(scale: float, config: Config) -> Clients:
+    """Ready to send the first 1,000 requests of the trace."""
     lists = json.loads((Path(__file__).parent / "azure_1000.json").read_text())
     times = [ms / 1000 for ms in itertools.accumulate(lists["gaps_ms"])]
     requests = map(TraceRequest, times, lists["inputs"], lists["outputs"])
     sessions = traffic.from_trace(Trace("azure", 0, tuple(requests)), scale, None, 1024)
-    config = Config(tp=4, cache="naive", max_prefill_length=chunk)
-    clients = Clients(Replica(read_spec(MODELS / "Qwen3-32B"), config, read_gpu("h200")), sessions, (), None, 0)
+    return Clients(Replica(read_spec(MODELS / "Qwen3-32B"), config, read_gpu("h200")), sessions, (), None, 0)
+
+
+@cache
+def azure(scale: float, chunk: int) -> list[Row]:
+    clients = azure_clients(scale, Config(tp=4, cache="naive", max_prefill_length=chunk))
     clients.run(lambda done: None)
     title = f"Azure, gaps × {scale}, chunk {chunk:,}"
     return rows_of(title, metrics.figures(clients.records, {}), AZURE[scale, chunk])
@@ -122,3 +127,14 @@ def test_a_server_with_256_requests_at_once(seed: int) -> None:
 @pytest.mark.parametrize(("scale", "chunk"), AZURE)
 def test_a_server_under_the_azure_trace(scale: float, chunk: int) -> None:
     check(azure(scale, chunk))
+
+
+@pytest.mark.soak
+def test_a_core_without_other_work_simulates_100_times_faster_than_real_time() -> None:
+    ratios = []
+    for _ in range(3):
+        clients = azure_clients(1.0, Config(tp=4))
+        started = time.perf_counter()
+        clients.run(lambda done: None)
+        ratios.append(clients.replica.clock.now / (time.perf_counter() - started))
+    assert max(ratios) > 100
