@@ -153,10 +153,17 @@ def distinct(names: Sequence[str]) -> list[str]:
 
 
 def draw_latencies(
-    path: Path, title: str, runs: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]]
+    path: Path,
+    title: str,
+    runs: Sequence[Mapping[str, Any]],
+    samples: Sequence[Mapping[str, Any]],
+    sweep: bool = True,
 ) -> bool:
-    """Write each run's distributions of `samples`, in s by name, and below them latency against throughput."""
-    if (figure := new_figure(15, 8)) is None:
+    """Write each run's distributions of `samples`, in s by name, and below them quantiles.
+
+    Those of a `sweep` of loads are drawn against throughput, those of runs that differ in more line by line.
+    """
+    if (figure := new_figure(15, 8 if sweep else 6 + 0.3 * len(runs))) is None:
         return False
     grid = figure.subplots(2, 4)
     for axes, below, name in zip(*grid, LATENCIES, strict=True):
@@ -166,18 +173,32 @@ def draw_latencies(
                 axes.plot(values, np.arange(1, count + 1) / count, label=run["label"])
                 axes.set_xscale("log")
         axes.set(xlabel=f"{LATENCIES[name]}, ms", ylabel="share of all", ylim=(0, 1))
-        drawn = [(run["output_tokens_per_second"], run["latency_ms"][name]) for run in runs if run["latency_ms"][name]]
-        drawn.sort(key=lambda pair: pair[0])
+        drawn = [run for run in runs if run["latency_ms"][name]]
+        if sweep:
+            drawn.sort(key=lambda run: float(run["output_tokens_per_second"]))
         for quantile in QUANTILES if drawn else ():
-            heights = [max(LEAST, latency[quantile]) for _, latency in drawn]
-            below.plot([rate for rate, _ in drawn], heights, marker="o", label=quantile)
-            below.set_yscale("log")
-        below.set(xlabel="output tokens/s", ylabel=f"{LATENCIES[name]}, ms")
+            spots = [max(LEAST, run["latency_ms"][name][quantile]) for run in drawn]
+            if sweep:
+                rates = [run["output_tokens_per_second"] for run in drawn]
+                below.plot(rates, spots, marker="o", label=quantile)
+                below.set_yscale("log")
+            else:
+                below.plot(spots, distinct([run["label"] for run in drawn]), marker="o", linestyle="", label=quantile)
+        if sweep:
+            below.set(xlabel="output tokens/s", ylabel=f"{LATENCIES[name]}, ms")
+        else:
+            below.set(xlabel=f"{LATENCIES[name]}, ms")
+            below.set_xlim(left=0)
+            below.invert_yaxis()
+            below.tick_params(labelleft=below is grid[1][0])
     for axes in grid.flat:
         axes.grid(alpha=0.3)
-    for row in grid:
-        if row[0].lines:
-            row[0].legend(fontsize="small")
+    if sweep and grid[0][0].lines:
+        grid[0][0].legend(fontsize="small")
+    elif not sweep:
+        figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+    if grid[1][0].lines:
+        grid[1][0].legend(fontsize="small")
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
     return True

@@ -74,7 +74,8 @@ def run(configs: Sequence[tuple[Mapping[str, Any], Config]], options: argparse.N
     else:
         report.print(metrics.summary_table(runs))
     report.figures["runs"] = runs
-    report.finish(lambda path: draw_latencies(path, f"{model}, simulated", runs, samples))
+    sweep = set(names) <= {load_kind(options), "seed"}
+    report.finish(lambda path: draw_latencies(path, f"{model}, simulated", runs, samples, sweep))
     return 0
 
 
