@@ -5,6 +5,7 @@ A specification is `lpm`, `lpm:patience=5` or `examples/srpt.py:Shortest:aging=5
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 import sys
@@ -95,10 +96,12 @@ def in_time(spec: str, work: Callable[[], T]) -> T:
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=run, name=f"trial of {spec}", daemon=True).start()
+    thread = threading.Thread(target=run, name=f"trial of {spec}", daemon=True)
+    thread.start()
     try:
         error = future.exception(TRIAL_SECONDS)
     except TimeoutError:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
         raise ConfigError(f"the policy {spec} does not return: it was tried for {TRIAL_SECONDS:.0f} s") from None
     if error is None:
         return future.result()

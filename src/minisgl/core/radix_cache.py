@@ -131,7 +131,7 @@ class RadixCache:
         self._uses = 0
 
     def find(self, tokens: Int32, found: Match | None = None) -> Match:
-        """The longest cached prefix of `tokens`. Changes nothing but `found`, an earlier match of them or of fewer."""
+        """The longest cached prefix of `tokens`. Changes nothing but `found`, an earlier match of them."""
         found = found or Match()
         node = found.node if found.node is not None and found.node.end == found.end else self.root
         rest = tokens[node.end * self.page_size :]
