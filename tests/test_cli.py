@@ -97,6 +97,7 @@ SPELLINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--max-queued-tokens 9000", {"max_queued_tokens": 9000}),
     ("--request-timeout 1.5", {"request_timeout": 1.5}),
     ("--write-timeout 5", {"write_timeout": 5.0}),
+    ("--max-body-size 1048576", {"max_body_size": 1048576}),
     ("--drain-timeout 0", {"drain_timeout": 0.0}),
     ("a/b", {"model": "a/b"}),
     ("gpt2 --port 1", {"model": "gpt2", "port": 1}),

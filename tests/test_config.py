@@ -90,7 +90,7 @@ def test_resolving_leaves_nothing_open_but_what_memory_and_model_decide(machine:
     open_ended = {field.name for field in dataclasses.fields(config) if getattr(config, field.name) in (None, "auto")}
     by_packages = {"attn"} if machine.has_cuda else set()
     no_limit = {"max_queued_requests", "max_queued_tokens", "request_timeout", "ssl_certfile", "ssl_keyfile"}
-    measured = {"num_pages", "memory_ratio", "all_reduce"}
+    measured = {"num_pages", "memory_ratio", "all_reduce", "max_body_size"}
     assert open_ended == {"model", "max_seq_len_override"} | measured | by_packages | no_limit
     assert config.max_running_requests == (1 if shell else 256)
     assert config.max_prefill_length == (8192 if machine.has_cuda else 512)

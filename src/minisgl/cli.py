@@ -31,21 +31,12 @@ GROUPS: Final = (
     ("KV cache", ("page_size", "num_pages", "memory_ratio", "cache", "eviction")),
     ("kernels", ("attn", "cuda_graph_max_bs", "piecewise_cuda_graph_max_tokens")),
     ("interface", ("host", "port", "served_model_name", "api_workers", "shell", "log_level")),
-    (
-        "access",
-        (
-            "api_key",
-            "allow_public",
-            "allowed_hosts",
-            "client_priorities",
-            "cors_origins",
-            "ssl_certfile",
-            "ssl_keyfile",
-        ),
-    ),
-    ("limits", ("max_queued_requests", "max_queued_tokens", "request_timeout", "write_timeout", "drain_timeout")),
+    ("access", ("api_key", "allow_public", "allowed_hosts", "client_priorities", "cors_origins")),
+    ("TLS", ("ssl_certfile", "ssl_keyfile")),
+    ("limits", ("max_queued_requests", "max_queued_tokens", "max_body_size")),
+    ("timeouts", ("request_timeout", "write_timeout", "drain_timeout")),
 )
-SERVER_GROUPS: Final = ("interface", "access", "limits")  # of the server and the shell; a benchmark has none of them
+SERVER_GROUPS: Final = ("interface", "access", "TLS", "limits", "timeouts")  # of the server and the shell
 
 ABOUT: Final = """\
 Serve a language model over OpenAI's HTTP API, or chat with it.

@@ -129,6 +129,9 @@ class Config:
         None, "--max-queued-requests", least=1, help="requests that wait; more get 429; default: no limit")
     max_queued_tokens: int | None = setting(
         None, "--max-queued-tokens", least=1, help="prompt tokens that wait; more get 429; default: no limit")
+    max_body_size: int | None = setting(
+        None, "--max-body-size", least=1024,
+        help="bytes of a request's body; default: 4 MiB and the longest text of a full context, at most 16 MiB")
     api_workers: int = setting(
         1, "--api-workers", least=1, most=64, help="processes that serve HTTP, in front of one engine")
     request_timeout: float | None = setting(

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from helpers.serving import MODEL
-from minisgl.server.errors import BODY_LIMIT
 from minisgl.server.protocol import MAX_MESSAGES
 
 CHAT = "/v1/chat/completions"
@@ -163,7 +162,7 @@ def generated() -> Iterator[Bad]:
         )  # fmt: skip
         for name, content in broken:
             yield Bad(f"{path} {name}", path, content, "invalid_json", None)
-        yield Bad(f"{path} body too large", path, b" " * (BODY_LIMIT + 1), "request_too_large", None)
+        yield Bad(f"{path} body too large", path, b" " * (2**24 + 1), "request_too_large", None)
 
 
 SINGLE: dict[str, tuple[str, str | bytes, str, str | None]] = {

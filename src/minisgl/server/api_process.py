@@ -13,6 +13,7 @@ import hmac
 import logging
 import os
 import re
+import resource
 import socket
 import sys
 import time
@@ -35,7 +36,7 @@ from minisgl.errors import ConfigError, EngineDeadError, InvalidRequestError, Mi
 from minisgl.server import ipc
 from minisgl.server.app import make_app
 from minisgl.server.engine_client import EngineClient, Shutdown, wait_first
-from minisgl.server.errors import ForbiddenError, UnauthorizedError, error_body, error_headers
+from minisgl.server.errors import ForbiddenError, OverloadedError, UnauthorizedError, error_body, error_headers
 from minisgl.server.metrics import ACCESS_RECORD, AccessRecord, Metrics
 from minisgl.server.preparation import Api, Preparation
 from minisgl.server.responses import json_response
@@ -50,6 +51,11 @@ HOST = re.compile(r"([^:\[\]]+|\[[\da-f:.]+\])(:\d*)?")
 ABSOLUTE_TARGET = re.compile(rb"https?://([^/?#]+)", re.IGNORECASE)
 READ_TIMEOUT = 30.0  # seconds between two pieces of a request
 BACKLOG = 2048  # connections that may wait to be accepted
+ACCEPTED_AT_ONCE = 16
+MAX_CONNECTIONS = 16384  # of a process; an idle one takes some 20 KB
+SPARE_DESCRIPTORS = 128  # for connections that are turned away and for what is no connection
+CROWD_SECONDS = 60.0  # between two lines in the log about too many connections
+CROWD_RETRY_SECONDS = 5
 ANSWER_SECONDS = 1.0  # in which requests are still answered, with 503, when the engine has ended or was given up
 Announce = Callable[[ipc.Serving], None]
 
@@ -182,22 +188,71 @@ def as_rfc_9112(request: h11.Request) -> h11.Request:
     return h11.Request(method=request.method, target=target, headers=kept + changed, http_version=request.http_version)
 
 
+class Crowd:
+    """Connections that may be closed for others: those without a request, the oldest first.
+
+    A descriptor's number says how many there are, as a new one gets the lowest that is free. From `bound` on a new
+    connection takes the place of an idle one; without one it is told 503, and from `limit` on it is closed.
+    """
+
+    def __init__(self) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(OSError, ValueError):  # macOS has a limit below the hard one
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+        soft = MAX_CONNECTIONS + SPARE_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
+        self.bound = min(MAX_CONNECTIONS, max(soft - SPARE_DESCRIPTORS, soft // 2))
+        self.limit = (self.bound + min(soft, MAX_CONNECTIONS + SPARE_DESCRIPTORS)) // 2
+        self.idle: dict[BoundedProtocol, None] = {}
+        self._closed = self._refused = 0
+        self._next_line = 0.0
+
+    def enter(self, connection: BoundedProtocol, fileno: int) -> None:
+        if fileno < self.bound:
+            self.idle[connection] = None
+            return
+        if self.idle:
+            oldest = next(iter(self.idle))
+            del self.idle[oldest]
+            oldest.transport.close()
+            self.idle[connection] = None
+            self._closed += 1
+        else:
+            self._refused += 1
+            connection.app = refuse
+            if fileno >= self.limit:
+                connection.transport.abort()
+        if (now := time.monotonic()) >= self._next_line:
+            counts = f"{self._closed} idle ones closed, {self._refused} refused since the last such line"
+            logger.warning("more than %d connections: %s", self.bound, counts)
+            self._closed, self._refused, self._next_line = 0, 0, now + CROWD_SECONDS
+
+
+async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
+    error = OverloadedError("too many connections; try again later", CROWD_RETRY_SECONDS)
+    headers = {**error_headers(error), "connection": "close"}
+    await json_response(error_body(error), error.status, headers)(scope, receive, send)
+
+
 class BoundedProtocol(H11Protocol):
     """uvicorn's protocol with bounds on time; being cut off is what the client's leaving would be to a request. One
     that does not empty the transport's buffer in `write_timeout` s holds pages of the KV cache for nothing.
     """
 
-    def __init__(self, *args: Any, write_timeout: float, **options: Any) -> None:
+    def __init__(self, *args: Any, write_timeout: float, crowd: Crowd, **options: Any) -> None:
         super().__init__(*args, **options)
         self.conn: BoundedConnection = BoundedConnection(h11.SERVER, HEAD_LIMIT)
         self.write_timeout = write_timeout
+        self.crowd = crowd
         self._timers: dict[str, asyncio.TimerHandle] = {}
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._expect_more()
+        self.crowd.enter(self, transport.get_extra_info("socket").fileno())
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.crowd.idle.pop(self, None)
         self._stop_timer("read")
         self._stop_timer("write")
         super().connection_lost(exc)
@@ -205,10 +260,17 @@ class BoundedProtocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         state = self.conn.their_state
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.crowd.idle.pop(self, None)
         if state is h11.SEND_BODY or (state is h11.IDLE and self.conn.trailing_data[0]):
             self._expect_more()
         else:
             self._stop_timer("read")
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self.transport.is_closing():
+            self.crowd.idle[self] = None
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -260,11 +322,11 @@ class HttpServer(uvicorn.Server):
     """A uvicorn server that says when it listens and leaves the signals to us."""
 
     def __init__(self, app: ASGIApp, on_listening: Callable[[], None], config: Config) -> None:
-        protocol: Any = functools.partial(BoundedProtocol, write_timeout=config.write_timeout)
+        protocol: Any = functools.partial(BoundedProtocol, write_timeout=config.write_timeout, crowd=Crowd())
         tls: dict[str, Any] = {"ssl_certfile": config.ssl_certfile, "ssl_keyfile": config.ssl_keyfile}
         off: dict[str, Any] = {"log_config": None, "access_log": False, "server_header": False, "lifespan": "off"}
         # asyncio accepts so many at a time: one of several processes is not to take a whole burst.
-        backlog = BACKLOG if config.api_workers == 1 else 1
+        backlog = ACCEPTED_AT_ONCE if config.api_workers == 1 and config.ssl_certfile is None else 1
         super().__init__(uvicorn.Config(app, http=protocol, ws="none", backlog=backlog, **tls, **off))
         self._write_timeout, self._on_listening = config.write_timeout, on_listening
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import hashlib
 import logging
@@ -11,7 +10,6 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from http import HTTPStatus
 from pathlib import Path
-from typing import TypeVar
 
 from starlette.applications import Starlette
 from starlette.datastructures import URL
@@ -27,21 +25,12 @@ from minisgl.errors import InvalidRequestError, MinisglError
 from minisgl.server import protocol, responses
 from minisgl.server.admin import admin_routes
 from minisgl.server.completion import ChatCompletion, Generation, SglangCompletion, TextCompletion
-from minisgl.server.errors import (
-    BODY_LIMIT,
-    BodyTooLargeError,
-    ForbiddenError,
-    MediaTypeError,
-    error_body,
-    error_headers,
-    known_error,
-)
+from minisgl.server.errors import ForbiddenError, MediaTypeError, error_body, error_headers, known_error
 from minisgl.server.generate import GenerateRequest
 from minisgl.server.openapi import ApiRoute, document
-from minisgl.server.preparation import Api, PreparedRequest, prioritize
+from minisgl.server.preparation import Api, ClientGoneError, PreparedRequest, prioritize, unless_disconnected
 from minisgl.server.responses import SSE_DONE, json_response, sse
 
-DRAIN_LIMIT = 4 * BODY_LIMIT  # bytes of a larger body that are read, so that the client gets to read the error
 # Endpoints of other servers, beneath /v1 and outside, refused by name.
 UNSUPPORTED = (
     "embeddings", "moderations", "responses", "files", "batches", "uploads", "realtime", "rerank", "score", "audio",
@@ -52,7 +41,6 @@ UNSUPPORTED_OUTSIDE = ("embeddings", "rerank", "score", "pooling", "classify", "
 JSON_TYPE = re.compile(rb" *[\w.-]+/([\w.-]+\+)?json *(;|$)", re.IGNORECASE)
 PAGE = Path(__file__).with_name("page.html")
 
-T = TypeVar("T")
 Prepare = Callable[[bytes], PreparedRequest]
 AnyCompletion = type[ChatCompletion] | type[TextCompletion] | type[SglangCompletion]
 
@@ -62,10 +50,6 @@ logger = logging.getLogger(__name__)
 class UnsupportedEndpointError(InvalidRequestError):
     status = 404
     code = "unsupported_endpoint"
-
-
-class ClientGoneError(Exception):
-    """The client closed the connection before the answer was complete."""
 
 
 class NamedRoute(Route):
@@ -116,7 +100,7 @@ class Endpoints:
 
     async def respond(self, request: Request, prepare: Prepare, kind: AnyCompletion) -> Response:
         """The completion, whole or streamed. The requests end when the client leaves."""
-        prepared = await self.api.prepare(prepare, await read_body(request))
+        prepared = await self.api.prepare(prepare, request)
         prioritize(prepared, self.priorities.get(request.scope.get("api_key", 0), self.priorities.get(0)))
         generation = Generation(self.api.client, self.preparation.tokenizer, prepared)
         completion = kind(generation, self.preparation.model.name)
@@ -132,11 +116,11 @@ class Endpoints:
 
     async def tokenize(self, request: Request) -> Response:
         """The tokens of a text or of a conversation."""
-        return json_response(await self.api.prepare(self.preparation.tokenize, await read_body(request)))
+        return json_response(await self.api.prepare(self.preparation.tokenize, request))
 
     async def detokenize(self, request: Request) -> Response:
         """The text of tokens."""
-        return json_response(await self.api.prepare(self.preparation.detokenize, await read_body(request)))
+        return json_response(await self.api.prepare(self.preparation.detokenize, request))
 
     async def tokenizer_info(self, _: Request) -> Response:
         """The special tokens and the chat template."""
@@ -210,41 +194,6 @@ def make_app(api: Api) -> Starlette:
 
 async def refuse_endpoint(request: Request) -> Response:
     raise UnsupportedEndpointError(f"{request.url.path} is not supported by this server")
-
-
-async def read_body(request: Request) -> bytes:
-    """The body; raises BodyTooLargeError beyond `BODY_LIMIT` bytes."""
-    parts: list[bytes] = []
-    size = 0
-    async for part in request.stream():
-        size += len(part)
-        if size <= BODY_LIMIT:
-            parts.append(part)
-        elif size > DRAIN_LIMIT:
-            break
-    if size > BODY_LIMIT:
-        raise BodyTooLargeError(f"the body must have at most {BODY_LIMIT} bytes")
-    return b"".join(parts)
-
-
-async def disconnected(receive: Receive) -> None:
-    """Return when the client leaves; the body must have been read."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
-    """The result of `work`; it is cancelled and ClientGoneError raised when the client leaves first."""
-    tasks = task, watch = asyncio.ensure_future(work), asyncio.ensure_future(disconnected(receive))
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientGoneError
-    finally:
-        task.cancel()
-        watch.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)  # they have cleaned up
 
 
 class EventStream(Response):

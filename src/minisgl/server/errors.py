@@ -6,12 +6,15 @@ from typing import Any
 
 from minisgl.errors import InvalidRequestError, MinisglError
 
-BODY_LIMIT = 16 * 2**20  # bytes of a request's body
-
 
 class BodyTooLargeError(InvalidRequestError):
     status = 413
     code = "request_too_large"
+
+
+class SlowBodyError(InvalidRequestError):
+    status = 408
+    code = "body_timeout"
 
 
 class UnauthorizedError(InvalidRequestError):

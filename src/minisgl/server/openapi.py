@@ -20,6 +20,7 @@ ERRORS: Mapping[int, str] = {
     401: "The API key is missing or wrong.",
     403: "The Host is not a name of this server, or a web page of another origin asks.",
     404: "There is no such model, or no such endpoint.",
+    408: "The body came too slowly.",
     413: "The body is too large.",
     415: "The body's Content-Type is not JSON.",
     429: "Too much is waiting; come again after Retry-After seconds.",

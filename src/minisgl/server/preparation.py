@@ -1,24 +1,39 @@
-"""From a request's body to the engine's requests: validate, render, tokenise, check. It may take seconds."""
+"""From a request's body to the engine's requests: read, validate, render, tokenise, check. It may take seconds.
+
+Cheap bounds come first and the rest is done in threads, so that the event loop waits for milliseconds only.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import logging
 import secrets
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import msgspec
+from starlette.requests import Request as HttpRequest
+from starlette.types import Receive
 
 from minisgl.config import Config
 from minisgl.core.types import REASONING_END, REASONING_START, Grammar, ModelInfo, Request, SamplingParams
-from minisgl.errors import InvalidRequestError, ModelNotFoundError, UnsupportedParameterError
+from minisgl.errors import (
+    ContextLengthError,
+    InvalidRequestError,
+    MinisglError,
+    ModelNotFoundError,
+    UnsupportedParameterError,
+)
 from minisgl.server import protocol
 from minisgl.server.engine_client import EngineClient
+from minisgl.server.errors import BodyTooLargeError, OverloadedError, SlowBodyError
 from minisgl.server.generate import GenerateRequest
 from minisgl.server.protocol import ChatRequest, CompletionRequest, TokenizeConversation, require
 from minisgl.server.responses import Detokenized, TokenizerInfo, Tokens
@@ -26,7 +41,18 @@ from minisgl.server.structured import forced_call_grammar, requested_grammar, te
 from minisgl.server.tools import ParserConfig, Reasoning, ToolFormat, detect_tool_format
 from minisgl.text.tokenizer import Tokenizer
 
+SMALL_BODY = 64 * 2**10  # bytes; such bodies have threads of their own
+SMALL_THREADS, LARGE_THREADS = 4, 1  # json.loads holds the interpreter's lock: no two large bodies at a time
+BODY_SECONDS, BODY_RATE = 30.0, 32 * 2**10  # a body may take so long, and a second for so many of its bytes
+BODY_RETRY_SECONDS = 5
+HELD_BYTES = 64 * 2**20  # of all bodies at a time, or four of the largest
+MAX_NESTED, MAX_VALUES = 2**17, 2**19  # arrays, objects and keys in a body, and all its values (a long context: more)
+MAX_TOKENIZED = 2**17  # tokens of a text that is only tokenised, where a context is shorter
 MAX_REPEATED = 2**22  # token ids that go to the engine with each of a body's requests
+PIECE = 2**16  # characters tokenised at once, where a text may be far too long
+PIECE_SLACK = 64  # tokens that cutting a piece out may add to its own
+# Fields that may be large and that no answer needs, once it is prepared.
+BULK = ("messages", "prompt", "tools", "metadata", "user", "safety_identifier", "prompt_cache_key")
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +68,11 @@ class PreparedRequest:
     requests: list[Request]
     parser: ParserConfig | None = None  # None where completions are plain text
     echoes: Sequence[Echo] = ()  # each prompt that is to be shown
+
+    def __post_init__(self) -> None:
+        for name in BULK:
+            if hasattr(self.body, name):
+                setattr(self.body, name, None)
 
 
 @dataclasses.dataclass
@@ -79,7 +110,8 @@ class Preparation:
         limit = "max_tokens" if chat.max_completion_tokens is None else "max_completion_tokens"
         with renamed({None: "messages", "prompt": "messages", "max_tokens": limit}):
             params = self.tokenizer.with_bad_words(chat.params(grammar))
-            requests = self.requests("chatcmpl", chat, [self.tokenizer.encode(prompt, False)], [params])
+            ids = self.encode(prompt, False, cut=params.truncate_prompt_tokens is not None)
+            requests = self.requests("chatcmpl", chat, [ids], [params])
         self.require_grammar(grammar, field)
         if tool_format is None and reasoning is None:
             return PreparedRequest(chat, requests)
@@ -131,7 +163,7 @@ class Preparation:
             text, field, special = asked.prompt, "prompt", asked.add_special_tokens is not False
         self.check_model(asked.model)
         with renamed({None: field}):
-            ids = self.tokenizer.encode(text, special)
+            ids = self.encode(text, special, max(self.model.max_seq_len, MAX_TOKENIZED))
         names = [self.tokenizer.backend.id_to_token(token) for token in ids] if asked.return_token_strs else None
         return Tokens(count=len(ids), max_model_len=self.model.max_seq_len, tokens=ids, token_strs=names)
 
@@ -173,23 +205,41 @@ class Preparation:
         follows from it.
         """
         copies = body.num_generated
-        ids = [self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-        ids = [self.model.truncate(prompt, own) for prompt, own in zip(ids, params, strict=True)]
-        for prompt, own in zip(ids, params, strict=True):
-            self.model.check(prompt, own)
         field = "n" if copies > 1 else "prompt"
-        require(len(ids) * copies <= self.max_live, f"at most {self.max_live} answers fit in one request", field)
+        require(len(prompts) * copies <= self.max_live, f"at most {self.max_live} answers fit in one request", field)
         sizes = [len(own.allowed_token_ids or ()) + sum(map(len, own.bad_word_ids)) for own in params]
         rule = f"allowed_token_ids and bad_words of all answers may hold {MAX_REPEATED} tokens together"
         require(sum(sizes) * copies <= MAX_REPEATED, rule, "allowed_token_ids")
         requests: list[Request] = []
         base = f"{kind}-{uuid.uuid4().hex}"
-        for prompt, own in zip(ids, params, strict=True):
+        for prompt, own in zip(prompts, params, strict=True):
+            cut = own.truncate_prompt_tokens is not None
+            ids = self.encode(prompt, cut=cut) if isinstance(prompt, str) else prompt
+            ids = self.model.truncate(ids, own)
+            self.model.check(ids, own)
+            request = Request.make(id="", prompt=ids, params=own)
             for copy in range(copies):
                 seeded = msgspec.structs.replace(own, seed=nth_seed(own.seed, copy))
-                name = f"{base}-{len(requests)}"
-                requests.append(Request.make(id=name, prompt=prompt, params=seeded))
+                requests.append(msgspec.structs.replace(request, id=f"{base}-{len(requests)}", params=seeded))
         return requests
+
+    def encode(self, text: str, special: bool = True, most: int | None = None, cut: bool = False) -> list[int]:
+        """Token ids of a prompt, of whose beginning nothing is needed if it is to be `cut`. Raises ContextLengthError,
+        before all is tokenised, for what is far beyond `most`.
+        """
+        limit, longest = most or self.model.max_seq_len, self.tokenizer.longest_token
+        if cut:
+            return self.tokenizer.encode(text[-limit * longest :], special)
+        count = 0
+        for start in range(0, len(text), PIECE):
+            if count >= limit or len(text) > limit * longest:
+                rule = f"this model's maximum context length is {self.model.max_seq_len} tokens"
+                size = f"the {len(text)} characters of the prompt are more than {limit} tokens"
+                raise ContextLengthError(f"{rule}, but {size}", param="prompt")
+            if len(text) <= max(8 * limit, PIECE):  # as most that fit are
+                break
+            count += len(self.tokenizer.encode(text[start : start + PIECE], False)) - PIECE_SLACK
+        return self.tokenizer.encode(text, special)
 
     def require_tool_format(self) -> ToolFormat:
         """The format of tool calls; raises UnsupportedParameterError when the model has one that is not known."""
@@ -236,7 +286,147 @@ class Preparation:
             return self.tokenizer.render_chat(messages, add_generation_prompt=add, **variables)
 
 
-@dataclasses.dataclass(frozen=True)
+class Turns:
+    """Threads for work that takes time. Clients have their turns one after the other, however much each wants."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = ThreadPoolExecutor(threads, "prepare")
+        self._free = threads
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # whose turn it is comes first
+
+    async def run(self, client: str, work: Callable[[], T]) -> T:
+        loop = asyncio.get_running_loop()
+        if self._free:
+            self._free -= 1
+        else:
+            turn: asyncio.Future[None] = loop.create_future()
+            self._waiting.setdefault(client, deque()).append(turn)
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if not turn.cancelled():
+                    self._pass_on()
+                raise
+        job = loop.run_in_executor(self._threads, work)
+        job.add_done_callback(self._on_done)
+        return await asyncio.shield(job)  # a thread is free when its work ends, not when its client leaves
+
+    def _on_done(self, job: asyncio.Future[Any]) -> None:
+        job.exception()  # retrieved, or asyncio complains where nobody waits any more
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        while self._waiting:
+            client, turns = next(iter(self._waiting.items()))
+            turn = turns.popleft()
+            if not turns or not turn.done():  # a client that has left gives its turn to its next request
+                del self._waiting[client]
+            if turns:
+                self._waiting[client] = turns
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._free += 1
+
+
+class Bodies:
+    """The bodies that are being read or prepared, none above `max_size` bytes. `held` are their bytes by client: of one
+    at most half of `most`, of all `most`. Small bodies are taken beyond it, up to twice as much.
+    """
+
+    def __init__(self, max_size: int) -> None:
+        self.max_size = max_size
+        self.most = max(HELD_BYTES, 4 * max_size)
+        self.total = 0
+        self.held = Counter[str]()
+
+    @contextlib.asynccontextmanager
+    async def read(self, request: HttpRequest, client: str) -> AsyncIterator[bytes]:
+        """A body, held until the block ends. Raises BodyTooLargeError, OverloadedError or SlowBodyError."""
+        start, size, kept = time.monotonic(), 0, 0
+        parts: list[bytes] = []
+        error: MinisglError | None = None
+        try:
+            # Some more than fits is read, so that the client gets to read the error.
+            async for part in request.stream():
+                size += len(part)
+                error = error or self._refusal(client, size, len(part), time.monotonic() - start)
+                if error is None:
+                    parts.append(part)
+                    kept += len(part)
+                    self._hold(client, len(part))
+                elif size > 4 * self.max_size or isinstance(error, SlowBodyError):
+                    break
+            if error is not None:
+                raise error
+            body = b"".join(parts)
+            parts.clear()
+            yield body
+        finally:
+            self._hold(client, -kept)
+            if not self.held[client]:
+                del self.held[client]
+
+    def _hold(self, client: str, size: int) -> None:
+        self.held[client] += size
+        self.total += size
+
+    def _refusal(self, client: str, size: int, more: int, seconds: float) -> MinisglError | None:
+        if size > self.max_size:
+            return BodyTooLargeError(f"the body must have at most {self.max_size} bytes")
+        if seconds > BODY_SECONDS + size / BODY_RATE:
+            return SlowBodyError(f"the body came too slowly: {size} bytes in {seconds:.0f} s")
+        small, own = size <= SMALL_BODY, self.held[client] + more
+        if self.total + more > self.most * (1 + small) or (own > self.most // 2 and not small):
+            return OverloadedError("too many large bodies are being read; try again later", BODY_RETRY_SECONDS)
+        return None
+
+
+def check_counts(body: bytes, most: int) -> None:
+    """Raise InvalidRequestError for a body with more JSON values than a request may have, before they are built."""
+    if within_counts(body, most):
+        return
+    without_escapes = body.replace(rb"\\", b"").replace(rb"\"", b"")
+    if without_escapes.count(b'"') <= 2 * most and within_counts(b"".join(without_escapes.split(b'"')[::2]), most):
+        return  # the rest is text
+    try:
+        fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise protocol.invalid_json(body, error) from error
+    largest = max(fields, key=lambda name: len(bytes(fields[name])))
+    rule = f"a body may have {most}, and {MAX_NESTED} arrays, objects and keys"
+    raise InvalidRequestError(f"{largest} holds too many values: {rule}", param=largest)
+
+
+def within_counts(text: bytes, most: int) -> bool:
+    return text.count(b"[") + text.count(b"{") + text.count(b":") <= MAX_NESTED and text.count(b",") <= most
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection before the answer was complete."""
+
+
+async def disconnected(receive: Receive) -> None:
+    """Return when the client leaves; the body must have been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
+    """The result of `work`; it is cancelled and ClientGoneError raised when the client leaves first."""
+    tasks = task, watch = asyncio.ensure_future(work), asyncio.ensure_future(disconnected(receive))
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGoneError
+    finally:
+        task.cancel()
+        watch.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)  # they have cleaned up
+
+
+@dataclasses.dataclass
 class Api:
     """What every endpoint works with."""
 
@@ -249,12 +439,29 @@ class Api:
     health_timeout: float = 5.0  # s
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))  # Unix time, s
 
-    async def prepare(self, prepare: Callable[[bytes], T], body: bytes) -> T:
-        with self.client.metrics.preparing.track_inprogress():
-            try:
-                return await asyncio.to_thread(prepare, body)
-            except RecursionError as error:
-                raise InvalidRequestError("the body is nested too deeply") from error
+    def __post_init__(self) -> None:
+        model, longest = self.preparation.model, self.preparation.tokenizer.longest_token
+        self.max_values = max(MAX_VALUES, 2 * model.max_seq_len)
+        self.bodies = Bodies(self.config.max_body_size or min(2**22 + model.max_seq_len * longest, 2**24))
+        self.small, self.large = Turns(SMALL_THREADS), Turns(LARGE_THREADS)
+
+    async def prepare(self, prepare: Callable[[bytes], T], request: HttpRequest) -> T:
+        """Read a body, and prepare it when its client, by its key or its address, has its turn."""
+        address = "" if request.client is None else request.client.host
+        client = request.headers.get("authorization", "") if self.config.api_key else address
+        async with self.bodies.read(request, client) as body:
+            with self.client.metrics.preparing.track_inprogress():
+                work = functools.partial(self._prepare, prepare, body)
+                if len(body) <= SMALL_BODY:
+                    return await self.small.run(client, work)
+                return await unless_disconnected(request.receive, self.large.run(client, work))
+
+    def _prepare(self, prepare: Callable[[bytes], T], body: bytes) -> T:
+        check_counts(body, self.max_values)
+        try:
+            return prepare(body)
+        except RecursionError as error:
+            raise InvalidRequestError("the body is nested too deeply") from error
 
 
 def prioritize(prepared: PreparedRequest, allowed: tuple[int, int] | None) -> None:

@@ -19,6 +19,7 @@ MAX_FIELDS = 1000
 MAX_EXACT = 2**53  # up to here every integer is a double of its own
 MAX_MESSAGES = 16384
 MAX_TOOLS = 128
+MAX_STOPS = 16
 
 # Fields of OpenAI, vLLM and SGLang (their API documentation) that are known and not supported, each with the values
 # that ask for nothing; null always does.
@@ -46,6 +47,12 @@ OUTPUTS_UNSUPPORTED: Unsupported = {
 CONSTRAINTS = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice",
                "guided_grammar", "json_schema", "regex", "ebnf")  # fmt: skip
 LISTS = frozenset(("stop_token_ids", "allowed_token_ids", "bad_words"))  # that SamplingParams has as tuples
+
+# How a body begins that is something else than JSON in UTF-8, and what it is.
+NOT_JSON: Mapping[bytes, str] = {
+    b"\x1f\x8b": "compressed (gzip)", b"\x28\xb5\x2f\xfd": "compressed (zstd)", b"\x78\x9c": "compressed (deflate)",
+    b"\xef\xbb\xbf": "preceded by a byte-order mark", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16",
+}  # fmt: skip
 
 # JSON schemas of prompts, which are checked here, not by msgspec.
 TEXT_SCHEMA: dict[str, Any] = {"type": "string", "minLength": 1}
@@ -83,6 +90,12 @@ def drop_unsupported(value: dict[str, Any], unsupported: Unsupported, where: str
             raise UnsupportedParameterError(f"{where}{name} is not supported", param=where + name)
 
 
+def invalid_json(body: bytes, error: Exception) -> InvalidRequestError:
+    """The error for a body that cannot be read; it says what the body is where its first bytes tell."""
+    kinds = [f"{kind}; send plain JSON in UTF-8" for start, kind in NOT_JSON.items() if body.startswith(start)]
+    return InvalidRequestError(f"the body is {(kinds or [f'not valid JSON: {error}'])[0]}", code="invalid_json")
+
+
 def parse_object(body: bytes) -> dict[str, Any]:
     """The JSON object in a body; raises InvalidRequestError."""
     try:
@@ -90,7 +103,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
         if b"\\u" in body:
             json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate has no encoding
     except (ValueError, RecursionError) as error:
-        raise InvalidRequestError(f"the body is not valid JSON: {error}", code="invalid_json") from error
+        raise invalid_json(body, error) from error
     if not isinstance(value, dict):
         raise InvalidRequestError("the body must be a JSON object", code="invalid_json")
     return value
@@ -113,7 +126,8 @@ def invalid_field(error: str) -> InvalidRequestError:
         if named[1] == "missing required":
             return InvalidRequestError(f"{param} is required", param=param, code="missing_required_parameter")
         return InvalidRequestError(f"unknown field: {param}", param=param, code="unknown_parameter")
-    return InvalidRequestError(f"{param}: {found[1]}", param=param or None)
+    text = re.sub(r"Expected `\w+` of length <= (\d+)", r"at most \1 characters or items are allowed", found[1])
+    return InvalidRequestError(f"{param}: {text}", param=param or None)
 
 
 Parts = Mapping[str, "type[Body]"]
@@ -316,7 +330,7 @@ class Sampling(Body):
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
-    stop: StopText | Annotated[list[StopText], Meta(max_length=16)] | None = None
+    stop: StopText | Annotated[list[StopText], Meta(max_length=MAX_STOPS)] | None = None
     stop_token_ids: list[int] | None = None
     logit_bias: LogitBias | None = None
     ignore_eos: bool | None = None

@@ -70,6 +70,11 @@ class Tokenizer:
         """The highest token id plus one."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token: no more of a text fit in one."""
+        return max(map(len, self.backend.get_vocab(with_added_tokens=True)))
+
     @property
     def has_chat_template(self) -> bool:
         return self.chat_template is not None
