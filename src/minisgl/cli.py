@@ -36,7 +36,7 @@ GROUPS: Final = (
     ("limits", ("max_queued_requests", "max_queued_tokens", "max_body_size")),
     ("timeouts", ("request_timeout", "write_timeout", "drain_timeout")),
 )
-SERVER_GROUPS: Final = ("interface", "access", "TLS", "limits", "timeouts")  # of the server and the shell
+SERVER_GROUPS: Final = ("interface", "access", "TLS", "limits", "timeouts")  # a benchmark has none of them
 
 ABOUT: Final = """\
 Serve a language model over OpenAI's HTTP API, or chat with it.

@@ -53,7 +53,8 @@ READ_TIMEOUT = 30.0  # seconds between two pieces of a request
 BACKLOG = 2048  # connections that may wait to be accepted
 ACCEPTED_AT_ONCE = 16
 MAX_CONNECTIONS = 16384  # of a process; an idle one takes some 20 KB
-SPARE_DESCRIPTORS = 128  # for connections that are turned away and for what is no connection
+SPARE_DESCRIPTORS = 128  # for connections that are refused and for what is no connection
+REFUSED_AT_ONCE = 32  # connections that are told so
 CROWD_SECONDS = 60.0  # between two lines in the log about too many connections
 CROWD_RETRY_SECONDS = 5
 ANSWER_SECONDS = 1.0  # in which requests are still answered, with 503, when the engine has ended or was given up
@@ -189,41 +190,41 @@ def as_rfc_9112(request: h11.Request) -> h11.Request:
 
 
 class Crowd:
-    """Connections that may be closed for others: those without a request, the oldest first.
+    """How many connections there may be: as many as the process may have descriptors, which it asks the system for.
 
-    A descriptor's number says how many there are, as a new one gets the lowest that is free. From `bound` on a new
-    connection takes the place of an idle one; without one it is told 503, and from `limit` on it is closed.
+    From there on a new connection takes the place of the one that has been `idle`, without a request, for longest.
+    Without such a one it is told 503, or closed where many are being told.
     """
 
     def __init__(self) -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        with contextlib.suppress(OSError, ValueError):  # macOS has a limit below the hard one
+        with contextlib.suppress(OSError, ValueError):  # macOS takes less than the hard limit
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
             soft = hard
         soft = MAX_CONNECTIONS + SPARE_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
         self.bound = min(MAX_CONNECTIONS, max(soft - SPARE_DESCRIPTORS, soft // 2))
-        self.limit = (self.bound + min(soft, MAX_CONNECTIONS + SPARE_DESCRIPTORS)) // 2
-        self.idle: dict[BoundedProtocol, None] = {}
+        self.idle: dict[BoundedProtocol, None] = {}  # the oldest first
         self._closed = self._refused = 0
         self._next_line = 0.0
 
-    def enter(self, connection: BoundedProtocol, fileno: int) -> None:
-        if fileno < self.bound:
+    def enter(self, connection: BoundedProtocol, count: int) -> None:
+        """Take in a new connection, the last of `count`."""
+        if count <= self.bound or self.idle:
             self.idle[connection] = None
+        if count <= self.bound:
             return
-        if self.idle:
+        if connection in self.idle:
             oldest = next(iter(self.idle))
             del self.idle[oldest]
             oldest.transport.close()
-            self.idle[connection] = None
             self._closed += 1
         else:
-            self._refused += 1
             connection.app = refuse
-            if fileno >= self.limit:
+            self._refused += 1
+            if count > self.bound + REFUSED_AT_ONCE:
                 connection.transport.abort()
         if (now := time.monotonic()) >= self._next_line:
-            counts = f"{self._closed} idle ones closed, {self._refused} refused since the last such line"
+            counts = f"{self._closed} idle ones were closed and {self._refused} refused since the last such line"
             logger.warning("more than %d connections: %s", self.bound, counts)
             self._closed, self._refused, self._next_line = 0, 0, now + CROWD_SECONDS
 
@@ -249,7 +250,7 @@ class BoundedProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._expect_more()
-        self.crowd.enter(self, transport.get_extra_info("socket").fileno())
+        self.crowd.enter(self, len(self.connections))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.crowd.idle.pop(self, None)

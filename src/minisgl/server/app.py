@@ -100,11 +100,16 @@ class Endpoints:
 
     async def respond(self, request: Request, prepare: Prepare, kind: AnyCompletion) -> Response:
         """The completion, whole or streamed. The requests end when the client leaves."""
-        prepared = await self.api.prepare(prepare, request)
-        prioritize(prepared, self.priorities.get(request.scope.get("api_key", 0), self.priorities.get(0)))
-        generation = Generation(self.api.client, self.preparation.tokenizer, prepared)
-        completion = kind(generation, self.preparation.model.name)
-        if not prepared.body.stream:
+        allowed = self.priorities.get(request.scope.get("api_key", 0), self.priorities.get(0))
+
+        def begin(body: bytes) -> ChatCompletion | TextCompletion | SglangCompletion:
+            prepared = prepare(body)
+            prioritize(prepared, allowed)
+            generation = Generation(self.api.client, self.preparation.tokenizer, prepared)
+            return kind(generation, self.preparation.model.name)
+
+        completion = await self.api.prepare(begin, request)
+        if not completion.generation.prepared.body.stream:
             return json_response(await unless_disconnected(request.receive, completion.whole()))
         chunks = completion.chunks()
         try:
