@@ -162,7 +162,7 @@ def half(body: int, sent: int, key: str = "a") -> bytes:
     return head.encode() + b" " * sent
 
 
-@pytest.mark.serving(max_body_size=200_000, api_key=("a", "b"))
+@pytest.mark.serving(max_body_size=200_000, api_key=("a", "b", "c"))
 async def test_half_sent_bodies_of_a_client_leave_room_for_others(small_reserve: None, server: Serving) -> None:
     held = [await server.connect(half(200_000, 190_000)) for _ in range(2)]  # 4 x 200 kB may be held, half by a client
     await asyncio.sleep(0.2)
@@ -178,6 +178,7 @@ async def test_half_sent_bodies_of_a_client_leave_room_for_others(small_reserve:
     await asyncio.sleep(0.2)
     assert await post("b", LARGE) == (503, "overloaded")
     assert await post("b", SMALL) == (200, None)
+    assert await post("c", LARGE) == (200, None)  # beyond the bound, as it has less than a fair share
     for _, writer in held:
         writer.close()
     await asyncio.sleep(0.2)
@@ -315,6 +316,20 @@ async def test_without_an_idle_connection_a_new_one_is_told_503(
     await server.until(lambda: server.client.num_live == 0)
     await asyncio.sleep(0.1)
     assert (await server.http.get("/version")).status_code == 200
+
+
+@pytest.mark.serving(delay=0.02)
+async def test_a_connection_is_idle_between_its_requests_only(crowd: api_process.Crowd, server: Serving) -> None:
+    ask = b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n"
+    _, writer = await server.connect(ask[:20])
+    await server.until(lambda: len(crowd.idle) == 1)  # half a head is no request
+    writer.write(ask[20:] + raw_post(TEXT, {"prompt": "hello there", "max_tokens": 10}))
+    await server.until(lambda: server.client.num_live == 1)
+    assert not crowd.idle
+    await server.until(lambda: server.client.num_live == 0)
+    await server.until(lambda: len(crowd.idle) == 1)
+    writer.close()
+    await server.until(lambda: not crowd.idle)
 
 
 @pytest.mark.parametrize(

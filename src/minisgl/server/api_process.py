@@ -270,7 +270,7 @@ class BoundedProtocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if not self.transport.is_closing():
+        if self.cycle.response_complete and not self.transport.is_closing():  # a pipelined request may have begun
             self.crowd.idle[self] = None
 
     def pause_writing(self) -> None:

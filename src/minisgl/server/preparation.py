@@ -45,7 +45,8 @@ SMALL_BODY = 64 * 2**10  # bytes; such bodies have threads of their own
 SMALL_THREADS, LARGE_THREADS = 4, 1  # json.loads holds the interpreter's lock: no two large bodies at a time
 BODY_SECONDS, BODY_RATE = 30.0, 32 * 2**10  # a body may take so long, and a second for so many of its bytes
 BODY_RETRY_SECONDS = 5
-HELD_BYTES = 64 * 2**20  # of all bodies at a time, or four of the largest
+PART_SECONDS = 0.002  # from a part of a large body to the next of any: reading is the event loop's work
+HELD_BYTES = 256 * 2**20  # of all bodies at a time, or four of the largest
 MAX_NESTED, MAX_VALUES = 2**17, 2**19  # arrays, objects and keys in a body, and all its values (a long context: more)
 MAX_TOKENIZED = 2**17  # tokens of a text that is only tokenised, where a context is shorter
 MAX_REPEATED = 2**22  # token ids that go to the engine with each of a body's requests
@@ -227,18 +228,19 @@ class Preparation:
         """Token ids of a prompt, of whose beginning nothing is needed if it is to be `cut`. Raises ContextLengthError,
         before all is tokenised, for what is far beyond `most`.
         """
-        limit, longest = most or self.model.max_seq_len, self.tokenizer.longest_token
+        limit = most or self.model.max_seq_len
         if cut:
-            return self.tokenizer.encode(text[-limit * longest :], special)
-        count = 0
-        for start in range(0, len(text), PIECE):
-            if count >= limit or len(text) > limit * longest:
-                rule = f"this model's maximum context length is {self.model.max_seq_len} tokens"
-                size = f"the {len(text)} characters of the prompt are more than {limit} tokens"
-                raise ContextLengthError(f"{rule}, but {size}", param="prompt")
-            if len(text) <= max(8 * limit, PIECE):  # as most that fit are
-                break
-            count += len(self.tokenizer.encode(text[start : start + PIECE], False)) - PIECE_SLACK
+            return self.tokenizer.encode(text[-limit * self.tokenizer.longest_token :], special)
+        too_long = len(text) > limit * self.tokenizer.longest_token
+        if len(text) > max(8 * limit, PIECE):  # hardly any that fits is
+            count = start = 0
+            while start < len(text) and not too_long:
+                count += len(self.tokenizer.encode(text[start : start + PIECE], False)) - PIECE_SLACK
+                start, too_long = start + PIECE, count >= limit
+        if too_long:
+            rule = f"this model's maximum context length is {self.model.max_seq_len} tokens"
+            size = f"the {len(text)} characters of the prompt are more than {limit} tokens"
+            raise ContextLengthError(f"{rule}, but {size}", param="prompt")
         return self.tokenizer.encode(text, special)
 
     def require_tool_format(self) -> ToolFormat:
@@ -331,7 +333,7 @@ class Turns:
 
 class Bodies:
     """The bodies that are being read or prepared, none above `max_size` bytes. `held` are their bytes by client: of one
-    at most half of `most`, of all `most`. Small bodies are taken beyond it, up to twice as much.
+    at most half of `most`, of all `most`; up to twice as much for small bodies and clients with less than a fair share.
     """
 
     def __init__(self, max_size: int) -> None:
@@ -339,6 +341,7 @@ class Bodies:
         self.most = max(HELD_BYTES, 4 * max_size)
         self.total = 0
         self.held = Counter[str]()
+        self.next_part = 0.0  # the earliest time for one of a large body, s
 
     @contextlib.asynccontextmanager
     async def read(self, request: HttpRequest, client: str) -> AsyncIterator[bytes]:
@@ -357,6 +360,10 @@ class Bodies:
                     self._hold(client, len(part))
                 elif size > 4 * self.max_size or isinstance(error, SlowBodyError):
                     break
+                if size > SMALL_BODY:
+                    now = time.monotonic()
+                    self.next_part = max(now, self.next_part + PART_SECONDS)
+                    await asyncio.sleep(self.next_part - now)
             if error is not None:
                 raise error
             body = b"".join(parts)
@@ -376,8 +383,10 @@ class Bodies:
             return BodyTooLargeError(f"the body must have at most {self.max_size} bytes")
         if seconds > BODY_SECONDS + size / BODY_RATE:
             return SlowBodyError(f"the body came too slowly: {size} bytes in {seconds:.0f} s")
-        small, own = size <= SMALL_BODY, self.held[client] + more
-        if self.total + more > self.most * (1 + small) or (own > self.most // 2 and not small):
+        total, own = self.total + more, self.held[client] + more
+        fits = total <= self.most and own <= self.most // 2
+        fair = size <= SMALL_BODY or own <= self.most // (len(self.held) + 1)
+        if not fits and not (fair and total <= 2 * self.most):
             return OverloadedError("too many large bodies are being read; try again later", BODY_RETRY_SECONDS)
         return None
 
