@@ -10,7 +10,7 @@ import sys
 import time
 from collections import Counter
 
-COUNT, HALF_BODIES = 16, 160
+COUNT, HALF_BODIES = 16, 64
 SIZE = 16 * 2**20  # bytes of the largest bodies
 FITTING = 4 * 2**20  # of bodies that a server may take in
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
