@@ -21,7 +21,7 @@ from minisgl.core.types import Grammar, ModelInfo
 from minisgl.server.api_process import HttpServer, with_middleware
 from minisgl.server.app import make_app
 from minisgl.server.engine_client import EngineClient
-from minisgl.server.preparation import Api, Preparation
+from minisgl.server.preparation import Api, Check, Preparation
 from minisgl.system import PrivateFolder
 from minisgl.text.tokenizer import Tokenizer
 
@@ -90,7 +90,7 @@ async def web(
     state: str = "",
     health_timeout: float = 5.0,
     max_live: int = 8,
-    check_grammar: Callable[[Grammar], None] | None = None,
+    check_grammar: Callable[[Grammar], Check | None] | None = None,
     **flags: Any,
 ) -> AsyncIterator[Web]:
     """Serve `model` over HTTP; `flags` are fields of Config."""

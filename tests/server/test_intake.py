@@ -7,12 +7,14 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pytest
 
 from helpers.serving import Serving, raw_post
+from minisgl.core.types import Grammar
 from minisgl.errors import InvalidRequestError
 from minisgl.server import api_process, preparation
-from minisgl.server.preparation import MAX_NESTED, MAX_VALUES, Preparation, Turns, check_counts
+from minisgl.server.preparation import MAX_NESTED, MAX_VALUES, Check, Preparation, Turns, check_counts
 from minisgl.text.tokenizer import Tokenizer
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -251,6 +253,47 @@ async def test_small_requests_and_health_wait_for_no_large_one(
     hold.set()
     assert {answer.status_code for answer in await asyncio.gather(*large)} == {200}
     assert len([size for size in prepared if size > preparation.SMALL_BODY]) == 8
+
+
+HOLD = threading.Event()
+CHECKED: list[str] = []  # sources, in the order of their ends
+
+
+def slow_check(grammar: Grammar) -> Check | None:
+    """A grammar whose source begins with "slow" takes until HOLD is set; "wrong" is refused then; others are known."""
+
+    def check() -> None:
+        assert HOLD.wait(10)
+        CHECKED.append(grammar.source)
+        if grammar.source == "slow wrong":
+            raise InvalidRequestError("no such grammar", param="guided_regex")
+
+    return check if grammar.source.startswith("slow") else None
+
+
+@pytest.mark.serving(check_grammar=slow_check, api_key=("a", "b"))
+async def test_no_request_waits_for_the_grammars_of_another_client(server: Serving) -> None:
+    HOLD.clear()
+    CHECKED.clear()
+
+    def post(key: str, **asked: Any) -> asyncio.Task[httpx.Response]:
+        headers = {"authorization": f"Bearer {key}"}
+        return asyncio.create_task(server.http.post(TEXT, json={**SMALL, **asked}, headers=headers))
+
+    slow = [post("a", structured_outputs={"regex": f"slow {number}"}) for number in range(12)]
+    await asyncio.sleep(0.1)
+    wrong = post("b", structured_outputs={"regex": "slow wrong"})
+    leaving = post("b", guided_regex="slow leaving")
+    for _ in range(5):
+        assert (await post("a")).status_code == 200
+        assert (await post("a", guided_regex="known")).status_code == 200
+    assert not any(task.done() for task in (*slow, wrong))
+    leaving.cancel()
+    HOLD.set()
+    refused = (await wrong).json()["error"]
+    assert refused["param"] == "structured_outputs"
+    assert {answer.status_code for answer in await asyncio.gather(*slow)} == {200}
+    assert CHECKED.index("slow wrong") < 8
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from helpers.grammars import EOS, PADDED, allowed, choice, lark, regex
+from helpers.grammars import EOS, PADDED, allowed, check, choice, lark, regex
 from helpers.tiny_tokenizers import write_tokenizer
 from minisgl.core.types import Grammar
 from minisgl.errors import InvalidRequestError, UnsupportedParameterError
@@ -76,10 +76,10 @@ HOSTILE: dict[str, Grammar] = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_grammar_ends_in_an_error(name: str, compiler: GrammarCompiler) -> None:
     with pytest.raises(InvalidRequestError) as caught:
-        compiler.check(HOSTILE[name])
+        check(compiler, HOSTILE[name])
     assert caught.value.status == 400
     assert len(caught.value.message) < 400
-    compiler.check(Grammar(kind="json_object"))
+    check(compiler, Grammar(kind="json_object"))
 
 
 UNSUPPORTED: dict[str, tuple[Grammar, str]] = {
@@ -130,18 +130,18 @@ INVALID: dict[str, tuple[Grammar, str]] = {
 def test_what_cannot_be_followed_is_refused_with_the_reason(name: str, compiler: GrammarCompiler) -> None:
     grammar, said = {**UNSUPPORTED, **INVALID}[name]
     with pytest.raises(UnsupportedParameterError if name in UNSUPPORTED else InvalidRequestError, match=said) as caught:
-        compiler.check(grammar)
+        check(compiler, grammar)
     assert caught.value.param in ("response_format", "guided_regex", "guided_grammar", "guided_choice")
 
 
 def test_grammars_are_checked_from_many_threads_at_once(compiler: GrammarCompiler) -> None:
-    def check(number: int) -> None:
-        compiler.check(regex(f"good{number}"))
+    def check_two(number: int) -> None:
+        check(compiler, regex(f"good{number}"))
         with pytest.raises(InvalidRequestError, match="unclosed"):
-            compiler.check(regex(f"bad{number}("))
+            check(compiler, regex(f"bad{number}("))
 
     with ThreadPoolExecutor(12) as pool:
-        list(pool.map(check, range(12)))
+        list(pool.map(check_two, range(12)))
 
 
 @pytest.fixture
@@ -157,20 +157,20 @@ def running(compiler: GrammarCompiler) -> Running:
 
 
 def test_a_helper_is_replaced_when_killed_and_ends_with_the_process_that_started_it(own: GrammarCompiler) -> None:
-    own.check(regex("a"))
+    check(own, regex("a"))
     first = running(own).process.pid
     os.kill(first, signal.SIGKILL)
-    own.check(regex("b"))
+    check(own, regex("b"))
     assert running(own).process.pid != first
     running(own).control.close()  # as the end of this process would
     assert running(own).process.wait(timeout=60) == 0
     own.close()
-    own.check(regex("a"))  # found good: not tried again
+    check(own, regex("a"))  # found good: not tried again
     assert own._helper.running is None
 
 
 def test_no_thread_ends_the_new_helper_of_another(own: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
-    own.check(regex("a"))
+    check(own, regex("a"))
     first = running(own).process.pid
     os.kill(first, signal.SIGSTOP)
     sent, go_on = threading.Semaphore(0), threading.Event()
@@ -190,12 +190,12 @@ def test_no_thread_ends_the_new_helper_of_another(own: GrammarCompiler, monkeypa
 
     def check_late() -> None:
         threading.current_thread().name = "late"
-        own.check(regex("c"))
+        check(own, regex("c"))
 
     monkeypatch.setattr(socket, "send_fds", counted_send)
     monkeypatch.setattr(grammar_check, "read_all", late_read)
     with ThreadPoolExecutor(2) as pool:
-        early = pool.submit(own.check, regex("b"))
+        early = pool.submit(check, own, regex("b"))
         late = pool.submit(check_late)
         assert all(sent.acquire(timeout=60) for _ in range(2))
         os.kill(first, signal.SIGKILL)
@@ -210,7 +210,7 @@ def test_no_thread_ends_the_new_helper_of_another(own: GrammarCompiler, monkeypa
 def test_a_tokenizer_that_is_not_there_is_the_servers_fault(tmp_path: Path) -> None:
     compiler = GrammarCompiler(tmp_path, PADDED, EOS)  # loads nothing yet
     with closing(compiler), pytest.raises(HelperError, match="no tokenizer"):
-        compiler.check(regex("a"))
+        check(compiler, regex("a"))
 
 
 def test_constraints_of_one_grammar_are_independent_and_only_some_are_kept(own: GrammarCompiler) -> None:

@@ -386,7 +386,7 @@ async def serve_api(
     has_tokenizer = not config.dummy_weight or Tokenizer.exists(folder)
     tokenizer = Tokenizer.load(folder) if has_tokenizer else make_byte_tokenizer(model.vocab_size)
     grammars = GrammarCompiler(folder, model.vocab_size, model.eos_token_ids)
-    check = grammars.check if has_tokenizer else None
+    check = grammars.checker if has_tokenizer else None
     preparation = Preparation(model, tokenizer, client.queue.max_live, config.served_model_name, check)
     api = Api(client, preparation, config, ready.notes, ready.folder, started)
     app = with_middleware(make_app(api), client.metrics, config)

@@ -109,6 +109,7 @@ class Endpoints:
             return kind(generation, self.preparation.model.name)
 
         completion = await self.api.prepare(begin, request)
+        await self.api.check(completion.generation.prepared, request)
         if not completion.generation.prepared.body.stream:
             return json_response(await unless_disconnected(request.receive, completion.whole()))
         chunks = completion.chunks()

@@ -43,6 +43,7 @@ from minisgl.text.tokenizer import Tokenizer
 
 SMALL_BODY = 64 * 2**10  # bytes; such bodies have threads of their own
 SMALL_THREADS, LARGE_THREADS = 4, 1  # json.loads holds the interpreter's lock: no two large bodies at a time
+GRAMMAR_THREADS = 4  # which wait for as many processes
 BODY_SECONDS, BODY_RATE = 30.0, 32 * 2**10  # a body may take so long, and a second for so many of its bytes
 BODY_RETRY_SECONDS = 5
 PART_SECONDS = 0.004  # from a part of a large body to the next of any: reading is the event loop's work
@@ -59,6 +60,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Prompt = str | list[int]
+Check = Callable[[], None]
 Generating = ChatRequest | CompletionRequest | GenerateRequest
 Echo = tuple[str, list[int]]  # a prompt as text, and where in it the text of each of its tokens begins
 
@@ -69,6 +71,7 @@ class PreparedRequest:
     requests: list[Request]
     parser: ParserConfig | None = None  # None where completions are plain text
     echoes: Sequence[Echo] = ()  # each prompt that is to be shown
+    check: Check | None = None  # of the grammar, where it is still to be done
 
     def __post_init__(self) -> None:
         for name in BULK:
@@ -84,7 +87,8 @@ class Preparation:
     tokenizer: Tokenizer
     max_live: int  # requests that one body may hold
     names: Sequence[str] = ()  # that requests may call the model
-    check_grammar: Callable[[Grammar], None] | None = None  # raises for one that cannot be enforced; None: none can be
+    # Raises for a grammar that cannot be enforced, or returns what finds out, in seconds; None: none can be enforced.
+    check_grammar: Callable[[Grammar], Check | None] | None = None
 
     def __post_init__(self) -> None:
         self.names = tuple(self.names) or (self.model.name,)
@@ -113,12 +117,12 @@ class Preparation:
             params = self.tokenizer.with_bad_words(chat.params(grammar))
             ids = self.encode(prompt, False, cut=params.truncate_prompt_tokens is not None)
             requests = self.requests("chatcmpl", chat, [ids], [params])
-        self.require_grammar(grammar, field)
+        check = self.require_grammar(grammar, field)
         if tool_format is None and reasoning is None:
-            return PreparedRequest(chat, requests)
+            return PreparedRequest(chat, requests, check=check)
         names = frozenset(tool.function.name for tool in chat.offered_tools)
         most = 1 if chat.parallel_tool_calls is False else None
-        return PreparedRequest(chat, requests, ParserConfig(tool_format, names, most, reasoning))
+        return PreparedRequest(chat, requests, ParserConfig(tool_format, names, most, reasoning), check=check)
 
     def completion(self, body: bytes) -> PreparedRequest:
         asked = CompletionRequest.parse(body)
@@ -128,10 +132,10 @@ class Preparation:
         with renamed({None: "prompt"}):
             params = self.tokenizer.with_bad_words(asked.params(grammar))
             requests = self.requests("cmpl", asked, prompts, [params] * len(prompts))
-        self.require_grammar(grammar, field)
+        check = self.require_grammar(grammar, field)
         firsts = requests[:: asked.num_generated]
         echoes = [self.echo(*entry) for entry in zip(prompts, firsts, strict=True)] if asked.echo else []
-        return PreparedRequest(asked, requests, echoes=echoes)
+        return PreparedRequest(asked, requests, echoes=echoes, check=check)
 
     def generate(self, body: bytes) -> PreparedRequest:
         asked = GenerateRequest.parse(body)
@@ -146,12 +150,12 @@ class Preparation:
         names |= {"max_tokens": "sampling_params.max_new_tokens", "min_tokens": "sampling_params.min_new_tokens"}
         with renamed({**names, "seed": "sampling_params.sampling_seed", None: field, "prompt": field}):
             requests = self.requests("gen", asked, prompts, params)
-        for grammar in dict.fromkeys(each.grammar for each in params):
-            self.require_grammar(grammar, "sampling_params")
+        grammars = dict.fromkeys(each.grammar for each in params)
+        checks = [check for grammar in grammars if (check := self.require_grammar(grammar, "sampling_params"))]
         for index, request in enumerate(requests):
             if (rid := asked.of_prompt("rid", index // asked.num_generated)) is not None:  # it need not be unique
                 requests[index] = msgspec.structs.replace(request, id=f"{rid}-{uuid.uuid4().hex}")
-        return PreparedRequest(asked, requests)
+        return PreparedRequest(asked, requests, check=functools.partial(run_all, checks) if checks else None)
 
     def tokenize(self, body: bytes) -> Tokens:
         value = protocol.parse_object(body)
@@ -257,18 +261,16 @@ class Preparation:
             logger.warning("the chat template has no place for tools: a system text lists them, a grammar forms calls")
         return self.tool_format
 
-    def require_grammar(self, grammar: Grammar | None, param: str | None) -> None:
-        """Raise for a grammar that cannot be enforced; the error names `param`, where the grammar comes from."""
+    def require_grammar(self, grammar: Grammar | None, param: str | None) -> Check | None:
+        """What raises for a grammar that cannot be enforced, unless that is known already; the error names `param`,
+        where the grammar comes from.
+        """
         if grammar is None:
-            return
+            return None
         if self.check_grammar is None:
             raise UnsupportedParameterError("structured output is not available on this server", param=param)
-        try:
-            self.check_grammar(grammar)
-        except InvalidRequestError as error:
-            if error.param != "tools":
-                error.param = param
-            raise
+        check = named(param, functools.partial(self.check_grammar, grammar))
+        return None if check is None else functools.partial(named, param, check)
 
     def render(self, chat: ChatRequest | TokenizeConversation, tools: Sequence[protocol.Tool]) -> str:
         variables: dict[str, Any] = dict(chat.chat_template_kwargs or {})
@@ -452,12 +454,11 @@ class Api:
         model, longest = self.preparation.model, self.preparation.tokenizer.longest_token
         self.max_values = max(MAX_VALUES, 2 * model.max_seq_len)
         self.bodies = Bodies(self.config.max_body_size or min(2**22 + model.max_seq_len * longest, 2**24))
-        self.small, self.large = Turns(SMALL_THREADS), Turns(LARGE_THREADS)
+        self.small, self.large, self.grammars = Turns(SMALL_THREADS), Turns(LARGE_THREADS), Turns(GRAMMAR_THREADS)
 
     async def prepare(self, prepare: Callable[[bytes], T], request: HttpRequest) -> T:
         """Read a body, and prepare it when its client, by its key or its address, has its turn."""
-        address = "" if request.client is None else request.client.host
-        client = request.headers.get("authorization", "") if self.config.api_key else address
+        client = self._client_of(request)
         async with self.bodies.read(request, client) as body:
             with self.client.metrics.preparing.track_inprogress():
                 work = functools.partial(self._prepare, prepare, body)
@@ -465,12 +466,28 @@ class Api:
                     return await self.small.run(client, work)
                 return await unless_disconnected(request.receive, self.large.run(client, work))
 
+    async def check(self, prepared: PreparedRequest, request: HttpRequest) -> None:
+        """Check a grammar that is new here, in threads that no other preparation waits for."""
+        if prepared.check is not None:
+            with self.client.metrics.preparing.track_inprogress():
+                checked = self.grammars.run(self._client_of(request), prepared.check)
+                await unless_disconnected(request.receive, checked)
+
+    def _client_of(self, request: HttpRequest) -> str:
+        address = "" if request.client is None else request.client.host
+        return request.headers.get("authorization", "") if self.config.api_key else address
+
     def _prepare(self, prepare: Callable[[bytes], T], body: bytes) -> T:
         check_counts(body, self.max_values)
         try:
             return prepare(body)
         except RecursionError as error:
             raise InvalidRequestError("the body is nested too deeply") from error
+
+
+def run_all(checks: Sequence[Check]) -> None:
+    for check in checks:
+        check()
 
 
 def prioritize(prepared: PreparedRequest, allowed: tuple[int, int] | None) -> None:
@@ -499,6 +516,16 @@ def is_list_of(kind: type, value: object) -> bool:
 
 def constraint_of(body: protocol.Sampling) -> tuple[Grammar | None, str | None]:
     return requested_grammar(body.constraints) if body.constraints else (None, None)
+
+
+def named(param: str | None, check: Callable[[], T]) -> T:
+    """The same check, whose errors are about `param`, or the tools."""
+    try:
+        return check()
+    except InvalidRequestError as error:
+        if error.param != "tools":
+            error.param = param
+        raise
 
 
 @contextlib.contextmanager

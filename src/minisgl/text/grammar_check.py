@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -211,16 +212,18 @@ class GrammarCompiler:
         self._vocabulary: Vocabulary | None = None
         self._compiled = functools.lru_cache(MAX_COMPILED)(self._compile)
 
-    def check(self, grammar: Grammar) -> None:
-        """Raise InvalidRequestError for a grammar that is invalid, unsupported or too expensive. For the API process.
+    def checker(self, grammar: Grammar) -> Callable[[], None] | None:
+        """What raises InvalidRequestError for a grammar that is invalid, unsupported or too expensive; None for one
+        that was found good before. For the API process. Raises for one that is too large.
 
         It is compiled and tried out in the helper process within `WALL_SECONDS`. HelperError (503) says that there is
         no such process.
         """
         check_size(grammar)
         digest = hashlib.sha256(msgspec.json.encode(grammar)).digest()
-        if digest in self._checked:
-            return
+        return None if digest in self._checked else functools.partial(self._check, grammar, digest)
+
+    def _check(self, grammar: Grammar, digest: bytes) -> None:
         self._helper.check(grammar)
         if len(self._checked) >= MAX_CHECKED:
             self._checked.clear()
