@@ -20,6 +20,7 @@ from minisgl.errors import ConfigError
 from minisgl.formats.hub import locate_model, progress_bar
 from minisgl.gpu.executor import build_local_executor
 from minisgl.text.grammar_check import GrammarCompiler
+from minisgl.trace import StepTrace, TrafficRecording
 
 Executor = LocalExecutor | GroupExecutor
 
@@ -47,6 +48,8 @@ def build_engine(config: Config, progress: bool = False, on_failure: Callable[[]
     machine = probe_machine(launched)
     load_policy(config.schedule_policy)  # what is wrong with a policy is said before the model loads
     load_eviction(config.eviction)
+    trace = None if config.trace_steps is None else StepTrace(config.trace_steps)
+    recording = None if config.record is None else TrafficRecording(config.record)
     dtype = resolve(config, machine).config.dtype  # of a checkpoint that is converted; final once the model is known
     folder = locate_model(config.model, config.model_source, dtype, not config.dummy_weight, progress)
     spec = read_spec(folder)
@@ -67,6 +70,9 @@ def build_engine(config: Config, progress: bool = False, on_failure: Callable[[]
     )
     grammars = GrammarCompiler(folder, model.vocab_size, model.eos_token_ids)
     engine = Engine(executor, model, resolved.config, grammars.constraint)
+    engine.recorder = recording
+    if trace is not None:
+        engine.observe(trace)
     return Built(engine, folder, describe(resolved, spec, executor, model.max_seq_len))
 
 

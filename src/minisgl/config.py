@@ -138,6 +138,12 @@ class Config:
         None, "--request-timeout", help="seconds of a request, queue included, before a 504; default: no limit")
     write_timeout: float = setting(
         30.0, "--write-timeout", help="seconds a client may leave its full receive buffer unread before it is cut off")
+    trace_steps: str | None = setting(
+        None, "--trace-steps", help="file for a trace of every step in Chrome's format, which Perfetto opens")
+    record: str | None = setting(
+        None, "--record", help="file for arrivals, lengths and hashes of prompts, no text; `bench` replays it")
+    debug_endpoints: bool = setting(
+        False, "--debug-endpoints", help="serve GET /debug/engine and /debug/events: requests, pages, steps")
     drain_timeout: float = setting(
         30.0, "--drain-timeout", help="seconds running requests may go on after SIGTERM or Ctrl-C")
     # fmt: on

@@ -5,7 +5,8 @@ from __future__ import annotations
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 from minisgl.config import Config
 from minisgl.core.pages import CacheManager
@@ -13,8 +14,26 @@ from minisgl.core.plan import Executor, StepPlan
 from minisgl.core.plugins import load_eviction, load_policy
 from minisgl.core.request_state import Constraint, ConstraintFactory, RequestState, RequestTable, full_constraint
 from minisgl.core.scheduler import STEP_SECONDS, Scheduler
-from minisgl.core.types import EngineStats, ModelInfo, Request, TokenEvent
+from minisgl.core.types import ChunkRecord, EngineStats, ModelInfo, Request, StepRecord, TokenEvent
 from minisgl.errors import EngineDeadError, InvalidRequestError
+
+
+class Observer(Protocol):
+    """Sees every step once its result is taken in; from `Engine.observe` on."""
+
+    def observe(self, record: StepRecord) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Recorder(Protocol):
+    """Sees every request that is accepted and every event."""
+
+    def add(self, request: Request) -> None: ...
+
+    def take(self, events: Sequence[TokenEvent]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Engine:
@@ -33,13 +52,9 @@ class Engine:
     """
 
     def __init__(
-        self,
-        executor: Executor,
-        model: ModelInfo,
-        config: Config,
-        constraints: ConstraintFactory | None = None,
+        self, executor: Executor, model: ModelInfo, config: Config, constraints: ConstraintFactory | None = None,
         clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    ) -> None:  # fmt: skip
         assert config.max_running_requests is not None
         assert config.max_prefill_length is not None
         rows, max_pages = config.max_running_requests, -(-model.max_seq_len // config.page_size)
@@ -53,7 +68,9 @@ class Engine:
         self.table = RequestTable(rows, model.max_seq_len)
         policy = load_policy(config.schedule_policy)
         self.scheduler = Scheduler(self.table, self.cache, policy, config.max_prefill_length, clock)
-        self._launched: deque[StepPlan] = deque()
+        self._launched: deque[tuple[StepPlan, StepRecord | None]] = deque()
+        self._observers: list[Observer] = []
+        self.recorder: Recorder | None = None
         self._events: list[TokenEvent] = []
         self.admitted: list[str] = []
         self._arrivals = self._aborted = self._generated_tokens = 0
@@ -75,6 +92,8 @@ class Engine:
         eos = self.model.eos_token_ids
         self.scheduler.add(RequestState(request, self._arrivals, self.clock(), seed, limit, eos, constraint))
         self._arrivals += 1
+        if self.recorder is not None:
+            self.recorder.add(request)
 
     def abort(self, ids: Iterable[str]) -> None:
         """End these requests; each that is live gets its terminal event from the next `step`."""
@@ -98,8 +117,19 @@ class Engine:
             self._failed = True
             raise
         events, self._events = self._events, []
+        if self.recorder is not None:
+            self.recorder.take(events)
         self._generated_tokens += sum(len(event.tokens) for event in events)
         return events
+
+    def observe(self, observer: Observer) -> None:
+        """Show `observer` every step that is launched from here on."""
+        self._observers.append(observer)
+        self.executor.timed = True
+
+    def stop_observing(self, observer: Observer) -> None:
+        self._observers.remove(observer)
+        self.executor.timed = bool(self._observers)
 
     def flush_cache(self) -> int:
         """Drop every cached page that no request uses; how many those were."""
@@ -108,14 +138,18 @@ class Engine:
     def _advance(self) -> None:
         begun = time.perf_counter()
         self.admitted = []
+        planned = self.clock()
         plan = self.scheduler.schedule()
+        launched = self.clock()
         if plan is None:
             if self._launched:
                 self._collect()
             self._events += self.scheduler.fill_held(self.model.vocab_size)
             return
         self.executor.launch(plan)
-        self._launched.append(plan)
+        record = self._record(plan, planned, launched) if self._observers else None
+        self._launched.append((plan, record))
+        self.scheduler.retracted_ids = []
         if plan.init is not None:
             self.admitted = [self.table.request(slot).request.id for slot in plan.init.slots.tolist()]
         if len(self._launched) > 1:
@@ -131,8 +165,42 @@ class Engine:
             self._collect()
 
     def _collect(self) -> None:
-        oldest = self._launched.popleft()
-        self._events += self.scheduler.commit(oldest, self.executor.collect())
+        plan, record = self._launched.popleft()
+        awaited = self.clock()
+        result = self.executor.collect()
+        arrived = self.clock()
+        events = self.scheduler.commit(plan, result)
+        self._events += events
+        if record is not None:
+            record.awaited, record.arrived, record.committed = awaited, arrived, self.clock()
+            record.device = result.device
+            record.ended = [(event.id, event.finish) for event in events if event.finish is not None]
+            for observer in self._observers:
+                observer.observe(record)
+
+    def _record(self, plan: StepPlan, planned: float, launched: float) -> StepRecord:
+        def name(slot: int) -> str:
+            return self.table.request(slot).request.id
+
+        slots = plan.prefill_slots.tolist()
+        starts = plan.prefill_starts.tolist()
+        columns = slots, starts, plan.prefill_lens.tolist(), plan.prefill_final.tolist()
+        new = [] if plan.init is None else plan.init.slots.tolist()
+        cached = dict(zip(slots, starts, strict=True))
+        return StepRecord(
+            step=plan.step,
+            planned=planned,
+            launched=launched,
+            sent=self.clock(),
+            decodes=[name(slot) for slot in plan.decode_slots.tolist()],
+            chunks=[ChunkRecord(name(slot), *rest) for slot, *rest in zip(*columns, strict=True)],
+            admitted=[(name(slot), cached.get(slot, 0)) for slot in new],
+            retracted=self.scheduler.retracted_ids,
+            running=len(self.scheduler.live) - len(self.scheduler.waiting),
+            waiting=len(self.scheduler.waiting),
+            pages_free=self.cache.num_free,
+            pages_cached=self.cache.num_cached,
+        )
 
     def stats(self) -> EngineStats:
         scheduler = self.scheduler
@@ -155,4 +223,6 @@ class Engine:
     def close(self) -> None:
         """Wait for launched steps and release the device. Nothing is accepted any more."""
         self._closed = True
+        for observer in (*self._observers, *([] if self.recorder is None else [self.recorder])):
+            observer.close()
         self.executor.close()

@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from minisgl.core.plan import Masks, Scores, StepPlan, StepResult
 P = ParamSpec("P")
 T = TypeVar("T")
 CheckAlive = Callable[[], None]
+Moment = float | torch.cuda.Event
 
 # How often a rank that waits for a step asks whether the others are alive: on the CPU, and on a GPU, where steps take
 # milliseconds and the next one is in the stream already.
@@ -36,10 +38,13 @@ class LocalExecutor:
         self.device = runner.device
         self.attention_choice = attention_choice
         self.kernels = runner.decoder.ops.name
+        self.timed = False
         self._alive = alive
+        self._clock = DeviceClock(runner.device)
         self._worker = ThreadPoolExecutor(1, "minisgl-step") if self.device.type == "cpu" else None
         self._pending: deque[Pending] = deque()
-        self._unmasked: tuple[StepPlan, Future[StepOutput]] | None = None  # the step that waits for its masks
+        # The step that waits for its masks, and when it began.
+        self._unmasked: tuple[StepPlan, Future[StepOutput], Future[Moment] | None] | None = None
 
     @property
     def num_pages(self) -> int:
@@ -48,21 +53,27 @@ class LocalExecutor:
     def launch(self, plan: StepPlan) -> None:
         """Start a step behind those already started."""
         assert self._unmasked is None, "the step before waits for its masks"
+        began = self._start(self._clock.now) if self.timed else None
         output = self._start(self.runner.run, plan)
         if len(plan.constrained_slots):
-            self._unmasked = plan, output
+            self._unmasked = plan, output, began
         else:
-            self._fetch(plan.step, output)
+            self._fetch(plan.step, output, began)
 
     def finish(self, masks: Masks) -> None:
         """Start the second half of the step launched last."""
         assert self._unmasked is not None, "no step waits for masks"
-        (plan, output), self._unmasked = self._unmasked, None
-        self._fetch(plan.step, self._start(self._finish, plan, output, masks))
+        (plan, output, began), self._unmasked = self._unmasked, None
+        self._fetch(plan.step, self._start(self._finish, plan, output, masks), began)
 
     def collect(self) -> StepResult:
         """Wait for the oldest step and return its tokens, or raise what it raised."""
-        return self._pending.popleft().wait(self._alive)
+        pending = self._pending.popleft()
+        result = pending.wait(self._alive)
+        if pending.moments is None:
+            return result
+        began, ended = (self._clock.seconds(moment.result()) for moment in pending.moments)
+        return msgspec.structs.replace(result, device=(began, ended))
 
     def close(self) -> None:
         """Wait for every launched step, and free the graphs."""
@@ -85,13 +96,43 @@ class LocalExecutor:
             done.set_exception(error)
         return done
 
-    def _fetch(self, step: int, output: Future[StepOutput]) -> None:
+    def _fetch(self, step: int, output: Future[StepOutput], began: Future[Moment] | None) -> None:
         """Start the copy of a step's results to the host."""
+        moments = None if began is None else (began, self._start(self._clock.now))
         if self._worker is not None:
-            self._pending.append(Pending(step, output, None))
+            self._pending.append(Pending(step, output, None, moments))
             return
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._pending.append(Pending(step, self._start(_copy_to_host, output, copied), copied))
+        self._pending.append(Pending(step, self._start(_copy_to_host, output, copied), copied, moments))
+
+
+class DeviceClock:
+    """The moments at which a device reaches what it was told, on the host's monotonic clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._zero: tuple[float, torch.cuda.Event] | None = None  # one moment on both clocks
+
+    def now(self) -> Moment:
+        """Note the moment at which the device gets here."""
+        if self._device.type == "cpu":
+            return time.monotonic()
+        if self._zero is None:
+            zero = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            zero.record()
+            zero.synchronize()
+            self._zero = time.monotonic(), zero
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def seconds(self, moment: Moment) -> float:
+        """A moment that has passed."""
+        if isinstance(moment, float):
+            return moment
+        assert self._zero is not None
+        host, zero = self._zero
+        return host + float(zero.elapsed_time(moment)) / 1e3  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -101,6 +142,7 @@ class Pending:
     step: int
     output: Future[StepOutput]
     copied: torch.cuda.Event | None
+    moments: tuple[Future[Moment], Future[Moment]] | None  # the device's, at its beginning and end
 
     def wait(self, alive: CheckAlive | None) -> StepResult:
         """Return the results, or raise what the step raised, or what `alive` raises meanwhile."""

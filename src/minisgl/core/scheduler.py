@@ -71,6 +71,7 @@ class Scheduler:
         self.mask_budget = STEP_SECONDS[0]
         self._owed = 0.0  # seconds that masks took, to be saved in the next steps
         self._budgets: WeakValueDictionary[str, MaskBudget] = WeakValueDictionary()
+        self.retracted_ids: list[str] = []  # since the engine emptied it, at the last launch
         self.retracted = self.prompt_tokens = self.cached_prompt_tokens = 0
         self.policy = PolicyGuard(policy, self.view, self.live, self._sort_queue)
         self._room_for: RequestState | None = None  # for whom running requests were retracted
@@ -463,6 +464,7 @@ class Scheduler:
     def _retract(self, slot: int) -> None:
         """Queue a running request again, now or when the step in flight is collected."""
         self.retracted += 1
+        self.retracted_ids.append(self.table.request(slot).request.id)
         self.table.state[slot] = State.RETRACTING
         self._settle([slot])
 

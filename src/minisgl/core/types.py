@@ -245,6 +245,41 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
             raise ContextLengthError(f"{limit}, but {wanted} were asked for ({parts})", param="max_tokens")
 
 
+class ChunkRecord(msgspec.Struct, frozen=True, array_like=True):
+    """`length` prompt tokens of a request, behind `start` others; with the `last` ones it samples a token."""
+
+    id: str
+    start: int
+    length: int
+    last: bool
+
+
+class StepRecord(msgspec.Struct, kw_only=True):
+    """What a step did and when, requests named by their ids. Times are in s on the engine's clock.
+
+    The host plans from `planned` to `launched`, launches until `sent`, waits for the result from `awaited` to
+    `arrived` and has taken it in at `committed`. `device` is when the device began and ended.
+    """
+
+    step: int
+    planned: float
+    launched: float
+    sent: float
+    awaited: float = 0.0
+    arrived: float = 0.0
+    committed: float = 0.0
+    device: tuple[float, float] | None = None
+    decodes: list[str]
+    chunks: list[ChunkRecord]
+    admitted: list[tuple[str, int]]  # with the tokens found in the prefix cache
+    retracted: list[str]  # since the step before was launched
+    ended: list[tuple[str, FinishReason]] = []
+    running: int
+    waiting: int
+    pages_free: int
+    pages_cached: int
+
+
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """A snapshot of the engine's counts; pages are KV pages, `waiting_tokens` those of waiting prompts."""
 

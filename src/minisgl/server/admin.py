@@ -8,13 +8,14 @@ import dataclasses
 import datetime
 import time
 import uuid
+from typing import Any
 
 import msgspec
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
 from minisgl import __version__
-from minisgl.core.types import EngineStats, SamplingParams
+from minisgl.core.types import EngineStats, SamplingParams, StepRecord
 from minisgl.core.types import Request as EngineRequest
 from minisgl.errors import EngineDeadError, InvalidRequestError
 from minisgl.server import responses
@@ -24,7 +25,7 @@ from minisgl.server.metrics import CONTENT_TYPE, MetricsPage
 from minisgl.server.openapi import ApiRoute
 from minisgl.server.preparation import Api
 from minisgl.server.protocol import parse_object
-from minisgl.server.responses import json_response
+from minisgl.server.responses import json_response, sse
 
 SCRAPE_TIMEOUT = 1.0  # s that /metrics waits for the engine's counts; in a longer step those it gave last are shown
 BODY_LIMIT = 4096
@@ -110,7 +111,8 @@ def admin_routes(api: Api) -> list[ApiRoute]:
 
     async def flush_cache(_: Request) -> Response:
         """Drop every cached page that no request uses."""
-        return json_response(responses.FlushReport(await client.query("flush_cache", api.health_timeout)))
+        reply = await client.query("flush_cache", api.health_timeout)
+        return json_response(responses.FlushReport(reply.count))
 
     async def abort_request(request: Request) -> Response:
         """End the requests of one answer, or all."""
@@ -125,8 +127,24 @@ def admin_routes(api: Api) -> list[ApiRoute]:
             raise InvalidRequestError(f"the body cannot be read: {error}", code="invalid_json") from error
         if order.abort_all is (order.rid is not None):
             raise InvalidRequestError("give the answer's id as rid, or abort_all", param="rid")
-        return json_response(responses.Aborted(await client.query("abort", api.health_timeout, order.rid)))
+        reply = await client.query("abort", api.health_timeout, order.rid)
+        return json_response(responses.Aborted(reply.count))
 
+    async def debug_engine(_: Request) -> Response:
+        """Running and waiting requests, and why they wait; pages, the radix tree, the last steps."""
+        reply = await client.query("debug", api.health_timeout)
+        return Response(reply.snapshot, media_type="application/json")
+
+    async def debug_events(_: Request) -> Response:
+        """Every step from here on, as server-sent events."""
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        steps = (sse(record) async for record in client.feed.records())
+        return StreamingResponse(steps, headers=headers, media_type="text/event-stream")
+
+    debug = [
+        ApiRoute("GET", "/debug/engine", debug_engine, dict[str, Any]),
+        ApiRoute("GET", "/debug/events", debug_events, events=StepRecord),
+    ]
     return [
         ApiRoute("GET", "/health", health, responses.Health),
         ApiRoute("GET", "/health_generate", health_generate, responses.Health),
@@ -141,6 +159,7 @@ def admin_routes(api: Api) -> list[ApiRoute]:
         ApiRoute("GET", "/metrics", metrics, str),
         ApiRoute("POST", "/flush_cache", flush_cache, responses.FlushReport),
         ApiRoute("POST", "/abort_request", abort_request, responses.Aborted, [responses.AbortOrder]),
+        *(debug if api.config.debug_endpoints else ()),
     ]
 
 

@@ -20,6 +20,7 @@ from minisgl.config import Config
 from minisgl.core.types import EngineStats, FinishReason, Request, TokenEvent
 from minisgl.errors import EngineDeadError, InvalidRequestError, MinisglError, ModelError
 from minisgl.server import errors, ipc
+from minisgl.server.debug import StepFeed
 from minisgl.server.metrics import ACCESS_RECORD, Metrics, RequestStats
 
 ENGINE_DIED = "the engine ended; nothing can be generated until the server is started again"
@@ -145,6 +146,7 @@ class EngineClient:
         self.metrics = metrics or Metrics()
         self.queue = Queue(config, self.metrics, max_live)
         self.stats = EngineStats()  # when the engine last replied
+        self.feed = StepFeed(lambda on: self.send(ipc.Watch(link, on)))
         self._link = link
         self._timeout = config.request_timeout
         self._live: dict[str, tuple[RequestStats, RequestGroup]] = {}
@@ -206,6 +208,7 @@ class EngineClient:
     async def drain(self) -> None:
         """Take no request any more, and wait until the last one has ended."""
         self.draining = True
+        self.feed.end()
         while self._live:
             await asyncio.sleep(DRAIN_POLL_SECONDS)
 
@@ -214,8 +217,8 @@ class EngineClient:
         await self.query("stats", timeout)
         return self.stats
 
-    async def query(self, action: ipc.Action, timeout: float, completion_id: str | None = None) -> int:
-        """Send an `ipc.Query`; the reply's count. Raises EngineDeadError as `ping` does."""
+    async def query(self, action: ipc.Action, timeout: float, completion_id: str | None = None) -> ipc.Reply:
+        """Send an `ipc.Query`; the reply. Raises EngineDeadError as `ping` does."""
         if self.dead is not None:
             raise self.dead
         nonce = next(self._nonces)
@@ -230,7 +233,7 @@ class EngineClient:
         finally:
             del self._replies[nonce]
         self.stats = reply.stats
-        return reply.count
+        return reply
 
     async def ready(self) -> ipc.Ready:
         """Wait for the model to be loaded. Raises ModelError when it cannot be, EngineDeadError if the engine ended."""
@@ -249,6 +252,7 @@ class EngineClient:
         if self.dead is not None:
             return
         self.dead = EngineDeadError(message)
+        self.feed.end()
         self.gone.set()
         for group in {group for _, group in self._live.values()}:
             group.fail(self.dead, "error")
@@ -296,6 +300,8 @@ class EngineClient:
                 waiter = self._replies.get(nonce)
                 if waiter is not None and not waiter.done():
                     waiter.set_result(message)
+            case ipc.Steps(records):
+                self.feed.put(records)
             case ipc.Ready():
                 if not self._ready.done():
                     self._ready.set_result(message)

@@ -17,6 +17,7 @@ from minisgl.core.request_state import Constraint, ConstraintFactory, make_const
 from minisgl.core.types import FinishReason, Grammar, Request, TokenEvent
 from minisgl.errors import InvalidRequestError, MinisglError
 from minisgl.server import ipc
+from minisgl.server.debug import StepLog, snapshot
 
 IDLE_POLL_MS = 200
 COMPILERS = 2  # threads, so that a known grammar need not wait for a slow one
@@ -144,11 +145,15 @@ class EngineServer:
     def __init__(self, setup: ipc.EngineSetup, parent_gone: threading.Event) -> None:
         self.config, self.parent_gone = setup.config, parent_gone
         self.links = Links(setup.folder)
+        self.steps: StepLog | None = None
 
     def run(self) -> int:
         try:
             built = build_engine(self.config, progress=sys.stderr.isatty(), on_failure=leave_soon)
             self.engine, self.grammars = built.engine, PendingGrammars(built.engine.constraints)
+            if self.config.debug_endpoints:
+                self.steps = StepLog(lambda records, link: self.links.send(ipc.Steps(records), link))
+                self.engine.observe(self.steps)
             self.ready = ipc.Ready(built.engine.model, str(built.folder), list(built.notes))
             self.links.send(self.ready)
             self._serve()
@@ -177,6 +182,8 @@ class EngineServer:
                     events = engine.step()
                     if events or engine.admitted:
                         self.links.send_events(events, engine.admitted)
+                    if self.steps is not None:
+                        self.steps.flush(not engine.has_work)
         finally:
             grammars.close()
         engine.close()
@@ -195,14 +202,19 @@ class EngineServer:
                 self._abort(ids)
             case ipc.Query():
                 self._answer(message)
+            case ipc.Watch(link, on):
+                if self.steps is not None:
+                    self.steps.watch(link, on)
             case ipc.Attach(link):
                 self.links.attach(link)
                 self.links.send(self.ready, link)
             case ipc.Detach(link):
+                if self.steps is not None:
+                    self.steps.watch(link, False)
                 self._abort(self.links.detach(link))
 
     def _answer(self, query: ipc.Query) -> None:
-        engine, pending, count = self.engine, self.grammars.requests, 0
+        engine, pending, count, shown = self.engine, self.grammars.requests, 0, b""
         if query.action == "flush_cache":
             count = engine.flush_cache()
         elif query.action == "abort":
@@ -210,9 +222,11 @@ class EngineServer:
             ids = [request_id for request_id in live if ipc.belongs_to(request_id, query.completion_id)]
             self._abort(ids)
             count = len(ids)
+        elif query.action == "debug" and self.steps is not None:
+            shown = snapshot(engine, pending, self.steps.recent)
         stats = engine.stats()
         stats = msgspec.structs.replace(stats, waiting=stats.waiting + len(pending))
-        self.links.send(ipc.Reply(query.nonce, stats, count), query.link)
+        self.links.send(ipc.Reply(query.nonce, stats, count, shown), query.link)
 
     def _abort(self, ids: list[str]) -> None:
         if dropped := self.grammars.drop(ids):

@@ -11,10 +11,10 @@ from typing import Literal
 import msgspec
 
 from minisgl.config import Config
-from minisgl.core.types import EngineStats, ModelInfo, Request, TokenEvent
+from minisgl.core.types import EngineStats, ModelInfo, Request, StepRecord, TokenEvent
 
 LAUNCHER = 0
-Action = Literal["stats", "flush_cache", "abort"]
+Action = Literal["stats", "flush_cache", "abort", "debug"]
 
 
 class EngineSetup(msgspec.Struct, frozen=True):
@@ -57,13 +57,20 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
 
 class Query(msgspec.Struct, frozen=True, tag=True):
     """`flush_cache` drops every cached page that no request uses; `abort` ends the requests of a completion, or all
-    (None), of every link: their processes get events that finish with `ABORT`.
+    (None), of every link: their processes get events that finish with `ABORT`. `debug` asks for a snapshot.
     """
 
     nonce: int
     link: int = LAUNCHER
     action: Action = "stats"
     completion_id: str | None = None
+
+
+class Watch(msgspec.Struct, frozen=True, tag=True):
+    """Send the steps to this link, or send them no more."""
+
+    link: int
+    on: bool
 
 
 # To the engine, from the launcher: an API process has bound the addresses of this link, or is gone.
@@ -77,8 +84,8 @@ class Detach(msgspec.Struct, frozen=True, tag=True):
     link: int  # its requests are ended
 
 
-# From the engine: to each link once, that the model is loaded; last, why it cannot start or go on; what a step did; and
-# the reply to the query with this nonce.
+# From the engine: to each link once, that the model is loaded; last, why it cannot start or go on; what a step did; the
+# reply to the query with this nonce; and, to links that watch, the steps.
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -100,10 +107,15 @@ class Reply(msgspec.Struct, frozen=True, tag=True):
     nonce: int
     stats: EngineStats
     count: int = 0  # pages flushed or requests aborted
+    snapshot: bytes = b""  # JSON
 
 
-ToEngine = Add | Abort | Query | Attach | Detach
-FromEngine = Ready | Failed | Events | Reply
+class Steps(msgspec.Struct, frozen=True, tag=True):
+    records: list[StepRecord]
+
+
+ToEngine = Add | Abort | Query | Watch | Attach | Detach
+FromEngine = Ready | Failed | Events | Reply | Steps
 
 
 def addresses(folder: str, link: int) -> tuple[str, str]:

@@ -1,0 +1,142 @@
+"""What an engine is doing, for `/debug/engine` and `/debug/events`: no text and no token ids, bounded in size."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from minisgl.core.types import StepRecord
+
+if TYPE_CHECKING:
+    from minisgl.core.engine import Engine
+    from minisgl.core.radix_cache import Node
+
+RECENT: Final = 64  # steps
+REQUESTS: Final = 256  # running ones, and again as many waiting ones
+NODES: Final = 1000  # of the radix tree
+FLUSH_SECONDS = 0.05
+BEHIND: Final = 1024  # steps that a slow viewer may lag; then the oldest are dropped
+
+
+class StepLog:
+    """An observer in the engine process: keeps the last steps and, while somebody watches, sends them on in batches."""
+
+    def __init__(self, send: Callable[[list[StepRecord], int], None]) -> None:
+        self.recent: deque[StepRecord] = deque(maxlen=RECENT)
+        self.links: set[int] = set()  # that watch
+        self._send = send
+        self._batch: list[StepRecord] = []
+        self._sent = 0.0
+
+    def watch(self, link: int, on: bool) -> None:
+        if on:
+            self.links.add(link)
+        else:
+            self.links.discard(link)
+
+    def observe(self, record: StepRecord) -> None:
+        self.recent.append(record)
+        if self.links:
+            self._batch.append(record)
+
+    def flush(self, idle: bool) -> None:
+        """Send what has gathered, at once when the engine has nothing to do."""
+        if self._batch and (idle or time.monotonic() - self._sent >= FLUSH_SECONDS):
+            for link in self.links:
+                self._send(self._batch, link)
+            self._batch, self._sent = [], time.monotonic()
+
+    def close(self) -> None:
+        pass
+
+
+class StepFeed:
+    """The steps as the viewers of one API process get them; `watch` tells the engine that there are some, or none."""
+
+    def __init__(self, watch: Callable[[bool], None]) -> None:
+        self._watch = watch
+        self._viewers: set[asyncio.Queue[StepRecord | None]] = set()
+        self._ended = False
+
+    def put(self, records: Iterable[StepRecord]) -> None:
+        for viewer in self._viewers:
+            for record in records:
+                if viewer.full():
+                    viewer.get_nowait()
+                viewer.put_nowait(record)
+
+    def end(self) -> None:
+        """Nothing more comes: every stream ends."""
+        self._ended = True
+        for viewer in self._viewers:
+            if viewer.full():
+                viewer.get_nowait()
+            viewer.put_nowait(None)
+
+    async def records(self) -> AsyncIterator[StepRecord]:
+        viewer: asyncio.Queue[StepRecord | None] = asyncio.Queue(BEHIND)
+        if not self._viewers and not self._ended:
+            self._watch(True)
+        self._viewers.add(viewer)
+        try:
+            while not self._ended and (record := await viewer.get()) is not None:
+                yield record
+        finally:
+            self._viewers.remove(viewer)
+            if not self._viewers and not self._ended:
+                self._watch(False)
+
+
+def snapshot(engine: Engine, compiling: Iterable[str], recent: Iterable[StepRecord]) -> bytes:
+    """The JSON object of `/debug/engine`. `compiling` are the requests whose grammars are not compiled yet."""
+    table, cache, scheduler = engine.table, engine.cache, engine.scheduler
+    running = [
+        {
+            "id": request.request.id,
+            "state": table.state_of(slot),
+            "priority": request.request.priority,
+            "prompt_tokens": request.prompt_len,
+            "computed_tokens": int(table.num_computed_tokens[slot]),
+            "tokens": int(table.num_tokens[slot]),
+            "max_tokens": int(table.max_tokens[slot]),
+            "cached_tokens": request.cached_tokens,
+            "pages": int(cache.row_pages[slot]),
+            "shared_pages": cache.num_shared(slot),
+        }
+        for slot, request in enumerate(table.requests)
+        if request is not None
+    ]
+    waiting = [
+        {
+            "id": request.request.id,
+            "priority": request.request.priority,
+            "prompt_tokens": request.prompt_len,
+            "tokens": len(request.tokens),
+            "retracted": request.admitted,
+            "why": why,
+        }
+        for request, why in scheduler.why_waiting(REQUESTS)
+    ]
+    waiting += [{"id": name, "why": "its grammar is being compiled"} for name in compiling][: REQUESTS - len(waiting)]
+    pages = {"total": cache.num_pages, "free": cache.num_free, "cached": cache.num_cached, "owned": cache.num_owned}
+    counts = {"running": len(running), "waiting": len(scheduler.waiting)}
+    shown = {"running": running[:REQUESTS], "waiting": waiting, "pages": pages, "tree": tree(cache.root)}
+    return msgspec.json.encode({"step": scheduler.step, "counts": counts, **shown, "recent": list(recent)})
+
+
+def tree(root: Node) -> dict[str, Any]:
+    """Nested runs of pages, widest levels first while there is room."""
+    top: dict[str, Any] = {"children": []}
+    queue, shown = deque((child, top) for child in root.children.values()), 0
+    while queue and shown < NODES:
+        node, above = queue.popleft()
+        run = {"pages": len(node.pages), "locks": node.locks, "hits": node.hits, "children": []}
+        above["children"].append(run)
+        queue.extend((child, run) for child in node.children.values())
+        shown += 1
+    return {**top, "nodes": shown, "left_out": len(queue)}

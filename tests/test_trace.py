@@ -1,0 +1,139 @@
+"""The trace of an engine's steps and the recording of its traffic, over a simulated device and the bundled model."""
+
+import json
+from collections import Counter, defaultdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers.simulation import record_plans, request, run, simulated_engine
+from minisgl.core.engine import Engine
+from minisgl.core.types import SamplingParams
+from minisgl.errors import ConfigError
+from minisgl.llm import LLM
+from minisgl.trace import BLOCK, StepTrace, TrafficRecording
+from minisgl_bench.traffic import read_trace
+
+PREFIX = list(range(8, 28))
+HOST, DEVICE, REQUESTS = 1, 2, 3
+
+
+def busy_engine() -> Engine:
+    """Requests that share a prefix and need more pages than there are, so that some are retracted."""
+    return simulated_engine(num_pages=12, max_running_requests=4, max_prefill_length=12)
+
+
+def traffic() -> list[Any]:
+    return [request(f"r{index}", [*PREFIX, 30 + index], max_tokens=12, ignore_eos=True) for index in range(6)]
+
+
+def check_format(events: list[dict[str, Any]]) -> None:
+    """The Trace Event Format: what each phase must have, and that the spans of a track do not overlap."""
+    tracks = defaultdict(list)
+    named = {(e["pid"], e["tid"]) for e in events if e["name"] == "thread_name"}
+    for event in events:
+        assert isinstance(event["name"], str)
+        assert isinstance(event["pid"], int)
+        assert isinstance(event["tid"], int)
+        assert event["ts"] >= 0
+        match event["ph"]:
+            case "X":
+                assert event["dur"] >= 0
+                tracks[event["pid"], event["tid"]].append((event["ts"], event["ts"] + event["dur"]))
+            case "i":
+                assert event["s"] == "t"
+            case "M":
+                assert set(event["args"]) == {"name"}
+            case "C":
+                assert all(isinstance(value, int) for value in event["args"].values())
+            case phase:
+                pytest.fail(f"no such phase: {phase}")
+        if event["pid"] == REQUESTS and event["ph"] != "M":
+            assert (event["pid"], event["tid"]) in named
+    for spans in tracks.values():
+        assert all(end <= start + 0.01 for (_, end), (start, _) in pairwise(sorted(spans)))
+
+
+def test_a_trace_has_every_row_of_every_step(tmp_path: Path) -> None:
+    engine = busy_engine()
+    engine.observe(StepTrace(str(tmp_path / "trace.json")))
+    plans = record_plans(engine)
+    run(engine, traffic())
+    engine.close()
+    events = json.loads((tmp_path / "trace.json").read_text())
+    check_format(events)
+    names = Counter(e["name"].split(" ")[0] for e in events if e["pid"] == HOST and e["ph"] == "X")
+    assert names == dict.fromkeys(("plan", "launch", "wait", "commit"), len(plans))
+    spans = [e for e in events if e["pid"] == REQUESTS and e["ph"] == "X"]
+    for plan in plans:
+        mine = Counter(e["name"].split(" ")[0] for e in spans if e["args"]["step"] == plan.step)
+        assert (mine["decode"], mine["prompt"]) == (len(plan.decode_slots), len(plan.prefill_slots))
+    instants = Counter(e["name"].split(",")[0] for e in events if e["ph"] == "i")
+    assert instants["retracted"] == engine.scheduler.retracted > 0
+    assert instants["admitted"] == 6 + engine.scheduler.retracted
+    assert instants["end: length"] == 6
+    assert "admitted, 20 tokens cached" in {e["name"] for e in events}
+
+
+def test_a_trace_that_was_cut_off_can_be_mended(tmp_path: Path) -> None:
+    engine, trace = busy_engine(), StepTrace(str(tmp_path / "trace.json"))
+    engine.observe(trace)
+    run(engine, traffic())
+    trace._file.flush()
+    check_format(json.loads((tmp_path / "trace.json").read_text() + "]"))
+    engine.close()
+
+
+def test_the_device_is_in_a_trace_of_a_model(tmp_path: Path) -> None:
+    trace, recording = tmp_path / "trace.json", tmp_path / "traffic.jsonl"
+    params = SamplingParams(temperature=0, max_tokens=3, stop=("zebra",), top_k=5)
+    with LLM(trace_steps=str(trace), record=str(recording)) as llm:
+        llm.generate(["The zebra crossing"], params, progress=False)
+    events = json.loads(trace.read_text())
+    check_format(events)
+    assert [e["name"] for e in events if e["pid"] == DEVICE and e["ph"] == "X"][0].startswith("step 1: 0 decodes, ")
+    row = json.loads(recording.read_text())
+    assert row["sampling"] == {"temperature": 0, "max_tokens": 3, "top_k": 5}
+    assert not any(word in recording.read_text().lower() for word in ("zebra", "crossing"))
+
+
+def test_a_recording_keeps_lengths_and_common_prefixes_and_no_tokens(tmp_path: Path) -> None:
+    engine = busy_engine()
+    engine.recorder = TrafficRecording(str(tmp_path / "traffic.jsonl"))
+    shared = list(range(5, 5 + 2 * BLOCK))
+    prompts = {"a": [*shared, 1, 2], "b": [*shared, 3], "c": [*shared[:-1], 4, 5]}
+    run(engine, [request(name, prompt, max_tokens=4, ignore_eos=True) for name, prompt in prompts.items()])
+    engine.abort(["a"])
+    engine.close()
+    trace = read_trace(tmp_path / "traffic.jsonl", limit=10)
+    assert (trace.format, trace.block) == ("bailian", BLOCK)
+    a, b, c = trace.requests
+    assert [(r.input_length, r.output_length) for r in (a, b, c)] == [(34, 4), (33, 4), (33, 4)]
+    assert a.hash_ids[:2] == b.hash_ids[:2]
+    assert a.hash_ids[2] != b.hash_ids[2]
+    assert (a.hash_ids[0], a.hash_ids[1] == c.hash_ids[1]) == (c.hash_ids[0], False)
+    again = TrafficRecording(str(tmp_path / "again.jsonl"))
+    again.add(request("a", prompts["a"], max_tokens=4))
+    assert again._live["a"][0]["hash_ids"] != list(a.hash_ids)  # another key
+    again.close()
+
+
+@pytest.mark.parametrize("setting", ["trace_steps", "record"])
+def test_a_file_that_cannot_be_made_is_an_error_before_the_model_loads(tmp_path: Path, setting: str) -> None:
+    with pytest.raises(ConfigError, match=f"--{setting.replace('_', '-')} .*No such file"):
+        LLM(str(tmp_path / "no model"), **{setting: str(tmp_path / "missing" / "file")})
+
+
+def test_a_full_disk_ends_the_files_and_not_the_engine(caplog: pytest.LogCaptureFixture) -> None:
+    engine = busy_engine()
+    engine.observe(StepTrace("/dev/full"))
+    engine.recorder = TrafficRecording("/dev/full")
+    events = run(engine, traffic())
+    engine.close()
+    assert all(found[-1].finish == "length" for found in events.values())
+    assert [record.getMessage() for record in caplog.records] == [
+        "--trace-steps /dev/full is not written any more: No space left on device",
+        "--record /dev/full is not written any more: No space left on device",
+    ]
