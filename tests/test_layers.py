@@ -24,6 +24,7 @@ RINGS = (
     {"core"},
     {"gpu", "text", "formats"},
     {"distributed"},
+    {"trace"},
     {"build"},
     {"llm", "server"},
     {"chat"},

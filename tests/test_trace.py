@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 
 from helpers.simulation import record_plans, request, run, simulated_engine
+from minisgl.build import build_engine
+from minisgl.config import Config
 from minisgl.core.engine import Engine
 from minisgl.core.types import SamplingParams
 from minisgl.errors import ConfigError
 from minisgl.llm import LLM
-from minisgl.trace import BLOCK, StepTrace, TrafficRecording
+from minisgl.trace import BLOCK, TraceWriter, TrafficRecorder
 from minisgl_bench.traffic import read_trace
 
 PREFIX = list(range(8, 28))
@@ -58,7 +60,7 @@ def check_format(events: list[dict[str, Any]]) -> None:
 
 def test_a_trace_has_every_row_of_every_step(tmp_path: Path) -> None:
     engine = busy_engine()
-    engine.observe(StepTrace(str(tmp_path / "trace.json")))
+    engine.observe(TraceWriter(str(tmp_path / "trace.json")))
     plans = record_plans(engine)
     run(engine, traffic())
     engine.close()
@@ -78,7 +80,7 @@ def test_a_trace_has_every_row_of_every_step(tmp_path: Path) -> None:
 
 
 def test_a_trace_that_was_cut_off_can_be_mended(tmp_path: Path) -> None:
-    engine, trace = busy_engine(), StepTrace(str(tmp_path / "trace.json"))
+    engine, trace = busy_engine(), TraceWriter(str(tmp_path / "trace.json"))
     engine.observe(trace)
     run(engine, traffic())
     trace._file.flush()
@@ -93,7 +95,8 @@ def test_the_device_is_in_a_trace_of_a_model(tmp_path: Path) -> None:
         llm.generate(["The zebra crossing"], params, progress=False)
     events = json.loads(trace.read_text())
     check_format(events)
-    assert [e["name"] for e in events if e["pid"] == DEVICE and e["ph"] == "X"][0].startswith("step 1: 0 decodes, ")
+    first = next(e["name"] for e in events if e["pid"] == DEVICE and e["ph"] == "X")
+    assert first.startswith("step 1: 0 decodes, ")
     row = json.loads(recording.read_text())
     assert row["sampling"] == {"temperature": 0, "max_tokens": 3, "top_k": 5}
     assert not any(word in recording.read_text().lower() for word in ("zebra", "crossing"))
@@ -101,7 +104,7 @@ def test_the_device_is_in_a_trace_of_a_model(tmp_path: Path) -> None:
 
 def test_a_recording_keeps_lengths_and_common_prefixes_and_no_tokens(tmp_path: Path) -> None:
     engine = busy_engine()
-    engine.recorder = TrafficRecording(str(tmp_path / "traffic.jsonl"))
+    engine.recorder = TrafficRecorder(str(tmp_path / "traffic.jsonl"))
     shared = list(range(5, 5 + 2 * BLOCK))
     prompts = {"a": [*shared, 1, 2], "b": [*shared, 3], "c": [*shared[:-1], 4, 5]}
     run(engine, [request(name, prompt, max_tokens=4, ignore_eos=True) for name, prompt in prompts.items()])
@@ -114,7 +117,7 @@ def test_a_recording_keeps_lengths_and_common_prefixes_and_no_tokens(tmp_path: P
     assert a.hash_ids[:2] == b.hash_ids[:2]
     assert a.hash_ids[2] != b.hash_ids[2]
     assert (a.hash_ids[0], a.hash_ids[1] == c.hash_ids[1]) == (c.hash_ids[0], False)
-    again = TrafficRecording(str(tmp_path / "again.jsonl"))
+    again = TrafficRecorder(str(tmp_path / "again.jsonl"))
     again.add(request("a", prompts["a"], max_tokens=4))
     assert again._live["a"][0]["hash_ids"] != list(a.hash_ids)  # another key
     again.close()
@@ -123,13 +126,13 @@ def test_a_recording_keeps_lengths_and_common_prefixes_and_no_tokens(tmp_path: P
 @pytest.mark.parametrize("setting", ["trace_steps", "record"])
 def test_a_file_that_cannot_be_made_is_an_error_before_the_model_loads(tmp_path: Path, setting: str) -> None:
     with pytest.raises(ConfigError, match=f"--{setting.replace('_', '-')} .*No such file"):
-        LLM(str(tmp_path / "no model"), **{setting: str(tmp_path / "missing" / "file")})
+        build_engine(Config(model=str(tmp_path / "no model")).replace(**{setting: str(tmp_path / "missing" / "file")}))
 
 
 def test_a_full_disk_ends_the_files_and_not_the_engine(caplog: pytest.LogCaptureFixture) -> None:
     engine = busy_engine()
-    engine.observe(StepTrace("/dev/full"))
-    engine.recorder = TrafficRecording("/dev/full")
+    engine.observe(TraceWriter("/dev/full"))
+    engine.recorder = TrafficRecorder("/dev/full")
     events = run(engine, traffic())
     engine.close()
     assert all(found[-1].finish == "length" for found in events.values())

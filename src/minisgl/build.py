@@ -20,7 +20,7 @@ from minisgl.errors import ConfigError
 from minisgl.formats.hub import locate_model, progress_bar
 from minisgl.gpu.executor import build_local_executor
 from minisgl.text.grammar_check import GrammarCompiler
-from minisgl.trace import StepTrace, TrafficRecording
+from minisgl.trace import TraceWriter, TrafficRecorder
 
 Executor = LocalExecutor | GroupExecutor
 
@@ -48,8 +48,8 @@ def build_engine(config: Config, progress: bool = False, on_failure: Callable[[]
     machine = probe_machine(launched)
     load_policy(config.schedule_policy)  # what is wrong with a policy is said before the model loads
     load_eviction(config.eviction)
-    trace = None if config.trace_steps is None else StepTrace(config.trace_steps)
-    recording = None if config.record is None else TrafficRecording(config.record)
+    trace = None if config.trace_steps is None else TraceWriter(config.trace_steps)
+    recording = None if config.record is None else TrafficRecorder(config.record)
     dtype = resolve(config, machine).config.dtype  # of a checkpoint that is converted; final once the model is known
     folder = locate_model(config.model, config.model_source, dtype, not config.dummy_weight, progress)
     spec = read_spec(folder)

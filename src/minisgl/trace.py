@@ -61,7 +61,7 @@ class OutputFile:
             file.close()
 
 
-class StepTrace:
+class TraceWriter:
     """An observer that writes Chrome's Trace Event Format: the host, the device, a track for each request, counters.
 
     Perfetto and chrome://tracing open it, also without its last line, which a crash leaves out.
@@ -128,7 +128,7 @@ class StepTrace:
         self._begin = b",\n"
 
 
-class TrafficRecording:
+class TrafficRecorder:
     """Arrivals, lengths, hashes of prompts in blocks of 16 tokens and sampling parameters: never text or token ids.
 
     A line is written when a request ends, in the format of the Qwen-Bailian traces (Wang et al., "KVCache Cache in the

@@ -36,15 +36,16 @@ class FailingExecutor(Recorder):
 class EngineThread:
     """An engine on a thread; `failure` is what ended it, if something did."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, config: Config | None = None) -> None:
         self.engine = engine
+        self.config = config or Config()
         self.failure: BaseException | None = None
         self.gone = threading.Event()
         self.thread: threading.Thread | None = None
 
     def run(self, sockets: str) -> None:
         try:
-            EngineServer(ipc.EngineSetup(Config(), sockets), self.gone).run()
+            EngineServer(ipc.EngineSetup(self.config, sockets), self.gone).run()
         except RuntimeError as error:
             self.failure = error
 
@@ -76,6 +77,7 @@ async def simulated(
     if fail_at is not None:
         engine.executor = FailingExecutor(engine.executor, fail_at)
     patch(engine_process, "build_engine", lambda config, **options: Built(engine, folder, ()))
-    thread = EngineThread(engine)
-    async with web(folder, engine.model, thread.start, max_live=4096, **(flags or {})) as side:
+    flags = flags or {}
+    thread = EngineThread(engine, Config(**flags))
+    async with web(folder, engine.model, thread.start, max_live=4096, **flags) as side:
         yield side, thread

@@ -51,6 +51,11 @@ class Web:
             writer.write(piece)
         return reader, writer
 
+    async def until(self, condition: Callable[[], bool], timeout: float = 5.0) -> None:
+        async with asyncio.timeout(timeout):
+            while not condition():
+                await asyncio.sleep(0.005)
+
 
 @dataclasses.dataclass
 class Serving(Web):
@@ -62,11 +67,6 @@ class Serving(Web):
         """From now on the engine says this, then EOS."""
         ids = self.tokenizer.encode(text)
         self.engine.say = lambda request: ids
-
-    async def until(self, condition: Callable[[], bool], timeout: float = 5.0) -> None:
-        async with asyncio.timeout(timeout):
-            while not condition():
-                await asyncio.sleep(0.005)
 
 
 def raw_post(path: str, body: object) -> bytes:

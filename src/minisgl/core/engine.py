@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
+import msgspec
+
 from minisgl.config import Config
 from minisgl.core.pages import CacheManager
 from minisgl.core.plan import Executor, StepPlan
@@ -18,7 +20,7 @@ from minisgl.core.types import ChunkRecord, EngineStats, ModelInfo, Request, Ste
 from minisgl.errors import EngineDeadError, InvalidRequestError
 
 
-class Observer(Protocol):
+class StepObserver(Protocol):
     """Sees every step once its result is taken in; from `Engine.observe` on."""
 
     def observe(self, record: StepRecord) -> None: ...
@@ -26,7 +28,7 @@ class Observer(Protocol):
     def close(self) -> None: ...
 
 
-class Recorder(Protocol):
+class RequestObserver(Protocol):
     """Sees every request that is accepted and every event."""
 
     def add(self, request: Request) -> None: ...
@@ -69,8 +71,8 @@ class Engine:
         policy = load_policy(config.schedule_policy)
         self.scheduler = Scheduler(self.table, self.cache, policy, config.max_prefill_length, clock)
         self._launched: deque[tuple[StepPlan, StepRecord | None]] = deque()
-        self._observers: list[Observer] = []
-        self.recorder: Recorder | None = None
+        self._observers: list[StepObserver] = []
+        self.recorder: RequestObserver | None = None
         self._events: list[TokenEvent] = []
         self.admitted: list[str] = []
         self._arrivals = self._aborted = self._generated_tokens = 0
@@ -122,14 +124,12 @@ class Engine:
         self._generated_tokens += sum(len(event.tokens) for event in events)
         return events
 
-    def observe(self, observer: Observer) -> None:
+    def observe(self, observer: StepObserver) -> None:
         """Show `observer` every step that is launched from here on."""
         self._observers.append(observer)
-        self.executor.timed = True
 
-    def stop_observing(self, observer: Observer) -> None:
+    def stop_observing(self, observer: StepObserver) -> None:
         self._observers.remove(observer)
-        self.executor.timed = bool(self._observers)
 
     def flush_cache(self) -> int:
         """Drop every cached page that no request uses; how many those were."""
@@ -146,6 +146,8 @@ class Engine:
                 self._collect()
             self._events += self.scheduler.fill_held(self.model.vocab_size)
             return
+        if self._observers:
+            plan = msgspec.structs.replace(plan, timed=True)
         self.executor.launch(plan)
         record = self._record(plan, planned, launched) if self._observers else None
         self._launched.append((plan, record))
@@ -223,6 +225,8 @@ class Engine:
     def close(self) -> None:
         """Wait for launched steps and release the device. Nothing is accepted any more."""
         self._closed = True
-        for observer in (*self._observers, *([] if self.recorder is None else [self.recorder])):
+        for observer in self._observers:
             observer.close()
+        if self.recorder is not None:
+            self.recorder.close()
         self.executor.close()

@@ -38,7 +38,6 @@ class LocalExecutor:
         self.device = runner.device
         self.attention_choice = attention_choice
         self.kernels = runner.decoder.ops.name
-        self.timed = False
         self._alive = alive
         self._clock = DeviceClock(runner.device)
         self._worker = ThreadPoolExecutor(1, "minisgl-step") if self.device.type == "cpu" else None
@@ -53,7 +52,7 @@ class LocalExecutor:
     def launch(self, plan: StepPlan) -> None:
         """Start a step behind those already started."""
         assert self._unmasked is None, "the step before waits for its masks"
-        began = self._start(self._clock.now) if self.timed else None
+        began = self._start(self._clock.now) if plan.timed else None
         output = self._start(self.runner.run, plan)
         if len(plan.constrained_slots):
             self._unmasked = plan, output, began
@@ -132,7 +131,7 @@ class DeviceClock:
             return moment
         assert self._zero is not None
         host, zero = self._zero
-        return host + float(zero.elapsed_time(moment)) / 1e3  # type: ignore[no-untyped-call]
+        return host + float(zero.elapsed_time(moment)) / 1e3
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,15 @@ class CacheManager:
         self._held: Int32 = np.zeros(max_rows, np.int32)
 
     @property
+    def tree(self) -> Node:
+        """The root of the prefix cache, to be looked at."""
+        return self._cache.root
+
+    def num_borrowed(self, slot: int) -> int:
+        """Pages of a row that belong to the cache."""
+        return int(self._borrowed[slot, : self.row_pages[slot]].sum())
+
+    @property
     def num_free(self) -> int:
         return self._allocator.num_free
 
@@ -133,7 +142,7 @@ class CacheManager:
         self._cache.lock(kept)
         evictable = self._cache.evictable_after([self._nodes[slot] for slot in slots.tolist()])
         self._cache.unlock(kept)
-        owned = [int(self.row_pages[s] - self._borrowed[s, : self.row_pages[s]].sum()) for s in slots.tolist()]
+        owned = [int(self.row_pages[s]) - self.num_borrowed(s) for s in slots.tolist()]
         return [self.num_free + own + pages for own, pages in zip(accumulate([0, *owned]), evictable, strict=True)]
 
     def writes(self, slot: int) -> PageWrites:

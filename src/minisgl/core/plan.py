@@ -96,6 +96,7 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
     any_filter: bool
     any_min_len: bool
     logits: LogitsRows | None = None
+    timed: bool = False
 
     @property
     def sampled_slots(self) -> Int32:
@@ -125,7 +126,7 @@ class Scores(msgspec.Struct, frozen=True):
 class StepResult(msgspec.Struct, frozen=True, kw_only=True):
     """The tokens a step sampled, in the order of `StepPlan.sampled_slots`, and the scores that `logits` asked for.
 
-    `device` is when the device began and ended, in s, where the executor is `timed`.
+    `device` is when the device began and ended, in s, of a `timed` step.
     """
 
     step: int
@@ -141,11 +142,8 @@ class Executor(Protocol):
     A plan may be launched before the result of the one before it is collected. A plan with constrained rows has a
     second half: `finish` must follow its `launch`, before anything else is launched and before it is collected. Between
     the two, while the device runs the forward pass, the host takes in the step before, on whose tokens the masks
-    depend. An error in a step is raised by the `collect` that would have returned its result. A `timed` executor says
-    in its results when the device worked.
+    depend. An error in a step is raised by the `collect` that would have returned its result.
     """
-
-    timed: bool
 
     @property
     def num_pages(self) -> int:

@@ -306,6 +306,17 @@ class Scheduler:
             logits=table.logits_rows(sampled, len(decodes), slots, starts, lens),
         )
 
+    def why_waiting(self, request: RequestState) -> str:
+        """What keeps a request from being admitted now, in a sentence."""
+        table, running = self.table, self.table.rows_in(State.PREFILL, State.DECODE)
+        if not table.free:
+            return f"all {len(table.requests)} rows are taken"
+        need, promised = self._pages_lacking(request), int(self._promised(running).sum())
+        if need + promised > (available := self.cache.available_beside(request.match)):
+            rest = f"running requests will need {promised}, and {available} are available"
+            return f"its prompt needs {need} pages beside those that are cached, {rest}"
+        return "requests before it take the prefill budget or do not fit"
+
     # Taking in a result
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:

@@ -44,14 +44,6 @@ class GroupExecutor:
     def num_pages(self) -> int:
         return self.local.num_pages
 
-    @property
-    def timed(self) -> bool:
-        return self.local.timed
-
-    @timed.setter
-    def timed(self, timed: bool) -> None:
-        self.local.timed = timed
-
     def launch(self, plan: StepPlan) -> None:
         self._workers.check()
         self._workers.send(LaunchStep(plan))

@@ -111,8 +111,7 @@ def admin_routes(api: Api) -> list[ApiRoute]:
 
     async def flush_cache(_: Request) -> Response:
         """Drop every cached page that no request uses."""
-        reply = await client.query("flush_cache", api.health_timeout)
-        return json_response(responses.FlushReport(reply.count))
+        return json_response(responses.FlushReport(await client.query("flush_cache", api.health_timeout)))
 
     async def abort_request(request: Request) -> Response:
         """End the requests of one answer, or all."""
@@ -127,13 +126,11 @@ def admin_routes(api: Api) -> list[ApiRoute]:
             raise InvalidRequestError(f"the body cannot be read: {error}", code="invalid_json") from error
         if order.abort_all is (order.rid is not None):
             raise InvalidRequestError("give the answer's id as rid, or abort_all", param="rid")
-        reply = await client.query("abort", api.health_timeout, order.rid)
-        return json_response(responses.Aborted(reply.count))
+        return json_response(responses.Aborted(await client.query("abort", api.health_timeout, order.rid)))
 
     async def debug_engine(_: Request) -> Response:
         """Running and waiting requests, and why they wait; pages, the radix tree, the last steps."""
-        reply = await client.query("debug", api.health_timeout)
-        return Response(reply.snapshot, media_type="application/json")
+        return Response(await client.snapshot(api.health_timeout), media_type="application/json")
 
     async def debug_events(_: Request) -> Response:
         """Every step from here on, as server-sent events."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from minisgl.core.request_state import State
 from minisgl.core.types import StepRecord
 
 if TYPE_CHECKING:
@@ -98,7 +100,7 @@ def snapshot(engine: Engine, compiling: Iterable[str], recent: Iterable[StepReco
     running = [
         {
             "id": request.request.id,
-            "state": table.state_of(slot),
+            "state": State(table.state[slot]).name.lower(),
             "priority": request.request.priority,
             "prompt_tokens": request.prompt_len,
             "computed_tokens": int(table.num_computed_tokens[slot]),
@@ -106,26 +108,27 @@ def snapshot(engine: Engine, compiling: Iterable[str], recent: Iterable[StepReco
             "max_tokens": int(table.max_tokens[slot]),
             "cached_tokens": request.cached_tokens,
             "pages": int(cache.row_pages[slot]),
-            "shared_pages": cache.num_shared(slot),
+            "borrowed_pages": cache.num_borrowed(slot),
         }
         for slot, request in enumerate(table.requests)
         if request is not None
     ]
-    waiting = [
+    waiting: list[dict[str, object]] = [
         {
             "id": request.request.id,
             "priority": request.request.priority,
             "prompt_tokens": request.prompt_len,
             "tokens": len(request.tokens),
             "retracted": request.admitted,
-            "why": why,
+            "why": scheduler.why_waiting(request),
         }
-        for request, why in scheduler.why_waiting(REQUESTS)
+        for request in itertools.islice(scheduler.waiting, REQUESTS)
     ]
-    waiting += [{"id": name, "why": "its grammar is being compiled"} for name in compiling][: REQUESTS - len(waiting)]
+    for name in itertools.islice(compiling, REQUESTS - len(waiting)):
+        waiting.append({"id": name, "why": "its grammar is being compiled"})
     pages = {"total": cache.num_pages, "free": cache.num_free, "cached": cache.num_cached, "owned": cache.num_owned}
     counts = {"running": len(running), "waiting": len(scheduler.waiting)}
-    shown = {"running": running[:REQUESTS], "waiting": waiting, "pages": pages, "tree": tree(cache.root)}
+    shown = {"running": running[:REQUESTS], "waiting": waiting, "pages": pages, "tree": tree(cache.tree)}
     return msgspec.json.encode({"step": scheduler.step, "counts": counts, **shown, "recent": list(recent)})
 
 
@@ -135,7 +138,7 @@ def tree(root: Node) -> dict[str, Any]:
     queue, shown = deque((child, top) for child in root.children.values()), 0
     while queue and shown < NODES:
         node, above = queue.popleft()
-        run = {"pages": len(node.pages), "locks": node.locks, "hits": node.hits, "children": []}
+        run = {"pages": len(node.pages), "locks": node.locks, "uses": node.uses, "children": []}
         above["children"].append(run)
         queue.extend((child, run) for child in node.children.values())
         shown += 1

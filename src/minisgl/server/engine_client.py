@@ -217,8 +217,15 @@ class EngineClient:
         await self.query("stats", timeout)
         return self.stats
 
-    async def query(self, action: ipc.Action, timeout: float, completion_id: str | None = None) -> ipc.Reply:
-        """Send an `ipc.Query`; the reply. Raises EngineDeadError as `ping` does."""
+    async def query(self, action: ipc.Action, timeout: float, completion_id: str | None = None) -> int:
+        """Send an `ipc.Query`; the reply's count. Raises EngineDeadError as `ping` does."""
+        return (await self._ask(action, timeout, completion_id)).count
+
+    async def snapshot(self, timeout: float) -> bytes:
+        """The JSON of `/debug/engine`. Raises EngineDeadError as `ping` does."""
+        return (await self._ask("debug", timeout)).snapshot
+
+    async def _ask(self, action: ipc.Action, timeout: float, completion_id: str | None = None) -> ipc.Reply:
         if self.dead is not None:
             raise self.dead
         nonce = next(self._nonces)
