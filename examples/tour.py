@@ -1,0 +1,155 @@
+# %% [markdown]
+# # A tour of the engine
+#
+# This file runs on a CPU with the bundled model in about a minute: `python examples/tour.py`. The notebook `tour.ipynb`
+# has the same cells. You see what a step does, how prompts share pages, what happens when pages run out, and how the
+# host's work hides behind the device's. At the end you write a scheduling policy and measure it without a GPU.
+
+# %%
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+
+from minisgl.build import build_engine
+from minisgl.config import Config
+from minisgl.core.engine import Engine
+from minisgl.core.policy import Policy, View
+from minisgl.core.radix_cache import Node
+from minisgl.core.request_state import RequestState
+from minisgl.core.types import Request, SamplingParams, StepRecord
+from minisgl.text.tokenizer import Tokenizer
+
+small = Config(num_pages=40, max_running_requests=4, max_prefill_length=48)
+built = build_engine(small)
+engine, tokenizer = built.engine, Tokenizer.load(built.folder)
+
+
+def ask(name: str, text: str, tokens: int) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+    engine.add(Request.make(name, tokenizer.encode(text), params))
+
+
+# %% [markdown]
+# ## What a step does
+#
+# The scheduler plans a step: some requests decode one token each, and beside them chunks of prompts are computed, 48
+# tokens in all at most. An observer sees every step once its result is taken in.
+
+# %%
+class Steps:
+    """Keeps the records of the steps, and prints them if asked to."""
+
+    def __init__(self) -> None:
+        self.records: list[StepRecord] = []
+        self.printing = True
+
+    def observe(self, record: StepRecord) -> None:
+        self.records.append(record)
+        if self.printing:
+            chunks = [f"{chunk.id} {chunk.start}..{chunk.start + chunk.length}" for chunk in record.chunks]
+            words = [f"decode {' '.join(record.decodes)}" if record.decodes else "", *(f"prompt {c}" for c in chunks)]
+            words += [f"{name} has {cached} tokens from the cache" for name, cached in record.admitted if cached]
+            words += [f"retract {name}" for name in record.retracted]
+            words += [f"{name} ends" for name, _ in record.ended]
+            print(f"step {record.step:3}: " + "; ".join(filter(None, words)))
+
+    def close(self) -> None:
+        pass
+
+
+steps = Steps()
+engine.observe(steps)
+story = "Once upon a time there was a small engine that served large models to many people. "
+ask("A", story * 4 + "One day", 6)
+ask("B", "The capital of France is", 6)
+while engine.has_work:
+    engine.step()
+
+# %% [markdown]
+# ## The radix tree
+#
+# Pages of finished prompts stay in a tree over their tokens. A new prompt borrows the pages of its longest prefix. Two
+# more stories begin like the first; each line below is a run of pages.
+
+# %%
+ask("C", story * 4 + "Every night", 6)
+ask("D", story * 2 + "The end", 6)
+while engine.has_work:
+    engine.step()
+
+
+def draw(node: Node, depth: int = 0) -> None:
+    for child in node.children.values():
+        text = tokenizer.decode(child.tokens.tolist())
+        shown = text if len(text) < 50 else f"{text[:24]} ... {text[-20:]}"
+        print(f"{'  ' * depth}{len(child.pages)} pages, used {child.uses} times: {shown!r}")
+        draw(child, depth + 1)
+
+
+draw(engine.cache.tree)
+
+# %% [markdown]
+# ## Who owns which page
+#
+# Six requests want more pages than there are. A letter is a page of that request, `+` a cached page that nobody uses,
+# `*` one that is shared, `.` a free one. When no page is left, the request that came last is retracted: it gives its
+# pages back and goes on later, with the same text.
+
+# %%
+def map_pages(engine: Engine) -> str:
+    cache = engine.cache
+    marks = ["."] * cache.num_pages
+    nodes = list(cache.tree.children.values())
+    for node in nodes:
+        nodes += node.children.values()
+        for page in node.pages.tolist():
+            marks[page] = "*" if node.locks else "+"
+    for slot, request in enumerate(engine.table.requests):
+        if request is not None:
+            for page in cache.page_table[slot, : cache.row_pages[slot]].tolist():
+                marks[page] = request.request.id if marks[page] == "." else marks[page]
+    return "".join(marks)
+
+
+steps.printing = False
+for number, name in enumerate("EFGHIJ"):
+    ask(name, f"{number} is my favourite number, and this is what I like about it: " * 3, 120)
+while engine.has_work:
+    engine.step()
+    if engine.scheduler.step % 20 == 0:
+        print(map_pages(engine), f"{len(engine.scheduler.waiting)} wait, {engine.scheduler.retracted} were retracted")
+print(map_pages(engine), "at the end")
+
+# %% [markdown]
+# ## Overlap
+#
+# The host plans and launches a step while the device computes the one before it. One character is a millisecond:
+# `p` plan, `l` launch, `w` wait, `c` commit on the host, `#` on the device.
+
+# %%
+WIDTH = 110
+
+
+def timeline(records: Iterable[StepRecord], scale: float = 1e-3) -> None:
+    records = list(records)
+    start = records[0].planned
+    host, device = [" "] * WIDTH, [" "] * WIDTH
+
+    def paint(line: list[str], begin: float, end: float, mark: str) -> None:
+        for place in range(int((begin - start) / scale), max(int((begin - start) / scale) + 1, int((end - start) / scale))):
+            if place < WIDTH:
+                line[place] = mark
+
+    for number, record in enumerate(records):
+        paint(host, record.awaited, record.arrived, "w")
+        paint(host, record.planned, record.launched, "p")
+        paint(host, record.launched, record.sent, "l")
+        paint(host, record.arrived, record.committed, "c")
+        if record.device is not None:
+            paint(device, *record.device, "#="[number % 2])
+    print("host   " + "".join(host))
+    print("device " + "".join(device))
+
+
+timeline(steps.records[-12:-4], scale=(steps.records[-5].committed - steps.records[-12].planned) / WIDTH)
+engine.close()
