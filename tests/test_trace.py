@@ -88,6 +88,28 @@ def test_a_trace_that_was_cut_off_can_be_mended(tmp_path: Path) -> None:
     engine.close()
 
 
+def test_every_end_is_in_a_trace_however_a_request_ended(tmp_path: Path) -> None:
+    engine, trace = busy_engine(), TraceWriter(str(tmp_path / "trace.json"))
+    engine.observe(trace)
+    asked = [*traffic(), *(request(f"s{seed}", [9, seed], max_tokens=40, seed=seed) for seed in range(6))]
+    for one in asked:
+        engine.add(one)
+    events = engine.step() + engine.step()
+    engine.abort(["r1", "r5"])  # a running request, and a waiting one
+    while engine.has_work:
+        events += engine.step()
+    engine.add(request("last", [8], max_tokens=1))
+    while engine.has_work:
+        events += engine.step()
+    engine.close()
+    shown = json.loads((tmp_path / "trace.json").read_text())
+    check_format(shown)
+    ends = sorted(e["name"].removeprefix("end: ") for e in shown if e["ph"] == "i" and e["name"].startswith("end: "))
+    assert ends == sorted(event.finish for event in events if event.finish is not None)
+    assert set(ends) == {"abort", "length", "stop"}
+    assert set(trace._tracks) <= {"last"}
+
+
 def test_the_device_is_in_a_trace_of_a_model(tmp_path: Path) -> None:
     trace, recording = tmp_path / "trace.json", tmp_path / "traffic.jsonl"
     params = SamplingParams(temperature=0, max_tokens=3, stop=("zebra",), top_k=5)

@@ -73,6 +73,7 @@ class TraceWriter:
         self._begin = b"[\n"
         self._ended = 0.0  # when the last step did
         self._tracks: dict[str, int] = {}
+        self._gone: list[str] = []  # requests whose rows the step now in flight may still have
         self._numbers = itertools.count(1)
         for process, name in ((HOST, "host"), (DEVICE, "device"), (REQUESTS, "requests")):
             self._write("M", 0.0, process, 0, "process_name", args={"name": name})
@@ -99,7 +100,9 @@ class TraceWriter:
             self._span(began, ended, REQUESTS, self._track(chunk.id), text, {"step": step})
         for name, reason in record.ended:
             self._instant(record.committed, name, f"end: {reason}")
-            del self._tracks[name]
+        for name in self._gone:
+            self._tracks.pop(name, None)
+        self._gone = [name for name, _ in record.ended]
         requests = {"running": record.running, "waiting": record.waiting}
         pages = {"free": record.pages_free, "cached": record.pages_cached}
         self._write("C", record.launched, HOST, 0, "requests", args=requests)

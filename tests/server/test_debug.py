@@ -54,7 +54,7 @@ async def test_a_viewer_gets_every_step_and_another_the_same(busy: tuple[Web, En
     assert first == second
     numbers = [step["step"] for step in first]
     assert numbers == list(range(numbers[0], numbers[0] + 20))
-    assert sum(len(step["admitted"]) for step in first) >= 2
+    assert sum(len(step["admitted"]) for step in first) >= 1
     for step in first:
         assert step["planned"] <= step["launched"] <= step["sent"] <= step["awaited"] <= step["arrived"]
     await web.until(lambda: not web.client.feed._viewers)

@@ -16,7 +16,7 @@ from minisgl.core.plan import Executor, StepPlan
 from minisgl.core.plugins import load_eviction, load_policy
 from minisgl.core.request_state import Constraint, ConstraintFactory, RequestState, RequestTable, full_constraint
 from minisgl.core.scheduler import STEP_SECONDS, Scheduler
-from minisgl.core.types import ChunkRecord, EngineStats, ModelInfo, Request, StepRecord, TokenEvent
+from minisgl.core.types import ChunkRecord, EngineStats, FinishReason, ModelInfo, Request, StepRecord, TokenEvent
 from minisgl.errors import EngineDeadError, InvalidRequestError
 
 
@@ -72,6 +72,8 @@ class Engine:
         self.scheduler = Scheduler(self.table, self.cache, policy, config.max_prefill_length, clock)
         self._launched: deque[tuple[StepPlan, StepRecord | None]] = deque()
         self._observers: list[StepObserver] = []
+        self._collected: StepRecord | None = None  # to be observed, with all requests that ended
+        self._ended: list[tuple[str, FinishReason]] = []  # and are in no record yet
         self.recorder: RequestObserver | None = None
         self._events: list[TokenEvent] = []
         self.admitted: list[str] = []
@@ -119,6 +121,8 @@ class Engine:
             self._failed = True
             raise
         events, self._events = self._events, []
+        if self._observers:
+            self._show(events)
         if self.recorder is not None:
             self.recorder.take(events)
         self._generated_tokens += sum(len(event.tokens) for event in events)
@@ -171,12 +175,17 @@ class Engine:
         awaited = self.clock()
         result = self.executor.collect()
         arrived = self.clock()
-        events = self.scheduler.commit(plan, result)
-        self._events += events
+        self._events += self.scheduler.commit(plan, result)
         if record is not None:
             record.awaited, record.arrived, record.committed = awaited, arrived, self.clock()
             record.device = result.device
-            record.ended = [(event.id, event.finish) for event in events if event.finish is not None]
+            self._collected = record
+
+    def _show(self, events: Iterable[TokenEvent]) -> None:
+        """Give observers the step that was collected, if one was."""
+        self._ended += [(event.id, event.finish) for event in events if event.finish is not None]
+        if (record := self._collected) is not None:
+            record.ended, self._ended, self._collected = self._ended, [], None
             for observer in self._observers:
                 observer.observe(record)
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 RECENT: Final = 64  # steps
 REQUESTS: Final = 256  # running ones, and again as many waiting ones
 NODES: Final = 1000  # of the radix tree
+STATES: Final = {State.PREFILL: "prefill", State.DECODE: "decode", State.RETRACTING: "retracting", State.ENDED: "ended"}
 FLUSH_SECONDS = 0.05
 BEHIND: Final = 1024  # steps that a slow viewer may lag; then the oldest are dropped
 
@@ -100,7 +101,7 @@ def snapshot(engine: Engine, compiling: Iterable[str], recent: Iterable[StepReco
     running = [
         {
             "id": request.request.id,
-            "state": State(table.state[slot]).name.lower(),
+            "state": STATES[table.state[slot]],
             "priority": request.request.priority,
             "prompt_tokens": request.prompt_len,
             "computed_tokens": int(table.num_computed_tokens[slot]),
