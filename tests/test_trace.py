@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from helpers.simulation import record_plans, request, run, simulated_engine
+from helpers.simulation import advance, record_plans, request, run, simulated_engine
 from minisgl.build import build_engine
 from minisgl.config import Config
 from minisgl.core.engine import Engine
@@ -96,11 +96,9 @@ def test_every_end_is_in_a_trace_however_a_request_ended(tmp_path: Path) -> None
         engine.add(one)
     events = engine.step() + engine.step()
     engine.abort(["r1", "r5"])  # a running request, and a waiting one
-    while engine.has_work:
-        events += engine.step()
+    events += advance(engine)
     engine.add(request("last", [8], max_tokens=1))
-    while engine.has_work:
-        events += engine.step()
+    events += advance(engine)
     engine.close()
     shown = json.loads((tmp_path / "trace.json").read_text())
     check_format(shown)

@@ -19,12 +19,15 @@ from typing import Any, Final, cast
 from urllib.parse import urlsplit
 
 import httptools
+import msgspec
 
+from minisgl.core.types import SamplingParams
 from minisgl.errors import ConfigError
 from minisgl_bench.metrics import RequestRecord
 from minisgl_bench.traffic import IdPrompts, Session, TextPrompts, Turn
 
 LEAD: Final = 0.2  # how long before its time a request gets its connection, in s
+DEFAULTS: Final = msgspec.to_builtins(SamplingParams())
 PATHS: Final = {"ids": "/v1/completions", "text": "/v1/completions", "chat": "/v1/chat/completions"}
 
 
@@ -306,12 +309,24 @@ class LoadClient:
 
     def body(self, turn: Turn, seed: int, answers: Sequence[str]) -> bytes:
         fields: dict[str, Any] = {
-            "model": self.model, **self.prompts.fields(turn, seed, answers), "max_tokens": turn.output_length,
-            "temperature": self.options.temperature, "stream": True, "stream_options": {"include_usage": True},
+            "model": self.model, **self.prompts.fields(turn, seed, answers), **self.sampling(turn),
+            "max_tokens": turn.output_length, "stream": True, "stream_options": {"include_usage": True},
         }  # fmt: skip
         if not self.options.no_ignore_eos:
             fields["ignore_eos"] = True
         return json.dumps(fields, separators=(",", ":")).encode()
+
+    def sampling(self, turn: Turn) -> dict[str, Any]:
+        """The fields of a body that say how to sample: the recorded ones, where the turn has some."""
+        if turn.sampling is None:
+            return {"temperature": self.options.temperature}
+        recorded = msgspec.to_builtins(turn.sampling)
+        fields = {name: value for name, value in recorded.items() if value != DEFAULTS[name] and name != "ignore_eos"}
+        if self.options.endpoint == "chat" and "logprobs" in fields:
+            fields |= {"logprobs": True, "top_logprobs": turn.sampling.logprobs}
+        if turn.priority:
+            fields["priority"] = turn.priority
+        return fields | {"temperature": turn.sampling.temperature}
 
     def prepare(self, sessions: Sequence[Session], seed: int, hits: Sequence[int] = ()) -> list[PlannedSession]:
         planned: list[PlannedSession] = [(session, []) for session in sessions]

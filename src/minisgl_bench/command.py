@@ -243,6 +243,7 @@ def simulate_parser() -> tuple[Parser, dict[str, Any]]:
     what = parser.add_argument_group("what is simulated")
     what.add_argument("--gpu", type=partial(several, convert=str), metavar="A,B", help=GPU_HELP)
     what.add_argument("--hash-tokens", action="store_true", help=HASH_HELP)
+    what.add_argument("--trace-steps", metavar="FILE", help="trace every step of the one simulation, for Perfetto")
     fields, hints = {field.name: field for field in dataclasses.fields(Config)}, typing.get_type_hints(Config)
     for name in [name for name in GRID if name in fields]:
         hint, default = hints[name], fields[name].default
@@ -252,7 +253,8 @@ def simulate_parser() -> tuple[Parser, dict[str, Any]]:
         what.add_argument(*fields[name].metadata["flags"], dest=name, type=convert, metavar="X,Y", help=text)
     left_out = ("endpoint", "tokens", "salt", "temperature", "no-ignore-eos", "warmup")
     rows = {title: [row for row in rows if row[0] not in left_out] for title, rows in FLAGS.items() if title != TO_WHOM}
-    return parser, {"gpu": ("h200",), "hash_tokens": False, "small": False, **add_flags(parser, rows)}
+    absent = {"gpu": ("h200",), "hash_tokens": False, "trace_steps": None, "small": False}
+    return parser, {**absent, **add_flags(parser, rows)}
 
 
 def simulate(arguments: Sequence[str]) -> int:

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import itertools
 import os
@@ -25,7 +26,7 @@ from minisgl_bench.client import PATHS, LoadClient, Target, parse_target
 from minisgl_bench.command import load_kind
 from minisgl_bench.metrics import RequestRecord
 from minisgl_bench.report import RESULTS, Report, default_path, draw_latencies, slug
-from minisgl_bench.traffic import IdPrompts, Segment, Session, TextPrompts, Turn
+from minisgl_bench.traffic import IdPrompts, Segment, Session, TextPrompts
 
 WARM_SEED, WARM_TOKENS, PROBE_TOKENS = -1, 16, 8
 POLL_SECONDS, STOP_SECONDS = 0.1, 15.0
@@ -155,7 +156,8 @@ async def warm_up(client: LoadClient, sessions: Sequence[Session], count: int) -
     turns = traffic.all_turns(sessions)
     if client.keep_text:  # turns that need no answer
         turns = [turn for turn in turns if all(message.role != "assistant" for message in turn.messages)]
-    short = [Session((Turn(turn.messages, min(turn.output_length, WARM_TOKENS)),)) for turn in turns[:count]]
+    brief = [dataclasses.replace(turn, output_length=min(turn.output_length, WARM_TOKENS)) for turn in turns[:count]]
+    short = [Session((turn,)) for turn in brief]
     await client.closed_loop(client.prepare(short, WARM_SEED), WARM_SEED, max(1, len(short)), lambda done: None)
 
 

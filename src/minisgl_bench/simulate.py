@@ -16,7 +16,9 @@ import msgspec
 
 from minisgl.config import Config
 from minisgl.core.model_config import ModelSpec, read_spec
+from minisgl.errors import ConfigError
 from minisgl.formats.hub import locate_model, progress_bar
+from minisgl.trace import TraceWriter
 from minisgl_bench import metrics, traffic
 from minisgl_bench.command import load_kind
 from minisgl_bench.cost_model import GpuConstants, read_gpu
@@ -49,6 +51,10 @@ def run(configs: Sequence[tuple[Mapping[str, Any], Config]], options: argparse.N
     replicas = deque(Replica(spec_of(case.config), case.config, case.gpu, options.hash_tokens) for case in cases)
     for case, replica in zip(cases, replicas, strict=True):  # what cannot run is told before anything runs
         traffic.require_fit(case.sessions, replica.model.max_seq_len)
+    if options.trace_steps is not None:
+        if len(replicas) > 1:
+            raise ConfigError(f"--trace-steps is of one simulation, and these are {len(replicas)}")
+        replicas[0].engine.observe(TraceWriter(options.trace_steps))
     gpus = {case.gpu.name: case.gpu for case in cases}
     for gpu in gpus.values():
         report.print(f"{gpu.name}: {gpu.source}")
@@ -108,6 +114,7 @@ def simulate(
     clients.run(done)
     seconds = time.perf_counter() - started
     stats = replica.engine.stats()
+    replica.engine.close()
     found = metrics.figures(clients.records, slo) | {
         "config": {name: getattr(replica.config, name) for name in SHOWN},
         "pages": stats.pages_total,

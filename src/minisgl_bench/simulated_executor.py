@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
 from minisgl.core.plan import Int32, Masks, Scores, StepPlan, StepResult
@@ -149,7 +150,7 @@ class TimedExecutor:
         self.cost = cost
         self.exact = exact
         self._free_at = 0.0
-        self._launched: deque[tuple[float, StepPlan]] = deque()
+        self._launched: deque[tuple[float, float, StepPlan]] = deque()
 
     def launch(self, plan: StepPlan) -> None:
         seconds, clock = self.cost(plan), self.clock
@@ -157,7 +158,7 @@ class TimedExecutor:
         begun = max(self._free_at, clock.now)
         clock.now += seconds.launch
         self._free_at = max(begun + seconds.device, clock.now)
-        self._launched.append((self._free_at, plan))
+        self._launched.append((begun, self._free_at, plan))
         if self.exact is not None:
             self.exact.launch(plan)
 
@@ -167,12 +168,13 @@ class TimedExecutor:
         self.exact.finish(masks)
 
     def collect(self) -> StepResult:
-        ended, plan = self._launched.popleft()
+        begun, ended, plan = self._launched.popleft()
         self.clock.now = max(self.clock.now, ended)
+        device = (begun, ended) if plan.timed else None
         if self.exact is not None:
-            return self.exact.collect()
+            return msgspec.structs.replace(self.exact.collect(), device=device)
         tokens = (plan.sampled_slots + plan.step * SPREAD % self.vocab_size) % self.vocab_size
-        return StepResult(step=plan.step, tokens=tokens)
+        return StepResult(step=plan.step, tokens=tokens, device=device)
 
     def close(self) -> None:
         pass

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
 from minisgl.config import Config, Machine, resolve
@@ -121,10 +122,13 @@ class Clients:
         record.due = record.sent = time
         vocab = self.replica.model.vocab_size
         prompt = traffic.segment_numbers(self.seed, turn.segments, vocab).astype(np.int32)
-        params = SamplingParams(temperature=0.6, max_tokens=turn.output_length, ignore_eos=True, seed=record.index)
+        params = turn.sampling or SamplingParams(temperature=0.6, ignore_eos=True)
+        seed = record.index if params.seed is None else params.seed
+        params = msgspec.structs.replace(params, max_tokens=turn.output_length, seed=seed, logprobs=None)
         name = str(record.index)
         self._live[name] = record, waiting
-        self.replica.send(Request(id=name, prompt_bytes=prompt.tobytes(), params=params), time)
+        request = Request(id=name, prompt_bytes=prompt.tobytes(), params=params, priority=turn.priority)
+        self.replica.send(request, time)
 
     def run(self, done: Callable[[int], object]) -> None:
         """Until every request has its answer."""

@@ -20,13 +20,19 @@ from typing import Annotated, Any, Final, NamedTuple
 import msgspec
 import numpy as np
 
-from minisgl.errors import ConfigError
+from minisgl.core.types import SamplingParams
+from minisgl.errors import ConfigError, InvalidRequestError
 from minisgl_bench.workload import CPU_SPEC, HIGHEST_TOKEN, WorkloadSpec, make_workload
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 AZURE_FIELDS: Final = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")  # CSV; the others are JSON lines
 SECONDS: Final = {"bailian": 1.0, "mooncake": 1e-3}  # the unit of a format's `timestamp`, in s
 BLOCK: Final = {"bailian": 16, "mooncake": 512, "azure": 0}  # tokens that a hash id stands for
+# Of a recorded request, whose answer has the recorded length whatever ended it.
+UNTIL_LENGTH: Final[dict[str, Any]] = {
+    "max_tokens": None, "min_tokens": 0, "ignore_eos": True, "stop": (), "stop_token_ids": (), "grammar": None,
+    "prompt_logprobs": None,
+}  # fmt: skip
 GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
 TRACE_REQUESTS: Final = 1000
 FEWEST_WORDS, PROBE_WORDS = 16, 8
@@ -47,6 +53,8 @@ class JsonRow(msgspec.Struct, frozen=True):
     input_length: Count
     output_length: Count
     hash_ids: list[Annotated[int, msgspec.Meta(ge=0)]] = []
+    sampling: SamplingParams | None = None  # this and priority: of `minisgl serve --record`
+    priority: Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)] = 0
 
 
 class TraceRequest(NamedTuple):
@@ -54,6 +62,8 @@ class TraceRequest(NamedTuple):
     input_length: int
     output_length: int
     hash_ids: tuple[int, ...] = ()
+    sampling: SamplingParams | None = None
+    priority: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,7 +96,7 @@ def read_trace(path: Path, limit: int) -> Trace:
     for number, line in lines[1:] if kind == "azure" else lines[:limit]:
         try:
             requests.append(read_azure(line, names) if kind == "azure" else read_json(line, kind))
-        except ValueError as error:  # msgspec's errors are such
+        except (ValueError, InvalidRequestError) as error:  # msgspec's errors are ValueErrors
             raise ConfigError(f"{path}:{number}: {error}") from error
     if not requests:
         raise ConfigError(f"{path}: the trace has no requests")
@@ -100,7 +110,9 @@ def read_json(line: str, kind: str) -> TraceRequest:
     ids, length, block = len(row.hash_ids), row.input_length, BLOCK[kind]
     if ids and not length // block <= ids <= -(-length // block):
         raise ValueError(f"{ids} hash_ids for {length} tokens in blocks of {block} ({kind})")
-    return TraceRequest(row.timestamp * SECONDS[kind], length, row.output_length, tuple(row.hash_ids))
+    sampling = None if row.sampling is None else msgspec.structs.replace(row.sampling.validate(), **UNTIL_LENGTH)
+    arrival = row.timestamp * SECONDS[kind]
+    return TraceRequest(arrival, length, row.output_length, tuple(row.hash_ids), sampling, row.priority)
 
 
 def read_azure(line: str, names: Sequence[str]) -> TraceRequest:
@@ -131,6 +143,8 @@ class ChatMessage(NamedTuple):
 class Turn:
     messages: tuple[ChatMessage, ...]
     output_length: int
+    sampling: SamplingParams | None = None  # where a recording says it
+    priority: int = 0
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -171,6 +185,7 @@ def from_trace(trace: Trace, scale: float, max_input: int | None, max_output: in
         segments = cut([*blocks, Segment(("own", index), request.input_length)], request.input_length)
         length = min(request.output_length, max_output or request.output_length)
         turn = single(cut(segments, max_input or request.input_length), length)
+        turn = dataclasses.replace(turn, sampling=request.sampling, priority=request.priority)
         sessions.append(Session((turn,), request.arrival * scale))
     return sessions
 
