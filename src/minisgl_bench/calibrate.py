@@ -1,7 +1,7 @@
 """Measures the constants of `minisgl simulate` on this machine's GPUs and writes them where the simulator finds them.
 
-Minutes. What needs a second GPU (all-reduces), and what the host takes for a step, a request and an event, is kept as
-it stands in the file of this kind of GPU, or else in the H200's.
+Minutes. What needs a second GPU (all-reduces), and what the host takes for a step, a launch, a request and an event, is
+kept as it stands in the file of this kind of GPU, or else in the H200's.
 """
 
 from __future__ import annotations
@@ -82,16 +82,6 @@ class GpuProbe:
         down = noise(EXPERTS, EXPERT_HIDDEN, EXPERT_WIDTH, scale=EXPERT_WIDTH**-0.5)
         return 1e-6 * graph_us(partial(moe.moe, noise(rows, EXPERT_HIDDEN), router, gate_up, down, TOP_K, True))
 
-    def launch(self) -> float:
-        x = noise(1)
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        for _ in range(1000):
-            x.add_(1)
-        seconds = time.perf_counter() - started
-        torch.cuda.synchronize()
-        return seconds / 1000
-
     def gap(self) -> float:
         return 1e-6 * graph_us(partial(noise(1).add_, 1), calls=1, replays=500)
 
@@ -135,7 +125,6 @@ def solve(probe: GpuProbe, known: GpuConstants, read: float) -> GpuConstants:
         prefill_attention_seconds=first,
         expert_read=EXPERTS * weights * item / few,
         expert_flops=2 * LARGE[0] * TOP_K * weights / many,
-        launch_seconds=probe.launch(),
         gap_seconds=probe.gap(),
     )
     if (reduced := probe.all_reduces()) is not None:

@@ -34,7 +34,6 @@ ROWS: Final = 64  # a block of rows: the smallest tile
 TILES: Final = ((1, 256), (2, 128), (2, 256))  # blocks and columns of a GEMM's tile
 PARTS: Final = (1, 2, 3, 4)  # of the inner dimension, in a tile of their own
 RIDGE: Final = 4
-GRAPH_KERNELS, EAGER_KERNELS = 3, 12  # launches a layer, of a step with prompts: with piecewise CUDA graphs, without
 FUSED_ROWS: Final = 512  # the most of an all-reduce that is fused with the norm
 
 
@@ -58,7 +57,8 @@ class GpuConstants(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     gemm_seconds: float  # beside a GEMM's roofline, the small kernels behind it included
     attention_seconds: float  # beside a decode attention's reading
     prefill_attention_seconds: float  # beside the computing of a prompt's
-    launch_seconds: float  # of a kernel by the host
+    eager_seconds: float  # of the host to launch a layer kernel by kernel
+    piece_seconds: float  # the same with piecewise CUDA graphs around attention
     gap_seconds: float  # between two steps on the device
     link: float  # of an all-reduce, bytes/s that each GPU sends
     link_seconds: float  # of the smallest all-reduce, fused with the norm
@@ -138,22 +138,21 @@ class CostModel:
     def __call__(self, plan: StepPlan) -> StepSeconds:
         decodes, chunks, gpu = len(plan.decode_slots), len(plan.prefill_slots), self.gpu
         sampled = decodes + int(plan.prefill_final.sum()) if chunks else decodes
-        device, kernels = self.rest(plan.num_tokens, sampled, chunks > 0)
+        device, launch = self.rest(plan.num_tokens, sampled, chunks > 0)
         if decodes:
             device += self.decode_attention(plan.decode_lens)
         if chunks:
             device += self.prefill_attention(plan.prefill_starts, plan.prefill_lens)
-        host = gpu.host_seconds + gpu.host_row_seconds * (decodes + chunks)
-        return StepSeconds(host, kernels * gpu.launch_seconds, device)
+        return StepSeconds(gpu.host_seconds + gpu.host_row_seconds * (decodes + chunks), launch, device)
 
-    def _rest(self, tokens: int, sampled: int, prompts: bool) -> tuple[float, int]:
-        """A step without its attention: seconds of the device, and launches."""
+    def _rest(self, tokens: int, sampled: int, prompts: bool) -> tuple[float, float]:
+        """A step without its attention: seconds of the device, and of the host to launch it all."""
         sizes = self.piecewise_sizes if prompts else self.graph_sizes
         in_graphs = bool(sizes) and tokens <= sizes[-1]
         rows = sizes[bisect_left(sizes, tokens)] if in_graphs else tokens  # graphs pad
-        kernels = (GRAPH_KERNELS if in_graphs else EAGER_KERNELS) * self.spec.num_layers
+        layer = self.gpu.piece_seconds if in_graphs else self.gpu.eager_seconds
         seconds = self.gpu.gap_seconds + self.layers_seconds(rows) + self.head_seconds(sampled)
-        return seconds, kernels if prompts or not in_graphs else 1
+        return seconds, layer * self.spec.num_layers if prompts or not in_graphs else 0.0
 
     def _gemm(self, blocks: int, outputs: int, inputs: int) -> float:
         return gemm_seconds(self.gpu, blocks, outputs, inputs, self.item)

@@ -69,22 +69,22 @@ def hit_rate(eviction: str, seed: int) -> float:
 def test_policies_in_the_order_of_their_ttft() -> None:
     base = ttfts("fcfs", SEED).mean()
     shortest, deadline, fair = (float(ttfts(policy, SEED).mean() / base) for policy in (SHORTEST, DEADLINE, FAIR))
-    assert shortest < 0.56  # ten seeds: 0.38 to 0.50
-    assert deadline < 0.70  # 0.47 to 0.63
-    assert fair < 0.94  # 0.84 to 0.91
-    assert deadline - shortest > 0.05  # 0.09 to 0.19
-    assert fair - deadline > 0.17  # 0.24 to 0.38
+    assert shortest < 0.59  # ten seeds: 0.39 to 0.52
+    assert deadline < 0.73  # 0.51 to 0.66
+    assert fair < 0.93  # 0.84 to 0.90
+    assert deadline - shortest > 0.0  # 0.06 to 0.19
+    assert fair - deadline > 0.10  # 0.18 to 0.35
 
 
 def test_each_policy_reaches_what_it_is_for() -> None:
     sessions = mixed(SEED)
     few = np.array([session.turns[0].segments[0].key == FEW for session in sessions])
     share = np.median(ttfts(FAIR, SEED)[few]) / np.median(ttfts("fcfs", SEED)[few])
-    assert share < 0.35  # ten seeds: 0.08 to 0.26
+    assert share < 0.37  # ten seeds: 0.08 to 0.27
     limits = np.array([1.0 + session.turns[0].input_length / 10_000 for session in sessions])
     first, fair, deadline = (float((ttfts(policy, SEED) < limits).mean()) for policy in ("fcfs", FAIR, DEADLINE))
-    assert deadline - first > 0.24  # ten seeds: 0.34 to 0.54
-    assert deadline - fair > 0.11  # 0.20 to 0.38
+    assert deadline - first > 0.19  # ten seeds: 0.31 to 0.53
+    assert deadline - fair > 0.08  # 0.17 to 0.35
 
 
 def test_slru_keeps_what_is_used_again() -> None:

@@ -316,9 +316,6 @@ class ModelProbe(GpuProbe):
             return EXPERTS * weights * 2 / self.gpu.expert_read + 2 * self.gpu.gemm_seconds
         return 2 * rows * 8 * weights / self.gpu.expert_flops + 2 * self.gpu.gemm_seconds
 
-    def launch(self) -> float:
-        return self.gpu.launch_seconds
-
     def gap(self) -> float:
         return self.gpu.gap_seconds
 
@@ -335,7 +332,7 @@ class ModelProbe(GpuProbe):
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_calibration_finds_the_constants_that_made_the_times(ranks: int) -> None:
     gpu = msgspec.structs.replace(
-        read_gpu("h100"), kv_read={2: 2e12, 4: 2.1e12, 5: 2.2e12, 8: 1.5e12}, gap_seconds=1e-5, launch_seconds=4e-6
+        read_gpu("h100"), kv_read={2: 2e12, 4: 2.1e12, 5: 2.2e12, 8: 1.5e12}, gap_seconds=1e-5
     )
     found = solve(ModelProbe(gpu, ranks), read_gpu("h200"), gpu.read)
     same = {name: getattr(read_gpu("h200"), name) for name in ("name", "source", "memory", "multiprocessors")}

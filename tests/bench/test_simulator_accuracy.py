@@ -32,6 +32,14 @@ AZURE = {
     (0.25, 16384): (296, 36.4, 3817),
 }
 LATER = {"Qwen3-32B-tp4-4xH200-offline": 8748}  # output tokens/s of 28 November, of which there is no record
+# Of `bench ablation`, where the host's part of a step shows: record, group, label. Other rows scatter too much there.
+ABLATIONS = [
+    ("Qwen3-0.6B-H200-ablation-chunks", "chunk-size", "512"),
+    ("Qwen3-0.6B-H200-ablation", "chunk-size", "4096"),
+    ("Qwen3-0.6B-H200-ablation", "chunk-size", "16384"),
+    ("Qwen3-0.6B-H200-ablation", "chunk-size", "32768"),
+    ("Qwen3-0.6B-H200-ablation", "graphs", "off"),
+]
 LIMITS = {"TTFT p50, ms": 0.15, "TPOT p50, ms": 0.15, "output tokens/s": 0.10}
 Row = tuple[str, str, float, float]  # what was run, the figure, simulated, measured
 
@@ -68,6 +76,21 @@ def offline(name: str) -> list[Row]:
     assert replica.executor.num_pages == pytest.approx(int(notes["num_pages"].split(":")[0]), rel=0.06)
     rows = [(f"`{name}.json`", "output tokens/s", rate, known["figures"]["output_tokens_per_second"])]
     return rows + [("the same later, without a record", "output tokens/s", rate, LATER.get(name, 0))] * (name in LATER)
+
+
+@cache
+def ablation(name: str, group: str, label: str) -> list[Row]:
+    """Long prompts in chunks, and steps without CUDA graphs; in the older record only decode steps had any."""
+    known = record(name)
+    (found,) = (m for m in known["measurements"] if (m["variant"]["group"], m["variant"]["label"]) == (group, label))
+    changes = found["variant"]["changes"]
+    pieces: dict[str, Any] = {} if name.endswith("chunks") else {"piecewise_cuda_graph_max_tokens": 0}
+    alone = msgspec.structs.replace(read_gpu("h200"), request_seconds=0.0, event_seconds=0.0)
+    replica = Replica(read_spec(MODELS / "Qwen3-0.6B"), Config(**changes, **pieces), alone)
+    spec = msgspec.convert(known["scenarios"][found["variant"]["scenario"]], WorkloadSpec)
+    Clients(replica, traffic.from_workload(spec), (), None, 0).run(lambda done: None)
+    rate = found["output_tokens"] / replica.clock.now
+    return [(f"`{name}.json`, {group} {label}", "output tokens/s", rate, found["tokens_per_second"])]
 
 
 def make_lengths(spec: WorkloadSpec) -> list[int]:
@@ -117,6 +140,11 @@ def check(rows: list[Row]) -> None:
 @pytest.mark.parametrize("name", OFFLINE)
 def test_throughput_of_each_offline_record_within_a_tenth(name: str) -> None:
     check(offline(name))
+
+
+@pytest.mark.parametrize(("name", "group", "label"), ABLATIONS)
+def test_throughput_of_chunks_and_of_steps_without_graphs(name: str, group: str, label: str) -> None:
+    check(ablation(name, group, label))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
