@@ -97,7 +97,8 @@ OTHER_TYPES = (
 
 
 def body_paths(server: Serving) -> list[str]:
-    api: Any = type("Api", (), {"client": server.client, "preparation": type("P", (), {"model": None})()})()
+    model = type("P", (), {"model": None})()
+    api: Any = type("Api", (), {"client": server.client, "preparation": model, "config": Config()})()
     routes = [*Endpoints(api).routes(), *admin_routes(api)]
     return [route.path for route in routes if route.bodies]
 

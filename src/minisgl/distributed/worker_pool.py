@@ -108,7 +108,13 @@ class WorkerPool:
     def send(self, message: ToWorker) -> None:
         data = messages.ENCODER.encode(message)
         for socket in self._plans:
-            socket.send(data)
+            while True:
+                try:
+                    socket.send(data, zmq.NOBLOCK)
+                    break
+                except zmq.Again:  # its worker is gone, or was slow to connect
+                    self.check()
+                    socket.poll(POLL_MS, zmq.POLLOUT)
 
     def check(self) -> None:
         """Raise EngineDeadError when a worker is gone, or ConfigError with what it could not honour."""
