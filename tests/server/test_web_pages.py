@@ -98,7 +98,8 @@ OTHER_TYPES = (
 
 def body_paths(server: Serving) -> list[str]:
     model = type("P", (), {"model": None})()
-    api: Any = type("Api", (), {"client": server.client, "preparation": model, "config": Config()})()
+    attributes = {"client": server.client, "preparation": model, "config": Config(), "started": 0.0}
+    api: Any = type("Api", (), attributes)()
     routes = [*Endpoints(api).routes(), *admin_routes(api)]
     return [route.path for route in routes if route.bodies]
 
