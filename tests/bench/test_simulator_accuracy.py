@@ -1,7 +1,7 @@
 """Simulations against measurements: `benchmark/results` and the figures of an Azure trace, as in docs/simulator.md."""
 
-import itertools
 import json
+import os
 import re
 import time
 from functools import cache
@@ -16,7 +16,6 @@ from minisgl.core.model_config import read_spec
 from minisgl_bench import metrics, traffic
 from minisgl_bench.cost_model import read_gpu
 from minisgl_bench.simulation import Clients, Replica
-from minisgl_bench.traffic import Trace, TraceRequest
 from minisgl_bench.workload import WorkloadSpec
 
 ROOT = Path(__file__).parents[2]
@@ -109,11 +108,10 @@ def online(seed: int) -> list[Row]:
 
 
 def azure_clients(scale: float, config: Config) -> Clients:
-    """Ready to send the first 1,000 requests of the trace."""
-    lists = json.loads((Path(__file__).parent / "azure_1000.json").read_text())
-    times = [ms / 1000 for ms in itertools.accumulate(lists["gaps_ms"])]
-    requests = map(TraceRequest, times, lists["inputs"], lists["outputs"])
-    sessions = traffic.from_trace(Trace("azure", 0, tuple(requests)), scale, None, 1024)
+    """Ready to send the first 1,000 requests of the trace, `AzureLLMInferenceTrace_conv.csv` of the Azure dataset."""
+    if not (path := os.environ.get("MINISGL_AZURE_TRACE")):
+        pytest.skip("MINISGL_AZURE_TRACE does not name the Azure trace of 2023 (docs/simulator.md)")
+    sessions = traffic.from_trace(traffic.read_trace(Path(path), 1000), scale, None, 1024)
     return Clients(Replica(read_spec(MODELS / "Qwen3-32B"), config, read_gpu("h200")), sessions, (), None, 0)
 
 
