@@ -17,9 +17,6 @@ FOUR = dataclasses.replace(HOPPER, num_gpus=4)
 ON_THE_CPU: tuple[tuple[dict[str, Any], str], ...] = (
     ({"tp": 2, "disable_pynccl": True}, "--disable-pynccl is for tensor parallelism on GPUs: give --tp 2 or more"),
     ({"tp": 2, "all_reduce": "fused"}, "--all-reduce is for tensor parallelism on GPUs"),
-    ({"attn": "fa"}, "--attn fa: fa needs a GPU; on the CPU use torch or auto"),
-    ({"attn": "fa,fi"}, "--attn fa,fi: fa needs a GPU"),
-    ({"attn": "torch,trtllm"}, "--attn torch,trtllm: trtllm needs a GPU"),
     ({"cuda_graph_max_bs": 256}, "--cuda-graph-max-bs 256: CUDA graphs need a GPU; leave it out or give 0"),
     ({"device": "cuda"}, "--device cuda: torch sees no CUDA GPU; use --device cpu"),
     ({"page_size": 257}, "--page-size must be between 1 and 256, got 257"),
@@ -90,8 +87,8 @@ def test_resolving_leaves_nothing_open_but_what_memory_and_model_decide(machine:
     open_ended = {field.name for field in dataclasses.fields(config) if getattr(config, field.name) in (None, "auto")}
     by_packages = {"attn"} if machine.has_cuda else set()
     no_limit = {"max_queued_requests", "max_queued_tokens", "request_timeout", "ssl_certfile", "ssl_keyfile"}
-    measured = {"num_pages", "memory_ratio", "all_reduce", "max_body_size"}
-    assert open_ended == {"model", "max_seq_len_override"} | measured | by_packages | no_limit
+    measured, files = {"num_pages", "memory_ratio", "all_reduce", "max_body_size"}, {"trace_steps", "record"}
+    assert open_ended == {"model", "max_seq_len_override"} | files | measured | by_packages | no_limit
     assert config.max_running_requests == (1 if shell else 256)
     assert config.max_prefill_length == (8192 if machine.has_cuda else 512)
     with pytest.raises(dataclasses.FrozenInstanceError):

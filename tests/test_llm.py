@@ -201,7 +201,7 @@ def test_a_closed_model_says_so() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_a_setting_that_a_cpu_cannot_honour_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="fa needs a GPU"):
+    with pytest.raises(ConfigError, match="fa cannot be used, it needs a CUDA GPU; what works here: torch"):
         LLM(attn="fa,fi")
 
 

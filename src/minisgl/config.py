@@ -372,9 +372,6 @@ def resolve(config: Config, machine: Machine, checkpoint_dtype: str = "float32")
 
 
 def check_on_cpu(config: Config) -> None:
-    for backend in config.attn.split(","):
-        if backend not in ("torch", "auto"):
-            raise ConfigError(f"--attn {config.attn}: {backend} needs a GPU; on the CPU use torch or auto")
     for name in ("cuda_graph_max_bs", "piecewise_cuda_graph_max_tokens"):
         if value := getattr(config, name):
             raise ConfigError(f"{flag_of(name)} {value}: CUDA graphs need a GPU; leave it out or give 0 on the CPU")

@@ -3,13 +3,17 @@
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from helpers.models import tiny_spec
+from minisgl.config import ATTENTION_BACKENDS, Config, Machine, resolve
 from minisgl.core.attention import TorchAttention
 from minisgl.errors import ConfigError
 from minisgl.gpu.attention.select import BACKENDS, Shape, available_backends, choose, make_attention, refusal
+from minisgl.gpu.executor import build_local_executor
 
 SHAPE = Shape(head_dim=128, dtype=torch.bfloat16, page_size=16)
 ALL: dict[str, str | None] = dict.fromkeys(BACKENDS)
@@ -65,6 +69,17 @@ def test_shape_a_backend_cannot_take_is_an_error_that_says_what_it_can(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         choose(name, dataclasses.replace(SHAPE, **change), ALL, 90)  # type: ignore[arg-type]
+
+
+def test_the_names_of_the_flag_are_those_of_the_table() -> None:
+    assert tuple(BACKENDS) == ATTENTION_BACKENDS
+
+
+@pytest.mark.parametrize(("pair", "name"), [("fa", "fa"), ("fa,fi", "fa"), ("torch,trtllm", "trtllm"), ("triton",) * 2])
+def test_what_needs_a_gpu_is_refused_on_a_cpu_before_weights_are_loaded(pair: str, name: str, tmp_path: Path) -> None:
+    config = resolve(Config(attn=pair, device="cpu"), Machine(), "float32").config
+    with pytest.raises(ConfigError, match=f"--attn {pair}: {name} cannot be used, it needs a CUDA GPU; .* here: torch"):
+        build_local_executor(config, tmp_path / "no weights", tiny_spec(), 64)
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 16, 48, 256])

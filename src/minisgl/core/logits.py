@@ -129,7 +129,7 @@ class LogitsProcessors:
         slots = inputs["slots"][rows]
         if wanted.penalised:
             assert self.seen is not None
-            penalise(logits, self.seen.index_select(0, slots), *inputs["penalties"][:, rows])
+            penalise(logits, self.seen.index_select(0, slots), *inputs["penalties"][:3, rows])
         if width := wanted.bias_width:
             assert self.bias_ids is not None
             assert self.bias_values is not None

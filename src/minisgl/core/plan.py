@@ -5,13 +5,19 @@ The same plan drives one device, every rank of a tensor-parallel group, and the 
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Final, Protocol
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 Int32 = NDArray[np.int32]
+# Parameters that change logits by a number each, and the number that changes nothing.
+NEUTRAL_PENALTIES: Final = {
+    "repetition_penalty": 1.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+}
 Masks = Int32  # (g, ceil(V / 32)): which tokens each of g rows may have next, token t in bit t % 32 of word t // 32
 
 
@@ -59,7 +65,7 @@ class LogitsRows(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     changed: Int32  # (c,) ascending
-    penalties: NDArray[np.float32]  # (3, c) repetition, frequency, presence
+    penalties: NDArray[np.float32]  # (p, c) in the order of NEUTRAL_PENALTIES
     penalised: bool  # whether any penalty is not neutral
     bias_width: int  # the most biases of a changed row
     constrained: Int32  # (g,) indices into `changed`, ascending

@@ -16,7 +16,7 @@ from typing import Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from minisgl.core.plan import Int32, LogitsInit, LogitsRows, NewRows, Scores, StepPlan, StepResult
+from minisgl.core.plan import NEUTRAL_PENALTIES, Int32, LogitsInit, LogitsRows, NewRows, Scores, StepPlan, StepResult
 from minisgl.core.radix_cache import Match
 from minisgl.core.types import MAX_STOP_TOKEN_IDS, Grammar, Request, SamplingParams, TokenLogprobs
 from minisgl.errors import InvalidRequestError
@@ -189,7 +189,7 @@ class RequestTable:
         self.filtered = np.zeros(rows, np.bool_)
         self.min_len = np.zeros(rows, np.int32)
         self.stop_ids = np.full((rows, MAX_STOP_TOKEN_IDS), -1, np.int32)
-        self.penalties = np.zeros((3, rows), np.float32)  # repetition, frequency, presence
+        self.penalties = np.zeros((len(NEUTRAL_PENALTIES), rows), np.float32)
         self.penalised = np.zeros(rows, np.bool_)
         self.biases = np.zeros(rows, np.int32)
         self.constrained = np.zeros(rows, np.bool_)
@@ -215,8 +215,8 @@ class RequestTable:
         self.min_len[slot] = request.min_len
         self.stop_ids[slot] = -1
         self.stop_ids[slot, : len(request.stop_ids)] = request.stop_ids
-        self.penalties[:, slot] = params.repetition_penalty, params.frequency_penalty, params.presence_penalty
-        self.penalised[slot] = tuple(self.penalties[:, slot]) != (1.0, 0.0, 0.0)
+        self.penalties[:, slot] = [getattr(params, name) for name in NEUTRAL_PENALTIES]
+        self.penalised[slot] = self.penalties[:, slot].tolist() != list(NEUTRAL_PENALTIES.values())
         self.biases[slot] = len(params.logit_bias)
         self.constrained[slot] = request.constraint is not None
         self.mask_seconds[slot] = 0.0

@@ -17,7 +17,7 @@ from minisgl.core.model_runner import ModelRunner
 from minisgl.core.ops import Operations
 from minisgl.core.weights import TORCH_DTYPES, Progress, Sharder, Weights, dummy_weights, load_weights
 from minisgl.gpu.attention.interface import GraphBackend
-from minisgl.gpu.attention.select import Shape, make_attention
+from minisgl.gpu.attention.select import Shape, available_backends, capability, choose, make_attention
 from minisgl.gpu.cuda_graphs import DecodeGraphs, PiecewiseGraphs, graph_sizes, piecewise_max_tokens
 from minisgl.gpu.memory import available_memory, measure_pages, require_pages_fit, require_weights_fit
 from minisgl.gpu.operations import operations_for
@@ -50,6 +50,7 @@ def build_local_executor(
     local, sharder = (spec, None) if share is None else (share.spec, share.sharder)
     require_pages_fit(config, local, dtype)
     ops = operations_for(device, spec.hidden_size) if share is None else share.operations
+    choose(config.attn, attention_shape(local, config), available_backends(device), capability(device))
     before = available_memory(device)
     require_weights_fit(spec, dtype, device, sharder)
     if config.dummy_weight:

@@ -16,7 +16,7 @@ from minisgl.core.decoder import Decoder
 from minisgl.core.kv_cache import allocate_kv, page_bytes
 from minisgl.core.model_config import ModelSpec
 from minisgl.core.model_runner import ModelRunner
-from minisgl.core.plan import LogitsInit, LogitsRows, NewRows, StepPlan
+from minisgl.core.plan import NEUTRAL_PENALTIES, LogitsInit, LogitsRows, NewRows, StepPlan
 from minisgl.core.types import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
 from minisgl.core.weights import Sharder, held_elements
 from minisgl.errors import ConfigError
@@ -198,7 +198,8 @@ def prefill_plan(rows: int, length: int, everything: bool = False) -> StepPlan:
         bias_values=ones[:, None],
     )  # fmt: skip
     logits_rows = LogitsRows(
-        changed=slots, penalties=np.ones((3, rows), np.float32), penalised=True, bias_width=1, constrained=none,
+        changed=slots, penalties=np.ones((len(NEUTRAL_PENALTIES), rows), np.float32), penalised=True, bias_width=1,
+        constrained=none,
         scored=slots, top=MAX_LOGPROBS, prompt_rows=np.arange(len(tokens), dtype=np.int32), prompt_targets=tokens,
         prompt_slots=slots, prompt_counts=zeros + length, prompt_top=MAX_LOGPROBS,
     )  # fmt: skip

@@ -33,13 +33,14 @@ class Backend:
 
     make: Callable[[torch.device], AttentionBackend]
     packages: Mapping[str, str]  # module -> how an error names its package
-    capability: Rule  # of the GPU, as `capability` gives it
+    capability: Rule  # of the GPU, as `capability` gives it: 0 is the CPU
     page_size: Rule
     head_dim: Rule
     half_only: bool = True
 
 
 ANY = Rule(lambda number: True, "any")
+ANY_GPU = Rule(lambda gpu: gpu > 0, "any")
 HOPPER = Rule(lambda gpu: gpu // 10 == 9, "9.x")
 AMPERE_ON = Rule(lambda gpu: gpu >= 80, "8.0 or higher")
 HOPPER_BLACKWELL = Rule(lambda gpu: gpu // 10 in (9, 10, 12), "9.0, 10.x or 12.x")
@@ -53,7 +54,7 @@ BACKENDS: dict[str, Backend] = {
     "fa": Backend(lambda device: FlashAttention(), FLASH_ATTENTION_3, HOPPER, ANY, MULTIPLE_OF_8),
     "fi": Backend(FlashInfer, FLASHINFER, AMPERE_ON, POWER_OF_2, THREE_DIMS),
     "trtllm": Backend(TensorRTLLM, FLASHINFER, HOPPER_BLACKWELL, FROM_16_TO_64, MULTIPLE_OF_16),
-    "triton": Backend(TritonAttention, TRITON, ANY, ANY, MULTIPLE_OF_16, half_only=False),
+    "triton": Backend(TritonAttention, TRITON, ANY_GPU, ANY, MULTIPLE_OF_16, half_only=False),
     "torch": Backend(lambda device: TorchAttention(), {}, ANY, ANY, ANY, half_only=False),
 }
 
@@ -94,10 +95,9 @@ def available_backends(device: torch.device) -> dict[str, str | None]:
 
 
 def _unavailable(backend: Backend, gpu: int) -> str | None:
-    if gpu == 0 and backend is not BACKENDS["torch"]:
-        return "it needs a CUDA GPU"
     if not backend.capability.takes(gpu):
-        return f"it needs compute capability {backend.capability.text}, the GPU has {gpu / 10}"
+        needs = f"it needs compute capability {backend.capability.text}, the GPU has {gpu / 10}"
+        return needs if gpu else "it needs a CUDA GPU"
     missing = [package for module, package in backend.packages.items() if find_spec(module) is None]
     return f"it needs the package {missing[0]}" if missing else None
 
