@@ -1,23 +1,31 @@
 # %% [markdown]
 # # A tour of the engine
 #
-# This file runs on a CPU with the bundled model in about a minute: `python examples/tour.py`. The notebook `tour.ipynb`
-# has the same cells. You see what a step does, how prompts share pages, what happens when pages run out, and how the
-# host's work hides behind the device's. At the end you write a scheduling policy and measure it without a GPU.
+# This file runs on a CPU with the bundled model in less than a minute: `python examples/tour.py`. The notebook
+# `tour.ipynb` has the same cells. You see what a step does, how prompts share pages, what happens when pages run out,
+# and how the host's work hides behind the device's. At the end you write a scheduling policy and measure it without a
+# GPU. It needs a clone of the repository, and matplotlib (`pip install 'minisgl[plot]'`).
 
 # %%
-import argparse
+import random
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
 
 from minisgl.build import build_engine
 from minisgl.config import Config
 from minisgl.core.engine import Engine
-from minisgl.core.policy import Policy, View
+from minisgl.core.model_config import read_spec
 from minisgl.core.radix_cache import Node
-from minisgl.core.request_state import RequestState
 from minisgl.core.types import Request, SamplingParams, StepRecord
 from minisgl.text.tokenizer import Tokenizer
+from minisgl_bench import metrics, traffic
+from minisgl_bench.cost_model import read_gpu
+from minisgl_bench.simulation import Clients, Replica
+from minisgl_bench.traffic import Segment, Session
 
 small = Config(num_pages=40, max_running_requests=4, max_prefill_length=48)
 built = build_engine(small)
@@ -34,6 +42,7 @@ def ask(name: str, text: str, tokens: int) -> None:
 #
 # The scheduler plans a step: some requests decode one token each, and beside them chunks of prompts are computed, 48
 # tokens in all at most. An observer sees every step once its result is taken in.
+
 
 # %%
 class Steps:
@@ -95,6 +104,7 @@ draw(engine.cache.tree)
 # `*` one that is shared, `.` a free one. When no page is left, the request that came last is retracted: it gives its
 # pages back and goes on later, with the same text.
 
+
 # %%
 def map_pages(engine: Engine) -> str:
     cache = engine.cache
@@ -136,9 +146,9 @@ def timeline(records: Iterable[StepRecord], scale: float = 1e-3) -> None:
     host, device = [" "] * WIDTH, [" "] * WIDTH
 
     def paint(line: list[str], begin: float, end: float, mark: str) -> None:
-        for place in range(int((begin - start) / scale), max(int((begin - start) / scale) + 1, int((end - start) / scale))):
-            if place < WIDTH:
-                line[place] = mark
+        first = int((begin - start) / scale)
+        for place in range(first, min(WIDTH, max(first + 1, int((end - start) / scale)))):
+            line[place] = mark
 
     for number, record in enumerate(records):
         paint(host, record.awaited, record.arrived, "w")
@@ -153,3 +163,70 @@ def timeline(records: Iterable[StepRecord], scale: float = 1e-3) -> None:
 
 timeline(steps.records[-12:-4], scale=(steps.records[-5].committed - steps.records[-12].planned) / WIDTH)
 engine.close()
+
+# %% [markdown]
+# ## A policy of your own
+#
+# A policy is a class in a file of yours. This one takes the shortest prompts first, but whoever has waited longer than
+# `patience` seconds goes before them, the oldest first. Change it, and run the next two cells again.
+
+# %%
+folder = Path(tempfile.mkdtemp())
+mine = folder / "mine.py"
+mine.write_text("""
+from itertools import islice
+
+from minisgl.core.policy import Policy
+
+
+class Impatient(Policy):
+    def __init__(self, patience=5.0):
+        self.patience = patience  # s
+
+    def order(self, requests, view):
+        def place(request):
+            late = view.now - request.arrived_at > self.patience
+            return (0, request.arrived_at) if late else (1, view.remaining(request))
+
+        return sorted(islice(requests, 200), key=place)
+""")
+
+# %% [markdown]
+# The simulator runs the same scheduler and the same cache in virtual time, over a model of what a step of Qwen3-14B
+# costs on an H200: no GPU, no weights. 400 requests of three applications, each with a long system prompt, come in
+# bursts faster than they can be served. Each policy gets the same ones.
+
+# %%
+root = next(path for path in (Path.cwd(), *Path.cwd().parents) if (path / "benchmark" / "models").is_dir())
+model, gpu = read_spec(root / "benchmark" / "models" / "Qwen3-14B"), read_gpu("h200")
+rng = random.Random(0)
+sessions = []
+for index in range(400):
+    own = min(6000, int(rng.lognormvariate(6.5, 1.0)))
+    segments = [Segment(("system", rng.randrange(3)), 2048), Segment(("own", index), own)]
+    sessions.append(Session((traffic.single(segments, rng.randint(20, 120)),)))
+sessions = traffic.with_arrivals(sessions, rate=25.0, burstiness=0.3, seed=0)
+
+
+def simulate(policy: str) -> list[metrics.RequestRecord]:
+    config = Config(schedule_policy=policy, max_running_requests=48, num_pages=4000)
+    clients = Clients(Replica(model, config, gpu), sessions, (), None, 0)
+    clients.run(lambda done: None)
+    return clients.records
+
+
+# %% [markdown]
+# Who waits how long for the first token? The plot is in `policies.png`: the further a line is to the left, the better.
+# `fcfs` lets everybody wait behind the long prompts, `lpm` uses the cache best and lets a few wait longest.
+
+# %%
+figure = Figure(figsize=(7, 4))
+axes = figure.subplots()
+print(f"{'policy':12} {'mean':>8} {'median':>8} {'90 %':>8} {'worst':>8}   TTFT in s")
+for name, policy in {"fcfs": "fcfs", "lpm": "lpm", "mine": f"{mine}:Impatient:patience=5"}.items():
+    ttft = np.sort(metrics.latencies(simulate(policy))["ttft"])
+    print(f"{name:12} {ttft.mean():8.2f} {np.median(ttft):8.2f} {np.quantile(ttft, 0.9):8.2f} {ttft[-1]:8.2f}")
+    axes.plot(ttft, np.linspace(0, 100, len(ttft)), label=name)
+axes.set(xlabel="time to first token, s", ylabel="% of requests", title="Qwen3-14B on an H200, simulated")
+axes.legend()
+figure.savefig("policies.png", dpi=120)
