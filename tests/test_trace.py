@@ -12,7 +12,7 @@ from helpers.simulation import advance, record_plans, request, run, simulated_en
 from minisgl.build import build_engine
 from minisgl.config import Config
 from minisgl.core.engine import Engine
-from minisgl.core.types import SamplingParams
+from minisgl.core.types import Grammar, SamplingParams
 from minisgl.errors import ConfigError
 from minisgl.llm import LLM
 from minisgl.trace import BLOCK, TraceWriter, TrafficRecorder
@@ -109,17 +109,37 @@ def test_every_end_is_in_a_trace_however_a_request_ended(tmp_path: Path) -> None
 
 
 def test_the_device_is_in_a_trace_of_a_model(tmp_path: Path) -> None:
-    trace, recording = tmp_path / "trace.json", tmp_path / "traffic.jsonl"
-    params = SamplingParams(temperature=0, max_tokens=3, stop=("zebra",), top_k=5)
-    with LLM(trace_steps=str(trace), record=str(recording)) as llm:
+    trace = tmp_path / "trace.json"
+    params = SamplingParams(temperature=0, max_tokens=3, top_k=5)
+    with LLM(trace_steps=str(trace)) as llm:
         llm.generate(["The zebra crossing"], params, progress=False)
     events = json.loads(trace.read_text())
     check_format(events)
     first = next(e["name"] for e in events if e["pid"] == DEVICE and e["ph"] == "X")
     assert first.startswith("step 1: 0 decodes, ")
-    row = json.loads(recording.read_text())
+
+
+def test_a_recording_has_no_word_and_no_token_of_a_request(tmp_path: Path) -> None:
+    recording = tmp_path / "traffic.jsonl"
+    grammar = Grammar(kind="choice", source='["giraffe", "okapi"]')
+    texts: dict[str, Any] = {
+        "stop": ("gazelle",),
+        "stop_token_ids": (41414,),
+        "logit_bias": {42424: 1.0},
+        "grammar": grammar,
+    }
+    params = SamplingParams(temperature=0, max_tokens=3, top_k=5, **texts)
+    with LLM(record=str(recording)) as llm:
+        (said,) = llm.generate(["The zebra crossing"], params, progress=False)
+    text = recording.read_text().lower()
+    row = json.loads(text)
     assert row["sampling"] == {"temperature": 0, "max_tokens": 3, "top_k": 5}
-    assert not any(word in recording.read_text().lower() for word in ("zebra", "crossing"))
+    assert (row["input_length"], row["output_length"]) == (len(said.prompt_token_ids), len(said.token_ids))
+    words = ("zebra", "crossing", "gazelle", "giraffe", "okapi", said.text.strip(), "41414", "42424")
+    assert [word for word in words if word in text] == []
+    assert row.keys() - {"chat_id", "timestamp", "finish", "priority"} == {
+        "input_length", "output_length", "hash_ids", "sampling",
+    }  # fmt: skip
 
 
 def test_a_recording_keeps_lengths_and_common_prefixes_and_no_tokens(tmp_path: Path) -> None:

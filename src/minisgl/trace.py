@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 HOST, DEVICE, REQUESTS = 1, 2, 3  # the processes of a trace
 BUFFER: Final = 2**16  # bytes
 BLOCK: Final = 16  # tokens that a recorded hash stands for
-WORDS: Final = frozenset({"grammar", "stop", "logit_bias", "prompt_logprobs"})  # parameters that are not recorded
+# Parameters that are not recorded: text, and tokens.
+WORDS: Final = frozenset({"grammar", "stop", "stop_token_ids", "logit_bias", "prompt_logprobs"})
 DEFAULTS: Final = SamplingParams()
 
 

@@ -117,6 +117,8 @@ async def test_nothing_that_a_client_sends_is_a_fault_of_the_server(busy: tuple[
         method = rng.choice(("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS"))
         answer = await web.http.request(method, path, content=rng.randbytes(rng.randint(0, 40)))
         assert answer.status_code in (200, 307, 400, 403, 404, 405, 415), (method, path, answer.text)
+    for method in ("POST", "PUT", "PATCH", "DELETE"):
+        assert (await web.http.request(method, "/debug/events", content=b"{}")).status_code == 405
     await complete(web, 1)
 
 
