@@ -157,7 +157,7 @@ class Engine:
         self._launched.append((plan, record))
         self.scheduler.retracted_ids = []
         if plan.init is not None:
-            self.admitted = [self.table.request(slot).request.id for slot in plan.init.slots.tolist()]
+            self.admitted = [self.table.ids[slot] for slot in plan.init.slots.tolist()]
         if len(self._launched) > 1:
             self._collect()
         # Half of what the step takes without them, within bounds: other rows wait for all masks.
@@ -190,10 +190,7 @@ class Engine:
                 observer.observe(record)
 
     def _record(self, plan: StepPlan, planned: float, launched: float) -> StepRecord:
-        def name(slot: int) -> str:
-            return self.table.request(slot).request.id
-
-        slots = plan.prefill_slots.tolist()
+        ids, slots = self.table.ids, plan.prefill_slots.tolist()
         starts = plan.prefill_starts.tolist()
         columns = slots, starts, plan.prefill_lens.tolist(), plan.prefill_final.tolist()
         new = [] if plan.init is None else plan.init.slots.tolist()
@@ -203,9 +200,9 @@ class Engine:
             planned=planned,
             launched=launched,
             sent=self.clock(),
-            decodes=[name(slot) for slot in plan.decode_slots.tolist()],
-            chunks=[ChunkRecord(name(slot), *rest) for slot, *rest in zip(*columns, strict=True)],
-            admitted=[(name(slot), cached.get(slot, 0)) for slot in new],
+            decodes=[ids[slot] for slot in plan.decode_slots.tolist()],
+            chunks=[ChunkRecord(ids[slot], *rest) for slot, *rest in zip(*columns, strict=True)],
+            admitted=[(ids[slot], cached.get(slot, 0)) for slot in new],
             retracted=self.scheduler.retracted_ids,
             running=len(self.scheduler.live) - len(self.scheduler.waiting),
             waiting=len(self.scheduler.waiting),

@@ -200,6 +200,7 @@ class RequestTable:
         self.processed = np.zeros(rows, np.bool_)  # any of these
         self.tokens = np.zeros((rows, max_seq_len), np.int32)
         self.requests: list[RequestState | None] = [None] * rows
+        self.ids = [""] * rows  # of the requests
         self.free = deque(range(rows))  # the next one to be given first
 
     def admit(self, request: RequestState, cached: int) -> None:
@@ -224,7 +225,7 @@ class RequestTable:
         self.prompt_top[slot] = -1 if params.prompt_logprobs is None else params.prompt_logprobs
         self.processed[slot] = self.changes_logits(slot) or self.top[slot] >= 0 or self.prompt_top[slot] >= 0
         self.tokens[slot, :length] = request.tokens
-        self.requests[slot] = request
+        self.requests[slot], self.ids[slot] = request, request.request.id
         request.slot = slot
 
     def vacate(self, slot: int) -> None:
