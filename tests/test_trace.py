@@ -1,20 +1,27 @@
 """The trace of an engine's steps and the recording of its traffic, over a simulated device and the bundled model."""
 
 import json
-from collections import Counter, defaultdict
+import statistics
+import time
+from collections import Counter, defaultdict, deque
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 
 from helpers.simulation import advance, record_plans, request, run, simulated_engine
 from minisgl.build import build_engine
 from minisgl.config import Config
 from minisgl.core.engine import Engine
-from minisgl.core.types import Grammar, SamplingParams
+from minisgl.core.plan import Masks, StepPlan, StepResult
+from minisgl.core.types import Grammar, ModelInfo, SamplingParams
 from minisgl.errors import ConfigError
 from minisgl.llm import LLM
+from minisgl.server import ipc
+from minisgl.server.debug import StepLog
 from minisgl.trace import BLOCK, TraceWriter, TrafficRecorder
 from minisgl_bench.traffic import read_trace
 
@@ -180,3 +187,60 @@ def test_a_full_disk_ends_the_files_and_not_the_engine(caplog: pytest.LogCapture
         "--trace-steps /dev/full is not written any more: No space left on device",
         "--record /dev/full is not written any more: No space left on device",
     ]
+
+
+class InstantExecutor:
+    """Answers every step at once, with one token."""
+
+    def __init__(self) -> None:
+        self.num_pages = 20_000
+        self.results: deque[StepResult] = deque()
+
+    def launch(self, plan: StepPlan) -> None:
+        device = (0.0, 1e-3) if plan.timed else None
+        tokens = np.ones(len(plan.sampled_slots), np.int32)
+        self.results.append(StepResult(step=plan.step, tokens=tokens, device=device))
+
+    def finish(self, masks: Masks) -> None: ...
+
+    def collect(self) -> StepResult:
+        return self.results.popleft()
+
+    def close(self) -> None: ...
+
+
+def microseconds_of_a_step(watched: str, path: Path, rows: int) -> float:
+    """The host's work for so many decodes, by what watches it; the median."""
+    config = Config(max_running_requests=rows, max_prefill_length=65536)
+    model = ModelInfo(name="instant", vocab_size=1000, max_seq_len=2048, eos_token_ids=())
+    engine = Engine(InstantExecutor(), model, config)
+    sent: list[bytes] = []
+    log = StepLog(lambda records, link: sent.append(msgspec.msgpack.encode(ipc.Steps(records))))
+    if watched in ("endpoints", "viewer"):
+        engine.observe(log)
+        log.watch(1, watched == "viewer")
+    elif watched == "trace":
+        engine.observe(TraceWriter(str(path / "trace.json")))
+    elif watched == "recording":
+        engine.recorder = TrafficRecorder(str(path / "traffic.jsonl"))
+    for number in range(rows):
+        engine.add(request(f"chatcmpl-{number:024x}-0", [*range(100)], max_tokens=1900, ignore_eos=True))
+    taken = []
+    for _ in range(300):
+        start = time.perf_counter()
+        engine.step()
+        log.flush(idle=False)
+        taken.append(time.perf_counter() - start)
+    engine.close()
+    return statistics.median(taken[20:]) * 1e6
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("rows", [16, 256])
+def test_what_it_costs_to_watch_a_step(rows: int, tmp_path: Path) -> None:
+    kinds = ("nothing", "endpoints", "viewer", "trace", "recording")
+    rounds = [{kind: microseconds_of_a_step(kind, tmp_path, rows) for kind in kinds} for _ in range(5)]
+    found = {kind: min(one[kind] for one in rounds) for kind in kinds}
+    print(f"a step of {rows} decodes, us on the host: { ({kind: round(took, 1) for kind, took in found.items()}) }")
+    fastest = {16: 1100.0, 256: 5370.0}[rows]  # us of a step of Qwen3-0.6B on an H200
+    assert found["viewer"] - found["nothing"] < 0.01 * fastest
