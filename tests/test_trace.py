@@ -215,7 +215,7 @@ def microseconds_of_a_step(watched: str, path: Path, rows: int) -> float:
     model = ModelInfo(name="instant", vocab_size=1000, max_seq_len=2048, eos_token_ids=())
     engine = Engine(InstantExecutor(), model, config)
     sent: list[bytes] = []
-    log = StepLog(lambda records, link: sent.append(msgspec.msgpack.encode(ipc.Steps(records))))
+    log = StepLog(lambda events, link: sent.append(msgspec.msgpack.encode(ipc.Steps(events))))
     if watched in ("endpoints", "viewer"):
         engine.observe(log)
         log.watch(1, watched == "viewer")

@@ -25,7 +25,7 @@ from minisgl.server.metrics import CONTENT_TYPE, MetricsPage
 from minisgl.server.openapi import ApiRoute
 from minisgl.server.preparation import Api
 from minisgl.server.protocol import parse_object
-from minisgl.server.responses import json_response, sse
+from minisgl.server.responses import json_response
 
 SCRAPE_TIMEOUT = 1.0  # s that /metrics waits for the engine's counts; in a longer step those it gave last are shown
 BODY_LIMIT = 4096
@@ -135,8 +135,7 @@ def admin_routes(api: Api) -> list[ApiRoute]:
     async def debug_events(_: Request) -> Response:
         """Every step from here on, as server-sent events."""
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        steps = (sse(record) async for record in client.feed.records())
-        return StreamingResponse(steps, headers=headers, media_type="text/event-stream")
+        return StreamingResponse(client.feed.batches(), headers=headers, media_type="text/event-stream")
 
     debug = [
         ApiRoute("GET", "/debug/engine", debug_engine, dict[str, Any]),

@@ -23,13 +23,13 @@ REQUESTS: Final = 256  # running ones, and again as many waiting ones
 NODES: Final = 1000  # of the radix tree
 STATES: Final = {State.PREFILL: "prefill", State.DECODE: "decode", State.RETRACTING: "retracting", State.ENDED: "ended"}
 FLUSH_SECONDS = 0.05
-BEHIND: Final = 1024  # steps that a slow viewer may lag; then the oldest are dropped
+BEHIND: Final = 32  # batches that a slow viewer may lag; then the oldest are dropped
 
 
 class StepLog:
     """An observer in the engine process: keeps the last steps and, while somebody watches, sends them on in batches."""
 
-    def __init__(self, send: Callable[[list[StepRecord], int], None]) -> None:
+    def __init__(self, send: Callable[[bytes, int], None]) -> None:
         self.recent: deque[StepRecord] = deque(maxlen=RECENT)
         self.links: set[int] = set()  # that watch
         self._send = send
@@ -48,10 +48,11 @@ class StepLog:
             self._batch.append(record)
 
     def flush(self, idle: bool) -> None:
-        """Send what has gathered, at once when the engine has nothing to do."""
+        """Send what has gathered as server-sent events, at once when the engine has nothing to do."""
         if self._batch and (idle or time.monotonic() - self._sent >= FLUSH_SECONDS):
+            events = b"".join(b"data: %b\n\n" % msgspec.json.encode(record) for record in self._batch)
             for link in self.links:
-                self._send(self._batch, link)
+                self._send(events, link)
             self._batch, self._sent = [], time.monotonic()
 
     def close(self) -> None:
@@ -59,36 +60,29 @@ class StepLog:
 
 
 class StepFeed:
-    """The steps as the viewers of one API process get them; `watch` tells the engine that there are some, or none."""
+    """Batches of events for the viewers of one API process; `watch` tells the engine that there are some, or none."""
 
     def __init__(self, watch: Callable[[bool], None]) -> None:
         self._watch = watch
-        self._viewers: set[asyncio.Queue[StepRecord | None]] = set()
+        self._viewers: set[asyncio.Queue[bytes | None]] = set()
         self._ended = False
 
-    def put(self, records: Iterable[StepRecord]) -> None:
-        for viewer in self._viewers:
-            for record in records:
-                if viewer.full():
-                    viewer.get_nowait()
-                viewer.put_nowait(record)
-
-    def end(self) -> None:
-        """Nothing more comes: every stream ends."""
-        self._ended = True
+    def put(self, events: bytes | None) -> None:
+        """Pass events on; None is the end of every stream."""
+        self._ended |= events is None
         for viewer in self._viewers:
             if viewer.full():
                 viewer.get_nowait()
-            viewer.put_nowait(None)
+            viewer.put_nowait(events)
 
-    async def records(self) -> AsyncIterator[StepRecord]:
-        viewer: asyncio.Queue[StepRecord | None] = asyncio.Queue(BEHIND)
+    async def batches(self) -> AsyncIterator[bytes]:
+        viewer: asyncio.Queue[bytes | None] = asyncio.Queue(BEHIND)
         if not self._viewers and not self._ended:
             self._watch(True)
         self._viewers.add(viewer)
         try:
-            while not self._ended and (record := await viewer.get()) is not None:
-                yield record
+            while not self._ended and (events := await viewer.get()) is not None:
+                yield events
         finally:
             self._viewers.remove(viewer)
             if not self._viewers and not self._ended:

@@ -208,7 +208,7 @@ class EngineClient:
     async def drain(self) -> None:
         """Take no request any more, and wait until the last one has ended."""
         self.draining = True
-        self.feed.end()
+        self.feed.put(None)
         while self._live:
             await asyncio.sleep(DRAIN_POLL_SECONDS)
 
@@ -259,7 +259,7 @@ class EngineClient:
         if self.dead is not None:
             return
         self.dead = EngineDeadError(message)
-        self.feed.end()
+        self.feed.put(None)
         self.gone.set()
         for group in {group for _, group in self._live.values()}:
             group.fail(self.dead, "error")
@@ -307,8 +307,8 @@ class EngineClient:
                 waiter = self._replies.get(nonce)
                 if waiter is not None and not waiter.done():
                     waiter.set_result(message)
-            case ipc.Steps(records):
-                self.feed.put(records)
+            case ipc.Steps(events):
+                self.feed.put(events)
             case ipc.Ready():
                 if not self._ready.done():
                     self._ready.set_result(message)

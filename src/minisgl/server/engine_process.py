@@ -152,7 +152,7 @@ class EngineServer:
             built = build_engine(self.config, progress=sys.stderr.isatty(), on_failure=leave_soon)
             self.engine, self.grammars = built.engine, PendingGrammars(built.engine.constraints)
             if self.config.debug_endpoints:
-                self.steps = StepLog(lambda records, link: self.links.send(ipc.Steps(records), link))
+                self.steps = StepLog(lambda events, link: self.links.send(ipc.Steps(events), link))
                 self.engine.observe(self.steps)
             self.ready = ipc.Ready(built.engine.model, str(built.folder), list(built.notes))
             self.links.send(self.ready)

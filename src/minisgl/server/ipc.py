@@ -11,7 +11,7 @@ from typing import Literal
 import msgspec
 
 from minisgl.config import Config
-from minisgl.core.types import EngineStats, ModelInfo, Request, StepRecord, TokenEvent
+from minisgl.core.types import EngineStats, ModelInfo, Request, TokenEvent
 
 LAUNCHER = 0
 Action = Literal["stats", "flush_cache", "abort", "debug"]
@@ -111,7 +111,7 @@ class Reply(msgspec.Struct, frozen=True, tag=True):
 
 
 class Steps(msgspec.Struct, frozen=True, tag=True):
-    records: list[StepRecord]
+    events: bytes  # server-sent ones, whole
 
 
 ToEngine = Add | Abort | Query | Watch | Attach | Detach
