@@ -177,12 +177,14 @@ def test_no_file_is_over_600_lines(path: Path) -> None:
 def test_the_packages_stay_small() -> None:
     core = [path for name, path in ENGINE.items() if under(name, ("minisgl.core",))]
     bench = [path for name, path in MODULES.items() if under(name, ("minisgl_bench",))]
-    assert lines(list(ENGINE.values())) <= 15_500
-    assert len(ENGINE) <= 90
-    assert lines(core) <= 4_300
+    # The rebuild left 15,500, 4,300, 3,500 and 16,000. Robustness (docs/performance-log.md says what it stops) and the
+    # laboratory, with policies, traces and the simulator, have brought the rest.
+    assert lines(list(ENGINE.values())) <= 18_500
+    assert len(ENGINE) <= 93
+    assert lines(core) <= 4_700
     assert len(core) <= 20
-    assert lines(bench) <= 3_500
-    assert lines(sorted(TESTS.rglob("*.py"))) <= 16_000
+    assert lines(bench) <= 4_550
+    assert lines(sorted(TESTS.rglob("*.py"))) <= 21_200
 
 
 def test_class_names_are_defined_once() -> None:

@@ -257,8 +257,8 @@ def test_words_and_tokens_are_kept_out_and_the_stop_is_shown(llm: LLM) -> None:
     assert (others[4].text, others[4].stop_reason) == (llm.text.decode(plain.token_ids[:3]), plain.token_ids[2])
     assert others[5].prompt_token_ids == plain.prompt_token_ids[-3:]
     assert "".join(piece.text for piece in llm.stream(FRANCE, shown)) == others[3].text
-    (long,) = llm.generate([[5] * 9000], msgspec.structs.replace(params, truncate_prompt_tokens=-1), progress=False)
-    assert len(long.prompt_token_ids) == llm.model.max_seq_len - 16
+    room = msgspec.structs.replace(params, truncate_prompt_tokens=-1)
+    assert len(llm.model.truncate([5] * 9000, room)) == llm.model.max_seq_len - 16
     for bad, name in (({"bad_words": ("",)}, "bad_words"), ({"allowed_token_ids": ()}, "allowed_token_ids")):
         with pytest.raises(InvalidRequestError, match=name):
             llm.generate(FRANCE, SamplingParams(**bad), progress=False)
