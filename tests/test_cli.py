@@ -65,6 +65,10 @@ SPELLINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     *((line, {"page_size": 256}) for line in ("--page-size 256", "--page-size=256")),
     ("--num-pages 10000", {"num_pages": 10000}),
     ("--memory-ratio 0.85", {"memory_ratio": 0.85}),
+    (
+        "--trace-steps t.json --record r.jsonl --debug-endpoints",
+        {"trace_steps": "t.json", "record": "r.jsonl", "debug_endpoints": True},
+    ),
     ("--attn auto", {}),
     *((f"--attn {attn}", {"attn": attn}) for attn in ("fa", "fa,fi", "trtllm")),
     *((f"{flag} triton,torch", {"attn": "triton,torch"}) for flag in ("--attn", "--attention-backend")),
