@@ -25,7 +25,7 @@ from minisgl.system import print_text
 
 # Sections of `--help`, and the fields of `Config` in each.
 GROUPS: Final = (
-    ("model", ("model", "model_source", "dummy_weight", "dtype", "device", "max_seq_len_override")),
+    ("model", ("model", "model_source", "dummy_weight", "dtype", "quantization", "device", "max_seq_len_override")),
     ("parallelism", ("tp", "disable_pynccl", "all_reduce")),
     ("scheduling", ("max_running_requests", "max_prefill_length", "schedule_policy", "overlap")),
     ("KV cache", ("page_size", "num_pages", "memory_ratio", "cache", "eviction")),

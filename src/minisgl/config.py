@@ -57,6 +57,9 @@ class Config:
     dtype: str = setting(
         "auto", "--dtype", choices=DTYPES,
         help="of weights and KV cache; auto: on a GPU bfloat16 for BF16 checkpoints, else float16; on the CPU float32")
+    quantization: str | None = setting(
+        None, "--quantization", choices=("fp8",),
+        help="fp8: weights and activations of the layers' matrices in FP8 (default: as the checkpoint has them)")
     device: str = setting("auto", "--device", choices=("auto", "cpu", "cuda"), help="auto: cuda when there is a GPU")
     max_seq_len_override: int | None = setting(
         None, "--max-seq-len-override", least=1, help="tokens of prompt and output together; default: the model's own")
@@ -266,7 +269,7 @@ def check(config: Config) -> None:
         value, choices = getattr(config, field.name), field.metadata["choices"]
         least, most = field.metadata["least"], field.metadata["most"]
         if choices:
-            rules[field.name] = value in choices, f"one of {', '.join(choices)}"
+            rules[field.name] = value is None or value in choices, f"one of {', '.join(choices)}"
         elif least is not None and value is not None:
             bounds = f"at least {least}" if most == math.inf else f"between {least} and {most}"
             rules[field.name] = least <= value <= most, bounds

@@ -114,7 +114,9 @@ def pack_weights(weights: Weights) -> None:
         for name in ("qkv", "o", "gate_up", "down"):
             if (weight := getattr(layer, name)) is not None:
                 setattr(layer, name, pack(weight))
-    weights.head = pack(weights.head)
+    head = pack(weights.head)
+    assert isinstance(head, Tensor)
+    weights.head = head
 
 
 def rope_table(rope: Rope, head_dim: int, max_positions: int, device: torch.device) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from minisgl.errors import ModelError
 
+FP8_BLOCK = 128
 CHECKPOINT_DTYPES = ("float32", "float16", "bfloat16")
 MAX_LAYERS = 10_000
 MAX_COUNT = 2**31 - 1
@@ -65,7 +66,8 @@ class ModelSpec:
     """Everything the decoder must know of a model but its weights.
 
     `windows[i]` is the attention window of layer i: 0 is full attention, w lets a token see itself and the w-1
-    before it. `max_position` counts tokens. `checkpoint_dtype` is one of CHECKPOINT_DTYPES.
+    before it. `max_position` counts tokens. `checkpoint_dtype` is one of CHECKPOINT_DTYPES. `fp8`: matrices of the
+    checkpoint are in FP8.
     """
 
     architecture: str
@@ -88,6 +90,7 @@ class ModelSpec:
     max_position: int
     eos_token_ids: tuple[int, ...]
     checkpoint_dtype: str
+    fp8: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,10 +140,6 @@ def read_spec(folder: Path) -> ModelSpec:
     path = folder / "config.json"
     config = Fields(read_json(path), str(path))
     name, row = _architecture(config)
-    if "quantization_config" in config:
-        method = config.section("quantization_config").values.get("quant_method", "unknown")
-        readable = "safetensors in float32, float16 or bfloat16, and GGUF files, can be read"
-        raise ModelError(f"{path}: the checkpoint is quantised ({method}); {readable}")
     if (activation := config.text("hidden_act", "silu")) != "silu":
         raise ModelError(f"{path}: hidden_act {activation!r} is not supported; silu is")
     num_layers = config.integer("num_hidden_layers")
@@ -171,6 +170,7 @@ def read_spec(folder: Path) -> ModelSpec:
         max_position=max_position,
         eos_token_ids=read_eos_token_ids(folder, config, vocab_size),
         checkpoint_dtype=_dtype(config),
+        fp8="quantization_config" in config and _check_fp8(config.section("quantization_config")),
     )
 
 
@@ -231,6 +231,39 @@ def _moe(config: Fields, num_layers: int) -> Moe | None:
     width = config.integer("moe_intermediate_size")
     norm = config.flag("norm_topk_prob", False)
     return Moe(num_experts=num_experts, top_k=top_k, width=width, norm_topk_prob=norm, layers=layers)
+
+
+def _check_fp8(quantization: Fields) -> bool:
+    """True for weights in FP8: of transformers' `fp8`, and of compressed-tensors. Raises ModelError for others."""
+    method, scheme = quantization.text("quant_method"), ""
+    if method == "fp8":
+        block = quantization.values.get("weight_block_size")
+        scheme = "" if block in (None, [FP8_BLOCK, FP8_BLOCK]) else f"blocks of {block}"
+    elif method == "compressed-tensors":
+        groups = quantization.section("config_groups").values
+        for name in groups:
+            group = quantization.section("config_groups").section(name)
+            weights = group.section("weights", {}).values
+            inputs = group.section("input_activations", {}).values
+            kinds = [(part.get("type"), part.get("num_bits")) for part in (weights, inputs) if part]
+            block = weights.get("block_structure")
+            fits = weights.get("strategy") in ("tensor", "channel") or block in (
+                [FP8_BLOCK] * 2,
+                f"{FP8_BLOCK}x{FP8_BLOCK}",
+            )
+            if set(kinds) != {("float", 8)} or not fits:
+                scheme = f"{kinds}, strategy {weights.get('strategy')}, blocks {block}"
+    else:
+        scheme = "not FP8"
+    if scheme:
+        readable = (
+            f"fp8 with blocks of {FP8_BLOCK} x {FP8_BLOCK} or one scale a matrix, compressed-tensors in FP8 with "
+        )
+        readable += "a scale a matrix, a channel or such a block, and GGUF files"
+        raise ModelError(
+            f"{quantization.where}: the checkpoint is quantised ({method}, {scheme}); what can be read: {readable}"
+        )
+    return True
 
 
 def _dtype(config: Fields) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate
@@ -16,10 +16,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minisgl.core.model_config import Fields, ModelSpec, Moe, read_json, require_file
+from minisgl.core.quantization import BLOCK, FP8, Fp8Weight, Weight, quantize_weight
 from minisgl.errors import NO_PANICS, ModelError, NativePanicError
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 STORED_DTYPES = ("F64", "F32", "F16", "BF16")
+QUANTIZED = ("qkv", "o", "gate_up", "down")  # the matrices that may be in FP8
+SCALES = ("weight_scale_inv", "weight_scale")  # their names in checkpoints, beside `weight`
 INDEX = "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -38,16 +41,16 @@ class LayerWeights:
     """
 
     input_norm: Tensor  # (D,)
-    qkv: Tensor  # ((H + 2K) * head_dim, D)
-    o: Tensor  # (D, H * head_dim)
+    qkv: Weight  # ((H + 2K) * head_dim, D)
+    o: Weight  # (D, H * head_dim)
     post_norm: Tensor  # (D,)
     qkv_bias: Tensor | None = None  # ((H + 2K) * head_dim,)
     o_bias: Tensor | None = None  # (D,)
     q_norm: Tensor | None = None  # (head_dim,)
     k_norm: Tensor | None = None  # (head_dim,)
-    gate_up: Tensor | None = None  # (2I, D), gate first
+    gate_up: Weight | None = None  # (2I, D), gate first
     gate_up_bias: Tensor | None = None  # (2I,)
-    down: Tensor | None = None  # (D, I)
+    down: Weight | None = None  # (D, I)
     down_bias: Tensor | None = None  # (D,)
     router: Tensor | None = None  # (E, D)
     expert_gate_up: Tensor | None = None  # (E, 2Im, D), gate first
@@ -66,10 +69,11 @@ class Weights:
 
 def load_weights(
     folder: Path, spec: ModelSpec, dtype: torch.dtype, device: torch.device, progress: Progress | None = None,
-    sharder: Sharder | None = None,
+    sharder: Sharder | None = None, fp8: bool = False,
 ) -> Weights:  # fmt: skip
     """Read a folder's safetensors, one tensor or shard at a time, once all are checked against `spec`.
 
+    Matrices that are stored in FP8 stay so; with `fp8` the others of `QUANTIZED` are quantised as they are read, too.
     Raises ModelError naming file and tensor.
     """
     with ExitStack() as stack:
@@ -82,30 +86,39 @@ def load_weights(
             tied = "the config ties the output head to the embedding (tie_word_embeddings)"
             logger.warning("%s: %s, and the other %s in the file is not used", folder, tied, HEAD)
         total = held_elements(spec, sharder)
-        tensors: dict[tuple[int | None, str], Tensor] = {}
+        tensors: dict[tuple[int | None, str], Weight] = {}
         for parameter, sources in plan:
             shard = shard_of(parameter, sharder)
             make = torch.zeros if shard.padding else torch.empty
-            tensor = make(shard.shape(parameter.shape), dtype=dtype, device=device)
+            scale = checkpoint.scales(sources)
+            kind = dtype if scale is None else FP8
+            tensor = make(shard.shape(parameter.shape), dtype=kind, device=device)
             for source in sources:
                 for take, region in shard_slices(source, shard):
                     checkpoint.read_into(source.name, tensor[region], take)
-            tensors[parameter.layer, parameter.field] = tensor
+            weight: Weight = tensor
+            if scale is not None:
+                weight = Fp8Weight(tensor, scale_shard(scale, parameter.shape[0], shard, sources[0].name).to(device))
+                weight = weight if parameter.field in QUANTIZED else weight.dequantize(dtype)
+            elif fp8 and parameter.field in QUANTIZED:
+                weight = quantize_weight(tensor)
+            tensors[parameter.layer, parameter.field] = weight
             if progress is not None:
                 progress(tensor.numel(), total)
     return assemble(spec, tensors)
 
 
 def dummy_weights(
-    spec: ModelSpec, dtype: torch.dtype, device: torch.device, seed: int = 0, sharder: Sharder | None = None
-) -> Weights:
+    spec: ModelSpec, dtype: torch.dtype, device: torch.device, seed: int = 0, sharder: Sharder | None = None,
+    fp8: bool = False,
+) -> Weights:  # fmt: skip
     """Seeded noise under which activations stay of order one at any depth; ranks' shards are those of one model.
 
     Norms are 1. Matrices have standard deviation 1 / sqrt(fan in), those that add to the residual stream a further
     1 / sqrt(2 layers), so that its variance does not grow with depth (as GPT-2 does at initialisation).
     """
     generator = torch.Generator(device).manual_seed(seed)
-    tensors = {}
+    tensors: dict[tuple[int | None, str], Weight] = {}
     for parameter in parameters(spec):
         tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
         if parameter.field.endswith("norm"):
@@ -115,15 +128,17 @@ def dummy_weights(
             if parameter.field in BLOCK_OUTPUTS:
                 std /= math.sqrt(2 * spec.num_layers)
             tensor.normal_(0.0, std, generator=generator)
-        tensors[parameter.layer, parameter.field] = shard_of(parameter, sharder).of(tensor)
+        tensor = shard_of(parameter, sharder).of(tensor)
+        quantized = fp8 and parameter.field in QUANTIZED
+        tensors[parameter.layer, parameter.field] = quantize_weight(tensor) if quantized else tensor
     return assemble(spec, tensors)
 
 
-def assemble(spec: ModelSpec, tensors: Mapping[tuple[int | None, str], Tensor]) -> Weights:
+def assemble(spec: ModelSpec, tensors: Mapping[tuple[int | None, str], Any]) -> Weights:
     """Weights from tensors by (layer, field), as `parameters` names them; one without elements is left out."""
-    layers: list[dict[str, Tensor]] = [{} for _ in range(spec.num_layers)]
+    layers: list[dict[str, Any]] = [{} for _ in range(spec.num_layers)]
     for (layer, name), tensor in tensors.items():
-        if layer is not None and tensor.numel():
+        if layer is not None and math.prod(tensor.shape):
             layers[layer][name] = tensor
     embedding = tensors[None, "embedding"]
     head = embedding if spec.tie_embeddings else tensors[None, "head"]
@@ -251,9 +266,20 @@ def shard_of(parameter: Parameter, sharder: Sharder | None) -> Shard:
     return shard or Shard(len(parameter.shape) - 1, ((0, parameter.shape[-1]),))
 
 
-def held_elements(spec: ModelSpec, sharder: Sharder | None) -> int:
-    """How many elements a rank holds of all parameters."""
-    return sum(math.prod(shard_of(parameter, sharder).shape(parameter.shape)) for parameter in parameters(spec))
+def held_elements(spec: ModelSpec, sharder: Sharder | None, fields: Sequence[str] | None = None) -> int:
+    """How many elements a rank holds of all parameters, or of those of some fields."""
+    kept = [parameter for parameter in parameters(spec) if fields is None or parameter.field in fields]
+    return sum(math.prod(shard_of(parameter, sharder).shape(parameter.shape)) for parameter in kept)
+
+
+def scale_shard(scale: Tensor, rows: int, shard: Shard, name: str) -> Tensor:
+    """`Fp8Weight.scale` of a shard, from that of the whole parameter of so many rows."""
+    if len(scale) == rows:
+        return shard.of(scale) if shard.axis == 0 else scale
+    for start, stop in shard.ranges:
+        if start % BLOCK or (stop % BLOCK and stop <= (scale.shape[shard.axis] - 1) * BLOCK):
+            raise ModelError(f"tensor {name}: a part from {start} to {stop} splits a block of {BLOCK}; use fewer ranks")
+    return Shard(shard.axis, tuple((start // BLOCK, -(-stop // BLOCK)) for start, stop in shard.ranges)).of(scale)
 
 
 def shard_slices(source: Source, shard: Shard) -> list[tuple[Region, Region]]:
@@ -296,7 +322,10 @@ class Checkpoint:
         stored = file.get_slice(name)
         if (found := tuple(stored.get_shape())) != shape:
             raise ModelError(f"{path}: tensor {name} has shape {found}, the config asks for {shape}")
-        if (dtype := stored.get_dtype()) not in STORED_DTYPES:
+        dtype = stored.get_dtype()
+        if dtype == "F8_E4M3" and self._scale_name(name) is None:
+            raise ModelError(f"{path}: tensor {name} is stored as {dtype}, and there is no {SCALES[1]} beside it")
+        if dtype not in (*STORED_DTYPES, "F8_E4M3"):
             raise ModelError(f"{path}: tensor {name} is stored as {dtype}; {', '.join(STORED_DTYPES)} can be read")
 
     def check_complete(self, used: set[str]) -> None:
@@ -314,6 +343,51 @@ class Checkpoint:
             return True
         rows = range(0, shape[0], -(-shape[0] // 64))
         return any(not torch.equal(first[row].float(), second[row].float()) for row in rows)
+
+    def scales(self, sources: Sequence[Source]) -> Tensor | None:
+        """`Fp8Weight.scale` of a parameter in FP8; None where it is in none."""
+        stored = [self._find(source.name)[1].get_slice(source.name).get_dtype() == "F8_E4M3" for source in sources]
+        if not any(stored):
+            return None
+        if sources[0].expert is not None:
+            raise ModelError(f"{self.folder}: tensor {sources[0].name}: experts in FP8 cannot be read")
+        if not all(stored):
+            names = ", ".join(source.name for source in sources)
+            raise ModelError(f"{self.folder}: {names} are one matrix here, and only some of them are in FP8")
+        scales = [self._scale(source) for source in sources]
+        in_rows = [len(scale) == source.shape[0] for scale, source in zip(scales, sources, strict=True)]
+        odd = [source.name for source in sources[:-1] if source.shape[0] % BLOCK]
+        if any(in_rows) and not all(in_rows):
+            raise ModelError(f"{self.folder}: {sources[0].name} and those beside it are scaled in different ways")
+        if odd and not all(in_rows):
+            raise ModelError(
+                f"{self.folder}: tensor {odd[0]}: its rows are no multiple of {BLOCK}, the side of a block"
+            )
+        return torch.cat(scales)
+
+    def _scale(self, source: Source) -> Tensor:
+        """`Fp8Weight.scale` of one tensor."""
+        name = self._scale_name(source.name)
+        assert name is not None
+        path, file = self._find(name)
+        scale: Tensor = file.get_tensor(name).float()
+        rows, columns = source.shape
+        blocks = -(-rows // BLOCK), -(-columns // BLOCK)
+        if not (scale.isfinite() & (scale > 0)).all():
+            raise ModelError(f"{path}: tensor {name} has a scale that is not positive and finite")
+        if scale.numel() == 1:
+            return scale.reshape(1, 1).expand(rows, 1)
+        if scale.shape in ((rows,), (rows, 1)):
+            return scale.reshape(rows, 1)
+        if scale.shape == blocks:
+            return scale
+        found = tuple(scale.shape)
+        rule = f"one, {rows} for the rows or {blocks} for blocks of {BLOCK} x {BLOCK}"
+        raise ModelError(f"{path}: tensor {name} has shape {found}; a weight of {source.shape} has {rule}")
+
+    def _scale_name(self, name: str) -> str | None:
+        module = name.removesuffix("weight")
+        return next((module + scale for scale in SCALES if module + scale in self), None)
 
     def read_into(self, name: str, destination: Tensor, take: Region) -> None:
         """Copy a part of a tensor into `destination`, converting dtype and device; nothing else of it is read."""

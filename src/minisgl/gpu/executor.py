@@ -52,11 +52,12 @@ def build_local_executor(
     ops = operations_for(device, spec.hidden_size) if share is None else share.operations
     choose(config.attn, attention_shape(local, config), available_backends(device), capability(device))
     before = available_memory(device)
-    require_weights_fit(spec, dtype, device, sharder)
+    fp8 = config.quantization == "fp8"
+    require_weights_fit(spec, dtype, device, sharder, fp8 or spec.fp8)
     if config.dummy_weight:
-        weights = dummy_weights(spec, dtype, device, sharder=sharder)
+        weights = dummy_weights(spec, dtype, device, sharder=sharder, fp8=fp8 or spec.fp8)
     else:
-        weights = load_weights(folder, spec, dtype, device, progress, sharder)
+        weights = load_weights(folder, spec, dtype, device, progress, sharder, fp8)
     pack_weights(weights)
     attention, _ = make_attention(config.attn, attention_shape(local, config), device)
     num_pages = measure_pages(config, Decoder(local, weights, attention, max_seq_len, ops), dtype, max_seq_len, before)

@@ -18,7 +18,7 @@ from minisgl.core.model_config import ModelSpec
 from minisgl.core.model_runner import ModelRunner
 from minisgl.core.plan import NEUTRAL_PENALTIES, LogitsInit, LogitsRows, NewRows, StepPlan
 from minisgl.core.types import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
-from minisgl.core.weights import Sharder, held_elements
+from minisgl.core.weights import QUANTIZED, Sharder, held_elements
 from minisgl.errors import ConfigError
 from minisgl.gpu.cuda_graphs import graph_sizes, piecewise_max_tokens, piecewise_sizes
 
@@ -108,11 +108,16 @@ def require_pages_fit(config: Config, share: ModelSpec, dtype: torch.dtype) -> N
         raise ConfigError(f"--num-pages {pages} needs {pages * size / GIB:.2f} GiB, and {there}; {page}")
 
 
-def require_weights_fit(spec: ModelSpec, dtype: torch.dtype, device: torch.device, sharder: Sharder | None) -> None:
+def require_weights_fit(
+    spec: ModelSpec, dtype: torch.dtype, device: torch.device, sharder: Sharder | None, fp8: bool = False
+) -> None:
     """Raise ConfigError with the numbers when the weights, or what `sharder` keeps, need more than a GPU has free."""
     needed = held_elements(spec, sharder) * dtype.itemsize
+    if fp8:
+        needed -= held_elements(spec, sharder, QUANTIZED) * (dtype.itemsize - 1)
     if device.type == "cuda" and needed > (free := available_memory(device)):
-        weights = f"its weights take {needed / GIB:.2f} GiB in {str(dtype).removeprefix('torch.')}"
+        kind = f"{str(dtype).removeprefix('torch.')}{' and FP8' if fp8 else ''}"
+        weights = f"its weights take {needed / GIB:.2f} GiB in {kind}"
         raise ConfigError(f"the model does not fit: {weights}, and {free / GIB:.2f} GiB of memory are free")
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from minisgl.core.ops import PLAIN, Operations
 from minisgl.core.ops import linear as cublas_linear
+from minisgl.core.quantization import Fp8Weight, Weight
 from minisgl.core.sampler import SamplingRows
 
 MAX_FUSED_DIM = 8192
@@ -33,11 +34,13 @@ def fused_operations(device: torch.device) -> Operations:
     | 2 to 96     | more than 8M  | `stream`, on Hopper                                               |
     | any         | any           | cuBLAS                                                            |
     """
-    from minisgl.gpu.kernels import elementwise, linear, moe, sampling, stream
+    from minisgl.gpu.kernels import elementwise, fp8, linear, moe, sampling, stream
 
     no_stream = stream.trial(device)
 
-    def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def fused_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+        if isinstance(weight, Fp8Weight):
+            return fp8.linear(x, weight, bias)
         if linear.fits_linear(x, weight, linear.MAX_ROWS):
             return linear.linear(x, weight, bias)
         if bias is None and linear.fits_gemv(x, weight):
@@ -46,12 +49,16 @@ def fused_operations(device: torch.device) -> Operations:
             return stream.linear(x, weight, bias)
         return cublas_linear(x, weight, bias)
 
-    def row_parallel_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def row_parallel_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+        if isinstance(weight, Fp8Weight):
+            return fp8.linear(x, weight, bias, split=True)
         if bias is None and linear.fits_linear(x, weight, linear.MAX_SPLIT_K_ROWS):
             return linear.split_k_linear(x, weight)
         return fused_linear(x, weight, bias)
 
-    def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+        if isinstance(weight, Fp8Weight):
+            return elementwise.silu_mul(fp8.linear(x, weight, bias))
         if bias is None and linear.fits_linear(x, weight, linear.MAX_ROWS):
             return linear.gated_linear(x, weight)
         if bias is None and linear.fits_gemv(x, weight):
