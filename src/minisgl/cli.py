@@ -28,7 +28,7 @@ GROUPS: Final = (
     ("model", ("model", "model_source", "dummy_weight", "dtype", "quantization", "device", "max_seq_len_override")),
     ("parallelism", ("tp", "disable_pynccl", "all_reduce")),
     ("scheduling", ("max_running_requests", "max_prefill_length", "schedule_policy", "overlap")),
-    ("KV cache", ("page_size", "num_pages", "memory_ratio", "cache", "eviction")),
+    ("KV cache", ("page_size", "num_pages", "memory_ratio", "kv_cache_dtype", "cache", "eviction")),
     ("kernels", ("attn", "cuda_graph_max_bs", "piecewise_cuda_graph_max_tokens")),
     ("observation", ("trace_steps", "record")),
     ("interface", ("host", "port", "served_model_name", "api_workers", "debug_endpoints", "shell", "log_level")),

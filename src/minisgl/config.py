@@ -60,6 +60,9 @@ class Config:
     quantization: str | None = setting(
         None, "--quantization", choices=("fp8",),
         help="fp8: weights and activations of the layers' matrices in FP8 (default: as the checkpoint has them)")
+    kv_cache_dtype: str = setting(
+        "auto", "--kv-cache-dtype", choices=("auto", "fp8_e4m3"),
+        help="of keys and values: auto is --dtype, fp8_e4m3 takes half of its bytes")
     device: str = setting("auto", "--device", choices=("auto", "cpu", "cuda"), help="auto: cuda when there is a GPU")
     max_seq_len_override: int | None = setting(
         None, "--max-seq-len-override", least=1, help="tokens of prompt and output together; default: the model's own")

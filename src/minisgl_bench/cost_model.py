@@ -235,7 +235,7 @@ def pages_that_fit(spec: ModelSpec, config: Config, gpu: GpuConstants, max_seq_l
     activations = config.max_prefill_length * token_bytes(share, dtype.itemsize) + logits
     graphs = graph_bytes(config, share, vocab, dtype, max_seq_len)
     ratio = DEFAULT_RATIO if config.memory_ratio is None else config.memory_ratio
-    room, size = ratio * gpu.memory - weights - activations - graphs, page_cost(config, share, dtype)
+    room, size = ratio * gpu.memory - weights - activations - graphs, page_cost(config, share)
     if room < 2 * size:
         needed = (weights + activations + graphs) / 2**30
         raise ConfigError(f"{gpu.name}: weights, activations and graphs take {needed:.1f} GiB, so no KV page fits")

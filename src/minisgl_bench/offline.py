@@ -12,7 +12,9 @@ from typing import Any
 
 from minisgl.config import Config
 from minisgl.core.executor import LocalExecutor
+from minisgl.core.quantization import Fp8Weight
 from minisgl.core.types import SamplingParams
+from minisgl.core.weights import TORCH_DTYPES
 from minisgl.distributed.executor import GroupExecutor
 from minisgl.llm import LLM
 from minisgl_bench.compare import comparable, compare_transformers, measure, warm_up
@@ -42,7 +44,7 @@ def run(config: Config, options: argparse.Namespace, arguments: Sequence[str]) -
         assert isinstance(executor, LocalExecutor)
         peak = options.peak_rates
         if peak is None and gpu:
-            peak = measure_peak_rates(executor.device, executor.runner.kv.k.dtype)
+            peak = measure_peak_rates(executor.device, TORCH_DTYPES[config.dtype])
         warm_up(llm, workload, gpu)
         figures, steps = measure(llm, workload)
         figures["start_to_first_token_seconds"] = first_token
@@ -52,7 +54,9 @@ def run(config: Config, options: argparse.Namespace, arguments: Sequence[str]) -
             # of several ranks the least time is that of one's share, as if they added up in no time
             model, slots = executor.runner.decoder.spec, len(executor.runner.tables.length) - 1
             share = dataclasses.replace(model, vocab_size=model.vocab_size // config.tp)
-            least = roofline(share, workload, slots, executor.runner.kv.k.dtype.itemsize, peak)
+            weights, kept = executor.runner.decoder.weights, executor.runner.kv.k.dtype.itemsize
+            fp8 = isinstance(weights.layers[0].o, Fp8Weight)
+            least = roofline(share, workload, slots, weights.embedding.dtype.itemsize, peak, fp8, kept)
             figures["share_of_roofline"] = least.seconds / figures["seconds"]
             totals = {"output_tokens_per_second": least.tokens_per_second, "seconds": least.seconds}
             report.figures["peak_rates"] = dataclasses.asdict(peak)

@@ -98,19 +98,31 @@ def visible(lengths: NDArray[np.int64], windows: Sequence[int]) -> int:
     return sum(int((np.minimum(lengths, window) if window else lengths).sum()) for window in windows)
 
 
-def roofline(spec: ModelSpec, workload: Workload, running: int, itemsize: int, peak: PeakRates) -> Roofline:
-    """The least time of a workload without shared prefixes, `running` requests at a time, `itemsize` bytes a weight."""
+def roofline(
+    spec: ModelSpec,
+    workload: Workload,
+    running: int,
+    itemsize: int,
+    peak: PeakRates,
+    fp8: bool = False,
+    kv_itemsize: int = 0,
+) -> Roofline:
+    """The least time of a workload without shared prefixes, `running` requests at a time, `itemsize` bytes a weight.
+
+    With `fp8` the layers' dense matrices have one byte and twice the flops. `kv_itemsize` is of the cache, if another.
+    """
     inputs, outputs = [len(prompt) for prompt in workload.prompts], workload.output_lens
     matrices = Matrices.of(spec)
     prompt_lengths = np.concatenate([np.arange(1, n + 1) for n in inputs])
     decode_lengths = np.concatenate([np.arange(n + 1, n + m) for n, m in zip(inputs, outputs, strict=True)])
-    kv_bytes = 2 * spec.num_kv_heads * spec.head_dim * itemsize * visible(decode_lengths, spec.windows)
-    prefill_flops = 2 * matrices.active * sum(inputs) + 2 * matrices.head * len(inputs)
+    kv_bytes = 2 * spec.num_kv_heads * spec.head_dim * (kv_itemsize or itemsize) * visible(decode_lengths, spec.windows)
+    saved = matrices.shared / 2 if fp8 else 0.0  # in bfloat16's flops
+    prefill_flops = 2 * (matrices.active - saved) * sum(inputs) + 2 * matrices.head * len(inputs)
     # scores and their sum over values, 2 flops each
     prefill_flops += 4 * spec.num_heads * spec.head_dim * visible(prompt_lengths, spec.windows)
     rows = decode_batches(outputs, running)
-    reading = matrices.read(rows) * itemsize / peak.read
-    computing = 2.0 * (matrices.active + matrices.head) * rows / peak.flops
+    reading = (matrices.read(rows) * itemsize - (matrices.shared * (itemsize - 1) if fp8 else 0)) / peak.read
+    computing = 2.0 * (matrices.active - saved + matrices.head) * rows / peak.flops
     return Roofline(
         prefill_seconds=prefill_flops / peak.flops,
         kv_seconds=kv_bytes / peak.read,

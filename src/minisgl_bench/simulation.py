@@ -15,6 +15,7 @@ from minisgl.core.engine import Engine
 from minisgl.core.model_config import ModelSpec
 from minisgl.core.types import ModelInfo, Request, SamplingParams, TokenEvent
 from minisgl.distributed.shard import check_shards
+from minisgl.errors import ConfigError
 from minisgl_bench import traffic
 from minisgl_bench.cost_model import CostModel, GpuConstants, pages_that_fit
 from minisgl_bench.metrics import RequestRecord
@@ -30,6 +31,8 @@ class Replica:
 
     def __init__(self, spec: ModelSpec, config: Config, gpu: GpuConstants, exact: bool = False) -> None:
         check_shards(spec, config.tp)
+        if config.quantization or spec.fp8 or config.kv_cache_dtype != "auto":
+            raise ConfigError("the simulator knows no FP8: leave out --quantization and --kv-cache-dtype")
         self.gpu = gpu
         machine = Machine(True, gpu.name, gpu.memory, config.tp)
         self.config = config = resolve(config, machine, spec.checkpoint_dtype).config

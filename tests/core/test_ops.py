@@ -75,6 +75,7 @@ def test_moe_weighs_the_chosen_experts(norm: bool) -> None:
 
 def test_only_what_gains_is_packed() -> None:
     packed = pack(torch.randn(4, 4))
+    assert isinstance(packed, torch.Tensor)
     assert packed.is_mkldnn
     for weight in (packed, torch.randn(4, 4, dtype=torch.bfloat16), torch.randn(2, 4, 4)):
         assert pack(weight) is weight

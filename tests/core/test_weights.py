@@ -71,7 +71,7 @@ def test_every_architecture_loads_what_transformers_saved(tmp_path: Path, case: 
     model = save(tmp_path, case, **({"max_shard_size": "30KB"} if sharded else {}))
     assert (len(list(tmp_path.glob("*.safetensors"))) > 2) == sharded
     weights = load(tmp_path, dtype)
-    assert weights.layers[2].qkv.dtype == dtype
+    assert weights.layers[2].input_norm.dtype == dtype
     assert_same(weights, model, read_spec(tmp_path))
     if case == "qwen3-moe" and not sharded:
         model = save(tmp_path, case, save_original_format=False)

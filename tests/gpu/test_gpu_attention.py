@@ -10,6 +10,7 @@ from torch import Tensor
 from helpers.attention import Case, random_case
 from minisgl.core.attention import AttentionBackend, TorchAttention
 from minisgl.core.kv_cache import KVCache
+from minisgl.core.quantization import FP8, to_kv
 from minisgl.gpu.attention.interface import GraphBackend
 from minisgl.gpu.attention.select import Shape, available_backends, make_attention, refusal
 
@@ -60,6 +61,24 @@ def test_backend_equals_float32(name: str, group: int, head_dim: int, page_size:
         query_lens, lens = zip(*chunks, strict=True)
         case = random_case(lens, query_lens, KV_HEADS, group, head_dim, page_size, torch.bfloat16, DEVICE)
         assert_close(prefill.plan_prefill(case.rows, case.kv).run(case.q, 1, window), exact(case, window))
+
+
+@pytest.mark.parametrize(("name", "limit"), [("triton", 1e-2), ("fa", 5e-2)])  # fa has queries in FP8, too
+@pytest.mark.parametrize(("group", "head_dim", "page_size"), [(2, 128, 16), (5, 128, 64), (8, 64, 256)])
+def test_keys_and_values_in_fp8(name: str, limit: float, group: int, head_dim: int, page_size: int) -> None:
+    prefill, decode = backends(name, group, head_dim, page_size)
+    cases = [random_case(lens, None, KV_HEADS, group, head_dim, page_size, torch.bfloat16, DEVICE) for lens in DECODES]
+    for chunks in PREFILLS:
+        query_lens, lens = zip(*chunks, strict=True)
+        cases.append(random_case(lens, query_lens, KV_HEADS, group, head_dim, page_size, torch.bfloat16, DEVICE))
+    for case in cases:
+        kept = KVCache(to_kv(case.kv.k, FP8), to_kv(case.kv.v, FP8))
+        plan = decode.plan_decode if case.decode else prefill.plan_prefill
+        out = plan(case.rows, kept).run(case.q, 1, 0)
+        assert out.dtype == torch.bfloat16
+        expected = exact(dataclasses.replace(case, kv=kept), 0)
+        error = torch.linalg.vector_norm(out.float() - expected) / torch.linalg.vector_norm(expected)
+        assert error < limit, f"relative error {error:.2e}"
 
 
 @pytest.mark.parametrize(("rows", "page_size"), [(1, 64), (5, 16), (40, 16), (140, 16), (140, 64)])

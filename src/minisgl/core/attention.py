@@ -168,8 +168,8 @@ class _Decode:
 
     def _attend(self, q: Tensor, layer: int, group: _Group) -> Tensor:
         (g, heads, head_dim), kv_heads = q.shape, self.kv.k.shape[3]
-        k = self.kv.k[layer].index_select(0, group.pages).view(g, -1, kv_heads, head_dim).transpose(1, 2)
-        v = self.kv.v[layer].index_select(0, group.pages).view(g, -1, kv_heads, head_dim).transpose(1, 2)
+        k = pages_of(self.kv.k[layer], group.pages, q.dtype).view(g, -1, kv_heads, head_dim).transpose(1, 2)
+        v = pages_of(self.kv.v[layer], group.pages, q.dtype).view(g, -1, kv_heads, head_dim).transpose(1, 2)
         # The queries that share a KV head take the place of a query's length, so that k and v are never repeated.
         grouped = q.view(g, kv_heads, heads // kv_heads, head_dim)
         return F.scaled_dot_product_attention(grouped, k, v, attn_mask=group.mask).reshape(q.shape)
@@ -195,6 +195,13 @@ class _Decode:
         mask = (tokens >= first_token[:, None]) & (tokens < lens[:, None])
         pages = table.reshape(-1).index_select(0, _send(flat.reshape(-1), device))
         return _Group(_send(order, device), pages, _send(mask[:, None, None], device))
+
+
+def pages_of(cache: Tensor, pages: Tensor, dtype: torch.dtype) -> Tensor:
+    """Some pages of one layer's keys or values, in the dtype of the queries."""
+    if cache.dtype == dtype:
+        return cache.index_select(0, pages)
+    return cache.view(torch.uint8).index_select(0, pages).view(cache.dtype).to(dtype)
 
 
 def split_by_length(lens: Int32, limit: int) -> list[Int64]:
@@ -239,8 +246,8 @@ class _Prefill:
         for block in self.blocks[window]:
             if block.row != row:
                 row = block.row
-                k = self.kv.k[layer].index_select(0, self.pages[row]).view(-1, kv_heads, head_dim).transpose(0, 1)
-                v = self.kv.v[layer].index_select(0, self.pages[row]).view(-1, kv_heads, head_dim).transpose(0, 1)
+                k = pages_of(self.kv.k[layer], self.pages[row], q.dtype).view(-1, kv_heads, head_dim).transpose(0, 1)
+                v = pages_of(self.kv.v[layer], self.pages[row], q.dtype).view(-1, kv_heads, head_dim).transpose(0, 1)
             queries = q[block.first : block.last].transpose(0, 1).unsqueeze(0)
             keys, values = k[None, :, block.low : block.high], v[None, :, block.low : block.high]
             heads = F.scaled_dot_product_attention(

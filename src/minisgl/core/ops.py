@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisgl.core.quantization import Fp8Weight, Weight, fp8_linear
+from minisgl.core.quantization import FP8, Fp8Weight, Weight, fp8_linear, to_kv
 from minisgl.core.sampler import SamplingRows, sample
 
 TYPICAL_ROWS = 8  # of the activation that a packed weight is laid out for; layouts differ little from 2 to 512
@@ -88,8 +88,11 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
 
     k, v (T, K, hd); k_cache, v_cache (pages, page_size, K, hd); slot_mapping int64 (T,) = page * page_size + offset.
     """
-    k_cache.view(-1, *k.shape[1:]).index_copy_(0, slot_mapping, k)
-    v_cache.view(-1, *v.shape[1:]).index_copy_(0, slot_mapping, v)
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        # As bytes where it is FP8, which torch does not index.
+        kept = to_kv(new, cache.dtype)
+        kept = kept.view(torch.uint8) if cache.dtype == FP8 else kept
+        cache.view(kept.dtype).view(-1, *new.shape[1:]).index_copy_(0, slot_mapping, kept)
 
 
 def rope_store_kv(

@@ -58,6 +58,11 @@ def quantize_weight(weight: Tensor) -> Fp8Weight:
     return Fp8Weight(*quantize(weight))
 
 
+def to_kv(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Keys or values as the cache keeps them; what FP8 cannot hold becomes its largest number."""
+    return x.clamp(-FP8_MAX, FP8_MAX).to(FP8) if dtype == FP8 else x
+
+
 def fp8_linear(x: Tensor, weight: Fp8Weight, bias: Tensor | None = None) -> Tensor:
     """x (T, K), quantised as the weight is, times a weight (N, K), plus bias (N,) -> (T, N); computed in float32."""
     data, scale = quantize(x, BLOCK if weight.blocks else None)

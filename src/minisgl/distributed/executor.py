@@ -93,7 +93,7 @@ def build_group_executor(
     """
     check_shards(spec, config.tp)
     share = local_spec(spec, config.tp)
-    require_pages_fit(config, share, TORCH_DTYPES[config.dtype])  # before workers start
+    require_pages_fit(config, share)  # before workers start
     kind = torch.device(config.device)
     choice = choose(config.attn, attention_shape(share, config), available_backends(kind), capability(kind))
     config = config.replace(attn=f"{choice.prefill},{choice.decode}")

@@ -19,7 +19,7 @@ from minisgl.core.weights import TORCH_DTYPES, Progress, Sharder, Weights, dummy
 from minisgl.gpu.attention.interface import GraphBackend
 from minisgl.gpu.attention.select import Shape, available_backends, capability, choose, make_attention
 from minisgl.gpu.cuda_graphs import DecodeGraphs, PiecewiseGraphs, graph_sizes, piecewise_max_tokens
-from minisgl.gpu.memory import available_memory, measure_pages, require_pages_fit, require_weights_fit
+from minisgl.gpu.memory import available_memory, kv_dtype, measure_pages, require_pages_fit, require_weights_fit
 from minisgl.gpu.operations import operations_for
 
 
@@ -34,7 +34,8 @@ class RankShare:
 
 
 def attention_shape(spec: ModelSpec, config: Config) -> Shape:
-    return Shape(head_dim=spec.head_dim, dtype=TORCH_DTYPES[config.dtype], page_size=config.page_size)
+    fp8 = config.kv_cache_dtype == "fp8_e4m3"
+    return Shape(head_dim=spec.head_dim, dtype=TORCH_DTYPES[config.dtype], page_size=config.page_size, fp8_kv=fp8)
 
 
 def build_local_executor(
@@ -48,7 +49,7 @@ def build_local_executor(
     """
     device, dtype = torch.device(config.device), TORCH_DTYPES[config.dtype]
     local, sharder = (spec, None) if share is None else (share.spec, share.sharder)
-    require_pages_fit(config, local, dtype)
+    require_pages_fit(config, local)
     ops = operations_for(device, spec.hidden_size) if share is None else share.operations
     choose(config.attn, attention_shape(local, config), available_backends(device), capability(device))
     before = available_memory(device)
@@ -73,10 +74,11 @@ def make_executor(
     """An executor over weights on `config.device`. `config` is resolved, with `num_pages`."""
     assert config.num_pages is not None
     assert config.max_running_requests is not None
-    device, dtype = torch.device(config.device), TORCH_DTYPES[config.dtype]
+    device = torch.device(config.device)
     num_pages, page_size = config.num_pages, config.page_size
     max_seq_len = min(max_seq_len, num_pages * page_size)
-    kv = allocate_kv(spec.num_layers, num_pages, page_size, spec.num_kv_heads, spec.head_dim, dtype, device)
+    kept = kv_dtype(config)
+    kv = allocate_kv(spec.num_layers, num_pages, page_size, spec.num_kv_heads, spec.head_dim, kept, device)
     attention, choice = make_attention(config.attn, attention_shape(spec, config), device)
     decoder = Decoder(spec, weights, attention, max_seq_len, ops or operations_for(device, spec.hidden_size))
     runner = ModelRunner(decoder, kv, config.max_running_requests, max_seq_len, device)

@@ -17,8 +17,9 @@ from minisgl.core.kv_cache import allocate_kv, page_bytes
 from minisgl.core.model_config import ModelSpec
 from minisgl.core.model_runner import ModelRunner
 from minisgl.core.plan import NEUTRAL_PENALTIES, LogitsInit, LogitsRows, NewRows, StepPlan
+from minisgl.core.quantization import FP8
 from minisgl.core.types import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
-from minisgl.core.weights import QUANTIZED, Sharder, held_elements
+from minisgl.core.weights import QUANTIZED, TORCH_DTYPES, Sharder, held_elements
 from minisgl.errors import ConfigError
 from minisgl.gpu.cuda_graphs import graph_sizes, piecewise_max_tokens, piecewise_sizes
 
@@ -91,15 +92,19 @@ def token_bytes(spec: ModelSpec, item: int) -> int:
     return (4 * spec.hidden_size + attention + mlp) * item
 
 
-def page_cost(config: Config, share: ModelSpec, dtype: torch.dtype) -> int:
+def kv_dtype(config: Config) -> torch.dtype:
+    return FP8 if config.kv_cache_dtype == "fp8_e4m3" else TORCH_DTYPES[config.dtype]
+
+
+def page_cost(config: Config, share: ModelSpec) -> int:
     """Bytes of a page on a GPU with a rank's `share`; on the CPU, whose ranks share the memory, on all ranks."""
-    size = page_bytes(share.num_layers, config.page_size, share.num_kv_heads, share.head_dim, dtype)
+    size = page_bytes(share.num_layers, config.page_size, share.num_kv_heads, share.head_dim, kv_dtype(config))
     return size * (config.tp if config.device == "cpu" else 1)
 
 
-def require_pages_fit(config: Config, share: ModelSpec, dtype: torch.dtype) -> None:
+def require_pages_fit(config: Config, share: ModelSpec) -> None:
     """Raise ConfigError for a `num_pages` that is wrong whatever is free; `measure_pages` checks the rest."""
-    pages, size = config.num_pages, page_cost(config, share, dtype)
+    pages, size = config.num_pages, page_cost(config, share)
     if pages is not None and pages * config.page_size < 2:
         raise ConfigError(f"--num-pages {pages} of {config.page_size} token holds no request; give more")
     if pages is not None and pages * size > (total := total_memory(torch.device(config.device))):
@@ -129,7 +134,7 @@ def measure_pages(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_
     Raises ConfigError with the numbers when no page, or not the pages asked for, fit.
     """
     device, spec = torch.device(config.device), decoder.spec
-    size = page_cost(config, spec, dtype)
+    size = page_cost(config, spec)
     ratio = DEFAULT_RATIO if config.memory_ratio is None else config.memory_ratio
     taken = before - available_memory(device)
     if device.type == "cuda":
@@ -167,7 +172,8 @@ def _forward_peak(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_
     device, spec = torch.device(config.device), decoder.spec
     rows = min(config.max_running_requests, config.max_prefill_length)
     length = min(config.max_prefill_length // rows, max_seq_len)
-    kv = allocate_kv(spec.num_layers, 0, config.page_size, spec.num_kv_heads, spec.head_dim, dtype, device)
+    kept = kv_dtype(config)
+    kv = allocate_kv(spec.num_layers, 0, config.page_size, spec.num_kv_heads, spec.head_dim, kept, device)
     runner = ModelRunner(decoder, kv, rows, max_seq_len, device)
     if max_seq_len >= WARM_UP_TOKENS:
         warm_up(runner, rows)

@@ -3,11 +3,16 @@
 import pytest
 import torch
 
+from helpers.attention import random_case
 from helpers.gemm import error, matrices
 from helpers.gpu import DEVICE
-from minisgl.core.quantization import BLOCK, FP8_MAX, Fp8Weight, fp8_linear, quantize, quantize_weight
+from minisgl.core.attention import RopeStore, TorchAttention
+from minisgl.core.kv_cache import KVCache
+from minisgl.core.quantization import BLOCK, FP8, FP8_MAX, Fp8Weight, fp8_linear, quantize, quantize_weight, to_kv
+from minisgl.gpu.attention.interface import to_device
 from minisgl.gpu.kernels import fp8
-from minisgl.gpu.kernels.elementwise import add_rms_norm
+from minisgl.gpu.kernels.decode import DecodeAttention, DecodeSplit, Workspaces
+from minisgl.gpu.kernels.elementwise import add_rms_norm, rope_store_kv
 
 pytestmark = pytest.mark.gpu
 
@@ -46,6 +51,27 @@ def test_linear_is_the_twins(rows: int, columns: int, inner: int, form: str, bia
     added = offset if bias else None
     wanted = fp8_linear(x.float(), weight, None if added is None else added.float())
     assert error(fp8.linear(x, weight, added), wanted) < 5e-3
+
+
+@pytest.mark.parametrize("split", [DecodeSplit(16, 1, 7, 0), DecodeSplit(16, 4, 2, 3), DecodeSplit(128, 4, 2, 2)])
+def test_decode_writes_and_reads_the_cache_as_rope_and_attention_do(split: DecodeSplit) -> None:
+    case = random_case((300, 16, 17, 1), None, 2, 5, 128, 16, torch.bfloat16, DEVICE)
+    kv = KVCache(to_kv(case.kv.k, FP8), to_kv(case.kv.v, FP8))
+    rows = to_device(case.rows, 16)
+    plan = DecodeAttention(rows.page_table, rows.kv_lens, kv, Workspaces(DEVICE), 132, split)
+    positions = rows.kv_lens - 1
+    pages = rows.page_table.gather(1, (positions // 16).long().unsqueeze(1)).squeeze(1).long()
+    qkv = torch.randn(4, 14 * 128, device=DEVICE).bfloat16()
+    cos_sin, gain = torch.randn(320, 128, device=DEVICE), torch.randn(128, device=DEVICE).bfloat16()
+    k, v = kv.k[1].clone(), kv.v[1].clone()
+    rope = RopeStore(rope_store_kv, gain, gain, 1e-6, cos_sin, positions, pages * 16 + positions % 16, k, v)
+    plan.begin([0])
+    out = plan.run_qkv(qkv, rope, 1, 0)
+    q = rope(qkv)
+    for ours, theirs in ((kv.k[1], k), (kv.v[1], v)):
+        assert (ours.view(torch.uint8) != theirs.view(torch.uint8)).float().mean() < 1e-4
+    expected = TorchAttention().plan_decode(case.rows, KVCache(kv.k.float(), kv.v.float())).run(q.float(), 1, 0)
+    assert error(out, expected) < 1e-2
 
 
 @pytest.mark.parametrize("rows", [1, 16, 40, 64])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from minisgl.core.attention import PlannedAttention
 from minisgl.core.kv_cache import KVCache
+from minisgl.core.quantization import FP8, to_kv
 from minisgl.gpu.attention.interface import DeviceBackend, DeviceBatch, load_library
 
 ONE_SPLIT_PAIRS = 256  # so many pairs of decode row and KV head fill the GPU: splitting a row only adds a merge
@@ -27,7 +28,7 @@ class FlashAttention(DeviceBackend):
 
 @dataclass(frozen=True)
 class FlashAttentionStep:
-    """One step; its first layer schedules the work for all layers."""
+    """One step; its first layer schedules the work for all layers. With keys and values in FP8 queries are, too."""
 
     library: ModuleType
     rows: DeviceBatch
@@ -43,6 +44,9 @@ class FlashAttentionStep:
             "window_size": (window - 1, 0) if window else (-1, -1),  # tokens to the left and right, -1: all
             "num_splits": 1 if self.decode and pairs >= ONE_SPLIT_PAIRS else 0,  # 0: the library's choice
         }
+        dtype = q.dtype
+        if self.kv.k.dtype == FP8:
+            q = to_kv(q, FP8)
         if layer == 0:
             self.schedules.clear()  # a captured step schedules anew in each replay, from the lengths of the moment
         if window not in self.schedules:
@@ -56,4 +60,5 @@ class FlashAttentionStep:
             page_table=rows.page_table, max_seqlen_q=None if self.decode else rows.max_query_len,
             scheduler_metadata=self.schedules[window], **options,
         )  # fmt: skip
+        out = out.to(dtype)
         return out.squeeze(1) if self.decode else out

@@ -37,6 +37,7 @@ class Backend:
     page_size: Rule
     head_dim: Rule
     half_only: bool = True
+    fp8_kv: bool = False
 
 
 ANY = Rule(lambda number: True, "any")
@@ -51,11 +52,11 @@ MULTIPLE_OF_16 = Rule(lambda dim: dim <= 256 and dim % 16 == 0, "head dimensions
 THREE_DIMS = Rule(lambda dim: dim in (64, 128, 256), "head dimensions 64, 128 and 256")
 
 BACKENDS: dict[str, Backend] = {
-    "fa": Backend(lambda device: FlashAttention(), FLASH_ATTENTION_3, HOPPER, ANY, MULTIPLE_OF_8),
+    "fa": Backend(lambda device: FlashAttention(), FLASH_ATTENTION_3, HOPPER, ANY, MULTIPLE_OF_8, fp8_kv=True),
     "fi": Backend(FlashInfer, FLASHINFER, AMPERE_ON, POWER_OF_2, THREE_DIMS),
     "trtllm": Backend(TensorRTLLM, FLASHINFER, HOPPER_BLACKWELL, FROM_16_TO_64, MULTIPLE_OF_16),
-    "triton": Backend(TritonAttention, TRITON, ANY_GPU, ANY, MULTIPLE_OF_16, half_only=False),
-    "torch": Backend(lambda device: TorchAttention(), {}, ANY, ANY, ANY, half_only=False),
+    "triton": Backend(TritonAttention, TRITON, ANY_GPU, ANY, MULTIPLE_OF_16, half_only=False, fp8_kv=True),
+    "torch": Backend(lambda device: TorchAttention(), {}, ANY, ANY, ANY, half_only=False, fp8_kv=True),
 }
 
 
@@ -66,6 +67,7 @@ class Shape:
     head_dim: int
     dtype: torch.dtype
     page_size: int
+    fp8_kv: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,8 @@ def refusal(name: str, shape: Shape) -> str | None:
     backend = BACKENDS[name]
     if backend.half_only and shape.dtype not in (torch.float16, torch.bfloat16):
         return f"it takes float16 and bfloat16, not {str(shape.dtype).removeprefix('torch.')}"
+    if shape.fp8_kv and not backend.fp8_kv:
+        return "it takes no keys and values in FP8"
     for rule, number in ((backend.page_size, shape.page_size), (backend.head_dim, shape.head_dim)):
         if not rule.takes(number):
             return f"it takes {rule.text}, not {number}"

@@ -45,13 +45,14 @@ def online_softmax(
     query: tensor, key: tensor, value: tensor, visible: tensor, scale: tensor, acc: tensor, best: tensor, total: tensor
 ) -> Any:
     # One tile of the online softmax in base 2; `scale` holds log2(e). visible broadcasts to (queries, TILE).
-    scores = tl.dot(query, key, input_precision="ieee") * scale
+    scores = tl.dot(query, key.to(query.dtype), input_precision="ieee") * scale
     scores = tl.where(visible, scores, float("-inf"))
     peak = tl.maximum(best, tl.max(scores, 1))
     base = tl.where(peak == float("-inf"), 0.0, peak)  # a query that has seen nothing yet
     weights = tl.exp2(scores - base[:, None])
     shrink = tl.exp2(best - base)
-    acc = acc * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
+    wide = value.to(query.dtype)  # of FP8
+    acc = acc * shrink[:, None] + tl.dot(weights.to(query.dtype), wide, input_precision="ieee")
     return acc, peak, total * shrink + tl.sum(weights, 1)
 
 

@@ -170,8 +170,10 @@ def _decode_kernel(
                 new_value = tl.load(key_source + HEADS * HEAD_DIM + dims[None, :], mask=inside, other=0.0)
                 page = tl.load(line + (length - 1) // PAGE).to(tl.int64)
                 location = ((page * PAGE + (length - 1) % PAGE) * HEADS + head) * HEAD_DIM + dims[None, :]
-                tl.store(k + location, new_key, mask=inside)
-                tl.store(v + location, new_value, mask=inside)
+                kept_key, kept_value = new_key.to(k.dtype.element_ty), new_value.to(v.dtype.element_ty)
+                tl.store(k + location, kept_key, mask=inside)
+                tl.store(v + location, kept_value, mask=inside)
+                new_key, new_value = kept_key.to(query.dtype), kept_value.to(query.dtype)
                 best = tl.sum(query.to(tl.float32) * new_key.to(tl.float32), axis=1) * scale
                 total = tl.full([M], 1.0, tl.float32)
                 acc += new_value.to(tl.float32)
