@@ -88,7 +88,9 @@ def test_resolving_leaves_nothing_open_but_what_memory_and_model_decide(machine:
     by_packages = {"attn"} if machine.has_cuda else set()
     no_limit = {"max_queued_requests", "max_queued_tokens", "request_timeout", "ssl_certfile", "ssl_keyfile"}
     measured, files = {"num_pages", "memory_ratio", "all_reduce", "max_body_size"}, {"trace_steps", "record"}
-    assert open_ended == {"model", "max_seq_len_override", "quantization", "kv_cache_dtype"} | files | measured | by_packages | no_limit
+    by_checkpoint = {"quantization", "kv_cache_dtype"}
+    open_fields = {"model", "max_seq_len_override"} | files | measured | by_packages | by_checkpoint | no_limit
+    assert open_ended == open_fields
     assert config.max_running_requests == (1 if shell else 256)
     assert config.max_prefill_length == (8192 if machine.has_cuda else 512)
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -58,8 +58,8 @@ class Config:
         "auto", "--dtype", choices=DTYPES,
         help="of weights and KV cache; auto: on a GPU bfloat16 for BF16 checkpoints, else float16; on the CPU float32")
     quantization: str | None = setting(
-        None, "--quantization", choices=("fp8",),
-        help="fp8: weights and activations of the layers' matrices in FP8 (default: as the checkpoint has them)")
+        None, "--quantization", choices=("fp8", "int8"),
+        help="of the layers' matrices: fp8 (activations too), on the CPU int8 (the head too); default: as they are")
     kv_cache_dtype: str = setting(
         "auto", "--kv-cache-dtype", choices=("auto", "fp8_e4m3"),
         help="of keys and values: auto is --dtype, fp8_e4m3 takes half of its bytes")
@@ -344,6 +344,8 @@ def resolve(config: Config, machine: Machine, checkpoint_dtype: str = "float32")
         if getattr(config, name) not in ("auto", False) and (config.tp == 1 or device == "cpu"):
             rule = "is for tensor parallelism on GPUs: give --tp 2 or more there, or leave it out"
             raise ConfigError(f"{flag_of(name)} {rule}")
+    if device == "cuda" and config.quantization == "int8":
+        raise ConfigError("--quantization int8 is for the CPU; on a GPU give fp8, or leave it out")
     if config.dtype == "auto" and device == "cpu":
         choose("dtype", "float32", "the CPU computes in full precision")
     elif config.dtype == "auto":

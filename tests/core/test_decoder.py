@@ -145,6 +145,7 @@ def test_half_precision_stays_near_full_precision(dtype: torch.dtype) -> None:
     torch.set_num_threads(1)
     spec, _, tokens, _ = reference("qwen3")
     half = dummy_weights(spec, dtype, CPU)
+    assert isinstance(half.head, torch.Tensor)
     layers = [LayerWeights(**{k: v.float() for k, v in vars(layer).items() if v is not None}) for layer in half.layers]
     full = Weights(half.embedding.float(), layers, half.norm.float(), half.head.float())
     rough, exact = Driver(spec, half, dtype=dtype), Driver(spec, full)

@@ -13,7 +13,7 @@ from helpers.driver import CPU
 from helpers.tiny_models import SIZES, random_model
 from minisgl.core.model_config import read_spec
 from minisgl.core.ops import linear
-from minisgl.core.quantization import BLOCK, FP8, FP8_MAX, Fp8Weight, quantize
+from minisgl.core.quantization import BLOCK, FP8, FP8_MAX, Fp8Weight, quantize, quantize_fp8
 from minisgl.core.weights import QUANTIZED, Weights, load_weights
 from minisgl.distributed.shard import local_spec, sharder
 from minisgl.errors import ModelError
@@ -67,7 +67,12 @@ def change_config(folder: Path, **fields: Any) -> None:
 def load(folder: Path, rank: int = 0, size: int = 1, fp8: bool = False) -> Weights:
     spec = read_spec(folder)
     return load_weights(
-        folder, spec, torch.float32, CPU, sharder=sharder(spec, rank, size) if size > 1 else None, fp8=fp8
+        folder,
+        spec,
+        torch.float32,
+        CPU,
+        sharder=sharder(spec, rank, size) if size > 1 else None,
+        quantize=quantize_fp8 if fp8 else None,
     )
 
 

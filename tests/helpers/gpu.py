@@ -69,6 +69,7 @@ def to_float32(weights: Weights) -> Weights:
         wide = {name: value.float() for name, value in vars(layer).items() if value is not None}
         layers.append(dataclasses.replace(layer, **wide))
     embedding = weights.embedding.float()
+    assert isinstance(weights.head, torch.Tensor)
     head = embedding if weights.head is weights.embedding else weights.head.float()
     return Weights(embedding, layers, weights.norm.float(), head)
 

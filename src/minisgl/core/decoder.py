@@ -105,18 +105,17 @@ class Decoder:
         """Logits (n, V), a rank's own (n, V / ranks), of hidden states (n, D); on a GPU written to `out` if given."""
         if out is None:
             return linear(hidden, self.weights.head)
+        assert isinstance(self.weights.head, Tensor)
         return torch.mm(hidden, self.weights.head.t(), out=out)
 
 
-def pack_weights(weights: Weights) -> None:
-    """`pack` the matrices, one at a time to save memory."""
+def pack_weights(weights: Weights, int8: bool = False) -> None:
+    """`pack` the matrices and the head, one at a time to save memory."""
     for layer in weights.layers:
         for name in ("qkv", "o", "gate_up", "down"):
             if (weight := getattr(layer, name)) is not None:
-                setattr(layer, name, pack(weight))
-    head = pack(weights.head)
-    assert isinstance(head, Tensor)
-    weights.head = head
+                setattr(layer, name, pack(weight, int8))
+    weights.head = pack(weights.head, int8)
 
 
 def rope_table(rope: Rope, head_dim: int, max_positions: int, device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisgl.core.quantization import FP8, Fp8Weight, Weight, fp8_linear, to_kv
+from minisgl.core.quantization import FP8, Fp8Weight, Int8Weight, Weight, fp8_linear, int8_linear, quantize_int8, to_kv
 from minisgl.core.sampler import SamplingRows, sample
 
 TYPICAL_ROWS = 8  # of the activation that a packed weight is laid out for; layouts differ little from 2 to 512
@@ -46,14 +46,16 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None) -> Tensor:
-    """x (T, in) times a weight (out, in), packed, in FP8 or plain, plus bias (out,) -> (T, out)."""
+    """x (T, in) times a weight (out, in), packed, quantised or plain, plus bias (out,) -> (T, out)."""
     if isinstance(weight, Fp8Weight):
         return fp8_linear(x, weight, bias)
-    if not weight.is_mkldnn:
+    if isinstance(weight, Tensor) and not weight.is_mkldnn:
         return F.linear(x, weight, bias)
     rows = x.shape[0]
     if lacking := -rows % ROW_STEP if rows > EXACT_ROWS else 0:
         x = F.pad(x, (0, 0, 0, lacking))
+    if isinstance(weight, Int8Weight):
+        return int8_linear(x, weight, bias)[:rows].to(x.dtype)
     out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return out[:rows]
 
@@ -90,8 +92,7 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
     """
     for cache, new in ((k_cache, k), (v_cache, v)):
         # As bytes where it is FP8, which torch does not index.
-        kept = to_kv(new, cache.dtype)
-        kept = kept.view(torch.uint8) if cache.dtype == FP8 else kept
+        kept = to_kv(new, FP8).view(torch.uint8) if cache.dtype == FP8 else new
         cache.view(kept.dtype).view(-1, *new.shape[1:]).index_copy_(0, slot_mapping, kept)
 
 
@@ -192,8 +193,8 @@ PLAIN = Operations(
 )
 
 
-def pack(weight: Weight) -> Weight:
-    """A weight (out, in) on the CPU, FP8 or float32, as float32 in oneDNN's layout; any other as it is.
+def pack(weight: Weight, int8: bool = False) -> Weight:
+    """A weight (out, in) on the CPU, FP8 or float32, as float32 or int8 in oneDNN's layout; any other as it is.
 
     A packed weight keeps its shape, is good for `linear` only, and may round sums differently. SmolLM2-135M's matrices
     on two cores of a Zen 4: 21 ms against 43 for one row, 21 against 52 for 8, 640 against 740 for 512.
@@ -202,6 +203,10 @@ def pack(weight: Weight) -> Weight:
         if weight.data.device.type != "cpu":
             return weight
         weight = weight.dequantize(torch.float32)
+    if isinstance(weight, Int8Weight):
+        return weight
+    if int8:
+        return quantize_int8(weight)
     is_plain = weight.device.type == "cpu" and weight.dtype == torch.float32 and not weight.is_mkldnn
     if not (is_plain and weight.dim() == 2 and torch._C._has_mkldnn):
         return weight

@@ -1,4 +1,4 @@
-"""FP8 (e4m3; Micikevicius et al., arXiv 2209.05433): weights with scales, and their arithmetic in plain torch."""
+"""Weights in FP8 (e4m3; Micikevicius et al., arXiv 2209.05433) or int8 with scales, and their arithmetic in torch."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minisgl.errors import ConfigError
+
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 BLOCK = 128  # the side of a block of a weight, and the run of an activation, that share a scale
+INT8_MAX, BYTE = 127.0, 256.0
+MIDDLE = torch.tensor(BYTE * 128 + 128.5)  # bytes of 128, and a half, as conversion to integers cuts
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +40,17 @@ class Fp8Weight:
         return _spread(self.data.float(), scale).to(dtype)
 
 
-Weight = Tensor | Fp8Weight
+@dataclass(frozen=True, eq=False)
+class Int8Weight:
+    """A weight (N, K) in int8, `data * scale`, in oneDNN's layout on the CPU; good for `int8_linear` only."""
+
+    data: Tensor
+    scale: Tensor  # float32 (N,), one for each output channel
+    zeros: Tensor  # int64 (N,), which oneDNN asks for
+    shape: torch.Size
+
+
+Weight = Tensor | Fp8Weight | Int8Weight
 
 
 def quantize(x: Tensor, group: int | None = None) -> tuple[Tensor, Tensor]:
@@ -53,9 +67,45 @@ def quantize(x: Tensor, group: int | None = None) -> tuple[Tensor, Tensor]:
     return data.to(FP8), scale
 
 
-def quantize_weight(weight: Tensor) -> Fp8Weight:
+def quantize_fp8(weight: Tensor) -> Fp8Weight:
     """A weight (N, K), or a part of its columns, with a scale for each output channel."""
     return Fp8Weight(*quantize(weight))
+
+
+def quantize_int8(weight: Tensor) -> Int8Weight:
+    """A weight (N, K), or a part of its columns, with a scale for each output channel. Raises ConfigError."""
+    if not (torch._C._has_mkldnn and has_vnni()):
+        raise ConfigError("--quantization int8 needs oneDNN in torch and an x86 CPU with VNNI instructions")
+    largest = weight.abs().amax(dim=1).float()
+    scale = torch.where(largest > 0, largest / INT8_MAX, 1.0)
+    data = (weight.float() / scale[:, None]).round_().to(torch.int8)
+    packed: Tensor = torch.ops.onednn.qlinear_prepack(data, None)
+    return Int8Weight(packed, scale, torch.zeros(len(data), dtype=torch.int64), weight.shape)
+
+
+def has_vnni() -> bool:
+    """Whether the CPU has the instructions without which sums of two int8 products saturate."""
+    found: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # not in every torch
+    return torch.cpu._is_vnni_supported() or found.get("avx_vnni", False)
+
+
+def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Tensor:
+    """x (T, K) times a weight (N, K), plus bias (N,) -> (T, N); a row's result does not depend on other rows.
+
+    A row of x becomes integers of 16 bits, of which the products with low and high bytes are rows of one int8 GEMM:
+    bytes alone change log-probabilities three times as much as the quantised weights do.
+    """
+    # An integer is 256 * high + low, and with 256 * 128 + 128 added its bytes are high + 128 and low + 128. A row of
+    # zeros is divided by 0, and what that gives, whatever it is, multiplied by 0.
+    x = x.float()
+    largest, most = x.abs().amax(1, keepdim=True), INT8_MAX * BYTE  # (T, 1)
+    integers = torch.addcdiv(MIDDLE, x, largest, value=most).to(torch.uint16)
+    halves = integers.view(torch.uint8).view(-1, 2).t().reshape(-1, x.shape[1])  # (2T, K)
+    out: Tensor = torch.ops.onednn.qlinear_pointwise(
+        halves, 1.0 / most, 128, weight.data, weight.scale, weight.zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    out = torch.add(out[: len(x)], out[len(x) :], alpha=BYTE).mul_(largest)
+    return out if bias is None else out.add_(bias)
 
 
 def to_kv(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,18 +16,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minisgl.core.model_config import Fields, ModelSpec, Moe, read_json, require_file
-from minisgl.core.quantization import BLOCK, FP8, Fp8Weight, Weight, quantize_weight
+from minisgl.core.quantization import BLOCK, FP8, Fp8Weight, Weight
 from minisgl.errors import NO_PANICS, ModelError, NativePanicError
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 STORED_DTYPES = ("F64", "F32", "F16", "BF16")
-QUANTIZED = ("qkv", "o", "gate_up", "down")  # the matrices that may be in FP8
+QUANTIZED = ("qkv", "o", "gate_up", "down")  # the matrices that may be in FP8 or int8
 SCALES = ("weight_scale_inv", "weight_scale")  # their names in checkpoints, beside `weight`
 INDEX = "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 BLOCK_OUTPUTS = ("o", "down", "expert_down")
 
+Quantize = Callable[[Tensor], Weight]
 Progress = Callable[[int, int], None]  # called with the number of elements read just now, and that of all
 
 logger = logging.getLogger(__name__)
@@ -64,16 +65,16 @@ class Weights:
     embedding: Tensor  # (V, D)
     layers: list[LayerWeights]
     norm: Tensor  # (D,)
-    head: Tensor  # (V, D)
+    head: Weight  # (V, D)
 
 
 def load_weights(
     folder: Path, spec: ModelSpec, dtype: torch.dtype, device: torch.device, progress: Progress | None = None,
-    sharder: Sharder | None = None, fp8: bool = False,
+    sharder: Sharder | None = None, quantize: Quantize | None = None,
 ) -> Weights:  # fmt: skip
     """Read a folder's safetensors, one tensor or shard at a time, once all are checked against `spec`.
 
-    Matrices that are stored in FP8 stay so; with `fp8` the others of `QUANTIZED` are quantised as they are read, too.
+    Matrices that are stored in FP8 stay so; the others of `QUANTIZED` go through `quantize` as they are read.
     Raises ModelError naming file and tensor.
     """
     with ExitStack() as stack:
@@ -100,8 +101,8 @@ def load_weights(
             if scale is not None:
                 weight = Fp8Weight(tensor, scale_shard(scale, parameter.shape[0], shard, sources[0].name).to(device))
                 weight = weight if parameter.field in QUANTIZED else weight.dequantize(dtype)
-            elif fp8 and parameter.field in QUANTIZED:
-                weight = quantize_weight(tensor)
+            elif quantize is not None and parameter.field in QUANTIZED:
+                weight = quantize(tensor)
             tensors[parameter.layer, parameter.field] = weight
             if progress is not None:
                 progress(tensor.numel(), total)
@@ -110,7 +111,7 @@ def load_weights(
 
 def dummy_weights(
     spec: ModelSpec, dtype: torch.dtype, device: torch.device, seed: int = 0, sharder: Sharder | None = None,
-    fp8: bool = False,
+    quantize: Quantize | None = None,
 ) -> Weights:  # fmt: skip
     """Seeded noise under which activations stay of order one at any depth; ranks' shards are those of one model.
 
@@ -129,8 +130,8 @@ def dummy_weights(
                 std /= math.sqrt(2 * spec.num_layers)
             tensor.normal_(0.0, std, generator=generator)
         tensor = shard_of(parameter, sharder).of(tensor)
-        quantized = fp8 and parameter.field in QUANTIZED
-        tensors[parameter.layer, parameter.field] = quantize_weight(tensor) if quantized else tensor
+        quantized = quantize is not None and parameter.field in QUANTIZED
+        tensors[parameter.layer, parameter.field] = quantize(tensor) if quantize and quantized else tensor
     return assemble(spec, tensors)
 
 

@@ -57,6 +57,7 @@ class DecodeGraphs:
         self.padding = len(tables.length) - 1
         self.sizes = sorted(sizes)
         head = decoder.weights.head
+        assert isinstance(head, torch.Tensor)
         self.logits = torch.empty((self.sizes[-1], len(head)), dtype=head.dtype, device=head.device)
         pool = torch.cuda.graph_pool_handle()
         self.steps = {size: self._capture(size, pool) for size in reversed(self.sizes)}

@@ -15,12 +15,15 @@ from minisgl.core.kv_cache import allocate_kv
 from minisgl.core.model_config import ModelSpec
 from minisgl.core.model_runner import ModelRunner
 from minisgl.core.ops import Operations
-from minisgl.core.weights import TORCH_DTYPES, Progress, Sharder, Weights, dummy_weights, load_weights
+from minisgl.core.quantization import quantize_fp8, quantize_int8
+from minisgl.core.weights import TORCH_DTYPES, Progress, Quantize, Sharder, Weights, dummy_weights, load_weights
 from minisgl.gpu.attention.interface import GraphBackend
 from minisgl.gpu.attention.select import Shape, available_backends, capability, choose, make_attention
 from minisgl.gpu.cuda_graphs import DecodeGraphs, PiecewiseGraphs, graph_sizes, piecewise_max_tokens
 from minisgl.gpu.memory import available_memory, kv_dtype, measure_pages, require_pages_fit, require_weights_fit
 from minisgl.gpu.operations import operations_for
+
+QUANTIZE: dict[str, Quantize] = {"fp8": quantize_fp8, "int8": quantize_int8}
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,15 @@ def build_local_executor(
     ops = operations_for(device, spec.hidden_size) if share is None else share.operations
     choose(config.attn, attention_shape(local, config), available_backends(device), capability(device))
     before = available_memory(device)
-    fp8 = config.quantization == "fp8"
-    require_weights_fit(spec, dtype, device, sharder, fp8 or spec.fp8)
+    quantize = QUANTIZE.get(config.quantization or ("fp8" if spec.fp8 else ""))
+    require_weights_fit(spec, dtype, device, sharder, quantize is quantize_fp8)
     if config.dummy_weight:
-        weights = dummy_weights(spec, dtype, device, sharder=sharder, fp8=fp8 or spec.fp8)
+        weights = dummy_weights(spec, dtype, device, sharder=sharder, quantize=quantize)
     else:
-        weights = load_weights(folder, spec, dtype, device, progress, sharder, fp8)
-    pack_weights(weights)
+        weights = load_weights(
+            folder, spec, dtype, device, progress, sharder, quantize if config.quantization else None
+        )
+    pack_weights(weights, config.quantization == "int8")
     attention, _ = make_attention(config.attn, attention_shape(local, config), device)
     num_pages = measure_pages(config, Decoder(local, weights, attention, max_seq_len, ops), dtype, max_seq_len, before)
     if share is not None:

@@ -139,7 +139,7 @@ def measure_pages(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_
     taken = before - available_memory(device)
     if device.type == "cuda":
         taken += _forward_peak(config, decoder, dtype, max_seq_len)
-        taken += graph_bytes(config, spec, len(decoder.weights.head), dtype, max_seq_len)
+        taken += graph_bytes(config, spec, decoder.weights.head.shape[0], dtype, max_seq_len)
     room = int(before * ratio) - taken
     what = "weights, activations and CUDA graphs" if device.type == "cuda" else "weights"
     numbers = (

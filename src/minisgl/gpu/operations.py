@@ -41,6 +41,7 @@ def fused_operations(device: torch.device) -> Operations:
     def fused_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         if isinstance(weight, Fp8Weight):
             return fp8.linear(x, weight, bias)
+        assert isinstance(weight, Tensor)  # int8 is for the CPU
         if linear.fits_linear(x, weight, linear.MAX_ROWS):
             return linear.linear(x, weight, bias)
         if bias is None and linear.fits_gemv(x, weight):
@@ -52,6 +53,7 @@ def fused_operations(device: torch.device) -> Operations:
     def row_parallel_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         if isinstance(weight, Fp8Weight):
             return fp8.linear(x, weight, bias, split=True)
+        assert isinstance(weight, Tensor)
         if bias is None and linear.fits_linear(x, weight, linear.MAX_SPLIT_K_ROWS):
             return linear.split_k_linear(x, weight)
         return fused_linear(x, weight, bias)
@@ -59,6 +61,7 @@ def fused_operations(device: torch.device) -> Operations:
     def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         if isinstance(weight, Fp8Weight):
             return elementwise.silu_mul(fp8.linear(x, weight, bias))
+        assert isinstance(weight, Tensor)
         if bias is None and linear.fits_linear(x, weight, linear.MAX_ROWS):
             return linear.gated_linear(x, weight)
         if bias is None and linear.fits_gemv(x, weight):

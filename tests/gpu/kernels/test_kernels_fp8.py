@@ -8,7 +8,7 @@ from helpers.gemm import error, matrices
 from helpers.gpu import DEVICE
 from minisgl.core.attention import RopeStore, TorchAttention
 from minisgl.core.kv_cache import KVCache
-from minisgl.core.quantization import BLOCK, FP8, FP8_MAX, Fp8Weight, fp8_linear, quantize, quantize_weight, to_kv
+from minisgl.core.quantization import BLOCK, FP8, FP8_MAX, Fp8Weight, fp8_linear, quantize, quantize_fp8, to_kv
 from minisgl.gpu.attention.interface import to_device
 from minisgl.gpu.kernels import fp8
 from minisgl.gpu.kernels.decode import DecodeAttention, DecodeSplit, Workspaces
@@ -47,7 +47,7 @@ def test_linear_is_the_twins(rows: int, columns: int, inner: int, form: str, bia
     if form == "block" and (columns % BLOCK or inner % BLOCK):
         pytest.skip("no whole blocks")
     x, exact, offset = matrices(rows, columns, inner, torch.bfloat16, DEVICE)
-    weight = in_blocks(exact) if form == "block" else quantize_weight(exact)
+    weight = in_blocks(exact) if form == "block" else quantize_fp8(exact)
     added = offset if bias else None
     wanted = fp8_linear(x.float(), weight, None if added is None else added.float())
     assert error(fp8.linear(x, weight, added), wanted) < 5e-3
@@ -77,7 +77,7 @@ def test_decode_writes_and_reads_the_cache_as_rope_and_attention_do(split: Decod
 @pytest.mark.parametrize("rows", [1, 16, 40, 64])
 def test_splits_are_added_up_by_the_norm(rows: int) -> None:
     x, exact, gain = matrices(rows, 1024, 3072, torch.bfloat16, DEVICE)
-    weight = quantize_weight(exact)
+    weight = quantize_fp8(exact)
     splits = fp8.linear(x, weight, None, split=True)
     assert splits.shape == (4, rows, 1024)
     residual = torch.zeros(rows, 1024, device=DEVICE, dtype=torch.bfloat16)
