@@ -15,7 +15,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from helpers.bundled import BEGINNINGS, QUESTIONS
 from helpers.constraints import Cycle, cycle
 from helpers.tiny_models import save_model
 from helpers.tiny_tokenizers import byte_fallback_json
@@ -25,6 +24,7 @@ from minisgl.core.types import Grammar
 from minisgl.errors import ConfigError, ContextLengthError, EngineDeadError, InvalidRequestError, UnknownKeywordError
 from minisgl.formats.hub import locate_model
 from minisgl.llm import defer_sigint
+from minisgl_bench.fidelity import BEGINNINGS, QUESTIONS
 
 FRANCE, STORY = "The capital of France is", "Once upon a time, in a village by the sea,"
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)

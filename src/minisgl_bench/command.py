@@ -24,6 +24,7 @@ ENGINE: Final = {
     "on a GPU, a smaller one on a CPU.",
     "compare": "The workload of `minisgl bench offline` through another engine, in a process of its own, and then "
     "through this one, with the same flags as far as both have them.",
+    "fidelity": "How far log-probabilities are from the same model's without --quantization and --kv-cache-dtype.",
     "ablation": "Turns one setting at a time away from the configuration given here, over weights loaded once.",
 }
 PARTS: Final = ("attention", "calibrate", "collectives", "gemm", "grammar", "kernels", "streaming")
@@ -301,6 +302,14 @@ def engine_parser(name: str) -> Parser:
         names = ", ".join(ABLATIONS)
         add("--only", type=ablations, default=ABLATIONS, metavar="A,B", help=f"of {names} (default: all)")
         add("--repeats", type=count, default=3, metavar="N", help="runs, of which the median counts (default: 3)")
+    elif name == "fidelity":
+        add(
+            "--output-len",
+            type=count,
+            default=64,
+            metavar="N",
+            help="greedy tokens after each of 20 prompts (default: 64)",
+        )
     else:
         ranges = "(default: 100:1024; 32:128 on a CPU)"
         add("--num-requests", type=count, metavar="N", help="requests (default: 256; 16 on a CPU)")
@@ -328,8 +337,8 @@ def debugging() -> bool:
 def main(arguments: Sequence[str]) -> int:
     parser = Parser(prog="minisgl bench", description="Measure, and print the command that measures it again.")
     text = "offline: a batch through the offline API; online: requests to a server at the times of a trace, or others; "
-    text += "simulate: the same in virtual time; "
-    text += "ablation: each setting against the default; compare: another engine too; the others: parts alone"
+    text += "simulate: the same in virtual time; ablation: each setting against the default; "
+    text += "fidelity: what quantisation changes; compare: another engine too; the others: parts alone"
     parser.add_argument("name", choices=("online", "simulate", *ENGINE, *PARTS), help=text)
     name, rest = parser.parse_args(arguments[:1]).name, arguments[1:]
     if name in ("online", "simulate"):
