@@ -10,7 +10,7 @@ from helpers.serving import Serving
 from minisgl.server.app import PAGE, page_headers
 
 HTML = PAGE.read_text(encoding="utf-8")
-POLICY = page_headers()["Content-Security-Policy"]
+POLICY = page_headers(PAGE.read_text("utf-8"))["Content-Security-Policy"]
 KEY = {"Authorization": "Bearer one"}
 SCRIPT = "".join(re.findall(r"<script>(.*?)</script>", HTML, re.DOTALL))
 

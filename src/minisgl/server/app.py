@@ -166,7 +166,8 @@ class Endpoints:
 def make_app(api: Api) -> Starlette:
     operator_routes = admin_routes(api)
     routes = [*Endpoints(api).routes(), *operator_routes]
-    html, headers = PAGE.read_text(encoding="utf-8"), page_headers()
+    html = PAGE.read_text(encoding="utf-8")
+    headers = page_headers(html)
 
     async def show_document(_: Request) -> Response:
         return json_response(document(routes))
@@ -182,7 +183,7 @@ def make_app(api: Api) -> Starlette:
     named = []
     for route in routes:
         guards = []
-        if route.methods != "GET" and route.result is not None and not api.config.api_key:
+        if route.methods == "POST" and not api.config.api_key:
             guards.append(Middleware(ForgeryGuard, same_origin=route in operator_routes))
         named.append(NamedRoute(route.path, route.handler, methods=route.methods.split(), middleware=guards))
 
@@ -251,9 +252,8 @@ async def on_error(request: Request, error: Exception) -> Response:
     return json_response(error_body(known), known.status, error_headers(known))
 
 
-def page_headers() -> dict[str, str]:
+def page_headers(html: str) -> dict[str, str]:
     """The headers of the page: its own style and script and requests to this server, nothing else (W3C, CSP 3)."""
-    html = PAGE.read_text(encoding="utf-8")
     allowed = {}
     for tag in ("style", "script"):
         text = html.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
