@@ -91,9 +91,10 @@ async def test_an_answer_is_aborted_in_the_process_that_has_it(
 ) -> None:
     _, asked, owner = clients
     group = owner.submit([request(name, 1900) for name in ("a-0", "a-1", "c-0")])
-    own = asyncio.create_task(answer(asked, request("d-0", 100)))
-    await anext(group.batches())
-    assert await asked.query("abort", 5, completion_id) == count + (completion_id is None)
+    own = asyncio.create_task(answer(asked, request("d-0", 400)))
+    while (await asked.ping(5)).running < 4:
+        await asyncio.sleep(0.001)
+    assert (await asked.query("abort", 5, completion_id)).count == count + (completion_id is None)
     if count:
         with pytest.raises(RequestAbortedError):
             async for _ in group.batches():
@@ -103,7 +104,7 @@ async def test_an_answer_is_aborted_in_the_process_that_has_it(
         with pytest.raises(RequestAbortedError):
             await own
     else:
-        assert sum(len(event.tokens) for event in await own) == 100
+        assert sum(len(event.tokens) for event in await own) == 400
     group.__exit__(None, None, None)
     while (await asked.ping(5)).running:
         pass

@@ -111,7 +111,7 @@ def admin_routes(api: Api) -> list[ApiRoute]:
 
     async def flush_cache(_: Request) -> Response:
         """Drop every cached page that no request uses."""
-        return json_response(responses.FlushReport(await client.query("flush_cache", api.health_timeout)))
+        return json_response(responses.FlushReport((await client.query("flush_cache", api.health_timeout)).count))
 
     async def abort_request(request: Request) -> Response:
         """End the requests of one answer, or all."""
@@ -126,11 +126,11 @@ def admin_routes(api: Api) -> list[ApiRoute]:
             raise InvalidRequestError(f"the body cannot be read: {error}", code="invalid_json") from error
         if order.abort_all is (order.rid is not None):
             raise InvalidRequestError("give the answer's id as rid, or abort_all", param="rid")
-        return json_response(responses.Aborted(await client.query("abort", api.health_timeout, order.rid)))
+        return json_response(responses.Aborted((await client.query("abort", api.health_timeout, order.rid)).count))
 
     async def debug_engine(_: Request) -> Response:
         """Running and waiting requests, and why they wait; pages, the radix tree, the last steps."""
-        return Response(await client.snapshot(api.health_timeout), media_type="application/json")
+        return Response((await client.query("debug", api.health_timeout)).snapshot, media_type="application/json")
 
     async def debug_events(_: Request) -> Response:
         """Every step from here on, as server-sent events."""

@@ -108,8 +108,6 @@ class TextPiece(msgspec.Struct, frozen=True):
     index: int
     text: str
     finish: FinishReason | None  # set in the last piece of a choice
-    scored: Sequence[ScoredToken] = ()  # its new tokens, where log-probabilities are wanted
-    tokens: Sequence[int] = ()  # all of its new tokens
 
 
 @dataclasses.dataclass(slots=True)
@@ -129,7 +127,7 @@ class ChoiceState:
 
     def take(self, events: Sequence[TokenEvent]) -> TextPiece:
         """Take in events that came together, at least one; raises InvalidRequestError when the engine refuses."""
-        text, scored, known = "", [], len(self.token_ids)
+        text = ""
         for event in events:
             if event.finish is FinishReason.ERROR:
                 raise InvalidRequestError(event.error or "the engine refused the request")
@@ -154,11 +152,10 @@ class ChoiceState:
             self.token_ids += taken
             if event.logprobs:
                 starts = [*self.stream.starts[before:], self.stream.num_characters]
-                scored += [ScoredToken(*entry) for entry in zip(taken, event.logprobs, starts, strict=False)]
+                self.scored += map(ScoredToken, taken, event.logprobs, starts)
             if stopped:
                 break
-        self.scored += scored
-        return TextPiece(self.index, text, self.finish, scored, self.token_ids[known:])
+        return TextPiece(self.index, text, self.finish)
 
     def ended(self) -> dict[str, Any]:
         """What ended it, as a choice has it."""
@@ -226,9 +223,7 @@ class OpenAICompletion(abc.ABC):
         as_ids = bool(body.return_tokens_as_token_ids)
         self.writer = None if logprobs is None else LogprobWriter(generation.tokenizer, as_ids, logprobs)
         self.opened: set[int] = set()  # choices with a chunk
-        # Tokens of each choice whose log-probabilities go with its next chunk.
-        self.held: list[list[ScoredToken]] = [[] for _ in generation.choices]
-        self.held_ids: list[list[int]] = [[] for _ in generation.choices]  # the same, where ids are wanted
+        self.given = [(0, 0)] * len(generation.choices)  # how many token ids, and scored ones, were in chunks
 
     @abc.abstractmethod
     def chunk_choices(self, piece: TextPiece) -> Sequence[Any]:
@@ -246,7 +241,7 @@ class OpenAICompletion(abc.ABC):
             pass
         choices = []
         for index, choice in enumerate(self.shown()):
-            piece = TextPiece(choice.index, choice.stream.text, choice.finish, choice.scored, choice.token_ids)
+            piece = TextPiece(choice.index, choice.stream.text, choice.finish)
             choices.append(self.whole_choice(index, choice, self.chunk_choices(piece)))
         return self._result(self.whole_object, choices, usage=self.generation.usage(), **self.of_prompt())
 
@@ -258,9 +253,11 @@ class OpenAICompletion(abc.ABC):
         """What follows this choice in its chunk; `tail` for most."""
         return tail
 
-    def give_ids(self, index: int) -> list[int] | UnsetType:
-        ids, self.held_ids[index] = self.held_ids[index], []
-        return ids if self.return_token_ids else UNSET
+    def new_tokens(self, choice: ChoiceState) -> tuple[list[int] | UnsetType, list[ScoredToken]]:
+        """The tokens that were in no chunk yet: their ids, where they are wanted, and their scores."""
+        ids, scored = self.given[choice.index]
+        self.given[choice.index] = len(choice.token_ids), len(choice.scored)
+        return choice.token_ids[ids:] if self.return_token_ids else UNSET, choice.scored[scored:]
 
     def scores(self, choice: ChoiceState) -> responses.PromptLogprobs | UnsetType:
         most = self.prompt_logprobs
@@ -302,23 +299,18 @@ class ChatCompletion(OpenAICompletion):
         self.parsers = [None if parser is None else OutputParser(parser, bool(body.stream)) for _ in generation.choices]
 
     def chunk_choices(self, piece: TextPiece) -> list[ChunkChoice]:
-        index, parser = piece.index, self.parsers[piece.index]
+        index, parser, choice = piece.index, self.parsers[piece.index], self.generation.choices[piece.index]
         if parser is not None:
             chunks = [ChunkChoice(index, delta) for delta in parser.push(piece.text, piece.finish)]
         else:
             chunks = [ChunkChoice(index, ChatDelta(content=piece.text))] if piece.text else []
         if piece.finish is not None:
             called = parser is not None and parser.called
-            ended = self.generation.choices[index].ended()
-            chunks.append(ChunkChoice(index, ChatDelta(), finish_word(piece.finish, called), **ended))
-        self.held_ids[index] += piece.tokens
-        if self.return_token_ids and chunks:
-            chunks[0] = msgspec.structs.replace(chunks[0], token_ids=self.give_ids(index))
-        if self.writer is not None:
-            self.held[index] += piece.scored  # of text that is held back they go with the next delta
-            if self.held[index] and chunks:
-                chunks[0] = msgspec.structs.replace(chunks[0], logprobs=self.writer.chat(self.held[index]))
-                self.held[index] = []
+            chunks.append(ChunkChoice(index, ChatDelta(), finish_word(piece.finish, called), **choice.ended()))
+        if chunks and (self.return_token_ids or self.writer is not None):
+            ids, scored = self.new_tokens(choice)  # also those of text that was held back
+            logprobs = self.writer.chat(scored) if self.writer is not None and scored else None
+            chunks[0] = msgspec.structs.replace(chunks[0], token_ids=ids, logprobs=logprobs)
         if index not in self.opened:
             self.opened.add(index)
             chunks.insert(0, ChunkChoice(index, ChatDelta(role="assistant", content="")))
@@ -369,7 +361,6 @@ class TextCompletion(OpenAICompletion):
         assert isinstance(body, CompletionRequest)
         super().__init__(generation, model, body, body.logprobs)
         self.body = body
-        self.prompts_due = set(range(len(generation.choices)) if self.return_token_ids else ())
 
     def shown(self) -> list[ChoiceState]:
         """Of more choices of a prompt than are wanted, those with the best mean log-probability."""
@@ -381,27 +372,22 @@ class TextCompletion(OpenAICompletion):
 
     def chunk_choices(self, piece: TextPiece) -> list[TextChoice]:
         """Tokens without text yet go with the next chunk that has some."""
-        index, text, held, shift = piece.index, piece.text, self.held[piece.index], 0
-        if echoes := self.generation.prepared.echoes:
-            echo, starts = echoes[index // self.body.num_generated]
-            shift = len(echo)
-            if index not in self.opened:
-                self.opened.add(index)
-                text = echo + text
-                choice = self.generation.choices[index]
-                held += map(ScoredToken, choice.request.prompt, choice.prompt_logprobs, starts)
-        self.held_ids[index] += piece.tokens
-        if piece.scored:
-            held += (ScoredToken(token, found, start + shift) for token, found, start in piece.scored)
+        index, choice, echoes = piece.index, self.generation.choices[piece.index], self.generation.prepared.echoes
+        echo, starts = echoes[index // self.body.num_generated] if echoes else ("", [])
+        first = index not in self.opened
+        text = echo + piece.text if first else piece.text
         if not text and piece.finish is None:
             return []
-        self.held[index] = []
-        choice = self.generation.choices[index]
-        logprobs = None if self.writer is None else self.writer.completion(held)
+        self.opened.add(index)
+        ids, scored = self.new_tokens(choice)
+        logprobs = None
+        if self.writer is not None:
+            prompt = map(ScoredToken, choice.request.prompt, choice.prompt_logprobs, starts) if first else ()
+            shifted = [ScoredToken(token, found, len(echo) + start) for token, found, start in scored]
+            logprobs = self.writer.completion([*prompt, *shifted])
         ended = {} if piece.finish is None else choice.ended()
-        prompt_ids = choice.request.prompt.tolist() if index in self.prompts_due else UNSET
-        self.prompts_due.discard(index)
-        more = {"prompt_token_ids": prompt_ids, "token_ids": self.give_ids(index), **ended}
+        prompt_ids = choice.request.prompt.tolist() if first and self.return_token_ids else UNSET
+        more = {"prompt_token_ids": prompt_ids, "token_ids": ids, **ended}
         return [TextChoice(index, text, finish_word(piece.finish, False), logprobs, **more)]
 
     def whole_choice(self, index: int, choice: ChoiceState, chunks: Sequence[TextChoice]) -> TextChoice:

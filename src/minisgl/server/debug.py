@@ -94,31 +94,22 @@ def snapshot(engine: Engine, compiling: Iterable[str], recent: Iterable[StepReco
     table, cache, scheduler = engine.table, engine.cache, engine.scheduler
     running = [
         {
-            "id": request.request.id,
-            "state": STATES[table.state[slot]],
-            "priority": request.request.priority,
-            "prompt_tokens": request.prompt_len,
-            "computed_tokens": int(table.num_computed_tokens[slot]),
-            "tokens": int(table.num_tokens[slot]),
-            "max_tokens": int(table.max_tokens[slot]),
-            "cached_tokens": request.cached_tokens,
-            "pages": int(cache.row_pages[slot]),
+            "id": request.request.id, "state": STATES[table.state[slot]], "priority": request.request.priority,
+            "prompt_tokens": request.prompt_len, "computed_tokens": int(table.num_computed_tokens[slot]),
+            "tokens": int(table.num_tokens[slot]), "max_tokens": int(table.max_tokens[slot]),
+            "cached_tokens": request.cached_tokens, "pages": int(cache.row_pages[slot]),
             "borrowed_pages": cache.num_borrowed(slot),
         }
         for slot, request in enumerate(table.requests)
         if request is not None
-    ]
+    ]  # fmt: skip
     waiting: list[dict[str, object]] = [
         {
-            "id": request.request.id,
-            "priority": request.request.priority,
-            "prompt_tokens": request.prompt_len,
-            "tokens": len(request.tokens),
-            "retracted": request.admitted,
-            "why": scheduler.why_waiting(request),
+            "id": request.request.id, "priority": request.request.priority, "prompt_tokens": request.prompt_len,
+            "tokens": len(request.tokens), "retracted": request.admitted, "why": scheduler.why_waiting(request),
         }
         for request in itertools.islice(scheduler.waiting, REQUESTS)
-    ]
+    ]  # fmt: skip
     for name in itertools.islice(compiling, REQUESTS - len(waiting)):
         waiting.append({"id": name, "why": "its grammar is being compiled"})
     pages = {"total": cache.num_pages, "free": cache.num_free, "cached": cache.num_cached, "owned": cache.num_owned}

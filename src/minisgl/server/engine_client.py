@@ -214,18 +214,10 @@ class EngineClient:
 
     async def ping(self, timeout: float) -> EngineStats:
         """The engine's counts, from between two steps; raises EngineDeadError when they do not come in time (s)."""
-        await self.query("stats", timeout)
-        return self.stats
+        return (await self.query("stats", timeout)).stats
 
-    async def query(self, action: ipc.Action, timeout: float, completion_id: str | None = None) -> int:
-        """Send an `ipc.Query`; the reply's count. Raises EngineDeadError as `ping` does."""
-        return (await self._ask(action, timeout, completion_id)).count
-
-    async def snapshot(self, timeout: float) -> bytes:
-        """The JSON of `/debug/engine`. Raises EngineDeadError as `ping` does."""
-        return (await self._ask("debug", timeout)).snapshot
-
-    async def _ask(self, action: ipc.Action, timeout: float, completion_id: str | None = None) -> ipc.Reply:
+    async def query(self, action: ipc.Action, timeout: float, completion_id: str | None = None) -> ipc.Reply:
+        """Send an `ipc.Query`. Raises EngineDeadError as `ping` does."""
         if self.dead is not None:
             raise self.dead
         nonce = next(self._nonces)

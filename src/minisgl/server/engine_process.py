@@ -145,14 +145,13 @@ class EngineServer:
     def __init__(self, setup: ipc.EngineSetup, parent_gone: threading.Event) -> None:
         self.config, self.parent_gone = setup.config, parent_gone
         self.links = Links(setup.folder)
-        self.steps: StepLog | None = None
+        self.steps = StepLog(lambda events, link: self.links.send(ipc.Steps(events), link))
 
     def run(self) -> int:
         try:
             built = build_engine(self.config, progress=sys.stderr.isatty(), on_failure=leave_soon)
             self.engine, self.grammars = built.engine, PendingGrammars(built.engine.constraints)
             if self.config.debug_endpoints:
-                self.steps = StepLog(lambda events, link: self.links.send(ipc.Steps(events), link))
                 self.engine.observe(self.steps)
             self.ready = ipc.Ready(built.engine.model, str(built.folder), list(built.notes))
             self.links.send(self.ready)
@@ -182,8 +181,7 @@ class EngineServer:
                     events = engine.step()
                     if events or engine.admitted:
                         self.links.send_events(events, engine.admitted)
-                    if self.steps is not None:
-                        self.steps.flush(not engine.has_work)
+                    self.steps.flush(not engine.has_work)
         finally:
             grammars.close()
         engine.close()
@@ -203,14 +201,12 @@ class EngineServer:
             case ipc.Query():
                 self._answer(message)
             case ipc.Watch(link, on):
-                if self.steps is not None:
-                    self.steps.watch(link, on)
+                self.steps.watch(link, on)
             case ipc.Attach(link):
                 self.links.attach(link)
                 self.links.send(self.ready, link)
             case ipc.Detach(link):
-                if self.steps is not None:
-                    self.steps.watch(link, False)
+                self.steps.watch(link, False)
                 self._abort(self.links.detach(link))
 
     def _answer(self, query: ipc.Query) -> None:
@@ -222,7 +218,7 @@ class EngineServer:
             ids = [request_id for request_id in live if ipc.belongs_to(request_id, query.completion_id)]
             self._abort(ids)
             count = len(ids)
-        elif query.action == "debug" and self.steps is not None:
+        elif query.action == "debug":
             shown = snapshot(engine, pending, self.steps.recent)
         stats = engine.stats()
         stats = msgspec.structs.replace(stats, waiting=stats.waiting + len(pending))

@@ -35,11 +35,6 @@ class SglangSampling(Sampling):
     regex: str | None = None
     ebnf: protocol.GrammarText | None = None
 
-    @classmethod
-    def tidy(cls, value: dict[str, Any], where: str = "") -> None:
-        super().tidy(value, where)
-        value.update(protocol.with_integers(value))
-
 
 class GenerateRequest(Body):
     """`logprob_start_len` -1 gives no prompt log-probabilities, else those from there on. A `max_new_tokens` of 0 asks

@@ -71,7 +71,7 @@ class PreparedRequest:
     requests: list[Request]
     parser: ParserConfig | None = None  # None where completions are plain text
     echoes: Sequence[Echo] = ()  # each prompt that is to be shown
-    check: Check | None = None  # of the grammar, where it is still to be done
+    checks: Sequence[Check] = ()  # of grammars, where they are still to be done
 
     def __post_init__(self) -> None:
         for name in BULK:
@@ -99,7 +99,7 @@ class Preparation:
     def chat(self, body: bytes) -> PreparedRequest:
         chat = ChatRequest.parse(body)
         self.check_model(chat.model)
-        grammar, field = constraint_of(chat)
+        grammar, field = requested_grammar(chat.constraints)
         prompt = self.render(chat, chat.offered_tools)
         template = self.tokenizer.template_for(bool(chat.offered_tools))
         reasons = template is not None and REASONING_END in template.source and chat.separate_reasoning is not False
@@ -117,32 +117,32 @@ class Preparation:
             params = self.tokenizer.with_bad_words(chat.params(grammar))
             ids = self.encode(prompt, False, cut=params.truncate_prompt_tokens is not None)
             requests = self.requests("chatcmpl", chat, [ids], [params])
-        check = self.require_grammar(grammar, field)
+        checks = self.require_grammar(grammar, field)
         if tool_format is None and reasoning is None:
-            return PreparedRequest(chat, requests, check=check)
+            return PreparedRequest(chat, requests, checks=checks)
         names = frozenset(tool.function.name for tool in chat.offered_tools)
         most = 1 if chat.parallel_tool_calls is False else None
-        return PreparedRequest(chat, requests, ParserConfig(tool_format, names, most, reasoning), check=check)
+        return PreparedRequest(chat, requests, ParserConfig(tool_format, names, most, reasoning), checks=checks)
 
     def completion(self, body: bytes) -> PreparedRequest:
         asked = CompletionRequest.parse(body)
         prompts = parse_prompts(asked.prompt, "prompt")
         self.check_model(asked.model)
-        grammar, field = constraint_of(asked)
+        grammar, field = requested_grammar(asked.constraints)
         with renamed({None: "prompt"}):
             params = self.tokenizer.with_bad_words(asked.params(grammar))
             requests = self.requests("cmpl", asked, prompts, [params] * len(prompts))
-        check = self.require_grammar(grammar, field)
+        checks = self.require_grammar(grammar, field)
         firsts = requests[:: asked.num_generated]
         echoes = [self.echo(*entry) for entry in zip(prompts, firsts, strict=True)] if asked.echo else []
-        return PreparedRequest(asked, requests, echoes=echoes, check=check)
+        return PreparedRequest(asked, requests, echoes=echoes, checks=checks)
 
     def generate(self, body: bytes) -> PreparedRequest:
         asked = GenerateRequest.parse(body)
         field = "text" if asked.text is not None else "input_ids"
         prompts = parse_prompts(asked.prompts, field)
         try:
-            params = [asked.params(i, constraint_of(asked.sampling(i))[0]) for i in range(len(prompts))]
+            params = [asked.params(i, requested_grammar(asked.sampling(i).constraints)[0]) for i in range(len(prompts))]
         except InvalidRequestError as error:
             error.param = "sampling_params"
             raise
@@ -151,11 +151,11 @@ class Preparation:
         with renamed({**names, "seed": "sampling_params.sampling_seed", None: field, "prompt": field}):
             requests = self.requests("gen", asked, prompts, params)
         grammars = dict.fromkeys(each.grammar for each in params)
-        checks = [check for grammar in grammars if (check := self.require_grammar(grammar, "sampling_params"))]
+        checks = [check for grammar in grammars for check in self.require_grammar(grammar, "sampling_params")]
         for index, request in enumerate(requests):
             if (rid := asked.of_prompt("rid", index // asked.num_generated)) is not None:  # it need not be unique
                 requests[index] = msgspec.structs.replace(request, id=f"{rid}-{uuid.uuid4().hex}")
-        return PreparedRequest(asked, requests, check=functools.partial(run_all, checks) if checks else None)
+        return PreparedRequest(asked, requests, checks=checks)
 
     def tokenize(self, body: bytes) -> Tokens:
         value = protocol.parse_object(body)
@@ -261,16 +261,14 @@ class Preparation:
             logger.warning("the chat template has no place for tools: a system text lists them, a grammar forms calls")
         return self.tool_format
 
-    def require_grammar(self, grammar: Grammar | None, param: str | None) -> Check | None:
-        """What raises for a grammar that cannot be enforced, unless that is known already; the error names `param`,
-        where the grammar comes from.
-        """
+    def require_grammar(self, grammar: Grammar | None, param: str | None) -> Sequence[Check]:
+        """What raises for a grammar that cannot be enforced, unless that it can is known; errors name `param`."""
         if grammar is None:
-            return None
+            return ()
         if self.check_grammar is None:
             raise UnsupportedParameterError("structured output is not available on this server", param=param)
         check = named(param, functools.partial(self.check_grammar, grammar))
-        return None if check is None else functools.partial(named, param, check)
+        return () if check is None else (functools.partial(named, param, check),)
 
     def render(self, chat: ChatRequest | TokenizeConversation, tools: Sequence[protocol.Tool]) -> str:
         variables: dict[str, Any] = dict(chat.chat_template_kwargs or {})
@@ -467,11 +465,10 @@ class Api:
                 return await unless_disconnected(request.receive, self.large.run(client, work))
 
     async def check(self, prepared: PreparedRequest, request: HttpRequest) -> None:
-        """Check a grammar that is new here, in threads that no other preparation waits for."""
-        if prepared.check is not None:
+        """Check grammars that are new here, in threads that no other preparation waits for."""
+        for check in prepared.checks:
             with self.client.metrics.preparing.track_inprogress():
-                checked = self.grammars.run(self._client_of(request), prepared.check)
-                await unless_disconnected(request.receive, checked)
+                await unless_disconnected(request.receive, self.grammars.run(self._client_of(request), check))
 
     def _client_of(self, request: HttpRequest) -> str:
         address = "" if request.client is None else request.client.host
@@ -483,11 +480,6 @@ class Api:
             return prepare(body)
         except RecursionError as error:
             raise InvalidRequestError("the body is nested too deeply") from error
-
-
-def run_all(checks: Sequence[Check]) -> None:
-    for check in checks:
-        check()
 
 
 def prioritize(prepared: PreparedRequest, allowed: tuple[int, int] | None) -> None:
@@ -512,10 +504,6 @@ def parse_prompts(value: Any, param: str) -> list[Prompt]:
 def is_list_of(kind: type, value: object) -> bool:
     """Whether `value` is a list of exactly this type (a bool is no int)."""
     return isinstance(value, list) and all(type(item) is kind for item in value)
-
-
-def constraint_of(body: protocol.Sampling) -> tuple[Grammar | None, str | None]:
-    return requested_grammar(body.constraints) if body.constraints else (None, None)
 
 
 def named(param: str | None, check: Callable[[], T]) -> T:

@@ -46,7 +46,6 @@ OUTPUTS_UNSUPPORTED: Unsupported = {
 # Fields that ask for structured output, of every endpoint.
 CONSTRAINTS = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice",
                "guided_grammar", "json_schema", "regex", "ebnf")  # fmt: skip
-LISTS = frozenset(("stop_token_ids", "allowed_token_ids", "bad_words"))  # that SamplingParams has as tuples
 
 # How a body begins that is something else than JSON in UTF-8, and what it is.
 NOT_JSON: Mapping[bytes, str] = {
@@ -109,12 +108,6 @@ def parse_object(body: bytes) -> dict[str, Any]:
     return value
 
 
-def with_integers(value: dict[str, Any]) -> dict[str, Any]:
-    """Make 3.0 an integer, as JSON Schema does; not in lists, where numbers are token ids."""
-    whole = {n: int(x) for n, x in value.items() if isinstance(x, float) and x.is_integer() and abs(x) <= MAX_EXACT}
-    return value | whole
-
-
 def invalid_field(error: str) -> InvalidRequestError:
     """The error for a complaint of msgspec, with the field as the user wrote it: `messages.0.role`."""
     found = re.fullmatch(r"(.*?)(?: - at (?:`key` in )?`\$([^`]*)`)?", error, re.DOTALL)
@@ -148,7 +141,7 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         require(len(value) <= MAX_FIELDS, f"the body has {len(value)} fields", None)
         cls.tidy(value)
         try:
-            parsed = msgspec.convert(with_integers(value), cls)
+            parsed = msgspec.convert(value, cls)
         except msgspec.ValidationError as error:
             raise invalid_field(str(error)) from error
         parsed.check()
@@ -156,10 +149,15 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     @classmethod
     def tidy(cls, value: dict[str, Any], where: str = "") -> None:
-        """Remove what asks for nothing, here and in the parts; raises UnsupportedParameterError as above."""
+        """Remove what asks for nothing, here and in the parts; raises UnsupportedParameterError as above. Make 3.0 an
+        integer, as JSON Schema does; not in lists, where numbers are token ids.
+        """
         drop_unsupported(value, cls.unsupported, where)
-        for name in [name for name, item in value.items() if item is None and name not in cls.__struct_fields__]:
-            del value[name]
+        for name, item in list(value.items()):
+            if item is None and name not in cls.__struct_fields__:
+                del value[name]
+            elif isinstance(item, float) and item.is_integer() and abs(item) <= MAX_EXACT:
+                value[name] = int(item)
         for name, part in cls.parts.items():
             found = value.get(name)
             for index, item in enumerate(found if isinstance(found, list) else [found]):
@@ -351,13 +349,11 @@ class Sampling(Body):
     def sampling_params(self, **others: Any) -> SamplingParams:
         """The engine's parameters, not validated: `others`, and the given fields that the engine has too."""
         names = set(self.__struct_fields__) & set(SamplingParams.__struct_fields__) - others.keys()
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        fields = ((name, getattr(self, name)) for name in names)
+        given: dict[str, Any] = {n: tuple(x) if isinstance(x, list) else x for n, x in fields if x is not None}
         given["logit_bias"] = {int(token): bias for token, bias in (self.logit_bias or {}).items()}
-        for name in LISTS & names & given.keys():
-            given[name] = tuple(given[name])
         if self.no_stop_trim:
             given["include_stop_str_in_output"] = True
-        given["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         return SamplingParams(**given, **others)
 
 
