@@ -37,10 +37,7 @@ class StepLog:
         self._sent = 0.0
 
     def watch(self, link: int, on: bool) -> None:
-        if on:
-            self.links.add(link)
-        else:
-            self.links.discard(link)
+        (self.links.add if on else self.links.discard)(link)
 
     def observe(self, record: StepRecord) -> None:
         self.recent.append(record)

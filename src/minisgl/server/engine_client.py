@@ -18,7 +18,7 @@ import zmq.asyncio
 
 from minisgl.config import Config
 from minisgl.core.types import EngineStats, FinishReason, Request, TokenEvent
-from minisgl.errors import EngineDeadError, InvalidRequestError, MinisglError, ModelError
+from minisgl.errors import EngineDeadError, MinisglError, ModelError
 from minisgl.server import errors, ipc
 from minisgl.server.debug import StepFeed
 from minisgl.server.metrics import ACCESS_RECORD, Metrics, RequestStats
@@ -44,11 +44,9 @@ class Queue:
         self.wait = 0.0  # s, running mean of the time to the first token: what clients turned away are told to wait
 
     def check(self, requests: Sequence[Request], live: int) -> None:
-        """Raise InvalidRequestError, OverloadedError or QueueFullError unless these may enter beside `live` others."""
+        """Raise OverloadedError or QueueFullError unless these may enter beside `live` others."""
         retry_after = max(1, min(MAX_RETRY_SECONDS, math.ceil(self.wait)))
         count, tokens = len(requests), sum(len(request.prompt) for request in requests)
-        if count > self.max_live:
-            raise InvalidRequestError(f"at most {self.max_live} prompts fit in one request", param="prompt")
         if live + count > self.max_live:
             raise errors.OverloadedError(f"{live} requests are live already; try again later", retry_after)
         # An empty queue takes whatever the server can keep: otherwise the request could never be served.

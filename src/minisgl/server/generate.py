@@ -67,13 +67,12 @@ class GenerateRequest(Body):
         for name, value in nothing.items():
             neutral = self.return_logprob is not None or getattr(self, name) in (None, value)
             require(neutral, f"{name} is only allowed with return_logprob", name)
-        several = range(len(self.sampling_params) if isinstance(self.sampling_params, list) else 1)
-        same_n = len({self.sampling(index).num_generated for index in several}) <= 1
+        same_n = len({each.num_generated for each in self.samplings}) <= 1
         require(same_n, "n must be the same for all prompts", "sampling_params")
         param = "sampling_params.max_new_tokens"
-        limits = [self.sampling(index).max_new_tokens for index in several]
         rule = f"{param} of 0 needs return_logprob, and holds for all prompts"
-        require(0 not in limits or (self.scores_only and self.return_logprob), rule, param)
+        some = any(each.max_new_tokens == 0 for each in self.samplings)
+        require(not some or (self.scores_only and self.return_logprob), rule, param)
 
     @property
     def is_batch(self) -> bool:
@@ -85,12 +84,16 @@ class GenerateRequest(Body):
 
     @property
     def num_generated(self) -> int:
-        return self.sampling(0).num_generated
+        return self.samplings[0].num_generated
 
     @property
     def scores_only(self) -> bool:
-        sampling = self.sampling_params if isinstance(self.sampling_params, list) else [self.sampling(0)]
-        return all(each.max_new_tokens == 0 for each in sampling)
+        return all(each.max_new_tokens == 0 for each in self.samplings)
+
+    @property
+    def samplings(self) -> list[SglangSampling]:
+        given = self.sampling_params or SglangSampling()
+        return given if isinstance(given, list) else [given]
 
     def of_prompt(self, name: str, index: int) -> Any:
         """The value of one of `PER_PROMPT`."""

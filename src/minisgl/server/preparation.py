@@ -13,10 +13,11 @@ import logging
 import secrets
 import time
 import uuid
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import msgspec
 from starlette.requests import Request as HttpRequest
@@ -141,17 +142,15 @@ class Preparation:
         asked = GenerateRequest.parse(body)
         field = "text" if asked.text is not None else "input_ids"
         prompts = parse_prompts(asked.prompts, field)
-        try:
-            params = [asked.params(i, requested_grammar(asked.sampling(i).constraints)[0]) for i in range(len(prompts))]
-        except InvalidRequestError as error:
-            error.param = "sampling_params"
-            raise
+        constraints = [asked.sampling(index).constraints for index in range(len(prompts))]
+        grammars = named("sampling_params", lambda: [requested_grammar(each)[0] for each in constraints])
+        params = [asked.params(index, grammar) for index, grammar in enumerate(grammars)]
         names: dict[str | None, str] = {name: f"sampling_params.{name}" for name in SamplingParams.__struct_fields__}
         names |= {"max_tokens": "sampling_params.max_new_tokens", "min_tokens": "sampling_params.min_new_tokens"}
         with renamed({**names, "seed": "sampling_params.sampling_seed", None: field, "prompt": field}):
             requests = self.requests("gen", asked, prompts, params)
-        grammars = dict.fromkeys(each.grammar for each in params)
-        checks = [check for grammar in grammars for check in self.require_grammar(grammar, "sampling_params")]
+        kinds = dict.fromkeys(grammars)
+        checks = [check for grammar in kinds for check in self.require_grammar(grammar, "sampling_params")]
         for index, request in enumerate(requests):
             if (rid := asked.of_prompt("rid", index // asked.num_generated)) is not None:  # it need not be unique
                 requests[index] = msgspec.structs.replace(request, id=f"{rid}-{uuid.uuid4().hex}")
@@ -293,42 +292,15 @@ class Turns:
 
     def __init__(self, threads: int) -> None:
         self._threads = ThreadPoolExecutor(threads, "prepare")
-        self._free = threads
-        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # whose turn it is comes first
+        self._free = asyncio.Semaphore(threads)
+        self._next = WeakValueDictionary[str, asyncio.Lock]()  # by client: who has it waits for a thread, others for it
 
     async def run(self, client: str, work: Callable[[], T]) -> T:
-        loop = asyncio.get_running_loop()
-        if self._free:
-            self._free -= 1
-        else:
-            turn: asyncio.Future[None] = loop.create_future()
-            self._waiting.setdefault(client, deque()).append(turn)
-            try:
-                await turn
-            except asyncio.CancelledError:
-                if not turn.cancelled():
-                    self._pass_on()
-                raise
-        job = loop.run_in_executor(self._threads, work)
-        job.add_done_callback(self._on_done)
+        async with self._next.setdefault(client, asyncio.Lock()):
+            await self._free.acquire()
+        job = asyncio.get_running_loop().run_in_executor(self._threads, work)
+        job.add_done_callback(lambda _: self._free.release())
         return await asyncio.shield(job)  # a thread is free when its work ends, not when its client leaves
-
-    def _on_done(self, job: asyncio.Future[Any]) -> None:
-        job.exception()  # retrieved, or asyncio complains where nobody waits any more
-        self._pass_on()
-
-    def _pass_on(self) -> None:
-        while self._waiting:
-            client, turns = next(iter(self._waiting.items()))
-            turn = turns.popleft()
-            if not turns or not turn.done():  # a client that has left gives its turn to its next request
-                del self._waiting[client]
-            if turns:
-                self._waiting[client] = turns
-            if not turn.done():
-                turn.set_result(None)
-                return
-        self._free += 1
 
 
 class Bodies:
