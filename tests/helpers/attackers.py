@@ -21,7 +21,7 @@ def filled(start: bytes, item: bytes, end: bytes, size: int = FITTING) -> bytes:
     return start + item * ((size - len(start) - len(end)) // len(item)) + end
 
 
-PROMPTS, IDS, MESSAGE = b'{"max_tokens":1,"prompt":[', b'],"temperature":0}', b'{"role":"user","content":"x"}'
+PROMPTS, MESSAGE = b'{"max_tokens":1,"prompt":[', b'{"role":"user","content":"x"}'
 BODIES: dict[str, tuple[str, bytes]] = {
     "16 MiB of text": (TEXT, filled(b'{"prompt":"', b"hello world, ", b'"}', SIZE)),
     "8 texts of 2 MiB": (TEXT, filled(PROMPTS, filled(b'"', b"hello world, ", b'",', SIZE // 8), b'"x"]}', SIZE)),

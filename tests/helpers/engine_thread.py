@@ -3,9 +3,10 @@
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from helpers.serving import Web, web
 from helpers.simulation import simulated_engine
@@ -34,10 +35,11 @@ class FailingExecutor(Recorder):
 
 
 class EngineThread:
-    """An engine on a thread; `failure` is what ended it, if something did."""
+    """An engine on a thread; `failure` is what ended it, if something did. `folder` has the tokenizer."""
 
-    def __init__(self, engine: Engine, config: Config | None = None) -> None:
+    def __init__(self, engine: Engine, folder: Path = Path("/nowhere"), config: Config | None = None) -> None:
         self.engine = engine
+        self.built = Built(engine, folder, ())
         self.config = config or Config()
         self.failure: BaseException | None = None
         self.gone = threading.Event()
@@ -45,7 +47,8 @@ class EngineThread:
 
     def run(self, sockets: str) -> None:
         try:
-            EngineServer(ipc.EngineSetup(self.config, sockets), self.gone).run()
+            with patch.object(engine_process, "build_engine", lambda config, **options: self.built):
+                EngineServer(ipc.EngineSetup(self.config, sockets), self.gone).run()
         except RuntimeError as error:
             self.failure = error
 
@@ -64,20 +67,18 @@ class EngineThread:
 @contextlib.asynccontextmanager
 async def simulated(
     folder: Path,
-    patch: Callable[[object, str, object], None],
     *,
     fail_at: int | None = None,
     constraints: ConstraintFactory | None = None,
     flags: dict[str, Any] | None = None,
     **settings: object,
 ) -> AsyncIterator[tuple[Web, EngineThread]]:
-    """Serve an engine over a simulated device; `patch` is monkeypatch.setattr, `settings` are the engine's."""
+    """Serve an engine over a simulated device; `settings` are the engine's."""
     engine = simulated_engine(**settings)  # type: ignore[arg-type]
     engine.constraints = constraints
     if fail_at is not None:
         engine.executor = FailingExecutor(engine.executor, fail_at)
-    patch(engine_process, "build_engine", lambda config, **options: Built(engine, folder, ()))
     flags = flags or {}
-    thread = EngineThread(engine, Config(**flags))
+    thread = EngineThread(engine, folder, Config(**flags))
     async with web(folder, engine.model, thread.start, max_live=4096, **flags) as side:
         yield side, thread

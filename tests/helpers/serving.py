@@ -75,6 +75,13 @@ def raw_post(path: str, body: object) -> bytes:
     return f"{head}\r\n\r\n".encode() + data
 
 
+def events(body: str) -> list[Any]:
+    """The JSON of a stream's events; it must end as streams do."""
+    lines = body.split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+
+
 # Runs an engine that connects to the sockets in this folder, for as long as the context lasts.
 StartEngine = Callable[[str], contextlib.AbstractAsyncContextManager[object]]
 

@@ -51,28 +51,16 @@ async def test_an_aborted_answer_that_has_not_begun_is_an_error_that_nobody_retr
     assert (answer.status_code, answer.json()["error"]["code"]) == (499, "request_aborted")
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"",
-        b"{}",
-        b"[]",
-        b'{"rid": 1}',
-        b'{"rid": "a", "abort_all": true}',
-        b'{"ids": []}',
-        b"x" * 5000,
-        b"\xff",
-        b'{"rid": "\xff"}',
-        b'{"rid": ""}',
-        b'{"rid": null, "abort_all": false}',
-        b"[" * 4000,
-        b'{"abort_all": 1}',
-    ],
-)
-async def test_what_abort_request_cannot_read_is_refused(server: Serving, body: bytes) -> None:
-    answer = await server.http.post("/abort_request", content=body)
-    assert answer.status_code == 400
-    assert answer.json()["error"]["type"] == "invalid_request_error"
+NO_ORDERS = (
+    b"", b"{}", b"[]", b'{"rid": 1}', b'{"rid": "a", "abort_all": true}', b'{"ids": []}', b"x" * 5000, b"\xff",
+    b'{"rid": "\xff"}', b'{"rid": ""}', b'{"rid": null, "abort_all": false}', b"[" * 4000, b'{"abort_all": 1}',
+)  # fmt: skip
+
+
+async def test_what_abort_request_cannot_read_is_refused(server: Serving) -> None:
+    for body in NO_ORDERS:
+        answer = await server.http.post("/abort_request", content=body)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error"), body
 
 
 async def test_abort_request_takes_what_sglangs_clients_send(server: Serving) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from helpers.engine_thread import EngineThread
-from helpers.serving import MODEL, Serving, web
+from helpers.serving import MODEL, Serving, events, web
 from helpers.templates import QWEN_TOOLS
 from helpers.tiny_models import save_model
 from minisgl.build import build_engine
@@ -203,7 +203,19 @@ def generate_rows(server: Serving, said: list[int], prompt: list[int]) -> Iterat
         ("one id of all", {**both, "rid": "p"}, {"0.meta_info.id": "p", "1.meta_info.id": "p"}),
         ("what is stopped at", {"text": "x", "sampling_params": {**limit, "stop": "STOP", "no_stop_trim": True}},
          {"text": "one two STOP", f"{meta}.finish_reason": {"type": "stop", "matched": "STOP"}}),
+        ("a stop", {"text": "x", "sampling_params": {**limit, "stop": "STOP"}},
+         {"text": "one two ", f"{meta}.finish_reason": {"type": "stop", "matched": "STOP"}}),
+        ("EOS", {"text": "x", "sampling_params": limit},
+         {"text": SAID, f"{meta}.finish_reason": {"type": "stop", "matched": 1}}),
+        ("texts", {**fox, **logprobs, "return_text_in_logprobs": True, "top_logprobs_num": 2},
+         {f"{meta}.output_token_logprobs": [[-1.0 - i, said[i], decode(said[i : i + 1])] for i in range(2)],
+          f"{meta}.output_top_logprobs.1.0.0": -1.5, f"{meta}.output_top_logprobs.1.1.0": -2.0}),
         ("a null", {**fox, "colour": None, "rid": None, "image_data": None}, {"output_ids": said[:2]}),
+        ("what SGLang's clients send at its defaults", {
+            **fox, "stream": False, "return_logprob": False, "logprob_start_len": -1, "top_logprobs_num": 0,
+            "token_ids_logprob": None, "lora_path": None, "return_hidden_states": False, "return_routed_experts": False,
+            "sampling_params": {**two, "stop_regex": None, "stream_interval": None, "logit_bias": {"7": -5}},
+        }, {f"{meta}.output_token_logprobs": "absent"}),
     ]  # fmt: skip
     for name, body, expected in rows:
         yield f"generate: {name}", GENERATE, body, expected
@@ -211,11 +223,6 @@ def generate_rows(server: Serving, said: list[int], prompt: list[int]) -> Iterat
 
 def admin_rows(server: Serving) -> Iterator[Row]:
     size = {"max_total_num_tokens": 1600, "context_length": 128, "tp_size": 1, "dp_size": 1}
-    model = {
-        "model_path": str(server.engine.folder),
-        "tokenizer_path": str(server.engine.folder),
-        "is_generation": True,
-    }
     card = {"id": MODEL, "object": "model", "owned_by": "minisgl", "root": MODEL, "parent": None, "max_model_len": 128}
     load = {"dp_rank": 0, "num_running_reqs": 0, "num_waiting_reqs": 0, "num_used_tokens": 480, "token_usage": 0.3,
             "max_total_num_tokens": 1600, "num_total_reqs": 0}  # fmt: skip
@@ -224,11 +231,9 @@ def admin_rows(server: Serving) -> Iterator[Row]:
     yield "health by a token", "/health_generate", None, {"status": "ok"}
     yield "server", "/server_info", None, {"served_model_name": MODEL, **size}
     yield "server, SGLang's old name", "/get_server_info", None, {"served_model_name": MODEL, **size}
-    yield "model", "/model_info", None, model
-    yield "model, SGLang's old name", "/get_model_info", None, model
+    yield "model, SGLang's old name", "/get_model_info", None, {"tokenizer_path": str(server.engine.folder)}
     yield "models", "/v1/models", None, {f"data.0.{name}": value for name, value in card.items()}
     yield "one model", f"/v1/models/{MODEL}", None, card
-    yield "tokenizer", "/tokenizer_info", None, {"tokenizer_class": "PreTrainedTokenizerFast"}
     yield "loads", "/v1/loads", None, {
         "dp_rank_count": 1, "aggregate.total_tokens": 480, **{f"loads.0.{name}": value for name, value in load.items()}
     }  # fmt: skip
@@ -252,13 +257,6 @@ async def test_every_field_has_its_value_in_the_answer(server: Serving) -> None:
         wrong += [f"{name}: {place} is {found[place]}" for place in expected if found[place] != expected[place]]
     assert not wrong, "\n".join(wrong)
     assert server.client.num_live == 0
-
-
-def events(body: str) -> list[Any]:
-    """The JSON of a stream's events; it must end as streams do."""
-    lines = body.split("\n\n")
-    assert lines[-2:] == ["data: [DONE]", ""]
-    return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
 
 
 @pytest.mark.serving(delay=0.002)

@@ -36,17 +36,13 @@ async def complete(server: Serving, way: str, **params: Any) -> tuple[str, Any]:
 async def test_the_first_word_of_a_completion_keeps_its_space(server: Serving, name: str, way: str) -> None:
     say(server, " b he")
     assert (await complete(server, way))[0] == " b he"
+    if way == "completions":
+        stream = await server.openai.completions.create(model=MODEL, prompt="a", stream=True)
+        assert "".join([chunk.choices[0].text async for chunk in stream]) == " b he"
     for stop, text in ((" b", ""), (" he", " b"), ("b", " ")):
         shown, reason = await complete(server, way, stop=[stop])
         assert shown == text
         assert reason == ({"type": "stop", "matched": stop} if way == "generate" else "stop")
-
-
-@pytest.mark.parametrize("name", SPACED)
-async def test_a_streamed_completion_keeps_it_too(server: Serving, name: str) -> None:
-    say(server, " b he")
-    stream = await server.openai.completions.create(model=MODEL, prompt="a", stream=True)
-    assert "".join([chunk.choices[0].text async for chunk in stream]) == " b he"
 
 
 @pytest.mark.parametrize("echo", [False, True])

@@ -4,19 +4,17 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 
 from helpers.constraints import Cycle, cycle
 from helpers.engine_thread import EngineThread
 from helpers.simulation import VOCAB, simulated_engine
-from minisgl.build import Built
 from minisgl.config import Config
 from minisgl.core.request_state import Constraint
 from minisgl.core.types import FinishReason, Grammar, Request, SamplingParams, TokenEvent
 from minisgl.errors import InvalidRequestError
-from minisgl.server import engine_process, ipc
+from minisgl.server import ipc
 from minisgl.server.engine_client import EngineClient
 from minisgl.server.engine_process import PendingGrammars
 from minisgl.server.errors import RequestAbortedError
@@ -24,10 +22,9 @@ from minisgl.system import PrivateFolder
 
 
 @pytest.fixture
-async def clients(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[list[EngineClient]]:
+async def clients() -> AsyncIterator[list[EngineClient]]:
     """The launcher's client of a simulated engine, and those of two API processes."""
     engine = simulated_engine(max_seq_len=2000, num_pages=2000)
-    monkeypatch.setattr(engine_process, "build_engine", lambda config, **options: Built(engine, Path("/nowhere"), ()))
     with PrivateFolder() as folder:
         clients = [EngineClient(folder, Config(), link=link) for link in range(3)]
         async with EngineThread(engine).start(folder):

@@ -28,10 +28,8 @@ def body(length: int, max_tokens: int, stream: bool, seed: int) -> dict[str, obj
 
 
 @pytest.mark.parametrize("n", range(1, 21))
-async def test_an_exception_in_the_nth_forward_pass_is_told_to_all_who_wait(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int
-) -> None:
-    async with asyncio.timeout(30), simulated(tmp_path, monkeypatch.setattr, fail_at=n) as (side, thread):
+async def test_an_exception_in_the_nth_forward_pass_is_told_to_all_who_wait(tmp_path: Path, n: int) -> None:
+    async with asyncio.timeout(30), simulated(tmp_path, fail_at=n) as (side, thread):
         path = "/v1/completions"
         whole = [side.http.post(path, json=body(10, 60, False, i)) for i in range(3)]
         streams = [side.http.post(path, json=body(10, 60, True, i)) for i in range(3)]
@@ -72,10 +70,10 @@ def nothing_left(side: Web, engine: Engine) -> bool:
     return not (client.num_live or queue.requests or queue.tokens or engine.scheduler.live or engine.cache.num_owned)
 
 
-async def test_a_thousand_clients_that_vanish_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_thousand_clients_that_vanish_leave_nothing(tmp_path: Path) -> None:
     rng = random.Random(0)
     settings = {"num_pages": 200, "max_running_requests": 24, "max_prefill_length": 64}
-    async with asyncio.timeout(200), simulated(tmp_path, monkeypatch.setattr, **settings) as (side, thread):  # type: ignore[arg-type]
+    async with asyncio.timeout(200), simulated(tmp_path, **settings) as (side, thread):  # type: ignore[arg-type]
         gate = asyncio.Semaphore(32)
         await asyncio.gather(*(vanish(side, rng, gate) for _ in range(1000)))
         async with asyncio.timeout(30):
@@ -91,14 +89,14 @@ async def test_a_thousand_clients_that_vanish_leave_nothing(tmp_path: Path, monk
         assert 200 < aborted <= 1000
 
 
-async def test_nobody_waits_for_somebody_elses_grammar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_nobody_waits_for_somebody_elses_grammar(tmp_path: Path) -> None:
     gate = threading.Event()
 
     def factory(grammar: Grammar) -> Constraint:
         assert gate.wait(20)
         raise InvalidRequestError(f"{grammar.source} cannot be followed")
 
-    serving = simulated(tmp_path, monkeypatch.setattr, constraints=factory)
+    serving = simulated(tmp_path, constraints=factory)
     async with asyncio.timeout(30), serving as (side, thread):
         requests = [
             Request.make(id=name, prompt=[9, 10], params=SamplingParams(max_tokens=3, seed=1, grammar=grammar))
@@ -116,9 +114,7 @@ async def test_nobody_waits_for_somebody_elses_grammar(tmp_path: Path, monkeypat
         assert nothing_left(side, thread.engine)
 
 
-async def test_a_request_aborted_while_its_grammar_is_compiled_never_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_request_aborted_while_its_grammar_is_compiled_never_runs(tmp_path: Path) -> None:
     begun, gate, done = threading.Event(), threading.Event(), threading.Event()
 
     def factory(grammar: Grammar) -> Constraint:
@@ -127,7 +123,7 @@ async def test_a_request_aborted_while_its_grammar_is_compiled_never_runs(
         done.set()
         return Cycle(cycle(5, 100), VOCAB, eos=1)
 
-    serving = simulated(tmp_path, monkeypatch.setattr, constraints=factory)
+    serving = simulated(tmp_path, constraints=factory)
     async with asyncio.timeout(30), serving as (side, thread):
         params = SamplingParams(max_tokens=50, grammar=Grammar(kind="regex", source="x"))
         with side.client.submit([Request.make(id="a", prompt=[9, 10], params=params)]):
@@ -152,8 +148,8 @@ async def test_an_engine_that_hangs_turns_health_red_and_green_again(server: Ser
     assert server.client._replies == {}, "no question is kept after its answer, or without one"
 
 
-async def test_the_cache_is_flushed_of_what_nobody_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with asyncio.timeout(30), simulated(tmp_path, monkeypatch.setattr, num_pages=100) as (side, thread):
+async def test_the_cache_is_flushed_of_what_nobody_uses(tmp_path: Path) -> None:
+    async with asyncio.timeout(30), simulated(tmp_path, num_pages=100) as (side, thread):
         await side.http.post("/v1/completions", json=body(40, 2, False, 1))
         cached = thread.engine.cache.num_cached
         assert cached == 10

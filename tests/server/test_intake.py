@@ -18,6 +18,7 @@ from minisgl.server.preparation import MAX_NESTED, MAX_VALUES, Check, Preparatio
 from minisgl.text.tokenizer import Tokenizer
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+GET = b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n"
 SMALL: dict[str, Any] = {"prompt": "hello there", "max_tokens": 1}
 LARGE: dict[str, Any] = {"prompt": "hi", "max_tokens": 1, "user": "x" * preparation.SMALL_BODY}
 
@@ -48,15 +49,14 @@ TOO_MANY = {
 }
 
 
-@pytest.mark.parametrize("name", FITTING)
-def test_a_body_of_as_many_values_as_a_request_may_have_is_read(name: str) -> None:
-    json.loads(FITTING[name])
-    check_counts(FITTING[name], MAX_VALUES)
+@pytest.mark.parametrize("body", FITTING.values(), ids=FITTING)
+def test_a_body_of_as_many_values_as_a_request_may_have_is_read(body: bytes) -> None:
+    json.loads(body)
+    check_counts(body, MAX_VALUES)
 
 
-@pytest.mark.parametrize("name", TOO_MANY)
-def test_a_body_of_too_many_values_is_refused_before_they_are_built(name: str) -> None:
-    body, param = TOO_MANY[name]
+@pytest.mark.parametrize(("body", "param"), TOO_MANY.values(), ids=TOO_MANY)
+def test_a_body_of_too_many_values_is_refused_before_they_are_built(body: bytes, param: str) -> None:
     json.loads(body)
     with pytest.raises(InvalidRequestError, match=f"^{param} holds too many values: a body may have 524288") as error:
         check_counts(body, MAX_VALUES)
@@ -81,7 +81,6 @@ HOSTILE: dict[str, tuple[str, bytes, int, str, str | None]] = {
     "too many ids to decode": ("/detokenize", b'{"tokens": [%s5]}' % (b"5," * 600_000), 400, "invalid_value", "tokens"),
     "cut and too many": (TEXT, b'{"prompt": [%s' % (b"5," * 600_000), 400, "invalid_json", None),
     "deep": (CHAT, b'{"messages": %s' % (b"[" * 1_000_000), 400, "invalid_json", None),
-    "gzip": (TEXT, b"\x1f\x8b\x08" + b"x" * 100_000, 400, "invalid_json", None),
 }  # fmt: skip
 
 
@@ -317,12 +316,12 @@ async def test_the_oldest_idle_connection_makes_room_for_a_new_one(
     crowd: api_process.Crowd, server: Serving, caplog: pytest.LogCaptureFixture
 ) -> None:
     crowd.bound = 10
-    used = await server.connect(b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    used = await server.connect(GET)
     assert (await used[0].readuntil(b"}")).startswith(b"HTTP/1.1 200")
     idle = await open_until(server, 30)
     for _ in range(5):
-        reader, writer = await server.connect(b"GET /version HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-        assert (await reader.read()).startswith(b"HTTP/1.1 200")
+        reader, writer = await server.connect(GET)
+        assert (await reader.readuntil(b"}")).startswith(b"HTTP/1.1 200")
         writer.close()
     await asyncio.sleep(0.1)
     open_still = [not reader.at_eof() for reader, _ in [used, *idle]]
@@ -345,7 +344,7 @@ async def test_without_an_idle_connection_a_new_one_is_told_503(
     busy = [await server.connect(request) for _ in range(8)]
     await server.until(lambda: server.client.num_live == 8)
     live = server.client.num_live
-    reader, writer = await server.connect(b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    reader, writer = await server.connect(GET)
     answer = await asyncio.wait_for(reader.read(), 5)  # to its end: it is closed
     assert answer.startswith(b"HTTP/1.1 503 ")
     assert b"retry-after: 5\r\n" in answer
@@ -364,10 +363,9 @@ async def test_without_an_idle_connection_a_new_one_is_told_503(
 
 @pytest.mark.serving(delay=0.02)
 async def test_a_connection_is_idle_between_its_requests_only(crowd: api_process.Crowd, server: Serving) -> None:
-    ask = b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    _, writer = await server.connect(ask[:20])
+    _, writer = await server.connect(GET[:20])
     await server.until(lambda: len(crowd.idle) == 1)  # half a head is no request
-    writer.write(ask[20:] + raw_post(TEXT, {"prompt": "hello there", "max_tokens": 10}))
+    writer.write(GET[20:] + raw_post(TEXT, {"prompt": "hello there", "max_tokens": 10}))
     await server.until(lambda: server.client.num_live == 1)
     assert not crowd.idle
     await server.until(lambda: server.client.num_live == 0)

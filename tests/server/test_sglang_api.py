@@ -1,18 +1,10 @@
 import itertools
 import json
-from typing import Any
 
 import pytest
 
-from helpers.serving import CHAT_TEMPLATE, MODEL, Serving
+from helpers.serving import CHAT_TEMPLATE, MODEL, Serving, events
 from minisgl.server.app import UNSUPPORTED
-
-
-def events(body: str) -> list[Any]:
-    """The JSON of a stream's events; it must end as streams do."""
-    lines = body.split("\n\n")
-    assert lines[-2:] == ["data: [DONE]", ""]
-    return [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
 
 
 async def test_generate_continues_texts_and_ids(server: Serving) -> None:
@@ -47,28 +39,6 @@ async def test_generate_streams_all_of_the_text_so_far(server: Serving) -> None:
     assert found[-1]["meta_info"]["completion_tokens"] == 6
 
 
-async def test_generate_says_what_it_stopped_at_and_gives_logprobs(server: Serving) -> None:
-    server.speak("a b STOP c")
-    at_text = {"text": "x", "sampling_params": {"max_new_tokens": 50, "stop": "STOP"}}
-    at_token = {"text": "x", "sampling_params": {"max_new_tokens": 50}}
-    for stopped, matched, text in ((at_text, "STOP", "a b "), (at_token, 1, "a b STOP c")):
-        answer = (await server.http.post("/generate", json=stopped)).json()
-        assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": matched}
-        assert answer["text"] == text
-    body: dict[str, Any] = {"text": "a fox", "return_logprob": True, "top_logprobs_num": 2, "logprob_start_len": 1}
-    body["return_text_in_logprobs"] = True
-    meta = (await server.http.post("/generate", json={**body, "sampling_params": {"max_new_tokens": 2}})).json()
-    ids = server.tokenizer.encode("a fox")
-    said = server.tokenizer.encode("a b STOP c")[:2]
-    names = [server.tokenizer.decode([token]) for token in said]
-    found = meta["meta_info"]
-    assert found["output_token_logprobs"] == [[-1.0, said[0], names[0]], [-2.0, said[1], names[1]]]
-    assert [[top[0] for top in tops] for tops in found["output_top_logprobs"]] == [[-0.5, -1.0], [-1.5, -2.0]]
-    assert [entry[:2] for entry in found["input_token_logprobs"]] == [
-        [-1.0 - i, token] for i, token in enumerate(ids[1:], start=1)
-    ]
-
-
 async def test_texts_and_conversations_are_tokenised_and_written_back(server: Serving) -> None:
     ids = server.tokenizer.encode("Grüße 世界")
     absent = {"add_special_tokens": None, "return_token_strs": None, "model": None}
@@ -101,21 +71,6 @@ async def test_the_tokenizer_is_described_for_clients_that_render_themselves(ser
         "tokenizer_class": "PreTrainedTokenizerFast",
         "chat_template": CHAT_TEMPLATE, "vocab_size": server.tokenizer.vocab_size, "model_max_length": 128,
     }  # fmt: skip
-
-
-async def test_generate_takes_what_sglangs_clients_send_at_its_defaults(server: Serving) -> None:
-    body = {
-        "text": "x", "stream": False,
-        "sampling_params": {
-            "max_new_tokens": 1, "temperature": 0, "stop_regex": None, "stream_interval": None,
-            "logit_bias": {"7": -5},
-        },
-        "return_logprob": False, "logprob_start_len": -1, "top_logprobs_num": 0, "token_ids_logprob": None,
-        "lora_path": None, "image_data": None, "return_hidden_states": False, "return_routed_experts": False,
-    }  # fmt: skip
-    answer = await server.http.post("/generate", json=body)
-    assert (answer.status_code, "output_token_logprobs" in answer.json()["meta_info"]) == (200, False)
-    assert server.engine.seen[0].params.logit_bias == {7: -5.0}
 
 
 async def test_other_endpoints_are_refused_by_name(server: Serving) -> None:

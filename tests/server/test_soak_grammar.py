@@ -50,9 +50,7 @@ async def beside(http: httpx.AsyncClient, seconds: float, **asked: Any) -> float
 
 @pytest.mark.soak
 @pytest.mark.timeout(900)
-async def test_another_stream_goes_on_beside_a_dear_grammar(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_another_stream_goes_on_beside_a_dear_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOG_LEVEL", "WARNING")
     with server("--num-pages", "3600") as (_, url):
         async with httpx.AsyncClient(base_url=url, timeout=600) as http:

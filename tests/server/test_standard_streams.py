@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,14 +41,20 @@ def answers(port: int) -> bool:
 
 @contextmanager
 def serving(
-    folder: Path, shell: str = "", before: str = "", workers: int = 1, **options: Any
+    folder: Path, shell: str = "", before: str = "", workers: int = 1, unread: Sequence[str] = (), **options: Any
 ) -> Iterator[tuple[Any, int]]:
-    """A server that answers, and its port; `shell` are redirections, `before` is Python that runs first."""
+    """A server that answers, and its port; `shell` are redirections, `before` is Python that runs first, and nobody
+    reads from the pipes that the `unread` streams are.
+    """
     write_tokenizer(folder, template=CHAT_TEMPLATE)
     port = free_port()
     flags = json.dumps({"model": str(folder), "port": port, "drain_timeout": 5, "api_workers": workers})
     command = ["sh", "-c", f'exec "$@" {shell}', "sh", sys.executable, "-c", before + MAIN, flags, *STUB]
+    reader, writer = os.pipe()
+    os.close(reader)
+    options |= dict.fromkeys(unread, writer)
     process = subprocess.Popen(command, env=environment(), cwd=folder, **options)
+    os.close(writer)
     try:
         deadline = time.monotonic() + 60
         while not answers(port) and process.poll() is None and time.monotonic() < deadline:
@@ -63,31 +69,18 @@ def serving(
 REDIRECTIONS = (
     ">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full", "<&- >/dev/full 2>&1", ">/dev/null 2>&1 </dev/null",
 )  # fmt: skip
+STREAMS: list[dict[str, Any]] = [
+    *({"shell": redirection} for redirection in REDIRECTIONS),
+    {"shell": "<&- >&- 2>&-", "workers": 2},
+    *({"unread": streams} for streams in (["stdout"], ["stderr"], ["stdout", "stderr"])),
+    *({"before": f"import sys; {names} = None\n"} for names in ("sys.stderr", "sys.stdout", "sys.stderr = sys.stdout")),
+]
 
 
-@pytest.mark.parametrize(("redirection", "workers"), [*((r, 1) for r in REDIRECTIONS), ("<&- >&- 2>&-", 2)])
-def test_a_server_serves_whatever_its_standard_streams_are(tmp_path: Path, redirection: str, workers: int) -> None:
-    with serving(tmp_path, redirection, workers=workers) as (process, port):
+@pytest.mark.parametrize("streams", STREAMS, ids=str)
+def test_a_server_serves_whatever_its_standard_streams_are(tmp_path: Path, streams: dict[str, Any]) -> None:
+    with serving(tmp_path, **streams) as (process, port):
         assert answers(port)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(BOUND) == 0
-
-
-@pytest.mark.parametrize("streams", [["stdout"], ["stderr"], ["stdout", "stderr"]])
-def test_a_server_serves_into_a_pipe_that_nobody_reads(tmp_path: Path, streams: list[str]) -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    outputs: dict[str, Any] = dict.fromkeys(streams, writer)
-    with serving(tmp_path, **outputs) as (process, port):
-        os.close(writer)
-        assert answers(port)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(BOUND) == 0
-
-
-@pytest.mark.parametrize("before", ["sys.stderr = None", "sys.stdout = None", "sys.stderr = sys.stdout = None"])
-def test_a_server_serves_in_a_program_without_streams(tmp_path: Path, before: str) -> None:
-    with serving(tmp_path, before=f"import sys; {before}\n") as (process, _):
         process.send_signal(signal.SIGTERM)
         assert process.wait(BOUND) == 0
 

@@ -9,16 +9,7 @@ from hypothesis import strategies as st
 
 from minisgl.server import tools
 from minisgl.server.responses import ChatDelta
-from minisgl.server.tools import (
-    GENERIC,
-    HEAD_LIMIT,
-    HERMES,
-    LLAMA,
-    MISTRAL,
-    ReasoningParser,
-    ToolCallParser,
-    ToolFormat,
-)
+from minisgl.server.tools import HEAD_LIMIT, HERMES, LLAMA, MISTRAL, ReasoningParser, ToolCallParser, ToolFormat
 
 NAMES = frozenset({"f", "get_weather"})
 FORCED = HERMES.forced()
@@ -256,7 +247,7 @@ SHOWN = (
 
 def test_a_template_shows_its_form() -> None:
     assert [tools.detect_tool_format(template, True) for template, _ in SHOWN] == [form for _, form in SHOWN]
-    assert tools.detect_tool_format(QWEN, False) == GENERIC
+    assert tools.detect_tool_format(QWEN, False) == tools.GENERIC
 
 
 def test_ids_suit_the_templates_that_read_them() -> None:
