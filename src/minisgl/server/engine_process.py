@@ -181,7 +181,8 @@ class EngineServer:
                     events = engine.step()
                     if events or engine.admitted:
                         self.links.send_events(events, engine.admitted)
-                    self.steps.flush(not engine.has_work)
+                    if self.config.debug_endpoints:
+                        self.steps.flush(not engine.has_work)
         finally:
             grammars.close()
         engine.close()

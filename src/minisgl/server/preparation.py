@@ -33,7 +33,7 @@ from minisgl.errors import (
     UnsupportedParameterError,
 )
 from minisgl.server import protocol
-from minisgl.server.engine_client import EngineClient
+from minisgl.server.engine_client import EngineClient, wait_first
 from minisgl.server.errors import BodyTooLargeError, OverloadedError, SlowBodyError
 from minisgl.server.generate import GenerateRequest
 from minisgl.server.protocol import ChatRequest, CompletionRequest, TokenizeConversation, require
@@ -100,7 +100,7 @@ class Preparation:
     def chat(self, body: bytes) -> PreparedRequest:
         chat = ChatRequest.parse(body)
         self.check_model(chat.model)
-        grammar, field = requested_grammar(chat.constraints)
+        grammar, field = constraint_of(chat)
         prompt = self.render(chat, chat.offered_tools)
         template = self.tokenizer.template_for(bool(chat.offered_tools))
         reasons = template is not None and REASONING_END in template.source and chat.separate_reasoning is not False
@@ -129,7 +129,7 @@ class Preparation:
         asked = CompletionRequest.parse(body)
         prompts = parse_prompts(asked.prompt, "prompt")
         self.check_model(asked.model)
-        grammar, field = requested_grammar(asked.constraints)
+        grammar, field = constraint_of(asked)
         with renamed({None: "prompt"}):
             params = self.tokenizer.with_bad_words(asked.params(grammar))
             requests = self.requests("cmpl", asked, prompts, [params] * len(prompts))
@@ -142,8 +142,8 @@ class Preparation:
         asked = GenerateRequest.parse(body)
         field = "text" if asked.text is not None else "input_ids"
         prompts = parse_prompts(asked.prompts, field)
-        constraints = [asked.sampling(index).constraints for index in range(len(prompts))]
-        grammars = named("sampling_params", lambda: [requested_grammar(each)[0] for each in constraints])
+        samplings = [asked.sampling(index) for index in range(len(prompts))]
+        grammars = named("sampling_params", lambda: [constraint_of(sampling)[0] for sampling in samplings])
         params = [asked.params(index, grammar) for index, grammar in enumerate(grammars)]
         names: dict[str | None, str] = {name: f"sampling_params.{name}" for name in SamplingParams.__struct_fields__}
         names |= {"max_tokens": "sampling_params.max_new_tokens", "min_tokens": "sampling_params.min_new_tokens"}
@@ -395,16 +395,15 @@ async def disconnected(receive: Receive) -> None:
 
 async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
     """The result of `work`; it is cancelled and ClientGoneError raised when the client leaves first."""
-    tasks = task, watch = asyncio.ensure_future(work), asyncio.ensure_future(disconnected(receive))
+    task = asyncio.ensure_future(work)
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        await wait_first(task, disconnected(receive))
         if task.done():
             return task.result()
         raise ClientGoneError
     finally:
         task.cancel()
-        watch.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)  # they have cleaned up
+        await asyncio.gather(task, return_exceptions=True)  # it has cleaned up
 
 
 @dataclasses.dataclass
@@ -476,6 +475,10 @@ def parse_prompts(value: Any, param: str) -> list[Prompt]:
 def is_list_of(kind: type, value: object) -> bool:
     """Whether `value` is a list of exactly this type (a bool is no int)."""
     return isinstance(value, list) and all(type(item) is kind for item in value)
+
+
+def constraint_of(body: protocol.Sampling) -> tuple[Grammar | None, str | None]:
+    return requested_grammar(body.constraints) if body.constraints else (None, None)
 
 
 def named(param: str | None, check: Callable[[], T]) -> T:
