@@ -56,15 +56,11 @@ async def test_more_names_can_be_allowed(server: Serving) -> None:
 @pytest.mark.parametrize(
     ("settings", "checked"),
     [
-        ({}, True),
-        ({"api_key": ("k",)}, False),
-        ({"allow_public": True}, False),
-        ({"allowed_hosts": ("*",)}, False),
-        ({"allowed_hosts": ("a", "*"), "api_key": ("k",)}, False),
-        ({"allowed_hosts": ("a",), "api_key": ("k",)}, True),
+        ({}, True), ({"api_key": ("k",)}, False), ({"allow_public": True}, False), ({"allowed_hosts": ("*",)}, False),
+        ({"allowed_hosts": ("a", "*"), "api_key": ("k",)}, False), ({"allowed_hosts": ("a",), "api_key": ("k",)}, True),
         ({"allowed_hosts": ("a",), "allow_public": True}, True),
     ],
-)
+)  # fmt: skip
 async def test_the_host_is_checked_where_it_protects_or_is_asked_for(
     tmp_path: Path, settings: dict[str, Any], checked: bool
 ) -> None:

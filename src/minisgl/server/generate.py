@@ -11,14 +11,6 @@ from minisgl.server import protocol
 from minisgl.server.protocol import Body, Count, Logprobs, Sampling, Unsupported, require
 
 GENERATE_MAX_TOKENS = 128  # the default of max_new_tokens
-GENERATE_UNSUPPORTED: Unsupported = {
-    **protocol.ANY_UNSUPPORTED, "image_data": (), "audio_data": (), "video_data": (), "input_embeds": (),
-    "token_ids_logprob": (), "return_routed_experts": (False,), "custom_logit_processor": (),
-}  # fmt: skip
-SGLANG_SAMPLING_UNSUPPORTED: Unsupported = {
-    "structural_tag": (), "spaces_between_special_tokens": (True,), "stop_regex": (), "stream_interval": (),
-    "custom_params": (),
-}  # fmt: skip
 PER_PROMPT = ("sampling_params", "return_logprob", "logprob_start_len", "top_logprobs_num", "rid")
 
 StartLen = Annotated[int, Meta(ge=-1)]
@@ -26,7 +18,10 @@ RequestId = Annotated[str, Meta(min_length=1, max_length=256)]
 
 
 class SglangSampling(Sampling):
-    unsupported = SGLANG_SAMPLING_UNSUPPORTED
+    unsupported: ClassVar[Unsupported] = {
+        "structural_tag": (), "spaces_between_special_tokens": (True,), "stop_regex": (), "stream_interval": (),
+        "custom_params": (),
+    }  # fmt: skip
 
     max_new_tokens: Count | None = None
     min_new_tokens: Count | None = None
@@ -41,7 +36,10 @@ class GenerateRequest(Body):
     for them alone. `rid` is the id that a response has and that /abort_request takes.
     """
 
-    unsupported = GENERATE_UNSUPPORTED
+    unsupported: ClassVar[Unsupported] = {
+        **protocol.ANY_UNSUPPORTED, "image_data": (), "audio_data": (), "video_data": (), "input_embeds": (),
+        "token_ids_logprob": (), "return_routed_experts": (False,), "custom_logit_processor": (),
+    }  # fmt: skip
     parts: ClassVar[protocol.Parts] = {"sampling_params": SglangSampling}
 
     text: Annotated[Any, Meta(extra_json_schema={"anyOf": [*protocol.TEXTS, {"type": "null"}]})] = None

@@ -31,18 +31,6 @@ OPENAI_UNSUPPORTED: Unsupported = {
     "guided_whitespace_pattern": (), "stop_regex": (), "request_id": (), "rid": (), "cache_salt": (),
     "kv_transfer_params": (), "vllm_xargs": (),
 }  # fmt: skip
-CHAT_UNSUPPORTED: Unsupported = {
-    **OPENAI_UNSUPPORTED, "functions": ([],), "function_call": ("none", "auto"), "modalities": (["text"],),
-    "audio": (), "prediction": (), "verbosity": ("medium",), "web_search_options": (), "echo": (False,),
-    "best_of": (1,), "add_special_tokens": (False,), "chat_template": (), "documents": ([],),
-    "mm_processor_kwargs": (), "include_reasoning": (True,), "stream_reasoning": (True,),
-}  # fmt: skip
-COMPLETION_UNSUPPORTED: Unsupported = {
-    **OPENAI_UNSUPPORTED, "suffix": ("",), "add_special_tokens": (True,), "prompt_embeds": ()
-}  # fmt: skip
-OUTPUTS_UNSUPPORTED: Unsupported = {
-    "disable_fallback": (False,), "disable_additional_properties": (False,)
-}  # fmt: skip
 # Fields that ask for structured output, of every endpoint.
 CONSTRAINTS = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice",
                "guided_grammar", "json_schema", "regex", "ebnf")  # fmt: skip
@@ -185,7 +173,7 @@ class ResponseFormat(Body):
 class StructuredOutputs(Body):
     """vLLM's structured output: exactly one of these, or only the option beside another field's."""
 
-    unsupported = OUTPUTS_UNSUPPORTED
+    unsupported = {"disable_fallback": (False,), "disable_additional_properties": (False,)}
 
     json: str | JsonSchema | None = None
     regex: str | None = None
@@ -419,7 +407,12 @@ def check_conversation(chat: ChatRequest | TokenizeConversation) -> None:
 
 
 class ChatRequest(OpenAIRequest, kw_only=True):
-    unsupported = CHAT_UNSUPPORTED
+    unsupported = {
+        **OPENAI_UNSUPPORTED, "functions": ([],), "function_call": ("none", "auto"), "modalities": (["text"],),
+        "audio": (), "prediction": (), "verbosity": ("medium",), "web_search_options": (), "echo": (False,),
+        "best_of": (1,), "add_special_tokens": (False,), "chat_template": (), "documents": ([],),
+        "mm_processor_kwargs": (), "include_reasoning": (True,), "stream_reasoning": (True,),
+    }  # fmt: skip
     parts = {**OpenAIRequest.parts, "messages": Message, "tools": Tool, "tool_choice": NamedTool}
 
     messages: Messages
@@ -470,7 +463,7 @@ class ChatRequest(OpenAIRequest, kw_only=True):
 
 
 class CompletionRequest(OpenAIRequest, kw_only=True):
-    unsupported = COMPLETION_UNSUPPORTED
+    unsupported = {**OPENAI_UNSUPPORTED, "suffix": ("",), "add_special_tokens": (True,), "prompt_embeds": ()}
 
     prompt: Annotated[Any, Meta(extra_json_schema={"anyOf": TEXTS + IDS})]
     logprobs: Logprobs | None = None
