@@ -35,16 +35,15 @@ def assistant(**more: Any) -> dict[str, Any]:
 
 SAME_MESSAGES: dict[str, dict[str, Any]] = {
     "a type, as an evaluation harness adds": user(type="text"), "an unknown key": user(mood=1),
-    "an unknown key that is null": user(mood=None), "a cached message": user(**CACHED), "an id": user(id="msg_1"),
-    "a time": user(created_at=1.5, metadata={"a": [1]}), "no name": user(name=None), "no calls": user(tool_calls=None),
-    "an empty list of calls": user(tool_calls=[]), "no call id": user(tool_call_id=None),
-    "no refusal": user(refusal=None, audio=None, function_call=None), "no annotations": user(annotations=[]),
-    "a part": parts(), "a cached part": parts(**CACHED), "a part with a role": parts(role="user"),
-    "a part with notes": parts(annotations=[{"a": 1}], logprobs=None), "a part with an id": parts(id=7, index=0),
-    "a part that is null elsewhere": parts(image_url=None, input_audio=None),
+    "an unknown key that is null": user(mood=None), "a cached message": user(**CACHED),
+    "an id and a time": user(id="msg_1", created_at=1.5, metadata={"a": [1]}),
+    "known keys that are null": user(name=None, tool_calls=None, tool_call_id=None, refusal=None, audio=None),
+    "empty lists": user(tool_calls=[], annotations=[]), "a part": parts(), "a cached part": parts(**CACHED),
+    "a part with a role": parts(role="user", id=7, index=0), "a part with notes": parts(annotations=[{"a": 1}]),
+    "a part with nulls of other types": parts(image_url=None, input_audio=None, logprobs=None),
     "an answer with what a proxy adds": assistant(provider_specific_fields={"x": None}, thinking_blocks=None),
     "an answer with what a reasoner adds": assistant(reasoning=None, reasoning_details=[], reasoning_content=None),
-    "an answer with what a client parsed": assistant(parsed=None, refusal=None, audio=None, annotations=[]),
+    "an answer with what a client parsed": assistant(parsed=None, refusal=None, audio=None, function_call=None),
 }  # fmt: skip
 """Messages that mean what the plain one of their role means."""
 
