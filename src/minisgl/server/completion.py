@@ -212,14 +212,13 @@ class OpenAICompletion(abc.ABC):
 
     def __init__(self, generation: Generation, model: str, body: OpenAIRequest, logprobs: int | None) -> None:
         self.generation = generation
-        self.model = model
+        name = generation.choices[0].request.id.rpartition("-")[0]
+        self.named: dict[str, Any] = {"id": name, "created": int(time.time()), "model": model}
         options = body.stream_options or StreamOptions()
         self.include_usage = bool(options.include_usage)
         self.continuous = self.include_usage and bool(options.continuous_usage_stats)
         self.return_token_ids = bool(body.return_token_ids)
         self.prompt_logprobs = body.prompt_logprobs
-        self.id = generation.choices[0].request.id.rpartition("-")[0]
-        self.created = int(time.time())
         as_ids = bool(body.return_tokens_as_token_ids)
         self.writer = None if logprobs is None else LogprobWriter(generation.tokenizer, as_ids, logprobs)
         self.opened: set[int] = set()  # choices with a chunk
@@ -243,7 +242,8 @@ class OpenAICompletion(abc.ABC):
         for index, choice in enumerate(self.shown()):
             piece = TextPiece(choice.index, choice.stream.text, choice.finish)
             choices.append(self.whole_choice(index, choice, self.chunk_choices(piece)))
-        return self._result(self.whole_object, choices, usage=self.generation.usage(), **self.of_prompt())
+        usage, more = self.generation.usage(), self.named | self.of_prompt()
+        return responses.Result(object=self.whole_object, choices=choices, usage=usage, **more)
 
     def of_prompt(self) -> dict[str, Any]:
         """Fields of a whole answer that are about its prompt."""
@@ -265,7 +265,8 @@ class OpenAICompletion(abc.ABC):
 
     async def chunks(self) -> EventChunks:
         # All chunks are alike but for the choice and the usage, which is null in all but the last.
-        head = b"data: " + msgspec.json.encode(self._result(self.chunk_object, [])).removesuffix(b"]}")
+        empty: responses.Result[Any] = responses.Result(object=self.chunk_object, choices=[], **self.named)
+        head = b"data: " + msgspec.json.encode(empty).removesuffix(b"]}")
         tail = b'],"usage":null}\n\n' if self.include_usage else b"]}\n\n"
         async with aclosing(self.generation.pieces()) as batches:
             async for pieces in batches:
@@ -279,10 +280,6 @@ class OpenAICompletion(abc.ABC):
 
     def usage_tail(self, generated: int | None = None) -> bytes:
         return b'],"usage":' + msgspec.json.encode(self.generation.usage(generated)) + b"}\n\n"
-
-    def _result(self, kind: Any, choices: Sequence[Any], **more: Any) -> responses.Result[Any]:
-        name, created, model = self.id, self.created, self.model
-        return responses.Result(id=name, object=kind, created=created, model=model, choices=choices, **more)
 
 
 class ChatCompletion(OpenAICompletion):
