@@ -14,10 +14,9 @@ import minisgl
 from helpers.engine_thread import EngineThread
 from helpers.serving import web
 from helpers.tiny_models import save_model
-from minisgl.build import Built, build_engine
+from minisgl.build import build_engine
 from minisgl.config import Config
 from minisgl.core.engine import Engine
-from minisgl.server import engine_process
 
 PACKAGE = Path(minisgl.__file__).parent
 PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
@@ -42,7 +41,6 @@ def test_a_chat_request_passes_through_the_files_that_the_page_lists(
 ) -> None:
     passed = PassedFiles()
     built = build_engine(Config(model=str(save_model(tmp_path)), device="cpu", num_pages=64, max_seq_len_override=256))
-    monkeypatch.setattr(engine_process, "build_engine", lambda config, **options: Built(built.engine, tmp_path, ()))
     step = Engine.step
 
     def watched(engine: Engine) -> list[Any]:
