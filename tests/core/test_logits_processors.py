@@ -6,6 +6,7 @@ Every request is compared with `slow_answer`: tokens exactly, log-probabilities 
 import functools
 import itertools
 from typing import Any
+from unittest.mock import Mock
 
 import msgspec
 import pytest
@@ -97,8 +98,12 @@ def test_no_dear_grammar_changes_a_special_answer(
 
     engine.constraints = make_dear
     monkeypatch.setattr(engine.scheduler, "_hold", record)
+    observer = Mock()
+    engine.observe(observer)
     check(answers_of(engine, requests, retractions=3), requests)
     assert len(postponed) > 20
+    admitted = [name for call in observer.observe.call_args_list for name, _ in call.args[0].admitted]
+    assert len(admitted) == len(requests) + engine.stats().retracted
 
 
 @pytest.mark.parametrize(

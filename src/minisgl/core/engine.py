@@ -49,8 +49,7 @@ class Engine:
     and the masks computed while the device runs the newer step's forward pass; then the step is finished with them.
     Masks that would hold the step up are computed beside later steps; their rows sit out until then.
     `constraints` makes a constraint of a grammar; without it grammars are refused. `clock` tells the seconds by which
-    policies decide; a simulation gives its own. `admitted` are the ids of the
-    requests that the last `step` gave a row, retracted ones once more.
+    policies decide; a simulation gives its own.
     """
 
     def __init__(
@@ -76,7 +75,6 @@ class Engine:
         self._ended: list[tuple[str, FinishReason]] = []  # and are in no record yet
         self.recorder: RequestObserver | None = None
         self._events: list[TokenEvent] = []
-        self.admitted: list[str] = []
         self._arrivals = self._aborted = self._generated_tokens = 0
         self._failed = self._closed = False
 
@@ -98,6 +96,11 @@ class Engine:
         self._arrivals += 1
         if self.recorder is not None:
             self.recorder.add(request)
+
+    @property
+    def admitted(self) -> list[str]:
+        """Ids of the requests that the last `step` gave a row, retracted ones once more."""
+        return [name for name, _ in self.scheduler.admitted]
 
     def abort(self, ids: Iterable[str]) -> None:
         """End these requests; each that is live gets its terminal event from the next `step`."""
@@ -132,16 +135,12 @@ class Engine:
         """Show `observer` every step that is launched from here on."""
         self._observers.append(observer)
 
-    def stop_observing(self, observer: StepObserver) -> None:
-        self._observers.remove(observer)
-
     def flush_cache(self) -> int:
         """Drop every cached page that no request uses; how many those were."""
         return self.cache.flush()
 
     def _advance(self) -> None:
         begun = time.perf_counter()
-        self.admitted = []
         planned = self.clock()
         plan = self.scheduler.schedule()
         launched = self.clock()
@@ -156,8 +155,6 @@ class Engine:
         record = self._record(plan, planned, launched) if self._observers else None
         self._launched.append((plan, record))
         self.scheduler.retracted_ids = []
-        if plan.init is not None:
-            self.admitted = [self.table.ids[slot] for slot in plan.init.slots.tolist()]
         if len(self._launched) > 1:
             self._collect()
         # Half of what the step takes without them, within bounds: other rows wait for all masks.
@@ -190,19 +187,17 @@ class Engine:
                 observer.observe(record)
 
     def _record(self, plan: StepPlan, planned: float, launched: float) -> StepRecord:
-        ids, slots = self.table.ids, plan.prefill_slots.tolist()
-        starts = plan.prefill_starts.tolist()
-        columns = slots, starts, plan.prefill_lens.tolist(), plan.prefill_final.tolist()
-        new = [] if plan.init is None else plan.init.slots.tolist()
-        cached = dict(zip(slots, starts, strict=True))
+        ids = self.table.ids
+        columns = (plan.prefill_slots, plan.prefill_starts, plan.prefill_lens, plan.prefill_final)
+        rows = zip(*(column.tolist() for column in columns), strict=True)
         return StepRecord(
             step=plan.step,
             planned=planned,
             launched=launched,
             sent=self.clock(),
             decodes=[ids[slot] for slot in plan.decode_slots.tolist()],
-            chunks=[ChunkRecord(ids[slot], *rest) for slot, *rest in zip(*columns, strict=True)],
-            admitted=[(ids[slot], cached.get(slot, 0)) for slot in new],
+            chunks=[ChunkRecord(ids[slot], *rest) for slot, *rest in rows],
+            admitted=self.scheduler.admitted,
             retracted=self.scheduler.retracted_ids,
             running=len(self.scheduler.live) - len(self.scheduler.waiting),
             waiting=len(self.scheduler.waiting),

@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections import deque
 from collections.abc import Callable, Iterable
 from heapq import merge
+from operator import attrgetter
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -36,6 +36,9 @@ ORDINARY_SECONDS = 0.0001
 BURST_SECONDS = 0.5
 TOKEN_SECONDS = 0.002
 
+RUNNING = (State.PREFILL, State.DECODE)
+by_place = attrgetter("sort_key")
+
 
 class Draft:
     """What is decided of a step so far."""
@@ -52,28 +55,25 @@ class Scheduler:
     """Owns the waiting queue and the request table; the cache manager owns the pages."""
 
     def __init__(
-        self,
-        table: RequestTable,
-        cache: CacheManager,
-        policy: Policy,
-        max_prefill_length: int,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+        self, table: RequestTable, cache: CacheManager, policy: Policy, max_prefill_length: int,
+        clock: Callable[[], float],
+    ) -> None:  # fmt: skip
         self.table = table
         self.cache = cache
         self.max_prefill_length = max_prefill_length
         self.clock = clock
         self.view = View(table, cache)
-        self.waiting: deque[RequestState] = deque()  # in the order of their sort keys
+        self.waiting: list[RequestState] = []  # in the order of their sort keys
         self.live: dict[str, RequestState] = {}
         self.step = 0
         self._late: dict[int, list[int]] = {}  # by step, slots whose token is dropped
         self.mask_budget = STEP_SECONDS[0]
         self._owed = 0.0  # seconds that masks took, to be saved in the next steps
         self._budgets: WeakValueDictionary[str, MaskBudget] = WeakValueDictionary()
+        self.admitted: list[tuple[str, int]] = []  # by the last `schedule`, with the tokens that were cached
         self.retracted_ids: list[str] = []  # since the engine emptied it, at the last launch
         self.retracted = self.prompt_tokens = self.cached_prompt_tokens = 0
-        self.policy = PolicyGuard(policy, self.view, self.live, self._sort_queue)
+        self.policy = PolicyGuard(policy, self.view, self.live, lambda: self.waiting.sort(key=by_place))
         self._room_for: RequestState | None = None  # for whom running requests were retracted
 
     def add(self, request: RequestState) -> None:
@@ -85,15 +85,12 @@ class Scheduler:
         self._queue(request)
 
     def _queue(self, request: RequestState) -> None:
-        self.waiting.insert(bisect_left(self.waiting, by_place(request), key=by_place), request)
+        self.waiting.insert(bisect_left(self.waiting, request.sort_key, key=by_place), request)
 
     def _leave_queue(self, request: RequestState) -> None:
-        index = bisect_left(self.waiting, by_place(request), key=by_place)
+        index = bisect_left(self.waiting, request.sort_key, key=by_place)
         assert self.waiting[index] is request
         del self.waiting[index]
-
-    def _sort_queue(self) -> None:
-        self.waiting = deque(sorted(self.waiting, key=by_place))
 
     def abort(self, request_id: str) -> TokenEvent | None:
         """End a request in whatever state it is; None when it is not live. Its pages may be freed later."""
@@ -119,7 +116,7 @@ class Scheduler:
         #    admitted and prefill their first, up to the first whose prompt does not fit beside what running requests
         #    will soon need.
         # 4. If all this gives no work, although some is left and no step is in flight, retract the last and try again.
-        self.cache.now = self.clock()
+        self.cache.now, self.admitted = self.clock(), []
         prompts = self._prompts_in_order()
         self._make_room(next((request for request in prompts if request.slot < 0), None))
         while True:
@@ -152,12 +149,12 @@ class Scheduler:
         table, cache = self.table, self.cache
         if first is None:
             return
-        running = table.requests_in(State.PREFILL, State.DECODE)
+        running = table.requests_in(*RUNNING)
         slots = np.array([request.slot for request in self.policy.make_room(first, running)], np.intp)
         if not len(slots):
             return
         leaving = self._leaving()
-        pages = self._pages_lacking(first) + int(self._promised(table.rows_in(State.PREFILL, State.DECODE), 1).sum())
+        pages = self._pages_lacking(first) + int(self._promised(table.rows_in(*RUNNING), 1).sum())
         needed = pages - np.cumsum([0, *self._promised(slots, 1)])
         rows = len(table.free) + len(leaving) + np.arange(len(slots) + 1)
         available = cache.available_after(np.concatenate([leaving, slots]), first.reusable, first.match)[len(leaving) :]
@@ -226,7 +223,7 @@ class Scheduler:
     def _admit(self, step: Draft, request: RequestState) -> bool:
         """Give the request a row if its whole prompt fits beside what running rows will soon need."""
         table, cache = self.table, self.cache
-        need = self._pages_lacking(request) + int(self._promised(table.rows_in(State.PREFILL, State.DECODE)).sum())
+        need = self._pages_lacking(request) + int(self._promised(table.rows_in(*RUNNING)).sum())
         if not table.free or need > cache.available_beside(request.match):
             return False
         slot = table.free[0]
@@ -240,6 +237,7 @@ class Scheduler:
             self.cached_prompt_tokens += cached
         if self._room_for is request:
             self._room_for = None
+        self.admitted.append((request.request.id, cached))
         step.admitted.append(slot)
         step.writes.append(cache.writes(slot))
         return True
@@ -308,7 +306,7 @@ class Scheduler:
 
     def why_waiting(self, request: RequestState) -> str:
         """What keeps a request from being admitted now, in a sentence."""
-        table, running = self.table, self.table.rows_in(State.PREFILL, State.DECODE)
+        table, running = self.table, self.table.rows_in(*RUNNING)
         if not table.free:
             return f"all {len(table.requests)} rows are taken"
         need, promised = self._pages_lacking(request), int(self._promised(running).sum())
@@ -464,7 +462,7 @@ class Scheduler:
 
     def _retraction_order(self) -> list[int]:
         """Slots of all running requests, the first to be retracted first."""
-        running = self.table.requests_in(State.PREFILL, State.DECODE)
+        running = self.table.requests_in(*RUNNING)
         named = self.policy.retract(running)
         named += sorted(set(running).difference(named), key=by_place, reverse=True)
         return [request.slot for request in named]
@@ -491,7 +489,3 @@ class Scheduler:
             table.vacate(slot)
             if retracting:
                 self._queue(request)
-
-
-def by_place(request: RequestState) -> tuple[tuple[float, ...], int]:
-    return request.sort_key
