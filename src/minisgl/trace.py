@@ -33,7 +33,7 @@ class OutputFile:
         """Raises ConfigError when the file cannot be created."""
         self._name = f"{flag} {path}"
         try:
-            self._file: FileIO | None = FileIO(path, "w")
+            self._file = FileIO(path, "w")
         except OSError as error:
             raise ConfigError(f"{self._name}: {error.strerror}") from error
         self._buffer = bytearray()  # ours, because Python's would be written once more after an error
@@ -45,21 +45,16 @@ class OutputFile:
 
     def flush(self) -> None:
         try:
-            while self._file is not None and self._buffer:
+            while self._buffer and not self._file.closed:
                 del self._buffer[: self._file.write(self._buffer)]
         except OSError as error:
             logger.error("%s is not written any more: %s", self._name, error.strerror)
-            self._stop()
+            self._file.close()
         self._buffer.clear()
 
     def close(self) -> None:
         self.flush()
-        self._stop()
-
-    def _stop(self) -> None:
-        if self._file is not None:
-            file, self._file = self._file, None
-            file.close()
+        self._file.close()
 
 
 class TraceWriter:
@@ -106,10 +101,10 @@ class TraceWriter:
         for name in self._gone:
             self._tracks.pop(name, None)
         self._gone = [name for name, _ in record.ended]
-        requests = {"running": record.running, "waiting": record.waiting}
-        pages = {"free": record.pages_free, "cached": record.pages_cached}
-        self._write("C", record.launched, HOST, 0, "requests", args=requests)
-        self._write("C", record.launched, HOST, 0, "pages", args=pages)
+        counts = {"running": record.running, "waiting": record.waiting}
+        self._write("C", record.launched, HOST, 0, "requests", args=counts)
+        counts = {"free": record.pages_free, "cached": record.pages_cached}
+        self._write("C", record.launched, HOST, 0, "pages", args=counts)
 
     def close(self) -> None:
         self._file.append(b"\n]\n")
@@ -151,7 +146,7 @@ class TrafficRecorder:
         self._key = secrets.token_bytes(32)
         self._start = time.monotonic()
         self._count = itertools.count()
-        self._live: dict[str, tuple[dict[str, Any], int]] = {}  # with the tokens generated so far
+        self._live: dict[str, dict[str, Any]] = {}
 
     def add(self, request: Request) -> None:
         changed = {
@@ -159,28 +154,23 @@ class TrafficRecorder:
             for name, value in msgspec.structs.asdict(request.params).items()
             if name not in WORDS and value != getattr(DEFAULTS, name)
         }
-        row = {
+        self._live[request.id] = {
             "chat_id": next(self._count),
             "timestamp": round(time.monotonic() - self._start, 6),
             "input_length": len(request.prompt),
+            "output_length": 0,  # so far
             "hash_ids": self._hashes(request.prompt_bytes),
             "sampling": changed,
             "priority": request.priority,
         }
-        self._live[request.id] = row, 0
 
     def take(self, events: Sequence[TokenEvent]) -> None:
         for event in events:
-            if (found := self._live.get(event.id)) is None:
-                continue
-            row, count = found
-            count += len(event.tokens)
-            if event.finish is None:
-                self._live[event.id] = row, count
-                continue
-            del self._live[event.id]
-            row |= {"output_length": max(1, count), "finish": event.finish}
-            self._file.append(self._encode(row) + b"\n")
+            if (row := self._live.get(event.id)) is not None:
+                row["output_length"] += len(event.tokens)
+                if event.finish is not None:
+                    row |= {"output_length": max(1, row["output_length"]), "finish": event.finish}
+                    self._file.append(self._encode(self._live.pop(event.id)) + b"\n")
 
     def close(self) -> None:
         self._file.close()

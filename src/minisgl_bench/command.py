@@ -246,7 +246,7 @@ def simulate_parser() -> tuple[Parser, dict[str, Any]]:
     what.add_argument("--hash-tokens", action="store_true", help=HASH_HELP)
     what.add_argument("--trace-steps", metavar="FILE", help="trace every step of the one simulation, for Perfetto")
     fields, hints = {field.name: field for field in dataclasses.fields(Config)}, typing.get_type_hints(Config)
-    for name in [name for name in GRID if name in fields]:
+    for name in GRID:
         hint, default = hints[name], fields[name].default
         kind = next((kind for kind in (int, float) if kind in (hint, *typing.get_args(hint))), str)
         text = fields[name].metadata["help"].replace("%", "%%") + (f" (default: {default})" if default else "")

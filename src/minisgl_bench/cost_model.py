@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_left
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -85,10 +84,6 @@ def read_gpu(name: str) -> GpuConstants:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def kv_rate(rates: Mapping[int, float], group: float) -> float:
-    return float(np.interp(group, list(rates), list(rates.values())))
-
-
 def gemm_work(gpu: GpuConstants, blocks: int, outputs: int) -> float:
     """Outputs that the GPU computes in the time of a GEMM of `blocks` x ROWS rows: whole waves of tiles, at best.
 
@@ -121,7 +116,8 @@ class CostModel:
         self.windows = tuple(sorted({window for window in share.windows if window}))
         self.layers_of = {window: share.windows.count(window) for window in (0, *self.windows)}
         self.kv_bytes = 2 * share.num_kv_heads * share.head_dim * self.item  # of a token in a layer
-        self.kv_read = kv_rate(gpu.kv_read, share.num_heads / share.num_kv_heads)
+        ratio = share.num_heads / share.num_kv_heads
+        self.kv_read = float(np.interp(ratio, list(gpu.kv_read), list(gpu.kv_read.values())))
         self.attention_flops = 4 * share.num_heads * share.head_dim  # of a query and a key
         sparse = 0 if share.moe is None else sum(share.moe.layers)
         self.sparse_layers, self.dense_layers = sparse, share.num_layers - sparse

@@ -21,7 +21,7 @@ from minisgl.formats.hub import locate_model, progress_bar
 from minisgl.trace import TraceWriter
 from minisgl_bench import metrics, traffic
 from minisgl_bench.command import load_kind
-from minisgl_bench.cost_model import GpuConstants, read_gpu
+from minisgl_bench.cost_model import read_gpu
 from minisgl_bench.report import Report, draw_latencies, slug
 from minisgl_bench.simulation import Clients, Replica
 from minisgl_bench.traffic import Session
@@ -33,8 +33,7 @@ class Case(NamedTuple):
     """One simulation: the settings that the user gave, by name, and what they mean."""
 
     settings: dict[str, Any]
-    config: Config
-    gpu: GpuConstants
+    replica: Replica
     sessions: Sequence[Session]
     concurrency: int | None
 
@@ -48,14 +47,11 @@ def run(configs: Sequence[tuple[Mapping[str, Any], Config]], options: argparse.N
     """Simulate each configuration, which comes with the settings that the user gave, and report."""
     report = Report("simulate", words, options.json, width=150)
     cases = make_cases(configs, options)
-    replicas = deque(Replica(spec_of(case.config), case.config, case.gpu, options.hash_tokens) for case in cases)
-    for case, replica in zip(cases, replicas, strict=True):  # what cannot run is told before anything runs
-        traffic.require_fit(case.sessions, replica.model.max_seq_len)
     if options.trace_steps is not None:
-        if len(replicas) > 1:
-            raise ConfigError(f"--trace-steps is of one simulation, and these are {len(replicas)}")
-        replicas[0].engine.observe(TraceWriter(options.trace_steps))
-    gpus = {case.gpu.name: case.gpu for case in cases}
+        if len(cases) > 1:
+            raise ConfigError(f"--trace-steps is of one simulation, and these are {len(cases)}")
+        cases[0].replica.engine.observe(TraceWriter(options.trace_steps))
+    gpus = {case.replica.gpu.name: case.replica.gpu for case in cases}
     for gpu in gpus.values():
         report.print(f"{gpu.name}: {gpu.source}")
     report.figures |= {"gpus": [msgspec.to_builtins(gpu) for gpu in gpus.values()]}
@@ -66,13 +62,14 @@ def run(configs: Sequence[tuple[Mapping[str, Any], Config]], options: argparse.N
     gc.collect()
     gc.freeze()
     with progress_bar("Simulating", total, enabled=True) as done:
-        for case in cases:
+        while cases:  # a simulation's memory is given back before the next one
+            case = cases.popleft()
             label = ", ".join(described(name, case.settings[name]) for name in names)
-            found, latencies = simulate(case, replicas.popleft(), options.slo, done)
+            found, latencies = simulate(case, options.slo, done)
             runs.append({"label": label, **case.settings, **found})
             samples.append(latencies)
     gc.unfreeze()
-    model = slug(cases[0].config.model or spec_of(cases[0].config).architecture)
+    model = slug(configs[0][1].model or spec_of(configs[0][1]).architecture)
     if len(runs) == 1:
         report.print(metrics.latency_table(f"{model}, {runs[0]['label']}, simulated", runs[0]))
         for line in (*metrics.lines(runs[0]), simulation_line(runs[0])):
@@ -89,26 +86,27 @@ def described(name: str, value: object) -> str:
     return value if isinstance(value, str) else f"{name.replace('_', ' ')} {value:g}"
 
 
-def make_cases(configs: Sequence[tuple[Mapping[str, Any], Config]], options: argparse.Namespace) -> list[Case]:
+def make_cases(configs: Sequence[tuple[Mapping[str, Any], Config]], options: argparse.Namespace) -> deque[Case]:
+    """All simulations; raises ConfigError for what cannot run, before anything does."""
     kind = load_kind(options)
     loads = [
         (value, seed, traffic.make_sessions(options, kind, value, seed))
         for value, seed in itertools.product(getattr(options, kind), options.seeds)
     ]
-    cases = []
+    cases: deque[Case] = deque()
     for (chosen, config), name, (value, seed, sessions) in itertools.product(configs, options.gpu, loads):
         settings = {**chosen, "gpu": Path(name).stem, kind: value, "seed": seed}
-        cases.append(Case(settings, config, read_gpu(name), sessions, value if kind == "concurrency" else None))
+        replica = Replica(spec_of(config), config, read_gpu(name), options.hash_tokens)
+        traffic.require_fit(sessions, replica.model.max_seq_len)
+        cases.append(Case(settings, replica, sessions, value if kind == "concurrency" else None))
     return cases
 
 
-def simulate(
-    case: Case, replica: Replica, slo: Mapping[str, float], done: Callable[[int], object]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def simulate(case: Case, slo: Mapping[str, float], done: Callable[[int], object]) -> tuple[dict[str, Any], Any]:
     """The figures of `bench online` and of the simulation itself, and the latencies behind them."""
-    shared = case.config.cache == "radix"
+    replica = case.replica
     turns = (turn.segments for turn in traffic.all_turns(case.sessions))
-    hits = traffic.expected_hits(turns, case.config.page_size) if shared else []
+    hits = traffic.expected_hits(turns, replica.config.page_size) if replica.config.cache == "radix" else []
     clients = Clients(replica, case.sessions, hits, case.concurrency, case.settings["seed"])
     started = time.perf_counter()
     clients.run(done)

@@ -111,16 +111,6 @@ def made_up(tokens: Int32, top: int) -> Scores:
     return Scores(-tokens.astype(np.float32), ids, -ids.astype(np.float32))
 
 
-class VirtualClock:
-    """Seconds that pass only when told."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 class StepSeconds(NamedTuple):
     """The host plans (`host`) and launches (`launch`); the device (`device`) begins with the first launch."""
 
@@ -132,32 +122,28 @@ class StepSeconds(NamedTuple):
 class TimedExecutor:
     """Takes virtual time for plans, as much as `cost` says.
 
-    The device runs steps one after the other. `collect` waits for the end of the oldest, as the host of a real device
-    does, so that overlap shows. Tokens are made up from step and row, or are those of `exact`.
+    `now` is the time on the host, in s. The device runs a step after the other. `collect` waits for the oldest to end,
+    as the host of a real device does, so that overlap shows. Tokens are made up from step and row, or are `exact`'s.
     """
 
     def __init__(
-        self,
-        num_pages: int,
-        vocab_size: int,
-        clock: VirtualClock,
-        cost: Callable[[StepPlan], StepSeconds],
+        self, num_pages: int, vocab_size: int, cost: Callable[[StepPlan], StepSeconds],
         exact: SimulatedExecutor | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.num_pages = num_pages
         self.vocab_size = vocab_size
-        self.clock = clock
         self.cost = cost
         self.exact = exact
+        self.now = 0.0
         self._free_at = 0.0
         self._launched: deque[tuple[float, float, StepPlan]] = deque()
 
     def launch(self, plan: StepPlan) -> None:
-        seconds, clock = self.cost(plan), self.clock
-        clock.now += seconds.host
-        begun = max(self._free_at, clock.now)
-        clock.now += seconds.launch
-        self._free_at = max(begun + seconds.device, clock.now)
+        seconds = self.cost(plan)
+        self.now += seconds.host
+        begun = max(self._free_at, self.now)
+        self.now += seconds.launch
+        self._free_at = max(begun + seconds.device, self.now)
         self._launched.append((begun, self._free_at, plan))
         if self.exact is not None:
             self.exact.launch(plan)
@@ -169,7 +155,7 @@ class TimedExecutor:
 
     def collect(self) -> StepResult:
         begun, ended, plan = self._launched.popleft()
-        self.clock.now = max(self.clock.now, ended)
+        self.now = max(self.now, ended)
         device = (begun, ended) if plan.timed else None
         if self.exact is not None:
             return msgspec.structs.replace(self.exact.collect(), device=device)

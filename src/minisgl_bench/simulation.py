@@ -19,14 +19,14 @@ from minisgl.errors import ConfigError
 from minisgl_bench import traffic
 from minisgl_bench.cost_model import CostModel, GpuConstants, pages_that_fit
 from minisgl_bench.metrics import RequestRecord
-from minisgl_bench.simulated_executor import SimulatedExecutor, TimedExecutor, VirtualClock
+from minisgl_bench.simulated_executor import SimulatedExecutor, TimedExecutor
 from minisgl_bench.traffic import Session, Turn
 
 
 class Replica:
     """One engine on simulated GPUs. `step` takes in what is due by its clock and moves on to the end of a step.
 
-    Several can be stepped under one clock: always the one whose `clock` is furthest behind.
+    Several can be stepped under one clock: always the one whose `executor.now` is furthest behind.
     """
 
     def __init__(self, spec: ModelSpec, config: Config, gpu: GpuConstants, exact: bool = False) -> None:
@@ -41,11 +41,11 @@ class Replica:
         pages = config.num_pages or pages_that_fit(spec, config, gpu, wanted)
         length = min(wanted, pages * config.page_size)
         self.model = ModelInfo(name=spec.architecture, vocab_size=spec.vocab_size, max_seq_len=length, eos_token_ids=())
-        self.cost, self.clock = CostModel(spec, config, gpu), VirtualClock()
+        self.cost, vocab = CostModel(spec, config, gpu), spec.vocab_size
         rows, page = config.max_running_requests, config.page_size
-        device = SimulatedExecutor(pages, page, rows, length, spec.vocab_size) if exact else None
-        self.executor = TimedExecutor(pages, spec.vocab_size, self.clock, self.cost, device)
-        self.engine = Engine(self.executor, self.model, config, clock=self.clock)
+        device = SimulatedExecutor(pages, page, rows, length, vocab) if exact else None
+        self.executor = TimedExecutor(pages, vocab, self.cost, device)
+        self.engine = Engine(self.executor, self.model, config, clock=lambda: self.executor.now)
         self._coming: list[tuple[float, int, Request]] = []  # a heap of what is not at the server yet
         self._received: deque[tuple[float, Request]] = deque()  # and when the engine gets it
         self._server_free_at = 0.0
@@ -58,7 +58,7 @@ class Replica:
     @property
     def seen_at(self) -> float:
         """When clients see the events of the last step: the server first handles what came before them."""
-        return max(self.clock.now, self._server_free_at) + self.gpu.event_seconds
+        return max(self.executor.now, self._server_free_at) + self.gpu.event_seconds
 
     def send(self, request: Request, time: float) -> None:
         """Let a request reach the server at this time, which may be past already."""
@@ -66,8 +66,8 @@ class Replica:
         self._sent += 1
 
     def step(self) -> list[TokenEvent]:
-        """The engine's events at the time that the clock has afterwards. An idle engine waits for a request."""
-        clock, idle = self.clock, not self.engine.has_work
+        """The engine's events at the time that it is afterwards. An idle engine waits for a request."""
+        clock, idle = self.executor, not self.engine.has_work
         if idle and not self._received:
             clock.now = max(clock.now, self._coming[0][0])
         while self._coming and self._coming[0][0] <= clock.now:
@@ -82,11 +82,10 @@ class Replica:
 
 
 class _Waiting(NamedTuple):
-    """What a client still has to send in a session, and the records of its turns."""
+    """What a client still has to send in a session."""
 
     session: Session
-    records: deque[RequestRecord]
-    turns: deque[Turn]
+    turns: deque[tuple[Turn, RequestRecord]]
 
 
 class Clients:
@@ -103,34 +102,28 @@ class Clients:
         self._live: dict[str, tuple[RequestRecord, _Waiting]] = {}
         self._queue: deque[_Waiting] = deque()
         for session in sessions:
-            records = [
-                RequestRecord(
-                    len(self.records) + index, expected_input=turn.input_length, expected_output=turn.output_length
-                )
-                for index, turn in enumerate(session.turns)
-            ]
-            for record in records if hits else ():
-                record.expected_cached = hits[record.index]
-            self.records += records
-            self._queue.append(_Waiting(session, deque(records), deque(session.turns)))
-        if concurrency is None:
-            while self._queue:
-                waiting = self._queue.popleft()
-                self._send(waiting, waiting.session.due)
-        for _ in range(min(concurrency or 0, len(self._queue))):
-            self._send(self._queue.popleft(), 0.0)
+            waiting = _Waiting(session, deque())
+            for turn in session.turns:
+                index, lengths = len(self.records), (turn.input_length, turn.output_length)
+                record = RequestRecord(index, expected_input=lengths[0], expected_output=lengths[1])
+                record.expected_cached = hits[index] if hits else 0
+                self.records.append(record)
+                waiting.turns.append((turn, record))
+            self._queue.append(waiting)
+        for _ in range(len(self._queue) if concurrency is None else min(concurrency, len(self._queue))):
+            waiting = self._queue.popleft()
+            self._send(waiting, waiting.session.due if concurrency is None else 0.0)
 
     def _send(self, waiting: _Waiting, time: float) -> None:
-        record, turn = waiting.records.popleft(), waiting.turns.popleft()
+        turn, record = waiting.turns.popleft()
         record.due = record.sent = time
         vocab = self.replica.model.vocab_size
         prompt = traffic.segment_numbers(self.seed, turn.segments, vocab).astype(np.int32)
         params = turn.sampling or SamplingParams(temperature=0.6, ignore_eos=True)
         seed = record.index if params.seed is None else params.seed
         params = msgspec.structs.replace(params, max_tokens=turn.output_length, seed=seed, logprobs=None)
-        name = str(record.index)
-        self._live[name] = record, waiting
-        request = Request(id=name, prompt_bytes=prompt.tobytes(), params=params, priority=turn.priority)
+        self._live[str(record.index)] = record, waiting
+        request = Request(id=str(record.index), prompt_bytes=prompt.tobytes(), params=params, priority=turn.priority)
         self.replica.send(request, time)
 
     def run(self, done: Callable[[int], object]) -> None:
@@ -145,15 +138,13 @@ class Clients:
             record, waiting = self._live[event.id]
             if event.tokens:
                 record.times.append(time)
-            if event.finish is not None:
-                self._finish(record, event, waiting, time)
-                done(1)
-
-    def _finish(self, record: RequestRecord, event: TokenEvent, waiting: _Waiting, time: float) -> None:
-        del self._live[event.id]
-        record.prompt_tokens, record.completion_tokens = record.expected_input or 0, len(record.times)
-        record.cached_tokens = event.cached_tokens
-        if waiting.turns:
-            self._send(waiting, time + waiting.session.think)
-        elif self._queue:
-            self._send(self._queue.popleft(), time)
+            if event.finish is None:
+                continue
+            del self._live[event.id]
+            record.prompt_tokens, record.completion_tokens = record.expected_input or 0, len(record.times)
+            record.cached_tokens = event.cached_tokens
+            if waiting.turns:
+                self._send(waiting, time + waiting.session.think)
+            elif self._queue:
+                self._send(self._queue.popleft(), time)
+            done(1)

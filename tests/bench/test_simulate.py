@@ -18,7 +18,7 @@ from minisgl_bench.calibrate import EXPERTS, REDUCED, GpuProbe, layer_shapes, so
 from minisgl_bench.command import main
 from minisgl_bench.command import simulate as command
 from minisgl_bench.cost_model import CostModel, GpuConstants, gemm_seconds, gpu_names, read_gpu
-from minisgl_bench.simulated_executor import StepSeconds, TimedExecutor, VirtualClock
+from minisgl_bench.simulated_executor import StepSeconds, TimedExecutor
 from minisgl_bench.simulation import Clients, Replica
 from minisgl_bench.traffic import Session
 from minisgl_bench.workload import WorkloadSpec
@@ -143,11 +143,11 @@ def test_the_host_is_hidden_behind_the_device_only_with_overlap(overlap: bool, s
     replica.send(Request.make("a", [1] * 8, SamplingParams(max_tokens=5, ignore_eos=True)), 0.0)
     while replica.has_work:
         replica.step()
-    assert replica.clock.now == pytest.approx(replica.gpu.request_seconds + seconds - overlap * 0.001)
+    assert replica.executor.now == pytest.approx(replica.gpu.request_seconds + seconds - overlap * 0.001)
 
 
 def test_a_step_is_never_faster_than_its_launches() -> None:
-    clock, plans = VirtualClock(), []
+    plans = []
     replica = Replica(spec(), Config(num_pages=100), read_gpu("h200"))
 
     def record(plan: StepPlan) -> StepSeconds:
@@ -156,11 +156,11 @@ def test_a_step_is_never_faster_than_its_launches() -> None:
 
     replica.executor.cost = record
     played(replica, loads(num_requests=1))
-    executor = TimedExecutor(4, 10, clock, lambda plan: StepSeconds(0.0, 0.005, 0.001))
+    executor = TimedExecutor(4, 10, lambda plan: StepSeconds(0.0, 0.005, 0.001))
     for number, plan in enumerate(plans[:3], 1):
         executor.launch(plan)
         assert executor.collect().step == plan.step
-        assert clock.now == pytest.approx(0.005 * number)
+        assert executor.now == pytest.approx(0.005 * number)
 
 
 def test_requests_come_at_their_times_and_an_idle_engine_waits() -> None:
@@ -201,11 +201,11 @@ def test_replicas_are_stepped_under_one_clock() -> None:
     clients = [Clients(replica, loads(), (), None, 0) for replica in replicas]
     reached = 0.0
     while busy := [client for client in clients if client.replica.has_work]:
-        behind = min(busy, key=lambda client: client.replica.clock.now)
-        assert behind.replica.clock.now >= reached or behind.replica is not replicas[0]
+        behind = min(busy, key=lambda client: client.replica.executor.now)
+        assert behind.replica.executor.now >= reached or behind.replica is not replicas[0]
         behind.step(lambda done: None)
     assert [record.times for record in clients[0].records] == [record.times for record in alone]
-    assert replicas[1].clock.now > replicas[0].clock.now
+    assert replicas[1].executor.now > replicas[0].executor.now
 
 
 # What a step costs

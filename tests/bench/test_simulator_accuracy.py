@@ -71,7 +71,7 @@ def offline(name: str) -> list[Row]:
     alone = msgspec.structs.replace(read_gpu(gpu), request_seconds=0.0, event_seconds=0.0)
     replica = Replica(read_spec(MODELS / model), config, alone)
     Clients(replica, traffic.from_workload(spec), (), None, 0).run(lambda done: None)
-    rate = sum(make_lengths(spec)) / replica.clock.now
+    rate = sum(make_lengths(spec)) / replica.executor.now
     assert replica.executor.num_pages == pytest.approx(int(notes["num_pages"].split(":")[0]), rel=0.06)
     rows = [(f"`{name}.json`", "output tokens/s", rate, known["figures"]["output_tokens_per_second"])]
     return rows + [("the same later, without a record", "output tokens/s", rate, LATER.get(name, 0))] * (name in LATER)
@@ -88,7 +88,7 @@ def ablation(name: str, group: str, label: str) -> list[Row]:
     replica = Replica(read_spec(MODELS / "Qwen3-0.6B"), Config(**changes, **pieces), alone)
     spec = msgspec.convert(known["scenarios"][found["variant"]["scenario"]], WorkloadSpec)
     Clients(replica, traffic.from_workload(spec), (), None, 0).run(lambda done: None)
-    rate = found["output_tokens"] / replica.clock.now
+    rate = found["output_tokens"] / replica.executor.now
     return [(f"`{name}.json`, {group} {label}", "output tokens/s", rate, found["tokens_per_second"])]
 
 
@@ -162,5 +162,5 @@ def test_a_core_without_other_work_simulates_100_times_faster_than_real_time() -
         clients = azure_clients(1.0, Config(tp=4))
         started = time.perf_counter()
         clients.run(lambda done: None)
-        ratios.append(clients.replica.clock.now / (time.perf_counter() - started))
+        ratios.append(clients.replica.executor.now / (time.perf_counter() - started))
     assert max(ratios) > 100

@@ -63,14 +63,9 @@ class CacheManager:
     """
 
     def __init__(
-        self,
-        num_pages: int,
-        page_size: int,
-        shared: bool,
-        max_rows: int,
-        max_pages_per_row: int,
+        self, num_pages: int, page_size: int, shared: bool, max_rows: int, max_pages_per_row: int,
         eviction: EvictionPolicy | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.num_pages = num_pages
         self.page_size = page_size
         self.page_table: Int32 = np.zeros((max_rows, max_pages_per_row), np.int32)

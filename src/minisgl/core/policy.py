@@ -170,10 +170,9 @@ class PolicyGuard:
         named: dict[RequestState, None] = {}
         try:
             for request in islice(question(self.policy), most):
-                if not isinstance(request, RequestState) or request in named or not allowed(request):
-                    what = (
-                        f"request {request.request.id!r}" if isinstance(request, RequestState) else repr(request)[:80]
-                    )
+                is_one = isinstance(request, RequestState)
+                if not is_one or request in named or not allowed(request):
+                    what = f"request {request.request.id!r}" if is_one else repr(request)[:80]
                     raise ValueError(f"it returned {what}, which it was not given, or twice")
                 named[request] = None
         except (Exception, SystemExit):
