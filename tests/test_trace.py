@@ -3,21 +3,19 @@
 import json
 import statistics
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
 
-from helpers.simulation import advance, record_plans, request, run, simulated_engine
+from helpers.simulation import advance, instant_engine, record_plans, request, run, simulated_engine
 from minisgl.build import build_engine
 from minisgl.config import Config
 from minisgl.core.engine import Engine
-from minisgl.core.plan import Masks, StepPlan, StepResult
-from minisgl.core.types import Grammar, ModelInfo, SamplingParams
+from minisgl.core.types import Grammar, SamplingParams
 from minisgl.errors import ConfigError
 from minisgl.llm import LLM
 from minisgl.server import ipc
@@ -129,13 +127,8 @@ def test_the_device_is_in_a_trace_of_a_model(tmp_path: Path) -> None:
 def test_a_recording_has_no_word_and_no_token_of_a_request(tmp_path: Path) -> None:
     recording = tmp_path / "traffic.jsonl"
     grammar = Grammar(kind="choice", source='["giraffe", "okapi"]')
-    texts: dict[str, Any] = {
-        "stop": ("gazelle",),
-        "stop_token_ids": (41414,),
-        "logit_bias": {42424: 1.0},
-        "grammar": grammar,
-    }
-    params = SamplingParams(temperature=0, max_tokens=3, top_k=5, **texts)
+    texts = {"stop": ("gazelle",), "stop_token_ids": (41414,), "logit_bias": {42424: 1.0}, "grammar": grammar}
+    params = SamplingParams(temperature=0, max_tokens=3, top_k=5, **dict[str, Any](texts))
     with LLM(record=str(recording)) as llm:
         (said,) = llm.generate(["The zebra crossing"], params, progress=False)
     text = recording.read_text().lower()
@@ -189,31 +182,9 @@ def test_a_full_disk_ends_the_files_and_not_the_engine(caplog: pytest.LogCapture
     ]
 
 
-class InstantExecutor:
-    """Answers every step at once, with one token."""
-
-    def __init__(self) -> None:
-        self.num_pages = 20_000
-        self.results: deque[StepResult] = deque()
-
-    def launch(self, plan: StepPlan) -> None:
-        device = (0.0, 1e-3) if plan.timed else None
-        tokens = np.ones(len(plan.sampled_slots), np.int32)
-        self.results.append(StepResult(step=plan.step, tokens=tokens, device=device))
-
-    def finish(self, masks: Masks) -> None: ...
-
-    def collect(self) -> StepResult:
-        return self.results.popleft()
-
-    def close(self) -> None: ...
-
-
 def microseconds_of_a_step(watched: str, path: Path, rows: int) -> float:
     """The host's work for so many decodes, by what watches it; the median."""
-    config = Config(max_running_requests=rows, max_prefill_length=65536)
-    model = ModelInfo(name="instant", vocab_size=1000, max_seq_len=2048, eos_token_ids=())
-    engine = Engine(InstantExecutor(), model, config)
+    engine = instant_engine(20_000, 2048, Config(max_running_requests=rows, max_prefill_length=65536))
     sent: list[bytes] = []
     log = StepLog(lambda events, link: sent.append(msgspec.msgpack.encode(ipc.Steps(events))))
     if watched in ("endpoints", "viewer"):

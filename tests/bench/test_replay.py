@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import msgspec
 import pytest
@@ -14,7 +15,7 @@ from helpers.serving import serving
 from helpers.simulation import run, simulated_engine
 from minisgl.config import Config
 from minisgl.core.model_config import read_spec
-from minisgl.core.types import Request, SamplingParams, TokenEvent
+from minisgl.core.types import Request, SamplingParams
 from minisgl.errors import ConfigError
 from minisgl.trace import BLOCK, TrafficRecorder
 from minisgl_bench import traffic
@@ -49,20 +50,6 @@ def recording(tmp_path: Path) -> Path:
     return tmp_path / "traffic.jsonl"
 
 
-class Seen:
-    def __init__(self) -> None:
-        self.requests: list[Request] = []
-
-    def add(self, request: Request) -> None:
-        self.requests.append(request)
-
-    def take(self, events: Sequence[TokenEvent]) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
 def check(requests: Sequence[Request], recording: Path, without: Sequence[str] = ()) -> None:
     """These are the requests that were recorded, each as often as it was."""
     lines = [json.loads(line) for line in recording.read_text().splitlines()]
@@ -83,11 +70,11 @@ def check(requests: Sequence[Request], recording: Path, without: Sequence[str] =
 
 def test_a_simulation_gets_what_was_recorded(recording: Path, tmp_path: Path) -> None:
     sessions = traffic.from_trace(traffic.read_trace(recording, 10), 1.0, None, None)
-    replica, seen = Replica(read_spec(MODEL), Config(), read_gpu("h200")), Seen()
+    replica, seen = Replica(read_spec(MODEL), Config(), read_gpu("h200")), Mock()
     replica.engine.recorder = seen
     clients = Clients(replica, sessions, (), None, 0)
     clients.run(lambda done: None)
-    check(seen.requests, recording, without=("logprobs",))
+    check([call.args[0] for call in seen.add.call_args_list], recording, without=("logprobs",))
     assert all(record.completion_tokens == record.expected_output for record in clients.records)
     words = ["--model", str(MODEL), "--trace", str(recording), "--json", str(tmp_path / "report.json")]
     assert main(["simulate", *words, "--trace-steps", str(tmp_path / "steps.json")]) == 0
@@ -98,19 +85,8 @@ def test_a_simulation_gets_what_was_recorded(recording: Path, tmp_path: Path) ->
 
 async def test_a_server_gets_what_was_recorded(recording: Path, tmp_path: Path) -> None:
     def bench(port: int) -> int:
-        words = [
-            "--url",
-            f"http://127.0.0.1:{port}",
-            "--trace",
-            str(recording),
-            "--tokens",
-            "8:200",
-            "--warmup",
-            "0",
-            "--salt",
-            "1",
-        ]
-        return main(["online", *words, "--json", str(tmp_path / "report.json")])
+        line = f"online --url http://127.0.0.1:{port} --trace {recording} --tokens 8:200 --warmup 0 --salt 1"
+        return main([*line.split(), "--json", str(tmp_path / "report.json")])
 
     async with serving(tmp_path, client_priorities=("-5:5",)) as server:
         assert await asyncio.to_thread(bench, server.port) == 0

@@ -3,21 +3,22 @@
 import itertools
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
+from helpers.retract import note_promises
 from helpers.simulation import advance, check_answers, record_plans, request, run, simulated_engine
 from minisgl.core import plugins
 from minisgl.core.engine import Engine
 from minisgl.core.plugins import load_eviction, load_policy
 from minisgl.core.policy import POLICIES, LongestPrefixMatch, Policy, View
-from minisgl.core.radix_cache import EVICTIONS, GuardedEviction, RadixCache, SegmentedLRU
+from minisgl.core.radix_cache import EVICTIONS, GuardedEviction, SegmentedLRU
 from minisgl.core.request_state import RequestState, State
-from minisgl.core.scheduler import Scheduler
 from minisgl.core.types import Request
 from minisgl.errors import ConfigError
 
@@ -25,7 +26,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 EXAMPLE_POLICIES = [f"{EXAMPLES / name}" for name in ("srpt.py:Shortest", "fair.py:Fair", "deadline.py:Deadline")]
 POLICY_FILE = """
 from minisgl.core.policy import Policy
-
+from minisgl.core.radix_cache import EvictionPolicy
 """
 
 
@@ -135,32 +136,16 @@ def test_who_is_retracted_makes_room_for_a_request_that_is_then_admitted(policy:
     """Over many queues: with the next step the request that others were retracted for gets its row, or a better one."""
     for seed in range(8):
         engine = policy_engine(policy, num_pages=40, max_seq_len=100, max_running_requests=4, overlap=overlap)
-        scheduler = engine.scheduler
-        promised: list[tuple[int, RequestState]] = []
-
-        def noting(
-            first: RequestState | None,
-            scheduler: Scheduler = scheduler,
-            make_room: Callable[[RequestState | None], None] = scheduler._make_room,
-            promised: list[tuple[int, RequestState]] = promised,
-        ) -> None:
-            before = scheduler.retracted
-            make_room(first)
-            if scheduler.retracted > before and first is not None:
-                promised.append((scheduler.step, first))
-
-        scheduler._make_room = noting  # type: ignore[method-assign]
+        promised = note_promises(engine)
         priority = {chr(97 + i): (seed + i) % 3 for i in range(16)}
-        for i in range(16):
+        for i, name in enumerate(priority):
             length = 1 + (seed * 7 + i * 13) % 70
-            engine.add(
-                asked(chr(97 + i), length, priority[chr(97 + i)], max_tokens=5 + i, first=min(length - 1, 8 * (i % 4)))
-            )
+            engine.add(asked(name, length, priority[name], max_tokens=5 + i, first=min(length - 1, 8 * (i % 4))))
             for _ in range(i % 3):
                 engine.step()
                 best = min((priority[name] for name in engine.admitted), default=3)
                 promised[:] = [(step, first) for step, first in promised if first.priority < best]
-                assert all(scheduler.step - step <= 1 + overlap for step, _ in promised)
+                assert all(engine.scheduler.step - step <= 1 + overlap for step, _ in promised)
         advance(engine)
 
 
@@ -219,21 +204,14 @@ def test_a_step_looks_at_few_of_many_waiting_requests(policy: str, monkeypatch: 
     for i in range(10_000):
         engine.add(request(str(i), [i % 40, i % 31, i % 17, 1, 2, 3, 4, 5], max_tokens=50, ignore_eos=True))
     advance(engine, 4)
-    looked_up = itertools.count()
-    match_len = engine.cache.match_len
-
-    def counting(*arguments: object) -> int:
-        next(looked_up)
-        return match_len(*arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(engine.cache, "match_len", counting)
-    walks = itertools.count()
-    walk = RadixCache._walk
-    monkeypatch.setattr(RadixCache, "_walk", lambda *args: (next(walks), walk(*args))[1])
+    looked_up = Mock(wraps=engine.cache.match_len)
+    walks = Mock(wraps=engine.cache._cache._walk)
+    monkeypatch.setattr(engine.cache, "match_len", looked_up)
+    monkeypatch.setattr(engine.cache._cache, "_walk", walks)
     for _ in range(10):
         engine.step()
-    assert next(looked_up) <= 10 * 2 * 130
-    assert next(walks) <= 10 * 130
+    assert looked_up.call_count <= 10 * 2 * 130
+    assert walks.call_count <= 10 * 130
 
 
 ORDER = "class Mine(Policy):\n  def order(self, requests, view)"
@@ -259,10 +237,7 @@ BAD_POLICIES = {
         "    return itertools.repeat(next(iter(requests)))\n",
         "it returned request",
     ),
-    "returns running ones": (
-        f"{ORDER}: return view.running + list(requests)\n",
-        "it returned request",
-    ),
+    "returns running ones": (f"{ORDER}: return view.running + list(requests)\n", "it returned request"),
     "returns ended ones": (
         "class Mine(Policy):\n  def __init__(self): self.seen = {}\n  def order(self, requests, view):\n"
         "    self.seen |= dict.fromkeys(requests)\n    return list(self.seen)\n",
@@ -282,19 +257,26 @@ BAD_POLICIES = {
     "does not return": (f"{ORDER}:\n    while True: pass\n", "does not return"),
     "hangs on import": ("while True: pass\n", "does not return"),
 }  # fmt: skip
+KEY = "class Mine(EvictionPolicy):\n  def key(self, node): return"
+BAD_EVICTIONS = {
+    "eviction: fails": (f"{KEY} 1 / 0\n", "ZeroDivisionError: division by zero (line 5)"),
+    "eviction: no key": (f"{KEY} None\n", "TypeError"),
+    "eviction: no number": (f"{KEY} float('nan')\n", "the key is not a number"),
+    "eviction: another class": ("class Mine: pass\n", "is no subclass of minisgl.core.radix_cache.EvictionPolicy"),
+}
 
 
-@pytest.mark.parametrize("what", BAD_POLICIES)
+@pytest.mark.parametrize("what", [*BAD_POLICIES, *BAD_EVICTIONS])
 def test_a_bad_policy_is_an_error_that_names_the_file(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text, message = BAD_POLICIES[what]
+    text, message = {**BAD_POLICIES, **BAD_EVICTIONS}[what]
     if message == "does not return":
         monkeypatch.setattr(plugins, "TRIAL_SECONDS", 0.3)
     path = tmp_path / "mine.py"
     path.write_text(POLICY_FILE + text)
     with pytest.raises(ConfigError) as error:
-        load_policy(f"{path}:Mine")
+        (load_eviction if what in BAD_EVICTIONS else load_policy)(f"{path}:Mine")
     assert str(path) in error.value.message
     assert message in error.value.message
     assert "\n" not in error.value.message
@@ -345,27 +327,6 @@ def test_an_entry_point_names_a_policy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert policy.patience == 3
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (
-            "class Mine(EvictionPolicy):\n  def key(self, node): return 1 / 0\n",
-            "ZeroDivisionError: division by zero (line",
-        ),
-        ("class Mine(EvictionPolicy):\n  def key(self, node): return None\n", "TypeError"),
-        ("class Mine(EvictionPolicy):\n  def key(self, node): return float('nan')\n", "the key is not a number"),
-        ("class Mine: pass\n", "it is no subclass of minisgl.core.radix_cache.EvictionPolicy"),
-    ],
-)
-def test_a_bad_eviction_policy_is_an_error_that_names_the_file(text: str, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "mine.py"
-    path.write_text(f"from minisgl.core.radix_cache import EvictionPolicy\n{text}")
-    with pytest.raises(ConfigError) as error:
-        load_eviction(f"{path}:Mine")
-    assert str(path) in error.value.message
-    assert message in error.value.message
-
-
 @pytest.mark.parametrize("hook", ["key", "order", "retract", "make_room"])
 @pytest.mark.parametrize("wrong", [KeyError("gone"), SystemExit(3), "a", [1], None, "twice", "all"])
 def test_a_policy_that_fails_while_serving_is_replaced(
@@ -389,10 +350,9 @@ def test_a_policy_that_fails_while_serving_is_replaced(
             return answer
         if isinstance(wrong, BaseException):
             raise wrong
-        requests = list(answer) if hook != "key" else []
-        return {"twice": requests * 2 or "no", "all": [*engine.scheduler.live.values()] * 2 or None}.get(
-            str(wrong), wrong
-        )
+        twice = list(answer) * 2 if hook != "key" else []
+        everyone = [*engine.scheduler.live.values()] * 2
+        return {"twice": twice or "no", "all": everyone or None}.get(str(wrong), wrong)
 
     engine = policy_engine("fcfs", num_pages=30, max_seq_len=100, max_running_requests=3, max_prefill_length=16)
     monkeypatch.setattr(Mine, hook, failing)

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.retract import note_promises
 from helpers.simulation import advance, check_answers, record_plans, request, simulated_engine
 from minisgl.core.engine import Engine
 from minisgl.core.policy import POLICIES
@@ -113,22 +114,12 @@ def test_who_is_retracted_for_another_makes_room_for_it(
     engine = simulated_engine(
         num_pages=pages, page_size=4, max_seq_len=40, overlap=False, max_prefill_length=4096, max_running_requests=rows
     )
-    scheduler = engine.scheduler
-    make_room = scheduler._make_room
-    wanted: list[RequestState] = []
-
-    def noting(first: RequestState | None) -> None:
-        before = scheduler.retracted
-        make_room(first)
-        if scheduler.retracted > before and first is not None:
-            wanted.append(first)
-
-    scheduler._make_room = noting  # type: ignore[method-assign]
+    wanted = note_promises(engine)
     for number, (shared, own, priority) in enumerate(prompts):
         prompt = [*range(shared), *([number] * own)][:36]
         engine.add(request(str(number), prompt, priority, max_tokens=4, ignore_eos=True))
         engine.step()
-        assert all(entry.slot >= 0 or entry.request.id not in scheduler.live for entry in wanted)
+        assert all(entry.slot >= 0 or entry.request.id not in engine.scheduler.live for _, entry in wanted)
         wanted.clear()
     finish(engine)
 

@@ -6,45 +6,26 @@ share 90,000 tokens, in one node and in 5,625; 68 ms to look for room among 64 r
 
 import statistics
 import time
-from collections import deque
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 
+from helpers.simulation import instant_engine
 from minisgl.config import Config
 from minisgl.core.engine import Engine
-from minisgl.core.plan import Int32, Masks, StepPlan, StepResult
+from minisgl.core.plan import Int32, StepPlan
 from minisgl.core.policy import POLICIES
 from minisgl.core.radix_cache import RadixCache
 from minisgl.core.request_state import State
-from minisgl.core.types import ModelInfo, Request, SamplingParams
+from minisgl.core.types import Request, SamplingParams
 
 pytestmark = pytest.mark.soak
 
 
-class InstantExecutor:
-    """Answers every step at once, with one token."""
-
-    def __init__(self, num_pages: int) -> None:
-        self.num_pages = num_pages
-        self.results: deque[StepResult] = deque()
-
-    def launch(self, plan: StepPlan) -> None:
-        self.results.append(StepResult(step=plan.step, tokens=np.ones(len(plan.sampled_slots), np.int32)))
-
-    def finish(self, masks: Masks) -> None: ...
-
-    def collect(self) -> StepResult:
-        return self.results.popleft()
-
-    def close(self) -> None: ...
-
-
 def engine_of(num_pages: int, max_seq_len: int, policy: str, budget: int, rows: int = 256) -> Engine:
     config = Config(max_running_requests=rows, max_prefill_length=budget, schedule_policy=policy)
-    model = ModelInfo(name="instant", vocab_size=2**31 - 1, max_seq_len=max_seq_len, eos_token_ids=(0,))
-    return Engine(InstantExecutor(num_pages), model, config)
+    return instant_engine(num_pages, max_seq_len, config)
 
 
 def add(engine: Engine, name: object, prompt: Int32, priority: int = 0, max_tokens: int = 7000) -> None:
@@ -113,7 +94,7 @@ def test_a_plan_with_256_running_and_10000_waiting(policy: str) -> None:
         add(engine, i, tokens(200, i), max_tokens=2000)
     while engine.table.free or (engine.table.state == State.PREFILL).any():
         engine.step()
-    taken = []
+    taken: list[float] = []
     schedule = engine.scheduler.schedule
 
     def timed() -> StepPlan | None:

@@ -6,7 +6,7 @@ import numpy as np
 
 from helpers.invariants import check_cache
 from minisgl.core.engine import Engine
-from minisgl.core.request_state import State
+from minisgl.core.request_state import RequestState, State
 from minisgl.core.types import Request, TokenEvent
 
 
@@ -22,3 +22,18 @@ def events_of(
         if going and engine.scheduler.retracted < retractions and engine.scheduler.step % every == every - 1:
             engine.scheduler.retract_last()
     check_cache(engine.cache)
+
+
+def note_promises(engine: Engine) -> list[tuple[int, RequestState]]:
+    """From here on the requests for which others are retracted, each with the step, in a list that grows."""
+    promised: list[tuple[int, RequestState]] = []
+    scheduler, make_room = engine.scheduler, engine.scheduler._make_room
+
+    def noting(first: RequestState | None) -> None:
+        before = scheduler.retracted
+        make_room(first)
+        if scheduler.retracted > before and first is not None:
+            promised.append((scheduler.step, first))
+
+    scheduler._make_room = noting  # type: ignore[method-assign]
+    return promised

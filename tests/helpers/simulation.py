@@ -10,7 +10,7 @@ from minisgl.config import Config
 from minisgl.core.engine import Engine
 from minisgl.core.plan import StepPlan
 from minisgl.core.types import ModelInfo, Request, SamplingParams, TokenEvent
-from minisgl_bench.simulated_executor import SimulatedExecutor
+from minisgl_bench.simulated_executor import SimulatedExecutor, StepSeconds, TimedExecutor
 
 VOCAB = 50
 EOS = 7
@@ -29,6 +29,12 @@ def simulated_engine(*, num_pages: int = 64, max_seq_len: int = 128, page_size: 
     length = min(max_seq_len, num_pages * page_size)
     executor = SimulatedExecutor(num_pages, page_size, rows, length, VOCAB)
     return Engine(executor, model_info(length), config, lambda grammar: Cycle(grammar, VOCAB, EOS))
+
+
+def instant_engine(num_pages: int, max_seq_len: int, config: Config) -> Engine:
+    """An engine whose device takes no time of the host's, and samples anything."""
+    model = ModelInfo(name="instant", vocab_size=2**30, max_seq_len=max_seq_len, eos_token_ids=())
+    return Engine(TimedExecutor(num_pages, 2**30, lambda plan: StepSeconds(0.0, 0.0, 1e-3)), model, config)
 
 
 def expected_tokens(request: Request, max_seq_len: int) -> list[int]:
