@@ -176,16 +176,14 @@ def draw_latencies(
         drawn = [run for run in runs if run["latency_ms"][name]]
         if sweep:
             drawn.sort(key=lambda run: float(run["output_tokens_per_second"]))
+        rates, labels = [run["output_tokens_per_second"] for run in drawn], distinct([run["label"] for run in drawn])
         for quantile in QUANTILES if drawn else ():
             spots = [max(LEAST, run["latency_ms"][name][quantile]) for run in drawn]
-            if sweep:
-                rates = [run["output_tokens_per_second"] for run in drawn]
-                below.plot(rates, spots, marker="o", label=quantile)
-                below.set_yscale("log")
-            else:
-                below.plot(spots, distinct([run["label"] for run in drawn]), marker="o", linestyle="", label=quantile)
+            places = (rates, spots) if sweep else (spots, labels)
+            below.plot(*places, marker="o", linestyle="-" if sweep else "", label=quantile)
         if sweep:
-            below.set(xlabel="output tokens/s", ylabel=f"{LATENCIES[name]}, ms")
+            scale = "log" if drawn else "linear"
+            below.set(xlabel="output tokens/s", ylabel=f"{LATENCIES[name]}, ms", yscale=scale)
         else:
             below.set(xlabel=f"{LATENCIES[name]}, ms")
             below.set_xlim(left=0)

@@ -48,22 +48,15 @@ group part name line large side end
 """.split()  # noqa: SIM905
 
 
-class JsonRow(msgspec.Struct, frozen=True):
-    timestamp: Annotated[float, msgspec.Meta(ge=0)]
+class TraceRequest(msgspec.Struct, frozen=True):
+    """A line of JSON, where `arrival` is in the unit of the format, and then in s."""
+
+    arrival: Annotated[float, msgspec.Meta(ge=0)] = msgspec.field(name="timestamp")
     input_length: Count
     output_length: Count
-    hash_ids: list[Annotated[int, msgspec.Meta(ge=0)]] = []
+    hash_ids: tuple[Annotated[int, msgspec.Meta(ge=0)], ...] = ()
     sampling: SamplingParams | None = None  # this and priority: of `minisgl serve --record`
     priority: Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)] = 0
-
-
-class TraceRequest(NamedTuple):
-    arrival: float
-    input_length: int
-    output_length: int
-    hash_ids: tuple[int, ...] = ()
-    sampling: SamplingParams | None = None
-    priority: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,18 +94,17 @@ def read_trace(path: Path, limit: int) -> Trace:
     if not requests:
         raise ConfigError(f"{path}: the trace has no requests")
     requests.sort(key=lambda request: request.arrival)
-    start = requests[0].arrival
-    return Trace(kind, BLOCK[kind], tuple(request._replace(arrival=request.arrival - start) for request in requests))
+    start, replace = requests[0].arrival, msgspec.structs.replace
+    return Trace(kind, BLOCK[kind], tuple(replace(request, arrival=request.arrival - start) for request in requests))
 
 
 def read_json(line: str, kind: str) -> TraceRequest:
-    row = msgspec.json.decode(line, type=JsonRow)
+    row = msgspec.json.decode(line, type=TraceRequest)
     ids, length, block = len(row.hash_ids), row.input_length, BLOCK[kind]
     if ids and not length // block <= ids <= -(-length // block):
         raise ValueError(f"{ids} hash_ids for {length} tokens in blocks of {block} ({kind})")
     sampling = None if row.sampling is None else msgspec.structs.replace(row.sampling.validate(), **UNTIL_LENGTH)
-    arrival = row.timestamp * SECONDS[kind]
-    return TraceRequest(arrival, length, row.output_length, tuple(row.hash_ids), sampling, row.priority)
+    return msgspec.structs.replace(row, arrival=row.arrival * SECONDS[kind], sampling=sampling)
 
 
 def read_azure(line: str, names: Sequence[str]) -> TraceRequest:

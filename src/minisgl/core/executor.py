@@ -63,7 +63,7 @@ class LocalExecutor:
         """Start the second half of the step launched last."""
         assert self._unmasked is not None, "no step waits for masks"
         (plan, output, began), self._unmasked = self._unmasked, None
-        self._fetch(plan.step, self._start(self._finish, plan, output, masks), began)
+        self._fetch(plan.step, self._start(lambda: self.runner.finish(plan, output.result(), masks)), began)
 
     def collect(self) -> StepResult:
         """Wait for the oldest step and return its tokens, or raise what it raised."""
@@ -81,9 +81,6 @@ class LocalExecutor:
         else:
             torch.cuda.synchronize(self.device)
             self.runner.decode_graphs = self.runner.piecewise_graphs = None
-
-    def _finish(self, plan: StepPlan, output: Future[StepOutput], masks: Masks) -> StepOutput:
-        return self.runner.finish(plan, output.result(), masks)
 
     def _start(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         if self._worker is not None:
@@ -116,13 +113,11 @@ class DeviceClock:
         """Note the moment at which the device gets here."""
         if self._device.type == "cpu":
             return time.monotonic()
-        if self._zero is None:
-            zero = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            zero.record()
-            zero.synchronize()
-            self._zero = time.monotonic(), zero
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
+        if self._zero is None:
+            event.synchronize()
+            self._zero = time.monotonic(), event
         return event
 
     def seconds(self, moment: Moment) -> float:
