@@ -312,35 +312,24 @@ def test_every_kind_of_grammar_beside_a_free_request_that_does_not_change(llm: L
 
 
 @pytest.mark.parametrize(
-    ("keyword", "message"),
+    ("made", "keyword", "message"),
     [
-        ("pagesize", "there is no setting pagesize; did you mean page_size?"),
-        ("modle", "did you mean model?"),
-        ("tensor_parallel_size", "did you mean tp?"),
-        ("attention_backend", "did you mean attn?"),
-        ("memory_ration", "did you mean memory_ratio?"),
-        ("quantum", "there is no setting quantum"),
+        (LLM, "pagesize", "there is no setting pagesize; did you mean page_size?"),
+        (LLM, "modle", "did you mean model?"),
+        (LLM, "tensor_parallel_size", "did you mean tp?"),
+        (LLM, "attention_backend", "did you mean attn?"),
+        (LLM, "memory_ration", "did you mean memory_ratio?"),
+        (LLM, "quantum", "there is no setting quantum"),
+        (SamplingParams, "temprature", "SamplingParams has no parameter temprature; did you mean temperature?"),
+        (SamplingParams, "max_new_tokens", "did you mean max_tokens?"),
+        (SamplingParams, "stop_tokens_ids", "did you mean stop_token_ids?"),
+        (SamplingParams, "beam_width", "SamplingParams has no parameter beam_width"),
     ],
 )
-def test_a_setting_that_there_is_not_is_answered_with_the_most_similar(keyword: str, message: str) -> None:
+def test_a_keyword_that_there_is_not_is_answered_with_the_most_similar(made: Any, keyword: str, message: str) -> None:
     with pytest.raises(UnknownKeywordError) as caught:
-        LLM(**dict[str, Any]({keyword: 3}))
+        made(**{keyword: 3})
     assert caught.value.message.endswith(message)
     assert isinstance(caught.value, TypeError), "what Python raises"
-
-
-@pytest.mark.parametrize(
-    ("keyword", "message"),
-    [
-        ("temprature", "SamplingParams has no parameter temprature; did you mean temperature?"),
-        ("max_new_tokens", "did you mean max_tokens?"),
-        ("stop_tokens_ids", "did you mean stop_token_ids?"),
-        ("beam_width", "SamplingParams has no parameter beam_width"),
-    ],
-)
-def test_a_parameter_that_there_is_not_is_answered_with_the_most_similar(keyword: str, message: str) -> None:
-    with pytest.raises(UnknownKeywordError) as caught:
-        SamplingParams(**dict[str, Any]({keyword: 1}))
-    assert caught.value.message.endswith(message)
     with pytest.raises(TypeError, match="positional"):
         SamplingParams(1.0)  # type: ignore[call-arg]

@@ -64,10 +64,12 @@ def check_format(events: list[dict[str, Any]]) -> None:
 
 
 def test_a_trace_has_every_row_of_every_step(tmp_path: Path) -> None:
-    engine = busy_engine()
-    engine.observe(TraceWriter(str(tmp_path / "trace.json")))
+    engine, trace = busy_engine(), TraceWriter(str(tmp_path / "trace.json"))
+    engine.observe(trace)
     plans = record_plans(engine)
     run(engine, traffic())
+    trace._file.flush()
+    check_format(json.loads((tmp_path / "trace.json").read_text() + "]"))  # as after a crash
     engine.close()
     events = json.loads((tmp_path / "trace.json").read_text())
     check_format(events)
@@ -82,15 +84,6 @@ def test_a_trace_has_every_row_of_every_step(tmp_path: Path) -> None:
     assert instants["admitted"] == 6 + engine.scheduler.retracted
     assert instants["end: length"] == 6
     assert "admitted, 20 tokens cached" in {e["name"] for e in events}
-
-
-def test_a_trace_that_was_cut_off_can_be_mended(tmp_path: Path) -> None:
-    engine, trace = busy_engine(), TraceWriter(str(tmp_path / "trace.json"))
-    engine.observe(trace)
-    run(engine, traffic())
-    trace._file.flush()
-    check_format(json.loads((tmp_path / "trace.json").read_text() + "]"))
-    engine.close()
 
 
 def test_every_end_is_in_a_trace_however_a_request_ended(tmp_path: Path) -> None:
@@ -113,24 +106,17 @@ def test_every_end_is_in_a_trace_however_a_request_ended(tmp_path: Path) -> None
     assert set(trace._tracks) <= {"last"}
 
 
-def test_the_device_is_in_a_trace_of_a_model(tmp_path: Path) -> None:
-    trace = tmp_path / "trace.json"
-    params = SamplingParams(temperature=0, max_tokens=3, top_k=5)
-    with LLM(trace_steps=str(trace)) as llm:
-        llm.generate(["The zebra crossing"], params, progress=False)
+def test_a_trace_has_the_device_and_a_recording_no_word_and_no_token_of_a_request(tmp_path: Path) -> None:
+    trace, recording = tmp_path / "trace.json", tmp_path / "traffic.jsonl"
+    grammar = Grammar(kind="choice", source='["giraffe", "okapi"]')
+    texts = {"stop": ("gazelle",), "stop_token_ids": (41414,), "logit_bias": {42424: 1.0}, "grammar": grammar}
+    params = SamplingParams(temperature=0, max_tokens=3, top_k=5, **dict[str, Any](texts))
+    with LLM(trace_steps=str(trace), record=str(recording)) as llm:
+        (said,) = llm.generate(["The zebra crossing"], params, progress=False)
     events = json.loads(trace.read_text())
     check_format(events)
     first = next(e["name"] for e in events if e["pid"] == DEVICE and e["ph"] == "X")
     assert first.startswith("step 1: 0 decodes, ")
-
-
-def test_a_recording_has_no_word_and_no_token_of_a_request(tmp_path: Path) -> None:
-    recording = tmp_path / "traffic.jsonl"
-    grammar = Grammar(kind="choice", source='["giraffe", "okapi"]')
-    texts = {"stop": ("gazelle",), "stop_token_ids": (41414,), "logit_bias": {42424: 1.0}, "grammar": grammar}
-    params = SamplingParams(temperature=0, max_tokens=3, top_k=5, **dict[str, Any](texts))
-    with LLM(record=str(recording)) as llm:
-        (said,) = llm.generate(["The zebra crossing"], params, progress=False)
     text = recording.read_text().lower()
     row = json.loads(text)
     assert row["sampling"] == {"temperature": 0, "max_tokens": 3, "top_k": 5}

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import time
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,22 +39,43 @@ ABLATIONS = [
     ("Qwen3-0.6B-H200-ablation", "graphs", "off"),
 ]
 LIMITS = {"TTFT p50, ms": 0.15, "TPOT p50, ms": 0.15, "output tokens/s": 0.10}
-Row = tuple[str, str, float, float]  # what was run, the figure, simulated, measured
 
 
 def record(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def rows_of(title: str, found: dict[str, Any], measured: tuple[float, float, float]) -> list[Row]:
-    latency = found["latency_ms"]
-    values = latency["ttft"]["p50"], latency["tpot"]["p50"], found["output_tokens_per_second"]
-    return [(title, name, value, known) for name, value, known in zip(LIMITS, values, measured, strict=True)]
+def check(title: str, simulated: float, measured: float, name: str = "output tokens/s") -> None:
+    """The simulated figure is close to the measured one, and the page says what is simulated now."""
+    digits = 1 if simulated < 100 else 0
+    line = f"| {title} | {name} | {simulated:,.{digits}f} | {measured:,.{digits}f} | {simulated / measured:.2f} |"
+    assert simulated == pytest.approx(measured, rel=LIMITS[name]), line
+    page = (ROOT / "docs" / "simulator.md").read_text()
+    told = re.search(re.escape(f"| {title} | {name} | ") + r"([0-9,.]+)", page)
+    assert told is not None, line
+    assert float(told[1].replace(",", "")) == pytest.approx(simulated, rel=0.02), line
 
 
-@cache
-def offline(name: str) -> list[Row]:
-    """The workload of a record; no server is in the way."""
+def check_served(title: str, clients: Clients, measured: tuple[float, float, float]) -> None:
+    clients.run(lambda done: None)
+    found = metrics.figures(clients.records, {})
+    values = (*(found["latency_ms"][name]["p50"] for name in ("ttft", "tpot")), found["output_tokens_per_second"])
+    for name, value, known in zip(LIMITS, values, measured, strict=True):
+        check(title, value, known, name)
+
+
+def offline_rate(model: str, config: Config, gpu: str, workload: Any) -> tuple[float, int]:
+    """Output tokens/s of a workload without a server in the way, and the number of pages."""
+    sessions = traffic.from_workload(msgspec.convert(workload, WorkloadSpec))
+    alone = msgspec.structs.replace(read_gpu(gpu), request_seconds=0.0, event_seconds=0.0)
+    replica = Replica(read_spec(MODELS / model), config, alone)
+    Clients(replica, sessions, (), None, 0).run(lambda done: None)
+    tokens = sum(turn.output_length for turn in traffic.all_turns(sessions))
+    return tokens / replica.executor.now, replica.executor.num_pages
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_throughput_of_each_offline_record_within_a_tenth(name: str) -> None:
     known = record(name)
     match = re.match(r"(Qwen3-[0-9.]+B(?:-A3B)?)(?:-tp(\d))?-(?:\dx)?(H\d+)", name)
     assert match is not None
@@ -67,44 +87,31 @@ def offline(name: str) -> list[Row]:
         all_reduce="nccl" if name.endswith("nccl") else "auto",
         overlap=not name.endswith("no-overlap"),
     )
-    spec = msgspec.convert(known["workload"], WorkloadSpec)
-    alone = msgspec.structs.replace(read_gpu(gpu), request_seconds=0.0, event_seconds=0.0)
-    replica = Replica(read_spec(MODELS / model), config, alone)
-    Clients(replica, traffic.from_workload(spec), (), None, 0).run(lambda done: None)
-    rate = sum(make_lengths(spec)) / replica.executor.now
-    assert replica.executor.num_pages == pytest.approx(int(notes["num_pages"].split(":")[0]), rel=0.06)
-    rows = [(f"`{name}.json`", "output tokens/s", rate, known["figures"]["output_tokens_per_second"])]
-    return rows + [("the same later, without a record", "output tokens/s", rate, LATER.get(name, 0))] * (name in LATER)
+    rate, pages = offline_rate(model, config, gpu, known["workload"])
+    assert pages == pytest.approx(int(notes["num_pages"].split(":")[0]), rel=0.06)
+    check(f"`{name}.json`", rate, known["figures"]["output_tokens_per_second"])
+    if name in LATER:
+        check("the same later, without a record", rate, LATER[name])
 
 
-@cache
-def ablation(name: str, group: str, label: str) -> list[Row]:
+@pytest.mark.parametrize(("name", "group", "label"), ABLATIONS)
+def test_throughput_of_chunks_and_of_steps_without_graphs(name: str, group: str, label: str) -> None:
     """Long prompts in chunks, and steps without CUDA graphs; in the older record only decode steps had any."""
     known = record(name)
     (found,) = (m for m in known["measurements"] if (m["variant"]["group"], m["variant"]["label"]) == (group, label))
-    changes = found["variant"]["changes"]
     pieces: dict[str, Any] = {} if name.endswith("chunks") else {"piecewise_cuda_graph_max_tokens": 0}
-    alone = msgspec.structs.replace(read_gpu("h200"), request_seconds=0.0, event_seconds=0.0)
-    replica = Replica(read_spec(MODELS / "Qwen3-0.6B"), Config(**changes, **pieces), alone)
-    spec = msgspec.convert(known["scenarios"][found["variant"]["scenario"]], WorkloadSpec)
-    Clients(replica, traffic.from_workload(spec), (), None, 0).run(lambda done: None)
-    rate = found["output_tokens"] / replica.executor.now
-    return [(f"`{name}.json`, {group} {label}", "output tokens/s", rate, found["tokens_per_second"])]
+    config, workload = Config(**found["variant"]["changes"], **pieces), known["scenarios"][found["variant"]["scenario"]]
+    rate, _ = offline_rate("Qwen3-0.6B", config, "h200", workload)
+    check(f"`{name}.json`, {group} {label}", rate, found["tokens_per_second"])
 
 
-def make_lengths(spec: WorkloadSpec) -> list[int]:
-    return [turn.output_length for turn in traffic.all_turns(traffic.from_workload(spec))]
-
-
-@cache
-def online(seed: int) -> list[Row]:
-    """256 requests at once to a server of Qwen3-0.6B."""
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_server_with_256_requests_at_once(seed: int) -> None:
     known = record("Qwen3-0.6B-H200-online")["runs"][seed]
     replica = Replica(read_spec(MODELS / "Qwen3-0.6B"), Config(max_prefill_length=16384), read_gpu("h200"))
     clients = Clients(replica, traffic.from_workload(WorkloadSpec(seed=seed)), (), 256, 0)
-    clients.run(lambda done: None)
     measured = *(known["latency_ms"][name]["p50"] for name in ("ttft", "tpot")), known["output_tokens_per_second"]
-    return rows_of(f"`Qwen3-0.6B-H200-online.json`, seed {seed}", metrics.figures(clients.records, {}), measured)
+    check_served(f"`Qwen3-0.6B-H200-online.json`, seed {seed}", clients, measured)
 
 
 def azure_clients(scale: float, config: Config) -> Clients:
@@ -115,44 +122,10 @@ def azure_clients(scale: float, config: Config) -> Clients:
     return Clients(Replica(read_spec(MODELS / "Qwen3-32B"), config, read_gpu("h200")), sessions, (), None, 0)
 
 
-@cache
-def azure(scale: float, chunk: int) -> list[Row]:
-    clients = azure_clients(scale, Config(tp=4, cache="naive", max_prefill_length=chunk))
-    clients.run(lambda done: None)
-    title = f"Azure, gaps × {scale}, chunk {chunk:,}"
-    return rows_of(title, metrics.figures(clients.records, {}), AZURE[scale, chunk])
-
-
-def check(rows: list[Row]) -> None:
-    """Simulated figures are close to measured ones, and the page says what is simulated now."""
-    page = (ROOT / "docs" / "simulator.md").read_text()
-    for title, name, simulated, measured in rows:
-        digits = 1 if simulated < 100 else 0
-        line = f"| {title} | {name} | {simulated:,.{digits}f} | {measured:,.{digits}f} | {simulated / measured:.2f} |"
-        assert simulated == pytest.approx(measured, rel=LIMITS[name]), line
-        told = re.search(re.escape(f"| {title} | {name} | ") + r"([0-9,.]+)", page)
-        assert told is not None, line
-        assert float(told[1].replace(",", "")) == pytest.approx(simulated, rel=0.02), line
-
-
-@pytest.mark.parametrize("name", OFFLINE)
-def test_throughput_of_each_offline_record_within_a_tenth(name: str) -> None:
-    check(offline(name))
-
-
-@pytest.mark.parametrize(("name", "group", "label"), ABLATIONS)
-def test_throughput_of_chunks_and_of_steps_without_graphs(name: str, group: str, label: str) -> None:
-    check(ablation(name, group, label))
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_server_with_256_requests_at_once(seed: int) -> None:
-    check(online(seed))
-
-
 @pytest.mark.parametrize(("scale", "chunk"), AZURE)
 def test_a_server_under_the_azure_trace(scale: float, chunk: int) -> None:
-    check(azure(scale, chunk))
+    clients = azure_clients(scale, Config(tp=4, cache="naive", max_prefill_length=chunk))
+    check_served(f"Azure, gaps × {scale}, chunk {chunk:,}", clients, AZURE[scale, chunk])
 
 
 @pytest.mark.soak
