@@ -199,10 +199,8 @@ def test_replicas_are_stepped_under_one_clock() -> None:
     alone = played(Replica(spec(), config, gpu), loads()).records
     replicas = [Replica(spec(), config, gpu), Replica(spec(), config, msgspec.structs.replace(gpu, read=gpu.read / 2))]
     clients = [Clients(replica, loads(), (), None, 0) for replica in replicas]
-    reached = 0.0
     while busy := [client for client in clients if client.replica.has_work]:
         behind = min(busy, key=lambda client: client.replica.executor.now)
-        assert behind.replica.executor.now >= reached or behind.replica is not replicas[0]
         behind.step(lambda done: None)
     assert [record.times for record in clients[0].records] == [record.times for record in alone]
     assert replicas[1].executor.now > replicas[0].executor.now
