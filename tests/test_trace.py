@@ -144,7 +144,9 @@ def test_a_recording_keeps_lengths_and_common_prefixes_and_no_tokens(tmp_path: P
     assert a.hash_ids[2] != b.hash_ids[2]
     assert (a.hash_ids[0], a.hash_ids[1] == c.hash_ids[1]) == (c.hash_ids[0], False)
     again = TrafficRecorder(str(tmp_path / "again.jsonl"))
-    again.add(request("a", prompts["a"], max_tokens=4))
+    tokens: dict[str, Any] = {"allowed_token_ids": (5, 6), "bad_word_ids": ((7, 8),), "bad_words": ("quagga",)}
+    again.add(request("a", prompts["a"], max_tokens=4, **tokens))
+    assert again._live["a"]["sampling"] == {"temperature": 0.0, "max_tokens": 4}
     assert again._live["a"]["hash_ids"] != list(a.hash_ids)  # another key
     again.close()
 

@@ -21,8 +21,6 @@ logger = logging.getLogger(__name__)
 HOST, DEVICE, REQUESTS = 1, 2, 3  # the processes of a trace
 BUFFER: Final = 2**16  # bytes
 BLOCK: Final = 16  # tokens that a recorded hash stands for
-# Parameters that are not recorded: text, and tokens.
-WORDS: Final = frozenset({"grammar", "stop", "stop_token_ids", "logit_bias", "prompt_logprobs"})
 DEFAULTS: Final = SamplingParams()
 
 
@@ -152,7 +150,7 @@ class TrafficRecorder:
         changed = {
             name: value
             for name, value in msgspec.structs.asdict(request.params).items()
-            if name not in WORDS and value != getattr(DEFAULTS, name)
+            if isinstance(value, int | float) and value != getattr(DEFAULTS, name)  # no text, no tokens
         }
         self._live[request.id] = {
             "chat_id": next(self._count),
