@@ -126,6 +126,7 @@ BAD_LINES = (
     ("sevre a/b", "no command sevre; did you mean serve?"),
     ("chatt", "no command chatt; did you mean chat?"),
     ("benhc offline", "no command benhc; did you mean bench?"),
+    ("simulat --rate 1", "no command simulat; did you mean simulate?"),
     ("a/b c", "unrecognized arguments: c"),
     ("a/b --model c", "the model is given twice: a/b and --model c"),
     ("serve --pagesize 16", "unrecognized arguments: --pagesize; did you mean --page-size?"),

@@ -54,7 +54,7 @@ commands:
   simulate       a load test in virtual time, without a GPU; see minisgl simulate --help"""
 
 
-COMMANDS: Final = ("serve", "chat", "bench")
+COMMANDS: Final = ("serve", "chat", "bench", "simulate")
 METAVARS: Final = {int: "N", float: "X", str: "TEXT"}
 
 
@@ -108,7 +108,7 @@ def add_config_flags(parser: argparse.ArgumentParser, *, without: Sequence[str] 
                 add_flag(group, fields[name], hints[name])
 
 
-def add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], hint: Any) -> None:
+def add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], hint: Any) -> argparse.Action:
     """Add one field's flag with all its spellings. A bool is a switch; `hint` T | None parses as T."""
     text = field.metadata["help"]
     options: dict[str, Any]
@@ -123,8 +123,8 @@ def add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], hint
             text += f" (default: {field.default})"
         choices = field.metadata["choices"] or None
         options = {"type": hint, "choices": choices, "metavar": None if choices else METAVARS[hint]}
-    help = text.replace("%", "%%")
-    group.add_argument(*field.metadata["flags"], dest=field.name, default=argparse.SUPPRESS, help=help, **options)
+    options |= {"dest": field.name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+    return group.add_argument(*field.metadata["flags"], **options)
 
 
 def config_from(parser: argparse.ArgumentParser, namespace: argparse.Namespace) -> Config:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from minisgl.cli import SERVER_GROUPS, Parser, add_config_flags, config_from, guarded, parse
+from minisgl.cli import SERVER_GROUPS, Parser, add_config_flags, add_flag, config_from, guarded, parse
 from minisgl.config import Config
 from minisgl.errors import ConfigError
 from minisgl.system import install_command
@@ -247,11 +247,9 @@ def simulate_parser() -> tuple[Parser, dict[str, Any]]:
     what.add_argument("--trace-steps", metavar="FILE", help="trace every step of the one simulation, for Perfetto")
     fields, hints = {field.name: field for field in dataclasses.fields(Config)}, typing.get_type_hints(Config)
     for name in GRID:
-        hint, default = hints[name], fields[name].default
-        kind = next((kind for kind in (int, float) if kind in (hint, *typing.get_args(hint))), str)
-        text = fields[name].metadata["help"].replace("%", "%%") + (f" (default: {default})" if default else "")
-        convert = partial(several, convert=kind)
-        what.add_argument(*fields[name].metadata["flags"], dest=name, type=convert, metavar="X,Y", help=text)
+        flag = add_flag(what, fields[name], hints[name])
+        convert: Any = flag.type
+        flag.type, flag.choices, flag.metavar = partial(several, convert=convert), None, "X,Y"
     left_out = ("endpoint", "tokens", "salt", "temperature", "no-ignore-eos", "warmup")
     rows = {title: [row for row in rows if row[0] not in left_out] for title, rows in FLAGS.items() if title != TO_WHOM}
     absent = {"gpu": ("h200",), "hash_tokens": False, "trace_steps": None, "small": False}
