@@ -31,7 +31,7 @@ BLOCK: Final = {"bailian": 16, "mooncake": 512, "azure": 0}  # tokens that a has
 # Of a recorded request, whose answer has the recorded length whatever ended it.
 UNTIL_LENGTH: Final[dict[str, Any]] = {
     "max_tokens": None, "min_tokens": 0, "ignore_eos": True, "stop": (), "stop_token_ids": (), "grammar": None,
-    "prompt_logprobs": None,
+    "prompt_logprobs": None, "truncate_prompt_tokens": None,
 }  # fmt: skip
 GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
 TRACE_REQUESTS: Final = 1000

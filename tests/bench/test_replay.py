@@ -32,9 +32,9 @@ ASKED: list[tuple[dict[str, Any], int]] = [
     ({"temperature": 0.7, "top_p": 0.9, "top_k": 20, "seed": 5}, 0),
     ({"min_p": 0.1, "presence_penalty": 0.5, "frequency_penalty": -0.5, "repetition_penalty": 1.1}, 3),
     ({"logprobs": 2, "skip_special_tokens": False}, -1),
-    ({"stop_token_ids": tuple(range(0, 50, 2)), "min_tokens": 2}, 1),
+    ({"stop_token_ids": tuple(range(0, 50, 2)), "min_tokens": 2, "truncate_prompt_tokens": 90}, 1),
 ]
-LENGTH = ("max_tokens", "min_tokens", "ignore_eos", "stop_token_ids")
+LENGTH = ("max_tokens", "min_tokens", "ignore_eos", "stop_token_ids", "truncate_prompt_tokens")
 
 
 @pytest.fixture
@@ -64,6 +64,7 @@ def check(requests: Sequence[Request], recording: Path, without: Sequence[str] =
             if name not in (*LENGTH, *without) and not (name == "seed" and value is not None and "seed" not in params):
                 assert value == expected[name], name
         assert (found.params.min_tokens, found.params.stop_token_ids) == (0, ())
+        assert found.params.truncate_prompt_tokens is None
     assert len({r.prompt[:BLOCK].tobytes() for r in requests}) == 1
     assert len({r.prompt.tobytes() for r in requests}) == len(ASKED)
 
