@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 RECENT: Final = 64  # steps
 REQUESTS: Final = 256  # running ones, and again as many waiting ones
 NODES: Final = 1000  # of the radix tree
-STATES: Final = {State.PREFILL: "prefill", State.DECODE: "decode", State.RETRACTING: "retracting", State.ENDED: "ended"}
+STATES: Final = {
+    State.PREFILL: "prefill", State.DECODE: "decode", State.HELD: "held", State.RETRACTING: "retracting",
+    State.ENDED: "ended",
+}  # fmt: skip
 FLUSH_SECONDS = 0.05
 BEHIND: Final = 32  # batches that a slow viewer may lag; then the oldest are dropped
 
