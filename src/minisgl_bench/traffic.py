@@ -28,10 +28,11 @@ Count = Annotated[int, msgspec.Meta(ge=1)]
 AZURE_FIELDS: Final = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")  # CSV; the others are JSON lines
 SECONDS: Final = {"bailian": 1.0, "mooncake": 1e-3}  # the unit of a format's `timestamp`, in s
 BLOCK: Final = {"bailian": 16, "mooncake": 512, "azure": 0}  # tokens that a hash id stands for
-# Of a recorded request, whose answer has the recorded length whatever ended it.
+# Of a recorded request, whose answer has the recorded length whatever ended it, and any tokens.
 UNTIL_LENGTH: Final[dict[str, Any]] = {
     "max_tokens": None, "min_tokens": 0, "ignore_eos": True, "stop": (), "stop_token_ids": (), "grammar": None,
-    "prompt_logprobs": None, "truncate_prompt_tokens": None,
+    "prompt_logprobs": None, "truncate_prompt_tokens": None, "allowed_token_ids": None, "bad_words": (),
+    "bad_word_ids": (),
 }  # fmt: skip
 GOLDEN: Final = np.uint64(0x9E3779B97F4A7C15)
 TRACE_REQUESTS: Final = 1000

@@ -111,6 +111,14 @@ def test_a_wrong_recording_is_told_with_its_line(wrong: str, tmp_path: Path) -> 
         traffic.read_trace(path, 10)
 
 
+def test_what_decides_on_tokens_is_not_replayed(tmp_path: Path) -> None:
+    deciding = {"allowed_token_ids": [1], "bad_words": ["a"], "bad_word_ids": [[2]], "stop": ["b"], "top_k": 3}
+    row = {"chat_id": 0, "timestamp": 0, "input_length": 3, "output_length": 1, "sampling": deciding}
+    (tmp_path / "t").write_text(json.dumps(row))
+    (found,) = traffic.read_trace(tmp_path / "t", 10).requests
+    assert found.sampling == SamplingParams(ignore_eos=True, top_k=3)
+
+
 def test_several_simulations_have_no_one_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--rate", "1,2", "--requests", "2", "--trace-steps", str(tmp_path / "steps.json")]
     assert main(["simulate", "--model", str(MODEL), *words]) == 1
