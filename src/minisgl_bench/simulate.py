@@ -64,15 +64,16 @@ def run(configs: Sequence[tuple[Mapping[str, Any], Config]], options: argparse.N
     with progress_bar("Simulating", total, enabled=True) as done:
         while cases:  # a simulation's memory is given back before the next one
             case = cases.popleft()
-            label = ", ".join(described(name, case.settings[name]) for name in names)
+            values = [(name.replace("_", " "), case.settings[name]) for name in names]
+            label = ", ".join(value if isinstance(value, str) else f"{name} {value:g}" for name, value in values)
             found, latencies = simulate(case, options.slo, done)
             runs.append({"label": label, **case.settings, **found})
             samples.append(latencies)
     gc.unfreeze()
     model = slug(configs[0][1].model or spec_of(configs[0][1]).architecture)
     if len(runs) == 1:
-        report.print(metrics.latency_table(f"{model}, {runs[0]['label']}, simulated", runs[0]))
-        for line in (*metrics.lines(runs[0]), simulation_line(runs[0])):
+        report.print(metrics.latency_table(f"{model}, {label}, simulated", found))
+        for line in (*metrics.lines(found), simulation_line(found)):
             report.print(line)
     else:
         report.print(metrics.summary_table(runs))
@@ -80,10 +81,6 @@ def run(configs: Sequence[tuple[Mapping[str, Any], Config]], options: argparse.N
     sweep = set(names) <= {load_kind(options), "seed"}
     report.finish(lambda path: draw_latencies(path, f"{model}, simulated", runs, samples, sweep))
     return 0
-
-
-def described(name: str, value: object) -> str:
-    return value if isinstance(value, str) else f"{name.replace('_', ' ')} {value:g}"
 
 
 def make_cases(configs: Sequence[tuple[Mapping[str, Any], Config]], options: argparse.Namespace) -> deque[Case]:
