@@ -53,15 +53,12 @@ def rewritten(schema: Any, lenient: bool = False) -> Any:
         if new is None:
             container[key] = False
             continue
-        container[key] = new = dict(new)
+        container[key] = new
         for name in (*NESTED, *NAMED):
             inner = new.get(name)
-            if isinstance(inner, list):
-                new[name] = inner = list(inner)
-                todo += [(inner, index, base) for index in range(len(inner))]
-            elif isinstance(inner, dict) and name in NAMED:
-                new[name] = inner = dict(inner)
-                todo += [(inner, each, base) for each in inner]
+            if isinstance(inner, list) or (name in NAMED and isinstance(inner, dict)):
+                new[name] = inner = inner.copy()
+                todo += [(inner, each, base) for each in (inner if isinstance(inner, dict) else range(len(inner)))]
             elif isinstance(inner, dict):
                 todo.append((new, name, base))
     return root[0] if changed else schema
@@ -98,20 +95,17 @@ def constrains_nothing(key: str, value: Any, schema: Schema) -> bool:
             return isinstance(value, str) and value.rstrip("#") in NEWEST_DRAFT
         case "uniqueItems":
             return value is False or schema.get("maxItems") in (0, 1)
-        case "contains":
-            return trivial_contains(schema)
-        case "minContains" | "maxContains":
-            return "contains" not in schema or trivial_contains(schema)
+        case "contains" | "minContains" | "maxContains":
+            none_needed = schema.get("minContains") == 0 and "maxContains" not in schema
+            return none_needed or "contains" not in schema
         case "if":
             return all(trivial(schema.get(name, True)) for name in ("then", "else"))
         case "then" | "else":
             return "if" not in schema or trivial(value)
         case "not":
             return value is False
-        case "propertyNames":
-            return trivial(value) or value == {"type": "string"}
-        case "unevaluatedProperties" | "unevaluatedItems":
-            return trivial(value)
+        case "propertyNames" | "unevaluatedProperties" | "unevaluatedItems":
+            return trivial(value) or (key == "propertyNames" and value == {"type": "string"})
         case "minProperties":
             return bool(value == 0)
         case "dependentSchemas":
@@ -128,40 +122,26 @@ def trivial(schema: Any) -> bool:
     return schema is True or (isinstance(schema, dict) and not schema)
 
 
-def trivial_contains(schema: Schema) -> bool:
-    return schema.get("minContains") == 0 and "maxContains" not in schema
-
-
 def with_names(schema: Schema, base: Schema) -> Schema:
     """A schema whose `propertyNames` are a list, a pattern or a length, said by properties; else the same."""
-    names, values = schema["propertyNames"], schema.get("additionalProperties", True)
+    names, properties = schema["propertyNames"], schema.get("properties", {})
+    values = schema.get("additionalProperties", True)
     if isinstance(names, dict) and isinstance(reference := names.get("$ref"), str):
         names = referred(base, reference)
-    if not isinstance(names, dict):
+    if not isinstance(names, dict) or not isinstance(properties, dict):
         return schema
     said = {key: value for key, value in names.items() if key not in ("title", "description")}
     if said.get("type") == "string":
         del said["type"]
     closed = {key: value for key, value in schema.items() if key != "propertyNames"} | {"additionalProperties": False}
-    match said:
-        case {"enum": [*texts], **others} if not others:
-            return closed | {"properties": listed(texts, schema, values)}
-        case {"const": str(text), **others} if not others:
-            return closed | {"properties": listed([text], schema, values)}
-    if schema.get("properties"):
-        return schema
-    match said:
-        case {"pattern": str(pattern), **others} if not others:
-            return closed | {"patternProperties": {pattern: values}}
-        case {"minLength": int(), **others} | {"maxLength": int(), **others} if not others.keys() - {"maxLength"}:
-            pattern = rf"^[\s\S]{{{said.get('minLength', 0)},{said.get('maxLength', '')}}}$"
-            return closed | {"patternProperties": {pattern: values}}
-    return schema
-
-
-def listed(names: list[Any], schema: Schema, values: Any) -> Schema:
-    properties = schema.get("properties") or {}
-    return {name: properties.get(name, values) for name in names if isinstance(name, str)}
+    listed = said["enum"] if said.keys() == {"enum"} else [said["const"]] if said.keys() == {"const"} else None
+    if isinstance(listed, list):
+        return closed | {"properties": {name: properties.get(name, values) for name in listed if isinstance(name, str)}}
+    pattern = said.get("pattern") if said.keys() == {"pattern"} else None
+    sized = all(key in ("minLength", "maxLength") and type(size) is int and size >= 0 for key, size in said.items())
+    if said and sized:
+        pattern = rf"^[\s\S]{{{said.get('minLength', 0)},{said.get('maxLength', '')}}}$"
+    return closed | {"patternProperties": {pattern: values}} if isinstance(pattern, str) and not properties else schema
 
 
 def referred(base: Schema, reference: str) -> Any:
