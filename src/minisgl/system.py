@@ -1,4 +1,4 @@
-"""What a process has of its system: standard streams, a private folder, the tool that installs packages."""
+"""What a process has of its system: standard streams, helpers, a private folder, the tool that installs packages."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import contextlib
 import fcntl
 import importlib.util
 import os
+import resource
 import shlex
 import shutil
+import socket
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -64,6 +67,22 @@ def flush_standard_streams() -> None:
         except (OSError, ValueError):
             with contextlib.suppress(OSError, ValueError), open(os.devnull, "w") as null:
                 os.dup2(null.fileno(), stream.fileno())
+
+
+def start_helper(module: str, *arguments: str) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """The process `python -m module`, and a socket whose other end is its standard input."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        command = [sys.executable, "-m", module, *arguments]
+        null = subprocess.DEVNULL
+        return subprocess.Popen(command, stdin=theirs.fileno(), stdout=null, start_new_session=True), ours
+
+
+def limit_memory(more: int) -> None:
+    """The kernel gives this process at most so many bytes of address space more than it has, and writes no core."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + more, used + more))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def install_command(*packages: str, options: str = "") -> str:

@@ -352,17 +352,21 @@ def require_file(path: Path) -> None:
         raise ModelError(f"{path}: a Git LFS pointer, not the file it stands for, which `git lfs pull` fetches")
 
 
-def read_json(path: Path) -> Any:
-    """The value of a JSON file. Raises ModelError naming the file when it is missing, too large or not JSON."""
+def read_small(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
+    """The bytes of a file. Raises ModelError naming it when it is missing, no regular file or larger than `most`."""
     require_file(path)
     try:
-        if path.exists() and not path.is_file():  # to read a FIFO takes for ever
-            raise ModelError(f"{path}: not a regular file")
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise ModelError(f"{path}: larger than {MAX_JSON_BYTES} bytes, which no description of a model is")
-        return json.loads(path.read_bytes())
+        if path.stat().st_size > most:
+            raise ModelError(f"{path}: larger than {most} bytes, which no description of a model is")
+        return path.read_bytes()
     except OSError as error:
         raise ModelError(f"{path}: {error.strerror}") from error
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file. Raises ModelError naming the file when it cannot be read or is not JSON."""
+    try:
+        return json.loads(read_small(path))
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not valid JSON: {error}") from error
 

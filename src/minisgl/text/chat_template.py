@@ -12,14 +12,15 @@ import json
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from minisgl.core.model_config import read_small
 from minisgl.errors import InvalidRequestError, ModelError, UnsupportedParameterError
+from minisgl.system import start_helper
 
 WALL_SECONDS = 20.0  # for an answer of the process; its own limit is on CPU time
 MAX_SOURCE_BYTES = 1 << 22
@@ -64,12 +65,9 @@ class TemplateProcess:
         return str(reply["text"])
 
     def _start(self) -> frozenset[str]:
-        ours, theirs = socket.socketpair()
-        ours.settimeout(WALL_SECONDS)
-        with theirs:
-            command, null = [sys.executable, "-m", "minisgl.text.template_process"], subprocess.DEVNULL
-            self._process = subprocess.Popen(command, stdin=theirs.fileno(), stdout=null, start_new_session=True)
-        self._link, self._replies = ours, ours.makefile("rb")
+        self._process, self._link = start_helper("minisgl.text.template_process")
+        self._link.settimeout(WALL_SECONDS)
+        self._replies = self._link.makefile("rb")
         self._end = weakref.finalize(self, end_process, self._process, self._link, self._replies)
         reply = self._ask(self._setup) or {"error": "it takes too much time"}
         if "error" in reply:
@@ -286,12 +284,6 @@ def read_templates(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[st
 
 def read_source(file: Path) -> str:
     try:
-        if not file.is_file():
-            raise ModelError(f"{file}: not a regular file")
-        if file.stat().st_size > MAX_SOURCE_BYTES:
-            raise ModelError(f"{file}: larger than {MAX_SOURCE_BYTES} bytes, which no chat template is")
-        return file.read_text("utf-8-sig")
+        return read_small(file, MAX_SOURCE_BYTES).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ModelError(f"{file}: not UTF-8 at byte {error.start}") from error
-    except OSError as error:
-        raise ModelError(f"{file}: {error.strerror}") from error

@@ -2,9 +2,9 @@
 
 A check runs in a helper process, in a forked child of its own for each grammar, which the kernel ends when its time or
 memory is used up: llguidance's limits do not bound what it does with a large `multipleOf` (35 s and 2 GB). The helper
-is `python -m minisgl.text.grammar_check FD FOLDER VOCAB_SIZE EOS...`, where FD is a socket. It loads the vocabulary
-once, answers with a `Verdict`, and then receives a connection for each grammar through the socket (SCM_RIGHTS) until
-the socket ends. A child sends `STARTED` on its connection, then its `Verdict`, or it dies.
+is `python -m minisgl.text.grammar_check FOLDER VOCAB_SIZE EOS...`, its standard input a socket. It loads the
+vocabulary once, answers with a `Verdict`, and then receives a connection for each grammar through the socket
+(SCM_RIGHTS) until the socket ends. A child sends `STARTED` on its connection, then its `Verdict`, or it dies.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import contextlib
 import functools
 import hashlib
 import os
-import resource
 import signal
 import socket
 import subprocess
@@ -28,6 +27,7 @@ import msgspec
 
 from minisgl.core.types import Grammar
 from minisgl.errors import InvalidRequestError, MinisglError, UnsupportedParameterError
+from minisgl.system import limit_memory, start_helper
 from minisgl.text.grammar import MatcherConstraint, Vocabulary, check_size, compile_grammar, invalid, probe
 
 CPU_SECONDS = 1.0
@@ -72,9 +72,8 @@ def read_all(connection: socket.socket) -> bytes:
 
 
 def main() -> None:
-    control = socket.socket(fileno=int(sys.argv[1]))
-    folder, vocab_size, *eos = sys.argv[2:]
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    control = socket.socket(fileno=0)
+    folder, vocab_size, *eos = sys.argv[1:]
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     # Threads there may be are numpy's; they idle, and the children use none.
     warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
@@ -90,18 +89,11 @@ def main() -> None:
                 control.close()
                 with contextlib.suppress(BrokenPipeError):
                     connection.sendall(STARTED)
-                    bound_this_process()
+                    limit_memory(MEMORY_BYTES)
+                    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+                    signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
                     connection.sendall(judge(read_all(connection), vocabulary))
                 os._exit(0)
-
-
-def bound_this_process() -> None:
-    """From here on too much time or memory ends this process."""
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, used + MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
-    signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
 
 
 def judge(source: bytes, vocabulary: Vocabulary) -> bytes:
@@ -178,11 +170,8 @@ class Helper:
         if self.running is not None and self.running.process.poll() is None:
             return self.running
         self.close()
-        control, theirs = socket.socketpair()
-        with theirs:
-            command = [sys.executable, "-m", "minisgl.text.grammar_check", str(theirs.fileno()), *self._arguments]
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()])
-        self.running = Running(process, control)
+        self.running = Running(*start_helper("minisgl.text.grammar_check", *self._arguments))
+        control = self.running.control
         control.settimeout(START_SECONDS)
         reply = b""
         with contextlib.suppress(TimeoutError):

@@ -9,12 +9,10 @@ the variables of a rendering, and the answer its `text`. An answer with an `erro
 
 from __future__ import annotations
 
-import datetime
 import json
-import resource
 import signal
 import socket
-from pathlib import Path
+from datetime import datetime
 from typing import Any
 
 import jinja2
@@ -24,6 +22,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
+
+from minisgl.system import limit_memory
 
 CPU_SECONDS = 1.0  # of a rendering
 MEMORY_BYTES = 1 << 30  # that renderings may add to the process, as address space
@@ -65,10 +65,6 @@ def raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def strftime_now(pattern: str) -> str:
-    return datetime.datetime.now().strftime(pattern)
-
-
 def make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
     """`dict(…)` without the type's other attributes."""
     return dict(*args, **kwargs)
@@ -84,60 +80,45 @@ def to_json(
 def make_environment() -> ImmutableSandboxedEnvironment:
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols])
     env.filters["tojson"] = to_json
-    env.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    env.globals |= {
+        "raise_exception": raise_exception,
+        "strftime_now": lambda pattern: datetime.now().strftime(pattern),
+    }
     env.globals |= {"dict": make_dict, "namespace": PublicNamespace}
     return env
 
 
-class Renderer:
-    """Answers the lines of standard input."""
-
-    def __init__(self) -> None:
-        self.template: jinja2.Template | None = None
-
-    def answer(self, line: bytes) -> bytes:
-        """The answer to a line. Too much CPU time ends the process (SIGPROF)."""
-        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
-        try:
-            values = json.loads(line)
-            reply = json.dumps(self.compile(**values) if self.template is None else {"text": self.render(line, values)})
-        except Exception as error:  # the template is foreign code run on the user's values
-            reply = json.dumps({"error": str(error)[:MAX_REASON] or type(error).__name__})
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        return reply.encode() + b"\n"
-
-    def compile(self, source: str, tokens: dict[str, str]) -> dict[str, Any]:
-        environment = make_environment()
-        try:
-            unset = {"tools": None, "documents": None}
-            self.template = environment.from_string(source, globals={**unset, **tokens})
-            return {"variables": sorted(jinja2.meta.find_undeclared_variables(environment.parse(source)))}
-        except jinja2.TemplateSyntaxError as error:
-            return {"error": f"line {error.lineno}: {error.message}"}
-        except (RecursionError, SyntaxError, MemoryError):  # of jinja2's parser, and of Python's
-            return {"error": "it is nested too deeply"}
-
-    def render(self, line: bytes, values: dict[str, Any]) -> str:
-        assert self.template is not None
-        text = self.template.render(values)
-        if len(text) > FREE_CHARACTERS + MAX_GROWTH * len(line):
-            raise ValueError(f"a prompt of {len(text)} characters is made of {len(line)}")
-        return text
-
-
-def bound_memory() -> None:
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, used + MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+def compiled(source: str, tokens: dict[str, str]) -> tuple[jinja2.Template, list[str]]:
+    """A template and the variables that it takes. Raises ValueError with the reason where it is none."""
+    environment = make_environment()
+    try:
+        template = environment.from_string(source, globals={"tools": None, "documents": None, **tokens})
+        return template, sorted(jinja2.meta.find_undeclared_variables(environment.parse(source)))
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"line {error.lineno}: {error.message}") from error
+    except (RecursionError, SyntaxError, MemoryError) as error:  # of jinja2's parser, and of Python's
+        raise ValueError("it is nested too deeply") from error
 
 
 def main() -> None:
-    bound_memory()
+    limit_memory(MEMORY_BYTES)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # that it is ignored would be inherited
-    renderer = Renderer()
+    template: jinja2.Template | None = None
     with socket.socket(fileno=0) as link, link.makefile("rb") as lines:
         for line in lines:
-            link.sendall(renderer.answer(line))
+            signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # too much CPU time ends the process (SIGPROF)
+            try:
+                if template is None:
+                    template, variables = compiled(**json.loads(line))
+                    reply = json.dumps({"variables": variables})
+                elif len(text := template.render(json.loads(line))) > FREE_CHARACTERS + MAX_GROWTH * len(line):
+                    raise ValueError(f"a prompt of {len(text)} characters is made of {len(line)}")
+                else:
+                    reply = json.dumps({"text": text})
+            except Exception as error:  # the template is foreign code run on the user's values
+                reply = json.dumps({"error": str(error)[:MAX_REASON] or type(error).__name__})
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            link.sendall(reply.encode() + b"\n")
 
 
 if __name__ == "__main__":
