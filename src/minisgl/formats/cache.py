@@ -33,9 +33,7 @@ CONVERTED = re.compile(r".+-[0-9a-f]{16}")
 class Conversion(msgspec.Struct, frozen=True):
     """What a folder holds, and the files that were seen to have that content: by path, their size and time."""
 
-    dtype: str
-    weights: bool
-    version: int
+    kind: tuple[str, bool, int]  # dtype, with weights, version of the conversion
     sources: dict[str, tuple[int, int]]
 
     def write(self, folder: Path) -> None:
@@ -55,21 +53,20 @@ def convert_gguf(path: Path, dtype: str, *, weights: bool = True, progress: Prog
         path = path.resolve(strict=True)
         now = facts(path)  # before it is read: what changes while it is read is read again the next time
         for folder, found in conversions(cache).items():
-            if (found.dtype, found.weights, found.version) == kind and found.sources.get(str(path)) == now:
+            if found.kind == kind and found.sources.get(str(path)) == now:
                 return folder
         require_file(path)
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         key = hashlib.sha256(json.dumps([content, *kind]).encode()).hexdigest()[:16]
-        wanted = Conversion(*kind, {str(path): now})
-        if (known := find(cache, key)) is None:
-            return make_folder(cache, key, path, wanted, progress)
+        if (folder := find(cache, key)) is None:
+            return make_folder(cache, key, path, Conversion(kind, {str(path): now}), progress)
         with contextlib.suppress(OSError):  # the cache may be another user's
-            msgspec.structs.replace(wanted, sources=conversions(cache)[known].sources | wanted.sources).write(known)
+            Conversion(kind, conversions(cache)[folder].sources | {str(path): now}).write(folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ModelError(f"{path}: cannot be converted into {cache}: {reason}") from error
-    return known
+    return folder
 
 
 def make_folder(cache: Path, key: str, path: Path, wanted: Conversion, progress: Progress) -> Path:
@@ -82,7 +79,7 @@ def make_folder(cache: Path, key: str, path: Path, wanted: Conversion, progress:
             return found
         written, folder = Path(work) / "model", cache / f"{path.stem}-{key}"
         written.mkdir()
-        write_folder(path, written, wanted.dtype, wanted.weights, progress)
+        write_folder(path, written, wanted.kind[0], wanted.kind[1], progress)
         wanted.write(written)
         mode = (written / RECORD).stat().st_mode
         for file in written.iterdir():  # safetensors writes what only the user can read
@@ -107,7 +104,7 @@ def conversions(cache: Path) -> dict[Path, Conversion]:
     for file in cache.glob(f"*/{RECORD}"):
         with contextlib.suppress(ModelError, msgspec.ValidationError):
             conversion = msgspec.convert(read_json(file), Conversion)
-            if conversion.version == CONVERSION:
+            if conversion.kind[-1] == CONVERSION:
                 found[file.parent] = conversion
     return found
 
@@ -117,9 +114,7 @@ def find(cache: Path, key: str) -> Path | None:
 
 
 def take_stale(cache: Path, work: Path) -> None:
-    """Move into `work`, which goes soon, what others left unfinished and folders without a file or process that uses
-    them.
-    """
+    """Move into `work`, which goes soon, what others left unfinished and folders that no file or process uses."""
     known = conversions(cache)
     for entry in set(cache.iterdir()) - {work}:
         alive = entry in known and any(facts(Path(path)) == then for path, then in known[entry].sources.items())
@@ -131,22 +126,19 @@ def take_stale(cache: Path, work: Path) -> None:
 @contextlib.contextmanager
 def locked(folder: Path, kind: int) -> Iterator[bool]:
     """Lock a folder; whether it is, which another process may prevent, and a file system without locks."""
-    handle, locked = os.open(folder, os.O_RDONLY), False
-    try:
+    with contextlib.ExitStack() as stack:
+        taken = False
         with contextlib.suppress(OSError):
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
             fcntl.flock(handle, kind)
-            locked = True
-        yield locked
-    finally:
-        os.close(handle)
+            taken = True
+        yield taken
 
 
 def in_use(folder: Path) -> bool:
-    try:
-        with locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB) as free:
-            return not free
-    except OSError:
-        return True
+    with locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB) as free:
+        return not free
 
 
 @functools.cache

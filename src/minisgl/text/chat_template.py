@@ -26,7 +26,8 @@ WALL_SECONDS = 20.0  # for an answer of the process; its own limit is on CPU tim
 MAX_SOURCE_BYTES = 1 << 22
 WORD = "probe of the words"
 CALL: dict[str, Any] = {"name": "called", "arguments": {"word": "x"}}
-TOOL = {"name": "offered", "description": "x", "parameters": {"type": "object", "properties": {}}}
+OFFERED = {"name": "offered", "description": "x", "parameters": {"type": "object", "properties": {}}}
+TOOL = {"type": "function", "function": OFFERED}
 TOOLS_TEXT = """You may call functions. Each line is the JSON description of one:
 {tools}
 To call one, write nothing but its name and its arguments as JSON, in this form:
@@ -115,24 +116,22 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, /, **variables: Any) -> str:
         """The conversation as text. Raises InvalidRequestError when the template refuses it or leaves words out."""
-        fixed = self._tokens | {"messages", "add_generation_prompt"}
-        if taken := sorted(fixed & variables.keys()):
+        if taken := sorted((self._tokens | {"messages", "add_generation_prompt"}) & variables.keys()):
             raise InvalidRequestError(f"{taken[0]} cannot be set here", param="chat_template_kwargs")
         try:
             adapted = self._adapt(messages, variables.get("tools") or ())
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InvalidRequestError(f"a message is not as OpenAI's are: {error!r}", param="messages") from error
-        variables["messages"] = [self._shape(message) for message in adapted]
-        text = self._process.render({**variables, "add_generation_prompt": add_generation_prompt})
+        text = self._process.render({**variables, "messages": adapted, "add_generation_prompt": add_generation_prompt})
         for message in adapted if self._lost else ():
-            role, content = str(message.get("role")), str(message["content"] or "")
+            role, content = str(message.get("role")), str(text_of(message["content"]) or "")
             if role in self._lost and content.strip() not in text:
                 reason = f"the model's chat template leaves out what the role {role} says"
                 raise InvalidRequestError(reason, param="messages")
         return text
 
     def _adapt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any]) -> list[dict[str, Any]]:
-        """The messages with texts as contents, and with what the template does not show by itself."""
+        """The messages in the template's form, and with what it does not show by itself."""
         adapted: list[dict[str, Any]] = []
         before = None
         for message in messages:
@@ -153,6 +152,10 @@ class ChatTemplate:
             before = role
         if tools and not self.takes_tools:
             self._describe(tools, adapted)
+        for message in adapted:
+            content = message["content"]
+            if isinstance(content, str) and self._in_parts.get(str(message.get("role")), self._in_parts.get("user")):
+                message["content"] = [{"type": "text", "text": content}]
         return adapted
 
     def _describe(self, tools: Sequence[Any], messages: list[dict[str, Any]]) -> None:
@@ -164,12 +167,6 @@ class ChatTemplate:
         else:
             both = (first["content"], text) if role == "system" else (text, first["content"])
             first["content"] = "\n\n".join(both)
-
-    def _shape(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        content = message["content"]
-        if isinstance(content, str) and self._in_parts.get(str(message.get("role")), self._in_parts.get("user")):
-            content = [{"type": "text", "text": content}]
-        return {**message, "content": content}
 
     def _with_arguments(self, call: Mapping[str, Any]) -> dict[str, Any]:
         """The call with an object as its arguments, or with text that is none where the template takes it."""
@@ -209,10 +206,9 @@ class ChatTemplate:
 
     def _try(self, *messages: Mapping[str, Any]) -> str | None:
         """None when the template refuses."""
-        adapted = [self._shape(message) for message in self._adapt(messages, ())]
-        tools = [{"type": "function", "function": TOOL}]
+        variables = {"tools": [TOOL], "add_generation_prompt": False}
         try:
-            return self._process.render({"messages": adapted, "tools": tools, "add_generation_prompt": False})
+            return self._process.render({"messages": self._adapt(messages, ()), **variables})
         except TemplateLimitError as error:
             raise ModelError("the model's chat template takes too much time for a short conversation") from error
         except InvalidRequestError:

@@ -77,23 +77,15 @@ def to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def make_environment() -> ImmutableSandboxedEnvironment:
-    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols])
-    env.filters["tojson"] = to_json
-    env.globals |= {
-        "raise_exception": raise_exception,
-        "strftime_now": lambda pattern: datetime.now().strftime(pattern),
-    }
-    env.globals |= {"dict": make_dict, "namespace": PublicNamespace}
-    return env
-
-
 def compiled(source: str, tokens: dict[str, str]) -> tuple[jinja2.Template, list[str]]:
     """A template and the variables that it takes. Raises ValueError with the reason where it is none."""
-    environment = make_environment()
+    env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols])
+    env.filters["tojson"] = to_json
+    env.globals |= {"strftime_now": lambda pattern: datetime.now().strftime(pattern)}
+    env.globals |= {"raise_exception": raise_exception, "dict": make_dict, "namespace": PublicNamespace}
     try:
-        template = environment.from_string(source, globals={"tools": None, "documents": None, **tokens})
-        return template, sorted(jinja2.meta.find_undeclared_variables(environment.parse(source)))
+        template = env.from_string(source, globals={"tools": None, "documents": None, **tokens})
+        return template, sorted(jinja2.meta.find_undeclared_variables(env.parse(source)))
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"line {error.lineno}: {error.message}") from error
     except (RecursionError, SyntaxError, MemoryError) as error:  # of jinja2's parser, and of Python's
