@@ -17,8 +17,7 @@ import pytest
 
 from helpers.gguf_files import write_model
 from minisgl.errors import ModelError
-from minisgl.formats import cache as cache_module
-from minisgl.formats.cache import RECORD, UNFINISHED, convert_gguf, keep_in_use
+from minisgl.formats.cache import RECORD, UNFINISHED, convert_gguf, in_use, keep_in_use
 from minisgl.formats.hub import locate_model
 
 
@@ -77,22 +76,14 @@ def test_every_file_has_the_permissions_that_the_umask_says(model: Path, umask: 
     assert stat.S_IMODE(folder.stat().st_mode) == 0o777 & ~umask
 
 
-def left_over(cache: Path) -> dict[str, Path]:
-    """What others left in the cache: a conversion that was killed, and folders that nothing leads to."""
-    killed, older, damaged = cache / f"{UNFINISHED}x7", cache / f"old-{'0' * 16}", cache / f"cut-{'1' * 16}"
-    for folder in (killed / "model", older, damaged):
-        folder.mkdir(parents=True)
-        (folder / "model.safetensors").write_bytes(b"x")
-    (damaged / RECORD).write_text('{"sources": [')
-    return {"killed": killed, "older": older, "damaged": damaged}
-
-
 def test_what_nothing_leads_to_goes_when_something_new_comes(model: Path, tmp_path: Path, cache: Path) -> None:
     write_model(replaced := tmp_path / "replaced.gguf", "qwen2")
     write_model(removed := tmp_path / "removed.gguf", "llama")
     kept, stale = convert(model), [convert(replaced), convert(removed)]
-    stale += left_over(cache).values()
-    (cache / "notes").mkdir()  # not ours
+    stale += [cache / f"{UNFINISHED}x7", cache / f"old-{'0' * 16}", cache / f"cut-{'1' * 16}"]
+    for folder in (*stale[2:], cache / "notes"):  # of a conversion that was killed, an older version; the last not ours
+        folder.mkdir()
+    (stale[-1] / RECORD).write_text('{"sources": [')
     removed.unlink()
     write_model(replaced, "mistral")
     assert all(folder.exists() for folder in stale)
@@ -226,10 +217,8 @@ def test_a_damaged_record_is_as_none(model: Path, content: str) -> None:
     assert '"kind"' in (again / RECORD).read_text()
 
 
-def test_a_process_that_holds_the_folder_keeps_it_by_its_lock_alone(model: Path) -> None:
-    folder = convert(model)
-    keep_in_use(folder)
-    keep_in_use(folder)
-    assert cache_module.in_use(folder)
-    keep_in_use(model.parent / "none")  # nothing to hold
-    assert cache_module.in_use(model.parent / "none")
+def test_a_folder_is_in_use_while_it_is_held_and_where_it_cannot_be_locked(tmp_path: Path) -> None:
+    assert not in_use(tmp_path)
+    for folder in (tmp_path, tmp_path / "none"):
+        keep_in_use(folder)
+        assert in_use(folder)

@@ -1,4 +1,3 @@
-import concurrent.futures
 import json
 import struct
 from pathlib import Path
@@ -67,24 +66,6 @@ def test_metadata_of_every_type_is_read_as_written(tmp_path: Path) -> None:
     metadata = {"a": 3, "b": 0.5, "c": "text ü", "d": True, "e": [1, 2], "f": ["x", ""], "g": [0.25, 4.0], "h": -1e-5}
     path = write_gguf(tmp_path / "x.gguf", "llama", {**metadata, "x": np.ones(4, np.float32)})
     assert {key: GgufFile(path).metadata[key] for key in metadata} == metadata
-
-
-def test_a_file_is_converted_once_and_anew_when_it_changes(tmp_path: Path) -> None:
-    path = tmp_path / "model.gguf"
-    write_model(path, "qwen2")
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        (first,) = set(pool.map(lambda _: convert_gguf(path, "float32"), range(4)))
-    assert [entry.name for entry in (tmp_path / "cache" / "gguf").iterdir()] == [first.name]
-    facts = (first / "config.json").stat()
-    assert convert_gguf(path, "float32") == first
-    assert (first / "config.json").stat() == facts
-    found = {first}
-    for dtype in ("bfloat16", "float16"):
-        found.add(folder := convert_gguf(path, dtype))
-        assert read_spec(folder).checkpoint_dtype == dtype
-    write_model(path, "qwen3")
-    found.add(convert_gguf(path, "float32"))
-    assert len(found) == 4
 
 
 def convert(tmp_path: Path, changes: dict[str, Any]) -> Path:

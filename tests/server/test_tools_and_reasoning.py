@@ -251,17 +251,12 @@ async def test_a_call_that_max_tokens_cuts_is_the_same_whole_and_streamed_and_ca
     await chat(server, messages=history, max_tokens=1, tools=[WEATHER])
 
 
-@pytest.mark.parametrize("arguments", ['{"text": "', "", "[]", "5", "null", "no JSON", "[" * 100_000])
 @pytest.mark.parametrize("template", [templates.QWEN_TOOLS, CHAT_TEMPLATE], ids=["tools", "no tools"])
-async def test_earlier_calls_may_have_any_text_as_arguments(server: Serving, template: str, arguments: str) -> None:
-    call = {"id": "c", "type": "function", "function": {"name": "get_weather", "arguments": arguments}}
-    messages = [*USER, {"role": "assistant", "content": None, "tool_calls": [call]}]
-    response = await server.http.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 1})
-    if len(arguments) < 1000 or template == templates.QWEN_TOOLS:
-        assert response.status_code == 200, response.text
+async def test_earlier_calls_may_have_any_text_as_arguments(server: Serving, template: str) -> None:
+    for arguments in ('{"text": "', "", "[]", "5", "null", "no JSON"):
+        call = {"id": "c", "type": "function", "function": {"name": "get_weather", "arguments": arguments}}
+        await chat(server, messages=[*USER, {"role": "assistant", "content": None, "tool_calls": [call]}], max_tokens=1)
         assert "get_weather" in prompt_of(server)
-    else:  # that long a text is shown, and too much for the model
-        assert response.json()["error"]["code"] == "context_length_exceeded"
 
 
 @pytest.mark.serving(template=CHAT_TEMPLATE, check_grammar=lambda grammar: None)

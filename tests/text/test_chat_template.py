@@ -11,7 +11,6 @@ import pytest
 
 from helpers import templates
 from helpers.tiny_tokenizers import write_tokenizer
-from minisgl.core.model_config import read_json, read_spec
 from minisgl.errors import InvalidRequestError, ModelError
 from minisgl.text.chat_template import ChatTemplate, TemplateLimitError
 from minisgl.text.tokenizer import Tokenizer
@@ -21,11 +20,8 @@ PARTS = "{% for m in messages %}[{{ m.role }}]{% for p in m.content %}{{ p.text 
 # Each shows the words of every role; what they take as content differs.
 SHAPES = {
     "text": STRING,
-    "text with a filter": "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | trim }}{% endfor %}",
-    "text by addition": "{% for m in messages %}{{ '[' + m.role + ']' + m.content }}{% endfor %}",
     "text letter by letter": PARTS.replace("p.text", "p"),
     "parts": PARTS,
-    "parts by key": PARTS.replace("p.text", "p['text']"),
     "parts of a type": PARTS.replace("{{ p.text }}", "{% if p['type'] == 'text' %}{{ p['text'] }}{% endif %}"),
     "parts chosen": PARTS.replace("in m.content", "in m.content | selectattr('type', 'equalto', 'text')"),
     "the first part": STRING.replace("m.content", "m.content[0].text"),
@@ -42,8 +38,6 @@ SHAPES = {
     ),
     "a macro of both": "{% macro show(c) %}{% if c is string %}{{ c }}{% else %}"
     "{% for p in c %}{{ p.text }}{% endfor %}{% endif %}{% endmacro %}"
-    + STRING.replace("m.content", "show(m.content)"),
-    "a macro of parts": "{% macro show(c) %}{% for p in c %}{{ p.text }}{% endfor %}{% endmacro %}"
     + STRING.replace("m.content", "show(m.content)"),
     "parts of the user, text of others": STRING.replace(
         "{{ m.content }}", "{{ m.content[0].text if m.role == 'user' else m.content | upper | lower }}"
@@ -122,19 +116,7 @@ ARGUMENTS = {
         "{}",
     ),
 }
-ANY_TEXT = (
-    '{"text": "',
-    "",
-    "[1, 2]",
-    "5",
-    "null",
-    '"x"',
-    "no JSON",
-    "{" * 5000,
-    "[" * 100_000,
-    '{"a": 1e999}',
-    "\x00",
-)
+ANY_TEXT = ('{"text": "', "", "[1, 2]", "5", "null", "no JSON", "{" * 5000, "[" * 100_000, '{"a": 1e999}', "\x00")
 
 
 @pytest.mark.parametrize(("arguments", "shown"), ARGUMENTS.values(), ids=ARGUMENTS)
@@ -225,7 +207,6 @@ UNREADABLE: dict[str, tuple[bytes | None, str]] = {
     "not UTF-8": (b"\xff\xfe{{ messages }}", "chat_template.jinja: not UTF-8 at byte 0"),
     "a FIFO": (None, "chat_template.jinja: not a regular file"),
     "deep brackets": (deep(20_000).encode(), "broken: it is nested too deeply"),
-    "deep lists": (b"{{ " + b"[" * 20_000 + b"]" * 20_000 + b" }}", "broken: it is nested too deeply"),
     "deep loops": (b"{% for a in b %}" * 50 + b"{% endfor %}" * 50, "broken: it is nested too deeply"),
     "deep conditions": (b"{% if a %}" * 5000 + b"{% endif %}" * 5000, "broken: it is nested too deeply"),
     "no end": (b"{% if %}", "broken: line 1"),
@@ -247,50 +228,22 @@ def test_a_template_that_cannot_be_read_is_one_clear_line(tmp_path: Path, conten
     assert "\n" not in caught.value.message
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "special_tokens_map.json"])
-def test_a_configuration_that_cannot_be_read_is_one_clear_line(tmp_path: Path, name: str) -> None:
-    file = write_tokenizer(tmp_path) / name
-    for content, reason in (
-        (b'{"a": "\xff"}', "not valid JSON"),
-        (b"[" * 100_000, "not valid JSON"),
-        (None, "not a regular"),
-    ):
-        file.unlink(missing_ok=True)
-        if content is None:
-            os.mkfifo(file)
-        else:
-            file.write_bytes(content)
-        with pytest.raises(ModelError) as caught:
-            read_spec(tmp_path) if name == "config.json" else Tokenizer.load(tmp_path)
-        assert f"{name}: {reason}" in caught.value.message
-        assert "\n" not in caught.value.message
-    with pytest.raises(ModelError, match="no such file"):
-        read_json(tmp_path / "absent")
-
-
 # Each ends in too much time, too much memory or too long a text.
 HOSTILE = {
     "nested ranges": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "a tower of powers": "{% set n = namespace(x=9) %}{% for i in range(99) %}{% set n.x = n.x ** 99 %}{% endfor %}",
     "doubled strings": "{% set n = namespace(s='x') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
     "a repeated string": "{{ 'x' * 10 ** 11 }}",
-    "a repeated list": "{{ [0] * 10 ** 10 }}",
     "nested lists": "{% set n = namespace(a=[0]) %}{% for i in range(60) %}{% set n.a = [n.a, n.a] %}{% endfor %}"
     "{{ n.a }}",
     "compared lists": "{% set n = namespace(a=[0], b=[0]) %}{% for i in range(60) %}{% set n.a = [n.a, n.a] %}"
     "{% set n.b = [n.b, n.b] %}{% endfor %}{{ n.a == n.b }}",
-    "hashed tuples": "{% set n = namespace(a=(0,)) %}{% for i in range(60) %}{% set n.a = (n.a, n.a) %}{% endfor %}"
-    "{{ {n.a: 1} }}",
     "a tree of macros": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
     "an endless macro": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "a huge join": "{{ range(99999) | join('x' * 10 ** 6) }}",
     "a wide center": "{{ 'x' | center(10 ** 11) }}",
-    "a wide ljust": "{{ 'x'.ljust(10 ** 11) }}",
     "a wide format": "{{ '%099999999999d' | format(1) }}",
-    "a wide percent": "{{ '%99999999999d' % 1 }}",
-    "a wide str.format": "{{ '{:99999999999}'.format(1) }}",
     "a wide indent": "{{ [1] | tojson(indent=10 ** 10) }}",
-    "rounding": "{% set n = 10 ** 9 %}{{ 5 | round(-n) }}",
     "words": "{{ lipsum(10 ** 9) }}",
     "growing replacements": "{% set s = 'x' * 10 ** 6 %}{{ s | replace('x', s) }}",
     "filled batches": "{{ [1] | batch(10 ** 10, 0) | list | length }}",
@@ -301,7 +254,7 @@ HOSTILE = {
 @pytest.mark.parametrize("hostile", HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_template_ends_and_the_next_rendering_is_right(hostile: str) -> None:
     template = ChatTemplate(
-        "{% if messages[0].content == 'go' %}" + hostile + "{% endif %}{{ messages[0].content }}", {}
+        f"{{% if messages[0].content == 'go' %}}{hostile}{{% endif %}}{{{{ messages[0].content }}}}", {}
     )
     begun = time.thread_time()
     with pytest.raises(InvalidRequestError, match=r"takes too much time|refuses this"):

@@ -147,13 +147,11 @@ def test_a_continued_text_is_cut_behind_the_content_with_the_blanks_that_the_tem
 
 
 def test_the_template_is_found_in_each_of_its_places_and_special_tokens_may_be_objects(tmp_path: Path) -> None:
-    named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "B{{ messages[0].content }}"}]
     own, eos = "C{{ messages[0].content }}{{ eos_token }}", {"content": "<|im_end|>", "lstrip": False}
     inline = write_tokenizer(tmp_path / "inline", chat_template="A{{ messages[0].content }}")
-    several = write_tokenizer(tmp_path / "several", chat_template=named)
     both = write_tokenizer(tmp_path / "both", template=own, chat_template="A", eos_token=eos)
-    rendered = [Tokenizer.load(folder).render_chat([{"content": "x"}]) for folder in (inline, several, both)]
-    assert rendered == ["Ax", "Bx", "Cx<|im_end|>"]
+    rendered = [Tokenizer.load(folder).render_chat([{"content": "x"}]) for folder in (inline, both)]
+    assert rendered == ["Ax", "Cx<|im_end|>"]
 
 
 def test_a_model_without_template_completes_but_does_not_chat_and_truncation_is_not_applied(tmp_path: Path) -> None:
@@ -167,15 +165,9 @@ def test_a_model_without_template_completes_but_does_not_chat_and_truncation_is_
     assert tokenizer.decode(tokenizer.encode("a b c d e f g h i")) == "a b c d e f g h i"
 
 
-def test_a_folder_without_or_with_a_broken_tokenizer_is_named(tmp_path: Path) -> None:
+def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     assert not Tokenizer.exists(tmp_path)
     with pytest.raises(ModelError, match="holds no tokenizer"):
-        Tokenizer.load(tmp_path)
-    write_tokenizer(tmp_path, template="{% if %}")
-    with pytest.raises(ModelError, match="chat template is broken: line 1"):
-        Tokenizer.load(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ModelError, match=r"tokenizer\.json: not a tokenizer"):
         Tokenizer.load(tmp_path)
 
 
