@@ -253,9 +253,8 @@ HOSTILE = {
 
 @pytest.mark.parametrize("hostile", HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_template_ends_and_the_next_rendering_is_right(hostile: str) -> None:
-    template = ChatTemplate(
-        f"{{% if messages[0].content == 'go' %}}{hostile}{{% endif %}}{{{{ messages[0].content }}}}", {}
-    )
+    condition, shown = "{% if messages[0].content == 'go' %}", "{{ messages[0].content }}"
+    template = ChatTemplate(condition + hostile + "{% endif %}" + shown, {})
     begun = time.thread_time()
     with pytest.raises(InvalidRequestError, match=r"takes too much time|refuses this"):
         template.render([{"role": "user", "content": "go"}], True)

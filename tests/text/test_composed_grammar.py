@@ -10,18 +10,8 @@ import pytest
 import tokenizers
 from msgspec.structs import replace
 
-from helpers.grammars import (
-    EOS,
-    PADDED,
-    allowed,
-    check,
-    choice,
-    follow,
-    matches,
-    sample_text,
-    tiny_vocabulary,
-    token_bytes,
-)
+from helpers import grammars
+from helpers.grammars import EOS, PADDED, allowed, choice, follow, matches, sample_text, tiny_vocabulary, token_bytes
 from helpers.tiny_tokenizers import write_tokenizer
 from minisgl.core.types import Calls, Grammar
 from minisgl.errors import InvalidRequestError
@@ -148,8 +138,8 @@ def test_an_error_is_about_the_calls_or_the_text(
     vocabulary = tiny_vocabulary(tmp_path)
     grammar = Grammar(kind=kind, source=source, calls=Calls(schema=schema, several=True))
     with closing(GrammarCompiler(tmp_path, PADDED, EOS)) as compiler:
-        check(compiler, CHOICE)  # known as good: the same text with calls is not
-        for refuse in (partial(check, compiler), lambda grammar: compile_grammar(grammar, vocabulary)):
+        grammars.check(compiler, CHOICE)  # known as good: the same text with calls is not
+        for refuse in (partial(grammars.check, compiler), lambda grammar: compile_grammar(grammar, vocabulary)):
             with pytest.raises(InvalidRequestError) as refused:
                 refuse(grammar)
             assert refused.value.param == param
