@@ -19,6 +19,7 @@ from minisgl.text.tokenizer import Tokenizer
 SCHEMA = {"type": "object", "properties": {"größe": {"type": "integer"}}}
 UNIQUE = {"type": "array", "uniqueItems": True}
 COMPACT = Grammar(kind="json_object", compact=True)
+OUTPUTS = "structured_outputs"
 REGEX_A = Grammar(kind="regex", source="a")
 SCHEMA_GRAMMAR = Grammar(kind="json_schema", source=json.dumps(SCHEMA, ensure_ascii=False))
 
@@ -50,7 +51,7 @@ GOOD: tuple[tuple[dict[str, Any], Grammar | None], ...] = (
     ({"structured_outputs": {"disable_any_whitespace": True}, "response_format": {"type": "json_object"}}, COMPACT),
     ({"structured_outputs": {"disable_any_whitespace": True}, "response_format": {"type": "text"}}, None),
     (openai(name="x", strict=True, schema=UNIQUE), Grammar(kind="json_schema", source=json.dumps(UNIQUE))),
-    (openai(name="x", strict=False, schema=UNIQUE), Grammar(kind="json_schema", source='{"type":"array"}')),
+    (openai(name="x", strict=False, schema=UNIQUE), Grammar(kind="json_schema", source='{"type": "array"}')),
     (openai(name="x", strict=False, schema={"not": {}}), Grammar(kind="json_schema", source="false")),
     ({"response_format": {"type": "text"}, "guided_regex": "a"}, REGEX_A),
     ({"regex": "a"}, REGEX_A),
@@ -110,10 +111,7 @@ BAD: tuple[tuple[dict[str, Any], str], ...] = (
 
 UNSUPPORTED: tuple[tuple[dict[str, Any], str], ...] = (
     ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag"),
-    (
-        {"structured_outputs": {"disable_additional_properties": True}},
-        "structured_outputs.disable_additional_properties",
-    ),
+    ({OUTPUTS: {"disable_additional_properties": True}}, f"{OUTPUTS}.disable_additional_properties"),
     ({"guided_decoding_backend": "xgrammar"}, "guided_decoding_backend"),
 )
 

@@ -52,9 +52,9 @@ def convert_gguf(path: Path, dtype: str, *, weights: bool = True, progress: Prog
     try:
         path = path.resolve(strict=True)
         now = facts(path)  # before it is read: what changes while it is read is read again the next time
-        for folder, found in conversions(cache).items():
+        for known, found in conversions(cache).items():
             if found.kind == kind and found.sources.get(str(path)) == now:
-                return folder
+                return known
         require_file(path)
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()

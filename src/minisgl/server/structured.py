@@ -12,7 +12,7 @@ from minisgl.core.types import Calls, Grammar
 from minisgl.errors import InvalidRequestError
 from minisgl.server.protocol import ChatRequest, ResponseFormat, StructuredOutputs, Tool, require
 from minisgl.server.tools import ToolFormat
-from minisgl.text.json_schema import loosened_source, rewritten
+from minisgl.text.json_schema import rewritten
 
 # Kinds of grammars by the names of fields, those of StructuredOutputs without `guided_`.
 GRAMMAR_KINDS: Mapping[str, Literal["json_schema", "regex", "choice", "lark"]] = {
@@ -52,9 +52,8 @@ def format_grammar(asked: ResponseFormat) -> Grammar | None:
         return None if asked.type == "text" else Grammar(kind="json_object")
     param += ".json_schema.schema"
     require(schema.schema is not None, f"{param} is required", param)
-    grammar = make_grammar("json", schema.schema, param)
-    source = loosened_source(grammar.source) if schema.strict is False else grammar.source
-    return msgspec.structs.replace(grammar, source=source)
+    value = rewritten(schema.schema, lenient=True) if schema.strict is False else schema.schema
+    return make_grammar("json", value, param)
 
 
 def outputs_grammar(outputs: StructuredOutputs) -> Grammar:

@@ -14,6 +14,7 @@ import msgspec
 
 from minisgl.core.types import REASONING_END, REASONING_START, FinishReason
 from minisgl.server.responses import ChatDelta, FunctionCall, ToolCall
+from minisgl.text.tokenizer import partial_end
 
 # The usual beginning of a call: with it the arguments can be streamed, and keep the model's own spelling. It is looked
 # for in so many characters; the arguments of a call that begins otherwise are written anew.
@@ -389,14 +390,6 @@ class ToolCallParser:
             return False
         self._drop(self._at)
         return self._go(self._content)
-
-
-def partial_end(text: str, marker: str) -> int:
-    """The length of the longest end of `text` that is a beginning of `marker`, but not all of it."""
-    for size in range(min(len(text), len(marker) - 1), 0, -1):
-        if text.endswith(marker[:size]):
-            return size
-    return 0
 
 
 def decode_json(text: str) -> object:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import msgspec
-
 Schema = dict[str, Any]
 
 # Those that llguidance enforces; any other is a remark, as the specification has it.
@@ -163,11 +161,3 @@ def loosened(schema: Schema) -> Schema:
     if "oneOf" in rest and "anyOf" not in rest:
         rest["anyOf"] = rest.pop("oneOf")
     return rest
-
-
-def loosened_source(source: str) -> str:
-    """The same of a whole schema as text; one that is no JSON is for others to refuse."""
-    try:
-        return msgspec.json.encode(rewritten(msgspec.json.decode(source), lenient=True)).decode()
-    except (msgspec.DecodeError, RecursionError):
-        return source

@@ -47,27 +47,18 @@ class PublicNamespace(Namespace):
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # without `self`, which may be an attribute's name
         self, *rest = args
-        for name in dict(*rest, **kwargs):
-            refuse_private(name)
-        Namespace.__init__(self, *rest, **kwargs)
+        Namespace.__init__(self)
+        for name, value in dict(*rest, **kwargs).items():
+            self[name] = value
 
     def __setitem__(self, name: str, value: Any) -> None:
-        refuse_private(name)
+        if str(name).startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"a namespace attribute must not start with an underscore: {name!r}")
         super().__setitem__(name, value)
-
-
-def refuse_private(name: object) -> None:
-    if str(name).startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a namespace attribute must not start with an underscore: {name!r}")
 
 
 def raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-def make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
-    """`dict(…)` without the type's other attributes."""
-    return dict(*args, **kwargs)
 
 
 def to_json(
@@ -82,7 +73,8 @@ def compiled(source: str, tokens: dict[str, str]) -> tuple[jinja2.Template, list
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols])
     env.filters["tojson"] = to_json
     env.globals |= {"strftime_now": lambda pattern: datetime.now().strftime(pattern)}
-    env.globals |= {"raise_exception": raise_exception, "dict": make_dict, "namespace": PublicNamespace}
+    env.globals |= {"raise_exception": raise_exception, "namespace": PublicNamespace}
+    env.globals["dict"] = lambda *args, **kwargs: dict(*args, **kwargs)  # without the type's other attributes
     try:
         template = env.from_string(source, globals={"tools": None, "documents": None, **tokens})
         return template, sorted(jinja2.meta.find_undeclared_variables(env.parse(source)))

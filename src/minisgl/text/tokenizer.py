@@ -272,7 +272,6 @@ class TextStream:
         self._stops = params.stop
         self._min_tokens = params.min_tokens
         self._include_stop = params.include_stop_str_in_output
-        self._longest = max(map(len, params.stop), default=0)
         self._context = list(context)
         self._decoder = DecodeStream(ids=self._context, skip_special_tokens=False)
         self._ids: list[int] = []
@@ -343,7 +342,7 @@ class TextStream:
             safe = end if self._include_stop else start
             self._held = ""
         else:
-            safe = self._safe_length(text)
+            safe = len(text) - max(partial_end(text, stop) for stop in self._stops)
             self._held = text[safe:]
         if safe:
             self._shown.append(text[:safe])
@@ -353,13 +352,13 @@ class TextStream:
         starts = [(text.find(stop, max(0, old - len(stop) + 1)), stop) for stop in self._stops]
         return [(start + len(stop), start, stop) for start, stop in starts if start >= 0]
 
-    def _safe_length(self, text: str) -> int:
-        """Where the longest suffix begins that is a proper prefix of a stop string."""
-        for start in range(max(0, len(text) - self._longest + 1), len(text)):
-            suffix = text[start:]
-            if any(stop.startswith(suffix) for stop in self._stops):
-                return start
-        return len(text)
+
+def partial_end(text: str, marker: str) -> int:
+    """The length of the longest end of `text` that is a beginning of `marker`, but not all of it."""
+    for size in range(min(len(text), len(marker) - 1), 0, -1):
+        if text.endswith(marker[:size]):
+            return size
+    return 0
 
 
 def shown_tokens(event: TokenEvent, params: SamplingParams) -> tuple[int, ...]:
