@@ -164,10 +164,12 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(model: Path, cache: Path, li
 
 @pytest.fixture
 def public() -> Iterator[Path]:
-    """A folder that every user can enter, which those of pytest are not."""
+    """A folder that every user can enter, which those of pytest are not, as what is written meanwhile."""
+    before = os.umask(0o022)
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         Path(name).chmod(0o755)
         yield Path(name)
+    os.umask(before)
 
 
 @pytest.mark.parametrize("mode", [0o000, 0o444, 0o555])
@@ -198,11 +200,7 @@ def test_another_users_cache_serves_a_file_and_its_copies(
 ) -> None:
     monkeypatch.setenv("MINISGL_CACHE", str(public / "cache"))
     paths = [Path(shutil.copy(model, public / name)) for name in ("model.gguf", "copy.gguf")]
-    before = os.umask(0o022)
-    try:
-        folder = convert(paths[0])
-    finally:
-        os.umask(before)
+    folder = convert(paths[0])
     (public / "cache" / "gguf").chmod(0o555)
     assert [locate(path) for path in paths] == [str(folder)] * 2
     (public / "cache" / "gguf").chmod(0o755)

@@ -22,6 +22,7 @@ from minisgl.text.tokenizer import Tokenizer
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
 DESCRIPTIONS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 DEEP = "[" * 200_000
+PIECES = b"\n\x0e\n\x05<unk>"  # as a SentencePiece model begins
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +78,8 @@ def test_a_broken_file_is_named_in_one_line(
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        *((name, b"\n\x0e\n\x05<unk>", "needs.*packages sentencepiece and protobuf") for name in ("tokenizer.model",)),
+        *((name, PIECES, "needs.*packages sentencepiece and protobuf") for name in ("tokenizer.model", "spiece.model")),
         *((name, LFS.encode(), "Git LFS pointer") for name in ("tokenizer.model", "spiece.model", "vocab.json")),
-        ("spiece.model", b"\n\x0e\n\x05<unk>", "needs.*packages sentencepiece and protobuf"),
         ("vocab.txt", b"a\nb\n", "cannot be read"),
         ("tekken.json", b"{}", "cannot be read"),
     ],

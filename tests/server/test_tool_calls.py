@@ -93,12 +93,6 @@ def test_calls_are_whole_and_the_rest_is_content(form: ToolFormat, text: str) ->
         assert streamed == read([text], form, stream=False)
 
 
-@pytest.mark.parametrize("text", [p for p in PIECES if "tool" not in p.lower()] + ["2 < 3", "x <tool y", "[1, 2]"])
-@pytest.mark.parametrize("form", [HERMES, MISTRAL])
-def test_text_without_a_marker_is_content(form: ToolFormat, text: str) -> None:
-    assert whole(list(text), form) == (text, [])
-
-
 CALL = {"name": "f", "arguments": {"a": [1, {"b": "}"}]}}
 WANTED = [("f", CALL["arguments"])]
 

@@ -68,10 +68,7 @@ LOSING = {
     "another key": ("{% for m in messages %}{{ m.text }}{% endfor %}", ["user"]),
     "another key of a part": (PARTS.replace("p.text", "p.words"), ["user"]),
     "no system": ("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}", ["system", "user"]),
-    "no assistant": (
-        "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
-        ["user", "assistant", "user"],
-    ),
+    "no assistant": ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", ["user", "assistant"]),
 }
 
 
@@ -104,7 +101,6 @@ ARGUMENTS = {
         '{"text": "',
     ),
     "read as pairs": ("{% for k, v in c.function.arguments.items() %}{{ k }}={{ v }};{% endfor %}", ""),
-    "read by a filter": ("{% for k, v in c.function.arguments | items %}{{ k }}={{ v }};{% endfor %}", ""),
     "read by key": ("{% for k in c.function.arguments %}{{ k }}={{ c.function.arguments[k] }};{% endfor %}", ""),
     "shown where there is no content": (
         "{% if m.content is none %}{{ c.function.arguments }}{% else %}{{ raise_exception('content') }}{% endif %}",

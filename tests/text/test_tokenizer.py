@@ -374,14 +374,10 @@ def test_a_stop_string_over_several_tokens(text: str, params: SamplingParams, pi
 
 
 def test_the_stop_token_is_no_part_of_the_text() -> None:
-    shown = {
-        end: shown_tokens(TokenEvent(id="a", tokens=(5, 6), finish=end), SamplingParams())
-        for end in (*FinishReason, None)
-    }
-    assert [end for end, tokens in shown.items() if tokens != (5, 6)] == [FinishReason.STOP]
-    assert shown[FinishReason.STOP] == (5,)
-    ended = TokenEvent(id="a", tokens=(5, 6), finish=FinishReason.STOP)
-    assert shown_tokens(ended, SamplingParams(include_stop_str_in_output=True)) == (5, 6)
+    for end in (*FinishReason, None):
+        event = TokenEvent(id="a", tokens=(5, 6), finish=end)
+        assert shown_tokens(event, SamplingParams()) == ((5,) if end is FinishReason.STOP else (5, 6))
+        assert shown_tokens(event, SamplingParams(include_stop_str_in_output=True)) == (5, 6)
 
 
 def test_bad_words_become_tokens_at_a_beginning_and_behind_a_space() -> None:

@@ -139,7 +139,11 @@ class ChatTemplate:
             new = {**message, "content": content}
             if calls and self._shows_calls:
                 new["content"] = content or self._no_content
-                new["tool_calls"] = [self._with_arguments(call) for call in calls]
+                functions = [function_of(call, self._takes_text_arguments) for call in calls]
+                new["tool_calls"] = [
+                    {**call, "function": {**call.get("function", {}), **function}}
+                    for call, function in zip(calls, functions, strict=True)
+                ]
             elif calls:
                 del new["tool_calls"]
                 written = [tagged("tool_call", json.dumps(function_of(call), ensure_ascii=False)) for call in calls]
@@ -167,13 +171,6 @@ class ChatTemplate:
         else:
             both = (first["content"], text) if role == "system" else (text, first["content"])
             first["content"] = "\n\n".join(both)
-
-    def _with_arguments(self, call: Mapping[str, Any]) -> dict[str, Any]:
-        """The call with an object as its arguments, or with text that is none where the template takes it."""
-        function = function_of(call)
-        if isinstance(function["arguments"], str) and not self._takes_text_arguments:
-            function["arguments"] = {}
-        return {**call, "function": {**call.get("function", {}), **function}}
 
     def _probe(self) -> None:
         """Find out what the template shows. Raises ModelError when that alone takes too much."""
@@ -239,14 +236,16 @@ def text_of(content: Any) -> Any:
     return "\n".join(part["text"] for part in content)
 
 
-def function_of(call: Mapping[str, Any]) -> dict[str, Any]:
-    """The name and the arguments of a call, which may be any text: of an answer that was cut it is no whole JSON."""
+def function_of(call: Mapping[str, Any], text_allowed: bool = True) -> dict[str, Any]:
+    """The name and the arguments of a call, an object or where allowed any text: a cut answer has no whole JSON."""
     function = call.get("function", call)
     arguments = function.get("arguments") or {}
     if isinstance(arguments, str):
         with contextlib.suppress(ValueError, RecursionError):
             decoded = json.loads(arguments)
             arguments = decoded if isinstance(decoded, dict) else arguments
+        if isinstance(arguments, str) and not text_allowed:
+            arguments = {}
     return {"name": function["name"], "arguments": arguments}
 
 

@@ -106,9 +106,7 @@ def constrains_nothing(key: str, value: Any, schema: Schema) -> bool:
             return trivial(value) or (key == "propertyNames" and value == {"type": "string"})
         case "minProperties":
             return bool(value == 0)
-        case "dependentSchemas":
-            return isinstance(value, dict) and all(map(trivial, value.values()))
-        case "dependentRequired" | "dependencies":
+        case "dependentSchemas" | "dependentRequired" | "dependencies":
             required = schema.get("required")
             there = required if isinstance(required, list) else []
             rules = value.values() if isinstance(value, dict) else [None]
