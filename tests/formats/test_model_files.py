@@ -38,10 +38,6 @@ def read_all(folder: Path) -> None:
     Tokenizer.load(folder)
 
 
-def fifo(path: Path) -> None:
-    os.mkfifo(path)
-
-
 def text(content: str) -> Callable[[Path], object]:
     return lambda path: path.write_text(content)
 
@@ -51,7 +47,7 @@ def text(content: str) -> Callable[[Path], object]:
     ("write", "words"),
     [
         (text(LFS), "a Git LFS pointer.*git lfs pull"),
-        (fifo, "not a regular file"),
+        (os.mkfifo, "not a regular file"),
         (Path.mkdir, "not a regular file"),
         (lambda path: path.write_bytes(b'{"a": "\xff"}'), "JSON|tokenizer|safetensors"),
         (text(DEEP), "JSON|tokenizer|safetensors"),

@@ -197,8 +197,7 @@ class GrammarCompiler:
         self._helper = Helper(folder, vocab_size, eos_token_ids)
         self._lock = threading.Lock()
         self._checked: set[bytes] = set()
-        self._load = functools.partial(Vocabulary, folder, vocab_size, eos_token_ids)
-        self._vocabulary: Vocabulary | None = None
+        self._vocabulary = functools.cache(functools.partial(Vocabulary, folder, vocab_size, eos_token_ids))
         self._compiled = functools.lru_cache(MAX_COMPILED)(self._compile)
 
     def checker(self, grammar: Grammar) -> Callable[[], None] | None:
@@ -227,7 +226,7 @@ class GrammarCompiler:
 
     def _compile(self, grammar: Grammar) -> MatcherConstraint:
         with self._lock:  # loaded once
-            vocabulary = self._vocabulary = self._vocabulary or self._load()
+            vocabulary = self._vocabulary()
         return compile_grammar(grammar, vocabulary)
 
     def close(self) -> None:
