@@ -206,13 +206,16 @@ def test_another_users_cache_serves_a_file_and_its_copies(
     (public / "cache" / "gguf").chmod(0o755)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"kind": 1}', "\xff", "[" * 100_000])
-def test_a_damaged_record_is_as_none(model: Path, content: str) -> None:
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"dtype": 1}', "\xff", "[" * 100_000])
+@pytest.mark.parametrize("used", [False, True], ids=["free", "used"])
+def test_a_damaged_record_is_as_none(model: Path, content: str, used: bool) -> None:
     folder = convert(model)
+    if used:
+        keep_in_use(folder)
     (folder / RECORD).write_text(content, "latin-1")
     again = convert(model)
     assert again == folder
-    assert '"kind"' in (again / RECORD).read_text()
+    assert '"version"' in (again / RECORD).read_text()
 
 
 def test_a_folder_is_in_use_while_it_is_held_and_where_it_cannot_be_locked(tmp_path: Path) -> None:

@@ -33,7 +33,9 @@ CONVERTED = re.compile(r".+-[0-9a-f]{16}")
 class Conversion(msgspec.Struct, frozen=True):
     """What a folder holds, and the files that were seen to have that content: by path, their size and time."""
 
-    kind: tuple[str, bool, int]  # dtype, with weights, version of the conversion
+    dtype: str
+    weights: bool
+    version: int
     sources: dict[str, tuple[int, int]]
 
     def write(self, folder: Path) -> None:
@@ -53,16 +55,16 @@ def convert_gguf(path: Path, dtype: str, *, weights: bool = True, progress: Prog
         path = path.resolve(strict=True)
         now = facts(path)  # before it is read: what changes while it is read is read again the next time
         for known, found in conversions(cache).items():
-            if found.kind == kind and found.sources.get(str(path)) == now:
+            if (found.dtype, found.weights, found.version) == kind and found.sources.get(str(path)) == now:
                 return known
         require_file(path)
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         key = hashlib.sha256(json.dumps([content, *kind]).encode()).hexdigest()[:16]
         if (folder := find(cache, key)) is None:
-            return make_folder(cache, key, path, Conversion(kind, {str(path): now}), progress)
+            return make_folder(cache, key, path, Conversion(*kind, {str(path): now}), progress)
         with contextlib.suppress(OSError):  # the cache may be another user's
-            Conversion(kind, conversions(cache)[folder].sources | {str(path): now}).write(folder)
+            Conversion(*kind, conversions(cache)[folder].sources | {str(path): now}).write(folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ModelError(f"{path}: cannot be converted into {cache}: {reason}") from error
@@ -79,14 +81,22 @@ def make_folder(cache: Path, key: str, path: Path, wanted: Conversion, progress:
             return found
         written, folder = Path(work) / "model", cache / f"{path.stem}-{key}"
         written.mkdir()
-        write_folder(path, written, wanted.kind[0], wanted.kind[1], progress)
+        write_folder(path, written, wanted.dtype, wanted.weights, progress)
         wanted.write(written)
         mode = (written / RECORD).stat().st_mode
         for file in written.iterdir():  # safetensors writes what only the user can read
             file.chmod(mode)
         if alone:
             take_stale(cache, Path(work))
-        os.rename(written, folder)
+        try:
+            os.rename(written, folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+            with contextlib.suppress(
+                OSError
+            ):  # in use, so it could not go: it holds the same, but its record is broken
+                wanted.write(folder)
         return folder
 
 
@@ -104,7 +114,7 @@ def conversions(cache: Path) -> dict[Path, Conversion]:
     for file in cache.glob(f"*/{RECORD}"):
         with contextlib.suppress(ModelError, msgspec.ValidationError):
             conversion = msgspec.convert(read_json(file), Conversion)
-            if conversion.kind[-1] == CONVERSION:
+            if conversion.version == CONVERSION:
                 found[file.parent] = conversion
     return found
 
