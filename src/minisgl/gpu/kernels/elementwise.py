@@ -151,9 +151,9 @@ def _qkv_kernel(
     low = tl.load(source, mask=mask, other=0.0)  # (BLOCK_HEADS, BLOCK_HALF) dimensions 0 … hd/2 - 1
     high = tl.load(source + half, mask=mask, other=0.0)
     if is_value:
-        target = v_cache + (location * kv_heads + head)[:, None] * (2 * half) + column[None, :]
-        tl.store(target, low, mask=mask)
-        tl.store(target + half, high, mask=mask)
+        value = v_cache + (location * kv_heads + head)[:, None] * (2 * half) + column[None, :]
+        tl.store(value, low, mask=mask)
+        tl.store(value + half, high, mask=mask)
     else:
         angles = cos_sin + position.to(tl.int64) * (2 * half) + column
         cos = tl.load(angles, mask=within, other=0.0)[None, :]
@@ -167,13 +167,13 @@ def _qkv_kernel(
         rotated_low = (wide_low * cos - wide_high * sin).to(low.dtype)
         rotated_high = (wide_high * cos + wide_low * sin).to(low.dtype)
         if is_query:
-            target = q_out + (token * heads + head)[:, None] * (2 * half) + column[None, :]
-            tl.store(target, rotated_low, mask=mask)
-            tl.store(target + half, rotated_high, mask=mask)
+            query = q_out + (token * heads + head)[:, None] * (2 * half) + column[None, :]
+            tl.store(query, rotated_low, mask=mask)
+            tl.store(query + half, rotated_high, mask=mask)
         else:
-            target = k_cache + (location * kv_heads + head)[:, None] * (2 * half) + column[None, :]
-            tl.store(target, rotated_low, mask=mask)
-            tl.store(target + half, rotated_high, mask=mask)
+            key = k_cache + (location * kv_heads + head)[:, None] * (2 * half) + column[None, :]
+            tl.store(key, rotated_low, mask=mask)
+            tl.store(key + half, rotated_high, mask=mask)
 
 
 def rope_store_kv(
