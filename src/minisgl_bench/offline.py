@@ -14,7 +14,6 @@ from minisgl.config import Config
 from minisgl.core.executor import LocalExecutor
 from minisgl.core.quantization import Fp8Weight
 from minisgl.core.types import SamplingParams
-from minisgl.core.weights import TORCH_DTYPES
 from minisgl.distributed.executor import GroupExecutor
 from minisgl.llm import LLM
 from minisgl_bench.compare import comparable, compare_transformers, measure, warm_up
@@ -44,7 +43,7 @@ def run(config: Config, options: argparse.Namespace, arguments: Sequence[str]) -
         assert isinstance(executor, LocalExecutor)
         peak = options.peak_rates
         if peak is None and gpu:
-            peak = measure_peak_rates(executor.device, TORCH_DTYPES[config.dtype])
+            peak = measure_peak_rates(executor.device, executor.runner.decoder.weights.embedding.dtype)
         warm_up(llm, workload, gpu)
         figures, steps = measure(llm, workload)
         figures["start_to_first_token_seconds"] = first_token
