@@ -93,9 +93,7 @@ def make_folder(cache: Path, key: str, path: Path, wanted: Conversion, progress:
         except OSError:
             if not folder.is_dir():
                 raise
-            with contextlib.suppress(
-                OSError
-            ):  # in use, so it could not go: it holds the same, but its record is broken
+            with contextlib.suppress(OSError):  # it is in use and holds the same, but its record is broken
                 wanted.write(folder)
         return folder
 

@@ -112,7 +112,9 @@ class MatcherConstraint:
         Raises GrammarError when llguidance's limits of one step are exceeded.
         """
         begun = time.thread_time()
-        assert (mask.shape, mask.dtype, mask.flags.c_contiguous) == ((self.vocabulary.num_words,), np.int32, True)
+        assert mask.shape == (self.vocabulary.num_words,)
+        assert mask.dtype == np.int32
+        assert mask.flags.c_contiguous
         target = mask if self._scratch is None else self._scratch
         self._matcher.unsafe_compute_mask_ptr(target.ctypes.data, target.nbytes)
         if self._matcher.is_error():
