@@ -177,14 +177,14 @@ def test_no_file_is_over_600_lines(path: Path) -> None:
 def test_the_packages_stay_small() -> None:
     core = [path for name, path in ENGINE.items() if under(name, ("minisgl.core",))]
     bench = [path for name, path in MODULES.items() if under(name, ("minisgl_bench",))]
-    # The rebuild left 15,500, 4,300, 3,500 and 16,000. Robustness (docs/performance-log.md says what it stops) and the
-    # laboratory, with policies, traces and the simulator, have brought the rest.
-    assert lines(list(ENGINE.values())) <= 18_500
+    # The rebuild left 15,500, 4,300, 3,500 and 16,000 lines. Robustness brought about 1,900 and 4,000, the laboratory
+    # (policies, traces, the simulator) 1,000 to the engine and 1,000 to the benchmarks, quantisation 450.
+    assert lines(list(ENGINE.values())) <= 18_700
     assert len(ENGINE) <= 93
-    assert lines(core) <= 4_700
-    assert len(core) <= 20
-    assert lines(bench) <= 4_550
-    assert lines(sorted(TESTS.rglob("*.py"))) <= 21_200
+    assert lines(core) <= 4_950
+    assert len(core) <= 21
+    assert lines(bench) <= 4_600
+    assert lines(sorted(TESTS.rglob("*.py"))) <= 21_400
 
 
 def test_class_names_are_defined_once() -> None:
