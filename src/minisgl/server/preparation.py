@@ -288,9 +288,13 @@ class Preparation:
 
 
 class Turns:
-    """Threads for work that takes time. Clients have their turns one after the other, however much each wants."""
+    """Threads for work that takes time. Clients have their turns one after the other, however much each wants.
 
-    def __init__(self, threads: int) -> None:
+    A thread rests `rest` times as long as its work took: what holds the interpreter's lock leaves it to others then.
+    """
+
+    def __init__(self, threads: int, rest: float = 0.0) -> None:
+        self._rest = rest
         self._threads = ThreadPoolExecutor(threads, "prepare")
         self._free = asyncio.Semaphore(threads)
         self._next = WeakValueDictionary[str, asyncio.Lock]()  # by client: who has it waits for a thread, others for it
@@ -298,8 +302,9 @@ class Turns:
     async def run(self, client: str, work: Callable[[], T]) -> T:
         async with self._next.setdefault(client, asyncio.Lock()):
             await self._free.acquire()
-        job = asyncio.get_running_loop().run_in_executor(self._threads, work)
-        job.add_done_callback(lambda _: self._free.release())
+        loop, started = asyncio.get_running_loop(), time.monotonic()
+        job = loop.run_in_executor(self._threads, work)
+        job.add_done_callback(lambda _: loop.call_later(self._rest * (time.monotonic() - started), self._free.release))
         return await asyncio.shield(job)  # a thread is free when its work ends, not when its client leaves
 
 
@@ -423,7 +428,7 @@ class Api:
         model, longest = self.preparation.model, self.preparation.tokenizer.longest_token
         self.max_values = max(MAX_VALUES, 2 * model.max_seq_len)
         self.bodies = Bodies(self.config.max_body_size or min(2**22 + model.max_seq_len * longest, 2**24))
-        self.small, self.large, self.grammars = Turns(SMALL_THREADS), Turns(LARGE_THREADS), Turns(GRAMMAR_THREADS)
+        self.small, self.large, self.grammars = Turns(SMALL_THREADS), Turns(LARGE_THREADS, 1.0), Turns(GRAMMAR_THREADS)
 
     async def prepare(self, prepare: Callable[[bytes], T], request: HttpRequest) -> T:
         """Read a body, and prepare it when its client, by its key or its address, has its turn."""
