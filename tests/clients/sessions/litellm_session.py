@@ -51,14 +51,14 @@ def main(url: str, model: str) -> None:
         assert several == [text] * 3
         report(f"{provider}: async", len(several))
 
-        called = litellm.completion(messages=MESSAGES, max_tokens=64, tools=TOOLS, tool_choice="required", **place)
+        called = litellm.completion(messages=MESSAGES, max_tokens=200, tools=TOOLS, tool_choice="required", **place)
         call = called.choices[0].message.tool_calls[0]
         assert call.function.name == "get_weather"
         report(f"{provider}: required tool", check_arguments(call.function.arguments))
 
         chosen = {"type": "function", "function": {"name": "get_weather"}}
         chunks = list(
-            litellm.completion(messages=MESSAGES, max_tokens=64, tools=TOOLS, tool_choice=chosen, stream=True, **place)
+            litellm.completion(messages=MESSAGES, max_tokens=200, tools=TOOLS, tool_choice=chosen, stream=True, **place)
         )
         built = litellm.stream_chunk_builder(chunks, messages=MESSAGES)
         (streamed,) = built.choices[0].message.tool_calls
