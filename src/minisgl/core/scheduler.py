@@ -325,7 +325,8 @@ class Scheduler:
         scores = table.take_scores(plan, result)
         sampled = plan.sampled_slots
         going = table.state[sampled] != State.ENDED
-        going &= ~np.isin(sampled, self._late.pop(plan.step, []))
+        if late := self._late.pop(plan.step, None):
+            going &= ~np.isin(sampled, late)
         slots, tokens = sampled[going], result.tokens[going]
         lengths = table.num_tokens[slots] + 1
         table.tokens[slots, lengths - 1] = tokens
@@ -391,6 +392,9 @@ class Scheduler:
         """Spend what the step's masks left of its budget on the held rows; the ends of those that cannot go on."""
         table = self.table
         rows = np.flatnonzero((table.state == State.HELD) & (table.in_flight == 0))
+        if not len(rows):
+            self._owed = max(0.0, self._owed - self.mask_budget)
+            return []
         # Those whose masks are cheap first, then in the order in which they came.
         dear = table.mask_seconds[rows] > ORDINARY_SECONDS
         events: list[TokenEvent] = []
@@ -414,6 +418,8 @@ class Scheduler:
         """Hold these rows behind the step that is launched, if there is no time for all their next masks in one."""
         table = self.table
         dear = sampled[table.mask_seconds[sampled] > ORDINARY_SECONDS]
+        if not len(dear):
+            return
         if (table.state == State.HELD).any() or table.mask_seconds[dear].sum() > self.mask_budget:
             self._hold(dear)
 
