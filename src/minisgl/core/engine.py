@@ -199,7 +199,7 @@ class Engine:
             chunks=[ChunkRecord(ids[slot], *rest) for slot, *rest in rows],
             admitted=self.scheduler.admitted,
             retracted=self.scheduler.retracted_ids,
-            running=len(self.scheduler.live) - len(self.scheduler.waiting),
+            running=self.scheduler.num_running,
             waiting=len(self.scheduler.waiting),
             pages_free=self.cache.num_free,
             pages_cached=self.cache.num_cached,
@@ -208,7 +208,7 @@ class Engine:
     def stats(self) -> EngineStats:
         scheduler = self.scheduler
         return EngineStats(
-            running=len(scheduler.live) - len(scheduler.waiting),
+            running=scheduler.num_running,
             max_running=len(self.table.requests),
             waiting=len(scheduler.waiting),
             waiting_tokens=sum(request.prompt_len for request in scheduler.waiting),

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from minisgl.errors import ModelError
 
-FP8_BLOCK = 128
+FP8_BLOCK = 128  # the side of a block of a weight that shares a scale
 CHECKPOINT_DTYPES = ("float32", "float16", "bfloat16")
 MAX_LAYERS = 10_000
 MAX_COUNT = 2**31 - 1
@@ -240,29 +240,22 @@ def _check_fp8(quantization: Fields) -> bool:
         block = quantization.values.get("weight_block_size")
         scheme = "" if block in (None, [FP8_BLOCK, FP8_BLOCK]) else f"blocks of {block}"
     elif method == "compressed-tensors":
-        groups = quantization.section("config_groups").values
-        for name in groups:
-            group = quantization.section("config_groups").section(name)
+        groups = quantization.section("config_groups")
+        for group in map(groups.section, groups.values):
             weights = group.section("weights", {}).values
             inputs = group.section("input_activations", {}).values
             kinds = [(part.get("type"), part.get("num_bits")) for part in (weights, inputs) if part]
-            block = weights.get("block_structure")
-            fits = weights.get("strategy") in ("tensor", "channel") or block in (
-                [FP8_BLOCK] * 2,
-                f"{FP8_BLOCK}x{FP8_BLOCK}",
-            )
-            if set(kinds) != {("float", 8)} or not fits:
-                scheme = f"{kinds}, strategy {weights.get('strategy')}, blocks {block}"
+            strategy, block = weights.get("strategy"), weights.get("block_structure")
+            in_blocks = block in ([FP8_BLOCK, FP8_BLOCK], f"{FP8_BLOCK}x{FP8_BLOCK}")
+            if set(kinds) != {("float", 8)} or not (in_blocks or strategy in ("tensor", "channel")):
+                scheme = f"{kinds}, strategy {strategy}, blocks {block}"
     else:
         scheme = "not FP8"
     if scheme:
-        readable = (
-            f"fp8 with blocks of {FP8_BLOCK} x {FP8_BLOCK} or one scale a matrix, compressed-tensors in FP8 with "
-        )
-        readable += "a scale a matrix, a channel or such a block, and GGUF files"
-        raise ModelError(
-            f"{quantization.where}: the checkpoint is quantised ({method}, {scheme}); what can be read: {readable}"
-        )
+        readable = f"fp8 with blocks of {FP8_BLOCK} x {FP8_BLOCK} or one scale a matrix, compressed-tensors in FP8"
+        readable += " with a scale a matrix, a channel or such a block, and GGUF files"
+        found = f"the checkpoint is quantised ({method}, {scheme})"
+        raise ModelError(f"{quantization.where}: {found}; what can be read: {readable}")
     return True
 
 

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minisgl.core.model_config import FP8_BLOCK
 from minisgl.errors import ConfigError
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
-BLOCK = 128  # the side of a block of a weight, and the run of an activation, that share a scale
+BLOCK = FP8_BLOCK  # and the run of an activation that shares one
 INT8_MAX, BYTE = 127.0, 256.0
 MIDDLE = torch.tensor(BYTE * 128 + 128.5)  # bytes of 128, and a half, as conversion to integers cuts
 

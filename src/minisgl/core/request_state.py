@@ -71,6 +71,11 @@ def full_constraint(
     return compiled if plain else TokenFilter(params, vocab_size, compiled)
 
 
+def mask_out(mask: NDArray[np.int32], token: int) -> None:
+    """Clear the bit that says that a token may be next."""
+    mask[token // 32] &= ~np.uint32(1 << token % 32).view(np.int32)
+
+
 class TokenFilter:
     """The constraint of `allowed_token_ids` and `bad_word_ids`, beside that of a grammar."""
 
@@ -97,7 +102,7 @@ class TokenFilter:
             mask &= self._mask
         for length in self._lengths:
             for token in self._endings.get(tuple(self._said[-length:]), ()):
-                mask[token // 32] &= ~np.uint32(1 << token % 32).view(np.int32)
+                mask_out(mask, token)
 
     def accept(self, token: int) -> bool:
         self._said.append(token)

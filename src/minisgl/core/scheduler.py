@@ -26,7 +26,7 @@ import numpy as np
 from minisgl.core.pages import CacheManager, PageWrites
 from minisgl.core.plan import Int32, Masks, StepPlan, StepResult
 from minisgl.core.policy import Policy, PolicyGuard, View
-from minisgl.core.request_state import EMPTY, MaskBudget, RequestState, RequestTable, Slots, State
+from minisgl.core.request_state import EMPTY, MaskBudget, RequestState, RequestTable, Slots, State, mask_out
 from minisgl.core.types import FinishReason, TokenEvent
 
 # What masks may take of a step, at least and at most. An ordinary one (a JSON schema: 50 µs) does not count.
@@ -75,6 +75,10 @@ class Scheduler:
         self.retracted = self.prompt_tokens = self.cached_prompt_tokens = 0
         self.policy = PolicyGuard(policy, self.view, self.live, lambda: self.waiting.sort(key=by_place))
         self._room_for: RequestState | None = None  # for whom running requests were retracted
+
+    @property
+    def num_running(self) -> int:
+        return len(self.live) - len(self.waiting)
 
     def add(self, request: RequestState) -> None:
         self.live[request.request.id] = request
@@ -392,13 +396,11 @@ class Scheduler:
         """Spend what the step's masks left of its budget on the held rows; the ends of those that cannot go on."""
         table = self.table
         rows = np.flatnonzero((table.state == State.HELD) & (table.in_flight == 0))
-        if not len(rows):
-            self._owed = max(0.0, self._owed - self.mask_budget)
-            return []
-        # Those whose masks are cheap first, then in the order in which they came.
-        dear = table.mask_seconds[rows] > ORDINARY_SECONDS
+        if len(rows):  # those whose masks are cheap first, then in the order in which they came
+            dear = table.mask_seconds[rows] > ORDINARY_SECONDS
+            rows = rows[np.lexsort((table.held_since[rows], dear))]
         events: list[TokenEvent] = []
-        for slot in rows[np.lexsort((table.held_since[rows], dear))].tolist():
+        for slot in rows.tolist():
             if self._owed >= self.mask_budget:
                 break
             mask: Int32 = np.full(-(-vocab_size // 32), -1, np.int32)
@@ -456,7 +458,7 @@ class Scheduler:
             mask[-1] &= np.int32((1 << rest) - 1)  # the other bits stand for no token
         if table.num_tokens[slot] < table.min_len[slot]:
             for token in request.stop_ids:
-                mask[token // 32] &= ~np.uint32(1 << token % 32).view(np.int32)
+                mask_out(mask, token)
         return [] if mask.any() else [self._end(slot, FinishReason.STOP)]
 
     def _end(self, slot: int, finish: FinishReason, error: str | None = None) -> TokenEvent:
