@@ -255,16 +255,16 @@ async def test_small_requests_and_health_wait_for_no_large_one(
     assert len([size for size in prepared if size > preparation.SMALL_BODY]) == 8
 
 
-HOLD = threading.Event()
-CHECKED: list[str] = []  # sources, in the order of their ends
+HOLD = threading.Semaphore(0)
+STARTED: list[str] = []  # sources, in the order in which their checks began
 
 
 def slow_check(grammar: Grammar) -> Check | None:
-    """A grammar whose source begins with "slow" takes until HOLD is set; "wrong" is refused then; others are known."""
+    """A grammar whose source begins with "slow" takes a permit of HOLD; "wrong" is refused then; others are known."""
 
     def check() -> None:
-        assert HOLD.wait(10)
-        CHECKED.append(grammar.source)
+        STARTED.append(grammar.source)
+        assert HOLD.acquire(timeout=10)
         if grammar.source == "slow wrong":
             raise InvalidRequestError("no such grammar", param="guided_regex")
 
@@ -273,15 +273,14 @@ def slow_check(grammar: Grammar) -> Check | None:
 
 @pytest.mark.serving(check_grammar=slow_check, api_key=("a", "b"))
 async def test_no_request_waits_for_the_grammars_of_another_client(server: Serving) -> None:
-    HOLD.clear()
-    CHECKED.clear()
+    STARTED.clear()
 
     def post(key: str, **asked: Any) -> asyncio.Task[httpx.Response]:
         headers = {"authorization": f"Bearer {key}"}
         return asyncio.create_task(server.http.post(TEXT, json={**SMALL, **asked}, headers=headers))
 
     slow = [post("a", structured_outputs={"regex": f"slow {number}"}) for number in range(6)]
-    await asyncio.sleep(0.1)
+    await server.until(lambda: len(STARTED) == 4)  # a thread each; the fifth waits for one, the sixth for its turn
     wrong = post("b", structured_outputs={"regex": "slow wrong"})
     leaving = post("b", guided_regex="slow leaving")
     for _ in range(5):
@@ -289,11 +288,14 @@ async def test_no_request_waits_for_the_grammars_of_another_client(server: Servi
         assert (await post("a", guided_regex="known")).status_code == 200
     assert not any(task.done() for task in (*slow, wrong))
     leaving.cancel()
-    HOLD.set()
+    for count in (5, 6, 7):
+        HOLD.release()
+        await server.until(lambda count=count: len(STARTED) == count)
+    assert STARTED.index("slow wrong") == 5, "the other client's turn comes before the sixth of the first"
+    HOLD.release(4)
     refused = (await wrong).json()["error"]
     assert refused["param"] == "structured_outputs"
     assert {answer.status_code for answer in await asyncio.gather(*slow)} == {200}
-    assert CHECKED.index("slow wrong") < 6
 
 
 @pytest.fixture
