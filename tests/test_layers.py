@@ -19,7 +19,7 @@ MODULES = {
 ENGINE = {name: path for name, path in MODULES.items() if name.split(".")[0] == "minisgl"}
 
 RINGS = (
-    {"errors", "system"},
+    {"errors", "system", "prefix_routing"},
     {"config"},
     {"core"},
     {"gpu", "text", "formats"},
