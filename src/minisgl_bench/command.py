@@ -111,6 +111,19 @@ def ablations(text: str) -> tuple[str, ...]:
     return names
 
 
+ROUTER_NAMES: Final = ("random", "round-robin", "least-loaded", "prefix")
+
+
+def router_name(text: str) -> str:
+    if text not in ROUTER_NAMES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(ROUTER_NAMES)}")
+    return text
+
+
+def losing(text: str) -> float | None:
+    return None if text == "never" else number(text)
+
+
 TO_WHOM: Final = "to whom"
 HOW_THEY_COME: Final = (
     "One of --trace, --rate, --concurrency says how requests come; with --trace the other two replace its times."
@@ -177,6 +190,18 @@ NEEDED: Final = {
     "scale": "trace", "max_input_len": "trace", "max_output_len": "trace", "burstiness": "rate",
     "turns": "chats", "system_prompts": "chats", "system_len": "chats", "think": "chats",
 }
+FLEET: Final[dict[str, tuple[FlagRow, ...]]] = {
+    "several replicas": (
+        ("replicas", (1,), partial(several, convert=count), "N,M", "engines that share the requests (default: 1)"),
+        ("router", ("least-loaded",), partial(several, convert=router_name), "A,B", "which replica gets a request: "
+         "random, round-robin, least-loaded (default), or prefix: the one that has most of it, unless it is too busy"),
+        ("lose", (None,), partial(several, convert=losing), "S,T", "when a replica dies, in s, or never (default); "
+         "clients send again what it had not answered"),
+        ("repeat", 1, count, "N", "times that all requests come, each time of new users (default: 1)"),
+    ),
+}
+# An answer begins within a second and then comes at 20 tokens a second, faster than people read.
+SIMULATED_SLO: Final = {"ttft": 1.0, "tpot": 0.05}
 # fmt: on
 
 
@@ -253,7 +278,7 @@ def simulate_parser() -> tuple[Parser, dict[str, Any]]:
     left_out = ("endpoint", "tokens", "salt", "temperature", "no-ignore-eos", "warmup")
     rows = {title: [row for row in rows if row[0] not in left_out] for title, rows in FLAGS.items() if title != TO_WHOM}
     absent = {"gpu": ("h200",), "hash_tokens": False, "trace_steps": None, "small": False}
-    return parser, {**absent, **add_flags(parser, rows)}
+    return parser, {**absent, **add_flags(parser, {**FLEET, **rows}), "slo": SIMULATED_SLO}
 
 
 def simulate(arguments: Sequence[str]) -> int:

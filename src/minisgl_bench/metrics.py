@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from minisgl_bench.report import LATENCIES, QUANTILES, table
+from minisgl_bench.report import GPU_HOURS, LATENCIES, QUANTILES, table
 
 
 @dataclass(slots=True)
@@ -36,6 +36,7 @@ class RequestRecord:
     body: bytes | None = None  # of the request, where it needs no answer to an earlier turn
     failure: str | None = None
     detail: str = ""
+    thinned: bool = False  # `times` are the first and the last of an event for each token
 
 
 def times_of(record: RequestRecord) -> dict[str, float | None]:
@@ -46,7 +47,7 @@ def times_of(record: RequestRecord) -> dict[str, float | None]:
 
 
 def latencies(records: Sequence[RequestRecord]) -> dict[str, np.ndarray]:
-    found = {"itl": np.concatenate([np.empty(0), *(np.diff(np.frombuffer(record.times)) for record in records)])}
+    found = {"itl": np.concatenate([np.empty(0), *(np.diff(np.frombuffer(r.times)) for r in records if not r.thinned)])}
     times = [times_of(record) for record in records]
     for name in ("ttft", "tpot", "e2e"):
         found[name] = np.array([value for each in times if (value := each[name]) is not None])
@@ -83,7 +84,7 @@ def figures(records: Sequence[RequestRecord], slo: Mapping[str, float]) -> dict[
         "requests_per_second": len(good) * per_second,
         "output_tokens_per_second": tokens_out * per_second,
         "total_tokens_per_second": (tokens_in + tokens_out) * per_second,
-        "tokens_per_event": tokens_out / max(1, sum(len(record.times) for record in good)),
+        "tokens_per_event": tokens_out / max(1, sum(r.completion_tokens if r.thinned else len(r.times) for r in good)),
         "wrong_input_length": sum(r.expected_input not in (None, r.prompt_tokens) for r in good),
         "wrong_output_length": sum(r.expected_output != r.completion_tokens for r in good),
         "expected_hit_rate": sum(record.expected_cached for record in good) / max(1, tokens_in),
@@ -131,7 +132,16 @@ def lines(found: Mapping[str, Any]) -> list[str]:
 
 
 def summary_table(runs: Sequence[Mapping[str, Any]]) -> Table:
-    heads = ("requests/s", "output tokens/s", "TTFT", "TPOT", "end to end", "failed", "goodput", "cached / expected")
+    heads: tuple[str, ...] = (
+        "requests/s",
+        "output tokens/s",
+        "TTFT",
+        "TPOT",
+        "end to end",
+        "failed",
+        "goodput",
+        "cached / expected",
+    )
     rows = []
     for run in runs:
         row = [run["label"], f"{run['requests_per_second']:,.2f}", f"{run['output_tokens_per_second']:,.0f}"]
@@ -139,5 +149,8 @@ def summary_table(runs: Sequence[Mapping[str, Any]]) -> Table:
             row.append(" / ".join(f"{values[q]:,.0f}" for q in QUANTILES) if values else "–")
         row += [str(sum(run["failed"].values()))]
         row += [f"{run['goodput_requests_per_second']:,.2f}" if "within_slo" in run else "–"]
-        rows.append([*row, f"{percent(run['reported_hit_rate'])} / {percent(run['expected_hit_rate'])}"])
+        row += [f"{percent(run['reported_hit_rate'])} / {percent(run['expected_hit_rate'])}"]
+        rows.append([*row, f"{run[GPU_HOURS]:.3f}"] if GPU_HOURS in run else row)
+    if runs and GPU_HOURS in runs[0]:
+        heads = (*heads, "GPU h / M output")
     return table("p50 / p90 / p99 in ms", ("run", *heads), rows)

@@ -26,6 +26,7 @@ QUANTILES: Final = ("p50", "p90", "p99")
 LATENCIES: Final = {
     "ttft": "time to first token", "tpot": "time per output token", "itl": "between two events", "e2e": "end to end",
 }  # fmt: skip
+GPU_HOURS: Final = "gpu_hours_per_million_output_tokens"
 # Where an axis begins, in ms: events that come together are 0 apart, which a logarithm cannot show.
 LEAST: Final = 1e-3
 
@@ -197,6 +198,31 @@ def draw_latencies(
         figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     if grid[1][0].lines:
         grid[1][0].legend(fontsize="small")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    return True
+
+
+def draw_fleet(path: Path, title: str, runs: Sequence[Mapping[str, Any]]) -> bool:
+    """Write figures against replicas, a line for the runs that differ in nothing else; False without matplotlib."""
+    if (figure := new_figure(14, 8)) is None:
+        return False
+    figures: dict[str, Callable[[Mapping[str, Any]], float]] = {
+        "goodput, requests/s": lambda run: float(run["goodput_requests_per_second"]),
+        "time to first token, p99, ms": lambda run: float(run["latency_ms"]["ttft"].get("p99", np.nan)),
+        "share of prompt tokens cached": lambda run: float(run["reported_hit_rate"] or 0.0),
+        "GPU hours for a million output tokens": lambda run: float(run[GPU_HOURS]),
+    }
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for run in runs:
+        name = ", ".join(part for part in run["label"].split(", ") if not part.startswith("replicas "))
+        lines.setdefault(name, []).append(run)
+    for axes, (text, figure_of) in zip(figure.subplots(2, 2).flat, figures.items(), strict=True):
+        for name, line in lines.items():
+            axes.plot([run["replicas"] for run in line], [figure_of(run) for run in line], marker="o", label=name)
+        axes.set(xlabel="replicas", ylabel=text, ylim=(0, None), xscale="log")
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize="small")
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
     return True

@@ -22,9 +22,9 @@ from minisgl.trace import TraceWriter
 from minisgl_bench import metrics, traffic
 from minisgl_bench.command import load_kind
 from minisgl_bench.cost_model import read_gpu
-from minisgl_bench.report import Report, draw_latencies, slug
-from minisgl_bench.simulation import Clients, Replica
-from minisgl_bench.traffic import Session
+from minisgl_bench.report import GPU_HOURS, Report, draw_fleet, draw_latencies, slug
+from minisgl_bench.simulation import ROUTERS, WHOLE_RECORDS, Clients, Replica
+from minisgl_bench.traffic import Repeated
 
 SHOWN: Final = ("tp", "dtype", "max_running_requests", "max_prefill_length", "schedule_policy", "page_size", "cache")
 
@@ -34,7 +34,7 @@ class Case(NamedTuple):
 
     settings: dict[str, Any]
     replica: Replica
-    sessions: Sequence[Session]
+    load: Repeated
     concurrency: int | None
 
 
@@ -58,14 +58,16 @@ def run(configs: Sequence[tuple[Mapping[str, Any], Config]], options: argparse.N
     names = [name for name in cases[0].settings if len({str(case.settings[name]) for case in cases}) > 1]
     names = names or [load_kind(options)]
     runs, samples = [], []
-    total = sum(len(traffic.all_turns(case.sessions)) for case in cases)
+    total = sum(case.load.times * len(traffic.all_turns(case.load.sessions)) for case in cases)
     gc.collect()
     gc.freeze()
     with progress_bar("Simulating", total, enabled=True) as done:
         while cases:  # a simulation's memory is given back before the next one
             case = cases.popleft()
             values = [(name.replace("_", " "), case.settings[name]) for name in names]
-            label = ", ".join(value if isinstance(value, str) else f"{name} {value:g}" for name, value in values)
+            label = ", ".join(
+                f"{name} {value:g}" if isinstance(value, int | float) else value for name, value in values
+            )
             found, latencies = simulate(case, options.slo, done)
             runs.append({"label": label, **case.settings, **found})
             samples.append(latencies)
@@ -78,8 +80,11 @@ def run(configs: Sequence[tuple[Mapping[str, Any], Config]], options: argparse.N
     else:
         report.print(metrics.summary_table(runs))
     report.figures["runs"] = runs
-    sweep = set(names) <= {load_kind(options), "seed"}
-    report.finish(lambda path: draw_latencies(path, f"{model}, simulated", runs, samples, sweep))
+    sweep, title = set(names) <= {load_kind(options), "seed"}, f"{model}, simulated"
+    if len(options.replicas) > 1:
+        report.finish(lambda path: draw_fleet(path, title, runs))
+    else:
+        report.finish(lambda path: draw_latencies(path, title, runs, samples, sweep))
     return 0
 
 
@@ -91,30 +96,47 @@ def make_cases(configs: Sequence[tuple[Mapping[str, Any], Config]], options: arg
         for value, seed in itertools.product(getattr(options, kind), options.seeds)
     ]
     cases: deque[Case] = deque()
-    for (chosen, config), name, (value, seed, sessions) in itertools.product(configs, options.gpu, loads):
-        settings = {**chosen, "gpu": Path(name).stem, kind: value, "seed": seed}
+    if options.lose != (None,) and 1 in options.replicas:
+        raise ConfigError("--lose needs --replicas of at least 2: with one no replica is left")
+    fleets = itertools.product(options.replicas, options.router, options.lose)
+    for (chosen, config), name, (value, seed, sessions), (replicas, router, lose) in itertools.product(
+        configs, options.gpu, loads, fleets
+    ):
+        settings = {**chosen, "gpu": Path(name).stem, kind: value, "seed": seed, "replicas": replicas, "router": router}
+        settings["lose"] = "lose never" if lose is None else lose
         replica = Replica(spec_of(config), config, read_gpu(name), options.hash_tokens)
         traffic.require_fit(sessions, replica.model.max_seq_len)
-        cases.append(Case(settings, replica, sessions, value if kind == "concurrency" else None))
+        load = Repeated(sessions, options.repeat)
+        cases.append(Case(settings, replica, load, value if kind == "concurrency" else None))
     return cases
 
 
 def simulate(case: Case, slo: Mapping[str, float], done: Callable[[int], object]) -> tuple[dict[str, Any], Any]:
     """The figures of `bench online` and of the simulation itself, and the latencies behind them."""
-    replica = case.replica
-    turns = (turn.segments for turn in traffic.all_turns(case.sessions))
+    replica, settings = case.replica, case.settings
+    turns = [turn.segments for turn in traffic.all_turns(case.load.sessions)]
     hits = traffic.expected_hits(turns, replica.config.page_size) if replica.config.cache == "radix" else []
-    clients = Clients(replica, case.sessions, hits, case.concurrency, case.settings["seed"])
+    replicas = [replica, *(replica.another() for _ in range(1, settings["replicas"]))]
+    lose = settings["lose"] if isinstance(settings["lose"], float) else None
+    every = 1 + case.load.times * len(turns) // WHOLE_RECORDS
+    router = ROUTERS[settings["router"]](settings["seed"])
+    clients = Clients(replicas, case.load, router, hits, case.concurrency, settings["seed"], lose, every)
     started = time.perf_counter()
     clients.run(done)
     seconds = time.perf_counter() - started
-    stats = replica.engine.stats()
-    replica.engine.close()
-    found = metrics.figures(clients.records, slo) | {
+    stats = [each.engine.stats() for each in replicas]
+    for each in replicas:
+        each.engine.close()
+    found = metrics.figures(clients.records, slo)
+    seconds_served = len(replicas) * found["seconds"] - (0.0 if lose is None else max(0.0, found["seconds"] - lose))
+    hours = replica.config.tp * seconds_served / 3600
+    found |= {
         "config": {name: getattr(replica.config, name) for name in SHOWN},
-        "pages": stats.pages_total,
-        "steps": stats.steps,
-        "retracted": stats.retracted,
+        "pages": replica.num_pages,
+        "steps": sum(each.steps for each in stats),
+        "retracted": sum(each.retracted for each in stats),
+        "sent_again": clients.sent_again,
+        GPU_HOURS: hours * 1e6 / max(1, found["output_tokens"]),
         "simulation_seconds": seconds,
     }
     return found, metrics.latencies(clients.records)
@@ -123,6 +145,7 @@ def simulate(case: Case, slo: Mapping[str, float], done: Callable[[int], object]
 def simulation_line(found: Mapping[str, Any]) -> str:
     faster = found["seconds"] / max(1e-9, found["simulation_seconds"])
     return (
-        f"{found['steps']:,} steps, {found['retracted']:,} retractions, {found['pages']:,} KV pages; "
+        f"{found['steps']:,} steps, {found['retracted']:,} retractions, {found['pages']:,} KV pages a replica, "
+        f"{found['sent_again']:,} requests sent again, {found[GPU_HOURS]:.3f} GPU hours for a million output tokens; "
         f"simulated in {found['simulation_seconds']:.2f} s, {faster:,.0f} times real time"
     )

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import heapq
+import random
+from array import array
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+from typing import Final, Protocol
 
 import msgspec
 import numpy as np
@@ -16,44 +22,58 @@ from minisgl.core.model_config import ModelSpec
 from minisgl.core.types import ModelInfo, Request, SamplingParams, TokenEvent
 from minisgl.distributed.shard import check_shards
 from minisgl.errors import ConfigError
+from minisgl.prefix_routing import PrefixRouter
 from minisgl_bench import traffic
 from minisgl_bench.cost_model import CostModel, GpuConstants, pages_that_fit
 from minisgl_bench.metrics import RequestRecord
 from minisgl_bench.simulated_executor import SimulatedExecutor, TimedExecutor
 from minisgl_bench.traffic import Session, Turn
 
+WHOLE_RECORDS: Final = 20_000  # about so many requests, evenly spread, keep the times of all their tokens
+
 
 class Replica:
-    """One engine on simulated GPUs. `step` takes in what is due by its clock and moves on to the end of a step.
-
-    Several can be stepped under one clock: always the one whose `executor.now` is furthest behind.
-    """
+    """One engine on simulated GPUs. `step` takes in what is due by its clock and moves on to the end of a step."""
 
     def __init__(self, spec: ModelSpec, config: Config, gpu: GpuConstants, exact: bool = False) -> None:
         check_shards(spec, config.tp)
         if config.quantization or spec.fp8 or config.kv_cache_dtype != "auto":
             raise ConfigError("the simulator knows no FP8: leave out --quantization and --kv-cache-dtype")
         self.gpu = gpu
+        self.exact = exact
         machine = Machine(True, gpu.name, gpu.memory, config.tp)
         self.config = config = resolve(config, machine, spec.checkpoint_dtype).config
-        assert config.max_running_requests is not None
         wanted = config.max_seq_len_override or spec.max_position
-        pages = config.num_pages or pages_that_fit(spec, config, gpu, wanted)
-        length = min(wanted, pages * config.page_size)
+        self.num_pages = config.num_pages or pages_that_fit(spec, config, gpu, wanted)
+        length = min(wanted, self.num_pages * config.page_size)
         self.model = ModelInfo(name=spec.architecture, vocab_size=spec.vocab_size, max_seq_len=length, eos_token_ids=())
-        self.cost, vocab = CostModel(spec, config, gpu), spec.vocab_size
-        rows, page = config.max_running_requests, config.page_size
-        device = SimulatedExecutor(pages, page, rows, length, vocab) if exact else None
+        self.cost = CostModel(spec, config, gpu)
+        self._start()
+
+    def another(self) -> Replica:
+        """An idle one of the same kind, which shares the model of costs and what it has computed already."""
+        other = copy.copy(self)
+        other._start()
+        return other
+
+    def _start(self) -> None:
+        pages, page, vocab = self.num_pages, self.config.page_size, self.model.vocab_size
+        rows = self.config.max_running_requests
+        assert rows is not None
+        device = SimulatedExecutor(pages, page, rows, self.model.max_seq_len, vocab) if self.exact else None
         self.executor = TimedExecutor(pages, vocab, self.cost, device)
-        self.engine = Engine(self.executor, self.model, config, clock=lambda: self.executor.now)
-        self._coming: list[tuple[float, int, Request]] = []  # a heap of what is not at the server yet
-        self._received: deque[tuple[float, Request]] = deque()  # and when the engine gets it
+        self.engine = Engine(self.executor, self.model, self.config, clock=lambda: self.executor.now)
+        self._received: deque[tuple[float, float, Request]] = deque()  # when, and when the engine gets it
         self._server_free_at = 0.0
-        self._sent = 0
 
     @property
     def has_work(self) -> bool:
-        return self.engine.has_work or bool(self._coming or self._received)
+        return self.engine.has_work or bool(self._received)
+
+    @property
+    def next_step_at(self) -> float:
+        """Of a replica that has work: when it takes in what came until then, and begins a step."""
+        return self.executor.now if self.engine.has_work else max(self.executor.now, self._received[0][0])
 
     @property
     def seen_at(self) -> float:
@@ -61,90 +81,192 @@ class Replica:
         return max(self.executor.now, self._server_free_at) + self.gpu.event_seconds
 
     def send(self, request: Request, time: float) -> None:
-        """Let a request reach the server at this time, which may be past already."""
-        heapq.heappush(self._coming, (time, self._sent, request))
-        self._sent += 1
+        """Let a request reach the server at this time, not before those that were sent already."""
+        self._server_free_at = max(self._server_free_at, time) + self.gpu.request_seconds
+        self._received.append((time, self._server_free_at, request))
 
     def step(self) -> list[TokenEvent]:
         """The engine's events at the time that it is afterwards. An idle engine waits for a request."""
-        clock, idle = self.executor, not self.engine.has_work
-        if idle and not self._received:
-            clock.now = max(clock.now, self._coming[0][0])
-        while self._coming and self._coming[0][0] <= clock.now:
-            time, _, request = heapq.heappop(self._coming)
-            self._server_free_at = max(self._server_free_at, time) + self.gpu.request_seconds
-            self._received.append((self._server_free_at, request))
-        if idle:
-            clock.now = max(clock.now, self._received[0][0])
-        while self._received and self._received[0][0] <= clock.now:
-            self.engine.add(self._received.popleft()[1])
+        if not self.engine.has_work:
+            self.executor.now = max(self.executor.now, self._received[0][1])
+        while self._received and self._received[0][1] <= self.executor.now:
+            self.engine.add(self._received.popleft()[2])
         return self.engine.step()
 
 
-class _Waiting(NamedTuple):
+class Router(Protocol):
+    """Chooses one of the replicas in `loads`, by the requests there that have no whole answer yet."""
+
+    def choose(self, prompt: bytes, loads: Mapping[int, float]) -> int: ...
+
+    def forget(self, replica: int) -> None: ...
+
+
+class RandomRouter:
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+
+    def choose(self, prompt: bytes, loads: Mapping[int, float]) -> int:
+        return self._random.choice(list(loads))
+
+    def forget(self, replica: int) -> None:
+        pass
+
+
+class RoundRobinRouter:
+    def __init__(self) -> None:
+        self._chosen = 0
+
+    def choose(self, prompt: bytes, loads: Mapping[int, float]) -> int:
+        self._chosen += 1
+        return list(loads)[(self._chosen - 1) % len(loads)]
+
+    def forget(self, replica: int) -> None:
+        pass
+
+
+# The values of `--router`, made with a seed.
+ROUTERS: Final[Mapping[str, Callable[[int], Router]]] = MappingProxyType(
+    {
+        "random": RandomRouter,
+        "round-robin": lambda seed: RoundRobinRouter(),
+        "least-loaded": lambda seed: PrefixRouter(block=1 << 30),  # no prompt has a whole block
+        "prefix": lambda seed: PrefixRouter(max_blocks=1 << 22),  # 268 million tokens: those of 100 replicas and more
+    }
+)
+
+
+@dataclass(eq=False, slots=True)
+class _Client:
     """What a client still has to send in a session."""
 
     session: Session
     turns: deque[tuple[Turn, RequestRecord]]
 
 
-class Clients:
-    """Sends sessions to a replica and keeps what each request sees, as `minisgl bench online` does with a server.
+@dataclass(eq=False, slots=True)
+class _Sent:
+    """A request without its whole answer, and where it is."""
 
-    In an open loop (`concurrency` None) sessions begin at their times, else so many go on at once.
+    request: Request
+    record: RequestRecord
+    client: _Client
+    replica: int
+
+
+class Clients:
+    """Sends sessions to replicas under one clock and keeps what each request sees, as `minisgl bench online` does.
+
+    In an open loop (`concurrency` None) sessions, in order, begin at their times, else so many go on at once. At the
+    time `lose` the first replica is gone, and what it had not answered is sent again at once.
     """
 
     def __init__(
-        self, replica: Replica, sessions: Sequence[Session], hits: Sequence[int], concurrency: int | None, seed: int
-    ) -> None:
-        self.replica, self.seed = replica, seed
+        self, replicas: Sequence[Replica], sessions: Iterable[Session], router: Router | None = None,
+        hits: Sequence[int] = (), concurrency: int | None = None, seed: int = 0, lose: float | None = None,
+        every: int = 1,
+    ) -> None:  # fmt: skip
+        self.replicas, self.router, self.seed, self.every = replicas, router or RoundRobinRouter(), seed, every
         self.records: list[RequestRecord] = []
-        self._live: dict[str, tuple[RequestRecord, _Waiting]] = {}
-        self._queue: deque[_Waiting] = deque()
-        for session in sessions:
-            waiting = _Waiting(session, deque())
-            for turn in session.turns:
-                index, lengths = len(self.records), (turn.input_length, turn.output_length)
-                record = RequestRecord(index, expected_input=lengths[0], expected_output=lengths[1])
-                record.expected_cached = hits[index] if hits else 0
-                self.records.append(record)
-                waiting.turns.append((turn, record))
-            self._queue.append(waiting)
-        for _ in range(len(self._queue) if concurrency is None else min(concurrency, len(self._queue))):
-            waiting = self._queue.popleft()
-            self._send(waiting, waiting.session.due if concurrency is None else 0.0)
+        self.sent_again = 0
+        self._hits, self._open = hits, concurrency is None
+        self._sessions = iter(sessions)
+        self._loads: dict[int, float] = dict.fromkeys(range(len(replicas)), 0)
+        self._live: dict[str, _Sent] = {}
+        # Heaps: what happens at a time, and the replicas that have work, by the begin of their next step.
+        self._events: list[tuple[float, int, Callable[[float], None]]] = []
+        self._ready: list[tuple[float, int]] = []
+        self._numbered = 0
+        self._done: Callable[[int], object] = lambda count: None
+        for _ in range(concurrency or 1):
+            self._begin_next(0.0)
+        if lose is not None:
+            self._at(lose, self._lose)
 
-    def _send(self, waiting: _Waiting, time: float) -> None:
-        turn, record = waiting.turns.popleft()
+    def run(self, done: Callable[[int], object]) -> None:
+        """Until every request has its answer."""
+        self._done = done
+        while self._events or self._ready:
+            # what comes at the time at which a step begins is in time for it
+            if self._events and (not self._ready or self._events[0][0] <= self._ready[0][0]):
+                time, _, action = heapq.heappop(self._events)
+                action(time)
+            else:
+                self._step(heapq.heappop(self._ready)[1])
+
+    def _at(self, time: float, action: Callable[[float], None]) -> None:
+        self._numbered += 1
+        heapq.heappush(self._events, (time, self._numbered, action))
+
+    def _begin_next(self, time: float) -> None:
+        """Let the next session begin, at its own time in an open loop."""
+        if (session := next(self._sessions, None)) is None:
+            return
+        client = _Client(session, deque())
+        for turn in session.turns:
+            index, lengths = len(self.records), (turn.input_length, turn.output_length)
+            record = RequestRecord(index, expected_input=lengths[0], expected_output=lengths[1])
+            record.expected_cached = self._hits[index % len(self._hits)] if self._hits else 0
+            self.records.append(record)
+            client.turns.append((turn, record))
+        self._at(session.due if self._open else time, partial(self._send, client, first=True))
+
+    def _send(self, client: _Client, time: float, first: bool = False) -> None:
+        turn, record = client.turns.popleft()
         record.due = record.sent = time
-        vocab = self.replica.model.vocab_size
+        vocab = self.replicas[0].model.vocab_size
         prompt = traffic.segment_numbers(self.seed, turn.segments, vocab).astype(np.int32)
         params = turn.sampling or SamplingParams(temperature=0.6, ignore_eos=True)
         seed = record.index if params.seed is None else params.seed
         params = msgspec.structs.replace(params, max_tokens=turn.output_length, seed=seed, logprobs=None)
-        self._live[str(record.index)] = record, waiting
         request = Request(id=str(record.index), prompt_bytes=prompt.tobytes(), params=params, priority=turn.priority)
-        self.replica.send(request, time)
+        self._route(request, record, client, time)
+        if first and self._open:
+            self._begin_next(time)
 
-    def run(self, done: Callable[[int], object]) -> None:
-        """Until every request has its answer."""
-        while self.replica.has_work:
-            self.step(done)
+    def _route(self, request: Request, record: RequestRecord, client: _Client, time: float) -> None:
+        index = self.router.choose(request.prompt_bytes, self._loads)
+        replica, self._loads[index] = self.replicas[index], self._loads[index] + 1
+        self._live[request.id] = _Sent(request, record, client, index)
+        if not replica.has_work:
+            heapq.heappush(self._ready, (max(replica.executor.now, time), index))
+        replica.send(request, time)
 
-    def step(self, done: Callable[[int], object]) -> None:
-        events = self.replica.step()
-        time = self.replica.seen_at
+    def _step(self, index: int) -> None:
+        if index not in self._loads:
+            return
+        replica = self.replicas[index]
+        events, time = replica.step(), replica.seen_at
         for event in events:
-            record, waiting = self._live[event.id]
+            sent = self._live[event.id]
             if event.tokens:
-                record.times.append(time)
-            if event.finish is None:
-                continue
-            del self._live[event.id]
-            record.prompt_tokens, record.completion_tokens = record.expected_input or 0, len(record.times)
-            record.cached_tokens = event.cached_tokens
-            if waiting.turns:
-                self._send(waiting, time + waiting.session.think)
-            elif self._queue:
-                self._send(self._queue.popleft(), time)
-            done(1)
+                sent.record.times.append(time)
+            if event.finish is not None:
+                self._at(time, partial(self._finish, sent, event.cached_tokens))
+        if replica.has_work:
+            heapq.heappush(self._ready, (replica.next_step_at, index))
+
+    def _finish(self, sent: _Sent, cached_tokens: int, time: float) -> None:
+        record, client = sent.record, sent.client
+        if self._live.get(sent.request.id) is not sent:  # it was sent again
+            return
+        del self._live[sent.request.id]
+        self._loads[sent.replica] -= 1
+        self._done(1)
+        record.prompt_tokens, record.completion_tokens = record.expected_input or 0, len(record.times)
+        record.cached_tokens = cached_tokens
+        if record.index % self.every:
+            record.times, record.thinned = array("d", (record.times[0], record.times[-1])), True
+        if client.turns:
+            self._at(time + client.session.think, partial(self._send, client))
+        elif not self._open:
+            self._begin_next(time)
+
+    def _lose(self, time: float) -> None:
+        lost = 0
+        del self._loads[lost]
+        self.router.forget(lost)
+        for sent in [sent for sent in self._live.values() if sent.replica == lost]:
+            self.sent_again += 1
+            sent.record.times = array("d")
+            self._route(sent.request, sent.record, sent.client, time)

@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, NamedTuple
@@ -242,6 +242,33 @@ def make_sessions(options: argparse.Namespace, kind: str, value: float, seed: in
         spec = WorkloadSpec(num_requests=count, input_len=inputs, output_len=outputs, seed=seed)
         sessions = from_workload(spec)
     return with_arrivals(sessions, value, options.burstiness, seed) if kind == "rate" else sessions
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """Sessions `times` over, one pass behind the other: each by new users, with nothing in common with the ones before.
+
+    Made while they are taken: a million of them would fill the memory.
+    """
+
+    sessions: Sequence[Session]
+    times: int
+
+    def __iter__(self) -> Iterator[Session]:
+        count, last = len(self.sessions), self.sessions[-1].due
+        period = last * count / max(1, count - 1)
+        for number in range(self.times):
+            for session in self.sessions:
+                turns = tuple(renamed(turn, f"{number}/") if number else turn for turn in session.turns)
+                yield Session(turns, session.due + number * period, session.think)
+
+
+def renamed(turn: Turn, mark: str) -> Turn:
+    messages = [
+        ChatMessage(role, tuple(Segment((mark + name, number), length) for (name, number), length in segments))
+        for role, segments in turn.messages
+    ]
+    return dataclasses.replace(turn, messages=tuple(messages))
 
 
 def all_turns(sessions: Iterable[Session]) -> list[Turn]:

@@ -50,7 +50,7 @@ def prompts_between(seed: int) -> list[Session]:
 
 def simulated(sessions: list[Session], config: Config) -> list[RequestRecord]:
     replica = Replica(read_spec(ROOT / "benchmark/models/Qwen3-14B"), config, read_gpu("h200"))
-    clients = Clients(replica, sessions, (), None, 0)
+    clients = Clients([replica], sessions)
     clients.run(lambda done: None)
     return clients.records
 

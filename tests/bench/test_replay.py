@@ -73,7 +73,7 @@ def test_a_simulation_gets_what_was_recorded(recording: Path, tmp_path: Path) ->
     sessions = traffic.from_trace(traffic.read_trace(recording, 10), 1.0, None, None)
     replica, seen = Replica(read_spec(MODEL), Config(), read_gpu("h200")), Mock()
     replica.engine.recorder = seen
-    clients = Clients(replica, sessions, (), None, 0)
+    clients = Clients([replica], sessions)
     clients.run(lambda done: None)
     check([call.args[0] for call in seen.add.call_args_list], recording, without=("logprobs",))
     assert all(record.completion_tokens == record.expected_output for record in clients.records)

@@ -38,7 +38,7 @@ def loads(**fields: Any) -> list[Session]:
 
 
 def played(replica: Replica, sessions: list[Session], concurrency: int | None = None) -> Clients:
-    clients = Clients(replica, sessions, (), concurrency, 0)
+    clients = Clients([replica], sessions, concurrency=concurrency)
     clients.run(lambda done: None)
     return clients
 
@@ -185,25 +185,13 @@ def test_turns_of_a_chat_wait_for_the_answer_and_find_their_history_cached() -> 
     sessions = traffic.from_chats(0, 6, 3, 2, 256, (20, 60), (5, 20), think=2.0)
     sessions = traffic.with_arrivals(sessions, 1.0, 1.0, 0)
     hits = traffic.expected_hits((turn.segments for turn in traffic.all_turns(sessions)), 16)
-    clients = Clients(Replica(spec(), Config(), read_gpu("h200")), sessions, hits, None, 0)
+    clients = Clients([Replica(spec(), Config(), read_gpu("h200"))], sessions, hits=hits)
     clients.run(lambda done: None)
     for first, second, third in (clients.records[3 * chat : 3 * chat + 3] for chat in range(6)):
         assert second.sent == pytest.approx(first.times[-1] + 2.0)
         assert third.sent == pytest.approx(second.times[-1] + 2.0)
         assert (second.cached_tokens or 0) >= 256
     assert sum(record.cached_tokens or 0 for record in clients.records) == sum(hits)
-
-
-def test_replicas_are_stepped_under_one_clock() -> None:
-    config, gpu = Config(), read_gpu("h200")
-    alone = played(Replica(spec(), config, gpu), loads()).records
-    replicas = [Replica(spec(), config, gpu), Replica(spec(), config, msgspec.structs.replace(gpu, read=gpu.read / 2))]
-    clients = [Clients(replica, loads(), (), None, 0) for replica in replicas]
-    while busy := [client for client in clients if client.replica.has_work]:
-        behind = min(busy, key=lambda client: client.replica.executor.now)
-        behind.step(lambda done: None)
-    assert [record.times for record in clients[0].records] == [record.times for record in alone]
-    assert replicas[1].executor.now > replicas[0].executor.now
 
 
 # What a step costs

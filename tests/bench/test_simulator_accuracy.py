@@ -69,7 +69,7 @@ def offline_rate(model: str, config: Config, gpu: str, workload: Any) -> tuple[f
     sessions = traffic.from_workload(msgspec.convert(workload, WorkloadSpec))
     alone = msgspec.structs.replace(read_gpu(gpu), request_seconds=0.0, event_seconds=0.0)
     replica = Replica(read_spec(MODELS / model), config, alone)
-    Clients(replica, sessions, (), None, 0).run(lambda done: None)
+    Clients([replica], sessions).run(lambda done: None)
     tokens = sum(turn.output_length for turn in traffic.all_turns(sessions))
     return tokens / replica.executor.now, replica.executor.num_pages
 
@@ -109,7 +109,7 @@ def test_throughput_of_chunks_and_of_steps_without_graphs(name: str, group: str,
 def test_a_server_with_256_requests_at_once(seed: int) -> None:
     known = record("Qwen3-0.6B-H200-online")["runs"][seed]
     replica = Replica(read_spec(MODELS / "Qwen3-0.6B"), Config(max_prefill_length=16384), read_gpu("h200"))
-    clients = Clients(replica, traffic.from_workload(WorkloadSpec(seed=seed)), (), 256, 0)
+    clients = Clients([replica], traffic.from_workload(WorkloadSpec(seed=seed)), concurrency=256)
     measured = *(known["latency_ms"][name]["p50"] for name in ("ttft", "tpot")), known["output_tokens_per_second"]
     check_served(f"`Qwen3-0.6B-H200-online.json`, seed {seed}", clients, measured)
 
@@ -119,7 +119,7 @@ def azure_clients(scale: float, config: Config) -> Clients:
     if not (path := os.environ.get("MINISGL_AZURE_TRACE")):
         pytest.skip("MINISGL_AZURE_TRACE does not name the Azure trace of 2023 (docs/simulator.md)")
     sessions = traffic.from_trace(traffic.read_trace(Path(path), 1000), scale, None, 1024)
-    return Clients(Replica(read_spec(MODELS / "Qwen3-32B"), config, read_gpu("h200")), sessions, (), None, 0)
+    return Clients([Replica(read_spec(MODELS / "Qwen3-32B"), config, read_gpu("h200"))], sessions)
 
 
 @pytest.mark.parametrize(("scale", "chunk"), AZURE)
@@ -135,5 +135,5 @@ def test_a_core_without_other_work_simulates_100_times_faster_than_real_time() -
         clients = azure_clients(1.0, Config(tp=4))
         started = time.perf_counter()
         clients.run(lambda done: None)
-        ratios.append(clients.replica.executor.now / (time.perf_counter() - started))
+        ratios.append(clients.replicas[0].executor.now / (time.perf_counter() - started))
     assert max(ratios) > 100
