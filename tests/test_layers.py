@@ -184,7 +184,7 @@ def test_the_packages_stay_small() -> None:
     assert lines(core) <= 4_980
     assert len(core) <= 21
     assert lines(bench) <= 4_600
-    assert lines(sorted(TESTS.rglob("*.py"))) <= 21_400
+    assert lines(sorted(TESTS.rglob("*.py"))) <= 21_700
 
 
 def test_class_names_are_defined_once() -> None:
