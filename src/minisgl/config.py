@@ -13,7 +13,9 @@ import re
 import socket
 from collections.abc import Iterable, Mapping, MutableMapping
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import msgspec
 
 from minisgl.errors import ConfigError, UnknownKeywordError, did_you_mean
 
@@ -22,6 +24,7 @@ ATTENTION_BACKENDS = ("fa", "fi", "trtllm", "triton", "torch")
 SCHEDULE_POLICIES = ("fcfs", "lpm", "srpf", "priority")
 EVICTIONS = ("lru", "slru")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+METRICS_PREFIXES = ("minisgl", "vllm", "sglang")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 CPU_PREFILL_LENGTH = 512
 PIECEWISE_TOKENS = 2048
@@ -41,6 +44,19 @@ def setting(
     """Declare a field of `Config`; `least` and `most` are the bounds of a number."""
     metadata = {"flags": flags, "help": help, "env": env, "choices": choices, "least": least, "most": most}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+class KVEventsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`--kv-events-config`, in vLLM's words; `encoding` is of events: maps, or arrays as vLLM before 0.24 wrote."""
+
+    enable_kv_cache_events: bool = True
+    publisher: Literal["zmq", "null"] = "zmq"
+    endpoint: str = "tcp://*:5557"
+    replay_endpoint: str | None = None
+    topic: str = ""
+    buffer_steps: Annotated[int, msgspec.Meta(ge=1)] = 10_000
+    hwm: Annotated[int, msgspec.Meta(ge=1)] = 1_000
+    encoding: Literal["map", "array"] = "map"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,6 +164,10 @@ class Config:
         None, "--trace-steps", help="file for a trace of every step in Chrome's format, which Perfetto opens")
     record: str | None = setting(
         None, "--record", help="file for arrivals, lengths and hashes of prompts, no text; `bench` replays it")
+    metrics_prefix: str = setting(
+        "minisgl", "--metrics-prefix", choices=METRICS_PREFIXES, help="whose names /metrics has")
+    kv_events_config: str | None = setting(
+        None, "--kv-events-config", help="publish the prefix cache's changes to routers: JSON, as vLLM's; default: off")
     debug_endpoints: bool = setting(
         False, "--debug-endpoints", help="serve GET /debug/engine and /debug/events: requests, pages, steps")
     drain_timeout: float = setting(
@@ -296,12 +316,25 @@ def check(config: Config) -> None:
         raise ConfigError("--api-key must be made of printable ASCII: it travels in a header")
     if any(not re.fullmatch(HOST_PATTERN, name) for name in config.allowed_hosts):
         raise ConfigError("--allowed-hosts takes names without scheme, port and path; an IPv6 address is in brackets")
+    if kv_events(config) is not None and config.cache == "naive":
+        raise ConfigError("--kv-events-config is of the prefix cache: leave it out with --cache naive")
     if config.cache == "naive" and config.eviction != "lru":
         raise ConfigError("--eviction is of the prefix cache: leave it out with --cache naive")
     if any(number > len(config.api_key) for number in priority_ranges(config.client_priorities)):
         raise ConfigError(f"--client-priorities: there are {len(config.api_key)} keys in --api-key")
     if (config.ssl_certfile is None) != (config.ssl_keyfile is None):
         raise ConfigError("--ssl-certfile and --ssl-keyfile go together; give both or neither")
+
+
+def kv_events(config: Config) -> KVEventsConfig | None:
+    """What `--kv-events-config` says; None where it is not given or says no."""
+    if config.kv_events_config is None:
+        return None
+    try:
+        said = msgspec.json.decode(config.kv_events_config, type=KVEventsConfig)
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"--kv-events-config: {error}") from error
+    return said if said.enable_kv_cache_events and said.publisher == "zmq" else None
 
 
 def priority_ranges(values: Iterable[str]) -> dict[int, tuple[int, int]]:

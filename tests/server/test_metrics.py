@@ -134,7 +134,7 @@ def test_the_processes_of_a_server_are_counted_together(tmp_path: Path) -> None:
     mark_process_dead(ended, counts)  # type: ignore[no-untyped-call]
     metrics = Metrics(counts)
     assert (set(metrics.silences()), metrics.num_silent()) == ({hanging, working}, 1)
-    page = MetricsPage(metrics, EngineStats(), True, "m").render().decode()
+    page = MetricsPage(metrics, EngineStats(), True, "m", 16).render().decode()
     for line in (
         'minisgl:time_to_first_token_seconds_bucket{le="0.025",model_name="m"} 4.0',
         'minisgl:request_success_total{finished_reason="stop",model_name="m"} 4.0',
@@ -173,3 +173,36 @@ def test_the_status_line_says_rates_and_shares() -> None:
         "prefix hits 25%, retracted 2"
     )
     assert share(1, 0) == 0.0
+
+
+# What llm-d's endpoint picker (docs/plugin-metric-protocol.md) and AIBrix (features/multi-engine) read of each engine.
+GATEWAY_NAMES = {
+    "vllm": (
+        "num_requests_waiting", "num_requests_running", "kv_cache_usage_perc", "cache_config_info",
+        "num_preemptions_total", "e2e_request_latency_seconds_bucket", "request_queue_time_seconds_bucket",
+        "prompt_tokens_total", "request_prompt_tokens_bucket", "generation_tokens_total",
+        "request_generation_tokens_bucket", "time_to_first_token_seconds_bucket", "inter_token_latency_seconds_bucket",
+        "request_decode_time_seconds_bucket", "request_prefill_time_seconds_bucket",
+        "request_time_per_output_token_seconds_bucket", "prefix_cache_queries_total", "prefix_cache_hits_total",
+    ),
+    "sglang": (
+        "num_queue_reqs", "num_running_reqs", "token_usage", "cache_config_info", "page_size", "num_pages",
+        "num_requests_total", "e2e_request_latency_seconds_bucket", "time_to_first_token_seconds_bucket",
+        "inter_token_latency_seconds_bucket", "gen_throughput", "cache_hit_rate",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix", GATEWAY_NAMES)
+def test_gateways_find_the_names_they_read(prefix: str) -> None:
+    stats = EngineStats(pages_total=10, pages_free=2, pages_cached=5, pages_evictable=4)
+    page = MetricsPage(Metrics(prefix=prefix), stats, True, "m", 16).render().decode()
+    names = {line.split("{")[0] for line in page.splitlines() if not line.startswith("#")}
+    assert {f"{prefix}:{name}" for name in GATEWAY_NAMES[prefix]} <= names
+    assert not any(name.startswith("minisgl:") for name in names)
+    lines = {
+        "vllm": ('vllm:kv_cache_usage_perc{model_name="m"} 0.4', 'block_size="16",model_name="m",num_gpu_blocks="10"'),
+        "sglang": ('sglang:token_usage{model_name="m"} 0.4', 'model_name="m",num_pages="10",page_size="16"'),
+    }[prefix]
+    assert all(line in page for line in lines)
+    assert page.count("# TYPE vllm:kv_cache_usage_perc gauge") == (prefix == "vllm")

@@ -215,6 +215,7 @@ class Engine:
             pages_total=self.executor.num_pages,
             pages_free=self.cache.num_free,
             pages_cached=self.cache.num_cached,
+            pages_evictable=self.cache.available - self.cache.num_free,
             steps=scheduler.step,
             retracted=scheduler.retracted,
             aborted=self._aborted,

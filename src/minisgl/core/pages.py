@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minisgl.core.plan import Int32
-from minisgl.core.radix_cache import EvictionPolicy, Match, Node, RadixCache
+from minisgl.core.radix_cache import CacheListener, EvictionPolicy, Match, Node, RadixCache
 
 Slots = NDArray[np.signedinteger[Any]]
 PageWrites = tuple[Int32, Int32, Int32]  # (slots, indices, page ids): page_table[slots, indices] = page ids
@@ -200,7 +200,13 @@ class CacheManager:
         """Drop from the cache all that no row borrows; return how many pages that frees."""
         pages = self._cache.evict(self._cache.num_evictable)
         self._allocator.free(pages)
+        if self._cache.listener is not None and not self._cache.num_pages:
+            self._cache.listener.cleared()
         return len(pages)
+
+    def listen(self, listener: CacheListener) -> None:
+        """Tell `listener` from here on which pages the prefix cache takes and drops."""
+        self._cache.listener = listener
 
     def _whole_pages(self, tokens: Int32) -> Int32:
         """The tokens that may come from the cache: whole pages, without the last token, whose logits are needed."""

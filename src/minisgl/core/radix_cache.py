@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Protocol
 
 import numpy as np
 
@@ -107,6 +108,18 @@ class Match:
     run: Int32 | None = None
 
 
+class CacheListener(Protocol):
+    """Hears which pages the tree takes and drops, in that order."""
+
+    def stored(self, parent: int | None, tokens: Int32, pages: Int32) -> None:
+        """`pages` hold the KV of `tokens` behind the page `parent`, None at the beginning."""
+
+    def removed(self, pages: Int32) -> None: ...
+
+    def cleared(self) -> None:
+        """A flush has left no page."""
+
+
 class RadixCache:
     """Pages by the tokens whose KV they hold. Token arrays are int32 and contiguous; only whole pages are cached.
 
@@ -123,6 +136,7 @@ class RadixCache:
         self.page_size = page_size
         self.shared = shared
         self.eviction = eviction or EvictionPolicy()
+        self.listener: CacheListener | None = None
         self.root = Node(np.empty(0, np.int32), np.empty(0, np.int32), None)
         self.num_pages = 0
         self.num_evictable = 0  # pages that no lock protects
@@ -205,6 +219,8 @@ class RadixCache:
         self.num_pages += len(leaf.pages)
         self.num_evictable += len(leaf.pages)
         self._enqueue(leaf)
+        if self.listener is not None:
+            self.listener.stored(int(parent.pages[-1]) if len(parent.pages) else None, leaf.tokens, leaf.pages)
         return leaf, known
 
     def evict(self, count: int) -> Int32:
@@ -273,6 +289,8 @@ class RadixCache:
         """Take the last `count` pages off an unlocked leaf that has left the queue; unlink it when none remain."""
         keep = len(leaf.pages) - count
         pages = leaf.pages[keep:]
+        if self.listener is not None:
+            self.listener.removed(pages)
         self.num_pages -= count
         self.num_evictable -= count
         if keep:

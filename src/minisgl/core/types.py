@@ -290,9 +290,15 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     pages_total: int = 0
     pages_free: int = 0
     pages_cached: int = 0
+    pages_evictable: int = 0  # cached ones that no request uses
     steps: int = 0
     retracted: int = 0
     aborted: int = 0
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     generated_tokens: int = 0
+
+    @property
+    def pages_held(self) -> int:
+        """Pages that requests use, their own and cached ones."""
+        return self.pages_total - self.pages_free - self.pages_evictable

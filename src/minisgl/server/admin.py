@@ -34,7 +34,7 @@ HEALTH_POLL = 0.02  # s
 
 def admin_routes(api: Api) -> list[ApiRoute]:
     client, model, preparation = api.client, api.preparation.model, api.preparation
-    counted = api.started, 0  # when /v1/loads was last asked for, and the tokens generated until then
+    load_rate, scrape_rate = Throughput(api.started), Throughput(api.started)
 
     async def health(_: Request) -> Response:
         """200 when the engine and all API processes answer in time, else 503."""
@@ -85,10 +85,8 @@ def admin_routes(api: Api) -> list[ApiRoute]:
 
     async def loads(_: Request) -> Response:
         """How busy the engine is, under SGLang's names."""
-        nonlocal counted
         stats = await client.ping(api.health_timeout)
-        (since, generated), counted = counted, (time.monotonic(), stats.generated_tokens)
-        rate = (stats.generated_tokens - generated) / max(counted[0] - since, 1e-3)
+        rate = load_rate.since_last(stats.generated_tokens)
         return json_response(describe_loads(stats, api.config.page_size, rate))
 
     async def load(_: Request) -> Response:
@@ -106,7 +104,8 @@ def admin_routes(api: Api) -> list[ApiRoute]:
         """Prometheus' page. It never fails: without the engine it has the engine's last counts."""
         with contextlib.suppress(EngineDeadError):
             await client.ping(SCRAPE_TIMEOUT)
-        page = MetricsPage(client.metrics, client.stats, client.dead is None, model.name)
+        rate, size = scrape_rate.since_last(client.stats.generated_tokens), api.config.page_size
+        page = MetricsPage(client.metrics, client.stats, client.dead is None, model.name, size, rate)
         return Response(page.render(), media_type=CONTENT_TYPE)
 
     async def flush_cache(_: Request) -> Response:
@@ -159,8 +158,22 @@ def admin_routes(api: Api) -> list[ApiRoute]:
     ]
 
 
+@dataclasses.dataclass
+class Throughput:
+    """Tokens/s between two questions; the first one asks from `since` on."""
+
+    since: float
+    generated: int = 0
+
+    def since_last(self, generated: int) -> float:
+        now = time.monotonic()
+        rate = (generated - self.generated) / max(now - self.since, 1e-3)
+        self.since, self.generated = now, generated
+        return rate
+
+
 def describe_loads(stats: EngineStats, page_size: int, throughput: float) -> responses.Loads:
-    used, waiting = (stats.pages_total - stats.pages_free - stats.pages_cached) * page_size, stats.waiting_tokens
+    used, waiting = stats.pages_held * page_size, stats.waiting_tokens
     size, requests = stats.pages_total * page_size, stats.running + stats.waiting
     usage, utilization = used / max(size, 1), stats.running / max(stats.max_running, 1)
     rank = responses.RankLoad(

@@ -400,7 +400,7 @@ async def serve_api(
 
 async def serve_worker(setup: ipc.WorkerSetup, stdin: BinaryIO, stdout: BinaryIO) -> int:
     """Serve as one of several until told to stop; the exit status."""
-    metrics, shutdown = Metrics(setup.counts), Shutdown()
+    metrics, shutdown = Metrics(setup.counts, setup.config.metrics_prefix), Shutdown()
     client = EngineClient(setup.folder, setup.config, link=setup.link, metrics=metrics)
 
     def say(serving: ipc.Serving) -> None:

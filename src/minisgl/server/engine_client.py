@@ -141,7 +141,7 @@ class EngineClient:
         self.dead: EngineDeadError | None = None  # why the engine is `gone`
         self.gone = asyncio.Event()
         self.draining = False
-        self.metrics = metrics or Metrics()
+        self.metrics = metrics or Metrics(prefix=config.metrics_prefix)
         self.queue = Queue(config, self.metrics, max_live)
         self.stats = EngineStats()  # when the engine last replied
         self.feed = StepFeed(lambda on: self.send(ipc.Watch(link, on)))

@@ -12,12 +12,14 @@ import msgspec
 import zmq
 
 from minisgl.build import build_engine
+from minisgl.config import kv_events
 from minisgl.core.engine import Engine
 from minisgl.core.request_state import Constraint, ConstraintFactory, make_constraint
 from minisgl.core.types import FinishReason, Grammar, Request, TokenEvent
 from minisgl.errors import InvalidRequestError, MinisglError
 from minisgl.server import ipc
 from minisgl.server.debug import StepLog, snapshot
+from minisgl.server.kv_events import KVEventPublisher
 
 IDLE_POLL_MS = 200
 COMPILERS = 2  # threads, so that a known grammar need not wait for a slow one
@@ -141,6 +143,7 @@ class EngineServer:
     engine: Engine
     grammars: PendingGrammars
     ready: ipc.Ready
+    kv_events: KVEventPublisher | None = None
 
     def __init__(self, setup: ipc.EngineSetup, parent_gone: threading.Event) -> None:
         self.config, self.parent_gone = setup.config, parent_gone
@@ -149,8 +152,12 @@ class EngineServer:
 
     def run(self) -> int:
         try:
+            if (said := kv_events(self.config)) is not None:
+                self.kv_events = KVEventPublisher(said, self.config.page_size)
             built = build_engine(self.config, progress=sys.stderr.isatty(), on_failure=leave_soon)
             self.engine, self.grammars = built.engine, PendingGrammars(built.engine.constraints)
+            if self.kv_events is not None:
+                self.engine.cache.listen(self.kv_events)
             if self.config.debug_endpoints:
                 self.engine.observe(self.steps)
             self.ready = ipc.Ready(built.engine.model, str(built.folder), list(built.notes))
@@ -164,6 +171,8 @@ class EngineServer:
             raise
         finally:
             self.links.close()
+            if self.kv_events is not None:
+                self.kv_events.close()
         return 0
 
     def _serve(self) -> None:
@@ -181,6 +190,8 @@ class EngineServer:
                     events = engine.step()
                     if events or engine.admitted:
                         self.links.send_events(events, engine.admitted)
+                    if self.kv_events is not None:
+                        self.kv_events.flush()
                     if self.config.debug_endpoints:
                         self.steps.flush(not engine.has_work)
         finally:
@@ -214,6 +225,8 @@ class EngineServer:
         engine, pending, count, shown = self.engine, self.grammars.requests, 0, b""
         if query.action == "flush_cache":
             count = engine.flush_cache()
+            if self.kv_events is not None:
+                self.kv_events.flush()
         elif query.action == "abort":
             live = (*engine.scheduler.live, *pending)
             ids = [request_id for request_id in live if ipc.belongs_to(request_id, query.completion_id)]

@@ -8,9 +8,10 @@ import functools
 import glob
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from http import HTTPMethod
+from types import MappingProxyType
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -20,7 +21,26 @@ from prometheus_client.registry import Collector
 from minisgl.core.types import EngineStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-PREFIX = "minisgl:"  # of names that are vLLM's
+# By `--metrics-prefix`, the names that differ from ours; None: that prefix has another metric of this name.
+NAMES: Mapping[str, Mapping[str, str | None]] = MappingProxyType({
+    "minisgl": {},
+    "vllm": {
+        "kv_cache_usage_perc": None,
+        "kv_cache_held_perc": "kv_cache_usage_perc",
+        "time_per_output_token_seconds": "request_time_per_output_token_seconds",
+    },
+    "sglang": {
+        "num_requests_running": "num_running_reqs",
+        "num_requests_waiting": "num_queue_reqs",
+        "kv_cache_held_perc": "token_usage",
+        "kv_pages_total": "num_pages",
+        "prefix_cache_hits": "cached_tokens",
+        "num_preemptions": "num_retracted_requests",
+        "request_success": "num_requests",
+        "request_queue_time_seconds": "queue_time_seconds",
+    },
+})  # fmt: skip
+CACHE_LABELS = MappingProxyType({"sglang": ("page_size", "num_pages")})  # else vLLM's
 # Upper bounds: s for the time of a token, s for what a request waits and takes, tokens of a prompt or completion.
 SHORT = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
 LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
@@ -91,18 +111,19 @@ class Metrics:
     in files of its own; PROMETHEUS_MULTIPROC_DIR must have named it before prometheus_client was imported.
     """
 
-    def __init__(self, counts: str | None = None) -> None:
+    def __init__(self, counts: str | None = None, prefix: str = "minisgl") -> None:
+        self.prefix = prefix
         self.registry = registry = CollectorRegistry()
         self.counts = counts
 
         def histogram(name: str, bounds: Sequence[float], text: str) -> Histogram:
-            return Histogram(PREFIX + name, text, registry=registry, buckets=bounds)
+            return Histogram(self.name(name), text, registry=registry, buckets=bounds)
 
         def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(PREFIX + name, text, labels, registry=registry)
+            return Counter(self.name(name), text, labels, registry=registry)
 
         def gauge(name: str, text: str) -> Gauge:
-            return Gauge(PREFIX + name, text, registry=registry, multiprocess_mode="livesum")
+            return Gauge(self.name(name), text, registry=registry, multiprocess_mode="livesum")
 
         self.time_to_first_token = histogram("time_to_first_token_seconds", LONG, "from arrival to the first token")
         self.inter_token_latency = histogram("inter_token_latency_seconds", SHORT, "from one token to the next")
@@ -122,8 +143,11 @@ class Metrics:
         self.queued_tokens = gauge("num_queued_tokens", "prompt tokens of requests without their first token")
         self.preparing = gauge("num_requests_preparing", "requests that are being tokenised")
         # Of no registry: one API process has none, and of several the files are read.
-        name, text = PREFIX + "api_process_heartbeat", "Unix time at which an API process last said that it works"
+        name, text = self.name("api_process_heartbeat"), "Unix time at which an API process last said that it works"
         self.heartbeat = Gauge(name, text, registry=None, multiprocess_mode="liveall")
+
+    def name(self, own: str) -> str:
+        return f"{self.prefix}:{NAMES[self.prefix].get(own, own)}"
 
     def on_admitted(self, request: RequestStats, now: float) -> None:
         """A request has a row in the engine; only the first time counts."""
@@ -188,6 +212,8 @@ class MetricsPage(Collector):
     stats: EngineStats  # what the engine said last
     engine_up: bool
     model: str
+    page_size: int
+    throughput: float = 0.0  # tokens/s since the page before
 
     def render(self) -> bytes:
         return generate_latest(self)
@@ -199,16 +225,38 @@ class MetricsPage(Collector):
         gauges = [(name, text, float(getattr(stats, attribute))) for name, attribute, text in GAUGES]
         gauges += [
             ("kv_cache_usage_perc", "share of the KV pages that hold something", share(used, stats.pages_total)),
+            (
+                "kv_cache_held_perc",
+                "share of the KV pages that requests use",
+                share(stats.pages_held, stats.pages_total),
+            ),
+            (
+                "cache_hit_rate",
+                "share of the prompt tokens found cached",
+                share(stats.cached_prompt_tokens, stats.prompt_tokens),
+            ),
+            ("gen_throughput", "tokens/s since the page before", self.throughput),
+            ("page_size", "tokens of a KV page", self.page_size),
             ("kv_cache_owned_perc", "share of the KV pages no other may have", share(owned, stats.pages_total)),
             ("api_processes", "API processes that answer", answering),
             ("engine_up", "1 while the engine lives", float(self.engine_up)),
         ]
-        families: list[Metric] = [GaugeMetricFamily(PREFIX + name, text, value) for name, text, value in gauges]
+        renamed, name_of = NAMES[self.metrics.prefix], self.metrics.name
+        families: list[Metric] = [
+            GaugeMetricFamily(name_of(name), text, value)
+            for name, text, value in gauges
+            if renamed.get(name, "") is not None
+        ]
+        info = GaugeMetricFamily(name_of("cache_config_info"), "how the KV cache is divided: its labels")
+        labels = CACHE_LABELS.get(self.metrics.prefix, ("block_size", "num_gpu_blocks"))
+        values = (str(self.page_size), str(stats.pages_total))
+        info.add_sample(info.name, dict(zip(labels, values, strict=True)), 1.0)
+        families.append(info)
         for name, attribute, text in COUNTERS:
-            families.append(CounterMetricFamily(PREFIX + name, text, getattr(stats, attribute)))
+            families.append(CounterMetricFamily(name_of(name), text, getattr(stats, attribute)))
         for family in (*families, *self.metrics.families()):
             family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
-            if family.name != PREFIX + "http_requests":
+            if family.name != name_of("http_requests"):
                 family.samples = [s._replace(labels={"model_name": self.model, **s.labels}) for s in family.samples]
             yield family
         yield from process_families(processes)
