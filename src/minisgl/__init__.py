@@ -1,5 +1,6 @@
 """Mini-SGLang: an OpenAI-compatible server, and an LLM inference engine that reads in an afternoon."""
 
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from minisgl.core.types import FinishReason, SamplingParams
@@ -7,7 +8,11 @@ from minisgl.core.types import FinishReason, SamplingParams
 if TYPE_CHECKING:
     from minisgl.llm import LLM
 
-__version__ = "0.1.0"
+try:
+    __version__ = version("minisgl")
+except PackageNotFoundError:  # a source tree that is not installed
+    __version__ = "0+unknown"
+
 __all__ = ["LLM", "FinishReason", "SamplingParams", "__version__"]
 
 
