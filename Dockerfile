@@ -1,4 +1,4 @@
-# Targets: cpu (the last, so the default), cuda, and ray (cuda and Ray Serve, for KubeRay). docs/deploy.md says how to run them.
+# Targets: cpu (the last, so the default) and cuda. docs/deploy.md says how to run them.
 ARG BASE=debian:bookworm-slim
 
 FROM ${BASE} AS build
@@ -22,9 +22,6 @@ RUN /opt/minisgl/bin/pip install --extra-index-url "${TORCH_INDEX}" .
 
 FROM build AS build-cuda
 RUN /opt/minisgl/bin/pip install '.[cuda]'
-
-FROM build AS build-ray
-RUN /opt/minisgl/bin/pip install '.[cuda,ray]'
 
 FROM ${BASE} AS runtime
 # hadolint ignore=DL3008
@@ -56,20 +53,6 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/*
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 1000:1000
-
-FROM runtime-cuda AS ray
-USER 0
-# KubeRay starts a login shell, which has a PATH of its own, and its probes call wget.
-# hadolint ignore=DL3008
-RUN apt-get update \
- && apt-get install --yes --no-install-recommends wget \
- && rm -rf /var/lib/apt/lists/* \
- && ln -s /opt/minisgl/bin/minisgl /opt/minisgl/bin/ray /opt/minisgl/bin/serve /opt/minisgl/bin/python /usr/local/bin/
-COPY --from=build-ray /opt/minisgl /opt/minisgl
-USER 1000:1000
-HEALTHCHECK NONE
-ENTRYPOINT []
-CMD ["bash"]
 
 FROM runtime-cuda AS cuda
 COPY --from=build-cuda /opt/minisgl /opt/minisgl

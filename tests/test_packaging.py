@@ -141,14 +141,6 @@ def test_autoscaling_counts_a_metric_of_the_server() -> None:
     assert "`num_requests_queued`" in (ROOT / "docs/operation.md").read_text()
 
 
-def test_the_ray_cluster_has_the_version_of_the_extra() -> None:
-    service = of_kind("k8s/rayservice.yaml", "RayService")["spec"]
-    (ray,) = PROJECT["optional-dependencies"]["ray"]
-    assert service["rayClusterConfig"]["rayVersion"].startswith(ray.partition("==")[2].removesuffix("*"))
-    (application,) = yaml.safe_load(service["serveConfigV2"])["applications"]
-    assert application["import_path"] == "minisgl.ray_app:build"
-
-
 def test_the_image_runs_as_a_number_and_starts_the_server() -> None:
     text = (ROOT / "Dockerfile").read_text()
     last = text.rpartition("FROM ")[2]

@@ -1,4 +1,4 @@
-"""smg, the Shepherd Model Gateway, before two servers: sessions, prefix affinity, and clients that leave or stall."""
+"""smg, the Shepherd Model Gateway, before two servers: sessions, prefix affinity, and clients that leave."""
 
 import json
 import os
@@ -20,8 +20,7 @@ pytestmark = pytest.mark.clients
 
 GROUPS, TURNS = 8, 8
 DROPPED = 100
-WRITE_TIMEOUT = 3
-FLAGS = ("--write-timeout", str(WRITE_TIMEOUT), "--max-running-requests", "16")
+FLAGS = ("--max-running-requests", "16")
 
 
 def free_port() -> int:

@@ -56,7 +56,7 @@ def cached(node: Node, before: tuple[int, ...] = ()) -> set[tuple[int, ...]]:
 
 class Subscriber:
     def __init__(self, endpoint: str) -> None:
-        self.socket = zmq.Context.instance().socket(zmq.SUB)
+        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SUB)
         self.socket.setsockopt(zmq.SUBSCRIBE, b"kv")
         self.socket.setsockopt(zmq.RCVTIMEO, 5000)
         self.socket.connect(endpoint)
@@ -88,8 +88,8 @@ def publisher(tmp_path: Path) -> Iterator[Open]:
     opened = []
 
     def start(**changes: Any) -> KVEventPublisher:
-        addresses = {"endpoint": f"ipc://{tmp_path}/events", "replay_endpoint": f"ipc://{tmp_path}/replay"}
-        said = KVEventsConfig(topic="kv-events", **addresses, **changes)
+        endpoint, replay = f"ipc://{tmp_path}/events", f"ipc://{tmp_path}/replay"
+        said = KVEventsConfig(topic="kv-events", endpoint=endpoint, replay_endpoint=replay, **changes)
         opened.append(KVEventPublisher(said, PAGE))
         return opened[-1]
 
@@ -141,6 +141,8 @@ def test_a_subscriber_receives_batches_and_asks_for_those_it_missed(publisher: O
         if subscriber.socket.poll(20):
             received.append(subscriber.receive())
             break
+    replay: zmq.Socket[bytes]
+    number, payload = b"", b""
     for kind in (zmq.DEALER, zmq.REQ):
         with zmq.Context.instance().socket(kind) as replay:
             replay.setsockopt(zmq.RCVTIMEO, 5000)
@@ -148,7 +150,8 @@ def test_a_subscriber_receives_batches_and_asks_for_those_it_missed(publisher: O
             replay.send((0).to_bytes(8, "big"))
             number, payload = replay.recv_multipart()
             assert number == (0).to_bytes(8, "big")
-            apply(blocks := {}, msgspec.msgpack.decode(payload))
+            blocks: Blocks = {}
+            apply(blocks, msgspec.msgpack.decode(payload))
             assert prefixes(blocks) == {(1, 2), (1, 2, 3, 4)}
             while kind == zmq.DEALER and payload:
                 number, payload = replay.recv_multipart()
