@@ -210,7 +210,7 @@ sessions = traffic.with_arrivals(sessions, rate=25.0, burstiness=0.3, seed=0)
 
 def simulate(policy: str) -> list[metrics.RequestRecord]:
     config = Config(schedule_policy=policy, max_running_requests=48, num_pages=4000)
-    clients = Clients(Replica(model, config, gpu), sessions, (), None, 0)
+    clients = Clients([Replica(model, config, gpu)], sessions)
     clients.run(lambda done: None)
     return clients.records
 

@@ -107,6 +107,8 @@ SPELLINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("--write-timeout 5", {"write_timeout": 5.0}),
     ("--max-body-size 1048576", {"max_body_size": 1048576}),
     ("--drain-timeout 0", {"drain_timeout": 0.0}),
+    ("--metrics-prefix vllm", {"metrics_prefix": "vllm"}),
+    ("--kv-events-config {}", {"kv_events_config": "{}"}),
     ("a/b", {"model": "a/b"}),
     ("gpt2 --port 1", {"model": "gpt2", "port": 1}),
     ("--port 1 a/b", {"model": "a/b", "port": 1}),

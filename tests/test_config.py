@@ -87,7 +87,8 @@ def test_resolving_leaves_nothing_open_but_what_memory_and_model_decide(machine:
     open_ended = {field.name for field in dataclasses.fields(config) if getattr(config, field.name) in (None, "auto")}
     by_packages = {"attn"} if machine.has_cuda else set()
     no_limit = {"max_queued_requests", "max_queued_tokens", "request_timeout", "ssl_certfile", "ssl_keyfile"}
-    measured, files = {"num_pages", "memory_ratio", "all_reduce", "max_body_size"}, {"trace_steps", "record"}
+    measured = {"num_pages", "memory_ratio", "all_reduce", "max_body_size"}
+    files = {"trace_steps", "record", "kv_events_config"}
     by_checkpoint = {"quantization", "kv_cache_dtype"}
     open_fields = {"model", "max_seq_len_override"} | files | measured | by_packages | by_checkpoint | no_limit
     assert open_ended == open_fields

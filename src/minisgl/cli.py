@@ -32,12 +32,13 @@ GROUPS: Final = (
     ("kernels", ("attn", "cuda_graph_max_bs", "piecewise_cuda_graph_max_tokens")),
     ("observation", ("trace_steps", "record")),
     ("interface", ("host", "port", "served_model_name", "api_workers", "debug_endpoints", "shell", "log_level")),
+    ("gateways", ("metrics_prefix", "kv_events_config")),
     ("access", ("api_key", "allow_public", "allowed_hosts", "client_priorities", "cors_origins")),
     ("TLS", ("ssl_certfile", "ssl_keyfile")),
     ("limits", ("max_queued_requests", "max_queued_tokens", "max_body_size")),
     ("timeouts", ("request_timeout", "write_timeout", "drain_timeout")),
 )
-SERVER_GROUPS: Final = ("interface", "access", "TLS", "limits", "timeouts")  # a benchmark has none of them
+SERVER_GROUPS: Final = ("interface", "gateways", "access", "TLS", "limits", "timeouts")  # a benchmark has none of them
 
 ABOUT: Final = """\
 Serve a language model over OpenAI's HTTP API, or chat with it.

@@ -124,6 +124,7 @@ class StubEngine:
             pages_total=100,
             pages_free=60,
             pages_cached=10,
+            pages_evictable=10,
             steps=self.steps,
             retracted=2,
             aborted=len(self.aborted),
