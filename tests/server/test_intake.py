@@ -281,18 +281,21 @@ async def test_no_request_waits_for_the_grammars_of_another_client(server: Servi
         return asyncio.create_task(server.http.post(TEXT, json={**SMALL, **asked}, headers=headers))
 
     slow = [post("a", structured_outputs={"regex": f"slow {number}"}) for number in range(6)]
-    await server.until(lambda: len(STARTED) == 4)  # a thread each; the fifth waits for one, the sixth for its turn
+    await server.until(lambda: len(STARTED) == 4)
+    await asyncio.sleep(0.1)  # of the last two one waits for a thread, the other for the client's turn
     wrong = post("b", structured_outputs={"regex": "slow wrong"})
+    await asyncio.sleep(0.1)  # it waits for a thread now, so what follows waits for its client's turn
     leaving = post("b", guided_regex="slow leaving")
     for _ in range(5):
         assert (await post("a")).status_code == 200
         assert (await post("a", guided_regex="known")).status_code == 200
     assert not any(task.done() for task in (*slow, wrong))
     leaving.cancel()
+    await asyncio.wait([leaving])
     while (count := len(STARTED)) < 7:
         HOLD.release()
         await server.until(functools.partial(lambda before: len(STARTED) > before, count))
-    assert STARTED.index("slow wrong") == 5, "the other client's turn comes before the sixth of the first"
+    assert STARTED[5] == "slow wrong", "the other client's turn comes before the sixth of the first"
     HOLD.release(4)
     refused = (await wrong).json()["error"]
     assert refused["param"] == "structured_outputs"
