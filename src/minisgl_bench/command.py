@@ -29,6 +29,7 @@ ENGINE: Final = {
 }
 PARTS: Final = ("attention", "calibrate", "collectives", "gemm", "grammar", "kernels", "streaming")
 ABLATIONS: Final = ("overlap", "graphs", "chats", "system-prompt", "attention", "page-size", "chunk-size")
+ROUTER_NAMES: Final = ("random", "round-robin", "least-loaded", "prefix")
 SLO_NAMES: Final = ("ttft", "tpot", "e2e")
 UNITS: Final = {"ms": 1e-3, "s": 1.0}
 JSON_HELP: Final = (
@@ -104,20 +105,14 @@ def peak_rates(text: str) -> PeakRates:
     return PeakRates(**values)
 
 
-def ablations(text: str) -> tuple[str, ...]:
-    names = tuple(text.split(","))
-    if unknown := [name for name in names if name not in ABLATIONS]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(ABLATIONS)}")
-    return names
-
-
-ROUTER_NAMES: Final = ("random", "round-robin", "least-loaded", "prefix")
-
-
-def router_name(text: str) -> str:
-    if text not in ROUTER_NAMES:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(ROUTER_NAMES)}")
+def one_of(names: Sequence[str], text: str) -> str:
+    if text not in names:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(names)}")
     return text
+
+
+ablations = partial(several, convert=partial(one_of, ABLATIONS))
+routers = partial(several, convert=partial(one_of, ROUTER_NAMES))
 
 
 def losing(text: str) -> float | None:
@@ -193,7 +188,7 @@ NEEDED: Final = {
 FLEET: Final[dict[str, tuple[FlagRow, ...]]] = {
     "several replicas": (
         ("replicas", (1,), partial(several, convert=count), "N,M", "engines that share the requests (default: 1)"),
-        ("router", ("least-loaded",), partial(several, convert=router_name), "A,B", "which replica gets a request: "
+        ("router", ("least-loaded",), routers, "A,B", "which replica gets a request: "
          "random, round-robin, least-loaded (default), or prefix: the one that has most of it, unless it is too busy"),
         ("lose", (None,), partial(several, convert=losing), "S,T", "when a replica dies, in s, or never (default); "
          "clients send again what it had not answered"),

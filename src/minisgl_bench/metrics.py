@@ -132,16 +132,8 @@ def lines(found: Mapping[str, Any]) -> list[str]:
 
 
 def summary_table(runs: Sequence[Mapping[str, Any]]) -> Table:
-    heads: tuple[str, ...] = (
-        "requests/s",
-        "output tokens/s",
-        "TTFT",
-        "TPOT",
-        "end to end",
-        "failed",
-        "goodput",
-        "cached / expected",
-    )
+    heads = ("requests/s", "output tokens/s", "TTFT", "TPOT", "end to end", "failed", "goodput", "cached / expected")
+    simulated = ("GPU h / M output",) if any(GPU_HOURS in run for run in runs) else ()
     rows = []
     for run in runs:
         row = [run["label"], f"{run['requests_per_second']:,.2f}", f"{run['output_tokens_per_second']:,.0f}"]
@@ -151,6 +143,4 @@ def summary_table(runs: Sequence[Mapping[str, Any]]) -> Table:
         row += [f"{run['goodput_requests_per_second']:,.2f}" if "within_slo" in run else "–"]
         row += [f"{percent(run['reported_hit_rate'])} / {percent(run['expected_hit_rate'])}"]
         rows.append([*row, f"{run[GPU_HOURS]:.3f}"] if GPU_HOURS in run else row)
-    if runs and GPU_HOURS in runs[0]:
-        heads = (*heads, "GPU h / M output")
-    return table("p50 / p90 / p99 in ms", ("run", *heads), rows)
+    return table("p50 / p90 / p99 in ms", ("run", *heads, *simulated), rows)

@@ -36,6 +36,7 @@ class Case(NamedTuple):
     replica: Replica
     load: Repeated
     concurrency: int | None
+    lose: float | None  # when the first replica is lost, s
 
 
 @cache
@@ -65,9 +66,7 @@ def run(configs: Sequence[tuple[Mapping[str, Any], Config]], options: argparse.N
         while cases:  # a simulation's memory is given back before the next one
             case = cases.popleft()
             values = [(name.replace("_", " "), case.settings[name]) for name in names]
-            label = ", ".join(
-                f"{name} {value:g}" if isinstance(value, int | float) else value for name, value in values
-            )
+            label = ", ".join(value if isinstance(value, str) else f"{name} {value:g}" for name, value in values)
             found, latencies = simulate(case, options.slo, done)
             runs.append({"label": label, **case.settings, **found})
             samples.append(latencies)
@@ -90,14 +89,14 @@ def run(configs: Sequence[tuple[Mapping[str, Any], Config]], options: argparse.N
 
 def make_cases(configs: Sequence[tuple[Mapping[str, Any], Config]], options: argparse.Namespace) -> deque[Case]:
     """All simulations; raises ConfigError for what cannot run, before anything does."""
+    if options.lose != (None,) and 1 in options.replicas:
+        raise ConfigError("--lose needs --replicas of at least 2: with one no replica is left")
     kind = load_kind(options)
     loads = [
         (value, seed, traffic.make_sessions(options, kind, value, seed))
         for value, seed in itertools.product(getattr(options, kind), options.seeds)
     ]
     cases: deque[Case] = deque()
-    if options.lose != (None,) and 1 in options.replicas:
-        raise ConfigError("--lose needs --replicas of at least 2: with one no replica is left")
     fleets = itertools.product(options.replicas, options.router, options.lose)
     for (chosen, config), name, (value, seed, sessions), (replicas, router, lose) in itertools.product(
         configs, options.gpu, loads, fleets
@@ -107,7 +106,7 @@ def make_cases(configs: Sequence[tuple[Mapping[str, Any], Config]], options: arg
         replica = Replica(spec_of(config), config, read_gpu(name), options.hash_tokens)
         traffic.require_fit(sessions, replica.model.max_seq_len)
         load = Repeated(sessions, options.repeat)
-        cases.append(Case(settings, replica, load, value if kind == "concurrency" else None))
+        cases.append(Case(settings, replica, load, value if kind == "concurrency" else None, lose))
     return cases
 
 
@@ -117,10 +116,9 @@ def simulate(case: Case, slo: Mapping[str, float], done: Callable[[int], object]
     turns = [turn.segments for turn in traffic.all_turns(case.load.sessions)]
     hits = traffic.expected_hits(turns, replica.config.page_size) if replica.config.cache == "radix" else []
     replicas = [replica, *(replica.another() for _ in range(1, settings["replicas"]))]
-    lose = settings["lose"] if isinstance(settings["lose"], float) else None
     every = 1 + case.load.times * len(turns) // WHOLE_RECORDS
     router = ROUTERS[settings["router"]](settings["seed"])
-    clients = Clients(replicas, case.load, router, hits, case.concurrency, settings["seed"], lose, every)
+    clients = Clients(replicas, case.load, router, hits, case.concurrency, settings["seed"], case.lose, every)
     started = time.perf_counter()
     clients.run(done)
     seconds = time.perf_counter() - started
@@ -128,8 +126,8 @@ def simulate(case: Case, slo: Mapping[str, float], done: Callable[[int], object]
     for each in replicas:
         each.engine.close()
     found = metrics.figures(clients.records, slo)
-    seconds_served = len(replicas) * found["seconds"] - (0.0 if lose is None else max(0.0, found["seconds"] - lose))
-    hours = replica.config.tp * seconds_served / 3600
+    seconds_lost = 0.0 if case.lose is None else max(0.0, found["seconds"] - case.lose)
+    hours = replica.config.tp * (len(replicas) * found["seconds"] - seconds_lost) / 3600
     found |= {
         "config": {name: getattr(replica.config, name) for name in SHOWN},
         "pages": replica.num_pages,

@@ -2,17 +2,15 @@
 
 import json
 import os
-import socket
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
 import pytest
 
-from helpers.processes import server
+from helpers.processes import free_port, server, wait_for
 from helpers.server_process import metrics
 from helpers.third_party import CLIENT_TESTS, Clients
 
@@ -21,19 +19,6 @@ pytestmark = pytest.mark.clients
 GROUPS, TURNS = 8, 8
 DROPPED = 100
 FLAGS = ("--max-running-requests", "16")
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def until(condition: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def owns_nothing(workers: list[str]) -> bool:
@@ -66,7 +51,7 @@ def gateway(workers: list[str], tmp_path_factory: pytest.TempPathFactory) -> Ite
         return len(listed) == len(workers) and all(worker["is_healthy"] for worker in listed)
 
     try:
-        until(serves, 60)
+        wait_for(serves, 60)
         yield url
     finally:
         process.terminate()
@@ -121,5 +106,5 @@ def test_dropped_streams_free_their_pages(gateway: str, workers: list[str]) -> N
         with httpx.stream("POST", f"{gateway}/v1/completions", json=body, timeout=60) as stream:
             assert stream.status_code == 200
             next(stream.iter_bytes())
-    until(lambda: owns_nothing(workers), 20)
+    wait_for(lambda: owns_nothing(workers), 20)
     assert sum(metrics(worker)["request_success_total.abort"] for worker in workers) >= DROPPED

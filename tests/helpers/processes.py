@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -46,6 +47,11 @@ def server(*flags: str, command: Sequence[str] = MINISGL) -> Iterator[tuple[subp
             raise
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return int(taken.getsockname()[1])
+
+
 def children(pid: int) -> list[int]:
     """Child processes, without those that render chat templates."""
     found, module = [child.pid for child in psutil.Process(pid).children()], b"minisgl.text.template_process"
@@ -63,8 +69,8 @@ def alive(pid: int) -> bool:
         return False
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + BOUND
+def wait_for(condition: Callable[[], bool], bound: float = BOUND) -> None:
+    deadline = time.monotonic() + bound
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)

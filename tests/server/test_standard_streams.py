@@ -5,7 +5,6 @@ import json
 import os
 import pty
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,17 +17,12 @@ from typing import Any
 import httpx
 import pytest
 
-from helpers.processes import BOUND, children, environment, wait_until_gone
+from helpers.processes import BOUND, children, environment, free_port, wait_until_gone
 from helpers.server_process import MAIN, STUB, server
 from helpers.serving import CHAT_TEMPLATE
 from helpers.tiny_tokenizers import write_tokenizer
 from minisgl.server.launch import handle_signals
 from minisgl.system import PrivateFolder, flush_standard_streams, open_standard_streams, print_text
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
 
 
 def answers(port: int) -> bool:

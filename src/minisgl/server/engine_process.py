@@ -190,10 +190,10 @@ class EngineServer:
                     events = engine.step()
                     if events or engine.admitted:
                         self.links.send_events(events, engine.admitted)
-                    if self.kv_events is not None:
-                        self.kv_events.flush()
                     if self.config.debug_endpoints:
                         self.steps.flush(not engine.has_work)
+                if self.kv_events is not None:
+                    self.kv_events.flush()
         finally:
             grammars.close()
         engine.close()
@@ -225,8 +225,6 @@ class EngineServer:
         engine, pending, count, shown = self.engine, self.grammars.requests, 0, b""
         if query.action == "flush_cache":
             count = engine.flush_cache()
-            if self.kv_events is not None:
-                self.kv_events.flush()
         elif query.action == "abort":
             live = (*engine.scheduler.live, *pending)
             ids = [request_id for request_id in live if ipc.belongs_to(request_id, query.completion_id)]

@@ -222,19 +222,12 @@ class MetricsPage(Collector):
         stats, processes = self.stats, self.metrics.silences()
         used = stats.pages_total - stats.pages_free
         owned, answering = used - stats.pages_cached, len(processes) - self.metrics.num_silent()
+        held, hits = share(stats.pages_held, stats.pages_total), share(stats.cached_prompt_tokens, stats.prompt_tokens)
         gauges = [(name, text, float(getattr(stats, attribute))) for name, attribute, text in GAUGES]
         gauges += [
             ("kv_cache_usage_perc", "share of the KV pages that hold something", share(used, stats.pages_total)),
-            (
-                "kv_cache_held_perc",
-                "share of the KV pages that requests use",
-                share(stats.pages_held, stats.pages_total),
-            ),
-            (
-                "cache_hit_rate",
-                "share of the prompt tokens found cached",
-                share(stats.cached_prompt_tokens, stats.prompt_tokens),
-            ),
+            ("kv_cache_held_perc", "share of the KV pages that requests use", held),
+            ("cache_hit_rate", "share of the prompt tokens found cached", hits),
             ("gen_throughput", "tokens/s since the page before", self.throughput),
             ("page_size", "tokens of a KV page", self.page_size),
             ("kv_cache_owned_perc", "share of the KV pages no other may have", share(owned, stats.pages_total)),
