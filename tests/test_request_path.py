@@ -16,7 +16,7 @@ from helpers.serving import web
 from helpers.tiny_models import save_model
 from minisgl.build import build_engine
 from minisgl.config import Config
-from minisgl.core.engine import Engine
+from minisgl.server.metrics import Metrics
 
 PACKAGE = Path(minisgl.__file__).parent
 PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
@@ -41,14 +41,13 @@ def test_a_chat_request_passes_through_the_files_that_the_page_lists(
 ) -> None:
     passed = PassedFiles()
     built = build_engine(Config(model=str(save_model(tmp_path)), device="cpu", num_pages=64, max_seq_len_override=256))
-    step = Engine.step
+    on_tokens = Metrics.on_tokens
 
-    def watched(engine: Engine) -> list[Any]:
-        events = step(engine)
-        passed.open = passed.open and not events
-        return events
+    def first_token(*arguments: Any) -> None:  # at the server, behind the news of the request's admission
+        passed.open = False
+        on_tokens(*arguments)
 
-    monkeypatch.setattr(Engine, "step", watched)
+    monkeypatch.setattr(Metrics, "on_tokens", first_token)
 
     async def main() -> None:
         async with web(tmp_path, built.engine.model, EngineThread(built.engine).start) as side:
