@@ -52,7 +52,7 @@ class GpuProbe:
         ops, shapes = fused_operations(torch.device("cuda", 0)), layer_shapes(model)
         count = kernels.GEMM_BYTES // sum(n * k * DTYPE.itemsize for n, k in shapes)
         layers = [[noise(*shape, scale=shape[1] ** -0.5) for shape in shapes] for _ in range(count)]
-        return 1e-6 * kernels.layer_us(layers, rows, ops.linear, ops.row_parallel_linear, ops.gated_linear)
+        return 1e-6 * kernels.layer_us(layers, rows, *kernels.gemms_of(ops))
 
     def decode(self, heads: int, kv_heads: int, rows: int, context: int) -> tuple[float, float]:
         """Of a layer's attention, and the bytes that it reads."""

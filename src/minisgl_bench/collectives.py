@@ -77,8 +77,8 @@ class CollectivesRank:
             self.time("all-reduce: nccl4py", partial(self.all_reduce, nccl.collectives.all_reduce))
         ops, all_reduce = operations_for(self.device, self.hidden), self.group.collectives.all_reduce
 
-        def all_reduce_then_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-            return ops.add_rms_norm(all_reduce(x), residual, weight, eps)
+        def all_reduce_then_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Any:
+            return ops.add_rms_norm(all_reduce(x), residual, weight, eps, None)
 
         self.time("all-reduce and norm: torch.distributed, then norm", partial(self.norm, all_reduce_then_norm))
         for name, one_shot_bytes in (("one shot", LARGEST_STEP * self.hidden * self.dtype.itemsize), ("two shots", 0)):

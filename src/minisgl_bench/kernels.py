@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minisgl.cli import Parser
+from minisgl.core.ops import Operations
 from minisgl.core.sampler import SamplingRows
 from minisgl.gpu.kernels import elementwise, moe, sampling
 from minisgl.gpu.operations import fused_operations
@@ -90,7 +91,7 @@ def gemms(models: Sequence[str], rows: Sequence[int]) -> None:
     ops = fused_operations(torch.device("cuda", torch.cuda.current_device()))
     ways: dict[str, tuple[Gemm, Gemm, Gemm]] = {
         "cuBLAS": (F.linear, F.linear, lambda x, weight, bias: elementwise.silu_mul(F.linear(x, weight, bias))),
-        "ours": (ops.linear, ops.row_parallel_linear, ops.gated_linear),
+        "ours": gemms_of(ops),
     }
     for model in models or ("14B", "32B/4"):
         hidden, num_heads, kv_heads, width = model_shape(model)
@@ -101,6 +102,10 @@ def gemms(models: Sequence[str], rows: Sequence[int]) -> None:
         for tokens, (way, calls) in itertools.product(rows or (1, 2, 8, 16, 32, 64, 96), ways.items()):
             us = layer_us(layers, tokens, *calls)
             print_figure(f"layer of GEMMs, {way}", model, tokens, us, size, size * tokens)
+
+
+def gemms_of(ops: Operations) -> tuple[Gemm, Gemm, Gemm]:
+    return ops.linear, ops.row_parallel_linear, lambda x, weight, bias: ops.gated_linear(x, weight, bias, None)
 
 
 def model_shape(model: str) -> tuple[int, int, int, int]:

@@ -12,6 +12,7 @@ from minisgl.core.attention import Attention, FusedAttention, PlannedAttention, 
 from minisgl.core.kv_cache import KVCache
 from minisgl.core.model_config import ModelSpec, Rope
 from minisgl.core.ops import PLAIN, Operations, linear, pack
+from minisgl.core.quantization import Activations
 from minisgl.core.weights import LayerWeights, Weights
 
 
@@ -53,14 +54,18 @@ class Decoder:
             qkv, rope = self.before_attention(index, x, batch, kv)
             heads = attend(attention, qkv, rope, index, window)
             x, residual = self.after_attention(index, heads, residual, batch.logits_indices)
+        assert isinstance(x, Tensor)
         return x
 
-    def embed(self, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
+    def embed(self, batch: ForwardBatch) -> tuple[Activations, Tensor]:
         """The first layer's normed input and the residual stream, both (T, D)."""
         residual = self.ops.embed(batch.ids, self.weights.embedding, batch.logits_indices is None)
-        return self.ops.rms_norm(residual, self.weights.layers[0].input_norm, self.spec.rms_eps), residual
+        layer = self.weights.layers[0]
+        return self.ops.rms_norm(residual, layer.input_norm, self.spec.rms_eps, layer.qkv), residual
 
-    def before_attention(self, index: int, x: Tensor, batch: ForwardBatch, kv: KVCache) -> tuple[Tensor, RopeStore]:
+    def before_attention(
+        self, index: int, x: Activations, batch: ForwardBatch, kv: KVCache
+    ) -> tuple[Tensor, RopeStore]:
         """QKV (T, (H + 2K) * hd) of x (T, D), and the `rope_store_kv` to apply to it."""
         layer = self.weights.layers[index]
         qkv = self.ops.linear(x, layer.qkv, layer.qkv_bias)
@@ -72,7 +77,7 @@ class Decoder:
 
     def after_attention(
         self, index: int, heads: Tensor, residual: Tensor, logits_indices: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Activations, Tensor]:
         """Output projection and MLP: heads (T, H, hd) -> the next layer's normed input and the residual stream.
 
         The last layer keeps only the rows of `logits_indices`, and ends with the last norm.
@@ -84,21 +89,22 @@ class Decoder:
             if not len(logits_indices):
                 return residual, residual
         x = ops.row_parallel_linear(heads.flatten(1), layer.o, layer.o_bias)
-        x = ops.add_rms_norm(x, residual, layer.post_norm, eps)
-        x = self.mlp(layer, x)
-        next_norm = self.weights.norm if is_last else layers[index + 1].input_norm
-        return ops.add_rms_norm(x, residual, next_norm, eps), residual
+        x = self.mlp(layer, ops.add_rms_norm(x, residual, layer.post_norm, eps, layer.gate_up))
+        if is_last:
+            return ops.add_rms_norm(x, residual, self.weights.norm, eps, None), residual
+        return ops.add_rms_norm(x, residual, layers[index + 1].input_norm, eps, layers[index + 1].qkv), residual
 
-    def mlp(self, layer: LayerWeights, x: Tensor) -> Tensor:
+    def mlp(self, layer: LayerWeights, x: Activations) -> Tensor:
         if layer.router is None:
             assert layer.gate_up is not None
             assert layer.down is not None
-            hidden = self.ops.gated_linear(x, layer.gate_up, layer.gate_up_bias)
+            hidden = self.ops.gated_linear(x, layer.gate_up, layer.gate_up_bias, layer.down)
             return self.ops.row_parallel_linear(hidden, layer.down, layer.down_bias)
         moe, gate_up, down = self.spec.moe, layer.expert_gate_up, layer.expert_down
         assert moe is not None
         assert gate_up is not None
         assert down is not None
+        assert isinstance(x, Tensor)  # a router is never quantised
         return self.ops.moe(x, layer.router, gate_up, down, moe.top_k, moe.norm_topk_prob)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:

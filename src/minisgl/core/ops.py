@@ -8,12 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisgl.core.quantization import FP8, Fp8Weight, Int8Weight, Weight, fp8_linear, int8_linear, quantize_int8, to_kv
+from minisgl.core.quantization import (
+    FP8,
+    Fp8Weight,
+    Int8Weight,
+    Weight,
+    fp8_linear,
+    int8_linear,
+    quantize_int8,
+    to_kv,
+)
 from minisgl.core.sampler import SamplingRows, sample
 
 TYPICAL_ROWS = 8  # of the activation that a packed weight is laid out for; layouts differ little from 2 to 512
@@ -27,7 +37,7 @@ def embed(ids: Tensor, table: Tensor, whole: bool) -> Tensor:
     return table.index_select(0, ids)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, reader: Weight | None = None) -> Tensor:
     """Root mean square norm over the last dimension (Zhang and Sennrich, arXiv 1910.07467).
 
     x (..., D), weight (D,) -> (..., D). The normalised value is rounded to the dtype of x before it is scaled.
@@ -39,7 +49,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * scale).to(x.dtype) * weight
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, reader: Weight | None = None) -> Tensor:
     """Add x to the residual stream in place, and return the stream's `rms_norm`. x, residual (T, D)."""
     residual += x
     return rms_norm(residual, weight, eps)
@@ -66,7 +76,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
-def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None, reader: Weight | None = None) -> Tensor:
     """`silu_mul` of a `linear`: x (T, in), weight (2I, in), bias (2I,) -> (T, I)."""
     return silu_mul(linear(x, weight, bias))
 
@@ -151,6 +161,7 @@ NormWeight = Tensor | None
 RopeStoreKV = Callable[
     [Tensor, NormWeight, NormWeight, float, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor
 ]
+Linear = Callable[[Any, Weight, Tensor | None], Tensor]  # of `Activations` that the implementation itself made
 Sample = Callable[[Tensor, SamplingRows, Tensor, Tensor, bool, bool, bool], Tensor]
 
 
@@ -159,17 +170,19 @@ class Operations:
     """What a decoder and its sampler call: functions of this module, or others that compute the same.
 
     `embed` begins a forward pass; `whole`: the hidden states of all its tokens are wanted. Only `add_rms_norm` reads
-    the result of `row_parallel_linear` and `moe`, which may be parts of a sum (parts, T, D). With tensor parallelism
-    `sample` takes a rank's own logits; `gather_logits` makes those of all tokens of them, for `sample_gathered`.
+    the result of `row_parallel_linear` and `moe`, which may be parts of a sum (parts, T, D). The last argument of the
+    norms and of `gated_linear` is the weight that reads their result: kernels may quantise the result for it. With
+    tensor parallelism `sample` takes a rank's own logits; `gather_logits` makes those of all tokens of them, for
+    `sample_gathered`.
     """
 
     name: str
     embed: Callable[[Tensor, Tensor, bool], Tensor]
-    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
-    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
-    linear: Callable[[Tensor, Weight, Tensor | None], Tensor]
-    row_parallel_linear: Callable[[Tensor, Weight, Tensor | None], Tensor]
-    gated_linear: Callable[[Tensor, Weight, Tensor | None], Tensor]
+    rms_norm: Callable[[Tensor, Tensor, float, Weight | None], Any]
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float, Weight | None], Any]
+    linear: Linear
+    row_parallel_linear: Linear
+    gated_linear: Callable[[Any, Weight, Tensor | None, Weight | None], Any]
     rope_store_kv: RopeStoreKV
     moe: Callable[[Tensor, Tensor, Tensor, Tensor, int, bool], Tensor]
     gather_logits: Callable[[Tensor], Tensor]

@@ -54,6 +54,22 @@ class Int8Weight:
 Weight = Tensor | Fp8Weight | Int8Weight
 
 
+@dataclass(frozen=True, eq=False)
+class Fp8Rows:
+    """Activations (T, K) in FP8, `data * scale`, as a GPU's kernels write them for a weight that reads them.
+
+    `scale` float32 is (T, 1), or (T, K / 128), column by column, and then T is padded; `rows` counts those before that.
+    """
+
+    data: Tensor
+    scale: Tensor
+    rows: int
+    dtype: torch.dtype  # of what they were, and of what is computed from them
+
+
+Activations = Tensor | Fp8Rows
+
+
 def quantize(x: Tensor, group: int | None = None) -> tuple[Tensor, Tensor]:
     """x (T, K) in FP8, and its scales float32 (T, 1), or (T, ceil(K / group)); the largest value of each becomes 448.
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minisgl.core.ops import Operations
+from minisgl.core.quantization import Weight
 from minisgl.core.sampler import SamplingRows
 from minisgl.distributed.collectives import TPGroup, expect_close, noise
 from minisgl.distributed.shard import VocabShard
@@ -99,7 +100,7 @@ class FusedNorm:
                 x = noise(group.size * call + group.rank, rows, hidden, self.dtype, device)
                 found = self.add_rms_norm(x, torch.zeros_like(x), weight, EPS)
                 if found is not None:
-                    expected = ops.add_rms_norm(group.collectives.all_reduce(x), torch.zeros_like(x), weight, EPS)
+                    expected = ops.add_rms_norm(group.collectives.all_reduce(x), torch.zeros_like(x), weight, EPS, None)
                     expect_close(found, expected, f"the fused all-reduce of {rows} rows")
 
 
@@ -123,9 +124,9 @@ def fused_parallel_operations(
         norm.begin(whole)
         return plain.embed(ids, table, whole)
 
-    def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, reader: Weight | None) -> Any:
         normed = norm.add_rms_norm(x, residual, weight, eps)
-        return plain.add_rms_norm(x, residual, weight, eps) if normed is None else normed
+        return plain.add_rms_norm(x, residual, weight, eps, reader) if normed is None else normed
 
     def sample(logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor, *flags: bool) -> Tensor:
         rows = len(logits)

@@ -7,6 +7,7 @@ Each rank has the logits of its own tokens only. To sample, all are gathered, an
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from minisgl.config import Config
 from minisgl.core.model_config import ModelSpec
 from minisgl.core.ops import Operations
+from minisgl.core.quantization import Weight
 from minisgl.core.sampler import SamplingRows
 from minisgl.distributed.collectives import Collectives, TPGroup, attempt, select_nccl
 from minisgl.distributed.shard import VocabShard, vocab_shard
@@ -55,8 +57,8 @@ def parallel_operations(ops: Operations, group: TPGroup, shard: VocabShard) -> O
     def embed(ids: Tensor, table: Tensor, whole: bool) -> Tensor:
         return collectives.all_reduce(embed_shard(ids, table, shard))
 
-    def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return ops.add_rms_norm(collectives.all_reduce(x), residual, weight, eps)
+    def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, reader: Weight | None) -> Any:
+        return ops.add_rms_norm(collectives.all_reduce(x), residual, weight, eps, reader)
 
     def sample(logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor, *flags: bool) -> Tensor:
         return ops.sample(gather_logits(logits, shard, collectives), table, slots, positions, *flags)

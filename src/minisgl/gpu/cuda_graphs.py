@@ -19,6 +19,7 @@ from minisgl.core.decoder import Decoder, ForwardBatch
 from minisgl.core.kv_cache import DeviceTables, KVCache, StepInputs
 from minisgl.core.logits import StepOutput
 from minisgl.core.plan import StepPlan
+from minisgl.core.quantization import Activations
 from minisgl.gpu.attention.interface import GraphBackend, GraphDecode
 
 CAPTURE_MODE = "thread_local"  # other threads may query events meanwhile: they watch collectives, or collect results
@@ -170,7 +171,7 @@ class SplitStep:
         x, self.residual = self.decoder.after_attention(index, self.heads, self.residual, None)
         self._write_queries(index + 1, x)
 
-    def _write_queries(self, index: int, x: Tensor) -> None:
+    def _write_queries(self, index: int, x: Activations) -> None:
         qkv, rope = self.decoder.before_attention(index, x, self.batch, self.kv)
         rope(qkv, out=self.queries)
 
@@ -218,6 +219,7 @@ class PiecewiseGraphs:
             replay()
             heads.copy_(attention.run(queries, index, self.decoder.spec.windows[index]))
         hidden, _ = self.decoder.after_attention(len(replays) - 1, heads, step.residual[:tokens], batch.logits_indices)
+        assert isinstance(hidden, Tensor)
         return hidden
 
     @torch.inference_mode()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from minisgl.core.ops import PLAIN, Operations
 from minisgl.core.ops import linear as cublas_linear
-from minisgl.core.quantization import Fp8Weight, Weight
+from minisgl.core.quantization import Activations, Fp8Weight, Weight
 from minisgl.core.sampler import SamplingRows
 
 MAX_FUSED_DIM = 8192
@@ -38,9 +39,10 @@ def fused_operations(device: torch.device) -> Operations:
 
     no_stream = stream.trial(device)
 
-    def fused_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    def fused_linear(x: Activations, weight: Weight, bias: Tensor | None) -> Tensor:
         if isinstance(weight, Fp8Weight):
             return fp8.linear(x, weight, bias)
+        assert isinstance(x, Tensor)
         assert isinstance(weight, Tensor)  # int8 is for the CPU
         if linear.fits_linear(x, weight, linear.MAX_ROWS):
             return linear.linear(x, weight, bias)
@@ -50,17 +52,19 @@ def fused_operations(device: torch.device) -> Operations:
             return stream.linear(x, weight, bias)
         return cublas_linear(x, weight, bias)
 
-    def row_parallel_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    def row_parallel_linear(x: Activations, weight: Weight, bias: Tensor | None) -> Tensor:
         if isinstance(weight, Fp8Weight):
             return fp8.linear(x, weight, bias, split=True)
+        assert isinstance(x, Tensor)
         assert isinstance(weight, Tensor)
         if bias is None and linear.fits_linear(x, weight, linear.MAX_SPLIT_K_ROWS):
             return linear.split_k_linear(x, weight)
         return fused_linear(x, weight, bias)
 
-    def gated_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    def gated_linear(x: Activations, weight: Weight, bias: Tensor | None, reader: Weight | None) -> Any:
         if isinstance(weight, Fp8Weight):
-            return elementwise.silu_mul(fp8.linear(x, weight, bias))
+            return elementwise.silu_mul(fp8.linear(x, weight, bias), reader)
+        assert isinstance(x, Tensor)
         assert isinstance(weight, Tensor)
         if bias is None and linear.fits_linear(x, weight, linear.MAX_ROWS):
             return linear.gated_linear(x, weight)
@@ -68,7 +72,7 @@ def fused_operations(device: torch.device) -> Operations:
             return linear.gated_gemv(x, weight)
         if bias is None and not no_stream and stream.fits(x, weight):
             return stream.gated_linear(x, weight)
-        return elementwise.silu_mul(cublas_linear(x, weight, bias))
+        return elementwise.silu_mul(cublas_linear(x, weight, bias), reader)
 
     def sample(logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor, *flags: bool) -> Tensor:
         return sampling.sample(logits, table, slots, positions)

@@ -10,7 +10,7 @@ from minisgl.core.attention import RopeStore, TorchAttention
 from minisgl.core.kv_cache import KVCache
 from minisgl.core.quantization import BLOCK, FP8, FP8_MAX, Fp8Weight, fp8_linear, quantize, quantize_fp8, to_kv
 from minisgl.gpu.attention.interface import to_device
-from minisgl.gpu.kernels import fp8
+from minisgl.gpu.kernels import elementwise, fp8
 from minisgl.gpu.kernels.decode import DecodeAttention, DecodeSplit, Workspaces
 from minisgl.gpu.kernels.elementwise import add_rms_norm, rope_store_kv
 
@@ -32,7 +32,8 @@ def test_rows_are_quantised_as_by_the_twin(rows: int, width: int, blocks: bool) 
     x = torch.randn(rows, width, device=DEVICE) * torch.logspace(-6, 4, rows, device=DEVICE)[:, None]
     x[rows // 2] = 0.0 if rows > 1 else x[0]
     x = x.bfloat16()
-    got, (data, scale) = fp8.quantize_rows(x, blocks), quantize(x, BLOCK if blocks else None)
+    reader = Fp8Weight(torch.empty(BLOCK, width), torch.empty((1, -(-width // BLOCK)) if blocks else (BLOCK, 1)))
+    got, (data, scale) = elementwise.quantize_rows(x, reader), quantize(x, BLOCK if blocks else None)
     torch.testing.assert_close(got.scale[:rows], scale, rtol=1e-6, atol=0.0)
     found = got.data[:rows].float()
     assert (found != data.float()).float().mean() < 1e-3  # a quotient that rounds another way
@@ -83,3 +84,26 @@ def test_splits_are_added_up_by_the_norm(rows: int) -> None:
     residual = torch.zeros(rows, 1024, device=DEVICE, dtype=torch.bfloat16)
     add_rms_norm(splits, residual, gain, 1e-6)
     assert error(residual, fp8_linear(x.float(), weight)) < 5e-3
+
+
+@pytest.mark.parametrize("form", ["channel", "block"])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1024), (5, 5120), (3000, 1024), (9, 17408)])
+def test_norm_and_activation_quantise_what_they_return(rows: int, width: int, form: str) -> None:
+    torch.manual_seed(0)
+    exact = torch.randn(BLOCK, width, device=DEVICE).bfloat16()
+    reader = in_blocks(exact) if form == "block" else quantize_fp8(exact)
+    wide = torch.randn(rows, 2 * width, device=DEVICE).bfloat16()
+    x, gain = wide[:, :width].contiguous(), wide[0, :width].contiguous()
+    pairs = [(elementwise.silu_mul(wide, reader), elementwise.silu_mul(wide))]
+    if width <= elementwise.MAX_NORM_DIM:
+        pairs.append((elementwise.rms_norm(x, gain, 1e-6, reader), elementwise.rms_norm(x, gain, 1e-6)))
+        streams = x.clone(), x.clone()
+        got, plain = (
+            add_rms_norm(x, stream, gain, 1e-6, of) for stream, of in zip(streams, (reader, None), strict=True)
+        )
+        assert torch.equal(*streams)
+        pairs.append((got, plain))
+    for got, plain in pairs:
+        again = elementwise.quantize_rows(plain, reader)
+        assert torch.equal(got.scale[:rows], again.scale[:rows])
+        assert torch.equal(got.data[:rows].view(torch.uint8), again.data[:rows].view(torch.uint8))

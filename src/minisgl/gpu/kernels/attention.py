@@ -41,19 +41,24 @@ def key_value(
 
 
 @jit
-def online_softmax(
-    query: tensor, key: tensor, value: tensor, visible: tensor, scale: tensor, acc: tensor, best: tensor, total: tensor
-) -> Any:
+def softmax_weights(scores: tensor, visible: tensor, scale: tensor, best: tensor, total: tensor) -> Any:
     # One tile of the online softmax in base 2; `scale` holds log2(e). visible broadcasts to (queries, TILE).
-    scores = tl.dot(query, key.to(query.dtype), input_precision="ieee") * scale
-    scores = tl.where(visible, scores, float("-inf"))
+    scores = tl.where(visible, scores * scale, float("-inf"))
     peak = tl.maximum(best, tl.max(scores, 1))
     base = tl.where(peak == float("-inf"), 0.0, peak)  # a query that has seen nothing yet
     weights = tl.exp2(scores - base[:, None])
     shrink = tl.exp2(best - base)
-    wide = value.to(query.dtype)  # of FP8
-    acc = acc * shrink[:, None] + tl.dot(weights.to(query.dtype), wide, input_precision="ieee")
-    return acc, peak, total * shrink + tl.sum(weights, 1)
+    return weights, shrink[:, None], peak, total * shrink + tl.sum(weights, 1)
+
+
+@jit
+def online_softmax(
+    query: tensor, key: tensor, value: tensor, visible: tensor, scale: tensor, acc: tensor, best: tensor, total: tensor
+) -> Any:
+    scores = tl.dot(query, key.to(query.dtype), input_precision="ieee")
+    weights, shrink, best, total = softmax_weights(scores, visible, scale, best, total)
+    acc = acc * shrink + tl.dot(weights.to(query.dtype), value.to(query.dtype), input_precision="ieee")
+    return acc, best, total
 
 
 @jit_varying("rows", "starts", "lens", "table_stride")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,12 +24,14 @@ from triton.language import constexpr, tensor
 
 from minisgl.core.attention import FusedAttention, RopeStore
 from minisgl.core.kv_cache import DeviceTables, KVCache, StepInputs
-from minisgl.gpu.kernels.attention import MIN_DOT, key_value, online_softmax
+from minisgl.core.quantization import FP8
+from minisgl.gpu.kernels.attention import MIN_DOT, key_value, online_softmax, softmax_weights
 from minisgl.gpu.kernels.jit import after_previous, jit, jit_varying, launch_options
 
 STEP_BLOCK = 1024
 ROWS_BLOCK = 256  # rows looked at together, at least; one kernel serves all batches up to it
 NO_WINDOW = 1 << 30
+FP8_SHRINK = tl.constexpr(256.0)  # what `_unpack` divides by
 MERGED = tl.constexpr(4)  # partial results of a row merged at a time
 TOKEN_BYTES = 256  # of a key head in the measurements behind `decode_split`; where it has more, tiles have fewer tokens
 
@@ -85,6 +87,23 @@ def _rotated(
 
 
 @jit
+def _unpack(pairs: tensor) -> Any:
+    # Pairs of neighbouring FP8 numbers as int16 -> the first and the second of each, divided by 256, in float16.
+    # Bytes of FP8 cannot be transposed on their way to the tensor cores; pairs can, and float16 with an exponent field
+    # of the same value is 2 ** 8 times smaller.
+    first = tl.inline_asm_elementwise(
+        "{.reg .b32 a, b; shl.b32 a, $1, 7; shl.b32 b, $1, 8; and.b32 a, a, 0x3f803f80; and.b32 b, b, 0x80008000; "
+        "or.b32 $0, a, b;}",
+        "=r,r", [pairs], dtype=tl.float16, is_pure=True, pack=2,
+    )  # fmt: skip
+    second = tl.inline_asm_elementwise(
+        "{.reg .b32 a, b; shr.b32 a, $1, 1; and.b32 b, $1, 0x80008000; and.b32 a, a, 0x3f803f80; or.b32 $0, a, b;}",
+        "=r,r", [pairs], dtype=tl.float16, is_pure=True, pack=2,
+    )  # fmt: skip
+    return first, second
+
+
+@jit
 def _merged(
     partial: tensor, log_sums: tensor, first: tensor, last: tensor, second: tensor, mask: tensor, inner: tensor,
     member: tensor, GROUP: constexpr, HEAD_DIM: constexpr, M: constexpr, D: constexpr,
@@ -117,7 +136,7 @@ def _decode_kernel(
     starts: tensor, out: tensor, partial: tensor, log_sums: tensor, arrived: tensor, eps: tensor, q_stride: tensor,
     rows: tensor, table_stride: tensor, window: tensor, scale: tensor, FUSED_ROPE: constexpr, NORM: constexpr,
     HEADS: constexpr, GROUP: constexpr, HEAD_DIM: constexpr, PAGE: constexpr, ROWS: constexpr, M: constexpr,
-    D: constexpr, TILE: constexpr, WHOLE: constexpr, PDL: constexpr,
+    D: constexpr, TILE: constexpr, WHOLE: constexpr, FP8: constexpr, PDL: constexpr,
 ) -> None:  # fmt: skip
     NEW: tl.constexpr = 1 if FUSED_ROPE else 0  # tokens of a row that are not in the cache yet
     head, program = tl.program_id(0), tl.program_id(1)
@@ -144,6 +163,8 @@ def _decode_kernel(
     inside = (dims < HEAD_DIM)[None, :]
     mask = (member < GROUP)[:, None] & inside
     inner = member[:, None] * HEAD_DIM + dims[None, :]
+    pairs_k, pairs_v = k.to(tl.pointer_type(tl.int16), bitcast=True), v.to(tl.pointer_type(tl.int16), bitcast=True)
+    pair = tl.arange(0, D // 2)
     partial += head * tl.num_programs(1) * (2 * GROUP * HEAD_DIM)
     log_sums += head * tl.num_programs(1) * (2 * GROUP)
     while tile < stop:
@@ -182,13 +203,34 @@ def _decode_kernel(
         first = tl.maximum(oldest, 0) // TILE * TILE
         low = first + (tile - begin) * TILE
         high = length - NEW if WHOLE else tl.minimum(first + (until - begin) * TILE, length - NEW)
+        if FP8:
+            narrow = tl.clamp(query.to(tl.float32), -65504.0, 65504.0).to(tl.float16)
+            query_first, query_second = tl.split(tl.reshape(narrow, (M, D // 2, 2)))
+            best_of_new, acc_first = best, tl.zeros([M, D // 2], tl.float32)
+            acc_second = acc_first
         for start in range(low, high, TILE):
             tokens = start + tl.arange(0, TILE)
             seen = (tokens < high) & (tokens >= oldest)
-            key, value = key_value(
-                k, v, line, start, tokens, seen, head * HEAD_DIM, dims, PAGE, HEADS * HEAD_DIM, HEAD_DIM, TILE
-            )
-            acc, best, total = online_softmax(query, key, value, seen[None, :], scale, acc, best, total)
+            if FP8:
+                key, value = key_value(
+                    pairs_k, pairs_v, line, start, tokens, seen, head * (HEAD_DIM // 2), pair, PAGE,
+                    HEADS * (HEAD_DIM // 2), HEAD_DIM // 2, TILE,
+                )  # fmt: skip
+                key_first, key_second = _unpack(key)
+                value_first, value_second = _unpack(value)
+                scores = tl.dot(query_second, key_second, tl.dot(query_first, key_first))
+                weights, shrink, best, total = softmax_weights(scores, seen[None, :], scale * FP8_SHRINK, best, total)
+                weights = weights.to(tl.float16)
+                acc_first = acc_first * shrink + tl.dot(weights, value_first)
+                acc_second = acc_second * shrink + tl.dot(weights, value_second)
+            else:
+                key, value = key_value(
+                    k, v, line, start, tokens, seen, head * HEAD_DIM, dims, PAGE, HEADS * HEAD_DIM, HEAD_DIM, TILE
+                )
+                acc, best, total = online_softmax(query, key, value, seen[None, :], scale, acc, best, total)
+        if FP8:
+            kept = tl.where(best_of_new == float("-inf"), 0.0, tl.exp2(best_of_new - best))
+            acc = acc * kept[:, None] + FP8_SHRINK * tl.interleave(acc_first, acc_second)
         acc = acc / total[:, None]
         result = out + (row.to(tl.int64) * HEADS + head) * (GROUP * HEAD_DIM)
         if WHOLE or ((begin >= range_start) & (end <= stop)):
@@ -212,9 +254,11 @@ def _decode_kernel(
         row += 1
 
 
-def decode_split(pairs: int, token_bytes: int) -> DecodeSplit:
+def decode_split(pairs: int, token_bytes: int, fp8: bool = False) -> DecodeSplit:
     # The fastest measured on an H200 with pages of 16, for so many pairs of row and KV head; a token's key has
     # `token_bytes`. Five stages are two tiles in flight, seven are three, as the page ids take the first.
+    if fp8:
+        return DecodeSplit(32, 1, 5, 0) if pairs >= 1100 else DecodeSplit(64, 2, 5, 4 if pairs >= 200 else 2)
     if pairs >= 1100:
         split = DecodeSplit(16, 1, 7, 0)
     else:
@@ -250,7 +294,7 @@ class DecodeAttention(FusedAttention):
         self.page_table, self.kv_lens, self.kv = page_table, kv_lens, kv
         self.workspaces, self.processors = workspaces, processors
         kv_heads, head_dim = kv.k.shape[3:]
-        self.split = split or decode_split(len(kv_lens) * kv_heads, head_dim * kv.k.element_size())
+        self.split = split or decode_split(len(kv_lens) * kv_heads, head_dim * kv.k.element_size(), kv.k.dtype == FP8)
         self._starts: dict[tuple[int, bool], Tensor] = {}
         self._current: set[tuple[int, bool]] = set()
 
@@ -296,7 +340,7 @@ class DecodeAttention(FusedAttention):
             FUSED_ROPE=rope is not None, NORM=q_norm is not None, HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim,
             PAGE=page_size, ROWS=max(ROWS_BLOCK, triton.next_power_of_2(rows)),
             M=max(MIN_DOT, triton.next_power_of_2(group)), D=triton.next_power_of_2(head_dim), TILE=split.tile,
-            WHOLE=whole, num_warps=split.warps, num_stages=split.stages, **launch_options(),
+            WHOLE=whole, FP8=k.dtype == FP8, num_warps=split.warps, num_stages=split.stages, **launch_options(),
         )  # fmt: skip
         return out
 

@@ -1,9 +1,12 @@
-"""The kernels between GEMMs: RMS norm, SwiGLU, rotary embedding with KV write. Each reads and writes operands once.
+"""The kernels between GEMMs: RMS norm, SwiGLU, quantisation, rotary embedding with KV write.
 
-All twins are in `core/ops.py` and have the same names; the kernels round where they round.
+Each reads and writes its operands once. All twins are in `core/ops.py` and have the same names; the kernels round where
+they round. What an FP8 weight reads next is quantised by the kernel that makes it.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -11,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr, tensor
 
+from minisgl.core.quantization import BLOCK, FP8, FP8_MAX, Fp8Rows, Fp8Weight, Weight
 from minisgl.gpu.kernels.jit import after_previous, jit, jit_varying, launch_options, warps_for
 
 MAX_NORM_DIM = 8192
@@ -18,12 +22,81 @@ NORM_TILE = 2048  # elements per thread block, at least, when there are enough r
 FILLING_ROWS = 2048  # from this many rows on, every multiprocessor has work even when rows share a block
 ACTIVATION_BLOCK = 1024
 QKV_TILE = 1024  # elements per thread block: 8 heads of 128
+MAX_QUANTIZED = 1 << 15  # elements of a row, which a thread block quantises at once
+ALIGNMENT = 16  # of both dimensions of a weight in FP8, for cuBLAS
+BLOCK_ALIGNMENT = 4 * BLOCK  # of the inner one with blocks: their scales must be whole groups of four
+ROW_STEP = 4  # with blocks, rows are padded to a multiple
+MAX = tl.constexpr(FP8_MAX)
+
+
+def quantizes_for(reader: Weight | None) -> bool:
+    """Whether `linear` by this weight takes rows in FP8."""
+    if not isinstance(reader, Fp8Weight):
+        return False
+    columns, inner = reader.shape
+    step, inner_step = (BLOCK, BLOCK_ALIGNMENT) if reader.blocks else (ALIGNMENT, ALIGNMENT)
+    return columns % step == 0 and inner % inner_step == 0 and inner <= MAX_QUANTIZED
+
+
+def empty_rows(rows: int, width: int, reader: Fp8Weight, like: Tensor) -> tuple[Fp8Rows, int]:
+    """Rows for a kernel to write, quantised as `linear` by `reader` wants them, and how many values share a scale."""
+    group = BLOCK if reader.blocks else triton.next_power_of_2(width)
+    groups, padded = triton.cdiv(width, group), -(-rows // ROW_STEP) * ROW_STEP if reader.blocks else rows
+    data = torch.empty((padded, width), dtype=FP8, device=like.device)
+    scale = torch.empty((groups, padded), dtype=torch.float32, device=like.device).t()
+    return Fp8Rows(data, scale, rows, like.dtype), group
+
+
+@jit
+def store_quantized(
+    wide: tensor, data: tensor, scale: tensor, row: tensor, inside: tensor, width: tensor, padded: tensor,
+    ROWS: constexpr, BLOCK: constexpr, GROUP: constexpr,
+) -> None:  # fmt: skip
+    # Whole rows `wide` (ROWS, BLOCK), zero outside of `width`; row and inside (ROWS, 1).
+    groups = tl.reshape(wide.to(tl.float32), (ROWS, BLOCK // GROUP, GROUP))
+    largest = tl.max(tl.abs(groups), axis=2)
+    step = tl.where(largest > 0, largest / MAX, 1.0)
+    narrow = tl.reshape(tl.clamp(groups / step[:, :, None], -MAX, MAX), (ROWS, BLOCK)).to(data.dtype.element_ty)
+    column, group = tl.arange(0, BLOCK)[None, :], tl.arange(0, BLOCK // GROUP)[None, :]
+    tl.store(data + row * width + column, narrow, mask=inside & (column < width))
+    tl.store(scale + group * padded + row, step, mask=inside & (group * GROUP < width))
+
+
+@jit_varying("padded")
+def _quantize_kernel(
+    x: tensor, data: tensor, scale: tensor, x_stride: tensor, padded: tensor, width: tensor, GROUP: constexpr,
+    BLOCK: constexpr, PDL: constexpr,
+) -> None:  # fmt: skip
+    after_previous(PDL)
+    row = tl.program_id(0).to(tl.int64) + tl.zeros((1, 1), tl.int64)
+    column = tl.arange(0, BLOCK)[None, :]
+    wide = tl.load(x + row * x_stride + column, mask=column < width, other=0.0)
+    store_quantized(wide, data, scale, row, row >= 0, width, padded, 1, BLOCK, GROUP)
+
+
+def quantize_rows(x: Tensor, reader: Fp8Weight) -> Fp8Rows:
+    """x (T, K) with contiguous rows, for `linear` by `reader`. Twin: `core.quantization.quantize`."""
+    rows, width = x.shape
+    out, group = empty_rows(rows, width, reader, x)
+    if rows:
+        block = triton.next_power_of_2(width)
+        _quantize_kernel[(rows,)](
+            x, out.data, out.scale, x.stride(0), len(out.data), width, GROUP=group, BLOCK=block,
+            num_warps=row_warps(block), **launch_options(),
+        )  # fmt: skip
+    return out
+
+
+def row_warps(block: int) -> int:
+    """For kernels that hold a row at once: 16 elements a thread, as a row is all the work that there is."""
+    return max(1, min(16, block // (32 * 16)))
 
 
 @jit_varying("rows")
 def _norm_kernel(
-    x: tensor, residual: tensor, weight: tensor, out: tensor, x_stride: tensor, rows: tensor, dim: tensor, eps: tensor,
-    ADD: constexpr, PARTS: constexpr, ROWS: constexpr, BLOCK: constexpr, PDL: constexpr,
+    x: tensor, residual: tensor, weight: tensor, out: tensor, scale_out: tensor, x_stride: tensor, rows: tensor,
+    padded: tensor, dim: tensor, eps: tensor, ADD: constexpr, PARTS: constexpr, GROUP: constexpr, ROWS: constexpr,
+    BLOCK: constexpr, PDL: constexpr,
 ) -> None:  # fmt: skip
     after_previous(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
@@ -37,7 +110,7 @@ def _norm_kernel(
         for part in tl.static_range(1, PARTS):
             partial = x + (part * rows + row) * dim + column
             total += tl.load(partial, mask=mask, other=0.0).to(tl.float32)
-        stored = total.to(out.dtype.element_ty)
+        stored = total.to(weight.dtype.element_ty)
     if ADD:
         stream = residual + row * dim + column
         stored = (stored.to(tl.float32) + tl.load(stream, mask=mask, other=0.0).to(tl.float32)).to(stored.dtype)
@@ -45,49 +118,70 @@ def _norm_kernel(
     wide = stored.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / dim + eps)
     normed = (wide * scale[:, None]).to(stored.dtype).to(tl.float32) * gain
-    tl.store(out + row * dim + column, normed.to(stored.dtype), mask=mask)
+    rounded = normed.to(stored.dtype)
+    if GROUP:
+        store_quantized(rounded, out, scale_out, row, row < rows, dim, padded, ROWS, BLOCK, GROUP)
+    else:
+        tl.store(out + row * dim + column, rounded, mask=mask)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x (T, D) with contiguous rows, weight (D,) -> (T, D). D up to 8192."""
-    return _launch_norm(x, None, weight, eps)
+def rms_norm(x: Tensor, weight: Tensor, eps: float, reader: Weight | None = None) -> Any:
+    """x (T, D) with contiguous rows, weight (D,) -> (T, D), in FP8 where `reader` takes that. D up to 8192."""
+    return _launch_norm(x, None, weight, eps, reader)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """residual += x in place, and the norm of the sum. x, residual (T, D) -> (T, D).
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, reader: Weight | None = None) -> Any:
+    """residual += x in place, and the norm of the sum. x, residual (T, D) -> (T, D), in FP8 where `reader` takes that.
 
     x may be float32 (splits, T, D), contiguous, from `linear.split_k_linear`: they are added up and rounded first.
     """
     assert residual.is_contiguous()
-    return _launch_norm(x, residual, weight, eps)
+    return _launch_norm(x, residual, weight, eps, reader)
 
 
-def _launch_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+def _launch_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, reader: Weight | None) -> Any:
     rows, dim = x.shape[-2:]
     parts = len(x) if x.dim() == 3 else 0
     assert dim <= MAX_NORM_DIM
     assert x.stride(-1) == 1
     assert not parts or x.is_contiguous()
-    out = torch.empty((rows, dim), dtype=x.dtype if residual is None else residual.dtype, device=x.device)
+    out, data, scale, group = _empty(rows, dim, weight, reader)
     if rows:
         block = triton.next_power_of_2(dim)
         rows_per_block = max(1, NORM_TILE // block) if rows >= FILLING_ROWS else 1
         _norm_kernel[(triton.cdiv(rows, rows_per_block),)](
-            x, residual, weight, out, x.stride(-2), rows, dim, eps, ADD=residual is not None, PARTS=parts,
-            ROWS=rows_per_block, BLOCK=block, num_warps=warps_for(rows_per_block * block), **launch_options(),
+            x, residual, weight, data, scale, x.stride(-2), rows, len(data), dim, eps, ADD=residual is not None,
+            PARTS=parts, GROUP=group, ROWS=rows_per_block, BLOCK=block, num_warps=warps_for(rows_per_block * block),
+            **launch_options(),
         )  # fmt: skip
     return out
 
 
-@jit
-def _silu_mul_kernel(gate_up: tensor, out: tensor, width: tensor, BLOCK: constexpr, PDL: constexpr) -> None:
+def _empty(rows: int, width: int, like: Tensor, reader: Weight | None) -> tuple[Tensor | Fp8Rows, Tensor, Tensor, int]:
+    """What a kernel is to write: (rows, width), in FP8 where `reader` takes that; also its data, scales and group."""
+    if isinstance(reader, Fp8Weight) and quantizes_for(reader):
+        quantized, group = empty_rows(rows, width, reader, like)
+        return quantized, quantized.data, quantized.scale, group
+    out = torch.empty((rows, width), dtype=like.dtype, device=like.device)
+    return out, out, out, 0
+
+
+@jit_varying("padded")
+def _silu_mul_kernel(
+    gate_up: tensor, out: tensor, scale: tensor, padded: tensor, width: tensor, GROUP: constexpr, BLOCK: constexpr,
+    PDL: constexpr,
+) -> None:  # fmt: skip
     after_previous(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64) + tl.zeros((1, 1), tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     mask = column < width
     gate = tl.load(gate_up + row * 2 * width + column, mask=mask, other=0.0)
     up = tl.load(gate_up + row * 2 * width + width + column, mask=mask, other=0.0)
-    tl.store(out + row * width + column, gated(gate, up), mask=mask)
+    hidden = gated(gate, up)
+    if GROUP:
+        store_quantized(hidden, out, scale, row, row >= 0, width, padded, 1, BLOCK, GROUP)
+    else:
+        tl.store(out + row * width + column, hidden, mask=mask)
 
 
 @jit
@@ -98,16 +192,18 @@ def gated(gate: tensor, up: tensor) -> tensor:
     return (silu * up.to(tl.float32)).to(gate.dtype)
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """gate_up (T, 2I), contiguous, gate first -> (T, I)."""
+def silu_mul(gate_up: Tensor, reader: Weight | None = None) -> Any:
+    """gate_up (T, 2I), contiguous, gate first -> (T, I), in FP8 where `reader` takes that."""
     assert gate_up.is_contiguous()
     rows, width = len(gate_up), gate_up.shape[1] // 2
-    out = torch.empty((rows, width), dtype=gate_up.dtype, device=gate_up.device)
+    out, data, scale, group = _empty(rows, width, gate_up, reader)
     if rows:
-        block = min(ACTIVATION_BLOCK, triton.next_power_of_2(width))
+        block = triton.next_power_of_2(width)
+        block, warps = (block, row_warps(block)) if group else (min(ACTIVATION_BLOCK, block), 0)
         _silu_mul_kernel[(rows, triton.cdiv(width, block))](
-            gate_up, out, width, BLOCK=block, num_warps=warps_for(block), **launch_options()
-        )
+            gate_up, data, scale, len(data), width, GROUP=group, BLOCK=block, num_warps=warps or warps_for(block),
+            **launch_options(),
+        )  # fmt: skip
     return out
 
 

@@ -54,3 +54,17 @@ def after_previous(PDL: tl.constexpr) -> None:
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+
+
+@jit
+def prefetch(
+    weight: tl.tensor, row: tl.tensor, start: tl.tensor, inner: tl.tensor, ROWS: tl.constexpr, LENGTH: tl.constexpr,
+    LINES: tl.constexpr, LINE: tl.constexpr,
+) -> None:  # fmt: skip
+    """ROWS rows of a weight (N, inner), LENGTH elements of each from `start` on, into L2; a cache line has LINE."""
+    lines = start + tl.minimum(tl.arange(0, LINES) * LINE, LENGTH - LINE)
+    rows = row + tl.arange(0, ROWS)
+    address = weight + rows[:, None].to(tl.int64) * inner + lines[None, :]
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
+    )

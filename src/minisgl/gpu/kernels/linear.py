@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.language import constexpr, tensor
 
 from minisgl.gpu.kernels.elementwise import gated
-from minisgl.gpu.kernels.jit import after_previous, jit, jit_varying, launch_options
+from minisgl.gpu.kernels.jit import after_previous, jit, jit_varying, launch_options, prefetch
 
 HALF = (torch.float16, torch.bfloat16)
 MAX_WEIGHTS = 8 << 20  # from about here on cuBLAS reads the weights as fast (H200)
@@ -50,19 +50,6 @@ FEW_GATED = LinearTile(32, 256, 1, 4, 5)
 MANY_GATED = LinearTile(32, 128, 1, 4, 4)
 
 
-@jit
-def _prefetch(
-    weight: tensor, row: tensor, start: tensor, inner: tensor, COLUMNS: constexpr, LENGTH: constexpr, LINES: constexpr,
-    LINE: constexpr,
-) -> None:  # fmt: skip
-    lines = start + tl.minimum(tl.arange(0, LINES) * LINE, LENGTH - LINE)
-    rows = row + tl.arange(0, COLUMNS)
-    address = weight + rows[:, None].to(tl.int64) * inner + lines[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
 @jit_varying("rows")
 def _linear_kernel(
     x: tensor, weight: tensor, bias: tensor, out: tensor, rows: tensor, columns: tensor, x_stride: tensor,
@@ -73,9 +60,9 @@ def _linear_kernel(
     part = tl.program_id(1)
     start = part * LENGTH
     if PREFETCH:
-        _prefetch(weight, first, start, INNER, COLUMNS, LENGTH, LINES, LINE)
+        prefetch(weight, first, start, INNER, COLUMNS, LENGTH, LINES, LINE)
         if GATED:
-            _prefetch(weight, columns + first, start, INNER, COLUMNS, LENGTH, LINES, LINE)
+            prefetch(weight, columns + first, start, INNER, COLUMNS, LENGTH, LINES, LINE)
     after_previous(PDL)
     row = tl.arange(0, ROWS)
     column = first + tl.arange(0, COLUMNS)
