@@ -1,4 +1,4 @@
-"""Piecewise graphs: their sizes, and that steps write and sample the same, bit for bit on a GPU, as without them."""
+"""Graphs for steps with prompts: their sizes, and that steps write and sample the same as without them."""
 
 import dataclasses
 import itertools
@@ -9,9 +9,11 @@ import torch
 from helpers.driver import CPU, Driver
 from helpers.gpu import SPEC, gpu_config, graph_driver, random_prompts, random_weights, require
 from helpers.tp_cases import SPECS
+from minisgl.core.attention import Attention
 from minisgl.core.model_config import ModelSpec, Moe
 from minisgl.core.weights import dummy_weights
-from minisgl.gpu.cuda_graphs import PiecewiseGraphs, Work, piecewise_sizes
+from minisgl.gpu.attention.triton import TritonAttention
+from minisgl.gpu.cuda_graphs import PrefillGraphs, Work, piecewise_sizes
 
 
 @pytest.mark.parametrize("largest", [1, 16, 100, 512, 1000, 1024, 2048, 2500])
@@ -24,33 +26,45 @@ def test_sizes_end_with_the_largest_and_waste_little(largest: int) -> None:
     assert piecewise_sizes(0) == []
 
 
-@pytest.mark.parametrize("model", ["qwen3", "llama-biased", "qwen3-moe", "mistral"])
-def test_steps_in_parts_write_and_sample_what_whole_ones_do(model: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "attn"),
+    [
+        ("qwen3", "torch"),
+        ("llama-biased", "torch"),
+        ("qwen3-moe", "torch"),
+        ("mistral", "torch"),
+        ("mistral", "triton"),
+    ],
+)
+def test_captured_steps_write_and_sample_what_others_do(model: str, attn: str) -> None:
     torch.set_num_threads(1)
     spec = SPECS[model]
     weights = dummy_weights(spec, torch.float32, CPU)
-    whole, parts = Driver(spec, weights), Driver(spec, weights)
+    plain, parts = Driver(spec, weights), Driver(spec, weights)
+    if attn == "triton":
+        backend = TritonAttention(CPU)
+        parts.decoder.attention = Attention(backend, backend)
     replays = []
 
     def capture(work: Work) -> Work:
         return lambda: replays.append(work())
 
-    parts.runner.piecewise_graphs = PiecewiseGraphs(parts.decoder, parts.runner.kv, 20, capture)
+    parts.runner.prefill_graphs = PrefillGraphs(parts.decoder, parts.runner.kv, parts.runner.tables, 20, capture)
     tokens = [7, 3, 9, 1, 4, 4, 8, 2, 6, 5, 0, 11, 13, 2, 2, 9, 30]
     sampled = [
         [
             driver.step(chunks={0: tokens, 1: tokens[:2]}),  # 19 of 20
             driver.step(decode=[0], chunks={2: tokens[:9]}, unfinished=[2]),  # 10 of 16, where 20 were
             driver.step(chunks={2: tokens[3:5]}, unfinished=[2]),  # no token is sampled
-            driver.step(decode=[0, 1]),  # no prompts: not in parts
+            driver.step(decode=[0, 1]),  # no prompts: not captured
             driver.step(decode=[1], chunks={2: tokens, 3: tokens[:5]}),  # 23, too many
             driver.step(decode=[0, 1, 2], chunks={3: tokens[6:]}),
         ]
-        for driver in (whole, parts)
+        for driver in (plain, parts)
     ]
     assert sampled[0] == sampled[1]
-    assert len(replays) == 4 * spec.num_layers
-    for old, new in zip(whole.runner.kv.k[:, :-1], parts.runner.kv.k[:, :-1], strict=True):
+    assert len(replays) == 4 * (1 if attn == "triton" else spec.num_layers)
+    for old, new in zip(plain.runner.kv.k[:, :-1], parts.runner.kv.k[:, :-1], strict=True):
         torch.testing.assert_close(old, new)
         assert torch.equal(old == 0, new == 0)
 
@@ -75,7 +89,7 @@ def cached(driver: Driver) -> list[torch.Tensor]:
 @pytest.mark.gpu
 @pytest.mark.parametrize("model", list(GPU_SPECS))
 @pytest.mark.parametrize("attn", ["auto", "fa", "fi", "triton"])
-def test_steps_of_a_captured_size_are_the_same_to_the_bit(model: str, attn: str) -> None:
+def test_steps_of_a_captured_size_are_the_same(model: str, attn: str) -> None:
     first, second, third = random_prompts([40, 24, 30], seed=1)
     sampled = []
     drivers = pair_of_drivers(GPU_SPECS[model], 64, attn)
@@ -84,10 +98,13 @@ def test_steps_of_a_captured_size_are_the_same_to_the_bit(model: str, attn: str)
         tokens += driver.step(decode=[0, 1], chunks={2: third})  # 32
         tokens += driver.step(chunks={3: third[:16]}, unfinished=[3])  # 16, of which nobody asks for one
         sampled.append(tokens + driver.step(decode=[0, 1, 2], chunks={3: second[:13]}))  # 16
-    assert drivers[1].runner.piecewise_graphs is not None
+    assert drivers[1].runner.prefill_graphs is not None
     assert sampled[0] == sampled[1]
     for old, new in zip(*map(cached, drivers), strict=True):
-        assert torch.equal(old, new)
+        if attn == "fi":  # to the bit; others split a captured step's rows another way
+            assert torch.equal(old, new)
+        assert torch.equal(old == 0, new == 0)
+        torch.testing.assert_close(old, new, atol=0.05, rtol=0.05)
 
 
 @pytest.mark.gpu

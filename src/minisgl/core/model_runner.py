@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minisgl.core.attention import AttentionMetadata, PlannedAttention, SequenceBatch
+from minisgl.core.attention import AttentionMetadata, SequenceBatch
 from minisgl.core.decoder import Decoder, ForwardBatch
 from minisgl.core.kv_cache import DeviceTables, KVCache, upload
 from minisgl.core.logits import LogitsProcessors, StepOutput
@@ -25,13 +25,13 @@ class DecodeGraphRunner(Protocol):
         """The whole step, the sampled tokens written back to the tables."""
 
 
-class PiecewiseGraphRunner(Protocol):
-    """Steps with prompts as graphs between their attentions."""
+class PrefillGraphRunner(Protocol):
+    """Steps with prompts as graphs, over a runner's tables and cache."""
 
-    def takes(self, batch: ForwardBatch) -> bool: ...
+    def takes(self, batch: ForwardBatch, metadata: AttentionMetadata) -> bool: ...
 
-    def forward(self, batch: ForwardBatch, attention: PlannedAttention) -> Tensor:
-        """`Decoder.forward`."""
+    def forward(self, batch: ForwardBatch, metadata: AttentionMetadata) -> Tensor:
+        """`Decoder.forward`, its attention planned."""
 
 
 class ModelRunner:
@@ -44,7 +44,7 @@ class ModelRunner:
         self.tables = DeviceTables(rows, -(-max_seq_len // kv.page_size), kv.num_pages, device)
         self.logits_processors = LogitsProcessors(decoder, self.tables, device)
         self.decode_graphs: DecodeGraphRunner | None = None
-        self.piecewise_graphs: PiecewiseGraphRunner | None = None
+        self.prefill_graphs: PrefillGraphRunner | None = None
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepOutput:
@@ -70,12 +70,11 @@ class ModelRunner:
         if len(plan.page_ids):
             self.tables.page_table.index_put_((step["page_slots"], step["page_indices"]), step["page_ids"])
         # 2) Run the layers over all of the step's tokens.
-        attention = self.decoder.attention.plan(self._attention_metadata(plan, step), self.kv)
-        batch = self._forward_batch(step)
-        if self.piecewise_graphs is not None and self.piecewise_graphs.takes(batch):
-            hidden = self.piecewise_graphs.forward(batch, attention)
+        metadata, batch = self._attention_metadata(plan, step), self._forward_batch(step)
+        if self.prefill_graphs is not None and self.prefill_graphs.takes(batch, metadata):
+            hidden = self.prefill_graphs.forward(batch, metadata)
         else:
-            hidden = self.decoder.forward(batch, attention, self.kv)
+            hidden = self.decoder.forward(batch, self.decoder.attention.plan(metadata, self.kv), self.kv)
         # 3) The sampled rows come first, then the prompt tokens that are scored.
         slots = step["sampled_slots"]
         output = self._sample(plan, slots, hidden[: len(slots)])

@@ -1,4 +1,4 @@
-"""CUDA graphs: decode steps as one graph each, steps with prompts as a graph for each part between two attentions."""
+"""CUDA graphs: steps as one graph each or, with some backends, as a graph for each part between two attentions."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from minisgl.config import Config
-from minisgl.core.attention import PlannedAttention
+from minisgl.core.attention import AttentionMetadata, PlannedAttention
 from minisgl.core.decoder import Decoder, ForwardBatch
 from minisgl.core.kv_cache import DeviceTables, KVCache, StepInputs
 from minisgl.core.logits import StepOutput
 from minisgl.core.plan import StepPlan
 from minisgl.core.quantization import Activations
-from minisgl.gpu.attention.interface import GraphBackend, GraphDecode
+from minisgl.gpu.attention.interface import GraphBackend, GraphDecode, StaticRows
 
 CAPTURE_MODE = "thread_local"  # other threads may query events meanwhile: they watch collectives, or collect results
+MAX_CHUNKS = 64  # of prompts in a step that is one graph
 IN_FLIGHT = 4  # copies of `changes` on the host: more than there are steps launched and not collected
 
 
@@ -152,44 +153,61 @@ def captured(pool: Any, work: Work) -> Work:
 
 
 @dataclass
-class SplitStep:
-    """A step of T tokens in parts that end before each layer's attention: `start`, then `between` the layers."""
+class PrefillStep:
+    """A step of T tokens: `whole`, or in parts that end before each layer's attention, `start` and `between` layers.
+
+    Its end is for the caller: the last layer from its attention on, for the rows whose logits are wanted.
+    """
 
     decoder: Decoder
     batch: ForwardBatch
     kv: KVCache
     queries: Tensor  # (T, H, hd) written by each part
-    heads: Tensor  # (T, H, hd) the attention's result, read by the next part
+    heads: Tensor  # (T, H, hd) an attention's result, read by the next part or the caller
     residual: Tensor = field(init=False)  # (T, D)
 
     def start(self) -> None:
         x, self.residual = self.decoder.embed(self.batch)
         self._write_queries(0, x)
 
-    def between(self, index: int) -> None:
+    def between(self, index: int, heads: Tensor) -> None:
         """From layer `index`'s attention to that of the next."""
-        x, self.residual = self.decoder.after_attention(index, self.heads, self.residual, None)
+        x, self.residual = self.decoder.after_attention(index, heads, self.residual, None)
         self._write_queries(index + 1, x)
+
+    def whole(self, attention: PlannedAttention) -> None:
+        self.start()
+        heads = self.heads
+        for index, window in enumerate(self.decoder.spec.windows):
+            if index:
+                self.between(index - 1, heads)
+            heads = attention.run(self.queries, index, window)
+        self.heads.copy_(heads)
 
     def _write_queries(self, index: int, x: Activations) -> None:
         qkv, rope = self.decoder.before_attention(index, x, self.batch, self.kv)
         rope(qkv, out=self.queries)
 
 
-class PiecewiseGraphs:
-    """Graphs of all but attention for steps with prompts, captured when this is made, largest first.
+class PrefillGraphs:
+    """Graphs for steps with prompts, captured when this is made, largest first.
 
-    What prefill attention launches depends on lengths that only the host knows. All else depends on the number of
-    tokens alone, and with few tokens launching it takes longer than running it.
+    With backends that read every length on the device, a step is one graph. With others, what attention launches
+    depends on lengths that only the host knows; then a graph is what lies between two attentions.
 
     All sizes T use the first T elements of `ids` and `positions` int32 (largest,), `slot_mapping` int64 (largest,),
-    `queries` (largest, H, hd), a layer's input to attention, and `heads`, its output. `capture`: CUDA graphs in one
-    memory pool by default.
+    `queries` (largest, H, hd), a layer's input to attention, and `heads`, its output between two graphs.
+    `capture`: CUDA graphs in one memory pool by default.
     """
 
-    def __init__(self, decoder: Decoder, kv: KVCache, largest: int, capture: Capture | None = None) -> None:
+    def __init__(
+        self, decoder: Decoder, kv: KVCache, tables: DeviceTables, largest: int, capture: Capture | None = None
+    ) -> None:
         spec, table = decoder.spec, decoder.weights.embedding
         self.decoder, self.kv = decoder, kv
+        self.rows = None
+        if StaticRows.captures(decoder.attention):
+            self.rows = StaticRows(decoder.attention, kv, tables, min(MAX_CHUNKS, len(tables.length) - 1))
         self.scratch = kv.num_pages * kv.page_size
         self.ids, self.positions = torch.zeros((2, largest), dtype=torch.int32, device=table.device)
         self.slot_mapping = torch.full((largest,), self.scratch, dtype=torch.int64, device=table.device)
@@ -200,12 +218,13 @@ class PiecewiseGraphs:
         # A step in parts, and the replays of these: number i ends before the attention of layer i.
         self.steps = {size: self._capture(size, capture) for size in reversed(self.sizes)}
 
-    def takes(self, batch: ForwardBatch) -> bool:
+    def takes(self, batch: ForwardBatch, metadata: AttentionMetadata) -> bool:
         """Whether the batch is a step with prompts, of whose tokens some are wanted, and fits a size."""
-        return batch.logits_indices is not None and 0 < len(batch.ids) <= self.sizes[-1]
+        fits = batch.logits_indices is not None and 0 < len(batch.ids) <= self.sizes[-1]
+        return fits and (self.rows is None or self.rows.takes(metadata))
 
     @torch.inference_mode()
-    def forward(self, batch: ForwardBatch, attention: PlannedAttention) -> Tensor:
+    def forward(self, batch: ForwardBatch, metadata: AttentionMetadata) -> Tensor:
         """`Decoder.forward` of such a step."""
         tokens = len(batch.ids)
         size = self.sizes[bisect.bisect_left(self.sizes, tokens)]
@@ -214,21 +233,31 @@ class PiecewiseGraphs:
         self.positions[:tokens].copy_(batch.positions)
         self.slot_mapping[:tokens].copy_(batch.slot_mapping)
         self.slot_mapping[tokens:size].fill_(self.scratch)
-        queries, heads = self.queries[:tokens], self.heads[:tokens]
-        for index, replay in enumerate(replays):
-            replay()
-            heads.copy_(attention.run(queries, index, self.decoder.spec.windows[index]))
-        hidden, _ = self.decoder.after_attention(len(replays) - 1, heads, step.residual[:tokens], batch.logits_indices)
+        if self.rows is not None:
+            self.rows.write(metadata)
+            replays[0]()
+        else:
+            attention = self.decoder.attention.plan(metadata, self.kv)
+            for index, replay in enumerate(replays):
+                replay()
+                heads = attention.run(self.queries[:tokens], index, self.decoder.spec.windows[index])
+                step.heads[:tokens].copy_(heads)
+        last, heads, residual = self.decoder.spec.num_layers - 1, step.heads[:tokens], step.residual[:tokens]
+        hidden, _ = self.decoder.after_attention(last, heads, residual, batch.logits_indices)
         assert isinstance(hidden, Tensor)
         return hidden
 
     @torch.inference_mode()
-    def _capture(self, size: int, capture: Capture) -> tuple[SplitStep, list[Work]]:
+    def _capture(self, size: int, capture: Capture) -> tuple[PrefillStep, list[Work]]:
         ids, positions, slot_mapping = self.ids[:size], self.positions[:size], self.slot_mapping[:size]
         batch = ForwardBatch(ids=ids, positions=positions, slot_mapping=slot_mapping, logits_indices=slot_mapping[:0])
-        step = SplitStep(self.decoder, batch, self.kv, self.queries[:size], self.heads[:size])
-        parts: list[Work] = [step.start]
-        parts += [partial(step.between, index) for index in range(self.decoder.spec.num_layers - 1)]
+        step = PrefillStep(self.decoder, batch, self.kv, self.queries[:size], self.heads[:size])
+        parts: list[Work]
+        if self.rows is not None:
+            parts = [partial(step.whole, self.rows.attention(size))]
+        else:
+            parts = [step.start]
+            parts += [partial(step.between, index, step.heads) for index in range(self.decoder.spec.num_layers - 1)]
         for part in parts[:2]:  # compiles what is not yet compiled
             part()
         return step, [capture(part) for part in parts]

@@ -19,7 +19,7 @@ from minisgl.core.quantization import quantize_fp8, quantize_int8
 from minisgl.core.weights import TORCH_DTYPES, Progress, Quantize, Sharder, Weights, dummy_weights, load_weights
 from minisgl.gpu.attention.interface import GraphBackend
 from minisgl.gpu.attention.select import Shape, available_backends, capability, choose, make_attention
-from minisgl.gpu.cuda_graphs import DecodeGraphs, PiecewiseGraphs, graph_sizes, piecewise_max_tokens
+from minisgl.gpu.cuda_graphs import DecodeGraphs, PrefillGraphs, graph_sizes, piecewise_max_tokens
 from minisgl.gpu.memory import available_memory, kv_dtype, measure_pages, require_pages_fit, require_weights_fit
 from minisgl.gpu.operations import operations_for
 
@@ -94,5 +94,5 @@ def make_executor(
     elif config.cuda_graph_max_bs:
         described += "; its decode cannot be captured, so there are no CUDA graphs"
     if tokens := piecewise_max_tokens(config):
-        runner.piecewise_graphs = PiecewiseGraphs(decoder, kv, tokens)
+        runner.prefill_graphs = PrefillGraphs(decoder, kv, runner.tables, tokens)
     return LocalExecutor(runner, described, alive)

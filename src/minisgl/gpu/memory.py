@@ -21,7 +21,7 @@ from minisgl.core.quantization import FP8
 from minisgl.core.types import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
 from minisgl.core.weights import QUANTIZED, TORCH_DTYPES, Sharder, held_elements
 from minisgl.errors import ConfigError
-from minisgl.gpu.cuda_graphs import graph_sizes, piecewise_max_tokens, piecewise_sizes
+from minisgl.gpu.cuda_graphs import MAX_CHUNKS, graph_sizes, piecewise_max_tokens, piecewise_sizes
 
 GIB = 2**30
 CPU_KV_BYTES = 2 * GIB
@@ -76,10 +76,12 @@ def graph_bytes(config: Config, spec: ModelSpec, vocab: int, dtype: torch.dtype,
         tables = 4 * sum(graph_sizes(rows)) * -(-max_seq_len // config.page_size)
         total += rows * (vocab * item + token_bytes(spec, item)) + tables
     if tokens := piecewise_max_tokens(config):
+        assert config.max_running_requests is not None
         sizes = piecewise_sizes(tokens)
         ends = 2 * spec.num_heads * spec.head_dim * item  # queries and attention's output
         total += tokens * (token_bytes(spec, item) + ends) + sum(sizes) * spec.hidden_size * item
         total += len(sizes) * spec.num_layers * GRAPH_BYTES
+        total += 4 * (config.max_running_requests + MAX_CHUNKS) * -(-max_seq_len // config.page_size)
     return total
 
 

@@ -19,6 +19,8 @@ ONE_SPLIT_PAIRS = 256  # so many pairs of decode row and KV head fill the GPU: s
 class FlashAttention(DeviceBackend):
     """Hopper, float16 and bfloat16, head dimensions up to 256, any page size."""
 
+    captures_prefill = True
+
     def __init__(self) -> None:
         self.library = load_library("flash_attn_interface", "flash-attn-3")
 

@@ -16,6 +16,8 @@ from minisgl.gpu.attention.interface import DeviceBackend, DeviceBatch
 class TritonAttention(DeviceBackend):
     """Any page size, head dimensions up to 256, float16, bfloat16 and (slowly) float32."""
 
+    captures_prefill = True
+
     def __init__(self, device: torch.device) -> None:
         from minisgl.gpu.kernels import attention, decode  # a machine without a GPU may lack triton
 
