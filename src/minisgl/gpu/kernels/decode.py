@@ -257,8 +257,8 @@ def _decode_kernel(
 def decode_split(pairs: int, token_bytes: int, fp8: bool = False) -> DecodeSplit:
     # The fastest measured on an H200 with pages of 16, for so many pairs of row and KV head; a token's key has
     # `token_bytes`. Five stages are two tiles in flight, seven are three, as the page ids take the first.
-    if fp8:
-        return DecodeSplit(32, 1, 5, 0) if pairs >= 1100 else DecodeSplit(64, 2, 5, 4 if pairs >= 200 else 2)
+    if fp8 and pairs >= 800:
+        return DecodeSplit(32, 1, 5, 0) if pairs >= 1100 else DecodeSplit(64, 2, 5, 0)
     if pairs >= 1100:
         split = DecodeSplit(16, 1, 7, 0)
     else:
