@@ -27,7 +27,7 @@ from minisgl.system import print_text
 GROUPS: Final = (
     ("model", ("model", "model_source", "dummy_weight", "dtype", "quantization", "device", "max_seq_len_override")),
     ("parallelism", ("tp", "disable_pynccl", "all_reduce")),
-    ("scheduling", ("max_running_requests", "max_prefill_length", "schedule_policy", "overlap")),
+    ("scheduling", ("max_running_requests", "max_prefill_length", "schedule_policy", "overlap", "launch_ahead")),
     ("KV cache", ("page_size", "num_pages", "memory_ratio", "kv_cache_dtype", "cache", "eviction")),
     ("kernels", ("attn", "cuda_graph_max_bs", "piecewise_cuda_graph_max_tokens")),
     ("observation", ("trace_steps", "record")),

@@ -101,6 +101,9 @@ class Config:
         help=f"whose prompt is next: {', '.join(SCHEDULE_POLICIES)}, or path.py:Class; parameters: lpm:patience=5")
     overlap: bool = setting(
         True, help="schedule the next step while the current one runs", env="MINISGL_DISABLE_OVERLAP_SCHEDULING")
+    launch_ahead: str = setting(
+        "just-in-time", "--launch-ahead", choices=("just-in-time", "one-step"),
+        help="a server launches the next step just before the running one ends, or as soon as that begins")
 
     page_size: int = setting(16, "--page-size", least=1, most=256, help="tokens in a KV page")
     num_pages: int | None = setting(

@@ -73,7 +73,9 @@ class Replica:
     @property
     def next_step_at(self) -> float:
         """Of a replica that has work: when it takes in what came until then, and begins a step."""
-        return self.executor.now if self.engine.has_work else max(self.executor.now, self._received[0][0])
+        if self.engine.has_work:
+            return self.executor.now + self.engine.seconds_to_launch()
+        return max(self.executor.now, self._received[0][0])
 
     @property
     def seen_at(self) -> float:
@@ -89,6 +91,7 @@ class Replica:
         """The engine's events at the time that it is afterwards. An idle engine waits for a request."""
         if not self.engine.has_work:
             self.executor.now = max(self.executor.now, self._received[0][1])
+        self.executor.now += self.engine.seconds_to_launch()
         while self._received and self._received[0][1] <= self.executor.now:
             self.engine.add(self._received.popleft()[2])
         return self.engine.step()

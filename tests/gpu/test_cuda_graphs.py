@@ -13,7 +13,7 @@ from minisgl.core.attention import Attention
 from minisgl.core.model_config import ModelSpec, Moe
 from minisgl.core.weights import dummy_weights
 from minisgl.gpu.attention.triton import TritonAttention
-from minisgl.gpu.cuda_graphs import PrefillGraphs, Work, piecewise_sizes
+from minisgl.gpu.cuda_graphs import MixedGraphs, PiecewiseGraphs, Work, piecewise_sizes
 
 
 @pytest.mark.parametrize("largest", [1, 16, 100, 512, 1000, 1024, 2048, 2500])
@@ -49,7 +49,11 @@ def test_captured_steps_write_and_sample_what_others_do(model: str, attn: str) -
     def capture(work: Work) -> Work:
         return lambda: replays.append(work())
 
-    parts.runner.prefill_graphs = PrefillGraphs(parts.decoder, parts.runner.kv, parts.runner.tables, 20, capture)
+    if attn == "triton":
+        graphs = MixedGraphs(parts.decoder, parts.runner.kv, parts.runner.tables, 20, capture)
+        parts.runner.graphs = [graphs]
+    else:
+        parts.runner.piecewise_graphs = PiecewiseGraphs(parts.decoder, parts.runner.kv, 20, capture)
     tokens = [7, 3, 9, 1, 4, 4, 8, 2, 6, 5, 0, 11, 13, 2, 2, 9, 30]
     sampled = [
         [
@@ -98,7 +102,9 @@ def test_steps_of_a_captured_size_are_the_same(model: str, attn: str) -> None:
         tokens += driver.step(decode=[0, 1], chunks={2: third})  # 32
         tokens += driver.step(chunks={3: third[:16]}, unfinished=[3])  # 16, of which nobody asks for one
         sampled.append(tokens + driver.step(decode=[0, 1, 2], chunks={3: second[:13]}))  # 16
-    assert drivers[1].runner.prefill_graphs is not None
+    assert (attn == "fi") == (drivers[1].runner.piecewise_graphs is not None)
+    assert not drivers[0].runner.graphs
+    assert bool(drivers[1].runner.graphs) == (attn != "fi")
     assert sampled[0] == sampled[1]
     for old, new in zip(*map(cached, drivers), strict=True):
         if attn == "fi":  # to the bit; others split a captured step's rows another way

@@ -11,6 +11,7 @@ from helpers.gpu import DEVICE, EOS, SPEC, Built, build, gpu_config, random_prom
 from helpers.special import Answer, SlowAnswer, answers_of, slow_answer, special_requests
 from minisgl.core.types import Request, SamplingParams
 from minisgl.core.weights import Weights
+from minisgl.gpu.cuda_graphs import DecodeGraphs
 from minisgl.gpu.memory import prefill_plan
 
 pytestmark = pytest.mark.gpu
@@ -59,8 +60,8 @@ def test_masks_reach_steps_that_are_replays() -> None:
     requests = [request for request in special_requests(VOCAB) if request.params.grammar is not None][:8]
     built = make(cuda_graph_max_bs=8)
     check(answers_of(built.engine, requests), requests)
-    assert built.runner.decode_graphs is not None
-    replayed = [plan for plan in built.executor.plans if built.runner.decode_graphs.takes(plan)]
+    graphs = next(graphs for graphs in built.runner.graphs if isinstance(graphs, DecodeGraphs))
+    replayed = [plan for plan in built.executor.plans if graphs.takes(plan)]
     assert any(len(plan.constrained_slots) for plan in replayed)
 
 

@@ -11,6 +11,7 @@ from typing import Protocol
 import msgspec
 
 from minisgl.config import Config
+from minisgl.core.launch import LaunchTimer
 from minisgl.core.pages import CacheManager
 from minisgl.core.plan import Executor, StepPlan
 from minisgl.core.plugins import load_eviction, load_policy
@@ -43,7 +44,8 @@ class Engine:
 
     With `config.overlap` a step is planned and launched while the one before it runs, and the older one's tokens
     are taken in afterwards (NanoFlow, Zhu et al. 2024): a request that ends on a stop token is found out one
-    step late, and what that step computed for it is dropped.
+    step late, and what that step computed for it is dropped. Who can use the time waits for `seconds_to_launch` before
+    a step, and adds requests meanwhile: with `config.launch_ahead` just-in-time they are in the next step.
 
     A mask depends on the token before it. So where rows follow a grammar, the older step's tokens are taken in first,
     and the masks computed while the device runs the newer step's forward pass; then the step is finished with them.
@@ -63,6 +65,8 @@ class Engine:
         self.model = model
         self.constraints = constraints
         self.overlap = config.overlap
+        just_in_time = config.overlap and config.launch_ahead == "just-in-time"
+        self._timer = LaunchTimer(clock) if just_in_time else None
         self.clock = clock
         shared, eviction = config.cache == "radix", load_eviction(config.eviction)
         self.cache = CacheManager(executor.num_pages, config.page_size, shared, rows, max_pages, eviction)
@@ -109,6 +113,10 @@ class Engine:
                 self._events.append(event)
                 self._aborted += 1
 
+    def seconds_to_launch(self) -> float:
+        """How long the next `step` can wait without leaving the device idle."""
+        return 0.0 if self._timer is None or self._events else self._timer.wait()
+
     @property
     def has_work(self) -> bool:
         return bool(self.scheduler.live or self._launched or self._events) and not self._failed
@@ -152,6 +160,8 @@ class Engine:
         if self._observers:
             plan = msgspec.structs.replace(plan, timed=True)
         self.executor.launch(plan)
+        if self._timer is not None:
+            self._timer.launched(plan, planned, self.clock())
         record = self._record(plan, planned, launched) if self._observers else None
         self._launched.append((plan, record))
         self.scheduler.retracted_ids = []
@@ -172,6 +182,8 @@ class Engine:
         awaited = self.clock()
         result = self.executor.collect()
         arrived = self.clock()
+        if self._timer is not None:
+            self._timer.collected(awaited, arrived)
         self._events += self.scheduler.commit(plan, result)
         if record is not None:
             record.awaited, record.arrived, record.committed = awaited, arrived, self.clock()

@@ -80,7 +80,7 @@ class LocalExecutor:
             self._worker.shutdown()
         else:
             torch.cuda.synchronize(self.device)
-            self.runner.decode_graphs = self.runner.prefill_graphs = None
+            self.runner.graphs, self.runner.piecewise_graphs = [], None
 
     def _start(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         if self._worker is not None:

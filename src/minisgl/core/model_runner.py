@@ -9,29 +9,29 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minisgl.core.attention import AttentionMetadata, SequenceBatch
+from minisgl.core.attention import AttentionMetadata, PlannedAttention, SequenceBatch
 from minisgl.core.decoder import Decoder, ForwardBatch
 from minisgl.core.kv_cache import DeviceTables, KVCache, upload
 from minisgl.core.logits import LogitsProcessors, StepOutput
 from minisgl.core.plan import Masks, NewRows, StepPlan
 
 
-class DecodeGraphRunner(Protocol):
-    """Decode steps as graphs, over a runner's tables and cache."""
+class GraphRunner(Protocol):
+    """Steps of some kind as graphs, over a runner's tables and cache."""
 
     def takes(self, plan: StepPlan) -> bool: ...
 
     def run(self, plan: StepPlan) -> StepOutput:
-        """The whole step, the sampled tokens written back to the tables."""
+        """The whole step, the sampled tokens written back to the tables; the output is good until the next step."""
 
 
-class PrefillGraphRunner(Protocol):
-    """Steps with prompts as graphs, over a runner's tables and cache."""
+class PiecewiseGraphRunner(Protocol):
+    """Steps with prompts as graphs between their attentions."""
 
-    def takes(self, batch: ForwardBatch, metadata: AttentionMetadata) -> bool: ...
+    def takes(self, batch: ForwardBatch) -> bool: ...
 
-    def forward(self, batch: ForwardBatch, metadata: AttentionMetadata) -> Tensor:
-        """`Decoder.forward`, its attention planned."""
+    def forward(self, batch: ForwardBatch, attention: PlannedAttention) -> Tensor:
+        """`Decoder.forward`."""
 
 
 class ModelRunner:
@@ -43,8 +43,8 @@ class ModelRunner:
         self.device = device
         self.tables = DeviceTables(rows, -(-max_seq_len // kv.page_size), kv.num_pages, device)
         self.logits_processors = LogitsProcessors(decoder, self.tables, device)
-        self.decode_graphs: DecodeGraphRunner | None = None
-        self.prefill_graphs: PrefillGraphRunner | None = None
+        self.graphs: list[GraphRunner] = []
+        self.piecewise_graphs: PiecewiseGraphRunner | None = None
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepOutput:
@@ -61,8 +61,11 @@ class ModelRunner:
         return output
 
     def _forward_and_sample(self, plan: StepPlan) -> StepOutput:
-        if self.decode_graphs is not None and self.decode_graphs.takes(plan):
-            return self.decode_graphs.run(plan)
+        if plan.init is not None and plan.init.logits is not None:
+            self.logits_processors.admit(plan.init.logits)
+        for graphs in self.graphs:
+            if graphs.takes(plan):
+                return graphs.run(plan)
         # 1) Bring the tables up to date: rows that start, and new pages.
         if plan.init is not None:
             self._admit(plan.init)
@@ -70,11 +73,12 @@ class ModelRunner:
         if len(plan.page_ids):
             self.tables.page_table.index_put_((step["page_slots"], step["page_indices"]), step["page_ids"])
         # 2) Run the layers over all of the step's tokens.
-        metadata, batch = self._attention_metadata(plan, step), self._forward_batch(step)
-        if self.prefill_graphs is not None and self.prefill_graphs.takes(batch, metadata):
-            hidden = self.prefill_graphs.forward(batch, metadata)
+        attention = self.decoder.attention.plan(self._attention_metadata(plan, step), self.kv)
+        batch = self._forward_batch(step)
+        if self.piecewise_graphs is not None and self.piecewise_graphs.takes(batch):
+            hidden = self.piecewise_graphs.forward(batch, attention)
         else:
-            hidden = self.decoder.forward(batch, self.decoder.attention.plan(metadata, self.kv), self.kv)
+            hidden = self.decoder.forward(batch, attention, self.kv)
         # 3) The sampled rows come first, then the prompt tokens that are scored.
         slots = step["sampled_slots"]
         output = self._sample(plan, slots, hidden[: len(slots)])
@@ -106,8 +110,6 @@ class ModelRunner:
         slots = values.pop("slots")
         for name, value in values.items():
             getattr(self.tables.sampling, name).index_copy_(0, slots, value)
-        if init.logits is not None:
-            self.logits_processors.admit(init.logits)
 
     def _forward_batch(self, step: dict[str, Tensor]) -> ForwardBatch:
         """The step's tokens, decode rows first; advances the rows' lengths by what the step writes."""

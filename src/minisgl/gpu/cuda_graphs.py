@@ -1,4 +1,7 @@
-"""CUDA graphs: steps as one graph each or, with some backends, as a graph for each part between two attentions."""
+"""CUDA graphs: a step is one graph, of decodes alone or with prompts.
+
+Where attention of prompts cannot be captured, their steps are a graph for each part between two attentions.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +14,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from minisgl.config import Config
-from minisgl.core.attention import AttentionMetadata, PlannedAttention
+from minisgl.core.attention import Int32, PlannedAttention
 from minisgl.core.decoder import Decoder, ForwardBatch
-from minisgl.core.kv_cache import DeviceTables, KVCache, StepInputs
+from minisgl.core.kv_cache import DeviceTables, KVCache, StepInputs, upload
 from minisgl.core.logits import StepOutput
 from minisgl.core.plan import StepPlan
 from minisgl.core.quantization import Activations
-from minisgl.gpu.attention.interface import GraphBackend, GraphDecode, StaticRows
+from minisgl.gpu.attention.interface import DeviceBatch, GraphBackend, GraphDecode, static_step
 
 CAPTURE_MODE = "thread_local"  # other threads may query events meanwhile: they watch collectives, or collect results
-MAX_CHUNKS = 64  # of prompts in a step that is one graph
+MAX_CHUNKS = 64  # of prompts in a captured step
 IN_FLIGHT = 4  # copies of `changes` on the host: more than there are steps launched and not collected
 
 
@@ -152,62 +156,213 @@ def captured(pool: Any, work: Work) -> Work:
     return graph.replay
 
 
-@dataclass
-class PrefillStep:
-    """A step of T tokens: `whole`, or in parts that end before each layer's attention, `start` and `between` layers.
+class MixedInputs:
+    """What the host sends for a step of up to T tokens with prompts: views of one int32 buffer, by name.
 
-    Its end is for the caller: the last layer from its attention on, for the rows whose logits are wanted.
+    R decode rows, C chunks and W new entries of page tables at most. What is not used names the tables' last row and
+    the scratch page, and has no tokens.
     """
 
-    decoder: Decoder
-    batch: ForwardBatch
-    kv: KVCache
-    queries: Tensor  # (T, H, hd) written by each part
-    heads: Tensor  # (T, H, hd) an attention's result, read by the next part or the caller
-    residual: Tensor = field(init=False)  # (T, D)
+    def __init__(self, tokens: int, tables: DeviceTables, page_size: int) -> None:
+        self.rows = min(tokens, len(tables.length) - 1)
+        self.chunks = min(tokens, MAX_CHUNKS, self.rows)
+        self.pages = tokens // page_size + self.rows + self.chunks
+        stops = tables.sampling.stop_ids.shape[1]
+        sizes = {
+            "seed": 2 * self.chunks,  # int64; first, to be aligned
+            **dict.fromkeys(("ids", "slots", "positions"), tokens),  # id -1: the row's last token
+            **dict.fromkeys(("page_slots", "page_indices", "page_ids"), self.pages),
+            **dict.fromkeys(("decode_slots", "decode_ends", "sampled_slots", "logits_indices"), self.rows),
+            **dict.fromkeys(("chunk_slots", "chunk_ends", "new_slots", "top_k", "min_len"), self.chunks),
+            **dict.fromkeys(("temperature", "top_p", "min_p"), self.chunks),  # float32
+            "chunk_starts": self.chunks + 1,
+            "stop_ids": stops * self.chunks,
+        }
+        ends = list(itertools.accumulate(sizes.values()))
+        self.size = ends[-1]
+        self.places = {name: slice(end - sizes[name], end) for name, end in zip(sizes, ends, strict=True)}
 
-    def start(self) -> None:
-        x, self.residual = self.decoder.embed(self.batch)
-        self._write_queries(0, x)
+    def views(self, buffer: Tensor) -> dict[str, Tensor]:
+        views = {name: buffer[place] for name, place in self.places.items()}
+        views |= {name: views[name].view(torch.float32) for name in ("temperature", "top_p", "min_p")}
+        return views | {"seed": views["seed"].view(torch.int64), "stop_ids": views["stop_ids"].view(self.chunks, -1)}
 
-    def between(self, index: int, heads: Tensor) -> None:
-        """From layer `index`'s attention to that of the next."""
-        x, self.residual = self.decoder.after_attention(index, heads, self.residual, None)
-        self._write_queries(index + 1, x)
+    def write(self, host: Int32, plan: StepPlan, padding: int, scratch: int) -> None:
+        """Write the plan to `host` int32 (size,). Its page-table writes are left out where they are more than W."""
+        lens, decodes = plan.prefill_lens, len(plan.decode_slots)
+        starts = np.concatenate([[0], np.cumsum(lens)])  # of the chunks, among the prompts' tokens
+        total = decodes + int(starts[-1])
 
-    def whole(self, attention: PlannedAttention) -> None:
-        self.start()
-        heads = self.heads
-        for index, window in enumerate(self.decoder.spec.windows):
-            if index:
-                self.between(index - 1, heads)
-            heads = attention.run(self.queries, index, window)
-        self.heads.copy_(heads)
+        def put(name: str, values: NDArray[Any], rest: int, first: int = 0) -> None:
+            view = host[self.places[name]]
+            view[first : first + len(values)] = values
+            view[first + len(values) :] = rest
 
-    def _write_queries(self, index: int, x: Activations) -> None:
-        qkv, rope = self.decoder.before_attention(index, x, self.batch, self.kv)
-        rope(qkv, out=self.queries)
+        put("ids", np.full(decodes, -1), 0)
+        put("ids", plan.prefill_tokens, 0, decodes)
+        put("slots", plan.decode_slots, padding)
+        put("slots", np.repeat(plan.prefill_slots, lens), padding, decodes)
+        put("positions", plan.decode_lens, 0)
+        positions = np.arange(total - decodes) + np.repeat(plan.prefill_starts - starts[:-1], lens)
+        put("positions", positions, 0, decodes)
+        fits = len(plan.page_ids) <= self.pages
+        put("page_slots", plan.page_slots if fits else plan.page_slots[:0], padding)
+        put("page_indices", plan.page_indices if fits else plan.page_indices[:0], 0)
+        put("page_ids", plan.page_ids if fits else plan.page_ids[:0], scratch)
+        put("decode_slots", plan.decode_slots, padding)
+        put("decode_ends", plan.decode_lens + 1, 0)
+        put("chunk_slots", plan.prefill_slots, padding)
+        put("chunk_ends", plan.prefill_starts + lens, 0)
+        put("chunk_starts", decodes + starts, total)
+        put("sampled_slots", plan.sampled_slots, padding)
+        put("logits_indices", np.arange(decodes), 0)
+        put("logits_indices", decodes + starts[1:][plan.prefill_final] - 1, 0, decodes)
+        if (init := plan.init) is None:
+            put("new_slots", plan.prefill_slots[:0], padding)
+            return
+        put("new_slots", init.slots, padding)
+        for name, values in (("top_k", init.top_ks), ("min_len", init.min_lens)):
+            put(name, values, 0)
+        for name, floats in (("temperature", init.temperatures), ("top_p", init.top_ps), ("min_p", init.min_ps)):
+            put(name, floats.view(np.int32), 0)
+        put("seed", init.seeds.view(np.int32), 0)
+        put("stop_ids", init.stop_ids.reshape(-1), -1)
 
 
-class PrefillGraphs:
-    """Graphs for steps with prompts, captured when this is made, largest first.
+class MixedGraphs:
+    """Graphs of whole steps with prompts, beside decodes or alone, for each of some numbers of tokens T.
 
-    With backends that read every length on the device, a step is one graph. With others, what attention launches
-    depends on lengths that only the host knows; then a graph is what lies between two attentions.
-
-    All sizes T use the first T elements of `ids` and `positions` int32 (largest,), `slot_mapping` int64 (largest,),
-    `queries` (largest, H, hd), a layer's input to attention, and `heads`, its output between two graphs.
+    As in `DecodeGraphs`, the host sends one buffer and replays the smallest graph that holds a step. Attention reads
+    every length on the device; its maxima are those of the size. Log-probabilities of a prompt are not for these.
     `capture`: CUDA graphs in one memory pool by default.
     """
 
     def __init__(
         self, decoder: Decoder, kv: KVCache, tables: DeviceTables, largest: int, capture: Capture | None = None
     ) -> None:
+        self.decoder, self.kv, self.tables = decoder, kv, tables
+        self.padding, device = len(tables.length) - 1, tables.length.device
+        head = decoder.weights.head
+        assert isinstance(head, Tensor)
+        self.logits = torch.empty((min(largest, self.padding), len(head)), dtype=head.dtype, device=device)
+        self.tokens = torch.zeros(len(self.logits), dtype=torch.int32, device=device)
+        self.sizes = piecewise_sizes(largest)
+        self.inputs = {size: MixedInputs(size, tables, kv.page_size) for size in self.sizes}
+        most = self.inputs[largest].size
+        self.buffer = torch.zeros(most, dtype=torch.int32, device=device)
+        on_gpu = device.type == "cuda"
+        hosts = [torch.zeros(most, dtype=torch.int32, pin_memory=on_gpu) for _ in range(IN_FLIGHT)]
+        self._hosts = itertools.cycle(hosts)
+        capture = capture or partial(captured, torch.cuda.graph_pool_handle())
+        self.steps = {size: self._capture(size, capture) for size in reversed(self.sizes)}
+
+    def takes(self, plan: StepPlan) -> bool:
+        size = self._size(plan)
+        if size is None or len(plan.prefill_slots) == 0 or (plan.logits is not None and len(plan.logits.prompt_rows)):
+            return False
+        new = 0 if plan.init is None else len(plan.init.slots)
+        return max(new, len(plan.prefill_slots)) <= self.inputs[size].chunks
+
+    def run(self, plan: StepPlan) -> StepOutput:
+        """Replay the plan's step; the output is valid until the next step."""
+        size = self._size(plan)
+        assert size is not None
+        inputs, host = self.inputs[size], next(self._hosts)
+        if len(plan.page_ids) > inputs.pages:  # a long cached prefix
+            places = {"slots": plan.page_slots.astype(np.int64), "indices": plan.page_indices.astype(np.int64)}
+            new = upload({**places, "ids": plan.page_ids}, self.buffer.device)
+            self.tables.page_table.index_put_((new["slots"], new["indices"]), new["ids"])
+        inputs.write(host.numpy(), plan, self.padding, self.kv.num_pages)
+        self.buffer[: inputs.size].copy_(host[: inputs.size], non_blocking=True)
+        self.steps[size]()
+        sampled = len(plan.sampled_slots)
+        return StepOutput(self.tokens[:sampled], self.logits[:sampled])
+
+    def _size(self, plan: StepPlan) -> int | None:
+        place = bisect.bisect_left(self.sizes, plan.num_tokens)
+        return self.sizes[place] if place < len(self.sizes) else None
+
+    @torch.inference_mode()
+    def _capture(self, size: int, capture: Capture) -> Work:
+        inputs = self.inputs[size]
+        idle = np.zeros(inputs.size, np.int32)
+        for name, place in inputs.places.items():
+            idle[place] = self.padding if name.endswith("slots") else 0
+        self.buffer[: inputs.size].copy_(torch.from_numpy(idle))
+        work = partial(self._step, inputs, inputs.views(self.buffer), size)
+        work()  # compiles what is not yet compiled
+        return capture(work)
+
+    def _step(self, inputs: MixedInputs, step: dict[str, Tensor], size: int) -> None:
+        tables, kv, pages = self.tables, self.kv, self.tables.page_table
+        # 1) Bring the tables up to date: new pages, and rows that start.
+        pages.index_put_((step["page_slots"].long(), step["page_indices"].long()), step["page_ids"])
+        new = step["new_slots"].long()
+        for name in ("temperature", "top_p", "min_p", "top_k", "seed", "min_len", "stop_ids"):
+            getattr(tables.sampling, name).index_copy_(0, new, step[name])
+        # 2) The step's tokens, and its rows for attention.
+        slots, decode_slots, chunk_slots = (step[name].long() for name in ("slots", "decode_slots", "chunk_slots"))
+        ids = torch.where(step["ids"] < 0, tables.last_token.index_select(0, slots), step["ids"])
+        tables.length.index_copy_(0, decode_slots, step["decode_ends"])
+        tables.length.index_copy_(0, chunk_slots, step["chunk_ends"])
+        batch = ForwardBatch(
+            ids=ids, positions=step["positions"],
+            slot_mapping=tables.slot_mapping(slots, step["positions"], kv.page_size),
+            logits_indices=step["logits_indices"].long(),
+        )  # fmt: skip
+        most = pages.shape[1] * kv.page_size
+        ones = torch.arange(inputs.rows + 1, dtype=torch.int32, device=ids.device)
+        decodes = DeviceBatch(pages.index_select(0, decode_slots), step["decode_ends"], ones, 1, most)
+        chunks = DeviceBatch(pages.index_select(0, chunk_slots), step["chunk_ends"], step["chunk_starts"], size, most)
+        # 3) The layers, and a token for each row that gets one.
+        hidden = self.decoder.forward(batch, static_step(self.decoder.attention, decodes, chunks, kv), kv)
+        logits = self.decoder.logits(hidden, self.logits[: inputs.rows])
+        sampled = step["sampled_slots"].long()
+        positions = tables.length.index_select(0, sampled)
+        tokens = self.decoder.ops.sample(logits, tables.sampling, sampled, positions, False, True, True)
+        tables.last_token.index_copy_(0, sampled, tokens)
+        self.tokens[: inputs.rows].copy_(tokens)
+
+
+@dataclass
+class SplitStep:
+    """A step of T tokens in parts that end before each layer's attention: `start`, then `between` the layers."""
+
+    decoder: Decoder
+    batch: ForwardBatch
+    kv: KVCache
+    queries: Tensor  # (T, H, hd) written by each part
+    heads: Tensor  # (T, H, hd) the attention's result, read by the next part
+    residual: Tensor = field(init=False)  # (T, D)
+
+    def start(self) -> None:
+        x, self.residual = self.decoder.embed(self.batch)
+        self._write_queries(0, x)
+
+    def between(self, index: int) -> None:
+        """From layer `index`'s attention to that of the next."""
+        x, self.residual = self.decoder.after_attention(index, self.heads, self.residual, None)
+        self._write_queries(index + 1, x)
+
+    def _write_queries(self, index: int, x: Activations) -> None:
+        qkv, rope = self.decoder.before_attention(index, x, self.batch, self.kv)
+        rope(qkv, out=self.queries)
+
+
+class PiecewiseGraphs:
+    """Graphs of all but attention for steps with prompts, captured when this is made, largest first.
+
+    What prefill attention launches depends on lengths that only the host knows. All else depends on the number of
+    tokens alone, and with few tokens launching it takes longer than running it.
+
+    All sizes T use the first T elements of `ids` and `positions` int32 (largest,), `slot_mapping` int64 (largest,),
+    `queries` (largest, H, hd), a layer's input to attention, and `heads`, its output. `capture`: CUDA graphs in one
+    memory pool by default.
+    """
+
+    def __init__(self, decoder: Decoder, kv: KVCache, largest: int, capture: Capture | None = None) -> None:
         spec, table = decoder.spec, decoder.weights.embedding
         self.decoder, self.kv = decoder, kv
-        self.rows = None
-        if StaticRows.captures(decoder.attention):
-            self.rows = StaticRows(decoder.attention, kv, tables, min(MAX_CHUNKS, len(tables.length) - 1))
         self.scratch = kv.num_pages * kv.page_size
         self.ids, self.positions = torch.zeros((2, largest), dtype=torch.int32, device=table.device)
         self.slot_mapping = torch.full((largest,), self.scratch, dtype=torch.int64, device=table.device)
@@ -218,13 +373,12 @@ class PrefillGraphs:
         # A step in parts, and the replays of these: number i ends before the attention of layer i.
         self.steps = {size: self._capture(size, capture) for size in reversed(self.sizes)}
 
-    def takes(self, batch: ForwardBatch, metadata: AttentionMetadata) -> bool:
+    def takes(self, batch: ForwardBatch) -> bool:
         """Whether the batch is a step with prompts, of whose tokens some are wanted, and fits a size."""
-        fits = batch.logits_indices is not None and 0 < len(batch.ids) <= self.sizes[-1]
-        return fits and (self.rows is None or self.rows.takes(metadata))
+        return batch.logits_indices is not None and 0 < len(batch.ids) <= self.sizes[-1]
 
     @torch.inference_mode()
-    def forward(self, batch: ForwardBatch, metadata: AttentionMetadata) -> Tensor:
+    def forward(self, batch: ForwardBatch, attention: PlannedAttention) -> Tensor:
         """`Decoder.forward` of such a step."""
         tokens = len(batch.ids)
         size = self.sizes[bisect.bisect_left(self.sizes, tokens)]
@@ -233,31 +387,21 @@ class PrefillGraphs:
         self.positions[:tokens].copy_(batch.positions)
         self.slot_mapping[:tokens].copy_(batch.slot_mapping)
         self.slot_mapping[tokens:size].fill_(self.scratch)
-        if self.rows is not None:
-            self.rows.write(metadata)
-            replays[0]()
-        else:
-            attention = self.decoder.attention.plan(metadata, self.kv)
-            for index, replay in enumerate(replays):
-                replay()
-                heads = attention.run(self.queries[:tokens], index, self.decoder.spec.windows[index])
-                step.heads[:tokens].copy_(heads)
-        last, heads, residual = self.decoder.spec.num_layers - 1, step.heads[:tokens], step.residual[:tokens]
-        hidden, _ = self.decoder.after_attention(last, heads, residual, batch.logits_indices)
+        queries, heads = self.queries[:tokens], self.heads[:tokens]
+        for index, replay in enumerate(replays):
+            replay()
+            heads.copy_(attention.run(queries, index, self.decoder.spec.windows[index]))
+        hidden, _ = self.decoder.after_attention(len(replays) - 1, heads, step.residual[:tokens], batch.logits_indices)
         assert isinstance(hidden, Tensor)
         return hidden
 
     @torch.inference_mode()
-    def _capture(self, size: int, capture: Capture) -> tuple[PrefillStep, list[Work]]:
+    def _capture(self, size: int, capture: Capture) -> tuple[SplitStep, list[Work]]:
         ids, positions, slot_mapping = self.ids[:size], self.positions[:size], self.slot_mapping[:size]
         batch = ForwardBatch(ids=ids, positions=positions, slot_mapping=slot_mapping, logits_indices=slot_mapping[:0])
-        step = PrefillStep(self.decoder, batch, self.kv, self.queries[:size], self.heads[:size])
-        parts: list[Work]
-        if self.rows is not None:
-            parts = [partial(step.whole, self.rows.attention(size))]
-        else:
-            parts = [step.start]
-            parts += [partial(step.between, index, step.heads) for index in range(self.decoder.spec.num_layers - 1)]
+        step = SplitStep(self.decoder, batch, self.kv, self.queries[:size], self.heads[:size])
+        parts: list[Work] = [step.start]
+        parts += [partial(step.between, index) for index in range(self.decoder.spec.num_layers - 1)]
         for part in parts[:2]:  # compiles what is not yet compiled
             part()
         return step, [capture(part) for part in parts]

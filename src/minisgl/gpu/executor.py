@@ -17,9 +17,9 @@ from minisgl.core.model_runner import ModelRunner
 from minisgl.core.ops import Operations
 from minisgl.core.quantization import quantize_fp8, quantize_int8
 from minisgl.core.weights import TORCH_DTYPES, Progress, Quantize, Sharder, Weights, dummy_weights, load_weights
-from minisgl.gpu.attention.interface import GraphBackend
+from minisgl.gpu.attention.interface import GraphBackend, captures_prefill
 from minisgl.gpu.attention.select import Shape, available_backends, capability, choose, make_attention
-from minisgl.gpu.cuda_graphs import DecodeGraphs, PrefillGraphs, graph_sizes, piecewise_max_tokens
+from minisgl.gpu.cuda_graphs import DecodeGraphs, MixedGraphs, PiecewiseGraphs, graph_sizes, piecewise_max_tokens
 from minisgl.gpu.memory import available_memory, kv_dtype, measure_pages, require_pages_fit, require_weights_fit
 from minisgl.gpu.operations import operations_for
 
@@ -90,9 +90,12 @@ def make_executor(
     described = str(choice)
     if config.cuda_graph_max_bs and isinstance(attention.decode, GraphBackend):
         sizes = graph_sizes(config.cuda_graph_max_bs)
-        runner.decode_graphs = DecodeGraphs(decoder, kv, runner.tables, sizes, max_seq_len)
+        runner.graphs.append(DecodeGraphs(decoder, kv, runner.tables, sizes, max_seq_len))
     elif config.cuda_graph_max_bs:
         described += "; its decode cannot be captured, so there are no CUDA graphs"
     if tokens := piecewise_max_tokens(config):
-        runner.prefill_graphs = PrefillGraphs(decoder, kv, runner.tables, tokens)
+        if captures_prefill(attention):
+            runner.graphs.append(MixedGraphs(decoder, kv, runner.tables, tokens))
+        else:
+            runner.piecewise_graphs = PiecewiseGraphs(decoder, kv, tokens)
     return LocalExecutor(runner, described, alive)

@@ -76,12 +76,12 @@ def graph_bytes(config: Config, spec: ModelSpec, vocab: int, dtype: torch.dtype,
         tables = 4 * sum(graph_sizes(rows)) * -(-max_seq_len // config.page_size)
         total += rows * (vocab * item + token_bytes(spec, item)) + tables
     if tokens := piecewise_max_tokens(config):
-        assert config.max_running_requests is not None
         sizes = piecewise_sizes(tokens)
+        rows = min(tokens, config.max_running_requests or tokens)
         ends = 2 * spec.num_heads * spec.head_dim * item  # queries and attention's output
         total += tokens * (token_bytes(spec, item) + ends) + sum(sizes) * spec.hidden_size * item
         total += len(sizes) * spec.num_layers * GRAPH_BYTES
-        total += 4 * (config.max_running_requests + MAX_CHUNKS) * -(-max_seq_len // config.page_size)
+        total += rows * vocab * item + 4 * (rows + MAX_CHUNKS) * -(-max_seq_len // config.page_size)
     return total
 
 

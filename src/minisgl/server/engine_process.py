@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -22,6 +23,7 @@ from minisgl.server.debug import StepLog, snapshot
 from minisgl.server.kv_events import KVEventPublisher
 
 IDLE_POLL_MS = 200
+SHORT_SLEEP = 2e-4  # s; what a poll in whole milliseconds cannot wait for
 COMPILERS = 2  # threads, so that a known grammar need not wait for a slow one
 COMPILING_POLL_MS = 2  # while there is nothing to compute but grammars are being compiled
 GRACE_SECONDS = 1.5  # for a step that runs when the launcher or a rank is gone
@@ -181,9 +183,11 @@ class EngineServer:
             while not self.parent_gone.is_set():
                 # With nothing to compute, sleep until a message comes.
                 if engine.has_work or self.links.poll(COMPILING_POLL_MS if grammars.requests else IDLE_POLL_MS):
-                    while self.links.poll(0):
-                        if (message := self.links.receive()) is not None:
-                            self._handle(message)
+                    self._receive()
+                    while engine.has_work and (seconds := engine.seconds_to_launch()) > 0:
+                        if not self.links.poll(int(1e3 * seconds)):
+                            time.sleep(min(seconds, SHORT_SLEEP))
+                        self._receive()
                 for request, compiled in grammars.ready():
                     self._add(request, compiled)
                 if engine.has_work:
@@ -197,6 +201,11 @@ class EngineServer:
         finally:
             grammars.close()
         engine.close()
+
+    def _receive(self) -> None:
+        while self.links.poll(0):
+            if (message := self.links.receive()) is not None:
+                self._handle(message)
 
     def _handle(self, message: ipc.ToEngine) -> None:
         match message:

@@ -6,21 +6,14 @@ import importlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Protocol, cast, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from minisgl.core.attention import (
-    Attention,
-    AttentionBackend,
-    AttentionMetadata,
-    Int32,
-    PlannedAttention,
-    SequenceBatch,
-)
-from minisgl.core.kv_cache import DeviceTables, KVCache
+from minisgl.core.attention import Attention, AttentionBackend, Int32, PlannedAttention, SequenceBatch
+from minisgl.core.kv_cache import KVCache
 from minisgl.errors import ConfigError
 
 
@@ -112,78 +105,29 @@ class DeviceBackend(ABC):
         return StaticDecode(self.step(DeviceBatch(page_table, kv_lens, starts, 1, max_seq_len), kv, decode=True))
 
 
-class StaticRows:
-    """The attention of any step of up to R decode rows and C chunks, for CUDA graphs: all it reads stays where it is.
+def captures_prefill(attention: Attention) -> bool:
+    """Whether a graph can hold a whole step with prompts, as `static_step` plans it."""
+    decode, prefill = attention.decode, attention.prefill
+    return isinstance(decode, DeviceBackend) and isinstance(prefill, DeviceBackend) and prefill.captures_prefill
 
-    Rows that pad it read one token, and chunks none.
-    """
 
-    def __init__(self, attention: Attention, kv: KVCache, tables: DeviceTables, chunks: int) -> None:
-        """`attention`: as `captures` accepts."""
-        self.kv, self.tables = kv, tables
-        (rows, pages), device = tables.page_table.shape, tables.page_table.device
-        self.max_kv_len = pages * kv.page_size
-        self.backends = cast(DeviceBackend, attention.decode), cast(DeviceBackend, attention.prefill)
-        self.decode_pages = torch.full((rows - 1, pages), kv.num_pages, dtype=torch.int32, device=device)
-        self.decode_lens = torch.ones(rows - 1, dtype=torch.int32, device=device)
-        self.decode_starts = torch.arange(rows, dtype=torch.int32, device=device)
-        self.decodes = torch.zeros(rows - 1, dtype=torch.bool, device=device)  # the first tokens of the step that are
-        self.chunk_pages = torch.full((chunks, pages), kv.num_pages, dtype=torch.int32, device=device)
-        self.chunk_lens = torch.zeros(chunks, dtype=torch.int32, device=device)
-        self.chunk_starts = torch.zeros(chunks + 1, dtype=torch.int32, device=device)
-
-    @staticmethod
-    def captures(attention: Attention) -> bool:
-        decode, prefill = attention.decode, attention.prefill
-        return isinstance(decode, DeviceBackend) and isinstance(prefill, DeviceBackend) and prefill.captures_prefill
-
-    def takes(self, metadata: AttentionMetadata) -> bool:
-        return metadata.prefill is not None and len(metadata.prefill.slots) <= len(self.chunk_lens)
-
-    def attention(self, tokens: int) -> PlannedAttention:
-        """What to capture, for steps of up to so many tokens."""
-        rows, (decode, prefill) = min(tokens, len(self.decode_lens)), self.backends
-        ones = DeviceBatch(
-            self.decode_pages[:rows], self.decode_lens[:rows], self.decode_starts[: rows + 1], 1, self.max_kv_len
-        )
-        chunks = DeviceBatch(self.chunk_pages, self.chunk_lens, self.chunk_starts, tokens, self.max_kv_len)
-        return _StaticStep(
-            decode.step(ones, self.kv, decode=True), prefill.step(chunks, self.kv, decode=False), self.decodes[:rows]
-        )
-
-    def write(self, metadata: AttentionMetadata) -> None:
-        """Make the next replays those of a step."""
-        rows = 0 if metadata.decode is None else len(metadata.decode.slots)
-        if metadata.decode is not None:
-            self._write(metadata.decode, self.decode_pages, self.decode_lens)
-        self.decode_lens[rows:].fill_(1)
-        self.decodes[:rows].fill_(True)
-        self.decodes[rows:].fill_(False)
-        prefill = metadata.prefill
-        assert prefill is not None
-        assert prefill.cu_query_lens is not None
-        chunks = len(prefill.slots)
-        self._write(prefill, self.chunk_pages, self.chunk_lens)
-        self.chunk_lens[chunks:].fill_(0)
-        torch.add(prefill.cu_query_lens, rows, out=self.chunk_starts[: chunks + 1])
-        self.chunk_starts[chunks + 1 :].fill_(rows + int(prefill.query_lens.sum()))
-
-    def _write(self, rows: SequenceBatch, pages: Tensor, lens: Tensor) -> None:
-        assert rows.slots_device is not None
-        assert rows.kv_lens_device is not None
-        count = len(rows.slots)
-        torch.index_select(self.tables.page_table, 0, rows.slots_device, out=pages[:count])
-        lens[:count].copy_(rows.kv_lens_device)
+def static_step(attention: Attention, decodes: DeviceBatch, chunks: DeviceBatch, kv: KVCache) -> PlannedAttention:
+    """Attention of decode rows, then chunks, for a graph. Rows of length 0 pad both; no query is one of theirs."""
+    decode, prefill = attention.decode, attention.prefill
+    assert isinstance(decode, DeviceBackend)
+    assert isinstance(prefill, DeviceBackend)
+    parts = decode.step(decodes, kv, decode=True), prefill.step(chunks, kv, decode=False)
+    return _StaticStep(*parts, decodes.kv_lens)
 
 
 @dataclass(frozen=True)
 class _StaticStep:
     decode: PlannedAttention
     prefill: PlannedAttention
-    decodes: Tensor  # bool (R,)
+    decode_lens: Tensor  # int32 (R,)
 
     def run(self, q: Tensor, layer: int, window: int) -> Tensor:
-        rows = len(self.decodes)
+        rows = len(self.decode_lens)
         ones, out = self.decode.run(q[:rows], layer, window), self.prefill.run(q, layer, window)
-        torch.where(self.decodes[:, None, None], ones, out[:rows], out=out[:rows])
+        torch.where((self.decode_lens > 0)[:, None, None], ones, out[:rows], out=out[:rows])
         return out

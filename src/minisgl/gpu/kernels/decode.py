@@ -56,7 +56,7 @@ def _tiles_kernel(
         length = tl.load(lens + row, mask=row < rows, other=0)
         first = tl.maximum(length - window, 0) // TILE * TILE
         tiles = tl.maximum(tl.cdiv(length - NEW - first, TILE), 1)
-        tiles = tl.where(row < rows, tiles, 0)
+        tiles = tl.where((row < rows) & (length > 0), tiles, 0)  # rows without tokens, the last ones, pad a graph
         tl.store(starts + 1 + row, before + tl.cumsum(tiles, 0), mask=row < rows)
         before += tl.sum(tiles, 0)
 
@@ -148,7 +148,7 @@ def _decode_kernel(
         programs, tiles, tile, stop, row = 1, 1, 0, 1, program
     else:
         tiles = tl.load(starts + rows)
-        programs = tl.minimum(tl.num_programs(1), tiles)
+        programs = tl.maximum(tl.minimum(tl.num_programs(1), tiles), 1)
         tile, stop = program * tiles // programs, (program + 1) * tiles // programs
         candidate = tl.arange(0, ROWS)
         row = tl.sum((tl.load(starts + candidate, mask=candidate < rows, other=1 << 30) <= tile).to(tl.int32), 0) - 1
@@ -231,7 +231,7 @@ def _decode_kernel(
         if FP8:
             kept = tl.where(best_of_new == float("-inf"), 0.0, tl.exp2(best_of_new - best))
             acc = acc * kept[:, None] + FP8_SHRINK * tl.interleave(acc_first, acc_second)
-        acc = acc / total[:, None]
+        acc = acc / tl.where(total > 0, total, 1.0)[:, None]  # 0 for a row without tokens
         result = out + (row.to(tl.int64) * HEADS + head) * (GROUP * HEAD_DIM)
         if WHOLE or ((begin >= range_start) & (end <= stop)):
             tl.store(result + inner, acc.to(out.dtype.element_ty), mask=mask)
