@@ -57,7 +57,7 @@ class GpuConstants(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     attention_seconds: float  # beside a decode attention's reading
     prefill_attention_seconds: float  # beside the computing of a prompt's
     eager_seconds: float  # of the host to launch a layer kernel by kernel
-    piece_seconds: float  # the same with piecewise CUDA graphs around attention
+    piece_seconds: float  # the same where steps with prompts are captured
     gap_seconds: float  # between two steps on the device
     link: float  # of an all-reduce, bytes/s that each GPU sends
     link_seconds: float  # of the smallest all-reduce, fused with the norm

@@ -161,7 +161,7 @@ class Engine:
             plan = msgspec.structs.replace(plan, timed=True)
         self.executor.launch(plan)
         if self._timer is not None:
-            self._timer.launched(plan, planned, self.clock())
+            self._timer.launched(plan, planned, launched, self.clock())
         record = self._record(plan, planned, launched) if self._observers else None
         self._launched.append((plan, record))
         self.scheduler.retracted_ids = []

@@ -14,6 +14,7 @@ FIRST_SLACK: Final = 5e-4  # s by which a step is in the stream before the one b
 LEAST_SLACK, MOST_SLACK = 2e-4, 5e-3
 WAITED: Final = 2e-5  # s: a result that took less to come was there already
 ROWS, TOKENS = 16, 64  # steps that differ by less take about the same time
+FIRST_LAUNCH: Final = 1e-3  # s until the device has work of a step: it computes what was launched while more is
 TRIALS: Final = 3  # steps of a shape that are seen before it is predicted: kernels compile in the first
 OUTLIER: Final = 1.5  # a step that took so many times the mean counts as if it had taken this
 
@@ -51,15 +52,16 @@ class LaunchTimer:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._estimates: defaultdict[Shape, Estimate] = defaultdict(Estimate)
-        self._host = 0.0  # s to plan and launch a step, the most of late
+        self._host = 0.0  # s until a step has work for the device, the most of late
         self._slack = FIRST_SLACK
         self._launched: deque[tuple[Shape, float]] = deque()  # with when the device may have begun; the oldest runs
 
-    def launched(self, plan: StepPlan, planned: float, sent: float) -> None:
-        """The host planned a step from `planned` on and had launched it at `sent`."""
+    def launched(self, plan: StepPlan, planned: float, launched: float, sent: float) -> None:
+        """The host planned a step from `planned` on, and launched it from `launched` until `sent`."""
         tokens, rows = len(plan.prefill_tokens), len(plan.decode_slots)
-        self._launched.append(((-(-rows // ROWS), -(-tokens // TOKENS)), sent))
-        self._host = max(sent - planned, self._host + (sent - planned - self._host) / 64)
+        ready = min(sent, launched + FIRST_LAUNCH)
+        self._launched.append(((-(-rows // ROWS), -(-tokens // TOKENS)), ready))
+        self._host = max(ready - planned, self._host + (ready - planned - self._host) / 16)
 
     def collected(self, awaited: float, arrived: float) -> None:
         """The host waited from `awaited` to `arrived` for the result of the oldest step."""
@@ -67,9 +69,9 @@ class LaunchTimer:
         waited = arrived - awaited > WAITED
         self._estimates[shape].take(arrived - began, waited)
         if self._launched:
-            following, sent = self._launched[0]
-            self._launched[0] = following, max(sent, arrived)
-            late = not waited or arrived - sent < LEAST_SLACK / 2
+            following, ready = self._launched[0]
+            self._launched[0] = following, max(ready, arrived)
+            late = arrived - ready < LEAST_SLACK / 2 if waited else awaited - ready < LEAST_SLACK / 2
             self._slack = min(1.5 * self._slack, MOST_SLACK) if late else max(0.99 * self._slack, LEAST_SLACK)
 
     def wait(self) -> float:

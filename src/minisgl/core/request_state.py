@@ -248,7 +248,7 @@ class RequestTable:
         return request
 
     def rows_in(self, *states: int) -> Slots:
-        return (np.isin(self.state, states) if len(states) > 1 else self.state == states[0]).nonzero()[0]
+        return np.logical_or.reduce([self.state == state for state in states]).nonzero()[0]  # np.isin: ten times slower
 
     def requests_in(self, *states: int) -> list[RequestState]:
         return [self.request(slot) for slot in self.rows_in(*states).tolist()]
