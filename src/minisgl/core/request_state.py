@@ -248,7 +248,8 @@ class RequestTable:
         return request
 
     def rows_in(self, *states: int) -> Slots:
-        return np.logical_or.reduce([self.state == state for state in states]).nonzero()[0]  # np.isin: ten times slower
+        found: NDArray[np.bool_] = np.logical_or.reduce([self.state == state for state in states])  # faster than isin
+        return found.nonzero()[0]
 
     def requests_in(self, *states: int) -> list[RequestState]:
         return [self.request(slot) for slot in self.rows_in(*states).tolist()]
