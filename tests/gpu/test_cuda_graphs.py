@@ -3,17 +3,21 @@
 import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
 from helpers.driver import CPU, Driver
-from helpers.gpu import SPEC, gpu_config, graph_driver, random_prompts, random_weights, require
+from helpers.gpu import SPEC, build, gpu_config, graph_driver, random_prompts, random_weights, require
 from helpers.tp_cases import SPECS
 from minisgl.core.attention import Attention
 from minisgl.core.model_config import ModelSpec, Moe
+from minisgl.core.model_runner import ModelRunner
+from minisgl.core.types import Request, SamplingParams
 from minisgl.core.weights import dummy_weights
 from minisgl.gpu.attention.triton import TritonAttention
 from minisgl.gpu.cuda_graphs import MixedGraphs, PiecewiseGraphs, Work, piecewise_sizes
+from minisgl.gpu.kernels.attention import merge_rows
 
 
 @pytest.mark.parametrize("largest", [1, 16, 100, 512, 1000, 1024, 2048, 2500])
@@ -50,8 +54,7 @@ def test_captured_steps_write_and_sample_what_others_do(model: str, attn: str) -
         return lambda: replays.append(work())
 
     if attn == "triton":
-        graphs = MixedGraphs(parts.decoder, parts.runner.kv, parts.runner.tables, 20, capture)
-        parts.runner.graphs = [graphs]
+        parts.runner.graphs = [MixedGraphs(parts.decoder, parts.runner.kv, parts.runner.tables, 20, capture)]
     else:
         parts.runner.piecewise_graphs = PiecewiseGraphs(parts.decoder, parts.runner.kv, 20, capture)
     tokens = [7, 3, 9, 1, 4, 4, 8, 2, 6, 5, 0, 11, 13, 2, 2, 9, 30]
@@ -123,3 +126,70 @@ def test_padding_writes_nowhere_but_to_scratch() -> None:
     for old, new in zip(*map(cached, drivers), strict=True):
         assert torch.equal(old == 0, new == 0)
         torch.testing.assert_close(old, new, atol=0.05, rtol=0.05)
+
+
+def repeated(work: Work) -> Work:
+    """In place of a capture: what is replayed is done again, over the same tensors."""
+    return work
+
+
+def capture_mixed(runner: ModelRunner, largest: int) -> MixedGraphs:
+    backend = TritonAttention(CPU)
+    runner.decoder.attention = Attention(backend, backend)
+    graphs = MixedGraphs(runner.decoder, runner.kv, runner.tables, largest, repeated)
+    runner.graphs = [graphs]
+    return graphs
+
+
+def test_capturing_writes_to_scratch_alone() -> None:
+    spec = SPECS["mistral"]
+    runner = Driver(spec, dummy_weights(spec, torch.float32, CPU)).runner
+    capture_mixed(runner, 40)
+    scratch = runner.kv.num_pages
+    assert bool((runner.tables.page_table == scratch).all())
+    assert not runner.tables.length.any()
+    assert not runner.kv.k[:, :scratch].any()
+    assert not runner.kv.v[:, :scratch].any()
+
+
+def mixed_requests(vocab: int) -> list[Request]:
+    """Half greedy, half sampled; half share a prefix; some change their logits or want log-probabilities."""
+    shared, rng = list(range(1, 41)), np.random.default_rng(0)
+    requests = []
+    for i in range(16):
+        own = rng.integers(0, vocab, 1 + 5 * i % 23).tolist()
+        params = SamplingParams(
+            temperature=0.8 * (i % 2), top_p=(1.0, 0.9, 1.0)[i % 3], top_k=(0, 0, 20)[i % 3], seed=i,
+            max_tokens=3 + i % 7, ignore_eos=True, presence_penalty=0.5 * (i % 5 == 0),
+            prompt_logprobs=1 if i == 7 else None,
+        )  # fmt: skip
+        requests.append(Request.make(str(i), (shared if i % 4 < 2 else []) + own, params))
+    return requests
+
+
+@pytest.mark.parametrize("chunk", [7, 64])
+@pytest.mark.parametrize("model", ["qwen3", "mistral", "qwen3-moe"])
+def test_an_engine_answers_the_same_with_whole_steps_captured(model: str, chunk: int) -> None:
+    torch.set_num_threads(1)
+    spec = SPECS[model]
+    weights = dummy_weights(spec, torch.float32, CPU)
+    config = gpu_config(
+        device="cpu", dtype="float32", attn="torch", cuda_graph_max_bs=0, piecewise_cuda_graph_max_tokens=0,
+        page_size=4, num_pages=96, max_prefill_length=chunk, max_running_requests=5,
+    )  # fmt: skip
+    built = [build(spec, weights, config, 96) for _ in range(2)]
+    graphs = capture_mixed(built[1].runner, 32)
+    answers = [each.answer(mixed_requests(spec.vocab_size), retractions=4) for each in built]
+    assert answers[0] == answers[1]
+    taken = [graphs.takes(plan) for plan in built[1].executor.plans if len(plan.prefill_slots)]
+    assert any(taken)
+    assert not all(taken)  # log-probabilities of a prompt, or too many tokens
+
+
+def test_rows_before_chunks_are_merged_and_those_behind_are_zero(device: torch.device) -> None:
+    ones, out = torch.randn(6, 3, 8, device=device), torch.randn(9, 3, 8, device=device)
+    before, out[7:] = out.clone(), torch.nan
+    merge_rows(ones, out, torch.tensor([4, 5, 7, 7], dtype=torch.int32, device=device))
+    assert torch.equal(out[:4], ones[:4])
+    assert torch.equal(out[4:7], before[4:7])
+    assert not out[7:].any()

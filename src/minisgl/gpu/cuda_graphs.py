@@ -156,6 +156,14 @@ def captured(pool: Any, work: Work) -> Work:
     return graph.replay
 
 
+_NONE = np.empty(0, np.int32)
+NOTHING = StepPlan(
+    step=0, init=None, page_slots=_NONE, page_indices=_NONE, page_ids=_NONE, decode_slots=_NONE, decode_lens=_NONE,
+    prefill_slots=_NONE, prefill_starts=_NONE, prefill_lens=_NONE, prefill_final=_NONE.astype(np.bool_),
+    prefill_tokens=_NONE, all_greedy=True, any_filter=False, any_min_len=False,
+)  # fmt: skip
+
+
 class MixedInputs:
     """What the host sends for a step of up to T tokens with prompts: views of one int32 buffer, by name.
 
@@ -217,10 +225,10 @@ class MixedInputs:
         put("sampled_slots", plan.sampled_slots, padding)
         put("logits_indices", np.arange(decodes), 0)
         put("logits_indices", decodes + starts[1:][plan.prefill_final] - 1, 0, decodes)
-        if (init := plan.init) is None:
-            put("new_slots", plan.prefill_slots[:0], padding)
+        init = plan.init
+        put("new_slots", _NONE if init is None else init.slots, padding)
+        if init is None:  # the padding row may have any parameters
             return
-        put("new_slots", init.slots, padding)
         for name, values in (("top_k", init.top_ks), ("min_len", init.min_lens)):
             put(name, values, 0)
         for name, floats in (("temperature", init.temperatures), ("top_p", init.top_ps), ("min_p", init.min_ps)):
@@ -285,10 +293,9 @@ class MixedGraphs:
     @torch.inference_mode()
     def _capture(self, size: int, capture: Capture) -> Work:
         inputs = self.inputs[size]
-        idle = np.zeros(inputs.size, np.int32)
-        for name, place in inputs.places.items():
-            idle[place] = self.padding if name.endswith("slots") else 0
-        self.buffer[: inputs.size].copy_(torch.from_numpy(idle))
+        host = next(self._hosts)[: inputs.size]
+        inputs.write(host.numpy(), NOTHING, self.padding, self.kv.num_pages)
+        self.buffer[: inputs.size].copy_(host)
         work = partial(self._step, inputs, inputs.views(self.buffer), size)
         work()  # compiles what is not yet compiled
         return capture(work)

@@ -117,17 +117,19 @@ def static_step(attention: Attention, decodes: DeviceBatch, chunks: DeviceBatch,
     assert isinstance(decode, DeviceBackend)
     assert isinstance(prefill, DeviceBackend)
     parts = decode.step(decodes, kv, decode=True), prefill.step(chunks, kv, decode=False)
-    return _StaticStep(*parts, decodes.kv_lens)
+    return _StaticStep(*parts, len(decodes.kv_lens), chunks.cu_query_lens)
 
 
 @dataclass(frozen=True)
 class _StaticStep:
     decode: PlannedAttention
     prefill: PlannedAttention
-    decode_lens: Tensor  # int32 (R,)
+    rows: int  # decode rows at most
+    starts: Tensor  # int32 (C + 1,)
 
     def run(self, q: Tensor, layer: int, window: int) -> Tensor:
-        rows = len(self.decode_lens)
-        ones, out = self.decode.run(q[:rows], layer, window), self.prefill.run(q, layer, window)
-        torch.where((self.decode_lens > 0)[:, None, None], ones, out[:rows], out=out[:rows])
+        from minisgl.gpu.kernels.attention import merge_rows  # a machine without a GPU may lack triton
+
+        ones, out = self.decode.run(q[: self.rows], layer, window), self.prefill.run(q, layer, window)
+        merge_rows(ones, out, self.starts)
         return out

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr, tensor
 
-from minisgl.gpu.kernels.jit import jit, jit_varying
+from minisgl.gpu.kernels.jit import after_previous, jit, jit_varying, launch_options, warps_for
 
 MIN_DOT = 16  # the fewest rows that a matmul on tensor cores takes
 SEARCH = tl.constexpr(128)  # rows that a prefill thread block looks at together to find its own
@@ -139,6 +139,34 @@ def prefill_attention(
         D=dims, TILE=32 if small else 64, num_warps=4, num_stages=2 if small else 3,
     )  # fmt: skip
     return out
+
+
+@jit
+def _merge_kernel(
+    ones: tensor, out: tensor, starts: tensor, rows: tensor, last: tensor, width: tensor,
+    BLOCK: constexpr, PDL: constexpr,
+) -> None:  # fmt: skip
+    after_previous(PDL)
+    row = tl.program_id(0)
+    place = row.to(tl.int64) * width + tl.arange(0, BLOCK)
+    mask = tl.arange(0, BLOCK) < width
+    if (row < rows) & (row < tl.load(starts)):
+        tl.store(out + place, tl.load(ones + place, mask=mask, other=0.0), mask=mask)
+    elif row >= tl.load(starts + last):
+        tl.store(out + place, tl.zeros([BLOCK], tl.float32).to(out.dtype.element_ty), mask=mask)
+
+
+def merge_rows(ones: Tensor, out: Tensor, starts: Tensor) -> None:
+    """Put decode rows before chunks: into out (T, H, hd) those of ones (R, H, hd) up to the first chunk's start.
+
+    starts int32 (C + 1,): where each chunk's tokens begin, and the end of the last. Behind it `out` becomes 0: what
+    lies there was never written, and a NaN would choose experts that do not exist.
+    """
+    rows, width = len(ones), out[0].numel()
+    block = triton.next_power_of_2(width)
+    _merge_kernel[(len(out),)](
+        ones, out, starts, rows, len(starts) - 1, width, BLOCK=block, num_warps=warps_for(block), **launch_options()
+    )
 
 
 @jit_varying("rows", "lens", "table_stride")
