@@ -56,3 +56,13 @@ def test_tile_grows_with_the_experts_lists() -> None:
 def test_no_tokens_give_no_tokens(device: torch.device) -> None:
     x, router, gate_up, down = (torch.empty(s, device=device) for s in ((0, 16), (4, 16), (4, 16, 16), (4, 16, 8)))
     assert kernels.moe(x, router, gate_up, down, 2, True).shape == (0, 16)
+
+
+def test_a_token_that_is_nan_changes_no_other(device: torch.device) -> None:
+    torch.manual_seed(2)
+    x, router = torch.randn(20, 32, device=device), torch.randn(8, 32, device=device)
+    layer = (router, torch.randn(8, 64, 32, device=device), torch.randn(8, 32, 32, device=device), 3, True)
+    expected = reference.moe(x, *layer)
+    x[5:9] = torch.nan
+    others = [row for row in range(20) if not 5 <= row < 9]
+    torch.testing.assert_close(kernels.moe(x, *layer)[others], expected[others], rtol=1e-4, atol=1e-4)

@@ -54,7 +54,7 @@ def _route_kernel(
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
     expert = tl.arange(0, BLOCK_EXPERTS)[None, :]
     x = tl.load(logits + token * EXPERTS + expert, mask=(token < tokens) & (expert < EXPERTS), other=0.0).to(tl.float32)
-    x = tl.where(expert < EXPERTS, x, float("-inf"))
+    x = tl.where(expert < EXPERTS, tl.where(x == x, x, 0.0), float("-inf"))  # a NaN would choose one expert twice
     x = tl.exp(x - tl.max(x, axis=1)[:, None])
     probs = x / tl.sum(x, axis=1)[:, None]
     choice = tl.arange(0, BLOCK_K)[None, :]
