@@ -55,7 +55,7 @@ class PrefixRouter:
                 break
             if not prefixes or holders is not prefixes[-1]:
                 prefixes.append(holders)
-        limit = (1 + self.slack) * sum(loads.values()) / len(loads) + HEADROOM
+        limit = (1 + self.slack) * sum(loads.values()) / len(loads) + HEADROOM if prefixes else 0.0
         for holders in reversed(prefixes):
             found: list[Replica] = [replica for replica in holders if replica in loads and loads[replica] <= limit]
             if found:
