@@ -172,13 +172,31 @@ def test_nothing_waits_or_grows_without_a_subscriber(publisher: Open) -> None:
     assert len(events._hashes) == cache.num_cached <= cache.num_pages
 
 
-def test_events_may_be_the_arrays_of_earlier_versions(publisher: Open) -> None:
-    events, cache = publisher(encoding="array"), manager()
+def test_a_flush_that_leaves_no_page_is_one_event(publisher: Open) -> None:
+    events, cache = publisher(), manager()
     cache.listen(events)
-    serve(cache, [1, 2])
+    serve(cache, [1, 2, 3, 4])
+    serve(cache, [5, 6])
+    cache.acquire(0, np.array([5, 6, 7], np.int32))
     cache.flush()
     events.flush()
-    _, (stored, removed, cleared), _ = msgspec.msgpack.decode(events._kept[0][1])
+    cache.release(0, np.array([5, 6, 7], np.int32), 2)
+    cache.flush()
+    events.flush()
+    batches = [msgspec.msgpack.decode(payload)[1] for _, payload in events._kept]
+    kept_one = ["BlockStored", "BlockStored", "BlockRemoved"]
+    assert [[event["type"] for event in batch] for batch in batches] == [kept_one, ["AllBlocksCleared"]]
+
+
+def test_events_may_be_the_arrays_of_earlier_versions(publisher: Open) -> None:
+    events, cache = publisher(encoding="array"), CacheManager(1, PAGE, True, 1, 1)
+    cache.listen(events)
+    serve(cache, [1, 2])
+    cache.extend(np.array([0]), np.array([PAGE]))  # which takes the only page
+    events.flush()
+    events.cleared()
+    events.flush()
+    (stored, removed), (cleared,) = (msgspec.msgpack.decode(payload)[1] for _, payload in events._kept)
     (block,) = stored[1]
     assert stored == ["BlockStored", [block], None, [1, 2], PAGE, None, "GPU", None]
     assert removed == ["BlockRemoved", [block], "GPU"]

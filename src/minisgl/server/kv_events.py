@@ -74,7 +74,7 @@ class KVEventPublisher:
         self._events.append({"type": "BlockRemoved", "block_hashes": hashes, "medium": MEDIUM})
 
     def cleared(self) -> None:
-        self._events.append({"type": "AllBlocksCleared"})
+        self._events = [{"type": "AllBlocksCleared"}]  # what came before it in a batch tells a subscriber no more
 
     def flush(self) -> None:
         """Send what was heard since the last time as one batch."""
