@@ -5,8 +5,6 @@ benchmark; without a command the server starts, or with `--shell` the chat.
 Exit status: 0 done, 1 could not start or ended with an error, 2 a bad command line, 130 interrupted.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import os

@@ -1,7 +1,5 @@
 """Typed errors. Each knows its HTTP status and how OpenAI's error object names it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from contextlib import ContextDecorator
 from difflib import get_close_matches

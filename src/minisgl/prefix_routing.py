@@ -1,7 +1,5 @@
 """Which replica gets a request: the one that was sent most of its prompt before, unless that one is too busy."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Final, TypeVar

@@ -1,7 +1,5 @@
 """Files that an engine writes while it works: a trace of its steps, and a recording of its traffic without any text."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import logging

@@ -5,8 +5,6 @@ decodes reads keys and values, that of prompts computes. All else moves activati
 on top, and a step that is launched kernel by kernel is never faster than its launches.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from bisect import bisect_left

@@ -1,7 +1,5 @@
 """`minisgl simulate`: a load test of the engine in virtual time, for every combination of the settings asked for."""
 
-from __future__ import annotations
-
 import argparse
 import gc
 import itertools

@@ -4,8 +4,6 @@ A step samples a token for every row from the model's own logits. For rows that 
 then changed and sampled again, the token is overwritten, and log-probabilities are read. The host never waits here.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """The owner of KV pages: each page is free, in the prefix cache, or owned by one running row."""
 
-from __future__ import annotations
-
 from itertools import accumulate
 from typing import Any
 

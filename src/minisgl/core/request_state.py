@@ -6,8 +6,6 @@ has seen, tokens that the request may reach, prompt included. While a step is in
 `num_tokens` by one: the token it reads is on the device only.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field

@@ -1,7 +1,5 @@
 """A rank of a tensor-parallel group and its collectives: NCCL between GPUs, gloo between CPUs."""
 
-from __future__ import annotations
-
 import dataclasses
 import threading
 from collections.abc import Callable

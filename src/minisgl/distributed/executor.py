@@ -3,8 +3,6 @@
 All sample the same tokens; only rank 0's are fetched. Plans are sent while the device runs the step before.
 """
 
-from __future__ import annotations
-
 import atexit
 import os
 import sys

@@ -3,8 +3,6 @@
 For GPUs of one host that can write to each other's memory, in buffers of torch's symmetric memory; without multicast.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -4,8 +4,6 @@
 Each rank has the logits of its own tokens only. To sample, all are gathered, and each rank samples as one device does.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch

@@ -5,8 +5,6 @@ Rank 0 starts it by `python -m minisgl.distributed.worker RANK SIZE DEVICE FOLDE
 collective that will never finish.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import select

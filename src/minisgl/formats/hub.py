@@ -1,7 +1,5 @@
 """From what `--model` says to a folder in Hugging Face's layout; never code and never pickles are fetched."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import re

@@ -1,7 +1,5 @@
 """The engine process: the engine behind sockets. Stdin begins with an `ipc.EngineSetup`; its end ends the engine."""
 
-from __future__ import annotations
-
 import os
 import sys
 import threading

@@ -1,7 +1,5 @@
 """The server's own errors, and how every error looks to OpenAI's clients."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from minisgl.errors import InvalidRequestError, MinisglError

@@ -4,8 +4,6 @@ A message is (topic, sequence number, batch), the number in 8 bytes, big-endian.
 [time, events, data-parallel rank]. A block's hash covers its tokens and those before it, the same in every process.
 """
 
-from __future__ import annotations
-
 import hashlib
 import threading
 import time

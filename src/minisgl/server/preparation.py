@@ -3,8 +3,6 @@
 Cheap bounds come first and the rest is done in threads, so that the event loop waits for milliseconds only.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import dataclasses

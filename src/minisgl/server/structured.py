@@ -1,7 +1,5 @@
 """The grammar of a completion: the structured output that a request asks for, and tool calls."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal

@@ -7,8 +7,6 @@ vocabulary once, answers with a `Verdict`, and then receives a connection for ea
 (SCM_RIGHTS) until the socket ends. A child sends `STARTED` on its connection, then its `Verdict`, or it dies.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib
