@@ -40,11 +40,8 @@ MAX_CHECKED = 4096  # grammars remembered as good, by their digest
 MAX_COMPILED = 32  # a hostile one holds up to some 100 MB
 
 
-class HelperError(MinisglError):
+class HelperError(MinisglError, status=503, code="grammar_helper_unavailable"):
     """The helper process cannot be started or was killed."""
-
-    status = 503
-    code = "grammar_helper_unavailable"
 
 
 class Verdict(msgspec.Struct, frozen=True):
