@@ -385,7 +385,10 @@ def resolve(config: Config, machine: Machine, checkpoint_dtype: str = "float32")
         dtype = "bfloat16" if checkpoint_dtype == "bfloat16" else "float16"
         choose("dtype", dtype, f"the checkpoint is {checkpoint_dtype}")
     if device == "cpu":
-        check_on_cpu(config)
+        for name in ("cuda_graph_max_bs", "piecewise_cuda_graph_max_tokens"):
+            if value := getattr(config, name):
+                rule = "CUDA graphs need a GPU; leave it out or give 0 on the CPU"
+                raise ConfigError(f"{flag_of(name)} {value}: {rule}")
         if config.attn == "auto":
             choose("attn", "torch", "the CPU's backend")
     running = config.max_running_requests
@@ -401,8 +404,10 @@ def resolve(config: Config, machine: Machine, checkpoint_dtype: str = "float32")
         why = "the CPU has no CUDA graphs" if device == "cpu" else "decode through torch cannot be captured"
         choose("cuda_graph_max_bs", graphs, why)
     elif graphs is None:
-        graphs = min(largest := graph_batch(machine.memory), running)
-        why = f"the GPU has {machine.memory / 2**30:.0f} GiB" if largest <= running else "as many as may run"
+        gib = machine.memory / 2**30  # of which graphs and padding take some
+        largest = next(size for least, size in ((64, 256), (30, 128), (15, 64), (0, 16)) if gib >= least)
+        graphs = min(largest, running)
+        why = f"the GPU has {gib:.0f} GiB" if largest <= running else "as many as may run"
         choose("cuda_graph_max_bs", graphs, why)
     if config.max_prefill_length is None:
         cpu, gpu = (CPU_PREFILL_LENGTH, "keeps a step on the CPU to seconds"), (8192, "default")
@@ -410,14 +415,3 @@ def resolve(config: Config, machine: Machine, checkpoint_dtype: str = "float32")
     if config.piecewise_cuda_graph_max_tokens is None:
         changes["piecewise_cuda_graph_max_tokens"] = PIECEWISE_TOKENS if graphs else 0
     return Resolved(config.replace(**changes), tuple(notes))
-
-
-def check_on_cpu(config: Config) -> None:
-    for name in ("cuda_graph_max_bs", "piecewise_cuda_graph_max_tokens"):
-        if value := getattr(config, name):
-            raise ConfigError(f"{flag_of(name)} {value}: CUDA graphs need a GPU; leave it out or give 0 on the CPU")
-
-
-def graph_batch(memory: int) -> int:
-    """The largest decode batch worth a CUDA graph on a GPU with this many bytes: graphs and padding take memory."""
-    return next(size for limit, size in ((64, 256), (30, 128), (15, 64), (0, 16)) if memory >= limit * 2**30)

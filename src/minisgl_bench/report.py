@@ -154,11 +154,7 @@ def distinct(names: Sequence[str]) -> list[str]:
 
 
 def draw_latencies(
-    path: Path,
-    title: str,
-    runs: Sequence[Mapping[str, Any]],
-    samples: Sequence[Mapping[str, Any]],
-    sweep: bool = True,
+    path: Path, title: str, runs: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]], sweep: bool = True
 ) -> bool:
     """Write each run's distributions of `samples`, in s by name, and below them quantiles.
 

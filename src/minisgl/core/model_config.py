@@ -146,6 +146,15 @@ def read_spec(folder: Path) -> ModelSpec:
     if num_layers > MAX_LAYERS:
         raise config.error("num_hidden_layers", f"at most {MAX_LAYERS}")
     hidden_size, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+    absent = "num_key_value_heads" not in config.values
+    num_kv_heads = config.integer("num_key_value_heads", (absent and row.kv_heads) or num_heads)
+    if num_heads % num_kv_heads:
+        raise config.error("num_key_value_heads", f"a divisor of the {num_heads} query heads")
+    if "head_dim" not in config and row.head_dim is None and hidden_size % num_heads:
+        raise config.error("hidden_size", f"a multiple of the {num_heads} heads where head_dim is not given")
+    head_dim = config.integer("head_dim", row.head_dim or hidden_size // num_heads)
+    if head_dim % 2:
+        raise config.error("head_dim", "even, for the rotary embedding")
     vocab_size = config.integer("vocab_size")
     max_position = config.integer("max_position_embeddings", row.max_position)
     bias = row.bias_fields and config.flag("attention_bias", False)
@@ -155,8 +164,8 @@ def read_spec(folder: Path) -> ModelSpec:
         hidden_size=hidden_size,
         num_layers=num_layers,
         num_heads=num_heads,
-        num_kv_heads=_kv_heads(config, row, num_heads),
-        head_dim=_head_dim(config, row, hidden_size, num_heads),
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
         intermediate_size=config.integer("intermediate_size"),
         rms_eps=config.number("rms_norm_eps", 1e-6),
         tie_embeddings=config.flag("tie_word_embeddings", False),
@@ -183,23 +192,6 @@ def _architecture(config: Fields) -> tuple[str, Architecture]:
     if name not in ARCHITECTURES:
         raise ModelError(f"{config.where}: architecture {name} is not supported; those that are: {known}")
     return name, ARCHITECTURES[name]
-
-
-def _kv_heads(config: Fields, row: Architecture, num_heads: int) -> int:
-    absent = "num_key_value_heads" not in config.values
-    num_kv_heads = config.integer("num_key_value_heads", (absent and row.kv_heads) or num_heads)
-    if num_heads % num_kv_heads:
-        raise config.error("num_key_value_heads", f"a divisor of the {num_heads} query heads")
-    return num_kv_heads
-
-
-def _head_dim(config: Fields, row: Architecture, hidden_size: int, num_heads: int) -> int:
-    if "head_dim" not in config and row.head_dim is None and hidden_size % num_heads:
-        raise config.error("hidden_size", f"a multiple of the {num_heads} heads where head_dim is not given")
-    head_dim = config.integer("head_dim", row.head_dim or hidden_size // num_heads)
-    if head_dim % 2:
-        raise config.error("head_dim", "even, for the rotary embedding")
-    return head_dim
 
 
 def _windows(config: Fields, row: Architecture, num_layers: int) -> tuple[int, ...]:

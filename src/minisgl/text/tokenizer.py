@@ -336,8 +336,10 @@ class TextStream:
             self._shown.append(piece)
             return
         text = self._held + piece
-        matches = self._matches(text, len(self._held)) if self.num_tokens >= self._min_tokens else []
-        if matches:
+        # (end, start, stop string) of each one that is completed within `piece`
+        at = ((text.find(stop, max(0, len(self._held) - len(stop) + 1)), stop) for stop in self._stops)
+        matches = [(start + len(stop), start, stop) for start, stop in at if start >= 0]
+        if matches and self.num_tokens >= self._min_tokens:
             end, start, self.matched = min(matches)  # the one completed first; of several, the longest
             safe = end if self._include_stop else start
             self._held = ""
@@ -346,11 +348,6 @@ class TextStream:
             self._held = text[safe:]
         if safe:
             self._shown.append(text[:safe])
-
-    def _matches(self, text: str, old: int) -> list[tuple[int, int, str]]:
-        """(end, start, stop string) of each stop string that is completed after the first `old` characters."""
-        starts = [(text.find(stop, max(0, old - len(stop) + 1)), stop) for stop in self._stops]
-        return [(start + len(stop), start, stop) for start, stop in starts if start >= 0]
 
 
 def partial_end(text: str, marker: str) -> int:
