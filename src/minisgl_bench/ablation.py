@@ -310,5 +310,5 @@ def run(config: Config, options: argparse.Namespace, arguments: Sequence[str]) -
     report.print(ablation_table(title, measured))
     shares = [(item.variant, ratio(item, measured)) for item in measured]
     bars = [(v.group, f"{v.name} ({v.scenario})", share) for v, share in shares if share is not None]
-    report.finish(lambda path: draw_ablation(path, title, bars))
+    report.finish(lambda figure: draw_ablation(figure, title, bars))
     return 1 if any(item.error is not None for item in measured) else 0

@@ -99,30 +99,25 @@ class Router(Protocol):
 
     def choose(self, prompt: bytes, loads: Mapping[int, float]) -> int: ...
 
-    def forget(self, replica: int) -> None: ...
+    def forget(self, replica: int) -> None:
+        return None
 
 
-class RandomRouter:
+class RandomRouter(Router):
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
 
     def choose(self, prompt: bytes, loads: Mapping[int, float]) -> int:
         return self._random.choice(list(loads))
 
-    def forget(self, replica: int) -> None:
-        pass
 
-
-class RoundRobinRouter:
+class RoundRobinRouter(Router):
     def __init__(self) -> None:
         self._chosen = 0
 
     def choose(self, prompt: bytes, loads: Mapping[int, float]) -> int:
         self._chosen += 1
         return list(loads)[(self._chosen - 1) % len(loads)]
-
-    def forget(self, replica: int) -> None:
-        pass
 
 
 # The values of `--router`, made with a seed.
