@@ -139,7 +139,13 @@ def read_spec(folder: Path) -> ModelSpec:
     """Read `config.json`, and the EOS ids beside it, from a model folder. Raises ModelError naming file and field."""
     path = folder / "config.json"
     config = Fields(read_json(path), str(path))
-    name, row = _architecture(config)
+    names = config.items("architectures", str, [])
+    if not names:
+        model_type = config.text("model_type")
+        names = [name for name, row in ARCHITECTURES.items() if row.model_type == model_type] or [model_type]
+    if (row := ARCHITECTURES.get(names[0])) is None:
+        known = ", ".join(ARCHITECTURES)
+        raise ModelError(f"{path}: architecture {names[0]} is not supported; those that are: {known}")
     if (activation := config.text("hidden_act", "silu")) != "silu":
         raise ModelError(f"{path}: hidden_act {activation!r} is not supported; silu is")
     num_layers = config.integer("num_hidden_layers")
@@ -158,8 +164,12 @@ def read_spec(folder: Path) -> ModelSpec:
     vocab_size = config.integer("vocab_size")
     max_position = config.integer("max_position_embeddings", row.max_position)
     bias = row.bias_fields and config.flag("attention_bias", False)
+    dtype_field = "dtype" if "dtype" in config else "torch_dtype"
+    dtype = config.text(dtype_field, "float32").removeprefix("torch.")
+    if dtype not in CHECKPOINT_DTYPES:
+        raise config.error(dtype_field, f"one of {', '.join(CHECKPOINT_DTYPES)}")
     return ModelSpec(
-        architecture=name,
+        architecture=names[0],
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         num_layers=num_layers,
@@ -178,20 +188,9 @@ def read_spec(folder: Path) -> ModelSpec:
         moe=_moe(config, num_layers) if row.moe else None,
         max_position=max_position,
         eos_token_ids=read_eos_token_ids(folder, config, vocab_size),
-        checkpoint_dtype=_dtype(config),
+        checkpoint_dtype=dtype,
         fp8="quantization_config" in config and _check_fp8(config.section("quantization_config")),
     )
-
-
-def _architecture(config: Fields) -> tuple[str, Architecture]:
-    names = config.items("architectures", str, [])
-    if not names:
-        model_type = config.text("model_type")
-        names = [name for name, row in ARCHITECTURES.items() if row.model_type == model_type] or [model_type]
-    name, known = names[0], ", ".join(ARCHITECTURES)
-    if name not in ARCHITECTURES:
-        raise ModelError(f"{config.where}: architecture {name} is not supported; those that are: {known}")
-    return name, ARCHITECTURES[name]
 
 
 def _windows(config: Fields, row: Architecture, num_layers: int) -> tuple[int, ...]:
@@ -249,14 +248,6 @@ def _check_fp8(quantization: Fields) -> bool:
         found = f"the checkpoint is quantised ({method}, {scheme})"
         raise ModelError(f"{quantization.where}: {found}; what can be read: {readable}")
     return True
-
-
-def _dtype(config: Fields) -> str:
-    name = "dtype" if "dtype" in config else "torch_dtype"
-    dtype = config.text(name, "float32").removeprefix("torch.")
-    if dtype not in CHECKPOINT_DTYPES:
-        raise config.error(name, f"one of {', '.join(CHECKPOINT_DTYPES)}")
-    return dtype
 
 
 def read_rope(config: Fields, max_position: int) -> Rope:

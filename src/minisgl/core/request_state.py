@@ -284,8 +284,12 @@ class RequestTable:
             bias = request.request.params.logit_bias
             bias_ids[index, : len(bias)] = list(bias)
             bias_values[index, : len(bias)] = list(bias.values())
-            penalised = request.tokens if self.penalised[slot] else EMPTY
-            seen.append(count_tokens(penalised[: request.prompt_len], penalised[request.prompt_len :]))
+            tokens = request.tokens if self.penalised[slot] else EMPTY
+            prompt, output = tokens[: request.prompt_len], tokens[request.prompt_len :]
+            counts = 2 * np.bincount(output, minlength=int(prompt.max(initial=-1)) + 1)
+            counts[prompt] += 1
+            distinct = np.flatnonzero(counts)
+            seen.append((distinct.astype(np.int32), counts[distinct].astype(np.int32)))
         return LogitsInit(
             slots=np.array(changed, np.int32),
             seen_slots=np.repeat(np.array(changed, np.int32), [len(tokens) for tokens, _ in seen]),
@@ -349,14 +353,6 @@ class RequestTable:
             return {}
         slots = plan.sampled_slots[plan.logits.scored]
         return dict(zip(slots.tolist(), token_logprobs(result.scores, self.top[slots]), strict=True))
-
-
-def count_tokens(prompt: Int32, output: Int32) -> tuple[Int32, Int32]:
-    """The distinct tokens of both, and what `LogitsInit.seen` says of each."""
-    both = 2 * np.bincount(output, minlength=int(prompt.max(initial=-1)) + 1)
-    both[prompt] += 1
-    tokens = np.flatnonzero(both)
-    return tokens.astype(np.int32), both[tokens].astype(np.int32)
 
 
 def token_logprobs(scores: Scores, tops: Int32) -> list[TokenLogprobs]:

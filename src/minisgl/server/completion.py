@@ -424,7 +424,10 @@ class SglangCompletion:
         index = choice.index if self.is_batch else UNSET
         text, ids, prompt = choice.stream.text, choice.token_ids, len(choice.request.prompt)
         name = self.body.of_prompt("rid", number) or choice.request.id
-        finish, latency = sglang_finish(choice), round(time.monotonic() - self._started, 6)
+        finish: dict[str, Any] | None = {"type": "stop", "matched": choice.matched}
+        if choice.finish is not FinishReason.STOP:
+            finish = None if choice.finish is None else {"type": "length", "length": len(choice.token_ids)}
+        latency = round(time.monotonic() - self._started, 6)
         meta = responses.SglangMeta(name, finish, prompt, len(ids), choice.cached_tokens, latency, **lists)
         return responses.SglangResult(text=text, output_ids=ids, meta_info=meta, index=index)
 
@@ -444,11 +447,3 @@ def finish_word(finish: FinishReason | None, called: bool) -> responses.FinishWo
     if finish is FinishReason.STOP:
         return "tool_calls" if called else "stop"
     return None if finish is None else "length"
-
-
-def sglang_finish(choice: ChoiceState) -> dict[str, Any] | None:
-    if choice.finish is None:
-        return None
-    if choice.finish is FinishReason.LENGTH:
-        return {"type": "length", "length": len(choice.token_ids)}
-    return {"type": "stop", "matched": choice.matched}
