@@ -3,7 +3,7 @@
 import os
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import msgspec
@@ -118,17 +118,11 @@ class PendingGrammars:
             self.requests.pop(request_id)[1].cancel()
         return dropped
 
-    def ready(self) -> list[tuple[Request, Constraint | InvalidRequestError]]:
+    def ready(self) -> list[tuple[Request, Future[Constraint]]]:
         """The requests whose grammar was compiled, or refused, since the last call."""
-        ready: list[tuple[Request, Constraint | InvalidRequestError]] = []
-        for request, compiled in list(self.requests.values()):
-            if not compiled.done():
-                continue
+        ready = [(request, compiled) for request, compiled in self.requests.values() if compiled.done()]
+        for request, _ in ready:
             del self.requests[request.id]
-            try:
-                ready.append((request, compiled.result()))
-            except InvalidRequestError as error:
-                ready.append((request, error))
         return ready
 
     def close(self) -> None:
@@ -183,7 +177,7 @@ class EngineServer:
                         if (message := self.links.receive()) is not None:
                             self._handle(message)
                 for request, compiled in grammars.ready():
-                    self._add(request, compiled)
+                    self._add(request, compiled.result)
                 if engine.has_work:
                     events = engine.step()
                     if events or engine.admitted:
@@ -203,7 +197,7 @@ class EngineServer:
                 if grammar is None:
                     self._add(request)
                 elif request.id in self.grammars.requests:
-                    self._add(request, InvalidRequestError(f"a request with id {request.id!r} is running already"))
+                    self._refuse(request, f"a request with id {request.id!r} is running already")
                 else:
                     self.grammars.start(request, grammar)
             case ipc.Abort(ids):
@@ -239,13 +233,14 @@ class EngineServer:
             self.links.send_events([TokenEvent(id=gone, finish=FinishReason.ABORT) for gone in dropped])
         self.engine.abort(ids)
 
-    def _add(self, request: Request, compiled: Constraint | InvalidRequestError | None = None) -> None:
+    def _add(self, request: Request, compiled: Callable[[], Constraint | None] = lambda: None) -> None:
         try:
-            if isinstance(compiled, InvalidRequestError):
-                raise compiled
-            self.engine.add(request, compiled)
+            self.engine.add(request, compiled())
         except InvalidRequestError as error:
-            self.links.send_events([TokenEvent(id=request.id, finish=FinishReason.ERROR, error=error.message)])
+            self._refuse(request, error.message)
+
+    def _refuse(self, request: Request, error: str) -> None:
+        self.links.send_events([TokenEvent(id=request.id, finish=FinishReason.ERROR, error=error)])
 
 
 def watch_parent(stdin: int, gone: threading.Event) -> None:
