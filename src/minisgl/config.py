@@ -202,11 +202,6 @@ class Launcher:
     def one_host(self) -> bool:
         return self.local_size == self.size
 
-    @property
-    def listen(self) -> str:
-        """Where rank 0 listens: on loopback, or on every interface where other ranks are on other hosts."""
-        return "127.0.0.1" if self.one_host else "*"
-
 
 @dataclasses.dataclass(frozen=True)
 class Resolved:

@@ -1,8 +1,9 @@
 """Typed errors. Each knows its HTTP status and how OpenAI's error object names it."""
 
 from collections.abc import Iterable
-from contextlib import ContextDecorator
+from contextlib import AbstractContextManager, ContextDecorator
 from difflib import get_close_matches
+from typing import Any
 
 
 class MinisglError(Exception):
@@ -64,14 +65,11 @@ def is_panic(error: BaseException | None) -> bool:
     return type(error).__name__ == "PanicException"
 
 
-class PanicGuard(ContextDecorator):
+class PanicGuard(AbstractContextManager[Any], ContextDecorator):
     """Around calls of libraries written in Rust: a panic, which is no Exception, becomes a NativePanicError.
 
     Otherwise it would pass every handler of errors, and end a thread or a process with all that they serve.
     """
-
-    def __enter__(self) -> None:
-        pass
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if is_panic(error):

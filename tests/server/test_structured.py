@@ -172,7 +172,7 @@ def test_the_arguments_are_an_object_and_none_where_none_are_declared(
     for arguments in good + bad:
         way = constraint.copy()
         text = f'[{{"name": "f", "arguments": {arguments}}}]'
-        taken = all(way.accept(token) for token in vocabulary.tokens.tokenize_str(text)) and way.may_end
+        taken = all(way.accept(token) for token in vocabulary.tokens.tokenize_str(text)) and way._matcher.is_accepting()
         assert taken is (arguments in good), arguments
 
 

@@ -284,7 +284,7 @@ def read_rope(config: Fields, max_position: int) -> Rope:
 def read_eos_token_ids(folder: Path, config: Fields, vocab_size: int) -> tuple[int, ...]:
     """EOS ids in the vocabulary: of generation_config.json, config.json, then the tokenizer's `eos_token`."""
     ids: list[int] = []
-    for fields in (_optional(folder / "generation_config.json"), config):
+    for fields in (optional_fields(folder / "generation_config.json"), config):
         found: Any = fields.values.get("eos_token_id")
         found = [] if found is None else found if isinstance(found, list) else [found]
         if any(type(token) is not int or token < 0 for token in found):
@@ -296,7 +296,7 @@ def read_eos_token_ids(folder: Path, config: Fields, vocab_size: int) -> tuple[i
 
 
 def _tokenizer_eos_id(folder: Path) -> int | None:
-    config = _optional(folder / "tokenizer_config.json")
+    config = optional_fields(folder / "tokenizer_config.json")
     text: Any = config.values.get("eos_token")
     text = text.get("content") if isinstance(text, dict) else text
     if text is None:
@@ -306,7 +306,7 @@ def _tokenizer_eos_id(folder: Path) -> int | None:
     for key, added in config.section("added_tokens_decoder", {}).values.items():
         if key.isdecimal() and isinstance(added, dict) and added.get("content") == text:
             return int(key)
-    tokenizer = _optional(folder / "tokenizer.json")
+    tokenizer = optional_fields(folder / "tokenizer.json")
     for added in tokenizer.items("added_tokens", dict, []):
         if added.get("content") == text and type(added.get("id")) is int:
             return int(added["id"])
@@ -347,7 +347,8 @@ def read_json(path: Path) -> Any:
         raise ModelError(f"{path}: not valid JSON: {error}") from error
 
 
-def _optional(path: Path) -> Fields:
+def optional_fields(path: Path) -> Fields:
+    """Those of a JSON file, none where there is no such file. Raises ModelError as `read_json`."""
     return Fields(read_json(path) if path.exists() else {}, str(path))
 
 

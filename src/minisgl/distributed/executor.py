@@ -101,8 +101,9 @@ def build_group_executor(
         workers = WorkerPool.start(config.tp, config.device)
         rendezvous, one_host = f"file://{workers.folder}/rendezvous", True
     else:
-        workers = WorkerPool(config.tp, f"tcp://{launched.listen}:*")
         rendezvous, one_host = "env://", launched.one_host
+        # On every interface only where other ranks are on other hosts.
+        workers = WorkerPool(config.tp, f"tcp://{'127.0.0.1' if one_host else '*'}:*")
     if on_failure is not None:
         workers.on_failure(on_failure)
     joined: TPGroup | None = None

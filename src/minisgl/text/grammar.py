@@ -141,10 +141,6 @@ class MatcherConstraint:
         return MatcherConstraint(self._matcher.deep_copy(), self.vocabulary)
 
     @property
-    def may_end(self) -> bool:
-        return self._matcher.is_accepting()
-
-    @property
     def error(self) -> str:
         """What went wrong, in a line; empty when nothing did."""
         return one_line(self._matcher.get_error())

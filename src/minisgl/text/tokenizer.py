@@ -17,7 +17,7 @@ from msgspec.structs import replace
 from tokenizers import decoders, models, pre_tokenizers
 from tokenizers.decoders import DecodeStream
 
-from minisgl.core.model_config import read_json, require_file
+from minisgl.core.model_config import optional_fields, require_file
 from minisgl.core.types import FinishReason, SamplingParams, TokenEvent
 from minisgl.errors import NO_PANICS, InvalidRequestError, ModelError, is_panic
 from minisgl.text.chat_template import ChatTemplate, cut_after, read_templates, text_of
@@ -59,8 +59,9 @@ class Tokenizer:
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
         """Read a checkpoint's tokenizer. Raises ModelError, naming the file, when there is none or it is broken."""
-        config = read_object(folder / "tokenizer_config.json")
-        tokens = {**special_tokens(read_object(folder / "special_tokens_map.json")), **special_tokens(config)}
+        config = optional_fields(folder / "tokenizer_config.json").values
+        map_values = optional_fields(folder / "special_tokens_map.json").values
+        tokens = {**special_tokens(map_values), **special_tokens(config)}
         loaded = cls(load_backend(folder), tokens=tokens, templates=read_templates(folder, config))
         loaded.kind = str(config.get("tokenizer_class") or cls.kind)
         return loaded
@@ -233,14 +234,6 @@ def convert_tokenizer(folder: Path) -> Any:
     if len(backend.get_vocab()) <= len(backend.get_added_tokens_decoder()):
         raise ModelError(f"{files[0]}: the tokenizer cannot be read: transformers finds no tokens in it")
     return backend
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """A JSON object; an absent file is an empty one. Raises ModelError naming the file."""
-    value = read_json(file) if file.exists() else {}
-    if not isinstance(value, dict):
-        raise ModelError(f"{file}: not a JSON object")
-    return value
 
 
 def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
