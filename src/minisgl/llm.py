@@ -17,9 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from minisgl.build import build_engine
 from minisgl.config import Config, from_environment, make_config
-from minisgl.core.types import FinishReason, Request, SamplingParams, TokenEvent, TokenLogprobs
+from minisgl.core.types import Request, SamplingParams, TokenLogprobs
 from minisgl.errors import InvalidRequestError
-from minisgl.text.tokenizer import TextStream, Tokenizer, shown_tokens
+from minisgl.text.tokenizer import RequestOutput, Tokenizer
 
 Message = dict[str, Any]
 Conversations = Sequence[Message] | Sequence[Sequence[Message]]
@@ -55,40 +55,6 @@ class Delta:
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str | None = None
-
-
-class Output:
-    """Collects the events of one request, and with `stream` its text, cut at stop strings."""
-
-    def __init__(self, request: Request, stream: TextStream | None) -> None:
-        self.request, self.stream = request, stream
-        self.token_ids: list[int] = []
-        self.shown_ids: list[int] = []
-        self.logprobs: list[TokenLogprobs] = []
-        self.prompt_logprobs: list[TokenLogprobs | None] = []
-        self.error: str | None = None
-        self.finish: FinishReason | None = None
-        self.cached_tokens = 0
-
-    def take(self, event: TokenEvent) -> str:
-        """Take in an event; returns the new text. A stop string sets `finish` before the engine knows."""
-        if self.finish is not None:
-            return ""
-        self.token_ids += event.tokens
-        shown = shown_tokens(event, self.request.params)
-        self.shown_ids += shown
-        self.logprobs += event.logprobs
-        self.prompt_logprobs += event.prompt_logprobs
-        self.cached_tokens = event.cached_tokens
-        self.finish, self.error = event.finish, event.error
-        if self.stream is None:
-            return ""
-        text = self.stream.push(shown)
-        if self.finish is not None and not self.stream.stopped:
-            text += self.stream.finish()
-        if self.stream.stopped:
-            self.finish = FinishReason.STOP
-        return text
 
 
 class LLM:
@@ -133,7 +99,7 @@ class LLM:
             raise InvalidRequestError(f"{len(several)} prompts, but {len(each)} sampling_params")
         requests = [self._request(prompt, p) for prompt, p in zip(several, each, strict=True)]
         streams = {r.id: self.text.stream(r.params, prompt=r.prompt) for r in requests if r.params.stop}
-        outputs = {r.id: Output(r, streams.get(r.id)) for r in requests}
+        outputs = {r.id: RequestOutput(r, streams.get(r.id)) for r in requests}
         self._run(outputs, progress)
         return [self._completion(output) for output in outputs.values()]
 
@@ -150,7 +116,7 @@ class LLM:
         self._require_idle()
         request = self._request(prompt, sampling_params or SamplingParams())
         decoder = None if self.tokenizer is None else self.tokenizer.stream(request.params, prompt=request.prompt)
-        output = Output(request, decoder)
+        output = RequestOutput(request, decoder)
         try:
             with defer_sigint():
                 self.engine.add(request)
@@ -181,7 +147,7 @@ class LLM:
         self.model.check(ids, params)
         return Request.make(str(next(self._ids)), ids, params)
 
-    def _run(self, outputs: dict[str, Output], progress: bool) -> None:
+    def _run(self, outputs: dict[str, RequestOutput], progress: bool) -> None:
         """Run all to their end; if something interrupts it, nothing stays in the engine."""
         rate = TextColumn("{task.fields[rate]}")
         columns = TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), rate
@@ -215,11 +181,9 @@ class LLM:
             while self.engine.has_work:
                 self.engine.step()
 
-    def _completion(self, output: Output) -> Completion:
+    def _completion(self, output: RequestOutput) -> Completion:
         params, prompt = output.request.params, output.request.prompt
         text = "" if output.stream is None else output.stream.text
-        last = output.token_ids[-1] if output.finish is FinishReason.STOP and output.token_ids else None
-        matched = None if output.stream is None else output.stream.matched
         if output.stream is None and self.tokenizer is not None:
             text = self.tokenizer.decode(output.shown_ids, params.skip_special_tokens, prompt)
         return Completion(
@@ -230,7 +194,7 @@ class LLM:
             cached_tokens=output.cached_tokens,
             logprobs=None if params.logprobs is None else output.logprobs,
             prompt_logprobs=None if params.prompt_logprobs is None else output.prompt_logprobs,
-            stop_reason=last if matched is None and last in params.stop_token_ids else matched,
+            stop_reason=output.stop_reason,
             error=output.error,
         )
 

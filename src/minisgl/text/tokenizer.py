@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import re
@@ -18,7 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from tokenizers.decoders import DecodeStream
 
 from minisgl.core.model_config import optional_fields, require_file
-from minisgl.core.types import FinishReason, SamplingParams, TokenEvent
+from minisgl.core.types import FinishReason, Request, SamplingParams, TokenEvent, TokenLogprobs
 from minisgl.errors import NO_PANICS, InvalidRequestError, ModelError, is_panic
 from minisgl.text.chat_template import ChatTemplate, cut_after, read_templates, text_of
 
@@ -351,7 +352,47 @@ def partial_end(text: str, marker: str) -> int:
     return 0
 
 
-def shown_tokens(event: TokenEvent, params: SamplingParams) -> tuple[int, ...]:
-    """The event's tokens without the stop token that ended the request, unless it is to be shown."""
-    hidden = event.finish is FinishReason.STOP and not params.include_stop_str_in_output
-    return event.tokens[:-1] if hidden else event.tokens
+@dataclasses.dataclass(slots=True)
+class RequestOutput:
+    """What has come of one request; with a `stream` its text too, cut at stop strings."""
+
+    request: Request
+    stream: TextStream | None
+    finish: FinishReason | None = None
+    matched: int | str | None = None  # the stop token or string that ended it
+    error: str | None = None
+    cached_tokens: int = 0
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    shown_ids: list[int] = dataclasses.field(default_factory=list)  # without a stop token that is not to be shown
+    logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = dataclasses.field(default_factory=list)
+
+    @property
+    def stop_reason(self) -> int | str | None:
+        """The stop string or the one of `stop_token_ids` that ended it."""
+        known = isinstance(self.matched, str) or self.matched in self.request.params.stop_token_ids
+        return self.matched if known else None
+
+    def take(self, event: TokenEvent) -> str:
+        """Take in an event; the new text. A stop string sets `finish` before the engine knows: nothing follows it."""
+        if self.finish is not None:
+            return ""
+        self.finish, self.error, self.cached_tokens = event.finish, event.error, event.cached_tokens
+        taken = shown = event.tokens
+        if event.finish is FinishReason.STOP:
+            self.matched = taken[-1] if taken else None
+            shown = taken if self.request.params.include_stop_str_in_output else taken[:-1]
+        text = ""
+        if self.stream is not None:
+            before = self.stream.num_tokens
+            text = self.stream.push(shown)
+            if self.stream.stopped:
+                self.finish, self.matched = FinishReason.STOP, self.stream.matched
+                taken = taken[: self.stream.num_tokens - before]
+            elif self.finish is not None:
+                text += self.stream.finish()
+        self.token_ids += taken
+        self.shown_ids += shown
+        self.logprobs += event.logprobs[: len(taken)]
+        self.prompt_logprobs += event.prompt_logprobs
+        return text
