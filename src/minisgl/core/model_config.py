@@ -49,26 +49,18 @@ class Rope:
 
 @dataclass(frozen=True, kw_only=True)
 class Moe:
-    """Sparse layers: a router picks `top_k` of `num_experts` MLPs of `width` for each token.
-
-    `layers[i]`: layer i is sparse. `norm_topk_prob`: the chosen probabilities are scaled to add up to 1.
-    """
+    """Sparse layers: a router picks `top_k` of `num_experts` MLPs of `width` for each token."""
 
     num_experts: int
     top_k: int
     width: int
-    norm_topk_prob: bool
-    layers: tuple[bool, ...]
+    norm_topk_prob: bool  # the chosen probabilities are scaled to add up to 1
+    layers: tuple[bool, ...]  # which ones are sparse
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """Everything the decoder must know of a model but its weights.
-
-    `windows[i]` is the attention window of layer i: 0 is full attention, w lets a token see itself and the w-1
-    before it. `max_position` counts tokens. `checkpoint_dtype` is one of CHECKPOINT_DTYPES. `fp8`: matrices of the
-    checkpoint are in FP8.
-    """
+    """Everything the decoder must know of a model but its weights."""
 
     architecture: str
     vocab_size: int
@@ -85,31 +77,27 @@ class ModelSpec:
     mlp_bias: bool
     qk_norm: bool
     rope: Rope
-    windows: tuple[int, ...]
+    windows: tuple[int, ...]  # of each layer: 0 is full attention, w lets a token see itself and the w - 1 before it
     moe: Moe | None
-    max_position: int
+    max_position: int  # tokens
     eos_token_ids: tuple[int, ...]
-    checkpoint_dtype: str
-    fp8: bool = False
+    checkpoint_dtype: str  # one of CHECKPOINT_DTYPES
+    fp8: bool = False  # matrices of the checkpoint are in FP8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """How one architecture differs from Llama, and the defaults of the transformers configuration of its name.
-
-    `kv_heads` None means as many as query heads, `head_dim` None hidden_size / heads. A config field decides about
-    biases where `bias_fields` is true. `windows`: none, of all layers alike, or of each layer ("layers").
-    """
+    """How one architecture differs from Llama, and the defaults of the transformers configuration of its name."""
 
     model_type: str
     max_position: int
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    bias_fields: bool = False
+    kv_heads: int | None = None  # as many as query heads
+    head_dim: int | None = None  # hidden_size / heads
+    bias_fields: bool = False  # a config field decides about biases
     mlp_bias_field: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
-    windows: str = "none"
+    windows: Literal["none", "all", "layers"] = "none"  # alike in all layers, or of each layer
     use_window_field: bool = True
     moe: bool = False
 

@@ -1,7 +1,4 @@
-"""The interface between the scheduler and an executor: the plan of a step, and its result, in numpy arrays.
-
-The same plan drives one device, every rank of a tensor-parallel group, and the simulator.
-"""
+"""The interface between the scheduler and an executor: the plan of a step, and its result, in numpy arrays."""
 
 from __future__ import annotations
 
@@ -18,20 +15,16 @@ Masks = Int32  # (g, ceil(V / 32)): which tokens each of g rows may have next, t
 
 
 class NewRows(msgspec.Struct, frozen=True, kw_only=True):
-    """Sampling parameters of the rows that a step admits; `n` rows, written before anything else in the step.
-
-    `seeds` holds 64-bit seeds. Ids in `stop_ids` (padded with -1) cannot be sampled at a position below
-    `min_lens`, positions counting from the first prompt token.
-    """
+    """Sampling parameters of the rows that a step admits; `n` rows, written before anything else in the step."""
 
     slots: Int32  # (n,)
     temperatures: NDArray[np.float32]  # (n,) 0 is greedy
     top_ps: NDArray[np.float32]  # (n,)
     min_ps: NDArray[np.float32]  # (n,)
     top_ks: Int32  # (n,) 0 is off
-    seeds: NDArray[np.int64]  # (n,)
-    min_lens: Int32  # (n,)
-    stop_ids: Int32  # (n, MAX_STOP_TOKEN_IDS)
+    seeds: NDArray[np.int64]  # (n,) all 64 bits
+    min_lens: Int32  # (n,) no stop id is sampled at a position below, counted from the first prompt token
+    stop_ids: Int32  # (n, MAX_STOP_TOKEN_IDS) padded with -1
     logits: LogitsInit | None = None
 
 
@@ -126,16 +119,13 @@ class Scores(msgspec.Struct, frozen=True):
 
 
 class StepResult(msgspec.Struct, frozen=True, kw_only=True):
-    """The tokens a step sampled, in the order of `StepPlan.sampled_slots`, and the scores that `logits` asked for.
-
-    `device` is when the device began and ended, in s, of a `timed` step.
-    """
+    """The tokens a step sampled, in the order of `StepPlan.sampled_slots`, and the scores that `logits` asked for."""
 
     step: int
     tokens: Int32  # (len(sampled_slots),)
     scores: Scores | None = None  # of logits.scored
     prompt_scores: Scores | None = None  # of logits.prompt_rows
-    device: tuple[float, float] | None = None
+    device: tuple[float, float] | None = None  # when the device began and ended, in s, of a `timed` step
 
 
 class Executor(Protocol):

@@ -31,16 +31,13 @@ REASONING_START, REASONING_END = "<think>", "</think>"
 
 
 class Calls(msgspec.Struct, frozen=True, kw_only=True):
-    """Tool calls that a completion may be: one, or with `several` more.
+    """Tool calls that a completion may be: one, or with `several` more."""
 
-    `schema` is the JSON schema of one call, as text; `opening` and `closing` surround each, `separator` is between two.
-    """
-
-    schema: str
+    schema: str  # the JSON schema of one call, as text
     several: bool
-    opening: str = ""
+    opening: str = ""  # this and the next surround each
     closing: str = ""
-    separator: str = ""
+    separator: str = ""  # between two
 
 
 class Grammar(msgspec.Struct, frozen=True, kw_only=True):

@@ -36,10 +36,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class LayerWeights:
-    """One layer. Matrices are (out, in) as in checkpoints; D hidden, H heads, K KV heads, I and Im MLP widths.
-
-    A dense layer has `gate_up` and `down`, a sparse one `router`, `expert_gate_up` and `expert_down`.
-    """
+    """One layer. Matrices are (out, in) as in checkpoints; D hidden, H heads, K KV heads, I and Im MLP widths."""
 
     input_norm: Tensor  # (D,)
     qkv: Weight  # ((H + 2K) * head_dim, D)
@@ -49,10 +46,12 @@ class LayerWeights:
     o_bias: Tensor | None = None  # (D,)
     q_norm: Tensor | None = None  # (head_dim,)
     k_norm: Tensor | None = None  # (head_dim,)
+    # Of a dense layer
     gate_up: Weight | None = None  # (2I, D), gate first
     gate_up_bias: Tensor | None = None  # (2I,)
     down: Weight | None = None  # (D, I)
     down_bias: Tensor | None = None  # (D,)
+    # Of a sparse layer
     router: Tensor | None = None  # (E, D)
     expert_gate_up: Tensor | None = None  # (E, 2Im, D), gate first
     expert_down: Tensor | None = None  # (E, D, Im)
@@ -158,16 +157,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One tensor of ours, by its sources in order. `layer` None is a field of Weights.
+    """One tensor of ours, by its sources in order."""
 
-    `fused` is a checkpoint tensor that may hold all of it instead.
-    """
-
-    layer: int | None
+    layer: int | None  # None: a field of Weights
     field: str
     shape: tuple[int, ...]
     sources: tuple[Source, ...]
-    fused: Source | None = None
+    fused: Source | None = None  # a checkpoint tensor that may hold all of it instead
 
 
 def parameters(spec: ModelSpec) -> list[Parameter]:

@@ -40,17 +40,13 @@ class Collectives(Protocol):
 
 @dataclass(frozen=True)
 class TPGroup:
-    """This process' rank in a group of `size`.
-
-    `collectives` work on the device's tensors; `control` on the CPU's, while the ranks start. `one_host`: all ranks
-    run on one host.
-    """
+    """This process' rank in a group of `size`."""
 
     rank: int
     size: int
-    collectives: Collectives
-    control: Collectives
-    one_host: bool = True
+    collectives: Collectives  # of the device's tensors
+    control: Collectives  # of the CPU's, while the ranks start
+    one_host: bool = True  # all ranks run on one
 
     def least(self, number: int) -> int:
         return int(self.control.all_gather(torch.tensor([number], dtype=torch.int64)).min())

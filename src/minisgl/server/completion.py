@@ -35,15 +35,12 @@ class ScoredToken(NamedTuple):
 
 
 class LogprobWriter:
-    """Writes log-probabilities with the tokens of a vocabulary; `as_ids` writes `token_id:5` for them.
-
-    `most` is how many of the most probable tokens are written of those that were computed.
-    """
+    """Writes log-probabilities with the tokens of a vocabulary; `as_ids` writes `token_id:5` for them."""
 
     def __init__(self, tokenizer: Tokenizer, as_ids: bool = False, most: int = MAX_LOGPROBS) -> None:
         self._token_bytes = tokenizer.token_bytes
         self._as_ids = as_ids
-        self._most = most
+        self._most = most  # of the most probable tokens, of those that were computed
 
     def text(self, token: int) -> str:
         """A token as text. A part of a character is `bytes:` and its bytes, escaped."""
