@@ -1,7 +1,5 @@
 """The command line: flags made from the fields of `Config`, and what they start.
 
-`minisgl serve MODEL [flags]` serves HTTP, `minisgl chat MODEL [flags]` chats, `minisgl bench NAME [flags]` runs a
-benchmark; without a command the server starts, or with `--shell` the chat.
 Exit status: 0 done, 1 could not start or ended with an error, 2 a bad command line, 130 interrupted.
 """
 

@@ -66,10 +66,7 @@ def is_panic(error: BaseException | None) -> bool:
 
 
 class PanicGuard(AbstractContextManager[Any], ContextDecorator):
-    """Around calls of libraries written in Rust: a panic, which is no Exception, becomes a NativePanicError.
-
-    Otherwise it would pass every handler of errors, and end a thread or a process with all that they serve.
-    """
+    """Around calls of libraries written in Rust: a panic, which is no Exception, becomes a NativePanicError."""
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if is_panic(error):

@@ -132,9 +132,8 @@ class Executor(Protocol):
     """Executes plans in order. `launch` returns before the step is done; `collect` waits for the oldest one.
 
     A plan may be launched before the result of the one before it is collected. A plan with constrained rows has a
-    second half: `finish` must follow its `launch`, before anything else is launched and before it is collected. Between
-    the two, while the device runs the forward pass, the host takes in the step before, on whose tokens the masks
-    depend. An error in a step is raised by the `collect` that would have returned its result.
+    second half: `finish` must follow its `launch`, before anything else is launched and before it is collected. An
+    error in a step is raised by the `collect` that would have returned its result.
     """
 
     @property

@@ -1,9 +1,7 @@
 """What the host knows of every request: its state from acceptance to end, and a table of those that are running.
 
-The table has one row a running request and an array a field. A row's progress is three integers,
-`num_computed_tokens <= num_tokens <= max_tokens`: tokens whose KV is written by launched steps, tokens that the host
-has seen, tokens that the request may reach, prompt included. While a step is in flight `num_computed_tokens` may pass
-`num_tokens` by one: the token it reads is on the device only.
+A row's progress is three integers, `num_computed_tokens <= num_tokens <= max_tokens`. While a step is in flight the
+first may pass the second by one: the token it reads is on the device only.
 """
 
 from collections import deque
@@ -135,27 +133,20 @@ class State:
 
 @dataclass(eq=False)
 class RequestState:
-    """A request from its acceptance to its terminal event; its tokens live here while it has no row.
-
-    It arrived as number `arrival`, at `arrived_at` seconds of the engine's clock. The lowest `sort_key` is admitted
-    first and retracted last. `match` is how far `reusable` was found in the prefix cache when it was last looked up.
-    `max_tokens` counts the prompt, too. `prompt_scores` collects the prompt's log-probabilities until they are
-    delivered; `num_scored` of its positions are in launched steps. `cached_tokens` are those of its first admission.
-    The constraint has taken in `num_followed` tokens; `mask` is that of the next one if it was computed early.
-    """
+    """A request from its acceptance to its terminal event; its tokens live here while it has no row."""
 
     request: Request
-    arrival: int
-    arrived_at: float
+    arrival: int  # its number
+    arrived_at: float  # s on the engine's clock
     seed: int
-    max_tokens: int
+    max_tokens: int  # with the prompt
     eos: InitVar[tuple[int, ...]]
     constraint: Constraint | None = None
-    num_scored: int = 0
+    num_scored: int = 0  # positions of `prompt_scores` in launched steps
     admitted: bool = False
-    cached_tokens: int = 0
+    cached_tokens: int = 0  # of its first admission
     slot: int = -1
-    match: Match = field(default_factory=Match)
+    match: Match = field(default_factory=Match)  # how far `reusable` was found in the prefix cache the last time
 
     def __post_init__(self, eos: tuple[int, ...]) -> None:
         request, params = self.request, self.request.params
@@ -164,10 +155,12 @@ class RequestState:
         self.prompt_len = len(self.tokens)
         self.min_len = self.prompt_len + params.min_tokens  # positions below this one hold no stop token
         self.priority = request.priority
+        # The lowest is admitted first and retracted last.
         self.sort_key: tuple[tuple[float, ...], int] = ((self.priority,), self.arrival)
+        # Until they are delivered
         self.prompt_scores: list[TokenLogprobs | None] = [] if params.prompt_logprobs is None else [None]
-        self.num_followed = self.prompt_len
-        self.mask: Int32 | None = None
+        self.num_followed = self.prompt_len  # tokens that the constraint has taken in
+        self.mask: Int32 | None = None  # of the next token if it was computed early
         self.mask_budget: MaskBudget | None = None
 
     @property
@@ -184,9 +177,9 @@ class RequestTable:
     def __init__(self, rows: int, max_seq_len: int) -> None:
         self.state = np.zeros(rows, np.int8)
         self.prefill_len = np.zeros(rows, np.int32)
-        self.num_computed_tokens = np.zeros(rows, np.int32)
-        self.num_tokens = np.zeros(rows, np.int32)
-        self.max_tokens = np.zeros(rows, np.int32)
+        self.num_computed_tokens = np.zeros(rows, np.int32)  # whose KV is written by launched steps
+        self.num_tokens = np.zeros(rows, np.int32)  # that the host has seen
+        self.max_tokens = np.zeros(rows, np.int32)  # that the request may reach, prompt included
         self.in_flight = np.zeros(rows, np.int32)  # launched steps that touch the row
         self.greedy = np.zeros(rows, np.bool_)
         self.filtered = np.zeros(rows, np.bool_)

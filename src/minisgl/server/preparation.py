@@ -1,7 +1,4 @@
-"""From a request's body to the engine's requests: read, validate, render, tokenise, check. It may take seconds.
-
-Cheap bounds come first and the rest is done in threads, so that the event loop waits for milliseconds only.
-"""
+"""From a request's body to the engine's requests: read, validate, render, tokenise, check. It may take seconds."""
 
 import asyncio
 import contextlib

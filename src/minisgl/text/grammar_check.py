@@ -183,10 +183,7 @@ class Helper:
 
 
 class GrammarCompiler:
-    """The grammars that a model can follow. Nothing is loaded before the first use. Safe to use from several threads.
-
-    The arguments are those of `Vocabulary`.
-    """
+    """The grammars that a model can follow. Nothing is loaded before the first use. Several threads may use it."""
 
     def __init__(self, folder: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
         self._helper = Helper(folder, vocab_size, eos_token_ids)
@@ -196,11 +193,8 @@ class GrammarCompiler:
         self._compiled = functools.lru_cache(MAX_COMPILED)(self._compile)
 
     def checker(self, grammar: Grammar) -> Callable[[], None] | None:
-        """What raises InvalidRequestError for a grammar that is invalid, unsupported or too expensive; None for one
-        that was found good before. For the API process. Raises for one that is too large.
-
-        It is compiled and tried out in the helper process within `WALL_SECONDS`. HelperError (503) says that there is
-        no such process.
+        """What raises InvalidRequestError for a grammar that is invalid, unsupported or too expensive, in the helper
+        process, and HelperError without one; None for one that was found good before. Raises for one that is too large.
         """
         check_size(grammar)
         digest = hashlib.sha256(msgspec.json.encode(grammar)).digest()
@@ -213,10 +207,7 @@ class GrammarCompiler:
         self._checked.add(digest)
 
     def constraint(self, grammar: Grammar) -> MatcherConstraint:
-        """A constraint at the start of its text. Raises InvalidRequestError. For the engine process.
-
-        It compiles in this process, with llguidance's limits alone: an unchecked grammar may take seconds.
-        """
+        """A constraint at the start of its text, compiled in this process. Raises InvalidRequestError."""
         return self._compiled(grammar).copy()
 
     def _compile(self, grammar: Grammar) -> MatcherConstraint:

@@ -1,7 +1,4 @@
-"""Text to token ids, and back while tokens are still coming, through the `tokenizers` library.
-
-`transformers` is imported only as a fallback.
-"""
+"""Text to token ids, and back while tokens are still coming, through the `tokenizers` library."""
 
 from __future__ import annotations
 
@@ -31,10 +28,7 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 class Tokenizer:
-    """The tokenizer of a checkpoint and its `chat_template`, if it has one. Safe to use from several threads.
-
-    `tokens` are the checkpoint's named special tokens; `templates` are the sources of its chat templates.
-    """
+    """The tokenizer of a checkpoint and its `chat_template`, if it has one. Safe to use from several threads."""
 
     kind = "PreTrainedTokenizerFast"  # the class that transformers has for it
 
@@ -42,7 +36,7 @@ class Tokenizer:
         self, backend: tokenizers.Tokenizer, *, tokens: dict[str, str], templates: Mapping[str, str] = {}
     ) -> None:
         self.backend = backend
-        self.tokens = tokens
+        self.tokens = tokens  # the checkpoint's named special ones
         default = templates.get("default") or next(iter(templates.values()), "")
         tool_use = templates.get("tool_use") or default
         self.chat_template = ChatTemplate(default, tokens) if default else None
@@ -223,7 +217,7 @@ def convert_tokenizer(folder: Path) -> Any:
         except ImportError as error:
             needed = "needs a tokenizer.json beside it, or the packages sentencepiece and protobuf"
             raise ModelError(f"{files[0]}: a SentencePiece model, which {needed}") from error
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer  # seconds that other models need not wait
 
     try:
         with NO_PANICS:
@@ -249,17 +243,15 @@ class TextStream:
 
     The texts that `push` and `finish` return, joined, are what `Tokenizer.decode` says of all tokens, cut where the
     stop string that is completed first (`matched`) begins, or ends if it is to be shown. `hidden` are token ids that
-    have no text; `context` are tokens before the first. `num_tokens` counts the tokens taken in, the one that completed
-    the stop string included; `starts` says how many characters came before each; `num_characters` counts those
-    decoded so far, those held back included.
+    have no text; `context` are tokens before the first.
     """
 
     def __init__(
         self, backend: tokenizers.Tokenizer, hidden: frozenset[int], params: SamplingParams, context: Sequence[int] = ()
     ) -> None:
-        self.num_tokens = 0
-        self.num_characters = 0
-        self.starts: list[int] = []
+        self.num_tokens = 0  # taken in, the one that completed a stop string included
+        self.num_characters = 0  # decoded, those held back included
+        self.starts: list[int] = []  # characters before each token
         self.matched: str | None = None
         self._backend = backend
         self._hidden = hidden
