@@ -30,22 +30,17 @@ Params = SamplingParams | Sequence[SamplingParams] | None
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Completion:
-    """The output for one prompt, of which `cached_tokens` were cached. `finish_reason` is "stop", "length" or "error".
-
-    `stop_reason` is the stop string or the one of `stop_token_ids` that ended it. `error` says how a grammar failed.
-    Where they were asked for, `logprobs` has an entry for each of `token_ids` and `prompt_logprobs` one for each of
-    `prompt_token_ids`, None for the first.
-    """
+    """The output for one prompt; log-probabilities where they were asked for."""
 
     text: str
     token_ids: list[int]
-    finish_reason: str
+    finish_reason: str  # "stop", "length" or "error"
     prompt_token_ids: list[int]
-    cached_tokens: int
-    logprobs: list[TokenLogprobs] | None = None
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
-    stop_reason: int | str | None = None
-    error: str | None = None
+    cached_tokens: int  # of the prompt
+    logprobs: list[TokenLogprobs] | None = None  # of each of `token_ids`
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # of each of `prompt_token_ids`, None for the first
+    stop_reason: int | str | None = None  # the stop string or the one of `stop_token_ids` that ended it
+    error: str | None = None  # how a grammar failed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

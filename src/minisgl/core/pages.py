@@ -56,7 +56,6 @@ class CacheManager:
     """Pages of running rows and of the prefix cache.
 
     A row's pages are borrowed from the cache (and locked there) or its own. Page ids in a row never change.
-    `page_table` is (max_rows, max_pages_per_row), of which the first `row_pages[slot]` of each row are live.
     Without `shared` rows share nothing and the cache stays empty.
     """
 
@@ -67,7 +66,7 @@ class CacheManager:
         self.num_pages = num_pages
         self.page_size = page_size
         self.page_table: Int32 = np.zeros((max_rows, max_pages_per_row), np.int32)
-        self.row_pages: Int32 = np.zeros(max_rows, np.int32)
+        self.row_pages: Int32 = np.zeros(max_rows, np.int32)  # so many of a row's first are live
         self._allocator = PageAllocator(num_pages)
         self._cache = RadixCache(page_size, shared, eviction)
         self.now = 0.0  # s, for the eviction policy; whoever plans steps sets it

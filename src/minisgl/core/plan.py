@@ -31,37 +31,33 @@ class NewRows(msgspec.Struct, frozen=True, kw_only=True):
 class LogitsInit(msgspec.Struct, frozen=True, kw_only=True):
     """Those admitted rows whose logits are changed before sampling.
 
-    Penalised rows hold m distinct tokens already, counted once a row. `seen` is twice a token's count in the output,
-    plus one if it is in the prompt; a row that was retracted comes with the output it had. `w` is the largest number of
-    biases of these rows, and may be 0; rows with fewer are padded with token 0 and bias 0.
+    Penalised rows hold m distinct tokens already, counted once a row: a row that was retracted comes with the output
+    it had. `w` is the largest number of biases of these rows, and may be 0.
     """
 
     slots: Int32  # (n,)
     seen_slots: Int32  # (m,)
     seen_tokens: Int32  # (m,)
-    seen: Int32  # (m,)
-    bias_ids: Int32  # (n, w)
-    bias_values: NDArray[np.float32]  # (n, w)
+    seen: Int32  # (m,) twice the token's count in the output, plus one if it is in the prompt
+    bias_ids: Int32  # (n, w) padded with 0
+    bias_values: NDArray[np.float32]  # (n, w) padded with 0
 
 
 class LogitsRows(msgspec.Struct, frozen=True, kw_only=True):
     """What a step does for rows that ask for more than sampling; `core/logits.py` executes it.
 
-    Of the step's sampled rows, indexed as `StepPlan.sampled_slots`, `changed` have their logits changed before a token
-    is sampled; of those, `constrained` wait for a mask. Rows without a penalty have a neutral one. `scored` want the
-    log-probability of their token. `prompt_rows` index those of the step's tokens (decodes, then chunks) whose next
-    token is one of the prompt, `prompt_targets`, and wants a log-probability.
+    Its rows are indices into `StepPlan.sampled_slots`, in ascending order.
     """
 
-    changed: Int32  # (c,) ascending
-    penalties: NDArray[np.float32]  # (p, c) in the order of NEUTRAL_PENALTIES
+    changed: Int32  # (c,) have their logits changed before a token is sampled
+    penalties: NDArray[np.float32]  # (p, c) in the order of NEUTRAL_PENALTIES, neutral for rows without
     penalised: bool  # whether any penalty is not neutral
     bias_width: int  # the most biases of a changed row
-    constrained: Int32  # (g,) indices into `changed`, ascending
-    scored: Int32  # (s,) ascending
+    constrained: Int32  # (g,) indices into `changed`, ascending: they wait for a mask
+    scored: Int32  # (s,) want the log-probability of their token
     top: int  # the most that a scored row asks for
-    prompt_rows: Int32  # (q,)
-    prompt_targets: Int32  # (q,)
+    prompt_rows: Int32  # (q,) of the step's tokens, decodes and then chunks, those that score a token of the prompt
+    prompt_targets: Int32  # (q,) that token, the next one
     prompt_slots: Int32  # (r,) the rows of these positions, one run after the other
     prompt_counts: Int32  # (r,) lengths of the runs; their sum is q
     prompt_top: int

@@ -41,18 +41,13 @@ class Calls(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Grammar(msgspec.Struct, frozen=True, kw_only=True):
-    """What a completion's text must match: a JSON schema, a regular expression, a JSON list of choices, or Lark.
-
-    `json_object` is any JSON object, and its source is empty. With `calls` tool calls are allowed too. Reasoning
-    (`reasoning`) may come before either, from `<think>` to `</think>`: "possible", or "begun" by the prompt.
-    JSON that is `compact` has no white space between its parts.
-    """
+    """What a completion's text must match: a JSON schema, a regular expression, a JSON list of choices, or Lark."""
 
     kind: Literal["json_object", "json_schema", "regex", "choice", "lark"]
-    source: str = ""
-    calls: Calls | None = None
-    reasoning: Literal["none", "possible", "begun"] = "none"
-    compact: bool = False
+    source: str = ""  # of any JSON object it is empty
+    calls: Calls | None = None  # allowed instead
+    reasoning: Literal["none", "possible", "begun"] = "none"  # before either; the prompt may have begun it
+    compact: bool = False  # JSON has no white space between its parts
 
 
 class SuggestingMeta(msgspec.StructMeta):
@@ -186,17 +181,15 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     """What one step did for one request: new tokens, and in the last event of the request why it ended.
 
     Every accepted request ends with exactly one event whose `finish` is set; no event follows it.
-    `cached_tokens` counts the prompt tokens whose KV came from the prefix cache. Where a request asked for them,
-    `logprobs` has an entry for each of `tokens`, and the first event with tokens has one for each prompt token in
-    `prompt_logprobs`, None for the first, which nothing precedes.
     """
 
     id: str
     tokens: tuple[int, ...] = ()
     finish: FinishReason | None = None
-    cached_tokens: int = 0
+    cached_tokens: int = 0  # prompt tokens whose KV came from the prefix cache
     error: str | None = None
-    logprobs: tuple[TokenLogprobs, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of each of `tokens`, where the request asked for them
+    # Of each prompt token, with the first of `tokens`; None for the first, which nothing precedes.
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
 
 
@@ -252,20 +245,16 @@ class ChunkRecord(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepRecord(msgspec.Struct, kw_only=True):
-    """What a step did and when, requests named by their ids. Times are in s on the engine's clock.
-
-    The host plans from `planned` to `launched`, launches until `sent`, waits for the result from `awaited` to
-    `arrived` and has taken it in at `committed`. `device` is when the device began and ended.
-    """
+    """What a step did and when, requests named by their ids. Times are in s on the engine's clock."""
 
     step: int
-    planned: float
-    launched: float
+    planned: float  # the host plans until `launched`
+    launched: float  # it launches until `sent`
     sent: float
-    awaited: float = 0.0
+    awaited: float = 0.0  # it waits for the result until `arrived`
     arrived: float = 0.0
-    committed: float = 0.0
-    device: tuple[float, float] | None = None
+    committed: float = 0.0  # it has taken the result in
+    device: tuple[float, float] | None = None  # when the device began and ended
     decodes: list[str]
     chunks: list[ChunkRecord]
     admitted: list[tuple[str, int]]  # with the tokens found in the prefix cache
