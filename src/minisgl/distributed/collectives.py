@@ -128,17 +128,10 @@ def join_group(rank: int, size: int, rendezvous: str, device: torch.device, one_
     """
     if dist.is_initialized():
         raise ConfigError("torch.distributed is in use in this process already; it can be in one group of ranks only")
-    on_gpu = device.type == "cuda"
     if one_host:
         bind_gloo_to_loopback()
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-        init_method=rendezvous,
-        rank=rank,
-        world_size=size,
-        timeout=START_TIMEOUT,
-        device_id=device if on_gpu else None,
-    )
+    backend, own = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
+    dist.init_process_group(backend, rendezvous, START_TIMEOUT, world_size=size, rank=rank, device_id=own)
     group = TPGroup(rank, size, TorchCollectives(size, device), TorchCollectives(size, torch.device("cpu")), one_host)
     group.barrier()
     return group
