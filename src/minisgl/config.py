@@ -222,7 +222,6 @@ def make_config(**settings: Any) -> Config:
 
 
 def from_environment(config: Config, environ: Mapping[str, str] = os.environ) -> Config:
-    """Apply the environment switches to the fields that have one."""
     changes: dict[str, Any] = {}
     if (value := environ.get("MINISGL_DISABLE_OVERLAP_SCHEDULING")) is not None:
         if value not in ("0", "1", ""):
@@ -270,7 +269,6 @@ def cache_folder(environ: Mapping[str, str] = os.environ) -> str:
 
 
 def environment_with(**more: str) -> dict[str, str]:
-    """The environment for a process that is to have these variables too."""
     return {**os.environ, **more}
 
 

@@ -119,7 +119,6 @@ class TraceWriter:
         self._write("X", begin, process, track, name, dur=microseconds(end - begin), args=args)
 
     def _write(self, kind: str, time: float, process: int, track: int, name: str, **more: Any) -> None:
-        """An event at a time in s."""
         row = {"ph": kind, "ts": microseconds(time), "pid": process, "tid": track, "name": name, **more}
         self._file.append(self._begin + self._encode(row))
         self._begin = b",\n"

@@ -51,7 +51,6 @@ class LogitsProcessors:
         self.bias_values: Tensor | None = None  # float32 (rows, MAX_LOGIT_BIAS)
 
     def admit(self, init: LogitsInit) -> None:
-        """Reset the rows of requests that start."""
         rows, vocab, width = len(self.tables.length), self.decoder.spec.vocab_size, init.bias_ids.shape[1]
         places = init.seen_slots.astype(np.int64) * vocab + init.seen_tokens
         arrays: dict[str, NDArray[Any]] = {"slots": init.slots.astype(np.int64), "places": places, "seen": init.seen}

@@ -78,7 +78,6 @@ class CacheManager:
 
     @property
     def tree(self) -> Node:
-        """The root of the prefix cache, to be looked at."""
         return self._cache.root
 
     def num_borrowed(self, slot: int) -> int:

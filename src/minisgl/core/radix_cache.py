@@ -185,7 +185,6 @@ class RadixCache:
             held.locks += 1
 
     def unlock(self, node: Node) -> None:
-        """Take back one `lock`."""
         for held in node.path():
             assert held.locks > 0, "unlocked more often than locked"
             held.locks -= 1

@@ -68,7 +68,6 @@ def full_constraint(
 
 
 def mask_out(mask: NDArray[np.int32], token: int) -> None:
-    """Clear the bit that says that a token may be next."""
     mask[token // 32] &= ~np.uint32(1 << token % 32).view(np.int32)
 
 

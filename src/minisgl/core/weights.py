@@ -363,7 +363,6 @@ class Checkpoint:
         return torch.cat(scales)
 
     def _scale(self, source: Source) -> Tensor:
-        """`Fp8Weight.scale` of one tensor."""
         name = self._scale_name(source.name)
         assert name is not None
         path, file = self._find(name)

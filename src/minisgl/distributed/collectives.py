@@ -40,8 +40,6 @@ class Collectives(Protocol):
 
 @dataclass(frozen=True)
 class TPGroup:
-    """This process' rank in a group of `size`."""
-
     rank: int
     size: int
     collectives: Collectives  # of the device's tensors

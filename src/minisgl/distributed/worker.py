@@ -151,7 +151,6 @@ def serve_rank(launched: Launcher) -> int:
 
 
 def main() -> NoReturn:
-    """Entry point of `python -m minisgl.distributed.worker`."""
     rank, size, device, folder = int(sys.argv[1]), int(sys.argv[2]), torch.device(sys.argv[3]), sys.argv[4]
     joined = threading.Event()
     follower = threading.Thread(target=end_with_parent, args=(folder, joined), daemon=True)

@@ -83,7 +83,6 @@ def bundled_model() -> Path:
 
 
 def fetch(model: str, source: str, *, weights: bool, progress: bool) -> Path:
-    """The local folder of a hub's model, fetched where it is not there yet."""
     if source not in ("huggingface", "modelscope"):
         raise ModelError(f"model source {source!r} is not known; huggingface and modelscope are")
     patterns = [*SMALL_FILES, "*.safetensors"] if weights else SMALL_FILES

@@ -109,8 +109,6 @@ class TextPiece(msgspec.Struct, frozen=True):
 
 @dataclasses.dataclass(slots=True)
 class ChoiceState(RequestOutput):
-    """One request's completion while it is generated."""
-
     stream: TextStream
     index: int = 0
     hidden: bool = False  # the request is there for its prompt: what it generates is not shown
@@ -135,7 +133,6 @@ class ChoiceState(RequestOutput):
         return TextPiece(self.index, text, self.finish)
 
     def ended(self) -> dict[str, Any]:
-        """What ended it, as a choice has it."""
         return {"stop_reason": self.stop_reason, "matched_stop": self.matched}
 
 

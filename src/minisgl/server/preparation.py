@@ -408,8 +408,6 @@ async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
 
 @dataclasses.dataclass
 class Api:
-    """What every endpoint works with."""
-
     client: EngineClient
     preparation: Preparation
     config: Config

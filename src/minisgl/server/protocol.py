@@ -63,7 +63,6 @@ ChoiceTexts = Annotated[list[NonEmpty], Meta(min_length=1)]
 
 
 def require(condition: object, message: str, param: str | None) -> None:
-    """Raise InvalidRequestError unless the condition holds."""
     if not condition:
         raise InvalidRequestError(message, param=param)
 

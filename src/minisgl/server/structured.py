@@ -81,7 +81,6 @@ def forced_call_grammar(chat: ChatRequest) -> Grammar:
 
 
 def text_without_calls(tool_format: ToolFormat) -> Grammar:
-    """Any text in which no call begins."""
     return Grammar(kind="lark", source=f"start: TEXT\nTEXT: /(?s:.*)/ & ~/(?s:.*{tool_format.opening}.*)/")
 
 

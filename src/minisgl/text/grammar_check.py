@@ -92,7 +92,6 @@ def main() -> None:
 
 
 def judge(source: bytes, vocabulary: Vocabulary) -> bytes:
-    """Compile a grammar, sample a few tokens from it, and say how that went."""
     grammar = msgspec.json.decode(source, type=Grammar)
     try:
         probe(grammar, compile_grammar(grammar, vocabulary), PROBE_STEPS)
@@ -128,7 +127,6 @@ class Helper:
         msgspec.json.decode(reply.removeprefix(STARTED), type=Verdict).raise_error()
 
     def close(self) -> None:
-        """End the process, if there is one."""
         with self._lock:
             if self.running is not None:
                 self.running.control.close()

@@ -63,7 +63,6 @@ class Tokenizer:
 
     @functools.cached_property
     def vocab_size(self) -> int:
-        """The highest token id plus one."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @functools.cached_property
