@@ -4,8 +4,6 @@
 `Config` without open values. Resolving is pure. The environment is read in this file and nowhere else.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os
@@ -174,7 +172,7 @@ class Config:
         30.0, "--drain-timeout", help="seconds running requests may go on after SIGTERM or Ctrl-C")
     # fmt: on
 
-    def replace(self, **changes: Any) -> Config:
+    def replace(self, **changes: Any) -> "Config":
         return dataclasses.replace(self, **changes)
 
 

@@ -1,7 +1,5 @@
 """The offline API: the engine in this process, prompts in, completions out."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import operator
@@ -70,7 +68,7 @@ class LLM:
         self.tokenizer = Tokenizer.load(built.folder) if Tokenizer.exists(built.folder) else None
         self._ids = itertools.count()
 
-    def __enter__(self) -> LLM:
+    def __enter__(self) -> "LLM":
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -1,7 +1,5 @@
 """Engines in virtual time, and clients that send them sessions of requests."""
 
-from __future__ import annotations
-
 import copy
 import heapq
 import random
@@ -50,7 +48,7 @@ class Replica:
         self.cost = CostModel(spec, config, gpu)
         self._start()
 
-    def another(self) -> Replica:
+    def another(self) -> "Replica":
         """An idle one of the same kind, which shares the model of costs and what it has computed already."""
         other = copy.copy(self)
         other._start()

@@ -1,7 +1,5 @@
 """What the device keeps between steps: the paged keys and values, and a row of tables for each running request."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -95,7 +93,7 @@ class StepInputs:
     page_table: Tensor  # int32 (B, max_pages); behind a row's last page lies any valid page
 
     @classmethod
-    def allocate(cls, batch: int, max_pages: int, scratch_page: int, device: torch.device) -> StepInputs:
+    def allocate(cls, batch: int, max_pages: int, scratch_page: int, device: torch.device) -> "StepInputs":
         return cls(
             ids=torch.zeros(batch, dtype=torch.int32, device=device),
             positions=torch.zeros(batch, dtype=torch.int32, device=device),

@@ -1,7 +1,5 @@
 """The interface between the scheduler and an executor: the plan of a step, and its result, in numpy arrays."""
 
-from __future__ import annotations
-
 from typing import Final, Protocol
 
 import msgspec
@@ -25,7 +23,7 @@ class NewRows(msgspec.Struct, frozen=True, kw_only=True):
     seeds: NDArray[np.int64]  # (n,) all 64 bits
     min_lens: Int32  # (n,) no stop id is sampled at a position below, counted from the first prompt token
     stop_ids: Int32  # (n, MAX_STOP_TOKEN_IDS) padded with -1
-    logits: LogitsInit | None = None
+    logits: "LogitsInit | None" = None
 
 
 class LogitsInit(msgspec.Struct, frozen=True, kw_only=True):

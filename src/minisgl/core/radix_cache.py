@@ -1,7 +1,5 @@
 """The prefix cache: a tree over token ids, in whole pages (RadixAttention: Zheng et al., "SGLang", 2024)."""
 
-from __future__ import annotations
-
 import heapq
 import logging
 from collections import Counter
@@ -22,7 +20,7 @@ class Node:
 
     __slots__ = ("children", "end", "last_used", "locks", "pages", "parent", "queued", "tokens", "used_at", "uses")
 
-    def __init__(self, tokens: Int32, pages: Int32, parent: Node | None) -> None:
+    def __init__(self, tokens: Int32, pages: Int32, parent: "Node | None") -> None:
         self.tokens = tokens  # (len(pages) * page_size,)
         self.pages = pages
         self.parent = parent
@@ -38,7 +36,7 @@ class Node:
         """Whether eviction may take pages from this node's end: an unlocked leaf, and not the root."""
         return not self.locks and not self.children and self.parent is not None
 
-    def path(self, top: Node | None = None) -> list[Node]:
+    def path(self, top: "Node | None" = None) -> "list[Node]":
         """This node and those above it, below `top` or the root."""
         nodes, node = [], self
         while node.parent is not None and node is not top:

@@ -4,8 +4,6 @@ The exponential noise E is a counter-based hash (Salmon et al., 2011, with the f
 2014, and MurmurHash3) of (seed, position, token id): neither the rest of the batch nor the order of steps matters.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +28,7 @@ class SamplingRows:
     min_len: Tensor  # int32
     stop_ids: Tensor  # int32 (n, stops), padded with -1
 
-    def select(self, index: Tensor) -> SamplingRows:
+    def select(self, index: Tensor) -> "SamplingRows":
         return SamplingRows(**{name: value.index_select(0, index) for name, value in vars(self).items()})
 
 

@@ -1,7 +1,5 @@
 """Requests, sampling parameters and events: msgspec structs, for calls of the engine (offline) and sockets (server)."""
 
-from __future__ import annotations
-
 import enum
 from array import array
 from collections.abc import Sequence
@@ -111,7 +109,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, metaclass=Sugges
             if isinstance(text := getattr(self, name), str):  # as OpenAI allows; as a sequence it is its characters
                 msgspec.structs.force_setattr(self, name, (text,))
 
-    def validate(self) -> SamplingParams:
+    def validate(self) -> "SamplingParams":
         """Return self; raise InvalidRequestError naming the first parameter that is out of range."""
 
         def check(ok: bool, param: str, rule: str) -> None:
@@ -158,14 +156,14 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
 
     @classmethod
-    def make(cls, id: str, prompt: Sequence[int], params: SamplingParams, priority: int = 0) -> Request:
+    def make(cls, id: str, prompt: Sequence[int], params: SamplingParams, priority: int = 0) -> "Request":
         """A request from token ids that `ModelInfo.check` accepts. Raises InvalidRequestError for the priority."""
         if not -(2**31) <= priority < 2**31:
             raise InvalidRequestError(f"priority must be a 32-bit integer, got {priority}", param="priority")
         return cls(id=id, prompt_bytes=array("i", prompt).tobytes(), params=params, priority=priority)
 
     @property
-    def prompt(self) -> memoryview[int]:
+    def prompt(self) -> "memoryview[int]":
         return memoryview(self.prompt_bytes).cast("i")
 
 

@@ -1,7 +1,5 @@
 """The weights of a decoder: made up, or read from safetensors in Hugging Face's layout, tensor by tensor."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -69,7 +67,7 @@ class Weights:
 
 def load_weights(
     folder: Path, spec: ModelSpec, dtype: torch.dtype, device: torch.device, progress: Progress | None = None,
-    sharder: Sharder | None = None, quantize: Quantize | None = None,
+    sharder: "Sharder | None" = None, quantize: Quantize | None = None,
 ) -> Weights:  # fmt: skip
     """Read a folder's safetensors, one tensor or shard at a time, once all are checked against `spec`.
 
@@ -109,7 +107,7 @@ def load_weights(
 
 
 def dummy_weights(
-    spec: ModelSpec, dtype: torch.dtype, device: torch.device, seed: int = 0, sharder: Sharder | None = None,
+    spec: ModelSpec, dtype: torch.dtype, device: torch.device, seed: int = 0, sharder: "Sharder | None" = None,
     quantize: Quantize | None = None,
 ) -> Weights:  # fmt: skip
     """Seeded noise under which activations stay of order one at any depth; ranks' shards are those of one model.

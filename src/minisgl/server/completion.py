@@ -1,7 +1,5 @@
 """From the engine's tokens to completions: text, the chunks of a stream, and whole ones folded from their chunks."""
 
-from __future__ import annotations
-
 import abc
 import dataclasses
 import itertools
@@ -64,7 +62,7 @@ class LogprobWriter:
     def _entry(self, token: int, logprob: float) -> tuple[str, float, list[int]]:
         return self.text(token), finite(logprob), list(self._token_bytes(token))
 
-    def prompt(self, choice: ChoiceState) -> responses.PromptLogprobs:
+    def prompt(self, choice: "ChoiceState") -> responses.PromptLogprobs:
         """vLLM's `prompt_logprobs`."""
         written: responses.PromptLogprobs = []
         for token, found in zip(choice.request.prompt, choice.prompt_logprobs, strict=False):

@@ -1,7 +1,5 @@
 """Request bodies: what they are made of, what is refused by name, and how they become `SamplingParams`."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping
@@ -390,7 +388,7 @@ class OpenAIRequest(Sampling):
         require(whole, "prompt_logprobs cannot be streamed", "prompt_logprobs")
 
 
-def check_conversation(chat: ChatRequest | TokenizeConversation) -> None:
+def check_conversation(chat: "ChatRequest | TokenizeConversation") -> None:
     require(chat.messages, "messages must not be empty", "messages")
     for index, tool in enumerate(chat.tools or ()):
         kind = (tool.function.parameters or {}).get("type")

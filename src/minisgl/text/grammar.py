@@ -3,8 +3,6 @@
 Its grammars: https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md and docs/json_schema.md.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import time
@@ -133,7 +131,7 @@ class MatcherConstraint:
         return accepted
 
     @NO_PANICS
-    def copy(self) -> MatcherConstraint:
+    def copy(self) -> "MatcherConstraint":
         """Another one at the same place, which shares what was computed of the grammar so far."""
         return MatcherConstraint(self._matcher.deep_copy(), self.vocabulary)
 

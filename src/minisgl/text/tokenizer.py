@@ -1,7 +1,5 @@
 """Text to token ids, and back while tokens are still coming, through the `tokenizers` library."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import importlib
@@ -52,7 +50,7 @@ class Tokenizer:
         return any((folder / name).exists() for name in TOKENIZER_FILES)
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
+    def load(cls, folder: Path) -> "Tokenizer":
         """Read a checkpoint's tokenizer. Raises ModelError, naming the file, when there is none or it is broken."""
         config = optional_fields(folder / "tokenizer_config.json").values
         map_values = optional_fields(folder / "special_tokens_map.json").values
@@ -149,7 +147,7 @@ class Tokenizer:
         """Token ids of a conversation. The template alone writes special tokens, so BOS never doubles."""
         return self.encode(self.render_chat(messages, **template), add_special_tokens=False)
 
-    def stream(self, params: SamplingParams, keep: Sequence[str] = (), prompt: Sequence[int] = ()) -> TextStream:
+    def stream(self, params: SamplingParams, keep: Sequence[str] = (), prompt: Sequence[int] = ()) -> "TextStream":
         """An incremental decoder of what follows `prompt`; the special tokens in `keep` are always shown."""
         special = self._special.items() if params.skip_special_tokens else ()
         hidden = frozenset(i for i, text in special if text not in keep)
