@@ -1,7 +1,5 @@
 """From request records to figures, and figures in the terminal: latencies, rates, goodput."""
 
-from __future__ import annotations
-
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -21,7 +19,7 @@ class RequestRecord:
     index: int
     due: float = 0.0
     sent: float = 0.0
-    times: array[float] = field(default_factory=lambda: array("d"))  # of each event with tokens
+    times: "array[float]" = field(default_factory=lambda: array("d"))  # of each event with tokens
     expected_input: int | None = None
     expected_output: int = 0
     expected_cached: int = 0

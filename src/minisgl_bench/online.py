@@ -1,7 +1,5 @@
 """One `minisgl bench online` from the first probe of the server to the report, and what the load test itself costs."""
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import contextlib
@@ -223,7 +221,7 @@ class ClientUsage:
 
     seconds: float = 0.0
     cpu: float = 0.0
-    lags: array[float] = field(default_factory=lambda: array("d"))
+    lags: "array[float]" = field(default_factory=lambda: array("d"))
 
 
 @contextlib.asynccontextmanager
