@@ -173,9 +173,8 @@ class CacheManager:
     def publish(self, slot: int, tokens: Int32, computed: int) -> None:
         """Offer the row's whole pages below `computed` tokens to the cache, which lends those it takes to the row.
 
-        May be called as soon as the step that writes these pages is certain to be launched before, or
-        as, the first step that reads them: steps run in launch order, and within a step each layer writes the KV of
-        all rows before any row attends.
+        The step that writes these pages must be launched before, or as, the first step that reads them: within a step
+        each layer writes the KV of all rows before any row attends.
         """
         node = self._offer(slot, tokens, computed)
         self._cache.lock(node, below=self._nodes[slot])

@@ -58,13 +58,10 @@ class GroupExecutor:
             return self.local.collect()
 
     def close(self) -> None:
-        """Wait for launched steps and end the workers; in a broken group, only end them.
-
-        After a broken group of GPUs the process ends with status 1 and without cleaning up: kernels may wait for ever
-        for the rank that is gone, and freeing their memory would wait for them.
-        """
+        """Wait for launched steps and end the workers; in a broken group, only end them."""
         if self._workers.broken and self.local.device.type == "cuda":
             self._workers.close()
+            # Kernels may wait for ever for the rank that is gone, and freeing their memory would wait for them.
             atexit.register(exit_at_once)
             return
         try:

@@ -29,9 +29,8 @@ def locate_model(
 ) -> Path:
     """The folder of a model: config.json, safetensors and tokenizer files.
 
-    `model` is a local folder, a GGUF file, a Hub id, or None for the bundled model. A GGUF file is converted once into
-    the user's cache folder, its tensors stored as `dtype`. A Hub id is fetched from `source`, "huggingface" or
-    "modelscope". Without `weights` only the small files are obtained. Raises ModelError in one sentence.
+    A GGUF file is converted once into the user's cache folder, its tensors stored as `dtype`. Without `weights` only
+    the small files are obtained. Raises ModelError in one sentence.
     """
     path = find_local(model)
     if path is None:
