@@ -1,7 +1,7 @@
 """Which replica gets a request: shared prefixes, the bound on load, and what is remembered."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Sequence, ValuesView
 
 import numpy as np
 import pytest
@@ -125,3 +125,16 @@ def test_every_prefix_keeps_to_one_replica_while_loads_are_even() -> None:
     assert sorted(home.values()) == sorted([*range(10)] * 4)
     for name in range(40):
         assert router.choose(prompt(tokens(name, 4), tokens(99 + name, 9)), loads) == home[name]
+
+
+def test_loads_are_summed_only_for_a_known_prefix() -> None:
+    class Loads(dict[str, float]):
+        summed = False
+
+        def values(self) -> ValuesView[float]:  # type: ignore[override]
+            self.summed = True
+            return dict(self).values()
+
+    router, loads = PrefixRouter(BLOCK), Loads(a=0.0, b=1.0)
+    assert (router.choose(prompt(tokens(1, 2)), loads), loads.summed) == ("a", False)
+    assert (router.choose(prompt(tokens(1, 1), tokens(2, 1)), loads), loads.summed) == ("a", True)

@@ -1,7 +1,5 @@
 """From a configuration to a running engine: find the model, resolve what was left open, load, size the cache."""
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Chat with the model in the terminal; Ctrl-C stops an answer and keeps the session."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

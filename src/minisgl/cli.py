@@ -1,11 +1,7 @@
 """The command line: flags made from the fields of `Config`, and what they start.
 
-`minisgl serve MODEL [flags]` serves HTTP, `minisgl chat MODEL [flags]` chats, `minisgl bench NAME [flags]` runs a
-benchmark; without a command the server starts, or with `--shell` the chat.
 Exit status: 0 done, 1 could not start or ended with an error, 2 a bad command line, 130 interrupted.
 """
-
-from __future__ import annotations
 
 import argparse
 import dataclasses
@@ -85,17 +81,13 @@ def build_parser(command: str | None = None) -> Parser:
     parser.add_argument("positional_model", nargs="?", metavar="MODEL", help="as --model")
     parser.add_argument("--version", action="version", version=f"minisgl {__version__}")
     add_config_flags(parser)
-    switches = [environment_help(field) for field in dataclasses.fields(Config) if field.metadata["env"]]
-    parser.epilog = "\n  ".join(["environment:", *switches])
+    parser.epilog = "environment:"
+    for field in dataclasses.fields(Config):
+        if name := field.metadata["env"]:
+            default = f" (default: {field.default})" if field.default else ""
+            line = "1  do not {}" if field.default is True else "VALUE  {}" + default
+            parser.epilog += f"\n  {name}={line.format(field.metadata['help'])}"
     return parser
-
-
-def environment_help(field: dataclasses.Field[Any]) -> str:
-    """A line for the environment switch of a field; a switch for a bool disables it."""
-    name, text = field.metadata["env"], field.metadata["help"]
-    if field.default is True:
-        return f"{name}=1  do not {text}"
-    return f"{name}=VALUE  {text}" + (f" (default: {field.default})" if field.default else "")
 
 
 def add_config_flags(parser: argparse.ArgumentParser, *, without: Sequence[str] = ()) -> None:

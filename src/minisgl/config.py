@@ -4,8 +4,6 @@
 `Config` without open values. Resolving is pure. The environment is read in this file and nowhere else.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import os
@@ -177,7 +175,7 @@ class Config:
         30.0, "--drain-timeout", help="seconds running requests may go on after SIGTERM or Ctrl-C")
     # fmt: on
 
-    def replace(self, **changes: Any) -> Config:
+    def replace(self, **changes: Any) -> "Config":
         return dataclasses.replace(self, **changes)
 
 
@@ -205,11 +203,6 @@ class Launcher:
     def one_host(self) -> bool:
         return self.local_size == self.size
 
-    @property
-    def listen(self) -> str:
-        """Where rank 0 listens: on loopback, or on every interface where other ranks are on other hosts."""
-        return "127.0.0.1" if self.one_host else "*"
-
 
 @dataclasses.dataclass(frozen=True)
 class Resolved:
@@ -230,7 +223,6 @@ def make_config(**settings: Any) -> Config:
 
 
 def from_environment(config: Config, environ: Mapping[str, str] = os.environ) -> Config:
-    """Apply the environment switches to the fields that have one."""
     changes: dict[str, Any] = {}
     if (value := environ.get("MINISGL_DISABLE_OVERLAP_SCHEDULING")) is not None:
         if value not in ("0", "1", ""):
@@ -278,7 +270,6 @@ def cache_folder(environ: Mapping[str, str] = os.environ) -> str:
 
 
 def environment_with(**more: str) -> dict[str, str]:
-    """The environment for a process that is to have these variables too."""
     return {**os.environ, **more}
 
 
@@ -388,7 +379,10 @@ def resolve(config: Config, machine: Machine, checkpoint_dtype: str = "float32")
         dtype = "bfloat16" if checkpoint_dtype == "bfloat16" else "float16"
         choose("dtype", dtype, f"the checkpoint is {checkpoint_dtype}")
     if device == "cpu":
-        check_on_cpu(config)
+        for name in ("cuda_graph_max_bs", "piecewise_cuda_graph_max_tokens"):
+            if value := getattr(config, name):
+                rule = "CUDA graphs need a GPU; leave it out or give 0 on the CPU"
+                raise ConfigError(f"{flag_of(name)} {value}: {rule}")
         if config.attn == "auto":
             choose("attn", "torch", "the CPU's backend")
     running = config.max_running_requests
@@ -404,8 +398,10 @@ def resolve(config: Config, machine: Machine, checkpoint_dtype: str = "float32")
         why = "the CPU has no CUDA graphs" if device == "cpu" else "decode through torch cannot be captured"
         choose("cuda_graph_max_bs", graphs, why)
     elif graphs is None:
-        graphs = min(largest := graph_batch(machine.memory), running)
-        why = f"the GPU has {machine.memory / 2**30:.0f} GiB" if largest <= running else "as many as may run"
+        gib = machine.memory / 2**30  # of which graphs and padding take some
+        largest = next(size for least, size in ((64, 256), (30, 128), (15, 64), (0, 16)) if gib >= least)
+        graphs = min(largest, running)
+        why = f"the GPU has {gib:.0f} GiB" if largest <= running else "as many as may run"
         choose("cuda_graph_max_bs", graphs, why)
     if config.max_prefill_length is None:
         cpu, gpu = (CPU_PREFILL_LENGTH, "keeps a step on the CPU to seconds"), (8192, "default")
@@ -413,14 +409,3 @@ def resolve(config: Config, machine: Machine, checkpoint_dtype: str = "float32")
     if config.piecewise_cuda_graph_max_tokens is None:
         changes["piecewise_cuda_graph_max_tokens"] = PIECEWISE_TOKENS if graphs else 0
     return Resolved(config.replace(**changes), tuple(notes))
-
-
-def check_on_cpu(config: Config) -> None:
-    for name in ("cuda_graph_max_bs", "piecewise_cuda_graph_max_tokens"):
-        if value := getattr(config, name):
-            raise ConfigError(f"{flag_of(name)} {value}: CUDA graphs need a GPU; leave it out or give 0 on the CPU")
-
-
-def graph_batch(memory: int) -> int:
-    """The largest decode batch worth a CUDA graph on a GPU with this many bytes: graphs and padding take memory."""
-    return next(size for limit, size in ((64, 256), (30, 128), (15, 64), (0, 16)) if memory >= limit * 2**30)

@@ -1,10 +1,9 @@
 """Typed errors. Each knows its HTTP status and how OpenAI's error object names it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
-from contextlib import ContextDecorator
+from contextlib import AbstractContextManager, ContextDecorator
 from difflib import get_close_matches
+from typing import Any
 
 
 class MinisglError(Exception):
@@ -13,6 +12,9 @@ class MinisglError(Exception):
     status = 500
     type = "server_error"
     code: str | None = None
+
+    def __init_subclass__(cls, status: int | None = None, type: str | None = None, code: str | None = None) -> None:
+        cls.status, cls.type, cls.code = status or cls.status, type or cls.type, code or cls.code
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -34,44 +36,28 @@ class ModelError(MinisglError):
     """A model that cannot be found, read or served; the message names file and tensor where there is one."""
 
 
-class InvalidRequestError(MinisglError):
+class InvalidRequestError(MinisglError, status=400, type="invalid_request_error", code="invalid_value"):
     """A request that can never be served as it is."""
 
-    status = 400
-    type = "invalid_request_error"
-    code = "invalid_value"
 
-
-class ContextLengthError(InvalidRequestError):
+class ContextLengthError(InvalidRequestError, code="context_length_exceeded"):
     """The prompt, or the prompt and the tokens asked for, exceed what the model or the cache can hold."""
 
-    code = "context_length_exceeded"
 
-
-class UnsupportedParameterError(InvalidRequestError):
+class UnsupportedParameterError(InvalidRequestError, code="unsupported_parameter"):
     """A field that is known but not implemented; refused by name rather than ignored."""
 
-    code = "unsupported_parameter"
 
-
-class ModelNotFoundError(InvalidRequestError):
+class ModelNotFoundError(InvalidRequestError, status=404, code="model_not_found"):
     """The request names a model that this server does not serve."""
 
-    status = 404
-    code = "model_not_found"
 
-
-class EngineDeadError(MinisglError):
+class EngineDeadError(MinisglError, status=503, code="engine_unavailable"):
     """The engine ended; nothing can be generated any more."""
 
-    status = 503
-    code = "engine_unavailable"
 
-
-class NativePanicError(MinisglError):
+class NativePanicError(MinisglError, code="internal_error"):
     """A library in native code gave up, on its input or by a fault of its own."""
-
-    code = "internal_error"
 
 
 def is_panic(error: BaseException | None) -> bool:
@@ -79,14 +65,8 @@ def is_panic(error: BaseException | None) -> bool:
     return type(error).__name__ == "PanicException"
 
 
-class PanicGuard(ContextDecorator):
-    """Around calls of libraries written in Rust: a panic, which is no Exception, becomes a NativePanicError.
-
-    Otherwise it would pass every handler of errors, and end a thread or a process with all that they serve.
-    """
-
-    def __enter__(self) -> None:
-        pass
+class PanicGuard(AbstractContextManager[Any], ContextDecorator):
+    """Around calls of libraries written in Rust: a panic, which is no Exception, becomes a NativePanicError."""
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if is_panic(error):

@@ -1,7 +1,5 @@
 """The offline API: the engine in this process, prompts in, completions out."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import operator
@@ -17,9 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from minisgl.build import build_engine
 from minisgl.config import Config, from_environment, make_config
-from minisgl.core.types import FinishReason, Request, SamplingParams, TokenEvent, TokenLogprobs
+from minisgl.core.types import Request, SamplingParams, TokenLogprobs
 from minisgl.errors import InvalidRequestError
-from minisgl.text.tokenizer import TextStream, Tokenizer, shown_tokens
+from minisgl.text.tokenizer import RequestOutput, Tokenizer
 
 Message = dict[str, Any]
 Conversations = Sequence[Message] | Sequence[Sequence[Message]]
@@ -30,22 +28,17 @@ Params = SamplingParams | Sequence[SamplingParams] | None
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Completion:
-    """The output for one prompt, of which `cached_tokens` were cached. `finish_reason` is "stop", "length" or "error".
-
-    `stop_reason` is the stop string or the one of `stop_token_ids` that ended it. `error` says how a grammar failed.
-    Where they were asked for, `logprobs` has an entry for each of `token_ids` and `prompt_logprobs` one for each of
-    `prompt_token_ids`, None for the first.
-    """
+    """The output for one prompt; log-probabilities where they were asked for."""
 
     text: str
     token_ids: list[int]
-    finish_reason: str
+    finish_reason: str  # "stop", "length" or "error"
     prompt_token_ids: list[int]
-    cached_tokens: int
-    logprobs: list[TokenLogprobs] | None = None
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
-    stop_reason: int | str | None = None
-    error: str | None = None
+    cached_tokens: int  # of the prompt
+    logprobs: list[TokenLogprobs] | None = None  # of each of `token_ids`
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # of each of `prompt_token_ids`, None for the first
+    stop_reason: int | str | None = None  # the stop string or the one of `stop_token_ids` that ended it
+    error: str | None = None  # how a grammar failed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,40 +48,6 @@ class Delta:
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str | None = None
-
-
-class Output:
-    """Collects the events of one request, and with `stream` its text, cut at stop strings."""
-
-    def __init__(self, request: Request, stream: TextStream | None) -> None:
-        self.request, self.stream = request, stream
-        self.token_ids: list[int] = []
-        self.shown_ids: list[int] = []
-        self.logprobs: list[TokenLogprobs] = []
-        self.prompt_logprobs: list[TokenLogprobs | None] = []
-        self.error: str | None = None
-        self.finish: FinishReason | None = None
-        self.cached_tokens = 0
-
-    def take(self, event: TokenEvent) -> str:
-        """Take in an event; returns the new text. A stop string sets `finish` before the engine knows."""
-        if self.finish is not None:
-            return ""
-        self.token_ids += event.tokens
-        shown = shown_tokens(event, self.request.params)
-        self.shown_ids += shown
-        self.logprobs += event.logprobs
-        self.prompt_logprobs += event.prompt_logprobs
-        self.cached_tokens = event.cached_tokens
-        self.finish, self.error = event.finish, event.error
-        if self.stream is None:
-            return ""
-        text = self.stream.push(shown)
-        if self.finish is not None and not self.stream.stopped:
-            text += self.stream.finish()
-        if self.stream.stopped:
-            self.finish = FinishReason.STOP
-        return text
 
 
 class LLM:
@@ -109,7 +68,7 @@ class LLM:
         self.tokenizer = Tokenizer.load(built.folder) if Tokenizer.exists(built.folder) else None
         self._ids = itertools.count()
 
-    def __enter__(self) -> LLM:
+    def __enter__(self) -> "LLM":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -133,7 +92,7 @@ class LLM:
             raise InvalidRequestError(f"{len(several)} prompts, but {len(each)} sampling_params")
         requests = [self._request(prompt, p) for prompt, p in zip(several, each, strict=True)]
         streams = {r.id: self.text.stream(r.params, prompt=r.prompt) for r in requests if r.params.stop}
-        outputs = {r.id: Output(r, streams.get(r.id)) for r in requests}
+        outputs = {r.id: RequestOutput(r, streams.get(r.id)) for r in requests}
         self._run(outputs, progress)
         return [self._completion(output) for output in outputs.values()]
 
@@ -150,7 +109,7 @@ class LLM:
         self._require_idle()
         request = self._request(prompt, sampling_params or SamplingParams())
         decoder = None if self.tokenizer is None else self.tokenizer.stream(request.params, prompt=request.prompt)
-        output = Output(request, decoder)
+        output = RequestOutput(request, decoder)
         try:
             with defer_sigint():
                 self.engine.add(request)
@@ -181,7 +140,7 @@ class LLM:
         self.model.check(ids, params)
         return Request.make(str(next(self._ids)), ids, params)
 
-    def _run(self, outputs: dict[str, Output], progress: bool) -> None:
+    def _run(self, outputs: dict[str, RequestOutput], progress: bool) -> None:
         """Run all to their end; if something interrupts it, nothing stays in the engine."""
         rate = TextColumn("{task.fields[rate]}")
         columns = TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), rate
@@ -215,11 +174,9 @@ class LLM:
             while self.engine.has_work:
                 self.engine.step()
 
-    def _completion(self, output: Output) -> Completion:
+    def _completion(self, output: RequestOutput) -> Completion:
         params, prompt = output.request.params, output.request.prompt
         text = "" if output.stream is None else output.stream.text
-        last = output.token_ids[-1] if output.finish is FinishReason.STOP and output.token_ids else None
-        matched = None if output.stream is None else output.stream.matched
         if output.stream is None and self.tokenizer is not None:
             text = self.tokenizer.decode(output.shown_ids, params.skip_special_tokens, prompt)
         return Completion(
@@ -230,7 +187,7 @@ class LLM:
             cached_tokens=output.cached_tokens,
             logprobs=None if params.logprobs is None else output.logprobs,
             prompt_logprobs=None if params.prompt_logprobs is None else output.prompt_logprobs,
-            stop_reason=last if matched is None and last in params.stop_token_ids else matched,
+            stop_reason=output.stop_reason,
             error=output.error,
         )
 

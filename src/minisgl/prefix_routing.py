@@ -1,7 +1,5 @@
 """Which replica gets a request: the one that was sent most of its prompt before, unless that one is too busy."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Final, TypeVar
@@ -55,7 +53,7 @@ class PrefixRouter:
                 break
             if not prefixes or holders is not prefixes[-1]:
                 prefixes.append(holders)
-        limit = (1 + self.slack) * sum(loads.values()) / len(loads) + HEADROOM
+        limit = (1 + self.slack) * sum(loads.values()) / len(loads) + HEADROOM if prefixes else 0.0
         for holders in reversed(prefixes):
             found: list[Replica] = [replica for replica in holders if replica in loads and loads[replica] <= limit]
             if found:

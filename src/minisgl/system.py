@@ -1,7 +1,5 @@
 """What a process has of its system: standard streams, helpers, a private folder, the tool that installs packages."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import importlib.util

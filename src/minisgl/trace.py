@@ -1,7 +1,5 @@
 """Files that an engine writes while it works: a trace of its steps, and a recording of its traffic without any text."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import logging
@@ -121,7 +119,6 @@ class TraceWriter:
         self._write("X", begin, process, track, name, dur=microseconds(end - begin), args=args)
 
     def _write(self, kind: str, time: float, process: int, track: int, name: str, **more: Any) -> None:
-        """An event at a time in s."""
         row = {"ph": kind, "ts": microseconds(time), "pid": process, "tid": track, "name": name, **more}
         self._file.append(self._begin + self._encode(row))
         self._begin = b",\n"

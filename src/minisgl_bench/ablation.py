@@ -88,24 +88,19 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What a variant reached in the median of its runs. Without `error` all is there.
-
-    `each_tokens_per_second` has every run's rate, the slowest first: how far they lie apart is the machine's own doing.
-    `token_gap_*` are over the steps that decoded: how long running requests waited for their next token.
-    `other_gib` is what the executor took of the GPU beside the KV cache: graphs and workspaces.
-    """
+    """What a variant reached in the median of its runs. Without `error` all is there."""
 
     variant: Variant
     tokens_per_second: float = 0.0
-    each_tokens_per_second: tuple[float, ...] = ()
+    each_tokens_per_second: tuple[float, ...] = ()  # of every run, the slowest first: what the machine alone changes
     seconds: float = 0.0
     output_tokens: int = 0
     input_tokens: int = 0
     cached_tokens: int = 0
-    token_gap_p99_ms: float = 0.0
+    token_gap_p99_ms: float = 0.0  # how long running requests waited for their next token
     token_gap_max_ms: float = 0.0
     build_seconds: float = 0.0
-    other_gib: float = 0.0
+    other_gib: float = 0.0  # of the GPU beside the KV cache: graphs and workspaces
     error: str | None = None
 
 
@@ -310,5 +305,5 @@ def run(config: Config, options: argparse.Namespace, arguments: Sequence[str]) -
     report.print(ablation_table(title, measured))
     shares = [(item.variant, ratio(item, measured)) for item in measured]
     bars = [(v.group, f"{v.name} ({v.scenario})", share) for v, share in shares if share is not None]
-    report.finish(lambda path: draw_ablation(path, title, bars))
+    report.finish(lambda figure: draw_ablation(figure, title, bars))
     return 1 if any(item.error is not None for item in measured) else 0

@@ -4,8 +4,6 @@ Minutes. What needs a second GPU (all-reduces), and what the host takes for a st
 kept as it stands in the file of this kind of GPU, or else in the H200's.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import tempfile

@@ -1,7 +1,5 @@
 """Streamed completions over HTTP/1.1 with little work for each event; a general client would be what is measured."""
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import itertools

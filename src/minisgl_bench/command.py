@@ -321,13 +321,8 @@ def engine_parser(name: str) -> Parser:
         add("--only", type=ablations, default=ABLATIONS, metavar="A,B", help=f"of {names} (default: all)")
         add("--repeats", type=count, default=3, metavar="N", help="runs, of which the median counts (default: 3)")
     elif name == "fidelity":
-        add(
-            "--output-len",
-            type=count,
-            default=64,
-            metavar="N",
-            help="greedy tokens after each of 20 prompts (default: 64)",
-        )
+        text = "greedy tokens after each of 20 prompts (default: 64)"
+        add("--output-len", type=count, default=64, metavar="N", help=text)
     else:
         ranges = "(default: 100:1024; 32:128 on a CPU)"
         add("--num-requests", type=count, metavar="N", help="requests (default: 256; 16 on a CPU)")

@@ -5,8 +5,6 @@ decodes reads keys and values, that of prompts computes. All else moves activati
 on top, and a step that is launched kernel by kernel is never faster than its launches.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from bisect import bisect_left
@@ -37,10 +35,7 @@ FUSED_ROWS: Final = 512  # the most of an all-reduce that is fused with the norm
 
 
 class GpuConstants(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One kind of GPU, as `minisgl bench calibrate` writes it. Rates are in bytes/s and FLOP/s, times in s.
-
-    `kv_read` has the rate of decode attention by query heads for each KV head; between two entries it is interpolated.
-    """
+    """One kind of GPU, as `minisgl bench calibrate` writes it. Rates are in bytes/s and FLOP/s, times in s."""
 
     name: str
     source: str  # of the figures: measured, or published
@@ -52,7 +47,7 @@ class GpuConstants(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     attention_flops: float  # of prompts
     expert_read: float  # of a mixture's weights
     expert_flops: float
-    kv_read: dict[int, float]
+    kv_read: dict[int, float]  # of decode attention by query heads for each KV head, interpolated between two
     gemm_seconds: float  # beside a GEMM's roofline, the small kernels behind it included
     attention_seconds: float  # beside a decode attention's reading
     prefill_attention_seconds: float  # beside the computing of a prompt's

@@ -1,7 +1,5 @@
 """From request records to figures, and figures in the terminal: latencies, rates, goodput."""
 
-from __future__ import annotations
-
 from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,25 +14,21 @@ from minisgl_bench.report import GPU_HOURS, LATENCIES, QUANTILES, table
 
 @dataclass(slots=True)
 class RequestRecord:
-    """What became of one request. Times are in s on the performance counter, `times` one for each event with tokens.
-
-    Counts are the server's own, from `usage`; None is what it did not say. `failure` is a short kind that many requests
-    may share, `detail` what exactly happened to this one.
-    """
+    """What became of one request. Times are in s on the performance counter; counts are the server's own."""
 
     index: int
     due: float = 0.0
     sent: float = 0.0
-    times: array[float] = field(default_factory=lambda: array("d"))
+    times: "array[float]" = field(default_factory=lambda: array("d"))  # of each event with tokens
     expected_input: int | None = None
     expected_output: int = 0
     expected_cached: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    cached_tokens: int | None = None
+    cached_tokens: int | None = None  # None: it did not say
     text: str = ""
     body: bytes | None = None  # of the request, where it needs no answer to an earlier turn
-    failure: str | None = None
+    failure: str | None = None  # a short kind that many requests may share
     detail: str = ""
     thinned: bool = False  # `times` are the first and the last of an event for each token
 

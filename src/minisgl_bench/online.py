@@ -1,4 +1,4 @@
-"""One `minisgl bench online` from the first probe of the server to the report."""
+"""One `minisgl bench online` from the first probe of the server to the report, and what the load test itself costs."""
 
 import argparse
 import asyncio
@@ -14,32 +14,39 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import IO, Any, Final, NamedTuple
 
+import numpy as np
+import psutil
 import torch
 
 from minisgl.errors import ConfigError, EngineDeadError
 from minisgl.formats.hub import progress_bar
-from minisgl_bench import metrics, traffic, usage
+from minisgl_bench import metrics, traffic
 from minisgl_bench.client import PATHS, LoadClient, Target, parse_target
 from minisgl_bench.command import load_kind
-from minisgl_bench.metrics import RequestRecord
+from minisgl_bench.metrics import RequestRecord, spread
 from minisgl_bench.report import RESULTS, Report, default_path, draw_latencies, slug
 from minisgl_bench.traffic import IdPrompts, Segment, Session, TextPrompts
 
 WARM_SEED, WARM_TOKENS, PROBE_TOKENS = -1, 16, 8
 POLL_SECONDS, STOP_SECONDS = 0.1, 15.0
 TAIL: Final = 2000  # bytes of a server's log in an error
+BUSY: Final = 0.8  # share of a core from which the client is the bottleneck: Python runs one thread at a time
+LATE: Final = 0.010  # lag or lateness at p99, in s, from which the client's timing spoils the figures
+BOUND: Final = 0.9  # share of a core from which a thread counts as busy all the time
+TICK: Final = 0.01
 
 
 def run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     on_gpu = torch.cuda.is_available()
     report = Report("online", arguments, options.json or (RESULTS / "online.json" if on_gpu else None), width=130)
     if options.trace is not None:
-        traffic.read_trace(
-            options.trace, options.requests or traffic.TRACE_REQUESTS
-        )  # errors are told before a server starts
+        # Errors are told before a server starts.
+        traffic.read_trace(options.trace, options.requests or traffic.TRACE_REQUESTS)
     options.small = options.serve is not None and not on_gpu
     options.salt = secrets.randbits(32) if options.salt is None else options.salt
     report.figures |= {"model": None, "salt": options.salt, "runs": []}
@@ -60,7 +67,7 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         if report.path is not None and options.json is None:
             source = options.trace.stem if options.trace else "chats" if options.chats else "lengths"
             report.path = default_path(model, f"online-{slug(source)}-{load_kind(options)}")
-        report.finish(lambda path: draw_latencies(path, f"{slug(model)} online", runs, samples))
+        report.finish(lambda figure: draw_latencies(figure, f"{slug(model)} online", runs, samples))
     return 1 if any(found["failed"] for found in runs) else 0
 
 
@@ -81,8 +88,10 @@ async def measure(client: LoadClient, limit: int | None, report: Report) -> list
         report.figures["runs"].append(found)
         samples.append(metrics.latencies([record for record in records if record.failure is None]))
         report.print(metrics.latency_table(f"{client.model}, {label}", found))
-        for line in (*metrics.lines(found), *usage.lines(found)):
+        for line in (*metrics.lines(found), client_line(found["client"])):
             report.print(line)
+        for row in found.get("server_cpu", ()):
+            report.print(server_line(row))
     return samples
 
 
@@ -93,22 +102,22 @@ async def measure_one(
     hits = traffic.expected_hits((turn.segments for turn in traffic.all_turns(sessions)), options.cache_page)
     planned = client.prepare(sessions, seed, hits)
     records = [record for _, turns in planned for record in turns]
-    pid = options.server_pid or usage.listener_pid(client.target)
+    pid = options.server_pid or listener_pid(client.target)
     gc.collect()
     gc.freeze()
     with progress_bar(found["label"], len(records), enabled=True) as done:
-        before = usage.process_tree(pid)
-        async with usage.watch_client() as client_usage:
+        before = process_tree(pid)
+        async with watch_client() as client_usage:
             if concurrency is not None:
                 await client.closed_loop(planned, seed, concurrency, done)
             else:
                 await client.open_loop(planned, seed, done)
-        after = usage.process_tree(pid)
+        after = process_tree(pid)
     gc.unfreeze()
     found |= metrics.figures(records, options.slo)
-    found["client"] = usage.client_figures(client_usage, records, found["output_tokens"])
+    found["client"] = client_figures(client_usage, records, found["output_tokens"])
     if after:
-        found["server_cpu"] = usage.cores_used(before, after, client_usage.seconds)
+        found["server_cpu"] = cores_used(before, after, client_usage.seconds)
     return records
 
 
@@ -138,7 +147,7 @@ def make_prompts(target: Target, model: str, options: argparse.Namespace) -> IdP
         try:
             return int(said["usage"]["prompt_tokens"])
         except (KeyError, TypeError, ValueError) as error:
-            reason = "the server does not say how many tokens a prompt has (usage.prompt_tokens)"
+            reason = "the server does not say how many tokens a prompt has (prompt_tokens)"
             raise ConfigError(f"{reason}; use --endpoint ids") from error
 
     words, overhead = traffic.calibrate(count)
@@ -204,3 +213,107 @@ def require_running(process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
         log.seek(max(0, log.seek(0, os.SEEK_END) - TAIL))
         said = log.read().decode(errors="replace").strip()
         raise EngineDeadError(f"the server ended with status {process.returncode}: {said}")
+
+
+@dataclass
+class ClientUsage:
+    """The client's own part: seconds it ran, CPU seconds it took, and by how much (s) its event loop woke too late."""
+
+    seconds: float = 0.0
+    cpu: float = 0.0
+    lags: "array[float]" = field(default_factory=lambda: array("d"))
+
+
+@contextlib.asynccontextmanager
+async def watch_client() -> AsyncIterator[ClientUsage]:
+    usage, loop = ClientUsage(), asyncio.get_running_loop()
+
+    async def measure() -> None:
+        while True:
+            due = loop.time() + TICK
+            await asyncio.sleep(TICK)
+            usage.lags.append(max(0.0, loop.time() - due))
+
+    watching = asyncio.create_task(measure())
+    started, cpu = time.perf_counter(), time.process_time()
+    try:
+        yield usage
+    finally:
+        usage.seconds, usage.cpu = time.perf_counter() - started, time.process_time() - cpu
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+
+
+def client_figures(usage: ClientUsage, records: Sequence[RequestRecord], tokens: int) -> dict[str, Any]:
+    late = np.array([max(0.0, record.sent - record.due) for record in records if record.sent])
+    found = {"event loop lag": spread(np.frombuffer(usage.lags)), "send lateness": spread(late)}
+    share = usage.cpu / usage.seconds if usage.seconds else 0.0
+    reasons = [
+        f"{name} p99 {values['p99']:.1f} ms, above {1e3 * LATE:.0f} ms"
+        for name, values in found.items()
+        if values and values["p99"] > 1e3 * LATE
+    ]
+    if share > BUSY:
+        reasons.append(f"CPU {share:.2f} of a core, above {BUSY}")
+    return {
+        "cpu_share": share,
+        "cpu_us_per_output_token": 1e6 * usage.cpu / max(1, tokens),
+        "event_loop_lag_ms": found["event loop lag"],
+        "send_lateness_ms": found["send lateness"],
+        "bottleneck": reasons,
+    }
+
+
+@dataclass(frozen=True)
+class ProcessCpu:
+    name: str
+    seconds: float
+    threads: dict[int, float]
+
+
+ProcessTree = dict[int, ProcessCpu]  # by process id
+
+
+def process_tree(root: int | None) -> ProcessTree:
+    found: ProcessTree = {}
+    with contextlib.suppress(psutil.Error):
+        members = [] if root is None else [psutil.Process(root), *psutil.Process(root).children(recursive=True)]
+        for member in members:
+            with contextlib.suppress(psutil.Error), member.oneshot():
+                times, words = member.cpu_times(), member.cmdline() or ["?"]
+                name = words[words.index("-m") + 1] if "-m" in words[:-1] else os.path.basename(words[0])
+                threads = {thread.id: thread.user_time + thread.system_time for thread in member.threads()}
+                found[member.pid] = ProcessCpu(name, times.user + times.system, threads)
+    return found
+
+
+def cores_used(before: ProcessTree, after: ProcessTree, seconds: float) -> list[dict[str, Any]]:
+    rows = []
+    for pid, now in after.items():
+        then = before.get(pid, ProcessCpu(now.name, 0.0, {}))
+        threads = [spent - then.threads.get(task, 0.0) for task, spent in now.threads.items()]
+        cores, busiest = (now.seconds - then.seconds) / seconds, max(threads, default=0.0) / seconds
+        rows.append({"pid": pid, "name": now.name, "cores": cores, "busiest_thread": busiest})
+    return sorted(rows, key=lambda row: -row["cores"])
+
+
+def listener_pid(target: Target) -> int | None:
+    local = target.address.startswith("127.") or target.address == "::1"
+    found = psutil.net_connections("tcp") if local else []
+    return min((c.pid for c in found if c.pid and c.status == "LISTEN" and c.laddr.port == target.port), default=None)
+
+
+def client_line(client: Mapping[str, Any]) -> str:
+    parts = [f"{client['cpu_share']:.2f} of a core ({client['cpu_us_per_output_token']:.0f} µs an output token)"]
+    for name, values in (("lag", client["event_loop_lag_ms"]), ("sent late", client["send_lateness_ms"])):
+        if values:
+            parts.append(f"{name} p99 {values['p99']:.1f} ms")
+    verdict = "; ".join(client["bottleneck"])
+    head = f"the client was a bottleneck ({verdict})" if verdict else "the client was not the bottleneck"
+    return f"{head}: {', '.join(parts)}"
+
+
+def server_line(row: Mapping[str, Any]) -> str:
+    note = ", busy all the time" if row["busiest_thread"] >= BOUND else ""
+    text = f"server process {row['pid']} ({row['name']}): {row['cores']:.2f} cores"
+    return f"{text}, its busiest thread takes {row['busiest_thread']:.2f}{note}"

@@ -126,17 +126,12 @@ def activities(trace: Mapping[str, Any]) -> list[Activity]:
 
 
 class DeviceTime:
-    """Where the time of some steps that followed one another went, in seconds.
-
-    `kernels` are by kind ("attention", "gemm", "other"); `gaps` is the device's idle time inside of
-    steps, `between` that from the last kernel of a step to the first of the next one, for each two steps. Time that
-    two activities share counts once, for the earlier one.
-    """
+    """Where the time of some steps that followed one another went, in s. What two activities share is the earlier's."""
 
     def __init__(self, timeline: Sequence[Activity]) -> None:
-        self.kernels: defaultdict[str, float] = defaultdict(float)
-        self.gaps = 0.0
-        self.between: list[float] = []
+        self.kernels: defaultdict[str, float] = defaultdict(float)  # by kind: attention, gemm, other
+        self.gaps = 0.0  # the device's idle time inside of steps
+        self.between: list[float] = []  # from the last kernel of a step to the first of the next, for each two steps
         clock = idle = 0.0
         started = ended = False  # a kernel came; since the last kernel a step ended
         for activity in timeline:

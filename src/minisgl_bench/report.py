@@ -91,13 +91,13 @@ class Report:
         if self.path is not None:
             self.path.write_text(json.dumps(self.figures, indent=2) + "\n")
 
-    def finish(self, draw: Callable[[Path], bool] | None = None) -> None:
-        """Write, with a picture beside it by `draw`, which is False without matplotlib."""
+    def finish(self, draw: Callable[[Any], None] | None = None) -> None:
+        """Write, and beside it the picture that `draw` makes on matplotlib's figure, where that is installed."""
         self.write()
         if self.path is not None:
             picture, note = self.path.with_suffix(".png"), ""
             if draw is not None:
-                note = f" and {picture}" if draw(picture) else "; a picture needs minisgl[plot]"
+                note = f" and {picture}" if draw_file(picture, draw) else "; a picture needs minisgl[plot]"
             self.print(f"written to {self.path}{note}")
 
 
@@ -123,18 +123,21 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], lef
     return made
 
 
-def new_figure(width: float, height: float) -> Any:
+def draw_file(path: Path, draw: Callable[[Any], None]) -> bool:
+    """Write a picture; False without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return None
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def draw_ablation(path: Path, title: str, bars: Sequence[tuple[str, str, float]]) -> bool:
-    """Write a bar for each variant: its group, name, and rate relative to the default; False without matplotlib."""
-    if (figure := new_figure(10, 1.2 + 0.24 * len(bars))) is None:
         return False
+    figure = Figure(layout="constrained")
+    draw(figure)
+    figure.savefig(path, dpi=110)
+    return True
+
+
+def draw_ablation(figure: Any, title: str, bars: Sequence[tuple[str, str, float]]) -> None:
+    """A bar for each variant: its group, name, and rate relative to the default."""
+    figure.set_size_inches(10, 1.2 + 0.24 * len(bars))
     groups = list(dict.fromkeys(group for group, _, _ in bars))
     axes = figure.add_subplot()
     colours = [f"C{groups.index(group)}" for group, _, _ in bars]
@@ -144,8 +147,6 @@ def draw_ablation(path: Path, title: str, bars: Sequence[tuple[str, str, float]]
     axes.invert_yaxis()
     axes.margins(x=0.1)
     axes.set(xlabel="output tokens/s, relative to the default on the same workload", title=title)
-    figure.savefig(path, dpi=120)
-    return True
 
 
 def distinct(names: Sequence[str]) -> list[str]:
@@ -154,18 +155,13 @@ def distinct(names: Sequence[str]) -> list[str]:
 
 
 def draw_latencies(
-    path: Path,
-    title: str,
-    runs: Sequence[Mapping[str, Any]],
-    samples: Sequence[Mapping[str, Any]],
-    sweep: bool = True,
-) -> bool:
-    """Write each run's distributions of `samples`, in s by name, and below them quantiles.
+    figure: Any, title: str, runs: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]], sweep: bool = True
+) -> None:
+    """Each run's distributions of `samples`, in s by name, and below them quantiles.
 
     Those of a `sweep` of loads are drawn against throughput, those of runs that differ in more line by line.
     """
-    if (figure := new_figure(15, 8 if sweep else 6 + 0.3 * len(runs))) is None:
-        return False
+    figure.set_size_inches(15, 8 if sweep else 6 + 0.3 * len(runs))
     grid = figure.subplots(2, 4)
     for axes, below, name in zip(*grid, LATENCIES, strict=True):
         for run, latencies in zip(runs, samples, strict=True):
@@ -199,14 +195,11 @@ def draw_latencies(
     if grid[1][0].lines:
         grid[1][0].legend(fontsize="small")
     figure.suptitle(title)
-    figure.savefig(path, dpi=110)
-    return True
 
 
-def draw_fleet(path: Path, title: str, runs: Sequence[Mapping[str, Any]]) -> bool:
-    """Write figures against replicas, a line for the runs that differ in nothing else; False without matplotlib."""
-    if (figure := new_figure(14, 8)) is None:
-        return False
+def draw_fleet(figure: Any, title: str, runs: Sequence[Mapping[str, Any]]) -> None:
+    """Figures against replicas, a line for the runs that differ in nothing else."""
+    figure.set_size_inches(14, 8)
     figures: dict[str, Callable[[Mapping[str, Any]], float]] = {
         "goodput, requests/s": lambda run: float(run["goodput_requests_per_second"]),
         "time to first token, p99, ms": lambda run: float(run["latency_ms"]["ttft"].get("p99", np.nan)),
@@ -224,5 +217,3 @@ def draw_fleet(path: Path, title: str, runs: Sequence[Mapping[str, Any]]) -> boo
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize="small")
     figure.suptitle(title)
-    figure.savefig(path, dpi=110)
-    return True

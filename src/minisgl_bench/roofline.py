@@ -4,8 +4,6 @@ The roofline (Williams et al., CACM 2009) of each step: a decode step reads the 
 takes longer, and reads all running requests' keys and values; a prompt costs its flops. All else is free.
 """
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,7 +56,7 @@ class Matrices:
     top_k: int = 0
 
     @classmethod
-    def of(cls, spec: ModelSpec) -> Matrices:
+    def of(cls, spec: ModelSpec) -> "Matrices":
         moe, hidden, head = spec.moe, spec.hidden_size, spec.vocab_size * spec.hidden_size
         sparse = sum(moe.layers) if moe is not None else 0
         attention = spec.num_layers * hidden * spec.head_dim * 2 * (spec.num_heads + spec.num_kv_heads)

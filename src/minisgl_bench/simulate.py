@@ -1,7 +1,5 @@
 """`minisgl simulate`: a load test of the engine in virtual time, for every combination of the settings asked for."""
 
-from __future__ import annotations
-
 import argparse
 import gc
 import itertools
@@ -81,9 +79,9 @@ def run(configs: Sequence[tuple[Mapping[str, Any], Config]], options: argparse.N
     report.figures["runs"] = runs
     sweep, title = set(names) <= {load_kind(options), "seed"}, f"{model}, simulated"
     if len(options.replicas) > 1:
-        report.finish(lambda path: draw_fleet(path, title, runs))
+        report.finish(lambda figure: draw_fleet(figure, title, runs))
     else:
-        report.finish(lambda path: draw_latencies(path, title, runs, samples, sweep))
+        report.finish(lambda figure: draw_latencies(figure, title, runs, samples, sweep))
     return 0
 
 

@@ -1,7 +1,5 @@
 """Executors without a device: one computes tokens from the pages as a device reads them, one takes virtual time."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Engines in virtual time, and clients that send them sessions of requests."""
 
-from __future__ import annotations
-
 import copy
 import heapq
 import random
@@ -50,7 +48,7 @@ class Replica:
         self.cost = CostModel(spec, config, gpu)
         self._start()
 
-    def another(self) -> Replica:
+    def another(self) -> "Replica":
         """An idle one of the same kind, which shares the model of costs and what it has computed already."""
         other = copy.copy(self)
         other._start()
@@ -102,30 +100,25 @@ class Router(Protocol):
 
     def choose(self, prompt: bytes, loads: Mapping[int, float]) -> int: ...
 
-    def forget(self, replica: int) -> None: ...
+    def forget(self, replica: int) -> None:
+        return None
 
 
-class RandomRouter:
+class RandomRouter(Router):
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
 
     def choose(self, prompt: bytes, loads: Mapping[int, float]) -> int:
         return self._random.choice(list(loads))
 
-    def forget(self, replica: int) -> None:
-        pass
 
-
-class RoundRobinRouter:
+class RoundRobinRouter(Router):
     def __init__(self) -> None:
         self._chosen = 0
 
     def choose(self, prompt: bytes, loads: Mapping[int, float]) -> int:
         self._chosen += 1
         return list(loads)[(self._chosen - 1) % len(loads)]
-
-    def forget(self, replica: int) -> None:
-        pass
 
 
 # The values of `--router`, made with a seed.

@@ -12,7 +12,7 @@ from minisgl.config import Config
 from minisgl_bench import ablation
 from minisgl_bench.ablation import CPU_SCENARIOS, AblationRunner, Measurement, Scenario, Variant, make_variants, play
 from minisgl_bench.command import ABLATIONS, main
-from minisgl_bench.report import distinct, draw_ablation
+from minisgl_bench.report import distinct, draw_ablation, draw_file
 from minisgl_bench.workload import Workload
 
 
@@ -137,7 +137,8 @@ def test_the_picture_needs_matplotlib_alone(tmp_path: Path) -> None:
     failed = Measurement(variant=Variant(group="graphs", label="off", scenario="batch"), error="no")
     assert [ablation.ratio(item, [base, half, failed]) for item in (base, half, failed)] == [1.0, 0.5, None]
     path = tmp_path / "chart.png"
-    assert draw_ablation(path, "title", [("default", "a", 1.0), ("overlap", "off", 0.5), ("default", "a", 1.0)])
+    bars = [("default", "a", 1.0), ("overlap", "off", 0.5), ("default", "a", 1.0)]
+    assert draw_file(path, lambda figure: draw_ablation(figure, "title", bars))
     assert path.read_bytes().startswith(b"\x89PNG")
     assert distinct(["a", "b", "a"]) == ["a", "b", "a 2"]
 

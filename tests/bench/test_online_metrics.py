@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minisgl_bench import metrics, usage
+from minisgl_bench import metrics, online
 from minisgl_bench.metrics import RequestRecord
-from minisgl_bench.report import draw_latencies
+from minisgl_bench.report import draw_file, draw_latencies
 
 
 def record(sent: float, times: list[float], tokens: int, cached: int | None = 0, expected: int = 10) -> RequestRecord:
@@ -65,10 +65,11 @@ def test_a_server_that_does_not_report_cached_tokens_has_no_hit_rate() -> None:
 def test_a_run_in_which_all_failed_has_figures(tmp_path: Path) -> None:
     found = metrics.figures([RequestRecord(0, failure="connect: ConnectionRefusedError")], {"ttft": 1.0})
     assert (found["seconds"], found["output_tokens_per_second"], found["goodput_requests_per_second"]) == (0, 0, 0)
-    found["client"] = usage.client_figures(usage.ClientUsage(1.0, 0.1, array("d", [0.0])), [], 0)
+    found["client"] = online.client_figures(online.ClientUsage(1.0, 0.1, array("d", [0.0])), [], 0)
     assert "0 of 1 requests" in metrics.lines(found)[0]
     assert any(line.startswith("failed: 1 × connect") for line in metrics.lines(found))
-    assert draw_latencies(tmp_path / "x.png", "none", [{"label": "one", **found}], [metrics.latencies([])])
+    runs, samples = [{"label": "one", **found}], [metrics.latencies([])]
+    assert draw_file(tmp_path / "x.png", lambda figure: draw_latencies(figure, "none", runs, samples))
 
 
 @pytest.mark.parametrize(
@@ -82,27 +83,27 @@ def test_a_run_in_which_all_failed_has_figures(tmp_path: Path) -> None:
 )
 def test_the_client_says_when_it_was_the_bottleneck(cpu: float, lag: float, late: float, reason: str | None) -> None:
     sent = [RequestRecord(0, due=1.0, sent=1.0 + late)]
-    found = usage.client_figures(usage.ClientUsage(10.0, cpu, array("d", [lag])), sent, 1000)
+    found = online.client_figures(online.ClientUsage(10.0, cpu, array("d", [lag])), sent, 1000)
     assert found["cpu_us_per_output_token"] == pytest.approx(1000 * cpu)
     assert found["send_lateness_ms"]["p99"] == pytest.approx(1000 * late)
     assert [text.startswith(reason or "") for text in found["bottleneck"]] == [True] * (reason is not None)
     line = "the client was not the bottleneck: 0.20 of a core"
-    assert usage.client_line(found).startswith(f"the client was a bottleneck ({reason}" if reason else line)
+    assert online.client_line(found).startswith(f"the client was a bottleneck ({reason}" if reason else line)
 
 
 def test_cores_are_told_by_process_and_busiest_thread() -> None:
-    before = {1: usage.ProcessCpu("api", 10.0, {1: 9.0, 2: 1.0})}
-    after = {1: usage.ProcessCpu("api", 12.0, {1: 10.9, 2: 1.1}), 5: usage.ProcessCpu("engine", 1.0, {5: 1.0})}
-    rows = usage.cores_used(before, after, 2.0)
+    before = {1: online.ProcessCpu("api", 10.0, {1: 9.0, 2: 1.0})}
+    after = {1: online.ProcessCpu("api", 12.0, {1: 10.9, 2: 1.1}), 5: online.ProcessCpu("engine", 1.0, {5: 1.0})}
+    rows = online.cores_used(before, after, 2.0)
     assert [(row["name"], row["cores"]) for row in rows] == [("api", 1.0), ("engine", 0.5)]
     assert rows[0]["busiest_thread"] == pytest.approx(0.95)
-    assert "api): 1.00 cores, its busiest thread takes 0.95, busy all the time" in usage.server_line(rows[0])
-    assert usage.server_line(rows[1]).endswith("takes 0.50")
+    assert "api): 1.00 cores, its busiest thread takes 0.95, busy all the time" in online.server_line(rows[0])
+    assert online.server_line(rows[1]).endswith("takes 0.50")
 
 
 def test_this_process_is_found_with_its_threads() -> None:
-    tree = usage.process_tree(os.getpid())
+    tree = online.process_tree(os.getpid())
     mine = tree[os.getpid()]
     assert mine.seconds > 0
     assert os.getpid() in mine.threads
-    assert usage.process_tree(2**30) == {}
+    assert online.process_tree(2**30) == {}

@@ -24,6 +24,8 @@ from minisgl.formats.hub import locate_model
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MINISGL_CACHE", str(tmp_path / "cache"))
+    # No warning after a fork, which would fill the file where pytest collects it, and that is limited, too.
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     return tmp_path / "cache" / "gguf"
 
 

@@ -82,7 +82,10 @@ def follow(vocabulary: Vocabulary, grammar: Grammar, text: str | bytes) -> Match
 def matches(vocabulary: Vocabulary, grammar: Grammar, text: str) -> bool:
     """Whether a text, as the tokenizer cuts it, is in a grammar's language."""
     constraint = compile_grammar(grammar, vocabulary)
-    return all(constraint.accept(token) for token in vocabulary.tokens.tokenize_str(text)) and constraint.may_end
+    return (
+        all(constraint.accept(token) for token in vocabulary.tokens.tokenize_str(text))
+        and constraint._matcher.is_accepting()
+    )
 
 
 def sample_text(
@@ -101,7 +104,7 @@ def sample_text(
     for step in range(limit):
         ids = allowed(constraint)
         assert ids, f"nothing may follow {text!r}"
-        assert bool(eos & set(ids)) == constraint.may_end
+        assert bool(eos & set(ids)) == constraint._matcher.is_accepting()
         inside = len(QUOTE.findall(text)) % 2
         closers = [quote] if inside else after_digit if text[-1:].isdigit() else outside
         there = [token for token in (*eos, *closers) if token in ids] if step >= free_tokens else []

@@ -55,8 +55,9 @@ def cached(node: Node, before: tuple[int, ...] = ()) -> set[tuple[int, ...]]:
 
 
 class Subscriber:
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, unread: int = 1000) -> None:
         self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SUB)
+        self.socket.setsockopt(zmq.RCVHWM, unread)
         self.socket.setsockopt(zmq.SUBSCRIBE, b"kv")
         self.socket.setsockopt(zmq.RCVTIMEO, 5000)
         self.socket.connect(endpoint)
@@ -172,13 +173,51 @@ def test_nothing_waits_or_grows_without_a_subscriber(publisher: Open) -> None:
     assert len(events._hashes) == cache.num_cached <= cache.num_pages
 
 
-def test_events_may_be_the_arrays_of_earlier_versions(publisher: Open) -> None:
-    events, cache = publisher(encoding="array"), manager()
+def test_a_flush_that_leaves_no_page_is_one_event(publisher: Open) -> None:
+    events, cache = publisher(), manager()
     cache.listen(events)
-    serve(cache, [1, 2])
+    serve(cache, [1, 2, 3, 4])
+    serve(cache, [5, 6])
+    cache.acquire(0, np.array([5, 6, 7], np.int32))
     cache.flush()
     events.flush()
-    _, (stored, removed, cleared), _ = msgspec.msgpack.decode(events._kept[0][1])
+    cache.release(0, np.array([5, 6, 7], np.int32), 2)
+    cache.flush()
+    events.flush()
+    batches = [msgspec.msgpack.decode(payload)[1] for _, payload in events._kept]
+    kept_one = ["BlockStored", "BlockStored", "BlockRemoved"]
+    assert [[event["type"] for event in batch] for batch in batches] == [kept_one, ["AllBlocksCleared"]]
+
+
+def test_a_subscriber_that_never_reads_stops_nothing_and_loses_what_does_not_fit(
+    publisher: Open, tmp_path: Path
+) -> None:
+    events = publisher(buffer_steps=3, hwm=2)
+    subscriber = Subscriber(f"ipc://{tmp_path}/events", unread=2)
+    tokens, pages = np.arange(4000, dtype=np.int32), np.arange(2000, dtype=np.int32)
+    while not subscriber.socket.poll(20):  # until the subscription has arrived
+        events.stored(None, tokens, pages)
+        events.flush()
+    for _ in range(2000):  # 30 MB; a queue of the system's holds less than 1
+        events.stored(None, tokens, pages)
+        events.flush()
+    received = [subscriber.receive()[0]]
+    while subscriber.socket.poll(200):
+        received.append(subscriber.receive()[0])
+    assert len(received) < 200
+    assert events._sent - received[-1] > 1800
+    subscriber.socket.close()
+
+
+def test_events_may_be_the_arrays_of_earlier_versions(publisher: Open) -> None:
+    events, cache = publisher(encoding="array"), CacheManager(1, PAGE, True, 1, 1)
+    cache.listen(events)
+    serve(cache, [1, 2])
+    cache.extend(np.array([0]), np.array([PAGE]))  # which takes the only page
+    events.flush()
+    events.cleared()
+    events.flush()
+    (stored, removed), (cleared,) = (msgspec.msgpack.decode(payload)[1] for _, payload in events._kept)
     (block,) = stored[1]
     assert stored == ["BlockStored", [block], None, [1, 2], PAGE, None, "GPU", None]
     assert removed == ["BlockRemoved", [block], "GPU"]

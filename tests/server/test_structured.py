@@ -129,10 +129,10 @@ def test_a_form_that_is_complete_before_min_tokens_loses_no_text(tmp_path: Path)
     tokenizer = Tokenizer.load(tmp_path)
     ids = tokenizer.encode("yes")
     params = SamplingParams(min_tokens=9)
-    choice = ChoiceState(0, Request.make(id="x", prompt=[5], params=params), tokenizer.stream(params))
+    choice = ChoiceState(Request.make(id="x", prompt=[5], params=params), tokenizer.stream(params))
     # Nothing more is allowed: the engine ends the request in the step of its last token, without a stop token.
     events = [TokenEvent(id="x", tokens=(token,)) for token in ids]
-    piece = choice.take([*events, TokenEvent(id="x", finish=FinishReason.STOP)])
+    piece = choice.take_all([*events, TokenEvent(id="x", finish=FinishReason.STOP)])
     assert (piece.text, piece.finish, choice.token_ids) == ("yes", FinishReason.STOP, ids)
 
 
@@ -172,7 +172,7 @@ def test_the_arguments_are_an_object_and_none_where_none_are_declared(
     for arguments in good + bad:
         way = constraint.copy()
         text = f'[{{"name": "f", "arguments": {arguments}}}]'
-        taken = all(way.accept(token) for token in vocabulary.tokens.tokenize_str(text)) and way.may_end
+        taken = all(way.accept(token) for token in vocabulary.tokens.tokenize_str(text)) and way._matcher.is_accepting()
         assert taken is (arguments in good), arguments
 
 

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from helpers.tiny_tokenizers import byte_fallback_json, byte_level_json, metaspace_json, write_tokenizer
-from minisgl.core.types import FinishReason, SamplingParams, TokenEvent
+from minisgl.core.types import FinishReason, Request, SamplingParams, TokenEvent
 from minisgl.errors import InvalidRequestError, ModelError
 from minisgl.formats.hub import locate_model
 from minisgl.text.chat_template import cut_after
-from minisgl.text.tokenizer import TextStream, Tokenizer, byte_of_character, make_byte_tokenizer, shown_tokens
+from minisgl.text.tokenizer import RequestOutput, TextStream, Tokenizer, byte_of_character, make_byte_tokenizer
 
 # Templates in the manner of two families: what they use of the template language is what counts.
 QWEN_STYLE = """{{- bos_token }}
@@ -375,9 +375,11 @@ def test_a_stop_string_over_several_tokens(text: str, params: SamplingParams, pi
 
 def test_the_stop_token_is_no_part_of_the_text() -> None:
     for end in (*FinishReason, None):
-        event = TokenEvent(id="a", tokens=(5, 6), finish=end)
-        assert shown_tokens(event, SamplingParams()) == ((5,) if end is FinishReason.STOP else (5, 6))
-        assert shown_tokens(event, SamplingParams(include_stop_str_in_output=True)) == (5, 6)
+        for params in (SamplingParams(), SamplingParams(include_stop_str_in_output=True)):
+            output = RequestOutput(Request.make(id="a", prompt=[1], params=params), None)
+            output.take(TokenEvent(id="a", tokens=(5, 6), finish=end))
+            hidden = end is FinishReason.STOP and not params.include_stop_str_in_output
+            assert (output.token_ids, output.shown_ids) == ([5, 6], [5] if hidden else [5, 6])
 
 
 def test_bad_words_become_tokens_at_a_beginning_and_behind_a_space() -> None:

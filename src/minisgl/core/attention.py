@@ -1,7 +1,5 @@
 """Attention over the paged cache: what a step asks for, what a backend is, and the backend in plain torch."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

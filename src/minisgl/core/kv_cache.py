@@ -1,7 +1,5 @@
 """What the device keeps between steps: the paged keys and values, and a row of tables for each running request."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -58,17 +56,14 @@ def allocate_kv(
 
 
 class DeviceTables:
-    """Persistent tensors of `rows + 1` rows; the last is for padding and its page table names only scratch.
-
-    `length` counts the tokens whose KV is written; `last_token` is the one after them, not yet in the cache.
-    """
+    """Persistent tensors of `rows + 1` rows; the last is for padding and its page table names only scratch."""
 
     def __init__(self, rows: int, max_pages: int, scratch_page: int, device: torch.device) -> None:
         def table(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.zeros((rows + 1, *shape), dtype=dtype, device=device)
 
-        self.last_token = table(torch.int32)
-        self.length = table(torch.int32)
+        self.last_token = table(torch.int32)  # the one behind `length`, not yet in the cache
+        self.length = table(torch.int32)  # tokens whose KV is written
         self.page_table = torch.full((rows + 1, max_pages), scratch_page, dtype=torch.int32, device=device)
         self.sampling = SamplingRows(
             temperature=table(torch.float32),
@@ -98,7 +93,7 @@ class StepInputs:
     page_table: Tensor  # int32 (B, max_pages); behind a row's last page lies any valid page
 
     @classmethod
-    def allocate(cls, batch: int, max_pages: int, scratch_page: int, device: torch.device) -> StepInputs:
+    def allocate(cls, batch: int, max_pages: int, scratch_page: int, device: torch.device) -> "StepInputs":
         return cls(
             ids=torch.zeros(batch, dtype=torch.int32, device=device),
             positions=torch.zeros(batch, dtype=torch.int32, device=device),

@@ -1,10 +1,4 @@
-"""Logits processors: what a request may do to its logits before a token is sampled, and log-probabilities.
-
-A step samples a token for every row from the model's own logits. For rows that ask for more, a copy of their logits is
-then changed and sampled again, the token is overwritten, and log-probabilities are read. The host never waits here.
-"""
-
-from __future__ import annotations
+"""Logits processors: what a request may do to its logits before a token is sampled, and log-probabilities."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -42,7 +36,10 @@ class StepOutput:
 
 
 class LogitsProcessors:
-    """The logits processors of one runner. Their tables are allocated with the first row that needs them."""
+    """The logits processors of one runner, behind the sampling of all rows. The host never waits here.
+
+    Their tables are allocated with the first row that needs them.
+    """
 
     def __init__(self, decoder: Decoder, tables: DeviceTables, device: torch.device) -> None:
         self.decoder = decoder
@@ -54,7 +51,6 @@ class LogitsProcessors:
         self.bias_values: Tensor | None = None  # float32 (rows, MAX_LOGIT_BIAS)
 
     def admit(self, init: LogitsInit) -> None:
-        """Reset the rows of requests that start."""
         rows, vocab, width = len(self.tables.length), self.decoder.spec.vocab_size, init.bias_ids.shape[1]
         places = init.seen_slots.astype(np.int64) * vocab + init.seen_tokens
         arrays: dict[str, NDArray[Any]] = {"slots": init.slots.astype(np.int64), "places": places, "seen": init.seen}

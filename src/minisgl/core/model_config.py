@@ -49,26 +49,18 @@ class Rope:
 
 @dataclass(frozen=True, kw_only=True)
 class Moe:
-    """Sparse layers: a router picks `top_k` of `num_experts` MLPs of `width` for each token.
-
-    `layers[i]`: layer i is sparse. `norm_topk_prob`: the chosen probabilities are scaled to add up to 1.
-    """
+    """Sparse layers: a router picks `top_k` of `num_experts` MLPs of `width` for each token."""
 
     num_experts: int
     top_k: int
     width: int
-    norm_topk_prob: bool
-    layers: tuple[bool, ...]
+    norm_topk_prob: bool  # the chosen probabilities are scaled to add up to 1
+    layers: tuple[bool, ...]  # which ones are sparse
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """Everything the decoder must know of a model but its weights.
-
-    `windows[i]` is the attention window of layer i: 0 is full attention, w lets a token see itself and the w-1
-    before it. `max_position` counts tokens. `checkpoint_dtype` is one of CHECKPOINT_DTYPES. `fp8`: matrices of the
-    checkpoint are in FP8.
-    """
+    """Everything the decoder must know of a model but its weights."""
 
     architecture: str
     vocab_size: int
@@ -85,31 +77,27 @@ class ModelSpec:
     mlp_bias: bool
     qk_norm: bool
     rope: Rope
-    windows: tuple[int, ...]
+    windows: tuple[int, ...]  # of each layer: 0 is full attention, w lets a token see itself and the w - 1 before it
     moe: Moe | None
-    max_position: int
+    max_position: int  # tokens
     eos_token_ids: tuple[int, ...]
-    checkpoint_dtype: str
-    fp8: bool = False
+    checkpoint_dtype: str  # one of CHECKPOINT_DTYPES
+    fp8: bool = False  # matrices of the checkpoint are in FP8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """How one architecture differs from Llama, and the defaults of the transformers configuration of its name.
-
-    `kv_heads` None means as many as query heads, `head_dim` None hidden_size / heads. A config field decides about
-    biases where `bias_fields` is true. `windows`: none, of all layers alike, or of each layer ("layers").
-    """
+    """How one architecture differs from Llama, and the defaults of the transformers configuration of its name."""
 
     model_type: str
     max_position: int
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    bias_fields: bool = False
+    kv_heads: int | None = None  # as many as query heads
+    head_dim: int | None = None  # hidden_size / heads
+    bias_fields: bool = False  # a config field decides about biases
     mlp_bias_field: bool = False
     qkv_bias: bool = False
     qk_norm: bool = False
-    windows: str = "none"
+    windows: Literal["none", "all", "layers"] = "none"  # alike in all layers, or of each layer
     use_window_field: bool = True
     moe: bool = False
 
@@ -139,24 +127,43 @@ def read_spec(folder: Path) -> ModelSpec:
     """Read `config.json`, and the EOS ids beside it, from a model folder. Raises ModelError naming file and field."""
     path = folder / "config.json"
     config = Fields(read_json(path), str(path))
-    name, row = _architecture(config)
+    names = config.items("architectures", str, [])
+    if not names:
+        model_type = config.text("model_type")
+        names = [name for name, row in ARCHITECTURES.items() if row.model_type == model_type] or [model_type]
+    if (row := ARCHITECTURES.get(names[0])) is None:
+        known = ", ".join(ARCHITECTURES)
+        raise ModelError(f"{path}: architecture {names[0]} is not supported; those that are: {known}")
     if (activation := config.text("hidden_act", "silu")) != "silu":
         raise ModelError(f"{path}: hidden_act {activation!r} is not supported; silu is")
     num_layers = config.integer("num_hidden_layers")
     if num_layers > MAX_LAYERS:
         raise config.error("num_hidden_layers", f"at most {MAX_LAYERS}")
     hidden_size, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+    absent = "num_key_value_heads" not in config.values
+    num_kv_heads = config.integer("num_key_value_heads", (absent and row.kv_heads) or num_heads)
+    if num_heads % num_kv_heads:
+        raise config.error("num_key_value_heads", f"a divisor of the {num_heads} query heads")
+    if "head_dim" not in config and row.head_dim is None and hidden_size % num_heads:
+        raise config.error("hidden_size", f"a multiple of the {num_heads} heads where head_dim is not given")
+    head_dim = config.integer("head_dim", row.head_dim or hidden_size // num_heads)
+    if head_dim % 2:
+        raise config.error("head_dim", "even, for the rotary embedding")
     vocab_size = config.integer("vocab_size")
     max_position = config.integer("max_position_embeddings", row.max_position)
     bias = row.bias_fields and config.flag("attention_bias", False)
+    dtype_field = "dtype" if "dtype" in config else "torch_dtype"
+    dtype = config.text(dtype_field, "float32").removeprefix("torch.")
+    if dtype not in CHECKPOINT_DTYPES:
+        raise config.error(dtype_field, f"one of {', '.join(CHECKPOINT_DTYPES)}")
     return ModelSpec(
-        architecture=name,
+        architecture=names[0],
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         num_layers=num_layers,
         num_heads=num_heads,
-        num_kv_heads=_kv_heads(config, row, num_heads),
-        head_dim=_head_dim(config, row, hidden_size, num_heads),
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
         intermediate_size=config.integer("intermediate_size"),
         rms_eps=config.number("rms_norm_eps", 1e-6),
         tie_embeddings=config.flag("tie_word_embeddings", False),
@@ -169,37 +176,9 @@ def read_spec(folder: Path) -> ModelSpec:
         moe=_moe(config, num_layers) if row.moe else None,
         max_position=max_position,
         eos_token_ids=read_eos_token_ids(folder, config, vocab_size),
-        checkpoint_dtype=_dtype(config),
+        checkpoint_dtype=dtype,
         fp8="quantization_config" in config and _check_fp8(config.section("quantization_config")),
     )
-
-
-def _architecture(config: Fields) -> tuple[str, Architecture]:
-    names = config.items("architectures", str, [])
-    if not names:
-        model_type = config.text("model_type")
-        names = [name for name, row in ARCHITECTURES.items() if row.model_type == model_type] or [model_type]
-    name, known = names[0], ", ".join(ARCHITECTURES)
-    if name not in ARCHITECTURES:
-        raise ModelError(f"{config.where}: architecture {name} is not supported; those that are: {known}")
-    return name, ARCHITECTURES[name]
-
-
-def _kv_heads(config: Fields, row: Architecture, num_heads: int) -> int:
-    absent = "num_key_value_heads" not in config.values
-    num_kv_heads = config.integer("num_key_value_heads", (absent and row.kv_heads) or num_heads)
-    if num_heads % num_kv_heads:
-        raise config.error("num_key_value_heads", f"a divisor of the {num_heads} query heads")
-    return num_kv_heads
-
-
-def _head_dim(config: Fields, row: Architecture, hidden_size: int, num_heads: int) -> int:
-    if "head_dim" not in config and row.head_dim is None and hidden_size % num_heads:
-        raise config.error("hidden_size", f"a multiple of the {num_heads} heads where head_dim is not given")
-    head_dim = config.integer("head_dim", row.head_dim or hidden_size // num_heads)
-    if head_dim % 2:
-        raise config.error("head_dim", "even, for the rotary embedding")
-    return head_dim
 
 
 def _windows(config: Fields, row: Architecture, num_layers: int) -> tuple[int, ...]:
@@ -259,14 +238,6 @@ def _check_fp8(quantization: Fields) -> bool:
     return True
 
 
-def _dtype(config: Fields) -> str:
-    name = "dtype" if "dtype" in config else "torch_dtype"
-    dtype = config.text(name, "float32").removeprefix("torch.")
-    if dtype not in CHECKPOINT_DTYPES:
-        raise config.error(name, f"one of {', '.join(CHECKPOINT_DTYPES)}")
-    return dtype
-
-
 def read_rope(config: Fields, max_position: int) -> Rope:
     """The rope of a `config.json`, from `rope_parameters` or from `rope_theta` and `rope_scaling`."""
     rope = config.section("rope_scaling" if "rope_scaling" in config else "rope_parameters", {})
@@ -301,7 +272,7 @@ def read_rope(config: Fields, max_position: int) -> Rope:
 def read_eos_token_ids(folder: Path, config: Fields, vocab_size: int) -> tuple[int, ...]:
     """EOS ids in the vocabulary: of generation_config.json, config.json, then the tokenizer's `eos_token`."""
     ids: list[int] = []
-    for fields in (_optional(folder / "generation_config.json"), config):
+    for fields in (optional_fields(folder / "generation_config.json"), config):
         found: Any = fields.values.get("eos_token_id")
         found = [] if found is None else found if isinstance(found, list) else [found]
         if any(type(token) is not int or token < 0 for token in found):
@@ -313,7 +284,7 @@ def read_eos_token_ids(folder: Path, config: Fields, vocab_size: int) -> tuple[i
 
 
 def _tokenizer_eos_id(folder: Path) -> int | None:
-    config = _optional(folder / "tokenizer_config.json")
+    config = optional_fields(folder / "tokenizer_config.json")
     text: Any = config.values.get("eos_token")
     text = text.get("content") if isinstance(text, dict) else text
     if text is None:
@@ -323,7 +294,7 @@ def _tokenizer_eos_id(folder: Path) -> int | None:
     for key, added in config.section("added_tokens_decoder", {}).values.items():
         if key.isdecimal() and isinstance(added, dict) and added.get("content") == text:
             return int(key)
-    tokenizer = _optional(folder / "tokenizer.json")
+    tokenizer = optional_fields(folder / "tokenizer.json")
     for added in tokenizer.items("added_tokens", dict, []):
         if added.get("content") == text and type(added.get("id")) is int:
             return int(added["id"])
@@ -364,7 +335,8 @@ def read_json(path: Path) -> Any:
         raise ModelError(f"{path}: not valid JSON: {error}") from error
 
 
-def _optional(path: Path) -> Fields:
+def optional_fields(path: Path) -> Fields:
+    """Those of a JSON file, none where there is no such file. Raises ModelError as `read_json`."""
     return Fields(read_json(path) if path.exists() else {}, str(path))
 
 

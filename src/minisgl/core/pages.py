@@ -1,7 +1,5 @@
 """The owner of KV pages: each page is free, in the prefix cache, or owned by one running row."""
 
-from __future__ import annotations
-
 from itertools import accumulate
 from typing import Any
 
@@ -58,7 +56,6 @@ class CacheManager:
     """Pages of running rows and of the prefix cache.
 
     A row's pages are borrowed from the cache (and locked there) or its own. Page ids in a row never change.
-    `page_table` is (max_rows, max_pages_per_row), of which the first `row_pages[slot]` of each row are live.
     Without `shared` rows share nothing and the cache stays empty.
     """
 
@@ -69,7 +66,7 @@ class CacheManager:
         self.num_pages = num_pages
         self.page_size = page_size
         self.page_table: Int32 = np.zeros((max_rows, max_pages_per_row), np.int32)
-        self.row_pages: Int32 = np.zeros(max_rows, np.int32)
+        self.row_pages: Int32 = np.zeros(max_rows, np.int32)  # so many of a row's first are live
         self._allocator = PageAllocator(num_pages)
         self._cache = RadixCache(page_size, shared, eviction)
         self.now = 0.0  # s, for the eviction policy; whoever plans steps sets it
@@ -81,7 +78,6 @@ class CacheManager:
 
     @property
     def tree(self) -> Node:
-        """The root of the prefix cache, to be looked at."""
         return self._cache.root
 
     def num_borrowed(self, slot: int) -> int:
@@ -177,9 +173,8 @@ class CacheManager:
     def publish(self, slot: int, tokens: Int32, computed: int) -> None:
         """Offer the row's whole pages below `computed` tokens to the cache, which lends those it takes to the row.
 
-        May be called as soon as the step that writes these pages is certain to be launched before, or
-        as, the first step that reads them: steps run in launch order, and within a step each layer writes the KV of
-        all rows before any row attends.
+        The step that writes these pages must be launched before, or as, the first step that reads them: within a step
+        each layer writes the KV of all rows before any row attends.
         """
         node = self._offer(slot, tokens, computed)
         self._cache.lock(node, below=self._nodes[slot])

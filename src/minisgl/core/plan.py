@@ -1,9 +1,4 @@
-"""The interface between the scheduler and an executor: the plan of a step, and its result, in numpy arrays.
-
-The same plan drives one device, every rank of a tensor-parallel group, and the simulator.
-"""
-
-from __future__ import annotations
+"""The interface between the scheduler and an executor: the plan of a step, and its result, in numpy arrays."""
 
 from typing import Final, Protocol
 
@@ -22,57 +17,49 @@ Masks = Int32  # (g, ceil(V / 32)): which tokens each of g rows may have next, t
 
 
 class NewRows(msgspec.Struct, frozen=True, kw_only=True):
-    """Sampling parameters of the rows that a step admits; `n` rows, written before anything else in the step.
-
-    `seeds` holds 64-bit seeds. Ids in `stop_ids` (padded with -1) cannot be sampled at a position below
-    `min_lens`, positions counting from the first prompt token.
-    """
+    """Sampling parameters of the rows that a step admits; `n` rows, written before anything else in the step."""
 
     slots: Int32  # (n,)
     temperatures: NDArray[np.float32]  # (n,) 0 is greedy
     top_ps: NDArray[np.float32]  # (n,)
     min_ps: NDArray[np.float32]  # (n,)
     top_ks: Int32  # (n,) 0 is off
-    seeds: NDArray[np.int64]  # (n,)
-    min_lens: Int32  # (n,)
-    stop_ids: Int32  # (n, MAX_STOP_TOKEN_IDS)
-    logits: LogitsInit | None = None
+    seeds: NDArray[np.int64]  # (n,) all 64 bits
+    min_lens: Int32  # (n,) no stop id is sampled at a position below, counted from the first prompt token
+    stop_ids: Int32  # (n, MAX_STOP_TOKEN_IDS) padded with -1
+    logits: "LogitsInit | None" = None
 
 
 class LogitsInit(msgspec.Struct, frozen=True, kw_only=True):
     """Those admitted rows whose logits are changed before sampling.
 
-    Penalised rows hold m distinct tokens already, counted once a row. `seen` is twice a token's count in the output,
-    plus one if it is in the prompt; a row that was retracted comes with the output it had. `w` is the largest number of
-    biases of these rows, and may be 0; rows with fewer are padded with token 0 and bias 0.
+    Penalised rows hold m distinct tokens already, counted once a row: a row that was retracted comes with the output
+    it had. `w` is the largest number of biases of these rows, and may be 0.
     """
 
     slots: Int32  # (n,)
     seen_slots: Int32  # (m,)
     seen_tokens: Int32  # (m,)
-    seen: Int32  # (m,)
-    bias_ids: Int32  # (n, w)
-    bias_values: NDArray[np.float32]  # (n, w)
+    seen: Int32  # (m,) twice the token's count in the output, plus one if it is in the prompt
+    bias_ids: Int32  # (n, w) padded with 0
+    bias_values: NDArray[np.float32]  # (n, w) padded with 0
 
 
 class LogitsRows(msgspec.Struct, frozen=True, kw_only=True):
     """What a step does for rows that ask for more than sampling; `core/logits.py` executes it.
 
-    Of the step's sampled rows, indexed as `StepPlan.sampled_slots`, `changed` have their logits changed before a token
-    is sampled; of those, `constrained` wait for a mask. Rows without a penalty have a neutral one. `scored` want the
-    log-probability of their token. `prompt_rows` index those of the step's tokens (decodes, then chunks) whose next
-    token is one of the prompt, `prompt_targets`, and wants a log-probability.
+    Its rows are indices into `StepPlan.sampled_slots`, in ascending order.
     """
 
-    changed: Int32  # (c,) ascending
-    penalties: NDArray[np.float32]  # (p, c) in the order of NEUTRAL_PENALTIES
+    changed: Int32  # (c,) have their logits changed before a token is sampled
+    penalties: NDArray[np.float32]  # (p, c) in the order of NEUTRAL_PENALTIES, neutral for rows without
     penalised: bool  # whether any penalty is not neutral
     bias_width: int  # the most biases of a changed row
-    constrained: Int32  # (g,) indices into `changed`, ascending
-    scored: Int32  # (s,) ascending
+    constrained: Int32  # (g,) indices into `changed`, ascending: they wait for a mask
+    scored: Int32  # (s,) want the log-probability of their token
     top: int  # the most that a scored row asks for
-    prompt_rows: Int32  # (q,)
-    prompt_targets: Int32  # (q,)
+    prompt_rows: Int32  # (q,) of the step's tokens, decodes and then chunks, those that score a token of the prompt
+    prompt_targets: Int32  # (q,) that token, the next one
     prompt_slots: Int32  # (r,) the rows of these positions, one run after the other
     prompt_counts: Int32  # (r,) lengths of the runs; their sum is q
     prompt_top: int
@@ -130,25 +117,21 @@ class Scores(msgspec.Struct, frozen=True):
 
 
 class StepResult(msgspec.Struct, frozen=True, kw_only=True):
-    """The tokens a step sampled, in the order of `StepPlan.sampled_slots`, and the scores that `logits` asked for.
-
-    `device` is when the device began and ended, in s, of a `timed` step.
-    """
+    """The tokens a step sampled, in the order of `StepPlan.sampled_slots`, and the scores that `logits` asked for."""
 
     step: int
     tokens: Int32  # (len(sampled_slots),)
     scores: Scores | None = None  # of logits.scored
     prompt_scores: Scores | None = None  # of logits.prompt_rows
-    device: tuple[float, float] | None = None
+    device: tuple[float, float] | None = None  # when the device began and ended, in s, of a `timed` step
 
 
 class Executor(Protocol):
     """Executes plans in order. `launch` returns before the step is done; `collect` waits for the oldest one.
 
     A plan may be launched before the result of the one before it is collected. A plan with constrained rows has a
-    second half: `finish` must follow its `launch`, before anything else is launched and before it is collected. Between
-    the two, while the device runs the forward pass, the host takes in the step before, on whose tokens the masks
-    depend. An error in a step is raised by the `collect` that would have returned its result.
+    second half: `finish` must follow its `launch`, before anything else is launched and before it is collected. An
+    error in a step is raised by the `collect` that would have returned its result.
     """
 
     @property

@@ -3,8 +3,6 @@
 A specification is `lpm`, `lpm:patience=5` or `examples/srpt.py:Shortest:aging=500`: parameters follow after colons.
 """
 
-from __future__ import annotations
-
 import ctypes
 import itertools
 import json

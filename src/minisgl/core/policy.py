@@ -1,7 +1,5 @@
 """Scheduling policies: in which order prompts are computed, and which running request is retracted for another."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice

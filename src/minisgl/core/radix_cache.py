@@ -1,7 +1,5 @@
 """The prefix cache: a tree over token ids, in whole pages (RadixAttention: Zheng et al., "SGLang", 2024)."""
 
-from __future__ import annotations
-
 import heapq
 import logging
 from collections import Counter
@@ -18,33 +16,27 @@ logger = logging.getLogger(__name__)
 
 
 class Node:
-    """A run of whole pages. The path from the root spells the prefix whose KV the pages hold.
-
-    `tokens` is (len(pages) * page_size,), and `end` counts the pages of the prefix, -1 once the node is evicted.
-    `locks` counts the rows that hold this node or one below it, so a node without locks has none below it. `uses`
-    counts the requests that were admitted with it or made it, the last time as number `last_used` of such times in the
-    tree, at `used_at` seconds. `queued` says that the eviction queue has an entry for this node.
-    """
+    """A run of whole pages. The path from the root spells the prefix whose KV the pages hold."""
 
     __slots__ = ("children", "end", "last_used", "locks", "pages", "parent", "queued", "tokens", "used_at", "uses")
 
-    def __init__(self, tokens: Int32, pages: Int32, parent: Node | None) -> None:
-        self.tokens = tokens
+    def __init__(self, tokens: Int32, pages: Int32, parent: "Node | None") -> None:
+        self.tokens = tokens  # (len(pages) * page_size,)
         self.pages = pages
         self.parent = parent
-        self.end: int = len(pages) + (0 if parent is None else parent.end)
+        self.end: int = len(pages) + (0 if parent is None else parent.end)  # pages of the prefix; -1: evicted
         self.children: dict[bytes, Node] = {}
-        self.locks = 0
-        self.uses = self.last_used = 0
-        self.used_at = 0.0
-        self.queued = False
+        self.locks = 0  # rows that hold this node or one below it, so a node without locks has none below it
+        self.uses = 0  # requests that were admitted with it or made it
+        self.last_used, self.used_at = 0, 0.0  # the last of them: its number in the tree, and the time, in s
+        self.queued = False  # the eviction queue has an entry for this node
 
     @property
     def evictable(self) -> bool:
         """Whether eviction may take pages from this node's end: an unlocked leaf, and not the root."""
         return not self.locks and not self.children and self.parent is not None
 
-    def path(self, top: Node | None = None) -> list[Node]:
+    def path(self, top: "Node | None" = None) -> "list[Node]":
         """This node and those above it, below `top` or the root."""
         nodes, node = [], self
         while node.parent is not None and node is not top:
@@ -191,7 +183,6 @@ class RadixCache:
             held.locks += 1
 
     def unlock(self, node: Node) -> None:
-        """Take back one `lock`."""
         for held in node.path():
             assert held.locks > 0, "unlocked more often than locked"
             held.locks -= 1

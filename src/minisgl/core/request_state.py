@@ -1,12 +1,8 @@
 """What the host knows of every request: its state from acceptance to end, and a table of those that are running.
 
-The table has one row a running request and an array a field. A row's progress is three integers,
-`num_computed_tokens <= num_tokens <= max_tokens`: tokens whose KV is written by launched steps, tokens that the host
-has seen, tokens that the request may reach, prompt included. While a step is in flight `num_computed_tokens` may pass
-`num_tokens` by one: the token it reads is on the device only.
+A row's progress is three integers, `num_computed_tokens <= num_tokens <= max_tokens`. While a step is in flight the
+first may pass the second by one: the token it reads is on the device only.
 """
-
-from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
@@ -72,7 +68,6 @@ def full_constraint(
 
 
 def mask_out(mask: NDArray[np.int32], token: int) -> None:
-    """Clear the bit that says that a token may be next."""
     mask[token // 32] &= ~np.uint32(1 << token % 32).view(np.int32)
 
 
@@ -137,27 +132,20 @@ class State:
 
 @dataclass(eq=False)
 class RequestState:
-    """A request from its acceptance to its terminal event; its tokens live here while it has no row.
-
-    It arrived as number `arrival`, at `arrived_at` seconds of the engine's clock. The lowest `sort_key` is admitted
-    first and retracted last. `match` is how far `reusable` was found in the prefix cache when it was last looked up.
-    `max_tokens` counts the prompt, too. `prompt_scores` collects the prompt's log-probabilities until they are
-    delivered; `num_scored` of its positions are in launched steps. `cached_tokens` are those of its first admission.
-    The constraint has taken in `num_followed` tokens; `mask` is that of the next one if it was computed early.
-    """
+    """A request from its acceptance to its terminal event; its tokens live here while it has no row."""
 
     request: Request
-    arrival: int
-    arrived_at: float
+    arrival: int  # its number
+    arrived_at: float  # s on the engine's clock
     seed: int
-    max_tokens: int
+    max_tokens: int  # with the prompt
     eos: InitVar[tuple[int, ...]]
     constraint: Constraint | None = None
-    num_scored: int = 0
+    num_scored: int = 0  # positions of `prompt_scores` in launched steps
     admitted: bool = False
-    cached_tokens: int = 0
+    cached_tokens: int = 0  # of its first admission
     slot: int = -1
-    match: Match = field(default_factory=Match)
+    match: Match = field(default_factory=Match)  # how far `reusable` was found in the prefix cache the last time
 
     def __post_init__(self, eos: tuple[int, ...]) -> None:
         request, params = self.request, self.request.params
@@ -166,10 +154,12 @@ class RequestState:
         self.prompt_len = len(self.tokens)
         self.min_len = self.prompt_len + params.min_tokens  # positions below this one hold no stop token
         self.priority = request.priority
+        # The lowest is admitted first and retracted last.
         self.sort_key: tuple[tuple[float, ...], int] = ((self.priority,), self.arrival)
+        # Until they are delivered
         self.prompt_scores: list[TokenLogprobs | None] = [] if params.prompt_logprobs is None else [None]
-        self.num_followed = self.prompt_len
-        self.mask: Int32 | None = None
+        self.num_followed = self.prompt_len  # tokens that the constraint has taken in
+        self.mask: Int32 | None = None  # of the next token if it was computed early
         self.mask_budget: MaskBudget | None = None
 
     @property
@@ -186,9 +176,9 @@ class RequestTable:
     def __init__(self, rows: int, max_seq_len: int) -> None:
         self.state = np.zeros(rows, np.int8)
         self.prefill_len = np.zeros(rows, np.int32)
-        self.num_computed_tokens = np.zeros(rows, np.int32)
-        self.num_tokens = np.zeros(rows, np.int32)
-        self.max_tokens = np.zeros(rows, np.int32)
+        self.num_computed_tokens = np.zeros(rows, np.int32)  # whose KV is written by launched steps
+        self.num_tokens = np.zeros(rows, np.int32)  # that the host has seen
+        self.max_tokens = np.zeros(rows, np.int32)  # that the request may reach, prompt included
         self.in_flight = np.zeros(rows, np.int32)  # launched steps that touch the row
         self.greedy = np.zeros(rows, np.bool_)
         self.filtered = np.zeros(rows, np.bool_)
@@ -287,8 +277,12 @@ class RequestTable:
             bias = request.request.params.logit_bias
             bias_ids[index, : len(bias)] = list(bias)
             bias_values[index, : len(bias)] = list(bias.values())
-            penalised = request.tokens if self.penalised[slot] else EMPTY
-            seen.append(count_tokens(penalised[: request.prompt_len], penalised[request.prompt_len :]))
+            tokens = request.tokens if self.penalised[slot] else EMPTY
+            prompt, output = tokens[: request.prompt_len], tokens[request.prompt_len :]
+            counts = 2 * np.bincount(output, minlength=int(prompt.max(initial=-1)) + 1)
+            counts[prompt] += 1
+            distinct = np.flatnonzero(counts)
+            seen.append((distinct.astype(np.int32), counts[distinct].astype(np.int32)))
         return LogitsInit(
             slots=np.array(changed, np.int32),
             seen_slots=np.repeat(np.array(changed, np.int32), [len(tokens) for tokens, _ in seen]),
@@ -352,14 +346,6 @@ class RequestTable:
             return {}
         slots = plan.sampled_slots[plan.logits.scored]
         return dict(zip(slots.tolist(), token_logprobs(result.scores, self.top[slots]), strict=True))
-
-
-def count_tokens(prompt: Int32, output: Int32) -> tuple[Int32, Int32]:
-    """The distinct tokens of both, and what `LogitsInit.seen` says of each."""
-    both = 2 * np.bincount(output, minlength=int(prompt.max(initial=-1)) + 1)
-    both[prompt] += 1
-    tokens = np.flatnonzero(both)
-    return tokens.astype(np.int32), both[tokens].astype(np.int32)
 
 
 def token_logprobs(scores: Scores, tops: Int32) -> list[TokenLogprobs]:

@@ -4,8 +4,6 @@ The exponential noise E is a counter-based hash (Salmon et al., 2011, with the f
 2014, and MurmurHash3) of (seed, position, token id): neither the rest of the batch nor the order of steps matters.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -20,20 +18,17 @@ LARGEST_UNIFORM = 1.0 - 2.0**-24
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingRows:
-    """Sampling parameters of n rows, as tensors (n,) on the device. `top_k` 0 is off; `stop_ids` is padded with -1.
+    """Sampling parameters of n rows, as tensors (n,) on the device."""
 
-    A row with temperature 0 or top_k 1 is greedy.
-    """
-
-    temperature: Tensor  # float32
+    temperature: Tensor  # float32; 0 is greedy
     top_p: Tensor  # float32
     min_p: Tensor  # float32
-    top_k: Tensor  # int32
+    top_k: Tensor  # int32; 0 is off, 1 is greedy
     seed: Tensor  # int64, the 64 bits of the seed
     min_len: Tensor  # int32
-    stop_ids: Tensor  # int32 (n, stops)
+    stop_ids: Tensor  # int32 (n, stops), padded with -1
 
-    def select(self, index: Tensor) -> SamplingRows:
+    def select(self, index: Tensor) -> "SamplingRows":
         return SamplingRows(**{name: value.index_select(0, index) for name, value in vars(self).items()})
 
 

@@ -1,7 +1,5 @@
 """Requests, sampling parameters and events: msgspec structs, for calls of the engine (offline) and sockets (server)."""
 
-from __future__ import annotations
-
 import enum
 from array import array
 from collections.abc import Sequence
@@ -31,31 +29,23 @@ REASONING_START, REASONING_END = "<think>", "</think>"
 
 
 class Calls(msgspec.Struct, frozen=True, kw_only=True):
-    """Tool calls that a completion may be: one, or with `several` more.
+    """Tool calls that a completion may be: one, or with `several` more."""
 
-    `schema` is the JSON schema of one call, as text; `opening` and `closing` surround each, `separator` is between two.
-    """
-
-    schema: str
+    schema: str  # the JSON schema of one call, as text
     several: bool
-    opening: str = ""
+    opening: str = ""  # this and the next surround each
     closing: str = ""
-    separator: str = ""
+    separator: str = ""  # between two
 
 
 class Grammar(msgspec.Struct, frozen=True, kw_only=True):
-    """What a completion's text must match: a JSON schema, a regular expression, a JSON list of choices, or Lark.
-
-    `json_object` is any JSON object, and its source is empty. With `calls` tool calls are allowed too. Reasoning
-    (`reasoning`) may come before either, from `<think>` to `</think>`: "possible", or "begun" by the prompt.
-    JSON that is `compact` has no white space between its parts.
-    """
+    """What a completion's text must match: a JSON schema, a regular expression, a JSON list of choices, or Lark."""
 
     kind: Literal["json_object", "json_schema", "regex", "choice", "lark"]
-    source: str = ""
-    calls: Calls | None = None
-    reasoning: Literal["none", "possible", "begun"] = "none"
-    compact: bool = False
+    source: str = ""  # of any JSON object it is empty
+    calls: Calls | None = None  # allowed instead
+    reasoning: Literal["none", "possible", "begun"] = "none"  # before either; the prompt may have begun it
+    compact: bool = False  # JSON has no white space between its parts
 
 
 class SuggestingMeta(msgspec.StructMeta):
@@ -119,7 +109,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, metaclass=Sugges
             if isinstance(text := getattr(self, name), str):  # as OpenAI allows; as a sequence it is its characters
                 msgspec.structs.force_setattr(self, name, (text,))
 
-    def validate(self) -> SamplingParams:
+    def validate(self) -> "SamplingParams":
         """Return self; raise InvalidRequestError naming the first parameter that is out of range."""
 
         def check(ok: bool, param: str, rule: str) -> None:
@@ -166,14 +156,14 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     priority: int = 0
 
     @classmethod
-    def make(cls, id: str, prompt: Sequence[int], params: SamplingParams, priority: int = 0) -> Request:
+    def make(cls, id: str, prompt: Sequence[int], params: SamplingParams, priority: int = 0) -> "Request":
         """A request from token ids that `ModelInfo.check` accepts. Raises InvalidRequestError for the priority."""
         if not -(2**31) <= priority < 2**31:
             raise InvalidRequestError(f"priority must be a 32-bit integer, got {priority}", param="priority")
         return cls(id=id, prompt_bytes=array("i", prompt).tobytes(), params=params, priority=priority)
 
     @property
-    def prompt(self) -> memoryview[int]:
+    def prompt(self) -> "memoryview[int]":
         return memoryview(self.prompt_bytes).cast("i")
 
 
@@ -189,17 +179,15 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True):
     """What one step did for one request: new tokens, and in the last event of the request why it ended.
 
     Every accepted request ends with exactly one event whose `finish` is set; no event follows it.
-    `cached_tokens` counts the prompt tokens whose KV came from the prefix cache. Where a request asked for them,
-    `logprobs` has an entry for each of `tokens`, and the first event with tokens has one for each prompt token in
-    `prompt_logprobs`, None for the first, which nothing precedes.
     """
 
     id: str
     tokens: tuple[int, ...] = ()
     finish: FinishReason | None = None
-    cached_tokens: int = 0
+    cached_tokens: int = 0  # prompt tokens whose KV came from the prefix cache
     error: str | None = None
-    logprobs: tuple[TokenLogprobs, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()  # of each of `tokens`, where the request asked for them
+    # Of each prompt token, with the first of `tokens`; None for the first, which nothing precedes.
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
 
 
@@ -255,20 +243,16 @@ class ChunkRecord(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepRecord(msgspec.Struct, kw_only=True):
-    """What a step did and when, requests named by their ids. Times are in s on the engine's clock.
-
-    The host plans from `planned` to `launched`, launches until `sent`, waits for the result from `awaited` to
-    `arrived` and has taken it in at `committed`. `device` is when the device began and ended.
-    """
+    """What a step did and when, requests named by their ids. Times are in s on the engine's clock."""
 
     step: int
-    planned: float
-    launched: float
+    planned: float  # the host plans until `launched`
+    launched: float  # it launches until `sent`
     sent: float
-    awaited: float = 0.0
+    awaited: float = 0.0  # it waits for the result until `arrived`
     arrived: float = 0.0
-    committed: float = 0.0
-    device: tuple[float, float] | None = None
+    committed: float = 0.0  # it has taken the result in
+    device: tuple[float, float] | None = None  # when the device began and ended
     decodes: list[str]
     chunks: list[ChunkRecord]
     admitted: list[tuple[str, int]]  # with the tokens found in the prefix cache

@@ -1,7 +1,5 @@
 """The weights of a decoder: made up, or read from safetensors in Hugging Face's layout, tensor by tensor."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -36,10 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class LayerWeights:
-    """One layer. Matrices are (out, in) as in checkpoints; D hidden, H heads, K KV heads, I and Im MLP widths.
-
-    A dense layer has `gate_up` and `down`, a sparse one `router`, `expert_gate_up` and `expert_down`.
-    """
+    """One layer. Matrices are (out, in) as in checkpoints; D hidden, H heads, K KV heads, I and Im MLP widths."""
 
     input_norm: Tensor  # (D,)
     qkv: Weight  # ((H + 2K) * head_dim, D)
@@ -49,10 +44,12 @@ class LayerWeights:
     o_bias: Tensor | None = None  # (D,)
     q_norm: Tensor | None = None  # (head_dim,)
     k_norm: Tensor | None = None  # (head_dim,)
+    # Of a dense layer
     gate_up: Weight | None = None  # (2I, D), gate first
     gate_up_bias: Tensor | None = None  # (2I,)
     down: Weight | None = None  # (D, I)
     down_bias: Tensor | None = None  # (D,)
+    # Of a sparse layer
     router: Tensor | None = None  # (E, D)
     expert_gate_up: Tensor | None = None  # (E, 2Im, D), gate first
     expert_down: Tensor | None = None  # (E, D, Im)
@@ -70,7 +67,7 @@ class Weights:
 
 def load_weights(
     folder: Path, spec: ModelSpec, dtype: torch.dtype, device: torch.device, progress: Progress | None = None,
-    sharder: Sharder | None = None, quantize: Quantize | None = None,
+    sharder: "Sharder | None" = None, quantize: Quantize | None = None,
 ) -> Weights:  # fmt: skip
     """Read a folder's safetensors, one tensor or shard at a time, once all are checked against `spec`.
 
@@ -110,7 +107,7 @@ def load_weights(
 
 
 def dummy_weights(
-    spec: ModelSpec, dtype: torch.dtype, device: torch.device, seed: int = 0, sharder: Sharder | None = None,
+    spec: ModelSpec, dtype: torch.dtype, device: torch.device, seed: int = 0, sharder: "Sharder | None" = None,
     quantize: Quantize | None = None,
 ) -> Weights:  # fmt: skip
     """Seeded noise under which activations stay of order one at any depth; ranks' shards are those of one model.
@@ -158,16 +155,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One tensor of ours, by its sources in order. `layer` None is a field of Weights.
+    """One tensor of ours, by its sources in order."""
 
-    `fused` is a checkpoint tensor that may hold all of it instead.
-    """
-
-    layer: int | None
+    layer: int | None  # None: a field of Weights
     field: str
     shape: tuple[int, ...]
     sources: tuple[Source, ...]
-    fused: Source | None = None
+    fused: Source | None = None  # a checkpoint tensor that may hold all of it instead
 
 
 def parameters(spec: ModelSpec) -> list[Parameter]:
@@ -367,7 +361,6 @@ class Checkpoint:
         return torch.cat(scales)
 
     def _scale(self, source: Source) -> Tensor:
-        """`Fp8Weight.scale` of one tensor."""
         name = self._scale_name(source.name)
         assert name is not None
         path, file = self._find(name)

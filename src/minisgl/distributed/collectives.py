@@ -1,7 +1,5 @@
 """A rank of a tensor-parallel group and its collectives: NCCL between GPUs, gloo between CPUs."""
 
-from __future__ import annotations
-
 import dataclasses
 import threading
 from collections.abc import Callable
@@ -42,17 +40,11 @@ class Collectives(Protocol):
 
 @dataclass(frozen=True)
 class TPGroup:
-    """This process' rank in a group of `size`.
-
-    `collectives` work on the device's tensors; `control` on the CPU's, while the ranks start. `one_host`: all ranks
-    run on one host.
-    """
-
     rank: int
     size: int
-    collectives: Collectives
-    control: Collectives
-    one_host: bool = True
+    collectives: Collectives  # of the device's tensors
+    control: Collectives  # of the CPU's, while the ranks start
+    one_host: bool = True  # all ranks run on one
 
     def least(self, number: int) -> int:
         return int(self.control.all_gather(torch.tensor([number], dtype=torch.int64)).min())
@@ -134,17 +126,10 @@ def join_group(rank: int, size: int, rendezvous: str, device: torch.device, one_
     """
     if dist.is_initialized():
         raise ConfigError("torch.distributed is in use in this process already; it can be in one group of ranks only")
-    on_gpu = device.type == "cuda"
     if one_host:
         bind_gloo_to_loopback()
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-        init_method=rendezvous,
-        rank=rank,
-        world_size=size,
-        timeout=START_TIMEOUT,
-        device_id=device if on_gpu else None,
-    )
+    backend, own = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
+    dist.init_process_group(backend, rendezvous, START_TIMEOUT, world_size=size, rank=rank, device_id=own)
     group = TPGroup(rank, size, TorchCollectives(size, device), TorchCollectives(size, torch.device("cpu")), one_host)
     group.barrier()
     return group

@@ -3,8 +3,6 @@
 All sample the same tokens; only rank 0's are fetched. Plans are sent while the device runs the step before.
 """
 
-from __future__ import annotations
-
 import atexit
 import os
 import sys
@@ -60,13 +58,10 @@ class GroupExecutor:
             return self.local.collect()
 
     def close(self) -> None:
-        """Wait for launched steps and end the workers; in a broken group, only end them.
-
-        After a broken group of GPUs the process ends with status 1 and without cleaning up: kernels may wait for ever
-        for the rank that is gone, and freeing their memory would wait for them.
-        """
+        """Wait for launched steps and end the workers; in a broken group, only end them."""
         if self._workers.broken and self.local.device.type == "cuda":
             self._workers.close()
+            # Kernels may wait for ever for the rank that is gone, and freeing their memory would wait for them.
             atexit.register(exit_at_once)
             return
         try:
@@ -103,8 +98,9 @@ def build_group_executor(
         workers = WorkerPool.start(config.tp, config.device)
         rendezvous, one_host = f"file://{workers.folder}/rendezvous", True
     else:
-        workers = WorkerPool(config.tp, f"tcp://{launched.listen}:*")
         rendezvous, one_host = "env://", launched.one_host
+        # On every interface only where other ranks are on other hosts.
+        workers = WorkerPool(config.tp, f"tcp://{'127.0.0.1' if one_host else '*'}:*")
     if on_failure is not None:
         workers.on_failure(on_failure)
     joined: TPGroup | None = None

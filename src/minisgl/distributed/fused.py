@@ -3,8 +3,6 @@
 For GPUs of one host that can write to each other's memory, in buffers of torch's symmetric memory; without multicast.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 
@@ -118,7 +116,15 @@ def fused_parallel_operations(
         one_shot_bytes = ONE_SHOT_BYTES_TWO_RANKS if group.size == 2 else ONE_SHOT_BYTES
     norm = FusedNorm(group, hidden, dtype, device, one_shot_bytes)
     norm.check(group, ops)
-    sampling = make_sampling(group, shard, dtype, device)
+    own_flags, flags = allocate(flags_size(group.size), torch.int32, device)
+    own_logits, logits = allocate(MAX_ROWS * shard.width, dtype, device)
+    own_partials, partials = allocate(partial_words(MAX_ROWS, shard.width), torch.int32, device)
+    sampling = ShardedSampling(
+        barrier=Barrier(group.rank, group.size, own_flags, flags),
+        vocab=shard.vocab, width=shard.width, rows=MAX_ROWS,
+        own_logits=own_logits.view(MAX_ROWS, shard.width), own_partials=own_partials, logits=logits, partials=partials,
+        gathered=torch.empty((MAX_ROWS, group.size * shard.width), dtype=dtype, device=device),
+    )  # fmt: skip
 
     def embed(ids: Tensor, table: Tensor, whole: bool) -> Tensor:
         norm.begin(whole)
@@ -146,15 +152,3 @@ def require_peers(group: TPGroup, device: torch.device) -> None:
     for gpu in others:
         if not torch.cuda.can_device_access_peer(device.index, gpu):
             raise ConfigError(f"GPU {device.index} cannot reach the memory of GPU {gpu}")
-
-
-def make_sampling(group: TPGroup, shard: VocabShard, dtype: torch.dtype, device: torch.device) -> ShardedSampling:
-    own_flags, flags = allocate(flags_size(group.size), torch.int32, device)
-    own_logits, logits = allocate(MAX_ROWS * shard.width, dtype, device)
-    own_partials, partials = allocate(partial_words(MAX_ROWS, shard.width), torch.int32, device)
-    return ShardedSampling(
-        barrier=Barrier(group.rank, group.size, own_flags, flags),
-        vocab=shard.vocab, width=shard.width, rows=MAX_ROWS,
-        own_logits=own_logits.view(MAX_ROWS, shard.width), own_partials=own_partials, logits=logits, partials=partials,
-        gathered=torch.empty((MAX_ROWS, group.size * shard.width), dtype=dtype, device=device),
-    )  # fmt: skip

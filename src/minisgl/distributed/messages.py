@@ -1,7 +1,5 @@
 """Messages between rank 0 and the workers: msgspec structs in MessagePack, where an array is dtype, shape and bytes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import msgspec

@@ -4,8 +4,6 @@
 Each rank has the logits of its own tokens only. To sample, all are gathered, and each rank samples as one device does.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 
@@ -55,7 +53,9 @@ def parallel_operations(ops: Operations, group: TPGroup, shard: VocabShard) -> O
     collectives = group.collectives
 
     def embed(ids: Tensor, table: Tensor, whole: bool) -> Tensor:
-        return collectives.all_reduce(embed_shard(ids, table, shard))
+        local = ids - shard.first
+        mine = (local >= 0) & (local < shard.width)  # rows of the table (width, D), zeros for others'
+        return collectives.all_reduce(table.index_select(0, torch.where(mine, local, 0)) * mine.unsqueeze(1))
 
     def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, reader: Weight | None) -> Any:
         return ops.add_rms_norm(collectives.all_reduce(x), residual, weight, eps, reader)
@@ -72,13 +72,6 @@ def parallel_operations(ops: Operations, group: TPGroup, shard: VocabShard) -> O
         gather_logits=lambda logits: gather_logits(logits, shard, collectives),
         sample=sample,
     )
-
-
-def embed_shard(ids: Tensor, table: Tensor, shard: VocabShard) -> Tensor:
-    """Rows of this rank's tokens, zeros for the others': ids int32 (T,), table (width, D) -> (T, D)."""
-    local = ids - shard.first
-    mine = (local >= 0) & (local < shard.width)
-    return table.index_select(0, torch.where(mine, local, 0)) * mine.unsqueeze(1)
 
 
 def gather_logits(logits: Tensor, shard: VocabShard, collectives: Collectives) -> Tensor:

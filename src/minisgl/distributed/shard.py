@@ -5,8 +5,6 @@ that one all-reduce ends each block. Embedding and head are split by tokens. Wit
 neighbouring ranks hold the same one. Norms and routers are replicated.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 

@@ -1,11 +1,8 @@
 """A worker: the process of a rank other than 0, which executes the plans that rank 0 sends.
 
-Rank 0 starts it by `python -m minisgl.distributed.worker RANK SIZE DEVICE FOLDER`, and the end of stdin means that rank
-0 is gone; or torchrun starts it, and it notices by its connection. Either way it ends at once: it may be in a
-collective that will never finish.
+Rank 0 starts it by `python -m minisgl.distributed.worker RANK SIZE DEVICE FOLDER`, or torchrun does. It ends at once
+when rank 0 is gone, which its stdin or its connection says: it may be in a collective that will never finish.
 """
-
-from __future__ import annotations
 
 import logging
 import os
@@ -154,7 +151,6 @@ def serve_rank(launched: Launcher) -> int:
 
 
 def main() -> NoReturn:
-    """Entry point of `python -m minisgl.distributed.worker`."""
     rank, size, device, folder = int(sys.argv[1]), int(sys.argv[2]), torch.device(sys.argv[3]), sys.argv[4]
     joined = threading.Event()
     follower = threading.Thread(target=end_with_parent, args=(folder, joined), daemon=True)

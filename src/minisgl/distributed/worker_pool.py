@@ -1,7 +1,5 @@
 """The workers of a group as rank 0 sees them: a socket to each, one from all, and notice when one is gone."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import subprocess
@@ -58,7 +56,7 @@ class WorkerPool:
         return socket
 
     @classmethod
-    def start(cls, size: int, device: str) -> WorkerPool:
+    def start(cls, size: int, device: str) -> "WorkerPool":
         """Start workers as processes of this host, and wait until they run. `device`: "cpu" or "cuda".
 
         The sockets lie in a folder that only this user can enter. A worker's stdin ends when this process does.

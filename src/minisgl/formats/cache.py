@@ -4,8 +4,6 @@ A file with the path, size and time of a record is found without being read. Any
 converted already, such as a package installed anew, gets that folder.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import functools

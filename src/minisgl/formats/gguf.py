@@ -4,8 +4,6 @@ The header is read here rather than with `gguf.GGUFReader`, which takes 30 times
 trusts the counts it finds in a file; the `gguf` package undoes the block formats.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -82,7 +80,7 @@ def gguf_name(name: str) -> str:
     return (found[0] or found[1] or general).replace("blk.0.", f"blk.{layer and layer[0]}.")
 
 
-def _check_tensors(file: GgufFile, groups: dict[str, list[Source]]) -> None:
+def _check_tensors(file: "GgufFile", groups: dict[str, list[Source]]) -> None:
     for name, sources in groups.items():
         if name not in file.tensors:
             raise file.error(f"tensor {name} is missing")

@@ -1,7 +1,5 @@
 """From what `--model` says to a folder in Hugging Face's layout; never code and never pickles are fetched."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import re
@@ -31,9 +29,8 @@ def locate_model(
 ) -> Path:
     """The folder of a model: config.json, safetensors and tokenizer files.
 
-    `model` is a local folder, a GGUF file, a Hub id, or None for the bundled model. A GGUF file is converted once into
-    the user's cache folder, its tensors stored as `dtype`. A Hub id is fetched from `source`, "huggingface" or
-    "modelscope". Without `weights` only the small files are obtained. Raises ModelError in one sentence.
+    A GGUF file is converted once into the user's cache folder, its tensors stored as `dtype`. Without `weights` only
+    the small files are obtained. Raises ModelError in one sentence.
     """
     path = find_local(model)
     if path is None:
@@ -85,7 +82,6 @@ def bundled_model() -> Path:
 
 
 def fetch(model: str, source: str, *, weights: bool, progress: bool) -> Path:
-    """The local folder of a hub's model, fetched where it is not there yet."""
     if source not in ("huggingface", "modelscope"):
         raise ModelError(f"model source {source!r} is not known; huggingface and modelscope are")
     patterns = [*SMALL_FILES, "*.safetensors"] if weights else SMALL_FILES

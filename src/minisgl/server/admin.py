@@ -1,7 +1,5 @@
 """The operator's endpoints: whether the server works, what it runs with, what it counts, and two levers."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import dataclasses

@@ -1,7 +1,5 @@
 """From the engine's tokens to completions: text, the chunks of a stream, and whole ones folded from their chunks."""
 
-from __future__ import annotations
-
 import abc
 import dataclasses
 import itertools
@@ -13,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from minisgl.core.types import MAX_LOGPROBS, FinishReason, Request, TokenEvent, TokenLogprobs
+from minisgl.core.types import MAX_LOGPROBS, FinishReason, TokenEvent, TokenLogprobs
 from minisgl.errors import EngineDeadError, InvalidRequestError
 from minisgl.server import responses
 from minisgl.server.engine_client import ENGINE_DIED, EngineClient
@@ -22,7 +20,7 @@ from minisgl.server.preparation import PreparedRequest
 from minisgl.server.protocol import ChatRequest, CompletionRequest, OpenAIRequest, StreamOptions
 from minisgl.server.responses import ChatDelta, ChatLogprobs, ChunkChoice, TextChoice, TextLogprobs, Usage, sse
 from minisgl.server.tools import OutputParser
-from minisgl.text.tokenizer import TextStream, Tokenizer, shown_tokens
+from minisgl.text.tokenizer import RequestOutput, TextStream, Tokenizer
 
 LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON does not have; OpenAI's value
 EventChunks = AsyncGenerator[bytes, None]  # server-sent events, several together where they came together
@@ -35,15 +33,12 @@ class ScoredToken(NamedTuple):
 
 
 class LogprobWriter:
-    """Writes log-probabilities with the tokens of a vocabulary; `as_ids` writes `token_id:5` for them.
-
-    `most` is how many of the most probable tokens are written of those that were computed.
-    """
+    """Writes log-probabilities with the tokens of a vocabulary; `as_ids` writes `token_id:5` for them."""
 
     def __init__(self, tokenizer: Tokenizer, as_ids: bool = False, most: int = MAX_LOGPROBS) -> None:
         self._token_bytes = tokenizer.token_bytes
         self._as_ids = as_ids
-        self._most = most
+        self._most = most  # of the most probable tokens, of those that were computed
 
     def text(self, token: int) -> str:
         """A token as text. A part of a character is `bytes:` and its bytes, escaped."""
@@ -67,7 +62,7 @@ class LogprobWriter:
     def _entry(self, token: int, logprob: float) -> tuple[str, float, list[int]]:
         return self.text(token), finite(logprob), list(self._token_bytes(token))
 
-    def prompt(self, choice: ChoiceState) -> responses.PromptLogprobs:
+    def prompt(self, choice: "ChoiceState") -> responses.PromptLogprobs:
         """vLLM's `prompt_logprobs`."""
         written: responses.PromptLogprobs = []
         for token, found in zip(choice.request.prompt, choice.prompt_logprobs, strict=False):
@@ -111,21 +106,13 @@ class TextPiece(msgspec.Struct, frozen=True):
 
 
 @dataclasses.dataclass(slots=True)
-class ChoiceState:
-    """One request's completion while it is generated."""
-
-    index: int
-    request: Request
+class ChoiceState(RequestOutput):
     stream: TextStream
+    index: int = 0
     hidden: bool = False  # the request is there for its prompt: what it generates is not shown
-    finish: FinishReason | None = None
-    matched: int | str | None = None  # the stop token or string that ended it
-    token_ids: list[int] = dataclasses.field(default_factory=list)
-    cached_tokens: int = 0
     scored: list[ScoredToken] = dataclasses.field(default_factory=list)  # tokens, where log-probabilities are wanted
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
 
-    def take(self, events: Sequence[TokenEvent]) -> TextPiece:
+    def take_all(self, events: Sequence[TokenEvent]) -> TextPiece:
         """Take in events that came together, at least one; raises InvalidRequestError when the engine refuses."""
         text = ""
         for event in events:
@@ -133,34 +120,18 @@ class ChoiceState:
                 raise InvalidRequestError(event.error or "the engine refused the request")
             if event.finish is FinishReason.ABORT:
                 raise EngineDeadError(ENGINE_DIED)
-            self.cached_tokens = event.cached_tokens
-            self.finish = event.finish
-            self.prompt_logprobs = event.prompt_logprobs or self.prompt_logprobs
             if self.hidden:
-                self.finish = FinishReason.LENGTH if event.finish is not None else None
-                continue
-            before, taken = self.stream.num_tokens, event.tokens
-            text += self.stream.push(shown_tokens(event, self.request.params))
-            stopped = self.stream.stopped
-            if event.finish is FinishReason.STOP and taken:
-                self.matched = taken[-1]
-            if stopped:
-                self.finish, self.matched = FinishReason.STOP, self.stream.matched
-                taken = taken[: self.stream.num_tokens - before]
-            elif self.finish is not None:
-                text += self.stream.finish()
-            self.token_ids += taken
+                end = None if event.finish is None else FinishReason.LENGTH
+                event = msgspec.structs.replace(event, tokens=(), logprobs=(), finish=end)
+            known, before = len(self.token_ids), self.stream.num_tokens
+            text += self.take(event)
             if event.logprobs:
                 starts = [*self.stream.starts[before:], self.stream.num_characters]
-                self.scored += map(ScoredToken, taken, event.logprobs, starts)
-            if stopped:
-                break
+                self.scored += map(ScoredToken, self.token_ids[known:], event.logprobs, starts)
         return TextPiece(self.index, text, self.finish)
 
     def ended(self) -> dict[str, Any]:
-        """What ended it, as a choice has it."""
-        known = isinstance(self.matched, str) or self.matched in self.request.params.stop_token_ids
-        return {"stop_reason": self.matched if known else None, "matched_stop": self.matched}
+        return {"stop_reason": self.stop_reason, "matched_stop": self.matched}
 
 
 class Generation:
@@ -172,8 +143,10 @@ class Generation:
         special = () if prepared.parser is None else prepared.parser.special_tokens
         body = prepared.body
         hidden = not isinstance(body, ChatRequest) and body.scores_only
-        requests = enumerate(prepared.requests)
-        self.choices = [ChoiceState(i, r, tokenizer.stream(r.params, special, r.prompt), hidden) for i, r in requests]
+        self.choices = [
+            ChoiceState(request, tokenizer.stream(request.params, special, request.prompt), index=index, hidden=hidden)
+            for index, request in enumerate(prepared.requests)
+        ]
         self._by_id = {choice.request.id: choice for choice in self.choices}
         self._client = client
 
@@ -189,7 +162,7 @@ class Generation:
                     choice = self._by_id[request_id]
                     if choice.finish is not None:
                         continue
-                    pieces.append(choice.take(own))
+                    pieces.append(choice.take_all(own))
                     if pieces[-1].finish is not None and own[-1].finish is None:
                         submission.abort([request_id])
                 if pieces:
@@ -424,7 +397,10 @@ class SglangCompletion:
         index = choice.index if self.is_batch else UNSET
         text, ids, prompt = choice.stream.text, choice.token_ids, len(choice.request.prompt)
         name = self.body.of_prompt("rid", number) or choice.request.id
-        finish, latency = sglang_finish(choice), round(time.monotonic() - self._started, 6)
+        finish: dict[str, Any] | None = {"type": "stop", "matched": choice.matched}
+        if choice.finish is not FinishReason.STOP:
+            finish = None if choice.finish is None else {"type": "length", "length": len(choice.token_ids)}
+        latency = round(time.monotonic() - self._started, 6)
         meta = responses.SglangMeta(name, finish, prompt, len(ids), choice.cached_tokens, latency, **lists)
         return responses.SglangResult(text=text, output_ids=ids, meta_info=meta, index=index)
 
@@ -444,11 +420,3 @@ def finish_word(finish: FinishReason | None, called: bool) -> responses.FinishWo
     if finish is FinishReason.STOP:
         return "tool_calls" if called else "stop"
     return None if finish is None else "length"
-
-
-def sglang_finish(choice: ChoiceState) -> dict[str, Any] | None:
-    if choice.finish is None:
-        return None
-    if choice.finish is FinishReason.LENGTH:
-        return {"type": "length", "length": len(choice.token_ids)}
-    return {"type": "stop", "matched": choice.matched}

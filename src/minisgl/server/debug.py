@@ -1,7 +1,5 @@
 """What an engine is doing, for `/debug/engine` and `/debug/events`: no text and no token ids, bounded in size."""
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import time
@@ -89,7 +87,7 @@ class StepFeed:
                 self._watch(False)
 
 
-def snapshot(engine: Engine, compiling: Iterable[str], recent: Iterable[StepRecord]) -> bytes:
+def snapshot(engine: "Engine", compiling: Iterable[str], recent: Iterable[StepRecord]) -> bytes:
     """The JSON object of `/debug/engine`. `compiling` are the requests whose grammars are not compiled yet."""
     table, cache, scheduler = engine.table, engine.cache, engine.scheduler
     running = [
@@ -118,7 +116,7 @@ def snapshot(engine: Engine, compiling: Iterable[str], recent: Iterable[StepReco
     return msgspec.json.encode({"step": scheduler.step, "counts": counts, **shown, "recent": list(recent)})
 
 
-def tree(root: Node) -> dict[str, Any]:
+def tree(root: "Node") -> dict[str, Any]:
     """Nested runs of pages, widest levels first while there is room."""
     top: dict[str, Any] = {"children": []}
     queue, shown = deque((child, top) for child in root.children.values()), 0

@@ -1,12 +1,10 @@
 """The engine process: the engine behind sockets. Stdin begins with an `ipc.EngineSetup`; its end ends the engine."""
 
-from __future__ import annotations
-
 import os
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import msgspec
@@ -122,17 +120,11 @@ class PendingGrammars:
             self.requests.pop(request_id)[1].cancel()
         return dropped
 
-    def ready(self) -> list[tuple[Request, Constraint | InvalidRequestError]]:
+    def ready(self) -> list[tuple[Request, Future[Constraint]]]:
         """The requests whose grammar was compiled, or refused, since the last call."""
-        ready: list[tuple[Request, Constraint | InvalidRequestError]] = []
-        for request, compiled in list(self.requests.values()):
-            if not compiled.done():
-                continue
+        ready = [(request, compiled) for request, compiled in self.requests.values() if compiled.done()]
+        for request, _ in ready:
             del self.requests[request.id]
-            try:
-                ready.append((request, compiled.result()))
-            except InvalidRequestError as error:
-                ready.append((request, error))
         return ready
 
     def close(self) -> None:
@@ -189,7 +181,7 @@ class EngineServer:
                             time.sleep(min(seconds, SHORT_SLEEP))
                         self._receive()
                 for request, compiled in grammars.ready():
-                    self._add(request, compiled)
+                    self._add(request, compiled.result)
                 if engine.has_work:
                     events = engine.step()
                     if events or engine.admitted:
@@ -214,7 +206,7 @@ class EngineServer:
                 if grammar is None:
                     self._add(request)
                 elif request.id in self.grammars.requests:
-                    self._add(request, InvalidRequestError(f"a request with id {request.id!r} is running already"))
+                    self._refuse(request, f"a request with id {request.id!r} is running already")
                 else:
                     self.grammars.start(request, grammar)
             case ipc.Abort(ids):
@@ -250,13 +242,14 @@ class EngineServer:
             self.links.send_events([TokenEvent(id=gone, finish=FinishReason.ABORT) for gone in dropped])
         self.engine.abort(ids)
 
-    def _add(self, request: Request, compiled: Constraint | InvalidRequestError | None = None) -> None:
+    def _add(self, request: Request, compiled: Callable[[], Constraint | None] = lambda: None) -> None:
         try:
-            if isinstance(compiled, InvalidRequestError):
-                raise compiled
-            self.engine.add(request, compiled)
+            self.engine.add(request, compiled())
         except InvalidRequestError as error:
-            self.links.send_events([TokenEvent(id=request.id, finish=FinishReason.ERROR, error=error.message)])
+            self._refuse(request, error.message)
+
+    def _refuse(self, request: Request, error: str) -> None:
+        self.links.send_events([TokenEvent(id=request.id, finish=FinishReason.ERROR, error=error)])
 
 
 def watch_parent(stdin: int, gone: threading.Event) -> None:

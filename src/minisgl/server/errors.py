@@ -1,79 +1,51 @@
 """The server's own errors, and how every error looks to OpenAI's clients."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from minisgl.errors import InvalidRequestError, MinisglError
 
 
-class BodyTooLargeError(InvalidRequestError):
-    status = 413
-    code = "request_too_large"
+class BodyTooLargeError(InvalidRequestError, status=413, code="request_too_large"): ...
 
 
-class SlowBodyError(InvalidRequestError):
-    status = 408
-    code = "body_timeout"
+class SlowBodyError(InvalidRequestError, status=408, code="body_timeout"): ...
 
 
-class UnauthorizedError(InvalidRequestError):
-    status = 401
-    type = "authentication_error"
-    code = "invalid_api_key"
+class UnauthorizedError(InvalidRequestError, status=401, type="authentication_error", code="invalid_api_key"): ...
 
 
-class ForbiddenError(InvalidRequestError):
+class ForbiddenError(InvalidRequestError, status=403):
     """What a web page that the user did not mean to let in would send."""
 
-    status = 403
+
+class MediaTypeError(InvalidRequestError, status=415, code="unsupported_media_type"): ...
 
 
-class MediaTypeError(InvalidRequestError):
-    status = 415
-    code = "unsupported_media_type"
-
-
-class RetryLaterError(MinisglError):
+class RetryLaterError(MinisglError, status=503):
     """The same request may succeed after `retry_after` s, which the response's Retry-After says."""
-
-    status = 503
 
     def __init__(self, message: str, retry_after: int) -> None:
         super().__init__(message)
         self.retry_after = retry_after
 
 
-class OverloadedError(RetryLaterError):
-    type = "overloaded_error"
-    code = "overloaded"
+class OverloadedError(RetryLaterError, type="overloaded_error", code="overloaded"): ...
 
 
-class QueueFullError(RetryLaterError):
-    status = 429
-    type = "rate_limit_error"
-    code = "queue_full"
+class QueueFullError(RetryLaterError, status=429, type="rate_limit_error", code="queue_full"): ...
 
 
-class ApiProcessError(MinisglError):
-    status = 503
-    code = "api_process_unavailable"
+class ApiProcessError(MinisglError, status=503, code="api_process_unavailable"): ...
 
 
-class DrainingError(RetryLaterError):
-    code = "shutting_down"
+class DrainingError(RetryLaterError, code="shutting_down"): ...
 
 
-class RequestTimeoutError(MinisglError):
-    status = 504
-    type = "timeout_error"
-    code = "request_timeout"
+class RequestTimeoutError(MinisglError, status=504, type="timeout_error", code="request_timeout"): ...
 
 
-class RequestAbortedError(MinisglError):
-    status = 499  # clients do not retry it by themselves
-    type = "invalid_request_error"
-    code = "request_aborted"
+class RequestAbortedError(MinisglError, status=499, type="invalid_request_error", code="request_aborted"):
+    """Of status 499, which clients do not retry by themselves."""
 
 
 def error_body(error: MinisglError) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """SGLang's /generate: its request body. Several prompts share its fields, or have a list with an entry for each."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, ClassVar
 
 from msgspec import Meta

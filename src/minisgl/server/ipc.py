@@ -3,8 +3,6 @@
 Each API process has a *link* to the engine. Link 0 is the launcher's, which serves HTTP itself when it is the only one.
 """
 
-from __future__ import annotations
-
 import logging
 from typing import Literal
 

@@ -4,8 +4,6 @@ A message is (topic, sequence number, batch), the number in 8 bytes, big-endian.
 [time, events, data-parallel rank]. A block's hash covers its tokens and those before it, the same in every process.
 """
 
-from __future__ import annotations
-
 import hashlib
 import threading
 import time
@@ -74,7 +72,7 @@ class KVEventPublisher:
         self._events.append({"type": "BlockRemoved", "block_hashes": hashes, "medium": MEDIUM})
 
     def cleared(self) -> None:
-        self._events.append({"type": "AllBlocksCleared"})
+        self._events = [{"type": "AllBlocksCleared"}]  # what came before it in a batch tells a subscriber no more
 
     def flush(self) -> None:
         """Send what was heard since the last time as one batch."""

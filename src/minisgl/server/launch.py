@@ -1,7 +1,5 @@
 """`serve`: the launcher of the engine process and, with `--api-workers`, of processes that speak HTTP in its place."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import importlib

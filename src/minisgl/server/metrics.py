@@ -1,7 +1,5 @@
 """What is counted of served requests, and the page that Prometheus reads. Times are s on the monotonic clock."""
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
 import functools

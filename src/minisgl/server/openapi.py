@@ -1,7 +1,5 @@
 """Endpoints that say what they take and answer, and the OpenAPI document made from them."""
 
-from __future__ import annotations
-
 import inspect
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence

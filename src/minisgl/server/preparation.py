@@ -1,9 +1,4 @@
-"""From a request's body to the engine's requests: read, validate, render, tokenise, check. It may take seconds.
-
-Cheap bounds come first and the rest is done in threads, so that the event loop waits for milliseconds only.
-"""
-
-from __future__ import annotations
+"""From a request's body to the engine's requests: read, validate, render, tokenise, check. It may take seconds."""
 
 import asyncio
 import contextlib
@@ -413,8 +408,6 @@ async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
 
 @dataclasses.dataclass
 class Api:
-    """What every endpoint works with."""
-
     client: EngineClient
     preparation: Preparation
     config: Config

@@ -1,7 +1,5 @@
 """Request bodies: what they are made of, what is refused by name, and how they become `SamplingParams`."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping
@@ -63,7 +61,6 @@ ChoiceTexts = Annotated[list[NonEmpty], Meta(min_length=1)]
 
 
 def require(condition: object, message: str, param: str | None) -> None:
-    """Raise InvalidRequestError unless the condition holds."""
     if not condition:
         raise InvalidRequestError(message, param=param)
 
@@ -391,7 +388,7 @@ class OpenAIRequest(Sampling):
         require(whole, "prompt_logprobs cannot be streamed", "prompt_logprobs")
 
 
-def check_conversation(chat: ChatRequest | TokenizeConversation) -> None:
+def check_conversation(chat: "ChatRequest | TokenizeConversation") -> None:
     require(chat.messages, "messages must not be empty", "messages")
     for index, tool in enumerate(chat.tools or ()):
         kind = (tool.function.parameters or {}).get("type")

@@ -1,7 +1,5 @@
 """The objects that responses are made of, under their names in the APIs; msgspec encodes them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Generic, Literal, TypeVar
 

@@ -1,7 +1,5 @@
 """The grammar of a completion: the structured output that a request asks for, and tool calls."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -83,7 +81,6 @@ def forced_call_grammar(chat: ChatRequest) -> Grammar:
 
 
 def text_without_calls(tool_format: ToolFormat) -> Grammar:
-    """Any text in which no call begins."""
     return Grammar(kind="lark", source=f"start: TEXT\nTEXT: /(?s:.*)/ & ~/(?s:.*{tool_format.opening}.*)/")
 
 

@@ -1,7 +1,5 @@
 """Parsing a completion's text as it comes: reasoning, content and tool calls."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import secrets
@@ -44,7 +42,7 @@ class ToolFormat:
             return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
         return f"call_{uuid.uuid4().hex[:24]}"
 
-    def forced(self) -> ToolFormat:
+    def forced(self) -> "ToolFormat":
         """The format of a completion that a grammar makes a list of calls, whatever the model's own."""
         return ToolFormat(listed=True, at_start=True, short_ids=self.short_ids, only_calls=True)
 

@@ -5,8 +5,6 @@ object or as text. Probes, small conversations that are rendered at the start, f
 conversation is put into that form. What a template cannot show is written into the content, in Hermes' format.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import signal

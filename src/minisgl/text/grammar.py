@@ -3,8 +3,6 @@
 Its grammars: https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md and docs/json_schema.md.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import time
@@ -51,21 +49,18 @@ LIMITS = LLParserLimits(step_lexer_fuel=100_000, step_max_items=20_000, max_lexe
 class Vocabulary:
     """The tokens of a folder's tokenizer, shared by all grammars. Takes a second for 150,000 of them.
 
-    `vocab_size` is the width of the logits, which may exceed the tokenizer's; `num_words` is the length of a mask,
-    ceil(vocab_size / 32); `eos` are the ids that end a text. llguidance is given all of the tokenizer's tokens, `size`
-    with those that only the model has, and at least one id that ends a text: where there is none, a special token is
-    the `placeholder_eos`. Raises UnsupportedParameterError for a tokenizer whose tokens' bytes llguidance cannot tell,
-    ModelError for a broken one.
+    Raises UnsupportedParameterError where llguidance cannot tell the tokens' bytes, ModelError for a broken tokenizer.
     """
 
     def __init__(self, folder: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         backend = load_backend(folder)
         known = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-        self.vocab_size = vocab_size
-        self.num_words = -(-vocab_size // 32)
-        self.size = max(vocab_size, known)
+        self.vocab_size = vocab_size  # the width of the logits, which may exceed the tokenizer's
+        self.num_words = -(-vocab_size // 32)  # of a mask
+        self.size = max(vocab_size, known)  # as llguidance is told
         self.eos = [token for token in eos_token_ids if token < min(vocab_size, known)]
         special = (token for token, added in backend.get_added_tokens_decoder().items() if added.special)
+        # llguidance wants an id that ends a text.
         self.placeholder_eos = None if self.eos else next(special, known - 1)
         eos = self.eos if self.placeholder_eos is None else self.placeholder_eos
         try:
@@ -136,13 +131,9 @@ class MatcherConstraint:
         return accepted
 
     @NO_PANICS
-    def copy(self) -> MatcherConstraint:
+    def copy(self) -> "MatcherConstraint":
         """Another one at the same place, which shares what was computed of the grammar so far."""
         return MatcherConstraint(self._matcher.deep_copy(), self.vocabulary)
-
-    @property
-    def may_end(self) -> bool:
-        return self._matcher.is_accepting()
 
     @property
     def error(self) -> str:

@@ -7,8 +7,6 @@ vocabulary once, answers with a `Verdict`, and then receives a connection for ea
 (SCM_RIGHTS) until the socket ends. A child sends `STARTED` on its connection, then its `Verdict`, or it dies.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib
@@ -42,11 +40,8 @@ MAX_CHECKED = 4096  # grammars remembered as good, by their digest
 MAX_COMPILED = 32  # a hostile one holds up to some 100 MB
 
 
-class HelperError(MinisglError):
+class HelperError(MinisglError, status=503, code="grammar_helper_unavailable"):
     """The helper process cannot be started or was killed."""
-
-    status = 503
-    code = "grammar_helper_unavailable"
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -97,7 +92,6 @@ def main() -> None:
 
 
 def judge(source: bytes, vocabulary: Vocabulary) -> bytes:
-    """Compile a grammar, sample a few tokens from it, and say how that went."""
     grammar = msgspec.json.decode(source, type=Grammar)
     try:
         probe(grammar, compile_grammar(grammar, vocabulary), PROBE_STEPS)
@@ -133,7 +127,6 @@ class Helper:
         msgspec.json.decode(reply.removeprefix(STARTED), type=Verdict).raise_error()
 
     def close(self) -> None:
-        """End the process, if there is one."""
         with self._lock:
             if self.running is not None:
                 self.running.control.close()
@@ -188,10 +181,7 @@ class Helper:
 
 
 class GrammarCompiler:
-    """The grammars that a model can follow. Nothing is loaded before the first use. Safe to use from several threads.
-
-    The arguments are those of `Vocabulary`.
-    """
+    """The grammars that a model can follow. Nothing is loaded before the first use. Several threads may use it."""
 
     def __init__(self, folder: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
         self._helper = Helper(folder, vocab_size, eos_token_ids)
@@ -201,11 +191,8 @@ class GrammarCompiler:
         self._compiled = functools.lru_cache(MAX_COMPILED)(self._compile)
 
     def checker(self, grammar: Grammar) -> Callable[[], None] | None:
-        """What raises InvalidRequestError for a grammar that is invalid, unsupported or too expensive; None for one
-        that was found good before. For the API process. Raises for one that is too large.
-
-        It is compiled and tried out in the helper process within `WALL_SECONDS`. HelperError (503) says that there is
-        no such process.
+        """What raises InvalidRequestError for a grammar that is invalid, unsupported or too expensive, in the helper
+        process, and HelperError without one; None for one that was found good before. Raises for one that is too large.
         """
         check_size(grammar)
         digest = hashlib.sha256(msgspec.json.encode(grammar)).digest()
@@ -218,10 +205,7 @@ class GrammarCompiler:
         self._checked.add(digest)
 
     def constraint(self, grammar: Grammar) -> MatcherConstraint:
-        """A constraint at the start of its text. Raises InvalidRequestError. For the engine process.
-
-        It compiles in this process, with llguidance's limits alone: an unchecked grammar may take seconds.
-        """
+        """A constraint at the start of its text, compiled in this process. Raises InvalidRequestError."""
         return self._compiled(grammar).copy()
 
     def _compile(self, grammar: Grammar) -> MatcherConstraint:

@@ -4,8 +4,6 @@ https://json-schema.org/draft/2020-12/json-schema-validation. What constrains no
 in other keywords is. Nothing is loosened but by `loosened`.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -7,8 +7,6 @@ has the template's `source` and its special `tokens`, and the answer the templat
 the variables of a rendering, and the answer its `text`. An answer with an `error` says why there is none.
 """
 
-from __future__ import annotations
-
 import json
 import signal
 import socket

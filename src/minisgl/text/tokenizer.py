@@ -1,10 +1,6 @@
-"""Text to token ids, and back while tokens are still coming, through the `tokenizers` library.
+"""Text to token ids, and back while tokens are still coming, through the `tokenizers` library."""
 
-`transformers` is imported only as a fallback.
-"""
-
-from __future__ import annotations
-
+import dataclasses
 import functools
 import importlib
 import re
@@ -17,8 +13,8 @@ from msgspec.structs import replace
 from tokenizers import decoders, models, pre_tokenizers
 from tokenizers.decoders import DecodeStream
 
-from minisgl.core.model_config import read_json, require_file
-from minisgl.core.types import FinishReason, SamplingParams, TokenEvent
+from minisgl.core.model_config import optional_fields, require_file
+from minisgl.core.types import FinishReason, Request, SamplingParams, TokenEvent, TokenLogprobs
 from minisgl.errors import NO_PANICS, InvalidRequestError, ModelError, is_panic
 from minisgl.text.chat_template import ChatTemplate, cut_after, read_templates, text_of
 
@@ -30,10 +26,7 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 class Tokenizer:
-    """The tokenizer of a checkpoint and its `chat_template`, if it has one. Safe to use from several threads.
-
-    `tokens` are the checkpoint's named special tokens; `templates` are the sources of its chat templates.
-    """
+    """The tokenizer of a checkpoint and its `chat_template`, if it has one. Safe to use from several threads."""
 
     kind = "PreTrainedTokenizerFast"  # the class that transformers has for it
 
@@ -41,7 +34,7 @@ class Tokenizer:
         self, backend: tokenizers.Tokenizer, *, tokens: dict[str, str], templates: Mapping[str, str] = {}
     ) -> None:
         self.backend = backend
-        self.tokens = tokens
+        self.tokens = tokens  # the checkpoint's named special ones
         default = templates.get("default") or next(iter(templates.values()), "")
         tool_use = templates.get("tool_use") or default
         self.chat_template = ChatTemplate(default, tokens) if default else None
@@ -57,17 +50,17 @@ class Tokenizer:
         return any((folder / name).exists() for name in TOKENIZER_FILES)
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
+    def load(cls, folder: Path) -> "Tokenizer":
         """Read a checkpoint's tokenizer. Raises ModelError, naming the file, when there is none or it is broken."""
-        config = read_object(folder / "tokenizer_config.json")
-        tokens = {**special_tokens(read_object(folder / "special_tokens_map.json")), **special_tokens(config)}
+        config = optional_fields(folder / "tokenizer_config.json").values
+        map_values = optional_fields(folder / "special_tokens_map.json").values
+        tokens = {**special_tokens(map_values), **special_tokens(config)}
         loaded = cls(load_backend(folder), tokens=tokens, templates=read_templates(folder, config))
         loaded.kind = str(config.get("tokenizer_class") or cls.kind)
         return loaded
 
     @functools.cached_property
     def vocab_size(self) -> int:
-        """The highest token id plus one."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
     @functools.cached_property
@@ -154,7 +147,7 @@ class Tokenizer:
         """Token ids of a conversation. The template alone writes special tokens, so BOS never doubles."""
         return self.encode(self.render_chat(messages, **template), add_special_tokens=False)
 
-    def stream(self, params: SamplingParams, keep: Sequence[str] = (), prompt: Sequence[int] = ()) -> TextStream:
+    def stream(self, params: SamplingParams, keep: Sequence[str] = (), prompt: Sequence[int] = ()) -> "TextStream":
         """An incremental decoder of what follows `prompt`; the special tokens in `keep` are always shown."""
         special = self._special.items() if params.skip_special_tokens else ()
         hidden = frozenset(i for i, text in special if text not in keep)
@@ -221,7 +214,7 @@ def convert_tokenizer(folder: Path) -> Any:
         except ImportError as error:
             needed = "needs a tokenizer.json beside it, or the packages sentencepiece and protobuf"
             raise ModelError(f"{files[0]}: a SentencePiece model, which {needed}") from error
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer  # seconds that other models need not wait
 
     try:
         with NO_PANICS:
@@ -233,14 +226,6 @@ def convert_tokenizer(folder: Path) -> Any:
     if len(backend.get_vocab()) <= len(backend.get_added_tokens_decoder()):
         raise ModelError(f"{files[0]}: the tokenizer cannot be read: transformers finds no tokens in it")
     return backend
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """A JSON object; an absent file is an empty one. Raises ModelError naming the file."""
-    value = read_json(file) if file.exists() else {}
-    if not isinstance(value, dict):
-        raise ModelError(f"{file}: not a JSON object")
-    return value
 
 
 def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
@@ -255,17 +240,15 @@ class TextStream:
 
     The texts that `push` and `finish` return, joined, are what `Tokenizer.decode` says of all tokens, cut where the
     stop string that is completed first (`matched`) begins, or ends if it is to be shown. `hidden` are token ids that
-    have no text; `context` are tokens before the first. `num_tokens` counts the tokens taken in, the one that completed
-    the stop string included; `starts` says how many characters came before each; `num_characters` counts those
-    decoded so far, those held back included.
+    have no text; `context` are tokens before the first.
     """
 
     def __init__(
         self, backend: tokenizers.Tokenizer, hidden: frozenset[int], params: SamplingParams, context: Sequence[int] = ()
     ) -> None:
-        self.num_tokens = 0
-        self.num_characters = 0
-        self.starts: list[int] = []
+        self.num_tokens = 0  # taken in, the one that completed a stop string included
+        self.num_characters = 0  # decoded, those held back included
+        self.starts: list[int] = []  # characters before each token
         self.matched: str | None = None
         self._backend = backend
         self._hidden = hidden
@@ -336,8 +319,10 @@ class TextStream:
             self._shown.append(piece)
             return
         text = self._held + piece
-        matches = self._matches(text, len(self._held)) if self.num_tokens >= self._min_tokens else []
-        if matches:
+        # (end, start, stop string) of each one that is completed within `piece`
+        at = ((text.find(stop, max(0, len(self._held) - len(stop) + 1)), stop) for stop in self._stops)
+        matches = [(start + len(stop), start, stop) for start, stop in at if start >= 0]
+        if matches and self.num_tokens >= self._min_tokens:
             end, start, self.matched = min(matches)  # the one completed first; of several, the longest
             safe = end if self._include_stop else start
             self._held = ""
@@ -346,11 +331,6 @@ class TextStream:
             self._held = text[safe:]
         if safe:
             self._shown.append(text[:safe])
-
-    def _matches(self, text: str, old: int) -> list[tuple[int, int, str]]:
-        """(end, start, stop string) of each stop string that is completed after the first `old` characters."""
-        starts = [(text.find(stop, max(0, old - len(stop) + 1)), stop) for stop in self._stops]
-        return [(start + len(stop), start, stop) for start, stop in starts if start >= 0]
 
 
 def partial_end(text: str, marker: str) -> int:
@@ -361,7 +341,47 @@ def partial_end(text: str, marker: str) -> int:
     return 0
 
 
-def shown_tokens(event: TokenEvent, params: SamplingParams) -> tuple[int, ...]:
-    """The event's tokens without the stop token that ended the request, unless it is to be shown."""
-    hidden = event.finish is FinishReason.STOP and not params.include_stop_str_in_output
-    return event.tokens[:-1] if hidden else event.tokens
+@dataclasses.dataclass(slots=True)
+class RequestOutput:
+    """What has come of one request; with a `stream` its text too, cut at stop strings."""
+
+    request: Request
+    stream: TextStream | None
+    finish: FinishReason | None = None
+    matched: int | str | None = None  # the stop token or string that ended it
+    error: str | None = None
+    cached_tokens: int = 0
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    shown_ids: list[int] = dataclasses.field(default_factory=list)  # without a stop token that is not to be shown
+    logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] = dataclasses.field(default_factory=list)
+
+    @property
+    def stop_reason(self) -> int | str | None:
+        """The stop string or the one of `stop_token_ids` that ended it."""
+        known = isinstance(self.matched, str) or self.matched in self.request.params.stop_token_ids
+        return self.matched if known else None
+
+    def take(self, event: TokenEvent) -> str:
+        """Take in an event; the new text. A stop string sets `finish` before the engine knows: nothing follows it."""
+        if self.finish is not None:
+            return ""
+        self.finish, self.error, self.cached_tokens = event.finish, event.error, event.cached_tokens
+        taken = shown = event.tokens
+        if event.finish is FinishReason.STOP:
+            self.matched = taken[-1] if taken else None
+            shown = taken if self.request.params.include_stop_str_in_output else taken[:-1]
+        text = ""
+        if self.stream is not None:
+            before = self.stream.num_tokens
+            text = self.stream.push(shown)
+            if self.stream.stopped:
+                self.finish, self.matched = FinishReason.STOP, self.stream.matched
+                taken = taken[: self.stream.num_tokens - before]
+            elif self.finish is not None:
+                text += self.stream.finish()
+        self.token_ids += taken
+        self.shown_ids += shown
+        self.logprobs += event.logprobs[: len(taken)]
+        self.prompt_logprobs += event.prompt_logprobs
+        return text
