@@ -8,8 +8,7 @@ import pytest
 
 from helpers.simulation import EOS, VOCAB, model_info
 from minisgl.config import Config
-from minisgl.core.engine import Engine
-from minisgl.core.launch import LEAST_SLACK, MOST_SLACK
+from minisgl.core.engine import LEAST_SLACK, MOST_SLACK, Engine
 from minisgl.core.plan import StepPlan
 from minisgl.core.types import Request, SamplingParams, StepRecord, TokenEvent
 from minisgl_bench.simulated_executor import SimulatedExecutor, StepSeconds, TimedExecutor
@@ -23,6 +22,7 @@ class Server:
 
     launch_ahead: str = "just-in-time"
     overlap: bool = True
+    launch: float = LAUNCH
     seconds: Callable[[StepPlan], float] = lambda plan: DECODE + 1e-5 * len(plan.prefill_tokens)
     records: list[StepRecord] = field(default_factory=list)
 
@@ -31,7 +31,7 @@ class Server:
             max_running_requests=8, max_prefill_length=64, launch_ahead=self.launch_ahead, overlap=self.overlap
         )
         exact = SimulatedExecutor(4096, config.page_size, 8, 4096, VOCAB)
-        self.device = TimedExecutor(4096, VOCAB, lambda plan: StepSeconds(HOST, LAUNCH, self.seconds(plan)), exact)
+        self.device = TimedExecutor(4096, VOCAB, lambda plan: StepSeconds(HOST, self.launch, self.seconds(plan)), exact)
         self.engine = Engine(self.device, model_info(4096), config, clock=lambda: self.device.now)
         self.engine.observe(self)
 
@@ -126,6 +126,16 @@ def test_the_slack_grows_when_steps_end_early_and_is_bounded() -> None:
     assert timer is not None
     assert LEAST_SLACK <= timer._slack <= MOST_SLACK
     assert sum(server.idle[100:]) < 0.02 * 2.0
+
+
+def test_steps_that_take_longer_to_launch_than_to_compute_are_not_held_back() -> None:
+    steps = []
+    for launch_ahead in ("just-in-time", "one-step"):
+        server = Server(launch_ahead, launch=1.5 * DECODE)
+        server.add("a")
+        server.run(1.0)
+        steps.append(len(server.records))
+    assert steps[0] >= steps[1] - 3  # the first ones, until it is known
 
 
 def test_tokens_are_the_same_and_each_request_ends_once() -> None:
