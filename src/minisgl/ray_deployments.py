@@ -1,0 +1,275 @@
+"""What Ray Serve runs: replicas of the engine, and before them the server's own HTTP application.
+
+Of Ray only public interfaces are used; those of the request router are alpha. They were tested with Ray 2.60.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any, Final
+
+import msgspec
+from ray import serve
+from ray.exceptions import RayActorError, RayError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+from ray.serve.metrics import Gauge
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from minisgl.config import Config
+from minisgl.core.types import EngineStats, Request
+from minisgl.errors import EngineDeadError, MinisglError
+from minisgl.prefix_routing import PrefixRouter
+from minisgl.server import ipc
+from minisgl.server.api_process import build_app, with_middleware
+from minisgl.server.engine_client import EngineClient, SocketEngineClient
+from minisgl.server.errors import OverloadedError, RetryLaterError
+from minisgl.server.launch import ENGINE_COMMAND, describe_status, start_process, watch_engine
+from minisgl.server.metrics import share
+from minisgl.system import PrivateFolder
+
+REPORT_SECONDS: Final = 1.0
+PING_TIMEOUT: Final = 10.0  # s; a step with prompts takes seconds on a CPU
+LAST_ERRORS_SECONDS: Final = 1.0  # for the errors of its requests to leave a replica whose engine has ended
+RETRY_SECONDS: Final = 5
+MOST_ATTEMPTS: Final = 3  # of a request that has no token yet
+
+logger = logging.getLogger(__name__)
+
+
+class StreamError(msgspec.Struct, frozen=True, tag=True):
+    """The error that a replica ends a request with, as HTTP shows it."""
+
+    message: str
+    status: int
+    kind: str
+    code: str | None
+    retry_after: int | None
+
+    @classmethod
+    def of(cls, error: MinisglError) -> StreamError:
+        return cls(error.message, error.status, error.type, error.code, getattr(error, "retry_after", None))
+
+    def error(self) -> MinisglError:
+        later = self.retry_after
+        error = MinisglError(self.message) if later is None else RetryLaterError(self.message, later)
+        error.status, error.type, error.code = self.status, self.kind, self.code
+        return error
+
+
+class EngineReplica:
+    """One engine, in a process of its own as in `serve`. When the engine ends, so does the replica."""
+
+    client: SocketEngineClient
+    ready: ipc.Ready
+
+    async def __init__(self, config: Config) -> None:  # type: ignore[misc]  # Serve awaits it
+        ipc.start_logging(config, "replica ")
+        self.folder = PrivateFolder()
+        process = await start_process(ENGINE_COMMAND, ipc.EngineSetup(config, self.folder.name))
+        self.client = SocketEngineClient(self.folder.name, config)
+        self.watching = asyncio.create_task(watch_engine(process, self.client))
+        try:
+            self.ready = await self.client.ready()
+        except EngineDeadError:
+            status = describe_status(await self.watching)
+            raise EngineDeadError(f"the engine process ended with {status} before it was ready") from None
+        self.watching.add_done_callback(
+            lambda _: asyncio.get_running_loop().call_later(LAST_ERRORS_SECONDS, os._exit, 1)
+        )
+        self.reporting = asyncio.create_task(self.report())
+
+    async def describe(self) -> bytes:
+        return msgspec.msgpack.encode(self.ready)
+
+    async def generate(self, request: Request) -> AsyncGenerator[bytes, None]:
+        """What the engine does for one request, in `ipc.Events` or a `StreamError`; closing this aborts it."""
+        try:
+            with self.client.submit([request]) as group:
+                async for batch in group.batches():
+                    yield msgspec.msgpack.encode(batch)
+        except MinisglError as error:
+            yield msgspec.msgpack.encode(StreamError.of(error))
+
+    async def query(self, action: ipc.Action, timeout: float, completion_id: str | None) -> bytes:
+        return msgspec.msgpack.encode(await self.client.query(action, timeout, completion_id))
+
+    async def check_health(self) -> None:
+        await self.client.ping(PING_TIMEOUT)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        stats = self.client.stats
+        return {"waiting": float(stats.waiting), "kv_use": share(stats.pages_held, stats.pages_total)}
+
+    async def report(self) -> None:
+        """Keep Ray's gauges up to date. Ray adds the names of the deployment and of the replica."""
+        running = Gauge("minisgl_num_requests_running", description="requests that decode or prefill")
+        waiting = Gauge("minisgl_num_requests_waiting", description="requests that wait for a place")
+        held = Gauge("minisgl_kv_cache_held_perc", description="share of the KV pages that requests use")
+        while True:
+            try:
+                stats = await self.client.ping(PING_TIMEOUT)
+            except EngineDeadError:
+                logger.warning("the engine did not answer within %g s", PING_TIMEOUT)
+            else:
+                running.set(stats.running)
+                waiting.set(stats.waiting)
+                held.set(share(stats.pages_held, stats.pages_total))
+            await asyncio.sleep(REPORT_SECONDS)
+
+
+class ReplicaClient(EngineClient):
+    """All replicas as one engine. Each request is a stream from the replica that Serve's router chooses for it."""
+
+    def __init__(self, replicas: DeploymentHandle[Any], config: Config, max_live: int) -> None:
+        super().__init__(config, ipc.LAUNCHER, None, max_live)
+        self._replicas = replicas
+        self._generate = replicas.options(method_name="generate", stream=True)
+        self._streams: dict[str, asyncio.Task[None]] = {}
+
+    def _send(self, message: ipc.ToEngine) -> None:
+        match message:
+            case ipc.Add(request):
+                self._streams[request.id] = task = asyncio.create_task(self._run(request))
+                task.add_done_callback(lambda _: self._streams.pop(request.id, None))
+            case ipc.Abort(ids):
+                for stream in [self._streams[request_id] for request_id in ids if request_id in self._streams]:
+                    stream.cancel()
+
+    async def _run(self, request: Request) -> None:
+        """Have one request answered; one whose replica is lost before its first token goes to another."""
+        for attempt in range(MOST_ATTEMPTS):
+            error = await self._stream(request)
+            if (live := self._live.get(request.id)) is None:
+                return
+            stats, group = live
+            if error is None or not isinstance(error, EngineDeadError) or stats.first is not None:
+                break
+            logger.warning("request %s lost its replica; attempt %d", request.id, attempt + 2)
+        group.fail(error or EngineDeadError("the stream of a replica ended early"), "error")
+
+    async def _stream(self, request: Request) -> MinisglError | None:
+        """Take in what a replica does for a request; what it ended with, if not with its last token."""
+        response = self._generate.remote(request)
+        try:
+            async for message in response:
+                said = msgspec.msgpack.decode(message, type=ipc.Events | StreamError)
+                if isinstance(said, ipc.Events):
+                    self._on_events(said, time.monotonic())
+                    continue
+                error = said.error()
+                return EngineDeadError(error.message) if error.code == EngineDeadError.code else error
+        except BackPressureError:
+            return OverloadedError("all replicas are busy; try again later", RETRY_SECONDS)
+        except (RayActorError, RayServeException):
+            return EngineDeadError("the replica that generated this ended")
+        finally:
+            response.cancel()
+        return None
+
+    async def query(self, action: ipc.Action, timeout: float, completion_id: str | None = None) -> ipc.Reply:
+        """The replies of all replicas as one, whose counts are sums. Raises EngineDeadError when one does not reply."""
+        responses = self._replicas.broadcast("query", action, timeout, completion_id)
+        try:
+            replies = await responses.results_async(timeout_s=timeout)
+        except TimeoutError as error:
+            raise EngineDeadError(f"a replica did not answer within {timeout:g} s") from error
+        except (RayError, RayServeException, EngineDeadError) as error:
+            raise EngineDeadError("a replica does not answer") from error
+        if not replies:
+            raise EngineDeadError("no replica runs")
+        reply = add_replies([msgspec.msgpack.decode(each, type=ipc.Reply) for each in replies])
+        self.stats = reply.stats
+        return reply
+
+
+def add_replies(replies: Sequence[ipc.Reply]) -> ipc.Reply:
+    total: Counter[str] = Counter()
+    for reply in replies:
+        total.update(msgspec.structs.asdict(reply.stats))
+    return ipc.Reply(0, EngineStats(**total), sum(reply.count for reply in replies))
+
+
+@serve.ingress()
+class Ingress:
+    """The server's HTTP application; it tokenises, and has the replicas generate."""
+
+    async def __init__(self, replicas: DeploymentHandle[Any], config: Config, max_live: int) -> None:  # type: ignore[misc]
+        ipc.start_logging(config, "ingress ")
+        ready = msgspec.msgpack.decode(await replicas.options(method_name="describe").remote(), type=ipc.Ready)
+        # The limits of the queue are each replica's.
+        own = config.replace(max_queued_requests=None, max_queued_tokens=None)
+        client = ReplicaClient(replicas, own, max_live)
+        app, _, self.grammars = build_app(config, client, ready, time.monotonic())
+        self.asgi = ServedApplication(app, with_middleware(app, client.metrics, config))
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return self.asgi
+
+
+@dataclasses.dataclass(frozen=True)
+class ServedApplication:
+    """The middleware knows HTTP alone; Serve also has the application start and end, and gives each request an id."""
+
+    app: ASGIApp
+    http: ASGIApp
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_without_id(message: Message) -> None:  # Serve's proxy writes the same id
+            if message["type"] == "http.response.start":
+                headers = [header for header in message["headers"] if header[0] != b"x-request-id"]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        if scope["type"] == "http":
+            await self.http(scope, receive, send_without_id)
+        else:
+            await self.app(scope, receive, send)
+
+
+class PrefixRequestRouter(RequestRouter):
+    """Sends a request to the replica that was sent most of its prompt before, unless that one is too busy."""
+
+    def initialize_state(self, **kwargs: Any) -> None:
+        self.prefixes = PrefixRouter(**kwargs)
+        self.places: dict[str, ReplicaID] = {}  # of the requests that this router has on their way or at a replica
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """The replica for this request, and the others in case that it takes no more."""
+        request = pending_request.args[0] if pending_request is not None and pending_request.args else None
+        if pending_request is None or not isinstance(request, Request) or not candidate_replicas:
+            return [candidate_replicas]
+        counts = Counter(self.places.values())
+        loads = {each.replica_id: counts[each.replica_id] for each in candidate_replicas}
+        chosen = self.prefixes.choose(request.prompt_bytes, loads)
+        place = pending_request.metadata.internal_request_id
+        self.places[place] = chosen
+        pending_request.future.add_done_callback(lambda routed: routed.cancelled() and self.places.pop(place, None))
+        first = [each for each in candidate_replicas if each.replica_id == chosen]
+        return [first, [each for each in candidate_replicas if each.replica_id != chosen]]
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+        if (place := pending_request.metadata.internal_request_id) in self.places:
+            self.places[place] = replica_id
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        self.places.pop(internal_request_id, None)
+
+    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
+        super().on_replica_actor_died(replica_id)
+        self.prefixes.forget(replica_id)
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        gone = self.curr_replicas.keys() - {each.replica_id for each in replicas}
+        super().update_replicas(replicas)
+        for replica_id in gone:
+            self.prefixes.forget(replica_id)
