@@ -93,11 +93,10 @@ def build(args: Mapping[str, Any]) -> Application:
     """The application from the flags of `minisgl ray`, as `serve run` gives them: {"model": "…", "tp": "4"}."""
     arguments: list[str] = []
     for name, value in args.items():
+        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
         flag = f"--{name.replace('_', '-')}"
-        if value in (True, "true", "True"):
-            arguments.append(flag)
-        elif value not in (False, "false", "False"):
-            arguments.append(f"{flag}={','.join(map(str, value)) if isinstance(value, list) else value}")
+        if text.lower() != "false":
+            arguments.append(flag if text.lower() == "true" else f"{flag}={text}")
     config, scale = parse(arguments, ArgumentParser)
     for name in ("host", "port", "ssl_certfile", "ssl_keyfile"):
         if getattr(config, name) != getattr(Config, name):

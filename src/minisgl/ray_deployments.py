@@ -37,9 +37,10 @@ from minisgl.system import PrivateFolder
 
 REPORT_SECONDS: Final = 1.0
 PING_TIMEOUT: Final = 10.0  # s; a step with prompts takes seconds on a CPU
-LAST_ERRORS_SECONDS: Final = 1.0  # for the errors of its requests to leave a replica whose engine has ended
+LAST_ERRORS_SECONDS: Final = 0.5  # for the errors of its requests to leave a replica whose engine has ended
 RETRY_SECONDS: Final = 5
-MOST_ATTEMPTS: Final = 3  # of a request that has no token yet
+# Before a request that has no token yet is tried once more, s: a replica that dies is gone after some of them.
+RETRY_DELAYS: Final = (0.5, 1.0, 2.0)
 
 logger = logging.getLogger(__name__)
 
@@ -145,14 +146,15 @@ class ReplicaClient(EngineClient):
 
     async def _run(self, request: Request) -> None:
         """Have one request answered; one whose replica is lost before its first token goes to another."""
-        for attempt in range(MOST_ATTEMPTS):
+        for delay in (*RETRY_DELAYS, None):
             error = await self._stream(request)
             if (live := self._live.get(request.id)) is None:
                 return
             stats, group = live
-            if error is None or not isinstance(error, EngineDeadError) or stats.first is not None:
+            if not isinstance(error, EngineDeadError) or stats.first is not None or delay is None:
                 break
-            logger.warning("request %s lost its replica; attempt %d", request.id, attempt + 2)
+            logger.warning("request %s lost its replica before its first token; it is tried again", request.id)
+            await asyncio.sleep(delay)
         group.fail(error or EngineDeadError("the stream of a replica ended early"), "error")
 
     async def _stream(self, request: Request) -> MinisglError | None:
