@@ -52,7 +52,16 @@ def test_where_serves_proxy_listens_is_not_the_applications(name: str) -> None:
 
 def test_arguments_of_serve_run_are_flags() -> None:
     with pytest.raises(ConfigError, match="--tp must be at least 1, got 0"):
-        build({"model": "m", "tp": 0, "replicas": 1, "dummy_weight": True, "allow_public": "false", "allowed_hosts": ["a", "b"]})
+        build(
+            {
+                "model": "m",
+                "tp": 0,
+                "replicas": 1,
+                "dummy_weight": True,
+                "allow_public": "false",
+                "allowed_hosts": ["a", "b"],
+            }
+        )
     with pytest.raises(ConfigError, match="unrecognized arguments: --no-such"):
         build({"no_such": 1})
 

@@ -209,12 +209,12 @@ def test_the_operators_endpoints_reach_every_replica(two: Application) -> None:
     assert all(each.pages_cached > 0 for each in two.stats())
     count = sum(each.pages_cached for each in two.stats())
     assert metrics(two.url)["kv_pages_cached"] == count
-    assert httpx.post(f"{two.url}/flush_cache").json()["pages"] == count
+    assert httpx.post(f"{two.url}/flush_cache").json()["flushed_pages"] == count
     assert all(each.pages_cached == 0 for each in two.stats())
     answers = two.load(8, 1000)
     wait_for(lambda: all(each.running for each in two.stats()), SECONDS)
     assert httpx.get(f"{two.url}/v1/loads").json()["aggregate"]["total_reqs"] == 8
-    assert httpx.post(f"{two.url}/abort_request", json={"abort_all": True}).json()["requests"] == 8
+    assert httpx.post(f"{two.url}/abort_request", json={"abort_all": True}).json()["aborted"] == 8
     assert {each.result() for each in answers} <= {(200, "request_aborted"), (499, "request_aborted")}
 
 

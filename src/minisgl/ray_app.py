@@ -176,10 +176,11 @@ def run(config: Config, scale: Scale) -> int:
     import ray
     from ray import serve
 
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     ray.init(include_dashboard=False)
+    for number in (signal.SIGINT, signal.SIGTERM):  # in place of Ray's own handlers
+        signal.signal(number, signal.default_int_handler)
+    if serve.status().proxies:
+        raise ConfigError("Ray Serve runs in this cluster already: use serve deploy, with minisgl.ray_app:build")
     tls = {"ssl_certfile": config.ssl_certfile, "ssl_keyfile": config.ssl_keyfile}
     serve.start(http_options={"host": config.host, "port": port, **tls})
     print_status("starting the replicas …")
@@ -187,12 +188,14 @@ def run(config: Config, scale: Scale) -> int:
         serve.run(build_application(config, scale), name=NAME, route_prefix="/", blocking=False)
         scheme = "http" if config.ssl_certfile is None else "https"
         print_text(f"\nMini-SGLang {__version__} is ready on {scheme}://{config.host}:{port}/v1\n", sys.stdout)
-        stop.wait()
-        print_status("stopping …")
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        print_status("stopping; once more to stop at once")
     except RuntimeError as error:  # Serve's, with the reason of the first replica that could not start
         raise ModelError(str(error)) from error
     finally:
         serve.delete(NAME)
+        serve.shutdown()
         ray.shutdown()
     return 0
 

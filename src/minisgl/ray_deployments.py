@@ -12,6 +12,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -26,6 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from minisgl.config import Config
 from minisgl.core.types import EngineStats, Request
 from minisgl.errors import EngineDeadError, MinisglError
+from minisgl.formats.hub import locate_model
 from minisgl.prefix_routing import PrefixRouter
 from minisgl.server import ipc
 from minisgl.server.api_process import build_app, with_middleware
@@ -206,6 +208,9 @@ class Ingress:
     async def __init__(self, replicas: DeploymentHandle[Any], config: Config, max_live: int) -> None:  # type: ignore[misc]
         ipc.start_logging(config, "ingress ")
         ready = msgspec.msgpack.decode(await replicas.options(method_name="describe").remote(), type=ipc.Ready)
+        if not Path(ready.folder).is_dir():  # the replica is on another host
+            folder = locate_model(config.model, config.model_source, weights=False)
+            ready = msgspec.structs.replace(ready, folder=str(folder))
         # The limits of the queue are each replica's.
         own = config.replace(max_queued_requests=None, max_queued_tokens=None)
         client = ReplicaClient(replicas, own, max_live)
