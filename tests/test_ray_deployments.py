@@ -1,14 +1,15 @@
 """Two replicas of the bundled model under Ray Serve, on the CPU: streams, faults, updates and scaling."""
 
+import asyncio
 import json
 import os
+import re
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ import msgspec
 import psutil
 import pytest
 
-from helpers.processes import children, free_port, wait_for, wait_until_gone
+from helpers.processes import children, free_port, server, wait_for, wait_until_gone
 from helpers.server_process import metrics
 from minisgl.core.types import EngineStats, Request, SamplingParams
 from minisgl.server import ipc
@@ -218,6 +219,22 @@ def test_the_operators_endpoints_reach_every_replica(two: Application) -> None:
     assert {each.result() for each in answers} <= {(200, "request_aborted"), (499, "request_aborted")}
 
 
+def test_each_replicas_gauges_are_on_rays_page(two: Application) -> None:
+    import ray
+
+    node = ray.nodes()[0]
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+
+    def replicas_with(name: str) -> int:
+        page = httpx.get(url).text
+        return len(
+            set(re.findall(rf'^ray_minisgl_{name}{{.*deployment="Engine".*replica="([^"]+)"', page, re.MULTILINE))
+        )
+
+    for name in ("num_requests_running", "num_requests_waiting", "kv_cache_held_perc"):
+        wait_for(lambda name=name: replicas_with(name) >= 2, SECONDS)  # type: ignore[misc]
+
+
 def test_a_replicas_full_queue_is_the_apis_error(two: Application) -> None:
     two.deploy(replicas=1, max_running_requests=1, max_queued_requests=2)
     with ThreadPoolExecutor(16) as pool:
@@ -244,57 +261,67 @@ def test_requests_with_a_prefix_stay_with_the_replica_that_has_it(two: Applicati
     assert all(each.prompt_tokens for each in stats)
 
 
-async def test_the_router_forgets_a_replica_that_is_removed() -> None:
+def test_several_ingresses_serve_and_refuse_to_show_the_metrics_of_one(two: Application) -> None:
+    two.deploy(replicas=1, api_workers=2)
+    assert Counter(each.result() for each in two.load(16, 8)) == {(200, "length"): 16}
+    answer = httpx.get(f"{two.url}/metrics")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (501, "unsupported_endpoint")
+
+
+async def test_the_router_forgets_a_replica_that_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.serve.request_router import RequestRouter
 
     from minisgl.ray_deployments import PrefixRequestRouter
 
-    class Router(PrefixRequestRouter):
+    class Router(PrefixRequestRouter):  # without a Serve around it
+        curr_replicas: Mapping[str, Any] = {}
+
         def __init__(self) -> None:
-            self._replicas: dict[str, Any] = {}
             self.initialize_state()
 
     def update(self: Any, replicas: list[Any]) -> None:
-        self._replicas = {each.replica_id: each for each in replicas}
+        self.curr_replicas = {each.replica_id: each for each in replicas}
 
     router, candidates = Router(), [SimpleNamespace(replica_id=name) for name in "ab"]
     request = Request.make(id="x", prompt=list(range(256)), params=SamplingParams())
 
     async def choose() -> str:
-        future: Any = SimpleNamespace(add_done_callback=lambda _: None)
-        pending = SimpleNamespace(args=[request], metadata=SimpleNamespace(internal_request_id="1"), future=future)
-        first, rest = await router.choose_replicas(candidates, pending)
-        router.on_request_completed(first[0].replica_id, "1")
-        assert {each.replica_id for each in (*first, *rest)} == {"a", "b"}
-        return str(first[0].replica_id)
+        future = asyncio.get_running_loop().create_future()
+        pending = SimpleNamespace(args=[request], metadata=SimpleNamespace(internal_request_id="own"), future=future)
+        (first,), rest = await router.choose_replicas(candidates, pending)
+        assert {first.replica_id, *(each.replica_id for each in rest)} == {"a", "b"}
+        router.on_request_routed(pending, first.replica_id, None)
+        router.on_request_completed(first.replica_id, "own")
+        return str(first.replica_id)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RequestRouter, "update_replicas", update)
-        router.update_replicas(candidates)
-        home = await choose()
-        assert [await choose() for _ in range(4)] == [home] * 4
-        router.update_replicas([each for each in candidates if each.replica_id != home])
-        router.update_replicas(candidates)
-        assert home in [await choose() for _ in range(1)] or await choose() != home
+    monkeypatch.setattr(RequestRouter, "update_replicas", update)
+    router.update_replicas(candidates)
+    home = await choose()
+    router.places["another"] = home
+    assert await choose() == home
+    router.update_replicas([each for each in candidates if each.replica_id != home])
+    router.update_replicas(candidates)
+    assert await choose() != home
+    assert router.places == {"another": home}
+
+
+async def test_a_request_that_ends_on_its_way_is_no_load() -> None:
+    from minisgl.ray_deployments import PrefixRequestRouter
+
+    router: Any = object.__new__(PrefixRequestRouter)
+    router.initialize_state()
+    future = asyncio.get_running_loop().create_future()
+    request = Request.make(id="x", prompt=[1], params=SamplingParams())
+    pending = SimpleNamespace(args=[request], metadata=SimpleNamespace(internal_request_id="own"), future=future)
+    await router.choose_replicas([SimpleNamespace(replica_id="a")], pending)
+    assert router.places == {"own": "a"}
+    future.cancel()
+    await asyncio.sleep(0)
     assert not router.places
 
 
 def test_the_command_serves_until_it_is_told_to_stop() -> None:
     code = "import sys; from minisgl.ray_app import main; sys.exit(main(sys.argv[1:]))"
-    flags = ["--port", str(port := free_port()), "--num-pages", "64", "--device", "cpu", "--max-prefill-length", "64"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *flags], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
-    application = Application(f"http://127.0.0.1:{port}")
-
-    def serves() -> bool:
-        assert process.poll() is None
-        try:
-            return httpx.get(f"{application.url}/ready").status_code == 200
-        except httpx.TransportError:
-            return False
-
-    wait_for(serves, 2 * SECONDS)
-    assert application.ask(1, 4) == (200, "length")
-    process.terminate()
-    assert process.wait(60) == 0
+    with server("--device", "cpu", command=(sys.executable, "-c", code)) as (process, url):
+        assert Application(url).ask(1, 4) == (200, "length")
+    assert process.wait() == 0

@@ -89,15 +89,19 @@ def parse(arguments: Sequence[str], kind: type[Parser] = Parser) -> tuple[Config
     return config, Scale(least, most, given.upscale_delay_s, given.downscale_delay_s)
 
 
-def build(args: Mapping[str, Any]) -> Application:
-    """The application from the flags of `minisgl ray`, as `serve run` gives them: {"model": "…", "tp": "4"}."""
-    arguments: list[str] = []
+def flags_from(args: Mapping[str, Any]) -> list[str]:
+    flags: list[str] = []
     for name, value in args.items():
         text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
         flag = f"--{name.replace('_', '-')}"
         if text.lower() != "false":
-            arguments.append(flag if text.lower() == "true" else f"{flag}={text}")
-    config, scale = parse(arguments, ArgumentParser)
+            flags.append(flag if text.lower() == "true" else f"{flag}={text}")
+    return flags
+
+
+def build(args: Mapping[str, Any]) -> Application:
+    """The application from the flags of `minisgl ray`, as `serve run` gives them: {"model": "…", "tp": "4"}."""
+    config, scale = parse(flags_from(args), ArgumentParser)
     for name in ("host", "port", "ssl_certfile", "ssl_keyfile"):
         if getattr(config, name) != getattr(Config, name):
             raise ConfigError(f"{flag_of(name)}: Ray Serve's http_options say where its proxy listens")

@@ -32,9 +32,10 @@ from minisgl.prefix_routing import PrefixRouter
 from minisgl.server import ipc
 from minisgl.server.api_process import build_app, with_middleware
 from minisgl.server.engine_client import EngineClient, SocketEngineClient
-from minisgl.server.errors import OverloadedError, RetryLaterError
+from minisgl.server.errors import OverloadedError, RetryLaterError, error_body
 from minisgl.server.launch import ENGINE_COMMAND, describe_status, start_process, watch_engine
 from minisgl.server.metrics import share
+from minisgl.server.responses import json_response
 from minisgl.system import PrivateFolder
 
 REPORT_SECONDS: Final = 1.0
@@ -65,6 +66,11 @@ class StreamError(msgspec.Struct, frozen=True, tag=True):
         error = MinisglError(self.message) if later is None else RetryLaterError(self.message, later)
         error.status, error.type, error.code = self.status, self.kind, self.code
         return error
+
+
+class ManyIngressesError(MinisglError):
+    status = 501
+    code = "unsupported_endpoint"
 
 
 class EngineReplica:
@@ -215,7 +221,7 @@ class Ingress:
         own = config.replace(max_queued_requests=None, max_queued_tokens=None)
         client = ReplicaClient(replicas, own, max_live)
         app, _, self.grammars = build_app(config, client, ready, time.monotonic())
-        self.asgi = ServedApplication(app, with_middleware(app, client.metrics, config))
+        self.asgi = ServedApplication(app, with_middleware(app, client.metrics, config), config.api_workers == 1)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self.asgi
@@ -227,6 +233,7 @@ class ServedApplication:
 
     app: ASGIApp
     http: ASGIApp
+    alone: bool
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_without_id(message: Message) -> None:  # Serve's proxy writes the same id
@@ -235,10 +242,13 @@ class ServedApplication:
                 message = {**message, "headers": headers}
             await send(message)
 
-        if scope["type"] == "http":
-            await self.http(scope, receive, send_without_id)
-        else:
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
+        elif scope["path"] == "/metrics" and not self.alone:
+            error = ManyIngressesError("each ingress counts for itself, and Ray Serve reaches any; read Ray's metrics")
+            await json_response(error_body(error), error.status)(scope, receive, send)
+        else:
+            await self.http(scope, receive, send_without_id)
 
 
 class PrefixRequestRouter(RequestRouter):
