@@ -1,5 +1,6 @@
 """What `minisgl ray` and `serve run` take, and how many replicas the load asks for; without Ray."""
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -98,7 +99,7 @@ def test_replicas_that_say_nothing_yet_change_nothing() -> None:
 def test_without_ray_the_command_names_the_extra(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.setitem(sys.modules, "ray", None)
     assert main([]) == 1
     assert "minisgl ray needs Ray Serve" in (said := capsys.readouterr().err)
     assert "minisgl[ray]" in said

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import math
 import re
 import signal
@@ -171,15 +170,15 @@ def desired_replicas(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
 
 def run(config: Config, scale: Scale) -> int:
     """Serve until SIGINT or SIGTERM; then live requests may go on for the drain timeout."""
-    if importlib.util.find_spec("ray") is None:
-        raise ConfigError(f"minisgl ray needs Ray Serve: {install_command('minisgl[ray]')}")
+    try:
+        import ray
+        from ray import serve
+    except ImportError as error:
+        raise ConfigError(f"minisgl ray needs Ray Serve: {install_command('minisgl[ray]')} ({error})") from error
     find_local(config.model)
     with listen_socket(config.host, config.port) as listener:  # what is wrong with it is said before Ray starts
         check_public(config, listener)
         port = listener.getsockname()[1]
-    import ray
-    from ray import serve
-
     ray.init(include_dashboard=False)
     for number in (signal.SIGINT, signal.SIGTERM):  # in place of Ray's own handlers
         signal.signal(number, signal.default_int_handler)
