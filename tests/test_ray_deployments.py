@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -27,6 +28,7 @@ from minisgl.server import ipc
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]  # Ray's own warnings
 
 STREAMS, CANCELLED = 64, 200
+COMMAND = (sys.executable, "-c", "import sys; from minisgl.ray_app import main; sys.exit(main(sys.argv[1:]))")
 SECONDS = 60.0  # in which a replica must have been replaced, or have been started or stopped
 # Two engines share two cores, and a step computes in one thread.
 SETTINGS = {"device": "cpu", "num_pages": 1024, "max_running_requests": 32, "max_prefill_length": 128}
@@ -320,8 +322,16 @@ async def test_a_request_that_ends_on_its_way_is_no_load() -> None:
     assert not router.places
 
 
+def test_the_command_says_why_a_replica_cannot_start() -> None:
+    command = [*COMMAND, "--port", str(free_port()), "--device", "cpu", "--tp", "2"]
+    done = subprocess.run(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 1
+    assert "\nerror: --tp 2: LlamaForCausalLM cannot be split into 2" in done.stderr
+
+
 def test_the_command_serves_until_it_is_told_to_stop() -> None:
-    code = "import sys; from minisgl.ray_app import main; sys.exit(main(sys.argv[1:]))"
-    with server("--device", "cpu", command=(sys.executable, "-c", code)) as (process, url):
+    with server("--device", "cpu", command=COMMAND) as (process, url):
         assert Application(url).ask(1, 4) == (200, "length")
     assert process.wait() == 0

@@ -194,8 +194,12 @@ def run(config: Config, scale: Scale) -> int:
         threading.Event().wait()
     except KeyboardInterrupt:
         print_status("stopping; once more to stop at once")
-    except RuntimeError as error:  # Serve's, with the reason of the first replica that could not start
-        raise ModelError(str(error)) from error
+    except RuntimeError as error:  # Serve's; why a replica could not start is in the status, at the end of a traceback
+        deployments = serve.status().applications[NAME].deployments.values()
+        said = [
+            line for each in deployments for line in each.message.splitlines() if line.startswith("minisgl.errors.")
+        ]
+        raise ModelError(said[-1].partition(": ")[2] if said else str(error)) from error
     finally:
         serve.delete(NAME)
         serve.shutdown()
