@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -62,10 +63,16 @@ class Application:
         except Exception:
             return -1
 
+    def processes(self, deployment: str) -> list[int]:
+        found, name = [], f"ServeReplica:minisgl:{deployment}"
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if name in "".join(process.cmdline()):
+                    found.append(process.pid)
+        return found
+
     def replicas(self) -> list[int]:
-        """The processes of the replicas."""
-        mine = psutil.Process().children(recursive=True)
-        return [process.pid for process in mine if "ServeReplica:minisgl:Engine" in "".join(process.cmdline())]
+        return self.processes("Engine")
 
     def owns_nothing(self) -> bool:
         stats = self.stats()
@@ -167,6 +174,19 @@ def test_a_replica_that_dies_takes_only_its_own_requests_with_it(
     assert finished + outcomes.total() == STREAMS
     assert Counter(each.result() for each in two.load(8, 8)) == {(200, "length"): 8}
     wait_for(two.owns_nothing, SECONDS)
+
+
+def test_the_requests_of_an_ingress_that_dies_free_their_pages(two: Application) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        asking = [pool.submit(two.ask, number, 900) for number in range(16)]
+        wait_for(lambda: sum(each.running for each in two.stats()) == 16, SECONDS)
+        os.kill(two.processes("Ingress")[0], signal.SIGKILL)
+        for each in asking:
+            assert each.exception() is not None  # cut off, or an error of Serve's proxy
+    wait_for(two.owns_nothing, SECONDS)
+    assert sum(each.aborted for each in two.stats()) >= 16
+    wait_for(lambda: httpx.get(f"{two.url}/ready").status_code == 200, SECONDS)
+    assert two.ask(0, 4) == (200, "length")
 
 
 def test_a_rolling_update_under_load_loses_no_request(two: Application) -> None:

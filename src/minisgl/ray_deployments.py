@@ -6,10 +6,12 @@ Of Ray only public interfaces are used; those of the request router are alpha. T
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import os
 import time
+import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
@@ -31,7 +33,7 @@ from minisgl.formats.hub import locate_model
 from minisgl.prefix_routing import PrefixRouter
 from minisgl.server import ipc
 from minisgl.server.api_process import build_app, with_middleware
-from minisgl.server.engine_client import EngineClient, SocketEngineClient
+from minisgl.server.engine_client import EngineClient, RequestGroup, SocketEngineClient
 from minisgl.server.errors import OverloadedError, RetryLaterError, error_body
 from minisgl.server.launch import ENGINE_COMMAND, describe_status, start_process, watch_engine
 from minisgl.server.metrics import share
@@ -41,6 +43,8 @@ from minisgl.system import PrivateFolder
 REPORT_SECONDS: Final = 1.0
 PING_TIMEOUT: Final = 10.0  # s; a step with prompts takes seconds on a CPU
 LAST_ERRORS_SECONDS: Final = 0.5  # for the errors of its requests to leave a replica whose engine has ended
+LEASE_SECONDS: Final = 30.0
+RENEW_SECONDS: Final = 5.0
 RETRY_SECONDS: Final = 5
 # Before a request that has no token yet is tried once more, s: a replica that dies is gone after some of them.
 RETRY_DELAYS: Final = (0.5, 1.0, 2.0)
@@ -73,6 +77,14 @@ class ManyIngressesError(MinisglError):
     code = "unsupported_endpoint"
 
 
+@dataclasses.dataclass(eq=False)
+class Lease:
+    """The requests of an ingress: it renews the lease, and without that they end, as Serve cancels nothing for it."""
+
+    renewed: float = 0.0
+    groups: set[RequestGroup] = dataclasses.field(default_factory=set)
+
+
 class EngineReplica:
     """One engine, in a process of its own as in `serve`. When the engine ends, so does the replica."""
 
@@ -93,19 +105,36 @@ class EngineReplica:
         self.watching.add_done_callback(
             lambda _: asyncio.get_running_loop().call_later(LAST_ERRORS_SECONDS, os._exit, 1)
         )
+        self.leases: dict[str, Lease] = {}
         self.reporting = asyncio.create_task(self.report())
 
     async def describe(self) -> bytes:
         return msgspec.msgpack.encode(self.ready)
 
-    async def generate(self, request: Request) -> AsyncGenerator[bytes, None]:
+    async def generate(self, request: Request, ingress: str) -> AsyncGenerator[bytes, None]:
         """What the engine does for one request, in `ipc.Events` or a `StreamError`; closing this aborts it."""
+        lease = self.leases.setdefault(ingress, Lease())
+        lease.renewed = time.monotonic()
         try:
             with self.client.submit([request]) as group:
-                async for batch in group.batches():
-                    yield msgspec.msgpack.encode(batch)
+                lease.groups.add(group)
+                try:
+                    async for batch in group.batches():
+                        yield msgspec.msgpack.encode(batch)
+                finally:
+                    lease.groups.remove(group)
         except MinisglError as error:
             yield msgspec.msgpack.encode(StreamError.of(error))
+
+    async def renew(self, ingress: str) -> None:
+        if ingress in self.leases:
+            self.leases[ingress].renewed = time.monotonic()
+
+    def end_leases(self) -> None:
+        now = time.monotonic()
+        for ingress in [name for name, lease in self.leases.items() if now - lease.renewed > LEASE_SECONDS]:
+            for group in self.leases.pop(ingress).groups:
+                group.fail(EngineDeadError("the ingress is gone"), "abort")
 
     async def query(self, action: ipc.Action, timeout: float, completion_id: str | None) -> bytes:
         return msgspec.msgpack.encode(await self.client.query(action, timeout, completion_id))
@@ -131,6 +160,7 @@ class EngineReplica:
                 running.set(stats.running)
                 waiting.set(stats.waiting)
                 held.set(share(stats.pages_held, stats.pages_total))
+            self.end_leases()
             await asyncio.sleep(REPORT_SECONDS)
 
 
@@ -141,7 +171,15 @@ class ReplicaClient(EngineClient):
         super().__init__(config, ipc.LAUNCHER, None, max_live)
         self._replicas = replicas
         self._generate = replicas.options(method_name="generate", stream=True)
+        self._name = uuid.uuid4().hex
         self._streams: dict[str, asyncio.Task[None]] = {}
+        self._renewing = asyncio.create_task(self._renew())
+
+    async def _renew(self) -> None:
+        while True:
+            await asyncio.sleep(RENEW_SECONDS)
+            with contextlib.suppress(TimeoutError, RayError, RayServeException):  # of a replica that ends
+                await self._replicas.broadcast("renew", self._name).results_async(timeout_s=RENEW_SECONDS)
 
     def _send(self, message: ipc.ToEngine) -> None:
         match message:
@@ -167,7 +205,7 @@ class ReplicaClient(EngineClient):
 
     async def _stream(self, request: Request) -> MinisglError | None:
         """Take in what a replica does for a request; what it ended with, if not with its last token."""
-        response = self._generate.remote(request)
+        response = self._generate.remote(request, self._name)
         try:
             async for message in response:
                 said = msgspec.msgpack.decode(message, type=ipc.Events | StreamError)
