@@ -23,7 +23,9 @@ import pytest
 
 from helpers.processes import children, free_port, server, wait_for, wait_until_gone
 from helpers.server_process import metrics
+from minisgl.config import Config
 from minisgl.core.types import EngineStats, Request, SamplingParams
+from minisgl.ray_app import Scale, build, build_application
 from minisgl.server import ipc
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]  # Ray's own warnings
@@ -43,8 +45,6 @@ class Application:
 
     def deploy(self, **settings: Any) -> None:
         from ray import serve
-
-        from minisgl.ray_app import build
 
         serve.run(build({**SETTINGS, **settings}), name="minisgl", route_prefix="/")
 
@@ -103,7 +103,7 @@ def ray_serve() -> Iterator[str]:
     from ray import serve
 
     port = free_port()
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    ray.init(num_cpus=4, num_gpus=2, include_dashboard=False, log_to_driver=False)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         yield f"http://127.0.0.1:{port}"
@@ -340,6 +340,33 @@ async def test_a_request_that_ends_on_its_way_is_no_load() -> None:
     future.cancel()
     await asyncio.sleep(0)
     assert not router.places
+
+
+def test_a_replica_sees_all_of_its_gpus(ray_serve: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray counts GPUs as it is told; this machine needs none."""
+    from ray import serve
+
+    from minisgl import ray_deployments
+
+    class Replica:
+        def __init__(self, config: Config) -> None:
+            self.device = config.device
+
+        def describe(self) -> tuple[str, str | None]:
+            return self.device, os.environ.get("CUDA_VISIBLE_DEVICES")
+
+    class Front:
+        def __init__(self, replicas: Any, *_: Any) -> None:
+            self.replicas = replicas
+
+        async def __call__(self) -> Any:
+            return await self.replicas.describe.remote()
+
+    monkeypatch.setattr(ray_deployments, "EngineReplica", Replica)
+    monkeypatch.setattr(ray_deployments, "Ingress", Front)
+    front = serve.run(build_application(Config(tp=2), Scale(1, 1)), name="gpus", route_prefix=None)
+    assert front.remote().result() == ("cuda", "0,1")
+    serve.delete("gpus")
 
 
 def test_the_command_says_why_a_replica_cannot_start() -> None:
