@@ -14,6 +14,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
+from contextvars import Context
 from pathlib import Path
 from typing import Any, Final
 
@@ -184,7 +185,9 @@ class ReplicaClient(EngineClient):
     def _send(self, message: ipc.ToEngine) -> None:
         match message:
             case ipc.Add(request):
-                self._streams[request.id] = task = asyncio.create_task(self._run(request))
+                # In an empty context: calls in that of an HTTP request share an id, and Serve's router mixes them up.
+                task = asyncio.create_task(self._run(request), context=Context())
+                self._streams[request.id] = task
                 task.add_done_callback(lambda _: self._streams.pop(request.id, None))
             case ipc.Abort(ids):
                 for stream in [self._streams[request_id] for request_id in ids if request_id in self._streams]:
