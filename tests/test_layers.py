@@ -29,6 +29,8 @@ RINGS = (
     {"llm", "server"},
     {"chat"},
     {"cli"},
+    {"ray_deployments"},
+    {"ray_app"},
     {"__main__"},
     {"minisgl_bench"},
 )
@@ -179,13 +181,14 @@ def test_the_packages_stay_small() -> None:
     bench = [path for name, path in MODULES.items() if under(name, ("minisgl_bench",))]
     # The rebuild left 15,500, 4,300, 3,500 and 16,000 lines. Robustness brought about 1,900 and 4,000, the laboratory
     # (policies, traces, the simulator) 1,000 to the engine and 1,000 to the benchmarks, quantisation 450,
-    # routing by prefix 90, gateways 270, the simulated fleet 250 to the benchmarks.
-    assert lines(list(ENGINE.values())) <= 19_150
-    assert len(ENGINE) <= 95
-    assert lines(core) <= 4_840
+    # routing by prefix 90, gateways 270, Ray Serve 580, the simulated fleet 250 to the benchmarks, whole graphs and the
+    # launch just in time 450.
+    assert lines(list(ENGINE.values())) <= 19_750
+    assert len(ENGINE) <= 97
+    assert lines(core) <= 4_920
     assert len(core) <= 21
-    assert lines(bench) <= 4_730
-    assert lines(sorted(TESTS.rglob("*.py"))) <= 22_200
+    assert lines(bench) <= 4_740
+    assert lines(sorted(TESTS.rglob("*.py"))) <= 23_000
 
 
 def test_class_names_are_defined_once() -> None:

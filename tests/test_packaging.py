@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib
 import json
 import re
 import subprocess
@@ -16,6 +17,7 @@ import yaml
 
 import minisgl
 from minisgl.config import Config
+from minisgl.ray_app import GRACE_SECONDS, ArgumentParser, flags_from, parse
 
 ROOT = Path(__file__).parents[1]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -123,6 +125,26 @@ def test_kubernetes_starts_the_server_with_its_flags_and_waits_for_its_end() -> 
     (container,) = pod["containers"]
     (before,) = (int(word) for word in container["lifecycle"]["preStop"]["exec"]["command"] if word.isdigit())
     assert pod["terminationGracePeriodSeconds"] > before + drain_timeout(container["args"])
+
+
+def test_kuberay_starts_the_application_with_its_flags_and_waits_for_its_end() -> None:
+    service = of_kind("k8s/rayservice.yaml", "RayService")["spec"]
+    (application,) = yaml.safe_load(service["serveConfigV2"])["applications"]
+    module, function = application["import_path"].split(":")
+    assert callable(getattr(importlib.import_module(module), function))
+    config, scale = parse(flags_from(application["args"]), ArgumentParser)
+    cluster = service["rayClusterConfig"]
+    (workers,) = cluster["workerGroupSpecs"]
+    assert (scale.least, scale.most) == (workers["minReplicas"], workers["maxReplicas"])
+    (pin,) = (re.search(r"==([\d.]+)\.\*", extra) for extra in PROJECT["optional-dependencies"]["ray"])
+    assert pin is not None
+    assert cluster["rayVersion"].startswith(f"{pin[1]}.")
+    for group in (cluster["headGroupSpec"], workers):
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        assert pod["terminationGracePeriodSeconds"] > config.drain_timeout + GRACE_SECONDS
+        assert f"FROM runtime-cuda AS {container['image'].partition(':')[2]}\n" in (ROOT / "Dockerfile").read_text()
+    assert workers["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == str(config.tp)
 
 
 def test_probes_ask_endpoints_that_need_no_key() -> None:

@@ -48,10 +48,11 @@ commands:
   serve [MODEL]  serve HTTP; also without a command
   chat [MODEL]   chat in this terminal; also --shell
   bench NAME     measure: offline, online, ablation or compare; see minisgl bench NAME --help
+  ray [MODEL]    serve HTTP with several replicas, under Ray Serve; see minisgl ray --help
   simulate       a load test in virtual time, without a GPU; see minisgl simulate --help"""
 
 
-COMMANDS: Final = ("serve", "chat", "bench", "simulate")
+COMMANDS: Final = ("serve", "chat", "bench", "ray", "simulate")
 METAVARS: Final = {int: "N", float: "X", str: "TEXT"}
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from helpers.processes import BOUND, children, descendants, server, wait_until_gone
+from helpers.processes import BOUND, children, descendants, free_port, server, wait_until_gone
 from helpers.tiny_models import save_model
 
 
@@ -72,14 +72,14 @@ def test_every_rank_ends_with_a_killed_server(tmp_path: Path, temporary: Path) -
         assert folders(temporary) == []
 
 
+def answer(url: str) -> str:
+    model = client(url).models.list().data[0].id
+    said = client(url).completions.create(model=model, prompt=[5, 6, 7], max_tokens=24, seed=3, temperature=0.9)
+    return said.choices[0].text
+
+
 def test_ranks_that_torchrun_starts_answer_as_one_does(tmp_path: Path) -> None:
     save_model(tmp_path, "qwen3")
-
-    def answer(url: str) -> str:
-        model = client(url).models.list().data[0].id
-        said = client(url).completions.create(model=model, prompt=[5, 6, 7], max_tokens=24, seed=3, temperature=0.9)
-        return said.choices[0].text
-
     with server("--model", str(tmp_path)) as (_, url):
         alone = answer(url)
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "minisgl")
@@ -87,6 +87,28 @@ def test_ranks_that_torchrun_starts_answer_as_one_does(tmp_path: Path) -> None:
         everyone = descendants(process.pid)
         assert answer(url) == alone
     wait_until_gone(everyone)
+
+
+def test_two_torchruns_with_a_rank_each_answer_as_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on two hosts; the ranks know of each other by address alone."""
+    save_model(tmp_path, "qwen3")
+    with server("--model", str(tmp_path)) as (_, url):
+        alone = answer(url)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    program, port = (sys.executable, "-m", "torch.distributed.run"), str(free_port())
+
+    def torchrun(host: int) -> list[str]:
+        where = ["--master-addr", "127.0.0.1", "--master-port", port]
+        return [*program, "--nnodes", "2", "--node-rank", str(host), "--nproc-per-node", "1", *where, "-m", "minisgl"]
+
+    flags = ("--model", str(tmp_path), "--tp", "2", "--num-pages", "256")
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([*torchrun(1), *flags], **quiet) as second:  # type: ignore[call-overload]
+        with server(*flags, command=torchrun(0)) as (first, url):
+            everyone = [*descendants(first.pid), *descendants(second.pid)]
+            assert len(everyone) >= 3
+            assert answer(url) == alone
+        wait_until_gone([*everyone, second.pid])
 
 
 def test_an_llm_on_ranks_of_torchrun_ends_them_without_a_complaint(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from minisgl.config import Config
 from minisgl.core.types import Grammar, ModelInfo
 from minisgl.server.api_process import HttpServer, with_middleware
 from minisgl.server.app import make_app
-from minisgl.server.engine_client import EngineClient
+from minisgl.server.engine_client import SocketEngineClient
 from minisgl.server.preparation import Api, Check, Preparation
 from minisgl.system import PrivateFolder
 from minisgl.text.tokenizer import Tokenizer
@@ -37,7 +37,7 @@ JSON = {"Content-Type": "application/json"}  # also of the bodies that tests giv
 class Web:
     """The HTTP side of a server, on a port of its own, and clients for it."""
 
-    client: EngineClient
+    client: SocketEngineClient
     tokenizer: Tokenizer
     http: httpx.AsyncClient
     openai: AsyncOpenAI
@@ -104,7 +104,7 @@ async def web(
     config = Config(**flags)
     tokenizer = Tokenizer.load(write_tokenizer(folder, template=template, add_bos=add_bos, state=state))
     sockets = PrivateFolder()
-    client = EngineClient(sockets.name, config, max_live=max_live)
+    client = SocketEngineClient(sockets.name, config, max_live=max_live)
     # With the protocol named asyncio switches off Nagle's delay on each connection, as it does in production.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))

@@ -15,18 +15,18 @@ from minisgl.core.request_state import Constraint
 from minisgl.core.types import FinishReason, Grammar, Request, SamplingParams, TokenEvent
 from minisgl.errors import InvalidRequestError
 from minisgl.server import ipc
-from minisgl.server.engine_client import EngineClient
+from minisgl.server.engine_client import SocketEngineClient
 from minisgl.server.engine_process import PendingGrammars
 from minisgl.server.errors import RequestAbortedError
 from minisgl.system import PrivateFolder
 
 
 @pytest.fixture
-async def clients() -> AsyncIterator[list[EngineClient]]:
+async def clients() -> AsyncIterator[list[SocketEngineClient]]:
     """The launcher's client of a simulated engine, and those of two API processes."""
     engine = simulated_engine(max_seq_len=2000, num_pages=2000)
     with PrivateFolder() as folder:
-        clients = [EngineClient(folder, Config(), link=link) for link in range(3)]
+        clients = [SocketEngineClient(folder, Config(), link=link) for link in range(3)]
         async with EngineThread(engine).start(folder):
             await clients[0].ready()
             for link in (1, 2):
@@ -41,12 +41,12 @@ def request(name: str, max_tokens: int) -> Request:
     return Request.make(id=name, prompt=[5] * 40, params=SamplingParams(max_tokens=max_tokens, ignore_eos=True))
 
 
-async def answer(client: EngineClient, asked: Request) -> list[TokenEvent]:
+async def answer(client: SocketEngineClient, asked: Request) -> list[TokenEvent]:
     with client.submit([asked]) as group:
-        return [event async for batch in group.batches() for event in batch]
+        return [event async for batch in group.batches() for event in batch.events]
 
 
-async def test_every_process_gets_the_events_of_its_own_requests(clients: list[EngineClient]) -> None:
+async def test_every_process_gets_the_events_of_its_own_requests(clients: list[SocketEngineClient]) -> None:
     asked = [(link, request(f"{link}-{i}", 10 + i)) for i in range(8) for link in (0, 1, 2)]
     answers = await asyncio.gather(*(answer(clients[link], one) for link, one in asked))
     for (_, one), events in zip(asked, answers, strict=True):
@@ -60,13 +60,15 @@ async def test_every_process_gets_the_events_of_its_own_requests(clients: list[E
         assert (stats.running, stats.waiting, stats.generated_tokens) == (0, 0, 3 * sum(range(10, 18)))
 
 
-async def test_the_requests_of_a_process_that_is_gone_are_aborted_and_others_go_on(clients: list[EngineClient]) -> None:
+async def test_the_requests_of_a_process_that_is_gone_are_aborted_and_others_go_on(
+    clients: list[SocketEngineClient],
+) -> None:
     launcher, lost, kept = clients
     going_on = [asyncio.create_task(answer(kept, request(f"kept-{i}", 400))) for i in range(3)]
     group = lost.submit([request(f"lost-{i}", 1900) for i in range(5)])
     not_begun = {f"lost-{i}" for i in range(5)}
     async for batch in group.batches():
-        not_begun -= {event.id for event in batch}
+        not_begun -= {event.id for event in batch.events}
         if not not_begun:  # what comes after the end of a link is not taken
             break
     lost.fail("it is dead")  # says nothing to the engine any more
@@ -84,7 +86,7 @@ async def test_the_requests_of_a_process_that_is_gone_are_aborted_and_others_go_
 
 @pytest.mark.parametrize(("completion_id", "count"), [("a", 2), ("a-1", 1), (None, 3), ("b", 0)])
 async def test_an_answer_is_aborted_in_the_process_that_has_it(
-    clients: list[EngineClient], completion_id: str | None, count: int
+    clients: list[SocketEngineClient], completion_id: str | None, count: int
 ) -> None:
     _, asked, owner = clients
     group = owner.submit([request(name, 1900) for name in ("a-0", "a-1", "c-0")])

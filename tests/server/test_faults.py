@@ -104,12 +104,12 @@ async def test_nobody_waits_for_somebody_elses_grammar(tmp_path: Path) -> None:
         ]
         constrained, free = (side.client.submit([request]) for request in requests)
         with free:
-            tokens = [token async for events in free.batches() for e in events for token in e.tokens]
+            tokens = [token async for batch in free.batches() for e in batch.events for token in e.tokens]
             assert len(tokens) == 3
         assert (await side.client.ping(5)).waiting == 1
         gate.set()
         with constrained:
-            (event,) = [e async for events in constrained.batches() for e in events]
+            (event,) = [e async for batch in constrained.batches() for e in batch.events]
         assert (event.finish, event.error) == (FinishReason.ERROR, "x cannot be followed")
         assert nothing_left(side, thread.engine)
 

@@ -48,7 +48,7 @@ async def test_aborting_keeps_what_belongs_to_others_and_drops_the_rest(server: 
     events: list[TokenEvent] = []
     with server.client.submit(requests) as submission:
         async for batch in submission.batches():
-            events += batch
+            events += batch.events
             if len(events) > 10:
                 submission.abort(["a"])
     tokens = {i: [t for e in events if e.id == i for t in e.tokens] for i in "ab"}

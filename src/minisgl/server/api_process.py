@@ -26,6 +26,7 @@ from typing import Any, BinaryIO, Literal
 import h11
 import msgspec
 import uvicorn
+from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -35,7 +36,7 @@ from minisgl.config import Config
 from minisgl.errors import ConfigError, EngineDeadError, InvalidRequestError, MinisglError
 from minisgl.server import ipc
 from minisgl.server.app import make_app
-from minisgl.server.engine_client import EngineClient, Shutdown, wait_first
+from minisgl.server.engine_client import EngineClient, Shutdown, SocketEngineClient, wait_first
 from minisgl.server.errors import ForbiddenError, OverloadedError, UnauthorizedError, error_body, error_headers
 from minisgl.server.metrics import ACCESS_RECORD, AccessRecord, Metrics
 from minisgl.server.preparation import Api, Preparation
@@ -375,11 +376,10 @@ async def serve_http(
     await serving
 
 
-async def serve_api(
-    config: Config, client: EngineClient, listener: socket.socket, shutdown: Shutdown, started: float, say: Announce
-) -> None:
-    """Put HTTP in front of an engine, once it is ready; `started` is on the monotonic clock. Raises ModelError."""
-    ready = await client.ready()
+def build_app(
+    config: Config, client: EngineClient, ready: ipc.Ready, started: float
+) -> tuple[Starlette, ipc.Serving, GrammarCompiler]:
+    """The application in front of an engine, without its middleware; `started` is on the monotonic clock."""
     model, folder = ready.model, Path(ready.folder)
     if config.served_model_name:
         model = msgspec.structs.replace(model, name=config.served_model_name[0])
@@ -388,10 +388,22 @@ async def serve_api(
     grammars = GrammarCompiler(folder, model.vocab_size, model.eos_token_ids)
     check = grammars.checker if has_tokenizer else None
     preparation = Preparation(model, tokenizer, client.queue.max_live, config.served_model_name, check)
-    api = Api(client, preparation, config, ready.notes, ready.folder, started)
-    app = with_middleware(make_app(api), client.metrics, config)
-    serving = ipc.Serving(model.name, tokenizer.has_chat_template, has_tokenizer)
-    server = HttpServer(app, lambda: say(serving), config)
+    app = make_app(Api(client, preparation, config, ready.notes, ready.folder, started))
+    return app, ipc.Serving(model.name, tokenizer.has_chat_template, has_tokenizer), grammars
+
+
+async def serve_api(
+    config: Config,
+    client: SocketEngineClient,
+    listener: socket.socket,
+    shutdown: Shutdown,
+    started: float,
+    say: Announce,
+) -> None:
+    """Put HTTP in front of an engine, once it is ready; `started` is on the monotonic clock. Raises ModelError."""
+    ready = await client.ready()
+    app, serving, grammars = build_app(config, client, ready, started)
+    server = HttpServer(with_middleware(app, client.metrics, config), lambda: say(serving), config)
     try:
         await serve_http(server, listener, client, shutdown, config.drain_timeout)
     finally:
@@ -401,7 +413,7 @@ async def serve_api(
 async def serve_worker(setup: ipc.WorkerSetup, stdin: BinaryIO, stdout: BinaryIO) -> int:
     """Serve as one of several until told to stop; the exit status."""
     metrics, shutdown = Metrics(setup.counts, setup.config.metrics_prefix), Shutdown()
-    client = EngineClient(setup.folder, setup.config, link=setup.link, metrics=metrics)
+    client = SocketEngineClient(setup.folder, setup.config, link=setup.link, metrics=metrics)
 
     def say(serving: ipc.Serving) -> None:
         stdout.write(msgspec.json.encode(serving) + b"\n")

@@ -153,9 +153,9 @@ class Generation:
     async def pieces(self) -> AsyncGenerator[list[TextPiece], None]:
         """Batches of what has come since the last, one piece of a choice at most; closing this ends the requests."""
         with self._client.submit(self.prepared.requests) as submission:
-            async for events in submission.batches():
+            async for batch in submission.batches():
                 together: dict[str, list[TokenEvent]] = {}
-                for event in events:
+                for event in batch.events:
                     together.setdefault(event.id, []).append(event)
                 pieces = []
                 for request_id, own in together.items():

@@ -1,7 +1,8 @@
-"""The engine as the HTTP side sees it: an asyncio bridge over two sockets, and the limits of its queue."""
+"""The engine as the HTTP side sees it: the requests that are live, the limits of its queue, and two sockets to it."""
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import contextlib
 import dataclasses
@@ -71,7 +72,7 @@ class RequestGroup:
     def __init__(self, client: EngineClient, requests: Sequence[Request], timeout: float | None = None) -> None:
         self._client = client
         self._live = {request.id for request in requests}
-        self._events: list[TokenEvent] = []
+        self._batch = ipc.Events([], [])
         self._wake = asyncio.Event()
         self._error: MinisglError | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -87,8 +88,12 @@ class RequestGroup:
         if self._timer is not None:
             self._timer.cancel()
 
+    def admit(self, request_id: str) -> None:
+        self._batch.admitted.append(request_id)
+        self._wake.set()
+
     def put(self, event: TokenEvent) -> None:
-        self._events.append(event)
+        self._batch.events.append(event)
         if event.finish is not None:
             self._live.discard(event.id)
         self._wake.set()
@@ -104,7 +109,7 @@ class RequestGroup:
         """End these requests in the engine, their completions being done; no event of them comes any more."""
         ids = set(ids)
         self._release(ids, "stop")
-        self._events = [event for event in self._events if event.id not in ids]
+        self._batch = ipc.Events([event for event in self._batch.events if event.id not in ids], [])
         self._wake.set()
 
     def _release(self, ids: set[str], finish: str) -> None:
@@ -113,12 +118,12 @@ class RequestGroup:
         if live:
             self._client.release(sorted(live), finish)
 
-    async def batches(self) -> AsyncIterator[list[TokenEvent]]:
+    async def batches(self) -> AsyncIterator[ipc.Events]:
         """What has come since the last batch, until every request has ended; raises the error that ended them first."""
         while True:
-            if self._events:
-                events, self._events = self._events, []
-                yield events
+            if self._batch.events or self._batch.admitted:
+                batch, self._batch = self._batch, ipc.Events([], [])
+                yield batch
             elif self._error is not None:
                 raise self._error
             elif self._live:
@@ -128,16 +133,14 @@ class RequestGroup:
                 return
 
 
-class EngineClient:
-    """The sockets of a link, the requests that are live, and whether the engine is. Belongs to one event loop.
+class EngineClient(abc.ABC):
+    """The requests that are live, and whether the engine is. Belongs to one event loop.
 
-    It binds the sockets and the engine's process connects, so either may be first. No queue here is without bound:
-    `queue` says how many requests may be live, and none has more than its `max_tokens` tokens waiting.
+    No queue here is without bound: `queue` says how many requests may be live, and none has more than its `max_tokens`
+    tokens waiting.
     """
 
-    def __init__(
-        self, folder: str, config: Config, *, link: int = 0, metrics: Metrics | None = None, max_live: int = MAX_LIVE
-    ) -> None:
+    def __init__(self, config: Config, link: int, metrics: Metrics | None, max_live: int) -> None:
         self.dead: EngineDeadError | None = None  # why the engine is `gone`
         self.gone = asyncio.Event()
         self.draining = False
@@ -148,22 +151,14 @@ class EngineClient:
         self._link = link
         self._timeout = config.request_timeout
         self._live: dict[str, tuple[RequestStats, RequestGroup]] = {}
-        self._replies: dict[int, asyncio.Future[ipc.Reply]] = {}
-        self._nonces = itertools.count(1)
-        self._ready: asyncio.Future[ipc.Ready] = asyncio.get_running_loop().create_future()
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        # Sending never waits: there is no high-water mark, and a missing peer is an error.
-        self._outbox = self._context.socket(zmq.PUSH)
-        self._inbox = zmq.asyncio.Context.shadow(self._context).socket(zmq.PULL)
-        for option in (zmq.SNDHWM, zmq.RCVHWM, zmq.LINGER):
-            self._outbox.setsockopt(option, 0)
-            self._inbox.setsockopt(option, 0)
-        to_engine, from_engine = ipc.addresses(folder, link)
-        self._outbox.bind(to_engine)
-        self._inbox.bind(from_engine)
-        self._encoder = msgspec.msgpack.Encoder()
-        self._decoder = msgspec.msgpack.Decoder(ipc.FromEngine)
-        self._receiver = asyncio.create_task(self._receive())
+
+    @abc.abstractmethod
+    def _send(self, message: ipc.ToEngine) -> None:
+        """Send without waiting. Raises EngineDeadError."""
+
+    @abc.abstractmethod
+    async def query(self, action: ipc.Action, timeout: float, completion_id: str | None = None) -> ipc.Reply:
+        """Have an `ipc.Query` answered. Raises EngineDeadError as `ping` does."""
 
     @property
     def num_live(self) -> int:
@@ -214,8 +209,76 @@ class EngineClient:
         """The engine's counts, from between two steps; raises EngineDeadError when they do not come in time (s)."""
         return (await self.query("stats", timeout)).stats
 
+    def send(self, message: ipc.ToEngine) -> None:
+        if self.dead is None:
+            with contextlib.suppress(EngineDeadError):
+                self._send(message)
+
+    def fail(self, message: str = ENGINE_DIED) -> None:
+        """Everyone who waits gets EngineDeadError, now and from here on."""
+        if self.dead is not None:
+            return
+        self.dead = EngineDeadError(message)
+        self.feed.put(None)
+        self.gone.set()
+        for group in {group for _, group in self._live.values()}:
+            group.fail(self.dead, "error")
+
+    def _end(self, request_id: str, finish: str, now: float) -> None:
+        request, _ = self._live.pop(request_id)
+        if request.first is None:
+            self.queue.change(-1, -request.prompt_tokens)
+        self.metrics.on_end(request, finish, now)
+
+    def _on_events(self, message: ipc.Events, now: float) -> None:
+        live, metrics = self._live, self.metrics
+        for request_id in message.admitted:
+            if request_id in live:
+                request, group = live[request_id]
+                metrics.on_admitted(request, now)
+                group.admit(request_id)
+        for event in message.events:
+            if (found := live.get(event.id)) is None:
+                continue
+            request, group = found
+            if event.finish is FinishReason.ABORT:  # what this process aborts is not live here any more
+                group.fail(errors.RequestAbortedError("the operator ended this request"), "abort")
+                continue
+            if event.tokens:
+                if request.first is None:
+                    self.queue.change(-1, -request.prompt_tokens, now - request.arrived)
+                    request.cached_tokens = event.cached_tokens
+                metrics.on_tokens(request, len(event.tokens), now)
+            group.put(event)
+            if event.finish is not None:
+                self._end(event.id, event.finish.value, now)
+
+
+class SocketEngineClient(EngineClient):
+    """The sockets of a link. It binds them and the engine's process connects, so either may be first."""
+
+    def __init__(
+        self, folder: str, config: Config, *, link: int = 0, metrics: Metrics | None = None, max_live: int = MAX_LIVE
+    ) -> None:
+        super().__init__(config, link, metrics, max_live)
+        self._replies: dict[int, asyncio.Future[ipc.Reply]] = {}
+        self._nonces = itertools.count(1)
+        self._ready: asyncio.Future[ipc.Ready] = asyncio.get_running_loop().create_future()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        # Sending never waits: there is no high-water mark, and a missing peer is an error.
+        self._outbox = self._context.socket(zmq.PUSH)
+        self._inbox = zmq.asyncio.Context.shadow(self._context).socket(zmq.PULL)
+        for option in (zmq.SNDHWM, zmq.RCVHWM, zmq.LINGER):
+            self._outbox.setsockopt(option, 0)
+            self._inbox.setsockopt(option, 0)
+        to_engine, from_engine = ipc.addresses(folder, link)
+        self._outbox.bind(to_engine)
+        self._inbox.bind(from_engine)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(ipc.FromEngine)
+        self._receiver = asyncio.create_task(self._receive())
+
     async def query(self, action: ipc.Action, timeout: float, completion_id: str | None = None) -> ipc.Reply:
-        """Send an `ipc.Query`. Raises EngineDeadError as `ping` does."""
         if self.dead is not None:
             raise self.dead
         nonce = next(self._nonces)
@@ -239,24 +302,12 @@ class EngineClient:
             await asyncio.sleep(0.01)
         return ready
 
-    def send(self, message: ipc.ToEngine) -> None:
-        if self.dead is None:
-            with contextlib.suppress(EngineDeadError):
-                self._send(message)
-
     def fail(self, message: str = ENGINE_DIED) -> None:
-        """Everyone who waits gets EngineDeadError, now and from here on."""
-        if self.dead is not None:
-            return
-        self.dead = EngineDeadError(message)
-        self.feed.put(None)
-        self.gone.set()
-        for group in {group for _, group in self._live.values()}:
-            group.fail(self.dead, "error")
+        super().fail(message)
         waiters: list[asyncio.Future[Any]] = [self._ready, *self._replies.values()]
         for waiter in waiters:
             if not waiter.done():
-                waiter.set_exception(self.dead)
+                waiter.set_exception(self.dead or EngineDeadError(message))
 
     async def close(self) -> None:
         self.fail("the server is shutting down")
@@ -274,12 +325,6 @@ class EngineClient:
         except zmq.Again:
             self.fail()
             raise EngineDeadError(ENGINE_DIED) from None
-
-    def _end(self, request_id: str, finish: str, now: float) -> None:
-        request, _ = self._live.pop(request_id)
-        if request.first is None:
-            self.queue.change(-1, -request.prompt_tokens)
-        self.metrics.on_end(request, finish, now)
 
     async def _receive(self) -> None:
         try:
@@ -308,27 +353,6 @@ class EngineClient:
                 else:
                     self._ready.set_exception(ModelError(error))
                 self.fail()
-
-    def _on_events(self, message: ipc.Events, now: float) -> None:
-        live, metrics = self._live, self.metrics
-        for request_id in message.admitted:
-            if request_id in live:
-                metrics.on_admitted(live[request_id][0], now)
-        for event in message.events:
-            if (found := live.get(event.id)) is None:
-                continue
-            request, group = found
-            if event.finish is FinishReason.ABORT:  # what this process aborts is not live here any more
-                group.fail(errors.RequestAbortedError("the operator ended this request"), "abort")
-                continue
-            if event.tokens:
-                if request.first is None:
-                    self.queue.change(-1, -request.prompt_tokens, now - request.arrived)
-                    request.cached_tokens = event.cached_tokens
-                metrics.on_tokens(request, len(event.tokens), now)
-            group.put(event)
-            if event.finish is not None:
-                self._end(event.id, event.finish.value, now)
 
 
 @dataclasses.dataclass(frozen=True)

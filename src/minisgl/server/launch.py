@@ -25,7 +25,7 @@ from minisgl.config import BUNDLED_MODEL, Config, check, environment_with
 from minisgl.core.types import EngineStats
 from minisgl.errors import ConfigError, EngineDeadError, MinisglError, ModelError
 from minisgl.server import ipc
-from minisgl.server.engine_client import EngineClient, Shutdown, wait_first
+from minisgl.server.engine_client import Shutdown, SocketEngineClient, wait_first
 from minisgl.server.errors import ApiProcessError
 from minisgl.server.metrics import share
 from minisgl.system import PrivateFolder, flush_standard_streams, open_standard_streams, print_text
@@ -65,7 +65,7 @@ async def run(config: Config, command: Sequence[str]) -> None:
         stop = shutdown.stop
         print_status(f"loading {config.model or BUNDLED_MODEL} …")
         process = await start_process(command, ipc.EngineSetup(config.replace(api_key=()), folder))
-        client = EngineClient(folder, config)
+        client = SocketEngineClient(folder, config)
         ended = asyncio.create_task(watch_engine(process, client))
         loading, status = asyncio.create_task(client.ready()), asyncio.create_task(report_status(client))
         workers: ApiWorkers | None = None
@@ -108,7 +108,7 @@ async def run(config: Config, command: Sequence[str]) -> None:
             raise EngineDeadError(f"the engine process ended with {describe_status(exit_status)}{when}")
 
 
-async def watch_engine(process: Process, client: EngineClient) -> int:
+async def watch_engine(process: Process, client: SocketEngineClient) -> int:
     status = await process.wait()
     await asyncio.sleep(LAST_WORDS_SECONDS)
     client.fail()
@@ -118,7 +118,7 @@ async def watch_engine(process: Process, client: EngineClient) -> int:
 class ApiWorkers:
     """API processes that accept from one socket: replaced when they die, drained and ended together."""
 
-    def __init__(self, setup: ipc.WorkerSetup, client: EngineClient, engine_ended: asyncio.Task[int]) -> None:
+    def __init__(self, setup: ipc.WorkerSetup, client: SocketEngineClient, engine_ended: asyncio.Task[int]) -> None:
         self._setup = setup
         self._client = client
         self._engine_ended = engine_ended
@@ -240,7 +240,7 @@ def describe_status(status: int) -> str:
     return f"exit status {status}" if status >= 0 else f"signal {signal.Signals(-status).name}"
 
 
-async def report_status(client: EngineClient, every: float = STATUS_SECONDS) -> None:
+async def report_status(client: SocketEngineClient, every: float = STATUS_SECONDS) -> None:
     """Log a line every so often (s) while there is work, until cancelled or the engine is gone."""
     await client.ready()
     before, since = client.stats, time.monotonic()

@@ -1,0 +1,105 @@
+"""What `minisgl ray` and `serve run` take, and how many replicas the load asks for; without Ray."""
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from minisgl.errors import ConfigError
+from minisgl.ray_app import ArgumentParser, Scale, build, desired_replicas, main, parse
+
+
+def test_the_flags_of_serve_and_those_of_ray() -> None:
+    config, scale = parse(["some/model", "--tp", "4", "--replicas", "1:8", "--downscale-delay-s", "60"])
+    assert (config.model, config.tp) == ("some/model", 4)
+    assert scale == Scale(1, 8, downscale_delay_s=60.0)
+    assert parse(["--replicas", "3"])[1] == Scale(3, 3)
+    assert parse([])[1] == Scale(1, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--replicas", "0"], "--replicas must be N or A:B"),
+        (["--replicas", "3:2"], "--replicas must be N or A:B"),
+        (["--replicas", "1:"], "--replicas must be N or A:B"),
+        (["--upscale-delay-s", "-1"], "must be at least 0"),
+        (["--tp", "0"], "--tp must be at least 1"),
+        (["a", "--model", "b"], "the model is given twice"),
+        (["--record", "file"], "--record is not for replicas: all replicas would write the same file"),
+        (["--debug-endpoints"], "--debug-endpoints is not for replicas"),
+        (["--kv-events-config", "{}"], "--kv-events-config is not for replicas"),
+        (["--shell"], "--shell is not for replicas"),
+    ],
+)
+def test_what_replicas_cannot_do_is_refused_by_name(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        parse(arguments, ArgumentParser)
+    with pytest.raises(SystemExit, match="2"):
+        parse(arguments)
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["host", "port", "ssl_certfile"])
+def test_where_serves_proxy_listens_is_not_the_applications(name: str) -> None:
+    value = {"port": 80}.get(name, "x")
+    more = {"ssl_keyfile": "y"} if name == "ssl_certfile" else {}
+    with pytest.raises(ConfigError, match="http_options"):
+        build({name: value, **more})
+
+
+def test_arguments_of_serve_run_are_flags() -> None:
+    with pytest.raises(ConfigError, match="--tp must be at least 1, got 0"):
+        build(
+            {
+                "model": "m",
+                "tp": 0,
+                "replicas": 1,
+                "dummy_weight": True,
+                "allow_public": "false",
+                "allowed_hosts": ["a", "b"],
+            }
+        )
+    with pytest.raises(ConfigError, match="unrecognized arguments: --no-such"):
+        build({"no_such": 1})
+
+
+def replicas_for(current: int, **metrics: list[float]) -> int:
+    named = {name: dict(enumerate(values)) for name, values in metrics.items()}
+    context: Any = SimpleNamespace(aggregated_metrics=named, target_num_replicas=current)
+    return desired_replicas(context)[0]
+
+
+@pytest.mark.parametrize(
+    ("waiting", "kv_use", "replicas"),
+    [
+        ([0.0], [0.0], 1),
+        ([16.0], [0.1], 1),
+        ([17.0], [0.1], 2),
+        ([0.0], [0.81], 2),
+        ([64.0, 0.0], [0.9, 0.1], 4),
+        ([0.0, 0.0, 0.0], [0.2, 0.2, 0.2], 1),
+        ([0.0, 0.0, 0.0], [0.5, 0.5, 0.5], 2),
+    ],
+)
+def test_waiting_requests_and_kv_use_say_how_many_replicas(
+    waiting: list[float], kv_use: list[float], replicas: int
+) -> None:
+    assert replicas_for(len(waiting), waiting=waiting, kv_use=kv_use) == replicas
+
+
+def test_replicas_that_say_nothing_yet_change_nothing() -> None:
+    assert replicas_for(3) == 3
+    assert replicas_for(2, waiting=[40.0]) == 2
+
+
+def test_without_ray_the_command_names_the_extra(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main([]) == 1
+    assert "minisgl ray needs Ray Serve" in (said := capsys.readouterr().err)
+    assert "minisgl[ray]" in said
