@@ -74,6 +74,7 @@ SPELLINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     *((f"{flag} triton,torch", {"attn": "triton,torch"}) for flag in ("--attn", "--attention-backend")),
     ("--cuda-graph-max-bs 256", {"cuda_graph_max_bs": 256}),
     *((f"{flag} 0", {"cuda_graph_max_bs": 0}) for flag in ("--cuda-graph-max-bs", "--graph")),
+    ("--launch-ahead one-step", {"launch_ahead": "one-step"}),
     ("--piecewise-cuda-graph-max-tokens 512", {"piecewise_cuda_graph_max_tokens": 512}),
     ("--cache-type radix", {}),
     *((f"{flag} naive", {"cache": "naive"}) for flag in ("--cache", "--cache-type")),
