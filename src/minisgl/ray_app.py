@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 import signal
 import sys
@@ -31,6 +32,7 @@ TARGET_WAITING: Final = 16.0  # requests that wait at a replica, as in deploy/k8
 TARGET_KV_USE: Final = 0.8
 GRACE_SECONDS: Final = 5.0  # for the last bytes of a drained replica
 HEALTH_PERIOD: Final = 5.0  # s
+STOP_SECONDS: Final = 30.0  # for Ray itself to stop, beside the drain
 # Settings that a group of replicas behind Ray Serve's proxy does not have, and why.
 REFUSED: Final[Mapping[str, str]] = MappingProxyType({
     "shell": "the chat in the terminal has no replicas: minisgl chat",
@@ -194,6 +196,10 @@ def run(config: Config, scale: Scale) -> int:
         threading.Event().wait()
     except KeyboardInterrupt:
         print_status("stopping; once more to stop at once")
+        # A Ray that is broken is waited for without end, and not in Python, where a second signal would be seen.
+        watchdog = threading.Timer(config.drain_timeout + STOP_SECONDS, os._exit, (1,))
+        watchdog.daemon = True
+        watchdog.start()
     except RuntimeError as error:  # Serve's; why a replica could not start is in the status, at the end of a traceback
         deployments = serve.status().applications[NAME].deployments.values()
         said = [
