@@ -22,8 +22,8 @@ def clients(tmp_path_factory: pytest.TempPathFactory) -> Clients:
 
 
 @pytest.fixture(scope="session")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server of the bundled model, which gets a chat template that knows tools."""
+def flags(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Of a server of the bundled model, which gets a chat template that knows tools."""
     folder = tmp_path_factory.mktemp("models") / MODEL
     folder.mkdir()
     for file in locate_model(None).iterdir():
@@ -32,6 +32,10 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         else:
             shutil.copy(file, folder)
     (folder / "chat_template.jinja").write_text(QWEN_TOOLS, "utf-8")
-    flags = ("--model", str(folder), "--num-pages", "512", "--served-model-name", MODEL)
+    return "--model", str(folder), "--num-pages", "512", "--served-model-name", MODEL
+
+
+@pytest.fixture(scope="session")
+def url(flags: tuple[str, ...]) -> Iterator[str]:
     with server(*flags) as (_, address):
         yield address

@@ -12,13 +12,12 @@ import pytest
 
 from helpers.processes import free_port, server, wait_for
 from helpers.server_process import metrics
-from helpers.third_party import CLIENT_TESTS, Clients
+from helpers.third_party import CLIENT_TESTS, SESSIONS, Clients
 
 pytestmark = pytest.mark.clients
 
 GROUPS, TURNS = 8, 8
 DROPPED = 100
-FLAGS = ("--max-running-requests", "16")
 
 
 def owns_nothing(workers: list[str]) -> bool:
@@ -27,9 +26,9 @@ def owns_nothing(workers: list[str]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def workers() -> Iterator[list[str]]:
+def workers(flags: tuple[str, ...]) -> Iterator[list[str]]:
     with ExitStack() as stack:
-        yield [stack.enter_context(server(*FLAGS))[1] for _ in range(2)]
+        yield [stack.enter_context(server(*flags, "--max-running-requests", "16"))[1] for _ in range(2)]
 
 
 @pytest.fixture(scope="module")
@@ -69,16 +68,9 @@ def test_smg_knows_what_the_workers_serve(gateway: str, workers: list[str]) -> N
         assert worker["labels"]["max_model_len"] == str(served["context_length"])
 
 
-def test_openais_client_passes_through_smg(clients: Clients, gateway: str) -> None:
-    from openai import OpenAI
-
-    client, name = OpenAI(base_url=f"{gateway}/v1", api_key="none", max_retries=0), model(gateway)
-    question = {"model": name, "messages": [{"role": "user", "content": "The capital of France?"}], "temperature": 0}
-    whole = client.chat.completions.create(**question, max_tokens=8)  # type: ignore[call-overload]
-    stream = client.chat.completions.create(**question, max_tokens=8, stream=True)  # type: ignore[call-overload]
-    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
-    assert whole.choices[0].message.content == text
-    assert client.completions.create(model=name, prompt="One, two,", max_tokens=4).usage is not None
+@pytest.mark.parametrize("script", SESSIONS)
+def test_a_clients_session_passes_through_smg(clients: Clients, gateway: str, script: str) -> None:
+    assert tuple(clients.session(script, gateway)) == SESSIONS[script]
 
 
 def test_requests_with_a_prefix_stay_with_the_worker_that_has_it(gateway: str, workers: list[str]) -> None:

@@ -14,6 +14,27 @@ MODEL = "smollm2-with-tools"
 CLIENT_TESTS = Path(__file__).parent.parent / "clients"
 
 
+LITELLM = ("chat", "stream", "async", "required tool", "streamed tool", "structured", "error")
+# The clients' programs in tests/clients/sessions, and the steps that each does.
+SESSIONS = {
+    "openai_session.py": (
+        "models", "chat", "stream", "async", "choices and logprobs", "required tool", "streamed tool", "tool answer",
+        "structured", "streamed structured", "completion", "errors",
+    ),
+    "openai_session.mjs": (
+        "models", "chat", "stream", "stream helper", "leave", "named tool", "streamed tool", "tool answer",
+        "structured", "completion", "errors",
+    ),
+    "langchain_session.py": (
+        "chat", "stream", "batch", "logprobs", "required tool", "streamed tool", "tool answer",
+        "structured by json_schema", "structured by function_calling", "completion", "completion stream",
+    ),
+    "litellm_session.py": (
+        *(f"openai: {step}" for step in LITELLM), *(f"hosted_vllm: {step}" for step in LITELLM), "text completion",
+    ),
+}  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class Clients:
     """The environment that `make test-clients` made: Python's clients in `bin`, Node's in `node/node_modules`."""
