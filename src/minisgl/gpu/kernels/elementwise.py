@@ -92,7 +92,7 @@ def row_warps(block: int) -> int:
     return max(1, min(16, block // (32 * 16)))
 
 
-@jit_varying("rows")
+@jit_varying("rows", "padded")
 def _norm_kernel(
     x: tensor, residual: tensor, weight: tensor, out: tensor, scale_out: tensor, x_stride: tensor, rows: tensor,
     padded: tensor, dim: tensor, eps: tensor, ADD: constexpr, PARTS: constexpr, GROUP: constexpr, ROWS: constexpr,
