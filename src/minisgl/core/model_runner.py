@@ -96,17 +96,7 @@ class ModelRunner:
         return StepOutput(tokens, logits)
 
     def _admit(self, init: NewRows) -> None:
-        arrays: dict[str, NDArray[Any]] = {
-            "slots": init.slots.astype(np.int64),
-            "temperature": init.temperatures,
-            "top_p": init.top_ps,
-            "min_p": init.min_ps,
-            "top_k": init.top_ks,
-            "seed": init.seeds,
-            "min_len": init.min_lens,
-            "stop_ids": init.stop_ids,
-        }
-        values = upload(arrays, self.device)
+        values = upload({"slots": init.slots.astype(np.int64), **init.sampling}, self.device)
         slots = values.pop("slots")
         for name, value in values.items():
             getattr(self.tables.sampling, name).index_copy_(0, slots, value)

@@ -1,6 +1,6 @@
 """The interface between the scheduler and an executor: the plan of a step, and its result, in numpy arrays."""
 
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import msgspec
 import numpy as np
@@ -28,6 +28,14 @@ class NewRows(msgspec.Struct, frozen=True, kw_only=True):
     min_lens: Int32  # (n,) no stop id is sampled at a position below, counted from the first prompt token
     stop_ids: Int32  # (n, MAX_STOP_TOKEN_IDS) padded with -1
     logits: "LogitsInit | None" = None
+
+    @property
+    def sampling(self) -> dict[str, NDArray[Any]]:
+        """The parameters by the names that they have in `SamplingRows`."""
+        return {
+            "temperature": self.temperatures, "top_p": self.top_ps, "min_p": self.min_ps, "top_k": self.top_ks,
+            "seed": self.seeds, "min_len": self.min_lens, "stop_ids": self.stop_ids,
+        }  # fmt: skip
 
 
 class LogitsInit(msgspec.Struct, frozen=True, kw_only=True):

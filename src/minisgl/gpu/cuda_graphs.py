@@ -24,6 +24,7 @@ from minisgl.core.kv_cache import DeviceTables, KVCache, StepInputs, upload
 from minisgl.core.logits import StepOutput
 from minisgl.core.plan import StepPlan
 from minisgl.core.quantization import Activations
+from minisgl.core.request_state import EMPTY
 from minisgl.gpu.attention.interface import DeviceBatch, GraphBackend, GraphDecode, static_step
 
 CAPTURE_MODE = "thread_local"  # other threads may query events meanwhile: they watch collectives, or collect results
@@ -156,11 +157,10 @@ def captured(pool: Any, work: Work) -> Work:
     return graph.replay
 
 
-_NONE = np.empty(0, np.int32)
 NOTHING = StepPlan(
-    step=0, init=None, page_slots=_NONE, page_indices=_NONE, page_ids=_NONE, decode_slots=_NONE, decode_lens=_NONE,
-    prefill_slots=_NONE, prefill_starts=_NONE, prefill_lens=_NONE, prefill_final=_NONE.astype(np.bool_),
-    prefill_tokens=_NONE, all_greedy=True, any_filter=False, any_min_len=False,
+    step=0, init=None, page_slots=EMPTY, page_indices=EMPTY, page_ids=EMPTY, decode_slots=EMPTY, decode_lens=EMPTY,
+    prefill_slots=EMPTY, prefill_starts=EMPTY, prefill_lens=EMPTY, prefill_final=EMPTY.astype(np.bool_),
+    prefill_tokens=EMPTY, all_greedy=True, any_filter=False, any_min_len=False,
 )  # fmt: skip
 
 
@@ -175,16 +175,15 @@ class MixedInputs:
         self.rows = min(tokens, len(tables.length) - 1)
         self.chunks = min(tokens, MAX_CHUNKS, self.rows)
         self.pages = tokens // page_size + self.rows + self.chunks
-        stops = tables.sampling.stop_ids.shape[1]
+        self.sampling = vars(tables.sampling)
+        widest = sorted(self.sampling.items(), key=lambda item: -item[1].itemsize)  # first, to be aligned
         sizes = {
-            "seed": 2 * self.chunks,  # int64; first, to be aligned
+            **{name: self.chunks * column[0].nbytes // 4 for name, column in widest},
             **dict.fromkeys(("ids", "slots", "positions"), tokens),  # id -1: the row's last token
             **dict.fromkeys(("page_slots", "page_indices", "page_ids"), self.pages),
             **dict.fromkeys(("decode_slots", "decode_ends", "sampled_slots", "logits_indices"), self.rows),
-            **dict.fromkeys(("chunk_slots", "chunk_ends", "new_slots", "top_k", "min_len"), self.chunks),
-            **dict.fromkeys(("temperature", "top_p", "min_p"), self.chunks),  # float32
+            **dict.fromkeys(("chunk_slots", "chunk_ends", "new_slots"), self.chunks),
             "chunk_starts": self.chunks + 1,
-            "stop_ids": stops * self.chunks,
         }
         ends = list(itertools.accumulate(sizes.values()))
         self.size = ends[-1]
@@ -192,8 +191,9 @@ class MixedInputs:
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:
         views = {name: buffer[place] for name, place in self.places.items()}
-        views |= {name: views[name].view(torch.float32) for name in ("temperature", "top_p", "min_p")}
-        return views | {"seed": views["seed"].view(torch.int64), "stop_ids": views["stop_ids"].view(self.chunks, -1)}
+        for name, column in self.sampling.items():
+            views[name] = views[name].view(column.dtype).view(self.chunks, *column.shape[1:])
+        return views
 
     def write(self, host: Int32, plan: StepPlan, padding: int, scratch: int) -> None:
         """Write the plan to `host` int32 (size,). Its page-table writes are left out where they are more than W."""
@@ -201,40 +201,31 @@ class MixedInputs:
         starts = np.concatenate([[0], np.cumsum(lens)])  # of the chunks, among the prompts' tokens
         total = decodes + int(starts[-1])
 
-        def put(name: str, values: NDArray[Any], rest: int, first: int = 0) -> None:
-            view = host[self.places[name]]
-            view[first : first + len(values)] = values
-            view[first + len(values) :] = rest
+        def put(name: str, rest: int, *parts: NDArray[Any]) -> None:
+            view, end = host[self.places[name]], 0
+            for part in parts:
+                view[end : end + len(part)] = part
+                end += len(part)
+            view[end:] = rest
 
-        put("ids", np.full(decodes, -1), 0)
-        put("ids", plan.prefill_tokens, 0, decodes)
-        put("slots", plan.decode_slots, padding)
-        put("slots", np.repeat(plan.prefill_slots, lens), padding, decodes)
-        put("positions", plan.decode_lens, 0)
+        put("ids", 0, np.full(decodes, -1), plan.prefill_tokens)
+        put("slots", padding, plan.decode_slots, np.repeat(plan.prefill_slots, lens))
         positions = np.arange(total - decodes) + np.repeat(plan.prefill_starts - starts[:-1], lens)
-        put("positions", positions, 0, decodes)
-        fits = len(plan.page_ids) <= self.pages
-        put("page_slots", plan.page_slots if fits else plan.page_slots[:0], padding)
-        put("page_indices", plan.page_indices if fits else plan.page_indices[:0], 0)
-        put("page_ids", plan.page_ids if fits else plan.page_ids[:0], scratch)
-        put("decode_slots", plan.decode_slots, padding)
-        put("decode_ends", plan.decode_lens + 1, 0)
-        put("chunk_slots", plan.prefill_slots, padding)
-        put("chunk_ends", plan.prefill_starts + lens, 0)
-        put("chunk_starts", decodes + starts, total)
-        put("sampled_slots", plan.sampled_slots, padding)
-        put("logits_indices", np.arange(decodes), 0)
-        put("logits_indices", decodes + starts[1:][plan.prefill_final] - 1, 0, decodes)
-        init = plan.init
-        put("new_slots", _NONE if init is None else init.slots, padding)
-        if init is None:  # the padding row may have any parameters
-            return
-        for name, values in (("top_k", init.top_ks), ("min_len", init.min_lens)):
-            put(name, values, 0)
-        for name, floats in (("temperature", init.temperatures), ("top_p", init.top_ps), ("min_p", init.min_ps)):
-            put(name, floats.view(np.int32), 0)
-        put("seed", init.seeds.view(np.int32), 0)
-        put("stop_ids", init.stop_ids.reshape(-1), -1)
+        put("positions", 0, plan.decode_lens, positions)
+        most = self.pages if len(plan.page_ids) <= self.pages else 0
+        put("page_slots", padding, plan.page_slots[:most])
+        put("page_indices", 0, plan.page_indices[:most])
+        put("page_ids", scratch, plan.page_ids[:most])
+        put("decode_slots", padding, plan.decode_slots)
+        put("decode_ends", 0, plan.decode_lens + 1)
+        put("chunk_slots", padding, plan.prefill_slots)
+        put("chunk_ends", 0, plan.prefill_starts + lens)
+        put("chunk_starts", total, decodes + starts)
+        put("sampled_slots", padding, plan.sampled_slots)
+        put("logits_indices", 0, np.arange(decodes), decodes + starts[1:][plan.prefill_final] - 1)
+        put("new_slots", padding, EMPTY if plan.init is None else plan.init.slots)
+        for name, values in ({} if plan.init is None else plan.init.sampling).items():
+            put(name, 0, values.reshape(-1).view(np.int32))  # the padding row may have any parameters
 
 
 class MixedGraphs:
@@ -305,8 +296,8 @@ class MixedGraphs:
         # 1) Bring the tables up to date: new pages, and rows that start.
         pages.index_put_((step["page_slots"].long(), step["page_indices"].long()), step["page_ids"])
         new = step["new_slots"].long()
-        for name in ("temperature", "top_p", "min_p", "top_k", "seed", "min_len", "stop_ids"):
-            getattr(tables.sampling, name).index_copy_(0, new, step[name])
+        for name, column in inputs.sampling.items():
+            column.index_copy_(0, new, step[name])
         # 2) The step's tokens, and its rows for attention.
         slots, decode_slots, chunk_slots = (step[name].long() for name in ("slots", "decode_slots", "chunk_slots"))
         ids = torch.where(step["ids"] < 0, tables.last_token.index_select(0, slots), step["ids"])
