@@ -91,6 +91,14 @@ def build_parser(command: str | None = None) -> Parser:
     return parser
 
 
+def take_model(parser: Parser, namespace: argparse.Namespace, model: str | None) -> None:
+    """A model that is named without `--model`."""
+    if model is not None:
+        if "model" in namespace:
+            parser.error(f"the model is given twice: {model} and --model {namespace.model}")
+        namespace.model = model
+
+
 def add_config_flags(parser: argparse.ArgumentParser, *, without: Sequence[str] = ()) -> None:
     """Add the flags of `Config`, group by group, with their defaults in the help; `without` names groups to skip."""
     fields = {field.name: field for field in dataclasses.fields(Config) if field.metadata["flags"]}
@@ -146,10 +154,7 @@ def parse(arguments: Sequence[str]) -> Config:
     if rest:
         hint = did_you_mean(rest[0], [flag for action in parser._actions for flag in action.option_strings])
         parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
-    if model is not None:
-        if "model" in namespace:
-            parser.error(f"the model is given twice: {model} and --model {namespace.model}")
-        namespace.model = model
+    take_model(parser, namespace, model)
     if command == "serve" and "shell" in namespace:
         parser.error("--shell chats: write minisgl chat, or leave --shell out")
     if command == "chat":

@@ -16,7 +16,7 @@ from minisgl.core.model_runner import ModelRunner
 from minisgl.core.types import Request, SamplingParams
 from minisgl.core.weights import dummy_weights
 from minisgl.gpu.attention.triton import TritonAttention
-from minisgl.gpu.cuda_graphs import MixedGraphs, PiecewiseGraphs, Work, piecewise_sizes
+from minisgl.gpu.cuda_graphs import Capture, MixedGraphs, PiecewiseGraphs, Work, piecewise_sizes
 from minisgl.gpu.kernels.attention import merge_rows
 
 
@@ -45,16 +45,13 @@ def test_captured_steps_write_and_sample_what_others_do(model: str, attn: str) -
     spec = SPECS[model]
     weights = dummy_weights(spec, torch.float32, CPU)
     plain, parts = Driver(spec, weights), Driver(spec, weights)
-    if attn == "triton":
-        backend = TritonAttention(CPU)
-        parts.decoder.attention = Attention(backend, backend)
     replays = []
 
     def capture(work: Work) -> Work:
         return lambda: replays.append(work())
 
     if attn == "triton":
-        parts.runner.graphs = [MixedGraphs(parts.decoder, parts.runner.kv, parts.runner.tables, 20, capture)]
+        capture_mixed(parts.runner, 20, capture)
     else:
         parts.runner.piecewise_graphs = PiecewiseGraphs(parts.decoder, parts.runner.kv, 20, capture)
     tokens = [7, 3, 9, 1, 4, 4, 8, 2, 6, 5, 0, 11, 13, 2, 2, 9, 30]
@@ -133,10 +130,10 @@ def repeated(work: Work) -> Work:
     return work
 
 
-def capture_mixed(runner: ModelRunner, largest: int) -> MixedGraphs:
+def capture_mixed(runner: ModelRunner, largest: int, capture: Capture = repeated) -> MixedGraphs:
     backend = TritonAttention(CPU)
     runner.decoder.attention = Attention(backend, backend)
-    graphs = MixedGraphs(runner.decoder, runner.kv, runner.tables, largest, repeated)
+    graphs = MixedGraphs(runner.decoder, runner.kv, runner.tables, largest, capture)
     runner.graphs = [graphs]
     return graphs
 

@@ -102,7 +102,7 @@ class LaunchTimer:
         if self._launched:
             following, ready = self._launched[0]
             self._launched[0] = following, max(ready, arrived)
-            late = arrived - ready < LEAST_SLACK / 2 if waited else awaited - ready < LEAST_SLACK / 2
+            late = (arrived if waited else awaited) - ready < LEAST_SLACK / 2
             self._slack = min(1.5 * self._slack, MOST_SLACK) if late else max(0.99 * self._slack, LEAST_SLACK)
 
     def wait(self) -> float:

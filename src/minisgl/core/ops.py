@@ -14,16 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisgl.core.quantization import (
-    FP8,
-    Fp8Weight,
-    Int8Weight,
-    Weight,
-    fp8_linear,
-    int8_linear,
-    quantize_int8,
-    to_kv,
-)
+from minisgl.core.quantization import FP8, Fp8Weight, Int8Weight, Weight, fp8_linear, int8_linear, quantize_int8, to_kv
 from minisgl.core.sampler import SamplingRows, sample
 
 TYPICAL_ROWS = 8  # of the activation that a packed weight is laid out for; layouts differ little from 2 to 512

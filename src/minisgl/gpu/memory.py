@@ -71,17 +71,16 @@ def graph_bytes(config: Config, spec: ModelSpec, vocab: int, dtype: torch.dtype,
 
     Qwen3-0.6B's decode graphs took 134 MB of an H200; this says 133.
     """
-    total, item = 0, dtype.itemsize
+    total, item, table = 0, dtype.itemsize, 4 * -(-max_seq_len // config.page_size)  # of a row
     if rows := config.cuda_graph_max_bs:
-        tables = 4 * sum(graph_sizes(rows)) * -(-max_seq_len // config.page_size)
-        total += rows * (vocab * item + token_bytes(spec, item)) + tables
+        total += rows * (vocab * item + token_bytes(spec, item)) + sum(graph_sizes(rows)) * table
     if tokens := piecewise_max_tokens(config):
         sizes = piecewise_sizes(tokens)
         rows = min(tokens, config.max_running_requests or tokens)
         ends = 2 * spec.num_heads * spec.head_dim * item  # queries and attention's output
         total += tokens * (token_bytes(spec, item) + ends) + sum(sizes) * spec.hidden_size * item
         total += len(sizes) * spec.num_layers * GRAPH_BYTES
-        total += rows * vocab * item + 4 * (rows + MAX_CHUNKS) * -(-max_seq_len // config.page_size)
+        total += rows * vocab * item + (rows + MAX_CHUNKS) * table
     return total
 
 

@@ -6,7 +6,7 @@ they round. What an FP8 weight reads next is quantised by the kernel that makes 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import triton
@@ -29,7 +29,7 @@ ROW_STEP = 4  # with blocks, rows are padded to a multiple
 MAX = tl.constexpr(FP8_MAX)
 
 
-def quantizes_for(reader: Weight | None) -> bool:
+def quantizes_for(reader: Weight | None) -> TypeGuard[Fp8Weight]:
     """Whether `linear` by this weight takes rows in FP8."""
     if not isinstance(reader, Fp8Weight):
         return False
@@ -159,7 +159,7 @@ def _launch_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float,
 
 def _empty(rows: int, width: int, like: Tensor, reader: Weight | None) -> tuple[Tensor | Fp8Rows, Tensor, Tensor, int]:
     """What a kernel is to write: (rows, width), in FP8 where `reader` takes that; also its data, scales and group."""
-    if isinstance(reader, Fp8Weight) and quantizes_for(reader):
+    if quantizes_for(reader):
         quantized, group = empty_rows(rows, width, reader, like)
         return quantized, quantized.data, quantized.scale, group
     out = torch.empty((rows, width), dtype=like.dtype, device=like.device)

@@ -1,4 +1,4 @@
-"""Products of activations that are quantised row by row with weights in FP8. Twin: `core.quantization.fp8_linear`."""
+"""GEMMs of activations, quantised row by row, and weights in FP8. Twin: `core.quantization.fp8_linear`."""
 
 from __future__ import annotations
 
