@@ -2,17 +2,19 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from helpers.attention import random_case
 from helpers.gemm import error, matrices
 from helpers.gpu import DEVICE
 from minisgl.core.attention import RopeStore, TorchAttention
 from minisgl.core.kv_cache import KVCache
-from minisgl.core.quantization import BLOCK, FP8, FP8_MAX, Fp8Weight, fp8_linear, quantize, quantize_fp8, to_kv
+from minisgl.core.quantization import BLOCK, FP8, FP8_MAX, Fp8Weight, quantize, quantize_fp8, to_kv
 from minisgl.gpu.attention.interface import to_device
-from minisgl.gpu.kernels import elementwise, fp8
+from minisgl.gpu.kernels import elementwise, fp8, fp8_rows
 from minisgl.gpu.kernels.decode import DecodeAttention, DecodeSplit, Workspaces
 from minisgl.gpu.kernels.elementwise import add_rms_norm, rope_store_kv
+from minisgl.gpu.kernels.fp8_rows import RowsTile
 
 pytestmark = pytest.mark.gpu
 
@@ -25,6 +27,15 @@ def in_blocks(weight: torch.Tensor) -> Fp8Weight:
     return Fp8Weight(data.to(torch.float8_e4m3fn), scale)
 
 
+def multiplied(x: torch.Tensor, weight: Fp8Weight, offset: torch.Tensor | None = None) -> torch.Tensor:
+    """`fp8_linear`, with x quantised as the kernel for so many rows wants it."""
+    rows, width = x.shape
+    group = BLOCK if weight.blocks or fp8_rows.fits(rows, weight) else width
+    data, scale = quantize(x, group)
+    spread = data.float() * scale.repeat_interleave(group, dim=1)[:, :width]
+    return F.linear(spread, weight.dequantize(torch.float32), None if offset is None else offset.float())
+
+
 @pytest.mark.parametrize("blocks", [False, True])
 @pytest.mark.parametrize(("rows", "width"), [(1, 1024), (7, 5120), (300, 17408), (3, 384)])
 def test_rows_are_quantised_as_by_the_twin(rows: int, width: int, blocks: bool) -> None:
@@ -32,8 +43,10 @@ def test_rows_are_quantised_as_by_the_twin(rows: int, width: int, blocks: bool) 
     x = torch.randn(rows, width, device=DEVICE) * torch.logspace(-6, 4, rows, device=DEVICE)[:, None]
     x[rows // 2] = 0.0 if rows > 1 else x[0]
     x = x.bfloat16()
-    reader = Fp8Weight(torch.empty(BLOCK, width), torch.empty((1, -(-width // BLOCK)) if blocks else (BLOCK, 1)))
-    got, (data, scale) = elementwise.quantize_rows(x, reader), quantize(x, BLOCK if blocks else None)
+    data = torch.empty((BLOCK, width), device=DEVICE)
+    reader = Fp8Weight(data, torch.empty((1, -(-width // BLOCK)) if blocks else (BLOCK, 1)))
+    got = elementwise.quantize_rows(x, reader)
+    data, scale = quantize(x, BLOCK if blocks or fp8_rows.fits(rows, reader) else None)
     torch.testing.assert_close(got.scale[:rows], scale, rtol=1e-6, atol=0.0)
     found = got.data[:rows].float()
     assert (found != data.float()).float().mean() < 1e-3  # a quotient that rounds another way
@@ -42,7 +55,7 @@ def test_rows_are_quantised_as_by_the_twin(rows: int, width: int, blocks: bool) 
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("form", ["channel", "block"])
-@pytest.mark.parametrize("rows", [1, 3, 16, 17, 64, 65, 130, 512])
+@pytest.mark.parametrize("rows", [1, 3, 8, 9, 16, 17, 64, 65, 130, 512])
 @pytest.mark.parametrize(("columns", "inner"), [(4096, 1024), (1024, 3072), (7168, 5120), (384, 640), (1000, 520)])
 def test_linear_is_the_twins(rows: int, columns: int, inner: int, form: str, bias: bool) -> None:
     if form == "block" and (columns % BLOCK or inner % BLOCK):
@@ -50,8 +63,28 @@ def test_linear_is_the_twins(rows: int, columns: int, inner: int, form: str, bia
     x, exact, offset = matrices(rows, columns, inner, torch.bfloat16, DEVICE)
     weight = in_blocks(exact) if form == "block" else quantize_fp8(exact)
     added = offset if bias else None
-    wanted = fp8_linear(x.float(), weight, None if added is None else added.float())
-    assert error(fp8.linear(x, weight, added), wanted) < 5e-3
+    assert error(fp8.linear(x, weight, added), multiplied(x, weight, added)) < 5e-3
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize(
+    "tile", [RowsTile(8, 2, 3, 1), RowsTile(4, 4, 4, 1), RowsTile(4, 4, 4, 4), RowsTile(8, 2, 3, 3)]
+)
+def test_few_rows_are_multiplied_with_every_tile(tile: RowsTile, blocks: bool, half: torch.dtype) -> None:
+    if why := fp8_rows.trial(DEVICE):
+        pytest.skip(why)
+    for rows, columns, inner in ((8, 256, 1024), (5, 384, 128), (1, 512, 1152)):  # also fewer runs of K than warps
+        x, exact, offset = matrices(rows, columns, inner, half, DEVICE)
+        weight = in_blocks(exact) if blocks else quantize_fp8(exact)
+        rows_in_fp8, wanted = elementwise.quantize_rows(x, weight), multiplied(x, weight)
+        sums = fp8_rows.linear(rows_in_fp8, weight, None, split=True, tile=tile)
+        assert sums.shape == (tile.splits, rows, columns)
+        assert error(sums.sum(0), wanted) < 1e-5
+        if tile.splits == 1:
+            out = fp8_rows.linear(rows_in_fp8, weight, offset, split=False, tile=tile)
+            assert error(out, wanted + offset.float()) < 5e-3
+            alone = elementwise.quantize_rows(x[-1:], weight)
+            assert torch.equal(fp8_rows.linear(alone, weight, offset, split=False, tile=tile)[0], out[-1])
 
 
 @pytest.mark.parametrize("split", [DecodeSplit(16, 1, 7, 0), DecodeSplit(16, 4, 2, 3), DecodeSplit(128, 4, 2, 2)])
@@ -75,7 +108,7 @@ def test_decode_writes_and_reads_the_cache_as_rope_and_attention_do(split: Decod
     assert error(out, expected) < 1e-2
 
 
-@pytest.mark.parametrize("rows", [1, 16, 40, 64])
+@pytest.mark.parametrize("rows", [1, 8, 16, 40, 64])
 def test_splits_are_added_up_by_the_norm(rows: int) -> None:
     x, exact, gain = matrices(rows, 1024, 3072, torch.bfloat16, DEVICE)
     weight = quantize_fp8(exact)
@@ -83,7 +116,7 @@ def test_splits_are_added_up_by_the_norm(rows: int) -> None:
     assert splits.shape == (4, rows, 1024)
     residual = torch.zeros(rows, 1024, device=DEVICE, dtype=torch.bfloat16)
     add_rms_norm(splits, residual, gain, 1e-6)
-    assert error(residual, fp8_linear(x.float(), weight)) < 5e-3
+    assert error(residual, multiplied(x, weight)) < 5e-3
 
 
 @pytest.mark.parametrize("form", ["channel", "block"])

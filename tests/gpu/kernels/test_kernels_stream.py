@@ -8,7 +8,8 @@ import torch
 from helpers.gemm import error, matrices
 from minisgl.core import ops as reference
 from minisgl.gpu.kernels import stream
-from minisgl.gpu.kernels.stream import TOKENS, StreamTile, available, stream_tile_for
+from minisgl.gpu.kernels.cuda import available, compile_all
+from minisgl.gpu.kernels.stream import TOKENS, StreamTile, stream_tile_for
 
 TILES = [StreamTile(*values) for values in itertools.product((16, 64, 96), (1, 2), (1, 2, 4))]
 TILES += [StreamTile(tokens, 2, 2, 3) for tokens in (16, 64, 96)]  # three resident thread blocks, so fewer stages
@@ -20,7 +21,7 @@ def hopper() -> torch.device:
     if why := available(torch.device("cuda" if torch.cuda.is_available() else "cpu")):
         pytest.skip(why)
     dtypes = (torch.float16, torch.bfloat16)
-    stream.compile_all([stream.source(t, gated, dtype) for t in TILES for gated in (False, True) for dtype in dtypes])
+    compile_all([stream.source(t, gated, dtype) for t in TILES for gated in (False, True) for dtype in dtypes])
     return torch.device("cuda")
 
 

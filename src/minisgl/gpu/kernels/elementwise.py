@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.language import constexpr, tensor
 
 from minisgl.core.quantization import BLOCK, FP8, FP8_MAX, Fp8Rows, Fp8Weight, Weight
+from minisgl.gpu.kernels import fp8_rows
 from minisgl.gpu.kernels.jit import after_previous, jit, jit_varying, launch_options, warps_for
 
 MAX_NORM_DIM = 8192
@@ -40,8 +41,9 @@ def quantizes_for(reader: Weight | None) -> TypeGuard[Fp8Weight]:
 
 def empty_rows(rows: int, width: int, reader: Fp8Weight, like: Tensor) -> tuple[Fp8Rows, int]:
     """Rows for a kernel to write, quantised as `linear` by `reader` wants them, and how many values share a scale."""
-    group = BLOCK if reader.blocks else triton.next_power_of_2(width)
-    groups, padded = triton.cdiv(width, group), -(-rows // ROW_STEP) * ROW_STEP if reader.blocks else rows
+    runs = reader.blocks or fp8_rows.fits(rows, reader)
+    group = BLOCK if runs else triton.next_power_of_2(width)
+    groups, padded = triton.cdiv(width, group), -(-rows // ROW_STEP) * ROW_STEP if runs else rows
     data = torch.empty((padded, width), dtype=FP8, device=like.device)
     scale = torch.empty((groups, padded), dtype=torch.float32, device=like.device).t()
     return Fp8Rows(data, scale, rows, like.dtype), group
@@ -49,15 +51,16 @@ def empty_rows(rows: int, width: int, reader: Fp8Weight, like: Tensor) -> tuple[
 
 @jit
 def store_quantized(
-    wide: tensor, data: tensor, scale: tensor, row: tensor, inside: tensor, width: tensor, padded: tensor,
-    ROWS: constexpr, BLOCK: constexpr, GROUP: constexpr,
+    wide: tensor, data: tensor, scale: tensor, row: tensor, first: tensor, inside: tensor, width: tensor,
+    padded: tensor, ROWS: constexpr, BLOCK: constexpr, GROUP: constexpr,
 ) -> None:  # fmt: skip
-    # Whole rows `wide` (ROWS, BLOCK), zero outside of `width`; row and inside (ROWS, 1).
+    # Whole groups `wide` (ROWS, BLOCK) from column `first` on, zero outside of `width`; row and inside (ROWS, 1).
     groups = tl.reshape(wide.to(tl.float32), (ROWS, BLOCK // GROUP, GROUP))
     largest = tl.max(tl.abs(groups), axis=2)
     step = tl.where(largest > 0, largest / MAX, 1.0)
     narrow = tl.reshape(tl.clamp(groups / step[:, :, None], -MAX, MAX), (ROWS, BLOCK)).to(data.dtype.element_ty)
-    column, group = tl.arange(0, BLOCK)[None, :], tl.arange(0, BLOCK // GROUP)[None, :]
+    column = first + tl.arange(0, BLOCK)[None, :]
+    group = first // GROUP + tl.arange(0, BLOCK // GROUP)[None, :]
     tl.store(data + row * width + column, narrow, mask=inside & (column < width))
     tl.store(scale + group * padded + row, step, mask=inside & (group * GROUP < width))
 
@@ -69,9 +72,10 @@ def _quantize_kernel(
 ) -> None:  # fmt: skip
     after_previous(PDL)
     row = tl.program_id(0).to(tl.int64) + tl.zeros((1, 1), tl.int64)
-    column = tl.arange(0, BLOCK)[None, :]
+    first = tl.program_id(1) * BLOCK
+    column = first + tl.arange(0, BLOCK)[None, :]
     wide = tl.load(x + row * x_stride + column, mask=column < width, other=0.0)
-    store_quantized(wide, data, scale, row, row >= 0, width, padded, 1, BLOCK, GROUP)
+    store_quantized(wide, data, scale, row, first, row >= 0, width, padded, 1, BLOCK, GROUP)
 
 
 def quantize_rows(x: Tensor, reader: Fp8Weight) -> Fp8Rows:
@@ -79,17 +83,21 @@ def quantize_rows(x: Tensor, reader: Fp8Weight) -> Fp8Rows:
     rows, width = x.shape
     out, group = empty_rows(rows, width, reader, x)
     if rows:
-        block = triton.next_power_of_2(width)
-        _quantize_kernel[(rows,)](
-            x, out.data, out.scale, x.stride(0), len(out.data), width, GROUP=group, BLOCK=block,
-            num_warps=row_warps(block), **launch_options(),
+        block, warps = columns_at_once(width, group)
+        _quantize_kernel[(rows, triton.cdiv(width, block))](
+            x, out.data, out.scale, x.stride(0), len(out.data), width, GROUP=group, BLOCK=block, num_warps=warps,
+            **launch_options(),
         )  # fmt: skip
     return out
 
 
-def row_warps(block: int) -> int:
-    """For kernels that hold a row at once: 16 elements a thread, as a row is all the work that there is."""
-    return max(1, min(16, block // (32 * 16)))
+def columns_at_once(width: int, group: int) -> tuple[int, int]:
+    """Elements of a row that a thread block takes, and its warps; `group` of them share a scale, or 0."""
+    block = triton.next_power_of_2(width)
+    if group <= BLOCK:
+        block = min(ACTIVATION_BLOCK, block)
+        return block, warps_for(block)
+    return block, max(1, min(16, block // (32 * 16)))  # 16 elements a thread, as a row is all the work that there is
 
 
 @jit_varying("rows", "padded")
@@ -120,7 +128,7 @@ def _norm_kernel(
     normed = (wide * scale[:, None]).to(stored.dtype).to(tl.float32) * gain
     rounded = normed.to(stored.dtype)
     if GROUP:
-        store_quantized(rounded, out, scale_out, row, row < rows, dim, padded, ROWS, BLOCK, GROUP)
+        store_quantized(rounded, out, scale_out, row, 0, row < rows, dim, padded, ROWS, BLOCK, GROUP)
     else:
         tl.store(out + row * dim + column, rounded, mask=mask)
 
@@ -173,13 +181,14 @@ def _silu_mul_kernel(
 ) -> None:  # fmt: skip
     after_previous(PDL)
     row = tl.program_id(0).to(tl.int64) + tl.zeros((1, 1), tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    first = tl.program_id(1) * BLOCK
+    column = first + tl.arange(0, BLOCK)[None, :]
     mask = column < width
     gate = tl.load(gate_up + row * 2 * width + column, mask=mask, other=0.0)
     up = tl.load(gate_up + row * 2 * width + width + column, mask=mask, other=0.0)
     hidden = gated(gate, up)
     if GROUP:
-        store_quantized(hidden, out, scale, row, row >= 0, width, padded, 1, BLOCK, GROUP)
+        store_quantized(hidden, out, scale, row, first, row >= 0, width, padded, 1, BLOCK, GROUP)
     else:
         tl.store(out + row * width + column, hidden, mask=mask)
 
@@ -198,12 +207,10 @@ def silu_mul(gate_up: Tensor, reader: Weight | None = None) -> Any:
     rows, width = len(gate_up), gate_up.shape[1] // 2
     out, data, scale, group = _empty(rows, width, gate_up, reader)
     if rows:
-        block = triton.next_power_of_2(width)
-        block, warps = (block, row_warps(block)) if group else (min(ACTIVATION_BLOCK, block), 0)
+        block, warps = columns_at_once(width, group)
         _silu_mul_kernel[(rows, triton.cdiv(width, block))](
-            gate_up, data, scale, len(data), width, GROUP=group, BLOCK=block, num_warps=warps or warps_for(block),
-            **launch_options(),
-        )  # fmt: skip
+            gate_up, data, scale, len(data), width, GROUP=group, BLOCK=block, num_warps=warps, **launch_options()
+        )
     return out
 
 

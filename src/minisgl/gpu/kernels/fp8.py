@@ -9,6 +9,7 @@ from torch import Tensor
 from triton.language import constexpr, tensor
 
 from minisgl.core.quantization import Fp8Rows, Fp8Weight, fp8_linear
+from minisgl.gpu.kernels import fp8_rows
 from minisgl.gpu.kernels.elementwise import quantize_rows, quantizes_for
 from minisgl.gpu.kernels.jit import after_previous, jit_varying, launch_options, prefetch
 from minisgl.gpu.kernels.linear import MAX_WEIGHTS, LinearTile
@@ -64,6 +65,8 @@ def linear(x: Tensor | Fp8Rows, weight: Fp8Weight, bias: Tensor | None, split: b
             return fp8_linear(x, weight, bias)
         x = quantize_rows(x, weight)
     columns, inner = weight.shape
+    if fp8_rows.fits(x.rows, weight):
+        return fp8_rows.linear(x, weight, bias, split and bias is None)
     tile = None if weight.blocks or x.rows > MAX_ROWS else tile_for(x.rows, columns, inner, split and bias is None)
     if tile is not None:
         return _launch_linear(x, weight, bias, tile)
