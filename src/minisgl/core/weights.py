@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from minisgl.errors import NO_PANICS, ModelError, NativePanicError
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 STORED_DTYPES = ("F64", "F32", "F16", "BF16")
-QUANTIZED = ("qkv", "o", "gate_up", "down")  # the matrices that may be in FP8 or int8
-SCALES = ("weight_scale_inv", "weight_scale")  # their names in checkpoints, beside `weight`
+QUANTIZED = ("qkv", "o", "gate_up", "down", "expert_gate_up", "expert_down")  # the matrices that may be in FP8 or int8
+SCALES = ("_scale_inv", "_scale")  # what checkpoints add to a weight's name for its scales
 INDEX = "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -51,8 +51,8 @@ class LayerWeights:
     down_bias: Tensor | None = None  # (D,)
     # Of a sparse layer
     router: Tensor | None = None  # (E, D)
-    expert_gate_up: Tensor | None = None  # (E, 2Im, D), gate first
-    expert_down: Tensor | None = None  # (E, D, Im)
+    expert_gate_up: Tensor | Fp8Weight | None = None  # (E, 2Im, D), gate first
+    expert_down: Tensor | Fp8Weight | None = None  # (E, D, Im)
 
 
 @dataclass
@@ -96,7 +96,7 @@ def load_weights(
                     checkpoint.read_into(source.name, tensor[region], take)
             weight: Weight = tensor
             if scale is not None:
-                weight = Fp8Weight(tensor, scale_shard(scale, parameter.shape[0], shard, sources[0].name).to(device))
+                weight = Fp8Weight(tensor, scale_shard(scale, parameter.shape, shard, sources[0].name).to(device))
                 weight = weight if parameter.field in QUANTIZED else weight.dequantize(dtype)
             elif quantize is not None and parameter.field in QUANTIZED:
                 weight = quantize(tensor)
@@ -267,10 +267,10 @@ def held_elements(spec: ModelSpec, sharder: Sharder | None, fields: Sequence[str
     return sum(math.prod(shard_of(parameter, sharder).shape(parameter.shape)) for parameter in kept)
 
 
-def scale_shard(scale: Tensor, rows: int, shard: Shard, name: str) -> Tensor:
-    """`Fp8Weight.scale` of a shard, from that of the whole parameter of so many rows."""
-    if len(scale) == rows:
-        return shard.of(scale) if shard.axis == 0 else scale
+def scale_shard(scale: Tensor, shape: tuple[int, ...], shard: Shard, name: str) -> Tensor:
+    """`Fp8Weight.scale` of a shard, from that of the whole parameter of this shape."""
+    if scale.shape[-2] == shape[-2]:
+        return scale if shard.axis == len(shape) - 1 else shard.of(scale)
     for start, stop in shard.ranges:
         if start % BLOCK or (stop % BLOCK and stop <= (scale.shape[shard.axis] - 1) * BLOCK):
             raise ModelError(f"tensor {name}: a part from {start} to {stop} splits a block of {BLOCK}; use fewer ranks")
@@ -319,7 +319,8 @@ class Checkpoint:
             raise ModelError(f"{path}: tensor {name} has shape {found}, the config asks for {shape}")
         dtype = stored.get_dtype()
         if dtype == "F8_E4M3" and self._scale_name(name) is None:
-            raise ModelError(f"{path}: tensor {name} is stored as {dtype}, and there is no {SCALES[1]} beside it")
+            scale = name.rpartition(".")[2] + SCALES[1]
+            raise ModelError(f"{path}: tensor {name} is stored as {dtype}, and there is no {scale} beside it")
         if dtype not in (*STORED_DTYPES, "F8_E4M3"):
             raise ModelError(f"{path}: tensor {name} is stored as {dtype}; {', '.join(STORED_DTYPES)} can be read")
 
@@ -344,44 +345,45 @@ class Checkpoint:
         stored = [self._find(source.name)[1].get_slice(source.name).get_dtype() == "F8_E4M3" for source in sources]
         if not any(stored):
             return None
-        if sources[0].expert is not None:
-            raise ModelError(f"{self.folder}: tensor {sources[0].name}: experts in FP8 cannot be read")
         if not all(stored):
-            names = ", ".join(source.name for source in sources)
-            raise ModelError(f"{self.folder}: {names} are one matrix here, and only some of them are in FP8")
+            names = f"{sources[stored.index(True)].name} is in FP8, {sources[stored.index(False)].name} is not"
+            raise ModelError(f"{self.folder}: {names}, and they are one tensor here")
         scales = [self._scale(source) for source in sources]
-        in_rows = [len(scale) == source.shape[0] for scale, source in zip(scales, sources, strict=True)]
-        odd = [source.name for source in sources[:-1] if source.shape[0] % BLOCK]
+        in_rows = [scale.shape[-2] == source.shape[-2] for scale, source in zip(scales, sources, strict=True)]
+        odd = [a.name for a, b in pairwise(sources) if a.expert == b.expert and a.shape[0] % BLOCK]
         if any(in_rows) and not all(in_rows):
             raise ModelError(f"{self.folder}: {sources[0].name} and those beside it are scaled in different ways")
         if odd and not all(in_rows):
             raise ModelError(
                 f"{self.folder}: tensor {odd[0]}: its rows are no multiple of {BLOCK}, the side of a block"
             )
-        return torch.cat(scales)
+        joined, last = torch.cat(scales), sources[-1].expert
+        return joined if last is None else joined.view(last + 1, -1, joined.shape[-1])
 
     def _scale(self, source: Source) -> Tensor:
         name = self._scale_name(source.name)
         assert name is not None
-        path, file = self._find(name)
-        scale: Tensor = file.get_tensor(name).float()
-        rows, columns = source.shape
-        blocks = -(-rows // BLOCK), -(-columns // BLOCK)
-        if not (scale.isfinite() & (scale > 0)).all():
-            raise ModelError(f"{path}: tensor {name} has a scale that is not positive and finite")
+        scale = self._positive(name)
+        *experts, rows, columns = source.shape
+        channels, blocks = (*experts, rows, 1), (*experts, -(-rows // BLOCK), -(-columns // BLOCK))
         if scale.numel() == 1:
-            return scale.reshape(1, 1).expand(rows, 1)
-        if scale.shape in ((rows,), (rows, 1)):
-            return scale.reshape(rows, 1)
+            return scale.reshape(()).expand(channels)
+        if scale.shape in (channels[:-1], channels):
+            return scale.reshape(channels)
         if scale.shape == blocks:
             return scale
-        found = tuple(scale.shape)
-        rule = f"one, {rows} for the rows or {blocks} for blocks of {BLOCK} x {BLOCK}"
-        raise ModelError(f"{path}: tensor {name} has shape {found}; a weight of {source.shape} has {rule}")
+        rule = f"a weight of {source.shape} has one, {rows} for the rows or {blocks} for blocks of {BLOCK} x {BLOCK}"
+        raise ModelError(f"{self._find(name)[0]}: tensor {name} has shape {tuple(scale.shape)}; {rule}")
 
     def _scale_name(self, name: str) -> str | None:
-        module = name.removesuffix("weight")
-        return next((module + scale for scale in SCALES if module + scale in self), None)
+        return next((name + scale for scale in SCALES if name + scale in self), None)
+
+    def _positive(self, name: str) -> Tensor:
+        path, file = self._find(name)
+        found: Tensor = file.get_tensor(name).float()
+        if not (found.isfinite() & (found > 0)).all():
+            raise ModelError(f"{path}: tensor {name} has a scale that is not positive and finite")
+        return found
 
     def read_into(self, name: str, destination: Tensor, take: Region) -> None:
         """Copy a part of a tensor into `destination`, converting dtype and device; nothing else of it is read."""

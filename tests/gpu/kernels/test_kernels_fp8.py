@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from helpers.attention import random_case
-from helpers.gemm import error, matrices
+from helpers.gemm import error, in_blocks, matrices
 from helpers.gpu import DEVICE
 from minisgl.core.attention import RopeStore, TorchAttention
 from minisgl.core.kv_cache import KVCache
-from minisgl.core.quantization import BLOCK, FP8, FP8_MAX, Fp8Weight, fp8_linear, quantize, quantize_fp8, to_kv
+from minisgl.core.quantization import BLOCK, FP8, Fp8Weight, fp8_linear, quantize, quantize_fp8, to_kv
 from minisgl.gpu.attention.interface import to_device
 from minisgl.gpu.kernels import elementwise, fp8
 from minisgl.gpu.kernels.decode import DecodeAttention, DecodeSplit, Workspaces
@@ -17,16 +17,8 @@ from minisgl.gpu.kernels.elementwise import add_rms_norm, rope_store_kv
 pytestmark = pytest.mark.gpu
 
 
-def in_blocks(weight: torch.Tensor) -> Fp8Weight:
-    rows, columns = weight.shape
-    blocks = weight.float().view(rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
-    scale = blocks.abs().amax(dim=(1, 3)) / FP8_MAX
-    data = (blocks / scale[:, None, :, None]).reshape(rows, columns)
-    return Fp8Weight(data.to(torch.float8_e4m3fn), scale)
-
-
 @pytest.mark.parametrize("blocks", [False, True])
-@pytest.mark.parametrize(("rows", "width"), [(1, 1024), (7, 5120), (300, 17408), (3, 384)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1024), (7, 5120), (300, 17408), (3, 384), (5, 40)])
 def test_rows_are_quantised_as_by_the_twin(rows: int, width: int, blocks: bool) -> None:
     torch.manual_seed(0)
     x = torch.randn(rows, width, device=DEVICE) * torch.logspace(-6, 4, rows, device=DEVICE)[:, None]

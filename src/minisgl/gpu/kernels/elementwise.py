@@ -79,7 +79,7 @@ def quantize_rows(x: Tensor, reader: Fp8Weight) -> Fp8Rows:
     rows, width = x.shape
     out, group = empty_rows(rows, width, reader, x)
     if rows:
-        block = triton.next_power_of_2(width)
+        block = max(group, triton.next_power_of_2(width))
         _quantize_kernel[(rows,)](
             x, out.data, out.scale, x.stride(0), len(out.data), width, GROUP=group, BLOCK=block,
             num_warps=row_warps(block), **launch_options(),
