@@ -1,4 +1,4 @@
-"""FP8: checkpoints as Qwen and compressed-tensors write them, quantising, the twins."""
+"""FP8: checkpoints as Qwen and compressed-tensors write them, scales for keys and values, quantising, the twins."""
 
 import json
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from torch import Tensor
 from helpers.driver import CPU, Driver
 from helpers.gemm import in_blocks
 from helpers.tiny_models import SIZES, random_model
+from minisgl.config import Config
 from minisgl.core import quantization
 from minisgl.core.model_config import read_spec
 from minisgl.core.ops import linear, moe
@@ -20,6 +21,7 @@ from minisgl.core.quantization import BLOCK, FP8, FP8_MAX, Fp8Weight, quantize, 
 from minisgl.core.weights import Weights, dummy_weights, load_weights
 from minisgl.distributed.shard import local_spec, sharder
 from minisgl.errors import ModelError
+from minisgl.gpu.executor import build_local_executor
 
 DENSE, EXPERTS = ("qkv", "o", "gate_up", "down"), ("expert_gate_up", "expert_down")
 CONFIG = {**SIZES, "hidden_size": 256, "intermediate_size": 512, "num_key_value_heads": 4, "head_dim": 64}
@@ -87,7 +89,7 @@ def change_config(folder: Path, **fields: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
-def load(folder: Path, rank: int = 0, size: int = 1, fp8: bool = False) -> Weights:
+def load(folder: Path, rank: int = 0, size: int = 1, fp8: bool = False, kv_scales: bool = False) -> Weights:
     spec = read_spec(folder)
     return load_weights(
         folder,
@@ -96,6 +98,7 @@ def load(folder: Path, rank: int = 0, size: int = 1, fp8: bool = False) -> Weigh
         CPU,
         sharder=sharder(spec, rank, size) if size > 1 else None,
         quantize=quantize_fp8 if fp8 else None,
+        kv_scales=kv_scales,
     )
 
 
@@ -259,8 +262,8 @@ def test_wrong_scales_of_all_experts_and_experts_partly_in_fp8_are_refused(tmp_p
         load(tmp_path)
 
 
-def log_probs(folder: Path, weights: Weights) -> tuple[Tensor, Driver]:
-    driver = Driver(read_spec(folder), weights, num_pages=16)
+def log_probs(folder: Path, weights: Weights, kv_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Driver]:
+    driver = Driver(read_spec(folder), weights, dtype=kv_dtype, num_pages=16)
     driver.step(chunks={0: torch.randint(410, (40,), generator=torch.Generator().manual_seed(0)).tolist()})
     return driver.logits.log_softmax(dim=-1), driver
 
@@ -406,3 +409,114 @@ def test_the_twin_of_experts_quantises_what_enters_both_matrices(form: str) -> N
     torch.testing.assert_close(moe(x, router, gate_up, down, 3, False), expected, rtol=1e-4, atol=1e-5)
     plain = moe(x, router, exact_up, exact_down, 3, False)
     assert 1e-3 < (expected - plain).norm() / plain.norm() < 0.1
+
+
+KV_SCALES = {
+    "model.layers.0.self_attn.k_scale": 3.1, "model.layers.0.self_attn.v_scale": 0.011,
+    "model.layers.1.self_attn.k_scale": 0.03, "model.layers.1.self_attn.v_scale": 1.0,
+}  # fmt: skip
+ROUNDED_UP = {0: (4.0, 2.0**-6), 1: (2.0**-5, 1.0)}  # by layer: of keys, of values
+
+
+def add_kv_scales(folder: Path, rename: Callable[[str], str] = lambda name: name, **changed: Tensor) -> None:
+    scales = {rename(name): torch.tensor(scale) for name, scale in KV_SCALES.items()}
+    change_tensors(folder, lambda tensors: tensors.update(scales))
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: name,
+        lambda name: name.replace("k_scale", "k_proj.output_scale").replace("v_scale", "v_proj.output_scale"),
+        lambda name: name.replace("k_scale", "k_proj.k_scale").replace("v_scale", "v_proj.v_scale"),
+    ],
+)
+def test_kv_scales_change_what_is_cached_and_nothing_that_is_said(
+    tmp_path: Path, kind: str, rename: Callable[[str], str]
+) -> None:
+    biases = {"attention_bias": True} if kind == "Llama" else {}
+    random_model(kind, **CONFIG, **biases).save_pretrained(tmp_path)
+    add_kv_scales(tmp_path, rename)
+    expected, before = log_probs(tmp_path, load(tmp_path))
+    found, after = log_probs(tmp_path, load(tmp_path, kv_scales=True))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for layer, (k, v) in ROUNDED_UP.items():
+        kv, plain = after.runner.kv, before.runner.kv
+        torch.testing.assert_close(kv.k[layer] * k, plain.k[layer], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(kv.v[layer] * v, plain.v[layer], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["block", "channel", "tensor", "online"])
+def test_kv_scales_are_folded_exactly_into_weights_in_fp8_and_into_shards(tmp_path: Path, form: str) -> None:
+    save_fp8(tmp_path, "channel" if form == "online" else form, ("proj",) if form == "online" else (), "Llama")
+    add_kv_scales(tmp_path)
+    for rank, size in ((0, 1), (1, 2)):
+        plain, scaled = (load(tmp_path, rank, size, form == "online", kv_scales) for kv_scales in (False, True))
+        for layer, (k, v) in ROUNDED_UP.items():
+            before, after = plain.layers[layer], scaled.layers[layer]
+            q_rows, k_rows, v_rows = whole(before.qkv).chunk(3)
+            assert torch.equal(whole(after.qkv), torch.cat([q_rows * k, k_rows / k, v_rows / v]))
+            assert torch.equal(whole(after.o), whole(before.o) * v)
+            assert torch.equal(whole(after.down), whole(before.down))
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen3"])
+def test_keys_too_large_for_fp8_are_right_with_their_scale(tmp_path: Path, kind: str) -> None:
+    random_model(kind, std=0.06, **CONFIG).save_pretrained(tmp_path)
+
+    def enlarge(tensors: dict[str, Tensor]) -> None:
+        for layer in range(2):
+            module = f"model.layers.{layer}.self_attn."
+            key, query = ("k_norm", "q_norm") if kind == "Qwen3" else ("k_proj", "q_proj")
+            tensors[f"{module}{key}.weight"] *= 1000
+            tensors[f"{module}{query}.weight"] /= 1000
+
+    change_tensors(tmp_path, enlarge)
+    expected, driver = log_probs(tmp_path, load(tmp_path))
+    largest = [float(k.abs().max()) for k in driver.runner.kv.k]
+    assert min(largest) > 2 * FP8_MAX
+    scales = {f"model.layers.{i}.self_attn.k_scale": torch.tensor([k / FP8_MAX]) for i, k in enumerate(largest)}
+    change_tensors(tmp_path, lambda tensors: tensors.update(scales))
+
+    def error(kv_scales: bool) -> float:
+        found, driver = log_probs(tmp_path, load(tmp_path, kv_scales=kv_scales), FP8)
+        assert (driver.runner.kv.k.float().abs().max() == FP8_MAX) == (not kv_scales)
+        return float((found - expected).norm() / (expected - expected.mean()).norm())
+
+    assert error(kv_scales=True) < 0.03
+    assert error(kv_scales=False) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        (torch.tensor(0.0), "has a scale that is not positive and finite"),
+        (torch.tensor([-1.0]), "has a scale that is not positive and finite"),
+        (torch.tensor(float("inf")), "has a scale that is not positive and finite"),
+        (torch.ones(4), r"has shape \(4,\); a layer has one scale"),
+    ],
+)
+def test_a_wrong_kv_scale_is_an_error_that_names_file_and_tensor(tmp_path: Path, scale: Tensor, message: str) -> None:
+    random_model("Qwen3", **CONFIG).save_pretrained(tmp_path)
+    name = "model.layers.1.self_attn.v_scale"
+    change_tensors(tmp_path, lambda tensors: tensors.update({name: scale}))
+    load(tmp_path)
+    with pytest.raises(ModelError, match=rf"model\.safetensors: tensor {name} {message}"):
+        load(tmp_path, kv_scales=True)
+
+
+def test_kv_scales_are_for_a_cache_in_fp8_only(tmp_path: Path) -> None:
+    random_model("Qwen3", **CONFIG).save_pretrained(tmp_path)
+    add_kv_scales(tmp_path)
+    config = Config(
+        device="cpu", dtype="float32", attn="torch,torch", cuda_graph_max_bs=0, max_running_requests=4,
+        max_prefill_length=32, num_pages=8,
+    )  # fmt: skip
+    norms: list[Any] = []
+    for kept in ("auto", "fp8_e4m3"):
+        executor = build_local_executor(config.replace(kv_cache_dtype=kept), tmp_path, read_spec(tmp_path), 64)
+        norms.append(executor.runner.decoder.weights.layers[0].k_norm)
+        executor.close()
+    assert torch.equal(norms[0], whole(load(tmp_path).layers[0].k_norm))
+    assert torch.equal(norms[0], norms[1] * ROUNDED_UP[0][0])

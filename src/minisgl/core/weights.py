@@ -21,6 +21,7 @@ TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": 
 STORED_DTYPES = ("F64", "F32", "F16", "BF16")
 QUANTIZED = ("qkv", "o", "gate_up", "down", "expert_gate_up", "expert_down")  # the matrices that may be in FP8 or int8
 SCALES = ("_scale_inv", "_scale")  # what checkpoints add to a weight's name for its scales
+KV_SCALES = ("{0}_scale", "{0}_proj.{0}_scale", "{0}_proj.output_scale")  # in `self_attn`, of keys ("k") or values
 INDEX = "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -67,12 +68,12 @@ class Weights:
 
 def load_weights(
     folder: Path, spec: ModelSpec, dtype: torch.dtype, device: torch.device, progress: Progress | None = None,
-    sharder: "Sharder | None" = None, quantize: Quantize | None = None,
+    sharder: "Sharder | None" = None, quantize: Quantize | None = None, kv_scales: bool = False,
 ) -> Weights:  # fmt: skip
     """Read a folder's safetensors, one tensor or shard at a time, once all are checked against `spec`.
 
-    Matrices that are stored in FP8 stay so; the others of `QUANTIZED` go through `quantize` as they are read.
-    Raises ModelError naming file and tensor.
+    Matrices that are stored in FP8 stay so; the others of `QUANTIZED` go through `quantize` as they are read. With
+    `kv_scales` those for keys and values are applied. Raises ModelError naming file and tensor.
     """
     with ExitStack() as stack:
         checkpoint = Checkpoint(folder, stack)
@@ -83,6 +84,8 @@ def load_weights(
         if spec.tie_embeddings and HEAD in checkpoint and checkpoint.differ(EMBEDDING, HEAD):
             tied = "the config ties the output head to the embedding (tie_word_embeddings)"
             logger.warning("%s: %s, and the other %s in the file is not used", folder, tied, HEAD)
+        if kv_scales:
+            checkpoint.fold_kv_scales(spec)
         total = held_elements(spec, sharder)
         tensors: dict[tuple[int | None, str], Weight] = {}
         for parameter, sources in plan:
@@ -304,6 +307,7 @@ class Checkpoint:
         self._stack = stack
         self._files: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}  # by tensor
+        self._factors: dict[str, float] = {}  # by tensor: what it is multiplied by
         if (folder / INDEX).exists():
             self._read_index(folder / INDEX)
         else:
@@ -363,7 +367,7 @@ class Checkpoint:
     def _scale(self, source: Source) -> Tensor:
         name = self._scale_name(source.name)
         assert name is not None
-        scale = self._positive(name)
+        scale = self._positive(name) * self._factors.get(source.name, 1.0)
         *experts, rows, columns = source.shape
         channels, blocks = (*experts, rows, 1), (*experts, -(-rows // BLOCK), -(-columns // BLOCK))
         if scale.numel() == 1:
@@ -385,12 +389,39 @@ class Checkpoint:
             raise ModelError(f"{path}: tensor {name} has a scale that is not positive and finite")
         return found
 
+    def fold_kv_scales(self, spec: ModelSpec) -> None:
+        """Have weights before the cache divided by the scales of keys and values, and those after it multiplied.
+
+        A scale is rounded up to a power of two, by which weights are multiplied without rounding, very small ones in
+        float16 aside. FP8 is a floating format and loses nothing by that.
+        """
+        for layer in range(spec.num_layers):
+            module = f"model.layers.{layer}.self_attn."
+            k, v = self._kv_factor(module, "k"), self._kv_factor(module, "v")
+            key, query = ("k_norm", "q_norm") if spec.qk_norm else ("k_proj", "q_proj")
+            for name, factor in ((key, 1 / k), (query, k), ("v_proj", 1 / v), ("o_proj", v)):
+                self._factors[f"{module}{name}.weight"] = factor
+                if name != "o_proj":  # whose bias does not read the cache
+                    self._factors[f"{module}{name}.bias"] = factor
+
+    def _kv_factor(self, module: str, kind: str) -> float:
+        name = next((name for each in KV_SCALES if (name := module + each.format(kind)) in self), None)
+        if name is None:
+            return 1.0
+        scale = self._positive(name)
+        if scale.numel() != 1:
+            where = f"{self._find(name)[0]}: tensor {name}"
+            raise ModelError(f"{where} has shape {tuple(scale.shape)}; a layer has one scale")
+        return float(2.0 ** math.ceil(math.log2(scale.item())))
+
     def read_into(self, name: str, destination: Tensor, take: Region) -> None:
         """Copy a part of a tensor into `destination`, converting dtype and device; nothing else of it is read."""
         path, file = self._find(name)
         try:
             with NO_PANICS:
                 destination.copy_(file.get_slice(name)[take])
+                if name in self._factors and destination.dtype != FP8:
+                    destination *= self._factors[name]
         except (SafetensorError, NativePanicError) as error:
             raise ModelError(f"{path}: tensor {name}: {error}") from error
 
