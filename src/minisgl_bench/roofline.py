@@ -107,19 +107,19 @@ def roofline(
 ) -> Roofline:
     """The least time of a workload without shared prefixes, `running` requests at a time, `itemsize` bytes a weight.
 
-    With `fp8` the layers' dense matrices have one byte and twice the flops. `kv_itemsize` is of the cache, if another.
+    With `fp8` the layers' matrices have one byte and twice the flops. `kv_itemsize` is of the cache, if another.
     """
     inputs, outputs = [len(prompt) for prompt in workload.prompts], workload.output_lens
     matrices = Matrices.of(spec)
     prompt_lengths = np.concatenate([np.arange(1, n + 1) for n in inputs])
     decode_lengths = np.concatenate([np.arange(n + 1, n + m) for n, m in zip(inputs, outputs, strict=True)])
     kv_bytes = 2 * spec.num_kv_heads * spec.head_dim * (kv_itemsize or itemsize) * visible(decode_lengths, spec.windows)
-    saved = matrices.shared / 2 if fp8 else 0.0  # in bfloat16's flops
+    saved = matrices.active / 2 if fp8 else 0.0  # in bfloat16's flops
     prefill_flops = 2 * (matrices.active - saved) * sum(inputs) + 2 * matrices.head * len(inputs)
     # scores and their sum over values, 2 flops each
     prefill_flops += 4 * spec.num_heads * spec.head_dim * visible(prompt_lengths, spec.windows)
     rows = decode_batches(outputs, running)
-    reading = (matrices.read(rows) * itemsize - (matrices.shared * (itemsize - 1) if fp8 else 0)) / peak.read
+    reading = ((matrices.read(rows) - matrices.head) * (1 if fp8 else itemsize) + matrices.head * itemsize) / peak.read
     computing = 2.0 * (matrices.active - saved + matrices.head) * rows / peak.flops
     return Roofline(
         prefill_seconds=prefill_flops / peak.flops,

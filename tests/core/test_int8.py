@@ -1,19 +1,20 @@
 """`--quantization int8`: weights in int8 on the CPU, against exact arithmetic."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from helpers.driver import CPU
-from helpers.tiny_models import SIZES, random_model
+from helpers.tiny_models import MOE, SIZES, random_model
 from minisgl.config import Config, Machine, resolve
 from minisgl.core import quantization
 from minisgl.core.decoder import pack_weights
 from minisgl.core.model_config import read_spec
 from minisgl.core.ops import linear, pack
 from minisgl.core.quantization import Fp8Weight, Int8Weight, quantize_fp8, quantize_int8
-from minisgl.core.weights import QUANTIZED, load_weights
+from minisgl.core.weights import load_weights
 from minisgl.errors import ConfigError
 
 needs_vnni = pytest.mark.skipif(not quantization.has_vnni(), reason="this CPU has no VNNI")
@@ -70,11 +71,15 @@ def test_extremes(dtype: torch.dtype) -> None:
 
 @needs_vnni
 def test_every_dense_matrix_and_the_head_are_in_int8_and_the_embedding_is_not(tmp_path: Path) -> None:
-    random_model("Qwen3", **SIZES).save_pretrained(tmp_path)
+    config: dict[str, Any] = {**SIZES, **MOE}
+    random_model("Qwen3Moe", **config).save_pretrained(tmp_path)
     weights = load_weights(tmp_path, read_spec(tmp_path), torch.float32, CPU, quantize=quantize_int8)
     pack_weights(weights, int8=True)
-    assert all(isinstance(getattr(layer, name), Int8Weight) for layer in weights.layers for name in QUANTIZED)
-    assert isinstance(weights.head, Int8Weight)
+    sparse, dense = weights.layers
+    for weight in (sparse.qkv, sparse.o, dense.qkv, dense.gate_up, dense.down, weights.head):
+        assert isinstance(weight, Int8Weight)
+    assert isinstance(sparse.expert_gate_up, torch.Tensor)
+    assert isinstance(sparse.expert_down, torch.Tensor)
     assert weights.embedding.dtype == torch.float32
     assert weights.head.shape == weights.embedding.shape
 

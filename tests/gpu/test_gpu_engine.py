@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.driver import Driver
+from helpers.gemm import error, in_blocks
 from helpers.gpu import (
     DEVICE,
     SPEC,
@@ -20,6 +22,7 @@ from helpers.gpu import (
     agreement,
     build,
     compare_greedy,
+    fused_driver,
     gpu_config,
     greedy,
     random_prompts,
@@ -31,6 +34,7 @@ from helpers.gpu import (
 from minisgl.config import Config
 from minisgl.core.engine import Engine
 from minisgl.core.model_config import ModelSpec, Moe, read_spec
+from minisgl.core.quantization import quantize_fp8
 from minisgl.core.types import FinishReason, ModelInfo, Request, SamplingParams
 from minisgl.core.weights import TORCH_DTYPES, Weights
 from minisgl.errors import ConfigError
@@ -98,6 +102,24 @@ def test_greedy_tokens_are_those_of_float32_wherever_it_is_certain(
     record_property("largest lead of a token that differs", round(agreed.largest, 4))
     assert agreed.wrong == 0, agreed
     assert agreed.sure > 0.5 * agreed.tokens, agreed
+
+
+@pytest.mark.parametrize("quantize", [quantize_fp8, in_blocks])
+def test_experts_in_fp8_have_the_twins_logits(quantize: Callable[[Any], Any]) -> None:
+    spec, rough, _ = weights("qwen3-moe", "bfloat16")
+    experts = ("expert_gate_up", "expert_down")
+    layers = [
+        dataclasses.replace(layer, **{name: quantize(getattr(layer, name)) for name in experts})
+        for layer in rough.layers
+    ]
+    quantized = dataclasses.replace(rough, layers=layers)
+    ours = fused_driver(spec, quantized, gpu_config(attn="triton"), 512)
+    twin = Driver(spec, quantized, dtype=torch.bfloat16, device=DEVICE, max_seq_len=512)
+    for prompt in random_prompts((300, 40, 1)):
+        for driver in (ours, twin):
+            driver.length[0], driver.free, driver.pages[0] = 0, driver.free + driver.pages[0], []
+            driver.step(chunks={0: prompt})
+        assert error(ours.logits, twin.logits.float()) < 4e-2
 
 
 def mixed_requests() -> list[Request]:

@@ -8,7 +8,8 @@ import torch
 
 from minisgl.config import Config
 from minisgl.core.model_config import ModelSpec, read_spec
-from minisgl.gpu.memory import graph_bytes
+from minisgl.errors import ConfigError
+from minisgl.gpu.memory import graph_bytes, require_weights_fit
 
 MODELS = Path(__file__).parents[2] / "benchmark" / "models"
 MIB = 2**20
@@ -52,3 +53,11 @@ def test_experts_count_as_many_times_as_a_token_has() -> None:
     experts = read_spec(MODELS / "Qwen3-30B-A3B")
     assert experts.moe is not None
     assert reserved(experts, piecewise_cuda_graph_max_tokens=2048) > 2048 * 2 * 8 * 3 * experts.moe.width
+
+
+def test_a_model_with_experts_may_fit_in_fp8_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts, gpu = read_spec(MODELS / "Qwen3-30B-A3B"), torch.device("cuda")
+    monkeypatch.setattr("minisgl.gpu.memory.available_memory", lambda device: 40 << 30)
+    require_weights_fit(experts, torch.bfloat16, gpu, None, fp8=True)
+    with pytest.raises(ConfigError, match=r"its weights take 56\.\d+ GiB in bfloat16, and 40\.00 GiB"):
+        require_weights_fit(experts, torch.bfloat16, gpu, None)

@@ -6,7 +6,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from minisgl.gpu.kernels import attention, decode, elementwise, fp8, linear
+from minisgl.gpu.kernels import attention, decode, elementwise, fp8, linear, moe
 
 BF16, F32, FP8, INT = "*bf16", "*fp32", "*fp8e4nv", "*i32"
 
@@ -37,6 +37,17 @@ def main() -> None:
         compile_for_hopper(elementwise._silu_mul_kernel, activation, GROUP=group, BLOCK=1024, PDL=True)
     quantized = {"x": BF16, "data": FP8, "scale": F32}
     compile_for_hopper(elementwise._quantize_kernel, quantized, GROUP=8192, BLOCK=8192, PDL=True)
+    lists = dict.fromkeys(("lists", "counts"), INT)
+    for shape in (moe.MOE_TILES[0], moe.MOE_TILES[-1]):
+        for operand, scale, sharing in ((BF16, BF16, 0), (FP8, F32, 1), (FP8, F32, 128)):
+            options = {
+                "EXPERTS": 128, "BLOCK_EXPERTS": 128, "ROWS": shape.rows, "INNER": 128 if sharing else shape.inner,
+                "SHARING": sharing, "warps": shape.warps, "stages": shape.stages,
+            }  # fmt: skip
+            types = {**lists, "x": operand, "x_scale": scale, "weight": operand, "scale": scale, "hidden": BF16}
+            compile_for_hopper(moe._gate_up_kernel, types, TOP_K=8, COLUMNS=shape.gate_up_columns, **options)
+            types |= {"hidden": operand, "hidden_scale": scale, "shares": BF16, "parts": BF16}
+            compile_for_hopper(moe._down_kernel, types, COLUMNS=shape.down_columns, **options)
     compile_for_hopper(attention._merge_kernel, {"ones": BF16, "out": BF16, "starts": INT}, BLOCK=1024, PDL=True)
     compile_for_hopper(decode._tiles_kernel, {"lens": INT, "starts": INT}, NEW=1, TILE=64, BLOCK=256, PDL=True)
     step = dict.fromkeys(("q", "q_norm", "k_norm", "out"), BF16) | dict.fromkeys(

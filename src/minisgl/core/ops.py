@@ -120,8 +120,9 @@ def rope_store_kv(
 
 
 def moe(
-    x: Tensor, router: Tensor, expert_gate_up: Tensor, expert_down: Tensor, top_k: int, norm_topk_prob: bool
-) -> Tensor:
+    x: Tensor, router: Tensor, expert_gate_up: Tensor | Fp8Weight, expert_down: Tensor | Fp8Weight, top_k: int,
+    norm_topk_prob: bool,
+) -> Tensor:  # fmt: skip
     """A sparse SwiGLU layer: each token goes through its `top_k` experts, weighted by the router's softmax.
 
     x (T, D), router (E, D), expert_gate_up (E, 2I, D), expert_down (E, D, I) -> (T, D). The softmax is float32 over all
@@ -135,7 +136,7 @@ def moe(
     out = torch.zeros_like(x)
     for expert in sorted(set(chosen.flatten().tolist())):
         tokens, rank = torch.where(chosen == expert)
-        hidden = F.linear(silu_mul(F.linear(x[tokens], expert_gate_up[expert])), expert_down[expert])
+        hidden = linear(silu_mul(linear(x[tokens], expert_gate_up[expert])), expert_down[expert])
         out.index_add_(0, tokens, hidden * weights[tokens, rank, None])
     return out
 
@@ -175,7 +176,7 @@ class Operations:
     row_parallel_linear: Linear
     gated_linear: Callable[[Any, Weight, Tensor | None, Weight | None], Any]
     rope_store_kv: RopeStoreKV
-    moe: Callable[[Tensor, Tensor, Tensor, Tensor, int, bool], Tensor]
+    moe: Callable[[Tensor, Tensor, Tensor | Fp8Weight, Tensor | Fp8Weight, int, bool], Tensor]
     gather_logits: Callable[[Tensor], Tensor]
     sample: Sample
     sample_gathered: Sample

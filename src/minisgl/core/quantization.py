@@ -20,9 +20,9 @@ MIDDLE = torch.tensor(BYTE * 128 + 128.5)  # bytes of 128, and a half, as conver
 
 @dataclass(frozen=True, eq=False)
 class Fp8Weight:
-    """A weight (N, K) in FP8, `data * scale`.
+    """A weight (N, K) in FP8, `data * scale`, or those of experts (E, N, K).
 
-    `scale` float32 is (N, 1), one for each output channel, or (ceil(N / 128), ceil(K / 128)), one for each block.
+    `scale` float32 is (…, N, 1), one for each output channel, or (…, ceil(N / 128), ceil(K / 128)), one for each block.
     """
 
     data: Tensor
@@ -34,11 +34,15 @@ class Fp8Weight:
 
     @property
     def blocks(self) -> bool:
-        return self.scale.shape != (len(self.data), 1)
+        return self.scale.shape != (*self.data.shape[:-1], 1)
+
+    def __getitem__(self, expert: int) -> Fp8Weight:
+        return Fp8Weight(self.data[expert], self.scale[expert])
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        scale = self.scale.repeat_interleave(BLOCK, dim=0)[: len(self.data)] if self.blocks else self.scale
-        return _spread(self.data.float(), scale).to(dtype)
+        rows, scale = self.data.shape[-2], self.scale
+        spread = scale.repeat_interleave(BLOCK, dim=-2)[..., :rows, :] if self.blocks else scale
+        return _spread(self.data.float(), spread).to(dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,14 +89,25 @@ def quantize(x: Tensor, group: int | None = None) -> tuple[Tensor, Tensor]:
 
 
 def quantize_fp8(weight: Tensor) -> Fp8Weight:
-    """A weight (N, K), or a part of its columns, with a scale for each output channel."""
-    return Fp8Weight(*quantize(weight))
+    """A weight (N, K), or a part of its columns, with a scale for each output channel; experts (E, N, K) in turn."""
+    if weight.dim() == 2:
+        return Fp8Weight(*quantize(weight))
+    data = torch.empty_like(weight, dtype=FP8)
+    scale = torch.empty((*weight.shape[:-1], 1), dtype=torch.float32, device=weight.device)
+    for index, expert in enumerate(weight):
+        data[index], scale[index] = quantize(expert)
+    return Fp8Weight(data, scale)
 
 
-def quantize_int8(weight: Tensor) -> Int8Weight:
-    """A weight (N, K), or a part of its columns, with a scale for each output channel. Raises ConfigError."""
+def quantize_int8(weight: Tensor) -> Weight:
+    """A weight (N, K), or a part of its columns, with a scale for each output channel. Raises ConfigError.
+
+    Experts stay as they are.
+    """
     if not (torch._C._has_mkldnn and has_vnni()):
         raise ConfigError("--quantization int8 needs oneDNN in torch and an x86 CPU with VNNI instructions")
+    if weight.dim() == 3:
+        return weight
     largest = weight.abs().amax(dim=1).float()
     scale = torch.where(largest > 0, largest / INT8_MAX, 1.0)
     data = (weight.float() / scale[:, None]).round_().to(torch.int8)
@@ -138,5 +153,5 @@ def fp8_linear(x: Tensor, weight: Fp8Weight, bias: Tensor | None = None) -> Tens
 
 
 def _spread(data: Tensor, scale: Tensor) -> Tensor:
-    """data (N, K) times scale (N, 1) or (N, ceil(K / 128))."""
-    return data * (scale if scale.shape[1] == 1 else scale.repeat_interleave(BLOCK, dim=1)[:, : data.shape[1]])
+    """data (…, K) times scale (…, 1) or (…, ceil(K / 128))."""
+    return data * (scale if scale.shape[-1] == 1 else scale.repeat_interleave(BLOCK, dim=-1)[..., : data.shape[-1]])

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from minisgl.errors import NO_PANICS, ModelError, NativePanicError
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 STORED_DTYPES = ("F64", "F32", "F16", "BF16")
-QUANTIZED = ("qkv", "o", "gate_up", "down")  # the matrices that may be in FP8 or int8
-SCALES = ("weight_scale_inv", "weight_scale")  # their names in checkpoints, beside `weight`
+QUANTIZED = ("qkv", "o", "gate_up", "down", "expert_gate_up", "expert_down")  # the matrices that may be in FP8 or int8
+SCALES = ("_scale_inv", "_scale")  # what checkpoints add to a weight's name for its scales
+KV_SCALES = ("{0}_scale", "{0}_proj.{0}_scale", "{0}_proj.output_scale")  # in `self_attn`, of keys ("k") or values
 INDEX = "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -51,8 +52,8 @@ class LayerWeights:
     down_bias: Tensor | None = None  # (D,)
     # Of a sparse layer
     router: Tensor | None = None  # (E, D)
-    expert_gate_up: Tensor | None = None  # (E, 2Im, D), gate first
-    expert_down: Tensor | None = None  # (E, D, Im)
+    expert_gate_up: Tensor | Fp8Weight | None = None  # (E, 2Im, D), gate first
+    expert_down: Tensor | Fp8Weight | None = None  # (E, D, Im)
 
 
 @dataclass
@@ -67,12 +68,12 @@ class Weights:
 
 def load_weights(
     folder: Path, spec: ModelSpec, dtype: torch.dtype, device: torch.device, progress: Progress | None = None,
-    sharder: "Sharder | None" = None, quantize: Quantize | None = None,
+    sharder: "Sharder | None" = None, quantize: Quantize | None = None, kv_scales: bool = False,
 ) -> Weights:  # fmt: skip
     """Read a folder's safetensors, one tensor or shard at a time, once all are checked against `spec`.
 
-    Matrices that are stored in FP8 stay so; the others of `QUANTIZED` go through `quantize` as they are read.
-    Raises ModelError naming file and tensor.
+    Matrices that are stored in FP8 stay so; the others of `QUANTIZED` go through `quantize` as they are read. With
+    `kv_scales` those for keys and values are applied. Raises ModelError naming file and tensor.
     """
     with ExitStack() as stack:
         checkpoint = Checkpoint(folder, stack)
@@ -83,6 +84,8 @@ def load_weights(
         if spec.tie_embeddings and HEAD in checkpoint and checkpoint.differ(EMBEDDING, HEAD):
             tied = "the config ties the output head to the embedding (tie_word_embeddings)"
             logger.warning("%s: %s, and the other %s in the file is not used", folder, tied, HEAD)
+        if kv_scales:
+            checkpoint.fold_kv_scales(spec)
         total = held_elements(spec, sharder)
         tensors: dict[tuple[int | None, str], Weight] = {}
         for parameter, sources in plan:
@@ -96,7 +99,7 @@ def load_weights(
                     checkpoint.read_into(source.name, tensor[region], take)
             weight: Weight = tensor
             if scale is not None:
-                weight = Fp8Weight(tensor, scale_shard(scale, parameter.shape[0], shard, sources[0].name).to(device))
+                weight = Fp8Weight(tensor, scale_shard(scale, parameter.shape, shard, sources[0].name).to(device))
                 weight = weight if parameter.field in QUANTIZED else weight.dequantize(dtype)
             elif quantize is not None and parameter.field in QUANTIZED:
                 weight = quantize(tensor)
@@ -267,10 +270,10 @@ def held_elements(spec: ModelSpec, sharder: Sharder | None, fields: Sequence[str
     return sum(math.prod(shard_of(parameter, sharder).shape(parameter.shape)) for parameter in kept)
 
 
-def scale_shard(scale: Tensor, rows: int, shard: Shard, name: str) -> Tensor:
-    """`Fp8Weight.scale` of a shard, from that of the whole parameter of so many rows."""
-    if len(scale) == rows:
-        return shard.of(scale) if shard.axis == 0 else scale
+def scale_shard(scale: Tensor, shape: tuple[int, ...], shard: Shard, name: str) -> Tensor:
+    """`Fp8Weight.scale` of a shard, from that of the whole parameter of this shape."""
+    if scale.shape[-2] == shape[-2]:
+        return scale if shard.axis == len(shape) - 1 else shard.of(scale)
     for start, stop in shard.ranges:
         if start % BLOCK or (stop % BLOCK and stop <= (scale.shape[shard.axis] - 1) * BLOCK):
             raise ModelError(f"tensor {name}: a part from {start} to {stop} splits a block of {BLOCK}; use fewer ranks")
@@ -304,6 +307,7 @@ class Checkpoint:
         self._stack = stack
         self._files: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}  # by tensor
+        self._factors: dict[str, float] = {}  # by tensor: what it is multiplied by
         if (folder / INDEX).exists():
             self._read_index(folder / INDEX)
         else:
@@ -319,7 +323,8 @@ class Checkpoint:
             raise ModelError(f"{path}: tensor {name} has shape {found}, the config asks for {shape}")
         dtype = stored.get_dtype()
         if dtype == "F8_E4M3" and self._scale_name(name) is None:
-            raise ModelError(f"{path}: tensor {name} is stored as {dtype}, and there is no {SCALES[1]} beside it")
+            scale = name.rpartition(".")[2] + SCALES[1]
+            raise ModelError(f"{path}: tensor {name} is stored as {dtype}, and there is no {scale} beside it")
         if dtype not in (*STORED_DTYPES, "F8_E4M3"):
             raise ModelError(f"{path}: tensor {name} is stored as {dtype}; {', '.join(STORED_DTYPES)} can be read")
 
@@ -344,44 +349,70 @@ class Checkpoint:
         stored = [self._find(source.name)[1].get_slice(source.name).get_dtype() == "F8_E4M3" for source in sources]
         if not any(stored):
             return None
-        if sources[0].expert is not None:
-            raise ModelError(f"{self.folder}: tensor {sources[0].name}: experts in FP8 cannot be read")
         if not all(stored):
-            names = ", ".join(source.name for source in sources)
-            raise ModelError(f"{self.folder}: {names} are one matrix here, and only some of them are in FP8")
+            names = f"{sources[stored.index(True)].name} is in FP8, {sources[stored.index(False)].name} is not"
+            raise ModelError(f"{self.folder}: {names}, and they are one tensor here")
         scales = [self._scale(source) for source in sources]
-        in_rows = [len(scale) == source.shape[0] for scale, source in zip(scales, sources, strict=True)]
-        odd = [source.name for source in sources[:-1] if source.shape[0] % BLOCK]
+        in_rows = [scale.shape[-2] == source.shape[-2] for scale, source in zip(scales, sources, strict=True)]
+        odd = [a.name for a, b in pairwise(sources) if a.expert == b.expert and a.shape[0] % BLOCK]
         if any(in_rows) and not all(in_rows):
             raise ModelError(f"{self.folder}: {sources[0].name} and those beside it are scaled in different ways")
         if odd and not all(in_rows):
             raise ModelError(
                 f"{self.folder}: tensor {odd[0]}: its rows are no multiple of {BLOCK}, the side of a block"
             )
-        return torch.cat(scales)
+        joined, last = torch.cat(scales), sources[-1].expert
+        return joined if last is None else joined.view(last + 1, -1, joined.shape[-1])
 
     def _scale(self, source: Source) -> Tensor:
         name = self._scale_name(source.name)
         assert name is not None
-        path, file = self._find(name)
-        scale: Tensor = file.get_tensor(name).float()
-        rows, columns = source.shape
-        blocks = -(-rows // BLOCK), -(-columns // BLOCK)
-        if not (scale.isfinite() & (scale > 0)).all():
-            raise ModelError(f"{path}: tensor {name} has a scale that is not positive and finite")
+        scale = self._positive(name) * self._factors.get(source.name, 1.0)
+        *experts, rows, columns = source.shape
+        channels, blocks = (*experts, rows, 1), (*experts, -(-rows // BLOCK), -(-columns // BLOCK))
         if scale.numel() == 1:
-            return scale.reshape(1, 1).expand(rows, 1)
-        if scale.shape in ((rows,), (rows, 1)):
-            return scale.reshape(rows, 1)
+            return scale.reshape(()).expand(channels)
+        if scale.shape in (channels[:-1], channels):
+            return scale.reshape(channels)
         if scale.shape == blocks:
             return scale
-        found = tuple(scale.shape)
-        rule = f"one, {rows} for the rows or {blocks} for blocks of {BLOCK} x {BLOCK}"
-        raise ModelError(f"{path}: tensor {name} has shape {found}; a weight of {source.shape} has {rule}")
+        rule = f"a weight of {source.shape} has one, {rows} for the rows or {blocks} for blocks of {BLOCK} x {BLOCK}"
+        raise ModelError(f"{self._find(name)[0]}: tensor {name} has shape {tuple(scale.shape)}; {rule}")
 
     def _scale_name(self, name: str) -> str | None:
-        module = name.removesuffix("weight")
-        return next((module + scale for scale in SCALES if module + scale in self), None)
+        return next((name + scale for scale in SCALES if name + scale in self), None)
+
+    def _positive(self, name: str) -> Tensor:
+        path, file = self._find(name)
+        found: Tensor = file.get_tensor(name).float()
+        if not (found.isfinite() & (found > 0)).all():
+            raise ModelError(f"{path}: tensor {name} has a scale that is not positive and finite")
+        return found
+
+    def fold_kv_scales(self, spec: ModelSpec) -> None:
+        """Have weights before the cache divided by the scales of keys and values, and those after it multiplied.
+
+        A scale is rounded up to a power of two, by which weights are multiplied without rounding, very small ones in
+        float16 aside. FP8 is a floating format and loses nothing by that.
+        """
+        for layer in range(spec.num_layers):
+            module = f"model.layers.{layer}.self_attn."
+            k, v = self._kv_factor(module, "k"), self._kv_factor(module, "v")
+            key, query = ("k_norm", "q_norm") if spec.qk_norm else ("k_proj", "q_proj")
+            for name, factor in ((key, 1 / k), (query, k), ("v_proj", 1 / v), ("o_proj", v)):
+                self._factors[f"{module}{name}.weight"] = factor
+                if name != "o_proj":  # whose bias does not read the cache
+                    self._factors[f"{module}{name}.bias"] = factor
+
+    def _kv_factor(self, module: str, kind: str) -> float:
+        name = next((name for each in KV_SCALES if (name := module + each.format(kind)) in self), None)
+        if name is None:
+            return 1.0
+        scale = self._positive(name)
+        if scale.numel() != 1:
+            where = f"{self._find(name)[0]}: tensor {name}"
+            raise ModelError(f"{where} has shape {tuple(scale.shape)}; a layer has one scale")
+        return float(2.0 ** math.ceil(math.log2(scale.item())))
 
     def read_into(self, name: str, destination: Tensor, take: Region) -> None:
         """Copy a part of a tensor into `destination`, converting dtype and device; nothing else of it is read."""
@@ -389,6 +420,8 @@ class Checkpoint:
         try:
             with NO_PANICS:
                 destination.copy_(file.get_slice(name)[take])
+                if name in self._factors and destination.dtype != FP8:
+                    destination *= self._factors[name]
         except (SafetensorError, NativePanicError) as error:
             raise ModelError(f"{path}: tensor {name}: {error}") from error
 

@@ -15,7 +15,7 @@ from minisgl.core.kv_cache import allocate_kv
 from minisgl.core.model_config import ModelSpec
 from minisgl.core.model_runner import ModelRunner
 from minisgl.core.ops import Operations
-from minisgl.core.quantization import quantize_fp8, quantize_int8
+from minisgl.core.quantization import FP8, quantize_fp8, quantize_int8
 from minisgl.core.weights import TORCH_DTYPES, Progress, Quantize, Sharder, Weights, dummy_weights, load_weights
 from minisgl.gpu.attention.interface import GraphBackend, captures_prefill
 from minisgl.gpu.attention.select import Shape, available_backends, capability, choose, make_attention
@@ -62,8 +62,9 @@ def build_local_executor(
         weights = dummy_weights(spec, dtype, device, sharder=sharder, quantize=quantize)
     else:
         weights = load_weights(
-            folder, spec, dtype, device, progress, sharder, quantize if config.quantization else None
-        )
+            folder, spec, dtype, device, progress, sharder, quantize if config.quantization else None,
+            kv_scales=kv_dtype(config) == FP8,
+        )  # fmt: skip
     pack_weights(weights, config.quantization == "int8")
     attention, _ = make_attention(config.attn, attention_shape(local, config), device)
     num_pages = measure_pages(config, Decoder(local, weights, attention, max_seq_len, ops), dtype, max_seq_len, before)

@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from helpers.attention import random_case
-from helpers.gemm import error, matrices
+from helpers.gemm import error, in_blocks, matrices
 from helpers.gpu import DEVICE
 from minisgl.core.attention import RopeStore, TorchAttention
 from minisgl.core.kv_cache import KVCache
-from minisgl.core.quantization import BLOCK, FP8, FP8_MAX, Fp8Weight, quantize, quantize_fp8, to_kv
+from minisgl.core.quantization import BLOCK, FP8, Fp8Weight, quantize, quantize_fp8, to_kv
 from minisgl.gpu.attention.interface import to_device
 from minisgl.gpu.kernels import elementwise, fp8, fp8_rows
 from minisgl.gpu.kernels.decode import DecodeAttention, DecodeSplit, Workspaces
@@ -19,25 +19,17 @@ from minisgl.gpu.kernels.fp8_rows import RowsTile
 pytestmark = pytest.mark.gpu
 
 
-def in_blocks(weight: torch.Tensor) -> Fp8Weight:
-    rows, columns = weight.shape
-    blocks = weight.float().view(rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
-    scale = blocks.abs().amax(dim=(1, 3)) / FP8_MAX
-    data = (blocks / scale[:, None, :, None]).reshape(rows, columns)
-    return Fp8Weight(data.to(torch.float8_e4m3fn), scale)
-
-
 def multiplied(x: torch.Tensor, weight: Fp8Weight, offset: torch.Tensor | None = None) -> torch.Tensor:
     """`fp8_linear`, with x quantised as the kernel for so many rows wants it."""
     rows, width = x.shape
-    group = BLOCK if weight.blocks or fp8_rows.fits(rows, weight) else width
+    group = BLOCK if elementwise.in_runs(rows, weight) else width
     data, scale = quantize(x, group)
     spread = data.float() * scale.repeat_interleave(group, dim=1)[:, :width]
     return F.linear(spread, weight.dequantize(torch.float32), None if offset is None else offset.float())
 
 
 @pytest.mark.parametrize("blocks", [False, True])
-@pytest.mark.parametrize(("rows", "width"), [(1, 1024), (7, 5120), (300, 17408), (3, 384)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1024), (7, 5120), (300, 17408), (3, 384), (5, 40)])
 def test_rows_are_quantised_as_by_the_twin(rows: int, width: int, blocks: bool) -> None:
     torch.manual_seed(0)
     x = torch.randn(rows, width, device=DEVICE) * torch.logspace(-6, 4, rows, device=DEVICE)[:, None]
@@ -45,8 +37,8 @@ def test_rows_are_quantised_as_by_the_twin(rows: int, width: int, blocks: bool) 
     x = x.bfloat16()
     data = torch.empty((BLOCK, width), device=DEVICE)
     reader = Fp8Weight(data, torch.empty((1, -(-width // BLOCK)) if blocks else (BLOCK, 1)))
-    got = elementwise.quantize_rows(x, reader)
-    data, scale = quantize(x, BLOCK if blocks or fp8_rows.fits(rows, reader) else None)
+    got = elementwise.quantize_rows(x, elementwise.in_runs(rows, reader))
+    data, scale = quantize(x, BLOCK if elementwise.in_runs(rows, reader) else None)
     torch.testing.assert_close(got.scale[:rows], scale, rtol=1e-6, atol=0.0)
     found = got.data[:rows].float()
     assert (found != data.float()).float().mean() < 1e-3  # a quotient that rounds another way
@@ -76,14 +68,14 @@ def test_few_rows_are_multiplied_with_every_tile(tile: RowsTile, blocks: bool, h
     for rows, columns, inner in ((8, 256, 1024), (5, 384, 128), (1, 512, 1152)):  # also fewer runs of K than warps
         x, exact, offset = matrices(rows, columns, inner, half, DEVICE)
         weight = in_blocks(exact) if blocks else quantize_fp8(exact)
-        rows_in_fp8, wanted = elementwise.quantize_rows(x, weight), multiplied(x, weight)
+        rows_in_fp8, wanted = elementwise.quantize_rows(x, runs=True), multiplied(x, weight)
         sums = fp8_rows.linear(rows_in_fp8, weight, None, split=True, tile=tile)
         assert sums.shape == (tile.splits, rows, columns)
         assert error(sums.sum(0), wanted) < 1e-5
         if tile.splits == 1:
             out = fp8_rows.linear(rows_in_fp8, weight, offset, split=False, tile=tile)
             assert error(out, wanted + offset.float()) < 5e-3
-            alone = elementwise.quantize_rows(x[-1:], weight)
+            alone = elementwise.quantize_rows(x[-1:], runs=True)
             assert torch.equal(fp8_rows.linear(alone, weight, offset, split=False, tile=tile)[0], out[-1])
 
 
@@ -137,6 +129,6 @@ def test_norm_and_activation_quantise_what_they_return(rows: int, width: int, fo
         assert torch.equal(*streams)
         pairs.append((got, plain))
     for got, plain in pairs:
-        again = elementwise.quantize_rows(plain, reader)
+        again = elementwise.quantize_rows(plain, elementwise.in_runs(rows, reader))
         assert torch.equal(got.scale[:rows], again.scale[:rows])
         assert torch.equal(got.data[:rows].view(torch.uint8), again.data[:rows].view(torch.uint8))

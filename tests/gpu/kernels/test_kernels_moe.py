@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from torch import Tensor
 
+from helpers.gemm import error, in_blocks
 from minisgl.core import ops as reference
+from minisgl.core.quantization import BLOCK, Fp8Rows, quantize, quantize_fp8
 from minisgl.gpu.kernels import moe as kernels
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -27,6 +30,65 @@ def test_layer_is_the_references(
     expected, actual = reference.moe(*layer), kernels.moe(*layer)
     assert float((actual - expected).float().norm()) <= TOLERANCE[dtype] * float(expected.float().norm())
     torch.testing.assert_close(actual, expected, rtol=10 * TOLERANCE[dtype], atol=2 * TOLERANCE[dtype])
+
+
+FORMS = {"channel": quantize_fp8, "block": in_blocks}
+
+
+@pytest.fixture
+def exact_rows(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """In the interpreter rows are quantised by the twin: its conversion to FP8 makes 64 of what rounds to 128."""
+
+    def twin(x: Tensor, runs: bool) -> Fp8Rows:
+        data, scale = quantize(x, BLOCK if runs else None)
+        return Fp8Rows(data, scale.t().contiguous().t(), len(x), x.dtype)
+
+    if device.type == "cpu":
+        monkeypatch.setattr(kernels, "quantize_rows", twin)
+
+
+@pytest.mark.usefixtures("exact_rows")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("tokens", "dim", "width", "experts", "top_k"),
+    [
+        (1, 64, 32, 8, 2),
+        (7, 160, 40, 6, 3),
+        (40, 256, 128, 4, 4),
+        (9, 136, 192, 3, 2),
+        pytest.param(3, 2048, 768, 128, 8, marks=pytest.mark.gpu),
+        pytest.param(64, 2048, 384, 128, 8, marks=pytest.mark.gpu),
+        pytest.param(1000, 1024, 768, 16, 4, marks=pytest.mark.gpu),
+    ],
+)
+def test_experts_in_fp8_are_the_references(
+    tokens: int, dim: int, width: int, experts: int, top_k: int, form: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    torch.manual_seed(tokens)
+    x = torch.randn(tokens, dim, device=device).to(dtype)
+    router = (torch.randn(experts, dim, device=device) / dim**0.5).to(dtype)
+    gate_up = FORMS[form](torch.randn(experts, 2 * width, dim, device=device) / dim**0.5)
+    down = FORMS[form](torch.randn(experts, dim, width, device=device) / width**0.5)
+    layer = (x, router, gate_up, down, top_k, True)
+    # On a GPU a sum or quotient that rounds another way becomes another number in FP8.
+    limit = TOLERANCE[dtype] if device.type == "cpu" else 3e-2
+    assert error(kernels.moe(*layer), reference.moe(*layer).float()) < limit
+
+
+@pytest.mark.usefixtures("exact_rows")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("tile", kernels.MOE_TILES, ids=lambda tile: str(tile.rows))
+def test_every_tile_takes_experts_in_fp8_and_a_matrix_that_is_not(
+    tile: kernels.MoeTile, form: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "MOE_TILES", (tile,))
+    torch.manual_seed(1)
+    x, router = torch.randn(30, 300, device=device).half(), torch.randn(4, 300, device=device).half()
+    gate_up, down = torch.randn(4, 288, 300, device=device) / 17, torch.randn(4, 300, 144, device=device) / 12
+    for pair in ((FORMS[form](gate_up), FORMS[form](down)), (FORMS[form](gate_up), down.half())):
+        layer = (x, router, *pair, 3, False)
+        limit = TOLERANCE[torch.float16] if device.type == "cpu" else 3e-2
+        assert error(kernels.moe(*layer), reference.moe(*layer).float()) < limit
 
 
 def test_every_token_may_choose_the_same_experts(device: torch.device) -> None:

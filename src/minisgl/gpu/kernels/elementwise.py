@@ -39,9 +39,13 @@ def quantizes_for(reader: Weight | None) -> TypeGuard[Fp8Weight]:
     return columns % step == 0 and inner % inner_step == 0 and inner <= MAX_QUANTIZED
 
 
-def empty_rows(rows: int, width: int, reader: Fp8Weight, like: Tensor) -> tuple[Fp8Rows, int]:
-    """Rows for a kernel to write, quantised as `linear` by `reader` wants them, and how many values share a scale."""
-    runs = reader.blocks or fp8_rows.fits(rows, reader)
+def in_runs(rows: int, reader: Fp8Weight) -> bool:
+    """Whether `linear` by this weight takes so many rows with a scale for each run of 128, else for each row."""
+    return reader.blocks or fp8_rows.fits(rows, reader)
+
+
+def empty_rows(rows: int, width: int, runs: bool, like: Tensor) -> tuple[Fp8Rows, int]:
+    """Rows for a kernel to write, with a scale for each or for each run of 128; how many values share a scale."""
     group = BLOCK if runs else triton.next_power_of_2(width)
     groups, padded = triton.cdiv(width, group), -(-rows // ROW_STEP) * ROW_STEP if runs else rows
     data = torch.empty((padded, width), dtype=FP8, device=like.device)
@@ -78,10 +82,10 @@ def _quantize_kernel(
     store_quantized(wide, data, scale, row, first, row >= 0, width, padded, 1, BLOCK, GROUP)
 
 
-def quantize_rows(x: Tensor, reader: Fp8Weight) -> Fp8Rows:
-    """x (T, K) with contiguous rows, for `linear` by `reader`. Twin: `core.quantization.quantize`."""
+def quantize_rows(x: Tensor, runs: bool) -> Fp8Rows:
+    """x (T, K), with contiguous rows, and a scale for each or each run of 128. Twin: `core.quantization.quantize`."""
     rows, width = x.shape
-    out, group = empty_rows(rows, width, reader, x)
+    out, group = empty_rows(rows, width, runs, x)
     if rows:
         block, warps = columns_at_once(width, group)
         _quantize_kernel[(rows, triton.cdiv(width, block))](
@@ -93,7 +97,7 @@ def quantize_rows(x: Tensor, reader: Fp8Weight) -> Fp8Rows:
 
 def columns_at_once(width: int, group: int) -> tuple[int, int]:
     """Elements of a row that a thread block takes, and its warps; `group` of them share a scale, or 0."""
-    block = triton.next_power_of_2(width)
+    block = max(group, triton.next_power_of_2(width))
     if group <= BLOCK:
         block = min(ACTIVATION_BLOCK, block)
         return block, warps_for(block)
@@ -168,7 +172,7 @@ def _launch_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float,
 def _empty(rows: int, width: int, like: Tensor, reader: Weight | None) -> tuple[Tensor | Fp8Rows, Tensor, Tensor, int]:
     """What a kernel is to write: (rows, width), in FP8 where `reader` takes that; also its data, scales and group."""
     if quantizes_for(reader):
-        quantized, group = empty_rows(rows, width, reader, like)
+        quantized, group = empty_rows(rows, width, in_runs(rows, reader), like)
         return quantized, quantized.data, quantized.scale, group
     out = torch.empty((rows, width), dtype=like.dtype, device=like.device)
     return out, out, out, 0

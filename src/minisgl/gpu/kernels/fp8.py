@@ -10,7 +10,7 @@ from triton.language import constexpr, tensor
 
 from minisgl.core.quantization import Fp8Rows, Fp8Weight, fp8_linear
 from minisgl.gpu.kernels import fp8_rows
-from minisgl.gpu.kernels.elementwise import quantize_rows, quantizes_for
+from minisgl.gpu.kernels.elementwise import in_runs, quantize_rows, quantizes_for
 from minisgl.gpu.kernels.jit import after_previous, jit_varying, launch_options, prefetch
 from minisgl.gpu.kernels.linear import MAX_WEIGHTS, LinearTile
 
@@ -63,7 +63,7 @@ def linear(x: Tensor | Fp8Rows, weight: Fp8Weight, bias: Tensor | None, split: b
     if isinstance(x, Tensor):
         if not quantizes_for(weight):
             return fp8_linear(x, weight, bias)
-        x = quantize_rows(x, weight)
+        x = quantize_rows(x, in_runs(len(x), weight))
     columns, inner = weight.shape
     if fp8_rows.fits(x.rows, weight):
         return fp8_rows.linear(x, weight, bias, split and bias is None)

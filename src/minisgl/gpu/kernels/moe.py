@@ -3,12 +3,13 @@
 Routing writes, for each expert, the list of (token, choice) pairs that chose it. Two grouped GEMMs follow: a thread
 block takes a block of one expert's list and a tile of its outputs. Only the device knows which blocks exist, so the
 grid has as many as the shapes allow. The last launch sums each token's choices. The order of a list depends on timing,
-but the result does not: rows of a GEMM do not mix, and the sums run over a token's choices in order.
+but the result does not: rows of a GEMM do not mix, and the sums run over a token's choices in order. Before a GEMM with
+weights in FP8 one more launch quantises its rows.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr, tensor
 
-from minisgl.gpu.kernels.elementwise import gated
+from minisgl.core.quantization import BLOCK, Fp8Weight
+from minisgl.gpu.kernels.elementwise import gated, quantize_rows
 from minisgl.gpu.kernels.jit import jit, jit_varying, warps_for
 
 ROUTED = 8  # tokens per thread block of the routing
@@ -93,17 +95,48 @@ def _block_rows(
     return own, pair, real
 
 
-@jit_varying("tokens")
+@jit
+def _column_scales(
+    scale: tensor, expert: tensor, column: tensor, columns: tensor, groups: tensor, SHARING: constexpr
+) -> tensor:
+    """Where the scales of an expert's output columns begin: `groups` for each SHARING of them."""
+    if SHARING:
+        scale += (expert.to(tl.int64) * tl.cdiv(columns, SHARING) + column // SHARING) * groups
+    return scale
+
+
+@jit
+def _add_product(
+    total: tensor, rows: tensor, columns: tensor, row_scale: tensor, column_scale: tensor, padded: tensor,
+    start: tensor, SHARING: constexpr,
+) -> tensor:  # fmt: skip
+    if SHARING > 1:  # of the sum's elements, too, as many share a scale
+        group = start // SHARING
+        total += _scaled(tl.dot(rows, columns), row_scale + group * padded, column_scale + group)
+    else:
+        total = tl.dot(rows, columns, total, input_precision="ieee")
+    return total
+
+
+@jit
+def _scaled(product: tensor, row_scale: tensor, column_scale: tensor) -> tensor:
+    return product * tl.load(row_scale)[:, None] * tl.load(column_scale)[None, :]
+
+
+@jit_varying("tokens", "padded")
 def _gate_up_kernel(
-    x: tensor, weight: tensor, lists: tensor, counts: tensor, hidden: tensor, tokens: tensor, dim: tensor,
-    width: tensor, TOP_K: constexpr, EXPERTS: constexpr, BLOCK_EXPERTS: constexpr, ROWS: constexpr, COLUMNS: constexpr,
-    INNER: constexpr,
+    x: tensor, x_scale: tensor, padded: tensor, weight: tensor, scale: tensor, groups: tensor, lists: tensor,
+    counts: tensor, hidden: tensor, tokens: tensor, dim: tensor, width: tensor, TOP_K: constexpr, EXPERTS: constexpr,
+    BLOCK_EXPERTS: constexpr, ROWS: constexpr, COLUMNS: constexpr, INNER: constexpr, SHARING: constexpr,
 ) -> None:  # fmt: skip
     expert, pair, real = _block_rows(counts, lists, tokens, EXPERTS, BLOCK_EXPERTS, ROWS)
     if expert < EXPERTS:
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         inner = tl.arange(0, INNER)
         source = x + (pair // TOP_K).to(tl.int64)[:, None] * dim + inner[None, :]
+        x_scales, held = x_scale + pair // TOP_K, tl.minimum(column, width - 1)
+        gate_scales = _column_scales(scale, expert, held, 2 * width, groups, SHARING)
+        up_scales = _column_scales(scale, expert, width + held, 2 * width, groups, SHARING)
         gates = weight + expert.to(tl.int64) * 2 * width * dim + column[None, :] * dim + inner[:, None]
         gate = tl.zeros((ROWS, COLUMNS), tl.float32)
         up = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -111,31 +144,38 @@ def _gate_up_kernel(
             within = inner < dim - start
             mask = within[:, None] & (column < width)[None, :]
             rows = tl.load(source + start, mask=real[:, None] & within[None, :], other=0.0)
-            gate = tl.dot(rows, tl.load(gates + start, mask=mask, other=0.0), gate, input_precision="ieee")
-            up = tl.dot(rows, tl.load(gates + width * dim + start, mask=mask, other=0.0), up, input_precision="ieee")
+            columns = tl.load(gates + start, mask=mask, other=0.0)
+            gate = _add_product(gate, rows, columns, x_scales, gate_scales, padded, start, SHARING)
+            columns = tl.load(gates + width * dim + start, mask=mask, other=0.0)
+            up = _add_product(up, rows, columns, x_scales, up_scales, padded, start, SHARING)
+        if SHARING == 1:
+            gate, up = _scaled(gate, x_scales, gate_scales), _scaled(up, x_scales, up_scales)
         target = hidden + pair.to(tl.int64)[:, None] * width + column[None, :]
         dtype = hidden.dtype.element_ty
         tl.store(target, gated(gate.to(dtype), up.to(dtype)), mask=real[:, None] & (column < width)[None, :])
 
 
-@jit_varying("tokens")
+@jit_varying("tokens", "padded")
 def _down_kernel(
-    hidden: tensor, weight: tensor, shares: tensor, lists: tensor, counts: tensor, parts: tensor, tokens: tensor,
-    dim: tensor, width: tensor, EXPERTS: constexpr, BLOCK_EXPERTS: constexpr, ROWS: constexpr, COLUMNS: constexpr,
-    INNER: constexpr,
+    hidden: tensor, hidden_scale: tensor, padded: tensor, weight: tensor, scale: tensor, groups: tensor, shares: tensor,
+    lists: tensor, counts: tensor, parts: tensor, tokens: tensor, dim: tensor, width: tensor, EXPERTS: constexpr,
+    BLOCK_EXPERTS: constexpr, ROWS: constexpr, COLUMNS: constexpr, INNER: constexpr, SHARING: constexpr,
 ) -> None:  # fmt: skip
     expert, pair, real = _block_rows(counts, lists, tokens, EXPERTS, BLOCK_EXPERTS, ROWS)
     if expert < EXPERTS:
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         inner = tl.arange(0, INNER)
         source = hidden + pair.to(tl.int64)[:, None] * width + inner[None, :]
+        scales = _column_scales(scale, expert, tl.minimum(column, dim - 1), dim, groups, SHARING)
         downs = weight + expert.to(tl.int64) * dim * width + column[None, :] * width + inner[:, None]
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
         for start in range(0, width, INNER):
             within = inner < width - start
             rows = tl.load(source + start, mask=real[:, None] & within[None, :], other=0.0)
             columns = tl.load(downs + start, mask=within[:, None] & (column < dim)[None, :], other=0.0)
-            total = tl.dot(rows, columns, total, input_precision="ieee")
+            total = _add_product(total, rows, columns, hidden_scale + pair, scales, padded, start, SHARING)
+        if SHARING == 1:
+            total = _scaled(total, hidden_scale + pair, scales)
         dtype = parts.dtype.element_ty
         share = tl.load(shares + pair, mask=real, other=0.0).to(tl.float32)[:, None]
         part = (total.to(dtype).to(tl.float32) * share).to(dtype)
@@ -154,12 +194,27 @@ def _sum_kernel(parts: tensor, out: tensor, dim: tensor, TOP_K: constexpr, BLOCK
     tl.store(out + token * dim + column, total.to(out.dtype.element_ty), mask=column < dim)
 
 
-def moe(x: Tensor, router: Tensor, gate_up: Tensor, down: Tensor, top_k: int, norm_topk_prob: bool) -> Tensor:
+def _operands(
+    x: Tensor, weight: Tensor | Fp8Weight, tile: MoeTile, columns: int
+) -> tuple[tuple[Tensor | int, ...], dict[str, Any]]:
+    """The first arguments of a GEMM's kernel, for which x is quantised as the weight is, and its options."""
+    options = {"ROWS": tile.rows, "COLUMNS": columns, "num_warps": tile.warps}
+    if isinstance(weight, Tensor):
+        stages = tile.stages if x.element_size() == 2 else 2  # what fits in shared memory
+        return (x, x, 0, weight, weight, 0), {**options, "INNER": tile.inner, "SHARING": 0, "num_stages": stages}
+    rows, sharing = quantize_rows(x, weight.blocks), BLOCK if weight.blocks else 1
+    operands = (rows.data, rows.scale, len(rows.data), weight.data, weight.scale, weight.scale.shape[-1])
+    return operands, {**options, "INNER": BLOCK, "SHARING": sharing, "num_stages": tile.stages}
+
+
+def moe(
+    x: Tensor, router: Tensor, gate_up: Tensor | Fp8Weight, down: Tensor | Fp8Weight, top_k: int, norm_topk_prob: bool
+) -> Tensor:
     """x (T, D), router (E, D), gate_up (E, 2I, D), down (E, D, I), all contiguous -> (T, D).
 
     The sum over a token's experts is in float32 and rounded once.
     """
-    assert all(operand.is_contiguous() for operand in (x, gate_up, down))
+    assert all(operand.data.is_contiguous() for operand in (x, gate_up, down))
     (tokens, dim), (experts, _, width), device = x.shape, down.shape, x.device
     pairs = tokens * top_k
     out = torch.empty_like(x)
@@ -174,19 +229,18 @@ def moe(x: Tensor, router: Tensor, gate_up: Tensor, down: Tensor, top_k: int, no
     tile = moe_tile_for(pairs, experts)
     blocks = (pairs + min(experts, pairs) * (tile.rows - 1)) // tile.rows
     sizes = {"EXPERTS": experts, "BLOCK_EXPERTS": triton.next_power_of_2(experts)}
-    stages = tile.stages if x.element_size() == 2 else 2  # what fits in shared memory
-    launch = {"ROWS": tile.rows, "INNER": tile.inner, "num_warps": tile.warps, "num_stages": stages}
     _route_kernel[(triton.cdiv(tokens, ROUTED),)](
         logits, shares, lists, counts, tokens, TOP_K=top_k, BLOCK_K=triton.next_power_of_2(top_k),
         NORMALISE=norm_topk_prob, ROWS=ROUTED, **sizes,
     )  # fmt: skip
+    operands, options = _operands(x, gate_up, tile, tile.gate_up_columns)
     _gate_up_kernel[(blocks, triton.cdiv(width, tile.gate_up_columns))](
-        x, gate_up, lists, counts, hidden, tokens, dim, width, TOP_K=top_k, COLUMNS=tile.gate_up_columns,
-        **sizes, **launch,
-    )  # fmt: skip
+        *operands, lists, counts, hidden, tokens, dim, width, TOP_K=top_k, **sizes, **options
+    )
+    operands, options = _operands(hidden, down, tile, tile.down_columns)
     _down_kernel[(blocks, triton.cdiv(dim, tile.down_columns))](
-        hidden, down, shares, lists, counts, parts, tokens, dim, width, COLUMNS=tile.down_columns, **sizes, **launch,
-    )  # fmt: skip
+        *operands, shares, lists, counts, parts, tokens, dim, width, **sizes, **options
+    )
     block = min(SUM_BLOCK, triton.next_power_of_2(dim))
     _sum_kernel[(tokens, triton.cdiv(dim, block))](
         parts, out, dim, TOP_K=top_k, BLOCK=block, num_warps=warps_for(block)
