@@ -28,7 +28,10 @@ ENGINE: Final = {
     "ablation": "Turns one setting at a time away from the configuration given here, over weights loaded once.",
 }
 PARTS: Final = ("attention", "calibrate", "collectives", "gemm", "grammar", "kernels", "streaming")
-ABLATIONS: Final = ("overlap", "graphs", "chats", "system-prompt", "attention", "page-size", "chunk-size")
+ABLATIONS: Final = (
+    "overlap", "launch-ahead", "quantization", "graphs", "chats", "system-prompt", "attention", "page-size",
+    "chunk-size",
+)  # fmt: skip
 ROUTER_NAMES: Final = ("random", "round-robin", "least-loaded", "prefix")
 SLO_NAMES: Final = ("ttft", "tpot", "e2e")
 UNITS: Final = {"ms": 1e-3, "s": 1.0}
@@ -319,7 +322,7 @@ def engine_parser(name: str) -> Parser:
     if name == "ablation":
         names = ", ".join(ABLATIONS)
         add("--only", type=ablations, default=ABLATIONS, metavar="A,B", help=f"of {names} (default: all)")
-        add("--repeats", type=count, default=3, metavar="N", help="runs, of which the median counts (default: 3)")
+        add("--seconds", type=not_negative, metavar="S", help="of a run (default: 5; on a CPU one workload)")
     elif name == "fidelity":
         text = "greedy tokens after each of 20 prompts (default: 64)"
         add("--output-len", type=count, default=64, metavar="N", help=text)
