@@ -35,6 +35,7 @@ from minisgl.errors import ConfigError
 from minisgl.formats.hub import progress_bar
 from minisgl.gpu.attention.select import available_backends, capability, choose
 from minisgl.gpu.executor import attention_shape, build_local_executor, make_executor
+from minisgl.gpu.memory import available_memory
 from minisgl_bench.profile import Recorder
 from minisgl_bench.report import Report, draw_ablation, engine_path, gpu_name, on_gpu, slug, table
 from minisgl_bench.workload import sampling_params
@@ -76,12 +77,11 @@ class Scenario:
         return self.requests * (self.length + SLACK)
 
 
+# fmt: off
 GPU_SCENARIOS: Final = {
-    "batch": Scenario(256, own=(100, 1024), answer=(64, 256)),
+    "batch": Scenario(256, own=(100, 1024), answer=(64, 256)), "few": Scenario(2, own=(100, 1024), answer=(64, 256)),
     "arrivals": Scenario(256, own=(100, 1024), answer=(64, 256), clients=64),
-    "few": Scenario(2, own=(100, 1024), answer=(64, 256)),
-    "short": Scenario(256, own=(32, 256), answer=(32, 128)),
-    "long": Scenario(32, own=(2048, 12288), answer=(64, 128)),
+    "short": Scenario(256, own=(32, 256), answer=(32, 128)), "long": Scenario(32, own=(2048, 12288), answer=(64, 128)),
     "longest": Scenario(4, own=(32768, 36864), answer=(64, 128)),
     "chats": Scenario(64, own=(512, 512), answer=(64, 64), turns=4),
     "system-prompt": Scenario(128, own=(64, 64), answer=(64, 64), shared=2048),
@@ -89,27 +89,22 @@ GPU_SCENARIOS: Final = {
 CPU_SCENARIOS: Final = {
     "batch": Scenario(4, own=(16, 48), answer=(8, 16)),
     "arrivals": Scenario(4, own=(16, 48), answer=(8, 16), clients=2),
-    "short": Scenario(4, own=(4, 8), answer=(4, 8)),
-    "long": Scenario(3, own=(64, 160), answer=(8, 16)),
+    "short": Scenario(4, own=(4, 8), answer=(4, 8)), "long": Scenario(3, own=(64, 160), answer=(8, 16)),
     "chats": Scenario(2, own=(32, 32), answer=(8, 8), turns=3),
     "system-prompt": Scenario(4, own=(8, 8), answer=(8, 8), shared=96),
 }
 # Group, scenario, and settings whose values are tried in every combination but for what is configured anyway.
-Tried = tuple[str, str, dict[str, Sequence[Any]]]
+Tried = tuple[str, str, Mapping[str, Sequence[Any]]]
 TRIED: Final[tuple[Tried, ...]] = (
     ("overlap", "batch", {"overlap": (False, True)}),
-    ("launch-ahead", "batch", {"launch_ahead": ("one-step", "just-in-time")}),
-    ("launch-ahead", "arrivals", {"launch_ahead": ("one-step", "just-in-time")}),
-    ("chats", "chats", {"cache": ("naive", "radix")}),
-    ("system-prompt", "system-prompt", {"cache": ("naive", "radix")}),
-    ("page-size", "short", {"page_size": (32, 256)}),
-    ("page-size", "batch", {"page_size": (64,)}),
+    *(("launch-ahead", name, {"launch_ahead": ("one-step", "just-in-time")}) for name in ("batch", "arrivals")),
+    *((name, name, {"cache": ("naive", "radix")}) for name in ("chats", "system-prompt")),
+    ("page-size", "short", {"page_size": (32, 256)}), ("page-size", "batch", {"page_size": (64,)}),
     ("page-size", "long", {"page_size": (256,)}),
 )
 TRIED_ON_GPU: Final[tuple[Tried, ...]] = (
     ("quantization", "batch", {"quantization": (None, "fp8"), "kv_cache_dtype": ("auto", "fp8_e4m3")}),
-    ("graphs", "batch", {"cuda_graph_max_bs": (0, 64)}),
-    ("graphs", "few", {"cuda_graph_max_bs": (4,)}),
+    ("graphs", "batch", {"cuda_graph_max_bs": (0, 64)}), ("graphs", "few", {"cuda_graph_max_bs": (4,)}),
     ("graphs", "arrivals", {"piecewise_cuda_graph_max_tokens": (0,)}),
     ("chunk-size", "batch", {"max_prefill_length": (4096,)}),
     ("chunk-size", "long", {"max_prefill_length": (512, 2048, 16384)}),
@@ -119,6 +114,12 @@ TRIED_ON_CPU: Final[tuple[Tried, ...]] = (
     ("quantization", "batch", {"quantization": (None, "int8"), "kv_cache_dtype": ("auto", "fp8_e4m3")}),
     ("chunk-size", "long", {"max_prefill_length": (16, 64, 256)}),
 )
+COLUMNS: Final = {  # of the table
+    "tokens_per_second": "{:,.0f}", "of_default": "{:.3f}", "spread": "{:.1%}", "ttft_p50_ms": "{:.1f}",
+    "ttft_of_default": "{:.2f}", "cached_tokens": "{:,}", "token_gap_p99_ms": "{:.1f}", "build_seconds": "{:.1f}",
+    "other_gib": "{:.2f}",
+}
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -240,30 +241,23 @@ class AblationRunner:
         )  # fmt: skip
 
     def _prepare(self, config: Config) -> Prepared:
-        key, default = executor_key(config), executor_key(self.config)
-        if key in self._prepared:
+        if (key := executor_key(config)) in self._prepared:
             return self._prepared[key]
-        self.close(keep={default})
-        spec, pages = self.spec, max(2, self.kv_tokens // config.page_size)
-        before, started = free_memory(self.device), time.perf_counter()
-        sized, length = config.replace(num_pages=pages), max_seq_len(config, spec)
+        self.close(keep={executor_key(self.config)})
+        before, started = available_memory(self.device), time.perf_counter()
+        sized = config.replace(num_pages=max(2, self.kv_tokens // config.page_size))
+        spec, length = self.spec, max_seq_len(config, self.spec)
         if config.quantization == self.config.quantization:
             executor = make_executor(spec, self.weights, sized, length)
         else:
             executor = build_local_executor(sized, self.folder, spec, length)
         build_seconds = time.perf_counter() - started
-        kv = executor.runner.kv.k.nbytes + executor.runner.kv.v.nbytes
-        other = max(0, before - free_memory(self.device) - kv) / 2**30
-        self._prepared[key] = Prepared(executor, build_seconds, other)
-        return self._prepared[key]
+        taken = before - available_memory(self.device) - executor.runner.kv.k.nbytes - executor.runner.kv.v.nbytes
+        return self._prepared.setdefault(key, Prepared(executor, build_seconds, max(0, taken) / 2**30))
 
 
 def executor_key(config: Config) -> tuple[Any, ...]:
     return tuple(getattr(config, name) for name in EXECUTOR_FIELDS)
-
-
-def free_memory(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
 def play(scenario: Scenario, answer: Callable[[list[Request]], list[list[int]]], vocab_size: int) -> int:
@@ -350,17 +344,11 @@ def against_default(measured: Sequence[Measurement], index: int) -> dict[str, fl
 def ablation_table(title: str, measured: Sequence[Measurement]) -> Table:
     rows = []
     for index, item in enumerate(measured):
-        row = [item.variant.name, item.variant.scenario]
-        if item.error is not None:
-            rows.append([*row, f"failed: {item.error}"])
-        elif item.variant.changes:
-            ratios = against_default(measured, index).values()
-            row += [f"{item.tokens_per_second:,.0f}", *([f"{value:.3f}" for value in ratios] or ["", "", ""])]
-            row += [f"{value:.1f}" for value in (item.ttft_p50_ms, item.token_gap_p99_ms, item.build_seconds)]
-            rows.append([*row, f"{item.other_gib:.2f}", f"{item.cached_tokens / item.input_tokens:.0%}"])
-    figures = ("tokens/s", "of default", "TTFT of default", "spread of default")
-    others = ("TTFT p50 ms", "gap p99 ms", "build s", "other GiB", "cached")
-    return table(title, ("setting", "workload", *figures, *others), rows, left=2)
+        if item.variant.changes or item.error is not None:
+            figures = dataclasses.asdict(item) | against_default(measured, index)
+            cells = [text.format(figures[name]) if name in figures else "" for name, text in COLUMNS.items()]
+            rows.append([item.variant.name, item.variant.scenario, *(cells if item.error is None else [item.error])])
+    return table(title, ("setting", "workload", *(name.replace("_", " ") for name in COLUMNS)), rows, left=2)
 
 
 def run(config: Config, options: argparse.Namespace, arguments: Sequence[str]) -> int:
