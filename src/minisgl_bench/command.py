@@ -130,9 +130,9 @@ GPU_HELP: Final = "h200 (default), h100, a100, or a .json file of `minisgl bench
 HASH_HELP: Final = "make each token a hash of what its pages hold, as the tests do: slow, and it finds a broken cache"
 # The fields of `Config` that a simulation can compare.
 GRID: Final = (
-    "model", "model_source", "max_seq_len_override", "tp", "all_reduce", "max_running_requests",
-    "max_prefill_length", "schedule_policy", "launch_ahead", "eviction", "page_size", "num_pages", "memory_ratio",
-    "cache", "cuda_graph_max_bs", "piecewise_cuda_graph_max_tokens",
+    "model", "model_source", "quantization", "kv_cache_dtype", "max_seq_len_override", "tp", "all_reduce",
+    "max_running_requests", "max_prefill_length", "schedule_policy", "launch_ahead", "eviction", "page_size",
+    "num_pages", "memory_ratio", "cache", "cuda_graph_max_bs", "piecewise_cuda_graph_max_tokens",
 )  # fmt: skip
 FlagRow = tuple[str, Any, Any, str | None, str]
 # Of `minisgl bench online`, by group: flag, what it is when it was not given, type (or choices, or None for a switch),
