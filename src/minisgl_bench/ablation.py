@@ -114,10 +114,11 @@ TRIED_ON_CPU: Final[tuple[Tried, ...]] = (
     ("quantization", "batch", {"quantization": (None, "int8"), "kv_cache_dtype": ("auto", "fp8_e4m3")}),
     ("chunk-size", "long", {"max_prefill_length": (16, 64, 256)}),
 )
-COLUMNS: Final = {  # of the table
-    "tokens_per_second": "{:,.0f}", "of_default": "{:.3f}", "spread": "{:.1%}", "ttft_p50_ms": "{:.1f}",
-    "ttft_of_default": "{:.2f}", "cached_tokens": "{:,}", "token_gap_p99_ms": "{:.1f}", "build_seconds": "{:.1f}",
-    "other_gib": "{:.2f}",
+COLUMNS: Final = {  # of the table: the figure's name, and how it is written
+    "tokens/s": ("tokens_per_second", "{:,.0f}"), "of default": ("of_default", "{:.3f}"),
+    "spread": ("spread", "{:.1%}"), "TTFT ms": ("ttft_p50_ms", "{:.1f}"), "of default's": ("ttft_of_default", "{:.2f}"),
+    "gap p99 ms": ("token_gap_p99_ms", "{:.1f}"), "cached": ("cached_tokens", "{:,}"),
+    "build s": ("build_seconds", "{:.1f}"), "other GiB": ("other_gib", "{:.2f}"),
 }
 # fmt: on
 
@@ -147,7 +148,6 @@ class Measurement:
     cached_tokens: int = 0
     ttft_p50_ms: float = 0.0
     token_gap_p99_ms: float = 0.0  # how long running requests waited for their next token
-    token_gap_max_ms: float = 0.0
     build_seconds: float = 0.0
     other_gib: float = 0.0  # of the GPU beside the KV cache: graphs, workspaces, weights of its own
     error: str | None = None
@@ -193,7 +193,11 @@ class AblationRunner:
     def run(self, variant: Variant) -> Measurement:
         config = self.config.replace(**variant.changes)
         try:
-            return self._measure(variant, config)
+            prepared = self._prepare(config)
+            if variant.scenario not in prepared.warm:  # a first time, which compiles what comes up in it
+                self._timed(prepared, config, variant, 0.0)
+                prepared.warm.add(variant.scenario)
+            return self._timed(prepared, config, variant, self.seconds)
         except Exception as error:  # whatever it is, it is this variant's result
             failure = f"{type(error).__name__}: {error}".splitlines()[0]
         try:
@@ -211,13 +215,6 @@ class AblationRunner:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _measure(self, variant: Variant, config: Config) -> Measurement:
-        prepared = self._prepare(config)
-        if variant.scenario not in prepared.warm:  # a first time, in which kernels are compiled for what comes up in it
-            self._timed(prepared, config, variant, 0.0)
-            prepared.warm.add(variant.scenario)
-        return self._timed(prepared, config, variant, self.seconds)
-
     def _timed(self, prepared: Prepared, config: Config, variant: Variant, least: float) -> Measurement:
         """A run in a new engine, of `least` seconds or one workload."""
         recorder, room = Recorder(prepared.executor), prepared.executor.num_pages * config.page_size
@@ -231,12 +228,11 @@ class AblationRunner:
             engine.flush_cache()
             generated += play(scenario, lambda requests: serve(engine, requests, scenario.clients, first_tokens), vocab)
             seconds = time.perf_counter() - started
-        stats, gaps = engine.stats(), 1e3 * np.array(recorder.token_gaps() or [0.0])
+        stats, gaps = engine.stats(), recorder.token_gaps() or [0.0]
         return Measurement(
-            variant=variant, tokens_per_second=generated / seconds, seconds=seconds,
-            output_tokens=generated, input_tokens=stats.prompt_tokens, cached_tokens=stats.cached_prompt_tokens,
-            token_gap_p99_ms=float(np.percentile(gaps, 99)), token_gap_max_ms=float(gaps.max()),
-            ttft_p50_ms=1e3 * median(first_tokens),
+            variant=variant, tokens_per_second=generated / seconds, seconds=seconds, output_tokens=generated,
+            input_tokens=stats.prompt_tokens, cached_tokens=stats.cached_prompt_tokens,
+            ttft_p50_ms=1e3 * median(first_tokens), token_gap_p99_ms=1e3 * float(np.percentile(gaps, 99)),
             build_seconds=prepared.build_seconds, other_gib=prepared.other_gib,
         )  # fmt: skip
 
@@ -346,9 +342,9 @@ def ablation_table(title: str, measured: Sequence[Measurement]) -> Table:
     for index, item in enumerate(measured):
         if item.variant.changes or item.error is not None:
             figures = dataclasses.asdict(item) | against_default(measured, index)
-            cells = [text.format(figures[name]) if name in figures else "" for name, text in COLUMNS.items()]
+            cells = [text.format(figures[name]) if name in figures else "" for name, text in COLUMNS.values()]
             rows.append([item.variant.name, item.variant.scenario, *(cells if item.error is None else [item.error])])
-    return table(title, ("setting", "workload", *(name.replace("_", " ") for name in COLUMNS)), rows, left=2)
+    return table(title, ("setting", "workload", *COLUMNS), rows, left=2)
 
 
 def run(config: Config, options: argparse.Namespace, arguments: Sequence[str]) -> int:
