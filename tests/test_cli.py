@@ -172,7 +172,7 @@ BAD_LINES = (
     ("bench online --rate 1 --warmup -1", "'-1' is not a count of at least 0"),
     ("bench online --rate 1 --temperature -1", "'-1' is not a number of at least 0"),
     ("bench online --rate 1 --slo ttft", "'ttft' is not one of ttft, tpot, e2e with a limit"),
-    ("bench ablation --repeats 0", "'0' is not a count of at least 1"),
+    ("bench ablation --seconds x", "'x' is not a number of at least 0"),
     ("bench ablation --only speed", "'speed' is not one of overlap"),
     ("bench offline --port 1", "unrecognized arguments: --port 1"),
     ("bench offline --input-len 9:3", "the smaller one first"),

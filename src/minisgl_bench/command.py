@@ -28,7 +28,10 @@ ENGINE: Final = {
     "ablation": "Turns one setting at a time away from the configuration given here, over weights loaded once.",
 }
 PARTS: Final = ("attention", "calibrate", "collectives", "gemm", "grammar", "kernels", "streaming")
-ABLATIONS: Final = ("overlap", "graphs", "chats", "system-prompt", "attention", "page-size", "chunk-size")
+ABLATIONS: Final = (
+    "overlap", "launch-ahead", "quantization", "graphs", "chats", "system-prompt", "attention", "page-size",
+    "chunk-size",
+)  # fmt: skip
 ROUTER_NAMES: Final = ("random", "round-robin", "least-loaded", "prefix")
 SLO_NAMES: Final = ("ttft", "tpot", "e2e")
 UNITS: Final = {"ms": 1e-3, "s": 1.0}
@@ -127,9 +130,9 @@ GPU_HELP: Final = "h200 (default), h100, a100, or a .json file of `minisgl bench
 HASH_HELP: Final = "make each token a hash of what its pages hold, as the tests do: slow, and it finds a broken cache"
 # The fields of `Config` that a simulation can compare.
 GRID: Final = (
-    "model", "model_source", "max_seq_len_override", "tp", "all_reduce", "max_running_requests",
-    "max_prefill_length", "schedule_policy", "launch_ahead", "eviction", "page_size", "num_pages", "memory_ratio",
-    "cache", "cuda_graph_max_bs", "piecewise_cuda_graph_max_tokens",
+    "model", "model_source", "quantization", "kv_cache_dtype", "max_seq_len_override", "tp", "all_reduce",
+    "max_running_requests", "max_prefill_length", "schedule_policy", "launch_ahead", "eviction", "page_size",
+    "num_pages", "memory_ratio", "cache", "cuda_graph_max_bs", "piecewise_cuda_graph_max_tokens",
 )  # fmt: skip
 FlagRow = tuple[str, Any, Any, str | None, str]
 # Of `minisgl bench online`, by group: flag, what it is when it was not given, type (or choices, or None for a switch),
@@ -319,7 +322,7 @@ def engine_parser(name: str) -> Parser:
     if name == "ablation":
         names = ", ".join(ABLATIONS)
         add("--only", type=ablations, default=ABLATIONS, metavar="A,B", help=f"of {names} (default: all)")
-        add("--repeats", type=count, default=3, metavar="N", help="runs, of which the median counts (default: 3)")
+        add("--seconds", type=not_negative, metavar="S", help="of a run (default: 5; on a CPU one workload)")
     elif name == "fidelity":
         text = "greedy tokens after each of 20 prompts (default: 64)"
         add("--output-len", type=count, default=64, metavar="N", help=text)

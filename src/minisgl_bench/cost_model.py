@@ -19,11 +19,11 @@ import torch
 from minisgl.config import Config
 from minisgl.core.model_config import ModelSpec
 from minisgl.core.plan import StepPlan
-from minisgl.core.weights import held_elements
+from minisgl.core.weights import QUANTIZED, held_elements
 from minisgl.distributed.shard import local_spec, sharder, vocab_shard
 from minisgl.errors import ConfigError
 from minisgl.gpu.cuda_graphs import graph_sizes, piecewise_max_tokens, piecewise_sizes
-from minisgl.gpu.memory import DEFAULT_RATIO, graph_bytes, page_cost, token_bytes
+from minisgl.gpu.memory import DEFAULT_RATIO, graph_bytes, kv_dtype, page_cost, token_bytes
 from minisgl_bench.simulated_executor import StepSeconds
 
 FOLDER: Final = Path(__file__).parent / "gpus"
@@ -44,6 +44,8 @@ class GpuConstants(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     read: float  # of weights
     move: float  # of activations, bytes read and written
     flops: float  # of large GEMMs in half precision
+    fp8_flops: float = 0.0  # of the same in FP8; 0: FP8 was not measured, or the GPU has none
+    fp8_kv_share: float = 0.0  # of `kv_read`, for keys and values in FP8
     attention_flops: float  # of prompts
     expert_read: float  # of a mixture's weights
     expert_flops: float
@@ -105,20 +107,25 @@ class CostModel:
         self.config = config
         self.tp = config.tp
         dtype: torch.dtype = getattr(torch, config.dtype)
-        self.item = dtype.itemsize
+        self.item, kept = dtype.itemsize, kv_dtype(config).itemsize
+        self.layer_gpu, self.layer_item = gpu, self.item
+        if config.quantization == "fp8":
+            self.layer_gpu, self.layer_item = msgspec.structs.replace(gpu, flops=gpu.fp8_flops), 1
         self.spec = share = local_spec(spec, config.tp)
         self.vocab = vocab_shard(spec.vocab_size, 0, config.tp).width
         self.windows = tuple(sorted({window for window in share.windows if window}))
         self.layers_of = {window: share.windows.count(window) for window in (0, *self.windows)}
-        self.kv_bytes = 2 * share.num_kv_heads * share.head_dim * self.item  # of a token in a layer
+        self.kv_bytes = 2 * share.num_kv_heads * share.head_dim * kept  # of a token in a layer
         ratio = share.num_heads / share.num_kv_heads
         self.kv_read = float(np.interp(ratio, list(gpu.kv_read), list(gpu.kv_read.values())))
+        self.kv_read *= gpu.fp8_kv_share if kept == 1 else 1.0
         self.attention_flops = 4 * share.num_heads * share.head_dim  # of a query and a key
         sparse = 0 if share.moe is None else sum(share.moe.layers)
         self.sparse_layers, self.dense_layers = sparse, share.num_layers - sparse
         self.graph_sizes = graph_sizes(config.cuda_graph_max_bs) if config.cuda_graph_max_bs else []
         self.piecewise_sizes = piecewise_sizes(piecewise_max_tokens(config))
-        self.rest, self.layer_gemms, self.head_gemm = cache(self._rest), cache(self._layer_gemms), cache(self._gemm)
+        self.rest, self.layer_gemms = cache(self._rest), cache(self._layer_gemms)
+        self.head_gemm = cache(self._head_gemm)
         # Of a token in all layers: twice a norm that reads two rows and writes two, the rotary embedding, the MLP's.
         ends = 2 * (share.num_heads + 2 * share.num_kv_heads) * share.head_dim
         moved = share.num_layers * (8 * share.hidden_size + ends) + self.dense_layers * 3 * share.intermediate_size
@@ -146,7 +153,10 @@ class CostModel:
         return seconds, layer * self.spec.num_layers if prompts or not in_graphs else 0.0
 
     def _gemm(self, blocks: int, outputs: int, inputs: int) -> float:
-        return gemm_seconds(self.gpu, blocks, outputs, inputs, self.item)
+        return gemm_seconds(self.layer_gpu, blocks, outputs, inputs, self.layer_item)
+
+    def _head_gemm(self, blocks: int) -> float:
+        return gemm_seconds(self.gpu, blocks, self.vocab, self.spec.hidden_size, self.item)
 
     def _layer_gemms(self, blocks: int) -> float:
         """The GEMMs of all layers, without experts."""
@@ -186,7 +196,7 @@ class CostModel:
         if not rows:
             return 0.0
         logits = rows * self.vocab * self.item  # of a rank
-        seconds = self.head_gemm(-(-rows // ROWS), self.vocab, self.spec.hidden_size)
+        seconds = self.head_gemm(-(-rows // ROWS))
         seconds += (1 + self.tp) * logits / self.gpu.move
         if self.tp > 1:
             seconds += self.gpu.nccl_seconds + (self.tp - 1) * logits / self.gpu.link
@@ -220,7 +230,10 @@ def pages_that_fit(spec: ModelSpec, config: Config, gpu: GpuConstants, max_seq_l
     assert config.max_running_requests is not None
     dtype: torch.dtype = getattr(torch, config.dtype)
     share, vocab = local_spec(spec, config.tp), vocab_shard(spec.vocab_size, 0, config.tp).width
-    weights = held_elements(spec, sharder(spec, 0, config.tp) if config.tp > 1 else None) * dtype.itemsize
+    shards = sharder(spec, 0, config.tp) if config.tp > 1 else None
+    weights = held_elements(spec, shards) * dtype.itemsize
+    if config.quantization == "fp8":
+        weights -= held_elements(spec, shards, QUANTIZED) * (dtype.itemsize - 1)
     # logits of all rows in float32 a few times, when each asks for log-probabilities
     logits = 6 * config.max_running_requests * spec.vocab_size * 4
     activations = config.max_prefill_length * token_bytes(share, dtype.itemsize) + logits

@@ -35,8 +35,10 @@ class Replica:
 
     def __init__(self, spec: ModelSpec, config: Config, gpu: GpuConstants, exact: bool = False) -> None:
         check_shards(spec, config.tp)
-        if config.quantization or spec.fp8 or config.kv_cache_dtype != "auto":
-            raise ConfigError("the simulator knows no FP8: leave out --quantization and --kv-cache-dtype")
+        config = config.replace(quantization="fp8") if spec.fp8 else config
+        if (config.quantization == "fp8" or config.kv_cache_dtype != "auto") and not gpu.fp8_flops:
+            rule = "leave out --quantization and --kv-cache-dtype, and take a model that is not in FP8"
+            raise ConfigError(f"{gpu.name}: its constants were measured in half precision, without fp8_flops; {rule}")
         self.gpu = gpu
         self.exact = exact
         machine = Machine(True, gpu.name, gpu.memory, config.tp)

@@ -240,6 +240,27 @@ def test_costs_grow_with_the_work_and_shrink_with_ranks() -> None:
     assert one.prefill_attention(chunk, chunk) > 2 * one.prefill_attention(zero[:1], chunk)
 
 
+def test_fp8_halves_what_layers_and_caches_hold_and_the_head_stays() -> None:
+    model, gpu = spec("Qwen3-14B"), read_gpu("h200")
+    plain = Replica(model, Config(), gpu)
+    kv = Replica(model, Config(kv_cache_dtype="fp8_e4m3"), gpu)
+    weights = Replica(model, Config(quantization="fp8"), gpu)
+    assert kv.num_pages == pytest.approx(2 * plain.num_pages, abs=1)
+    assert kv.cost.kv_bytes * 2 == plain.cost.kv_bytes == weights.cost.kv_bytes
+    saved = (weights.num_pages - plain.num_pages) * 40 * 16 * plain.cost.kv_bytes
+    assert saved == pytest.approx(40 * 5120 * (128 * (2 * 40 + 2 * 8) + 3 * 17408), rel=1e-3)  # a byte a weight
+    assert weights.cost.head_seconds(64) == plain.cost.head_seconds(64)
+    reading = [replica.cost.layer_gemms(1) - 160 * gpu.gemm_seconds for replica in (plain, weights)]
+    assert reading[0] / 2 < reading[1] < 0.55 * reading[0]
+    assert weights.cost.layer_gemms(64) == pytest.approx(0.66 * plain.cost.layer_gemms(64), rel=0.02)  # computing
+
+
+@pytest.mark.parametrize("config", [Config(quantization="fp8"), Config(kv_cache_dtype="fp8_e4m3")])
+def test_fp8_is_refused_where_it_was_not_measured(config: Config) -> None:
+    with pytest.raises(ConfigError, match=r"A100.* without fp8_flops"):
+        Replica(spec(), config, read_gpu("a100"))
+
+
 def test_windows_bound_attention() -> None:
     gpu, full = read_gpu("h200"), spec()
     layers = (0, 128) * (full.num_layers // 2)

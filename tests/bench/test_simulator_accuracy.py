@@ -20,7 +20,7 @@ from minisgl_bench.workload import WorkloadSpec
 ROOT = Path(__file__).parents[2]
 RESULTS, MODELS = ROOT / "benchmark" / "results", ROOT / "benchmark" / "models"
 # One record is of an all-reduce that is gone.
-OFFLINE = sorted(path.stem for path in RESULTS.glob("*.json") if re.search("offline|64-rows(?!-symm)", path.stem))
+OFFLINE = sorted(path.stem for path in RESULTS.glob("*.json") if re.search("offline|64-rows(?!-symm)|-fp8", path.stem))
 # Qwen3-32B on four H200s, the first 1,000 requests of the Azure trace, answers of at most 1,024 tokens, no prefix
 # cache, November 2026: scale and prefill budget; median TTFT and TPOT in ms, output tokens/s.
 AZURE = {
@@ -86,6 +86,8 @@ def test_throughput_of_each_offline_record_within_a_tenth(name: str) -> None:
         max_prefill_length=int(notes["max_prefill_length"].split(":")[0]),
         all_reduce="nccl" if name.endswith("nccl") else "auto",
         overlap=not name.endswith("no-overlap"),
+        quantization=notes.get("quantization"),
+        kv_cache_dtype=notes.get("kv_cache_dtype", "auto"),
     )
     rate, pages = offline_rate(model, config, gpu, known["workload"])
     assert pages == pytest.approx(int(notes["num_pages"].split(":")[0]), rel=0.06)
