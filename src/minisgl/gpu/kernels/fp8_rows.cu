@@ -72,8 +72,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) fp8_rows(
 #pragma unroll
     for (u32 a = 0; a < AHEAD; a++)
         if (first + a * WARPS < end) request(ahead[a][0], first + a * WARPS, 0), request(ahead[a][1], first + a * WARPS, 1);
-    const u32 column = tile * TILE + threadIdx.x % TILE;  // whose sums this thread adds up in the end
-    const float gain = BLOCKS ? 1.0f : w_scale[column], offset = !PARTS && bias ? unpack(bias[column]) : 0.0f;
     asm volatile("griddepcontrol.launch_dependents;");
     asm volatile("griddepcontrol.wait;" ::: "memory");
 
@@ -105,15 +103,16 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, RESIDENT) fp8_rows(
 #pragma unroll
     for (u32 i = 0; i < 4; i++) sums[warp][lane % 4 * 2 + i % 2][group + i / 2 * 8] = total[i];
     __syncthreads();
-    for (u32 row = threadIdx.x / TILE; row < rows; row += WARPS * 32 / TILE) {
+    for (u32 i = threadIdx.x; i < rows * TILE; i += WARPS * 32) {
+        const u32 row = i / TILE, column = tile * TILE + i % TILE;
         float sum = 0.0f;
 #pragma unroll
-        for (u32 other = 0; other < WARPS; other++) sum += sums[other][row][threadIdx.x % TILE];
-        sum = sum * gain + offset;
+        for (u32 other = 0; other < WARPS; other++) sum += sums[other][row][i % TILE];
+        if (!BLOCKS) sum *= w_scale[column];
         if (PARTS) {
             ((float*)out)[((u64)split * rows + row) * columns + column] = sum;
         } else {
-            ((u16*)out)[(u64)row * columns + column] = pack(sum);
+            ((u16*)out)[(u64)row * columns + column] = pack(bias ? sum + unpack(bias[column]) : sum);
         }
     }
 }
