@@ -37,10 +37,9 @@ from minisgl.errors import ConfigError, EngineDeadError, InvalidRequestError, Mi
 from minisgl.server import ipc
 from minisgl.server.app import make_app
 from minisgl.server.engine_client import EngineClient, Shutdown, SocketEngineClient, wait_first
-from minisgl.server.errors import ForbiddenError, OverloadedError, UnauthorizedError, error_body, error_headers
+from minisgl.server.errors import ForbiddenError, OverloadedError, UnauthorizedError, error_body, error_response
 from minisgl.server.metrics import ACCESS_RECORD, AccessRecord, Metrics
 from minisgl.server.preparation import Api, Preparation
-from minisgl.server.responses import json_response
 from minisgl.text.grammar_check import GrammarCompiler
 from minisgl.text.tokenizer import Tokenizer, make_byte_tokenizer
 
@@ -114,7 +113,7 @@ class HostGuard:
             return
         rule = "is no name of this server; --allowed-hosts NAME allows more"
         error = ForbiddenError(f"the Host {host[:256]!r} {rule}", code="host_not_allowed")
-        await json_response(error_body(error), error.status)(scope, receive, send)
+        await error_response(error)(scope, receive, send)
 
     def allows(self, host: str) -> bool:
         match = HOST.fullmatch(host.lower())
@@ -134,7 +133,7 @@ class KeyGuard:
             await self.app(scope, receive, send)
             return
         error = UnauthorizedError("this server asks for an API key: send it as 'Authorization: Bearer KEY'")
-        await json_response(error_body(error), error.status, error_headers(error))(scope, receive, send)
+        await error_response(error)(scope, receive, send)
 
     def key_number(self, headers: Headers) -> int:
         """Which key was sent, 0: none. The time it takes says nothing about the keys, not even their lengths."""
@@ -198,12 +197,9 @@ class Crowd:
     """
 
     def __init__(self) -> None:
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        with contextlib.suppress(OSError, ValueError):  # macOS takes less than the hard limit
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-            soft = hard
-        soft = MAX_CONNECTIONS + SPARE_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
-        self.bound = min(MAX_CONNECTIONS, max(soft - SPARE_DESCRIPTORS, soft // 2))
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        self.bound = min(MAX_CONNECTIONS, max(most - SPARE_DESCRIPTORS, most // 2))
         self.idle: dict[BoundedProtocol, None] = {}  # the oldest first
         self._closed = self._refused = 0
         self._next_line = 0.0
@@ -232,8 +228,7 @@ class Crowd:
 
 async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
     error = OverloadedError("too many connections; try again later", CROWD_RETRY_SECONDS)
-    headers = {**error_headers(error), "connection": "close"}
-    await json_response(error_body(error), error.status, headers)(scope, receive, send)
+    await error_response(error, connection="close")(scope, receive, send)
 
 
 class BoundedProtocol(H11Protocol):

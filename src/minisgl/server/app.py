@@ -25,7 +25,14 @@ from minisgl.errors import InvalidRequestError, MinisglError
 from minisgl.server import protocol, responses
 from minisgl.server.admin import admin_routes
 from minisgl.server.completion import ChatCompletion, Generation, SglangCompletion, TextCompletion
-from minisgl.server.errors import ForbiddenError, MediaTypeError, error_body, error_headers, known_error
+from minisgl.server.errors import (
+    ForbiddenError,
+    MediaTypeError,
+    UnsupportedEndpointError,
+    error_body,
+    error_response,
+    known_error,
+)
 from minisgl.server.generate import GenerateRequest
 from minisgl.server.openapi import ApiRoute, document
 from minisgl.server.preparation import Api, ClientGoneError, PreparedRequest, prioritize, unless_disconnected
@@ -45,11 +52,6 @@ Prepare = Callable[[bytes], PreparedRequest]
 AnyCompletion = type[ChatCompletion] | type[TextCompletion] | type[SglangCompletion]
 
 logger = logging.getLogger(__name__)
-
-
-class UnsupportedEndpointError(InvalidRequestError):
-    status = 404
-    code = "unsupported_endpoint"
 
 
 class NamedRoute(Route):
@@ -244,12 +246,10 @@ async def on_error(request: Request, error: Exception) -> Response:
         return Response(status_code=499)  # nginx's "client closed request", for the log
     if isinstance(error, HTTPException):  # the router's 404 and 405
         method = request.method.replace("HEAD", "GET")  # whose length an answer to HEAD has
-        shown = MinisglError(f"{method} {request.url.path}: {HTTPStatus(error.status_code).phrase}")
-        shown.type = "invalid_request_error" if error.status_code < 500 else "server_error"
-        shown.code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-        return json_response(error_body(shown), error.status_code, dict(error.headers or {}))
-    known = known_error(error)
-    return json_response(error_body(known), known.status, error_headers(known))
+        phrase = HTTPStatus(error.status_code).phrase
+        shown = InvalidRequestError(f"{method} {request.url.path}: {phrase}", code=phrase.lower().replace(" ", "_"))
+        return json_response(error_body(shown), error.status_code, error.headers)
+    return error_response(known_error(error))
 
 
 def page_headers(html: str) -> dict[str, str]:

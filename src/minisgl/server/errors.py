@@ -2,7 +2,10 @@
 
 from typing import Any
 
+from starlette.responses import Response
+
 from minisgl.errors import InvalidRequestError, MinisglError
+from minisgl.server.responses import json_response
 
 
 class BodyTooLargeError(InvalidRequestError, status=413, code="request_too_large"): ...
@@ -14,8 +17,8 @@ class SlowBodyError(InvalidRequestError, status=408, code="body_timeout"): ...
 class UnauthorizedError(InvalidRequestError, status=401, type="authentication_error", code="invalid_api_key"): ...
 
 
-class ForbiddenError(InvalidRequestError, status=403):
-    """What a web page that the user did not mean to let in would send."""
+# What a web page that the user did not mean to let in would send.
+class ForbiddenError(InvalidRequestError, status=403): ...
 
 
 class MediaTypeError(InvalidRequestError, status=415, code="unsupported_media_type"): ...
@@ -44,18 +47,23 @@ class DrainingError(RetryLaterError, code="shutting_down"): ...
 class RequestTimeoutError(MinisglError, status=504, type="timeout_error", code="request_timeout"): ...
 
 
-class RequestAbortedError(MinisglError, status=499, type="invalid_request_error", code="request_aborted"):
-    """Of status 499, which clients do not retry by themselves."""
+# Of a status that clients do not retry by themselves.
+class RequestAbortedError(MinisglError, status=499, type="invalid_request_error", code="request_aborted"): ...
+
+
+class UnsupportedEndpointError(InvalidRequestError, status=404, code="unsupported_endpoint"): ...
 
 
 def error_body(error: MinisglError) -> dict[str, Any]:
     return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
 
 
-def error_headers(error: MinisglError) -> dict[str, str]:
+def error_response(error: MinisglError, **headers: str) -> Response:
     if isinstance(error, RetryLaterError):
-        return {"retry-after": str(error.retry_after)}
-    return {"www-authenticate": "Bearer"} if isinstance(error, UnauthorizedError) else {}
+        headers["retry-after"] = str(error.retry_after)
+    if isinstance(error, UnauthorizedError):
+        headers["www-authenticate"] = "Bearer"
+    return json_response(error_body(error), error.status, headers)
 
 
 def known_error(error: Exception) -> MinisglError:

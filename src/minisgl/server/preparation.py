@@ -31,7 +31,7 @@ from minisgl.server import protocol
 from minisgl.server.engine_client import EngineClient, wait_first
 from minisgl.server.errors import BodyTooLargeError, OverloadedError, SlowBodyError
 from minisgl.server.generate import GenerateRequest
-from minisgl.server.protocol import ChatRequest, CompletionRequest, TokenizeConversation, require
+from minisgl.server.protocol import CONSTRAINTS, ChatRequest, CompletionRequest, TokenizeConversation, require
 from minisgl.server.responses import Detokenized, TokenizerInfo, Tokens
 from minisgl.server.structured import forced_call_grammar, requested_grammar, text_without_calls, with_optional_calls
 from minisgl.server.tools import ParserConfig, Reasoning, ToolFormat, detect_tool_format
@@ -95,7 +95,7 @@ class Preparation:
     def chat(self, body: bytes) -> PreparedRequest:
         chat = ChatRequest.parse(body)
         self.check_model(chat.model)
-        grammar, field = constraint_of(chat)
+        grammar, field = requested_grammar(chat.constraints)
         prompt = self.render(chat, chat.offered_tools)
         template = self.tokenizer.template_for(bool(chat.offered_tools))
         reasons = template is not None and REASONING_END in template.source and chat.separate_reasoning is not False
@@ -124,7 +124,7 @@ class Preparation:
         asked = CompletionRequest.parse(body)
         prompts = parse_prompts(asked.prompt, "prompt")
         self.check_model(asked.model)
-        grammar, field = constraint_of(asked)
+        grammar, field = requested_grammar(asked.constraints)
         with renamed({None: "prompt"}):
             params = self.tokenizer.with_bad_words(asked.params(grammar))
             requests = self.requests("cmpl", asked, prompts, [params] * len(prompts))
@@ -137,12 +137,12 @@ class Preparation:
         asked = GenerateRequest.parse(body)
         field = "text" if asked.text is not None else "input_ids"
         prompts = parse_prompts(asked.prompts, field)
-        samplings = [asked.sampling(index) for index in range(len(prompts))]
-        grammars = named("sampling_params", lambda: [constraint_of(sampling)[0] for sampling in samplings])
-        params = [asked.params(index, grammar) for index, grammar in enumerate(grammars)]
-        names: dict[str | None, str] = {name: f"sampling_params.{name}" for name in SamplingParams.__struct_fields__}
+        fields = (*SamplingParams.__struct_fields__, *CONSTRAINTS)
+        names: dict[str | None, str] = {name: f"sampling_params.{name}" for name in fields}
         names |= {"max_tokens": "sampling_params.max_new_tokens", "min_tokens": "sampling_params.min_new_tokens"}
         with renamed({**names, "seed": "sampling_params.sampling_seed", None: field, "prompt": field}):
+            grammars = [requested_grammar(asked.sampling(index).constraints)[0] for index in range(len(prompts))]
+            params = [asked.params(index, grammar) for index, grammar in enumerate(grammars)]
             requests = self.requests("gen", asked, prompts, params)
         kinds = dict.fromkeys(grammars)
         checks = [check for grammar in kinds for check in self.require_grammar(grammar, "sampling_params")]
@@ -261,8 +261,10 @@ class Preparation:
             return ()
         if self.check_grammar is None:
             raise UnsupportedParameterError("structured output is not available on this server", param=param)
-        check = named(param, functools.partial(self.check_grammar, grammar))
-        return () if check is None else (functools.partial(named, param, check),)
+        names = {"grammar": param, None: param}
+        with renamed(names):
+            check = self.check_grammar(grammar)
+        return () if check is None else (renamed(names)(check),)
 
     def render(self, chat: ChatRequest | TokenizeConversation, tools: Sequence[protocol.Tool]) -> str:
         variables: dict[str, Any] = dict(chat.chat_template_kwargs or {})
@@ -475,28 +477,14 @@ def is_list_of(kind: type, value: object) -> bool:
     return isinstance(value, list) and all(type(item) is kind for item in value)
 
 
-def constraint_of(body: protocol.Sampling) -> tuple[Grammar | None, str | None]:
-    return requested_grammar(body.constraints) if body.constraints else (None, None)
-
-
-def named(param: str | None, check: Callable[[], T]) -> T:
-    """The same check, whose errors are about `param`, or the tools."""
-    try:
-        return check()
-    except InvalidRequestError as error:
-        if error.param != "tools":
-            error.param = param
-        raise
-
-
 @contextlib.contextmanager
-def renamed(names: Mapping[str | None, str]) -> Iterator[None]:
+def renamed(names: Mapping[str | None, str | None]) -> Iterator[None]:
     """Let errors name a field as the request does; None is the name for errors without one."""
     try:
         yield
     except InvalidRequestError as error:
         if (name := names.get(error.param)) is not None:
-            if error.param not in (None, "prompt"):
+            if error.param not in (None, "prompt", "grammar"):
                 error.message = error.message.replace(error.param, name.rpartition(".")[2])
             error.param = name
         raise

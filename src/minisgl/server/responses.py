@@ -1,6 +1,6 @@
 """The objects that responses are made of, under their names in the APIs; msgspec encodes them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
@@ -290,7 +290,7 @@ class ErrorBody(msgspec.Struct, frozen=True):
     error: ErrorObject
 
 
-def json_response(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+def json_response(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     return Response(msgspec.json.encode(value), status, headers, media_type="application/json")
 
 

@@ -27,14 +27,8 @@ MAX_MESSAGE = 300
 # Between the parts of a JSON text. Bounded: a model that falls into repeating newlines must go on with its text.
 SPACED: Any = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,8}", "lenient": False}
 COMPACT: Any = {"whitespace_flexible": False, "lenient": False}
-# The kind of a grammar: its name in errors, and the request field that usually carries it.
-KINDS = {
-    "json_object": ("json object", "response_format"),
-    "json_schema": ("json schema", "response_format"),
-    "regex": ("regular expression", "guided_regex"),
-    "choice": ("choice", "guided_choice"),
-    "lark": ("grammar", "guided_grammar"),
-}
+# Of kinds of grammars, in errors.
+NAMES = {"json_object": "json object", "json_schema": "json schema", "regex": "regular expression", "lark": "grammar"}
 # Strings, comments and regular expressions of a Lark source.
 LARK_TEXT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|#[^\n]*|/(?:\\.|[^/\\\n])+/')
 STOP_OPTION = re.compile(r"\[[^\]\n]*\bstop\b")
@@ -249,7 +243,7 @@ def schema_grammar(source: str, grammar: Grammar) -> str:
     if not isinstance(schema, dict | bool):
         raise invalid(grammar, "a JSON schema is an object, true or false")
     if isinstance(schema, dict) and "x-guidance" in schema:
-        raise unsupported(grammar, "x-guidance")
+        raise unsupported("x-guidance")
     if (new := rewritten(schema)) is False:
         raise invalid(grammar, NOTHING_MATCHES)
     if new is True or new is not schema:
@@ -279,21 +273,21 @@ def checked_lark(grammar: Grammar) -> str:
             raise invalid(grammar, f"not GBNF: {error}") from error
     rules = LARK_TEXT.sub('""', source)
     if "<" in rules:
-        raise unsupported(grammar, "a special token in a grammar")
+        raise unsupported("a special token in a grammar")
     if STOP_OPTION.search(rules):
-        raise unsupported(grammar, "the option stop of a rule (suffix and lazy are)")
+        raise unsupported("the option stop of a rule (suffix and lazy are)")
     if "x-guidance" in source:
-        raise unsupported(grammar, "x-guidance")
+        raise unsupported("x-guidance")
     return source
 
 
 def invalid(grammar: Grammar, reason: str) -> InvalidRequestError:
-    name, field = KINDS[grammar.kind]
-    return InvalidRequestError(f"invalid {name}: {reason[:MAX_MESSAGE]}", param=field)
+    name = NAMES.get(grammar.kind, grammar.kind)
+    return InvalidRequestError(f"invalid {name}: {reason[:MAX_MESSAGE]}", param="grammar")
 
 
-def unsupported(grammar: Grammar, what: str) -> UnsupportedParameterError:
-    return UnsupportedParameterError(f"{what} is not supported", param=KINDS[grammar.kind][1])
+def unsupported(what: str) -> UnsupportedParameterError:
+    return UnsupportedParameterError(f"{what} is not supported", param="grammar")
 
 
 def one_line(message: str) -> str:
@@ -311,6 +305,6 @@ def refusal(grammar: Grammar, message: str) -> InvalidRequestError:
         message = message.partition("<state>")[0].rpartition("error:")[2].partition("\n   1 |")[0]
     text = one_line(message)[:MAX_MESSAGE]
     if NOT_DONE.search(text):
-        name, field = KINDS[grammar.kind]
-        return UnsupportedParameterError(f"unsupported {name}: {text}", param=field)
+        name = NAMES.get(grammar.kind, grammar.kind)
+        return UnsupportedParameterError(f"unsupported {name}: {text}", param="grammar")
     return invalid(grammar, text)
