@@ -149,6 +149,5 @@ def in_use(folder: Path) -> bool:
 
 @functools.cache
 def keep_in_use(folder: Path) -> None:
-    """Nobody removes the folder as long as this process lives."""
     with contextlib.suppress(OSError):
         fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_SH)

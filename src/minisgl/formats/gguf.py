@@ -167,7 +167,6 @@ class GgufFile:
                 raise self.error(f"truncated: tensor {name} of shape {shape} ({format.name}) lies outside of the file")
 
     def floats(self, name: str) -> NDArray[np.float32]:
-        """A copy of the tensor as float32 in its own shape."""
         shape, format, offset, size = self.tensors[name]
         block, block_bytes = gguf.GGML_QUANT_SIZES[format]
         rows = self._data[self._start + offset :][:size].reshape(*shape[:-1], shape[-1] // block * block_bytes)

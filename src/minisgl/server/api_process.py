@@ -3,8 +3,6 @@
 Those get an `ipc.WorkerSetup` on stdin, say an `ipc.Serving` on stdout, and obey `stop`, `force` and `engine ended`.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import functools
@@ -37,7 +35,7 @@ from minisgl.errors import ConfigError, EngineDeadError, InvalidRequestError, Mi
 from minisgl.server import ipc
 from minisgl.server.app import make_app
 from minisgl.server.engine_client import EngineClient, Shutdown, SocketEngineClient, wait_first
-from minisgl.server.errors import ForbiddenError, OverloadedError, UnauthorizedError, error_body, error_response
+from minisgl.server.errors import ForbiddenError, OverloadedError, UnauthorizedError, error_response
 from minisgl.server.metrics import ACCESS_RECORD, AccessRecord, Metrics
 from minisgl.server.preparation import Api, Preparation
 from minisgl.text.grammar_check import GrammarCompiler
@@ -204,7 +202,7 @@ class Crowd:
         self._closed = self._refused = 0
         self._next_line = 0.0
 
-    def enter(self, connection: BoundedProtocol, count: int) -> None:
+    def enter(self, connection: "BoundedProtocol", count: int) -> None:
         """Take in a new connection, the last of `count`."""
         if count <= self.bound or self.idle:
             self.idle[connection] = None
@@ -287,10 +285,9 @@ class BoundedProtocol(H11Protocol):
         if isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431:
             code, status = "headers_too_large", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
             msg = f"URL and headers must have at most {HEAD_LIMIT} bytes"
-        body = msgspec.json.encode(error_body(InvalidRequestError(msg, code=code)))
-        headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
-        response = h11.Response(status_code=status, headers=headers, reason=status.phrase.encode())
-        for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+        response = error_response(InvalidRequestError(msg, code=code), connection="close")
+        head = h11.Response(status_code=status, headers=response.raw_headers, reason=status.phrase.encode())
+        for event in (head, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
@@ -316,8 +313,6 @@ class BoundedProtocol(H11Protocol):
 
 
 class HttpServer(uvicorn.Server):
-    """A uvicorn server that says when it listens and leaves the signals to us."""
-
     def __init__(self, app: ASGIApp, on_listening: Callable[[], None], config: Config) -> None:
         protocol: Any = functools.partial(BoundedProtocol, write_timeout=config.write_timeout, crowd=Crowd())
         tls: dict[str, Any] = {"ssl_certfile": config.ssl_certfile, "ssl_keyfile": config.ssl_keyfile}
@@ -406,7 +401,6 @@ async def serve_api(
 
 
 async def serve_worker(setup: ipc.WorkerSetup, stdin: BinaryIO, stdout: BinaryIO) -> int:
-    """Serve as one of several until told to stop; the exit status."""
     metrics, shutdown = Metrics(setup.counts, setup.config.metrics_prefix), Shutdown()
     client = SocketEngineClient(setup.folder, setup.config, link=setup.link, metrics=metrics)
 

@@ -213,7 +213,6 @@ class OpenAICompletion(abc.ABC):
         return responses.Result(object=self.whole_object, choices=choices, usage=usage, **more)
 
     def of_prompt(self) -> dict[str, Any]:
-        """Fields of a whole answer that are about its prompt."""
         return {}
 
     def tail(self, choice: Any, tail: bytes) -> bytes:

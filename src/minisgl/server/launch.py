@@ -351,5 +351,4 @@ def announce(config: Config, url: str, ready: ipc.Ready, serving: ipc.Serving, s
 
 
 def print_status(line: str) -> None:
-    """A line to stderr: stdout is for what the user asked for."""
     print_text(line, sys.stderr)

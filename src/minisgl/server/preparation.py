@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import re
 import secrets
 import time
 import uuid
@@ -29,7 +30,7 @@ from minisgl.errors import (
 )
 from minisgl.server import protocol
 from minisgl.server.engine_client import EngineClient, wait_first
-from minisgl.server.errors import BodyTooLargeError, OverloadedError, SlowBodyError
+from minisgl.server.errors import BodyTooLargeError, ForbiddenError, MediaTypeError, OverloadedError, SlowBodyError
 from minisgl.server.generate import GenerateRequest
 from minisgl.server.protocol import CONSTRAINTS, ChatRequest, CompletionRequest, TokenizeConversation, require
 from minisgl.server.responses import Detokenized, TokenizerInfo, Tokens
@@ -49,6 +50,7 @@ MAX_TOKENIZED = 2**17  # tokens of a text that is only tokenised, where a contex
 MAX_REPEATED = 2**22  # token ids that go to the engine with each of a body's requests
 PIECE = 2**16  # characters tokenised at once, where a text may be far too long
 PIECE_SLACK = 64  # tokens that cutting a piece out may add to its own
+JSON_TYPE = re.compile(r"[\w.-]+/([\w.-]+\+)?json *(;|$)", re.IGNORECASE)
 # Fields that may be large and that no answer needs, once it is prepared.
 BULK = ("messages", "prompt", "tools", "metadata", "user", "safety_identifier", "prompt_cache_key")
 
@@ -390,7 +392,6 @@ class ClientGoneError(Exception):
 
 
 async def disconnected(receive: Receive) -> None:
-    """Return when the client leaves; the body must have been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -427,6 +428,7 @@ class Api:
 
     async def prepare(self, prepare: Callable[[bytes], T], request: HttpRequest) -> T:
         """Read a body, and prepare it when its client, by its key or its address, has its turn."""
+        self.check_sender(request)
         client = self._client_of(request)
         async with self.bodies.read(request, client) as body:
             with self.client.metrics.preparing.track_inprogress():
@@ -434,6 +436,23 @@ class Api:
                 if len(body) <= SMALL_BODY:
                     return await self.small.run(client, work)
                 return await unless_disconnected(request.receive, self.large.run(client, work))
+
+    def check_sender(self, request: HttpRequest, same_origin: bool = False) -> None:
+        """In a server without keys: refuse what a web page of another origin can send without asking first (W3C,
+        Fetch): a body that is not JSON, and with `same_origin` everything.
+        """
+        headers = request.headers
+        if self.config.api_key:
+            return
+        has_body = "transfer-encoding" in headers or headers.get("content-length", "").strip("0")
+        if has_body and not JSON_TYPE.match(headers.get("content-type", "")):
+            raise MediaTypeError("the body must be JSON, sent with 'Content-Type: application/json'")
+        if same_origin:
+            own = f"{request.scope['scheme']}://{headers.get('host', '')}"
+            # What is no browser sends neither header.
+            foreign = headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
+            if foreign or headers.get("origin", own).lower() != own.lower():
+                raise ForbiddenError("web pages of other origins may not do this", code="cross_origin")
 
     async def check(self, prepared: PreparedRequest, request: HttpRequest) -> None:
         """Check grammars that are new here, in threads that no other preparation waits for."""
@@ -473,7 +492,6 @@ def parse_prompts(value: Any, param: str) -> list[Prompt]:
 
 
 def is_list_of(kind: type, value: object) -> bool:
-    """Whether `value` is a list of exactly this type (a bool is no int)."""
     return isinstance(value, list) and all(type(item) is kind for item in value)
 
 

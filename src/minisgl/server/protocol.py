@@ -81,7 +81,6 @@ def invalid_json(body: bytes, error: Exception) -> InvalidRequestError:
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """The JSON object in a body; raises InvalidRequestError."""
     try:
         value = json.loads(body.decode())
         if b"\\u" in body:
@@ -242,7 +241,6 @@ class Message(Body, forbid_unknown_fields=False):
 
     @property
     def text(self) -> str:
-        """The content; text parts become lines."""
         return self.content if isinstance(self.content, str) else "\n".join(p.text for p in self.content or ())
 
     def for_template(self, where: str) -> dict[str, Any]:
@@ -441,12 +439,10 @@ class ChatRequest(OpenAIRequest, kw_only=True):
 
     @property
     def offered_tools(self) -> list[Tool]:
-        """The tools that the model may call; none when `tool_choice` says so."""
         return [] if self.tool_choice == "none" else list(self.tools or ())
 
     @property
     def named_tool(self) -> str | None:
-        """The one function that must be called, if one is named."""
         return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
 
     @property
@@ -473,7 +469,6 @@ class CompletionRequest(OpenAIRequest, kw_only=True):
 
     @property
     def scores_only(self) -> bool:
-        """Whether only the prompt is wanted: `echo` or `prompt_logprobs` with a `max_tokens` of 0."""
         return self.max_tokens == 0 and (bool(self.echo) or self.prompt_logprobs is not None)
 
     def check(self) -> None:
@@ -520,6 +515,14 @@ class TokenizeConversation(TokenizeOptions, kw_only=True):
 
     def check(self) -> None:
         check_conversation(self)
+
+
+class AbortOrder(Body):
+    rid: str | None = None  # the id of a completion
+    abort_all: bool | None = None
+
+    def check(self) -> None:
+        require(bool(self.rid) != bool(self.abort_all), "give the answer's id as rid, or abort_all", "rid")
 
 
 class DetokenizeRequest(Body):

@@ -192,11 +192,6 @@ class Health(msgspec.Struct, frozen=True):
     status: Literal["ok"] = "ok"
 
 
-class AbortOrder(msgspec.Struct, forbid_unknown_fields=True):
-    rid: str | None = None  # the id of a completion
-    abort_all: bool = False
-
-
 class IsReady(msgspec.Struct, frozen=True):
     status: Literal["ready"] = "ready"
 
@@ -243,7 +238,7 @@ class ServerLoad(msgspec.Struct, frozen=True):
 class ServerInfo(msgspec.Struct, frozen=True):
     version: str
     config: dict[str, Any]  # as given
-    effective: list[str]  # a line for each value that was chosen
+    effective: Sequence[str]  # a line for each value that was chosen
     stats: EngineStats
     queued: Queued
     draining: bool

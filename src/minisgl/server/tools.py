@@ -124,7 +124,6 @@ class ReasoningParser:
         self._state: Literal["start", "reasoning", "blanks", "content"] = "start"
 
     def push(self, text: str) -> tuple[str, str]:
-        """Take in text; the reasoning and the content that are certain now."""
         if self._state == "content":
             return "", text
         self._buffer += text
@@ -156,7 +155,6 @@ class ReasoningParser:
         return reasoning, self._buffer
 
     def finish(self) -> tuple[str, str]:
-        """What was held back, at the end of the text."""
         if self._state == "reasoning" or (self._state == "start" and self._begun):
             return self._buffer.rstrip(), ""
         return "", self._buffer if self._state == "start" else ""
@@ -218,7 +216,6 @@ class ToolCallParser:
         self._begin_object()
 
     def push(self, text: str) -> list[ChatDelta]:
-        """Take in text; what is certain now."""
         self._deltas = []
         self._buffer += text
         while self._state():
@@ -241,7 +238,6 @@ class ToolCallParser:
         self._buffer, self._at = self._buffer[size:], 0
 
     def _say(self, size: int) -> None:
-        """The beginning of the buffer is content."""
         text = "" if self._format.only_calls else self._buffer[:size]
         self._drop(size)
         if text := text.lstrip() if self._trim else text:
@@ -335,7 +331,6 @@ class ToolCallParser:
             self._sent = end
 
     def _call(self) -> tuple[str, str] | None:
-        """Name and arguments of the complete object, None when it is no call."""
         value = decode_json(self._buffer[self._at : self._scanner.at])
         if not isinstance(value, dict) or not isinstance(value.get("name"), str) or value["name"] not in self._names:
             return None

@@ -75,7 +75,6 @@ class TemplateProcess:
         return frozenset(reply["variables"])
 
     def _ask(self, line: bytes) -> dict[str, Any] | None:
-        """None when the process ended."""
         if not self._end.alive:
             self._start()
         with contextlib.suppress(OSError):
@@ -200,7 +199,6 @@ class ChatTemplate:
         return False
 
     def _try(self, *messages: Mapping[str, Any]) -> str | None:
-        """None when the template refuses."""
         variables = {"tools": [TOOL], "add_generation_prompt": False}
         try:
             return self._process.render({"messages": self._adapt(messages, ()), **variables})

@@ -131,7 +131,6 @@ class MatcherConstraint:
 
     @property
     def error(self) -> str:
-        """What went wrong, in a line; empty when nothing did."""
         return one_line(self._matcher.get_error())
 
 
@@ -189,7 +188,6 @@ def check_size(grammar: Grammar) -> None:
 
 
 def text_grammar(grammar: Grammar) -> str:
-    """llguidance's grammar of the text alone."""
     match grammar.kind:
         case "json_object":
             return schema_grammar('{"type":"object"}', grammar)
@@ -224,7 +222,6 @@ def composed_grammar(grammar: Grammar, text: str, vocabulary: Vocabulary) -> str
 
 
 def named_grammar(name: str, source: str) -> dict[str, Any]:
-    """A grammar as a part of another one, to be referred to as @name."""
     fields = json.loads(source)["grammars"][0] if source.startswith("{") else {"lark_grammar": source}
     return {**fields, "name": name}
 
@@ -291,7 +288,6 @@ def unsupported(what: str) -> UnsupportedParameterError:
 
 
 def one_line(message: str) -> str:
-    """llguidance's message without the state of its parser."""
     return " ".join(message.partition("<state>")[0].replace("<non-verbose/>", "").split())
 
 

@@ -159,7 +159,6 @@ class Helper:
         return reply
 
     def _start(self) -> Running:
-        """A helper that runs. The caller holds the lock."""
         if self.running is not None and self.running.process.poll() is None:
             return self.running
         self.close()

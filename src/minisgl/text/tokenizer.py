@@ -65,7 +65,6 @@ class Tokenizer:
 
     @functools.cached_property
     def longest_token(self) -> int:
-        """Characters of the longest token: no more of a text fit in one."""
         return max(map(len, self.backend.get_vocab(with_added_tokens=True)))
 
     @property
@@ -201,7 +200,6 @@ def load_backend(folder: Path) -> tokenizers.Tokenizer:
 
 
 def convert_tokenizer(folder: Path) -> Any:
-    """What `transformers` makes of another tokenizer's files, in the form of this library."""
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
     if not files:
         raise ModelError(f"{folder} holds no tokenizer: none of {', '.join(TOKENIZER_FILES)}")
@@ -272,7 +270,6 @@ class TextStream:
 
     @NO_PANICS
     def push(self, tokens: Sequence[int]) -> str:
-        """Take in tokens; the text that can be shown now."""
         before = len(self._shown)
         for token in tokens:
             if self.stopped:
@@ -308,7 +305,6 @@ class TextStream:
         return piece
 
     def _rest(self) -> str:
-        """The text of all tokens behind the characters decoded so far."""
         before = len(self._backend.decode(self._context, skip_special_tokens=False))
         text = self._backend.decode(self._context + self._ids, skip_special_tokens=False)
         return text[before + self.num_characters :]
@@ -358,7 +354,6 @@ class RequestOutput:
 
     @property
     def stop_reason(self) -> int | str | None:
-        """The stop string or the one of `stop_token_ids` that ended it."""
         known = isinstance(self.matched, str) or self.matched in self.request.params.stop_token_ids
         return self.matched if known else None
 
