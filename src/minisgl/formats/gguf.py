@@ -123,10 +123,7 @@ class GgufTensor(NamedTuple):
 
 
 class GgufFile:
-    """A GGUF file's `metadata` (Python values by key) and `tensors` (by name).
-
-    Raises ModelError naming the file, and the key or tensor where there is one, for what is truncated or hostile.
-    """
+    """Raises ModelError naming the file, and the key or tensor where there is one, for what is truncated or hostile."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

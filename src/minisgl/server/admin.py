@@ -92,8 +92,8 @@ def admin_routes(api: Api) -> list[ApiRoute]:
 
     async def model_info(_: Request) -> Response:
         """The model: its names, where its files are, and what it can take."""
-        names, eos, chats = list(preparation.names), list(model.eos_token_ids), preparation.tokenizer.has_chat_template
-        size, length = model.vocab_size, model.max_seq_len
+        names, eos, size, length = preparation.names, model.eos_token_ids, model.vocab_size, model.max_seq_len
+        chats = preparation.tokenizer.chat_template is not None
         return json_response(responses.ModelFacts(model.name, names, api.folder, size, length, eos, chats, api.folder))
 
     async def metrics(_: Request) -> Response:

@@ -56,7 +56,6 @@ REFUSED_AT_ONCE = 32  # connections that are told so
 CROWD_SECONDS = 60.0  # between two lines in the log about too many connections
 CROWD_RETRY_SECONDS = 5
 ANSWER_SECONDS = 1.0  # in which requests are still answered, with 503, when the engine has ended or was given up
-Announce = Callable[[ipc.Serving], None]
 
 logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("minisgl.access")
@@ -379,7 +378,7 @@ def build_app(
     check = grammars.checker if has_tokenizer else None
     preparation = Preparation(model, tokenizer, client.queue.max_live, config.served_model_name, check)
     app = make_app(Api(client, preparation, config, ready.notes, ready.folder, started))
-    return app, ipc.Serving(model.name, tokenizer.has_chat_template, has_tokenizer), grammars
+    return app, ipc.Serving(model.name, tokenizer.chat_template is not None, has_tokenizer), grammars
 
 
 async def serve_api(
@@ -388,7 +387,7 @@ async def serve_api(
     listener: socket.socket,
     shutdown: Shutdown,
     started: float,
-    say: Announce,
+    say: Callable[[ipc.Serving], None],
 ) -> None:
     """Put HTTP in front of an engine, once it is ready; `started` is on the monotonic clock. Raises ModelError."""
     ready = await client.ready()

@@ -12,9 +12,9 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from minisgl.core.types import MAX_LOGPROBS, FinishReason, TokenEvent, TokenLogprobs
-from minisgl.errors import EngineDeadError, InvalidRequestError
+from minisgl.errors import InvalidRequestError
 from minisgl.server import responses
-from minisgl.server.engine_client import ENGINE_DIED, EngineClient
+from minisgl.server.engine_client import EngineClient
 from minisgl.server.generate import GenerateRequest
 from minisgl.server.preparation import PreparedRequest
 from minisgl.server.protocol import ChatRequest, CompletionRequest, OpenAIRequest, StreamOptions
@@ -112,8 +112,6 @@ class ChoiceState(RequestOutput):
         for event in events:
             if event.finish is FinishReason.ERROR:
                 raise InvalidRequestError(event.error or "the engine refused the request")
-            if event.finish is FinishReason.ABORT:
-                raise EngineDeadError(ENGINE_DIED)
             if self.hidden:
                 end = None if event.finish is None else FinishReason.LENGTH
                 event = msgspec.structs.replace(event, tokens=(), logprobs=(), finish=end)
@@ -154,8 +152,6 @@ class Generation:
                 pieces = []
                 for request_id, own in together.items():
                     choice = self._by_id[request_id]
-                    if choice.finish is not None:
-                        continue
                     pieces.append((choice, choice.take_all(own)))
                     if choice.stream.stopped and own[-1].finish is None:
                         submission.abort([request_id])

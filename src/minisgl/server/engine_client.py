@@ -310,8 +310,7 @@ class SocketEngineClient(EngineClient):
         self.fail("the server is shutting down")
         self._receiver.cancel()
         await asyncio.gather(self._receiver, return_exceptions=True)
-        if not self._ready.cancelled():
-            self._ready.exception()  # retrieved, or asyncio warns
+        self._ready.exception()  # retrieved, or asyncio warns
         self._inbox.close()
         self._outbox.close()
         self._context.term()

@@ -255,11 +255,11 @@ class ServerInfo(msgspec.Struct, frozen=True):
 
 class ModelFacts(msgspec.Struct, frozen=True):
     id: str
-    served_names: list[str]
+    served_names: Sequence[str]
     model_path: str
     vocab_size: int
     max_model_len: int
-    eos_token_ids: list[int]
+    eos_token_ids: Sequence[int]
     has_chat_template: bool
     tokenizer_path: str
     is_generation: bool = True

@@ -41,9 +41,8 @@ LIMITS = LLParserLimits(step_lexer_fuel=100_000, step_max_items=20_000, max_lexe
 
 
 class Vocabulary:
-    """The tokens of a folder's tokenizer, shared by all grammars. Takes a second for 150,000 of them.
-
-    Raises UnsupportedParameterError where llguidance cannot tell the tokens' bytes, ModelError for a broken tokenizer.
+    """The tokens of a folder's tokenizer, shared by all grammars. Takes a second for 150,000 of them. Raises
+    UnsupportedParameterError where llguidance cannot tell the tokens' bytes, ModelError for a broken tokenizer.
     """
 
     def __init__(self, folder: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
@@ -96,9 +95,8 @@ class MatcherConstraint:
 
     @NO_PANICS
     def fill(self, mask: NDArray[np.int32]) -> None:
-        """Overwrite mask (ceil(V / 32),): bit t % 32 of word t // 32 says whether token t may come next.
-
-        Raises GrammarError when llguidance's limits of one step are exceeded.
+        """Overwrite mask (ceil(V / 32),): bit t % 32 of word t // 32 says whether token t may come next. Raises
+        GrammarError when llguidance's limits of one step are exceeded.
         """
         begun = time.thread_time()
         assert mask.shape == (self.vocabulary.num_words,)
@@ -136,10 +134,7 @@ class MatcherConstraint:
 
 @NO_PANICS
 def compile_grammar(grammar: Grammar, vocabulary: Vocabulary) -> MatcherConstraint:
-    """A constraint at the start of its text. May take seconds for a hostile grammar.
-
-    Raises InvalidRequestError, or UnsupportedParameterError for what cannot be enforced.
-    """
+    """A constraint at the start of its text, after seconds for a hostile grammar. Raises InvalidRequestError."""
     check_size(grammar)
     try:
         source = text_grammar(grammar)
@@ -227,10 +222,7 @@ def named_grammar(name: str, source: str) -> dict[str, Any]:
 
 
 def schema_grammar(source: str, grammar: Grammar) -> str:
-    """llguidance's grammar of a JSON schema; nothing that cannot be enforced is ignored. ValueError: nested too deeply.
-
-    Duplicate keys and numbers out of range are llguidance's to judge.
-    """
+    """llguidance's grammar of a JSON schema, with all of it enforced. Raises ValueError for one nested too deeply."""
     try:
         schema = msgspec.json.decode(source)
     except msgspec.DecodeError as error:

@@ -30,9 +30,8 @@ LARGEST = 10**18  # llguidance cannot say a larger bound of a number, as the ran
 
 
 def rewritten(schema: Any, lenient: bool = False) -> Any:
-    """A schema that allows the same; `schema` itself, which is not changed, if there is nothing to do.
-
-    With `lenient` it may allow more: what llguidance cannot follow is left out.
+    """A schema that allows the same; `schema` itself, which is not changed, if there is nothing to do. With `lenient`
+    it may allow more: what llguidance cannot follow is left out.
     """
     changed = False
     root = [schema]

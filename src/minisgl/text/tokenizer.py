@@ -60,24 +60,15 @@ class Tokenizer:
         return loaded
 
     @functools.cached_property
-    def vocab_size(self) -> int:
-        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
-
-    @functools.cached_property
-    def longest_token(self) -> int:
+    def longest_token(self) -> int:  # in characters
         return max(map(len, self.backend.get_vocab(with_added_tokens=True)))
-
-    @property
-    def has_chat_template(self) -> bool:
-        return self.chat_template is not None
 
     def template_for(self, tools: bool) -> ChatTemplate | None:
         return self.tool_template if tools else self.chat_template
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a plain prompt, with BOS where the model's post-processor adds one.
-
-        Raises InvalidRequestError for text that is no valid Unicode, or too much for the tokenizer.
+        """Token ids of a plain prompt, with BOS where the model's post-processor adds one. Raises InvalidRequestError
+        for text that is no valid Unicode, or too much for the tokenizer.
         """
         try:
             text.encode()
@@ -115,10 +106,7 @@ class Tokenizer:
         return replace(params, bad_word_ids=(*params.bad_word_ids, *sorted(ids))) if ids else params
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes of one token, which may be a part of a character; empty for an id outside the vocabulary.
-
-        A token at the start of a text may lose its leading space there.
-        """
+        """The bytes of one token, which may be a part of a character; empty for an id outside the vocabulary."""
         if (added := self._added.get(token)) is not None:
             return added.encode()
         text = self.backend.id_to_token(token) or ""
@@ -161,10 +149,8 @@ class Tokenizer:
 
 
 def make_byte_tokenizer(vocab_size: int) -> Tokenizer:
-    """A tokenizer for a model that has none: its text means nothing, but can be streamed.
-
-    Ids 0 to 255 are the bytes of UTF-8, any other id n is a space and its number; no id is special. So every text can
-    be encoded and every token has a text. Where the vocabulary is smaller than 256, bytes beyond it are dropped.
+    """A tokenizer for a model that has none: its text means nothing, but can be streamed. Ids 0 to 255 are the bytes of
+    UTF-8, any other id n is a space and its number; bytes beyond a smaller vocabulary are dropped.
     """
     names = {**byte_of_character(), **{f"\u0120{number}": number for number in range(256, vocab_size)}}
     backend = tokenizers.Tokenizer(models.BPE({name: i for name, i in names.items() if i < vocab_size}, []))
@@ -285,11 +271,9 @@ class TextStream:
         """What was held back, when the request ended for another reason than a stop string."""
         before = len(self._shown)
         if self._pending and not self.stopped:
-            self._pending = False
             self._take(self._rest())
         if not self.stopped:
             self._shown.append(self._held)
-            self._held = ""
         return "".join(self._shown[before:])
 
     def _decode(self, token: int) -> str:
