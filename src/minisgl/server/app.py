@@ -199,7 +199,6 @@ def send_body(send: Send, chunk: bytes, more: bool = True) -> Awaitable[None]:
 
 
 async def on_error(request: Request, error: Exception) -> Response:
-    """Every error that leaves an endpoint, in OpenAI's form. Of a fault of ours only the log has the details."""
     if isinstance(error, (ClientGoneError, ClientDisconnect)):
         return Response(status_code=499)  # nginx's "client closed request", for the log
     if isinstance(error, HTTPException):  # the router's 404 and 405

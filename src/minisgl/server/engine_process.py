@@ -121,7 +121,6 @@ class PendingGrammars:
         return dropped
 
     def ready(self) -> list[tuple[Request, Future[Constraint]]]:
-        """The requests whose grammar was compiled, or refused, since the last call."""
         ready = [(request, compiled) for request, compiled in self.requests.values() if compiled.done()]
         for request, _ in ready:
             del self.requests[request.id]

@@ -185,7 +185,6 @@ class Preparation:
         return TokenizerInfo(**tokens, chat_template=template, vocab_size=size, model_max_length=length)
 
     def check_model(self, name: str | None) -> None:
-        """Raise ModelNotFoundError for any other model than the one served; none named means that one."""
         if name not in (None, self.model.name, *self.names):
             raise ModelNotFoundError(f"the model {name!r} is not served here; {self.model.name!r} is", param="model")
 
@@ -244,7 +243,6 @@ class Preparation:
         return self.tokenizer.encode(text, special)
 
     def require_tool_format(self) -> ToolFormat:
-        """The format of tool calls; raises UnsupportedParameterError when the model has one that is not known."""
         if self.tokenizer.tool_template is None:
             raise UnsupportedParameterError("this model has no chat template, so no place for tools", param="tools")
         if self.tool_format is None:

@@ -75,7 +75,6 @@ def drop_unsupported(value: dict[str, Any], unsupported: Unsupported, where: str
 
 
 def invalid_json(body: bytes, error: Exception) -> InvalidRequestError:
-    """The error for a body that cannot be read; it says what the body is where its first bytes tell."""
     kinds = [f"{kind}; send plain JSON in UTF-8" for start, kind in NOT_JSON.items() if body.startswith(start)]
     return InvalidRequestError(f"the body is {(kinds or [f'not valid JSON: {error}'])[0]}", code="invalid_json")
 

@@ -99,7 +99,6 @@ class OutputParser:
         return self._tools is not None and self._tools.num_calls > 0
 
     def push(self, text: str, finish: FinishReason | None) -> list[ChatDelta]:
-        """Take in text, the end of it where there is a `finish`; what is certain now."""
         reasoning, content, last = "", text, finish is not None
         if self._reasoning is not None:
             reasoning, content = self._reasoning.push(text)
@@ -324,7 +323,6 @@ class ToolCallParser:
         return self._go(self._after)
 
     def _give_arguments(self, head: re.Match[str]) -> None:
-        """What has come of the arguments of the call that begins so, and was not given yet."""
         end = self._scanner.value_end or self._scanner.at
         if end > head.end():
             self._give(head[1], self._buffer[max(self._sent, head.end()) : end])

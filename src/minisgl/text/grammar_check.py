@@ -204,7 +204,6 @@ class GrammarCompiler:
         self._checked.add(digest)
 
     def constraint(self, grammar: Grammar) -> MatcherConstraint:
-        """A constraint at the start of its text, compiled in this process. Raises InvalidRequestError."""
         return self._compiled(grammar).copy()
 
     def _compile(self, grammar: Grammar) -> MatcherConstraint:
