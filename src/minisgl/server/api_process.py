@@ -92,9 +92,7 @@ class AccessLog:
 
 
 class HostGuard:
-    """Refuses a Host that is no name of this server: by DNS rebinding a web page reads under a name of its own what
-    this machine alone can reach.
-    """
+    """Refuses a Host that is no name of this server, which a web page has reached by DNS rebinding."""
 
     def __init__(self, app: ASGIApp, config: Config) -> None:
         self.app = app
@@ -169,9 +167,7 @@ class BoundedConnection(h11.Connection):
 
 
 def as_rfc_9112(request: h11.Request) -> h11.Request:
-    """The request where h11 leaves RFC 9112 to others: an absolute target names the Host (3.2.2), and a body that has
-    both length and encoding is the last on its connection (6.1).
-    """
+    """RFC 9112: an absolute target names the Host (3.2.2); a body of both length and encoding is the last one (6.1)."""
     headers, target = request.headers, request.target
     names = {name.lower() for name, _ in headers.raw_items()}
     twice = b"transfer-encoding" in names and b"content-length" in names
@@ -187,10 +183,8 @@ def as_rfc_9112(request: h11.Request) -> h11.Request:
 
 
 class Crowd:
-    """How many connections there may be: as many as the process may have descriptors, which it asks the system for.
-
-    From there on a new connection takes the place of the one that has been `idle`, without a request, for longest.
-    Without such a one it is told 503, or closed where many are being told.
+    """As many connections as the process may have descriptors. From there on a new one takes the place of the one that
+    has been `idle`, without a request, for longest. Without such a one it is told 503, or closed where many are.
     """
 
     def __init__(self) -> None:
@@ -229,9 +223,7 @@ async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 class BoundedProtocol(H11Protocol):
-    """uvicorn's protocol with bounds on time; being cut off is what the client's leaving would be to a request. One
-    that does not empty the transport's buffer in `write_timeout` s holds pages of the KV cache for nothing.
-    """
+    """With bounds on time: who sends no more, or does not read in `write_timeout` s, is cut off as if it had left."""
 
     def __init__(self, *args: Any, write_timeout: float, crowd: Crowd, **options: Any) -> None:
         super().__init__(*args, **options)

@@ -132,11 +132,7 @@ class RequestGroup:
 
 
 class EngineClient(abc.ABC):
-    """The requests that are live, and whether the engine is. Belongs to one event loop.
-
-    No queue here is without bound: `queue` says how many requests may be live, and none has more than its `max_tokens`
-    tokens waiting.
-    """
+    """The requests that are live, and whether the engine is. Belongs to one event loop. No queue is without bound."""
 
     def __init__(self, config: Config, link: int, metrics: Metrics | None, max_live: int) -> None:
         self.dead: EngineDeadError | None = None  # why the engine is `gone`

@@ -29,10 +29,8 @@ LINGER_MS = 1000  # for the last messages to leave when the engine ends
 
 
 class Links:
-    """The sockets to the launcher and the API processes; a step's events go straight to the process that asked.
-
-    The other side binds its addresses, this one connects. Nothing here waits: there is no high-water mark, and what is
-    sent to a link that is gone is dropped. The number of a link is never used again.
+    """The sockets to the launcher and the API processes, which bind them. Nothing here waits: there is no high-water
+    mark, and what is sent to a link that is gone is dropped. The number of a link is never used again.
     """
 
     def __init__(self, folder: str) -> None:

@@ -200,10 +200,7 @@ class Preparation:
     def requests(
         self, kind: str, body: Generating, prompts: list[Prompt], params: Sequence[SamplingParams]
     ) -> list[Request]:
-        """Checked requests with each prompt's parameters, those of one prompt in a row; their ids are the completion's
-        id and an index. Without a seed each gets one of its own. With one the first of a prompt has it, the others what
-        follows from it.
-        """
+        """Checked requests, those of one prompt in a row; their ids are the completion's id and an index."""
         copies = body.num_generated
         field = "n" if copies > 1 else "prompt"
         require(len(prompts) * copies <= self.max_live, f"at most {self.max_live} answers fit in one request", field)
@@ -224,9 +221,7 @@ class Preparation:
         return requests
 
     def encode(self, text: str, special: bool = True, most: int | None = None, cut: bool = False) -> list[int]:
-        """Token ids of a prompt, of whose beginning nothing is needed if it is to be `cut`. Raises ContextLengthError,
-        before all is tokenised, for what is far beyond `most`.
-        """
+        """With `cut` only the end is needed. Raises ContextLengthError for what is far beyond `most` ids, quickly."""
         limit = most or self.model.max_seq_len
         if cut:
             return self.tokenizer.encode(text[-limit * self.tokenizer.longest_token :], special)
@@ -285,9 +280,8 @@ class Preparation:
 
 
 class Turns:
-    """Threads for work that takes time. Clients have their turns one after the other, however much each wants.
-
-    A thread rests `rest` times as long as its work took: what holds the interpreter's lock leaves it to others then.
+    """Threads for work that takes time. Clients have their turns one after the other, however much each wants. A thread
+    rests `rest` times as long as its work took: what holds the interpreter's lock leaves it to others then.
     """
 
     def __init__(self, threads: int, rest: float = 0.0) -> None:

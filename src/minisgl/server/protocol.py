@@ -211,9 +211,8 @@ class MessageToolCall(Body, kw_only=True, forbid_unknown_fields=False):
 
 
 class Message(Body, forbid_unknown_fields=False):
-    """A message of a conversation. `developer` is OpenAI's newer word for `system`, which templates know.
-
-    What clients keep in messages and their parts for themselves or for other servers (`cache_control`) is ignored.
+    """`developer` is OpenAI's newer word for `system`, which templates know. What clients keep in messages and their
+    parts for themselves or for other servers (`cache_control`) is ignored.
     """
 
     unsupported = {"refusal": (), "annotations": ([],), "audio": (), "function_call": ()}

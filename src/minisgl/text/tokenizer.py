@@ -220,11 +220,9 @@ def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 class TextStream:
-    """The text of one request. Once a stop string is completed it is `stopped`: further tokens are ignored.
-
-    The texts that `push` and `finish` return, joined, are what `Tokenizer.decode` says of all tokens, cut where the
-    stop string that is completed first (`matched`) begins, or ends if it is to be shown. `hidden` are token ids that
-    have no text; `context` are tokens before the first.
+    """The texts that `push` and `finish` return, joined, are what `Tokenizer.decode` says of all tokens, cut where the
+    stop string that is completed first (`matched`) begins, or ends if it is to be shown; further tokens are ignored.
+    `hidden` are token ids that have no text; `context` are tokens before the first.
     """
 
     def __init__(
