@@ -252,17 +252,12 @@ class ToolCallParser:
         self._say(self._at)
         return self._go(self._content)
 
-    def _skip_blanks(self) -> str:
-        """The next character that is none, empty where it has not come yet."""
+    def _next(self, mark: str = "") -> str:
+        """What follows the blanks, which are skipped: the mark or a character; empty while that cannot be said."""
         while self._buffer[self._at : self._at + 1].isspace():
             self._at += 1
-        return self._buffer[self._at : self._at + 1]
-
-    def _skip(self, mark: str) -> bool:
-        """Skip the mark if it comes next; False while that cannot be said."""
-        rest = self._buffer[self._at : self._at + len(mark)]
-        self._at += len(mark) if rest == mark else 0
-        return rest == mark or not mark.startswith(rest)
+        rest = self._buffer[self._at : self._at + max(len(mark), 1)]
+        return rest if rest == mark else "" if mark.startswith(rest) else rest[0]
 
     def _content(self) -> bool:
         if self._format.at_start:
@@ -279,13 +274,13 @@ class ToolCallParser:
         return self._go(self._before)
 
     def _before(self) -> bool:
-        first = self._skip_blanks()
+        first = self._next(self._optional)
         if not first:
             return False
-        if self._optional:
-            decided = self._skip(self._optional)
-            self._optional = "" if decided else self._optional
-            return decided
+        optional, self._optional = self._optional, ""
+        if first == optional:
+            self._at += len(first)
+            return True
         if self._format.listed and not self._in_list:
             self._in_list = first == "["
             self._at += 1 if self._in_list else 0
@@ -365,7 +360,7 @@ class ToolCallParser:
         return self._go(self._content)
 
     def _after(self) -> bool:
-        first = self._skip_blanks()
+        first = self._next("" if self._format.at_start else self._format.closing)
         if not first:
             return False
         if self._in_list:
@@ -377,8 +372,8 @@ class ToolCallParser:
         elif self._format.at_start:
             self._at += 1 if first == ";" else 0
             return self._go(self._before) if first in ";{" else self._give_up()
-        elif not self._skip(self._format.closing):
-            return False
+        elif first == self._format.closing:
+            self._at += len(first)
         self._drop(self._at)
         return self._go(self._content)
 
