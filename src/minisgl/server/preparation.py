@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import dataclasses
-import functools
 import logging
 import re
 import secrets
@@ -423,8 +422,15 @@ class Api:
         self.check_sender(request)
         client = self._client_of(request)
         async with self.bodies.read(request, client) as body:
+
+            def work() -> T:
+                check_counts(body, self.max_values)
+                try:
+                    return prepare(body)
+                except RecursionError as error:
+                    raise InvalidRequestError("the body is nested too deeply") from error
+
             with self.client.metrics.preparing.track_inprogress():
-                work = functools.partial(self._prepare, prepare, body)
                 if len(body) <= SMALL_BODY:
                     return await self.small.run(client, work)
                 return await unless_disconnected(request.receive, self.large.run(client, work))
@@ -455,13 +461,6 @@ class Api:
     def _client_of(self, request: HttpRequest) -> str:
         address = "" if request.client is None else request.client.host
         return request.headers.get("authorization", "") if self.config.api_key else address
-
-    def _prepare(self, prepare: Callable[[bytes], T], body: bytes) -> T:
-        check_counts(body, self.max_values)
-        try:
-            return prepare(body)
-        except RecursionError as error:
-            raise InvalidRequestError("the body is nested too deeply") from error
 
 
 def prioritize(prepared: PreparedRequest, allowed: tuple[int, int] | None) -> None:

@@ -195,13 +195,14 @@ class GrammarCompiler:
         """
         check_size(grammar)
         digest = hashlib.sha256(msgspec.json.encode(grammar)).digest()
-        return None if digest in self._checked else functools.partial(self._check, grammar, digest)
 
-    def _check(self, grammar: Grammar, digest: bytes) -> None:
-        self._helper.check(grammar)
-        if len(self._checked) >= MAX_CHECKED:
-            self._checked.clear()
-        self._checked.add(digest)
+        def check() -> None:
+            self._helper.check(grammar)
+            if len(self._checked) >= MAX_CHECKED:
+                self._checked.clear()
+            self._checked.add(digest)
+
+        return None if digest in self._checked else check
 
     def constraint(self, grammar: Grammar) -> MatcherConstraint:
         return self._compiled(grammar).copy()
