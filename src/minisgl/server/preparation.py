@@ -20,13 +20,7 @@ from starlette.types import Receive
 
 from minisgl.config import Config
 from minisgl.core.types import REASONING_END, REASONING_START, Grammar, ModelInfo, Request, SamplingParams
-from minisgl.errors import (
-    ContextLengthError,
-    InvalidRequestError,
-    MinisglError,
-    ModelNotFoundError,
-    UnsupportedParameterError,
-)
+from minisgl.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError, UnsupportedParameterError
 from minisgl.server import protocol
 from minisgl.server.engine_client import EngineClient, wait_first
 from minisgl.server.errors import BodyTooLargeError, ForbiddenError, MediaTypeError, OverloadedError, SlowBodyError
@@ -39,7 +33,7 @@ from minisgl.text.tokenizer import Tokenizer
 
 SMALL_BODY = 64 * 2**10  # bytes; such bodies have threads of their own
 SMALL_THREADS, LARGE_THREADS = 4, 1  # json.loads holds the interpreter's lock: no two large bodies at a time
-GRAMMAR_THREADS = 4  # which wait for as many processes
+GRAMMAR_THREADS = 4  # each waits for a process
 BODY_SECONDS, BODY_RATE = 30.0, 32 * 2**10  # a body may take so long, and a second for so many of its bytes
 BODY_RETRY_SECONDS = 5
 PART_SECONDS = 0.004  # from a part of a large body to the next of any: reading is the event loop's work
@@ -315,7 +309,7 @@ class Bodies:
         """A body, held until the block ends. Raises BodyTooLargeError, OverloadedError or SlowBodyError."""
         start, size, kept = time.monotonic(), 0, 0
         parts: list[bytes] = []
-        error: MinisglError | None = None
+        error: InvalidRequestError | OverloadedError | None = None
         try:
             # Some more than fits is read, so that the client gets to read the error.
             async for part in request.stream():
@@ -345,7 +339,9 @@ class Bodies:
         self.held[client] += size
         self.total += size
 
-    def _refusal(self, client: str, size: int, more: int, seconds: float) -> MinisglError | None:
+    def _refusal(
+        self, client: str, size: int, more: int, seconds: float
+    ) -> InvalidRequestError | OverloadedError | None:
         if size > self.max_size:
             return BodyTooLargeError(f"the body must have at most {self.max_size} bytes")
         if seconds > BODY_SECONDS + size / BODY_RATE:
