@@ -280,7 +280,7 @@ def test_a_stop_string_may_begin_with_the_space_of_the_first_word() -> None:
 def test_pieces_join_to_what_decode_says_for_any_ids(ids: list[int], cuts: list[int], skip: bool) -> None:
     stream = BYTE_LEVEL.stream(SamplingParams(skip_special_tokens=skip))
     assert collect(stream, ids, cuts) == BYTE_LEVEL.decode(ids, skip)
-    assert stream.num_tokens == len(ids)
+    assert len(stream.starts) == len(ids)
 
 
 @given(st.lists(st.integers(0, 280), max_size=40) | st.text("ab he.世😀é", max_size=40).map(BYTE_FALLBACK.encode))
@@ -370,7 +370,7 @@ def test_stop_strings_cut_the_same_whatever_the_token_split(
 def test_a_stop_string_over_several_tokens(text: str, params: SamplingParams, pieces: list[str], end: Any) -> None:
     stream = BYTE_LEVEL.stream(params)
     assert [stream.push([LETTERS[letter]]) for letter in text] == pieces
-    assert (stream.finish(), stream.matched, stream.num_tokens) == end
+    assert (stream.finish(), stream.matched, len(stream.starts)) == end
 
 
 def test_the_stop_token_is_no_part_of_the_text() -> None:

@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
+from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -94,9 +95,8 @@ def finite(logprob: float) -> float:
     return max(logprob, LEAST_LOGPROB)
 
 
-def mean_logprob(scored: Sequence[ScoredToken]) -> float:
-    values = [entry.logprobs.logprob for entry in scored if entry.logprobs is not None]
-    return sum(values) / len(values) if values else LEAST_LOGPROB
+def mean_logprob(logprobs: Sequence[TokenLogprobs]) -> float:
+    return fmean(found.logprob for found in logprobs) if logprobs else LEAST_LOGPROB
 
 
 @dataclasses.dataclass(slots=True)
@@ -104,7 +104,6 @@ class ChoiceState(RequestOutput):
     stream: TextStream
     index: int = 0
     hidden: bool = False  # the request is there for its prompt: what it generates is not shown
-    scored: list[ScoredToken] = dataclasses.field(default_factory=list)  # tokens, where log-probabilities are wanted
 
     def take_all(self, events: Sequence[TokenEvent]) -> str:
         """Take in events that came together; the new text. Raises InvalidRequestError when the engine refuses."""
@@ -115,12 +114,13 @@ class ChoiceState(RequestOutput):
             if self.hidden:
                 end = None if event.finish is None else FinishReason.LENGTH
                 event = msgspec.structs.replace(event, tokens=(), logprobs=(), finish=end)
-            known, before = len(self.token_ids), self.stream.num_tokens
             text += self.take(event)
-            if event.logprobs:
-                starts = [*self.stream.starts[before:], self.stream.num_characters]
-                self.scored += map(ScoredToken, self.token_ids[known:], event.logprobs, starts)
         return text
+
+    def scored(self, first: int = 0) -> list[ScoredToken]:
+        """The tokens from the `first` on, where log-probabilities are wanted."""
+        starts = [*self.stream.starts[first:], self.stream.num_characters]  # a stop token that is not shown has none
+        return list(map(ScoredToken, self.token_ids[first:], self.logprobs[first:], starts))
 
     def ended(self) -> dict[str, Any]:
         return {"stop_reason": self.stop_reason, "matched_stop": self.matched}
@@ -185,7 +185,7 @@ class OpenAICompletion(abc.ABC):
         as_ids = bool(body.return_tokens_as_token_ids)
         self.writer = None if logprobs is None else LogprobWriter(generation.tokenizer, as_ids, logprobs)
         self.opened: set[int] = set()  # choices with a chunk
-        self.given = [(0, 0)] * len(generation.choices)  # how many token ids, and scored ones, were in chunks
+        self.given = [0] * len(generation.choices)  # how many tokens were in chunks
 
     @abc.abstractmethod
     def chunk_choices(self, choice: ChoiceState, text: str) -> Sequence[Any]:
@@ -217,9 +217,8 @@ class OpenAICompletion(abc.ABC):
 
     def new_tokens(self, choice: ChoiceState) -> tuple[list[int] | UnsetType, list[ScoredToken]]:
         """The tokens that were in no chunk yet: their ids, where they are wanted, and their scores."""
-        ids, scored = self.given[choice.index]
-        self.given[choice.index] = len(choice.token_ids), len(choice.scored)
-        return choice.token_ids[ids:] if self.body.return_token_ids else UNSET, choice.scored[scored:]
+        first, self.given[choice.index] = self.given[choice.index], len(choice.token_ids)
+        return choice.token_ids[first:] if self.body.return_token_ids else UNSET, choice.scored(first)
 
     def scores(self, choice: ChoiceState) -> responses.PromptLogprobs | UnsetType:
         most = self.body.prompt_logprobs
@@ -287,7 +286,7 @@ class ChatCompletion(OpenAICompletion):
                 calls[-1] = msgspec.structs.replace(calls[-1], function=function)
         said = content or (None if calls else "")
         message = responses.AssistantMessage(said, reasoning_content=reasoning or UNSET, tool_calls=calls or UNSET)
-        logprobs = None if self.writer is None else self.writer.chat(choice.scored)
+        logprobs = None if self.writer is None else self.writer.chat(choice.scored())
         ids = choice.token_ids if self.body.return_token_ids else UNSET
         return responses.ChatChoice(index, message, chunks[-1].finish_reason, logprobs, token_ids=ids, **choice.ended())
 
@@ -324,7 +323,7 @@ class TextCompletion(OpenAICompletion):
         if generated == wanted:
             return choices
         prompts = [choices[first : first + generated] for first in range(0, len(choices), generated)]
-        return [c for several in prompts for c in sorted(several, key=lambda c: -mean_logprob(c.scored))[:wanted]]
+        return [c for several in prompts for c in sorted(several, key=lambda c: -mean_logprob(c.logprobs))[:wanted]]
 
     def chunk_choices(self, choice: ChoiceState, text: str) -> list[TextChoice]:
         """Tokens without text yet go with the next chunk that has some."""
@@ -379,7 +378,7 @@ class SglangCompletion:
             start = self.body.prompt_logprobs_from(number)
             entries = zip(choice.request.prompt, choice.prompt_logprobs, strict=False)
             scored = [] if start is None else [ScoredToken(*entry, 0) for entry in entries][start:]
-            lists = self._logprobs("output", choice.scored, top) | self._logprobs("input", scored, top)
+            lists = self._logprobs("output", choice.scored(), top) | self._logprobs("input", scored, top)
         index = choice.index if self.is_batch else UNSET
         text, ids, prompt = choice.stream.text, choice.token_ids, len(choice.request.prompt)
         name = self.body.of_prompt("rid", number) or choice.request.id

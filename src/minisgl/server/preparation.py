@@ -90,7 +90,7 @@ class Preparation:
     def chat(self, body: bytes) -> PreparedRequest:
         chat = ChatRequest.parse(body)
         self.check_model(chat.model)
-        grammar, field = requested_grammar(chat.constraints)
+        grammar, field = constraint_of(chat)
         prompt = self.render(chat, chat.offered_tools)
         template = self.tokenizer.template_for(bool(chat.offered_tools))
         reasons = template is not None and REASONING_END in template.source and chat.separate_reasoning is not False
@@ -119,7 +119,7 @@ class Preparation:
         asked = CompletionRequest.parse(body)
         prompts = parse_prompts(asked.prompt, "prompt")
         self.check_model(asked.model)
-        grammar, field = requested_grammar(asked.constraints)
+        grammar, field = constraint_of(asked)
         with renamed({None: "prompt"}):
             params = self.tokenizer.with_bad_words(asked.params(grammar))
             requests = self.requests("cmpl", asked, prompts, [params] * len(prompts))
@@ -136,7 +136,7 @@ class Preparation:
         names: dict[str | None, str] = {name: f"sampling_params.{name}" for name in fields}
         names |= {"max_tokens": "sampling_params.max_new_tokens", "min_tokens": "sampling_params.min_new_tokens"}
         with renamed({**names, "seed": "sampling_params.sampling_seed", None: field, "prompt": field}):
-            grammars = [requested_grammar(asked.sampling(index).constraints)[0] for index in range(len(prompts))]
+            grammars = [constraint_of(asked.sampling(index))[0] for index in range(len(prompts))]
             params = [asked.params(index, grammar) for index, grammar in enumerate(grammars)]
             requests = self.requests("gen", asked, prompts, params)
         kinds = dict.fromkeys(grammars)
@@ -480,6 +480,10 @@ def parse_prompts(value: Any, param: str) -> list[Prompt]:
 
 def is_list_of(kind: type, value: object) -> bool:
     return isinstance(value, list) and all(type(item) is kind for item in value)
+
+
+def constraint_of(body: protocol.Sampling) -> tuple[Grammar | None, str | None]:
+    return requested_grammar(body.constraints) if body.constraints else (None, None)
 
 
 @contextlib.contextmanager

@@ -228,9 +228,8 @@ class TextStream:
     def __init__(
         self, backend: tokenizers.Tokenizer, hidden: frozenset[int], params: SamplingParams, context: Sequence[int] = ()
     ) -> None:
-        self.num_tokens = 0  # taken in, the one that completed a stop string included
         self.num_characters = 0  # decoded, those held back included
-        self.starts: list[int] = []  # characters before each token
+        self.starts: list[int] = []  # characters before each token taken in, with that which completed a stop string
         self.matched: str | None = None
         self._backend = backend
         self._hidden = hidden
@@ -258,7 +257,6 @@ class TextStream:
         for token in tokens:
             if self.stopped:
                 break
-            self.num_tokens += 1
             self.starts.append(self.num_characters)
             if token not in self._hidden and (piece := self._decode(token)):
                 self._take(piece)
@@ -300,7 +298,7 @@ class TextStream:
         # (end, start, stop string) of each one that is completed within `piece`
         at = ((text.find(stop, max(0, len(self._held) - len(stop) + 1)), stop) for stop in self._stops)
         matches = [(start + len(stop), start, stop) for start, stop in at if start >= 0]
-        if matches and self.num_tokens >= self._min_tokens:
+        if matches and len(self.starts) >= self._min_tokens:
             end, start, self.matched = min(matches)  # the one completed first; of several, the longest
             safe = end if self._include_stop else start
             self._held = ""
@@ -350,11 +348,11 @@ class RequestOutput:
             shown = taken if self.request.params.include_stop_str_in_output else taken[:-1]
         text = ""
         if self.stream is not None:
-            before = self.stream.num_tokens
+            before = len(self.stream.starts)
             text = self.stream.push(shown)
             if self.stream.stopped:
                 self.finish, self.matched = FinishReason.STOP, self.stream.matched
-                taken = taken[: self.stream.num_tokens - before]
+                taken = taken[: len(self.stream.starts) - before]
             elif self.finish is not None:
                 text += self.stream.finish()
         self.token_ids += taken
