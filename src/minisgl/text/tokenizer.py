@@ -234,8 +234,7 @@ class TextStream:
         self._backend = backend
         self._hidden = hidden
         self._stops = params.stop
-        self._min_tokens = params.min_tokens
-        self._include_stop = params.include_stop_str_in_output
+        self._params = params
         self._context = list(context)
         self._decoder = DecodeStream(ids=self._context, skip_special_tokens=False)
         self._ids: list[int] = []
@@ -298,9 +297,9 @@ class TextStream:
         # (end, start, stop string) of each one that is completed within `piece`
         at = ((text.find(stop, max(0, len(self._held) - len(stop) + 1)), stop) for stop in self._stops)
         matches = [(start + len(stop), start, stop) for start, stop in at if start >= 0]
-        if matches and len(self.starts) >= self._min_tokens:
+        if matches and len(self.starts) >= self._params.min_tokens:
             end, start, self.matched = min(matches)  # the one completed first; of several, the longest
-            safe = end if self._include_stop else start
+            safe = end if self._params.include_stop_str_in_output else start
             self._held = ""
         else:
             safe = len(text) - max(partial_end(text, stop) for stop in self._stops)
