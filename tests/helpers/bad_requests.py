@@ -253,7 +253,7 @@ SINGLE: dict[str, tuple[str, str | bytes, str, str | None]] = {
     "generate from fractions": (GENERATE, '{"input_ids": [5.0]}', VALUE, "input_ids"),
     "generate an image": (GENERATE, '{"text": "x", "image_data": "y"}', UNSUPPORTED, "image_data"),
     "generate a tag": (GENERATE, native({"structural_tag": "x"}), UNSUPPORTED, "sampling_params.structural_tag"),
-    "generate two forms": (GENERATE, native({"regex": "x", "ebnf": "x"}), VALUE, "sampling_params"),
+    "generate two forms": (GENERATE, native({"regex": "x", "ebnf": "x"}), VALUE, "sampling_params.ebnf"),
     "generate an unknown parameter": (GENERATE, native({"heat": 1}), UNKNOWN, "sampling_params.heat"),
     "generate a list of parameters": (GENERATE, '{"text": "x", "sampling_params": []}', VALUE, "sampling_params"),
     "generate parameters for too few": (GENERATE, '{"text": ["x", "y"], "sampling_params": [{}]}',

@@ -142,7 +142,7 @@ async def serving(
     folder: Path, *, delay: float = 0.0, max_seq_len: int = 128, **settings: Any
 ) -> AsyncIterator[Serving]:
     """Serve a model whose engine echoes; `settings` are those of `web`."""
-    vocab_size = Tokenizer.load(write_tokenizer(folder, state=settings.get("state", ""))).vocab_size
+    vocab_size = Tokenizer.load(write_tokenizer(folder, state=settings.get("state", ""))).backend.get_vocab_size()
     model = ModelInfo(name=MODEL, vocab_size=vocab_size, max_seq_len=max_seq_len, eos_token_ids=(1,))
     engines: list[StubEngine] = []
 

@@ -190,7 +190,8 @@ async def serve_process() -> None:
         sys.exit(3)
     delay, context = float(os.environ.get("STUB_DELAY", "0.01")), int(os.environ.get("STUB_CONTEXT", "512"))
     tokenizer = Tokenizer.load(folder)
-    model = ModelInfo(name="stub", vocab_size=tokenizer.vocab_size, max_seq_len=context, eos_token_ids=(1,))
+    size = tokenizer.backend.get_vocab_size()
+    model = ModelInfo(name="stub", vocab_size=size, max_seq_len=context, eos_token_ids=(1,))
     engine = StubEngine(start["folder"], model, folder, delay)
     engine.deaf = mode == "deaf"
     if mode == "fail":

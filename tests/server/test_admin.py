@@ -16,7 +16,7 @@ async def test_ready_version_and_model(server: Serving, tmp_path: Path) -> None:
         "id": MODEL,
         "served_names": [MODEL],
         "model_path": str(tmp_path),
-        "vocab_size": server.tokenizer.vocab_size,
+        "vocab_size": server.tokenizer.backend.get_vocab_size(),
         "max_model_len": 128,
         "eos_token_ids": [1],
         "has_chat_template": True,

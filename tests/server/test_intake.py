@@ -267,7 +267,7 @@ def slow_check(grammar: Grammar) -> Check | None:
         STARTED.append(grammar.source)
         assert HOLD.acquire(timeout=10)
         if grammar.source == "slow wrong":
-            raise InvalidRequestError("no such grammar", param="guided_regex")
+            raise InvalidRequestError("no such grammar", param="grammar")
 
     return check if grammar.source.startswith("slow") else None
 

@@ -132,8 +132,8 @@ def test_a_form_that_is_complete_before_min_tokens_loses_no_text(tmp_path: Path)
     choice = ChoiceState(Request.make(id="x", prompt=[5], params=params), tokenizer.stream(params))
     # Nothing more is allowed: the engine ends the request in the step of its last token, without a stop token.
     events = [TokenEvent(id="x", tokens=(token,)) for token in ids]
-    piece = choice.take_all([*events, TokenEvent(id="x", finish=FinishReason.STOP)])
-    assert (piece.text, piece.finish, choice.token_ids) == ("yes", FinishReason.STOP, ids)
+    text = choice.take_all([*events, TokenEvent(id="x", finish=FinishReason.STOP)])
+    assert (text, choice.finish, choice.token_ids) == ("yes", FinishReason.STOP, ids)
 
 
 A_NUMBER = {"properties": {"a": {"type": "integer"}}, "required": ["a"]}

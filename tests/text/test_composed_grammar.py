@@ -129,7 +129,7 @@ def test_sampled_texts_are_json_or_calls(tmp_path: Path) -> None:
     ("kind", "source", "schema", "param"),
     [
         ("choice", '["yes"]', json.dumps({"type": "object", "not": {"required": ["a"]}}), "tools"),
-        ("regex", "(", NUMBER, "guided_regex"),
+        ("regex", "(", NUMBER, "grammar"),
     ],
 )
 def test_an_error_is_about_the_calls_or_the_text(

@@ -43,10 +43,8 @@ class Conversion(msgspec.Struct, frozen=True):
 
 
 def convert_gguf(path: Path, dtype: str, *, weights: bool = True, progress: Progress = None) -> Path:
-    """The folder that holds this GGUF file in Hugging Face's layout, its tensors stored as `dtype`.
-
-    The folder appears whole or not at all, also where two processes convert at once; whoever makes one removes those
-    that no file leads to any more. Without `weights` it holds no tensors. Raises ModelError naming file and tensor.
+    """The folder that holds this GGUF file in Hugging Face's layout. It appears whole or not at all, also where two
+    processes convert at once; who makes one removes those that no file leads to. Raises ModelError naming the file.
     """
     cache, kind = Path(cache_folder()) / "gguf", (dtype, weights, CONVERSION)
     try:
@@ -149,6 +147,5 @@ def in_use(folder: Path) -> bool:
 
 @functools.cache
 def keep_in_use(folder: Path) -> None:
-    """Nobody removes the folder as long as this process lives."""
     with contextlib.suppress(OSError):
         fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_SH)

@@ -123,10 +123,7 @@ class GgufTensor(NamedTuple):
 
 
 class GgufFile:
-    """A GGUF file's `metadata` (Python values by key) and `tensors` (by name).
-
-    Raises ModelError naming the file, and the key or tensor where there is one, for what is truncated or hostile.
-    """
+    """Raises ModelError naming the file, and the key or tensor where there is one, for what is truncated or hostile."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -167,7 +164,6 @@ class GgufFile:
                 raise self.error(f"truncated: tensor {name} of shape {shape} ({format.name}) lies outside of the file")
 
     def floats(self, name: str) -> NDArray[np.float32]:
-        """A copy of the tensor as float32 in its own shape."""
         shape, format, offset, size = self.tensors[name]
         block, block_bytes = gguf.GGML_QUANT_SIZES[format]
         rows = self._data[self._start + offset :][:size].reshape(*shape[:-1], shape[-1] // block * block_bytes)

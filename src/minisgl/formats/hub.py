@@ -27,10 +27,8 @@ NO_ID = "neither a file nor a folder here, nor the id of a model on Hugging Face
 def locate_model(
     model: str | None, source: str = "huggingface", dtype: str = "float32", weights: bool = True, progress: bool = False
 ) -> Path:
-    """The folder of a model: config.json, safetensors and tokenizer files.
-
-    A GGUF file is converted once into the user's cache folder, its tensors stored as `dtype`. Without `weights` only
-    the small files are obtained. Raises ModelError in one sentence.
+    """The folder of a model: config.json, safetensors and tokenizer files; without `weights` only the small files. A
+    GGUF file is converted once into the user's cache folder, its tensors stored as `dtype`. Raises ModelError.
     """
     path = find_local(model)
     if path is None:

@@ -8,7 +8,6 @@ import time
 import uuid
 from typing import Any
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
@@ -22,7 +21,7 @@ from minisgl.server.errors import ApiProcessError, DrainingError, OverloadedErro
 from minisgl.server.metrics import CONTENT_TYPE, MetricsPage
 from minisgl.server.openapi import ApiRoute
 from minisgl.server.preparation import Api
-from minisgl.server.protocol import parse_object
+from minisgl.server.protocol import AbortOrder
 from minisgl.server.responses import json_response
 
 SCRAPE_TIMEOUT = 1.0  # s that /metrics waits for the engine's counts; in a longer step those it gave last are shown
@@ -73,9 +72,8 @@ def admin_routes(api: Api) -> list[ApiRoute]:
         stats = await client.ping(api.health_timeout)
         config = {**dataclasses.asdict(api.config), "api_key": f"{len(api.config.api_key)} set"}
         queued, uptime = responses.Queued(client.queue.requests, client.queue.tokens), time.monotonic() - api.started
-        effective = list(api.notes)
         info = responses.ServerInfo(
-            __version__, config, effective, stats, queued, client.draining, round(uptime, 3), model_path=api.folder,
+            __version__, config, api.notes, stats, queued, client.draining, round(uptime, 3), model_path=api.folder,
             served_model_name=preparation.names[0], tp_size=api.config.tp, context_length=model.max_seq_len,
             max_total_num_tokens=stats.pages_total * api.config.page_size, max_running_requests=stats.max_running,
         )  # fmt: skip
@@ -94,8 +92,8 @@ def admin_routes(api: Api) -> list[ApiRoute]:
 
     async def model_info(_: Request) -> Response:
         """The model: its names, where its files are, and what it can take."""
-        names, eos, chats = list(preparation.names), list(model.eos_token_ids), preparation.tokenizer.has_chat_template
-        size, length = model.vocab_size, model.max_seq_len
+        names, eos, size, length = preparation.names, model.eos_token_ids, model.vocab_size, model.max_seq_len
+        chats = preparation.tokenizer.chat_template is not None
         return json_response(responses.ModelFacts(model.name, names, api.folder, size, length, eos, chats, api.folder))
 
     async def metrics(_: Request) -> Response:
@@ -106,24 +104,21 @@ def admin_routes(api: Api) -> list[ApiRoute]:
         page = MetricsPage(client.metrics, client.stats, client.dead is None, model.name, size, rate)
         return Response(page.render(), media_type=CONTENT_TYPE)
 
-    async def flush_cache(_: Request) -> Response:
+    async def flush_cache(request: Request) -> Response:
         """Drop every cached page that no request uses."""
+        api.check_sender(request, same_origin=True)
         return json_response(responses.FlushReport((await client.query("flush_cache", api.health_timeout)).count))
 
     async def abort_request(request: Request) -> Response:
         """End the requests of one answer, or all."""
+        api.check_sender(request, same_origin=True)
         body = b""
         async for part in request.stream():
             if len(body := body + part) > BODY_LIMIT:
                 raise InvalidRequestError(f"the body must have at most {BODY_LIMIT} bytes")
-        given = {name: value for name, value in parse_object(body).items() if value not in (None, "")}
-        try:
-            order = msgspec.convert(given, responses.AbortOrder)
-        except msgspec.ValidationError as error:
-            raise InvalidRequestError(f"the body cannot be read: {error}", code="invalid_json") from error
-        if order.abort_all is (order.rid is not None):
-            raise InvalidRequestError("give the answer's id as rid, or abort_all", param="rid")
-        return json_response(responses.Aborted((await client.query("abort", api.health_timeout, order.rid)).count))
+        order = AbortOrder.parse(body)
+        reply = await client.query("abort", api.health_timeout, order.rid or None)
+        return json_response(responses.Aborted(reply.count))
 
     async def debug_engine(_: Request) -> Response:
         """Running and waiting requests, and why they wait; pages, the radix tree, the last steps."""
@@ -134,11 +129,7 @@ def admin_routes(api: Api) -> list[ApiRoute]:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         return StreamingResponse(client.feed.batches(), headers=headers, media_type="text/event-stream")
 
-    debug = [
-        ApiRoute("GET", "/debug/engine", debug_engine, dict[str, Any]),
-        ApiRoute("GET", "/debug/events", debug_events, events=StepRecord),
-    ]
-    return [
+    routes = [
         ApiRoute("GET", "/health", health, responses.Health),
         ApiRoute("GET", "/health_generate", health_generate, responses.Health),
         ApiRoute("GET", "/ready", ready, responses.IsReady),
@@ -151,9 +142,12 @@ def admin_routes(api: Api) -> list[ApiRoute]:
         ApiRoute("GET", "/load", load, responses.ServerLoad),
         ApiRoute("GET", "/metrics", metrics, str),
         ApiRoute("POST", "/flush_cache", flush_cache, responses.FlushReport),
-        ApiRoute("POST", "/abort_request", abort_request, responses.Aborted, [responses.AbortOrder]),
-        *(debug if api.config.debug_endpoints else ()),
+        ApiRoute("POST", "/abort_request", abort_request, responses.Aborted, [AbortOrder]),
     ]
+    if api.config.debug_endpoints:
+        routes.append(ApiRoute("GET", "/debug/engine", debug_engine, dict[str, Any]))
+        routes.append(ApiRoute("GET", "/debug/events", debug_events, events=StepRecord))
+    return routes
 
 
 @dataclasses.dataclass
@@ -180,7 +174,9 @@ def describe_loads(stats: EngineStats, page_size: int, throughput: float) -> res
         max_total_num_tokens=size, max_running_requests=stats.max_running, token_usage=usage, utilization=utilization,
         cache_hit_rate=stats.cached_prompt_tokens / max(stats.prompt_tokens, 1), gen_throughput=throughput,
     )  # fmt: skip
-    together = {"total_running_reqs": stats.running, "total_waiting_reqs": stats.waiting, "total_reqs": requests}
-    together |= {"total_tokens": used + waiting}
+    together = {
+        "total_running_reqs": stats.running, "total_waiting_reqs": stats.waiting, "total_reqs": requests,
+        "total_tokens": used + waiting,
+    }  # fmt: skip
     now = datetime.datetime.now(datetime.UTC).isoformat()
     return responses.Loads(timestamp=now, version=__version__, loads=[rank], aggregate=together)

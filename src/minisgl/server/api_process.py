@@ -3,8 +3,6 @@
 Those get an `ipc.WorkerSetup` on stdin, say an `ipc.Serving` on stdout, and obey `stop`, `force` and `engine ended`.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import functools
@@ -37,10 +35,9 @@ from minisgl.errors import ConfigError, EngineDeadError, InvalidRequestError, Mi
 from minisgl.server import ipc
 from minisgl.server.app import make_app
 from minisgl.server.engine_client import EngineClient, Shutdown, SocketEngineClient, wait_first
-from minisgl.server.errors import ForbiddenError, OverloadedError, UnauthorizedError, error_body, error_headers
+from minisgl.server.errors import ForbiddenError, OverloadedError, UnauthorizedError, error_response
 from minisgl.server.metrics import ACCESS_RECORD, AccessRecord, Metrics
 from minisgl.server.preparation import Api, Preparation
-from minisgl.server.responses import json_response
 from minisgl.text.grammar_check import GrammarCompiler
 from minisgl.text.tokenizer import Tokenizer, make_byte_tokenizer
 
@@ -59,7 +56,6 @@ REFUSED_AT_ONCE = 32  # connections that are told so
 CROWD_SECONDS = 60.0  # between two lines in the log about too many connections
 CROWD_RETRY_SECONDS = 5
 ANSWER_SECONDS = 1.0  # in which requests are still answered, with 503, when the engine has ended or was given up
-Announce = Callable[[ipc.Serving], None]
 
 logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("minisgl.access")
@@ -96,9 +92,7 @@ class AccessLog:
 
 
 class HostGuard:
-    """Refuses a Host that is no name of this server: by DNS rebinding a web page reads under a name of its own what
-    this machine alone can reach.
-    """
+    """Refuses a Host that is no name of this server, which a web page has reached by DNS rebinding."""
 
     def __init__(self, app: ASGIApp, config: Config) -> None:
         self.app = app
@@ -114,7 +108,7 @@ class HostGuard:
             return
         rule = "is no name of this server; --allowed-hosts NAME allows more"
         error = ForbiddenError(f"the Host {host[:256]!r} {rule}", code="host_not_allowed")
-        await json_response(error_body(error), error.status)(scope, receive, send)
+        await error_response(error)(scope, receive, send)
 
     def allows(self, host: str) -> bool:
         match = HOST.fullmatch(host.lower())
@@ -134,7 +128,7 @@ class KeyGuard:
             await self.app(scope, receive, send)
             return
         error = UnauthorizedError("this server asks for an API key: send it as 'Authorization: Bearer KEY'")
-        await json_response(error_body(error), error.status, error_headers(error))(scope, receive, send)
+        await error_response(error)(scope, receive, send)
 
     def key_number(self, headers: Headers) -> int:
         """Which key was sent, 0: none. The time it takes says nothing about the keys, not even their lengths."""
@@ -173,9 +167,7 @@ class BoundedConnection(h11.Connection):
 
 
 def as_rfc_9112(request: h11.Request) -> h11.Request:
-    """The request where h11 leaves RFC 9112 to others: an absolute target names the Host (3.2.2), and a body that has
-    both length and encoding is the last on its connection (6.1).
-    """
+    """RFC 9112: an absolute target names the Host (3.2.2); a body of both length and encoding is the last one (6.1)."""
     headers, target = request.headers, request.target
     names = {name.lower() for name, _ in headers.raw_items()}
     twice = b"transfer-encoding" in names and b"content-length" in names
@@ -191,24 +183,19 @@ def as_rfc_9112(request: h11.Request) -> h11.Request:
 
 
 class Crowd:
-    """How many connections there may be: as many as the process may have descriptors, which it asks the system for.
-
-    From there on a new connection takes the place of the one that has been `idle`, without a request, for longest.
-    Without such a one it is told 503, or closed where many are being told.
+    """As many connections as the process may have descriptors. From there on a new one takes the place of the one that
+    has been `idle`, without a request, for longest. Without such a one it is told 503, or closed where many are.
     """
 
     def __init__(self) -> None:
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        with contextlib.suppress(OSError, ValueError):  # macOS takes less than the hard limit
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-            soft = hard
-        soft = MAX_CONNECTIONS + SPARE_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
-        self.bound = min(MAX_CONNECTIONS, max(soft - SPARE_DESCRIPTORS, soft // 2))
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        self.bound = min(MAX_CONNECTIONS, max(most - SPARE_DESCRIPTORS, most // 2))
         self.idle: dict[BoundedProtocol, None] = {}  # the oldest first
         self._closed = self._refused = 0
         self._next_line = 0.0
 
-    def enter(self, connection: BoundedProtocol, count: int) -> None:
+    def enter(self, connection: "BoundedProtocol", count: int) -> None:
         """Take in a new connection, the last of `count`."""
         if count <= self.bound or self.idle:
             self.idle[connection] = None
@@ -232,14 +219,11 @@ class Crowd:
 
 async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
     error = OverloadedError("too many connections; try again later", CROWD_RETRY_SECONDS)
-    headers = {**error_headers(error), "connection": "close"}
-    await json_response(error_body(error), error.status, headers)(scope, receive, send)
+    await error_response(error, connection="close")(scope, receive, send)
 
 
 class BoundedProtocol(H11Protocol):
-    """uvicorn's protocol with bounds on time; being cut off is what the client's leaving would be to a request. One
-    that does not empty the transport's buffer in `write_timeout` s holds pages of the KV cache for nothing.
-    """
+    """With bounds on time: who sends no more, or does not read in `write_timeout` s, is cut off as if it had left."""
 
     def __init__(self, *args: Any, write_timeout: float, crowd: Crowd, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -292,10 +276,9 @@ class BoundedProtocol(H11Protocol):
         if isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431:
             code, status = "headers_too_large", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
             msg = f"URL and headers must have at most {HEAD_LIMIT} bytes"
-        body = msgspec.json.encode(error_body(InvalidRequestError(msg, code=code)))
-        headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
-        response = h11.Response(status_code=status, headers=headers, reason=status.phrase.encode())
-        for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+        response = error_response(InvalidRequestError(msg, code=code), connection="close")
+        head = h11.Response(status_code=status, headers=response.raw_headers, reason=status.phrase.encode())
+        for event in (head, h11.Data(data=bytes(response.body)), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
@@ -321,8 +304,6 @@ class BoundedProtocol(H11Protocol):
 
 
 class HttpServer(uvicorn.Server):
-    """A uvicorn server that says when it listens and leaves the signals to us."""
-
     def __init__(self, app: ASGIApp, on_listening: Callable[[], None], config: Config) -> None:
         protocol: Any = functools.partial(BoundedProtocol, write_timeout=config.write_timeout, crowd=Crowd())
         tls: dict[str, Any] = {"ssl_certfile": config.ssl_certfile, "ssl_keyfile": config.ssl_keyfile}
@@ -389,7 +370,7 @@ def build_app(
     check = grammars.checker if has_tokenizer else None
     preparation = Preparation(model, tokenizer, client.queue.max_live, config.served_model_name, check)
     app = make_app(Api(client, preparation, config, ready.notes, ready.folder, started))
-    return app, ipc.Serving(model.name, tokenizer.has_chat_template, has_tokenizer), grammars
+    return app, ipc.Serving(model.name, tokenizer.chat_template is not None, has_tokenizer), grammars
 
 
 async def serve_api(
@@ -398,7 +379,7 @@ async def serve_api(
     listener: socket.socket,
     shutdown: Shutdown,
     started: float,
-    say: Announce,
+    say: Callable[[ipc.Serving], None],
 ) -> None:
     """Put HTTP in front of an engine, once it is ready; `started` is on the monotonic clock. Raises ModelError."""
     ready = await client.ready()
@@ -411,7 +392,6 @@ async def serve_api(
 
 
 async def serve_worker(setup: ipc.WorkerSetup, stdin: BinaryIO, stdout: BinaryIO) -> int:
-    """Serve as one of several until told to stop; the exit status."""
     metrics, shutdown = Metrics(setup.counts, setup.config.metrics_prefix), Shutdown()
     client = SocketEngineClient(setup.folder, setup.config, link=setup.link, metrics=metrics)
 

@@ -1,11 +1,8 @@
 """The ASGI application: the endpoints that generate and those around them, streams, errors and the web page."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import logging
-import re
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from http import HTTPStatus
@@ -14,18 +11,16 @@ from pathlib import Path
 from starlette.applications import Starlette
 from starlette.datastructures import URL
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Match, Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from minisgl.config import priority_ranges
 from minisgl.errors import InvalidRequestError, MinisglError
-from minisgl.server import protocol, responses
+from minisgl.server import errors, protocol, responses
 from minisgl.server.admin import admin_routes
 from minisgl.server.completion import ChatCompletion, Generation, SglangCompletion, TextCompletion
-from minisgl.server.errors import ForbiddenError, MediaTypeError, error_body, error_headers, known_error
 from minisgl.server.generate import GenerateRequest
 from minisgl.server.openapi import ApiRoute, document
 from minisgl.server.preparation import Api, ClientGoneError, PreparedRequest, prioritize, unless_disconnected
@@ -38,7 +33,6 @@ UNSUPPORTED = (
     "conversations", "messages", "engines", "edits", "organization", "skills",
 )  # fmt: skip
 UNSUPPORTED_OUTSIDE = ("embeddings", "rerank", "score", "pooling", "classify", "encode")
-JSON_TYPE = re.compile(rb" *[\w.-]+/([\w.-]+\+)?json *(;|$)", re.IGNORECASE)
 PAGE = Path(__file__).with_name("page.html")
 
 Prepare = Callable[[bytes], PreparedRequest]
@@ -47,37 +41,10 @@ AnyCompletion = type[ChatCompletion] | type[TextCompletion] | type[SglangComplet
 logger = logging.getLogger(__name__)
 
 
-class UnsupportedEndpointError(InvalidRequestError):
-    status = 404
-    code = "unsupported_endpoint"
-
-
 class NamedRoute(Route):
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         match, found = super().matches(scope)
         return match, {**found, "route": self}  # for the access log and the metrics
-
-
-class ForgeryGuard:
-    """In a server without keys: refuses what a web page of another origin can send without asking first (W3C, Fetch):
-    a body that is not JSON, and where `same_origin` is set everything.
-    """
-
-    def __init__(self, app: ASGIApp, same_origin: bool) -> None:
-        self.app, self.same_origin = app, same_origin
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = dict(scope["headers"])
-        has_body = b"transfer-encoding" in headers or headers.get(b"content-length", b"").strip(b"0")
-        if has_body and not JSON_TYPE.match(headers.get(b"content-type", b"")):
-            raise MediaTypeError("the body must be JSON, sent with 'Content-Type: application/json'")
-        if self.same_origin:
-            own = scope["scheme"].encode() + b"://" + headers.get(b"host", b"")
-            # What is no browser sends neither header.
-            foreign = headers.get(b"sec-fetch-site", b"none") not in (b"none", b"same-origin")
-            if foreign or headers.get(b"origin", own).lower() != own.lower():
-                raise ForbiddenError("web pages of other origins may not do this", code="cross_origin")
-        await self.app(scope, receive, send)
 
 
 class Endpoints:
@@ -99,7 +66,6 @@ class Endpoints:
         return await self.respond(request, self.preparation.generate, SglangCompletion)
 
     async def respond(self, request: Request, prepare: Prepare, kind: AnyCompletion) -> Response:
-        """The completion, whole or streamed. The requests end when the client leaves."""
         allowed = self.priorities.get(request.scope.get("api_key", 0), self.priorities.get(0))
 
         def begin(body: bytes) -> ChatCompletion | TextCompletion | SglangCompletion:
@@ -164,8 +130,7 @@ class Endpoints:
 
 
 def make_app(api: Api) -> Starlette:
-    operator_routes = admin_routes(api)
-    routes = [*Endpoints(api).routes(), *operator_routes]
+    routes = [*Endpoints(api).routes(), *admin_routes(api)]
     html = PAGE.read_text(encoding="utf-8")
     headers = page_headers(html)
 
@@ -180,12 +145,7 @@ def make_app(api: Api) -> Starlette:
     paths = [base + rest for base in bases for rest in ("", "/{rest:path}")]
     routes += [ApiRoute("GET POST PUT PATCH DELETE", path, refuse_endpoint) for path in paths]
     kinds = (MinisglError, HTTPException, Exception, ClientGoneError, ClientDisconnect)
-    named = []
-    for route in routes:
-        guards = []
-        if route.methods == "POST" and not api.config.api_key:
-            guards.append(Middleware(ForgeryGuard, same_origin=route in operator_routes))
-        named.append(NamedRoute(route.path, route.handler, methods=route.methods.split(), middleware=guards))
+    named = [NamedRoute(route.path, route.handler, methods=route.methods.split()) for route in routes]
 
     async def drop_slashes(scope: Scope, receive: Receive, send: Send) -> None:
         """A path with slashes behind it leads to the one without, under whatever name the client calls the server."""
@@ -200,7 +160,7 @@ def make_app(api: Api) -> Starlette:
 
 
 async def refuse_endpoint(request: Request) -> Response:
-    raise UnsupportedEndpointError(f"{request.url.path} is not supported by this server")
+    raise errors.UnsupportedEndpointError(f"{request.url.path} is not supported by this server")
 
 
 class EventStream(Response):
@@ -230,7 +190,7 @@ class EventStream(Response):
         except Exception as error:
             if not isinstance(error, MinisglError):
                 logger.exception("a stream failed")
-            await send_body(send, sse(error_body(known_error(error))))
+            await send_body(send, sse(errors.error_body(errors.known_error(error))))
         await send_body(send, SSE_DONE, more=False)
 
 
@@ -239,17 +199,14 @@ def send_body(send: Send, chunk: bytes, more: bool = True) -> Awaitable[None]:
 
 
 async def on_error(request: Request, error: Exception) -> Response:
-    """Every error that leaves an endpoint, in OpenAI's form. Of a fault of ours only the log has the details."""
     if isinstance(error, (ClientGoneError, ClientDisconnect)):
         return Response(status_code=499)  # nginx's "client closed request", for the log
     if isinstance(error, HTTPException):  # the router's 404 and 405
         method = request.method.replace("HEAD", "GET")  # whose length an answer to HEAD has
-        shown = MinisglError(f"{method} {request.url.path}: {HTTPStatus(error.status_code).phrase}")
-        shown.type = "invalid_request_error" if error.status_code < 500 else "server_error"
-        shown.code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-        return json_response(error_body(shown), error.status_code, dict(error.headers or {}))
-    known = known_error(error)
-    return json_response(error_body(known), known.status, error_headers(known))
+        phrase = HTTPStatus(error.status_code).phrase
+        shown = InvalidRequestError(f"{method} {request.url.path}: {phrase}", code=phrase.lower().replace(" ", "_"))
+        return json_response(errors.error_body(shown), error.status_code, error.headers)
+    return errors.error_response(errors.known_error(error))
 
 
 def page_headers(html: str) -> dict[str, str]:

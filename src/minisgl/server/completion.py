@@ -6,15 +6,16 @@ import itertools
 import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
+from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from minisgl.core.types import MAX_LOGPROBS, FinishReason, TokenEvent, TokenLogprobs
-from minisgl.errors import EngineDeadError, InvalidRequestError
+from minisgl.errors import InvalidRequestError
 from minisgl.server import responses
-from minisgl.server.engine_client import ENGINE_DIED, EngineClient
+from minisgl.server.engine_client import EngineClient
 from minisgl.server.generate import GenerateRequest
 from minisgl.server.preparation import PreparedRequest
 from minisgl.server.protocol import ChatRequest, CompletionRequest, OpenAIRequest, StreamOptions
@@ -94,15 +95,8 @@ def finite(logprob: float) -> float:
     return max(logprob, LEAST_LOGPROB)
 
 
-def mean_logprob(scored: Sequence[ScoredToken]) -> float:
-    values = [entry.logprobs.logprob for entry in scored if entry.logprobs is not None]
-    return sum(values) / len(values) if values else LEAST_LOGPROB
-
-
-class TextPiece(msgspec.Struct, frozen=True):
-    index: int
-    text: str
-    finish: FinishReason | None  # set in the last piece of a choice
+def mean_logprob(logprobs: Sequence[TokenLogprobs]) -> float:
+    return fmean(found.logprob for found in logprobs) if logprobs else LEAST_LOGPROB
 
 
 @dataclasses.dataclass(slots=True)
@@ -110,25 +104,23 @@ class ChoiceState(RequestOutput):
     stream: TextStream
     index: int = 0
     hidden: bool = False  # the request is there for its prompt: what it generates is not shown
-    scored: list[ScoredToken] = dataclasses.field(default_factory=list)  # tokens, where log-probabilities are wanted
 
-    def take_all(self, events: Sequence[TokenEvent]) -> TextPiece:
-        """Take in events that came together, at least one; raises InvalidRequestError when the engine refuses."""
+    def take_all(self, events: Sequence[TokenEvent]) -> str:
+        """Take in events that came together; the new text. Raises InvalidRequestError when the engine refuses."""
         text = ""
         for event in events:
             if event.finish is FinishReason.ERROR:
                 raise InvalidRequestError(event.error or "the engine refused the request")
-            if event.finish is FinishReason.ABORT:
-                raise EngineDeadError(ENGINE_DIED)
             if self.hidden:
                 end = None if event.finish is None else FinishReason.LENGTH
                 event = msgspec.structs.replace(event, tokens=(), logprobs=(), finish=end)
-            known, before = len(self.token_ids), self.stream.num_tokens
             text += self.take(event)
-            if event.logprobs:
-                starts = [*self.stream.starts[before:], self.stream.num_characters]
-                self.scored += map(ScoredToken, self.token_ids[known:], event.logprobs, starts)
-        return TextPiece(self.index, text, self.finish)
+        return text
+
+    def scored(self, first: int = 0) -> list[ScoredToken]:
+        """The tokens from the `first` on, where log-probabilities are wanted."""
+        starts = [*self.stream.starts[first:], self.stream.num_characters]  # a stop token that is not shown has none
+        return list(map(ScoredToken, self.token_ids[first:], self.logprobs[first:], starts))
 
     def ended(self) -> dict[str, Any]:
         return {"stop_reason": self.stop_reason, "matched_stop": self.matched}
@@ -150,8 +142,8 @@ class Generation:
         self._by_id = {choice.request.id: choice for choice in self.choices}
         self._client = client
 
-    async def pieces(self) -> AsyncGenerator[list[TextPiece], None]:
-        """Batches of what has come since the last, one piece of a choice at most; closing this ends the requests."""
+    async def pieces(self) -> AsyncGenerator[list[tuple[ChoiceState, str]], None]:
+        """Batches of the text that has come since the last, by choice; closing this ends the requests."""
         with self._client.submit(self.prepared.requests) as submission:
             async for batch in submission.batches():
                 together: dict[str, list[TokenEvent]] = {}
@@ -160,10 +152,8 @@ class Generation:
                 pieces = []
                 for request_id, own in together.items():
                     choice = self._by_id[request_id]
-                    if choice.finish is not None:
-                        continue
-                    pieces.append(choice.take_all(own))
-                    if pieces[-1].finish is not None and own[-1].finish is None:
+                    pieces.append((choice, choice.take_all(own)))
+                    if choice.stream.stopped and own[-1].finish is None:
                         submission.abort([request_id])
                 if pieces:
                     yield pieces
@@ -183,23 +173,23 @@ class OpenAICompletion(abc.ABC):
     whole_object: Literal["chat.completion", "text_completion"]
     chunk_object: Literal["chat.completion.chunk", "text_completion"]
 
-    def __init__(self, generation: Generation, model: str, body: OpenAIRequest, logprobs: int | None) -> None:
-        self.generation = generation
+    def __init__(self, generation: Generation, model: str, logprobs: int | None) -> None:
+        body = generation.prepared.body
+        assert isinstance(body, OpenAIRequest)
+        self.generation, self.body = generation, body
         name = generation.choices[0].request.id.rpartition("-")[0]
         self.named: dict[str, Any] = {"id": name, "created": int(time.time()), "model": model}
         options = body.stream_options or StreamOptions()
         self.include_usage = bool(options.include_usage)
         self.continuous = self.include_usage and bool(options.continuous_usage_stats)
-        self.return_token_ids = bool(body.return_token_ids)
-        self.prompt_logprobs = body.prompt_logprobs
         as_ids = bool(body.return_tokens_as_token_ids)
         self.writer = None if logprobs is None else LogprobWriter(generation.tokenizer, as_ids, logprobs)
         self.opened: set[int] = set()  # choices with a chunk
-        self.given = [(0, 0)] * len(generation.choices)  # how many token ids, and scored ones, were in chunks
+        self.given = [0] * len(generation.choices)  # how many tokens were in chunks
 
     @abc.abstractmethod
-    def chunk_choices(self, piece: TextPiece) -> Sequence[Any]:
-        """The chunks that a piece becomes."""
+    def chunk_choices(self, choice: ChoiceState, text: str) -> Sequence[Any]:
+        """The chunks that a choice's new text becomes; with its `finish` it is the last."""
 
     @abc.abstractmethod
     def whole_choice(self, index: int, choice: ChoiceState, chunks: Sequence[Any]) -> Any:
@@ -211,15 +201,14 @@ class OpenAICompletion(abc.ABC):
     async def whole(self) -> responses.Result[Any]:
         async for _ in self.generation.pieces():
             pass
-        choices = []
-        for index, choice in enumerate(self.shown()):
-            piece = TextPiece(choice.index, choice.stream.text, choice.finish)
-            choices.append(self.whole_choice(index, choice, self.chunk_choices(piece)))
+        choices = [
+            self.whole_choice(index, choice, self.chunk_choices(choice, choice.stream.text))
+            for index, choice in enumerate(self.shown())
+        ]
         usage, more = self.generation.usage(), self.named | self.of_prompt()
         return responses.Result(object=self.whole_object, choices=choices, usage=usage, **more)
 
     def of_prompt(self) -> dict[str, Any]:
-        """Fields of a whole answer that are about its prompt."""
         return {}
 
     def tail(self, choice: Any, tail: bytes) -> bytes:
@@ -228,12 +217,11 @@ class OpenAICompletion(abc.ABC):
 
     def new_tokens(self, choice: ChoiceState) -> tuple[list[int] | UnsetType, list[ScoredToken]]:
         """The tokens that were in no chunk yet: their ids, where they are wanted, and their scores."""
-        ids, scored = self.given[choice.index]
-        self.given[choice.index] = len(choice.token_ids), len(choice.scored)
-        return choice.token_ids[ids:] if self.return_token_ids else UNSET, choice.scored[scored:]
+        first, self.given[choice.index] = self.given[choice.index], len(choice.token_ids)
+        return choice.token_ids[first:] if self.body.return_token_ids else UNSET, choice.scored(first)
 
     def scores(self, choice: ChoiceState) -> responses.PromptLogprobs | UnsetType:
-        most = self.prompt_logprobs
+        most = self.body.prompt_logprobs
         return UNSET if most is None else LogprobWriter(self.generation.tokenizer, most=most).prompt(choice)
 
     async def chunks(self) -> EventChunks:
@@ -244,7 +232,7 @@ class OpenAICompletion(abc.ABC):
         async with aclosing(self.generation.pieces()) as batches:
             async for pieces in batches:
                 tail = self.usage_tail() if self.continuous else tail
-                choices = [choice for piece in pieces for choice in self.chunk_choices(piece)]
+                choices = [chunk for choice, text in pieces for chunk in self.chunk_choices(choice, text)]
                 if choices:
                     chunks = [head + msgspec.json.encode(choice) + self.tail(choice, tail) for choice in choices]
                     yield b"".join(chunks)
@@ -262,22 +250,21 @@ class ChatCompletion(OpenAICompletion):
     chunk_object = "chat.completion.chunk"
 
     def __init__(self, generation: Generation, model: str) -> None:
-        body, parser = generation.prepared.body, generation.prepared.parser
-        assert isinstance(body, ChatRequest)
-        super().__init__(generation, model, body, (body.top_logprobs or 0) if body.logprobs else None)
-        self.prompt_due = self.return_token_ids
-        self.parsers = [None if parser is None else OutputParser(parser, bool(body.stream)) for _ in generation.choices]
+        config, requests = generation.prepared.parser, generation.prepared.requests
+        super().__init__(generation, model, requests[0].params.logprobs)
+        self.prompt_due = bool(self.body.return_token_ids)
+        self.parsers = [None if config is None else OutputParser(config, bool(self.body.stream)) for _ in requests]
 
-    def chunk_choices(self, piece: TextPiece) -> list[ChunkChoice]:
-        index, parser, choice = piece.index, self.parsers[piece.index], self.generation.choices[piece.index]
+    def chunk_choices(self, choice: ChoiceState, text: str) -> list[ChunkChoice]:
+        index, parser, finish = choice.index, self.parsers[choice.index], choice.finish
         if parser is not None:
-            chunks = [ChunkChoice(index, delta) for delta in parser.push(piece.text, piece.finish)]
+            chunks = [ChunkChoice(index, delta) for delta in parser.push(text, finish)]
         else:
-            chunks = [ChunkChoice(index, ChatDelta(content=piece.text))] if piece.text else []
-        if piece.finish is not None:
+            chunks = [ChunkChoice(index, ChatDelta(content=text))] if text else []
+        if finish is not None:
             called = parser is not None and parser.called
-            chunks.append(ChunkChoice(index, ChatDelta(), finish_word(piece.finish, called), **choice.ended()))
-        if chunks and (self.return_token_ids or self.writer is not None):
+            chunks.append(ChunkChoice(index, ChatDelta(), finish_word(finish, called), **choice.ended()))
+        if chunks and (self.body.return_token_ids or self.writer is not None):
             ids, scored = self.new_tokens(choice)  # also those of text that was held back
             logprobs = self.writer.chat(scored) if self.writer is not None and scored else None
             chunks[0] = msgspec.structs.replace(chunks[0], token_ids=ids, logprobs=logprobs)
@@ -299,13 +286,13 @@ class ChatCompletion(OpenAICompletion):
                 calls[-1] = msgspec.structs.replace(calls[-1], function=function)
         said = content or (None if calls else "")
         message = responses.AssistantMessage(said, reasoning_content=reasoning or UNSET, tool_calls=calls or UNSET)
-        logprobs = None if self.writer is None else self.writer.chat(choice.scored)
-        ids = choice.token_ids if self.return_token_ids else UNSET
+        logprobs = None if self.writer is None else self.writer.chat(choice.scored())
+        ids = choice.token_ids if self.body.return_token_ids else UNSET
         return responses.ChatChoice(index, message, chunks[-1].finish_reason, logprobs, token_ids=ids, **choice.ended())
 
     def of_prompt(self) -> dict[str, Any]:
         first = self.generation.choices[0]
-        ids = first.request.prompt.tolist() if self.return_token_ids else UNSET
+        ids = first.request.prompt.tolist() if self.body.return_token_ids else UNSET
         return {"prompt_token_ids": ids, "prompt_logprobs": self.scores(first)}
 
     def tail(self, choice: ChunkChoice, tail: bytes) -> bytes:
@@ -327,10 +314,8 @@ class TextCompletion(OpenAICompletion):
     chunk_object = "text_completion"
 
     def __init__(self, generation: Generation, model: str) -> None:
-        body = generation.prepared.body
-        assert isinstance(body, CompletionRequest)
-        super().__init__(generation, model, body, body.logprobs)
-        self.body = body
+        assert isinstance(generation.prepared.body, CompletionRequest)
+        super().__init__(generation, model, generation.prepared.body.logprobs)
 
     def shown(self) -> list[ChoiceState]:
         """Of more choices of a prompt than are wanted, those with the best mean log-probability."""
@@ -338,15 +323,15 @@ class TextCompletion(OpenAICompletion):
         if generated == wanted:
             return choices
         prompts = [choices[first : first + generated] for first in range(0, len(choices), generated)]
-        return [c for several in prompts for c in sorted(several, key=lambda c: -mean_logprob(c.scored))[:wanted]]
+        return [c for several in prompts for c in sorted(several, key=lambda c: -mean_logprob(c.logprobs))[:wanted]]
 
-    def chunk_choices(self, piece: TextPiece) -> list[TextChoice]:
+    def chunk_choices(self, choice: ChoiceState, text: str) -> list[TextChoice]:
         """Tokens without text yet go with the next chunk that has some."""
-        index, choice, echoes = piece.index, self.generation.choices[piece.index], self.generation.prepared.echoes
+        index, finish, echoes = choice.index, choice.finish, self.generation.prepared.echoes
         echo, starts = echoes[index // self.body.num_generated] if echoes else ("", [])
         first = index not in self.opened
-        text = echo + piece.text if first else piece.text
-        if not text and piece.finish is None:
+        text = echo + text if first else text
+        if not text and finish is None:
             return []
         self.opened.add(index)
         ids, scored = self.new_tokens(choice)
@@ -355,10 +340,10 @@ class TextCompletion(OpenAICompletion):
             prompt = map(ScoredToken, choice.request.prompt, choice.prompt_logprobs, starts) if first else ()
             shifted = [ScoredToken(token, found, len(echo) + start) for token, found, start in scored]
             logprobs = self.writer.completion([*prompt, *shifted])
-        ended = {} if piece.finish is None else choice.ended()
-        prompt_ids = choice.request.prompt.tolist() if first and self.return_token_ids else UNSET
+        ended = {} if finish is None else choice.ended()
+        prompt_ids = choice.request.prompt.tolist() if first and self.body.return_token_ids else UNSET
         more = {"prompt_token_ids": prompt_ids, "token_ids": ids, **ended}
-        return [TextChoice(index, text, finish_word(piece.finish, False), logprobs, **more)]
+        return [TextChoice(index, text, finish_word(finish, False), logprobs, **more)]
 
     def whole_choice(self, index: int, choice: ChoiceState, chunks: Sequence[TextChoice]) -> TextChoice:
         return msgspec.structs.replace(chunks[0], index=index, prompt_logprobs=self.scores(choice))
@@ -384,7 +369,7 @@ class SglangCompletion:
     async def chunks(self) -> EventChunks:
         async with aclosing(self.generation.pieces()) as batches:
             async for pieces in batches:
-                yield b"".join([sse(self._result(self.generation.choices[piece.index])) for piece in pieces])
+                yield b"".join([sse(self._result(choice)) for choice, _ in pieces])
 
     def _result(self, choice: ChoiceState) -> responses.SglangResult:
         lists: dict[str, Any] = {}
@@ -393,7 +378,7 @@ class SglangCompletion:
             start = self.body.prompt_logprobs_from(number)
             entries = zip(choice.request.prompt, choice.prompt_logprobs, strict=False)
             scored = [] if start is None else [ScoredToken(*entry, 0) for entry in entries][start:]
-            lists = self._logprobs("output", choice.scored, top) | self._logprobs("input", scored, top)
+            lists = self._logprobs("output", choice.scored(), top) | self._logprobs("input", scored, top)
         index = choice.index if self.is_batch else UNSET
         text, ids, prompt = choice.stream.text, choice.token_ids, len(choice.request.prompt)
         name = self.body.of_prompt("rid", number) or choice.request.id

@@ -1,7 +1,5 @@
 """The engine as the HTTP side sees it: the requests that are live, the limits of its queue, and two sockets to it."""
 
-from __future__ import annotations
-
 import abc
 import asyncio
 import contextlib
@@ -11,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 import zmq
@@ -69,7 +67,7 @@ class Queue:
 class RequestGroup:
     """Requests in the engine that answer one HTTP request. Leaving the `with` block aborts what is still live."""
 
-    def __init__(self, client: EngineClient, requests: Sequence[Request], timeout: float | None = None) -> None:
+    def __init__(self, client: "EngineClient", requests: Sequence[Request], timeout: float | None = None) -> None:
         self._client = client
         self._live = {request.id for request in requests}
         self._batch = ipc.Events([], [])
@@ -80,7 +78,7 @@ class RequestGroup:
             error = errors.RequestTimeoutError(f"the request took longer than the {timeout:g} s this server allows")
             self._timer = asyncio.get_running_loop().call_later(timeout, self.fail, error, "timeout")
 
-    def __enter__(self) -> RequestGroup:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -134,11 +132,7 @@ class RequestGroup:
 
 
 class EngineClient(abc.ABC):
-    """The requests that are live, and whether the engine is. Belongs to one event loop.
-
-    No queue here is without bound: `queue` says how many requests may be live, and none has more than its `max_tokens`
-    tokens waiting.
-    """
+    """The requests that are live, and whether the engine is. Belongs to one event loop. No queue is without bound."""
 
     def __init__(self, config: Config, link: int, metrics: Metrics | None, max_live: int) -> None:
         self.dead: EngineDeadError | None = None  # why the engine is `gone`
@@ -199,7 +193,6 @@ class EngineClient(abc.ABC):
         self.send(ipc.Abort(ids))
 
     async def drain(self) -> None:
-        """Take no request any more, and wait until the last one has ended."""
         self.draining = True
         self.feed.put(None)
         while self._live:
@@ -313,8 +306,7 @@ class SocketEngineClient(EngineClient):
         self.fail("the server is shutting down")
         self._receiver.cancel()
         await asyncio.gather(self._receiver, return_exceptions=True)
-        if not self._ready.cancelled():
-            self._ready.exception()  # retrieved, or asyncio warns
+        self._ready.exception()  # retrieved, or asyncio warns
         self._inbox.close()
         self._outbox.close()
         self._context.term()

@@ -29,10 +29,8 @@ LINGER_MS = 1000  # for the last messages to leave when the engine ends
 
 
 class Links:
-    """The sockets to the launcher and the API processes; a step's events go straight to the process that asked.
-
-    The other side binds its addresses, this one connects. Nothing here waits: there is no high-water mark, and what is
-    sent to a link that is gone is dropped. The number of a link is never used again.
+    """The sockets to the launcher and the API processes, which bind them. Nothing here waits: there is no high-water
+    mark, and what is sent to a link that is gone is dropped. The number of a link is never used again.
     """
 
     def __init__(self, folder: str) -> None:
@@ -121,7 +119,6 @@ class PendingGrammars:
         return dropped
 
     def ready(self) -> list[tuple[Request, Future[Constraint]]]:
-        """The requests whose grammar was compiled, or refused, since the last call."""
         ready = [(request, compiled) for request, compiled in self.requests.values() if compiled.done()]
         for request, _ in ready:
             del self.requests[request.id]

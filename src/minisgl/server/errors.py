@@ -2,23 +2,10 @@
 
 from typing import Any
 
+from starlette.responses import Response
+
 from minisgl.errors import InvalidRequestError, MinisglError
-
-
-class BodyTooLargeError(InvalidRequestError, status=413, code="request_too_large"): ...
-
-
-class SlowBodyError(InvalidRequestError, status=408, code="body_timeout"): ...
-
-
-class UnauthorizedError(InvalidRequestError, status=401, type="authentication_error", code="invalid_api_key"): ...
-
-
-class ForbiddenError(InvalidRequestError, status=403):
-    """What a web page that the user did not mean to let in would send."""
-
-
-class MediaTypeError(InvalidRequestError, status=415, code="unsupported_media_type"): ...
+from minisgl.server.responses import json_response
 
 
 class RetryLaterError(MinisglError, status=503):
@@ -29,33 +16,35 @@ class RetryLaterError(MinisglError, status=503):
         self.retry_after = retry_after
 
 
+# fmt: off
 class OverloadedError(RetryLaterError, type="overloaded_error", code="overloaded"): ...
-
-
 class QueueFullError(RetryLaterError, status=429, type="rate_limit_error", code="queue_full"): ...
-
-
-class ApiProcessError(MinisglError, status=503, code="api_process_unavailable"): ...
-
-
 class DrainingError(RetryLaterError, code="shutting_down"): ...
 
+class BodyTooLargeError(InvalidRequestError, status=413, code="request_too_large"): ...
+class SlowBodyError(InvalidRequestError, status=408, code="body_timeout"): ...
+class MediaTypeError(InvalidRequestError, status=415, code="unsupported_media_type"): ...
+class UnsupportedEndpointError(InvalidRequestError, status=404, code="unsupported_endpoint"): ...
+class UnauthorizedError(InvalidRequestError, status=401, type="authentication_error", code="invalid_api_key"): ...
+class ForbiddenError(InvalidRequestError, status=403): ...  # for web pages that the user did not mean to let in
 
+class ApiProcessError(MinisglError, status=503, code="api_process_unavailable"): ...
 class RequestTimeoutError(MinisglError, status=504, type="timeout_error", code="request_timeout"): ...
-
-
-class RequestAbortedError(MinisglError, status=499, type="invalid_request_error", code="request_aborted"):
-    """Of status 499, which clients do not retry by themselves."""
+# Of a status that clients do not retry by themselves.
+class RequestAbortedError(MinisglError, status=499, type="invalid_request_error", code="request_aborted"): ...
+# fmt: on
 
 
 def error_body(error: MinisglError) -> dict[str, Any]:
     return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
 
 
-def error_headers(error: MinisglError) -> dict[str, str]:
+def error_response(error: MinisglError, **headers: str) -> Response:
     if isinstance(error, RetryLaterError):
-        return {"retry-after": str(error.retry_after)}
-    return {"www-authenticate": "Bearer"} if isinstance(error, UnauthorizedError) else {}
+        headers["retry-after"] = str(error.retry_after)
+    if isinstance(error, UnauthorizedError):
+        headers["www-authenticate"] = "Bearer"
+    return json_response(error_body(error), error.status, headers)
 
 
 def known_error(error: Exception) -> MinisglError:

@@ -92,7 +92,6 @@ class GenerateRequest(Body):
         return given if isinstance(given, list) else [given]
 
     def of_prompt(self, name: str, index: int) -> Any:
-        """The value of one of `PER_PROMPT`."""
         value = getattr(self, name)
         return value[index] if isinstance(value, list) else value
 

@@ -65,8 +65,6 @@ class Query(msgspec.Struct, frozen=True, tag=True):
 
 
 class Watch(msgspec.Struct, frozen=True, tag=True):
-    """Send the steps to this link, or send them no more."""
-
     link: int
     on: bool
 

@@ -75,7 +75,6 @@ class KVEventPublisher:
         self._events = [{"type": "AllBlocksCleared"}]  # what came before it in a batch tells a subscriber no more
 
     def flush(self) -> None:
-        """Send what was heard since the last time as one batch."""
         if not self._events:
             return
         events: list[Any] = [list(e.values()) for e in self._events] if self._as_arrays else self._events

@@ -43,10 +43,8 @@ status_logger = logging.getLogger("minisgl.status")
 
 
 def serve(config: Config, command: Sequence[str] = ENGINE_COMMAND) -> None:
-    """Serve until SIGINT, SIGTERM or SIGHUP. `command` starts the engine's process.
-
-    Raises ConfigError when the port is taken, ModelError when the model cannot be served, EngineDeadError when the
-    engine dies, ApiProcessError when API processes die again and again.
+    """Serve until SIGINT, SIGTERM or SIGHUP. Raises ConfigError when the port is taken, ModelError for a model that
+    cannot be served, EngineDeadError when the engine dies, ApiProcessError when API processes die again and again.
     """
     open_standard_streams()
     check(config)
@@ -351,5 +349,4 @@ def announce(config: Config, url: str, ready: ipc.Ready, serving: ipc.Serving, s
 
 
 def print_status(line: str) -> None:
-    """A line to stderr: stdout is for what the user asked for."""
     print_text(line, sys.stderr)

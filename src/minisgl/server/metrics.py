@@ -148,7 +148,6 @@ class Metrics:
         return f"{self.prefix}:{NAMES[self.prefix].get(own, own)}"
 
     def on_admitted(self, request: RequestStats, now: float) -> None:
-        """A request has a row in the engine; only the first time counts."""
         if request.admitted is None:
             request.admitted = now
             self.queue_time.observe(now - request.arrived)
@@ -238,10 +237,9 @@ class MetricsPage(Collector):
             for name, text, value in gauges
             if renamed.get(name, "") is not None
         ]
-        info = GaugeMetricFamily(name_of("cache_config_info"), "how the KV cache is divided: its labels")
         labels = CACHE_LABELS.get(self.metrics.prefix, ("block_size", "num_gpu_blocks"))
-        values = (str(self.page_size), str(stats.pages_total))
-        info.add_sample(info.name, dict(zip(labels, values, strict=True)), 1.0)
+        info = GaugeMetricFamily(name_of("cache_config_info"), "how the KV cache is divided: its labels", labels=labels)
+        info.add_metric([str(self.page_size), str(stats.pages_total)], 1.0)
         families.append(info)
         for name, attribute, text in COUNTERS:
             families.append(CounterMetricFamily(name_of(name), text, getattr(stats, attribute)))

@@ -60,7 +60,6 @@ class ApiRoute(NamedTuple):
     events: Any = None  # the type of a stream's events
 
     def operation(self, schemas: Mapping[str, Any]) -> dict[str, Any]:
-        """Its part of the document; `schemas` are those of types, by their names."""
         error = {"application/json": {"schema": schemas[str(ErrorBody)]}}
         kind = "text/plain" if self.result is str else "application/json"
         content = {kind: {"schema": schemas[str(self.result)]}}

@@ -3,8 +3,8 @@
 import asyncio
 import contextlib
 import dataclasses
-import functools
 import logging
+import re
 import secrets
 import time
 import uuid
@@ -20,18 +20,12 @@ from starlette.types import Receive
 
 from minisgl.config import Config
 from minisgl.core.types import REASONING_END, REASONING_START, Grammar, ModelInfo, Request, SamplingParams
-from minisgl.errors import (
-    ContextLengthError,
-    InvalidRequestError,
-    MinisglError,
-    ModelNotFoundError,
-    UnsupportedParameterError,
-)
+from minisgl.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError, UnsupportedParameterError
 from minisgl.server import protocol
 from minisgl.server.engine_client import EngineClient, wait_first
-from minisgl.server.errors import BodyTooLargeError, OverloadedError, SlowBodyError
+from minisgl.server.errors import BodyTooLargeError, ForbiddenError, MediaTypeError, OverloadedError, SlowBodyError
 from minisgl.server.generate import GenerateRequest
-from minisgl.server.protocol import ChatRequest, CompletionRequest, TokenizeConversation, require
+from minisgl.server.protocol import CONSTRAINTS, ChatRequest, CompletionRequest, TokenizeConversation, require
 from minisgl.server.responses import Detokenized, TokenizerInfo, Tokens
 from minisgl.server.structured import forced_call_grammar, requested_grammar, text_without_calls, with_optional_calls
 from minisgl.server.tools import ParserConfig, Reasoning, ToolFormat, detect_tool_format
@@ -39,7 +33,7 @@ from minisgl.text.tokenizer import Tokenizer
 
 SMALL_BODY = 64 * 2**10  # bytes; such bodies have threads of their own
 SMALL_THREADS, LARGE_THREADS = 4, 1  # json.loads holds the interpreter's lock: no two large bodies at a time
-GRAMMAR_THREADS = 4  # which wait for as many processes
+GRAMMAR_THREADS = 4  # each waits for a process
 BODY_SECONDS, BODY_RATE = 30.0, 32 * 2**10  # a body may take so long, and a second for so many of its bytes
 BODY_RETRY_SECONDS = 5
 PART_SECONDS = 0.004  # from a part of a large body to the next of any: reading is the event loop's work
@@ -49,6 +43,7 @@ MAX_TOKENIZED = 2**17  # tokens of a text that is only tokenised, where a contex
 MAX_REPEATED = 2**22  # token ids that go to the engine with each of a body's requests
 PIECE = 2**16  # characters tokenised at once, where a text may be far too long
 PIECE_SLACK = 64  # tokens that cutting a piece out may add to its own
+JSON_TYPE = re.compile(r"[\w.-]+/([\w.-]+\+)?json *(;|$)", re.IGNORECASE)
 # Fields that may be large and that no answer needs, once it is prepared.
 BULK = ("messages", "prompt", "tools", "metadata", "user", "safety_identifier", "prompt_cache_key")
 
@@ -137,12 +132,12 @@ class Preparation:
         asked = GenerateRequest.parse(body)
         field = "text" if asked.text is not None else "input_ids"
         prompts = parse_prompts(asked.prompts, field)
-        samplings = [asked.sampling(index) for index in range(len(prompts))]
-        grammars = named("sampling_params", lambda: [constraint_of(sampling)[0] for sampling in samplings])
-        params = [asked.params(index, grammar) for index, grammar in enumerate(grammars)]
-        names: dict[str | None, str] = {name: f"sampling_params.{name}" for name in SamplingParams.__struct_fields__}
+        fields = (*SamplingParams.__struct_fields__, *CONSTRAINTS)
+        names: dict[str | None, str] = {name: f"sampling_params.{name}" for name in fields}
         names |= {"max_tokens": "sampling_params.max_new_tokens", "min_tokens": "sampling_params.min_new_tokens"}
         with renamed({**names, "seed": "sampling_params.sampling_seed", None: field, "prompt": field}):
+            grammars = [constraint_of(asked.sampling(index))[0] for index in range(len(prompts))]
+            params = [asked.params(index, grammar) for index, grammar in enumerate(grammars)]
             requests = self.requests("gen", asked, prompts, params)
         kinds = dict.fromkeys(grammars)
         checks = [check for grammar in kinds for check in self.require_grammar(grammar, "sampling_params")]
@@ -183,7 +178,6 @@ class Preparation:
         return TokenizerInfo(**tokens, chat_template=template, vocab_size=size, model_max_length=length)
 
     def check_model(self, name: str | None) -> None:
-        """Raise ModelNotFoundError for any other model than the one served; none named means that one."""
         if name not in (None, self.model.name, *self.names):
             raise ModelNotFoundError(f"the model {name!r} is not served here; {self.model.name!r} is", param="model")
 
@@ -199,10 +193,7 @@ class Preparation:
     def requests(
         self, kind: str, body: Generating, prompts: list[Prompt], params: Sequence[SamplingParams]
     ) -> list[Request]:
-        """Checked requests with each prompt's parameters, those of one prompt in a row; their ids are the completion's
-        id and an index. Without a seed each gets one of its own. With one the first of a prompt has it, the others what
-        follows from it.
-        """
+        """Checked requests, those of one prompt in a row; their ids are the completion's id and an index."""
         copies = body.num_generated
         field = "n" if copies > 1 else "prompt"
         require(len(prompts) * copies <= self.max_live, f"at most {self.max_live} answers fit in one request", field)
@@ -223,9 +214,7 @@ class Preparation:
         return requests
 
     def encode(self, text: str, special: bool = True, most: int | None = None, cut: bool = False) -> list[int]:
-        """Token ids of a prompt, of whose beginning nothing is needed if it is to be `cut`. Raises ContextLengthError,
-        before all is tokenised, for what is far beyond `most`.
-        """
+        """With `cut` only the end is needed. Raises ContextLengthError for what is far beyond `most` ids, quickly."""
         limit = most or self.model.max_seq_len
         if cut:
             return self.tokenizer.encode(text[-limit * self.tokenizer.longest_token :], special)
@@ -242,7 +231,6 @@ class Preparation:
         return self.tokenizer.encode(text, special)
 
     def require_tool_format(self) -> ToolFormat:
-        """The format of tool calls; raises UnsupportedParameterError when the model has one that is not known."""
         if self.tokenizer.tool_template is None:
             raise UnsupportedParameterError("this model has no chat template, so no place for tools", param="tools")
         if self.tool_format is None:
@@ -261,8 +249,10 @@ class Preparation:
             return ()
         if self.check_grammar is None:
             raise UnsupportedParameterError("structured output is not available on this server", param=param)
-        check = named(param, functools.partial(self.check_grammar, grammar))
-        return () if check is None else (functools.partial(named, param, check),)
+        names = {"grammar": param, None: param}
+        with renamed(names):
+            check = self.check_grammar(grammar)
+        return () if check is None else (renamed(names)(check),)
 
     def render(self, chat: ChatRequest | TokenizeConversation, tools: Sequence[protocol.Tool]) -> str:
         variables: dict[str, Any] = dict(chat.chat_template_kwargs or {})
@@ -283,9 +273,8 @@ class Preparation:
 
 
 class Turns:
-    """Threads for work that takes time. Clients have their turns one after the other, however much each wants.
-
-    A thread rests `rest` times as long as its work took: what holds the interpreter's lock leaves it to others then.
+    """Threads for work that takes time. Clients have their turns one after the other, however much each wants. A thread
+    rests `rest` times as long as its work took: what holds the interpreter's lock leaves it to others then.
     """
 
     def __init__(self, threads: int, rest: float = 0.0) -> None:
@@ -320,7 +309,7 @@ class Bodies:
         """A body, held until the block ends. Raises BodyTooLargeError, OverloadedError or SlowBodyError."""
         start, size, kept = time.monotonic(), 0, 0
         parts: list[bytes] = []
-        error: MinisglError | None = None
+        error: InvalidRequestError | OverloadedError | None = None
         try:
             # Some more than fits is read, so that the client gets to read the error.
             async for part in request.stream():
@@ -350,7 +339,9 @@ class Bodies:
         self.held[client] += size
         self.total += size
 
-    def _refusal(self, client: str, size: int, more: int, seconds: float) -> MinisglError | None:
+    def _refusal(
+        self, client: str, size: int, more: int, seconds: float
+    ) -> InvalidRequestError | OverloadedError | None:
         if size > self.max_size:
             return BodyTooLargeError(f"the body must have at most {self.max_size} bytes")
         if seconds > BODY_SECONDS + size / BODY_RATE:
@@ -388,7 +379,6 @@ class ClientGoneError(Exception):
 
 
 async def disconnected(receive: Receive) -> None:
-    """Return when the client leaves; the body must have been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -425,13 +415,38 @@ class Api:
 
     async def prepare(self, prepare: Callable[[bytes], T], request: HttpRequest) -> T:
         """Read a body, and prepare it when its client, by its key or its address, has its turn."""
+        self.check_sender(request)
         client = self._client_of(request)
         async with self.bodies.read(request, client) as body:
+
+            def work() -> T:
+                check_counts(body, self.max_values)
+                try:
+                    return prepare(body)
+                except RecursionError as error:
+                    raise InvalidRequestError("the body is nested too deeply") from error
+
             with self.client.metrics.preparing.track_inprogress():
-                work = functools.partial(self._prepare, prepare, body)
                 if len(body) <= SMALL_BODY:
                     return await self.small.run(client, work)
                 return await unless_disconnected(request.receive, self.large.run(client, work))
+
+    def check_sender(self, request: HttpRequest, same_origin: bool = False) -> None:
+        """In a server without keys: refuse what a web page of another origin can send without asking first (W3C,
+        Fetch): a body that is not JSON, and with `same_origin` everything.
+        """
+        headers = request.headers
+        if self.config.api_key:
+            return
+        has_body = "transfer-encoding" in headers or headers.get("content-length", "").strip("0")
+        if has_body and not JSON_TYPE.match(headers.get("content-type", "")):
+            raise MediaTypeError("the body must be JSON, sent with 'Content-Type: application/json'")
+        if same_origin:
+            own = f"{request.scope['scheme']}://{headers.get('host', '')}"
+            # What is no browser sends neither header.
+            foreign = headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
+            if foreign or headers.get("origin", own).lower() != own.lower():
+                raise ForbiddenError("web pages of other origins may not do this", code="cross_origin")
 
     async def check(self, prepared: PreparedRequest, request: HttpRequest) -> None:
         """Check grammars that are new here, in threads that no other preparation waits for."""
@@ -442,13 +457,6 @@ class Api:
     def _client_of(self, request: HttpRequest) -> str:
         address = "" if request.client is None else request.client.host
         return request.headers.get("authorization", "") if self.config.api_key else address
-
-    def _prepare(self, prepare: Callable[[bytes], T], body: bytes) -> T:
-        check_counts(body, self.max_values)
-        try:
-            return prepare(body)
-        except RecursionError as error:
-            raise InvalidRequestError("the body is nested too deeply") from error
 
 
 def prioritize(prepared: PreparedRequest, allowed: tuple[int, int] | None) -> None:
@@ -471,7 +479,6 @@ def parse_prompts(value: Any, param: str) -> list[Prompt]:
 
 
 def is_list_of(kind: type, value: object) -> bool:
-    """Whether `value` is a list of exactly this type (a bool is no int)."""
     return isinstance(value, list) and all(type(item) is kind for item in value)
 
 
@@ -479,24 +486,14 @@ def constraint_of(body: protocol.Sampling) -> tuple[Grammar | None, str | None]:
     return requested_grammar(body.constraints) if body.constraints else (None, None)
 
 
-def named(param: str | None, check: Callable[[], T]) -> T:
-    """The same check, whose errors are about `param`, or the tools."""
-    try:
-        return check()
-    except InvalidRequestError as error:
-        if error.param != "tools":
-            error.param = param
-        raise
-
-
 @contextlib.contextmanager
-def renamed(names: Mapping[str | None, str]) -> Iterator[None]:
+def renamed(names: Mapping[str | None, str | None]) -> Iterator[None]:
     """Let errors name a field as the request does; None is the name for errors without one."""
     try:
         yield
     except InvalidRequestError as error:
         if (name := names.get(error.param)) is not None:
-            if error.param not in (None, "prompt"):
+            if error.param not in (None, "prompt", "grammar"):
                 error.message = error.message.replace(error.param, name.rpartition(".")[2])
             error.param = name
         raise

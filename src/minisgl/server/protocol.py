@@ -75,13 +75,11 @@ def drop_unsupported(value: dict[str, Any], unsupported: Unsupported, where: str
 
 
 def invalid_json(body: bytes, error: Exception) -> InvalidRequestError:
-    """The error for a body that cannot be read; it says what the body is where its first bytes tell."""
     kinds = [f"{kind}; send plain JSON in UTF-8" for start, kind in NOT_JSON.items() if body.startswith(start)]
     return InvalidRequestError(f"the body is {(kinds or [f'not valid JSON: {error}'])[0]}", code="invalid_json")
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """The JSON object in a body; raises InvalidRequestError."""
     try:
         value = json.loads(body.decode())
         if b"\\u" in body:
@@ -213,9 +211,8 @@ class MessageToolCall(Body, kw_only=True, forbid_unknown_fields=False):
 
 
 class Message(Body, forbid_unknown_fields=False):
-    """A message of a conversation. `developer` is OpenAI's newer word for `system`, which templates know.
-
-    What clients keep in messages and their parts for themselves or for other servers (`cache_control`) is ignored.
+    """`developer` is OpenAI's newer word for `system`, which templates know. What clients keep in messages and their
+    parts for themselves or for other servers (`cache_control`) is ignored.
     """
 
     unsupported = {"refusal": (), "annotations": ([],), "audio": (), "function_call": ()}
@@ -242,7 +239,6 @@ class Message(Body, forbid_unknown_fields=False):
 
     @property
     def text(self) -> str:
-        """The content; text parts become lines."""
         return self.content if isinstance(self.content, str) else "\n".join(p.text for p in self.content or ())
 
     def for_template(self, where: str) -> dict[str, Any]:
@@ -441,12 +437,10 @@ class ChatRequest(OpenAIRequest, kw_only=True):
 
     @property
     def offered_tools(self) -> list[Tool]:
-        """The tools that the model may call; none when `tool_choice` says so."""
         return [] if self.tool_choice == "none" else list(self.tools or ())
 
     @property
     def named_tool(self) -> str | None:
-        """The one function that must be called, if one is named."""
         return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
 
     @property
@@ -473,7 +467,6 @@ class CompletionRequest(OpenAIRequest, kw_only=True):
 
     @property
     def scores_only(self) -> bool:
-        """Whether only the prompt is wanted: `echo` or `prompt_logprobs` with a `max_tokens` of 0."""
         return self.max_tokens == 0 and (bool(self.echo) or self.prompt_logprobs is not None)
 
     def check(self) -> None:
@@ -520,6 +513,14 @@ class TokenizeConversation(TokenizeOptions, kw_only=True):
 
     def check(self) -> None:
         check_conversation(self)
+
+
+class AbortOrder(Body):
+    rid: str | None = None  # the id of a completion
+    abort_all: bool | None = None
+
+    def check(self) -> None:
+        require(bool(self.rid) != bool(self.abort_all), "give the answer's id as rid, or abort_all", "rid")
 
 
 class DetokenizeRequest(Body):

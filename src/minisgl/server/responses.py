@@ -1,6 +1,6 @@
 """The objects that responses are made of, under their names in the APIs; msgspec encodes them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Generic, Literal, TypeVar
 
 import msgspec
@@ -192,11 +192,6 @@ class Health(msgspec.Struct, frozen=True):
     status: Literal["ok"] = "ok"
 
 
-class AbortOrder(msgspec.Struct, forbid_unknown_fields=True):
-    rid: str | None = None  # the id of a completion
-    abort_all: bool = False
-
-
 class IsReady(msgspec.Struct, frozen=True):
     status: Literal["ready"] = "ready"
 
@@ -243,7 +238,7 @@ class ServerLoad(msgspec.Struct, frozen=True):
 class ServerInfo(msgspec.Struct, frozen=True):
     version: str
     config: dict[str, Any]  # as given
-    effective: list[str]  # a line for each value that was chosen
+    effective: Sequence[str]  # a line for each value that was chosen
     stats: EngineStats
     queued: Queued
     draining: bool
@@ -260,11 +255,11 @@ class ServerInfo(msgspec.Struct, frozen=True):
 
 class ModelFacts(msgspec.Struct, frozen=True):
     id: str
-    served_names: list[str]
+    served_names: Sequence[str]
     model_path: str
     vocab_size: int
     max_model_len: int
-    eos_token_ids: list[int]
+    eos_token_ids: Sequence[int]
     has_chat_template: bool
     tokenizer_path: str
     is_generation: bool = True
@@ -290,7 +285,7 @@ class ErrorBody(msgspec.Struct, frozen=True):
     error: ErrorObject
 
 
-def json_response(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+def json_response(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     return Response(msgspec.json.encode(value), status, headers, media_type="application/json")
 
 

@@ -85,7 +85,6 @@ def text_without_calls(tool_format: ToolFormat) -> Grammar:
 
 
 def with_optional_calls(grammar: Grammar, chat: ChatRequest, tool_format: ToolFormat) -> Grammar:
-    """The same grammar, or calls as the model writes them."""
     single, opening = chat.parallel_tool_calls is False, tool_format.opening
     if tool_format.listed:
         calls = Calls(schema=call_list_schema(chat.offered_tools, single), several=False, opening=opening)

@@ -99,7 +99,6 @@ class OutputParser:
         return self._tools is not None and self._tools.num_calls > 0
 
     def push(self, text: str, finish: FinishReason | None) -> list[ChatDelta]:
-        """Take in text, the end of it where there is a `finish`; what is certain now."""
         reasoning, content, last = "", text, finish is not None
         if self._reasoning is not None:
             reasoning, content = self._reasoning.push(text)
@@ -124,7 +123,6 @@ class ReasoningParser:
         self._state: Literal["start", "reasoning", "blanks", "content"] = "start"
 
     def push(self, text: str) -> tuple[str, str]:
-        """Take in text; the reasoning and the content that are certain now."""
         if self._state == "content":
             return "", text
         self._buffer += text
@@ -156,7 +154,6 @@ class ReasoningParser:
         return reasoning, self._buffer
 
     def finish(self) -> tuple[str, str]:
-        """What was held back, at the end of the text."""
         if self._state == "reasoning" or (self._state == "start" and self._begun):
             return self._buffer.rstrip(), ""
         return "", self._buffer if self._state == "start" else ""
@@ -218,7 +215,6 @@ class ToolCallParser:
         self._begin_object()
 
     def push(self, text: str) -> list[ChatDelta]:
-        """Take in text; what is certain now."""
         self._deltas = []
         self._buffer += text
         while self._state():
@@ -241,7 +237,6 @@ class ToolCallParser:
         self._buffer, self._at = self._buffer[size:], 0
 
     def _say(self, size: int) -> None:
-        """The beginning of the buffer is content."""
         text = "" if self._format.only_calls else self._buffer[:size]
         self._drop(size)
         if text := text.lstrip() if self._trim else text:
@@ -257,17 +252,12 @@ class ToolCallParser:
         self._say(self._at)
         return self._go(self._content)
 
-    def _skip_blanks(self) -> str:
-        """The next character that is none, empty where it has not come yet."""
+    def _next(self, mark: str = "") -> str:
+        """What follows the blanks, which are skipped: the mark or a character; empty while that cannot be said."""
         while self._buffer[self._at : self._at + 1].isspace():
             self._at += 1
-        return self._buffer[self._at : self._at + 1]
-
-    def _skip(self, mark: str) -> bool:
-        """Skip the mark if it comes next; False while that cannot be said."""
-        rest = self._buffer[self._at : self._at + len(mark)]
-        self._at += len(mark) if rest == mark else 0
-        return rest == mark or not mark.startswith(rest)
+        rest = self._buffer[self._at : self._at + max(len(mark), 1)]
+        return rest if rest == mark else "" if mark.startswith(rest) else rest[0]
 
     def _content(self) -> bool:
         if self._format.at_start:
@@ -284,13 +274,13 @@ class ToolCallParser:
         return self._go(self._before)
 
     def _before(self) -> bool:
-        first = self._skip_blanks()
+        first = self._next(self._optional)
         if not first:
             return False
-        if self._optional:
-            decided = self._skip(self._optional)
-            self._optional = "" if decided else self._optional
-            return decided
+        optional, self._optional = self._optional, ""
+        if first == optional:
+            self._at += len(first)
+            return True
         if self._format.listed and not self._in_list:
             self._in_list = first == "["
             self._at += 1 if self._in_list else 0
@@ -328,14 +318,12 @@ class ToolCallParser:
         return self._go(self._after)
 
     def _give_arguments(self, head: re.Match[str]) -> None:
-        """What has come of the arguments of the call that begins so, and was not given yet."""
         end = self._scanner.value_end or self._scanner.at
         if end > head.end():
             self._give(head[1], self._buffer[max(self._sent, head.end()) : end])
             self._sent = end
 
     def _call(self) -> tuple[str, str] | None:
-        """Name and arguments of the complete object, None when it is no call."""
         value = decode_json(self._buffer[self._at : self._scanner.at])
         if not isinstance(value, dict) or not isinstance(value.get("name"), str) or value["name"] not in self._names:
             return None
@@ -372,7 +360,7 @@ class ToolCallParser:
         return self._go(self._content)
 
     def _after(self) -> bool:
-        first = self._skip_blanks()
+        first = self._next("" if self._format.at_start else self._format.closing)
         if not first:
             return False
         if self._in_list:
@@ -384,8 +372,8 @@ class ToolCallParser:
         elif self._format.at_start:
             self._at += 1 if first == ";" else 0
             return self._go(self._before) if first in ";{" else self._give_up()
-        elif not self._skip(self._format.closing):
-            return False
+        elif first == self._format.closing:
+            self._at += len(first)
         self._drop(self._at)
         return self._go(self._content)
 

@@ -75,7 +75,6 @@ class TemplateProcess:
         return frozenset(reply["variables"])
 
     def _ask(self, line: bytes) -> dict[str, Any] | None:
-        """None when the process ended."""
         if not self._end.alive:
             self._start()
         with contextlib.suppress(OSError):
@@ -95,9 +94,8 @@ def end_process(process: subprocess.Popen[bytes], link: socket.socket, replies: 
 
 
 class ChatTemplate:
-    """A model's template. `variables` are the names that it takes. Safe to use from several threads.
-
-    `tokens` are the named special tokens it may print. Raises ModelError when the source is no template.
+    """A model's template. `variables` are the names that it takes, `tokens` the named special tokens it may print. Safe
+    to use from several threads. Raises ModelError when the source is no template.
     """
 
     def __init__(self, source: str, tokens: Mapping[str, str]) -> None:
@@ -200,7 +198,6 @@ class ChatTemplate:
         return False
 
     def _try(self, *messages: Mapping[str, Any]) -> str | None:
-        """None when the template refuses."""
         variables = {"tools": [TOOL], "add_generation_prompt": False}
         try:
             return self._process.render({"messages": self._adapt(messages, ()), **variables})
@@ -249,7 +246,6 @@ def function_of(call: Mapping[str, Any], text_allowed: bool = True) -> dict[str,
 
 def cut_after(text: str, content: str) -> str:
     """A rendered conversation up to the end of its last message's content, whose outer blanks the template may strip.
-
     Raises InvalidRequestError when the content is empty or the template does not show it.
     """
     bare = content.strip()

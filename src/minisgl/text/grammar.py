@@ -27,14 +27,8 @@ MAX_MESSAGE = 300
 # Between the parts of a JSON text. Bounded: a model that falls into repeating newlines must go on with its text.
 SPACED: Any = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,8}", "lenient": False}
 COMPACT: Any = {"whitespace_flexible": False, "lenient": False}
-# The kind of a grammar: its name in errors, and the request field that usually carries it.
-KINDS = {
-    "json_object": ("json object", "response_format"),
-    "json_schema": ("json schema", "response_format"),
-    "regex": ("regular expression", "guided_regex"),
-    "choice": ("choice", "guided_choice"),
-    "lark": ("grammar", "guided_grammar"),
-}
+# Of kinds of grammars, in errors.
+NAMES = {"json_object": "json object", "json_schema": "json schema", "regex": "regular expression", "lark": "grammar"}
 # Strings, comments and regular expressions of a Lark source.
 LARK_TEXT = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|#[^\n]*|/(?:\\.|[^/\\\n])+/')
 STOP_OPTION = re.compile(r"\[[^\]\n]*\bstop\b")
@@ -47,9 +41,8 @@ LIMITS = LLParserLimits(step_lexer_fuel=100_000, step_max_items=20_000, max_lexe
 
 
 class Vocabulary:
-    """The tokens of a folder's tokenizer, shared by all grammars. Takes a second for 150,000 of them.
-
-    Raises UnsupportedParameterError where llguidance cannot tell the tokens' bytes, ModelError for a broken tokenizer.
+    """The tokens of a folder's tokenizer, shared by all grammars. Takes a second for 150,000 of them. Raises
+    UnsupportedParameterError where llguidance cannot tell the tokens' bytes, ModelError for a broken tokenizer.
     """
 
     def __init__(self, folder: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
@@ -102,9 +95,8 @@ class MatcherConstraint:
 
     @NO_PANICS
     def fill(self, mask: NDArray[np.int32]) -> None:
-        """Overwrite mask (ceil(V / 32),): bit t % 32 of word t // 32 says whether token t may come next.
-
-        Raises GrammarError when llguidance's limits of one step are exceeded.
+        """Overwrite mask (ceil(V / 32),): bit t % 32 of word t // 32 says whether token t may come next. Raises
+        GrammarError when llguidance's limits of one step are exceeded.
         """
         begun = time.thread_time()
         assert mask.shape == (self.vocabulary.num_words,)
@@ -137,16 +129,12 @@ class MatcherConstraint:
 
     @property
     def error(self) -> str:
-        """What went wrong, in a line; empty when nothing did."""
         return one_line(self._matcher.get_error())
 
 
 @NO_PANICS
 def compile_grammar(grammar: Grammar, vocabulary: Vocabulary) -> MatcherConstraint:
-    """A constraint at the start of its text. May take seconds for a hostile grammar.
-
-    Raises InvalidRequestError, or UnsupportedParameterError for what cannot be enforced.
-    """
+    """A constraint at the start of its text, after seconds for a hostile grammar. Raises InvalidRequestError."""
     check_size(grammar)
     try:
         source = text_grammar(grammar)
@@ -195,7 +183,6 @@ def check_size(grammar: Grammar) -> None:
 
 
 def text_grammar(grammar: Grammar) -> str:
-    """llguidance's grammar of the text alone."""
     match grammar.kind:
         case "json_object":
             return schema_grammar('{"type":"object"}', grammar)
@@ -230,16 +217,12 @@ def composed_grammar(grammar: Grammar, text: str, vocabulary: Vocabulary) -> str
 
 
 def named_grammar(name: str, source: str) -> dict[str, Any]:
-    """A grammar as a part of another one, to be referred to as @name."""
     fields = json.loads(source)["grammars"][0] if source.startswith("{") else {"lark_grammar": source}
     return {**fields, "name": name}
 
 
 def schema_grammar(source: str, grammar: Grammar) -> str:
-    """llguidance's grammar of a JSON schema; nothing that cannot be enforced is ignored. ValueError: nested too deeply.
-
-    Duplicate keys and numbers out of range are llguidance's to judge.
-    """
+    """llguidance's grammar of a JSON schema, with all of it enforced. Raises ValueError for one nested too deeply."""
     try:
         schema = msgspec.json.decode(source)
     except msgspec.DecodeError as error:
@@ -249,7 +232,7 @@ def schema_grammar(source: str, grammar: Grammar) -> str:
     if not isinstance(schema, dict | bool):
         raise invalid(grammar, "a JSON schema is an object, true or false")
     if isinstance(schema, dict) and "x-guidance" in schema:
-        raise unsupported(grammar, "x-guidance")
+        raise unsupported("x-guidance")
     if (new := rewritten(schema)) is False:
         raise invalid(grammar, NOTHING_MATCHES)
     if new is True or new is not schema:
@@ -279,25 +262,24 @@ def checked_lark(grammar: Grammar) -> str:
             raise invalid(grammar, f"not GBNF: {error}") from error
     rules = LARK_TEXT.sub('""', source)
     if "<" in rules:
-        raise unsupported(grammar, "a special token in a grammar")
+        raise unsupported("a special token in a grammar")
     if STOP_OPTION.search(rules):
-        raise unsupported(grammar, "the option stop of a rule (suffix and lazy are)")
+        raise unsupported("the option stop of a rule (suffix and lazy are)")
     if "x-guidance" in source:
-        raise unsupported(grammar, "x-guidance")
+        raise unsupported("x-guidance")
     return source
 
 
 def invalid(grammar: Grammar, reason: str) -> InvalidRequestError:
-    name, field = KINDS[grammar.kind]
-    return InvalidRequestError(f"invalid {name}: {reason[:MAX_MESSAGE]}", param=field)
+    name = NAMES.get(grammar.kind, grammar.kind)
+    return InvalidRequestError(f"invalid {name}: {reason[:MAX_MESSAGE]}", param="grammar")
 
 
-def unsupported(grammar: Grammar, what: str) -> UnsupportedParameterError:
-    return UnsupportedParameterError(f"{what} is not supported", param=KINDS[grammar.kind][1])
+def unsupported(what: str) -> UnsupportedParameterError:
+    return UnsupportedParameterError(f"{what} is not supported", param="grammar")
 
 
 def one_line(message: str) -> str:
-    """llguidance's message without the state of its parser."""
     return " ".join(message.partition("<state>")[0].replace("<non-verbose/>", "").split())
 
 
@@ -311,6 +293,6 @@ def refusal(grammar: Grammar, message: str) -> InvalidRequestError:
         message = message.partition("<state>")[0].rpartition("error:")[2].partition("\n   1 |")[0]
     text = one_line(message)[:MAX_MESSAGE]
     if NOT_DONE.search(text):
-        name, field = KINDS[grammar.kind]
-        return UnsupportedParameterError(f"unsupported {name}: {text}", param=field)
+        name = NAMES.get(grammar.kind, grammar.kind)
+        return UnsupportedParameterError(f"unsupported {name}: {text}", param="grammar")
     return invalid(grammar, text)

@@ -35,7 +35,6 @@ PROBE_STEPS = 32
 STARTED = b"+"
 START_SECONDS = 60.0  # to load the vocabulary
 GRACE_SECONDS = 5.0  # beyond the child's own limit, on a machine too busy to end it in time
-MAX_CHILDREN = 4
 MAX_CHECKED = 4096  # grammars remembered as good, by their digest
 MAX_COMPILED = 32  # a hostile one holds up to some 100 MB
 
@@ -113,13 +112,11 @@ class Helper:
     def __init__(self, folder: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
         self._arguments = [str(value) for value in (folder, vocab_size, *eos_token_ids)]
         self._lock = threading.RLock()
-        self._slots = threading.BoundedSemaphore(MAX_CHILDREN)
         self.running: Running | None = None
 
     def check(self, grammar: Grammar) -> None:
         """Raise InvalidRequestError when a grammar cannot be followed, or not in time; HelperError for our faults."""
-        with self._slots:
-            reply = self._ask(grammar) or self._ask(grammar)  # without a reply the helper had died; the next one is new
+        reply = self._ask(grammar) or self._ask(grammar)  # without a reply the helper had died; the next one is new
         if not reply:
             raise HelperError("the process that checks grammars died")
         if reply == STARTED:
@@ -159,7 +156,6 @@ class Helper:
         return reply
 
     def _start(self) -> Running:
-        """A helper that runs. The caller holds the lock."""
         if self.running is not None and self.running.process.poll() is None:
             return self.running
         self.close()
@@ -196,16 +192,16 @@ class GrammarCompiler:
         """
         check_size(grammar)
         digest = hashlib.sha256(msgspec.json.encode(grammar)).digest()
-        return None if digest in self._checked else functools.partial(self._check, grammar, digest)
 
-    def _check(self, grammar: Grammar, digest: bytes) -> None:
-        self._helper.check(grammar)
-        if len(self._checked) >= MAX_CHECKED:
-            self._checked.clear()
-        self._checked.add(digest)
+        def check() -> None:
+            self._helper.check(grammar)
+            if len(self._checked) >= MAX_CHECKED:
+                self._checked.clear()
+            self._checked.add(digest)
+
+        return None if digest in self._checked else check
 
     def constraint(self, grammar: Grammar) -> MatcherConstraint:
-        """A constraint at the start of its text, compiled in this process. Raises InvalidRequestError."""
         return self._compiled(grammar).copy()
 
     def _compile(self, grammar: Grammar) -> MatcherConstraint:

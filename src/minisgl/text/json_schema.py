@@ -30,9 +30,8 @@ LARGEST = 10**18  # llguidance cannot say a larger bound of a number, as the ran
 
 
 def rewritten(schema: Any, lenient: bool = False) -> Any:
-    """A schema that allows the same; `schema` itself, which is not changed, if there is nothing to do.
-
-    With `lenient` it may allow more: what llguidance cannot follow is left out.
+    """A schema that allows the same; `schema` itself, which is not changed, if there is nothing to do. With `lenient`
+    it may allow more: what llguidance cannot follow is left out.
     """
     changed = False
     root = [schema]
@@ -79,7 +78,6 @@ def simplified(schema: Schema, base: Schema) -> Schema | None:
 
 
 def constrains_nothing(key: str, value: Any, schema: Schema) -> bool:
-    """Whether a keyword says nothing beside the others of its schema."""
     types = schema.get("type")
     given = [types] if isinstance(types, str) else types
     if isinstance(given, list) and any(key in OF_TYPE[kind] for kind in OF_TYPE if kind not in given):
@@ -148,7 +146,6 @@ def referred(base: Schema, reference: str) -> Any:
 
 
 def loosened(schema: Schema) -> Schema:
-    """One schema without what llguidance cannot follow."""
     rest = {key: value for key, value in schema.items() if key not in NOT_FOLLOWED}
     if isinstance(pattern := rest.get("pattern"), str) and NOT_REGULAR.search(pattern):
         del rest["pattern"]

@@ -60,25 +60,15 @@ class Tokenizer:
         return loaded
 
     @functools.cached_property
-    def vocab_size(self) -> int:
-        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
-
-    @functools.cached_property
-    def longest_token(self) -> int:
-        """Characters of the longest token: no more of a text fit in one."""
+    def longest_token(self) -> int:  # in characters
         return max(map(len, self.backend.get_vocab(with_added_tokens=True)))
-
-    @property
-    def has_chat_template(self) -> bool:
-        return self.chat_template is not None
 
     def template_for(self, tools: bool) -> ChatTemplate | None:
         return self.tool_template if tools else self.chat_template
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a plain prompt, with BOS where the model's post-processor adds one.
-
-        Raises InvalidRequestError for text that is no valid Unicode, or too much for the tokenizer.
+        """Token ids of a plain prompt, with BOS where the model's post-processor adds one. Raises InvalidRequestError
+        for text that is no valid Unicode, or too much for the tokenizer.
         """
         try:
             text.encode()
@@ -116,10 +106,7 @@ class Tokenizer:
         return replace(params, bad_word_ids=(*params.bad_word_ids, *sorted(ids))) if ids else params
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes of one token, which may be a part of a character; empty for an id outside the vocabulary.
-
-        A token at the start of a text may lose its leading space there.
-        """
+        """The bytes of one token, which may be a part of a character; empty for an id outside the vocabulary."""
         if (added := self._added.get(token)) is not None:
             return added.encode()
         text = self.backend.id_to_token(token) or ""
@@ -162,10 +149,8 @@ class Tokenizer:
 
 
 def make_byte_tokenizer(vocab_size: int) -> Tokenizer:
-    """A tokenizer for a model that has none: its text means nothing, but can be streamed.
-
-    Ids 0 to 255 are the bytes of UTF-8, any other id n is a space and its number; no id is special. So every text can
-    be encoded and every token has a text. Where the vocabulary is smaller than 256, bytes beyond it are dropped.
+    """A tokenizer for a model that has none: its text means nothing, but can be streamed. Ids 0 to 255 are the bytes of
+    UTF-8, any other id n is a space and its number; bytes beyond a smaller vocabulary are dropped.
     """
     names = {**byte_of_character(), **{f"\u0120{number}": number for number in range(256, vocab_size)}}
     backend = tokenizers.Tokenizer(models.BPE({name: i for name, i in names.items() if i < vocab_size}, []))
@@ -201,7 +186,6 @@ def load_backend(folder: Path) -> tokenizers.Tokenizer:
 
 
 def convert_tokenizer(folder: Path) -> Any:
-    """What `transformers` makes of another tokenizer's files, in the form of this library."""
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
     if not files:
         raise ModelError(f"{folder} holds no tokenizer: none of {', '.join(TOKENIZER_FILES)}")
@@ -236,25 +220,21 @@ def special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 class TextStream:
-    """The text of one request. Once a stop string is completed it is `stopped`: further tokens are ignored.
-
-    The texts that `push` and `finish` return, joined, are what `Tokenizer.decode` says of all tokens, cut where the
-    stop string that is completed first (`matched`) begins, or ends if it is to be shown. `hidden` are token ids that
-    have no text; `context` are tokens before the first.
+    """The texts that `push` and `finish` return, joined, are what `Tokenizer.decode` says of all tokens, cut where the
+    stop string that is completed first (`matched`) begins, or ends if it is to be shown; further tokens are ignored.
+    `hidden` are token ids that have no text; `context` are tokens before the first.
     """
 
     def __init__(
         self, backend: tokenizers.Tokenizer, hidden: frozenset[int], params: SamplingParams, context: Sequence[int] = ()
     ) -> None:
-        self.num_tokens = 0  # taken in, the one that completed a stop string included
         self.num_characters = 0  # decoded, those held back included
-        self.starts: list[int] = []  # characters before each token
+        self.starts: list[int] = []  # characters before each token taken in, with that which completed a stop string
         self.matched: str | None = None
         self._backend = backend
         self._hidden = hidden
         self._stops = params.stop
-        self._min_tokens = params.min_tokens
-        self._include_stop = params.include_stop_str_in_output
+        self._params = params
         self._context = list(context)
         self._decoder = DecodeStream(ids=self._context, skip_special_tokens=False)
         self._ids: list[int] = []
@@ -272,12 +252,10 @@ class TextStream:
 
     @NO_PANICS
     def push(self, tokens: Sequence[int]) -> str:
-        """Take in tokens; the text that can be shown now."""
         before = len(self._shown)
         for token in tokens:
             if self.stopped:
                 break
-            self.num_tokens += 1
             self.starts.append(self.num_characters)
             if token not in self._hidden and (piece := self._decode(token)):
                 self._take(piece)
@@ -288,11 +266,9 @@ class TextStream:
         """What was held back, when the request ended for another reason than a stop string."""
         before = len(self._shown)
         if self._pending and not self.stopped:
-            self._pending = False
             self._take(self._rest())
         if not self.stopped:
             self._shown.append(self._held)
-            self._held = ""
         return "".join(self._shown[before:])
 
     def _decode(self, token: int) -> str:
@@ -308,7 +284,6 @@ class TextStream:
         return piece
 
     def _rest(self) -> str:
-        """The text of all tokens behind the characters decoded so far."""
         before = len(self._backend.decode(self._context, skip_special_tokens=False))
         text = self._backend.decode(self._context + self._ids, skip_special_tokens=False)
         return text[before + self.num_characters :]
@@ -322,9 +297,9 @@ class TextStream:
         # (end, start, stop string) of each one that is completed within `piece`
         at = ((text.find(stop, max(0, len(self._held) - len(stop) + 1)), stop) for stop in self._stops)
         matches = [(start + len(stop), start, stop) for start, stop in at if start >= 0]
-        if matches and self.num_tokens >= self._min_tokens:
+        if matches and len(self.starts) >= self._params.min_tokens:
             end, start, self.matched = min(matches)  # the one completed first; of several, the longest
-            safe = end if self._include_stop else start
+            safe = end if self._params.include_stop_str_in_output else start
             self._held = ""
         else:
             safe = len(text) - max(partial_end(text, stop) for stop in self._stops)
@@ -358,7 +333,6 @@ class RequestOutput:
 
     @property
     def stop_reason(self) -> int | str | None:
-        """The stop string or the one of `stop_token_ids` that ended it."""
         known = isinstance(self.matched, str) or self.matched in self.request.params.stop_token_ids
         return self.matched if known else None
 
@@ -373,11 +347,11 @@ class RequestOutput:
             shown = taken if self.request.params.include_stop_str_in_output else taken[:-1]
         text = ""
         if self.stream is not None:
-            before = self.stream.num_tokens
+            before = len(self.stream.starts)
             text = self.stream.push(shown)
             if self.stream.stopped:
                 self.finish, self.matched = FinishReason.STOP, self.stream.matched
-                taken = taken[: self.stream.num_tokens - before]
+                taken = taken[: len(self.stream.starts) - before]
             elif self.finish is not None:
                 text += self.stream.finish()
         self.token_ids += taken
