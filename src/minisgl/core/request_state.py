@@ -7,7 +7,7 @@ first may pass the second by one: the token it reads is on the device only.
 from collections import deque
 from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -252,17 +252,16 @@ class RequestTable:
             return None
         requests = [self.request(slot) for slot in slots]
         params = [request.request.params for request in requests]
-        return NewRows(
-            slots=np.array(slots, np.int32),
-            temperatures=np.array([p.temperature for p in params], np.float32),
-            top_ps=np.array([p.top_p for p in params], np.float32),
-            min_ps=np.array([p.min_p for p in params], np.float32),
-            top_ks=np.array([max(p.top_k, 0) for p in params], np.int32),
-            seeds=np.array([r.seed & (2**64 - 1) for r in requests], np.uint64).view(np.int64),
-            min_lens=self.min_len[slots],
-            stop_ids=self.stop_ids[slots],
-            logits=self._new_logits_rows(slots),
-        )
+        sampling: dict[str, NDArray[Any]] = {
+            "temperature": np.array([p.temperature for p in params], np.float32),
+            "top_p": np.array([p.top_p for p in params], np.float32),
+            "min_p": np.array([p.min_p for p in params], np.float32),
+            "top_k": np.array([max(p.top_k, 0) for p in params], np.int32),
+            "seed": np.array([r.seed & (2**64 - 1) for r in requests], np.uint64).view(np.int64),
+            "min_len": self.min_len[slots],
+            "stop_ids": self.stop_ids[slots],
+        }
+        return NewRows(slots=np.array(slots, np.int32), sampling=sampling, logits=self._new_logits_rows(slots))
 
     def _new_logits_rows(self, slots: list[int]) -> LogitsInit | None:
         changed = [slot for slot in slots if self.changes_logits(slot)]
@@ -348,9 +347,9 @@ class RequestTable:
         return dict(zip(slots.tolist(), token_logprobs(result.scores, self.top[slots]), strict=True))
 
 
-def token_logprobs(scores: Scores, tops: Int32) -> list[TokenLogprobs]:
+def token_logprobs(scores: Scores[NDArray[Any]], tops: Int32) -> list[TokenLogprobs]:
     """The scores of each token, with as many of the most probable tokens as were asked for: `tops` (n,)."""
-    columns = scores.logprobs.tolist(), scores.top_ids.tolist(), scores.top_logprobs.tolist(), tops.tolist()
+    columns = (column.tolist() for column in (*scores, tops))
     return [
         TokenLogprobs(logprob, tuple(ids[:top]), tuple(logprobs[:top]))
         for logprob, ids, logprobs, top in zip(*columns, strict=True)

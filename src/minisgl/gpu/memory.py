@@ -215,11 +215,12 @@ def prefill_plan(rows: int, length: int, everything: bool = False) -> StepPlan:
         scored=slots, top=MAX_LOGPROBS, prompt_rows=np.arange(len(tokens), dtype=np.int32), prompt_targets=tokens,
         prompt_slots=slots, prompt_counts=zeros + length, prompt_top=MAX_LOGPROBS,
     )  # fmt: skip
-    init = NewRows(
-        slots=slots, temperatures=ones, top_ps=ones * np.float32(0.9), min_ps=ones * np.float32(0.01), top_ks=zeros,
-        seeds=np.zeros(rows, np.int64), min_lens=zeros + length + 1,
-        stop_ids=np.zeros((rows, MAX_STOP_TOKEN_IDS), np.int32), logits=logits_init if everything else None,
-    )  # fmt: skip
+    sampling = {
+        "temperature": ones, "top_p": ones * np.float32(0.9), "min_p": ones * np.float32(0.01), "top_k": zeros,
+        "seed": np.zeros(rows, np.int64), "min_len": zeros + length + 1,
+        "stop_ids": np.zeros((rows, MAX_STOP_TOKEN_IDS), np.int32),
+    }  # fmt: skip
+    init = NewRows(slots=slots, sampling=sampling, logits=logits_init if everything else None)
     return StepPlan(
         step=0, init=init, page_slots=none, page_indices=none, page_ids=none, decode_slots=none, decode_lens=none,
         prefill_slots=slots, prefill_starts=zeros, prefill_lens=zeros + length, prefill_final=np.ones(rows, np.bool_),
