@@ -39,14 +39,6 @@ class SequenceBatch:
     kv_lens_device: Tensor | None = None  # int32 (rows,): kv_lens on the device
 
 
-@dataclass(frozen=True, kw_only=True)
-class AttentionMetadata:
-    """The attention of one step: decode rows, one query each, then prefill chunks. A part without rows is None."""
-
-    decode: SequenceBatch | None
-    prefill: SequenceBatch | None
-
-
 class PlannedAttention(Protocol):
     """Attention of one step, prepared once, to be run in every layer."""
 
@@ -110,23 +102,25 @@ class Attention:
     prefill: AttentionBackend
     decode: AttentionBackend
 
-    def plan(self, metadata: AttentionMetadata, kv: KVCache) -> PlannedAttention:
-        """Prepare a step, which has rows of at least one kind."""
-        parts: list[tuple[int, PlannedAttention]] = []
-        if (rows := metadata.decode) is not None:
-            parts.append((len(rows.query_lens), self.decode.plan_decode(rows, kv)))
-        if (rows := metadata.prefill) is not None:
-            parts.append((int(rows.query_lens.sum()), self.prefill.plan_prefill(rows, kv)))
-        return parts[0][1] if len(parts) == 1 else _MixedStep(parts)
+    def plan(self, decode: SequenceBatch, prefill: SequenceBatch, kv: KVCache) -> PlannedAttention:
+        """Prepare a step, which has rows of at least one kind; the queries of decode rows come first."""
+        if not len(prefill.slots):
+            return self.decode.plan_decode(decode, kv)
+        if not len(decode.slots):
+            return self.prefill.plan_prefill(prefill, kv)
+        parts = self.decode.plan_decode(decode, kv), self.prefill.plan_prefill(prefill, kv)
+        return _MixedStep(len(decode.slots), *parts)
 
 
 @dataclass(frozen=True)
 class _MixedStep:
-    parts: list[tuple[int, PlannedAttention]]  # each with its number of queries
+    decodes: int
+    decode: PlannedAttention
+    prefill: PlannedAttention
 
     def run(self, q: Tensor, layer: int, window: int) -> Tensor:
-        queries = torch.split(q, [size for size, _ in self.parts])
-        return torch.cat([part.run(x, layer, window) for (_, part), x in zip(self.parts, queries, strict=True)])
+        decodes = self.decode.run(q[: self.decodes], layer, window)
+        return torch.cat([decodes, self.prefill.run(q[self.decodes :], layer, window)])
 
 
 class TorchAttention:
