@@ -211,14 +211,11 @@ def split_by_length(lens: Int32, limit: int) -> list[Int64]:
 
 @dataclass(frozen=True)
 class _Block:
-    """Queries [first, last) of the step, against tokens [low, high) of chunk `row`."""
+    """Queries of a row that are computed together."""
 
-    row: int
-    first: int
-    last: int
-    low: int
-    high: int
-    mask: Tensor | None  # bool (last - first, high - low); None: causal from token 0
+    queries: slice  # of the step's
+    tokens: slice  # of the row's, that these may see
+    mask: Tensor | None  # bool (queries, tokens); None: causal from token 0
 
 
 class _Prefill:
@@ -227,38 +224,37 @@ class _Prefill:
         self.rows = rows
         page_counts = (-(-rows.kv_lens // kv.page_size)).tolist()
         self.pages = [rows.page_table[s, :n] for s, n in zip(rows.slots.tolist(), page_counts, strict=True)]
-        self.blocks: dict[int, list[_Block]] = {}
+        self.blocks: dict[int, list[list[_Block]]] = {}  # by window, those of each row
 
     def run(self, q: Tensor, layer: int, window: int) -> Tensor:
         if window not in self.blocks:
             self.blocks[window] = self._split(window)
         kv_heads, head_dim = self.kv.k.shape[3:]
         out = torch.empty_like(q)
-        row = -1
-        for block in self.blocks[window]:
-            if block.row != row:
-                row = block.row
-                k = pages_of(self.kv.k[layer], self.pages[row], q.dtype).view(-1, kv_heads, head_dim).transpose(0, 1)
-                v = pages_of(self.kv.v[layer], self.pages[row], q.dtype).view(-1, kv_heads, head_dim).transpose(0, 1)
-            queries = q[block.first : block.last].transpose(0, 1).unsqueeze(0)
-            keys, values = k[None, :, block.low : block.high], v[None, :, block.low : block.high]
-            heads = F.scaled_dot_product_attention(
-                queries, keys, values, attn_mask=block.mask, is_causal=block.mask is None, enable_gqa=True
-            )
-            out[block.first : block.last] = heads[0].transpose(0, 1)
+        for pages, blocks in zip(self.pages, self.blocks[window], strict=True):
+            k = pages_of(self.kv.k[layer], pages, q.dtype).view(-1, kv_heads, head_dim).transpose(0, 1)
+            v = pages_of(self.kv.v[layer], pages, q.dtype).view(-1, kv_heads, head_dim).transpose(0, 1)
+            for block in blocks:
+                queries = q[block.queries].transpose(0, 1).unsqueeze(0)
+                keys, values = k[None, :, block.tokens], v[None, :, block.tokens]
+                heads = F.scaled_dot_product_attention(
+                    queries, keys, values, attn_mask=block.mask, is_causal=block.mask is None, enable_gqa=True
+                )
+                out[block.queries] = heads[0].transpose(0, 1)
         return out
 
-    def _split(self, window: int) -> list[_Block]:
-        blocks, first = [], 0
-        lens = zip(self.rows.query_lens.tolist(), self.rows.kv_lens.tolist(), strict=True)
-        for row, (length, kv_len) in enumerate(lens):
+    def _split(self, window: int) -> list[list[_Block]]:
+        rows, first = [], 0
+        for length, kv_len in zip(self.rows.query_lens.tolist(), self.rows.kv_lens.tolist(), strict=True):
+            blocks = []
             for start in range(kv_len - length, kv_len, QUERY_BLOCK):
                 end = min(start + QUERY_BLOCK, kv_len)
                 low = max(0, start - window + 1) if window else 0
                 mask = None if start == 0 and not 0 < window < end else self._mask(start, end, low, window)
-                blocks.append(_Block(row, first, first + end - start, low, end, mask))
+                blocks.append(_Block(slice(first, first + end - start), slice(low, end), mask))
                 first += end - start
-        return blocks
+            rows.append(blocks)
+        return rows
 
     def _mask(self, start: int, end: int, low: int, window: int) -> Tensor:
         query = torch.arange(start, end, device=self.kv.k.device)[:, None]

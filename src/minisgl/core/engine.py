@@ -1,7 +1,5 @@
 """The engine: takes requests, runs steps, returns events; overlaps the work of host and device."""
 
-from __future__ import annotations
-
 import math
 import secrets
 import time
@@ -150,14 +148,14 @@ class Engine:
         self.cache = CacheManager(executor.num_pages, config.page_size, shared, rows, max_pages, eviction)
         self.table = RequestTable(rows, model.max_seq_len)
         policy = load_policy(config.schedule_policy)
-        self.scheduler = Scheduler(self.table, self.cache, policy, config.max_prefill_length, clock)
+        length, vocab = config.max_prefill_length, model.vocab_size
+        self.scheduler = Scheduler(self.table, self.cache, policy, length, vocab, clock)
         self._launched: deque[tuple[StepPlan, StepRecord | None]] = deque()
         self._observers: list[StepObserver] = []
         self._collected: StepRecord | None = None  # to be observed, with all requests that ended
         self._ended: list[tuple[str, FinishReason]] = []  # and are in no record yet
         self.recorder: RequestObserver | None = None
-        self._events: list[TokenEvent] = []
-        self._arrivals = self._aborted = self._generated_tokens = 0
+        self._arrivals = self._generated_tokens = 0
         self._failed = self._closed = False
 
     def add(self, request: Request, constraint: Constraint | None = None) -> None:
@@ -187,17 +185,15 @@ class Engine:
     def abort(self, ids: Iterable[str]) -> None:
         """End these requests; each that is live gets its terminal event from the next `step`."""
         for request_id in ids:
-            if (event := self.scheduler.abort(request_id)) is not None:
-                self._events.append(event)
-                self._aborted += 1
+            self.scheduler.abort(request_id)
 
     def seconds_to_launch(self) -> float:
         """How long the next `step` can wait without leaving the device idle."""
-        return 0.0 if self._timer is None or self._events else self._timer.wait()
+        return 0.0 if self._timer is None or self.scheduler.events else self._timer.wait()
 
     @property
     def has_work(self) -> bool:
-        return bool(self.scheduler.live or self._launched or self._events) and not self._failed
+        return bool(self.scheduler.live or self._launched or self.scheduler.events) and not self._failed
 
     def step(self) -> list[TokenEvent]:
         """Launch the next step if there is one, and take in a result that is due.
@@ -209,7 +205,7 @@ class Engine:
         except BaseException:
             self._failed = True
             raise
-        events, self._events = self._events, []
+        events, self.scheduler.events = self.scheduler.events, []
         if self._observers:
             self._show(events)
         if self.recorder is not None:
@@ -218,11 +214,9 @@ class Engine:
         return events
 
     def observe(self, observer: StepObserver) -> None:
-        """Show `observer` every step that is launched from here on."""
         self._observers.append(observer)
 
     def flush_cache(self) -> int:
-        """Drop every cached page that no request uses; how many those were."""
         return self.cache.flush()
 
     def _advance(self) -> None:
@@ -233,7 +227,7 @@ class Engine:
         if plan is None:
             if self._launched:
                 self._collect()
-            self._events += self.scheduler.fill_held(self.model.vocab_size)
+            self.scheduler.fill_held()
             return
         if self._observers:
             plan = msgspec.structs.replace(plan, timed=True)
@@ -248,10 +242,8 @@ class Engine:
         # Half of what the step takes without them, within bounds: other rows wait for all masks.
         self.scheduler.mask_budget = min(max((time.perf_counter() - begun) / 2, STEP_SECONDS[0]), STEP_SECONDS[1])
         if len(plan.constrained_slots):
-            masks, ended = self.scheduler.masks(plan, self.model.vocab_size)
-            self._events += ended
-            self.executor.finish(masks)
-        self._events += self.scheduler.fill_held(self.model.vocab_size)
+            self.executor.finish(self.scheduler.masks(plan))
+        self.scheduler.fill_held()
         if not self.overlap:
             self._collect()
 
@@ -262,7 +254,7 @@ class Engine:
         arrived = self.clock()
         if self._timer is not None:
             self._timer.collected(awaited, arrived)
-        self._events += self.scheduler.commit(plan, result)
+        self.scheduler.commit(plan, result)
         if record is not None:
             record.awaited, record.arrived, record.committed = awaited, arrived, self.clock()
             record.device = result.device
@@ -308,7 +300,7 @@ class Engine:
             pages_evictable=self.cache.available - self.cache.num_free,
             steps=scheduler.step,
             retracted=scheduler.retracted,
-            aborted=self._aborted,
+            aborted=scheduler.aborted,
             prompt_tokens=scheduler.prompt_tokens,
             cached_prompt_tokens=scheduler.cached_prompt_tokens,
             generated_tokens=self._generated_tokens,

@@ -71,17 +71,15 @@ class CacheManager:
         self._cache = RadixCache(page_size, shared, eviction)
         self.now = 0.0  # s, for the eviction policy; whoever plans steps sets it
         self._borrowed = np.zeros((max_rows, max_pages_per_row), np.bool_)
-        # The node that a live row locks, and the pages of the prefix that ends there. Pages behind it are the
-        # row's own; of those before it, the row may own duplicates of what the cache holds.
+        # The node that a live row locks. Pages behind its end are the row's own; of those before it, the row may own
+        # duplicates of what the cache holds.
         self._nodes: dict[int, Node] = {}
-        self._held: Int32 = np.zeros(max_rows, np.int32)
 
     @property
     def tree(self) -> Node:
         return self._cache.root
 
     def num_borrowed(self, slot: int) -> int:
-        """Pages of a row that belong to the cache."""
         return int(self._borrowed[slot, : self.row_pages[slot]].sum())
 
     @property
@@ -118,7 +116,7 @@ class CacheManager:
         self._cache.use(node, self.now, again)
         pages: Int32 = np.concatenate([np.empty(0, np.int32), *(held.pages for held in reversed(node.path()))])
         self._nodes[slot] = node
-        self._held[slot] = self.row_pages[slot] = len(pages)
+        self.row_pages[slot] = len(pages)
         self.page_table[slot, : len(pages)] = pages
         self._borrowed[slot] = False
         self._borrowed[slot, : len(pages)] = True
@@ -200,7 +198,6 @@ class CacheManager:
         return len(pages)
 
     def listen(self, listener: CacheListener) -> None:
-        """Tell `listener` from here on which pages the prefix cache takes and drops."""
         self._cache.listener = listener
 
     def _whole_pages(self, tokens: Int32) -> Int32:
@@ -209,14 +206,13 @@ class CacheManager:
 
     def _offer(self, slot: int, tokens: Int32, computed: int) -> Node:
         """Offer the row's whole known and computed pages to the cache; return the node that the row must now lock."""
-        held, whole = int(self._held[slot]), min(computed, len(tokens)) // self.page_size
+        node, whole = self._nodes[slot], min(computed, len(tokens)) // self.page_size
+        held = node.end
         assert whole <= self.row_pages[slot], "more is computed than the row can hold"
-        node = self._nodes[slot]
         if whole <= held:
             return node
         own = np.ascontiguousarray(tokens[held * self.page_size : whole * self.page_size], np.int32)
         end, known = self._cache.insert(node, own, self.page_table[slot, held:whole], self.now)
         if end is not node:
             self._borrowed[slot, held + known : whole] = True
-            self._held[slot] = whole
         return end
