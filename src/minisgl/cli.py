@@ -134,7 +134,7 @@ def config_from(parser: argparse.ArgumentParser, namespace: argparse.Namespace) 
     names = {field.name for field in dataclasses.fields(Config)}
     said = {name: value for name, value in vars(namespace).items() if name in names}
     try:
-        config = from_environment(Config()).replace(**said)
+        config = from_environment().replace(**said)
         check(config)
     except ConfigError as error:
         parser.error(error.message)

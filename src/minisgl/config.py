@@ -213,16 +213,16 @@ class Resolved:
 
 
 def make_config(**settings: Any) -> Config:
-    """A configuration of the fields named; raises UnknownKeywordError with the field that a flag's spelling is of."""
+    """These fields, the rest from the environment. Raises UnknownKeywordError with the field that a flag is of."""
     fields = Config.__dataclass_fields__
     for name in settings.keys() - fields:
         meant = [field.name for field in fields.values() if f"--{name.replace('_', '-')}" in field.metadata["flags"]]
         hint = f"; did you mean {meant[0]}?" if meant else did_you_mean(name, fields)
         raise UnknownKeywordError(f"there is no setting {name}{hint}")
-    return Config(**settings)
+    return from_environment().replace(**settings)
 
 
-def from_environment(config: Config, environ: Mapping[str, str] = os.environ) -> Config:
+def from_environment(environ: Mapping[str, str] = os.environ) -> Config:
     changes: dict[str, Any] = {}
     if (value := environ.get("MINISGL_DISABLE_OVERLAP_SCHEDULING")) is not None:
         if value not in ("0", "1", ""):
@@ -234,7 +234,7 @@ def from_environment(config: Config, environ: Mapping[str, str] = os.environ) ->
         changes["log_level"] = value.upper()
     if value := environ.get("MINISGL_API_KEY"):
         changes["api_key"] = split_words([value])
-    return config.replace(**changes)
+    return Config(**changes)
 
 
 def split_words(values: Iterable[str]) -> tuple[str, ...]:

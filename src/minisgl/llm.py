@@ -14,7 +14,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from minisgl.build import build_engine
-from minisgl.config import Config, from_environment, make_config
+from minisgl.config import Config, make_config
 from minisgl.core.types import Request, SamplingParams, TokenLogprobs
 from minisgl.errors import InvalidRequestError
 from minisgl.text.tokenizer import RequestOutput, Tokenizer
@@ -62,7 +62,7 @@ class LLM:
     def __init__(
         self, model: str | None = None, *, config: Config | None = None, progress: bool = True, **settings: Any
     ) -> None:
-        self.config = config or from_environment(make_config(model=model, **settings))
+        self.config = config or make_config(model=model, **settings)
         built = build_engine(self.config, progress=progress)
         self.engine, self.notes, self.model = built.engine, built.notes, built.engine.model
         self.tokenizer = Tokenizer.load(built.folder) if Tokenizer.exists(built.folder) else None
