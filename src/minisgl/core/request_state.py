@@ -192,7 +192,8 @@ class RequestTable:
         self.held_since = np.zeros(rows, np.int64)  # the step in which a HELD row became one
         self.top = np.zeros(rows, np.int32)  # log-probabilities beside the token's own; -1: none at all
         self.prompt_top = np.zeros(rows, np.int32)  # the same of the prompt
-        self.processed = np.zeros(rows, np.bool_)  # any of these
+        self.changed = np.zeros(rows, np.bool_)  # penalised, biased or constrained: its logits are
+        self.processed = np.zeros(rows, np.bool_)  # changed or with log-probabilities
         self.tokens = np.zeros((rows, max_seq_len), np.int32)
         self.requests: list[RequestState | None] = [None] * rows
         self.ids = [""] * rows  # of the requests
@@ -218,7 +219,8 @@ class RequestTable:
         self.mask_seconds[slot] = 0.0
         self.top[slot] = -1 if params.logprobs is None else params.logprobs
         self.prompt_top[slot] = -1 if params.prompt_logprobs is None else params.prompt_logprobs
-        self.processed[slot] = self.changes_logits(slot) or self.top[slot] >= 0 or self.prompt_top[slot] >= 0
+        self.changed[slot] = self.penalised[slot] or self.biases[slot] or self.constrained[slot]
+        self.processed[slot] = self.changed[slot] or self.top[slot] >= 0 or self.prompt_top[slot] >= 0
         self.tokens[slot, :length] = request.tokens
         self.requests[slot], self.ids[slot] = request, request.request.id
         request.slot = slot
@@ -244,9 +246,6 @@ class RequestTable:
     def requests_in(self, *states: int) -> list[RequestState]:
         return [self.request(slot) for slot in self.rows_in(*states).tolist()]
 
-    def changes_logits(self, slots: int | NDArray[np.integer]) -> NDArray[np.bool_]:
-        return np.asarray(self.penalised[slots] | (self.biases[slots] > 0) | self.constrained[slots])
-
     def new_rows(self, slots: list[int]) -> NewRows | None:
         if not slots:
             return None
@@ -264,7 +263,7 @@ class RequestTable:
         return NewRows(slots=np.array(slots, np.int32), sampling=sampling, logits=self._new_logits_rows(slots))
 
     def _new_logits_rows(self, slots: list[int]) -> LogitsInit | None:
-        changed = [slot for slot in slots if self.changes_logits(slot)]
+        changed = [slot for slot in slots if self.changed[slot]]
         if not changed:
             return None
         width = int(self.biases[changed].max())
@@ -299,7 +298,7 @@ class RequestTable:
         """
         if not (self.processed[sampled].any() or self.processed[slots].any()):
             return None
-        changed = np.flatnonzero(self.changes_logits(sampled)).astype(np.int32)
+        changed = np.flatnonzero(self.changed[sampled]).astype(np.int32)
         scored = np.flatnonzero(self.top[sampled] >= 0).astype(np.int32)
         rows, targets, counts = [EMPTY], [EMPTY], []  # of prompt tokens to be scored
         scored_slots: list[int] = []
@@ -335,15 +334,17 @@ class RequestTable:
 
     def take_scores(self, plan: StepPlan, result: StepResult) -> dict[int, TokenLogprobs]:
         """The log-probabilities of the step's tokens by slot; those of prompts go to their requests."""
-        if plan.logits is not None and result.prompt_scores is not None:
-            slots = np.repeat(plan.logits.prompt_slots, plan.logits.prompt_counts)
+        if (wanted := plan.logits) is None:
+            return {}
+        if result.prompt_scores is not None:
+            slots = np.repeat(wanted.prompt_slots, wanted.prompt_counts)
             scores = token_logprobs(result.prompt_scores, self.prompt_top[slots])
             for slot, score in zip(slots.tolist(), scores, strict=True):
                 if self.state[slot] != State.ENDED:
                     self.request(slot).prompt_scores.append(score)
-        if plan.logits is None or result.scores is None:
+        if result.scores is None:
             return {}
-        slots = plan.sampled_slots[plan.logits.scored]
+        slots = plan.sampled_slots[wanted.scored]
         return dict(zip(slots.tolist(), token_logprobs(result.scores, self.top[slots]), strict=True))
 
 
