@@ -167,26 +167,22 @@ class _Decode:
         return F.scaled_dot_product_attention(grouped, k, v, attn_mask=group.mask).reshape(q.shape)
 
     def _group(self, window: int) -> list[_Group]:
-        page_size, lens = self.kv.page_size, self.rows.kv_lens
+        device, page_size, table = self.kv.k.device, self.kv.page_size, self.rows.page_table
+        lens = self.rows.kv_lens
         first_token = np.maximum(lens - window, 0) if window else np.zeros_like(lens)
         first_page = first_token // page_size
         num_pages = -(-lens // page_size) - first_page
         page_bytes = self.kv.k[0, 0].numel() * self.kv.k.element_size()
-        limit = max(1, BLOCK_BYTES.get(self.kv.k.device.type, 2**28) // page_bytes)
-        return [
-            self._plan_group(order, first_token[order], first_page[order], int(num_pages[order].max()))
-            for order in split_by_length(num_pages, limit)
-        ]
-
-    def _plan_group(self, order: Int64, first_token: Int32, first_page: Int32, num_pages: int) -> _Group:
-        device, page_size, table = self.kv.k.device, self.kv.page_size, self.rows.page_table
-        lens = self.rows.kv_lens[order]
-        columns = np.minimum(first_page[:, None] + np.arange(num_pages), table.shape[1] - 1)
-        flat = self.rows.slots[order, None].astype(np.int64) * table.shape[1] + columns  # (g, n)
-        tokens = first_page[:, None] * page_size + np.arange(num_pages * page_size)  # (g, n * page_size)
-        mask = (tokens >= first_token[:, None]) & (tokens < lens[:, None])
-        pages = table.reshape(-1).index_select(0, _send(flat.reshape(-1), device))
-        return _Group(_send(order, device), pages, _send(mask[:, None, None], device))
+        groups = []
+        for order in split_by_length(num_pages, max(1, BLOCK_BYTES[device.type] // page_bytes)):
+            first, count = first_page[order, None], int(num_pages[order].max())
+            columns = np.minimum(first + np.arange(count), table.shape[1] - 1)
+            flat = self.rows.slots[order, None].astype(np.int64) * table.shape[1] + columns  # (g, n)
+            pages = table.reshape(-1).index_select(0, _send(flat.reshape(-1), device))
+            tokens = first * page_size + np.arange(count * page_size)  # (g, n * page_size)
+            mask = (tokens >= first_token[order, None]) & (tokens < lens[order, None])
+            groups.append(_Group(_send(order, device), pages, _send(mask[:, None, None], device)))
+        return groups
 
 
 def pages_of(cache: Tensor, pages: Tensor, dtype: torch.dtype) -> Tensor:

@@ -24,7 +24,7 @@ class PageAllocator:
         self.num_pages = num_pages
         self.num_free = num_pages
         self._stack: Int32 = np.arange(num_pages - 1, -1, -1, dtype=np.int32)
-        self._index: Int32 = self._stack.copy()  # of a free page in the stack, -1 for an allocated page
+        self._is_free = np.ones(num_pages, np.bool_)
 
     def allocate(self, count: int) -> Int32:
         """Take `count` pages off the free list, (count,) ids. Raises OutOfPages, and then takes none."""
@@ -32,23 +32,21 @@ class PageAllocator:
             raise OutOfPages(f"{count} pages were asked for and {self.num_free} are free")
         rest = self.num_free - count
         pages = self._stack[rest : self.num_free][::-1].copy()
-        self._index[pages] = -1
+        self._is_free[pages] = False
         self.num_free = rest
         return pages
 
     def free(self, pages: Int32) -> None:
         """Give pages back. Raises RuntimeError, changing nothing, for an unknown id and for a free page."""
-        if len(pages) and (int(pages.min()) < 0 or int(pages.max()) >= self.num_pages):
-            raise RuntimeError(f"pages {pages.min()} … {pages.max()} are not all within 0 … {self.num_pages - 1}")
-        if (free := pages[self._index[pages] >= 0]).size:
-            raise RuntimeError(f"double free of page {free[0]}")
-        stacked, end = pages[::-1], self.num_free + len(pages)
-        self._index[stacked] = np.arange(self.num_free, end, dtype=np.int32)
-        # A page named twice keeps only one of its two indices, so the other is found missing here.
-        if (twice := stacked[self._index[stacked] != np.arange(self.num_free, end)]).size:
-            self._index[pages] = -1
-            raise RuntimeError(f"double free of page {twice[0]}")
-        self._stack[self.num_free : end] = stacked
+        ordered, end = np.sort(pages), self.num_free + len(pages)
+        if len(pages) and (ordered[0] < 0 or ordered[-1] >= self.num_pages):
+            raise RuntimeError(f"pages {ordered[0]} … {ordered[-1]} are not all within 0 … {self.num_pages - 1}")
+        again = self._is_free[ordered]
+        again[1:] |= ordered[1:] == ordered[:-1]
+        if again.any():
+            raise RuntimeError(f"double free of page {ordered[again.argmax()]}")
+        self._is_free[pages] = True
+        self._stack[self.num_free : end] = pages[::-1]
         self.num_free = end
 
 
