@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from minisgl.build import build_engine
 from minisgl.config import Config, make_config
 from minisgl.core.types import Request, SamplingParams, TokenLogprobs
-from minisgl.errors import InvalidRequestError
+from minisgl.errors import ConfigError, InvalidRequestError
 from minisgl.text.tokenizer import RequestOutput, Tokenizer
 
 Message = dict[str, Any]
@@ -62,6 +62,8 @@ class LLM:
     def __init__(
         self, model: str | None = None, *, config: Config | None = None, progress: bool = True, **settings: Any
     ) -> None:
+        if config is not None and (model is not None or settings):
+            raise ConfigError("LLM takes a config or the fields of one, not both")
         self.config = config or make_config(model=model, **settings)
         built = build_engine(self.config, progress=progress)
         self.engine, self.notes, self.model = built.engine, built.notes, built.engine.model
@@ -168,7 +170,6 @@ class LLM:
                 self._abort(outputs)
 
     def _abort(self, ids: Iterable[str]) -> None:
-        """End those of these requests that are live, and collect the launched steps."""
         with defer_sigint():
             self.engine.abort(ids)
             while self.engine.has_work:
