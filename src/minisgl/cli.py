@@ -92,7 +92,6 @@ def build_parser(command: str | None = None) -> Parser:
 
 
 def take_model(parser: Parser, namespace: argparse.Namespace, model: str | None) -> None:
-    """A model that is named without `--model`."""
     if model is not None:
         if "model" in namespace:
             parser.error(f"the model is given twice: {model} and --model {namespace.model}")

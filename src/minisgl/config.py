@@ -238,7 +238,6 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Config:
 
 
 def split_words(values: Iterable[str]) -> tuple[str, ...]:
-    """The parts of comma-separated lists, without blanks around them; empty parts are left out."""
     return tuple(word for value in values for part in value.split(",") if (word := part.strip()))
 
 

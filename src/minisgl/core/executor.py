@@ -80,7 +80,6 @@ class LocalExecutor:
         )
 
     def close(self) -> None:
-        """Wait for every launched step, and free the graphs."""
         if self._worker is not None:
             self._worker.shutdown()
         else:

@@ -5,11 +5,9 @@ A step decodes every running request and, beside them, prefills chunks of prompt
 they run out, a request is retracted (preempted): it gives back its row and pages, keeps its place in the queue, and is
 prefilled again later, mostly from the prefix cache.
 
-A policy says whose prompts go on, who is retracted first, and who gives way to a waiting request; first come, first
-served unless another is asked for. That one orders requests by (priority, arrival), lower first. The last is retracted
-first. A waiting request also retracts running ones, but only of strictly worse priority, and only if that makes room
-for it. So no two requests can retract each other again and again, the first in order is never retracted, and among
-equals each becomes the first in the end.
+A policy says whose prompts go on, who is retracted first, and who gives way to a waiting request. First come, first
+served retracts the last by (priority, arrival), and for a waiting request only those of strictly worse priority. So no
+two requests retract each other again and again, and among equals each becomes the first in the end.
 """
 
 import time

@@ -27,8 +27,6 @@ class LaunchStep(msgspec.Struct, frozen=True, tag="launch"):
 
 
 class FinishStep(msgspec.Struct, frozen=True, tag="finish"):
-    """The masks of the step launched last, which had none yet."""
-
     masks: Masks
 
 
