@@ -92,10 +92,9 @@ def max_seq_len(config: Config, spec: ModelSpec) -> int:
 def describe(resolved: Resolved, spec: ModelSpec, executor: Executor, fits: int) -> tuple[str, ...]:
     """The effective configuration, a line each."""
     config, num_pages = resolved.config, executor.num_pages
-    chosen = {note.split(" = ")[0]: note for note in resolved.notes}
-    chosen.setdefault("attn", f"attn = {config.attn}: {executor.attention_choice}")
+    reasons = {"attn": executor.attention_choice, **resolved.reasons}
     if isinstance(executor, GroupExecutor):
-        chosen["all_reduce"] = f"all_reduce = {config.all_reduce}: {executor.collectives}"
+        reasons["all_reduce"] = executor.collectives
     lines = [
         f"architecture = {spec.architecture}: {spec.num_layers} layers, {spec.vocab_size} tokens in the vocabulary",
         f"kernels = {executor.kernels}",
@@ -104,8 +103,8 @@ def describe(resolved: Resolved, spec: ModelSpec, executor: Executor, fits: int)
     if config.tp == 1:
         hidden += ["all_reduce", "disable_pynccl"]
     for name in (field.name for field in dataclasses.fields(config) if field.name not in hidden):
-        if name in chosen or getattr(config, name) not in (None, ()):
-            lines.append(chosen.get(name, f"{name} = {getattr(config, name)}"))
+        if name in reasons or getattr(config, name) not in (None, ()):
+            lines.append(f"{name} = {getattr(config, name)}" + (f": {reasons[name]}" if name in reasons else ""))
     lines.append(f"num_pages = {num_pages}: {num_pages * config.page_size} tokens of KV in pages of {config.page_size}")
     why = "all that the KV pages hold" if fits < max_seq_len(config, spec) else "as given"
     lines.append(f"max_seq_len = {fits}: {why if fits != spec.max_position else 'what the model was made for'}")

@@ -206,10 +206,10 @@ class Launcher:
 
 @dataclasses.dataclass(frozen=True)
 class Resolved:
-    """A configuration without open values, and a line for each value that was chosen, not given."""
+    """A configuration without open values, and the reason for each value that was chosen, not given."""
 
     config: Config
-    notes: tuple[str, ...]
+    reasons: Mapping[str, str]  # by field
 
 
 def make_config(**settings: Any) -> Config:
@@ -352,12 +352,11 @@ def resolve(config: Config, machine: Machine, checkpoint_dtype: str = "float32")
     Raises ConfigError for what this machine cannot honour; the message says what it can.
     """
     check(config)
-    notes: list[str] = []
     changes: dict[str, Any] = {}
+    reasons: dict[str, str] = {}
 
     def choose(name: str, value: Any, why: str) -> None:
-        changes[name] = value
-        notes.append(f"{name} = {value}: {why}")
+        changes[name], reasons[name] = value, why
 
     device = "cuda" if config.device != "cpu" and machine.has_cuda else "cpu"
     if config.device == "cuda" and not machine.has_cuda:
@@ -407,4 +406,4 @@ def resolve(config: Config, machine: Machine, checkpoint_dtype: str = "float32")
         choose("max_prefill_length", *(cpu if device == "cpu" else gpu))
     if config.piecewise_cuda_graph_max_tokens is None:
         changes["piecewise_cuda_graph_max_tokens"] = PIECEWISE_TOKENS if graphs else 0
-    return Resolved(config.replace(**changes), tuple(notes))
+    return Resolved(config.replace(**changes), reasons)
