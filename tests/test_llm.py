@@ -340,3 +340,10 @@ def test_a_keyword_that_there_is_not_is_answered_with_the_most_similar(made: Any
 def test_a_config_beside_fields_of_one_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="not both"):
         LLM(config=Config(), **fields)
+
+
+def test_the_notes_have_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINISGL_API_KEY", "a secret")
+    with LLM(str(save_model(tmp_path)), progress=False, num_pages=64) as model:
+        assert model.config.api_key == ("a secret",)
+        assert "a secret" not in "".join(model.notes)

@@ -99,7 +99,7 @@ def describe(resolved: Resolved, spec: ModelSpec, executor: Executor, fits: int)
         f"architecture = {spec.architecture}: {spec.num_layers} layers, {spec.vocab_size} tokens in the vocabulary",
         f"kernels = {executor.kernels}",
     ]
-    hidden = ["num_pages", "max_seq_len_override", "host", "port", "shell", "model"]
+    hidden = ["num_pages", "max_seq_len_override", "host", "port", "shell", "model", "api_key"]
     if config.tp == 1:
         hidden += ["all_reduce", "disable_pynccl"]
     for name in (field.name for field in dataclasses.fields(config) if field.name not in hidden):
