@@ -125,7 +125,6 @@ class DeviceClock:
         return event
 
     def seconds(self, moment: Moment) -> float:
-        """A moment that has passed."""
         if isinstance(moment, float):
             return moment
         assert self._zero is not None

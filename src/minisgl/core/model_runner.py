@@ -28,8 +28,7 @@ class PiecewiseGraphRunner(Protocol):
 
     def takes(self, batch: ForwardBatch) -> bool: ...
 
-    def forward(self, batch: ForwardBatch, attention: PlannedAttention) -> Tensor:
-        """`Decoder.forward`."""
+    def forward(self, batch: ForwardBatch, attention: PlannedAttention) -> Tensor: ...
 
 
 class ModelRunner:

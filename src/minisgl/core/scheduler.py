@@ -219,8 +219,7 @@ class Scheduler:
     def _admit(self, step: Draft, request: RequestState) -> bool:
         """Give the request a row if its whole prompt fits beside what running rows will soon need."""
         table, cache = self.table, self.cache
-        need = self._pages_lacking(request) + int(self._promised(table.rows_in(*RUNNING)).sum())
-        if not table.free or need > cache.available_beside(request.match):
+        if self._obstacle(request):
             return False
         slot = table.free[0]
         cached = cache.acquire(slot, request.reusable, request.match, again=request.admitted)
@@ -301,15 +300,18 @@ class Scheduler:
         )
 
     def why_waiting(self, request: RequestState) -> str:
-        """What keeps a request from being admitted now, in a sentence."""
-        table, running = self.table, self.table.rows_in(*RUNNING)
+        return self._obstacle(request) or "requests before it take the prefill budget or do not fit"
+
+    def _obstacle(self, request: RequestState) -> str:
+        """What keeps a request from being admitted now, in a sentence; nothing where it fits."""
+        table = self.table
         if not table.free:
             return f"all {len(table.requests)} rows are taken"
-        need, promised = self._pages_lacking(request), int(self._promised(running).sum())
+        need, promised = self._pages_lacking(request), int(self._promised(table.rows_in(*RUNNING)).sum())
         if need + promised > (available := self.cache.available_beside(request.match)):
             rest = f"running requests will need {promised}, and {available} are available"
             return f"its prompt needs {need} pages beside those that are cached, {rest}"
-        return "requests before it take the prefill budget or do not fit"
+        return ""
 
     # Taking in a result
 
