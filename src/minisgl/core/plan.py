@@ -51,8 +51,7 @@ class LogitsRows(msgspec.Struct, frozen=True, kw_only=True):
     top: int  # the most that a scored row asks for
     prompt_rows: Int32  # (q,) of the step's tokens, decodes and then chunks, those that score a token of the prompt
     prompt_targets: Int32  # (q,) that token, the next one
-    prompt_slots: Int32  # (r,) the rows of these positions, one run after the other
-    prompt_counts: Int32  # (r,) lengths of the runs; their sum is q
+    prompt_slots: Int32  # (q,) its row
     prompt_top: int
 
 

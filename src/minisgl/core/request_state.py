@@ -300,8 +300,7 @@ class RequestTable:
             return None
         changed = np.flatnonzero(self.changed[sampled]).astype(np.int32)
         scored = np.flatnonzero(self.top[sampled] >= 0).astype(np.int32)
-        rows, targets, counts = [EMPTY], [EMPTY], []  # of prompt tokens to be scored
-        scored_slots: list[int] = []
+        rows, targets, prompt_slots = [EMPTY], [EMPTY], [EMPTY]  # of prompt tokens to be scored
         row = decodes  # where a chunk begins among the tokens of the step
         for slot, start, length in zip(slots.tolist(), starts.tolist(), lens.tolist(), strict=True):
             if self.prompt_top[slot] >= 0:
@@ -310,13 +309,12 @@ class RequestTable:
                 if first < last:
                     rows.append(np.arange(row + first - start, row + last - start, dtype=np.int32))
                     targets.append(self.tokens[slot, first + 1 : last + 1].copy())
-                    scored_slots.append(slot)
-                    counts.append(last - first)
+                    prompt_slots.append(np.full(last - first, slot, np.int32))
                     request.num_scored = last
             row += length
-        if not (len(changed) or len(scored) or counts):
+        if not (len(changed) or len(scored) or len(rows) > 1):
             return None
-        changed_slots = sampled[changed]
+        changed_slots, scored_slots = sampled[changed], np.concatenate(prompt_slots)
         return LogitsRows(
             changed=changed,
             penalties=self.penalties[:, changed_slots],
@@ -327,8 +325,7 @@ class RequestTable:
             top=int(self.top[sampled].max(initial=0)),
             prompt_rows=np.concatenate(rows),
             prompt_targets=np.concatenate(targets),
-            prompt_slots=np.array(scored_slots, np.int32),
-            prompt_counts=np.array(counts, np.int32),
+            prompt_slots=scored_slots,
             prompt_top=int(self.prompt_top[scored_slots].max(initial=0)),
         )
 
@@ -337,9 +334,8 @@ class RequestTable:
         if (wanted := plan.logits) is None:
             return {}
         if result.prompt_scores is not None:
-            slots = np.repeat(wanted.prompt_slots, wanted.prompt_counts)
-            scores = token_logprobs(result.prompt_scores, self.prompt_top[slots])
-            for slot, score in zip(slots.tolist(), scores, strict=True):
+            scores = token_logprobs(result.prompt_scores, self.prompt_top[wanted.prompt_slots])
+            for slot, score in zip(wanted.prompt_slots.tolist(), scores, strict=True):
                 if self.state[slot] != State.ENDED:
                     self.request(slot).prompt_scores.append(score)
         if result.scores is None:

@@ -213,7 +213,7 @@ def prefill_plan(rows: int, length: int, everything: bool = False) -> StepPlan:
         changed=slots, penalties=np.ones((len(NEUTRAL_PENALTIES), rows), np.float32), penalised=True, bias_width=1,
         constrained=none,
         scored=slots, top=MAX_LOGPROBS, prompt_rows=np.arange(len(tokens), dtype=np.int32), prompt_targets=tokens,
-        prompt_slots=slots, prompt_counts=zeros + length, prompt_top=MAX_LOGPROBS,
+        prompt_slots=np.repeat(slots, length), prompt_top=MAX_LOGPROBS,
     )  # fmt: skip
     sampling = {
         "temperature": ones, "top_p": ones * np.float32(0.9), "min_p": ones * np.float32(0.01), "top_k": zeros,
