@@ -90,7 +90,6 @@ def max_seq_len(config: Config, spec: ModelSpec) -> int:
 
 
 def describe(resolved: Resolved, spec: ModelSpec, executor: Executor, fits: int) -> tuple[str, ...]:
-    """The effective configuration, a line each."""
     config, num_pages = resolved.config, executor.num_pages
     reasons = {"attn": executor.attention_choice, **resolved.reasons}
     if isinstance(executor, GroupExecutor):

@@ -118,7 +118,6 @@ class ModelRunner:
         )
 
     def _sequences(self, plan: StepPlan, step: dict[str, Tensor]) -> tuple[SequenceBatch, SequenceBatch]:
-        """Decode rows and prefill chunks."""
         table = self.tables.page_table
         decode = SequenceBatch(
             page_table=table, slots=plan.decode_slots, query_lens=np.ones_like(plan.decode_lens),

@@ -176,7 +176,6 @@ def select_nccl(group: TPGroup, device: torch.device, disable_pynccl: bool) -> t
 
 
 def noise(seed: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers of order one that depend on the seed alone."""
     generator = torch.Generator(device).manual_seed(seed)
     return torch.randn(rows, columns, device=device, generator=generator).to(dtype)
 

@@ -53,7 +53,6 @@ class GroupExecutor:
         self.local.finish(masks)
 
     def collect(self) -> StepResult:
-        """Wait for the oldest step. Raises EngineDeadError when a worker is gone."""
         with self._workers.name_the_cause():
             return self.local.collect()
 
