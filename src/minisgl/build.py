@@ -25,11 +25,9 @@ Executor = LocalExecutor | GroupExecutor
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """An engine, the folder with its tokenizer, and a line for each value of the effective configuration."""
-
     engine: Engine
-    folder: Path
-    notes: tuple[str, ...]
+    folder: Path  # with its tokenizer
+    notes: tuple[str, ...]  # a line for each value of the effective configuration
 
 
 def build_engine(config: Config, progress: bool = False, on_failure: Callable[[], None] | None = None) -> Built:

@@ -97,8 +97,6 @@ class AttentionBackend(Protocol):
 
 @dataclass
 class Attention:
-    """A backend for prefill chunks beside one for decode rows; they may be the same."""
-
     prefill: AttentionBackend
     decode: AttentionBackend
 
@@ -207,8 +205,6 @@ def split_by_length(lens: Int32, limit: int) -> list[Int64]:
 
 @dataclass(frozen=True)
 class _Block:
-    """Queries of a row that are computed together."""
-
     queries: slice  # of the step's
     tokens: slice  # of the row's, that these may see
     mask: Tensor | None  # bool (queries, tokens); None: causal from token 0

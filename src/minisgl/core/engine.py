@@ -39,8 +39,6 @@ class StepObserver(Protocol):
 
 
 class RequestObserver(Protocol):
-    """Sees every request that is accepted and every event."""
-
     def add(self, request: Request) -> None: ...
 
     def take(self, events: Sequence[TokenEvent]) -> None: ...
@@ -50,9 +48,7 @@ class RequestObserver(Protocol):
 
 @dataclass
 class Estimate:
-    """Seconds that steps of a shape take."""
-
-    mean: float = math.inf
+    mean: float = math.inf  # s that steps of a shape take
     spread: float = 0.0  # mean distance from the mean
     count: int = 0
 

@@ -110,9 +110,7 @@ class TokenFilter:
 
 @dataclass
 class MaskBudget:
-    """CPU seconds that the masks of a completion may still take, of all its choices together."""
-
-    seconds: float
+    seconds: float  # of CPU time that the masks of a completion may still take, of all its choices together
 
 
 class State:

@@ -36,9 +36,7 @@ RUNNING = (State.PREFILL, State.DECODE)
 by_place = attrgetter("sort_key")
 
 
-class Draft:
-    """What is decided of a step so far."""
-
+class StepDraft:
     def __init__(self, budget: int) -> None:
         self.decodes: Slots = np.empty(0, np.intp)
         self.chunks: list[tuple[int, int]] = []  # (slot, tokens)
@@ -116,7 +114,7 @@ class Scheduler:
         prompts = self._prompts_in_order()
         self._make_room(next((request for request in prompts if request.slot < 0), None))
         while True:
-            step = Draft(self.max_prefill_length)
+            step = StepDraft(self.max_prefill_length)
             self._schedule_decodes(step)
             self._schedule_prompts(step, prompts)
             if len(step.decodes) or step.chunks:
@@ -159,7 +157,7 @@ class Scheduler:
             self._retract(slot)
             self._room_for = first
 
-    def _schedule_decodes(self, step: Draft) -> None:
+    def _schedule_decodes(self, step: StepDraft) -> None:
         """Take the rows that decode, with pages for their next token."""
         table, cache = self.table, self.cache
         computed = table.num_computed_tokens
@@ -190,7 +188,7 @@ class Scheduler:
         going_on: Slots = slots[(need == 0) | (np.cumsum(need) <= cache.available)]
         return going_on
 
-    def _schedule_prompts(self, step: Draft, prompts: list[RequestState]) -> None:
+    def _schedule_prompts(self, step: StepDraft, prompts: list[RequestState]) -> None:
         """Prefill these, admitting those that wait up to the first that does not fit, while budget and pages last."""
         fits = True
         for request in prompts:
@@ -201,7 +199,7 @@ class Scheduler:
             if not step.budget:
                 return
 
-    def _prefill(self, step: Draft, slot: int) -> None:
+    def _prefill(self, step: StepDraft, slot: int) -> None:
         """Prefill a chunk of this row's prompt, as large as budget and pages allow."""
         table, cache = self.table, self.cache
         computed = int(table.num_computed_tokens[slot])
@@ -216,7 +214,7 @@ class Scheduler:
         step.chunks.append((slot, length))
         step.budget -= length
 
-    def _admit(self, step: Draft, request: RequestState) -> bool:
+    def _admit(self, step: StepDraft, request: RequestState) -> bool:
         """Give the request a row if its whole prompt fits beside what running rows will soon need."""
         table, cache = self.table, self.cache
         if self._obstacle(request):
@@ -259,7 +257,7 @@ class Scheduler:
         """Rows that leave as soon as the step in flight is collected."""
         return np.flatnonzero(self.table.state >= State.RETRACTING)
 
-    def _launch(self, step: Draft) -> StepPlan:
+    def _launch(self, step: StepDraft) -> StepPlan:
         """Make a plan of the decisions and move the rows on, as if the step had been launched."""
         table, decodes = self.table, step.decodes.astype(np.int32)
         decode_lens = table.num_computed_tokens[decodes]
