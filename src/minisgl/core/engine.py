@@ -144,8 +144,7 @@ class Engine:
         self.cache = CacheManager(executor.num_pages, config.page_size, shared, rows, max_pages, eviction)
         self.table = RequestTable(rows, model.max_seq_len)
         policy = load_policy(config.schedule_policy)
-        length, vocab = config.max_prefill_length, model.vocab_size
-        self.scheduler = Scheduler(self.table, self.cache, policy, length, vocab, clock)
+        self.scheduler = Scheduler(self.table, self.cache, policy, config.max_prefill_length, model.vocab_size)
         self._launched: deque[tuple[StepPlan, StepRecord | None]] = deque()
         self._observers: list[StepObserver] = []
         self._collected: StepRecord | None = None  # to be observed, with all requests that ended
@@ -217,7 +216,7 @@ class Engine:
 
     def _advance(self) -> None:
         begun = time.perf_counter()
-        planned = self.clock()
+        self.cache.now = planned = self.clock()
         plan = self.scheduler.schedule()
         launched = self.clock()
         if plan is None:

@@ -67,7 +67,7 @@ class CacheManager:
         self.row_pages: Int32 = np.zeros(max_rows, np.int32)  # so many of a row's first are live
         self._allocator = PageAllocator(num_pages)
         self._cache = RadixCache(page_size, shared, eviction)
-        self.now = 0.0  # s, for the eviction policy; whoever plans steps sets it
+        self.now = 0.0  # s, for the policies; the engine sets it before it plans a step
         self._borrowed = np.zeros((max_rows, max_pages_per_row), np.bool_)
         # The node that a live row locks. Pages behind its end are the row's own; of those before it, the row may own
         # duplicates of what the cache holds.

@@ -12,7 +12,7 @@ two requests retract each other again and again, and among equals each becomes t
 
 import time
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from heapq import merge
 from operator import attrgetter
 from weakref import WeakValueDictionary
@@ -49,14 +49,12 @@ class Scheduler:
     """Owns the waiting queue and the request table; the cache manager owns the pages."""
 
     def __init__(
-        self, table: RequestTable, cache: CacheManager, policy: Policy, max_prefill_length: int, vocab_size: int,
-        clock: Callable[[], float],
-    ) -> None:  # fmt: skip
+        self, table: RequestTable, cache: CacheManager, policy: Policy, max_prefill_length: int, vocab_size: int
+    ) -> None:
         self.table = table
         self.cache = cache
         self.max_prefill_length = max_prefill_length
         self.vocab_size = vocab_size
-        self.clock = clock
         self.waiting: list[RequestState] = []  # in the order of their sort keys
         self.live: dict[str, RequestState] = {}
         self.events: list[TokenEvent] = []  # until the engine takes them
@@ -110,7 +108,7 @@ class Scheduler:
         #    admitted and prefill their first, up to the first whose prompt does not fit beside what running requests
         #    will soon need.
         # 4. If all this gives no work, although some is left and no step is in flight, retract the last and try again.
-        self.cache.now, self.admitted = self.clock(), []
+        self.admitted = []
         prompts = self._prompts_in_order()
         self._make_room(next((request for request in prompts if request.slot < 0), None))
         while True:
