@@ -69,11 +69,10 @@ class LaunchTimer:
     """Predicts when the running step ends, from running means of earlier ones of its shape.
 
     A step is to be launched when that time is as far off as planning and launching take, and some slack. The slack
-    grows when a step came too late, so that the device was idle, and shrinks slowly. `clock` tells seconds.
+    grows when a step came too late, so that the device was idle, and shrinks slowly.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
+    def __init__(self) -> None:
         self._estimates: defaultdict[Shape, Estimate] = defaultdict(Estimate)
         self._host = 0.0  # s until a step has work for the device, the most of late
         self._slack = FIRST_SLACK
@@ -99,8 +98,8 @@ class LaunchTimer:
             late = (arrived if waited else awaited) - ready < LEAST_SLACK / 2
             self._slack = min(1.5 * self._slack, MOST_SLACK) if late else max(0.99 * self._slack, LEAST_SLACK)
 
-    def wait(self) -> float:
-        """Seconds from now to the next launch; 0 where there is nothing to wait for or nothing known."""
+    def wait(self, now: float) -> float:
+        """Seconds from `now` to the next launch; 0 where there is nothing to wait for or nothing known."""
         if len(self._launched) != 1:
             return 0.0
         shape, began = self._launched[0]
@@ -108,7 +107,7 @@ class LaunchTimer:
         if estimate.count < TRIALS:
             return 0.0
         end = began + estimate.mean - 2 * estimate.spread
-        return max(0.0, end - self._host - self._slack - self._clock())
+        return max(0.0, end - self._host - self._slack - now)
 
 
 class Engine:
@@ -138,7 +137,7 @@ class Engine:
         self.constraints = constraints
         self.overlap = config.overlap
         just_in_time = config.overlap and config.launch_ahead == "just-in-time"
-        self._timer = LaunchTimer(clock) if just_in_time else None
+        self._timer = LaunchTimer() if just_in_time else None
         self.clock = clock
         shared, eviction = config.cache == "radix", load_eviction(config.eviction)
         self.cache = CacheManager(executor.num_pages, config.page_size, shared, rows, max_pages, eviction)
@@ -184,7 +183,7 @@ class Engine:
 
     def seconds_to_launch(self) -> float:
         """How long the next `step` can wait without leaving the device idle."""
-        return 0.0 if self._timer is None or self.scheduler.events else self._timer.wait()
+        return 0.0 if self._timer is None or self.scheduler.events else self._timer.wait(self.clock())
 
     @property
     def has_work(self) -> bool:
