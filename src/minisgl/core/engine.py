@@ -27,8 +27,6 @@ FIRST_LAUNCH: Final = 1e-3  # s until the device has work of a step; it computes
 TRIALS: Final = 3  # steps of a shape that are seen before it is predicted: kernels compile in the first
 OUTLIER: Final = 1.5  # a step that took so many times the mean counts as if it had taken this
 
-Shape = tuple[int, int]
-
 
 class StepObserver(Protocol):
     """Sees every step once its result is taken in; from `Engine.observe` on."""
@@ -73,25 +71,25 @@ class LaunchTimer:
     """
 
     def __init__(self) -> None:
-        self._estimates: defaultdict[Shape, Estimate] = defaultdict(Estimate)
+        self._estimates: defaultdict[tuple[int, int], Estimate] = defaultdict(Estimate)  # by shape
         self._host = 0.0  # s until a step has work for the device, the most of late
         self._slack = FIRST_SLACK
-        self._launched: deque[tuple[Shape, float]] = deque()  # with when the device may have begun; the oldest runs
+        self._launched: deque[tuple[Estimate, float]] = deque()  # with when the device may have begun; the oldest runs
 
     def launched(self, plan: StepPlan, planned: float, launched: float, sent: float) -> None:
         """The host planned a step from `planned` on, and launched it from `launched` until `sent`."""
         tokens, rows = len(plan.prefill_tokens), len(plan.decode_slots)
-        shape = -(-rows // ROWS), -(-tokens // TOKENS)
-        host_bound = 2 * (sent - launched) > self._estimates[shape].mean
+        estimate = self._estimates[-(-rows // ROWS), -(-tokens // TOKENS)]
+        host_bound = 2 * (sent - launched) > estimate.mean
         ready = sent if host_bound else min(sent, launched + FIRST_LAUNCH)
-        self._launched.append((shape, ready))
+        self._launched.append((estimate, ready))
         self._host = max(ready - planned, self._host + (ready - planned - self._host) / 16)
 
     def collected(self, awaited: float, arrived: float) -> None:
         """The host waited from `awaited` to `arrived` for the result of the oldest step."""
-        shape, began = self._launched.popleft()
+        estimate, began = self._launched.popleft()
         waited = arrived - awaited > WAITED
-        self._estimates[shape].take(arrived - began, waited)
+        estimate.take(arrived - began, waited)
         if self._launched:
             following, ready = self._launched[0]
             self._launched[0] = following, max(ready, arrived)
@@ -102,8 +100,7 @@ class LaunchTimer:
         """Seconds from `now` to the next launch; 0 where there is nothing to wait for or nothing known."""
         if len(self._launched) != 1:
             return 0.0
-        shape, began = self._launched[0]
-        estimate = self._estimates[shape]
+        estimate, began = self._launched[0]
         if estimate.count < TRIALS:
             return 0.0
         end = began + estimate.mean - 2 * estimate.spread
