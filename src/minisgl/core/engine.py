@@ -147,15 +147,15 @@ class Engine:
         self._ended: list[tuple[str, FinishReason]] = []  # and are in no record yet
         self.recorder: RequestObserver | None = None
         self._arrivals = self._generated_tokens = 0
-        self._failed = self._closed = False
+        self._dead = ""  # why nothing is accepted any more
 
     def add(self, request: Request, constraint: Constraint | None = None) -> None:
         """Accept a request that `ModelInfo.check` accepts; raises InvalidRequestError for its id or its grammar.
 
         The `constraint` of its grammar may be given; otherwise it is made here, and no step is launched meanwhile.
         """
-        if self._closed or self._failed:
-            raise EngineDeadError("the engine was closed" if self._closed else "the engine failed in an earlier step")
+        if self._dead:
+            raise EngineDeadError(self._dead)
         if request.id in self.scheduler.live:
             raise InvalidRequestError(f"a request with id {request.id!r} is running already", param="id")
         params, prompt_len = request.params, len(request.prompt)
@@ -184,7 +184,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.scheduler.live or self._launched or self.scheduler.events) and not self._failed
+        return bool(self.scheduler.live or self._launched or self.scheduler.events) and not self._dead
 
     def step(self) -> list[TokenEvent]:
         """Launch the next step if there is one, and take in a result that is due.
@@ -194,7 +194,7 @@ class Engine:
         try:
             self._advance()
         except BaseException:
-            self._failed = True
+            self._dead = "the engine failed in an earlier step"
             raise
         events, self.scheduler.events = self.scheduler.events, []
         if self._observers:
@@ -299,7 +299,7 @@ class Engine:
 
     def close(self) -> None:
         """Wait for launched steps and release the device. Nothing is accepted any more."""
-        self._closed = True
+        self._dead = "the engine was closed"
         for observer in self._observers:
             observer.close()
         if self.recorder is not None:

@@ -163,13 +163,10 @@ class Scheduler:
         need = cache.pages_needed(slots, computed[slots] + 1)
         if int(need.sum()) > cache.available:
             slots = self._retract_for_decodes(slots)
-            need = cache.pages_needed(slots, computed[slots] + 1)
         # Longest first: attention then ends with short rows, and few multiprocessors wait for the last (Graham's rule).
-        order = np.argsort(-computed[slots], kind="stable")
-        step.decodes = slots[order]
-        grown = step.decodes[need[order] > 0]
-        if len(grown):
-            step.writes.append(cache.extend(grown, computed[grown] + 1))
+        step.decodes = slots[np.argsort(-computed[slots], kind="stable")]
+        if need.any():
+            step.writes.append(cache.extend(step.decodes, computed[step.decodes] + 1))
 
     def _retract_for_decodes(self, slots: Slots) -> Slots:
         """The decode rows that can go on now, after retracting as many of the last as it takes."""
