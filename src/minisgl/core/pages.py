@@ -153,8 +153,7 @@ class CacheManager:
             raise OutOfPages(f"{total} pages are needed and {self.available} are available")
         grown = np.flatnonzero(need)
         rows, need = slots[grown].astype(np.int32), need[grown]
-        start = self.row_pages[rows]
-        end = start + need
+        end = self.row_pages[rows] + need
         assert not len(end) or int(end.max()) <= self.page_table.shape[1], "a row outgrows the page table"
         if total > self.num_free:
             self._allocator.free(self._cache.evict(total - self.num_free))
