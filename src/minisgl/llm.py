@@ -22,7 +22,7 @@ from minisgl.text.tokenizer import RequestOutput, Tokenizer
 Message = dict[str, Any]
 Conversations = Sequence[Message] | Sequence[Sequence[Message]]
 Prompt = str | Sequence[int]
-Prompts = Prompt | Sequence[str] | Sequence[Sequence[int]] | Sequence[Prompt]
+Prompts = Prompt | Sequence[Prompt]
 Params = SamplingParams | Sequence[SamplingParams] | None
 
 
