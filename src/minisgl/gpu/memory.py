@@ -99,7 +99,7 @@ def kv_dtype(config: Config) -> torch.dtype:
 
 def page_cost(config: Config, share: ModelSpec) -> int:
     """Bytes of a page on a GPU with a rank's `share`; on the CPU, whose ranks share the memory, on all ranks."""
-    size = page_bytes(share.num_layers, config.page_size, share.num_kv_heads, share.head_dim, kv_dtype(config))
+    size = page_bytes(share, config.page_size, kv_dtype(config))
     return size * (config.tp if config.device == "cpu" else 1)
 
 
@@ -174,7 +174,7 @@ def _forward_peak(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_
     rows = min(config.max_running_requests, config.max_prefill_length)
     length = min(config.max_prefill_length // rows, max_seq_len)
     kept = kv_dtype(config)
-    kv = allocate_kv(spec.num_layers, 0, config.page_size, spec.num_kv_heads, spec.head_dim, kept, device)
+    kv = allocate_kv(spec, 0, config.page_size, kept, device)
     runner = ModelRunner(decoder, kv, rows, max_seq_len, device)
     if max_seq_len >= WARM_UP_TOKENS:
         warm_up(runner, rows)
