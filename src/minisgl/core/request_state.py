@@ -267,7 +267,7 @@ class RequestTable:
         width = int(self.biases[changed].max())
         bias_ids = np.zeros((len(changed), width), np.int32)
         bias_values = np.zeros((len(changed), width), np.float32)
-        seen: list[tuple[Int32, Int32]] = []
+        seen: list[tuple[NDArray[Any], ...]] = []  # of each row: itself, its tokens and their counts
         for index, slot in enumerate(changed):
             request = self.request(slot)
             bias = request.request.params.logit_bias
@@ -278,12 +278,13 @@ class RequestTable:
             counts = 2 * np.bincount(output, minlength=int(prompt.max(initial=-1)) + 1)
             counts[prompt] += 1
             distinct = np.flatnonzero(counts)
-            seen.append((distinct.astype(np.int32), counts[distinct].astype(np.int32)))
+            seen.append((np.full_like(distinct, slot), distinct, counts[distinct]))
+        seen_slots, seen_tokens, seen_counts = (np.concatenate(c).astype(np.int32) for c in zip(*seen, strict=True))
         return LogitsInit(
             slots=np.array(changed, np.int32),
-            seen_slots=np.repeat(np.array(changed, np.int32), [len(tokens) for tokens, _ in seen]),
-            seen_tokens=np.concatenate([tokens for tokens, _ in seen]),
-            seen=np.concatenate([counts for _, counts in seen]),
+            seen_slots=seen_slots,
+            seen_tokens=seen_tokens,
+            seen=seen_counts,
             bias_ids=bias_ids,
             bias_values=bias_values,
         )

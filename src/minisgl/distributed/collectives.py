@@ -3,7 +3,6 @@
 import dataclasses
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any, Protocol, TypeVar
@@ -38,7 +37,7 @@ class Collectives(Protocol):
         """Leave the group, in which every rank is still alive."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class TPGroup:
     rank: int
     size: int

@@ -6,7 +6,6 @@ neighbouring ranks hold the same one. Norms and routers are replicated.
 """
 
 import dataclasses
-from dataclasses import dataclass
 
 from minisgl.core.model_config import ModelSpec
 from minisgl.core.weights import Parameter, Shard, Sharder
@@ -19,7 +18,7 @@ ONE_RANK = ("o_bias", "down_bias")  # of the GEMMs that are all-reduced: rank 0 
 BY_COLUMN = {"o": 1, "down": 1, "expert_down": 2}
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class VocabShard:
     """The token ids [first, first + real) of one rank. Its tensors have `width` rows or columns, some padding."""
 
