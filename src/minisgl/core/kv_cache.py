@@ -111,13 +111,11 @@ def gather_rows(changes: Tensor, tables: DeviceTables, inputs: StepInputs, page_
     grows = new_index >= 0
     tables.page_table[slots[grows], new_index[grows]] = new_page[grows].int()
     lengths = tables.length[slots]
-    pages = tables.page_table[slots]
     inputs.ids.copy_(tables.last_token[slots])
     inputs.positions.copy_(lengths)
     inputs.kv_lens.copy_(lengths + 1)
-    inputs.page_table.copy_(pages)
-    here = pages.gather(1, (lengths // page_size).long().unsqueeze(1)).squeeze(1)
-    inputs.slot_mapping.copy_(here.long() * page_size + lengths % page_size)
+    inputs.page_table.copy_(tables.page_table[slots])
+    inputs.slot_mapping.copy_(tables.slot_mapping(slots, lengths, page_size))
 
 
 def commit_rows(changes: Tensor, tokens: Tensor, tables: DeviceTables, inputs: StepInputs) -> None:
