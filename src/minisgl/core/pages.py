@@ -13,10 +13,6 @@ Slots = NDArray[np.signedinteger[Any]]
 PageWrites = tuple[Int32, Int32, Int32]  # (slots, indices, page ids): page_table[slots, indices] = page ids
 
 
-class OutOfPages(Exception):
-    """More pages were asked for than are free; the scheduler counts before it asks."""
-
-
 class PageAllocator:
     """A stack of free page ids 0 … num_pages - 1; whole arrays go in and out. Starts by handing out ascending runs."""
 
@@ -27,9 +23,9 @@ class PageAllocator:
         self._is_free = np.ones(num_pages, np.bool_)
 
     def allocate(self, count: int) -> Int32:
-        """Take `count` pages off the free list, (count,) ids. Raises OutOfPages, and then takes none."""
+        """Take `count` pages off the free list, (count,) ids. Raises RuntimeError, and then takes none."""
         if count > self.num_free:
-            raise OutOfPages(f"{count} pages were asked for and {self.num_free} are free")
+            raise RuntimeError(f"{count} pages were asked for and {self.num_free} are free")
         rest = self.num_free - count
         pages = self._stack[rest : self.num_free][::-1].copy()
         self._is_free[pages] = False
@@ -145,12 +141,12 @@ class CacheManager:
     def extend(self, slots: Slots, new_lens: Slots) -> PageWrites:
         """Give rows, each named once, the pages that they lack to hold `new_lens` tokens, evicting what that takes.
 
-        Raises OutOfPages, changing nothing, when more than `available` pages are needed.
+        Raises RuntimeError, changing nothing, when more than `available` pages are needed.
         """
         need = self.pages_needed(slots, new_lens)
         total = int(need.sum())
         if total > self.available:
-            raise OutOfPages(f"{total} pages are needed and {self.available} are available")
+            raise RuntimeError(f"{total} pages are needed and {self.available} are available")
         grown = np.flatnonzero(need)
         rows, need = slots[grown].astype(np.int32), need[grown]
         end = self.row_pages[rows] + need
