@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from minisgl.config import Config, Launcher, Machine, cache_folder, from_environment, launcher, resolve
+from minisgl.config import Config, Launcher, Machine, cache_folder, from_environment, launcher, make_config, resolve
 from minisgl.errors import ConfigError
 
 CPU = Machine()
@@ -72,8 +72,8 @@ def test_only_chosen_values_have_notes() -> None:
     given |= {"piecewise_cuda_graph_max_tokens": 0}
     resolved = resolve(Config(**given), CPU)
     assert resolved.config == Config(**given)
-    assert resolved.notes == ()
-    chosen = {note.partition(" = ")[0] for note in resolve(Config(), CPU).notes}
+    assert not resolved.reasons
+    chosen = set(resolve(Config(), CPU).reasons)
     assert chosen == {"device", "dtype", "attn", "cuda_graph_max_bs", "max_running_requests", "max_prefill_length"}
 
 
@@ -132,10 +132,17 @@ def test_the_largest_graph_follows_the_gpus_memory(settings: dict[str, Any], gib
     ],
 )
 def test_environment_switches(name: str, value: str, changes: dict[str, Any]) -> None:
-    assert from_environment(Config(), {name: value}) == Config(**changes)
+    assert from_environment({name: value}) == Config(**changes)
     for switch in ("MINISGL_DISABLE_OVERLAP_SCHEDULING", "LOG_LEVEL"):
         with pytest.raises(ConfigError, match=switch):
-            from_environment(Config(), {switch: "LOUD"})
+            from_environment({switch: "LOUD"})
+
+
+def test_a_field_that_is_given_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINISGL_DISABLE_OVERLAP_SCHEDULING", "1")
+    monkeypatch.setenv("LOG_LEVEL", "DEBUG")
+    assert make_config(overlap=True, tp=2) == Config(overlap=True, tp=2, log_level="DEBUG")
+    assert make_config(log_level="ERROR") == Config(overlap=False, log_level="ERROR")
 
 
 def test_the_launcher_says_which_rank_this_is_and_what_is_wrong_there_is_refused() -> None:

@@ -19,6 +19,7 @@ from helpers.constraints import Cycle, cycle
 from helpers.tiny_models import save_model
 from helpers.tiny_tokenizers import byte_fallback_json
 from minisgl import LLM, SamplingParams
+from minisgl.config import Config
 from minisgl.core.plan import StepPlan
 from minisgl.core.types import Grammar
 from minisgl.errors import ConfigError, ContextLengthError, EngineDeadError, InvalidRequestError, UnknownKeywordError
@@ -333,3 +334,16 @@ def test_a_keyword_that_there_is_not_is_answered_with_the_most_similar(made: Any
     assert isinstance(caught.value, TypeError), "what Python raises"
     with pytest.raises(TypeError, match="positional"):
         SamplingParams(1.0)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("fields", [{"model": "a folder"}, {"tp": 2}, {"pagesize": 3}])
+def test_a_config_beside_fields_of_one_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="not both"):
+        LLM(config=Config(), **fields)
+
+
+def test_the_notes_have_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINISGL_API_KEY", "a secret")
+    with LLM(str(save_model(tmp_path)), progress=False, num_pages=64) as model:
+        assert model.config.api_key == ("a secret",)
+        assert "a secret" not in "".join(model.notes)

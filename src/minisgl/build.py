@@ -25,11 +25,9 @@ Executor = LocalExecutor | GroupExecutor
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """An engine, the folder with its tokenizer, and a line for each value of the effective configuration."""
-
     engine: Engine
-    folder: Path
-    notes: tuple[str, ...]
+    folder: Path  # with its tokenizer
+    notes: tuple[str, ...]  # a line for each value of the effective configuration
 
 
 def build_engine(config: Config, progress: bool = False, on_failure: Callable[[], None] | None = None) -> Built:
@@ -90,22 +88,20 @@ def max_seq_len(config: Config, spec: ModelSpec) -> int:
 
 
 def describe(resolved: Resolved, spec: ModelSpec, executor: Executor, fits: int) -> tuple[str, ...]:
-    """The effective configuration, a line each."""
     config, num_pages = resolved.config, executor.num_pages
-    chosen = {note.split(" = ")[0]: note for note in resolved.notes}
-    chosen.setdefault("attn", f"attn = {config.attn}: {executor.attention_choice}")
+    reasons = {"attn": executor.attention_choice, **resolved.reasons}
     if isinstance(executor, GroupExecutor):
-        chosen["all_reduce"] = f"all_reduce = {config.all_reduce}: {executor.collectives}"
+        reasons["all_reduce"] = executor.collectives
     lines = [
         f"architecture = {spec.architecture}: {spec.num_layers} layers, {spec.vocab_size} tokens in the vocabulary",
         f"kernels = {executor.kernels}",
     ]
-    hidden = ["num_pages", "max_seq_len_override", "host", "port", "shell", "model"]
+    hidden = ["num_pages", "max_seq_len_override", "host", "port", "shell", "model", "api_key"]
     if config.tp == 1:
         hidden += ["all_reduce", "disable_pynccl"]
     for name in (field.name for field in dataclasses.fields(config) if field.name not in hidden):
-        if name in chosen or getattr(config, name) not in (None, ()):
-            lines.append(chosen.get(name, f"{name} = {getattr(config, name)}"))
+        if name in reasons or getattr(config, name) not in (None, ()):
+            lines.append(f"{name} = {getattr(config, name)}" + (f": {reasons[name]}" if name in reasons else ""))
     lines.append(f"num_pages = {num_pages}: {num_pages * config.page_size} tokens of KV in pages of {config.page_size}")
     why = "all that the KV pages hold" if fits < max_seq_len(config, spec) else "as given"
     lines.append(f"max_seq_len = {fits}: {why if fits != spec.max_position else 'what the model was made for'}")

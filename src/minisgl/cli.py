@@ -19,21 +19,12 @@ from minisgl.config import Config, check, from_environment, launcher, split_word
 from minisgl.errors import ConfigError, MinisglError, did_you_mean
 from minisgl.system import print_text
 
-# Sections of `--help`, and the fields of `Config` in each.
-GROUPS: Final = (
-    ("model", ("model", "model_source", "dummy_weight", "dtype", "quantization", "device", "max_seq_len_override")),
-    ("parallelism", ("tp", "disable_pynccl", "all_reduce")),
-    ("scheduling", ("max_running_requests", "max_prefill_length", "schedule_policy", "overlap", "launch_ahead")),
-    ("KV cache", ("page_size", "num_pages", "memory_ratio", "kv_cache_dtype", "cache", "eviction")),
-    ("kernels", ("attn", "cuda_graph_max_bs", "piecewise_cuda_graph_max_tokens")),
-    ("observation", ("trace_steps", "record")),
-    ("interface", ("host", "port", "served_model_name", "api_workers", "debug_endpoints", "shell", "log_level")),
-    ("gateways", ("metrics_prefix", "kv_events_config")),
-    ("access", ("api_key", "allow_public", "allowed_hosts", "client_priorities", "cors_origins")),
-    ("TLS", ("ssl_certfile", "ssl_keyfile")),
-    ("limits", ("max_queued_requests", "max_queued_tokens", "max_body_size")),
-    ("timeouts", ("request_timeout", "write_timeout", "drain_timeout")),
-)
+# Sections of `--help`, by the first of the fields of `Config` in each.
+GROUPS: Final = {
+    "model": "model", "tp": "parallelism", "max_running_requests": "scheduling", "page_size": "KV cache",
+    "attn": "kernels", "trace_steps": "observation", "host": "interface", "metrics_prefix": "gateways",
+    "api_key": "access", "ssl_certfile": "TLS", "max_queued_requests": "limits", "request_timeout": "timeouts",
+}  # fmt: skip
 SERVER_GROUPS: Final = ("interface", "gateways", "access", "TLS", "limits", "timeouts")  # a benchmark has none of them
 
 ABOUT: Final = """\
@@ -92,7 +83,6 @@ def build_parser(command: str | None = None) -> Parser:
 
 
 def take_model(parser: Parser, namespace: argparse.Namespace, model: str | None) -> None:
-    """A model that is named without `--model`."""
     if model is not None:
         if "model" in namespace:
             parser.error(f"the model is given twice: {model} and --model {namespace.model}")
@@ -101,13 +91,12 @@ def take_model(parser: Parser, namespace: argparse.Namespace, model: str | None)
 
 def add_config_flags(parser: argparse.ArgumentParser, *, without: Sequence[str] = ()) -> None:
     """Add the flags of `Config`, group by group, with their defaults in the help; `without` names groups to skip."""
-    fields = {field.name: field for field in dataclasses.fields(Config) if field.metadata["flags"]}
     hints = typing.get_type_hints(Config)
-    for title, names in GROUPS:
-        if title not in without:
-            group = parser.add_argument_group(title)
-            for name in [name for name in names if name in fields]:
-                add_flag(group, fields[name], hints[name])
+    for field in dataclasses.fields(Config):
+        if title := GROUPS.get(field.name):
+            group = None if title in without else parser.add_argument_group(title)
+        if group is not None and field.metadata["flags"]:
+            add_flag(group, field, hints[field.name])
 
 
 def add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], hint: Any) -> argparse.Action:
@@ -134,7 +123,7 @@ def config_from(parser: argparse.ArgumentParser, namespace: argparse.Namespace) 
     names = {field.name for field in dataclasses.fields(Config)}
     said = {name: value for name, value in vars(namespace).items() if name in names}
     try:
-        config = from_environment(Config()).replace(**said)
+        config = from_environment().replace(**said)
         check(config)
     except ConfigError as error:
         parser.error(error.message)

@@ -74,9 +74,6 @@ class Config:
     quantization: str | None = setting(
         None, "--quantization", choices=("fp8", "int8"),
         help="of the layers' matrices: fp8 (activations too), on the CPU int8 (the head too); default: as they are")
-    kv_cache_dtype: str = setting(
-        "auto", "--kv-cache-dtype", choices=("auto", "fp8_e4m3"),
-        help="of keys and values: auto is --dtype, fp8_e4m3 takes half of its bytes")
     device: str = setting("auto", "--device", choices=("auto", "cpu", "cuda"), help="auto: cuda when there is a GPU")
     max_seq_len_override: int | None = setting(
         None, "--max-seq-len-override", least=1, help="tokens of prompt and output together; default: the model's own")
@@ -108,6 +105,9 @@ class Config:
         None, "--num-pages", least=1, help="KV pages; default: as many as fit into the free memory")
     memory_ratio: float | None = setting(
         None, "--memory-ratio", help="share of the free memory to use (default: 0.9; on the CPU at most 2 GiB of KV)")
+    kv_cache_dtype: str = setting(
+        "auto", "--kv-cache-dtype", choices=("auto", "fp8_e4m3"),
+        help="of keys and values: auto is --dtype, fp8_e4m3 takes half of its bytes")
     cache: str = setting(
         "radix", "--cache", "--cache-type", choices=("radix", "naive"),
         help="prefix cache: radix shares the KV of common prefixes, naive shares nothing")
@@ -124,12 +124,26 @@ class Config:
         None, "--piecewise-cuda-graph-max-tokens", least=0,
         help=f"largest prefill step with CUDA graphs, in tokens; 0: none (default: {PIECEWISE_TOKENS} with graphs)")
 
+    trace_steps: str | None = setting(
+        None, "--trace-steps", help="file for a trace of every step in Chrome's format, which Perfetto opens")
+    record: str | None = setting(
+        None, "--record", help="file for arrivals, lengths and hashes of prompts, no text; `bench` replays it")
+
     host: str = setting("127.0.0.1", "--host", help="address that the server listens on")
     port: int = setting(1919, "--port", least=0, most=65535, help="port that the server listens on; 0: any free one")
     served_model_name: tuple[str, ...] = setting(
         (), "--served-model-name", help="model names that clients may use, answers have the first; default: --model")
+    api_workers: int = setting(
+        1, "--api-workers", least=1, most=64, help="processes that serve HTTP, in front of one engine")
+    debug_endpoints: bool = setting(
+        False, "--debug-endpoints", help="serve GET /debug/engine and /debug/events: requests, pages, steps")
     shell: bool = setting(False, "--shell", "--shell-mode", help="chat in this terminal instead of serving HTTP")
     log_level: str = setting("INFO", help=", ".join(LOG_LEVELS[:-1]) + " or ERROR", env="LOG_LEVEL")
+
+    metrics_prefix: str = setting(
+        "minisgl", "--metrics-prefix", choices=METRICS_PREFIXES, help="whose names /metrics has")
+    kv_events_config: str | None = setting(
+        None, "--kv-events-config", help="publish the prefix cache's changes to routers: JSON, as vLLM's; default: off")
 
     api_key: tuple[str, ...] = setting(
         (), "--api-key", env="MINISGL_API_KEY",
@@ -145,6 +159,7 @@ class Config:
         help="priorities that requests may ask for, LOW:HIGH; N=LOW:HIGH for the N-th --api-key; default: all ignored")
     cors_origins: tuple[str, ...] = setting(
         (), "--cors-origins", help="origins whose web pages may call the server; * for all; default: none")
+
     ssl_certfile: str | None = setting(None, "--ssl-certfile", help="PEM certificate chain; the server speaks TLS")
     ssl_keyfile: str | None = setting(None, "--ssl-keyfile", help="PEM private key of --ssl-certfile")
 
@@ -155,22 +170,11 @@ class Config:
     max_body_size: int | None = setting(
         None, "--max-body-size", least=1024,
         help="bytes of a request's body; default: 4 MiB and the longest text of a full context, at most 16 MiB")
-    api_workers: int = setting(
-        1, "--api-workers", least=1, most=64, help="processes that serve HTTP, in front of one engine")
+
     request_timeout: float | None = setting(
         None, "--request-timeout", help="seconds of a request, queue included, before a 504; default: no limit")
     write_timeout: float = setting(
         30.0, "--write-timeout", help="seconds a client may leave its full receive buffer unread before it is cut off")
-    trace_steps: str | None = setting(
-        None, "--trace-steps", help="file for a trace of every step in Chrome's format, which Perfetto opens")
-    record: str | None = setting(
-        None, "--record", help="file for arrivals, lengths and hashes of prompts, no text; `bench` replays it")
-    metrics_prefix: str = setting(
-        "minisgl", "--metrics-prefix", choices=METRICS_PREFIXES, help="whose names /metrics has")
-    kv_events_config: str | None = setting(
-        None, "--kv-events-config", help="publish the prefix cache's changes to routers: JSON, as vLLM's; default: off")
-    debug_endpoints: bool = setting(
-        False, "--debug-endpoints", help="serve GET /debug/engine and /debug/events: requests, pages, steps")
     drain_timeout: float = setting(
         30.0, "--drain-timeout", help="seconds running requests may go on after SIGTERM or Ctrl-C")
     # fmt: on
@@ -206,23 +210,23 @@ class Launcher:
 
 @dataclasses.dataclass(frozen=True)
 class Resolved:
-    """A configuration without open values, and a line for each value that was chosen, not given."""
+    """A configuration without open values, and the reason for each value that was chosen, not given."""
 
     config: Config
-    notes: tuple[str, ...]
+    reasons: Mapping[str, str]  # by field
 
 
 def make_config(**settings: Any) -> Config:
-    """A configuration of the fields named; raises UnknownKeywordError with the field that a flag's spelling is of."""
+    """These fields, the rest from the environment. Raises UnknownKeywordError with the field that a flag is of."""
     fields = Config.__dataclass_fields__
     for name in settings.keys() - fields:
         meant = [field.name for field in fields.values() if f"--{name.replace('_', '-')}" in field.metadata["flags"]]
         hint = f"; did you mean {meant[0]}?" if meant else did_you_mean(name, fields)
         raise UnknownKeywordError(f"there is no setting {name}{hint}")
-    return Config(**settings)
+    return from_environment().replace(**settings)
 
 
-def from_environment(config: Config, environ: Mapping[str, str] = os.environ) -> Config:
+def from_environment(environ: Mapping[str, str] = os.environ) -> Config:
     changes: dict[str, Any] = {}
     if (value := environ.get("MINISGL_DISABLE_OVERLAP_SCHEDULING")) is not None:
         if value not in ("0", "1", ""):
@@ -234,11 +238,10 @@ def from_environment(config: Config, environ: Mapping[str, str] = os.environ) ->
         changes["log_level"] = value.upper()
     if value := environ.get("MINISGL_API_KEY"):
         changes["api_key"] = split_words([value])
-    return config.replace(**changes)
+    return Config(**changes)
 
 
 def split_words(values: Iterable[str]) -> tuple[str, ...]:
-    """The parts of comma-separated lists, without blanks around them; empty parts are left out."""
     return tuple(word for value in values for part in value.split(",") if (word := part.strip()))
 
 
@@ -353,12 +356,11 @@ def resolve(config: Config, machine: Machine, checkpoint_dtype: str = "float32")
     Raises ConfigError for what this machine cannot honour; the message says what it can.
     """
     check(config)
-    notes: list[str] = []
     changes: dict[str, Any] = {}
+    reasons: dict[str, str] = {}
 
     def choose(name: str, value: Any, why: str) -> None:
-        changes[name] = value
-        notes.append(f"{name} = {value}: {why}")
+        changes[name], reasons[name] = value, why
 
     device = "cuda" if config.device != "cpu" and machine.has_cuda else "cpu"
     if config.device == "cuda" and not machine.has_cuda:
@@ -408,4 +410,4 @@ def resolve(config: Config, machine: Machine, checkpoint_dtype: str = "float32")
         choose("max_prefill_length", *(cpu if device == "cpu" else gpu))
     if config.piecewise_cuda_graph_max_tokens is None:
         changes["piecewise_cuda_graph_max_tokens"] = PIECEWISE_TOKENS if graphs else 0
-    return Resolved(config.replace(**changes), tuple(notes))
+    return Resolved(config.replace(**changes), reasons)

@@ -14,15 +14,15 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from minisgl.build import build_engine
-from minisgl.config import Config, from_environment, make_config
+from minisgl.config import Config, make_config
 from minisgl.core.types import Request, SamplingParams, TokenLogprobs
-from minisgl.errors import InvalidRequestError
+from minisgl.errors import ConfigError, InvalidRequestError
 from minisgl.text.tokenizer import RequestOutput, Tokenizer
 
 Message = dict[str, Any]
 Conversations = Sequence[Message] | Sequence[Sequence[Message]]
 Prompt = str | Sequence[int]
-Prompts = Prompt | Sequence[str] | Sequence[Sequence[int]] | Sequence[Prompt]
+Prompts = Prompt | Sequence[Prompt]
 Params = SamplingParams | Sequence[SamplingParams] | None
 
 
@@ -62,7 +62,9 @@ class LLM:
     def __init__(
         self, model: str | None = None, *, config: Config | None = None, progress: bool = True, **settings: Any
     ) -> None:
-        self.config = config or from_environment(make_config(model=model, **settings))
+        if config is not None and (model is not None or settings):
+            raise ConfigError("LLM takes a config or the fields of one, not both")
+        self.config = config or make_config(model=model, **settings)
         built = build_engine(self.config, progress=progress)
         self.engine, self.notes, self.model = built.engine, built.notes, built.engine.model
         self.tokenizer = Tokenizer.load(built.folder) if Tokenizer.exists(built.folder) else None
@@ -168,7 +170,6 @@ class LLM:
                 self._abort(outputs)
 
     def _abort(self, ids: Iterable[str]) -> None:
-        """End those of these requests that are live, and collect the launched steps."""
         with defer_sigint():
             self.engine.abort(ids)
             while self.engine.has_work:

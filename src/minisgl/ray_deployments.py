@@ -293,8 +293,6 @@ class ServedApplication:
 
 
 class PrefixRequestRouter(RequestRouter):
-    """Sends a request to the replica that was sent most of its prompt before, unless that one is too busy."""
-
     def initialize_state(self, **kwargs: Any) -> None:
         self.prefixes = PrefixRouter(**kwargs)
         self.places: dict[str, ReplicaID] = {}  # of the requests that this router has on their way or at a replica

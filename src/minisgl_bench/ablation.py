@@ -360,7 +360,7 @@ def run(config: Config, options: argparse.Namespace, arguments: Sequence[str]) -
     minutes = len(variants) * (seconds + OVERHEAD) / 60
     report.print(f"{len(variants)} runs of {seconds:g} s or one workload; about {minutes:.0f} min on a GPU")
     report.figures |= {
-        "config": dataclasses.asdict(runner.config),
+        "config": dataclasses.asdict(runner.config.replace(api_key=None)),
         "kv_tokens": runner.kv_tokens,
         "scenarios": {name: dataclasses.asdict(scenario) for name, scenario in runner.scenarios.items()},
     }

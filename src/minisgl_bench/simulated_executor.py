@@ -2,10 +2,11 @@
 
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from minisgl.core.plan import Int32, Masks, Scores, StepPlan, StepResult
 
@@ -40,11 +41,12 @@ class SimulatedExecutor:
         if self._half is not None:
             raise RuntimeError(f"step {plan.step}: the step before waits for its masks")
         if (init := plan.init) is not None:
-            self.seed[init.slots] = np.where(init.temperatures > 0, init.seeds, 0)
-            self.min_len[init.slots] = init.min_lens
-            if init.stop_ids.shape[1] != self.stop_ids.shape[1]:
-                self.stop_ids = np.full((len(self.seed), init.stop_ids.shape[1]), -1, np.int32)
-            self.stop_ids[init.slots] = init.stop_ids
+            new = init.sampling
+            self.seed[init.slots] = np.where(new["temperature"] > 0, new["seed"], 0)
+            self.min_len[init.slots] = new["min_len"]
+            if new["stop_ids"].shape[1] != self.stop_ids.shape[1]:
+                self.stop_ids = np.full((len(self.seed), new["stop_ids"].shape[1]), -1, np.int32)
+            self.stop_ids[init.slots] = new["stop_ids"]
         self.page_table[plan.page_slots, plan.page_indices] = plan.page_ids
         if not np.array_equal(self.length[plan.decode_slots], plan.decode_lens):
             raise RuntimeError(f"step {plan.step}: the host's lengths are not the device's")
@@ -104,7 +106,7 @@ class SimulatedExecutor:
         return token
 
 
-def made_up(tokens: Int32, top: int) -> Scores:
+def made_up(tokens: Int32, top: int) -> Scores[NDArray[Any]]:
     ids = np.tile(np.arange(top, dtype=np.int32), (len(tokens), 1))
     return Scores(-tokens.astype(np.float32), ids, -ids.astype(np.float32))
 

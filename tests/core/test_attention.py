@@ -7,7 +7,7 @@ from torch import Tensor
 
 from helpers.attention import Case, random_case
 from minisgl.core import attention as torch_backend
-from minisgl.core.attention import Attention, AttentionMetadata, SequenceBatch, TorchAttention, split_by_length
+from minisgl.core.attention import Attention, SequenceBatch, TorchAttention, split_by_length
 
 GROUP, HEAD_DIM, LAYER = 3, 8, 1
 
@@ -33,13 +33,12 @@ def check(page_size: int, window: int, decode: list[int], chunks: dict[int, int]
     lens, query_lens = [*decode, *chunks], [1] * len(decode) + list(chunks.values())
     case = random_case(lens, query_lens, 2, GROUP, HEAD_DIM, page_size, torch.float32, torch.device("cpu"))
 
-    def rows(part: slice) -> SequenceBatch | None:
+    def rows(part: slice) -> SequenceBatch:
         slots, queries, kv_lens = (x[part] for x in (case.rows.slots, case.rows.query_lens, case.rows.kv_lens))
-        table = case.rows.page_table
-        return SequenceBatch(page_table=table, slots=slots, query_lens=queries, kv_lens=kv_lens) if len(slots) else None
+        return SequenceBatch(page_table=case.rows.page_table, slots=slots, query_lens=queries, kv_lens=kv_lens)
 
-    metadata = AttentionMetadata(decode=rows(slice(len(decode))), prefill=rows(slice(len(decode), None)))
-    planned = Attention(TorchAttention(), TorchAttention()).plan(metadata, case.kv)
+    both = rows(slice(len(decode))), rows(slice(len(decode), None))
+    planned = Attention(TorchAttention(), TorchAttention()).plan(*both, case.kv)
     for _ in range(2):
         out = planned.run(case.q, LAYER, window)
         parts = zip(torch.split(case.q, query_lens), torch.split(out, query_lens), strict=True)

@@ -213,7 +213,7 @@ def test_ordinary_steps_run_no_logits_processors() -> None:
     assert isinstance(engine.executor, LocalExecutor)
     tables = engine.executor.runner.logits_processors
     assert tables.seen is None
-    assert tables.bias_ids is None
+    assert tables.biases is None
 
 
 @pytest.mark.parametrize("overlap", [True, False])

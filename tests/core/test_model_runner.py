@@ -20,11 +20,12 @@ def make_driver(page_size: int = 4) -> Driver:
 
 def new_row(slot: int, temperature: float = 0.0, seed: int = 0, min_len: int = 0, stop_id: int = -1) -> NewRows:
     one, zero = np.ones(1, np.float32), np.zeros(1, np.float32)
-    return NewRows(
-        slots=np.array([slot], np.int32), temperatures=one * temperature, top_ps=one, min_ps=zero,
-        top_ks=zero.astype(np.int32), seeds=np.array([seed]), min_lens=np.array([min_len], np.int32),
-        stop_ids=np.full((1, MAX_STOP_TOKEN_IDS), stop_id, np.int32),
-    )  # fmt: skip
+    sampling = {
+        "temperature": one * temperature, "top_p": one, "min_p": zero, "top_k": zero.astype(np.int32),
+        "seed": np.array([seed]), "min_len": np.array([min_len], np.int32),
+        "stop_ids": np.full((1, MAX_STOP_TOKEN_IDS), stop_id, np.int32),
+    }  # fmt: skip
+    return NewRows(slots=np.array([slot], np.int32), sampling=sampling)
 
 
 def test_tables_follow_the_steps() -> None:
@@ -79,7 +80,7 @@ def test_the_step_that_is_measured_asks_for_everything_a_request_can() -> None:
     assert output.prompt_scores.top_ids.shape == (12, MAX_LOGPROBS)
     processors = driver.runner.logits_processors
     assert processors.seen is not None
-    assert processors.bias_ids is not None
+    assert processors.biases is not None
 
 
 def test_a_warm_up_runs_a_prompt_beside_each_number_of_decodes_on_scratch_pages() -> None:

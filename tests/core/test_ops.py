@@ -1,10 +1,12 @@
 import pytest
 import torch
 
+from helpers.models import tiny_spec
 from minisgl.core.kv_cache import allocate_kv, page_bytes
 from minisgl.core.ops import add_rms_norm, apply_rope, linear, moe, pack, rms_norm, silu_mul, store_kv
 
 CPU = torch.device("cpu")
+SPEC = tiny_spec(num_layers=2, num_kv_heads=2, head_dim=5)
 
 
 def test_rms_norm_divides_by_the_root_mean_square() -> None:
@@ -43,7 +45,7 @@ def test_rope_rotates_pairs_as_complex_numbers(dtype: torch.dtype) -> None:
 
 
 def test_store_kv_writes_its_places_and_no_other() -> None:
-    kv = allocate_kv(2, 3, 4, 2, 5, torch.float32, CPU)
+    kv = allocate_kv(SPEC, 3, 4, torch.float32, CPU)
     k, v = torch.randn(3, 2, 5), torch.randn(3, 2, 5)
     places = torch.tensor([7, 0, 15])
     store_kv(k, v, kv.k[1], kv.v[1], places)
@@ -53,10 +55,10 @@ def test_store_kv_writes_its_places_and_no_other() -> None:
 
 
 def test_kv_cache_has_a_scratch_page_and_any_dtype() -> None:
-    kv = allocate_kv(2, 3, 4, 2, 5, torch.bfloat16, CPU)
+    kv = allocate_kv(SPEC, 3, 4, torch.bfloat16, CPU)
     assert (kv.k.shape, kv.v.shape, kv.k.dtype) == ((2, 4, 4, 2, 5), (2, 4, 4, 2, 5), torch.bfloat16)
     assert (kv.num_pages, kv.page_size) == (3, 4)
-    assert page_bytes(2, 4, 2, 5, torch.bfloat16) == 2 * kv.k[:, 0].numel() * kv.k.element_size()
+    assert page_bytes(SPEC, 4, torch.bfloat16) == 2 * kv.k[:, 0].numel() * kv.k.element_size()
 
 
 @pytest.mark.parametrize("norm", [True, False])

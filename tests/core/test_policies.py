@@ -40,7 +40,7 @@ def policy_engine(policy: str, clock: Iterator[float] | None = None, **settings:
     defaults: dict[str, object] = {"num_pages": 400, "max_seq_len": 400, "max_prefill_length": 64}
     engine = simulated_engine(**{**defaults, **settings, "schedule_policy": policy})  # type: ignore[arg-type]
     if clock is not None:
-        engine.clock = engine.scheduler.clock = lambda: next(clock)
+        engine.clock = lambda: next(clock)
     engine.scheduler.policy.strict = True
     return engine
 
@@ -189,7 +189,7 @@ def test_slru_keeps_the_prompts_that_come_again_where_lru_drops_them() -> None:
     cached = {}
     for eviction in EVICTIONS:
         engine = policy_engine("fcfs", num_pages=44, max_seq_len=64, max_running_requests=1, eviction=eviction)
-        engine.scheduler.clock = itertools.count(1000.0).__next__
+        engine.clock = itertools.count(1000.0).__next__
         prompts = [[40 + i] * 16 if i < 2 else [turn, i] * 8 for turn in range(8) for i in (0, 0, 1, 1, *range(2, 14))]
         answers = run(engine, [request(str(i), prompt, max_tokens=1) for i, prompt in enumerate(prompts)])
         cached[eviction] = sum(event.cached_tokens for events in answers.values() for event in events)

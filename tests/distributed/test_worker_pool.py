@@ -86,6 +86,8 @@ def equal(one: object, other: object) -> bool:
         return type(one) is type(other) and all(
             equal(getattr(one, name), getattr(other, name)) for name in one.__struct_fields__
         )
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(equal(one[name], other[name]) for name in one)
     return bool(one == other)
 
 

@@ -42,7 +42,7 @@ def main() -> None:
     weights = load_weights(folder, spec, dtype, device)
     pack_weights(weights)
     decoder = Decoder(spec, weights, Attention(TorchAttention(), TorchAttention()), limit)
-    kv = allocate_kv(spec.num_layers, 64, page_size, spec.num_kv_heads, spec.head_dim, dtype, device)
+    kv = allocate_kv(spec, 64, page_size, dtype, device)
     executor = LocalExecutor(ModelRunner(decoder, kv, rows, limit, device))
     model = ModelInfo(name="bundled", vocab_size=spec.vocab_size, max_seq_len=limit, eos_token_ids=spec.eos_token_ids)
     config = Config(page_size=page_size, max_running_requests=rows, max_prefill_length=64)

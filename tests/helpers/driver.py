@@ -38,7 +38,7 @@ class Driver:
     ) -> None:  # fmt: skip
         attention = Attention(TorchAttention(), TorchAttention())
         self.decoder = RecordingDecoder(spec, weights, attention, max_seq_len)
-        kv = allocate_kv(spec.num_layers, num_pages, page_size, spec.num_kv_heads, spec.head_dim, dtype, device)
+        kv = allocate_kv(spec, num_pages, page_size, dtype, device)
         self.runner = ModelRunner(self.decoder, kv, rows, max_seq_len, device)
         self.page_size = page_size
         self.free = np.random.default_rng(0).permutation(num_pages).tolist()

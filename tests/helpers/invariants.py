@@ -46,7 +46,7 @@ def check_cache(cache: CacheManager) -> None:
         held = [node.pages for node in reversed(cache._nodes[slot].path())]
         prefix: Int32 = np.concatenate([np.empty(0, np.int32), *held])
         index = np.flatnonzero(borrowed)
-        assert len(prefix) == cache._held[slot] <= count
+        assert len(prefix) <= count
         assert (index < len(prefix)).all(), f"row {slot} borrows pages that it does not lock"
         assert np.array_equal(prefix[index], row[index])
     assert sorted(places) == list(range(cache.num_pages)), "a page is in no place or in two"

@@ -19,13 +19,13 @@ from helpers.tiny_tokenizers import write_tokenizer
 STUB = [sys.executable, "-m", "helpers.stub_engine"]
 MAIN = """
 import json, sys
-from minisgl.config import Config, from_environment
+from minisgl.config import from_environment
 from minisgl.errors import MinisglError
 from minisgl.server.launch import serve
 flags, *command = sys.argv[1:]
 flags = {name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(flags).items()}
 try:
-    serve(from_environment(Config()).replace(**flags), command)
+    serve(from_environment().replace(**flags), command)
 except MinisglError as error:
     sys.exit(f"error: {error.message}")
 """

@@ -39,14 +39,6 @@ class SequenceBatch:
     kv_lens_device: Tensor | None = None  # int32 (rows,): kv_lens on the device
 
 
-@dataclass(frozen=True, kw_only=True)
-class AttentionMetadata:
-    """The attention of one step: decode rows, one query each, then prefill chunks. A part without rows is None."""
-
-    decode: SequenceBatch | None
-    prefill: SequenceBatch | None
-
-
 class PlannedAttention(Protocol):
     """Attention of one step, prepared once, to be run in every layer."""
 
@@ -105,28 +97,28 @@ class AttentionBackend(Protocol):
 
 @dataclass
 class Attention:
-    """A backend for prefill chunks beside one for decode rows; they may be the same."""
-
     prefill: AttentionBackend
     decode: AttentionBackend
 
-    def plan(self, metadata: AttentionMetadata, kv: KVCache) -> PlannedAttention:
-        """Prepare a step, which has rows of at least one kind."""
-        parts: list[tuple[int, PlannedAttention]] = []
-        if (rows := metadata.decode) is not None:
-            parts.append((len(rows.query_lens), self.decode.plan_decode(rows, kv)))
-        if (rows := metadata.prefill) is not None:
-            parts.append((int(rows.query_lens.sum()), self.prefill.plan_prefill(rows, kv)))
-        return parts[0][1] if len(parts) == 1 else _MixedStep(parts)
+    def plan(self, decode: SequenceBatch, prefill: SequenceBatch, kv: KVCache) -> PlannedAttention:
+        """Prepare a step, which has rows of at least one kind; the queries of decode rows come first."""
+        if not len(prefill.slots):
+            return self.decode.plan_decode(decode, kv)
+        if not len(decode.slots):
+            return self.prefill.plan_prefill(prefill, kv)
+        parts = self.decode.plan_decode(decode, kv), self.prefill.plan_prefill(prefill, kv)
+        return _MixedStep(len(decode.slots), *parts)
 
 
 @dataclass(frozen=True)
 class _MixedStep:
-    parts: list[tuple[int, PlannedAttention]]  # each with its number of queries
+    decodes: int
+    decode: PlannedAttention
+    prefill: PlannedAttention
 
     def run(self, q: Tensor, layer: int, window: int) -> Tensor:
-        queries = torch.split(q, [size for size, _ in self.parts])
-        return torch.cat([part.run(x, layer, window) for (_, part), x in zip(self.parts, queries, strict=True)])
+        decodes = self.decode.run(q[: self.decodes], layer, window)
+        return torch.cat([decodes, self.prefill.run(q[self.decodes :], layer, window)])
 
 
 class TorchAttention:
@@ -173,26 +165,22 @@ class _Decode:
         return F.scaled_dot_product_attention(grouped, k, v, attn_mask=group.mask).reshape(q.shape)
 
     def _group(self, window: int) -> list[_Group]:
-        page_size, lens = self.kv.page_size, self.rows.kv_lens
+        device, page_size, table = self.kv.k.device, self.kv.page_size, self.rows.page_table
+        lens = self.rows.kv_lens
         first_token = np.maximum(lens - window, 0) if window else np.zeros_like(lens)
         first_page = first_token // page_size
         num_pages = -(-lens // page_size) - first_page
         page_bytes = self.kv.k[0, 0].numel() * self.kv.k.element_size()
-        limit = max(1, BLOCK_BYTES.get(self.kv.k.device.type, 2**28) // page_bytes)
-        return [
-            self._plan_group(order, first_token[order], first_page[order], int(num_pages[order].max()))
-            for order in split_by_length(num_pages, limit)
-        ]
-
-    def _plan_group(self, order: Int64, first_token: Int32, first_page: Int32, num_pages: int) -> _Group:
-        device, page_size, table = self.kv.k.device, self.kv.page_size, self.rows.page_table
-        lens = self.rows.kv_lens[order]
-        columns = np.minimum(first_page[:, None] + np.arange(num_pages), table.shape[1] - 1)
-        flat = self.rows.slots[order, None].astype(np.int64) * table.shape[1] + columns  # (g, n)
-        tokens = first_page[:, None] * page_size + np.arange(num_pages * page_size)  # (g, n * page_size)
-        mask = (tokens >= first_token[:, None]) & (tokens < lens[:, None])
-        pages = table.reshape(-1).index_select(0, _send(flat.reshape(-1), device))
-        return _Group(_send(order, device), pages, _send(mask[:, None, None], device))
+        groups = []
+        for order in split_by_length(num_pages, max(1, BLOCK_BYTES[device.type] // page_bytes)):
+            first, count = first_page[order, None], int(num_pages[order].max())
+            columns = np.minimum(first + np.arange(count), table.shape[1] - 1)
+            flat = self.rows.slots[order, None].astype(np.int64) * table.shape[1] + columns  # (g, n)
+            pages = table.reshape(-1).index_select(0, _send(flat.reshape(-1), device))
+            tokens = first * page_size + np.arange(count * page_size)  # (g, n * page_size)
+            mask = (tokens >= first_token[order, None]) & (tokens < lens[order, None])
+            groups.append(_Group(_send(order, device), pages, _send(mask[:, None, None], device)))
+        return groups
 
 
 def pages_of(cache: Tensor, pages: Tensor, dtype: torch.dtype) -> Tensor:
@@ -217,14 +205,9 @@ def split_by_length(lens: Int32, limit: int) -> list[Int64]:
 
 @dataclass(frozen=True)
 class _Block:
-    """Queries [first, last) of the step, against tokens [low, high) of chunk `row`."""
-
-    row: int
-    first: int
-    last: int
-    low: int
-    high: int
-    mask: Tensor | None  # bool (last - first, high - low); None: causal from token 0
+    queries: slice  # of the step's
+    tokens: slice  # of the row's, that these may see
+    mask: Tensor | None  # bool (queries, tokens); None: causal from token 0
 
 
 class _Prefill:
@@ -233,38 +216,37 @@ class _Prefill:
         self.rows = rows
         page_counts = (-(-rows.kv_lens // kv.page_size)).tolist()
         self.pages = [rows.page_table[s, :n] for s, n in zip(rows.slots.tolist(), page_counts, strict=True)]
-        self.blocks: dict[int, list[_Block]] = {}
+        self.blocks: dict[int, list[list[_Block]]] = {}  # by window, those of each row
 
     def run(self, q: Tensor, layer: int, window: int) -> Tensor:
         if window not in self.blocks:
             self.blocks[window] = self._split(window)
         kv_heads, head_dim = self.kv.k.shape[3:]
         out = torch.empty_like(q)
-        row = -1
-        for block in self.blocks[window]:
-            if block.row != row:
-                row = block.row
-                k = pages_of(self.kv.k[layer], self.pages[row], q.dtype).view(-1, kv_heads, head_dim).transpose(0, 1)
-                v = pages_of(self.kv.v[layer], self.pages[row], q.dtype).view(-1, kv_heads, head_dim).transpose(0, 1)
-            queries = q[block.first : block.last].transpose(0, 1).unsqueeze(0)
-            keys, values = k[None, :, block.low : block.high], v[None, :, block.low : block.high]
-            heads = F.scaled_dot_product_attention(
-                queries, keys, values, attn_mask=block.mask, is_causal=block.mask is None, enable_gqa=True
-            )
-            out[block.first : block.last] = heads[0].transpose(0, 1)
+        for pages, blocks in zip(self.pages, self.blocks[window], strict=True):
+            k = pages_of(self.kv.k[layer], pages, q.dtype).view(-1, kv_heads, head_dim).transpose(0, 1)
+            v = pages_of(self.kv.v[layer], pages, q.dtype).view(-1, kv_heads, head_dim).transpose(0, 1)
+            for block in blocks:
+                queries = q[block.queries].transpose(0, 1).unsqueeze(0)
+                keys, values = k[None, :, block.tokens], v[None, :, block.tokens]
+                heads = F.scaled_dot_product_attention(
+                    queries, keys, values, attn_mask=block.mask, is_causal=block.mask is None, enable_gqa=True
+                )
+                out[block.queries] = heads[0].transpose(0, 1)
         return out
 
-    def _split(self, window: int) -> list[_Block]:
-        blocks, first = [], 0
-        lens = zip(self.rows.query_lens.tolist(), self.rows.kv_lens.tolist(), strict=True)
-        for row, (length, kv_len) in enumerate(lens):
+    def _split(self, window: int) -> list[list[_Block]]:
+        rows, first = [], 0
+        for length, kv_len in zip(self.rows.query_lens.tolist(), self.rows.kv_lens.tolist(), strict=True):
+            blocks = []
             for start in range(kv_len - length, kv_len, QUERY_BLOCK):
                 end = min(start + QUERY_BLOCK, kv_len)
                 low = max(0, start - window + 1) if window else 0
                 mask = None if start == 0 and not 0 < window < end else self._mask(start, end, low, window)
-                blocks.append(_Block(row, first, first + end - start, low, end, mask))
+                blocks.append(_Block(slice(first, first + end - start), slice(low, end), mask))
                 first += end - start
-        return blocks
+            rows.append(blocks)
+        return rows
 
     def _mask(self, start: int, end: int, low: int, window: int) -> Tensor:
         query = torch.arange(start, end, device=self.kv.k.device)[:, None]

@@ -1,7 +1,5 @@
 """The engine: takes requests, runs steps, returns events; overlaps the work of host and device."""
 
-from __future__ import annotations
-
 import math
 import secrets
 import time
@@ -29,8 +27,6 @@ FIRST_LAUNCH: Final = 1e-3  # s until the device has work of a step; it computes
 TRIALS: Final = 3  # steps of a shape that are seen before it is predicted: kernels compile in the first
 OUTLIER: Final = 1.5  # a step that took so many times the mean counts as if it had taken this
 
-Shape = tuple[int, int]
-
 
 class StepObserver(Protocol):
     """Sees every step once its result is taken in; from `Engine.observe` on."""
@@ -41,8 +37,6 @@ class StepObserver(Protocol):
 
 
 class RequestObserver(Protocol):
-    """Sees every request that is accepted and every event."""
-
     def add(self, request: Request) -> None: ...
 
     def take(self, events: Sequence[TokenEvent]) -> None: ...
@@ -52,9 +46,7 @@ class RequestObserver(Protocol):
 
 @dataclass
 class Estimate:
-    """Seconds that steps of a shape take."""
-
-    mean: float = math.inf
+    mean: float = math.inf  # s that steps of a shape take
     spread: float = 0.0  # mean distance from the mean
     count: int = 0
 
@@ -75,46 +67,44 @@ class LaunchTimer:
     """Predicts when the running step ends, from running means of earlier ones of its shape.
 
     A step is to be launched when that time is as far off as planning and launching take, and some slack. The slack
-    grows when a step came too late, so that the device was idle, and shrinks slowly. `clock` tells seconds.
+    grows when a step came too late, so that the device was idle, and shrinks slowly.
     """
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._estimates: defaultdict[Shape, Estimate] = defaultdict(Estimate)
+    def __init__(self) -> None:
+        self._estimates: defaultdict[tuple[int, int], Estimate] = defaultdict(Estimate)  # by shape
         self._host = 0.0  # s until a step has work for the device, the most of late
         self._slack = FIRST_SLACK
-        self._launched: deque[tuple[Shape, float]] = deque()  # with when the device may have begun; the oldest runs
+        self._launched: deque[tuple[Estimate, float]] = deque()  # with when the device may have begun; the oldest runs
 
     def launched(self, plan: StepPlan, planned: float, launched: float, sent: float) -> None:
         """The host planned a step from `planned` on, and launched it from `launched` until `sent`."""
         tokens, rows = len(plan.prefill_tokens), len(plan.decode_slots)
-        shape = -(-rows // ROWS), -(-tokens // TOKENS)
-        host_bound = 2 * (sent - launched) > self._estimates[shape].mean
+        estimate = self._estimates[-(-rows // ROWS), -(-tokens // TOKENS)]
+        host_bound = 2 * (sent - launched) > estimate.mean
         ready = sent if host_bound else min(sent, launched + FIRST_LAUNCH)
-        self._launched.append((shape, ready))
+        self._launched.append((estimate, ready))
         self._host = max(ready - planned, self._host + (ready - planned - self._host) / 16)
 
     def collected(self, awaited: float, arrived: float) -> None:
         """The host waited from `awaited` to `arrived` for the result of the oldest step."""
-        shape, began = self._launched.popleft()
+        estimate, began = self._launched.popleft()
         waited = arrived - awaited > WAITED
-        self._estimates[shape].take(arrived - began, waited)
+        estimate.take(arrived - began, waited)
         if self._launched:
             following, ready = self._launched[0]
             self._launched[0] = following, max(ready, arrived)
             late = (arrived if waited else awaited) - ready < LEAST_SLACK / 2
             self._slack = min(1.5 * self._slack, MOST_SLACK) if late else max(0.99 * self._slack, LEAST_SLACK)
 
-    def wait(self) -> float:
-        """Seconds from now to the next launch; 0 where there is nothing to wait for or nothing known."""
+    def wait(self, now: float) -> float:
+        """Seconds from `now` to the next launch; 0 where there is nothing to wait for or nothing known."""
         if len(self._launched) != 1:
             return 0.0
-        shape, began = self._launched[0]
-        estimate = self._estimates[shape]
+        estimate, began = self._launched[0]
         if estimate.count < TRIALS:
             return 0.0
         end = began + estimate.mean - 2 * estimate.spread
-        return max(0.0, end - self._host - self._slack - self._clock())
+        return max(0.0, end - self._host - self._slack - now)
 
 
 class Engine:
@@ -144,29 +134,28 @@ class Engine:
         self.constraints = constraints
         self.overlap = config.overlap
         just_in_time = config.overlap and config.launch_ahead == "just-in-time"
-        self._timer = LaunchTimer(clock) if just_in_time else None
+        self._timer = LaunchTimer() if just_in_time else None
         self.clock = clock
         shared, eviction = config.cache == "radix", load_eviction(config.eviction)
         self.cache = CacheManager(executor.num_pages, config.page_size, shared, rows, max_pages, eviction)
         self.table = RequestTable(rows, model.max_seq_len)
         policy = load_policy(config.schedule_policy)
-        self.scheduler = Scheduler(self.table, self.cache, policy, config.max_prefill_length, clock)
+        self.scheduler = Scheduler(self.table, self.cache, policy, config.max_prefill_length, model.vocab_size)
         self._launched: deque[tuple[StepPlan, StepRecord | None]] = deque()
         self._observers: list[StepObserver] = []
         self._collected: StepRecord | None = None  # to be observed, with all requests that ended
         self._ended: list[tuple[str, FinishReason]] = []  # and are in no record yet
         self.recorder: RequestObserver | None = None
-        self._events: list[TokenEvent] = []
-        self._arrivals = self._aborted = self._generated_tokens = 0
-        self._failed = self._closed = False
+        self._arrivals = self._generated_tokens = 0
+        self._dead = ""  # why nothing is accepted any more
 
     def add(self, request: Request, constraint: Constraint | None = None) -> None:
         """Accept a request that `ModelInfo.check` accepts; raises InvalidRequestError for its id or its grammar.
 
         The `constraint` of its grammar may be given; otherwise it is made here, and no step is launched meanwhile.
         """
-        if self._closed or self._failed:
-            raise EngineDeadError("the engine was closed" if self._closed else "the engine failed in an earlier step")
+        if self._dead:
+            raise EngineDeadError(self._dead)
         if request.id in self.scheduler.live:
             raise InvalidRequestError(f"a request with id {request.id!r} is running already", param="id")
         params, prompt_len = request.params, len(request.prompt)
@@ -187,17 +176,15 @@ class Engine:
     def abort(self, ids: Iterable[str]) -> None:
         """End these requests; each that is live gets its terminal event from the next `step`."""
         for request_id in ids:
-            if (event := self.scheduler.abort(request_id)) is not None:
-                self._events.append(event)
-                self._aborted += 1
+            self.scheduler.abort(request_id)
 
     def seconds_to_launch(self) -> float:
         """How long the next `step` can wait without leaving the device idle."""
-        return 0.0 if self._timer is None or self._events else self._timer.wait()
+        return 0.0 if self._timer is None or self.scheduler.events else self._timer.wait(self.clock())
 
     @property
     def has_work(self) -> bool:
-        return bool(self.scheduler.live or self._launched or self._events) and not self._failed
+        return bool(self.scheduler.live or self._launched or self.scheduler.events) and not self._dead
 
     def step(self) -> list[TokenEvent]:
         """Launch the next step if there is one, and take in a result that is due.
@@ -207,9 +194,9 @@ class Engine:
         try:
             self._advance()
         except BaseException:
-            self._failed = True
+            self._dead = "the engine failed in an earlier step"
             raise
-        events, self._events = self._events, []
+        events, self.scheduler.events = self.scheduler.events, []
         if self._observers:
             self._show(events)
         if self.recorder is not None:
@@ -218,22 +205,20 @@ class Engine:
         return events
 
     def observe(self, observer: StepObserver) -> None:
-        """Show `observer` every step that is launched from here on."""
         self._observers.append(observer)
 
     def flush_cache(self) -> int:
-        """Drop every cached page that no request uses; how many those were."""
         return self.cache.flush()
 
     def _advance(self) -> None:
         begun = time.perf_counter()
-        planned = self.clock()
+        self.cache.now = planned = self.clock()
         plan = self.scheduler.schedule()
         launched = self.clock()
         if plan is None:
             if self._launched:
                 self._collect()
-            self._events += self.scheduler.fill_held(self.model.vocab_size)
+            self.scheduler.fill_held()
             return
         if self._observers:
             plan = msgspec.structs.replace(plan, timed=True)
@@ -248,10 +233,8 @@ class Engine:
         # Half of what the step takes without them, within bounds: other rows wait for all masks.
         self.scheduler.mask_budget = min(max((time.perf_counter() - begun) / 2, STEP_SECONDS[0]), STEP_SECONDS[1])
         if len(plan.constrained_slots):
-            masks, ended = self.scheduler.masks(plan, self.model.vocab_size)
-            self._events += ended
-            self.executor.finish(masks)
-        self._events += self.scheduler.fill_held(self.model.vocab_size)
+            self.executor.finish(self.scheduler.masks(plan))
+        self.scheduler.fill_held()
         if not self.overlap:
             self._collect()
 
@@ -262,7 +245,7 @@ class Engine:
         arrived = self.clock()
         if self._timer is not None:
             self._timer.collected(awaited, arrived)
-        self._events += self.scheduler.commit(plan, result)
+        self.scheduler.commit(plan, result)
         if record is not None:
             record.awaited, record.arrived, record.committed = awaited, arrived, self.clock()
             record.device = result.device
@@ -308,7 +291,7 @@ class Engine:
             pages_evictable=self.cache.available - self.cache.num_free,
             steps=scheduler.step,
             retracted=scheduler.retracted,
-            aborted=self._aborted,
+            aborted=scheduler.aborted,
             prompt_tokens=scheduler.prompt_tokens,
             cached_prompt_tokens=scheduler.cached_prompt_tokens,
             generated_tokens=self._generated_tokens,
@@ -316,7 +299,7 @@ class Engine:
 
     def close(self) -> None:
         """Wait for launched steps and release the device. Nothing is accepted any more."""
-        self._closed = True
+        self._dead = "the engine was closed"
         for observer in self._observers:
             observer.close()
         if self.recorder is not None:

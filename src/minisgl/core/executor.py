@@ -1,7 +1,5 @@
 """The executor for one device: a GPU's stream, or on the CPU a thread in place of one."""
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Callable
@@ -9,11 +7,10 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
-import msgspec
 import torch
 from torch import Tensor
 
-from minisgl.core.logits import StepOutput, TokenScores
+from minisgl.core.logits import StepOutput
 from minisgl.core.model_runner import ModelRunner
 from minisgl.core.plan import Masks, Scores, StepPlan, StepResult
 
@@ -41,7 +38,7 @@ class LocalExecutor:
         self._alive = alive
         self._clock = DeviceClock(runner.device)
         self._worker = ThreadPoolExecutor(1, "minisgl-step") if self.device.type == "cpu" else None
-        self._pending: deque[Pending] = deque()
+        self._pending: deque[PendingStep] = deque()
         # The step that waits for its masks, and when it began.
         self._unmasked: tuple[StepPlan, Future[StepOutput], Future[Moment] | None] | None = None
 
@@ -50,7 +47,6 @@ class LocalExecutor:
         return self.runner.kv.num_pages
 
     def launch(self, plan: StepPlan) -> None:
-        """Start a step behind those already started."""
         assert self._unmasked is None, "the step before waits for its masks"
         began = self._start(self._clock.now) if plan.timed else None
         output = self._start(self.runner.run, plan)
@@ -60,22 +56,30 @@ class LocalExecutor:
             self._fetch(plan.step, output, began)
 
     def finish(self, masks: Masks) -> None:
-        """Start the second half of the step launched last."""
         assert self._unmasked is not None, "no step waits for masks"
         (plan, output, began), self._unmasked = self._unmasked, None
         self._fetch(plan.step, self._start(lambda: self.runner.finish(plan, output.result(), masks)), began)
 
     def collect(self) -> StepResult:
-        """Wait for the oldest step and return its tokens, or raise what it raised."""
-        pending = self._pending.popleft()
-        result = pending.wait(self._alive)
-        if pending.moments is None:
-            return result
-        began, ended = (self._clock.seconds(moment.result()) for moment in pending.moments)
-        return msgspec.structs.replace(result, device=(began, ended))
+        step = self._pending.popleft()
+        while self._alive is not None and not step.output.done():
+            self._alive()
+            wait([step.output], ALIVE_SECONDS)
+        output, device = step.output.result(), None
+        if step.copied is not None:
+            while self._alive is not None and not step.copied.query():  # type: ignore[no-untyped-call]
+                self._alive()
+                time.sleep(POLL_SECONDS)
+            step.copied.synchronize()
+        if step.moments is not None:
+            began, ended = (self._clock.seconds(moment.result()) for moment in step.moments)
+            device = began, ended
+        scores, prompt_scores = _each(output.scores, Tensor.numpy), _each(output.prompt_scores, Tensor.numpy)
+        return StepResult(
+            step=step.number, tokens=output.tokens.numpy(), scores=scores, prompt_scores=prompt_scores, device=device
+        )
 
     def close(self) -> None:
-        """Wait for every launched step, and free the graphs."""
         if self._worker is not None:
             self._worker.shutdown()
         else:
@@ -95,11 +99,11 @@ class LocalExecutor:
     def _fetch(self, step: int, output: Future[StepOutput], began: Future[Moment] | None) -> None:
         """Start the copy of a step's results to the host."""
         moments = None if began is None else (began, self._start(self._clock.now))
-        if self._worker is not None:
-            self._pending.append(Pending(step, output, None, moments))
-            return
-        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._pending.append(Pending(step, self._start(_copy_to_host, output, copied), copied, moments))
+        copied = None
+        if self._worker is None:
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            output = self._start(_copy_to_host, output, copied)
+        self._pending.append(PendingStep(step, output, copied, moments))
 
 
 class DeviceClock:
@@ -121,7 +125,6 @@ class DeviceClock:
         return event
 
     def seconds(self, moment: Moment) -> float:
-        """A moment that has passed."""
         if isinstance(moment, float):
             return moment
         assert self._zero is not None
@@ -130,33 +133,19 @@ class DeviceClock:
 
 
 @dataclass(frozen=True)
-class Pending:
+class PendingStep:
     """A launched step. Its results are on the host once `output` and `copied` are done."""
 
-    step: int
+    number: int
     output: Future[StepOutput]
     copied: torch.cuda.Event | None
     moments: tuple[Future[Moment], Future[Moment]] | None  # the device's, at its beginning and end
-
-    def wait(self, alive: CheckAlive | None) -> StepResult:
-        """Return the results, or raise what the step raised, or what `alive` raises meanwhile."""
-        while alive is not None and not self.output.done():
-            alive()
-            wait([self.output], ALIVE_SECONDS)
-        output = self.output.result()
-        if self.copied is not None:
-            while alive is not None and not self.copied.query():  # type: ignore[no-untyped-call]
-                alive()
-                time.sleep(POLL_SECONDS)
-            self.copied.synchronize()
-        scores, prompt_scores = _to_numpy(output.scores), _to_numpy(output.prompt_scores)
-        return StepResult(step=self.step, tokens=output.tokens.numpy(), scores=scores, prompt_scores=prompt_scores)
 
 
 def _copy_to_host(output: Future[StepOutput], copied: torch.cuda.Event) -> StepOutput:
     result = output.result()
     no_logits = result.tokens[:0]  # the next step may take their memory
-    scores, prompt_scores = _pinned_scores(result.scores), _pinned_scores(result.prompt_scores)
+    scores, prompt_scores = _each(result.scores, _pinned), _each(result.prompt_scores, _pinned)
     pinned = StepOutput(_pinned(result.tokens), no_logits, scores, prompt_scores)
     copied.record()
     return pinned
@@ -166,9 +155,5 @@ def _pinned(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
-def _pinned_scores(scores: TokenScores | None) -> TokenScores | None:
-    return None if scores is None else TokenScores(*map(_pinned, scores))
-
-
-def _to_numpy(scores: TokenScores | None) -> Scores | None:
-    return None if scores is None else Scores(*(tensor.numpy() for tensor in scores))
+def _each(scores: Scores[Tensor] | None, convert: Callable[[Tensor], T]) -> Scores[T] | None:
+    return None if scores is None else Scores(*map(convert, scores))

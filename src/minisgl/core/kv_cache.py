@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from minisgl.core.model_config import ModelSpec
 from minisgl.core.sampler import SamplingRows
 from minisgl.core.types import MAX_STOP_TOKEN_IDS
 
@@ -37,16 +38,13 @@ class KVCache:
         return self.k.shape[1] - 1
 
 
-def page_bytes(num_layers: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-    return 2 * num_layers * page_size * num_kv_heads * head_dim * dtype.itemsize
+def page_bytes(spec: ModelSpec, page_size: int, dtype: torch.dtype) -> int:
+    return 2 * spec.num_layers * page_size * spec.num_kv_heads * spec.head_dim * dtype.itemsize
 
 
-def allocate_kv(
-    num_layers: int, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype,
-    device: torch.device,
-) -> KVCache:  # fmt: skip
+def allocate_kv(spec: ModelSpec, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device) -> KVCache:
     """A zeroed cache. On the CPU a page takes memory when it is first written."""
-    shape = (num_layers, num_pages + 1, page_size, num_kv_heads, head_dim)
+    shape = (spec.num_layers, num_pages + 1, page_size, spec.num_kv_heads, spec.head_dim)
     if device.type == "cpu":
         size = math.prod(shape) * dtype.itemsize  # by calloc, which gives untouched pages no memory
         k, v = (torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape) for _ in range(2))
@@ -113,13 +111,11 @@ def gather_rows(changes: Tensor, tables: DeviceTables, inputs: StepInputs, page_
     grows = new_index >= 0
     tables.page_table[slots[grows], new_index[grows]] = new_page[grows].int()
     lengths = tables.length[slots]
-    pages = tables.page_table[slots]
     inputs.ids.copy_(tables.last_token[slots])
     inputs.positions.copy_(lengths)
     inputs.kv_lens.copy_(lengths + 1)
-    inputs.page_table.copy_(pages)
-    here = pages.gather(1, (lengths // page_size).long().unsqueeze(1)).squeeze(1)
-    inputs.slot_mapping.copy_(here.long() * page_size + lengths % page_size)
+    inputs.page_table.copy_(tables.page_table[slots])
+    inputs.slot_mapping.copy_(tables.slot_mapping(slots, lengths, page_size))
 
 
 def commit_rows(changes: Tensor, tokens: Tensor, tables: DeviceTables, inputs: StepInputs) -> None:

@@ -1,7 +1,8 @@
 """Logits processors: what a request may do to its logits before a token is sampled, and log-probabilities."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,19 +11,11 @@ from torch import Tensor
 
 from minisgl.core.decoder import Decoder
 from minisgl.core.kv_cache import DeviceTables, upload
-from minisgl.core.plan import LogitsInit, LogitsRows, Masks, StepPlan
+from minisgl.core.plan import LogitsInit, LogitsRows, Masks, Scores, StepPlan
 from minisgl.core.types import MAX_LOGIT_BIAS
 
 CHUNK_LOGITS = 1 << 23  # logits that are worked on at a time, which take about 30 bytes of memory each
 WORD = 32  # tokens in an int32 word of a mask; the lowest bit is the first token
-
-
-class TokenScores(NamedTuple):
-    """Natural log-probabilities of n tokens by the model's own logits, and the most probable tokens beside them."""
-
-    logprobs: Tensor  # float32 (n,)
-    top_ids: Tensor  # int32 (n, top)
-    top_logprobs: Tensor  # float32 (n, top), highest first
 
 
 @dataclass
@@ -31,8 +24,8 @@ class StepOutput:
 
     tokens: Tensor  # int32 (len(sampled_slots),)
     logits: Tensor  # (len(sampled_slots), V), the model's own
-    scores: TokenScores | None = None
-    prompt_scores: TokenScores | None = None
+    scores: Scores[Tensor] | None = None
+    prompt_scores: Scores[Tensor] | None = None
 
 
 class LogitsProcessors:
@@ -47,8 +40,7 @@ class LogitsProcessors:
         self.device = device
         self.rows_at_once = max(1, CHUNK_LOGITS // decoder.spec.vocab_size)
         self.seen: Tensor | None = None  # int32 (rows, V), see `penalise`
-        self.bias_ids: Tensor | None = None  # int64 (rows, MAX_LOGIT_BIAS)
-        self.bias_values: Tensor | None = None  # float32 (rows, MAX_LOGIT_BIAS)
+        self.biases: tuple[Tensor, Tensor] | None = None  # (rows, MAX_LOGIT_BIAS) each: ids int64, values float32
 
     def admit(self, init: LogitsInit) -> None:
         rows, vocab, width = len(self.tables.length), self.decoder.spec.vocab_size, init.bias_ids.shape[1]
@@ -61,13 +53,14 @@ class LogitsProcessors:
         if self.seen is not None:
             self.seen.index_fill_(0, values["slots"], 0)
             self.seen.view(-1).index_copy_(0, values["places"], values["seen"])
-        if self.bias_ids is None and width:
-            self.bias_ids = torch.zeros((rows, MAX_LOGIT_BIAS), dtype=torch.int64, device=self.device)
-            self.bias_values = torch.zeros((rows, MAX_LOGIT_BIAS), dtype=torch.float32, device=self.device)
-        if self.bias_ids is not None and self.bias_values is not None:
-            self.bias_values.index_fill_(0, values["slots"], 0)
-            self.bias_values[:, :width].index_copy_(0, values["slots"], values["bias_values"])
-            self.bias_ids[:, :width].index_copy_(0, values["slots"], values["bias_ids"])
+        if self.biases is None and width:
+            bias_values = torch.zeros((rows, MAX_LOGIT_BIAS), device=self.device)
+            self.biases = bias_values.long(), bias_values
+        if self.biases is not None:
+            bias_ids, bias_values = self.biases
+            bias_values.index_fill_(0, values["slots"], 0)
+            bias_values[:, :width].index_copy_(0, values["slots"], values["bias_values"])
+            bias_ids[:, :width].index_copy_(0, values["slots"], values["bias_ids"])
 
     def run(self, plan: StepPlan, output: StepOutput, masks: Masks | None) -> None:
         """Sample changed rows again and write the log-probabilities of scored ones, both to `output`."""
@@ -77,25 +70,24 @@ class LogitsProcessors:
             self._resample(plan, wanted, output, masks)
         if len(wanted.scored):
             index = upload({"scored": wanted.scored.astype(np.int64)}, self.device)["scored"]
-            scores = []
-            for rows in self._chunks(len(index)):
-                logits = self.decoder.ops.gather_logits(output.logits.index_select(0, index[rows]))
-                scores.append(token_scores(logits, output.tokens.index_select(0, index[rows]).long(), wanted.top))
-            output.scores = join(scores)
+            tokens = output.tokens.index_select(0, index).long()
+            output.scores = self._scores(lambda rows: output.logits.index_select(0, index[rows]), tokens, wanted.top)
 
     def score_prompts(self, plan: StepPlan, hidden: Tensor, output: StepOutput) -> None:
         """Write the log-probabilities of the plan's prompt tokens, by hidden states (q, D), to `output`."""
         wanted = plan.logits
         assert wanted is not None
-        targets = upload({"targets": wanted.prompt_targets.astype(np.int64)}, self.device)["targets"]
-        scores = []
-        for rows in self._chunks(len(hidden)):
-            logits = self.decoder.ops.gather_logits(self.decoder.logits(hidden[rows]))
-            scores.append(token_scores(logits, targets[rows], wanted.prompt_top))
-        output.prompt_scores = join(scores)
+        tokens = upload({"targets": wanted.prompt_targets.astype(np.int64)}, self.device)["targets"]
+        output.prompt_scores = self._scores(lambda rows: self.decoder.logits(hidden[rows]), tokens, wanted.prompt_top)
 
     def _chunks(self, rows: int) -> list[slice]:
         return [slice(start, start + self.rows_at_once) for start in range(0, rows, self.rows_at_once)]
+
+    def _scores(self, logits_of: Callable[[slice], Tensor], tokens: Tensor, top: int) -> Scores[Tensor]:
+        """Of tokens int64 (n,), a few rows at a time."""
+        gather = self.decoder.ops.gather_logits
+        parts = [token_scores(gather(logits_of(rows)), tokens[rows], top) for rows in self._chunks(len(tokens))]
+        return parts[0] if len(parts) == 1 else Scores(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
     def _resample(self, plan: StepPlan, wanted: LogitsRows, output: StepOutput, masks: Masks | None) -> None:
         arrays: dict[str, NDArray[Any]] = {"changed": wanted.changed.astype(np.int64), "penalties": wanted.penalties}
@@ -108,8 +100,8 @@ class LogitsProcessors:
         inputs = upload(arrays, self.device)
         for rows in self._chunks(len(wanted.changed)):
             changed, slots = inputs["changed"][rows], inputs["slots"][rows]
-            own = self.decoder.ops.gather_logits(output.logits.index_select(0, changed))
-            logits = own.to(torch.float32, copy=True)
+            logits = self.decoder.ops.gather_logits(output.logits.index_select(0, changed))
+            logits = logits.to(torch.float32, copy=True)
             self._change(wanted, logits, inputs, rows)
             positions = self.tables.length.index_select(0, slots)
             flags = plan.all_greedy, plan.any_filter, plan.any_min_len
@@ -127,10 +119,9 @@ class LogitsProcessors:
             assert self.seen is not None
             penalise(logits, self.seen.index_select(0, slots), *inputs["penalties"][:3, rows])
         if width := wanted.bias_width:
-            assert self.bias_ids is not None
-            assert self.bias_values is not None
-            ids, values = self.bias_ids[:, :width], self.bias_values[:, :width]
-            logits.scatter_add_(1, ids.index_select(0, slots), values.index_select(0, slots))
+            assert self.biases is not None
+            ids, values = (part[:, :width].index_select(0, slots) for part in self.biases)
+            logits.scatter_add_(1, ids, values)
         if "masks" in inputs:
             forbid(logits, inputs["masks"].index_select(0, inputs["mask_of"][rows]))
 
@@ -159,7 +150,7 @@ def forbid(logits: Tensor, masks: Tensor) -> Tensor:
     return logits.masked_fill_(forbidden, float("-inf"))
 
 
-def token_scores(logits: Tensor, tokens: Tensor, top: int) -> TokenScores:
+def token_scores(logits: Tensor, tokens: Tensor, top: int) -> Scores[Tensor]:
     """The scores of tokens int64 (n,) by logits (n, V), and of the `top` highest; of equal ones the lowest ids."""
     top = min(top, logits.shape[1])
     exact = logits.float()
@@ -167,9 +158,9 @@ def token_scores(logits: Tensor, tokens: Tensor, top: int) -> TokenScores:
     chosen = exact.gather(1, tokens.unsqueeze(1)).sub_(total).squeeze(1)
     if top == 0:
         none = exact.new_empty((len(exact), 0))
-        return TokenScores(chosen, none.int(), none)
+        return Scores(chosen, none.int(), none)
     ids = (_ranks(exact).topk(top, dim=-1).values & 0xFFFFFFFF).neg_().add_(logits.shape[1] - 1)
-    return TokenScores(chosen, ids.int(), exact.gather(1, ids).sub_(total))
+    return Scores(chosen, ids.int(), exact.gather(1, ids).sub_(total))
 
 
 def _ranks(logits: Tensor) -> Tensor:
@@ -182,7 +173,3 @@ def _ranks(logits: Tensor) -> Tensor:
     last = logits.shape[1] - 1
     ids = torch.arange(last, -1, -1, dtype=torch.int64, device=logits.device)
     return bits.long().bitwise_left_shift_(32).bitwise_or_(ids)
-
-
-def join(parts: list[TokenScores]) -> TokenScores:
-    return parts[0] if len(parts) == 1 else TokenScores(*(torch.cat(column) for column in zip(*parts, strict=True)))

@@ -1,7 +1,5 @@
 """From a step's plan to its tokens, on one device."""
 
-from __future__ import annotations
-
 from typing import Any, Protocol
 
 import numpy as np
@@ -9,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from minisgl.core.attention import AttentionMetadata, PlannedAttention, SequenceBatch
+from minisgl.core.attention import PlannedAttention, SequenceBatch
 from minisgl.core.decoder import Decoder, ForwardBatch
 from minisgl.core.kv_cache import DeviceTables, KVCache, upload
 from minisgl.core.logits import LogitsProcessors, StepOutput
@@ -30,8 +28,7 @@ class PiecewiseGraphRunner(Protocol):
 
     def takes(self, batch: ForwardBatch) -> bool: ...
 
-    def forward(self, batch: ForwardBatch, attention: PlannedAttention) -> Tensor:
-        """`Decoder.forward`."""
+    def forward(self, batch: ForwardBatch, attention: PlannedAttention) -> Tensor: ...
 
 
 class ModelRunner:
@@ -73,7 +70,7 @@ class ModelRunner:
         if len(plan.page_ids):
             self.tables.page_table.index_put_((step["page_slots"], step["page_indices"]), step["page_ids"])
         # 2) Run the layers over all of the step's tokens.
-        attention = self.decoder.attention.plan(self._attention_metadata(plan, step), self.kv)
+        attention = self.decoder.attention.plan(*self._sequences(plan, step), self.kv)
         batch = self._forward_batch(step)
         if self.piecewise_graphs is not None and self.piecewise_graphs.takes(batch):
             hidden = self.piecewise_graphs.forward(batch, attention)
@@ -120,22 +117,19 @@ class ModelRunner:
             logits_indices=step["logits_indices"] if len(step["prefill_slots"]) else None,
         )
 
-    def _attention_metadata(self, plan: StepPlan, step: dict[str, Tensor]) -> AttentionMetadata:
-        table, decode, prefill = self.tables.page_table, None, None
-        if len(plan.decode_slots):
-            slots, starts, ends = step["decode_slots"], step["decode_query_starts"], step["decode_ends"]
-            decode = SequenceBatch(
-                page_table=table, slots=plan.decode_slots, query_lens=np.ones_like(plan.decode_lens),
-                kv_lens=plan.decode_lens + 1, slots_device=slots, cu_query_lens=starts, kv_lens_device=ends,
-            )  # fmt: skip
-        if len(plan.prefill_slots):
-            slots, starts, ends = step["prefill_slots"], step["prefill_query_starts"], step["prefill_ends"]
-            kv_lens = plan.prefill_starts + plan.prefill_lens
-            prefill = SequenceBatch(
-                page_table=table, slots=plan.prefill_slots, query_lens=plan.prefill_lens, kv_lens=kv_lens,
-                slots_device=slots, cu_query_lens=starts, kv_lens_device=ends,
-            )  # fmt: skip
-        return AttentionMetadata(decode=decode, prefill=prefill)
+    def _sequences(self, plan: StepPlan, step: dict[str, Tensor]) -> tuple[SequenceBatch, SequenceBatch]:
+        table = self.tables.page_table
+        decode = SequenceBatch(
+            page_table=table, slots=plan.decode_slots, query_lens=np.ones_like(plan.decode_lens),
+            kv_lens=plan.decode_lens + 1, slots_device=step["decode_slots"],
+            cu_query_lens=step["decode_query_starts"], kv_lens_device=step["decode_ends"],
+        )  # fmt: skip
+        prefill = SequenceBatch(
+            page_table=table, slots=plan.prefill_slots, query_lens=plan.prefill_lens,
+            kv_lens=plan.prefill_starts + plan.prefill_lens, slots_device=step["prefill_slots"],
+            cu_query_lens=step["prefill_query_starts"], kv_lens_device=step["prefill_ends"],
+        )  # fmt: skip
+        return decode, prefill
 
 
 def upload_step(plan: StepPlan, device: torch.device) -> dict[str, Tensor]:

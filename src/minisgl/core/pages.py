@@ -13,10 +13,6 @@ Slots = NDArray[np.signedinteger[Any]]
 PageWrites = tuple[Int32, Int32, Int32]  # (slots, indices, page ids): page_table[slots, indices] = page ids
 
 
-class OutOfPages(Exception):
-    """More pages were asked for than are free; the scheduler counts before it asks."""
-
-
 class PageAllocator:
     """A stack of free page ids 0 … num_pages - 1; whole arrays go in and out. Starts by handing out ascending runs."""
 
@@ -24,31 +20,29 @@ class PageAllocator:
         self.num_pages = num_pages
         self.num_free = num_pages
         self._stack: Int32 = np.arange(num_pages - 1, -1, -1, dtype=np.int32)
-        self._index: Int32 = self._stack.copy()  # of a free page in the stack, -1 for an allocated page
+        self._is_free = np.ones(num_pages, np.bool_)
 
     def allocate(self, count: int) -> Int32:
-        """Take `count` pages off the free list, (count,) ids. Raises OutOfPages, and then takes none."""
+        """Take `count` pages off the free list, (count,) ids. Raises RuntimeError, and then takes none."""
         if count > self.num_free:
-            raise OutOfPages(f"{count} pages were asked for and {self.num_free} are free")
+            raise RuntimeError(f"{count} pages were asked for and {self.num_free} are free")
         rest = self.num_free - count
         pages = self._stack[rest : self.num_free][::-1].copy()
-        self._index[pages] = -1
+        self._is_free[pages] = False
         self.num_free = rest
         return pages
 
     def free(self, pages: Int32) -> None:
         """Give pages back. Raises RuntimeError, changing nothing, for an unknown id and for a free page."""
-        if len(pages) and (int(pages.min()) < 0 or int(pages.max()) >= self.num_pages):
-            raise RuntimeError(f"pages {pages.min()} … {pages.max()} are not all within 0 … {self.num_pages - 1}")
-        if (free := pages[self._index[pages] >= 0]).size:
-            raise RuntimeError(f"double free of page {free[0]}")
-        stacked, end = pages[::-1], self.num_free + len(pages)
-        self._index[stacked] = np.arange(self.num_free, end, dtype=np.int32)
-        # A page named twice keeps only one of its two indices, so the other is found missing here.
-        if (twice := stacked[self._index[stacked] != np.arange(self.num_free, end)]).size:
-            self._index[pages] = -1
-            raise RuntimeError(f"double free of page {twice[0]}")
-        self._stack[self.num_free : end] = stacked
+        ordered, end = np.sort(pages), self.num_free + len(pages)
+        if len(pages) and (ordered[0] < 0 or ordered[-1] >= self.num_pages):
+            raise RuntimeError(f"pages {ordered[0]} … {ordered[-1]} are not all within 0 … {self.num_pages - 1}")
+        again = self._is_free[ordered]
+        again[1:] |= ordered[1:] == ordered[:-1]
+        if again.any():
+            raise RuntimeError(f"double free of page {ordered[again.argmax()]}")
+        self._is_free[pages] = True
+        self._stack[self.num_free : end] = pages[::-1]
         self.num_free = end
 
 
@@ -69,19 +63,17 @@ class CacheManager:
         self.row_pages: Int32 = np.zeros(max_rows, np.int32)  # so many of a row's first are live
         self._allocator = PageAllocator(num_pages)
         self._cache = RadixCache(page_size, shared, eviction)
-        self.now = 0.0  # s, for the eviction policy; whoever plans steps sets it
+        self.now = 0.0  # s, for the policies; the engine sets it before it plans a step
         self._borrowed = np.zeros((max_rows, max_pages_per_row), np.bool_)
-        # The node that a live row locks, and the pages of the prefix that ends there. Pages behind it are the
-        # row's own; of those before it, the row may own duplicates of what the cache holds.
+        # The node that a live row locks. Pages behind its end are the row's own; of those before it, the row may own
+        # duplicates of what the cache holds.
         self._nodes: dict[int, Node] = {}
-        self._held: Int32 = np.zeros(max_rows, np.int32)
 
     @property
     def tree(self) -> Node:
         return self._cache.root
 
     def num_borrowed(self, slot: int) -> int:
-        """Pages of a row that belong to the cache."""
         return int(self._borrowed[slot, : self.row_pages[slot]].sum())
 
     @property
@@ -118,7 +110,7 @@ class CacheManager:
         self._cache.use(node, self.now, again)
         pages: Int32 = np.concatenate([np.empty(0, np.int32), *(held.pages for held in reversed(node.path()))])
         self._nodes[slot] = node
-        self._held[slot] = self.row_pages[slot] = len(pages)
+        self.row_pages[slot] = len(pages)
         self.page_table[slot, : len(pages)] = pages
         self._borrowed[slot] = False
         self._borrowed[slot, : len(pages)] = True
@@ -149,16 +141,15 @@ class CacheManager:
     def extend(self, slots: Slots, new_lens: Slots) -> PageWrites:
         """Give rows, each named once, the pages that they lack to hold `new_lens` tokens, evicting what that takes.
 
-        Raises OutOfPages, changing nothing, when more than `available` pages are needed.
+        Raises RuntimeError, changing nothing, when more than `available` pages are needed.
         """
         need = self.pages_needed(slots, new_lens)
         total = int(need.sum())
         if total > self.available:
-            raise OutOfPages(f"{total} pages are needed and {self.available} are available")
+            raise RuntimeError(f"{total} pages are needed and {self.available} are available")
         grown = np.flatnonzero(need)
         rows, need = slots[grown].astype(np.int32), need[grown]
-        start = self.row_pages[rows]
-        end = start + need
+        end = self.row_pages[rows] + need
         assert not len(end) or int(end.max()) <= self.page_table.shape[1], "a row outgrows the page table"
         if total > self.num_free:
             self._allocator.free(self._cache.evict(total - self.num_free))
@@ -200,7 +191,6 @@ class CacheManager:
         return len(pages)
 
     def listen(self, listener: CacheListener) -> None:
-        """Tell `listener` from here on which pages the prefix cache takes and drops."""
         self._cache.listener = listener
 
     def _whole_pages(self, tokens: Int32) -> Int32:
@@ -209,14 +199,13 @@ class CacheManager:
 
     def _offer(self, slot: int, tokens: Int32, computed: int) -> Node:
         """Offer the row's whole known and computed pages to the cache; return the node that the row must now lock."""
-        held, whole = int(self._held[slot]), min(computed, len(tokens)) // self.page_size
+        node, whole = self._nodes[slot], min(computed, len(tokens)) // self.page_size
+        held = node.end
         assert whole <= self.row_pages[slot], "more is computed than the row can hold"
-        node = self._nodes[slot]
         if whole <= held:
             return node
         own = np.ascontiguousarray(tokens[held * self.page_size : whole * self.page_size], np.int32)
         end, known = self._cache.insert(node, own, self.page_table[slot, held:whole], self.now)
         if end is not node:
             self._borrowed[slot, held + known : whole] = True
-            self._held[slot] = whole
         return end

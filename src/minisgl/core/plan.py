@@ -1,41 +1,16 @@
 """The interface between the scheduler and an executor: the plan of a step, and its result, in numpy arrays."""
 
-from typing import Any, Final, Protocol
+from typing import Any, Final, Generic, NamedTuple, Protocol, TypeVar
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+Array = TypeVar("Array")
 Int32 = NDArray[np.int32]
 # Parameters that change logits by a number each, and the number that changes nothing.
-NEUTRAL_PENALTIES: Final = {
-    "repetition_penalty": 1.0,
-    "frequency_penalty": 0.0,
-    "presence_penalty": 0.0,
-}
+NEUTRAL_PENALTIES: Final = {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
 Masks = Int32  # (g, ceil(V / 32)): which tokens each of g rows may have next, token t in bit t % 32 of word t // 32
-
-
-class NewRows(msgspec.Struct, frozen=True, kw_only=True):
-    """Sampling parameters of the rows that a step admits; `n` rows, written before anything else in the step."""
-
-    slots: Int32  # (n,)
-    temperatures: NDArray[np.float32]  # (n,) 0 is greedy
-    top_ps: NDArray[np.float32]  # (n,)
-    min_ps: NDArray[np.float32]  # (n,)
-    top_ks: Int32  # (n,) 0 is off
-    seeds: NDArray[np.int64]  # (n,) all 64 bits
-    min_lens: Int32  # (n,) no stop id is sampled at a position below, counted from the first prompt token
-    stop_ids: Int32  # (n, MAX_STOP_TOKEN_IDS) padded with -1
-    logits: "LogitsInit | None" = None
-
-    @property
-    def sampling(self) -> dict[str, NDArray[Any]]:
-        """The parameters by the names that they have in `SamplingRows`."""
-        return {
-            "temperature": self.temperatures, "top_p": self.top_ps, "min_p": self.min_ps, "top_k": self.top_ks,
-            "seed": self.seeds, "min_len": self.min_lens, "stop_ids": self.stop_ids,
-        }  # fmt: skip
 
 
 class LogitsInit(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,6 +28,14 @@ class LogitsInit(msgspec.Struct, frozen=True, kw_only=True):
     bias_values: NDArray[np.float32]  # (n, w) padded with 0
 
 
+class NewRows(msgspec.Struct, frozen=True, kw_only=True):
+    """Parameters of the rows that a step admits; `n` rows, written before anything else in the step."""
+
+    slots: Int32  # (n,)
+    sampling: dict[str, NDArray[Any]]  # the fields of `SamplingRows`
+    logits: LogitsInit | None = None
+
+
 class LogitsRows(msgspec.Struct, frozen=True, kw_only=True):
     """What a step does for rows that ask for more than sampling; `core/logits.py` executes it.
 
@@ -68,8 +51,7 @@ class LogitsRows(msgspec.Struct, frozen=True, kw_only=True):
     top: int  # the most that a scored row asks for
     prompt_rows: Int32  # (q,) of the step's tokens, decodes and then chunks, those that score a token of the prompt
     prompt_targets: Int32  # (q,) that token, the next one
-    prompt_slots: Int32  # (r,) the rows of these positions, one run after the other
-    prompt_counts: Int32  # (r,) lengths of the runs; their sum is q
+    prompt_slots: Int32  # (q,) its row
     prompt_top: int
 
 
@@ -116,12 +98,12 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
         return len(self.decode_slots) + len(self.prefill_tokens)
 
 
-class Scores(msgspec.Struct, frozen=True):
-    """Log-probabilities of n tokens, and of the most probable ones at each position, highest first."""
+class Scores(NamedTuple, Generic[Array]):
+    """Natural log-probabilities of n tokens by the model's own logits, and the most probable tokens beside them."""
 
-    logprobs: NDArray[np.float32]  # (n,)
-    top_ids: Int32  # (n, top)
-    top_logprobs: NDArray[np.float32]  # (n, top)
+    logprobs: Array  # float32 (n,)
+    top_ids: Array  # int32 (n, top)
+    top_logprobs: Array  # float32 (n, top), highest first
 
 
 class StepResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -129,8 +111,8 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True):
 
     step: int
     tokens: Int32  # (len(sampled_slots),)
-    scores: Scores | None = None  # of logits.scored
-    prompt_scores: Scores | None = None  # of logits.prompt_rows
+    scores: Scores[NDArray[Any]] | None = None  # of logits.scored
+    prompt_scores: Scores[NDArray[Any]] | None = None  # of logits.prompt_rows
     device: tuple[float, float] | None = None  # when the device began and ended, in s, of a `timed` step
 
 
@@ -146,14 +128,12 @@ class Executor(Protocol):
     def num_pages(self) -> int:
         """KV pages the scheduler may hand out, ids 0 … num_pages - 1."""
 
-    def launch(self, plan: StepPlan) -> None:
-        """Start a step."""
+    def launch(self, plan: StepPlan) -> None: ...
 
     def finish(self, masks: Masks) -> None:
         """Give the step just launched its masks, one for each constrained row; only their tokens depend on it."""
 
-    def collect(self) -> StepResult:
-        """Wait for the oldest launched step that is not collected yet; its result."""
+    def collect(self) -> StepResult: ...
 
     def close(self) -> None:
         """Wait for what is launched and release the device."""

@@ -114,7 +114,7 @@ def try_out(policy: Policy, eviction: EvictionPolicy, fresh: T) -> T:
     for shared in (True, False):
         seconds = itertools.count(1000.0, 0.5)
         table, cache = RequestTable(4, 48), CacheManager(14, 4, shared, 4, 12, eviction)
-        scheduler = Scheduler(table, cache, policy, 12, seconds.__next__)
+        scheduler = Scheduler(table, cache, policy, 12, 24)
         scheduler.policy.strict = True
         for number in range(24):
             prompt = [*range(4 * (number % 4)), *([number] * (1 + number * 5 % 23))]
@@ -124,6 +124,7 @@ def try_out(policy: Policy, eviction: EvictionPolicy, fresh: T) -> T:
             for _ in range(TRIAL_STEPS if number == 23 else 2):
                 if not scheduler.live:
                     break
+                cache.now = next(seconds)
                 if (plan := scheduler.schedule()) is not None:
                     tokens = np.ones(len(plan.sampled_slots), np.int32)
                     scheduler.commit(plan, StepResult(step=plan.step, tokens=tokens))

@@ -29,7 +29,6 @@ class View:
         return [request for request in self._table.requests if request is not None]
 
     def prefilling(self, request: RequestState) -> bool:
-        """Whether a running request is not past its prompt."""
         return bool(self._table.state[request.slot] == State.PREFILL)
 
     def computed(self, request: RequestState) -> int:

@@ -7,7 +7,7 @@ first may pass the second by one: the token it reads is on the device only.
 from collections import deque
 from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,9 +110,7 @@ class TokenFilter:
 
 @dataclass
 class MaskBudget:
-    """CPU seconds that the masks of a completion may still take, of all its choices together."""
-
-    seconds: float
+    seconds: float  # of CPU time that the masks of a completion may still take, of all its choices together
 
 
 class State:
@@ -192,7 +190,8 @@ class RequestTable:
         self.held_since = np.zeros(rows, np.int64)  # the step in which a HELD row became one
         self.top = np.zeros(rows, np.int32)  # log-probabilities beside the token's own; -1: none at all
         self.prompt_top = np.zeros(rows, np.int32)  # the same of the prompt
-        self.processed = np.zeros(rows, np.bool_)  # any of these
+        self.changed = np.zeros(rows, np.bool_)  # penalised, biased or constrained: its logits are
+        self.processed = np.zeros(rows, np.bool_)  # changed or with log-probabilities
         self.tokens = np.zeros((rows, max_seq_len), np.int32)
         self.requests: list[RequestState | None] = [None] * rows
         self.ids = [""] * rows  # of the requests
@@ -218,7 +217,8 @@ class RequestTable:
         self.mask_seconds[slot] = 0.0
         self.top[slot] = -1 if params.logprobs is None else params.logprobs
         self.prompt_top[slot] = -1 if params.prompt_logprobs is None else params.prompt_logprobs
-        self.processed[slot] = self.changes_logits(slot) or self.top[slot] >= 0 or self.prompt_top[slot] >= 0
+        self.changed[slot] = self.penalised[slot] or self.biases[slot] or self.constrained[slot]
+        self.processed[slot] = self.changed[slot] or self.top[slot] >= 0 or self.prompt_top[slot] >= 0
         self.tokens[slot, :length] = request.tokens
         self.requests[slot], self.ids[slot] = request, request.request.id
         request.slot = slot
@@ -244,34 +244,30 @@ class RequestTable:
     def requests_in(self, *states: int) -> list[RequestState]:
         return [self.request(slot) for slot in self.rows_in(*states).tolist()]
 
-    def changes_logits(self, slots: int | NDArray[np.integer]) -> NDArray[np.bool_]:
-        return np.asarray(self.penalised[slots] | (self.biases[slots] > 0) | self.constrained[slots])
-
     def new_rows(self, slots: list[int]) -> NewRows | None:
         if not slots:
             return None
         requests = [self.request(slot) for slot in slots]
         params = [request.request.params for request in requests]
-        return NewRows(
-            slots=np.array(slots, np.int32),
-            temperatures=np.array([p.temperature for p in params], np.float32),
-            top_ps=np.array([p.top_p for p in params], np.float32),
-            min_ps=np.array([p.min_p for p in params], np.float32),
-            top_ks=np.array([max(p.top_k, 0) for p in params], np.int32),
-            seeds=np.array([r.seed & (2**64 - 1) for r in requests], np.uint64).view(np.int64),
-            min_lens=self.min_len[slots],
-            stop_ids=self.stop_ids[slots],
-            logits=self._new_logits_rows(slots),
-        )
+        sampling: dict[str, NDArray[Any]] = {
+            "temperature": np.array([p.temperature for p in params], np.float32),
+            "top_p": np.array([p.top_p for p in params], np.float32),
+            "min_p": np.array([p.min_p for p in params], np.float32),
+            "top_k": np.array([max(p.top_k, 0) for p in params], np.int32),
+            "seed": np.array([r.seed & (2**64 - 1) for r in requests], np.uint64).view(np.int64),
+            "min_len": self.min_len[slots],
+            "stop_ids": self.stop_ids[slots],
+        }
+        return NewRows(slots=np.array(slots, np.int32), sampling=sampling, logits=self._new_logits_rows(slots))
 
     def _new_logits_rows(self, slots: list[int]) -> LogitsInit | None:
-        changed = [slot for slot in slots if self.changes_logits(slot)]
+        changed = [slot for slot in slots if self.changed[slot]]
         if not changed:
             return None
         width = int(self.biases[changed].max())
         bias_ids = np.zeros((len(changed), width), np.int32)
         bias_values = np.zeros((len(changed), width), np.float32)
-        seen: list[tuple[Int32, Int32]] = []
+        seen: list[tuple[NDArray[Any], ...]] = []  # of each row: itself, its tokens and their counts
         for index, slot in enumerate(changed):
             request = self.request(slot)
             bias = request.request.params.logit_bias
@@ -282,12 +278,13 @@ class RequestTable:
             counts = 2 * np.bincount(output, minlength=int(prompt.max(initial=-1)) + 1)
             counts[prompt] += 1
             distinct = np.flatnonzero(counts)
-            seen.append((distinct.astype(np.int32), counts[distinct].astype(np.int32)))
+            seen.append((np.full_like(distinct, slot), distinct, counts[distinct]))
+        seen_slots, seen_tokens, seen_counts = (np.concatenate(c).astype(np.int32) for c in zip(*seen, strict=True))
         return LogitsInit(
             slots=np.array(changed, np.int32),
-            seen_slots=np.repeat(np.array(changed, np.int32), [len(tokens) for tokens, _ in seen]),
-            seen_tokens=np.concatenate([tokens for tokens, _ in seen]),
-            seen=np.concatenate([counts for _, counts in seen]),
+            seen_slots=seen_slots,
+            seen_tokens=seen_tokens,
+            seen=seen_counts,
             bias_ids=bias_ids,
             bias_values=bias_values,
         )
@@ -300,10 +297,9 @@ class RequestTable:
         """
         if not (self.processed[sampled].any() or self.processed[slots].any()):
             return None
-        changed = np.flatnonzero(self.changes_logits(sampled)).astype(np.int32)
+        changed = np.flatnonzero(self.changed[sampled]).astype(np.int32)
         scored = np.flatnonzero(self.top[sampled] >= 0).astype(np.int32)
-        rows, targets, counts = [EMPTY], [EMPTY], []  # of prompt tokens to be scored
-        scored_slots: list[int] = []
+        rows, targets, prompt_slots = [EMPTY], [EMPTY], [EMPTY]  # of prompt tokens to be scored
         row = decodes  # where a chunk begins among the tokens of the step
         for slot, start, length in zip(slots.tolist(), starts.tolist(), lens.tolist(), strict=True):
             if self.prompt_top[slot] >= 0:
@@ -312,13 +308,12 @@ class RequestTable:
                 if first < last:
                     rows.append(np.arange(row + first - start, row + last - start, dtype=np.int32))
                     targets.append(self.tokens[slot, first + 1 : last + 1].copy())
-                    scored_slots.append(slot)
-                    counts.append(last - first)
+                    prompt_slots.append(np.full(last - first, slot, np.int32))
                     request.num_scored = last
             row += length
-        if not (len(changed) or len(scored) or counts):
+        if not (len(changed) or len(scored) or len(rows) > 1):
             return None
-        changed_slots = sampled[changed]
+        changed_slots, scored_slots = sampled[changed], np.concatenate(prompt_slots)
         return LogitsRows(
             changed=changed,
             penalties=self.penalties[:, changed_slots],
@@ -329,28 +324,28 @@ class RequestTable:
             top=int(self.top[sampled].max(initial=0)),
             prompt_rows=np.concatenate(rows),
             prompt_targets=np.concatenate(targets),
-            prompt_slots=np.array(scored_slots, np.int32),
-            prompt_counts=np.array(counts, np.int32),
+            prompt_slots=scored_slots,
             prompt_top=int(self.prompt_top[scored_slots].max(initial=0)),
         )
 
     def take_scores(self, plan: StepPlan, result: StepResult) -> dict[int, TokenLogprobs]:
         """The log-probabilities of the step's tokens by slot; those of prompts go to their requests."""
-        if plan.logits is not None and result.prompt_scores is not None:
-            slots = np.repeat(plan.logits.prompt_slots, plan.logits.prompt_counts)
-            scores = token_logprobs(result.prompt_scores, self.prompt_top[slots])
-            for slot, score in zip(slots.tolist(), scores, strict=True):
+        if (wanted := plan.logits) is None:
+            return {}
+        if result.prompt_scores is not None:
+            scores = token_logprobs(result.prompt_scores, self.prompt_top[wanted.prompt_slots])
+            for slot, score in zip(wanted.prompt_slots.tolist(), scores, strict=True):
                 if self.state[slot] != State.ENDED:
                     self.request(slot).prompt_scores.append(score)
-        if plan.logits is None or result.scores is None:
+        if result.scores is None:
             return {}
-        slots = plan.sampled_slots[plan.logits.scored]
+        slots = plan.sampled_slots[wanted.scored]
         return dict(zip(slots.tolist(), token_logprobs(result.scores, self.top[slots]), strict=True))
 
 
-def token_logprobs(scores: Scores, tops: Int32) -> list[TokenLogprobs]:
+def token_logprobs(scores: Scores[NDArray[Any]], tops: Int32) -> list[TokenLogprobs]:
     """The scores of each token, with as many of the most probable tokens as were asked for: `tops` (n,)."""
-    columns = scores.logprobs.tolist(), scores.top_ids.tolist(), scores.top_logprobs.tolist(), tops.tolist()
+    columns = (column.tolist() for column in (*scores, tops))
     return [
         TokenLogprobs(logprob, tuple(ids[:top]), tuple(logprobs[:top]))
         for logprob, ids, logprobs, top in zip(*columns, strict=True)

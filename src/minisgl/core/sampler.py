@@ -25,7 +25,7 @@ class SamplingRows:
     min_p: Tensor  # float32
     top_k: Tensor  # int32; 0 is off, 1 is greedy
     seed: Tensor  # int64, the 64 bits of the seed
-    min_len: Tensor  # int32
+    min_len: Tensor  # int32; no stop id is sampled at a position below, counted from the first prompt token
     stop_ids: Tensor  # int32 (n, stops), padded with -1
 
     def select(self, index: Tensor) -> "SamplingRows":

@@ -5,18 +5,14 @@ A step decodes every running request and, beside them, prefills chunks of prompt
 they run out, a request is retracted (preempted): it gives back its row and pages, keeps its place in the queue, and is
 prefilled again later, mostly from the prefix cache.
 
-A policy says whose prompts go on, who is retracted first, and who gives way to a waiting request; first come, first
-served unless another is asked for. That one orders requests by (priority, arrival), lower first. The last is retracted
-first. A waiting request also retracts running ones, but only of strictly worse priority, and only if that makes room
-for it. So no two requests can retract each other again and again, the first in order is never retracted, and among
-equals each becomes the first in the end.
+A policy says whose prompts go on, who is retracted first, and who gives way to a waiting request. First come, first
+served retracts the last by (priority, arrival), and for a waiting request only those of strictly worse priority. So no
+two requests retract each other again and again, and among equals each becomes the first in the end.
 """
 
-from __future__ import annotations
-
 import time
-from bisect import bisect_left
-from collections.abc import Callable, Iterable
+from bisect import bisect_left, insort
+from collections.abc import Iterable
 from heapq import merge
 from operator import attrgetter
 from weakref import WeakValueDictionary
@@ -40,9 +36,7 @@ RUNNING = (State.PREFILL, State.DECODE)
 by_place = attrgetter("sort_key")
 
 
-class Draft:
-    """What is decided of a step so far."""
-
+class StepDraft:
     def __init__(self, budget: int) -> None:
         self.decodes: Slots = np.empty(0, np.intp)
         self.chunks: list[tuple[int, int]] = []  # (slot, tokens)
@@ -55,16 +49,15 @@ class Scheduler:
     """Owns the waiting queue and the request table; the cache manager owns the pages."""
 
     def __init__(
-        self, table: RequestTable, cache: CacheManager, policy: Policy, max_prefill_length: int,
-        clock: Callable[[], float],
-    ) -> None:  # fmt: skip
+        self, table: RequestTable, cache: CacheManager, policy: Policy, max_prefill_length: int, vocab_size: int
+    ) -> None:
         self.table = table
         self.cache = cache
         self.max_prefill_length = max_prefill_length
-        self.clock = clock
-        self.view = View(table, cache)
+        self.vocab_size = vocab_size
         self.waiting: list[RequestState] = []  # in the order of their sort keys
         self.live: dict[str, RequestState] = {}
+        self.events: list[TokenEvent] = []  # until the engine takes them
         self.step = 0
         self._late: dict[int, list[int]] = {}  # by step, slots whose token is dropped
         self.mask_budget = STEP_SECONDS[0]
@@ -72,8 +65,8 @@ class Scheduler:
         self._budgets: WeakValueDictionary[str, MaskBudget] = WeakValueDictionary()
         self.admitted: list[tuple[str, int]] = []  # by the last `schedule`, with the tokens that were cached
         self.retracted_ids: list[str] = []  # since the engine emptied it, at the last launch
-        self.retracted = self.prompt_tokens = self.cached_prompt_tokens = 0
-        self.policy = PolicyGuard(policy, self.view, self.live, lambda: self.waiting.sort(key=by_place))
+        self.retracted = self.aborted = self.prompt_tokens = self.cached_prompt_tokens = 0
+        self.policy = PolicyGuard(policy, View(table, cache), self.live, lambda: self.waiting.sort(key=by_place))
         self._room_for: RequestState | None = None  # for whom running requests were retracted
 
     @property
@@ -86,28 +79,23 @@ class Scheduler:
             completion = request.request.id.rpartition("-")[0] or request.request.id
             request.mask_budget = self._budgets.setdefault(completion, MaskBudget(BURST_SECONDS))
         self.policy.place(request)
-        self._queue(request)
-
-    def _queue(self, request: RequestState) -> None:
-        self.waiting.insert(bisect_left(self.waiting, request.sort_key, key=by_place), request)
+        insort(self.waiting, request, key=by_place)
 
     def _leave_queue(self, request: RequestState) -> None:
         index = bisect_left(self.waiting, request.sort_key, key=by_place)
         assert self.waiting[index] is request
         del self.waiting[index]
 
-    def abort(self, request_id: str) -> TokenEvent | None:
-        """End a request in whatever state it is; None when it is not live. Its pages may be freed later."""
-        request = self.live.get(request_id)
-        if request is None:
-            return None
-        if (slot := request.slot) >= 0:
-            event = self._end(slot, FinishReason.ABORT)
-            self._settle([slot])
-            return event
-        self._leave_queue(request)
-        del self.live[request_id]
-        return TokenEvent(id=request_id, finish=FinishReason.ABORT, cached_tokens=request.cached_tokens)
+    def abort(self, request_id: str) -> None:
+        """End a request in whatever state it is, if it is live. Its pages may be freed later."""
+        if (request := self.live.get(request_id)) is None:
+            return
+        self.aborted += 1
+        self._end(request, FinishReason.ABORT)
+        if request.slot < 0:
+            self._leave_queue(request)
+        else:
+            self._settle([request.slot])
 
     # Planning a step
 
@@ -120,11 +108,11 @@ class Scheduler:
         #    admitted and prefill their first, up to the first whose prompt does not fit beside what running requests
         #    will soon need.
         # 4. If all this gives no work, although some is left and no step is in flight, retract the last and try again.
-        self.cache.now, self.admitted = self.clock(), []
+        self.admitted = []
         prompts = self._prompts_in_order()
         self._make_room(next((request for request in prompts if request.slot < 0), None))
         while True:
-            step = Draft(self.max_prefill_length)
+            step = StepDraft(self.max_prefill_length)
             self._schedule_decodes(step)
             self._schedule_prompts(step, prompts)
             if len(step.decodes) or step.chunks:
@@ -167,7 +155,7 @@ class Scheduler:
             self._retract(slot)
             self._room_for = first
 
-    def _schedule_decodes(self, step: Draft) -> None:
+    def _schedule_decodes(self, step: StepDraft) -> None:
         """Take the rows that decode, with pages for their next token."""
         table, cache = self.table, self.cache
         computed = table.num_computed_tokens
@@ -175,13 +163,10 @@ class Scheduler:
         need = cache.pages_needed(slots, computed[slots] + 1)
         if int(need.sum()) > cache.available:
             slots = self._retract_for_decodes(slots)
-            need = cache.pages_needed(slots, computed[slots] + 1)
         # Longest first: attention then ends with short rows, and few multiprocessors wait for the last (Graham's rule).
-        order = np.argsort(-computed[slots], kind="stable")
-        step.decodes = slots[order]
-        grown = step.decodes[need[order] > 0]
-        if len(grown):
-            step.writes.append(cache.extend(grown, computed[grown] + 1))
+        step.decodes = slots[np.argsort(-computed[slots], kind="stable")]
+        if need.any():
+            step.writes.append(cache.extend(step.decodes, computed[step.decodes] + 1))
 
     def _retract_for_decodes(self, slots: Slots) -> Slots:
         """The decode rows that can go on now, after retracting as many of the last as it takes."""
@@ -198,7 +183,7 @@ class Scheduler:
         going_on: Slots = slots[(need == 0) | (np.cumsum(need) <= cache.available)]
         return going_on
 
-    def _schedule_prompts(self, step: Draft, prompts: list[RequestState]) -> None:
+    def _schedule_prompts(self, step: StepDraft, prompts: list[RequestState]) -> None:
         """Prefill these, admitting those that wait up to the first that does not fit, while budget and pages last."""
         fits = True
         for request in prompts:
@@ -209,7 +194,7 @@ class Scheduler:
             if not step.budget:
                 return
 
-    def _prefill(self, step: Draft, slot: int) -> None:
+    def _prefill(self, step: StepDraft, slot: int) -> None:
         """Prefill a chunk of this row's prompt, as large as budget and pages allow."""
         table, cache = self.table, self.cache
         computed = int(table.num_computed_tokens[slot])
@@ -224,11 +209,10 @@ class Scheduler:
         step.chunks.append((slot, length))
         step.budget -= length
 
-    def _admit(self, step: Draft, request: RequestState) -> bool:
+    def _admit(self, step: StepDraft, request: RequestState) -> bool:
         """Give the request a row if its whole prompt fits beside what running rows will soon need."""
         table, cache = self.table, self.cache
-        need = self._pages_lacking(request) + int(self._promised(table.rows_in(*RUNNING)).sum())
-        if not table.free or need > cache.available_beside(request.match):
+        if self._obstacle(request):
             return False
         slot = table.free[0]
         cached = cache.acquire(slot, request.reusable, request.match, again=request.admitted)
@@ -268,7 +252,7 @@ class Scheduler:
         """Rows that leave as soon as the step in flight is collected."""
         return np.flatnonzero(self.table.state >= State.RETRACTING)
 
-    def _launch(self, step: Draft) -> StepPlan:
+    def _launch(self, step: StepDraft) -> StepPlan:
         """Make a plan of the decisions and move the rows on, as if the step had been launched."""
         table, decodes = self.table, step.decodes.astype(np.int32)
         decode_lens = table.num_computed_tokens[decodes]
@@ -309,19 +293,22 @@ class Scheduler:
         )
 
     def why_waiting(self, request: RequestState) -> str:
-        """What keeps a request from being admitted now, in a sentence."""
-        table, running = self.table, self.table.rows_in(*RUNNING)
+        return self._obstacle(request) or "requests before it take the prefill budget or do not fit"
+
+    def _obstacle(self, request: RequestState) -> str:
+        """What keeps a request from being admitted now, in a sentence; nothing where it fits."""
+        table = self.table
         if not table.free:
             return f"all {len(table.requests)} rows are taken"
-        need, promised = self._pages_lacking(request), int(self._promised(running).sum())
+        need, promised = self._pages_lacking(request), int(self._promised(table.rows_in(*RUNNING)).sum())
         if need + promised > (available := self.cache.available_beside(request.match)):
             rest = f"running requests will need {promised}, and {available} are available"
             return f"its prompt needs {need} pages beside those that are cached, {rest}"
-        return "requests before it take the prefill budget or do not fit"
+        return ""
 
     # Taking in a result
 
-    def commit(self, plan: StepPlan, result: StepResult) -> list[TokenEvent]:
+    def commit(self, plan: StepPlan, result: StepResult) -> None:
         """Append the step's tokens, end the requests that are done, free what no launched step touches."""
         table = self.table
         touched = np.concatenate([plan.decode_slots, plan.prefill_slots])
@@ -337,7 +324,6 @@ class Scheduler:
         table.num_tokens[slots] = lengths
         stop = (table.stop_ids[slots] == tokens[:, None]).any(axis=1)  # never before min_tokens: masked
         full = lengths >= table.max_tokens[slots]
-        events = []
         columns = slots.tolist(), tokens.tolist(), stop.tolist(), full.tolist()
         for slot, token, stopped, ended in zip(*columns, strict=True):
             request = table.request(slot)
@@ -350,24 +336,22 @@ class Scheduler:
                 logprobs=(scores[slot],) if slot in scores else (),
                 prompt_logprobs=tuple(request.prompt_scores),
             )
+            self.events.append(event)
             request.prompt_scores = []
-            events.append(event)
             if finish is not None:
-                self._end(slot, finish)
+                self._leave(request)
         self._settle(touched[table.state[touched] >= State.RETRACTING].tolist())
-        return events
 
     # Masks of rows that follow a grammar
 
-    def masks(self, plan: StepPlan, vocab_size: int) -> tuple[Masks, list[TokenEvent]]:
-        """The masks of the step launched last, all before it being taken in, and the ends of those that cannot go on.
+    def masks(self, plan: StepPlan) -> Masks:
+        """The masks of the step launched last, all before it being taken in.
 
         A row whose constraint allows nothing more ends there, as by a stop token that is not seen. Behind masks that
         took more than a step's budget the others are late: their tokens are dropped, and their rows are held.
         """
         table, slots = self.table, plan.constrained_slots
-        masks: Masks = np.full((len(slots), -(-vocab_size // 32)), -1, np.int32)
-        events: list[TokenEvent] = []
+        masks: Masks = np.full((len(slots), -(-self.vocab_size // 32)), -1, np.int32)
         late: list[int] = []
         spent = 0.0
         for slot, mask in zip(slots.tolist(), masks, strict=True):
@@ -384,59 +368,46 @@ class Scheduler:
                 if table.penalised[slot]:  # the device counted the token that is dropped
                     request.tokens = table.tokens[slot, :known].copy()
             else:
-                seconds, ends = self._fill(slot, mask, vocab_size)
-                spent += seconds
-                events += ends
+                spent += self._fill(slot, mask)
         self._late[plan.step] = late
         self._hold(np.array(late, np.intp))
         self._owed += spent
-        return masks, events
+        return masks
 
-    def fill_held(self, vocab_size: int) -> list[TokenEvent]:
-        """Spend what the step's masks left of its budget on the held rows; the ends of those that cannot go on."""
+    def fill_held(self) -> None:
+        """Spend what the step's masks left of its budget on the held rows."""
         table = self.table
         rows = np.flatnonzero((table.state == State.HELD) & (table.in_flight == 0))
         if len(rows):  # those whose masks are cheap first, then in the order in which they came
             dear = table.mask_seconds[rows] > ORDINARY_SECONDS
             rows = rows[np.lexsort((table.held_since[rows], dear))]
-        events: list[TokenEvent] = []
         for slot in rows.tolist():
             if self._owed >= self.mask_budget:
                 break
-            mask: Int32 = np.full(-(-vocab_size // 32), -1, np.int32)
-            seconds, ends = self._fill(slot, mask, vocab_size)
-            self._owed += seconds
-            if ends:
-                events += ends
+            mask: Int32 = np.full(-(-self.vocab_size // 32), -1, np.int32)
+            self._owed += self._fill(slot, mask)
+            if table.state[slot] == State.ENDED:
                 self._settle([slot])
                 continue
             table.request(slot).mask = mask
             again = table.prefill_len[slot] == table.num_tokens[slot]
             table.state[slot] = State.PREFILL if again else State.DECODE
         self._owed = max(0.0, self._owed - self.mask_budget)
-        return events
 
     def _hold_dear(self, sampled: Int32) -> None:
         """Hold these rows behind the step that is launched, if there is no time for all their next masks in one."""
         table = self.table
         dear = sampled[table.mask_seconds[sampled] > ORDINARY_SECONDS]
-        if not len(dear):
-            return
-        if (table.state == State.HELD).any() or table.mask_seconds[dear].sum() > self.mask_budget:
+        if len(dear) and ((table.state == State.HELD).any() or table.mask_seconds[dear].sum() > self.mask_budget):
             self._hold(dear)
 
     def _hold(self, slots: Slots | Int32) -> None:
         self.table.state[slots] = State.HELD
         self.table.held_since[slots] = self.step
 
-    def _fill(self, slot: int, mask: Int32, vocab_size: int) -> tuple[float, list[TokenEvent]]:
-        """Overwrite the mask of a row's next token; what of the step's budget that took, the row's end if it ends."""
+    def _fill(self, slot: int, mask: Int32) -> float:
+        """Overwrite the mask of a row's next token, or end the row; what of the step's budget that took."""
         begun = time.perf_counter()
-        end = self._follow(slot, mask, vocab_size)
-        taken = max(float(self.table.mask_seconds[slot]), time.perf_counter() - begun)  # more on a busy machine
-        return max(0.0, taken - ORDINARY_SECONDS), end
-
-    def _follow(self, slot: int, mask: Int32, vocab_size: int) -> list[TokenEvent]:
         table, request = self.table, self.table.request(slot)
         constraint, total = request.constraint, request.mask_budget
         assert constraint is not None
@@ -453,20 +424,29 @@ class Scheduler:
                 raise TimeoutError(f"it took over {BURST_SECONDS} s and {TOKEN_SECONDS} s a token")
         except Exception as error:
             mask[:] = -1
-            return [self._end(slot, FinishReason.ERROR, f"the grammar failed: {error}")]
-        if rest := vocab_size % 32:
-            mask[-1] &= np.int32((1 << rest) - 1)  # the other bits stand for no token
-        if table.num_tokens[slot] < table.min_len[slot]:
-            for token in request.stop_ids:
-                mask_out(mask, token)
-        return [] if mask.any() else [self._end(slot, FinishReason.STOP)]
+            self._end(request, FinishReason.ERROR, f"the grammar failed: {error}")
+        else:
+            if rest := self.vocab_size % 32:
+                mask[-1] &= np.int32((1 << rest) - 1)  # the other bits stand for no token
+            if table.num_tokens[slot] < table.min_len[slot]:
+                for token in request.stop_ids:
+                    mask_out(mask, token)
+            if not mask.any():
+                self._end(request, FinishReason.STOP)
+        taken = max(float(table.mask_seconds[slot]), time.perf_counter() - begun)  # more on a busy machine
+        return max(0.0, taken - ORDINARY_SECONDS)
 
-    def _end(self, slot: int, finish: FinishReason, error: str | None = None) -> TokenEvent:
-        """End a request: it is live no more, and its row leaves when nothing launched touches it; its last event."""
-        request = self.table.request(slot)
+    def _end(self, request: RequestState, finish: FinishReason, error: str | None = None) -> None:
+        """End a request by an event without a token."""
+        cached = request.cached_tokens
+        self.events.append(TokenEvent(id=request.request.id, finish=finish, cached_tokens=cached, error=error))
+        self._leave(request)
+
+    def _leave(self, request: RequestState) -> None:
+        """The request is live no more; if it has a row, that is released when nothing launched touches it."""
         del self.live[request.request.id]
-        self.table.state[slot] = State.ENDED
-        return TokenEvent(id=request.request.id, finish=finish, cached_tokens=request.cached_tokens, error=error)
+        if request.slot >= 0:
+            self.table.state[request.slot] = State.ENDED
 
     def _retraction_order(self) -> list[int]:
         """Slots of all running requests, the first to be retracted first."""
@@ -496,4 +476,4 @@ class Scheduler:
             self.cache.release(slot, table.tokens[slot, :known], min(int(table.num_computed_tokens[slot]), known))
             table.vacate(slot)
             if retracting:
-                self._queue(request)
+                insort(self.waiting, request, key=by_place)

@@ -24,8 +24,7 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"
 
 
-REASONING_START, REASONING_END = "<think>", "</think>"
-"""The tags around a model's reasoning."""
+REASONING_START, REASONING_END = "<think>", "</think>"  # the tags around a model's reasoning
 
 
 class Calls(msgspec.Struct, frozen=True, kw_only=True):
@@ -213,17 +212,14 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
             raise InvalidRequestError("the prompt must hold at least one token", param="prompt")
         if min(prompt) < 0 or max(prompt) >= self.vocab_size:
             raise InvalidRequestError(f"token ids must be between 0 and {self.vocab_size - 1}", param="prompt")
-        if any(token >= self.vocab_size for token in params.stop_token_ids):
-            raise InvalidRequestError(f"stop_token_ids must be below {self.vocab_size}", param="stop_token_ids")
+        for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+            if max(getattr(params, name) or (0,)) >= self.vocab_size:
+                raise InvalidRequestError(f"{name} must be of tokens below {self.vocab_size}", param=name)
         if len(set(params.stop_token_ids) | set(self.eos_token_ids)) > MAX_STOP_TOKEN_IDS:
             allowed = MAX_STOP_TOKEN_IDS - len(self.eos_token_ids)
             raise InvalidRequestError(f"at most {allowed} stop_token_ids are allowed", param="stop_token_ids")
-        if any(token >= self.vocab_size for token in params.logit_bias):
-            raise InvalidRequestError(f"logit_bias must be of tokens below {self.vocab_size}", param="logit_bias")
-        only = params.allowed_token_ids or (0,)
-        if max(only) >= self.vocab_size or len(only) > self.vocab_size:
-            text = f"allowed_token_ids must be at most {self.vocab_size} ids below that"
-            raise InvalidRequestError(text, param="allowed_token_ids")
+        if len(params.allowed_token_ids or ()) > self.vocab_size:
+            raise InvalidRequestError(f"allowed_token_ids must be at most {self.vocab_size}", param="allowed_token_ids")
         limit = f"this model's maximum context length is {self.max_seq_len} tokens"
         if len(prompt) >= self.max_seq_len:
             raise ContextLengthError(f"{limit}, but the prompt has {len(prompt)} and leaves no room", param="prompt")

@@ -3,7 +3,6 @@
 import dataclasses
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any, Protocol, TypeVar
@@ -38,7 +37,7 @@ class Collectives(Protocol):
         """Leave the group, in which every rank is still alive."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class TPGroup:
     rank: int
     size: int
@@ -176,7 +175,6 @@ def select_nccl(group: TPGroup, device: torch.device, disable_pynccl: bool) -> t
 
 
 def noise(seed: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers of order one that depend on the seed alone."""
     generator = torch.Generator(device).manual_seed(seed)
     return torch.randn(rows, columns, device=device, generator=generator).to(dtype)
 

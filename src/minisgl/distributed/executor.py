@@ -53,7 +53,6 @@ class GroupExecutor:
         self.local.finish(masks)
 
     def collect(self) -> StepResult:
-        """Wait for the oldest step. Raises EngineDeadError when a worker is gone."""
         with self._workers.name_the_cause():
             return self.local.collect()
 
@@ -112,7 +111,7 @@ def build_group_executor(
                 broadcast_text(joined, " ".join(workers.addresses))
                 workers.wait_until_started()
             workers.send(LoadModel(config, str(folder), max_seq_len))
-            built = build_rank_executor(config, folder, spec, max_seq_len, joined, progress, workers.check)
+            local, group, note = build_rank_executor(config, folder, spec, max_seq_len, joined, progress, workers.check)
             joined.barrier()  # every rank is ready
     except BaseException:
         workers.close(force=True)
@@ -120,7 +119,6 @@ def build_group_executor(
             joined.collectives.abort()
             joined.collectives.close()
         raise
-    local, group, note = built
     workers.on_failure(group.collectives.abort)
     local.attention_choice = local.attention_choice.replace("as asked for", choice.why)
     return GroupExecutor(local, group, workers, note)

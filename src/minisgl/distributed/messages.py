@@ -27,8 +27,6 @@ class LaunchStep(msgspec.Struct, frozen=True, tag="launch"):
 
 
 class FinishStep(msgspec.Struct, frozen=True, tag="finish"):
-    """The masks of the step launched last, which had none yet."""
-
     masks: Masks
 
 
@@ -55,8 +53,7 @@ FromWorker = WorkerStarted | WorkerFailed
 def make_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int, address: str, linger_ms: int) -> zmq.Socket[bytes]:
     """A socket with unbounded queues that is to be bound or connected to `address`."""
     socket = context.socket(kind)
-    socket.setsockopt(zmq.SNDHWM, 0)
-    socket.setsockopt(zmq.RCVHWM, 0)
+    socket.set_hwm(0)
     socket.setsockopt(zmq.LINGER, linger_ms)
     if address.startswith("tcp"):
         socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)

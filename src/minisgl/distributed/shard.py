@@ -6,7 +6,6 @@ neighbouring ranks hold the same one. Norms and routers are replicated.
 """
 
 import dataclasses
-from dataclasses import dataclass
 
 from minisgl.core.model_config import ModelSpec
 from minisgl.core.weights import Parameter, Shard, Sharder
@@ -19,7 +18,7 @@ ONE_RANK = ("o_bias", "down_bias")  # of the GEMMs that are all-reduced: rank 0 
 BY_COLUMN = {"o": 1, "down": 1, "expert_down": 2}
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class VocabShard:
     """The token ids [first, first + real) of one rank. Its tensors have `width` rows or columns, some padding."""
 
@@ -60,8 +59,6 @@ def _obstacle(spec: ModelSpec, size: int) -> str:
 
 def local_spec(spec: ModelSpec, size: int) -> ModelSpec:
     """The model as each rank of `size` sees it: its share of heads and widths, and the whole vocabulary."""
-    if size == 1:
-        return spec
     moe = spec.moe
     return dataclasses.replace(
         spec,
@@ -80,20 +77,17 @@ def sharder(spec: ModelSpec, rank: int, size: int) -> Sharder:
         share = length // size
         return start + rank * share, start + (rank + 1) * share
 
-    def heads() -> tuple[tuple[int, int], ...]:
-        dim, kv_heads = spec.head_dim, spec.num_kv_heads
-        held = max(1, kv_heads // size)
-        first = rank * held if kv_heads >= size else rank // (size // kv_heads)
-        k, v = spec.num_heads * dim, (spec.num_heads + kv_heads) * dim
-        span = [(start + first * dim, start + (first + held) * dim) for start in (k, v)]
-        return (part(0, spec.num_heads * dim), *span)
-
     def shard(parameter: Parameter) -> Shard | None:
         field, shape = parameter.field, parameter.shape
         if field in ("embedding", "head"):
             return Shard(0, ((vocab.first, vocab.first + vocab.real),) if vocab.real else (), vocab.width - vocab.real)
         if field in ("qkv", "qkv_bias"):
-            return Shard(0, heads())
+            dim, kv_heads = spec.head_dim, spec.num_kv_heads
+            held = max(1, kv_heads // size)
+            first = rank * held if kv_heads >= size else rank // (size // kv_heads)
+            k, v = spec.num_heads * dim, (spec.num_heads + kv_heads) * dim
+            own = ((start + first * dim, start + (first + held) * dim) for start in (k, v))
+            return Shard(0, (part(0, k), *own))
         if field in ("gate_up", "gate_up_bias", "expert_gate_up"):
             axis = 1 if field == "expert_gate_up" else 0
             half = shape[axis] // 2

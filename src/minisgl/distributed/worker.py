@@ -33,9 +33,7 @@ from minisgl.errors import ConfigError, MinisglError, ModelError
 from minisgl.formats.hub import locate_model
 
 LINGER_MS = 1000
-SHUTDOWN_SECONDS = (
-    0.5  # after the end of rank 0's connection, in which its last message, ShutdownWorker, may still arrive
-)
+SHUTDOWN_SECONDS = 0.5  # in which ShutdownWorker may still arrive after rank 0's connection has ended
 RENDEZVOUS_SECONDS = 2.0  # how long the rendezvous' folder is kept when rank 0 ends before all ranks have joined
 
 

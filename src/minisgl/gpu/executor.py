@@ -84,7 +84,7 @@ def make_executor(
     num_pages, page_size = config.num_pages, config.page_size
     max_seq_len = min(max_seq_len, num_pages * page_size)
     kept = kv_dtype(config)
-    kv = allocate_kv(spec.num_layers, num_pages, page_size, spec.num_kv_heads, spec.head_dim, kept, device)
+    kv = allocate_kv(spec, num_pages, page_size, kept, device)
     attention, choice = make_attention(config.attn, attention_shape(spec, config), device)
     decoder = Decoder(spec, weights, attention, max_seq_len, ops or operations_for(device, spec.hidden_size))
     runner = ModelRunner(decoder, kv, config.max_running_requests, max_seq_len, device)

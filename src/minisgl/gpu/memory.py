@@ -99,7 +99,7 @@ def kv_dtype(config: Config) -> torch.dtype:
 
 def page_cost(config: Config, share: ModelSpec) -> int:
     """Bytes of a page on a GPU with a rank's `share`; on the CPU, whose ranks share the memory, on all ranks."""
-    size = page_bytes(share.num_layers, config.page_size, share.num_kv_heads, share.head_dim, kv_dtype(config))
+    size = page_bytes(share, config.page_size, kv_dtype(config))
     return size * (config.tp if config.device == "cpu" else 1)
 
 
@@ -174,7 +174,7 @@ def _forward_peak(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_
     rows = min(config.max_running_requests, config.max_prefill_length)
     length = min(config.max_prefill_length // rows, max_seq_len)
     kept = kv_dtype(config)
-    kv = allocate_kv(spec.num_layers, 0, config.page_size, spec.num_kv_heads, spec.head_dim, kept, device)
+    kv = allocate_kv(spec, 0, config.page_size, kept, device)
     runner = ModelRunner(decoder, kv, rows, max_seq_len, device)
     if max_seq_len >= WARM_UP_TOKENS:
         warm_up(runner, rows)
@@ -213,13 +213,14 @@ def prefill_plan(rows: int, length: int, everything: bool = False) -> StepPlan:
         changed=slots, penalties=np.ones((len(NEUTRAL_PENALTIES), rows), np.float32), penalised=True, bias_width=1,
         constrained=none,
         scored=slots, top=MAX_LOGPROBS, prompt_rows=np.arange(len(tokens), dtype=np.int32), prompt_targets=tokens,
-        prompt_slots=slots, prompt_counts=zeros + length, prompt_top=MAX_LOGPROBS,
+        prompt_slots=np.repeat(slots, length), prompt_top=MAX_LOGPROBS,
     )  # fmt: skip
-    init = NewRows(
-        slots=slots, temperatures=ones, top_ps=ones * np.float32(0.9), min_ps=ones * np.float32(0.01), top_ks=zeros,
-        seeds=np.zeros(rows, np.int64), min_lens=zeros + length + 1,
-        stop_ids=np.zeros((rows, MAX_STOP_TOKEN_IDS), np.int32), logits=logits_init if everything else None,
-    )  # fmt: skip
+    sampling = {
+        "temperature": ones, "top_p": ones * np.float32(0.9), "min_p": ones * np.float32(0.01), "top_k": zeros,
+        "seed": np.zeros(rows, np.int64), "min_len": zeros + length + 1,
+        "stop_ids": np.zeros((rows, MAX_STOP_TOKEN_IDS), np.int32),
+    }  # fmt: skip
+    init = NewRows(slots=slots, sampling=sampling, logits=logits_init if everything else None)
     return StepPlan(
         step=0, init=init, page_slots=none, page_indices=none, page_ids=none, decode_slots=none, decode_lens=none,
         prefill_slots=slots, prefill_starts=zeros, prefill_lens=zeros + length, prefill_final=np.ones(rows, np.bool_),
