@@ -9,7 +9,11 @@ from numpy.typing import NDArray
 Array = TypeVar("Array")
 Int32 = NDArray[np.int32]
 # Parameters that change logits by a number each, and the number that changes nothing.
-NEUTRAL_PENALTIES: Final = {"repetition_penalty": 1.0, "frequency_penalty": 0.0, "presence_penalty": 0.0}
+NEUTRAL_PENALTIES: Final = {
+    "repetition_penalty": 1.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+}
 Masks = Int32  # (g, ceil(V / 32)): which tokens each of g rows may have next, token t in bit t % 32 of word t // 32
 
 
