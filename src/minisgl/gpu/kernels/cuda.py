@@ -22,6 +22,7 @@ from torch import Tensor
 from minisgl.config import cache_folder
 
 ARCHITECTURE = "sm_90a"  # wgmma exists on Hopper only
+MULTIPROCESSORS = 132  # of an H100 or H200; on a GPU with fewer the tiles are only a little slower
 
 
 def available(device: torch.device) -> str:

@@ -6,8 +6,9 @@
 // that permutes K within a unit, which changes nothing as x is loaded alike. The first units of W are requested before
 // the previous kernel has ended (programmatic dependent launch): no kernel writes W.
 //
-// Compiled with FLOAT16; BLOCKS: W has a scale for each 128x128, not each row; PARTS: the result is float32 (splits,
-// rows, columns), sums to be added.
+// Compiled with WARPS, AHEAD (units that a warp has on their way), RESIDENT (blocks of a multiprocessor), FLOAT16;
+// BLOCKS: W has a scale for each 128x128, not each row; PARTS: the result is float32 (splits, rows, columns), sums to be
+// added.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from minisgl.core.quantization import BLOCK, FP8, Fp8Rows, Fp8Weight
-from minisgl.gpu.kernels.cuda import CudaKernel, available, compile_all
+from minisgl.gpu.kernels.cuda import MULTIPROCESSORS, CudaKernel, available, compile_all
 
 TILE = 16  # rows of the weight that a thread block takes
-MAX_ROWS = 8
-MULTIPROCESSORS = 132  # of an H100 or H200
+MAX_ROWS = 8  # above it the kernel of `fp8`, or cuBLAS, is faster
 
 
 class RowsTile(NamedTuple):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minisgl.gpu.kernels.cuda import CudaKernel, available, checked, compile_all
+from minisgl.gpu.kernels.cuda import MULTIPROCESSORS, CudaKernel, available, checked, compile_all
 from minisgl.gpu.kernels.linear import HALF, MAX_WEIGHTS
 
 TILE, SLAB = 64, 64  # rows of the weight that a block takes, and elements of each that are fetched together
@@ -23,7 +23,6 @@ MAX_ROWS = TOKENS[-1]  # above it cuBLAS is as fast
 MAX_COLUMNS = 1 << 17  # larger weights are vocabularies
 RING_BYTES = {2: 100 << 10, 3: 64 << 10}  # shared memory for slabs on their way, by thread blocks per multiprocessor
 MAX_STAGES = 16
-MULTIPROCESSORS = 132  # of an H100 or H200; on a GPU with fewer the tiles are only a little slower
 
 
 class StreamTile(NamedTuple):
