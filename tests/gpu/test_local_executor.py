@@ -1,5 +1,6 @@
 """Building an executor: how many KV pages there are, and what does not fit."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from minisgl.core.decoder import Decoder
 from minisgl.core.weights import dummy_weights
 from minisgl.errors import ConfigError
 from minisgl.gpu import memory
-from minisgl.gpu.executor import build_local_executor
+from minisgl.gpu.executor import build_local_executor, require_fp8
 from minisgl.gpu.memory import GIB, group_limit, group_memory
 
 PAGE_BYTES = 2 * SPEC.num_layers * 16 * SPEC.num_kv_heads * SPEC.head_dim * 4
@@ -31,6 +32,23 @@ def measure(config: Config, before: int) -> int:
     attention = Attention(TorchAttention(), TorchAttention())
     decoder = Decoder(SPEC, dummy_weights(SPEC, torch.float32, CPU), attention, 64)
     return memory.measure_pages(config, decoder, torch.float32, 64, before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "checkpoint", "cause"),
+    [
+        ({"quantization": "fp8"}, False, "--quantization fp8"),
+        ({"kv_cache_dtype": "fp8_e4m3"}, False, "--kv-cache-dtype fp8_e4m3"),
+        ({}, True, "this checkpoint"),
+    ],
+)
+def test_fp8_is_refused_on_a_gpu_without_it(settings: dict[str, str], checkpoint: bool, cause: str) -> None:
+    spec = dataclasses.replace(SPEC, fp8=checkpoint)
+    with pytest.raises(ConfigError, match=f"^{cause} needs .* 8.9 or higher; this one has 8.0$"):
+        require_fp8(config(**settings), spec, 80)
+    for gpu in (0, 89, 90):
+        require_fp8(config(**settings), spec, gpu)
+    require_fp8(config(), SPEC, 80)
 
 
 def test_building_with_made_up_weights_sizes_the_cache(tmp_path: Path) -> None:

@@ -17,12 +17,14 @@ from minisgl.core.model_runner import ModelRunner
 from minisgl.core.ops import Operations
 from minisgl.core.quantization import FP8, quantize_fp8, quantize_int8
 from minisgl.core.weights import TORCH_DTYPES, Progress, Quantize, Sharder, Weights, dummy_weights, load_weights
+from minisgl.errors import ConfigError
 from minisgl.gpu.attention.interface import GraphBackend, captures_prefill
 from minisgl.gpu.attention.select import Shape, available_backends, capability, choose, make_attention
 from minisgl.gpu.cuda_graphs import DecodeGraphs, MixedGraphs, PiecewiseGraphs, graph_sizes, piecewise_max_tokens
 from minisgl.gpu.memory import available_memory, kv_dtype, measure_pages, require_pages_fit, require_weights_fit
 from minisgl.gpu.operations import operations_for
 
+FP8_CAPABILITY = 89  # the first with conversions from and to FP8
 QUANTIZE: dict[str, Quantize] = {"fp8": quantize_fp8, "int8": quantize_int8}
 
 
@@ -41,6 +43,14 @@ def attention_shape(spec: ModelSpec, config: Config) -> Shape:
     return Shape(head_dim=spec.head_dim, dtype=TORCH_DTYPES[config.dtype], page_size=config.page_size, fp8_kv=fp8)
 
 
+def require_fp8(config: Config, spec: ModelSpec, gpu: int) -> None:
+    """Raise ConfigError where `config` or the checkpoint needs FP8 and a GPU of this `capability` has none."""
+    asked = {"--quantization fp8": config.quantization == "fp8", "--kv-cache-dtype fp8_e4m3": kv_dtype(config) == FP8}
+    wanted = next((flag for flag, given in asked.items() if given), "this checkpoint" if spec.fp8 else None)
+    if wanted is not None and 0 < gpu < FP8_CAPABILITY:
+        raise ConfigError(f"{wanted} needs a GPU of compute capability 8.9 or higher; this one has {gpu / 10}")
+
+
 def build_local_executor(
     config: Config, folder: Path, spec: ModelSpec, max_seq_len: int, progress: Progress | None = None,
     share: RankShare | None = None, alive: Callable[[], None] | None = None,
@@ -52,6 +62,7 @@ def build_local_executor(
     """
     device, dtype = torch.device(config.device), TORCH_DTYPES[config.dtype]
     local, sharder = (spec, None) if share is None else (share.spec, share.sharder)
+    require_fp8(config, spec, capability(device))
     require_pages_fit(config, local)
     ops = operations_for(device, spec.hidden_size) if share is None else share.operations
     choose(config.attn, attention_shape(local, config), available_backends(device), capability(device))
