@@ -2,8 +2,13 @@
 
 import dataclasses
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from operator import call
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -21,6 +26,7 @@ from minisgl.text.grammar_check import GrammarCompiler
 from minisgl.trace import TraceWriter, TrafficRecorder
 
 Executor = LocalExecutor | GroupExecutor
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,15 +52,17 @@ def build_engine(config: Config, progress: bool = False, on_failure: Callable[[]
     load_eviction(config.eviction)
     trace = None if config.trace_steps is None else TraceWriter(config.trace_steps)
     recording = None if config.record is None else TrafficRecorder(config.record)
-    dtype = resolve(config, machine).config.dtype  # of a checkpoint that is converted; final once the model is known
-    folder = locate_model(config.model, config.model_source, dtype, not config.dummy_weight, progress)
+    early = resolve(config, machine).config  # the dtype, of a checkpoint that is converted, is final with the model
+    run = in_passing_thread if early.device == "cpu" else call
+    weights = not config.dummy_weight
+    folder = run(partial(locate_model, config.model, config.model_source, early.dtype, weights, progress))
     spec = read_spec(folder)
     resolved = resolve(config, machine, spec.checkpoint_dtype)
     wanted = max_seq_len(resolved.config, spec)
     executor: Executor
     with progress_bar("Loading weights", enabled=progress) as advance:
         if config.tp == 1:
-            executor = build_local_executor(resolved.config, folder, spec, wanted, advance)
+            executor = run(partial(build_local_executor, resolved.config, folder, spec, wanted, advance))
         else:
             executor = build_group_executor(resolved.config, folder, spec, wanted, advance, launched, on_failure)
     bundled = config.model is None or config.model == BUNDLED_MODEL
@@ -70,6 +78,27 @@ def build_engine(config: Config, progress: bool = False, on_failure: Callable[[]
     if trace is not None:
         engine.observe(trace)
     return Built(engine, folder, describe(resolved, spec, executor, model.max_seq_len))
+
+
+def in_passing_thread(work: Callable[[], T]) -> T:
+    """What `work` returns or raises, done in a thread that is gone then.
+
+    A thread that computed on a CPU keeps libgomp's threads. When these are more than the processors, all sleep while
+    they wait, and the parallel loops of each step, which another thread computes, take longer by waking them.
+    """
+    done: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    thread = threading.Thread(target=run, daemon=True)  # an interrupt does not wait for it
+    thread.start()
+    result = done.result()
+    thread.join()
+    return result
 
 
 def probe_machine(launched: Launcher | None = None) -> Machine:

@@ -272,10 +272,6 @@ def cache_folder(environ: Mapping[str, str] = os.environ) -> str:
     return environ.get("MINISGL_CACHE") or os.path.join(base, "minisgl")
 
 
-def threads_are_given(environ: Mapping[str, str] = os.environ) -> bool:
-    return "OMP_NUM_THREADS" in environ
-
-
 def environment_with(**more: str) -> dict[str, str]:
     return {**os.environ, **more}
 

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from helpers.driver import CPU, Driver
 from helpers.tiny_models import MOE, random_model
-from minisgl.core import decoder
 from minisgl.core.attention import Attention, TorchAttention
-from minisgl.core.decoder import choose_threads, pack_weights
+from minisgl.core.decoder import pack_weights
 from minisgl.core.model_config import ModelSpec, read_spec
 from minisgl.core.weights import LayerWeights, Weights, dummy_weights, load_weights
 from minisgl.gpu.attention.triton import TritonAttention
@@ -153,27 +152,3 @@ def test_half_precision_stays_near_full_precision(dtype: torch.dtype) -> None:
     for driver in (rough, exact):
         driver.step(chunks={0: tokens[:PROMPT]})
     assert_close(rough.logits.float(), exact.logits, 0.05)
-
-
-@pytest.mark.parametrize(("seconds", "chosen"), [((1.0, 0.8, 0.85), 2), ((1.0, 0.95, 0.91), 4), ((1.0, 1.4, 0.5), 1)])
-def test_the_fastest_of_all_half_and_one_of_the_threads_are_taken_if_clearly_faster(
-    seconds: tuple[float, ...], chosen: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spec = reference("qwen3")[0]
-    weights, now = dummy_weights(spec, torch.float32, CPU), 0.0
-    taken = dict(zip((4, 2, 1), seconds, strict=True))
-
-    def linear(row: Tensor, matrix: Tensor) -> None:
-        nonlocal now
-        now += taken[torch.get_num_threads()]
-
-    monkeypatch.setattr(decoder, "linear", linear)
-    monkeypatch.setattr("minisgl.core.decoder.time.perf_counter", lambda: now)
-    monkeypatch.setattr(decoder, "TRIED_WEIGHTS", 0)  # one matrix at least
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    try:
-        choose_threads(weights)
-        assert torch.get_num_threads() == chosen
-    finally:
-        torch.set_num_threads(before)

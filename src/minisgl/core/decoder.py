@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -17,11 +14,6 @@ from minisgl.core.model_config import ModelSpec, Rope
 from minisgl.core.ops import PLAIN, Operations, linear, pack
 from minisgl.core.quantization import Activations
 from minisgl.core.weights import LayerWeights, Weights
-
-MATRICES: Final = ("qkv", "o", "gate_up", "down")  # of a layer, without experts
-TRIED_WEIGHTS: Final = 64 << 20  # elements that are read to choose a number of threads: more than caches hold
-TRIES: Final = 5
-CLEARLY: Final = 0.9  # of the time that all threads take; else all are kept, so that each start chooses alike
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,38 +118,10 @@ class Decoder:
 def pack_weights(weights: Weights, int8: bool = False) -> None:
     """`pack` the matrices and the head, one at a time to save memory."""
     for layer in weights.layers:
-        for name in MATRICES:
+        for name in ("qkv", "o", "gate_up", "down"):
             if (weight := getattr(layer, name)) is not None:
                 setattr(layer, name, pack(weight, int8))
     weights.head = pack(weights.head, int8)
-
-
-@torch.inference_mode()
-def choose_threads(weights: Weights) -> None:
-    """Have torch multiply a row by packed weights with the fastest of its threads, half of them, … 1, as measured now.
-
-    Two virtual cores are often one, where a second thread only adds waiting.
-    """
-    matrices = [getattr(layer, name) for layer in weights.layers for name in MATRICES]
-    matrices = [matrix for matrix in matrices if matrix is not None]
-    sizes = accumulate(math.prod(matrix.shape) for matrix in matrices)
-    tried = [matrix for matrix, size in zip(matrices, sizes, strict=True) if size <= TRIED_WEIGHTS] or matrices[:1]
-    rows = [torch.ones(1, matrix.shape[1], dtype=weights.norm.dtype) for matrix in tried]
-
-    def seconds(threads: int) -> float:
-        torch.set_num_threads(threads)
-        taken = []
-        for _ in range(TRIES):
-            began = time.perf_counter()
-            for row, matrix in zip(rows, tried, strict=True):
-                linear(row, matrix)
-            taken.append(time.perf_counter() - began)
-        return min(taken)
-
-    most = torch.get_num_threads()
-    taken = {threads: seconds(threads) for threads in (most >> power for power in range(most.bit_length()))}
-    best = min(taken, key=lambda threads: taken[threads])
-    torch.set_num_threads(best if taken[best] < CLEARLY * taken[most] else most)
 
 
 def rope_table(rope: Rope, head_dim: int, max_positions: int, device: torch.device) -> Tensor:

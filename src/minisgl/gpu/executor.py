@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from minisgl.config import Config, threads_are_given
-from minisgl.core.decoder import Decoder, choose_threads, pack_weights
+from minisgl.config import Config
+from minisgl.core.decoder import Decoder, pack_weights
 from minisgl.core.executor import LocalExecutor
 from minisgl.core.kv_cache import allocate_kv
 from minisgl.core.model_config import ModelSpec
@@ -77,8 +77,6 @@ def build_local_executor(
             kv_scales=kv_dtype(config) == FP8,
         )  # fmt: skip
     pack_weights(weights, config.quantization == "int8")
-    if device.type == "cpu" and share is None and not threads_are_given():
-        choose_threads(weights)
     attention, _ = make_attention(config.attn, attention_shape(local, config), device)
     num_pages = measure_pages(config, Decoder(local, weights, attention, max_seq_len, ops), dtype, max_seq_len, before)
     if share is not None:
