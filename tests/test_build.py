@@ -1,6 +1,9 @@
 """From a configuration to an engine."""
 
+import os
+import signal
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -41,3 +44,23 @@ def test_what_fails_in_a_passing_thread_is_raised() -> None:
 
     with pytest.raises(ModelError, match="no model"):
         in_passing_thread(fail)
+
+
+def test_an_interrupt_stops_the_work_in_a_passing_thread() -> None:
+    ended = threading.Event()
+
+    def endless() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            while True:
+                time.sleep(0.001)
+        finally:
+            ended.set()
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            in_passing_thread(endless)
+        assert ended.is_set()
+    finally:
+        signal.signal(signal.SIGINT, before)

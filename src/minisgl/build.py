@@ -1,5 +1,6 @@
 """From a configuration to a running engine: find the model, resolve what was left open, load, size the cache."""
 
+import ctypes
 import dataclasses
 import sys
 import threading
@@ -94,11 +95,18 @@ def in_passing_thread(work: Callable[[], T]) -> T:
         except BaseException as error:
             done.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)  # an interrupt does not wait for it
-    thread.start()
-    result = done.result()
-    thread.join()
-    return result
+    thread = threading.Thread(target=run, daemon=True)
+    try:
+        thread.start()
+        return done.result()
+    except BaseException as error:
+        if thread.ident is not None and not done.done():  # an interrupt, which is to stop the work too
+            stop = ctypes.py_object(type(error))
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), stop)
+        raise
+    finally:
+        if thread.ident is not None:
+            thread.join()
 
 
 def probe_machine(launched: Launcher | None = None) -> Machine:
