@@ -1,11 +1,8 @@
 """From a configuration to a running engine: find the model, resolve what was left open, load, size the cache."""
 
-import ctypes
 import dataclasses
 import sys
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from functools import partial
 from operator import call
 from pathlib import Path
@@ -23,6 +20,7 @@ from minisgl.distributed.executor import GroupExecutor, build_group_executor
 from minisgl.errors import ConfigError
 from minisgl.formats.hub import locate_model, progress_bar
 from minisgl.gpu.executor import build_local_executor
+from minisgl.system import WorkThread
 from minisgl.text.grammar_check import GrammarCompiler
 from minisgl.trace import TraceWriter, TrafficRecorder
 
@@ -87,22 +85,13 @@ def in_passing_thread(work: Callable[[], T]) -> T:
     A thread that computed on a CPU keeps libgomp's threads. When these are more than the processors, all sleep while
     they wait, and the parallel loops of each step, which another thread computes, take longer by waking them.
     """
-    done: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            done.set_result(work())
-        except BaseException as error:
-            done.set_exception(error)
-
-    thread = threading.Thread(target=run, daemon=True)
+    thread = WorkThread(work)
     try:
         thread.start()
-        return done.result()
+        return thread.done.result()
     except BaseException as error:
-        if thread.ident is not None and not done.done():  # an interrupt, which is to stop the work too
-            stop = ctypes.py_object(type(error))
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), stop)
+        if not thread.done.done():  # an interrupt, which is to stop the work too
+            thread.stop(type(error))
         raise
     finally:
         if thread.ident is not None:

@@ -3,14 +3,11 @@
 A specification is `lpm`, `lpm:patience=5` or `examples/srpt.py:Shortest:aging=500`: parameters follow after colons.
 """
 
-import ctypes
 import itertools
 import json
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from functools import partial
 from importlib.machinery import SourceFileLoader
 from importlib.metadata import entry_points
@@ -28,6 +25,7 @@ from minisgl.core.request_state import RequestState, RequestTable
 from minisgl.core.scheduler import Scheduler
 from minisgl.core.types import Request, SamplingParams
 from minisgl.errors import ConfigError
+from minisgl.system import WorkThread
 
 T = TypeVar("T")
 TRIAL_SECONDS = 10.0
@@ -86,23 +84,15 @@ def load_file(path: str) -> Any:
 
 def in_time(spec: str, work: Callable[[], T]) -> T:
     """The result of `work`; raises ConfigError, which names `spec`, when it raises or takes too long."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    thread = threading.Thread(target=run, name=f"trial of {spec}", daemon=True)
+    thread = WorkThread(work, f"trial of {spec}")
     thread.start()
     try:
-        error = future.exception(TRIAL_SECONDS)
+        error = thread.done.exception(TRIAL_SECONDS)
     except TimeoutError:
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
+        thread.stop(SystemExit)
         raise ConfigError(f"the policy {spec} does not return: it was tried for {TRIAL_SECONDS:.0f} s") from None
     if error is None:
-        return future.result()
+        return thread.done.result()
     file = str(Path(spec.partition(":")[0]))
     text = error.message if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
     lines = [f" (line {f.lineno})" for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
