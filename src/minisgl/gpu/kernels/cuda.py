@@ -75,6 +75,10 @@ def compile_source(source: str) -> bytes:
     return code
 
 
+def defines(**values: int) -> str:
+    return "".join(f"#define {name} {int(value)}\n" for name, value in values.items())
+
+
 def compile_all(sources: Sequence[str]) -> None:
     """Compile those that are not cached yet, in parallel: each takes about a second."""
     missing = [source for source in dict.fromkeys(sources) if not cached_at(source).exists()]

@@ -64,10 +64,11 @@ def linear(x: Tensor | Fp8Rows, weight: Fp8Weight, bias: Tensor | None, split: b
         if not quantizes_for(weight):
             return fp8_linear(x, weight, bias)
         x = quantize_rows(x, in_runs(len(x), weight))
-    columns, inner = weight.shape
+    split = split and bias is None
     if fp8_rows.fits(x.rows, weight):
-        return fp8_rows.linear(x, weight, bias, split and bias is None)
-    tile = None if weight.blocks or x.rows > MAX_ROWS else tile_for(x.rows, columns, inner, split and bias is None)
+        return fp8_rows.linear(x, weight, bias, split)
+    columns, inner = weight.shape
+    tile = None if weight.blocks or x.rows > MAX_ROWS else tile_for(x.rows, columns, inner, split)
     if tile is not None:
         return _launch_linear(x, weight, bias, tile)
     if weight.blocks:

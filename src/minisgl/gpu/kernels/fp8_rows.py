@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minisgl.core.quantization import BLOCK, FP8, Fp8Rows, Fp8Weight
-from minisgl.gpu.kernels.cuda import MULTIPROCESSORS, CudaKernel, available, compile_all
+from minisgl.gpu.kernels.cuda import MULTIPROCESSORS, CudaKernel, available, compile_all, defines
 
 TILE = 16  # rows of the weight that a thread block takes
 MAX_ROWS = 8  # above it the kernel of `fp8`, or cuBLAS, is faster
@@ -39,10 +39,11 @@ def tile_for(columns: int, split: bool) -> RowsTile:
 
 
 def source(tile: RowsTile, blocks: bool, split: bool, dtype: torch.dtype) -> str:
-    names = ("WARPS", "AHEAD", "RESIDENT", "BLOCKS", "PARTS", "FLOAT16")
-    values = (tile.warps, tile.ahead, tile.resident, int(blocks), int(split), int(dtype == torch.float16))
-    defines = "".join(f"#define {name} {value}\n" for name, value in zip(names, values, strict=True))
-    return defines + Path(__file__).with_name("fp8_rows.cu").read_text()
+    constants = defines(
+        WARPS=tile.warps, AHEAD=tile.ahead, RESIDENT=tile.resident, BLOCKS=blocks, PARTS=split,
+        FLOAT16=dtype == torch.float16,
+    )  # fmt: skip
+    return constants + Path(__file__).with_name("fp8_rows.cu").read_text()
 
 
 @functools.cache

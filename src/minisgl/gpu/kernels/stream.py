@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minisgl.gpu.kernels.cuda import MULTIPROCESSORS, CudaKernel, available, checked, compile_all
+from minisgl.gpu.kernels.cuda import MULTIPROCESSORS, CudaKernel, available, checked, compile_all, defines
 from minisgl.gpu.kernels.linear import HALF, MAX_WEIGHTS
 
 TILE, SLAB = 64, 64  # rows of the weight that a block takes, and elements of each that are fetched together
@@ -55,10 +55,11 @@ def stages(tile: StreamTile) -> int:
 
 
 def source(tile: StreamTile, gated: bool, dtype: torch.dtype) -> str:
-    names = ("TOKENS", "SIDES", "SPLITS", "STAGES", "GATED", "FLOAT16")
-    values = (tile.tokens, tile.sides, tile.splits, stages(tile), int(gated), int(dtype == torch.float16))
-    defines = "".join(f"#define {name} {value}\n" for name, value in zip(names, values, strict=True))
-    return defines + multiply_source(tile.tokens, dtype) + Path(__file__).with_name("stream.cu").read_text()
+    constants = defines(
+        TOKENS=tile.tokens, SIDES=tile.sides, SPLITS=tile.splits, STAGES=stages(tile), GATED=gated,
+        FLOAT16=dtype == torch.float16,
+    )  # fmt: skip
+    return constants + multiply_source(tile.tokens, dtype) + Path(__file__).with_name("stream.cu").read_text()
 
 
 def multiply_source(tokens: int, dtype: torch.dtype) -> str:
