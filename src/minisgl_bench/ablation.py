@@ -36,6 +36,7 @@ from minisgl.formats.hub import progress_bar
 from minisgl.gpu.attention.select import available_backends, capability, choose
 from minisgl.gpu.executor import attention_shape, build_local_executor, make_executor
 from minisgl.gpu.memory import available_memory
+from minisgl.server.engine_process import SHORT_SLEEP
 from minisgl_bench.profile import Recorder
 from minisgl_bench.report import Report, draw_ablation, engine_path, gpu_name, on_gpu, slug, table
 from minisgl_bench.workload import sampling_params
@@ -49,7 +50,6 @@ SLACK: Final = 2 * 256  # tokens: a request may leave most of a page of 256 empt
 KV_SHARE: Final = 0.4  # of the KV tokens that fit on a GPU, for each of two executors; the rest for weights in FP8
 OVERHEAD: Final = 2.5  # s a run takes on average beside its seconds: executors are built and warmed up
 THINK: Final = 0.1  # s until a client sends its next request, at most
-SHORT_SLEEP: Final = 2e-4  # s, as a server sleeps before a launch
 
 
 @dataclass(frozen=True)
