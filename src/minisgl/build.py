@@ -14,13 +14,12 @@ from minisgl.config import BUNDLED_MODEL, Config, Launcher, Machine, Resolved, l
 from minisgl.core.engine import Engine
 from minisgl.core.executor import LocalExecutor
 from minisgl.core.model_config import ModelSpec, read_spec
-from minisgl.core.plugins import load_eviction, load_policy
+from minisgl.core.plugins import WorkThread, load_eviction, load_policy
 from minisgl.core.types import ModelInfo
 from minisgl.distributed.executor import GroupExecutor, build_group_executor
 from minisgl.errors import ConfigError
 from minisgl.formats.hub import locate_model, progress_bar
 from minisgl.gpu.executor import build_local_executor
-from minisgl.system import WorkThread
 from minisgl.text.grammar_check import GrammarCompiler
 from minisgl.trace import TraceWriter, TrafficRecorder
 

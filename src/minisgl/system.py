@@ -1,7 +1,6 @@
 """What a process has of its system: standard streams, helpers, a private folder, the tool that installs packages."""
 
 import contextlib
-import ctypes
 import fcntl
 import importlib.util
 import os
@@ -12,13 +11,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
-from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
-from typing import Generic, TextIO, TypeVar
+from typing import TextIO
 
-T = TypeVar("T")
 MAX_PATH = 88  # characters before the random ones of a folder's name; the path of a Unix socket has at most 107
 
 
@@ -44,25 +39,6 @@ class PrivateFolder(tempfile.TemporaryDirectory[str]):
     def cleanup(self) -> None:
         self._lock.close()
         super().cleanup()
-
-
-class WorkThread(threading.Thread, Generic[T]):
-    """Does some work, whose result or error `done` has then. The interpreter's end does not wait for it."""
-
-    def __init__(self, work: Callable[[], T], name: str | None = None) -> None:
-        super().__init__(name=name, daemon=True)
-        self.done: Future[T] = Future()
-        self._work = work
-
-    def run(self) -> None:
-        try:
-            self.done.set_result(self._work())
-        except BaseException as error:
-            self.done.set_exception(error)
-
-    def stop(self, error: type[BaseException]) -> None:
-        """Raise this in the work as soon as it runs Python again."""
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.ident or 0), ctypes.py_object(error))
 
 
 def open_standard_streams() -> None:

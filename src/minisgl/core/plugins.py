@@ -3,17 +3,20 @@
 A specification is `lpm`, `lpm:patience=5` or `examples/srpt.py:Shortest:aging=500`: parameters follow after colons.
 """
 
+import ctypes
 import itertools
 import json
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from functools import partial
 from importlib.machinery import SourceFileLoader
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -25,7 +28,6 @@ from minisgl.core.request_state import RequestState, RequestTable
 from minisgl.core.scheduler import Scheduler
 from minisgl.core.types import Request, SamplingParams
 from minisgl.errors import ConfigError
-from minisgl.system import WorkThread
 
 T = TypeVar("T")
 TRIAL_SECONDS = 10.0
@@ -80,6 +82,25 @@ def load_file(path: str) -> Any:
     module.__file__ = path
     loader.exec_module(module)
     return module
+
+
+class WorkThread(threading.Thread, Generic[T]):
+    """Does some work, whose result or error `done` has then. The interpreter's end does not wait for it."""
+
+    def __init__(self, work: Callable[[], T], name: str | None = None) -> None:
+        super().__init__(name=name, daemon=True)
+        self.done: Future[T] = Future()
+        self._work = work
+
+    def run(self) -> None:
+        try:
+            self.done.set_result(self._work())
+        except BaseException as error:
+            self.done.set_exception(error)
+
+    def stop(self, error: type[BaseException]) -> None:
+        """Raise this in the work as soon as it runs Python again."""
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.ident or 0), ctypes.py_object(error))
 
 
 def in_time(spec: str, work: Callable[[], T]) -> T:

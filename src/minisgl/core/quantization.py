@@ -100,10 +100,7 @@ def quantize_fp8(weight: Tensor) -> Fp8Weight:
 
 
 def quantize_int8(weight: Tensor) -> Weight:
-    """A weight (N, K), or a part of its columns, with a scale for each output channel. Raises ConfigError.
-
-    Experts stay as they are.
-    """
+    """A weight (N, K), or a part of its columns, scaled by output channel; experts as they are. Raises ConfigError."""
     if not (torch._C._has_mkldnn and has_vnni()):
         raise ConfigError("--quantization int8 needs oneDNN in torch and an x86 CPU with VNNI instructions")
     if weight.dim() == 3:
