@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def test_captured_steps_write_and_sample_what_others_do(model: str, attn: str) -
     replays = []
 
     def capture(work: Work) -> Work:
-        return lambda: replays.append(work())
+        return lambda: replays.append((work, work()))
 
     if attn == "triton":
         capture_mixed(parts.runner, 20, capture)
@@ -68,6 +69,13 @@ def test_captured_steps_write_and_sample_what_others_do(model: str, attn: str) -
     ]
     assert sampled[0] == sampled[1]
     assert len(replays) == 4 * (1 if attn == "triton" else spec.num_layers)
+    if attn == "triton":  # steps without decodes have graphs of their own
+        assert [work.args[0].decodes > 0 for work, _ in replays if isinstance(work, partial)] == [
+            False,
+            True,
+            False,
+            True,
+        ]
     for old, new in zip(plain.runner.kv.k[:, :-1], parts.runner.kv.k[:, :-1], strict=True):
         torch.testing.assert_close(old, new)
         assert torch.equal(old == 0, new == 0)

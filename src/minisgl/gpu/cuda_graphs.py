@@ -28,7 +28,9 @@ from minisgl.core.request_state import EMPTY
 from minisgl.gpu.attention.interface import DeviceBatch, GraphBackend, GraphDecode, static_step
 
 CAPTURE_MODE = "thread_local"  # other threads may query events meanwhile: they watch collectives, or collect results
-MAX_CHUNKS = 64  # of prompts in a captured step
+MAX_CHUNKS = 64  # of prompts in a captured step beside decodes
+FEW_CHUNKS = 8  # in one without: logits for 256 rows, and decode attention for none, take 0.3 ms on an H200
+ALONE_TOKENS = 512  # up to which that matters: a prompt on an idle server
 IN_FLIGHT = 4  # copies of `changes` on the host: more than there are steps launched and not collected
 
 
@@ -167,27 +169,36 @@ NOTHING = StepPlan(
 class MixedInputs:
     """What the host sends for a step of up to T tokens with prompts: views of one int32 buffer, by name.
 
-    R decode rows, C chunks and W new entries of page tables at most. What is not used names the tables' last row and
-    the scratch page, and has no tokens.
+    D decode rows, R sampled rows, C chunks and W new entries of page tables at most. What is not used names the tables'
+    last row and the scratch page, and has no tokens.
     """
 
-    def __init__(self, tokens: int, tables: DeviceTables, page_size: int) -> None:
-        self.rows = min(tokens, len(tables.length) - 1)
-        self.chunks = min(tokens, MAX_CHUNKS, self.rows)
-        self.pages = tokens // page_size + self.rows + self.chunks
+    def __init__(self, tokens: int, beside_decodes: bool, tables: DeviceTables, page_size: int) -> None:
+        self.tokens, running = tokens, len(tables.length) - 1
+        self.decodes = min(tokens, running) if beside_decodes else 0
+        self.chunks = min(tokens, MAX_CHUNKS if beside_decodes else FEW_CHUNKS, running)
+        self.rows = self.decodes or self.chunks
+        self.pages = tokens // page_size + self.decodes + self.chunks
         self.sampling = vars(tables.sampling)
         widest = sorted(self.sampling.items(), key=lambda item: -item[1].itemsize)  # first, to be aligned
         sizes = {
             **{name: self.chunks * column[0].nbytes // 4 for name, column in widest},
             **dict.fromkeys(("ids", "slots", "positions"), tokens),  # id -1: the row's last token
             **dict.fromkeys(("page_slots", "page_indices", "page_ids"), self.pages),
-            **dict.fromkeys(("decode_slots", "decode_ends", "sampled_slots", "logits_indices"), self.rows),
+            **dict.fromkeys(("decode_slots", "decode_ends"), self.decodes),
+            **dict.fromkeys(("sampled_slots", "logits_indices"), self.rows),
             **dict.fromkeys(("chunk_slots", "chunk_ends", "new_slots"), self.chunks),
             "chunk_starts": self.chunks + 1,
         }
         ends = list(itertools.accumulate(sizes.values()))
         self.size = ends[-1]
         self.places = {name: slice(end - sizes[name], end) for name, end in zip(sizes, ends, strict=True)}
+
+    def holds(self, plan: StepPlan) -> bool:
+        """Whether the plan fits, but for its page-table writes."""
+        new = 0 if plan.init is None else len(plan.init.slots)
+        fits = max(new, len(plan.prefill_slots)) <= self.chunks and len(plan.decode_slots) <= self.decodes
+        return fits and plan.num_tokens <= self.tokens
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:
         views = {name: buffer[place] for name, place in self.places.items()}
@@ -229,7 +240,7 @@ class MixedInputs:
 
 
 class MixedGraphs:
-    """Graphs of whole steps with prompts, beside decodes or alone, for each of some numbers of tokens T.
+    """Graphs of whole steps with prompts, each for some number of tokens T; small ones also without decodes.
 
     As in `DecodeGraphs`, the host sends one buffer and replays the smallest graph that holds a step. Attention reads
     every length on the device; its maxima are those of the size. Log-probabilities of a prompt are not for these.
@@ -245,53 +256,50 @@ class MixedGraphs:
         assert isinstance(head, Tensor)
         self.logits = torch.empty((min(largest, self.padding), len(head)), dtype=head.dtype, device=device)
         self.tokens = torch.zeros(len(self.logits), dtype=torch.int32, device=device)
-        self.sizes = piecewise_sizes(largest)
-        self.inputs = {size: MixedInputs(size, tables, kv.page_size) for size in self.sizes}
-        most = self.inputs[largest].size
+        kinds = [(size, beside) for size in piecewise_sizes(largest) for beside in (False, True)]
+        inputs = [MixedInputs(*kind, tables, kv.page_size) for kind in kinds if kind[1] or kind[0] <= ALONE_TOKENS]
+        self.sizes = [each.tokens for each in inputs]
+        most = inputs[-1].size
         self.buffer = torch.zeros(most, dtype=torch.int32, device=device)
         on_gpu = device.type == "cuda"
         hosts = [torch.zeros(most, dtype=torch.int32, pin_memory=on_gpu) for _ in range(IN_FLIGHT)]
         self._hosts = itertools.cycle(hosts)
         capture = capture or partial(captured, torch.cuda.graph_pool_handle())
-        self.steps = {size: self._capture(size, capture) for size in reversed(self.sizes)}
+        self.steps = [(each, self._capture(each, capture)) for each in reversed(inputs)][::-1]
 
     def takes(self, plan: StepPlan) -> bool:
-        size = self._size(plan)
-        if size is None or len(plan.prefill_slots) == 0 or (plan.logits is not None and len(plan.logits.prompt_rows)):
-            return False
-        new = 0 if plan.init is None else len(plan.init.slots)
-        return max(new, len(plan.prefill_slots)) <= self.inputs[size].chunks
+        wants_prompt = plan.logits is not None and len(plan.logits.prompt_rows) > 0
+        return len(plan.prefill_slots) > 0 and not wants_prompt and self._step_for(plan) is not None
 
     def run(self, plan: StepPlan) -> StepOutput:
         """Replay the plan's step; the output is valid until the next step."""
-        size = self._size(plan)
-        assert size is not None
-        inputs, host = self.inputs[size], next(self._hosts)
+        step, host = self._step_for(plan), next(self._hosts)
+        assert step is not None
+        inputs, replay = step
         if len(plan.page_ids) > inputs.pages:  # a long cached prefix
             places = {"slots": plan.page_slots.astype(np.int64), "indices": plan.page_indices.astype(np.int64)}
             new = upload({**places, "ids": plan.page_ids}, self.buffer.device)
             self.tables.page_table.index_put_((new["slots"], new["indices"]), new["ids"])
         inputs.write(host.numpy(), plan, self.padding, self.kv.num_pages)
         self.buffer[: inputs.size].copy_(host[: inputs.size], non_blocking=True)
-        self.steps[size]()
+        replay()
         sampled = len(plan.sampled_slots)
         return StepOutput(self.tokens[:sampled], self.logits[:sampled])
 
-    def _size(self, plan: StepPlan) -> int | None:
-        place = bisect.bisect_left(self.sizes, plan.num_tokens)
-        return self.sizes[place] if place < len(self.sizes) else None
+    def _step_for(self, plan: StepPlan) -> tuple[MixedInputs, Work] | None:
+        first = bisect.bisect_left(self.sizes, plan.num_tokens)
+        return next((step for step in self.steps[first : first + 2] if step[0].holds(plan)), None)
 
     @torch.inference_mode()
-    def _capture(self, size: int, capture: Capture) -> Work:
-        inputs = self.inputs[size]
+    def _capture(self, inputs: MixedInputs, capture: Capture) -> Work:
         host = next(self._hosts)[: inputs.size]
         inputs.write(host.numpy(), NOTHING, self.padding, self.kv.num_pages)
         self.buffer[: inputs.size].copy_(host)
-        work = partial(self._step, inputs, inputs.views(self.buffer), size)
+        work = partial(self._step, inputs, inputs.views(self.buffer))
         work()  # compiles what is not yet compiled
         return capture(work)
 
-    def _step(self, inputs: MixedInputs, step: dict[str, Tensor], size: int) -> None:
+    def _step(self, inputs: MixedInputs, step: dict[str, Tensor]) -> None:
         tables, kv, pages = self.tables, self.kv, self.tables.page_table
         # 1) Bring the tables up to date: new pages, and rows that start.
         pages.index_put_((step["page_slots"].long(), step["page_indices"].long()), step["page_ids"])
@@ -309,9 +317,10 @@ class MixedGraphs:
             logits_indices=step["logits_indices"].long(),
         )  # fmt: skip
         most = pages.shape[1] * kv.page_size
-        ones = torch.arange(inputs.rows + 1, dtype=torch.int32, device=ids.device)
+        ones = torch.arange(inputs.decodes + 1, dtype=torch.int32, device=ids.device)
         decodes = DeviceBatch(pages.index_select(0, decode_slots), step["decode_ends"], ones, 1, most)
-        chunks = DeviceBatch(pages.index_select(0, chunk_slots), step["chunk_ends"], step["chunk_starts"], size, most)
+        ends, starts = step["chunk_ends"], step["chunk_starts"]
+        chunks = DeviceBatch(pages.index_select(0, chunk_slots), ends, starts, inputs.tokens, most)
         # 3) The layers, and a token for each row that gets one.
         hidden = self.decoder.forward(batch, static_step(self.decoder.attention, decodes, chunks, kv), kv)
         logits = self.decoder.logits(hidden, self.logits[: inputs.rows])

@@ -113,16 +113,16 @@ def captures_prefill(attention: Attention) -> bool:
 
 def static_step(attention: Attention, decodes: DeviceBatch, chunks: DeviceBatch, kv: KVCache) -> PlannedAttention:
     """Attention of decode rows, then chunks, for a graph. Rows of length 0 pad both; no query is one of theirs."""
-    decode, prefill = attention.decode, attention.prefill
+    decode, prefill, rows = attention.decode, attention.prefill, len(decodes.kv_lens)
     assert isinstance(decode, DeviceBackend)
     assert isinstance(prefill, DeviceBackend)
-    parts = decode.step(decodes, kv, decode=True), prefill.step(chunks, kv, decode=False)
-    return _StaticStep(*parts, len(decodes.kv_lens), chunks.cu_query_lens)
+    first = decode.step(decodes, kv, decode=True) if rows else None
+    return _StaticStep(first, prefill.step(chunks, kv, decode=False), rows, chunks.cu_query_lens)
 
 
 @dataclass(frozen=True)
 class _StaticStep:
-    decode: PlannedAttention
+    decode: PlannedAttention | None
     prefill: PlannedAttention
     rows: int  # decode rows at most
     starts: Tensor  # int32 (C + 1,)
@@ -130,6 +130,8 @@ class _StaticStep:
     def run(self, q: Tensor, layer: int, window: int) -> Tensor:
         from minisgl.gpu.kernels.attention import merge_rows  # a machine without a GPU may lack triton
 
-        ones, out = self.decode.run(q[: self.rows], layer, window), self.prefill.run(q, layer, window)
+        ones, out = q[: self.rows], self.prefill.run(q, layer, window)
+        if self.decode is not None:
+            ones = self.decode.run(ones, layer, window)
         merge_rows(ones, out, self.starts)
         return out
