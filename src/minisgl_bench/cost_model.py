@@ -49,6 +49,7 @@ class GpuConstants(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     attention_flops: float  # of prompts
     expert_read: float  # of a mixture's weights
     expert_flops: float
+    fp8_expert_share: float = 1.0  # of `expert_read`, for experts in FP8
     kv_read: dict[int, float]  # of decode attention by query heads for each KV head, interpolated between two
     gemm_seconds: float  # beside a GEMM's roofline, the small kernels behind it included
     attention_seconds: float  # beside a decode attention's reading
@@ -119,6 +120,7 @@ class CostModel:
         ratio = share.num_heads / share.num_kv_heads
         self.kv_read = float(np.interp(ratio, list(gpu.kv_read), list(gpu.kv_read.values())))
         self.kv_read *= gpu.fp8_kv_share if kept == 1 else 1.0
+        self.expert_read = gpu.expert_read * (gpu.fp8_expert_share if self.layer_item == 1 else 1.0)
         self.attention_flops = 4 * share.num_heads * share.head_dim  # of a query and a key
         sparse = 0 if share.moe is None else sum(share.moe.layers)
         self.sparse_layers, self.dense_layers = sparse, share.num_layers - sparse
@@ -175,7 +177,7 @@ class CostModel:
             return 0.0
         met = moe.num_experts * (1 - (1 - moe.top_k / moe.num_experts) ** rows)
         weights = 3 * self.spec.hidden_size * moe.width
-        reading = met * weights * self.item / self.gpu.expert_read
+        reading = met * weights * self.layer_item / self.expert_read
         computing = 2 * rows * moe.top_k * weights / self.gpu.expert_flops
         return self.sparse_layers * (max(reading, computing) + 2 * self.gpu.gemm_seconds)
 
