@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from minisgl.gpu.kernels import attention, decode, elementwise, fp8, linear, moe
+from minisgl.gpu.kernels.jit import compiling
 
+HOPPER = GPUTarget("cuda", 90, 32)
 BF16, F32, FP8, INT = "*bf16", "*fp32", "*fp8e4nv", "*i32"
 
 
@@ -16,7 +19,31 @@ def compile_for_hopper(kernel: Any, types: dict[str, str], warps: int = 4, stage
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
-    triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
+    triton.compile(source, target=HOPPER, options={"num_warps": warps, "num_stages": stages})
+
+
+class NoGpu:
+    """Triton's driver where there is nothing to launch on."""
+
+    def get_current_target(self) -> GPUTarget:
+        return HOPPER
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_at_once() -> None:
+    compiled: list[str] = []
+    triton.knobs.compilation.listener = lambda **event: compiled.append(event["src"].name)
+    triton.runtime.driver.set_active(NoGpu())
+    x, weight = torch.ones((3, 64), dtype=torch.bfloat16), torch.ones(64, dtype=torch.bfloat16)
+    with compiling():
+        for width in (16, 32, 64, 16):
+            elementwise.rms_norm(x[:, :width], weight[:width], 1e-6)
+    assert compiled == ["_norm_kernel"] * 3, compiled
 
 
 def main() -> None:
@@ -63,3 +90,4 @@ def main() -> None:
 
 
 main()
+compile_at_once()

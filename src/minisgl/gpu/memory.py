@@ -5,6 +5,8 @@ The largest step is run to see what activations take; what graphs take is comput
 
 from __future__ import annotations
 
+import contextlib
+from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
@@ -21,6 +23,7 @@ from minisgl.core.quantization import FP8
 from minisgl.core.types import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
 from minisgl.core.weights import QUANTIZED, TORCH_DTYPES, Sharder, held_elements
 from minisgl.errors import ConfigError
+from minisgl.gpu.attention.interface import captures_prefill
 from minisgl.gpu.cuda_graphs import MAX_CHUNKS, graph_sizes, piecewise_max_tokens, piecewise_sizes
 
 GIB = 2**30
@@ -177,7 +180,8 @@ def _forward_peak(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_
     kv = allocate_kv(spec, 0, config.page_size, kept, device)
     runner = ModelRunner(decoder, kv, rows, max_seq_len, device)
     if max_seq_len >= WARM_UP_TOKENS:
-        warm_up(runner, rows)
+        with _compiling(config, decoder):
+            warm_up(runner, rows)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     present = torch.cuda.memory_allocated(device)
@@ -195,7 +199,17 @@ def warm_up(runner: ModelRunner, rows: int) -> None:
     prompt = msgspec.structs.replace(prompt, init=None, prefill_slots=prompt.prefill_slots + rows)  # the padding row
     for count in [2**power for power in range(rows.bit_length())]:
         slots = np.arange(count, dtype=np.int32)
+        runner.tables.last_token.zero_()  # a kernel that was only compiled has chosen no token
         runner.run(msgspec.structs.replace(prompt, decode_slots=slots, decode_lens=np.ones_like(slots)))
+
+
+def _compiling(config: Config, decoder: Decoder) -> contextlib.AbstractContextManager[None]:
+    """Where a step can do without kernels: compile them, many at a time, and launch none."""
+    if config.tp > 1 or not captures_prefill(decoder.attention) or find_spec("triton") is None:
+        return contextlib.nullcontext()
+    from minisgl.gpu.kernels.jit import compiling
+
+    return compiling()
 
 
 def prefill_plan(rows: int, length: int, everything: bool = False) -> StepPlan:

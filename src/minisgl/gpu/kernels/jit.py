@@ -7,8 +7,11 @@ so must call `after_previous` before it touches anything that another kernel wri
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from typing import Any, Protocol
 
 import torch
@@ -25,15 +28,34 @@ class Kernel(Protocol):
 
 
 Decorator = Callable[[Callable[..., Any]], Kernel]
-jit: Decorator = triton.jit  # compiles at the first launch of each combination of constants, dtypes and alignments
+COMPILE_ONLY = ContextVar("compile_only", default=False)
+
+
+class JitFunction(triton.JITFunction):  # type: ignore[misc]
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        return functools.partial(self.run, grid=grid, warmup=COMPILE_ONLY.get())
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """In this block a launch has its kernel compiled, in a thread, and launches nothing: outputs stay as they are."""
+    token = COMPILE_ONLY.set(True)
+    try:
+        with ThreadPoolExecutor() as threads, triton.AsyncCompileMode(threads):
+            yield
+    finally:
+        COMPILE_ONLY.reset(token)
 
 
 def jit_varying(*names: str) -> Decorator:
     """`jit` without specialisation on these arguments: token counts, and tensors at any address."""
     # Otherwise an integer that is 1 or a multiple of 16, or an aligned tensor, makes another kernel, and the first step
     # to meet it waits for the compiler.
-    decorate: Decorator = triton.jit(do_not_specialize=list(names))
-    return decorate
+    make: Any = triton.jit if triton.knobs.runtime.interpret else JitFunction
+    return functools.partial(make, do_not_specialize=list(names))
+
+
+jit: Decorator = jit_varying()  # compiles at the first launch of each combination of constants, dtypes and alignments
 
 
 @functools.cache
