@@ -22,7 +22,7 @@ from minisgl.config import Config
 from minisgl.core.types import REASONING_END, REASONING_START, Grammar, ModelInfo, Request, SamplingParams
 from minisgl.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError, UnsupportedParameterError
 from minisgl.server import protocol
-from minisgl.server.engine_client import EngineClient, wait_first
+from minisgl.server.engine_client import EngineClient
 from minisgl.server.errors import BodyTooLargeError, ForbiddenError, MediaTypeError, OverloadedError, SlowBodyError
 from minisgl.server.generate import GenerateRequest
 from minisgl.server.protocol import CONSTRAINTS, ChatRequest, CompletionRequest, TokenizeConversation, require
@@ -32,6 +32,7 @@ from minisgl.server.tools import ParserConfig, Reasoning, ToolFormat, detect_too
 from minisgl.text.tokenizer import Tokenizer
 
 SMALL_BODY = 64 * 2**10  # bytes; such bodies have threads of their own
+BRIEF_BODY, BRIEF_QUOTES, BRIEF_ARRAYS = 4096, 64, 4  # of a body that is prepared in some ms, most in less than one
 SMALL_THREADS, LARGE_THREADS = 4, 1  # json.loads holds the interpreter's lock: no two large bodies at a time
 GRAMMAR_THREADS = 4  # each waits for a process
 BODY_SECONDS, BODY_RATE = 30.0, 32 * 2**10  # a body may take so long, and a second for so many of its bytes
@@ -374,6 +375,10 @@ def within_counts(text: bytes, most: int) -> bool:
     return text.count(b"[") + text.count(b"{") + text.count(b":") <= MAX_NESTED and text.count(b",") <= most
 
 
+def is_brief(body: bytes) -> bool:
+    return len(body) <= BRIEF_BODY and body.count(b'"') <= BRIEF_QUOTES and body.count(b"[") <= BRIEF_ARRAYS
+
+
 class ClientGoneError(Exception):
     """The client closed the connection before the answer was complete."""
 
@@ -384,16 +389,20 @@ async def disconnected(receive: Receive) -> None:
 
 
 async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
-    """The result of `work`; it is cancelled and ClientGoneError raised when the client leaves first."""
-    task = asyncio.ensure_future(work)
+    """The result of `work`, which this task does; it is cancelled and ClientGoneError raised when the client leaves."""
+    worker = asyncio.current_task()
+    assert worker is not None
+    watcher = asyncio.ensure_future(disconnected(receive))
+    watcher.add_done_callback(worker.cancel)
     try:
-        await wait_first(task, disconnected(receive))
-        if task.done():
-            return task.result()
-        raise ClientGoneError
+        return await work
+    except asyncio.CancelledError:
+        if watcher.done() and not worker.uncancel():
+            raise ClientGoneError from None
+        raise
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)  # it has cleaned up
+        watcher.remove_done_callback(worker.cancel)
+        watcher.cancel()
 
 
 @dataclasses.dataclass
@@ -413,8 +422,10 @@ class Api:
         self.bodies = Bodies(self.config.max_body_size or min(2**22 + model.max_seq_len * longest, 2**24))
         self.small, self.large, self.grammars = Turns(SMALL_THREADS), Turns(LARGE_THREADS, 1.0), Turns(GRAMMAR_THREADS)
 
-    async def prepare(self, prepare: Callable[[bytes], T], request: HttpRequest) -> T:
-        """Read a body, and prepare it when its client, by its key or its address, has its turn."""
+    async def prepare(self, prepare: Callable[[bytes], T], request: HttpRequest, renders: bool = True) -> T:
+        """Read a body, and prepare it when its client, by its key or its address, has its turn. What `renders` no chat
+        and is brief needs no thread, whose start takes longer, on a server that has nobody else to serve.
+        """
         self.check_sender(request)
         client = self._client_of(request)
         async with self.bodies.read(request, client) as body:
@@ -426,6 +437,8 @@ class Api:
                 except RecursionError as error:
                     raise InvalidRequestError("the body is nested too deeply") from error
 
+            if not renders and not self.client.num_live and is_brief(body):
+                return work()
             with self.client.metrics.preparing.track_inprogress():
                 if len(body) <= SMALL_BODY:
                     return await self.small.run(client, work)
