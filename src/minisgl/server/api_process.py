@@ -402,7 +402,7 @@ async def serve_api(
 
 async def serve_worker(setup: ipc.WorkerSetup, stdin: BinaryIO, stdout: BinaryIO) -> int:
     metrics, shutdown = Metrics(setup.counts, setup.config.metrics_prefix), Shutdown()
-    client = SocketEngineClient(setup.folder, setup.config, link=setup.link, metrics=metrics)
+    client = SocketEngineClient(setup.folder, setup.config, metrics=metrics)
 
     def say(serving: ipc.Serving) -> None:
         stdout.write(msgspec.json.encode(serving) + b"\n")

@@ -492,7 +492,7 @@ def parse_prompts(value: Any, param: str) -> list[Prompt]:
 
 
 def is_list_of(kind: type, value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is kind for item in value)
+    return isinstance(value, list) and set(map(type, value)) <= {kind}
 
 
 def constraint_of(body: protocol.Sampling) -> tuple[Grammar | None, str | None]:
