@@ -329,7 +329,23 @@ async def test_work_ends_when_its_client_leaves_and_a_cancellation_stays_one(lea
     with pytest.raises(ClientGoneError if leaves else asyncio.CancelledError):
         await task
     assert ended == ["work"]
+    await asyncio.sleep(0)
     assert asyncio.all_tasks() == before, "nobody waits for the client any more"
+
+
+async def test_a_client_that_leaves_when_its_work_is_done_cancels_nothing_else() -> None:
+    result: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    async def receive() -> Message:
+        result.set_result("done")
+        return {"type": "http.disconnect"}
+
+    async def work() -> str:
+        return await result
+
+    assert await unless_disconnected(receive, work()) == "done"
+    for _ in range(3):
+        await asyncio.sleep(0)
 
 
 HOLD = threading.Semaphore(0)

@@ -168,7 +168,7 @@ class EngineClient(abc.ABC):
             self.metrics.rejected.labels(str(error.code)).inc()
             raise
         for request in requests:
-            self._send(ipc.Add(request))  # first, as the engine may begin: no event comes before this returns
+            self._send(ipc.Add(request))  # first of all, so that the engine begins; its events come later
         record = ACCESS_RECORD.get()
         arrived = time.monotonic() if record is None else record.started
         group = RequestGroup(self, requests, self._timeout)

@@ -40,8 +40,8 @@ class Link:
 
 
 class Links:
-    """The engine's ends of all links, by their descriptors. Nothing here waits: what a process does not read is kept,
-    and what is sent to one that is gone is dropped.
+    """The engine's ends of all links, named by their descriptors. Nothing here waits: what a process does not read is
+    kept, and what is sent to one that is gone is dropped.
     """
 
     def __init__(self, folder: str) -> None:
@@ -58,8 +58,8 @@ class Links:
         self._decoder = msgspec.msgpack.Decoder(ipc.ToEngine)
 
     def receive(self, milliseconds: int = 0) -> list[tuple[int, ipc.ToEngine | list[str]]]:
-        """What has come from each link, waiting so long for the first of it. The last of a link is a list, of the live
-        requests of a process that is gone.
+        """What has come, and from which link, waiting so long for the first of it; last the live requests of a process
+        that is gone.
         """
         received: list[tuple[int, ipc.ToEngine | list[str]]] = []
         for link, events in self._poll.poll(milliseconds):
@@ -68,16 +68,15 @@ class Links:
                 continue
             if events & select.POLLOUT:
                 self._flush(link)
-            data, unread = b"", self._links[link].unread
-            try:
-                data = self._links[link].socket.recv(READ_BYTES)
-            except BlockingIOError:
+            if events == select.POLLOUT:
                 continue
+            unread = self._links[link].unread
+            try:
+                unread += (data := self._links[link].socket.recv(READ_BYTES))
             except OSError:
-                pass  # as at its end
+                data = b""
             if not data:
                 received.append((link, self._end(link)))
-            unread += data
             while len(unread) >= (end := ipc.PREFIX + int.from_bytes(unread[: ipc.PREFIX], "little")):
                 message = self._decoder.decode(unread[ipc.PREFIX : end])
                 del unread[:end]

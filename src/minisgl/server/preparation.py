@@ -390,18 +390,24 @@ async def disconnected(receive: Receive) -> None:
 
 async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
     """The result of `work`, which this task does; it is cancelled and ClientGoneError raised when the client leaves."""
-    worker = asyncio.current_task()
+    worker, works, left = asyncio.current_task(), True, False
     assert worker is not None
+
+    def leave(_: object) -> None:
+        nonlocal left
+        if works:
+            left = worker.cancel()
+
     watcher = asyncio.ensure_future(disconnected(receive))
-    watcher.add_done_callback(worker.cancel)
+    watcher.add_done_callback(leave)
     try:
         return await work
     except asyncio.CancelledError:
-        if watcher.done() and not worker.uncancel():
+        if left and not worker.uncancel():
             raise ClientGoneError from None
         raise
     finally:
-        watcher.remove_done_callback(worker.cancel)
+        works = False
         watcher.cancel()
 
 
@@ -423,8 +429,8 @@ class Api:
         self.small, self.large, self.grammars = Turns(SMALL_THREADS), Turns(LARGE_THREADS, 1.0), Turns(GRAMMAR_THREADS)
 
     async def prepare(self, prepare: Callable[[bytes], T], request: HttpRequest, renders: bool = True) -> T:
-        """Read a body, and prepare it when its client, by its key or its address, has its turn. What `renders` no chat
-        and is brief needs no thread, whose start takes longer, on a server that has nobody else to serve.
+        """Read a body, and prepare it when its client, by its key or its address, has its turn. Where nobody else is
+        served, a brief one needs no thread, unless it `renders` a chat: threads start slowly.
         """
         self.check_sender(request)
         client = self._client_of(request)
