@@ -244,9 +244,7 @@ class EngineClient(abc.ABC):
 class SocketEngineClient(EngineClient, asyncio.Protocol):
     """A link to the engine. It waits until the engine's process listens, so either may be first."""
 
-    def __init__(
-        self, folder: str, config: Config, *, metrics: Metrics | None = None, max_live: int = MAX_LIVE
-    ) -> None:
+    def __init__(self, folder: str, config: Config, metrics: Metrics | None = None, max_live: int = MAX_LIVE) -> None:
         super().__init__(config, metrics, max_live)
         self._replies: dict[int, asyncio.Future[ipc.Reply]] = {}
         self._nonces = itertools.count(1)
@@ -307,8 +305,7 @@ class SocketEngineClient(EngineClient, asyncio.Protocol):
                 return
             await asyncio.sleep(CONNECT_SECONDS)
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.WriteTransport)
+    def connection_made(self, transport: asyncio.WriteTransport) -> None:  # type: ignore[override]
         self._transport = transport
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -316,8 +313,7 @@ class SocketEngineClient(EngineClient, asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         try:
-            unread = self._unread
-            unread += data
+            (unread := self._unread).extend(data)
             while len(unread) >= (end := ipc.PREFIX + int.from_bytes(unread[: ipc.PREFIX], "little")):
                 message = self._decoder.decode(unread[ipc.PREFIX : end])
                 del unread[:end]

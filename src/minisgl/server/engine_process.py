@@ -58,9 +58,7 @@ class Links:
         self._decoder = msgspec.msgpack.Decoder(ipc.ToEngine)
 
     def receive(self, milliseconds: int = 0) -> list[tuple[int, ipc.ToEngine | list[str]]]:
-        """What has come, and from which link, waiting so long for the first of it; last the live requests of a process
-        that is gone.
-        """
+        """What has come by which link, waiting so long for the first; last of all the requests of one that has ended."""
         received: list[tuple[int, ipc.ToEngine | list[str]]] = []
         for link, events in self._poll.poll(milliseconds):
             if link not in self._links:
@@ -70,13 +68,15 @@ class Links:
                 self._flush(link)
             if events == select.POLLOUT:
                 continue
-            unread = self._links[link].unread
-            try:
-                unread += (data := self._links[link].socket.recv(READ_BYTES))
-            except OSError:
-                data = b""
+            data, unread = b"", self._links[link].unread
+            with contextlib.suppress(OSError):  # of one whose process is gone
+                data = self._links[link].socket.recv(READ_BYTES)
             if not data:
-                received.append((link, self._end(link)))
+                self._poll.unregister(link)
+                self._links.pop(link).socket.close()
+                received.append((link, [name for name, owner in self._owners.items() if owner == link]))
+                self._owners = {name: owner for name, owner in self._owners.items() if owner != link}
+            unread += data
             while len(unread) >= (end := ipc.PREFIX + int.from_bytes(unread[: ipc.PREFIX], "little")):
                 message = self._decoder.decode(unread[ipc.PREFIX : end])
                 del unread[:end]
@@ -136,14 +136,6 @@ class Links:
         with contextlib.suppress(OSError):  # it is full; or the process is gone, which reading tells
             del unsent[: self._links[link].socket.send(unsent)]
         self._poll.modify(link, select.POLLIN | select.POLLOUT if unsent else select.POLLIN)
-
-    def _end(self, link: int) -> list[str]:
-        self._poll.unregister(link)
-        self._links.pop(link).socket.close()
-        orphans = [request_id for request_id, owner in self._owners.items() if owner == link]
-        for request_id in orphans:
-            del self._owners[request_id]
-        return orphans
 
 
 class PendingGrammars:
