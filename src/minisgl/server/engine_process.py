@@ -58,7 +58,7 @@ class Links:
         self._decoder = msgspec.msgpack.Decoder(ipc.ToEngine)
 
     def receive(self, milliseconds: int = 0) -> list[tuple[int, ipc.ToEngine | list[str]]]:
-        """What has come by which link, waiting so long for the first; last of all the requests of one that has ended."""
+        """What has come by which link, waiting so long for the first; last the live requests of one that has ended."""
         received: list[tuple[int, ipc.ToEngine | list[str]]] = []
         for link, events in self._poll.poll(milliseconds):
             if link not in self._links:
