@@ -271,6 +271,7 @@ async def test_a_body_needs_no_thread_where_it_is_brief_and_nobody_else_is_serve
     server: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads, own = list[str](), threading.current_thread()
+    monkeypatch.setattr(preparation, "BRIEF_REST", 0.0)
     for kind in (Preparation, Tokenizer):
         for name in ("completion", "chat", "generate", "tokenize") if kind is Preparation else ("render_chat",):
             prepare = getattr(kind, name)
@@ -303,6 +304,8 @@ async def test_a_body_needs_no_thread_where_it_is_brief_and_nobody_else_is_serve
     await server.until(lambda: server.client.num_live == 1)
     assert [await where(*each) for each in brief] == ["thread"] * 3
     assert (await other).status_code == 200
+    monkeypatch.setattr(preparation, "BRIEF_REST", 1e9)
+    assert [await where(*each) for each in brief] == ["loop", "thread", "thread"], "the loop rests"
 
 
 @pytest.mark.parametrize("leaves", [True, False])

@@ -33,6 +33,7 @@ from minisgl.text.tokenizer import Tokenizer
 
 SMALL_BODY = 64 * 2**10  # bytes; such bodies have threads of their own
 BRIEF_BODY, BRIEF_QUOTES, BRIEF_ARRAYS = 4096, 64, 4  # of a body that is prepared in some ms, most in less than one
+BRIEF_REST = 10.0  # times as long as it took to prepare one the event loop prepares no other
 SMALL_THREADS, LARGE_THREADS = 4, 1  # json.loads holds the interpreter's lock: no two large bodies at a time
 GRAMMAR_THREADS = 4  # each waits for a process
 BODY_SECONDS, BODY_RATE = 30.0, 32 * 2**10  # a body may take so long, and a second for so many of its bytes
@@ -420,6 +421,7 @@ class Api:
     folder: str  # of the model
     started: float  # s, on the monotonic clock
     health_timeout: float = 5.0  # s
+    next_brief: float = 0.0  # the earliest time at which the event loop itself prepares a body
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))  # Unix time, s
 
     def __post_init__(self) -> None:
@@ -443,8 +445,12 @@ class Api:
                 except RecursionError as error:
                     raise InvalidRequestError("the body is nested too deeply") from error
 
-            if not renders and not self.client.num_live and is_brief(body):
-                return work()
+            if not renders and not self.client.num_live and is_brief(body) and time.monotonic() >= self.next_brief:
+                started = time.monotonic()
+                try:
+                    return work()
+                finally:
+                    self.next_brief = time.monotonic() + BRIEF_REST * (time.monotonic() - started)
             with self.client.metrics.preparing.track_inprogress():
                 if len(body) <= SMALL_BODY:
                     return await self.small.run(client, work)
