@@ -445,12 +445,12 @@ class Api:
                 except RecursionError as error:
                     raise InvalidRequestError("the body is nested too deeply") from error
 
-            if not renders and not self.client.num_live and is_brief(body) and time.monotonic() >= self.next_brief:
-                started = time.monotonic()
+            started = time.monotonic()
+            if not renders and not self.client.num_live and started >= self.next_brief and is_brief(body):
                 try:
                     return work()
                 finally:
-                    self.next_brief = time.monotonic() + BRIEF_REST * (time.monotonic() - started)
+                    self.next_brief = started + (1 + BRIEF_REST) * (time.monotonic() - started)
             with self.client.metrics.preparing.track_inprogress():
                 if len(body) <= SMALL_BODY:
                     return await self.small.run(client, work)
