@@ -169,7 +169,7 @@ class ReplicaClient(EngineClient):
     """All replicas as one engine. Each request is a stream from the replica that Serve's router chooses for it."""
 
     def __init__(self, replicas: DeploymentHandle[Any], config: Config, max_live: int) -> None:
-        super().__init__(config, ipc.LAUNCHER, None, max_live)
+        super().__init__(config, None, max_live)
         self._replicas = replicas
         self._generate = replicas.options(method_name="generate", stream=True)
         self._name = uuid.uuid4().hex

@@ -12,10 +12,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 import psutil
-import zmq
 
 from minisgl.cli import Parser
 from minisgl.config import Config
@@ -24,8 +24,10 @@ from minisgl.formats.hub import locate_model
 from minisgl.server import ipc
 from minisgl.server.launch import serve
 
+if TYPE_CHECKING:
+    from minisgl.server.engine_process import Links
+
 PROGRAM = (sys.executable, "-m", "minisgl_bench", "streaming")
-BACKLOG = 4  # steps that the engine may be ahead of the server
 WARM_UP_SECONDS = 2.0
 PROMPT = "Once upon a time there was a server that told stories to many clients at once. " * 4
 
@@ -33,60 +35,39 @@ PROMPT = "Once upon a time there was a server that told stories to many clients 
 class EchoEngine:
     """Speaks the engine's protocol: tokens of the prompt, over and over, one a step for every request."""
 
-    def __init__(self, sockets: str, folder: str) -> None:
-        self.sockets = sockets
-        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self.inbox = self.context.socket(zmq.PULL)
-        self.outboxes: dict[int, zmq.Socket[bytes]] = {}
-        self.live: dict[str, tuple[int, list[int]]] = {}  # link and tokens to come, the next one last
+    def __init__(self, links: "Links", folder: str) -> None:
+        self.links = links
+        self.live: dict[str, list[int]] = {}  # tokens to come, the next one last
         model = ModelInfo(name="stub", vocab_size=49152, max_seq_len=1 << 20, eos_token_ids=(0,))
-        self.ready = ipc.Ready(model, folder, [])
-        self.attach(ipc.LAUNCHER)
+        self.links.send_first(ipc.Ready(model, folder, []))
 
-    def attach(self, link: int) -> None:
-        to_engine, from_engine = ipc.addresses(self.sockets, link)
-        self.outboxes[link] = self.context.socket(zmq.PUSH)
-        self.outboxes[link].setsockopt(zmq.SNDHWM, BACKLOG)
-        self.outboxes[link].connect(from_engine)
-        self.inbox.connect(to_engine)
-        self.send(link, self.ready)
-
-    def send(self, link: int, message: ipc.FromEngine) -> None:
-        """Wait for a process that is `BACKLOG` steps behind."""
-        self.outboxes[link].send(msgspec.msgpack.encode(message))
-
-    def handle(self, message: ipc.ToEngine) -> None:
-        match message:
-            case ipc.Add(request, link):
-                echo = request.prompt[len(request.prompt) // 2 :].tolist()  # the first ones are special, without text
-                limit = request.params.max_tokens or 16
-                self.live[request.id] = link, (echo * (limit // len(echo) + 1))[:limit]
-            case ipc.Abort(ids):
-                for name in ids:
-                    self.live.pop(name, None)
-            case ipc.Query(nonce, link):
-                self.send(link, ipc.Reply(nonce, EngineStats(running=len(self.live))))
-            case ipc.Attach(link):
-                self.attach(link)
+    def receive(self, milliseconds: int) -> None:
+        for link, message in self.links.receive(milliseconds):
+            match message:
+                case ipc.Add(request):
+                    echo = request.prompt[len(request.prompt) // 2 :].tolist()  # the first ones are special, textless
+                    limit = request.params.max_tokens or 16
+                    self.live[request.id] = (echo * (limit // len(echo) + 1))[:limit]
+                case ipc.Abort(ids):
+                    for name in ids:
+                        self.live.pop(name, None)
+                case ipc.Query(nonce):
+                    self.links.send(ipc.Reply(nonce, EngineStats(running=len(self.live))), link)
 
     def step(self) -> None:
-        events: dict[int, list[TokenEvent]] = {link: [] for link in self.outboxes}
-        for name, (link, tokens) in list(self.live.items()):
+        events = []
+        for name, tokens in list(self.live.items()):
             token = tokens.pop()
             finish = None if tokens else FinishReason.LENGTH
-            events[link].append(TokenEvent(id=name, tokens=(token,), finish=finish))
+            events.append(TokenEvent(id=name, tokens=(token,), finish=finish))
             if finish is not None:
                 del self.live[name]
-        for link, share in events.items():
-            if share:
-                self.send(link, ipc.Events(share))
+        self.links.send_events(events)
 
     def run(self, step: float) -> None:
-        decoder = msgspec.msgpack.Decoder(ipc.ToEngine)
         due = time.perf_counter()
         while True:
-            while self.inbox.poll(0 if self.live else 1000):
-                self.handle(decoder.decode(self.inbox.recv()))
+            self.receive(0 if self.live else 1000)
             if not self.live:
                 due = time.perf_counter()
                 continue
@@ -173,7 +154,9 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if options.engine:
         setup = msgspec.json.decode(sys.stdin.buffer.readline(), type=ipc.EngineSetup)
-        EchoEngine(setup.folder, str(setup.config.model)).run(options.step)
+        from minisgl.server.engine_process import Links  # with torch, which the clients would wait for
+
+        EchoEngine(Links(setup.folder), str(setup.config.model)).run(options.step)
     elif options.serve:
         folder = options.model or str(locate_model(None, "huggingface"))
         config = Config(model=folder, port=0, log_level="WARNING", api_workers=options.api_workers)

@@ -6,14 +6,13 @@ STUB_DELAY how long its steps take (s), STUB_CONTEXT how many tokens a sequence 
 """
 
 import asyncio
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
-import zmq
-import zmq.asyncio
 
 from minisgl.core.types import EngineStats, FinishReason, ModelInfo, Request, TokenEvent, TokenLogprobs
 from minisgl.server import ipc
@@ -41,71 +40,72 @@ class StubEngine:
         self.generated = 0
         self.given: dict[str, int] = {}
         self.say: Callable[[Request], Sequence[int]] | None = None
-        self.ready = ipc.Ready(model, str(folder), ["stub = on: it echoes"])
+        self.first: ipc.FromEngine = ipc.Ready(model, str(folder), ["stub = on: it echoes"])
         self._changed = asyncio.Event()
-        self._context = zmq.asyncio.Context()
-        self._inbox = self._context.socket(zmq.PULL)
-        self._outboxes: dict[int, zmq.asyncio.Socket] = {}
-        self._owners: dict[str, int] = {}
-        self._connect(0)
+        self._links: list[asyncio.StreamWriter] = []
+        self._owners: dict[str, asyncio.StreamWriter] = {}
 
     async def run(self) -> None:
-        await self.send(self.ready)
+        server = await asyncio.start_unix_server(self._serve, ipc.address(self.sockets))
         try:
-            await asyncio.gather(self._listen(), self._steps())
+            await self._steps()
         finally:
-            self._context.destroy(linger=500)
+            server.close()
+            self.hang_up()
 
-    def _connect(self, link: int) -> None:
-        to_engine, from_engine = ipc.addresses(self.sockets, link)
-        self._inbox.connect(to_engine)
-        self._outboxes[link] = self._context.socket(zmq.PUSH)
-        self._outboxes[link].connect(from_engine)
+    def hang_up(self) -> None:
+        for link in self._links:
+            link.close()
 
-    async def send(self, message: ipc.FromEngine, link: int = 0) -> None:
-        await self._outboxes[link].send(msgspec.msgpack.encode(message))
-
-    async def _send_events(self, events: list[TokenEvent], admitted: list[str]) -> None:
-        for link in list(self._outboxes):
-            own = [event for event in events if self._owners.get(event.id) == link]
-            if own:
-                await self.send(ipc.Events(own, [name for name in admitted if self._owners.get(name) == link]), link)
-
-    async def _listen(self) -> None:
+    async def _serve(self, reader: asyncio.StreamReader, link: asyncio.StreamWriter) -> None:
         decoder: msgspec.msgpack.Decoder[ipc.ToEngine] = msgspec.msgpack.Decoder(ipc.ToEngine)
-        while True:
-            match decoder.decode(await self._inbox.recv()):
-                case ipc.Add(request, link):
-                    self.seen.append(request)
-                    self._owners[request.id] = link
-                    if self.refuse is not None:
-                        event = TokenEvent(id=request.id, finish=FinishReason.ERROR, error=self.refuse)
-                        await self._send_events([event], [])
-                    else:
-                        self.live[request.id] = (request, 0)
-                        self._changed.set()
-                case ipc.Abort(ids):
-                    await self._abort(ids)
-                case ipc.Query(nonce, link, action, completion_id):
-                    count = 7
-                    if action == "abort":
-                        ids = [name for name in self.live if ipc.belongs_to(name, completion_id)]
-                        await self._abort(ids)
-                        count = len(ids)
-                    if not self.deaf:
-                        await self.send(ipc.Reply(nonce, self.stats(), count), link)
-                case ipc.Attach(link):
-                    self._connect(link)
-                    await self.send(self.ready, link)
-                case ipc.Detach(link):
-                    self._outboxes.pop(link).close(linger=0)
-                    await self._abort([name for name, owner in self._owners.items() if owner == link])
+        self._links.append(link)
+        self.send(self.first, link)
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            while True:
+                size = int.from_bytes(await reader.readexactly(ipc.PREFIX), "little")
+                self._handle(decoder.decode(await reader.readexactly(size)), link)
+        self._links.remove(link)
+        link.close()
+        self._abort([name for name, owner in self._owners.items() if owner is link])
 
-    async def _abort(self, ids: Sequence[str]) -> None:
+    def send(self, message: ipc.FromEngine, link: asyncio.StreamWriter) -> None:
+        data = msgspec.msgpack.encode(message)
+        link.write(len(data).to_bytes(ipc.PREFIX, "little") + data)
+
+    def _send_events(self, events: list[TokenEvent], admitted: list[str]) -> None:
+        for link in self._links:
+            own = [event for event in events if self._owners.get(event.id) is link]
+            if own:
+                self.send(ipc.Events(own, [name for name in admitted if self._owners.get(name) is link]), link)
+
+    def _handle(self, message: ipc.ToEngine, link: asyncio.StreamWriter) -> None:
+        match message:
+            case ipc.Add(request):
+                self.seen.append(request)
+                self._owners[request.id] = link
+                if self.refuse is not None:
+                    event = TokenEvent(id=request.id, finish=FinishReason.ERROR, error=self.refuse)
+                    self._send_events([event], [])
+                else:
+                    self.live[request.id] = (request, 0)
+                    self._changed.set()
+            case ipc.Abort(ids):
+                self._abort(ids)
+            case ipc.Query(nonce, action, completion_id):
+                count = 7
+                if action == "abort":
+                    ids = [name for name in self.live if ipc.belongs_to(name, completion_id)]
+                    self._abort(ids)
+                    count = len(ids)
+                if not self.deaf:
+                    self.send(ipc.Reply(nonce, self.stats(), count), link)
+
+    def _abort(self, ids: Sequence[str]) -> None:
         for request_id in ids:
             if self.live.pop(request_id, None) is not None:
                 self.aborted.append(request_id)
-                await self._send_events([TokenEvent(id=request_id, finish=FinishReason.ABORT)], [])
+                self._send_events([TokenEvent(id=request_id, finish=FinishReason.ABORT)], [])
 
     async def _steps(self) -> None:
         while True:
@@ -116,7 +116,7 @@ class StubEngine:
             admitted = [request_id for request_id, (_, done) in self.live.items() if done == 0]
             if events := [self._advance(request_id) for request_id in list(self.live)]:
                 self.steps += 1
-                await self._send_events(events, admitted)
+                self._send_events(events, admitted)
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -194,11 +194,13 @@ async def serve_process() -> None:
     model = ModelInfo(name="stub", vocab_size=size, max_seq_len=context, eos_token_ids=(1,))
     engine = StubEngine(start["folder"], model, folder, delay)
     engine.deaf = mode == "deaf"
+    serving = asyncio.create_task(engine.run())
     if mode == "fail":
-        await engine.send(ipc.Failed("no such model, says the stub"))
+        engine.first = ipc.Failed("no such model, says the stub")
+        while not engine._links:
+            await asyncio.sleep(0.01)
         await asyncio.sleep(0.2)
         sys.exit(1)
-    serving = asyncio.create_task(engine.run())
     await asyncio.to_thread(sys.stdin.buffer.read)
     serving.cancel()
     await asyncio.gather(serving, return_exceptions=True)

@@ -47,6 +47,11 @@ async def read_steps(web: Web, count: int) -> list[dict[str, Any]]:
     return steps
 
 
+async def test_a_viewer_of_an_idle_engine_has_its_answers_head(busy: tuple[Web, EngineThread]) -> None:
+    async with asyncio.timeout(5), busy[0].http.stream("GET", "/debug/events") as answer:
+        assert answer.status_code == 200
+
+
 async def test_a_viewer_gets_every_step_and_another_the_same(busy: tuple[Web, EngineThread]) -> None:
     web, thread = busy
     viewers = [asyncio.create_task(read_steps(web, 20)) for _ in range(2)]

@@ -1,10 +1,16 @@
-"""The engine process: each API process gets its own events, and grammars are compiled beside the steps."""
+"""The engine process: each API process gets its own events, and grammars are compiled beside the steps.
+
+Messages arrive whole and in order, nobody waits for a slow reader, and the end of a process is noticed.
+"""
 
 import asyncio
+import socket
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
+import msgspec
 import pytest
 
 from helpers.constraints import Cycle, cycle
@@ -12,26 +18,28 @@ from helpers.engine_thread import EngineThread
 from helpers.simulation import VOCAB, simulated_engine
 from minisgl.config import Config
 from minisgl.core.request_state import Constraint
-from minisgl.core.types import FinishReason, Grammar, Request, SamplingParams, TokenEvent
+from minisgl.core.types import FinishReason, Grammar, ModelInfo, Request, SamplingParams, TokenEvent
 from minisgl.errors import InvalidRequestError
 from minisgl.server import ipc
 from minisgl.server.engine_client import SocketEngineClient
-from minisgl.server.engine_process import PendingGrammars
+from minisgl.server.engine_process import Links, PendingGrammars
 from minisgl.server.errors import RequestAbortedError
 from minisgl.system import PrivateFolder
+
+READY = ipc.Ready(ModelInfo(name="stub", vocab_size=100, max_seq_len=100, eos_token_ids=(0,)), "/nowhere", [])
 
 
 @pytest.fixture
 async def clients() -> AsyncIterator[list[SocketEngineClient]]:
-    """The launcher's client of a simulated engine, and those of two API processes."""
+    """The clients of three processes of one simulated engine."""
     engine = simulated_engine(max_seq_len=2000, num_pages=2000)
     with PrivateFolder() as folder:
-        clients = [SocketEngineClient(folder, Config(), link=link) for link in range(3)]
+        clients = [SocketEngineClient(folder, Config()) for _ in range(2)]
         async with EngineThread(engine).start(folder):
-            await clients[0].ready()
-            for link in (1, 2):
-                clients[0].send(ipc.Attach(link))
-                assert (await clients[link].ready()).model == engine.model
+            assert (await clients[0].ready()).model == engine.model
+            clients.append(SocketEngineClient(folder, Config()))  # of a process that took another's place
+            for client in clients:
+                assert (await client.ready()).model == engine.model
             yield clients
         for client in clients:
             await client.close()
@@ -63,7 +71,7 @@ async def test_every_process_gets_the_events_of_its_own_requests(clients: list[S
 async def test_the_requests_of_a_process_that_is_gone_are_aborted_and_others_go_on(
     clients: list[SocketEngineClient],
 ) -> None:
-    launcher, lost, kept = clients
+    other, lost, kept = clients
     going_on = [asyncio.create_task(answer(kept, request(f"kept-{i}", 400))) for i in range(3)]
     group = lost.submit([request(f"lost-{i}", 1900) for i in range(5)])
     not_begun = {f"lost-{i}" for i in range(5)}
@@ -72,14 +80,11 @@ async def test_the_requests_of_a_process_that_is_gone_are_aborted_and_others_go_
         if not not_begun:  # what comes after the end of a link is not taken
             break
     lost.fail("it is dead")  # says nothing to the engine any more
-    launcher.send(ipc.Detach(1))
-    launcher.send(ipc.Detach(1))  # nothing is left to forget
+    await lost.close()
     for events in await asyncio.gather(*going_on):
         assert sum(len(event.tokens) for event in events) == 400
-    lost.dead = None
-    lost.send(ipc.Add(request("late", 1900), 1))  # was on its way when its process died
     for _ in range(3):  # each is answered between two steps
-        stats = await launcher.ping(5)
+        stats = await other.ping(5)
     assert (stats.running, stats.waiting, stats.aborted) == (0, 0, 5)
     assert stats.pages_free + stats.pages_cached == stats.pages_total
 
@@ -160,3 +165,130 @@ def test_no_request_waits_for_the_grammar_of_another() -> None:
     while not pending.ready():
         assert time.monotonic() < deadline
     pending.close()
+
+
+def framed(message: ipc.ToEngine | ipc.FromEngine) -> bytes:
+    data = msgspec.msgpack.encode(message)
+    return len(data).to_bytes(4, "little") + data
+
+
+class End:
+    """The other end of a link."""
+
+    def __init__(self, folder: Path) -> None:
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.connect(ipc.address(str(folder)))
+        self.socket.settimeout(5)
+        self.unread = b""
+        self.seen: list[ipc.FromEngine] = []
+
+    def send(self, message: ipc.ToEngine) -> None:
+        self.socket.sendall(framed(message))
+
+    def read(self) -> None:
+        self.unread += self.socket.recv(2**18)
+        while len(self.unread) > 4 and len(self.unread) >= (end := 4 + int.from_bytes(self.unread[:4], "little")):
+            self.seen.append(msgspec.msgpack.decode(self.unread[4:end], type=ipc.FromEngine))
+            self.unread = self.unread[end:]
+
+
+@pytest.fixture
+def links(tmp_path: Path) -> Iterator[Links]:
+    links = Links(str(tmp_path))
+    yield links
+    links.close()
+
+
+def add(name: str) -> ipc.Add:
+    return ipc.Add(Request.make(id=name, prompt=[5], params=SamplingParams()))
+
+
+def event(name: str, finish: FinishReason | None = None) -> TokenEvent:
+    return TokenEvent(id=name, tokens=(7,), finish=finish)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 5, 1000, 100_000])
+async def test_messages_are_whole_however_they_come(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = [b"", b"a", b"bc" * 70, b"x" * 700 * size, b"end"]
+    stream = framed(READY) + b"".join(framed(ipc.Steps(each)) for each in steps)
+
+    async def serve(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for at in range(0, len(stream), size):
+            writer.write(stream[at : at + size])
+            await writer.drain()
+            await asyncio.sleep(0)
+        writer.close()
+
+    client, seen = SocketEngineClient(str(tmp_path), Config()), list[bytes]()
+    monkeypatch.setattr(client.feed, "put", seen.append)
+    async with asyncio.timeout(20), await asyncio.start_unix_server(serve, ipc.address(str(tmp_path))):
+        assert await client.ready() == READY
+        while len(seen) < len(steps):
+            await asyncio.sleep(0.001)
+        await client.close()
+    assert seen[: len(steps)] == steps
+
+
+def test_a_process_hears_first_what_the_others_were_told(links: Links, tmp_path: Path) -> None:
+    early = End(tmp_path)
+    assert links.receive() == [], "the engine takes no links before it has something to say"
+    links.send_first(READY)
+    late = End(tmp_path)
+    links.receive(1000)
+    links.send_first(ipc.Failed("it broke"))
+    for end, count in ((early, 2), (late, 2), (End(tmp_path), 1)):
+        if count == 1:
+            links.receive(1000)
+        while len(end.seen) < count:
+            end.read()
+        assert end.seen == [READY, ipc.Failed("it broke")][-count:]
+        end.socket.close()
+
+
+def test_what_a_process_does_not_read_waits_for_it_and_holds_up_no_other(links: Links, tmp_path: Path) -> None:
+    links.send_first(READY)
+    slow, other = End(tmp_path), End(tmp_path)
+    for end, name in ((slow, "slow"), (other, "other")):
+        end.send(add(name))
+    while len(links._owners) < 2:
+        links.receive(1000)
+    link = links._owners["slow"]
+    replies = [ipc.Steps(bytes([number]) * 50_000) for number in range(40)]  # far more than a socket holds
+    for reply in replies:
+        links.send(reply, link)
+    links.send_events([event("slow"), event("other")], ["other"])
+    while len(other.seen) < 2:
+        other.read()
+    assert other.seen[1:] == [ipc.Events([event("other")], ["other"])]
+    while len(slow.seen) < 42:
+        links.receive()
+        slow.read()
+    assert slow.seen == [READY, *replies, ipc.Events([event("slow")])]
+    assert links._links[link].unsent == b""
+    assert links.receive() == [], "what is read again is not waited for"
+    for end in (slow, other):
+        end.socket.close()
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_the_requests_of_a_process_that_is_gone_are_named_once(behind: bool, links: Links, tmp_path: Path) -> None:
+    links.send_first(READY)
+    gone, stays = End(tmp_path), End(tmp_path)
+    for end, names in ((gone, ("a", "b", "c")), (stays, ("d",))):
+        for name in names:
+            end.send(add(name))
+    while len(links._owners) < 4:
+        links.receive(1000)
+    link = links._owners["a"]
+    links.send_events([event("b", FinishReason.STOP)])
+    if behind:
+        links.send(ipc.Steps(b"x" * 2_000_000), link)
+    gone.socket.close()
+    assert links.receive(1000) == [(link, ["a", "c"])]
+    assert links.receive() == []
+    links.send(READY, link)
+    links.send_events([event("a"), event("d")], ["c"])
+    while len(stays.seen) < 2:
+        stays.read()
+    assert stays.seen[1:] == [ipc.Events([event("d")])]
+    stays.socket.close()

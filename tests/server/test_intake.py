@@ -10,12 +10,22 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.types import Message
 
 from helpers.serving import Serving, raw_post
 from minisgl.core.types import Grammar
 from minisgl.errors import InvalidRequestError
 from minisgl.server import api_process, preparation
-from minisgl.server.preparation import MAX_NESTED, MAX_VALUES, Check, Preparation, Turns, check_counts
+from minisgl.server.preparation import (
+    MAX_NESTED,
+    MAX_VALUES,
+    Check,
+    ClientGoneError,
+    Preparation,
+    Turns,
+    check_counts,
+    unless_disconnected,
+)
 from minisgl.text.tokenizer import Tokenizer
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -254,6 +264,91 @@ async def test_small_requests_and_health_wait_for_no_large_one(
     hold.set()
     assert {answer.status_code for answer in await asyncio.gather(*large)} == {200}
     assert len([size for size in prepared if size > preparation.SMALL_BODY]) == 8
+
+
+@pytest.mark.serving(delay=0.02)
+async def test_a_body_needs_no_thread_where_it_is_brief_and_nobody_else_is_served(
+    server: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads, own = list[str](), threading.current_thread()
+    monkeypatch.setattr(preparation, "BRIEF_REST", 0.0)
+    for kind in (Preparation, Tokenizer):
+        for name in ("completion", "chat", "generate", "tokenize") if kind is Preparation else ("render_chat",):
+            prepare = getattr(kind, name)
+
+            def noting(*args: Any, prepare: Any = prepare, **named: Any) -> Any:
+                threads.append("loop" if threading.current_thread() is own else "thread")
+                return prepare(*args, **named)
+
+            monkeypatch.setattr(kind, name, noting)
+
+    async def where(path: str, body: dict[str, Any]) -> str:
+        threads.clear()
+        answer = await server.http.post(path, json=body)
+        assert answer.status_code == 200, answer.text
+        (found,) = set(threads)
+        return found
+
+    chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
+    one = {"sampling_params": {"max_new_tokens": 1}}
+    brief = [(TEXT, SMALL), (TEXT, {**SMALL, "prompt": [5] * 100}), ("/generate", {"text": "hi", **one})]
+    longer: list[dict[str, Any]] = [
+        {"prompt": "hi", "user": "x" * 4096},
+        {"metadata": {str(number): "x" for number in range(16)}},
+        {"prompt": [[5]] * 6},
+    ]
+    assert [await where(*each) for each in brief] == ["loop"] * 3
+    assert {await where(TEXT, {**SMALL, **each}) for each in longer} == {"thread"}
+    assert {await where(CHAT, chat), await where("/tokenize", {"messages": chat["messages"]})} == {"thread"}
+    other = asyncio.create_task(server.http.post(TEXT, json={"prompt": "hi", "max_tokens": 40}))
+    await server.until(lambda: server.client.num_live == 1)
+    assert [await where(*each) for each in brief] == ["thread"] * 3
+    assert (await other).status_code == 200
+    monkeypatch.setattr(preparation, "BRIEF_REST", 1e9)
+    assert [await where(*each) for each in brief] == ["loop", "thread", "thread"], "the loop rests"
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+async def test_work_ends_when_its_client_leaves_and_a_cancellation_stays_one(leaves: bool) -> None:
+    gone, ended, before = asyncio.Event(), list[str](), asyncio.all_tasks()
+
+    async def receive() -> Message:
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def work() -> None:
+        try:
+            await asyncio.sleep(10)
+        finally:
+            ended.append("work")
+
+    assert await unless_disconnected(receive, asyncio.sleep(0.01, "done")) == "done"
+    task = asyncio.create_task(unless_disconnected(receive, work()))
+    await asyncio.sleep(0.01)
+    if leaves:
+        gone.set()
+    else:
+        task.cancel()
+    with pytest.raises(ClientGoneError if leaves else asyncio.CancelledError):
+        await task
+    assert ended == ["work"]
+    await asyncio.sleep(0)
+    assert asyncio.all_tasks() == before, "nobody waits for the client any more"
+
+
+async def test_a_client_that_leaves_when_its_work_is_done_cancels_nothing_else() -> None:
+    result: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    async def receive() -> Message:
+        result.set_result("done")
+        return {"type": "http.disconnect"}
+
+    async def work() -> str:
+        return await result
+
+    assert await unless_disconnected(receive, work()) == "done"
+    for _ in range(3):
+        await asyncio.sleep(0)
 
 
 HOLD = threading.Semaphore(0)

@@ -36,8 +36,8 @@ async def test_a_client_that_leaves_before_the_first_token_ends_its_request(serv
 
 
 async def test_an_engine_that_is_gone_is_noticed_when_sending(server: Serving) -> None:
-    server.engine._inbox.close()
-    await server.until(lambda: not server.client._outbox.poll(0, 2))
+    server.engine.hang_up()
+    await server.until(lambda: server.client._transport is None)
     assert (await server.http.post(CHAT, json=LONG)).status_code == 503
     assert isinstance(server.client.dead, EngineDeadError)
 

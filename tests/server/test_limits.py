@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import h11
 import httpx
 import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -159,6 +160,17 @@ async def test_a_head_is_refused_by_its_size_however_it_comes(
         assert re.findall(rb"HTTP/1.1 (\d+) ", answer) == [*([b"200"] if before else []), status]
         assert (b"headers_too_large" in answer) == (status == b"431")
         writer.close()
+
+
+def test_a_head_leaves_with_the_first_part_of_its_body() -> None:
+    connection = api_process.BoundedConnection(h11.SERVER, api_process.HEAD_LIMIT)
+    connection.receive_data(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert [type(connection.next_event()) for _ in range(2)] == [h11.Request, h11.EndOfMessage]
+    assert connection.send(h11.Response(status_code=200, headers=[])) == b""
+    first = connection.send(h11.Data(data=b"one"))
+    assert (first[:15], first[-12:]) == (b"HTTP/1.1 200 \r\n", b"\r\n\r\n3\r\none\r\n")
+    assert connection.send(h11.Data(data=b"two")) == b"3\r\ntwo\r\n"
+    assert connection.send(h11.EndOfMessage()) == b"0\r\n\r\n"
 
 
 async def test_what_is_not_http_is_answered_in_openais_form(server: Serving) -> None:

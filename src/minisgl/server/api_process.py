@@ -154,7 +154,16 @@ def with_middleware(app: ASGIApp, metrics: Metrics, config: Config) -> ASGIApp:
 
 
 class BoundedConnection(h11.Connection):
-    """h11's part of a connection, with a bound on every head; h11's own is on those that come in pieces."""
+    """h11's part of a connection, with a bound on every head; h11's own is on those that come in pieces. The head of an
+    answer is held back until the first part of its body, so that one packet has both.
+    """
+
+    held = b""
+
+    def send(self, event: h11.Event) -> bytes:  # type: ignore[override]
+        data = self.held + (super().send(event) or b"")
+        self.held = data if isinstance(event, h11.Response) else b""
+        return b"" if self.held else data
 
     def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
         before = len(self.trailing_data[0]) if self.their_state is h11.IDLE else 0
@@ -393,7 +402,7 @@ async def serve_api(
 
 async def serve_worker(setup: ipc.WorkerSetup, stdin: BinaryIO, stdout: BinaryIO) -> int:
     metrics, shutdown = Metrics(setup.counts, setup.config.metrics_prefix), Shutdown()
-    client = SocketEngineClient(setup.folder, setup.config, link=setup.link, metrics=metrics)
+    client = SocketEngineClient(setup.folder, setup.config, metrics=metrics)
 
     def say(serving: ipc.Serving) -> None:
         stdout.write(msgspec.json.encode(serving) + b"\n")

@@ -74,17 +74,11 @@ class Endpoints:
             generation = Generation(self.api.client, self.preparation.tokenizer, prepared)
             return kind(generation, self.preparation.model.name)
 
-        completion = await self.api.prepare(begin, request)
+        completion = await self.api.prepare(begin, request, renders=kind is ChatCompletion)
         await self.api.check(completion.generation.prepared, request)
         if not completion.generation.prepared.body.stream:
             return json_response(await unless_disconnected(request.receive, completion.whole()))
-        chunks = completion.chunks()
-        try:
-            first = await unless_disconnected(request.receive, anext(chunks))
-        except BaseException:
-            await chunks.aclose()
-            raise
-        return EventStream(first, chunks)
+        return EventStream(completion.chunks())
 
     async def tokenize(self, request: Request) -> Response:
         """The tokens of a text or of a conversation."""
@@ -168,24 +162,28 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None]) -> None:
+    def __init__(self, chunks: AsyncGenerator[bytes, None]) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self.first = first  # was waited for before the status was known
-        self.rest = rest
+        self.chunks = chunks
+        self.begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self.rest):
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async with aclosing(self.chunks):
             try:
                 await unless_disconnected(receive, self._send(send))
             except ClientGoneError:
+                if not self.begun:
+                    raise
                 logger.debug("a client left while its answer was streamed")
 
     async def _send(self, send: Send) -> None:
-        await send_body(send, self.first)
+        chunk = await anext(self.chunks)  # before it the status is not known
+        self.begun = True
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send_body(send, chunk)
         try:
-            async for chunk in self.rest:
+            async for chunk in self.chunks:
                 await send_body(send, chunk)
         except Exception as error:
             if not isinstance(error, MinisglError):

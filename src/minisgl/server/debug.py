@@ -79,6 +79,7 @@ class StepFeed:
             self._watch(True)
         self._viewers.add(viewer)
         try:
+            yield b""  # so that the answer's head is sent before there is anything to tell
             while not self._ended and (events := await viewer.get()) is not None:
                 yield events
         finally:

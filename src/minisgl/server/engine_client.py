@@ -1,4 +1,4 @@
-"""The engine as the HTTP side sees it: the requests that are live, the limits of its queue, and two sockets to it."""
+"""The engine as the HTTP side sees it: the requests that are live, the limits of its queue, and a link to it."""
 
 import abc
 import asyncio
@@ -12,8 +12,6 @@ from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
 from typing import Any, Self
 
 import msgspec
-import zmq
-import zmq.asyncio
 
 from minisgl.config import Config
 from minisgl.core.types import EngineStats, FinishReason, Request, TokenEvent
@@ -27,6 +25,7 @@ MAX_LIVE = 4096  # that wait or run; more are turned away rather than queued wit
 MAX_RETRY_SECONDS = 60
 DRAIN_RETRY_SECONDS = 5  # by then another server may answer
 DRAIN_POLL_SECONDS = 0.05
+CONNECT_SECONDS = 0.02  # between two attempts to reach an engine that does not listen yet
 
 logger = logging.getLogger(__name__)
 
@@ -134,15 +133,14 @@ class RequestGroup:
 class EngineClient(abc.ABC):
     """The requests that are live, and whether the engine is. Belongs to one event loop. No queue is without bound."""
 
-    def __init__(self, config: Config, link: int, metrics: Metrics | None, max_live: int) -> None:
+    def __init__(self, config: Config, metrics: Metrics | None, max_live: int) -> None:
         self.dead: EngineDeadError | None = None  # why the engine is `gone`
         self.gone = asyncio.Event()
         self.draining = False
         self.metrics = metrics or Metrics(prefix=config.metrics_prefix)
         self.queue = Queue(config, self.metrics, max_live)
         self.stats = EngineStats()  # when the engine last replied
-        self.feed = StepFeed(lambda on: self.send(ipc.Watch(link, on)))
-        self._link = link
+        self.feed = StepFeed(lambda on: self.send(ipc.Watch(on)))
         self._timeout = config.request_timeout
         self._live: dict[str, tuple[RequestStats, RequestGroup]] = {}
 
@@ -169,6 +167,8 @@ class EngineClient(abc.ABC):
         except errors.RetryLaterError as error:
             self.metrics.rejected.labels(str(error.code)).inc()
             raise
+        for request in requests:
+            self._send(ipc.Add(request))  # first of all, so that the engine begins; its events come later
         record = ACCESS_RECORD.get()
         arrived = time.monotonic() if record is None else record.started
         group = RequestGroup(self, requests, self._timeout)
@@ -178,12 +178,6 @@ class EngineClient(abc.ABC):
             self.queue.change(1, stats.prompt_tokens)
             if record is not None:
                 record.choices.append(stats)
-        try:
-            for request in requests:
-                self._send(ipc.Add(request, self._link))
-        except EngineDeadError as error:
-            group.fail(error, "error")
-            raise
         return group
 
     def release(self, ids: list[str], finish: str) -> None:
@@ -247,29 +241,19 @@ class EngineClient(abc.ABC):
                 self._end(event.id, event.finish.value, now)
 
 
-class SocketEngineClient(EngineClient):
-    """The sockets of a link. It binds them and the engine's process connects, so either may be first."""
+class SocketEngineClient(EngineClient, asyncio.Protocol):
+    """A link to the engine. It waits until the engine's process listens, so either may be first."""
 
-    def __init__(
-        self, folder: str, config: Config, *, link: int = 0, metrics: Metrics | None = None, max_live: int = MAX_LIVE
-    ) -> None:
-        super().__init__(config, link, metrics, max_live)
+    def __init__(self, folder: str, config: Config, metrics: Metrics | None = None, max_live: int = MAX_LIVE) -> None:
+        super().__init__(config, metrics, max_live)
         self._replies: dict[int, asyncio.Future[ipc.Reply]] = {}
         self._nonces = itertools.count(1)
         self._ready: asyncio.Future[ipc.Ready] = asyncio.get_running_loop().create_future()
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        # Sending never waits: there is no high-water mark, and a missing peer is an error.
-        self._outbox = self._context.socket(zmq.PUSH)
-        self._inbox = zmq.asyncio.Context.shadow(self._context).socket(zmq.PULL)
-        for option in (zmq.SNDHWM, zmq.RCVHWM, zmq.LINGER):
-            self._outbox.setsockopt(option, 0)
-            self._inbox.setsockopt(option, 0)
-        to_engine, from_engine = ipc.addresses(folder, link)
-        self._outbox.bind(to_engine)
-        self._inbox.bind(from_engine)
+        self._transport: asyncio.WriteTransport | None = None
+        self._unread = bytearray()  # the beginning of a message
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ipc.FromEngine)
-        self._receiver = asyncio.create_task(self._receive())
+        self._connecting = asyncio.create_task(self._connect(ipc.address(folder)))
 
     async def query(self, action: ipc.Action, timeout: float, completion_id: str | None = None) -> ipc.Reply:
         if self.dead is not None:
@@ -278,7 +262,7 @@ class SocketEngineClient(EngineClient):
         waiter: asyncio.Future[ipc.Reply] = asyncio.get_running_loop().create_future()
         self._replies[nonce] = waiter
         try:
-            self._send(ipc.Query(nonce, self._link, action, completion_id))
+            self._send(ipc.Query(nonce, action, completion_id))
             async with asyncio.timeout(timeout):
                 reply = await waiter
         except TimeoutError as error:
@@ -290,10 +274,7 @@ class SocketEngineClient(EngineClient):
 
     async def ready(self) -> ipc.Ready:
         """Wait for the model to be loaded. Raises ModelError when it cannot be, EngineDeadError if the engine ended."""
-        ready = await asyncio.shield(self._ready)
-        while self.dead is None and not self._outbox.poll(0, zmq.POLLOUT):
-            await asyncio.sleep(0.01)
-        return ready
+        return await asyncio.shield(self._ready)
 
     def fail(self, message: str = ENGINE_DIED) -> None:
         super().fail(message)
@@ -304,24 +285,39 @@ class SocketEngineClient(EngineClient):
 
     async def close(self) -> None:
         self.fail("the server is shutting down")
-        self._receiver.cancel()
-        await asyncio.gather(self._receiver, return_exceptions=True)
+        self._connecting.cancel()
+        await asyncio.gather(self._connecting, return_exceptions=True)
         self._ready.exception()  # retrieved, or asyncio warns
-        self._inbox.close()
-        self._outbox.close()
-        self._context.term()
+        if self._transport is not None:
+            self._transport.abort()
 
     def _send(self, message: ipc.ToEngine) -> None:
-        try:
-            self._outbox.send(self._encoder.encode(message), zmq.NOBLOCK)
-        except zmq.Again:
+        if self._transport is None:
             self.fail()
-            raise EngineDeadError(ENGINE_DIED) from None
+            raise EngineDeadError(ENGINE_DIED)
+        data = self._encoder.encode(message)
+        self._transport.write(len(data).to_bytes(ipc.PREFIX, "little") + data)  # never waits, whatever its size
 
-    async def _receive(self) -> None:
+    async def _connect(self, path: str) -> None:
+        while True:
+            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+                await asyncio.get_running_loop().create_unix_connection(lambda: self, path)
+                return
+            await asyncio.sleep(CONNECT_SECONDS)
+
+    def connection_made(self, transport: asyncio.WriteTransport) -> None:  # type: ignore[override]
+        self._transport = transport
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._transport = None  # the launcher tells when the engine is gone, and it may have been
+
+    def data_received(self, data: bytes) -> None:
         try:
-            while True:
-                self._dispatch(self._decoder.decode(await self._inbox.recv()))
+            (unread := self._unread).extend(data)
+            while len(unread) >= (end := ipc.PREFIX + int.from_bytes(unread[: ipc.PREFIX], "little")):
+                message = self._decoder.decode(unread[ipc.PREFIX : end])
+                del unread[:end]
+                self._dispatch(message)
         except Exception:
             logger.exception("what the engine sends cannot be read")
             self.fail()

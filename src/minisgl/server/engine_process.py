@@ -1,6 +1,10 @@
 """The engine process: the engine behind sockets. Stdin begins with an `ipc.EngineSetup`; its end ends the engine."""
 
+import contextlib
+import dataclasses
 import os
+import select
+import socket
 import sys
 import threading
 import time
@@ -8,7 +12,6 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import msgspec
-import zmq
 
 from minisgl.build import build_engine
 from minisgl.config import kv_events
@@ -24,80 +27,115 @@ IDLE_POLL_MS = 200
 SHORT_SLEEP = 2e-4  # s; what a poll in whole milliseconds cannot wait for
 COMPILERS = 2  # threads, so that a known grammar need not wait for a slow one
 COMPILING_POLL_MS = 2  # while there is nothing to compute but grammars are being compiled
+READ_BYTES = 2**18
+LINGER_SECONDS = 1.0  # for the last messages to leave when the engine ends
 GRACE_SECONDS = 1.5  # for a step that runs when the launcher or a rank is gone
-LINGER_MS = 1000  # for the last messages to leave when the engine ends
+
+
+@dataclasses.dataclass
+class Link:
+    socket: socket.socket
+    unread: bytearray  # the beginning of a message
+    unsent: bytearray
 
 
 class Links:
-    """The sockets to the launcher and the API processes, which bind them. Nothing here waits: there is no high-water
-    mark, and what is sent to a link that is gone is dropped. The number of a link is never used again.
+    """The engine's ends of all links, named by their descriptors. Nothing here waits: what a process does not read is
+    kept, and what is sent to one that is gone is dropped.
     """
 
     def __init__(self, folder: str) -> None:
-        self._folder = folder
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
-        self._inbox = self._context.socket(zmq.PULL)
-        self._inbox.setsockopt(zmq.RCVHWM, 0)
-        self._outboxes: dict[int, zmq.Socket[bytes]] = {}
-        self._owners: dict[str, int] = {}  # the link of each live request, but for the launcher's
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(ipc.address(folder))
+        self._listener.listen()
+        self._listener.setblocking(False)
+        self._poll = select.poll()
+        self._poll.register(self._listener, select.POLLIN)
+        self._links: dict[int, Link] = {}
+        self._owners: dict[str, int] = {}  # the link of each live request
+        self._first: ipc.FromEngine | None = None
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ipc.ToEngine)
-        self.attach(ipc.LAUNCHER)
 
-    def attach(self, link: int) -> None:
-        to_engine, from_engine = ipc.addresses(self._folder, link)
-        outbox = self._outboxes[link] = self._context.socket(zmq.PUSH)
-        outbox.setsockopt(zmq.SNDHWM, 0)
-        outbox.setsockopt(zmq.LINGER, LINGER_MS)
-        outbox.connect(from_engine)
-        self._inbox.connect(to_engine)
+    def receive(self, milliseconds: int = 0) -> list[tuple[int, ipc.ToEngine | list[str]]]:
+        """What has come by which link, waiting so long for the first; last the live requests of one that has ended."""
+        received: list[tuple[int, ipc.ToEngine | list[str]]] = []
+        for link, events in self._poll.poll(milliseconds):
+            if link not in self._links:
+                self._accept()
+                continue
+            if events & select.POLLOUT:
+                self._flush(link)
+            if events == select.POLLOUT:
+                continue
+            data, unread = b"", self._links[link].unread
+            with contextlib.suppress(OSError):  # of one whose process is gone
+                data = self._links[link].socket.recv(READ_BYTES)
+            if not data:
+                self._poll.unregister(link)
+                self._links.pop(link).socket.close()
+                received.append((link, [name for name, owner in self._owners.items() if owner == link]))
+                self._owners = {name: owner for name, owner in self._owners.items() if owner != link}
+            unread += data
+            while len(unread) >= (end := ipc.PREFIX + int.from_bytes(unread[: ipc.PREFIX], "little")):
+                message = self._decoder.decode(unread[ipc.PREFIX : end])
+                del unread[:end]
+                if isinstance(message, ipc.Add):
+                    self._owners[message.request.id] = link
+                received.append((link, message))
+        return received
 
-    def detach(self, link: int) -> list[str]:
-        """Forget a process that is gone; its live requests."""
-        if link not in self._outboxes:
-            return []
-        self._inbox.disconnect(ipc.addresses(self._folder, link)[0])
-        self._outboxes.pop(link).close(linger=0)
-        orphans = [request_id for request_id, owner in self._owners.items() if owner == link]
-        for request_id in orphans:
-            del self._owners[request_id]
-        return orphans
+    def send(self, message: ipc.FromEngine, link: int) -> None:
+        if link in self._links:
+            data, unsent = self._encoder.encode(message), self._links[link].unsent
+            waits = bool(unsent)
+            unsent += len(data).to_bytes(ipc.PREFIX, "little") + data
+            if not waits:
+                self._flush(link)
 
-    def poll(self, milliseconds: int) -> bool:
-        return bool(self._inbox.poll(milliseconds))
-
-    def receive(self) -> ipc.ToEngine | None:
-        """The next message, None when its sender is gone."""
-        message: ipc.ToEngine = self._decoder.decode(self._inbox.recv())
-        if not isinstance(message, ipc.Abort | ipc.Attach) and message.link not in self._outboxes:
-            return None
-        if isinstance(message, ipc.Add) and message.link != ipc.LAUNCHER:
-            self._owners[message.request.id] = message.link
-        return message
-
-    def send(self, message: ipc.FromEngine, link: int = ipc.LAUNCHER) -> None:
-        if (outbox := self._outboxes.get(link)) is not None:
-            outbox.send(self._encoder.encode(message))
+    def send_first(self, message: ipc.FromEngine) -> None:
+        """Tell all links, and those that are still to come before anything else."""
+        self._first = message
+        for link in self._links:
+            self.send(message, link)
+        self._accept()
 
     def send_events(self, events: list[TokenEvent], admitted: Iterable[str] = ()) -> None:
         owners = self._owners
-        if not owners:
-            self.send(ipc.Events(events, list(admitted)))
-            return
-        shares = {link: ipc.Events([], []) for link in self._outboxes}
+        shares = {link: ipc.Events([], []) for link in self._links}
         for request_id in admitted:
-            shares[owners.get(request_id, ipc.LAUNCHER)].admitted.append(request_id)
+            if request_id in owners:
+                shares[owners[request_id]].admitted.append(request_id)
         for event in events:
-            shares[owners.get(event.id, ipc.LAUNCHER)].events.append(event)
-            if event.finish is not None:
-                owners.pop(event.id, None)
+            link = owners.get(event.id) if event.finish is None else owners.pop(event.id, None)
+            if link is not None:
+                shares[link].events.append(event)
         for link, share in shares.items():
             if share.events or share.admitted:
                 self.send(share, link)
 
     def close(self) -> None:
-        for socket in (self._inbox, *self._outboxes.values()):
-            socket.close()
+        self._listener.close()
+        for link in self._links.values():
+            with contextlib.suppress(OSError):
+                link.socket.settimeout(LINGER_SECONDS)
+                link.socket.sendall(link.unsent)
+            link.socket.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while self._first is not None:
+                connection = self._listener.accept()[0]
+                connection.setblocking(False)
+                self._links[connection.fileno()] = Link(connection, bytearray(), bytearray())
+                self._poll.register(connection, select.POLLIN)
+                self.send(self._first, connection.fileno())
+
+    def _flush(self, link: int) -> None:
+        unsent = self._links[link].unsent
+        with contextlib.suppress(OSError):  # it is full; or the process is gone, which reading tells
+            del unsent[: self._links[link].socket.send(unsent)]
+        self._poll.modify(link, select.POLLIN | select.POLLOUT if unsent else select.POLLIN)
 
 
 class PendingGrammars:
@@ -133,7 +171,6 @@ class EngineServer:
 
     engine: Engine
     grammars: PendingGrammars
-    ready: ipc.Ready
     kv_events: KVEventPublisher | None = None
 
     def __init__(self, setup: ipc.EngineSetup, parent_gone: threading.Event) -> None:
@@ -151,14 +188,13 @@ class EngineServer:
                 self.engine.cache.listen(self.kv_events)
             if self.config.debug_endpoints:
                 self.engine.observe(self.steps)
-            self.ready = ipc.Ready(built.engine.model, str(built.folder), list(built.notes))
-            self.links.send(self.ready)
+            self.links.send_first(ipc.Ready(built.engine.model, str(built.folder), list(built.notes)))
             self._serve()
         except MinisglError as error:
-            self.links.send(ipc.Failed(error.message))
+            self.links.send_first(ipc.Failed(error.message))
             return 1
         except Exception as error:
-            self.links.send(ipc.Failed(f"{type(error).__name__}: {error}"))
+            self.links.send_first(ipc.Failed(f"{type(error).__name__}: {error}"))
             raise
         finally:
             self.links.close()
@@ -171,11 +207,11 @@ class EngineServer:
         try:
             while not self.parent_gone.is_set():
                 # With nothing to compute, sleep until a message comes.
-                if engine.has_work or self.links.poll(COMPILING_POLL_MS if grammars.requests else IDLE_POLL_MS):
-                    self._receive()
-                    while engine.has_work and (seconds := engine.seconds_to_launch()) > 0:
-                        if not self.links.poll(int(1e3 * seconds)):
-                            time.sleep(min(seconds, SHORT_SLEEP))
+                idle = COMPILING_POLL_MS if grammars.requests else IDLE_POLL_MS
+                self._receive(0 if engine.has_work else idle)
+                while engine.has_work and (seconds := engine.seconds_to_launch()) > 0:
+                    if not self._receive(int(1e3 * seconds)):
+                        time.sleep(min(seconds, SHORT_SLEEP))
                         self._receive()
                 for request, compiled in grammars.ready():
                     self._add(request, compiled.result)
@@ -191,12 +227,14 @@ class EngineServer:
             grammars.close()
         engine.close()
 
-    def _receive(self) -> None:
-        while self.links.poll(0):
-            if (message := self.links.receive()) is not None:
-                self._handle(message)
+    def _receive(self, milliseconds: int = 0) -> bool:
+        """Whether something has come, waiting so long for it; it is done."""
+        received = self.links.receive(milliseconds)
+        for link, message in received:
+            self._handle(message, link)
+        return bool(received)
 
-    def _handle(self, message: ipc.ToEngine) -> None:
+    def _handle(self, message: ipc.ToEngine | list[str], link: int) -> None:
         match message:
             case ipc.Add(request):
                 grammar = request.params.grammar
@@ -209,17 +247,14 @@ class EngineServer:
             case ipc.Abort(ids):
                 self._abort(ids)
             case ipc.Query():
-                self._answer(message)
-            case ipc.Watch(link, on):
+                self._answer(message, link)
+            case ipc.Watch(on):
                 self.steps.watch(link, on)
-            case ipc.Attach(link):
-                self.links.attach(link)
-                self.links.send(self.ready, link)
-            case ipc.Detach(link):
+            case orphans:
                 self.steps.watch(link, False)
-                self._abort(self.links.detach(link))
+                self._abort(orphans)
 
-    def _answer(self, query: ipc.Query) -> None:
+    def _answer(self, query: ipc.Query, link: int) -> None:
         engine, pending, count, shown = self.engine, self.grammars.requests, 0, b""
         if query.action == "flush_cache":
             count = engine.flush_cache()
@@ -232,7 +267,7 @@ class EngineServer:
             shown = snapshot(engine, pending, self.steps.recent)
         stats = engine.stats()
         stats = msgspec.structs.replace(stats, waiting=stats.waiting + len(pending))
-        self.links.send(ipc.Reply(query.nonce, stats, count, shown), query.link)
+        self.links.send(ipc.Reply(query.nonce, stats, count, shown), link)
 
     def _abort(self, ids: list[str]) -> None:
         if dropped := self.grammars.drop(ids):
@@ -272,7 +307,6 @@ def main() -> int:
     threading.Thread(target=watch_parent, args=(sys.stdin.fileno(), gone), daemon=True).start()
     status = EngineServer(setup, gone).run()
     if setup.config.tp > 1:  # what a broken group left on the device may hold up the interpreter's end
-        zmq.Context.instance().term()
         os._exit(status)
     return status
 

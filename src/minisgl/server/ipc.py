@@ -1,6 +1,6 @@
-"""The messages between a server's processes: MessagePack over ZeroMQ, and lines of JSON on stdin and stdout.
+"""The messages between a server's processes: MessagePack over Unix sockets, and lines of JSON on stdin and stdout.
 
-Each API process has a *link* to the engine. Link 0 is the launcher's, which serves HTTP itself when it is the only one.
+The launcher and each API process have a *link* to the engine: a connection to the socket on which it listens.
 """
 
 import logging
@@ -11,7 +11,7 @@ import msgspec
 from minisgl.config import Config
 from minisgl.core.types import EngineStats, ModelInfo, Request, TokenEvent
 
-LAUNCHER = 0
+PREFIX = 4  # bytes before each message: its length, the lowest byte first
 Action = Literal["stats", "flush_cache", "abort", "debug"]
 
 
@@ -29,7 +29,6 @@ class WorkerSetup(EngineSetup, frozen=True):
     listener: int  # an inherited file descriptor
     started: float  # s, on the monotonic clock
     row: int = 0
-    link: int = LAUNCHER
 
 
 class Serving(msgspec.Struct, frozen=True):
@@ -46,7 +45,6 @@ class Serving(msgspec.Struct, frozen=True):
 
 class Add(msgspec.Struct, frozen=True, tag=True):
     request: Request
-    link: int = LAUNCHER  # where its events go
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):
@@ -59,25 +57,12 @@ class Query(msgspec.Struct, frozen=True, tag=True):
     """
 
     nonce: int
-    link: int = LAUNCHER
     action: Action = "stats"
     completion_id: str | None = None
 
 
 class Watch(msgspec.Struct, frozen=True, tag=True):
-    link: int
     on: bool
-
-
-# To the engine, from the launcher: an API process has bound the addresses of this link, or is gone.
-
-
-class Attach(msgspec.Struct, frozen=True, tag=True):
-    link: int  # it is told `Ready` too
-
-
-class Detach(msgspec.Struct, frozen=True, tag=True):
-    link: int  # its requests are ended
 
 
 # From the engine: to each link once, that the model is loaded; last, why it cannot start or go on; what a step did; the
@@ -110,13 +95,12 @@ class Steps(msgspec.Struct, frozen=True, tag=True):
     events: bytes  # server-sent ones, whole
 
 
-ToEngine = Add | Abort | Query | Watch | Attach | Detach
+ToEngine = Add | Abort | Query | Watch
 FromEngine = Ready | Failed | Events | Reply | Steps
 
 
-def addresses(folder: str, link: int) -> tuple[str, str]:
-    """Of a link: to the engine, and from it."""
-    return f"ipc://{folder}/to{link}", f"ipc://{folder}/from{link}"
+def address(folder: str) -> str:
+    return f"{folder}/engine"
 
 
 def belongs_to(request_id: str, completion_id: str | None) -> bool:

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import importlib
 import ipaddress
-import itertools
 import logging
 import signal
 import socket
@@ -120,7 +119,6 @@ class ApiWorkers:
         self._setup = setup
         self._client = client
         self._engine_ended = engine_ended
-        self._links = itertools.count(1)
         self._processes: dict[int, Process] = {}
         self._ending: dict[int, asyncio.Task[int]] = {}
         self._serving: dict[int, ipc.Serving] = {}
@@ -185,7 +183,7 @@ class ApiWorkers:
 
     async def _run(self, row: int) -> int:
         """One life of a process; its exit status. Nothing of it is left in the engine."""
-        setup = msgspec.structs.replace(self._setup, row=row, link=next(self._links))
+        setup = msgspec.structs.replace(self._setup, row=row)
         env = environment_with(PROMETHEUS_MULTIPROC_DIR=setup.counts)
         process = await start_process(WORKER_COMMAND, setup, stdout=PIPE, pass_fds=[setup.listener], env=env)
         assert process.stdin is not None
@@ -193,8 +191,6 @@ class ApiWorkers:
         process.stdin.write(self._order)
         self._processes[row] = process
         try:
-            await self._client.ready()
-            self._client.send(ipc.Attach(setup.link))
             if line := await process.stdout.readline():
                 serving = msgspec.json.decode(line, type=ipc.Serving)
                 if serving.error is None:
@@ -208,7 +204,6 @@ class ApiWorkers:
             del self._processes[row]
             self._ending[row] = asyncio.create_task(end_process(process))
             status = await asyncio.shield(self._ending[row])
-            self._client.send(ipc.Detach(setup.link))
             mark_process_dead(process.pid, setup.counts)  # type: ignore[no-untyped-call]
         return status
 

@@ -22,7 +22,7 @@ from minisgl.config import Config
 from minisgl.core.types import REASONING_END, REASONING_START, Grammar, ModelInfo, Request, SamplingParams
 from minisgl.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError, UnsupportedParameterError
 from minisgl.server import protocol
-from minisgl.server.engine_client import EngineClient, wait_first
+from minisgl.server.engine_client import EngineClient
 from minisgl.server.errors import BodyTooLargeError, ForbiddenError, MediaTypeError, OverloadedError, SlowBodyError
 from minisgl.server.generate import GenerateRequest
 from minisgl.server.protocol import CONSTRAINTS, ChatRequest, CompletionRequest, TokenizeConversation, require
@@ -32,6 +32,8 @@ from minisgl.server.tools import ParserConfig, Reasoning, ToolFormat, detect_too
 from minisgl.text.tokenizer import Tokenizer
 
 SMALL_BODY = 64 * 2**10  # bytes; such bodies have threads of their own
+BRIEF_BODY, BRIEF_QUOTES, BRIEF_ARRAYS = 4096, 64, 4  # of a body that is prepared in some ms, most in less than one
+BRIEF_REST = 10.0  # times as long as it took to prepare one the event loop prepares no other
 SMALL_THREADS, LARGE_THREADS = 4, 1  # json.loads holds the interpreter's lock: no two large bodies at a time
 GRAMMAR_THREADS = 4  # each waits for a process
 BODY_SECONDS, BODY_RATE = 30.0, 32 * 2**10  # a body may take so long, and a second for so many of its bytes
@@ -374,6 +376,10 @@ def within_counts(text: bytes, most: int) -> bool:
     return text.count(b"[") + text.count(b"{") + text.count(b":") <= MAX_NESTED and text.count(b",") <= most
 
 
+def is_brief(body: bytes) -> bool:
+    return len(body) <= BRIEF_BODY and body.count(b'"') <= BRIEF_QUOTES and body.count(b"[") <= BRIEF_ARRAYS
+
+
 class ClientGoneError(Exception):
     """The client closed the connection before the answer was complete."""
 
@@ -384,16 +390,26 @@ async def disconnected(receive: Receive) -> None:
 
 
 async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
-    """The result of `work`; it is cancelled and ClientGoneError raised when the client leaves first."""
-    task = asyncio.ensure_future(work)
+    """The result of `work`, which this task does; it is cancelled and ClientGoneError raised when the client leaves."""
+    worker, works, left = asyncio.current_task(), True, False
+    assert worker is not None
+
+    def leave(_: object) -> None:
+        nonlocal left
+        if works:
+            left = worker.cancel()
+
+    watcher = asyncio.ensure_future(disconnected(receive))
+    watcher.add_done_callback(leave)
     try:
-        await wait_first(task, disconnected(receive))
-        if task.done():
-            return task.result()
-        raise ClientGoneError
+        return await work
+    except asyncio.CancelledError:
+        if left and not worker.uncancel():
+            raise ClientGoneError from None
+        raise
     finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)  # it has cleaned up
+        works = False
+        watcher.cancel()
 
 
 @dataclasses.dataclass
@@ -405,6 +421,7 @@ class Api:
     folder: str  # of the model
     started: float  # s, on the monotonic clock
     health_timeout: float = 5.0  # s
+    next_brief: float = 0.0  # the earliest time at which the event loop itself prepares a body
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))  # Unix time, s
 
     def __post_init__(self) -> None:
@@ -413,8 +430,10 @@ class Api:
         self.bodies = Bodies(self.config.max_body_size or min(2**22 + model.max_seq_len * longest, 2**24))
         self.small, self.large, self.grammars = Turns(SMALL_THREADS), Turns(LARGE_THREADS, 1.0), Turns(GRAMMAR_THREADS)
 
-    async def prepare(self, prepare: Callable[[bytes], T], request: HttpRequest) -> T:
-        """Read a body, and prepare it when its client, by its key or its address, has its turn."""
+    async def prepare(self, prepare: Callable[[bytes], T], request: HttpRequest, renders: bool = True) -> T:
+        """Read a body, and prepare it when its client, by its key or its address, has its turn. Where nobody else is
+        served, a brief one needs no thread, unless it `renders` a chat: threads start slowly.
+        """
         self.check_sender(request)
         client = self._client_of(request)
         async with self.bodies.read(request, client) as body:
@@ -426,6 +445,12 @@ class Api:
                 except RecursionError as error:
                     raise InvalidRequestError("the body is nested too deeply") from error
 
+            started = time.monotonic()
+            if not renders and not self.client.num_live and started >= self.next_brief and is_brief(body):
+                try:
+                    return work()
+                finally:
+                    self.next_brief = started + (1 + BRIEF_REST) * (time.monotonic() - started)
             with self.client.metrics.preparing.track_inprogress():
                 if len(body) <= SMALL_BODY:
                     return await self.small.run(client, work)
@@ -479,7 +504,7 @@ def parse_prompts(value: Any, param: str) -> list[Prompt]:
 
 
 def is_list_of(kind: type, value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is kind for item in value)
+    return isinstance(value, list) and set(map(type, value)) <= {kind}
 
 
 def constraint_of(body: protocol.Sampling) -> tuple[Grammar | None, str | None]:
