@@ -182,13 +182,13 @@ def test_the_packages_stay_small() -> None:
     # The rebuild left 15,500, 4,300, 3,500 and 16,000 lines. Robustness brought about 1,900 and 4,000, the laboratory
     # (policies, traces, the simulator) 1,000 to the engine and 1,000 to the benchmarks, quantisation 450,
     # routing by prefix 90, gateways 270, Ray Serve 580, the simulated fleet 250 to the benchmarks, whole graphs and the
-    # launch just in time 450.
-    assert lines(list(ENGINE.values())) <= 19_640
+    # launch just in time 450, compiling in threads and links without ZeroMQ 90.
+    assert lines(list(ENGINE.values())) <= 19_730
     assert len(ENGINE) <= 99
     assert lines(core) <= 4_880
     assert len(core) <= 21
     assert lines(bench) <= 4_830
-    assert lines(sorted(TESTS.rglob("*.py"))) <= 23_750
+    assert lines(sorted(TESTS.rglob("*.py"))) <= 24_060
 
 
 def test_class_names_are_defined_once() -> None:
