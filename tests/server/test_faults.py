@@ -5,6 +5,7 @@ import contextlib
 import json
 import random
 import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -17,7 +18,7 @@ from helpers.serving import Serving, Web, raw_post
 from helpers.simulation import VOCAB
 from minisgl.core.engine import Engine
 from minisgl.core.request_state import Constraint
-from minisgl.core.types import FinishReason, Grammar, Request, SamplingParams
+from minisgl.core.types import FinishReason, Grammar, Request, SamplingParams, TokenEvent
 from minisgl.errors import InvalidRequestError
 
 
@@ -150,6 +151,13 @@ async def test_an_engine_that_hangs_turns_health_red_and_green_again(server: Ser
 
 async def test_the_cache_is_flushed_of_what_nobody_uses(tmp_path: Path) -> None:
     async with asyncio.timeout(30), simulated(tmp_path, num_pages=100) as (side, thread):
+        step = thread.engine.step
+
+        def slow_step() -> list[TokenEvent]:
+            time.sleep(0.002)  # so that a request is seen while it runs
+            return step()
+
+        thread.engine.step = slow_step  # type: ignore[method-assign]
         await side.http.post("/v1/completions", json=body(40, 2, False, 1))
         cached = thread.engine.cache.num_cached
         assert cached == 10

@@ -28,7 +28,7 @@ SHORT_SLEEP = 2e-4  # s; what a poll in whole milliseconds cannot wait for
 COMPILERS = 2  # threads, so that a known grammar need not wait for a slow one
 COMPILING_POLL_MS = 2  # while there is nothing to compute but grammars are being compiled
 READ_BYTES = 2**18
-LINGER_SECONDS = 1.0  # for the last messages to leave when the engine ends
+LINGER_SECONDS = 1.0  # for the last messages to leave when the engine ends, and for the first one to find a link
 GRACE_SECONDS = 1.5  # for a step that runs when the launcher or a rank is gone
 
 
@@ -98,6 +98,8 @@ class Links:
         self._first = message
         for link in self._links:
             self.send(message, link)
+        if not self._links:
+            self._poll.poll(1000 * LINGER_SECONDS)  # the launcher may not be here yet
         self._accept()
 
     def send_events(self, events: list[TokenEvent], admitted: Iterable[str] = ()) -> None:
