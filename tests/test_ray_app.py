@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from helpers.processes import free_port
 from minisgl.errors import ConfigError
 from minisgl.ray_app import ArgumentParser, Scale, build, desired_replicas, main, parse
 
@@ -103,3 +104,14 @@ def test_without_ray_the_command_names_the_extra(
     assert main([]) == 1
     assert "minisgl ray needs Ray Serve" in (said := capsys.readouterr().err)
     assert "minisgl[ray]" in said
+
+
+def test_a_cluster_that_cannot_be_joined_is_an_error(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**options: bool) -> None:
+        raise ConnectionError("Failed to connect to Ray cluster at 10.0.0.1:6379")
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=init, serve=None))
+    assert main(["--port", str(free_port())]) == 1
+    assert "error: Failed to connect to Ray cluster at 10.0.0.1:6379; RAY_ADDRESS" in capsys.readouterr().err

@@ -178,7 +178,10 @@ def run(config: Config, scale: Scale) -> int:
     with listen_socket(config.host, config.port) as listener:  # what is wrong with it is said before Ray starts
         check_public(config, listener)
         port = listener.getsockname()[1]
-    ray.init(include_dashboard=False)
+    try:
+        ray.init(include_dashboard=False)
+    except ConnectionError as error:
+        raise ConfigError(f"{error}; RAY_ADDRESS names the cluster, RAY_AUTH_TOKEN is its key") from error
     for number in (signal.SIGINT, signal.SIGTERM):  # in place of Ray's own handlers
         signal.signal(number, signal.default_int_handler)
     if serve.status().proxies:
