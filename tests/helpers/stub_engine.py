@@ -70,8 +70,7 @@ class StubEngine:
         self._abort([name for name, owner in self._owners.items() if owner is link])
 
     def send(self, message: ipc.FromEngine, link: asyncio.StreamWriter) -> None:
-        data = msgspec.msgpack.encode(message)
-        link.write(len(data).to_bytes(ipc.PREFIX, "little") + data)
+        link.write(ipc.frame(msgspec.msgpack.encode(message)))
 
     def _send_events(self, events: list[TokenEvent], admitted: list[str]) -> None:
         for link in self._links:

@@ -195,10 +195,9 @@ class MixedInputs:
         self.places = {name: slice(end - sizes[name], end) for name, end in zip(sizes, ends, strict=True)}
 
     def holds(self, plan: StepPlan) -> bool:
-        """Whether the plan fits, but for its page-table writes."""
+        """Whether a plan of at most `tokens` tokens fits, but for its page-table writes."""
         new = 0 if plan.init is None else len(plan.init.slots)
-        fits = max(new, len(plan.prefill_slots)) <= self.chunks and len(plan.decode_slots) <= self.decodes
-        return fits and plan.num_tokens <= self.tokens
+        return max(new, len(plan.prefill_slots)) <= self.chunks and len(plan.decode_slots) <= self.decodes
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:
         views = {name: buffer[place] for name, place in self.places.items()}

@@ -295,8 +295,7 @@ class SocketEngineClient(EngineClient, asyncio.Protocol):
         if self._transport is None:
             self.fail()
             raise EngineDeadError(ENGINE_DIED)
-        data = self._encoder.encode(message)
-        self._transport.write(len(data).to_bytes(ipc.PREFIX, "little") + data)  # never waits, whatever its size
+        self._transport.write(ipc.frame(self._encoder.encode(message)))  # never waits, whatever its size
 
     async def _connect(self, path: str) -> None:
         while True:
@@ -313,11 +312,9 @@ class SocketEngineClient(EngineClient, asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         try:
-            (unread := self._unread).extend(data)
-            while len(unread) >= (end := ipc.PREFIX + int.from_bytes(unread[: ipc.PREFIX], "little")):
-                message = self._decoder.decode(unread[ipc.PREFIX : end])
-                del unread[:end]
-                self._dispatch(message)
+            self._unread += data
+            for message in ipc.cut(self._unread):
+                self._dispatch(self._decoder.decode(message))
         except Exception:
             logger.exception("what the engine sends cannot be read")
             self.fail()

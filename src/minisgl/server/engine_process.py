@@ -77,9 +77,7 @@ class Links:
                 received.append((link, [name for name, owner in self._owners.items() if owner == link]))
                 self._owners = {name: owner for name, owner in self._owners.items() if owner != link}
             unread += data
-            while len(unread) >= (end := ipc.PREFIX + int.from_bytes(unread[: ipc.PREFIX], "little")):
-                message = self._decoder.decode(unread[ipc.PREFIX : end])
-                del unread[:end]
+            for message in map(self._decoder.decode, ipc.cut(unread)):
                 if isinstance(message, ipc.Add):
                     self._owners[message.request.id] = link
                 received.append((link, message))
@@ -87,11 +85,8 @@ class Links:
 
     def send(self, message: ipc.FromEngine, link: int) -> None:
         if link in self._links:
-            data, unsent = self._encoder.encode(message), self._links[link].unsent
-            waits = bool(unsent)
-            unsent += len(data).to_bytes(ipc.PREFIX, "little") + data
-            if not waits:
-                self._flush(link)
+            self._links[link].unsent += ipc.frame(self._encoder.encode(message))
+            self._flush(link)
 
     def send_first(self, message: ipc.FromEngine) -> None:
         """Tell all links, and those that are still to come before anything else."""

@@ -4,6 +4,7 @@ The launcher and each API process have a *link* to the engine: a connection to t
 """
 
 import logging
+from collections.abc import Iterator
 from typing import Literal
 
 import msgspec
@@ -97,6 +98,18 @@ class Steps(msgspec.Struct, frozen=True, tag=True):
 
 ToEngine = Add | Abort | Query | Watch
 FromEngine = Ready | Failed | Events | Reply | Steps
+
+
+def frame(data: bytes) -> bytes:
+    return len(data).to_bytes(PREFIX, "little") + data
+
+
+def cut(unread: bytearray) -> Iterator[bytearray]:
+    """Take the whole messages from the front of what has come by a link."""
+    while len(unread) >= (end := PREFIX + int.from_bytes(unread[:PREFIX], "little")):
+        message = unread[PREFIX:end]
+        del unread[:end]
+        yield message
 
 
 def address(folder: str) -> str:

@@ -431,8 +431,8 @@ class Api:
         self.small, self.large, self.grammars = Turns(SMALL_THREADS), Turns(LARGE_THREADS, 1.0), Turns(GRAMMAR_THREADS)
 
     async def prepare(self, prepare: Callable[[bytes], T], request: HttpRequest, renders: bool = True) -> T:
-        """Read a body, and prepare it when its client, by its key or its address, has its turn. Where nobody else is
-        served, a brief one needs no thread, unless it `renders` a chat: threads start slowly.
+        """Read a body, and prepare it when its client, by its key or its address, has its turn. Where no request
+        is live, a brief one needs no thread, unless it `renders` a chat: threads start slowly.
         """
         self.check_sender(request)
         client = self._client_of(request)
