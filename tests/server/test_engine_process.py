@@ -68,6 +68,15 @@ async def test_every_process_gets_the_events_of_its_own_requests(clients: list[S
         assert (stats.running, stats.waiting, stats.generated_tokens) == (0, 0, 3 * sum(range(10, 18)))
 
 
+async def test_a_request_that_is_admitted_again_waited_until_the_first_time(clients: list[SocketEngineClient]) -> None:
+    client, asked = clients[0], request("retracted", 1900)
+    with client.submit([asked]):
+        stats, _ = client._live[asked.id]
+        for now in (stats.arrived + 0.5, stats.arrived + 9):
+            client._on_events(ipc.Events([], [asked.id]), now)
+        assert stats.admitted == stats.arrived + 0.5
+
+
 async def test_the_requests_of_a_process_that_is_gone_are_aborted_and_others_go_on(
     clients: list[SocketEngineClient],
 ) -> None:

@@ -24,8 +24,7 @@ def request_stats() -> RequestStats:
 
 def test_the_times_of_a_request_are_those_between_its_events() -> None:
     metrics, request = Metrics(), request_stats()
-    metrics.on_admitted(request, 10.5)
-    metrics.on_admitted(request, 99.0)  # retracted and admitted again
+    request.admitted = 10.5
     metrics.on_tokens(request, 1, 12.0)
     metrics.on_tokens(request, 1, 12.5)
     metrics.on_tokens(request, 2, 13.5)

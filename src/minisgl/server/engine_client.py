@@ -222,7 +222,7 @@ class EngineClient(abc.ABC):
         for request_id in message.admitted:
             if request_id in live:
                 request, group = live[request_id]
-                metrics.on_admitted(request, now)
+                request.admitted = request.admitted or now
                 group.admit(request_id)
         for event in message.events:
             if (found := live.get(event.id)) is None:

@@ -147,11 +147,6 @@ class Metrics:
     def name(self, own: str) -> str:
         return f"{self.prefix}:{NAMES[self.prefix].get(own, own)}"
 
-    def on_admitted(self, request: RequestStats, now: float) -> None:
-        if request.admitted is None:
-            request.admitted = now
-            self.queue_time.observe(now - request.arrived)
-
     def on_tokens(self, request: RequestStats, count: int, now: float) -> None:
         if request.first is None:
             request.first = now
@@ -169,6 +164,8 @@ class Metrics:
         self.e2e_request_latency.observe(now - request.arrived)
         self.prompt_tokens.observe(request.prompt_tokens)
         self.generation_tokens.observe(request.tokens)
+        if request.admitted is not None:
+            self.queue_time.observe(request.admitted - request.arrived)
         if request.first is not None:
             if request.admitted is not None:
                 self.prefill_time.observe(request.first - request.admitted)
