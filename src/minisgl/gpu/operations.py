@@ -39,18 +39,25 @@ def fused_operations(device: torch.device) -> Operations:
 
     no_stream = stream.trial(device)
 
+    def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool) -> Tensor | None:
+        """By the first of our kernels that fits; None where it is for cuBLAS."""
+        if gated and bias is not None:  # which they would have to add before the activation
+            return None
+        if linear.fits_linear(x, weight, linear.MAX_ROWS):
+            return linear.linear(x, weight, bias, gated)
+        if bias is None and linear.fits_gemv(x, weight):
+            return linear.gemv(x, weight, gated)
+        if not no_stream and stream.fits(x, weight):
+            return stream.linear(x, weight, bias, gated)
+        return None
+
     def fused_linear(x: Activations, weight: Weight, bias: Tensor | None) -> Tensor:
         if isinstance(weight, Fp8Weight):
             return fp8.linear(x, weight, bias)
         assert isinstance(x, Tensor)
         assert isinstance(weight, Tensor)  # int8 is for the CPU
-        if linear.fits_linear(x, weight, linear.MAX_ROWS):
-            return linear.linear(x, weight, bias)
-        if bias is None and linear.fits_gemv(x, weight):
-            return linear.gemv(x, weight)
-        if not no_stream and stream.fits(x, weight):
-            return stream.linear(x, weight, bias)
-        return cublas_linear(x, weight, bias)
+        out = few_rows(x, weight, bias, gated=False)
+        return cublas_linear(x, weight, bias) if out is None else out
 
     def row_parallel_linear(x: Activations, weight: Weight, bias: Tensor | None) -> Tensor:
         if isinstance(weight, Fp8Weight):
@@ -66,13 +73,8 @@ def fused_operations(device: torch.device) -> Operations:
             return elementwise.silu_mul(fp8.linear(x, weight, bias), reader)
         assert isinstance(x, Tensor)
         assert isinstance(weight, Tensor)
-        if bias is None and linear.fits_linear(x, weight, linear.MAX_ROWS):
-            return linear.gated_linear(x, weight)
-        if bias is None and linear.fits_gemv(x, weight):
-            return linear.gated_gemv(x, weight)
-        if bias is None and not no_stream and stream.fits(x, weight):
-            return stream.gated_linear(x, weight)
-        return elementwise.silu_mul(cublas_linear(x, weight, bias), reader)
+        out = few_rows(x, weight, bias, gated=True)
+        return elementwise.silu_mul(cublas_linear(x, weight, bias), reader) if out is None else out
 
     def sample(logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor, *flags: bool) -> Tensor:
         return sampling.sample(logits, table, slots, positions)

@@ -16,7 +16,7 @@ def test_linear_is_the_gemm_and_its_activation(rows: int, bias: bool, half: torc
     got, wanted = linear.linear(x, weight, offset if bias else None), x.float() @ weight.float().T
     assert got.dtype == half
     assert error(got, wanted + (offset.float() if bias else 0.0)) < 5e-3
-    assert error(linear.gated_linear(x, weight), reference.silu_mul(wanted)) < 5e-3
+    assert error(linear.linear(x, weight, gated=True), reference.silu_mul(wanted)) < 5e-3
 
 
 @pytest.mark.parametrize(("rows", "inner"), [(1, 1536), (33, 512)])
@@ -47,9 +47,9 @@ def test_gemv_is_the_gemm_wherever_the_rows_end(inner: int, half: torch.dtype, d
     x, weight, _ = matrices(1, 64, inner, half, device)
     wanted = x.float() @ weight.float().T
     for tile in (GemvTile(1, 512, 1), GemvTile(8, 512, 4), GemvTile(2, 1024, 2)):
-        assert error(linear.gemv(x, weight, tile), wanted) < 5e-3
+        assert error(linear.gemv(x, weight, tile=tile), wanted) < 5e-3
     for tile in (GemvTile(1, 512, 1), GemvTile(2, 256, 2)) if inner in (512, 768) else ():
-        assert error(linear.gated_gemv(x, weight, tile), reference.silu_mul(wanted)) < 5e-3
+        assert error(linear.gemv(x, weight, gated=True, tile=tile), reference.silu_mul(wanted)) < 5e-3
 
 
 def test_only_one_row_and_large_matrices_fit_gemv() -> None:

@@ -38,7 +38,7 @@ def test_it_is_the_gemm_with_every_tile(tile: StreamTile, half: torch.dtype, hop
     for rows, columns, inner in ((tile.tokens, 256, 1024), (2, 640, 640)):
         x, weight, _ = matrices(rows, columns, inner, half, hopper)
         wanted = reference.silu_mul((x.float() @ weight.float().T).to(half)).float()
-        assert error(stream.gated_linear(x, weight, tile), wanted) < 5e-3
+        assert error(stream.linear(x, weight, gated=True, tile=tile), wanted) < 5e-3
 
 
 @pytest.mark.gpu
@@ -68,14 +68,14 @@ def test_a_chain_in_a_graph_is_the_chain_one_by_one(rows: int, hopper: torch.dev
     up, down = (matrices(1, *size, torch.bfloat16, hopper)[1] for size in ((2 * 4096, 2048), (2048, 4096)))
     one_by_one = found = x
     for _ in range(40):
-        hidden = stream.gated_linear(one_by_one, up)
+        hidden = stream.linear(one_by_one, up, gated=True)
         torch.cuda.synchronize()
         one_by_one = torch.tanh(stream.linear(hidden, down)) + x
         torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(40):
-            found = torch.tanh(stream.linear(stream.gated_linear(found, up), down)) + x
+            found = torch.tanh(stream.linear(stream.linear(found, up, gated=True), down)) + x
     for _ in range(20):
         found.zero_()
         graph.replay()

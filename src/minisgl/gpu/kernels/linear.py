@@ -2,8 +2,8 @@
 
 `linear` and its variants, for weights of up to 8 million elements: a thread block takes some of the output's columns
 and, where that leaves multiprocessors idle, one of several splits of the inner dimension (split-K). Before it waits for
-the previous kernel (PDL) it prefetches its weights into L2: no kernel writes those. `gemv` and `gated_gemv`, for larger
-weights and one row, use no tensor cores: a thread block loads the first elements of its rows before it waits.
+the previous kernel (PDL) it prefetches its weights into L2: no kernel writes those. `gemv`, for larger weights and one
+row, uses no tensor cores: a thread block loads the first elements of its rows before it waits.
 """
 
 from __future__ import annotations
@@ -105,22 +105,20 @@ def _launch_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, 
     return out
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, tile: LinearTile | None = None) -> Tensor:
-    """x (T, K) by weight (N, K), plus bias (N,) -> (T, N)."""
-    out = torch.empty((len(x), len(weight)), dtype=x.dtype, device=x.device)
-    return _launch_linear(x, weight, bias, out, tile or (FEW if len(x) <= 16 else MANY))
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gated: bool = False) -> Tensor:
+    """x (T, K) by weight (N, K), plus bias (N,) -> (T, N).
+
+    With `gated`, which takes no bias: `silu_mul` of x by weight (2I, K), gate first, with its roundings -> (T, I).
+    """
+    out = torch.empty((len(x), len(weight) // 2 if gated else len(weight)), dtype=x.dtype, device=x.device)
+    few, many = (FEW_GATED, MANY_GATED) if gated else (FEW, MANY)
+    return _launch_linear(x, weight, bias, out, few if len(x) <= 16 else many)
 
 
-def split_k_linear(x: Tensor, weight: Tensor, tile: LinearTile = SPLIT_K) -> Tensor:
+def split_k_linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (T, K) by weight (N, K) as float32 sums over splits of K -> (splits, T, N); `add_rms_norm` adds them up."""
-    out = torch.empty((tile.splits, len(x), len(weight)), dtype=torch.float32, device=x.device)
-    return _launch_linear(x, weight, None, out, tile)
-
-
-def gated_linear(x: Tensor, weight: Tensor, tile: LinearTile | None = None) -> Tensor:
-    """silu(x @ gate) * (x @ up), rounded where `silu_mul` rounds: x (T, K), weight (2I, K), gate first -> (T, I)."""
-    out = torch.empty((len(x), len(weight) // 2), dtype=x.dtype, device=x.device)
-    return _launch_linear(x, weight, None, out, tile or (FEW_GATED if len(x) <= 16 else MANY_GATED))
+    out = torch.empty((SPLIT_K.splits, len(x), len(weight)), dtype=torch.float32, device=x.device)
+    return _launch_linear(x, weight, None, out, SPLIT_K)
 
 
 @jit
@@ -174,20 +172,13 @@ def gemv_tile_for(inner: int, gated: bool) -> GemvTile:
     return GemvTile(1, 1024, 4) if 4096 <= inner <= 5120 else GemvTile(4, 512, 4)
 
 
-def gemv(x: Tensor, weight: Tensor, tile: GemvTile | None = None) -> Tensor:
-    """x (1, K) by weight (N, K) -> (1, N)."""
-    return _launch_gemv(x, weight, len(weight), tile or gemv_tile_for(x.shape[1], gated=False))
-
-
-def gated_gemv(x: Tensor, weight: Tensor, tile: GemvTile | None = None) -> Tensor:
-    """silu(x @ gate) * (x @ up), rounded where `silu_mul` rounds: x (1, K), weight (2I, K), gate first -> (1, I)."""
-    return _launch_gemv(x, weight, len(weight) // 2, tile or gemv_tile_for(x.shape[1], gated=True))
-
-
-def _launch_gemv(x: Tensor, weight: Tensor, columns: int, tile: GemvTile) -> Tensor:
+def gemv(x: Tensor, weight: Tensor, gated: bool = False, tile: GemvTile | None = None) -> Tensor:
+    """`linear` of one row without bias: x (1, K) by weight (N, K) -> (1, N), or with `gated` (2I, K) -> (1, I)."""
+    columns = len(weight) // 2 if gated else len(weight)
+    tile = tile or gemv_tile_for(x.shape[1], gated)
     out = torch.empty((1, columns), dtype=x.dtype, device=x.device)
     _gemv_kernel[(triton.cdiv(columns, tile.columns),)](
-        x, weight, out, columns, INNER=x.shape[1], GATED=columns < len(weight), COLUMNS=tile.columns, BLOCK=tile.inner,
+        x, weight, out, columns, INNER=x.shape[1], GATED=gated, COLUMNS=tile.columns, BLOCK=tile.inner,
         num_warps=tile.warps, **launch_options(),
     )  # fmt: skip
     return out

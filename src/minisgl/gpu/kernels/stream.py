@@ -96,18 +96,15 @@ def fits(x: Tensor, weight: Tensor) -> bool:
     return x.dtype in HALF and inner % SLAB == 0 and columns % (2 * TILE) == 0 and aligned
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, tile: StreamTile | None = None) -> Tensor:
-    """x (T, K) by weight (N, K), plus bias (N,) -> (T, N)."""
-    return _launch(x, weight, bias, len(weight), tile)
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, gated: bool = False, tile: StreamTile | None = None
+) -> Tensor:
+    """x (T, K) by weight (N, K), plus bias (N,) -> (T, N).
 
-
-def gated_linear(x: Tensor, weight: Tensor, tile: StreamTile | None = None) -> Tensor:
-    """silu(x @ gate) * (x @ up), rounded where `silu_mul` rounds: x (T, K), weight (2I, K), gate first -> (T, I)."""
-    return _launch(x, weight, None, len(weight) // 2, tile)
-
-
-def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, columns: int, tile: StreamTile | None) -> Tensor:
-    (rows, inner), halves = x.shape, len(weight) // columns
+    With `gated`, which takes no bias: `silu_mul` of x by weight (2I, K), gate first, with its roundings -> (T, I).
+    """
+    (rows, inner), halves = x.shape, 2 if gated else 1
+    columns = len(weight) // halves
     out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
     tile = tile or stream_tile_for(rows, len(weight))
     assert rows <= tile.tokens
@@ -116,7 +113,7 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, columns: int, tile: 
     weights = tensor_map(weight, sizes, (inner, columns * inner, 8 * inner), box)
     tokens = tensor_map(x, (inner, rows), (x.stride(0),), (SLAB, tile.tokens // tile.sides))
     clusters = -(-len(weight) // (TILE * tile.sides))
-    kernel(tile, halves == 2, x.dtype, x.device).launch(
+    kernel(tile, gated, x.dtype, x.device).launch(
         clusters * tile.sides * tile.splits, 128 + 32, (weights, tokens, out, bias, rows, columns, inner // SLAB)
     )
     return out
