@@ -48,7 +48,8 @@ class FlashInfer:
         return FlashInferStep(self, rows, kv, *self.flatten(rows, kv), decode=False)
 
     def graph_decode(self, page_table: Tensor, kv_lens: Tensor, kv: KVCache, max_seq_len: int) -> GraphDecode:
-        return FlashInferGraphStep(self, page_table, kv_lens, kv)
+        step = FlashInferGraphStep(self, page_table, kv_lens, kv)
+        return GraphDecode(step, step.prepare)
 
     def flatten(self, rows: SequenceBatch, kv: KVCache) -> tuple[Int32, Tensor]:
         """The index of each row's first page (rows + 1,), on the host, and all pages, int32 on the device."""
@@ -139,10 +140,6 @@ class FlashInferGraphStep:
         self.fixed = rows * kv.k.shape[3] >= NO_SPLIT_PROGRAMS * owner.processors
         self.counts: Int32 = np.ones(rows, np.int32)
         self.planners: dict[int, GraphPlanner] = {}  # by window
-
-    @property
-    def attention(self) -> PlannedAttention:
-        return self
 
     def prepare(self, kv_lens: Int32) -> None:
         counts = (-(-kv_lens // self.kv.page_size)).astype(np.int32)

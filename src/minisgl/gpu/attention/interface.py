@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Protocol, runtime_checkable
@@ -51,18 +52,16 @@ def load_library(module: str, package: str) -> ModuleType:
         raise ConfigError(f"the attention package {package} cannot be loaded: {error}") from error
 
 
-class GraphDecode(Protocol):
+@dataclass(frozen=True)
+class GraphDecode:
     """Decode attention over static tensors, for one CUDA graph.
 
     `attention` is what to capture. It reads the static tensors alone. Layer 0 begins a step, and the layers follow in
     order. Run it once before the capture, after a `prepare`: kernels compile and workspaces appear then.
     """
 
-    @property
-    def attention(self) -> PlannedAttention: ...
-
-    def prepare(self, kv_lens: Int32) -> None:
-        """To be called before each run or replay, with the host's copy of what the static lengths will hold."""
+    attention: PlannedAttention
+    prepare: Callable[[Int32], None]  # before each run or replay, with the host's copy of what the static lengths hold
 
 
 @runtime_checkable
@@ -74,16 +73,6 @@ class GraphBackend(AttentionBackend, Protocol):
 
         Rows that pad the batch have length 1 and a line of the page table full of the scratch page.
         """
-
-
-@dataclass(frozen=True)
-class StaticDecode:
-    """A GraphDecode that the host need not prepare: the kernels read every length on the device."""
-
-    attention: PlannedAttention
-
-    def prepare(self, kv_lens: Int32) -> None:
-        pass
 
 
 class DeviceBackend(ABC):
@@ -102,7 +91,8 @@ class DeviceBackend(ABC):
 
     def graph_decode(self, page_table: Tensor, kv_lens: Tensor, kv: KVCache, max_seq_len: int) -> GraphDecode:
         starts = torch.arange(len(kv_lens) + 1, dtype=torch.int32, device=kv_lens.device)
-        return StaticDecode(self.step(DeviceBatch(page_table, kv_lens, starts, 1, max_seq_len), kv, decode=True))
+        attention = self.step(DeviceBatch(page_table, kv_lens, starts, 1, max_seq_len), kv, decode=True)
+        return GraphDecode(attention, prepare=lambda kv_lens: None)
 
 
 def captures_prefill(attention: Attention) -> bool:
