@@ -23,7 +23,6 @@ from minisgl.core.decoder import Decoder, ForwardBatch
 from minisgl.core.kv_cache import DeviceTables, KVCache, StepInputs, upload
 from minisgl.core.logits import StepOutput
 from minisgl.core.plan import StepPlan
-from minisgl.core.quantization import Activations
 from minisgl.core.request_state import EMPTY
 from minisgl.gpu.attention.interface import DeviceBatch, GraphBackend, GraphDecode, static_step
 
@@ -332,7 +331,7 @@ class MixedGraphs:
 
 @dataclass
 class SplitStep:
-    """A step of T tokens in parts that end before each layer's attention: `start`, then `between` the layers."""
+    """A step of T tokens in parts, of which number i ends before the attention of layer i."""
 
     decoder: Decoder
     batch: ForwardBatch
@@ -341,16 +340,11 @@ class SplitStep:
     heads: Tensor  # (T, H, hd) the attention's result, read by the next part
     residual: Tensor = field(init=False)  # (T, D)
 
-    def start(self) -> None:
-        x, self.residual = self.decoder.embed(self.batch)
-        self._write_queries(0, x)
-
-    def between(self, index: int) -> None:
-        """From layer `index`'s attention to that of the next."""
-        x, self.residual = self.decoder.after_attention(index, self.heads, self.residual, None)
-        self._write_queries(index + 1, x)
-
-    def _write_queries(self, index: int, x: Activations) -> None:
+    def part(self, index: int) -> None:
+        if index == 0:
+            x, self.residual = self.decoder.embed(self.batch)
+        else:
+            x, self.residual = self.decoder.after_attention(index - 1, self.heads, self.residual, None)
         qkv, rope = self.decoder.before_attention(index, x, self.batch, self.kv)
         rope(qkv, out=self.queries)
 
@@ -376,7 +370,7 @@ class PiecewiseGraphs:
         self.heads = torch.zeros_like(self.queries)
         self.sizes = piecewise_sizes(largest)
         capture = capture or partial(captured, torch.cuda.graph_pool_handle())
-        # A step in parts, and the replays of these: number i ends before the attention of layer i.
+        # A step, and the replay of each of its parts.
         self.steps = {size: self._capture(size, capture) for size in reversed(self.sizes)}
 
     def takes(self, batch: ForwardBatch) -> bool:
@@ -406,8 +400,7 @@ class PiecewiseGraphs:
         ids, positions, slot_mapping = self.ids[:size], self.positions[:size], self.slot_mapping[:size]
         batch = ForwardBatch(ids=ids, positions=positions, slot_mapping=slot_mapping, logits_indices=slot_mapping[:0])
         step = SplitStep(self.decoder, batch, self.kv, self.queries[:size], self.heads[:size])
-        parts: list[Work] = [step.start]
-        parts += [partial(step.between, index) for index in range(self.decoder.spec.num_layers - 1)]
+        parts = [partial(step.part, index) for index in range(self.decoder.spec.num_layers)]
         for part in parts[:2]:  # compiles what is not yet compiled
             part()
         return step, [capture(part) for part in parts]
