@@ -51,25 +51,25 @@ class CapturedStep:
 
 
 class DecodeGraphs:
-    """Graphs from gathered rows to sampled tokens, over one runner's tables and cache, for each of some batch sizes.
+    """Graphs from gathered rows to sampled tokens, over one runner's tables and cache, for each of `graph_sizes`.
 
     They are captured when this is made, largest first into one memory pool. The host sends `changes` and replays the
     smallest graph that holds a step, padded with the tables' last row, whose page is scratch. All sizes write their
     logits to one buffer outside the pool, where logits processors find them.
     """
 
-    def __init__(self, decoder: Decoder, kv: KVCache, tables: DeviceTables, sizes: list[int], max_seq_len: int) -> None:
+    def __init__(self, decoder: Decoder, kv: KVCache, tables: DeviceTables, largest: int, max_seq_len: int) -> None:
         assert isinstance(decoder.attention.decode, GraphBackend)
         self.decoder, self.kv, self.tables = decoder, kv, tables
         self.backend, self.max_seq_len = decoder.attention.decode, max_seq_len
         self.padding = len(tables.length) - 1
-        self.sizes = sorted(sizes)
+        self.sizes = graph_sizes(largest)
         head = decoder.weights.head
         assert isinstance(head, torch.Tensor)
-        self.logits = torch.empty((self.sizes[-1], len(head)), dtype=head.dtype, device=head.device)
+        self.logits = torch.empty((largest, len(head)), dtype=head.dtype, device=head.device)
         pool = torch.cuda.graph_pool_handle()
         self.steps = {size: self._capture(size, pool) for size in reversed(self.sizes)}
-        hosts = [torch.zeros((3, self.sizes[-1]), dtype=torch.int32).pin_memory().numpy() for _ in range(IN_FLIGHT)]
+        hosts = [torch.zeros((3, largest), dtype=torch.int32).pin_memory().numpy() for _ in range(IN_FLIGHT)]
         self._hosts = itertools.cycle(hosts)
 
     def takes(self, plan: StepPlan) -> bool:
@@ -111,7 +111,6 @@ class DecodeGraphs:
         attention = self.backend.graph_decode(inputs.page_table, inputs.kv_lens, self.kv, self.max_seq_len)
         attention.prepare(np.ones(size, np.int32))
         self._step(changes, inputs, attention)  # compiles what is not yet compiled
-        torch.cuda.synchronize(device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, capture_error_mode=CAPTURE_MODE):
             tokens = self._step(changes, inputs, attention)

@@ -20,7 +20,7 @@ from minisgl.core.weights import TORCH_DTYPES, Progress, Quantize, Sharder, Weig
 from minisgl.errors import ConfigError
 from minisgl.gpu.attention.interface import GraphBackend, captures_prefill
 from minisgl.gpu.attention.select import Shape, available_backends, capability, choose, make_attention
-from minisgl.gpu.cuda_graphs import DecodeGraphs, MixedGraphs, PiecewiseGraphs, graph_sizes, piecewise_max_tokens
+from minisgl.gpu.cuda_graphs import DecodeGraphs, MixedGraphs, PiecewiseGraphs, piecewise_max_tokens
 from minisgl.gpu.memory import available_memory, kv_dtype, measure_pages, require_pages_fit, require_weights_fit
 from minisgl.gpu.operations import operations_for
 
@@ -94,16 +94,14 @@ def make_executor(
     device = torch.device(config.device)
     num_pages, page_size = config.num_pages, config.page_size
     max_seq_len = min(max_seq_len, num_pages * page_size)
-    kept = kv_dtype(config)
-    kv = allocate_kv(spec, num_pages, page_size, kept, device)
+    kv = allocate_kv(spec, num_pages, page_size, kv_dtype(config), device)
     attention, choice = make_attention(config.attn, attention_shape(spec, config), device)
     decoder = Decoder(spec, weights, attention, max_seq_len, ops or operations_for(device, spec.hidden_size))
     runner = ModelRunner(decoder, kv, config.max_running_requests, max_seq_len, device)
     described = str(choice)
-    if config.cuda_graph_max_bs and isinstance(attention.decode, GraphBackend):
-        sizes = graph_sizes(config.cuda_graph_max_bs)
-        runner.graphs.append(DecodeGraphs(decoder, kv, runner.tables, sizes, max_seq_len))
-    elif config.cuda_graph_max_bs:
+    if (rows := config.cuda_graph_max_bs) and isinstance(attention.decode, GraphBackend):
+        runner.graphs.append(DecodeGraphs(decoder, kv, runner.tables, rows, max_seq_len))
+    elif rows:
         described += "; its decode cannot be captured, so there are no CUDA graphs"
     if tokens := piecewise_max_tokens(config):
         if captures_prefill(attention):
