@@ -12,7 +12,6 @@ from torch import Tensor
 from minisgl.core.ops import PLAIN, Operations
 from minisgl.core.ops import linear as cublas_linear
 from minisgl.core.quantization import Activations, Fp8Weight, Weight
-from minisgl.core.sampler import SamplingRows
 
 MAX_FUSED_DIM = 8192
 
@@ -25,9 +24,7 @@ def operations_for(device: torch.device, hidden_size: int) -> Operations:
 
 
 def fused_operations(device: torch.device) -> Operations:
-    """The kernels. The sampling kernels read on the device what a row needs, and ignore the flags.
-
-    GEMMs of x (T, K) and a weight (N, K) in 16 bits, first line that fits:
+    """The kernels. GEMMs of x (T, K) and a weight (N, K) in 16 bits take the first line that fits:
 
     | T           | N * K         | kernel                                                            |
     | up to 64    | up to 8M      | `linear`; up to 128 rows `split_k_linear` before an add_rms_norm  |
@@ -76,9 +73,6 @@ def fused_operations(device: torch.device) -> Operations:
         out = few_rows(x, weight, bias, gated=True)
         return elementwise.silu_mul(cublas_linear(x, weight, bias), reader) if out is None else out
 
-    def sample(logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor, *flags: bool) -> Tensor:
-        return sampling.sample(logits, table, slots, positions)
-
     return dataclasses.replace(
         PLAIN,
         name=f"triton; no CUDA C++: {no_stream}" if no_stream else "triton and CUDA C++",
@@ -89,6 +83,6 @@ def fused_operations(device: torch.device) -> Operations:
         gated_linear=gated_linear,
         rope_store_kv=elementwise.rope_store_kv,
         moe=moe.moe,
-        sample=sample,
-        sample_gathered=sample,
+        sample=sampling.sample,
+        sample_gathered=sampling.sample,
     )
