@@ -31,7 +31,7 @@ def config(**settings: object) -> Config:
 def measure(config: Config, before: int) -> int:
     attention = Attention(TorchAttention(), TorchAttention())
     decoder = Decoder(SPEC, dummy_weights(SPEC, torch.float32, CPU), attention, 64)
-    return memory.measure_pages(config, decoder, torch.float32, 64, before)
+    return memory.measure_pages(config, decoder, 64, before)
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def build_local_executor(
         )  # fmt: skip
     pack_weights(weights, config.quantization == "int8")
     attention, _ = make_attention(config.attn, attention_shape(local, config), device)
-    num_pages = measure_pages(config, Decoder(local, weights, attention, max_seq_len, ops), dtype, max_seq_len, before)
+    num_pages = measure_pages(config, Decoder(local, weights, attention, max_seq_len, ops), max_seq_len, before)
     if share is not None:
         num_pages = share.agree(num_pages)
     return make_executor(local, weights, config.replace(num_pages=num_pages), max_seq_len, ops, alive)

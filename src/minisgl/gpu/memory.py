@@ -130,7 +130,7 @@ def require_weights_fit(
         raise ConfigError(f"the model does not fit: {weights}, and {free / GIB:.2f} GiB of memory are free")
 
 
-def measure_pages(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_len: int, before: int) -> int:
+def measure_pages(config: Config, decoder: Decoder, max_seq_len: int, before: int) -> int:
     """Pages for `config`: those it asks for, or what fits. `before`: bytes available before the weights were loaded.
 
     Weights, activations, graphs and pages share `memory_ratio` of those. On the CPU activations are not counted; pages
@@ -142,8 +142,8 @@ def measure_pages(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_
     ratio = DEFAULT_RATIO if config.memory_ratio is None else config.memory_ratio
     taken = before - available_memory(device)
     if device.type == "cuda":
-        taken += _forward_peak(config, decoder, dtype, max_seq_len)
-        taken += graph_bytes(config, spec, decoder.weights.head.shape[0], dtype, max_seq_len)
+        taken += _forward_peak(config, decoder, max_seq_len)
+        taken += graph_bytes(config, spec, decoder.weights.head.shape[0], TORCH_DTYPES[config.dtype], max_seq_len)
     room = int(before * ratio) - taken
     what = "weights, activations and CUDA graphs" if device.type == "cuda" else "weights"
     numbers = (
@@ -165,7 +165,7 @@ def measure_pages(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_
     return pages
 
 
-def _forward_peak(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_len: int) -> int:
+def _forward_peak(config: Config, decoder: Decoder, max_seq_len: int) -> int:
     """Bytes that the largest prefill step takes, with sampling for as many rows as can end in it.
 
     Each row asks for everything, so the tables for penalties and biases are counted too. The step runs on scratch
@@ -176,8 +176,7 @@ def _forward_peak(config: Config, decoder: Decoder, dtype: torch.dtype, max_seq_
     device, spec = torch.device(config.device), decoder.spec
     rows = min(config.max_running_requests, config.max_prefill_length)
     length = min(config.max_prefill_length // rows, max_seq_len)
-    kept = kv_dtype(config)
-    kv = allocate_kv(spec, 0, config.page_size, kept, device)
+    kv = allocate_kv(spec, 0, config.page_size, kv_dtype(config), device)
     runner = ModelRunner(decoder, kv, rows, max_seq_len, device)
     if max_seq_len >= WARM_UP_TOKENS:
         with _compiling(config, decoder):

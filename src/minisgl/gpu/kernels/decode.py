@@ -302,7 +302,7 @@ class DecodeAttention(FusedAttention):
         """Number the rows' tiles for `run_qkv` in layers with these windows."""
         self._current.clear()
         for window in dict.fromkeys(windows if self.split.programs else ()):
-            self._tiles(self.split.tile, window, new=True)
+            self._tiles(window, new=True)
 
     def run(self, q: Tensor, layer: int, window: int) -> Tensor:
         """Attention of q (B, H, hd), whose keys and values are in the cache -> (B, H, hd)."""
@@ -332,7 +332,7 @@ class DecodeAttention(FusedAttention):
             log_sums = self.workspaces.get(torch.float32, kv_heads, programs, 2, group)
             # Partial results written of each row and KV head: zero between launches.
             arrived = self.workspaces.get(torch.int32, triton.next_power_of_2(rows * kv_heads))
-            starts = self._tiles(split.tile, window, rope is not None)
+            starts = self._tiles(window, rope is not None)
         q_norm, k_norm, eps, cos_sin = (None, None, 0.0, None) if rope is None else rope[1:5]
         _decode_kernel[(kv_heads, programs)](
             q, q_norm, k_norm, cos_sin, k, v, self.page_table, self.kv_lens, starts, out, partial, log_sums, arrived,
@@ -344,7 +344,7 @@ class DecodeAttention(FusedAttention):
         )  # fmt: skip
         return out
 
-    def _tiles(self, tile: int, window: int, new: bool) -> Tensor:
+    def _tiles(self, window: int, new: bool) -> Tensor:
         """The number of each row's first tile, int32 (B + 1,): computed once a step for each window."""
         which, rows = (window, new), len(self.kv_lens)
         if which not in self._starts:
@@ -353,7 +353,7 @@ class DecodeAttention(FusedAttention):
         if which not in self._current:
             self._current.add(which)
             _tiles_kernel[(1,)](
-                self.kv_lens, starts, rows, window or NO_WINDOW, NEW=int(new), TILE=tile, BLOCK=ROWS_BLOCK,
+                self.kv_lens, starts, rows, window or NO_WINDOW, NEW=int(new), TILE=self.split.tile, BLOCK=ROWS_BLOCK,
                 num_warps=4, **launch_options(),
             )  # fmt: skip
         return starts
