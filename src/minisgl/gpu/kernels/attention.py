@@ -18,6 +18,7 @@ from triton.language import constexpr, tensor
 
 from minisgl.gpu.kernels.jit import after_previous, jit, jit_varying, launch_options, warps_for
 
+NO_WINDOW = 1 << 30
 MIN_DOT = 16  # the fewest rows that a matmul on tensor cores takes
 SEARCH = tl.constexpr(128)  # rows that a prefill thread block looks at together to find its own
 
@@ -134,7 +135,7 @@ def prefill_attention(
     block = max(32 if small else 64, triton.next_power_of_2(group))
     out = torch.empty((total, query_heads, head_dim), dtype=q.dtype, device=q.device)
     _prefill_kernel[(kv_heads, total // (block // group) + rows)](
-        q, k, v, page_table, cu_query_lens, kv_lens, out, rows, q.stride(0), page_table.stride(0), window or 1 << 30,
+        q, k, v, page_table, cu_query_lens, kv_lens, out, rows, q.stride(0), page_table.stride(0), window or NO_WINDOW,
         math.log2(math.e) * head_dim**-0.5, HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, PAGE=page_size, M=block,
         D=dims, TILE=32 if small else 64, num_warps=4, num_stages=2 if small else 3,
     )  # fmt: skip

@@ -25,12 +25,11 @@ from triton.language import constexpr, tensor
 from minisgl.core.attention import FusedAttention, RopeStore
 from minisgl.core.kv_cache import DeviceTables, KVCache, StepInputs
 from minisgl.core.quantization import FP8
-from minisgl.gpu.kernels.attention import MIN_DOT, key_value, online_softmax, softmax_weights
+from minisgl.gpu.kernels.attention import MIN_DOT, NO_WINDOW, key_value, online_softmax, softmax_weights
 from minisgl.gpu.kernels.jit import after_previous, jit, jit_varying, launch_options
 
 STEP_BLOCK = 1024
 ROWS_BLOCK = 256  # rows looked at together, at least; one kernel serves all batches up to it
-NO_WINDOW = 1 << 30
 FP8_SHRINK = tl.constexpr(256.0)  # what `_unpack` divides by
 MERGED = tl.constexpr(4)  # partial results of a row merged at a time
 TOKEN_BYTES = 256  # of a key head in the measurements behind `decode_split`; where it has more, tiles have fewer tokens

@@ -24,7 +24,7 @@ MAX_WEIGHTS = 8 << 20  # from about here on cuBLAS reads the weights as fast (H2
 MAX_ROWS = 64  # from here on cuBLAS is as fast or faster
 MAX_SPLIT_K_ROWS = 128  # the same for `split_k_linear`
 LINE = 64  # 16-bit elements in a cache line of 128 bytes
-MAX_GEMV_COLUMNS = 1 << 17  # larger weights are vocabularies, whose GEMMs are long enough for cuBLAS
+MAX_COLUMNS = 1 << 17  # larger weights are vocabularies, whose GEMMs are long enough for cuBLAS
 GEMV_STEP = 256  # rows of the weight have a multiple of so many elements, so their addresses are aligned
 MAX_GEMV_INNER = (1 << 15) - 1  # keeps the offset of a gated weight's second half within 32 bits
 
@@ -160,7 +160,7 @@ def _gemv_kernel(
 def fits_gemv(x: Tensor, weight: Tensor) -> bool:
     """Whether x (1, K) by weight (N, K) is faster here than with cuBLAS (measured on an H200)."""
     columns, inner = weight.shape
-    fits = len(x) == 1 and weight.numel() > MAX_WEIGHTS and columns <= MAX_GEMV_COLUMNS and inner <= MAX_GEMV_INNER
+    fits = len(x) == 1 and weight.numel() > MAX_WEIGHTS and columns <= MAX_COLUMNS and inner <= MAX_GEMV_INNER
     divisible = columns % 16 == 0 and inner % GEMV_STEP == 0
     return fits and divisible and x.dtype in HALF and x.is_contiguous() and weight.is_contiguous()
 

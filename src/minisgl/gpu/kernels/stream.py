@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from minisgl.gpu.kernels.cuda import MULTIPROCESSORS, CudaKernel, available, checked, compile_all, defines
-from minisgl.gpu.kernels.linear import HALF, MAX_WEIGHTS
+from minisgl.gpu.kernels.linear import HALF, MAX_COLUMNS, MAX_WEIGHTS
 
 TILE, SLAB = 64, 64  # rows of the weight that a block takes, and elements of each that are fetched together
 TOKENS = (16, 32, 64, 96)  # rows of x that kernels are compiled for
 MAX_ROWS = TOKENS[-1]  # above it cuBLAS is as fast
-MAX_COLUMNS = 1 << 17  # larger weights are vocabularies
 RING_BYTES = {2: 100 << 10, 3: 64 << 10}  # shared memory for slabs on their way, by thread blocks per multiprocessor
 MAX_STAGES = 16
 
