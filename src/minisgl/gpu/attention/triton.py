@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor
 
 from minisgl.core.attention import PlannedAttention
 from minisgl.core.kv_cache import KVCache
@@ -21,7 +17,7 @@ class TritonAttention(DeviceBackend):
     def __init__(self, device: torch.device) -> None:
         from minisgl.gpu.kernels import attention, decode  # a machine without a GPU may lack triton
 
-        self.prefill_attention, self.decode_attention = attention.prefill_attention, decode.DecodeAttention
+        self.prefill_attention, self.decode_attention = attention.PrefillAttention, decode.DecodeAttention
         self.workspaces = decode.Workspaces(device)
         # The interpreter has no multiprocessors; a few make it split rows as a GPU would.
         self.processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
@@ -29,15 +25,4 @@ class TritonAttention(DeviceBackend):
     def step(self, rows: DeviceBatch, kv: KVCache, decode: bool) -> PlannedAttention:
         if decode:
             return self.decode_attention(rows.page_table, rows.kv_lens, kv, self.workspaces, self.processors)
-        return TritonPrefill(self.prefill_attention, rows, kv)
-
-
-@dataclass(frozen=True)
-class TritonPrefill:
-    kernel: Callable[..., Tensor]
-    rows: DeviceBatch
-    kv: KVCache
-
-    def run(self, q: Tensor, layer: int, window: int) -> Tensor:
-        rows, k, v = self.rows, self.kv.k[layer], self.kv.v[layer]
-        return self.kernel(q, k, v, rows.page_table, rows.cu_query_lens, rows.kv_lens, window)
+        return self.prefill_attention(rows.page_table, rows.cu_query_lens, rows.kv_lens, kv)

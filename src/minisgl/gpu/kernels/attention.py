@@ -8,6 +8,7 @@ they fill the rows of one matmul. Accumulation is in float32. Decode is in `deco
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr, tensor
 
+from minisgl.core.kv_cache import KVCache
 from minisgl.gpu.kernels.jit import after_previous, jit, jit_varying, launch_options, warps_for
 
 NO_WINDOW = 1 << 30
@@ -117,29 +119,37 @@ def _prefill_kernel(
     tl.store(out + lines[:, None] * HEAD_DIM + dims[None, :], acc.to(out.dtype.element_ty), mask=mask)
 
 
-def prefill_attention(
-    q: Tensor, k: Tensor, v: Tensor, page_table: Tensor, cu_query_lens: Tensor, kv_lens: Tensor, window: int
-) -> Tensor:
-    """Causal attention of ragged chunks, each at the end of its row's cached tokens: q (T, H, hd) -> (T, H, hd).
+@dataclass(frozen=True)
+class PrefillAttention:
+    """Causal attention of ragged chunks, each at the end of its row's cached tokens.
 
-    k, v (pages, page_size, K, hd) of one layer; page_table int32 (rows, max_pages); cu_query_lens int32 (rows + 1,);
-    kv_lens int32 (rows,), the chunks included; window 0 is none.
+    page_table int32 (rows, max_pages); cu_query_lens int32 (rows + 1,); kv_lens int32 (rows,), the chunks included.
     """
-    (total, query_heads, head_dim), (page_size, kv_heads) = q.shape, k.shape[1:3]
-    rows, group = len(kv_lens), query_heads // kv_heads
-    assert q.stride()[1:] == (head_dim, 1)
-    assert all(x.is_contiguous() for x in (k, v))
-    dims = triton.next_power_of_2(head_dim)
-    # float32 has no fast matmul and twice the bytes.
-    small = q.dtype == torch.float32 or dims > 128
-    block = max(32 if small else 64, triton.next_power_of_2(group))
-    out = torch.empty((total, query_heads, head_dim), dtype=q.dtype, device=q.device)
-    _prefill_kernel[(kv_heads, total // (block // group) + rows)](
-        q, k, v, page_table, cu_query_lens, kv_lens, out, rows, q.stride(0), page_table.stride(0), window or NO_WINDOW,
-        math.log2(math.e) * head_dim**-0.5, HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, PAGE=page_size, M=block,
-        D=dims, TILE=32 if small else 64, num_warps=4, num_stages=2 if small else 3,
-    )  # fmt: skip
-    return out
+
+    page_table: Tensor
+    cu_query_lens: Tensor
+    kv_lens: Tensor
+    kv: KVCache
+
+    def run(self, q: Tensor, layer: int, window: int) -> Tensor:
+        """q (T, H, hd) -> (T, H, hd); window 0 is none."""
+        k, v = self.kv.k[layer], self.kv.v[layer]
+        (total, query_heads, head_dim), (page_size, kv_heads) = q.shape, k.shape[1:3]
+        rows, group = len(self.kv_lens), query_heads // kv_heads
+        assert q.stride()[1:] == (head_dim, 1)
+        assert all(x.is_contiguous() for x in (k, v))
+        dims = triton.next_power_of_2(head_dim)
+        # float32 has no fast matmul and twice the bytes.
+        small = q.dtype == torch.float32 or dims > 128
+        block = max(32 if small else 64, triton.next_power_of_2(group))
+        out = torch.empty((total, query_heads, head_dim), dtype=q.dtype, device=q.device)
+        _prefill_kernel[(kv_heads, total // (block // group) + rows)](
+            q, k, v, self.page_table, self.cu_query_lens, self.kv_lens, out, rows, q.stride(0),
+            self.page_table.stride(0), window or NO_WINDOW, math.log2(math.e) * head_dim**-0.5, HEADS=kv_heads,
+            GROUP=group, HEAD_DIM=head_dim, PAGE=page_size, M=block, D=dims, TILE=32 if small else 64, num_warps=4,
+            num_stages=2 if small else 3,
+        )  # fmt: skip
+        return out
 
 
 @jit
