@@ -5,7 +5,7 @@ runs, and `trtllm`, TensorRT-LLM's attention, XQA on Hopper and trtllm-gen on Bl
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -42,22 +42,14 @@ class FlashInfer:
         self.planners_of: dict[tuple[str, int], AlternatingPlanners] = {}
 
     def plan_decode(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
-        return FlashInferStep(self, rows, kv, *self.flatten(rows, kv), decode=True)
+        return FlashInferStep(self, rows, kv, decode=True)
 
     def plan_prefill(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
-        return FlashInferStep(self, rows, kv, *self.flatten(rows, kv), decode=False)
+        return FlashInferStep(self, rows, kv, decode=False)
 
     def graph_decode(self, page_table: Tensor, kv_lens: Tensor, kv: KVCache, max_seq_len: int) -> GraphDecode:
         step = FlashInferGraphStep(self, page_table, kv_lens, kv)
         return GraphDecode(step, step.prepare)
-
-    def flatten(self, rows: SequenceBatch, kv: KVCache) -> tuple[Int32, Tensor]:
-        """The index of each row's first page (rows + 1,), on the host, and all pages, int32 on the device."""
-        starts, on_device = _starts(-(-rows.kv_lens // kv.page_size)), to_device(rows, kv.page_size)
-        pages = torch.empty(int(starts[-1]), dtype=torch.int32, device=self.device)
-        unused = torch.empty(2, len(starts), dtype=torch.int32, device=self.device)
-        self.kernels.flatten_pages(on_device.page_table, on_device.kv_lens, kv.page_size, unused[0], pages, unused[1])
-        return starts, pages
 
     def wrapper(self, kind: str, head_dim: int, window: int, **options: Any) -> Any:
         """A new planner of a kind: `prefill`, `decode-cuda` or `decode-tensor` (cores)."""
@@ -91,17 +83,19 @@ class AlternatingPlanners:
         return self.wrappers[self.index]
 
 
-@dataclass
 class FlashInferStep:
     """One step outside graphs. The first layer with a window makes the plan for it."""
 
-    owner: FlashInfer
-    rows: SequenceBatch
-    kv: KVCache
-    starts: Int32
-    pages: Tensor
-    decode: bool
-    planned: dict[int, Any] = field(default_factory=dict)  # by window
+    def __init__(self, owner: FlashInfer, rows: SequenceBatch, kv: KVCache, decode: bool) -> None:
+        self.owner, self.rows, self.kv, self.decode = owner, rows, kv, decode
+        self.planned: dict[int, Any] = {}  # by window
+        self.starts = _starts(-(-rows.kv_lens // kv.page_size))  # of each row's pages, on the host
+        on_device = to_device(rows, kv.page_size)
+        self.pages = torch.empty(int(self.starts[-1]), dtype=torch.int32, device=owner.device)
+        unused = torch.empty(2, len(self.starts), dtype=torch.int32, device=owner.device)
+        owner.kernels.flatten_pages(
+            on_device.page_table, on_device.kv_lens, kv.page_size, unused[0], self.pages, unused[1]
+        )
 
     def run(self, q: Tensor, layer: int, window: int) -> Tensor:
         if window not in self.planned:
