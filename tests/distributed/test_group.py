@@ -2,9 +2,11 @@
 
 import os
 import signal
+import socket
 import subprocess
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,11 @@ from helpers.processes import children, wait_until_gone
 from helpers.tiny_models import ARCHITECTURES, save_model
 from helpers.tp_cases import requests
 from minisgl import LLM, SamplingParams
+from minisgl.config import Config
 from minisgl.core.model_config import read_spec
 from minisgl.core.weights import Checkpoint, load_weights, parameters
-from minisgl.distributed import worker_pool
+from minisgl.distributed import messages, worker_pool
+from minisgl.distributed.messages import LoadModel
 from minisgl.distributed.shard import sharder
 from minisgl.errors import ConfigError, EngineDeadError
 
@@ -145,7 +149,8 @@ def test_a_rank_killed_while_it_computes_ends_the_generation_and_the_other_ranks
         try:
             wait_until_gone(ranks)
         finally:
-            os.kill(ranks[0], signal.SIGKILL)  # or the engine's end would wait for it
+            with suppress(ProcessLookupError):
+                os.kill(ranks[0], signal.SIGKILL)  # or the engine's end would wait for it
 
 
 def test_a_group_can_follow_another(tmp_path: Path) -> None:
@@ -163,8 +168,12 @@ def test_workers_end_that_are_left_alone_before_they_have_joined() -> None:
     folder = Path(tempfile.mkdtemp(dir="/tmp"))
     started = []
     for rank in (1, 2):
-        command = [*worker_pool.WORKER_COMMAND, str(rank), "3", "cpu", str(folder)]
-        started.append(subprocess.Popen(command, stdin=subprocess.DEVNULL))
+        link, theirs = socket.socketpair()
+        if rank == 2:  # it joins, and waits for rank 0
+            link.sendall(messages.frame(LoadModel(Config(), str(folder), 100)))
+        with link, theirs:
+            command = [*worker_pool.WORKER_COMMAND, str(rank), "3", "cpu", str(folder), str(theirs.fileno())]
+            started.append(subprocess.Popen(command, pass_fds=[theirs.fileno()]))
     try:
         assert [process.wait(60) for process in started] == [1, 1]
     finally:

@@ -1,11 +1,13 @@
 """The workers as rank 0 sees them: the messages, of which nothing else is accepted, and who was the first to fail."""
 
-from pathlib import Path
+import socket
+from contextlib import suppress
+from io import BytesIO
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
-import zmq
 
 from minisgl.config import Config
 from minisgl.distributed import messages, worker_pool
@@ -24,24 +26,20 @@ from minisgl.gpu.memory import prefill_plan
 
 
 class FakeWorker:
-    """A worker's sockets, without the worker."""
+    """A worker's end of a link, without the worker."""
 
     def __init__(self, rank: int, pool: WorkerPool) -> None:
-        self.context = zmq.Context()
-        self.plans, self.reports = self.context.socket(zmq.PULL), self.context.socket(zmq.PUSH)
-        self.plans.connect(pool.addresses[rank - 1])
-        self.reports.connect(pool.addresses[-1])
-        self.report(WorkerStarted(rank))
+        ours, self.link = socket.socketpair()
+        pool.listen(rank, ours)
+        self.report(WorkerStarted())
 
     def report(self, message: FromWorker) -> None:
-        self.reports.send(messages.ENCODER.encode(message))
-
-    def end(self) -> None:
-        self.context.destroy(linger=200)
+        with suppress(BrokenPipeError):  # the pool has ended its links
+            self.link.sendall(messages.frame(message))
 
 
 ENDED = "rank 1 of 3 ended"
-RESET = WorkerFailed(2, "connection reset by peer", user_error=False)
+RESET = (2, WorkerFailed("connection reset by peer", user_error=False))
 
 
 @pytest.mark.parametrize(
@@ -49,33 +47,31 @@ RESET = WorkerFailed(2, "connection reset by peer", user_error=False)
     [
         (("1 ends", RESET), EngineDeadError, ENDED),
         ((RESET, "1 ends"), EngineDeadError, ENDED),
-        ((RESET, WorkerFailed(1, "out of memory", False), "1 ends"), EngineDeadError, "rank 1 of 3: out of memory"),
+        ((RESET, (1, WorkerFailed("out of memory", False)), "1 ends"), EngineDeadError, "rank 1 of 3: out of memory"),
         ((RESET,), EngineDeadError, "rank 2 of 3: connection reset"),
-        ((WorkerFailed(2, "--num-pages 9 needs more", True),), ConfigError, "rank 2 of 3: --num-pages 9"),
+        (((2, WorkerFailed("--num-pages 9 needs more", True)),), ConfigError, "rank 2 of 3: --num-pages 9"),
     ],
 )
 def test_the_worker_that_failed_first_is_named_and_not_who_noticed(
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    events: tuple[str | WorkerFailed, ...],
+    events: tuple[str | tuple[int, WorkerFailed], ...],
     kind: type[Exception],
     message: str,
 ) -> None:
-    monkeypatch.setattr(worker_pool, "LAST_REPORT_MS", 1500)  # this machine may be busy
-    pool = WorkerPool(3, f"ipc://{tmp_path}/*")
+    monkeypatch.setattr(worker_pool, "OTHER_CAUSE_SECONDS", 1.5)  # this machine may be busy
+    pool = WorkerPool(3)
     workers = [FakeWorker(1, pool), FakeWorker(2, pool)]
     try:
-        pool.wait_until_started()
         for event in events:
-            if isinstance(event, WorkerFailed):
-                workers[event.rank - 1].report(event)
+            if isinstance(event, str):
+                workers[0].link.close()
             else:
-                workers[0].end()
+                workers[event[0] - 1].report(event[1])
         with pytest.raises(kind, match=message), pool.name_the_cause():
             raise RuntimeError("a collective failed")
     finally:
         for worker in workers:
-            worker.end()
+            worker.link.close()
         pool.close()
 
 
@@ -98,13 +94,16 @@ def equal(one: object, other: object) -> bool:
         LaunchStep(prefill_plan(3, 5, True)),
         FinishStep(np.arange(12, dtype=np.int32).reshape(3, 4)[:, ::2]),
         LoadModel(Config(tp=2, dummy_weight=True), "/a/b", 100),
-        WorkerFailed(1, "why", True),
+        WorkerFailed("why", True),
     ],
 )
 def test_messages_arrive_as_they_were_sent(message: ToWorker | FromWorker) -> None:
-    data = messages.ENCODER.encode(message)
-    decoder = messages.FROM_WORKER if isinstance(message, WorkerFailed) else messages.TO_WORKER
-    assert equal(decoder.decode(data), message)
+    link = BytesIO(2 * messages.frame(message))
+    decoder: Any = messages.FROM_WORKER if isinstance(message, WorkerFailed) else messages.TO_WORKER
+    assert equal(messages.receive(link, decoder), message)
+    assert equal(messages.receive(link, decoder), message)
+    assert messages.receive(link, decoder) is None
+    assert messages.receive(BytesIO(messages.frame(message)[:-1]), decoder) is None
 
 
 def test_the_arrays_of_a_plan_are_the_receivers_own() -> None:

@@ -16,7 +16,7 @@ from minisgl.core.executor import LocalExecutor
 from minisgl.core.model_config import ModelSpec
 from minisgl.core.plan import Masks, StepPlan, StepResult
 from minisgl.core.weights import TORCH_DTYPES, Progress
-from minisgl.distributed.collectives import TPGroup, broadcast_text, join_group
+from minisgl.distributed.collectives import TPGroup, join_group
 from minisgl.distributed.messages import FinishStep, LaunchStep, LoadModel
 from minisgl.distributed.operations import select_collectives
 from minisgl.distributed.shard import check_shards, local_spec, sharder
@@ -93,24 +93,22 @@ def build_group_executor(
     config = config.replace(attn=f"{choice.prefill},{choice.decode}")
     device = torch.device("cpu" if config.device == "cpu" else f"cuda:{launched.local_rank if launched else 0}")
     use_device(device, launched.local_size if launched else config.tp)
-    if launched is None:
-        workers = WorkerPool.start(config.tp, config.device)
-        rendezvous, one_host = f"file://{workers.folder}/rendezvous", True
-    else:
-        rendezvous, one_host = "env://", launched.one_host
-        # On every interface only where other ranks are on other hosts.
-        workers = WorkerPool(config.tp, f"tcp://{'127.0.0.1' if one_host else '*'}:*")
+    load = LoadModel(config, str(folder), max_seq_len)
+    workers = WorkerPool(config.tp)
     if on_failure is not None:
         workers.on_failure(on_failure)
     joined: TPGroup | None = None
     try:
         with workers.name_the_cause():
-            joined = join_group(0, config.tp, rendezvous, device, one_host)
+            if launched is None:
+                rendezvous = workers.start(config.device)
+                workers.send(load)
+                joined = join_group(0, config.tp, rendezvous, device)
+            else:
+                joined = join_group(0, config.tp, "env://", device, launched.one_host)
+                workers.accept(joined)
+                workers.send(load)
             workers.on_failure(joined.collectives.abort)
-            if launched is not None:
-                broadcast_text(joined, " ".join(workers.addresses))
-                workers.wait_until_started()
-            workers.send(LoadModel(config, str(folder), max_seq_len))
             local, group, note = build_rank_executor(config, folder, spec, max_seq_len, joined, progress, workers.check)
             joined.barrier()  # every rank is ready
     except BaseException:

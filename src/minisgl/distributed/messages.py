@@ -1,16 +1,21 @@
-"""Messages between rank 0 and the workers: msgspec structs in MessagePack, where an array is dtype, shape and bytes."""
+"""Messages between rank 0 and the workers: msgspec structs in MessagePack, where an array is dtype, shape and bytes.
 
-from typing import Any
+They go over a link to each worker: a socket, whose end says that the other process is gone.
+"""
+
+import socket
+from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 import numpy as np
-import zmq
 
 from minisgl.config import Config
 from minisgl.core.plan import Masks, StepPlan
 
+T = TypeVar("T")
 DTYPES = frozenset({"<i4", "<i8", "<f4", "|b1"})
-HEARTBEAT_MS = 2000
+PREFIX = 4  # bytes before each message: its length
+HEARTBEAT_SECONDS = 2
 SILENCE_MS = 15_000  # of a host that is gone; between processes of one host the kernel reports an end at once
 
 
@@ -35,13 +40,12 @@ class ShutdownWorker(msgspec.Struct, frozen=True, tag="shutdown"):
 
 
 class WorkerStarted(msgspec.Struct, frozen=True, tag="started"):
-    rank: int
+    """The first message from a worker."""
 
 
 class WorkerFailed(msgspec.Struct, frozen=True, tag="failed"):
     """The last message from a worker that cannot go on. `user_error`: what was asked for cannot be honoured."""
 
-    rank: int
     error: str
     user_error: bool
 
@@ -50,15 +54,28 @@ ToWorker = LoadModel | LaunchStep | FinishStep | ShutdownWorker
 FromWorker = WorkerStarted | WorkerFailed
 
 
-def make_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int, address: str, linger_ms: int) -> zmq.Socket[bytes]:
-    """A socket with unbounded queues that is to be bound or connected to `address`."""
-    socket = context.socket(kind)
-    socket.set_hwm(0)
-    socket.setsockopt(zmq.LINGER, linger_ms)
-    if address.startswith("tcp"):
-        socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, SILENCE_MS)
-    return socket
+def notice_silence(link: socket.socket) -> None:
+    """Have a TCP connection send at once, and end when the other host is silent."""
+    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, HEARTBEAT_SECONDS)
+    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, HEARTBEAT_SECONDS)
+    link.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE_MS)
+
+
+def frame(message: ToWorker | FromWorker) -> bytes:
+    data = ENCODER.encode(message)
+    return len(data).to_bytes(PREFIX, "little") + data
+
+
+def receive(link: BinaryIO, decoder: msgspec.msgpack.Decoder[T]) -> T | None:
+    """The next message, waiting for it; None where the link has ended."""
+    try:
+        size = int.from_bytes(link.read(PREFIX), "little")
+        data = link.read(size)
+    except OSError:
+        return None
+    return decoder.decode(data) if 0 < size == len(data) else None
 
 
 def _from_array(value: Any) -> Any:
