@@ -44,20 +44,20 @@ class HelperError(MinisglError, status=503, code="grammar_helper_unavailable"):
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """What became of a grammar: without an error it can be followed."""
+    """What became of a grammar: without an error it can be followed. `kind` names the error's class."""
 
     error: str | None = None
     param: str | None = None
-    unsupported: bool = False
+    kind: str = ""
 
     def raise_error(self) -> None:
+        users = {kind.__name__: kind for kind in (InvalidRequestError, UnsupportedParameterError)}
         if self.error is not None:
-            kind = UnsupportedParameterError if self.unsupported else InvalidRequestError
-            raise kind(self.error, param=self.param)
+            raise users.get(self.kind, HelperError)(self.error, param=self.param)
 
 
 def encode_verdict(error: MinisglError) -> bytes:
-    return msgspec.json.encode(Verdict(error.message, error.param, isinstance(error, UnsupportedParameterError)))
+    return msgspec.json.encode(Verdict(error.message, error.param, type(error).__name__))
 
 
 def read_all(connection: socket.socket) -> bytes:
@@ -105,20 +105,25 @@ class Running(NamedTuple):
     process: subprocess.Popen[bytes]
     control: socket.socket
 
+    def end(self) -> None:
+        self.control.close()
+        self.process.kill()
+        self.process.wait()
+
 
 class Helper:
     """The helper process, started when it is first needed and again when it died. Safe to use from several threads."""
 
     def __init__(self, folder: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
         self._arguments = [str(value) for value in (folder, vocab_size, *eos_token_ids)]
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self.running: Running | None = None
 
     def check(self, grammar: Grammar) -> None:
         """Raise InvalidRequestError when a grammar cannot be followed, or not in time; HelperError for our faults."""
         reply = self._ask(grammar) or self._ask(grammar)  # without a reply the helper had died; the next one is new
         if not reply:
-            raise HelperError("the process that checks grammars died")
+            raise HelperError("the process that checks grammars died or does not answer")
         if reply == STARTED:
             raise invalid(grammar, "it takes too much time or memory")
         msgspec.json.decode(reply.removeprefix(STARTED), type=Verdict).raise_error()
@@ -126,9 +131,7 @@ class Helper:
     def close(self) -> None:
         with self._lock:
             if self.running is not None:
-                self.running.control.close()
-                self.running.process.kill()
-                self.running.process.wait()
+                self.running.end()
                 self.running = None
 
     def _ask(self, grammar: Grammar) -> bytes:
@@ -136,44 +139,34 @@ class Helper:
         with self._lock:
             running = self._start()
         ours, theirs = socket.socketpair()
+        ours.settimeout(WALL_SECONDS + GRACE_SECONDS)
         reply = b""
-        try:
-            with ours:
-                ours.settimeout(WALL_SECONDS + GRACE_SECONDS)
-                with theirs:
-                    socket.send_fds(running.control, [b"g"], [theirs.fileno()])
-                ours.sendall(msgspec.json.encode(grammar))
-                ours.shutdown(socket.SHUT_WR)
-                reply = read_all(ours)
-        except TimeoutError:
-            raise HelperError("the process that checks grammars does not answer") from None
-        except OSError:  # broken or reset; closed by another thread that found it broken
-            pass
-        finally:
-            with self._lock:
-                if not reply and self.running is running:  # not another thread's new one
-                    self.close()
+        with ours, contextlib.suppress(OSError):  # it has ended, or does not answer in time
+            with theirs:
+                socket.send_fds(running.control, [b"g"], [theirs.fileno()])
+            ours.sendall(msgspec.json.encode(grammar))
+            ours.shutdown(socket.SHUT_WR)
+            reply = read_all(ours)
+        if not reply:
+            running.end()
         return reply
 
     def _start(self) -> Running:
-        if self.running is not None and self.running.process.poll() is None:
-            return self.running
-        self.close()
-        self.running = Running(*start_helper("minisgl.text.grammar_check", *self._arguments))
-        control = self.running.control
-        control.settimeout(START_SECONDS)
+        if self.running is not None:
+            if self.running.process.poll() is None:
+                return self.running
+            self.running.end()
+        running = self.running = Running(*start_helper("minisgl.text.grammar_check", *self._arguments))
+        running.control.settimeout(START_SECONDS)
         reply = b""
         with contextlib.suppress(TimeoutError):
-            reply = control.recv(1 << 16)
-        control.settimeout(None)
+            reply = running.control.recv(1 << 16)
+        running.control.settimeout(None)
         if not reply:
-            self.close()
+            running.end()
             raise HelperError("the process that checks grammars did not start")
-        verdict = msgspec.json.decode(reply, type=Verdict)
-        if verdict.error is not None and not verdict.unsupported:
-            raise HelperError(verdict.error)
-        verdict.raise_error()
-        return self.running
+        msgspec.json.decode(reply, type=Verdict).raise_error()
+        return running
 
 
 class GrammarCompiler:
