@@ -3,8 +3,8 @@
 A check runs in a helper process, in a forked child of its own for each grammar, which the kernel ends when its time or
 memory is used up: llguidance's limits do not bound what it does with a large `multipleOf` (35 s and 2 GB). The helper
 is `python -m minisgl.text.grammar_check FOLDER VOCAB_SIZE EOS...`, its standard input a socket. It loads the
-vocabulary once, answers with a `Verdict`, and then receives a connection for each grammar through the socket
-(SCM_RIGHTS) until the socket ends. A child sends `STARTED` on its connection, then its `Verdict`, or it dies.
+vocabulary once and then receives a connection for each grammar through the socket (SCM_RIGHTS) until the socket ends.
+A child sends `STARTED` on its connection, then its `Verdict`, or it dies.
 """
 
 import contextlib
@@ -33,8 +33,7 @@ WALL_SECONDS = 1.7
 MEMORY_BYTES = 1 << 30  # that a grammar may add to the child, as address space
 PROBE_STEPS = 32
 STARTED = b"+"
-START_SECONDS = 60.0  # to load the vocabulary
-GRACE_SECONDS = 5.0  # beyond the child's own limit, on a machine too busy to end it in time
+ANSWER_SECONDS = 60.0  # for a verdict: the vocabulary may have to be loaded, and the machine be too busy to end a child
 MAX_CHECKED = 4096  # grammars remembered as good, by their digest
 MAX_COMPILED = 32  # a hostile one holds up to some 100 MB
 
@@ -71,12 +70,11 @@ def main() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     # Threads there may be are numpy's; they idle, and the children use none.
     warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+    failure = b""
     try:
         vocabulary = Vocabulary(Path(folder), int(vocab_size), [int(token) for token in eos])
     except MinisglError as error:
-        control.sendall(encode_verdict(error))
-        return
-    control.sendall(msgspec.json.encode(Verdict()))
+        failure = encode_verdict(error)
     while fds := socket.recv_fds(control, 1, 1)[1]:
         with socket.socket(fileno=fds[0]) as connection:
             if os.fork() == 0:
@@ -86,7 +84,8 @@ def main() -> None:
                     limit_memory(MEMORY_BYTES)
                     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
                     signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
-                    connection.sendall(judge(read_all(connection), vocabulary))
+                    source = read_all(connection)
+                    connection.sendall(failure or judge(source, vocabulary))
                 os._exit(0)
 
 
@@ -139,7 +138,7 @@ class Helper:
         with self._lock:
             running = self._start()
         ours, theirs = socket.socketpair()
-        ours.settimeout(WALL_SECONDS + GRACE_SECONDS)
+        ours.settimeout(ANSWER_SECONDS)
         reply = b""
         with ours, contextlib.suppress(OSError):  # it has ended, or does not answer in time
             with theirs:
@@ -156,17 +155,8 @@ class Helper:
             if self.running.process.poll() is None:
                 return self.running
             self.running.end()
-        running = self.running = Running(*start_helper("minisgl.text.grammar_check", *self._arguments))
-        running.control.settimeout(START_SECONDS)
-        reply = b""
-        with contextlib.suppress(TimeoutError):
-            reply = running.control.recv(1 << 16)
-        running.control.settimeout(None)
-        if not reply:
-            running.end()
-            raise HelperError("the process that checks grammars did not start")
-        msgspec.json.decode(reply, type=Verdict).raise_error()
-        return running
+        self.running = Running(*start_helper("minisgl.text.grammar_check", *self._arguments))
+        return self.running
 
 
 class GrammarCompiler:
