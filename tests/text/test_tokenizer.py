@@ -117,8 +117,10 @@ def test_a_hostile_template_stays_in_its_sandbox(tmp_path: Path) -> None:
     for template in (
         "{{ messages.append(1) }}",
         "{{ ''.__class__.__mro__ }}",
-        "{% set ns = namespace(__class__=1) %}",
-        "{% set ns = namespace() %}{% set ns._x = 1 %}",
+        "{{ namespace.__init__.__globals__ }}",
+        "{% set ns = namespace(__class__=1) %}{{ ns.__class__.__mro__ }}",
+        "{% set ns = namespace() %}{% set ns._Namespace__attrs = 1 %}{{ ns._Namespace__attrs.real }}",
+        "{{ dict.mro() }}",
         "{{ dict.__base__.x }}",
         "{% for i in range(10000000) %}x{% endfor %}",
     ):

@@ -19,7 +19,6 @@ from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
 
 from minisgl.system import limit_memory
 
@@ -40,21 +39,6 @@ class GenerationTag(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-class PublicNamespace(Namespace):
-    """jinja2's `namespace` without underscored names, which reach into the interpreter."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:  # without `self`, which may be an attribute's name
-        self, *rest = args
-        Namespace.__init__(self)
-        for name, value in dict(*rest, **kwargs).items():
-            self[name] = value
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if str(name).startswith("_"):
-            raise jinja2.exceptions.SecurityError(f"a namespace attribute must not start with an underscore: {name!r}")
-        super().__setitem__(name, value)
-
-
 def raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
@@ -70,9 +54,8 @@ def compiled(source: str, tokens: dict[str, str]) -> tuple[jinja2.Template, list
     """A template and the variables that it takes. Raises ValueError with the reason where it is none."""
     env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols])
     env.filters["tojson"] = to_json
-    env.globals |= {"strftime_now": lambda pattern: datetime.now().strftime(pattern)}
-    env.globals |= {"raise_exception": raise_exception, "namespace": PublicNamespace}
-    env.globals["dict"] = lambda *args, **kwargs: dict(*args, **kwargs)  # without the type's other attributes
+    env.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    env.globals["raise_exception"] = raise_exception
     try:
         template = env.from_string(source, globals={"tools": None, "documents": None, **tokens})
         return template, sorted(jinja2.meta.find_undeclared_variables(env.parse(source)))
