@@ -135,10 +135,8 @@ class ChatTemplate:
             new = {**message, "content": content}
             if calls and self._shows_calls:
                 new["content"] = content or self._no_content
-                functions = [function_of(call, self._takes_text_arguments) for call in calls]
                 new["tool_calls"] = [
-                    {**call, "function": {**call.get("function", {}), **function}}
-                    for call, function in zip(calls, functions, strict=True)
+                    {**call, "function": function_of(call, self._takes_text_arguments)} for call in calls
                 ]
             elif calls:
                 del new["tool_calls"]
