@@ -4,7 +4,6 @@ import os
 import signal
 import socket
 import subprocess
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -164,15 +163,15 @@ def test_a_group_can_follow_another(tmp_path: Path) -> None:
     assert not children(os.getpid())
 
 
-def test_workers_end_that_are_left_alone_before_they_have_joined() -> None:
-    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+def test_workers_end_that_are_left_alone_before_they_have_joined(tmp_path: Path) -> None:
     started = []
     for rank in (1, 2):
         link, theirs = socket.socketpair()
         if rank == 2:  # it joins, and waits for rank 0
-            link.sendall(messages.frame(LoadModel(Config(), str(folder), 100)))
+            link.sendall(messages.frame(LoadModel(Config(), str(tmp_path), 100)))
         with link, theirs:
-            command = [*worker_pool.WORKER_COMMAND, str(rank), "3", "cpu", str(folder), str(theirs.fileno())]
+            rendezvous, own = f"file://{tmp_path}/rendezvous", str(theirs.fileno())
+            command = [*worker_pool.WORKER_COMMAND, str(rank), "3", "cpu", rendezvous, own]
             started.append(subprocess.Popen(command, pass_fds=[theirs.fileno()]))
     try:
         assert [process.wait(60) for process in started] == [1, 1]
@@ -180,4 +179,3 @@ def test_workers_end_that_are_left_alone_before_they_have_joined() -> None:
         for process in started:
             process.kill()
             process.wait()
-    assert not folder.exists()

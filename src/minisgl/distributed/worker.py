@@ -1,14 +1,13 @@
 """A worker: the process of a rank other than 0, which executes the plans that rank 0 sends.
 
-Rank 0 starts it by `python -m minisgl.distributed.worker RANK SIZE DEVICE FOLDER LINK`, or torchrun does. It ends at
-once when rank 0 is gone, which the end of its link says: it may be in a collective that will never finish.
+Rank 0 starts it by `python -m minisgl.distributed.worker RANK SIZE DEVICE RENDEZVOUS LINK`, or torchrun does. It
+ends at once when rank 0 is gone, which the end of its link says: it may be in a collective that will never finish.
 """
 
 import contextlib
 import logging
 import os
 import select
-import shutil
 import signal
 import socket
 import sys
@@ -33,19 +32,15 @@ from minisgl.errors import ConfigError, MinisglError, ModelError
 from minisgl.formats.hub import locate_model
 
 LINGER_SECONDS = 1.0  # after a report, so that rank 0 first notices a worker whose end is the cause of it
-RENDEZVOUS_SECONDS = 2.0  # how long the rendezvous' folder is kept when rank 0 ends before all ranks have joined
 
 
 class Worker:
     """Starts steps in one thread and waits for their ends in another, so that no step starts late."""
 
-    def __init__(self, rank: int, link: socket.socket, folder: str | None = None) -> None:
-        """`folder` has the rendezvous, if rank 0 started this process."""
+    def __init__(self, rank: int, link: socket.socket) -> None:
         self.rank = rank
         self._link = link
         self._messages = link.makefile("rb")
-        self._folder = folder
-        self._joined = threading.Event()
         self._ending = False
         threading.Thread(target=self._watch, daemon=True).start()
         self._report(WorkerStarted())
@@ -55,9 +50,7 @@ class Worker:
         try:
             load = self._receive()
             assert isinstance(load, LoadModel)
-            group = join()
-            self._joined.set()
-            executor, group = self._load(load, group)
+            executor, group = self._load(load, join())
             group.barrier()  # every rank is ready
             self._execute(executor)
             group.collectives.close()
@@ -96,7 +89,9 @@ class Worker:
 
     def _receive(self) -> messages.ToWorker:
         message = messages.receive(self._messages, messages.TO_WORKER)
-        return self._end_alone() if message is None else message
+        if message is None:
+            os._exit(1)
+        return message
 
     def _watch(self) -> None:
         """Wait for the end of rank 0, and unless it is done, end this process."""
@@ -104,14 +99,7 @@ class Worker:
         ended.register(self._link, select.POLLRDHUP)
         ended.poll()
         if not self._ending:
-            self._end_alone()
-
-    def _end_alone(self) -> NoReturn:
-        if self._folder is not None:
-            # Without its folder the rendezvous searches for minutes, and holds the interpreter's lock.
-            self._joined.wait(RENDEZVOUS_SECONDS)
-            shutil.rmtree(self._folder, ignore_errors=True)
-        os._exit(1)
+            os._exit(1)
 
     def _report(self, message: messages.FromWorker) -> None:
         with contextlib.suppress(OSError):  # rank 0 is gone
@@ -147,12 +135,12 @@ def serve_rank(launched: Launcher) -> int:
 
 
 def main() -> NoReturn:
-    rank, size, device, folder = int(sys.argv[1]), int(sys.argv[2]), torch.device(sys.argv[3]), sys.argv[4]
+    rank, size, device, rendezvous = int(sys.argv[1]), int(sys.argv[2]), torch.device(sys.argv[3]), sys.argv[4]
     link = socket.socket(fileno=int(sys.argv[5]))
     link.set_inheritable(False)
-    worker = Worker(rank, link, folder)
+    worker = Worker(rank, link)
     use_device(device, size)
-    worker.run(lambda: join_group(rank, size, f"file://{folder}/rendezvous", device))
+    worker.run(lambda: join_group(rank, size, rendezvous, device))
     os._exit(0)  # the interpreter's own end takes a second, in which nothing would notice rank 0's
 
 

@@ -2,18 +2,19 @@
 
 import contextlib
 import logging
+import os
 import socket
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 
 from minisgl.distributed import messages
 from minisgl.distributed.collectives import TPGroup, broadcast_text
 from minisgl.distributed.messages import ShutdownWorker, ToWorker, WorkerFailed, WorkerStarted
 from minisgl.errors import ConfigError, EngineDeadError, MinisglError
-from minisgl.system import PrivateFolder
 
 WORKER_COMMAND = (sys.executable, "-m", "minisgl.distributed.worker")
 STATUS_SECONDS = 0.1  # for the exit status of a worker whose link ended
@@ -29,7 +30,6 @@ class WorkerPool:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._folder: PrivateFolder | None = None
         self._links: list[socket.socket] = []
         self._listeners: list[threading.Thread] = []
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -41,22 +41,24 @@ class WorkerPool:
 
     def start(self, device: str) -> str:
         """Start workers as processes of this host, on "cpu" or "cuda", and wait until they run. Returns where the ranks
-        find each other: a file in a folder that only this user can enter.
+        find each other: a file without a name, which they inherit.
         """
-        self._folder = PrivateFolder("minisgl-ranks-")
+        file = os.memfd_create("rendezvous")
+        weakref.finalize(self, os.close, file).atexit = False  # the group opens it again until it ends
+        rendezvous = f"file:///proc/self/fd/{file}"
         for rank in range(1, self.size):
             own = device if device == "cpu" else f"cuda:{rank}"
             link, theirs = socket.socketpair()
             with theirs:
-                arguments = (str(rank), str(self.size), own, self._folder.name, str(theirs.fileno()))
+                inherited = [file, theirs.fileno()]
+                command = [*WORKER_COMMAND, str(rank), str(self.size), own, rendezvous, str(theirs.fileno())]
                 process = subprocess.Popen(
-                    [*WORKER_COMMAND, *arguments],
-                    stdin=subprocess.DEVNULL, start_new_session=True, pass_fds=[theirs.fileno()],
-                )  # fmt: skip
+                    command, stdin=subprocess.DEVNULL, start_new_session=True, pass_fds=inherited
+                )
             self._processes.append(process)
             self.listen(rank, link, process)
         self._wait_until_started()
-        return f"file://{self._folder.name}/rendezvous"
+        return rendezvous
 
     def accept(self, group: TPGroup) -> None:
         """Have workers that a launcher started, and that are in the group, connect; wait until they run."""
@@ -181,5 +183,3 @@ class WorkerPool:
         for link in self._links:
             with contextlib.suppress(OSError):  # it has ended
                 link.shutdown(socket.SHUT_RDWR)
-        if self._folder is not None:
-            self._folder.cleanup()
