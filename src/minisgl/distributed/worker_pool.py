@@ -64,13 +64,13 @@ class WorkerPool:
         """Have workers that a launcher started, and that are in the group, connect; wait until they run."""
         # On every interface only where other ranks are on other hosts.
         host = "127.0.0.1" if group.one_host else ""
-        with contextlib.ExitStack() as stack:
-            servers = [stack.enter_context(socket.create_server((host, 0))) for _ in range(1, self.size)]
-            broadcast_text(group, " ".join(str(server.getsockname()[1]) for server in servers))
-            for rank, server in enumerate(servers, start=1):
+        servers = [socket.create_server((host, 0)) for _ in range(1, self.size)]
+        broadcast_text(group, " ".join(str(server.getsockname()[1]) for server in servers))
+        for rank, server in enumerate(servers, start=1):
+            with server:
                 link, _ = server.accept()
-                messages.notice_silence(link)
-                self.listen(rank, link)
+            messages.notice_silence(link)
+            self.listen(rank, link)
         self._wait_until_started()
 
     @property
