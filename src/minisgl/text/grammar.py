@@ -112,7 +112,7 @@ class MatcherConstraint:
             if rest := self.vocabulary.vocab_size % 32:
                 mask[-1] &= np.int32((1 << rest) - 1)
         if (token := self.vocabulary.placeholder_eos) is not None and token < self.vocabulary.vocab_size:
-            mask[token // 32 : token // 32 + 1].view(np.uint32)[0] &= np.uint32(~(1 << token % 32) & 0xFFFFFFFF)
+            mask.view(np.uint32)[token // 32] &= ~np.uint32(1 << token % 32)
 
     @NO_PANICS
     def accept(self, token: int) -> bool:
