@@ -50,9 +50,9 @@ class Verdict(msgspec.Struct, frozen=True):
     kind: str = ""
 
     def raise_error(self) -> None:
-        users = {kind.__name__: kind for kind in (InvalidRequestError, UnsupportedParameterError)}
+        by_users = {kind.__name__: kind for kind in (InvalidRequestError, UnsupportedParameterError)}
         if self.error is not None:
-            raise users.get(self.kind, HelperError)(self.error, param=self.param)
+            raise by_users.get(self.kind, HelperError)(self.error, param=self.param)
 
 
 def encode_verdict(error: MinisglError) -> bytes:
