@@ -132,7 +132,7 @@ def test_a_form_that_is_complete_before_min_tokens_loses_no_text(tmp_path: Path)
     choice = ChoiceState(Request.make(id="x", prompt=[5], params=params), tokenizer.stream(params))
     # Nothing more is allowed: the engine ends the request in the step of its last token, without a stop token.
     events = [TokenEvent(id="x", tokens=(token,)) for token in ids]
-    text = choice.take_all([*events, TokenEvent(id="x", finish=FinishReason.STOP)])
+    text = "".join(map(choice.take, [*events, TokenEvent(id="x", finish=FinishReason.STOP)]))
     assert (text, choice.finish, choice.token_ids) == ("yes", FinishReason.STOP, ids)
 
 

@@ -36,7 +36,6 @@ UNSUPPORTED_OUTSIDE = ("embeddings", "rerank", "score", "pooling", "classify", "
 PAGE = Path(__file__).with_name("page.html")
 
 Prepare = Callable[[bytes], PreparedRequest]
-AnyCompletion = type[ChatCompletion] | type[TextCompletion] | type[SglangCompletion]
 
 logger = logging.getLogger(__name__)
 
@@ -65,18 +64,17 @@ class Endpoints:
         """Continue one text, or several, in SGLang's own words."""
         return await self.respond(request, self.preparation.generate, SglangCompletion)
 
-    async def respond(self, request: Request, prepare: Prepare, kind: AnyCompletion) -> Response:
+    async def respond(self, request: Request, prepare: Prepare, kind: type[Generation]) -> Response:
         allowed = self.priorities.get(request.scope.get("api_key", 0), self.priorities.get(0))
 
-        def begin(body: bytes) -> ChatCompletion | TextCompletion | SglangCompletion:
+        def begin(body: bytes) -> Generation:
             prepared = prepare(body)
             prioritize(prepared, allowed)
-            generation = Generation(self.api.client, self.preparation.tokenizer, prepared)
-            return kind(generation, self.preparation.model.name)
+            return kind(self.api.client, self.preparation.tokenizer, prepared, self.preparation.model.name)
 
         completion = await self.api.prepare(begin, request, renders=kind is ChatCompletion)
-        await self.api.check(completion.generation.prepared, request)
-        if not completion.generation.prepared.body.stream:
+        await self.api.check(completion.prepared, request)
+        if not completion.prepared.body.stream:
             return json_response(await unless_disconnected(request.receive, completion.whole()))
         return EventStream(completion.chunks())
 

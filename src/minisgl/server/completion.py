@@ -104,18 +104,17 @@ class ChoiceState(RequestOutput):
     stream: TextStream
     index: int = 0
     hidden: bool = False  # the request is there for its prompt: what it generates is not shown
+    begun: bool = False  # it has a chunk
+    num_given: int = 0  # tokens that were in chunks
 
-    def take_all(self, events: Sequence[TokenEvent]) -> str:
-        """Take in events that came together; the new text. Raises InvalidRequestError when the engine refuses."""
-        text = ""
-        for event in events:
-            if event.finish is FinishReason.ERROR:
-                raise InvalidRequestError(event.error or "the engine refused the request")
-            if self.hidden:
-                end = None if event.finish is None else FinishReason.LENGTH
-                event = msgspec.structs.replace(event, tokens=(), logprobs=(), finish=end)
-            text += self.take(event)
-        return text
+    def take(self, event: TokenEvent) -> str:
+        """Raises InvalidRequestError when the engine refuses."""
+        if event.finish is FinishReason.ERROR:
+            raise InvalidRequestError(event.error or "the engine refused the request")
+        if self.hidden:
+            end = None if event.finish is None else FinishReason.LENGTH
+            event = msgspec.structs.replace(event, tokens=(), logprobs=(), finish=end)
+        return RequestOutput.take(self, event)  # a dataclass with slots has no super()
 
     def scored(self, first: int = 0) -> list[ScoredToken]:
         """The tokens from the `first` on, where log-probabilities are wanted."""
@@ -126,37 +125,49 @@ class ChoiceState(RequestOutput):
         return {"stop_reason": self.stop_reason, "matched_stop": self.matched}
 
 
-class Generation:
-    """The requests of one HTTP request, one choice each. They are in the engine while `pieces` runs."""
+@dataclasses.dataclass
+class Generation(abc.ABC):
+    """What answers one HTTP request: a choice for each of its requests, which are in the engine while `pieces` runs."""
 
-    def __init__(self, client: EngineClient, tokenizer: Tokenizer, prepared: PreparedRequest) -> None:
-        self.tokenizer = tokenizer
-        self.prepared = prepared
-        special = () if prepared.parser is None else prepared.parser.special_tokens
-        body = prepared.body
+    client: EngineClient
+    tokenizer: Tokenizer
+    prepared: PreparedRequest
+    model: str
+
+    def __post_init__(self) -> None:
+        body, parser = self.prepared.body, self.prepared.parser
+        special = () if parser is None else parser.special_tokens
         hidden = not isinstance(body, ChatRequest) and body.scores_only
-        self.choices = [
-            ChoiceState(request, tokenizer.stream(request.params, special, request.prompt), index=index, hidden=hidden)
-            for index, request in enumerate(prepared.requests)
-        ]
-        self._by_id = {choice.request.id: choice for choice in self.choices}
-        self._client = client
+        self.choices: list[ChoiceState] = []
+        for request in self.prepared.requests:
+            stream = self.tokenizer.stream(request.params, special, request.prompt)
+            self.choices.append(ChoiceState(request, stream, index=len(self.choices), hidden=hidden))
+
+    @abc.abstractmethod
+    def result(self) -> Any:
+        """The whole completion, when `pieces` has ended."""
+
+    @abc.abstractmethod
+    def chunks(self) -> EventChunks: ...
+
+    async def whole(self) -> Any:
+        async for _ in self.pieces():
+            pass
+        return self.result()
 
     async def pieces(self) -> AsyncGenerator[list[tuple[ChoiceState, str]], None]:
         """Batches of the text that has come since the last, by choice; closing this ends the requests."""
-        with self._client.submit(self.prepared.requests) as submission:
+        choices = {choice.request.id: choice for choice in self.choices}
+        with self.client.submit(self.prepared.requests) as submission:
             async for batch in submission.batches():
-                together: dict[str, list[TokenEvent]] = {}
+                texts: dict[str, str] = {}
                 for event in batch.events:
-                    together.setdefault(event.id, []).append(event)
-                pieces = []
-                for request_id, own in together.items():
-                    choice = self._by_id[request_id]
-                    pieces.append((choice, choice.take_all(own)))
-                    if choice.stream.stopped and own[-1].finish is None:
-                        submission.abort([request_id])
-                if pieces:
-                    yield pieces
+                    choice = choices[event.id]
+                    texts[event.id] = texts.get(event.id, "") + choice.take(event)
+                    if choice.stream.stopped and event.finish is None:
+                        submission.abort([event.id])
+                if texts:
+                    yield [(choices[request_id], text) for request_id, text in texts.items()]
 
     def usage(self, generated: int | None = None) -> Usage:
         """Tokens so far, or so many generated ones; a prompt with several choices counts once."""
@@ -167,25 +178,28 @@ class Generation:
         return Usage(prompt, completion, prompt + completion, responses.PromptTokensDetails(cached))
 
 
-class OpenAICompletion(abc.ABC):
+class OpenAICompletion(Generation):
     """A completion in OpenAI's form; the whole one is folded from its own chunks."""
 
     whole_object: Literal["chat.completion", "text_completion"]
     chunk_object: Literal["chat.completion.chunk", "text_completion"]
 
-    def __init__(self, generation: Generation, model: str, logprobs: int | None) -> None:
-        body = generation.prepared.body
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        first, body = self.choices[0].request, self.prepared.body
         assert isinstance(body, OpenAIRequest)
-        self.generation, self.body = generation, body
-        name = generation.choices[0].request.id.rpartition("-")[0]
-        self.named: dict[str, Any] = {"id": name, "created": int(time.time()), "model": model}
+        self.body = body
         options = body.stream_options or StreamOptions()
         self.include_usage = bool(options.include_usage)
         self.continuous = self.include_usage and bool(options.continuous_usage_stats)
+        name, now, usage = first.id.rpartition("-")[0], int(time.time()), None if self.include_usage else UNSET
+        self.frame: responses.Result[Any] = responses.Result(
+            id=name, object=self.chunk_object, created=now, model=self.model, choices=[], usage=usage
+        )
+        # `best_of` has the engine compute some that are not shown.
+        most = body.logprobs if isinstance(body, CompletionRequest) else first.params.logprobs
         as_ids = bool(body.return_tokens_as_token_ids)
-        self.writer = None if logprobs is None else LogprobWriter(generation.tokenizer, as_ids, logprobs)
-        self.opened: set[int] = set()  # choices with a chunk
-        self.given = [0] * len(generation.choices)  # how many tokens were in chunks
+        self.writer = None if most is None else LogprobWriter(self.tokenizer, as_ids, most)
 
     @abc.abstractmethod
     def chunk_choices(self, choice: ChoiceState, text: str) -> Sequence[Any]:
@@ -195,52 +209,53 @@ class OpenAICompletion(abc.ABC):
     def whole_choice(self, index: int, choice: ChoiceState, chunks: Sequence[Any]) -> Any:
         """A choice folded from the chunks of all its text."""
 
-    def shown(self) -> list[ChoiceState]:
-        return self.generation.choices
-
-    async def whole(self) -> responses.Result[Any]:
-        async for _ in self.generation.pieces():
-            pass
+    def result(self) -> responses.Result[Any]:
         choices = [
             self.whole_choice(index, choice, self.chunk_choices(choice, choice.stream.text))
             for index, choice in enumerate(self.shown())
         ]
-        usage, more = self.generation.usage(), self.named | self.of_prompt()
-        return responses.Result(object=self.whole_object, choices=choices, usage=usage, **more)
+        return msgspec.structs.replace(self.frame, object=self.whole_object, choices=choices, usage=self.usage())
 
-    def of_prompt(self) -> dict[str, Any]:
-        return {}
+    def shown(self) -> list[ChoiceState]:
+        """Of more choices of a prompt than are wanted (`best_of`), those with the best mean log-probability."""
+        choices, generated, wanted = self.choices, self.body.num_generated, self.body.n or 1
+        if generated == wanted:
+            return choices
+        prompts = [choices[first : first + generated] for first in range(0, len(choices), generated)]
+        return [c for several in prompts for c in sorted(several, key=lambda c: -mean_logprob(c.logprobs))[:wanted]]
 
-    def tail(self, choice: Any, tail: bytes) -> bytes:
-        """What follows this choice in its chunk; `tail` for most."""
-        return tail
+    def opening(self, choice: ChoiceState) -> list[bytes]:
+        """The events that come before the choice's own."""
+        return []
 
     def new_tokens(self, choice: ChoiceState) -> tuple[list[int] | UnsetType, list[ScoredToken]]:
         """The tokens that were in no chunk yet: their ids, where they are wanted, and their scores."""
-        first, self.given[choice.index] = self.given[choice.index], len(choice.token_ids)
+        first, choice.num_given = choice.num_given, len(choice.token_ids)
         return choice.token_ids[first:] if self.body.return_token_ids else UNSET, choice.scored(first)
+
+    def prompt_ids(self, choice: ChoiceState) -> list[int] | UnsetType:
+        return choice.request.prompt.tolist() if self.body.return_token_ids else UNSET
 
     def scores(self, choice: ChoiceState) -> responses.PromptLogprobs | UnsetType:
         most = self.body.prompt_logprobs
-        return UNSET if most is None else LogprobWriter(self.generation.tokenizer, most=most).prompt(choice)
+        return UNSET if most is None else LogprobWriter(self.tokenizer, most=most).prompt(choice)
 
     async def chunks(self) -> EventChunks:
-        # All chunks are alike but for the choice and the usage, which is null in all but the last.
-        empty: responses.Result[Any] = responses.Result(object=self.chunk_object, choices=[], **self.named)
-        head = b"data: " + msgspec.json.encode(empty).removesuffix(b"]}")
-        tail = b'],"usage":null}\n\n' if self.include_usage else b"]}\n\n"
-        async with aclosing(self.generation.pieces()) as batches:
+        # All chunks are alike but for the choice and the usage: both are written between what is encoded once.
+        head, _, tail = (b"data: %b\n\n" % msgspec.json.encode(self.frame)).rpartition(b"]")
+        async with aclosing(self.pieces()) as batches:
             async for pieces in batches:
-                tail = self.usage_tail() if self.continuous else tail
-                choices = [chunk for choice, text in pieces for chunk in self.chunk_choices(choice, text)]
-                if choices:
-                    chunks = [head + msgspec.json.encode(choice) + self.tail(choice, tail) for choice in choices]
-                    yield b"".join(chunks)
+                if self.continuous:
+                    tail = b',"usage":' + msgspec.json.encode(self.usage()) + b"}\n\n"
+                events: list[bytes] = []
+                for choice, text in pieces:
+                    events += self.opening(choice)
+                    for chunk in self.chunk_choices(choice, text):
+                        events.append(head + msgspec.json.encode(chunk) + b"]" + tail)
+                if events:
+                    yield b"".join(events)
         if self.include_usage:
-            yield head + self.usage_tail()
-
-    def usage_tail(self, generated: int | None = None) -> bytes:
-        return b'],"usage":' + msgspec.json.encode(self.generation.usage(generated)) + b"}\n\n"
+            yield sse(msgspec.structs.replace(self.frame, usage=self.usage()))
 
 
 class ChatCompletion(OpenAICompletion):
@@ -249,11 +264,20 @@ class ChatCompletion(OpenAICompletion):
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, generation: Generation, model: str) -> None:
-        config, requests = generation.prepared.parser, generation.prepared.requests
-        super().__init__(generation, model, requests[0].params.logprobs)
-        self.prompt_due = bool(self.body.return_token_ids)
-        self.parsers = [None if config is None else OutputParser(config, bool(self.body.stream)) for _ in requests]
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        config, stream = self.prepared.parser, bool(self.body.stream)
+        self.parsers = [None if config is None else OutputParser(config, stream) for _ in self.choices]
+
+    def opening(self, choice: ChoiceState) -> list[bytes]:
+        """The chunk of the role, which counts no token; the first of all has the prompt's ids where they are wanted."""
+        if choice.begun:
+            return []
+        ids = UNSET if any(other.begun for other in self.choices) else self.prompt_ids(choice)
+        choice.begun = True
+        chunk = ChunkChoice(choice.index, ChatDelta(role="assistant", content=""))
+        usage = self.usage(0) if self.continuous else self.frame.usage
+        return [sse(msgspec.structs.replace(self.frame, choices=[chunk], usage=usage, prompt_token_ids=ids))]
 
     def chunk_choices(self, choice: ChoiceState, text: str) -> list[ChunkChoice]:
         index, parser, finish = choice.index, self.parsers[choice.index], choice.finish
@@ -268,9 +292,6 @@ class ChatCompletion(OpenAICompletion):
             ids, scored = self.new_tokens(choice)  # also those of text that was held back
             logprobs = self.writer.chat(scored) if self.writer is not None and scored else None
             chunks[0] = msgspec.structs.replace(chunks[0], token_ids=ids, logprobs=logprobs)
-        if index not in self.opened:
-            self.opened.add(index)
-            chunks.insert(0, ChunkChoice(index, ChatDelta(role="assistant", content="")))
         return chunks
 
     def whole_choice(self, index: int, choice: ChoiceState, chunks: Sequence[ChunkChoice]) -> responses.ChatChoice:
@@ -290,21 +311,9 @@ class ChatCompletion(OpenAICompletion):
         ids = choice.token_ids if self.body.return_token_ids else UNSET
         return responses.ChatChoice(index, message, chunks[-1].finish_reason, logprobs, token_ids=ids, **choice.ended())
 
-    def of_prompt(self) -> dict[str, Any]:
-        first = self.generation.choices[0]
-        ids = first.request.prompt.tolist() if self.body.return_token_ids else UNSET
-        return {"prompt_token_ids": ids, "prompt_logprobs": self.scores(first)}
-
-    def tail(self, choice: ChunkChoice, tail: bytes) -> bytes:
-        """The chunk of a role counts no token, and the first one has the prompt's ids where they are wanted."""
-        if choice.delta.role is UNSET:
-            return tail
-        tail = self.usage_tail(0) if self.continuous else tail
-        if self.prompt_due:
-            self.prompt_due = False
-            ids = msgspec.json.encode(self.generation.choices[0].request.prompt.tolist())
-            tail = b'],"prompt_token_ids":' + ids + tail[1:]
-        return tail
+    def result(self) -> responses.Result[Any]:
+        ids, scores = self.prompt_ids(self.choices[0]), self.scores(self.choices[0])
+        return msgspec.structs.replace(super().result(), prompt_token_ids=ids, prompt_logprobs=scores)
 
 
 class TextCompletion(OpenAICompletion):
@@ -313,27 +322,14 @@ class TextCompletion(OpenAICompletion):
     whole_object = "text_completion"
     chunk_object = "text_completion"
 
-    def __init__(self, generation: Generation, model: str) -> None:
-        assert isinstance(generation.prepared.body, CompletionRequest)
-        super().__init__(generation, model, generation.prepared.body.logprobs)
-
-    def shown(self) -> list[ChoiceState]:
-        """Of more choices of a prompt than are wanted, those with the best mean log-probability."""
-        choices, generated, wanted = self.generation.choices, self.body.num_generated, self.body.n or 1
-        if generated == wanted:
-            return choices
-        prompts = [choices[first : first + generated] for first in range(0, len(choices), generated)]
-        return [c for several in prompts for c in sorted(several, key=lambda c: -mean_logprob(c.logprobs))[:wanted]]
-
     def chunk_choices(self, choice: ChoiceState, text: str) -> list[TextChoice]:
         """Tokens without text yet go with the next chunk that has some."""
-        index, finish, echoes = choice.index, choice.finish, self.generation.prepared.echoes
+        index, finish, echoes, first = choice.index, choice.finish, self.prepared.echoes, not choice.begun
         echo, starts = echoes[index // self.body.num_generated] if echoes else ("", [])
-        first = index not in self.opened
         text = echo + text if first else text
         if not text and finish is None:
             return []
-        self.opened.add(index)
+        choice.begun = True
         ids, scored = self.new_tokens(choice)
         logprobs = None
         if self.writer is not None:
@@ -341,33 +337,30 @@ class TextCompletion(OpenAICompletion):
             shifted = [ScoredToken(token, found, len(echo) + start) for token, found, start in scored]
             logprobs = self.writer.completion([*prompt, *shifted])
         ended = {} if finish is None else choice.ended()
-        prompt_ids = choice.request.prompt.tolist() if first and self.body.return_token_ids else UNSET
-        more = {"prompt_token_ids": prompt_ids, "token_ids": ids, **ended}
+        more = {"prompt_token_ids": self.prompt_ids(choice) if first else UNSET, "token_ids": ids, **ended}
         return [TextChoice(index, text, finish_word(finish, False), logprobs, **more)]
 
     def whole_choice(self, index: int, choice: ChoiceState, chunks: Sequence[TextChoice]) -> TextChoice:
         return msgspec.structs.replace(chunks[0], index=index, prompt_logprobs=self.scores(choice))
 
 
-class SglangCompletion:
+class SglangCompletion(Generation):
     """A completion of /generate; each event of a stream has all the text so far."""
 
-    def __init__(self, generation: Generation, model: str) -> None:
-        assert isinstance(generation.prepared.body, GenerateRequest)
-        self.generation = generation
-        self.body = generation.prepared.body
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        assert isinstance(self.prepared.body, GenerateRequest)
+        self.body = self.prepared.body
         self.is_batch = self.body.is_batch or self.body.num_generated > 1
-        self._writer = LogprobWriter(generation.tokenizer)
+        self._writer = LogprobWriter(self.tokenizer)
         self._started = time.monotonic()
 
-    async def whole(self) -> responses.SglangResult | list[responses.SglangResult]:
-        async for _ in self.generation.pieces():
-            pass
-        results = [self._result(choice) for choice in self.generation.choices]
+    def result(self) -> responses.SglangResult | list[responses.SglangResult]:
+        results = [self._result(choice) for choice in self.choices]
         return results if self.is_batch else results[0]
 
     async def chunks(self) -> EventChunks:
-        async with aclosing(self.generation.pieces()) as batches:
+        async with aclosing(self.pieces()) as batches:
             async for pieces in batches:
                 yield b"".join([sse(self._result(choice)) for choice, _ in pieces])
 

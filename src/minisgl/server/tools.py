@@ -99,17 +99,19 @@ class OutputParser:
         return self._tools is not None and self._tools.num_calls > 0
 
     def push(self, text: str, finish: FinishReason | None) -> list[ChatDelta]:
-        reasoning, content, last = "", text, finish is not None
+        deltas = []
         if self._reasoning is not None:
-            reasoning, content = self._reasoning.push(text)
-            rest = self._reasoning.finish() if last else ("", "")
-            reasoning, content = reasoning + rest[0], content + rest[1]
-        deltas = [ChatDelta(reasoning_content=reasoning)] if reasoning else []
+            reasoning, text = self._reasoning.push(text)
+            if finish is not None:
+                rest = self._reasoning.finish()
+                reasoning, text = reasoning + rest[0], text + rest[1]
+            if reasoning:
+                deltas.append(ChatDelta(reasoning_content=reasoning))
         if self._tools is not None:
-            deltas += self._tools.push(content)
-            deltas += self._tools.finish(finish is FinishReason.LENGTH) if last else ()
-        elif content:
-            deltas.append(ChatDelta(content=content))
+            deltas += self._tools.push(text)
+            deltas += self._tools.finish(finish is FinishReason.LENGTH) if finish is not None else ()
+        elif text:
+            deltas.append(ChatDelta(content=text))
         return deltas
 
 
