@@ -5,7 +5,7 @@ import re
 import secrets
 import string
 import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
 import msgspec
@@ -22,6 +22,7 @@ CALL_HEAD = re.compile(
 HEAD_LIMIT = 1024
 Reasoning = Literal["none", "possible", "begun"]
 JSON_STEP = re.compile(r'[^"\\{}\[\]]+|\\.|["{}\[\]]', re.DOTALL)
+Marks = tuple[tuple[str, ...], ...]  # sequences of marks, blanks before each; one of the sequences comes
 OUTSIDE_STRINGS = " \t\r\n:,0123456789+-.eEtrufalsn"  # what JSON has outside its strings, brackets aside
 
 
@@ -29,8 +30,10 @@ OUTSIDE_STRINGS = " \t\r\n:,0123456789+-.eEtrufalsn"  # what JSON has outside it
 class ToolFormat:
     """How a model writes calls; each is a JSON object with `name`, and its `arguments` or `parameters`."""
 
-    opening: str = ""  # comes before a call, and `closing` after it
+    opening: str = ""  # comes before the calls, and `closing` after them
     closing: str = ""
+    before: Marks = (("{",),)  # from the opening to the brace of a call
+    between: Marks = ()  # from there to the brace of the next, where that has no opening of its own
     listed: bool = False  # they surround a JSON list of calls
     at_start: bool = False  # the completion is the call, `opening` may be missing, and text after it is no call
     short_ids: bool = False  # nine letters or digits each
@@ -44,15 +47,18 @@ class ToolFormat:
 
     def forced(self) -> "ToolFormat":
         """The format of a completion that a grammar makes a list of calls, whatever the model's own."""
-        return ToolFormat(listed=True, at_start=True, short_ids=self.short_ids, only_calls=True)
+        return dataclasses.replace(MISTRAL, opening="", at_start=True, short_ids=self.short_ids, only_calls=True)
 
 
 # Qwen 2.5 and 3, Hermes: `<tool_call>{"name": …, "arguments": {…}}</tool_call>`, any number of times.
 HERMES = ToolFormat(opening="<tool_call>", closing="</tool_call>")
 # Mistral: `[TOOL_CALLS] [{"name": …, "arguments": {…}}, …]`; its templates refuse ids of another length.
-MISTRAL = ToolFormat(opening="[TOOL_CALLS]", listed=True, short_ids=True)
+MISTRAL = ToolFormat(
+    opening="[TOOL_CALLS]", closing="]", before=(("[", "{"),), between=((",", "{"),), listed=True, short_ids=True
+)
 # Llama 3.1 to 3.3: the completion is `{"name": …, "parameters": {…}}`, several of them separated by `;`.
-LLAMA = ToolFormat(opening="<|python_tag|>", at_start=True)
+PYTHON_TAG = "<|python_tag|>"
+LLAMA = ToolFormat(opening=PYTHON_TAG, at_start=True, before=((PYTHON_TAG, "{"), ("{",)), between=((";", "{"), ("{",)))
 # A model whose template has no place for tools: it was not trained to call, so a grammar holds it to Hermes' format.
 GENERIC = dataclasses.replace(HERMES, generic=True)
 
@@ -209,12 +215,9 @@ class ToolCallParser:
         self._buffer = ""  # what is not decided yet
         self._at = 0  # what comes before belongs to a call if there is one, else to the content
         self._trim = False  # blanks after a call are not content
-        self._optional = tool_format.opening if tool_format.at_start else ""
-        self._in_list = False
-        self._next_index = 0
+        self._index = -1  # of the last call that was announced
         self._deltas: list[ChatDelta] = []  # of the current push
         self._state: Callable[[], bool] = self._before if tool_format.at_start else self._content
-        self._begin_object()
 
     def push(self, text: str) -> list[ChatDelta]:
         self._deltas = []
@@ -231,7 +234,7 @@ class ToolCallParser:
                 self._give_arguments(self._head)
                 return self._deltas
             self._fail()
-        if self._state != self._after:
+        if self._state != self._after or not self._format.closing.startswith(self._buffer.strip()):
             self._say(len(self._buffer))
         return self._deltas
 
@@ -254,12 +257,11 @@ class ToolCallParser:
         self._say(self._at)
         return self._go(self._content)
 
-    def _next(self, mark: str = "") -> str:
-        """What follows the blanks, which are skipped: the mark or a character; empty while that cannot be said."""
-        while self._buffer[self._at : self._at + 1].isspace():
-            self._at += 1
-        rest = self._buffer[self._at : self._at + max(len(mark), 1)]
-        return rest if rest == mark else "" if mark.startswith(rest) else rest[0]
+    def _follows(self, marks: Marks) -> bool | None:
+        """Whether one of these comes next, which is passed then; None while that cannot be said."""
+        sizes = [match_marks(self._buffer[self._at :], each) for each in marks]
+        self._at += max((size or 0 for size in sizes), default=0)
+        return True if any(sizes) else None if None in sizes else False
 
     def _content(self) -> bool:
         if self._format.at_start:
@@ -272,31 +274,21 @@ class ToolCallParser:
         if not opening:
             return False
         self._at = self._buffer.index(opening) + len(opening)
-        self._in_list = False
         return self._go(self._before)
 
     def _before(self) -> bool:
-        first = self._next(self._optional)
-        if not first:
+        begins = self._follows(self._format.before)
+        if begins is None:
             return False
-        optional, self._optional = self._optional, ""
-        if first == optional:
-            self._at += len(first)
-            return True
-        if self._format.listed and not self._in_list:
-            self._in_list = first == "["
-            self._at += 1 if self._in_list else 0
-            return self._in_list or self._give_up()
-        if first != "{":
-            return self._give_up()
-        self._begin_object()
-        return self._go(self._object)
+        return self._begin() if begins else self._give_up()
 
-    def _begin_object(self) -> None:
+    def _begin(self) -> bool:
+        self._at -= 1  # the brace
         self._scanner = JsonObjectScanner(self._at)
         self._head: re.Match[str] | None = None
         self._announced = False
         self._sent = 0  # up to here the buffer was given as arguments
+        return self._go(self._object)
 
     def _object(self) -> bool:
         scanner = self._scanner
@@ -314,7 +306,6 @@ class ToolCallParser:
         if not self._announced:
             self._give(*call)
         self.num_calls += 1
-        self._next_index += 1
         self._trim = True
         self._drop(scanner.at)
         return self._go(self._after)
@@ -339,13 +330,13 @@ class ToolCallParser:
     def _give(self, name: str, arguments: str) -> None:
         if self._limit is not None and self.num_calls >= self._limit:
             return
-        index = self._next_index
         if not self._announced:
             self._announced = True
+            self._index += 1
             head = FunctionCall(arguments="", name=name)
-            self._add(ToolCall(index=index, id=self._format.new_id(), type="function", function=head))
+            self._add(ToolCall(index=self._index, id=self._format.new_id(), type="function", function=head))
         if arguments:
-            self._add(ToolCall(index=index, function=FunctionCall(arguments=arguments)))
+            self._add(ToolCall(index=self._index, function=FunctionCall(arguments=arguments)))
 
     def _add(self, call: ToolCall) -> None:
         self._deltas.append(ChatDelta(tool_calls=[call]))
@@ -358,26 +349,30 @@ class ToolCallParser:
         self._drop(self._sent)
         self._trim = False
         self._say(rest)
-        self._next_index += 1
         return self._go(self._content)
 
     def _after(self) -> bool:
-        first = self._next("" if self._format.at_start else self._format.closing)
-        if not first:
+        more = self._follows(self._format.between)
+        if more:
+            return self._begin()
+        closing = match_marks(self._buffer, (self._format.closing,))
+        if more is None or closing is None:
             return False
-        if self._in_list:
-            if first not in ",]":
-                return self._give_up()
-            self._at += 1
-            if first == ",":
-                return self._go(self._before)
-        elif self._format.at_start:
-            self._at += 1 if first == ";" else 0
-            return self._go(self._before) if first in ";{" else self._give_up()
-        elif first == self._format.closing:
-            self._at += len(first)
-        self._drop(self._at)
+        self._drop(closing)
         return self._go(self._content)
+
+
+def match_marks(text: str, marks: Sequence[str]) -> int | None:
+    """The size of these marks at the beginning of the text, with the blanks before each; 0 where something else is
+    there, None while that cannot be said.
+    """
+    rest = text
+    for mark in marks:
+        rest = rest.lstrip()
+        if not rest.startswith(mark):
+            return None if mark.startswith(rest) else 0
+        rest = rest[len(mark) :]
+    return len(text) - len(rest)
 
 
 def decode_json(text: str) -> object:
