@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import random
 import re
 import secrets
 import time
@@ -537,13 +538,7 @@ def reasoning_before(prompt: str, chat: ChatRequest) -> Reasoning:
 
 
 def nth_seed(seed: int | None, n: int) -> int:
-    """The seed of the n-th choice of a prompt: the given one, then SplitMix64's (Steele et al. 2014) steps from it."""
+    """The seed of the n-th choice of a prompt: the given one, then random ones that follow from it."""
     if seed is None:
         return secrets.randbits(63)
-    if n == 0:
-        return seed
-    mask = 2**64 - 1
-    z = (seed + n * 0x9E3779B97F4A7C15) & mask
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & mask
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
-    return (z ^ (z >> 31)) >> 1
+    return seed if n == 0 else random.Random(f"{seed} {n}").getrandbits(63)
