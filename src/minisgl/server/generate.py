@@ -15,15 +15,17 @@ StartLen = Annotated[int, Meta(ge=-1)]
 RequestId = Annotated[str, Meta(min_length=1, max_length=256)]
 
 
-class SglangSampling(Sampling):
+class SglangSampling(
+    Sampling, rename={"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens", "seed": "sampling_seed"}
+):
     unsupported: ClassVar[Unsupported] = {
         "structural_tag": (), "spaces_between_special_tokens": (True,), "stop_regex": (), "stream_interval": (),
         "custom_params": (),
     }  # fmt: skip
 
-    max_new_tokens: Count | None = None
-    min_new_tokens: Count | None = None
-    sampling_seed: protocol.Seed | None = None
+    max_tokens: Count | None = None
+    min_tokens: Count | None = None
+    seed: protocol.Seed | None = None
     json_schema: str | None = None
     regex: str | None = None
     ebnf: protocol.GrammarText | None = None
@@ -67,7 +69,7 @@ class GenerateRequest(Body):
         require(same_n, "n must be the same for all prompts", "sampling_params")
         param = "sampling_params.max_new_tokens"
         rule = f"{param} of 0 needs return_logprob, and holds for all prompts"
-        some = any(each.max_new_tokens == 0 for each in self.samplings)
+        some = any(each.max_tokens == 0 for each in self.samplings)
         require(not some or (self.scores_only and self.return_logprob), rule, param)
 
     @property
@@ -84,7 +86,7 @@ class GenerateRequest(Body):
 
     @property
     def scores_only(self) -> bool:
-        return all(each.max_new_tokens == 0 for each in self.samplings)
+        return all(each.max_tokens == 0 for each in self.samplings)
 
     @property
     def samplings(self) -> list[SglangSampling]:
@@ -110,6 +112,5 @@ class GenerateRequest(Body):
     def params(self, index: int, grammar: Grammar | None) -> SamplingParams:
         sampling, top = self.sampling(index), self.top_logprobs(index)
         prompt = None if self.prompt_logprobs_from(index) is None else top
-        limit = GENERATE_MAX_TOKENS if sampling.max_new_tokens is None else max(sampling.max_new_tokens, 1)
-        others = {"seed": sampling.sampling_seed, "logprobs": top, "prompt_logprobs": prompt, "grammar": grammar}
-        return sampling.sampling_params(max_tokens=limit, min_tokens=sampling.min_new_tokens or 0, **others)
+        limit = GENERATE_MAX_TOKENS if sampling.max_tokens is None else max(sampling.max_tokens, 1)
+        return sampling.sampling_params(max_tokens=limit, logprobs=top, prompt_logprobs=prompt, grammar=grammar)

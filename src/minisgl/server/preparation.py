@@ -25,8 +25,8 @@ from minisgl.errors import ContextLengthError, InvalidRequestError, ModelNotFoun
 from minisgl.server import protocol
 from minisgl.server.engine_client import EngineClient
 from minisgl.server.errors import BodyTooLargeError, ForbiddenError, MediaTypeError, OverloadedError, SlowBodyError
-from minisgl.server.generate import GenerateRequest
-from minisgl.server.protocol import CONSTRAINTS, ChatRequest, CompletionRequest, TokenizeConversation, require
+from minisgl.server.generate import GenerateRequest, SglangSampling
+from minisgl.server.protocol import ChatRequest, CompletionRequest, TokenizeConversation, require
 from minisgl.server.responses import Detokenized, TokenizerInfo, Tokens
 from minisgl.server.structured import forced_call_grammar, requested_grammar, text_without_calls, with_optional_calls
 from minisgl.server.tools import ParserConfig, Reasoning, ToolFormat, detect_tool_format
@@ -107,7 +107,7 @@ class Preparation:
         if grammar is not None and reasoning is not None:
             grammar = msgspec.structs.replace(grammar, reasoning=reasoning)
         limit = "max_tokens" if chat.max_completion_tokens is None else "max_completion_tokens"
-        with renamed({None: "messages", "prompt": "messages", "max_tokens": limit}):
+        with renamed("messages", {"max_tokens": limit}):
             params = self.tokenizer.with_bad_words(chat.params(grammar))
             ids = self.encode(prompt, False, cut=params.truncate_prompt_tokens is not None)
             requests = self.requests("chatcmpl", chat, [ids], [params])
@@ -123,7 +123,7 @@ class Preparation:
         prompts = parse_prompts(asked.prompt, "prompt")
         self.check_model(asked.model)
         grammar, field = constraint_of(asked)
-        with renamed({None: "prompt"}):
+        with renamed("prompt"):
             params = self.tokenizer.with_bad_words(asked.params(grammar))
             requests = self.requests("cmpl", asked, prompts, [params] * len(prompts))
         checks = self.require_grammar(grammar, field)
@@ -135,10 +135,8 @@ class Preparation:
         asked = GenerateRequest.parse(body)
         field = "text" if asked.text is not None else "input_ids"
         prompts = parse_prompts(asked.prompts, field)
-        fields = (*SamplingParams.__struct_fields__, *CONSTRAINTS)
-        names: dict[str | None, str] = {name: f"sampling_params.{name}" for name in fields}
-        names |= {"max_tokens": "sampling_params.max_new_tokens", "min_tokens": "sampling_params.min_new_tokens"}
-        with renamed({**names, "seed": "sampling_params.sampling_seed", None: field, "prompt": field}):
+        names = zip(SglangSampling.__struct_fields__, SglangSampling.__struct_encode_fields__, strict=True)
+        with renamed(field, {name: f"sampling_params.{encoded}" for name, encoded in names}):
             grammars = [constraint_of(asked.sampling(index))[0] for index in range(len(prompts))]
             params = [asked.params(index, grammar) for index, grammar in enumerate(grammars)]
             requests = self.requests("gen", asked, prompts, params)
@@ -159,7 +157,7 @@ class Preparation:
             asked = protocol.TokenizeText.parse(value)
             text, field, special = asked.prompt, "prompt", asked.add_special_tokens is not False
         self.check_model(asked.model)
-        with renamed({None: field}):
+        with renamed(field):
             ids = self.encode(text, special, max(self.model.max_seq_len, MAX_TOKENIZED))
         names = [self.tokenizer.backend.id_to_token(token) for token in ids] if asked.return_token_strs else None
         return Tokens(count=len(ids), max_model_len=self.model.max_seq_len, tokens=ids, token_strs=names)
@@ -252,10 +250,9 @@ class Preparation:
             return ()
         if self.check_grammar is None:
             raise UnsupportedParameterError("structured output is not available on this server", param=param)
-        names = {"grammar": param, None: param}
-        with renamed(names):
+        with renamed(param):
             check = self.check_grammar(grammar)
-        return () if check is None else (renamed(names)(check),)
+        return () if check is None else (renamed(param)(check),)
 
     def render(self, chat: ChatRequest | TokenizeConversation, tools: Sequence[protocol.Tool]) -> str:
         variables: dict[str, Any] = dict(chat.chat_template_kwargs or {})
@@ -268,7 +265,7 @@ class Preparation:
                 raise UnsupportedParameterError(f"this model's chat template does not know {name}", param=name)
             variables.setdefault(name, chat.reasoning_effort)
         messages = [message.for_template(f"messages.{index}") for index, message in enumerate(chat.messages)]
-        with renamed({None: "messages"}):
+        with renamed("messages"):
             if chat.continue_final_message:
                 return self.tokenizer.render_continued(messages, **variables)
             add = chat.add_generation_prompt is not False
@@ -513,14 +510,16 @@ def constraint_of(body: protocol.Sampling) -> tuple[Grammar | None, str | None]:
 
 
 @contextlib.contextmanager
-def renamed(names: Mapping[str | None, str | None]) -> Iterator[None]:
-    """Let errors name a field as the request does; None is the name for errors without one."""
+def renamed(field: str | None, names: Mapping[str, str] = {}) -> Iterator[None]:
+    """Let errors name what the request does: `field` for the prompt, the grammar and those that name nothing."""
     try:
         yield
     except InvalidRequestError as error:
-        if (name := names.get(error.param)) is not None:
-            if error.param not in (None, "prompt", "grammar"):
-                error.message = error.message.replace(error.param, name.rpartition(".")[2])
+        if error.param in (None, "prompt", "grammar"):
+            error.param = field
+        elif error.param in names:
+            name = names[error.param]
+            error.message = error.message.replace(error.param, name.rpartition(".")[2])
             error.param = name
         raise
 

@@ -137,7 +137,7 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         """
         drop_unsupported(value, cls.unsupported, where)
         for name, item in list(value.items()):
-            if item is None and name not in cls.__struct_fields__:
+            if item is None and name not in cls.__struct_encode_fields__:
                 del value[name]
             elif isinstance(item, float) and item.is_integer() and abs(item) <= MAX_EXACT:
                 value[name] = int(item)
