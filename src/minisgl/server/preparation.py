@@ -389,21 +389,15 @@ async def disconnected(receive: Receive) -> None:
 
 async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
     """The result of `work`, which this task does; it is cancelled and ClientGoneError raised when the client leaves."""
-    worker, works, left = asyncio.current_task(), True, False
-    assert worker is not None
-
-    def leave(_: object) -> None:
-        nonlocal left
-        if works:
-            left = worker.cancel()
-
+    works = True
     watcher = asyncio.ensure_future(disconnected(receive))
-    watcher.add_done_callback(leave)
     try:
-        return await work
-    except asyncio.CancelledError:
-        if left and not worker.uncancel():
-            raise ClientGoneError from None
+        async with asyncio.timeout(None) as scope:
+            watcher.add_done_callback(lambda _: scope.reschedule(0) if works else None)
+            return await work
+    except TimeoutError as error:
+        if scope.expired():
+            raise ClientGoneError from error
         raise
     finally:
         works = False
