@@ -68,27 +68,29 @@ class LogprobWriter:
         written: responses.PromptLogprobs = []
         for token, found in zip(choice.request.prompt, choice.prompt_logprobs, strict=False):
             entries: dict[str, responses.PromptLogprob] = {}
-            if found is not None:
-                top = zip(found.top_ids[: self._most], found.top_logprobs, itertools.count(1), strict=False)
-                for other, logprob, rank in (*top, (token, found.logprob, None)):
-                    entries.setdefault(str(other), responses.PromptLogprob(finite(logprob), rank, self.text(other)))
+            for other, logprob, rank in self._likeliest(token, found):
+                entries.setdefault(str(other), responses.PromptLogprob(logprob, rank, self.text(other)))
             written.append(entries or None)
         return written
 
     def completion(self, scored: Iterable[ScoredToken]) -> TextLogprobs:
-        """The token itself is always among the most probable ones."""
         written = TextLogprobs([], [], [], [])
         for token, found, start in scored:
             top: dict[str, float] = {}
-            if found is not None:
-                entries = [*zip(found.top_ids, found.top_logprobs, strict=True)][: self._most]
-                for other, logprob in (*entries, (token, found.logprob)):
-                    top.setdefault(self.text(other), finite(logprob))
+            for other, logprob, _ in self._likeliest(token, found):
+                top.setdefault(self.text(other), logprob)
             written.tokens.append(self.text(token))
             written.token_logprobs.append(None if found is None else finite(found.logprob))
             written.top_logprobs.append(top or None)
             written.text_offset.append(start)
         return written
+
+    def _likeliest(self, token: int, found: TokenLogprobs | None) -> list[tuple[int, float, int | None]]:
+        """The most probable tokens with their ranks, and the token itself, which may be one of them."""
+        if found is None:
+            return []
+        top = zip(found.top_ids[: self._most], map(finite, found.top_logprobs), itertools.count(1), strict=False)
+        return [*top, (token, finite(found.logprob), None)]
 
 
 def finite(logprob: float) -> float:
