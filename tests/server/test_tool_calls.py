@@ -200,7 +200,7 @@ def test_calls_beyond_the_limit_are_dropped_and_text_is_not() -> None:
 
 def split_reasoning(pieces: list[str], begun: bool) -> tuple[str, str]:
     parser = ReasoningParser(begun)
-    given = [*map(parser.push, pieces), parser.finish()]
+    given = [*map(parser.push, pieces), parser.push("", last=True)]
     return "".join(reasoning for reasoning, _ in given), "".join(content for _, content in given)
 
 

@@ -107,10 +107,7 @@ class OutputParser:
     def push(self, text: str, finish: FinishReason | None) -> list[ChatDelta]:
         deltas = []
         if self._reasoning is not None:
-            reasoning, text = self._reasoning.push(text)
-            if finish is not None:
-                rest = self._reasoning.finish()
-                reasoning, text = reasoning + rest[0], text + rest[1]
+            reasoning, text = self._reasoning.push(text, last=finish is not None)
             if reasoning:
                 deltas.append(ChatDelta(reasoning_content=reasoning))
         if self._tools is not None:
@@ -130,14 +127,15 @@ class ReasoningParser:
         self._shown = False  # some reasoning was given
         self._state: Literal["start", "reasoning", "blanks", "content"] = "start"
 
-    def push(self, text: str) -> tuple[str, str]:
+    def push(self, text: str, last: bool = False) -> tuple[str, str]:
+        """More reasoning and more content; with the `last` text all that was held back."""
         if self._state == "content":
             return "", text
         self._buffer += text
         reasoning = ""
         if self._state == "start":
             text = self._buffer.lstrip()
-            if REASONING_START.startswith(text) and text != REASONING_START:
+            if REASONING_START.startswith(text) and text != REASONING_START and not last:
                 return "", ""
             if text.startswith(REASONING_START):
                 self._buffer = text[len(REASONING_START) :]
@@ -148,23 +146,20 @@ class ReasoningParser:
             self._state = "reasoning"
         if self._state == "reasoning":
             text = self._buffer if self._shown else self._buffer.lstrip()
-            end = text.find(REASONING_END)
-            reasoning = text[: end if end >= 0 else len(text) - partial_end(text, REASONING_END)].rstrip()
+            reasoning, end, rest = text.partition(REASONING_END)
+            if not end and not last:
+                reasoning = text[: len(text) - partial_end(text, REASONING_END)]
+            reasoning = reasoning.rstrip()
             self._shown = self._shown or bool(reasoning)
-            if end < 0:
+            if not end:
                 self._buffer = text[len(reasoning) :]
                 return reasoning, ""
-            self._buffer = text[end + len(REASONING_END) :]
+            self._buffer = rest
             self._state = "blanks"
         self._buffer = self._buffer.lstrip()
         if self._buffer:
             self._state = "content"
         return reasoning, self._buffer
-
-    def finish(self) -> tuple[str, str]:
-        if self._state == "reasoning" or (self._state == "start" and self._begun):
-            return self._buffer.rstrip(), ""
-        return "", self._buffer if self._state == "start" else ""
 
 
 @dataclasses.dataclass
