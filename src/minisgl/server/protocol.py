@@ -196,14 +196,12 @@ class TextPart(Body, forbid_unknown_fields=False):
 class CalledFunction(Body, forbid_unknown_fields=False):
     name: str
     arguments: str  # JSON, but of an answer that was cut the beginning only
-    parsed_arguments: Any = None  # OpenAI's clients add it to completions that they parse, and send it back
 
 
 class MessageToolCall(Body, kw_only=True, forbid_unknown_fields=False):
     id: str
     type: Literal["function"] = "function"
     function: CalledFunction
-    index: int | None = None
 
     def for_template(self) -> dict[str, Any]:
         function = {"name": self.function.name, "arguments": self.function.arguments}
@@ -212,7 +210,7 @@ class MessageToolCall(Body, kw_only=True, forbid_unknown_fields=False):
 
 class Message(Body, forbid_unknown_fields=False):
     """`developer` is OpenAI's newer word for `system`, which templates know. What clients keep in messages and their
-    parts for themselves or for other servers (`cache_control`) is ignored.
+    parts for themselves (`parsed`) or for other servers (`cache_control`) is ignored.
     """
 
     unsupported = {"refusal": (), "annotations": ([],), "audio": (), "function_call": ()}
@@ -223,7 +221,6 @@ class Message(Body, forbid_unknown_fields=False):
     tool_calls: list[MessageToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
-    parsed: Any = None
 
     @classmethod
     def tidy(cls, value: dict[str, Any], where: str = "") -> None:
@@ -298,9 +295,10 @@ Tools = Annotated[list[Tool], Meta(max_length=MAX_TOOLS)]
 class StreamOptions(Body):
     """`include_usage`: a last chunk has the usage; `continuous_usage_stats`: then every chunk has it."""
 
+    unsupported = {"include_obfuscation": (False,)}
+
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
-    include_obfuscation: bool | None = None
 
 
 class Sampling(Body):
@@ -376,10 +374,8 @@ class OpenAIRequest(Sampling):
     prompt_cache_retention: str | None = None
 
     def check(self) -> None:
-        options = self.stream_options
-        require(self.stream or options is None, "stream_options is only allowed with stream", "stream_options")
-        plain = options is None or not options.include_obfuscation
-        require(plain, "include_obfuscation must be false", "stream_options.include_obfuscation")
+        alone = not self.stream and self.stream_options is not None
+        require(not alone, "stream_options is only allowed with stream", "stream_options")
         whole = not self.stream or self.prompt_logprobs is None
         require(whole, "prompt_logprobs cannot be streamed", "prompt_logprobs")
 
