@@ -500,6 +500,7 @@ def is_list_of(kind: type, value: object) -> bool:
 
 
 def constraint_of(body: protocol.Sampling) -> tuple[Grammar | None, str | None]:
+    """As `requested_grammar`, which plain requests do not run."""
     return requested_grammar(body.constraints) if body.constraints else (None, None)
 
 
