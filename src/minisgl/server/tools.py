@@ -2,8 +2,6 @@
 
 import dataclasses
 import re
-import secrets
-import string
 import uuid
 from collections.abc import Callable, Collection, Sequence
 from typing import Literal
@@ -41,9 +39,7 @@ class ToolFormat:
     only_calls: bool = False  # a grammar lets the completion be nothing else
 
     def new_id(self) -> str:
-        if self.short_ids:
-            return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
-        return f"call_{uuid.uuid4().hex[:24]}"
+        return uuid.uuid4().hex[:9] if self.short_ids else f"call_{uuid.uuid4().hex[:24]}"
 
     def forced(self) -> "ToolFormat":
         """The format of a completion that a grammar makes a list of calls, whatever the model's own."""
