@@ -152,14 +152,14 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class JsonSchemaFormat(Body):
+    schema: JsonSchema
     name: Annotated[str, Meta(min_length=1, max_length=64)] = "answer"
     description: str | None = None
-    schema: JsonSchema | None = None
     strict: bool | None = None  # false: keywords that cannot be followed are left out
 
 
 class ResponseFormat(Body):
-    type: Literal["text", "json_object", "json_schema"] | None = None
+    type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
 
     parts = {"json_schema": JsonSchemaFormat}

@@ -43,15 +43,12 @@ def requested_grammar(constraints: Mapping[str, Any]) -> tuple[Grammar | None, s
 
 def format_grammar(asked: ResponseFormat) -> Grammar | None:
     param, schema = "response_format", asked.json_schema
-    require(asked.type is not None, f"{param}.type is required", f"{param}.type")
     plain = asked.type != "json_schema"
     require(plain == (schema is None), f"{param} has a json_schema where its type says so", f"{param}.json_schema")
     if schema is None:
         return None if asked.type == "text" else Grammar(kind="json_object")
-    param += ".json_schema.schema"
-    require(schema.schema is not None, f"{param} is required", param)
     value = rewritten(schema.schema, lenient=True) if schema.strict is False else schema.schema
-    return make_grammar("json", value, param)
+    return make_grammar("json", value, f"{param}.json_schema.schema")
 
 
 def outputs_grammar(outputs: StructuredOutputs) -> Grammar:

@@ -32,7 +32,7 @@ class ToolFormat:
     closing: str = ""
     before: Marks = (("{",),)  # from the opening to the brace of a call
     between: Marks = ()  # from there to the brace of the next, where that has no opening of its own
-    listed: bool = False  # they surround a JSON list of calls
+    listed: bool = False  # opening and closing surround a JSON list of calls
     at_start: bool = False  # the completion is the call, `opening` may be missing, and text after it is no call
     short_ids: bool = False  # nine letters or digits each
     generic: bool = False  # the model does not know it
