@@ -26,9 +26,6 @@ class SglangSampling(
     max_tokens: Count | None = None
     min_tokens: Count | None = None
     seed: protocol.Seed | None = None
-    json_schema: str | None = None
-    regex: str | None = None
-    ebnf: protocol.GrammarText | None = None
 
 
 class GenerateRequest(Body):

@@ -316,6 +316,9 @@ class Sampling(Body):
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Meta(gt=0, le=100)] | None = None
     no_stop_trim: bool | None = None  # SGLang's word for vLLM's include_stop_str_in_output
+    json_schema: str | JsonSchema | None = None
+    regex: str | None = None
+    ebnf: GrammarText | None = None
 
     @property
     def num_generated(self) -> int:
@@ -363,9 +366,6 @@ class OpenAIRequest(Sampling):
     guided_regex: str | None = None
     guided_choice: ChoiceTexts | None = None
     guided_grammar: GrammarText | None = None
-    json_schema: str | JsonSchema | None = None
-    regex: str | None = None
-    ebnf: GrammarText | None = None
     user: str | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
