@@ -309,9 +309,8 @@ class ChatCompletion(OpenAICompletion):
                 calls[-1] = msgspec.structs.replace(calls[-1], function=function)
         said = content or (None if calls else "")
         message = responses.AssistantMessage(said, reasoning_content=reasoning or UNSET, tool_calls=calls or UNSET)
-        logprobs = None if self.writer is None else self.writer.chat(choice.scored())
-        ids = choice.token_ids if self.body.return_token_ids else UNSET
-        return responses.ChatChoice(index, message, chunks[-1].finish_reason, logprobs, token_ids=ids, **choice.ended())
+        finish, logprobs, ids = chunks[-1].finish_reason, chunks[0].logprobs, chunks[0].token_ids
+        return responses.ChatChoice(index, message, finish, logprobs, token_ids=ids, **choice.ended())
 
     def result(self) -> responses.Result[Any]:
         ids, scores = self.prompt_ids(self.choices[0]), self.scores(self.choices[0])
