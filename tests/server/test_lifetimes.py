@@ -35,9 +35,9 @@ async def test_a_client_that_leaves_before_the_first_token_ends_its_request(serv
     await server.until(lambda: bool(server.engine.aborted), timeout=1.0)
 
 
-async def test_an_engine_that_is_gone_is_noticed_when_sending(server: Serving) -> None:
+async def test_an_engine_that_is_gone_is_noticed_at_once(server: Serving) -> None:
     server.engine.hang_up()
-    await server.until(lambda: server.client._transport is None)
+    await server.until(server.client.gone.is_set)
     assert (await server.http.post(CHAT, json=LONG)).status_code == 503
     assert isinstance(server.client.dead, EngineDeadError)
 

@@ -1,6 +1,6 @@
 """HTTP in front of an engine: in the launcher or, with `--api-workers`, in processes of its own.
 
-Those get an `ipc.WorkerSetup` on stdin, say an `ipc.Serving` on stdout, and obey `stop`, `force` and `engine ended`.
+Those get an `ipc.WorkerSetup` on stdin, say an `ipc.Serving` on stdout, and obey `stop` and `force`.
 """
 
 import asyncio
@@ -411,10 +411,7 @@ async def serve_worker(setup: ipc.WorkerSetup, stdin: BinaryIO, stdout: BinaryIO
         lines = asyncio.StreamReader()
         await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), stdin)
         while order := await lines.readline():
-            if order == b"engine ended\n":
-                client.fail()
-            else:
-                shutdown.stop.set()
+            shutdown.stop.set()
             if order == b"force\n":
                 shutdown.force.set()
         os._exit(1)  # the launcher is gone

@@ -146,7 +146,7 @@ class EngineClient(abc.ABC):
 
     @abc.abstractmethod
     def _send(self, message: ipc.ToEngine) -> None:
-        """Send without waiting. Raises EngineDeadError."""
+        """Send without waiting, to an engine that is ready."""
 
     @abc.abstractmethod
     async def query(self, action: ipc.Action, timeout: float, completion_id: str | None = None) -> ipc.Reply:
@@ -198,8 +198,7 @@ class EngineClient(abc.ABC):
 
     def send(self, message: ipc.ToEngine) -> None:
         if self.dead is None:
-            with contextlib.suppress(EngineDeadError):
-                self._send(message)
+            self._send(message)
 
     def fail(self, message: str = ENGINE_DIED) -> None:
         """Everyone who waits gets EngineDeadError, now and from here on."""
@@ -281,7 +280,7 @@ class SocketEngineClient(EngineClient, asyncio.Protocol):
         waiters: list[asyncio.Future[Any]] = [self._ready, *self._replies.values()]
         for waiter in waiters:
             if not waiter.done():
-                waiter.set_exception(self.dead or EngineDeadError(message))
+                waiter.set_exception(EngineDeadError(message))
 
     async def close(self) -> None:
         self.fail("the server is shutting down")
@@ -292,9 +291,7 @@ class SocketEngineClient(EngineClient, asyncio.Protocol):
             self._transport.abort()
 
     def _send(self, message: ipc.ToEngine) -> None:
-        if self._transport is None:
-            self.fail()
-            raise EngineDeadError(ENGINE_DIED)
+        assert self._transport is not None
         self._transport.write(ipc.frame(self._encoder.encode(message)))  # never waits, whatever its size
 
     async def _connect(self, path: str) -> None:
@@ -308,16 +305,12 @@ class SocketEngineClient(EngineClient, asyncio.Protocol):
         self._transport = transport
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._transport = None  # the launcher tells when the engine is gone, and it may have been
+        self.fail()  # the engine is gone; what it sent before was read
 
     def data_received(self, data: bytes) -> None:
-        try:
-            self._unread += data
-            for message in ipc.cut(self._unread):
-                self._dispatch(self._decoder.decode(message))
-        except Exception:
-            logger.exception("what the engine sends cannot be read")
-            self.fail()
+        self._unread += data
+        for message in ipc.cut(self._unread):
+            self._dispatch(self._decoder.decode(message))
 
     def _dispatch(self, message: ipc.FromEngine) -> None:
         match message:

@@ -22,7 +22,7 @@ from prometheus_client.multiprocess import mark_process_dead
 from minisgl import __version__
 from minisgl.config import BUNDLED_MODEL, Config, check, environment_with
 from minisgl.core.types import EngineStats
-from minisgl.errors import ConfigError, EngineDeadError, MinisglError, ModelError
+from minisgl.errors import ConfigError, EngineDeadError, ModelError
 from minisgl.server import ipc
 from minisgl.server.engine_client import Shutdown, SocketEngineClient, wait_first
 from minisgl.server.errors import ApiProcessError
@@ -72,7 +72,7 @@ async def run(config: Config, command: Sequence[str]) -> None:
                 await asyncio.to_thread(importlib.import_module, "minisgl.server.api_process")
             else:
                 setup = ipc.WorkerSetup(config, folder, tempfile.mkdtemp(dir=folder), listener.fileno(), started)
-                workers = ApiWorkers(setup, client, ended)
+                workers = ApiWorkers(setup, client.gone)
             while not loading.done() and not stop.is_set():
                 await wait_first(loading, stop.wait(), timeout=LOADING_SECONDS)
                 if not loading.done() and not stop.is_set():
@@ -115,38 +115,37 @@ async def watch_engine(process: Process, client: SocketEngineClient) -> int:
 class ApiWorkers:
     """API processes that accept from one socket: replaced when they die, drained and ended together."""
 
-    def __init__(self, setup: ipc.WorkerSetup, client: SocketEngineClient, engine_ended: asyncio.Task[int]) -> None:
+    def __init__(self, setup: ipc.WorkerSetup, engine_gone: asyncio.Event) -> None:
         self._setup = setup
-        self._client = client
-        self._engine_ended = engine_ended
+        self._engine_gone = engine_gone
         self._processes: dict[int, Process] = {}
         self._ending: dict[int, asyncio.Task[int]] = {}
         self._serving: dict[int, ipc.Serving] = {}
         self._all_serve = asyncio.Event()
-        self._error: MinisglError | None = None
-        self._failed = asyncio.Event()
         self._deaths: deque[float] = deque(maxlen=MOST_DEATHS + 1)
         self._order = b""  # what they were told last
         self._keeping = [asyncio.create_task(self._keep(row)) for row in range(setup.config.api_workers)]
 
     async def serve(self, shutdown: Shutdown, on_listening: Callable[[ipc.Serving], None]) -> None:
         """Serve an engine that is ready until `shutdown` or its end. Raises ModelError or ApiProcessError."""
-        ended, stop = self._engine_ended, shutdown.stop
-        await wait_first(self._all_serve.wait(), self._failed.wait(), stop.wait(), ended)
-        if stop.is_set() or ended.done():
+        gone, stop = self._engine_gone, shutdown.stop
+        await wait_first(self._all_serve.wait(), gone.wait(), stop.wait(), *self._keeping)
+        if stop.is_set() or gone.is_set():
             return
-        if self._error is None:
+        if self._all_serve.is_set():
             on_listening(self._serving[0])
-            await wait_first(stop.wait(), ended, self._failed.wait())
+            await wait_first(gone.wait(), stop.wait(), *self._keeping)
         all_over = asyncio.create_task(asyncio.wait(self._keeping))
-        if stop.is_set() and not ended.done():
+        if stop.is_set() and not gone.is_set():
             self._tell(b"stop\n")
             timeout = self._setup.config.drain_timeout + LAST_SECONDS
-            await wait_first(all_over, shutdown.force.wait(), ended, timeout=timeout)
-        self._tell(b"engine ended\n" if ended.done() else b"force\n")
+            await wait_first(all_over, shutdown.force.wait(), gone.wait(), timeout=timeout)
+        if not gone.is_set():
+            self._tell(b"force\n")
         await wait_first(all_over, timeout=LAST_SECONDS)
-        if self._error is not None:
-            raise self._error
+        for task in self._keeping:
+            if task.done():
+                task.result()
 
     async def close(self) -> None:
         for task in self._keeping:
@@ -160,25 +159,20 @@ class ApiWorkers:
             assert process.stdin is not None
             process.stdin.write(order)
 
-    def _fail(self, error: MinisglError) -> None:
-        self._error = self._error or error
-        self._failed.set()
-
     async def _keep(self, row: int) -> None:
+        """Have a process serve until it is told to stop. Raises ModelError or ApiProcessError when it cannot."""
         while True:
             try:
                 end = f"ended with {describe_status(await self._run(row))}"
             except OSError as error:
                 end = f"cannot be started: {error}"
-            if self._order:
+            if self._order or self._engine_gone.is_set():
                 return
             if row not in self._serving:
-                self._fail(ModelError(f"API process {row} {end} before it could serve"))
-                return
+                raise ModelError(f"API process {row} {end} before it could serve")
             self._deaths.append(time.monotonic())
             if len(self._deaths) > MOST_DEATHS and self._deaths[-1] - self._deaths[0] < DEATHS_SECONDS:
-                self._fail(ApiProcessError(f"API process {row} {end}, the last of too many in {DEATHS_SECONDS:.0f} s"))
-                return
+                raise ApiProcessError(f"API process {row} {end}, the last of too many in {DEATHS_SECONDS:.0f} s")
             logger.error("API process %d %s; its requests are ended, and another one is started", row, end)
 
     async def _run(self, row: int) -> int:
@@ -196,7 +190,7 @@ class ApiWorkers:
                 if serving.error is None:
                     self._serving[row] = serving
                 elif row not in self._serving:
-                    self._fail(ModelError(serving.error))
+                    raise ModelError(serving.error)
                 if len(self._serving) == len(self._keeping):
                     self._all_serve.set()
             await process.wait()
