@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -55,7 +55,14 @@ def free_port() -> int:
 def children(pid: int) -> list[int]:
     """Child processes, without those that render chat templates."""
     found, module = [child.pid for child in psutil.Process(pid).children()], b"minisgl.text.template_process"
-    return sorted(child for child in found if module not in Path(f"/proc/{child}/cmdline").read_bytes())
+    return sorted(child for child in found if module not in command_line(child))
+
+
+def command_line(pid: int) -> bytes:
+    """Empty for a process that has just ended."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
 
 
 def descendants(pid: int) -> list[int]:

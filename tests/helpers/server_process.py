@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from helpers.processes import children, environment, wait_for
+from helpers.processes import children, command_line, environment, wait_for
 from helpers.serving import CHAT_TEMPLATE
 from helpers.tiny_tokenizers import write_tokenizer
 
@@ -115,7 +115,7 @@ def read_metrics(page: str) -> dict[str, float]:
 
 def api_processes(pid: int) -> list[int]:
     module = b"minisgl.server.api_process"
-    return [child for child in children(pid) if module in Path(f"/proc/{child}/cmdline").read_bytes()]
+    return [child for child in children(pid) if module in command_line(child)]
 
 
 def engine_of(pid: int) -> int:

@@ -11,6 +11,7 @@ from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Message
 
 from helpers.serving import Serving
 from minisgl.config import Config
@@ -129,3 +130,18 @@ def test_a_head_whose_endpoint_fails_is_counted_under_its_route() -> None:
     for method in ("HEAD", "GET"):
         labels = {"method": method, "route": "/broken", "status": "500"}
         assert metrics.registry.get_sample_value("minisgl:http_requests_total", labels) == 1
+
+
+def test_a_response_is_counted_before_its_client_has_it() -> None:
+    metrics, counts = Metrics(), []
+    labels = {"method": "GET", "route": "unmatched", "status": "200"}
+
+    async def send(message: Message) -> None:
+        counts.append(metrics.registry.get_sample_value("minisgl:http_requests_total", labels))
+
+    async def receive() -> Message:
+        raise AssertionError
+
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": [(b"host", b"localhost")]}
+    asyncio.run(with_middleware(Response("hello"), metrics, Config())(scope, receive, send))
+    assert counts == [1, 1]

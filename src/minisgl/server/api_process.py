@@ -78,6 +78,8 @@ class AccessLog:
         async def send_noting(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
+                # Counted first: a client may ask another process for the counts as soon as it is answered.
+                self.metrics.on_response(record, getattr(scope.get("route"), "path", "unmatched"))
                 message = {**message, "headers": [*message["headers"], header]}
             await send(message)
 
@@ -86,7 +88,6 @@ class AccessLog:
             await self.app(scope, receive, send_noting)
         finally:
             ACCESS_RECORD.reset(token)
-            self.metrics.on_response(record, getattr(scope.get("route"), "path", "unmatched"))
             level = logging.DEBUG if record.path in QUIET_PATHS else logging.INFO
             access_logger.log(level, "%s", record.describe(time.monotonic()))
 
