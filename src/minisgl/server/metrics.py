@@ -43,24 +43,6 @@ CACHE_LABELS = MappingProxyType({"sglang": ("page_size", "num_pages")})  # else 
 SHORT = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
 LONG = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0)
 TOKENS = (1.0, 4.0, 16.0, *(float(2**n) for n in range(6, 18)))
-# Name (of counters without `_total`), attribute of `EngineStats`, and what is counted.
-GAUGES = (
-    ("num_requests_running", "running", "requests that decode or prefill"),
-    ("num_requests_waiting", "waiting", "requests that wait for a place, retracted ones included"),
-    ("num_waiting_tokens", "waiting_tokens", "tokens of the requests that wait"),
-    ("kv_pages_total", "pages_total", "KV pages there are"),
-    ("kv_pages_free", "pages_free", "KV pages that hold nothing"),
-    ("kv_pages_cached", "pages_cached", "KV pages in the prefix cache, whether a request uses them or not"),
-)
-COUNTERS = (
-    ("prompt_tokens", "prompt_tokens", "tokens of the prompts taken in"),
-    ("generation_tokens", "generated_tokens", "tokens generated"),
-    ("prefix_cache_queries", "prompt_tokens", "prompt tokens looked up in the prefix cache"),
-    ("prefix_cache_hits", "cached_prompt_tokens", "prompt tokens found in the prefix cache"),
-    ("num_preemptions", "retracted", "requests retracted because the KV pages ran out"),
-    ("num_aborted_requests", "aborted", "requests aborted: by a client that left, a limit or an operator"),
-    ("engine_steps", "steps", "steps planned"),
-)
 BEAT_SECONDS = 0.5
 SILENT_SECONDS = 3.0  # an API process whose heartbeat is older hangs
 
@@ -217,8 +199,13 @@ class MetricsPage(Collector):
         used = stats.pages_total - stats.pages_free
         owned, answering = used - stats.pages_cached, len(processes) - self.metrics.num_silent()
         held, hits = share(stats.pages_held, stats.pages_total), share(stats.cached_prompt_tokens, stats.prompt_tokens)
-        gauges = [(name, text, float(getattr(stats, attribute))) for name, attribute, text in GAUGES]
-        gauges += [
+        gauges = (
+            ("num_requests_running", "requests that decode or prefill", stats.running),
+            ("num_requests_waiting", "requests that wait for a place, retracted ones included", stats.waiting),
+            ("num_waiting_tokens", "tokens of the requests that wait", stats.waiting_tokens),
+            ("kv_pages_total", "KV pages there are", stats.pages_total),
+            ("kv_pages_free", "KV pages that hold nothing", stats.pages_free),
+            ("kv_pages_cached", "KV pages in the prefix cache, whether a request uses them or not", stats.pages_cached),
             ("kv_cache_usage_perc", "share of the KV pages that hold something", share(used, stats.pages_total)),
             ("kv_cache_held_perc", "share of the KV pages that requests use", held),
             ("cache_hit_rate", "share of the prompt tokens found cached", hits),
@@ -226,20 +213,28 @@ class MetricsPage(Collector):
             ("page_size", "tokens of a KV page", self.page_size),
             ("kv_cache_owned_perc", "share of the KV pages no other may have", share(owned, stats.pages_total)),
             ("api_processes", "API processes that answer", answering),
-            ("engine_up", "1 while the engine lives", float(self.engine_up)),
-        ]
+            ("engine_up", "1 while the engine lives", self.engine_up),
+        )
+        counters = (
+            ("prompt_tokens", "tokens of the prompts taken in", stats.prompt_tokens),
+            ("generation_tokens", "tokens generated", stats.generated_tokens),
+            ("prefix_cache_queries", "prompt tokens looked up in the prefix cache", stats.prompt_tokens),
+            ("prefix_cache_hits", "prompt tokens found in the prefix cache", stats.cached_prompt_tokens),
+            ("num_preemptions", "requests retracted because the KV pages ran out", stats.retracted),
+            ("num_aborted_requests", "requests aborted: by a client that left, a limit or an operator", stats.aborted),
+            ("engine_steps", "steps planned", stats.steps),
+        )
         renamed, name_of = NAMES[self.metrics.prefix], self.metrics.name
         families: list[Metric] = [
             GaugeMetricFamily(name_of(name), text, value)
             for name, text, value in gauges
             if renamed.get(name, "") is not None
         ]
+        families += [CounterMetricFamily(name_of(name), text, value) for name, text, value in counters]
         labels = CACHE_LABELS.get(self.metrics.prefix, ("block_size", "num_gpu_blocks"))
         info = GaugeMetricFamily(name_of("cache_config_info"), "how the KV cache is divided: its labels", labels=labels)
         info.add_metric([str(self.page_size), str(stats.pages_total)], 1.0)
         families.append(info)
-        for name, attribute, text in COUNTERS:
-            families.append(CounterMetricFamily(name_of(name), text, getattr(stats, attribute)))
         for family in (*families, *self.metrics.families()):
             family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
             if family.name != name_of("http_requests"):
