@@ -19,10 +19,7 @@ if TYPE_CHECKING:
 RECENT: Final = 64  # steps
 REQUESTS: Final = 256  # running ones, and again as many waiting ones
 NODES: Final = 1000  # of the radix tree
-STATES: Final = {
-    State.PREFILL: "prefill", State.DECODE: "decode", State.HELD: "held", State.RETRACTING: "retracting",
-    State.ENDED: "ended",
-}  # fmt: skip
+STATES: Final = {number: name.lower() for name, number in vars(State).items() if name.isupper()}
 FLUSH_SECONDS = 0.05
 BEHIND: Final = 32  # batches that a slow viewer may lag; then the oldest are dropped
 
