@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import importlib
 import ipaddress
 import logging
@@ -80,11 +81,8 @@ async def run(config: Config, command: Sequence[str]) -> None:
             if stop.is_set():
                 return
             with contextlib.suppress(EngineDeadError):  # its exit status says more, below
-                ready = loading.result()
-
-                def on_listening(serving: ipc.Serving) -> None:
-                    announce(config, address(listener, config), ready, serving, started)
-
+                url, ready = address(listener, config), loading.result()
+                on_listening = functools.partial(announce, config, url, started, ready)
                 if workers is None:
                     from minisgl.server.api_process import serve_api
 
@@ -318,7 +316,7 @@ def handle_signals() -> Shutdown:
     return shutdown
 
 
-def announce(config: Config, url: str, ready: ipc.Ready, serving: ipc.Serving, started: float) -> None:
+def announce(config: Config, url: str, started: float, ready: ipc.Ready, serving: ipc.Serving) -> None:
     """The ready line, the effective configuration and a request to paste; `started` is on the monotonic clock."""
     if not serving.has_tokenizer:
         print_status(f"{ready.folder} has no tokenizer: text is bytes, and any other token reads as its number")
