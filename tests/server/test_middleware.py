@@ -132,7 +132,7 @@ def test_a_head_whose_endpoint_fails_is_counted_under_its_route() -> None:
         assert metrics.registry.get_sample_value("minisgl:http_requests_total", labels) == 1
 
 
-def test_a_response_is_counted_before_its_client_has_it() -> None:
+async def test_a_response_is_counted_before_its_client_has_it() -> None:
     metrics, counts = Metrics(), []
     labels = {"method": "GET", "route": "unmatched", "status": "200"}
 
@@ -143,5 +143,5 @@ def test_a_response_is_counted_before_its_client_has_it() -> None:
         raise AssertionError
 
     scope = {"type": "http", "method": "GET", "path": "/", "headers": [(b"host", b"localhost")]}
-    asyncio.run(with_middleware(Response("hello"), metrics, Config())(scope, receive, send))
+    await with_middleware(Response("hello"), metrics, Config())(scope, receive, send)
     assert counts == [1, 1]
