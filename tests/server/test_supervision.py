@@ -135,7 +135,7 @@ def test_sigkill_of_one_api_process_under_load_ends_its_requests_and_nothing_els
         victim = max(api_processes(process.pid), key=lambda pid: len(os.listdir(f"/proc/{pid}/fd")))
         os.kill(victim, signal.SIGKILL)
         wait_for(lambda: victim not in api_processes(process.pid))
-        answers = [future.result(20) for future in futures]
+        answers = [future.result(60) for future in futures]  # the others' 450 steps are slow on a busy machine
         lost = [answer for answer in answers if answer != (200, "length")]
         assert lost
         assert set(lost) == {(0, "closed")}
