@@ -38,13 +38,11 @@ class PrefixRouter:
 
     def forget(self, replica: Hashable) -> None:
         """The replica is gone, or its cache is empty."""
-        left: dict[int, tuple[Any, ...]] = {}  # by the identity of what was shared
         for key, holders in list(self._holders.items()):
-            if id(holders) not in left:
-                left[id(holders)] = tuple(other for other in holders if other != replica)
-            self._holders[key] = left[id(holders)]
-            if not left[id(holders)]:
+            if holders == (replica,):
                 del self._holders[key]
+            elif replica in holders:
+                self._holders[key] = tuple(other for other in holders if other != replica)
 
     def _choose(self, keys: Sequence[int], loads: Mapping[Replica, float]) -> Replica:
         prefixes: list[tuple[Any, ...]] = []
