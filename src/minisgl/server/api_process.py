@@ -202,7 +202,6 @@ class Crowd:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         self.bound = min(MAX_CONNECTIONS, max(most - SPARE_DESCRIPTORS, most // 2))
         self.idle: dict[BoundedProtocol, None] = {}  # the oldest first
-        self._closed = self._refused = 0
         self._next_line = 0.0
 
     def enter(self, connection: "BoundedProtocol", count: int) -> None:
@@ -215,16 +214,13 @@ class Crowd:
             oldest = next(iter(self.idle))
             del self.idle[oldest]
             oldest.transport.close()
-            self._closed += 1
         else:
             connection.app = refuse
-            self._refused += 1
             if count > self.bound + REFUSED_AT_ONCE:
                 connection.transport.abort()
         if (now := time.monotonic()) >= self._next_line:
-            counts = f"{self._closed} idle ones were closed and {self._refused} refused since the last such line"
-            logger.warning("more than %d connections: %s", self.bound, counts)
-            self._closed, self._refused, self._next_line = 0, 0, now + CROWD_SECONDS
+            logger.warning("more than %d connections: idle ones are closed, or new ones refused", self.bound)
+            self._next_line = now + CROWD_SECONDS
 
 
 async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
