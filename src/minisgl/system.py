@@ -84,14 +84,8 @@ def limit_memory(more: int) -> None:
 
 
 def install_command(*packages: str, options: str = "") -> str:
-    """The command that installs packages into this environment, by the tool that made it: pipx, uv or pip."""
-    folder, words = Path(sys.prefix), shlex.join(packages)
-    if (folder / "pipx_metadata.json").is_file():
-        more = f" --pip-args={shlex.quote(options)}" if options else ""
-        return f"pipx inject {folder.name} {words}{more}"
-    tool = "pip install"
-    if (folder / "uv-receipt.toml").is_file():
-        tool = f"uv pip install --python {shlex.quote(sys.prefix)}"
-    elif importlib.util.find_spec("pip") is None:
-        tool = "uv pip install"
-    return " ".join(filter(None, (tool, options, words)))
+    """The command that installs packages into this environment, which has no pip where uv made it."""
+    python = shlex.quote(sys.executable)
+    has_pip = importlib.util.find_spec("pip") is not None
+    tool = f"{python} -m pip install" if has_pip else f"uv pip install --python {python}"
+    return " ".join([tool, *options.split(), shlex.join(packages)])
