@@ -17,7 +17,6 @@ from minisgl.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 HOST, DEVICE, REQUESTS = 1, 2, 3  # the processes of a trace
-BUFFER: Final = 2**16  # bytes
 BLOCK: Final = 16  # tokens that a recorded hash stands for
 DEFAULTS: Final = SamplingParams()
 
@@ -32,24 +31,16 @@ class OutputFile:
             self._file = FileIO(path, "w")
         except OSError as error:
             raise ConfigError(f"{self._name}: {error.strerror}") from error
-        self._buffer = bytearray()  # ours, because Python's would be written once more after an error
 
-    def append(self, data: bytes) -> None:
-        self._buffer += data
-        if len(self._buffer) >= BUFFER:
-            self.flush()
-
-    def flush(self) -> None:
+    def write(self, data: bytes | bytearray) -> None:
         try:
-            while self._buffer and not self._file.closed:
-                del self._buffer[: self._file.write(self._buffer)]
+            while data and not self._file.closed:
+                data = data[self._file.write(data) :]
         except OSError as error:
             logger.error("%s is not written any more: %s", self._name, error.strerror)
             self._file.close()
-        self._buffer.clear()
 
     def close(self) -> None:
-        self.flush()
         self._file.close()
 
 
@@ -62,6 +53,7 @@ class TraceWriter:
     def __init__(self, path: str) -> None:
         self._file = OutputFile(path, "--trace-steps")
         self._encode = msgspec.json.Encoder().encode
+        self._rows = bytearray()  # of a step, written together
         self._begin = b"[\n"
         self._ended = 0.0  # when the last step did
         self._tracks: dict[str, int] = {}
@@ -88,7 +80,7 @@ class TraceWriter:
         if tracks := [self._track(name) for name in record.decodes]:  # most of the file: all alike but for the track
             row = {"ph": "X", "ts": microseconds(began), "dur": microseconds(ended - began), "pid": REQUESTS}
             head = self._encode({**row, "name": "decode", "args": {"step": step}})[:-1]
-            self._file.append(b"".join([b'%b%b,"tid":%d}' % (self._begin, head, track) for track in tracks]))
+            self._rows += b"".join([b'%b%b,"tid":%d}' % (self._begin, head, track) for track in tracks])
         for chunk in record.chunks:
             text = f"prompt {chunk.start} to {chunk.start + chunk.length}"
             self._span(began, ended, REQUESTS, self._track(chunk.id), text, {"step": step})
@@ -101,9 +93,11 @@ class TraceWriter:
         self._write("C", record.launched, HOST, 0, "requests", args=counts)
         counts = {"free": record.pages_free, "cached": record.pages_cached}
         self._write("C", record.launched, HOST, 0, "pages", args=counts)
+        self._file.write(self._rows)
+        self._rows.clear()
 
     def close(self) -> None:
-        self._file.append(b"\n]\n")
+        self._file.write(self._rows + b"\n]\n")
         self._file.close()
 
     def _track(self, request: str) -> int:
@@ -120,7 +114,7 @@ class TraceWriter:
 
     def _write(self, kind: str, time: float, process: int, track: int, name: str, **more: Any) -> None:
         row = {"ph": kind, "ts": microseconds(time), "pid": process, "tid": track, "name": name, **more}
-        self._file.append(self._begin + self._encode(row))
+        self._rows += self._begin + self._encode(row)
         self._begin = b",\n"
 
 
@@ -165,7 +159,7 @@ class TrafficRecorder:
                 row["output_length"] += len(event.tokens)
                 if event.finish is not None:
                     row |= {"output_length": max(1, row["output_length"]), "finish": event.finish}
-                    self._file.append(self._encode(self._live.pop(event.id)) + b"\n")
+                    self._file.write(self._encode(self._live.pop(event.id)) + b"\n")
 
     def close(self) -> None:
         self._file.close()
