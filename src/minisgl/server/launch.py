@@ -116,8 +116,7 @@ class ApiWorkers:
     def __init__(self, setup: ipc.WorkerSetup, engine_gone: asyncio.Event) -> None:
         self._setup = setup
         self._engine_gone = engine_gone
-        self._processes: dict[int, Process] = {}
-        self._ending: dict[int, asyncio.Task[int]] = {}
+        self._processes: dict[int, Process] = {}  # the last of each row
         self._serving: dict[int, ipc.Serving] = {}
         self._all_serve = asyncio.Event()
         self._deaths: deque[float] = deque(maxlen=MOST_DEATHS + 1)
@@ -149,7 +148,7 @@ class ApiWorkers:
         for task in self._keeping:
             task.cancel()
         await asyncio.gather(*self._keeping, return_exceptions=True)
-        await asyncio.gather(*self._ending.values())
+        await asyncio.gather(*map(end_process, self._processes.values()))
 
     def _tell(self, order: bytes) -> None:
         self._order = order
@@ -182,21 +181,16 @@ class ApiWorkers:
         assert process.stdout is not None
         process.stdin.write(self._order)
         self._processes[row] = process
-        try:
-            if line := await process.stdout.readline():
-                serving = msgspec.json.decode(line, type=ipc.Serving)
-                if serving.error is None:
-                    self._serving[row] = serving
-                elif row not in self._serving:
-                    raise ModelError(serving.error)
-                if len(self._serving) == len(self._keeping):
-                    self._all_serve.set()
-            await process.wait()
-        finally:
-            del self._processes[row]
-            self._ending[row] = asyncio.create_task(end_process(process))
-            status = await asyncio.shield(self._ending[row])
-            mark_process_dead(process.pid, setup.counts)  # type: ignore[no-untyped-call]
+        if line := await process.stdout.readline():
+            serving = msgspec.json.decode(line, type=ipc.Serving)
+            if serving.error is None:
+                self._serving[row] = serving
+            elif row not in self._serving:
+                raise ModelError(serving.error)
+            if len(self._serving) == len(self._keeping):
+                self._all_serve.set()
+        status = await process.wait()
+        mark_process_dead(process.pid, setup.counts)  # type: ignore[no-untyped-call]
         return status
 
 
