@@ -34,7 +34,7 @@ from minisgl.formats.hub import locate_model
 from minisgl.prefix_routing import PrefixRouter
 from minisgl.server import ipc
 from minisgl.server.api_process import build_app, with_middleware
-from minisgl.server.engine_client import EngineClient, RequestGroup, SocketEngineClient
+from minisgl.server.engine_client import EngineClient, SocketEngineClient
 from minisgl.server.errors import OverloadedError, RetryLaterError, error_body
 from minisgl.server.launch import ENGINE_COMMAND, describe_status, start_process, watch_engine
 from minisgl.server.metrics import share
@@ -44,7 +44,7 @@ from minisgl.system import PrivateFolder
 REPORT_SECONDS: Final = 1.0
 PING_TIMEOUT: Final = 10.0  # s; a step with prompts takes seconds on a CPU
 LAST_ERRORS_SECONDS: Final = 0.5  # for the errors of its requests to leave a replica whose engine has ended
-LEASE_SECONDS: Final = 30.0
+LEASE_SECONDS: Final = 30.0  # of an ingress, which renews it; without that its requests end
 RENEW_SECONDS: Final = 5.0
 RETRY_SECONDS: Final = 5
 # Before a request that has no token yet is tried once more, s: a replica that dies is gone after some of them.
@@ -78,14 +78,6 @@ class ManyIngressesError(MinisglError):
     code = "unsupported_endpoint"
 
 
-@dataclasses.dataclass(eq=False)
-class Lease:
-    """The requests of an ingress: it renews the lease, and without that they end, as Serve cancels nothing for it."""
-
-    renewed: float = 0.0
-    groups: set[RequestGroup] = dataclasses.field(default_factory=set)
-
-
 class EngineReplica:
     """One engine, in a process of its own as in `serve`. When the engine ends, so does the replica."""
 
@@ -106,7 +98,7 @@ class EngineReplica:
         self.watching.add_done_callback(
             lambda _: asyncio.get_running_loop().call_later(LAST_ERRORS_SECONDS, os._exit, 1)
         )
-        self.leases: dict[str, Lease] = {}
+        self.renewed: dict[str, float] = {}  # when each ingress was last heard of
         self.reporting = asyncio.create_task(self.report())
 
     async def describe(self) -> bytes:
@@ -114,28 +106,19 @@ class EngineReplica:
 
     async def generate(self, request: Request, ingress: str) -> AsyncGenerator[bytes, None]:
         """What the engine does for one request, in `ipc.Events` or a `StreamError`; closing this aborts it."""
-        lease = self.leases.setdefault(ingress, Lease())
-        lease.renewed = time.monotonic()
+        self.renewed[ingress] = time.monotonic()
         try:
             with self.client.submit([request]) as group:
-                lease.groups.add(group)
-                try:
-                    async for batch in group.batches():
-                        yield msgspec.msgpack.encode(batch)
-                finally:
-                    lease.groups.remove(group)
+                async for batch in group.batches():
+                    if time.monotonic() > self.renewed[ingress] + LEASE_SECONDS:  # it died: Serve cancels nothing
+                        return
+                    yield msgspec.msgpack.encode(batch)
         except MinisglError as error:
             yield msgspec.msgpack.encode(StreamError.of(error))
 
     async def renew(self, ingress: str) -> None:
-        if ingress in self.leases:
-            self.leases[ingress].renewed = time.monotonic()
-
-    def end_leases(self) -> None:
-        now = time.monotonic()
-        for ingress in [name for name, lease in self.leases.items() if now - lease.renewed > LEASE_SECONDS]:
-            for group in self.leases.pop(ingress).groups:
-                group.fail(EngineDeadError("the ingress is gone"), "abort")
+        if ingress in self.renewed:
+            self.renewed[ingress] = time.monotonic()
 
     async def query(self, action: ipc.Action, timeout: float, completion_id: str | None) -> bytes:
         return msgspec.msgpack.encode(await self.client.query(action, timeout, completion_id))
@@ -161,7 +144,6 @@ class EngineReplica:
                 running.set(stats.running)
                 waiting.set(stats.waiting)
                 held.set(share(stats.pages_held, stats.pages_total))
-            self.end_leases()
             await asyncio.sleep(REPORT_SECONDS)
 
 
