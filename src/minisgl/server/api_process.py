@@ -206,14 +206,14 @@ class Crowd:
 
     def enter(self, connection: "BoundedProtocol", count: int) -> None:
         """Take in a new connection, the last of `count`."""
-        if count <= self.bound or self.idle:
-            self.idle[connection] = None
         if count <= self.bound:
+            self.idle[connection] = None
             return
-        if connection in self.idle:
+        if self.idle:
             oldest = next(iter(self.idle))
             del self.idle[oldest]
             oldest.transport.close()
+            self.idle[connection] = None
         else:
             connection.app = refuse
             if count > self.bound + REFUSED_AT_ONCE:
