@@ -243,7 +243,7 @@ class Ingress:
         # The limits of the queue are each replica's.
         own = config.replace(max_queued_requests=None, max_queued_tokens=None)
         client = ReplicaClient(replicas, own, max_live)
-        app, _, self.grammars = build_app(config, client, ready, time.monotonic())
+        app, _ = build_app(config, client, ready, time.monotonic())
         self.asgi = ServedApplication(app, with_middleware(app, client.metrics, config), config.api_workers == 1)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:

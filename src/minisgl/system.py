@@ -11,8 +11,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import weakref
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 MAX_PATH = 88  # characters before the random ones of a folder's name; the path of a Unix socket has at most 107
 
@@ -67,13 +68,26 @@ def flush_standard_streams() -> None:
                 os.dup2(null.fileno(), stream.fileno())
 
 
-def start_helper(module: str, *arguments: str) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """The process `python -m module`, and a socket whose other end is its standard input."""
-    ours, theirs = socket.socketpair()
-    with theirs:
-        command = [sys.executable, "-m", module, *arguments]
-        null = subprocess.DEVNULL
-        return subprocess.Popen(command, stdin=theirs.fileno(), stdout=null, start_new_session=True), ours
+class Helper:
+    """The process `python -m module`. `link` is a socket whose other end is its standard input; `replies` is what comes
+    from there. `end` kills it, as the end of this object does.
+    """
+
+    def __init__(self, module: str, *arguments: str) -> None:
+        self.link, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-m", module, *arguments]
+            null = subprocess.DEVNULL
+            self.process = subprocess.Popen(command, stdin=theirs.fileno(), stdout=null, start_new_session=True)
+        self.replies = self.link.makefile("rb")
+        self.end = weakref.finalize(self, end_helper, self.process, self.link, self.replies)
+
+
+def end_helper(process: subprocess.Popen[bytes], link: socket.socket, replies: BinaryIO) -> None:
+    replies.close()
+    link.close()
+    process.kill()
+    process.wait()
 
 
 def limit_memory(more: int) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from helpers.tiny_tokenizers import write_tokenizer
 from minisgl.core.types import Grammar
 from minisgl.text.grammar import MatcherConstraint, Vocabulary, compile_grammar
-from minisgl.text.grammar_check import GrammarCompiler
+from minisgl.text.grammar_check import GrammarChecker
 
 EOS = (1, 3)
 QUOTE = re.compile(rb'(?<!\\)(?:\\\\)*"')  # a quotation mark that is not escaped
@@ -51,9 +51,9 @@ def tiny_vocabulary(folder: Path, eos: tuple[int, ...] = EOS, vocab_size: int = 
     return Vocabulary(folder, vocab_size, eos)
 
 
-def check(compiler: GrammarCompiler, grammar: Grammar) -> None:
+def check(checker: GrammarChecker, grammar: Grammar) -> None:
     """Raise for a grammar that cannot be followed, unless it is known."""
-    if (rest := compiler.checker(grammar)) is not None:
+    if (rest := checker.checker(grammar)) is not None:
         rest()
 
 

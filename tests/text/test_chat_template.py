@@ -265,17 +265,17 @@ def test_a_template_that_always_takes_too_much_is_refused_at_the_start() -> None
 
 def test_a_process_that_was_killed_is_replaced_and_ends_with_its_template() -> None:
     template = ChatTemplate(STRING, {})
-    first = template._process._process
+    first = template._process._helper.process
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     assert template.render(USED[:1], True) == "[user]Rain?"
-    second = template._process._process
+    second = template._process._helper.process
     assert second.pid != first.pid
     os.kill(second.pid, signal.SIGPROF)  # as when its time is up
     with pytest.raises(TemplateLimitError):
         template.render(USED[:1], True)
     assert template.render(USED[:1], True) == "[user]Rain?"
-    last = template._process._process
+    last = template._process._helper.process
     del template
     gc.collect()
     assert last.returncode is not None

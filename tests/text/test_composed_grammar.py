@@ -1,7 +1,6 @@
 """A grammar with reasoning before it and calls beside it: what may be said, and where it may end."""
 
 import json
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from minisgl.errors import InvalidRequestError
 from minisgl.server.structured import text_without_calls
 from minisgl.server.tools import GENERIC
 from minisgl.text.grammar import Vocabulary, compile_grammar
-from minisgl.text.grammar_check import GrammarCompiler
+from minisgl.text.grammar_check import GrammarChecker
 
 
 def closed_object(properties: dict[str, Any], **more: Any) -> str:
@@ -137,9 +136,9 @@ def test_an_error_is_about_the_calls_or_the_text(
 ) -> None:
     vocabulary = tiny_vocabulary(tmp_path)
     grammar = Grammar(kind=kind, source=source, calls=Calls(schema=schema, several=True))
-    with closing(GrammarCompiler(tmp_path, PADDED, EOS)) as compiler:
-        grammars.check(compiler, CHOICE)  # known as good: the same text with calls is not
-        for refuse in (partial(grammars.check, compiler), lambda grammar: compile_grammar(grammar, vocabulary)):
-            with pytest.raises(InvalidRequestError) as refused:
-                refuse(grammar)
-            assert refused.value.param == param
+    checker = GrammarChecker(tmp_path, PADDED, EOS)
+    grammars.check(checker, CHOICE)  # known as good: the same text with calls is not
+    for refuse in (partial(grammars.check, checker), lambda grammar: compile_grammar(grammar, vocabulary)):
+        with pytest.raises(InvalidRequestError) as refused:
+            refuse(grammar)
+        assert refused.value.param == param

@@ -5,9 +5,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +15,16 @@ from helpers.grammars import EOS, PADDED, allowed, check, choice, lark, regex
 from helpers.tiny_tokenizers import write_tokenizer
 from minisgl.core.types import Grammar
 from minisgl.errors import InvalidRequestError, UnsupportedParameterError
+from minisgl.system import Helper
 from minisgl.text import grammar_check
-from minisgl.text.grammar_check import GrammarCompiler, HelperError, Running
+from minisgl.text.grammar_check import GrammarChecker, GrammarCompiler, HelperError
 
 pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture(scope="module")
-def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GrammarCompiler]:
-    with closing(GrammarCompiler(write_tokenizer(tmp_path_factory.mktemp("tiny")), PADDED, EOS)) as compiler:
-        yield compiler
+def checker(tmp_path_factory: pytest.TempPathFactory) -> GrammarChecker:
+    return GrammarChecker(write_tokenizer(tmp_path_factory.mktemp("tiny")), PADDED, EOS)
 
 
 def schema(value: object) -> Grammar:
@@ -74,12 +72,12 @@ HOSTILE: dict[str, Grammar] = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_grammar_ends_in_an_error(name: str, compiler: GrammarCompiler) -> None:
+def test_a_hostile_grammar_ends_in_an_error(name: str, checker: GrammarChecker) -> None:
     with pytest.raises(InvalidRequestError) as caught:
-        check(compiler, HOSTILE[name])
+        check(checker, HOSTILE[name])
     assert caught.value.status == 400
     assert len(caught.value.message) < 400
-    check(compiler, Grammar(kind="json_object"))
+    check(checker, Grammar(kind="json_object"))
 
 
 UNSUPPORTED: dict[str, tuple[Grammar, str]] = {
@@ -120,51 +118,54 @@ INVALID: dict[str, tuple[Grammar, str]] = {
 
 
 @pytest.mark.parametrize("name", [*UNSUPPORTED, *INVALID])
-def test_what_cannot_be_followed_is_refused_with_the_reason(name: str, compiler: GrammarCompiler) -> None:
+def test_what_cannot_be_followed_is_refused_with_the_reason(name: str, checker: GrammarChecker) -> None:
     grammar, said = {**UNSUPPORTED, **INVALID}[name]
     with pytest.raises(UnsupportedParameterError if name in UNSUPPORTED else InvalidRequestError, match=said) as caught:
-        check(compiler, grammar)
+        check(checker, grammar)
     assert caught.value.param == "grammar"
 
 
-def test_grammars_are_checked_from_many_threads_at_once(compiler: GrammarCompiler) -> None:
+def test_grammars_are_checked_from_many_threads_at_once(checker: GrammarChecker) -> None:
     def check_two(number: int) -> None:
-        check(compiler, regex(f"good{number}"))
+        check(checker, regex(f"good{number}"))
         with pytest.raises(InvalidRequestError, match="unclosed"):
-            check(compiler, regex(f"bad{number}("))
+            check(checker, regex(f"bad{number}("))
 
     with ThreadPoolExecutor(12) as pool:
         list(pool.map(check_two, range(12)))
 
 
 @pytest.fixture
-def own(tmp_path: Path) -> Iterator[GrammarCompiler]:
-    """A compiler whose helper may be ended."""
-    with closing(GrammarCompiler(write_tokenizer(tmp_path), PADDED, EOS)) as compiler:
-        yield compiler
+def own(tmp_path: Path) -> GrammarChecker:
+    """A checker whose helper may be ended."""
+    return GrammarChecker(write_tokenizer(tmp_path), PADDED, EOS)
 
 
-def running(compiler: GrammarCompiler) -> Running:
-    assert compiler._helper.running is not None
-    return compiler._helper.running
+def helper(checker: GrammarChecker) -> Helper:
+    assert checker._helper is not None
+    return checker._helper
 
 
-def test_a_helper_is_replaced_when_killed_and_ends_with_the_process_that_started_it(own: GrammarCompiler) -> None:
+def test_a_helper_is_replaced_when_killed_and_ends_with_the_process_that_started_it(own: GrammarChecker) -> None:
     check(own, regex("a"))
-    first = running(own).process.pid
+    first = helper(own).process.pid
     os.kill(first, signal.SIGKILL)
     check(own, regex("b"))
-    assert running(own).process.pid != first
-    running(own).control.close()  # as the end of this process would
-    assert running(own).process.wait(timeout=60) == 0
-    own.close()
+    assert helper(own).process.pid != first
+    process = helper(own).process
+    helper(own).link.shutdown(socket.SHUT_RDWR)  # as the end of this process would
+    assert process.wait(timeout=60) == 0
     check(own, regex("a"))  # found good: not tried again
-    assert own._helper.running is None
+    assert helper(own).process is process
+    check(own, regex("c"))
+    process = helper(own).process
+    own._helper = None
+    assert process.returncode is not None
 
 
-def test_no_thread_ends_the_new_helper_of_another(own: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_thread_ends_the_new_helper_of_another(own: GrammarChecker, monkeypatch: pytest.MonkeyPatch) -> None:
     check(own, regex("a"))
-    first = running(own).process.pid
+    first = helper(own).process.pid
     os.kill(first, signal.SIGSTOP)
     sent, go_on = threading.Semaphore(0), threading.Event()
     send_fds, read = socket.send_fds, grammar_check.read_all
@@ -193,20 +194,21 @@ def test_no_thread_ends_the_new_helper_of_another(own: GrammarCompiler, monkeypa
         assert all(sent.acquire(timeout=60) for _ in range(2))
         os.kill(first, signal.SIGKILL)
         early.result(60)
-        second = running(own).process
+        second = helper(own).process
         go_on.set()
         late.result(60)
-    assert running(own).process is second
+    assert helper(own).process is second
     assert second.poll() is None
 
 
 def test_a_tokenizer_that_is_not_there_is_the_servers_fault(tmp_path: Path) -> None:
-    compiler = GrammarCompiler(tmp_path, PADDED, EOS)  # loads nothing yet
-    with closing(compiler), pytest.raises(HelperError, match="no tokenizer"):
-        check(compiler, regex("a"))
+    checker = GrammarChecker(tmp_path, PADDED, EOS)  # loads nothing yet
+    with pytest.raises(HelperError, match="no tokenizer"):
+        check(checker, regex("a"))
 
 
-def test_constraints_of_one_grammar_are_independent_and_only_some_are_kept(own: GrammarCompiler) -> None:
+def test_constraints_of_one_grammar_are_independent_and_only_some_are_kept(tmp_path: Path) -> None:
+    own = GrammarCompiler(write_tokenizer(tmp_path), PADDED, EOS)
     first, second = own.constraint(regex("ab|cd")), own.constraint(regex("ab|cd"))
     assert own._compiled.cache_info().hits == 1
     assert first.accept(allowed(first)[0])

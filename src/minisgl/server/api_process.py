@@ -38,7 +38,7 @@ from minisgl.server.engine_client import EngineClient, Shutdown, SocketEngineCli
 from minisgl.server.errors import ForbiddenError, OverloadedError, UnauthorizedError, error_response
 from minisgl.server.metrics import ACCESS_RECORD, AccessRecord, Metrics
 from minisgl.server.preparation import Api, Preparation
-from minisgl.text.grammar_check import GrammarCompiler
+from minisgl.text.grammar_check import GrammarChecker
 from minisgl.text.tokenizer import Tokenizer, make_byte_tokenizer
 
 OPEN_PATHS = frozenset({"/", "/health", "/ready"})  # without a key: for load balancers; the page asks for one
@@ -363,20 +363,18 @@ async def serve_http(
     await serving
 
 
-def build_app(
-    config: Config, client: EngineClient, ready: ipc.Ready, started: float
-) -> tuple[Starlette, ipc.Serving, GrammarCompiler]:
+def build_app(config: Config, client: EngineClient, ready: ipc.Ready, started: float) -> tuple[Starlette, ipc.Serving]:
     """The application in front of an engine, without its middleware; `started` is on the monotonic clock."""
     model, folder = ready.model, Path(ready.folder)
     if config.served_model_name:
         model = msgspec.structs.replace(model, name=config.served_model_name[0])
     has_tokenizer = not config.dummy_weight or Tokenizer.exists(folder)
     tokenizer = Tokenizer.load(folder) if has_tokenizer else make_byte_tokenizer(model.vocab_size)
-    grammars = GrammarCompiler(folder, model.vocab_size, model.eos_token_ids)
+    grammars = GrammarChecker(folder, model.vocab_size, model.eos_token_ids)
     check = grammars.checker if has_tokenizer else None
     preparation = Preparation(model, tokenizer, client.queue.max_live, config.served_model_name, check)
     app = make_app(Api(client, preparation, config, ready.notes, ready.folder, started))
-    return app, ipc.Serving(model.name, tokenizer.chat_template is not None, has_tokenizer), grammars
+    return app, ipc.Serving(model.name, tokenizer.chat_template is not None, has_tokenizer)
 
 
 async def serve_api(
@@ -389,12 +387,9 @@ async def serve_api(
 ) -> None:
     """Put HTTP in front of an engine, once it is ready; `started` is on the monotonic clock. Raises ModelError."""
     ready = await client.ready()
-    app, serving, grammars = build_app(config, client, ready, started)
+    app, serving = build_app(config, client, ready, started)
     server = HttpServer(with_middleware(app, client.metrics, config), lambda: say(serving), config)
-    try:
-        await serve_http(server, listener, client, shutdown, config.drain_timeout)
-    finally:
-        grammars.close()
+    await serve_http(server, listener, client, shutdown, config.drain_timeout)
 
 
 async def serve_worker(setup: ipc.WorkerSetup, stdin: BinaryIO, stdout: BinaryIO) -> int:

@@ -8,17 +8,14 @@ conversation is put into that form. What a template cannot show is written into 
 import contextlib
 import json
 import signal
-import socket
-import subprocess
 import threading
-import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from minisgl.core.model_config import read_small
 from minisgl.errors import InvalidRequestError, ModelError, UnsupportedParameterError
-from minisgl.system import start_helper
+from minisgl.system import Helper
 
 WALL_SECONDS = 20.0  # for an answer of the process; its own limit is on CPU time
 MAX_SOURCE_BYTES = 1 << 22
@@ -55,7 +52,7 @@ class TemplateProcess:
             raise InvalidRequestError(f"chat templates take JSON values only: {error}", param="messages") from error
         with self._lock:
             reply = self._ask(line)
-            if reply is None and self._process.returncode != -signal.SIGPROF:
+            if reply is None and self._helper.process.returncode != -signal.SIGPROF:
                 reply = self._ask(line)  # it was ended from outside
         if reply is None:
             raise TemplateLimitError("the model's chat template takes too much time for this", param="messages")
@@ -64,33 +61,24 @@ class TemplateProcess:
         return str(reply["text"])
 
     def _start(self) -> frozenset[str]:
-        self._process, self._link = start_helper("minisgl.text.template_process")
-        self._link.settimeout(WALL_SECONDS)
-        self._replies = self._link.makefile("rb")
-        self._end = weakref.finalize(self, end_process, self._process, self._link, self._replies)
+        self._helper = Helper("minisgl.text.template_process")
+        self._helper.link.settimeout(WALL_SECONDS)
         reply = self._ask(self._setup) or {"error": "it takes too much time"}
         if "error" in reply:
-            self._end()
+            self._helper.end()
             raise ModelError(f"the model's chat template is broken: {reply['error']}")
         return frozenset(reply["variables"])
 
     def _ask(self, line: bytes) -> dict[str, Any] | None:
-        if not self._end.alive:
+        if not self._helper.end.alive:
             self._start()
         with contextlib.suppress(OSError):
-            self._link.sendall(line + b"\n")
-            if (reply := self._replies.readline()).endswith(b"\n"):
+            self._helper.link.sendall(line + b"\n")
+            if (reply := self._helper.replies.readline()).endswith(b"\n"):
                 decoded: dict[str, Any] = json.loads(reply)
                 return decoded
-        self._end()
+        self._helper.end()
         return None
-
-
-def end_process(process: subprocess.Popen[bytes], link: socket.socket, replies: BinaryIO) -> None:
-    replies.close()
-    link.close()
-    process.kill()
-    process.wait()
 
 
 class ChatTemplate:

@@ -13,19 +13,17 @@ import hashlib
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 
 from minisgl.core.types import Grammar
 from minisgl.errors import InvalidRequestError, MinisglError, UnsupportedParameterError
-from minisgl.system import limit_memory, start_helper
+from minisgl.system import Helper, limit_memory
 from minisgl.text.grammar import MatcherConstraint, Vocabulary, check_size, compile_grammar, invalid, probe
 
 CPU_SECONDS = 1.0
@@ -100,74 +98,16 @@ def judge(source: bytes, vocabulary: Vocabulary) -> bytes:
     return msgspec.json.encode(Verdict())
 
 
-class Running(NamedTuple):
-    process: subprocess.Popen[bytes]
-    control: socket.socket
-
-    def end(self) -> None:
-        self.control.close()
-        self.process.kill()
-        self.process.wait()
-
-
-class Helper:
-    """The helper process, started when it is first needed and again when it died. Safe to use from several threads."""
+class GrammarChecker:
+    """Tries grammars for one model in a helper process, started when it is first needed and again when it died. Safe to
+    use from several threads.
+    """
 
     def __init__(self, folder: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
         self._arguments = [str(value) for value in (folder, vocab_size, *eos_token_ids)]
         self._lock = threading.Lock()
-        self.running: Running | None = None
-
-    def check(self, grammar: Grammar) -> None:
-        """Raise InvalidRequestError when a grammar cannot be followed, or not in time; HelperError for our faults."""
-        reply = self._ask(grammar) or self._ask(grammar)  # without a reply the helper had died; the next one is new
-        if not reply:
-            raise HelperError("the process that checks grammars died or does not answer")
-        if reply == STARTED:
-            raise invalid(grammar, "it takes too much time or memory")
-        msgspec.json.decode(reply.removeprefix(STARTED), type=Verdict).raise_error()
-
-    def close(self) -> None:
-        with self._lock:
-            if self.running is not None:
-                self.running.end()
-                self.running = None
-
-    def _ask(self, grammar: Grammar) -> bytes:
-        """What the child said; empty when there was none: the helper is replaced the next time."""
-        with self._lock:
-            running = self._start()
-        ours, theirs = socket.socketpair()
-        ours.settimeout(ANSWER_SECONDS)
-        reply = b""
-        with ours, contextlib.suppress(OSError):  # it has ended, or does not answer in time
-            with theirs:
-                socket.send_fds(running.control, [b"g"], [theirs.fileno()])
-            ours.sendall(msgspec.json.encode(grammar))
-            ours.shutdown(socket.SHUT_WR)
-            reply = read_all(ours)
-        if not reply:
-            running.end()
-        return reply
-
-    def _start(self) -> Running:
-        if self.running is not None:
-            if self.running.process.poll() is None:
-                return self.running
-            self.running.end()
-        self.running = Running(*start_helper("minisgl.text.grammar_check", *self._arguments))
-        return self.running
-
-
-class GrammarCompiler:
-    """The grammars that a model can follow. Nothing is loaded before the first use. Several threads may use it."""
-
-    def __init__(self, folder: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
-        self._helper = Helper(folder, vocab_size, eos_token_ids)
-        self._lock = threading.Lock()
+        self._helper: Helper | None = None
         self._checked: set[bytes] = set()
-        self._vocabulary = functools.cache(functools.partial(Vocabulary, folder, vocab_size, eos_token_ids))
-        self._compiled = functools.lru_cache(MAX_COMPILED)(self._compile)
 
     def checker(self, grammar: Grammar) -> Callable[[], None] | None:
         """What raises InvalidRequestError for a grammar that is invalid, unsupported or too expensive, in the helper
@@ -177,12 +117,48 @@ class GrammarCompiler:
         digest = hashlib.sha256(msgspec.json.encode(grammar)).digest()
 
         def check() -> None:
-            self._helper.check(grammar)
+            self._check(grammar)
             if len(self._checked) >= MAX_CHECKED:
                 self._checked.clear()
             self._checked.add(digest)
 
         return None if digest in self._checked else check
+
+    def _check(self, grammar: Grammar) -> None:
+        reply = self._ask(grammar) or self._ask(grammar)  # without a reply the helper had died; the next one is new
+        if not reply:
+            raise HelperError("the process that checks grammars died or does not answer")
+        if reply == STARTED:
+            raise invalid(grammar, "it takes too much time or memory")
+        msgspec.json.decode(reply.removeprefix(STARTED), type=Verdict).raise_error()
+
+    def _ask(self, grammar: Grammar) -> bytes:
+        """What the child said; empty when there was none: the helper is replaced the next time."""
+        with self._lock:
+            if self._helper is None or not self._helper.end.alive:
+                self._helper = Helper("minisgl.text.grammar_check", *self._arguments)
+            helper = self._helper
+        ours, theirs = socket.socketpair()
+        ours.settimeout(ANSWER_SECONDS)
+        reply = b""
+        with ours, contextlib.suppress(OSError):  # it has ended, or does not answer in time
+            with theirs:
+                socket.send_fds(helper.link, [b"g"], [theirs.fileno()])
+            ours.sendall(msgspec.json.encode(grammar))
+            ours.shutdown(socket.SHUT_WR)
+            reply = read_all(ours)
+        if not reply:
+            helper.end()
+        return reply
+
+
+class GrammarCompiler:
+    """Makes constraints for one model. Nothing is loaded before the first use. Safe to use from several threads."""
+
+    def __init__(self, folder: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
+        self._lock = threading.Lock()
+        self._vocabulary = functools.cache(functools.partial(Vocabulary, folder, vocab_size, eos_token_ids))
+        self._compiled = functools.lru_cache(MAX_COMPILED)(self._compile)
 
     def constraint(self, grammar: Grammar) -> MatcherConstraint:
         return self._compiled(grammar).copy()
@@ -191,9 +167,6 @@ class GrammarCompiler:
         with self._lock:  # loaded once
             vocabulary = self._vocabulary()
         return compile_grammar(grammar, vocabulary)
-
-    def close(self) -> None:
-        self._helper.close()
 
 
 if __name__ == "__main__":
