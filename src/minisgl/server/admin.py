@@ -94,14 +94,14 @@ def admin_routes(api: Api) -> list[ApiRoute]:
         """The model: its names, where its files are, and what it can take."""
         names, eos, size, length = preparation.names, model.eos_token_ids, model.vocab_size, model.max_seq_len
         chats = preparation.tokenizer.chat_template is not None
-        return json_response(responses.ModelFacts(model.name, names, api.folder, size, length, eos, chats, api.folder))
+        return json_response(responses.ModelFacts(names[0], names, api.folder, size, length, eos, chats, api.folder))
 
     async def metrics(_: Request) -> Response:
         """Prometheus' page. It never fails: without the engine it has the engine's last counts."""
         with contextlib.suppress(EngineDeadError):
             await client.ping(SCRAPE_TIMEOUT)
         rate, size = scrape_rate.since_last(client.stats.generated_tokens), api.config.page_size
-        page = MetricsPage(client.metrics, client.stats, client.dead is None, model.name, size, rate)
+        page = MetricsPage(client.metrics, client.stats, client.dead is None, preparation.names[0], size, rate)
         return Response(page.render(), media_type=CONTENT_TYPE)
 
     async def flush_cache(request: Request) -> Response:

@@ -366,15 +366,13 @@ async def serve_http(
 def build_app(config: Config, client: EngineClient, ready: ipc.Ready, started: float) -> tuple[Starlette, ipc.Serving]:
     """The application in front of an engine, without its middleware; `started` is on the monotonic clock."""
     model, folder = ready.model, Path(ready.folder)
-    if config.served_model_name:
-        model = msgspec.structs.replace(model, name=config.served_model_name[0])
     has_tokenizer = not config.dummy_weight or Tokenizer.exists(folder)
     tokenizer = Tokenizer.load(folder) if has_tokenizer else make_byte_tokenizer(model.vocab_size)
     grammars = GrammarChecker(folder, model.vocab_size, model.eos_token_ids)
     check = grammars.checker if has_tokenizer else None
     preparation = Preparation(model, tokenizer, client.queue.max_live, config.served_model_name, check)
     app = make_app(Api(client, preparation, config, ready.notes, ready.folder, started))
-    return app, ipc.Serving(model.name, tokenizer.chat_template is not None, has_tokenizer)
+    return app, ipc.Serving(preparation.names[0], tokenizer.chat_template is not None, has_tokenizer)
 
 
 async def serve_api(

@@ -70,7 +70,7 @@ class Endpoints:
         def begin(body: bytes) -> Generation:
             prepared = prepare(body)
             prioritize(prepared, allowed)
-            return kind(self.api.client, self.preparation.tokenizer, prepared, self.preparation.model.name)
+            return kind(self.api.client, self.preparation.tokenizer, prepared, self.preparation.names[0])
 
         completion = await self.api.prepare(begin, request, renders=kind is ChatCompletion)
         await self.api.check(completion.prepared, request)

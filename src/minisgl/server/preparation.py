@@ -179,8 +179,8 @@ class Preparation:
         return TokenizerInfo(**tokens, chat_template=template, vocab_size=size, model_max_length=length)
 
     def check_model(self, name: str | None) -> None:
-        if name not in (None, self.model.name, *self.names):
-            raise ModelNotFoundError(f"the model {name!r} is not served here; {self.model.name!r} is", param="model")
+        if name not in (None, *self.names):
+            raise ModelNotFoundError(f"the model {name!r} is not served here; {self.names[0]!r} is", param="model")
 
     def echo(self, prompt: Prompt, request: Request) -> Echo:
         """A prompt as text, of ids with their special tokens; where its tokens begin is only needed to score them."""
