@@ -157,11 +157,9 @@ class _Decode:
         return out
 
     def _attend(self, q: Tensor, layer: int, group: _Group) -> Tensor:
-        (g, heads, head_dim), kv_heads = q.shape, self.kv.k.shape[3]
-        k = pages_of(self.kv.k[layer], group.pages, q.dtype).view(g, -1, kv_heads, head_dim).transpose(1, 2)
-        v = pages_of(self.kv.v[layer], group.pages, q.dtype).view(g, -1, kv_heads, head_dim).transpose(1, 2)
+        k, v = gather(self.kv, layer, group.pages, len(q), q.dtype)
         # The queries that share a KV head take the place of a query's length, so that k and v are never repeated.
-        grouped = q.view(g, kv_heads, heads // kv_heads, head_dim)
+        grouped = q.view(len(q), k.shape[1], -1, q.shape[2])
         return F.scaled_dot_product_attention(grouped, k, v, attn_mask=group.mask).reshape(q.shape)
 
     def _group(self, window: int) -> list[_Group]:
@@ -183,11 +181,15 @@ class _Decode:
         return groups
 
 
-def pages_of(cache: Tensor, pages: Tensor, dtype: torch.dtype) -> Tensor:
-    """Some pages of one layer's keys or values, in the dtype of the queries."""
-    if cache.dtype == dtype:
-        return cache.index_select(0, pages)
-    return cache.view(torch.uint8).index_select(0, pages).view(cache.dtype).to(dtype)
+def gather(kv: KVCache, layer: int, pages: Tensor, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A layer's keys and values on the pages of some rows, as many of each: (rows, K, tokens, hd) in `dtype`."""
+    k, v = kv.k[layer], kv.v[layer]
+    if k.dtype == dtype:
+        k, v = k.index_select(0, pages), v.index_select(0, pages)
+    else:  # as bytes, as torch does not index FP8
+        k, v = (x.view(torch.uint8).index_select(0, pages).view(x.dtype).to(dtype) for x in (k, v))
+    shape = rows, -1, *k.shape[2:]
+    return k.view(shape).transpose(1, 2), v.view(shape).transpose(1, 2)
 
 
 def split_by_length(lens: Int32, limit: int) -> list[Int64]:
@@ -205,48 +207,44 @@ def split_by_length(lens: Int32, limit: int) -> list[Int64]:
 
 @dataclass(frozen=True)
 class _Block:
+    """Some queries of one row."""
+
     queries: slice  # of the step's
-    tokens: slice  # of the row's, that these may see
+    pages: Tensor  # int32 (n,) page ids
+    tokens: int  # on these pages, up to the last query's own
     mask: Tensor | None  # bool (queries, tokens); None: causal from token 0
 
 
+@dataclass
 class _Prefill:
-    def __init__(self, rows: SequenceBatch, kv: KVCache) -> None:
-        self.kv = kv
-        self.rows = rows
-        page_counts = (-(-rows.kv_lens // kv.page_size)).tolist()
-        self.pages = [rows.page_table[s, :n] for s, n in zip(rows.slots.tolist(), page_counts, strict=True)]
-        self.blocks: dict[int, list[list[_Block]]] = {}  # by window, those of each row
+    rows: SequenceBatch
+    kv: KVCache
+    blocks: dict[int, list[_Block]] = field(default_factory=dict)  # by window
 
     def run(self, q: Tensor, layer: int, window: int) -> Tensor:
         if window not in self.blocks:
             self.blocks[window] = self._split(window)
-        kv_heads, head_dim = self.kv.k.shape[3:]
         out = torch.empty_like(q)
-        for pages, blocks in zip(self.pages, self.blocks[window], strict=True):
-            k = pages_of(self.kv.k[layer], pages, q.dtype).view(-1, kv_heads, head_dim).transpose(0, 1)
-            v = pages_of(self.kv.v[layer], pages, q.dtype).view(-1, kv_heads, head_dim).transpose(0, 1)
-            for block in blocks:
-                queries = q[block.queries].transpose(0, 1).unsqueeze(0)
-                keys, values = k[None, :, block.tokens], v[None, :, block.tokens]
-                heads = F.scaled_dot_product_attention(
-                    queries, keys, values, attn_mask=block.mask, is_causal=block.mask is None, enable_gqa=True
-                )
-                out[block.queries] = heads[0].transpose(0, 1)
+        for block in self.blocks[window]:
+            k, v = (x[:, :, : block.tokens] for x in gather(self.kv, layer, block.pages, 1, q.dtype))
+            queries, mask = q[block.queries].transpose(0, 1).unsqueeze(0), block.mask
+            heads = F.scaled_dot_product_attention(queries, k, v, mask, is_causal=mask is None, enable_gqa=True)
+            out[block.queries] = heads[0].transpose(0, 1)
         return out
 
-    def _split(self, window: int) -> list[list[_Block]]:
-        rows, first = [], 0
-        for length, kv_len in zip(self.rows.query_lens.tolist(), self.rows.kv_lens.tolist(), strict=True):
-            blocks = []
+    def _split(self, window: int) -> list[_Block]:
+        rows, page_size, first = self.rows, self.kv.page_size, 0
+        blocks = []
+        lens = zip(rows.slots.tolist(), rows.query_lens.tolist(), rows.kv_lens.tolist(), strict=True)
+        for slot, length, kv_len in lens:
             for start in range(kv_len - length, kv_len, QUERY_BLOCK):
                 end = min(start + QUERY_BLOCK, kv_len)
-                low = max(0, start - window + 1) if window else 0
+                page = max(0, start - window + 1) // page_size if window else 0
+                pages, low = rows.page_table[slot, page : -(-end // page_size)], page * page_size
                 mask = None if start == 0 and not 0 < window < end else self._mask(start, end, low, window)
-                blocks.append(_Block(slice(first, first + end - start), slice(low, end), mask))
+                blocks.append(_Block(slice(first, first + end - start), pages, end - low, mask))
                 first += end - start
-            rows.append(blocks)
-        return rows
+        return blocks
 
     def _mask(self, start: int, end: int, low: int, window: int) -> Tensor:
         query = torch.arange(start, end, device=self.kv.k.device)[:, None]
