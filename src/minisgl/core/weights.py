@@ -18,7 +18,7 @@ from minisgl.core.quantization import BLOCK, FP8, Fp8Weight, Weight
 from minisgl.errors import NO_PANICS, ModelError, NativePanicError
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-STORED_DTYPES = ("F64", "F32", "F16", "BF16")
+STORED_DTYPES, STORED_FP8 = ("F64", "F32", "F16", "BF16"), "F8_E4M3"
 QUANTIZED = ("qkv", "o", "gate_up", "down", "expert_gate_up", "expert_down")  # the matrices that may be in FP8 or int8
 SCALES = ("_scale_inv", "_scale")  # what checkpoints add to a weight's name for its scales
 KV_SCALES = ("{0}_scale", "{0}_proj.{0}_scale", "{0}_proj.output_scale")  # in `self_attn`, of keys ("k") or values
@@ -304,41 +304,40 @@ class Checkpoint:
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self.folder = folder
-        self._stack = stack
-        self._files: dict[str, Any] = {}
-        self._file_of: dict[str, str] = {}  # by tensor
+        self._stored: dict[str, tuple[Path, Any]] = {}  # by tensor: its file, and a slice of safetensors
         self._factors: dict[str, float] = {}  # by tensor: what it is multiplied by
-        if (folder / INDEX).exists():
-            self._read_index(folder / INDEX)
-        else:
-            self._read_all()
+        promised = self._read_index(folder / INDEX) if (folder / INDEX).exists() else {}
+        for path in dict.fromkeys(promised.values()) or self._safetensors():
+            self._map(path, stack)
+        for name, path in promised.items():
+            if name not in self:
+                raise ModelError(f"{path}: tensor {name} is missing, the index promises it")
 
     def __contains__(self, name: str) -> bool:
-        return name in self._file_of
+        return name in self._stored
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
-        path, file = self._find(name)
-        stored = file.get_slice(name)
+        stored = self._find(name)
         if (found := tuple(stored.get_shape())) != shape:
-            raise ModelError(f"{path}: tensor {name} has shape {found}, the config asks for {shape}")
+            raise self._error(name, f"has shape {found}, the config asks for {shape}")
         dtype = stored.get_dtype()
-        if dtype == "F8_E4M3" and self._scale_name(name) is None:
+        if dtype == STORED_FP8 and self._scale_name(name) is None:
             scale = name.rpartition(".")[2] + SCALES[1]
-            raise ModelError(f"{path}: tensor {name} is stored as {dtype}, and there is no {scale} beside it")
-        if dtype not in (*STORED_DTYPES, "F8_E4M3"):
-            raise ModelError(f"{path}: tensor {name} is stored as {dtype}; {', '.join(STORED_DTYPES)} can be read")
+            raise self._error(name, f"is stored as {dtype}, and there is no {scale} beside it")
+        if dtype not in (*STORED_DTYPES, STORED_FP8):
+            raise self._error(name, f"is stored as {dtype}; {', '.join(STORED_DTYPES)} can be read")
 
     def check_complete(self, used: set[str]) -> None:
         """Refuse a weight or bias of a known module that is not in `used`: it would change the output."""
         modules = {name.rpartition(".")[0] for name in used}
-        for name, file in self._file_of.items():
+        for name in self._stored:
             module, _, kind = name.rpartition(".")
             if kind in ("weight", "bias") and module in modules and name not in used:
-                raise ModelError(f"{self.folder / file}: tensor {name} has no place in the model the config describes")
+                raise self._error(name, "has no place in the model the config describes")
 
     def differ(self, name: str, other: str) -> bool:
         """Whether two matrices are not the same, as far as some of their rows tell."""
-        first, second = (self._find(which)[1].get_slice(which) for which in (name, other))
+        first, second = self._find(name), self._find(other)
         if (shape := first.get_shape()) != second.get_shape():
             return True
         rows = range(0, shape[0], -(-shape[0] // 64))
@@ -346,7 +345,7 @@ class Checkpoint:
 
     def scales(self, sources: Sequence[Source]) -> Tensor | None:
         """`Fp8Weight.scale` of a parameter in FP8; None where it is in none."""
-        stored = [self._find(source.name)[1].get_slice(source.name).get_dtype() == "F8_E4M3" for source in sources]
+        stored = [self._find(source.name).get_dtype() == STORED_FP8 for source in sources]
         if not any(stored):
             return None
         if not all(stored):
@@ -358,9 +357,7 @@ class Checkpoint:
         if any(in_rows) and not all(in_rows):
             raise ModelError(f"{self.folder}: {sources[0].name} and those beside it are scaled in different ways")
         if odd and not all(in_rows):
-            raise ModelError(
-                f"{self.folder}: tensor {odd[0]}: its rows are no multiple of {BLOCK}, the side of a block"
-            )
+            raise self._error(odd[0], f"has rows that are no multiple of {BLOCK}, the side of a block")
         joined, last = torch.cat(scales), sources[-1].expert
         return joined if last is None else joined.view(last + 1, -1, joined.shape[-1])
 
@@ -377,16 +374,15 @@ class Checkpoint:
         if scale.shape == blocks:
             return scale
         rule = f"a weight of {source.shape} has one, {rows} for the rows or {blocks} for blocks of {BLOCK} x {BLOCK}"
-        raise ModelError(f"{self._find(name)[0]}: tensor {name} has shape {tuple(scale.shape)}; {rule}")
+        raise self._error(name, f"has shape {tuple(scale.shape)}; {rule}")
 
     def _scale_name(self, name: str) -> str | None:
         return next((name + scale for scale in SCALES if name + scale in self), None)
 
     def _positive(self, name: str) -> Tensor:
-        path, file = self._find(name)
-        found: Tensor = file.get_tensor(name).float()
+        found: Tensor = self._find(name)[()].float()
         if not (found.isfinite() & (found > 0)).all():
-            raise ModelError(f"{path}: tensor {name} has a scale that is not positive and finite")
+            raise self._error(name, "has a scale that is not positive and finite")
         return found
 
     def fold_kv_scales(self, spec: ModelSpec) -> None:
@@ -410,63 +406,59 @@ class Checkpoint:
             return 1.0
         scale = self._positive(name)
         if scale.numel() != 1:
-            where = f"{self._find(name)[0]}: tensor {name}"
-            raise ModelError(f"{where} has shape {tuple(scale.shape)}; a layer has one scale")
+            raise self._error(name, f"has shape {tuple(scale.shape)}; a layer has one scale")
         return float(2.0 ** math.ceil(math.log2(scale.item())))
 
     def read_into(self, name: str, destination: Tensor, take: Region) -> None:
         """Copy a part of a tensor into `destination`, converting dtype and device; nothing else of it is read."""
-        path, file = self._find(name)
         try:
             with NO_PANICS:
-                destination.copy_(file.get_slice(name)[take])
-                if name in self._factors and destination.dtype != FP8:
-                    destination *= self._factors[name]
+                destination.copy_(self._find(name)[take])
         except (SafetensorError, NativePanicError) as error:
-            raise ModelError(f"{path}: tensor {name}: {error}") from error
+            raise self._error(name, f"cannot be read: {error}") from error
+        if name in self._factors and destination.dtype != FP8:
+            destination *= self._factors[name]
 
-    def _find(self, name: str) -> tuple[Path, Any]:
-        if name not in self._file_of:
+    def _error(self, name: str, problem: str) -> ModelError:
+        return ModelError(f"{self._stored[name][0]}: tensor {name} {problem}")
+
+    def _find(self, name: str) -> Any:
+        if name not in self:
             raise ModelError(f"{self.folder}: tensor {name} is missing")
-        file = self._file_of[name]
-        return self.folder / file, self._files[file]
+        return self._stored[name][1]
 
-    def _read_index(self, path: Path) -> None:
-        self._file_of = Fields(read_json(path), str(path)).section("weight_map").values
-        for name, file in self._file_of.items():
+    def _read_index(self, index: Path) -> dict[str, Path]:
+        """The file of each tensor."""
+        files = Fields(read_json(index), str(index)).section("weight_map").values
+        for name, file in files.items():
             if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-                raise ModelError(f"{path}: tensor {name}: {file!r} is not the name of a safetensors file beside it")
-        names = {file: self._open(file) for file in dict.fromkeys(self._file_of.values())}
-        for name, file in self._file_of.items():
-            if name not in names[file]:
-                raise ModelError(f"{self.folder / file}: tensor {name} is missing, the index promises it")
+                raise ModelError(f"{index}: tensor {name}: {file!r} is not the name of a safetensors file beside it")
+        return {name: self.folder / file for name, file in files.items()}
 
-    def _read_all(self) -> None:
-        single = self.folder / "model.safetensors"
-        paths = [single] if single.exists() else sorted(self.folder.glob("*.safetensors"))
+    def _safetensors(self) -> list[Path]:
+        """The files of a folder without an index."""
         if not self.folder.is_dir():
             raise ModelError(f"{self.folder}: no such folder")
-        if not paths:
-            pickles = sorted(path.name for path in self.folder.iterdir() if path.suffix in PICKLES)
-            if not pickles:
-                raise ModelError(f"{self.folder}: no *.safetensors file")
+        single = self.folder / "model.safetensors"
+        if paths := [single] if single.exists() else sorted(self.folder.glob("*.safetensors")):
+            return paths
+        if pickles := sorted(path.name for path in self.folder.iterdir() if path.suffix in PICKLES):
             rule = "is a pickle, which can run any code and is never read; use safetensors"
             raise ModelError(f"{self.folder}: {pickles[0]} {rule}")
-        for path in paths:
-            for name in self._open(path.name):
-                if name in self._file_of:
-                    raise ModelError(f"{path}: tensor {name} is also in {self._file_of[name]}")
-                self._file_of[name] = path.name
+        raise ModelError(f"{self.folder}: no *.safetensors file")
 
-    def _open(self, file: str) -> frozenset[str]:
-        """Map a file, and return the names of its tensors."""
-        path = self.folder / file
+    def _map(self, path: Path, stack: ExitStack) -> None:
         require_file(path)
         try:
             with NO_PANICS:
-                self._files[file] = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-                return frozenset(self._files[file].keys())
+                file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+                names = file.keys()
+                slices = {name: file.get_slice(name) for name in names}
         except (SafetensorError, NativePanicError) as error:
             raise ModelError(f"{path}: not a complete safetensors file: {error}") from error
         except OSError as error:
             raise ModelError(f"{path}: {error.strerror or error}") from error
+        for name, stored in slices.items():
+            if name in self:
+                raise ModelError(f"{path}: tensor {name} is also in {self._stored[name][0].name}")
+            self._stored[name] = path, stored
