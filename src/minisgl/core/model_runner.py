@@ -99,21 +99,14 @@ class ModelRunner:
             getattr(self.tables.sampling, name).index_copy_(0, slots, value)
 
     def _forward_batch(self, step: dict[str, Tensor]) -> ForwardBatch:
-        """The step's tokens, decode rows first; advances the rows' lengths by what the step writes."""
-        tables, decodes = self.tables, step["decode_slots"]
-        ids, slots, positions = step["prefill_tokens"], step["token_slots"], step["token_positions"]
-        if len(decodes):
-            lengths = tables.length.index_select(0, decodes)
-            ids = torch.cat([tables.last_token.index_select(0, decodes), ids])
-            slots = torch.cat([decodes, slots])
-            positions = torch.cat([lengths, positions])
-            tables.length.index_copy_(0, decodes, lengths + 1)
-        if len(step["prefill_slots"]):
-            tables.length.index_copy_(0, step["prefill_slots"], step["prefill_ends"])
+        """The step's tokens, decode rows first; sets the rows' lengths to what the step reaches."""
+        tables = self.tables
+        for kind in ("decode", "prefill"):
+            tables.length.index_copy_(0, step[f"{kind}_slots"], step[f"{kind}_ends"])
         return ForwardBatch(
-            ids=ids,
-            positions=positions,
-            slot_mapping=tables.slot_mapping(slots, positions, self.kv.page_size),
+            ids=torch.cat([tables.last_token.index_select(0, step["decode_slots"]), step["prefill_tokens"]]),
+            positions=step["positions"],
+            slot_mapping=tables.slot_mapping(step["slots"], step["positions"], self.kv.page_size),
             logits_indices=step["logits_indices"] if len(step["prefill_slots"]) else None,
         )
 
@@ -143,7 +136,7 @@ def upload_step(plan: StepPlan, device: torch.device) -> dict[str, Tensor]:
     if plan.logits is not None:
         wanted.append(plan.logits.prompt_rows)
     positions = np.arange(len(plan.prefill_tokens)) + np.repeat(plan.prefill_starts - (ends - lens), lens)
-    arrays = {
+    arrays: dict[str, NDArray[Any]] = {
         "page_slots": plan.page_slots.astype(np.int64),  # (p,)
         "page_indices": plan.page_indices.astype(np.int64),  # (p,)
         "page_ids": plan.page_ids,  # (p,)
@@ -154,8 +147,8 @@ def upload_step(plan: StepPlan, device: torch.device) -> dict[str, Tensor]:
         "prefill_query_starts": np.concatenate([[0], ends]).astype(np.int32),  # (c + 1,) among the t, and t
         "prefill_ends": plan.prefill_starts + lens,  # (c,) tokens in the cache, the new ones included
         "prefill_tokens": plan.prefill_tokens,  # (t,)
-        "token_slots": np.repeat(plan.prefill_slots, lens).astype(np.int64),  # (t,)
-        "token_positions": positions.astype(np.int32),  # (t,)
+        "slots": np.concatenate([plan.decode_slots, np.repeat(plan.prefill_slots, lens)]).astype(np.int64),  # (d + t,)
+        "positions": np.concatenate([plan.decode_lens, positions]).astype(np.int32),  # (d + t,)
         "logits_indices": np.concatenate(wanted).astype(np.int64),  # (n + q,) among the step's d + t tokens
         "sampled_slots": plan.sampled_slots.astype(np.int64),  # (n,)
     }
