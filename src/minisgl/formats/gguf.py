@@ -165,11 +165,8 @@ class GgufFile:
 
     def floats(self, name: str) -> NDArray[np.float32]:
         shape, format, offset, size = self.tensors[name]
-        block, block_bytes = gguf.GGML_QUANT_SIZES[format]
-        rows = self._data[self._start + offset :][:size].reshape(*shape[:-1], shape[-1] // block * block_bytes)
-        if format.name in ("F32", "F16"):
-            return np.array(rows.view("<f4" if format.name == "F32" else "<f2"), dtype=np.float32)
-        return np.array(gguf.dequantize(np.asarray(rows), format), dtype=np.float32, copy=None)
+        rows = np.asarray(self._data[self._start + offset :][:size]).reshape(*shape[:-1], -1)
+        return np.array(gguf.dequantize(rows, format), np.float32)
 
     def error(self, message: str) -> ModelError:
         return ModelError(f"{self.path}: {message}")
