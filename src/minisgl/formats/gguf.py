@@ -23,7 +23,7 @@ from minisgl.core.model_config import Fields, ModelSpec, read_spec, require_file
 from minisgl.core.weights import INDEX, Source, parameters
 from minisgl.errors import NO_PANICS, ModelError
 
-CONVERSION = 1  # part of the cache key; raised whenever the conversion gives something else than before
+CONVERSION = 2  # part of the cache key; raised whenever the conversion gives something else than before
 SHARD_ELEMENTS = 2**29
 PERMUTED = ("llama", "mistral")  # architectures whose q and k rows are interleaved for llama.cpp's rotary embedding
 # The two maps that name every tensor of the supported architectures, for one layer.
@@ -39,8 +39,7 @@ def write_folder(path: Path, folder: Path, dtype: str, weights: bool, progress: 
         (folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     tokenizer = GgufTokenizer(file)
-    write_json("config.json", hf_config(file, dtype))
-    write_json("generation_config.json", {"eos_token_id": tokenizer.eos_token_ids()})
+    write_json("config.json", {**hf_config(file, dtype), "eos_token_id": tokenizer.eos_token_ids()})
     write_json("tokenizer_config.json", tokenizer.config())
     (folder / "tokenizer.json").write_text(tokenizer.tokenizer.to_str(pretty=True), encoding="utf-8")
     spec = read_spec(folder)
@@ -226,7 +225,7 @@ NEUTRAL = {"attn_factor": 1, "yarn_attn_factor": 1, "yarn_ext_factor": 1, "yarn_
 
 
 def hf_config(file: GgufFile, dtype: str) -> dict[str, Any]:
-    """config.json; raises ModelError for an unknown architecture or a rotary embedding that cannot be expressed."""
+    """config.json without EOS ids and transformers' defaults; raises ModelError for what cannot be expressed there."""
     metadata = Fields(file.metadata, str(file.path))
     kind = metadata.text("general.architecture")
     if kind not in FAMILIES:
@@ -257,14 +256,10 @@ def hf_config(file: GgufFile, dtype: str) -> dict[str, Any]:
         "rms_norm_eps": metadata.number(f"{kind}.attention.layer_norm_rms_epsilon"),
         "max_position_embeddings": context,
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "hidden_act": "silu",
         "attention_bias": kind != "qwen2" and "blk.0.attn_q.bias" in file.tensors,
         "mlp_bias": "blk.0.ffn_down.bias" in file.tensors,
-        "use_sliding_window": False,
         "sliding_window": window if family == "mistral" and window else None,
         "rope_parameters": _rope(file, metadata, kind, head_dim, context),
-        "bos_token_id": file.metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": file.metadata.get("tokenizer.ggml.eos_token_id"),
     }
     if kind == "qwen3moe":
         config |= {
@@ -272,7 +267,6 @@ def hf_config(file: GgufFile, dtype: str) -> dict[str, Any]:
             "num_experts_per_tok": metadata.integer(f"{kind}.expert_used_count"),
             "moe_intermediate_size": metadata.integer(f"{kind}.expert_feed_forward_length"),
             "norm_topk_prob": True,
-            "decoder_sparse_step": 1,
             "mlp_only_layers": [i for i in range(layers) if f"blk.{i}.ffn_gate.weight" in file.tensors],
         }
     return config
