@@ -80,8 +80,6 @@ def bundled_model() -> Path:
 
 
 def fetch(model: str, source: str, *, weights: bool, progress: bool) -> Path:
-    if source not in ("huggingface", "modelscope"):
-        raise ModelError(f"model source {source!r} is not known; huggingface and modelscope are")
     patterns = [*SMALL_FILES, "*.safetensors"] if weights else SMALL_FILES
     folder = _modelscope(model, patterns) if source == "modelscope" else _huggingface(model, patterns, progress)
     if not (folder / "config.json").is_file():
