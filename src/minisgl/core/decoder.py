@@ -116,7 +116,7 @@ class Decoder:
 
 
 def pack_weights(weights: Weights, int8: bool = False) -> None:
-    """`pack` the matrices and the head, one at a time to save memory."""
+    """`pack` the matrices and the head for the CPU, one at a time to save memory."""
     for layer in weights.layers:
         for name in ("qkv", "o", "gate_up", "down"):
             if (weight := getattr(layer, name)) is not None:

@@ -76,7 +76,8 @@ def build_local_executor(
             folder, spec, dtype, device, progress, sharder, quantize if config.quantization else None,
             kv_scales=kv_dtype(config) == FP8,
         )  # fmt: skip
-    pack_weights(weights, config.quantization == "int8")
+    if device.type == "cpu":
+        pack_weights(weights, config.quantization == "int8")
     attention, _ = make_attention(config.attn, attention_shape(local, config), device)
     num_pages = measure_pages(config, Decoder(local, weights, attention, max_seq_len, ops), max_seq_len, before)
     if share is not None:
