@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -174,10 +174,11 @@ class _Decode:
             first, count = first_page[order, None], int(num_pages[order].max())
             columns = np.minimum(first + np.arange(count), table.shape[1] - 1)
             flat = self.rows.slots[order, None].astype(np.int64) * table.shape[1] + columns  # (g, n)
-            pages = table.reshape(-1).index_select(0, _send(flat.reshape(-1), device))
+            pages = table.reshape(-1).index_select(0, torch.from_numpy(flat.reshape(-1)).to(device))
             tokens = first * page_size + np.arange(count * page_size)  # (g, n * page_size)
-            mask = (tokens >= first_token[order, None]) & (tokens < lens[order, None])
-            groups.append(_Group(_send(order, device), pages, _send(mask[:, None, None], device)))
+            seen = (tokens >= first_token[order, None]) & (tokens < lens[order, None])
+            mask = torch.from_numpy(seen[:, None, None]).to(device)
+            groups.append(_Group(torch.from_numpy(order).to(device), pages, mask))
         return groups
 
 
@@ -251,7 +252,3 @@ class _Prefill:
         token = torch.arange(low, end, device=self.kv.k.device)
         seen = token <= query
         return seen & (token > query - window) if window else seen
-
-
-def _send(array: NDArray[Any], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
