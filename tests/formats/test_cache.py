@@ -17,7 +17,7 @@ import pytest
 
 from helpers.gguf_files import write_model
 from minisgl.errors import ModelError
-from minisgl.formats.cache import RECORD, UNFINISHED, convert_gguf, in_use, keep_in_use
+from minisgl.formats.cache import SOURCES, UNFINISHED, convert_gguf, in_use, keep_in_use
 from minisgl.formats.hub import locate_model
 
 
@@ -73,19 +73,19 @@ def test_every_file_has_the_permissions_that_the_umask_says(model: Path, umask: 
     finally:
         os.umask(before)
     modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()}
-    assert {"model-00001.safetensors", "tokenizer.json", "config.json", RECORD} <= modes.keys()
+    assert {"model-00001.safetensors", "tokenizer.json", "config.json"} <= modes.keys()
+    assert modes.pop(SOURCES) == stat.S_IMODE(folder.stat().st_mode) == 0o777 & ~umask
     assert set(modes.values()) == {0o666 & ~umask}
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o777 & ~umask
 
 
 def test_what_nothing_leads_to_goes_when_something_new_comes(model: Path, tmp_path: Path, cache: Path) -> None:
     write_model(replaced := tmp_path / "replaced.gguf", "qwen2")
     write_model(removed := tmp_path / "removed.gguf", "llama")
     kept, stale = convert(model), [convert(replaced), convert(removed)]
-    stale += [cache / f"{UNFINISHED}x7", cache / f"old-{'0' * 16}", cache / f"cut-{'1' * 16}"]
-    for folder in (*stale[2:], cache / "notes"):  # of a conversion that was killed, an older version; the last not ours
+    stale += [cache / f"{UNFINISHED}x7", cache / f"old-{'0' * 16}", cache / f"model-float32-0-{'1' * 16}"]
+    for folder in (*stale[2:], cache / "notes"):  # of a conversion that was killed, older versions; the last not ours
         folder.mkdir()
-    (stale[-1] / RECORD).write_text('{"sources": [')
+    shutil.copytree(kept / SOURCES, stale[-1] / SOURCES, symlinks=True)
     removed.unlink()
     write_model(replaced, "mistral")
     assert all(folder.exists() for folder in stale)
@@ -206,18 +206,6 @@ def test_another_users_cache_serves_a_file_and_its_copies(
     (public / "cache" / "gguf").chmod(0o555)
     assert [locate(path) for path in paths] == [str(folder)] * 2
     (public / "cache" / "gguf").chmod(0o755)
-
-
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"dtype": 1}', "\xff", "[" * 100_000])
-@pytest.mark.parametrize("used", [False, True], ids=["free", "used"])
-def test_a_damaged_record_is_as_none(model: Path, content: str, used: bool) -> None:
-    folder = convert(model)
-    if used:
-        keep_in_use(folder)
-    (folder / RECORD).write_text(content, "latin-1")
-    again = convert(model)
-    assert again == folder
-    assert '"version"' in (again / RECORD).read_text()
 
 
 def test_a_folder_is_in_use_while_it_is_held_and_where_it_cannot_be_locked(tmp_path: Path) -> None:

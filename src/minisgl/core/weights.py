@@ -28,7 +28,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 BLOCK_OUTPUTS = ("o", "down", "expert_down")
 
 Quantize = Callable[[Tensor], Weight]
-Progress = Callable[[int, int], None]  # called with the number of elements read just now, and that of all
+Progress = Callable[[int, int], None]  # called with the elements, or bytes, read just now and in all
 
 logger = logging.getLogger(__name__)
 

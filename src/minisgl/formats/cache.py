@@ -1,6 +1,6 @@
-"""The cache of converted GGUF files: a folder for each content and dtype, with a record of the files that hold it.
+"""The cache of converted GGUF files: a folder for each content and dtype, with links to the files that hold it.
 
-A file with the path, size and time of a record is found without being read. Any other is hashed: a copy of what was
+A file with the path, size and time of a link is found without being read. Any other is hashed: a copy of what was
 converted already, such as a package installed anew, gets that folder.
 """
 
@@ -8,120 +8,99 @@ import contextlib
 import fcntl
 import functools
 import hashlib
-import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import msgspec
 from safetensors import SafetensorError
 
 from minisgl.config import cache_folder
-from minisgl.core.model_config import read_json, require_file
+from minisgl.core.model_config import require_file
+from minisgl.core.weights import Progress
 from minisgl.errors import ModelError
-from minisgl.formats.gguf import CONVERSION, Progress, write_folder
+from minisgl.formats.gguf import CONVERSION, write_folder
 
-RECORD = "source.json"
+SOURCES = "sources"  # in a converted folder: links to the files that were seen to have its content
 UNFINISHED = ".converting-"
-CONVERTED = re.compile(r".+-[0-9a-f]{16}")
+CONVERTED = re.compile(r".+-[0-9a-f]{16}")  # by any version of this program
+CURRENT = re.compile(rf".+-{CONVERSION}-[0-9a-f]{{16}}")
 
 
-class Conversion(msgspec.Struct, frozen=True):
-    """What a folder holds, and the files that were seen to have that content: by path, their size and time."""
-
-    dtype: str
-    weights: bool
-    version: int
-    sources: dict[str, tuple[int, int]]
-
-    def write(self, folder: Path) -> None:
-        written = folder / f".{RECORD}-{os.getpid()}"
-        written.write_text(json.dumps(msgspec.to_builtins(self)))
-        os.replace(written, folder / RECORD)
-
-
-def convert_gguf(path: Path, dtype: str, *, weights: bool = True, progress: Progress = None) -> Path:
+def convert_gguf(path: Path, dtype: str, *, weights: bool = True, progress: Progress | None = None) -> Path:
     """The folder that holds this GGUF file in Hugging Face's layout. It appears whole or not at all, also where two
     processes convert at once; who makes one removes those that no file leads to. Raises ModelError naming the file.
     """
-    cache, kind = Path(cache_folder()) / "gguf", (dtype, weights, CONVERSION)
+    cache, kind = Path(cache_folder()) / "gguf", f"{dtype if weights else f'{dtype}-config'}-{CONVERSION}"
     try:
         path = path.resolve(strict=True)
-        now = facts(path)  # before it is read: what changes while it is read is read again the next time
-        for known, found in conversions(cache).items():
-            if (found.dtype, found.weights, found.version) == kind and found.sources.get(str(path)) == now:
-                return known
+        name = link_name(path)  # before it is read: what changes while it is read is read again the next time
+        for link in cache.glob(f"*-{kind}-*/{SOURCES}/{name}"):
+            return link.parent.parent
         require_file(path)
         with path.open("rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-        key = hashlib.sha256(json.dumps([content, *kind]).encode()).hexdigest()[:16]
-        if (folder := find(cache, key)) is None:
-            return make_folder(cache, key, path, Conversion(*kind, {str(path): now}), progress)
+            ending = f"-{kind}-{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+
+        def write(folder: Path) -> None:
+            write_folder(path, folder, dtype, weights, progress)
+            (folder / SOURCES).mkdir()
+            (folder / SOURCES / name).symlink_to(path)
+
+        if (folder := find(cache, ending)) is None:
+            return make_folder(cache, path.stem, ending, write)
         with contextlib.suppress(OSError):  # the cache may be another user's
-            Conversion(*kind, conversions(cache)[folder].sources | {str(path): now}).write(folder)
+            (folder / SOURCES / name).symlink_to(path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ModelError(f"{path}: cannot be converted into {cache}: {reason}") from error
     return folder
 
 
-def make_folder(cache: Path, key: str, path: Path, wanted: Conversion, progress: Progress) -> Path:
+def find(cache: Path, ending: str) -> Path | None:
+    return next(cache.glob(f"*{ending}"), None)
+
+
+def make_folder(cache: Path, stem: str, ending: str, write: Callable[[Path], None]) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with (
         locked(cache, fcntl.LOCK_EX) as alone,
         tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=cache, ignore_cleanup_errors=True) as work,
     ):
-        if (found := find(cache, key)) is not None:  # another process was quicker
+        if (found := find(cache, ending)) is not None:  # another process was quicker
             return found
-        written, folder = Path(work) / "model", cache / f"{path.stem}-{key}"
+        written, folder = Path(work) / "model", cache / (stem + ending)
         written.mkdir()
-        write_folder(path, written, wanted.dtype, wanted.weights, progress)
-        wanted.write(written)
-        mode = (written / RECORD).stat().st_mode
-        for file in written.iterdir():  # safetensors writes what only the user can read
+        write(written)
+        mode = (written / "config.json").stat().st_mode
+        for file in written.glob("*.safetensors"):  # which only the user can read
             file.chmod(mode)
         if alone:
             take_stale(cache, Path(work))
         try:
             os.rename(written, folder)
         except OSError:
-            if not folder.is_dir():
+            if not folder.is_dir():  # of another process, where folders cannot be locked
                 raise
-            with contextlib.suppress(OSError):  # it is in use and holds the same, but its record is broken
-                wanted.write(folder)
         return folder
 
 
-def facts(path: Path) -> tuple[int, int]:
-    """A file's size and time, (-1, -1) where there is none."""
-    try:
-        return (status := path.stat()).st_size, status.st_mtime_ns
-    except OSError:
-        return -1, -1
+def link_name(path: Path) -> str:
+    """The name of a link to a file, or to what a link leads to, for as long as that does not change."""
+    status = path.stat()
+    return f"{status.st_size}-{status.st_mtime_ns}-{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]}"
 
 
-def conversions(cache: Path) -> dict[Path, Conversion]:
-    """The folders of the cache; without those of another version of this program, and damaged ones."""
-    found = {}
-    for file in cache.glob(f"*/{RECORD}"):
-        with contextlib.suppress(ModelError, msgspec.ValidationError):
-            conversion = msgspec.convert(read_json(file), Conversion)
-            if conversion.version == CONVERSION:
-                found[file.parent] = conversion
-    return found
-
-
-def find(cache: Path, key: str) -> Path | None:
-    return next((folder for folder in conversions(cache) if folder.name.endswith(f"-{key}")), None)
+def is_current(link: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return link.name == link_name(link)
+    return False
 
 
 def take_stale(cache: Path, work: Path) -> None:
     """Move into `work`, which goes soon, what others left unfinished and folders that no file or process uses."""
-    known = conversions(cache)
     for entry in set(cache.iterdir()) - {work}:
-        alive = entry in known and any(facts(Path(path)) == then for path, then in known[entry].sources.items())
+        alive = CURRENT.fullmatch(entry.name) and any(map(is_current, (entry / SOURCES).glob("*")))
         if entry.name.startswith(UNFINISHED) or (CONVERTED.fullmatch(entry.name) and not alive and not in_use(entry)):
             with contextlib.suppress(OSError):
                 os.rename(entry, work / entry.name)

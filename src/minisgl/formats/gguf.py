@@ -7,7 +7,6 @@ trusts the counts it finds in a file; the `gguf` package undoes the block format
 import json
 import math
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch import Tensor
 
 from minisgl.core.model_config import Fields, ModelSpec, read_spec, require_file
-from minisgl.core.weights import INDEX, Source, parameters
+from minisgl.core.weights import INDEX, Progress, Source, parameters
 from minisgl.errors import NO_PANICS, ModelError
 
 CONVERSION = 2  # part of the cache key; raised whenever the conversion gives something else than before
@@ -28,10 +27,9 @@ SHARD_ELEMENTS = 2**29
 PERMUTED = ("llama", "mistral")  # architectures whose q and k rows are interleaved for llama.cpp's rotary embedding
 # The two maps that name every tensor of the supported architectures, for one layer.
 NAMES = [gguf.get_tensor_name_map(arch, 1) for arch in (gguf.MODEL_ARCH.QWEN3MOE, gguf.MODEL_ARCH.LLAMA)]
-Progress = Callable[[int, int], None] | None  # is told the bytes converted just now and in all
 
 
-def write_folder(path: Path, folder: Path, dtype: str, weights: bool, progress: Progress) -> None:
+def write_folder(path: Path, folder: Path, dtype: str, weights: bool, progress: Progress | None) -> None:
     """Write a GGUF file in Hugging Face's layout. Raises ModelError, OSError or SafetensorError."""
     file = GgufFile(path)
 
