@@ -90,10 +90,9 @@ def load_weights(
         tensors: dict[tuple[int | None, str], Weight] = {}
         for parameter, sources in plan:
             shard = shard_of(parameter, sharder)
-            make = torch.zeros if shard.padding else torch.empty
             scale = checkpoint.scales(sources)
             kind = dtype if scale is None else FP8
-            tensor = make(shard.shape(parameter.shape), dtype=kind, device=device)
+            tensor = torch.zeros(shard.shape(parameter.shape), dtype=kind, device=device)
             for source in sources:
                 for take, region in shard_slices(source, shard):
                     checkpoint.read_into(source.name, tensor[region], take)
@@ -169,33 +168,30 @@ class Parameter:
 
 def parameters(spec: ModelSpec) -> list[Parameter]:
     """Every parameter of the model, in the order of the forward pass. Nothing else knows Hugging Face's names."""
-    hidden, vocab = spec.hidden_size, spec.vocab_size
-    found = [_stacked(None, "embedding", {EMBEDDING: vocab}, hidden)]
-    for layer in range(spec.num_layers):
-        found += _layer_parameters(spec, layer)
-    found.append(_stacked(None, "norm", {"model.norm.weight": hidden}))
-    if not spec.tie_embeddings:
-        found.append(_stacked(None, "head", {HEAD: vocab}, hidden))
-    return found
-
-
-def _layer_parameters(spec: ModelSpec, layer: int) -> list[Parameter]:
     hidden, width, head_dim = spec.hidden_size, spec.intermediate_size, spec.head_dim
     q, kv = spec.num_heads * head_dim, spec.num_kv_heads * head_dim
-    prefix = f"model.layers.{layer}."
-    attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
-    qkv = {f"{attention}q_proj": q, f"{attention}k_proj": kv, f"{attention}v_proj": kv}
-    found = [_stacked(layer, "input_norm", {f"{prefix}input_layernorm.weight": hidden})]
-    found += _linear(layer, "qkv", qkv, hidden, spec.qkv_bias)
-    if spec.qk_norm:
-        found.append(_stacked(layer, "q_norm", {f"{attention}q_norm.weight": head_dim}))
-        found.append(_stacked(layer, "k_norm", {f"{attention}k_norm.weight": head_dim}))
-    found += _linear(layer, "o", {f"{attention}o_proj": hidden}, q, spec.o_bias)
-    found.append(_stacked(layer, "post_norm", {f"{prefix}post_attention_layernorm.weight": hidden}))
-    if spec.moe is not None and spec.moe.layers[layer]:
-        return found + _expert_parameters(spec.moe, layer, hidden)
-    found += _linear(layer, "gate_up", {f"{mlp}gate_proj": width, f"{mlp}up_proj": width}, hidden, spec.mlp_bias)
-    return found + _linear(layer, "down", {f"{mlp}down_proj": hidden}, width, spec.mlp_bias)
+    found = [_stacked(None, "embedding", {EMBEDDING: spec.vocab_size}, hidden)]
+    for layer in range(spec.num_layers):
+        prefix = f"model.layers.{layer}."
+        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
+        qkv = {f"{attention}q_proj": q, f"{attention}k_proj": kv, f"{attention}v_proj": kv}
+        found.append(_stacked(layer, "input_norm", {f"{prefix}input_layernorm.weight": hidden}))
+        found += _linear(layer, "qkv", qkv, hidden, spec.qkv_bias)
+        if spec.qk_norm:
+            found.append(_stacked(layer, "q_norm", {f"{attention}q_norm.weight": head_dim}))
+            found.append(_stacked(layer, "k_norm", {f"{attention}k_norm.weight": head_dim}))
+        found += _linear(layer, "o", {f"{attention}o_proj": hidden}, q, spec.o_bias)
+        found.append(_stacked(layer, "post_norm", {f"{prefix}post_attention_layernorm.weight": hidden}))
+        if spec.moe is not None and spec.moe.layers[layer]:
+            found += _expert_parameters(spec.moe, layer, hidden)
+        else:
+            gate_up = {f"{mlp}gate_proj": width, f"{mlp}up_proj": width}
+            found += _linear(layer, "gate_up", gate_up, hidden, spec.mlp_bias)
+            found += _linear(layer, "down", {f"{mlp}down_proj": hidden}, width, spec.mlp_bias)
+    found.append(_stacked(None, "norm", {"model.norm.weight": hidden}))
+    if not spec.tie_embeddings:
+        found.append(_stacked(None, "head", {HEAD: spec.vocab_size}, hidden))
+    return found
 
 
 def _linear(layer: int, field: str, modules: Mapping[str, int], columns: int, bias: bool) -> list[Parameter]:
