@@ -3,8 +3,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from minisgl.core.decoder import rope_table
 from minisgl.core.model_config import ARCHITECTURES, Moe, Rope, read_spec
 from minisgl.errors import ModelError
 
@@ -29,8 +32,8 @@ def test_a_llama_config_of_version_4_or_5_is_read(tmp_path: Path) -> None:
     extra: dict[str, Any] = {"torch_dtype": "bfloat16", "num_key_value_heads": 2, "max_position_embeddings": 131072}
     extra |= {"rope_theta": 5e5, "rope_scaling": LLAMA3, "eos_token_id": [7, 8]}
     spec = read_spec(write(tmp_path, **LLAMA, **extra))
-    scaled: Any = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position": 8192}
-    assert spec.rope == Rope(kind="llama3", theta=5e5, **scaled)
+    assert spec.rope.theta == 5e5
+    assert [spec.rope.divisors[i] for i in (0, -1)] == [1.0, 8.0]
     assert (spec.num_kv_heads, spec.head_dim, spec.max_position, spec.checkpoint_dtype) == (2, 16, 131072, "bfloat16")
     assert (spec.eos_token_ids, spec.windows) == ((7, 8), (0, 0, 0, 0))
     for key in ("torch_dtype", "rope_theta", "rope_scaling"):
@@ -53,28 +56,31 @@ def test_defaults_are_those_of_transformers(tmp_path: Path, name: str) -> None:
     assert (spec.num_kv_heads, spec.head_dim) == (defaults.num_key_value_heads, head_dim)
     assert (spec.max_position, spec.rms_eps) == (defaults.max_position_embeddings, defaults.rms_norm_eps)
     assert spec.tie_embeddings == defaults.tie_word_embeddings
-    assert spec.rope == Rope(kind="default", theta=defaults.rope_parameters["rope_theta"])
+    assert spec.rope == Rope(theta=defaults.rope_parameters["rope_theta"])
     assert spec.windows == (window,) * defaults.num_hidden_layers
     assert (spec.qkv_bias, spec.qk_norm) == (name == "Qwen2ForCausalLM", name.startswith("Qwen3"))
 
 
-@pytest.mark.parametrize(
-    ("scaling", "expected"),
-    [
-        ({"rope_type": "default"}, Rope(kind="default", theta=10000.0)),
-        ({"type": "linear", "factor": 2}, Rope(kind="linear", theta=10000.0, factor=2.0)),
-        (YARN, Rope(kind="yarn", theta=10000.0, factor=4.0, original_max_position=512, beta_fast=16.0, mscale=0.7)),
-        (
-            {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 256, "truncate": False},
-            Rope(kind="yarn", theta=10000.0, factor=8.0, original_max_position=256, truncate=False),
-        ),
-    ],
-)
-def test_rope_kinds(tmp_path: Path, scaling: dict[str, Any], expected: Rope) -> None:
-    assert read_spec(write(tmp_path, **LLAMA, rope_scaling=scaling)).rope == expected
-    if expected.kind == "yarn":  # an original context beside the rope parameters counts
-        spec = read_spec(write(tmp_path, **LLAMA, rope_scaling=scaling, original_max_position_embeddings=128))
-        assert spec.rope.original_max_position == 128
+@pytest.mark.parametrize("scaling", [{"type": "linear", "factor": 2}, LLAMA3, YARN, {**YARN, "truncate": False}])
+def test_rope_kinds_turn_as_those_of_transformers(tmp_path: Path, scaling: dict[str, Any]) -> None:
+    spec = read_spec(write(tmp_path, **LLAMA, rope_scaling=scaling))
+    parameters = {"rope_theta": 10000.0, "rope_type": scaling.get("type"), **scaling}
+    config = transformers.LlamaConfig(**{**LLAMA, "rope_parameters": parameters})
+    frequencies, scale = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, "cpu")
+    table = rope_table(Rope(theta=spec.rope.theta, divisors=spec.rope.divisors), spec.head_dim, 2, frequencies.device)
+    assert torch.allclose(table[1], torch.cat([frequencies.cos(), frequencies.sin()]), rtol=1e-6)
+    assert spec.rope.scale == scale
+
+
+def test_what_a_rope_leaves_out_follows_from_the_context(tmp_path: Path) -> None:
+    def rope(**values: Any) -> Rope:
+        return read_spec(write(tmp_path, **LLAMA, **values)).rope
+
+    assert rope(rope_scaling={"rope_type": "default"}) == Rope(theta=10000.0)
+    short = {"rope_type": "yarn", "original_max_position_embeddings": 256}
+    assert rope(rope_scaling={**short, "factor": None}) == rope(rope_scaling={**short, "factor": 8.0})
+    # an original context beside the rope parameters counts
+    assert rope(rope_scaling=YARN, original_max_position_embeddings=256) == rope(rope_scaling={**YARN, **short})
 
 
 @pytest.mark.parametrize(

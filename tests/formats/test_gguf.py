@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from helpers.gguf_files import MODELS, SIZES, tokenizer_metadata, write_gguf, write_model
-from minisgl.core.model_config import Rope, read_spec
+from minisgl.core.model_config import Fields, read_rope, read_spec
 from minisgl.core.weights import load_weights
 from minisgl.errors import ModelError
 from minisgl.formats.cache import convert_gguf
@@ -73,9 +73,9 @@ def convert(tmp_path: Path, changes: dict[str, Any]) -> Path:
     return convert_gguf(tmp_path / "model.gguf", "float32")
 
 
-LLAMA3 = Rope(
-    kind="llama3", theta=5e5, factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position=8192
-)
+LLAMA3 = {
+    "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+}  # fmt: skip
 SCALING, ADD_BOS = "llama.rope.scaling", "tokenizer.ggml.add_bos_token"
 LINEAR = {f"{SCALING}.type": "linear", f"{SCALING}.factor": 2.0}
 YARN = {f"{SCALING}.type": "yarn", f"{SCALING}.factor": 4.0, f"{SCALING}.yarn_beta_fast": 16.0}
@@ -97,18 +97,24 @@ THETA = {"llama.rope.freq_base": 5e5}
 
 
 @pytest.mark.parametrize(
-    ("changes", "rope"),
+    ("changes", "parameters"),
     [
-        (THETA, Rope(kind="default", theta=5e5)),
-        (LINEAR, Rope(kind="linear", theta=1e4, factor=2.0)),
-        ({"llama.rope.scale_linear": 4.0}, Rope(kind="linear", theta=1e4, factor=4.0)),
-        (YARN, Rope(kind="yarn", theta=1e4, factor=4.0, original_max_position=64, beta_fast=16.0)),
-        ({**THETA, "rope_freqs.weight": llama3_divisors(32.0)}, LLAMA3),
+        (THETA, {"rope_theta": 5e5}),
+        (LINEAR, {"rope_type": "linear", "factor": 2.0}),
+        ({"llama.rope.scale_linear": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        (YARN, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 16.0}),
+        ({**THETA, "rope_freqs.weight": llama3_divisors(32.0)}, {"rope_theta": 5e5, **LLAMA3, "factor": 32.0}),
     ],
     ids=["default", "linear", "scale_linear", "yarn", "llama3"],
 )
-def test_rope_scaling_is_read_from_metadata_and_the_tensor(tmp_path: Path, changes: dict[str, Any], rope: Rope) -> None:
-    assert read_spec(convert(tmp_path, changes)).rope == rope
+def test_rope_scaling_is_read_from_metadata_and_the_tensor(
+    tmp_path: Path, changes: dict[str, Any], parameters: dict[str, Any]
+) -> None:
+    config = Fields({"rope_parameters": {"rope_theta": 1e4, **parameters}}, "")
+    rope = read_spec(convert(tmp_path, changes)).rope
+    assert rope == read_rope(config, SIZES["head_dim"], SIZES["max_position_embeddings"])
+    if "rope_freqs.weight" in changes:
+        assert np.allclose(rope.divisors, changes["rope_freqs.weight"])
 
 
 def test_a_window_makes_the_llama_architecture_a_mistral_also_without_weights(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from minisgl.gpu.operations import operations_for
 DEVICE = torch.device("cuda")
 EOS = 5
 SPEC = tiny_spec(
-    vocab_size=1024, hidden_size=256, head_dim=128, intermediate_size=512, rope=Rope(kind="default", theta=1e6),
+    vocab_size=1024, hidden_size=256, head_dim=128, intermediate_size=512, rope=Rope(theta=1e6),
     max_position=2**18, eos_token_ids=(EOS,), checkpoint_dtype="bfloat16",
 )  # fmt: skip
 """Qwen3 in small: two query heads on a KV head."""

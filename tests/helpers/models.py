@@ -9,7 +9,7 @@ from minisgl.core.model_config import ModelSpec, Rope
 TINY = ModelSpec(
     architecture="Qwen3ForCausalLM", vocab_size=211, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2,
     head_dim=16, intermediate_size=48, rms_eps=1e-6, tie_embeddings=False, qkv_bias=False, o_bias=False,
-    mlp_bias=False, qk_norm=True, rope=Rope(kind="default", theta=10000.0), windows=(0, 0), moe=None,
+    mlp_bias=False, qk_norm=True, rope=Rope(theta=10000.0), windows=(0, 0), moe=None,
     max_position=128, eos_token_ids=(5,), checkpoint_dtype="float32",
 )  # fmt: skip
 TINY_LLAMA = dataclasses.replace(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from minisgl.errors import ModelError
 
@@ -19,32 +19,18 @@ MAX_COUNT = 2**31 - 1
 MAX_JSON_BYTES = 256 * 2**20
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
-RopeKind = Literal["default", "linear", "llama3", "yarn"]
+ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rope:
-    """A rotary embedding (RoFormer, arXiv 2104.09864) and how it is extended to longer contexts.
-
-    `theta` is the base. `linear` divides every frequency by `factor`. `llama3` divides those whose wavelength exceeds
-    `original_max_position / low_freq_factor` tokens and interpolates up to `original_max_position / high_freq_factor`.
-    `yarn` (arXiv 2309.00071) ramps between the two from `beta_fast` to `beta_slow` rotations over
-    `original_max_position` tokens (the ramp's ends rounded outwards where `truncate`), and scales cos and sin by
-    `attention_factor`; where that is None it follows from `factor`, `mscale` and `mscale_all_dim`.
+    """A rotary embedding (RoFormer, arXiv 2104.09864): pair i of a head's dimensions turns by
+    theta ** (-2i / head_dim) / divisors[i] radians a token, and cos and sin are multiplied by `scale`.
     """
 
-    kind: RopeKind
     theta: float
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int = 0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
+    divisors: tuple[float, ...] = ()  # (head_dim / 2,), for contexts longer than the original one; or none
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +157,7 @@ def read_spec(folder: Path) -> ModelSpec:
         o_bias=bias,
         mlp_bias=row.mlp_bias_field and config.flag("mlp_bias", False),
         qk_norm=row.qk_norm,
-        rope=read_rope(config, max_position),
+        rope=read_rope(config, head_dim, max_position),
         windows=_windows(config, row, num_layers),
         moe=_moe(config, num_layers) if row.moe else None,
         max_position=max_position,
@@ -238,8 +224,12 @@ def _check_fp8(quantization: Fields) -> bool:
     return True
 
 
-def read_rope(config: Fields, max_position: int) -> Rope:
-    """The rope of a `config.json`, from `rope_parameters` or from `rope_theta` and `rope_scaling`."""
+def read_rope(config: Fields, head_dim: int, max_position: int) -> Rope:
+    """The rope of a `config.json`, from `rope_parameters` or from `rope_theta` and `rope_scaling`.
+
+    `linear` divides every frequency by `factor`. `llama3` keeps those that turn `high_freq_factor` times or more over
+    the original context, divides those that turn `low_freq_factor` times or less, and blends between them.
+    """
     rope = config.section("rope_scaling" if "rope_scaling" in config else "rope_parameters", {})
     if any(isinstance(value, dict) for value in rope.values.values()):
         raise ModelError(f"{rope.where}: rope parameters per layer type are not supported")
@@ -247,26 +237,56 @@ def read_rope(config: Fields, max_position: int) -> Rope:
         if fields.number("partial_rotary_factor", 1.0) != 1.0:
             raise ModelError(f"{fields.where}: partial_rotary_factor other than 1 is not supported")
     theta = rope.number("rope_theta", config.number("rope_theta", 10000.0))
-    kind, known = rope.text("rope_type", rope.text("type", "default")), get_args(RopeKind)
-    if kind not in known:
-        raise ModelError(f"{rope.where}: rope kind {kind!r} is not supported; those that are: {', '.join(known)}")
+    kind = rope.text("rope_type", rope.text("type", "default"))
+    if kind not in ROPE_KINDS:
+        raise ModelError(f"{rope.where}: rope kind {kind!r} is not supported; those that are: {', '.join(ROPE_KINDS)}")
     if kind == "default":
-        return Rope(kind="default", theta=theta)
+        return Rope(theta=theta)
     if kind == "linear":
-        return Rope(kind="linear", theta=theta, factor=rope.number("factor"))
+        return Rope(theta=theta, divisors=(rope.number("factor"),) * (head_dim // 2))
     key = "original_max_position_embeddings"
     original = config.integer(key) if key in config else rope.integer(key, max_position)
+    scale = 1.0
     if kind == "llama3":
-        low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+        factor, low, high = rope.number("factor"), rope.number("low_freq_factor"), rope.number("high_freq_factor")
         if high <= low:
             raise rope.error("high_freq_factor", f"larger than low_freq_factor ({low})")
-        limits: dict[str, Any] = {"low_freq_factor": low, "high_freq_factor": high}
-        factor = rope.number("factor")
-        return Rope(kind="llama3", theta=theta, factor=factor, original_max_position=original, **limits)
-    names = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
-    given: dict[str, Any] = {name: rope.number(name) for name in names if name in rope}
-    factor, truncate = rope.number("factor", max_position / original), rope.flag("truncate", True)
-    return Rope(kind="yarn", theta=theta, factor=factor, original_max_position=original, truncate=truncate, **given)
+        turns = (original * theta ** (-i / head_dim) / (2 * math.pi) for i in range(0, head_dim, 2))
+        kept = [(turn - low) / (high - low) for turn in turns]
+    else:
+        factor = rope.number("factor", max_position / original)
+        kept, scale = _yarn_ramp(rope, theta, head_dim, original), _yarn_scale(rope, factor)
+    shares = [min(max(share, 0.0), 1.0) for share in kept]
+    divisors = tuple(1.0 / (share + (1.0 - share) / factor) for share in shares)
+    return Rope(theta=theta, divisors=divisors, scale=scale)
+
+
+def _yarn_ramp(rope: Fields, theta: float, head_dim: int, original: int) -> list[float]:
+    """What is kept of each pair's frequency: NTK-by-parts (arXiv 2309.00071, section 3.2), from `beta_fast` to
+    `beta_slow` turns over the original context, linear in the number of the dimension.
+    """
+
+    def dimension(turns: float) -> float:  # of the pair that turns so often over the original context
+        return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension(rope.number("beta_fast", 32.0)), dimension(rope.number("beta_slow", 1.0))
+    if rope.flag("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    return [1.0 - (i - low) / max(high - low, 0.001) for i in range(head_dim // 2)]
+
+
+def _yarn_scale(rope: Fields, factor: float) -> float:
+    """What yarn scales cos and sin by: the square root of its attention temperature's inverse."""
+
+    def scale(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1.0 else 1.0
+
+    if "attention_factor" in rope:
+        return rope.number("attention_factor")
+    if "mscale" in rope and "mscale_all_dim" in rope:
+        return scale(rope.number("mscale")) / scale(rope.number("mscale_all_dim"))
+    return scale(1.0)
 
 
 def read_eos_token_ids(folder: Path, config: Fields, vocab_size: int) -> tuple[int, ...]:
