@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
-from minisgl.core.model_config import Fields, ModelSpec, read_spec, require_file
+from minisgl.core.model_config import Fields, ModelSpec, read_rope, read_spec, require_file
 from minisgl.core.weights import INDEX, Progress, Source, parameters
 from minisgl.errors import NO_PANICS, ModelError
 
@@ -281,7 +281,7 @@ def _rope(file: GgufFile, metadata: Fields, kind: str, head_dim: int, context: i
     if "rope_freqs.weight" in file.tensors:
         if scaling != "none":
             raise file.error(f"rope scaling {scaling} together with the tensor rope_freqs.weight is not supported")
-        return rope | _llama3_rope(file, theta, head_dim)
+        return _llama3_rope(file, theta, head_dim)
     if scaling == "none":
         return rope
     if scaling not in ("linear", "yarn"):
@@ -297,16 +297,13 @@ def _rope(file: GgufFile, metadata: Fields, kind: str, head_dim: int, context: i
 
 def _llama3_rope(file: GgufFile, theta: float, head_dim: int) -> dict[str, Any]:
     """Rope parameters from `rope_freqs.weight`, what llama3 scaling divides each frequency by; its factor is free."""
-    divisors = file.floats("rope_freqs.weight").astype(np.float64)
-    if divisors.shape != (head_dim // 2,):
-        raise file.error(f"tensor rope_freqs.weight has shape {divisors.shape}, not half of the head size {head_dim}")
-    factor = float(divisors.max())
-    wavelengths = 2 * math.pi * theta ** (2 * np.arange(head_dim // 2) / head_dim)
-    low, high, original = LLAMA3.values()
-    smooth = np.clip((original / wavelengths - low) / (high - low), 0.0, 1.0)
-    if not factor >= 1.0 or not np.allclose(divisors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3):
-        raise file.error("tensor rope_freqs.weight is not the rope scaling of Llama 3, the one supported")
-    return {} if factor == 1.0 else {"rope_type": "llama3", "factor": factor, **LLAMA3}
+    divisors = file.floats("rope_freqs.weight")
+    rope = {"rope_type": "llama3", "rope_theta": theta, "factor": float(divisors.max()), **LLAMA3}
+    expected = read_rope(Fields({"rope_parameters": rope}, f"{file.path}: rope_freqs.weight"), head_dim, 0).divisors
+    if divisors.shape != (len(expected),) or not np.allclose(divisors, expected, rtol=1e-3):
+        shape = f"of shape {divisors.shape} for a head size of {head_dim}"
+        raise file.error(f"tensor rope_freqs.weight {shape} is not the rope scaling of Llama 3, the one supported")
+    return rope
 
 
 # tokenizer.json and tokenizer_config.json
