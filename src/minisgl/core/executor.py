@@ -84,7 +84,7 @@ class LocalExecutor:
             self._worker.shutdown()
         else:
             torch.cuda.synchronize(self.device)
-            self.runner.graphs, self.runner.piecewise_graphs = [], None
+            self.runner.graphs, self.runner.forward = [], self.runner.decoder.forward
 
     def _start(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         if self._worker is not None:

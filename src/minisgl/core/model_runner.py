@@ -1,5 +1,6 @@
 """From a step's plan to its tokens, on one device."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,12 +24,7 @@ class GraphRunner(Protocol):
         """The whole step, the sampled tokens written back to the tables; the output is good until the next step."""
 
 
-class PiecewiseGraphRunner(Protocol):
-    """Steps with prompts as graphs between their attentions."""
-
-    def takes(self, batch: ForwardBatch) -> bool: ...
-
-    def forward(self, batch: ForwardBatch, attention: PlannedAttention) -> Tensor: ...
+Forward = Callable[[ForwardBatch, PlannedAttention, KVCache], Tensor]
 
 
 class ModelRunner:
@@ -41,7 +37,7 @@ class ModelRunner:
         self.tables = DeviceTables(rows, -(-max_seq_len // kv.page_size), kv.num_pages, device)
         self.logits_processors = LogitsProcessors(decoder, self.tables, device)
         self.graphs: list[GraphRunner] = []
-        self.piecewise_graphs: PiecewiseGraphRunner | None = None
+        self.forward: Forward = decoder.forward  # or the same by graphs between the attentions
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepOutput:
@@ -71,11 +67,7 @@ class ModelRunner:
             self.tables.page_table.index_put_((step["page_slots"], step["page_indices"]), step["page_ids"])
         # 2) Run the layers over all of the step's tokens.
         attention = self.decoder.attention.plan(*self._sequences(plan, step), self.kv)
-        batch = self._forward_batch(step)
-        if self.piecewise_graphs is not None and self.piecewise_graphs.takes(batch):
-            hidden = self.piecewise_graphs.forward(batch, attention)
-        else:
-            hidden = self.decoder.forward(batch, attention, self.kv)
+        hidden = self.forward(self._forward_batch(step), attention, self.kv)
         # 3) The sampled rows come first, then the prompt tokens that are scored.
         slots = step["sampled_slots"]
         output = self._sample(plan, slots, hidden[: len(slots)])

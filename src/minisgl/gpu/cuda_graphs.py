@@ -372,14 +372,12 @@ class PiecewiseGraphs:
         # A step, and the replay of each of its parts.
         self.steps = {size: self._capture(size, capture) for size in reversed(self.sizes)}
 
-    def takes(self, batch: ForwardBatch) -> bool:
-        """Whether the batch is a step with prompts, of whose tokens some are wanted, and fits a size."""
-        return batch.logits_indices is not None and 0 < len(batch.ids) <= self.sizes[-1]
-
     @torch.inference_mode()
-    def forward(self, batch: ForwardBatch, attention: PlannedAttention) -> Tensor:
-        """`Decoder.forward` of such a step."""
+    def forward(self, batch: ForwardBatch, attention: PlannedAttention, kv: KVCache) -> Tensor:
+        """`Decoder.forward`; by graphs where the batch is a step with prompts that fits a size."""
         tokens = len(batch.ids)
+        if batch.logits_indices is None or not 0 < tokens <= self.sizes[-1]:
+            return self.decoder.forward(batch, attention, kv)
         size = self.sizes[bisect.bisect_left(self.sizes, tokens)]
         step, replays = self.steps[size]
         self.ids[:tokens].copy_(batch.ids)

@@ -108,5 +108,5 @@ def make_executor(
         if captures_prefill(attention):
             runner.graphs.append(MixedGraphs(decoder, kv, runner.tables, tokens))
         else:
-            runner.piecewise_graphs = PiecewiseGraphs(decoder, kv, tokens)
+            runner.forward = PiecewiseGraphs(decoder, kv, tokens).forward
     return LocalExecutor(runner, described, alive)
