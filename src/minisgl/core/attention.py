@@ -1,6 +1,6 @@
 """Attention over the paged cache: what a step asks for, what a backend is, and the backend in plain torch."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -39,17 +39,6 @@ class SequenceBatch:
     kv_lens_device: Tensor | None = None  # int32 (rows,): kv_lens on the device
 
 
-class PlannedAttention(Protocol):
-    """Attention of one step, prepared once, to be run in every layer."""
-
-    def run(self, q: Tensor, layer: int, window: int) -> Tensor:
-        """Causal attention of q (T, H, hd) over each row's cached keys and values -> (T, H, hd).
-
-        Query head h reads KV head h // (H / K); scores are scaled by hd ** -0.5. With a window w > 0 a token sees
-        itself and the w - 1 before it. The new tokens' keys and values are in the cache already.
-        """
-
-
 class RopeStore(NamedTuple):
     """`rope_store_kv` of one layer and step: the operation, and its arguments behind qkv."""
 
@@ -68,23 +57,23 @@ class RopeStore(NamedTuple):
         return self.operation(qkv, *self[1:], out)
 
 
-class FusedAttention(PlannedAttention):
-    """Attention of decode rows whose kernel does the work of `rope_store_kv` too."""
+class PlannedAttention(ABC):
+    """Attention of one step, prepared once, to be run in every layer."""
+
+    def begin(self, windows: Sequence[int]) -> None:  # noqa: B027
+        """Prepare a step whose layers have these windows, before anything else of it; most need nothing."""
 
     @abstractmethod
-    def begin(self, windows: Sequence[int]) -> None:
-        """Prepare a step whose layers have these windows, before anything else of the step."""
+    def run(self, q: Tensor, layer: int, window: int) -> Tensor:
+        """Causal attention of q (T, H, hd) over each row's cached keys and values -> (T, H, hd).
 
-    @abstractmethod
+        Query head h reads KV head h // (H / K); scores are scaled by hd ** -0.5. With a window w > 0 a token sees
+        itself and the w - 1 before it. The new tokens' keys and values are in the cache already.
+        """
+
     def run_qkv(self, qkv: Tensor, rope: RopeStore, layer: int, window: int) -> Tensor:
-        """`run` of what `rope` makes of qkv (B, (H + 2K) * hd), with each row's last token its new one."""
-
-
-def attend(attention: PlannedAttention, qkv: Tensor, rope: RopeStore, layer: int, window: int) -> Tensor:
-    """Rotate queries and keys, write keys and values, and attend: qkv (T, (H + 2K) * hd) -> (T, H, hd)."""
-    if isinstance(attention, FusedAttention):
-        return attention.run_qkv(qkv, rope, layer, window)
-    return attention.run(rope(qkv), layer, window)
+        """The same of qkv (T, (H + 2K) * hd), whose keys and values are written first; a kernel may do all in one."""
+        return self.run(rope(qkv), layer, window)
 
 
 class AttentionBackend(Protocol):
@@ -111,7 +100,7 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class _MixedStep:
+class _MixedStep(PlannedAttention):
     decodes: int
     decode: PlannedAttention
     prefill: PlannedAttention
@@ -141,7 +130,7 @@ class _Group:
 
 
 @dataclass
-class _Decode:
+class _Decode(PlannedAttention):
     rows: SequenceBatch
     kv: KVCache
     groups: dict[int, list[_Group]] = field(default_factory=dict)  # by window
@@ -217,7 +206,7 @@ class _Block:
 
 
 @dataclass
-class _Prefill:
+class _Prefill(PlannedAttention):
     rows: SequenceBatch
     kv: KVCache
     blocks: dict[int, list[_Block]] = field(default_factory=dict)  # by window

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minisgl.core.attention import Attention, FusedAttention, PlannedAttention, RopeStore, attend
+from minisgl.core.attention import Attention, PlannedAttention, RopeStore
 from minisgl.core.kv_cache import KVCache
 from minisgl.core.model_config import ModelSpec, Rope
 from minisgl.core.ops import PLAIN, Operations, linear, pack
@@ -46,12 +46,11 @@ class Decoder:
         In each layer all tokens are written before any is read: a row may share pages that another row of the same
         step fills.
         """
-        if isinstance(attention, FusedAttention):
-            attention.begin(self.spec.windows)
+        attention.begin(self.spec.windows)
         x, residual = self.embed(batch)
         for index, window in enumerate(self.spec.windows):
             qkv, rope = self.before_attention(index, x, batch, kv)
-            heads = attend(attention, qkv, rope, index, window)
+            heads = attention.run_qkv(qkv, rope, index, window)
             x, residual = self.after_attention(index, heads, residual, batch.logits_indices)
         assert isinstance(x, Tensor)
         return x

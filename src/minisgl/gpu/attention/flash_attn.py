@@ -29,7 +29,7 @@ class FlashAttention(DeviceBackend):
 
 
 @dataclass(frozen=True)
-class FlashAttentionStep:
+class FlashAttentionStep(PlannedAttention):
     """One step; its first layer schedules the work for all layers. With keys and values in FP8 queries are, too."""
 
     library: ModuleType

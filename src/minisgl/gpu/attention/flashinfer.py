@@ -83,7 +83,7 @@ class AlternatingPlanners:
         return self.wrappers[self.index]
 
 
-class FlashInferStep:
+class FlashInferStep(PlannedAttention):
     """One step outside graphs. The first layer with a window makes the plan for it."""
 
     def __init__(self, owner: FlashInfer, rows: SequenceBatch, kv: KVCache, decode: bool) -> None:
@@ -118,7 +118,7 @@ class FlashInferStep:
         return planners.plan(_pinned(_starts(self.rows.query_lens)), *pages, *shape, causal=True, **options)
 
 
-class FlashInferGraphStep:
+class FlashInferGraphStep(PlannedAttention):
     """Decode of a fixed batch over static tensors.
 
     The graph itself flattens the page table, so the host plans only how rows are split. Many rows are not split and
@@ -204,7 +204,7 @@ class TensorRTLLM(DeviceBackend):
 
 
 @dataclass(frozen=True)
-class TensorRTLLMStep:
+class TensorRTLLMStep(PlannedAttention):
     library: ModuleType
     workspace: Tensor
     rows: DeviceBatch

@@ -111,7 +111,7 @@ def static_step(attention: Attention, decodes: DeviceBatch, chunks: DeviceBatch,
 
 
 @dataclass(frozen=True)
-class _StaticStep:
+class _StaticStep(PlannedAttention):
     decode: PlannedAttention | None
     prefill: PlannedAttention
     rows: int  # decode rows at most

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr, tensor
 
+from minisgl.core.attention import PlannedAttention
 from minisgl.core.kv_cache import KVCache
 from minisgl.gpu.kernels.jit import after_previous, jit, jit_varying, launch_options, warps_for
 
@@ -120,7 +121,7 @@ def _prefill_kernel(
 
 
 @dataclass(frozen=True)
-class PrefillAttention:
+class PrefillAttention(PlannedAttention):
     """Causal attention of ragged chunks, each at the end of its row's cached tokens.
 
     page_table int32 (rows, max_pages); cu_query_lens int32 (rows + 1,); kv_lens int32 (rows,), the chunks included.

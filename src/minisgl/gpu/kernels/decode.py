@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr, tensor
 
-from minisgl.core.attention import FusedAttention, RopeStore
+from minisgl.core.attention import PlannedAttention, RopeStore
 from minisgl.core.kv_cache import DeviceTables, KVCache, StepInputs
 from minisgl.core.quantization import FP8
 from minisgl.gpu.kernels.attention import MIN_DOT, NO_WINDOW, key_value, online_softmax, softmax_weights
@@ -280,7 +280,7 @@ class Workspaces:
         return self._buffers[dtype, shape]
 
 
-class DecodeAttention(FusedAttention):
+class DecodeAttention(PlannedAttention):
     """Decode attention of B rows over one cache. A step starts with `begin`, or with `run` of layer 0.
 
     page_table int32 (B, max_pages) and kv_lens int32 (B,), at least 1, are read at each launch.
