@@ -66,7 +66,10 @@ class GpuProbe:
         lens = np.array([tokens], np.int32)
         pages, used = attention.page_table(lens, PAGE, -(-tokens // PAGE))
         k, v = (noise(1, used + 1, PAGE, kv_heads, HEAD_DIM) for _ in range(2))
-        rows = SequenceBatch(page_table=pages, slots=np.zeros(1, np.int32), query_lens=lens, kv_lens=lens)
+        ends = torch.tensor([0, tokens], dtype=torch.int32, device=CUDA)
+        rows = SequenceBatch(
+            page_table=pages, query_lens=lens, kv_lens=lens, cu_query_lens=ends, kv_lens_device=ends[1:]
+        )
         planned = backend.plan_prefill(rows, KVCache(k, v))
         return 1e-6 * graph_us(partial(planned.run, noise(tokens, heads, HEAD_DIM), 0, 0))
 

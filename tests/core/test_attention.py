@@ -15,7 +15,7 @@ GROUP, HEAD_DIM, LAYER = 3, 8, 1
 def exact(case: Case, row: int, q: Tensor, window: int) -> Tensor:
     """Attention of the last len(q) tokens of a row, token by token in float64."""
     length, page_size = int(case.rows.kv_lens[row]), case.kv.page_size
-    pages = case.rows.page_table[int(case.rows.slots[row]), : -(-length // page_size)].long()
+    pages = case.rows.page_table[row, : -(-length // page_size)].long()
     tokens = (cache[LAYER, pages].flatten(0, 1)[:length].double() for cache in (case.kv.k, case.kv.v))
     k, v = (values.repeat_interleave(GROUP, dim=1) for values in tokens)
     out = []
@@ -34,8 +34,12 @@ def check(page_size: int, window: int, decode: list[int], chunks: dict[int, int]
     case = random_case(lens, query_lens, 2, GROUP, HEAD_DIM, page_size, torch.float32, torch.device("cpu"))
 
     def rows(part: slice) -> SequenceBatch:
-        slots, queries, kv_lens = (x[part] for x in (case.rows.slots, case.rows.query_lens, case.rows.kv_lens))
-        return SequenceBatch(page_table=case.rows.page_table, slots=slots, query_lens=queries, kv_lens=kv_lens)
+        queries, kv_lens = case.rows.query_lens[part], case.rows.kv_lens[part]
+        starts = torch.from_numpy(np.concatenate([[0], np.cumsum(queries)]).astype(np.int32))
+        return SequenceBatch(
+            page_table=case.rows.page_table[part], query_lens=queries, kv_lens=kv_lens, cu_query_lens=starts,
+            kv_lens_device=case.rows.kv_lens_device[part],
+        )  # fmt: skip
 
     both = rows(slice(len(decode))), rows(slice(len(decode), None))
     planned = Attention(TorchAttention(), TorchAttention()).plan(*both, case.kv)

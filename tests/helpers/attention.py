@@ -25,7 +25,7 @@ def random_case(
     kv_lens: Sequence[int], query_lens: Sequence[int] | None, kv_heads: int, group: int, head_dim: int, page_size: int,
     dtype: torch.dtype, device: torch.device, seed: int = 0,
 ) -> Case:  # fmt: skip
-    """Rows of these lengths on shuffled pages of their own, with slots out of order; NaN wherever nobody may look."""
+    """Rows of these lengths on shuffled pages of their own; NaN wherever nobody may look."""
     generator = np.random.default_rng(seed)
     torch.manual_seed(seed)
     lens = np.array(kv_lens, np.int32)
@@ -33,14 +33,13 @@ def random_case(
     counts = -(-lens // page_size)
     used = int(counts.sum())
     pages = generator.permutation(used + 3).astype(np.int32)
-    table = np.full((len(lens) + 2, int(counts.max()) + 20), used + 3, np.int32)  # the scratch page
-    slots = generator.permutation(len(lens) + 2)[: len(lens)].astype(np.int32)
+    table = np.full((len(lens), int(counts.max()) + 20), used + 3, np.int32)  # the scratch page
     shape = (2, used + 4, page_size, kv_heads, head_dim)
     k, v = (torch.full(shape, torch.nan, dtype=dtype, device=device) for _ in range(2))
     place = 0
-    for slot, count, length in zip(slots, counts, lens, strict=True):
+    for row, count, length in zip(table, counts, lens, strict=True):
         mine = torch.from_numpy(pages[place : place + count].astype(np.int64)).to(device)
-        table[slot, :count] = pages[place : place + count]
+        row[:count] = pages[place : place + count]
         for cache in (k, v):
             tokens = torch.zeros(2, count * page_size, kv_heads, head_dim, dtype=dtype, device=device)
             tokens[:, :length] = torch.randn(2, int(length), kv_heads, head_dim, device=device).to(dtype)
@@ -49,9 +48,9 @@ def random_case(
     k[:, -1], v[:, -1] = 0, 0
     q = torch.randn(int(queries.sum()), kv_heads * group, head_dim, device=device).to(dtype)
     starts = np.concatenate([[0], np.cumsum(queries)]).astype(np.int32)
-    on_device = [torch.from_numpy(array).to(device) for array in (table, slots.astype(np.int64), starts, lens)]
+    on_device = [torch.from_numpy(array).to(device) for array in (table, starts, lens)]
     rows = SequenceBatch(
-        page_table=on_device[0], slots=slots, query_lens=queries, kv_lens=lens,
-        slots_device=on_device[1], cu_query_lens=on_device[2], kv_lens_device=on_device[3],
+        page_table=on_device[0], query_lens=queries, kv_lens=lens, cu_query_lens=on_device[1],
+        kv_lens_device=on_device[2],
     )  # fmt: skip
     return Case(q, KVCache(k, v), rows, query_lens is None)

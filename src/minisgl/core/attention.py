@@ -26,17 +26,14 @@ QUERY_BLOCK = 512  # queries of a chunk handled together, so that the mask of a 
 class SequenceBatch:
     """Some rows of a step, each a sequence with `query_lens` new tokens at the end of `kv_lens` in the cache.
 
-    Page-table entries past a row's last page are any valid page. Queries lie row after row: T = sum(query_lens). On
-    CUDA the last three are given, so that no backend copies anything from the host; on the CPU they may be None.
+    Queries lie row after row: T = sum(query_lens).
     """
 
-    page_table: Tensor  # int32 (slots, max_pages), on the device
-    slots: Int32  # (rows,) on the host: which lines of the page table
+    page_table: Tensor  # int32 (rows, pages) on the device; past a row's last page are any valid pages
     query_lens: Int32  # (rows,) on the host
     kv_lens: Int32  # (rows,) on the host, the new tokens included
-    slots_device: Tensor | None = None  # int64 (rows,): slots on the device
-    cu_query_lens: Tensor | None = None  # int32 (rows + 1,) on the device: where each row's queries begin, and T
-    kv_lens_device: Tensor | None = None  # int32 (rows,): kv_lens on the device
+    cu_query_lens: Tensor  # int32 (rows + 1,) on the device: where each row's queries begin, and T
+    kv_lens_device: Tensor  # int32 (rows,): kv_lens on the device
 
 
 class RopeStore(NamedTuple):
@@ -91,12 +88,12 @@ class Attention:
 
     def plan(self, decode: SequenceBatch, prefill: SequenceBatch, kv: KVCache) -> PlannedAttention:
         """Prepare a step, which has rows of at least one kind; the queries of decode rows come first."""
-        if not len(prefill.slots):
+        if not len(prefill.kv_lens):
             return self.decode.plan_decode(decode, kv)
-        if not len(decode.slots):
+        if not len(decode.kv_lens):
             return self.prefill.plan_prefill(prefill, kv)
         parts = self.decode.plan_decode(decode, kv), self.prefill.plan_prefill(prefill, kv)
-        return _MixedStep(len(decode.slots), *parts)
+        return _MixedStep(len(decode.kv_lens), *parts)
 
 
 @dataclass(frozen=True)
@@ -162,7 +159,7 @@ class _Decode(PlannedAttention):
         for order in split_by_length(num_pages, max(1, BLOCK_BYTES[device.type] // page_bytes)):
             first, count = first_page[order, None], int(num_pages[order].max())
             columns = np.minimum(first + np.arange(count), table.shape[1] - 1)
-            flat = self.rows.slots[order, None].astype(np.int64) * table.shape[1] + columns  # (g, n)
+            flat = order[:, None] * table.shape[1] + columns  # (g, n)
             pages = table.reshape(-1).index_select(0, torch.from_numpy(flat.reshape(-1)).to(device))
             tokens = first * page_size + np.arange(count * page_size)  # (g, n * page_size)
             seen = (tokens >= first_token[order, None]) & (tokens < lens[order, None])
@@ -225,12 +222,12 @@ class _Prefill(PlannedAttention):
     def _split(self, window: int) -> list[_Block]:
         rows, page_size, first = self.rows, self.kv.page_size, 0
         blocks = []
-        lens = zip(rows.slots.tolist(), rows.query_lens.tolist(), rows.kv_lens.tolist(), strict=True)
-        for slot, length, kv_len in lens:
+        lens = zip(rows.query_lens.tolist(), rows.kv_lens.tolist(), strict=True)
+        for row, (length, kv_len) in enumerate(lens):
             for start in range(kv_len - length, kv_len, QUERY_BLOCK):
                 end = min(start + QUERY_BLOCK, kv_len)
                 page = max(0, start - window + 1) // page_size if window else 0
-                pages, low = rows.page_table[slot, page : -(-end // page_size)], page * page_size
+                pages, low = rows.page_table[row, page : -(-end // page_size)], page * page_size
                 mask = None if start == 0 and not 0 < window < end else self._mask(start, end, low, window)
                 blocks.append(_Block(slice(first, first + end - start), pages, end - low, mask))
                 first += end - start

@@ -12,7 +12,7 @@ from minisgl.core.attention import PlannedAttention, SequenceBatch
 from minisgl.core.decoder import Decoder, ForwardBatch
 from minisgl.core.kv_cache import DeviceTables, KVCache, upload
 from minisgl.core.logits import LogitsProcessors, StepOutput
-from minisgl.core.plan import Masks, NewRows, StepPlan
+from minisgl.core.plan import Int32, Masks, NewRows, StepPlan
 
 
 class GraphRunner(Protocol):
@@ -103,18 +103,16 @@ class ModelRunner:
         )
 
     def _sequences(self, plan: StepPlan, step: dict[str, Tensor]) -> tuple[SequenceBatch, SequenceBatch]:
-        table = self.tables.page_table
-        decode = SequenceBatch(
-            page_table=table, slots=plan.decode_slots, query_lens=np.ones_like(plan.decode_lens),
-            kv_lens=plan.decode_lens + 1, slots_device=step["decode_slots"],
-            cu_query_lens=step["decode_query_starts"], kv_lens_device=step["decode_ends"],
-        )  # fmt: skip
-        prefill = SequenceBatch(
-            page_table=table, slots=plan.prefill_slots, query_lens=plan.prefill_lens,
-            kv_lens=plan.prefill_starts + plan.prefill_lens, slots_device=step["prefill_slots"],
-            cu_query_lens=step["prefill_query_starts"], kv_lens_device=step["prefill_ends"],
-        )  # fmt: skip
-        return decode, prefill
+        def rows(kind: str, query_lens: Int32, kv_lens: Int32) -> SequenceBatch:
+            pages = -(-int(kv_lens.max(initial=0)) // self.kv.page_size)
+            return SequenceBatch(
+                page_table=self.tables.page_table[:, :pages].index_select(0, step[f"{kind}_slots"]),
+                query_lens=query_lens, kv_lens=kv_lens, cu_query_lens=step[f"{kind}_query_starts"],
+                kv_lens_device=step[f"{kind}_ends"],
+            )  # fmt: skip
+
+        decode = rows("decode", np.ones_like(plan.decode_lens), plan.decode_lens + 1)
+        return decode, rows("prefill", plan.prefill_lens, plan.prefill_starts + plan.prefill_lens)
 
 
 def upload_step(plan: StepPlan, device: torch.device) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from helpers.attention import Case, random_case
 from minisgl.core.attention import RopeStore, TorchAttention
 from minisgl.core.ops import rope_store_kv
-from minisgl.gpu.attention.interface import to_device
+from minisgl.gpu.attention.interface import device_batch
 from minisgl.gpu.attention.triton import TritonAttention
 from minisgl.gpu.kernels.attention import flatten_pages
 from minisgl.gpu.kernels.decode import DecodeAttention, DecodeSplit, Workspaces
@@ -75,7 +75,7 @@ def test_graph_decode_follows_lengths_and_pages_written_later() -> None:
     graph = TritonAttention(DEVICE).graph_decode(table, lens, case.kv, 320)
     graph.prepare(np.ones(2, np.int32))
     graph.attention.run(case.q, 0, 0)
-    table.copy_(case.rows.page_table[case.rows.slots_device, :20])
+    table.copy_(case.rows.page_table[:, :20])
     lens.copy_(torch.from_numpy(case.rows.kv_lens))
     graph.prepare(case.rows.kv_lens)
     expected = TorchAttention().plan_decode(case.rows, case.kv).run(case.q, 0, 0)
@@ -83,7 +83,7 @@ def test_graph_decode_follows_lengths_and_pages_written_later() -> None:
 
 
 def decode(case: Case, split: DecodeSplit, processors: int = 8) -> DecodeAttention:
-    rows = to_device(case.rows, case.kv.page_size)
+    rows = device_batch(case.rows)
     return DecodeAttention(rows.page_table, rows.kv_lens, case.kv, Workspaces(DEVICE), processors, split)
 
 

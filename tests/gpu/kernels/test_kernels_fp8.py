@@ -10,7 +10,7 @@ from helpers.gpu import DEVICE
 from minisgl.core.attention import RopeStore, TorchAttention
 from minisgl.core.kv_cache import KVCache
 from minisgl.core.quantization import BLOCK, FP8, Fp8Weight, quantize, quantize_fp8, to_kv
-from minisgl.gpu.attention.interface import to_device
+from minisgl.gpu.attention.interface import device_batch
 from minisgl.gpu.kernels import elementwise, fp8, fp8_rows
 from minisgl.gpu.kernels.decode import DecodeAttention, DecodeSplit, Workspaces
 from minisgl.gpu.kernels.elementwise import add_rms_norm, rope_store_kv
@@ -83,7 +83,7 @@ def test_few_rows_are_multiplied_with_every_tile(tile: RowsTile, blocks: bool, h
 def test_decode_writes_and_reads_the_cache_as_rope_and_attention_do(split: DecodeSplit) -> None:
     case = random_case((300, 16, 17, 1), None, 2, 5, 128, 16, torch.bfloat16, DEVICE)
     kv = KVCache(to_kv(case.kv.k, FP8), to_kv(case.kv.v, FP8))
-    rows = to_device(case.rows, 16)
+    rows = device_batch(case.rows)
     plan = DecodeAttention(rows.page_table, rows.kv_lens, kv, Workspaces(DEVICE), 132, split)
     positions = rows.kv_lens - 1
     pages = rows.page_table.gather(1, (positions // 16).long().unsqueeze(1)).squeeze(1).long()

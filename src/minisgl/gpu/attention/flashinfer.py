@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minisgl.core.attention import Int32, PlannedAttention, SequenceBatch
 from minisgl.core.kv_cache import KVCache
-from minisgl.gpu.attention.interface import DeviceBackend, DeviceBatch, GraphDecode, load_library, to_device
+from minisgl.gpu.attention.interface import DeviceBackend, DeviceBatch, GraphDecode, device_batch, load_library
 
 WORKSPACE_BYTES = 256 * 2**20
 TRTLLM_WORKSPACE_BYTES = 128 * 2**20
@@ -90,7 +90,7 @@ class FlashInferStep(PlannedAttention):
         self.owner, self.rows, self.kv, self.decode = owner, rows, kv, decode
         self.planned: dict[int, Any] = {}  # by window
         self.starts = _starts(-(-rows.kv_lens // kv.page_size))  # of each row's pages, on the host
-        on_device = to_device(rows, kv.page_size)
+        on_device = device_batch(rows)
         self.pages = torch.empty(int(self.starts[-1]), dtype=torch.int32, device=owner.device)
         unused = torch.empty(2, len(self.starts), dtype=torch.int32, device=owner.device)
         owner.kernels.flatten_pages(

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,19 +28,9 @@ class DeviceBatch:
     max_kv_len: int
 
 
-def to_device(rows: SequenceBatch, page_size: int) -> DeviceBatch:
-    """The rows' own lines of the page table, and their lengths. Copies from the host only what `rows` leaves None."""
-    device = rows.page_table.device
-    max_kv_len = int(rows.kv_lens.max())
-    slots, lens, starts = rows.slots_device, rows.kv_lens_device, rows.cu_query_lens
-    if slots is None:
-        slots = torch.from_numpy(rows.slots.astype(np.int64)).to(device)
-    if lens is None:
-        lens = torch.from_numpy(rows.kv_lens.astype(np.int32)).to(device)
-    if starts is None:
-        starts = torch.from_numpy(np.concatenate([[0], np.cumsum(rows.query_lens)]).astype(np.int32)).to(device)
-    table = rows.page_table[:, : -(-max_kv_len // page_size)].index_select(0, slots)
-    return DeviceBatch(table, lens, starts, int(rows.query_lens.max()), max_kv_len)
+def device_batch(rows: SequenceBatch) -> DeviceBatch:
+    lens = int(rows.query_lens.max()), int(rows.kv_lens.max())
+    return DeviceBatch(rows.page_table, rows.kv_lens_device, rows.cu_query_lens, *lens)
 
 
 def load_library(module: str, package: str) -> ModuleType:
@@ -84,10 +73,10 @@ class DeviceBackend(ABC):
     def step(self, rows: DeviceBatch, kv: KVCache, decode: bool) -> PlannedAttention: ...
 
     def plan_decode(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
-        return self.step(to_device(rows, kv.page_size), kv, decode=True)
+        return self.step(device_batch(rows), kv, decode=True)
 
     def plan_prefill(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
-        return self.step(to_device(rows, kv.page_size), kv, decode=False)
+        return self.step(device_batch(rows), kv, decode=False)
 
     def graph_decode(self, page_table: Tensor, kv_lens: Tensor, kv: KVCache, max_seq_len: int) -> GraphDecode:
         starts = torch.arange(len(kv_lens) + 1, dtype=torch.int32, device=kv_lens.device)
