@@ -4,8 +4,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
-from typing import ParamSpec, TypeVar
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from minisgl.core.logits import StepOutput
 from minisgl.core.model_runner import ModelRunner
 from minisgl.core.plan import Masks, Scores, StepPlan, StepResult
 
-P = ParamSpec("P")
 T = TypeVar("T")
 CheckAlive = Callable[[], None]
 Moment = float | torch.cuda.Event
@@ -22,6 +21,16 @@ Moment = float | torch.cuda.Event
 # How often a rank that waits for a step asks whether the others are alive: on the CPU, and on a GPU, where steps take
 # milliseconds and the next one is in the stream already.
 ALIVE_SECONDS, POLL_SECONDS = 0.1, 2e-5
+
+
+@dataclass
+class LaunchedStep:
+    """A step that is not collected yet. Its results are on the host once `output` and `copied` are done."""
+
+    plan: StepPlan
+    output: Future[StepOutput] = field(init=False)
+    copied: torch.cuda.Event | None = None
+    moments: list[Moment] = field(default_factory=list)  # the device's, at the beginning and end of a timed step
 
 
 class LocalExecutor:
@@ -38,30 +47,24 @@ class LocalExecutor:
         self._alive = alive
         self._clock = DeviceClock(runner.device)
         self._worker = ThreadPoolExecutor(1, "minisgl-step") if self.device.type == "cpu" else None
-        self._pending: deque[PendingStep] = deque()
-        # The step that waits for its masks, and when it began.
-        self._unmasked: tuple[StepPlan, Future[StepOutput], Future[Moment] | None] | None = None
+        self._steps: deque[LaunchedStep] = deque()
 
     @property
     def num_pages(self) -> int:
         return self.runner.kv.num_pages
 
     def launch(self, plan: StepPlan) -> None:
-        assert self._unmasked is None, "the step before waits for its masks"
-        began = self._start(self._clock.now) if plan.timed else None
-        output = self._start(self.runner.run, plan)
-        if len(plan.constrained_slots):
-            self._unmasked = plan, output, began
-        else:
-            self._fetch(plan.step, output, began)
+        step = LaunchedStep(plan)
+        step.output = self._start(lambda: self._run(step))
+        self._steps.append(step)
 
     def finish(self, masks: Masks) -> None:
-        assert self._unmasked is not None, "no step waits for masks"
-        (plan, output, began), self._unmasked = self._unmasked, None
-        self._fetch(plan.step, self._start(lambda: self.runner.finish(plan, output.result(), masks)), began)
+        step = self._steps[-1]
+        launched = step.output
+        step.output = self._start(lambda: self._finish(step, launched, masks))
 
     def collect(self) -> StepResult:
-        step = self._pending.popleft()
+        step = self._steps.popleft()
         while self._alive is not None and not step.output.done():
             self._alive()
             wait([step.output], ALIVE_SECONDS)
@@ -71,12 +74,12 @@ class LocalExecutor:
                 self._alive()
                 time.sleep(POLL_SECONDS)
             step.copied.synchronize()
-        if step.moments is not None:
-            began, ended = (self._clock.seconds(moment.result()) for moment in step.moments)
+        if step.moments:
+            began, ended = map(self._clock.seconds, step.moments)
             device = began, ended
         scores, prompt_scores = _each(output.scores, Tensor.numpy), _each(output.prompt_scores, Tensor.numpy)
         return StepResult(
-            step=step.number, tokens=output.tokens.numpy(), scores=scores, prompt_scores=prompt_scores, device=device
+            step=step.plan.step, tokens=output.tokens.numpy(), scores=scores, prompt_scores=prompt_scores, device=device
         )
 
     def close(self) -> None:
@@ -86,24 +89,37 @@ class LocalExecutor:
             torch.cuda.synchronize(self.device)
             self.runner.graphs, self.runner.forward = [], self.runner.decoder.forward
 
-    def _start(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+    def _start(self, work: Callable[[], StepOutput]) -> Future[StepOutput]:
         if self._worker is not None:
-            return self._worker.submit(work, *args, **kwargs)
-        done: Future[T] = Future()  # a GPU's stream has the work when this returns
+            return self._worker.submit(work)
+        done: Future[StepOutput] = Future()  # a GPU's stream has the work when this returns
         try:
-            done.set_result(work(*args, **kwargs))
+            done.set_result(work())
         except Exception as error:
             done.set_exception(error)
         return done
 
-    def _fetch(self, step: int, output: Future[StepOutput], began: Future[Moment] | None) -> None:
-        """Start the copy of a step's results to the host."""
-        moments = None if began is None else (began, self._start(self._clock.now))
-        copied = None
-        if self._worker is None:
-            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            output = self._start(_copy_to_host, output, copied)
-        self._pending.append(PendingStep(step, output, copied, moments))
+    def _run(self, step: LaunchedStep) -> StepOutput:
+        if step.plan.timed:
+            step.moments.append(self._clock.now())
+        output = self.runner.run(step.plan)
+        return output if len(step.plan.constrained_slots) else self._end(step, output)
+
+    def _finish(self, step: LaunchedStep, launched: Future[StepOutput], masks: Masks) -> StepOutput:
+        return self._end(step, self.runner.finish(step.plan, launched.result(), masks))
+
+    def _end(self, step: LaunchedStep, output: StepOutput) -> StepOutput:
+        """Note when a step ends, and on a GPU start the copy of its results to the host."""
+        if step.plan.timed:
+            step.moments.append(self._clock.now())
+        if self._worker is not None:
+            return output
+        no_logits = output.tokens[:0]  # the next step may take their memory
+        scores, prompt_scores = _each(output.scores, _pinned), _each(output.prompt_scores, _pinned)
+        copied = StepOutput(_pinned(output.tokens), no_logits, scores, prompt_scores)
+        step.copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        step.copied.record()
+        return copied
 
 
 class DeviceClock:
@@ -130,25 +146,6 @@ class DeviceClock:
         assert self._zero is not None
         host, zero = self._zero
         return host + float(zero.elapsed_time(moment)) / 1e3
-
-
-@dataclass(frozen=True)
-class PendingStep:
-    """A launched step. Its results are on the host once `output` and `copied` are done."""
-
-    number: int
-    output: Future[StepOutput]
-    copied: torch.cuda.Event | None
-    moments: tuple[Future[Moment], Future[Moment]] | None  # the device's, at its beginning and end
-
-
-def _copy_to_host(output: Future[StepOutput], copied: torch.cuda.Event) -> StepOutput:
-    result = output.result()
-    no_logits = result.tokens[:0]  # the next step may take their memory
-    scores, prompt_scores = _each(result.scores, _pinned), _each(result.prompt_scores, _pinned)
-    pinned = StepOutput(_pinned(result.tokens), no_logits, scores, prompt_scores)
-    copied.record()
-    return pinned
 
 
 def _pinned(tensor: Tensor) -> Tensor:
