@@ -70,7 +70,7 @@ class GpuProbe:
         rows = SequenceBatch(
             page_table=pages, query_lens=lens, kv_lens=lens, cu_query_lens=ends, kv_lens_device=ends[1:]
         )
-        planned = backend.plan_prefill(rows, KVCache(k, v))
+        planned = backend.plan(rows, KVCache(k, v), decode=False)
         return 1e-6 * graph_us(partial(planned.run, noise(tokens, heads, HEAD_DIM), 0, 0))
 
     def norm(self, rows: int, hidden: int) -> float:

@@ -38,8 +38,7 @@ def backends(name: str, group: int, head_dim: int, page_size: int) -> tuple[Atte
 
 def exact(case: Case, window: int) -> Tensor:
     kv = KVCache(case.kv.k.float(), case.kv.v.float())
-    plan = TorchAttention().plan_decode if case.decode else TorchAttention().plan_prefill
-    return plan(case.rows, kv).run(case.q.float(), 1, window)
+    return TorchAttention().plan(case.rows, kv, case.decode).run(case.q.float(), 1, window)
 
 
 def assert_close(out: Tensor, expected: Tensor) -> None:
@@ -56,11 +55,11 @@ def test_backend_equals_float32(name: str, group: int, head_dim: int, page_size:
     prefill, decode = backends(name, group, head_dim, page_size)
     for lens in DECODES:
         case = random_case(lens, None, KV_HEADS, group, head_dim, page_size, torch.bfloat16, DEVICE)
-        assert_close(decode.plan_decode(case.rows, case.kv).run(case.q, 1, window), exact(case, window))
+        assert_close(decode.plan(case.rows, case.kv, decode=True).run(case.q, 1, window), exact(case, window))
     for chunks in PREFILLS:
         query_lens, lens = zip(*chunks, strict=True)
         case = random_case(lens, query_lens, KV_HEADS, group, head_dim, page_size, torch.bfloat16, DEVICE)
-        assert_close(prefill.plan_prefill(case.rows, case.kv).run(case.q, 1, window), exact(case, window))
+        assert_close(prefill.plan(case.rows, case.kv, decode=False).run(case.q, 1, window), exact(case, window))
 
 
 @pytest.mark.parametrize(("name", "limit"), [("triton", 1e-2), ("fa", 5e-2)])  # fa has queries in FP8, too
@@ -73,8 +72,8 @@ def test_keys_and_values_in_fp8(name: str, limit: float, group: int, head_dim: i
         cases.append(random_case(lens, query_lens, KV_HEADS, group, head_dim, page_size, torch.bfloat16, DEVICE))
     for case in cases:
         kept = KVCache(to_kv(case.kv.k, FP8), to_kv(case.kv.v, FP8))
-        plan = decode.plan_decode if case.decode else prefill.plan_prefill
-        out = plan(case.rows, kept).run(case.q, 1, 0)
+        backend = decode if case.decode else prefill
+        out = backend.plan(case.rows, kept, case.decode).run(case.q, 1, 0)
         assert out.dtype == torch.bfloat16
         expected = exact(dataclasses.replace(case, kv=kept), 0)
         error = torch.linalg.vector_norm(out.float() - expected) / torch.linalg.vector_norm(expected)
@@ -111,7 +110,7 @@ def test_replayed_graph_follows_lengths_and_pages(name: str, page_size: int, row
             rows_now = dataclasses.replace(first.rows, kv_lens=host, kv_lens_device=lens.clone())
             case = dataclasses.replace(first, q=q, rows=rows_now)
             assert_close(out[1], exact(case, 0))
-            assert_close(out[1], decode.plan_decode(case.rows, kv).run(q, 1, 0).float())
+            assert_close(out[1], decode.plan(case.rows, kv, decode=True).run(q, 1, 0).float())
 
 
 @pytest.mark.parametrize("name", ["fa", "fi", "triton"])
@@ -128,8 +127,8 @@ def test_steps_in_flight_keep_their_own_plans(name: str) -> None:
     outs = []
     for case in cases:
         busy = busy @ busy * 1e-3  # the host runs ahead of the GPU
-        outs.append(decode.plan_decode(case.rows, case.kv).run(case.q, 1, 0))
+        outs.append(decode.plan(case.rows, case.kv, decode=True).run(case.q, 1, 0))
     for out, wanted in zip(outs, expected, strict=True):
         assert_close(out, wanted)
     chunk = random_case([900, 40], [300, 40], KV_HEADS, 2, 128, 16, torch.bfloat16, DEVICE)
-    assert_close(prefill.plan_prefill(chunk.rows, chunk.kv).run(chunk.q, 1, 0), exact(chunk, 0))
+    assert_close(prefill.plan(chunk.rows, chunk.kv, decode=False).run(chunk.q, 1, 0), exact(chunk, 0))

@@ -76,9 +76,7 @@ class PlannedAttention(ABC):
 class AttentionBackend(Protocol):
     """A way to compute attention, of decode rows with one query each, of prefill chunks, or of both."""
 
-    def plan_decode(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention: ...
-
-    def plan_prefill(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention: ...
+    def plan(self, rows: SequenceBatch, kv: KVCache, decode: bool) -> PlannedAttention: ...
 
 
 @dataclass
@@ -89,10 +87,10 @@ class Attention:
     def plan(self, decode: SequenceBatch, prefill: SequenceBatch, kv: KVCache) -> PlannedAttention:
         """Prepare a step, which has rows of at least one kind; the queries of decode rows come first."""
         if not len(prefill.kv_lens):
-            return self.decode.plan_decode(decode, kv)
+            return self.decode.plan(decode, kv, decode=True)
         if not len(decode.kv_lens):
-            return self.prefill.plan_prefill(prefill, kv)
-        parts = self.decode.plan_decode(decode, kv), self.prefill.plan_prefill(prefill, kv)
+            return self.prefill.plan(prefill, kv, decode=False)
+        parts = self.decode.plan(decode, kv, decode=True), self.prefill.plan(prefill, kv, decode=False)
         return _MixedStep(len(decode.kv_lens), *parts)
 
 
@@ -110,11 +108,8 @@ class _MixedStep(PlannedAttention):
 class TorchAttention:
     """The backend `torch`, every kernel's reference: gathers pages for `scaled_dot_product_attention`."""
 
-    def plan_decode(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
-        return _Decode(rows, kv)
-
-    def plan_prefill(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
-        return _Prefill(rows, kv)
+    def plan(self, rows: SequenceBatch, kv: KVCache, decode: bool) -> PlannedAttention:
+        return _Decode(rows, kv) if decode else _Prefill(rows, kv)
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 
 
 def check(case: Case, window: int) -> None:
-    backend, reference = TritonAttention(DEVICE), TorchAttention()
-    plan = "plan_decode" if case.decode else "plan_prefill"
-    out = getattr(backend, plan)(case.rows, case.kv).run(case.q, 1, window)
-    expected = getattr(reference, plan)(case.rows, case.kv).run(case.q, 1, window)
+    out = TritonAttention(DEVICE).plan(case.rows, case.kv, case.decode).run(case.q, 1, window)
+    expected = TorchAttention().plan(case.rows, case.kv, case.decode).run(case.q, 1, window)
     assert out.shape == case.q.shape
     assert torch.linalg.vector_norm(out - expected) <= TOLERANCE[case.q.dtype] * torch.linalg.vector_norm(expected)
 
@@ -78,7 +76,7 @@ def test_graph_decode_follows_lengths_and_pages_written_later() -> None:
     table.copy_(case.rows.page_table[:, :20])
     lens.copy_(torch.from_numpy(case.rows.kv_lens))
     graph.prepare(case.rows.kv_lens)
-    expected = TorchAttention().plan_decode(case.rows, case.kv).run(case.q, 0, 0)
+    expected = TorchAttention().plan(case.rows, case.kv, decode=True).run(case.q, 0, 0)
     torch.testing.assert_close(graph.attention.run(case.q, 0, 0), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -91,7 +89,7 @@ def decode(case: Case, split: DecodeSplit, processors: int = 8) -> DecodeAttenti
 @pytest.mark.parametrize("programs", [0, 1, 2, 3, 7, 30, 200])
 def test_the_split_of_tiles_does_not_change_the_result(programs: int, tile: int) -> None:
     case = random_case((1, 64, 65, 300, 2, 700), None, 1, 2, 16, 16, torch.float32, DEVICE)
-    expected = TorchAttention().plan_decode(case.rows, case.kv).run(case.q, 0, 0)
+    expected = TorchAttention().plan(case.rows, case.kv, decode=True).run(case.q, 0, 0)
     plan = decode(case, DecodeSplit(tile, 4, 2, programs), processors=1)
     for _ in range(2):  # the second launch finds the counters as the first one did
         torch.testing.assert_close(plan.run(case.q, 0, 0), expected, rtol=1e-4, atol=1e-5)
@@ -99,7 +97,7 @@ def test_the_split_of_tiles_does_not_change_the_result(programs: int, tile: int)
 
 def test_layers_with_and_without_a_window_alternate() -> None:
     case = random_case((40, 3, 150), None, 2, 2, 16, 16, torch.float32, DEVICE)
-    plan, reference = decode(case, DecodeSplit(16, 4, 2, 3)), TorchAttention().plan_decode(case.rows, case.kv)
+    plan, reference = decode(case, DecodeSplit(16, 4, 2, 3)), TorchAttention().plan(case.rows, case.kv, decode=True)
     for layer, window in ((0, 0), (1, 33), (0, 33), (1, 0)):
         expected = reference.run(case.q, layer, window)
         torch.testing.assert_close(plan.run(case.q, layer, window), expected, rtol=1e-4, atol=1e-5)
@@ -135,7 +133,7 @@ def test_decode_from_the_qkv_gemm_equals_rope_store_and_attention(
     q = rope(qkv)
     torch.testing.assert_close(case.kv.k[layer], k, equal_nan=True)
     torch.testing.assert_close(case.kv.v[layer], v, equal_nan=True, rtol=0, atol=0)
-    expected = TorchAttention().plan_decode(case.rows, case.kv).run(q, layer, window)
+    expected = TorchAttention().plan(case.rows, case.kv, decode=True).run(q, layer, window)
     assert torch.linalg.vector_norm(out - expected) <= TOLERANCE[dtype] * torch.linalg.vector_norm(expected)
 
 

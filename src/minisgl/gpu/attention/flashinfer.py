@@ -41,11 +41,8 @@ class FlashInfer:
         self.processors = torch.cuda.get_device_properties(device).multi_processor_count
         self.planners_of: dict[tuple[str, int], AlternatingPlanners] = {}
 
-    def plan_decode(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
-        return FlashInferStep(self, rows, kv, decode=True)
-
-    def plan_prefill(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
-        return FlashInferStep(self, rows, kv, decode=False)
+    def plan(self, rows: SequenceBatch, kv: KVCache, decode: bool) -> PlannedAttention:
+        return FlashInferStep(self, rows, kv, decode)
 
     def graph_decode(self, page_table: Tensor, kv_lens: Tensor, kv: KVCache, max_seq_len: int) -> GraphDecode:
         step = FlashInferGraphStep(self, page_table, kv_lens, kv)

@@ -29,8 +29,8 @@ class DeviceBatch:
 
 
 def device_batch(rows: SequenceBatch) -> DeviceBatch:
-    lens = int(rows.query_lens.max()), int(rows.kv_lens.max())
-    return DeviceBatch(rows.page_table, rows.kv_lens_device, rows.cu_query_lens, *lens)
+    longest, longest_kv = int(rows.query_lens.max()), int(rows.kv_lens.max())
+    return DeviceBatch(rows.page_table, rows.kv_lens_device, rows.cu_query_lens, longest, longest_kv)
 
 
 def load_library(module: str, package: str) -> ModuleType:
@@ -72,11 +72,8 @@ class DeviceBackend(ABC):
     @abstractmethod
     def step(self, rows: DeviceBatch, kv: KVCache, decode: bool) -> PlannedAttention: ...
 
-    def plan_decode(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
-        return self.step(device_batch(rows), kv, decode=True)
-
-    def plan_prefill(self, rows: SequenceBatch, kv: KVCache) -> PlannedAttention:
-        return self.step(device_batch(rows), kv, decode=False)
+    def plan(self, rows: SequenceBatch, kv: KVCache, decode: bool) -> PlannedAttention:
+        return self.step(device_batch(rows), kv, decode)
 
     def graph_decode(self, page_table: Tensor, kv_lens: Tensor, kv: KVCache, max_seq_len: int) -> GraphDecode:
         starts = torch.arange(len(kv_lens) + 1, dtype=torch.int32, device=kv_lens.device)
