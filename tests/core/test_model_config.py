@@ -141,6 +141,7 @@ def test_eos_is_every_id_that_any_file_names(tmp_path: Path) -> None:
         ({"rope_scaling": {"rope_type": "linear"}}, ["rope_scaling", "factor", "missing"]),
         ({"rope_scaling": {"full_attention": {"rope_theta": 1.0}}}, ["rope_scaling", "per layer type"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
+        ({"rope_theta": 1}, ["rope_theta", "above 1"]),
         ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, ["high_freq_factor"]),
         ({"eos_token_id": "</s>"}, ["eos_token_id"]),
         (

@@ -237,6 +237,8 @@ def read_rope(config: Fields, head_dim: int, max_position: int) -> Rope:
         if fields.number("partial_rotary_factor", 1.0) != 1.0:
             raise ModelError(f"{fields.where}: partial_rotary_factor other than 1 is not supported")
     theta = rope.number("rope_theta", config.number("rope_theta", 10000.0))
+    if theta <= 1.0:
+        raise ModelError(f"{rope.where}: rope_theta must be above 1, got {theta}")
     kind = rope.text("rope_type", rope.text("type", "default"))
     if kind not in ROPE_KINDS:
         raise ModelError(f"{rope.where}: rope kind {kind!r} is not supported; those that are: {', '.join(ROPE_KINDS)}")
