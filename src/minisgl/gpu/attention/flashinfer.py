@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minisgl.core.attention import Int32, PlannedAttention, SequenceBatch
 from minisgl.core.kv_cache import KVCache
-from minisgl.gpu.attention.interface import DeviceBackend, DeviceBatch, GraphDecode, device_batch, load_library
+from minisgl.gpu.attention.interface import DeviceBackend, DeviceBatch, GraphDecode, load_library
 
 WORKSPACE_BYTES = 256 * 2**20
 TRTLLM_WORKSPACE_BYTES = 128 * 2**20
@@ -87,11 +87,10 @@ class FlashInferStep(PlannedAttention):
         self.owner, self.rows, self.kv, self.decode = owner, rows, kv, decode
         self.planned: dict[int, Any] = {}  # by window
         self.starts = _starts(-(-rows.kv_lens // kv.page_size))  # of each row's pages, on the host
-        on_device = device_batch(rows)
         self.pages = torch.empty(int(self.starts[-1]), dtype=torch.int32, device=owner.device)
         unused = torch.empty(2, len(self.starts), dtype=torch.int32, device=owner.device)
         owner.kernels.flatten_pages(
-            on_device.page_table, on_device.kv_lens, kv.page_size, unused[0], self.pages, unused[1]
+            rows.page_table, rows.kv_lens_device, kv.page_size, unused[0], self.pages, unused[1]
         )
 
     def run(self, q: Tensor, layer: int, window: int) -> Tensor:
