@@ -80,25 +80,16 @@ class DeviceTables:
         return pages.long() * page_size + positions % page_size
 
 
-@dataclass(frozen=True, kw_only=True)
 class StepInputs:
     """What a decode step of B rows starts from, in tensors that stay where they are."""
 
-    ids: Tensor  # int32 (B,)
-    positions: Tensor  # int32 (B,)
-    kv_lens: Tensor  # int32 (B,) the new token included
-    slot_mapping: Tensor  # int64 (B,) page * page_size + offset of the new token
-    page_table: Tensor  # int32 (B, max_pages); behind a row's last page lies any valid page
-
-    @classmethod
-    def allocate(cls, batch: int, max_pages: int, scratch_page: int, device: torch.device) -> "StepInputs":
-        return cls(
-            ids=torch.zeros(batch, dtype=torch.int32, device=device),
-            positions=torch.zeros(batch, dtype=torch.int32, device=device),
-            kv_lens=torch.ones(batch, dtype=torch.int32, device=device),
-            slot_mapping=torch.zeros(batch, dtype=torch.int64, device=device),
-            page_table=torch.full((batch, max_pages), scratch_page, dtype=torch.int32, device=device),
-        )
+    def __init__(self, batch: int, max_pages: int, scratch_page: int, device: torch.device) -> None:
+        self.ids = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.positions = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.kv_lens = torch.ones(batch, dtype=torch.int32, device=device)  # the new token included
+        self.slot_mapping = torch.zeros(batch, dtype=torch.int64, device=device)  # page * page_size + offset of that
+        # Behind a row's last page lies any valid page.
+        self.page_table = torch.full((batch, max_pages), scratch_page, dtype=torch.int32, device=device)
 
 
 def gather_rows(changes: Tensor, tables: DeviceTables, inputs: StepInputs, page_size: int) -> None:

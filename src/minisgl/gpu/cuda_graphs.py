@@ -105,7 +105,7 @@ class DecodeGraphs:
     @torch.inference_mode()
     def _capture(self, size: int, pool: Any) -> CapturedStep:
         table, device = self.tables.page_table, self.tables.page_table.device
-        inputs = StepInputs.allocate(size, table.shape[1], self.kv.num_pages, device)
+        inputs = StepInputs(size, table.shape[1], self.kv.num_pages, device)
         changes = torch.full((3, size), -1, dtype=torch.int32, device=device)
         changes[0] = self.padding
         attention = self.backend.graph_decode(inputs.page_table, inputs.kv_lens, self.kv, self.max_seq_len)

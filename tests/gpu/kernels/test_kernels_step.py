@@ -31,9 +31,9 @@ def test_rows_are_gathered_and_committed_as_the_reference_does(
     changes[2, :live:3] = torch.randint(SCRATCH, (len(grown),), dtype=torch.int32, device=device)
     tokens = torch.randint(50000, (batch,), dtype=torch.int32, device=device)
 
-    wanted_tables, wanted = copy.deepcopy(tables), StepInputs.allocate(batch, max_pages, SCRATCH, device)
+    wanted_tables, wanted = copy.deepcopy(tables), StepInputs(batch, max_pages, SCRATCH, device)
     reference.gather_rows(changes, wanted_tables, wanted, page_size)
-    got = StepInputs.allocate(batch, max_pages, SCRATCH, device)
+    got = StepInputs(batch, max_pages, SCRATCH, device)
     kernels.gather_rows(changes, tables, got, page_size)
     for name in ("ids", "positions", "kv_lens", "slot_mapping"):
         assert torch.equal(getattr(got, name), getattr(wanted, name)), name
