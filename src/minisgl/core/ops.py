@@ -159,7 +159,7 @@ Sample = Callable[[Tensor, SamplingRows, Tensor, Tensor, bool, bool, bool], Tens
 
 @dataclass(frozen=True)
 class Operations:
-    """What a decoder and its sampler call: functions of this module, or others that compute the same.
+    """What a decoder and its sampler call: functions of this module, or others that compute the same in their place.
 
     `embed` begins a forward pass; `whole`: the hidden states of all its tokens are wanted. Only `add_rms_norm` reads
     the result of `row_parallel_linear` and `moe`, which may be parts of a sum (parts, T, D). The last argument of the
@@ -168,34 +168,21 @@ class Operations:
     `sample_gathered`.
     """
 
-    name: str
-    embed: Callable[[Tensor, Tensor, bool], Tensor]
-    rms_norm: Callable[[Tensor, Tensor, float, Weight | None], Any]
-    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float, Weight | None], Any]
-    linear: Linear
-    row_parallel_linear: Linear
-    gated_linear: Callable[[Any, Weight, Tensor | None, Weight | None], Any]
-    rope_store_kv: RopeStoreKV
-    moe: Callable[[Tensor, Tensor, Tensor | Fp8Weight, Tensor | Fp8Weight, int, bool], Tensor]
-    gather_logits: Callable[[Tensor], Tensor]
-    sample: Sample
-    sample_gathered: Sample
+    name: str = "torch"
+    embed: Callable[[Tensor, Tensor, bool], Tensor] = embed
+    rms_norm: Callable[[Tensor, Tensor, float, Weight | None], Any] = rms_norm
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float, Weight | None], Any] = add_rms_norm
+    linear: Linear = linear
+    row_parallel_linear: Linear = linear
+    gated_linear: Callable[[Any, Weight, Tensor | None, Weight | None], Any] = gated_linear
+    rope_store_kv: RopeStoreKV = rope_store_kv
+    moe: Callable[[Tensor, Tensor, Tensor | Fp8Weight, Tensor | Fp8Weight, int, bool], Tensor] = moe
+    gather_logits: Callable[[Tensor], Tensor] = lambda logits: logits
+    sample: Sample = sample_slots
+    sample_gathered: Sample = sample_slots
 
 
-PLAIN = Operations(
-    name="torch",
-    embed=embed,
-    rms_norm=rms_norm,
-    add_rms_norm=add_rms_norm,
-    linear=linear,
-    row_parallel_linear=linear,
-    gated_linear=gated_linear,
-    rope_store_kv=rope_store_kv,
-    moe=moe,
-    gather_logits=lambda logits: logits,
-    sample=sample_slots,
-    sample_gathered=sample_slots,
-)
+PLAIN = Operations()
 
 
 def pack(weight: Weight, int8: bool = False) -> Weight:
