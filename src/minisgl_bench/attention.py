@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from minisgl.cli import Parser
-from minisgl.core.attention import Attention, Int32
+from minisgl.core.attention import Attention
 from minisgl.core.kv_cache import KVCache
+from minisgl.core.plan import Int32
 from minisgl.errors import ConfigError
 from minisgl.gpu.attention.interface import GraphBackend
 from minisgl.gpu.attention.select import Shape, available_backends, make_attention

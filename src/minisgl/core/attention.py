@@ -12,9 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minisgl.core.kv_cache import KVCache
-
-Int32 = NDArray[np.int32]
-Int64 = NDArray[np.int64]
+from minisgl.core.plan import Int32
 
 # Of pages gathered for decode rows together. On a CPU a block still lies in its caches when it is read again: 64 rows
 # of 512 tokens take 148 ms in blocks of 8 rows, 232 in one (SmolLM2-135M's 30 layers, two cores).
@@ -174,7 +172,7 @@ def gather(kv: KVCache, layer: int, pages: Tensor, rows: int, dtype: torch.dtype
     return k.view(shape).transpose(1, 2), v.view(shape).transpose(1, 2)
 
 
-def split_by_length(lens: Int32, limit: int) -> list[Int64]:
+def split_by_length(lens: Int32, limit: int) -> list[NDArray[np.int64]]:
     """Rows in groups: of one row, or at most `limit` long in all when each row is padded to its group's longest."""
     if len(lens) * int(lens.max()) <= limit:
         return [np.arange(len(lens))]

@@ -149,9 +149,8 @@ def sample_slots(
     return sample(logits, rows, positions, all_greedy=all_greedy, any_filter=any_filter, any_min_len=any_min_len)
 
 
-NormWeight = Tensor | None
 RopeStoreKV = Callable[
-    [Tensor, NormWeight, NormWeight, float, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor
+    [Tensor, Tensor | None, Tensor | None, float, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor
 ]
 Linear = Callable[[Any, Weight, Tensor | None], Tensor]  # of `Activations` that the implementation itself made
 Sample = Callable[[Tensor, SamplingRows, Tensor, Tensor, bool, bool, bool], Tensor]

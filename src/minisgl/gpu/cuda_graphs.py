@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minisgl.config import Config
-from minisgl.core.attention import Int32, PlannedAttention
+from minisgl.core.attention import PlannedAttention
 from minisgl.core.decoder import Decoder, ForwardBatch
 from minisgl.core.kv_cache import DeviceTables, KVCache, StepInputs, upload
 from minisgl.core.logits import StepOutput
-from minisgl.core.plan import StepPlan
+from minisgl.core.plan import Int32, StepPlan
 from minisgl.core.request_state import EMPTY
 from minisgl.gpu.attention.interface import DeviceBatch, GraphBackend, GraphDecode, static_step
 

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minisgl.core.attention import Int32, PlannedAttention, SequenceBatch
+from minisgl.core.attention import PlannedAttention, SequenceBatch
 from minisgl.core.kv_cache import KVCache
+from minisgl.core.plan import Int32
 from minisgl.gpu.attention.interface import DeviceBackend, DeviceBatch, GraphDecode, load_library
 
 WORKSPACE_BYTES = 256 * 2**20

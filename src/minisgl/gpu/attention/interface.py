@@ -12,8 +12,9 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from minisgl.core.attention import Attention, AttentionBackend, Int32, PlannedAttention, SequenceBatch
+from minisgl.core.attention import Attention, AttentionBackend, PlannedAttention, SequenceBatch
 from minisgl.core.kv_cache import KVCache
+from minisgl.core.plan import Int32
 from minisgl.errors import ConfigError
 
 
