@@ -10,7 +10,7 @@ from torch import Tensor
 from helpers.attention import Case, random_case
 from minisgl.core.attention import AttentionBackend, TorchAttention
 from minisgl.core.kv_cache import KVCache
-from minisgl.core.quantization import FP8, to_kv
+from minisgl.core.quantization import to_fp8
 from minisgl.gpu.attention.interface import GraphBackend
 from minisgl.gpu.attention.select import Shape, available_backends, make_attention, refusal
 
@@ -71,7 +71,7 @@ def test_keys_and_values_in_fp8(name: str, limit: float, group: int, head_dim: i
         query_lens, lens = zip(*chunks, strict=True)
         cases.append(random_case(lens, query_lens, KV_HEADS, group, head_dim, page_size, torch.bfloat16, DEVICE))
     for case in cases:
-        kept = KVCache(to_kv(case.kv.k, FP8), to_kv(case.kv.v, FP8))
+        kept = KVCache(to_fp8(case.kv.k), to_fp8(case.kv.v))
         backend = decode if case.decode else prefill
         out = backend.plan(case.rows, kept, case.decode).run(case.q, 1, 0)
         assert out.dtype == torch.bfloat16

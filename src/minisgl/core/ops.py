@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minisgl.core.quantization import FP8, Fp8Weight, Int8Weight, Weight, fp8_linear, int8_linear, quantize_int8, to_kv
+from minisgl.core.quantization import FP8, Fp8Weight, Int8Weight, Weight, fp8_linear, int8_linear, quantize_int8, to_fp8
 from minisgl.core.sampler import SamplingRows, sample
 
 TYPICAL_ROWS = 8  # of the activation that a packed weight is laid out for; layouts differ little from 2 to 512
@@ -93,7 +93,7 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
     """
     for cache, new in ((k_cache, k), (v_cache, v)):
         # As bytes where it is FP8, which torch does not index.
-        kept = to_kv(new, FP8).view(torch.uint8) if cache.dtype == FP8 else new
+        kept = to_fp8(new).view(torch.uint8) if cache.dtype == FP8 else new
         cache.view(kept.dtype).view(-1, *new.shape[1:]).index_copy_(0, slot_mapping, kept)
 
 

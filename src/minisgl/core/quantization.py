@@ -137,9 +137,9 @@ def int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None = None) -> Te
     return out if bias is None else out.add_(bias)
 
 
-def to_kv(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Keys or values as the cache keeps them; what FP8 cannot hold becomes its largest number."""
-    return x.clamp(-FP8_MAX, FP8_MAX).to(FP8) if dtype == FP8 else x
+def to_fp8(x: Tensor) -> Tensor:
+    """In FP8, without a scale; what that cannot hold becomes its largest number."""
+    return x.clamp(-FP8_MAX, FP8_MAX).to(FP8)
 
 
 def fp8_linear(x: Tensor, weight: Fp8Weight, bias: Tensor | None = None) -> Tensor:

@@ -9,7 +9,7 @@ from helpers.gemm import error, in_blocks, matrices
 from helpers.gpu import DEVICE
 from minisgl.core.attention import RopeStore, TorchAttention
 from minisgl.core.kv_cache import KVCache
-from minisgl.core.quantization import BLOCK, FP8, Fp8Weight, quantize, quantize_fp8, to_kv
+from minisgl.core.quantization import BLOCK, Fp8Weight, quantize, quantize_fp8, to_fp8
 from minisgl.gpu.attention.interface import device_batch
 from minisgl.gpu.kernels import elementwise, fp8, fp8_rows
 from minisgl.gpu.kernels.decode import DecodeAttention, DecodeSplit, Workspaces
@@ -82,7 +82,7 @@ def test_few_rows_are_multiplied_with_every_tile(tile: RowsTile, blocks: bool, h
 @pytest.mark.parametrize("split", [DecodeSplit(16, 1, 7, 0), DecodeSplit(16, 4, 2, 3), DecodeSplit(128, 4, 2, 2)])
 def test_decode_writes_and_reads_the_cache_as_rope_and_attention_do(split: DecodeSplit) -> None:
     case = random_case((300, 16, 17, 1), None, 2, 5, 128, 16, torch.bfloat16, DEVICE)
-    kv = KVCache(to_kv(case.kv.k, FP8), to_kv(case.kv.v, FP8))
+    kv = KVCache(to_fp8(case.kv.k), to_fp8(case.kv.v))
     rows = device_batch(case.rows)
     plan = DecodeAttention(rows.page_table, rows.kv_lens, kv, Workspaces(DEVICE), 132, split)
     positions = rows.kv_lens - 1

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minisgl.core.attention import PlannedAttention
 from minisgl.core.kv_cache import KVCache
-from minisgl.core.quantization import FP8, to_kv
+from minisgl.core.quantization import FP8, to_fp8
 from minisgl.gpu.attention.interface import DeviceBackend, DeviceBatch, load_library
 
 ONE_SPLIT_PAIRS = 256  # so many pairs of decode row and KV head fill the GPU: splitting a row only adds a merge
@@ -48,7 +48,7 @@ class FlashAttentionStep(PlannedAttention):
         }
         dtype = q.dtype
         if self.kv.k.dtype == FP8:
-            q = to_kv(q, FP8)
+            q = to_fp8(q)
         if layer == 0:
             self.schedules.clear()  # a captured step schedules anew in each replay, from the lengths of the moment
         if window not in self.schedules:
