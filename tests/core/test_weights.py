@@ -148,6 +148,17 @@ def test_an_index_may_only_name_tensors_of_safetensors_beside_it(tmp_path: Path,
         load(folder)
 
 
+def test_of_a_folder_with_an_index_only_what_it_names_is_read(tmp_path: Path) -> None:
+    model = save(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    places = dict.fromkeys(tensors, path.name) | {NORM: "norm.safetensors"}
+    save_file({NORM: tensors[NORM]}, tmp_path / "norm.safetensors")
+    save_file(tensors | {NORM: tensors[NORM] + 1, BIAS: torch.ones(64)}, path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    assert_same(load(tmp_path), model, read_spec(tmp_path))
+
+
 def test_pickles_are_refused_with_the_reason(tmp_path: Path) -> None:
     save(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")

@@ -304,7 +304,7 @@ class Checkpoint:
         self._factors: dict[str, float] = {}  # by tensor: what it is multiplied by
         promised = self._read_index(folder / INDEX) if (folder / INDEX).exists() else {}
         for path in dict.fromkeys(promised.values()) or self._safetensors():
-            self._map(path, stack)
+            self._map(path, promised, stack)
         for name, path in promised.items():
             if name not in self:
                 raise ModelError(f"{path}: tensor {name} is missing, the index promises it")
@@ -443,7 +443,8 @@ class Checkpoint:
             raise ModelError(f"{self.folder}: {pickles[0]} {rule}")
         raise ModelError(f"{self.folder}: no *.safetensors file")
 
-    def _map(self, path: Path, stack: ExitStack) -> None:
+    def _map(self, path: Path, promised: Mapping[str, Path], stack: ExitStack) -> None:
+        """Take in a file's tensors, with an index those that it promises from there."""
         require_file(path)
         try:
             with NO_PANICS:
@@ -455,6 +456,8 @@ class Checkpoint:
         except OSError as error:
             raise ModelError(f"{path}: {error.strerror or error}") from error
         for name, stored in slices.items():
+            if promised and promised.get(name) != path:
+                continue
             if name in self:
                 raise ModelError(f"{path}: tensor {name} is also in {self._stored[name][0].name}")
             self._stored[name] = path, stored
