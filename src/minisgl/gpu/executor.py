@@ -78,8 +78,11 @@ def build_local_executor(
         )  # fmt: skip
     if device.type == "cpu":
         pack_weights(weights, config.quantization == "int8")
-    attention, _ = make_attention(config.attn, attention_shape(local, config), device)
-    num_pages = measure_pages(config, Decoder(local, weights, attention, max_seq_len, ops), max_seq_len, before)
+    # These backends end with the measurement: FlashInfer's have a workspace, and `make_executor` makes its own.
+    attention = make_attention(config.attn, attention_shape(local, config), device)[0]
+    decoder = Decoder(local, weights, attention, max_seq_len, ops)
+    num_pages = measure_pages(config, decoder, max_seq_len, before)
+    del attention, decoder
     if share is not None:
         num_pages = share.agree(num_pages)
     return make_executor(local, weights, config.replace(num_pages=num_pages), max_seq_len, ops, alive)
