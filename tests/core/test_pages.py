@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from helpers.invariants import check_cache, free_pages
 from minisgl.core.pages import CacheManager, PageAllocator
 from minisgl.core.plan import Int32
-from minisgl.core.radix_cache import Match
+from minisgl.core.radix_cache import Node
 
 
 def ids(*values: int) -> Int32:
@@ -57,9 +57,19 @@ def grow(cache: CacheManager, slot: int, length: int) -> Int32:
     return cache.extend(ids(slot), ids(length))[2]
 
 
+def acquire(cache: CacheManager, slot: int, tokens: Int32) -> int:
+    """Start a row on what is cached of these tokens; the length of that."""
+    return cache.acquire(slot, cache.match(tokens))
+
+
+def cached(cache: CacheManager, *tokens: int) -> int:
+    """Of so many of these tokens a row could start on what is cached."""
+    return cache.match(ids(*tokens)).end * cache.page_size
+
+
 def fill(cache: CacheManager, *prompt: int) -> None:
     """A row with this prompt comes, is computed and goes."""
-    cache.acquire(0, ids(*prompt))
+    acquire(cache, 0, ids(*prompt))
     grow(cache, 0, len(prompt))
     cache.release(0, ids(*prompt), len(prompt))
 
@@ -69,21 +79,21 @@ def test_the_last_token_of_a_prompt_is_never_taken_from_the_cache() -> None:
     prompt = ids(1, 2, 3, 4)
     fill(cache, *prompt)
     assert cache.num_cached == 2
-    assert cache.match_len(prompt) == cache.acquire(0, prompt) == 2
-    assert cache.match_len(ids(1, 2, 3, 4, 5)) == 4
-    assert cache.match_len(ids()) == 0
+    assert cached(cache, *prompt) == acquire(cache, 0, prompt) == 2
+    assert cached(cache, 1, 2, 3, 4, 5) == 4
+    assert cached(cache) == 0
 
 
 def test_published_pages_are_shared_while_their_row_runs() -> None:
     cache = CacheManager(8, 2, True, 2, 4)
     prompt = ids(1, 2, 3, 4, 5)
-    cache.acquire(0, prompt)
+    acquire(cache, 0, prompt)
     mine = grow(cache, 0, 5)
     cache.publish(0, prompt, 3)
     assert (cache.num_cached, cache.num_owned, cache.available) == (1, 2, 5)
     cache.publish(0, prompt, 5)
     assert (cache.num_cached, cache.num_owned, cache.available) == (2, 1, 5)
-    assert cache.acquire(1, prompt) == 4
+    assert acquire(cache, 1, prompt) == 4
     assert cache.writes(1)[2].tolist() == mine[:2].tolist()
     cache.release(0, prompt, 5)
     assert cache.flush() == 0
@@ -97,28 +107,28 @@ def test_extend_evicts_the_least_recently_used_prefix_and_never_a_borrowed_one()
     cache = CacheManager(6, 1, True, 2, 6)
     for first in (1, 2, 3):
         fill(cache, first, first)
-    assert cache.acquire(0, ids(1, 1, 9)) == 2
+    assert acquire(cache, 0, ids(1, 1, 9)) == 2
     assert cache.available == 4
-    cache.acquire(1, ids(7))
+    acquire(cache, 1, ids(7))
     grow(cache, 1, 2)
-    assert [cache.match_len(ids(n, n, 0)) for n in (1, 2, 3)] == [2, 0, 2]
+    assert [cached(cache, n, n, 0) for n in (1, 2, 3)] == [2, 0, 2]
     with pytest.raises(RuntimeError, match="3 pages are needed and 2 are available"):
         grow(cache, 1, 5)
     grow(cache, 1, 4)
-    assert [cache.match_len(ids(n, n, 0)) for n in (1, 2, 3)] == [2, 0, 0]
+    assert [cached(cache, n, n, 0) for n in (1, 2, 3)] == [2, 0, 0]
     check_cache(cache)
 
 
-def test_match_len_is_no_use_of_a_prefix_and_acquire_is() -> None:
+def test_a_match_is_no_use_of_a_prefix_and_acquire_is() -> None:
     cache = CacheManager(3, 1, True, 1, 3)
     for first in (1, 2, 3):
         fill(cache, first)
-    assert cache.match_len(ids(2, 0)) == 1
-    cache.acquire(0, ids(1, 0))
+    assert cached(cache, 2, 0) == 1
+    acquire(cache, 0, ids(1, 0))
     cache.release(0, ids(1, 0), 1)
-    cache.acquire(0, ids(9))
+    acquire(cache, 0, ids(9))
     grow(cache, 0, 1)
-    assert [cache.match_len(ids(n, 0)) for n in (1, 2, 3)] == [1, 0, 1]
+    assert [cached(cache, n, 0) for n in (1, 2, 3)] == [1, 0, 1]
 
 
 class Row:
@@ -145,7 +155,7 @@ class ManagerMachine(RuleBasedStateMachine):
         self.cache = CacheManager(pages, page_size, self.shared, 4, 16)
         self.content = np.full((pages, page_size), -1, np.int64)
         self.prefixes: dict[tuple[int, int], int] = {}
-        self.looked_up: list[tuple[Int32, Match]] = []  # prompts, and how far each was found
+        self.looked_up: list[tuple[Int32, Node]] = []  # prompts, and how far each was found
         self.rows = {}
 
     def prefix_ids(self, tokens: Int32) -> list[int]:
@@ -174,10 +184,10 @@ class ManagerMachine(RuleBasedStateMachine):
         slot = next(slot for slot in range(4) if slot not in self.rows)
         whole = [token for block in blocks for token in [*range(self.size - 1), block]]
         tokens = np.array(whole[: len(whole) - odd % self.size], np.int32)
-        expected, available = self.cache.match_len(tokens), self.cache.available
-        cached = self.cache.acquire(slot, tokens)
+        node, available = self.cache.match(tokens), self.cache.available
+        expected, cached = node.end * self.size, self.cache.acquire(slot, node)
         assert cached == expected < len(tokens)
-        self.looked_up.append((tokens, Match()))
+        self.looked_up.append((tokens, node))
         assert cached == 0 or (self.shared and cached % self.size == 0)
         assert self.cache.available >= available - cached // self.size
         assert self.cache.row_pages[slot] == cached // self.size
@@ -256,7 +266,7 @@ class ManagerMachine(RuleBasedStateMachine):
     def leave(self, order: list[int], count: int, start: int | None) -> None:
         """What is foretold of rows that leave comes true, also where another row starts on what they share."""
         slots = [slot for slot in order if slot in self.rows][:count]
-        new = None if start is None else self.rows[self.pick(start)].tokens
+        new = None if start is None else self.cache.match(self.rows[self.pick(start)].tokens)
         foretold = self.cache.available_after(np.array(slots, np.intp), new)
         check_cache(self.cache)
         if new is not None:
@@ -269,7 +279,7 @@ class ManagerMachine(RuleBasedStateMachine):
             self.cache.release(slot, row.tokens[: row.known], row.written)
             assert self.cache.available == expected
         if new is not None:
-            self.cache.release(free[0], new, 0)
+            self.cache.release(free[0], ids(), 0)
 
     @precondition(lambda self: bool(self.rows))
     @rule(which=st.integers(0, 3))
@@ -283,7 +293,7 @@ class ManagerMachine(RuleBasedStateMachine):
     def finds(self, row: Row) -> None:
         if self.shared:
             whole = min(row.known, row.written) // self.size * self.size
-            assert self.cache.match_len(np.append(row.tokens[:whole], 99).astype(np.int32)) == whole
+            assert cached(self.cache, *row.tokens[:whole].tolist(), 99) == whole
 
     @rule(often=st.integers(0, 4))
     def flush(self, often: int) -> None:
@@ -301,10 +311,8 @@ class ManagerMachine(RuleBasedStateMachine):
 
     @invariant()
     def an_earlier_match_is_brought_up_to_date(self) -> None:
-        for tokens, match in self.looked_up[-6:]:
-            assert self.cache.match_len(tokens, match) == self.cache.match_len(tokens)
-            fresh = self.cache._cache.find(self.cache._whole_pages(tokens))
-            assert self.cache.available_beside(match) == self.cache.available_beside(fresh)
+        for tokens, node in self.looked_up[-6:]:
+            assert self.cache.match(tokens, node) is self.cache.match(tokens)
 
     @invariant()
     def each_row_reads_its_own_prefix(self) -> None:

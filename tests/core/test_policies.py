@@ -204,9 +204,9 @@ def test_a_step_looks_at_few_of_many_waiting_requests(policy: str, monkeypatch: 
     for i in range(10_000):
         engine.add(request(str(i), [i % 40, i % 31, i % 17, 1, 2, 3, 4, 5], max_tokens=50, ignore_eos=True))
     advance(engine, 4)
-    looked_up = Mock(wraps=engine.cache.match_len)
+    looked_up = Mock(wraps=engine.cache.match)
     walks = Mock(wraps=engine.cache._cache._walk)
-    monkeypatch.setattr(engine.cache, "match_len", looked_up)
+    monkeypatch.setattr(engine.cache, "match", looked_up)
     monkeypatch.setattr(engine.cache._cache, "_walk", walks)
     for _ in range(10):
         engine.step()

@@ -7,7 +7,7 @@ import pytest
 
 from helpers.invariants import check_tree
 from minisgl.core.plan import Int32
-from minisgl.core.radix_cache import EvictionPolicy, GuardedEviction, Match, Node, RadixCache, SegmentedLRU
+from minisgl.core.radix_cache import EvictionPolicy, GuardedEviction, Node, RadixCache, SegmentedLRU
 
 
 def ids(*values: int) -> Int32:
@@ -29,16 +29,11 @@ def tree() -> RadixCache:
     return RadixCache(1)
 
 
-def found(tree: RadixCache, tokens: Int32) -> int:
-    match = tree.find(tokens)
-    return match.end + match.used
-
-
-def test_find_changes_nothing(tree: RadixCache) -> None:
+def test_a_match_ends_with_a_node_and_makes_no_prefix_younger(tree: RadixCache) -> None:
     insert(tree, ids(1, 2, 3), 0)
     insert(tree, ids(7, 8, 9), 3)
-    assert found(tree, ids(1, 2, 9)) == 2
-    assert [len(node.pages) for node in tree.root.children.values()] == [3, 3]
+    assert tree.match(ids(1, 2, 9)).pages.tolist() == [0, 1]
+    assert [len(node.pages) for node in tree.root.children.values()] == [2, 3]
     assert tree.evict(1).tolist() == [2]  # still the oldest
 
 
@@ -75,7 +70,7 @@ def test_the_least_recently_used_leaf_goes_first_and_from_its_end(tree: RadixCac
     use(tree, ids(1, 1, 1))
     assert tree.evict(2).tolist() == [21, 22]
     assert tree.evict(2).tolist() == [20, 32]
-    assert found(tree, ids(3, 3, 3)) == 2
+    assert tree.match(ids(3, 3, 3)).end == 2
     assert tree.evict(9).tolist() == [30, 31, 10, 11, 12]
     assert tree.num_pages == 0
 
@@ -152,24 +147,25 @@ def test_a_match_is_taken_up_again_without_reading_the_prefix_once_more(monkeypa
         return path, used
 
     monkeypatch.setattr(RadixCache, "_walk", counting)
-    match = Match()
+    earlier = None
     for other in (5000, 6000, 7000):
-        assert (tree.find(tokens, match).end, match.used) == (1000, 0)
+        earlier = tree.match(tokens, earlier)
+        assert earlier.end == 1000
         tree.insert(tree.root, ids(*range(other, other + 4)), ids(other))
     assert walked == 1000
     tree.lock(tree.match(tokens[:2000]))
     tree.evict(400)
-    assert (tree.find(tokens, match).end, match.used) == (600, 0)
+    assert tree.match(tokens, earlier).end == 600
 
 
 def test_a_prefix_is_found_in_the_middle_of_a_node_once(tree: RadixCache, monkeypatch: pytest.MonkeyPatch) -> None:
     insert(tree, ids(1, 2, 3, 4), 0)
-    match = tree.find(ids(1, 2, 3, 9))
+    earlier = tree.match(ids(1, 2, 3, 9))
+    assert (earlier.end, tree.evictable_in(earlier)) == (3, 3)
     monkeypatch.setattr(tree, "_walk", None)
-    assert (tree.find(ids(1, 2, 3, 9), match).end, match.used, tree.evictable_in(match)) == (0, 3, 3)
-    monkeypatch.undo()
-    assert tree.evict(2).tolist() == [2, 3]
-    assert (tree.find(ids(1, 2, 3, 9), match).end, match.used) == (2, 0)
+    assert tree.match(ids(1, 2, 3, 9), earlier) is earlier
+    assert tree.evict(2).tolist() == [3, 2]
+    assert tree.match(ids(1, 2, 3, 9), earlier).end == 2
 
 
 def test_a_parent_is_evicted_by_its_own_age_once_it_is_a_leaf(tree: RadixCache) -> None:

@@ -75,7 +75,7 @@ def manager() -> CacheManager:
 def serve(cache: CacheManager, tokens: list[int]) -> None:
     """A request from its admission to its end."""
     prompt = np.array(tokens, np.int32)
-    cache.acquire(0, prompt)
+    cache.acquire(0, cache.match(prompt))
     cache.extend(np.array([0]), np.array([len(prompt)]))
     cache.publish(0, prompt, len(prompt))
     cache.release(0, prompt, len(prompt))
@@ -178,7 +178,7 @@ def test_a_flush_that_leaves_no_page_is_one_event(publisher: Open) -> None:
     cache.listen(events)
     serve(cache, [1, 2, 3, 4])
     serve(cache, [5, 6])
-    cache.acquire(0, np.array([5, 6, 7], np.int32))
+    cache.acquire(0, cache.match(np.array([5, 6, 7], np.int32)))
     cache.flush()
     events.flush()
     cache.release(0, np.array([5, 6, 7], np.int32), 2)

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minisgl.core.plan import Int32
-from minisgl.core.radix_cache import CacheListener, EvictionPolicy, Match, Node, RadixCache
+from minisgl.core.radix_cache import CacheListener, EvictionPolicy, Node, RadixCache
 
 Slots = NDArray[np.signedinteger[Any]]
 PageWrites = tuple[Int32, Int32, Int32]  # (slots, indices, page ids): page_table[slots, indices] = page ids
@@ -93,19 +93,21 @@ class CacheManager:
         """Pages that `extend` can give: free ones, and cached ones that no row borrows."""
         return self.num_free + self._cache.num_evictable
 
-    def match_len(self, tokens: Int32, found: Match | None = None) -> int:
-        """Tokens that `acquire` would find cached. Changes nothing but `found`, an earlier match of these tokens."""
-        found = self._cache.find(self._whole_pages(tokens), found)
-        return (found.end + found.used) * self.page_size
+    def match(self, tokens: Int32, earlier: Node | None = None) -> Node:
+        """The node that ends what is cached of `tokens`: whole pages, without the last token, whose logits are needed.
 
-    def available_beside(self, found: Match) -> int:
+        The search goes on from an `earlier` match of these tokens or their beginning.
+        """
+        whole = tokens[: (len(tokens) - 1) // self.page_size * self.page_size]
+        return self._cache.match(np.ascontiguousarray(whole, np.int32), earlier)
+
+    def available_beside(self, prefix: Node) -> int:
         """What `available` would be if a row borrowed this prefix."""
-        return self.available - self._cache.evictable_in(found)
+        return self.available - self._cache.evictable_in(prefix)
 
-    def acquire(self, slot: int, tokens: Int32, found: Match | None = None, again: bool = False) -> int:
-        """Start a row, for a request `again`, on the longest cached prefix of `tokens` without the last; its length."""
+    def acquire(self, slot: int, node: Node, again: bool = False) -> int:
+        """Start a row, for a request `again`, on the cached prefix that ends with `node`; its length in tokens."""
         assert slot not in self._nodes, f"row {slot} is in use"
-        node = self._cache.match(self._whole_pages(tokens), found)
         self._cache.lock(node)
         self._cache.use(node, self.now, again)
         pages: Int32 = np.concatenate([np.empty(0, np.int32), *(held.pages for held in reversed(node.path()))])
@@ -116,12 +118,12 @@ class CacheManager:
         self._borrowed[slot, : len(pages)] = True
         return len(pages) * self.page_size
 
-    def available_after(self, slots: Slots, reused: Int32 | None = None, found: Match | None = None) -> list[int]:
+    def available_after(self, slots: Slots, kept: Node | None = None) -> list[int]:
         """What `available` would be before and after each of these rows left, one after the other.
 
-        Pages that are cached of the tokens `reused` do not become available: a new row is to start on them.
+        The prefix that ends with `kept` does not become available: a new row is to start on it.
         """
-        kept = self._cache.root if reused is None else self._cache.match(self._whole_pages(reused), found)
+        kept = kept or self.tree
         self._cache.lock(kept)
         evictable = self._cache.evictable_after([self._nodes[slot] for slot in slots.tolist()])
         self._cache.unlock(kept)
@@ -192,10 +194,6 @@ class CacheManager:
 
     def listen(self, listener: CacheListener) -> None:
         self._cache.listener = listener
-
-    def _whole_pages(self, tokens: Int32) -> Int32:
-        """The tokens that may come from the cache: whole pages, without the last token, whose logits are needed."""
-        return np.ascontiguousarray(tokens[: (len(tokens) - 1) // self.page_size * self.page_size], np.int32)
 
     def _offer(self, slot: int, tokens: Int32, computed: int) -> Node:
         """Offer the row's whole known and computed pages to the cache; return the node that the row must now lock."""

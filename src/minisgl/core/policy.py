@@ -35,7 +35,7 @@ class View:
         """How many of `request.tokens` need not be computed: they are, or the prefix cache holds them now."""
         if request.slot >= 0:
             return int(self._table.num_computed_tokens[request.slot])
-        return self._cache.match_len(request.reusable, request.match)
+        return request.cached_prefix(self._cache).end * self._cache.page_size
 
     def remaining(self, request: RequestState) -> int:
         """How many of `request.tokens` are still to be computed."""

@@ -4,7 +4,6 @@ import heapq
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
 
@@ -89,17 +88,6 @@ class GuardedEviction(EvictionPolicy):
 EVICTIONS: Mapping[str, Callable[..., EvictionPolicy]] = MappingProxyType({"lru": EvictionPolicy, "slru": SegmentedLRU})
 
 
-@dataclass(slots=True, eq=False)
-class Match:
-    """How far a sequence of tokens was found in the tree, so that the next look-up goes on from there."""
-
-    node: Node | None = None  # ends the first `end` pages
-    end: int = 0
-    child: Node | None = None  # holds `used` pages more; its tokens were `run`
-    used: int = 0
-    run: Int32 | None = None
-
-
 class CacheListener(Protocol):
     """Hears which pages the tree takes and drops, in that order."""
 
@@ -136,34 +124,22 @@ class RadixCache:
         self._entries = 0
         self._uses = 0
 
-    def find(self, tokens: Int32, found: Match | None = None) -> Match:
-        """The longest cached prefix of `tokens`. Changes nothing but `found`, an earlier match of them."""
-        found = found or Match()
-        node = found.node if found.node is not None and found.node.end == found.end else self.root
+    def match(self, tokens: Int32, earlier: Node | None = None) -> Node:
+        """The node that ends the longest cached prefix of `tokens`, split off if need be.
+
+        The search goes on from an `earlier` match of these tokens or their beginning, as far as that is still cached.
+        """
+        node = self.root if earlier is None or earlier.end < 0 else earlier
         rest = tokens[node.end * self.page_size :]
-        child = node.children.get(self._page(rest))
-        used = found.used if child is not None and child.tokens is found.run else 0
-        if child is not None and not used:
-            path, used = self._walk(node, rest)
-            if used == len(path[-1].pages):
-                node, child, used = path[-1], None, 0
-            elif len(path) > 1:
-                node, child = path[-2:]
-        found.node, found.end, found.used = node, node.end, used
-        found.child, found.run = child, None if child is None else child.tokens
-        return found
+        if self._page(rest) not in node.children:
+            return node
+        path, used = self._walk(node, rest)
+        return self._split(path[-1], used)
 
-    def match(self, tokens: Int32, found: Match | None = None) -> Node:
-        """The node that ends the longest cached prefix of `tokens`, split off if need be."""
-        found = self.find(tokens, found)
-        assert found.node is not None
-        return found.node if found.child is None else self._split(found.child, found.used)
-
-    def evictable_in(self, found: Match) -> int:
-        """Pages of this prefix that no lock protects."""
-        node, child = found.node, found.child
-        count = found.used if child is not None and not child.locks else 0
-        while node is not None and node.parent is not None and not node.locks:  # above a lock everything is locked
+    def evictable_in(self, node: Node) -> int:
+        """Pages of the prefix that ends with `node` that no lock protects."""
+        count = 0
+        while node.parent is not None and not node.locks:  # above a lock everything is locked
             count += len(node.pages)
             node = node.parent
         return count

@@ -6,14 +6,15 @@ first may pass the second by one: the token it reads is on the device only.
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass
 from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from minisgl.core.pages import CacheManager
 from minisgl.core.plan import NEUTRAL_PENALTIES, Int32, LogitsInit, LogitsRows, NewRows, Scores, StepPlan, StepResult
-from minisgl.core.radix_cache import Match
+from minisgl.core.radix_cache import Node
 from minisgl.core.types import MAX_STOP_TOKEN_IDS, Grammar, Request, SamplingParams, TokenLogprobs
 from minisgl.errors import InvalidRequestError
 
@@ -143,7 +144,6 @@ class RequestState:
     admitted: bool = False
     cached_tokens: int = 0  # of its first admission
     slot: int = -1
-    match: Match = field(default_factory=Match)  # how far `reusable` was found in the prefix cache the last time
 
     def __post_init__(self, eos: tuple[int, ...]) -> None:
         request, params = self.request, self.request.params
@@ -159,6 +159,7 @@ class RequestState:
         self.num_followed = self.prompt_len  # tokens that the constraint has taken in
         self.mask: Int32 | None = None  # of the next token if it was computed early
         self.mask_budget: MaskBudget | None = None
+        self._prefix: Node | None = None  # the last answer of `cached_prefix`
 
     @property
     def reusable(self) -> Int32:
@@ -166,6 +167,11 @@ class RequestState:
         if self.request.params.prompt_logprobs is None or self.num_scored >= self.prompt_len - 1:
             return self.tokens
         return self.tokens[: self.num_scored + 1]
+
+    def cached_prefix(self, cache: CacheManager) -> Node:
+        """The node of the prefix tree that ends what a row of this request could start on."""
+        self._prefix = cache.match(self.reusable, self._prefix)
+        return self._prefix
 
 
 class RequestTable:
@@ -227,7 +233,7 @@ class RequestTable:
         """Free a row; the caller has released its pages."""
         request = self.request(slot)
         request.tokens = self.tokens[slot, : self.num_tokens[slot]].copy()
-        request.slot, request.match = -1, Match()
+        request.slot = -1
         self.requests[slot] = None
         self.state[slot] = State.FREE
         self.free.append(slot)

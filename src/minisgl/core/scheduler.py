@@ -149,7 +149,8 @@ class Scheduler:
         pages = self._pages_lacking(first) + int(self._promised(table.rows_in(*RUNNING), 1).sum())
         needed = pages - np.cumsum([0, *self._promised(slots, 1)])
         rows = len(table.free) + len(leaving) + np.arange(len(slots) + 1)
-        available = cache.available_after(np.concatenate([leaving, slots]), first.reusable, first.match)[len(leaving) :]
+        kept = first.cached_prefix(cache)
+        available = cache.available_after(np.concatenate([leaving, slots]), kept)[len(leaving) :]
         fits = (rows > 0) & (needed <= available)  # after so many retractions, none of them first
         for slot in slots[: int(fits.argmax())].tolist():  # 0 where nothing helps
             self._retract(slot)
@@ -215,7 +216,7 @@ class Scheduler:
         if self._obstacle(request):
             return False
         slot = table.free[0]
-        cached = cache.acquire(slot, request.reusable, request.match, again=request.admitted)
+        cached = cache.acquire(slot, request.cached_prefix(cache), again=request.admitted)
         self._leave_queue(request)
         table.admit(request, cached)
         if not request.admitted:
@@ -232,8 +233,7 @@ class Scheduler:
 
     def _pages_lacking(self, request: RequestState) -> int:
         """Pages that a waiting request's prompt takes beside those that are cached of it."""
-        size = self.cache.page_size
-        return -(-len(request.tokens) // size) - self.cache.match_len(request.reusable, request.match) // size
+        return -(-len(request.tokens) // self.cache.page_size) - request.cached_prefix(self.cache).end
 
     def _promised(self, rows: Slots, decodes: int = 0) -> Int32:
         """Pages that each of these running rows will take: for the rest of its prompt or so many decodes, and one more.
@@ -301,7 +301,7 @@ class Scheduler:
         if not table.free:
             return f"all {len(table.requests)} rows are taken"
         need, promised = self._pages_lacking(request), int(self._promised(table.rows_in(*RUNNING)).sum())
-        if need + promised > (available := self.cache.available_beside(request.match)):
+        if need + promised > (available := self.cache.available_beside(request.cached_prefix(self.cache))):
             rest = f"running requests will need {promised}, and {available} are available"
             return f"its prompt needs {need} pages beside those that are cached, {rest}"
         return ""
