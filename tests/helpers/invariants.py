@@ -20,8 +20,11 @@ def check_tree(tree: RadixCache, holders: Iterable[Node]) -> list[int]:
     nodes = [*tree.root.children.values()]
     for node in nodes:  # grows while it is read
         nodes += node.children.values()
-    locks = Counter(held for node in holders for held in node.path())
-    assert locks == Counter({node: node.locks for node in nodes if node.locks}), "locks are not those that rows hold"
+    locks = Counter(holders)
+    for node in reversed(nodes):  # children before their parents
+        assert node.locks == locks[node], "locks are not those that rows hold"
+        assert node.parent is not None
+        locks[node.parent] += node.locks > 0
     for node in nodes:
         assert node.parent is not None
         assert node.parent.children[node.tokens[: tree.page_size].tobytes()] is node

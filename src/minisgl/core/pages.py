@@ -1,6 +1,6 @@
 """The owner of KV pages: each page is free, in the prefix cache, or owned by one running row."""
 
-from itertools import accumulate
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -101,10 +101,6 @@ class CacheManager:
         whole = tokens[: (len(tokens) - 1) // self.page_size * self.page_size]
         return self._cache.match(np.ascontiguousarray(whole, np.int32), earlier)
 
-    def available_beside(self, prefix: Node) -> int:
-        """What `available` would be if a row borrowed this prefix."""
-        return self.available - self._cache.evictable_in(prefix)
-
     def acquire(self, slot: int, node: Node, again: bool = False) -> int:
         """Start a row, for a request `again`, on the cached prefix that ends with `node`; its length in tokens."""
         assert slot not in self._nodes, f"row {slot} is in use"
@@ -118,17 +114,18 @@ class CacheManager:
         self._borrowed[slot, : len(pages)] = True
         return len(pages) * self.page_size
 
-    def available_after(self, slots: Slots, kept: Node | None = None) -> list[int]:
-        """What `available` would be before and after each of these rows left, one after the other.
-
-        The prefix that ends with `kept` does not become available: a new row is to start on it.
-        """
-        kept = kept or self.tree
-        self._cache.lock(kept)
-        evictable = self._cache.evictable_after([self._nodes[slot] for slot in slots.tolist()])
-        self._cache.unlock(kept)
-        owned = [int(self.row_pages[s]) - self.num_borrowed(s) for s in slots.tolist()]
-        return [self.num_free + own + pages for own, pages in zip(accumulate([0, *owned]), evictable, strict=True)]
+    def available_beside(self, prefix: Node, leaving: Sequence[int] = ()) -> list[int]:
+        """What `available` would be if a row borrowed this prefix, before and after each of these rows left in turn."""
+        self._cache.lock(prefix)
+        counts, owned = [self.available], 0
+        for slot in leaving:
+            self._cache.unlock(self._nodes[slot])
+            owned += int(self.row_pages[slot]) - self.num_borrowed(slot)
+            counts.append(self.available + owned)
+        for slot in leaving:
+            self._cache.lock(self._nodes[slot])
+        self._cache.unlock(prefix)
+        return counts
 
     def writes(self, slot: int) -> PageWrites:
         """The row's whole page table, for a device that knows nothing of it."""
@@ -170,7 +167,8 @@ class CacheManager:
         each layer writes the KV of all rows before any row attends.
         """
         node = self._offer(slot, tokens, computed)
-        self._cache.lock(node, below=self._nodes[slot])
+        self._cache.lock(node)
+        self._cache.unlock(self._nodes[slot])
         self._nodes[slot] = node
 
     def release(self, slot: int, tokens: Int32, computed: int) -> None:

@@ -2,8 +2,7 @@
 
 import heapq
 import logging
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Protocol
 
@@ -25,7 +24,7 @@ class Node:
         self.parent = parent
         self.end: int = len(pages) + (0 if parent is None else parent.end)  # pages of the prefix; -1: evicted
         self.children: dict[bytes, Node] = {}
-        self.locks = 0  # rows that hold this node or one below it, so a node without locks has none below it
+        self.locks = 0  # rows that end here, and children with locks; so a node without locks has none below it
         self.uses = 0  # requests that were admitted with it or made it
         self.last_used, self.used_at = 0, 0.0  # the last of them: its number in the tree, and the time, in s
         self.queued = False  # the eviction queue has an entry for this node
@@ -35,10 +34,10 @@ class Node:
         """Whether eviction may take pages from this node's end: an unlocked leaf, and not the root."""
         return not self.locks and not self.children and self.parent is not None
 
-    def path(self, top: "Node | None" = None) -> "list[Node]":
-        """This node and those above it, below `top` or the root."""
+    def path(self) -> "list[Node]":
+        """This node and those above it, without the root."""
         nodes, node = [], self
-        while node.parent is not None and node is not top:
+        while node.parent is not None:
             nodes.append(node)
             node = node.parent
         return nodes
@@ -136,14 +135,6 @@ class RadixCache:
         path, used = self._walk(node, rest)
         return self._split(path[-1], used)
 
-    def evictable_in(self, node: Node) -> int:
-        """Pages of the prefix that ends with `node` that no lock protects."""
-        count = 0
-        while node.parent is not None and not node.locks:  # above a lock everything is locked
-            count += len(node.pages)
-            node = node.parent
-        return count
-
     def use(self, node: Node, now: float, again: bool = False) -> None:
         """A request was admitted on the prefix that ends with `node`, `again` after it was retracted."""
         self._uses += 1
@@ -151,20 +142,24 @@ class RadixCache:
             used.last_used, used.used_at = self._uses, now
             used.uses += not again
 
-    def lock(self, node: Node, below: Node | None = None) -> None:
-        """Protect the prefix that ends with `node` from eviction, once more; only what is behind `below`, if given."""
-        for held in node.path(below):
-            if held.locks == 0:
-                self.num_evictable -= len(held.pages)
-            held.locks += 1
+    def lock(self, node: Node) -> None:
+        """Protect the prefix that ends with `node` from eviction, once more."""
+        while node.parent is not None:
+            node.locks += 1
+            if node.locks > 1:  # it has its parent locked already
+                return
+            self.num_evictable -= len(node.pages)
+            node = node.parent
 
     def unlock(self, node: Node) -> None:
-        for held in node.path():
-            assert held.locks > 0, "unlocked more often than locked"
-            held.locks -= 1
-            if held.locks == 0:
-                self.num_evictable += len(held.pages)
-                self._enqueue(held)
+        while node.parent is not None:
+            assert node.locks > 0, "unlocked more often than locked"
+            node.locks -= 1
+            if node.locks:
+                return
+            self.num_evictable += len(node.pages)
+            self._enqueue(node)
+            node = node.parent
 
     def insert(self, node: Node, tokens: Int32, pages: Int32, now: float = 0.0) -> tuple[Node, int]:
         """Offer `pages`, holding the KV of `tokens` behind the prefix that ends with `node`.
@@ -206,19 +201,6 @@ class RadixCache:
                 missing -= len(dropped[-1])
         return np.concatenate(dropped)
 
-    def evictable_after(self, unlocked: Sequence[Node]) -> list[int]:
-        """What `num_evictable` would be before and after each of these is unlocked."""
-        counts, taken_back = [self.num_evictable], Counter[Node]()
-        for node in unlocked:
-            count, locks = counts[-1], 1
-            while node.parent is not None:
-                taken_back[node] += locks
-                if taken_back[node] < node.locks:  # so all above is locked, too
-                    break
-                count, locks, node = count + len(node.pages), node.locks, node.parent
-            counts.append(count)
-        return counts
-
     def _page(self, tokens: Int32) -> bytes:
         return tokens[: self.page_size].tobytes()
 
@@ -246,7 +228,8 @@ class RadixCache:
         assert node.parent is not None, "the root has no pages to split"
         middle = count * self.page_size
         upper = Node(node.tokens[:middle].copy(), node.pages[:count].copy(), node.parent)
-        upper.locks, upper.uses, upper.last_used, upper.used_at = node.locks, node.uses, node.last_used, node.used_at
+        upper.locks = int(node.locks > 0)
+        upper.uses, upper.last_used, upper.used_at = node.uses, node.last_used, node.used_at
         node.parent.children[self._page(upper.tokens)] = upper
         node.tokens, node.pages, node.parent = node.tokens[middle:].copy(), node.pages[count:].copy(), upper
         upper.children[self._page(node.tokens)] = node

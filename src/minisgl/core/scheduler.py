@@ -142,17 +142,16 @@ class Scheduler:
         if first is None:
             return
         running = table.requests_in(*RUNNING)
-        slots = np.array([request.slot for request in self.policy.make_room(first, running)], np.intp)
-        if not len(slots):
+        slots = [request.slot for request in self.policy.make_room(first, running)]
+        if not slots:
             return
         leaving = self._leaving()
         pages = self._pages_lacking(first) + int(self._promised(table.rows_in(*RUNNING), 1).sum())
-        needed = pages - np.cumsum([0, *self._promised(slots, 1)])
+        needed = pages - np.cumsum([0, *self._promised(np.array(slots), 1)])
         rows = len(table.free) + len(leaving) + np.arange(len(slots) + 1)
-        kept = first.cached_prefix(cache)
-        available = cache.available_after(np.concatenate([leaving, slots]), kept)[len(leaving) :]
+        available = cache.available_beside(first.cached_prefix(cache), [*leaving, *slots])[len(leaving) :]
         fits = (rows > 0) & (needed <= available)  # after so many retractions, none of them first
-        for slot in slots[: int(fits.argmax())].tolist():  # 0 where nothing helps
+        for slot in slots[: int(fits.argmax())]:  # 0 where nothing helps
             self._retract(slot)
             self._room_for = first
 
@@ -176,7 +175,7 @@ class Scheduler:
         running: Slots = np.array(last_first[::-1], np.intp)
         slots = running[np.isin(running, slots)]
         need = cache.pages_needed(slots, table.num_computed_tokens[slots] + 1)
-        while len(slots) and int(need.sum()) > cache.available_after(self._leaving())[-1]:
+        while len(slots) and int(need.sum()) > cache.available_beside(cache.tree, self._leaving())[-1]:
             slot = last_first.pop(0)
             self._retract(slot)
             keep = slots != slot
@@ -248,9 +247,10 @@ class Scheduler:
         table = self.table
         return np.flatnonzero((table.state == State.DECODE) & (table.num_computed_tokens + 1 < table.max_tokens))
 
-    def _leaving(self) -> Slots:
+    def _leaving(self) -> list[int]:
         """Rows that leave as soon as the step in flight is collected."""
-        return np.flatnonzero(self.table.state >= State.RETRACTING)
+        leaving: list[int] = np.flatnonzero(self.table.state >= State.RETRACTING).tolist()
+        return leaving
 
     def _launch(self, step: StepDraft) -> StepPlan:
         """Make a plan of the decisions and move the rows on, as if the step had been launched."""
@@ -301,7 +301,8 @@ class Scheduler:
         if not table.free:
             return f"all {len(table.requests)} rows are taken"
         need, promised = self._pages_lacking(request), int(self._promised(table.rows_in(*RUNNING)).sum())
-        if need + promised > (available := self.cache.available_beside(request.cached_prefix(self.cache))):
+        available = self.cache.available_beside(request.cached_prefix(self.cache))[0]
+        if need + promised > available:
             rest = f"running requests will need {promised}, and {available} are available"
             return f"its prompt needs {need} pages beside those that are cached, {rest}"
         return ""
