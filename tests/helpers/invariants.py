@@ -44,12 +44,11 @@ def check_cache(cache: CacheManager) -> None:
         if slot not in cache._nodes:
             assert count == 0, f"row {slot} has ended and holds pages"
             continue
-        row, borrowed = cache.page_table[slot, :count], cache._borrowed[slot, :count]
-        places += row[~borrowed].tolist()
         held = [node.pages for node in reversed(cache._nodes[slot].path())]
         prefix: Int32 = np.concatenate([np.empty(0, np.int32), *held])
-        index = np.flatnonzero(borrowed)
         assert len(prefix) <= count
-        assert (index < len(prefix)).all(), f"row {slot} borrows pages that it does not lock"
-        assert np.array_equal(prefix[index], row[index])
+        row, duplicates = cache.page_table[slot, :count], cache._duplicates[slot]
+        places += [*duplicates.tolist(), *row[len(prefix) :].tolist()]
+        others = row[: len(prefix)] != prefix
+        assert np.array_equal(row[: len(prefix)][others], duplicates), f"row {slot} borrows pages that it does not lock"
     assert sorted(places) == list(range(cache.num_pages)), "a page is in no place or in two"

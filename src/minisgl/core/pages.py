@@ -64,17 +64,15 @@ class CacheManager:
         self._allocator = PageAllocator(num_pages)
         self._cache = RadixCache(page_size, shared, eviction)
         self.now = 0.0  # s, for the policies; the engine sets it before it plans a step
-        self._borrowed = np.zeros((max_rows, max_pages_per_row), np.bool_)
-        # The node that a live row locks. Pages behind its end are the row's own; of those before it, the row may own
-        # duplicates of what the cache holds.
-        self._nodes: dict[int, Node] = {}
+        self._nodes: dict[int, Node] = {}  # that live rows lock; pages behind its end are the row's own
+        self._duplicates: dict[int, Int32] = {}  # pages before that end which the row computed and owns all the same
 
     @property
     def tree(self) -> Node:
         return self._cache.root
 
     def num_borrowed(self, slot: int) -> int:
-        return int(self._borrowed[slot, : self.row_pages[slot]].sum())
+        return self._nodes[slot].end - len(self._duplicates[slot])
 
     @property
     def num_free(self) -> int:
@@ -107,11 +105,9 @@ class CacheManager:
         self._cache.lock(node)
         self._cache.use(node, self.now, again)
         pages: Int32 = np.concatenate([np.empty(0, np.int32), *(held.pages for held in reversed(node.path()))])
-        self._nodes[slot] = node
+        self._nodes[slot], self._duplicates[slot] = node, np.empty(0, np.int32)
         self.row_pages[slot] = len(pages)
         self.page_table[slot, : len(pages)] = pages
-        self._borrowed[slot] = False
-        self._borrowed[slot, : len(pages)] = True
         return len(pages) * self.page_size
 
     def available_beside(self, prefix: Node, leaving: Sequence[int] = ()) -> list[int]:
@@ -176,10 +172,10 @@ class CacheManager:
 
         No launched step may still write to the row's pages.
         """
-        self._offer(slot, tokens, computed)
+        node = self._offer(slot, tokens, computed)
+        own = self.page_table[slot, node.end : self.row_pages[slot]]
+        self._allocator.free(np.concatenate([self._duplicates.pop(slot), own]))
         self._cache.unlock(self._nodes.pop(slot))
-        count = int(self.row_pages[slot])
-        self._allocator.free(self.page_table[slot, :count][~self._borrowed[slot, :count]])
         self.row_pages[slot] = 0
 
     def flush(self) -> int:
@@ -201,7 +197,8 @@ class CacheManager:
         if whole <= held:
             return node
         own = np.ascontiguousarray(tokens[held * self.page_size : whole * self.page_size], np.int32)
-        end, known = self._cache.insert(node, own, self.page_table[slot, held:whole], self.now)
+        pages = self.page_table[slot, held:whole]
+        end, known = self._cache.insert(node, own, pages, self.now)
         if end is not node:
-            self._borrowed[slot, held + known : whole] = True
+            self._duplicates[slot] = np.concatenate([self._duplicates[slot], pages[:known]])
         return end
