@@ -140,7 +140,7 @@ def test_a_prompt_that_wants_scores_is_not_taken_from_the_cache_but_goes_there()
         assert events[-1].cached_tokens == cached
 
 
-def test_a_prompt_retracted_between_chunks_is_scored_on_from_where_it_was() -> None:
+def test_a_prompt_retracted_between_chunks_is_scored_once() -> None:
     request = greedy("x", [3 * i % 200 for i in range(100)], max_tokens=3, prompt_logprobs=2)
     engine = make_engine(max_prefill_length=20)
     answer = answers_of(engine, [request], retractions=2, every=3)["x"]

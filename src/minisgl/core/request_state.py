@@ -140,7 +140,6 @@ class RequestState:
     max_tokens: int  # with the prompt
     eos: InitVar[tuple[int, ...]]
     constraint: Constraint | None = None
-    num_scored: int = 0  # positions of `prompt_scores` in launched steps
     admitted: bool = False
     cached_tokens: int = 0  # of its first admission
     slot: int = -1
@@ -154,7 +153,7 @@ class RequestState:
         self.priority = request.priority
         # The lowest is admitted first and retracted last.
         self.sort_key: tuple[tuple[float, ...], int] = ((self.priority,), self.arrival)
-        # Until they are delivered
+        # Of a prompt that is to be scored, until they are delivered with the first token.
         self.prompt_scores: list[TokenLogprobs | None] = [] if params.prompt_logprobs is None else [None]
         self.num_followed = self.prompt_len  # tokens that the constraint has taken in
         self.mask: Int32 | None = None  # of the next token if it was computed early
@@ -163,10 +162,8 @@ class RequestState:
 
     @property
     def reusable(self) -> Int32:
-        """Tokens that may come from the prefix cache: a position whose log-probabilities are missing is computed."""
-        if self.request.params.prompt_logprobs is None or self.num_scored >= self.prompt_len - 1:
-            return self.tokens
-        return self.tokens[: self.num_scored + 1]
+        """Tokens that may come from the prefix cache: none of a prompt that is to be scored."""
+        return self.tokens[:0] if self.prompt_scores else self.tokens
 
     def cached_prefix(self, cache: CacheManager) -> Node:
         """The node of the prefix tree that ends what a row of this request could start on."""
@@ -233,6 +230,8 @@ class RequestTable:
         """Free a row; the caller has released its pages."""
         request = self.request(slot)
         request.tokens = self.tokens[slot, : self.num_tokens[slot]].copy()
+        if request.prompt_scores:
+            request.prompt_scores = [None]  # the whole prompt is computed again
         request.slot = -1
         self.requests[slot] = None
         self.state[slot] = State.FREE
@@ -296,7 +295,7 @@ class RequestTable:
         )
 
     def logits_rows(self, sampled: Int32, decodes: int, slots: Int32, starts: Int32, lens: Int32) -> LogitsRows | None:
-        """What a step owes to rows that ask for more than sampling, None if nothing; counts prompt scores as launched.
+        """What a step owes to rows that ask for more than sampling, None if nothing.
 
         The step samples a token for the slots `sampled`. It has so many decodes, and chunks of `lens` tokens of the
         rows `slots`, each behind `starts` tokens.
@@ -308,14 +307,12 @@ class RequestTable:
         rows, targets, prompt_slots = [EMPTY], [EMPTY], [EMPTY]  # of prompt tokens to be scored
         row = decodes  # where a chunk begins among the tokens of the step
         for slot, start, length in zip(slots.tolist(), starts.tolist(), lens.tolist(), strict=True):
-            if self.prompt_top[slot] >= 0:
-                request = self.request(slot)
-                first, last = max(start, request.num_scored), min(start + length, request.prompt_len - 1)
-                if first < last:
-                    rows.append(np.arange(row + first - start, row + last - start, dtype=np.int32))
-                    targets.append(self.tokens[slot, first + 1 : last + 1].copy())
-                    prompt_slots.append(np.full(last - first, slot, np.int32))
-                    request.num_scored = last
+            request = self.request(slot)
+            last = min(start + length, request.prompt_len - 1)
+            if request.prompt_scores and start < last:
+                rows.append(np.arange(row, row + last - start, dtype=np.int32))
+                targets.append(self.tokens[slot, start + 1 : last + 1].copy())
+                prompt_slots.append(np.full(last - start, slot, np.int32))
             row += length
         if not (len(changed) or len(scored) or len(rows) > 1):
             return None
