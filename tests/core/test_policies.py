@@ -154,12 +154,12 @@ def test_a_row_that_needs_no_page_decodes_in_every_step(policy: str) -> None:
     """Over many runs whose pages run short: others wait for the pages of a row that leaves, it does not."""
     for seed in range(60):
         engine = policy_engine(policy, num_pages=12 + seed % 7, max_seq_len=48, cache="naive", max_running_requests=6)
-        scheduler, table, cache = engine.scheduler, engine.table, engine.cache
+        table, cache = engine.table, engine.cache
         for i in range(12):
             engine.add(asked(chr(97 + i), 1 + (seed * 5 + i * 3) % 14, 0, max_tokens=6 + (seed + i) % 17))
         plans = record_plans(engine)
         while engine.has_work:
-            decoding = scheduler._decoding()
+            decoding = table.rows_in(State.DECODE)
             ready = decoding[cache.pages_needed(decoding, table.num_computed_tokens[decoding] + 1) == 0]
             requests = {slot: table.requests[slot] for slot in ready.tolist()}
             before, count = table.num_computed_tokens[ready].copy(), len(plans)

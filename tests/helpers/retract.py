@@ -7,6 +7,7 @@ import numpy as np
 from helpers.invariants import check_cache
 from minisgl.core.engine import Engine
 from minisgl.core.request_state import RequestState, State
+from minisgl.core.scheduler import StepDraft
 from minisgl.core.types import Request, TokenEvent
 
 
@@ -29,9 +30,9 @@ def note_promises(engine: Engine) -> list[tuple[int, RequestState]]:
     promised: list[tuple[int, RequestState]] = []
     scheduler, make_room = engine.scheduler, engine.scheduler._make_room
 
-    def noting(first: RequestState | None) -> None:
+    def noting(step: StepDraft, first: RequestState | None) -> None:
         before = scheduler.retracted
-        make_room(first)
+        make_room(step, first)
         if scheduler.retracted > before and first is not None:
             promised.append((scheduler.step, first))
 

@@ -260,7 +260,8 @@ class Engine:
                 observer.observe(record)
 
     def _record(self, plan: StepPlan, planned: float, launched: float) -> StepRecord:
-        ids = self.table.ids
+        requests = self.table.requests
+        ids = ["" if request is None else request.request.id for request in requests]
         columns = (plan.prefill_slots, plan.prefill_starts, plan.prefill_lens, plan.prefill_final)
         rows = zip(*(column.tolist() for column in columns), strict=True)
         return StepRecord(

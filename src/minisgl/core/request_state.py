@@ -115,8 +115,8 @@ class MaskBudget:
 
 
 class State:
-    """The state of a row. A HELD one is not planned before it has its mask, so it is not retracted either. From
-    RETRACTING on it is not planned any more; it is freed when no step touches it.
+    """The state of a row. A HELD one is not planned before it has its mask, and one whose LAST token is launched not at
+    all any more; so these are not retracted either.
 
     Plain numbers: to compare an array with a member of an enum takes 4 µs longer.
     """
@@ -125,8 +125,7 @@ class State:
     PREFILL: Final = 1
     DECODE: Final = 2
     HELD: Final = 3
-    RETRACTING: Final = 4
-    ENDED: Final = 5
+    LAST: Final = 4
 
 
 @dataclass(eq=False)
@@ -180,7 +179,7 @@ class RequestTable:
         self.num_computed_tokens = np.zeros(rows, np.int32)  # whose KV is written by launched steps
         self.num_tokens = np.zeros(rows, np.int32)  # that the host has seen
         self.max_tokens = np.zeros(rows, np.int32)  # that the request may reach, prompt included
-        self.in_flight = np.zeros(rows, np.int32)  # launched steps that touch the row
+        self.first_step = np.zeros(rows, np.int64)  # that computed anything for the request that has the row now
         self.greedy = np.zeros(rows, np.bool_)
         self.filtered = np.zeros(rows, np.bool_)
         self.min_len = np.zeros(rows, np.int32)
@@ -197,17 +196,17 @@ class RequestTable:
         self.processed = np.zeros(rows, np.bool_)  # changed or with log-probabilities
         self.tokens = np.zeros((rows, max_seq_len), np.int32)
         self.requests: list[RequestState | None] = [None] * rows
-        self.ids = [""] * rows  # of the requests
         self.free = deque(range(rows))  # the next one to be given first
 
-    def admit(self, request: RequestState, cached: int) -> None:
-        """Give the request the next row, whose first `cached` tokens are in the cache already."""
+    def admit(self, request: RequestState, cached: int, step: int) -> None:
+        """Give the request the next row from this step on; its first `cached` tokens are in the cache already."""
         slot = self.free.popleft()
         params, length = request.request.params, len(request.tokens)
         self.state[slot] = State.PREFILL
         self.prefill_len[slot] = self.num_tokens[slot] = length
         self.num_computed_tokens[slot] = cached
         self.max_tokens[slot] = request.max_tokens
+        self.first_step[slot] = step
         self.greedy[slot] = params.temperature == 0.0 or params.top_k == 1
         self.filtered[slot] = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
         self.min_len[slot] = request.min_len
@@ -223,7 +222,7 @@ class RequestTable:
         self.changed[slot] = self.penalised[slot] or self.biases[slot] or self.constrained[slot]
         self.processed[slot] = self.changed[slot] or self.top[slot] >= 0 or self.prompt_top[slot] >= 0
         self.tokens[slot, :length] = request.tokens
-        self.requests[slot], self.ids[slot] = request, request.request.id
+        self.requests[slot] = request
         request.slot = slot
 
     def vacate(self, slot: int) -> None:
@@ -241,6 +240,11 @@ class RequestTable:
         request = self.requests[slot]
         assert request is not None, f"row {slot} is free"
         return request
+
+    def are_as_of(self, slots: Int32, step: int) -> NDArray[np.bool_]:
+        """Whether each of these rows still has the request that it had in this step."""
+        same: NDArray[np.bool_] = (self.state[slots] != State.FREE) & (self.first_step[slots] <= step)
+        return same
 
     def rows_in(self, *states: int) -> Slots:
         found: NDArray[np.bool_] = np.logical_or.reduce([self.state == state for state in states])  # faster than isin
@@ -337,8 +341,9 @@ class RequestTable:
             return {}
         if result.prompt_scores is not None:
             scores = token_logprobs(result.prompt_scores, self.prompt_top[wanted.prompt_slots])
-            for slot, score in zip(wanted.prompt_slots.tolist(), scores, strict=True):
-                if self.state[slot] != State.ENDED:
+            same = self.are_as_of(wanted.prompt_slots, plan.step).tolist()
+            for slot, score, is_same in zip(wanted.prompt_slots.tolist(), scores, same, strict=True):
+                if is_same:
                     self.request(slot).prompt_scores.append(score)
         if result.scores is None:
             return {}

@@ -5,6 +5,9 @@ A step decodes every running request and, beside them, prefills chunks of prompt
 they run out, a request is retracted (preempted): it gives back its row and pages, keeps its place in the queue, and is
 prefilled again later, mostly from the prefix cache.
 
+Who ends or is retracted gives its row and pages back at once, though a launched step may still write there: steps are
+executed in order, so whoever gets them reads what its own steps have written. What that step samples is dropped.
+
 A policy says whose prompts go on, who is retracted first, and who gives way to a waiting request. First come, first
 served retracts the last by (priority, arrival), and for a waiting request only those of strictly worse priority. So no
 two requests retract each other again and again, and among equals each becomes the first in the end.
@@ -12,7 +15,6 @@ two requests retract each other again and again, and among equals each becomes t
 
 import time
 from bisect import bisect_left, insort
-from collections.abc import Iterable
 from heapq import merge
 from operator import attrgetter
 from weakref import WeakValueDictionary
@@ -67,7 +69,6 @@ class Scheduler:
         self.retracted_ids: list[str] = []  # since the engine emptied it, at the last launch
         self.retracted = self.aborted = self.prompt_tokens = self.cached_prompt_tokens = 0
         self.policy = PolicyGuard(policy, View(table, cache), self.live, lambda: self.waiting.sort(key=by_place))
-        self._room_for: RequestState | None = None  # for whom running requests were retracted
 
     @property
     def num_running(self) -> int:
@@ -87,38 +88,33 @@ class Scheduler:
         del self.waiting[index]
 
     def abort(self, request_id: str) -> None:
-        """End a request in whatever state it is, if it is live. Its pages may be freed later."""
-        if (request := self.live.get(request_id)) is None:
-            return
-        self.aborted += 1
-        self._end(request, FinishReason.ABORT)
-        if request.slot < 0:
-            self._leave_queue(request)
-        else:
-            self._settle([request.slot])
+        """End a request in whatever state it is, if it is live."""
+        if (request := self.live.get(request_id)) is not None:
+            self.aborted += 1
+            self._end(request, FinishReason.ABORT)
 
     # Planning a step
 
     def schedule(self) -> StepPlan | None:
         """Plan the next step and account for it as launched; None when no row can do anything now."""
         # 1. The policy puts the prompts in order, of waiting and of running requests. If the first waiting one finds no
-        #    row or too few pages, retract running ones that give way to it.
+        #    row or too few pages, retract running ones that give way to it, and admit it.
         # 2. Every running request past its prompt decodes one token. While pages are missing, retract the last.
         # 3. In the policy's order, until the budget is used up, running requests prefill a chunk each. Waiting ones are
         #    admitted and prefill their first, up to the first whose prompt does not fit beside what running requests
         #    will soon need.
-        # 4. If all this gives no work, although some is left and no step is in flight, retract the last and try again.
+        # 4. If all this gives no work, although some is left, retract the last and try again.
         self.admitted = []
         prompts = self._prompts_in_order()
-        self._make_room(next((request for request in prompts if request.slot < 0), None))
+        step = StepDraft(self.max_prefill_length)
+        self._make_room(step, next((request for request in prompts if request.slot < 0), None))
         while True:
-            step = StepDraft(self.max_prefill_length)
             self._schedule_decodes(step)
             self._schedule_prompts(step, prompts)
             if len(step.decodes) or step.chunks:
                 return self._launch(step)
-            has_work = len(self._decoding()) or (self.table.state == State.PREFILL).any()
-            if not has_work or self.table.in_flight.any():
+            assert not step.admitted, "who is admitted prefills a chunk"
+            if not len(self.table.rows_in(*RUNNING)):
                 return None
             self.retract_last()
 
@@ -129,14 +125,9 @@ class Scheduler:
             return []
         most = len(prefilling) + len(self.table.free) + 1
         prompts = self.policy.order(lambda: merge(prefilling, self.waiting, key=by_place), most)
-        prompts += sorted(set(prefilling).difference(prompts), key=by_place)
-        # Whom others were retracted for goes before all to whom it would not give way itself.
-        if (promised := self._room_for) is not None and self.live.get(promised.request.id) is promised:
-            ahead = [request for request in prompts if self.policy.make_room(request, [promised])]
-            prompts = [*ahead, promised, *(other for other in prompts if other not in ahead and other is not promised)]
-        return prompts
+        return prompts + sorted(set(prefilling).difference(prompts), key=by_place)
 
-    def _make_room(self, first: RequestState | None) -> None:
+    def _make_room(self, step: StepDraft, first: RequestState | None) -> None:
         """Retract running requests that give way to the first waiting one, if it fits then and not before."""
         table, cache = self.table, self.cache
         if first is None:
@@ -145,43 +136,30 @@ class Scheduler:
         slots = [request.slot for request in self.policy.make_room(first, running)]
         if not slots:
             return
-        leaving = self._leaving()
         pages = self._pages_lacking(first) + int(self._promised(table.rows_in(*RUNNING), 1).sum())
         needed = pages - np.cumsum([0, *self._promised(np.array(slots), 1)])
-        rows = len(table.free) + len(leaving) + np.arange(len(slots) + 1)
-        available = cache.available_beside(first.cached_prefix(cache), [*leaving, *slots])[len(leaving) :]
+        rows = len(table.free) + np.arange(len(slots) + 1)
+        available = cache.available_beside(first.cached_prefix(cache), slots)
         fits = (rows > 0) & (needed <= available)  # after so many retractions, none of them first
-        for slot in slots[: int(fits.argmax())]:  # 0 where nothing helps
-            self._retract(slot)
-            self._room_for = first
+        if count := int(fits.argmax()):  # 0 where nothing helps
+            for slot in slots[:count]:
+                self._retract(slot)
+            self._admit(step, first)
 
     def _schedule_decodes(self, step: StepDraft) -> None:
         """Take the rows that decode, with pages for their next token."""
         table, cache = self.table, self.cache
         computed = table.num_computed_tokens
-        slots = self._decoding()
-        need = cache.pages_needed(slots, computed[slots] + 1)
-        if int(need.sum()) > cache.available:
-            slots = self._retract_for_decodes(slots)
+        while True:
+            slots = table.rows_in(State.DECODE)
+            need = cache.pages_needed(slots, computed[slots] + 1)
+            if int(need.sum()) <= cache.available:
+                break
+            self.retract_last()
         # Longest first: attention then ends with short rows, and few multiprocessors wait for the last (Graham's rule).
         step.decodes = slots[np.argsort(-computed[slots], kind="stable")]
         if need.any():
             step.writes.append(cache.extend(step.decodes, computed[step.decodes] + 1))
-
-    def _retract_for_decodes(self, slots: Slots) -> Slots:
-        """The decode rows that can go on now, after retracting as many of the last as it takes."""
-        table, cache = self.table, self.cache
-        last_first = self._retraction_order()
-        running: Slots = np.array(last_first[::-1], np.intp)
-        slots = running[np.isin(running, slots)]
-        need = cache.pages_needed(slots, table.num_computed_tokens[slots] + 1)
-        while len(slots) and int(need.sum()) > cache.available_beside(cache.tree, self._leaving())[-1]:
-            slot = last_first.pop(0)
-            self._retract(slot)
-            keep = slots != slot
-            slots, need = slots[keep], need[keep]
-        going_on: Slots = slots[(need == 0) | (np.cumsum(need) <= cache.available)]
-        return going_on
 
     def _schedule_prompts(self, step: StepDraft, prompts: list[RequestState]) -> None:
         """Prefill these, admitting those that wait up to the first that does not fit, while budget and pages last."""
@@ -217,14 +195,12 @@ class Scheduler:
         slot = table.free[0]
         cached = cache.acquire(slot, request.cached_prefix(cache), again=request.admitted)
         self._leave_queue(request)
-        table.admit(request, cached)
+        table.admit(request, cached, self.step + 1)
         if not request.admitted:
             request.admitted = True
             request.cached_tokens = cached
             self.prompt_tokens += request.prompt_len
             self.cached_prompt_tokens += cached
-        if self._room_for is request:
-            self._room_for = None
         self.admitted.append((request.request.id, cached))
         step.admitted.append(slot)
         step.writes.append(cache.writes(slot))
@@ -242,22 +218,11 @@ class Scheduler:
         goal = np.maximum(self.table.prefill_len[rows], self.table.num_computed_tokens[rows] + decodes)
         return self.cache.pages_needed(rows, goal) + np.int32(1)
 
-    def _decoding(self) -> Slots:
-        """Rows that still have a token to decode."""
-        table = self.table
-        return np.flatnonzero((table.state == State.DECODE) & (table.num_computed_tokens + 1 < table.max_tokens))
-
-    def _leaving(self) -> list[int]:
-        """Rows that leave as soon as the step in flight is collected."""
-        leaving: list[int] = np.flatnonzero(self.table.state >= State.RETRACTING).tolist()
-        return leaving
-
     def _launch(self, step: StepDraft) -> StepPlan:
         """Make a plan of the decisions and move the rows on, as if the step had been launched."""
         table, decodes = self.table, step.decodes.astype(np.int32)
         decode_lens = table.num_computed_tokens[decodes]
         table.num_computed_tokens[decodes] = decode_lens + 1
-        table.in_flight[decodes] += 1
         sampled, slots, lens, starts, tokens = decodes, EMPTY, EMPTY, EMPTY, EMPTY
         final = EMPTY.astype(np.bool_)
         if step.chunks:
@@ -265,7 +230,6 @@ class Scheduler:
             ends = table.num_computed_tokens[slots]
             starts, final = ends - lens, ends == table.prefill_len[slots]
             table.state[slots[final]] = State.DECODE
-            table.in_flight[slots] += 1
             sampled = np.concatenate([decodes, slots[final]])
             rows = zip(slots, starts, ends, strict=True)
             tokens = np.concatenate([table.tokens[slot, start:end] for slot, start, end in rows])
@@ -273,6 +237,7 @@ class Scheduler:
         writes = [np.concatenate([EMPTY, *part]) for part in zip(*step.writes, strict=True)] or [EMPTY] * 3
         self.step += 1
         self._hold_dear(sampled)
+        table.state[sampled[table.num_computed_tokens[sampled] + 1 >= table.max_tokens[sampled]]] = State.LAST
         return StepPlan(
             step=self.step,
             init=table.new_rows([*step.admitted, *(slot for slot in again if slot not in step.admitted)]),
@@ -310,13 +275,10 @@ class Scheduler:
     # Taking in a result
 
     def commit(self, plan: StepPlan, result: StepResult) -> None:
-        """Append the step's tokens, end the requests that are done, free what no launched step touches."""
-        table = self.table
-        touched = np.concatenate([plan.decode_slots, plan.prefill_slots])
-        table.in_flight[touched] -= 1
+        """Append the step's tokens, but for those whose requests have ended or were retracted; end what is done."""
+        table, sampled = self.table, plan.sampled_slots
         scores = table.take_scores(plan, result)
-        sampled = plan.sampled_slots
-        going = table.state[sampled] != State.ENDED
+        going = table.are_as_of(sampled, plan.step)
         if late := self._late.pop(plan.step, None):
             going &= ~np.isin(sampled, late)
         slots, tokens = sampled[going], result.tokens[going]
@@ -341,7 +303,6 @@ class Scheduler:
             request.prompt_scores = []
             if finish is not None:
                 self._leave(request)
-        self._settle(touched[table.state[touched] >= State.RETRACTING].tolist())
 
     # Masks of rows that follow a grammar
 
@@ -356,7 +317,7 @@ class Scheduler:
         late: list[int] = []
         spent = 0.0
         for slot, mask in zip(slots.tolist(), masks, strict=True):
-            if table.state[slot] == State.ENDED:
+            if table.state[slot] == State.FREE:
                 continue
             request = table.request(slot)
             if request.mask is not None:
@@ -378,7 +339,7 @@ class Scheduler:
     def fill_held(self) -> None:
         """Spend what the step's masks left of its budget on the held rows."""
         table = self.table
-        rows = np.flatnonzero((table.state == State.HELD) & (table.in_flight == 0))
+        rows = np.flatnonzero((table.state == State.HELD) & (table.num_tokens > table.num_computed_tokens))
         if len(rows):  # those whose masks are cheap first, then in the order in which they came
             dear = table.mask_seconds[rows] > ORDINARY_SECONDS
             rows = rows[np.lexsort((table.held_since[rows], dear))]
@@ -387,8 +348,7 @@ class Scheduler:
                 break
             mask: Int32 = np.full(-(-self.vocab_size // 32), -1, np.int32)
             self._owed += self._fill(slot, mask)
-            if table.state[slot] == State.ENDED:
-                self._settle([slot])
+            if table.state[slot] == State.FREE:
                 continue
             table.request(slot).mask = mask
             again = table.prefill_len[slot] == table.num_tokens[slot]
@@ -444,37 +404,29 @@ class Scheduler:
         self._leave(request)
 
     def _leave(self, request: RequestState) -> None:
-        """The request is live no more; if it has a row, that is released when nothing launched touches it."""
+        """The request is live no more."""
         del self.live[request.request.id]
-        if request.slot >= 0:
-            self.table.state[request.slot] = State.ENDED
-
-    def _retraction_order(self) -> list[int]:
-        """Slots of all running requests, the first to be retracted first."""
-        running = self.table.requests_in(*RUNNING)
-        named = self.policy.retract(running)
-        named += sorted(set(running).difference(named), key=by_place, reverse=True)
-        return [request.slot for request in named]
+        if request.slot < 0:
+            self._leave_queue(request)
+        else:
+            self._release(request.slot)
 
     def retract_last(self) -> None:
-        self._retract(self._retraction_order()[0])
+        running = self.table.requests_in(*RUNNING)
+        named = self.policy.retract(running) or sorted(running, key=by_place, reverse=True)
+        self._retract(named[0].slot)
 
     def _retract(self, slot: int) -> None:
-        """Queue a running request again, now or when the step in flight is collected."""
+        """Queue a running request again."""
+        request = self.table.request(slot)
         self.retracted += 1
-        self.retracted_ids.append(self.table.request(slot).request.id)
-        self.table.state[slot] = State.RETRACTING
-        self._settle([slot])
+        self.retracted_ids.append(request.request.id)
+        self._release(slot)
+        insort(self.waiting, request, key=by_place)
 
-    def _settle(self, slots: Iterable[int]) -> None:
-        """Release the rows among these, all leaving, that no launched step touches."""
+    def _release(self, slot: int) -> None:
+        """Take a row and its pages back."""
         table = self.table
-        for slot in slots:
-            if table.in_flight[slot]:
-                continue
-            request, retracting = table.request(slot), table.state[slot] == State.RETRACTING
-            known = int(table.num_tokens[slot])
-            self.cache.release(slot, table.tokens[slot, :known], min(int(table.num_computed_tokens[slot]), known))
-            table.vacate(slot)
-            if retracting:
-                insort(self.waiting, request, key=by_place)
+        known = table.tokens[slot, : table.num_tokens[slot]]
+        self.cache.release(slot, known, int(table.num_computed_tokens[slot]))
+        table.vacate(slot)
