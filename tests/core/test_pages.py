@@ -54,7 +54,8 @@ def test_a_wrong_free_raises_and_changes_nothing(wrong: Int32, message: str) -> 
 
 def grow(cache: CacheManager, slot: int, length: int) -> Int32:
     """Extend one row; return the pages that it gained."""
-    return cache.extend(ids(slot), ids(length))[2]
+    _, _, pages = cache.extend(ids(slot), ids(length))
+    return np.array(pages, np.int32)
 
 
 def acquire(cache: CacheManager, slot: int, tokens: Int32) -> int:

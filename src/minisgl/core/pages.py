@@ -10,7 +10,7 @@ from minisgl.core.plan import Int32
 from minisgl.core.radix_cache import CacheListener, EvictionPolicy, Node, RadixCache
 
 Slots = NDArray[np.signedinteger[Any]]
-PageWrites = tuple[Int32, Int32, Int32]  # (slots, indices, page ids): page_table[slots, indices] = page ids
+PageWrites = Int32  # (3, p), slots, indices and page ids: page_table[slots, indices] = page ids
 
 
 class PageAllocator:
@@ -126,7 +126,7 @@ class CacheManager:
     def writes(self, slot: int) -> PageWrites:
         """The row's whole page table, for a device that knows nothing of it."""
         count = int(self.row_pages[slot])
-        return np.full(count, slot, np.int32), np.arange(count, dtype=np.int32), self.page_table[slot, :count].copy()
+        return np.stack([np.full(count, slot), np.arange(count), self.page_table[slot, :count]], dtype=np.int32)
 
     def pages_needed(self, slots: Slots, new_lens: Slots) -> Int32:
         """Pages that each row lacks to hold `new_lens` tokens, (len(slots),)."""
@@ -154,7 +154,7 @@ class CacheManager:
         owners = np.repeat(rows, need)
         self.page_table[owners, indices] = pages
         self.row_pages[rows] = end
-        return owners, indices, pages
+        return np.stack([owners, indices, pages])
 
     def publish(self, slot: int, tokens: Int32, computed: int) -> None:
         """Offer the row's whole pages below `computed` tokens to the cache, which lends those it takes to the row.

@@ -41,9 +41,10 @@ by_place = attrgetter("sort_key")
 class StepDraft:
     def __init__(self, budget: int) -> None:
         self.decodes: Slots = np.empty(0, np.intp)
-        self.chunks: list[tuple[int, int]] = []  # (slot, tokens)
+        self.chunks: list[tuple[int, int, int]] = []  # (slot, start, tokens)
+        self.tokens: list[Int32] = [EMPTY]  # of the chunks
         self.admitted: list[int] = []
-        self.writes: list[PageWrites] = []
+        self.writes: list[PageWrites] = [np.empty((3, 0), np.int32)]
         self.budget = budget  # prompt tokens that may still go in
 
 
@@ -184,8 +185,11 @@ class Scheduler:
         step.writes.append(cache.extend(np.array([slot]), np.array([end])))
         table.num_computed_tokens[slot] = end
         cache.publish(slot, table.tokens[slot, : table.num_tokens[slot]], end)
-        step.chunks.append((slot, length))
+        step.chunks.append((slot, computed, length))
+        step.tokens.append(table.tokens[slot, computed:end])
         step.budget -= length
+        if table.request(slot).mask is not None and slot not in step.admitted:
+            step.admitted.append(slot)  # again, for the device counted a token that was dropped
 
     def _admit(self, step: StepDraft, request: RequestState) -> bool:
         """Give the request a row if its whole prompt fits beside what running rows will soon need."""
@@ -223,34 +227,27 @@ class Scheduler:
         table, decodes = self.table, step.decodes.astype(np.int32)
         decode_lens = table.num_computed_tokens[decodes]
         table.num_computed_tokens[decodes] = decode_lens + 1
-        sampled, slots, lens, starts, tokens = decodes, EMPTY, EMPTY, EMPTY, EMPTY
-        final = EMPTY.astype(np.bool_)
-        if step.chunks:
-            slots, lens = (np.array(column, np.int32) for column in zip(*step.chunks, strict=True))
-            ends = table.num_computed_tokens[slots]
-            starts, final = ends - lens, ends == table.prefill_len[slots]
-            table.state[slots[final]] = State.DECODE
-            sampled = np.concatenate([decodes, slots[final]])
-            rows = zip(slots, starts, ends, strict=True)
-            tokens = np.concatenate([table.tokens[slot, start:end] for slot, start, end in rows])
-        again = [slot for slot in slots.tolist() if table.penalised[slot] and table.request(slot).mask is not None]
-        writes = [np.concatenate([EMPTY, *part]) for part in zip(*step.writes, strict=True)] or [EMPTY] * 3
+        slots, starts, lens = np.array(step.chunks, np.int32).reshape(-1, 3).T.copy()
+        final = starts + lens == table.prefill_len[slots]
+        table.state[slots[final]] = State.DECODE
+        sampled = np.concatenate([decodes, slots[final]])
+        page_slots, page_indices, page_ids = np.concatenate(step.writes, axis=1)
         self.step += 1
         self._hold_dear(sampled)
         table.state[sampled[table.num_computed_tokens[sampled] + 1 >= table.max_tokens[sampled]]] = State.LAST
         return StepPlan(
             step=self.step,
-            init=table.new_rows([*step.admitted, *(slot for slot in again if slot not in step.admitted)]),
-            page_slots=writes[0],
-            page_indices=writes[1],
-            page_ids=writes[2],
+            init=table.new_rows(step.admitted),
+            page_slots=page_slots,
+            page_indices=page_indices,
+            page_ids=page_ids,
             decode_slots=decodes,
             decode_lens=decode_lens,
             prefill_slots=slots,
             prefill_starts=starts,
             prefill_lens=lens,
             prefill_final=final,
-            prefill_tokens=tokens,
+            prefill_tokens=np.concatenate(step.tokens),
             all_greedy=bool(table.greedy[sampled].all()),
             any_filter=bool(table.filtered[sampled].any()),
             any_min_len=bool((table.num_computed_tokens[sampled] < table.min_len[sampled]).any()),
