@@ -148,7 +148,6 @@ class RequestState:
         self.stop_ids = tuple(dict.fromkeys(params.stop_token_ids + (() if params.ignore_eos else eos)))
         self.tokens: Int32 = np.frombuffer(request.prompt_bytes, np.int32)
         self.prompt_len = len(self.tokens)
-        self.min_len = self.prompt_len + params.min_tokens  # positions below this one hold no stop token
         self.priority = request.priority
         # The lowest is admitted first and retracted last.
         self.sort_key: tuple[tuple[float, ...], int] = ((self.priority,), self.arrival)
@@ -182,7 +181,7 @@ class RequestTable:
         self.first_step = np.zeros(rows, np.int64)  # that computed anything for the request that has the row now
         self.greedy = np.zeros(rows, np.bool_)
         self.filtered = np.zeros(rows, np.bool_)
-        self.min_len = np.zeros(rows, np.int32)
+        self.min_len = np.zeros(rows, np.int32)  # positions below this one hold no stop token
         self.stop_ids = np.full((rows, MAX_STOP_TOKEN_IDS), -1, np.int32)
         self.penalties = np.zeros((len(NEUTRAL_PENALTIES), rows), np.float32)
         self.penalised = np.zeros(rows, np.bool_)
@@ -209,7 +208,7 @@ class RequestTable:
         self.first_step[slot] = step
         self.greedy[slot] = params.temperature == 0.0 or params.top_k == 1
         self.filtered[slot] = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
-        self.min_len[slot] = request.min_len
+        self.min_len[slot] = request.prompt_len + params.min_tokens
         self.stop_ids[slot] = -1
         self.stop_ids[slot, : len(request.stop_ids)] = request.stop_ids
         self.penalties[:, slot] = [getattr(params, name) for name in NEUTRAL_PENALTIES]

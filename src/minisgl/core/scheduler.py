@@ -62,7 +62,7 @@ class Scheduler:
         self.live: dict[str, RequestState] = {}
         self.events: list[TokenEvent] = []  # until the engine takes them
         self.step = 0
-        self._late: dict[int, list[int]] = {}  # by step, slots whose token is dropped
+        self._late: list[int] = []  # slots of the step that waits for masks whose token is dropped
         self.mask_budget = STEP_SECONDS[0]
         self._owed = 0.0  # seconds that masks took, to be saved in the next steps
         self._budgets: WeakValueDictionary[str, MaskBudget] = WeakValueDictionary()
@@ -276,8 +276,9 @@ class Scheduler:
         table, sampled = self.table, plan.sampled_slots
         scores = table.take_scores(plan, result)
         going = table.are_as_of(sampled, plan.step)
-        if late := self._late.pop(plan.step, None):
-            going &= ~np.isin(sampled, late)
+        if self._late:
+            going &= ~np.isin(sampled, self._late)
+            self._late = []
         slots, tokens = sampled[going], result.tokens[going]
         lengths = table.num_tokens[slots] + 1
         table.tokens[slots, lengths - 1] = tokens
@@ -311,7 +312,6 @@ class Scheduler:
         """
         table, slots = self.table, plan.constrained_slots
         masks: Masks = np.full((len(slots), -(-self.vocab_size // 32)), -1, np.int32)
-        late: list[int] = []
         spent = 0.0
         for slot, mask in zip(slots.tolist(), masks, strict=True):
             if table.state[slot] == State.FREE:
@@ -320,7 +320,7 @@ class Scheduler:
             if request.mask is not None:
                 mask[:], request.mask = request.mask, None
             elif spent > self.mask_budget:
-                late.append(slot)
+                self._late.append(slot)
                 # Its last token goes through the model once more, as a chunk of one.
                 known = int(table.num_tokens[slot])
                 table.prefill_len[slot], table.num_computed_tokens[slot] = known, known - 1
@@ -328,8 +328,7 @@ class Scheduler:
                     request.tokens = table.tokens[slot, :known].copy()
             else:
                 spent += self._fill(slot, mask)
-        self._late[plan.step] = late
-        self._hold(np.array(late, np.intp))
+        self._hold(np.array(self._late, np.intp))
         self._owed += spent
         return masks
 
