@@ -62,7 +62,8 @@ class CacheManager:
         self.page_table: Int32 = np.zeros((max_rows, max_pages_per_row), np.int32)
         self.row_pages: Int32 = np.zeros(max_rows, np.int32)  # so many of a row's first are live
         self._allocator = PageAllocator(num_pages)
-        self._cache = RadixCache(page_size, shared, eviction)
+        self._shared = shared
+        self._cache = RadixCache(page_size, eviction)
         self.now = 0.0  # s, for the policies; the engine sets it before it plans a step
         self._nodes: dict[int, Node] = {}  # that live rows lock; pages behind its end are the row's own
         self._duplicates: dict[int, Int32] = {}  # pages before that end which the row computed and owns all the same
@@ -194,7 +195,7 @@ class CacheManager:
         node, whole = self._nodes[slot], min(computed, len(tokens)) // self.page_size
         held = node.end
         assert whole <= self.row_pages[slot], "more is computed than the row can hold"
-        if whole <= held:
+        if whole <= held or not self._shared:
             return node
         own = np.ascontiguousarray(tokens[held * self.page_size : whole * self.page_size], np.int32)
         pages = self.page_table[slot, held:whole]

@@ -107,13 +107,10 @@ class RadixCache:
     ends, so what remains is always reachable. The eviction queue is a heap with at most one entry a node, made when
     the node becomes an unlocked leaf. An entry may be out of date: its key can only be too small, so it is checked, and
     put back or dropped, when it comes up.
-
-    Without `shared` it never matches and takes no pages: every request computes its whole prompt.
     """
 
-    def __init__(self, page_size: int, shared: bool = True, eviction: EvictionPolicy | None = None) -> None:
+    def __init__(self, page_size: int, eviction: EvictionPolicy | None = None) -> None:
         self.page_size = page_size
-        self.shared = shared
         self.eviction = eviction or EvictionPolicy()
         self.listener: CacheListener | None = None
         self.root = Node(np.empty(0, np.int32), np.empty(0, np.int32), None)
@@ -130,10 +127,7 @@ class RadixCache:
         """
         node = self.root if earlier is None or earlier.end < 0 else earlier
         rest = tokens[node.end * self.page_size :]
-        if self._page(rest) not in node.children:
-            return node
-        path, used = self._walk(node, rest)
-        return self._split(path[-1], used)
+        return self._descend(node, rest) if self._page(rest) in node.children else node
 
     def use(self, node: Node, now: float, again: bool = False) -> None:
         """A request was admitted on the prefix that ends with `node`, `again` after it was retracted."""
@@ -167,13 +161,10 @@ class RadixCache:
         Returns (end, known): pages before `known` are the caller's to keep or free, the cache now owns `pages[known:]`.
         `end` is the node that ends with the last of these, or `node` when there are none.
         """
-        if not self.shared:
-            return node, len(pages)
-        path, used = self._walk(node, tokens)
-        known = sum(len(passed.pages) for passed in path[:-1]) + used
+        parent = self._descend(node, tokens)
+        known = parent.end - node.end
         if known == len(pages):
             return node, known
-        parent = self._split(path[-1], used) if path else node
         leaf = Node(tokens[known * self.page_size :].copy(), pages[known:].copy(), parent)
         self._uses += 1
         leaf.uses, leaf.last_used, leaf.used_at = 1, self._uses, now
@@ -204,22 +195,18 @@ class RadixCache:
     def _page(self, tokens: Int32) -> bytes:
         return tokens[: self.page_size].tobytes()
 
-    def _walk(self, node: Node, tokens: Int32) -> tuple[list[Node], int]:
-        """Nodes below `node` through which `tokens` runs, and how many pages of the last one."""
-        path: list[Node] = []
-        used, at = 0, 0
-        data, page = tokens.tobytes(), self.page_size * tokens.itemsize  # one comparison of bytes for each node
+    def _descend(self, node: Node, tokens: Int32) -> Node:
+        """The node that ends the longest cached part of `tokens` behind `node`, split off if need be."""
+        data, page, at = tokens.tobytes(), self.page_size * tokens.itemsize, 0
         while (child := node.children.get(data[at : at + page])) is not None:
-            path.append(child)
-            run = child.tokens.tobytes()
+            run = child.tokens.tobytes()  # one comparison of bytes for each node
             if not data.startswith(run, at):
                 rest = tokens[at // tokens.itemsize :][: len(child.tokens)]
                 different = child.tokens[: len(rest)] != rest
                 first = int(different.argmax())
-                used = (first if different[first] else len(rest)) // self.page_size
-                break
-            node, at, used = child, at + len(run), len(child.pages)
-        return path, used
+                return self._split(child, (first if different[first] else len(rest)) // self.page_size)
+            node, at = child, at + len(run)
+        return node
 
     def _split(self, node: Node, count: int) -> Node:
         """The node that ends after `count` pages of `node`: itself, or a new one above it; `node` keeps its own end."""
