@@ -260,8 +260,7 @@ class Engine:
                 observer.observe(record)
 
     def _record(self, plan: StepPlan, planned: float, launched: float) -> StepRecord:
-        requests = self.table.requests
-        ids = ["" if request is None else request.request.id for request in requests]
+        ids = ["" if request is None else request.request.id for request in self.table.requests]
         columns = (plan.prefill_slots, plan.prefill_starts, plan.prefill_lens, plan.prefill_final)
         rows = zip(*(column.tolist() for column in columns), strict=True)
         return StepRecord(

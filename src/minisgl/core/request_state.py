@@ -12,13 +12,12 @@ from typing import Any, Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from minisgl.core.pages import CacheManager
+from minisgl.core.pages import CacheManager, Slots
 from minisgl.core.plan import NEUTRAL_PENALTIES, Int32, LogitsInit, LogitsRows, NewRows, Scores, StepPlan, StepResult
 from minisgl.core.radix_cache import Node
 from minisgl.core.types import MAX_STOP_TOKEN_IDS, Grammar, Request, SamplingParams, TokenLogprobs
 from minisgl.errors import InvalidRequestError
 
-Slots = NDArray[np.intp]
 EMPTY = np.empty(0, np.int32)
 
 
