@@ -162,8 +162,8 @@ class Engine:
         constraint = full_constraint(self.constraints, params, self.model.vocab_size, constraint)
         seed = secrets.randbits(63) if params.seed is None else params.seed
         limit = self.model.max_seq_len if params.max_tokens is None else prompt_len + params.max_tokens
-        eos = self.model.eos_token_ids
-        self.scheduler.add(RequestState(request, self._arrivals, self.clock(), seed, limit, eos, constraint))
+        stop_ids = tuple({*params.stop_token_ids, *(() if params.ignore_eos else self.model.eos_token_ids)})
+        self.scheduler.add(RequestState(request, self._arrivals, self.clock(), seed, limit, stop_ids, constraint))
         self._arrivals += 1
         if self.recorder is not None:
             self.recorder.add(request)

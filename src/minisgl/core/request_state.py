@@ -6,7 +6,7 @@ first may pass the second by one: the token it reads is on the device only.
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import InitVar, dataclass
+from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -136,35 +136,28 @@ class RequestState:
     arrived_at: float  # s on the engine's clock
     seed: int
     max_tokens: int  # with the prompt
-    eos: InitVar[tuple[int, ...]]
+    stop_ids: tuple[int, ...]
     constraint: Constraint | None = None
     admitted: bool = False
     cached_tokens: int = 0  # of its first admission
     slot: int = -1
 
-    def __post_init__(self, eos: tuple[int, ...]) -> None:
-        request, params = self.request, self.request.params
-        self.stop_ids = tuple(dict.fromkeys(params.stop_token_ids + (() if params.ignore_eos else eos)))
-        self.tokens: Int32 = np.frombuffer(request.prompt_bytes, np.int32)
+    def __post_init__(self) -> None:
+        self.tokens: Int32 = np.frombuffer(self.request.prompt_bytes, np.int32)
         self.prompt_len = len(self.tokens)
-        self.priority = request.priority
+        self.priority = self.request.priority
         # The lowest is admitted first and retracted last.
         self.sort_key: tuple[tuple[float, ...], int] = ((self.priority,), self.arrival)
         # Of a prompt that is to be scored, until they are delivered with the first token.
-        self.prompt_scores: list[TokenLogprobs | None] = [] if params.prompt_logprobs is None else [None]
+        self.prompt_scores: list[TokenLogprobs | None] = [] if self.request.params.prompt_logprobs is None else [None]
         self.num_followed = self.prompt_len  # tokens that the constraint has taken in
         self.mask: Int32 | None = None  # of the next token if it was computed early
         self.mask_budget: MaskBudget | None = None
         self._prefix: Node | None = None  # the last answer of `cached_prefix`
 
-    @property
-    def reusable(self) -> Int32:
-        """Tokens that may come from the prefix cache: none of a prompt that is to be scored."""
-        return self.tokens[:0] if self.prompt_scores else self.tokens
-
     def cached_prefix(self, cache: CacheManager) -> Node:
-        """The node of the prefix tree that ends what a row of this request could start on."""
-        self._prefix = cache.match(self.reusable, self._prefix)
+        """The node of the prefix tree that ends what a row could start on: nothing of a prompt that is to be scored."""
+        self._prefix = cache.match(self.tokens[:0] if self.prompt_scores else self.tokens, self._prefix)
         return self._prefix
 
 
