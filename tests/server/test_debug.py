@@ -112,7 +112,7 @@ def test_the_reasons_are_those_of_the_scheduler() -> None:
         engine.add(request(name, prompt, max_tokens=4, ignore_eos=True))
     engine.step()
     (waiting,) = json.loads(snapshot(engine, [], []))["waiting"]
-    assert waiting["why"].startswith("its prompt needs 5 pages beside those that are cached, ")
+    assert waiting["why"].startswith("its prompt and a decode need 6 pages beside those that are cached, ")
 
 
 def test_a_large_tree_is_cut_and_says_so() -> None:

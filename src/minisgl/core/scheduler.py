@@ -211,8 +211,11 @@ class Scheduler:
         return True
 
     def _pages_lacking(self, request: RequestState) -> int:
-        """Pages that a waiting request's prompt takes beside those that are cached of it."""
-        return -(-len(request.tokens) // self.cache.page_size) - request.cached_prefix(self.cache).end
+        """Pages that a waiting request takes for its prompt and a decode, beside those that are cached.
+
+        A row that is retracted before its first decode has got no further, for the token in flight is lost.
+        """
+        return -(-(len(request.tokens) + 1) // self.cache.page_size) - request.cached_prefix(self.cache).end
 
     def _promised(self, rows: Slots, decodes: int = 0) -> Int32:
         """Pages that each of these running rows will take: for the rest of its prompt or so many decodes, and one more.
@@ -266,7 +269,7 @@ class Scheduler:
         available = self.cache.available_beside(request.cached_prefix(self.cache))[0]
         if need + promised > available:
             rest = f"running requests will need {promised}, and {available} are available"
-            return f"its prompt needs {need} pages beside those that are cached, {rest}"
+            return f"its prompt and a decode need {need} pages beside those that are cached, {rest}"
         return ""
 
     # Taking in a result
