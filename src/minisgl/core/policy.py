@@ -129,10 +129,9 @@ class PolicyGuard:
     """A policy as the scheduler asks it: what it answers is checked, and when it fails, fcfs takes its place."""
 
     def __init__(
-        self, policy: Policy, view: View, live: Mapping[str, RequestState], on_failure: Callable[[], None]
+        self, policy: Policy, view: View, live: Mapping[str, RequestState], waiting: list[RequestState]
     ) -> None:
-        self.policy, self.view, self.live = policy, view, live
-        self.on_failure = on_failure  # called when all sort keys have changed
+        self.policy, self.view, self.live, self.waiting = policy, view, live, waiting
         self.strict = False  # a failure is raised instead
 
     def place(self, request: RequestState) -> None:
@@ -185,4 +184,4 @@ class PolicyGuard:
         self.policy = Policy()
         for request in self.live.values():
             self.place(request)
-        self.on_failure()
+        self.waiting.sort(key=lambda request: request.sort_key)

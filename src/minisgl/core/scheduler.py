@@ -69,7 +69,7 @@ class Scheduler:
         self.admitted: list[tuple[str, int]] = []  # by the last `schedule`, with the tokens that were cached
         self.retracted_ids: list[str] = []  # since the engine emptied it, at the last launch
         self.retracted = self.aborted = self.prompt_tokens = self.cached_prompt_tokens = 0
-        self.policy = PolicyGuard(policy, View(table, cache), self.live, lambda: self.waiting.sort(key=by_place))
+        self.policy = PolicyGuard(policy, View(table, cache), self.live, self.waiting)
 
     @property
     def num_running(self) -> int:
