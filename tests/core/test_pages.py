@@ -59,7 +59,6 @@ def grow(cache: CacheManager, slot: int, length: int) -> Int32:
 
 
 def acquire(cache: CacheManager, slot: int, tokens: Int32) -> int:
-    """Start a row on what is cached of these tokens; the length of that."""
     return cache.acquire(slot, cache.match(tokens))
 
 

@@ -46,7 +46,7 @@ def test_a_better_priority_takes_the_row_of_the_worst_and_youngest(overlap: bool
     events = advance(engine, 5)
     assert running(engine) == "abc"
     engine.add(wanted[3])
-    events += advance(engine, 3)
+    events += advance(engine, 1)
     assert running(engine) == "abd"
     assert engine.stats().retracted == 1
     events += advance(engine)

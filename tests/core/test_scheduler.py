@@ -128,6 +128,16 @@ def test_abort_at_any_moment_ends_with_one_event_and_frees_everything(overlap: b
     assert (engine.table.state == State.FREE).all()
 
 
+def test_an_aborted_request_owns_nothing_while_a_step_with_it_runs() -> None:
+    engine = simulated_engine(max_running_requests=1, cache="naive")
+    engine.add(request("a", [1] * 20, max_tokens=9, ignore_eos=True))
+    advance(engine, 4)
+    engine.abort(["a"])
+    assert engine.cache.num_free == engine.executor.num_pages
+    wanted = [request("b", [2] * 20, max_tokens=9, ignore_eos=True)]
+    check_answers(engine, wanted, run(engine, wanted))
+
+
 def test_stop_tokens_end_a_request_and_min_tokens_holds_them_off() -> None:
     engine = simulated_engine(num_pages=256, max_seq_len=512, page_size=4)
     wanted = [request(str(i), [i, i + 1], max_tokens=400, min_tokens=m) for i, m in enumerate([0, 0, 100, 100])]

@@ -25,8 +25,6 @@ def check_tree(tree: RadixCache, holders: Iterable[Node]) -> list[int]:
         assert node.locks == locks[node], "locks are not those that rows hold"
         assert node.parent is not None
         locks[node.parent] += node.locks > 0
-    for node in nodes:
-        assert node.parent is not None
         assert node.parent.children[node.tokens[: tree.page_size].tobytes()] is node
         assert node.end == node.parent.end + len(node.pages)
         assert len(node.tokens) == len(node.pages) * tree.page_size > 0
