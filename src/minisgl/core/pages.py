@@ -97,8 +97,7 @@ class CacheManager:
 
         The search goes on from an `earlier` match of these tokens or their beginning.
         """
-        whole = tokens[: (len(tokens) - 1) // self.page_size * self.page_size]
-        return self._cache.match(np.ascontiguousarray(whole, np.int32), earlier)
+        return self._cache.match(tokens[: (len(tokens) - 1) // self.page_size * self.page_size], earlier)
 
     def acquire(self, slot: int, node: Node, again: bool = False) -> int:
         """Start a row, for a request `again`, on the cached prefix that ends with `node`; its length in tokens."""
@@ -197,8 +196,7 @@ class CacheManager:
         assert whole <= self.row_pages[slot], "more is computed than the row can hold"
         if whole <= held or not self._shared:
             return node
-        own = np.ascontiguousarray(tokens[held * self.page_size : whole * self.page_size], np.int32)
-        pages = self.page_table[slot, held:whole]
+        own, pages = tokens[held * self.page_size : whole * self.page_size], self.page_table[slot, held:whole]
         end, known = self._cache.insert(node, own, pages, self.now)
         if end is not node:
             self._duplicates[slot] = np.concatenate([self._duplicates[slot], pages[:known]])
