@@ -1,6 +1,7 @@
 """The scheduler over the simulated device, where a wrong page or length changes the tokens."""
 
 import itertools
+from collections import Counter
 from typing import Any
 
 import msgspec
@@ -50,6 +51,19 @@ def test_running_out_of_pages_retracts_and_loses_nothing(overlap: int, cache: st
     assert {mine[-1].finish for mine in events.values()} == {FinishReason.LENGTH}
     for mine in events.values():
         assert len({event.cached_tokens for event in mine}) == 1, "tokens of a retracted request count as cached"
+
+
+def test_each_admission_brings_a_request_further() -> None:
+    engine = simulated_engine(page_size=1, num_pages=40, max_seq_len=40, cache="naive")
+    for i in range(6):
+        engine.add(request(str(i), [i] * 9, max_tokens=20, ignore_eos=True))
+    tokens, admitted_with = Counter[str](), dict[str, int]()
+    while engine.has_work:
+        tokens.update(event.id for event in engine.step() if event.tokens)
+        for name in engine.admitted:
+            assert tokens[name] > admitted_with.get(name, -1)
+            admitted_with[name] = tokens[name]
+    assert engine.stats().retracted > 0
 
 
 def test_running_requests_decode_in_every_step_in_which_a_long_prompt_is_prefilled() -> None:
@@ -134,8 +148,8 @@ def test_an_aborted_request_owns_nothing_while_a_step_with_it_runs() -> None:
     advance(engine, 4)
     engine.abort(["a"])
     assert engine.cache.num_free == engine.executor.num_pages
-    wanted = [request("b", [2] * 20, max_tokens=9, ignore_eos=True)]
-    check_answers(engine, wanted, run(engine, wanted))
+    following = request("b", [2] * 20, max_tokens=9, ignore_eos=True)
+    check_answers(engine, [following], run(engine, [following]))
 
 
 def test_stop_tokens_end_a_request_and_min_tokens_holds_them_off() -> None:

@@ -25,16 +25,13 @@ def events_of(
     check_cache(engine.cache)
 
 
-def note_promises(engine: Engine) -> list[tuple[int, RequestState]]:
-    """From here on the requests for which others are retracted, each with the step, in a list that grows."""
-    promised: list[tuple[int, RequestState]] = []
+def check_promises(engine: Engine) -> None:
+    """From here on assert that whom others are retracted for gets a row at once."""
     scheduler, make_room = engine.scheduler, engine.scheduler._make_room
 
-    def noting(step: StepDraft, first: RequestState | None) -> None:
+    def checking(step: StepDraft, first: RequestState | None) -> None:
         before = scheduler.retracted
         make_room(step, first)
-        if scheduler.retracted > before and first is not None:
-            promised.append((scheduler.step, first))
+        assert scheduler.retracted == before or (first is not None and first.slot >= 0)
 
-    scheduler._make_room = noting  # type: ignore[method-assign]
-    return promised
+    scheduler._make_room = checking  # type: ignore[method-assign]
