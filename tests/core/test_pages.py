@@ -52,8 +52,7 @@ def test_a_wrong_free_raises_and_changes_nothing(wrong: Int32, message: str) -> 
 
 def grow(cache: CacheManager, slot: int, length: int) -> Int32:
     """Extend one row; return the pages that it gained."""
-    _, _, pages = cache.extend(ids(slot), ids(length))
-    return np.array(pages, np.int32)
+    return np.array(cache.extend(ids(slot), ids(length))[2], np.int32)
 
 
 def acquire(cache: CacheManager, slot: int, tokens: Int32) -> int:
