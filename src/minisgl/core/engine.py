@@ -146,7 +146,7 @@ class Engine:
         self._collected: StepRecord | None = None  # to be observed, with all requests that ended
         self._ended: list[tuple[str, FinishReason]] = []  # and are in no record yet
         self.recorder: RequestObserver | None = None
-        self._arrivals = self._generated_tokens = 0
+        self._arrivals = 0
         self._dead = ""  # why nothing is accepted any more
 
     def add(self, request: Request, constraint: Constraint | None = None) -> None:
@@ -201,7 +201,6 @@ class Engine:
             self._show(events)
         if self.recorder is not None:
             self.recorder.take(events)
-        self._generated_tokens += sum(len(event.tokens) for event in events)
         return events
 
     def observe(self, observer: StepObserver) -> None:
@@ -294,7 +293,7 @@ class Engine:
             aborted=scheduler.aborted,
             prompt_tokens=scheduler.prompt_tokens,
             cached_prompt_tokens=scheduler.cached_prompt_tokens,
-            generated_tokens=self._generated_tokens,
+            generated_tokens=scheduler.generated_tokens,
         )
 
     def close(self) -> None:

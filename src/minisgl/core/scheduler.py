@@ -43,7 +43,7 @@ class StepDraft:
         self.decodes: Slots = np.empty(0, np.intp)
         self.chunks: list[tuple[int, int, int]] = []  # (slot, start, tokens)
         self.tokens: list[Int32] = [EMPTY]  # of the chunks
-        self.admitted: list[int] = []
+        self.admitted: list[int] = []  # rows whose parameters the device is told
         self.writes: list[PageWrites] = [np.empty((3, 0), np.int32)]
         self.budget = budget  # prompt tokens that may still go in
 
@@ -68,7 +68,7 @@ class Scheduler:
         self._budgets: WeakValueDictionary[str, MaskBudget] = WeakValueDictionary()
         self.admitted: list[tuple[str, int]] = []  # by the last `schedule`, with the tokens that were cached
         self.retracted_ids: list[str] = []  # since the engine emptied it, at the last launch
-        self.retracted = self.aborted = self.prompt_tokens = self.cached_prompt_tokens = 0
+        self.retracted = self.aborted = self.prompt_tokens = self.cached_prompt_tokens = self.generated_tokens = 0
         self.policy = PolicyGuard(policy, View(table, cache), self.live, self.waiting)
 
     @property
@@ -286,6 +286,7 @@ class Scheduler:
         lengths = table.num_tokens[slots] + 1
         table.tokens[slots, lengths - 1] = tokens
         table.num_tokens[slots] = lengths
+        self.generated_tokens += len(slots)
         stop = (table.stop_ids[slots] == tokens[:, None]).any(axis=1)  # never before min_tokens: masked
         full = lengths >= table.max_tokens[slots]
         columns = slots.tolist(), tokens.tolist(), stop.tolist(), full.tolist()
