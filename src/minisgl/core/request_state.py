@@ -232,7 +232,7 @@ class RequestTable:
         assert request is not None, f"row {slot} is free"
         return request
 
-    def are_as_of(self, slots: Int32, step: int) -> NDArray[np.bool_]:
+    def unchanged_since(self, slots: Int32, step: int) -> NDArray[np.bool_]:
         """Whether each of these rows still has the request that it had in this step."""
         same: NDArray[np.bool_] = (self.state[slots] != State.FREE) & (self.first_step[slots] <= step)
         return same
@@ -332,7 +332,7 @@ class RequestTable:
             return {}
         if result.prompt_scores is not None:
             scores = token_logprobs(result.prompt_scores, self.prompt_top[wanted.prompt_slots])
-            same = self.are_as_of(wanted.prompt_slots, plan.step).tolist()
+            same = self.unchanged_since(wanted.prompt_slots, plan.step).tolist()
             for slot, score, is_same in zip(wanted.prompt_slots.tolist(), scores, same, strict=True):
                 if is_same:
                     self.request(slot).prompt_scores.append(score)

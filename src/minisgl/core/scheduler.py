@@ -278,7 +278,7 @@ class Scheduler:
         """Append the step's tokens, but for those whose requests have ended or were retracted; end what is done."""
         table, sampled = self.table, plan.sampled_slots
         scores = table.take_scores(plan, result)
-        going = table.are_as_of(sampled, plan.step)
+        going = table.unchanged_since(sampled, plan.step)
         if self._late:
             going &= ~np.isin(sampled, self._late)
             self._late = []
