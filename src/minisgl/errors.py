@@ -60,11 +60,16 @@ class NativePanicError(MinisglError, code="internal_error"):
     """A library in native code gave up, on its input or by a fault of its own."""
 
 
+def is_panic(error: BaseException | None) -> bool:
+    """Whether a library written in Rust panicked: each has a class of its own for that, which it does not export."""
+    return type(error).__name__ == "PanicException"
+
+
 class PanicGuard(AbstractContextManager[Any], ContextDecorator):
     """Around calls of libraries written in Rust: a panic, which is no Exception, becomes a NativePanicError."""
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if type(error).__name__ == "PanicException":  # each library has a class of its own, and exports none
+        if is_panic(error):
             raise NativePanicError(str(error)) from error
 
 

@@ -15,7 +15,7 @@ from tokenizers.decoders import DecodeStream
 
 from minisgl.core.model_config import optional_fields, require_file
 from minisgl.core.types import FinishReason, Request, SamplingParams, TokenEvent, TokenLogprobs
-from minisgl.errors import NO_PANICS, InvalidRequestError, ModelError, NativePanicError
+from minisgl.errors import NO_PANICS, InvalidRequestError, ModelError, is_panic
 from minisgl.text.chat_template import ChatTemplate, cut_after, read_templates, text_of
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -73,13 +73,14 @@ class Tokenizer:
         try:
             text.encode()
             # `encode` can hold the interpreter's lock for seconds on a long text; the batch form does not.
-            with NO_PANICS:
-                return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+            return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         except UnicodeEncodeError as error:
             reason = f"the text is not valid Unicode: a lone surrogate at character {error.start}"
             raise InvalidRequestError(reason) from error
-        except NativePanicError as error:
-            raise InvalidRequestError(f"the tokenizer cannot take this text: {error}") from error
+        except BaseException as error:
+            if is_panic(error):
+                raise InvalidRequestError(f"the tokenizer cannot take this text: {error}") from error
+            raise
 
     @NO_PANICS
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True, prompt: Sequence[int] = ()) -> str:
@@ -232,6 +233,7 @@ class TextStream:
         self.matched: str | None = None
         self._backend = backend
         self._hidden = hidden
+        self._stops = params.stop
         self._params = params
         self._context = list(context)
         self._decoder = DecodeStream(ids=self._context, skip_special_tokens=False)
@@ -288,19 +290,19 @@ class TextStream:
 
     def _take(self, piece: str) -> None:
         """Show what cannot belong to a stop string any more; a match must end inside `piece`."""
-        if not (stops := self._params.stop):
+        if not self._stops:
             self._shown.append(piece)
             return
         text = self._held + piece
         # (end, start, stop string) of each one that is completed within `piece`
-        at = ((text.find(stop, max(0, len(self._held) - len(stop) + 1)), stop) for stop in stops)
+        at = ((text.find(stop, max(0, len(self._held) - len(stop) + 1)), stop) for stop in self._stops)
         matches = [(start + len(stop), start, stop) for start, stop in at if start >= 0]
         if matches and len(self.starts) >= self._params.min_tokens:
             end, start, self.matched = min(matches)  # the one completed first; of several, the longest
             safe = end if self._params.include_stop_str_in_output else start
             self._held = ""
         else:
-            safe = len(text) - max(partial_end(text, stop) for stop in stops)
+            safe = len(text) - max(partial_end(text, stop) for stop in self._stops)
             self._held = text[safe:]
         if safe:
             self._shown.append(text[:safe])
