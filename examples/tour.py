@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from minisgl.build import build_engine
 from minisgl.config import Config
-from minisgl.core.engine import Engine
+from minisgl.core.engine import Engine, Observer
 from minisgl.core.model_config import read_spec
 from minisgl.core.radix_cache import Node
 from minisgl.core.types import Request, SamplingParams, StepRecord
@@ -45,7 +45,7 @@ def ask(name: str, text: str, tokens: int) -> None:
 
 
 # %%
-class Steps:
+class Steps(Observer):
     """Keeps the records of the steps, and prints them if asked to."""
 
     def __init__(self) -> None:
@@ -62,12 +62,9 @@ class Steps:
             words += [f"{name} ends" for name, _ in record.ended]
             print(f"step {record.step:3}: " + "; ".join(filter(None, words)))
 
-    def close(self) -> None:
-        pass
-
 
 steps = Steps()
-engine.observe(steps)
+engine.observers.append(steps)
 story = "Once upon a time there was a small engine that served large models to many people. "
 ask("A", story * 4 + "One day", 6)
 ask("B", "The capital of France is", 6)

@@ -65,7 +65,7 @@ def check_format(events: list[dict[str, Any]]) -> None:
 
 def test_a_trace_has_every_row_of_every_step(tmp_path: Path) -> None:
     engine, trace = busy_engine(), TraceWriter(str(tmp_path / "trace.json"))
-    engine.observe(trace)
+    engine.observers.append(trace)
     plans = record_plans(engine)
     run(engine, traffic())
     check_format(json.loads((tmp_path / "trace.json").read_text() + "]"))  # as after a crash
@@ -87,7 +87,7 @@ def test_a_trace_has_every_row_of_every_step(tmp_path: Path) -> None:
 
 def test_every_end_is_in_a_trace_however_a_request_ended(tmp_path: Path) -> None:
     engine, trace = busy_engine(), TraceWriter(str(tmp_path / "trace.json"))
-    engine.observe(trace)
+    engine.observers.append(trace)
     asked = [*traffic(), *(request(f"s{seed}", [9, seed], max_tokens=40, seed=seed) for seed in range(6))]
     for one in asked:
         engine.add(one)
@@ -129,7 +129,7 @@ def test_a_trace_has_the_device_and_a_recording_no_word_and_no_token_of_a_reques
 
 def test_a_recording_keeps_lengths_and_common_prefixes_and_no_tokens(tmp_path: Path) -> None:
     engine = busy_engine()
-    engine.recorder = TrafficRecorder(str(tmp_path / "traffic.jsonl"))
+    engine.observers.append(TrafficRecorder(str(tmp_path / "traffic.jsonl")))
     shared = list(range(5, 5 + 2 * BLOCK))
     prompts = {"a": [*shared, 1, 2], "b": [*shared, 3], "c": [*shared[:-1], 4, 5]}
     run(engine, [request(name, prompt, max_tokens=4, ignore_eos=True) for name, prompt in prompts.items()])
@@ -158,8 +158,8 @@ def test_a_file_that_cannot_be_made_is_an_error_before_the_model_loads(tmp_path:
 
 def test_a_full_disk_ends_the_files_and_not_the_engine(caplog: pytest.LogCaptureFixture) -> None:
     engine = busy_engine()
-    engine.observe(TraceWriter("/dev/full"))
-    engine.recorder = TrafficRecorder("/dev/full")
+    engine.observers.append(TraceWriter("/dev/full"))
+    engine.observers.append(TrafficRecorder("/dev/full"))
     events = run(engine, traffic())
     engine.close()
     assert all(found[-1].finish == "length" for found in events.values())
@@ -175,12 +175,12 @@ def microseconds_of_a_step(watched: str, path: Path, rows: int) -> float:
     sent: list[bytes] = []
     log = StepLog(lambda events, link: sent.append(msgspec.msgpack.encode(ipc.Steps(events))))
     if watched in ("endpoints", "viewer"):
-        engine.observe(log)
+        engine.observers.append(log)
         log.watch(1, watched == "viewer")
     elif watched == "trace":
-        engine.observe(TraceWriter(str(path / "trace.json")))
+        engine.observers.append(TraceWriter(str(path / "trace.json")))
     elif watched == "recording":
-        engine.recorder = TrafficRecorder(str(path / "traffic.jsonl"))
+        engine.observers.append(TrafficRecorder(str(path / "traffic.jsonl")))
     for number in range(rows):
         engine.add(request(f"chatcmpl-{number:024x}-0", [*range(100)], max_tokens=1900, ignore_eos=True))
     taken = []

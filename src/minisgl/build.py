@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 
 from minisgl.config import BUNDLED_MODEL, Config, Launcher, Machine, Resolved, launcher, resolve
-from minisgl.core.engine import Engine
+from minisgl.core.engine import Engine, Observer
 from minisgl.core.executor import LocalExecutor
 from minisgl.core.model_config import ModelSpec, read_spec
 from minisgl.core.plugins import WorkThread, load_eviction, load_policy
@@ -48,8 +48,11 @@ def build_engine(config: Config, progress: bool = False, on_failure: Callable[[]
     machine = probe_machine(launched)
     load_policy(config.schedule_policy)  # what is wrong with a policy is said before the model loads
     load_eviction(config.eviction)
-    trace = None if config.trace_steps is None else TraceWriter(config.trace_steps)
-    recording = None if config.record is None else TrafficRecorder(config.record)
+    observers: list[Observer] = []
+    if config.trace_steps is not None:
+        observers.append(TraceWriter(config.trace_steps))
+    if config.record is not None:
+        observers.append(TrafficRecorder(config.record))
     early = resolve(config, machine).config  # the dtype, of a checkpoint that is converted, is final with the model
     run = in_passing_thread if early.device == "cpu" else call
     weights = not config.dummy_weight
@@ -72,9 +75,7 @@ def build_engine(config: Config, progress: bool = False, on_failure: Callable[[]
     )
     grammars = GrammarCompiler(folder, model.vocab_size, model.eos_token_ids)
     engine = Engine(executor, model, resolved.config, grammars.constraint)
-    engine.recorder = recording
-    if trace is not None:
-        engine.observe(trace)
+    engine.observers += observers
     return Built(engine, folder, describe(resolved, spec, executor, model.max_seq_len))
 
 

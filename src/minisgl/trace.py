@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import msgspec
 
+from minisgl.core.engine import Observer
 from minisgl.core.types import Request, SamplingParams, StepRecord, TokenEvent
 from minisgl.errors import ConfigError
 
@@ -44,8 +45,8 @@ class OutputFile:
         self._file.close()
 
 
-class TraceWriter:
-    """An observer that writes Chrome's Trace Event Format: the host, the device, a track for each request, counters.
+class TraceWriter(Observer):
+    """Writes Chrome's Trace Event Format: the host, the device, a track for each request, counters.
 
     Perfetto and chrome://tracing open it, also without its last line, which a crash leaves out.
     """
@@ -122,7 +123,7 @@ def microseconds(seconds: float) -> float:
     return round(seconds * 1e6, 3)
 
 
-class TrafficRecorder:
+class TrafficRecorder(Observer):
     """Arrivals, lengths, hashes of prompts in blocks of 16 tokens and sampling parameters: never text or token ids.
 
     A line is written when a request ends, in the format of the Qwen-Bailian traces (Wang et al., "KVCache Cache in the

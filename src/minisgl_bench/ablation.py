@@ -225,7 +225,7 @@ class AblationRunner:
         gc.freeze()  # until `close`: a collection of all that there is takes longer than what some settings change
         started, seconds, generated = time.perf_counter(), 0.0, 0
         while not generated or seconds < least:
-            engine.flush_cache()
+            engine.cache.flush()
             generated += play(scenario, lambda requests: serve(engine, requests, scenario.clients, first_tokens), vocab)
             seconds = time.perf_counter() - started
         stats, gaps = engine.stats(), recorder.token_gaps() or [0.0]

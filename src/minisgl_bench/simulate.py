@@ -49,7 +49,7 @@ def run(configs: Sequence[tuple[Mapping[str, Any], Config]], options: argparse.N
     if options.trace_steps is not None:
         if len(cases) > 1:
             raise ConfigError(f"--trace-steps is of one simulation, and these are {len(cases)}")
-        cases[0].replica.engine.observe(TraceWriter(options.trace_steps))
+        cases[0].replica.engine.observers.append(TraceWriter(options.trace_steps))
     gpus = {case.replica.gpu.name: case.replica.gpu for case in cases}
     for gpu in gpus.values():
         report.print(f"{gpu.name}: {gpu.source}")

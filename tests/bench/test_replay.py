@@ -40,7 +40,7 @@ LENGTH = ("max_tokens", "min_tokens", "ignore_eos", "stop_token_ids", "truncate_
 @pytest.fixture
 def recording(tmp_path: Path) -> Path:
     engine = simulated_engine(num_pages=64)
-    engine.recorder = TrafficRecorder(str(tmp_path / "traffic.jsonl"))
+    engine.observers.append(TrafficRecorder(str(tmp_path / "traffic.jsonl")))
     requests = [
         Request.make(str(i), [*PREFIX, *range(30 + i, 36 + i)], SamplingParams(max_tokens=4 + i, **params), priority)
         for i, (params, priority) in enumerate(ASKED)
@@ -72,7 +72,7 @@ def check(requests: Sequence[Request], recording: Path, without: Sequence[str] =
 def test_a_simulation_gets_what_was_recorded(recording: Path, tmp_path: Path) -> None:
     sessions = traffic.from_trace(traffic.read_trace(recording, 10), 1.0, None, None)
     replica, seen = Replica(read_spec(MODEL), Config(), read_gpu("h200")), Mock()
-    replica.engine.recorder = seen
+    replica.engine.observers.append(seen)
     clients = Clients([replica], sessions)
     clients.run(lambda done: None)
     check([call.args[0] for call in seen.add.call_args_list], recording, without=("logprobs",))

@@ -99,7 +99,7 @@ def test_no_dear_grammar_changes_a_special_answer(
     engine.constraints = make_dear
     monkeypatch.setattr(engine.scheduler, "_hold", record)
     observer = Mock()
-    engine.observe(observer)
+    engine.observers.append(observer)
     check(answers_of(engine, requests, retractions=3), requests)
     assert len(postponed) > 20
     admitted = [name for call in observer.observe.call_args_list for name, _ in call.args[0].admitted]

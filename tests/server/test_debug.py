@@ -15,7 +15,7 @@ from helpers.engine_thread import EngineThread, simulated
 from helpers.serving import Serving, Web
 from helpers.simulation import request, simulated_engine
 from minisgl.core.radix_cache import Node
-from minisgl.server.debug import NODES, snapshot, tree
+from minisgl.server.debug import NODES, StepLog, snapshot, tree
 
 PROMPT = list(range(8, 28))
 
@@ -65,7 +65,9 @@ async def test_a_viewer_gets_every_step_and_another_the_same(busy: tuple[Web, En
         assert step["planned"] <= step["launched"] <= step["sent"] <= step["awaited"] <= step["arrived"]
     await web.until(lambda: not web.client.feed._viewers)
     await complete(web, 1)
-    assert not thread.engine._observers[0].links  # type: ignore[attr-defined]
+    (log,) = thread.engine.observers
+    assert isinstance(log, StepLog)
+    assert not log.links
 
 
 async def test_the_snapshot_names_requests_pages_and_why_they_wait(busy: tuple[Web, EngineThread]) -> None:

@@ -6,7 +6,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 import msgspec
 
@@ -28,18 +28,16 @@ TRIALS: Final = 3  # steps of a shape that are seen before it is predicted: kern
 OUTLIER: Final = 1.5  # a step that took so many times the mean counts as if it had taken this
 
 
-class StepObserver(Protocol):
-    """Sees every step once its result is taken in; from `Engine.observe` on."""
+class Observer:
+    """Sees what an engine does, from when it is in `Engine.observers` on: requests that it accepts, the events of each
+    `step`, and each step once its result is taken in. A subclass says what is done about it.
+    """
 
-    def observe(self, record: StepRecord) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class RequestObserver(Protocol):
     def add(self, request: Request) -> None: ...
 
     def take(self, events: Sequence[TokenEvent]) -> None: ...
+
+    def observe(self, record: StepRecord) -> None: ...
 
     def close(self) -> None: ...
 
@@ -142,10 +140,9 @@ class Engine:
         policy = load_policy(config.schedule_policy)
         self.scheduler = Scheduler(self.table, self.cache, policy, config.max_prefill_length, model.vocab_size)
         self._launched: deque[tuple[StepPlan, StepRecord | None]] = deque()
-        self._observers: list[StepObserver] = []
+        self.observers: list[Observer] = []
         self._collected: StepRecord | None = None  # to be observed, with all requests that ended
         self._ended: list[tuple[str, FinishReason]] = []  # and are in no record yet
-        self.recorder: RequestObserver | None = None
         self._arrivals = 0
         self._dead = ""  # why nothing is accepted any more
 
@@ -165,8 +162,8 @@ class Engine:
         stop_ids = tuple({*params.stop_token_ids, *(() if params.ignore_eos else self.model.eos_token_ids)})
         self.scheduler.add(RequestState(request, self._arrivals, self.clock(), seed, limit, stop_ids, constraint))
         self._arrivals += 1
-        if self.recorder is not None:
-            self.recorder.add(request)
+        for observer in self.observers:
+            observer.add(request)
 
     @property
     def admitted(self) -> list[str]:
@@ -197,17 +194,9 @@ class Engine:
             self._dead = "the engine failed in an earlier step"
             raise
         events, self.scheduler.events = self.scheduler.events, []
-        if self._observers:
+        if self.observers:
             self._show(events)
-        if self.recorder is not None:
-            self.recorder.take(events)
         return events
-
-    def observe(self, observer: StepObserver) -> None:
-        self._observers.append(observer)
-
-    def flush_cache(self) -> int:
-        return self.cache.flush()
 
     def _advance(self) -> None:
         begun = time.perf_counter()
@@ -219,12 +208,12 @@ class Engine:
                 self._collect()
             self.scheduler.fill_held()
             return
-        if self._observers:
+        if self.observers:
             plan = msgspec.structs.replace(plan, timed=True)
         self.executor.launch(plan)
         if self._timer is not None:
             self._timer.launched(plan, planned, launched, self.clock())
-        record = self._record(plan, planned, launched) if self._observers else None
+        record = self._record(plan, planned, launched) if self.observers else None
         self._launched.append((plan, record))
         self.scheduler.retracted_ids = []
         if len(self._launched) > 1:
@@ -250,12 +239,14 @@ class Engine:
             record.device = result.device
             self._collected = record
 
-    def _show(self, events: Iterable[TokenEvent]) -> None:
-        """Give observers the step that was collected, if one was."""
+    def _show(self, events: Sequence[TokenEvent]) -> None:
+        """Give observers what the requests get, and the step that was collected, if one was."""
+        for observer in self.observers:
+            observer.take(events)
         self._ended += [(event.id, event.finish) for event in events if event.finish is not None]
         if (record := self._collected) is not None:
             record.ended, self._ended, self._collected = self._ended, [], None
-            for observer in self._observers:
+            for observer in self.observers:
                 observer.observe(record)
 
     def _record(self, plan: StepPlan, planned: float, launched: float) -> StepRecord:
@@ -299,8 +290,6 @@ class Engine:
     def close(self) -> None:
         """Wait for launched steps and release the device. Nothing is accepted any more."""
         self._dead = "the engine was closed"
-        for observer in self._observers:
+        for observer in self.observers:
             observer.close()
-        if self.recorder is not None:
-            self.recorder.close()
         self.executor.close()

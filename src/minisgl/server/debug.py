@@ -1,31 +1,27 @@
 """What an engine is doing, for `/debug/engine` and `/debug/events`: no text and no token ids, bounded in size."""
 
-import asyncio
 import itertools
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Iterable
+from typing import Any, Final
 
 import msgspec
 
+from minisgl.core.engine import Engine, Observer
+from minisgl.core.radix_cache import Node
 from minisgl.core.request_state import State
 from minisgl.core.types import StepRecord
-
-if TYPE_CHECKING:
-    from minisgl.core.engine import Engine
-    from minisgl.core.radix_cache import Node
 
 RECENT: Final = 64  # steps
 REQUESTS: Final = 256  # running ones, and again as many waiting ones
 NODES: Final = 1000  # of the radix tree
 STATES: Final = {number: name.lower() for name, number in vars(State).items() if name.isupper()}
 FLUSH_SECONDS = 0.05
-BEHIND: Final = 32  # batches that a slow viewer may lag; then the oldest are dropped
 
 
-class StepLog:
-    """An observer in the engine process: keeps the last steps and, while somebody watches, sends them on in batches."""
+class StepLog(Observer):
+    """In the engine process: keeps the last steps and, while somebody watches, sends them on in batches."""
 
     def __init__(self, send: Callable[[bytes, int], None]) -> None:
         self.recent: deque[StepRecord] = deque(maxlen=RECENT)
@@ -50,42 +46,8 @@ class StepLog:
                 self._send(events, link)
             self._batch, self._sent = [], time.monotonic()
 
-    def close(self) -> None:
-        pass
 
-
-class StepFeed:
-    """Batches of events for the viewers of one API process; `watch` tells the engine that there are some, or none."""
-
-    def __init__(self, watch: Callable[[bool], None]) -> None:
-        self._watch = watch
-        self._viewers: set[asyncio.Queue[bytes | None]] = set()
-        self._ended = False
-
-    def put(self, events: bytes | None) -> None:
-        """Pass events on; None is the end of every stream."""
-        self._ended |= events is None
-        for viewer in self._viewers:
-            if viewer.full():
-                viewer.get_nowait()
-            viewer.put_nowait(events)
-
-    async def batches(self) -> AsyncIterator[bytes]:
-        viewer: asyncio.Queue[bytes | None] = asyncio.Queue(BEHIND)
-        if not self._viewers and not self._ended:
-            self._watch(True)
-        self._viewers.add(viewer)
-        try:
-            yield b""  # so that the answer's head is sent before there is anything to tell
-            while not self._ended and (events := await viewer.get()) is not None:
-                yield events
-        finally:
-            self._viewers.remove(viewer)
-            if not self._viewers and not self._ended:
-                self._watch(False)
-
-
-def snapshot(engine: "Engine", compiling: Iterable[str], recent: Iterable[StepRecord]) -> bytes:
+def snapshot(engine: Engine, compiling: Iterable[str], recent: Iterable[StepRecord]) -> bytes:
     """The JSON object of `/debug/engine`. `compiling` are the requests whose grammars are not compiled yet."""
     table, cache, scheduler = engine.table, engine.cache, engine.scheduler
     running = [
@@ -114,7 +76,7 @@ def snapshot(engine: "Engine", compiling: Iterable[str], recent: Iterable[StepRe
     return msgspec.json.encode({"step": scheduler.step, "counts": counts, **shown, "recent": list(recent)})
 
 
-def tree(root: "Node") -> dict[str, Any]:
+def tree(root: Node) -> dict[str, Any]:
     """Nested runs of pages, widest levels first while there is room."""
     top: dict[str, Any] = {"children": []}
     queue, shown = deque((child, top) for child in root.children.values()), 0

@@ -8,7 +8,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import Any, Self
 
 import msgspec
@@ -17,7 +17,6 @@ from minisgl.config import Config
 from minisgl.core.types import EngineStats, FinishReason, Request, TokenEvent
 from minisgl.errors import EngineDeadError, MinisglError, ModelError
 from minisgl.server import errors, ipc
-from minisgl.server.debug import StepFeed
 from minisgl.server.metrics import ACCESS_RECORD, Metrics, RequestStats
 
 ENGINE_DIED = "the engine ended; nothing can be generated until the server is started again"
@@ -26,6 +25,7 @@ MAX_RETRY_SECONDS = 60
 DRAIN_RETRY_SECONDS = 5  # by then another server may answer
 DRAIN_POLL_SECONDS = 0.05
 CONNECT_SECONDS = 0.02  # between two attempts to reach an engine that does not listen yet
+VIEWER_BATCHES = 32  # of steps that a slow viewer may lag; then the oldest are dropped
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +128,37 @@ class RequestGroup:
                 await self._wake.wait()
             else:
                 return
+
+
+class StepFeed:
+    """Batches of events for the viewers of one API process; `watch` tells the engine that there are some, or none."""
+
+    def __init__(self, watch: Callable[[bool], None]) -> None:
+        self._watch = watch
+        self._viewers: set[asyncio.Queue[bytes | None]] = set()
+        self._ended = False
+
+    def put(self, events: bytes | None) -> None:
+        """Pass events on; None is the end of every stream."""
+        self._ended |= events is None
+        for viewer in self._viewers:
+            if viewer.full():
+                viewer.get_nowait()
+            viewer.put_nowait(events)
+
+    async def batches(self) -> AsyncIterator[bytes]:
+        viewer: asyncio.Queue[bytes | None] = asyncio.Queue(VIEWER_BATCHES)
+        if not self._viewers and not self._ended:
+            self._watch(True)
+        self._viewers.add(viewer)
+        try:
+            yield b""  # so that the answer's head is sent before there is anything to tell
+            while not self._ended and (events := await viewer.get()) is not None:
+                yield events
+        finally:
+            self._viewers.remove(viewer)
+            if not self._viewers and not self._ended:
+                self._watch(False)
 
 
 class EngineClient(abc.ABC):

@@ -184,7 +184,7 @@ class EngineServer:
             if self.kv_events is not None:
                 self.engine.cache.listen(self.kv_events)
             if self.config.debug_endpoints:
-                self.engine.observe(self.steps)
+                self.engine.observers.append(self.steps)
             self.links.send_first(ipc.Ready(built.engine.model, str(built.folder), list(built.notes)))
             self._serve()
         except MinisglError as error:
@@ -254,7 +254,7 @@ class EngineServer:
     def _answer(self, query: ipc.Query, link: int) -> None:
         engine, pending, count, shown = self.engine, self.grammars.requests, 0, b""
         if query.action == "flush_cache":
-            count = engine.flush_cache()
+            count = engine.cache.flush()
         elif query.action == "abort":
             live = (*engine.scheduler.live, *pending)
             ids = [request_id for request_id in live if ipc.belongs_to(request_id, query.completion_id)]
