@@ -92,7 +92,7 @@ def draw(node: Node, depth: int = 0) -> None:
         draw(child, depth + 1)
 
 
-draw(engine.cache.tree)
+draw(engine.cache.tree.root)
 
 # %% [markdown]
 # ## Who owns which page
@@ -106,7 +106,7 @@ draw(engine.cache.tree)
 def map_pages(engine: Engine) -> str:
     cache = engine.cache
     marks = ["."] * cache.num_pages
-    nodes = list(cache.tree.children.values())
+    nodes = list(cache.tree.root.children.values())
     for node in nodes:
         nodes += node.children.values()
         for page in node.pages.tolist():

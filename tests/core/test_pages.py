@@ -263,7 +263,7 @@ class ManagerMachine(RuleBasedStateMachine):
         """What is foretold of rows that leave comes true, also where another row starts on what they share."""
         slots = [slot for slot in order if slot in self.rows][:count]
         new = None if start is None else self.cache.match(self.rows[self.pick(start)].tokens)
-        foretold = self.cache.available_beside(new or self.cache.tree, slots)
+        foretold = self.cache.available_beside(new or self.cache.tree.root, slots)
         check_cache(self.cache)
         if new is not None:
             if not (free := [slot for slot in range(4) if slot not in self.rows]):

@@ -200,9 +200,9 @@ def test_a_step_looks_at_few_of_many_waiting_requests(policy: str, monkeypatch: 
         engine.add(request(str(i), [i % 40, i % 31, i % 17, 1, 2, 3, 4, 5], max_tokens=50, ignore_eos=True))
     advance(engine, 4)
     looked_up = Mock(wraps=engine.cache.match)
-    walks = Mock(wraps=engine.cache._cache._descend)
+    walks = Mock(wraps=engine.cache.tree._descend)
     monkeypatch.setattr(engine.cache, "match", looked_up)
-    monkeypatch.setattr(engine.cache._cache, "_descend", walks)
+    monkeypatch.setattr(engine.cache.tree, "_descend", walks)
     for _ in range(10):
         engine.step()
     assert looked_up.call_count <= 10 * 2 * 130

@@ -37,7 +37,7 @@ def check_tree(tree: RadixCache, holders: Iterable[Node]) -> list[int]:
 
 def check_cache(cache: CacheManager) -> None:
     """Assert that each page is in exactly one place and that rows lock exactly what they borrow."""
-    places = free_pages(cache._allocator) + check_tree(cache._cache, cache._nodes.values())
+    places = free_pages(cache._allocator) + check_tree(cache.tree, cache._nodes.values())
     for slot, count in enumerate(cache.row_pages.tolist()):
         if slot not in cache._nodes:
             assert count == 0, f"row {slot} has ended and holds pages"

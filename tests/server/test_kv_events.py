@@ -115,7 +115,7 @@ class Recorder(KVEventPublisher):
 @settings(deadline=None, max_examples=60)
 def test_who_replays_the_events_knows_exactly_the_cached_blocks(requests: list[list[int] | None]) -> None:
     cache, recorder = manager(), Recorder()
-    cache.listen(recorder)
+    cache.tree.listener = recorder
     try:
         for tokens in requests:
             if tokens is None:
@@ -123,7 +123,7 @@ def test_who_replays_the_events_knows_exactly_the_cached_blocks(requests: list[l
             else:
                 serve(cache, tokens)
             recorder.flush()
-            assert prefixes(recorder.blocks) == cached(cache.tree)
+            assert prefixes(recorder.blocks) == cached(cache.tree.root)
             assert len(recorder.blocks) == len(recorder._hashes) == cache.num_cached
     finally:
         recorder.close()
@@ -131,7 +131,7 @@ def test_who_replays_the_events_knows_exactly_the_cached_blocks(requests: list[l
 
 def test_a_subscriber_receives_batches_and_asks_for_those_it_missed(publisher: Open, tmp_path: Path) -> None:
     events, cache = publisher(), manager()
-    cache.listen(events)
+    cache.tree.listener = events
     serve(cache, [1, 2, 3, 4])
     events.flush()
     subscriber = Subscriber(f"ipc://{tmp_path}/events")
@@ -164,7 +164,7 @@ def test_a_subscriber_receives_batches_and_asks_for_those_it_missed(publisher: O
 
 def test_nothing_waits_or_grows_without_a_subscriber(publisher: Open) -> None:
     events, cache = publisher(buffer_steps=3, hwm=1), manager()
-    cache.listen(events)
+    cache.tree.listener = events
     for first in range(500):
         serve(cache, [first, 1, 2, 3])
         events.flush()
@@ -175,7 +175,7 @@ def test_nothing_waits_or_grows_without_a_subscriber(publisher: Open) -> None:
 
 def test_a_flush_that_leaves_no_page_is_one_event(publisher: Open) -> None:
     events, cache = publisher(), manager()
-    cache.listen(events)
+    cache.tree.listener = events
     serve(cache, [1, 2, 3, 4])
     serve(cache, [5, 6])
     cache.acquire(0, cache.match(np.array([5, 6, 7], np.int32)))
@@ -211,7 +211,7 @@ def test_a_subscriber_that_never_reads_stops_nothing_and_loses_what_does_not_fit
 
 def test_events_may_be_the_arrays_of_earlier_versions(publisher: Open) -> None:
     events, cache = publisher(encoding="array"), CacheManager(1, PAGE, True, 1, 1)
-    cache.listen(events)
+    cache.tree.listener = events
     serve(cache, [1, 2])
     cache.extend(np.array([0]), np.array([PAGE]))  # which takes the only page
     events.flush()

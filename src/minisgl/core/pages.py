@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minisgl.core.plan import Int32
-from minisgl.core.radix_cache import CacheListener, EvictionPolicy, Node, RadixCache
+from minisgl.core.radix_cache import EvictionPolicy, Node, RadixCache
 
 Slots = NDArray[np.signedinteger[Any]]
 PageWrites = Int32  # (3, p), slots, indices and page ids: page_table[slots, indices] = page ids
@@ -60,14 +60,10 @@ class CacheManager:
         self.row_pages: Int32 = np.zeros(max_rows, np.int32)  # so many of a row's first are live
         self._allocator = PageAllocator(num_pages)
         self._shared = shared
-        self._cache = RadixCache(page_size, eviction)
+        self.tree = RadixCache(page_size, eviction)
         self.now = 0.0  # s, for the policies; the engine sets it before it plans a step
         self._nodes: dict[int, Node] = {}  # that live rows lock; pages behind its end are the row's own
         self._duplicates: dict[int, Int32] = {}  # pages before that end which the row computed and owns all the same
-
-    @property
-    def tree(self) -> Node:
-        return self._cache.root
 
     def num_borrowed(self, slot: int) -> int:
         return self._nodes[slot].end - len(self._duplicates[slot])
@@ -78,7 +74,7 @@ class CacheManager:
 
     @property
     def num_cached(self) -> int:
-        return self._cache.num_pages
+        return self.tree.num_pages
 
     @property
     def num_owned(self) -> int:
@@ -87,20 +83,20 @@ class CacheManager:
     @property
     def available(self) -> int:
         """Pages that `extend` can give: free ones, and cached ones that no row borrows."""
-        return self.num_free + self._cache.num_evictable
+        return self.num_free + self.tree.num_evictable
 
     def match(self, tokens: Int32, earlier: Node | None = None) -> Node:
         """The node that ends what is cached of `tokens`: whole pages, without the last token, whose logits are needed.
 
         The search goes on from an `earlier` match of these tokens or their beginning.
         """
-        return self._cache.match(tokens[: (len(tokens) - 1) // self.page_size * self.page_size], earlier)
+        return self.tree.match(tokens[: (len(tokens) - 1) // self.page_size * self.page_size], earlier)
 
     def acquire(self, slot: int, node: Node, again: bool = False) -> int:
         """Start a row, for a request `again`, on the cached prefix that ends with `node`; its length in tokens."""
         assert slot not in self._nodes, f"row {slot} is in use"
-        self._cache.lock(node)
-        self._cache.use(node, self.now, again)
+        self.tree.lock(node)
+        self.tree.use(node, self.now, again)
         pages: Int32 = np.concatenate([np.empty(0, np.int32), *(held.pages for held in reversed(node.path()))])
         self._nodes[slot], self._duplicates[slot] = node, np.empty(0, np.int32)
         self.row_pages[slot] = len(pages)
@@ -109,15 +105,15 @@ class CacheManager:
 
     def available_beside(self, prefix: Node, leaving: Sequence[int] = ()) -> list[int]:
         """What `available` would be if a row borrowed this prefix, before and after each of these rows left in turn."""
-        self._cache.lock(prefix)
+        self.tree.lock(prefix)
         counts, owned = [self.available], 0
         for slot in leaving:
-            self._cache.unlock(self._nodes[slot])
+            self.tree.unlock(self._nodes[slot])
             owned += int(self.row_pages[slot]) - self.num_borrowed(slot)
             counts.append(self.available + owned)
         for slot in leaving:
-            self._cache.lock(self._nodes[slot])
-        self._cache.unlock(prefix)
+            self.tree.lock(self._nodes[slot])
+        self.tree.unlock(prefix)
         return counts
 
     def writes(self, slot: int) -> PageWrites:
@@ -144,7 +140,7 @@ class CacheManager:
         end = self.row_pages[rows] + need
         assert not len(end) or int(end.max()) <= self.page_table.shape[1], "a row outgrows the page table"
         if total > self.num_free:
-            self._allocator.free(self._cache.evict(total - self.num_free))
+            self._allocator.free(self.tree.evict(total - self.num_free))
         pages = self._allocator.allocate(total)
         # Write i is page i - (pages of the rows before its row) of what its row gains.
         indices = np.arange(total, dtype=np.int32) + np.repeat(end - np.cumsum(need, dtype=np.int32), need)
@@ -160,8 +156,8 @@ class CacheManager:
         each layer writes the KV of all rows before any row attends.
         """
         node = self._offer(slot, tokens, computed)
-        self._cache.lock(node)
-        self._cache.unlock(self._nodes[slot])
+        self.tree.lock(node)
+        self.tree.unlock(self._nodes[slot])
         self._nodes[slot] = node
 
     def release(self, slot: int, tokens: Int32, computed: int) -> None:
@@ -172,19 +168,16 @@ class CacheManager:
         node = self._offer(slot, tokens, computed)
         own = self.page_table[slot, node.end : self.row_pages[slot]]
         self._allocator.free(np.concatenate([self._duplicates.pop(slot), own]))
-        self._cache.unlock(self._nodes.pop(slot))
+        self.tree.unlock(self._nodes.pop(slot))
         self.row_pages[slot] = 0
 
     def flush(self) -> int:
         """Drop from the cache all that no row borrows; return how many pages that frees."""
-        pages = self._cache.evict(self._cache.num_evictable)
+        pages = self.tree.evict(self.tree.num_evictable)
         self._allocator.free(pages)
-        if self._cache.listener is not None and not self._cache.num_pages:
-            self._cache.listener.cleared()
+        if self.tree.listener is not None and not self.tree.num_pages:
+            self.tree.listener.cleared()
         return len(pages)
-
-    def listen(self, listener: CacheListener) -> None:
-        self._cache.listener = listener
 
     def _offer(self, slot: int, tokens: Int32, computed: int) -> Node:
         """Offer the row's whole known and computed pages to the cache; return the node that the row must now lock."""
@@ -194,7 +187,7 @@ class CacheManager:
         if whole <= held or not self._shared:
             return node
         own, pages = tokens[held * self.page_size : whole * self.page_size], self.page_table[slot, held:whole]
-        end, known = self._cache.insert(node, own, pages, self.now)
+        end, known = self.tree.insert(node, own, pages, self.now)
         if end is not node:
             self._duplicates[slot] = np.concatenate([self._duplicates[slot], pages[:known]])
         return end

@@ -72,7 +72,7 @@ def snapshot(engine: Engine, compiling: Iterable[str], recent: Iterable[StepReco
         waiting.append({"id": name, "why": "its grammar is being compiled"})
     pages = {"total": cache.num_pages, "free": cache.num_free, "cached": cache.num_cached, "owned": cache.num_owned}
     counts = {"running": len(running), "waiting": len(scheduler.waiting)}
-    shown = {"running": running[:REQUESTS], "waiting": waiting, "pages": pages, "tree": tree(cache.tree)}
+    shown = {"running": running[:REQUESTS], "waiting": waiting, "pages": pages, "tree": tree(cache.tree.root)}
     return msgspec.json.encode({"step": scheduler.step, "counts": counts, **shown, "recent": list(recent)})
 
 

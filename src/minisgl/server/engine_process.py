@@ -182,7 +182,7 @@ class EngineServer:
             built = build_engine(self.config, progress=sys.stderr.isatty(), on_failure=leave_soon)
             self.engine, self.grammars = built.engine, PendingGrammars(built.engine.constraints)
             if self.kv_events is not None:
-                self.engine.cache.listen(self.kv_events)
+                self.engine.cache.tree.listener = self.kv_events
             if self.config.debug_endpoints:
                 self.engine.observers.append(self.steps)
             self.links.send_first(ipc.Ready(built.engine.model, str(built.folder), list(built.notes)))
