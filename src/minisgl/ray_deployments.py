@@ -120,8 +120,8 @@ class EngineReplica:
         if ingress in self.renewed:
             self.renewed[ingress] = time.monotonic()
 
-    async def query(self, action: ipc.Action, timeout: float, completion_id: str | None) -> bytes:
-        return msgspec.msgpack.encode(await self.client.query(action, timeout, completion_id))
+    async def query(self, action: ipc.Action, timeout: float, argument: str | int | None) -> bytes:
+        return msgspec.msgpack.encode(await self.client.query(action, timeout, argument))
 
     async def check_health(self) -> None:
         await self.client.ping(PING_TIMEOUT)
@@ -207,9 +207,9 @@ class ReplicaClient(EngineClient):
             response.cancel()
         return None
 
-    async def query(self, action: ipc.Action, timeout: float, completion_id: str | None = None) -> ipc.Reply:
+    async def query(self, action: ipc.Action, timeout: float, argument: str | int | None = None) -> ipc.Reply:
         """The replies of all replicas as one, whose counts are sums. Raises EngineDeadError when one does not reply."""
-        responses = self._replicas.broadcast("query", action, timeout, completion_id)
+        responses = self._replicas.broadcast("query", action, timeout, argument)
         try:
             replies = await responses.results_async(timeout_s=timeout)
         except TimeoutError as error:

@@ -3,25 +3,18 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from unittest.mock import Mock
 
 import pytest
 
 from helpers.simulation import EOS, VOCAB, model_info
 from minisgl.config import Config
-from minisgl.core.engine import LEAST_SLACK, MOST_SLACK, Engine, Observer
+from minisgl.core.engine import LEAST_SLACK, MOST_SLACK, Engine
 from minisgl.core.plan import StepPlan
 from minisgl.core.types import Request, SamplingParams, StepRecord, TokenEvent
 from minisgl_bench.simulated_executor import SimulatedExecutor, StepSeconds, TimedExecutor
 
 HOST, LAUNCH, DECODE = 3e-4, 2e-4, 1e-2  # s
-
-
-@dataclass
-class Steps(Observer):
-    records: list[StepRecord]
-
-    def observe(self, record: StepRecord) -> None:
-        self.records.append(record)
 
 
 @dataclass
@@ -41,7 +34,7 @@ class Server:
         exact = SimulatedExecutor(4096, config.page_size, 8, 4096, VOCAB)
         self.device = TimedExecutor(4096, VOCAB, lambda plan: StepSeconds(HOST, self.launch, self.seconds(plan)), exact)
         self.engine = Engine(self.device, model_info(4096), config, clock=lambda: self.device.now)
-        self.engine.observers.append(Steps(self.records))
+        self.engine.observers.append(Mock(observe=self.records.append))
 
     def add(self, name: str, tokens: int = 2000) -> None:
         params = SamplingParams(max_tokens=tokens, seed=1, stop_token_ids=(), ignore_eos=True)

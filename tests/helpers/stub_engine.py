@@ -91,10 +91,11 @@ class StubEngine:
                     self._changed.set()
             case ipc.Abort(ids):
                 self._abort(ids)
-            case ipc.Query(nonce, action, completion_id):
+            case ipc.Query(nonce, action, argument):
                 count = 7
                 if action == "abort":
-                    ids = [name for name in self.live if ipc.belongs_to(name, completion_id)]
+                    assert not isinstance(argument, int)
+                    ids = [name for name in self.live if ipc.belongs_to(name, argument)]
                     self._abort(ids)
                     count = len(ids)
                 if not self.deaf:

@@ -13,9 +13,9 @@ import pytest
 from helpers.constraints import cycle
 from helpers.engine_thread import EngineThread, simulated
 from helpers.serving import Serving, Web
-from helpers.simulation import request, simulated_engine
+from helpers.simulation import request, run, simulated_engine
 from minisgl.core.radix_cache import Node
-from minisgl.server.debug import NODES, StepLog, snapshot, tree
+from minisgl.server.debug import KEPT, NODES, StepLog, snapshot, tree
 
 PROMPT = list(range(8, 28))
 
@@ -35,10 +35,11 @@ async def complete(web: Web, count: int, **body: Any) -> None:
         assert answer.status_code == 200, answer.text
 
 
-async def read_steps(web: Web, count: int) -> list[dict[str, Any]]:
+async def read_steps(web: Web, count: int, begun: asyncio.Barrier) -> list[dict[str, Any]]:
     steps: list[dict[str, Any]] = []
     async with web.http.stream("GET", "/debug/events") as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
+        await begun.wait()
         async for line in answer.aiter_lines():
             steps += [json.loads(line[6:])] if line.startswith("data: ") else []
             if len(steps) >= count:
@@ -52,9 +53,10 @@ async def test_a_viewer_of_an_idle_engine_has_its_answers_head(busy: tuple[Web, 
 
 
 async def test_a_viewer_gets_every_step_and_another_the_same(busy: tuple[Web, EngineThread]) -> None:
-    web, thread = busy
-    viewers = [asyncio.create_task(read_steps(web, 20)) for _ in range(2)]
-    await web.until(lambda: len(web.client.feed._viewers) == 2)
+    web, _ = busy
+    begun = asyncio.Barrier(3)
+    viewers = [asyncio.create_task(read_steps(web, 20, begun)) for _ in range(2)]
+    await begun.wait()
     await complete(web, 3)
     first, second = await asyncio.gather(*viewers)
     assert first == second
@@ -63,11 +65,16 @@ async def test_a_viewer_gets_every_step_and_another_the_same(busy: tuple[Web, En
     assert sum(len(step["admitted"]) for step in first) >= 1
     for step in first:
         assert step["planned"] <= step["launched"] <= step["sent"] <= step["awaited"] <= step["arrived"]
-    await web.until(lambda: not web.client.feed._viewers)
-    await complete(web, 1)
-    (log,) = thread.engine.observers
-    assert isinstance(log, StepLog)
-    assert not log.links
+
+
+def test_a_viewer_that_lags_loses_the_oldest_steps() -> None:
+    engine, log = simulated_engine(max_running_requests=1), StepLog()
+    engine.observers.append(log)
+    run(engine, [request(str(number), PROMPT, max_tokens=60, ignore_eos=True) for number in range(10)])
+    last, events = log.after(0)
+    numbers = [json.loads(event.removeprefix(b"data: "))["step"] for event in events.split(b"\n\n")[:-1]]
+    assert numbers == list(range(last - KEPT + 1, last + 1))
+    assert log.after(last) == (last, b"")
 
 
 async def test_the_snapshot_names_requests_pages_and_why_they_wait(busy: tuple[Web, EngineThread]) -> None:

@@ -218,8 +218,8 @@ def event(name: str, finish: FinishReason | None = None) -> TokenEvent:
 
 @pytest.mark.parametrize("size", [1, 3, 4, 5, 1000, 100_000])
 async def test_messages_are_whole_however_they_come(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = [b"", b"a", b"bc" * 70, b"x" * 700 * size, b"end"]
-    stream = framed(READY) + b"".join(framed(ipc.Steps(each)) for each in steps)
+    sent = [ipc.Events([event(name)]) for name in ("", "a", "bc" * 70, "x" * 700 * size, "end")]
+    stream = framed(READY) + b"".join(map(framed, sent))
 
     async def serve(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         for at in range(0, len(stream), size):
@@ -228,14 +228,14 @@ async def test_messages_are_whole_however_they_come(size: int, tmp_path: Path, m
             await asyncio.sleep(0)
         writer.close()
 
-    client, seen = SocketEngineClient(str(tmp_path), Config()), list[bytes]()
-    monkeypatch.setattr(client.feed, "put", seen.append)
+    client, seen = SocketEngineClient(str(tmp_path), Config()), list[ipc.Events]()
+    monkeypatch.setattr(client, "_on_events", lambda message, _: seen.append(message))
     async with asyncio.timeout(20), await asyncio.start_unix_server(serve, ipc.address(str(tmp_path))):
         assert await client.ready() == READY
-        while len(seen) < len(steps):
+        while len(seen) < len(sent):
             await asyncio.sleep(0.001)
         await client.close()
-    assert seen[: len(steps)] == steps
+    assert seen == sent
 
 
 def test_a_process_hears_first_what_the_others_were_told(links: Links, tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def test_what_a_process_does_not_read_waits_for_it_and_holds_up_no_other(links: 
     while len(links._owners) < 2:
         links.receive(1000)
     link = links._owners["slow"]
-    replies = [ipc.Steps(bytes([number]) * 50_000) for number in range(40)]  # far more than a socket holds
+    replies = [ipc.Failed(f"{number:02}" * 25_000) for number in range(40)]  # far more than a socket holds
     for reply in replies:
         links.send(reply, link)
     links.send_events([event("slow"), event("other")], ["other"])
@@ -291,7 +291,7 @@ def test_the_requests_of_a_process_that_is_gone_are_named_once(behind: bool, lin
     link = links._owners["a"]
     links.send_events([event("b", FinishReason.STOP)])
     if behind:
-        links.send(ipc.Steps(b"x" * 2_000_000), link)
+        links.send(ipc.Failed("x" * 2_000_000), link)
     gone.socket.close()
     assert links.receive(1000) == [(link, ["a", "c"])]
     assert links.receive() == []

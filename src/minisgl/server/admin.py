@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import time
 import uuid
+from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import Request
@@ -26,7 +27,7 @@ from minisgl.server.responses import json_response
 
 SCRAPE_TIMEOUT = 1.0  # s that /metrics waits for the engine's counts; in a longer step those it gave last are shown
 BODY_LIMIT = 4096
-HEALTH_POLL = 0.02  # s
+HEALTH_POLL, STEPS_POLL = 0.02, 0.05  # s
 
 
 def admin_routes(api: Api) -> list[ApiRoute]:
@@ -122,12 +123,21 @@ def admin_routes(api: Api) -> list[ApiRoute]:
 
     async def debug_engine(_: Request) -> Response:
         """Running and waiting requests, and why they wait; pages, the radix tree, the last steps."""
-        return Response((await client.query("debug", api.health_timeout)).snapshot, media_type="application/json")
+        return Response((await client.query("debug", api.health_timeout)).shown, media_type="application/json")
+
+    async def steps(last: int) -> AsyncIterator[bytes]:
+        while client.dead is None and not client.draining:
+            with contextlib.suppress(EngineDeadError):  # a step may take longer
+                reply = await client.query("steps", api.health_timeout, last)
+                last = reply.count
+                yield reply.shown
+            await asyncio.sleep(STEPS_POLL)
 
     async def debug_events(_: Request) -> Response:
         """Every step from here on, as server-sent events."""
+        last = (await client.ping(api.health_timeout)).steps
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        return StreamingResponse(client.feed.batches(), headers=headers, media_type="text/event-stream")
+        return StreamingResponse(steps(last), headers=headers, media_type="text/event-stream")
 
     routes = [
         ApiRoute("GET", "/health", health, responses.Health),

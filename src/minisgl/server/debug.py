@@ -1,9 +1,8 @@
 """What an engine is doing, for `/debug/engine` and `/debug/events`: no text and no token ids, bounded in size."""
 
 import itertools
-import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import msgspec
@@ -13,41 +12,28 @@ from minisgl.core.radix_cache import Node
 from minisgl.core.request_state import State
 from minisgl.core.types import StepRecord
 
-RECENT: Final = 64  # steps
+KEPT: Final = 512  # steps, for viewers that ask 20 times a second
+RECENT: Final = 64  # of them that a snapshot has
 REQUESTS: Final = 256  # running ones, and again as many waiting ones
 NODES: Final = 1000  # of the radix tree
 STATES: Final = {number: name.lower() for name, number in vars(State).items() if name.isupper()}
-FLUSH_SECONDS = 0.05
 
 
 class StepLog(Observer):
-    """In the engine process: keeps the last steps and, while somebody watches, sends them on in batches."""
-
-    def __init__(self, send: Callable[[bytes, int], None]) -> None:
-        self.recent: deque[StepRecord] = deque(maxlen=RECENT)
-        self.links: set[int] = set()  # that watch
-        self._send = send
-        self._batch: list[StepRecord] = []
-        self._sent = 0.0
-
-    def watch(self, link: int, on: bool) -> None:
-        (self.links.add if on else self.links.discard)(link)
+    def __init__(self) -> None:
+        self.records: deque[StepRecord] = deque(maxlen=KEPT)
 
     def observe(self, record: StepRecord) -> None:
-        self.recent.append(record)
-        if self.links:
-            self._batch.append(record)
+        self.records.append(record)
 
-    def flush(self, idle: bool) -> None:
-        """Send what has gathered as server-sent events, at once when the engine has nothing to do."""
-        if self._batch and (idle or time.monotonic() - self._sent >= FLUSH_SECONDS):
-            events = b"".join(b"data: %b\n\n" % msgspec.json.encode(record) for record in self._batch)
-            for link in self.links:
-                self._send(events, link)
-            self._batch, self._sent = [], time.monotonic()
+    def after(self, step: int) -> tuple[int, bytes]:
+        """The number of the last step, and those after `step`, if they are kept, as server-sent events."""
+        records = [record for record in self.records if record.step > step]
+        events = b"".join(b"data: %b\n\n" % msgspec.json.encode(record) for record in records)
+        return records[-1].step if records else step, events
 
 
-def snapshot(engine: Engine, compiling: Iterable[str], recent: Iterable[StepRecord]) -> bytes:
+def snapshot(engine: Engine, compiling: Iterable[str], steps: Sequence[StepRecord]) -> bytes:
     """The JSON object of `/debug/engine`. `compiling` are the requests whose grammars are not compiled yet."""
     table, cache, scheduler = engine.table, engine.cache, engine.scheduler
     running = [
@@ -73,7 +59,7 @@ def snapshot(engine: Engine, compiling: Iterable[str], recent: Iterable[StepReco
     pages = {"total": cache.num_pages, "free": cache.num_free, "cached": cache.num_cached, "owned": cache.num_owned}
     counts = {"running": len(running), "waiting": len(scheduler.waiting)}
     shown = {"running": running[:REQUESTS], "waiting": waiting, "pages": pages, "tree": tree(cache.tree.root)}
-    return msgspec.json.encode({"step": scheduler.step, "counts": counts, **shown, "recent": list(recent)})
+    return msgspec.json.encode({"step": scheduler.step, "counts": counts, **shown, "recent": steps[-RECENT:]})
 
 
 def tree(root: Node) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
 from typing import Any, Self
 
 import msgspec
@@ -25,7 +25,6 @@ MAX_RETRY_SECONDS = 60
 DRAIN_RETRY_SECONDS = 5  # by then another server may answer
 DRAIN_POLL_SECONDS = 0.05
 CONNECT_SECONDS = 0.02  # between two attempts to reach an engine that does not listen yet
-VIEWER_BATCHES = 32  # of steps that a slow viewer may lag; then the oldest are dropped
 
 logger = logging.getLogger(__name__)
 
@@ -130,37 +129,6 @@ class RequestGroup:
                 return
 
 
-class StepFeed:
-    """Batches of events for the viewers of one API process; `watch` tells the engine that there are some, or none."""
-
-    def __init__(self, watch: Callable[[bool], None]) -> None:
-        self._watch = watch
-        self._viewers: set[asyncio.Queue[bytes | None]] = set()
-        self._ended = False
-
-    def put(self, events: bytes | None) -> None:
-        """Pass events on; None is the end of every stream."""
-        self._ended |= events is None
-        for viewer in self._viewers:
-            if viewer.full():
-                viewer.get_nowait()
-            viewer.put_nowait(events)
-
-    async def batches(self) -> AsyncIterator[bytes]:
-        viewer: asyncio.Queue[bytes | None] = asyncio.Queue(VIEWER_BATCHES)
-        if not self._viewers and not self._ended:
-            self._watch(True)
-        self._viewers.add(viewer)
-        try:
-            yield b""  # so that the answer's head is sent before there is anything to tell
-            while not self._ended and (events := await viewer.get()) is not None:
-                yield events
-        finally:
-            self._viewers.remove(viewer)
-            if not self._viewers and not self._ended:
-                self._watch(False)
-
-
 class EngineClient(abc.ABC):
     """The requests that are live, and whether the engine is. Belongs to one event loop. No queue is without bound."""
 
@@ -171,7 +139,6 @@ class EngineClient(abc.ABC):
         self.metrics = metrics or Metrics(prefix=config.metrics_prefix)
         self.queue = Queue(config, self.metrics, max_live)
         self.stats = EngineStats()  # when the engine last replied
-        self.feed = StepFeed(lambda on: self.send(ipc.Watch(on)))
         self._timeout = config.request_timeout
         self._live: dict[str, tuple[RequestStats, RequestGroup]] = {}
 
@@ -180,7 +147,7 @@ class EngineClient(abc.ABC):
         """Send without waiting, to an engine that is ready."""
 
     @abc.abstractmethod
-    async def query(self, action: ipc.Action, timeout: float, completion_id: str | None = None) -> ipc.Reply:
+    async def query(self, action: ipc.Action, timeout: float, argument: str | int | None = None) -> ipc.Reply:
         """Have an `ipc.Query` answered. Raises EngineDeadError as `ping` does."""
 
     @property
@@ -215,11 +182,11 @@ class EngineClient(abc.ABC):
         """Forget these requests and have the engine end them; `finish` is why, for the metrics."""
         for request_id in ids:
             self._end(request_id, finish, time.monotonic())
-        self.send(ipc.Abort(ids))
+        if self.dead is None:
+            self._send(ipc.Abort(ids))
 
     async def drain(self) -> None:
         self.draining = True
-        self.feed.put(None)
         while self._live:
             await asyncio.sleep(DRAIN_POLL_SECONDS)
 
@@ -227,16 +194,11 @@ class EngineClient(abc.ABC):
         """The engine's counts, from between two steps; raises EngineDeadError when they do not come in time (s)."""
         return (await self.query("stats", timeout)).stats
 
-    def send(self, message: ipc.ToEngine) -> None:
-        if self.dead is None:
-            self._send(message)
-
     def fail(self, message: str = ENGINE_DIED) -> None:
         """Everyone who waits gets EngineDeadError, now and from here on."""
         if self.dead is not None:
             return
         self.dead = EngineDeadError(message)
-        self.feed.put(None)
         self.gone.set()
         for group in {group for _, group in self._live.values()}:
             group.fail(self.dead, "error")
@@ -285,14 +247,14 @@ class SocketEngineClient(EngineClient, asyncio.Protocol):
         self._decoder = msgspec.msgpack.Decoder(ipc.FromEngine)
         self._connecting = asyncio.create_task(self._connect(ipc.address(folder)))
 
-    async def query(self, action: ipc.Action, timeout: float, completion_id: str | None = None) -> ipc.Reply:
+    async def query(self, action: ipc.Action, timeout: float, argument: str | int | None = None) -> ipc.Reply:
         if self.dead is not None:
             raise self.dead
         nonce = next(self._nonces)
         waiter: asyncio.Future[ipc.Reply] = asyncio.get_running_loop().create_future()
         self._replies[nonce] = waiter
         try:
-            self._send(ipc.Query(nonce, action, completion_id))
+            self._send(ipc.Query(nonce, action, argument))
             async with asyncio.timeout(timeout):
                 reply = await waiter
         except TimeoutError as error:
@@ -351,8 +313,6 @@ class SocketEngineClient(EngineClient, asyncio.Protocol):
                 waiter = self._replies.get(nonce)
                 if waiter is not None and not waiter.done():
                     waiter.set_result(message)
-            case ipc.Steps(events):
-                self.feed.put(events)
             case ipc.Ready():
                 if not self._ready.done():
                     self._ready.set_result(message)

@@ -173,7 +173,7 @@ class EngineServer:
     def __init__(self, setup: ipc.EngineSetup, parent_gone: threading.Event) -> None:
         self.config, self.parent_gone = setup.config, parent_gone
         self.links = Links(setup.folder)
-        self.steps = StepLog(lambda events, link: self.links.send(ipc.Steps(events), link))
+        self.steps = StepLog()
 
     def run(self) -> int:
         try:
@@ -216,8 +216,6 @@ class EngineServer:
                     events = engine.step()
                     if events or engine.admitted:
                         self.links.send_events(events, engine.admitted)
-                    if self.config.debug_endpoints:
-                        self.steps.flush(not engine.has_work)
                 if self.kv_events is not None:
                     self.kv_events.flush()
         finally:
@@ -245,23 +243,23 @@ class EngineServer:
                 self._abort(ids)
             case ipc.Query():
                 self._answer(message, link)
-            case ipc.Watch(on):
-                self.steps.watch(link, on)
             case orphans:
-                self.steps.watch(link, False)
                 self._abort(orphans)
 
     def _answer(self, query: ipc.Query, link: int) -> None:
         engine, pending, count, shown = self.engine, self.grammars.requests, 0, b""
-        if query.action == "flush_cache":
-            count = engine.cache.flush()
-        elif query.action == "abort":
-            live = (*engine.scheduler.live, *pending)
-            ids = [request_id for request_id in live if ipc.belongs_to(request_id, query.completion_id)]
-            self._abort(ids)
-            count = len(ids)
-        elif query.action == "debug":
-            shown = snapshot(engine, pending, self.steps.recent)
+        match query.action, query.argument:
+            case "flush_cache", _:
+                count = engine.cache.flush()
+            case "abort", (str() | None) as completion_id:
+                live = (*engine.scheduler.live, *pending)
+                ids = [request_id for request_id in live if ipc.belongs_to(request_id, completion_id)]
+                self._abort(ids)
+                count = len(ids)
+            case "debug", _:
+                shown = snapshot(engine, pending, list(self.steps.records))
+            case "steps", int() as step:
+                count, shown = self.steps.after(step)
         stats = engine.stats()
         stats = msgspec.structs.replace(stats, waiting=stats.waiting + len(pending))
         self.links.send(ipc.Reply(query.nonce, stats, count, shown), link)

@@ -13,7 +13,7 @@ from minisgl.config import Config
 from minisgl.core.types import EngineStats, ModelInfo, Request, TokenEvent
 
 PREFIX = 4  # bytes before each message: its length, the lowest byte first
-Action = Literal["stats", "flush_cache", "abort", "debug"]
+Action = Literal["stats", "flush_cache", "abort", "debug", "steps"]
 
 
 class EngineSetup(msgspec.Struct, frozen=True):
@@ -53,21 +53,18 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
 
 
 class Query(msgspec.Struct, frozen=True, tag=True):
-    """`flush_cache` drops every cached page that no request uses; `abort` ends the requests of a completion, or all
-    (None), of every link: their processes get events that finish with `ABORT`. `debug` asks for a snapshot.
+    """`flush_cache` drops every cached page that no request uses; `abort` ends the requests of a completion, by its id,
+    or all (None), of every link: their processes get events that finish with `ABORT`. `debug` asks for a snapshot,
+    `steps` for the steps after the one of this number.
     """
 
     nonce: int
     action: Action = "stats"
-    completion_id: str | None = None
+    argument: str | int | None = None
 
 
-class Watch(msgspec.Struct, frozen=True, tag=True):
-    on: bool
-
-
-# From the engine: to each link once, that the model is loaded; last, why it cannot start or go on; what a step did; the
-# reply to the query with this nonce; and, to links that watch, the steps.
+# From the engine: to each link once, that the model is loaded; last, why it cannot start or go on; what a step did; and
+# the reply to the query with this nonce.
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -88,16 +85,12 @@ class Events(msgspec.Struct, frozen=True, tag=True):
 class Reply(msgspec.Struct, frozen=True, tag=True):
     nonce: int
     stats: EngineStats
-    count: int = 0  # pages flushed or requests aborted
-    snapshot: bytes = b""  # JSON
+    count: int = 0  # pages flushed, requests aborted, or the number of the last step
+    shown: bytes = b""  # JSON, or server-sent events
 
 
-class Steps(msgspec.Struct, frozen=True, tag=True):
-    events: bytes  # server-sent ones, whole
-
-
-ToEngine = Add | Abort | Query | Watch
-FromEngine = Ready | Failed | Events | Reply | Steps
+ToEngine = Add | Abort | Query
+FromEngine = Ready | Failed | Events | Reply
 
 
 def frame(data: bytes) -> bytes:
