@@ -12,6 +12,7 @@ class MinisglError(Exception):
     status = 500
     type = "server_error"
     code: str | None = None
+    retry_after: int | None = None  # s, after which the same request may succeed
 
     def __init_subclass__(cls, status: int | None = None, type: str | None = None, code: str | None = None) -> None:
         cls.status, cls.type, cls.code = status or cls.status, type or cls.type, code or cls.code

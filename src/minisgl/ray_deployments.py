@@ -35,10 +35,9 @@ from minisgl.prefix_routing import PrefixRouter
 from minisgl.server import ipc
 from minisgl.server.api_process import build_app, with_middleware
 from minisgl.server.engine_client import EngineClient, SocketEngineClient
-from minisgl.server.errors import OverloadedError, RetryLaterError, error_body
+from minisgl.server.errors import OverloadedError, error_response
 from minisgl.server.launch import ENGINE_COMMAND, describe_status, start_process, watch_engine
 from minisgl.server.metrics import share
-from minisgl.server.responses import json_response
 from minisgl.system import PrivateFolder
 
 REPORT_SECONDS: Final = 1.0
@@ -64,18 +63,15 @@ class StreamError(msgspec.Struct, frozen=True, tag=True):
 
     @classmethod
     def of(cls, error: MinisglError) -> StreamError:
-        return cls(error.message, error.status, error.type, error.code, getattr(error, "retry_after", None))
+        return cls(error.message, error.status, error.type, error.code, error.retry_after)
 
     def error(self) -> MinisglError:
-        later = self.retry_after
-        error = MinisglError(self.message) if later is None else RetryLaterError(self.message, later)
-        error.status, error.type, error.code = self.status, self.kind, self.code
+        error = MinisglError(self.message, code=self.code)
+        error.status, error.type, error.retry_after = self.status, self.kind, self.retry_after
         return error
 
 
-class ManyIngressesError(MinisglError):
-    status = 501
-    code = "unsupported_endpoint"
+class ManyIngressesError(MinisglError, status=501, code="unsupported_endpoint"): ...
 
 
 class EngineReplica:
@@ -269,7 +265,7 @@ class ServedApplication:
             await self.app(scope, receive, send)
         elif scope["path"] == "/metrics" and not self.alone:
             error = ManyIngressesError("each ingress counts for itself, and Ray Serve reaches any; read Ray's metrics")
-            await json_response(error_body(error), error.status)(scope, receive, send)
+            await error_response(error)(scope, receive, send)
         else:
             await self.http(scope, receive, send_without_id)
 

@@ -9,8 +9,6 @@ from minisgl.server.responses import json_response
 
 
 class RetryLaterError(MinisglError, status=503):
-    """The same request may succeed after `retry_after` s, which the response's Retry-After says."""
-
     def __init__(self, message: str, retry_after: int) -> None:
         super().__init__(message)
         self.retry_after = retry_after
@@ -40,7 +38,7 @@ def error_body(error: MinisglError) -> dict[str, Any]:
 
 
 def error_response(error: MinisglError, **headers: str) -> Response:
-    if isinstance(error, RetryLaterError):
+    if error.retry_after is not None:
         headers["retry-after"] = str(error.retry_after)
     if isinstance(error, UnauthorizedError):
         headers["www-authenticate"] = "Bearer"
