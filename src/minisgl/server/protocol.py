@@ -203,10 +203,6 @@ class MessageToolCall(Body, kw_only=True, forbid_unknown_fields=False):
     type: Literal["function"] = "function"
     function: CalledFunction
 
-    def for_template(self) -> dict[str, Any]:
-        function = {"name": self.function.name, "arguments": self.function.arguments}
-        return {"id": self.id, "type": "function", "function": function}
-
 
 class Message(Body, forbid_unknown_fields=False):
     """`developer` is OpenAI's newer word for `system`, which templates know. What clients keep in messages and their
@@ -251,7 +247,7 @@ class Message(Body, forbid_unknown_fields=False):
             if (value := getattr(self, name)) is not None:
                 message[name] = value
         if self.tool_calls:
-            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
+            message["tool_calls"] = msgspec.to_builtins(self.tool_calls)
         return message
 
 
