@@ -48,10 +48,10 @@ def test_min_tokens_and_seed_reach_the_sampler() -> None:
     driver = make_driver()
     greedy = driver.step(chunks={0: [1, 2, 3]})[0]
     stopped = new_row(1, min_len=5, stop_id=greedy)
-    assert driver.step(chunks={1: [1, 2, 3]}, init=stopped, greedy=False)[0] != greedy
+    assert driver.step(chunks={1: [1, 2, 3]}, init=stopped)[0] != greedy
     sampled = []
     for on, slot, seed in ((driver, 2, 5), (driver, 3, 6), (make_driver(page_size=1), 0, 5)):
-        sampled += on.step(chunks={slot: [1, 2, 3]}, init=new_row(slot, temperature=3.0, seed=seed), greedy=False)
+        sampled += on.step(chunks={slot: [1, 2, 3]}, init=new_row(slot, temperature=3.0, seed=seed))
     assert sampled[0] == sampled[2] != sampled[1]
 
 

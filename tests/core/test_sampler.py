@@ -75,9 +75,8 @@ def test_looking_at_a_few_logits_first_changes_nothing(monkeypatch: pytest.Monke
 def test_greedy_takes_the_lowest_id_of_equals() -> None:
     logits = torch.tensor([[0.0, 2.0, 2.0], [1.0, 1.0, 1.0], *[[0.0, 3.0, 3.0]] * 8])
     params = sampling_rows(10, temperature=[0.0] * 2 + [5.0] * 8, top_k=[0] * 2 + [1] * 8)
-    for all_greedy in (False, True):
-        tokens = sample(logits, params, torch.zeros(10, dtype=torch.int32), all_greedy=all_greedy)
-        assert tokens.tolist() == [1, 0, *[1] * 8]
+    tokens = sample(logits, params, torch.zeros(10, dtype=torch.int32))
+    assert tokens.tolist() == [1, 0, *[1] * 8]
 
 
 def test_stop_ids_wait_for_the_minimum_length() -> None:
@@ -103,7 +102,7 @@ def test_sampled_frequencies_are_the_softmax(temperature: float) -> None:
     logits = torch.randn(vocab) * (0.05 if temperature == 0.05 else 1.0)
     positions = torch.arange(draws, dtype=torch.int32)
     params = sampling_rows(draws, temperature=temperature, seed=11)
-    tokens = sample(logits.expand(draws, -1), params, positions, any_filter=False)
+    tokens = sample(logits.expand(draws, -1), params, positions)
     assert_frequencies(tokens, draws * (logits / temperature).softmax(dim=-1))
 
 

@@ -61,7 +61,6 @@ class Driver:
     def step(
         self, decode: Sequence[int] = (), chunks: Mapping[int, Sequence[int]] | None = None, *,
         unfinished: Sequence[int] = (), init: NewRows | None = None, writes: Sequence[tuple[int, int, int]] = (),
-        greedy: bool = True,
     ) -> list[int]:  # fmt: skip
         """Decode rows and prefill chunks in one step; the sampled tokens. Chunks of `unfinished` rows are not final."""
         chunks = chunks or {}
@@ -78,7 +77,6 @@ class Driver:
             prefill_lens=np.array(list(lens.values()), np.int32),
             prefill_final=np.array([slot not in unfinished for slot in chunks], np.bool_),
             prefill_tokens=np.array([token for tokens in chunks.values() for token in tokens], np.int32),
-            all_greedy=greedy, any_filter=not greedy, any_min_len=not greedy,
         )  # fmt: skip
         tokens: list[int] = self.runner.run(plan).tokens.tolist()
         return tokens

@@ -104,8 +104,7 @@ class LogitsProcessors:
             logits = logits.to(torch.float32, copy=True)
             self._change(wanted, logits, inputs, rows)
             positions = self.tables.length.index_select(0, slots)
-            flags = plan.all_greedy, plan.any_filter, plan.any_min_len
-            tokens = self.decoder.ops.sample_gathered(logits, self.tables.sampling, slots, positions, *flags)
+            tokens = self.decoder.ops.sample_gathered(logits, self.tables.sampling, slots, positions)
             output.tokens.index_copy_(0, changed, tokens)
             self.tables.last_token.index_copy_(0, slots, tokens)
             if self.seen is not None and wanted.penalised:  # count the tokens

@@ -70,17 +70,16 @@ class ModelRunner:
         hidden = self.forward(self._forward_batch(step), attention, self.kv)
         # 3) The sampled rows come first, then the prompt tokens that are scored.
         slots = step["sampled_slots"]
-        output = self._sample(plan, slots, hidden[: len(slots)])
+        output = self._sample(slots, hidden[: len(slots)])
         if len(hidden) > len(slots):
             self.logits_processors.score_prompts(plan, hidden[len(slots) :], output)
         return output
 
-    def _sample(self, plan: StepPlan, slots: Tensor, hidden: Tensor) -> StepOutput:
+    def _sample(self, slots: Tensor, hidden: Tensor) -> StepOutput:
         if len(hidden) == 0:
             return StepOutput(torch.empty(0, dtype=torch.int32, device=self.device), hidden)
         logits, positions = self.decoder.logits(hidden), self.tables.length.index_select(0, slots)
-        flags = plan.all_greedy, plan.any_filter, plan.any_min_len
-        tokens = self.decoder.ops.sample(logits, self.tables.sampling, slots, positions, *flags)
+        tokens = self.decoder.ops.sample(logits, self.tables.sampling, slots, positions)
         self.tables.last_token.index_copy_(0, slots, tokens)
         return StepOutput(tokens, logits)
 

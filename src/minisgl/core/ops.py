@@ -141,19 +141,15 @@ def moe(
     return out
 
 
-def sample_slots(
-    logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor, all_greedy: bool, any_filter: bool,
-    any_min_len: bool,
-) -> Tensor:  # fmt: skip
-    rows = table.select(slots)
-    return sample(logits, rows, positions, all_greedy=all_greedy, any_filter=any_filter, any_min_len=any_min_len)
+def sample_slots(logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor) -> Tensor:
+    return sample(logits, table.select(slots), positions)
 
 
 RopeStoreKV = Callable[
     [Tensor, Tensor | None, Tensor | None, float, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor
 ]
 Linear = Callable[[Any, Weight, Tensor | None], Tensor]  # of `Activations` that the implementation itself made
-Sample = Callable[[Tensor, SamplingRows, Tensor, Tensor, bool, bool, bool], Tensor]
+Sample = Callable[[Tensor, SamplingRows, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)

@@ -79,9 +79,6 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
     prefill_final: NDArray[np.bool_]  # (c,)
     prefill_tokens: Int32  # (sum(prefill_lens),)
     decode_lens: Int32  # (d,) tokens in the cache before this step, as the host knows them
-    all_greedy: bool
-    any_filter: bool
-    any_min_len: bool
     logits: LogitsRows | None = None
     timed: bool = False
 

@@ -171,8 +171,6 @@ class RequestTable:
         self.num_tokens = np.zeros(rows, np.int32)  # that the host has seen
         self.max_tokens = np.zeros(rows, np.int32)  # that the request may reach, prompt included
         self.first_step = np.zeros(rows, np.int64)  # that computed anything for the request that has the row now
-        self.greedy = np.zeros(rows, np.bool_)
-        self.filtered = np.zeros(rows, np.bool_)
         self.min_len = np.zeros(rows, np.int32)  # positions below this one hold no stop token
         self.stop_ids = np.full((rows, MAX_STOP_TOKEN_IDS), -1, np.int32)
         self.penalties = np.zeros((len(NEUTRAL_PENALTIES), rows), np.float32)
@@ -198,8 +196,6 @@ class RequestTable:
         self.num_computed_tokens[slot] = cached
         self.max_tokens[slot] = request.max_tokens
         self.first_step[slot] = step
-        self.greedy[slot] = params.temperature == 0.0 or params.top_k == 1
-        self.filtered[slot] = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
         self.min_len[slot] = request.prompt_len + params.min_tokens
         self.stop_ids[slot] = -1
         self.stop_ids[slot, : len(request.stop_ids)] = request.stop_ids

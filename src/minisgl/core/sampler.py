@@ -32,30 +32,30 @@ class SamplingRows:
         return SamplingRows(**{name: value.index_select(0, index) for name, value in vars(self).items()})
 
 
-def sample(
-    logits: Tensor, rows: SamplingRows, positions: Tensor, *, all_greedy: bool = False, any_filter: bool = True,
-    any_min_len: bool = True,
-) -> Tensor:  # fmt: skip
+def sample(logits: Tensor, rows: SamplingRows, positions: Tensor) -> Tensor:
     """Choose a token for each row: logits (n, V), positions int32 (n,) of the chosen tokens -> int32 (n,).
 
     Stop ids cannot be chosen below `min_len`. Greedy rows take the highest logit, of equal ones the lowest id. Others
     divide by the temperature, keep the `top_k` highest, of those the fewest whose share of the probability
     reaches `top_p`, and of those the ones at least `min_p` times as probable as the first; tokens as probable as the
-    last one kept are kept too. The flags say what no row needs; they change the work, never the result.
+    last one kept are kept too.
     """
-    if any_min_len:
+    if may_hold(positions < rows.min_len):
         logits = mask_stop_ids(logits, rows, positions)
     greedy_tokens = logits.argmax(dim=-1).to(torch.int32)
-    if all_greedy:
-        return greedy_tokens
-    is_greedy = (rows.temperature == 0) | (rows.top_k == 1)
+    is_random = (rows.temperature > 0) & (rows.top_k != 1)
     if logits.device.type == "cpu":
-        random = torch.nonzero(~is_greedy).squeeze(1)  # on a GPU this would wait for the device
+        random = torch.nonzero(is_random).squeeze(1)  # on a GPU this would wait for the device
         if len(random):
-            sampled = _sample_random(logits.index_select(0, random), rows.select(random), positions[random], any_filter)
+            sampled = _sample_random(logits.index_select(0, random), rows.select(random), positions[random])
             greedy_tokens.index_copy_(0, random, sampled)
         return greedy_tokens
-    return torch.where(is_greedy, greedy_tokens, _sample_random(logits, rows, positions, any_filter))
+    return torch.where(is_random, _sample_random(logits, rows, positions), greedy_tokens)
+
+
+def may_hold(condition: Tensor) -> bool:
+    """Whether a condition holds for any row; True on a GPU, where to know it the host would wait for the device."""
+    return condition.device.type != "cpu" or bool(condition.any())
 
 
 def mask_stop_ids(logits: Tensor, rows: SamplingRows, positions: Tensor) -> Tensor:
@@ -67,11 +67,11 @@ def mask_stop_ids(logits: Tensor, rows: SamplingRows, positions: Tensor) -> Tens
     return wide.scatter_(1, column, float("-inf"))[:, :-1]
 
 
-def _sample_random(logits: Tensor, rows: SamplingRows, positions: Tensor, any_filter: bool) -> Tensor:
+def _sample_random(logits: Tensor, rows: SamplingRows, positions: Tensor) -> Tensor:
     scaled = logits.float()
     scaled = scaled - scaled.amax(dim=-1, keepdim=True)  # so that no temperature overflows what counts
     scaled /= rows.temperature.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)
-    if any_filter:
+    if may_hold((rows.top_k > 0) | (rows.top_p < 1) | (rows.min_p > 0)):
         scaled = scaled.masked_fill(scaled < threshold(scaled, rows), float("-inf"))
     noise = gumbel_noise(rows.seed, positions, scaled.shape[1])
     return noise.add_(scaled).argmax(dim=-1).to(torch.int32)

@@ -251,9 +251,6 @@ class Scheduler:
             prefill_lens=lens,
             prefill_final=final,
             prefill_tokens=np.concatenate(step.tokens),
-            all_greedy=bool(table.greedy[sampled].all()),
-            any_filter=bool(table.filtered[sampled].any()),
-            any_min_len=bool((table.num_computed_tokens[sampled] < table.min_len[sampled]).any()),
             logits=table.logits_rows(sampled, len(decodes), slots, starts, lens),
         )
 

@@ -134,10 +134,10 @@ def fused_parallel_operations(
         normed = norm.add_rms_norm(x, residual, weight, eps)
         return plain.add_rms_norm(x, residual, weight, eps, reader) if normed is None else normed
 
-    def sample(logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor, *flags: bool) -> Tensor:
+    def sample(logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor) -> Tensor:
         rows = len(logits)
         if not 0 < rows <= sampling.rows:
-            return plain.sample(logits, table, slots, positions, *flags)
+            return plain.sample(logits, table, slots, positions)
         sampling.own_logits[:rows].copy_(logits)
         return sampling.sample(rows, table, slots, positions)
 

@@ -60,8 +60,8 @@ def parallel_operations(ops: Operations, group: TPGroup, shard: VocabShard) -> O
     def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, reader: Weight | None) -> Any:
         return ops.add_rms_norm(collectives.all_reduce(x), residual, weight, eps, reader)
 
-    def sample(logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor, *flags: bool) -> Tensor:
-        return ops.sample(gather_logits(logits, shard, collectives), table, slots, positions, *flags)
+    def sample(logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor) -> Tensor:
+        return ops.sample(gather_logits(logits, shard, collectives), table, slots, positions)
 
     return dataclasses.replace(
         ops,

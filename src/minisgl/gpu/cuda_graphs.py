@@ -124,7 +124,7 @@ class DecodeGraphs:
         batch = ForwardBatch(ids=ids, positions=positions, slot_mapping=slot_mapping, logits_indices=None)
         hidden = self.decoder.forward(batch, attention.attention, self.kv)
         logits = self.decoder.logits(hidden, self.logits[: len(hidden)])
-        tokens = self.decoder.ops.sample(logits, self.tables.sampling, changes[0], inputs.kv_lens, False, True, True)
+        tokens = self.decoder.ops.sample(logits, self.tables.sampling, changes[0], inputs.kv_lens)
         commit_rows(changes, tokens, self.tables, inputs)
         return tokens
 
@@ -160,7 +160,7 @@ def captured(pool: Any, work: Work) -> Work:
 NOTHING = StepPlan(
     step=0, init=None, page_slots=EMPTY, page_indices=EMPTY, page_ids=EMPTY, decode_slots=EMPTY, decode_lens=EMPTY,
     prefill_slots=EMPTY, prefill_starts=EMPTY, prefill_lens=EMPTY, prefill_final=EMPTY.astype(np.bool_),
-    prefill_tokens=EMPTY, all_greedy=True, any_filter=False, any_min_len=False,
+    prefill_tokens=EMPTY,
 )  # fmt: skip
 
 
@@ -323,7 +323,7 @@ class MixedGraphs:
         logits = self.decoder.logits(hidden, self.logits[: inputs.rows])
         sampled = step["sampled_slots"].long()
         positions = tables.length.index_select(0, sampled)
-        tokens = self.decoder.ops.sample(logits, tables.sampling, sampled, positions, False, True, True)
+        tokens = self.decoder.ops.sample(logits, tables.sampling, sampled, positions)
         tables.last_token.index_copy_(0, sampled, tokens)
         self.tokens[: inputs.rows].copy_(tokens)
 

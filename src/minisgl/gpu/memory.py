@@ -237,6 +237,5 @@ def prefill_plan(rows: int, length: int, everything: bool = False) -> StepPlan:
     return StepPlan(
         step=0, init=init, page_slots=none, page_indices=none, page_ids=none, decode_slots=none, decode_lens=none,
         prefill_slots=slots, prefill_starts=zeros, prefill_lens=zeros + length, prefill_final=np.ones(rows, np.bool_),
-        prefill_tokens=tokens, all_greedy=False, any_filter=True, any_min_len=True,
-        logits=logits_rows if everything else None,
+        prefill_tokens=tokens, logits=logits_rows if everything else None,
     )  # fmt: skip

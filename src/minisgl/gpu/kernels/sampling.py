@@ -362,12 +362,11 @@ def _choose_kernel(
     tl.store(out + row, winner)
 
 
-def sample(logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor, *flags: bool) -> Tensor:
+def sample(logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor) -> Tensor:
     """A token for each of the rows `slots` of a table -> int32 (n,), as `core.sampler.sample` up to rounding of scores.
 
     logits (n, V) with contiguous rows, float32, float16 or bfloat16; table rows as the engine's device tables hold
-    them; slots int32 or int64 (n,); positions int32 (n,) of the sampled tokens. The twin's flags are ignored: the
-    kernels read on the device what a row needs.
+    them; slots int32 or int64 (n,); positions int32 (n,) of the sampled tokens.
     """
     rows, vocab = logits.shape
     partial = empty_partial(rows, triton.cdiv(vocab, SPLIT), SPLIT // SEGMENT, logits.device)
