@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 Array = TypeVar("Array")
 Int32 = NDArray[np.int32]
+EMPTY: Final[Int32] = np.empty(0, np.int32)
 # Parameters that change logits by a number each, and the number that changes nothing.
 NEUTRAL_PENALTIES: Final = {
     "repetition_penalty": 1.0,
@@ -68,17 +69,17 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     step: int
-    init: NewRows | None
-    page_slots: Int32  # (p,) page_table[page_slots, page_indices] = page_ids
-    page_indices: Int32  # (p,)
-    page_ids: Int32  # (p,)
-    decode_slots: Int32  # (d,)
-    prefill_slots: Int32  # (c,)
-    prefill_starts: Int32  # (c,) tokens of the row already in the cache
-    prefill_lens: Int32  # (c,) tokens in the chunk, at least 1
-    prefill_final: NDArray[np.bool_]  # (c,)
-    prefill_tokens: Int32  # (sum(prefill_lens),)
-    decode_lens: Int32  # (d,) tokens in the cache before this step, as the host knows them
+    init: NewRows | None = None
+    page_slots: Int32 = EMPTY  # (p,) page_table[page_slots, page_indices] = page_ids
+    page_indices: Int32 = EMPTY  # (p,)
+    page_ids: Int32 = EMPTY  # (p,)
+    decode_slots: Int32 = EMPTY  # (d,)
+    decode_lens: Int32 = EMPTY  # (d,) tokens in the cache before this step, as the host knows them
+    prefill_slots: Int32 = EMPTY  # (c,)
+    prefill_starts: Int32 = EMPTY  # (c,) tokens of the row already in the cache
+    prefill_lens: Int32 = EMPTY  # (c,) tokens in the chunk, at least 1
+    prefill_final: NDArray[np.bool_] = EMPTY.astype(np.bool_)  # (c,)
+    prefill_tokens: Int32 = EMPTY  # (sum(prefill_lens),)
     logits: LogitsRows | None = None
     timed: bool = False
 
@@ -91,7 +92,7 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
     def constrained_slots(self) -> Int32:
         """Slots whose next token waits for a mask, in the order of the masks."""
         if self.logits is None:
-            return np.empty(0, np.int32)
+            return EMPTY
         return self.sampled_slots[self.logits.changed[self.logits.constrained]]
 
     @property

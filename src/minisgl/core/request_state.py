@@ -18,8 +18,6 @@ from minisgl.core.radix_cache import Node
 from minisgl.core.types import MAX_STOP_TOKEN_IDS, Grammar, Request, SamplingParams, TokenLogprobs
 from minisgl.errors import InvalidRequestError
 
-EMPTY = np.empty(0, np.int32)
-
 
 class Constraint(Protocol):
     """Follows one completion and says which tokens may come next.
@@ -269,7 +267,7 @@ class RequestTable:
             bias = request.request.params.logit_bias
             bias_ids[index, : len(bias)] = list(bias)
             bias_values[index, : len(bias)] = list(bias.values())
-            tokens = request.tokens if self.penalised[slot] else EMPTY
+            tokens = request.tokens if self.penalised[slot] else request.tokens[:0]
             prompt, output = tokens[: request.prompt_len], tokens[request.prompt_len :]
             counts = 2 * np.bincount(output, minlength=int(prompt.max(initial=-1)) + 1)
             counts[prompt] += 1
@@ -295,7 +293,8 @@ class RequestTable:
             return None
         changed = np.flatnonzero(self.changed[sampled]).astype(np.int32)
         scored = np.flatnonzero(self.top[sampled] >= 0).astype(np.int32)
-        rows, targets, prompt_slots = [EMPTY], [EMPTY], [EMPTY]  # of prompt tokens to be scored
+        none = np.empty(0, np.int32)
+        rows, targets, prompt_slots = [none], [none], [none]  # of prompt tokens to be scored
         row = decodes  # where a chunk begins among the tokens of the step
         for slot, start, length in zip(slots.tolist(), starts.tolist(), lens.tolist(), strict=True):
             request = self.request(slot)

@@ -22,9 +22,9 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from minisgl.core.pages import CacheManager, PageWrites, Slots
-from minisgl.core.plan import Int32, Masks, StepPlan, StepResult
+from minisgl.core.plan import EMPTY, Int32, Masks, StepPlan, StepResult
 from minisgl.core.policy import Policy, PolicyGuard, View
-from minisgl.core.request_state import EMPTY, MaskBudget, RequestState, RequestTable, State, mask_out
+from minisgl.core.request_state import MaskBudget, RequestState, RequestTable, State, mask_out
 from minisgl.core.types import FinishReason, TokenEvent
 
 # What masks may take of a step, at least and at most. An ordinary one (a JSON schema: 50 µs) does not count.

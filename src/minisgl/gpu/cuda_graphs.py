@@ -22,8 +22,7 @@ from minisgl.core.attention import PlannedAttention
 from minisgl.core.decoder import Decoder, ForwardBatch
 from minisgl.core.kv_cache import DeviceTables, KVCache, StepInputs, upload
 from minisgl.core.logits import StepOutput
-from minisgl.core.plan import Int32, StepPlan
-from minisgl.core.request_state import EMPTY
+from minisgl.core.plan import EMPTY, Int32, StepPlan
 from minisgl.gpu.attention.interface import DeviceBatch, GraphBackend, GraphDecode, static_step
 
 CAPTURE_MODE = "thread_local"  # other threads may query events meanwhile: they watch collectives, or collect results
@@ -157,13 +156,6 @@ def captured(pool: Any, work: Work) -> Work:
     return graph.replay
 
 
-NOTHING = StepPlan(
-    step=0, init=None, page_slots=EMPTY, page_indices=EMPTY, page_ids=EMPTY, decode_slots=EMPTY, decode_lens=EMPTY,
-    prefill_slots=EMPTY, prefill_starts=EMPTY, prefill_lens=EMPTY, prefill_final=EMPTY.astype(np.bool_),
-    prefill_tokens=EMPTY,
-)  # fmt: skip
-
-
 class MixedInputs:
     """What the host sends for a step of up to T tokens with prompts: views of one int32 buffer, by name.
 
@@ -290,7 +282,7 @@ class MixedGraphs:
     @torch.inference_mode()
     def _capture(self, inputs: MixedInputs, capture: Capture) -> Work:
         host = next(self._hosts)[: inputs.size]
-        inputs.write(host.numpy(), NOTHING, self.padding, self.kv.num_pages)
+        inputs.write(host.numpy(), StepPlan(step=0), self.padding, self.kv.num_pages)
         self.buffer[: inputs.size].copy_(host)
         work = partial(self._step, inputs, inputs.views(self.buffer))
         work()  # compiles what is not yet compiled

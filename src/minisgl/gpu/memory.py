@@ -18,7 +18,7 @@ from minisgl.core.decoder import Decoder
 from minisgl.core.kv_cache import allocate_kv, page_bytes
 from minisgl.core.model_config import ModelSpec
 from minisgl.core.model_runner import ModelRunner
-from minisgl.core.plan import NEUTRAL_PENALTIES, LogitsInit, LogitsRows, NewRows, StepPlan
+from minisgl.core.plan import EMPTY, NEUTRAL_PENALTIES, LogitsInit, LogitsRows, NewRows, StepPlan
 from minisgl.core.quantization import FP8
 from minisgl.core.types import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
 from minisgl.core.weights import QUANTIZED, TORCH_DTYPES, Sharder, held_elements
@@ -216,7 +216,7 @@ def prefill_plan(rows: int, length: int, everything: bool = False) -> StepPlan:
 
     With `everything` each row also has penalties and a bias, and asks for as many log-probabilities as it can.
     """
-    none, slots = np.empty(0, np.int32), np.arange(rows, dtype=np.int32)
+    slots = np.arange(rows, dtype=np.int32)
     ones, zeros, tokens = np.ones(rows, np.float32), np.zeros(rows, np.int32), np.zeros(rows * length, np.int32)
     logits_init = LogitsInit(
         slots=slots, seen_slots=slots, seen_tokens=zeros, seen=zeros + 1, bias_ids=zeros[:, None],
@@ -224,7 +224,7 @@ def prefill_plan(rows: int, length: int, everything: bool = False) -> StepPlan:
     )  # fmt: skip
     logits_rows = LogitsRows(
         changed=slots, penalties=np.ones((len(NEUTRAL_PENALTIES), rows), np.float32), penalised=True, bias_width=1,
-        constrained=none,
+        constrained=EMPTY,
         scored=slots, top=MAX_LOGPROBS, prompt_rows=np.arange(len(tokens), dtype=np.int32), prompt_targets=tokens,
         prompt_slots=np.repeat(slots, length), prompt_top=MAX_LOGPROBS,
     )  # fmt: skip
@@ -235,7 +235,6 @@ def prefill_plan(rows: int, length: int, everything: bool = False) -> StepPlan:
     }  # fmt: skip
     init = NewRows(slots=slots, sampling=sampling, logits=logits_init if everything else None)
     return StepPlan(
-        step=0, init=init, page_slots=none, page_indices=none, page_ids=none, decode_slots=none, decode_lens=none,
-        prefill_slots=slots, prefill_starts=zeros, prefill_lens=zeros + length, prefill_final=np.ones(rows, np.bool_),
-        prefill_tokens=tokens, logits=logits_rows if everything else None,
+        step=0, init=init, prefill_slots=slots, prefill_starts=zeros, prefill_lens=zeros + length,
+        prefill_final=np.ones(rows, np.bool_), prefill_tokens=tokens, logits=logits_rows if everything else None,
     )  # fmt: skip
