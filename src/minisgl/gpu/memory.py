@@ -18,9 +18,10 @@ from minisgl.core.decoder import Decoder
 from minisgl.core.kv_cache import allocate_kv, page_bytes
 from minisgl.core.model_config import ModelSpec
 from minisgl.core.model_runner import ModelRunner
-from minisgl.core.plan import EMPTY, NEUTRAL_PENALTIES, LogitsInit, LogitsRows, NewRows, StepPlan
+from minisgl.core.plan import StepPlan
 from minisgl.core.quantization import FP8
-from minisgl.core.types import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
+from minisgl.core.request_state import RequestState, RequestTable
+from minisgl.core.types import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS, Request, SamplingParams
 from minisgl.core.weights import QUANTIZED, TORCH_DTYPES, Sharder, held_elements
 from minisgl.errors import ConfigError
 from minisgl.gpu.attention.interface import captures_prefill
@@ -216,25 +217,20 @@ def prefill_plan(rows: int, length: int, everything: bool = False) -> StepPlan:
 
     With `everything` each row also has penalties and a bias, and asks for as many log-probabilities as it can.
     """
-    slots = np.arange(rows, dtype=np.int32)
-    ones, zeros, tokens = np.ones(rows, np.float32), np.zeros(rows, np.int32), np.zeros(rows * length, np.int32)
-    logits_init = LogitsInit(
-        slots=slots, seen_slots=slots, seen_tokens=zeros, seen=zeros + 1, bias_ids=zeros[:, None],
-        bias_values=ones[:, None],
-    )  # fmt: skip
-    logits_rows = LogitsRows(
-        changed=slots, penalties=np.ones((len(NEUTRAL_PENALTIES), rows), np.float32), penalised=True, bias_width=1,
-        constrained=EMPTY,
-        scored=slots, top=MAX_LOGPROBS, prompt_rows=np.arange(len(tokens), dtype=np.int32), prompt_targets=tokens,
-        prompt_slots=np.repeat(slots, length), prompt_top=MAX_LOGPROBS,
-    )  # fmt: skip
-    sampling = {
-        "temperature": ones, "top_p": ones * np.float32(0.9), "min_p": ones * np.float32(0.01), "top_k": zeros,
-        "seed": np.zeros(rows, np.int64), "min_len": zeros + length + 1,
-        "stop_ids": np.zeros((rows, MAX_STOP_TOKEN_IDS), np.int32),
-    }  # fmt: skip
-    init = NewRows(slots=slots, sampling=sampling, logits=logits_init if everything else None)
+    params = SamplingParams(top_p=0.9, min_p=0.01)
+    if everything:
+        params = msgspec.structs.replace(
+            params, frequency_penalty=1.0, logit_bias={0: 1.0}, logprobs=MAX_LOGPROBS, prompt_logprobs=MAX_LOGPROBS
+        )
+    table = RequestTable(rows, length + 1)
+    for row in range(rows):  # with a token behind the chunk, so that all of it can be scored
+        request = Request.make(str(row), [0] * (length + 1), params)
+        state = RequestState(request, row, 0.0, 0, length + 2, stop_ids=(0,) * MAX_STOP_TOKEN_IDS)
+        table.admit(state, cached=0, step=0)
+    slots, starts = np.arange(rows, dtype=np.int32), np.zeros(rows, np.int32)
+    lens = np.full_like(slots, length)
     return StepPlan(
-        step=0, init=init, prefill_slots=slots, prefill_starts=zeros, prefill_lens=zeros + length,
-        prefill_final=np.ones(rows, np.bool_), prefill_tokens=tokens, logits=logits_rows if everything else None,
+        step=0, init=table.new_rows(slots.tolist()), prefill_slots=slots, prefill_starts=starts, prefill_lens=lens,
+        prefill_final=np.ones(rows, np.bool_), prefill_tokens=np.zeros(rows * length, np.int32),
+        logits=table.logits_rows(slots, 0, slots, starts, lens),
     )  # fmt: skip
