@@ -15,7 +15,7 @@ from minisgl.core.attention import Attention
 from minisgl.core.kv_cache import KVCache
 from minisgl.core.plan import Int32
 from minisgl.errors import ConfigError
-from minisgl.gpu.attention.interface import GraphBackend
+from minisgl.gpu.attention.interface import GraphBackend, decode_batch
 from minisgl.gpu.attention.select import Shape, available_backends, make_attention
 from minisgl_bench.gpu_timing import CUDA, DTYPE, HEAD_DIM, graph_us, noise, print_figure, print_heading
 
@@ -67,7 +67,8 @@ def time_decode(backend: GraphBackend, options: argparse.Namespace, lens: Int32,
     pages, used = page_table(lens, page, max_pages)
     k, v = (noise(layers, used + 1, page, options.kv_heads, HEAD_DIM) for _ in range(2))
     q = noise(len(lens), options.heads, HEAD_DIM)
-    graph = backend.graph_decode(pages, torch.from_numpy(lens).to(CUDA), KVCache(k, v), max_pages * page)
+    rows = decode_batch(pages, torch.from_numpy(lens).to(CUDA), max_pages * page)
+    graph = backend.graph_decode(rows, KVCache(k, v))
     graph.prepare(lens)
 
     def step() -> None:

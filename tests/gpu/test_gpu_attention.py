@@ -11,7 +11,7 @@ from helpers.attention import Case, random_case
 from minisgl.core.attention import AttentionBackend, TorchAttention
 from minisgl.core.kv_cache import KVCache
 from minisgl.core.quantization import to_fp8
-from minisgl.gpu.attention.interface import GraphBackend
+from minisgl.gpu.attention.interface import GraphBackend, decode_batch
 from minisgl.gpu.attention.select import Shape, available_backends, make_attention, refusal
 
 pytestmark = pytest.mark.gpu
@@ -90,7 +90,7 @@ def test_replayed_graph_follows_lengths_and_pages(name: str, page_size: int, row
     kv = first.kv
     table = torch.full((rows, longest // page_size + 9), kv.num_pages, dtype=torch.int32, device=DEVICE)
     lens, q = torch.ones(rows, dtype=torch.int32, device=DEVICE), first.q.clone()
-    graph = decode.graph_decode(table, lens, kv, table.shape[1] * page_size)
+    graph = decode.graph_decode(decode_batch(table, lens, table.shape[1] * page_size), kv)
     graph.prepare(np.ones(rows, np.int32))
     for layer in (0, 1):
         graph.attention.run(q, layer, 0)

@@ -80,43 +80,6 @@ class DeviceTables:
         return pages.long() * page_size + positions % page_size
 
 
-class StepInputs:
-    """What a decode step of B rows starts from, in tensors that stay where they are."""
-
-    def __init__(self, batch: int, max_pages: int, scratch_page: int, device: torch.device) -> None:
-        self.ids = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.positions = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.kv_lens = torch.ones(batch, dtype=torch.int32, device=device)  # the new token included
-        self.slot_mapping = torch.zeros(batch, dtype=torch.int64, device=device)  # page * page_size + offset of that
-        # Behind a row's last page lies any valid page.
-        self.page_table = torch.full((batch, max_pages), scratch_page, dtype=torch.int32, device=device)
-
-
-def gather_rows(changes: Tensor, tables: DeviceTables, inputs: StepInputs, page_size: int) -> None:
-    """Write new pages into the tables, and the rows' token, position, slot and pages into `inputs`.
-
-    changes int32 (3, B), all that the host sends for a decode step: the rows' slots in the tables, the index in its
-    page table at which a row gets a new page (-1: none), and that page.
-    """
-    slots, new_index, new_page = changes.long()
-    grows = new_index >= 0
-    tables.page_table[slots[grows], new_index[grows]] = new_page[grows].int()
-    lengths = tables.length[slots]
-    inputs.ids.copy_(tables.last_token[slots])
-    inputs.positions.copy_(lengths)
-    inputs.kv_lens.copy_(lengths + 1)
-    inputs.page_table.copy_(tables.page_table[slots])
-    inputs.slot_mapping.copy_(tables.slot_mapping(slots, lengths, page_size))
-
-
-def commit_rows(changes: Tensor, tokens: Tensor, tables: DeviceTables, inputs: StepInputs) -> None:
-    """Write the sampled tokens int32 (B,) and the new lengths back to the rows that are not padding."""
-    slots = changes[0].long()
-    live = slots != len(tables.length) - 1
-    tables.last_token[slots[live]] = tokens[live]
-    tables.length[slots[live]] = inputs.kv_lens[live]
-
-
 def upload(arrays: Mapping[str, NDArray[Any]], device: torch.device) -> dict[str, Tensor]:
     """Tensors of the same names, dtypes and shapes on the device: by one copy, for which the host does not wait.
 

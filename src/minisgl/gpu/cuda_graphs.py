@@ -20,10 +20,10 @@ from torch import Tensor
 from minisgl.config import Config
 from minisgl.core.attention import PlannedAttention
 from minisgl.core.decoder import Decoder, ForwardBatch
-from minisgl.core.kv_cache import DeviceTables, KVCache, StepInputs, upload
+from minisgl.core.kv_cache import DeviceTables, KVCache, upload
 from minisgl.core.logits import StepOutput
 from minisgl.core.plan import EMPTY, Int32, StepPlan
-from minisgl.gpu.attention.interface import DeviceBatch, GraphBackend, GraphDecode, static_step
+from minisgl.gpu.attention.interface import DeviceBatch, GraphBackend, GraphDecode, decode_batch, static_step
 
 CAPTURE_MODE = "thread_local"  # other threads may query events meanwhile: they watch collectives, or collect results
 MAX_CHUNKS = 64  # of prompts in a captured step beside decodes
@@ -44,7 +44,8 @@ class CapturedStep:
 
     graph: torch.cuda.CUDAGraph
     changes: Tensor  # int32 (3, B), on the device: slots, and the index and id of a new page or -1
-    inputs: StepInputs
+    batch: ForwardBatch
+    rows: DeviceBatch
     tokens: Tensor  # int32 (B,)
     attention: GraphDecode
 
@@ -103,28 +104,30 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def _capture(self, size: int, pool: Any) -> CapturedStep:
-        table, device = self.tables.page_table, self.tables.page_table.device
-        inputs = StepInputs(size, table.shape[1], self.kv.num_pages, device)
+        max_pages, device = self.tables.page_table.shape[1], self.tables.page_table.device
+        ids, positions, kv_lens = (torch.zeros(size, dtype=torch.int32, device=device) for _ in range(3))
+        slot_mapping = torch.zeros(size, dtype=torch.int64, device=device)
+        page_table = torch.full((size, max_pages), self.kv.num_pages, dtype=torch.int32, device=device)
+        batch = ForwardBatch(ids=ids, positions=positions, slot_mapping=slot_mapping, logits_indices=None)
+        rows = decode_batch(page_table, kv_lens, self.max_seq_len)
         changes = torch.full((3, size), -1, dtype=torch.int32, device=device)
         changes[0] = self.padding
-        attention = self.backend.graph_decode(inputs.page_table, inputs.kv_lens, self.kv, self.max_seq_len)
+        attention = self.backend.graph_decode(rows, self.kv)
         attention.prepare(np.ones(size, np.int32))
-        self._step(changes, inputs, attention)  # compiles what is not yet compiled
+        self._step(changes, batch, rows, attention)  # compiles what is not yet compiled
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, capture_error_mode=CAPTURE_MODE):
-            tokens = self._step(changes, inputs, attention)
-        return CapturedStep(graph, changes, inputs, tokens, attention)
+            tokens = self._step(changes, batch, rows, attention)
+        return CapturedStep(graph, changes, batch, rows, tokens, attention)
 
-    def _step(self, changes: Tensor, inputs: StepInputs, attention: GraphDecode) -> Tensor:
+    def _step(self, changes: Tensor, batch: ForwardBatch, rows: DeviceBatch, attention: GraphDecode) -> Tensor:
         from minisgl.gpu.kernels.decode import commit_rows, gather_rows  # a machine without a GPU may lack triton
 
-        gather_rows(changes, self.tables, inputs, self.kv.page_size)
-        ids, positions, slot_mapping = inputs.ids, inputs.positions, inputs.slot_mapping
-        batch = ForwardBatch(ids=ids, positions=positions, slot_mapping=slot_mapping, logits_indices=None)
+        gather_rows(changes, self.tables, batch, rows, self.kv.page_size)
         hidden = self.decoder.forward(batch, attention.attention, self.kv)
         logits = self.decoder.logits(hidden, self.logits[: len(hidden)])
-        tokens = self.decoder.ops.sample(logits, self.tables.sampling, changes[0], inputs.kv_lens)
-        commit_rows(changes, tokens, self.tables, inputs)
+        tokens = self.decoder.ops.sample(logits, self.tables.sampling, changes[0], rows.kv_lens)
+        commit_rows(changes, tokens, self.tables, rows)
         return tokens
 
 
@@ -306,8 +309,7 @@ class MixedGraphs:
             logits_indices=step["logits_indices"].long(),
         )  # fmt: skip
         most = pages.shape[1] * kv.page_size
-        ones = torch.arange(inputs.decodes + 1, dtype=torch.int32, device=ids.device)
-        decodes = DeviceBatch(pages.index_select(0, decode_slots), step["decode_ends"], ones, 1, most)
+        decodes = decode_batch(pages.index_select(0, decode_slots), step["decode_ends"], most)
         ends, starts = step["chunk_ends"], step["chunk_starts"]
         chunks = DeviceBatch(pages.index_select(0, chunk_slots), ends, starts, inputs.tokens, most)
         # 3) The layers, and a token for each row that gets one.

@@ -9,7 +9,7 @@ import torch
 from helpers.attention import Case, random_case
 from minisgl.core.attention import RopeStore, TorchAttention
 from minisgl.core.ops import rope_store_kv
-from minisgl.gpu.attention.interface import device_batch
+from minisgl.gpu.attention.interface import decode_batch, device_batch
 from minisgl.gpu.attention.triton import TritonAttention
 from minisgl.gpu.kernels.attention import flatten_pages
 from minisgl.gpu.kernels.decode import DecodeAttention, DecodeSplit, Workspaces
@@ -70,7 +70,7 @@ def test_graph_decode_follows_lengths_and_pages_written_later() -> None:
     case = random_case((150, 90), None, 2, 2, 64, 16, torch.float32, DEVICE)
     table = torch.full((2, 20), case.kv.num_pages, dtype=torch.int32, device=DEVICE)
     lens = torch.ones(2, dtype=torch.int32, device=DEVICE)
-    graph = TritonAttention(DEVICE).graph_decode(table, lens, case.kv, 320)
+    graph = TritonAttention(DEVICE).graph_decode(decode_batch(table, lens, 320), case.kv)
     graph.prepare(np.ones(2, np.int32))
     graph.attention.run(case.q, 0, 0)
     table.copy_(case.rows.page_table[:, :20])

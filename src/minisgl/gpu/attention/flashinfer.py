@@ -45,8 +45,8 @@ class FlashInfer:
     def plan(self, rows: SequenceBatch, kv: KVCache, decode: bool) -> PlannedAttention:
         return FlashInferStep(self, rows, kv, decode)
 
-    def graph_decode(self, page_table: Tensor, kv_lens: Tensor, kv: KVCache, max_seq_len: int) -> GraphDecode:
-        step = FlashInferGraphStep(self, page_table, kv_lens, kv)
+    def graph_decode(self, rows: DeviceBatch, kv: KVCache) -> GraphDecode:
+        step = FlashInferGraphStep(self, rows.page_table, rows.kv_lens, kv)
         return GraphDecode(step, step.prepare)
 
     def wrapper(self, kind: str, head_dim: int, window: int, **options: Any) -> Any:

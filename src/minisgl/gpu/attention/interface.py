@@ -34,6 +34,12 @@ def device_batch(rows: SequenceBatch) -> DeviceBatch:
     return DeviceBatch(rows.page_table, rows.kv_lens_device, rows.cu_query_lens, longest, longest_kv)
 
 
+def decode_batch(page_table: Tensor, kv_lens: Tensor, max_kv_len: int) -> DeviceBatch:
+    """Rows with one query each."""
+    starts = torch.arange(len(kv_lens) + 1, dtype=torch.int32, device=kv_lens.device)
+    return DeviceBatch(page_table, kv_lens, starts, 1, max_kv_len)
+
+
 def load_library(module: str, package: str) -> ModuleType:
     """A module of a package that may be missing, or may not fit the machine. Raises ConfigError then."""
     try:
@@ -58,8 +64,8 @@ class GraphDecode:
 class GraphBackend(AttentionBackend, Protocol):
     """A backend whose decode can be captured."""
 
-    def graph_decode(self, page_table: Tensor, kv_lens: Tensor, kv: KVCache, max_seq_len: int) -> GraphDecode:
-        """Decode of B rows for a graph: page_table int32 (B, max_pages) and kv_lens int32 (B,), static and contiguous.
+    def graph_decode(self, rows: DeviceBatch, kv: KVCache) -> GraphDecode:
+        """Decode for a graph, of a `decode_batch` whose tensors are static.
 
         Rows that pad the batch have length 1 and a line of the page table full of the scratch page.
         """
@@ -76,10 +82,8 @@ class DeviceBackend(ABC):
     def plan(self, rows: SequenceBatch, kv: KVCache, decode: bool) -> PlannedAttention:
         return self.step(device_batch(rows), kv, decode)
 
-    def graph_decode(self, page_table: Tensor, kv_lens: Tensor, kv: KVCache, max_seq_len: int) -> GraphDecode:
-        starts = torch.arange(len(kv_lens) + 1, dtype=torch.int32, device=kv_lens.device)
-        attention = self.step(DeviceBatch(page_table, kv_lens, starts, 1, max_seq_len), kv, decode=True)
-        return GraphDecode(attention, prepare=lambda kv_lens: None)
+    def graph_decode(self, rows: DeviceBatch, kv: KVCache) -> GraphDecode:
+        return GraphDecode(self.step(rows, kv, decode=True), prepare=lambda kv_lens: None)
 
 
 def captures_prefill(attention: Attention) -> bool:

@@ -1,5 +1,5 @@
 """Decode attention in which every program (thread block) reads the same share of the cache. Twin: `TorchAttention`.
-At the end, the kernels that begin and end a captured decode step. Twins of the same names: `core/kv_cache.py`.
+At the end, the kernels that begin and end a captured decode step; their test says in plain torch what they do.
 
 With many rows, each pair of row and KV head is a program. Otherwise the tiles of all rows are numbered through, and
 each program takes an equal range of them (Stream-K, Osama et al., arXiv 2301.03598): a range holds the end of one row,
@@ -23,8 +23,10 @@ from torch import Tensor
 from triton.language import constexpr, tensor
 
 from minisgl.core.attention import PlannedAttention, RopeStore
-from minisgl.core.kv_cache import DeviceTables, KVCache, StepInputs
+from minisgl.core.decoder import ForwardBatch
+from minisgl.core.kv_cache import DeviceTables, KVCache
 from minisgl.core.quantization import FP8
+from minisgl.gpu.attention.interface import DeviceBatch
 from minisgl.gpu.kernels.attention import MIN_DOT, NO_WINDOW, key_value, online_softmax, softmax_weights
 from minisgl.gpu.kernels.jit import after_previous, jit, jit_varying, launch_options
 
@@ -386,11 +388,16 @@ def _gather_kernel(
         tl.store(pages + row.to(tl.int64) * width + index, held, mask=index <= here)
 
 
-def gather_rows(changes: Tensor, tables: DeviceTables, inputs: StepInputs, page_size: int) -> None:
-    batch, width = inputs.page_table.shape
-    _gather_kernel[(batch,)](
-        changes, tables.last_token, tables.length, tables.page_table, inputs.ids, inputs.positions, inputs.kv_lens,
-        inputs.slot_mapping, inputs.page_table, batch, width, page_size, BLOCK=STEP_BLOCK, num_warps=4,
+def gather_rows(changes: Tensor, tables: DeviceTables, batch: ForwardBatch, rows: DeviceBatch, page_size: int) -> None:
+    """Write new pages into the tables, and into `batch` and `rows` what the rows' next tokens need.
+
+    changes int32 (3, B), all that the host sends for a decode step: the rows' slots in the tables, the index in its
+    page table at which a row gets a new page (-1: none), and that page. Behind a row's last page nothing is written.
+    """
+    count, width = rows.page_table.shape
+    _gather_kernel[(count,)](
+        changes, tables.last_token, tables.length, tables.page_table, batch.ids, batch.positions, rows.kv_lens,
+        batch.slot_mapping, rows.page_table, count, width, page_size, BLOCK=STEP_BLOCK, num_warps=4,
         **launch_options(),
     )  # fmt: skip
 
@@ -409,9 +416,10 @@ def _commit_kernel(
     tl.store(length + slot, tl.load(kv_lens + row, mask=within, other=0), mask=live)
 
 
-def commit_rows(changes: Tensor, tokens: Tensor, tables: DeviceTables, inputs: StepInputs) -> None:
-    batch = len(tokens)
-    _commit_kernel[(triton.cdiv(batch, STEP_BLOCK),)](
-        changes, tokens, inputs.kv_lens, tables.last_token, tables.length, batch, len(tables.length) - 1,
+def commit_rows(changes: Tensor, tokens: Tensor, tables: DeviceTables, rows: DeviceBatch) -> None:
+    """Write the sampled tokens int32 (B,) and the new lengths back to the rows that are not padding."""
+    count = len(tokens)
+    _commit_kernel[(triton.cdiv(count, STEP_BLOCK),)](
+        changes, tokens, rows.kv_lens, tables.last_token, tables.length, count, len(tables.length) - 1,
         BLOCK=STEP_BLOCK, **launch_options(),
     )  # fmt: skip
