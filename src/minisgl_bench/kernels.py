@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minisgl.cli import Parser
-from minisgl.core.ops import Operations
+from minisgl.core.ops import Operations, RopeStore
 from minisgl.core.sampler import SamplingRows
 from minisgl.gpu.kernels import elementwise, moe, sampling
 from minisgl.gpu.operations import fused_operations
@@ -48,11 +48,11 @@ def elementwise_kernels(models: Sequence[str], rows: Sequence[int]) -> None:
         slots = torch.randperm(1024 * 16, device=CUDA)[:tokens]
         caches = [torch.zeros(1025, 16, kv_heads, HEAD_DIM, dtype=DTYPE, device=CUDA) for _ in range(2)]
         weights = noise(HEAD_DIM), noise(HEAD_DIM)
-        rope = partial(elementwise.rope_store_kv, qkv, *weights, EPS, cos_sin, positions, slots, *caches)
+        rope = RopeStore(elementwise.rope_store_kv, *weights, EPS, cos_sin, positions, slots, *caches)
         norm = partial(elementwise.add_rms_norm, x, noise(tokens, dim), noise(dim), EPS)
         print_figure("add_rms_norm", model, tokens, graph_us(norm), 4 * x.nbytes)
         print_figure("silu_mul", model, tokens, graph_us(partial(elementwise.silu_mul, gate_up)), 1.5 * gate_up.nbytes)
-        print_figure("rope_store_kv", model, tokens, graph_us(rope), 2 * qkv.nbytes)
+        print_figure("rope_store_kv", model, tokens, graph_us(partial(rope.operation, qkv, rope)), 2 * qkv.nbytes)
 
 
 def samplers(models: Sequence[str], rows: Sequence[int]) -> None:

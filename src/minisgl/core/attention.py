@@ -1,9 +1,9 @@
 """Attention over the paged cache: what a step asks for, what a backend is, and the backend in plain torch."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minisgl.core.kv_cache import KVCache
+from minisgl.core.ops import RopeStore
 from minisgl.core.plan import Int32
 
 # Of pages gathered for decode rows together. On a CPU a block still lies in its caches when it is read again: 64 rows
@@ -32,24 +33,6 @@ class SequenceBatch:
     kv_lens: Int32  # (rows,) on the host, the new tokens included
     cu_query_lens: Tensor  # int32 (rows + 1,) on the device: where each row's queries begin, and T
     kv_lens_device: Tensor  # int32 (rows,): kv_lens on the device
-
-
-class RopeStore(NamedTuple):
-    """`rope_store_kv` of one layer and step: the operation, and its arguments behind qkv."""
-
-    operation: Callable[..., Tensor]
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    eps: float
-    cos_sin: Tensor
-    positions: Tensor
-    slot_mapping: Tensor
-    k_cache: Tensor
-    v_cache: Tensor
-
-    def __call__(self, qkv: Tensor, out: Tensor | None = None) -> Tensor:
-        """Rotated queries (T, H, hd) of qkv (T, (H + 2K) * hd), in `out` if given; stores the keys and values."""
-        return self.operation(qkv, *self[1:], out)
 
 
 class PlannedAttention(ABC):

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minisgl.core.attention import Attention, PlannedAttention, RopeStore
+from minisgl.core.attention import Attention, PlannedAttention
 from minisgl.core.kv_cache import KVCache
 from minisgl.core.model_config import ModelSpec, Rope
-from minisgl.core.ops import PLAIN, Operations, linear, pack
+from minisgl.core.ops import PLAIN, Operations, RopeStore, linear, pack
 from minisgl.core.quantization import Activations
 from minisgl.core.weights import LayerWeights, Weights
 
@@ -64,7 +64,7 @@ class Decoder:
     def before_attention(
         self, index: int, x: Activations, batch: ForwardBatch, kv: KVCache
     ) -> tuple[Tensor, RopeStore]:
-        """QKV (T, (H + 2K) * hd) of x (T, D), and the `rope_store_kv` to apply to it."""
+        """QKV (T, (H + 2K) * hd) of x (T, D), and the `RopeStore` to apply to it."""
         layer = self.weights.layers[index]
         qkv = self.ops.linear(x, layer.qkv, layer.qkv_bias)
         rope = RopeStore(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -97,25 +97,38 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
         cache.view(kept.dtype).view(-1, *new.shape[1:]).index_copy_(0, slot_mapping, kept)
 
 
-def rope_store_kv(
-    qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, cos_sin: Tensor, positions: Tensor,
-    slot_mapping: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+class RopeStore(NamedTuple):
+    """A `rope_store_kv`, and what one layer and step give it beside qkv."""
+
+    operation: Callable[[Tensor, RopeStore, Tensor | None], Tensor]
+    q_norm: Tensor | None  # (hd,), as the next
+    k_norm: Tensor | None
+    eps: float
+    cos_sin: Tensor  # float32 (max_seq_len, hd), cosines first
+    positions: Tensor  # int32 (T,)
+    slot_mapping: Tensor  # int64 (T,) = page * page_size + offset; kernels take int32 too
+    k_cache: Tensor  # one layer's (pages, page_size, K, hd), as the next
+    v_cache: Tensor
+
+    def __call__(self, qkv: Tensor, out: Tensor | None = None) -> Tensor:
+        return self.operation(qkv, self, out)
+
+
+def rope_store_kv(qkv: Tensor, rope: RopeStore, out: Tensor | None = None) -> Tensor:
     """Norm each head of q and k where there are weights, rotate them, store k and v in one layer's pages; return q.
 
-    qkv (T, (H + 2K) * hd); q_norm, k_norm (hd,); cos_sin float32 (max_seq_len, hd); positions int32 (T,); slot_mapping
-    int64 (T,); k_cache, v_cache (pages, page_size, K, hd) -> (T, H, hd), `out` where it is given.
+    qkv (T, (H + 2K) * hd), bias added -> (T, H, hd), `out` where it is given.
     """
-    kv_heads, head_dim = k_cache.shape[2:]
+    kv_heads, head_dim = rope.k_cache.shape[2:]
     parts = qkv.view(len(qkv), -1, head_dim)
     heads = parts.shape[1] - 2 * kv_heads
-    angles = cos_sin.index_select(0, positions)  # (T, hd)
-    if q_norm is not None and k_norm is not None:
-        q = apply_rope(rms_norm(parts[:, :heads], q_norm, eps), angles)
-        k = apply_rope(rms_norm(parts[:, heads:-kv_heads], k_norm, eps), angles)
+    angles = rope.cos_sin.index_select(0, rope.positions)  # (T, hd)
+    if rope.q_norm is not None and rope.k_norm is not None:
+        q = apply_rope(rms_norm(parts[:, :heads], rope.q_norm, rope.eps), angles)
+        k = apply_rope(rms_norm(parts[:, heads:-kv_heads], rope.k_norm, rope.eps), angles)
     else:
         q, k = apply_rope(parts[:, :-kv_heads], angles).tensor_split([heads], dim=1)
-    store_kv(k, parts[:, -kv_heads:], k_cache, v_cache, slot_mapping)
+    store_kv(k, parts[:, -kv_heads:], rope.k_cache, rope.v_cache, rope.slot_mapping)
     return q if out is None else out.copy_(q)
 
 
@@ -145,9 +158,6 @@ def sample_slots(logits: Tensor, table: SamplingRows, slots: Tensor, positions: 
     return sample(logits, table.select(slots), positions)
 
 
-RopeStoreKV = Callable[
-    [Tensor, Tensor | None, Tensor | None, float, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor
-]
 Linear = Callable[[Any, Weight, Tensor | None], Tensor]  # of `Activations` that the implementation itself made
 Sample = Callable[[Tensor, SamplingRows, Tensor, Tensor], Tensor]
 
@@ -170,7 +180,7 @@ class Operations:
     linear: Linear = linear
     row_parallel_linear: Linear = linear
     gated_linear: Callable[[Any, Weight, Tensor | None, Weight | None], Any] = gated_linear
-    rope_store_kv: RopeStoreKV = rope_store_kv
+    rope_store_kv: Callable[[Tensor, RopeStore, Tensor | None], Tensor] = rope_store_kv
     moe: Callable[[Tensor, Tensor, Tensor | Fp8Weight, Tensor | Fp8Weight, int, bool], Tensor] = moe
     gather_logits: Callable[[Tensor], Tensor] = lambda logits: logits
     sample: Sample = sample_slots

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from helpers.attention import Case, random_case
-from minisgl.core.attention import RopeStore, TorchAttention
-from minisgl.core.ops import rope_store_kv
+from minisgl.core.attention import TorchAttention
+from minisgl.core.ops import RopeStore, rope_store_kv
 from minisgl.gpu.attention.interface import decode_batch, device_batch
 from minisgl.gpu.attention.triton import TritonAttention
 from minisgl.gpu.kernels.attention import flatten_pages

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from minisgl.core import ops as reference
+from minisgl.core.ops import RopeStore
 from minisgl.gpu.kernels import elementwise
 from minisgl.gpu.kernels.elementwise import add_rms_norm, rms_norm, rope_store_kv, silu_mul
 
@@ -42,7 +43,8 @@ def test_no_rows_give_no_rows(device: torch.device) -> None:
     assert silu_mul(torch.empty(0, 64, device=device)).shape == (0, 32)
     qkv, cos_sin, cache = (torch.ones(shape, device=device) for shape in ((0, 512), (8, 64), (1, 16, 2, 64)))
     none = torch.empty(0, dtype=torch.int32, device=device)
-    assert rope_store_kv(qkv, None, None, 1e-6, cos_sin, none, none.long(), cache, cache.clone()).shape == (0, 4, 64)
+    rope = RopeStore(rope_store_kv, None, None, 1e-6, cos_sin, none, none.long(), cache, cache.clone())
+    assert rope(qkv).shape == (0, 4, 64)
 
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 32), (3, 768), (2, 1536), (5, 1000)])
@@ -77,10 +79,9 @@ def test_rope_store_kv_is_the_references(
     slot_mapping = torch.randperm(pages * page_size, device=device)[:tokens].to(index_dtype)
     k_cache, v_cache = torch.full((2, pages, page_size, kv_heads, head_dim), POISON, device=device).to(dtype).unbind()
     k_expected, v_expected = k_cache.clone(), v_cache.clone()
-    expected = reference.rope_store_kv(
-        qkv, q_norm, k_norm, 1e-6, cos_sin, positions, slot_mapping.long(), k_expected, v_expected
-    )
-    actual = rope_store_kv(qkv, q_norm, k_norm, 1e-6, cos_sin, positions, slot_mapping, k_cache, v_cache)
+    ours = RopeStore(rope_store_kv, q_norm, k_norm, 1e-6, cos_sin, positions, slot_mapping, k_cache, v_cache)
+    theirs = ours._replace(slot_mapping=slot_mapping.long(), k_cache=k_expected, v_cache=v_expected)
+    expected, actual = reference.rope_store_kv(qkv, theirs), ours(qkv)
     tolerance = TOLERANCE[dtype]
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(k_cache, k_expected, rtol=tolerance, atol=tolerance)

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from helpers.attention import random_case
 from helpers.gemm import error, in_blocks, matrices
 from helpers.gpu import DEVICE
-from minisgl.core.attention import RopeStore, TorchAttention
+from minisgl.core.attention import TorchAttention
 from minisgl.core.kv_cache import KVCache
+from minisgl.core.ops import RopeStore
 from minisgl.core.quantization import BLOCK, Fp8Weight, quantize, quantize_fp8, to_fp8
 from minisgl.gpu.attention.interface import device_batch
 from minisgl.gpu.kernels import elementwise, fp8, fp8_rows

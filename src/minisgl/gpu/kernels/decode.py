@@ -22,9 +22,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr, tensor
 
-from minisgl.core.attention import PlannedAttention, RopeStore
+from minisgl.core.attention import PlannedAttention
 from minisgl.core.decoder import ForwardBatch
 from minisgl.core.kv_cache import DeviceTables, KVCache
+from minisgl.core.ops import RopeStore
 from minisgl.core.quantization import FP8
 from minisgl.gpu.attention.interface import DeviceBatch
 from minisgl.gpu.kernels.attention import MIN_DOT, NO_WINDOW, key_value, online_softmax, softmax_weights

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr, tensor
 
+from minisgl.core.ops import RopeStore
 from minisgl.core.quantization import BLOCK, FP8, FP8_MAX, Fp8Rows, Fp8Weight, Weight
 from minisgl.gpu.kernels import fp8_rows
 from minisgl.gpu.kernels.jit import after_previous, jit, jit_varying, launch_options, warps_for
@@ -283,18 +284,13 @@ def _qkv_kernel(
             tl.store(key + half, rotated_high, mask=mask)
 
 
-def rope_store_kv(
-    qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, cos_sin: Tensor, positions: Tensor,
-    slot_mapping: Tensor, k_cache: Tensor, v_cache: Tensor, out: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+def rope_store_kv(qkv: Tensor, rope: RopeStore, out: Tensor | None = None) -> Tensor:
     """Norm (where weights are given) and rotate queries and keys, write keys and values, return the queries.
 
-    qkv (T, (H + 2K) * hd), bias added; q_norm, k_norm (hd,) or None; cos_sin float32 (max_seq_len, hd), cosines first;
-    positions int32 (T,); slot_mapping int32 or int64 (T,) = page * page_size + offset; k_cache, v_cache one layer's
-    pages (pages, page_size, K, hd) -> (T, H, hd), `out` where it is given. All contiguous.
+    qkv (T, (H + 2K) * hd), bias added -> (T, H, hd), `out` where it is given. All contiguous.
     """
-    assert all(x.is_contiguous() for x in (qkv, k_cache, v_cache))
-    tokens, (kv_heads, head_dim) = len(qkv), k_cache.shape[2:]
+    assert all(x.is_contiguous() for x in (qkv, rope.k_cache, rope.v_cache))
+    tokens, (kv_heads, head_dim) = len(qkv), rope.k_cache.shape[2:]
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     q = torch.empty((tokens, heads, head_dim), dtype=qkv.dtype, device=qkv.device) if out is None else out
     if tokens:
@@ -302,8 +298,8 @@ def rope_store_kv(
         block = min(max(1, QKV_TILE // (2 * half)), triton.next_power_of_2(max(heads, kv_heads)))
         blocks = triton.cdiv(heads, block) + 2 * triton.cdiv(kv_heads, block)
         _qkv_kernel[(tokens, blocks)](
-            qkv, q_norm, k_norm, cos_sin, positions, slot_mapping, q, k_cache, v_cache, eps, heads, kv_heads,
-            head_dim // 2, NORM=q_norm is not None, BLOCK_HEADS=block, BLOCK_HALF=half,
-            num_warps=warps_for(block * half), **launch_options(),
+            qkv, rope.q_norm, rope.k_norm, rope.cos_sin, rope.positions, rope.slot_mapping, q, rope.k_cache,
+            rope.v_cache, rope.eps, heads, kv_heads, head_dim // 2, NORM=rope.q_norm is not None, BLOCK_HEADS=block,
+            BLOCK_HALF=half, num_warps=warps_for(block * half), **launch_options(),
         )  # fmt: skip
     return q
