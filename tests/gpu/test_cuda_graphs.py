@@ -17,7 +17,7 @@ from minisgl.core.model_runner import ModelRunner
 from minisgl.core.types import Request, SamplingParams
 from minisgl.core.weights import dummy_weights
 from minisgl.gpu.attention.triton import TritonAttention
-from minisgl.gpu.cuda_graphs import Capture, MixedGraphs, PiecewiseGraphs, Work, piecewise_sizes
+from minisgl.gpu.cuda_graphs import Capture, DecodeGraphs, MixedGraphs, PiecewiseGraphs, Work, piecewise_sizes
 from minisgl.gpu.kernels.attention import merge_rows
 
 
@@ -183,12 +183,16 @@ def test_an_engine_answers_the_same_with_whole_steps_captured(model: str, chunk:
         page_size=4, num_pages=96, max_prefill_length=chunk, max_running_requests=5,
     )  # fmt: skip
     built = [build(spec, weights, config, 96) for _ in range(2)]
-    graphs = capture_mixed(built[1].runner, 32)
+    runner = built[1].runner
+    graphs = capture_mixed(runner, 32)
+    decodes = DecodeGraphs(runner.decoder, runner.kv, runner.tables, 3, 96, repeated)
+    runner.graphs.append(decodes)
     answers = [each.answer(mixed_requests(spec.vocab_size), retractions=4) for each in built]
     assert answers[0] == answers[1]
-    taken = [graphs.takes(plan) for plan in built[1].executor.plans if len(plan.prefill_slots)]
-    assert any(taken)
-    assert not all(taken)  # log-probabilities of a prompt, or too many tokens
+    for kind, prompts in ((graphs, True), (decodes, False)):
+        taken = [kind.takes(plan) for plan in built[1].executor.plans if (len(plan.prefill_slots) > 0) == prompts]
+        assert any(taken)
+        assert not all(taken)  # log-probabilities of a prompt, or too many tokens or rows
 
 
 def test_rows_before_chunks_are_merged_and_those_behind_are_zero(device: torch.device) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -29,7 +29,24 @@ CAPTURE_MODE = "thread_local"  # other threads may query events meanwhile: they 
 MAX_CHUNKS = 64  # of prompts in a captured step beside decodes
 FEW_CHUNKS = 8  # in one without: logits for 256 rows, and decode attention for none, take 0.3 ms on an H200
 ALONE_TOKENS = 512  # up to which that matters: a prompt on an idle server
-IN_FLIGHT = 4  # copies of `changes` on the host: more than there are steps launched and not collected
+IN_FLIGHT = 4  # buffers on the host for what steps send: more than there are steps launched and not collected
+
+Work = Callable[[], object]
+Capture = Callable[[Work], Work]  # makes of some work what repeats it
+
+
+def captured(pool: Any, work: Work) -> Work:
+    """What replays the work, which has run before, so that it is compiled."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode=CAPTURE_MODE):
+        work()
+    return graph.replay
+
+
+def host_buffers(count: int, device: torch.device) -> Iterator[Tensor]:
+    """For each step int32 (count,) on the host, from which a GPU copies while the host goes on."""
+    on_gpu = device.type == "cuda"
+    return itertools.cycle([torch.zeros(count, dtype=torch.int32, pin_memory=on_gpu) for _ in range(IN_FLIGHT)])
 
 
 def graph_sizes(largest: int) -> list[int]:
@@ -38,27 +55,29 @@ def graph_sizes(largest: int) -> list[int]:
     return sorted(size for size in sizes if size <= largest)
 
 
-@dataclass(frozen=True)
-class CapturedStep:
-    """A graph for B rows, and the tensors whose addresses it knows, kept alive."""
+@dataclass
+class DecodeStep:
+    """A decode step of B rows: the tensors whose addresses its graph knows, kept alive."""
 
-    graph: torch.cuda.CUDAGraph
     changes: Tensor  # int32 (3, B), on the device: slots, and the index and id of a new page or -1
     batch: ForwardBatch
     rows: DeviceBatch
-    tokens: Tensor  # int32 (B,)
     attention: GraphDecode
+    tokens: Tensor = field(init=False)  # int32 (B,)
 
 
 class DecodeGraphs:
     """Graphs from gathered rows to sampled tokens, over one runner's tables and cache, for each of `graph_sizes`.
 
-    They are captured when this is made, largest first into one memory pool. The host sends `changes` and replays the
-    smallest graph that holds a step, padded with the tables' last row, whose page is scratch. All sizes write their
-    logits to one buffer outside the pool, where logits processors find them.
+    They are captured when this is made, largest first. The host sends `changes` and replays the smallest graph that
+    holds a step, padded with the tables' last row, whose page is scratch. All sizes write their logits to one buffer
+    outside the graphs' memory, where logits processors find them. `capture`: CUDA graphs in one memory pool by default.
     """
 
-    def __init__(self, decoder: Decoder, kv: KVCache, tables: DeviceTables, largest: int, max_seq_len: int) -> None:
+    def __init__(
+        self, decoder: Decoder, kv: KVCache, tables: DeviceTables, largest: int, max_seq_len: int,
+        capture: Capture | None = None,
+    ) -> None:  # fmt: skip
         assert isinstance(decoder.attention.decode, GraphBackend)
         self.decoder, self.kv, self.tables = decoder, kv, tables
         self.backend, self.max_seq_len = decoder.attention.decode, max_seq_len
@@ -67,10 +86,9 @@ class DecodeGraphs:
         head = decoder.weights.head
         assert isinstance(head, torch.Tensor)
         self.logits = torch.empty((largest, len(head)), dtype=head.dtype, device=head.device)
-        pool = torch.cuda.graph_pool_handle()
-        self.steps = {size: self._capture(size, pool) for size in reversed(self.sizes)}
-        hosts = [torch.zeros((3, largest), dtype=torch.int32).pin_memory().numpy() for _ in range(IN_FLIGHT)]
-        self._hosts = itertools.cycle(hosts)
+        self._hosts = host_buffers(3 * largest, head.device)
+        capture = capture or partial(captured, torch.cuda.graph_pool_handle())
+        self.steps = {size: self._capture(size, capture) for size in reversed(self.sizes)}
 
     def takes(self, plan: StepPlan) -> bool:
         """Whether the plan is a decode step that fits a graph."""
@@ -81,16 +99,16 @@ class DecodeGraphs:
         """Replay the plan's step; the output is valid until the next step."""
         rows = len(plan.decode_slots)
         size = self.sizes[bisect.bisect_left(self.sizes, rows)]
-        step = self.steps[size]
+        step, replay = self.steps[size]
         step.changes.copy_(self._write_changes(plan, rows, size), non_blocking=True)
         lens = np.ones(size, np.int32)
         lens[:rows] = plan.decode_lens + 1
         step.attention.prepare(lens)
-        step.graph.replay()
+        replay()
         return StepOutput(step.tokens[:rows], self.logits[:rows])
 
     def _write_changes(self, plan: StepPlan, rows: int, size: int) -> Tensor:
-        host = next(self._hosts).reshape(-1)[: 3 * size].reshape(3, size)
+        host = next(self._hosts).numpy()[: 3 * size].reshape(3, size)
         host[0, :rows] = plan.decode_slots
         host[0, rows:] = self.padding
         host[1] = -1
@@ -103,7 +121,7 @@ class DecodeGraphs:
         return torch.from_numpy(host)
 
     @torch.inference_mode()
-    def _capture(self, size: int, pool: Any) -> CapturedStep:
+    def _capture(self, size: int, capture: Capture) -> tuple[DecodeStep, Work]:
         max_pages, device = self.tables.page_table.shape[1], self.tables.page_table.device
         ids, positions, kv_lens = (torch.zeros(size, dtype=torch.int32, device=device) for _ in range(3))
         slot_mapping = torch.zeros(size, dtype=torch.int64, device=device)
@@ -112,23 +130,20 @@ class DecodeGraphs:
         rows = decode_batch(page_table, kv_lens, self.max_seq_len)
         changes = torch.full((3, size), -1, dtype=torch.int32, device=device)
         changes[0] = self.padding
-        attention = self.backend.graph_decode(rows, self.kv)
-        attention.prepare(np.ones(size, np.int32))
-        self._step(changes, batch, rows, attention)  # compiles what is not yet compiled
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode=CAPTURE_MODE):
-            tokens = self._step(changes, batch, rows, attention)
-        return CapturedStep(graph, changes, batch, rows, tokens, attention)
+        step = DecodeStep(changes, batch, rows, self.backend.graph_decode(rows, self.kv))
+        step.attention.prepare(np.ones(size, np.int32))
+        work = partial(self._step, step)
+        work()  # compiles what is not yet compiled
+        return step, capture(work)
 
-    def _step(self, changes: Tensor, batch: ForwardBatch, rows: DeviceBatch, attention: GraphDecode) -> Tensor:
+    def _step(self, step: DecodeStep) -> None:
         from minisgl.gpu.kernels.decode import commit_rows, gather_rows  # a machine without a GPU may lack triton
 
-        gather_rows(changes, self.tables, batch, rows, self.kv.page_size)
-        hidden = self.decoder.forward(batch, attention.attention, self.kv)
+        gather_rows(step.changes, self.tables, step.batch, step.rows, self.kv.page_size)
+        hidden = self.decoder.forward(step.batch, step.attention.attention, self.kv)
         logits = self.decoder.logits(hidden, self.logits[: len(hidden)])
-        tokens = self.decoder.ops.sample(logits, self.tables.sampling, changes[0], rows.kv_lens)
-        commit_rows(changes, tokens, self.tables, rows)
-        return tokens
+        step.tokens = self.decoder.ops.sample(logits, self.tables.sampling, step.changes[0], step.rows.kv_lens)
+        commit_rows(step.changes, step.tokens, self.tables, step.rows)
 
 
 def piecewise_sizes(largest: int) -> list[int]:
@@ -145,18 +160,6 @@ def piecewise_max_tokens(config: Config) -> int:
     assert config.max_prefill_length is not None
     assert config.max_running_requests is not None
     return min(config.piecewise_cuda_graph_max_tokens, config.max_prefill_length + config.max_running_requests)
-
-
-Work = Callable[[], object]
-Capture = Callable[[Work], Work]  # makes of some work what repeats it
-
-
-def captured(pool: Any, work: Work) -> Work:
-    """What replays the work, which has run before, so that it is compiled."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode=CAPTURE_MODE):
-        work()
-    return graph.replay
 
 
 class MixedInputs:
@@ -253,9 +256,7 @@ class MixedGraphs:
         self.sizes = [each.tokens for each in inputs]
         most = inputs[-1].size
         self.buffer = torch.zeros(most, dtype=torch.int32, device=device)
-        on_gpu = device.type == "cuda"
-        hosts = [torch.zeros(most, dtype=torch.int32, pin_memory=on_gpu) for _ in range(IN_FLIGHT)]
-        self._hosts = itertools.cycle(hosts)
+        self._hosts = host_buffers(most, device)
         capture = capture or partial(captured, torch.cuda.graph_pool_handle())
         self.steps = [(each, self._capture(each, capture)) for each in reversed(inputs)][::-1]
 
