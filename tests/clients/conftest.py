@@ -29,7 +29,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     for file in locate_model(None).iterdir():
         if file.suffix == ".safetensors":
             (folder / file.name).symlink_to(file)
-        else:
+        elif file.is_file():
             shutil.copy(file, folder)
     (folder / "chat_template.jinja").write_text(QWEN_TOOLS, "utf-8")
     return "--model", str(folder), "--num-pages", "512", "--served-model-name", MODEL
