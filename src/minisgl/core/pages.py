@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minisgl.core.plan import Int32
+from minisgl.core.plan import EMPTY, Int32
 from minisgl.core.radix_cache import EvictionPolicy, Node, RadixCache
 
 Slots = NDArray[np.signedinteger[Any]]
@@ -97,8 +97,8 @@ class CacheManager:
         assert slot not in self._nodes, f"row {slot} is in use"
         self.tree.lock(node)
         self.tree.use(node, self.now, again)
-        pages: Int32 = np.concatenate([np.empty(0, np.int32), *(held.pages for held in reversed(node.path()))])
-        self._nodes[slot], self._duplicates[slot] = node, np.empty(0, np.int32)
+        pages: Int32 = np.concatenate([EMPTY, *(held.pages for held in reversed(node.path()))])
+        self._nodes[slot], self._duplicates[slot] = node, EMPTY
         self.row_pages[slot] = len(pages)
         self.page_table[slot, : len(pages)] = pages
         return len(pages) * self.page_size

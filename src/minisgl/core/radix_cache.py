@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from minisgl.core.plan import Int32
+from minisgl.core.plan import EMPTY, Int32
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class RadixCache:
         self.page_size = page_size
         self.eviction = eviction or EvictionPolicy()
         self.listener: CacheListener | None = None
-        self.root = Node(np.empty(0, np.int32), np.empty(0, np.int32), None)
+        self.root = Node(EMPTY, EMPTY, None)
         self.num_pages = 0
         self.num_evictable = 0  # pages that no lock protects
         self._queue: list[tuple[float, int, Node]] = []  # (key, a number that breaks ties, node)
@@ -178,7 +178,7 @@ class RadixCache:
 
     def evict(self, count: int) -> Int32:
         """Drop up to `count` unlocked pages, from the ends of the leaves with the lowest keys; return their ids."""
-        dropped: list[Int32] = [np.empty(0, np.int32)]
+        dropped: list[Int32] = [EMPTY]
         missing = min(count, self.num_evictable)
         put_back: set[Node] = set()
         while missing > 0:
