@@ -110,7 +110,7 @@ def test_steps_of_a_captured_size_are_the_same(model: str, attn: str) -> None:
         tokens += driver.step(decode=[0, 1], chunks={2: third})  # 32
         tokens += driver.step(chunks={3: third[:16]}, unfinished=[3])  # 16, of which nobody asks for one
         sampled.append(tokens + driver.step(decode=[0, 1, 2], chunks={3: second[:13]}))  # 16
-    assert (attn == "fi") == (drivers[1].runner.forward != drivers[1].decoder.forward)
+    assert (attn == "fi") == (drivers[1].runner.forward != drivers[1].runner.decoder.forward)
     assert any(isinstance(graphs, MixedGraphs) for graphs in drivers[1].runner.graphs) == (attn != "fi")
     assert not any(isinstance(graphs, MixedGraphs) for graphs in drivers[0].runner.graphs)
     assert sampled[0] == sampled[1]

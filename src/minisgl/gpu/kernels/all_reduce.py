@@ -37,12 +37,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr, tensor
 
-from minisgl.gpu.kernels.jit import Kernel, after_previous, jit, jit_varying, launch_options, warps_for
+from minisgl.gpu.kernels.jit import Kernel, after_previous, jit, jit_varying, launch_options, next_power_of_2, warps_for
 
 MAX_BLOCKS = 128
 GENERATIONS = 3
@@ -271,7 +270,7 @@ def _launch(
     assert rows <= buffers.rows
     assert dim == buffers.dim
     assert all(x.is_contiguous() and x.dtype == residual.dtype and x.shape == residual.shape for x in (part, out))
-    block, bits = triton.next_power_of_2(dim), 8 * residual.element_size()
+    block, bits = next_power_of_2(dim), 8 * residual.element_size()
     kernel[(max(1, min(rows, MAX_BLOCKS)),)](
         part, *buffers.addresses, buffers.generations, residual, weight, out, rows, buffers.rows, eps,
         RANK=buffers.rank, WORLD=buffers.world, DIM=dim, WORD={16: tl.int16, 32: tl.int32}[bits],

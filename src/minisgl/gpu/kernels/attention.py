@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr, tensor
 
 from minisgl.core.attention import PlannedAttention
 from minisgl.core.kv_cache import KVCache
-from minisgl.gpu.kernels.jit import after_previous, jit, jit_varying, launch_options, warps_for
+from minisgl.gpu.kernels.jit import after_previous, jit, jit_varying, launch_options, next_power_of_2, warps_for
 
 NO_WINDOW = 1 << 30
 MIN_DOT = 16  # the fewest rows that a matmul on tensor cores takes
@@ -139,10 +138,10 @@ class PrefillAttention(PlannedAttention):
         rows, group = len(self.kv_lens), query_heads // kv_heads
         assert q.stride()[1:] == (head_dim, 1)
         assert all(x.is_contiguous() for x in (k, v))
-        dims = triton.next_power_of_2(head_dim)
+        dims = next_power_of_2(head_dim)
         # float32 has no fast matmul and twice the bytes.
         small = q.dtype == torch.float32 or dims > 128
-        block = max(32 if small else 64, triton.next_power_of_2(group))
+        block = max(32 if small else 64, next_power_of_2(group))
         out = torch.empty((total, query_heads, head_dim), dtype=q.dtype, device=q.device)
         _prefill_kernel[(kv_heads, total // (block // group) + rows)](
             q, k, v, self.page_table, self.cu_query_lens, self.kv_lens, out, rows, q.stride(0),
@@ -175,7 +174,7 @@ def merge_rows(ones: Tensor, out: Tensor, starts: Tensor) -> None:
     lies there was never written, and a NaN would choose experts that do not exist.
     """
     rows, width = len(ones), out[0].numel()
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     _merge_kernel[(len(out),)](
         ones, out, starts, rows, len(starts) - 1, width, BLOCK=block, num_warps=warps_for(block), **launch_options()
     )

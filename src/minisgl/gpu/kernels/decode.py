@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr, tensor
@@ -29,7 +28,7 @@ from minisgl.core.ops import RopeStore
 from minisgl.core.quantization import FP8
 from minisgl.gpu.attention.interface import DeviceBatch
 from minisgl.gpu.kernels.attention import MIN_DOT, NO_WINDOW, key_value, online_softmax, softmax_weights
-from minisgl.gpu.kernels.jit import after_previous, jit, jit_varying, launch_options
+from minisgl.gpu.kernels.jit import after_previous, cdiv, jit, jit_varying, launch_options, next_power_of_2
 
 STEP_BLOCK = 1024
 ROWS_BLOCK = 256  # rows looked at together, at least; one kernel serves all batches up to it
@@ -265,7 +264,7 @@ def decode_split(pairs: int, token_bytes: int, fp8: bool = False) -> DecodeSplit
         split = DecodeSplit(16, 1, 7, 0)
     else:
         split = DecodeSplit(16, 1, 5, 8) if pairs >= 200 else DecodeSplit(128, 4, 2, 2)
-    tile = split.tile * TOKEN_BYTES // triton.next_power_of_2(token_bytes)
+    tile = split.tile * TOKEN_BYTES // next_power_of_2(token_bytes)
     return split._replace(tile=max(16, min(split.tile, tile)))
 
 
@@ -333,15 +332,15 @@ class DecodeAttention(PlannedAttention):
             partial = self.workspaces.get(torch.float32, kv_heads, programs, 2, group, head_dim)
             log_sums = self.workspaces.get(torch.float32, kv_heads, programs, 2, group)
             # Partial results written of each row and KV head: zero between launches.
-            arrived = self.workspaces.get(torch.int32, triton.next_power_of_2(rows * kv_heads))
+            arrived = self.workspaces.get(torch.int32, next_power_of_2(rows * kv_heads))
             starts = self._tiles(window, rope is not None)
         q_norm, k_norm, eps, cos_sin = (None, None, 0.0, None) if rope is None else rope[1:5]
         _decode_kernel[(kv_heads, programs)](
             q, q_norm, k_norm, cos_sin, k, v, self.page_table, self.kv_lens, starts, out, partial, log_sums, arrived,
             eps, q.stride(0), rows, self.page_table.stride(0), window or NO_WINDOW, math.log2(math.e) * head_dim**-0.5,
             FUSED_ROPE=rope is not None, NORM=q_norm is not None, HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim,
-            PAGE=page_size, ROWS=max(ROWS_BLOCK, triton.next_power_of_2(rows)),
-            M=max(MIN_DOT, triton.next_power_of_2(group)), D=triton.next_power_of_2(head_dim), TILE=split.tile,
+            PAGE=page_size, ROWS=max(ROWS_BLOCK, next_power_of_2(rows)),
+            M=max(MIN_DOT, next_power_of_2(group)), D=next_power_of_2(head_dim), TILE=split.tile,
             WHOLE=whole, FP8=k.dtype == FP8, num_warps=split.warps, num_stages=split.stages, **launch_options(),
         )  # fmt: skip
         return out
@@ -420,7 +419,7 @@ def _commit_kernel(
 def commit_rows(changes: Tensor, tokens: Tensor, tables: DeviceTables, rows: DeviceBatch) -> None:
     """Write the sampled tokens int32 (B,) and the new lengths back to the rows that are not padding."""
     count = len(tokens)
-    _commit_kernel[(triton.cdiv(count, STEP_BLOCK),)](
+    _commit_kernel[(cdiv(count, STEP_BLOCK),)](
         changes, tokens, rows.kv_lens, tables.last_token, tables.length, count, len(tables.length) - 1,
         BLOCK=STEP_BLOCK, **launch_options(),
     )  # fmt: skip

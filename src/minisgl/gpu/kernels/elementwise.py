@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any, TypeGuard
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr, tensor
@@ -17,7 +16,7 @@ from triton.language import constexpr, tensor
 from minisgl.core.ops import RopeStore
 from minisgl.core.quantization import BLOCK, FP8, FP8_MAX, Fp8Rows, Fp8Weight, Weight
 from minisgl.gpu.kernels import fp8_rows
-from minisgl.gpu.kernels.jit import after_previous, jit, jit_varying, launch_options, warps_for
+from minisgl.gpu.kernels.jit import after_previous, cdiv, jit, jit_varying, launch_options, next_power_of_2, warps_for
 
 MAX_NORM_DIM = 8192
 NORM_TILE = 2048  # elements per thread block, at least, when there are enough rows: narrow rows share a block
@@ -47,8 +46,8 @@ def in_runs(rows: int, reader: Fp8Weight) -> bool:
 
 def empty_rows(rows: int, width: int, runs: bool, like: Tensor) -> tuple[Fp8Rows, int]:
     """Rows for a kernel to write, with a scale for each or for each run of 128; how many values share a scale."""
-    group = BLOCK if runs else triton.next_power_of_2(width)
-    groups, padded = triton.cdiv(width, group), -(-rows // ROW_STEP) * ROW_STEP if runs else rows
+    group = BLOCK if runs else next_power_of_2(width)
+    groups, padded = cdiv(width, group), -(-rows // ROW_STEP) * ROW_STEP if runs else rows
     data = torch.empty((padded, width), dtype=FP8, device=like.device)
     scale = torch.empty((groups, padded), dtype=torch.float32, device=like.device).t()
     return Fp8Rows(data, scale, rows, like.dtype), group
@@ -89,7 +88,7 @@ def quantize_rows(x: Tensor, runs: bool) -> Fp8Rows:
     out, group = empty_rows(rows, width, runs, x)
     if rows:
         block, warps = columns_at_once(width, group)
-        _quantize_kernel[(rows, triton.cdiv(width, block))](
+        _quantize_kernel[(rows, cdiv(width, block))](
             x, out.data, out.scale, x.stride(0), len(out.data), width, GROUP=group, BLOCK=block, num_warps=warps,
             **launch_options(),
         )  # fmt: skip
@@ -98,7 +97,7 @@ def quantize_rows(x: Tensor, runs: bool) -> Fp8Rows:
 
 def columns_at_once(width: int, group: int) -> tuple[int, int]:
     """Elements of a row that a thread block takes, and its warps; `group` of them share a scale, or 0."""
-    block = max(group, triton.next_power_of_2(width))
+    block = max(group, next_power_of_2(width))
     if group <= BLOCK:
         block = min(ACTIVATION_BLOCK, block)
         return block, warps_for(block)
@@ -160,9 +159,9 @@ def _launch_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float,
     assert not parts or x.is_contiguous()
     out, data, scale, group = _empty(rows, dim, weight, reader)
     if rows:
-        block = triton.next_power_of_2(dim)
+        block = next_power_of_2(dim)
         rows_per_block = max(1, NORM_TILE // block) if rows >= FILLING_ROWS else 1
-        _norm_kernel[(triton.cdiv(rows, rows_per_block),)](
+        _norm_kernel[(cdiv(rows, rows_per_block),)](
             x, residual, weight, data, scale, x.stride(-2), rows, len(data), dim, eps, ADD=residual is not None,
             PARTS=parts, GROUP=group, ROWS=rows_per_block, BLOCK=block, num_warps=warps_for(rows_per_block * block),
             **launch_options(),
@@ -213,7 +212,7 @@ def silu_mul(gate_up: Tensor, reader: Weight | None = None) -> Any:
     out, data, scale, group = _empty(rows, width, gate_up, reader)
     if rows:
         block, warps = columns_at_once(width, group)
-        _silu_mul_kernel[(rows, triton.cdiv(width, block))](
+        _silu_mul_kernel[(rows, cdiv(width, block))](
             gate_up, data, scale, len(data), width, GROUP=group, BLOCK=block, num_warps=warps, **launch_options()
         )
     return out
@@ -294,9 +293,9 @@ def rope_store_kv(qkv: Tensor, rope: RopeStore, out: Tensor | None = None) -> Te
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     q = torch.empty((tokens, heads, head_dim), dtype=qkv.dtype, device=qkv.device) if out is None else out
     if tokens:
-        half = triton.next_power_of_2(head_dim // 2)
-        block = min(max(1, QKV_TILE // (2 * half)), triton.next_power_of_2(max(heads, kv_heads)))
-        blocks = triton.cdiv(heads, block) + 2 * triton.cdiv(kv_heads, block)
+        half = next_power_of_2(head_dim // 2)
+        block = min(max(1, QKV_TILE // (2 * half)), next_power_of_2(max(heads, kv_heads)))
+        blocks = cdiv(heads, block) + 2 * cdiv(kv_heads, block)
         _qkv_kernel[(tokens, blocks)](
             qkv, rope.q_norm, rope.k_norm, rope.cos_sin, rope.positions, rope.slot_mapping, q, rope.k_cache,
             rope.v_cache, rope.eps, heads, kv_heads, head_dim // 2, NORM=rope.q_norm is not None, BLOCK_HEADS=block,

@@ -11,13 +11,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr, tensor
 
 from minisgl.gpu.kernels.elementwise import gated
-from minisgl.gpu.kernels.jit import after_previous, jit, jit_varying, launch_options, prefetch
+from minisgl.gpu.kernels.jit import after_previous, cdiv, jit, jit_varying, launch_options, next_power_of_2, prefetch
 
 HALF = (torch.float16, torch.bfloat16)
 MAX_WEIGHTS = 8 << 20  # from about here on cuBLAS reads the weights as fast (H200)
@@ -95,11 +94,11 @@ def fits_linear(x: Tensor, weight: Tensor, most: int) -> bool:
 
 def _launch_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, tile: LinearTile) -> Tensor:
     (rows, inner), columns, options = x.shape, out.shape[-1], launch_options()
-    padded = 16 if rows <= 16 else max(64, triton.next_power_of_2(rows))  # `mma.sync` takes 16, `wgmma` at least 64
+    padded = 16 if rows <= 16 else max(64, next_power_of_2(rows))  # `mma.sync` takes 16, `wgmma` at least 64
     _linear_kernel[(columns // tile.columns, tile.splits)](
         x, weight, bias, out, rows, columns, x.stride(0), INNER=inner, LENGTH=inner // tile.splits,
         BIAS=bias is not None, GATED=columns < len(weight), ROWS=padded, COLUMNS=tile.columns,
-        BLOCK=tile.inner, PREFETCH=options["PDL"], LINES=triton.next_power_of_2(inner // tile.splits // LINE),
+        BLOCK=tile.inner, PREFETCH=options["PDL"], LINES=next_power_of_2(inner // tile.splits // LINE),
         LINE=LINE, num_warps=tile.warps, num_stages=tile.stages, **options,
     )  # fmt: skip
     return out
@@ -177,7 +176,7 @@ def gemv(x: Tensor, weight: Tensor, gated: bool = False, tile: GemvTile | None =
     columns = len(weight) // 2 if gated else len(weight)
     tile = tile or gemv_tile_for(x.shape[1], gated)
     out = torch.empty((1, columns), dtype=x.dtype, device=x.device)
-    _gemv_kernel[(triton.cdiv(columns, tile.columns),)](
+    _gemv_kernel[(cdiv(columns, tile.columns),)](
         x, weight, out, columns, INNER=x.shape[1], GATED=gated, COLUMNS=tile.columns, BLOCK=tile.inner,
         num_warps=tile.warps, **launch_options(),
     )  # fmt: skip

@@ -13,14 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr, tensor
 
 from minisgl.core.quantization import BLOCK, Fp8Weight
 from minisgl.gpu.kernels.elementwise import gated, quantize_rows
-from minisgl.gpu.kernels.jit import jit, jit_varying, warps_for
+from minisgl.gpu.kernels.jit import cdiv, jit, jit_varying, next_power_of_2, warps_for
 
 ROUTED = 8  # tokens per thread block of the routing
 SUM_BLOCK = 1024
@@ -228,21 +227,19 @@ def moe(
     parts = torch.empty((pairs, dim), dtype=x.dtype, device=device)
     tile = moe_tile_for(pairs, experts)
     blocks = (pairs + min(experts, pairs) * (tile.rows - 1)) // tile.rows
-    sizes = {"EXPERTS": experts, "BLOCK_EXPERTS": triton.next_power_of_2(experts)}
-    _route_kernel[(triton.cdiv(tokens, ROUTED),)](
-        logits, shares, lists, counts, tokens, TOP_K=top_k, BLOCK_K=triton.next_power_of_2(top_k),
+    sizes = {"EXPERTS": experts, "BLOCK_EXPERTS": next_power_of_2(experts)}
+    _route_kernel[(cdiv(tokens, ROUTED),)](
+        logits, shares, lists, counts, tokens, TOP_K=top_k, BLOCK_K=next_power_of_2(top_k),
         NORMALISE=norm_topk_prob, ROWS=ROUTED, **sizes,
     )  # fmt: skip
     operands, options = _operands(x, gate_up, tile, tile.gate_up_columns)
-    _gate_up_kernel[(blocks, triton.cdiv(width, tile.gate_up_columns))](
+    _gate_up_kernel[(blocks, cdiv(width, tile.gate_up_columns))](
         *operands, lists, counts, hidden, tokens, dim, width, TOP_K=top_k, **sizes, **options
     )
     operands, options = _operands(hidden, down, tile, tile.down_columns)
-    _down_kernel[(blocks, triton.cdiv(dim, tile.down_columns))](
+    _down_kernel[(blocks, cdiv(dim, tile.down_columns))](
         *operands, shares, lists, counts, parts, tokens, dim, width, **sizes, **options
     )
-    block = min(SUM_BLOCK, triton.next_power_of_2(dim))
-    _sum_kernel[(tokens, triton.cdiv(dim, block))](
-        parts, out, dim, TOP_K=top_k, BLOCK=block, num_warps=warps_for(block)
-    )
+    block = min(SUM_BLOCK, next_power_of_2(dim))
+    _sum_kernel[(tokens, cdiv(dim, block))](parts, out, dim, TOP_K=top_k, BLOCK=block, num_warps=warps_for(block))
     return out

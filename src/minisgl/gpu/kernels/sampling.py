@@ -14,13 +14,12 @@ at least w tokens are at or above the w-th highest of the segments' maxima, so f
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr, tensor
 
 from minisgl.core.sampler import LARGEST_UNIFORM, SamplingRows
-from minisgl.gpu.kernels.jit import jit, jit_varying
+from minisgl.gpu.kernels.jit import cdiv, jit, jit_varying, next_power_of_2
 
 SPLIT = 4096  # tokens per thread block of the first launch; a power of two from SEGMENT up
 SPLIT_WARPS = 8  # two loads of 16 bytes per thread, and four thread blocks per multiprocessor
@@ -369,7 +368,7 @@ def sample(logits: Tensor, table: SamplingRows, slots: Tensor, positions: Tensor
     them; slots int32 or int64 (n,); positions int32 (n,) of the sampled tokens.
     """
     rows, vocab = logits.shape
-    partial = empty_partial(rows, triton.cdiv(vocab, SPLIT), SPLIT // SEGMENT, logits.device)
+    partial = empty_partial(rows, cdiv(vocab, SPLIT), SPLIT // SEGMENT, logits.device)
     split_winners(logits, table, slots, positions, partial, vocab, SPLIT)
     return choose(logits, table, slots, positions, partial, vocab)
 
@@ -392,7 +391,7 @@ def split_winners(
     rows, columns = logits.shape
     assert logits.stride(1) == 1
     if rows:
-        _split_kernel[(triton.cdiv(columns, split), rows)](
+        _split_kernel[(cdiv(columns, split), rows)](
             logits, logits.stride(0), slots, positions, _parameters(table), table.stop_ids, *partial, vocab, origin,
             STOPS=table.stop_ids.shape[1], SPLIT=split, SEGMENT=SEGMENT, num_warps=max(1, SPLIT_WARPS * split // SPLIT),
         )  # fmt: skip
@@ -409,7 +408,7 @@ def choose(
         _choose_kernel[(rows,)](
             logits, logits.stride(0), slots, positions, _parameters(table), table.stop_ids, *partial, segment_lists,
             out, vocab, splits, STOPS=table.stop_ids.shape[1], SEGMENTS=segments,
-            BLOCK_SPLITS=triton.next_power_of_2(splits), BLOCK_SEGMENTS=triton.next_power_of_2(segments),
+            BLOCK_SPLITS=next_power_of_2(splits), BLOCK_SEGMENTS=next_power_of_2(segments),
             SHIFT=KEY_SHIFT[logits.dtype], num_warps=16,
         )  # fmt: skip
     return out

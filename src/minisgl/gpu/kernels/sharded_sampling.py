@@ -14,14 +14,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language import constexpr, tensor
 
 from minisgl.core.sampler import SamplingRows
 from minisgl.gpu.kernels.all_reduce import MAX_BLOCKS, tensor_of
-from minisgl.gpu.kernels.jit import jit, jit_varying
+from minisgl.gpu.kernels.jit import cdiv, jit, jit_varying, next_power_of_2
 from minisgl.gpu.kernels.sampling import LOWEST, SEGMENT, SPLIT, choose, empty_partial, row_kind, split_winners
 
 LINE = 32  # int32 flags between two slots of the barrier: a cache line, so that waiting in one does not slow the others
@@ -70,7 +69,7 @@ class Barrier:
         self.rank, self.world, self.flags = rank, world, flags
         self.own = own  # only its address is used, by all ranks: it must live as long as they
         self.epochs = torch.zeros(MAX_BLOCKS, dtype=torch.int32, device=own.device)
-        self.constants = {"RANK": rank, "WORLD": world, "PEERS": triton.next_power_of_2(world), "LINE": LINE}
+        self.constants = {"RANK": rank, "WORLD": world, "PEERS": next_power_of_2(world), "LINE": LINE}
 
 
 @jit_varying("slots", "rows")
@@ -164,9 +163,9 @@ class ShardedSampling:
         split_winners(logits, table, slots, positions, partial, self.vocab, split, self.barrier.rank * width)
         gathered = empty_partial(count, world * splits, segments // splits, logits.device)
         parameters = (table.temperature, table.top_p, table.min_p, table.top_k)
-        _pull_kernel[(min(triton.cdiv(count, ROWS) * world * COPIERS, MAX_BLOCKS),)](
+        _pull_kernel[(min(cdiv(count, ROWS) * world * COPIERS, MAX_BLOCKS),)](
             self.logits, self.partials, self.barrier.flags, self.barrier.epochs, slots, parameters, self.gathered,
             *gathered, count, self.rows, self.vocab, width, splits, segments, ROWS=ROWS, COPIERS=COPIERS,
-            BLOCK_SPLITS=triton.next_power_of_2(splits), BLOCK=COPY_BLOCK, num_warps=8, **self.barrier.constants,
+            BLOCK_SPLITS=next_power_of_2(splits), BLOCK=COPY_BLOCK, num_warps=8, **self.barrier.constants,
         )  # fmt: skip
         return choose(self.gathered[:count], table, slots, positions, gathered, self.vocab)
