@@ -5,8 +5,8 @@ import itertools
 import operator
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from numbers import Integral
 from types import FrameType
 from typing import Any
@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from minisgl.build import build_engine
 from minisgl.config import Config, make_config
-from minisgl.core.types import Request, SamplingParams, TokenLogprobs
+from minisgl.core.types import Request, SamplingParams, TokenEvent, TokenLogprobs
 from minisgl.errors import ConfigError, InvalidRequestError
 from minisgl.text.tokenizer import RequestOutput, Tokenizer
 
@@ -112,17 +112,10 @@ class LLM:
         request = self._request(prompt, sampling_params or SamplingParams())
         decoder = None if self.tokenizer is None else self.tokenizer.stream(request.params, prompt=request.prompt)
         output = RequestOutput(request, decoder)
-        try:
-            with defer_sigint():
-                self.engine.add(request)
-            while output.finish is None:
-                with defer_sigint():
-                    events = self.engine.step()
-                for event in events:
-                    text = output.take(event)
+        with closing(self._steps({request.id: output})) as steps:
+            for step in steps:
+                for event, text in step:
                     yield Delta(text=text, token_ids=event.tokens, finish_reason=output.finish)
-        finally:
-            self._abort([request.id])
 
     @property
     def text(self) -> Tokenizer:
@@ -142,38 +135,44 @@ class LLM:
         self.model.check(ids, params)
         return Request.make(str(next(self._ids)), ids, params)
 
-    def _run(self, outputs: dict[str, RequestOutput], progress: bool) -> None:
-        """Run all to their end; if something interrupts it, nothing stays in the engine."""
+    def _run(self, outputs: Mapping[str, RequestOutput], progress: bool) -> None:
+        """Run all to their end, with a bar."""
         rate = TextColumn("{task.fields[rate]}")
         columns = TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), rate
-        with Progress(*columns, disable=not progress) as bar, defer_sigint() as deliver:
+        with Progress(*columns, disable=not progress) as bar, closing(self._steps(outputs)) as steps:
             task = bar.add_task("", total=len(outputs), rate="")
-            try:
-                for output in outputs.values():
+            generated = ended = 0
+            for step in steps:
+                generated += sum(len(event.tokens) for event, _ in step)
+                ended += sum(outputs[event.id].finish is not None for event, _ in step)
+                elapsed = bar.tasks[task].elapsed or 0.0
+                bar.update(task, completed=ended, rate=f"{generated / elapsed:,.0f} tok/s" if elapsed > 0 else "")
+
+    def _steps(self, outputs: Mapping[str, RequestOutput]) -> Generator[list[tuple[TokenEvent, str]], None, None]:
+        """Run all to their end: the events of each step with their texts. When this ends, nothing is in the engine."""
+        unfinished = set(outputs)
+        try:
+            for output in outputs.values():
+                with defer_sigint():
                     self.engine.add(output.request)
-                    deliver()
-                generated, unfinished = 0, set(outputs)
-                while unfinished:
+            while unfinished:
+                step: list[tuple[TokenEvent, str]] = []
+                with defer_sigint():
                     for event in self.engine.step():
+                        if event.id not in unfinished:  # it has ended, by a stop string
+                            continue
                         output = outputs[event.id]
-                        output.take(event)
-                        generated += len(event.tokens)
+                        step.append((event, output.take(event)))
                         if output.finish is not None:
                             unfinished.discard(event.id)
                             if event.finish is None:
                                 self.engine.abort([event.id])
-                    elapsed = bar.tasks[task].elapsed or 0.0
-                    speed = f"{generated / elapsed:,.0f} tok/s" if elapsed > 0 else ""
-                    bar.update(task, completed=len(outputs) - len(unfinished), rate=speed)
-                    deliver()
-            finally:
-                self._abort(outputs)
-
-    def _abort(self, ids: Iterable[str]) -> None:
-        with defer_sigint():
-            self.engine.abort(ids)
-            while self.engine.has_work:
-                self.engine.step()
+                yield step
+        finally:
+            with defer_sigint():
+                self.engine.abort(outputs)
+                while self.engine.has_work:
+                    self.engine.step()
 
     def _completion(self, output: RequestOutput) -> Completion:
         params, prompt = output.request.params, output.request.prompt
@@ -209,31 +208,26 @@ def as_ids(prompt: Iterable[Any]) -> list[int]:
 
 
 @contextmanager
-def defer_sigint() -> Iterator[Callable[[], None]]:
-    """Defer Ctrl-C to the end of the block, or to a call of what it gives; a second one is not deferred.
+def defer_sigint() -> Iterator[None]:
+    """Defer Ctrl-C to the end of the block; a second one is not deferred.
 
     After a step that an exception interrupts the engine is broken. Only the main thread has a Ctrl-C to defer.
     """
     handler = signal.getsignal(signal.SIGINT)
     pending: list[FrameType | None] = []
 
-    def deliver() -> None:
-        if pending and callable(handler):
-            frame = pending[0]
-            pending.clear()
-            handler(signal.SIGINT, frame)
-
     def defer(number: int, frame: FrameType | None) -> None:
         pending.append(frame)
-        if len(pending) > 1:
-            deliver()
+        if len(pending) > 1 and callable(handler):
+            handler(number, frame)
 
     if not callable(handler) or threading.current_thread() is not threading.main_thread():
-        yield deliver
+        yield
         return
     signal.signal(signal.SIGINT, defer)
     try:
-        yield deliver
+        yield
     finally:
         signal.signal(signal.SIGINT, handler)
-    deliver()
+    if pending:
+        handler(signal.SIGINT, pending[0])
