@@ -17,7 +17,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
-import msgspec
 import psutil
 import pytest
 
@@ -26,7 +25,6 @@ from helpers.server_process import metrics
 from minisgl.config import Config
 from minisgl.core.types import EngineStats, Request, SamplingParams
 from minisgl.ray_app import Scale, build, build_application
-from minisgl.server import ipc
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]  # Ray's own warnings
 
@@ -53,8 +51,7 @@ class Application:
         from ray import serve
 
         replicas = serve.get_deployment_handle("Engine", "minisgl")
-        replies = replicas.broadcast("query", "stats", 10.0, None).results(timeout_s=20)
-        return [msgspec.msgpack.decode(reply, type=ipc.Reply).stats for reply in replies]
+        return [reply.stats for reply in replicas.broadcast("query", "stats", 10.0, None).results(timeout_s=20)]
 
     def count(self) -> int:
         """Replicas that answer; -1 while one of them does not."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import os
 import time
@@ -15,6 +14,7 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from contextvars import Context
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -97,8 +97,8 @@ class EngineReplica:
         self.renewed: dict[str, float] = {}  # when each ingress was last heard of
         self.reporting = asyncio.create_task(self.report())
 
-    async def describe(self) -> bytes:
-        return msgspec.msgpack.encode(self.ready)
+    async def describe(self) -> ipc.Ready:
+        return self.ready
 
     async def generate(self, request: Request, ingress: str) -> AsyncGenerator[bytes, None]:
         """What the engine does for one request, in `ipc.Events` or a `StreamError`; closing this aborts it."""
@@ -116,8 +116,8 @@ class EngineReplica:
         if ingress in self.renewed:
             self.renewed[ingress] = time.monotonic()
 
-    async def query(self, action: ipc.Action, timeout: float, argument: str | int | None) -> bytes:
-        return msgspec.msgpack.encode(await self.client.query(action, timeout, argument))
+    async def query(self, action: ipc.Action, timeout: float, argument: str | int | None) -> ipc.Reply:
+        return await self.client.query(action, timeout, argument)
 
     async def check_health(self) -> None:
         await self.client.ping(PING_TIMEOUT)
@@ -214,7 +214,7 @@ class ReplicaClient(EngineClient):
             raise EngineDeadError("a replica does not answer") from error
         if not replies:
             raise EngineDeadError("no replica runs")
-        reply = add_replies([msgspec.msgpack.decode(each, type=ipc.Reply) for each in replies])
+        reply = add_replies(replies)
         self.stats = reply.stats
         return reply
 
@@ -232,42 +232,36 @@ class Ingress:
 
     async def __init__(self, replicas: DeploymentHandle[Any], config: Config, max_live: int) -> None:  # type: ignore[misc]
         ipc.start_logging(config, "ingress ")
-        ready = msgspec.msgpack.decode(await replicas.options(method_name="describe").remote(), type=ipc.Ready)
+        ready: ipc.Ready = await replicas.options(method_name="describe").remote()
         if not Path(ready.folder).is_dir():  # the replica is on another host
             folder = locate_model(config.model, config.model_source, weights=False)
             ready = msgspec.structs.replace(ready, folder=str(folder))
         # The limits of the queue are each replica's.
         own = config.replace(max_queued_requests=None, max_queued_tokens=None)
         client = ReplicaClient(replicas, own, max_live)
-        app, _ = build_app(config, client, ready, time.monotonic())
-        self.asgi = ServedApplication(app, with_middleware(app, client.metrics, config), config.api_workers == 1)
+        self.application, _ = build_app(config, client, ready, time.monotonic())
+        self.http = with_middleware(self.application, client.metrics, config)
+        self.alone = config.api_workers == 1
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return self.asgi
+        async def serve_asgi(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] != "http":  # its start and end, which the middleware does not know
+                await self.application(scope, receive, send)
+            elif scope["path"] == "/metrics" and not self.alone:
+                reason = "each ingress counts for itself, and Ray Serve reaches any; read Ray's metrics"
+                await error_response(ManyIngressesError(reason))(scope, receive, send)
+            else:
+                await self.http(scope, receive, partial(send_without_id, send))
+
+        return serve_asgi
 
 
-@dataclasses.dataclass(frozen=True)
-class ServedApplication:
-    """The middleware knows HTTP alone; Serve also has the application start and end, and gives each request an id."""
-
-    app: ASGIApp
-    http: ASGIApp
-    alone: bool
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_without_id(message: Message) -> None:  # Serve's proxy writes the same id
-            if message["type"] == "http.response.start":
-                headers = [header for header in message["headers"] if header[0] != b"x-request-id"]
-                message = {**message, "headers": headers}
-            await send(message)
-
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-        elif scope["path"] == "/metrics" and not self.alone:
-            error = ManyIngressesError("each ingress counts for itself, and Ray Serve reaches any; read Ray's metrics")
-            await error_response(error)(scope, receive, send)
-        else:
-            await self.http(scope, receive, send_without_id)
+async def send_without_id(send: Send, message: Message) -> None:
+    """Send of a response what Serve's proxy does not write itself: it gives each request the same id."""
+    if message["type"] == "http.response.start":
+        headers = [header for header in message["headers"] if header[0] != b"x-request-id"]
+        message = {**message, "headers": headers}
+    await send(message)
 
 
 class PrefixRequestRouter(RequestRouter):
