@@ -52,23 +52,11 @@ RETRY_DELAYS: Final = (0.5, 1.0, 2.0)
 logger = logging.getLogger(__name__)
 
 
-class StreamError(msgspec.Struct, frozen=True, tag=True):
-    """The error that a replica ends a request with, as HTTP shows it."""
-
-    message: str
-    status: int
-    kind: str
-    code: str | None
-    retry_after: int | None
-
-    @classmethod
-    def of(cls, error: MinisglError) -> StreamError:
-        return cls(error.message, error.status, error.type, error.code, error.retry_after)
-
-    def error(self) -> MinisglError:
-        error = MinisglError(self.message, code=self.code)
-        error.status, error.type, error.retry_after = self.status, self.kind, self.retry_after
-        return error
+def portable(error: MinisglError) -> MinisglError:
+    """The same error of the base class, which is made of its message alone, as unpickling does."""
+    same = MinisglError(error.message, code=error.code)
+    same.status, same.type, same.retry_after = error.status, error.type, error.retry_after
+    return same
 
 
 class ManyIngressesError(MinisglError, status=501, code="unsupported_endpoint"): ...
@@ -100,8 +88,8 @@ class EngineReplica:
     async def describe(self) -> ipc.Ready:
         return self.ready
 
-    async def generate(self, request: Request, ingress: str) -> AsyncGenerator[bytes, None]:
-        """What the engine does for one request, in `ipc.Events` or a `StreamError`; closing this aborts it."""
+    async def generate(self, request: Request, ingress: str) -> AsyncGenerator[bytes | MinisglError, None]:
+        """What the engine does for one request, `ipc.Events` in bytes or an error; closing this aborts it."""
         self.renewed[ingress] = time.monotonic()
         try:
             with self.client.submit([request]) as group:
@@ -110,7 +98,7 @@ class EngineReplica:
                         return
                     yield msgspec.msgpack.encode(batch)
         except MinisglError as error:
-            yield msgspec.msgpack.encode(StreamError.of(error))
+            yield portable(error)
 
     async def renew(self, ingress: str) -> None:
         if ingress in self.renewed:
@@ -188,13 +176,10 @@ class ReplicaClient(EngineClient):
         """Take in what a replica does for a request; what it ended with, if not with its last token."""
         response = self._generate.remote(request, self._name)
         try:
-            async for message in response:
-                said = msgspec.msgpack.decode(message, type=ipc.Events | StreamError)
-                if isinstance(said, ipc.Events):
-                    self._on_events(said, time.monotonic())
-                    continue
-                error = said.error()
-                return EngineDeadError(error.message) if error.code == EngineDeadError.code else error
+            async for said in response:
+                if isinstance(said, MinisglError):
+                    return EngineDeadError(said.message) if said.code == EngineDeadError.code else said
+                self._on_events(msgspec.msgpack.decode(said, type=ipc.Events), time.monotonic())
         except BackPressureError:
             return OverloadedError("all replicas are busy; try again later", RETRY_SECONDS)
         except (RayActorError, RayServeException):
