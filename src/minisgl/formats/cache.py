@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -41,48 +41,32 @@ def convert_gguf(path: Path, dtype: str, *, weights: bool = True, progress: Prog
         require_file(path)
         with path.open("rb") as file:
             ending = f"-{kind}-{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
-
-        def write(folder: Path) -> None:
-            write_folder(path, folder, dtype, weights, progress)
-            (folder / SOURCES).mkdir()
-            (folder / SOURCES / name).symlink_to(path)
-
-        if (folder := find(cache, ending)) is None:
-            return make_folder(cache, path.stem, ending, write)
-        with contextlib.suppress(OSError):  # the cache may be another user's
-            (folder / SOURCES / name).symlink_to(path)
+        cache.mkdir(parents=True, exist_ok=True)
+        with locked(cache, fcntl.LOCK_EX) as alone:
+            for folder in cache.glob(f"*{ending}"):
+                with contextlib.suppress(OSError):  # the cache may be another user's
+                    (folder / SOURCES / name).symlink_to(path)
+                return folder
+            with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=cache, ignore_cleanup_errors=True) as work:
+                written, folder = Path(work) / "model", cache / (path.stem + ending)
+                written.mkdir()
+                write_folder(path, written, dtype, weights, progress)
+                (written / SOURCES).mkdir()
+                (written / SOURCES / name).symlink_to(path)
+                mode = (written / "config.json").stat().st_mode
+                for weight_file in written.glob("*.safetensors"):  # which only the user can read
+                    weight_file.chmod(mode)
+                if alone:
+                    take_stale(cache, Path(work))
+                try:
+                    os.rename(written, folder)
+                except OSError:
+                    if not folder.is_dir():  # of another process, where folders cannot be locked
+                        raise
+                return folder
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ModelError(f"{path}: cannot be converted into {cache}: {reason}") from error
-    return folder
-
-
-def find(cache: Path, ending: str) -> Path | None:
-    return next(cache.glob(f"*{ending}"), None)
-
-
-def make_folder(cache: Path, stem: str, ending: str, write: Callable[[Path], None]) -> Path:
-    cache.mkdir(parents=True, exist_ok=True)
-    with (
-        locked(cache, fcntl.LOCK_EX) as alone,
-        tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=cache, ignore_cleanup_errors=True) as work,
-    ):
-        if (found := find(cache, ending)) is not None:  # another process was quicker
-            return found
-        written, folder = Path(work) / "model", cache / (stem + ending)
-        written.mkdir()
-        write(written)
-        mode = (written / "config.json").stat().st_mode
-        for file in written.glob("*.safetensors"):  # which only the user can read
-            file.chmod(mode)
-        if alone:
-            take_stale(cache, Path(work))
-        try:
-            os.rename(written, folder)
-        except OSError:
-            if not folder.is_dir():  # of another process, where folders cannot be locked
-                raise
-        return folder
 
 
 def link_name(path: Path) -> str:
