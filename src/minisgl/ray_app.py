@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from minisgl import __version__
-from minisgl.cli import Parser, add_config_flags, config_from, guarded, take_model
+from minisgl.cli import Parser, add_config_flags, config_from, guarded
 from minisgl.config import Config, flag_of
 from minisgl.errors import ConfigError, ModelError
 from minisgl.formats.hub import find_local
@@ -73,7 +73,6 @@ def parse(arguments: Sequence[str], kind: type[Parser] = Parser) -> tuple[Config
         group.add_argument(f"--{name}-delay-s", type=float, default=default, metavar="X", help=text)
     add_config_flags(parser)
     given = parser.parse_args(arguments)
-    take_model(parser, given, given.positional_model)
     config = config_from(parser, given)
     for name, why in REFUSED.items():
         if getattr(config, name) != getattr(Config, name):
