@@ -11,15 +11,7 @@ import pytest
 
 from minisgl.config import Config
 from minisgl.distributed import messages, worker_pool
-from minisgl.distributed.messages import (
-    FinishStep,
-    FromWorker,
-    LaunchStep,
-    LoadModel,
-    ToWorker,
-    WorkerFailed,
-    WorkerStarted,
-)
+from minisgl.distributed.messages import FinishStep, LaunchStep, LoadModel, ToWorker, WorkerFailed
 from minisgl.distributed.worker_pool import WorkerPool
 from minisgl.errors import ConfigError, EngineDeadError
 from minisgl.gpu.memory import prefill_plan
@@ -30,10 +22,10 @@ class FakeWorker:
 
     def __init__(self, rank: int, pool: WorkerPool) -> None:
         ours, self.link = socket.socketpair()
+        self.link.sendall(messages.STARTED)
         pool.listen(rank, ours)
-        self.report(WorkerStarted())
 
-    def report(self, message: FromWorker) -> None:
+    def report(self, message: WorkerFailed) -> None:
         with suppress(BrokenPipeError):  # the pool has ended its links
             self.link.sendall(messages.frame(message))
 
@@ -97,7 +89,7 @@ def equal(one: object, other: object) -> bool:
         WorkerFailed("why", True),
     ],
 )
-def test_messages_arrive_as_they_were_sent(message: ToWorker | FromWorker) -> None:
+def test_messages_arrive_as_they_were_sent(message: ToWorker | WorkerFailed) -> None:
     link = BytesIO(2 * messages.frame(message))
     decoder: Any = messages.FROM_WORKER if isinstance(message, WorkerFailed) else messages.TO_WORKER
     assert equal(messages.receive(link, decoder), message)

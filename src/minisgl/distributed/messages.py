@@ -15,6 +15,7 @@ from minisgl.core.plan import Masks, StepPlan
 
 T = TypeVar("T")
 PREFIX = 4  # bytes before each message: its length
+STARTED = b"+"  # what a worker sends before any message, as soon as it runs
 HEARTBEAT_SECONDS = 2
 SILENCE_MS = 15_000  # of a host that is gone; between processes of one host the kernel reports an end at once
 
@@ -39,19 +40,14 @@ class ShutdownWorker(msgspec.Struct, frozen=True, tag="shutdown"):
     """The last message to a worker: it finishes the steps that are launched and ends."""
 
 
-class WorkerStarted(msgspec.Struct, frozen=True, tag="started"):
-    """The first message from a worker."""
-
-
-class WorkerFailed(msgspec.Struct, frozen=True, tag="failed"):
-    """The last message from a worker that cannot go on. `user_error`: what was asked for cannot be honoured."""
+class WorkerFailed(msgspec.Struct, frozen=True):
+    """From a worker that cannot go on. `user_error`: what was asked for cannot be honoured."""
 
     error: str
     user_error: bool
 
 
 ToWorker = LoadModel | LaunchStep | FinishStep | ShutdownWorker
-FromWorker = WorkerStarted | WorkerFailed
 
 
 def notice_silence(link: socket.socket) -> None:
@@ -63,7 +59,7 @@ def notice_silence(link: socket.socket) -> None:
     link.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, SILENCE_MS)
 
 
-def frame(message: ToWorker | FromWorker) -> bytes:
+def frame(message: ToWorker | WorkerFailed) -> bytes:
     data = ENCODER.encode(message)
     return len(data).to_bytes(PREFIX, "little") + data
 
@@ -90,4 +86,4 @@ def _to_array(kind: Any, value: Any) -> Any:
 ENCODER = msgspec.msgpack.Encoder(enc_hook=_from_array)
 # Both raise ValueError or ValidationError for other messages; arrays are copies.
 TO_WORKER: msgspec.msgpack.Decoder[ToWorker] = msgspec.msgpack.Decoder(ToWorker, dec_hook=_to_array)
-FROM_WORKER: msgspec.msgpack.Decoder[FromWorker] = msgspec.msgpack.Decoder(FromWorker)
+FROM_WORKER = msgspec.msgpack.Decoder(WorkerFailed)

@@ -27,7 +27,7 @@ from minisgl.core.model_config import read_spec
 from minisgl.distributed import messages
 from minisgl.distributed.collectives import TPGroup, broadcast_text, join_group
 from minisgl.distributed.executor import build_rank_executor, use_device
-from minisgl.distributed.messages import FinishStep, LaunchStep, LoadModel, ShutdownWorker, WorkerFailed, WorkerStarted
+from minisgl.distributed.messages import FinishStep, LaunchStep, LoadModel, ShutdownWorker, WorkerFailed
 from minisgl.errors import ConfigError, MinisglError, ModelError
 from minisgl.formats.hub import locate_model
 
@@ -43,7 +43,7 @@ class Worker:
         self._messages = link.makefile("rb")
         self._ending = False
         threading.Thread(target=self._watch, daemon=True).start()
-        self._report(WorkerStarted())
+        self._send(messages.STARTED)
 
     def run(self, join: Callable[[], TPGroup]) -> None:
         """Join the group, load the model, and execute plans until ShutdownWorker. Ends the process when that fails."""
@@ -101,9 +101,9 @@ class Worker:
         if not self._ending:
             os._exit(1)
 
-    def _report(self, message: messages.FromWorker) -> None:
+    def _send(self, data: bytes) -> None:
         with contextlib.suppress(OSError):  # rank 0 is gone
-            self._link.sendall(messages.frame(message))
+            self._link.sendall(data)
 
     def _fail(self, error: Exception) -> NoReturn:
         """Report the error and end the process: other ranks may wait for this one in a collective."""
@@ -112,7 +112,7 @@ class Worker:
             text = error.message
         else:
             traceback.print_exception(error)
-        self._report(WorkerFailed(text, isinstance(error, (ConfigError, ModelError))))
+        self._send(messages.frame(WorkerFailed(text, isinstance(error, (ConfigError, ModelError)))))
         time.sleep(LINGER_SECONDS)
         os._exit(1)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 from minisgl.distributed import messages
 from minisgl.distributed.collectives import TPGroup, broadcast_text
-from minisgl.distributed.messages import ShutdownWorker, ToWorker, WorkerFailed, WorkerStarted
+from minisgl.distributed.messages import ShutdownWorker, ToWorker
 from minisgl.errors import ConfigError, EngineDeadError, MinisglError
 
 WORKER_COMMAND = (sys.executable, "-m", "minisgl.distributed.worker")
@@ -34,10 +34,9 @@ class WorkerPool:
         self._listeners: list[threading.Thread] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         self._on_failure: list[Callable[[], None]] = []
-        self._num_started = 0
         self._failure: MinisglError | None = None
         self._closing = False
-        self._changed = threading.Condition()  # of the four above
+        self._changed = threading.Condition()  # of the three above
 
     def start(self, device: str) -> str:
         """Start workers as processes of this host, on "cpu" or "cuda", and wait until they run. Returns where the ranks
@@ -46,6 +45,7 @@ class WorkerPool:
         file = os.memfd_create("rendezvous")
         weakref.finalize(self, os.close, file).atexit = False  # the group opens it again until it ends
         rendezvous = f"file:///proc/self/fd/{file}"
+        links: list[socket.socket] = []
         for rank in range(1, self.size):
             own = device if device == "cpu" else f"cuda:{rank}"
             link, theirs = socket.socketpair()
@@ -56,8 +56,9 @@ class WorkerPool:
                     command, stdin=subprocess.DEVNULL, start_new_session=True, pass_fds=inherited
                 )
             self._processes.append(process)
+            links.append(link)
+        for rank, (link, process) in enumerate(zip(links, self._processes, strict=True), start=1):
             self.listen(rank, link, process)
-        self._wait_until_started()
         return rendezvous
 
     def accept(self, group: TPGroup) -> None:
@@ -71,7 +72,6 @@ class WorkerPool:
                 link, _ = server.accept()
             messages.notice_silence(link)
             self.listen(rank, link)
-        self._wait_until_started()
 
     @property
     def broken(self) -> bool:
@@ -129,39 +129,34 @@ class WorkerPool:
             link.close()
 
     def listen(self, rank: int, link: socket.socket, process: subprocess.Popen[bytes] | None = None) -> None:
-        """A worker is at the other end of a link. Take in what it reports, in a thread."""
+        """Wait until the worker at the other end of a link runs; then take in what it reports, in a thread. Raises
+        EngineDeadError when it has ended.
+        """
+        started = link.recv(len(messages.STARTED))
         self._links.append(link)
         listener = threading.Thread(target=self._listen, args=(rank, link, process), daemon=True)
         self._listeners.append(listener)
         listener.start()
+        if not started:
+            listener.join()
+            self.check()
 
     def _listen(self, rank: int, link: socket.socket, process: subprocess.Popen[bytes] | None) -> None:
         failure: MinisglError | None = None
         with link.makefile("rb") as reports:
-            while (message := messages.receive(reports, messages.FROM_WORKER)) is not None:
-                match message:
-                    case WorkerStarted():
-                        with self._changed:
-                            self._num_started += 1
-                            self._changed.notify_all()
-                    case WorkerFailed(error, user_error):
-                        kind = ConfigError if user_error else EngineDeadError
-                        failure = kind(f"rank {rank} of {self.size}: {error}")
-                        if user_error:
-                            break
-                        # The error may only say that another worker is gone, which is then the cause.
-                        link.settimeout(OTHER_CAUSE_SECONDS)
+            while (report := messages.receive(reports, messages.FROM_WORKER)) is not None:
+                kind = ConfigError if report.user_error else EngineDeadError
+                failure = kind(f"rank {rank} of {self.size}: {report.error}")
+                if report.user_error:
+                    break
+                # The error may only say that another worker is gone, which is then the cause.
+                link.settimeout(OTHER_CAUSE_SECONDS)
         if failure is None:
             ended = f"rank {rank} of {self.size} ended"
             with contextlib.suppress(subprocess.TimeoutExpired):
                 ended += "" if process is None else f" with {process.wait(STATUS_SECONDS)}"
             failure = EngineDeadError(f"{ended}; nothing can be generated any more")
         self._fail(failure)
-
-    def _wait_until_started(self) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self.broken or self._num_started == self.size - 1)
-        self.check()
 
     def _fail(self, failure: MinisglError) -> None:
         """End the other workers, which may wait in a collective for ever; then tell, which may end this process."""
