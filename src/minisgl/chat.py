@@ -4,8 +4,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
@@ -55,17 +55,20 @@ class Shell:
     def ask(self, line: str) -> None:
         """Stream an answer; what was printed of it before Ctrl-C stays in the conversation."""
         self.messages.append({"role": "user", "content": line})
+        interrupts: list[int] = []  # what Ctrl-C adds to; an exception could interrupt a step
+        before = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
         try:
-            with interrupt_flag() as interrupted:
-                answer = self.stream(self.llm.text.encode_chat(self.messages), interrupted)
+            answer = self.stream(self.llm.text.encode_chat(self.messages), interrupts)
         except InvalidRequestError as error:
             self.messages.pop()
             self.console.print(f"{error.message} (/reset starts anew)", style="red", markup=False)
             return
+        finally:
+            signal.signal(signal.SIGINT, before)
         self.messages.append({"role": "assistant", "content": answer})
 
-    def stream(self, prompt: list[int], interrupted: Callable[[], bool]) -> str:
-        """Print an answer as it comes, until it is `interrupted`, and its speed; returns what was printed."""
+    def stream(self, prompt: list[int], interrupts: Sequence[int]) -> str:
+        """Print an answer as it comes, until there are `interrupts`, and its speed; returns what was printed."""
         parts: list[str] = []
         tokens, started, first = 0, time.perf_counter(), None
         with closing(self.llm.stream(prompt, PARAMS)) as deltas:
@@ -75,9 +78,9 @@ class Shell:
                 parts.append(delta.text)
                 self.console.out(delta.text, end="", highlight=False)
                 self.console.file.flush()
-                if interrupted():
+                if interrupts:
                     break
-        stopped = " (stopped)" if interrupted() else ""
+        stopped = " (stopped)" if interrupts else ""
         self.console.print("\n" + speed(tokens, started, first) + stopped, style="dim", highlight=False)
         return "".join(parts)
 
@@ -89,17 +92,6 @@ def speed(tokens: int, started: float, first: float | None) -> str:
     decode = time.perf_counter() - first
     rate = f"{(tokens - 1) / decode:.1f} tokens/s, " if tokens > 1 and decode > 0 else ""
     return f"{tokens} tokens, {rate}first after {first - started:.2f} s"
-
-
-@contextmanager
-def interrupt_flag() -> Iterator[Callable[[], bool]]:
-    """While inside, Ctrl-C raises nothing: what this gives says whether it came. So no step is interrupted."""
-    hits: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: hits.append(number))
-    try:
-        yield lambda: bool(hits)
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def open_history() -> History:
