@@ -12,7 +12,7 @@ import os
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextvars import Context
 from functools import partial
 from pathlib import Path
@@ -199,16 +199,11 @@ class ReplicaClient(EngineClient):
             raise EngineDeadError("a replica does not answer") from error
         if not replies:
             raise EngineDeadError("no replica runs")
-        reply = add_replies(replies)
-        self.stats = reply.stats
-        return reply
-
-
-def add_replies(replies: Sequence[ipc.Reply]) -> ipc.Reply:
-    total: Counter[str] = Counter()
-    for reply in replies:
-        total.update(msgspec.structs.asdict(reply.stats))
-    return ipc.Reply(0, EngineStats(**total), sum(reply.count for reply in replies))
+        total: Counter[str] = Counter()
+        for reply in replies:
+            total.update(msgspec.structs.asdict(reply.stats))
+        self.stats = EngineStats(**total)
+        return ipc.Reply(0, self.stats, sum(reply.count for reply in replies))
 
 
 @serve.ingress()
