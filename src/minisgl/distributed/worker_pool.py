@@ -57,8 +57,8 @@ class WorkerPool:
                 )
             self._processes.append(process)
             links.append(link)
-        for rank, (link, process) in enumerate(zip(links, self._processes, strict=True), start=1):
-            self.listen(rank, link, process)
+        for rank, link in enumerate(links, start=1):
+            self.listen(rank, link)
         return rendezvous
 
     def accept(self, group: TPGroup) -> None:
@@ -128,20 +128,20 @@ class WorkerPool:
             listener.join()
             link.close()
 
-    def listen(self, rank: int, link: socket.socket, process: subprocess.Popen[bytes] | None = None) -> None:
+    def listen(self, rank: int, link: socket.socket) -> None:
         """Wait until the worker at the other end of a link runs; then take in what it reports, in a thread. Raises
         EngineDeadError when it has ended.
         """
         started = link.recv(len(messages.STARTED))
         self._links.append(link)
-        listener = threading.Thread(target=self._listen, args=(rank, link, process), daemon=True)
+        listener = threading.Thread(target=self._listen, args=(rank, link), daemon=True)
         self._listeners.append(listener)
         listener.start()
         if not started:
             listener.join()
             self.check()
 
-    def _listen(self, rank: int, link: socket.socket, process: subprocess.Popen[bytes] | None) -> None:
+    def _listen(self, rank: int, link: socket.socket) -> None:
         failure: MinisglError | None = None
         with link.makefile("rb") as reports:
             while (report := messages.receive(reports, messages.FROM_WORKER)) is not None:
@@ -153,8 +153,9 @@ class WorkerPool:
                 link.settimeout(OTHER_CAUSE_SECONDS)
         if failure is None:
             ended = f"rank {rank} of {self.size} ended"
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                ended += "" if process is None else f" with {process.wait(STATUS_SECONDS)}"
+            if self._processes:  # started here
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    ended += f" with {self._processes[rank - 1].wait(STATUS_SECONDS)}"
             failure = EngineDeadError(f"{ended}; nothing can be generated any more")
         self._fail(failure)
 
