@@ -11,7 +11,6 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from minisgl import __version__
@@ -34,14 +33,14 @@ GRACE_SECONDS: Final = 5.0  # for the last bytes of a drained replica
 HEALTH_PERIOD: Final = 5.0  # s
 STOP_SECONDS: Final = 30.0  # for Ray itself to stop, beside the drain
 # Settings that a group of replicas behind Ray Serve's proxy does not have, and why.
-REFUSED: Final[Mapping[str, str]] = MappingProxyType({
+REFUSED: Final = {
     "shell": "the chat in the terminal has no replicas: minisgl chat",
     "trace_steps": "all replicas would write the same file",
     "record": "all replicas would write the same file",
     "kv_events_config": "clients cannot choose a replica, so nobody can follow the events",
     "debug_endpoints": "they show one engine, and Ray Serve's proxy reaches any",
     "write_timeout": "Ray Serve's proxy writes to the clients",
-})  # fmt: skip
+}
 
 ABOUT: Final = """\
 Serve a language model with several replicas, which Ray Serve starts, watches, scales and replaces.
