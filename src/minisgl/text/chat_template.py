@@ -92,9 +92,9 @@ class ChatTemplate:
         self._process = TemplateProcess(source, tokens)
         self.variables = self._process.variables
         self.takes_tools = "tools" in self.variables
-        self._in_parts: dict[str, bool] = {}  # roles whose content is a list
+        self._in_parts: dict[str, bool] = {}  # the roles that it shows: whether it takes their content as a list
         self._lost: set[str] = set()  # roles whose content it leaves out
-        self._shows_system = self._shows_calls = self._shows_results = self._takes_text_arguments = True
+        self._shows_calls = self._takes_text_arguments = True
         self._no_content: str | None = ""  # of a message that is calls only
         self._probe()
 
@@ -130,7 +130,7 @@ class ChatTemplate:
                 del new["tool_calls"]
                 written = [tagged("tool_call", json.dumps(function_of(call), ensure_ascii=False)) for call in calls]
                 new["content"] = "\n".join(filter(None, (content, *written)))
-            if role == "tool" and not self._shows_results:
+            if role == "tool" and "tool" not in self._in_parts:
                 new = {"role": "user", "content": tagged("tool_response", content)}
                 if before == "tool":  # many templates want user and assistant in turn
                     new["content"] = f"{adapted.pop()['content']}\n{new['content']}"
@@ -146,7 +146,7 @@ class ChatTemplate:
 
     def _describe(self, tools: Sequence[Any], messages: list[dict[str, Any]]) -> None:
         text = TOOLS_TEXT.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
-        role = "system" if self._shows_system else "user"
+        role = "system" if "system" in self._in_parts else "user"
         first = next((message for message in messages if message.get("role") == role), None)
         if first is None or (role == "system" and first is not messages[0]):
             messages.insert(0, {"role": role, "content": text})
@@ -157,31 +157,30 @@ class ChatTemplate:
     def _probe(self) -> None:
         """Find out what the template shows. Raises ModelError when that alone takes too much."""
         user, calling = turn("user"), turn("assistant", "", tool_calls=[made_call(CALL["arguments"])])
-        self._shows("user", turn("user", WORD))
-        self._shows_system = self._shows("system", turn("system", WORD), user)
-        self._shows("assistant", user, turn("assistant", WORD), user)
+        self._probe_role("user", turn("user", WORD))
+        self._probe_role("system", turn("system", WORD), user)
+        self._probe_role("assistant", user, turn("assistant", WORD), user)
         if CALL["name"] not in (self._try(user, calling) or ""):
             self._no_content = None
             self._shows_calls = CALL["name"] in (self._try(user, calling) or "")
         if self._shows_calls:
             text_call = turn("assistant", "", tool_calls=[made_call(WORD)])
             self._takes_text_arguments = WORD in (self._try(user, text_call) or "")
-        self._shows_results = self._shows("tool", user, calling, turn("tool", WORD, tool_call_id="probe0001"))
+        self._probe_role("tool", user, calling, turn("tool", WORD, tool_call_id="probe0001"))
         self._lost.discard("tool")  # it is the user's then
 
-    def _shows(self, role: str, *messages: Mapping[str, Any]) -> bool:
-        """Whether the template shows WORD, which this role says, in one of the two shapes."""
+    def _probe_role(self, role: str, *messages: Mapping[str, Any]) -> None:
+        """Find out in which of the two shapes the template shows WORD, which this role says."""
         rendered = False
         for in_parts in (False, True):
             self._in_parts[role] = in_parts
             text = self._try(*messages)
             if text is not None and WORD in text:
-                return True
+                return
             rendered = rendered or text is not None
         del self._in_parts[role]
         if rendered:
             self._lost.add(role)
-        return False
 
     def _try(self, *messages: Mapping[str, Any]) -> str | None:
         variables = {"tools": [TOOL], "add_generation_prompt": False}
