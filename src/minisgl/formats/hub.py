@@ -21,7 +21,6 @@ SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model", "*.txt"]
 # Files in sub-folders, and the second copy of the weights that some repositories hold in another layout.
 LEFT_OUT = ["*/*", "consolidated*"]
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-NO_ID = "neither a file nor a folder here, nor the id of a model on Hugging Face"
 
 
 def locate_model(
@@ -65,7 +64,7 @@ def find_local(model: str | None) -> Path | None:
     if model.startswith(("/", ".", "~")) or model.endswith((".gguf", os.sep)) or model.count("/") > 1:
         raise ModelError(f"{model}: no such file or folder")
     if not HUB_ID.fullmatch(model):
-        raise ModelError(f"{model}: {NO_ID}")
+        raise ModelError(f"{model}: neither a file nor a folder here, nor the id of a model on Hugging Face")
     return None
 
 
@@ -96,7 +95,6 @@ def _huggingface(model: str, patterns: list[str], progress: bool) -> Path:
             super().__init__(*args, **kwargs | {"disable": True})  # type: ignore[no-untyped-call]
 
     reasons: dict[type[Exception], str] = {
-        errors.HFValidationError: NO_ID,
         errors.GatedRepoError: "Hugging Face gives this model only to accounts that accepted its terms; "
         "accept them there and log in with `hf auth login`",
         errors.RepositoryNotFoundError: "no such model on Hugging Face, or it is private and you are not logged in",
