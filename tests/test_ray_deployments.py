@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from types import SimpleNamespace
@@ -294,43 +294,6 @@ def test_several_ingresses_serve_and_refuse_to_show_the_metrics_of_one(two: Appl
     assert Counter(each.result() for each in two.load(16, 8)) == {(200, "length"): 16}
     answer = httpx.get(f"{two.url}/metrics")
     assert (answer.status_code, answer.json()["error"]["code"]) == (501, "unsupported_endpoint")
-
-
-async def test_the_router_forgets_a_replica_that_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ray.serve.request_router import RequestRouter
-
-    from minisgl.ray_deployments import PrefixRequestRouter
-
-    class Router(PrefixRequestRouter):  # without a Serve around it
-        curr_replicas: Mapping[str, Any] = {}
-
-        def __init__(self) -> None:
-            self.initialize_state()
-
-    def update(self: Any, replicas: list[Any]) -> None:
-        self.curr_replicas = {each.replica_id: each for each in replicas}
-
-    router, candidates = Router(), [SimpleNamespace(replica_id=name) for name in "ab"]
-    request = Request.make(id="x", prompt=list(range(256)), params=SamplingParams())
-
-    async def choose() -> str:
-        future = asyncio.get_running_loop().create_future()
-        pending = SimpleNamespace(args=[request], metadata=SimpleNamespace(internal_request_id="own"), future=future)
-        (first,), rest = await router.choose_replicas(candidates, pending)
-        assert {first.replica_id, *(each.replica_id for each in rest)} == {"a", "b"}
-        router.on_request_routed(pending, first.replica_id, None)
-        router.on_request_completed(first.replica_id, "own")
-        return str(first.replica_id)
-
-    monkeypatch.setattr(RequestRouter, "update_replicas", update)
-    router.update_replicas(candidates)
-    home = await choose()
-    router.places["another"] = home
-    assert await choose() == home
-    router.update_replicas([each for each in candidates if each.replica_id != home])
-    router.update_replicas(candidates)
-    assert await choose() != home
-    assert router.places == {"another": home}
 
 
 async def test_a_request_that_ends_on_its_way_is_no_load() -> None:

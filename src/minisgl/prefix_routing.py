@@ -33,16 +33,8 @@ class PrefixRouter:
             key = hash((key, prompt[end - size : end]))  # equal by chance: a worse choice, and no more
             keys.append(key)
         replica = self._choose(keys, loads)
-        self._remember(keys, replica)
+        self._remember(keys, replica, loads)
         return replica
-
-    def forget(self, replica: Hashable) -> None:
-        """The replica is gone, or its cache is empty."""
-        for key, holders in list(self._holders.items()):
-            if holders == (replica,):
-                del self._holders[key]
-            elif replica in holders:
-                self._holders[key] = tuple(other for other in holders if other != replica)
 
     def _choose(self, keys: Sequence[int], loads: Mapping[Replica, float]) -> Replica:
         prefixes: list[tuple[Any, ...]] = []
@@ -67,13 +59,15 @@ class PrefixRouter:
         self._choices += 1
         return equal[self._choices % len(equal)]
 
-    def _remember(self, keys: Sequence[int], replica: Hashable) -> None:
+    def _remember(self, keys: Sequence[int], replica: Replica, loads: Mapping[Replica, float]) -> None:
         known, alone = self._holders, (replica,)
         before, after = alone, alone
         for key in reversed(keys):  # so that the ends of prefixes are dropped first
             holders = known.get(key, alone)
             if holders is not before:
-                before, after = holders, holders if replica in holders else (*holders, replica)
+                before = after = holders
+                if replica not in holders:  # and no longer those that are gone
+                    after = (*(other for other in holders if other in loads), replica)
             known[key] = after
             known.move_to_end(key)
         while len(known) > self.max_blocks:

@@ -271,13 +271,3 @@ class PrefixRequestRouter(RequestRouter):
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         self.places.pop(internal_request_id, None)
-
-    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
-        super().on_replica_actor_died(replica_id)
-        self.prefixes.forget(replica_id)
-
-    def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        gone = self.curr_replicas.keys() - {each.replica_id for each in replicas}
-        super().update_replicas(replicas)
-        for replica_id in gone:
-            self.prefixes.forget(replica_id)

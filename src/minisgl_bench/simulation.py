@@ -102,9 +102,6 @@ class Router(Protocol):
 
     def choose(self, prompt: bytes, loads: Mapping[int, float]) -> int: ...
 
-    def forget(self, replica: int) -> None:
-        return None
-
 
 class RandomRouter(Router):
     def __init__(self, seed: int) -> None:
@@ -263,7 +260,6 @@ class Clients:
     def _lose(self, time: float) -> None:
         lost = 0
         del self._loads[lost]
-        self.router.forget(lost)
         for sent in [sent for sent in self._live.values() if sent.replica == lost]:
             self.sent_again += 1
             sent.record.times = array("d")
