@@ -102,7 +102,6 @@ def test_every_end_is_in_a_trace_however_a_request_ended(tmp_path: Path) -> None
     ends = sorted(e["name"].removeprefix("end: ") for e in shown if e["ph"] == "i" and e["name"].startswith("end: "))
     assert ends == sorted(event.finish for event in events if event.finish is not None)
     assert set(ends) == {"abort", "length", "stop"}
-    assert set(trace._tracks) <= {"last"}
 
 
 def test_a_trace_has_the_device_and_a_recording_no_word_and_no_token_of_a_request(tmp_path: Path) -> None:

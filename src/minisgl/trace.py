@@ -57,9 +57,7 @@ class TraceWriter(Observer):
         self._rows = bytearray()  # of a step, written together
         self._begin = b"[\n"
         self._ended = 0.0  # when the last step did
-        self._tracks: dict[str, int] = {}
-        self._gone: list[str] = []  # requests whose rows the step now in flight may still have
-        self._numbers = itertools.count(1)
+        self._tracks: dict[str, int] = {}  # of every request, which takes far less than its rows in the file
         for process, name in ((HOST, "host"), (DEVICE, "device"), (REQUESTS, "requests")):
             self._write("M", 0.0, process, 0, "process_name", args={"name": name})
 
@@ -87,9 +85,6 @@ class TraceWriter(Observer):
             self._span(began, ended, REQUESTS, self._track(chunk.id), text, {"step": step})
         for name, reason in record.ended:
             self._instant(record.committed, name, f"end: {reason}")
-        for name in self._gone:
-            self._tracks.pop(name, None)
-        self._gone = [name for name, _ in record.ended]
         counts = {"running": record.running, "waiting": record.waiting}
         self._write("C", record.launched, HOST, 0, "requests", args=counts)
         counts = {"free": record.pages_free, "cached": record.pages_cached}
@@ -103,7 +98,7 @@ class TraceWriter(Observer):
 
     def _track(self, request: str) -> int:
         if (track := self._tracks.get(request)) is None:
-            track = self._tracks[request] = next(self._numbers)
+            track = self._tracks[request] = len(self._tracks) + 1
             self._write("M", 0.0, REQUESTS, track, "thread_name", args={"name": request})
         return track
 
