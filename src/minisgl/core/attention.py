@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -94,44 +94,54 @@ class TorchAttention:
 
 
 @dataclass(frozen=True)
-class _Group:
-    """Rows decoded together: g of them, each n pages of the cache."""
+class _Block:
+    """Queries that are attended together: one of each of g rows, or some of one row."""
 
-    order: Tensor  # int64 (g,) their places among the queries
-    pages: Tensor  # int32 (g * n,) page ids
-    mask: Tensor  # bool (g, 1, 1, n * page_size) which cached tokens a row sees
+    queries: slice | Tensor  # of the step's
+    pages: Tensor  # int32 (g * n,) page ids, n of each row
+    tokens: int  # on a row's pages, up to the last that is seen
+    mask: Tensor | None  # bool (g, 1, 1, tokens) or (queries, tokens): what is seen; None: causal from token 0
 
 
-@dataclass
-class _Decode(PlannedAttention):
-    rows: SequenceBatch
-    kv: KVCache
-    groups: dict[int, list[_Group]] = field(default_factory=dict)  # by window
+class _TorchStep(PlannedAttention):
+    def __init__(self, rows: SequenceBatch, kv: KVCache) -> None:
+        self.rows, self.kv = rows, kv
+        self.blocks: dict[int, list[_Block]] = {}  # by window
 
     def run(self, q: Tensor, layer: int, window: int) -> Tensor:
-        if window not in self.groups:
-            self.groups[window] = self._group(window)
-        if len(self.groups[window]) == 1:
-            return self._attend(q, layer, self.groups[window][0])
+        if window not in self.blocks:
+            self.blocks[window] = self.split(window)
+        blocks = self.blocks[window]
+        if len(blocks) == 1:
+            return self.attend(q, layer, blocks[0])
         out = torch.empty_like(q)
-        for group in self.groups[window]:
-            out.index_copy_(0, group.order, self._attend(q.index_select(0, group.order), layer, group))
+        for block in blocks:
+            out[block.queries] = self.attend(q[block.queries], layer, block)
         return out
 
-    def _attend(self, q: Tensor, layer: int, group: _Group) -> Tensor:
-        k, v = gather(self.kv, layer, group.pages, len(q), q.dtype)
+    @abstractmethod
+    def split(self, window: int) -> list[_Block]: ...
+
+    @abstractmethod
+    def attend(self, q: Tensor, layer: int, block: _Block) -> Tensor:
+        """Attention of a block's queries (n, H, hd) -> (n, H, hd)."""
+
+
+class _Decode(_TorchStep):
+    def attend(self, q: Tensor, layer: int, block: _Block) -> Tensor:
+        k, v = gather(self.kv, layer, block.pages, len(q), q.dtype)
         # The queries that share a KV head take the place of a query's length, so that k and v are never repeated.
         grouped = q.view(len(q), k.shape[1], -1, q.shape[2])
-        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=group.mask).reshape(q.shape)
+        return F.scaled_dot_product_attention(grouped, k, v, block.mask).reshape(q.shape)
 
-    def _group(self, window: int) -> list[_Group]:
+    def split(self, window: int) -> list[_Block]:
         device, page_size, table = self.kv.k.device, self.kv.page_size, self.rows.page_table
         lens = self.rows.kv_lens
         first_token = np.maximum(lens - window, 0) if window else np.zeros_like(lens)
         first_page = first_token // page_size
         num_pages = -(-lens // page_size) - first_page
         page_bytes = self.kv.k[0, 0].numel() * self.kv.k.element_size()
-        groups = []
+        blocks = []
         for order in split_by_length(num_pages, max(1, BLOCK_BYTES[device.type] // page_bytes)):
             first, count = first_page[order, None], int(num_pages[order].max())
             columns = np.minimum(first + np.arange(count), table.shape[1] - 1)
@@ -140,8 +150,8 @@ class _Decode(PlannedAttention):
             tokens = first * page_size + np.arange(count * page_size)  # (g, n * page_size)
             seen = (tokens >= first_token[order, None]) & (tokens < lens[order, None])
             mask = torch.from_numpy(seen[:, None, None]).to(device)
-            groups.append(_Group(torch.from_numpy(order).to(device), pages, mask))
-        return groups
+            blocks.append(_Block(torch.from_numpy(order).to(device), pages, count * page_size, mask))
+        return blocks
 
 
 def gather(kv: KVCache, layer: int, pages: Tensor, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -168,34 +178,14 @@ def split_by_length(lens: Int32, limit: int) -> list[NDArray[np.int64]]:
     return [np.array(group) for group in groups]
 
 
-@dataclass(frozen=True)
-class _Block:
-    """Some queries of one row."""
+class _Prefill(_TorchStep):
+    def attend(self, q: Tensor, layer: int, block: _Block) -> Tensor:
+        k, v = (x[:, :, : block.tokens] for x in gather(self.kv, layer, block.pages, 1, q.dtype))
+        queries, mask = q.transpose(0, 1).unsqueeze(0), block.mask
+        heads = F.scaled_dot_product_attention(queries, k, v, mask, is_causal=mask is None, enable_gqa=True)
+        return heads[0].transpose(0, 1)
 
-    queries: slice  # of the step's
-    pages: Tensor  # int32 (n,) page ids
-    tokens: int  # on these pages, up to the last query's own
-    mask: Tensor | None  # bool (queries, tokens); None: causal from token 0
-
-
-@dataclass
-class _Prefill(PlannedAttention):
-    rows: SequenceBatch
-    kv: KVCache
-    blocks: dict[int, list[_Block]] = field(default_factory=dict)  # by window
-
-    def run(self, q: Tensor, layer: int, window: int) -> Tensor:
-        if window not in self.blocks:
-            self.blocks[window] = self._split(window)
-        out = torch.empty_like(q)
-        for block in self.blocks[window]:
-            k, v = (x[:, :, : block.tokens] for x in gather(self.kv, layer, block.pages, 1, q.dtype))
-            queries, mask = q[block.queries].transpose(0, 1).unsqueeze(0), block.mask
-            heads = F.scaled_dot_product_attention(queries, k, v, mask, is_causal=mask is None, enable_gqa=True)
-            out[block.queries] = heads[0].transpose(0, 1)
-        return out
-
-    def _split(self, window: int) -> list[_Block]:
+    def split(self, window: int) -> list[_Block]:
         rows, page_size, first = self.rows, self.kv.page_size, 0
         blocks = []
         lens = zip(rows.query_lens.tolist(), rows.kv_lens.tolist(), strict=True)
