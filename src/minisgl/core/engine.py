@@ -14,7 +14,7 @@ from minisgl.config import Config
 from minisgl.core.pages import CacheManager
 from minisgl.core.plan import Executor, StepPlan
 from minisgl.core.plugins import load_eviction, load_policy
-from minisgl.core.request_state import Constraint, ConstraintFactory, RequestState, RequestTable, full_constraint
+from minisgl.core.request_state import Constraint, ConstraintFactory, RequestState, RequestTable, make_constraint
 from minisgl.core.scheduler import STEP_SECONDS, Scheduler
 from minisgl.core.types import ChunkRecord, EngineStats, FinishReason, ModelInfo, Request, StepRecord, TokenEvent
 from minisgl.errors import EngineDeadError, InvalidRequestError
@@ -156,7 +156,8 @@ class Engine:
         if request.id in self.scheduler.live:
             raise InvalidRequestError(f"a request with id {request.id!r} is running already", param="id")
         params, prompt_len = request.params, len(request.prompt)
-        constraint = full_constraint(self.constraints, params, self.model.vocab_size, constraint)
+        if params.grammar is not None and constraint is None:
+            constraint = make_constraint(self.constraints, params.grammar)
         seed = secrets.randbits(63) if params.seed is None else params.seed
         limit = self.model.max_seq_len if params.max_tokens is None else prompt_len + params.max_tokens
         stop_ids = tuple({*params.stop_token_ids, *(() if params.ignore_eos else self.model.eos_token_ids)})

@@ -53,18 +53,6 @@ def make_constraint(factory: ConstraintFactory | None, grammar: Grammar) -> Cons
         raise InvalidRequestError(f"this {grammar.kind} cannot be followed: {error}", param="grammar") from error
 
 
-def full_constraint(
-    factory: ConstraintFactory | None, params: SamplingParams, vocab_size: int, compiled: Constraint | None
-) -> Constraint | None:
-    """The constraint of all that limits a request's tokens, None for nothing; its grammar may be compiled already."""
-    if params.grammar is None:
-        compiled = None
-    elif compiled is None:
-        compiled = make_constraint(factory, params.grammar)
-    plain = params.allowed_token_ids is None and not params.bad_word_ids
-    return compiled if plain else TokenFilter(params, vocab_size, compiled)
-
-
 def mask_out(mask: NDArray[np.int32], token: int) -> None:
     mask[token // 32] &= ~np.uint32(1 << token % 32).view(np.int32)
 

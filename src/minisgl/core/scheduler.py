@@ -24,7 +24,7 @@ import numpy as np
 from minisgl.core.pages import CacheManager, PageWrites, Slots
 from minisgl.core.plan import EMPTY, Int32, Masks, StepPlan, StepResult
 from minisgl.core.policy import Policy, PolicyGuard, View
-from minisgl.core.request_state import MaskBudget, RequestState, RequestTable, State, mask_out
+from minisgl.core.request_state import MaskBudget, RequestState, RequestTable, State, TokenFilter, mask_out
 from minisgl.core.types import FinishReason, TokenEvent
 
 # What masks may take of a step, at least and at most. An ordinary one (a JSON schema: 50 µs) does not count.
@@ -76,10 +76,13 @@ class Scheduler:
         return len(self.live) - len(self.waiting)
 
     def add(self, request: RequestState) -> None:
-        self.live[request.request.id] = request
+        params = request.request.params
+        if params.allowed_token_ids is not None or params.bad_word_ids:
+            request.constraint = TokenFilter(params, self.vocab_size, request.constraint)
         if request.constraint is not None:  # the ids of a completion's choices differ behind the last hyphen
             completion = request.request.id.rpartition("-")[0] or request.request.id
             request.mask_budget = self._budgets.setdefault(completion, MaskBudget(BURST_SECONDS))
+        self.live[request.request.id] = request
         self.policy.place(request)
         insort(self.waiting, request, key=by_place)
 
