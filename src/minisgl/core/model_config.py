@@ -341,12 +341,9 @@ def require_file(path: Path) -> None:
 def read_small(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
     """The bytes of a file. Raises ModelError naming it when it is missing, no regular file or larger than `most`."""
     require_file(path)
-    try:
-        if path.stat().st_size > most:
-            raise ModelError(f"{path}: larger than {most} bytes, which no description of a model is")
-        return path.read_bytes()
-    except OSError as error:
-        raise ModelError(f"{path}: {error.strerror}") from error
+    if path.stat().st_size > most:
+        raise ModelError(f"{path}: larger than {most} bytes, which no description of a model is")
+    return path.read_bytes()
 
 
 def read_json(path: Path) -> Any:
