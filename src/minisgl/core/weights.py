@@ -3,7 +3,6 @@
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -75,36 +74,35 @@ def load_weights(
     Matrices that are stored in FP8 stay so; the others of `QUANTIZED` go through `quantize` as they are read. With
     `kv_scales` those for keys and values are applied. Raises ModelError naming file and tensor.
     """
-    with ExitStack() as stack:
-        checkpoint = Checkpoint(folder, stack)
-        plan = [(p, (p.fused,) if p.fused and p.fused.name in checkpoint else p.sources) for p in parameters(spec)]
-        for source in (source for _, sources in plan for source in sources):
-            checkpoint.check(source.name, source.shape)
-        checkpoint.check_complete({source.name for _, sources in plan for source in sources})
-        if spec.tie_embeddings and HEAD in checkpoint and checkpoint.differ(EMBEDDING, HEAD):
-            tied = "the config ties the output head to the embedding (tie_word_embeddings)"
-            logger.warning("%s: %s, and the other %s in the file is not used", folder, tied, HEAD)
-        if kv_scales:
-            checkpoint.fold_kv_scales(spec)
-        total = held_elements(spec, sharder)
-        tensors: dict[tuple[int | None, str], Weight] = {}
-        for parameter, sources in plan:
-            shard = shard_of(parameter, sharder)
-            scale = checkpoint.scales(sources)
-            kind = dtype if scale is None else FP8
-            tensor = torch.zeros(shard.shape(parameter.shape), dtype=kind, device=device)
-            for source in sources:
-                for take, region in shard_slices(source, shard):
-                    checkpoint.read_into(source.name, tensor[region], take)
-            weight: Weight = tensor
-            if scale is not None:
-                weight = Fp8Weight(tensor, scale_shard(scale, parameter.shape, shard, sources[0].name).to(device))
-                weight = weight if parameter.field in QUANTIZED else weight.dequantize(dtype)
-            elif quantize is not None and parameter.field in QUANTIZED:
-                weight = quantize(tensor)
-            tensors[parameter.layer, parameter.field] = weight
-            if progress is not None:
-                progress(tensor.numel(), total)
+    checkpoint = Checkpoint(folder)
+    plan = [(p, (p.fused,) if p.fused and p.fused.name in checkpoint else p.sources) for p in parameters(spec)]
+    for source in (source for _, sources in plan for source in sources):
+        checkpoint.check(source.name, source.shape)
+    checkpoint.check_complete({source.name for _, sources in plan for source in sources})
+    if spec.tie_embeddings and HEAD in checkpoint and checkpoint.differ(EMBEDDING, HEAD):
+        tied = "the config ties the output head to the embedding (tie_word_embeddings)"
+        logger.warning("%s: %s, and the other %s in the file is not used", folder, tied, HEAD)
+    if kv_scales:
+        checkpoint.fold_kv_scales(spec)
+    total = held_elements(spec, sharder)
+    tensors: dict[tuple[int | None, str], Weight] = {}
+    for parameter, sources in plan:
+        shard = shard_of(parameter, sharder)
+        scale = checkpoint.scales(sources)
+        kind = dtype if scale is None else FP8
+        tensor = torch.zeros(shard.shape(parameter.shape), dtype=kind, device=device)
+        for source in sources:
+            for take, region in shard_slices(source, shard):
+                checkpoint.read_into(source.name, tensor[region], take)
+        weight: Weight = tensor
+        if scale is not None:
+            weight = Fp8Weight(tensor, scale_shard(scale, parameter.shape, shard, sources[0].name).to(device))
+            weight = weight if parameter.field in QUANTIZED else weight.dequantize(dtype)
+        elif quantize is not None and parameter.field in QUANTIZED:
+            weight = quantize(tensor)
+        tensors[parameter.layer, parameter.field] = weight
+        if progress is not None:
+            progress(tensor.numel(), total)
     return assemble(spec, tensors)
 
 
@@ -296,15 +294,15 @@ def shard_slices(source: Source, shard: Shard) -> list[tuple[Region, Region]]:
 
 
 class Checkpoint:
-    """The tensors of a model folder, mapped while `stack` is open. Raises ModelError naming file and tensor."""
+    """The tensors of a model folder, mapped while this is there. Raises ModelError naming file and tensor."""
 
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._stored: dict[str, tuple[Path, Any]] = {}  # by tensor: its file, and a slice of safetensors
         self._factors: dict[str, float] = {}  # by tensor: what it is multiplied by
         promised = self._read_index(folder / INDEX) if (folder / INDEX).exists() else {}
         for path in dict.fromkeys(promised.values()) or self._safetensors():
-            self._map(path, promised, stack)
+            self._map(path, promised)
         for name, path in promised.items():
             if name not in self:
                 raise ModelError(f"{path}: tensor {name} is missing, the index promises it")
@@ -443,12 +441,12 @@ class Checkpoint:
             raise ModelError(f"{self.folder}: {pickles[0]} {rule}")
         raise ModelError(f"{self.folder}: no *.safetensors file")
 
-    def _map(self, path: Path, promised: Mapping[str, Path], stack: ExitStack) -> None:
+    def _map(self, path: Path, promised: Mapping[str, Path]) -> None:
         """Take in a file's tensors, with an index those that it promises from there."""
         require_file(path)
         try:
             with NO_PANICS:
-                file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+                file: Any = safe_open(path, framework="pt", device="cpu")
                 names = file.keys()
                 slices = {name: file.get_slice(name) for name in names}
         except (SafetensorError, NativePanicError) as error:
