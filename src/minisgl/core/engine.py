@@ -16,7 +16,7 @@ from minisgl.core.plan import Executor, StepPlan
 from minisgl.core.plugins import load_eviction, load_policy
 from minisgl.core.request_state import Constraint, ConstraintFactory, RequestState, RequestTable, make_constraint
 from minisgl.core.scheduler import STEP_SECONDS, Scheduler
-from minisgl.core.types import ChunkRecord, EngineStats, FinishReason, ModelInfo, Request, StepRecord, TokenEvent
+from minisgl.core.types import ChunkRecord, EngineStats, ModelInfo, Request, StepRecord, TokenEvent
 from minisgl.errors import EngineDeadError, InvalidRequestError
 
 FIRST_SLACK: Final = 5e-4  # s by which a step is in the stream before the one before it ends, at first
@@ -141,8 +141,6 @@ class Engine:
         self.scheduler = Scheduler(self.table, self.cache, policy, config.max_prefill_length, model.vocab_size)
         self._launched: deque[tuple[StepPlan, StepRecord | None]] = deque()
         self.observers: list[Observer] = []
-        self._collected: StepRecord | None = None  # to be observed, with all requests that ended
-        self._ended: list[tuple[str, FinishReason]] = []  # and are in no record yet
         self._arrivals = 0
         self._dead = ""  # why nothing is accepted any more
 
@@ -195,8 +193,8 @@ class Engine:
             self._dead = "the engine failed in an earlier step"
             raise
         events, self.scheduler.events = self.scheduler.events, []
-        if self.observers:
-            self._show(events)
+        for observer in self.observers:
+            observer.take(events)
         return events
 
     def _advance(self) -> None:
@@ -237,18 +235,10 @@ class Engine:
         self.scheduler.commit(plan, result)
         if record is not None:
             record.awaited, record.arrived, record.committed = awaited, arrived, self.clock()
-            record.device = result.device
-            self._collected = record
-
-    def _show(self, events: Sequence[TokenEvent]) -> None:
-        """Give observers what the requests get, and the step that was collected, if one was."""
-        for observer in self.observers:
-            observer.take(events)
-        self._ended += [(event.id, event.finish) for event in events if event.finish is not None]
-        if (record := self._collected) is not None:
-            record.ended, self._ended, self._collected = self._ended, [], None
+            record.device, record.ended = result.device, self.scheduler.ended
             for observer in self.observers:
                 observer.observe(record)
+        self.scheduler.ended = []
 
     def _record(self, plan: StepPlan, planned: float, launched: float) -> StepRecord:
         ids = ["" if request is None else request.request.id for request in self.table.requests]

@@ -68,6 +68,7 @@ class Scheduler:
         self._budgets: WeakValueDictionary[str, MaskBudget] = WeakValueDictionary()
         self.admitted: list[tuple[str, int]] = []  # by the last `schedule`, with the tokens that were cached
         self.retracted_ids: list[str] = []  # since the engine emptied it, at the last launch
+        self.ended: list[tuple[str, FinishReason]] = []  # the same, when it took in the last result
         self.retracted = self.aborted = self.prompt_tokens = self.cached_prompt_tokens = self.generated_tokens = 0
         self.policy = PolicyGuard(policy, View(table, cache), self.live, self.waiting)
 
@@ -304,7 +305,7 @@ class Scheduler:
             self.events.append(event)
             request.prompt_scores = []
             if finish is not None:
-                self._leave(request)
+                self._leave(request, finish)
 
     # Masks of rows that follow a grammar
 
@@ -401,10 +402,11 @@ class Scheduler:
         """End a request by an event without a token."""
         cached = request.cached_tokens
         self.events.append(TokenEvent(id=request.request.id, finish=finish, cached_tokens=cached, error=error))
-        self._leave(request)
+        self._leave(request, finish)
 
-    def _leave(self, request: RequestState) -> None:
+    def _leave(self, request: RequestState, finish: FinishReason) -> None:
         """The request is live no more."""
+        self.ended.append((request.request.id, finish))
         del self.live[request.request.id]
         if request.slot < 0:
             self._leave_queue(request)
