@@ -61,7 +61,7 @@ class LocalExecutor:
     def finish(self, masks: Masks) -> None:
         step = self._steps[-1]
         launched = step.output
-        step.output = self._start(lambda: self._finish(step, launched, masks))
+        step.output = self._start(lambda: self._end(step, self.runner.finish(step.plan, launched.result(), masks)))
 
     def collect(self) -> StepResult:
         step = self._steps.popleft()
@@ -104,9 +104,6 @@ class LocalExecutor:
             step.moments.append(self._clock.now())
         output = self.runner.run(step.plan)
         return output if len(step.plan.constrained_slots) else self._end(step, output)
-
-    def _finish(self, step: LaunchedStep, launched: Future[StepOutput], masks: Masks) -> StepOutput:
-        return self._end(step, self.runner.finish(step.plan, launched.result(), masks))
 
     def _end(self, step: LaunchedStep, output: StepOutput) -> StepOutput:
         """Note when a step ends, and on a GPU start the copy of its results to the host."""
