@@ -169,13 +169,12 @@ def split_by_length(lens: Int32, limit: int) -> list[NDArray[np.int64]]:
     """Rows in groups: of one row, or at most `limit` long in all when each row is padded to its group's longest."""
     if len(lens) * int(lens.max()) <= limit:
         return [np.arange(len(lens))]
-    groups: list[list[int]] = []
-    for row in np.argsort(-lens, kind="stable").tolist():
-        if groups and int(lens[groups[-1][0]]) * (len(groups[-1]) + 1) <= limit:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    return [np.array(group) for group in groups]
+    groups, rest = [], np.argsort(-lens, kind="stable")
+    while len(rest):
+        size = max(1, limit // int(lens[rest[0]]))
+        groups.append(rest[:size])
+        rest = rest[size:]
+    return groups
 
 
 class _Prefill(_TorchStep):
