@@ -15,9 +15,11 @@ def ids(*values: int) -> Int32:
 
 
 def insert(tree: RadixCache, tokens: Int32, first_page: int) -> None:
-    """Insert from the root with pages `first_page`, `first_page` + 1, …."""
-    count = len(tokens) // tree.page_size
-    tree.insert(tree.root, tokens, np.arange(first_page, first_page + count, dtype=np.int32))
+    """Insert with pages `first_page`, `first_page` + 1, …; what is known keeps its own."""
+    pages = np.arange(first_page, first_page + len(tokens) // tree.page_size, dtype=np.int32)
+    known = tree.match(tokens)
+    if known.end < len(pages):
+        tree.insert(known, tokens[known.end * tree.page_size :], pages[known.end :])
 
 
 def use(tree: RadixCache, tokens: Int32) -> None:
@@ -134,7 +136,7 @@ def test_a_match_is_taken_up_again_without_reading_the_prefix_once_more(monkeypa
     tokens = np.arange(4000, dtype=np.int32)
     node = tree.root
     for page in range(1000):
-        node, _ = tree.insert(node, tokens[4 * page : 4 * page + 4], ids(page))
+        node = tree.insert(node, tokens[4 * page : 4 * page + 4], ids(page))
     earlier = tree.match(tokens)
     tree.lock(tree.match(tokens[:2000]))
     tree.insert(tree.root, ids(*range(5000, 5004)), ids(5000))

@@ -70,7 +70,7 @@ def test_a_match_through_6250_nodes() -> None:
     tree, prompt = RadixCache(16), tokens(100_000)
     node = tree.root
     for page in range(6250):
-        node, _ = tree.insert(node, prompt[16 * page : 16 * page + 16], np.array([page], np.int32))
+        node = tree.insert(node, prompt[16 * page : 16 * page + 16], np.array([page], np.int32))
     shown("a match through 6,250 nodes", milliseconds(lambda: tree.match(prompt)), 3.0)
 
 

@@ -182,12 +182,12 @@ class CacheManager:
     def _offer(self, slot: int, tokens: Int32, computed: int) -> Node:
         """Offer the row's whole known and computed pages to the cache; return the node that the row must now lock."""
         node, whole = self._nodes[slot], min(computed, len(tokens)) // self.page_size
-        held = node.end
         assert whole <= self.row_pages[slot], "more is computed than the row can hold"
-        if whole <= held or not self._shared:
+        if whole <= node.end or not self._shared:
             return node
-        own, pages = tokens[held * self.page_size : whole * self.page_size], self.page_table[slot, held:whole]
-        end, known = self.tree.insert(node, own, pages, self.now)
-        if end is not node:
-            self._duplicates[slot] = np.concatenate([self._duplicates[slot], pages[:known]])
-        return end
+        tokens, pages = tokens[: whole * self.page_size], self.page_table[slot, :whole]
+        known = self.tree.match(tokens, node)
+        self._duplicates[slot] = np.concatenate([self._duplicates[slot], pages[node.end : known.end]])
+        if known.end == whole:
+            return known
+        return self.tree.insert(known, tokens[known.end * self.page_size :], pages[known.end :], self.now)

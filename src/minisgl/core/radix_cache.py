@@ -155,26 +155,18 @@ class RadixCache:
             self._enqueue(node)
             node = node.parent
 
-    def insert(self, node: Node, tokens: Int32, pages: Int32, now: float = 0.0) -> tuple[Node, int]:
-        """Offer `pages`, holding the KV of `tokens` behind the prefix that ends with `node`.
-
-        Returns (end, known): pages before `known` are the caller's to keep or free, the cache now owns `pages[known:]`.
-        `end` is the node that ends with the last of these, or `node` when there are none.
-        """
-        parent = self._descend(node, tokens)
-        known = parent.end - node.end
-        if known == len(pages):
-            return node, known
-        leaf = Node(tokens[known * self.page_size :].copy(), pages[known:].copy(), parent)
+    def insert(self, node: Node, tokens: Int32, pages: Int32, now: float = 0.0) -> Node:
+        """Take `pages`, holding the KV of `tokens` behind `node`, their match; return the node that ends with them."""
+        leaf = Node(tokens.copy(), pages.copy(), node)
         self._uses += 1
         leaf.uses, leaf.last_used, leaf.used_at = 1, self._uses, now
-        parent.children[self._page(leaf.tokens)] = leaf
+        node.children[self._page(tokens)] = leaf
         self.num_pages += len(leaf.pages)
         self.num_evictable += len(leaf.pages)
         self._enqueue(leaf)
         if self.listener is not None:
-            self.listener.stored(int(parent.pages[-1]) if len(parent.pages) else None, leaf.tokens, leaf.pages)
-        return leaf, known
+            self.listener.stored(int(node.pages[-1]) if len(node.pages) else None, leaf.tokens, leaf.pages)
+        return leaf
 
     def evict(self, count: int) -> Int32:
         """Drop up to `count` unlocked pages, from the ends of the leaves with the lowest keys; return their ids."""
