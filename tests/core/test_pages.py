@@ -55,8 +55,9 @@ def grow(cache: CacheManager, slot: int, length: int) -> Int32:
     return np.array(cache.extend(ids(slot), ids(length))[2], np.int32)
 
 
-def acquire(cache: CacheManager, slot: int, tokens: Int32) -> int:
-    return cache.acquire(slot, cache.match(tokens))
+def acquire(cache: CacheManager, slot: int, tokens: Int32) -> list[int]:
+    """The pages that a row starts with."""
+    return list(map(int, cache.acquire(slot, cache.match(tokens))[2]))
 
 
 def cached(cache: CacheManager, *tokens: int) -> int:
@@ -75,7 +76,7 @@ def test_the_last_token_of_a_prompt_is_never_taken_from_the_cache() -> None:
     prompt = ids(1, 2, 3, 4)
     fill(cache, *prompt)
     assert cache.num_cached == 2
-    assert cached(cache, *prompt) == acquire(cache, 0, prompt) == 2
+    assert cached(cache, *prompt) == 2 * len(acquire(cache, 0, prompt)) == 2
     assert cached(cache, 1, 2, 3, 4, 5) == 4
     assert cached(cache) == 0
 
@@ -89,8 +90,7 @@ def test_published_pages_are_shared_while_their_row_runs() -> None:
     assert (cache.num_cached, cache.num_owned, cache.available) == (1, 2, 5)
     cache.publish(0, prompt, 5)
     assert (cache.num_cached, cache.num_owned, cache.available) == (2, 1, 5)
-    assert acquire(cache, 1, prompt) == 4
-    assert cache.writes(1)[2].tolist() == mine[:2].tolist()
+    assert acquire(cache, 1, prompt) == mine[:2].tolist()
     cache.release(0, prompt, 5)
     assert cache.flush() == 0
     assert cache.available == 6
@@ -103,7 +103,7 @@ def test_extend_evicts_the_least_recently_used_prefix_and_never_a_borrowed_one()
     cache = CacheManager(6, 1, True, 2, 6)
     for first in (1, 2, 3):
         fill(cache, first, first)
-    assert acquire(cache, 0, ids(1, 1, 9)) == 2
+    assert len(acquire(cache, 0, ids(1, 1, 9))) == 2
     assert cache.available == 4
     acquire(cache, 1, ids(7))
     grow(cache, 1, 2)
@@ -181,8 +181,10 @@ class ManagerMachine(RuleBasedStateMachine):
         whole = [token for block in blocks for token in [*range(self.size - 1), block]]
         tokens = np.array(whole[: len(whole) - odd % self.size], np.int32)
         node, available = self.cache.match(tokens), self.cache.available
-        expected, cached = node.end * self.size, self.cache.acquire(slot, node)
-        assert cached == expected < len(tokens)
+        writes, cached = self.cache.acquire(slot, node), node.end * self.size
+        assert cached < len(tokens)
+        held = self.cache.page_table[slot, : node.end].tolist()
+        assert writes.tolist() == [[slot] * node.end, list(range(node.end)), held]
         self.looked_up.append((tokens, node))
         assert cached == 0 or (self.shared and cached % self.size == 0)
         assert self.cache.available >= available - cached // self.size

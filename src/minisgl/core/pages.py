@@ -92,8 +92,8 @@ class CacheManager:
         """
         return self.tree.match(tokens[: (len(tokens) - 1) // self.page_size * self.page_size], earlier)
 
-    def acquire(self, slot: int, node: Node, again: bool = False) -> int:
-        """Start a row, for a request `again`, on the cached prefix that ends with `node`; its length in tokens."""
+    def acquire(self, slot: int, node: Node, again: bool = False) -> PageWrites:
+        """Start a row, for a request `again`, on the cached prefix that ends with `node`; all that it then holds."""
         assert slot not in self._nodes, f"row {slot} is in use"
         self.tree.lock(node)
         self.tree.use(node, self.now, again)
@@ -101,7 +101,7 @@ class CacheManager:
         self._nodes[slot], self._duplicates[slot] = node, EMPTY
         self.row_pages[slot] = len(pages)
         self.page_table[slot, : len(pages)] = pages
-        return len(pages) * self.page_size
+        return np.stack([np.full(len(pages), slot), np.arange(len(pages)), pages], dtype=np.int32)
 
     def available_beside(self, prefix: Node, leaving: Sequence[int] = ()) -> list[int]:
         """What `available` would be if a row borrowed this prefix, before and after each of these rows left in turn."""
@@ -115,11 +115,6 @@ class CacheManager:
             self.tree.lock(self._nodes[slot])
         self.tree.unlock(prefix)
         return counts
-
-    def writes(self, slot: int) -> PageWrites:
-        """The row's whole page table, for a device that knows nothing of it."""
-        count = int(self.row_pages[slot])
-        return np.stack([np.full(count, slot), np.arange(count), self.page_table[slot, :count]], dtype=np.int32)
 
     def pages_needed(self, slots: Slots, new_lens: Slots) -> Int32:
         """Pages that each row lacks to hold `new_lens` tokens, (len(slots),)."""

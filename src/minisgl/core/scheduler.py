@@ -200,8 +200,9 @@ class Scheduler:
         table, cache = self.table, self.cache
         if self._obstacle(request):
             return False
-        slot = table.free[0]
-        cached = cache.acquire(slot, request.cached_prefix(cache), again=request.admitted)
+        slot, prefix = table.free[0], request.cached_prefix(cache)
+        step.writes.append(cache.acquire(slot, prefix, again=request.admitted))
+        cached = prefix.end * cache.page_size
         self._leave_queue(request)
         table.admit(request, cached, self.step + 1)
         if not request.admitted:
@@ -211,7 +212,6 @@ class Scheduler:
             self.cached_prompt_tokens += cached
         self.admitted.append((request.request.id, cached))
         step.admitted.append(slot)
-        step.writes.append(cache.writes(slot))
         return True
 
     def _pages_lacking(self, request: RequestState) -> int:
