@@ -255,7 +255,7 @@ class RequestTable:
             bias = request.request.params.logit_bias
             bias_ids[index, : len(bias)] = list(bias)
             bias_values[index, : len(bias)] = list(bias.values())
-            tokens = request.tokens if self.penalised[slot] else request.tokens[:0]
+            tokens = self.tokens[slot, : self.num_tokens[slot] if self.penalised[slot] else 0]
             prompt, output = tokens[: request.prompt_len], tokens[request.prompt_len :]
             counts = 2 * np.bincount(output, minlength=int(prompt.max(initial=-1)) + 1)
             counts[prompt] += 1

@@ -329,8 +329,6 @@ class Scheduler:
                 # Its last token goes through the model once more, as a chunk of one.
                 known = int(table.num_tokens[slot])
                 table.prefill_len[slot], table.num_computed_tokens[slot] = known, known - 1
-                if table.penalised[slot]:  # the device counted the token that is dropped
-                    request.tokens = table.tokens[slot, :known].copy()
             else:
                 spent += self._fill(slot, mask)
         self._hold(np.array(self._late, np.intp))
