@@ -42,7 +42,6 @@ class StepDraft:
     def __init__(self, budget: int) -> None:
         self.decodes: Slots = np.empty(0, np.intp)
         self.chunks: list[tuple[int, int, int]] = []  # (slot, start, tokens)
-        self.tokens: list[Int32] = [EMPTY]  # of the chunks
         self.admitted: list[int] = []  # rows whose parameters the device is told
         self.writes: list[PageWrites] = [np.empty((3, 0), np.int32)]
         self.budget = budget  # prompt tokens that may still go in
@@ -190,7 +189,6 @@ class Scheduler:
         table.num_computed_tokens[slot] = end
         cache.publish(slot, table.tokens[slot, : table.num_tokens[slot]], end)
         step.chunks.append((slot, computed, length))
-        step.tokens.append(table.tokens[slot, computed:end])
         step.budget -= length
         if table.request(slot).mask is not None and slot not in step.admitted:
             step.admitted.append(slot)  # again, for the device counted a token that was dropped
@@ -254,7 +252,7 @@ class Scheduler:
             prefill_starts=starts,
             prefill_lens=lens,
             prefill_final=final,
-            prefill_tokens=np.concatenate(step.tokens),
+            prefill_tokens=np.concatenate([EMPTY, *(table.tokens[row, at : at + n] for row, at, n in step.chunks)]),
             logits=table.logits_rows(sampled, len(decodes), slots, starts, lens),
         )
 
