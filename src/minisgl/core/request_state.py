@@ -131,6 +131,7 @@ class RequestState:
     def __post_init__(self) -> None:
         self.tokens: Int32 = np.frombuffer(self.request.prompt_bytes, np.int32)
         self.prompt_len = len(self.tokens)
+        self.min_len = self.prompt_len + self.request.params.min_tokens  # positions below this one hold no stop token
         self.priority = self.request.priority
         # The lowest is admitted first and retracted last.
         self.sort_key: tuple[tuple[float, ...], int] = ((self.priority,), self.arrival)
@@ -157,7 +158,6 @@ class RequestTable:
         self.num_tokens = np.zeros(rows, np.int32)  # that the host has seen
         self.max_tokens = np.zeros(rows, np.int32)  # that the request may reach, prompt included
         self.first_step = np.zeros(rows, np.int64)  # that computed anything for the request that has the row now
-        self.min_len = np.zeros(rows, np.int32)  # positions below this one hold no stop token
         self.stop_ids = np.full((rows, MAX_STOP_TOKEN_IDS), -1, np.int32)
         self.penalties = np.zeros((len(NEUTRAL_PENALTIES), rows), np.float32)
         self.penalised = np.zeros(rows, np.bool_)
@@ -182,7 +182,6 @@ class RequestTable:
         self.num_computed_tokens[slot] = cached
         self.max_tokens[slot] = request.max_tokens
         self.first_step[slot] = step
-        self.min_len[slot] = request.prompt_len + params.min_tokens
         self.stop_ids[slot] = -1
         self.stop_ids[slot, : len(request.stop_ids)] = request.stop_ids
         self.penalties[:, slot] = [getattr(params, name) for name in NEUTRAL_PENALTIES]
@@ -237,7 +236,7 @@ class RequestTable:
             "min_p": np.array([p.min_p for p in params], np.float32),
             "top_k": np.array([max(p.top_k, 0) for p in params], np.int32),
             "seed": np.array([r.seed & (2**64 - 1) for r in requests], np.uint64).view(np.int64),
-            "min_len": self.min_len[slots],
+            "min_len": np.array([r.min_len for r in requests], np.int32),
             "stop_ids": self.stop_ids[slots],
         }
         return NewRows(slots=np.array(slots, np.int32), sampling=sampling, logits=self._new_logits_rows(slots))

@@ -386,7 +386,7 @@ class Scheduler:
         else:
             if rest := self.vocab_size % 32:
                 mask[-1] &= np.int32((1 << rest) - 1)  # the other bits stand for no token
-            if table.num_tokens[slot] < table.min_len[slot]:
+            if table.num_tokens[slot] < request.min_len:
                 for token in request.stop_ids:
                     mask_out(mask, token)
             if not mask.any():
