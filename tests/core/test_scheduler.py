@@ -165,6 +165,12 @@ def test_stop_tokens_end_a_request_and_min_tokens_holds_them_off() -> None:
         assert stopped == (tokens[-1] == 7)
 
 
+def test_min_tokens_of_any_size_hold_stop_tokens_off_up_to_the_limit() -> None:
+    events = run(simulated_engine(), [request("a", [1], min_tokens=2**64)])["a"]
+    assert len(tokens_of(events)) == 127
+    assert 7 not in tokens_of(events)
+
+
 def test_a_request_fills_the_last_page_and_ends_by_length_and_the_last_token_is_not_decoded() -> None:
     engine = simulated_engine(num_pages=8, page_size=4, max_seq_len=32)
     events = run(engine, [request("a", [1] * 31, ignore_eos=True), request("b", [2] * 20, ignore_eos=True)])

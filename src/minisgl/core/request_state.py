@@ -131,7 +131,8 @@ class RequestState:
     def __post_init__(self) -> None:
         self.tokens: Int32 = np.frombuffer(self.request.prompt_bytes, np.int32)
         self.prompt_len = len(self.tokens)
-        self.min_len = self.prompt_len + self.request.params.min_tokens  # positions below this one hold no stop token
+        # Positions below this one hold no stop token.
+        self.min_len = min(self.prompt_len + self.request.params.min_tokens, self.max_tokens)
         self.priority = self.request.priority
         # The lowest is admitted first and retracted last.
         self.sort_key: tuple[tuple[float, ...], int] = ((self.priority,), self.arrival)
