@@ -20,7 +20,6 @@ CALL_HEAD = re.compile(
 HEAD_LIMIT = 1024
 Reasoning = Literal["none", "possible", "begun"]
 JSON_STEP = re.compile(r'[^"\\{}\[\]]+|\\.|["{}\[\]]', re.DOTALL)
-Marks = tuple[tuple[str, ...], ...]  # sequences of marks, blanks before each; one of the sequences comes
 OUTSIDE_STRINGS = " \t\r\n:,0123456789+-.eEtrufalsn"  # what JSON has outside its strings, brackets aside
 
 
@@ -30,8 +29,7 @@ class ToolFormat:
 
     opening: str = ""  # comes before the calls, and `closing` after them
     closing: str = ""
-    before: Marks = (("{",),)  # from the opening to the brace of a call
-    between: Marks = ()  # from there to the brace of the next, where that has no opening of its own
+    separator: str = ""  # between two calls, where the second has no opening of its own
     listed: bool = False  # opening and closing surround a JSON list of calls
     at_start: bool = False  # the completion is the call, `opening` may be missing, and text after it is no call
     short_ids: bool = False  # nine letters or digits each
@@ -49,12 +47,9 @@ class ToolFormat:
 # Qwen 2.5 and 3, Hermes: `<tool_call>{"name": …, "arguments": {…}}</tool_call>`, any number of times.
 HERMES = ToolFormat(opening="<tool_call>", closing="</tool_call>")
 # Mistral: `[TOOL_CALLS] [{"name": …, "arguments": {…}}, …]`; its templates refuse ids of another length.
-MISTRAL = ToolFormat(
-    opening="[TOOL_CALLS]", closing="]", before=(("[", "{"),), between=((",", "{"),), listed=True, short_ids=True
-)
+MISTRAL = ToolFormat(opening="[TOOL_CALLS]", closing="]", separator=",", listed=True, short_ids=True)
 # Llama 3.1 to 3.3: the completion is `{"name": …, "parameters": {…}}`, several of them separated by `;`.
-PYTHON_TAG = "<|python_tag|>"
-LLAMA = ToolFormat(opening=PYTHON_TAG, at_start=True, before=((PYTHON_TAG, "{"), ("{",)), between=((";", "{"), ("{",)))
+LLAMA = ToolFormat(opening="<|python_tag|>", separator=";", at_start=True)
 # A model whose template has no place for tools: it was not trained to call, so a grammar holds it to Hermes' format.
 GENERIC = dataclasses.replace(HERMES, generic=True)
 
@@ -248,12 +243,6 @@ class ToolCallParser:
         self._say(self._at)
         return self._go(self._content)
 
-    def _follows(self, marks: Marks) -> bool | None:
-        """Whether one of these comes next, which is passed then; None while that cannot be said."""
-        sizes = [match_marks(self._buffer[self._at :], each) for each in marks]
-        self._at += max((size or 0 for size in sizes), default=0)
-        return True if any(sizes) else None if None in sizes else False
-
     def _content(self) -> bool:
         if self._format.at_start:
             self._say(len(self._buffer))
@@ -268,13 +257,20 @@ class ToolCallParser:
         return self._go(self._before)
 
     def _before(self) -> bool:
-        begins = self._follows(self._format.before)
-        if begins is None:
+        """Between the opening and the brace of a call."""
+        rest = self._buffer[self._at :].lstrip()
+        if self._format.at_start:
+            if self._format.opening.startswith(rest):
+                return False
+            rest = rest.removeprefix(self._format.opening).lstrip()
+        if self._format.listed:
+            rest = rest.removeprefix("[").lstrip()
+        if not rest:
             return False
-        return self._begin() if begins else self._give_up()
+        return self._begin(rest) if rest.startswith("{") else self._give_up()
 
-    def _begin(self) -> bool:
-        self._at -= 1  # the brace
+    def _begin(self, call: str) -> bool:
+        self._at = len(self._buffer) - len(call)
         self._scanner = JsonObjectScanner(self._at)
         self._head: re.Match[str] | None = None
         self._announced = False
@@ -343,27 +339,14 @@ class ToolCallParser:
         return self._go(self._content)
 
     def _after(self) -> bool:
-        more = self._follows(self._format.between)
-        if more:
-            return self._begin()
-        closing = match_marks(self._buffer, (self._format.closing,))
-        if more is None or closing is None:
+        rest = self._buffer.lstrip()
+        call = rest.removeprefix(self._format.separator).lstrip()
+        if self._format.separator and call.startswith("{"):
+            return self._begin(call)
+        if not call or (self._format.closing.startswith(rest) and rest != self._format.closing):
             return False
-        self._drop(closing)
+        self._drop(len(self._buffer) - len(rest.removeprefix(self._format.closing)))
         return self._go(self._content)
-
-
-def match_marks(text: str, marks: Sequence[str]) -> int | None:
-    """The size of these marks at the beginning of the text, with the blanks before each; 0 where something else is
-    there, None while that cannot be said.
-    """
-    rest = text
-    for mark in marks:
-        rest = rest.lstrip()
-        if not rest.startswith(mark):
-            return None if mark.startswith(rest) else 0
-        rest = rest[len(mark) :]
-    return len(text) - len(rest)
 
 
 def decode_json(text: str) -> object:
