@@ -42,8 +42,10 @@ def entries(deltas: list[ChatDelta]) -> list[Entry]:
         if delta.content:
             found.append(("content", 0, delta.content))
         for call in delta.tool_calls or ():
-            kind = ("name", str(call.function.name)) if call.id else ("arguments", call.function.arguments)
-            found.append((kind[0], int(call.index or 0), kind[1]))
+            if call.id:
+                found.append(("name", int(call.index or 0), str(call.function.name)))
+            if call.function.arguments:
+                found.append(("arguments", int(call.index or 0), call.function.arguments))
     joined = itertools.groupby(found, key=lambda entry: entry[:2])
     return [(*key, "".join(text for *_, text in group)) for key, group in joined]
 

@@ -300,13 +300,7 @@ class ChatCompletion(OpenAICompletion):
         deltas = [chunk.delta for chunk in chunks]
         content = "".join(delta.content or "" for delta in deltas)
         reasoning = "".join(delta.reasoning_content or "" for delta in deltas)
-        calls: list[responses.ToolCall] = []
-        for part in [part for delta in deltas for part in delta.tool_calls or ()]:
-            if part.id is not UNSET:
-                calls.append(msgspec.structs.replace(part, index=UNSET))
-            else:  # all arguments of the last call
-                function = msgspec.structs.replace(part.function, name=calls[-1].function.name)
-                calls[-1] = msgspec.structs.replace(calls[-1], function=function)
+        calls = [msgspec.structs.replace(call, index=UNSET) for delta in deltas for call in delta.tool_calls or ()]
         said = content or (None if calls else "")
         message = responses.AssistantMessage(said, reasoning_content=reasoning or UNSET, tool_calls=calls or UNSET)
         finish, logprobs, ids = chunks[-1].finish_reason, chunks[0].logprobs, chunks[0].token_ids

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import uuid
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import Literal
 
 import msgspec
@@ -320,9 +320,9 @@ class ToolCallParser:
         if not self._announced:
             self._announced = True
             self._index += 1
-            head = FunctionCall(arguments="", name=name)
-            self._add(ToolCall(index=self._index, id=self._format.new_id(), type="function", function=head))
-        if arguments:
+            function = FunctionCall(arguments="" if self._stream else arguments, name=name)
+            self._add(ToolCall(index=self._index, id=self._format.new_id(), type="function", function=function))
+        if arguments and self._stream:
             self._add(ToolCall(index=self._index, function=FunctionCall(arguments=arguments)))
 
     def _add(self, call: ToolCall) -> None:
