@@ -18,7 +18,7 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
 VALUE, UNSUPPORTED, UNKNOWN = "invalid_value", "unsupported_parameter", "unknown_parameter"
 MISSING, TOO_LONG = "missing_required_parameter", "context_length_exceeded"
 STATUS = {
-    "model_not_found": 404, "not_found": 404, "unsupported_endpoint": 404, "method_not_allowed": 405,
+    "model_not_found": 404, "unsupported_endpoint": 404, "method_not_allowed": 405,
     "request_too_large": 413,
 }  # fmt: skip
 SAID = {"role": "user", "content": "x"}
@@ -284,7 +284,7 @@ SINGLE: dict[str, tuple[str, str | bytes, str, str | None]] = {
     "detokenize fractions": (DETOKENIZE, '{"tokens": [5.0]}', VALUE, "tokens"),
     "detokenize too high": (DETOKENIZE, '{"tokens": [1000000]}', VALUE, "tokens"),
     "detokenize beyond 64 bits": (DETOKENIZE, '{"tokens": [1' + "0" * 40 + "]}", VALUE, "tokens"),
-    "no such path": ("/v1/nothing", "{}", "not_found", None),
+    "no such path": ("/v1/nothing", "{}", "unsupported_endpoint", None),
     "embeddings": ("/v1/embeddings", "{}", "unsupported_endpoint", None),
     "wrong method": ("/v1/models", "{}", "method_not_allowed", None),
 }  # fmt: skip

@@ -72,6 +72,7 @@ class AccessLog:
         request_id = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else uuid.uuid4().hex
         host, port = scope.get("client") or ("-", 0)
         path = scope.get("raw_path", b"").decode("latin-1") or scope["path"]
+        scope["path"] = scope["path"].rstrip("/") or "/"  # an endpoint may be written with slashes behind it
         record = AccessRecord(request_id, scope["method"], path[:256], f"{host}:{port}")
         header = (b"x-request-id", request_id.encode())
 

@@ -5,14 +5,12 @@ import hashlib
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from http import HTTPStatus
 from pathlib import Path
 
 from starlette.applications import Starlette
-from starlette.datastructures import URL
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, Response
 from starlette.routing import Match, Route
 from starlette.types import Receive, Scope, Send
 
@@ -26,13 +24,6 @@ from minisgl.server.openapi import ApiRoute, document
 from minisgl.server.preparation import Api, ClientGoneError, PreparedRequest, prioritize, unless_disconnected
 from minisgl.server.responses import SSE_DONE, json_response, sse
 
-# Endpoints of other servers, beneath /v1 and outside, refused by name.
-UNSUPPORTED = (
-    "embeddings", "moderations", "responses", "files", "batches", "uploads", "realtime", "rerank", "score", "audio",
-    "images", "videos", "fine_tuning", "assistants", "threads", "vector_stores", "evals", "containers",
-    "conversations", "messages", "engines", "edits", "organization", "skills",
-)  # fmt: skip
-UNSUPPORTED_OUTSIDE = ("embeddings", "rerank", "score", "pooling", "classify", "encode")
 PAGE = Path(__file__).with_name("page.html")
 
 Prepare = Callable[[bytes], PreparedRequest]
@@ -133,26 +124,9 @@ def make_app(api: Api) -> Starlette:
         return HTMLResponse(html, headers=headers)
 
     routes += [ApiRoute("GET", "/openapi.json", show_document), ApiRoute("GET", "/", page)]
-    bases = [f"/v1/{name}" for name in UNSUPPORTED] + [f"/{name}" for name in UNSUPPORTED_OUTSIDE]
-    paths = [base + rest for base in bases for rest in ("", "/{rest:path}")]
-    routes += [ApiRoute("GET POST PUT PATCH DELETE", path, refuse_endpoint) for path in paths]
     kinds = (MinisglError, HTTPException, Exception, ClientGoneError, ClientDisconnect)
-    named = [NamedRoute(route.path, route.handler, methods=route.methods.split()) for route in routes]
-
-    async def drop_slashes(scope: Scope, receive: Receive, send: Send) -> None:
-        """A path with slashes behind it leads to the one without, under whatever name the client calls the server."""
-        path = scope["path"].rstrip("/")
-        if path == scope["path"] or not any(route.matches({**scope, "path": path})[0] != Match.NONE for route in named):
-            raise HTTPException(404)
-        await RedirectResponse(str(URL(path=path, query=scope["query_string"].decode())))(scope, receive, send)
-
-    app = Starlette(routes=named, exception_handlers=dict.fromkeys(kinds, on_error))
-    app.router.redirect_slashes, app.router.default = False, drop_slashes
-    return app
-
-
-async def refuse_endpoint(request: Request) -> Response:
-    raise errors.UnsupportedEndpointError(f"{request.url.path} is not supported by this server")
+    named = [NamedRoute(route.path, route.handler, methods=[route.method]) for route in routes]
+    return Starlette(routes=named, exception_handlers=dict.fromkeys(kinds, on_error))
 
 
 class EventStream(Response):
@@ -199,8 +173,8 @@ async def on_error(request: Request, error: Exception) -> Response:
         return Response(status_code=499)  # nginx's "client closed request", for the log
     if isinstance(error, HTTPException):  # the router's 404 and 405
         method = request.method.replace("HEAD", "GET")  # whose length an answer to HEAD has
-        phrase = HTTPStatus(error.status_code).phrase
-        shown = InvalidRequestError(f"{method} {request.url.path}: {phrase}", code=phrase.lower().replace(" ", "_"))
+        code = "unsupported_endpoint" if error.status_code == 404 else "method_not_allowed"
+        shown = InvalidRequestError(f"{method} {request.url.path} is not supported by this server", code=code)
         return json_response(errors.error_body(shown), error.status_code, error.headers)
     return errors.error_response(errors.known_error(error))
 

@@ -52,7 +52,7 @@ RULES: dict[str, dict[str, Any]] = {
 
 
 class ApiRoute(NamedTuple):
-    methods: str  # separated by blanks
+    method: str
     path: str
     handler: Callable[[Request], Awaitable[Response]]
     result: Any = None  # the type of its answer: `str` is plain text, None leaves it out of the document
@@ -100,7 +100,7 @@ def document(routes: Sequence[ApiRoute]) -> dict[str, Any]:
     paths: dict[str, Any] = {}
     for route in routes:
         path = route.path.replace(":path}", "}")
-        paths.setdefault(path, {}).update({m.lower(): route.operation(schemas) for m in route.methods.split()})
+        paths.setdefault(path, {})[route.method.lower()] = route.operation(schemas)
     info = {"title": "Mini-SGLang", "version": __version__}
     return {"openapi": "3.1.0", "info": info, "paths": paths, "components": {"schemas": components}}
 
