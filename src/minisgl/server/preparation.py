@@ -364,7 +364,7 @@ def check_counts(body: bytes, most: int) -> None:
     try:
         fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
     except (msgspec.DecodeError, RecursionError) as error:
-        raise protocol.invalid_json(body, error) from error
+        raise protocol.invalid_json(error) from error
     largest = max(fields, key=lambda name: len(bytes(fields[name])))
     rule = f"a body may have {most}, and {MAX_NESTED} arrays, objects and keys"
     raise InvalidRequestError(f"{largest} holds too many values: {rule}", param=largest)

@@ -33,12 +33,6 @@ OPENAI_UNSUPPORTED: Unsupported = {
 CONSTRAINTS = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice",
                "guided_grammar", "json_schema", "regex", "ebnf")  # fmt: skip
 
-# How a body begins that is something else than JSON in UTF-8, and what it is.
-NOT_JSON: Mapping[bytes, str] = {
-    b"\x1f\x8b": "compressed (gzip)", b"\x28\xb5\x2f\xfd": "compressed (zstd)", b"\x78\x9c": "compressed (deflate)",
-    b"\xef\xbb\xbf": "preceded by a byte-order mark", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16",
-}  # fmt: skip
-
 # JSON schemas of prompts, which are checked here, not by msgspec.
 TEXT_SCHEMA: dict[str, Any] = {"type": "string", "minLength": 1}
 IDS_SCHEMA: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
@@ -74,9 +68,8 @@ def drop_unsupported(value: dict[str, Any], unsupported: Unsupported, where: str
             raise UnsupportedParameterError(f"{where}{name} is not supported", param=where + name)
 
 
-def invalid_json(body: bytes, error: Exception) -> InvalidRequestError:
-    kinds = [f"{kind}; send plain JSON in UTF-8" for start, kind in NOT_JSON.items() if body.startswith(start)]
-    return InvalidRequestError(f"the body is {(kinds or [f'not valid JSON: {error}'])[0]}", code="invalid_json")
+def invalid_json(error: Exception) -> InvalidRequestError:
+    return InvalidRequestError(f"the body is not valid JSON in UTF-8: {error}", code="invalid_json")
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
@@ -85,7 +78,7 @@ def parse_object(body: bytes) -> dict[str, Any]:
         if b"\\u" in body:
             json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate has no encoding
     except (ValueError, RecursionError) as error:
-        raise invalid_json(body, error) from error
+        raise invalid_json(error) from error
     if not isinstance(value, dict):
         raise InvalidRequestError("the body must be a JSON object", code="invalid_json")
     return value
