@@ -161,7 +161,10 @@ class ResponseFormat(Body):
 class StructuredOutputs(Body):
     """vLLM's structured output: exactly one of these, or only the option beside another field's."""
 
-    unsupported = {"disable_fallback": (False,), "disable_additional_properties": (False,)}
+    unsupported = {
+        "disable_fallback": (False,), "disable_additional_properties": (False,), "whitespace_pattern": (),
+        "structural_tag": (),
+    }  # fmt: skip
 
     json: str | JsonSchema | None = None
     regex: str | None = None
@@ -174,11 +177,6 @@ class StructuredOutputs(Body):
     def constraints(self) -> list[str]:
         names = (name for name in self.__struct_fields__ if name != "disable_any_whitespace")
         return [name for name in names if getattr(self, name) is not None]
-
-    @classmethod
-    def tidy(cls, value: dict[str, Any], where: str = "") -> None:
-        unknown = dict.fromkeys(value.keys() - set(cls.__struct_fields__), ())
-        drop_unsupported(value, {**unknown, **cls.unsupported}, where)
 
 
 class TextPart(Body, forbid_unknown_fields=False):
