@@ -6,7 +6,6 @@ Messages arrive whole and in order, nobody waits for a slow reader, and the end 
 import asyncio
 import socket
 import threading
-import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -19,10 +18,9 @@ from helpers.simulation import VOCAB, simulated_engine
 from minisgl.config import Config
 from minisgl.core.request_state import Constraint
 from minisgl.core.types import FinishReason, Grammar, ModelInfo, Request, SamplingParams, TokenEvent
-from minisgl.errors import InvalidRequestError
 from minisgl.server import ipc
 from minisgl.server.engine_client import SocketEngineClient
-from minisgl.server.engine_process import Links, PendingGrammars
+from minisgl.server.engine_process import Links
 from minisgl.server.errors import RequestAbortedError
 from minisgl.system import PrivateFolder
 
@@ -124,56 +122,32 @@ async def test_an_answer_is_aborted_in_the_process_that_has_it(
     assert (await asked.ping(5)).aborted == 3 + (completion_id is None)
 
 
-@pytest.mark.parametrize("error", [InvalidRequestError("too much"), RuntimeError("too much")])
-def test_a_request_is_ready_when_its_grammar_is_and_never_when_it_has_left(error: Exception) -> None:
-    gate, made = threading.Event(), Cycle(cycle(5, 100), VOCAB, eos=1)
-
-    def factory(grammar: Grammar) -> Constraint:
-        assert gate.wait(10)
-        if grammar.source == "c":
-            raise error
-        return made
-
-    pending = PendingGrammars(factory)
-    for name in "abcd":
-        grammar = Grammar(kind="regex", source=name)
-        pending.start(Request.make(id=name, prompt=[1], params=SamplingParams(grammar=grammar)), grammar)
-    assert pending.drop(["b", "a", "unknown"]) == ["b", "a"]
-    assert (pending.ready(), list(pending.requests)) == ([], ["c", "d"])
-    gate.set()
-    deadline, found = time.monotonic() + 10, pending.ready()
-    while len(found) < 2:
-        assert time.monotonic() < deadline
-        found += pending.ready()
-    found.sort(key=lambda each: each[0].id)
-    assert [request.id for request, _ in found] == ["c", "d"]
-    with pytest.raises(InvalidRequestError, match="too much"):
-        found[0][1].result()
-    assert found[1][1].result() is made
-    assert (pending.requests, pending.ready()) == ({}, [])
-    pending.close()
-
-
-def test_no_request_waits_for_the_grammar_of_another() -> None:
-    gate, made = threading.Event(), Cycle(cycle(5, 100), VOCAB, eos=1)
+async def test_no_request_waits_for_the_grammar_of_another(tmp_path: Path) -> None:
+    gate, engine = threading.Event(), simulated_engine()
 
     def factory(grammar: Grammar) -> Constraint:
         assert grammar.source != "slow" or gate.wait(10)
-        return made
+        if grammar.source == "broken":
+            raise RuntimeError("too much")
+        return Cycle(cycle(5, 100), VOCAB, eos=1)
 
-    pending = PendingGrammars(factory)
-    for name in ("slow", "a", "b"):
-        grammar = Grammar(kind="regex", source=name)
-        pending.start(Request.make(id=name, prompt=[1], params=SamplingParams(grammar=grammar)), grammar)
-    deadline, found = time.monotonic() + 10, pending.ready()
-    while len(found) < 2:
-        assert time.monotonic() < deadline
-        found += pending.ready()
-    assert ([request.id for request, _ in found], list(pending.requests)) == (["a", "b"], ["slow"])
-    gate.set()
-    while not pending.ready():
-        assert time.monotonic() < deadline
-    pending.close()
+    engine.constraints = factory
+    async with asyncio.timeout(20), EngineThread(engine).start(str(tmp_path)):
+        client = SocketEngineClient(str(tmp_path), Config())
+        await client.ready()
+
+        async def last(name: str) -> TokenEvent:
+            grammar = Grammar(kind="regex", source=name)
+            params = SamplingParams(max_tokens=3, ignore_eos=True, grammar=grammar)
+            return (await answer(client, Request.make(id=name, prompt=[9], params=params)))[-1]
+
+        slow = asyncio.create_task(last("slow"))
+        assert (await last("quick")).finish == FinishReason.LENGTH
+        assert (await last("broken")).error == "this regex cannot be followed: too much"
+        assert not slow.done()
+        gate.set()
+        assert (await slow).finish == FinishReason.LENGTH
+        await client.close()
 
 
 def framed(message: ipc.ToEngine | ipc.FromEngine) -> bytes:
@@ -293,7 +267,7 @@ def test_the_requests_of_a_process_that_is_gone_are_named_once(behind: bool, lin
     if behind:
         links.send(ipc.Failed("x" * 2_000_000), link)
     gone.socket.close()
-    assert links.receive(1000) == [(link, ["a", "c"])]
+    assert links.receive(1000) == [(link, ipc.Abort(["a", "c"]))]
     assert links.receive() == []
     links.send(READY, link)
     links.send_events([event("a"), event("d")], ["c"])

@@ -16,8 +16,8 @@ import msgspec
 from minisgl.build import build_engine
 from minisgl.config import kv_events
 from minisgl.core.engine import Engine
-from minisgl.core.request_state import Constraint, ConstraintFactory, make_constraint
-from minisgl.core.types import FinishReason, Grammar, Request, TokenEvent
+from minisgl.core.request_state import Constraint, make_constraint
+from minisgl.core.types import FinishReason, Request, TokenEvent
 from minisgl.errors import InvalidRequestError, MinisglError
 from minisgl.server import ipc
 from minisgl.server.debug import StepLog, snapshot
@@ -57,9 +57,9 @@ class Links:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ipc.ToEngine)
 
-    def receive(self, milliseconds: int = 0) -> list[tuple[int, ipc.ToEngine | list[str]]]:
-        """What has come by which link, waiting so long for the first; last the live requests of one that has ended."""
-        received: list[tuple[int, ipc.ToEngine | list[str]]] = []
+    def receive(self, milliseconds: int = 0) -> list[tuple[int, ipc.ToEngine]]:
+        """What has come by which link, waiting so long for the first; the end of one aborts its requests."""
+        received: list[tuple[int, ipc.ToEngine]] = []
         for link, events in self._poll.poll(milliseconds):
             if link not in self._links:
                 self._accept()
@@ -74,7 +74,7 @@ class Links:
             if not data:
                 self._poll.unregister(link)
                 self._links.pop(link).socket.close()
-                received.append((link, [name for name, owner in self._owners.items() if owner == link]))
+                received.append((link, ipc.Abort([name for name, owner in self._owners.items() if owner == link])))
                 self._owners = {name: owner for name, owner in self._owners.items() if owner != link}
             unread += data
             for message in map(self._decoder.decode, ipc.cut(unread)):
@@ -135,52 +135,27 @@ class Links:
         self._poll.modify(link, select.POLLIN | select.POLLOUT if unsent else select.POLLIN)
 
 
-class PendingGrammars:
-    """Requests that wait while threads compile their grammars. Belongs to the thread that steps."""
-
-    def __init__(self, factory: ConstraintFactory | None) -> None:
-        self._factory = factory
-        self._threads = ThreadPoolExecutor(COMPILERS, "minisgl-grammar")
-        self.requests: dict[str, tuple[Request, Future[Constraint]]] = {}
-
-    def start(self, request: Request, grammar: Grammar) -> None:
-        self.requests[request.id] = (request, self._threads.submit(make_constraint, self._factory, grammar))
-
-    def drop(self, ids: Iterable[str]) -> list[str]:
-        """Forget these requests; those of them that were pending."""
-        dropped = [request_id for request_id in ids if request_id in self.requests]
-        for request_id in dropped:
-            self.requests.pop(request_id)[1].cancel()
-        return dropped
-
-    def ready(self) -> list[tuple[Request, Future[Constraint]]]:
-        ready = [(request, compiled) for request, compiled in self.requests.values() if compiled.done()]
-        for request, _ in ready:
-            del self.requests[request.id]
-        return ready
-
-    def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
-
 class EngineServer:
-    """Moves messages in, steps the engine, moves events out, in one thread, until `parent_gone`."""
+    """Moves messages in, steps the engine, moves events out, in one thread, until `parent_gone`. Requests wait beside
+    it while other threads compile their grammars.
+    """
 
     engine: Engine
-    grammars: PendingGrammars
     kv_events: KVEventPublisher | None = None
 
     def __init__(self, setup: ipc.EngineSetup, parent_gone: threading.Event) -> None:
         self.config, self.parent_gone = setup.config, parent_gone
         self.links = Links(setup.folder)
         self.steps = StepLog()
+        self.compilers = ThreadPoolExecutor(COMPILERS, "minisgl-grammar")
+        self.compiling: dict[str, tuple[Request, Future[Constraint]]] = {}
 
     def run(self) -> int:
         try:
             if (said := kv_events(self.config)) is not None:
                 self.kv_events = KVEventPublisher(said, self.config.page_size)
             built = build_engine(self.config, progress=sys.stderr.isatty(), on_failure=leave_soon)
-            self.engine, self.grammars = built.engine, PendingGrammars(built.engine.constraints)
+            self.engine = built.engine
             if self.kv_events is not None:
                 self.engine.cache.tree.listener = self.kv_events
             if self.config.debug_endpoints:
@@ -194,60 +169,51 @@ class EngineServer:
             self.links.send_first(ipc.Failed(f"{type(error).__name__}: {error}"))
             raise
         finally:
+            self.compilers.shutdown(wait=False, cancel_futures=True)
             self.links.close()
             if self.kv_events is not None:
                 self.kv_events.close()
         return 0
 
     def _serve(self) -> None:
-        engine, grammars = self.engine, self.grammars
-        try:
-            while not self.parent_gone.is_set():
-                # With nothing to compute, sleep until a message comes.
-                idle = COMPILING_POLL_MS if grammars.requests else IDLE_POLL_MS
-                self._receive(0 if engine.has_work else idle)
-                while engine.has_work and (seconds := engine.seconds_to_launch()) > 0:
-                    if not self._receive(int(1e3 * seconds)):
-                        time.sleep(min(seconds, SHORT_SLEEP))
-                        self._receive()
-                for request, compiled in grammars.ready():
+        engine = self.engine
+        while not self.parent_gone.is_set():
+            # With nothing to compute, sleep until a message comes.
+            idle = COMPILING_POLL_MS if self.compiling else IDLE_POLL_MS
+            self._receive(0 if engine.has_work else idle)
+            while engine.has_work and (seconds := engine.seconds_to_launch()) > 0:
+                if not self._receive(int(1e3 * seconds)):
+                    time.sleep(min(seconds, SHORT_SLEEP))
+                    self._receive()
+            for request, compiled in list(self.compiling.values()):
+                if compiled.done():
+                    del self.compiling[request.id]
                     self._add(request, compiled.result)
-                if engine.has_work:
-                    events = engine.step()
-                    if events or engine.admitted:
-                        self.links.send_events(events, engine.admitted)
-                if self.kv_events is not None:
-                    self.kv_events.flush()
-        finally:
-            grammars.close()
+            if engine.has_work:
+                events = engine.step()
+                self.links.send_events(events, engine.admitted)
+            if self.kv_events is not None:
+                self.kv_events.flush()
         engine.close()
 
     def _receive(self, milliseconds: int = 0) -> bool:
         """Whether something has come, waiting so long for it; it is done."""
         received = self.links.receive(milliseconds)
         for link, message in received:
-            self._handle(message, link)
+            match message:
+                case ipc.Add(request) if (grammar := request.params.grammar) is not None:
+                    compiled = self.compilers.submit(make_constraint, self.engine.constraints, grammar)
+                    self.compiling[request.id] = request, compiled
+                case ipc.Add(request):
+                    self._add(request)
+                case ipc.Abort(ids):
+                    self._abort(ids)
+                case ipc.Query():
+                    self._answer(message, link)
         return bool(received)
 
-    def _handle(self, message: ipc.ToEngine | list[str], link: int) -> None:
-        match message:
-            case ipc.Add(request):
-                grammar = request.params.grammar
-                if grammar is None:
-                    self._add(request)
-                elif request.id in self.grammars.requests:
-                    self._refuse(request, f"a request with id {request.id!r} is running already")
-                else:
-                    self.grammars.start(request, grammar)
-            case ipc.Abort(ids):
-                self._abort(ids)
-            case ipc.Query():
-                self._answer(message, link)
-            case orphans:
-                self._abort(orphans)
-
     def _answer(self, query: ipc.Query, link: int) -> None:
-        engine, pending, count, shown = self.engine, self.grammars.requests, 0, b""
+        engine, pending, count, shown = self.engine, self.compiling, 0, b""
         match query.action, query.argument:
             case "flush_cache", _:
                 count = engine.cache.flush()
@@ -265,18 +231,17 @@ class EngineServer:
         self.links.send(ipc.Reply(query.nonce, stats, count, shown), link)
 
     def _abort(self, ids: list[str]) -> None:
-        if dropped := self.grammars.drop(ids):
-            self.links.send_events([TokenEvent(id=gone, finish=FinishReason.ABORT) for gone in dropped])
+        for request_id in ids:
+            if request_id in self.compiling:
+                self.compiling.pop(request_id)[1].cancel()
+                self.links.send_events([TokenEvent(id=request_id, finish=FinishReason.ABORT)])
         self.engine.abort(ids)
 
     def _add(self, request: Request, compiled: Callable[[], Constraint | None] = lambda: None) -> None:
         try:
             self.engine.add(request, compiled())
         except InvalidRequestError as error:
-            self._refuse(request, error.message)
-
-    def _refuse(self, request: Request, error: str) -> None:
-        self.links.send_events([TokenEvent(id=request.id, finish=FinishReason.ERROR, error=error)])
+            self.links.send_events([TokenEvent(id=request.id, finish=FinishReason.ERROR, error=error.message)])
 
 
 def watch_parent(stdin: int, gone: threading.Event) -> None:
