@@ -72,11 +72,11 @@ class StubEngine:
     def send(self, message: ipc.FromEngine, link: asyncio.StreamWriter) -> None:
         link.write(ipc.frame(msgspec.msgpack.encode(message)))
 
-    def _send_events(self, events: list[TokenEvent], admitted: list[str]) -> None:
+    def _send_events(self, events: list[TokenEvent]) -> None:
         for link in self._links:
             own = [event for event in events if self._owners.get(event.id) is link]
             if own:
-                self.send(ipc.Events(own, [name for name in admitted if self._owners.get(name) is link]), link)
+                self.send(ipc.Events(own), link)
 
     def _handle(self, message: ipc.ToEngine, link: asyncio.StreamWriter) -> None:
         match message:
@@ -85,7 +85,7 @@ class StubEngine:
                 self._owners[request.id] = link
                 if self.refuse is not None:
                     event = TokenEvent(id=request.id, finish=FinishReason.ERROR, error=self.refuse)
-                    self._send_events([event], [])
+                    self._send_events([event])
                 else:
                     self.live[request.id] = (request, 0)
                     self._changed.set()
@@ -105,7 +105,7 @@ class StubEngine:
         for request_id in ids:
             if self.live.pop(request_id, None) is not None:
                 self.aborted.append(request_id)
-                self._send_events([TokenEvent(id=request_id, finish=FinishReason.ABORT)], [])
+                self._send_events([TokenEvent(id=request_id, finish=FinishReason.ABORT)])
 
     async def _steps(self) -> None:
         while True:
@@ -113,10 +113,10 @@ class StubEngine:
                 self._changed.clear()
                 await self._changed.wait()
             await asyncio.sleep(self.delay)
-            admitted = [request_id for request_id, (_, done) in self.live.items() if done == 0]
+            admitted = [TokenEvent(id=request_id) for request_id, (_, done) in self.live.items() if done == 0]
             if events := [self._advance(request_id) for request_id in list(self.live)]:
                 self.steps += 1
-                self._send_events(events, admitted)
+                self._send_events(admitted + events)
 
     def stats(self) -> EngineStats:
         return EngineStats(

@@ -71,7 +71,7 @@ async def test_a_request_that_is_admitted_again_waited_until_the_first_time(clie
     with client.submit([asked]):
         stats, _ = client._live[asked.id]
         for now in (stats.arrived + 0.5, stats.arrived + 9):
-            client._on_events(ipc.Events([], [asked.id]), now)
+            client._on_events(ipc.Events([TokenEvent(id=asked.id)]), now)
         assert stats.admitted == stats.arrived + 0.5
 
 
@@ -239,10 +239,10 @@ def test_what_a_process_does_not_read_waits_for_it_and_holds_up_no_other(links: 
     replies = [ipc.Failed(f"{number:02}" * 25_000) for number in range(40)]  # far more than a socket holds
     for reply in replies:
         links.send(reply, link)
-    links.send_events([event("slow"), event("other")], ["other"])
+    links.send_events([event("slow"), event("other")])
     while len(other.seen) < 2:
         other.read()
-    assert other.seen[1:] == [ipc.Events([event("other")], ["other"])]
+    assert other.seen[1:] == [ipc.Events([event("other")])]
     while len(slow.seen) < 42:
         links.receive()
         slow.read()
@@ -270,7 +270,7 @@ def test_the_requests_of_a_process_that_is_gone_are_named_once(behind: bool, lin
     assert links.receive(1000) == [(link, ipc.Abort(["a", "c"]))]
     assert links.receive() == []
     links.send(READY, link)
-    links.send_events([event("a"), event("d")], ["c"])
+    links.send_events([event("a"), event("c"), event("d")])
     while len(stays.seen) < 2:
         stays.read()
     assert stays.seen[1:] == [ipc.Events([event("d")])]

@@ -164,6 +164,8 @@ class Generation(abc.ABC):
             async for batch in submission.batches():
                 texts: dict[str, str] = {}
                 for event in batch.events:
+                    if not event.tokens and event.finish is None:
+                        continue
                     choice = choices[event.id]
                     texts[event.id] = texts.get(event.id, "") + choice.take(event)
                     if choice.stream.stopped and event.finish is None:

@@ -68,7 +68,7 @@ class RequestGroup:
     def __init__(self, client: "EngineClient", requests: Sequence[Request], timeout: float | None = None) -> None:
         self._client = client
         self._live = {request.id for request in requests}
-        self._batch = ipc.Events([], [])
+        self._batch: list[TokenEvent] = []
         self._wake = asyncio.Event()
         self._error: MinisglError | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -84,12 +84,8 @@ class RequestGroup:
         if self._timer is not None:
             self._timer.cancel()
 
-    def admit(self, request_id: str) -> None:
-        self._batch.admitted.append(request_id)
-        self._wake.set()
-
     def put(self, event: TokenEvent) -> None:
-        self._batch.events.append(event)
+        self._batch.append(event)
         if event.finish is not None:
             self._live.discard(event.id)
         self._wake.set()
@@ -105,7 +101,7 @@ class RequestGroup:
         """End these requests in the engine, their completions being done; no event of them comes any more."""
         ids = set(ids)
         self._release(ids, "stop")
-        self._batch = ipc.Events([event for event in self._batch.events if event.id not in ids], [])
+        self._batch = [event for event in self._batch if event.id not in ids]
         self._wake.set()
 
     def _release(self, ids: set[str], finish: str) -> None:
@@ -117,8 +113,8 @@ class RequestGroup:
     async def batches(self) -> AsyncIterator[ipc.Events]:
         """What has come since the last batch, until every request has ended; raises the error that ended them first."""
         while True:
-            if self._batch.events or self._batch.admitted:
-                batch, self._batch = self._batch, ipc.Events([], [])
+            if self._batch:
+                batch, self._batch = ipc.Events(self._batch), []
                 yield batch
             elif self._error is not None:
                 raise self._error
@@ -211,11 +207,6 @@ class EngineClient(abc.ABC):
 
     def _on_events(self, message: ipc.Events, now: float) -> None:
         live, metrics = self._live, self.metrics
-        for request_id in message.admitted:
-            if request_id in live:
-                request, group = live[request_id]
-                request.admitted = request.admitted or now
-                group.admit(request_id)
         for event in message.events:
             if (found := live.get(event.id)) is None:
                 continue
@@ -228,6 +219,8 @@ class EngineClient(abc.ABC):
                     self.queue.change(-1, -request.prompt_tokens, now - request.arrived)
                     request.cached_tokens = event.cached_tokens
                 metrics.on_tokens(request, len(event.tokens), now)
+            elif event.finish is None:
+                request.admitted = request.admitted or now
             group.put(event)
             if event.finish is not None:
                 self._end(event.id, event.finish.value, now)

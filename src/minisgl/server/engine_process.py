@@ -8,7 +8,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import msgspec
@@ -97,19 +97,16 @@ class Links:
             self._poll.poll(1000 * LINGER_SECONDS)  # the launcher may not be here yet
         self._accept()
 
-    def send_events(self, events: list[TokenEvent], admitted: Iterable[str] = ()) -> None:
+    def send_events(self, events: list[TokenEvent]) -> None:
         owners = self._owners
-        shares = {link: ipc.Events([], []) for link in self._links}
-        for request_id in admitted:
-            if request_id in owners:
-                shares[owners[request_id]].admitted.append(request_id)
+        shares: dict[int, list[TokenEvent]] = {link: [] for link in self._links}
         for event in events:
             link = owners.get(event.id) if event.finish is None else owners.pop(event.id, None)
             if link is not None:
-                shares[link].events.append(event)
+                shares[link].append(event)
         for link, share in shares.items():
-            if share.events or share.admitted:
-                self.send(share, link)
+            if share:
+                self.send(ipc.Events(share), link)
 
     def close(self) -> None:
         self._listener.close()
@@ -191,7 +188,8 @@ class EngineServer:
                     self._add(request, compiled.result)
             if engine.has_work:
                 events = engine.step()
-                self.links.send_events(events, engine.admitted)
+                admitted = [TokenEvent(id=request_id) for request_id in engine.admitted]
+                self.links.send_events(admitted + events)
             if self.kv_events is not None:
                 self.kv_events.flush()
         engine.close()

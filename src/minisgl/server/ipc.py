@@ -78,8 +78,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 
 class Events(msgspec.Struct, frozen=True, tag=True):
-    events: list[TokenEvent]
-    admitted: list[str] = []  # requests that have a row now, retracted ones once more
+    events: list[TokenEvent]  # one without tokens and end: the request is admitted, a retracted one once more
 
 
 class Reply(msgspec.Struct, frozen=True, tag=True):
