@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from helpers.serving import Serving, raw_post
@@ -20,7 +21,6 @@ from minisgl.server.preparation import (
     MAX_NESTED,
     MAX_VALUES,
     Check,
-    ClientGoneError,
     Preparation,
     Turns,
     check_counts,
@@ -320,7 +320,7 @@ async def test_work_ends_when_its_client_leaves_and_a_cancellation_stays_one(lea
         gone.set()
     else:
         task.cancel()
-    with pytest.raises(ClientGoneError if leaves else asyncio.CancelledError):
+    with pytest.raises(ClientDisconnect if leaves else asyncio.CancelledError):
         await task
     assert ended == ["work"]
     await asyncio.sleep(0)

@@ -21,7 +21,7 @@ from minisgl.server.admin import admin_routes
 from minisgl.server.completion import ChatCompletion, Generation, SglangCompletion, TextCompletion
 from minisgl.server.generate import GenerateRequest
 from minisgl.server.openapi import ApiRoute, document
-from minisgl.server.preparation import Api, ClientGoneError, PreparedRequest, prioritize, unless_disconnected
+from minisgl.server.preparation import Api, PreparedRequest, prioritize, unless_disconnected
 from minisgl.server.responses import SSE_DONE, json_response, sse
 
 PAGE = Path(__file__).with_name("page.html")
@@ -124,7 +124,7 @@ def make_app(api: Api) -> Starlette:
         return HTMLResponse(html, headers=headers)
 
     routes += [ApiRoute("GET", "/openapi.json", show_document), ApiRoute("GET", "/", page)]
-    kinds = (MinisglError, HTTPException, Exception, ClientGoneError, ClientDisconnect)
+    kinds = (MinisglError, HTTPException, Exception, ClientDisconnect)
     named = [NamedRoute(route.path, route.handler, methods=[route.method]) for route in routes]
     return Starlette(routes=named, exception_handlers=dict.fromkeys(kinds, on_error))
 
@@ -144,7 +144,7 @@ class EventStream(Response):
         async with aclosing(self.chunks):
             try:
                 await unless_disconnected(receive, self._send(send))
-            except ClientGoneError:
+            except ClientDisconnect:
                 if not self.begun:
                     raise
                 logger.debug("a client left while its answer was streamed")
@@ -169,7 +169,7 @@ def send_body(send: Send, chunk: bytes, more: bool = True) -> Awaitable[None]:
 
 
 async def on_error(request: Request, error: Exception) -> Response:
-    if isinstance(error, (ClientGoneError, ClientDisconnect)):
+    if isinstance(error, ClientDisconnect):
         return Response(status_code=499)  # nginx's "client closed request", for the log
     if isinstance(error, HTTPException):  # the router's 404 and 405
         method = request.method.replace("HEAD", "GET")  # whose length an answer to HEAD has

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 import msgspec
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.types import Receive
 
@@ -378,17 +379,13 @@ def is_brief(body: bytes) -> bool:
     return len(body) <= BRIEF_BODY and body.count(b'"') <= BRIEF_QUOTES and body.count(b"[") <= BRIEF_ARRAYS
 
 
-class ClientGoneError(Exception):
-    """The client closed the connection before the answer was complete."""
-
-
 async def disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
-    """The result of `work`, which this task does; it is cancelled and ClientGoneError raised when the client leaves."""
+    """The result of `work`, which this task does. When the client leaves it is cancelled: raises ClientDisconnect."""
     works = True
     watcher = asyncio.ensure_future(disconnected(receive))
     try:
@@ -397,7 +394,7 @@ async def unless_disconnected(receive: Receive, work: Awaitable[T]) -> T:
             return await work
     except TimeoutError as error:
         if scope.expired():
-            raise ClientGoneError from error
+            raise ClientDisconnect from error
         raise
     finally:
         works = False
