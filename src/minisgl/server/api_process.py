@@ -338,32 +338,6 @@ class HttpServer(uvicorn.Server):
         yield
 
 
-async def serve_http(
-    server: HttpServer, listener: socket.socket, client: EngineClient, shutdown: Shutdown, drain_timeout: float
-) -> None:
-    """Serve until `shutdown.stop` or the engine's end. After `stop` live requests may go on for `drain_timeout` s, or
-    until `force`, while new ones get 503; then they end with 503.
-    """
-    loop, stop, force, gone = asyncio.get_running_loop(), shutdown.stop, shutdown.force, client.gone
-    serving = asyncio.create_task(server.serve([listener]))
-    last_bytes = ANSWER_SECONDS
-    await wait_first(serving, stop.wait(), gone.wait())
-    if gone.is_set():
-        await wait_first(serving, stop.wait(), timeout=ANSWER_SECONDS)
-    elif stop.is_set():
-        deadline = loop.time() + drain_timeout
-        await wait_first(client.drain(), serving, force.wait(), gone.wait(), timeout=drain_timeout)
-        if client.num_live:
-            logger.warning("%d requests are cut short", client.num_live)
-            client.fail("the server is shutting down")
-        elif client.dead is None:
-            last_bytes = max(ANSWER_SECONDS, deadline - loop.time())
-    server.should_exit = True
-    await wait_first(serving, force.wait(), timeout=last_bytes)
-    server.force_exit = True
-    await serving
-
-
 def build_app(config: Config, client: EngineClient, ready: ipc.Ready, started: float) -> tuple[Starlette, ipc.Serving]:
     """The application in front of an engine, without its middleware; `started` is on the monotonic clock."""
     model, folder = ready.model, Path(ready.folder)
@@ -384,11 +358,31 @@ async def serve_api(
     started: float,
     say: Callable[[ipc.Serving], None],
 ) -> None:
-    """Put HTTP in front of an engine, once it is ready; `started` is on the monotonic clock. Raises ModelError."""
+    """Put HTTP in front of an engine, once it is ready, until `shutdown.stop` or the engine's end. After `stop` live
+    requests may go on for the drain timeout, or until `force`, while new ones get 503; then they end with 503.
+    `started` is on the monotonic clock. Raises ModelError.
+    """
     ready = await client.ready()
-    app, serving = build_app(config, client, ready, started)
-    server = HttpServer(with_middleware(app, client.metrics, config), lambda: say(serving), config)
-    await serve_http(server, listener, client, shutdown, config.drain_timeout)
+    app, said = build_app(config, client, ready, started)
+    server = HttpServer(with_middleware(app, client.metrics, config), lambda: say(said), config)
+    loop, stop, force, gone = asyncio.get_running_loop(), shutdown.stop, shutdown.force, client.gone
+    serving = asyncio.create_task(server.serve([listener]))
+    last_bytes = ANSWER_SECONDS
+    await wait_first(serving, stop.wait(), gone.wait())
+    if gone.is_set():
+        await wait_first(serving, stop.wait(), timeout=ANSWER_SECONDS)
+    elif stop.is_set():
+        deadline = loop.time() + config.drain_timeout
+        await wait_first(client.drain(), serving, force.wait(), gone.wait(), timeout=config.drain_timeout)
+        if client.num_live:
+            logger.warning("%d requests are cut short", client.num_live)
+            client.fail("the server is shutting down")
+        elif client.dead is None:
+            last_bytes = max(ANSWER_SECONDS, deadline - loop.time())
+    server.should_exit = True
+    await wait_first(serving, force.wait(), timeout=last_bytes)
+    server.force_exit = True
+    await serving
 
 
 async def serve_worker(setup: ipc.WorkerSetup, stdin: BinaryIO, stdout: BinaryIO) -> int:
