@@ -216,17 +216,13 @@ class Crowd:
             oldest.transport.close()
             self.idle[connection] = None
         else:
-            connection.app = refuse
+            error = OverloadedError("too many connections; try again later", CROWD_RETRY_SECONDS)
+            connection.app = error_response(error, connection="close")
             if count > self.bound + REFUSED_AT_ONCE:
                 connection.transport.abort()
         if (now := time.monotonic()) >= self._next_line:
             logger.warning("more than %d connections: idle ones are closed, or new ones refused", self.bound)
             self._next_line = now + CROWD_SECONDS
-
-
-async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
-    error = OverloadedError("too many connections; try again later", CROWD_RETRY_SECONDS)
-    await error_response(error, connection="close")(scope, receive, send)
 
 
 class BoundedProtocol(H11Protocol):
