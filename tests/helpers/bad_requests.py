@@ -23,7 +23,6 @@ STATUS = {
 }  # fmt: skip
 SAID = {"role": "user", "content": "x"}
 CONTINUED = {"continue_final_message": True}
-NAN, INFINITE = float("nan"), float("inf")
 
 
 class Bad(NamedTuple):
@@ -44,7 +43,7 @@ def text(prompt: Any = "x", **changes: Any) -> str:
     return json.dumps({"model": MODEL, "prompt": prompt, "max_tokens": 2, **changes})
 
 
-NUMBERS: tuple[Any, ...] = ("high", True, [1], {}, NAN, INFINITE, -INFINITE)
+NUMBERS: tuple[Any, ...] = ("high", True, [1], {})
 WRONG: dict[str, tuple[Any, ...]] = {
     "temperature": (*NUMBERS, -0.1, 101), "top_p": (*NUMBERS, 0, -1, 1.1), "min_p": (*NUMBERS, -0.1, 2),
     "top_k": ("7", True, 1.5, -2, 2**31, []),
@@ -56,7 +55,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (*NUMBERS, 2.1, -2.1), "frequency_penalty": (*NUMBERS, 2.1, -2.1),
     "repetition_penalty": (*NUMBERS, 0, -1, 101),
     "logit_bias": (
-        {"x": 1}, {"-1": 1}, {"1.5": 1}, {"": 1}, {"5": 101}, {"5": -101}, {"5": "1"}, {"5": True}, {"5": NAN},
+        {"x": 1}, {"-1": 1}, {"1.5": 1}, {"": 1}, {"5": 101}, {"5": -101}, {"5": "1"}, {"5": True},
         {"999999": 1}, {"9999999999": 1}, [5], "5", {str(i): 1 for i in range(1025)}, {"5": None},
     ),
     "n": (0, -1, True, "2", 1.5, 129, 9, []),
@@ -158,7 +157,8 @@ def generated() -> Iterator[Bad]:
             ("cut JSON", '{"messages": ['), ("no body", ""), ("a list", "[1]"), ("a string", '"x"'), ("null", "null"),
             ("a number", "5"), ("two objects", "{}{}"), ("not UTF-8", b'{"model": "\xff"}'), ("NUL", b"\x00"),
             ("too deep", '{"messages": ' + "[" * 100_000), ("lone surrogate", '{"prompt": "a\\ud800b"}'),
-            ("not JSON", "model=x"), ("a comment", '{"model": "x" /* y */}'),
+            ("not JSON", "model=x"), ("a comment", '{"model": "x" /* y */}'), ("NaN", '{"temperature": NaN}'),
+            ("too large a number", '{"temperature": 1e999}'),
         )  # fmt: skip
         for name, content in broken:
             yield Bad(f"{path} {name}", path, content, "invalid_json", None)
@@ -209,7 +209,6 @@ SINGLE: dict[str, tuple[str, str | bytes, str, str | None]] = {
     "text to generate too long": (GENERATE, json.dumps({"text": "a b " * 400}), TOO_LONG, "text"),
     "prompt and max_tokens too long": (TEXT, text(max_tokens=128), TOO_LONG, "max_tokens"),
     "max_tokens huge": (CHAT, chat(max_tokens=10**30), TOO_LONG, "max_tokens"),
-    "temperature overflows": (CHAT, '{"messages": [], "temperature": 1e999}', VALUE, "temperature"),
     "two limits": (CHAT, chat(max_completion_tokens=3), VALUE, "max_tokens"),
     "no tokens": (CHAT, chat(max_tokens=None, max_completion_tokens=0), VALUE, "max_completion_tokens"),
     "too many tokens": (CHAT, chat(max_tokens=None, max_completion_tokens=128), TOO_LONG, "max_completion_tokens"),

@@ -36,7 +36,7 @@ from minisgl.text.tokenizer import Tokenizer
 SMALL_BODY = 64 * 2**10  # bytes; such bodies have threads of their own
 BRIEF_BODY, BRIEF_QUOTES, BRIEF_ARRAYS = 4096, 64, 4  # of a body that is prepared in some ms, most in less than one
 BRIEF_REST = 10.0  # times as long as it took to prepare one the event loop prepares no other
-SMALL_THREADS, LARGE_THREADS = 4, 1  # json.loads holds the interpreter's lock: no two large bodies at a time
+SMALL_THREADS, LARGE_THREADS = 4, 1  # reading JSON holds the interpreter's lock: no two large bodies at a time
 GRAMMAR_THREADS = 4  # each waits for a process
 BODY_SECONDS, BODY_RATE = 30.0, 32 * 2**10  # a body may take so long, and a second for so many of its bytes
 BODY_RETRY_SECONDS = 5

@@ -1,6 +1,5 @@
 """Request bodies: what they are made of, what is refused by name, and how they become `SamplingParams`."""
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -74,9 +73,7 @@ def invalid_json(error: Exception) -> InvalidRequestError:
 
 def parse_object(body: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(body.decode())
-        if b"\\u" in body:
-            json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate has no encoding
+        value = msgspec.json.decode(body)
     except (ValueError, RecursionError) as error:
         raise invalid_json(error) from error
     if not isinstance(value, dict):

@@ -32,7 +32,7 @@ def requested_grammar(constraints: Mapping[str, Any]) -> tuple[Grammar | None, s
                 optional = compact and len(constraints) > 1
                 grammar = outputs_grammar(value) if value.constraints or not optional else None
             case _:
-                grammar = make_grammar(name.removeprefix("guided_"), value, name)
+                grammar = make_grammar(name.removeprefix("guided_"), value)
         if grammar is not None:
             found[name] = grammar
     fields = list(found)
@@ -48,24 +48,21 @@ def format_grammar(asked: ResponseFormat) -> Grammar | None:
     if schema is None:
         return None if asked.type == "text" else Grammar(kind="json_object")
     value = rewritten(schema.schema, lenient=True) if schema.strict is False else schema.schema
-    return make_grammar("json", value, f"{param}.json_schema.schema")
+    return make_grammar("json", value)
 
 
 def outputs_grammar(outputs: StructuredOutputs) -> Grammar:
     given = outputs.constraints
     require(len(given) == 1, "structured_outputs must hold exactly one constraint", "structured_outputs")
-    param = f"structured_outputs.{given[0]}"
+    param = "structured_outputs.json_object"
     require(outputs.json_object is not False, f"{param} must be true", param)
-    return make_grammar(given[0], getattr(outputs, given[0]), param)
+    return make_grammar(given[0], getattr(outputs, given[0]))
 
 
-def make_grammar(kind: str, value: Any, param: str) -> Grammar:
+def make_grammar(kind: str, value: Any) -> Grammar:
     if kind == "json_object":
         return Grammar(kind="json_object")
-    try:
-        source = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, allow_nan=False)
-    except ValueError as error:
-        raise InvalidRequestError(f"{param} must not hold NaN or infinite numbers", param=param) from error
+    source = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return Grammar(kind=GRAMMAR_KINDS[kind], source=source)
 
 
