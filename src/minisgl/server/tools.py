@@ -113,7 +113,7 @@ class ReasoningParser:
     """`<think>…</think>` at the beginning of a completion is reasoning; blanks around the tags are dropped."""
 
     def __init__(self, begun: bool) -> None:
-        self._begun = begun  # the prompt or the completion has opened the block
+        self._begun = begun  # the prompt has opened the block
         self._buffer = ""
         self._shown = False  # some reasoning was given
         self._state: Literal["start", "reasoning", "blanks", "content"] = "start"
@@ -126,14 +126,12 @@ class ReasoningParser:
         reasoning = ""
         if self._state == "start":
             text = self._buffer.lstrip()
-            if REASONING_START.startswith(text) and text != REASONING_START and not last:
+            if REASONING_START.startswith(text) and not last:
                 return "", ""
-            if text.startswith(REASONING_START):
-                self._buffer = text[len(REASONING_START) :]
-                self._begun = True
-            if not self._begun:
+            if not (self._begun or text.startswith(REASONING_START)):
                 self._state = "content"
                 return "", self._buffer
+            self._buffer = text.removeprefix(REASONING_START)
             self._state = "reasoning"
         if self._state == "reasoning":
             text = self._buffer if self._shown else self._buffer.lstrip()
