@@ -79,9 +79,9 @@ def test_the_queue_takes_what_its_limits_allow_and_no_more() -> None:
     queue.check(requests(3), 0)  # nothing waits: whatever the server can keep
     queue.change(1, 10)
     queue.check(requests(1), 1)
-    with pytest.raises(QueueFullError, match="1 requests are waiting"):
+    with pytest.raises(QueueFullError, match="1 requests with 10 prompt tokens are waiting"):
         queue.check(requests(2), 1)
-    with pytest.raises(QueueFullError, match="prompts of 10 tokens"):
+    with pytest.raises(QueueFullError, match="1 requests with 10 prompt tokens are waiting"):
         queue.check(requests(1, tokens=21), 1)
     queue.change(-1, -10, waited=3.0)
     assert (queue.requests, queue.tokens) == (0, 0)

@@ -47,11 +47,9 @@ class Queue:
         if live + count > self.max_live:
             raise errors.OverloadedError(f"{live} requests are live already; try again later", retry_after)
         # An empty queue takes whatever the server can keep: otherwise the request could never be served.
-        if self.requests and self.requests + count > self.max_requests:
-            raise errors.QueueFullError(f"{self.requests} requests are waiting already; try again later", retry_after)
-        if self.requests and self.tokens + tokens > self.max_tokens:
-            text = f"prompts of {self.tokens} tokens are waiting already; try again later"
-            raise errors.QueueFullError(text, retry_after)
+        if self.requests and (self.requests + count > self.max_requests or self.tokens + tokens > self.max_tokens):
+            waiting = f"{self.requests} requests with {self.tokens} prompt tokens are waiting already"
+            raise errors.QueueFullError(f"{waiting}; try again later", retry_after)
 
     def change(self, requests: int, tokens: int, waited: float | None = None) -> None:
         if waited is not None:
