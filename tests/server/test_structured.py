@@ -12,7 +12,7 @@ from minisgl.core.types import FinishReason, Grammar, Request, SamplingParams, T
 from minisgl.errors import InvalidRequestError, UnsupportedParameterError
 from minisgl.server.completion import ChoiceState
 from minisgl.server.protocol import ChatRequest, CompletionRequest
-from minisgl.server.structured import forced_call_grammar, requested_grammar
+from minisgl.server.structured import forced_call_grammar
 from minisgl.text.grammar import compile_grammar
 from minisgl.text.tokenizer import Tokenizer
 
@@ -63,7 +63,7 @@ GOOD: tuple[tuple[dict[str, Any], Grammar | None], ...] = (
 
 def requested(fields: dict[str, Any]) -> tuple[Grammar | None, str | None]:
     """The grammar that a request with these fields asks for, and the field."""
-    return requested_grammar(CompletionRequest.parse(json.dumps({"prompt": "x", **fields}).encode()).constraints)
+    return CompletionRequest.parse(json.dumps({"prompt": "x", **fields}).encode()).requested_grammar()
 
 
 @pytest.mark.parametrize(("fields", "grammar"), GOOD, ids=lambda value: str(value)[:60])

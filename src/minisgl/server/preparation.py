@@ -29,7 +29,7 @@ from minisgl.server.errors import BodyTooLargeError, ForbiddenError, MediaTypeEr
 from minisgl.server.generate import GenerateRequest, SglangSampling
 from minisgl.server.protocol import ChatRequest, CompletionRequest, TokenizeConversation, require
 from minisgl.server.responses import Detokenized, TokenizerInfo, Tokens
-from minisgl.server.structured import forced_call_grammar, requested_grammar, text_without_calls, with_optional_calls
+from minisgl.server.structured import forced_call_grammar, text_without_calls, with_optional_calls
 from minisgl.server.tools import ParserConfig, Reasoning, ToolFormat, detect_tool_format
 from minisgl.text.tokenizer import Tokenizer
 
@@ -94,7 +94,7 @@ class Preparation:
     def chat(self, body: bytes) -> PreparedRequest:
         chat = ChatRequest.parse(body)
         self.check_model(chat.model)
-        grammar, field = constraint_of(chat)
+        grammar, field = chat.requested_grammar()
         prompt = self.render(chat, chat.offered_tools)
         template = self.tokenizer.template_for(bool(chat.offered_tools))
         reasons = template is not None and REASONING_END in template.source and chat.separate_reasoning is not False
@@ -123,7 +123,7 @@ class Preparation:
         asked = CompletionRequest.parse(body)
         prompts = parse_prompts(asked.prompt, "prompt")
         self.check_model(asked.model)
-        grammar, field = constraint_of(asked)
+        grammar, field = asked.requested_grammar()
         with renamed("prompt"):
             params = self.tokenizer.with_bad_words(asked.params(grammar))
             requests = self.requests("cmpl", asked, prompts, [params] * len(prompts))
@@ -138,7 +138,7 @@ class Preparation:
         prompts = parse_prompts(asked.prompts, field)
         names = zip(SglangSampling.__struct_fields__, SglangSampling.__struct_encode_fields__, strict=True)
         with renamed(field, {name: f"sampling_params.{encoded}" for name, encoded in names}):
-            grammars = [constraint_of(asked.sampling(index))[0] for index in range(len(prompts))]
+            grammars = [asked.sampling(index).requested_grammar()[0] for index in range(len(prompts))]
             params = [asked.params(index, grammar) for index, grammar in enumerate(grammars)]
             requests = self.requests("gen", asked, prompts, params)
         kinds = dict.fromkeys(grammars)
@@ -494,11 +494,6 @@ def parse_prompts(value: Any, param: str) -> list[Prompt]:
 
 def is_list_of(kind: type, value: object) -> bool:
     return isinstance(value, list) and set(map(type, value)) <= {kind}
-
-
-def constraint_of(body: protocol.Sampling) -> tuple[Grammar | None, str | None]:
-    """As `requested_grammar`, which plain requests do not run."""
-    return requested_grammar(body.constraints) if body.constraints else (None, None)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
-"""Request bodies: what they are made of, what is refused by name, and how they become `SamplingParams`."""
+"""Request bodies: what they are made of, what is refused by name, how they become `SamplingParams` and grammars."""
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -9,6 +10,7 @@ from msgspec import Meta
 
 from minisgl.core.types import MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_LOGPROBS, Grammar, SamplingParams
 from minisgl.errors import InvalidRequestError, UnsupportedParameterError
+from minisgl.text.json_schema import rewritten
 
 COMPLETION_MAX_TOKENS = 16  # the default of max_tokens in /v1/completions
 MAX_CHOICES = 128
@@ -28,9 +30,11 @@ OPENAI_UNSUPPORTED: Unsupported = {
     "guided_whitespace_pattern": (), "stop_regex": (), "request_id": (), "rid": (), "cache_salt": (),
     "kv_transfer_params": (), "vllm_xargs": (),
 }  # fmt: skip
-# Fields that ask for structured output, of every endpoint.
-CONSTRAINTS = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice",
-               "guided_grammar", "json_schema", "regex", "ebnf")  # fmt: skip
+# Fields of every endpoint that ask for structured output, and what kind of grammar they hold.
+GRAMMAR_KINDS: Mapping[str, Literal["json_schema", "regex", "choice", "lark"]] = {
+    "guided_json": "json_schema", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "lark",
+    "json_schema": "json_schema", "regex": "regex", "ebnf": "lark",
+}  # fmt: skip
 
 # JSON schemas of prompts, which are checked here, not by msgspec.
 TEXT_SCHEMA: dict[str, Any] = {"type": "string", "minLength": 1}
@@ -141,6 +145,11 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         """Raise InvalidRequestError for fields that do not go together."""
 
 
+def make_grammar(field: str, value: Any) -> Grammar:
+    source = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return Grammar(kind=GRAMMAR_KINDS[field], source=source)
+
+
 class JsonSchemaFormat(Body):
     schema: JsonSchema
     name: Annotated[str, Meta(min_length=1, max_length=64)] = "answer"
@@ -153,6 +162,15 @@ class ResponseFormat(Body):
     json_schema: JsonSchemaFormat | None = None
 
     parts = {"json_schema": JsonSchemaFormat}
+
+    def to_grammar(self) -> Grammar | None:
+        param, asked = "response_format", self.json_schema
+        plain = self.type != "json_schema"
+        require(plain == (asked is None), f"{param} has a json_schema where its type says so", f"{param}.json_schema")
+        if asked is None:
+            return None if self.type == "text" else Grammar(kind="json_object")
+        schema = rewritten(asked.schema, lenient=True) if asked.strict is False else asked.schema
+        return make_grammar("json_schema", schema)
 
 
 class StructuredOutputs(Body):
@@ -174,6 +192,14 @@ class StructuredOutputs(Body):
     def constraints(self) -> list[str]:
         names = (name for name in self.__struct_fields__ if name != "disable_any_whitespace")
         return [name for name in names if getattr(self, name) is not None]
+
+    def to_grammar(self) -> Grammar:
+        require(len(self.constraints) == 1, "structured_outputs must hold exactly one constraint", "structured_outputs")
+        param, (name,) = "structured_outputs.json_object", self.constraints
+        require(self.json_object is not False, f"{param} must be true", param)
+        if name == "json_object":
+            return Grammar(kind="json_object")
+        return make_grammar(f"guided_{name}", getattr(self, name))
 
 
 class TextPart(Body, forbid_unknown_fields=False):
@@ -308,9 +334,24 @@ class Sampling(Body):
     def num_generated(self) -> int:
         return self.n or 1
 
-    @property
-    def constraints(self) -> dict[str, Any]:
-        return {name: value for name in CONSTRAINTS if (value := getattr(self, name, None)) is not None}
+    def requested_grammar(self) -> tuple[Grammar | None, str | None]:
+        """The grammar that is asked for, not checked, and the field that does; (None, None) for plain text."""
+        names = ("response_format", "structured_outputs", *GRAMMAR_KINDS)
+        given: dict[str, Any] = {name: value for name in names if (value := getattr(self, name, None)) is not None}
+        outputs = given.get("structured_outputs", StructuredOutputs())
+        compact = outputs.disable_any_whitespace is True
+        if compact and len(given) > 1 and not outputs.constraints:  # only an option of what another field asks for
+            del given["structured_outputs"]
+        found: dict[str, Grammar] = {}
+        for name, value in given.items():
+            nested = isinstance(value, (ResponseFormat, StructuredOutputs))
+            grammar = value.to_grammar() if nested else make_grammar(name, value)
+            if grammar is not None:
+                found[name] = grammar
+        fields = list(found)
+        if len(fields) > 1:
+            raise InvalidRequestError(f"{' and '.join(fields)} exclude each other", param=fields[1])
+        return (msgspec.structs.replace(found[fields[0]], compact=compact), fields[0]) if fields else (None, None)
 
     def sampling_params(self, **others: Any) -> SamplingParams:
         """The engine's parameters, not validated: `others`, and the given fields that the engine has too."""
