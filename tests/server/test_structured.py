@@ -12,7 +12,7 @@ from minisgl.core.types import FinishReason, Grammar, Request, SamplingParams, T
 from minisgl.errors import InvalidRequestError, UnsupportedParameterError
 from minisgl.server.completion import ChoiceState
 from minisgl.server.protocol import ChatRequest, CompletionRequest
-from minisgl.server.structured import forced_call_grammar
+from minisgl.server.tools import forced_call_grammar
 from minisgl.text.grammar import compile_grammar
 from minisgl.text.tokenizer import Tokenizer
 

@@ -14,7 +14,6 @@ from helpers.grammars import EOS, PADDED, allowed, choice, follow, matches, samp
 from helpers.tiny_tokenizers import write_tokenizer
 from minisgl.core.types import Calls, Grammar
 from minisgl.errors import InvalidRequestError
-from minisgl.server.structured import text_without_calls
 from minisgl.server.tools import GENERIC
 from minisgl.text.grammar import Vocabulary, compile_grammar
 from minisgl.text.grammar_check import GrammarChecker
@@ -95,7 +94,7 @@ def test_reasoning_and_calls_come_where_they_may(
 
 
 def test_a_text_without_calls_begins_none(vocabulary: Vocabulary) -> None:
-    grammar = replace(text_without_calls(GENERIC), calls=HERMES)
+    grammar = replace(GENERIC.text_without_calls(), calls=HERMES)
     good = ("", "Hello, <b>you</b>\n\n{", "a < b", HERMES_CALL, f"{HERMES_CALL}\n{HERMES_CALL}")
     bad = ("<tool_call>", f"Well: {HERMES_CALL}", f"{HERMES_CALL} so", '<tool_call>{"name": "g", "arguments": {}}')
     assert all(matches(vocabulary, grammar, said) for said in good)

@@ -29,8 +29,7 @@ from minisgl.server.errors import BodyTooLargeError, ForbiddenError, MediaTypeEr
 from minisgl.server.generate import GenerateRequest, SglangSampling
 from minisgl.server.protocol import ChatRequest, CompletionRequest, TokenizeConversation, require
 from minisgl.server.responses import Detokenized, TokenizerInfo, Tokens
-from minisgl.server.structured import forced_call_grammar, text_without_calls, with_optional_calls
-from minisgl.server.tools import ParserConfig, Reasoning, ToolFormat, detect_tool_format
+from minisgl.server.tools import ParserConfig, Reasoning, ToolFormat, detect_tool_format, forced_call_grammar
 from minisgl.text.tokenizer import Tokenizer
 
 SMALL_BODY = 64 * 2**10  # bytes; such bodies have threads of their own
@@ -104,7 +103,7 @@ class Preparation:
             grammar, field, tool_format = forced_call_grammar(chat), "tools", tool_format.forced()
         elif tool_format is not None and (grammar is not None or tool_format.generic):
             field = field or "tools"
-            grammar = with_optional_calls(grammar or text_without_calls(tool_format), chat, tool_format)
+            grammar = tool_format.with_optional_calls(grammar or tool_format.text_without_calls(), chat)
         if grammar is not None and reasoning is not None:
             grammar = msgspec.structs.replace(grammar, reasoning=reasoning)
         limit = "max_tokens" if chat.max_completion_tokens is None else "max_completion_tokens"

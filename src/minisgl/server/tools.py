@@ -1,15 +1,18 @@
-"""Parsing a completion's text as it comes: reasoning, content and tool calls."""
+"""How models write tool calls, grammars of them, and parsing a completion as it comes: reasoning, content and calls."""
 
 import dataclasses
+import json
 import re
 import uuid
-from collections.abc import Callable, Collection
-from typing import Literal
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Literal
 
 import msgspec
 
-from minisgl.core.types import REASONING_END, REASONING_START, FinishReason
+from minisgl.core.types import REASONING_END, REASONING_START, Calls, FinishReason, Grammar
+from minisgl.server.protocol import ChatRequest, Tool
 from minisgl.server.responses import ChatDelta, FunctionCall, ToolCall
+from minisgl.text.json_schema import rewritten
 from minisgl.text.tokenizer import partial_end
 
 # The usual beginning of a call: with it the arguments can be streamed, and keep the model's own spelling. It is looked
@@ -43,6 +46,22 @@ class ToolFormat:
         """The format of a completion that a grammar makes a list of calls, whatever the model's own."""
         return dataclasses.replace(MISTRAL, opening="", at_start=True, short_ids=self.short_ids, only_calls=True)
 
+    def text_without_calls(self) -> Grammar:
+        return Grammar(kind="lark", source=f"start: TEXT\nTEXT: /(?s:.*)/ & ~/(?s:.*{self.opening}.*)/")
+
+    def with_optional_calls(self, grammar: Grammar, chat: ChatRequest) -> Grammar:
+        several = chat.parallel_tool_calls is not False
+        if self.listed:
+            schema = call_list_schema(chat.offered_tools, not several)
+            calls = Calls(schema=schema, several=False, opening=self.opening)
+        elif self.at_start:
+            schema = json.dumps(call_schema(chat.offered_tools, "parameters"))
+            calls = Calls(schema=schema, several=several, separator=self.separator)
+        else:
+            schema = json.dumps(call_schema(chat.offered_tools, "arguments"))
+            calls = Calls(schema=schema, several=several, opening=self.opening, closing=self.closing)
+        return msgspec.structs.replace(grammar, calls=calls)
+
 
 # Qwen 2.5 and 3, Hermes: `<tool_call>{"name": …, "arguments": {…}}</tool_call>`, any number of times.
 HERMES = ToolFormat(opening="<tool_call>", closing="</tool_call>")
@@ -65,6 +84,34 @@ def detect_tool_format(template: str, takes_tools: bool) -> ToolFormat | None:
     if MISTRAL.opening in template:
         return MISTRAL
     return LLAMA if LLAMA.opening in template or '"parameters"' in template else None
+
+
+def forced_call_grammar(chat: ChatRequest) -> Grammar:
+    """A JSON list of calls of the tools that may be called: one, or several where the request allows it."""
+    name = chat.named_tool
+    tools = [tool for tool in chat.offered_tools if name is None or tool.function.name == name]
+    single = name is not None or chat.parallel_tool_calls is False
+    return Grammar(kind="json_schema", source=call_list_schema(tools, single))
+
+
+def call_list_schema(tools: Sequence[Tool], single: bool) -> str:
+    most = {"maxItems": 1} if single else {}
+    return json.dumps({"type": "array", "items": call_schema(tools, "arguments"), "minItems": 1, **most})
+
+
+def call_schema(tools: Sequence[Tool], arguments: str) -> dict[str, Any]:
+    """The JSON schema of a call; `arguments` is the model's name for what it calls the tool with."""
+    calls: list[dict[str, Any]] = []
+    for index, tool in enumerate(tools):
+        schema = {"additionalProperties": False} if tool.function.parameters is None else tool.function.parameters
+        # Its references begin at its own `$id`; with a `$schema`, older drafts would ignore that beside `$ref`.
+        schema = {**schema, "type": "object", "$id": f"urn:tool:{index}"}
+        schema.pop("$schema", None)
+        followed = rewritten(schema, lenient=True) if tool.function.strict is False else schema
+        properties = {"name": {"const": tool.function.name}, arguments: followed}
+        required = ["name", arguments]
+        calls.append({"type": "object", "properties": properties, "required": required, "additionalProperties": False})
+    return calls[0] if len(calls) == 1 else {"anyOf": calls}
 
 
 @dataclasses.dataclass(frozen=True)
