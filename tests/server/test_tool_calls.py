@@ -91,7 +91,8 @@ def test_calls_are_whole_and_the_rest_is_content(form: ToolFormat, text: str) ->
     assert {name for _, name in starts} <= NAMES
     assert [index for index, _ in starts] == list(range(len(starts)))
     assert len(starts) >= len(found)
-    if len(starts) == len(found):
+    broken = [text for kind, _, text in streamed if kind == "arguments" and tools.decode_json(text) is None]
+    if len(starts) == len(found) and not broken:
         assert streamed == read([text], form, stream=False)
 
 
