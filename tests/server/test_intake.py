@@ -92,6 +92,7 @@ HOSTILE: dict[str, tuple[str, bytes, int, str, str | None]] = {
     "too many ids to decode": ("/detokenize", b'{"tokens": [%s5]}' % (b"5," * 600_000), 400, "invalid_value", "tokens"),
     "cut and too many": (TEXT, b'{"prompt": [%s' % (b"5," * 600_000), 400, "invalid_json", None),
     "deep": (CHAT, b'{"messages": %s' % (b"[" * 1_000_000), 400, "invalid_json", None),
+    "too many, and no UTF-8": (TEXT, b'{"\xff": [%s5]}' % (b"5," * 600_000), 400, "invalid_json", None),
 }  # fmt: skip
 
 

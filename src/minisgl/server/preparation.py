@@ -363,7 +363,7 @@ def check_counts(body: bytes, most: int) -> None:
         return  # the rest is text
     try:
         fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-    except (msgspec.DecodeError, RecursionError) as error:
+    except protocol.JSON_ERRORS as error:
         raise protocol.invalid_json(error) from error
     largest = max(fields, key=lambda name: len(bytes(fields[name])))
     rule = f"a body may have {most}, and {MAX_NESTED} arrays, objects and keys"

@@ -36,6 +36,8 @@ GRAMMAR_KINDS: Mapping[str, Literal["json_schema", "regex", "choice", "lark"]] =
     "json_schema": "json_schema", "regex": "regex", "ebnf": "lark",
 }  # fmt: skip
 
+# Of a text that is no JSON, is no UTF-8, or is nested too deeply.
+JSON_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 # JSON schemas of prompts, which are checked here, not by msgspec.
 TEXT_SCHEMA: dict[str, Any] = {"type": "string", "minLength": 1}
 IDS_SCHEMA: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
@@ -78,7 +80,7 @@ def invalid_json(error: Exception) -> InvalidRequestError:
 def parse_object(body: bytes) -> dict[str, Any]:
     try:
         value = msgspec.json.decode(body)
-    except (ValueError, RecursionError) as error:
+    except JSON_ERRORS as error:
         raise invalid_json(error) from error
     if not isinstance(value, dict):
         raise InvalidRequestError("the body must be a JSON object", code="invalid_json")
