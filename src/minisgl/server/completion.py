@@ -364,10 +364,10 @@ class SglangCompletion(Generation):
     def _result(self, choice: ChoiceState) -> responses.SglangResult:
         lists: dict[str, Any] = {}
         number = choice.index // self.body.num_generated  # of the prompt
-        if (top := self.body.top_logprobs(number)) is not None:
-            start = self.body.prompt_logprobs_from(number)
+        if (top := choice.request.params.logprobs) is not None:
+            start = self.body.of_prompt("logprob_start_len", number)
             entries = zip(choice.request.prompt, choice.prompt_logprobs, strict=False)
-            scored = [] if start is None else [ScoredToken(*entry, 0) for entry in entries][start:]
+            scored = [ScoredToken(*entry, 0) for entry in entries][start:]
             lists = self._logprobs("output", choice.scored(), top) | self._logprobs("input", scored, top)
         index = choice.index if self.is_batch else UNSET
         text, ids, prompt = choice.stream.text, choice.token_ids, len(choice.request.prompt)

@@ -51,8 +51,7 @@ class GenerateRequest(Body):
     priority: protocol.Priority | None = None
 
     def check(self) -> None:
-        given = [name for name in ("text", "input_ids") if getattr(self, name) is not None]
-        require(len(given) == 1, "give either text or input_ids", "text")
+        require((self.text is None) != (self.input_ids is None), "give either text or input_ids", "text")
         for name in PER_PROMPT:
             value = getattr(self, name)
             fits = not isinstance(value, list) or (self.is_batch and len(value) == len(self.prompts))
@@ -97,17 +96,9 @@ class GenerateRequest(Body):
     def sampling(self, index: int) -> SglangSampling:
         return self.of_prompt("sampling_params", index) or SglangSampling()
 
-    def top_logprobs(self, index: int) -> int | None:
-        """How many most probable tokens are wanted beside each token; None for no log-probabilities at all."""
-        return (self.of_prompt("top_logprobs_num", index) or 0) if self.of_prompt("return_logprob", index) else None
-
-    def prompt_logprobs_from(self, index: int) -> int | None:
-        """The prompt position from which log-probabilities are wanted, None for none."""
-        start = self.of_prompt("logprob_start_len", index)
-        return None if start is None or start < 0 or self.top_logprobs(index) is None else start
-
     def params(self, index: int, grammar: Grammar | None) -> SamplingParams:
-        sampling, top = self.sampling(index), self.top_logprobs(index)
-        prompt = None if self.prompt_logprobs_from(index) is None else top
+        sampling, start = self.sampling(index), self.of_prompt("logprob_start_len", index)
+        top = (self.of_prompt("top_logprobs_num", index) or 0) if self.of_prompt("return_logprob", index) else None
+        prompt = None if start is None or start < 0 else top
         limit = GENERATE_MAX_TOKENS if sampling.max_tokens is None else max(sampling.max_tokens, 1)
         return sampling.sampling_params(max_tokens=limit, logprobs=top, prompt_logprobs=prompt, grammar=grammar)
