@@ -212,7 +212,7 @@ SINGLE: dict[str, tuple[str, str | bytes, str, str | None]] = {
     "two limits": (CHAT, chat(max_completion_tokens=3), VALUE, "max_tokens"),
     "no tokens": (CHAT, chat(max_tokens=None, max_completion_tokens=0), VALUE, "max_completion_tokens"),
     "too many tokens": (CHAT, chat(max_tokens=None, max_completion_tokens=128), TOO_LONG, "max_completion_tokens"),
-    "many unknown fields": (CHAT, json.dumps({f"x{i}": 1 for i in range(2000)}), VALUE, None),
+    "many unknown fields": (CHAT, json.dumps({f"x{i}": 1 for i in range(2000)}), UNKNOWN, "x0"),
     "many bad ids": (CHAT, chat(stop_token_ids=["x"] * 2000), VALUE, "stop_token_ids"),
     "stream_options alone": (CHAT, chat(stream_options={"include_usage": True}), VALUE, "stream_options"),
     "unknown stream option": (CHAT, chat(stream=True, stream_options={"colour": 1}), UNKNOWN, "stream_options.colour"),

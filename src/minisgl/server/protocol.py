@@ -14,7 +14,6 @@ from minisgl.text.json_schema import rewritten
 
 COMPLETION_MAX_TOKENS = 16  # the default of max_tokens in /v1/completions
 MAX_CHOICES = 128
-MAX_FIELDS = 1000
 MAX_EXACT = 2**53  # up to here every integer is a double of its own
 MAX_MESSAGES = 16384
 MAX_TOOLS = 128
@@ -117,7 +116,6 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     def parse(cls, body: bytes | dict[str, Any]) -> Self:
         """Validate a body, or the object in it, which is changed; raises InvalidRequestError naming the field."""
         value = parse_object(body) if isinstance(body, bytes) else body
-        require(len(value) <= MAX_FIELDS, f"the body has {len(value)} fields", None)
         cls.tidy(value)
         try:
             parsed = msgspec.convert(value, cls)
