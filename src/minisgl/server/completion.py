@@ -164,7 +164,7 @@ class Generation(abc.ABC):
             async for batch in submission.batches():
                 texts: dict[str, str] = {}
                 for event in batch.events:
-                    if not event.tokens and event.finish is None:
+                    if not event.tokens and event.finish is None:  # of an admission
                         continue
                     choice = choices[event.id]
                     texts[event.id] = texts.get(event.id, "") + choice.take(event)

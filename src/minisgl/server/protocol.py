@@ -63,15 +63,6 @@ def require(condition: object, message: str, param: str | None) -> None:
         raise InvalidRequestError(message, param=param)
 
 
-def drop_unsupported(value: dict[str, Any], unsupported: Unsupported, where: str = "") -> None:
-    """Remove these fields; raises UnsupportedParameterError for the first that asks for something."""
-    for name in [name for name in value if name in unsupported]:
-        asked = value.pop(name)
-        neutral = any(asked == ok and isinstance(asked, bool) == isinstance(ok, bool) for ok in unsupported[name])
-        if asked is not None and not neutral:
-            raise UnsupportedParameterError(f"{where}{name} is not supported", param=where + name)
-
-
 def invalid_json(error: Exception) -> InvalidRequestError:
     return InvalidRequestError(f"the body is not valid JSON in UTF-8: {error}", code="invalid_json")
 
@@ -126,12 +117,16 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     @classmethod
     def tidy(cls, value: dict[str, Any], where: str = "") -> None:
-        """Remove what asks for nothing, here and in the parts; raises UnsupportedParameterError as above. Make 3.0 an
-        integer, as JSON Schema does; not in lists, where numbers are token ids.
+        """Remove what asks for nothing, here and in the parts; raises UnsupportedParameterError for what is asked in
+        vain. Make 3.0 an integer, as JSON Schema does; not in lists, where numbers are token ids.
         """
-        drop_unsupported(value, cls.unsupported, where)
         for name, item in list(value.items()):
-            if item is None and name not in cls.__struct_encode_fields__:
+            if name in cls.unsupported:
+                neutral = (None, *cls.unsupported[name])
+                if not any(item == ok and isinstance(item, bool) == isinstance(ok, bool) for ok in neutral):
+                    raise UnsupportedParameterError(f"{where}{name} is not supported", param=where + name)
+                del value[name]
+            elif item is None and name not in cls.__struct_encode_fields__:
                 del value[name]
             elif isinstance(item, float) and item.is_integer() and abs(item) <= MAX_EXACT:
                 value[name] = int(item)
@@ -194,12 +189,12 @@ class StructuredOutputs(Body):
         return [name for name in names if getattr(self, name) is not None]
 
     def to_grammar(self) -> Grammar:
-        require(len(self.constraints) == 1, "structured_outputs must hold exactly one constraint", "structured_outputs")
-        param, (name,) = "structured_outputs.json_object", self.constraints
+        given, param = self.constraints, "structured_outputs.json_object"
+        require(len(given) == 1, "structured_outputs must hold exactly one constraint", "structured_outputs")
         require(self.json_object is not False, f"{param} must be true", param)
-        if name == "json_object":
+        if self.json_object:
             return Grammar(kind="json_object")
-        return make_grammar(f"guided_{name}", getattr(self, name))
+        return make_grammar(f"guided_{given[0]}", getattr(self, given[0]))
 
 
 class TextPart(Body, forbid_unknown_fields=False):
