@@ -5,7 +5,6 @@ import dataclasses
 import itertools
 import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
-from contextlib import aclosing
 from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
@@ -15,7 +14,7 @@ from msgspec import UNSET, UnsetType
 from minisgl.core.types import MAX_LOGPROBS, FinishReason, TokenEvent, TokenLogprobs
 from minisgl.errors import InvalidRequestError
 from minisgl.server import responses
-from minisgl.server.engine_client import EngineClient
+from minisgl.server.engine_client import EngineClient, RequestGroup
 from minisgl.server.generate import GenerateRequest
 from minisgl.server.preparation import PreparedRequest
 from minisgl.server.protocol import ChatRequest, CompletionRequest, OpenAIRequest, StreamOptions
@@ -129,7 +128,7 @@ class ChoiceState(RequestOutput):
 
 @dataclasses.dataclass
 class Generation(abc.ABC):
-    """What answers one HTTP request: a choice for each of its requests, which are in the engine while `pieces` runs."""
+    """What answers one HTTP request: a choice for each of its requests, whose events it takes in."""
 
     client: EngineClient
     tokenizer: Tokenizer
@@ -144,34 +143,33 @@ class Generation(abc.ABC):
         for request in self.prepared.requests:
             stream = self.tokenizer.stream(request.params, special, request.prompt)
             self.choices.append(ChoiceState(request, stream, index=len(self.choices), hidden=hidden))
+        self.by_id = {choice.request.id: choice for choice in self.choices}
 
     @abc.abstractmethod
     def result(self) -> Any:
-        """The whole completion, when `pieces` has ended."""
+        """The whole completion, when all has come."""
 
     @abc.abstractmethod
-    def chunks(self) -> EventChunks: ...
+    def chunks(self) -> EventChunks:
+        """A stream's events; the requests are in the engine until this is closed."""
 
     async def whole(self) -> Any:
-        async for _ in self.pieces():
-            pass
+        with self.client.submit(self.prepared.requests) as group:
+            async for batch in group.batches():
+                self.take(batch.events, group)
         return self.result()
 
-    async def pieces(self) -> AsyncGenerator[list[tuple[ChoiceState, str]], None]:
-        """Batches of the text that has come since the last, by choice; closing this ends the requests."""
-        choices = {choice.request.id: choice for choice in self.choices}
-        with self.client.submit(self.prepared.requests) as submission:
-            async for batch in submission.batches():
-                texts: dict[str, str] = {}
-                for event in batch.events:
-                    if not event.tokens and event.finish is None:  # of an admission
-                        continue
-                    choice = choices[event.id]
-                    texts[event.id] = texts.get(event.id, "") + choice.take(event)
-                    if choice.stream.stopped and event.finish is None:
-                        submission.abort([event.id])
-                if texts:
-                    yield [(choices[request_id], text) for request_id, text in texts.items()]
+    def take(self, events: Iterable[TokenEvent], group: RequestGroup) -> list[tuple[ChoiceState, str]]:
+        """The text that these add, by choice; those that have come to a stop string are ended in the engine."""
+        texts: dict[str, str] = {}
+        for event in events:
+            if not event.tokens and event.finish is None:  # an admission
+                continue
+            choice = self.by_id[event.id]
+            texts[event.id] = texts.get(event.id, "") + choice.take(event)
+            if choice.stream.stopped and event.finish is None:
+                group.abort([event.id])
+        return [(self.by_id[request_id], text) for request_id, text in texts.items()]
 
     def usage(self, generated: int | None = None) -> Usage:
         """Tokens so far, or so many generated ones; a prompt with several choices counts once."""
@@ -247,8 +245,9 @@ class OpenAICompletion(Generation):
     async def chunks(self) -> EventChunks:
         # All chunks are alike but for the choice and the usage: both are written between what is encoded once.
         head, _, tail = (b"data: %b\n\n" % msgspec.json.encode(self.frame)).rpartition(b"]")
-        async with aclosing(self.pieces()) as batches:
-            async for pieces in batches:
+        with self.client.submit(self.prepared.requests) as group:
+            async for batch in group.batches():
+                pieces = self.take(batch.events, group)
                 if self.continuous:
                     tail = b',"usage":' + msgspec.json.encode(self.usage()) + b"}\n\n"
                 events: list[bytes] = []
@@ -357,9 +356,10 @@ class SglangCompletion(Generation):
         return results if self.is_batch else results[0]
 
     async def chunks(self) -> EventChunks:
-        async with aclosing(self.pieces()) as batches:
-            async for pieces in batches:
-                yield b"".join([sse(self._result(choice)) for choice, _ in pieces])
+        with self.client.submit(self.prepared.requests) as group:
+            async for batch in group.batches():
+                if pieces := self.take(batch.events, group):
+                    yield b"".join([sse(self._result(choice)) for choice, _ in pieces])
 
     def _result(self, choice: ChoiceState) -> responses.SglangResult:
         lists: dict[str, Any] = {}
