@@ -132,7 +132,9 @@ class WorkerPool:
         """Wait until the worker at the other end of a link runs; then take in what it reports, in a thread. Raises
         EngineDeadError when it has ended.
         """
-        started = link.recv(len(messages.STARTED))
+        started = b""
+        with contextlib.suppress(OSError):  # of one whose host or process is gone, which its thread tells
+            started = link.recv(len(messages.STARTED))
         self._links.append(link)
         listener = threading.Thread(target=self._listen, args=(rank, link), daemon=True)
         self._listeners.append(listener)
