@@ -158,7 +158,7 @@ class CacheManager:
     def release(self, slot: int, tokens: Int32, computed: int) -> None:
         """End a row: whole pages below `computed` whose `tokens` are known go to the cache, its other pages are freed.
 
-        A launched step may still write to them: it is executed before the steps of whoever gets them.
+        A launched step may still write to them: it is executed before the steps of the rows that get them.
         """
         node = self._offer(slot, tokens, computed)
         own = self.page_table[slot, node.end : self.row_pages[slot]]

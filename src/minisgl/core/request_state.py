@@ -13,7 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minisgl.core.pages import CacheManager, Slots
-from minisgl.core.plan import NEUTRAL_PENALTIES, Int32, LogitsInit, LogitsRows, NewRows, Scores, StepPlan, StepResult
+from minisgl.core.plan import (
+    EMPTY,
+    NEUTRAL_PENALTIES,
+    Int32,
+    LogitsInit,
+    LogitsRows,
+    NewRows,
+    Scores,
+    StepPlan,
+    StepResult,
+)
 from minisgl.core.radix_cache import Node
 from minisgl.core.types import MAX_STOP_TOKEN_IDS, Grammar, Request, SamplingParams, TokenLogprobs
 from minisgl.errors import InvalidRequestError
@@ -281,8 +291,7 @@ class RequestTable:
             return None
         changed = np.flatnonzero(self.changed[sampled]).astype(np.int32)
         scored = np.flatnonzero(self.top[sampled] >= 0).astype(np.int32)
-        none = np.empty(0, np.int32)
-        rows, targets, prompt_slots = [none], [none], [none]  # of prompt tokens to be scored
+        rows, targets, prompt_slots = [EMPTY], [EMPTY], [EMPTY]  # of prompt tokens to be scored
         row = decodes  # where a chunk begins among the tokens of the step
         for slot, start, length in zip(slots.tolist(), starts.tolist(), lens.tolist(), strict=True):
             request = self.request(slot)
