@@ -142,6 +142,15 @@ def test_abort_at_any_moment_ends_with_one_event_and_frees_everything(overlap: b
     assert (engine.table.state == State.FREE).all()
 
 
+def test_nothing_is_kept_of_requests_that_end_before_any_step() -> None:
+    engine = simulated_engine()
+    for name in ("a", "b"):
+        engine.add(request(name, [1]))
+        engine.abort([name])
+        assert [event.finish for event in engine.step()] == [FinishReason.ABORT]
+    assert (engine.scheduler.ended, engine.has_work) == ([], False)
+
+
 def test_an_aborted_request_owns_nothing_while_a_step_with_it_runs() -> None:
     engine = simulated_engine(max_running_requests=1, cache="naive")
     engine.add(request("a", [1] * 20, max_tokens=9, ignore_eos=True))

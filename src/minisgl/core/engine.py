@@ -205,6 +205,8 @@ class Engine:
         if plan is None:
             if self._launched:
                 self._collect()
+            elif not self.observers:
+                self.scheduler.ended = []  # which only the record of a step would tell
             self.scheduler.fill_held()
             return
         if self.observers:
