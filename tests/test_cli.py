@@ -6,7 +6,6 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -292,18 +291,13 @@ def test_help_names_every_flag_default_and_switch(capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     "line", ["--help", "serve --help", "bench offline --help", "bench online --help", "bench simulate --help"]
 )
-def test_help_answers_quickly_and_without_heavy_imports(line: str) -> None:
+def test_help_needs_no_heavy_imports(line: str) -> None:
     code = (
         f"import sys\nfrom minisgl.cli import main\ntry:\n    main({line.split()})\nexcept SystemExit: pass\n"
         "bad = {'torch', 'transformers', 'starlette', 'numpy'} & set(sys.modules)\nsys.exit(str(bad) if bad else 0)"
     )
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        seconds.append(time.perf_counter() - started)
-        assert done.returncode == 0, done.stderr
-    assert min(seconds) < 0.5
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_module_and_console_command_are_the_same_program() -> None:
