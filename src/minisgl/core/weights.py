@@ -75,7 +75,7 @@ def load_weights(
     `kv_scales` those for keys and values are applied. Raises ModelError naming file and tensor.
     """
     checkpoint = Checkpoint(folder)
-    plan = [(p, (p.fused,) if p.fused and p.fused.name in checkpoint else p.sources) for p in parameters(spec)]
+    plan = [(p, (Source(p.fused, p.shape),) if p.fused in checkpoint else p.sources) for p in parameters(spec)]
     for source in (source for _, sources in plan for source in sources):
         checkpoint.check(source.name, source.shape)
     checkpoint.check_complete({source.name for _, sources in plan for source in sources})
@@ -161,7 +161,7 @@ class Parameter:
     field: str
     shape: tuple[int, ...]
     sources: tuple[Source, ...]
-    fused: Source | None = None  # a checkpoint tensor that may hold all of it instead
+    fused: str = ""  # the checkpoint tensor that may hold all of it instead
 
 
 def parameters(spec: ModelSpec) -> list[Parameter]:
@@ -216,12 +216,10 @@ def _expert_parameters(moe: Moe, layer: int, hidden: int) -> list[Parameter]:
         gate_up.append(Source(f"{prefix}experts.{i}.up_proj.weight", (width, hidden), width, i))
         down.append(Source(f"{prefix}experts.{i}.down_proj.weight", (hidden, width), 0, i))
     gate_up_shape, down_shape = (experts, 2 * width, hidden), (experts, hidden, width)
-    fused_gate_up = Source(f"{prefix}experts.gate_up_proj", gate_up_shape)
-    fused_down = Source(f"{prefix}experts.down_proj", down_shape)
     return [
         _stacked(layer, "router", {f"{prefix}gate.weight": experts}, hidden),
-        Parameter(layer, "expert_gate_up", gate_up_shape, tuple(gate_up), fused_gate_up),
-        Parameter(layer, "expert_down", down_shape, tuple(down), fused_down),
+        Parameter(layer, "expert_gate_up", gate_up_shape, tuple(gate_up), f"{prefix}experts.gate_up_proj"),
+        Parameter(layer, "expert_down", down_shape, tuple(down), f"{prefix}experts.down_proj"),
     ]
 
 
