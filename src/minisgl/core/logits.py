@@ -102,7 +102,15 @@ class LogitsProcessors:
             changed, slots = inputs["changed"][rows], inputs["slots"][rows]
             logits = self.decoder.ops.gather_logits(output.logits.index_select(0, changed))
             logits = logits.to(torch.float32, copy=True)
-            self._change(wanted, logits, inputs, rows)
+            # In the order that SamplingParams gives:
+            if wanted.penalised:
+                assert self.seen is not None
+                penalise(logits, self.seen.index_select(0, slots), *inputs["penalties"][:3, rows])
+            if width := wanted.bias_width:
+                assert self.biases is not None
+                logits.scatter_add_(1, *(part[:, :width].index_select(0, slots) for part in self.biases))
+            if masks is not None:
+                forbid(logits, inputs["masks"].index_select(0, inputs["mask_of"][rows]))
             positions = self.tables.length.index_select(0, slots)
             tokens = self.decoder.ops.sample_gathered(logits, self.tables.sampling, slots, positions)
             output.tokens.index_copy_(0, changed, tokens)
@@ -110,19 +118,6 @@ class LogitsProcessors:
             if self.seen is not None and wanted.penalised:  # count the tokens
                 places = slots * self.decoder.spec.vocab_size + tokens
                 self.seen.view(-1).index_add_(0, places, torch.full_like(tokens, 2))
-
-    def _change(self, wanted: LogitsRows, logits: Tensor, inputs: dict[str, Tensor], rows: slice) -> None:
-        """Change the float32 logits that these rows sample from, in the order that SamplingParams gives."""
-        slots = inputs["slots"][rows]
-        if wanted.penalised:
-            assert self.seen is not None
-            penalise(logits, self.seen.index_select(0, slots), *inputs["penalties"][:3, rows])
-        if width := wanted.bias_width:
-            assert self.biases is not None
-            ids, values = (part[:, :width].index_select(0, slots) for part in self.biases)
-            logits.scatter_add_(1, ids, values)
-        if "masks" in inputs:
-            forbid(logits, inputs["masks"].index_select(0, inputs["mask_of"][rows]))
 
 
 def penalise(logits: Tensor, seen: Tensor, repetition: Tensor, frequency: Tensor, presence: Tensor) -> Tensor:

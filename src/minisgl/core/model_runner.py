@@ -42,7 +42,10 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepOutput:
         """Run a step; where rows wait for masks, the logits processors are left for `finish`."""
-        output = self._forward_and_sample(plan)
+        if plan.init is not None and plan.init.logits is not None:
+            self.logits_processors.admit(plan.init.logits)
+        graphs = next((graphs for graphs in self.graphs if graphs.takes(plan)), None)
+        output = self._forward_and_sample(plan) if graphs is None else graphs.run(plan)
         if plan.logits is not None and len(plan.logits.constrained) == 0:
             self.logits_processors.run(plan, output, None)
         return output
@@ -54,11 +57,6 @@ class ModelRunner:
         return output
 
     def _forward_and_sample(self, plan: StepPlan) -> StepOutput:
-        if plan.init is not None and plan.init.logits is not None:
-            self.logits_processors.admit(plan.init.logits)
-        for graphs in self.graphs:
-            if graphs.takes(plan):
-                return graphs.run(plan)
         # 1) Bring the tables up to date: rows that start, and new pages.
         if plan.init is not None:
             self._admit(plan.init)
