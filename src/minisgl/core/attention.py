@@ -90,7 +90,7 @@ class TorchAttention:
     """The backend `torch`, every kernel's reference: gathers pages for `scaled_dot_product_attention`."""
 
     def plan(self, rows: SequenceBatch, kv: KVCache, decode: bool) -> PlannedAttention:
-        return _Decode(rows, kv) if decode else _Prefill(rows, kv)
+        return _TorchStep(rows, kv, decode)
 
 
 @dataclass(frozen=True)
@@ -104,54 +104,21 @@ class _Block:
 
 
 class _TorchStep(PlannedAttention):
-    def __init__(self, rows: SequenceBatch, kv: KVCache) -> None:
+    def __init__(self, rows: SequenceBatch, kv: KVCache, decode: bool) -> None:
         self.rows, self.kv = rows, kv
+        self.split, self.attend = (split_rows, attend_rows) if decode else (split_chunks, attend_chunk)
         self.blocks: dict[int, list[_Block]] = {}  # by window
 
     def run(self, q: Tensor, layer: int, window: int) -> Tensor:
         if window not in self.blocks:
-            self.blocks[window] = self.split(window)
+            self.blocks[window] = self.split(self.rows, self.kv, window)
         blocks = self.blocks[window]
         if len(blocks) == 1:
-            return self.attend(q, layer, blocks[0])
+            return self.attend(q, self.kv, layer, blocks[0])
         out = torch.empty_like(q)
         for block in blocks:
-            out[block.queries] = self.attend(q[block.queries], layer, block)
+            out[block.queries] = self.attend(q[block.queries], self.kv, layer, block)
         return out
-
-    @abstractmethod
-    def split(self, window: int) -> list[_Block]: ...
-
-    @abstractmethod
-    def attend(self, q: Tensor, layer: int, block: _Block) -> Tensor:
-        """Attention of a block's queries (n, H, hd) -> (n, H, hd)."""
-
-
-class _Decode(_TorchStep):
-    def attend(self, q: Tensor, layer: int, block: _Block) -> Tensor:
-        k, v = gather(self.kv, layer, block.pages, len(q), q.dtype)
-        # The queries that share a KV head take the place of a query's length, so that k and v are never repeated.
-        grouped = q.view(len(q), k.shape[1], -1, q.shape[2])
-        return F.scaled_dot_product_attention(grouped, k, v, block.mask).reshape(q.shape)
-
-    def split(self, window: int) -> list[_Block]:
-        device, page_size, table = self.kv.k.device, self.kv.page_size, self.rows.page_table
-        lens = self.rows.kv_lens
-        first_token = np.maximum(lens - window, 0) if window else np.zeros_like(lens)
-        first_page = first_token // page_size
-        num_pages = -(-lens // page_size) - first_page
-        page_bytes = self.kv.k[0, 0].numel() * self.kv.k.element_size()
-        blocks = []
-        for order in split_by_length(num_pages, max(1, BLOCK_BYTES[device.type] // page_bytes)):
-            first, count = first_page[order, None], int(num_pages[order].max())
-            columns = np.minimum(first + np.arange(count), table.shape[1] - 1)
-            flat = order[:, None] * table.shape[1] + columns  # (g, n)
-            pages = table.reshape(-1).index_select(0, torch.from_numpy(flat.reshape(-1)).to(device))
-            tokens = first * page_size + np.arange(count * page_size)  # (g, n * page_size)
-            seen = (tokens >= first_token[order, None]) & (tokens < lens[order, None])
-            mask = torch.from_numpy(seen[:, None, None]).to(device)
-            blocks.append(_Block(torch.from_numpy(order).to(device), pages, count * page_size, mask))
-        return blocks
 
 
 def gather(kv: KVCache, layer: int, pages: Tensor, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -163,6 +130,33 @@ def gather(kv: KVCache, layer: int, pages: Tensor, rows: int, dtype: torch.dtype
         k, v = (x.view(torch.uint8).index_select(0, pages).view(x.dtype).to(dtype) for x in (k, v))
     shape = rows, -1, *k.shape[2:]
     return k.view(shape).transpose(1, 2), v.view(shape).transpose(1, 2)
+
+
+def attend_rows(q: Tensor, kv: KVCache, layer: int, block: _Block) -> Tensor:
+    """Attention of decode rows' queries (g, H, hd) -> (g, H, hd)."""
+    k, v = gather(kv, layer, block.pages, len(q), q.dtype)
+    # The queries that share a KV head take the place of a query's length, so that k and v are never repeated.
+    grouped = q.view(len(q), k.shape[1], -1, q.shape[2])
+    return F.scaled_dot_product_attention(grouped, k, v, block.mask).reshape(q.shape)
+
+
+def split_rows(rows: SequenceBatch, kv: KVCache, window: int) -> list[_Block]:
+    lens, table, device, page_size = rows.kv_lens, rows.page_table, kv.k.device, kv.page_size
+    first_token = np.maximum(lens - window, 0) if window else np.zeros_like(lens)
+    first_page = first_token // page_size
+    num_pages = -(-lens // page_size) - first_page
+    page_bytes = kv.k[0, 0].numel() * kv.k.element_size()
+    blocks = []
+    for order in split_by_length(num_pages, max(1, BLOCK_BYTES[device.type] // page_bytes)):
+        first, count = first_page[order, None], int(num_pages[order].max())
+        columns = np.minimum(first + np.arange(count), table.shape[1] - 1)
+        flat = order[:, None] * table.shape[1] + columns  # (g, n)
+        pages = table.reshape(-1).index_select(0, torch.from_numpy(flat.reshape(-1)).to(device))
+        tokens = first * page_size + np.arange(count * page_size)  # (g, n * page_size)
+        seen = (tokens >= first_token[order, None]) & (tokens < lens[order, None])
+        mask = torch.from_numpy(seen[:, None, None]).to(device)
+        blocks.append(_Block(torch.from_numpy(order).to(device), pages, count * page_size, mask))
+    return blocks
 
 
 def split_by_length(lens: Int32, limit: int) -> list[NDArray[np.int64]]:
@@ -177,29 +171,27 @@ def split_by_length(lens: Int32, limit: int) -> list[NDArray[np.int64]]:
     return groups
 
 
-class _Prefill(_TorchStep):
-    def attend(self, q: Tensor, layer: int, block: _Block) -> Tensor:
-        k, v = (x[:, :, : block.tokens] for x in gather(self.kv, layer, block.pages, 1, q.dtype))
-        queries, mask = q.transpose(0, 1).unsqueeze(0), block.mask
-        heads = F.scaled_dot_product_attention(queries, k, v, mask, is_causal=mask is None, enable_gqa=True)
-        return heads[0].transpose(0, 1)
+def attend_chunk(q: Tensor, kv: KVCache, layer: int, block: _Block) -> Tensor:
+    """Attention of queries of one row's chunk (n, H, hd) -> (n, H, hd)."""
+    k, v = (x[:, :, : block.tokens] for x in gather(kv, layer, block.pages, 1, q.dtype))
+    queries, mask = q.transpose(0, 1).unsqueeze(0), block.mask
+    heads = F.scaled_dot_product_attention(queries, k, v, mask, is_causal=mask is None, enable_gqa=True)
+    return heads[0].transpose(0, 1)
 
-    def split(self, window: int) -> list[_Block]:
-        rows, page_size, first = self.rows, self.kv.page_size, 0
-        blocks = []
-        lens = zip(rows.query_lens.tolist(), rows.kv_lens.tolist(), strict=True)
-        for row, (length, kv_len) in enumerate(lens):
-            for start in range(kv_len - length, kv_len, QUERY_BLOCK):
-                end = min(start + QUERY_BLOCK, kv_len)
-                page = max(0, start - window + 1) // page_size if window else 0
-                pages, low = rows.page_table[row, page : -(-end // page_size)], page * page_size
-                mask = None if start == 0 and not 0 < window < end else self._mask(start, end, low, window)
-                blocks.append(_Block(slice(first, first + end - start), pages, end - low, mask))
-                first += end - start
-        return blocks
 
-    def _mask(self, start: int, end: int, low: int, window: int) -> Tensor:
-        query = torch.arange(start, end, device=self.kv.k.device)[:, None]
-        token = torch.arange(low, end, device=self.kv.k.device)
-        seen = token <= query
-        return seen & (token > query - window) if window else seen
+def split_chunks(rows: SequenceBatch, kv: KVCache, window: int) -> list[_Block]:
+    first, blocks = 0, []
+    for row, (length, kv_len) in enumerate(zip(rows.query_lens.tolist(), rows.kv_lens.tolist(), strict=True)):
+        for start in range(kv_len - length, kv_len, QUERY_BLOCK):
+            end = min(start + QUERY_BLOCK, kv_len)
+            page = max(0, start - window + 1) // kv.page_size if window else 0
+            pages, low, mask = rows.page_table[row, page : -(-end // kv.page_size)], page * kv.page_size, None
+            if start > 0 or 0 < window < end:
+                query = torch.arange(start, end, device=kv.k.device)[:, None]
+                token = torch.arange(low, end, device=kv.k.device)
+                mask = token <= query
+                if window:
+                    mask &= token > query - window
+            blocks.append(_Block(slice(first, first + end - start), pages, end - low, mask))
+            first += end - start
+    return blocks
