@@ -14,12 +14,12 @@ from minisgl.config import BUNDLED_MODEL, Config, Launcher, Machine, Resolved, l
 from minisgl.core.engine import Engine, Observer
 from minisgl.core.executor import LocalExecutor
 from minisgl.core.model_config import ModelSpec, read_spec
-from minisgl.core.plugins import WorkThread, load_eviction, load_policy
 from minisgl.core.types import ModelInfo
 from minisgl.distributed.executor import GroupExecutor, build_group_executor
 from minisgl.errors import ConfigError
 from minisgl.formats.hub import locate_model, progress_bar
 from minisgl.gpu.executor import build_local_executor
+from minisgl.plugins import WorkThread, load_policies
 from minisgl.text.grammar_check import GrammarCompiler
 from minisgl.trace import TraceWriter, TrafficRecorder
 
@@ -46,8 +46,7 @@ def build_engine(config: Config, progress: bool = False, on_failure: Callable[[]
 
         sys.exit(serve_rank(launched))
     machine = probe_machine(launched)
-    load_policy(config.schedule_policy)  # what is wrong with a policy is said before the model loads
-    load_eviction(config.eviction)
+    policies = load_policies(config)  # what is wrong with one is said before the model loads
     observers: list[Observer] = []
     if config.trace_steps is not None:
         observers.append(TraceWriter(config.trace_steps))
@@ -74,7 +73,7 @@ def build_engine(config: Config, progress: bool = False, on_failure: Callable[[]
         eos_token_ids=spec.eos_token_ids,
     )
     grammars = GrammarCompiler(folder, model.vocab_size, model.eos_token_ids)
-    engine = Engine(executor, model, resolved.config, grammars.constraint)
+    engine = Engine(executor, model, resolved.config, grammars.constraint, policies=policies)
     engine.observers += observers
     return Built(engine, folder, describe(resolved, spec, executor, model.max_seq_len))
 

@@ -36,6 +36,7 @@ from minisgl.formats.hub import progress_bar
 from minisgl.gpu.attention.select import available_backends, capability, choose
 from minisgl.gpu.executor import attention_shape, build_local_executor, make_executor
 from minisgl.gpu.memory import available_memory
+from minisgl.plugins import load_policies
 from minisgl.server.engine_process import SHORT_SLEEP
 from minisgl_bench.profile import Recorder
 from minisgl_bench.report import Report, draw_ablation, engine_path, gpu_name, on_gpu, slug, table
@@ -219,7 +220,8 @@ class AblationRunner:
         """A run in a new engine, of `least` seconds or one workload."""
         recorder, room = Recorder(prepared.executor), prepared.executor.num_pages * config.page_size
         model = msgspec.structs.replace(self.model, max_seq_len=min(self.model.max_seq_len, room))
-        engine, scenario, vocab = Engine(recorder, model, config), self.scenarios[variant.scenario], model.vocab_size
+        engine = Engine(recorder, model, config, policies=load_policies(config))
+        scenario, vocab = self.scenarios[variant.scenario], model.vocab_size
         first_tokens: list[float] = []
         gc.collect()
         gc.freeze()  # until `close`: a collection of all that there is takes longer than what some settings change

@@ -20,6 +20,7 @@ from minisgl.core.model_config import ModelSpec
 from minisgl.core.types import ModelInfo, Request, SamplingParams, TokenEvent
 from minisgl.distributed.shard import check_shards
 from minisgl.errors import ConfigError
+from minisgl.plugins import load_policies
 from minisgl.prefix_routing import PrefixRouter
 from minisgl_bench import traffic
 from minisgl_bench.cost_model import CostModel, GpuConstants, pages_that_fit
@@ -62,7 +63,8 @@ class Replica:
         assert rows is not None
         device = SimulatedExecutor(pages, page, rows, self.model.max_seq_len, vocab) if self.exact else None
         self.executor = TimedExecutor(pages, vocab, self.cost, device)
-        self.engine = Engine(self.executor, self.model, self.config, clock=lambda: self.executor.now)
+        policies = load_policies(self.config)
+        self.engine = Engine(self.executor, self.model, self.config, clock=lambda: self.executor.now, policies=policies)
         self._received: deque[tuple[float, float, Request]] = deque()  # when, and when the engine gets it
         self._server_free_at = 0.0
 

@@ -13,14 +13,14 @@ import pytest
 
 from helpers.retract import check_promises
 from helpers.simulation import advance, check_answers, record_plans, request, run, simulated_engine
-from minisgl.core import plugins
+from minisgl import plugins
 from minisgl.core.engine import Engine
-from minisgl.core.plugins import load_eviction, load_policy
 from minisgl.core.policy import POLICIES, LongestPrefixMatch, Policy, View
-from minisgl.core.radix_cache import EVICTIONS, GuardedEviction, SegmentedLRU
+from minisgl.core.radix_cache import EVICTIONS, SegmentedLRU
 from minisgl.core.request_state import RequestState, State
 from minisgl.core.types import Request
 from minisgl.errors import ConfigError
+from minisgl.plugins import GuardedEviction, load_eviction, load_policy
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 EXAMPLE_POLICIES = [f"{EXAMPLES / name}" for name in ("srpt.py:Shortest", "fair.py:Fair", "deadline.py:Deadline")]

@@ -7,7 +7,8 @@ import pytest
 
 from helpers.invariants import check_tree
 from minisgl.core.plan import Int32
-from minisgl.core.radix_cache import EvictionPolicy, GuardedEviction, Node, RadixCache, SegmentedLRU
+from minisgl.core.radix_cache import EvictionPolicy, Node, RadixCache, SegmentedLRU
+from minisgl.plugins import GuardedEviction
 
 
 def ids(*values: int) -> Int32:

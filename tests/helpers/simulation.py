@@ -10,6 +10,7 @@ from minisgl.config import Config
 from minisgl.core.engine import Engine
 from minisgl.core.plan import StepPlan
 from minisgl.core.types import ModelInfo, Request, SamplingParams, TokenEvent
+from minisgl.plugins import load_policies
 from minisgl_bench.simulated_executor import SimulatedExecutor, StepSeconds, TimedExecutor
 
 VOCAB = 50
@@ -27,8 +28,8 @@ def simulated_engine(*, num_pages: int = 64, max_seq_len: int = 128, page_size: 
     assert config.max_running_requests is not None
     rows = config.max_running_requests
     length = min(max_seq_len, num_pages * page_size)
-    executor = SimulatedExecutor(num_pages, page_size, rows, length, VOCAB)
-    return Engine(executor, model_info(length), config, lambda grammar: Cycle(grammar, VOCAB, EOS))
+    executor, policies = SimulatedExecutor(num_pages, page_size, rows, length, VOCAB), load_policies(config)
+    return Engine(executor, model_info(length), config, lambda grammar: Cycle(grammar, VOCAB, EOS), policies=policies)
 
 
 def instant_engine(num_pages: int, max_seq_len: int, config: Config) -> Engine:

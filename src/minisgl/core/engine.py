@@ -13,7 +13,8 @@ import msgspec
 from minisgl.config import Config
 from minisgl.core.pages import CacheManager
 from minisgl.core.plan import Executor, StepPlan
-from minisgl.core.plugins import load_eviction, load_policy
+from minisgl.core.policy import POLICIES, Policy
+from minisgl.core.radix_cache import EVICTIONS, EvictionPolicy
 from minisgl.core.request_state import Constraint, ConstraintFactory, RequestState, RequestTable, make_constraint
 from minisgl.core.scheduler import STEP_SECONDS, Scheduler
 from minisgl.core.types import ChunkRecord, EngineStats, ModelInfo, Request, StepRecord, TokenEvent
@@ -117,12 +118,12 @@ class Engine:
     and the masks computed while the device runs the newer step's forward pass; then the step is finished with them.
     Masks that would hold the step up are computed beside later steps; their rows sit out until then.
     `constraints` makes a constraint of a grammar; without it grammars are refused. `clock` tells the seconds by which
-    policies decide; a simulation gives its own.
+    policies decide; a simulation gives its own. Without `policies` they are those of the package that `config` names.
     """
 
     def __init__(
         self, executor: Executor, model: ModelInfo, config: Config, constraints: ConstraintFactory | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.monotonic, policies: tuple[Policy, EvictionPolicy] | None = None,
     ) -> None:  # fmt: skip
         assert config.max_running_requests is not None
         assert config.max_prefill_length is not None
@@ -134,10 +135,10 @@ class Engine:
         just_in_time = config.overlap and config.launch_ahead == "just-in-time"
         self._timer = LaunchTimer() if just_in_time else None
         self.clock = clock
-        shared, eviction = config.cache == "radix", load_eviction(config.eviction)
+        policy, eviction = policies or (POLICIES[config.schedule_policy](), EVICTIONS[config.eviction]())
+        shared = config.cache == "radix"
         self.cache = CacheManager(executor.num_pages, config.page_size, shared, rows, max_pages, eviction)
         self.table = RequestTable(rows, model.max_seq_len)
-        policy = load_policy(config.schedule_policy)
         self.scheduler = Scheduler(self.table, self.cache, policy, config.max_prefill_length, model.vocab_size)
         self._launched: deque[tuple[StepPlan, StepRecord | None]] = deque()
         self.observers: list[Observer] = []

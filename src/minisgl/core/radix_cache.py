@@ -1,7 +1,6 @@
 """The prefix cache: a tree over token ids, in whole pages (RadixAttention: Zheng et al., "SGLang", 2024)."""
 
 import heapq
-import logging
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Protocol
@@ -9,8 +8,6 @@ from typing import Protocol
 import numpy as np
 
 from minisgl.core.plan import EMPTY, Int32
-
-logger = logging.getLogger(__name__)
 
 
 class Node:
@@ -62,25 +59,6 @@ class SegmentedLRU(EvictionPolicy):
 
     def key(self, node: Node) -> float:
         return node.used_at + (self.protect if node.uses > 1 else 0.0)
-
-
-class GuardedEviction(EvictionPolicy):
-    """A policy from outside; when it fails, LRU takes its place, or with `strict` the failure is raised."""
-
-    def __init__(self, policy: EvictionPolicy, strict: bool = False) -> None:
-        self.policy, self.strict = policy, strict
-
-    def key(self, node: Node) -> float:
-        try:
-            if (key := float(self.policy.key(node))) == key:
-                return key
-            raise ValueError("the key is not a number")
-        except (Exception, SystemExit):
-            if self.strict:
-                raise
-            logger.exception("the eviction policy %s failed; lru takes its place", type(self.policy).__name__)
-            self.policy = EvictionPolicy()
-            return node.last_used
 
 
 # The values of `--eviction`.

@@ -6,6 +6,7 @@ A specification is `lpm`, `lpm:patience=5` or `examples/srpt.py:Shortest:aging=5
 import ctypes
 import itertools
 import json
+import logging
 import sys
 import threading
 import traceback
@@ -20,10 +21,11 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from minisgl.config import Config
 from minisgl.core.pages import CacheManager
 from minisgl.core.plan import StepResult
 from minisgl.core.policy import POLICIES, Policy
-from minisgl.core.radix_cache import EVICTIONS, EvictionPolicy, GuardedEviction
+from minisgl.core.radix_cache import EVICTIONS, EvictionPolicy, Node
 from minisgl.core.request_state import RequestState, RequestTable
 from minisgl.core.scheduler import Scheduler
 from minisgl.core.types import Request, SamplingParams
@@ -32,6 +34,31 @@ from minisgl.errors import ConfigError
 T = TypeVar("T")
 TRIAL_SECONDS = 10.0
 TRIAL_STEPS = 2000
+
+logger = logging.getLogger(__name__)
+
+
+class GuardedEviction(EvictionPolicy):
+    """A policy from outside; when it fails, LRU takes its place, or with `strict` the failure is raised."""
+
+    def __init__(self, policy: EvictionPolicy, strict: bool = False) -> None:
+        self.policy, self.strict = policy, strict
+
+    def key(self, node: Node) -> float:
+        try:
+            if (key := float(self.policy.key(node))) == key:
+                return key
+            raise ValueError("the key is not a number")
+        except (Exception, SystemExit):
+            if self.strict:
+                raise
+            logger.exception("the eviction policy %s failed; lru takes its place", type(self.policy).__name__)
+            self.policy = EvictionPolicy()
+            return node.last_used
+
+
+def load_policies(config: Config) -> tuple[Policy, EvictionPolicy]:
+    return load_policy(config.schedule_policy), load_eviction(config.eviction)
 
 
 def load_policy(spec: str) -> Policy:
