@@ -6,14 +6,14 @@ from collections.abc import Callable
 from functools import partial
 from operator import call
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from minisgl.config import BUNDLED_MODEL, Config, Launcher, Machine, Resolved, launcher, resolve
 from minisgl.core.engine import Engine, Observer
 from minisgl.core.executor import LocalExecutor
-from minisgl.core.model_config import ModelSpec, read_spec
+from minisgl.core.model_config import ModelSpec, optional_fields, read_spec
 from minisgl.core.types import ModelInfo
 from minisgl.distributed.executor import GroupExecutor, build_group_executor
 from minisgl.errors import ConfigError
@@ -57,6 +57,7 @@ def build_engine(config: Config, progress: bool = False, on_failure: Callable[[]
     weights = not config.dummy_weight
     folder = run(partial(locate_model, config.model, config.model_source, early.dtype, weights, progress))
     spec = read_spec(folder)
+    eos = read_eos_token_ids(folder, spec.vocab_size)
     resolved = resolve(config, machine, spec.checkpoint_dtype)
     wanted = max_seq_len(resolved.config, spec)
     executor: Executor
@@ -70,12 +71,47 @@ def build_engine(config: Config, progress: bool = False, on_failure: Callable[[]
         name="SmolLM2-135M-Instruct" if bundled else config.model or "",
         vocab_size=spec.vocab_size,
         max_seq_len=min(wanted, executor.num_pages * config.page_size),
-        eos_token_ids=spec.eos_token_ids,
+        eos_token_ids=eos,
     )
     grammars = GrammarCompiler(folder, model.vocab_size, model.eos_token_ids)
     engine = Engine(executor, model, resolved.config, grammars.constraint, policies=policies)
     engine.observers += observers
     return Built(engine, folder, describe(resolved, spec, executor, model.max_seq_len))
+
+
+def read_eos_token_ids(folder: Path, vocab_size: int) -> tuple[int, ...]:
+    """EOS ids in the vocabulary: of generation_config.json, config.json, then the tokenizer's `eos_token`."""
+    ids: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        fields = optional_fields(folder / name)
+        found: Any = fields.values.get("eos_token_id")
+        found = [] if found is None else found if isinstance(found, list) else [found]
+        if any(type(token) is not int or token < 0 for token in found):
+            raise fields.error("eos_token_id", "a token id or a list of them")
+        ids += found
+    if (token := tokenizer_eos_id(folder)) is not None:
+        ids.append(token)
+    return tuple(dict.fromkeys(token for token in ids if token < vocab_size))
+
+
+def tokenizer_eos_id(folder: Path) -> int | None:
+    config = optional_fields(folder / "tokenizer_config.json")
+    text: Any = config.values.get("eos_token")
+    text = text.get("content") if isinstance(text, dict) else text
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise config.error("eos_token", "a string or an object with content")
+    for key, added in config.section("added_tokens_decoder", {}).values.items():
+        if key.isdecimal() and isinstance(added, dict) and added.get("content") == text:
+            return int(key)
+    tokenizer = optional_fields(folder / "tokenizer.json")
+    for added in tokenizer.items("added_tokens", dict, []):
+        if added.get("content") == text and type(added.get("id")) is int:
+            return int(added["id"])
+    vocab = tokenizer.section("model", {}).values.get("vocab")
+    found = vocab.get(text) if isinstance(vocab, dict) else None
+    return found if type(found) is int else None
 
 
 def in_passing_thread(work: Callable[[], T]) -> T:

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.bundled import bundled_prompts
+from minisgl.build import read_eos_token_ids
 from minisgl.core.model_config import read_spec
 from minisgl.formats.gguf import GgufFile
 from minisgl.formats.hub import bundled_model, locate_model
@@ -34,7 +35,7 @@ def test_the_bundled_model_is_described_as_its_publisher_does(folder: Path) -> N
     assert (spec.architecture, spec.num_layers, spec.num_heads, spec.num_kv_heads) == ("LlamaForCausalLM", 30, 9, 3)
     assert (spec.hidden_size, spec.head_dim, spec.vocab_size, spec.max_position) == (576, 64, 49152, 8192)
     assert (spec.rms_eps, spec.rope.theta, spec.tie_embeddings) == (1e-5, 1e5, True)
-    assert spec.eos_token_ids == (2,)
+    assert read_eos_token_ids(folder, spec.vocab_size) == (2,)
 
 
 def test_q_and_k_rows_are_in_the_order_of_the_rotary_embedding(folder: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from helpers import tp_cases
 from helpers.constraints import Cycle, cycle
-from helpers.models import tiny_spec
+from helpers.models import EOS, tiny_spec
 from helpers.retract import events_of
 from helpers.simulation import record_plans
 from helpers.special import Answer, SlowAnswer, answers_of, slow_answer, special_requests
@@ -27,7 +27,6 @@ from minisgl.gpu.executor import make_executor
 
 LIMIT = 128
 SPEC = tiny_spec(windows=(0, 24))
-EOS = SPEC.eos_token_ids[0]
 
 
 @functools.cache

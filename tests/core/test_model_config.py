@@ -7,6 +7,7 @@ import torch
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from minisgl.build import read_eos_token_ids
 from minisgl.core.decoder import rope_table
 from minisgl.core.model_config import ARCHITECTURES, Moe, Rope, read_spec
 from minisgl.errors import ModelError
@@ -29,17 +30,15 @@ def write(folder: Path, name: str = "config.json", **values: Any) -> Path:
 
 
 def test_a_llama_config_of_version_4_or_5_is_read(tmp_path: Path) -> None:
-    extra: dict[str, Any] = {"torch_dtype": "bfloat16", "num_key_value_heads": 2, "max_position_embeddings": 131072}
-    extra |= {"rope_theta": 5e5, "rope_scaling": LLAMA3, "eos_token_id": [7, 8]}
-    spec = read_spec(write(tmp_path, **LLAMA, **extra))
+    both: Any = {"num_key_value_heads": 2, "max_position_embeddings": 131072}
+    version4: Any = {"torch_dtype": "bfloat16", "rope_theta": 5e5, "rope_scaling": LLAMA3}
+    spec = read_spec(write(tmp_path, **LLAMA, **both, **version4))
     assert spec.rope.theta == 5e5
     assert [spec.rope.divisors[i] for i in (0, -1)] == [1.0, 8.0]
     assert (spec.num_kv_heads, spec.head_dim, spec.max_position, spec.checkpoint_dtype) == (2, 16, 131072, "bfloat16")
-    assert (spec.eos_token_ids, spec.windows) == ((7, 8), (0, 0, 0, 0))
-    for key in ("torch_dtype", "rope_theta", "rope_scaling"):
-        del extra[key]
+    assert spec.windows == (0, 0, 0, 0)
     version5: Any = {"rope_parameters": {**LLAMA3, "rope_theta": 5e5}, "dtype": "bfloat16"}
-    assert read_spec(write(tmp_path, **LLAMA, **extra, **version5)) == spec
+    assert read_spec(write(tmp_path, **LLAMA, **both, **version5)) == spec
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -111,13 +110,14 @@ def test_eos_is_every_id_that_any_file_names(tmp_path: Path) -> None:
     write(tmp_path, "generation_config.json", eos_token_id=[9, 3])
     write(tmp_path, "tokenizer_config.json", eos_token={"content": "<end>"})
     write(tmp_path, "tokenizer.json", added_tokens=[{"id": 11, "content": "<end>"}, {"id": 12, "content": "<x>"}])
-    outside = LLAMA["vocab_size"]
-    assert read_spec(write(tmp_path, **LLAMA, eos_token_id=[3, outside])).eos_token_ids == (9, 3, 11)
+    assert read_eos_token_ids(write(tmp_path, eos_token_id=[3, 100]), 100) == (9, 3, 11)
     write(tmp_path, "tokenizer_config.json", eos_token="<x>", added_tokens_decoder={"42": {"content": "<x>"}})
-    assert read_spec(tmp_path).eos_token_ids == (9, 3, 42)
+    assert read_eos_token_ids(tmp_path, 100) == (9, 3, 42)
     write(tmp_path, "tokenizer_config.json", eos_token="word")
     write(tmp_path, "tokenizer.json", model={"vocab": {"word": 13}})
-    assert read_spec(tmp_path).eos_token_ids == (9, 3, 13)
+    assert read_eos_token_ids(tmp_path, 100) == (9, 3, 13)
+    with pytest.raises(ModelError, match=r"config\.json: eos_token_id must be"):
+        read_eos_token_ids(write(tmp_path, eos_token_id="</s>"), 100)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,6 @@ def test_eos_is_every_id_that_any_file_names(tmp_path: Path) -> None:
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
         ({"rope_theta": 1}, ["rope_theta", "above 1"]),
         ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, ["high_freq_factor"]),
-        ({"eos_token_id": "</s>"}, ["eos_token_id"]),
         (
             {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 2, "num_experts_per_tok": 3},
             ["num_experts_per_tok", "at most the 2 experts", "got 3"],

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers.tiny_models import save_model
+from minisgl.build import read_eos_token_ids
 from minisgl.core.model_config import read_spec
 from minisgl.core.weights import HEAD, INDEX, load_weights
 from minisgl.errors import ModelError
@@ -35,6 +36,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def read_all(folder: Path) -> None:
     locate_model(str(folder))
     load_weights(folder, read_spec(folder), torch.float32, torch.device("cpu"))
+    read_eos_token_ids(folder, 1)
     Tokenizer.load(folder)
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from helpers.constraints import Cycle
-from helpers.gpu import DEVICE, EOS, SPEC, Built, build, gpu_config, random_prompts, random_weights, to_float32
+from helpers.gpu import DEVICE, SPEC, Built, build, gpu_config, random_prompts, random_weights, to_float32
+from helpers.models import EOS
 from helpers.special import Answer, SlowAnswer, answers_of, slow_answer, special_requests
 from minisgl.core.types import Request, SamplingParams
 from minisgl.core.weights import Weights

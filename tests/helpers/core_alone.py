@@ -44,7 +44,7 @@ def main() -> None:
     decoder = Decoder(spec, weights, Attention(TorchAttention(), TorchAttention()), limit)
     kv = allocate_kv(spec, 64, page_size, dtype, device)
     executor = LocalExecutor(ModelRunner(decoder, kv, rows, limit, device))
-    model = ModelInfo(name="bundled", vocab_size=spec.vocab_size, max_seq_len=limit, eos_token_ids=spec.eos_token_ids)
+    model = ModelInfo(name="bundled", vocab_size=spec.vocab_size, max_seq_len=limit, eos_token_ids=())
     config = Config(page_size=page_size, max_running_requests=rows, max_prefill_length=64)
     engine = Engine(executor, model, config)
     params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from helpers.driver import Driver, RecordingDecoder
-from helpers.models import tiny_spec
+from helpers.models import EOS, tiny_spec
 from helpers.retract import events_of
 from minisgl.config import Config
 from minisgl.core.engine import Engine
@@ -28,10 +28,9 @@ from minisgl.gpu.executor import attention_shape, make_executor
 from minisgl.gpu.operations import operations_for
 
 DEVICE = torch.device("cuda")
-EOS = 5
 SPEC = tiny_spec(
     vocab_size=1024, hidden_size=256, head_dim=128, intermediate_size=512, rope=Rope(theta=1e6),
-    max_position=2**18, eos_token_ids=(EOS,), checkpoint_dtype="bfloat16",
+    max_position=2**18, checkpoint_dtype="bfloat16",
 )  # fmt: skip
 """Qwen3 in small: two query heads on a KV head."""
 
@@ -133,7 +132,7 @@ class Built:
 def build(spec: ModelSpec, weights: Weights, config: Config, max_seq_len: int = 512) -> Built:
     executor = Watched(make_executor(spec, weights, config, max_seq_len).runner)
     fits = min(max_seq_len, executor.num_pages * config.page_size)
-    model = ModelInfo(name="small", vocab_size=spec.vocab_size, max_seq_len=fits, eos_token_ids=spec.eos_token_ids)
+    model = ModelInfo(name="small", vocab_size=spec.vocab_size, max_seq_len=fits, eos_token_ids=(EOS,))
     return Built(Engine(executor, model, config), executor)
 
 

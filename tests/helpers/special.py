@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from helpers.constraints import Cycle, cycle
 from helpers.driver import CPU, Driver
+from helpers.models import EOS
 from helpers.retract import events_of
 from helpers.sampling_rows import sampling_rows
 from minisgl.core.engine import Engine
@@ -95,9 +96,8 @@ def slow_answer(
 ) -> SlowAnswer:
     """One token after the other, its logits changed by loops; nothing of the engine but the model and the sampler."""
     params, prompt = request.params, list(request.prompt)
-    eos = spec.eos_token_ids[0]
-    stops = [*params.stop_token_ids, *([] if params.ignore_eos else [eos])]
-    constraint = None if params.grammar is None else Cycle(params.grammar, spec.vocab_size, eos)
+    stops = [*params.stop_token_ids, *([] if params.ignore_eos else [EOS])]
+    constraint = None if params.grammar is None else Cycle(params.grammar, spec.vocab_size, EOS)
     rows = sampling_rows(
         1, temperature=params.temperature, top_p=params.top_p, min_p=params.min_p, top_k=max(params.top_k, 0),
         seed=params.seed or 0, min_len=len(prompt) + params.min_tokens, stop_ids=[stops],

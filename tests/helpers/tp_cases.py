@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from helpers.constraints import Cycle
-from helpers.models import tiny_spec
+from helpers.models import EOS, tiny_spec
 from helpers.special import Answer, answers_of
 from minisgl.config import Config
 from minisgl.core.engine import Engine
@@ -77,10 +77,8 @@ def generate(
 ) -> list[Answer]:  # fmt: skip
     """Every request's answer; every fifth step one is retracted, up to `retractions` times."""
     asked = asked or requests(spec.vocab_size, count)
-    model = ModelInfo(
-        name="tiny", vocab_size=spec.vocab_size, max_seq_len=MAX_SEQ_LEN, eos_token_ids=spec.eos_token_ids
-    )
-    engine = Engine(executor, model, settings, lambda grammar: Cycle(grammar, spec.vocab_size, spec.eos_token_ids[0]))
+    model = ModelInfo(name="tiny", vocab_size=spec.vocab_size, max_seq_len=MAX_SEQ_LEN, eos_token_ids=(EOS,))
+    engine = Engine(executor, model, settings, lambda grammar: Cycle(grammar, spec.vocab_size, EOS))
     answers = answers_of(engine, asked, retractions, every=5)
     assert (engine.scheduler.retracted >= 4) == (retractions > 0)
     engine.close()

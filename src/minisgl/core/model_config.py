@@ -66,7 +66,6 @@ class ModelSpec:
     windows: tuple[int, ...]  # of each layer: 0 is full attention, w lets a token see itself and the w - 1 before it
     moe: Moe | None
     max_position: int  # tokens
-    eos_token_ids: tuple[int, ...]
     checkpoint_dtype: str  # one of CHECKPOINT_DTYPES
     fp8: bool = False  # matrices of the checkpoint are in FP8
 
@@ -110,7 +109,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
 
 
 def read_spec(folder: Path) -> ModelSpec:
-    """Read `config.json`, and the EOS ids beside it, from a model folder. Raises ModelError naming file and field."""
+    """Read `config.json` from a model folder. Raises ModelError naming file and field."""
     path = folder / "config.json"
     config = Fields(read_json(path), str(path))
     names = config.items("architectures", str, [])
@@ -161,7 +160,6 @@ def read_spec(folder: Path) -> ModelSpec:
         windows=_windows(config, row, num_layers),
         moe=_moe(config, num_layers) if row.moe else None,
         max_position=max_position,
-        eos_token_ids=read_eos_token_ids(folder, config, vocab_size),
         checkpoint_dtype=dtype,
         fp8="quantization_config" in config and _check_fp8(config.section("quantization_config")),
     )
@@ -289,40 +287,6 @@ def _yarn_scale(rope: Fields, factor: float) -> float:
     if "mscale" in rope and "mscale_all_dim" in rope:
         return scale(rope.number("mscale")) / scale(rope.number("mscale_all_dim"))
     return scale(1.0)
-
-
-def read_eos_token_ids(folder: Path, config: Fields, vocab_size: int) -> tuple[int, ...]:
-    """EOS ids in the vocabulary: of generation_config.json, config.json, then the tokenizer's `eos_token`."""
-    ids: list[int] = []
-    for fields in (optional_fields(folder / "generation_config.json"), config):
-        found: Any = fields.values.get("eos_token_id")
-        found = [] if found is None else found if isinstance(found, list) else [found]
-        if any(type(token) is not int or token < 0 for token in found):
-            raise fields.error("eos_token_id", "a token id or a list of them")
-        ids += found
-    if (token := _tokenizer_eos_id(folder)) is not None:
-        ids.append(token)
-    return tuple(dict.fromkeys(token for token in ids if token < vocab_size))
-
-
-def _tokenizer_eos_id(folder: Path) -> int | None:
-    config = optional_fields(folder / "tokenizer_config.json")
-    text: Any = config.values.get("eos_token")
-    text = text.get("content") if isinstance(text, dict) else text
-    if text is None:
-        return None
-    if not isinstance(text, str):
-        raise config.error("eos_token", "a string or an object with content")
-    for key, added in config.section("added_tokens_decoder", {}).values.items():
-        if key.isdecimal() and isinstance(added, dict) and added.get("content") == text:
-            return int(key)
-    tokenizer = optional_fields(folder / "tokenizer.json")
-    for added in tokenizer.items("added_tokens", dict, []):
-        if added.get("content") == text and type(added.get("id")) is int:
-            return int(added["id"])
-    vocab = tokenizer.section("model", {}).values.get("vocab")
-    found = vocab.get(text) if isinstance(vocab, dict) else None
-    return found if type(found) is int else None
 
 
 def require_file(path: Path) -> None:
