@@ -10,7 +10,7 @@ Array = TypeVar("Array")
 Int32 = NDArray[np.int32]
 EMPTY: Final[Int32] = np.empty(0, np.int32)
 # Parameters that change logits by a number each, and the number that changes nothing.
-NEUTRAL_PENALTIES: Final = {
+PENALTIES: Final = {
     "repetition_penalty": 1.0,
     "frequency_penalty": 0.0,
     "presence_penalty": 0.0,
@@ -48,7 +48,7 @@ class LogitsRows(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     changed: Int32  # (c,) have their logits changed before a token is sampled
-    penalties: NDArray[np.float32]  # (p, c) in the order of NEUTRAL_PENALTIES, neutral for rows without
+    penalties: NDArray[np.float32]  # (p, c) in the order of PENALTIES, neutral for rows without
     penalised: bool  # whether any penalty is not neutral
     bias_width: int  # the most biases of a changed row
     constrained: Int32  # (g,) indices into `changed`, ascending: they wait for a mask

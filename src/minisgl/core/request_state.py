@@ -13,17 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minisgl.core.pages import CacheManager, Slots
-from minisgl.core.plan import (
-    EMPTY,
-    NEUTRAL_PENALTIES,
-    Int32,
-    LogitsInit,
-    LogitsRows,
-    NewRows,
-    Scores,
-    StepPlan,
-    StepResult,
-)
+from minisgl.core.plan import EMPTY, PENALTIES, Int32, LogitsInit, LogitsRows, NewRows, Scores, StepPlan, StepResult
 from minisgl.core.radix_cache import Node
 from minisgl.core.types import MAX_STOP_TOKEN_IDS, Grammar, Request, SamplingParams, TokenLogprobs
 from minisgl.errors import InvalidRequestError
@@ -170,7 +160,7 @@ class RequestTable:
         self.max_tokens = np.zeros(rows, np.int32)  # that the request may reach, prompt included
         self.first_step = np.zeros(rows, np.int64)  # that computed anything for the request that has the row now
         self.stop_ids = np.full((rows, MAX_STOP_TOKEN_IDS), -1, np.int32)
-        self.penalties = np.zeros((len(NEUTRAL_PENALTIES), rows), np.float32)
+        self.penalties = np.zeros((len(PENALTIES), rows), np.float32)
         self.penalised = np.zeros(rows, np.bool_)
         self.biases = np.zeros(rows, np.int32)
         self.constrained = np.zeros(rows, np.bool_)
@@ -195,8 +185,8 @@ class RequestTable:
         self.first_step[slot] = step
         self.stop_ids[slot] = -1
         self.stop_ids[slot, : len(request.stop_ids)] = request.stop_ids
-        self.penalties[:, slot] = [getattr(params, name) for name in NEUTRAL_PENALTIES]
-        self.penalised[slot] = self.penalties[:, slot].tolist() != list(NEUTRAL_PENALTIES.values())
+        self.penalties[:, slot] = [getattr(params, name) for name in PENALTIES]
+        self.penalised[slot] = self.penalties[:, slot].tolist() != list(PENALTIES.values())
         self.biases[slot] = len(params.logit_bias)
         self.constrained[slot] = request.constraint is not None
         self.mask_seconds[slot] = 0.0
