@@ -129,6 +129,7 @@ def test_eos_is_every_id_that_any_file_names(tmp_path: Path) -> None:
         ({"hidden_size": "64"}, ["hidden_size", "integer", "'64'"]),
         ({"hidden_size": True}, ["hidden_size", "integer"]),
         ({"hidden_size": 65}, ["hidden_size", "multiple"]),
+        ({"hidden_size": 2**31}, ["hidden_size", "at most 2147483647"]),
         ({"num_hidden_layers": -1}, ["num_hidden_layers"]),
         ({"num_hidden_layers": 10**9}, ["num_hidden_layers", "at most"]),
         ({"num_key_value_heads": 3}, ["num_key_value_heads", "divisor"]),

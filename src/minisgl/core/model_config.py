@@ -121,9 +121,7 @@ def read_spec(folder: Path) -> ModelSpec:
         raise ModelError(f"{path}: architecture {names[0]} is not supported; those that are: {known}")
     if (activation := config.text("hidden_act", "silu")) != "silu":
         raise ModelError(f"{path}: hidden_act {activation!r} is not supported; silu is")
-    num_layers = config.integer("num_hidden_layers")
-    if num_layers > MAX_LAYERS:
-        raise config.error("num_hidden_layers", f"at most {MAX_LAYERS}")
+    num_layers = config.integer("num_hidden_layers", most=MAX_LAYERS)
     hidden_size, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     absent = "num_key_value_heads" not in config.values
     num_kv_heads = config.integer("num_key_value_heads", (absent and row.kv_heads) or num_heads)
@@ -335,7 +333,7 @@ class Fields:
 
     def __init__(self, values: Any, where: str) -> None:
         if not isinstance(values, dict):
-            raise ModelError(f"{where}: must be a JSON object, got {_short(values)}")
+            raise ModelError(f"{where}: must be a JSON object, got {values!r:.60}")
         self.values: dict[str, Any] = values
         self.where = where
 
@@ -343,7 +341,7 @@ class Fields:
         return self.values.get(name) is not None
 
     def error(self, name: str, rule: str) -> ModelError:
-        return ModelError(f"{self.where}: {name} must be {rule}, got {_short(self.values.get(name))}")
+        return ModelError(f"{self.where}: {name} must be {rule}, got {self.values.get(name)!r:.60}")
 
     def _read(self, name: str, default: Any, rule: str, is_valid: Callable[[Any], bool]) -> Any:
         if name not in self:
@@ -354,9 +352,9 @@ class Fields:
             raise self.error(name, rule)
         return self.values[name]
 
-    def integer(self, name: str, default: int = _REQUIRED, *, least: int = 1) -> int:
-        rule = f"an integer of at least {least}"
-        return int(self._read(name, default, rule, lambda x: type(x) is int and least <= x <= MAX_COUNT))
+    def integer(self, name: str, default: int = _REQUIRED, *, least: int = 1, most: int = MAX_COUNT) -> int:
+        rule = f"an integer of at least {least} and at most {most}"
+        return int(self._read(name, default, rule, lambda x: type(x) is int and least <= x <= most))
 
     def number(self, name: str, default: float = _REQUIRED) -> float:
         rule = "a positive number"
@@ -374,8 +372,3 @@ class Fields:
 
     def section(self, name: str, default: Mapping[str, Any] = _REQUIRED) -> Fields:
         return Fields(self._read(name, default, "a JSON object", lambda x: True), f"{self.where}: {name}")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
