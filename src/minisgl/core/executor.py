@@ -127,7 +127,6 @@ class DeviceClock:
         self._zero: tuple[float, torch.cuda.Event] | None = None  # one moment on both clocks
 
     def now(self) -> Moment:
-        """Note the moment at which the device gets here."""
         if self._device.type == "cpu":
             return time.monotonic()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

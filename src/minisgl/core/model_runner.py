@@ -24,9 +24,6 @@ class GraphRunner(Protocol):
         """The whole step, the sampled tokens written back to the tables; the output is good until the next step."""
 
 
-Forward = Callable[[ForwardBatch, PlannedAttention, KVCache], Tensor]
-
-
 class ModelRunner:
     """Runs plans in order against its tables and its cache. The host never waits for the device here."""
 
@@ -37,7 +34,8 @@ class ModelRunner:
         self.tables = DeviceTables(rows, -(-max_seq_len // kv.page_size), kv.num_pages, device)
         self.logits_processors = LogitsProcessors(decoder, self.tables, device)
         self.graphs: list[GraphRunner] = []
-        self.forward: Forward = decoder.forward  # or the same by graphs between the attentions
+        # That of the decoder, or the same by graphs between the attentions.
+        self.forward: Callable[[ForwardBatch, PlannedAttention, KVCache], Tensor] = decoder.forward
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepOutput:

@@ -38,7 +38,6 @@ class View:
         return request.cached_prefix(self._cache).end * self._cache.page_size
 
     def remaining(self, request: RequestState) -> int:
-        """How many of `request.tokens` are still to be computed."""
         return len(request.tokens) - self.computed(request)
 
 

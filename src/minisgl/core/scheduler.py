@@ -92,7 +92,6 @@ class Scheduler:
         del self.waiting[index]
 
     def abort(self, request_id: str) -> None:
-        """End a request in whatever state it is, if it is live."""
         if (request := self.live.get(request_id)) is not None:
             self.aborted += 1
             self._end(request, FinishReason.ABORT)
@@ -415,7 +414,6 @@ class Scheduler:
         self._retract(named[0].slot)
 
     def _retract(self, slot: int) -> None:
-        """Queue a running request again."""
         request = self.table.request(slot)
         self.retracted += 1
         self.retracted_ids.append(request.request.id)
@@ -423,7 +421,6 @@ class Scheduler:
         insort(self.waiting, request, key=by_place)
 
     def _release(self, slot: int) -> None:
-        """Take a row and its pages back."""
         table = self.table
         known = table.tokens[slot, : table.num_tokens[slot]]
         self.cache.release(slot, known, int(table.num_computed_tokens[slot]))

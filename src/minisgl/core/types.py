@@ -199,7 +199,6 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...]
 
     def truncate(self, prompt: list[int], params: SamplingParams) -> list[int]:
-        """The prompt, cut as `truncate_prompt_tokens` says."""
         cut = params.truncate_prompt_tokens
         if cut == -1:
             cut = max(1, self.max_seq_len - (params.max_tokens or 1))

@@ -24,7 +24,6 @@ KV_SCALES = ("{0}_scale", "{0}_proj.{0}_scale", "{0}_proj.output_scale")  # in `
 INDEX = "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-BLOCK_OUTPUTS = ("o", "down", "expert_down")
 
 Quantize = Callable[[Tensor], Weight]
 Progress = Callable[[int, int], None]  # called with the elements, or bytes, read just now and in all
@@ -123,7 +122,7 @@ def dummy_weights(
             tensor.fill_(1.0)
         else:
             std = 0.02 if parameter.field.endswith("bias") else 1.0 / math.sqrt(parameter.shape[-1])
-            if parameter.field in BLOCK_OUTPUTS:
+            if parameter.field in ("o", "down", "expert_down"):
                 std /= math.sqrt(2 * spec.num_layers)
             tensor.normal_(0.0, std, generator=generator)
         tensor = shard_of(parameter, sharder).of(tensor)
@@ -420,7 +419,6 @@ class Checkpoint:
         return self._stored[name][1]
 
     def _read_index(self, index: Path) -> dict[str, Path]:
-        """The file of each tensor."""
         files = Fields(read_json(index), str(index)).section("weight_map").values
         for name, file in files.items():
             if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
