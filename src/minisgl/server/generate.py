@@ -37,7 +37,6 @@ class GenerateRequest(Body):
         **protocol.ANY_UNSUPPORTED, "image_data": (), "audio_data": (), "video_data": (), "input_embeds": (),
         "token_ids_logprob": (), "return_routed_experts": (False,), "custom_logit_processor": (),
     }  # fmt: skip
-    parts: ClassVar[protocol.Parts] = {"sampling_params": SglangSampling}
 
     text: Annotated[Any, Meta(extra_json_schema={"anyOf": [*protocol.TEXTS, {"type": "null"}]})] = None
     input_ids: Annotated[Any, Meta(extra_json_schema={"anyOf": [*protocol.IDS, {"type": "null"}]})] = None

@@ -1,9 +1,10 @@
 """Request bodies: what they are made of, what is refused by name, how they become `SamplingParams` and grammars."""
 
+import functools
 import json
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 import msgspec
 from msgspec import Meta
@@ -92,16 +93,12 @@ def invalid_field(error: str) -> InvalidRequestError:
     return InvalidRequestError(f"{param}: {text}", param=param or None)
 
 
-Parts = Mapping[str, "type[Body]"]
-
-
 class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """An object of a request. Values keep their JSON type ("5" is no number). An unknown field is an error unless it is
-    null. `parts` says which fields hold such objects, or lists of them.
+    null.
     """
 
     unsupported: ClassVar[Unsupported] = {}
-    parts: ClassVar[Parts] = {}
 
     @classmethod
     def parse(cls, body: bytes | dict[str, Any]) -> Self:
@@ -130,7 +127,7 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
                 del value[name]
             elif isinstance(item, float) and item.is_integer() and abs(item) <= MAX_EXACT:
                 value[name] = int(item)
-        for name, part in cls.parts.items():
+        for name, part in parts_of(cls).items():
             found = value.get(name)
             for index, item in enumerate(found if isinstance(found, list) else [found]):
                 if isinstance(item, dict):
@@ -138,6 +135,19 @@ class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     def check(self) -> None:
         """Raise InvalidRequestError for fields that do not go together."""
+
+
+@functools.cache
+def parts_of(kind: type[Body]) -> Mapping[str, type[Body]]:
+    """The fields that hold an object of a request, or a list of them."""
+    return {field.encode_name: part for field in msgspec.structs.fields(kind) for part in bodies_in(field.type)}
+
+
+def bodies_in(kind: Any) -> list[type[Body]]:
+    """The bodies that a type is made of."""
+    if isinstance(kind, type) and issubclass(kind, Body):
+        return [kind]
+    return [part for inner in get_args(kind) for part in bodies_in(inner)]
 
 
 def make_grammar(field: str, value: Any) -> Grammar:
@@ -155,8 +165,6 @@ class JsonSchemaFormat(Body):
 class ResponseFormat(Body):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
-
-    parts = {"json_schema": JsonSchemaFormat}
 
     def to_grammar(self) -> Grammar | None:
         param, asked = "response_format", self.json_schema
@@ -269,8 +277,6 @@ class ToolFunction(Body):
 
 
 class Tool(Body):
-    parts = {"function": ToolFunction}
-
     type: Literal["function"]
     function: ToolFunction
     cache_control: Any = None
@@ -287,8 +293,6 @@ class NamedFunction(Body):
 
 
 class NamedTool(Body):
-    parts = {"function": NamedFunction}
-
     type: Literal["function"]
     function: NamedFunction
 
@@ -362,10 +366,6 @@ class Sampling(Body):
 class OpenAIRequest(Sampling):
     """What chats and completions share. `user` and the fields after it change nothing in the answer."""
 
-    parts = {
-        "response_format": ResponseFormat, "structured_outputs": StructuredOutputs, "stream_options": StreamOptions,
-    }  # fmt: skip
-
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -422,7 +422,6 @@ class ChatRequest(OpenAIRequest, kw_only=True):
         "best_of": (1,), "add_special_tokens": (False,), "chat_template": (), "documents": ([],),
         "mm_processor_kwargs": (), "include_reasoning": (True,), "stream_reasoning": (True,),
     }  # fmt: skip
-    parts = {**OpenAIRequest.parts, "messages": Message, "tools": Tool, "tool_choice": NamedTool}
 
     messages: Messages
     tools: Tools | None = None
@@ -519,7 +518,6 @@ class TokenizeConversation(TokenizeOptions, kw_only=True):
     """A conversation for /tokenize; its template writes the special tokens itself, more are added where told so."""
 
     unsupported = {"chat_template": (), "mm_processor_kwargs": ()}
-    parts = {"messages": Message, "tools": Tool}
 
     messages: Messages
     tools: Tools | None = None
