@@ -259,13 +259,8 @@ class Message(Body, forbid_unknown_fields=False):
         require(tool == (self.tool_call_id is not None), rule, f"{where}.tool_call_id")
         for name in ("tool_calls", "reasoning_content"):
             require(assistant or not getattr(self, name), f"{name} belongs to assistant messages", f"{where}.{name}")
-        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": self.text}
-        for name in ("name", "tool_call_id", "reasoning_content"):
-            if (value := getattr(self, name)) is not None:
-                message[name] = value
-        if self.tool_calls:
-            message["tool_calls"] = msgspec.to_builtins(self.tool_calls)
-        return message
+        given = {name: value for name, value in msgspec.to_builtins(self).items() if value not in (None, [])}
+        return given | {"role": "system" if self.role == "developer" else self.role, "content": self.text}
 
 
 class ToolFunction(Body):
