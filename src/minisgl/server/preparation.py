@@ -361,10 +361,7 @@ def check_counts(body: bytes, most: int) -> None:
     without_escapes = body.replace(rb"\\", b"").replace(rb"\"", b"")
     if without_escapes.count(b'"') <= 2 * most and within_counts(b"".join(without_escapes.split(b'"')[::2]), most):
         return  # the rest is text
-    try:
-        fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-    except protocol.JSON_ERRORS as error:
-        raise protocol.invalid_json(error) from error
+    fields = protocol.parse_object(body, msgspec.Raw)
     largest = max(fields, key=lambda name: len(bytes(fields[name])))
     rule = f"a body may have {most}, and {MAX_NESTED} arrays, objects and keys"
     raise InvalidRequestError(f"{largest} holds too many values: {rule}", param=largest)

@@ -36,8 +36,6 @@ GRAMMAR_KINDS: Mapping[str, Literal["json_schema", "regex", "choice", "lark"]] =
     "json_schema": "json_schema", "regex": "regex", "ebnf": "lark",
 }  # fmt: skip
 
-# Of a text that is no JSON, is no UTF-8, or is nested too deeply.
-JSON_ERRORS = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 # JSON schemas of prompts, which are checked here, not by msgspec.
 TEXT_SCHEMA: dict[str, Any] = {"type": "string", "minLength": 1}
 IDS_SCHEMA: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
@@ -64,18 +62,13 @@ def require(condition: object, message: str, param: str | None) -> None:
         raise InvalidRequestError(message, param=param)
 
 
-def invalid_json(error: Exception) -> InvalidRequestError:
-    return InvalidRequestError(f"the body is not valid JSON in UTF-8: {error}", code="invalid_json")
-
-
-def parse_object(body: bytes) -> dict[str, Any]:
+def parse_object(body: bytes, values: Any = Any) -> dict[str, Any]:
+    """The object that a body is, with `values` of this type."""
     try:
-        value = msgspec.json.decode(body)
-    except JSON_ERRORS as error:
-        raise invalid_json(error) from error
-    if not isinstance(value, dict):
-        raise InvalidRequestError("the body must be a JSON object", code="invalid_json")
-    return value
+        fields: dict[str, Any] = msgspec.json.decode(body, type=dict[str, values])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:  # RecursionError: nested too deeply
+        raise InvalidRequestError(f"the body must be a JSON object in UTF-8: {error}", code="invalid_json") from error
+    return fields
 
 
 def invalid_field(error: str) -> InvalidRequestError:
