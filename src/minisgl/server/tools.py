@@ -22,6 +22,7 @@ CALL_HEAD = re.compile(
 )
 HEAD_LIMIT = 1024
 Reasoning = Literal["none", "possible", "begun"]
+State = Callable[[], "State | None"]  # of a parser: reads on, and says which one follows where it has read its part
 JSON_STEP = re.compile(r'[^"\\{}\[\]]+|\\.|["{}\[\]]', re.DOTALL)
 OUTSIDE_STRINGS = " \t\r\n:,0123456789+-.eEtrufalsn"  # what JSON has outside its strings, brackets aside
 
@@ -248,13 +249,13 @@ class ToolCallParser:
         self._trim = False  # blanks after a call are not content
         self._index = -1  # of the last call that was announced
         self._deltas: list[ChatDelta] = []  # of the current push
-        self._state: Callable[[], bool] = self._before if tool_format.at_start else self._content
+        self._state: State = self._before if tool_format.at_start else self._content
 
     def push(self, text: str) -> list[ChatDelta]:
         self._deltas = []
         self._buffer += text
-        while self._state():
-            pass
+        while (following := self._state()) is not None:
+            self._state = following
         return self._deltas
 
     def finish(self, was_cut: bool = False) -> list[ChatDelta]:
@@ -279,50 +280,41 @@ class ToolCallParser:
             self._deltas.append(ChatDelta(content=text))
             self._trim = False
 
-    def _go(self, state: Callable[[], bool]) -> bool:
-        self._state = state
-        return True
-
-    def _give_up(self) -> bool:
-        """What was looked at is content; what follows is looked at anew."""
-        self._say(self._at)
-        return self._go(self._content)
-
-    def _content(self) -> bool:
+    def _content(self) -> "State | None":
         if self._format.at_start:
             self._say(len(self._buffer))
-            return False
+            return None
         before, opening, _ = self._buffer.partition(self._format.opening)
         if not opening:
             before = before[: len(before) - partial_end(before, self._format.opening)]
         self._say(len(before.rstrip()))  # blanks before a call are not content
         if not opening:
-            return False
+            return None
         self._at = self._buffer.index(opening) + len(opening)
-        return self._go(self._before)
+        return self._before
 
-    def _before(self) -> bool:
+    def _before(self) -> "State | None":
         """Between the opening and the brace of a call."""
         rest = self._buffer[self._at :].lstrip()
         if self._format.at_start:
             if self._format.opening.startswith(rest):
-                return False
+                return None
             rest = rest.removeprefix(self._format.opening).lstrip()
         if self._format.listed:
             rest = rest.removeprefix("[").lstrip()
         if not rest:
-            return False
+            return None
         return self._begin(rest) if rest.startswith("{") else self._give_up()
 
-    def _begin(self, call: str) -> bool:
+    def _begin(self, call: str) -> "State":
         self._at = len(self._buffer) - len(call)
         self._scanner = JsonObjectScanner(self._at)
         self._head: re.Match[str] | None = None
         self._announced = False
         self._sent = 0  # up to here the buffer was given as arguments
-        return self._go(self._object)
+        return self._object
 
-    def _object(self) -> bool:
+    def _object(self) -> "State | None":
         scanner = self._scanner
         if self._head is None and scanner.at < self._at + HEAD_LIMIT:
             head = CALL_HEAD.match(self._buffer, self._at, self._at + HEAD_LIMIT)
@@ -331,7 +323,7 @@ class ToolCallParser:
         if self._stream and self._head is not None:
             self._give_arguments(self._head)
         if not (scanner.complete or scanner.failed):
-            return False
+            return None
         call = self._call() if scanner.complete else None
         if call is None:
             return self._fail()
@@ -340,7 +332,7 @@ class ToolCallParser:
         self.num_calls += 1
         self._trim = True
         self._drop(scanner.at)
-        return self._go(self._after)
+        return self._after
 
     def _give_arguments(self, head: re.Match[str]) -> None:
         end = self._scanner.value_end or self._scanner.at
@@ -366,14 +358,18 @@ class ToolCallParser:
             self._announced = True
             self._index += 1
             function = FunctionCall(arguments="" if self._stream else arguments, name=name)
-            self._add(ToolCall(index=self._index, id=self._format.new_id(), type="function", function=function))
-        if arguments and self._stream:
-            self._add(ToolCall(index=self._index, function=FunctionCall(arguments=arguments)))
+            call = ToolCall(index=self._index, id=self._format.new_id(), type="function", function=function)
+            self._deltas.append(ChatDelta(tool_calls=[call]))
+        if self._stream:
+            call = ToolCall(index=self._index, function=FunctionCall(arguments=arguments))
+            self._deltas.append(ChatDelta(tool_calls=[call]))
 
-    def _add(self, call: ToolCall) -> None:
-        self._deltas.append(ChatDelta(tool_calls=[call]))
+    def _give_up(self) -> "State":
+        """What was looked at is content; what follows is looked at anew."""
+        self._say(self._at)
+        return self._content
 
-    def _fail(self) -> bool:
+    def _fail(self) -> "State":
         """The object is no call. What was given as arguments is not looked at again."""
         if not self._announced:
             return self._give_up()
@@ -381,17 +377,17 @@ class ToolCallParser:
         self._drop(self._sent)
         self._trim = False
         self._say(rest)
-        return self._go(self._content)
+        return self._content
 
-    def _after(self) -> bool:
+    def _after(self) -> "State | None":
         rest = self._buffer.lstrip()
         call = rest.removeprefix(self._format.separator).lstrip()
         if self._format.separator and call.startswith("{"):
             return self._begin(call)
         if not call or (self._format.closing.startswith(rest) and rest != self._format.closing):
-            return False
+            return None
         self._drop(len(self._buffer) - len(rest.removeprefix(self._format.closing)))
-        return self._go(self._content)
+        return self._content
 
 
 def decode_json(text: str) -> object:
