@@ -265,11 +265,10 @@ class Preparation:
                 raise UnsupportedParameterError(f"this model's chat template does not know {name}", param=name)
             variables.setdefault(name, chat.reasoning_effort)
         messages = [message.for_template(f"messages.{index}") for index, message in enumerate(chat.messages)]
+        variables["add_generation_prompt"] = chat.add_generation_prompt is not False
+        variables["continue_final_message"] = bool(chat.continue_final_message)
         with renamed("messages"):
-            if chat.continue_final_message:
-                return self.tokenizer.render_continued(messages, **variables)
-            add = chat.add_generation_prompt is not False
-            return self.tokenizer.render_chat(messages, add_generation_prompt=add, **variables)
+            return self.tokenizer.render_chat(messages, **variables)
 
 
 class Turns:

@@ -117,18 +117,19 @@ class Tokenizer:
             return bytes([int(match[1], 16)])
         return text.replace("▁", " ").encode()
 
-    def render_chat(self, messages: Messages, /, *, add_generation_prompt: bool = True, **template: Any) -> str:
-        """A conversation as the model's text. Raises InvalidRequestError when there is no template or it refuses."""
+    def render_chat(
+        self, messages: Messages, /, *, add_generation_prompt: bool = True, continue_final_message: bool = False,
+        **template: Any,
+    ) -> str:  # fmt: skip
+        """A conversation as the model's text; one to continue ends within its last message, for the model to go on
+        there. Raises InvalidRequestError when there is no template or it refuses.
+        """
         chosen = self.template_for(bool(template.get("tools")))
         if chosen is None:
             reason = "this model has no chat template: it is a base model, use /v1/completions with a plain prompt"
             raise InvalidRequestError(reason, param="messages")
-        return chosen.render(messages, add_generation_prompt, **template)
-
-    def render_continued(self, messages: Messages, /, **template: Any) -> str:
-        """A conversation that ends within its last message, for the model to go on there; raises as `render_chat`."""
-        text = self.render_chat(messages, add_generation_prompt=False, **template)
-        return cut_after(text, str(text_of(messages[-1].get("content"))))
+        text = chosen.render(messages, add_generation_prompt and not continue_final_message, **template)
+        return cut_after(text, str(text_of(messages[-1].get("content")))) if continue_final_message else text
 
     def encode_chat(self, messages: Messages, /, **template: Any) -> list[int]:
         """Token ids of a conversation. The template alone writes special tokens, so BOS never doubles."""
