@@ -40,21 +40,9 @@ class HelperError(MinisglError, status=503, code="grammar_helper_unavailable"):
     """The helper process cannot be started or was killed."""
 
 
-class Verdict(msgspec.Struct, frozen=True):
-    """What became of a grammar: without an error it can be followed. `kind` names the error's class."""
-
-    error: str | None = None
-    param: str | None = None
-    kind: str = ""
-
-    def raise_error(self) -> None:
-        by_users = {kind.__name__: kind for kind in (InvalidRequestError, UnsupportedParameterError)}
-        if self.error is not None:
-            raise by_users.get(self.kind, HelperError)(self.error, param=self.param)
-
-
-def encode_verdict(error: MinisglError) -> bytes:
-    return msgspec.json.encode(Verdict(error.message, error.param, type(error).__name__))
+# Why a grammar cannot be followed: the name of an error's class, its message and its `param`.
+Verdict = tuple[str, str, str | None] | None
+BY_USERS = {kind.__name__: kind for kind in (InvalidRequestError, UnsupportedParameterError)}
 
 
 def read_all(connection: socket.socket) -> bytes:
@@ -68,11 +56,11 @@ def main() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     # Threads there may be are numpy's; they idle, and the children use none.
     warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
-    failure = b""
+    failure: MinisglError | None = None
     try:
         vocabulary = Vocabulary(Path(folder), int(vocab_size), [int(token) for token in eos])
     except MinisglError as error:
-        failure = encode_verdict(error)
+        failure = error
     while fds := socket.recv_fds(control, 1, 1)[1]:
         with socket.socket(fileno=fds[0]) as connection:
             if os.fork() == 0:
@@ -83,19 +71,21 @@ def main() -> None:
                     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
                     signal.setitimer(signal.ITIMER_REAL, WALL_SECONDS)
                     source = read_all(connection)
-                    connection.sendall(failure or judge(source, vocabulary))
+                    found = failure or judge(source, vocabulary)
+                    verdict = None if found is None else (type(found).__name__, found.message, found.param)
+                    connection.sendall(msgspec.json.encode(verdict))
                 os._exit(0)
 
 
-def judge(source: bytes, vocabulary: Vocabulary) -> bytes:
+def judge(source: bytes, vocabulary: Vocabulary) -> MinisglError | None:
     grammar = msgspec.json.decode(source, type=Grammar)
     try:
         probe(grammar, compile_grammar(grammar, vocabulary), PROBE_STEPS)
     except InvalidRequestError as error:
-        return encode_verdict(error)
+        return error
     except Exception as error:  # the library's own failure on this grammar, MemoryError included
-        return encode_verdict(invalid(grammar, f"it cannot be compiled: {error!r}"))
-    return msgspec.json.encode(Verdict())
+        return invalid(grammar, f"it cannot be compiled: {error!r}")
+    return None
 
 
 class GrammarChecker:
@@ -117,20 +107,19 @@ class GrammarChecker:
         digest = hashlib.sha256(msgspec.json.encode(grammar)).digest()
 
         def check() -> None:
-            self._check(grammar)
+            reply = self._ask(grammar) or self._ask(grammar)  # without a reply the helper had died; the next is new
+            if not reply:
+                raise HelperError("the process that checks grammars died or does not answer")
+            if reply == STARTED:
+                raise invalid(grammar, "it takes too much time or memory")
+            if verdict := msgspec.json.decode(reply.removeprefix(STARTED), type=Verdict):
+                name, message, param = verdict
+                raise BY_USERS.get(name, HelperError)(message, param=param)
             if len(self._checked) >= MAX_CHECKED:
                 self._checked.clear()
             self._checked.add(digest)
 
         return None if digest in self._checked else check
-
-    def _check(self, grammar: Grammar) -> None:
-        reply = self._ask(grammar) or self._ask(grammar)  # without a reply the helper had died; the next one is new
-        if not reply:
-            raise HelperError("the process that checks grammars died or does not answer")
-        if reply == STARTED:
-            raise invalid(grammar, "it takes too much time or memory")
-        msgspec.json.decode(reply.removeprefix(STARTED), type=Verdict).raise_error()
 
     def _ask(self, grammar: Grammar) -> bytes:
         """What the child said; empty when there was none: the helper is replaced the next time."""
