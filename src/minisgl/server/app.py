@@ -3,10 +3,11 @@
 import base64
 import hashlib
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
 from pathlib import Path
 
+import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -18,15 +19,13 @@ from minisgl.config import priority_ranges
 from minisgl.errors import InvalidRequestError, MinisglError
 from minisgl.server import errors, protocol, responses
 from minisgl.server.admin import admin_routes
-from minisgl.server.completion import ChatCompletion, Generation, SglangCompletion, TextCompletion
+from minisgl.server.completion import Generation
 from minisgl.server.generate import GenerateRequest
 from minisgl.server.openapi import ApiRoute, document
-from minisgl.server.preparation import Api, PreparedRequest, prioritize, unless_disconnected
+from minisgl.server.preparation import Api, unless_disconnected
 from minisgl.server.responses import SSE_DONE, json_response, sse
 
 PAGE = Path(__file__).with_name("page.html")
-
-Prepare = Callable[[bytes], PreparedRequest]
 
 logger = logging.getLogger(__name__)
 
@@ -45,29 +44,27 @@ class Endpoints:
 
     async def chat(self, request: Request) -> Response:
         """Answer a conversation."""
-        return await self.respond(request, self.preparation.chat, ChatCompletion)
+        return await self.respond(request, await self.api.prepare(self.preparation.chat, request))
 
     async def completion(self, request: Request) -> Response:
         """Continue one text, or several."""
-        return await self.respond(request, self.preparation.completion, TextCompletion)
+        return await self.respond(request, await self.api.prepare(self.preparation.completion, request, renders=False))
 
     async def generate(self, request: Request) -> Response:
         """Continue one text, or several, in SGLang's own words."""
-        return await self.respond(request, self.preparation.generate, SglangCompletion)
+        return await self.respond(request, await self.api.prepare(self.preparation.generate, request, renders=False))
 
-    async def respond(self, request: Request, prepare: Prepare, kind: type[Generation]) -> Response:
+    async def respond(self, request: Request, completion: Generation) -> Response:
         allowed = self.priorities.get(request.scope.get("api_key", 0), self.priorities.get(0))
-
-        def begin(body: bytes) -> Generation:
-            prepared = prepare(body)
-            prioritize(prepared, allowed)
-            return kind(self.api.client, self.preparation.tokenizer, prepared, self.preparation.names[0])
-
-        completion = await self.api.prepare(begin, request, renders=kind is ChatCompletion)
-        await self.api.check(completion.prepared, request)
-        if not completion.prepared.body.stream:
-            return json_response(await unless_disconnected(request.receive, completion.whole()))
-        return EventStream(completion.chunks())
+        if (priority := completion.body.priority) is not None and allowed is not None:
+            low, high = allowed
+            rule = f"priority must be between {low} and {high}, got {priority}"
+            protocol.require(low <= priority <= high, rule, "priority")
+            completion.requests = [msgspec.structs.replace(each, priority=priority) for each in completion.requests]
+        await self.api.check(completion, request)
+        if not completion.body.stream:
+            return json_response(await unless_disconnected(request.receive, completion.whole(self.api.client)))
+        return EventStream(completion.chunks(self.api.client))
 
     async def tokenize(self, request: Request) -> Response:
         """The tokens of a text or of a conversation."""

@@ -4,26 +4,28 @@ import abc
 import dataclasses
 import itertools
 import time
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from minisgl.core.types import MAX_LOGPROBS, FinishReason, TokenEvent, TokenLogprobs
+from minisgl.core.types import MAX_LOGPROBS, FinishReason, Request, TokenEvent, TokenLogprobs
 from minisgl.errors import InvalidRequestError
 from minisgl.server import responses
 from minisgl.server.engine_client import EngineClient, RequestGroup
 from minisgl.server.generate import GenerateRequest
-from minisgl.server.preparation import PreparedRequest
-from minisgl.server.protocol import ChatRequest, CompletionRequest, OpenAIRequest, StreamOptions
+from minisgl.server.protocol import ChatRequest, CompletionRequest, StreamOptions
 from minisgl.server.responses import ChatDelta, ChatLogprobs, ChunkChoice, TextChoice, TextLogprobs, Usage, sse
-from minisgl.server.tools import OutputParser
+from minisgl.server.tools import OutputParser, ParserConfig
 from minisgl.text.tokenizer import RequestOutput, TextStream, Tokenizer
 
 LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON does not have; OpenAI's value
 EventChunks = AsyncGenerator[bytes, None]  # server-sent events, several together where they came together
+Echo = tuple[str, list[int]]  # a prompt as text, and where in it the text of each of its tokens begins
+# Fields of a body that may be large and that no answer needs.
+BULK = ("messages", "prompt", "tools", "metadata", "user", "safety_identifier", "prompt_cache_key")
 
 
 class ScoredToken(NamedTuple):
@@ -130,17 +132,22 @@ class ChoiceState(RequestOutput):
 class Generation(abc.ABC):
     """What answers one HTTP request: a choice for each of its requests, whose events it takes in."""
 
-    client: EngineClient
     tokenizer: Tokenizer
-    prepared: PreparedRequest
-    model: str
+    model: str  # its name
+    body: ChatRequest | CompletionRequest | GenerateRequest
+    requests: list[Request]
+    checks: Sequence[Callable[[], None]]  # of grammars, where they are still to be done
+    parser: ParserConfig | None = None  # None where it is plain text
+    echoes: Sequence[Echo] = ()  # each prompt that is to be shown
 
     def __post_init__(self) -> None:
-        body, parser = self.prepared.body, self.prepared.parser
-        special = () if parser is None else parser.special_tokens
-        hidden = not isinstance(body, ChatRequest) and body.scores_only
+        special = () if self.parser is None else self.parser.special_tokens
+        hidden = not isinstance(self.body, ChatRequest) and self.body.scores_only
+        for name in BULK:
+            if hasattr(self.body, name):
+                setattr(self.body, name, None)
         self.choices: list[ChoiceState] = []
-        for request in self.prepared.requests:
+        for request in self.requests:
             stream = self.tokenizer.stream(request.params, special, request.prompt)
             self.choices.append(ChoiceState(request, stream, index=len(self.choices), hidden=hidden))
         self.by_id = {choice.request.id: choice for choice in self.choices}
@@ -150,11 +157,11 @@ class Generation(abc.ABC):
         """The whole completion, when all has come."""
 
     @abc.abstractmethod
-    def chunks(self) -> EventChunks:
+    def chunks(self, client: EngineClient) -> EventChunks:
         """A stream's events; the requests are in the engine until this is closed."""
 
-    async def whole(self) -> Any:
-        with self.client.submit(self.prepared.requests) as group:
+    async def whole(self, client: EngineClient) -> Any:
+        with client.submit(self.requests) as group:
             async for batch in group.batches():
                 self.take(batch.events, group)
         return self.result()
@@ -173,7 +180,7 @@ class Generation(abc.ABC):
 
     def usage(self, generated: int | None = None) -> Usage:
         """Tokens so far, or so many generated ones; a prompt with several choices counts once."""
-        firsts = self.choices[:: self.prepared.body.num_generated]
+        firsts = self.choices[:: self.body.num_generated]
         prompt = sum(len(choice.request.prompt) for choice in firsts)
         completion = sum(len(choice.token_ids) for choice in self.choices) if generated is None else generated
         cached = sum(choice.cached_tokens for choice in firsts)
@@ -185,12 +192,11 @@ class OpenAICompletion(Generation):
 
     whole_object: Literal["chat.completion", "text_completion"]
     chunk_object: Literal["chat.completion.chunk", "text_completion"]
+    body: ChatRequest | CompletionRequest
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        first, body = self.choices[0].request, self.prepared.body
-        assert isinstance(body, OpenAIRequest)
-        self.body = body
+        first, body = self.requests[0], self.body
         options = body.stream_options or StreamOptions()
         self.include_usage = bool(options.include_usage)
         self.continuous = self.include_usage and bool(options.continuous_usage_stats)
@@ -242,10 +248,10 @@ class OpenAICompletion(Generation):
         most = self.body.prompt_logprobs
         return UNSET if most is None else LogprobWriter(self.tokenizer, most=most).prompt(choice)
 
-    async def chunks(self) -> EventChunks:
+    async def chunks(self, client: EngineClient) -> EventChunks:
         # All chunks are alike but for the choice and the usage: both are written between what is encoded once.
         head, _, tail = (b"data: %b\n\n" % msgspec.json.encode(self.frame)).rpartition(b"]")
-        with self.client.submit(self.prepared.requests) as group:
+        with client.submit(self.requests) as group:
             async for batch in group.batches():
                 pieces = self.take(batch.events, group)
                 if self.continuous:
@@ -269,8 +275,8 @@ class ChatCompletion(OpenAICompletion):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        config, stream = self.prepared.parser, bool(self.body.stream)
-        self.parsers = [None if config is None else OutputParser(config, stream) for _ in self.choices]
+        stream = bool(self.body.stream)
+        self.parsers = [None if self.parser is None else OutputParser(self.parser, stream) for _ in self.choices]
 
     def opening(self, choice: ChoiceState) -> list[bytes]:
         """The chunk of the role, which counts no token; the first of all has the prompt's ids where they are wanted."""
@@ -320,7 +326,7 @@ class TextCompletion(OpenAICompletion):
 
     def chunk_choices(self, choice: ChoiceState, text: str) -> list[TextChoice]:
         """Tokens without text yet go with the next chunk that has some."""
-        index, finish, echoes, first = choice.index, choice.finish, self.prepared.echoes, not choice.begun
+        index, finish, echoes, first = choice.index, choice.finish, self.echoes, not choice.begun
         echo, starts = echoes[index // self.body.num_generated] if echoes else ("", [])
         text = echo + text if first else text
         if not text and finish is None:
@@ -343,10 +349,10 @@ class TextCompletion(OpenAICompletion):
 class SglangCompletion(Generation):
     """A completion of /generate; each event of a stream has all the text so far."""
 
+    body: GenerateRequest
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        assert isinstance(self.prepared.body, GenerateRequest)
-        self.body = self.prepared.body
         self.is_batch = self.body.is_batch or self.body.num_generated > 1
         self._writer = LogprobWriter(self.tokenizer)
         self._started = time.monotonic()
@@ -355,8 +361,8 @@ class SglangCompletion(Generation):
         results = [self._result(choice) for choice in self.choices]
         return results if self.is_batch else results[0]
 
-    async def chunks(self) -> EventChunks:
-        with self.client.submit(self.prepared.requests) as group:
+    async def chunks(self, client: EngineClient) -> EventChunks:
+        with client.submit(self.requests) as group:
             async for batch in group.batches():
                 if pieces := self.take(batch.events, group):
                     yield b"".join([sse(self._result(choice)) for choice, _ in pieces])

@@ -24,6 +24,7 @@ from minisgl.config import Config
 from minisgl.core.types import REASONING_END, REASONING_START, Grammar, ModelInfo, Request, SamplingParams
 from minisgl.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError, UnsupportedParameterError
 from minisgl.server import protocol
+from minisgl.server.completion import ChatCompletion, Echo, Generation, SglangCompletion, TextCompletion
 from minisgl.server.engine_client import EngineClient
 from minisgl.server.errors import BodyTooLargeError, ForbiddenError, MediaTypeError, OverloadedError, SlowBodyError
 from minisgl.server.generate import GenerateRequest, SglangSampling
@@ -47,30 +48,12 @@ MAX_REPEATED = 2**22  # token ids that go to the engine with each of a body's re
 PIECE = 2**16  # characters tokenised at once, where a text may be far too long
 PIECE_SLACK = 64  # tokens that cutting a piece out may add to its own
 JSON_TYPE = re.compile(r"[\w.-]+/([\w.-]+\+)?json *(;|$)", re.IGNORECASE)
-# Fields that may be large and that no answer needs, once it is prepared.
-BULK = ("messages", "prompt", "tools", "metadata", "user", "safety_identifier", "prompt_cache_key")
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Prompt = str | list[int]
 Check = Callable[[], None]
-Generating = ChatRequest | CompletionRequest | GenerateRequest
-Echo = tuple[str, list[int]]  # a prompt as text, and where in it the text of each of its tokens begins
-
-
-@dataclasses.dataclass(frozen=True)
-class PreparedRequest:
-    body: Generating
-    requests: list[Request]
-    parser: ParserConfig | None = None  # None where completions are plain text
-    echoes: Sequence[Echo] = ()  # each prompt that is to be shown
-    checks: Sequence[Check] = ()  # of grammars, where they are still to be done
-
-    def __post_init__(self) -> None:
-        for name in BULK:
-            if hasattr(self.body, name):
-                setattr(self.body, name, None)
 
 
 @dataclasses.dataclass
@@ -90,7 +73,7 @@ class Preparation:
         self.tool_format = None if template is None else detect_tool_format(template.source, template.takes_tools)
         self.described_tools = False  # and said so in the log
 
-    def chat(self, body: bytes) -> PreparedRequest:
+    def chat(self, body: bytes) -> ChatCompletion:
         chat = ChatRequest.parse(body)
         self.check_model(chat.model)
         grammar, field = chat.requested_grammar()
@@ -110,28 +93,29 @@ class Preparation:
         with renamed("messages", {"max_tokens": limit}):
             params = self.tokenizer.with_bad_words(chat.params(grammar))
             ids = self.encode(prompt, False, cut=params.truncate_prompt_tokens is not None)
-            requests = self.requests("chatcmpl", chat, [ids], [params])
+            requests = self.requests("chatcmpl", chat.num_generated, [ids], [params])
         checks = self.require_grammar(grammar, field)
         if tool_format is None and reasoning is None:
-            return PreparedRequest(chat, requests, checks=checks)
+            return ChatCompletion(self.tokenizer, self.names[0], chat, requests, checks)
         names = frozenset(tool.function.name for tool in chat.offered_tools)
         most = 1 if chat.parallel_tool_calls is False else None
-        return PreparedRequest(chat, requests, ParserConfig(tool_format, names, most, reasoning), checks=checks)
+        parser = ParserConfig(tool_format, names, most, reasoning)
+        return ChatCompletion(self.tokenizer, self.names[0], chat, requests, checks, parser)
 
-    def completion(self, body: bytes) -> PreparedRequest:
+    def completion(self, body: bytes) -> TextCompletion:
         asked = CompletionRequest.parse(body)
         prompts = parse_prompts(asked.prompt, "prompt")
         self.check_model(asked.model)
         grammar, field = asked.requested_grammar()
         with renamed("prompt"):
             params = self.tokenizer.with_bad_words(asked.params(grammar))
-            requests = self.requests("cmpl", asked, prompts, [params] * len(prompts))
+            requests = self.requests("cmpl", asked.num_generated, prompts, [params] * len(prompts))
         checks = self.require_grammar(grammar, field)
         firsts = requests[:: asked.num_generated]
         echoes = [self.echo(*entry) for entry in zip(prompts, firsts, strict=True)] if asked.echo else []
-        return PreparedRequest(asked, requests, echoes=echoes, checks=checks)
+        return TextCompletion(self.tokenizer, self.names[0], asked, requests, checks, echoes=echoes)
 
-    def generate(self, body: bytes) -> PreparedRequest:
+    def generate(self, body: bytes) -> SglangCompletion:
         asked = GenerateRequest.parse(body)
         field = "text" if asked.text is not None else "input_ids"
         prompts = parse_prompts(asked.prompts, field)
@@ -139,13 +123,13 @@ class Preparation:
         with renamed(field, {name: f"sampling_params.{encoded}" for name, encoded in names}):
             grammars = [asked.sampling(index).requested_grammar()[0] for index in range(len(prompts))]
             params = [asked.params(index, grammar) for index, grammar in enumerate(grammars)]
-            requests = self.requests("gen", asked, prompts, params)
+            requests = self.requests("gen", asked.num_generated, prompts, params)
         kinds = dict.fromkeys(grammars)
         checks = [check for grammar in kinds for check in self.require_grammar(grammar, "sampling_params")]
         for index, request in enumerate(requests):
             if (rid := asked.of_prompt("rid", index // asked.num_generated)) is not None:  # it need not be unique
                 requests[index] = msgspec.structs.replace(request, id=f"{rid}-{uuid.uuid4().hex}")
-        return PreparedRequest(asked, requests, checks=checks)
+        return SglangCompletion(self.tokenizer, self.names[0], asked, requests, checks)
 
     def tokenize(self, body: bytes) -> Tokens:
         value = protocol.parse_object(body)
@@ -192,10 +176,9 @@ class Preparation:
         return text, [] if params.prompt_logprobs is None else self.tokenizer.starts(ids, text)
 
     def requests(
-        self, kind: str, body: Generating, prompts: list[Prompt], params: Sequence[SamplingParams]
+        self, kind: str, copies: int, prompts: list[Prompt], params: Sequence[SamplingParams]
     ) -> list[Request]:
         """Checked requests, those of one prompt in a row; their ids are the completion's id and an index."""
-        copies = body.num_generated
         field = "n" if copies > 1 else "prompt"
         require(len(prompts) * copies <= self.max_live, f"at most {self.max_live} answers fit in one request", field)
         sizes = [len(own.allowed_token_ids or ()) + sum(map(len, own.bad_word_ids)) for own in params]
@@ -457,24 +440,15 @@ class Api:
             if foreign or headers.get("origin", own).lower() != own.lower():
                 raise ForbiddenError("web pages of other origins may not do this", code="cross_origin")
 
-    async def check(self, prepared: PreparedRequest, request: HttpRequest) -> None:
+    async def check(self, completion: Generation, request: HttpRequest) -> None:
         """Check grammars that are new here, in threads that no other preparation waits for."""
-        for check in prepared.checks:
+        for check in completion.checks:
             with self.client.metrics.preparing.track_inprogress():
                 await unless_disconnected(request.receive, self.grammars.run(self._client_of(request), check))
 
     def _client_of(self, request: HttpRequest) -> str:
         address = "" if request.client is None else request.client.host
         return request.headers.get("authorization", "") if self.config.api_key else address
-
-
-def prioritize(prepared: PreparedRequest, allowed: tuple[int, int] | None) -> None:
-    """Give the requests the priority that is asked for; raises outside the range, and ignores it without one."""
-    priority = prepared.body.priority
-    if priority is not None and allowed is not None:
-        low, high = allowed
-        require(low <= priority <= high, f"priority must be between {low} and {high}, got {priority}", "priority")
-        prepared.requests[:] = [msgspec.structs.replace(request, priority=priority) for request in prepared.requests]
 
 
 def parse_prompts(value: Any, param: str) -> list[Prompt]:
