@@ -51,15 +51,14 @@ class ToolFormat:
         return Grammar(kind="lark", source=f"start: TEXT\nTEXT: /(?s:.*)/ & ~/(?s:.*{self.opening}.*)/")
 
     def with_optional_calls(self, grammar: Grammar, chat: ChatRequest) -> Grammar:
-        several = chat.parallel_tool_calls is not False
+        tools, several = chat.offered_tools, chat.parallel_tool_calls is not False
         if self.listed:
-            schema = call_list_schema(chat.offered_tools, not several)
-            calls = Calls(schema=schema, several=False, opening=self.opening)
+            calls = Calls(schema=call_list_schema(tools, not several), several=False, opening=self.opening)
         elif self.at_start:
-            schema = json.dumps(call_schema(chat.offered_tools, "parameters"))
+            schema = json.dumps(call_schema(tools, "parameters"))
             calls = Calls(schema=schema, several=several, separator=self.separator)
         else:
-            schema = json.dumps(call_schema(chat.offered_tools, "arguments"))
+            schema = json.dumps(call_schema(tools, "arguments"))
             calls = Calls(schema=schema, several=several, opening=self.opening, closing=self.closing)
         return msgspec.structs.replace(grammar, calls=calls)
 
