@@ -293,26 +293,23 @@ class SocketEngineClient(EngineClient, asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._unread += data
-        for message in ipc.cut(self._unread):
-            self._dispatch(self._decoder.decode(message))
-
-    def _dispatch(self, message: ipc.FromEngine) -> None:
-        match message:
-            case ipc.Events():
-                self._on_events(message, time.monotonic())
-            case ipc.Reply(nonce):
-                waiter = self._replies.get(nonce)
-                if waiter is not None and not waiter.done():
-                    waiter.set_result(message)
-            case ipc.Ready():
-                if not self._ready.done():
-                    self._ready.set_result(message)
-            case ipc.Failed(error):
-                if self._ready.done():
-                    logger.error("the engine failed: %s", error)
-                else:
-                    self._ready.set_exception(ModelError(error))
-                self.fail()
+        for encoded in ipc.cut(self._unread):
+            match message := self._decoder.decode(encoded):
+                case ipc.Events():
+                    self._on_events(message, time.monotonic())
+                case ipc.Reply(nonce):
+                    waiter = self._replies.get(nonce)
+                    if waiter is not None and not waiter.done():
+                        waiter.set_result(message)
+                case ipc.Ready():
+                    if not self._ready.done():
+                        self._ready.set_result(message)
+                case ipc.Failed(error):
+                    if self._ready.done():
+                        logger.error("the engine failed: %s", error)
+                    else:
+                        self._ready.set_exception(ModelError(error))
+                    self.fail()
 
 
 @dataclasses.dataclass(frozen=True)
