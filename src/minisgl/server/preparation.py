@@ -282,7 +282,6 @@ class Bodies:
     def __init__(self, max_size: int) -> None:
         self.max_size = max_size
         self.most = max(HELD_BYTES, 4 * max_size)
-        self.total = 0
         self.held = Counter[str]()
         self.next_part = 0.0  # the earliest time for one of a large body, s
 
@@ -300,7 +299,7 @@ class Bodies:
                 if error is None:
                     parts.append(part)
                     kept += len(part)
-                    self._hold(client, len(part))
+                    self.held[client] += len(part)
                 elif size > 4 * self.max_size or isinstance(error, SlowBodyError):
                     break
                 if size > SMALL_BODY:
@@ -313,13 +312,9 @@ class Bodies:
             parts.clear()
             yield body
         finally:
-            self._hold(client, -kept)
+            self.held[client] -= kept
             if not self.held[client]:
                 del self.held[client]
-
-    def _hold(self, client: str, size: int) -> None:
-        self.held[client] += size
-        self.total += size
 
     def _refusal(
         self, client: str, size: int, more: int, seconds: float
@@ -328,7 +323,7 @@ class Bodies:
             return BodyTooLargeError(f"the body must have at most {self.max_size} bytes")
         if seconds > BODY_SECONDS + size / BODY_RATE:
             return SlowBodyError(f"the body came too slowly: {size} bytes in {seconds:.0f} s")
-        total, own = self.total + more, self.held[client] + more
+        total, own = self.held.total() + more, self.held[client] + more
         fits = total <= self.most and own <= self.most // 2
         fair = size <= SMALL_BODY or own <= self.most // (len(self.held) + 1)
         if not fits and not (fair and total <= 2 * self.most):
