@@ -113,7 +113,7 @@ REWRITTEN: tuple[tuple[Any, Any], ...] = (
     ({"then": {"type": "string"}, "else": {"type": "null"}}, ANY),
     ({"type": "array", "contains": {"type": "null"}, "minContains": 0}, ARRAY),
     ({"type": "array", "minContains": 2, "maxContains": 3}, ARRAY),
-    ({"type": "object", "minProperties": 0, "dependentRequired": {}, "dependentSchemas": {"a": {}}}, OBJECT),
+    ({"type": "object", "dependentRequired": {}, "dependentSchemas": {"a": {}}}, OBJECT),
     ({"type": "object", "dependentRequired": {"a": ["b"]}, "required": ["b"]}, {"type": "object", "required": ["b"]}),
     ({"type": "object", "unevaluatedProperties": True}, OBJECT),
     ({"type": "array", "unevaluatedItems": {}}, ARRAY),

@@ -100,8 +100,6 @@ def constrains_nothing(key: str, value: Any, schema: Schema) -> bool:
             return value is False
         case "propertyNames" | "unevaluatedProperties" | "unevaluatedItems":
             return trivial(value) or (key == "propertyNames" and value == {"type": "string"})
-        case "minProperties":
-            return bool(value == 0)
         case "dependentSchemas" | "dependentRequired" | "dependencies":
             required = schema.get("required")
             there = required if isinstance(required, list) else []
