@@ -133,9 +133,7 @@ class Links:
 
 
 class EngineServer:
-    """Moves messages in, steps the engine, moves events out, in one thread, until `parent_gone`. Requests wait beside
-    it while other threads compile their grammars.
-    """
+    """Moves messages in, steps the engine, moves events out, in one thread, until `parent_gone`."""
 
     engine: Engine
     kv_events: KVEventPublisher | None = None
@@ -145,7 +143,7 @@ class EngineServer:
         self.links = Links(setup.folder)
         self.steps = StepLog()
         self.compilers = ThreadPoolExecutor(COMPILERS, "minisgl-grammar")
-        self.compiling: dict[str, tuple[Request, Future[Constraint]]] = {}
+        self.compiling: dict[str, tuple[Request, Future[Constraint]]] = {}  # requests that wait for their grammars
 
     def run(self) -> int:
         try:

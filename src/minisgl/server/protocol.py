@@ -87,9 +87,7 @@ def invalid_field(error: str) -> InvalidRequestError:
 
 
 class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """An object of a request. Values keep their JSON type ("5" is no number). An unknown field is an error unless it is
-    null.
-    """
+    """An object of a request. Values keep their JSON type ("5" is no number); an unknown field must be null."""
 
     unsupported: ClassVar[Unsupported] = {}
 
@@ -137,7 +135,6 @@ def parts_of(kind: type[Body]) -> Mapping[str, type[Body]]:
 
 
 def bodies_in(kind: Any) -> list[type[Body]]:
-    """The bodies that a type is made of."""
     if isinstance(kind, type) and issubclass(kind, Body):
         return [kind]
     return [part for inner in get_args(kind) for part in bodies_in(inner)]

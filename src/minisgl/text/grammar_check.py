@@ -89,9 +89,7 @@ def judge(source: bytes, vocabulary: Vocabulary) -> MinisglError | None:
 
 
 class GrammarChecker:
-    """Tries grammars for one model in a helper process, started when it is first needed and again when it died. Safe to
-    use from several threads.
-    """
+    """Tries grammars in a helper process, started when it is needed and when it died. Several threads may use it."""
 
     def __init__(self, folder: Path, vocab_size: int, eos_token_ids: tuple[int, ...]) -> None:
         self._arguments = [str(value) for value in (folder, vocab_size, *eos_token_ids)]

@@ -67,9 +67,7 @@ class Tokenizer:
         return self.tool_template if tools else self.chat_template
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a plain prompt, with BOS where the model's post-processor adds one. Raises InvalidRequestError
-        for text that is no valid Unicode, or too much for the tokenizer.
-        """
+        """Token ids of a plain prompt, with BOS where the model adds one. Raises InvalidRequestError for no Unicode."""
         try:
             text.encode()
             # `encode` can hold the interpreter's lock for seconds on a long text; the batch form does not.
@@ -90,9 +88,7 @@ class Tokenizer:
         return text[len(self.backend.decode(context, skip_special_tokens=False)) :] if context else text
 
     def _context(self, prompt: Sequence[int], hidden: Container[int]) -> list[int]:
-        """The last token of a prompt that has a text of whole characters, to decode what follows with: a decoder may
-        take the space from the first word of a text.
-        """
+        """A prompt's last token of whole characters: without it a decoder may drop the space before what follows."""
         for token in prompt[: -MAX_CONTEXT - 1 : -1]:
             text = self.token_bytes(token).decode(errors="replace")
             if text and "\ufffd" not in text and token not in hidden:
@@ -121,9 +117,7 @@ class Tokenizer:
         self, messages: Messages, /, *, add_generation_prompt: bool = True, continue_final_message: bool = False,
         **template: Any,
     ) -> str:  # fmt: skip
-        """A conversation as the model's text; one to continue ends within its last message, for the model to go on
-        there. Raises InvalidRequestError when there is no template or it refuses.
-        """
+        """A conversation as the model's text. Raises InvalidRequestError when there is no template or it refuses."""
         chosen = self.template_for(bool(template.get("tools")))
         if chosen is None:
             reason = "this model has no chat template: it is a base model, use /v1/completions with a plain prompt"
@@ -234,7 +228,6 @@ class TextStream:
         self.matched: str | None = None
         self._backend = backend
         self._hidden = hidden
-        self._stops = params.stop
         self._params = params
         self._context = list(context)
         self._decoder = DecodeStream(ids=self._context, skip_special_tokens=False)
@@ -291,19 +284,19 @@ class TextStream:
 
     def _take(self, piece: str) -> None:
         """Show what cannot belong to a stop string any more; a match must end inside `piece`."""
-        if not self._stops:
+        if not self._params.stop:
             self._shown.append(piece)
             return
         text = self._held + piece
         # (end, start, stop string) of each one that is completed within `piece`
-        at = ((text.find(stop, max(0, len(self._held) - len(stop) + 1)), stop) for stop in self._stops)
+        at = ((text.find(stop, max(0, len(self._held) - len(stop) + 1)), stop) for stop in self._params.stop)
         matches = [(start + len(stop), start, stop) for start, stop in at if start >= 0]
         if matches and len(self.starts) >= self._params.min_tokens:
             end, start, self.matched = min(matches)  # the one completed first; of several, the longest
             safe = end if self._params.include_stop_str_in_output else start
             self._held = ""
         else:
-            safe = len(text) - max(partial_end(text, stop) for stop in self._stops)
+            safe = len(text) - max(partial_end(text, stop) for stop in self._params.stop)
             self._held = text[safe:]
         if safe:
             self._shown.append(text[:safe])
