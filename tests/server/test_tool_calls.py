@@ -1,3 +1,4 @@
+import functools
 import itertools
 import json
 import re
@@ -7,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minisgl.core.types import FinishReason
 from minisgl.server import tools
 from minisgl.server.responses import ChatDelta
-from minisgl.server.tools import HEAD_LIMIT, HERMES, LLAMA, MISTRAL, ReasoningParser, ToolCallParser, ToolFormat
+from minisgl.server.tools import HEAD_LIMIT, HERMES, LLAMA, MISTRAL, OutputParser, ParserConfig, Reasoning, ToolFormat
 
 NAMES = frozenset({"f", "get_weather"})
 FORCED = HERMES.forced()
-FORMS = {"hermes": HERMES, "llama": LLAMA, "mistral": MISTRAL, "forced": FORCED}
 PIECES = (
     "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>", '{"name": "f", "arguments": {"a": 1}}',
     '{"name":"get_weather","parameters":{"city":"K\\u00f6ln }{ \\" ü"}}', '{"arguments": {"x": []}, "name": "f"}',
@@ -39,6 +40,8 @@ def entries(deltas: list[ChatDelta]) -> list[Entry]:
     """The deltas with neighbouring texts of one kind joined."""
     found: list[Entry] = []
     for delta in deltas:
+        if delta.reasoning_content:
+            found.append(("reasoning", 0, delta.reasoning_content))
         if delta.content:
             found.append(("content", 0, delta.content))
         for call in delta.tool_calls or ():
@@ -51,11 +54,13 @@ def entries(deltas: list[ChatDelta]) -> list[Entry]:
 
 
 def read(
-    pieces: list[str], form: ToolFormat, limit: int | None = None, stream: bool = True, was_cut: bool = False
-) -> list[Entry]:
-    parser = ToolCallParser(form, NAMES, limit, stream)
-    deltas = [delta for piece in pieces for delta in parser.push(piece)]
-    return entries([*deltas, *parser.finish(was_cut)])
+    pieces: list[str], form: ToolFormat | None, limit: int | None = None, stream: bool = True, was_cut: bool = False,
+    reasoning: Reasoning | None = None,
+) -> list[Entry]:  # fmt: skip
+    parser = OutputParser(ParserConfig(form, NAMES, limit, reasoning), stream)
+    *pieces, last = pieces or [""]
+    deltas = [delta for piece in pieces for delta in parser.push(piece, None)]
+    return entries([*deltas, *parser.push(last, FinishReason.LENGTH if was_cut else FinishReason.STOP)])
 
 
 def whole(pieces: list[str], form: ToolFormat, limit: int | None = None) -> tuple[str | None, list[tuple[str, Any]]]:
@@ -68,15 +73,14 @@ def whole(pieces: list[str], form: ToolFormat, limit: int | None = None) -> tupl
 
 
 @pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-@given(TEXTS, st.lists(st.integers(0, 400), max_size=12), st.booleans())
+@pytest.mark.parametrize("form", [HERMES, LLAMA, MISTRAL, FORCED], ids=["hermes", "llama", "mistral", "forced"])
+@given(TEXTS, st.lists(st.integers(0, 400), max_size=12), st.booleans(), st.sampled_from([None, "possible", "begun"]))
 @settings(max_examples=250, deadline=None)
 def test_any_split_gives_the_same_as_no_split(
-    form: ToolFormat, stream: bool, text: str, cuts: list[int], was_cut: bool
+    form: ToolFormat, stream: bool, text: str, cuts: list[int], was_cut: bool, reasoning: Reasoning | None
 ) -> None:
-    at_once = read([text], form, stream=stream, was_cut=was_cut)
-    assert read(cut(text, cuts), form, stream=stream, was_cut=was_cut) == at_once
-    assert read(list(text), form, stream=stream, was_cut=was_cut) == at_once
+    parsed = functools.partial(read, form=form, stream=stream, was_cut=was_cut, reasoning=reasoning)
+    assert parsed(cut(text, cuts)) == parsed(list(text)) == parsed([text])
 
 
 @pytest.mark.parametrize("form", [HERMES, MISTRAL, LLAMA], ids=["hermes", "mistral", "llama"])
@@ -147,10 +151,10 @@ def test_a_malformed_call_comes_back_as_it_was(text: str) -> None:
 
 
 def test_arguments_are_given_on_as_they_come_and_as_the_model_wrote_them() -> None:
-    parser = ToolCallParser(HERMES, NAMES, None, stream=True)
+    parser = OutputParser(ParserConfig(HERMES, NAMES), stream=True)
     arguments = '{"city":  "Köln", "n": [1,2]}'
     text = f'<tool_call>\n{{"name": "f", "arguments": {arguments}}}\n</tool_call>'
-    given = [entry for character in text for entry in entries(parser.push(character))]
+    given = [entry for character in text for entry in entries(parser.push(character, None))]
     assert given == [("name", 0, "f"), *(("arguments", 0, character) for character in arguments)]
 
 
@@ -202,9 +206,8 @@ def test_calls_beyond_the_limit_are_dropped_and_text_is_not() -> None:
 
 
 def split_reasoning(pieces: list[str], begun: bool) -> tuple[str, str]:
-    parser = ReasoningParser(begun)
-    given = [*map(parser.push, pieces), parser.push("", last=True)]
-    return "".join(reasoning for reasoning, _ in given), "".join(content for _, content in given)
+    found = {kind: text for kind, _, text in read(pieces, None, reasoning="begun" if begun else "possible")}
+    return found.get("reasoning", ""), found.get("content", "")
 
 
 @given(TEXTS, st.lists(st.integers(0, 300), max_size=10), st.booleans())

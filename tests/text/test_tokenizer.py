@@ -137,10 +137,8 @@ def test_a_continued_conversation_ends_with_its_last_content(tmp_path: Path) -> 
         (("so far", "so far"), "[so far][so far"),
         (("hi", " one, one "), "[hi][one, one"),
     ):
-        assert (
-            tokenizer.render_chat([{"content": content} for content in contents], continue_final_message=True)
-            == expected
-        )
+        said = [{"content": content} for content in contents]
+        assert tokenizer.render_chat(said, continue_final_message=True) == expected
 
 
 def test_a_continued_text_is_cut_behind_the_content_with_the_blanks_that_the_template_shows() -> None:

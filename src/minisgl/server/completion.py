@@ -295,7 +295,7 @@ class ChatCompletion(OpenAICompletion):
         else:
             chunks = [ChunkChoice(index, ChatDelta(content=text))] if text else []
         if finish is not None:
-            called = parser is not None and parser.called
+            called = parser is not None and parser.num_calls > 0
             chunks.append(ChunkChoice(index, ChatDelta(), finish_word(finish, called), **choice.ended()))
         if chunks and (self.body.return_token_ids or self.writer is not None):
             ids, scored = self.new_tokens(choice)  # also those of text that was held back

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import re
 import uuid
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -118,7 +118,7 @@ def call_schema(tools: Sequence[Tool], arguments: str) -> dict[str, Any]:
 class ParserConfig:
     tool_format: ToolFormat | None = None  # None: calls are not looked for
     names: frozenset[str] = frozenset()  # of the functions that can be called
-    max_calls: int | None = None
+    max_calls: int | None = None  # those beyond are dropped
     reasoning: Reasoning | None = None  # what the prompt allows of it, or has begun; None: it is not looked for
 
     @property
@@ -127,75 +127,6 @@ class ParserConfig:
         if self.tool_format is None or self.tool_format.at_start:
             return marks
         return (*marks, *filter(None, (self.tool_format.opening, self.tool_format.closing)))
-
-
-class OutputParser:
-    """Parses one completion. However its text is cut into pieces, the deltas put together are the same."""
-
-    def __init__(self, config: ParserConfig, stream: bool) -> None:
-        self._reasoning = None if config.reasoning is None else ReasoningParser(config.reasoning == "begun")
-        self._tools = None
-        if config.tool_format is not None:
-            self._tools = ToolCallParser(config.tool_format, config.names, config.max_calls, stream)
-
-    @property
-    def called(self) -> bool:
-        return self._tools is not None and self._tools.num_calls > 0
-
-    def push(self, text: str, finish: FinishReason | None) -> list[ChatDelta]:
-        deltas = []
-        if self._reasoning is not None:
-            reasoning, text = self._reasoning.push(text, last=finish is not None)
-            if reasoning:
-                deltas.append(ChatDelta(reasoning_content=reasoning))
-        if self._tools is not None:
-            deltas += self._tools.push(text)
-            deltas += self._tools.finish(finish is FinishReason.LENGTH) if finish is not None else ()
-        elif text:
-            deltas.append(ChatDelta(content=text))
-        return deltas
-
-
-class ReasoningParser:
-    """`<think>…</think>` at the beginning of a completion is reasoning; blanks around the tags are dropped."""
-
-    def __init__(self, begun: bool) -> None:
-        self._begun = begun  # the prompt has opened the block
-        self._buffer = ""
-        self._shown = False  # some reasoning was given
-        self._state: Literal["start", "reasoning", "blanks", "content"] = "start"
-
-    def push(self, text: str, last: bool = False) -> tuple[str, str]:
-        """More reasoning and more content; with the `last` text all that was held back."""
-        if self._state == "content":
-            return "", text
-        self._buffer += text
-        reasoning = ""
-        if self._state == "start":
-            text = self._buffer.lstrip()
-            if REASONING_START.startswith(text) and not last:
-                return "", ""
-            if not (self._begun or text.startswith(REASONING_START)):
-                self._state = "content"
-                return "", self._buffer
-            self._buffer = text.removeprefix(REASONING_START)
-            self._state = "reasoning"
-        if self._state == "reasoning":
-            text = self._buffer if self._shown else self._buffer.lstrip()
-            reasoning, end, rest = text.partition(REASONING_END)
-            if not end and not last:
-                reasoning = text[: len(text) - partial_end(text, REASONING_END)]
-            reasoning = reasoning.rstrip()
-            self._shown = self._shown or bool(reasoning)
-            if not end:
-                self._buffer = text[len(reasoning) :]
-                return reasoning, ""
-            self._buffer = rest
-            self._state = "blanks"
-        self._buffer = self._buffer.lstrip()
-        if self._buffer:
-            self._state = "content"
-        return reasoning, self._buffer
 
 
 @dataclasses.dataclass
@@ -232,62 +163,90 @@ class JsonObjectScanner:
                 return
 
 
-class ToolCallParser:
-    """Splits text into content and calls of functions with these `names`; calls beyond `limit` are dropped. With
-    `stream` arguments are given as they come; where it turns out to be no call then, the rest of it is content.
+class OutputParser:
+    """Parses one completion. However its text is cut into pieces, the deltas put together are the same. With `stream`
+    arguments are given as they come; where it turns out to be no call then, the rest of it is content.
     """
 
-    def __init__(self, tool_format: ToolFormat, names: Collection[str], limit: int | None, stream: bool) -> None:
+    def __init__(self, config: ParserConfig, stream: bool) -> None:
         self.num_calls = 0
-        self._format = tool_format
-        self._names = names
-        self._limit = limit
+        self._config = config
+        self._format = config.tool_format or ToolFormat()
         self._stream = stream
         self._buffer = ""  # what is not decided yet
         self._at = 0  # what comes before belongs to a call if there is one, else to the content
-        self._trim = False  # blanks after a call are not content
+        self._trim = False  # blanks at the beginning of reasoning, and after it or a call, are dropped
         self._index = -1  # of the last call that was announced
         self._deltas: list[ChatDelta] = []  # of the current push
-        self._state: State = self._before if tool_format.at_start else self._content
+        self._after_reasoning: State = self._before if self._format.at_start else self._content
+        self._state: State = self._after_reasoning if config.reasoning is None else self._start
 
-    def push(self, text: str) -> list[ChatDelta]:
+    def push(self, text: str, finish: FinishReason | None) -> list[ChatDelta]:
+        """What `text` brings; with its `finish` also what was held back."""
         self._deltas = []
         self._buffer += text
+        self._ended = finish is not None
         while (following := self._state()) is not None:
             self._state = following
+        if finish is not None:
+            self._end(finish is FinishReason.LENGTH)
         return self._deltas
 
-    def finish(self, was_cut: bool = False) -> list[ChatDelta]:
-        """What was held back, at the end of the text; a call that is not complete is none, unless the text was cut."""
-        self._deltas = []
+    def _end(self, was_cut: bool) -> None:
+        """A call that is not complete is none, unless the text was cut."""
+        if self._state == self._reasoning:
+            self._say(len(self._buffer.rstrip()))
+            return
         if self._state == self._object:
             if self._head is not None and (was_cut or self._format.only_calls):
                 self._give_arguments(self._head)
-                return self._deltas
+                return
             self._fail()
         if self._state != self._after or not self._format.closing.startswith(self._buffer.strip()):
             self._say(len(self._buffer))
-        return self._deltas
 
     def _drop(self, size: int) -> None:
         self._buffer, self._at = self._buffer[size:], 0
 
     def _say(self, size: int) -> None:
-        text = "" if self._format.only_calls else self._buffer[:size]
+        reasons = self._state == self._reasoning
+        text = "" if self._format.only_calls and not reasons else self._buffer[:size]
         self._drop(size)
         if text := text.lstrip() if self._trim else text:
-            self._deltas.append(ChatDelta(content=text))
+            self._deltas.append(ChatDelta(reasoning_content=text) if reasons else ChatDelta(content=text))
             self._trim = False
 
+    def _say_before(self, mark: str) -> bool:
+        """Say what comes before a mark, without the blanks between; whether the mark has come."""
+        before, found, _ = self._buffer.partition(mark)
+        if not found:
+            before = before[: len(before) - partial_end(before, mark)]
+        self._say(len(before.rstrip()))
+        return bool(found)
+
+    def _start(self) -> "State | None":
+        """Before reasoning, which the prompt may have begun."""
+        text = self._buffer.lstrip()
+        if REASONING_START.startswith(text) and not self._ended:
+            return None
+        if self._config.reasoning != "begun" and not text.startswith(REASONING_START):
+            return self._after_reasoning
+        self._buffer, self._trim = text.removeprefix(REASONING_START), True
+        return self._reasoning
+
+    def _reasoning(self) -> "State | None":
+        if not self._say_before(REASONING_END):
+            return None
+        self._drop(self._buffer.index(REASONING_END) + len(REASONING_END))
+        self._trim = True
+        return self._after_reasoning
+
     def _content(self) -> "State | None":
-        if self._format.at_start:
+        opening = self._format.opening
+        if self._format.at_start or not opening:
             self._say(len(self._buffer))
             return None
-        before, opening, _ = self._buffer.partition(self._format.opening)
-        if not opening:
-            before = before[: len(before) - partial_end(before, self._format.opening)]
-        self._say(len(before.rstrip()))  # blanks before a call are not content
-        if not opening:
+        if not self._say_before(opening):  # blanks before a call are not content
             return None
         self._at = self._buffer.index(opening) + len(opening)
         return self._before
@@ -317,7 +276,7 @@ class ToolCallParser:
         scanner = self._scanner
         if self._head is None and scanner.at < self._at + HEAD_LIMIT:
             head = CALL_HEAD.match(self._buffer, self._at, self._at + HEAD_LIMIT)
-            self._head = head if head is not None and head[1] in self._names else None
+            self._head = head if head is not None and head[1] in self._config.names else None
         scanner.read(self._buffer)
         if self._stream and self._head is not None:
             self._give_arguments(self._head)
@@ -341,17 +300,18 @@ class ToolCallParser:
 
     def _call(self) -> tuple[str, str] | None:
         value = decode_json(self._buffer[self._at : self._scanner.at])
-        if not isinstance(value, dict) or not isinstance(value.get("name"), str) or value["name"] not in self._names:
+        name = value.get("name") if isinstance(value, dict) else None
+        if not isinstance(value, dict) or not isinstance(name, str) or name not in self._config.names:
             return None
         if self._head is not None:
-            name, shown = self._head[1], self._buffer[self._head.end() : self._scanner.value_end]
-            same = value["name"] == name and value[self._head[2]] == decode_json(shown)
+            shown = self._buffer[self._head.end() : self._scanner.value_end]
+            same = name == self._head[1] and value[self._head[2]] == decode_json(shown)
             return (name, shown) if same else None
         arguments = value.get("arguments", value.get("parameters", {}))
-        return (value["name"], msgspec.json.encode(arguments).decode()) if isinstance(arguments, dict) else None
+        return (name, msgspec.json.encode(arguments).decode()) if isinstance(arguments, dict) else None
 
     def _give(self, name: str, arguments: str) -> None:
-        if self._limit is not None and self.num_calls >= self._limit:
+        if self._config.max_calls is not None and self.num_calls >= self._config.max_calls:
             return
         if not self._announced:
             self._announced = True
