@@ -109,6 +109,7 @@ class ChoiceState(RequestOutput):
     hidden: bool = False  # the request is there for its prompt: what it generates is not shown
     begun: bool = False  # it has a chunk
     num_given: int = 0  # tokens that were in chunks
+    parser: OutputParser | None = None  # None where the text is plain
 
     def take(self, event: TokenEvent) -> str:
         """Raises InvalidRequestError when the engine refuses."""
@@ -141,7 +142,8 @@ class Generation(abc.ABC):
     echoes: Sequence[Echo] = ()  # each prompt that is to be shown
 
     def __post_init__(self) -> None:
-        special = () if self.parser is None else self.parser.special_tokens
+        config, streams = self.parser, bool(self.body.stream)
+        special = () if config is None else config.special_tokens
         hidden = not isinstance(self.body, ChatRequest) and self.body.scores_only
         for name in BULK:
             if hasattr(self.body, name):
@@ -149,7 +151,8 @@ class Generation(abc.ABC):
         self.choices: list[ChoiceState] = []
         for request in self.requests:
             stream = self.tokenizer.stream(request.params, special, request.prompt)
-            self.choices.append(ChoiceState(request, stream, index=len(self.choices), hidden=hidden))
+            parser = None if config is None else OutputParser(config, streams)
+            self.choices.append(ChoiceState(request, stream, index=len(self.choices), hidden=hidden, parser=parser))
         self.by_id = {choice.request.id: choice for choice in self.choices}
 
     @abc.abstractmethod
@@ -273,11 +276,6 @@ class ChatCompletion(OpenAICompletion):
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        stream = bool(self.body.stream)
-        self.parsers = [None if self.parser is None else OutputParser(self.parser, stream) for _ in self.choices]
-
     def opening(self, choice: ChoiceState) -> list[bytes]:
         """The chunk of the role, which counts no token; the first of all has the prompt's ids where they are wanted."""
         if choice.begun:
@@ -289,7 +287,7 @@ class ChatCompletion(OpenAICompletion):
         return [sse(msgspec.structs.replace(self.frame, choices=[chunk], usage=usage, prompt_token_ids=ids))]
 
     def chunk_choices(self, choice: ChoiceState, text: str) -> list[ChunkChoice]:
-        index, parser, finish = choice.index, self.parsers[choice.index], choice.finish
+        index, parser, finish = choice.index, choice.parser, choice.finish
         if parser is not None:
             chunks = [ChunkChoice(index, delta) for delta in parser.push(text, finish)]
         else:
