@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from statistics import fmean
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -193,8 +193,6 @@ class Generation(abc.ABC):
 class OpenAICompletion(Generation):
     """A completion in OpenAI's form; the whole one is folded from its own chunks."""
 
-    whole_object: Literal["chat.completion", "text_completion"]
-    chunk_object: Literal["chat.completion.chunk", "text_completion"]
     body: ChatRequest | CompletionRequest
 
     def __post_init__(self) -> None:
@@ -204,8 +202,11 @@ class OpenAICompletion(Generation):
         self.include_usage = bool(options.include_usage)
         self.continuous = self.include_usage and bool(options.continuous_usage_stats)
         name, now, usage = first.id.rpartition("-")[0], int(time.time()), None if self.include_usage else UNSET
+        kind: responses.ResultKind = "text_completion"
+        if isinstance(body, ChatRequest):
+            kind = "chat.completion.chunk" if body.stream else "chat.completion"
         self.frame: responses.Result[Any] = responses.Result(
-            id=name, object=self.chunk_object, created=now, model=self.model, choices=[], usage=usage
+            id=name, object=kind, created=now, model=self.model, choices=[], usage=usage
         )
         # `best_of` has the engine compute some that are not shown.
         most = body.logprobs if isinstance(body, CompletionRequest) else first.params.logprobs
@@ -225,7 +226,7 @@ class OpenAICompletion(Generation):
             self.whole_choice(index, choice, self.chunk_choices(choice, choice.stream.text))
             for index, choice in enumerate(self.shown())
         ]
-        return msgspec.structs.replace(self.frame, object=self.whole_object, choices=choices, usage=self.usage())
+        return msgspec.structs.replace(self.frame, choices=choices, usage=self.usage())
 
     def shown(self) -> list[ChoiceState]:
         """Of more choices of a prompt than are wanted (`best_of`), those with the best mean log-probability."""
@@ -273,9 +274,6 @@ class OpenAICompletion(Generation):
 class ChatCompletion(OpenAICompletion):
     """The first chunk of a choice has the role, the last one only its finish reason."""
 
-    whole_object = "chat.completion"
-    chunk_object = "chat.completion.chunk"
-
     def opening(self, choice: ChoiceState) -> list[bytes]:
         """The chunk of the role, which counts no token; the first of all has the prompt's ids where they are wanted."""
         if choice.begun:
@@ -318,9 +316,6 @@ class ChatCompletion(OpenAICompletion):
 
 class TextCompletion(OpenAICompletion):
     """The last chunk of a choice has its finish reason, the first one the prompt where that is echoed."""
-
-    whole_object = "text_completion"
-    chunk_object = "text_completion"
 
     def chunk_choices(self, choice: ChoiceState, text: str) -> list[TextChoice]:
         """Tokens without text yet go with the next chunk that has some."""

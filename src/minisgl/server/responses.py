@@ -11,6 +11,7 @@ from minisgl.core.types import EngineStats
 
 SSE_DONE = b"data: [DONE]\n\n"
 FinishWord = Literal["stop", "length", "tool_calls"]
+ResultKind = Literal["chat.completion", "chat.completion.chunk", "text_completion"]
 TokenEntry = tuple[float | None, int, str | None]  # log-probability, token id, and its text where it was asked for
 
 
@@ -120,7 +121,7 @@ AnyChoice = TypeVar("AnyChoice", ChatChoice, ChunkChoice, TextChoice)
 
 class Result(msgspec.Struct, Generic[AnyChoice], frozen=True, kw_only=True):
     id: str
-    object: Literal["chat.completion", "chat.completion.chunk", "text_completion"]
+    object: ResultKind
     created: int
     model: str
     choices: Sequence[AnyChoice]
