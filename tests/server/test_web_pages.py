@@ -12,7 +12,7 @@ from minisgl.config import Config, check
 from minisgl.errors import ConfigError
 from minisgl.server.admin import admin_routes
 from minisgl.server.api_process import HostGuard
-from minisgl.server.app import Endpoints
+from minisgl.server.app import model_routes
 
 TEXT: dict[str, Any] = {"prompt": "hello there", "max_tokens": 3}
 PATHS = ("/", "/health", "/v1/models", "/metrics", "/nothing")
@@ -96,7 +96,7 @@ OTHER_TYPES = (
 def body_paths(server: Serving) -> list[str]:
     nothing = SimpleNamespace(model=None)
     api: Any = SimpleNamespace(client=server.client, preparation=nothing, config=Config(), started=0.0)
-    routes = [*Endpoints(api).routes(), *admin_routes(api)]
+    routes = [*model_routes(api), *admin_routes(api)]
     return [route.path for route in routes if route.method == "POST" and route.path != "/flush_cache"]
 
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
@@ -36,81 +37,85 @@ class NamedRoute(Route):
         return match, {**found, "route": self}  # for the access log and the metrics
 
 
-class Endpoints:
-    def __init__(self, api: Api) -> None:
-        self.api = api
-        self.preparation = api.preparation
-        self.priorities = priority_ranges(api.config.client_priorities)  # by the number of the API key
+def model_routes(api: Api) -> list[ApiRoute]:
+    """The endpoints of the model: what generates, and what says something of it."""
+    preparation, served = api.preparation, api.preparation.model
+    priorities = priority_ranges(api.config.client_priorities)  # by the number of the API key
 
-    async def chat(self, request: Request) -> Response:
-        """Answer a conversation."""
-        return await self.respond(request, await self.api.prepare(self.preparation.chat, request))
-
-    async def completion(self, request: Request) -> Response:
-        """Continue one text, or several."""
-        return await self.respond(request, await self.api.prepare(self.preparation.completion, request, renders=False))
-
-    async def generate(self, request: Request) -> Response:
-        """Continue one text, or several, in SGLang's own words."""
-        return await self.respond(request, await self.api.prepare(self.preparation.generate, request, renders=False))
-
-    async def respond(self, request: Request, completion: Generation) -> Response:
-        allowed = self.priorities.get(request.scope.get("api_key", 0), self.priorities.get(0))
+    async def respond(request: Request, completion: Generation) -> Response:
+        allowed = priorities.get(request.scope.get("api_key", 0), priorities.get(0))
         if (priority := completion.body.priority) is not None and allowed is not None:
             low, high = allowed
             rule = f"priority must be between {low} and {high}, got {priority}"
             protocol.require(low <= priority <= high, rule, "priority")
             completion.requests = [msgspec.structs.replace(each, priority=priority) for each in completion.requests]
-        await self.api.check(completion, request)
+        await api.check(completion, request)
         if not completion.body.stream:
-            return json_response(await unless_disconnected(request.receive, completion.whole(self.api.client)))
-        return EventStream(completion.chunks(self.api.client))
+            return json_response(await unless_disconnected(request.receive, completion.whole(api.client)))
+        return EventStream(completion.chunks(api.client))
 
-    async def tokenize(self, request: Request) -> Response:
+    async def chat(request: Request) -> Response:
+        """Answer a conversation."""
+        return await respond(request, await api.prepare(preparation.chat, request))
+
+    async def completion(request: Request) -> Response:
+        """Continue one text, or several."""
+        return await respond(request, await api.prepare(preparation.completion, request, renders=False))
+
+    async def generate(request: Request) -> Response:
+        """Continue one text, or several, in SGLang's own words."""
+        return await respond(request, await api.prepare(preparation.generate, request, renders=False))
+
+    async def tokenize(request: Request) -> Response:
         """The tokens of a text or of a conversation."""
-        return json_response(await self.api.prepare(self.preparation.tokenize, request))
+        return json_response(await api.prepare(preparation.tokenize, request))
 
-    async def detokenize(self, request: Request) -> Response:
+    async def detokenize(request: Request) -> Response:
         """The text of tokens."""
-        return json_response(await self.api.prepare(self.preparation.detokenize, request))
+        return json_response(await api.prepare(preparation.detokenize, request))
 
-    async def tokenizer_info(self, _: Request) -> Response:
+    async def tokenizer_info(_: Request) -> Response:
         """The special tokens and the chat template."""
-        return json_response(self.preparation.tokenizer_info())
+        tokenizer = preparation.tokenizer
+        template = None if tokenizer.chat_template is None else tokenizer.chat_template.source
+        tokens: Any = {f"{name}_token": tokenizer.tokens.get(f"{name}_token") for name in ("bos", "eos", "pad", "unk")}
+        info = responses.TokenizerInfo(
+            **tokens, tokenizer_class=tokenizer.kind, chat_template=template, vocab_size=served.vocab_size,
+            model_max_length=served.max_seq_len,
+        )  # fmt: skip
+        return json_response(info)
 
-    async def models(self, _: Request) -> Response:
+    def model_card(name: str) -> responses.ModelCard:
+        return responses.ModelCard(id=name, created=api.created, root=served.name, max_model_len=served.max_seq_len)
+
+    async def models(_: Request) -> Response:
         """The one model served, under each of its names."""
-        return json_response(responses.ModelList(list(map(self.model_card, self.preparation.names))))
+        return json_response(responses.ModelList(list(map(model_card, preparation.names))))
 
-    async def model(self, request: Request) -> Response:
+    async def model(request: Request) -> Response:
         """The model served, by its id."""
-        self.preparation.check_model(request.path_params["name"])
-        return json_response(self.model_card(request.path_params["name"]))
+        preparation.check_model(request.path_params["name"])
+        return json_response(model_card(request.path_params["name"]))
 
-    def model_card(self, name: str) -> responses.ModelCard:
-        model = self.preparation.model
-        return responses.ModelCard(id=name, created=self.api.created, root=model.name, max_model_len=model.max_seq_len)
-
-    def routes(self) -> list[ApiRoute]:
-        chat, chunk = responses.Result[responses.ChatChoice], responses.Result[responses.ChunkChoice]
-        text, sglang = responses.Result[responses.TextChoice], responses.SglangResult | list[responses.SglangResult]
-        tokenize = [protocol.TokenizeText, protocol.TokenizeConversation]
-        return [
-            ApiRoute("POST", "/v1/chat/completions", self.chat, chat, [protocol.ChatRequest], chunk),
-            ApiRoute("POST", "/v1/completions", self.completion, text, [protocol.CompletionRequest], text),
-            ApiRoute("POST", "/generate", self.generate, sglang, [GenerateRequest], responses.SglangResult),
-            ApiRoute("POST", "/tokenize", self.tokenize, responses.Tokens, tokenize),
-            ApiRoute("POST", "/detokenize", self.detokenize, responses.Detokenized, [protocol.DetokenizeRequest]),
-            ApiRoute("GET", "/tokenizer_info", self.tokenizer_info, responses.TokenizerInfo),
-            ApiRoute("GET", "/v1/models", self.models, responses.ModelList),
-            ApiRoute("GET", "/v1/models/{name:path}", self.model, responses.ModelCard),
-            ApiRoute("POST", "/v1/tokenize", self.tokenize),
-            ApiRoute("POST", "/v1/detokenize", self.detokenize),
-        ]
+    chats, chunk = responses.Result[responses.ChatChoice], responses.Result[responses.ChunkChoice]
+    text, sglang = responses.Result[responses.TextChoice], responses.SglangResult | list[responses.SglangResult]
+    tokenized = [protocol.TokenizeText, protocol.TokenizeConversation]
+    return [
+        ApiRoute("POST", "/v1/chat/completions", chat, chats, [protocol.ChatRequest], chunk),
+        ApiRoute("POST", "/v1/completions", completion, text, [protocol.CompletionRequest], text),
+        ApiRoute("POST", "/generate", generate, sglang, [GenerateRequest], responses.SglangResult),
+        ApiRoute("POST", "/tokenize", tokenize, responses.Tokens, tokenized),
+        ApiRoute("POST", "/detokenize", detokenize, responses.Detokenized, [protocol.DetokenizeRequest]),
+        ApiRoute("GET", "/tokenizer_info", tokenizer_info, responses.TokenizerInfo),
+        ApiRoute("GET", "/v1/models", models, responses.ModelList),
+        ApiRoute("GET", "/v1/models/{name:path}", model, responses.ModelCard),
+        ApiRoute("POST", "/v1/tokenize", tokenize),
+        ApiRoute("POST", "/v1/detokenize", detokenize),
+    ]
 
 
 def make_app(api: Api) -> Starlette:
-    routes = [*Endpoints(api).routes(), *admin_routes(api)]
+    routes = [*model_routes(api), *admin_routes(api)]
     html = PAGE.read_text(encoding="utf-8")
     headers = page_headers(html)
 

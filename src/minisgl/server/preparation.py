@@ -29,7 +29,7 @@ from minisgl.server.engine_client import EngineClient
 from minisgl.server.errors import BodyTooLargeError, ForbiddenError, MediaTypeError, OverloadedError, SlowBodyError
 from minisgl.server.generate import GenerateRequest, SglangSampling
 from minisgl.server.protocol import ChatRequest, CompletionRequest, TokenizeConversation, require
-from minisgl.server.responses import Detokenized, TokenizerInfo, Tokens
+from minisgl.server.responses import Detokenized, Tokens
 from minisgl.server.tools import ParserConfig, Reasoning, ToolFormat, detect_tool_format, forced_call_grammar
 from minisgl.text.tokenizer import Tokenizer
 
@@ -153,14 +153,6 @@ class Preparation:
         if not all(0 <= token <= last for token in asked.tokens):
             raise InvalidRequestError(f"token ids must be between 0 and {last}", param="tokens")
         return Detokenized(self.tokenizer.decode(asked.tokens, bool(asked.skip_special_tokens)))
-
-    def tokenizer_info(self) -> TokenizerInfo:
-        names = ("bos_token", "eos_token", "pad_token", "unk_token")
-        tokens: dict[str, Any] = {name: self.tokenizer.tokens.get(name) for name in names}
-        tokens["tokenizer_class"] = self.tokenizer.kind
-        template = None if self.tokenizer.chat_template is None else self.tokenizer.chat_template.source
-        size, length = self.model.vocab_size, self.model.max_seq_len
-        return TokenizerInfo(**tokens, chat_template=template, vocab_size=size, model_max_length=length)
 
     def check_model(self, name: str | None) -> None:
         if name not in (None, *self.names):
