@@ -1,4 +1,4 @@
-"""From a request's body to the engine's requests: read, validate, render, tokenise, check. It may take seconds."""
+"""From a request's body to its completion: read, validate, render, tokenise, check. It may take seconds."""
 
 import asyncio
 import contextlib
@@ -150,8 +150,8 @@ class Preparation:
         asked = protocol.DetokenizeRequest.parse(body)
         self.check_model(asked.model)
         last = self.model.vocab_size - 1
-        if not all(0 <= token <= last for token in asked.tokens):
-            raise InvalidRequestError(f"token ids must be between 0 and {last}", param="tokens")
+        known = all(0 <= token <= last for token in asked.tokens)
+        require(known, f"token ids must be between 0 and {last}", "tokens")
         return Detokenized(self.tokenizer.decode(asked.tokens, bool(asked.skip_special_tokens)))
 
     def check_model(self, name: str | None) -> None:
@@ -340,10 +340,6 @@ def within_counts(text: bytes, most: int) -> bool:
     return text.count(b"[") + text.count(b"{") + text.count(b":") <= MAX_NESTED and text.count(b",") <= most
 
 
-def is_brief(body: bytes) -> bool:
-    return len(body) <= BRIEF_BODY and body.count(b'"') <= BRIEF_QUOTES and body.count(b"[") <= BRIEF_ARRAYS
-
-
 async def disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
@@ -400,7 +396,9 @@ class Api:
                     raise InvalidRequestError("the body is nested too deeply") from error
 
             started = time.monotonic()
-            if not renders and not self.client.num_live and started >= self.next_brief and is_brief(body):
+            idle = not self.client.num_live and started >= self.next_brief
+            brief = len(body) <= BRIEF_BODY and body.count(b'"') <= BRIEF_QUOTES and body.count(b"[") <= BRIEF_ARRAYS
+            if idle and brief and not renders:
                 try:
                     return work()
                 finally:
