@@ -154,8 +154,10 @@ def test_arguments_are_given_on_as_they_come_and_as_the_model_wrote_them() -> No
     parser = OutputParser(ParserConfig(HERMES, NAMES), stream=True)
     arguments = '{"city":  "Köln", "n": [1,2]}'
     text = f'<tool_call>\n{{"name": "f", "arguments": {arguments}}}\n</tool_call>'
-    given = [entry for character in text for entry in entries(parser.push(character, None))]
+    deltas = [delta for character in text for delta in parser.push(character, None)]  # none of them empty
+    given = [entry for delta in deltas for entry in entries([delta])]
     assert given == [("name", 0, "f"), *(("arguments", 0, character) for character in arguments)]
+    assert len(given) == len(deltas)
 
 
 SPOKEN = {

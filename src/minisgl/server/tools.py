@@ -294,8 +294,9 @@ class OutputParser:
 
     def _give_arguments(self, head: re.Match[str]) -> None:
         end = self._scanner.value_end or self._scanner.at
-        if end > head.end():
-            self._give(head[1], self._buffer[max(self._sent, head.end()) : end])
+        begin = max(self._sent, head.end())
+        if end > begin:
+            self._give(head[1], self._buffer[begin:end])
             self._sent = end
 
     def _call(self) -> tuple[str, str] | None:
