@@ -2,14 +2,14 @@
 
 import copy
 import heapq
+import itertools
 import random
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
-from typing import Final, Protocol
+from typing import Final
 
 import msgspec
 import numpy as np
@@ -99,38 +99,27 @@ class Replica:
         return self.engine.step()
 
 
-class Router(Protocol):
-    """Chooses one of the replicas in `loads`, by the requests there that have no whole answer yet."""
-
-    def choose(self, prompt: bytes, loads: Mapping[int, float]) -> int: ...
+# Chooses the replica for a prompt, by the requests at each that have no whole answer yet.
+Router = Callable[[bytes, Mapping[int, float]], int]
 
 
-class RandomRouter(Router):
-    def __init__(self, seed: int) -> None:
-        self._random = random.Random(seed)
-
-    def choose(self, prompt: bytes, loads: Mapping[int, float]) -> int:
-        return self._random.choice(list(loads))
+def random_router(seed: int) -> Router:
+    rng = random.Random(seed)
+    return lambda prompt, loads: rng.choice(list(loads))
 
 
-class RoundRobinRouter(Router):
-    def __init__(self) -> None:
-        self._chosen = 0
-
-    def choose(self, prompt: bytes, loads: Mapping[int, float]) -> int:
-        self._chosen += 1
-        return list(loads)[(self._chosen - 1) % len(loads)]
+def round_robin_router(seed: int) -> Router:
+    turns = itertools.count()
+    return lambda prompt, loads: list(loads)[next(turns) % len(loads)]
 
 
 # The values of `--router`, made with a seed.
-ROUTERS: Final[Mapping[str, Callable[[int], Router]]] = MappingProxyType(
-    {
-        "random": RandomRouter,
-        "round-robin": lambda seed: RoundRobinRouter(),
-        "least-loaded": lambda seed: PrefixRouter(block=1 << 30),  # no prompt has a whole block
-        "prefix": lambda seed: PrefixRouter(max_blocks=1 << 22),  # 268 million tokens: those of 100 replicas and more
-    }
-)
+ROUTERS: Final[Mapping[str, Callable[[int], Router]]] = {
+    "random": random_router,
+    "round-robin": round_robin_router,
+    "least-loaded": lambda seed: PrefixRouter(block=1 << 30).choose,  # no prompt has a whole block
+    "prefix": lambda seed: PrefixRouter(max_blocks=1 << 22).choose,  # 268 million tokens: those of 100 replicas or more
+}
 
 
 @dataclass(eq=False, slots=True)
@@ -163,7 +152,7 @@ class Clients:
         hits: Sequence[int] = (), concurrency: int | None = None, seed: int = 0, lose: float | None = None,
         every: int = 1,
     ) -> None:  # fmt: skip
-        self.replicas, self.router, self.seed, self.every = replicas, router or RoundRobinRouter(), seed, every
+        self.replicas, self.router, self.seed, self.every = replicas, router or round_robin_router(0), seed, every
         self.records: list[RequestRecord] = []
         self.sent_again = 0
         self._hits, self._open = hits, concurrency is None
@@ -173,7 +162,7 @@ class Clients:
         # Heaps: what happens at a time, and the replicas that have work, by the begin of their next step.
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._ready: list[tuple[float, int]] = []
-        self._numbered = 0
+        self._numbers = itertools.count()
         self._done: Callable[[int], object] = lambda count: None
         for _ in range(concurrency or 1):
             self._begin_next(0.0)
@@ -192,8 +181,7 @@ class Clients:
                 self._step(heapq.heappop(self._ready)[1])
 
     def _at(self, time: float, action: Callable[[float], None]) -> None:
-        self._numbered += 1
-        heapq.heappush(self._events, (time, self._numbered, action))
+        heapq.heappush(self._events, (time, next(self._numbers), action))
 
     def _begin_next(self, time: float) -> None:
         """Let the next session begin, at its own time in an open loop."""
@@ -222,7 +210,7 @@ class Clients:
             self._begin_next(time)
 
     def _route(self, request: Request, record: RequestRecord, client: _Client, time: float) -> None:
-        index = self.router.choose(request.prompt_bytes, self._loads)
+        index = self.router(request.prompt_bytes, self._loads)
         replica, self._loads[index] = self.replicas[index], self._loads[index] + 1
         self._live[request.id] = _Sent(request, record, client, index)
         if not replica.has_work:
