@@ -15,10 +15,13 @@ import torch
 from numpy.typing import NDArray
 
 from minisgl.core.model_config import ModelSpec
+from minisgl.core.weights import held_elements
 from minisgl.errors import ConfigError
 from minisgl_bench.gpu_timing import times
 from minisgl_bench.workload import PeakRates, Workload
 
+SHARED: Final = ("qkv", "o", "gate_up", "down", "router")  # matrices that every token goes through
+EXPERTS: Final = ("expert_gate_up", "expert_down")
 SIDE: Final = 8192
 BEYOND_L2, LARGEST, ROW = 256 * 2**20, 2 * 2**30, 2**16
 
@@ -46,34 +49,26 @@ class Roofline:
 
 @dataclass(frozen=True)
 class Matrices:
-    """Weights in matrices: those that every token goes through, the output head, and those of one expert."""
+    """Weights in matrices: those that every token goes through, the output head, and all experts'."""
 
     shared: int
     head: int
-    expert: int = 0
-    sparse_layers: int = 0
-    num_experts: int = 1
-    top_k: int = 0
+    experts: int
+    share: float  # of the experts, for each token
 
     @classmethod
     def of(cls, spec: ModelSpec) -> "Matrices":
-        moe, hidden, head = spec.moe, spec.hidden_size, spec.vocab_size * spec.hidden_size
-        sparse = sum(moe.layers) if moe is not None else 0
-        attention = spec.num_layers * hidden * spec.head_dim * 2 * (spec.num_heads + spec.num_kv_heads)
-        shared = attention + (spec.num_layers - sparse) * 3 * hidden * spec.intermediate_size
-        if moe is None:
-            return cls(shared, head)
-        router = sparse * hidden * moe.num_experts
-        return cls(shared + router, head, 3 * hidden * moe.width, sparse, moe.num_experts, moe.top_k)
+        shared, experts = held_elements(spec, None, SHARED), held_elements(spec, None, EXPERTS)
+        share = 0.0 if spec.moe is None else spec.moe.top_k / spec.moe.num_experts
+        return cls(shared, spec.vocab_size * spec.hidden_size, experts, share)
 
     @property
-    def active(self) -> int:
-        return self.shared + self.sparse_layers * self.top_k * self.expert
+    def active(self) -> float:
+        return self.shared + self.experts * self.share
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         """Weights that a step of so many rows reads: of the experts as many as evenly spread choices would meet."""
-        met = self.num_experts * (1 - (1 - self.top_k / self.num_experts) ** rows.astype(np.float64))
-        return self.shared + self.head + self.sparse_layers * self.expert * met
+        return self.shared + self.head + self.experts * (1 - (1 - self.share) ** rows.astype(np.float64))
 
 
 def decode_batches(outputs: Sequence[int], running: int) -> NDArray[np.int64]:
