@@ -52,21 +52,23 @@ def make_backends(options: argparse.Namespace) -> Backends:
 
 def time_decodes(options: argparse.Namespace, backends: Backends) -> None:
     for batch, context in itertools.product(options.batch, options.context):
-        lens = np.random.default_rng(1).integers(context // 2, context * 3 // 2 + 1, batch).astype(np.int32)
-        volume = float(lens.sum()) * 2 * options.kv_heads * HEAD_DIM * 2  # bytes of keys and values a layer
-        layers = int(min(32, max(4, BEYOND_L2 // volume)))
         for name, (attention, page) in backends.items():
             if isinstance(attention.decode, GraphBackend):
-                us = time_decode(attention.decode, options, lens, layers, page)
+                us, volume = time_decode(attention.decode, options.heads, options.kv_heads, batch, context, page)
                 print_figure(name, f"{batch} x {context}", batch, us, volume)
 
 
-def time_decode(backend: GraphBackend, options: argparse.Namespace, lens: Int32, layers: int, page: int) -> float:
-    """Microseconds a layer."""
+def time_decode(
+    backend: GraphBackend, heads: int, kv_heads: int, batch: int, context: int, page: int
+) -> tuple[float, float]:
+    """Microseconds a layer, and the bytes of keys and values that it reads."""
+    lens = np.random.default_rng(1).integers(context // 2, context * 3 // 2 + 1, batch).astype(np.int32)
+    volume = float(lens.sum()) * 2 * kv_heads * HEAD_DIM * DTYPE.itemsize
+    layers = int(min(32, max(4, BEYOND_L2 // volume)))
     max_pages = -(-LONGEST // page)
     pages, used = page_table(lens, page, max_pages)
-    k, v = (noise(layers, used + 1, page, options.kv_heads, HEAD_DIM) for _ in range(2))
-    q = noise(len(lens), options.heads, HEAD_DIM)
+    k, v = (noise(layers, used + 1, page, kv_heads, HEAD_DIM) for _ in range(2))
+    q = noise(batch, heads, HEAD_DIM)
     rows = decode_batch(pages, torch.from_numpy(lens).to(CUDA), max_pages * page)
     graph = backend.graph_decode(rows, KVCache(k, v))
     graph.prepare(lens)
@@ -75,7 +77,7 @@ def time_decode(backend: GraphBackend, options: argparse.Namespace, lens: Int32,
         for layer in range(layers):
             graph.attention.run(q, layer, 0)
 
-    return graph_us(step, calls=1, replays=15) / layers
+    return graph_us(step, calls=1, replays=15) / layers, volume
 
 
 def page_table(lens: Int32, page_size: int, max_pages: int) -> tuple[torch.Tensor, int]:

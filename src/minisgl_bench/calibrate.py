@@ -4,7 +4,6 @@ Minutes. What needs a second GPU (all-reduces), and what the host takes for a st
 kept as it stands in the file of this kind of GPU, or else in the H200's. Rates of FP8 are kept in the first alone.
 """
 
-import argparse
 import json
 import tempfile
 import time
@@ -34,7 +33,7 @@ LAYERS: Final = ("14B", "32B/4")  # shapes of the GEMMs that are timed in a row
 LARGE: Final = (4096, 34816, 5120)  # rows, outputs, inputs
 ROWS_OF_DECODES, CONTEXT, SHORT, PAGE = 256, 900, 64, 16
 LONG = 16384  # rows of activations that no L2 cache holds
-EXPERTS, EXPERT_WIDTH, TOP_K, EXPERT_HIDDEN = 128, 768, 8, 2048
+SHAPE: Final = Shape(head_dim=HEAD_DIM, dtype=DTYPE, page_size=PAGE)
 REDUCED: Final = (1, 1024, 8192)  # rows of all-reduces
 
 
@@ -47,22 +46,17 @@ class GpuProbe:
 
     def layer(self, model: str, rows: int) -> float:
         """Of four GEMMs and the small kernels between them."""
-        ops, shapes = fused_operations(torch.device("cuda", 0)), layer_shapes(model)
-        count = kernels.GEMM_BYTES // sum(n * k * DTYPE.itemsize for n, k in shapes)
-        layers = [[noise(*shape, scale=shape[1] ** -0.5) for shape in shapes] for _ in range(count)]
-        return 1e-6 * kernels.layer_us(layers, rows, *kernels.gemms_of(ops))
+        ops = fused_operations(torch.device("cuda", 0))
+        return 1e-6 * kernels.layer_us(kernels.make_layers(model), rows, *kernels.gemms_of(ops))
 
     def decode(self, heads: int, kv_heads: int, rows: int, context: int) -> tuple[float, float]:
         """Of a layer's attention, and the bytes that it reads."""
-        options = argparse.Namespace(heads=heads, kv_heads=kv_heads, page=[PAGE], backend=["auto"])
-        ((made, page),) = attention.make_backends(options).values()
-        lens = np.random.default_rng(1).integers(context // 2, context * 3 // 2 + 1, rows).astype(np.int32)
-        moved = float(lens.sum()) * 2 * kv_heads * HEAD_DIM * DTYPE.itemsize
-        layers = int(min(32, max(4, attention.BEYOND_L2 // moved)))
-        return 1e-6 * attention.time_decode(made.decode, options, lens, layers, page), moved  # type: ignore[arg-type]
+        backend = make_attention("auto", SHAPE, CUDA)[0].decode
+        us, moved = attention.time_decode(backend, heads, kv_heads, rows, context, PAGE)  # type: ignore[arg-type]
+        return 1e-6 * us, moved
 
     def prefill(self, heads: int, kv_heads: int, tokens: int) -> float:
-        backend = make_attention("auto", Shape(head_dim=HEAD_DIM, dtype=DTYPE, page_size=PAGE), CUDA)[0].prefill
+        backend = make_attention("auto", SHAPE, CUDA)[0].prefill
         lens = np.array([tokens], np.int32)
         pages, used = attention.page_table(lens, PAGE, -(-tokens // PAGE))
         k, v = (noise(1, used + 1, PAGE, kv_heads, HEAD_DIM) for _ in range(2))
@@ -78,10 +72,8 @@ class GpuProbe:
         return 1e-6 * graph_us(partial(elementwise.add_rms_norm, x, residual, weight, kernels.EPS))
 
     def experts(self, rows: int) -> float:
-        router = noise(EXPERTS, EXPERT_HIDDEN, scale=EXPERT_HIDDEN**-0.5)
-        gate_up = noise(EXPERTS, 2 * EXPERT_WIDTH, EXPERT_HIDDEN, scale=EXPERT_HIDDEN**-0.5)
-        down = noise(EXPERTS, EXPERT_HIDDEN, EXPERT_WIDTH, scale=EXPERT_WIDTH**-0.5)
-        return 1e-6 * graph_us(partial(moe.moe, noise(rows, EXPERT_HIDDEN), router, gate_up, down, TOP_K, True))
+        x = noise(rows, kernels.EXPERT_HIDDEN)
+        return 1e-6 * graph_us(partial(moe.moe, x, *kernels.make_experts(), kernels.TOP_K, True))
 
     def gap(self) -> float:
         return 1e-6 * graph_us(partial(noise(1).add_, 1), calls=1, replays=500)
@@ -104,7 +96,7 @@ def solve(probe: GpuProbe, known: GpuConstants, read: float) -> GpuConstants:
     work = 2 * gemm_work(known, -(-rows // ROWS), outputs) * inputs
     found = change(known, read=read, flops=work / probe.gemm(*LARGE), gemm_seconds=0.0)
     beside = [
-        (probe.layer(model, rows) - sum(gemm_seconds(found, 1, n, k, item) for n, k in layer_shapes(model))) / 4
+        (probe.layer(model, rows) - sum(gemm_seconds(found, 1, n, k, item) for n, k in kernels.layer_shapes(model))) / 4
         for model in LAYERS
         for rows in (8, ROWS)
     ]
@@ -114,7 +106,7 @@ def solve(probe: GpuProbe, known: GpuConstants, read: float) -> GpuConstants:
     heads, kv_heads = GROUPS[2]
     first, last = probe.prefill(heads, kv_heads, SHORT), probe.prefill(heads, kv_heads, LARGE[0])
     flops = 2 * heads * HEAD_DIM * (LARGE[0] ** 2 - SHORT**2)  # 4 of a pair, of which half are seen
-    weights = 3 * EXPERT_HIDDEN * EXPERT_WIDTH
+    weights = 3 * kernels.EXPERT_HIDDEN * kernels.EXPERT_WIDTH
     few, many = probe.experts(ROWS_OF_DECODES) - 2 * gemm, probe.experts(LARGE[0]) - 2 * gemm
     found = change(
         found,
@@ -124,20 +116,13 @@ def solve(probe: GpuProbe, known: GpuConstants, read: float) -> GpuConstants:
         kv_read={group: moved / (seconds - short) for group, (seconds, moved) in decodes.items()},
         attention_flops=flops / (last - first),
         prefill_attention_seconds=first,
-        expert_read=EXPERTS * weights * item / few,
-        expert_flops=2 * LARGE[0] * TOP_K * weights / many,
+        expert_read=kernels.EXPERTS * weights * item / few,
+        expert_flops=2 * LARGE[0] * kernels.TOP_K * weights / many,
         gap_seconds=probe.gap(),
     )
     if (reduced := probe.all_reduces()) is not None:
         found = change(found, **link_constants(reduced, item))
     return found
-
-
-def layer_shapes(model: str) -> tuple[tuple[int, int], ...]:
-    """Outputs and inputs of a layer's GEMMs, as `kernels.layer_us` times them."""
-    hidden, heads, kv_heads, width = kernels.model_shape(model)
-    queries = heads * HEAD_DIM
-    return (queries + 2 * kv_heads * HEAD_DIM, hidden), (hidden, queries), (2 * width, hidden), (hidden, width)
 
 
 def link_constants(reduced: dict[str, dict[str, Any]], item: int) -> dict[str, float]:

@@ -33,6 +33,7 @@ FILTERS: dict[str, dict[str, float]] = {
 }
 GEMM_BYTES = 2 << 30  # of weights that a graph goes through at least
 EPS = 1e-6
+EXPERTS, EXPERT_WIDTH, TOP_K, EXPERT_HIDDEN = 128, 768, 8, 2048  # of Qwen3-30B-A3B
 Gemm = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -74,17 +75,20 @@ def samplers(models: Sequence[str], rows: Sequence[int]) -> None:
 
 
 def experts(models: Sequence[str], rows: Sequence[int]) -> None:
-    """Qwen3-30B-A3B: 128 experts of width 768, 8 of them a token."""
-    dim, width, number, top_k = 2048, 768, 128, 8
-    router = noise(number, dim, scale=dim**-0.5)
-    gate_up = noise(number, 2 * width, dim, scale=dim**-0.5)
-    down = noise(number, dim, width, scale=width**-0.5)
+    router, gate_up, down = make_experts()
     for tokens in rows or ROWS:
-        x = noise(tokens, dim)
-        hit = len(set(F.linear(x, router).topk(top_k).indices.flatten().tolist()))
+        x = noise(tokens, EXPERT_HIDDEN)
+        hit = len(set(F.linear(x, router).topk(TOP_K).indices.flatten().tolist()))
         moved = hit * (gate_up[0].nbytes + down[0].nbytes) + 2 * x.nbytes
-        us = graph_us(partial(moe.moe, x, router, gate_up, down, top_k, True))
-        print_figure("moe", "30B-A3B", tokens, us, moved, 2 * tokens * top_k * 3 * width * dim)
+        us = graph_us(partial(moe.moe, x, router, gate_up, down, TOP_K, True))
+        print_figure("moe", "30B-A3B", tokens, us, moved, 2 * tokens * TOP_K * 3 * EXPERT_WIDTH * EXPERT_HIDDEN)
+
+
+def make_experts() -> tuple[Tensor, Tensor, Tensor]:
+    """Of a layer: the router, gate and up, and down."""
+    router = noise(EXPERTS, EXPERT_HIDDEN, scale=EXPERT_HIDDEN**-0.5)
+    gate_up = noise(EXPERTS, 2 * EXPERT_WIDTH, EXPERT_HIDDEN, scale=EXPERT_HIDDEN**-0.5)
+    return router, gate_up, noise(EXPERTS, EXPERT_HIDDEN, EXPERT_WIDTH, scale=EXPERT_WIDTH**-0.5)
 
 
 def gemms(models: Sequence[str], rows: Sequence[int]) -> None:
@@ -94,11 +98,8 @@ def gemms(models: Sequence[str], rows: Sequence[int]) -> None:
         "ours": gemms_of(ops),
     }
     for model in models or ("14B", "32B/4"):
-        hidden, num_heads, kv_heads, width = model_shape(model)
-        queries = num_heads * HEAD_DIM
-        sizes = (queries + 2 * kv_heads * HEAD_DIM, hidden), (hidden, queries), (2 * width, hidden), (hidden, width)
-        size = sum(out * inputs for out, inputs in sizes) * DTYPE.itemsize
-        layers = [[noise(*shape, scale=shape[1] ** -0.5) for shape in sizes] for _ in range(GEMM_BYTES // size)]
+        layers = make_layers(model)
+        size = sum(weight.nbytes for weight in layers[0])
         for tokens, (way, calls) in itertools.product(rows or (1, 2, 8, 16, 32, 64, 96), ways.items()):
             us = layer_us(layers, tokens, *calls)
             print_figure(f"layer of GEMMs, {way}", model, tokens, us, size, size * tokens)
@@ -116,8 +117,22 @@ def model_shape(model: str) -> tuple[int, int, int, int]:
     return hidden, num_heads // size, max(1, kv_heads // size), width // size
 
 
+def layer_shapes(model: str) -> tuple[tuple[int, int], ...]:
+    """Outputs and inputs of a layer's GEMMs: QKV, output, gate and up, down."""
+    hidden, num_heads, kv_heads, width = model_shape(model)
+    queries = num_heads * HEAD_DIM
+    return (queries + 2 * kv_heads * HEAD_DIM, hidden), (hidden, queries), (2 * width, hidden), (hidden, width)
+
+
+def make_layers(model: str) -> list[list[Tensor]]:
+    """The weights of the GEMMs of as many layers as have GEMM_BYTES."""
+    shapes = layer_shapes(model)
+    count = GEMM_BYTES // sum(outputs * inputs * DTYPE.itemsize for outputs, inputs in shapes)
+    return [[noise(*shape, scale=shape[1] ** -0.5) for shape in shapes] for _ in range(count)]
+
+
 def layer_us(layers: Sequence[Sequence[Tensor]], rows: int, linear: Gemm, to_norm: Gemm, gated: Gemm) -> float:
-    """Microseconds a layer of QKV, output, gate and up, down; the result of `to_norm` is read by a norm alone."""
+    """Microseconds a layer of `make_layers`; the result of `to_norm` is read by a norm alone."""
     hidden, queries = layers[0][1].shape
     residual, gain = noise(rows, hidden), noise(max(hidden, queries))
 

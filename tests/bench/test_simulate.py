@@ -14,10 +14,11 @@ from minisgl.core.plan import StepPlan
 from minisgl.core.types import Request, SamplingParams
 from minisgl.errors import ConfigError
 from minisgl_bench import traffic
-from minisgl_bench.calibrate import EXPERTS, REDUCED, GpuProbe, layer_shapes, solve
+from minisgl_bench.calibrate import REDUCED, GpuProbe, solve
 from minisgl_bench.command import main
 from minisgl_bench.command import simulate as command
 from minisgl_bench.cost_model import CostModel, GpuConstants, gemm_seconds, gpu_names, read_gpu
+from minisgl_bench.kernels import EXPERTS, layer_shapes
 from minisgl_bench.simulated_executor import StepSeconds, TimedExecutor
 from minisgl_bench.simulation import Clients, Replica
 from minisgl_bench.traffic import Session
