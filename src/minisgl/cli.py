@@ -15,7 +15,7 @@ from importlib.metadata import entry_points
 from typing import Any, Final, NoReturn
 
 from minisgl import __version__
-from minisgl.config import Config, check, from_environment, launcher, split_words
+from minisgl.config import Config, check, debugging, flag_of, from_environment, launcher, split_words
 from minisgl.errors import ConfigError, MinisglError, did_you_mean
 from minisgl.system import print_text
 
@@ -45,15 +45,6 @@ commands:
 
 COMMANDS: Final = ("serve", "chat", "bench", "ray", "simulate")
 METAVARS: Final = {int: "N", float: "X", str: "TEXT"}
-
-
-class Words(argparse.Action):
-    """Stores the values of a flag that takes several, separated by blanks or commas, as one tuple."""
-
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
-        if not (words := split_words(values)):
-            parser.error(f"argument {option}: expected at least one value")
-        setattr(namespace, self.dest, words)
 
 
 class Parser(argparse.ArgumentParser):
@@ -99,7 +90,7 @@ def add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], hint
     if hint is bool:
         options = {"action": "store_true"}
     elif typing.get_origin(hint) is tuple:
-        options = {"action": Words, "nargs": "+", "metavar": "NAME"}
+        options = {"nargs": "+", "metavar": "NAME"}
     else:
         if isinstance(hint, types.UnionType):
             (hint,) = (part for part in typing.get_args(hint) if part is not types.NoneType)
@@ -119,6 +110,11 @@ def config_from(parser: argparse.ArgumentParser, namespace: argparse.Namespace) 
         if "model" in said:
             parser.error(f"the model is given twice: {model} and --model {namespace.model}")
         said["model"] = model
+    for name, value in said.items():
+        if isinstance(value, list):  # of words, perhaps with commas
+            said[name] = split_words(value)
+            if not said[name]:
+                parser.error(f"argument {flag_of(name)}: expected at least one value")
     try:
         config = from_environment().replace(**said)
         check(config)
@@ -147,12 +143,12 @@ def parse(arguments: Sequence[str]) -> Config:
     return config_from(parser, namespace)
 
 
-def guarded(run: Callable[[], int], debug: bool) -> int:
+def guarded(run: Callable[[], int]) -> int:
     """Run; an error raised on purpose becomes one line on standard error, with a traceback when debugging."""
     try:
         return run()
     except MinisglError as error:
-        if debug:
+        if debugging():
             print_text(traceback.format_exc(), sys.stderr)
         print_text(f"error: {error.message}", sys.stderr)
         return 1
@@ -188,4 +184,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for point in entry_points(group="minisgl.commands", name=arguments[0]):
             return int(point.load()(arguments[1:]))
     config = parse(arguments)
-    return guarded(lambda: start(config), debug=config.log_level == "DEBUG")
+    return guarded(lambda: start(config))

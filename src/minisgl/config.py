@@ -239,6 +239,10 @@ def from_environment(environ: Mapping[str, str] = os.environ) -> Config:
     return Config(**changes)
 
 
+def debugging(environ: Mapping[str, str] = os.environ) -> bool:
+    return environ.get("LOG_LEVEL", "").upper() == "DEBUG"
+
+
 def split_words(values: Iterable[str]) -> tuple[str, ...]:
     return tuple(word for value in values for part in value.split(",") if (word := part.strip()))
 

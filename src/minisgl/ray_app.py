@@ -213,4 +213,4 @@ def run(config: Config, scale: Scale) -> int:
 
 def main(arguments: Sequence[str]) -> int:
     config, scale = parse(arguments)
-    return guarded(lambda: run(config, scale), debug=config.log_level == "DEBUG")
+    return guarded(lambda: run(config, scale))

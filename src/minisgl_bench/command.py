@@ -291,7 +291,7 @@ def simulate(arguments: Sequence[str]) -> int:
         configs.append((chosen, config_from(parser, argparse.Namespace(**chosen))))
     options = argparse.Namespace(**{**defaults, **said})
     run = importlib.import_module("minisgl_bench.simulate").run
-    return guarded(lambda: int(run(configs, options, arguments)), debug=debugging())
+    return guarded(lambda: int(run(configs, options, arguments)))
 
 
 def load_kind(options: argparse.Namespace) -> str:
@@ -312,7 +312,7 @@ def online(arguments: Sequence[str]) -> int:
         hidden = {options.api_key: "KEY", f"--api-key={options.api_key}": "--api-key=KEY"}
         return int(run(options, [hidden.get(word, word) for word in arguments]))
 
-    return guarded(start, debug=debugging())
+    return guarded(start)
 
 
 def engine_parser(name: str) -> Parser:
@@ -346,10 +346,6 @@ def engine_parser(name: str) -> Parser:
     return parser
 
 
-def debugging() -> bool:
-    return os.environ.get("LOG_LEVEL", "").upper() == "DEBUG"
-
-
 def main(arguments: Sequence[str]) -> int:
     parser = Parser(prog="minisgl bench", description="Measure, and print the command that measures it again.")
     text = "offline: a batch through the offline API; online: requests to a server at the times of a trace, or others; "
@@ -363,9 +359,8 @@ def main(arguments: Sequence[str]) -> int:
         if name == "gemm":
             name, rest = "kernels", ["--only", "gemm", *rest]
         part = importlib.import_module(f"minisgl_bench.{name}")
-        return guarded(lambda: int(part.main(rest)), debug=debugging())
+        return guarded(lambda: int(part.main(rest)))
     parser = engine_parser(name)
     options = parser.parse_args(rest)
     config = config_from(parser, options)
-    debug, module = config.log_level == "DEBUG", f"minisgl_bench.{name}"
-    return guarded(lambda: int(importlib.import_module(module).run(config, options, rest)), debug=debug)
+    return guarded(lambda: int(importlib.import_module(f"minisgl_bench.{name}").run(config, options, rest)))
